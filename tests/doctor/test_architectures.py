@@ -170,3 +170,22 @@ def test_base_models_get_the_contents_of_hemostats_own_prompts(tiny: TinyPair, t
         DoctorError, match=r"jsonl:2: neither model has a chat template; give prompt instead of messages"
     ):
         encode(CheckpointPair(pair.options()), load(tiny.prompts, None), pair.options())
+
+
+def test_a_model_without_a_state_has_no_noise_floor(tmp_path: Path) -> None:
+    """GPT has no KV cache, so it cannot read a text in two pieces: the report is made without it."""
+    pair = TinyPair.in_folder(tmp_path)
+    vocabulary = write_tokenizer(pair.reference, pair.compressed)
+    torch.manual_seed(0)
+    config = transformers.OpenAIGPTConfig(vocab_size=vocabulary, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    model = transformers.OpenAIGPTLMHeadModel(config)
+    model.save_pretrained(pair.reference)
+    with torch.no_grad():
+        for weights in model.transformer.h[1].parameters():
+            weights.add_(torch.randn_like(weights), alpha=0.01)
+    model.save_pretrained(pair.compressed)
+    pair.prompts.write_text('{"prompt": "two", "completion": " spaces and a def"}\n' * 3)
+    report = report_of(pair.options(), tmp_path)
+    assert report["layers"]["noise_floor"] is None
+    assert not any("noise floor" in row["name"] for row in report["divergence"])
+    assert {row["name"] for row in report["layers"]["restored"] if row["kind"] == "layer"} == {"layer 1"}

@@ -28,11 +28,10 @@ import numpy as np
 
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.thresholds.curve import Curve, student_quantile
+from hemostat_calibration.thresholds.curve import ALPHA, Curve, student_quantile
 
 MIN_RATIO = 2.0
 """A break is a rise that is more than this many times as fast as before."""
-ALPHA = 0.05
 KNOTS_PER_STEP = 16
 """Candidates for ψ between two settings."""
 TIE = 1e-9

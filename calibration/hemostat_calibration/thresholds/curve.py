@@ -11,6 +11,9 @@ import numpy as np
 from hemostat_calibration.arrays import Bools, Floats
 from hemostat_calibration.errors import InvalidArgumentError
 
+ALPHA = 0.05
+"""The probability that an interval misses, or that a two-sided test is wrong."""
+
 
 @dataclass(frozen=True, slots=True)
 class Curve:

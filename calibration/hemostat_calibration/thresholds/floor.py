@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hemostat_calibration.thresholds.curve import Curve
-
-ALPHA = 0.05
+from hemostat_calibration.thresholds.curve import ALPHA, Curve
 
 
 def leaves_floor(excess: Curve) -> int | None:

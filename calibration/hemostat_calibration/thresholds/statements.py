@@ -9,9 +9,7 @@ from enum import StrEnum
 import numpy as np
 
 from hemostat_calibration.thresholds.breaks import Break, Existence
-from hemostat_calibration.thresholds.curve import Curve
-
-ALPHA = 0.05
+from hemostat_calibration.thresholds.curve import ALPHA, Curve
 
 
 class Verdict(StrEnum):

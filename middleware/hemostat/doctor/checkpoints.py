@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,23 +132,10 @@ class CheckpointPair:
             raise DoctorError(f"out of memory on {self.device}: {one_line(error)}; lower --batch or --tokens") from None
 
     def _outputs(self, jobs: Sequence[Job], seed: int, greedy: bool) -> list[Ids]:
-        to_generate = [job for job in jobs if job.output is None]
-        generated: dict[int, Ids] = {}
-        if to_generate:
-            # One random stream for each prompt: its text does not depend on other prompts.
-            uniforms = [np.random.default_rng([seed, job.index]).random(job.tokens) for job in to_generate]
-            try:
-                texts = generate(
-                    self.compressed_model,
-                    [job.prompt for job in to_generate],
-                    [job.tokens for job in to_generate],
-                    None if greedy else uniforms,
-                    self.end_ids(),
-                )
-            except StatelessModelError as error:
-                raise DoctorError(f"COMPRESSED: {error}; generation needs it: give completions, or --given") from None
-            generated = {job.index: text for job, text in zip(to_generate, texts, strict=True)}
-        return [generated[job.index] if job.output is None else job.output for job in jobs]
+        try:
+            return scored_ids(self.compressed_model, jobs, [seed], greedy, self.end_ids())
+        except StatelessModelError as error:
+            raise DoctorError(f"COMPRESSED: {error}; generation needs it: give completions, or --given") from None
 
     def end_ids(self) -> frozenset[int]:
         """Ids that end a text."""
@@ -158,11 +144,11 @@ class CheckpointPair:
         return frozenset() if end is None else frozenset(np.atleast_1d(end).tolist())
 
     def _figures(self, prompt: Ids, output: Ids) -> dict[str, Floats]:
-        sequence = torch.from_numpy(np.concatenate([prompt, output[:-1]]).astype(np.int64)).to(self.device)
+        sequence = sequence_of(prompt, output, self.device)
         emitted = torch.from_numpy(output.astype(np.int64)).to(self.device)
-        start, length = len(prompt) - 1, len(sequence)
+        start = len(prompt) - 1
         piece = max(1, MAX_PIECE_ELEMENTS // self.vocab_size)
-        cuts = list(range(start + piece, length, piece))
+        cuts = list(range(start + piece, len(sequence), piece))
         parts: list[dict[str, torch.Tensor]] = []
         done = 0
         for r, c in zip(
@@ -170,18 +156,53 @@ class CheckpointPair:
             pieces(self.compressed_model, sequence, start, cuts),
             strict=True,
         ):
-            scored = emitted[done : done + len(r)]
-            parts += [compare(r[rows], c[rows], scored[rows]) for rows in chunks(len(r), self.vocab_size)]
+            parts.append(compare(r, c, emitted[done : done + len(r)]))
             done += len(r)
-        figures = {name: _numpy(torch.cat([part[name] for part in parts])) for name in parts[0]}
-        figures[FLOOR] = np.full(len(output), np.nan)
-        if not cuts and length > 1:
-            # A model without a state cannot read a text in another way.
-            with suppress(StatelessModelError):
-                other = torch.cat(list(pieces(self.compressed_model, sequence, start, [start or length // 2])))
-                floor = [kl(c[rows], other[rows]) for rows in chunks(len(c), self.vocab_size)]
-                figures[FLOOR] = _numpy(torch.cat(floor))
+        figures = {name: to_floats(torch.cat([part[name] for part in parts])) for name in parts[0]}
+        floor = None if cuts else noise_floor(self.compressed_model, sequence, start, c)
+        figures[FLOOR] = np.full(len(output), np.nan) if floor is None else floor
         return figures
+
+
+def scored_ids(
+    model: Any, jobs: Sequence[Job], seed: Sequence[int], greedy: bool, end_ids: frozenset[int]
+) -> list[Ids]:
+    """The ids to score, by job: those that it has, otherwise what `model` generates at temperature 1, or greedily.
+
+    One random stream, `seed` and the job's index, for each job: its text does not depend on others. Raises
+    StatelessModelError.
+    """
+    to_generate = [job for job in jobs if job.output is None]
+    generated: dict[int, Ids] = {}
+    if to_generate:
+        uniforms = [np.random.default_rng([*seed, job.index]).random(job.tokens) for job in to_generate]
+        texts = generate(
+            model,
+            [job.prompt for job in to_generate],
+            [job.tokens for job in to_generate],
+            None if greedy else uniforms,
+            end_ids,
+        )
+        generated = {job.index: text for job, text in zip(to_generate, texts, strict=True)}
+    return [generated[job.index] if job.output is None else job.output for job in jobs]
+
+
+def sequence_of(prompt: Ids, output: Ids, device: torch.device) -> torch.Tensor:
+    """int64 [L]: the ids that a model reads to predict every id of `output`."""
+    return torch.from_numpy(np.concatenate([prompt, output[:-1]]).astype(np.int64)).to(device)
+
+
+def noise_floor(model: Any, sequence: torch.Tensor, start: int, whole: torch.Tensor) -> Floats | None:
+    """KL in nats, float64 [T], between the model's logits `whole` [T, V] of one prefill and those of two pieces.
+
+    It is the effect of rounding. None for a single id, or a model without a state, which cannot read two pieces.
+    """
+    if len(sequence) < 2:
+        return None
+    try:
+        return to_floats(kl(whole, torch.cat(list(pieces(model, sequence, start, [start or len(sequence) // 2])))))
+    except StatelessModelError:
+        return None
 
 
 def pieces(model: Any, sequence: torch.Tensor, start: int, cuts: Sequence[int]) -> Iterator[torch.Tensor]:
@@ -199,20 +220,23 @@ def pieces(model: Any, sequence: torch.Tensor, start: int, cuts: Sequence[int]) 
         begin = end
 
 
-def chunks(rows: int, vocab_size: int) -> Iterator[slice]:
-    """Slices of rows for one float32 log-softmax each."""
-    step = max(1, MAX_CHUNK_ELEMENTS // vocab_size)
-    return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
-
-
 def kl(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
-    """KL(p‖q) in nats, float64 [n], of logits [n, V]."""
+    """KL(p‖q) in nats, float64 [T] on q's device, of logits [T, V]."""
+    return torch.cat([_kl(p_logits[rows].to(q_logits.device), q_logits[rows]) for rows in _chunks(q_logits)])
+
+
+def _kl(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
     log_p, log_q = (torch.log_softmax(logits.float(), dim=-1) for logits in (p_logits, q_logits))
     return _expected(log_p.exp(), log_p - log_q).clamp_min(0.0)
 
 
 def compare(r_logits: torch.Tensor, c_logits: torch.Tensor, emitted: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The figures of `pair.EXACT` and `pair.ALWAYS`, float64 [n], of logits [n, V] and the scored ids [n]."""
+    """The figures of `pair.EXACT` and `pair.ALWAYS`, float64 [T], of logits [T, V] and the scored ids [T]."""
+    parts = [_compare(r_logits[rows], c_logits[rows], emitted[rows]) for rows in _chunks(r_logits)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _compare(r_logits: torch.Tensor, c_logits: torch.Tensor, emitted: torch.Tensor) -> dict[str, torch.Tensor]:
     log_r, log_c = (torch.log_softmax(logits.float(), dim=-1) for logits in (r_logits, c_logits))
     r, c = log_r.exp(), log_c.exp()
     difference = log_r - log_c
@@ -230,6 +254,12 @@ def compare(r_logits: torch.Tensor, c_logits: torch.Tensor, emitted: torch.Tenso
     }
 
 
+def _chunks(logits: torch.Tensor) -> Iterator[slice]:
+    """Slices of rows of `logits` [T, V] for one float32 log-softmax each."""
+    step = max(1, MAX_CHUNK_ELEMENTS // logits.shape[-1])
+    return (slice(begin, begin + step) for begin in range(0, len(logits), step))
+
+
 def _expected(p: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Σ p·values over the last axis, 0 where p is 0; summed in float64."""
     total = (p * values).sum(-1, dtype=torch.float64)
@@ -238,7 +268,7 @@ def _expected(p: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _numpy(tensor: torch.Tensor) -> Floats:
+def to_floats(tensor: torch.Tensor) -> Floats:
     values: Floats = tensor.double().cpu().numpy()
     return values
 

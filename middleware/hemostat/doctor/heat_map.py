@@ -54,7 +54,7 @@ def heat_map(
             if texts and cell in texts:
                 parts.append(svg.text(x + width / 2, y + CELL_HEIGHT / 2 + 4, texts[cell], "middle"))
     bottom = svg.TOP + len(rows) * CELL_HEIGHT
-    every = max(1, math.ceil(max(map(len, columns)) * svg.CHARACTER_WIDTH * 1.2 / width))
+    every = svg.label_step(columns, width)
     parts += [
         svg.text(LABEL_WIDTH + (j + 0.5) * width, bottom + 16, columns[j], "middle")
         for j in range(0, len(columns), every)

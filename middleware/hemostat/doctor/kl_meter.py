@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from hemostat.doctor.checkpoints import chunks, kl, pieces
+from hemostat.doctor.checkpoints import kl, noise_floor, pieces, sequence_of, to_floats
 from hemostat.doctor.pair import Floats, Ids
 from hemostat.doctor.statistics import Sample
 
@@ -25,7 +26,7 @@ class Text:
     output: Ids
 
     def sequence(self, device: torch.device) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([self.prompt, self.output[:-1]]).astype(np.int64)).to(device)
+        return sequence_of(self.prompt, self.output, device)
 
 
 def choose(texts: Sequence[Text], budget: int) -> list[Text]:
@@ -45,13 +46,12 @@ def choose(texts: Sequence[Text], budget: int) -> list[Text]:
 class KlMeter:
     """The reference's logits on `texts`, with which other models are compared. sample: the request of each token."""
 
-    def __init__(self, reference: Any, texts: Sequence[Text], device: torch.device, vocab_size: int) -> None:
+    def __init__(self, reference: Any, texts: Sequence[Text], device: torch.device) -> None:
         """`reference` is run at the first measurement, as it is then."""
         self.texts = texts
         self.sample = Sample(np.repeat(np.arange(len(texts)), [len(text.output) for text in texts]), len(texts))
         self._reference = reference
         self._device = device
-        self._vocab_size = vocab_size
         self._logits: list[torch.Tensor] = []
 
     def prepare(self) -> None:
@@ -63,30 +63,35 @@ class KlMeter:
     def measure(self, model: Any) -> Floats:
         """KL(r‖model) in nats, float64 [N], of all tokens."""
         self.prepare()
-        parts: list[torch.Tensor] = []
-        for text, r in zip(self.texts, self._logits, strict=True):
-            c = logits_of(model, text, self._device)
-            parts += [kl(r[rows].to(self._device), c[rows]).cpu() for rows in chunks(len(c), self._vocab_size)]
-        values: Floats = torch.cat(parts).double().numpy()
-        return values
+        found = [
+            to_floats(kl(r, logits_of(model, text, self._device)))
+            for text, r in zip(self.texts, self._logits, strict=True)
+        ]
+        return np.concatenate(found)
 
     def floor(self) -> Floats:
-        """KL between two runs of the reference, one prefill of the whole text and one in two pieces: the effect of
-        rounding. float64 [N], of fewer tokens where texts have one token or the model has no cache."""
+        """The reference's noise floor, float64 [N]; fewer where texts have a single id, none without a state."""
         self.prepare()
-        parts: list[torch.Tensor] = []
-        for text, r in zip(self.texts, self._logits, strict=True):
-            sequence, start = text.sequence(self._device), len(text.prompt) - 1
-            if len(sequence) > 1:
-                two = torch.cat(list(pieces(self._reference, sequence, start, [start or len(sequence) // 2])))
-                if len(two) == len(r):
-                    parts += [
-                        kl(r[rows].to(self._device), two[rows]).cpu() for rows in chunks(len(r), self._vocab_size)
-                    ]
-        values: Floats = torch.cat(parts).double().numpy() if parts else np.empty(0)
-        return values
+        found = [
+            noise_floor(self._reference, text.sequence(self._device), len(text.prompt) - 1, r)
+            for text, r in zip(self.texts, self._logits, strict=True)
+        ]
+        return np.concatenate([np.empty(0), *(values for values in found if values is not None)])
 
 
 def logits_of(model: Any, text: Text, device: torch.device) -> torch.Tensor:
     """[T, V] at the positions that predict the output."""
     return next(pieces(model, text.sequence(device), len(text.prompt) - 1, []))
+
+
+@contextmanager
+def altered_weights(modules: Mapping[str, Any], change: Callable[[str, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Inside of the context every module has what `change` makes of its name and weight; then the same tensor again."""
+    originals = {name: module.weight.data for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            module.weight.data = change(name, originals[name])
+        yield
+    finally:
+        for name, module in modules.items():
+            module.weight.data = originals[name]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import Prompt, load
 from hemostat.doctor.report import SCHEMA, PromptKind, tables
 from hemostat.doctor.sweep import terminal as sweep_terminal
-from hemostat.models.checkpoint_folders import cache_folder
+from hemostat.models.checkpoint_folders import cache_folder, cache_key
 from hemostat.models.compression.plan import Plan, encode_plan
 from hemostat.models.work_folder import WorkFolder
 
@@ -45,7 +44,7 @@ def run(options: DoctorOptions) -> int:
         reporter.log("connecting" if options.servers else "loading both models")
         pair = open_pair(options)
         try:
-            make = _sweep if options.sweep else _make_report
+            make = _sweep if options.sweep else _compare
             report = make(pair, prompts, options, reporter)
         finally:
             pair.close()
@@ -87,27 +86,46 @@ def open_pair(options: DoctorOptions) -> Pair:
 def _sweep(pair: Pair, prompts: Sequence[Prompt], options: DoctorOptions, reporter: Reporter) -> dict[str, Any] | None:
     """The report of a sweep; None when it was interrupted."""
     from hemostat.doctor.checkpoints import CheckpointPair  # noqa: PLC0415
-    from hemostat.doctor.sweep.run import run_sweep  # noqa: PLC0415
+    from hemostat.doctor.sweep.run import run_sweep, sweep_jobs, sweep_key  # noqa: PLC0415
 
     assert isinstance(pair, CheckpointPair)
-    return run_sweep(pair, prompts, options, reporter)
+    jobs = sweep_jobs(pair, prompts, options)
+
+    def make(work: WorkFolder) -> dict[str, Any]:
+        return run_sweep(pair, jobs, options, work, reporter)
+
+    return _in_work_folder(sweep_key(pair, jobs, options), "sweep", options, reporter, make)
 
 
-def _make_report(
+def _compare(
     pair: Pair, prompts: Sequence[Prompt], options: DoctorOptions, reporter: Reporter
 ) -> dict[str, Any] | None:
-    """The report; None when it was interrupted."""
+    """The report on both models; None when it was interrupted."""
     jobs = encode(pair, prompts, options)
-    key = _key(pair, jobs, options)
-    folder = options.work or cache_folder() / "doctor" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    with WorkFolder(folder, key, "doctor") as work:
+
+    def make(work: WorkFolder) -> dict[str, Any]:
+        scored = _score(pair, jobs, options, work, reporter)
+        inside = {
+            **_layers(pair, jobs, scored, options, work, reporter),
+            "prescription": _prescription(pair, jobs, scored, options, work, reporter),
+        }
+        return _assemble(pair, prompts, jobs, scored, inside, options)
+
+    return _in_work_folder(_key(pair, jobs, options), "doctor", options, reporter, make)
+
+
+def _in_work_folder(
+    key: Mapping[str, Any],
+    program: str,
+    options: DoctorOptions,
+    reporter: Reporter,
+    make: Callable[[WorkFolder], dict[str, Any]],
+) -> dict[str, Any] | None:
+    """What `make` returns; None when it was interrupted. Raises WorkFolderError."""
+    folder = options.work or cache_folder() / "doctor" / cache_key(key)
+    with WorkFolder(folder, key, program) as work:
         try:
-            scored = _score(pair, jobs, options, work, reporter)
-            inside = {
-                **_layers(pair, jobs, scored, options, work, reporter),
-                "prescription": _prescription(pair, jobs, scored, options, work, reporter),
-            }
-            report = _assemble(pair, prompts, jobs, scored, inside, options)
+            report = make(work)
         except KeyboardInterrupt:
             reporter.log(f"interrupted: finished work is in {folder}; the same command continues from it")
             return None

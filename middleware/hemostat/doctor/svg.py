@@ -42,8 +42,7 @@ def bar_chart(
     ticks, y = _axis(low, high, HEIGHT - BOTTOM, TOP)
     step = (WIDTH - LEFT - RIGHT) / len(values)
     parts = list(_y_grid(ticks, y))
-    # As many labels as fit beside each other.
-    every = max(1, math.ceil(max(map(len, labels)) * CHARACTER_WIDTH * 1.2 / step))
+    every = label_step(labels, step)
     for n, (label, value, error) in enumerate(zip(labels, values, errors, strict=True)):
         middle = LEFT + (n + 0.5) * step
         top, bottom = sorted((y(value), y(0.0)))
@@ -92,13 +91,10 @@ def line_chart(title: str, series: Sequence[Series], x_name: str, y_name: str, y
     parts += [text(x(tick), HEIGHT - BOTTOM + 16, _number(tick), "middle") for tick in x_ticks]
     for n, one in enumerate(series):
         if len(one.low):
-            there = [f"{x(a):.1f},{y(b):.1f}" for a, b in zip(one.x, one.high, strict=True)]
-            back = [f"{x(a):.1f},{y(b):.1f}" for a, b in zip(one.x, one.low, strict=True)]
-            parts.append(f'<polygon class="band s{n % 4}" points="{" ".join([*there, *reversed(back)])}"/>')
-        points = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(one.x, one.y, strict=True))
-        parts.append(f'<polyline class="line s{n % 4}" points="{points}"/>')
+            parts.append(band([x(a) for a in one.x], [y(b) for b in one.low], [y(b) for b in one.high], n))
+        parts.append(polyline([x(a) for a in one.x], [y(b) for b in one.y], n))
         at = HEIGHT + 18 * n + 4
-        parts.append(f'<polyline class="line s{n % 4}" points="{LEFT},{at} {LEFT + 36},{at}"/>')
+        parts.append(polyline([LEFT, LEFT + 36], [at, at], n))
         parts.append(text(LEFT + 44, at + 4, one.name, "start"))
     parts += axis_names(x_name, y_name)
     ranges = "; ".join(f"{one.name}: from {one.y[0]:.3g} to {one.y[-1]:.3g}" for one in series)
@@ -162,6 +158,26 @@ def text(x: float, y: float, text: str, anchor: str) -> str:
 
 def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def polyline(x: Sequence[float], y: Sequence[float], series: int) -> str:
+    """A line through points at coordinates x, y, in the style of the series of that number."""
+    return f'<polyline class="line s{series % 4}" points="{_points(x, y)}"/>'
+
+
+def band(x: Sequence[float], low: Sequence[float], high: Sequence[float], series: int) -> str:
+    """The area between two lines of coordinates."""
+    points = _points([*x, *reversed(x)], [*high, *reversed(low)])
+    return f'<polygon class="band s{series % 4}" points="{points}"/>'
+
+
+def _points(x: Sequence[float], y: Sequence[float]) -> str:
+    return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+
+
+def label_step(labels: Sequence[str], width: float) -> int:
+    """Every so many labels have room beside each other, at distances of `width`."""
+    return max(1, math.ceil(max(map(len, labels)) * CHARACTER_WIDTH * 1.2 / width))
 
 
 def _whisker(x: float, y1: float, y2: float) -> str:

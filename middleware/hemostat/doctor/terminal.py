@@ -54,43 +54,48 @@ def summary(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _parts(report: Mapping[str, Any]) -> Iterator[RenderableType]:
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style="cyan", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, value in summary(report):
-        grid.add_row(name, value)
-    yield grid
+    yield named(summary(report))
     for title, key in (
         ("Perplexity statistics", "perplexity"),
         ("KL divergence statistics", "kl_divergence"),
         ("Token probability statistics", "token_probability"),
         ("Divergence", "divergence"),
     ):
-        yield _heading(title)
+        yield heading(title)
         yield _rows(report[key])
     for title, key in (
         ("By position in the scored text", "by_position"),
         ("By class of the scored token", "by_class"),
         ("By the compressed model's entropy, nats", "by_entropy"),
     ):
-        yield _heading(title)
+        yield heading(title)
         yield _groups(report[key])
-    yield _heading("Tokens before the texts diverge")
+    yield heading("Tokens before the texts diverge")
     yield _trajectory(report["trajectory"])
-    yield _heading("Worst tokens")
+    yield heading("Worst tokens")
     yield _worst(report["worst_tokens"], ("kld", "line", "position", "token_id", "class", "p_base", "p_q"))
-    yield _heading("Worst prompts")
+    yield heading("Worst prompts")
     yield _worst(report["worst_prompts"], ("mean_kld", "line", "tokens", "tv", "same_top", "ln_ppl_ratio"))
-    yield _heading("Layers")
+    yield heading("Layers")
     yield from _layers(report["layers"])
-    yield _heading("Causes")
+    yield heading("Causes")
     yield from _causes(report)
-    yield _heading("Prescription")
+    yield heading("Prescription")
     yield from _prescription(report["prescription"])
 
 
-def _heading(title: str) -> RenderableType:
+def heading(title: str) -> RenderableType:
     return Text(f"\n====== {title} ======", style="bold")
+
+
+def named(rows: Sequence[tuple[str, str]], max_width: int | None = None) -> Table:
+    """(name, value) in two columns; names wrap at `max_width`."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="cyan", no_wrap=max_width is None, max_width=max_width)
+    grid.add_column(overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    return grid
 
 
 def _rows(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -206,12 +211,7 @@ def _layers(layers: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 def _causes(report: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield Text(NOTE)
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style="cyan", max_width=22)
-    grid.add_column(overflow="fold")
-    for one in report["findings"]:
-        grid.add_row(one["topic"], one["text"])
-    yield grid
+    yield named([(one["topic"], one["text"]) for one in report["findings"]], 22)
     if "skipped" in report["outliers"]:
         yield Text(f"layers, modules and outliers were not measured: {report['outliers']['skipped']}")
 

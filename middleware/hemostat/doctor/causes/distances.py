@@ -28,44 +28,35 @@ class Distances(msgspec.Struct):
 
 def distances(pair: CheckpointPair, r_layers: Any, c_layers: Any, texts: Sequence[Text]) -> Distances:
     """Means over the scored positions, by layer."""
-    sums = torch.zeros(3, len(r_layers), dtype=torch.float64)
-    for text in texts:
-        tokens = len(text.output)
-        sequence = text.sequence(pair.device)
-        after: list[torch.Tensor] = []
-
-        def seen(
-            n: int,
-            arguments: tuple[Any, Any],
-            output: torch.Tensor,
-            after: list[torch.Tensor] = after,
-            tokens: int = tokens,
-        ) -> None:
-            after.append(output[0, -tokens:])
-
-        with _hooked(c_layers, seen):
-            next(pieces(pair.compressed_model, sequence, len(sequence) - 1, []))
-
-        def compared(
-            n: int,
-            arguments: tuple[Any, Any],
-            output: torch.Tensor,
-            after: list[torch.Tensor] = after,
-            tokens: int = tokens,
-        ) -> None:
-            args, kwargs = arguments
-            given = args[0] if args else kwargs["hidden_states"]
-            r, c = output[0, -tokens:].float(), after[n].float()
-            alone = _tensor(c_layers[n](*args, **kwargs))[0, -tokens:].float()
-            added = r - given[0, -tokens:].float()
-            sums[0, n] += _relative(c - r, r)
-            sums[1, n] += float(torch.cosine_similarity(c, r, dim=-1).double().sum())
-            sums[2, n] += _relative(alone - r, added)
-
-        with _hooked(r_layers, compared):
-            next(pieces(pair.reference_model, sequence, len(sequence) - 1, []))
+    sums = sum((_sums(pair, r_layers, c_layers, text) for text in texts), torch.zeros(3, len(r_layers)).double())
     means = sums / sum(len(text.output) for text in texts)
     return Distances(*means.tolist())
+
+
+def _sums(pair: CheckpointPair, r_layers: Any, c_layers: Any, text: Text) -> torch.Tensor:
+    """Sums over the scored positions of one text, float64 [3, layers]."""
+    tokens, sequence = len(text.output), text.sequence(pair.device)
+    sums = torch.zeros(3, len(r_layers), dtype=torch.float64)
+    after: list[torch.Tensor] = []
+
+    def keep(n: int, arguments: tuple[Any, Any], output: torch.Tensor) -> None:
+        after.append(output[0, -tokens:])
+
+    def compare(n: int, arguments: tuple[Any, Any], output: torch.Tensor) -> None:
+        args, kwargs = arguments
+        given = args[0] if args else kwargs["hidden_states"]
+        r, c = output[0, -tokens:].float(), after[n].float()
+        alone = hidden_state(c_layers[n](*args, **kwargs))[0, -tokens:].float()
+        added = r - given[0, -tokens:].float()
+        sums[0, n] = _relative(c - r, r)
+        sums[1, n] = float(torch.cosine_similarity(c, r, dim=-1).double().sum())
+        sums[2, n] = _relative(alone - r, added)
+
+    with _hooked(c_layers, keep):
+        next(pieces(pair.compressed_model, sequence, len(sequence) - 1, []))
+    with _hooked(r_layers, compare):
+        next(pieces(pair.reference_model, sequence, len(sequence) - 1, []))
+    return sums
 
 
 def _relative(error: torch.Tensor, of: torch.Tensor) -> float:
@@ -81,12 +72,13 @@ def _hooked(layers: Any, see: Callable[[int, tuple[Any, Any], torch.Tensor], Non
         for n, layer in enumerate(layers):
 
             def hook(module: Any, args: Any, kwargs: Any, output: Any, n: int = n) -> None:
-                see(n, (args, kwargs), _tensor(output))
+                see(n, (args, kwargs), hidden_state(output))
 
             stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
         yield
 
 
-def _tensor(output: Any) -> torch.Tensor:
-    tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
+def hidden_state(output: Any) -> torch.Tensor:
+    """What a decoder layer returns, alone or first of several values: [texts, positions, d]."""
+    tensor: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
     return tensor

@@ -46,11 +46,9 @@ class _Measurement:
         units = units_of(pair.reference_model, pair.compressed_model)
         self._parts = [unit for unit in units if unit.kind != "module"]
         self._modules = [unit for unit in units if unit.kind == "module"]
-        self._meter = KlMeter(pair.reference_model, texts, pair.device, pair.vocab_size)
+        self._meter = KlMeter(pair.reference_model, texts, pair.device)
         tokens = sum(len(text.output) for text in texts)
-        self._module_meter = KlMeter(
-            pair.reference_model, choose(texts, -(-tokens // MODULE_SHARE)), pair.device, pair.vocab_size
-        )
+        self._module_meter = KlMeter(pair.reference_model, choose(texts, -(-tokens // MODULE_SHARE)), pair.device)
         self._work = work
         self._steps = steps
         self._done = 0

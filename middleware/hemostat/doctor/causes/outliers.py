@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hemostat.doctor.causes.distances import hidden_state
 from hemostat.doctor.causes.units import layer_pairs
 from hemostat.doctor.checkpoints import CheckpointPair
 from hemostat.doctor.kl_meter import Text
@@ -85,8 +86,7 @@ def _observe(
 
     def writes(n: int) -> Callable[..., None]:
         def see(module: Any, arguments: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            norms[n].append(hidden[0].float().norm(dim=-1).cpu())
+            norms[n].append(hidden_state(output)[0].float().norm(dim=-1).cpu())
 
         return see
 

@@ -3,8 +3,8 @@ layers. Torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -74,34 +74,41 @@ def layer_pairs(reference: Any, compressed: Any) -> tuple[Any, Any]:
 
 def decoder_layers(model: Any) -> Any:
     """The list of the model's layers. Raises Incomparable if it cannot be found."""
+    return layer_list(model)[2]
+
+
+def layer_list(model: Any) -> tuple[Any, str, Any]:
+    """(the module that has the list of the model's layers, its attribute, the list). Raises Incomparable."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
-    if not lists:
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, torch.nn.ModuleList) and len(child) == count
+    ]
+    if not found:
         raise Incomparable(f"{type(model).__name__} has no list of its {count} layers")
-    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
+    return max(found, key=lambda one: sum(p.numel() for p in one[2].parameters()))
 
 
-@contextmanager
-def restored(unit: Unit) -> Iterator[None]:
+def restored(unit: Unit) -> AbstractContextManager[None]:
     """Inside of the context the compressed model has the reference's modules."""
-    with ExitStack() as stack:
-        for place in unit.places:
-            _exchange(stack, place.compressed, place.attribute, getattr(place.reference, place.attribute))
-        yield
+    return _replaced([(place.compressed, place.reference, place.attribute) for place in unit.places])
+
+
+def compressed_alone(unit: Unit) -> AbstractContextManager[None]:
+    """Inside of the context the reference has the compressed model's modules: all others are restored."""
+    return _replaced([(place.reference, place.compressed, place.attribute) for place in unit.places])
 
 
 @contextmanager
-def compressed_alone(unit: Unit) -> Iterator[None]:
-    """Inside of the context the reference has the compressed model's modules: all others are restored."""
+def _replaced(places: Sequence[tuple[Any, Any, str]]) -> Iterator[None]:
+    """places: (module, another one, the attribute whose value it gets from that one inside of the context)."""
     with ExitStack() as stack:
-        for place in unit.places:
-            _exchange(stack, place.reference, place.attribute, getattr(place.compressed, place.attribute))
+        for module, other, attribute in places:
+            stack.callback(setattr, module, attribute, getattr(module, attribute))
+            setattr(module, attribute, getattr(other, attribute))
         yield
-
-
-def _exchange(stack: ExitStack, parent: Any, attribute: str, module: Any) -> None:
-    stack.callback(setattr, parent, attribute, getattr(parent, attribute))
-    setattr(parent, attribute, module)
 
 
 def _outside_layers(reference: Any, compressed: Any, layers: Any) -> Iterator[Place]:

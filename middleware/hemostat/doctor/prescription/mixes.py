@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from hemostat.doctor.kl_meter import altered_weights
 from hemostat.doctor.options import DoctorError, Target
 from hemostat.doctor.prescription.candidates import planned_weight, unit_name
 from hemostat.doctor.prescription.losses import LayerLosses
@@ -67,14 +68,7 @@ def uniform_mixes(losses: Mapping[str, LayerLosses], budget: int) -> list[tuple[
     return sorted(mixes, key=lambda item: item[1].predicted)
 
 
-@contextmanager
-def carried_out(model: Any, mix: Mix) -> Iterator[None]:
+def carried_out(model: Any, mix: Mix) -> AbstractContextManager[None]:
     """Inside of the context the linear layers of `model`, the reference, have the mix's weights."""
-    originals = {name: model.get_submodule(name).weight.data for name in mix.layers}
-    try:
-        for name, plan in mix.layers.items():
-            model.get_submodule(name).weight.data = planned_weight(name, originals[name], plan)
-        yield
-    finally:
-        for name, weight in originals.items():
-            model.get_submodule(name).weight.data = weight
+    modules = {name: model.get_submodule(name) for name in mix.layers}
+    return altered_weights(modules, lambda name, weight: planned_weight(name, weight, mix.layers[name]))

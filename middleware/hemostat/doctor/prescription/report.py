@@ -111,7 +111,7 @@ def _measure(
 ) -> dict[str, Any]:
     """KL(r‖c) of the mixes and of COMPRESSED, and differences from the prescribed one, token by token."""
     model = pair.reference_model
-    meter = KlMeter(model, texts, pair.device, pair.vocab_size)
+    meter = KlMeter(model, texts, pair.device)
     meter.prepare()
     compressed = meter.measure(pair.compressed_model)
 

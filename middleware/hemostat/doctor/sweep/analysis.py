@@ -130,13 +130,14 @@ def statements(
     for better, worse in pairwise(PAPER_ORDER):
         if better in by_name and worse in by_name:
             text = f"at equal size {better} loses less than {worse}"
+            alone = {point: results.alone(point) for point in (*by_name[better], *by_name[worse])}
             pairs = [
                 (a, b)
                 for a, b in equal_size(by_name[better], by_name[worse], shares)
-                if min(results.alone(a).means()[0], results.alone(b).means()[0]) < COLLAPSED
+                if min(alone[a].means()[0], alone[b].means()[0]) < COLLAPSED
             ]
-            comparisons = [Comparison(a, b, difference(results.alone(a), results.alone(b))) for a, b in pairs]
-            verdict = always_better([(results.alone(a), results.alone(b)) for a, b in pairs], looks=RUNGS)
+            comparisons = [Comparison(a, b, difference(alone[a], alone[b])) for a, b in pairs]
+            verdict = always_better([(alone[a], alone[b]) for a, b in pairs], looks=RUNGS)
             count = "1 pair" if len(pairs) == 1 else f"{len(pairs)} pairs"
             evidence = f"{count} of equal size" if pairs else "no two points have equal size"
             found.append(Statement(text, verdict, evidence, comparisons))

@@ -9,22 +9,9 @@ from typing import Any
 
 import torch
 
+from hemostat.doctor.causes.units import layer_list
 from hemostat.doctor.options import DoctorError
 from hemostat.doctor.sweep.points import Change, Point
-
-
-def layer_list(model: Any) -> tuple[Any, str, Any]:
-    """(the module that has the list, its attribute, the list). Raises DoctorError."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    found = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, torch.nn.ModuleList) and len(child) == count
-    ]
-    if not found:
-        raise DoctorError(f"REFERENCE: {type(model).__name__} has no list of its {count} layers, which a sweep changes")
-    return max(found, key=lambda one: sum(p.numel() for p in one[2].parameters()))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ request. Points are compared with the unchanged model at full vocabulary:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,8 @@ import msgspec
 import numpy as np
 import torch
 
-from hemostat.doctor.checkpoints import CheckpointPair, chunks, compare, kl, pieces
+from hemostat.doctor.checkpoints import CheckpointPair, compare, noise_floor, scored_ids, to_floats
+from hemostat.doctor.kl_meter import Text, logits_of
 from hemostat.doctor.pair import FLOOR, Floats, Ids, Job, Scored, pack, unpack
 from hemostat.doctor.sweep.decoding import decode, drawn
 from hemostat.doctor.sweep.layers import restructured
@@ -29,7 +30,6 @@ from hemostat.doctor.sweep.outcomes import MAX_TOKENS, Outcome, Task, judge
 from hemostat.doctor.sweep.points import PLAIN, UNCHANGED, Drawing, Point
 from hemostat.doctor.sweep.weights import compressed
 from hemostat.models.generation import generate
-from hemostat.models.piecewise import StatelessModelError
 
 KEPT = ("kl_rc", "kl_cr", "tv", "same_top", "logp_r", "logp_c")
 
@@ -129,45 +129,20 @@ class SweptModel:
         ]
 
     def _write(self, jobs: Sequence[Job], drawing: Drawing) -> list[Ids]:
-        """Texts of the reference; a text that a job has is taken as it is."""
-        to_write = [job for job in jobs if job.output is None]
-        written: dict[int, Ids] = {}
-        if to_write:
-            # One random stream for each prompt, the same for each drawing.
-            uniforms = [np.random.default_rng([self.seed, 0, job.index]).random(job.tokens) for job in to_write]
-            with drawn(self.model, drawing):
-                texts = generate(
-                    self.model,
-                    [job.prompt for job in to_write],
-                    [job.tokens for job in to_write],
-                    uniforms,
-                    self.pair.end_ids(),
-                )
-            written = {job.index: text for job, text in zip(to_write, texts, strict=True)}
-        return [written[job.index] if job.output is None else job.output for job in jobs]
-
-    def _sequence(self, job: Job, output: Ids) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([job.prompt, output[:-1]]).astype(np.int64)).to(self.pair.device)
+        """Texts of the reference, with the same random numbers for each drawing; a text that a job has is kept."""
+        with drawn(self.model, drawing):
+            return scored_ids(self.model, jobs, [self.seed, 0], False, self.pair.end_ids())
 
     def _logits(self, model: Any, job: Job, output: Ids) -> torch.Tensor:
-        return next(iter(pieces(model, self._sequence(job, output), len(job.prompt) - 1, [])))
+        return logits_of(model, Text(job.prompt, output), self.pair.device)
 
     def _floor(self, job: Job, output: Ids, r: torch.Tensor) -> Floats:
-        """KL between the reference's computation in one piece and in two, [T]; NaN where it cannot be split."""
-        sequence, start = self._sequence(job, output), len(job.prompt) - 1
-        if len(sequence) < 2:
-            return np.full(len(output), np.nan)
-        again: list[torch.Tensor] = []
-        with suppress(StatelessModelError):  # a model without a state cannot read a text in two pieces
-            again = list(pieces(self.model, sequence, start, [start or len(sequence) // 2]))
-        if not again:
-            return np.full(len(output), np.nan)
-        other = torch.cat(again)
-        found = torch.cat([kl(r[rows], other[rows]) for rows in chunks(len(r), r.shape[-1])])
-        return np.asarray(found.double().cpu().numpy())
+        """The reference's noise floor, [T]; NaN where the text cannot be split."""
+        sequence = Text(job.prompt, output).sequence(self.pair.device)
+        found = noise_floor(self.model, sequence, len(job.prompt) - 1, r)
+        return np.full(len(output), np.nan) if found is None else found
 
 
 def _figures(r: torch.Tensor, c: torch.Tensor, output: Ids) -> dict[str, Floats]:
-    emitted = torch.from_numpy(output.astype(np.int64)).to(r.device)
-    parts = [compare(r[rows], c[rows], emitted[rows]) for rows in chunks(len(r), r.shape[-1])]
-    return {name: torch.cat([part[name] for part in parts]).double().cpu().numpy() for name in KEPT}
+    figures = compare(r, c, torch.from_numpy(output.astype(np.int64)).to(r.device))
+    return {name: to_floats(figures[name]) for name in KEPT}

@@ -65,11 +65,9 @@ def curve_plot(
         parts.append(svg.line(to_x(mark.at), svg.TOP, to_x(mark.at), bottom, kind))
     if floor:
         parts.append(svg.line(svg.LEFT, to_y(floor), svg.WIDTH - svg.RIGHT, to_y(floor), "line s3"))
-    there = [f"{to_x(a):.1f},{to_y(b):.1f}" for a, b in zip(x, highs, strict=True)]
-    back = [f"{to_x(a):.1f},{to_y(b):.1f}" for a, b in zip(x, lows, strict=True)]
-    parts.append(f'<polygon class="band s0" points="{" ".join([*there, *reversed(back)])}"/>')
-    points = " ".join(f"{to_x(a):.1f},{to_y(b):.1f}" for a, b in zip(x, values, strict=True))
-    parts.append(f'<polyline class="line s0" points="{points}"/>')
+    places = [to_x(at) for at in x]
+    parts.append(svg.band(places, [to_y(low) for low in lows], [to_y(high) for high in highs], 0))
+    parts.append(svg.polyline(places, [to_y(value) for value in values], 0))
     legend = [("line s0", "KL(r‖c), band: 95 % by request"), *(_legend(mark) for mark in marks)]
     legend += [("line s3", "noise floor")] if floor else []
     for n, (kind, name) in enumerate(legend):
@@ -97,8 +95,7 @@ def scatter_plot(title: str, kinds: Sequence[Scatter], front: Sequence[tuple[flo
     bottom = svg.HEIGHT - svg.BOTTOM
     parts += [svg.text(to_x(at), bottom + 16, f"{at}", "middle") for at in range(0, int(highest) + 1, 20)]
     if front:
-        line = " ".join(f"{to_x(a):.1f},{to_y(b):.1f}" for a, b in front)
-        parts.append(f'<polyline class="line s0" points="{line}"/>')
+        parts.append(svg.polyline([to_x(a) for a, _ in front], [to_y(b) for _, b in front], 0))
     for n, kind in enumerate(kinds):
         for x, y, name in kind.points:
             parts.append(_shape(n, to_x(x), to_y(y), f"{name}: {x:.1f} %, {y:.3g} nats"))

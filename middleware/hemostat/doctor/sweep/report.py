@@ -8,7 +8,7 @@ from typing import Any
 from hemostat.doctor.pair import json_number
 from hemostat.doctor.sweep.analysis import Statement, Threshold, describe_break, pareto_front
 from hemostat.doctor.sweep.points import UNCHANGED, Point
-from hemostat.doctor.sweep.results import Results, figures, outcomes
+from hemostat.doctor.sweep.results import Results, figures, kl_rc, outcomes
 from hemostat_calibration.thresholds.breaks import Existence
 
 ENOUGH_BASE = 0.5
@@ -60,10 +60,8 @@ def _curve(results: Results, one: Threshold, shares: Mapping[Point, float]) -> d
     shown = dict(zip(one.line.points, one.line.shown, strict=True))
     rows = []
     for point in one.points:
-        found = figures(list(results.texts[point].values()))
-        rows.append(
-            {"name": point.name, "setting": shown[point], "bytes_share": shares[point], "kl_rc": found["kl_rc"]}
-        )
+        interval = kl_rc(list(results.texts[point].values()))
+        rows.append({"name": point.name, "setting": shown[point], "bytes_share": shares[point], "kl_rc": interval})
     return {
         "name": one.line.name,
         "unit": one.line.unit,

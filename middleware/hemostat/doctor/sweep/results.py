@@ -94,8 +94,8 @@ def figures(texts: Sequence[Scored]) -> dict[str, Any]:
     return {
         "requests": len(texts),
         "tokens": len(tokens.ids),
-        "kl_rc": _within(_interval(sample.mean(values["kl_rc"]), len(texts)), math.inf),
-        "kl_cr": _within(_interval(sample.mean(values["kl_cr"]), len(texts)), math.inf),
+        "kl_rc": _kl(tokens, "kl_rc"),
+        "kl_cr": _kl(tokens, "kl_cr"),
         "unbounded_share": float(np.mean(np.isinf(values["kl_rc"]))),
         "tv": _within(_interval(sample.mean(values["tv"]), len(texts)), 1.0),
         "same_top": _within(_interval(sample.mean(values["same_top"]), len(texts)), 1.0),
@@ -107,6 +107,18 @@ def figures(texts: Sequence[Scored]) -> dict[str, Any]:
             "above": int(curve.positions[-1]),
         },
     }
+
+
+def kl_rc(texts: Sequence[Scored]) -> dict[str, float | None]:
+    """The figure `kl_rc` alone."""
+    return _kl(Tokens.of(texts), "kl_rc")
+
+
+def kl_interval(texts: Sequence[Scored]) -> tuple[float, float]:
+    """Ends of the interval of KL(r‖c); infinite where they are not known."""
+    interval = kl_rc(texts)
+    low, high = interval["low"], interval["high"]
+    return (0.0 if low is None else low, math.inf if high is None else high)
 
 
 def outcomes(found: Sequence[Outcome]) -> dict[str, Any]:
@@ -137,6 +149,10 @@ def share(found: Sequence[bool]) -> dict[str, Any]:
     }
 
 
+def _kl(tokens: Tokens, name: str) -> dict[str, float | None]:
+    return _within(_interval(tokens.sample.mean(tokens.figures[name]), tokens.sample.requests), math.inf)
+
+
 def _interval(estimate: Estimate, requests: int) -> dict[str, float | None]:
     half = student_975(requests - 1) * estimate.by_request if requests > 1 else math.nan
     return {
@@ -153,10 +169,3 @@ def _within(interval: dict[str, float | None], most: float) -> dict[str, float |
 
 def _exp(value: float | None) -> float | None:
     return None if value is None or value > 700.0 else math.exp(value)
-
-
-def kl_interval(texts: Sequence[Scored]) -> tuple[float, float]:
-    """Ends of the interval of KL(r‖c); infinite where they are not known."""
-    interval: Mapping[str, float | None] = figures(texts)["kl_rc"]
-    low, high = interval["low"], interval["high"]
-    return (0.0 if low is None else low, math.inf if high is None else high)

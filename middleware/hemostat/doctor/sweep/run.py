@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ import msgspec
 import numpy as np
 
 from hemostat import __version__
+from hemostat.doctor.causes.units import Incomparable, decoder_layers
 from hemostat.doctor.checkpoints import CheckpointPair
 from hemostat.doctor.options import DoctorError, DoctorOptions
 from hemostat.doctor.pair import Ids, Job, encode, jobs_digest
@@ -21,14 +21,12 @@ from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import Prompt
 from hemostat.doctor.sweep.analysis import Statement, Threshold, statements, threshold
 from hemostat.doctor.sweep.halving import promoted, rungs
-from hemostat.doctor.sweep.layers import layer_list
 from hemostat.doctor.sweep.measuring import Block, Measured, SweptModel
 from hemostat.doctor.sweep.outcomes import Task, tasks
 from hemostat.doctor.sweep.points import UNCHANGED, Line, Point, grid, lines
 from hemostat.doctor.sweep.report import sweep_report
 from hemostat.doctor.sweep.results import Results
 from hemostat.doctor.sweep.weights import NotApplicableError, check, stored_share
-from hemostat.models.checkpoint_folders import cache_folder
 from hemostat.models.work_folder import WorkFolder
 from hemostat_calibration.errors import HemostatError
 
@@ -36,35 +34,17 @@ SCHEMA = 1
 GIVEN = "given"
 
 
-def run_sweep(
-    pair: CheckpointPair, prompts: Sequence[Prompt], options: DoctorOptions, reporter: Reporter
-) -> dict[str, Any] | None:
-    """The report; None when it was interrupted. Raises DoctorError and WorkFolderError."""
+def sweep_jobs(pair: CheckpointPair, prompts: Sequence[Prompt], options: DoctorOptions) -> list[Job]:
+    """Raises DoctorError where the model or the prompts cannot be swept."""
     if getattr(pair.reference_model.config, "quantization_config", None) is not None:
         raise DoctorError("REFERENCE: it is quantized already; a sweep compresses the original")
     jobs = encode(pair, prompts, replace(options, decoding="sampled"))
     if len(jobs) < 2:
         raise DoctorError("--prompts: a sweep needs at least 2 prompts for its intervals; give more")
-    key = _key(pair, jobs, options)
-    folder = options.work or cache_folder() / "doctor" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    with WorkFolder(folder, key, "sweep") as work:
-        try:
-            sweep = Sweep(pair, jobs, options, work, reporter)
-            sweep.measure()
-            report = sweep.report()
-        except KeyboardInterrupt:
-            reporter.log(f"interrupted: finished points are in {folder}; the same command continues from them")
-            return None
-        finally:
-            for note in work.notes:
-                reporter.log(note)
-        if options.work is None:
-            # Token ids can be decoded to text: they stay on disk only if the user named a folder.
-            work.remove()
-    return report
+    return jobs
 
 
-def _key(pair: CheckpointPair, jobs: Sequence[Job], options: DoctorOptions) -> dict[str, Any]:
+def sweep_key(pair: CheckpointPair, jobs: Sequence[Job], options: DoctorOptions) -> dict[str, Any]:
     """Everything that a stored point depends on; not the budget, nor the axes."""
     return {
         "hemostat": __version__,
@@ -76,6 +56,15 @@ def _key(pair: CheckpointPair, jobs: Sequence[Job], options: DoctorOptions) -> d
         "--seed": options.seed,
         "--device": options.device,
     }
+
+
+def run_sweep(
+    pair: CheckpointPair, jobs: Sequence[Job], options: DoctorOptions, work: WorkFolder, reporter: Reporter
+) -> dict[str, Any]:
+    """The report. Raises DoctorError and WorkFolderError."""
+    sweep = Sweep(pair, jobs, options, work, reporter)
+    sweep.measure()
+    return sweep.report()
 
 
 class Sweep:
@@ -93,7 +82,10 @@ class Sweep:
         """COMPRESSED, by rung."""
         self.notes: list[str] = []
         model = pair.reference_model
-        layers = len(layer_list(model)[2])
+        try:
+            layers = len(decoder_layers(model))
+        except Incomparable as reason:
+            raise DoctorError(f"REFERENCE: {reason}, which a sweep changes") from None
         self.lines: list[Line] = lines(options.sweep, layers)
         self.points: list[Point] = []
         for point in grid(options.sweep, layers):

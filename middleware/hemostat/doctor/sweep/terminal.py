@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hemostat.doctor.formats import UNKNOWN
+from hemostat.doctor.terminal import heading, named
 
 Row = Mapping[str, Any]
 
@@ -62,28 +63,19 @@ def summary(report: Row) -> list[tuple[str, str]]:
 
 def _parts(report: Row) -> Iterator[RenderableType]:
     sweep = report["sweep"]
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style="cyan", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, value in summary(report):
-        grid.add_row(name, value)
-    yield grid
-    yield _heading("The paper's statements, on this model")
+    yield named(summary(report))
+    yield heading("The paper's statements, on this model")
     for one in sweep["statements"]:
         yield Text(f"{one['verdict']}: {one['statement']}; {one['evidence']}")
         for pair in one["comparisons"]:
             yield Text(f"    {comparison(pair)}")
-    yield _heading("Thresholds")
+    yield heading("Thresholds")
     yield _table(THRESHOLD_HEADS, threshold_rows(sweep))
-    yield _heading("Points")
+    yield heading("Points")
     rows = [
         [cell.partition(" [")[0] if n in COUNTS else cell for n, cell in enumerate(row)] for row in point_rows(sweep)
     ]
     yield _table([HEADS[n] for n in SHOWN], [[row[n] for n in SHOWN] for row in rows])
-
-
-def _heading(title: str) -> RenderableType:
-    return Text(f"\n====== {title} ======", style="bold")
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from hemostat.doctor.sweep.layers import layer_list
+from hemostat.doctor.causes.units import decoder_layers
+from hemostat.doctor.kl_meter import altered_weights
 from hemostat.doctor.sweep.points import FULL_BITS, Change, Point
 from hemostat.models.compression.rounding import pruned, rounded
 from hemostat_calibration.errors import HemostatError
@@ -25,25 +26,18 @@ class NotApplicableError(HemostatError):
 
 def linears(model: Any) -> dict[str, Any]:
     """The linear layers inside of the decoder layers, by name."""
-    _, _, layers = layer_list(model)
-    inside = {id(module) for module in layers.modules() if isinstance(module, torch.nn.Linear)}
+    inside = {id(module) for module in decoder_layers(model).modules() if isinstance(module, torch.nn.Linear)}
     return {name: module for name, module in model.named_modules() if id(module) in inside}
 
 
 @contextmanager
 def compressed(model: Any, point: Point) -> Iterator[None]:
     """The model's weights at this point; the original tensors are put back afterwards. NotApplicableError."""
-    modules = linears(model) if point.changes_weights else {}
     check(model, point)
-    kept = {name: module.weight.data for name, module in modules.items()}
-    try:
-        removed = removed_rows(model, point.sparsity) if point.pattern == "rows" and point.sparsity else {}
-        for name, module in modules.items():
-            module.weight.data = _changed(name, kept[name], point, removed.get(name))
+    modules = linears(model) if point.changes_weights else {}
+    removed = removed_rows(model, point.sparsity) if point.pattern == "rows" and point.sparsity else {}
+    with altered_weights(modules, lambda name, weight: _changed(name, weight, point, removed.get(name))):
         yield
-    finally:
-        for name, module in modules.items():
-            module.weight.data = kept[name]
 
 
 def check(model: Any, point: Point) -> None:
@@ -55,7 +49,7 @@ def check(model: Any, point: Point) -> None:
         if point.sparsity and point.pattern == "n:4" and inputs % 4:
             raise NotApplicableError(f"{name} has {inputs} inputs, not a multiple of 4")
     if point.sparsity and point.pattern == "rows":
-        for layer in layer_list(model)[2]:
+        for layer in decoder_layers(model):
             _neurons(model, layer, [m for m in layer.modules() if isinstance(m, torch.nn.Linear)])
 
 
@@ -86,7 +80,7 @@ def removed_rows(model: Any, share: float) -> Mapping[str, torch.Tensor]:
     """
     names = {id(module): name for name, module in linears(model).items()}
     removed: dict[str, torch.Tensor] = {}
-    for layer in layer_list(model)[2]:
+    for layer in decoder_layers(model):
         modules = [module for module in layer.modules() if id(module) in names]
         read, write = _neurons(model, layer, modules)
         width = read[0].weight.shape[0]
@@ -156,6 +150,6 @@ def stored_share(model: Any, point: Point) -> float:
         kept = 1.0 if dense else 1.0 - point.sparsity
         index = 0.0 if dense else min(1.0, 2.0 * kept) if point.pattern == "n:4" else 1.0
         bits += stored * (kept * point.bits + index + scales)
-    layers = len(layer_list(model)[2])
+    layers = len(decoder_layers(model))
     changed = {Change.DROPPED: -point.layers, Change.INSERTED: point.layers}.get(point.change, 0)
     return bits / (FULL_BITS * total) * (layers + changed) / layers
