@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from hemostat.models.adapters.copies import Copy
 from hemostat.models.adapters.parts import Parts
 from hemostat.models.adapters.statistics import Progress
 from hemostat.models.adapters.texts import Text
-from hemostat.models.adapters.training import STEP_POSITIONS, Tensors, Trained, memory_bytes, train
+from hemostat.models.adapters.training import STEP_POSITIONS, Tensors, Trained, train
 from hemostat.models.checkpoint_folders import (
     MANIFEST,
     RECIPE,
@@ -145,9 +145,7 @@ def repair(
         step_positions=step_positions,
         progress=lambda stage, done, total: progress(REPAIR, done, total),
     )
-    repaired = Repaired(
-        {} if found.tensors is None else vectors.stored(found.tensors), _report(found, vectors, whole, small)
-    )
+    repaired = Repaired({} if found.tensors is None else vectors.stored(found.tensors), _report(found, vectors))
     report_bytes = torch.frombuffer(bytearray(json.dumps(repaired.report).encode()), dtype=torch.uint8)
     parts.put(_PART, {**repaired.tensors, "report": report_bytes})
     return repaired
@@ -241,16 +239,9 @@ def _replace_values(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             file.write(data)
 
 
-def _report(found: Trained, vectors: Vectors, reference: Copy, compressed: Copy) -> dict[str, Any]:
-    numbers = {name: getattr(found, name) for name in found.__slots__ if name not in ("tensors", "trials")}
-    return {
-        **numbers,
-        "improved": found.tensors is not None,
-        "won_back": 1.0 - found.kl / found.kl_start if found.kl_start > 0.0 else None,
-        "numbers": vectors.numbers,
-        "trials": [asdict(trial) for trial in found.trials],
-        "memory_mib": memory_bytes(reference, compressed, vectors.numbers) / (1 << 20),
-    }
+def _report(found: Trained, vectors: Vectors) -> dict[str, Any]:
+    won_back = 1.0 - found.kl / found.kl_start if found.kl_start > 0.0 else None
+    return found.report() | {"won_back": won_back, "numbers": vectors.numbers}
 
 
 def _rms(tensor: torch.Tensor) -> float:
