@@ -64,11 +64,7 @@ class LayerWalk:
 
     def hidden(self, n: int) -> list[torch.Tensor]:
         """Before layer `n`, by batch: stored, or computed from the nearest layer below that is."""
-        start = n
-        states = self._parts.get_list(_hidden(start))
-        while states is None and start > 0:
-            start -= 1
-            states = self._parts.get_list(_hidden(start))
+        start, states = nearest_stored(self._parts, _hidden, n)
         if states is None:
             states, _ = self.embeddings()
             self._parts.put_list(_hidden(0), states)
@@ -137,6 +133,16 @@ class LayerWalk:
         for n in range(len(self.names) + 1):
             self.drop_hidden(n)
             self.drop_gradient(n)
+
+
+def nearest_stored(parts: Parts, name: Callable[[int], str], n: int) -> tuple[int, list[torch.Tensor] | None]:
+    """What `Parts.put_list` stored as `name(m)`, for the largest m of at most n for which there is something, and that
+    m; 0 and None where there is nothing."""
+    for m in range(n, -1, -1):
+        states = parts.get_list(name(m))
+        if states is not None:
+            return m, states
+    return 0, None
 
 
 def _hidden(n: int) -> str:

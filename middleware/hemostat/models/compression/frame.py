@@ -22,7 +22,7 @@ from hemostat.models.adapters.checkpoint import Checkpoint
 from hemostat.models.adapters.copies import device_of, dtype_of, weights_of
 from hemostat.models.adapters.parts import Parts
 from hemostat.models.adapters.skeleton import CopyLinear, Skeleton
-from hemostat.models.adapters.walk import Around, LayerWalk
+from hemostat.models.adapters.walk import Around, LayerWalk, nearest_stored
 from hemostat.models.checkpoint_folders import CompressError
 from hemostat.models.compression.formats import Quantized, WeightFormat, restored, stored
 from hemostat_calibration.adapters.gram import Metric
@@ -279,11 +279,7 @@ def _outputs(data: LayerData, part: Mapping[str, torch.Tensor]) -> list[torch.Te
 
 def _hidden_before(run: Run, index: int) -> list[torch.Tensor]:
     """Of the compressed model, before the layer `index`: stored, or computed again from the finished layers."""
-    start = index
-    states = run.parts.get_list(_hidden(start))
-    while states is None and start > 0:
-        start -= 1
-        states = run.parts.get_list(_hidden(start))
+    start, states = nearest_stored(run.parts, _hidden, index)
     if states is None:
         states, _ = run.texts_walk.embeddings()
     for n in range(start, index):
