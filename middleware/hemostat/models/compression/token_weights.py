@@ -29,16 +29,10 @@ def measure_token_weights(run: Run) -> None:
     count = len(walk.names)
     for n in range(count - 1, -1, -1):
         if run.parts.get(_part(n)) is None:
-            gradients = walk.gradient(n + 1)
-            hidden = walk.hidden(n)
             found: dict[str, list[torch.Tensor]] = {}
-            around = partial(_seen, run, walk.names[n], found)
-            with walk.loaded(n):
-                before = walk.backward(n, hidden, gradients, around)
-            walk.store_gradient(n, before)
+            walk.measure(n, partial(_seen, run, walk.names[n], found), backwards=True)
             run.parts.put(_part(n), {f"{name}|{b}": w for name, ws in found.items() for b, w in enumerate(ws)})
-            walk.drop_hidden(n + 1)
-            walk.drop_gradient(n + 1)
+            walk.leave(n, backwards=True)
         run.progress(STAGE, count - n, count)
     walk.drop()
 
