@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from hemostat.models.adapters.activations import Batch
+from hemostat.models.adapters.activations import Batch, valid_rows
 from hemostat.models.adapters.pair import consumers, norm_offset
 from hemostat.models.adapters.skeleton import INT8_MAX
 from hemostat.models.compression.formats import WeightFormat
 from hemostat.models.compression.frame import LayerData
 from hemostat.models.compression.rounding import weight_groups
-from hemostat.models.compression.token_weights import WeightedMoments, valid_rows
+from hemostat.models.compression.token_weights import WeightedMoments
 
 AWQ_ALPHAS = tuple(n / 20 for n in range(1, 21))
 SMOOTH_ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -197,14 +197,16 @@ def _moved(layer: LayerData, site: Site, scale: torch.Tensor) -> dict[str, torch
 def _inputs(layer: LayerData, name: str) -> SiteInputs:
     """Of the linear layer `name`."""
     moments = WeightedMoments()
+    largest: list[torch.Tensor] = []
     rows: list[torch.Tensor] = []
     each = -(-SAMPLE_ROWS // len(layer.run.texts_walk.batches))
 
     @contextmanager
     def around(batch: Batch) -> Iterator[None]:
         def see(module: Any, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
-            given = valid_rows(arguments[0].detach(), batch)
+            given = valid_rows(arguments[0], batch.valid)
             moments.add(name, given, None)
+            largest.append(given.float().abs().amax(0))
             rows.append(given[:: -(-len(given) // each)].float())
 
         handle = layer.linears[name].register_forward_hook(see)
@@ -214,4 +216,4 @@ def _inputs(layer: LayerData, name: str) -> SiteInputs:
             handle.remove()
 
     layer.forward(around)
-    return SiteInputs(moments.totals[name], moments.largest[name], torch.cat(rows))
+    return SiteInputs(moments.totals[name], torch.stack(largest).amax(0), torch.cat(rows))
