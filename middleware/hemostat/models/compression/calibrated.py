@@ -152,6 +152,6 @@ class Calibrated:
 def _input_groups(layer: LayerData) -> list[list[str]]:
     """Linear layers that read the same tensor, in the order in which they are computed."""
     groups: dict[str, list[str]] = {}
-    for name, group in layer.moments({}).groups.items():
+    for name, group in layer.groups.items():
         groups.setdefault(group, []).append(name)
     return list(groups.values())

@@ -84,9 +84,8 @@ def scale_layer(layer: LayerData, formats: Mapping[str, WeightFormat], find: Fin
     Where the hidden states are much larger than what the layer adds, these hardly change, whatever it computes.
     """
     changed: dict[str, torch.Tensor] = {}
-    groups = layer.moments({}).groups
     for site in sites(layer):
-        readers = {name for name, group in groups.items() if group == groups.get(site.after[0])}
+        readers = {name for name, group in layer.groups.items() if group == layer.groups.get(site.after[0])}
         if not all(name in formats for name in site.after) or not readers <= set(site.after):
             continue
         inputs = _inputs(layer, site.after[0])

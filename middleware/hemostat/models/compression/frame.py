@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -158,6 +159,12 @@ class LayerData:
         _, calls = self.run.texts_walk.embeddings()
         with torch.no_grad():
             return run_layer(self.run.skeleton, self.index, self._hidden[0].to(self.run.skeleton.device), calls[0])
+
+    @cached_property
+    def groups(self) -> Mapping[str, str]:
+        """`Moments.groups` of the texts: by linear layer, the first one that reads the same tensor. In the order in
+        which the layers are computed; one that no text reaches, such as an expert, is left out."""
+        return self.moments({}).groups
 
     def moments(self, metrics: Mapping[str, Metric]) -> Moments:
         """Second moments of what the linear layers read; metrics: by the name of a linear layer. A layer that reads the
