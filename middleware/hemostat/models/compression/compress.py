@@ -108,10 +108,21 @@ def _build(
     versions = required_versions("torch", "transformers", "compressed_tensors")
     made_from = {"recipe": RECIPE, **settings, "source": folder_digest(source), **versions}
 
-    def write(folder: Path) -> None:
+    def write(folder: Path, work: WorkFolder) -> None:
+        _write(source, folder, method(), settings, texts, seed, work, around)
+
+    build_with_work(destination, made_from, write, around)
+
+
+def build_with_work(
+    destination: Path, made_from: dict[str, Any], write: Callable[[Path, WorkFolder], None], around: Surroundings
+) -> None:
+    """As `build_folder`; `write` also gets the folder of finished work. CompressError where it cannot be written."""
+
+    def write_folder(folder: Path) -> None:
         key = made_from | {"destination": str(destination.absolute()), "device": around.device}
         with WorkFolder(around.work or cache_folder() / "compress" / cache_key(key), key, "compress") as work:
-            _write(source, folder, method(), settings, texts, seed, work, around)
+            write(folder, work)
             for note in work.notes:
                 around.log(note)
             if around.work is None:
@@ -119,7 +130,7 @@ def _build(
                 work.remove()
 
     try:
-        build_folder(destination, made_from, write, around.log)
+        build_folder(destination, made_from, write_folder, around.log)
     except OSError as error:
         raise CompressError(
             f"{destination} cannot be written ({error.strerror or error}); free some space or name another folder"

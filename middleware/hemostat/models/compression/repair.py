@@ -27,13 +27,10 @@ from hemostat.models.checkpoint_folders import (
     MANIFEST,
     RECIPE,
     CompressError,
-    build_folder,
-    cache_folder,
-    cache_key,
     folder_digest,
     required_versions,
 )
-from hemostat.models.compression.compress import Surroundings
+from hemostat.models.compression.compress import Surroundings, build_with_work
 from hemostat.models.compression.other_files import REPAIR, REPORT
 from hemostat.models.work_folder import WorkFolder
 
@@ -77,7 +74,7 @@ def write_repaired_copy(
         tokens.update(json.dumps([text.prompt.tolist(), text.output.tolist()]).encode())
     made_from = {
         "recipe": RECIPE,
-        "settings": {"scheme": REPAIR, "rates": RATES},
+        "settings": {"scheme": REPAIR, "rates": list(RATES)},
         "seed": seed,
         "texts": tokens.hexdigest(),
         "source": folder_digest(reference),
@@ -85,28 +82,14 @@ def write_repaired_copy(
         **required_versions("torch", "transformers", "compressed_tensors"),
     }
 
-    def write(folder: Path) -> None:
-        key = made_from | {"destination": str(destination.absolute()), "device": around.device}
-        with WorkFolder(around.work or cache_folder() / "compress" / cache_key(key), key, "compress") as work:
-            found = repair(
-                reference, compressed, texts, Parts(work), device=around.device, seed=seed, progress=around.step
-            )
-            write_repaired(compressed, folder, found.tensors)
-            earlier = folder / REPORT
-            report = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}
-            earlier.write_text(json.dumps(report | {REPAIR: found.report}, indent=1) + "\n", encoding="utf-8")
-            for note in work.notes:
-                around.log(note)
-            if around.work is None:
-                # Token ids can be decoded to text: they stay on disk only if the user named a folder.
-                work.remove()
+    def write(folder: Path, work: WorkFolder) -> None:
+        found = repair(reference, compressed, texts, Parts(work), device=around.device, seed=seed, progress=around.step)
+        write_repaired(compressed, folder, found.tensors)
+        earlier = folder / REPORT
+        report = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}
+        earlier.write_text(json.dumps(report | {REPAIR: found.report}, indent=1) + "\n", encoding="utf-8")
 
-    try:
-        build_folder(destination, json.loads(json.dumps(made_from)), write, around.log)
-    except OSError as error:
-        raise CompressError(
-            f"{destination} cannot be written ({error.strerror or error}); free some space or name another folder"
-        ) from None
+    build_with_work(destination, made_from, write, around)
     written: dict[str, Any] = json.loads((destination / REPORT).read_text(encoding="utf-8"))[REPAIR]
     return written
 
