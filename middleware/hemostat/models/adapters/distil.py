@@ -5,7 +5,6 @@ See `training`. Unlike the training-free adapter it does not run layer by layer:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -15,7 +14,7 @@ import torch
 from hemostat.models.adapters.build import Built, peak_mib
 from hemostat.models.adapters.copies import Adapter, Copy
 from hemostat.models.adapters.pair import CheckpointPair
-from hemostat.models.adapters.parts import Parts
+from hemostat.models.adapters.parts import Parts, json_tensor, json_value
 from hemostat.models.adapters.skeleton import set_factors
 from hemostat.models.adapters.statistics import Progress
 from hemostat.models.adapters.texts import Text
@@ -88,12 +87,12 @@ def distilled(
             notes = [*built.report["notes"], f"not distilled: {error}"]
             return replace(built, report=built.report | {"distilled": None, "notes": notes})
         layers, report = found.layers, found.report()
-        kept = {"report": torch.frombuffer(bytearray(json.dumps(report).encode()), dtype=torch.uint8)}
+        kept = {"report": json_tensor(report)}
         for name, layer in layers.items():
             kept |= {f"{name}|a": torch.from_numpy(layer.a), f"{name}|b": torch.from_numpy(layer.b)}
         parts.put(_PART, kept)
     else:
-        report = json.loads(kept["report"].numpy().tobytes())
+        report = json_value(kept["report"])
         names = [name.removesuffix("|a") for name in kept if name.endswith("|a")]
         layers = {name: LowRank(kept[f"{name}|a"].numpy(), kept[f"{name}|b"].numpy()) for name in names}
     profile = built.profile

@@ -6,7 +6,6 @@ where the method needs them, and stores each finished layer, from which an inter
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +20,7 @@ import torch
 from hemostat.models.adapters.activations import Moments, measured, run_layer
 from hemostat.models.adapters.checkpoint import Checkpoint
 from hemostat.models.adapters.copies import device_of, dtype_of, weights_of
-from hemostat.models.adapters.parts import Parts
+from hemostat.models.adapters.parts import Parts, json_tensor, json_value
 from hemostat.models.adapters.skeleton import CopyLinear, Skeleton
 from hemostat.models.adapters.walk import Around, LayerWalk, nearest_stored
 from hemostat.models.checkpoint_folders import CompressError
@@ -232,7 +231,7 @@ def compress_layers(run: Run, method: Method) -> Compressed:
             kept = _compress_layer(run, method, index, last=index + 1 == count)
             run.parts.put(_layer(index), kept)
         found.formats |= _formats(kept)
-        found.reports[name] = _from_json(kept[_REPORT])
+        found.reports[name] = json_value(kept[_REPORT])
         run.parts.drop(_hidden(index))
         run.progress(STAGE, index + 1, count)
     return found
@@ -261,7 +260,7 @@ def _part(result: LayerResult, run: Run) -> dict[str, torch.Tensor]:
             part |= {f"{module}.{key}": tensor for key, tensor in stored(weight).items()}
         else:
             part[name] = weight.to(run.source.checkpoint.tensor(name).dtype)
-    return part | {_FORMATS: _to_json(formats), _REPORT: _to_json(dict(result.report))}
+    return part | {_FORMATS: json_tensor(formats), _REPORT: json_tensor(dict(result.report))}
 
 
 def _outputs(data: LayerData, part: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -300,21 +299,13 @@ def _hidden_before(run: Run, index: int) -> list[torch.Tensor]:
 
 
 def _formats(part: Mapping[str, torch.Tensor]) -> dict[str, WeightFormat]:
-    return {name: msgspec.convert(value, WeightFormat) for name, value in _from_json(part[_FORMATS]).items()}
+    return {name: msgspec.convert(value, WeightFormat) for name, value in json_value(part[_FORMATS]).items()}
 
 
 def _parameter(name: str) -> str:
     """`a.weight` for `a.weight_packed`."""
     module, _, part = name.rpartition(".")
     return f"{module}.weight" if part.startswith("weight_") else name
-
-
-def _to_json(value: Any) -> torch.Tensor:
-    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-
-
-def _from_json(tensor: torch.Tensor) -> Any:
-    return json.loads(bytes(tensor.tolist()))
 
 
 def _layer(index: int) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from hemostat.models.adapters.copies import Copy
-from hemostat.models.adapters.parts import Parts
+from hemostat.models.adapters.parts import Parts, json_tensor, json_value
 from hemostat.models.adapters.statistics import Progress
 from hemostat.models.adapters.texts import Text
 from hemostat.models.adapters.training import STEP_POSITIONS, Tensors, Trained, train
@@ -37,6 +37,8 @@ from hemostat.models.work_folder import WorkFolder
 RATES = (1e-2, 3e-3)
 """Of Adam, relative to the size of a tensor's entries: weights of norms are about 1, and some about 0.1."""
 _PART = "repaired"
+_REPORT_KEY = "report"
+"""Beside the tensors of the part."""
 _LEAST_SIZE = 0.01
 """That of a tensor of zeros, such as a new bias, for steps."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -112,8 +114,8 @@ def repair(
     """
     kept = parts.get(_PART)
     if kept is not None:
-        report = json.loads(kept.pop("report").numpy().tobytes())
-        return Repaired(kept, report)
+        tensors = {name: tensor for name, tensor in kept.items() if name != _REPORT_KEY}
+        return Repaired(tensors, json_value(kept[_REPORT_KEY]))
     whole, small = (
         Copy.load(folder, device, label=label) for folder, label in ((reference, "SOURCE"), (compressed, "COMPRESSED"))
     )
@@ -129,8 +131,7 @@ def repair(
         progress=lambda stage, done, total: progress(REPAIR, done, total),
     )
     repaired = Repaired({} if found.tensors is None else vectors.stored(found.tensors), _report(found, vectors))
-    report_bytes = torch.frombuffer(bytearray(json.dumps(repaired.report).encode()), dtype=torch.uint8)
-    parts.put(_PART, {**repaired.tensors, "report": report_bytes})
+    parts.put(_PART, {**repaired.tensors, _REPORT_KEY: json_tensor(repaired.report)})
     return repaired
 
 
