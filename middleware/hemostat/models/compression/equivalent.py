@@ -22,10 +22,10 @@ import torch
 
 from hemostat.models.adapters.activations import Batch, valid_rows
 from hemostat.models.adapters.pair import consumers, norm_offset
-from hemostat.models.adapters.skeleton import INT8_MAX
+from hemostat.models.adapters.skeleton import input_scale
 from hemostat.models.compression.formats import WeightFormat
 from hemostat.models.compression.frame import LayerData
-from hemostat.models.compression.rounding import weight_groups
+from hemostat.models.compression.rounding import highest_integer, round_to_steps, weight_groups
 from hemostat.models.compression.token_weights import WeightedMoments
 
 AWQ_ALPHAS = tuple(n / 20 for n in range(1, 21))
@@ -134,7 +134,7 @@ def smooth_scale(
 
     def loss(scale: torch.Tensor | None) -> float:
         rows = inputs.rows if scale is None else inputs.rows / scale
-        steps = rows.abs().amax(1, keepdim=True).clamp_min(1e-7) / INT8_MAX
+        steps = input_scale(rows)
         rounded = (rows / steps).round() * steps
         total = 0.0
         for name, weight in weights.items():
@@ -153,9 +153,9 @@ def _through_grid(
     """The weight after its columns are multiplied by `scale`, rounded, and divided again."""
     moved = weight if scale is None else weight * scale
     groups = weight_groups(name, moved, weight_format.group_size)
-    highest = 2 ** (weight_format.bits - 1) - 1
+    highest = highest_integer(weight_format.bits)
     steps = groups.abs().amax(-1, keepdim=True).clamp_min(1e-12) / (highest + 0.5)
-    rounded = ((groups / steps).round().clamp(-highest - 1, highest) * steps).flatten(1)
+    rounded = (round_to_steps(groups, steps, highest) * steps).flatten(1)
     return rounded if scale is None else rounded / scale
 
 
