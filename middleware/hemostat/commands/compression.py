@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from hemostat.models.compression.formats import WeightFormat
     from hemostat.models.compression.frame import Method
 
-GROUP_SIZE = 64
 BEST = {"w8a8": "smooth", "fp8": "none"}
 """`--calibrate` where it is not given; of the other schemes `descent`. See docs/compress.md."""
 _PRUNING = ("sparsity", "score", "pattern", "budget", "compensate")
@@ -199,6 +198,7 @@ def _method(options: CompressOptions, reporter: Reporter) -> Method:
 def _format(scheme: str, group_size: int | str | None) -> tuple[WeightFormat, bool]:
     """The format of every layer, and whether it is packed."""
     from hemostat.models.compression.formats import WeightFormat  # noqa: PLC0415
+    from hemostat.models.compression.rounding import GROUP_SIZE  # noqa: PLC0415
 
     if scheme == "w8a8":
         return WeightFormat(8, inputs="int8"), True

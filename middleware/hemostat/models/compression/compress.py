@@ -29,15 +29,13 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from hemostat.models.adapters.statistics import Progress as StepProgress
     from hemostat.models.compression.frame import Method
 
 SCHEMES = ("w4a16", "int3", "w8a8", "prune10", "prune30", "prune50")
 """Without data. w4a16: int4 weights, symmetric, groups of 64 inputs, rounded to nearest. int3: the same with 3 bits,
 written dense. w8a8: int8 weights per output channel, int8 activations scaled per token at run time. pruneNN: the NN %
 of every layer's weights with the smallest magnitude are set to zero. All linear layers except the head."""
-
-StepProgress = Callable[[str, int, int], None]
-"""Called with a stage, finished steps and all steps."""
 
 
 @dataclass(frozen=True, slots=True)

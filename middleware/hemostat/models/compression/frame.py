@@ -6,7 +6,7 @@ where the method needs them, and stores each finished layer, from which an inter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,14 +22,13 @@ from hemostat.models.adapters.checkpoint import Checkpoint
 from hemostat.models.adapters.copies import device_of, dtype_of, weights_of
 from hemostat.models.adapters.parts import Parts, json_tensor, json_value
 from hemostat.models.adapters.skeleton import CopyLinear, Skeleton
+from hemostat.models.adapters.statistics import Progress
 from hemostat.models.adapters.walk import Around, LayerWalk, nearest_stored
 from hemostat.models.checkpoint_folders import CompressError
 from hemostat.models.compression.formats import Quantized, WeightFormat, restored, stored
 from hemostat_calibration.adapters.gram import Metric
 
 Ids = npt.NDArray[np.int32]
-Progress = Callable[[str, int, int], None]
-"""Called with a stage, finished steps and all steps."""
 
 STAGE = "compressed layers"
 NEEDS_TEXTS = "this method needs texts: give --prompts or --records"

@@ -58,7 +58,8 @@ class PruneOptions:
 
     @property
     def max_sparsity(self) -> float:
-        return self.sparsity if self.budget is Budget.LAYER else 1.0 - LEAST_KEPT * (1.0 - self.sparsity)
+        """Of a layer, with a global budget."""
+        return 1.0 - LEAST_KEPT * (1.0 - self.sparsity)
 
 
 class PruneMethod:
