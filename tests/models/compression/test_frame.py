@@ -27,6 +27,7 @@ from hemostat.models.compression.compress import Surroundings, compress_with  # 
 from hemostat.models.compression.formats import Quantized, WeightFormat, on_grid, restored, stored  # noqa: E402
 from hemostat.models.compression.frame import STAGE, Run, Source, compress_layers  # noqa: E402
 from hemostat.models.compression.methods import nearest, without_texts  # noqa: E402
+from hemostat.models.compression.pruning.masks import Pattern  # noqa: E402
 from hemostat.models.compression.tensor_files import TensorFiles  # noqa: E402
 from hemostat.models.compression.token_weights import measure_token_weights  # noqa: E402
 from hemostat_calibration.errors import HemostatError  # noqa: E402
@@ -157,6 +158,15 @@ def test_stored_weights_are_restored(chosen: WeightFormat) -> None:
     assert float((values - weight.float()).norm() / weight.float().norm()) < (0.15 if chosen.bits == 4 else 0.04)
     again = Quantized(chosen, values, found.scale)
     assert torch.equal(restored(chosen, stored(again)), values), "what is on the grid stays"
+
+
+def test_settings_name_every_layer_that_is_changed() -> None:
+    """A copy is not made again where they are equal."""
+    half = (0.5, Pattern.UNSTRUCTURED)
+    sparse = Calibrated({"a": W4A16}, Calibration(), sparse={"a": half, "b": half, "c": half})
+    layers = sparse.settings["layers"]
+    assert sorted(name for names in layers.values() for name in names) == ["a", "b", "c"]
+    assert layers[json.dumps({"sparse": half})] == ["b", "c"]
 
 
 def test_files_of_several_parts_are_read_by_safetensors(tmp_path: Path) -> None:

@@ -79,10 +79,11 @@ class Calibrated:
     def settings(self) -> Mapping[str, Any]:
         """Layers of the same format are one entry."""
         layers: dict[str, list[str]] = {}
-        for name, chosen in self._formats.items():
-            how = msgspec.to_builtins(chosen) | {"packed": name in self._packed, "sparse": self._sparse.get(name)}
+        for name in dict.fromkeys([*self._formats, *self._sparse]):
+            how = {"sparse": self._sparse.get(name)}
+            if name in self._formats:
+                how = msgspec.to_builtins(self._formats[name]) | {"packed": name in self._packed} | how
             layers.setdefault(json.dumps(how), []).append(name)
-        layers |= {json.dumps({"sparse": how}): [n] for n, how in self._sparse.items() if n not in self._formats}
         return {"calibration": msgspec.to_builtins(self._calibration), "layers": layers}
 
     def prepare(self, run: Run) -> None:
