@@ -116,7 +116,7 @@ class Calibrated:
                 errors[name] = float(quadratic_error(before, hessian, now).sum() / whole) if whole > 0 else 0.0
                 layer.set_parameter(f"{name}.weight", now)
                 weights[f"{name}.weight"] = new if name in self._packed else now
-        for name in layer.linears.keys() & self._formats.keys() - errors.keys():
+        for name in [name for name in layer.linears if name in self._formats and name not in errors]:
             # No text reached it, such as an expert that is never chosen.
             new = nearest(name, layer.parameter(f"{name}.weight"), self._formats[name])
             weights[f"{name}.weight"] = new if name in self._packed else on_grid(new)
