@@ -16,7 +16,8 @@ from hemostat_calibration.errors import InvalidArgumentError
 def share_zeros(
     quantiles: Mapping[str, Floats], sizes: Mapping[str, int], sparsity: float, max_sparsity: float
 ) -> dict[str, int]:
-    """The number of weights that each layer loses, together `round(sparsity · Σ sizes)`, exactly.
+    """The number of weights that each layer loses, together exactly `round(sparsity · Σ sizes)`, or, if `max_sparsity`
+    does not allow as many, as many as it allows.
 
     quantiles: by layer the scores of its weights in ascending order; or fewer of them at equal steps, each of which
         stands for as many weights. Scores must mean the same in all layers, such as a rise of the loss.
@@ -41,15 +42,15 @@ def share_zeros(
     wanted = round(sparsity * sum(sizes[name] for name in quantiles))
     most = np.array([int(max_sparsity * sizes[name] + 1e-9) for name in quantiles], np.float64)
     wanted = min(wanted, int(most.sum()))
+    if wanted == 0:
+        return dict.fromkeys(quantiles, 0)
 
     def lost(threshold: float, side: Literal["left", "right"]) -> Floats:
         """By layer, with all scores below the threshold lost (`left`), or also those that are equal to it."""
         parts = [np.searchsorted(values, threshold, side) / len(values) for values in quantiles.values()]
         return np.minimum(np.array(parts) * [sizes[name] for name in quantiles], most)
 
-    candidates = np.unique(np.concatenate(list(quantiles.values()))) if quantiles else np.zeros(0)
-    if wanted == 0:
-        return dict.fromkeys(quantiles, 0)
+    candidates = np.unique(np.concatenate(list(quantiles.values())))
     found = bisect.bisect_left(candidates, wanted, hi=len(candidates) - 1, key=lambda c: lost(c, "right").sum())
     least, largest = lost(candidates[found], "left"), lost(candidates[found], "right")
     part = (wanted - least.sum()) / max(float((largest - least).sum()), 1e-9)
@@ -75,7 +76,8 @@ def share_units(
     scores: by layer the score of each unit, [units]; they must mean the same in all layers. weights: by layer the
         number of weights of each unit, [units], above 0. max_sparsity: at most this part of a layer's weights is lost.
 
-    Units with the least score for each weight go first, until the part is reached: at most one unit too much.
+    Units with the least score for each weight go first, until the part is reached: at most one unit too much; less
+    than the part where `max_sparsity` leaves no room for another unit.
 
     InvalidArgumentError where sparsity is above `max_sparsity`, or scores are not finite.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hemostat.commands.arguments import non_negative_integer, positive_integer
+from hemostat.commands.arguments import add_texts, non_negative_integer, positive_integer
 
 HELP = "make an adapter (LoRA) that compensates a compressed checkpoint's weight error"
 
@@ -20,15 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder to write: PEFT files for vLLM and peft, profile.safetensors, report.json",
     )
-    texts = parser.add_mutually_exclusive_group()
-    texts.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help='one prompt per line: text, {"prompt": "..."} or {"messages": [...]}; without a "completion", COMPRESSED '
-        "writes one (default: prompts that come with Hemostat)",
-    )
-    texts.add_argument("--records", type=Path, metavar="FILE", help="texts that records.path wrote; generates nothing")
+    add_texts(parser, "COMPRESSED")
     parser.add_argument("--rank", type=positive_integer, default=16, metavar="R", help="of every layer (16)")
     parser.add_argument(
         "--shared-out",

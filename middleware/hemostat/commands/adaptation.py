@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import shutil
 import tempfile
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hemostat import __version__
-from hemostat.commands.arguments import UsageError
+from hemostat.commands.arguments import EXIT_INTERRUPTED, UsageError, check_installed
 from hemostat.commands.texts import Writer, texts_digest
 from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import Prompt, load
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 PROFILE_FILE = "profile.safetensors"
 REPORT_FILE = "report.json"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, PROFILE_FILE, REPORT_FILE)
-EXIT_INTERRUPTED = 130
 MAX_HELD_OUT_TOKENS = 4096
 """More narrow the interval little: it depends on the number of prompts."""
 MORE_BITS_SHARE = 0.25
@@ -63,9 +61,7 @@ class AdaptOptions:
 
 def run(options: AdaptOptions) -> int:
     """Write the adapter and print what it wins back. Returns the exit code. Raises HemostatError."""
-    missing = [name for name in ("torch", "transformers", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(f"not installed: {', '.join(missing)}; pip install 'hemostat[transformers]'")
+    check_installed()
     _check_out(options.out)
     if options.max_rank is not None and not options.shared_out:
         raise UsageError("--max-rank is for shared-out ranks: add --shared-out, or leave it out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 WITHOUT_DATA = ("prune10", "prune30", "prune50")
 COMPRESSIONS = ("w4a16", "int3", "w8a8", *WITHOUT_DATA)
+EXIT_INTERRUPTED = 130
 
 SHORTHANDS = {
     "upstream": ("upstream.url", "URL", "the vLLM server with the compressed model"),
@@ -47,6 +49,26 @@ def positive_integer(text: str) -> int:
 
 def non_negative_integer(text: str) -> int:
     return 0 if text == "0" else positive_integer(text)
+
+
+def check_installed() -> None:
+    """UsageError where the packages of the extra `transformers` are missing."""
+    missing = [name for name in ("torch", "transformers", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"not installed: {', '.join(missing)}; pip install 'hemostat[transformers]'")
+
+
+def add_texts(parser: argparse.ArgumentParser, writer: str) -> None:
+    """Add --prompts and --records: what a command calibrates on. writer: the checkpoint that completes prompts."""
+    texts = parser.add_mutually_exclusive_group()
+    texts.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help=f'one prompt per line: text, {{"prompt": "..."}} or {{"messages": [...]}}; without a "completion", '
+        f"{writer} writes one (default: prompts that come with Hemostat)",
+    )
+    texts.add_argument("--records", type=Path, metavar="FILE", help="texts that records.path wrote; generates nothing")
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:

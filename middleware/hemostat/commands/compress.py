@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hemostat.commands.arguments import WITHOUT_DATA, non_negative_integer, positive_integer
+from hemostat.commands.arguments import WITHOUT_DATA, add_texts, non_negative_integer, positive_integer
 
 HELP = "quantize or prune a checkpoint"
 PACKED = ("w4a16", "w8a16", "w8a8", "fp8")
@@ -46,15 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="let the weights that stay make up for the others (default: yes)",
     )
-    texts = parser.add_mutually_exclusive_group()
-    texts.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help='one prompt per line: text, {"prompt": "..."} or {"messages": [...]}; without a "completion", SOURCE '
-        "writes one (default: prompts that come with Hemostat)",
-    )
-    texts.add_argument("--records", type=Path, metavar="FILE", help="texts that records.path wrote; generates nothing")
+    add_texts(parser, "SOURCE")
     parser.add_argument(
         "--tokens", type=positive_integer, default=16_000, metavar="N", help="at most N of them (16000)"
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hemostat import __version__
-from hemostat.commands.arguments import WITHOUT_DATA, UsageError
+from hemostat.commands.arguments import EXIT_INTERRUPTED, WITHOUT_DATA, UsageError, check_installed
 from hemostat.commands.texts import Writer, texts_digest
 from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import load
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from hemostat.models.compression.formats import WeightFormat
     from hemostat.models.compression.frame import Method
 
-EXIT_INTERRUPTED = 130
-GROUP_SIZE = 64
 BEST = {"w8a8": "smooth", "fp8": "none"}
 """`--calibrate` where it is not given; of the other schemes `descent`. See docs/compress.md."""
 _PRUNING = ("sparsity", "score", "pattern", "budget", "compensate")
@@ -100,9 +97,7 @@ class CompressOptions:
 
 def run(options: CompressOptions) -> int:
     """Write the folder and say what it is. Returns the exit code. Raises HemostatError."""
-    missing = [name for name in ("torch", "transformers", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(f"not installed: {', '.join(missing)}; pip install 'hemostat[transformers]'")
+    check_installed()
     if not (options.source / "config.json").is_file():
         raise CompressError(f"{options.source} is not a transformers checkpoint: it has no config.json")
     key = {"source": str(options.source.absolute()), "destination": str(options.destination.absolute())}
@@ -203,6 +198,7 @@ def _method(options: CompressOptions, reporter: Reporter) -> Method:
 def _format(scheme: str, group_size: int | str | None) -> tuple[WeightFormat, bool]:
     """The format of every layer, and whether it is packed."""
     from hemostat.models.compression.formats import WeightFormat  # noqa: PLC0415
+    from hemostat.models.compression.rounding import GROUP_SIZE  # noqa: PLC0415
 
     if scheme == "w8a8":
         return WeightFormat(8, inputs="int8"), True

@@ -64,7 +64,7 @@ class VllmReference:
         self._card: ModelCard | None = None
 
     def use(self, server: VllmServer) -> None:
-        """Score at another server of the same model from the next start on; whoever made it closes it."""
+        """Score at another server of the same model; `start` comes next. Whoever made the server closes it."""
         self._server = server
 
     async def start(self) -> ReferenceInfo:

@@ -25,8 +25,9 @@ from hemostat.models.checkpoint_folders import CompressError, is_complete  # noq
 from hemostat.models.compression.calibrated import Calibrated, Calibration  # noqa: E402
 from hemostat.models.compression.compress import Surroundings, compress_with  # noqa: E402
 from hemostat.models.compression.formats import Quantized, WeightFormat, on_grid, restored, stored  # noqa: E402
-from hemostat.models.compression.frame import Run, Source, compress_layers  # noqa: E402
+from hemostat.models.compression.frame import STAGE, Run, Source, compress_layers  # noqa: E402
 from hemostat.models.compression.methods import nearest, without_texts  # noqa: E402
+from hemostat.models.compression.pruning.masks import Pattern  # noqa: E402
 from hemostat.models.compression.tensor_files import TensorFiles  # noqa: E402
 from hemostat.models.compression.token_weights import measure_token_weights  # noqa: E402
 from hemostat_calibration.errors import HemostatError  # noqa: E402
@@ -87,7 +88,13 @@ def test_the_checkpoint_is_what_the_layers_computed(tmp_path: Path) -> None:
     """Untouched tensors are the source's; compressed ones are those on which later layers were calibrated."""
     source = small(tmp_path / "source")
     opened = Source.open(source)
-    run = Run(opened, TEXTS, Parts(None), 0, lambda *_: None)
+    between: list[Any] = []
+
+    def keep(stage: str, done: int, total: int) -> None:
+        if (stage, done) == (STAGE, 1):
+            between.extend(run.parts.get_list("compressed-hidden-0001") or ())
+
+    run = Run(opened, TEXTS, Parts(None), 0, keep)
     method = everything(source)
     compress_layers(run, method)
     hidden = run.parts.get_list("compressed-hidden-0001")
@@ -98,6 +105,12 @@ def test_the_checkpoint_is_what_the_layers_computed(tmp_path: Path) -> None:
     assert written.is_quantized("model.layers.0.mlp.down_proj")
     assert hidden is None, "the last hidden states are deleted"
     before, after = Copy.load(source), Copy.load(tmp_path / "out")
+    found: list[Any] = []
+    after.skeleton.layers["model.layers.0"].register_forward_hook(lambda _, __, output: found.append(output))
+    for batch, states in zip(run.texts_walk.batches, between, strict=True):
+        with torch.no_grad():
+            after.skeleton.base(input_ids=batch.ids, use_cache=False)
+        torch.testing.assert_close(found[-1][batch.valid], states[batch.valid], rtol=1e-4, atol=1e-4)
     for ids in TEXTS[:2]:
         assert np.abs(before.logits(ids) - after.logits(ids)).max() < 0.5 * np.abs(before.logits(ids)).max()
 
@@ -145,6 +158,15 @@ def test_stored_weights_are_restored(chosen: WeightFormat) -> None:
     assert float((values - weight.float()).norm() / weight.float().norm()) < (0.15 if chosen.bits == 4 else 0.04)
     again = Quantized(chosen, values, found.scale)
     assert torch.equal(restored(chosen, stored(again)), values), "what is on the grid stays"
+
+
+def test_settings_name_every_layer_that_is_changed() -> None:
+    """A copy is not made again where they are equal."""
+    half = (0.5, Pattern.UNSTRUCTURED)
+    sparse = Calibrated({"a": W4A16}, Calibration(), sparse={"a": half, "b": half, "c": half})
+    layers = sparse.settings["layers"]
+    assert sorted(name for names in layers.values() for name in names) == ["a", "b", "c"]
+    assert layers[json.dumps({"sparse": half})] == ["b", "c"]
 
 
 def test_files_of_several_parts_are_read_by_safetensors(tmp_path: Path) -> None:

@@ -5,22 +5,20 @@ See `training`. Unlike the training-free adapter it does not run layer by layer:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from hemostat.models.adapters.build import Built, peak_mib
 from hemostat.models.adapters.copies import Adapter, Copy
 from hemostat.models.adapters.pair import CheckpointPair
-from hemostat.models.adapters.parts import Parts
+from hemostat.models.adapters.parts import Parts, json_tensor, json_value
 from hemostat.models.adapters.skeleton import set_factors
 from hemostat.models.adapters.statistics import Progress
 from hemostat.models.adapters.texts import Text
-from hemostat.models.adapters.training import STEP_POSITIONS, Tensors, TooFewTextsError, Trial, memory_bytes, train
+from hemostat.models.adapters.training import STEP_POSITIONS, Tensors, TooFewTextsError, Trained, train
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.adapters.int8 import dequantize_rows, quantize_rows
 from hemostat_calibration.profiles.adapter import adapter_layers, adapter_profile
@@ -32,29 +30,11 @@ _PART = "distilled"
 
 
 @dataclass(frozen=True, slots=True)
-class Distilled:
-    """layers: what is to be served: of the last trial, or the start itself where `improved` is False.
-
-    kl_start, kl: mean KL(reference‖·) of the fold's tokens, nats, with the start and with `layers`, both as they are
-    served, from int8. fold_texts, fold_tokens: of the fold. tokens: trained on, of all trials.
-    """
+class Distilled(Trained):
+    """layers: what is to be served: of the last trial, or the start itself where the fold did not improve. The figures
+    are of adapters rounded to int8."""
 
     layers: Adapter
-    improved: bool
-    kl_start: float
-    kl: float
-    fold_texts: int
-    fold_tokens: int
-    tokens: int
-    trials: tuple[Trial, ...]
-    seconds: float
-    cpu_seconds: float
-    memory_mib: float
-
-    def report(self) -> dict[str, Any]:
-        """For JSON, without the layers."""
-        found = {name: getattr(self, name) for name in self.__slots__ if name not in ("layers", "trials")}
-        return found | {"trials": [asdict(trial) for trial in self.trials]}
 
 
 def distil(
@@ -79,20 +59,8 @@ def distil(
         step_positions=step_positions,
         progress=progress,
     )
-    numbers = sum(layer.a.size + layer.b.size for layer in start.values())
-    return Distilled(
-        layers=start if found.tensors is None else _layers(found.tensors),
-        improved=found.tensors is not None,
-        kl_start=found.kl_start,
-        kl=found.kl,
-        fold_texts=found.fold_texts,
-        fold_tokens=found.fold_tokens,
-        tokens=found.tokens,
-        trials=found.trials,
-        seconds=found.seconds,
-        cpu_seconds=found.cpu_seconds,
-        memory_mib=memory_bytes(reference, compressed, numbers) / (1 << 20),
-    )
+    layers = start if found.tensors is None else _layers(found.tensors)
+    return Distilled(**{field.name: getattr(found, field.name) for field in fields(found)}, layers=layers)
 
 
 def distilled(
@@ -119,12 +87,12 @@ def distilled(
             notes = [*built.report["notes"], f"not distilled: {error}"]
             return replace(built, report=built.report | {"distilled": None, "notes": notes})
         layers, report = found.layers, found.report()
-        kept = {"report": torch.frombuffer(bytearray(json.dumps(report).encode()), dtype=torch.uint8)}
+        kept = {"report": json_tensor(report)}
         for name, layer in layers.items():
             kept |= {f"{name}|a": torch.from_numpy(layer.a), f"{name}|b": torch.from_numpy(layer.b)}
         parts.put(_PART, kept)
     else:
-        report = json.loads(kept["report"].numpy().tobytes())
+        report = json_value(kept["report"])
         names = [name.removesuffix("|a") for name in kept if name.endswith("|a")]
         layers = {name: LowRank(kept[f"{name}|a"].numpy(), kept[f"{name}|b"].numpy()) for name in names}
     profile = built.profile
@@ -153,6 +121,7 @@ class TrainableAdapter:
     def __init__(self, start: Adapter, copy: Copy) -> None:
         self._start = start
         self._copy = copy
+        self.numbers = sum(layer.a.size + layer.b.size for layer in start.values())
 
     def start(self) -> dict[str, torch.Tensor]:
         """As `LowRank.for_training`."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -55,3 +57,12 @@ class Parts:
 
     def put_list(self, part: str, tensors: list[torch.Tensor]) -> None:
         self.put(part, {str(n): tensor for n, tensor in enumerate(tensors)})
+
+
+def json_tensor(value: Any) -> torch.Tensor:
+    """`value` as JSON, in a tensor: to be stored beside others. `json_value` is its inverse."""
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def json_value(tensor: torch.Tensor) -> Any:
+    return json.loads(bytes(tensor.tolist()))

@@ -20,8 +20,13 @@ USED_BY_WEIGHT = ("dt_proj",)
 """Linear layers that are not called: the model's code multiplies by their weight, as Mamba's does for its time steps. A
 packed weight would not be found there, and an adapter would have no effect, so they stay as they are."""
 
-INT8_MAX = 127
+_INT8_MAX = 127
 _MIN_SCALE = 1e-7
+
+
+def input_scale(inputs: torch.Tensor) -> torch.Tensor:
+    """The scale [..., 1] with which each token's inputs [..., d], float32, are rounded to 8 bits."""
+    return inputs.abs().amax(-1, keepdim=True).clamp_min(_MIN_SCALE) / _INT8_MAX
 
 
 class CopyLinear(torch.nn.Linear):  # type: ignore[misc]  # torch is not analyzed
@@ -39,7 +44,7 @@ class CopyLinear(torch.nn.Linear):  # type: ignore[misc]  # torch is not analyze
         if self.rounds_inputs:
             # As in vLLM: integers times integers, scaled afterwards.
             exact = inputs.float()
-            scale = exact.abs().amax(-1, keepdim=True).clamp_min(_MIN_SCALE) / INT8_MAX
+            scale = input_scale(exact)
             exact = exact / scale
             # In value the rounded steps; their gradient is that of the exact ones (straight through).
             steps = (exact + (exact.round() - exact).detach()).to(inputs.dtype)

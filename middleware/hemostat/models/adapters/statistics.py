@@ -7,19 +7,12 @@ goes on at the layer where it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from hemostat.models.adapters.activations import (
-    Batch,
-    Moments,
-    measured,
-    output_key,
-    run_layer,
-)
+from hemostat.models.adapters.activations import Moments, measured, output_key, run_layer
 from hemostat.models.adapters.parts import Parts
 from hemostat.models.adapters.skeleton import Skeleton, WeightSource
 from hemostat.models.adapters.walk import LayerWalk
@@ -90,25 +83,16 @@ class LayerStatistics:
     def _measure_layer(self, n: int, finish: Finish) -> None:
         """Stores what is made of decoder layer `n`, and what the next layer to be measured needs."""
         layer = self._names[n]
-        walk = self._walk
-        gradients = walk.gradient(n + 1) if self._gradients else None
-        hidden = walk.hidden(n)
         moments = self._make_moments()
-        with walk.loaded(n):
-            metrics = self._metrics(n, hidden)
-
-            def measuring(batch: Batch) -> AbstractContextManager[None]:
-                return measured(self._skeleton, layer, batch.valid, moments, metrics, self._gradients)
-
-            if gradients is None:
-                after = walk.forward(n, hidden, measuring)
-                if n + 1 < len(self._names):
-                    walk.store_hidden(n + 1, after)
-            else:
-                walk.store_gradient(n, walk.backward(n, hidden, gradients, measuring))
+        metrics: dict[str, Metric] = {}
+        self._walk.measure(
+            n,
+            lambda batch: measured(self._skeleton, layer, batch.valid, moments, metrics, self._gradients),
+            backwards=self._gradients,
+            prepare=lambda hidden: metrics.update(self._metrics(n, hidden)),
+        )
         self._parts.put(_layer(n), finish(layer, moments))
-        walk.drop_hidden(n + 1 if self._gradients else n)
-        walk.drop_gradient(n + 1)
+        self._walk.leave(n, backwards=self._gradients)
 
     def _metrics(self, n: int, hidden: Sequence[torch.Tensor]) -> dict[str, Metric]:
         """What is kept of each input and output of decoder layer `n`, which is loaded."""

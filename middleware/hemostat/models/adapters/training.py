@@ -16,7 +16,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -67,6 +67,10 @@ class Trial:
 class Trainable(Protocol):
     """What is trained of the compressed model."""
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers are trained."""
+
     def start(self) -> dict[str, torch.Tensor]:
         """Copies of the tensors from which training starts, on the model's device."""
 
@@ -82,7 +86,7 @@ class Trained:
     """tensors: of the last trial; None where the fold did not improve: the start is kept.
 
     kl_start, kl: mean KL(reference‖·) of the fold's tokens, nats, with the start and with the result, both as they are
-    served. fold_texts, fold_tokens: of the fold. tokens: trained on, of all trials.
+    served. fold_texts, fold_tokens: of the fold. tokens: trained on, of all trials. memory_mib: `memory_bytes`.
     """
 
     tensors: Tensors | None
@@ -94,6 +98,17 @@ class Trained:
     trials: tuple[Trial, ...]
     seconds: float
     cpu_seconds: float
+    memory_mib: float
+
+    @property
+    def improved(self) -> bool:
+        """Whether the fold improved."""
+        return self.tensors is not None
+
+    def report(self) -> dict[str, Any]:
+        """For JSON, without the tensors."""
+        numbers = {field.name: getattr(self, field.name) for field in fields(Trained) if field.name != "tensors"}
+        return {"improved": self.improved, **numbers, "trials": [asdict(trial) for trial in self.trials]}
 
 
 def train(
@@ -157,11 +172,12 @@ def train(
         trials=tuple(trials),
         seconds=time.monotonic() - clock,
         cpu_seconds=time.process_time() - processor,
+        memory_mib=memory_bytes(reference, compressed, trainable.numbers) / (1 << 20),
     )
 
 
 def summary_line(report: Mapping[str, Any], what: str = DISTILLATION) -> str:
-    """For people, from the report of `Distilled` or of a repair."""
+    """For people, from a report that begins with `Trained.report()`."""
     outcome = "improved the fold" if report["improved"] else "the start is kept"
     return (
         f"{what}: {outcome}: KL {report['kl_start']:.4f} -> {report['kl']:.4f} nats on "

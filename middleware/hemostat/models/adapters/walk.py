@@ -64,11 +64,7 @@ class LayerWalk:
 
     def hidden(self, n: int) -> list[torch.Tensor]:
         """Before layer `n`, by batch: stored, or computed from the nearest layer below that is."""
-        start = n
-        states = self._parts.get_list(_hidden(start))
-        while states is None and start > 0:
-            start -= 1
-            states = self._parts.get_list(_hidden(start))
+        start, states = nearest_stored(self._parts, _hidden, n)
         if states is None:
             states, _ = self.embeddings()
             self._parts.put_list(_hidden(0), states)
@@ -120,23 +116,48 @@ class LayerWalk:
             before.append(leaf.grad.cpu())
         return before
 
-    def store_hidden(self, n: int, states: list[torch.Tensor]) -> None:
-        self._parts.put_list(_hidden(n), states)
+    def measure(
+        self,
+        n: int,
+        around: Around,
+        *,
+        backwards: bool,
+        prepare: Callable[[Sequence[torch.Tensor]], None] = lambda hidden: None,
+    ) -> None:
+        """Pass all batches through layer `n`, and store what the layer that is measured next needs: its outputs, or,
+        `backwards`, the gradient at its inputs. prepare: called before, when the layer is loaded, with the hidden
+        states before it, by batch."""
+        gradients = self.gradient(n + 1) if backwards else None
+        hidden = self.hidden(n)
+        with self.loaded(n):
+            prepare(hidden)
+            if gradients is not None:
+                self._parts.put_list(_gradient(n), self.backward(n, hidden, gradients, around))
+            else:
+                after = self.forward(n, hidden, around)
+                if n + 1 < len(self.names):
+                    self._parts.put_list(_hidden(n + 1), after)
 
-    def store_gradient(self, n: int, gradients: list[torch.Tensor]) -> None:
-        self._parts.put_list(_gradient(n), gradients)
-
-    def drop_hidden(self, n: int) -> None:
-        self._parts.drop(_hidden(n))
-
-    def drop_gradient(self, n: int) -> None:
-        self._parts.drop(_gradient(n))
+    def leave(self, n: int, *, backwards: bool) -> None:
+        """Drop what no other layer needs once the measurements of layer `n` are stored."""
+        self._parts.drop(_hidden(n + 1 if backwards else n))
+        self._parts.drop(_gradient(n + 1))
 
     def drop(self) -> None:
         """Everything that is stored."""
         for n in range(len(self.names) + 1):
-            self.drop_hidden(n)
-            self.drop_gradient(n)
+            self._parts.drop(_hidden(n))
+            self._parts.drop(_gradient(n))
+
+
+def nearest_stored(parts: Parts, name: Callable[[int], str], n: int) -> tuple[int, list[torch.Tensor] | None]:
+    """What `Parts.put_list` stored as `name(m)`, for the largest m of at most n for which there is something, and that
+    m; 0 and None where there is nothing."""
+    for m in range(n, -1, -1):
+        states = parts.get_list(name(m))
+        if states is not None:
+            return m, states
+    return 0, None
 
 
 def _hidden(n: int) -> str:

@@ -79,10 +79,11 @@ class Calibrated:
     def settings(self) -> Mapping[str, Any]:
         """Layers of the same format are one entry."""
         layers: dict[str, list[str]] = {}
-        for name, chosen in self._formats.items():
-            how = msgspec.to_builtins(chosen) | {"packed": name in self._packed, "sparse": self._sparse.get(name)}
+        for name in dict.fromkeys([*self._formats, *self._sparse]):
+            how = {"sparse": self._sparse.get(name)}
+            if name in self._formats:
+                how = msgspec.to_builtins(self._formats[name]) | {"packed": name in self._packed} | how
             layers.setdefault(json.dumps(how), []).append(name)
-        layers |= {json.dumps({"sparse": how}): [n] for n, how in self._sparse.items() if n not in self._formats}
         return {"calibration": msgspec.to_builtins(self._calibration), "layers": layers}
 
     def prepare(self, run: Run) -> None:
@@ -115,7 +116,7 @@ class Calibrated:
                 errors[name] = float(quadratic_error(before, hessian, now).sum() / whole) if whole > 0 else 0.0
                 layer.set_parameter(f"{name}.weight", now)
                 weights[f"{name}.weight"] = new if name in self._packed else now
-        for name in layer.linears.keys() & self._formats.keys() - errors.keys():
+        for name in [name for name in layer.linears if name in self._formats and name not in errors]:
             # No text reached it, such as an expert that is never chosen.
             new = nearest(name, layer.parameter(f"{name}.weight"), self._formats[name])
             weights[f"{name}.weight"] = new if name in self._packed else on_grid(new)
@@ -152,6 +153,6 @@ class Calibrated:
 def _input_groups(layer: LayerData) -> list[list[str]]:
     """Linear layers that read the same tensor, in the order in which they are computed."""
     groups: dict[str, list[str]] = {}
-    for name, group in layer.moments({}).groups.items():
+    for name, group in layer.groups.items():
         groups.setdefault(group, []).append(name)
     return list(groups.values())

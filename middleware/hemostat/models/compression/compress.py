@@ -29,15 +29,13 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from hemostat.models.adapters.statistics import Progress as StepProgress
     from hemostat.models.compression.frame import Method
 
 SCHEMES = ("w4a16", "int3", "w8a8", "prune10", "prune30", "prune50")
 """Without data. w4a16: int4 weights, symmetric, groups of 64 inputs, rounded to nearest. int3: the same with 3 bits,
 written dense. w8a8: int8 weights per output channel, int8 activations scaled per token at run time. pruneNN: the NN %
 of every layer's weights with the smallest magnitude are set to zero. All linear layers except the head."""
-
-StepProgress = Callable[[str, int, int], None]
-"""Called with a stage, finished steps and all steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +106,21 @@ def _build(
     versions = required_versions("torch", "transformers", "compressed_tensors")
     made_from = {"recipe": RECIPE, **settings, "source": folder_digest(source), **versions}
 
-    def write(folder: Path) -> None:
+    def write(folder: Path, work: WorkFolder) -> None:
+        _write(source, folder, method(), settings, texts, seed, work, around)
+
+    build_with_work(destination, made_from, write, around)
+
+
+def build_with_work(
+    destination: Path, made_from: dict[str, Any], write: Callable[[Path, WorkFolder], None], around: Surroundings
+) -> None:
+    """As `build_folder`; `write` also gets the folder of finished work. CompressError where it cannot be written."""
+
+    def write_folder(folder: Path) -> None:
         key = made_from | {"destination": str(destination.absolute()), "device": around.device}
         with WorkFolder(around.work or cache_folder() / "compress" / cache_key(key), key, "compress") as work:
-            _write(source, folder, method(), settings, texts, seed, work, around)
+            write(folder, work)
             for note in work.notes:
                 around.log(note)
             if around.work is None:
@@ -119,7 +128,7 @@ def _build(
                 work.remove()
 
     try:
-        build_folder(destination, made_from, write, around.log)
+        build_folder(destination, made_from, write_folder, around.log)
     except OSError as error:
         raise CompressError(
             f"{destination} cannot be written ({error.strerror or error}); free some space or name another folder"

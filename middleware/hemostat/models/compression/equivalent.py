@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from hemostat.models.adapters.activations import Batch
+from hemostat.models.adapters.activations import Batch, valid_rows
 from hemostat.models.adapters.pair import consumers, norm_offset
-from hemostat.models.adapters.skeleton import INT8_MAX
+from hemostat.models.adapters.skeleton import input_scale
 from hemostat.models.compression.formats import WeightFormat
 from hemostat.models.compression.frame import LayerData
-from hemostat.models.compression.rounding import weight_groups
-from hemostat.models.compression.token_weights import WeightedMoments, valid_rows
+from hemostat.models.compression.rounding import highest_integer, round_to_steps, weight_groups
+from hemostat.models.compression.token_weights import WeightedMoments
 
 AWQ_ALPHAS = tuple(n / 20 for n in range(1, 21))
 SMOOTH_ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -84,9 +84,8 @@ def scale_layer(layer: LayerData, formats: Mapping[str, WeightFormat], find: Fin
     Where the hidden states are much larger than what the layer adds, these hardly change, whatever it computes.
     """
     changed: dict[str, torch.Tensor] = {}
-    groups = layer.moments({}).groups
     for site in sites(layer):
-        readers = {name for name, group in groups.items() if group == groups.get(site.after[0])}
+        readers = {name for name, group in layer.groups.items() if group == layer.groups.get(site.after[0])}
         if not all(name in formats for name in site.after) or not readers <= set(site.after):
             continue
         inputs = _inputs(layer, site.after[0])
@@ -135,7 +134,7 @@ def smooth_scale(
 
     def loss(scale: torch.Tensor | None) -> float:
         rows = inputs.rows if scale is None else inputs.rows / scale
-        steps = rows.abs().amax(1, keepdim=True).clamp_min(1e-7) / INT8_MAX
+        steps = input_scale(rows)
         rounded = (rows / steps).round() * steps
         total = 0.0
         for name, weight in weights.items():
@@ -154,9 +153,9 @@ def _through_grid(
     """The weight after its columns are multiplied by `scale`, rounded, and divided again."""
     moved = weight if scale is None else weight * scale
     groups = weight_groups(name, moved, weight_format.group_size)
-    highest = 2 ** (weight_format.bits - 1) - 1
+    highest = highest_integer(weight_format.bits)
     steps = groups.abs().amax(-1, keepdim=True).clamp_min(1e-12) / (highest + 0.5)
-    rounded = ((groups / steps).round().clamp(-highest - 1, highest) * steps).flatten(1)
+    rounded = (round_to_steps(groups, steps, highest) * steps).flatten(1)
     return rounded if scale is None else rounded / scale
 
 
@@ -197,14 +196,16 @@ def _moved(layer: LayerData, site: Site, scale: torch.Tensor) -> dict[str, torch
 def _inputs(layer: LayerData, name: str) -> SiteInputs:
     """Of the linear layer `name`."""
     moments = WeightedMoments()
+    largest: list[torch.Tensor] = []
     rows: list[torch.Tensor] = []
     each = -(-SAMPLE_ROWS // len(layer.run.texts_walk.batches))
 
     @contextmanager
     def around(batch: Batch) -> Iterator[None]:
         def see(module: Any, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
-            given = valid_rows(arguments[0].detach(), batch)
+            given = valid_rows(arguments[0], batch.valid)
             moments.add(name, given, None)
+            largest.append(given.float().abs().amax(0))
             rows.append(given[:: -(-len(given) // each)].float())
 
         handle = layer.linears[name].register_forward_hook(see)
@@ -214,4 +215,4 @@ def _inputs(layer: LayerData, name: str) -> SiteInputs:
             handle.remove()
 
     layer.forward(around)
-    return SiteInputs(moments.totals[name], moments.largest[name], torch.cat(rows))
+    return SiteInputs(moments.totals[name], torch.stack(largest).amax(0), torch.cat(rows))

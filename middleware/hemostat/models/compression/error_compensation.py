@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hemostat.models.compression.rounding import highest_integer, round_to_steps
+
 BLOCK = 128
 """Columns that are compensated among themselves before the rest of the weight is updated."""
 REFIT_NUMBERS = 1 << 24
@@ -40,7 +42,7 @@ class Grid:
 
     @property
     def highest(self) -> int:
-        return int(2 ** (self.bits - 1) - 1)
+        return highest_integer(self.bits)
 
     def columns(self) -> torch.Tensor:
         """The scale of each weight [outputs, inputs]."""
@@ -49,10 +51,6 @@ class Grid:
     def steps(self, weight: torch.Tensor) -> torch.Tensor:
         """The nearest integers [outputs, inputs], as floats."""
         return round_to_steps(weight, self.columns(), self.highest)
-
-
-def round_to_steps(weight: torch.Tensor, scale: torch.Tensor, highest: int) -> torch.Tensor:
-    return (weight / scale).round().clamp(-highest - 1, highest)
 
 
 def damped(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:

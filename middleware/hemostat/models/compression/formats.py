@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 import torch
 
+from hemostat.models.compression.rounding import highest_integer, round_to_steps
 from hemostat.models.compression.unpacking import PACKED_FORMAT
 
 
@@ -70,11 +71,9 @@ def on_grid(quantized: Quantized) -> torch.Tensor:
     """Float32 [outputs, inputs]: the values that are stored."""
     exact = quantized.weight.float()
     scale = quantized.scale.float().repeat_interleave(exact.shape[1] // quantized.scale.shape[1], dim=1)
-    steps = exact / scale
     if quantized.format.kind == "float":
-        return steps.to(torch.float8_e4m3fn).float() * scale
-    highest = 2 ** (quantized.format.bits - 1) - 1
-    return steps.round().clamp(-highest - 1, highest) * scale
+        return (exact / scale).to(torch.float8_e4m3fn).float() * scale
+    return round_to_steps(exact, scale, highest_integer(quantized.format.bits)) * scale
 
 
 def quantization_config(

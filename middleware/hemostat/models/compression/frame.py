@@ -6,9 +6,9 @@ where the method needs them, and stores each finished layer, from which an inter
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,16 +20,15 @@ import torch
 from hemostat.models.adapters.activations import Moments, measured, run_layer
 from hemostat.models.adapters.checkpoint import Checkpoint
 from hemostat.models.adapters.copies import device_of, dtype_of, weights_of
-from hemostat.models.adapters.parts import Parts
+from hemostat.models.adapters.parts import Parts, json_tensor, json_value
 from hemostat.models.adapters.skeleton import CopyLinear, Skeleton
-from hemostat.models.adapters.walk import Around, LayerWalk
+from hemostat.models.adapters.statistics import Progress
+from hemostat.models.adapters.walk import Around, LayerWalk, nearest_stored
 from hemostat.models.checkpoint_folders import CompressError
 from hemostat.models.compression.formats import Quantized, WeightFormat, restored, stored
 from hemostat_calibration.adapters.gram import Metric
 
 Ids = npt.NDArray[np.int32]
-Progress = Callable[[str, int, int], None]
-"""Called with a stage, finished steps and all steps."""
 
 STAGE = "compressed layers"
 NEEDS_TEXTS = "this method needs texts: give --prompts or --records"
@@ -159,6 +158,12 @@ class LayerData:
         with torch.no_grad():
             return run_layer(self.run.skeleton, self.index, self._hidden[0].to(self.run.skeleton.device), calls[0])
 
+    @cached_property
+    def groups(self) -> Mapping[str, str]:
+        """`Moments.groups` of the texts: by linear layer, the first one that reads the same tensor. In the order in
+        which the layers are computed; one that no text reaches, such as an expert, is left out."""
+        return self.moments({}).groups
+
     def moments(self, metrics: Mapping[str, Metric]) -> Moments:
         """Second moments of what the linear layers read; metrics: by the name of a linear layer. A layer that reads the
         same tensor as one before it shares its moments: `Moments.groups`."""
@@ -225,7 +230,7 @@ def compress_layers(run: Run, method: Method) -> Compressed:
             kept = _compress_layer(run, method, index, last=index + 1 == count)
             run.parts.put(_layer(index), kept)
         found.formats |= _formats(kept)
-        found.reports[name] = _from_json(kept[_REPORT])
+        found.reports[name] = json_value(kept[_REPORT])
         run.parts.drop(_hidden(index))
         run.progress(STAGE, index + 1, count)
     return found
@@ -254,7 +259,7 @@ def _part(result: LayerResult, run: Run) -> dict[str, torch.Tensor]:
             part |= {f"{module}.{key}": tensor for key, tensor in stored(weight).items()}
         else:
             part[name] = weight.to(run.source.checkpoint.tensor(name).dtype)
-    return part | {_FORMATS: _to_json(formats), _REPORT: _to_json(dict(result.report))}
+    return part | {_FORMATS: json_tensor(formats), _REPORT: json_tensor(dict(result.report))}
 
 
 def _outputs(data: LayerData, part: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -279,11 +284,7 @@ def _outputs(data: LayerData, part: Mapping[str, torch.Tensor]) -> list[torch.Te
 
 def _hidden_before(run: Run, index: int) -> list[torch.Tensor]:
     """Of the compressed model, before the layer `index`: stored, or computed again from the finished layers."""
-    start = index
-    states = run.parts.get_list(_hidden(start))
-    while states is None and start > 0:
-        start -= 1
-        states = run.parts.get_list(_hidden(start))
+    start, states = nearest_stored(run.parts, _hidden, index)
     if states is None:
         states, _ = run.texts_walk.embeddings()
     for n in range(start, index):
@@ -297,21 +298,13 @@ def _hidden_before(run: Run, index: int) -> list[torch.Tensor]:
 
 
 def _formats(part: Mapping[str, torch.Tensor]) -> dict[str, WeightFormat]:
-    return {name: msgspec.convert(value, WeightFormat) for name, value in _from_json(part[_FORMATS]).items()}
+    return {name: msgspec.convert(value, WeightFormat) for name, value in json_value(part[_FORMATS]).items()}
 
 
 def _parameter(name: str) -> str:
     """`a.weight` for `a.weight_packed`."""
     module, _, part = name.rpartition(".")
     return f"{module}.weight" if part.startswith("weight_") else name
-
-
-def _to_json(value: Any) -> torch.Tensor:
-    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-
-
-def _from_json(tensor: torch.Tensor) -> Any:
-    return json.loads(bytes(tensor.tolist()))
 
 
 def _layer(index: int) -> str:

@@ -23,7 +23,7 @@ class EachWeight:
 
     settings: Mapping[str, Any]
     change: Change = field(repr=False)
-    needs_texts: bool = False
+    needs_texts = False
 
     def prepare(self, run: Run) -> None:
         pass

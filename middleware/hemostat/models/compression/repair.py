@@ -12,34 +12,33 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hemostat.models.adapters.copies import Copy
-from hemostat.models.adapters.parts import Parts
+from hemostat.models.adapters.parts import Parts, json_tensor, json_value
 from hemostat.models.adapters.statistics import Progress
 from hemostat.models.adapters.texts import Text
-from hemostat.models.adapters.training import STEP_POSITIONS, Tensors, Trained, memory_bytes, train
+from hemostat.models.adapters.training import STEP_POSITIONS, Tensors, Trained, train
 from hemostat.models.checkpoint_folders import (
     MANIFEST,
     RECIPE,
     CompressError,
-    build_folder,
-    cache_folder,
-    cache_key,
     folder_digest,
     required_versions,
 )
-from hemostat.models.compression.compress import Surroundings
+from hemostat.models.compression.compress import Surroundings, build_with_work
 from hemostat.models.compression.other_files import REPAIR, REPORT
 from hemostat.models.work_folder import WorkFolder
 
 RATES = (1e-2, 3e-3)
 """Of Adam, relative to the size of a tensor's entries: weights of norms are about 1, and some about 0.1."""
 _PART = "repaired"
+_REPORT_KEY = "report"
+"""Beside the tensors of the part."""
 _LEAST_SIZE = 0.01
 """That of a tensor of zeros, such as a new bias, for steps."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -77,7 +76,7 @@ def write_repaired_copy(
         tokens.update(json.dumps([text.prompt.tolist(), text.output.tolist()]).encode())
     made_from = {
         "recipe": RECIPE,
-        "settings": {"scheme": REPAIR, "rates": RATES},
+        "settings": {"scheme": REPAIR, "rates": list(RATES)},
         "seed": seed,
         "texts": tokens.hexdigest(),
         "source": folder_digest(reference),
@@ -85,28 +84,14 @@ def write_repaired_copy(
         **required_versions("torch", "transformers", "compressed_tensors"),
     }
 
-    def write(folder: Path) -> None:
-        key = made_from | {"destination": str(destination.absolute()), "device": around.device}
-        with WorkFolder(around.work or cache_folder() / "compress" / cache_key(key), key, "compress") as work:
-            found = repair(
-                reference, compressed, texts, Parts(work), device=around.device, seed=seed, progress=around.step
-            )
-            write_repaired(compressed, folder, found.tensors)
-            earlier = folder / REPORT
-            report = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}
-            earlier.write_text(json.dumps(report | {REPAIR: found.report}, indent=1) + "\n", encoding="utf-8")
-            for note in work.notes:
-                around.log(note)
-            if around.work is None:
-                # Token ids can be decoded to text: they stay on disk only if the user named a folder.
-                work.remove()
+    def write(folder: Path, work: WorkFolder) -> None:
+        found = repair(reference, compressed, texts, Parts(work), device=around.device, seed=seed, progress=around.step)
+        write_repaired(compressed, folder, found.tensors)
+        earlier = folder / REPORT
+        report = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}
+        earlier.write_text(json.dumps(report | {REPAIR: found.report}, indent=1) + "\n", encoding="utf-8")
 
-    try:
-        build_folder(destination, json.loads(json.dumps(made_from)), write, around.log)
-    except OSError as error:
-        raise CompressError(
-            f"{destination} cannot be written ({error.strerror or error}); free some space or name another folder"
-        ) from None
+    build_with_work(destination, made_from, write, around)
     written: dict[str, Any] = json.loads((destination / REPORT).read_text(encoding="utf-8"))[REPAIR]
     return written
 
@@ -129,8 +114,8 @@ def repair(
     """
     kept = parts.get(_PART)
     if kept is not None:
-        report = json.loads(kept.pop("report").numpy().tobytes())
-        return Repaired(kept, report)
+        tensors = {name: tensor for name, tensor in kept.items() if name != _REPORT_KEY}
+        return Repaired(tensors, json_value(kept[_REPORT_KEY]))
     whole, small = (
         Copy.load(folder, device, label=label) for folder, label in ((reference, "SOURCE"), (compressed, "COMPRESSED"))
     )
@@ -145,11 +130,8 @@ def repair(
         step_positions=step_positions,
         progress=lambda stage, done, total: progress(REPAIR, done, total),
     )
-    repaired = Repaired(
-        {} if found.tensors is None else vectors.stored(found.tensors), _report(found, vectors, whole, small)
-    )
-    report_bytes = torch.frombuffer(bytearray(json.dumps(repaired.report).encode()), dtype=torch.uint8)
-    parts.put(_PART, {**repaired.tensors, "report": report_bytes})
+    repaired = Repaired({} if found.tensors is None else vectors.stored(found.tensors), _report(found, vectors))
+    parts.put(_PART, {**repaired.tensors, _REPORT_KEY: json_tensor(repaired.report)})
     return repaired
 
 
@@ -241,16 +223,9 @@ def _replace_values(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             file.write(data)
 
 
-def _report(found: Trained, vectors: Vectors, reference: Copy, compressed: Copy) -> dict[str, Any]:
-    numbers = {name: getattr(found, name) for name in found.__slots__ if name not in ("tensors", "trials")}
-    return {
-        **numbers,
-        "improved": found.tensors is not None,
-        "won_back": 1.0 - found.kl / found.kl_start if found.kl_start > 0.0 else None,
-        "numbers": vectors.numbers,
-        "trials": [asdict(trial) for trial in found.trials],
-        "memory_mib": memory_bytes(reference, compressed, vectors.numbers) / (1 << 20),
-    }
+def _report(found: Trained, vectors: Vectors) -> dict[str, Any]:
+    won_back = 1.0 - found.kl / found.kl_start if found.kl_start > 0.0 else None
+    return found.report() | {"won_back": won_back, "numbers": vectors.numbers}
 
 
 def _rms(tensor: torch.Tensor) -> float:

@@ -19,17 +19,25 @@ def pruned(weight: torch.Tensor, sparsity: float) -> torch.Tensor:
     return pruned.view_as(weight)
 
 
-def rounded(name: str, weight: torch.Tensor, bits: int, group_size: int | None = GROUP_SIZE) -> torch.Tensor:
+def rounded(name: str, weight: torch.Tensor, bits: int, group_size: int | None) -> torch.Tensor:
     """A copy of layer `name`'s weight, [out, in], rounded to integers of `bits` bits times the scale of its group
     (None: of its row)."""
     groups = weight_groups(name, weight, group_size)
     scale = fitted_scale(groups, bits).float().unsqueeze(-1)
-    highest = 2 ** (bits - 1) - 1
-    steps = (groups.float() / scale).round().clamp(-highest - 1, highest)
-    return (steps * scale).flatten(1).to(weight.dtype)
+    return (round_to_steps(groups.float(), scale, highest_integer(bits)) * scale).flatten(1).to(weight.dtype)
 
 
-def weight_groups(name: str, weight: torch.Tensor, group_size: int | None = GROUP_SIZE) -> torch.Tensor:
+def highest_integer(bits: int) -> int:
+    """Of signed integers of `bits` bits; the lowest one is -highest - 1."""
+    return int(2 ** (bits - 1) - 1)
+
+
+def round_to_steps(weight: torch.Tensor, scale: torch.Tensor, highest: int) -> torch.Tensor:
+    """The nearest integers to `weight / scale`, from -highest - 1 to highest, as floats."""
+    return (weight / scale).round().clamp(-highest - 1, highest)
+
+
+def weight_groups(name: str, weight: torch.Tensor, group_size: int | None) -> torch.Tensor:
     """`weight`, [out, in], as [out, groups, group_size]; None: one group. CompressError where it does not divide."""
     check_groups(name, weight.shape[1], group_size)
     return weight.unsqueeze(1) if group_size is None else weight.unflatten(1, (-1, group_size))
@@ -63,14 +71,14 @@ def _searched(
     groups: torch.Tensor, bits: int, loss: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype
 ) -> torch.Tensor:
     exact = groups.float()
-    highest = 2 ** (bits - 1) - 1
+    highest = highest_integer(bits)
     largest = exact.abs().amax(-1) / (highest + 0.5)
     best = torch.full_like(largest, torch.inf)
     fitted = torch.zeros_like(groups[..., 0], dtype=dtype)
     for shrink in torch.linspace(1.0, 0.6, 21):
         scale = (largest * shrink).to(dtype).clamp(min=torch.finfo(dtype).tiny)
         steps = scale.float().unsqueeze(-1)
-        rounded = (exact / steps).round().clamp(-highest - 1, highest) * steps
+        rounded = round_to_steps(exact, steps, highest) * steps
         total = loss(rounded - exact).sum(-1)
         better = total < best
         best = torch.where(better, total, best)

@@ -10,7 +10,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-INDEX = "model.safetensors.index.json"
+from hemostat.models.adapters.checkpoint import INDEX
+
 MAX_FILE_BYTES = 5 << 30
 """As transformers writes them."""
 _NAMES = {

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from hemostat.models.adapters.activations import GRAM_ROWS, Batch
+from hemostat.models.adapters.activations import GRAM_ROWS, Batch, valid_rows
 from hemostat.models.compression.frame import LayerData, Run
 
 STAGE = "gradients"
@@ -29,16 +29,10 @@ def measure_token_weights(run: Run) -> None:
     count = len(walk.names)
     for n in range(count - 1, -1, -1):
         if run.parts.get(_part(n)) is None:
-            gradients = walk.gradient(n + 1)
-            hidden = walk.hidden(n)
             found: dict[str, list[torch.Tensor]] = {}
-            around = partial(_seen, run, walk.names[n], found)
-            with walk.loaded(n):
-                before = walk.backward(n, hidden, gradients, around)
-            walk.store_gradient(n, before)
+            walk.measure(n, partial(_seen, run, walk.names[n], found), backwards=True)
             run.parts.put(_part(n), {f"{name}|{b}": w for name, ws in found.items() for b, w in enumerate(ws)})
-            walk.drop_hidden(n + 1)
-            walk.drop_gradient(n + 1)
+            walk.leave(n, backwards=True)
         run.progress(STAGE, count - n, count)
     walk.drop()
 
@@ -56,17 +50,14 @@ def token_weights(layer: LayerData) -> Weights:
 
 
 class WeightedMoments:
-    """Σ w_t x_t x_tᵀ over the valid tokens, float64 [inputs, inputs], of linear layers; and largest |x| [inputs]."""
+    """Σ w_t x_t x_tᵀ over the valid tokens, float64 [inputs, inputs], of linear layers."""
 
     def __init__(self) -> None:
         self.totals: dict[str, torch.Tensor] = {}
-        self.largest: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, rows: torch.Tensor, weights: torch.Tensor | None) -> None:
         """rows: [n, inputs]. weights: [n]; None: each 1."""
         exact = rows.float()
-        largest = exact.abs().amax(0)
-        self.largest[name] = torch.maximum(self.largest[name], largest) if name in self.largest else largest
         if name not in self.totals:
             self.totals[name] = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
         parts = (None,) * -(-len(exact) // GRAM_ROWS) if weights is None else weights.split(GRAM_ROWS)
@@ -108,7 +99,7 @@ def _add(
     arguments: tuple[Any, ...],
     output: torch.Tensor,
 ) -> None:
-    moments.add(name, valid_rows(arguments[0].detach(), batch), weights)
+    moments.add(name, valid_rows(arguments[0], batch.valid), weights)
 
 
 @contextmanager
@@ -119,7 +110,7 @@ def _seen(run: Run, layer: str, found: dict[str, list[torch.Tensor]], batch: Bat
         def hook(_: Any, __: tuple[Any, ...], output: torch.Tensor, name: str = name) -> None:
             output.register_hook(
                 lambda gradient: found.setdefault(name, []).append(
-                    valid_rows(gradient, batch).float().square().mean(-1).cpu()
+                    valid_rows(gradient, batch.valid).float().square().mean(-1).cpu()
                 )
             )
 
@@ -129,11 +120,6 @@ def _seen(run: Run, layer: str, found: dict[str, list[torch.Tensor]], batch: Bat
     finally:
         for handle in handles:
             handle.remove()
-
-
-def valid_rows(tensor: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """[n, d]: the positions that are no padding; of what is no [texts, positions, d], such as an expert's, all rows."""
-    return tensor[batch.valid] if tensor.shape[:2] == batch.valid.shape else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _part(n: int) -> str:

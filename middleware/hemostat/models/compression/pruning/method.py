@@ -58,7 +58,8 @@ class PruneOptions:
 
     @property
     def max_sparsity(self) -> float:
-        return self.sparsity if self.budget is Budget.LAYER else 1.0 - LEAST_KEPT * (1.0 - self.sparsity)
+        """Of a layer, with a global budget."""
+        return 1.0 - LEAST_KEPT * (1.0 - self.sparsity)
 
 
 class PruneMethod:
@@ -128,18 +129,10 @@ class PruneMethod:
         backwards = needs_gradients(self._options.score)
         for done, n in enumerate(reversed(range(count)) if backwards else range(count)):
             if run.parts.get(_part(n)) is None:
-                gradients = walk.gradient(n + 1) if backwards else None
-                hidden = walk.hidden(n)
                 totals: Totals = {}
-                observing = self._observing(run, walk.names[n], totals)
-                with walk.loaded(n):
-                    if gradients is not None:
-                        walk.store_gradient(n, walk.backward(n, hidden, gradients, observing))
-                    else:
-                        walk.store_hidden(n + 1, walk.forward(n, hidden, observing))
+                walk.measure(n, self._observing(run, walk.names[n], totals), backwards=backwards)
                 run.parts.put(_part(n), totals)
-                walk.drop_hidden(n + 1 if backwards else n)
-                walk.drop_gradient(n + 1)
+                walk.leave(n, backwards=backwards)
             run.progress(STAGE, done + 1, count)
         walk.drop()
 

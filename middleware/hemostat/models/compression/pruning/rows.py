@@ -23,7 +23,8 @@ class Units:
     """Units of one kind in a decoder layer.
 
     writers: the linear layers of which a unit has rows. reader: the one of which it has columns. width: rows, and
-    columns, of a unit. shared: layers of which `readers_of_shared` consecutive units read the same rows.
+    columns, of a unit. weights: of a unit, without those of `shared`. shared: layers of which `sharing` consecutive
+    units read the same rows.
     """
 
     writers: tuple[str, ...]

@@ -10,12 +10,12 @@ from hemostat.models.compression.pruning.compensation import least_squares, prun
 from hemostat.models.compression.pruning.masks import Pattern, kept_rows, kept_two_of_four, kept_weights
 
 
-def check_sparsity(sparsity: float, pattern: Pattern, where: str = "--sparsity") -> None:
+def check_sparsity(sparsity: float, pattern: Pattern) -> None:
     """CompressError in one line where the part of the weights cannot be dropped."""
     if not 0.0 < sparsity < 1.0:
-        raise CompressError(f"{where} {sparsity:g}: it is the part of the weights that is dropped: above 0, below 1")
+        raise CompressError(f"--sparsity {sparsity:g}: it is the part of the weights that is dropped: above 0, below 1")
     if pattern is Pattern.TWO_OF_FOUR and sparsity != 0.5:
-        raise CompressError(f"{where} {sparsity:g}: the pattern 2:4 drops one half: give 0.5, or another pattern")
+        raise CompressError(f"--sparsity {sparsity:g}: the pattern 2:4 drops one half: give 0.5, or another pattern")
 
 
 def prune_weight(
