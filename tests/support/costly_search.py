@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 from tests.support.costly_bodies import LIMIT, PARAMETERS, cpu_seconds
@@ -62,8 +63,11 @@ def _fitting(number: int, value: bytes) -> int:
     return max(1, min(number, (LIMIT - 2000) // (len(value) + 1)))
 
 
-def worst(number: int, seed: int) -> float:
-    """The most CPU seconds that one of so many bodies takes, as a request of the form for which it takes most."""
+def worst(number: int, seed: int, limit: float = math.inf) -> float:
+    """The most CPU seconds that one of so many bodies takes, as a request of the form for which it takes most.
+
+    limit: of `cpu_seconds`.
+    """
     draw = random.Random(seed)
     highest, best, costliest = 0.0, 0.0, {}
     for _ in range(number):
@@ -75,7 +79,7 @@ def worst(number: int, seed: int) -> float:
         data = b"{" + b",".join(b'"%b":%b' % (name.encode(), value) for name, value in members.items()) + b"}"
         if len(data) > LIMIT:
             continue
-        cost = max(cpu_seconds(data, form) for form in Form)
+        cost = max(cpu_seconds(data, form, limit) for form in Form)
         highest = max(highest, cost)
         if cost > best:
             best, costliest = cost, members
