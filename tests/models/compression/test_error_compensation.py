@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 
 from hemostat.models.compression import error_compensation  # noqa: E402
 from hemostat.models.compression.error_compensation import (  # noqa: E402
+    GptqFactor,
     Grid,
     damped,
     descend,
@@ -59,21 +60,21 @@ def textbook(weight: Any, hessian: Any, grid: Grid) -> Any:
 def test_gptq_is_optimal_brain_quantization_in_its_order(seed: int) -> None:
     weight, hessian, grid = problem(6, 12, seed=seed)
     weight, grid = weight.double(), Grid(grid.bits, grid.scale.double(), grid.group_size)
-    assert torch.equal(gptq(weight, hessian, grid), textbook(weight, hessian, grid))
+    assert torch.equal(gptq(weight, GptqFactor.of(hessian), grid), textbook(weight, hessian, grid))
 
 
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian, grid = problem(5, 24)
-    whole = gptq(weight, hessian, grid), descend(weight, hessian, grid, grid.steps(weight))
+    whole = gptq(weight, GptqFactor.of(hessian), grid), descend(weight, hessian, grid, grid.steps(weight))
     monkeypatch.setattr("hemostat.models.compression.error_compensation.BLOCK", 5)
-    assert torch.equal(gptq(weight, hessian, grid), whole[0])
+    assert torch.equal(gptq(weight, GptqFactor.of(hessian), grid), whole[0])
     assert torch.equal(descend(weight, hessian, grid, grid.steps(weight)), whole[1])
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_after_descent_no_other_integer_is_better(seed: int) -> None:
     weight, hessian, grid = problem(4, 8, bits=2, seed=seed)
-    start = gptq(weight, hessian, grid)
+    start = gptq(weight, GptqFactor.of(hessian), grid)
     found = descend(weight, hessian, grid, start, sweeps=20)
     least = error(weight, hessian, grid, found)
     assert (least <= error(weight, hessian, grid, start) * (1 + 1e-5)).all()
@@ -86,7 +87,7 @@ def test_after_descent_no_other_integer_is_better(seed: int) -> None:
 
 def test_the_order_of_the_errors_on_correlated_inputs() -> None:
     weight, hessian, grid = problem(16, 64, bits=4, group=16)
-    nearest, compensated = grid.steps(weight), gptq(weight, hessian, grid)
+    nearest, compensated = grid.steps(weight), gptq(weight, GptqFactor.of(hessian), grid)
     better = descend(weight, hessian, grid, compensated, sweeps=2)
     errors = [float(error(weight, hessian, grid, steps).sum()) for steps in (nearest, compensated, better)]
     assert errors[1] < 0.7 * errors[0]
@@ -97,7 +98,9 @@ def test_brute_force_over_all_integers_bounds_the_error() -> None:
     weight, hessian, grid = problem(1, 5, bits=2, group=5)
     choices = torch.cartesian_prod(*[torch.arange(-2.0, 2.0)] * 5)
     best = float(quadratic_error(weight.expand(len(choices), -1), hessian, choices * grid.scale[0, 0]).min())
-    found = float(error(weight, hessian, grid, descend(weight, hessian, grid, gptq(weight, hessian, grid), 9)))
+    found = float(
+        error(weight, hessian, grid, descend(weight, hessian, grid, gptq(weight, GptqFactor.of(hessian), grid), 9))
+    )
     nearest = float(error(weight, hessian, grid, grid.steps(weight)))
     assert best * (1 - 1e-5) <= found <= nearest
     assert found < 1.5 * best
@@ -107,7 +110,7 @@ def test_brute_force_over_all_integers_bounds_the_error() -> None:
 def test_refitted_scales_are_least_squares(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(error_compensation, "REFIT_NUMBERS", numbers)
     weight, hessian, grid = problem(3, 12)
-    steps = gptq(weight, hessian, grid)
+    steps = gptq(weight, GptqFactor.of(hessian), grid)
     found = refit_scales(weight, hessian, grid, steps)
     root = torch.linalg.cholesky(hessian).T
     for row in range(len(weight)):
@@ -123,7 +126,7 @@ def test_refitted_scales_are_least_squares(numbers: int, monkeypatch: pytest.Mon
 def test_inputs_that_are_always_zero_and_groups_of_zeros() -> None:
     weight, hessian, grid = problem(2, 8)
     hessian[3] = hessian[:, 3] = 0.0
-    steps = gptq(weight, damped(hessian, 0.0), grid)
+    steps = gptq(weight, GptqFactor.of(damped(hessian, 0.0)), grid)
     assert steps[:, 3].tolist() == grid.steps(weight)[:, 3].tolist()
     zeros = torch.zeros_like(steps)
     assert torch.equal(refit_scales(weight, hessian, grid, zeros), grid.scale), "any scale fits: the old one stays"

@@ -11,11 +11,11 @@ import torch
 
 from hemostat.models.checkpoint_folders import CompressError
 from hemostat.models.compression.equivalent import awq_scale, scale_layer, smooth_scale
-from hemostat.models.compression.error_compensation import Grid, damped, descend, gptq, quadratic_error, refit_scales
+from hemostat.models.compression.error_compensation import Grid, descend, gptq, quadratic_error, refit_scales
 from hemostat.models.compression.formats import Quantized, WeightFormat, on_grid
 from hemostat.models.compression.frame import LayerData, LayerResult, Run
+from hemostat.models.compression.input_moments import InputMoments
 from hemostat.models.compression.methods import nearest
-from hemostat.models.compression.pruning.compensation import shrunk
 from hemostat.models.compression.pruning.masks import Pattern
 from hemostat.models.compression.pruning.weights import prune_weight
 from hemostat.models.compression.rounding import clipped_scale, weight_groups
@@ -31,13 +31,16 @@ SWEEPS = 2
 """Of coordinate descent after `gptq`."""
 
 
+Rounding = Literal["nearest", "gptq", "descent"]
+
+
 class Calibration(msgspec.Struct, frozen=True):
     """scales: equivalent scales that are moved into norms and layers before: by `awq`, `smooth`, or `none`.
     rounding: `nearest`, `gptq`, or `descent`: coordinate descent and fitted scales after `gptq`.
     guided: tokens are weighted by the gradients at the layer's outputs.
     """
 
-    rounding: Literal["nearest", "gptq", "descent"] = "nearest"
+    rounding: Rounding = "nearest"
     scales: Literal["none", "awq", "smooth"] = "none"
     guided: bool = False
 
@@ -104,13 +107,22 @@ class Calibrated:
             if not wanted:
                 continue
             moments = weighted_moments(layer, wanted if guide else wanted[:1], guide)
+            inputs = {key: InputMoments(total, tokens) for key, total in moments.totals.items()}
             for name in wanted:
-                hessian = moments.totals[name if guide else wanted[0]]
+                own = inputs[name if guide else wanted[0]]
+                hessian = own.total
                 if not bool(hessian.isfinite().all()):
                     raise CompressError(
                         f"layer {name}: its inputs on the texts are not finite: SOURCE is damaged; copy it again"
                     )
-                new = self._new_weight(name, layer.parameter(f"{name}.weight"), hessian, tokens)
+                new = calibrated_weight(
+                    name,
+                    layer.parameter(f"{name}.weight"),
+                    own,
+                    self._formats.get(name),
+                    self._sparse.get(name),
+                    self._calibration.rounding,
+                )
                 before, now = layer.weight(name), on_grid(new) if isinstance(new, Quantized) else new
                 whole = quadratic_error(before, hessian, torch.zeros_like(before)).sum()
                 errors[name] = float(quadratic_error(before, hessian, now).sum() / whole) if whole > 0 else 0.0
@@ -122,32 +134,42 @@ class Calibrated:
             weights[f"{name}.weight"] = new if name in self._packed else on_grid(new)
         return LayerResult(weights, {"relative_error": errors})
 
-    def _new_weight(
-        self, name: str, stored: torch.Tensor, hessian: torch.Tensor, tokens: int
-    ) -> torch.Tensor | Quantized:
-        """stored: in the source's dtype, which is that of the scales. tokens: that `hessian` is the sum of."""
-        if name in self._sparse:
-            sparsity, pattern = self._sparse[name]
-            factor = hessian.diagonal().float()[None]
-            pruned, _ = prune_weight(stored.float(), sparsity, pattern, factor, shrunk(hessian, tokens))
-            return on_grid(nearest(name, pruned, self._formats[name])) if name in self._formats else pruned
-        chosen, weight = self._formats[name], stored.float()
-        if chosen.kind == "float":
-            return nearest(name, stored, chosen)
-        exact = damped(hessian)
-        groups = weight_groups(name, weight, chosen.group_size)
-        scale = clipped_scale(groups, chosen.bits, exact.diagonal().float(), stored.dtype)
-        grid = Grid(chosen.bits, scale.float(), groups.shape[-1])
-        if self._calibration.rounding == "nearest":
-            return Quantized(chosen, grid.steps(weight) * grid.columns(), scale)
-        steps = gptq(weight, exact, grid)
-        if self._calibration.rounding == "descent":
-            steps = descend(weight, exact, grid, steps, SWEEPS)
-            for _ in range(REFITS):
-                scale = refit_scales(weight, exact, grid, steps).to(stored.dtype)
-                grid = Grid(grid.bits, scale.float(), grid.group_size)
-                steps = descend(weight, exact, grid, steps)
-        return Quantized(chosen, steps * grid.columns(), scale)
+
+def calibrated_weight(
+    name: str,
+    stored: torch.Tensor,
+    inputs: InputMoments,
+    weight_format: WeightFormat | None,
+    sparse: tuple[float, Pattern] | None,
+    rounding: Rounding,
+) -> torch.Tensor | Quantized:
+    """The weight of one linear layer, pruned, quantized, or both, with errors compensated on its inputs.
+
+    stored: [outputs, inputs], in the source's dtype, which is that of the scales. weight_format: None where it is only
+    pruned. What is pruned is rounded to nearest, which keeps zeros.
+    """
+    if sparse is not None:
+        sparsity, pattern = sparse
+        factor = inputs.total.diagonal().float()[None]
+        pruned, _ = prune_weight(stored.float(), sparsity, pattern, factor, inputs.shrunk)
+        return pruned if weight_format is None else on_grid(nearest(name, pruned, weight_format))
+    assert weight_format is not None, name
+    if weight_format.kind == "float":
+        return nearest(name, stored, weight_format)
+    weight, exact = stored.float(), inputs.damped
+    groups = weight_groups(name, weight, weight_format.group_size)
+    scale = clipped_scale(groups, weight_format.bits, exact.diagonal().float(), stored.dtype)
+    grid = Grid(weight_format.bits, scale.float(), groups.shape[-1])
+    if rounding == "nearest":
+        return Quantized(weight_format, grid.steps(weight) * grid.columns(), scale)
+    steps = gptq(weight, inputs.factor, grid)
+    if rounding == "descent":
+        steps = descend(weight, exact, grid, steps, SWEEPS)
+        for _ in range(REFITS):
+            scale = refit_scales(weight, exact, grid, steps).to(stored.dtype)
+            grid = Grid(grid.bits, scale.float(), grid.group_size)
+            steps = descend(weight, exact, grid, steps)
+    return Quantized(weight_format, steps * grid.columns(), scale)
 
 
 def _input_groups(layer: LayerData) -> list[list[str]]:

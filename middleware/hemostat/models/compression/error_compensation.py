@@ -62,13 +62,24 @@ def damped(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     return exact
 
 
-def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Integers [outputs, inputs], as floats, for `weight` [outputs, inputs], in whose dtype it computes.
-    hessian: damped."""
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    permuted = hessian[order][:, order]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(permuted))
-    factor = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)
+@dataclass(frozen=True, slots=True)
+class GptqFactor:
+    """What `gptq` needs of a damped H. order: columns by decreasing H_jj. upper: the upper Cholesky factor of the
+    inverse of H in this order."""
+
+    order: torch.Tensor
+    upper: torch.Tensor
+
+    @classmethod
+    def of(cls, hessian: torch.Tensor) -> GptqFactor:
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
+        return cls(order, torch.linalg.cholesky(inverse, upper=True))
+
+
+def gptq(weight: torch.Tensor, known: GptqFactor, grid: Grid) -> torch.Tensor:
+    """Integers [outputs, inputs], as floats, for `weight` [outputs, inputs], in whose dtype it computes."""
+    order, factor = known.order, known.upper.to(weight.dtype)
     # Columns as rows: each is read and written in one piece.
     left = weight.T[order].contiguous()
     scales = grid.columns().T[order].contiguous()
