@@ -23,6 +23,9 @@ from hemostat_calibration.statistics.streaming import student_975
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from hemostat.models.compression.input_moments import InputMoments  # noqa: E402
+from hemostat.models.compression.pruning.compensation import shrunk  # noqa: E402
+
 
 @pytest.fixture(scope="module")
 def report(tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
@@ -103,6 +106,25 @@ def test_prescription_is_a_plan_within_the_budget(report: dict[str, Any], tiny: 
     assert prescription["predicted_lower_bound"] <= own["predicted"]
 
 
+def input_moments_of(rows: torch.Tensor) -> InputMoments:
+    return InputMoments(shrunk((rows.T @ rows).double(), len(rows)), len(rows))
+
+
+def input_moments(model: Any, names: list[str], texts: list[Any]) -> dict[str, InputMoments]:
+    """Of what the layers read, by hooks in the whole model."""
+    rows: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda _, given, __, name=name: rows[name].append(given[0][0]))
+        for name in names
+    ]
+    with torch.no_grad():
+        for ids in texts:
+            model(torch.from_numpy(ids.astype(np.int64))[None])
+    for handle in handles:
+        handle.remove()
+    return {name: input_moments_of(torch.cat(found)) for name, found in rows.items()}
+
+
 def test_measured_mix_is_that_of_a_model_with_rounded_weights(report: dict[str, Any], tiny: TinyPair) -> None:
     """The reference is as it was afterwards, and the figure is the KL of an independently rounded model."""
     from hemostat.doctor.checkpoints import CheckpointPair, kl
@@ -115,11 +137,15 @@ def test_measured_mix_is_that_of_a_model_with_rounded_weights(report: dict[str, 
     jobs = encode(pair, load(tiny.prompts, None), options)
     outputs = [one.output for begin in range(0, len(jobs), 2) for one in pair.score(jobs[begin : begin + 2], 0, False)]
     rounded = transformers.AutoModelForCausalLM.from_pretrained(tiny.reference).eval()
-    found = []
+    found, weights = [], {}
+    learned = [np.concatenate([job.prompt, output]) for job, output in zip(jobs, outputs, strict=True)][0::2]
+    inputs = input_moments(rounded, list(report["plan"].layers), learned)
     with torch.inference_mode():
         for name, plan in report["plan"].layers.items():
             module = rounded.get_submodule(name)
-            module.weight.data = planned_weight(name, module.weight.data, plan)
+            weights[name] = planned_weight(name, module.weight.data, plan, inputs[name])
+        for name, weight in weights.items():
+            rounded.get_submodule(name).weight.data = weight
         for job, output in list(zip(jobs, outputs, strict=True))[1::2]:
             ids = torch.tensor([[*job.prompt.tolist(), *output.tolist()]])
             r, c = (model(ids).logits[0, len(job.prompt) - 1 : -1] for model in (pair.reference_model, rounded))
@@ -209,8 +235,9 @@ def test_predicted_loss_is_the_mean_square_of_the_change_of_log_likelihood(tiny:
     (gradient,) = torch.autograd.grad(loss, rows["y"])
     one = found[name]
     for plan, predicted in zip(one.plans, one.losses, strict=True):
-        delta = module.weight.detach() - planned_weight(name, module.weight.detach(), plan)
-        change = (rows["x"][0].detach() @ delta.T * gradient[0]).sum(-1)
+        weight, x = module.weight.detach(), rows["x"][0].detach()
+        delta = weight - planned_weight(name, weight, plan, input_moments_of(x[0::2]))
+        change = (x @ delta.T * gradient[0]).sum(-1)[1::2]
         assert predicted == pytest.approx(0.5 * float(change.square().mean()), rel=1e-3, abs=1e-12), plan
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.bench.llmcompressor import QUANTIZE
 from tests.bench.recovery.log import say
 
+from hemostat.doctor.options import Target
 from hemostat.doctor.prescription.losses import predicted_losses
 from hemostat.doctor.prescription.mixes import prescribe
 from hemostat.models.adapters.parts import Parts
@@ -29,9 +30,9 @@ W8A8 = WeightFormat(8, inputs="int8")
 DENSE_BITS = (3, 5, 6)
 """Written dense: vLLM packs 4 and 8 bits only."""
 BEST = "descent"
-MIXED = {4: "vllm-cpu", 5: "any", 6: "any"}
-"""Bits of the uniform mix of equal bytes -> what the mix is for: `doctor --plan-for`."""
-LOSS_TOKENS = 2048
+MIXED: Sequence[tuple[int, Target]] = ((4, "vllm-cpu"), (4, "any"), (5, "any"), (6, "any"))
+"""Bits of the uniform mix of equal bytes, and what the mix is for: `doctor --plan-for`."""
+LOSS_TOKENS = 6000
 
 
 def cases(bench: Bench) -> Sequence[Case]:
@@ -58,8 +59,9 @@ def cases(bench: Bench) -> Sequence[Case]:
             Case(f"{bits} bits nearest", size, partial(bench.ours, nearest)),
             Case(f"{bits} bits {BEST}", size, partial(_uniform, bench, weight_format, BEST, False)),
         ]
-    for bits in MIXED:
-        found.append(Case(_mix(bits), bench.size(LayerPlan(bits, GROUP_SIZE)), partial(_mixed, bench, bits)))
+    for bits, target in MIXED:
+        size = bench.size(LayerPlan(bits, GROUP_SIZE))
+        found.append(Case(_mix(bits, target), size, partial(_mixed, bench, bits, target)))
     return found
 
 
@@ -70,11 +72,11 @@ def musts() -> Sequence[Must]:
         Must(f"W4A16 {BEST}", f"llmcompressor W4A16 {method}", not_above=True) for method in ("rtn", "gptq", "awq")
     ]
     uniform = {4: f"W4A16 {BEST}"} | {bits: f"{bits} bits {BEST}" for bits in DENSE_BITS}
-    return [*found, *(Must(_mix(bits), uniform[bits]) for bits in MIXED)]
+    return [*found, *(Must(_mix(bits, target), uniform[bits]) for bits, target in MIXED)]
 
 
-def _mix(bits: int) -> str:
-    return f"prescribed mix, bytes of {bits} bits"
+def _mix(bits: int, target: Target) -> str:
+    return f"prescribed mix for {target}, bytes of {bits} bits"
 
 
 def _uniform(bench: Bench, weight_format: WeightFormat, calibration: str, packed: bool, folder: Path) -> None:
@@ -86,9 +88,8 @@ def _peer(bench: Bench, method: str, folder: Path) -> None:
     bench.peer(QUANTIZE, folder, method, str(GROUP_SIZE))
 
 
-def _mixed(bench: Bench, bits: int, folder: Path) -> None:
+def _mixed(bench: Bench, bits: int, target: Target, folder: Path) -> None:
     """The mix is prescribed from the same texts."""
-    target = MIXED[bits]
     texts = []
     for ids in bench.ids:
         if sum(map(len, texts)) >= LOSS_TOKENS:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from hemostat.doctor.options import Target
+from hemostat.models.compression.calibrated import calibrated_weight
+from hemostat.models.compression.formats import Quantized, WeightFormat, on_grid
+from hemostat.models.compression.input_moments import InputMoments
 from hemostat.models.compression.plan import DENSE_BITS, LayerPlan, fused_name
+from hemostat.models.compression.pruning.masks import Pattern
 from hemostat.models.compression.rounding import pruned, rounded
 
 KERNEL_GROUPS = (None, 128, 64, 32)
@@ -41,10 +45,18 @@ def unit_name(target: Target, layer: str) -> str:
     return layer if target == "any" else fused_name(layer)
 
 
-def planned_weight(name: str, weight: Any, plan: LayerPlan) -> Any:
-    """A copy of layer `name`'s weight, a tensor [out, in], pruned by magnitude and rounded to nearest as `plan` says.
+def planned_weight(name: str, weight: Any, plan: LayerPlan, inputs: InputMoments | None) -> Any:
+    """Layer `name`'s weight, a tensor [out, in], as `plan` says, in the same dtype.
 
-    Zeros stay zeros.
+    inputs: errors are compensated on them, in one pass (`gptq`); None: it is pruned by magnitude and rounded to
+    nearest.
     """
-    found = pruned(weight, plan.sparsity) if plan.sparsity else weight.clone()
-    return found if plan.bits == DENSE_BITS else rounded(name, found, plan.bits, plan.group_size)
+    if plan.bits == DENSE_BITS and not plan.sparsity:
+        return weight.clone()
+    if inputs is None:
+        found = pruned(weight, plan.sparsity) if plan.sparsity else weight.clone()
+        return found if plan.bits == DENSE_BITS else rounded(name, found, plan.bits, plan.group_size)
+    weight_format = None if plan.bits == DENSE_BITS else WeightFormat(plan.bits, plan.group_size)
+    sparse = (plan.sparsity, Pattern(plan.pattern)) if plan.sparsity else None
+    new = calibrated_weight(name, weight, inputs, weight_format, sparse, "gptq")
+    return (on_grid(new) if isinstance(new, Quantized) else new).to(weight.dtype)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from hemostat.doctor.kl_meter import altered_weights
 from hemostat.doctor.options import DoctorError, Target
-from hemostat.doctor.prescription.candidates import planned_weight, unit_name
+from hemostat.doctor.prescription.candidates import unit_name
 from hemostat.doctor.prescription.losses import LayerLosses
 from hemostat.models.compression.plan import DENSE_BITS, LayerPlan, stored_bytes
 from hemostat_calibration.allocation.knapsack import Options, allocate
@@ -66,9 +63,3 @@ def uniform_mixes(losses: Mapping[str, LayerLosses], budget: int) -> list[tuple[
         if size <= budget:
             mixes.append((plan, Mix(dict.fromkeys(losses, plan), size, predicted)))
     return sorted(mixes, key=lambda item: item[1].predicted)
-
-
-def carried_out(model: Any, mix: Mix) -> AbstractContextManager[None]:
-    """Inside of the context the linear layers of `model`, the reference, have the mix's weights."""
-    modules = {name: model.get_submodule(name) for name in mix.layers}
-    return altered_weights(modules, lambda name, weight: planned_weight(name, weight, mix.layers[name]))

@@ -1,7 +1,7 @@
 """The prescription for a budget of bytes: predicted, and measured on other texts. Torch.
 
 The statistics are of one half of the prompts. The prescribed mix and the best uniform ones that fit are then measured
-on the other half, with the reference's weights rounded in place.
+on the other half, with the reference's weights rounded in place, all in the same way.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from hemostat.doctor.options import DoctorError, DoctorOptions
 from hemostat.doctor.pair import Floats, Ids, json_number
 from hemostat.doctor.prescription.budget import budget_bytes
 from hemostat.doctor.prescription.losses import predicted_losses
-from hemostat.doctor.prescription.mixes import Mix, carried_out, dense_bytes, prescribe, uniform_mixes
+from hemostat.doctor.prescription.mixes import Mix, dense_bytes, prescribe, uniform_mixes
+from hemostat.doctor.prescription.rounded_mixes import RoundedMixes
 from hemostat.models.adapters.errors import AdaptError
 from hemostat.models.adapters.parts import Parts
 from hemostat.models.compression.plan import LayerPlan, Plan
 from hemostat.models.work_folder import WorkFolder
 
-LEARNED_TOKENS = 2048
+LEARNED_TOKENS = 4096
 """Positions, prompts included, that the statistics are taken of."""
 MAX_UNIFORM = 3
 """Uniform mixes that are measured beside the prescribed one: those with the least predicted loss."""
@@ -46,24 +47,31 @@ def prescription_report(
         raise DoctorError("a prescription needs at least 2 prompts: one half is to learn from, the other to measure")
     target = options.plan_for
     learned, held_out = texts[0::2], texts[1::2]
+    reference, device, positions = Path(options.reference), str(pair.device), _positions(learned, LEARNED_TOKENS)
     try:
         losses = predicted_losses(
-            Path(options.reference),
-            _positions(learned, LEARNED_TOKENS),
+            reference,
+            positions,
             target,
-            str(pair.device),
+            device,
             options.seed,
             Parts(work, f"prescription-{target}-"),
-            steps,
+            lambda done, total: steps(done, total + total // 2),
         )
         dense = dense_bytes(losses)
         budget = budget_bytes(options.budget, dense, Path(options.compressed), list(losses))
+        mix, bound = prescribe(losses, target, budget)
+        uniform = uniform_mixes(losses, budget)[:MAX_UNIFORM]
+        mixes = [mix, *(one for _, one in uniform)]
+        parts = Parts(work, f"rounded-{target}-{budget}-")
+        rounded = RoundedMixes(
+            reference, positions, mixes, device, parts, lambda done, total: steps(2 * total + done, 3 * total)
+        )
     except AdaptError as error:
         raise DoctorError(f"--prescribe: {error}") from None
-    mix, bound = prescribe(losses, target, budget)
-    uniform = uniform_mixes(losses, budget)[:MAX_UNIFORM]
     with torch.inference_mode():
-        measured = _measure(pair, choose(held_out, options.layer_tokens or DEFAULT_TOKENS), mix, uniform)
+        measured = _measure(pair, choose(held_out, options.layer_tokens or DEFAULT_TOKENS), mix, uniform, rounded)
+    rounded.drop()
     plan = Plan(
         pair.reference.digest,
         dict(mix.layers),
@@ -72,7 +80,7 @@ def prescription_report(
             "hemostat": __version__,
             "for": target,
             "budget": budget,
-            "method": "Fisher information by token, round to nearest",
+            "method": "Fisher information by token, compensated errors",
             "seed": options.seed,
             "predicted_kl_nats": mix.predicted,
             "measured_kl_nats": measured["mean_kld"],
@@ -87,6 +95,8 @@ def prescription_report(
         "predicted": json_number(mix.predicted),
         "predicted_lower_bound": json_number(bound),
         "learned_requests": len(learned),
+        "learned_positions": sum(map(len, positions)),
+        "unreached": [name for name, one in losses.items() if not one.reached],
         "counts": dict(Counter(one.name for one in mix.layers.values()).most_common()),
         "plan": msgspec.to_builtins(plan),
         **measured,
@@ -107,7 +117,11 @@ def _positions(texts: Sequence[Text], limit: int) -> list[Ids]:
 
 
 def _measure(
-    pair: CheckpointPair, texts: Sequence[Text], mix: Mix, uniform: Sequence[tuple[LayerPlan, Mix]]
+    pair: CheckpointPair,
+    texts: Sequence[Text],
+    mix: Mix,
+    uniform: Sequence[tuple[LayerPlan, Mix]],
+    rounded: RoundedMixes,
 ) -> dict[str, Any]:
     """KL(r‖c) of the mixes and of COMPRESSED, and differences from the prescribed one, token by token."""
     model = pair.reference_model
@@ -116,7 +130,7 @@ def _measure(
     compressed = meter.measure(pair.compressed_model)
 
     def measure(one: Mix) -> Floats:
-        with carried_out(model, one):
+        with rounded.carried_out(model, one):
             return meter.measure(model)
 
     prescribed = measure(mix)

@@ -22,21 +22,25 @@ def sentences(prescription: Row) -> list[str]:
     parts = ", ".join(f"{count} with {name}" for name, count in prescription["counts"].items())
     own, *others = prescription["compared"]
     requests = prescription["requests"]
-    size = f"{prescription['tokens']} tokens of {requests} prompts that it was not made from"
+    size = f"{prescription['tokens']} tokens of {requests} prompts"
     found = [
         f"Of {layers} linear layers: {parts}. That is {prescription['bytes']:,} of {prescription['budget']:,} bytes, "
         f"{prescription['bits_per_weight']:.2f} bits per weight; {FOR[prescription['target']]}.",
         *_by_module(prescription),
+        *_unreached(prescription),
+        f"Errors of rounding are compensated, on {prescription['learned_positions']:,} positions of "
+        f"{prescription['learned_requests']} prompts; the figures are of others.",
         f"Predicted: {prescription['predicted']:.4f} nats, and no choice of the same candidates is predicted below "
         f"{prescription['predicted_lower_bound']:.4f}. Measured: mean KLD "
         f"{plus_minus(own['mean_kld'], own['mean_kld_se_by_request'], requests)} nats on {size}.",
     ]
     for row in others:
         more, error = row["more_than_prescribed"], row["more_se_by_request"]
+        verdict = f"{plus_minus(abs(more), error, requests)} {'more' if more > 0 else 'less'}"
         if not clear(more, error, requests):
-            verdict = f"not clearly different: {plus_minus(more, error, requests)} more"
-        else:
-            verdict = f"{plus_minus(abs(more), error, requests)} {'more' if more > 0 else 'less: take that instead'}"
+            verdict += ", which is not clearly different"
+        elif more < 0:
+            verdict += ": take that instead"
         bytes_of = "" if row["bytes"] is None else f", {row['bytes']:,} bytes"
         mean = plus_minus(row["mean_kld"], row["mean_kld_se_by_request"], requests)
         found.append(f"{row['name']}{bytes_of}: {mean} nats, {verdict}.")
@@ -52,6 +56,16 @@ def _by_module(prescription: Row) -> list[str]:
         return []
     means = sorted(((sum(found) / len(found), module) for module, found in bits.items()), reverse=True)
     return ["Mean bits by module: " + ", ".join(f"{module} {mean:.1f}" for mean, module in means) + "."]
+
+
+def _unreached(prescription: Row) -> list[str]:
+    names = prescription["unreached"]
+    if not names:
+        return []
+    return [
+        f"No token of the texts reached {len(names)} of the layers, such as {names[0]}: what they lose is unknown, and "
+        "taken to be the median of the layers of their kind that were reached, per weight. More prompts say more."
+    ]
 
 
 def widths(prescription: Row) -> dict[tuple[str, str], tuple[int, int | None, float]]:

@@ -1,0 +1,92 @@
+"""Mixes carried out in a model: its weights as `hemostat compress --plan` would round them. Torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hemostat.doctor.kl_meter import altered_weights
+from hemostat.doctor.pair import Ids
+from hemostat.doctor.prescription.candidates import planned_weight
+from hemostat.doctor.prescription.losses import TokenRows
+from hemostat.doctor.prescription.mixes import Mix
+from hemostat.models.adapters.activations import Moments
+from hemostat.models.adapters.checkpoint import Checkpoint
+from hemostat.models.adapters.copies import device_of, dtype_of, weights_of
+from hemostat.models.adapters.parts import Parts
+from hemostat.models.adapters.skeleton import Skeleton
+from hemostat.models.adapters.statistics import LayerStatistics
+from hemostat.models.compression.plan import LayerPlan
+
+
+class RoundedMixes:
+    """Owns the rounded weights of all layers, in `parts`, by decoder layer. `drop` removes them.
+
+    Errors are compensated on the texts; each layer reads what it reads in the reference.
+    """
+
+    def __init__(
+        self, reference: Path, texts: Sequence[Ids], mixes: Sequence[Mix], device: str, parts: Parts,
+        steps: Callable[[int, int], None],
+    ) -> None:  # fmt: skip
+        """Rounds them, one decoder layer after the other; finished ones are kept in `parts`. AdaptError."""
+        self._parts = parts
+        self._plans: dict[str, list[LayerPlan]] = {
+            name: list(dict.fromkeys(mix.layers[name] for mix in mixes)) for name in mixes[0].layers
+        }
+        checkpoint = Checkpoint(reference, "REFERENCE")
+        skeleton = Skeleton(checkpoint.config, dtype_of(checkpoint, "auto"), device_of(device), "REFERENCE")
+        self._layers = {name: layer for layer in skeleton.layers for name in skeleton.linears_of(layer)}
+
+        def store(layer: str, moments: Moments) -> Mapping[str, torch.Tensor]:
+            assert isinstance(moments, TokenRows)
+            found = {}
+            for name in skeleton.linears_of(layer):
+                weight = checkpoint.weight(name)
+                inputs = moments.input_moments(name) if moments.reached(name) else None
+                for n, plan in enumerate(self._plans[name]):
+                    found[f"{name}|{n}"] = planned_weight(name, weight, plan, inputs)
+            # Not what is returned, which is held in memory for all layers.
+            parts.put(_weights(layer), found)
+            return {}
+
+        LayerStatistics(
+            skeleton,
+            weights_of(checkpoint),
+            texts,
+            parts,
+            gradients=False,
+            full=False,
+            memory_bytes=0,
+            seed=0,
+            progress=lambda _, done, total: steps(done, total),
+            moments=TokenRows,
+        ).run(store)
+
+    def carried_out(self, model: Any, mix: Mix) -> AbstractContextManager[None]:
+        """Inside of the context the linear layers of `model`, the reference, have the mix's weights."""
+        modules = {name: model.get_submodule(name) for name in mix.layers}
+        loaded: dict[str, dict[str, torch.Tensor]] = {}
+
+        def weight(name: str, original: torch.Tensor) -> torch.Tensor:
+            layer = self._layers[name]
+            if layer not in loaded:
+                found = self._parts.get(_weights(layer))
+                assert found is not None, layer
+                loaded.clear()
+                loaded[layer] = found
+            return loaded[layer][f"{name}|{self._plans[name].index(mix.layers[name])}"].to(original)
+
+        return altered_weights(modules, weight)
+
+    def drop(self) -> None:
+        for layer in dict.fromkeys(self._layers.values()):
+            self._parts.drop(_weights(layer))
+
+
+def _weights(layer: str) -> str:
+    return f"weights-{layer}"
