@@ -10,10 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hemostat_calibration.statistics.streaming import student_975
+from hemostat_calibration.thresholds.curve import student_quantile
 
 NOTE = (
     "± is 95 %, by request. Each sentence names the largest of several causes: chosen as the largest on these texts, "
-    "its figure is likely to be somewhat smaller on others."
+    "its figure is likely to be somewhat smaller on others. Whether one stands out is judged by an interval that holds "
+    "for all of them together."
 )
 MIN_GROUP_REQUESTS = 5
 """Tokens of fewer requests are no group: a standard error by request says nothing about them."""
@@ -74,10 +76,12 @@ def plus_minus(value: float, error: float | None, requests: int, digits: int = 4
     return f"{value:.{digits}f}" if half is None else f"{value:.{digits}f} ± {half:.{digits}f}"
 
 
-def clear(value: float, error: float | None, requests: int) -> bool:
-    """The 95 % interval does not include 0."""
-    half = half_width(error, requests)
-    return half is not None and abs(value) > half
+def clear(value: float, error: float | None, requests: int, chosen_of: int = 1) -> bool:
+    """The 95 % interval does not include 0. chosen_of: the value is the largest of so many, among which the 5 % are
+    shared out (Bonferroni)."""
+    if error is None or requests < 2:
+        return False
+    return abs(value) > student_quantile(0.05 / chosen_of, requests - 1) * error
 
 
 def _groups(report: Row) -> Iterator[Finding]:
@@ -89,7 +93,11 @@ def _groups(report: Row) -> Iterator[Finding]:
         ]
         if not rows:
             continue
-        known = [row for row in rows if clear(row["excess"]["value"], row["excess"]["se_by_request"], row["requests"])]
+        known = [
+            row
+            for row in rows
+            if clear(row["excess"]["value"], row["excess"]["se_by_request"], row["requests"], chosen_of=len(rows))
+        ]
         above = [row for row in known if row["excess"]["value"] > 0]
         if not above:
             most = max(rows, key=lambda row: row["excess"]["value"])
@@ -124,7 +132,8 @@ def _layers(layers: Row) -> Iterator[Finding]:
     if single and base:
         best = max(single, key=lambda row: row["won_nats"])
         won, error = best["won_nats"], best["won_se_by_request"]
-        unclear = "" if clear(won, error, requests) else " The interval includes 0: no single layer stands out."
+        stands_out = clear(won, error, requests, chosen_of=len(single))
+        unclear = "" if stands_out else " The largest of so many may be chance: no single layer stands out."
         text = (
             f"Restore one: with {best['name']} restored and all else compressed, the mean KLD of {base:.4f} nats falls "
             f"by {plus_minus(won, error, requests)} ({100 * won / base:.0f} %), the most of {len(single)} layers."
