@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import tempfile
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from tests.bench.faults import Row
@@ -47,7 +49,7 @@ async def _proofs(folder: Path) -> Row:
 
 def _kills(folder: Path) -> Iterator[Row]:
     context = replica_kills.context()
-    found = [replica_kills.run(context, folder / f"run-{n}", n, KILLS) for n in range(RUNS)]
+    found = [_run(context, folder, n) for n in range(RUNS)]
     kills = sum(len(one.killed) for one in found)
     case = f"kill -9 of leader, follower or store, {RUNS} runs, {kills} kills"
     before = "alarms and outcomes since the last minute were lost with the leader"
@@ -55,7 +57,7 @@ def _kills(folder: Path) -> Iterator[Row]:
     yield Row(f"{case}: harmful promotions", "", float(harmful), "0", harmful == 0)
     twice = sum(max(0, -one.lost) for one in found)
     yield Row(f"{case}: requests counted twice", "", float(twice), "0", twice == 0)
-    most = max(one.lost / len(one.killed) for one in found)
+    most = max(one.lost / max(1, len(one.killed)) for one in found)
     stated = replica_kills.MAX_LOST
     within = all(one.lost <= one.may_lose for one in found)
     limit = f"<= {stated['leader']} (leader), {stated['follower']} (follower), {stated['store']} (store)"
@@ -66,3 +68,14 @@ def _kills(folder: Path) -> Iterator[Row]:
     yield Row(f"{case}: looks at replicas that did not serve the profile", "", float(refused), "0", refused == 0)
     failed = [text for one in found for text in one.failures]
     yield Row(f"{case}: replicas that failed", "", "; ".join(failed[:3]) or "0", "0", not failed)
+
+
+def _run(context: ForkServerContext, folder: Path, number: int) -> replica_kills.Outcome:
+    """Of a run that does not end, the failure: the others go on."""
+    try:
+        found = replica_kills.run(context, folder / f"run-{number}", number, KILLS)
+    except Exception as error:  # noqa: BLE001  whatever it is, it is reported
+        found = replica_kills.Outcome(failures=[f"run {number}: {error!r}"])
+    if (number + 1) % 10 == 0:
+        print(f"replicas: {number + 1} of {RUNS} runs", file=sys.stderr, flush=True)
+    return found
