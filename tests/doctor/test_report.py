@@ -82,8 +82,8 @@ def report(scored: list[Scored]) -> dict[str, Any]:
                 "more_than_prescribed": 0.05, "more_se_by_request": 0.01}  # fmt: skip
     prescription = {
         "target": "any", "budget": 100, "bytes": 90, "bits_per_weight": 4.2, "predicted": 0.1,
-        "predicted_lower_bound": 0.09, "learned_requests": 3, "tokens": 20, "requests": 2, "mean_kld": 0.15,
-        "mean_kld_se_by_request": 0.01, "counts": {"4 bits, groups of 64": 8},
+        "predicted_lower_bound": 0.09, "learned_requests": 3, "unreached": [], "tokens": 20, "requests": 2,
+        "mean_kld": 0.15, "mean_kld_se_by_request": 0.01, "counts": {"4 bits, groups of 64": 8},
         "plan": {"layers": {f"model.layers.{n}.mlp.<up>": {"bits": 2 + n, "group_size": 64, "sparsity": 0.0,
                                                             "pattern": "unstructured"} for n in range(4)}},
         "compared": [compared | {"name": "prescribed"}, compared | {"name": "uniform 4 bits"},

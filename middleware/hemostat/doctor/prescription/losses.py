@@ -11,8 +11,8 @@ inputs of another is left out.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from hemostat.doctor.prescription.candidates import candidates, planned_weight
 from hemostat.models.adapters.activations import Moments, output_key
 from hemostat.models.adapters.checkpoint import Checkpoint
 from hemostat.models.adapters.copies import device_of, dtype_of, weights_of
+from hemostat.models.adapters.errors import AdaptError
 from hemostat.models.adapters.parts import Parts
 from hemostat.models.adapters.skeleton import Skeleton
 from hemostat.models.adapters.statistics import LayerStatistics
@@ -41,30 +42,37 @@ class TokenRows(Moments):
     def add(self, key: str, rows: torch.Tensor, metric: Metric) -> None:
         self._rows[key].append(rows.float().cpu())
 
-    def mean_square(self, name: str, delta: torch.Tensor) -> float:
-        """E[(gᵀ ΔW x)²] over the tokens; 0 for a layer that no token reached. delta: ΔW, float32 [outputs, inputs]."""
-        gradients = self._rows[output_key(name)]
-        if not gradients:
-            return 0.0
+    def reached(self, name: str) -> bool:
+        """By a token; an expert may not be."""
+        return bool(self._rows[output_key(name)])
+
+    def mean_square(self, name: str, delta: torch.Tensor, tokens: int) -> float:
+        """E[(gᵀ ΔW x)²] over all `tokens`, of which those that did not reach the layer count as 0. delta: ΔW, float32
+        [outputs, inputs]."""
         changes = torch.cat(self._rows[self.groups[name]]) @ delta.T
-        return float((changes * torch.cat(gradients)).sum(-1).double().square().mean())
+        products = (changes * torch.cat(self._rows[output_key(name)])).sum(-1)
+        return float(products.double().square().sum()) / tokens
 
 
 @dataclass(frozen=True, slots=True)
 class LayerLosses:
-    """Of one linear layer. losses: predicted KL, nats per token, float64, by candidate."""
+    """Of one linear layer. losses: predicted KL, nats per token, float64, by candidate. reached: by a token."""
 
     outputs: int
     inputs: int
     plans: Sequence[LayerPlan]
     losses: Floats
+    reached: bool = True
 
 
 def predicted_losses(
     reference: Path, texts: Sequence[Ids], target: Target, device: str, seed: int, parts: Parts,
     steps: Callable[[int, int], None],
 ) -> dict[str, LayerLosses]:  # fmt: skip
-    """By linear layer. One decoder layer is in memory at a time; finished ones are kept in `parts`. AdaptError."""
+    """By linear layer. One decoder layer is in memory at a time; finished ones are kept in `parts`. AdaptError.
+
+    Layers that no token reached have the losses of `with_unreached`.
+    """
     checkpoint = Checkpoint(reference, "REFERENCE")
     skeleton = Skeleton(checkpoint.config, dtype_of(checkpoint, "auto"), device_of(device), "REFERENCE")
     statistics = LayerStatistics(
@@ -80,27 +88,71 @@ def predicted_losses(
         moments=TokenRows,
     )
 
+    tokens = sum(map(len, texts))
+
     def losses(layer: str, moments: Moments) -> Mapping[str, torch.Tensor]:
         assert isinstance(moments, TokenRows)
         found = {}
         for name, module in skeleton.linears_of(layer).items():
-            weight = checkpoint.weight(name)
-            values = []
-            for plan in candidates(target, module.in_features):
-                delta = weight.float() - planned_weight(name, weight, plan).float()
-                values.append(0.5 * moments.mean_square(name, delta))
-            found[name] = torch.tensor(values, dtype=torch.float64)
+            if moments.reached(name):
+                weight = checkpoint.weight(name)
+                values = []
+                for plan in candidates(target, module.in_features):
+                    delta = weight.float() - planned_weight(name, weight, plan).float()
+                    values.append(0.5 * moments.mean_square(name, delta, tokens))
+                found[name] = torch.tensor(values, dtype=torch.float64)
         return found
 
     together: dict[str, torch.Tensor] = {}
     for kept in statistics.run(losses).values():
         together |= kept
-    return {
-        name: LayerLosses(
-            module.out_features,
-            module.in_features,
-            candidates(target, module.in_features),
-            np.asarray(together[name].numpy()),
-        )
-        for name, module in skeleton.linears.items()
-    }
+    found = {}
+    for name, module in skeleton.linears.items():
+        plans = candidates(target, module.in_features)
+        known = together[name].numpy() if name in together else np.full(len(plans), np.nan)
+        found[name] = LayerLosses(module.out_features, module.in_features, plans, known, name in together)
+    return with_unreached(found)
+
+
+def with_unreached(losses: Mapping[str, LayerLosses]) -> dict[str, LayerLosses]:
+    """The same, with losses for the layers that no token reached, such as experts: theirs are unknown, not 0.
+
+    By candidate, the median loss per weight of the reached layers of the same kind (whose names are equal but for
+    numbers); where there are none, the largest of any layer. AdaptError where no layer was reached.
+
+    >>> import numpy as np
+    >>> plans = [LayerPlan(4), LayerPlan(16)]
+    >>> found = with_unreached({
+    ...     "0.experts.0.up": LayerLosses(2, 8, plans, np.array([0.1, 0.0])),
+    ...     "0.experts.1.up": LayerLosses(2, 8, plans, np.array([0.3, 0.0])),
+    ...     "0.experts.2.up": LayerLosses(4, 8, plans, np.full(2, np.nan), reached=False),
+    ... })
+    >>> found["0.experts.2.up"].losses.round(6).tolist()
+    [0.4, 0.0]
+    """
+    reached = {name: one for name, one in losses.items() if one.reached}
+    if not reached:
+        raise AdaptError("no token of the texts reached a linear layer: give other prompts")
+    return {name: one if one.reached else _unknown(name, one, reached) for name, one in losses.items()}
+
+
+def _unknown(name: str, layer: LayerLosses, reached: Mapping[str, LayerLosses]) -> LayerLosses:
+    same_kind = [one for other, one in reached.items() if _kind(other) == _kind(name)]
+    highest = max(float(one.losses.max()) / (one.outputs * one.inputs) for one in reached.values())
+    by_weight = []
+    for plan in layer.plans:
+        known = _losses_per_weight(same_kind, plan)
+        others = _losses_per_weight(reached.values(), plan)
+        by_weight.append(np.median(known) if known else max(others, default=highest))
+    return replace(layer, losses=np.array(by_weight) * layer.outputs * layer.inputs)
+
+
+def _losses_per_weight(layers: Iterable[LayerLosses], plan: LayerPlan) -> list[float]:
+    """Of the layers that have the candidate."""
+    return [
+        float(one.losses[one.plans.index(plan)]) / (one.outputs * one.inputs) for one in layers if plan in one.plans
+    ]
+
+
+def _kind(layer: str) -> str:
+    return ".".join(part for part in layer.split(".") if not part.isdecimal())

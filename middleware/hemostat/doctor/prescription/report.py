@@ -87,6 +87,7 @@ def prescription_report(
         "predicted": json_number(mix.predicted),
         "predicted_lower_bound": json_number(bound),
         "learned_requests": len(learned),
+        "unreached": [name for name, one in losses.items() if not one.reached],
         "counts": dict(Counter(one.name for one in mix.layers.values()).most_common()),
         "plan": msgspec.to_builtins(plan),
         **measured,

@@ -27,6 +27,7 @@ def sentences(prescription: Row) -> list[str]:
         f"Of {layers} linear layers: {parts}. That is {prescription['bytes']:,} of {prescription['budget']:,} bytes, "
         f"{prescription['bits_per_weight']:.2f} bits per weight; {FOR[prescription['target']]}.",
         *_by_module(prescription),
+        *_unreached(prescription),
         f"Predicted: {prescription['predicted']:.4f} nats, and no choice of the same candidates is predicted below "
         f"{prescription['predicted_lower_bound']:.4f}. Measured: mean KLD "
         f"{plus_minus(own['mean_kld'], own['mean_kld_se_by_request'], requests)} nats on {size}.",
@@ -52,6 +53,16 @@ def _by_module(prescription: Row) -> list[str]:
         return []
     means = sorted(((sum(found) / len(found), module) for module, found in bits.items()), reverse=True)
     return ["Mean bits by module: " + ", ".join(f"{module} {mean:.1f}" for mean, module in means) + "."]
+
+
+def _unreached(prescription: Row) -> list[str]:
+    names = prescription["unreached"]
+    if not names:
+        return []
+    return [
+        f"No token of the texts reached {len(names)} of the layers, such as {names[0]}: what they lose is unknown, and "
+        "taken to be the median of the layers of their kind that were reached, per weight. More prompts say more."
+    ]
 
 
 def widths(prescription: Row) -> dict[tuple[str, str], tuple[int, int | None, float]]:
