@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hemostat import __version__
 from hemostat.commands.arguments import EXIT_INTERRUPTED, WITHOUT_DATA, UsageError, check_installed
-from hemostat.commands.texts import Writer, texts_digest
+from hemostat.commands.texts import Writer, texts_digest, within_positions
 from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import load
 from hemostat.models.checkpoint_digest import checkpoint_digest
@@ -229,11 +229,13 @@ def _pruning(options: CompressOptions) -> Method:
 def _texts(options: CompressOptions, folder: Path, reporter: Reporter) -> list[Text]:
     """At most `options.tokens` of them: a sample of all, in an order that does not depend on the file's."""
     from hemostat.models.adapters.texts import read_records, split  # noqa: PLC0415
+    from hemostat.models.architectures import max_positions  # noqa: PLC0415
     from hemostat.models.compression.frame import Source  # noqa: PLC0415
 
     prompts = load(options.prompts, None) if options.records is None else []
     source = Source.open(options.source)
     vocab_size = int(source.skeleton.model.get_output_embeddings().weight.shape[0])
+    limit = max_positions(source.checkpoint.config)
     if options.records is not None:
         found = read_records(options.records, vocab_size)
     else:
@@ -245,10 +247,11 @@ def _texts(options: CompressOptions, folder: Path, reporter: Reporter) -> list[T
             "--seed": options.seed,
             "--device": options.device,
         }
-        writer = Writer(options.source, "SOURCE", vocab_size, options.device, options.max_new_tokens, options.seed)
+        settings = (options.device, options.max_new_tokens, options.seed, limit)
+        writer = Writer(options.source, "SOURCE", vocab_size, *settings)
         with WorkFolder(folder, key, "compress") as work:
             found = writer.texts(prompts, work, reporter)
-    learn = split(found, 0.0, options.tokens, 0).learn
+    learn = split(within_positions(found, limit, reporter), 0.0, options.tokens, 0).learn
     reporter.log(f"calibrating on {sum(map(len, learn))} tokens of {len(learn)} texts")
     return learn
 
