@@ -78,8 +78,6 @@ class CompressOptions:
             raise UsageError("--calibrate smooth is for --scheme w8a8, whose inputs are rounded; use awq")
         if self.scheme == "fp8" and self.calibration not in ("none", "awq"):
             raise UsageError(f"--calibrate {self.calibrate} is for integers: --scheme fp8 takes none or awq")
-        if self.scheme == "fp8" and self.repair:
-            raise UsageError("--repair reads integers and dense weights, not those of --scheme fp8: leave it out")
         self._check_destination()
 
     def _check_destination(self) -> None:
@@ -247,8 +245,9 @@ def _texts(options: CompressOptions, folder: Path, reporter: Reporter) -> list[T
             "--seed": options.seed,
             "--device": options.device,
         }
-        settings = (options.device, options.max_new_tokens, options.seed, limit)
-        writer = Writer(options.source, "SOURCE", vocab_size, *settings)
+        writer = Writer(
+            options.source, "SOURCE", vocab_size, options.device, options.max_new_tokens, options.seed, limit
+        )
         with WorkFolder(folder, key, "compress") as work:
             found = writer.texts(prompts, work, reporter)
     learn = split(within_positions(found, limit, reporter), 0.0, options.tokens, 0).learn
