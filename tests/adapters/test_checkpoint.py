@@ -78,7 +78,7 @@ def test_w8a8_rounds_the_inputs_as_the_engine_does(tiny: TinyCheckpoints, tmp_pa
     checkpoint = Checkpoint(tmp_path / "w8a8", "COMPRESSED")
     name = linear_names(tiny.model)[0]
     assert checkpoint.is_quantized(name)
-    assert checkpoint.rounds_inputs(name)
+    assert checkpoint.input_rounding(name) == "int8"
     stored = checkpoint.tensor(f"{name}.weight")
     assert stored.dtype == torch.int8
     scale = checkpoint.tensor(f"{name}.weight_scale").float()
@@ -92,6 +92,44 @@ def test_w8a8_rounds_the_inputs_as_the_engine_does(tiny: TinyCheckpoints, tmp_pa
     steps = inputs.abs().amax(-1, keepdim=True) / 127
     expected = ((inputs / steps).round() @ stored.float().T) * steps * scale.T
     torch.testing.assert_close(layer(inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+def e4m3(data: Any) -> Any:
+    """The numbers that bytes are in E4M3 (https://arxiv.org/abs/2209.05433, table 1), float64."""
+    sign, exponent, fraction = (data >> 7) & 1, (data >> 3) & 15, data & 7
+    values = np.where(exponent > 0, 2.0 ** (exponent - 7.0) * (1 + fraction / 8), 2.0**-6 * fraction / 8)
+    return np.where(sign, -values, values)
+
+
+def test_fp8_is_read_as_the_engine_reads_it(tiny: TinyCheckpoints, tmp_path: Path) -> None:
+    from hemostat.models.adapters.checkpoint import Checkpoint
+    from hemostat.models.adapters.copies import Copy
+    from hemostat.models.compression.compress import compress_with
+    from hemostat.models.compression.formats import WeightFormat
+    from hemostat.models.compression.methods import without_texts
+
+    method = without_texts(WeightFormat(8, None, "float", "fp8"), packed=True)
+    report = compress_with(tiny.reference, tmp_path / "fp8", method)
+    checkpoint = Checkpoint(tmp_path / "fp8", "COMPRESSED")
+    names = linear_names(tiny.model)
+    assert checkpoint.quantized == set(names)
+    for name in names:
+        stored, scale = (checkpoint.tensor(f"{name}.{part}") for part in ("weight", "weight_scale"))
+        assert stored.dtype == torch.float8_e4m3fn
+        expected = e4m3(stored.view(torch.uint8).numpy().astype(np.int64)) * scale.double().numpy()
+        np.testing.assert_array_equal(checkpoint.weight(name).numpy(), expected.astype(np.float32))
+        assert checkpoint.input_rounding(name) == "fp8"
+        assert checkpoint.stored_bytes(name) == stored.numel() + len(stored) * scale.element_size()
+    dense = sum(tensor.numel() * 4 for name, tensor in tiny.model.named_parameters() if name[:-7] not in names)
+    assert report["bytes"] == sum(map(checkpoint.stored_bytes, names)) + dense
+    layer = Copy.load(tmp_path / "fp8", dtype="float32").linears[names[0]]
+    inputs = torch.randn(1, 5, layer.in_features)
+    inputs[0, 4] *= 1e-6  # has the scale of a largest input of 1/512
+    scale = inputs.abs().amax(-1, keepdim=True).clamp_min(1 / 512) / 448
+    rounded = (inputs / scale).to(torch.float8_e4m3fn)
+    steps = torch.from_numpy(e4m3(rounded.view(torch.uint8).numpy().astype(np.int64))).float() * scale
+    torch.testing.assert_close(layer(inputs), steps @ layer.weight.T, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(layer(inputs), inputs @ layer.weight.T, rtol=1e-3)
 
 
 def test_head_logits_have_the_models_soft_cap(tmp_path: Path) -> None:
@@ -185,12 +223,12 @@ def config(folder: Path, **quantization: Any) -> None:
         ({"config_groups": {"g": {"targets": ["Linear"], "format": "nvfp4-pack-quantized"}}}, "nvfp4-pack-quantized"),
         (
             {
-                "format": "float-quantized",
+                "format": "naive-quantized",
                 "config_groups": {
-                    "g": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
+                    "g": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "float", "strategy": "channel"}}
                 },
             },
-            "float-quantized",
+            "4-bit float weights in naive-quantized",
         ),
         (
             {
@@ -202,7 +240,7 @@ def config(folder: Path, **quantization: Any) -> None:
                     }
                 },
             },
-            "int8 by token",
+            "int8 or FP8 by token",
         ),
         ({"config_groups": {"g": {"targets": 3}}}, "cannot be read"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -249,10 +249,11 @@ def test_not_a_number_is_no_improvement() -> None:
     assert not training._improves(np.ones((3, 2)), np.array([[np.nan, 1.0]] * 3))
 
 
-def test_the_gradient_passes_through_rounded_inputs() -> None:
-    """W8A8: rounding has no gradient of its own, the layer must have one all the same."""
+@pytest.mark.parametrize(("rounding", "off"), [("int8", 0.1), ("fp8", 0.3)])
+def test_the_gradient_passes_through_rounded_inputs(rounding: Literal["int8", "fp8"], off: float) -> None:
+    """Rounding has no gradient of its own, the layer must have one all the same."""
     layer = CopyLinear(6, 4, bias=False)
-    layer.rounds_inputs = True
+    layer.input_rounding = rounding
     layer.requires_grad_(False)
     x = torch.randn(3, 6, requires_grad=True)
     output = layer(x)
@@ -260,7 +261,7 @@ def test_the_gradient_passes_through_rounded_inputs() -> None:
         assert torch.equal(layer(x.detach()), output)
     output.sum().backward()
     assert x.grad is not None
-    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, 6), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, 6), rtol=0.1, atol=off)
 
 
 def test_memory_is_stated(pair: Pair, tmp_path: Path) -> None:

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 
 from hemostat.models.checkpoint_folders import MANIFEST, CompressError, copy_checkpoint, is_complete
-from hemostat.models.compression.compress import compress
+from hemostat.models.compression.compress import compress, compress_with
 from hemostat.models.compression.unpacking import is_packed, unpacked_copy
 from hemostat.models.reference_checkpoint import Checkpoints, cached_checkpoints
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")
+
+from hemostat.models.compression.formats import WeightFormat  # noqa: E402
+from hemostat.models.compression.methods import without_texts  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 
@@ -92,6 +95,22 @@ def test_the_unpacked_copy_is_the_same_model(tiny: Path, tmp_path: Path, monkeyp
     copy_checkpoint(tmp_path / "w4a16", tmp_path / "elsewhere")
     assert unpacked_copy(tmp_path / "w4a16") == unpacked_copy(tmp_path / "elsewhere") == dense
     assert (dense / MANIFEST).stat().st_mtime_ns == made, "made once"
+
+
+@pytest.mark.parametrize("chosen", [WeightFormat(8, inputs="int8"), WeightFormat(8, None, "float", "fp8")])
+def test_a_copy_without_rounded_inputs_is_noted(
+    chosen: WeightFormat, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are those of the quantized checkpoint, and its inputs are exact."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    compress_with(tiny, tmp_path / "small", without_texts(chosen, packed=True))
+    said: list[str] = []
+    dense = unpacked_copy(tmp_path / "small", said.append)
+    assert any("14 layers round their inputs at run time; the dense copy does not" in text for text in said)
+    state, small = weights(dense), weights(tmp_path / "small")
+    assert torch.equal(state[f"{LAYER}.weight"], small[f"{LAYER}.weight"].float() * small[f"{LAYER}.weight_scale"])
+    assert state.keys() == weights(tiny).keys()
+    assert "quantization_config" not in json.loads((dense / "config.json").read_text())
 
 
 def test_int3_is_dense_with_eight_values_per_group(tiny: Path, tmp_path: Path) -> None:

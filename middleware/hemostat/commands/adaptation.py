@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hemostat import __version__
 from hemostat.commands.arguments import EXIT_INTERRUPTED, UsageError, check_installed
-from hemostat.commands.texts import Writer, texts_digest
+from hemostat.commands.texts import Writer, texts_digest, within_positions
 from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import Prompt, load
 from hemostat.engines.lora.slots import rank_setting
@@ -120,7 +120,9 @@ def _build(
     from hemostat.models.adapters.build import build, judged, vocab_size_of  # noqa: PLC0415
     from hemostat.models.adapters.parts import Parts  # noqa: PLC0415
     from hemostat.models.adapters.texts import read_records, split  # noqa: PLC0415
+    from hemostat.models.architectures import max_positions  # noqa: PLC0415
 
+    limit = max_positions(pair.compressed.config)
     if options.records is not None:
         texts = read_records(options.records, vocab_size_of(pair))
     else:
@@ -132,9 +134,10 @@ def _build(
             options.device,
             options.max_new_tokens,
             options.seed,
+            limit,
         )
         texts = writer.texts(prompts, work, reporter)
-    parted = split(texts, options.held_out, options.tokens, MAX_HELD_OUT_TOKENS)
+    parted = split(within_positions(texts, limit, reporter), options.held_out, options.tokens, MAX_HELD_OUT_TOKENS)
     tokens = sum(map(len, parted.learn))
     reporter.log(f"learning from {tokens} tokens of {len(parted.learn)} texts")
     parts = Parts(work)

@@ -11,7 +11,7 @@ HELP = "quantize or prune a checkpoint"
 PACKED = ("w4a16", "w8a16", "w8a8", "fp8")
 DENSE = ("int2", "int3", "int5", "int6", "int7")
 SCHEMES = (*PACKED, *DENSE, "prune", *WITHOUT_DATA)
-CALIBRATIONS = ("none", "clip", "awq", "smooth", "gptq", "descent", "guided")
+CALIBRATIONS = ("none", "clip", "clip_kl", "awq", "smooth", "gptq", "descent", "guided")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hemostat import __version__
 from hemostat.commands.arguments import EXIT_INTERRUPTED, WITHOUT_DATA, UsageError, check_installed
-from hemostat.commands.texts import Writer, texts_digest
+from hemostat.commands.texts import Writer, texts_digest, within_positions
 from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import load
 from hemostat.models.checkpoint_digest import checkpoint_digest
@@ -78,8 +78,6 @@ class CompressOptions:
             raise UsageError("--calibrate smooth is for --scheme w8a8, whose inputs are rounded; use awq")
         if self.scheme == "fp8" and self.calibration not in ("none", "awq"):
             raise UsageError(f"--calibrate {self.calibrate} is for integers: --scheme fp8 takes none or awq")
-        if self.scheme == "fp8" and self.repair:
-            raise UsageError("--repair reads integers and dense weights, not those of --scheme fp8: leave it out")
         self._check_destination()
 
     def _check_destination(self) -> None:
@@ -229,11 +227,13 @@ def _pruning(options: CompressOptions) -> Method:
 def _texts(options: CompressOptions, folder: Path, reporter: Reporter) -> list[Text]:
     """At most `options.tokens` of them: a sample of all, in an order that does not depend on the file's."""
     from hemostat.models.adapters.texts import read_records, split  # noqa: PLC0415
+    from hemostat.models.architectures import max_positions  # noqa: PLC0415
     from hemostat.models.compression.frame import Source  # noqa: PLC0415
 
     prompts = load(options.prompts, None) if options.records is None else []
     source = Source.open(options.source)
     vocab_size = int(source.skeleton.model.get_output_embeddings().weight.shape[0])
+    limit = max_positions(source.checkpoint.config)
     if options.records is not None:
         found = read_records(options.records, vocab_size)
     else:
@@ -245,10 +245,12 @@ def _texts(options: CompressOptions, folder: Path, reporter: Reporter) -> list[T
             "--seed": options.seed,
             "--device": options.device,
         }
-        writer = Writer(options.source, "SOURCE", vocab_size, options.device, options.max_new_tokens, options.seed)
+        writer = Writer(
+            options.source, "SOURCE", vocab_size, options.device, options.max_new_tokens, options.seed, limit
+        )
         with WorkFolder(folder, key, "compress") as work:
             found = writer.texts(prompts, work, reporter)
-    learn = split(found, 0.0, options.tokens, 0).learn
+    learn = split(within_positions(found, limit, reporter), 0.0, options.tokens, 0).learn
     reporter.log(f"calibrating on {sum(map(len, learn))} tokens of {len(learn)} texts")
     return learn
 

@@ -29,7 +29,7 @@ GENERATION_STAGE = "generated prompts"
 class Writer:
     """The checkpoint that completes prompts, at temperature 1, and its tokenizer.
 
-    label: how errors name it.
+    label: how errors name it. max_positions: a completion ends where its text has so many tokens; None: nowhere.
     """
 
     folder: Path
@@ -38,6 +38,7 @@ class Writer:
     device: str
     max_new_tokens: int
     seed: int
+    max_positions: int | None = None
 
     def texts(self, prompts: Sequence[Prompt], work: WorkFolder, reporter: Reporter) -> list[Text]:
         """The prompts with their completions; those without one are completed. AdaptError, UsageError."""
@@ -56,12 +57,19 @@ class Writer:
             for n, prompt in enumerate(prompts)
             if prompt.completion is not None
         }
-        to_write = [n for n in range(len(prompts)) if n not in outputs]
-        outputs |= self._generated(to_write, encoded, prompts, tokenizer, work, reporter)
-        return [Text(ids, outputs[n]) for n, ids in enumerate(encoded)]
+        limits = [self._max_tokens(prompt, ids) for prompt, ids in zip(prompts, encoded, strict=True)]
+        to_write = [n for n in range(len(prompts)) if n not in outputs and limits[n] > 0]
+        outputs |= self._generated(to_write, encoded, limits, tokenizer, work, reporter)
+        nothing = np.empty(0, np.int32)
+        return [Text(ids, outputs.get(n, nothing)) for n, ids in enumerate(encoded)]
+
+    def _max_tokens(self, prompt: Prompt, ids: Ids) -> int:
+        """Of the prompt's completion; 0 or less where the model has no position for one."""
+        limit = min(prompt.max_tokens or self.max_new_tokens, self.max_new_tokens)
+        return limit if self.max_positions is None else min(limit, self.max_positions - len(ids))
 
     def _generated(
-        self, numbers: Sequence[int], encoded: Sequence[Ids], prompts: Sequence[Prompt], tokenizer: Any,
+        self, numbers: Sequence[int], encoded: Sequence[Ids], limits: Sequence[int], tokenizer: Any,
         work: WorkFolder, reporter: Reporter,
     ) -> dict[int, Ids]:  # fmt: skip
         """Stored in the work folder, by batch. The whole model is in memory meanwhile."""
@@ -80,14 +88,13 @@ class Writer:
                 model = model or Copy.load(self.folder, self.device, label=self.label)
                 ends = getattr(model.model.generation_config, "eos_token_id", None)
                 ends = tokenizer.eos_token_id if ends is None else ends
-                limits = [min(prompts[n].max_tokens or self.max_new_tokens, self.max_new_tokens) for n in batch]
                 # One random stream for each prompt: its text does not depend on other prompts.
                 uniforms = [np.random.default_rng([self.seed, n]).random(self.max_new_tokens) for n in batch]
                 with torch.inference_mode():
                     texts = generate(
                         model.model,
                         [encoded[n] for n in batch],
-                        limits,
+                        [limits[n] for n in batch],
                         uniforms,
                         frozenset() if ends is None else frozenset(np.atleast_1d(ends).tolist()),
                     )
@@ -121,6 +128,19 @@ class Writer:
         except Exception as error:  # noqa: BLE001  a template is code of the checkpoint and may raise anything
             text = " ".join(str(error).split())[:200]
             raise UsageError(f"{prompt.where}: the chat template rejects the messages: {text}") from None
+
+
+def within_positions(texts: Sequence[Text], max_positions: int | None, reporter: Reporter) -> list[Text]:
+    """The texts, those that are longer cut at `max_positions` tokens, with a note; None: none is.
+
+    A model with learned positions cannot read more, and others were not trained on more.
+    """
+    if max_positions is None:
+        return list(texts)
+    longer = sum(len(text) > max_positions for text in texts)
+    if longer:
+        reporter.log(f"note: {longer} of {len(texts)} texts are cut at {max_positions} tokens: the model's positions")
+    return [text.beginning(max_positions) if len(text) > max_positions else text for text in texts]
 
 
 def texts_digest(prompts: Path | None, records: Path | None) -> str:

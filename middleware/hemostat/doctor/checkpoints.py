@@ -15,7 +15,7 @@ from hemostat.doctor.pair import FLOOR, Floats, Ids, Job, Scored, Side, one_line
 from hemostat.doctor.prompts import Prompt
 from hemostat.models.adapters.copies import Copy
 from hemostat.models.adapters.errors import AdaptError
-from hemostat.models.architectures import UnsupportedModelError, check_causal, has_attention
+from hemostat.models.architectures import UnsupportedModelError, check_causal, has_attention, max_positions
 from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat.models.generation import generate
 from hemostat.models.piecewise import PiecewiseReader, StatelessModelError
@@ -52,10 +52,7 @@ class CheckpointPair:
         self.notes: list[str] = []
         self._own_prompts = options.prompts is None
         self._compare(tokenizer)
-        lengths = [
-            int(getattr(m.config.get_text_config(), "max_position_embeddings", 0) or 0)
-            for m in (self.reference_model, self.compressed_model)
-        ]
+        lengths = [max_positions(m.config) for m in (self.reference_model, self.compressed_model)]
         self.max_length = min((length for length in lengths if length), default=None)
         with quiet(), torch.inference_mode():
             # Quantized layers unpack their weights at the first use, with a progress bar, which is suppressed here.

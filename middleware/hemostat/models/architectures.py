@@ -27,6 +27,11 @@ def has_attention(config: Any) -> bool:
     return hasattr(config.get_text_config(), "num_attention_heads")
 
 
+def max_positions(config: Any) -> int | None:
+    """Tokens of the longest text that the model can read, or was made for; None where its configuration names none."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 0) or None
+
+
 def check_serves_adapters(config: Any) -> None:
     """Raises UnsupportedModelError where vLLM serves no LoRA adapters of the architecture."""
     if not has_attention(config):

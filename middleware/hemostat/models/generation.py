@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float64]
 def generate(
     model: Any, prompts: Sequence[Ids], limits: Sequence[int], uniforms: Sequence[Floats] | None, ends: frozenset[int]
 ) -> list[Ids]:
-    """Continuations of at most `limits` tokens each, up to and including an id of `ends`.
+    """Continuations of at most `limits` tokens each, from 1, up to and including an id of `ends`.
 
     Sampled from the whole distribution at temperature 1, by inverting its cumulative sum at `uniforms`; None: greedy.
     A text does not depend on the other prompts. Raises StatelessModelError.
@@ -81,5 +81,6 @@ def _generate(
                     running.discard(row)
         ids = chosen[:, None]
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-        positions = positions[:, -1:] + 1
+        # The other rows stay where they are: learned positions end.
+        positions = positions[:, -1:] + torch.tensor([[row in running] for row in range(len(prompts))]).to(device)
     return [np.array(text, np.int32) for text in texts]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from hemostat.ipc import child_process as child
-from hemostat.models.architectures import check_causal
+from hemostat.models.architectures import check_causal, max_positions
 from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat.reference import wire
 from hemostat.reference.hidden.products import Head
@@ -55,7 +55,7 @@ class Model:
             digest=checkpoint_digest(load.model, getattr(self._model.config, "_commit_hash", None)),
             dtype=str(self._model.dtype).removeprefix("torch."),
             vocab_size=int(config.vocab_size),
-            max_positions=int(getattr(config, "max_position_embeddings", 0) or 0),
+            max_positions=max_positions(config) or 0,
             folder=_folder(load.model),
             hidden_size=0 if problem else int(self._model.get_output_embeddings().weight.shape[1]),
             hidden_detail=problem,

@@ -40,7 +40,7 @@ def cases(bench: Bench) -> Sequence[Case]:
     found = [Case("W4A16 nearest", size, lambda folder: bench.ours(without_texts(W4A16, packed=True), folder))]
     found += [
         Case(f"W4A16 {calibration}", size, partial(_uniform, bench, W4A16, calibration, True))
-        for calibration in ("clip", "awq", "gptq", "descent", "guided")
+        for calibration in ("clip", "clip_kl", "awq", "gptq", "descent", "guided")
     ]
     found += [
         Case(f"llmcompressor W4A16 {method}", size, partial(_peer, bench, method)) for method in ("rtn", "gptq", "awq")

@@ -89,6 +89,25 @@ def test_a_mistake_is_one_line(
     assert not out.exists()
 
 
+def test_an_fp8_copy_is_repaired_and_read_again(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hemostat.models.adapters.checkpoint import Checkpoint
+
+    out = run(source, tmp_path, "--scheme", "fp8", "--repair")
+    printed = capsys.readouterr().out
+    assert f"digest {checkpoint_digest(str(out), None)}" in printed
+    assert f"{(out / 'model.safetensors').stat().st_size} bytes" in printed
+    assert "repair" in printed
+    assert quantization(out)["format"] == "float-quantized"
+    written, original = Checkpoint(out, "OUT"), Checkpoint(source, "SOURCE")
+    for name in written.quantized:
+        exact = original.weight(name)
+        error = float((written.weight(name) - exact).norm() / exact.norm())
+        assert 0.01 < error < 0.04, "3 bits of fraction"
+        assert written.stored_bytes(name) == exact.numel() + 4 * len(exact), "the scales are of SOURCE's type"
+
+
 def plan(source: Path, path: Path, **changes: object) -> Path:
     """4 bits in groups of 32 for attention, 8 by channel for the first MLP, 5 (dense) for the second one."""
     from hemostat.models.compression.frame import Source

@@ -12,10 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hemostat.models.adapters.errors import AdaptError
+from hemostat.models.adapters.skeleton import InputRounding
 from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat.models.quiet import quiet_transformers
 
-FORMATS = ("pack-quantized", "int-quantized", "naive-quantized")
+FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 """Of compressed-tensors. A checkpoint of `mixed-precision` names one for each group of layers."""
 INDEX = "model.safetensors.index.json"
 _BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I16": 16}
@@ -68,6 +69,11 @@ class Checkpoint:
             raise AdaptError(f"{self.label}: {path} cannot be read ({_one_line(error)}); copy it again") from None
         return tensor
 
+    @property
+    def quantized(self) -> frozenset[str]:
+        """The modules whose weights are stored quantized."""
+        return frozenset(module for module in self._parts if self.is_quantized(module))
+
     def is_quantized(self, module: str) -> bool:
         return "weight_scale" in self._parts.get(module, {})
 
@@ -83,7 +89,7 @@ class Checkpoint:
 
     def weight(self, module: str) -> torch.Tensor:
         """The weight of a module: [outputs, inputs] for a linear layer. Float32 where it was quantized: the exact
-        products of integers and scales; otherwise as it is stored. AdaptError."""
+        products of integers, or E4M3 numbers, and scales; otherwise as it is stored. AdaptError."""
         if not self.is_quantized(module):
             return self.tensor(f"{module}.weight")
         from compressed_tensors.compressors import BaseCompressor  # noqa: PLC0415  slow, and not always needed
@@ -105,9 +111,12 @@ class Checkpoint:
             ) from None
         return weight.float().contiguous()
 
-    def rounds_inputs(self, module: str) -> bool:
-        """True where the engine rounds the layer's inputs to 8 bits, by token."""
-        return self.is_quantized(module) and self._scheme(module).input_activations is not None
+    def input_rounding(self, module: str) -> InputRounding:
+        """Of the layer's inputs at the engine."""
+        inputs = self._scheme(module).input_activations if self.is_quantized(module) else None
+        if inputs is None:
+            return "exact"
+        return "int8" if inputs.type == "int" else "fp8"
 
     def _scheme(self, module: str) -> Any:
         from compressed_tensors.utils.match import match_name  # noqa: PLC0415
@@ -205,23 +214,21 @@ def _schemes(quantization: dict[str, Any] | None, folder: Path, label: str) -> l
             raise AdaptError(f"{where} has the format {written}, which is not supported: {supported}")
         scheme.format = written
         weights, inputs = scheme.weights, scheme.input_activations
-        if weights is None or getattr(weights.type, "value", weights.type) != "int":
-            kind = None if weights is None else getattr(weights.type, "value", weights.type)
-            raise AdaptError(f"{where} has {written} weights of type {kind}, which is not supported: {supported}")
-        if inputs is not None and not _int8_by_token(inputs):
+        if weights is None or (weights.type == "float" and weights.num_bits != 8):
+            kind = "no" if weights is None else f"{weights.num_bits}-bit float"
+            raise AdaptError(f"{where} has {kind} weights in {written}, which is not supported: {supported}")
+        if inputs is not None and not _by_token(inputs):
             raise AdaptError(
-                f"{where} rounds inputs in another way than int8 by token at run time (W8A8), which is not supported"
+                f"{where} rounds inputs in another way than to int8 or FP8 by token at run time, which is not supported"
             )
         if scheme.output_activations is not None:
             raise AdaptError(f"{where} rounds outputs, which is not supported: {supported}")
     return schemes
 
 
-def _int8_by_token(inputs: Any) -> bool:
-    kind, strategy = (getattr(value, "value", value) for value in (inputs.type, inputs.strategy))
-    return bool(
-        kind == "int" and inputs.num_bits == 8 and strategy == "token" and inputs.symmetric and inputs.dynamic is True
-    )
+def _by_token(inputs: Any) -> bool:
+    """8 bits, by token, at run time."""
+    return bool(inputs.num_bits == 8 and inputs.strategy == "token" and inputs.symmetric and inputs.dynamic is True)
 
 
 def _one_line(error: BaseException) -> str:

@@ -115,7 +115,7 @@ def _to(pair: CheckpointPair, factors: tuple[torch.Tensor, torch.Tensor]) -> tup
 
 def _round_inputs(pair: CheckpointPair, linears: Mapping[str, Any], of_compressed: bool) -> None:
     for name, module in linears.items():
-        module.rounds_inputs = of_compressed and pair.compressed.rounds_inputs(name)
+        module.input_rounding = pair.compressed.input_rounding(name) if of_compressed else "exact"
 
 
 def _through(

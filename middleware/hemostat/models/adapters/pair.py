@@ -79,7 +79,7 @@ class CheckpointPair:
         dtype: of the computation; `auto` is the reference's own.
         """
         whole, small = Checkpoint(reference, "REFERENCE"), Checkpoint(compressed, "COMPRESSED")
-        if any(whole.is_quantized(name.rpartition(".")[0]) for name in whole.names):
+        if whole.quantized:
             raise AdaptError(f"REFERENCE: {reference} is quantized: name the original that COMPRESSED was made from")
         _same_architecture(whole, small)
         _same_vocabulary(whole, small)
@@ -94,10 +94,10 @@ class CheckpointPair:
         pair._note_ends()
         if small.quantized_kv_cache:
             pair.notes.append("the KV cache of COMPRESSED is quantized, too: not corrected")
-        rounded = sum(small.rounds_inputs(name) for name in skeleton.linears)
+        rounded = sum(small.input_rounding(name) != "exact" for name in skeleton.linears)
         if rounded:
             pair.notes.append(
-                f"{rounded} layers of COMPRESSED round their inputs to 8 bits (W8A8): an adapter corrects weights "
+                f"{rounded} layers of COMPRESSED round their inputs to 8 bits: an adapter corrects weights "
                 "only, and wins back little of such a loss"
             )
         return pair

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,39 +20,45 @@ USED_BY_WEIGHT = ("dt_proj",)
 """Linear layers that are not called: the model's code multiplies by their weight, as Mamba's does for its time steps. A
 packed weight would not be found there, and an adapter would have no effect, so they stay as they are."""
 
-_INT8_MAX = 127
-_MIN_SCALE = 1e-7
+InputRounding = Literal["exact", "int8", "fp8"]
+"""What an engine does with a linear layer's inputs before the product, by token, at run time: nothing, or round them to
+8-bit integers or to E4M3."""
+
+_LARGEST = {"int8": 127.0, "fp8": 448.0}
+_LEAST_MAXIMUM = {"int8": 1e-7, "fp8": 1 / 512}
+"""Tokens whose inputs are all smaller have the scale of this; of FP8 as in vLLM."""
 
 
-def input_scale(inputs: torch.Tensor) -> torch.Tensor:
-    """The scale [..., 1] with which each token's inputs [..., d], float32, are rounded to 8 bits."""
-    return inputs.abs().amax(-1, keepdim=True).clamp_min(_MIN_SCALE) / _INT8_MAX
+def rounded_inputs(inputs: torch.Tensor, rounding: Literal["int8", "fp8"]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the inputs [..., d], float32, are rounded to, in units of the scale [..., 1] of each token."""
+    largest = inputs.abs().amax(-1, keepdim=True).clamp_min(_LEAST_MAXIMUM[rounding])
+    scale = largest / _LARGEST[rounding]
+    steps = inputs / scale
+    return (steps.round() if rounding == "int8" else steps.to(torch.float8_e4m3fn).float()), scale
 
 
 class CopyLinear(torch.nn.Linear):  # type: ignore[misc]  # torch is not analyzed
     """A linear layer with dense weights, as a vLLM engine computes a quantized one, with an adapter on top.
 
-    rounds_inputs: round the inputs to 8 bits, symmetrically, by token, before the product (W8A8). The adapter reads the
-    inputs before that.
+    input_rounding: of the inputs before the product. The adapter reads the inputs before that.
     factors: (A [r, inputs], B [outputs, r]); B A is added to the weight. None: no adapter.
     """
 
-    rounds_inputs: bool = False
+    input_rounding: InputRounding = "exact"
     factors: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        if self.rounds_inputs:
-            # As in vLLM: integers times integers, scaled afterwards.
-            exact = inputs.float()
-            scale = input_scale(exact)
-            exact = exact / scale
+        if self.input_rounding == "exact":
+            outputs = torch.nn.functional.linear(inputs, self.weight, self.bias)
+        else:
+            # As in vLLM: 8 bits times 8 bits, scaled afterwards.
+            rounded, scale = rounded_inputs(inputs.float(), self.input_rounding)
+            exact = inputs.float() / scale
             # In value the rounded steps; their gradient is that of the exact ones (straight through).
-            steps = (exact + (exact.round() - exact).detach()).to(inputs.dtype)
+            steps = (exact + (rounded - exact).detach()).to(inputs.dtype)
             outputs = (torch.nn.functional.linear(steps, self.weight).float() * scale).to(inputs.dtype)
             if self.bias is not None:
                 outputs = outputs + self.bias
-        else:
-            outputs = torch.nn.functional.linear(inputs, self.weight, self.bias)
         if self.factors is not None:
             a, b = self.factors
             outputs = outputs + torch.nn.functional.linear(torch.nn.functional.linear(inputs, a), b)

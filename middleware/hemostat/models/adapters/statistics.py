@@ -109,9 +109,12 @@ class LayerStatistics:
                 name.removeprefix(layer): group.removeprefix(layer) for name, group in moments.groups.items()
             }
         groups = self._groups[same_kind]
-        widths = {
-            f"{layer}{name}": linears[f"{layer}{name}"].in_features for name, group in groups.items() if name == group
-        }
+        # One that the first batch does not reach, such as an expert, may be reached by another.
+        widths = {}
+        for name, module in linears.items():
+            short = name.removeprefix(layer)
+            if groups.get(short, short) == short:
+                widths[name] = module.in_features
         if self._gradients:
             widths |= {output_key(name): module.out_features for name, module in linears.items()}
         if self._full is not None:

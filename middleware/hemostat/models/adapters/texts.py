@@ -43,6 +43,10 @@ class Text:
     def __len__(self) -> int:
         return len(self.prompt) + len(self.output)
 
+    def beginning(self, tokens: int) -> Text:
+        """At most so many tokens of it, of the same unit."""
+        return Text(self.prompt[:tokens], self.output[: max(0, tokens - len(self.prompt))], self.key)
+
 
 @dataclass(frozen=True, slots=True)
 class Split:
@@ -137,6 +141,6 @@ def _up_to(texts: Sequence[Text], tokens: int | None) -> list[Text]:
     for text in texts:
         if left < 2:
             break
-        kept.append(Text(text.prompt[:left], text.output[: max(0, left - len(text.prompt))], text.key))
+        kept.append(text.beginning(left))
         left -= len(kept[-1])
     return kept

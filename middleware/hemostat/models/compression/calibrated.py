@@ -16,7 +16,8 @@ from hemostat.models.compression.formats import Quantized, WeightFormat, on_grid
 from hemostat.models.compression.frame import LayerData, LayerResult, Run
 from hemostat.models.compression.input_moments import InputMoments
 from hemostat.models.compression.methods import nearest
-from hemostat.models.compression.pruning.masks import Pattern
+from hemostat.models.compression.pruning.masks import Pattern, Score
+from hemostat.models.compression.pruning.statistics import measure_totals, stored_totals
 from hemostat.models.compression.pruning.weights import prune_weight
 from hemostat.models.compression.rounding import clipped_scale, weight_groups
 from hemostat.models.compression.token_weights import (
@@ -38,15 +39,23 @@ class Calibration(msgspec.Struct, frozen=True):
     """scales: equivalent scales that are moved into norms and layers before: by `awq`, `smooth`, or `none`.
     rounding: `nearest`, `gptq`, or `descent`: coordinate descent and fitted scales after `gptq`.
     guided: tokens are weighted by the gradients at the layer's outputs.
+    clip: how far each scale clips: where Σ_j E[x_j²] ΔW_ij² is least over its weights (`inputs`), or Σ_j E[(g_i x_j)²]
+    ΔW_ij² (`kl`), with the inputs x and the gradients g, at the layer's outputs, of the log-likelihood of tokens drawn
+    from the model. Half of the latter is the second-order KL of the change, by the diagonal of the Fisher information
+    (Martens 2020, arXiv 1412.1193; as a weight for quantization: Kim et al. 2023, SqueezeLLM, arXiv 2306.07629): unlike
+    `inputs`, large inputs to which the loss is not sensitive, such as those of attention sinks, do not count. It is of
+    the dense model, before `scales` are moved.
     """
 
     rounding: Rounding = "nearest"
     scales: Literal["none", "awq", "smooth"] = "none"
     guided: bool = False
+    clip: Literal["inputs", "kl"] = "inputs"
 
 
 CALIBRATIONS = {
     "clip": Calibration(),
+    "clip_kl": Calibration(clip="kl"),
     "awq": Calibration(scales="awq"),
     "smooth": Calibration(scales="smooth"),
     "gptq": Calibration("gptq"),
@@ -92,6 +101,8 @@ class Calibrated:
     def prepare(self, run: Run) -> None:
         if self._calibration.guided:
             measure_token_weights(run)
+        if self._calibration.clip == "kl":
+            measure_totals(run, Score.FISHER)
 
     def compress_layer(self, layer: LayerData) -> LayerResult:
         weights: dict[str, torch.Tensor | Quantized] = {}
@@ -100,6 +111,7 @@ class Calibrated:
             find = awq_scale if self._calibration.scales == "awq" else smooth_scale
             weights |= scale_layer(layer, self._formats, find)
         guide = token_weights(layer) if self._calibration.guided else {}
+        fisher = stored_totals(layer.run, layer.index) if self._calibration.clip == "kl" else {}
         tokens = sum(int(batch.valid.sum()) for batch in layer.run.texts_walk.batches)
         for names in _input_groups(layer):
             # Layers that follow see what the rounded ones before them compute.
@@ -111,9 +123,11 @@ class Calibrated:
             for name in wanted:
                 own = inputs[name if guide else wanted[0]]
                 hessian = own.total
-                if not bool(hessian.isfinite().all()):
+                measured = [hessian, fisher[name]] if name in fisher else [hessian]
+                if not all(bool(one.isfinite().all()) for one in measured):
                     raise CompressError(
-                        f"layer {name}: its inputs on the texts are not finite: SOURCE is damaged; copy it again"
+                        f"layer {name}: its inputs on the texts, or its gradients, are not finite: SOURCE is damaged; "
+                        "copy it again"
                     )
                 new = calibrated_weight(
                     name,
@@ -122,6 +136,7 @@ class Calibrated:
                     self._formats.get(name),
                     self._sparse.get(name),
                     self._calibration.rounding,
+                    fisher.get(name),
                 )
                 before, now = layer.weight(name), on_grid(new) if isinstance(new, Quantized) else new
                 whole = quadratic_error(before, hessian, torch.zeros_like(before)).sum()
@@ -142,11 +157,13 @@ def calibrated_weight(
     weight_format: WeightFormat | None,
     sparse: tuple[float, Pattern] | None,
     rounding: Rounding,
+    fisher: torch.Tensor | None = None,
 ) -> torch.Tensor | Quantized:
     """The weight of one linear layer, pruned, quantized, or both, with errors compensated on its inputs.
 
     stored: [outputs, inputs], in the source's dtype, which is that of the scales. weight_format: None where it is only
-    pruned. What is pruned is rounded to nearest, which keeps zeros.
+    pruned. What is pruned is rounded to nearest, which keeps zeros. fisher: Σ (g_i x_j)², [outputs, inputs], for
+    `Calibration.clip`.
     """
     if sparse is not None:
         sparsity, pattern = sparse
@@ -158,7 +175,8 @@ def calibrated_weight(
         return nearest(name, stored, weight_format)
     weight, exact = stored.float(), inputs.damped
     groups = weight_groups(name, weight, weight_format.group_size)
-    scale = clipped_scale(groups, weight_format.bits, exact.diagonal().float(), stored.dtype)
+    importance = exact.diagonal().float() if fisher is None else fisher
+    scale = clipped_scale(groups, weight_format.bits, importance, stored.dtype)
     grid = Grid(weight_format.bits, scale.float(), groups.shape[-1])
     if rounding == "nearest":
         return Quantized(weight_format, grid.steps(weight) * grid.columns(), scale)

@@ -22,7 +22,7 @@ import torch
 
 from hemostat.models.adapters.activations import Batch, valid_rows
 from hemostat.models.adapters.pair import consumers, norm_offset
-from hemostat.models.adapters.skeleton import input_scale
+from hemostat.models.adapters.skeleton import rounded_inputs
 from hemostat.models.compression.formats import WeightFormat
 from hemostat.models.compression.frame import LayerData
 from hemostat.models.compression.rounding import highest_integer, round_to_steps, weight_groups
@@ -134,8 +134,8 @@ def smooth_scale(
 
     def loss(scale: torch.Tensor | None) -> float:
         rows = inputs.rows if scale is None else inputs.rows / scale
-        steps = input_scale(rows)
-        rounded = (rows / steps).round() * steps
+        steps, of_token = rounded_inputs(rows, "int8")
+        rounded = steps * of_token
         total = 0.0
         for name, weight in weights.items():
             moved = weight if scale is None else weight * scale

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 import torch
 
+from hemostat.models.adapters.skeleton import InputRounding
 from hemostat.models.compression.rounding import highest_integer, round_to_steps
 from hemostat.models.compression.unpacking import PACKED_FORMAT
 
@@ -20,13 +21,13 @@ class WeightFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of the weight of a linear layer, and of its inputs at run time.
 
     bits: of an integer, or 8 with kind `float` (E4M3). group_size: inputs that share a scale; None: one scale per
-    output channel. inputs: `int8` or `fp8`: rounded by token at run time; `exact`: not rounded.
+    output channel. inputs: how they are rounded by token at run time.
     """
 
     bits: int
     group_size: int | None = None
     kind: Literal["int", "float"] = "int"
-    inputs: Literal["exact", "int8", "fp8"] = "exact"
+    inputs: InputRounding = "exact"
 
     @property
     def container(self) -> str:

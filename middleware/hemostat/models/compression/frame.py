@@ -47,7 +47,7 @@ class Source:
     def open(cls, folder: Path, device: str = "cpu") -> Source:
         """Raises HemostatError unless it is a dense checkpoint of an architecture that can be walked through."""
         checkpoint = Checkpoint(folder, "SOURCE")
-        if any(checkpoint.is_quantized(name.rpartition(".")[0]) for name in checkpoint.names):
+        if checkpoint.quantized:
             raise CompressError(f"{folder} is quantized already: start from the original checkpoint")
         skeleton = Skeleton(checkpoint.config, dtype_of(checkpoint, "auto"), device_of(device), "SOURCE")
         missing = sorted(skeleton.places.keys() - checkpoint.names)
@@ -274,12 +274,12 @@ def _outputs(data: LayerData, part: Mapping[str, torch.Tensor]) -> list[torch.Te
         else:
             data.set_parameter(name, part[name] if name in part else data.run.source.parameter(name))
     for name, module in data.linears.items():
-        module.rounds_inputs = name in formats and formats[name].inputs == "int8"
+        module.input_rounding = formats[name].inputs if name in formats else "exact"
     try:
         return data.forward()
     finally:
         for module in data.linears.values():
-            module.rounds_inputs = False
+            module.input_rounding = "exact"
 
 
 def _hidden_before(run: Run, index: int) -> list[torch.Tensor]:

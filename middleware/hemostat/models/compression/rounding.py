@@ -61,9 +61,9 @@ def fitted_scale(groups: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def clipped_scale(groups: torch.Tensor, bits: int, importance: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """As `fitted_scale`, with the least squared error weighted by input. importance: float [inputs], such as the mean
-    square of each input. dtype: of the scales."""
-    weights = importance.view(groups.shape[1:])
+    """As `fitted_scale`, with the least weighted squared error. importance: float [inputs], such as the mean square of
+    each input, or [out, inputs], of each weight. dtype: of the scales."""
+    weights = importance.unflatten(-1, groups.shape[1:])
     return _searched(groups, bits, lambda error: error.square() * weights, dtype)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from hemostat.models.checkpoint_folders import (
     RECIPE,
@@ -34,9 +33,10 @@ def is_packed(checkpoint: Path) -> bool:
 
 
 def unpacked_copy(checkpoint: Path, progress: Progress = lambda _: None) -> Path:
-    """A dense copy, in the user's cache folder, of a packed checkpoint (`is_packed`): another size, the same model.
+    """A dense copy, in the user's cache folder, of a quantized checkpoint: another size, the same weights.
 
-    For engines without kernels for packed weights. Raises CompressError as `compress` does.
+    For engines without kernels for packed weights (`is_packed`). Where the checkpoint's inputs are rounded at run time
+    (W8A8, FP8), the copy is not the same model, which `progress` is told: its inputs are exact. Raises HemostatError.
     """
     versions = required_versions("torch", "compressed_tensors")
     made_from = {"recipe": RECIPE, "scheme": "unpacked", "source": folder_digest(checkpoint), **versions}
@@ -46,37 +46,27 @@ def unpacked_copy(checkpoint: Path, progress: Progress = lambda _: None) -> Path
 
 
 def _write_unpacked(source: Path, folder: Path, progress: Progress) -> None:
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationConfig
-    from safetensors import safe_open
-    from safetensors.torch import save_file
+    from hemostat.models.adapters.checkpoint import Checkpoint
+    from hemostat.models.compression.tensor_files import TensorFiles
 
     progress(f"{source.name}: written as a dense copy")
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    quantization = config.pop("quantization_config")
-    quantization.pop("version", None)
-    found = QuantizationConfig.model_validate(quantization)
-    if len(found.config_groups) != 1 or found.kv_cache_scheme is not None:
-        raise CompressError(
-            f"{source} is packed in more than one way: only checkpoints of `hemostat compress` can be unpacked"
-        )
-    (recipe,) = found.config_groups.values()
-    compressor = BaseCompressor.get_value_from_registry(PACKED_FORMAT)
-    state: dict[str, Any] = {}
-    layers: dict[str, dict[str, Any]] = {}
-    for path in sorted(source.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 - not a dict
-                layer, _, part = key.rpartition(".")
-                if part.startswith("weight_"):
-                    layers.setdefault(layer, {})[part] = file.get_tensor(key)
-                else:
-                    state[key] = file.get_tensor(key)
-    while layers:
-        layer, parts = layers.popitem()
+    checkpoint = Checkpoint(source, "checkpoint")
+    if checkpoint.quantized_kv_cache:
+        raise CompressError(f"{source} has a quantized KV cache, which a dense copy would not have: serve it as it is")
+    files = TensorFiles(folder)
+    quantized = checkpoint.quantized
+    for name in sorted(checkpoint.names):
+        module, _, part = name.rpartition(".")
+        if module not in quantized or not part.startswith("weight"):
+            files.add(name, checkpoint.tensor(name))
+    for module in sorted(quantized):
         # In float32, which represents every product of an integer and a scale exactly.
-        parts["weight_scale"] = parts["weight_scale"].float()
-        state[f"{layer}.weight"] = compressor.decompress(parts, recipe)["weight"].contiguous()
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
+        files.add(f"{module}.weight", checkpoint.weight(module))
+    files.close()
+    rounded = sum(checkpoint.input_rounding(module) != "exact" for module in quantized)
+    if rounded:
+        progress(f"{source.name}: {rounded} layers round their inputs at run time; the dense copy does not")
     copy_all_but_weights(source, folder)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
     write_config(folder, config)

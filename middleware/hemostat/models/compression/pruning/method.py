@@ -12,19 +12,17 @@ import numpy.typing as npt
 import torch
 
 from hemostat.models.adapters.activations import Moments
-from hemostat.models.adapters.walk import Around
 from hemostat.models.checkpoint_folders import CompressError
 from hemostat.models.compression.error_compensation import damped
 from hemostat.models.compression.frame import LayerData, LayerResult, Run
 from hemostat.models.compression.pruning.compensation import least_squares, shrunk
 from hemostat.models.compression.pruning.masks import Pattern, Score, comparable_scores, kept_share
 from hemostat.models.compression.pruning.rows import Units, dropped_weights, find_units, unit_scores
-from hemostat.models.compression.pruning.statistics import Totals, needs_gradients, observed
+from hemostat.models.compression.pruning.statistics import Totals, measure_totals, stored_totals
 from hemostat.models.compression.pruning.weights import check_sparsity, prune_weight
 from hemostat_calibration.adapters.gram import Metric
 from hemostat_calibration.allocation.sparsity import share_units, share_zeros
 
-STAGE = "scores"
 QUANTILES = 1024
 """Of a layer's scores, for a global budget: a layer's number of zeros is exact to that part of its weights."""
 LEAST_KEPT = 0.3
@@ -85,14 +83,14 @@ class PruneMethod:
 
     def prepare(self, run: Run) -> None:
         if self._options.score is not Score.MAGNITUDE:
-            self._measure(run)
+            measure_totals(run, self._options.score, lambda layer: self._unit_widths(run, layer))
         if self._options.pattern is Pattern.ROWS:
             self._share_units(run)
         elif self._options.budget is Budget.GLOBAL:
             self._share_zeros(run)
 
     def compress_layer(self, layer: LayerData) -> LayerResult:
-        totals = _totals(layer.run, layer.index)
+        totals = stored_totals(layer.run, layer.index)
         moments = None
         if self._options.pattern is Pattern.ROWS:
             units = find_units(layer.run.skeleton, layer.name)
@@ -123,29 +121,15 @@ class PruneMethod:
             return torch.ones(1, 1)
         return totals[name].square() if self._options.score is Score.TAYLOR else totals[name]
 
-    def _measure(self, run: Run) -> None:
-        """Stores the totals of all layers, those that are not stored yet."""
-        walk, count = run.texts_walk, len(run.skeleton.layers)
-        backwards = needs_gradients(self._options.score)
-        for done, n in enumerate(reversed(range(count)) if backwards else range(count)):
-            if run.parts.get(_part(n)) is None:
-                totals: Totals = {}
-                walk.measure(n, self._observing(run, walk.names[n], totals), backwards=backwards)
-                run.parts.put(_part(n), totals)
-                walk.leave(n, backwards=backwards)
-            run.progress(STAGE, done + 1, count)
-        walk.drop()
-
-    def _observing(self, run: Run, layer: str, totals: Totals) -> Around:
-        widths = None
-        if self._options.pattern is Pattern.ROWS:
-            widths = {kind.reader: kind.width for kind in find_units(run.skeleton, layer)}
-        return lambda batch: observed(run.skeleton, layer, batch.valid, self._options.score, totals, widths)
+    def _unit_widths(self, run: Run, layer: str) -> dict[str, int] | None:
+        if self._options.pattern is not Pattern.ROWS:
+            return None
+        return {kind.reader: kind.width for kind in find_units(run.skeleton, layer)}
 
     def _share_zeros(self, run: Run) -> None:
         quantiles, sizes = {}, {}
         for index, layer in enumerate(run.skeleton.layers):
-            totals = _totals(run, index)
+            totals = stored_totals(run, index)
             for name in run.skeleton.linears_of(layer):
                 weight = run.source.checkpoint.weight(name)
                 scores = comparable_scores(weight, self._factor(totals, name), self._options.score).flatten()
@@ -158,7 +142,7 @@ class PruneMethod:
     def _share_units(self, run: Run) -> None:
         scores, sizes = {}, {}
         for index, layer in enumerate(run.skeleton.layers):
-            totals = _totals(run, index)
+            totals = stored_totals(run, index)
             units = find_units(run.skeleton, layer)
             found = [unit_scores(kind, self._options.score, totals, run.source.checkpoint.weight) for kind in units]
             scores[layer] = torch.cat(found).double().numpy()
@@ -214,11 +198,3 @@ def _second_moments(moments: Moments, name: str) -> torch.Tensor:
 
 def _report(kept: torch.Tensor, share: float | None) -> dict[str, Any]:
     return {"zeros": int((~kept).sum()), "weights": kept.numel(), "kept_score": share}
-
-
-def _totals(run: Run, index: int) -> Totals:
-    return run.parts.get(_part(index)) or {}
-
-
-def _part(index: int) -> str:
-    return f"scores-{index:04d}"

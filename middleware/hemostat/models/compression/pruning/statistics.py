@@ -1,4 +1,8 @@
-"""What scores need of the dense model: sums over tokens of its layers' inputs and of the gradients at their outputs."""
+"""What scores need of the dense model: sums over tokens of its layers' inputs and of the gradients at their outputs.
+
+One walk through the model, backwards where gradients are needed: the memory is that of one layer. Finished layers are
+stored in the run's parts.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,13 @@ import torch
 
 from hemostat.models.adapters.activations import GRAM_ROWS, valid_rows
 from hemostat.models.adapters.skeleton import Skeleton
+from hemostat.models.adapters.walk import Around
+from hemostat.models.compression.frame import Run
 from hemostat.models.compression.pruning.masks import Score
 
+STAGE = "scores"
 Totals = dict[str, torch.Tensor]
-"""Float32 by linear layer."""
+"""Float32 by linear layer; a layer that no text reached is left out."""
 
 
 def needs_gradients(score: Score) -> bool:
@@ -21,6 +28,28 @@ def needs_gradients(score: Score) -> bool:
     token drawn from the model's prediction, as `output_gradients` does, the expected square of the gradient of −log p
     is the second derivative of the divergence (Fisher information)."""
     return score in (Score.TAYLOR, Score.FISHER)
+
+
+def measure_totals(
+    run: Run, score: Score, unit_widths: Callable[[str], Mapping[str, int] | None] = lambda layer: None
+) -> None:
+    """Store what `observed` adds up, of every decoder layer that is not stored yet. unit_widths: by decoder layer."""
+    walk, count = run.texts_walk, len(run.skeleton.layers)
+    backwards = needs_gradients(score)
+    for done, n in enumerate(reversed(range(count)) if backwards else range(count)):
+        if run.parts.get(_part(n)) is None:
+            totals: Totals = {}
+            around = _observing(run.skeleton, walk.names[n], score, totals, unit_widths(walk.names[n]))
+            walk.measure(n, around, backwards=backwards)
+            run.parts.put(_part(n), totals)
+            walk.leave(n, backwards=backwards)
+        run.progress(STAGE, done + 1, count)
+    walk.drop()
+
+
+def stored_totals(run: Run, index: int) -> Totals:
+    """Of the decoder layer `index`; empty where nothing was measured."""
+    return run.parts.get(_part(index)) or {}
 
 
 @contextmanager
@@ -73,6 +102,16 @@ def observed(
 def _sized(values: torch.Tensor, score: Score) -> torch.Tensor:
     exact = values.float()
     return exact.square() if score is Score.FISHER else exact.abs()
+
+
+def _observing(
+    skeleton: Skeleton, layer: str, score: Score, totals: Totals, unit_widths: Mapping[str, int] | None
+) -> Around:
+    return lambda batch: observed(skeleton, layer, batch.valid, score, totals, unit_widths)
+
+
+def _part(index: int) -> str:
+    return f"scores-{index:04d}"
 
 
 def _add(totals: Totals, name: str, values: torch.Tensor) -> None:

@@ -1,0 +1,116 @@
+"""A prescription for a model with experts, some of which no token of the texts reaches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hemostat.doctor.prescription.words import sentences
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from tests.support.tiny_models import VOCAB, tiny_model  # noqa: E402
+
+from hemostat.doctor.prescription.candidates import planned_weight  # noqa: E402
+from hemostat.doctor.prescription.losses import LayerLosses, predicted_losses, with_unreached  # noqa: E402
+from hemostat.doctor.prescription.mixes import dense_bytes, prescribe  # noqa: E402
+from hemostat.models.adapters.errors import AdaptError  # noqa: E402
+from hemostat.models.adapters.parts import Parts  # noqa: E402
+from hemostat.models.compression.plan import LayerPlan  # noqa: E402
+from hemostat.models.work_folder import WorkFolder  # noqa: E402
+
+SHORT, LONG = 500, 800
+"""Tokens of two texts, which are two batches."""
+
+
+@pytest.fixture
+def mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Llama whose MLPs are three experts: one reads texts of at most 700 tokens, one longer ones, and one none."""
+    from transformers.models.llama import modeling_llama
+
+    expert = modeling_llama.LlamaMLP
+
+    class Experts(torch.nn.Module):  # type: ignore[misc]  # torch is not analyzed
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.experts = torch.nn.ModuleList(expert(config) for _ in range(3))
+
+        def forward(self, hidden: Any) -> Any:
+            return self.experts[int(hidden.shape[1] > 700)](hidden)
+
+    monkeypatch.setattr(modeling_llama, "LlamaMLP", Experts)
+    tiny_model("llama").save_pretrained(tmp_path / "mixture")
+    return tmp_path / "mixture"
+
+
+def named(layer: int, expert: int, kind: str) -> str:
+    return f"model.layers.{layer}.mlp.experts.{expert}.{kind}_proj"
+
+
+def test_layers_that_no_token_reached_have_the_median_loss_of_their_kind(mixture: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(2, VOCAB, length).astype(np.int32) for length in (SHORT, LONG)]
+    with WorkFolder(tmp_path / "work", {}, "test") as work:
+        found = predicted_losses(mixture, texts, "any", "cpu", 3, Parts(work), lambda *_: None)
+        again = predicted_losses(mixture, texts, "any", "cpu", 3, Parts(work), lambda *_: None)
+    assert {name for name, one in found.items() if not one.reached} == {
+        named(layer, 2, kind) for layer in (0, 1) for kind in ("gate", "up", "down")
+    }
+    for name, one in found.items():
+        np.testing.assert_array_equal(one.losses, again[name].losses)
+    for kind in ("gate", "up", "down"):
+        reached = [found[named(layer, expert, kind)].losses for layer in (0, 1) for expert in (0, 1)]
+        assert all((losses[:-1] > 0).all() for losses in reached)
+        np.testing.assert_allclose(found[named(1, 2, kind)].losses, np.median(reached, axis=0))
+    # The mean is over all tokens: those of the other expert's text count as 0.
+    name = named(1, 0, "down")
+    assert found[name].losses[0] == pytest.approx(brute_force(mixture, texts[0], name, found[name].plans[0]), rel=1e-3)
+    mix, _ = prescribe(found, "any", int(0.25 * dense_bytes(found)))
+    least = min(mix.layers[named(layer, expert, "up")].bits for layer in (0, 1) for expert in (0, 1))
+    assert min(mix.layers[named(layer, 2, "up")].bits for layer in (0, 1)) >= least
+
+
+def brute_force(folder: Path, ids: Any, name: str, plan: LayerPlan) -> float:
+    """With gradients of the whole model, for the tokens that `output_gradients` draws for the first batch."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    module, rows = model.get_submodule(name), {}
+    module.register_forward_hook(lambda _, given, output: rows.update(x=given[0], y=output))
+    logits = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0]
+    total = torch.softmax(logits.detach().float(), -1).cumsum(-1, dtype=torch.float64)
+    uniforms = torch.from_numpy(np.random.default_rng([3, 0]).random(len(ids)))
+    drawn = torch.searchsorted(total, uniforms[:, None] * total[:, -1:], right=True)
+    (gradient,) = torch.autograd.grad(-torch.log_softmax(logits, -1).gather(1, drawn).sum(), rows["y"])
+    delta = module.weight.detach() - planned_weight(name, module.weight.detach(), plan)
+    changes = (rows["x"][0].detach() @ delta.T * gradient[0]).sum(-1)
+    return 0.5 * float(changes.double().square().sum()) / (SHORT + LONG)
+
+
+PLANS = [LayerPlan(4, 64), LayerPlan(8, 64), LayerPlan(16)]
+
+
+def losses(*values: float, reached: bool = True, size: int = 64) -> LayerLosses:
+    return LayerLosses(size, 64, PLANS, np.array(values), reached)
+
+
+def test_a_kind_of_which_no_layer_was_reached_has_the_largest_loss() -> None:
+    unknown = losses(np.nan, np.nan, np.nan, reached=False, size=128)
+    found = with_unreached({"0.up": losses(0.1, 0.02, 0.0), "0.down": losses(0.3, 0.01, 0.0), "0.gate": unknown})
+    np.testing.assert_allclose(found["0.gate"].losses, [0.6, 0.04, 0.0])
+    with pytest.raises(AdaptError, match="give other prompts"):
+        with_unreached({"0.gate": unknown})
+
+
+def test_the_report_says_which_layers_are_unknown() -> None:
+    compared = {"name": "prescribed", "mean_kld": 0.2, "mean_kld_se_by_request": 0.01}
+    prescription = {
+        "target": "any", "budget": 100, "bytes": 90, "bits_per_weight": 4.2, "predicted": 0.1,
+        "predicted_lower_bound": 0.09, "unreached": ["model.layers.0.mlp.experts.2.up_proj"], "tokens": 20,
+        "requests": 2, "counts": {"4 bits": 8}, "plan": {"layers": {}}, "compared": [compared],
+    }  # fmt: skip
+    assert any("No token of the texts reached 1 of the layers, such as model.layers.0.mlp.experts.2.up_proj" in text
+               for text in sentences(prescription))  # fmt: skip
+    assert not any("No token" in text for text in sentences(prescription | {"unreached": []}))
