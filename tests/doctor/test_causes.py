@@ -23,8 +23,9 @@ from hemostat_calibration.statistics.streaming import student_975
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from tests.support.input_moments import input_moments_of  # noqa: E402
+
 from hemostat.models.compression.input_moments import InputMoments  # noqa: E402
-from hemostat.models.compression.pruning.compensation import shrunk  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +105,6 @@ def test_prescription_is_a_plan_within_the_budget(report: dict[str, Any], tiny: 
     assert others[0]["name"].startswith("uniform ")
     assert own["predicted"] <= others[0]["predicted"]
     assert prescription["predicted_lower_bound"] <= own["predicted"]
-
-
-def input_moments_of(rows: torch.Tensor) -> InputMoments:
-    return InputMoments(shrunk((rows.T @ rows).double(), len(rows)), len(rows))
 
 
 def input_moments(model: Any, names: list[str], texts: list[Any]) -> dict[str, InputMoments]:

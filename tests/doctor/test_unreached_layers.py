@@ -13,6 +13,7 @@ from hemostat.doctor.prescription.words import sentences
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from tests.support.input_moments import input_moments_of  # noqa: E402
 from tests.support.tiny_models import VOCAB, tiny_model  # noqa: E402
 
 from hemostat.doctor.prescription.candidates import planned_weight  # noqa: E402
@@ -84,9 +85,10 @@ def brute_force(folder: Path, ids: Any, name: str, plan: LayerPlan) -> float:
     uniforms = torch.from_numpy(np.random.default_rng([3, 0]).random(len(ids)))
     drawn = torch.searchsorted(total, uniforms[:, None] * total[:, -1:], right=True)
     (gradient,) = torch.autograd.grad(-torch.log_softmax(logits, -1).gather(1, drawn).sum(), rows["y"])
-    delta = module.weight.detach() - planned_weight(name, module.weight.detach(), plan)
-    changes = (rows["x"][0].detach() @ delta.T * gradient[0]).sum(-1)
-    return 0.5 * float(changes.double().square().sum()) / (SHORT + LONG)
+    weight, x = module.weight.detach(), rows["x"][0].detach()
+    delta = weight - planned_weight(name, weight, plan, input_moments_of(x[0::2]))
+    changes = (x @ delta.T * gradient[0]).sum(-1)[1::2]
+    return 0.5 * float(changes.double().square().mean()) * SHORT / (SHORT + LONG)
 
 
 PLANS = [LayerPlan(4, 64), LayerPlan(8, 64), LayerPlan(16)]
@@ -108,7 +110,7 @@ def test_the_report_says_which_layers_are_unknown() -> None:
     compared = {"name": "prescribed", "mean_kld": 0.2, "mean_kld_se_by_request": 0.01}
     prescription = {
         "target": "any", "budget": 100, "bytes": 90, "bits_per_weight": 4.2, "predicted": 0.1,
-        "predicted_lower_bound": 0.09, "unreached": ["model.layers.0.mlp.experts.2.up_proj"], "tokens": 20,
+        "predicted_lower_bound": 0.09, "learned_requests": 3, "learned_positions": 60, "unreached": ["model.layers.0.mlp.experts.2.up_proj"], "tokens": 20,
         "requests": 2, "counts": {"4 bits": 8}, "plan": {"layers": {}}, "compared": [compared],
     }  # fmt: skip
     assert any("No token of the texts reached 1 of the layers, such as model.layers.0.mlp.experts.2.up_proj" in text
