@@ -110,7 +110,8 @@ def test_the_report_says_which_layers_are_unknown() -> None:
     compared = {"name": "prescribed", "mean_kld": 0.2, "mean_kld_se_by_request": 0.01}
     prescription = {
         "target": "any", "budget": 100, "bytes": 90, "bits_per_weight": 4.2, "predicted": 0.1,
-        "predicted_lower_bound": 0.09, "learned_requests": 3, "learned_positions": 60, "unreached": ["model.layers.0.mlp.experts.2.up_proj"], "tokens": 20,
+        "predicted_lower_bound": 0.09, "learned_requests": 3, "learned_positions": 60, "tokens": 20,
+        "unreached": ["model.layers.0.mlp.experts.2.up_proj"],
         "requests": 2, "counts": {"4 bits": 8}, "plan": {"layers": {}}, "compared": [compared],
     }  # fmt: skip
     assert any("No token of the texts reached 1 of the layers, such as model.layers.0.mlp.experts.2.up_proj" in text
