@@ -13,6 +13,7 @@ cpu/chunk   CPU time of the proxy (all of its threads, /proc/PID/task/*/schedsta
 "hemostat N" samples the fraction N of the requests and treats none. "profile" and "adapter" sample none and treat all:
 with a profile of the logits, whose answers are read for their first event, and with an adapter, whose name is replaced
 in every chunk. Their ratios to "hemostat 0" and to each other are taken in the same rounds.
+"bare relay" hands on bytes and does nothing else (proxy/bare_relay.py): the bound of every relay in Python.
 LiteLLM's proxy forwards the same chat completions, in the same rounds. It is not measured with streams.
 "direct" is the upstream without a proxy: no proxy can be measured beyond it. `--beside FOLDER` measures the relay of
 another checkout in the same rounds (`git worktree add FOLDER REVISION`), and the ratio of this one to it.
@@ -60,7 +61,7 @@ from tests.bench.proxy.load import (  # noqa: E402  the root is no package
     upstream_config,
     wrk_script,
 )
-from tests.bench.proxy.proxies import Bench, install_litellm, install_vllm_router  # noqa: E402
+from tests.bench.proxy.proxies import BARE_RELAY, Bench, install_litellm, install_vllm_router  # noqa: E402
 
 START_SECONDS = 300.0
 """LiteLLM's proxy imports for a minute on a busy machine."""
@@ -162,6 +163,7 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
             await bench.hemostat(0.05, stack),
             await bench.hemostat(0.0, stack, treated="profile"),
             await bench.hemostat(0.0, stack, treated="adapter"),
+            await bench.bare_relay(),
             await bench.nginx(),
             await bench.vllm_router(install_vllm_router()),
         ]
@@ -223,7 +225,14 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
             for name, cost in costs.items()
         },
         "sampled_rate_to_unsampled": ratios(rate["hemostat 0.05"], rate["hemostat 0"]),
-        "to_nginx": {"requests_per_second": ratios(rate["hemostat 0"], rate["nginx"])},
+        "to_nginx": {
+            "requests_per_second": {name: ratios(rate[name], rate["nginx"]) for name in ("hemostat 0", BARE_RELAY)}
+        },
+        "to_bare_relay": {
+            "requests_per_second": ratios(rate["hemostat 0"], rate[BARE_RELAY]),
+            "cpu_per_request": ratios(request_cpu["hemostat 0"], request_cpu[BARE_RELAY]),
+            "cpu_per_chunk": ratios(chunk_cpu["hemostat 0"], chunk_cpu[BARE_RELAY]),
+        },
         "to_vllm_router": {
             "requests_per_second": {name: ratios(rate[name], rate["vllm-router"]) for name in names},
             "cpu_per_request": {name: ratios(request_cpu[name], request_cpu["vllm-router"]) for name in names},
@@ -272,15 +281,20 @@ def table(result: dict[str, Any]) -> str:
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
     lines += sampled_cost.lines(
         {
-            name: sampled_cost.Cost(cost["relay"], cost["queued"], cost["parsed"])
+            name: sampled_cost.Cost(cost["relay"], cost["queued"], cost["parsed"], sampled_cost.Floor(**cost["floor"]))
             for name, cost in result["sampled_answer"].items()
         }
     )
-    chunk = ratio["cpu_per_chunk"]["hemostat 0"]
+    chunk, to_nginx = ratio["cpu_per_chunk"]["hemostat 0"], result["to_nginx"]["requests_per_second"]
     for what, found in (
         ("CPU per streamed chunk / vllm-router (aim: the interval reaches 1.0)", chunk),
         ("requests/s / vllm-router (aim: 2.5)", ratio["requests_per_second"]["hemostat 0"]),
-        ("requests/s / nginx (aim: 0.45)", result["to_nginx"]["requests_per_second"]),
+        ("the same of the bare relay, the bound of Python", ratio["requests_per_second"][BARE_RELAY]),
+        ("requests/s / nginx (aim: 0.45)", to_nginx["hemostat 0"]),
+        ("the same of the bare relay", to_nginx[BARE_RELAY]),
+        ("requests/s / bare relay", result["to_bare_relay"]["requests_per_second"]),
+        ("CPU per request / bare relay", result["to_bare_relay"]["cpu_per_request"]),
+        ("CPU per streamed chunk / bare relay", result["to_bare_relay"]["cpu_per_chunk"]),
         ("requests/s at rate 0.05 / at 0 (aim: 0.7)", result["sampled_rate_to_unsampled"]),
     ):
         lines.append(f"{what}: {found['median']:.2f}, 95 % interval [{found['low']:.2f}, {found['high']:.2f}]")

@@ -30,6 +30,9 @@ from .load import (
     nginx_config,
 )
 
+BARE_RELAY = "bare relay"
+_BARE_RELAY_PROGRAM = Path(__file__).with_name("bare_relay.py")
+
 
 @dataclass
 class Proxy:
@@ -83,6 +86,16 @@ class Bench:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+    async def bare_relay(self) -> Proxy:
+        """The bound of what a relay in Python can reach; see bare_relay.py."""
+        proxy = Proxy(BARE_RELAY, {}, {})
+        for kind, upstream in self.upstreams.items():
+            port = proxy.ports[kind] = free_port()
+            proxy.pids[kind] = self.start(
+                [sys.executable, str(_BARE_RELAY_PROGRAM), str(port), str(upstream)], log=f"bare-relay-{kind}"
+            )
+        return proxy
 
     async def nginx(self) -> Proxy:
         proxy = Proxy("nginx", {}, {})
