@@ -31,6 +31,7 @@ from .load import (
 )
 
 BARE_RELAY = "bare relay"
+HEADS_RELAY = "bare relay, heads"
 _BARE_RELAY_PROGRAM = Path(__file__).with_name("bare_relay.py")
 
 
@@ -87,13 +88,14 @@ class Bench:
                 process.kill()
                 process.wait()
 
-    async def bare_relay(self) -> Proxy:
-        """The bound of what a relay in Python can reach; see bare_relay.py."""
-        proxy = Proxy(BARE_RELAY, {}, {})
+    async def bare_relay(self, *options: str, name: str) -> Proxy:
+        """A bound of what a relay in Python can reach; see bare_relay.py, also for the options."""
+        proxy = Proxy(name, {}, {})
         for kind, upstream in self.upstreams.items():
             port = proxy.ports[kind] = free_port()
             proxy.pids[kind] = self.start(
-                [sys.executable, str(_BARE_RELAY_PROGRAM), str(port), str(upstream)], log=f"bare-relay-{kind}"
+                [sys.executable, str(_BARE_RELAY_PROGRAM), str(port), str(upstream), *options],
+                log=f"{name.replace(' ', '-')}-{kind}",
             )
         return proxy
 
