@@ -13,6 +13,8 @@ cpu/chunk   CPU time of the proxy (all of its threads, /proc/PID/task/*/schedsta
 "hemostat N" samples the fraction N of the requests and treats none. "profile" and "adapter" sample none and treat all:
 with a profile of the logits, whose answers are read for their first event, and with an adapter, whose name is replaced
 in every chunk. Their ratios to "hemostat 0" and to each other are taken in the same rounds.
+"bare relay" hands on bytes and does nothing else, "bare relay, heads" also parses the heads of messages: the bounds of
+what Python can do (proxy/bare_relay.py).
 LiteLLM's proxy forwards the same chat completions, in the same rounds. It is not measured with streams.
 "direct" is the upstream without a proxy: no proxy can be measured beyond it. `--beside FOLDER` measures the relay of
 another checkout in the same rounds (`git worktree add FOLDER REVISION`), and the ratio of this one to it.
@@ -60,8 +62,9 @@ from tests.bench.proxy.load import (  # noqa: E402  the root is no package
     upstream_config,
     wrk_script,
 )
-from tests.bench.proxy.proxies import Bench, install_litellm, install_vllm_router  # noqa: E402
+from tests.bench.proxy.proxies import BARE_RELAY, HEADS_RELAY, Bench, install_litellm, install_vllm_router  # noqa: E402
 
+BARE_RELAYS = (BARE_RELAY, HEADS_RELAY)
 START_SECONDS = 300.0
 """LiteLLM's proxy imports for a minute on a busy machine."""
 
@@ -92,7 +95,10 @@ async def until_answering(port: int, name: str, log: Path) -> None:
             await asyncio.sleep(0.1)
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float] | None:
+    """None where nothing was measured."""
+    if not values:
+        return None
     low, high = median_interval(values)
     return {
         "min": min(values),
@@ -120,7 +126,7 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
     return ordered[dropped], ordered[-1 - dropped]
 
 
-def ratios(values: Sequence[float], base: Sequence[float]) -> dict[str, float]:
+def ratios(values: Sequence[float], base: Sequence[float]) -> dict[str, float] | None:
     return spread([value / other for value, other in zip(values, base, strict=True)])
 
 
@@ -128,7 +134,8 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
     costs = await sampled_cost.measure_both()
     answers = await Answers.make()
     script, length = wrk_script(folder)
-    bench = Bench(folder, {"json": free_port(), "stream": free_port()})
+    kinds = ("json",) if arguments.without_streams else ("json", "stream")
+    bench = Bench(folder, {kind: free_port() for kind in kinds})
     (folder / "answers.json").write_text(
         json.dumps(
             {
@@ -144,17 +151,13 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
         bench.start(
             ["nginx", "-e", "stderr", "-p", str(config.parent), "-c", str(config)], pinned=False, log="upstream-json"
         )
-        bench.start(
-            [
-                sys.executable,
-                __file__,
-                "--stream-upstream",
-                str(bench.upstreams["stream"]),
-                str(folder / "answers.json"),
-            ],
-            pinned=False,
-            log="upstream-stream",
-        )
+        if not arguments.without_streams:
+            port, file = bench.upstreams["stream"], folder / "answers.json"
+            bench.start(
+                [sys.executable, __file__, "--stream-upstream", str(port), str(file)],
+                pinned=False,
+                log="upstream-stream",
+            )
         for kind, port in bench.upstreams.items():
             await until_answering(port, f"the {kind} upstream", folder / f"upstream-{kind}.log")
         proxies = [
@@ -162,6 +165,8 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
             await bench.hemostat(0.05, stack),
             await bench.hemostat(0.0, stack, treated="profile"),
             await bench.hemostat(0.0, stack, treated="adapter"),
+            await bench.bare_relay(name=BARE_RELAY),
+            await bench.bare_relay("--heads", name=HEADS_RELAY),
             await bench.nginx(),
             await bench.vllm_router(install_vllm_router()),
         ]
@@ -182,13 +187,13 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
             await run_wrk(proxy.ports["json"], arguments.seconds, script)
         for number in range(arguments.rounds):
             print(f"round {number + 1} of {arguments.rounds}", flush=True)
-            rate["direct"].append(await run_wrk(bench.upstreams["json"], arguments.seconds, script))
+            rate["direct"].append((await run_wrk(bench.upstreams["json"], arguments.seconds, script)).per_second)
             for proxy in order.sample(proxies, len(proxies)):
                 before = cpu_seconds(proxy.pids["json"])
-                per_second = await run_wrk(proxy.ports["json"], arguments.seconds, script)
+                load = await run_wrk(proxy.ports["json"], arguments.seconds, script)
                 spent = cpu_seconds(proxy.pids["json"]) - before
-                rate[proxy.name].append(per_second)
-                request_cpu[proxy.name].append(spent / (per_second * arguments.seconds) * 1e6)
+                rate[proxy.name].append(load.per_second)
+                request_cpu[proxy.name].append(spent / load.requests * 1e6)
                 if "stream" not in proxy.pids:
                     continue
                 before = cpu_seconds(proxy.pids["stream"])
@@ -217,18 +222,29 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
         },
         "requests_per_second": {name: spread(values) for name, values in rate.items()},
         "cpu_us_per_request": {name: spread(values) for name, values in request_cpu.items()},
-        "cpu_us_per_chunk": {name: spread(values) for name, values in chunk_cpu.items() if values},
+        "cpu_us_per_chunk": {name: spread(values) for name, values in chunk_cpu.items()},
         "sampled_answer": {
             name: asdict(cost) | {"until_queued": cost.until_queued, "total": cost.total}
             for name, cost in costs.items()
         },
         "sampled_rate_to_unsampled": ratios(rate["hemostat 0.05"], rate["hemostat 0"]),
-        "to_nginx": {"requests_per_second": ratios(rate["hemostat 0"], rate["nginx"])},
+        "to_nginx": {
+            figure: {name: ratios(values[name], values["nginx"]) for name in ("hemostat 0", *BARE_RELAYS)}
+            for figure, values in (("requests_per_second", rate), ("cpu_per_request", request_cpu))
+        },
+        "to_bare_relay": {
+            name: {
+                "requests_per_second": ratios(rate["hemostat 0"], rate[name]),
+                "cpu_per_request": ratios(request_cpu["hemostat 0"], request_cpu[name]),
+                "cpu_per_chunk": ratios(chunk_cpu["hemostat 0"], chunk_cpu[name]),
+            }
+            for name in BARE_RELAYS
+        },
         "to_vllm_router": {
             "requests_per_second": {name: ratios(rate[name], rate["vllm-router"]) for name in names},
             "cpu_per_request": {name: ratios(request_cpu[name], request_cpu["vllm-router"]) for name in names},
             "cpu_per_chunk": {
-                name: ratios(values, chunk_cpu["vllm-router"]) for name, values in chunk_cpu.items() if values
+                name: ratios(values, chunk_cpu["vllm-router"] if values else []) for name, values in chunk_cpu.items()
             },
         },
         "to_beside": to_beside,
@@ -272,7 +288,7 @@ def table(result: dict[str, Any]) -> str:
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
     lines += sampled_cost.lines(
         {
-            name: sampled_cost.Cost(cost["relay"], cost["queued"], cost["parsed"])
+            name: sampled_cost.Cost(cost["relay"], cost["queued"], cost["parsed"], sampled_cost.Floor(**cost["floor"]))
             for name, cost in result["sampled_answer"].items()
         }
     )
@@ -280,10 +296,16 @@ def table(result: dict[str, Any]) -> str:
     for what, found in (
         ("CPU per streamed chunk / vllm-router (aim: the interval reaches 1.0)", chunk),
         ("requests/s / vllm-router (aim: 2.5)", ratio["requests_per_second"]["hemostat 0"]),
-        ("requests/s / nginx (aim: 0.45)", result["to_nginx"]["requests_per_second"]),
+        ("requests/s / nginx (aim: 0.45)", result["to_nginx"]["requests_per_second"]["hemostat 0"]),
         ("requests/s at rate 0.05 / at 0 (aim: 0.7)", result["sampled_rate_to_unsampled"]),
     ):
-        lines.append(f"{what}: {found['median']:.2f}, 95 % interval [{found['low']:.2f}, {found['high']:.2f}]")
+        if found is not None:
+            lines.append(f"{what}: {found['median']:.2f}, 95 % interval [{found['low']:.2f}, {found['high']:.2f}]")
+    for name in BARE_RELAYS:
+        of_router, of_nginx = ratio["requests_per_second"][name], result["to_nginx"]["requests_per_second"][name]
+        lines.append(f"{name}: requests/s {cell(of_router, '.2f')} × vllm-router, {cell(of_nginx, '.2f')} × nginx")
+        shown = ", ".join(f"{figure} {cell(values, '.2f')}" for figure, values in result["to_bare_relay"][name].items())
+        lines.append(f"hemostat 0 / {name}: {shown}")
     for name, found in result["to_beside"].items():
         shown = ", ".join(f"{figure} {cell(values, '.3f')}" for figure, values in found.items())
         lines.append(f"{name} / the same of the other checkout: {shown}")
@@ -310,6 +332,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=3, help="of wrk, each time; it takes whole seconds")
     parser.add_argument("--beside", type=Path, metavar="FOLDER", help="a checkout of another revision to measure, too")
     parser.add_argument("--without-litellm", action="store_true", help="do not install and measure LiteLLM's proxy")
+    parser.add_argument("--without-streams", action="store_true", help="measure requests alone, as on a busy machine")
     parser.add_argument("--stream-upstream", nargs=2, metavar=("PORT", "FILE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stream_upstream:

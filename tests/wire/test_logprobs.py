@@ -18,8 +18,7 @@ from hemostat.openai.form import Form
 from hemostat.openai.forms.table import FORMATS
 from hemostat.openai.json_splice import MALFORMED, encode
 from hemostat.openai.logprobs.cutting import cut_logprobs
-from hemostat.openai.logprobs.rows import Rows, parse_rows
-from hemostat.openai.logprobs.scanning import scan_chat
+from hemostat.openai.logprobs.rows import Rows, parse_rows, read_rows, usual_rows
 from hemostat.openai.logprobs.scrubbing import Scrubber, scrub
 from hemostat.openai.reading import read_request
 from hemostat.openai.tokens import ResponseFailure, ResponseTokens
@@ -65,10 +64,11 @@ def test_numbers_are_those_that_a_parser_reads(data: st.DataObject) -> None:
     output = [int(row["token"][9:]) for row in rows]
     # A stream has them in pieces.
     pieces = [encode({"content": [row]}) for row in rows] if data.draw(st.booleans()) else [encode({"content": rows})]
-    found = scan_chat(pieces, output, TOP_K)
+    found = usual_rows(pieces, output, TOP_K)
     assert found is not None
     assert outcome(lambda: found) == outcome(lambda: parse_rows(Form.CHAT, pieces, output, TOP_K))
-    assert scan_chat(pieces, [output[0] + 1, *output[1:]], TOP_K) is None
+    assert usual_rows(pieces, [output[0] + 1, *output[1:]], TOP_K) is None
+    assert usual_rows(pieces, output, TOP_K - 1) is None
 
 
 def reordered(text: str, rows: list[dict[str, Any]]) -> str:
@@ -112,15 +112,48 @@ def test_another_style_is_parsed(how: str, data: st.DataObject) -> None:
     rows = data.draw(entries(2))
     output = [int(row["token"][9:]) for row in rows]
     piece = MUTATIONS[how](json.dumps({"content": rows}, separators=(",", ":")), rows).encode()
-    quick = outcome(lambda: scan_chat([piece], output, TOP_K))
+    assert_read_as_parsed(piece, output)
+
+
+def assert_read_as_parsed(piece: bytes, output: list[int]) -> None:
     whole = outcome(lambda: parse_rows(Form.CHAT, [piece], output, TOP_K))
-    assert quick is None or quick == whole
+    assert outcome(lambda: read_rows(Form.CHAT, [piece], output, TOP_K)) == whole
 
 
-@given(st.binary(max_size=200), st.integers(0, 3))
-def test_the_scan_of_anything_ends(data: bytes, tokens: int) -> None:
-    for piece in (data, data + b"d" * 8, b'token_id:5","logprob":-0.5,' + data):
-        scan_chat([piece], list(range(tokens)), 1)
+NAMES = [
+    *(
+        "",
+        "5",
+        "token_id:",
+        "token_id:5,",
+        "token_id:5,token_id:6",
+        ",token_id:5",
+        "token_id:5token_id:6",
+        "token_id:05",
+    ),
+    *("token_id:5 ", "token_id: 5", "token_id:-5", "token_id:+5", "token_id:1_0", "token_id:\u0663", "token_id:5\n"),
+    *("Token_id:5", "token_id:999999999", "token_id:2147483648", "token_id:5.0", 'token_id:5","logprob":-1.5,"'),
+]
+
+
+@given(entries(2), st.dictionaries(st.integers(0, 2 * TOP_K - 1), st.sampled_from(NAMES), max_size=4))
+@example([], {})
+def test_no_name_is_taken_for_another(rows: list[dict[str, Any]], names: dict[int, str]) -> None:
+    output = [int(row["token"][9:]) for row in rows]
+    tops = [top for row in rows for top in row["top_logprobs"]]
+    for at, name in names.items():
+        if tops:
+            tops[at]["token"] = name
+    assert_read_as_parsed(encode({"content": rows}), output)
+
+
+@given(entries(2), st.permutations(range(2 * TOP_K)), st.integers(0, 2 * TOP_K))
+def test_any_alternatives_are_read(rows: list[dict[str, Any]], order: list[int], first: int) -> None:
+    """Moved within and between the positions, which then may have more or fewer."""
+    tops = [top for row in rows for top in row["top_logprobs"]]
+    moved = [tops[at] for at in order]
+    both = [row | {"top_logprobs": part} for row, part in zip(rows, (moved[:first], moved[first:]), strict=True)]
+    assert_read_as_parsed(encode({"content": both}), [int(row["token"][9:]) for row in rows])
 
 
 # --- cutting ---------------------------------------------------------------------------------------------------------

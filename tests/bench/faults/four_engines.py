@@ -89,9 +89,9 @@ async def cost(folder: Path) -> Row:
         for _ in range(ROUNDS):
             for engines, port in ports.items():
                 before = cpu_seconds(pids[engines])
-                rate = await run_wrk(port, WRK_SECONDS, script)
-                rates[engines].append(rate)
-                cpu[engines].append((cpu_seconds(pids[engines]) - before) / (rate * WRK_SECONDS) * 1e6)
+                load = await run_wrk(port, WRK_SECONDS, script)
+                rates[engines].append(load.per_second)
+                cpu[engines].append((cpu_seconds(pids[engines]) - before) / load.requests * 1e6)
     ratio = statistics.median(many / one for many, one in zip(rates[ENGINES], rates[1], strict=True))
     micro = {engines: statistics.median(values) for engines, values in cpu.items()}
     text = f"{ratio:.2f} ({micro[ENGINES]:.1f} against {micro[1]:.1f} us of CPU a request)"

@@ -15,7 +15,8 @@ async def test_no_client_notices_what_is_added_to_its_request() -> None:
 async def test_the_cost_of_a_sampled_answer_is_measured() -> None:
     costs = await sampled_cost.measure_both(rounds=2)
     assert all(0.0 < cost.until_queued < cost.total for cost in costs.values())
-    assert len(sampled_cost.lines(costs)) == 2
+    assert all(0.0 < cost.floor.skipped < cost.floor.decoded for cost in costs.values())
+    assert len(sampled_cost.lines(costs)) == 4
 
 
 def test_the_interval_of_a_median() -> None:

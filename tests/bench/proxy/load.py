@@ -7,7 +7,7 @@ import json
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import httpx
 from tests.support.fake_vllm import FakeVllm
@@ -186,8 +186,20 @@ async def run_streams(port: int) -> None:
     await asyncio.gather(*(one(n) for n in range(STREAMS_AT_ONCE)))
 
 
-async def run_wrk(port: int, seconds: float, script: Path) -> float:
-    """Requests a second; RuntimeError when any of them failed."""
+class Load(NamedTuple):
+    """What wrk has sent."""
+
+    requests: int
+    seconds: float
+    """That it took: on a busy machine more than it was told to."""
+
+    @property
+    def per_second(self) -> float:
+        return self.requests / self.seconds
+
+
+async def run_wrk(port: int, seconds: float, script: Path) -> Load:
+    """RuntimeError when any request failed."""
     process = await asyncio.create_subprocess_exec(
         *("wrk", "-t1", "-c64", "--timeout", "30s", f"-d{seconds:g}s", "-s", str(script)),
         f"http://127.0.0.1:{port}{PATH}",
@@ -197,7 +209,7 @@ async def run_wrk(port: int, seconds: float, script: Path) -> float:
     result = json.loads(out.splitlines()[-1])
     if result["failed"] or not result["requests"]:
         raise RuntimeError(f"wrk saw failures: {result}")
-    return float(result["requests"] / result["seconds"])
+    return Load(result["requests"], result["seconds"])
 
 
 def wrk_script(folder: Path) -> tuple[Path, int]:

@@ -30,6 +30,10 @@ from .load import (
     nginx_config,
 )
 
+BARE_RELAY = "bare relay"
+HEADS_RELAY = "bare relay, heads"
+_BARE_RELAY_PROGRAM = Path(__file__).with_name("bare_relay.py")
+
 
 @dataclass
 class Proxy:
@@ -83,6 +87,17 @@ class Bench:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+    async def bare_relay(self, *options: str, name: str) -> Proxy:
+        """A bound of what a relay in Python can reach; see bare_relay.py, also for the options."""
+        proxy = Proxy(name, {}, {})
+        for kind, upstream in self.upstreams.items():
+            port = proxy.ports[kind] = free_port()
+            proxy.pids[kind] = self.start(
+                [sys.executable, str(_BARE_RELAY_PROGRAM), str(port), str(upstream), *options],
+                log=f"{name.replace(' ', '-')}-{kind}",
+            )
+        return proxy
 
     async def nginx(self) -> Proxy:
         proxy = Proxy("nginx", {}, {})

@@ -3,6 +3,8 @@
 Without an event loop, so that only the work for sampling is in it: the relay's hook from the request's head to the
 capture, the bytes on the Unix socket, and the control process from these bytes to the queue and to the arrays that the
 reference is asked with. What the same request costs the hook when it is not sampled is subtracted.
+
+In the same rounds: what parts of this cost that nothing can do without (`Floor`), by the fastest means that Python has.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
 
 from hemostat.ipc.messages import Capture, MessageReader, encode
 from hemostat.openai.routes import CHAT
@@ -37,6 +42,51 @@ _HEAD = [
 _SOCKET_BYTES = 1 << 20
 
 
+class _Top(msgspec.Struct, gc=False):
+    token: str
+    logprob: float
+
+
+class _Position(msgspec.Struct, gc=False):
+    token: str
+    logprob: float
+    top_logprobs: list[_Top]
+
+
+class _Logprobs(msgspec.Struct, gc=False):
+    content: list[_Position]
+
+
+class _Choice(msgspec.Struct, gc=False):
+    logprobs: _Logprobs | None = None
+
+
+class _Response(msgspec.Struct, gc=False):
+    choices: list[_Choice]
+
+
+class _Nothing(msgspec.Struct, gc=False):
+    pass
+
+
+_reads_all = msgspec.json.Decoder(_Response)
+_reads_nothing = msgspec.json.Decoder(_Nothing)
+
+
+@dataclass
+class Floor:
+    """Milliseconds of CPU time for the bytes of one answer, medians over ROUNDS."""
+
+    copied: float
+    """Searched once for a character that is not there, and copied once."""
+    sent: float
+    """To another process through a Unix socket, as they are."""
+    skipped: float
+    """By the JSON decoder msgspec, which checks them and keeps nothing of them."""
+    decoded: float
+    """By msgspec, to objects with each token's name and log-probability. Arrays are yet to be made of these."""
+
+
 @dataclass
 class Cost:
     """Milliseconds of CPU time of one sampled answer, medians over ROUNDS."""
@@ -46,6 +96,7 @@ class Cost:
     """In the control process, until it waits to be scored."""
     parsed: float
     """There, of an answer that is scored: from the queue to arrays."""
+    floor: Floor
 
     @property
     def until_queued(self) -> float:
@@ -80,6 +131,10 @@ class _Answer:
             role, *events = answers.stream_asked
             usage = re.sub(rb'"completion_tokens":\d+', b'"completion_tokens":%d' % TOKENS, events[-2])
             self.pieces = [role, *events[: TOKENS - 1], events[-3], usage, events[-1]]
+
+    def documents(self) -> list[bytes]:
+        """The JSON in it."""
+        return [event for piece in self.pieces if (event := piece.removeprefix(b"data: ").strip()) != b"[DONE]"]
 
     def through(self, hook: Interceptor) -> None:
         exchange = hook.begin("POST", CHAT.encode(), _HEAD, "r")
@@ -127,22 +182,51 @@ def measure(answers: Answers, *, stream: bool, rounds: int = ROUNDS) -> Cost:
             assert capture is not None
             assert decode_capture(capture).candidates.ids.shape == (TOKENS, TOP_K + 1)
 
+        documents = answer.documents()
+        size = sum(map(len, documents))
+
+        def copy() -> None:
+            for document in documents:
+                document.find(b"\0")
+                bytearray(document)
+
+        def send() -> None:
+            sending.sendall(whole)
+            left = size
+            while left:
+                left -= receiving.recv_into(buffer)
+
+        def decode(decoder: msgspec.json.Decoder[Any]) -> None:
+            for document in documents:
+                decoder.decode(document)
+
+        whole, buffer = b"".join(documents), bytearray(_SOCKET_BYTES)
         for _ in range(rounds):
             watch.time("plain", lambda: answer.through(plain))
             watch.time("relay", lambda: answer.through(sampled))
             watch.time("queued", receive)
             watch.time("parsed", parse)
-    return Cost(watch.median("relay") - watch.median("plain"), watch.median("queued"), watch.median("parsed"))
+            watch.time("copied", copy)
+            watch.time("sent", send)
+            watch.time("skipped", lambda: decode(_reads_nothing))
+            watch.time("decoded", lambda: decode(_reads_all))
+    floor = Floor(*(watch.median(name) for name in ("copied", "sent", "skipped", "decoded")))
+    return Cost(watch.median("relay") - watch.median("plain"), watch.median("queued"), watch.median("parsed"), floor)
 
 
 def lines(costs: dict[str, Cost]) -> list[str]:
     """Of a table. costs: by the kind of answer."""
-    return [
-        f"CPU of one sampled answer, {name}, {TOKENS} tokens × {TOP_K} logprobs: relay {cost.relay:.3f} ms, control "
-        f"{cost.queued:.3f} ms until queued (together {cost.until_queued:.3f}) and {cost.parsed:.3f} ms if scored: "
-        f"{cost.total:.3f} ms in all (aim: {LIMIT_MS})"
-        for name, cost in costs.items()
-    ]
+    found = []
+    for name, cost in costs.items():
+        floor = cost.floor
+        found += [
+            f"CPU of one sampled answer, {name}, {TOKENS} tokens × {TOP_K} logprobs: relay {cost.relay:.3f} ms, "
+            f"control {cost.queued:.3f} ms until queued (together {cost.until_queued:.3f}) and {cost.parsed:.3f} ms if "
+            f"scored: {cost.total:.3f} ms in all (aim: {LIMIT_MS})",
+            f"the least for its bytes, {name}: {floor.copied:.3f} ms to search and copy them once, {floor.sent:.3f} ms "
+            f"to another process, {floor.skipped:.3f} ms for msgspec to check them, {floor.decoded:.3f} ms to decode",
+        ]
+    return found
 
 
 async def measure_both(rounds: int = ROUNDS) -> dict[str, Cost]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat.openai.form import Form
-from hemostat.openai.logprobs.scanning import scan_chat
 
-_ID_PREFIX = len("token_id:")
+_PREFIX = "token_id:"
+_ID_PREFIX = len(_PREFIX)
+_NAMES = re.compile(rf"{_PREFIX}[0-9]{{1,9}}(?:,{_PREFIX}[0-9]{{1,9}})*+")
+"""Those of several tokens, joined by commas. With nine digits an id is an int32."""
 
 
 class Rows(NamedTuple):
@@ -66,20 +69,56 @@ def read_rows(form: Form, pieces: Sequence[bytes], output: Sequence[int], top_k:
 
     pieces: the JSON of each `logprobs` of one choice, in order: of its whole response, or of a stream's events.
     """
-    if form is Form.CHAT and (found := scan_chat(pieces, output, top_k)) is not None:
-        return Rows(*found)
-    return parse_rows(form, pieces, output, top_k)
+    usual = usual_rows(pieces, output, top_k) if form is Form.CHAT else None
+    return parse_rows(form, pieces, output, top_k) if usual is None else usual
+
+
+def usual_rows(pieces: Sequence[bytes], output: Sequence[int], top_k: int) -> Rows | None:
+    """A chat's candidates where each position has `top_k` different ones, the emitted one first, then the others by
+    their rank, as vLLM lists them where the client asks for no more. None where that is not so."""
+    positions = [entry for piece in pieces for entry in _chat.decode(piece).content]
+    if [entry.token for entry in positions] != [f"{_PREFIX}{token}" for token in output]:
+        return None
+    if any(len(entry.top_logprobs) != top_k for entry in positions):
+        return None
+    tops = [top for entry in positions for top in entry.top_logprobs]
+    names = ",".join([top.token for top in tops])
+    if not _NAMES.fullmatch(names):
+        return None
+    ids = np.fromstring(names[_ID_PREFIX:], np.int32, sep=f",{_PREFIX}")
+    if ids.size != len(tops):
+        return None  # there is a comma in a name
+    ids = ids.reshape(-1, top_k)
+    values = np.array([top.logprob for top in tops]).reshape(-1, top_k)
+    others = values[:, 1:]
+    by_id = np.sort(ids, axis=1)
+    if (
+        (ids[:, 0] != np.asarray(output)).any()
+        or (by_id[:, 1:] == by_id[:, :-1]).any()
+        or (others[:, 1:] > others[:, :-1]).any()
+    ):
+        return None
+    # The emitted one moves to its rank, and those before it to the front.
+    before = others > values[:, :1]
+    place = np.arange(len(output)), np.count_nonzero(before, axis=1)
+    ordered_ids = np.full((len(output), top_k + 1), -1, np.int32)
+    ordered_values = np.full(ordered_ids.shape, -np.inf, np.float32)
+    for given, into in ((ids, ordered_ids), (values, ordered_values)):
+        into[:, :-1] = given
+        np.copyto(into[:, : top_k - 1], given[:, 1:], casting="same_kind", where=before)
+        into[place] = given[:, 0]
+    return Rows(ordered_ids, ordered_values, np.array([entry.logprob for entry in positions], np.float32))
 
 
 def parse_rows(form: Form, pieces: Sequence[bytes], output: Sequence[int], top_k: int) -> Rows:
-    """The same for JSON of any style, several times slower."""
+    """The same, whatever is listed and in whichever order, one position after the other: slower."""
     read = _chat_rows if form is Form.CHAT else _completion_rows
     rows = [row for piece in pieces for row in read(piece)]
     ids = np.full((len(output), top_k + 1), -1, np.int32)
     logprobs = np.full(ids.shape, -np.inf, np.float32)
     emitted = np.empty(len(output), np.float32)
     for position, (token, (name, row)) in enumerate(zip(output, rows, strict=True)):
-        if name != f"token_id:{token}":
+        if name != f"{_PREFIX}{token}":
             raise ValueError(f"the logprobs name the token {token} as {name!r}")
         chosen = ordered(row._replace(emitted=token), top_k)
         ids[position, : len(chosen)] = list(chosen)
