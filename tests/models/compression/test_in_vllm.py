@@ -97,5 +97,7 @@ def test_vllm_computes_what_our_copy_computes(name: str, tmp_path: Path) -> None
         server.stop()
     theirs = np.array([rows[n][str(ids[n])]["logprob"] for n in range(1, len(ids))])
     ours, dense = (Copy.load(folder).logprobs(ids) for folder in (out, source))
-    assert float(np.abs(theirs - ours).mean()) < TOLERANCE
-    assert float(np.abs(theirs - ours).mean()) < 0.5 * float(np.abs(dense - ours).mean()) or name == "w8a8"
+    # Where inputs are rounded at run time, a difference of one bit in bfloat16 may be rounded to another value.
+    rounded_inputs = name in FORMATS and FORMATS[name].inputs != "exact"
+    assert float(np.abs(theirs - ours).mean()) < (0.08 if rounded_inputs else TOLERANCE)
+    assert float(np.abs(theirs - ours).mean()) < (0.8 if rounded_inputs else 0.5) * float(np.abs(dense - ours).mean())
