@@ -64,7 +64,7 @@ class _End(asyncio.Protocol):
             self.other.transport.close()
 
 
-class _ClientEnd(_End):
+class ClientEnd(_End):
     def __init__(self, upstream_port: int, *, heads: bool) -> None:
         super().__init__(request_head if heads else None)
         self.upstream_port = upstream_port
@@ -86,7 +86,7 @@ class _ClientEnd(_End):
 
 async def _serve(port: int, upstream_port: int, *, heads: bool) -> None:
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: _ClientEnd(upstream_port, heads=heads), "127.0.0.1", port, backlog=2048)
+    server = await loop.create_server(lambda: ClientEnd(upstream_port, heads=heads), "127.0.0.1", port, backlog=2048)
     await server.serve_forever()
 
 
