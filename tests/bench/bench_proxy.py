@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tests.bench.proxy import sampled_cost  # noqa: E402
+from tests.bench.proxy import plugin_cost, sampled_cost  # noqa: E402
 from tests.bench.proxy.load import (  # noqa: E402  the root is no package
     BUILD,
     INSTALL,
@@ -126,6 +126,7 @@ def ratios(values: Sequence[float], base: Sequence[float]) -> dict[str, float]:
 
 async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     costs = await sampled_cost.measure_both()
+    by_plugin = plugin_cost.lines(await plugin_cost.measure_both(), plugin_cost.message_ms())
     answers = await Answers.make()
     script, length = wrk_script(folder)
     bench = Bench(folder, {"json": free_port(), "stream": free_port()})
@@ -222,6 +223,7 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
             name: asdict(cost) | {"until_queued": cost.until_queued, "total": cost.total}
             for name, cost in costs.items()
         },
+        "sampled_answer_by_plugin": by_plugin,
         "sampled_rate_to_unsampled": ratios(rate["hemostat 0.05"], rate["hemostat 0"]),
         "to_nginx": {"requests_per_second": ratios(rate["hemostat 0"], rate["nginx"])},
         "to_vllm_router": {
@@ -276,6 +278,7 @@ def table(result: dict[str, Any]) -> str:
             for name, cost in result["sampled_answer"].items()
         }
     )
+    lines += result["sampled_answer_by_plugin"]
     chunk = ratio["cpu_per_chunk"]["hemostat 0"]
     for what, found in (
         ("CPU per streamed chunk / vllm-router (aim: the interval reaches 1.0)", chunk),
