@@ -17,6 +17,8 @@ MAX_MESSAGE_BYTES = 8 << 20
 MAX_MESSAGE_ANSWERS = 4096
 """The admin port refuses a message with more."""
 ATTEMPTS = 2
+COLLECT_SECONDS = 0.2
+"""From the first answer in an empty queue to the message: one of many answers costs hardly more than one of one."""
 PAUSE_SECONDS = 0.5
 """Between two attempts. Hemostat waits some seconds for an answer, so one that is late is of no use."""
 
@@ -58,6 +60,7 @@ class AnswerSender:
     def _run(self) -> None:
         while True:
             self._queue.filled.wait()
+            self._pause(COLLECT_SECONDS)
             try:
                 self.send()
             except Exception:

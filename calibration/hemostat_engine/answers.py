@@ -230,7 +230,8 @@ class Recording:
         self.top_k = max(self._own or 0, top if max_logprobs < 0 else min(top, max_logprobs))
         self.params = copy.copy(params)
         self.params.logprobs = self.top_k
-        if self._own is None:
+        if self._own is None and params.prompt_logprobs is None:
+            # Those of the prompt would be flat, too, and the server cannot write them as JSON then.
             self.params.flat_logprobs = True
 
     def note(self, output: Any) -> None:

@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tests.bench.proxy import sampled_cost  # noqa: E402
+from tests.bench.proxy import plugin_cost, sampled_cost  # noqa: E402
 from tests.bench.proxy.load import (  # noqa: E402  the root is no package
     BUILD,
     INSTALL,
@@ -132,6 +132,7 @@ def ratios(values: Sequence[float], base: Sequence[float]) -> dict[str, float] |
 
 async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     costs = await sampled_cost.measure_both()
+    by_plugin = plugin_cost.lines(await plugin_cost.measure_both(), plugin_cost.message_ms())
     answers = await Answers.make()
     script, length = wrk_script(folder)
     kinds = ("json",) if arguments.without_streams else ("json", "stream")
@@ -227,6 +228,7 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
             name: asdict(cost) | {"until_queued": cost.until_queued, "total": cost.total}
             for name, cost in costs.items()
         },
+        "sampled_answer_by_plugin": by_plugin,
         "sampled_rate_to_unsampled": ratios(rate["hemostat 0.05"], rate["hemostat 0"]),
         "to_nginx": {
             figure: {name: ratios(values[name], values["nginx"]) for name in ("hemostat 0", *BARE_RELAYS)}
@@ -292,6 +294,7 @@ def table(result: dict[str, Any]) -> str:
             for name, cost in result["sampled_answer"].items()
         }
     )
+    lines += result["sampled_answer_by_plugin"]
     chunk = ratio["cpu_per_chunk"]["hemostat 0"]
     for what, found in (
         ("CPU per streamed chunk / vllm-router (aim: the interval reaches 1.0)", chunk),

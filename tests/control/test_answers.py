@@ -1,4 +1,4 @@
-"""`/v1/responses` and `/v1/messages` through `hemostat serve`, with an engine whose plugin hands out answers."""
+"""Answers that the engine's plugin hands out, through `hemostat serve`, and what happens where they get lost."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.served import AUTHORIZED, Served, hemostat
 
 from hemostat.engines.messages import AnswerMessage
+from hemostat.shadow.answer_losses import MAX_LOST
 
 REPORT = {
     **{"boot_id": "boot", "rank": 0, "world_size": 1, "versions": [], "vocab_size": 512},
@@ -27,21 +28,24 @@ BODIES: dict[str, dict[str, Any]] = {
 
 
 @contextlib.asynccontextmanager
-async def plugin(served: Served, fake: FakeVllm) -> AsyncIterator[None]:
-    """Reports once in a while, and sends the answers that requests asked for."""
+async def plugin(served: Served, fake: FakeVllm) -> AsyncIterator[asyncio.Event]:
+    """Reports once in a while, and sends the answers that requests asked for; once the event is set they are lost."""
+    loses = asyncio.Event()
 
     async def run() -> None:
         async with httpx.AsyncClient(base_url=served.admin, headers=AUTHORIZED) as client:
             while True:
                 (await client.post("/api/v1/engine/report", json=REPORT)).raise_for_status()
                 answers, fake.handed_out = fake.handed_out, []
+                if loses.is_set():
+                    answers = []
                 body = msgspec.msgpack.encode(AnswerMessage("api-server", answers, 0))
                 (await client.post("/api/v1/engine/answers", content=body)).raise_for_status()
                 await asyncio.sleep(0.1)
 
     task = asyncio.create_task(run())
     try:
-        yield
+        yield loses
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -71,3 +75,40 @@ async def test_both_routes_are_scored_from_the_answers(tmp_path: Path) -> None:
             kinds = {one["kind"] for one in status["coverage"]["by_kind"]}
             assert kinds == {"responses text sampled brief", "messages text sampled brief"}
             assert await served.metric("hemostat_engine_answers_total", reason="received") == 5
+
+
+async def test_logprobs_in_the_response_take_over_where_answers_get_lost(tmp_path: Path) -> None:
+    fake = FakeVllm(seed=3, plugin=True)
+
+    def by_plugin() -> bool:
+        return "hemostat_tap_top" in fake.requests[-1].get("vllm_xargs", {})
+
+    with (
+        serving(fake) as url,
+        serving(FakeVllm(seed=3, noise=0.1)) as reference,
+        hemostat(tmp_path, fake, url, reference={"backend": "vllm", "url": reference}) as served,
+    ):
+        await served.until(lambda status: status["reference"]["state"] == "ready" and status["relays"] > 0, 60)
+        assert (await served.ask("Hello")).status_code == 200
+        assert "logprobs" in fake.requests[-1], "no engine reports"
+        asked = 1
+        async with plugin(served, fake) as loses:
+            while not by_plugin():
+                assert (await served.ask("Hello")).status_code == 200
+                asked += 1
+                await asyncio.sleep(0.1)
+            assert "logprobs" not in fake.requests[-1]
+            await served.until(lambda status: status["requests"]["scored"] == asked, 60)
+            loses.set()
+            for _ in range(MAX_LOST):
+                assert (await served.ask("Hello")).status_code == 200
+            assert by_plugin()
+            await served.until(lambda status: status["requests"]["skipped"] == {"no_answer": MAX_LOST}, 60)
+            assert await served.metric("hemostat_engine_answers_paused") == 1
+            while by_plugin():  # until the relay has the new policy
+                assert (await served.ask("Hello")).status_code == 200
+                await asyncio.sleep(0.1)
+            await served.until(lambda status: status["requests"]["scored"] == asked + 1, 60)
+            # What only the plugin can tell is asked of it all the same.
+            assert (await served.ask("Hello", logprobs=True, top_logprobs=3)).status_code == 200
+            assert by_plugin()

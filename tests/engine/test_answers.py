@@ -173,6 +173,15 @@ def test_the_clients_own_logprobs_stay_as_it_asked_for_them(own: int, flat: bool
     assert arrays(answer)[3] == [-0.5, -7.0]
 
 
+def test_logprobs_of_the_prompt_stay_as_the_server_can_write_them() -> None:
+    server = Server(Engine([[[3, 8]]]))
+    seen = server.serve(params(ASKS, prompt_logprobs=1))
+    assert not server.engine.given[0].flat_logprobs
+    assert seen[0].outputs[0].logprobs is None
+    (answer,) = server.recorded()
+    assert arrays(answer)[1].tolist() == [[3, 4, -1], [3, 4, 8]]
+
+
 def recorded_masked(server: Server) -> None:
     """Record one token of which a grammar's mask left no other."""
     container = create_sample_logprobs(False)

@@ -81,6 +81,16 @@ def test_the_response_is_the_same_and_the_answer_whole(vllm_server: Any, route: 
         assert found == pytest.approx(want, abs=1e-4)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_the_prompt_are_what_the_client_asked_for(vllm_server: Any, stream: bool) -> None:
+    body = BODIES["/v1/completions"] | {"prompt_logprobs": 2, "stream": stream}
+    plain = post(vllm_server, "/v1/completions", body)
+    tapped = post(vllm_server, "/v1/completions", body | xargs(f"prompt-{stream}"))
+    assert without_varying(tapped) == without_varying(plain)
+    (answer,) = answers_of(vllm_server, f"prompt-{stream}", 1)
+    assert answer.tokens == 9
+
+
 def test_every_choice_of_a_request(vllm_server: Any) -> None:
     body = {"prompt": "Once", "max_tokens": 12, "n": 3, "temperature": 1.5, "seed": 7, "return_token_ids": True}
     given = json.loads(post(vllm_server, "/v1/completions", body | xargs("choices")))

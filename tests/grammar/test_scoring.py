@@ -24,6 +24,7 @@ from hemostat.measurement.measurements import Measurements
 from hemostat.metrics import names
 from hemostat.openai.grammar_spec import GrammarOrigin, GrammarSpec
 from hemostat.reference.protocol import FailureReason, ReferenceFailure, ReferenceInfo, ReferenceScores, ScoreRequest
+from hemostat.shadow.answer_losses import AnswerLosses
 from hemostat.shadow.endings import EndingCounts, Outcome
 from hemostat.shadow.grammar.conditioning import Conditioning
 from hemostat.shadow.limits import Breakers, ShadowQueue, TokenBudget
@@ -178,6 +179,7 @@ class Bench:
             budget=TokenBudget(0.0, 1.0),
             breakers=Breakers(),
             endings=self.endings,
+            answer_losses=AnswerLosses(),
             emit=self._use,
             clock=lambda: 0.0,
             conditioning=self.conditioning,

@@ -14,11 +14,13 @@ from tests.support.captures import INFO, K, V, capture
 from tests.support.scorer_bench import SCORED, VERSION, Bench, alive, running
 from tests.support.waiting import until
 
+from hemostat.engines.answers import ANSWER_SECONDS
 from hemostat.engines.messages import AnswerMessage, TapAnswer, TapMessage, TapRun
 from hemostat.ipc.messages import Capture
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores
 from hemostat.shadow import record_builder
 from hemostat.shadow import scorer as scorer_module
+from hemostat.shadow.answer_losses import MAX_LOST
 from hemostat.shadow.record_builder import decode_capture
 from hemostat_calibration.records import Arm, Candidates
 
@@ -259,6 +261,68 @@ async def test_a_response_without_ids_whose_answer_does_not_come_is_skipped(benc
     found = await bench.ends(without_ids("m", generated=4), without_ids("l"))
     assert found == Counter({("skipped", "answer_mismatch"): 1, ("skipped", "too_long"): 1})
     await alive(bench)
+
+
+async def test_answers_that_get_lost_are_counted_where_the_response_could_have_the_tokens(bench: Bench) -> None:
+    bench.now = scorer_module.MAX_TAP_SECONDS + 1
+    lost = Counter({("skipped", "no_answer"): 1})
+    for n in range(MAX_LOST):
+        assert await bench.ends(without_ids(str(n), engine="a")) == lost
+        assert not bench.answer_losses.paused(bench.now), "nothing else could tell these tokens"
+    for n in range(MAX_LOST):
+        assert not bench.answer_losses.paused(bench.now)
+        if n % 2:
+            bench.engines.add_answers(AnswerMessage("boot", [answer_of(str(n), 0, 1, 3)], 0), bench.now)
+        kept = without_ids(str(n), engine="a", also_in_response=True, generated=4)
+        assert (await bench.ends(kept)).total() == 1
+    assert bench.counts["skipped", "answer_mismatch"] == MAX_LOST / 2
+    assert bench.answer_losses.paused(bench.now)
+
+
+async def test_an_answer_that_is_too_long_was_not_lost(bench: Bench) -> None:
+    for n in range(2 * MAX_LOST):
+        bench.engines.add_answers(AnswerMessage("boot", [answer_of(str(n), 0, 1, 60)], 0), bench.now)
+        found = await bench.ends(without_ids(str(n), also_in_response=True))
+        assert found == Counter({("skipped", "too_long"): 1})
+    assert not bench.answer_losses.paused(bench.now)
+
+
+async def test_a_reference_that_is_behind_loses_no_answer() -> None:
+    """Captures wait for longer in the queue than answers are kept."""
+    bench = Bench()
+    bench.reference.hang = True
+    async with running(bench, workers=1):
+        bench.scorer.offer(capture("slow"))
+        await until(lambda: bool(bench.reference.asked))
+        bench.engines.add_answers(AnswerMessage("boot", [answer_of("n", 0, 1, 3)], 0), bench.now)
+        bench.scorer.offer(without_ids("n"))
+        await until(lambda: len(bench.scorer._queue) == 1)
+        bench.now += 10 * ANSWER_SECONDS
+        bench.engines.answers.expire(bench.now)
+        bench.reference.hang = False
+        await until(lambda: bench.counts["scored", ""] == 1)
+    assert [record.request_id for record in bench.records] == ["r"]
+
+
+async def test_what_waits_for_its_answer_is_bounded() -> None:
+    bench = Bench(max_queue=2)
+    for n in range(3):
+        bench.scorer.offer(without_ids(str(n)))
+    assert bench.counts == Counter({("dropped", "queue_full"): 1})
+    assert bench.scorer.pending == 2
+
+
+async def test_a_fault_in_answers_ends_one_capture(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> list[Capture]:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scorer_module, "captures_from_tap", fail)
+        bench.engines.add_answers(AnswerMessage("boot", [answer_of("n", 0, 1, 3)], 0), bench.now)
+        assert await bench.ends(without_ids()) == Counter({("dropped", "internal_error"): 1})
+    bench.engines.add_answers(AnswerMessage("boot", [answer_of("m", 0, 1, 3)], 0), bench.now)
+    bench.now = scorer_module.MAX_TAP_SECONDS + 1  # its numbers are not waited for
+    assert await bench.ends(without_ids("m")) == SCORED
 
 
 # --- the engine's tap -------------------------------------------------------------------------------------------------

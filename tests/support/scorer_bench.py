@@ -20,6 +20,7 @@ from hemostat.ipc.messages import Capture
 from hemostat.measurement.coverage import Coverage
 from hemostat.reference.pair import ServedModels
 from hemostat.reference.protocol import CompressedLogits, ReferenceInfo, ReferenceScores, ScoreRequest
+from hemostat.shadow.answer_losses import AnswerLosses
 from hemostat.shadow.endings import EndingCounts
 from hemostat.shadow.limits import Breakers, ShadowQueue, TokenBudget
 from hemostat.shadow.scorer import Scorer
@@ -114,6 +115,7 @@ class Bench:
         self.learning = b""
         self.maps: dict[str, bool] = {}
         self.conditioning = no_conditioning()
+        self.answer_losses = AnswerLosses()
         self.scorer = Scorer(
             self,
             self.engines,
@@ -122,6 +124,7 @@ class Bench:
             budget=TokenBudget(rate, max(rate, 1.0) if burst is None else burst),
             breakers=self.breakers,
             endings=self.endings,
+            answer_losses=self.answer_losses,
             emit=self._sink,
             clock=lambda: self.now,
             conditioning=self.conditioning,

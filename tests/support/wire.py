@@ -19,6 +19,7 @@ from hemostat.hooks import Headers, Refusal
 from hemostat.ipc.messages import REST_KIND, Capture, Policy
 from hemostat.ipc.sampled import SampledTally
 from hemostat.metrics.names import CALIBRATION_REQUESTS, REPEATED_REQUESTS, SHADOW_REQUESTS
+from hemostat.openai.routes import CHAT
 from hemostat.shadow.interceptor import Interceptor
 from hemostat.shadow.record_builder import decode_capture
 
@@ -218,6 +219,30 @@ def rows(capture: Capture) -> tuple[list[int], list[int], np.ndarray, np.ndarray
         arrays.candidates.logprobs.astype(np.float32),
         arrays.emitted.astype(np.float32),
     )
+
+
+def assert_same_tokens(in_response: Capture, by_plugin: Capture) -> None:
+    """Both are captures of one answer: from logprobs in the response, and from what the engine's plugin handed out.
+
+    A chat's response leaves out the last of the most likely ids where the emitted one is not among them.
+    """
+    given, found = decode_capture(in_response), decode_capture(by_plugin)
+    for name in ("prompt", "context", "output", "emitted"):
+        np.testing.assert_array_equal(getattr(given, name), getattr(found, name), err_msg=name)
+    top_k = in_response.top_k
+    assert by_plugin.top_k == top_k
+    for position, emitted in enumerate(given.output.tolist()):
+        rows = []
+        for candidates in (given.candidates, found.candidates):
+            ids, logprobs = candidates.ids[position].tolist(), candidates.logprobs[position].tolist()
+            rows.append({i: value for i, value in zip(ids, logprobs, strict=True) if i >= 0})
+        if in_response.route == CHAT and emitted not in list(rows[1])[:top_k]:
+            del rows[1][list(rows[1])[top_k - 1]]
+        assert list(rows[0].items()) == list(rows[1].items()), position
+    finish = in_response.finish_reason.replace("tool_calls", "stop")  # what the engine says of a tool's call
+    changes = {"finish_reason": finish, "also_in_response": True, "logprobs": [], "generated": by_plugin.generated}
+    arrays = {name: getattr(by_plugin, name) for name in ("candidate_ids", "candidate_logprobs", "emitted_logprobs")}
+    assert msgspec.structs.replace(in_response, **changes, **arrays) == by_plugin
 
 
 def normal(body: bytes) -> bytes:

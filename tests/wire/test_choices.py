@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.fake_vllm import FakeVllm, encode, serving
-from tests.support.wire import TOOL_CALL, TOOLS, VERSION, Wire, chat, completion, cut, policy, rows
+from tests.support.wire import TOOL_CALL, TOOLS, VERSION, Wire, assert_same_tokens, chat, completion, cut, policy, rows
 
+from hemostat.engines.messages import MAX_TOP
 from hemostat.openai import json_splice
 from hemostat.openai.form import Form
 from hemostat.openai.forms.table import FORMATS
@@ -23,6 +25,8 @@ from hemostat.openai.reading import read_request
 from hemostat.openai.requests import Request
 from hemostat.openai.routes import CHAT, COMPLETIONS
 from hemostat.openai.tokens import ResponseTokens
+from hemostat.shadow.record_builder import decode_capture
+from hemostat.shadow.tapped_answers import captures_from_tap
 
 AS_IDS = {"return_tokens_as_token_ids": True}
 SAYS = 'say: Zażółć 日本語\t"quoted" \\ 🎉'
@@ -321,3 +325,73 @@ def test_choices_are_judged_in_both_arms_or_in_none(
         wire.interceptor.policy = policy(**arms | more)
         wire.send(CHAT, sent)
         assert [capture.arm for capture in wire.captures] == ["control" if control else "treated"] * sent["n"]
+
+
+# --- by either way ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", STREAMS)
+@pytest.mark.parametrize("case", CASES)
+def test_both_ways_tell_the_same_tokens(wire: Wire, fake: FakeVllm, case: str, option: str) -> None:
+    fake.plugin = True
+    path, body, choices = CASES[case]
+    body = body | STREAMS[option]
+    by_response = policy(tap=True, tap_tokens=True)
+    wire.interceptor.policy = by_response
+    read = wire.send(path, body)
+    in_response = wire.captures[:]
+    if case == "two choices, tools" and option == "stream":
+        return  # it is asked of the plugin by either policy
+    wire.captures.clear()
+    wire.interceptor.policy = msgspec.structs.replace(by_response, prefer_plugin=True)
+    passed_on = wire.send(path, body, splits=random.Random(1))
+    assert passed_on.body == read.body
+    asked = fake.requests[-1]
+    assert asked.pop("vllm_xargs") == {"hemostat_tap": "nonce", "hemostat_tap_top": "8"}
+    assert asked == body, "nothing else is added"
+    [capture] = wire.captures
+    assert (capture.from_tap, capture.also_in_response) == (True, True)
+    found = captures_from_tap(capture, fake.handed_out, 1024)
+    assert len(found) == len(in_response) == choices
+    for ours, theirs in zip(in_response, found, strict=True):
+        assert_same_tokens(ours, theirs)
+
+
+def test_what_only_the_response_can_tell_is_asked_there(wire: Wire, fake: FakeVllm) -> None:
+    """A client that uses the tap itself, and more candidates than the plugin hands out."""
+    fake.max_logprobs = 200
+    wire.interceptor.policy = policy(tap=True, tap_tokens=True, prefer_plugin=True)
+    wire.send(CHAT, chat(vllm_xargs={"hemostat_tap": "mine"}))
+    wire.interceptor.policy = policy(tap=True, tap_tokens=True, prefer_plugin=True, shadow_top_k=MAX_TOP + 1)
+    wire.send(CHAT, chat())
+    assert [capture.from_tap for capture in wire.captures] == [False, False]
+    # The response of this one cannot: it is scored with fewer.
+    wire.send(CHAT, chat(logprobs=True, top_logprobs=3))
+    assert fake.requests[-1]["vllm_xargs"]["hemostat_tap_top"] == str(MAX_TOP)
+
+
+def test_a_server_that_allows_fewer_logprobs_hands_out_fewer(wire: Wire, fake: FakeVllm) -> None:
+    fake.plugin, fake.max_logprobs = True, 5
+    wire.interceptor.policy = policy(tap=True, tap_tokens=True, prefer_plugin=True)
+    answer = wire.send(CHAT, chat())
+    assert (answer.status, answer.replayed, wire.shadow("shadowed")) == (200, False, 1)
+    [found] = captures_from_tap(wire.captures[0], fake.handed_out, 1024)
+    assert decode_capture(found).candidates.ids.shape == (12, 6)
+
+
+@pytest.mark.parametrize("pieces", ["events", "two at a time"])
+def test_an_observer_that_reads_only_what_says_something_finds_the_same(recorded: Recordings, pieces: str) -> None:
+    """The oracle gets no whole event at a time."""
+    for one in recorded.all_of_them:
+        if not one.request.stream:
+            continue
+        events = [event + b"\n\n" for event in one.plain.split(b"\n\n") if event]
+        if pieces == "two at a time":
+            events = [b"".join(events[at : at + 2]) for at in range(0, len(events), 2)]
+        found = []
+        for parts in (events, [one.plain[at : at + 17] for at in range(0, len(one.plain), 17)]):
+            tokens = ResponseTokens(8, 2000, one.request.choices, one.request.prompts)
+            observer = FORMATS[one.request.form].observer(one.request, tokens, stream=True)
+            assert b"".join(map(observer.feed, parts)) + observer.finish() == one.plain
+            found.append(tokens)
+        assert found[0] == found[1]

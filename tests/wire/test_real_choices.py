@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
-from tests.support.wire import Answer, Wire, normal, policy, rows, user
+from tests.support.running_vllm import RunningVllm, answers_of
+from tests.support.wire import Answer, Wire, assert_same_tokens, normal, policy, rows, user
 
 from hemostat.openai.routes import CHAT, COMPLETIONS
+from hemostat.shadow.tapped_answers import captures_from_tap
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -230,3 +233,36 @@ def test_logprobs_of_the_prompt_are_left_as_they_are(wire: Wire, vllm_server: Se
     answer = compared(wire, path, common | body)
     assert b'"decoded_token"' in answer.body
     assert len(wire.captures) == 1
+
+
+EITHER_WAY: dict[str, tuple[str, dict[str, Any]]] = {
+    "chat": (CHAT, {"messages": [UNICODE]}),
+    "chat, sampled": (CHAT, {"messages": [UNICODE], "temperature": 1.5, "seed": 5}),
+    "chat with tools, own logprobs": (CHAT, {"messages": [UNICODE], "tools": TOOLS, "logprobs": True}),
+    "two choices": (CHAT, {"messages": [user("Say hello.")], "n": 2, "temperature": 1.0, "seed": 3}),
+    "completions": (COMPLETIONS, {"prompt": "1, 2, 3,", "stop": ["9"]}),
+    "prompts": (COMPLETIONS, {"prompt": ["1, 2, 3,", "The capital of France"]}),
+    "logprobs of the prompt": (COMPLETIONS, {"prompt": "1, 2, 3,", "prompt_logprobs": 2}),
+}
+
+
+@pytest.mark.parametrize("option", ["whole", "stream"])
+@pytest.mark.parametrize("case", EITHER_WAY)
+def test_both_ways_tell_the_same_tokens(wire: Wire, vllm_server: RunningVllm, case: str, option: str) -> None:
+    path, body = EITHER_WAY[case]
+    body = {"model": vllm_server.model, "temperature": 0, "max_tokens": 12} | body | STREAMS[option]
+    by_response = policy(tap=True, tap_tokens=True, shadow_top_k=20)
+    wire.interceptor.policy = by_response
+    read = wire.send(path, body)
+    in_response = wire.captures[:]
+    wire.captures.clear()
+    wire.interceptor.policy = msgspec.structs.replace(by_response, prefer_plugin=True)
+    passed_on = wire.send(path, body)
+    if by_choice(passed_on.body) != by_choice(read.body):
+        assert untied(joined(passed_on.body)) == untied(joined(read.body))
+    [capture] = wire.captures
+    assert (capture.from_tap, capture.also_in_response) == (True, True)
+    found = captures_from_tap(capture, answers_of(vllm_server, capture.nonce, capture.choices), 1024)
+    assert len(found) == len(in_response)
+    for ours, theirs in zip(in_response, found, strict=True):
+        assert_same_tokens(ours, theirs)

@@ -247,6 +247,14 @@ def test_an_error_that_what_was_added_causes_does_not_reach_the_client(status: i
     assert wire.repeated(reason) == wire.shadow("skipped", "logprobs_refused") == 1
 
 
+@pytest.mark.parametrize("status", [500, 413])
+def test_nothing_that_could_fail_is_added_where_the_plugin_tells_the_tokens(status: int) -> None:
+    wire, upstream = scripted((status, JSON, b'{"error":{"code":500}}'))
+    wire.interceptor.policy = policy(tap=True, tap_tokens=True, prefer_plugin=True)
+    assert (wire.send(CHAT, chat()).body, upstream.asked) == (OWN[2], [False])
+    assert wire.shadow("shadowed") == wire.counts.total() == 1
+
+
 @pytest.mark.parametrize("body", [b'data: {"error": {"code": 500}}\n\n', b'data: {"error": "gone"}\n\n'])
 def test_a_stream_that_begins_with_a_server_error_is_asked_for_again(body: bytes) -> None:
     own = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'

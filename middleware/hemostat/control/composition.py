@@ -197,6 +197,7 @@ class Control:
             self.profile_manager,
             self.monitor,
             self.breakers,
+            self.pipeline.answer_losses,
             self.lease,
             clock,
             salt=lambda: self.salt.value,

@@ -16,6 +16,7 @@ from hemostat.ipc.messages import Policy
 from hemostat.openai.tool_parsers import TOOL_FORMATS, restricted_free_calls
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
+from hemostat.shadow.answer_losses import AnswerLosses
 from hemostat.shadow.limits import Breakers
 from hemostat.store.lease import Lease
 from hemostat_calibration.profiles.families import ADAPTER
@@ -50,6 +51,7 @@ class PolicyPublisher:
         profiles: ProfileManager,
         monitor: ReferenceMonitor,
         breakers: Breakers,
+        answer_losses: AnswerLosses,
         lease: Lease,
         clock: Callable[[], float],
         salt: Callable[[], bytes],
@@ -66,6 +68,7 @@ class PolicyPublisher:
         self._profiles = profiles
         self._monitor = monitor
         self._breakers = breakers
+        self._answer_losses = answer_losses
         self._lease = lease
         self._clock = clock
         self._salt = salt
@@ -110,6 +113,7 @@ class PolicyPublisher:
             and any(pair.reference is not None and not self._breakers.open(pair.name, now) for pair in served.pairs),
             tap=bool(self._engines.live(now)),
             tap_tokens=self._engines.hands_out_answers(now),
+            prefer_plugin=not self._answer_losses.paused(now),
             forced=profiles.serving.forced,
             serving_by_kind=profiles.serving.version_by_kind,
             control_fraction=calibration.control_fraction,

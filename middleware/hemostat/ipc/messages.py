@@ -89,6 +89,8 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     from_tap: bool = False
     """The response has no token ids: the tokens of all choices are what the engine's plugin reported under `nonce`.
     Only the first choice's capture is sent."""
+    also_in_response: bool = False
+    """Of one with `from_tap`: the response could have had the tokens, too, if it had been asked for them."""
     engine: str = ""
     """That answered (`EngineHealth.engine`)."""
     generated: int = -1
@@ -228,6 +230,8 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     that names one is in no arm."""
     tap_tokens: bool = False
     """Every engine's plugin reports token ids and the most likely tokens, by choice, where `hemostat_tap_top` asks."""
+    prefer_plugin: bool = False
+    """With `tap_tokens`: the plugin is asked for the tokens of a request also where its response could tell them."""
     default_model: str = ""
     """The served name that answers a request without one; "" while it is not known."""
     grammars: bool = False

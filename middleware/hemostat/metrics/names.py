@@ -123,6 +123,7 @@ ENGINE_EVENTS = "hemostat_engine_events_total"
 ENGINE_TAPS_DROPPED = "hemostat_engine_taps_dropped_total"
 ENGINE_FEATURES_DROPPED = "hemostat_engine_features_dropped_total"
 ENGINE_ANSWERS = "hemostat_engine_answers_total"
+ENGINE_ANSWERS_PAUSED = "hemostat_engine_answers_paused"
 
 # Adapters at the engine
 ADAPTERS = "hemostat_adapters"

@@ -27,4 +27,10 @@ METRICS = (
         "Whole answers (ids and log-probabilities) of tapped requests from vLLM's API servers, by reason.",
         ("reason",),
     ),
+    Metric(
+        names.ENGINE_ANSWERS_PAUSED,
+        "gauge",
+        "0 or 1",
+        "1: too many answers got lost, so that sampled requests ask for logprobs in their responses for some time.",
+    ),
 )

@@ -20,6 +20,9 @@ class EndingForm(Protocol):
         May raise one of MALFORMED.
         """
 
+    def goes_on(self, events: bytes) -> bool:
+        """Whether these events of a stream are certain, before they are parsed, to have none of that but the model."""
+
 
 class EndingObserver(ResponseBody):
     """A `forms.protocol.Stripper` that changes nothing."""
@@ -27,6 +30,13 @@ class EndingObserver(ResponseBody):
     def __init__(self, form: EndingForm, request: Request, tokens: ResponseTokens, *, stream: bool) -> None:
         super().__init__(request, tokens, stream=stream)
         self._form = form
+
+    def feed(self, data: bytes) -> bytes:
+        events = self._events
+        whole = events is not None and events.between_events and data.endswith(b"\n\n")
+        if whole and self._tokens.model and self._form.goes_on(data):
+            return data  # the usual case: pieces of text
+        return super().feed(data)
 
     def _on_body(self, data: bytes) -> bytes:
         self._read(data)

@@ -271,6 +271,26 @@ def record_ending(body: JsonObject, tokens: ResponseTokens) -> None:
     _record_ending(tokens, _Parsed(body))
 
 
+def choices_go_on(events: bytes) -> bool:
+    """See `observing.EndingForm`.
+
+    In JSON a quote inside a string is escaped, so none of these bytes are part of a text. Where they have another style
+    the events have to be parsed.
+
+    >>> choices_go_on(b'data: {"choices":[{"delta":{"content":"\\\\"usage\\\\":{"},"finish_reason":null}]}\\n\\n')
+    True
+    >>> choices_go_on(b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\\n\\n')
+    False
+    """
+    return (
+        b'"finish_reason":null' in events
+        and b'"finish_reason":"' not in events
+        and b'"usage":{' not in events
+        and b'"error"' not in events
+        and b'"reasoning' not in events
+    )
+
+
 def _record_ending(tokens: ResponseTokens, parsed: _Parsed) -> None:
     """Record the model, and what says that the response is complete. May raise one of MALFORMED."""
     body = parsed.body

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hemostat.engines.messages import MAX_TOP
 from hemostat.hooks import Comparison, Refusal, Rewrite
 from hemostat.ipc.messages import Capture, Policy
 from hemostat.openai import requests
@@ -209,8 +210,8 @@ class InterceptedExchange:
         self._kind = kind_name(request, self._options.label, several_models=several)
         self._conversation = conversation_digest(request.conversation_key, policy.salt)
         by_plugin = policy.tap and policy.tap_tokens and not request.client_tap
-        lossy = request.unscorable is None and request.tools and request.stream
-        self._from_tap = by_plugin and (request.from_tap or (lossy and self._reports.loses_tool_tokens(policy)))
+        in_response = request.unscorable is None
+        self._from_tap = by_plugin and (request.from_tap or (in_response and self._prefers_plugin(request)))
         self._unjudged = self._unjudged or (None if self._from_tap else request.unscorable)
         if self._unjudged is None and request.min_prompt_tokens > policy.shadow_max_tokens:
             self._unjudged = ResponseFailure.TOO_LONG
@@ -229,6 +230,13 @@ class InterceptedExchange:
         self._rewritten = True
         is_read = self._tokens is not None or self._adapter is not None
         return Rewrite(request.body.edit(changes), _DROPPED_HEADERS if is_read else frozenset())
+
+    def _prefers_plugin(self, request: Request) -> bool:
+        """Whether the engine's plugin is asked for tokens that the response could tell."""
+        policy = self._policy
+        if policy.prefer_plugin:
+            return policy.shadow_top_k <= MAX_TOP
+        return request.tools and request.stream and self._reports.loses_tool_tokens(policy)
 
     def _add_profile(self, request: Request, changes: dict[str, bytes], xargs: dict[str, str]) -> None:
         """Choose the arm and the profile, and add what requests the profile."""
@@ -286,7 +294,7 @@ class InterceptedExchange:
         if policy.tap and not request.client_tap and (request.choices == 1 or policy.tap_tokens):
             self._nonce = xargs["hemostat_tap"] = self._reports.tap_name(policy)
             if self._from_tap:
-                xargs["hemostat_tap_top"] = str(policy.shadow_top_k)
+                xargs["hemostat_tap_top"] = str(min(policy.shadow_top_k, MAX_TOP))
 
     def _pass_unread(self, reason: SkipReason) -> None:
         """The body cannot be read and is passed on unchanged."""
@@ -521,6 +529,7 @@ class InterceptedExchange:
             tools=request.tools,
             reasoning=choice.reasoning,
             from_tap=self._from_tap,
+            also_in_response=self._from_tap and request.unscorable is None,
             grammar=request.grammar,
             engine=engine,
             generated=-1 if tokens.usage is None else tokens.usage.completion_tokens,

@@ -20,7 +20,7 @@ class ShadowQueue:
 
     def __init__(self, limit: int, limit_bytes: int = MAX_QUEUED_BYTES) -> None:
         self._items: deque[Capture] = deque()
-        self._limit = limit
+        self.limit = limit
         self._limit_bytes = limit_bytes
         self._bytes = 0
 
@@ -30,7 +30,7 @@ class ShadowQueue:
     def offer(self, capture: Capture) -> bool:
         """False when the queue is full."""
         size = _size(capture)
-        if len(self._items) >= self._limit or self._bytes + size > self._limit_bytes:
+        if len(self._items) >= self.limit or self._bytes + size > self._limit_bytes:
             return False
         self._items.append(capture)
         self._bytes += size

@@ -41,6 +41,7 @@ from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ModelPair
 from hemostat.reference.protocol import Reference
+from hemostat.shadow.answer_losses import AnswerLosses
 from hemostat.shadow.distances import DistanceSource, DistanceWaits
 from hemostat.shadow.endings import EndingCounts, Outcome, ScoringDropReason
 from hemostat.shadow.evidence_receiver import EvidenceReceiver
@@ -101,8 +102,8 @@ class RecordConsumers:
 
 
 class ScoringPipeline:
-    """Owns the shadow queue, the token budget, the scorer, the noise floor's meter, and the counts of how captures end
-    and of how much of what was sampled is scored.
+    """Owns the shadow queue, the token budget, the scorer, the noise floor's meter, what is known of lost answers, and
+    the counts of how captures end and of how much of what was sampled is scored.
 
     scores: False with `reference.backend: none`; then every capture is dropped.
     compressed_scorer: the upstream, asked to score its own tokens; None without `shadow.floor_fraction`.
@@ -148,6 +149,7 @@ class ScoringPipeline:
         self._seen = seen or SeenUnits()
         self.other_models = OtherModels(settings.shadow.max_tokens)
         self.queue = ShadowQueue(settings.shadow.max_queue)
+        self.answer_losses = AnswerLosses()
         self.scorer: Scorer | None = None
         self.noise_floor: NoiseFloorMeter | None = None
         if not scores:
@@ -172,6 +174,7 @@ class ScoringPipeline:
             budget=budget,
             breakers=breakers,
             endings=self.endings,
+            answer_losses=self.answer_losses,
             emit=self.use_record,
             conditioning=conditioning,
             clock=clock,
@@ -203,6 +206,7 @@ class ScoringPipeline:
         yield from self.endings.samples()
         yield from self.coverage.samples()
         yield from self.queue.samples(self._clock())
+        yield from self.answer_losses.samples(self._clock())
         if self.rate is not None:
             yield Sample(names.SHADOW_RATE_RATIO, (), self.rate)
         if self.scorer is not None:

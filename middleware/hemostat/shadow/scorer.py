@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
+from hemostat.engines.messages import TapAnswer
 from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.taps import TapResult
 from hemostat.ipc.messages import Capture
@@ -31,6 +32,7 @@ from hemostat.reference.protocol import (
     ReferenceScores,
     ScoreRequest,
 )
+from hemostat.shadow.answer_losses import AnswerLosses
 from hemostat.shadow.endings import (
     EndingCounts,
     Outcome,
@@ -53,7 +55,7 @@ from hemostat.shadow.record_builder import (
     decode_capture,
     profile_codes,
 )
-from hemostat.shadow.tapped_answers import UnusableAnswer, captures_from_tap
+from hemostat.shadow.tapped_answers import AwaitedAnswers, UnusableAnswer, captures_from_tap
 from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.errors import InvalidRecordError
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -63,7 +65,8 @@ from hemostat_calibration.statistics.split import prompt_key
 log = logging.getLogger("hemostat.scorer")
 
 MAX_TAP_SECONDS = 4.0
-"""How long after the response's end the engine's numbers are waited for; without them the figures are bounds."""
+"""How long after the response's end the engine's numbers and answers are waited for; without the numbers the figures
+are bounds."""
 TAP_POLL_SECONDS = 0.1
 ID_BYTES = 4
 MAX_SCORE_SECONDS = 120.0
@@ -120,6 +123,7 @@ class Scorer:
         budget: TokenBudget,
         breakers: Breakers,
         endings: EndingCounts,
+        answer_losses: AnswerLosses,
         emit: Callable[[TokenRecord, Capture], None],
         clock: Callable[[], float],
         conditioning: Conditioning,
@@ -130,7 +134,8 @@ class Scorer:
         self._max_scored = max_scored
         self._models = models
         self._taps = engines.taps
-        self._answers = engines.answers
+        self._awaited = AwaitedAnswers(engines.answers, queue.limit, MAX_TAP_SECONDS)
+        self._answer_losses = answer_losses
         self._max_tokens = max_tokens
         self._needs = needs
         self._queue = queue
@@ -142,6 +147,7 @@ class Scorer:
         self._conditioning = conditioning
         self._profile_in_request = profile_in_request
         self._wake = asyncio.Event()
+        self._answer_awaited = asyncio.Event()
         self._in_progress = 0
         self.reference_tokens = 0
         """Prompt and output tokens that the reference has scored."""
@@ -150,14 +156,15 @@ class Scorer:
 
     def offer(self, capture: Capture) -> None:
         """Queue a capture, or count it as dropped."""
-        if not self._queue.offer(capture):
+        has_room = self._awaited.add(capture) if capture.from_tap else self._queue.offer(capture)
+        if not has_room:
             self._endings.count(Outcome.DROPPED, ScoringDropReason.QUEUE_FULL, capture)
-        self._wake.set()
+        (self._answer_awaited if capture.from_tap else self._wake).set()
 
     @property
     def pending(self) -> int:
         """Captures that have no ending yet."""
-        return len(self._queue) + self._in_progress
+        return len(self._awaited) + len(self._queue) + self._in_progress
 
     def samples(self) -> Iterator[Sample]:
         yield Sample(names.REFERENCE_TOKENS, (), self.reference_tokens)
@@ -169,6 +176,18 @@ class Scorer:
         async with asyncio.TaskGroup() as group:
             for _ in range(workers):
                 group.create_task(self._run_worker())
+            group.create_task(self._collect_answers())
+
+    async def _collect_answers(self) -> None:
+        """Queue the captures that wait for their answers as these come."""
+        while True:
+            await self._answer_awaited.wait()
+            for capture, answers in self._awaited.take(self._clock()):
+                self._offer_choices(capture, answers)
+            if len(self._awaited):
+                await asyncio.sleep(TAP_POLL_SECONDS)
+            else:
+                self._answer_awaited.clear()
 
     async def _run_worker(self) -> None:
         while True:
@@ -216,16 +235,11 @@ class Scorer:
         """The engine has reported every position of the output, or the time to wait for that is up."""
         if not capture.nonce or self._clock() - capture.captured_at > MAX_TAP_SECONDS:
             return True
-        if capture.from_tap:
-            return self._answers.complete(capture.nonce, capture.choices)
         tokens = len(capture.output_token_ids) // ID_BYTES
         return self._taps.covered(capture.nonce, _ids_among_choices(capture)) >= tokens
 
     async def _score(self, capture: Capture) -> None:
         """Emit one record and count it, or count why there is none."""
-        if capture.from_tap:
-            self._offer_choices(capture)
-            return
         tap = self._taps.take(capture.nonce, _ids_among_choices(capture)) if capture.nonce else None
         pair = self._models.served.of(capture.model)
         if (unusable := self._unusable(capture, pair, tap)) is not None:
@@ -304,13 +318,21 @@ class Scorer:
             return None
         return CompressedLogits(ids, features.values, arrays.candidates.logprobs)
 
-    def _offer_choices(self, capture: Capture) -> None:
+    def _offer_choices(self, capture: Capture, answers: list[TapAnswer]) -> None:
         """Queue the captures of a request whose response has no token ids, or count why there are none."""
+        choices, reason = list[Capture](), None
         try:
-            choices = captures_from_tap(capture, self._answers.take(capture.nonce), self._max_tokens)
+            choices = captures_from_tap(capture, answers, self._max_tokens)
         except UnusableAnswer as unusable:
-            self._endings.count(Outcome.SKIPPED, unusable.reason, capture)
-            return
+            reason = unusable.reason
+            self._endings.count(Outcome.SKIPPED, reason, capture)
+        except Exception:
+            self._endings.count(Outcome.DROPPED, ScoringDropReason.INTERNAL_ERROR, capture)
+            log.exception("answers of %s cannot be used", capture.request_id)
+        if capture.also_in_response:
+            lost = reason in (ScoringSkipReason.NO_ANSWER, ScoringSkipReason.ANSWER_MISMATCH)
+            if self._answer_losses.count(capture.engine, self._clock(), lost=lost):
+                log.warning("answers of engine %s get lost: logprobs in responses are asked for", capture.engine)
         for choice in choices:
             self.offer(choice)
 

@@ -1,9 +1,13 @@
-"""Captures of requests whose response has no token ids, from the answers that the engine's plugin hands out. No IO."""
+"""Captures of requests whose tokens are in no response, from the answers that the engine's plugin hands out. No IO."""
 
 from __future__ import annotations
 
-import msgspec
+from collections import deque
 
+import msgspec
+import numpy as np
+
+from hemostat.engines.answers import AnswerBuffer
 from hemostat.engines.messages import TapAnswer
 from hemostat.ipc.messages import Capture
 from hemostat.shadow.endings import ScoringSkipReason
@@ -33,6 +37,7 @@ def captures_from_tap(capture: Capture, answers: list[TapAnswer], max_tokens: in
         raise UnusableAnswer(ScoringSkipReason.EMPTY_ANSWER)
     if max(len(answer.prompt_ids) // 4 + answer.tokens for answer in answers) > max_tokens:
         raise UnusableAnswer(ScoringSkipReason.ANSWER_TOO_LONG)
+    answers = [shortened(answer, capture.top_k) for answer in answers]
     return [
         msgspec.structs.replace(
             capture,
@@ -48,3 +53,60 @@ def captures_from_tap(capture: Capture, answers: list[TapAnswer], max_tokens: in
         )
         for number, answer in enumerate(answers)
     ]
+
+
+def shortened(answer: TapAnswer, top_k: int) -> TapAnswer:
+    """The answer with at most `top_k` + 1 candidates at each position, where the client itself asked for more: the most
+    likely ones, of which the emitted one, where it would be missing, replaces the last."""
+    if answer.top_k <= top_k:
+        return answer
+    shape = answer.tokens, answer.top_k + 1
+    ids = np.frombuffer(answer.candidate_ids, "<i4").reshape(shape)
+    logprobs = np.frombuffer(answer.candidate_logprobs, "<f4").reshape(shape)
+    rank = (ids == np.frombuffer(answer.token_ids, "<i4")[:, None]).argmax(axis=1)
+    kept = np.tile(np.arange(top_k + 1), (answer.tokens, 1))
+    kept[:, top_k] = np.maximum(rank, top_k)
+    return msgspec.structs.replace(
+        answer,
+        top_k=top_k,
+        candidate_ids=np.take_along_axis(ids, kept, axis=1).tobytes(),
+        candidate_logprobs=np.take_along_axis(logprobs, kept, axis=1).tobytes(),
+    )
+
+
+class AwaitedAnswers:
+    """Owns the captures whose answers have not come yet, at most `limit`, in the order of their responses' ends.
+
+    They do not wait in the shadow queue: there a capture may wait for longer than answers are kept.
+
+    max_seconds: how long after the response's end its answers are waited for.
+    """
+
+    def __init__(self, buffer: AnswerBuffer, limit: int, max_seconds: float) -> None:
+        self._buffer = buffer
+        self._limit = limit
+        self._max_seconds = max_seconds
+        self._captures: deque[Capture] = deque()
+
+    def __len__(self) -> int:
+        return len(self._captures)
+
+    def add(self, capture: Capture) -> bool:
+        """False: there is no room."""
+        if len(self._captures) >= self._limit:
+            return False
+        self._captures.append(capture)
+        return True
+
+    def take(self, now: float) -> list[tuple[Capture, list[TapAnswer]]]:
+        """Remove and return those whose answers have come, or whose time is up, each with what came. now: monotonic
+        seconds."""
+        ready, waiting = [], deque[Capture]()
+        for capture in self._captures:
+            late = now - capture.captured_at > self._max_seconds
+            if late or self._buffer.complete(capture.nonce, capture.choices):
+                ready.append((capture, self._buffer.take(capture.nonce)))
+            else:
+                waiting.append(capture)
+        self._captures = waiting
+        return ready

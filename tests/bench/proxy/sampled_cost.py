@@ -108,7 +108,7 @@ class Cost:
 
 
 @dataclass
-class _Stopwatch:
+class Stopwatch:
     laps: dict[str, list[float]] = field(default_factory=dict)
 
     def time(self, name: str, work: Callable[[], None]) -> None:
@@ -120,7 +120,7 @@ class _Stopwatch:
         return statistics.median(self.laps[name])
 
 
-class _Answer:
+class Answer:
     """One request with its answer, as the hook gets them."""
 
     def __init__(self, answers: Answers, *, stream: bool) -> None:
@@ -151,7 +151,7 @@ class _Answer:
 
 def measure(answers: Answers, *, stream: bool, rounds: int = ROUNDS) -> Cost:
     """One answer, over and over."""
-    answer = _Answer(answers, stream=stream)
+    answer = Answer(answers, stream=stream)
     sending, receiving = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with sending, receiving:
         sending.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
@@ -166,7 +166,7 @@ def measure(answers: Answers, *, stream: bool, rounds: int = ROUNDS) -> Cost:
 
         sampled = Interceptor(observing(1.0), emit, lambda name, labels: None)
         plain = Interceptor(observing(0.0), emit, lambda name, labels: None)
-        reader, queue, watch = MessageReader(), ShadowQueue(10), _Stopwatch()
+        reader, queue, watch = MessageReader(), ShadowQueue(10), Stopwatch()
 
         def receive() -> None:
             nonlocal sent

@@ -317,4 +317,5 @@ class FakeVllm(FakeModel):
     def _hand_out(self, generation: Generation) -> None:
         top = (generation.body.get("vllm_xargs") or {}).get("hemostat_tap_top")
         if self.plugin and top is not None:
-            self.handed_out += answers_of(generation, min(int(top), self.max_logprobs))
+            own = generation.body.get("top_logprobs" if generation.chat else "logprobs") or 0
+            self.handed_out += answers_of(generation, max(own, min(int(top), self.max_logprobs)))

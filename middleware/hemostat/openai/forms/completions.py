@@ -24,7 +24,7 @@ from hemostat.openai.grammar_spec import GrammarSpec, read_grammar
 from hemostat.openai.json_splice import NULL, JsonObject, encode
 from hemostat.openai.observing import EndingObserver
 from hemostat.openai.requests import NO_WISH, LogprobWish, Request, Unscorable
-from hemostat.openai.stripping import ChoiceStripper, record_ending
+from hemostat.openai.stripping import ChoiceStripper, choices_go_on, record_ending
 from hemostat.openai.tokens import ResponseTokens
 
 _text: msgspec.json.Decoder[str] = msgspec.json.Decoder(str)
@@ -76,6 +76,9 @@ class Completions:
 
     def record_ending(self, data: JsonObject, tokens: ResponseTokens) -> None:
         record_ending(data, tokens)
+
+    def goes_on(self, events: bytes) -> bool:
+        return choices_go_on(events)
 
     def is_held_back(self, choice: JsonObject) -> bool:
         return False

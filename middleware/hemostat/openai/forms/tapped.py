@@ -18,6 +18,10 @@ class TappedForm(ABC):
     def record_ending(self, data: JsonObject, tokens: ResponseTokens) -> None:
         """See `observing.EndingForm`."""
 
+    def goes_on(self, events: bytes) -> bool:
+        """See `observing.EndingForm`."""
+        return False
+
     def injected_members(self, request: Request, top_k: int) -> dict[str, bytes]:
         """None: see `Unscorable.NO_TOKEN_IDS`."""
         return {}

@@ -1,0 +1,67 @@
+"""Whether the engine's plugin is asked for tokens that the response itself could tell, by how many answers get lost.
+
+To ask the plugin costs less CPU time than logprobs in the response, but an answer can be lost on its way: a queue is
+full, too many generations are recorded at a time, or an engine has no plugin or reports to another replica.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
+
+MAX_LOST = 10
+RECENT_ANSWERS = 50
+"""Where MAX_LOST of an engine's RECENT_ANSWERS are lost (a fifth, or all of the first ten), logprobs in the response
+are asked for instead."""
+FIRST_PAUSE_SECONDS = 600.0
+MAX_PAUSE_SECONDS = 4 * 3600.0
+"""After a pause the plugin is asked again; each further pause is twice as long, until an engine's RECENT_ANSWERS came
+without it."""
+MAX_ENGINES = 256
+"""The one that has answered nothing for longest is forgotten first."""
+
+
+class AnswerLosses:
+    """Owns the recent answers of each engine, and until when the plugin is not asked.
+
+    The loss is watched by engine, since one engine that hands out nothing would otherwise be missing from all figures
+    while the share of all answers looks small. Time is passed in, monotonic seconds.
+    """
+
+    def __init__(self) -> None:
+        self._recent: OrderedDict[str, deque[bool]] = OrderedDict()
+        """Engine -> whether each of its last answers was lost."""
+        self._paused_until: float | None = None
+        self._pause = FIRST_PAUSE_SECONDS
+
+    def count(self, engine: str, now: float, *, lost: bool) -> bool:
+        """A request's answer came, or did not come whole. Returns whether a pause begins with it."""
+        if self.paused(now):
+            return False  # it was asked for before the relays knew
+        recent = self._of(engine)
+        recent.append(lost)
+        if sum(recent) >= MAX_LOST:
+            self._recent.clear()
+            self._paused_until = now + self._pause
+            self._pause = min(2 * self._pause, MAX_PAUSE_SECONDS)
+            return True
+        if len(recent) == RECENT_ANSWERS:
+            self._pause = FIRST_PAUSE_SECONDS
+        return False
+
+    def paused(self, now: float) -> bool:
+        """Logprobs in the response are asked for, where it can have them."""
+        return self._paused_until is not None and now < self._paused_until
+
+    def samples(self, now: float) -> Iterator[Sample]:
+        yield Sample(names.ENGINE_ANSWERS_PAUSED, (), float(self.paused(now)))
+
+    def _of(self, engine: str) -> deque[bool]:
+        if engine not in self._recent and len(self._recent) >= MAX_ENGINES:
+            self._recent.popitem(last=False)
+        recent = self._recent.setdefault(engine, deque(maxlen=RECENT_ANSWERS))
+        self._recent.move_to_end(engine)
+        return recent
