@@ -261,13 +261,15 @@ def _bet(state: OddEngines, active: set[str], stratum: Stratum, place: int, unit
         engines = [stratum.engines[index] for index in compared]
         numbers = np.array([stratum.numbers[index] for index in compared], np.int64)
         gap = bisect_left(compared, place)
-        own = np.array([[engine == name for engine in engines] for name in names], bool)
+        labels = np.array([[engine == name for engine in engines] for name in names], bool)
         begun_runs = np.stack([tests[name].begun for name in names])
-        placed = placements(own[:, None, :] & (numbers >= begun_runs[:, :, None]), gap)
+        placed = placements(labels[:, None, :] & (numbers >= begun_runs[:, :, None]), gap)
+        windows = np.stack([tests[name].windows for name in names])
+        shares = np.array([_share(tests[name], name, unit, state.units, len(active)) for name in names])
+        is_own = np.array([name == unit.engine for name in names])
+        after, factors = _log_factors(windows, shares, is_own, *placed, gaps=len(compared) + 1)
         for index, name in enumerate(names):
-            share = _share(tests[name], name, unit, state.units, len(active))
-            on_gap, on_label = placed[0][index], placed[1][index]
-            test = _bet_once(tests[name], on_gap, on_label, len(compared) + 1, share, unit, name, now)
+            test = _bet_once(tests[name], after[index], factors[index], unit.tokens if is_own[index] else 0, now)
             if test.since_restart >= length:
                 if _recovered(test):
                     fresh = _begin(state.alpha, begun, state.units + 1, now)
@@ -284,28 +286,40 @@ def _share(test: EngineTest, name: str, unit: Unit, units: int, active: int) -> 
     return (test.units - (unit.engine == name) + SHARE_UNITS) / (units - test.before + SHARE_UNITS + others)
 
 
-def _bet_once(
-    test: EngineTest, own: Floats, other: Floats, gaps: int, share: float, unit: Unit, name: str, now: float
-) -> EngineTest:
-    """own, other: float64 [runs, strategies], probabilities of the gap that the figure fell into, by its label."""
-    is_own = unit.engine == name
-    windows = test.windows.copy()
-    forecast = ((windows[:, 0] + FORECAST_UNITS * share) / (windows.sum(axis=1) + FORECAST_UNITS))[:, None]
-    windows[:, 0 if is_own else 1] += 1
-    by_label = own if is_own else other
-    both = forecast * own + (1.0 - forecast) * other
-    chance = (forecast if is_own else 1.0 - forecast) * by_label / both
-    growth = max_log_likelihood(windows) - max_log_likelihood(test.windows)
-    factors = np.log(np.stack([gaps * by_label, chance]))
-    factors[1] -= growth[:, None]
-    test = replace(test, windows=windows, since_restart=test.since_restart + 1)
+def _log_factors(
+    windows: npt.NDArray[np.int64],
+    shares: Floats,
+    is_own: npt.NDArray[np.bool_],
+    own: Floats,
+    other: Floats,
+    gaps: int,
+) -> tuple[npt.NDArray[np.int64], Floats]:
+    """Of E engines' tests, by one unit: the windows after it, and ln of what A and B grow by, [E, 2, runs, strategies].
+
+    windows: int64 [E, runs, 2]. shares: float64 [E], forecasts. is_own: bool [E]. own, other: float64
+    [E, runs, strategies], probabilities of the gap that the figure fell into, by its label; of so many gaps.
+    """
+    label = is_own[:, None, None]
+    after = windows + np.stack([is_own, ~is_own], axis=1)[:, None, :]
+    units = windows.sum(axis=2, keepdims=True)
+    forecast = (windows[:, :, :1] + FORECAST_UNITS * shares[:, None, None]) / (units + FORECAST_UNITS)
+    by_label = np.where(label, own, other)
+    chance = np.where(label, forecast, 1.0 - forecast) * by_label / (forecast * own + (1.0 - forecast) * other)
+    growth = max_log_likelihood(after) - max_log_likelihood(windows)
+    return after, np.stack([np.log(gaps * by_label), np.log(chance) - growth[:, :, None]], axis=1)
+
+
+def _bet_once(test: EngineTest, windows: npt.NDArray[np.int64], factors: Floats, tokens: int, now: float) -> EngineTest:
+    """factors: float64 [2, runs, strategies], see `_log_factors`. tokens: of the engine's own."""
+    since_restart = test.since_restart + 1
     if test.crossing is not None:
         recovery = None if test.recovery is None else test.recovery + factors[:, 0].ravel()
-        return replace(test, recovery=recovery)
-    test = replace(test, wealth=multiply(test.wealth, factors.ravel(), unit.tokens if is_own else 0))
+        return replace(test, windows=windows, since_restart=since_restart, recovery=recovery)
+    wealth = multiply(test.wealth, factors.ravel(), tokens)
+    test = replace(test, windows=windows, since_restart=since_restart, wealth=wealth)
     if test.log_evidence < -math.log(test.alpha):
         return test
-    return replace(test, crossing=test.wealth.crossing(now, test.log_evidence))
+    return replace(test, crossing=wealth.crossing(now, test.log_evidence))
 
 
 def max_log_likelihood(counts: npt.NDArray[np.int64]) -> Floats:
@@ -320,13 +334,13 @@ def max_log_likelihood(counts: npt.NDArray[np.int64]) -> Floats:
 
 
 def _restart(test: EngineTest, first: int, now: float) -> EngineTest:
-    """Begin the next run anew; and, whenever the one after the first does, the window of the first. first: number of
-    the next unit."""
+    """Begin the next run anew; and, whenever the last one does, the window of the first. first: number of the next
+    unit."""
     run = 1 + test.restarts % RESTARTS
     begun, windows, recovery = test.begun.copy(), test.windows.copy(), test.recovery
     begun[run] = first
     windows[run] = 0
-    if run == 1:
+    if run == RESTARTS:
         windows[0] = 0
         recovery = None if test.crossing is None else np.tile(LOG_WEIGHTS, 2)
     test = replace(test, begun=begun, windows=windows, recovery=recovery, since_restart=0, restarts=test.restarts + 1)
@@ -338,7 +352,7 @@ def _restart(test: EngineTest, first: int, now: float) -> EngineTest:
 
 def _recovered(test: EngineTest) -> bool:
     """Freshly funded bets have lost wealth in the first run's window, which is complete."""
-    complete = test.restarts % RESTARTS == 0
+    complete = test.restarts % RESTARTS == RESTARTS - 1
     if test.recovery is None or not complete or test.windows[0].min() < MIN_RECOVERY_UNITS:
         return False
     return _smaller(test.recovery) <= 0.0
