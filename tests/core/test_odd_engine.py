@@ -80,7 +80,8 @@ def both_wealths(state: OddEngines, engine: str) -> Floats:
     """Of bets on gaps and of bets on labels, what is held back included: float64 [2]."""
     test = state.tests[engine]
     held_back = (1.0 - FIRST_PART) * _held_back(test.restarts)
-    return np.exp(test.wealth.log_wealth).reshape(2, -1).sum(axis=1) + held_back
+    found: Floats = np.exp(test.wealth.log_wealth).reshape(2, -1).sum(axis=1) + held_back
+    return found
 
 
 @pytest.fixture

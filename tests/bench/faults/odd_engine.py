@@ -16,8 +16,9 @@ import csv
 import hashlib
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -244,7 +245,7 @@ class Case:
         with path.open(encoding="utf-8", newline="") as file:
             return {int(seed): (engines, float(tokens)) for seed, engines, tokens in csv.reader(file)}
 
-    def run(self, folder: Path, seeds: Sequence[int], pool: ProcessPoolExecutor) -> None:
+    def run(self, folder: Path, seeds: Sequence[int], pool: Executor) -> None:
         """Those of the seeds that are not kept yet."""
         kept = self.kept(folder)
         missing = [seed for seed in seeds if seed < self.lives and seed not in kept]
@@ -253,6 +254,8 @@ class Case:
             for seed, lived in zip(missing, pool.map(self.life, missing), strict=True):
                 csv.writer(file).writerow((seed, *lived))
                 file.flush()
+                if seed % 50 == 49:
+                    print(f"{self.slug}: {seed + 1} of {self.lives}", file=sys.stderr, flush=True)
 
 
 def _null(world: str, seed: int) -> tuple[str, float]:
