@@ -46,7 +46,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from hemostat_calibration.alarm.betting import Crossing, WealthState, fund, initial_wealth, log_sum_exp, multiply
+from hemostat_calibration.alarm.betting import Crossing, WealthState, fund, initial_wealth, multiply
 from hemostat_calibration.alarm.placement import FARTHER, LOG_WEIGHTS, placements
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.errors import InvalidArgumentError
@@ -242,7 +242,7 @@ def _held_back(restarts: int) -> float:
 
 def _smaller(log_wealth: Floats) -> float:
     """ln of the smaller sum of both halves."""
-    return float(log_sum_exp(log_wealth.reshape(2, -1).T).min())
+    return float(np.logaddexp.reduce(log_wealth.reshape(2, -1), axis=1).min())
 
 
 def _bet(state: OddEngines, active: set[str], stratum: Stratum, place: int, unit: Unit, now: float) -> OddEngines:

@@ -8,10 +8,13 @@ labels of all n figures, given that t of them lie below it.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
-from hemostat_calibration.arrays import Floats
+from hemostat_calibration.arrays import Floats, frozen
 
 NOISES = (0.02, 0.15, 0.35)
 """Probabilities of being on the wrong side of the threshold; a strategy for each and for either direction."""
@@ -21,6 +24,7 @@ LOG_WEIGHTS = np.log(np.repeat([0.4, 0.07, 0.03], 2))
 """ln of the parts of what is funded."""
 _BELOW = np.where(FARTHER, np.repeat(NOISES, 2), 1.0 - np.repeat(NOISES, 2))
 """[S], probabilities that a figure of the engine lies below the threshold; of another's lies above it."""
+_LOG_ODDS = np.log(_BELOW) - np.log1p(-_BELOW)
 
 
 def placements(labels: npt.NDArray[np.bool_], place: int) -> tuple[Floats, Floats]:
@@ -33,18 +37,35 @@ def placements(labels: npt.NDArray[np.bool_], place: int) -> tuple[Floats, Float
     >>> [round(float(own[0]), 2) for own, _ in lower], [round(float(other[0]), 2) for _, other in lower]
     ([0.49, 0.49, 0.02, 0.01, 0.01], [0.01, 0.25, 0.25, 0.25, 0.25])
     """
-    gaps = labels.shape[-1] + 1
-    below = np.arange(gaps)
-    above = gaps - 1 - below
-    own_below = np.zeros((*labels.shape[:-1], gaps))
+    by_threshold = _by_threshold(labels.shape[-1])
+    own_below = np.zeros((*labels.shape[:-1], labels.shape[-1] + 1))
     np.cumsum(labels, axis=-1, out=own_below[..., 1:])
     # Labels that agree with the threshold are own ones below and others' above: a constant more than this.
-    agree = (2.0 * own_below - below)[..., None, :]
-    share = (below + 0.5) / gaps
-    log_weights = agree * (np.log(_BELOW) - np.log1p(-_BELOW))[:, None]
-    log_weights -= below * np.log(share) + above * np.log1p(-share)
-    weights = np.exp(log_weights - log_weights.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
-    lies_below = weights[..., place:] @ (1.0 / (below[place:] + 1.0))
-    lies_above = weights[..., : place + 1] @ (1.0 / (above[: place + 1] + 1.0))
+    agree = (2.0 * own_below - by_threshold.below)[..., None, :]
+    # Of 128 figures no exponent is above 600, so that nothing overflows.
+    weights = np.exp(agree * _LOG_ODDS[:, None] - by_threshold.log_likelihood)
+    sums = np.zeros((labels.shape[-1] + 1, 3))
+    sums[:, 0] = 1.0
+    sums[place:, 1] = by_threshold.each_below[place:]
+    sums[: place + 1, 2] = by_threshold.each_above[: place + 1]
+    total, lies_below, lies_above = np.moveaxis(weights @ sums, -1, 0)
+    lies_below, lies_above = lies_below / total, lies_above / total
     return _BELOW * lies_below + (1.0 - _BELOW) * lies_above, (1.0 - _BELOW) * lies_below + _BELOW * lies_above
+
+
+class _ByThreshold(NamedTuple):
+    """float64 [n + 1] each, by the threshold's gap: figures below it; ln of the likelihood of so many of n, where this
+    is the share that is expected; and the probability of each gap on either side."""
+
+    below: Floats
+    log_likelihood: Floats
+    each_below: Floats
+    each_above: Floats
+
+
+@lru_cache(maxsize=256)
+def _by_threshold(figures: int) -> _ByThreshold:
+    below = np.arange(figures + 1.0)
+    above, share = figures - below, (below + 0.5) / (figures + 1.0)
+    likelihood = below * np.log(share) + above * np.log1p(-share)
+    return _ByThreshold(*map(frozen, (below, likelihood, 1.0 / (below + 1.0), 1.0 / (above + 1.0))))
