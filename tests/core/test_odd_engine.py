@@ -106,6 +106,7 @@ def test_under_random_labels_the_mean_wealth_is_at_most_one_whatever_the_figures
         probability = math.prod(share if own else 1.0 - share for own in labels)
         mean += probability * both_wealths(state, "a")
         assert math.isclose(state.tests["a"].log_evidence, math.log(both_wealths(state, "a").min()))
+    assert mean[0] > 1.1
     assert mean[1] <= 1.0 + 1e-9
 
 

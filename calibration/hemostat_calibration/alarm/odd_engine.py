@@ -32,8 +32,9 @@ up to 1 here: these bound the number of false alarms over time, this the probabi
 1 / (k ln² k), which costs ln k + 2 ln ln k of evidence.
 
 `alpha` is spent over all tests that are ever begun: FIRST_COHORT of it by the first COHORT tests equally, of the rest r
-the g-th COHORT after them shares r / (g(g+1)). With two engines, both differ from "the others": which of the two is at
-fault is not known then.
+the g-th COHORT after them shares r / (g(g+1)). The bound is on any alarm where no engine differs; one that does is
+compared with until it is named. With two engines, both differ from "the others": which of the two is at fault is not
+known then.
 """
 
 from __future__ import annotations
