@@ -33,7 +33,7 @@ from hemostat_calibration.alarm.serialization import load_engines, save_engines
 from . import Row
 
 NAME = "odd_engine"
-TAKES = "about 20 minutes of CPU time"
+TAKES = "about 15 minutes of CPU time"
 
 LIVES = 1000
 ODD_LIVES = 200
