@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from itertools import product
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -15,75 +15,112 @@ from hemostat_calibration.alarm import odd_engine
 from hemostat_calibration.alarm.odd_engine import (
     ACTIVE_SECONDS,
     COHORT,
-    LOG_WEIGHTS,
+    FIRST_PART,
     MAX_ENGINES,
     MAX_STRATA,
-    WINDOW_UNITS_PER_ENGINE,
+    RESTART_UNITS_PER_ENGINE,
     OddEngines,
     Unit,
-    Window,
+    _held_back,
     init,
-    probabilities,
+    max_log_likelihood,
     readings,
     update,
 )
+from hemostat_calibration.alarm.placement import FARTHER, LOG_WEIGHTS, placements
 from hemostat_calibration.alarm.serialization import load_engines, save_engines
+from hemostat_calibration.arrays import Floats
 from hemostat_calibration.errors import InvalidArgumentError
 
 ALPHA = 0.01
 shares = st.floats(0.001, 0.999)
 
 
-@given(st.lists(st.booleans(), max_size=63), shares)
-def test_over_the_gaps_every_strategy_has_the_mean_of_the_forecast(labels: list[bool], share: float) -> None:
-    """So that under exchangeable figures no strategy has an advantage over the forecast, on either label."""
+@given(st.lists(st.booleans(), max_size=40))
+def test_every_strategy_spreads_a_probability_of_1_over_the_gaps(labels: list[bool]) -> None:
+    """Own and another's each: so that under exchangeable figures no strategy has an advantage, whatever the label."""
     both = np.array([labels, [not label for label in labels]], bool)
-    found = probabilities(both, np.array([share, 0.5]))
-    assert found.shape == (2, len(LOG_WEIGHTS), len(labels) + 1)
-    assert ((found > 0.0) & (found < 1.0)).all()
-    assert np.allclose(found.mean(axis=2), np.array([[share], [0.5]]), rtol=1e-5)
+    found = np.stack([placements(both, place) for place in range(len(labels) + 1)])
+    assert found.shape == (len(labels) + 1, 2, 2, len(LOG_WEIGHTS))
+    assert (found > 0.0).all()
+    assert np.allclose(found.sum(axis=0), 1.0)
 
 
-@given(st.integers(1, 40), st.data())
-def test_the_denominator_is_the_larger_of_forecast_and_largest_likelihood(units: int, data: st.DataObject) -> None:
-    own, forecast = data.draw(st.integers(0, units)), data.draw(st.floats(-60.0, 0.0))
+@given(st.lists(st.booleans(), max_size=12), st.data())
+def test_placements_are_the_mean_over_thresholds(labels: list[bool], data: st.DataObject) -> None:
+    """Oracle: the definition, threshold by threshold. The other direction is the mirror image."""
+    units, noise = len(labels), 0.02
+    place = data.draw(st.integers(0, units))
+    total = own = other = 0.0
+    for threshold in range(units + 1):
+        share = (threshold + 0.5) / (units + 1)
+        likelihood = share**-threshold * (1.0 - share) ** (threshold - units)
+        for index, label in enumerate(labels):
+            likelihood *= 1.0 - noise if label == (index < threshold) else noise
+        below = (place <= threshold) / (threshold + 1)
+        above = (place >= threshold) / (units - threshold + 1)
+        total += likelihood
+        own += likelihood * ((1.0 - noise) * below + noise * above)
+        other += likelihood * (noise * below + (1.0 - noise) * above)
+    found = placements(np.array(labels, bool), place)
+    mirrored = placements(np.array(labels[::-1], bool), units - place)
+    assert np.allclose([found[0][0], found[1][0]], [own / total, other / total])
+    assert np.allclose([mirrored[0][1], mirrored[1][1]], [own / total, other / total])
+
+
+@given(st.integers(0, 40), st.integers(0, 40))
+def test_no_constant_probability_makes_labels_more_likely(own: int, others: int) -> None:
     grid = np.linspace(0.0, 1.0, 2001)
-    likelihood = grid**own * (1.0 - grid) ** (units - own)
-    expected = max(forecast, math.log(likelihood.max()))
-    assert Window(units, own, forecast).log_denominator >= expected - 1e-9
-    assert math.isclose(Window(units, own, forecast).log_denominator, expected, abs_tol=0.01)
+    expected = math.log((grid**own * (1.0 - grid) ** others).max())
+    found = float(max_log_likelihood(np.array([own, others])))
+    assert expected - 1e-9 <= found <= expected + 0.01
 
 
-def total_wealth(state: OddEngines, engine: str) -> float:
-    return math.exp(state.tests[engine].log_evidence)
+def both_wealths(state: OddEngines, engine: str) -> Floats:
+    """Of bets on gaps and of bets on labels, what is held back included: float64 [2]."""
+    test = state.tests[engine]
+    held_back = (1.0 - FIRST_PART) * _held_back(test.restarts)
+    found: Floats = np.exp(test.wealth.log_wealth).reshape(2, -1).sum(axis=1) + held_back
+    return found
 
 
+@pytest.fixture
+def frequent_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every two units: all runs begin anew within lives that are short enough to enumerate."""
+    monkeypatch.setattr(odd_engine, "RESTART_UNITS_PER_ENGINE", 1)
+
+
+@pytest.mark.usefixtures("frequent_restarts")
 def test_under_random_labels_the_mean_wealth_is_at_most_one_whatever_the_figures() -> None:
     """All label sequences of two engines after two units, weighted by their probability: an oracle by enumeration.
 
-    The figures drift, which the test is not told."""
-    share, length = 0.3, 7
+    The figures drift, which the test is not told, so that bets on gaps alone would win."""
+    share, length = 0.3, 8
     begun = update(update(init(ALPHA), "chat", Unit("a", 1.0, 1)), "chat", Unit("b", 2.0, 1))
-    mean = 0.0
+    mean = np.zeros(2)
     for labels in product((False, True), repeat=length):
         state = begun
         for n, own in enumerate(labels):
             state = update(state, "chat", Unit("a" if own else "b", 3.0 + n, 1))
+        assert state.tests["a"].restarts == 4
         probability = math.prod(share if own else 1.0 - share for own in labels)
-        mean += probability * total_wealth(state, "a")
-    assert mean <= 1.0 + 1e-9
+        mean += probability * both_wealths(state, "a")
+        assert math.isclose(state.tests["a"].log_evidence, math.log(both_wealths(state, "a").min()))
+    assert mean[0] > 1.1
+    assert mean[1] <= 1.0 + 1e-9
 
 
-def test_under_exchangeable_figures_the_mean_wealth_is_at_most_one_whatever_the_labels() -> None:
-    """All orders of the figures, for labels that follow a pattern: an oracle by sampling orders without ties."""
-    rng, labels = np.random.default_rng(0), "aabbaabbbaaaabbb"
+@pytest.mark.usefixtures("frequent_restarts")
+@pytest.mark.parametrize("labels", ["abbabb", "babaaa"])
+def test_under_exchangeable_figures_the_mean_wealth_is_one_whatever_the_labels(labels: str) -> None:
+    """All orders of the figures: an oracle by enumeration."""
     wealth = []
-    for _ in range(150):
+    for figures in permutations(range(len(labels))):
         state = init(ALPHA)
-        for name, figure in zip(labels, rng.permutation(len(labels)), strict=True):
+        for name, figure in zip(labels, figures, strict=True):
             state = update(state, "chat", Unit(name, float(figure), 1))
-        wealth.append(total_wealth(state, "a"))
-    assert np.mean(wealth) <= 1.0 + 4.0 * np.std(wealth) / math.sqrt(len(wealth))
+        wealth.append(both_wealths(state, "a")[0])
+    assert math.isclose(float(np.mean(wealth)), 1.0)
 
 
 def named(state: OddEngines) -> list[str]:
@@ -116,12 +153,13 @@ def test_the_state_survives_a_restart() -> None:
 
 
 def test_alpha_that_an_older_version_spent_stays_spent() -> None:
-    older = b'{"schema": 1, "engines": {"is": "OddEngines", "fields": {"alpha": 0.01, "begun": 5}}}'
-    state = load_engines(older, ALPHA)
-    assert (state.begun, state.tests) == (5, {})
+    for schema in (1, 2):
+        older = f'{{"schema": {schema}, "engines": {{"is": "OddEngines", "fields": {{"alpha": 0.01, "begun": 5}}}}}}'
+        state = load_engines(older.encode(), ALPHA)
+        assert (state.begun, state.tests) == (5, {})
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"schema": 3}', b'{"schema": 2, "engines": 3}'])
+@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"schema": 4}', b'{"schema": 3, "engines": 3}'])
 def test_damaged_state_is_refused(data: bytes) -> None:
     with pytest.raises(InvalidArgumentError, match="begin anew"):
         load_engines(data, ALPHA)
@@ -173,11 +211,10 @@ def test_engines_that_are_gone_are_neither_tested_nor_counted() -> None:
     for n in range(20):
         state = update(state, "old", Unit(f"gone {n}", 1.0, 1), 0.0)
     gone = state.tests["gone 0"]
-    for n in range(2 * WINDOW_UNITS_PER_ENGINE + 2):
+    for n in range(2 * RESTART_UNITS_PER_ENGINE + 1):
         state = update(state, "chat", Unit(f"engine {n % 2}", 1.0, 1), 2.0 * ACTIVE_SECONDS)
     assert state.tests["gone 0"] is gone
-    assert state.tests["engine 0"].windows == 2
-    assert state.tests["engine 0"].window.units <= 1, "a window of two engines has ended"
+    assert state.tests["engine 0"].restarts == 1, "after the units of two engines"
 
 
 def test_a_change_that_comes_late_is_found() -> None:
@@ -208,4 +245,4 @@ def test_an_engine_that_is_farther_is_said_to_be() -> None:
         state = update(state, "chat", Unit(f"engine {n % 4}", level * rng.lognormal(0.0, 0.3), 50), float(n))
     (reading,) = [one for one in readings(state) if one.raised]
     assert (reading.engine, reading.farther) == ("engine 1", True)
-    assert odd_engine.FARTHER.shape == LOG_WEIGHTS.shape
+    assert FARTHER.shape == LOG_WEIGHTS.shape

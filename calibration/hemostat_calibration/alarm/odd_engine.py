@@ -4,28 +4,37 @@ The unit is a scored request that is one of the independent units (the first of 
 number that says how far its engine was from the reference, such as the mean KL divergence of its tokens. Units are
 compared within a *stratum*, a kind of traffic under one profile: engines may get different mixes of kinds.
 
-For each engine, every unit is a bet on its label, "own" or "another's", from the gap that its figure falls into among
-the sorted figures of the stratum before it. A strategy gives the probability q of "own" for each of the m gaps, and
-their mean over the gaps is p, a forecast that does not know the figure. Within a window of successive units
+For each engine, every unit is two bets, on the gap that its figure falls into among the n sorted figures of the stratum
+before it, and on its label, "own" or "another's". A strategy has probabilities f(gap | label) (`placement`), and q(own)
+is what they make of the engine's share of the units so far, by Bayes' rule.
 
-    E = Π q(label) / max(Π p(label), max_θ Π θ(label)),        θ: any constant probability of "own"
+    A = Π (n + 1) f(gap | label)             B = Π q(label | gap) / max_θ Π θ(label)
 
-and the wealth is the product of E over windows. It reaches 1/α with a probability of at most α, however often one looks
-(Ville), if either
+θ is any constant probability of "own"; its maximum is that of a window of successive units, and B is the product over
+windows. The evidence is the smaller one of both wealths. It reaches 1/α with a probability of at most α, however often
+one looks (Ville's inequality), if either
 
 - figures are exchangeable within a stratum, given which engine got which unit: any routing, traffic that stays the
-  same. All m gaps are equally likely then, so that Π q / Π p is a martingale; or
+  same. All gaps are equally likely then, whatever the order and the labels before, so that A is a martingale; or
 - labels are independent with a constant probability over a window, given the figures: routing by a hash of the
-  conversation, traffic that drifts as it likes. Π q / Π θ is a martingale then, for the true θ. (The maximum in the
-  denominator is that of universal inference: Wasserman, Ramdas & Balakrishnan, arXiv 1912.11436.)
+  conversation, traffic that drifts as it likes. Π q / Π θ is a martingale then, for the true θ, and B is at most that.
+  (The maximum is that of universal inference: Wasserman, Ramdas & Balakrishnan, arXiv 1912.11436.)
 
-Only ranks count, so that heavy tails and unequal lengths change nothing. Strategies: own figures lie below (or above) a
-threshold, which is learned from the labels before; or the log-odds of "own" grow with the rank. As in an e-detector
-(Shin, Ramdas & Rinaldo, arXiv 2203.03532), each window funds the strategies anew, for changes that come late.
+Only ranks count, so that heavy tails and unequal lengths change nothing.
+
+An engine that changes late has figures like the others' until then. So there are several *runs* of bets: the first uses
+all labels; of the others one begins anew every RESTART_UNITS_PER_ENGINE, and takes what was before for another's. Run
+by run, A and B are as above: what a label is taken for is known before the bet, and all runs look at the same gaps. The
+wealth is the sum over runs and strategies. A run keeps its wealth when it begins anew, and is funded with a part of 1
+that is fixed in advance; all parts add up to 1, so that the sum is below a martingale that begins at 1, for the whole
+life. (A mixture over times of the change as in e-detectors, Shin, Ramdas & Rinaldo, arXiv 2203.03532, whose weights add
+up to 1 here: these bound the number of false alarms over time, this the probability of any.) The k-th part is about
+1 / (k ln² k), which costs ln k + 2 ln ln k of evidence.
 
 `alpha` is spent over all tests that are ever begun: FIRST_COHORT of it by the first COHORT tests equally, of the rest r
-the g-th COHORT after them shares r / (g(g+1)). With two engines, both differ from "the others": which of the two is at
-fault is not known then.
+the g-th COHORT after them shares r / (g(g+1)). The bound is on any alarm where no engine differs; one that does is
+compared with until it is named. With two engines, both differ from "the others": which of the two is at fault is not
+known then.
 """
 
 from __future__ import annotations
@@ -38,20 +47,25 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from hemostat_calibration.alarm.betting import Crossing, WealthState, fund, initial_wealth, log_sum_exp, multiply
+from hemostat_calibration.alarm.betting import Crossing, WealthState, fund, initial_wealth, multiply
+from hemostat_calibration.alarm.placement import FARTHER, LOG_WEIGHTS, placements
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.errors import InvalidArgumentError
 
-WINDOW_UNITS_PER_ENGINE = 12
-"""Of a window, on average. Shorter ones fund late changes sooner and pay for the denominator more often."""
-MAX_STRATUM_UNITS = 64
-"""Figures that a unit is compared with; then the stratum begins anew, so that gaps stay equally likely."""
+RESTARTS = 3
+"""Runs that begin anew, one after the other."""
+RESTART_UNITS_PER_ENGINE = 4
+"""Between two restarts, on average. More often finds late changes sooner, and costs more parts; a window is as long as
+RESTARTS of them, and shorter ones pay for their maximum more often."""
+MAX_STRATUM_UNITS = 128
+"""Figures that a unit is compared with; then the stratum begins anew. All at once: after a part of the order was
+forgotten, gaps would not be equally likely, given what was seen."""
 ACTIVE_SECONDS = 3600.0
 """An engine without a unit for so long is neither tested nor counted for the length of windows."""
 COHORT = 4
 FIRST_COHORT = 0.9
-FIRST_WINDOW = 0.7
-"""Part of the wealth that the first window gets; of the rest r, the k-th gets r / (k(k-1))."""
+FIRST_PART = 0.5
+"""Of the wealth, for the run that uses all labels."""
 SHARE_UNITS = 4.0
 """Equal shares count in an engine's share so far like so many units of each engine."""
 FORECAST_UNITS = 40.0
@@ -62,16 +76,6 @@ ends it."""
 MAX_ENGINES = 64
 MAX_STRATA = 256
 
-NOISES = (0.02, 0.15)
-"""Probabilities of a label on the wrong side of the threshold, of the strategies that learn one."""
-TILTS = np.array([-3.0, -8.0, 3.0, 8.0])
-"""Of the other strategies: the log-odds of "own" grow by so much from the lowest to the highest rank."""
-FARTHER = np.array([False, False, True, True, False, False, True, True])
-"""Strategies that bet that the engine's figures are higher: thresholds by noise, lower and higher; then TILTS."""
-LOG_WEIGHTS = np.log(np.array([0.4, 0.07, 0.4, 0.07, 0.015, 0.015, 0.015, 0.015]))
-"""ln of the parts of what is funded."""
-MEAN_ERROR = 1e-9
-"""Of a strategy's mean over the gaps: 10^-6 of the smallest forecast, in a window of 10^3 units."""
 _TIE_STEP = (math.sqrt(5.0) - 1.0) / 2.0
 """Ties are broken by the fractional parts of its multiples, which know neither figures nor labels."""
 
@@ -85,37 +89,24 @@ class Unit:
     tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Successive units that share one denominator. units: of all engines that are compared; own: of the one that is
-    tested. log_forecast: ln of Π p(label)."""
-
-    units: int = 0
-    own: int = 0
-    log_forecast: float = 0.0
-
-    @property
-    def log_denominator(self) -> float:
-        """ln of the larger of Π p(label) and the largest likelihood of the labels under a constant probability.
-
-        >>> round(Window(4, 1, -3.0).log_denominator, 3), round(4 * math.log(4) - 3 * math.log(3), 3)
-        (-2.249, 2.249)
-        """
-        shares = (count / self.units for count in (self.own, self.units - self.own) if count)
-        return max(self.log_forecast, self.units * sum(share * math.log(share) for share in shares))
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class EngineTest:
-    """Of one engine. number: among all tests that were begun, from 0. windows: begun so far. units: its own, all
-    together. before: of all engines, before its first one. last: time of its last unit. recovery: float64 [S]; after a
-    crossing, ln of what each strategy made of 1 in this window."""
+    """Of one engine. number: among all tests that were begun, from 0. units: its own, all together. before: of all
+    engines, before its first one. last: time of its last unit.
+
+    wealth: of 2 × runs × strategies, those of A, then those of B. restarts: so far. since_restart: units since the last
+    one. begun: int64 [runs], number of the unit with which each began. windows: int64 [runs, 2], the engine's own units
+    and others' in the window. recovery: float64 [2 × strategies]; after a crossing, ln of what the first run made of 1
+    in its window.
+    """
 
     alpha: float
     number: int
-    wealth: WealthState = field(default_factory=lambda: initial_wealth(len(LOG_WEIGHTS)))
-    window: Window = field(default_factory=Window)
-    windows: int = 0
+    wealth: WealthState
+    begun: npt.NDArray[np.int64]
+    windows: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((1 + RESTARTS, 2), np.int64))
+    restarts: int = 0
+    since_restart: int = 0
     crossing: Crossing | None = None
     units: int = 0
     before: int = 0
@@ -124,19 +115,18 @@ class EngineTest:
 
     @property
     def log_evidence(self) -> float:
-        """ln of the whole wealth, what is held back included."""
-        if not self.windows:
-            return 0.0
-        held_back = math.log((1.0 - FIRST_WINDOW) / self.windows)
-        return float(np.logaddexp(log_sum_exp(self.wealth.log_wealth[:, None])[0], held_back))
+        """ln of the smaller one of both wealths, what is held back included."""
+        held_back = math.log((1.0 - FIRST_PART) * _held_back(self.restarts))
+        return float(np.logaddexp(_smaller(self.wealth.log_wealth), held_back))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stratum:
-    """Units since it began anew, by figure. last: time of its last unit."""
+    """Units since it began anew, by figure. numbers: of the units, among all. last: time of its last unit."""
 
     figures: tuple[float, ...] = ()
     engines: tuple[str, ...] = ()
+    numbers: tuple[int, ...] = ()
     last: float = 0.0
 
 
@@ -196,20 +186,21 @@ def update(state: OddEngines, stratum: str, unit: Unit, now: float = 0.0) -> Odd
     lowest, highest = bisect_left(before.figures, unit.figure), bisect_right(before.figures, unit.figure)
     place = lowest + int((state.units + 1) * _TIE_STEP % 1.0 * (highest - lowest + 1))
     state = _bet(state, active & state.tests.keys(), before, place, unit, now)
-    return replace(state, units=state.units + 1, strata=_with_unit(state.strata, stratum, before, place, unit, now))
+    return replace(state, units=state.units + 1, strata=_with_unit(state, stratum, before, place, unit, now))
 
 
 def _with_unit(
-    strata: Mapping[str, Stratum], name: str, before: Stratum, place: int, unit: Unit, now: float
+    state: OddEngines, name: str, before: Stratum, place: int, unit: Unit, now: float
 ) -> Mapping[str, Stratum]:
-    others = {other: one for other, one in strata.items() if other != name}
+    others = {other: one for other, one in state.strata.items() if other != name}
     while len(others) >= MAX_STRATA:
         del others[min(others, key=lambda other: others[other].last)]
     if len(before.figures) + 1 >= MAX_STRATUM_UNITS:
         return others
     figures = (*before.figures[:place], unit.figure, *before.figures[place:])
     engines = (*before.engines[:place], unit.engine, *before.engines[place:])
-    return {**others, name: Stratum(figures, engines, now)}
+    numbers = (*before.numbers[:place], state.units, *before.numbers[place:])
+    return {**others, name: Stratum(figures, engines, numbers, now)}
 
 
 def _with_test(state: OddEngines, unit: Unit, now: float) -> OddEngines:
@@ -219,16 +210,40 @@ def _with_test(state: OddEngines, unit: Unit, now: float) -> OddEngines:
     if test is None:
         while len(tests) >= MAX_ENGINES:
             del tests[min(tests, key=lambda name: tests[name].last)]
-        test, begun = _begin(state.alpha, begun)
+        test, begun = _begin(state.alpha, begun, 0, now), begun + 1
         test = replace(test, before=state.units)
     tests[unit.engine] = replace(test, units=test.units + 1, last=now)
     return replace(state, begun=begun, tests=tests)
 
 
-def _begin(alpha: float, begun: int) -> tuple[EngineTest, int]:
-    cohort = begun // COHORT
+def _begin(alpha: float, number: int, first: int, now: float) -> EngineTest:
+    """first: number of the unit from which on labels are used."""
+    cohort = number // COHORT
     part = (1.0 - FIRST_COHORT) / (cohort * (cohort + 1)) if cohort else FIRST_COHORT
-    return EngineTest(alpha * part / COHORT, begun), begun + 1
+    begun = np.full(1 + RESTARTS, first, np.int64)
+    wealth = initial_wealth(2 * (1 + RESTARTS) * len(LOG_WEIGHTS))
+    return EngineTest(alpha * part / COHORT, number, fund(wealth, _parts(0, FIRST_PART), now), begun)
+
+
+def _parts(run: int, part: float) -> Floats:
+    """ln of what every strategy of one run gets: float64 [2 × runs × strategies]."""
+    parts = np.full((2, 1 + RESTARTS, len(LOG_WEIGHTS)), -np.inf)
+    parts[:, run] = LOG_WEIGHTS + math.log(part)
+    return parts.ravel()
+
+
+def _held_back(restarts: int) -> float:
+    """Of what is for restarts, the part that is left after so many.
+
+    >>> [round(_held_back(restarts), 3) for restarts in (0, 1, 100)]
+    [1.0, 0.591, 0.178]
+    """
+    return 1.0 / (1.0 + math.log(restarts + 1.0))
+
+
+def _smaller(log_wealth: Floats) -> float:
+    """ln of the smaller sum of both halves."""
+    return float(np.logaddexp.reduce(log_wealth.reshape(2, -1), axis=1).min())
 
 
 def _bet(state: OddEngines, active: set[str], stratum: Stratum, place: int, unit: Unit, now: float) -> OddEngines:
@@ -241,113 +256,107 @@ def _bet(state: OddEngines, active: set[str], stratum: Stratum, place: int, unit
         left_out = frozenset(known - {name} if active - known - {name} else ())
         if unit.engine not in left_out:
             groups.setdefault(left_out, []).append(name)
-            tests[name] = _begin_window(tests[name], now) if not tests[name].window.units else tests[name]
+    length = RESTART_UNITS_PER_ENGINE * max(len(active), 2)
     for left_out, names in groups.items():
-        compared = [engine for engine in stratum.engines if engine not in left_out]
-        gap = sum(engine not in left_out for engine in stratum.engines[:place])
-        labels = np.array([[engine == name for engine in compared] for name in names], bool)
-        forecasts = np.array([_forecast(tests[name], name, unit, state.units, len(active)) for name in names])
-        for name, own, forecast in zip(names, probabilities(labels, forecasts)[:, :, gap], forecasts, strict=True):
-            tests[name] = _bet_once(tests[name], own, float(forecast), unit, name, now)
-    for name in (name for names in groups.values() for name in names):
-        if tests[name].window.units >= WINDOW_UNITS_PER_ENGINE * max(len(active), 2):
-            test = tests[name]
-            if _recovered(test):
-                fresh, begun = _begin(state.alpha, begun)
-                test = replace(fresh, units=test.units, before=test.before, last=test.last)
-            tests[name] = replace(test, window=Window(), recovery=None)
+        compared = [index for index, engine in enumerate(stratum.engines) if engine not in left_out]
+        engines = [stratum.engines[index] for index in compared]
+        numbers = np.array([stratum.numbers[index] for index in compared], np.int64)
+        gap = bisect_left(compared, place)
+        labels = np.array([[engine == name for engine in engines] for name in names], bool)
+        begun_runs = np.stack([tests[name].begun for name in names])
+        placed = placements(labels[:, None, :] & (numbers >= begun_runs[:, :, None]), gap)
+        windows = np.stack([tests[name].windows for name in names])
+        shares = np.array([_share(tests[name], name, unit, state.units, len(active)) for name in names])
+        is_own = np.array([name == unit.engine for name in names])
+        after, factors = _log_factors(windows, shares, is_own, *placed, gaps=len(compared) + 1)
+        for index, name in enumerate(names):
+            test = _bet_once(tests[name], after[index], factors[index], unit.tokens if is_own[index] else 0, now)
+            if test.since_restart >= length:
+                if _recovered(test):
+                    fresh = _begin(state.alpha, begun, state.units + 1, now)
+                    test, begun = replace(fresh, units=test.units, before=test.before, last=test.last), begun + 1
+                else:
+                    test = _restart(test, state.units + 1, now)
+            tests[name] = test
     return replace(state, tests=tests, begun=begun)
 
 
-def _forecast(test: EngineTest, name: str, unit: Unit, units: int, active: int) -> float:
-    """The probability that the next unit is the engine's own, from the labels before it alone."""
+def _share(test: EngineTest, name: str, unit: Unit, units: int, active: int) -> float:
+    """Of the units before this one that are the engine's own, a forecast for the next."""
     others = SHARE_UNITS * (max(active, 2) - 1)
-    share = (test.units - (unit.engine == name) + SHARE_UNITS) / (units - test.before + SHARE_UNITS + others)
-    return (test.window.own + FORECAST_UNITS * share) / (test.window.units + FORECAST_UNITS)
+    return (test.units - (unit.engine == name) + SHARE_UNITS) / (units - test.before + SHARE_UNITS + others)
 
 
-def _begin_window(test: EngineTest, now: float) -> EngineTest:
-    k = test.windows + 1
+def _log_factors(
+    windows: npt.NDArray[np.int64],
+    shares: Floats,
+    is_own: npt.NDArray[np.bool_],
+    own: Floats,
+    other: Floats,
+    gaps: int,
+) -> tuple[npt.NDArray[np.int64], Floats]:
+    """Of E engines' tests, by one unit: the windows after it, and ln of what A and B grow by, [E, 2, runs, strategies].
+
+    windows: int64 [E, runs, 2]. shares: float64 [E], forecasts. is_own: bool [E]. own, other: float64
+    [E, runs, strategies], probabilities of the gap that the figure fell into, by its label; of so many gaps.
+    """
+    label = is_own[:, None, None]
+    after = windows + np.stack([is_own, ~is_own], axis=1)[:, None, :]
+    units = windows.sum(axis=2, keepdims=True)
+    forecast = (windows[:, :, :1] + FORECAST_UNITS * shares[:, None, None]) / (units + FORECAST_UNITS)
+    by_label = np.where(label, own, other)
+    chance = np.where(label, forecast, 1.0 - forecast) * by_label / (forecast * own + (1.0 - forecast) * other)
+    growth = max_log_likelihood(after) - max_log_likelihood(windows)
+    return after, np.stack([np.log(gaps * by_label), np.log(chance) - growth[:, :, None]], axis=1)
+
+
+def _bet_once(test: EngineTest, windows: npt.NDArray[np.int64], factors: Floats, tokens: int, now: float) -> EngineTest:
+    """factors: float64 [2, runs, strategies], see `_log_factors`. tokens: of the engine's own."""
+    since_restart = test.since_restart + 1
     if test.crossing is not None:
-        return replace(test, recovery=LOG_WEIGHTS)
-    part = (1.0 - FIRST_WINDOW) / (k * (k - 1)) if k > 1 else FIRST_WINDOW
-    return replace(test, windows=k, wealth=fund(test.wealth, LOG_WEIGHTS + math.log(part), now))
-
-
-def _bet_once(test: EngineTest, own: Floats, forecast: float, unit: Unit, name: str, now: float) -> EngineTest:
-    """own: float64 [S], each strategy's probability that the unit is the engine's own."""
-    is_own = unit.engine == name
-    chance = forecast if is_own else 1.0 - forecast
-    window = Window(test.window.units + 1, test.window.own + is_own, test.window.log_forecast + math.log(chance))
-    before = test.window.log_denominator if test.window.units else 0.0
-    factors = np.log(own) if is_own else np.log1p(-own)
-    factors = factors - (window.log_denominator - before)
-    if test.crossing is not None:
-        return replace(test, window=window, recovery=None if test.recovery is None else test.recovery + factors)
-    test = replace(test, window=window, wealth=multiply(test.wealth, factors, unit.tokens if is_own else 0))
+        recovery = None if test.recovery is None else test.recovery + factors[:, 0].ravel()
+        return replace(test, windows=windows, since_restart=since_restart, recovery=recovery)
+    wealth = multiply(test.wealth, factors.ravel(), tokens)
+    test = replace(test, windows=windows, since_restart=since_restart, wealth=wealth)
     if test.log_evidence < -math.log(test.alpha):
         return test
-    return replace(test, crossing=test.wealth.crossing(now, test.log_evidence), recovery=None)
+    return replace(test, crossing=wealth.crossing(now, test.log_evidence))
 
 
-def probabilities(labels: npt.NDArray[np.bool_], forecasts: Floats) -> Floats:
-    """Each strategy's probability that the next unit is an engine's own, by the gap that its figure falls into:
-    float64 [E, S, n + 1], of mean `forecasts` over the gaps.
+def max_log_likelihood(counts: npt.NDArray[np.int64]) -> Floats:
+    """ln of the largest likelihood of labels under a constant probability, for counts of both: [..., 2] -> [...].
 
-    labels: bool [E, n], whether the units before it are the engine's own, by figure. forecasts: float64 [E].
-
-    >>> probabilities(np.array([[True, False, False, False]]), np.array([0.25]))[0, 0].round(2).tolist()
-    [0.93, 0.29, 0.01, 0.01, 0.01]
+    >>> max_log_likelihood(np.array([[1, 3], [5, 0], [0, 0]])).round(3).tolist()
+    [-2.249, 0.0, 0.0]
     """
-    engines, gaps = len(labels), labels.shape[1] + 1
-    ranks = (np.arange(gaps) + 0.5) / gaps
-    tilted = np.broadcast_to(TILTS[:, None] * ranks, (engines, len(TILTS), gaps))
-    return _with_mean(
-        np.concatenate([_thresholds(labels), _thresholds(labels[:, ::-1])[:, :, ::-1], tilted], axis=1), forecasts
-    )
+    shares = np.maximum(counts, 1) / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
+    found: Floats = (counts * np.log(shares)).sum(axis=-1)
+    return found
 
 
-def _thresholds(labels: npt.NDArray[np.bool_]) -> Floats:
-    """ln of the odds of "own" by gap, float64 [E, len(NOISES), n + 1], where own figures lie below a threshold, which
-    is in any of the gaps with the same probability before the labels are known."""
-    noise = np.array(NOISES)[:, None]
-    low, high = np.log(noise), np.log1p(-noise)
-    none = np.zeros((len(labels), len(NOISES), 1))
-    by_unit = labels[:, None, :]
-    below = np.concatenate([none, np.cumsum(np.where(by_unit, high, low), axis=2)], axis=2)
-    above = np.concatenate([none, np.cumsum(np.where(by_unit, low, high)[:, :, ::-1], axis=2)], axis=2)[:, :, ::-1]
-    weights = np.exp(below + above - (below + above).max(axis=2, keepdims=True))
-    weights /= weights.sum(axis=2, keepdims=True)
-    # In the threshold's own gap, the figure lies on either side of it with the same probability.
-    is_below = 1.0 - np.cumsum(weights, axis=2) + 0.5 * weights
-    own = is_below * (1.0 - noise) + (1.0 - is_below) * noise
-    odds: Floats = np.log(own) - np.log1p(-own)
-    return odds
-
-
-def _with_mean(log_odds: Floats, means: Floats) -> Floats:
-    """Probabilities whose ln of the odds are `log_odds` [E, S, G] plus a constant for each row, and whose mean over the
-    row is the engine's of `means` [E]: Newton's steps, or halvings where these leave what is known of the constant."""
-    wanted = means[:, None]
-    target = np.log(wanted) - np.log1p(-wanted)
-    lowest, highest = target - log_odds.max(axis=2), target - log_odds.min(axis=2)
-    shift = target - log_odds.mean(axis=2)
-    while True:
-        found: Floats = 1.0 / (1.0 + np.exp(-(log_odds + shift[:, :, None])))
-        error = found.mean(axis=2) - wanted
-        if np.abs(error).max() < MEAN_ERROR:
-            return found
-        lowest, highest = np.where(error < 0.0, shift, lowest), np.where(error < 0.0, highest, shift)
-        step = shift - error / np.maximum((found - found * found).mean(axis=2), 1e-300)
-        shift = np.where((step > lowest) & (step < highest), step, (lowest + highest) / 2.0)
+def _restart(test: EngineTest, first: int, now: float) -> EngineTest:
+    """Begin the next run anew; and, whenever the last one does, the window of the first. first: number of the next
+    unit."""
+    run = 1 + test.restarts % RESTARTS
+    begun, windows, recovery = test.begun.copy(), test.windows.copy(), test.recovery
+    begun[run] = first
+    windows[run] = 0
+    if run == RESTARTS:
+        windows[0] = 0
+        recovery = None if test.crossing is None else np.tile(LOG_WEIGHTS, 2)
+    test = replace(test, begun=begun, windows=windows, recovery=recovery, since_restart=0, restarts=test.restarts + 1)
+    if test.crossing is not None:
+        return test
+    part = (1.0 - FIRST_PART) * (_held_back(test.restarts - 1) - _held_back(test.restarts))
+    return replace(test, wealth=fund(test.wealth, _parts(run, part), now))
 
 
 def _recovered(test: EngineTest) -> bool:
-    """Freshly funded bets have lost wealth in the window that is complete."""
-    window = test.window
-    if test.recovery is None or min(window.own, window.units - window.own) < MIN_RECOVERY_UNITS:
+    """Freshly funded bets have lost wealth in the first run's window, which is complete."""
+    complete = test.restarts % RESTARTS == RESTARTS - 1
+    if test.recovery is None or not complete or test.windows[0].min() < MIN_RECOVERY_UNITS:
         return False
-    return float(log_sum_exp(test.recovery[:, None])[0]) <= 0.0
+    return _smaller(test.recovery) <= 0.0
 
 
 def readings(state: OddEngines) -> list[EngineReading]:
@@ -360,7 +369,7 @@ def readings(state: OddEngines) -> list[EngineReading]:
         EngineReading(
             engine=name,
             raised=test.crossing,
-            farther=bool(FARTHER[int(np.argmax(test.wealth.log_wealth))]),
+            farther=bool(FARTHER[int(np.argmax(test.wealth.log_wealth)) % len(FARTHER)]),
             log_evidence=test.log_evidence,
             alpha=test.alpha,
             units=test.units,

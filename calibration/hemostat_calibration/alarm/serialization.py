@@ -18,7 +18,7 @@ from hemostat_calibration.alarm.betting import Crossing, WealthState
 from hemostat_calibration.alarm.budget import BudgetTest
 from hemostat_calibration.alarm.change import ChangeTest
 from hemostat_calibration.alarm.kinds import Alarm, KindState, RunningTest, Settings
-from hemostat_calibration.alarm.odd_engine import EngineTest, OddEngines, Stratum, Window, init
+from hemostat_calibration.alarm.odd_engine import EngineTest, OddEngines, Stratum, init
 from hemostat_calibration.alarm.workload import Workload
 from hemostat_calibration.errors import InvalidArgumentError
 
@@ -39,7 +39,6 @@ _STORED: Mapping[str, type[Any]] = {
     "Workload": Workload,
     "OddEngines": OddEngines,
     "EngineTest": EngineTest,
-    "Window": Window,
     "Stratum": Stratum,
 }
 _NAMES = {kind: name for name, kind in _STORED.items()}
@@ -100,8 +99,8 @@ def begun_tests(data: bytes) -> int:
         return 0
 
 
-ENGINES_SCHEMA = 2
-"""Of what `save_engines` writes. 1 had blocks of units."""
+ENGINES_SCHEMA = 3
+"""Of what `save_engines` writes. 1 had blocks of units, 2 windows without restarts."""
 
 
 def save_engines(state: OddEngines) -> bytes:
@@ -122,7 +121,7 @@ def load_engines(data: bytes, alpha: float) -> OddEngines:
     """
     try:
         stored = json.loads(data)
-        if stored["schema"] == 1:
+        if stored["schema"] in (1, 2):
             return init(alpha, int(stored["engines"]["fields"]["begun"]))
         if stored["schema"] != ENGINES_SCHEMA:
             raise InvalidArgumentError(
