@@ -275,6 +275,9 @@ def test_prescription_goes_on_after_an_interruption(
     assert run(options) == 0
     assert read_plan(tmp_path / "plan.json").layers == report["plan"].layers
     assert calls <= 150 + 2 * 7 * 12  # the finished layer is not measured again
+    assert not list((tmp_path / "w").glob("rounded-*weights*")), "copies of the weights are not left behind"
+    assert run(options) == 0
+    assert read_plan(tmp_path / "plan.json").layers == report["plan"].layers
 
 
 @pytest.mark.parametrize(

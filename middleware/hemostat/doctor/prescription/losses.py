@@ -73,6 +73,31 @@ class TokenRows(Moments):
         return float(products.double().square().mean()) * len(rows) / tokens
 
 
+def token_statistics(
+    reference: Path, texts: Sequence[Ids], device: str, parts: Parts, steps: Callable[[int, int], None], *,
+    gradients: bool, seed: int = 0,
+) -> tuple[Checkpoint, Skeleton, LayerStatistics]:  # fmt: skip
+    """The reference's checkpoint, its layers, and the walk that gives `TokenRows` of each decoder layer. AdaptError.
+
+    seed: of the tokens that gradients are taken for.
+    """
+    checkpoint = Checkpoint(reference, "REFERENCE")
+    skeleton = Skeleton(checkpoint.config, dtype_of(checkpoint, "auto"), device_of(device), "REFERENCE")
+    statistics = LayerStatistics(
+        skeleton,
+        weights_of(checkpoint),
+        texts,
+        parts,
+        gradients=gradients,
+        full=False,
+        memory_bytes=0,
+        seed=seed,
+        progress=lambda _, done, total: steps(done, total),
+        moments=TokenRows,
+    )
+    return checkpoint, skeleton, statistics
+
+
 @dataclass(frozen=True, slots=True)
 class LayerLosses:
     """Of one linear layer. losses: predicted KL, nats per token, float64, by candidate. reached: by a token."""
@@ -92,21 +117,9 @@ def predicted_losses(
 
     Layers that no token reached have the losses of `with_unreached`.
     """
-    checkpoint = Checkpoint(reference, "REFERENCE")
-    skeleton = Skeleton(checkpoint.config, dtype_of(checkpoint, "auto"), device_of(device), "REFERENCE")
-    statistics = LayerStatistics(
-        skeleton,
-        weights_of(checkpoint),
-        texts,
-        parts,
-        gradients=True,
-        full=False,
-        memory_bytes=0,
-        seed=seed,
-        progress=lambda _, done, total: steps(done, total),
-        moments=TokenRows,
+    checkpoint, skeleton, statistics = token_statistics(
+        reference, texts, device, parts, steps, gradients=True, seed=seed
     )
-
     tokens = sum(map(len, texts))
 
     def losses(layer: str, moments: Moments) -> Mapping[str, torch.Tensor]:

@@ -12,14 +12,10 @@ import torch
 from hemostat.doctor.kl_meter import altered_weights
 from hemostat.doctor.pair import Ids
 from hemostat.doctor.prescription.candidates import planned_weight
-from hemostat.doctor.prescription.losses import TokenRows
+from hemostat.doctor.prescription.losses import TokenRows, token_statistics
 from hemostat.doctor.prescription.mixes import Mix
 from hemostat.models.adapters.activations import Moments
-from hemostat.models.adapters.checkpoint import Checkpoint
-from hemostat.models.adapters.copies import device_of, dtype_of, weights_of
 from hemostat.models.adapters.parts import Parts
-from hemostat.models.adapters.skeleton import Skeleton
-from hemostat.models.adapters.statistics import LayerStatistics
 from hemostat.models.compression.plan import LayerPlan
 
 
@@ -38,8 +34,9 @@ class RoundedMixes:
         self._plans: dict[str, list[LayerPlan]] = {
             name: list(dict.fromkeys(mix.layers[name] for mix in mixes)) for name in mixes[0].layers
         }
-        checkpoint = Checkpoint(reference, "REFERENCE")
-        skeleton = Skeleton(checkpoint.config, dtype_of(checkpoint, "auto"), device_of(device), "REFERENCE")
+        checkpoint, skeleton, self._statistics = token_statistics(
+            reference, texts, device, parts, steps, gradients=False
+        )
         self._layers = {name: layer for layer in skeleton.layers for name in skeleton.linears_of(layer)}
 
         def store(layer: str, moments: Moments) -> Mapping[str, torch.Tensor]:
@@ -54,18 +51,7 @@ class RoundedMixes:
             parts.put(_weights(layer), found)
             return {}
 
-        LayerStatistics(
-            skeleton,
-            weights_of(checkpoint),
-            texts,
-            parts,
-            gradients=False,
-            full=False,
-            memory_bytes=0,
-            seed=0,
-            progress=lambda _, done, total: steps(done, total),
-            moments=TokenRows,
-        ).run(store)
+        self._statistics.run(store)
 
     def carried_out(self, model: Any, mix: Mix) -> AbstractContextManager[None]:
         """Inside of the context the linear layers of `model`, the reference, have the mix's weights."""
@@ -84,6 +70,7 @@ class RoundedMixes:
         return altered_weights(modules, weight)
 
     def drop(self) -> None:
+        self._statistics.drop()
         for layer in dict.fromkeys(self._layers.values()):
             self._parts.drop(_weights(layer))
 

@@ -29,7 +29,7 @@ def sentences(prescription: Row) -> list[str]:
         *_by_module(prescription),
         *_unreached(prescription),
         f"Errors of rounding are compensated, on {prescription['learned_positions']:,} positions of "
-        f"{prescription['learned_requests']} prompts; the figures are of others.",
+        f"{prescription['learned_requests']} prompts; KLD is measured on other prompts.",
         f"Predicted: {prescription['predicted']:.4f} nats, and no choice of the same candidates is predicted below "
         f"{prescription['predicted_lower_bound']:.4f}. Measured: mean KLD "
         f"{plus_minus(own['mean_kld'], own['mean_kld_se_by_request'], requests)} nats on {size}.",

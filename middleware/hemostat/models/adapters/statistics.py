@@ -80,6 +80,11 @@ class LayerStatistics:
         self._walk.drop()
         return {name: found[name] for name in self._names}
 
+    def drop(self) -> None:
+        """Remove what is stored of the layers: the next run measures them again."""
+        for n in range(len(self._names)):
+            self._parts.drop(_layer(n))
+
     def _measure_layer(self, n: int, finish: Finish) -> None:
         """Stores what is made of decoder layer `n`, and what the next layer to be measured needs."""
         layer = self._names[n]
