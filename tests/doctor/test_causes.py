@@ -23,7 +23,7 @@ from hemostat_calibration.statistics.streaming import student_975
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from tests.support.input_moments import input_moments_of  # noqa: E402
+from tests.support.predicted_changes import input_moments_of, mean_square_change  # noqa: E402
 
 from hemostat.models.compression.input_moments import InputMoments  # noqa: E402
 
@@ -223,7 +223,6 @@ def test_bad_options_of_a_prescription(
 
 def test_predicted_loss_is_the_mean_square_of_the_change_of_log_likelihood(tiny: TinyPair) -> None:
     """Against gradients of the whole model, for one weight matrix and the change at one token at a time."""
-    from hemostat.doctor.prescription.candidates import planned_weight
     from hemostat.doctor.prescription.losses import predicted_losses
     from hemostat.models.adapters.parts import Parts
 
@@ -231,21 +230,9 @@ def test_predicted_loss_is_the_mean_square_of_the_change_of_log_likelihood(tiny:
     found = predicted_losses(tiny.reference, [ids], "any", "cpu", 3, Parts(None), lambda *_: None)
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny.reference).eval()
     name = "model.layers.1.mlp.down_proj"
-    module, rows = model.get_submodule(name), {}
-    module.register_forward_hook(lambda _, given, output: rows.update(x=given[0], y=output))
-    logits = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0]
-    # The tokens that `output_gradients` draws.
-    total = torch.softmax(logits.detach().float(), -1).cumsum(-1, dtype=torch.float64)
-    uniforms = torch.from_numpy(np.random.default_rng([3, 0]).random(len(ids)))
-    drawn = torch.searchsorted(total, uniforms[:, None] * total[:, -1:], right=True)
-    loss = -torch.log_softmax(logits, -1).gather(1, drawn).sum()
-    (gradient,) = torch.autograd.grad(loss, rows["y"])
-    one = found[name]
+    change, one = mean_square_change(model, ids, name, 3), found[name]
     for plan, predicted in zip(one.plans, one.losses, strict=True):
-        weight, x = module.weight.detach(), rows["x"][0].detach()
-        delta = weight - planned_weight(name, weight, plan, input_moments_of(x[0::2]))
-        change = (x @ delta.T * gradient[0]).sum(-1)[1::2]
-        assert predicted == pytest.approx(0.5 * float(change.square().mean()), rel=1e-3, abs=1e-12), plan
+        assert predicted == pytest.approx(0.5 * change(plan), rel=1e-3, abs=1e-12), plan
 
 
 def test_prescription_goes_on_after_an_interruption(

@@ -13,10 +13,9 @@ from hemostat.doctor.prescription.words import sentences
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from tests.support.input_moments import input_moments_of  # noqa: E402
+from tests.support.predicted_changes import mean_square_change  # noqa: E402
 from tests.support.tiny_models import VOCAB, tiny_model  # noqa: E402
 
-from hemostat.doctor.prescription.candidates import planned_weight  # noqa: E402
 from hemostat.doctor.prescription.losses import LayerLosses, predicted_losses, with_unreached  # noqa: E402
 from hemostat.doctor.prescription.mixes import dense_bytes, prescribe  # noqa: E402
 from hemostat.models.adapters.errors import AdaptError  # noqa: E402
@@ -69,26 +68,12 @@ def test_layers_that_no_token_reached_have_the_median_loss_of_their_kind(mixture
         np.testing.assert_allclose(found[named(1, 2, kind)].losses, np.median(reached, axis=0))
     # The mean is over all tokens: those of the other expert's text count as 0.
     name = named(1, 0, "down")
-    assert found[name].losses[0] == pytest.approx(brute_force(mixture, texts[0], name, found[name].plans[0]), rel=1e-3)
+    model = transformers.AutoModelForCausalLM.from_pretrained(mixture).eval()
+    change = mean_square_change(model, texts[0], name, 3)(found[name].plans[0])
+    assert found[name].losses[0] == pytest.approx(0.5 * change * SHORT / (SHORT + LONG), rel=1e-3)
     mix, _ = prescribe(found, "any", int(0.25 * dense_bytes(found)))
     least = min(mix.layers[named(layer, expert, "up")].bits for layer in (0, 1) for expert in (0, 1))
     assert min(mix.layers[named(layer, 2, "up")].bits for layer in (0, 1)) >= least
-
-
-def brute_force(folder: Path, ids: Any, name: str, plan: LayerPlan) -> float:
-    """With gradients of the whole model, for the tokens that `output_gradients` draws for the first batch."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    module, rows = model.get_submodule(name), {}
-    module.register_forward_hook(lambda _, given, output: rows.update(x=given[0], y=output))
-    logits = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0]
-    total = torch.softmax(logits.detach().float(), -1).cumsum(-1, dtype=torch.float64)
-    uniforms = torch.from_numpy(np.random.default_rng([3, 0]).random(len(ids)))
-    drawn = torch.searchsorted(total, uniforms[:, None] * total[:, -1:], right=True)
-    (gradient,) = torch.autograd.grad(-torch.log_softmax(logits, -1).gather(1, drawn).sum(), rows["y"])
-    weight, x = module.weight.detach(), rows["x"][0].detach()
-    delta = weight - planned_weight(name, weight, plan, input_moments_of(x[0::2]))
-    changes = (x @ delta.T * gradient[0]).sum(-1)[1::2]
-    return 0.5 * float(changes.double().square().mean()) * SHORT / (SHORT + LONG)
 
 
 PLANS = [LayerPlan(4, 64), LayerPlan(8, 64), LayerPlan(16)]
