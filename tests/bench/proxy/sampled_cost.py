@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from hemostat.ipc.messages import Capture, MessageReader, encode
+from hemostat.openai.logprobs.rows import ChatLogprobs
 from hemostat.openai.routes import CHAT
 from hemostat.shadow.interceptor import Interceptor
 from hemostat.shadow.limits import ShadowQueue
@@ -42,23 +43,8 @@ _HEAD = [
 _SOCKET_BYTES = 1 << 20
 
 
-class _Top(msgspec.Struct, gc=False):
-    token: str
-    logprob: float
-
-
-class _Position(msgspec.Struct, gc=False):
-    token: str
-    logprob: float
-    top_logprobs: list[_Top]
-
-
-class _Logprobs(msgspec.Struct, gc=False):
-    content: list[_Position]
-
-
 class _Choice(msgspec.Struct, gc=False):
-    logprobs: _Logprobs | None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class _Response(msgspec.Struct, gc=False):

@@ -50,7 +50,9 @@ class _Entry(msgspec.Struct, gc=False):
     top_logprobs: list[_Top]
 
 
-class _ChatLogprobs(msgspec.Struct, gc=False):
+class ChatLogprobs(msgspec.Struct, gc=False):
+    """The names and numbers of a chat's `logprobs`."""
+
     content: list[_Entry]
 
 
@@ -60,7 +62,7 @@ class _CompletionLogprobs(msgspec.Struct, gc=False):
     top_logprobs: list[dict[str, float]]
 
 
-_chat: msgspec.json.Decoder[_ChatLogprobs] = msgspec.json.Decoder(_ChatLogprobs)
+_chat: msgspec.json.Decoder[ChatLogprobs] = msgspec.json.Decoder(ChatLogprobs)
 _completion: msgspec.json.Decoder[_CompletionLogprobs] = msgspec.json.Decoder(_CompletionLogprobs)
 
 
