@@ -7,8 +7,6 @@ computation (`repeatable`); at most MAX_RESENDS times, and never after a byte of
 
 from __future__ import annotations
 
-from typing import cast
-
 from hemostat.hooks import Rewrite
 from hemostat.openai import routes
 from hemostat.openai.conversation_key import conversation_key
@@ -43,15 +41,14 @@ class OutgoingRequest:
         "_uploading",
         "_whole",
         "_written_for",
-        "engine",
+        "_engine",
         "head",
         "hook",
     )
 
     def __init__(self, context: RelayContext, head: RequestHead) -> None:
         self.head = head
-        self.engine: Engine = cast("Engine", None)
-        """That it goes to; chosen before anything is encoded."""
+        self._engine: Engine | None = None
         self.hook: FailOpenHook | None = None
         """Is told which engine it is."""
         self._context = context
@@ -175,7 +172,7 @@ class OutgoingRequest:
         """Neither the request nor its engine is needed any more."""
         if self._counted or self._original is not None:
             self.forget()
-        if self.engine is not None:
+        if self._engine is not None:
             self.engine.outstanding -= 1
         if self._uploading:
             self.end_upload()
@@ -199,13 +196,19 @@ class OutgoingRequest:
         return True
 
     @property
+    def engine(self) -> Engine:
+        """That it goes to; chosen before anything is encoded."""
+        assert self._engine is not None
+        return self._engine
+
+    @property
     def engine_name(self) -> str:
         """ "" where none was chosen."""
-        return self.engine.name if self.engine is not None else ""
+        return self.engine.name if self._engine is not None else ""
 
     def engine_failed(self) -> None:
         """It did not answer as it should; see `Health.request_failed`."""
-        engine = self.engine
+        engine = self._engine
         if engine is not None and engine not in self._tried:
             self._tried += (engine,)
             engine.health.request_failed(self._context.loop.time())
@@ -224,7 +227,7 @@ class OutgoingRequest:
         return True
 
     def _enter_engine(self, engine: Engine) -> None:
-        self.engine = engine
+        self._engine = engine
         engine.requests += 1
         engine.outstanding += 1
         if self.hook is not None:
@@ -236,7 +239,7 @@ class OutgoingRequest:
 
     def _addressed(self, payload: bytes) -> bytes:
         """What was encoded, perhaps for another engine, as it goes to `engine`."""
-        old, new = self._written_for, self.engine.origin if self.engine is not None else None
+        old, new = self._written_for, self.engine.origin if self._engine is not None else None
         if old is None or new is None or old is new:
             return payload
         self._written_for = new
