@@ -13,32 +13,33 @@ import re
 import zlib
 from collections.abc import Iterator
 from itertools import islice
+from typing import Final
 
-MAX_SCANNED_BYTES = 256 * 1024
+MAX_SCANNED_BYTES: Final = 256 * 1024
 """Of a body; a conversation whose first messages begin later has no key."""
-MAX_TEXT_BYTES = 16 * 1024
+MAX_TEXT_BYTES: Final = 16 * 1024
 """Of the user's first message, or of a prompt, that are hashed. For a conversation that begins with 16 KiB of another
 one's text it does not matter that both go to the same engine."""
-MAX_OCCURRENCES = 32
+MAX_OCCURRENCES: Final = 32
 """Places that are looked at in search of the messages, or of the user."""
 
-_MASK = 2**64 - 1
-_SPREAD = 0x9E3779B97F4A7C15
+_MASK: Final = 2**64 - 1
+_SPREAD: Final = 0x9E3779B97F4A7C15
 """Odd, 2**64 by the golden ratio: neighbouring checksums are far apart on the ring (Knuth's multiplicative hash)."""
 
 # Quotation marks within JSON strings are escaped, so that nothing here is found inside of them.
-_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_STRING: Final = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 # Compiled, since the time of such a search is linear also where the bytes are nearly those that are looked for.
-_MESSAGES = re.compile(rb'"messages"')
-_PROMPTS = (re.compile(rb'"input"'), re.compile(rb'"prompt"'))
-_USER = re.compile(rb'"user"')
-_VALUE = re.compile(rb'\s{0,16}+:\s{0,16}+(["\[])')
-_ROLE = re.compile(rb'"role"\s{0,16}+:\s{0,16}+\Z')
-_MAX_ROLE_BYTES = 40
-_CONTENT = re.compile(rb'\s*+,\s*+"content"\s*+:\s*+' + _STRING + rb"\s*+}", re.DOTALL)
+_MESSAGES: Final = re.compile(rb'"messages"')
+_PROMPTS: Final = (re.compile(rb'"input"'), re.compile(rb'"prompt"'))
+_USER: Final = re.compile(rb'"user"')
+_VALUE: Final = re.compile(rb'\s{0,16}+:\s{0,16}+(["\[])')
+_ROLE: Final = re.compile(rb'"role"\s{0,16}+:\s{0,16}+\Z')
+_MAX_ROLE_BYTES: Final = 40
+_CONTENT: Final = re.compile(rb'\s*+,\s*+"content"\s*+:\s*+' + _STRING + rb"\s*+}", re.DOTALL)
 """The rest of most messages."""
-_TEXT = re.compile(_STRING, re.DOTALL)
-_TOKEN = re.compile(_STRING + rb"?+|[\[\]{}]", re.DOTALL)
+_TEXT: Final = re.compile(_STRING, re.DOTALL)
+_TOKEN: Final = re.compile(_STRING + rb"?+|[\[\]{}]", re.DOTALL)
 """A string that does not end before the search does is one, too: it would be read again from each quotation mark."""
 
 

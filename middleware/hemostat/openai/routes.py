@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Final
 
 from hemostat.openai.form import Form
 
-CHAT = "/v1/chat/completions"
-COMPLETIONS = "/v1/completions"
-RESPONSES = "/v1/responses"
-MESSAGES = "/v1/messages"
-MODELS = "/v1/models"
+CHAT: Final = "/v1/chat/completions"
+COMPLETIONS: Final = "/v1/completions"
+RESPONSES: Final = "/v1/responses"
+MESSAGES: Final = "/v1/messages"
+MODELS: Final = "/v1/models"
 
-OTHER = "other"
+OTHER: Final = "other"
 """The label of every route that has none of its own, so that the number of label values is bounded."""
 
 
@@ -42,7 +43,7 @@ class Route:
     """The value of OpenTelemetry's attribute `gen_ai.operation.name`; "" where the route is not traced."""
 
 
-ROUTES = (
+ROUTES: Final = (
     Route(CHAT, Support.SCORED, form=Form.CHAT, operation="chat"),
     Route(COMPLETIONS, Support.SCORED, form=Form.COMPLETIONS, operation="text_completion"),
     Route(RESPONSES, Support.SCORED, form=Form.RESPONSES, operation="chat"),
@@ -61,21 +62,21 @@ ROUTES = (
     Route("/v1/audio/translations", Support.NOT_SCORED, labelled=False),
 )
 
-SCORED = tuple(route.path for route in ROUTES if route.support is Support.SCORED)
+SCORED: Final[tuple[str, ...]] = tuple(route.path for route in ROUTES if route.support is Support.SCORED)
 """Paths whose requests can be sampled, scored and calibrated."""
 
-FORMS = {route.path: route.form for route in ROUTES if route.form is not None}
+FORMS: Final[dict[str, Form]] = {route.path: route.form for route in ROUTES if route.form is not None}
 """The path of a scored route -> the form of its requests."""
 
-LABELS = {route.path.encode(): route.path for route in ROUTES if route.labelled}
+LABELS: Final[dict[bytes, str]] = {route.path.encode(): route.path for route in ROUTES if route.labelled}
 """A request's path, as bytes -> its label in metrics; use OTHER for every other path."""
 
-REPEATABLE = frozenset(LABELS.values()) - {RESPONSES}
+REPEATABLE: Final[frozenset[str]] = frozenset(LABELS.values()) - {RESPONSES}
 """Labels of the routes whose requests may be sent again, POST too: vLLM computes an answer and keeps nothing. Of
 `/v1/responses` it may keep the response."""
 
-SUPPORT = {route.path.encode(): route.support for route in ROUTES}
+SUPPORT: Final[dict[bytes, Support]] = {route.path.encode(): route.support for route in ROUTES}
 """A request's path, as bytes -> what Hemostat does with it."""
 
-OPERATIONS = {route.path: route.operation for route in ROUTES if route.operation}
+OPERATIONS: Final[dict[str, str]] = {route.path: route.operation for route in ROUTES if route.operation}
 """The path of a traced route -> its `gen_ai.operation.name`."""

@@ -9,19 +9,19 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import msgspec
 
 from hemostat.relay.schema_check import MAX_SCHEMA_BYTES, Schema, Steps
 
-MAX_ANSWER_BYTES = 64 * 1024
+MAX_ANSWER_BYTES: Final = 64 * 1024
 """A longer answer is judged only by whether the whole of it parses."""
-MAX_CALLS = 16
+MAX_CALLS: Final = 16
 """Tool calls of one answer that are judged."""
-_MAX_STARTS = 4
+_MAX_STARTS: Final = 4
 """Places in a text at which JSON may begin."""
-_MAX_READ_AGAIN = 8 * 1024
+_MAX_READ_AGAIN: Final = 8 * 1024
 """Characters that may be read before a further such place is tried."""
 
 
@@ -78,17 +78,17 @@ class _Body(msgspec.Struct):
     """Of `/v1/messages`."""
 
 
-_body: msgspec.json.Decoder[_Body] = msgspec.json.Decoder(_Body)
-_tools: msgspec.json.Decoder[list[_Tool]] = msgspec.json.Decoder(list[_Tool])
-_any: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
-_ERRORS = (msgspec.MsgspecError, UnicodeError, RecursionError)
+_body: Final[msgspec.json.Decoder[_Body]] = msgspec.json.Decoder(_Body)
+_tools: Final[msgspec.json.Decoder[list[_Tool]]] = msgspec.json.Decoder(list[_Tool])
+_any: Final[msgspec.json.Decoder[Any]] = msgspec.json.Decoder()
+_ERRORS: Final = (msgspec.MsgspecError, UnicodeError, RecursionError)
 
 
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-_prefix = json.JSONDecoder(parse_constant=_refuse)
+_prefix: Final = json.JSONDecoder(parse_constant=_refuse)
 
 
 class AnswerFormat:
@@ -170,7 +170,7 @@ class AnswerFormat:
         return {name: schema or b"true" for name, schema in filter(None, (tool.offered for tool in tools))}
 
 
-_NOTHING = object()
+_NOTHING: Final = object()
 
 
 def _given(raw: msgspec.Raw) -> bytes:

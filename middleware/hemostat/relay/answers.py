@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Final
 
 import msgspec
 
 from hemostat.openai.form import Form
 from hemostat.openai.forms import messages, responses
 
-_CHAT_FINISH = re.compile(rb'"finish_reason":\s*"([a-z_]{1,32})"')
-_MESSAGE_FINISH = re.compile(rb'"stop_reason":\s*"([a-z_]{1,32})"')
-_RESPONSE_FINISH = re.compile(rb'"status":\s*"(completed|incomplete)"')
-_CHAT_TEXT = re.compile(rb'"(?:content|text|reasoning|reasoning_content)":\s*"((?:[^"\\]|\\.)*)"')
-_MESSAGE_TEXT = re.compile(rb'"(?:text|thinking)":\s*"((?:[^"\\]|\\.)*)"')
+# Module globals: before Python 3.12, looking up a member of an Enum class takes about 0.2 µs.
+_CHAT: Final = Form.CHAT
+_COMPLETIONS: Final = Form.COMPLETIONS
+_MESSAGES: Final = Form.MESSAGES
+
+_CHAT_FINISH: Final = re.compile(rb'"finish_reason":\s*"([a-z_]{1,32})"')
+_MESSAGE_FINISH: Final = re.compile(rb'"stop_reason":\s*"([a-z_]{1,32})"')
+_RESPONSE_FINISH: Final = re.compile(rb'"status":\s*"(completed|incomplete)"')
+_CHAT_TEXT: Final = re.compile(rb'"(?:content|text|reasoning|reasoning_content)":\s*"((?:[^"\\]|\\.)*)"')
+_MESSAGE_TEXT: Final = re.compile(rb'"(?:text|thinking)":\s*"((?:[^"\\]|\\.)*)"')
 # The events that end a part, and the last one, repeat the whole text.
-_RESPONSE_TEXT = re.compile(rb'"delta":\s*"((?:[^"\\]|\\.)*)"')
+_RESPONSE_TEXT: Final = re.compile(rb'"delta":\s*"((?:[^"\\]|\\.)*)"')
 
 
 class Function(msgspec.Struct):
@@ -121,20 +127,20 @@ class _ItemEvent(msgspec.Struct):
     response: _ItemResponse | None = None
 
 
-_response: msgspec.json.Decoder[Response] = msgspec.json.Decoder(Response)
-_message_event: msgspec.json.Decoder[_MessageEvent] = msgspec.json.Decoder(_MessageEvent)
-_item_response: msgspec.json.Decoder[_ItemResponse] = msgspec.json.Decoder(_ItemResponse)
-_item_event: msgspec.json.Decoder[_ItemEvent] = msgspec.json.Decoder(_ItemEvent)
+_response: Final[msgspec.json.Decoder[Response]] = msgspec.json.Decoder(Response)
+_message_event: Final[msgspec.json.Decoder[_MessageEvent]] = msgspec.json.Decoder(_MessageEvent)
+_item_response: Final[msgspec.json.Decoder[_ItemResponse]] = msgspec.json.Decoder(_ItemResponse)
+_item_event: Final[msgspec.json.Decoder[_ItemEvent]] = msgspec.json.Decoder(_ItemEvent)
 
 
 def parse(data: bytes, form: Form, *, stream: bool) -> Response | None:
     """The response; None where it is malformed, so that only the patterns are applied."""
     try:
-        if form is Form.MESSAGES:
+        if form is _CHAT or form is _COMPLETIONS:
+            return _merge_events(data) if stream else _response.decode(data)
+        if form is _MESSAGES:
             return _message([_message_event.decode(one) for one in (_events(data) if stream else (data,))])
-        if form is Form.RESPONSES:
-            return _items(_last_response(data) if stream else _item_response.decode(data))
-        return _merge_events(data) if stream else _response.decode(data)
+        return _items(_last_response(data) if stream else _item_response.decode(data))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
 

@@ -15,7 +15,7 @@ import socket
 import struct
 from enum import Enum, auto
 from time import perf_counter
-from typing import cast
+from typing import Final, cast
 
 from hemostat.openai import routes
 from hemostat.relay import counters
@@ -30,12 +30,12 @@ from hemostat.relay.http.framing import RequestBodyReader
 from hemostat.relay.http.request import parse_request
 from hemostat.relay.tunnel import Tunnel
 
-DRAIN_IDLE_SECONDS = 5.0
+DRAIN_IDLE_SECONDS: Final = 5.0
 """Of a connection without a request, while the relay drains because another one has taken its place."""
-LINGER_SECONDS = 1.0
+LINGER_SECONDS: Final = 1.0
 """From the end of the last response to closing the connection, for the client to read it."""
 
-_RESET = struct.pack("ii", 1, 0)
+_RESET: Final = struct.pack("ii", 1, 0)
 """Value of SO_LINGER with which closing sends a reset."""
 
 
@@ -55,11 +55,11 @@ class ConnectionState(Enum):
 
 
 # Module globals, for the reason that `exchange_state` gives.
-_READING_HEAD = ConnectionState.READING_HEAD
-_READING_BODY = ConnectionState.READING_BODY
-_AWAITING_RESPONSE = ConnectionState.AWAITING_RESPONSE
-_TUNNEL = ConnectionState.TUNNEL
-_CLOSING = ConnectionState.CLOSING
+_READING_HEAD: Final = ConnectionState.READING_HEAD
+_READING_BODY: Final = ConnectionState.READING_BODY
+_AWAITING_RESPONSE: Final = ConnectionState.AWAITING_RESPONSE
+_TUNNEL: Final = ConnectionState.TUNNEL
+_CLOSING: Final = ConnectionState.CLOSING
 
 
 class ClientConnection(asyncio.Protocol):

@@ -6,7 +6,7 @@ import asyncio
 import heapq
 import socket
 from collections.abc import Iterable, Iterator
-from typing import Generic, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
 from hemostat.metrics import names
 from hemostat.relay.counters import Counters
@@ -30,9 +30,9 @@ class Evictable(Protocol):
 
 Connection = TypeVar("Connection", bound=Evictable)
 
-_MAPPED = bytes(10) + b"\xff\xff"
+_MAPPED: Final = bytes(10) + b"\xff\xff"
 """An IPv4 client of a socket that listens on `::`."""
-EVICTED_SHARE = 16
+EVICTED_SHARE: Final = 16
 """One of so many connections is closed at a time, since looking for them takes a pass over all."""
 
 

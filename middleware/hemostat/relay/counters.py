@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
+from typing import Final
 
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, EngineHealth, Stats
 from hemostat.metrics import names
@@ -14,21 +15,21 @@ from hemostat.shadow.endings import ScoringDropReason
 from hemostat.shadow.reports import RelayDropReason, RepeatReason
 from hemostat_calibration.records import Arm
 
-OK = "ok"
+OK: Final = "ok"
 """Complete, status below 400."""
-CLIENT_ERROR = "client_error"
+CLIENT_ERROR: Final = "client_error"
 """Complete, the upstream's status 4xx."""
-SERVER_ERROR = "server_error"
+SERVER_ERROR: Final = "server_error"
 """Complete, the upstream's status 5xx."""
-REFUSED = "refused"
+REFUSED: Final = "refused"
 """Answered with an error of our own that is the client's fault, or with the hook's refusal."""
-OVERLOADED = "overloaded"
+OVERLOADED: Final = "overloaded"
 """Answered with 503, since a limit of the relay was reached."""
-UPSTREAM_FAILED = "upstream_failed"
+UPSTREAM_FAILED: Final = "upstream_failed"
 """The upstream could not be reached, closed the connection early or sent an invalid response."""
-CLIENT_GONE = "client_gone"
+CLIENT_GONE: Final = "client_gone"
 """The client closed the connection before its response was complete."""
-OUTCOMES = (OK, CLIENT_ERROR, SERVER_ERROR, REFUSED, OVERLOADED, UPSTREAM_FAILED, CLIENT_GONE)
+OUTCOMES: Final = (OK, CLIENT_ERROR, SERVER_ERROR, REFUSED, OVERLOADED, UPSTREAM_FAILED, CLIENT_GONE)
 
 
 class Counters:
@@ -78,8 +79,8 @@ class Counters:
         )
 
 
-_ARMS: list[tuple[str, ...]] = [(str(arm),) for arm in Arm]
-INITIAL_SERIES: dict[str, list[tuple[str, ...]]] = {
+_ARMS: Final[list[tuple[str, ...]]] = [(str(arm),) for arm in Arm]
+INITIAL_SERIES: Final[dict[str, list[tuple[str, ...]]]] = {
     names.REQUESTS: [(route, outcome) for route in routes.SCORED for outcome in OUTCOMES],
     names.SHADOW_REQUESTS: [
         (ShadowOutcome.SHADOWED.value, ""),

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from typing import Protocol
+from typing import Final, Protocol
 
-CHECK_SECONDS = 0.1
+CHECK_SECONDS: Final = 0.1
 """Between two checks."""
-RESET_SECONDS = 0.02
+RESET_SECONDS: Final = 0.02
 """From a probe to the check for the reset that it may have caused."""
 
-_TCP_CLOSE = 7
-_TCP_CLOSE_WAIT = 8
-_HAS_TCP_INFO = hasattr(socket, "TCP_INFO")
+_TCP_CLOSE: Final = 7
+_TCP_CLOSE_WAIT: Final = 8
+_HAS_TCP_INFO: Final = hasattr(socket, "TCP_INFO")
 """Linux only. Elsewhere such a disconnect is noticed when the next bytes are sent to the client."""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from time import perf_counter
+from typing import Final
 
 from hemostat.hooks import Hook, Refusal, Rewrite
 from hemostat.openai import routes
@@ -41,19 +42,19 @@ from hemostat.relay.response_framing import BodyMode, frame_response
 from hemostat.relay.tunnel import Tunnel
 from hemostat.relay.upstreams.connection import UpstreamConnection
 
-MAX_READ_AHEAD_BYTES = 64 * 1024
+MAX_READ_AHEAD_BYTES: Final = 64 * 1024
 """Bytes taken from a client beyond the request in progress, or while that waits for an upstream connection."""
-MAX_HEAD_HOLD_SECONDS = 0.2
+MAX_HEAD_HOLD_SECONDS: Final = 0.2
 """How long a response's head is held back for the hook. vLLM reports in the first event of a stream that it refuses the
 request, until which the response can still be replaced. It does so before anything is computed, within milliseconds;
 the first token of an answer may take seconds, and the client is to see the head until then, as without the hook."""
 
-_EXPECT = frozenset((b"expect",))
+_EXPECT: Final = frozenset((b"expect",))
 
 # Module globals, for the reason that `exchange_state` gives.
-_RAW = BodyMode.RAW
-_CHUNKED = BodyMode.CHUNKED
-_COLLECTED = BodyMode.COLLECTED
+_RAW: Final = BodyMode.RAW
+_CHUNKED: Final = BodyMode.CHUNKED
+_COLLECTED: Final = BodyMode.COLLECTED
 
 
 class Exchange:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from hemostat import logs
 from hemostat.hooks import Comparison
@@ -24,7 +24,7 @@ from hemostat.relay.outcomes import NO_OUTCOME, OutcomeObserver, ResponseOutcome
 if TYPE_CHECKING:
     from hemostat.tracing import RequestSpan, Tracing  # an extra; imported only where it is used
 
-_TRACE_FIELDS = frozenset((b"traceparent", b"tracestate"))
+_TRACE_FIELDS: Final = frozenset((b"traceparent", b"tracestate"))
 
 request_log = logging.getLogger(logs.REQUEST)
 

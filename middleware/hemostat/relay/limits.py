@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
-RESERVED_DESCRIPTORS = 64
+RESERVED_DESCRIPTORS: Final = 64
 """Open files that are neither clients' nor upstream connections: the event loop, the control process, logs."""
 
 

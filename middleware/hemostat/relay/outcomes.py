@@ -15,9 +15,8 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -27,53 +26,62 @@ from hemostat.relay.answer_format import AnswerFormat
 from hemostat.relay.answers import Choice, Response, parse, tail_of
 from hemostat_calibration.outcomes import Outcome
 
-FINISH_REASONS = frozenset(
+FINISH_REASONS: Final = frozenset(
     {"stop", "length", "tool_calls", "function_call", "content_filter", "abort", "error", "repetition"}
 )
 """Values of finish_reason with a label value of their own; all others are counted as `other`."""
 
-MAX_WHOLE_BYTES = 256 * 1024
+MAX_WHOLE_BYTES: Final = 256 * 1024
 """A response up to this size is kept whole; of a longer one only the tail is kept."""
-MAX_TAIL_PIECES = 64
-MAX_PIECE_BYTES = 4096
+MAX_TAIL_PIECES: Final = 64
+MAX_PIECE_BYTES: Final = 4096
 """The tail: the last MAX_TAIL_PIECES pieces as they arrived, the last MAX_PIECE_BYTES bytes of each."""
 
-MAX_JSON_WORDS = 4000
+MAX_JSON_WORDS: Final = 4000
 """Of a request's body, in which a parameter that asks for JSON is looked for."""
 
-LOOP_COPIES = 4
-MIN_LOOP_CHARACTERS = 48
+LOOP_COPIES: Final = 4
+MIN_LOOP_CHARACTERS: Final = 48
 """A loop: the text ends in LOOP_COPIES copies of one block, MIN_LOOP_CHARACTERS or more in all. A run of one character
 (the ruler `-----`) is not a loop."""
 
-_TOKENS = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,9})')
+_TOKENS: Final = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,9})')
 # Inside a JSON string a quote is preceded by a backslash, so text written by a user does not match these.
 # Both patterns begin with letters: the search for a quotation mark would stop at each one in the body.
-_JSON_REQUESTED = re.compile(rb'json((?<="json)(?:_object"|_schema"|":)|(?<="guided_json)")?')
+_JSON_REQUESTED: Final = re.compile(rb'json((?<="json)(?:_object"|_schema"|":)|(?<="guided_json)")?')
 """Group 1: the word is the name, or the value, that asks for JSON."""
-_TOOLS_REQUESTED = re.compile(rb'tools"(?<="tools"):\s*\[')
-_CALLS = re.compile(rb'"(?:tool_calls|function_call)":\s*[\[{]\s*[{"]|"type":\s*"(?:tool_use|function_call)"')
-_MODEL = re.compile(rb'"model":\s*"((?:[^"\\]|\\.){1,200})"')
+_TOOLS_REQUESTED: Final = re.compile(rb'tools"(?<="tools"):\s*\[')
+_CALLS: Final = re.compile(rb'"(?:tool_calls|function_call)":\s*[\[{]\s*[{"]|"type":\s*"(?:tool_use|function_call)"')
+_MODEL: Final = re.compile(rb'"model":\s*"((?:[^"\\]|\\.){1,200})"')
 
 Count = Callable[[str, tuple[str, ...], float], None]
 """(metric, label values, increment)"""
 
 
-@dataclass(frozen=True, slots=True)
 class ResponseOutcome:
     """How a response ended."""
 
-    finish_reasons: tuple[str, ...] = ()
-    output_tokens: int | None = None
-    """By usage, or else by the stream's events; None: unknown."""
-    usage_tokens: int | None = None
-    """By usage alone; None: the response gives none."""
-    bad: dict[str, bool] | None = None
-    """Of a request in an arm, by outcome that applies to it (`hemostat_calibration.outcomes.Outcome`) and is known."""
+    __slots__ = ("bad", "finish_reasons", "output_tokens", "usage_tokens")
+
+    def __init__(
+        self,
+        finish_reasons: tuple[str, ...],
+        output_tokens: int | None,
+        usage_tokens: int | None,
+        bad: dict[str, bool] | None,
+    ) -> None:
+        self.finish_reasons = finish_reasons
+        self.output_tokens = output_tokens
+        """By usage, or else by the stream's events; None: unknown."""
+        self.usage_tokens = usage_tokens
+        """By usage alone; None: the response gives none."""
+        self.bad = bad
+        """Of a request in an arm, by outcome that applies to it (`hemostat_calibration.outcomes.Outcome`) and is
+        known."""
 
 
-NO_OUTCOME = ResponseOutcome()
-_any: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
+NO_OUTCOME: Final = ResponseOutcome((), None, None, None)
+_any: Final[msgspec.json.Decoder[Any]] = msgspec.json.Decoder()
 
 
 class OutcomeObserver:
@@ -122,7 +130,7 @@ class OutcomeObserver:
     def feed_request(self, body: bytes) -> None:
         self.body = self.body or body
         self.json = self.json or (b"json" in body and _requests_json(body))
-        self.tools = self.tools or _TOOLS_REQUESTED.search(body) is not None
+        self.tools = self.tools or (b'tools"' in body and _TOOLS_REQUESTED.search(body) is not None)
 
     def compare(self, body: bytes, *, json_in_words: bool) -> None:
         """The request is in an arm. body: the whole of it."""
@@ -182,7 +190,9 @@ class OutcomeObserver:
             count(names.RESPONSES_FINISHED, (arm, reason if reason in FINISH_REASONS else "other"), 1.0)
         if tokens:
             count(names.OUTPUT_TOKENS, (arm,), float(tokens))
-        loop = any(ends_in_loop(text) for text in texts)
+        loop = False
+        for text in texts:
+            loop = loop or ends_in_loop(text)
         if loop:
             count(names.REPETITION_LOOPS, (arm,), 1.0)
         bad = None if self._format is None else self._bad(self._format, response, data, texts, reasons, loop=loop)
@@ -247,12 +257,12 @@ def ends_in_loop(text: str) -> bool:
     >>> ends_in_loop("-" * 100)
     False
     """
-    end = text[-MIN_LOOP_CHARACTERS // LOOP_COPIES :]
-    if len(text) < MIN_LOOP_CHARACTERS or len(set(end)) < 2:
+    if len(text) < MIN_LOOP_CHARACTERS:
         return False
+    end = text[-MIN_LOOP_CHARACTERS // LOOP_COPIES :]
     # In a loop, the last characters also stand one period earlier: the nearest such place is the only candidate.
     before = text.rfind(end, 0, len(text) - 1)
-    if before < 0:
+    if before < 0 or len(set(end)) < 2:
         return False
     period = len(text) - len(end) - before
     whole = max(LOOP_COPIES * period, MIN_LOOP_CHARACTERS)

@@ -7,6 +7,8 @@ computation (`repeatable`); at most MAX_RESENDS times, and never after a byte of
 
 from __future__ import annotations
 
+from typing import Final
+
 from hemostat.hooks import Rewrite
 from hemostat.openai import routes
 from hemostat.openai.conversation_key import conversation_key
@@ -18,10 +20,10 @@ from hemostat.relay.http.request import SAFE_METHODS, RequestHead
 from hemostat.relay.upstreams.engine import Engine
 from hemostat.relay.upstreams.origin import Origin
 
-MAX_RESENDS = 3
-FAILED_STATUSES = frozenset({502, 503, 504})
+MAX_RESENDS: Final = 3
+FAILED_STATUSES: Final = frozenset({502, 503, 504})
 """Of a router before the engine, or of an engine that can answer nothing now. A 500 may be the request's own fault."""
-RESENT_STATUSES = frozenset({502, 503})
+RESENT_STATUSES: Final = frozenset({502, 503})
 
 
 class OutgoingRequest:
@@ -34,6 +36,7 @@ class OutgoingRequest:
         "_budget",
         "_context",
         "_counted",
+        "_engine",
         "_original",
         "_resends",
         "_tried",
@@ -41,7 +44,6 @@ class OutgoingRequest:
         "_uploading",
         "_whole",
         "_written_for",
-        "_engine",
         "head",
         "hook",
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
-UPLOAD_SHARE = 4
+UPLOAD_SHARE: Final = 4
 """One of so many upstream connections may wait for the rest of a request's body."""
 
 

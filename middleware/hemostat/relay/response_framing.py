@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from enum import Enum, auto
+from typing import Final
 
 from hemostat.relay.http.framing import CHUNKED, CHUNKED_LINE
 from hemostat.relay.http.response import ResponseHead
 
-MAX_COLLECTED_BYTES = 16 * 1024 * 1024
+MAX_COLLECTED_BYTES: Final = 16 * 1024 * 1024
 """A response with Content-Length that the hook transforms is collected up to this size; a longer one is chunked."""
 
 
@@ -25,9 +26,9 @@ class BodyMode(Enum):
 
 
 # Module globals, for the reason that `exchange_state` gives.
-_RAW = BodyMode.RAW
-_CHUNKED = BodyMode.CHUNKED
-_UNTIL_CLOSE = BodyMode.UNTIL_CLOSE
+_RAW: Final = BodyMode.RAW
+_CHUNKED: Final = BodyMode.CHUNKED
+_UNTIL_CLOSE: Final = BodyMode.UNTIL_CLOSE
 
 
 def frame_response(head: ResponseHead, *, http11: bool, transformed: bool, close: bool) -> tuple[BodyMode, bool]:

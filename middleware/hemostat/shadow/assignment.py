@@ -11,15 +11,16 @@ import os
 from array import array
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
+from typing import Final
 
-CONVERSATION_BYTES = 16
-CLIENT_BYTES = 8
+CONVERSATION_BYTES: Final = 16
+CLIENT_BYTES: Final = 8
 
-ARM = b"hemostat arm"
-CONVERSATION = b"hemostat talk"
-CLIENT = b"hemostat client"
+ARM: Final = b"hemostat arm"
+CONVERSATION: Final = b"hemostat talk"
+CLIENT: Final = b"hemostat client"
 
-_DRAWN_AT_ONCE = 512
+_DRAWN_AT_ONCE: Final = 512
 
 
 def _draws() -> Iterator[float]:
@@ -28,7 +29,7 @@ def _draws() -> Iterator[float]:
         yield from ((bits >> 11) * 2.0**-53 for bits in array("Q", os.urandom(8 * _DRAWN_AT_ONCE)))
 
 
-draw: Callable[[], float] = _draws().__next__
+draw: Final[Callable[[], float]] = _draws().__next__
 """A uniform number in [0, 1) from the operating system's generator, which nobody can predict."""
 
 

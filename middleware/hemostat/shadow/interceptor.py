@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from typing import Final
 
 from hemostat.hooks import ExchangeHook, Headers, Refusal
 from hemostat.ipc.messages import Capture, Policy
@@ -104,7 +105,7 @@ class Interceptor:
         )
 
 
-_NO_OPTIONS = ClientOptions()
+_NO_OPTIONS: Final = ClientOptions()
 
 
 def _own_wish(options: ClientOptions, policy: Policy) -> SkipReason | None:

@@ -7,6 +7,7 @@ BadResponse  the upstream's fault: the client gets a 502
 from __future__ import annotations
 
 import json
+from typing import Final
 
 
 class BadRequest(Exception):
@@ -23,11 +24,11 @@ class BadResponse(Exception):
     """The upstream's fault."""
 
 
-RETRY_AFTER_SECONDS = 1
+RETRY_AFTER_SECONDS: Final = 1
 """What a client is told that was refused because a limit of the relay is reached."""
 
 
-_REASONS = {
+_REASONS: Final = {
     400: b"Bad Request",
     403: b"Forbidden",
     408: b"Request Timeout",

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Sequence
-from typing import overload
+from typing import Final, overload
 
-TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
-_token = re.compile(TOKEN + rb"+").fullmatch
+TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
+_token: Final = re.compile(TOKEN + rb"+").fullmatch
 
-LINE_BYTES = b"\t" + bytes(range(0x20, 0x7F)) + bytes(range(0x80, 0x100))
+LINE_BYTES: Final = b"\t" + bytes(range(0x20, 0x7F)) + bytes(range(0x80, 0x100))
 """The bytes that a line of a head may contain: HTAB, printable ASCII, obs-text. Without them, only line ends remain."""
 
-HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade"))
+HOP_BY_HOP: Final = frozenset((b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade"))
 """Fields that concern one connection only. `proxy-*` and the fields that Connection names are recognised separately."""
-_INTERPRETED = HOP_BY_HOP | {
+_INTERPRETED: Final = HOP_BY_HOP | {
     b"authorization",
     b"content-encoding",
     b"content-length",
@@ -25,23 +25,44 @@ _INTERPRETED = HOP_BY_HOP | {
     b"x-request-id",
 }
 # Connection must not remove these: they say where the message ends and whom it is for.
-_NOT_REMOVABLE = frozenset((b"content-length", b"host"))
+_NOT_REMOVABLE: Final = frozenset((b"content-length", b"host"))
 
-_MAX_CACHED_NAMES = 1024
-# Field names seen so far, as sent -> what `classify` returns. Bounded; field names are not secret.
-_names: dict[bytes, bytes] = {}
-cached_class = _names.get
-"""The class of a field name that has been seen before, else None; see `classify`."""
+_RECURRING: Final = frozenset(
+    (b"accept", b"accept-encoding", b"connection", b"content-type", b"host", b"server", b"user-agent")
+)
+"""Clients and servers repeat these fields unchanged, and nothing in them is secret."""
+_MAX_CACHED: Final = 1024
+_MAX_CACHED_LINE_BYTES: Final = 256
+# Field names seen so far, as sent -> their class, and whether the field recurs. Bounded; field names are not secret.
+_names: Final[dict[bytes, tuple[bytes, bool]]] = {}
+# Lines of recurring fields seen so far -> what `read_field` returns. Bounded.
+_lines: Final[dict[bytes, tuple[bytes, bytes]]] = {}
 
 
-def classify(name: bytes) -> bytes:
-    """The class of a field name, which is then cached.
+def read_field(line: bytes) -> tuple[bytes, bytes]:
+    """The class of a field line, and its value without the white space around it.
 
-    The name in lower case if it is one that the parsers interpret; `proxy` and `x-hemostat` for every name with that
-    prefix; b"" for all others, which are forwarded unchanged. ValueError if the name is not a token.
+    The class is the name in lower case if it is one that the parsers interpret; `proxy` and `x-hemostat` for every name
+    with that prefix; b"" for all others, which are forwarded unchanged. ValueError says what is malformed.
     """
+    found = _lines.get(line)
+    if found is not None:
+        return found
+    name, colon, value = line.partition(b":")
+    known = _names.get(name)
+    special, recurs = _classify(name) if known is None else known
+    if not colon:
+        raise ValueError("a header field lacks its colon")
+    value = value.strip(b" \t")
+    if recurs and len(line) <= _MAX_CACHED_LINE_BYTES and len(_lines) < _MAX_CACHED:
+        _lines[line] = special, value
+    return special, value
+
+
+def _classify(name: bytes) -> tuple[bytes, bool]:
+    """The class of a field's name, and whether the field recurs, which are then cached."""
     if _token(name) is None:
-        raise ValueError
+        raise ValueError("a header field name is malformed, or a field is folded")
     lower = name.lower()
     if lower.startswith(b"proxy-"):
         special = b"proxy"
@@ -49,9 +70,10 @@ def classify(name: bytes) -> bytes:
         special = b"x-hemostat"
     else:
         special = lower if lower in _INTERPRETED else b""
-    if len(_names) < _MAX_CACHED_NAMES:
-        _names[name] = special
-    return special
+    known = special, lower in _RECURRING or lower.startswith(b"x-stainless-")
+    if len(_names) < _MAX_CACHED:
+        _names[name] = known
+    return known
 
 
 def connection_options(value: bytes) -> set[bytes]:

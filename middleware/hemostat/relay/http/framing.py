@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import re
+from typing import Final
 
 from hemostat.relay.http.errors import BadRequest
 from hemostat.relay.http.fields import TOKEN
 
-CHUNKED = -1
+CHUNKED: Final = -1
 """`length` of a body in the chunked coding."""
-UNTIL_CLOSE = -2
+UNTIL_CLOSE: Final = -2
 """`length` of a response body that ends with the connection."""
 
-CHUNKED_LINE = b"Transfer-Encoding: chunked"
-LAST_CHUNK = b"0\r\n\r\n"
+CHUNKED_LINE: Final = b"Transfer-Encoding: chunked"
+LAST_CHUNK: Final = b"0\r\n\r\n"
 
-MAX_CHUNK_LINE_BYTES = 4096
-MAX_TRAILER_BYTES = 16 * 1024
-MIN_CHUNK_BYTES = 64
+MAX_CHUNK_LINE_BYTES: Final = 4096
+MAX_TRAILER_BYTES: Final = 16 * 1024
+MIN_CHUNK_BYTES: Final = 64
 """Of a request's chunks with their framing, on average over what is read at a time: each takes almost a microsecond."""
-MAX_SMALL_CHUNKS = 1024
+MAX_SMALL_CHUNKS: Final = 1024
 """So many in one read may be shorter."""
-_PART_BYTES = 8192
+_PART_BYTES: Final = 8192
 """After so many bytes of a request's chunks their number is checked."""
 
-_chunk_line = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n").fullmatch
-_trailer_line = re.compile(TOKEN + rb"+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n").fullmatch
+_chunk_line: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n").fullmatch
+_trailer_line: Final = re.compile(TOKEN + rb"+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n").fullmatch
 
 
 def parse_length(value: bytes) -> int:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import re
+from typing import Final
 
 from hemostat.relay.http.errors import BadRequest
-from hemostat.relay.http.fields import LINE_BYTES, TOKEN, cached_class, classify, connection_options, drop_fields
+from hemostat.relay.http.fields import LINE_BYTES, TOKEN, connection_options, drop_fields, read_field
 from hemostat.relay.http.framing import CHUNKED, CHUNKED_LINE, parse_length
 
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-SAFE_METHODS = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE"))
+CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+SAFE_METHODS: Final = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE"))
 """Methods without side effects, so that a request may be sent twice (RFC 9110, 9.2.1)."""
 
-_request_line = re.compile(rb"(" + TOKEN + rb"{1,64}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])").fullmatch
-_other_version = re.compile(TOKEN + rb"+ [^ ]+ HTTP/(?!1\.[01])[0-9](?:\.[0-9])?").fullmatch
-_host = re.compile(rb"[A-Za-z0-9\-._~!$&'()*+;=:\[\]%]*").fullmatch
-_absolute = re.compile(rb"https?://([^/?#]+)(.*)", re.IGNORECASE).fullmatch
+_request_line: Final = re.compile(rb"(" + TOKEN + rb"{1,64}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])").fullmatch
+_other_version: Final = re.compile(TOKEN + rb"+ [^ ]+ HTTP/(?!1\.[01])[0-9](?:\.[0-9])?").fullmatch
+_host: Final = re.compile(rb"[A-Za-z0-9\-._~!$&'()*+;=:\[\]%]*").fullmatch
+_absolute: Final = re.compile(rb"https?://([^/?#]+)(.*)", re.IGNORECASE).fullmatch
+
+_KEPT: Final = frozenset((b"content-type", b"content-encoding"))
+_MAX_CACHED: Final = 256
+_MAX_CACHED_BYTES: Final = 128
+# Request lines seen so far, and valid values of Host. Bounded; a target with a query is not kept.
+_request_lines: Final[dict[bytes, tuple[bytes, bytes, int]]] = {}
+_hosts: Final[set[bytes]] = set()
 
 
 class RequestHead:
@@ -77,15 +85,11 @@ def parse_request(head: bytes, max_headers: int) -> RequestHead:
     breaks = len(lines) - 1
     if head.translate(None, LINE_BYTES) != b"\r\n" * breaks:
         raise BadRequest(400, "the request head contains a control character, or CR or LF alone")
-    match = _request_line(lines[0])
-    if match is None:
-        if _other_version(lines[0]):
-            raise BadRequest(505, "only HTTP/1.0 and HTTP/1.1 are supported")
-        raise BadRequest(400, "the request line is malformed")
+    known = _request_lines.get(lines[0])
+    method, target, minor = _read_request_line(lines[0]) if known is None else known
     if breaks > max_headers:
         raise BadRequest(431, f"more than {max_headers} header fields")
-    method, target, minor = match.groups()
-    request = RequestHead(method, target, 1 if minor == b"1" else 0)
+    request = RequestHead(method, target, minor)
     kept = request.lines
     options: set[bytes] | None = None
     hosts = 0
@@ -94,26 +98,20 @@ def parse_request(head: bytes, max_headers: int) -> RequestHead:
     del lines[0]
     request.received = lines
     for line in lines:
-        name, colon, value = line.partition(b":")
-        special = cached_class(name)
-        if special is None:
-            try:
-                special = classify(name)
-            except ValueError:
-                raise BadRequest(400, "a header field name is malformed, or a field is folded") from None
-        if not colon:
-            raise BadRequest(400, "a header field lacks its colon")
+        try:
+            special, value = read_field(line)
+        except ValueError as error:
+            raise BadRequest(400, str(error)) from None
         if not special:
             kept.append(line)
             continue
-        value = value.strip(b" \t")
         if special == b"host":
             hosts += 1
-            if _host(value) is None:
+            if value not in _hosts and not _valid_host(value):
                 raise BadRequest(400, "Host is malformed")
             host_at = len(kept)
             kept.append(line)
-        elif special in {b"content-type", b"content-encoding"}:
+        elif special in _KEPT:
             kept.append(line)
         elif special == b"content-length":
             if sized:
@@ -175,6 +173,28 @@ def parse_request(head: bytes, max_headers: int) -> RequestHead:
     if target[:1] != b"/":
         _to_origin_form(request, host_at)
     return request
+
+
+def _read_request_line(line: bytes) -> tuple[bytes, bytes, int]:
+    """Method, target and minor version, which are then cached."""
+    match = _request_line(line)
+    if match is None:
+        if _other_version(line):
+            raise BadRequest(505, "only HTTP/1.0 and HTTP/1.1 are supported")
+        raise BadRequest(400, "the request line is malformed")
+    found = match[1], match[2], 1 if match[3] == b"1" else 0
+    if len(_request_lines) < _MAX_CACHED and len(line) <= _MAX_CACHED_BYTES and b"?" not in line:
+        _request_lines[line] = found
+    return found
+
+
+def _valid_host(value: bytes) -> bool:
+    """Whether Host may have this value, which is then cached."""
+    if _host(value) is None:
+        return False
+    if len(_hosts) < _MAX_CACHED and len(value) <= _MAX_CACHED_BYTES:
+        _hosts.add(value)
+    return True
 
 
 def _drop_connection_fields(request: RequestHead, options: set[bytes]) -> None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
+from typing import Final
 
 from hemostat.relay.http.errors import BadResponse
 from hemostat.relay.http.fields import (
     HOP_BY_HOP,
     LINE_BYTES,
-    cached_class,
-    classify,
     connection_options,
     drop_fields,
+    read_field,
 )
 from hemostat.relay.http.framing import CHUNKED, CHUNKED_LINE, UNTIL_CLOSE, parse_length
 
-_status_line = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [^\r\n]*)?").fullmatch
+_BODYLESS: Final = frozenset((204, 304))
+_status_line: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [^\r\n]*)?").fullmatch
 
 
 class ResponseHead:
@@ -75,42 +76,37 @@ def parse_response(head: bytes, *, to_head: bool) -> ResponseHead:
     coded = sized = False
     del lines[0]
     for line in lines:
-        name, colon, value = line.partition(b":")
-        special = cached_class(name)
-        if special is None:
-            try:
-                special = classify(name)
-            except ValueError:
-                raise BadResponse("a header field name is malformed, or a field is folded") from None
-        if not colon:
-            raise BadResponse("a header field lacks its colon")
+        try:
+            special, value = read_field(line)
+        except ValueError as error:
+            raise BadResponse(str(error)) from None
         if not special:
             kept.append(line)
         elif special == b"content-type":
-            response.content_type = value.strip(b" \t")
+            response.content_type = value
             kept.append(line)
         elif special == b"content-encoding":
-            response.content_coding = value.strip(b" \t")
+            response.content_coding = value
             kept.append(line)
         elif special == b"content-length":
             if sized:
                 raise BadResponse("Content-Length is given twice")
             sized = True
             try:
-                response.length = parse_length(value.strip(b" \t"))
+                response.length = parse_length(value)
             except ValueError:
                 raise BadResponse("Content-Length is not a number") from None
             response.framing = len(kept)
             kept.append(line)
         elif special == b"transfer-encoding":
-            if coded or value.strip(b" \t").lower() != b"chunked" or response.minor == 0:
+            if coded or value.lower() != b"chunked" or response.minor == 0:
                 raise BadResponse("Transfer-Encoding is not `chunked`")
             coded = True
             response.length = CHUNKED
             response.framing = len(kept)
             kept.append(CHUNKED_LINE)
         elif special == b"connection":
-            if value != b" keep-alive":
+            if value != b"keep-alive":
                 options = connection_options(value) if options is None else options | connection_options(value)
         elif special == b"upgrade":
             if status == 101:
@@ -126,7 +122,7 @@ def parse_response(head: bytes, *, to_head: bool) -> ResponseHead:
         if options - {b"close", b"keep-alive", b"upgrade"}:
             response.lines, response.framing = drop_fields(kept, response.framing, options - {b"upgrade"})
             kept = response.lines
-    if status < 200 or status in {204, 304} or to_head:
+    if status < 200 or status in _BODYLESS or to_head:
         if coded and not to_head:
             del kept[response.framing]
             response.framing = -1

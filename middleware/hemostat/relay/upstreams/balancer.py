@@ -12,14 +12,15 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from hashlib import blake2b
+from typing import Final
 
-BOUND = 1.25
+BOUND: Final = 1.25
 """1 + ε of the paper."""
-MIN_CAPACITY = 4
+MIN_CAPACITY: Final = 4
 """An engine that computes requests in batches is not slowed by so few: below it, no conversation moves."""
-POINTS = 64
+POINTS: Final = 64
 """Of each engine on the ring."""
-UNAVAILABLE = -1
+UNAVAILABLE: Final = -1
 """The load of an engine that gets no requests."""
 
 

@@ -14,15 +14,15 @@ from enum import Enum, auto
 from fcntl import ioctl
 from termios import FIONREAD
 from time import perf_counter
-from typing import Protocol, cast
+from typing import Final, Protocol, cast
 
 from hemostat.relay.http.errors import BadResponse
 from hemostat.relay.http.framing import CHUNKED, UNTIL_CLOSE, ChunkedReader
 from hemostat.relay.http.response import ResponseHead, parse_response
 from hemostat.relay.tunnel import Tunnel
 
-MAX_HEAD_BYTES = 256 * 1024
-_NO_BYTES = bytes(4)
+MAX_HEAD_BYTES: Final = 256 * 1024
+_NO_BYTES: Final = bytes(4)
 """An int of 0."""
 
 
@@ -40,11 +40,11 @@ class UpstreamState(Enum):
 
 
 # Module globals, for the reason that `exchange_state` gives.
-_IDLE = UpstreamState.IDLE
-_AWAITING_HEAD = UpstreamState.AWAITING_HEAD
-_READING_BODY = UpstreamState.READING_BODY
-_TUNNEL = UpstreamState.TUNNEL
-_CLOSED = UpstreamState.CLOSED
+_IDLE: Final = UpstreamState.IDLE
+_AWAITING_HEAD: Final = UpstreamState.AWAITING_HEAD
+_READING_BODY: Final = UpstreamState.READING_BODY
+_TUNNEL: Final = UpstreamState.TUNNEL
+_CLOSED: Final = UpstreamState.CLOSED
 
 
 class Receiver(Protocol):

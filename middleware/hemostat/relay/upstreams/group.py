@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Collection, Sequence
+from typing import Final
 
 from hemostat.ipc.messages import EngineHealth
 from hemostat.relay.upstreams.balancer import UNAVAILABLE, Balancer
@@ -13,7 +14,7 @@ from hemostat.relay.upstreams.health import Health
 from hemostat.relay.upstreams.origin import Origin
 from hemostat.relay.upstreams.pool import Pool
 
-MAX_ENGINES = 64
+MAX_ENGINES: Final = 64
 
 
 class Upstreams:

@@ -14,14 +14,15 @@ requests gets fewer and fewer of them.
 from __future__ import annotations
 
 from enum import Enum
+from typing import Final
 
-FAILURES = 3
+FAILURES: Final = 3
 """Requests in a row without a usable answer (see `Health.request_failed`), after which an engine is ejected."""
-FAILED_CHECKS = 2
-HOLD_SECONDS = 1.0
+FAILED_CHECKS: Final = 2
+HOLD_SECONDS: Final = 1.0
 """Of the first ejection."""
-MAX_HOLD_SECONDS = 60.0
-STABLE_SECONDS = 60.0
+MAX_HOLD_SECONDS: Final = 60.0
+STABLE_SECONDS: Final = 60.0
 """An engine that was up for this long is ejected for HOLD_SECONDS again."""
 
 

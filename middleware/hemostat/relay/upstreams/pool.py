@@ -7,16 +7,17 @@ import logging
 import math
 import ssl
 from collections import OrderedDict, deque
+from typing import Final
 
 from hemostat.relay.upstreams.connection import Receiver, UpstreamConnection
 from hemostat.relay.upstreams.origin import Origin
 
-CONNECT_SECONDS = 10.0
-IDLE_SECONDS = 4.0
+CONNECT_SECONDS: Final = 10.0
+IDLE_SECONDS: Final = 4.0
 """Idle connections are closed before uvicorn closes them (after 5 s in vLLM), so that a request is seldom sent on one
 that is being closed."""
 
-DISTRUST_SECONDS = 60.0
+DISTRUST_SECONDS: Final = 60.0
 
 log = logging.getLogger("hemostat.relay")
 
