@@ -128,7 +128,7 @@ class Exchange:
         self._probed = False
 
     def _enter(self, state: ExchangeState) -> None:
-        assert state in TRANSITIONS[self.state], f"no transition from {self.state} to {state}"
+        assert state in TRANSITIONS[self.state], f"no transition from {self.state!r} to {state!r}"
         self.state = state
 
     # The request, from the client's connection.

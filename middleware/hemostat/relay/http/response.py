@@ -18,6 +18,11 @@ from hemostat.relay.http.framing import CHUNKED, CHUNKED_LINE, UNTIL_CLOSE, pars
 _BODYLESS: Final = frozenset((204, 304))
 _status_line: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [^\r\n]*)?").fullmatch
 
+_MAX_CACHED: Final = 64
+_MAX_CACHED_BYTES: Final = 64
+_status_lines: Final[dict[bytes, tuple[int, int]]] = {}
+"""Seen so far -> status and minor version. Bounded."""
+
 
 class ResponseHead:
     """A response's head, checked."""
@@ -64,11 +69,9 @@ def parse_response(head: bytes, *, to_head: bool) -> ResponseHead:
     breaks = len(lines) - 1
     if head.translate(None, LINE_BYTES) != b"\r\n" * breaks:
         raise BadResponse("the response head contains a control character, or CR or LF alone")
-    match = _status_line(lines[0])
-    if match is None:
-        raise BadResponse("the status line is malformed")
-    status = int(match[2])
-    response = ResponseHead(lines[0], status, 1 if match[1] == b"1" else 0)
+    known = _status_lines.get(lines[0])
+    status, minor = _read_status_line(lines[0]) if known is None else known
+    response = ResponseHead(lines[0], status, minor)
     if response.minor == 0:
         response.status_line = b"HTTP/1.1" + lines[0][8:]
     kept = response.lines
@@ -128,3 +131,14 @@ def parse_response(head: bytes, *, to_head: bool) -> ResponseHead:
             response.framing = -1
         response.length = 0
     return response
+
+
+def _read_status_line(line: bytes) -> tuple[int, int]:
+    """Status and minor version, which are then cached."""
+    match = _status_line(line)
+    if match is None:
+        raise BadResponse("the status line is malformed")
+    found = int(match[2]), 1 if match[1] == b"1" else 0
+    if len(_status_lines) < _MAX_CACHED and len(line) <= _MAX_CACHED_BYTES:
+        _status_lines[line] = found
+    return found
