@@ -23,10 +23,6 @@ one's text it does not matter that both go to the same engine."""
 MAX_OCCURRENCES: Final = 32
 """Places that are looked at in search of the messages, or of the user."""
 
-_MASK: Final = 2**64 - 1
-_SPREAD: Final = 0x9E3779B97F4A7C15
-"""Odd, 2**64 by the golden ratio: neighbouring checksums are far apart on the ring (Knuth's multiplicative hash)."""
-
 # Quotation marks within JSON strings are escaped, so that nothing here is found inside of them.
 _STRING: Final = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 # Compiled, since the time of such a search is linear also where the bytes are nearly those that are looked for.
@@ -38,13 +34,15 @@ _ROLE: Final = re.compile(rb'"role"\s{0,16}+:\s{0,16}+\Z')
 _MAX_ROLE_BYTES: Final = 40
 _CONTENT: Final = re.compile(rb'\s*+,\s*+"content"\s*+:\s*+' + _STRING + rb"\s*+}", re.DOTALL)
 """The rest of most messages."""
+_PLAIN_CONTENT: Final = re.compile(rb'\s*+,\s*+"content"\s*+:\s*+"[^"]*+(?<!\\)"\s*+}')
+"""The same where no quotation mark is escaped: read five times as fast."""
 _TEXT: Final = re.compile(_STRING, re.DOTALL)
 _TOKEN: Final = re.compile(_STRING + rb"?+|[\[\]{}]", re.DOTALL)
 """A string that does not end before the search does is one, too: it would be read again from each quotation mark."""
 
 
 def conversation_key(body: bytes) -> int | None:
-    """A number below 2**64, or None where no conversation is recognized.
+    """A number below 2**32, or None where no conversation is recognized.
 
     >>> first = b'{"messages": [{"role": "user", "content": "Hi"}], "seed": 1}'
     >>> later = b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]}'
@@ -54,19 +52,20 @@ def conversation_key(body: bytes) -> int | None:
     messages = _MESSAGES.search(body, 0, MAX_SCANNED_BYTES)
     if messages is not None and (role := _USER.search(body, messages.end(), MAX_SCANNED_BYTES)) is not None:
         # The shape that nearly all clients send; in the others the same is found by looking more closely.
-        content = _CONTENT.match(body, role.end(), role.end() + MAX_TEXT_BYTES)
+        start, end = role.end(), role.end() + MAX_TEXT_BYTES
+        content = _PLAIN_CONTENT.match(body, start, end) or _CONTENT.match(body, start, end)
         if content is not None:
-            return _hash(body[messages.start() : content.end()])
+            return zlib.crc32(body[messages.start() : content.end()])
     found = _find_value(body, _PROMPTS if messages is None else (_MESSAGES, *_PROMPTS))
     if found is None:
         return None
     start = found.start(1)
     if found[1] == b'"':
         text = _TEXT.match(body, start, start + MAX_TEXT_BYTES)
-        return _hash(body[start : text.end() if text is not None else start + MAX_TEXT_BYTES])
+        return zlib.crc32(body[start : text.end() if text is not None else start + MAX_TEXT_BYTES])
     user = _find_user(body, start)
     end = body.find(b"]", start, MAX_SCANNED_BYTES) if user is None else _end_of_object(body, user)
-    return _hash(body[start:end]) if end > 0 else None
+    return zlib.crc32(body[start:end]) if end > 0 else None
 
 
 def _occurrences(body: bytes, sign: re.Pattern[bytes], start: int) -> Iterator[re.Match[bytes]]:
@@ -103,7 +102,3 @@ def _end_of_object(body: bytes, position: int) -> int:
                 return token.end()
             depth -= 1
     return end
-
-
-def _hash(data: bytes) -> int:
-    return zlib.crc32(data) * _SPREAD & _MASK

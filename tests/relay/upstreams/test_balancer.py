@@ -7,11 +7,12 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hemostat.openai.conversation_key import conversation_key
 from hemostat.relay.upstreams.balancer import BOUND, MIN_CAPACITY, UNAVAILABLE, Balancer
 
 NAMES = [f"10.0.0.{n}:8000" for n in range(64)]
 loads_of_engines = st.lists(st.one_of(st.just(UNAVAILABLE), st.integers(0, 500)), min_size=1, max_size=64)
-keys = st.integers(0, 2**64 - 1)
+keys = st.integers(0, 2**32 - 1)
 
 
 @given(loads_of_engines, st.one_of(st.none(), keys))
@@ -47,7 +48,14 @@ def test_when_an_engine_leaves_only_its_own_conversations_move(count: int, gone:
 
 def test_conversations_are_spread_evenly() -> None:
     balancer = Balancer(NAMES[:4])
-    spread = Counter(balancer.choose([0, 0, 0, 0], key * 2**64 // 10_000) for key in range(10_000))
+    spread = Counter(balancer.choose([0, 0, 0, 0], key * 2**32 // 10_000) for key in range(10_000))
+    assert min(spread.values()) > 1_700
+
+
+def test_conversations_that_differ_in_a_digit_are_spread_evenly() -> None:
+    balancer = Balancer(NAMES[:4])
+    bodies = (b'{"messages": [{"role": "user", "content": "Summarize file %d."}]}' % n for n in range(10_000))
+    spread = Counter(balancer.choose([0, 0, 0, 0], conversation_key(body)) for body in bodies)
     assert min(spread.values()) > 1_700
 
 

@@ -29,7 +29,7 @@ class Balancer:
 
     def __init__(self, names: Sequence[str]) -> None:
         points = sorted(
-            (int.from_bytes(blake2b(f"{name} {point}".encode(), digest_size=8).digest(), "little"), index)
+            (int.from_bytes(blake2b(f"{name} {point}".encode(), digest_size=4).digest(), "little"), index)
             for index, name in enumerate(names)
             for point in range(POINTS)
         )
@@ -41,7 +41,7 @@ class Balancer:
     def choose(self, loads: Sequence[int], key: int | None) -> int:
         """The index of an engine; -1 where none is available.
 
-        loads: requests in progress at each engine, UNAVAILABLE for one that gets none. key: below 2**64, equal for all
+        loads: requests in progress at each engine, UNAVAILABLE for one that gets none. key: below 2**32, equal for all
         requests of a conversation; None: none is known.
 
         >>> balancer = Balancer(["a:8000", "b:8000"])
