@@ -17,8 +17,7 @@ from xdist.scheduler.loadscope import LoadScopeScheduling
 from hemostat.models import vllm_server as vllm_process
 from hemostat.models.reference_checkpoint import Checkpoints, cached_checkpoints
 
-# How long an example takes says how busy the machine is.
-# How fast examples are drawn depends on what else the machine does.
+# How long an example takes, and how fast examples are drawn, depend on what else the machine does.
 hypothesis.settings.register_profile("hemostat", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("hemostat")
 

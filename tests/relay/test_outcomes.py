@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from typing import Any
 
@@ -137,6 +138,13 @@ def test_a_repeated_block_is_a_loop(block: str, before: str) -> None:
     # A block of a long run and one other character may end in the run alone: a ruler, at this length.
     end = (block * 60)[-outcomes.MIN_LOOP_CHARACTERS // outcomes.LOOP_COPIES :]
     assert ends_in_loop(before + block * 60) or len(set(end)) < 2
+
+
+def test_a_text_that_ends_in_a_ruler_is_not_searched() -> None:
+    text = ("-" * 11 + "|") * 350_000 + "-" * 12
+    started = time.thread_time()
+    assert not any(ends_in_loop(text) for _ in range(10))
+    assert time.thread_time() - started < 0.01
 
 
 @given(st.lists(st.binary(max_size=200), max_size=20), st.booleans())

@@ -40,6 +40,10 @@ _TEXT: Final = re.compile(_STRING, re.DOTALL)
 _TOKEN: Final = re.compile(_STRING + rb"?+|[\[\]{}]", re.DOTALL)
 """A string that does not end before the search does is one, too: it would be read again from each quotation mark."""
 
+_SPREAD: Final = 0x9E3779B1
+"""Odd, 2**32 by the golden ratio: checksums of texts that differ in one character are related, and their multiples are
+far apart on the ring (Knuth's multiplicative hash)."""
+
 
 def conversation_key(body: bytes) -> int | None:
     """A number below 2**32, or None where no conversation is recognized.
@@ -55,17 +59,17 @@ def conversation_key(body: bytes) -> int | None:
         start, end = role.end(), role.end() + MAX_TEXT_BYTES
         content = _PLAIN_CONTENT.match(body, start, end) or _CONTENT.match(body, start, end)
         if content is not None:
-            return zlib.crc32(body[messages.start() : content.end()])
+            return _hash(body[messages.start() : content.end()])
     found = _find_value(body, _PROMPTS if messages is None else (_MESSAGES, *_PROMPTS))
     if found is None:
         return None
     start = found.start(1)
     if found[1] == b'"':
         text = _TEXT.match(body, start, start + MAX_TEXT_BYTES)
-        return zlib.crc32(body[start : text.end() if text is not None else start + MAX_TEXT_BYTES])
+        return _hash(body[start : text.end() if text is not None else start + MAX_TEXT_BYTES])
     user = _find_user(body, start)
     end = body.find(b"]", start, MAX_SCANNED_BYTES) if user is None else _end_of_object(body, user)
-    return zlib.crc32(body[start:end]) if end > 0 else None
+    return _hash(body[start:end]) if end > 0 else None
 
 
 def _occurrences(body: bytes, sign: re.Pattern[bytes], start: int) -> Iterator[re.Match[bytes]]:
@@ -102,3 +106,7 @@ def _end_of_object(body: bytes, position: int) -> int:
                 return token.end()
             depth -= 1
     return end
+
+
+def _hash(data: bytes) -> int:
+    return zlib.crc32(data) * _SPREAD & 0xFFFFFFFF

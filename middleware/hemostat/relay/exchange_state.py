@@ -26,7 +26,7 @@ from typing import Final
 
 
 class ExchangeState(IntEnum):
-    """Where an exchange stands. (Integers, because their hash is fast, and one is taken for every transition.)"""
+    """Where an exchange stands. An IntEnum: members are hashed for every transition, and the hash of Enum is slow."""
 
     STARTING = auto()
     """The head of the request has been read; nothing has been done with it."""

@@ -17,7 +17,8 @@ _DIGITS_AT_ONCE: Final = 4096
 
 
 class _RandomDigits:
-    """Hexadecimal digits, made many at a time. Owns those that are left."""
+    """Random hexadecimal digits, made many at a time, since a call of the generator costs more than it makes. Owns those
+    that are left."""
 
     __slots__ = ("_digits", "_used")
 

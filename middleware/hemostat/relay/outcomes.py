@@ -260,9 +260,11 @@ def ends_in_loop(text: str) -> bool:
     if len(text) < MIN_LOOP_CHARACTERS:
         return False
     end = text[-MIN_LOOP_CHARACTERS // LOOP_COPIES :]
+    if end[0] == end[1] and end == end[0] * len(end):
+        return False
     # In a loop, the last characters also stand one period earlier: the nearest such place is the only candidate.
     before = text.rfind(end, 0, len(text) - 1)
-    if before < 0 or len(set(end)) < 2:
+    if before < 0:
         return False
     period = len(text) - len(end) - before
     whole = max(LOOP_COPIES * period, MIN_LOOP_CHARACTERS)

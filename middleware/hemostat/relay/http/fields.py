@@ -30,12 +30,14 @@ _NOT_REMOVABLE: Final = frozenset((b"content-length", b"host"))
 _RECURRING: Final = frozenset(
     (b"accept", b"accept-encoding", b"connection", b"content-type", b"host", b"server", b"user-agent")
 )
-"""Clients and servers repeat these fields unchanged, and nothing in them is secret."""
+"""Most clients and servers repeat these fields unchanged, as OpenAI's clients do `x-stainless-…`; none is meant for secrets."""
 _MAX_CACHED: Final = 1024
+"""A cache that is full is emptied: what one client sent once does not slow down the others for good."""
+_MAX_CACHED_NAME_BYTES: Final = 64
 _MAX_CACHED_LINE_BYTES: Final = 256
-# Field names seen so far, as sent -> their class, and whether the field recurs. Bounded; field names are not secret.
+# Field names seen before, as sent -> their class, and whether the field recurs. Bounded; field names are not secret.
 _names: Final[dict[bytes, tuple[bytes, bool]]] = {}
-# Lines of recurring fields seen so far -> what `read_field` returns. Bounded.
+# Lines of recurring fields seen before -> what `read_field` returns. Bounded.
 _lines: Final[dict[bytes, tuple[bytes, bytes]]] = {}
 
 
@@ -54,13 +56,15 @@ def read_field(line: bytes) -> tuple[bytes, bytes]:
     if not colon:
         raise ValueError("a header field lacks its colon")
     value = value.strip(b" \t")
-    if recurs and len(line) <= _MAX_CACHED_LINE_BYTES and len(_lines) < _MAX_CACHED:
+    if recurs and len(line) <= _MAX_CACHED_LINE_BYTES:
+        if len(_lines) >= _MAX_CACHED:
+            _lines.clear()
         _lines[line] = special, value
     return special, value
 
 
 def _classify(name: bytes) -> tuple[bytes, bool]:
-    """The class of a field's name, and whether the field recurs, which are then cached."""
+    """The class of a field's name, and whether the field recurs. The result is cached."""
     if _token(name) is None:
         raise ValueError("a header field name is malformed, or a field is folded")
     lower = name.lower()
@@ -71,7 +75,9 @@ def _classify(name: bytes) -> tuple[bytes, bool]:
     else:
         special = lower if lower in _INTERPRETED else b""
     known = special, lower in _RECURRING or lower.startswith(b"x-stainless-")
-    if len(_names) < _MAX_CACHED:
+    if len(name) <= _MAX_CACHED_NAME_BYTES:
+        if len(_names) >= _MAX_CACHED:
+            _names.clear()
         _names[name] = known
     return known
 

@@ -21,7 +21,8 @@ _absolute: Final = re.compile(rb"https?://([^/?#]+)(.*)", re.IGNORECASE).fullmat
 _KEPT: Final = frozenset((b"content-type", b"content-encoding"))
 _MAX_CACHED: Final = 256
 _MAX_CACHED_BYTES: Final = 128
-# Request lines seen so far, and valid values of Host. Bounded; a target with a query is not kept.
+# Request lines seen before, and valid values of Host. Bounded, and emptied when full. What may contain a secret is not
+# kept: a target with a query, or with an authority, which may name a user and a password.
 _request_lines: Final[dict[bytes, tuple[bytes, bytes, int]]] = {}
 _hosts: Final[set[bytes]] = set()
 
@@ -176,23 +177,27 @@ def parse_request(head: bytes, max_headers: int) -> RequestHead:
 
 
 def _read_request_line(line: bytes) -> tuple[bytes, bytes, int]:
-    """Method, target and minor version, which are then cached."""
+    """Method, target and minor version. The result is cached."""
     match = _request_line(line)
     if match is None:
         if _other_version(line):
             raise BadRequest(505, "only HTTP/1.0 and HTTP/1.1 are supported")
         raise BadRequest(400, "the request line is malformed")
     found = match[1], match[2], 1 if match[3] == b"1" else 0
-    if len(_request_lines) < _MAX_CACHED and len(line) <= _MAX_CACHED_BYTES and b"?" not in line:
+    if len(line) <= _MAX_CACHED_BYTES and found[1][:1] == b"/" and b"?" not in line:
+        if len(_request_lines) >= _MAX_CACHED:
+            _request_lines.clear()
         _request_lines[line] = found
     return found
 
 
 def _valid_host(value: bytes) -> bool:
-    """Whether Host may have this value, which is then cached."""
+    """Whether Host may have this value. A valid one is cached."""
     if _host(value) is None:
         return False
-    if len(_hosts) < _MAX_CACHED and len(value) <= _MAX_CACHED_BYTES:
+    if len(value) <= _MAX_CACHED_BYTES:
+        if len(_hosts) >= _MAX_CACHED:
+            _hosts.clear()
         _hosts.add(value)
     return True
 

@@ -21,7 +21,7 @@ _status_line: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [^\r\n]*
 _MAX_CACHED: Final = 64
 _MAX_CACHED_BYTES: Final = 64
 _status_lines: Final[dict[bytes, tuple[int, int]]] = {}
-"""Seen so far -> status and minor version. Bounded."""
+"""Seen before -> status and minor version. Bounded, and emptied when full."""
 
 
 class ResponseHead:
@@ -134,11 +134,13 @@ def parse_response(head: bytes, *, to_head: bool) -> ResponseHead:
 
 
 def _read_status_line(line: bytes) -> tuple[int, int]:
-    """Status and minor version, which are then cached."""
+    """Status and minor version. The result is cached."""
     match = _status_line(line)
     if match is None:
         raise BadResponse("the status line is malformed")
     found = int(match[2]), 1 if match[1] == b"1" else 0
-    if len(_status_lines) < _MAX_CACHED and len(line) <= _MAX_CACHED_BYTES:
+    if len(line) <= _MAX_CACHED_BYTES:
+        if len(_status_lines) >= _MAX_CACHED:
+            _status_lines.clear()
         _status_lines[line] = found
     return found
