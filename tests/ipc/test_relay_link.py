@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from hemostat.ipc.messages import (
     Stats,
     encode,
 )
+from hemostat.ipc.process import is_compiled
 from hemostat.ipc.relay_end import MAX_QUEUED_BYTES, MAX_QUEUED_REPORTS, REPORTS_PER_MESSAGE, ControlLink
 
 POLICY = policy()
@@ -129,6 +131,21 @@ async def test_captures_arrive_and_figures_add_up_over_relays_and_restarts(link:
     await until(lambda: link.link.total().overhead_buckets == [3, 6])
     two.close()
     again.close()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+async def test_a_relay_that_connects_is_logged(link: Link, caplog: pytest.LogCaptureFixture, compiled: bool) -> None:
+    caplog.set_level(logging.INFO)
+    (_, writer) = await link.relay()
+    writer.write(encode(Hello(pid=7, worker=2, compiled=compiled)))
+    await until(lambda: f"relay 2 connected (pid 7, {'compiled' if compiled else 'interpreted'})" in caplog.text)
+    writer.close()
+
+
+def test_whether_a_module_is_compiled() -> None:
+    assert is_compiled("msgspec._core")
+    assert not is_compiled("msgspec.json")
+    assert not is_compiled("hemostat.not_a_module")
 
 
 async def test_policy_reaches_relays_that_are_there_and_those_that_come(link: Link) -> None:

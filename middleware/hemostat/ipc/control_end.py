@@ -128,7 +128,8 @@ class RelayLink:
                                 self._former.pop(identity, None)  # these include its former ones
                         case Hello():
                             identity = (message.worker, message.pid)
-                            log.info("relay %d connected (pid %d)", message.worker, message.pid)
+                            code = "compiled" if message.compiled else "interpreted"
+                            log.info("relay %d connected (pid %d, %s)", message.worker, message.pid, code)
                         case _:
                             raise ValueError(f"a relay sent {type(message).__name__}")
         except (ConnectionError, ValueError, msgspec.DecodeError) as error:

@@ -33,6 +33,8 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
 
     pid: int
     worker: int
+    compiled: bool = False
+    """Its hot path is compiled."""
 
 
 class Capture(msgspec.Struct, tag="capture", frozen=True):

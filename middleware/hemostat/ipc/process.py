@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,11 @@ def die_with_parent(parent: int, sig: int = signal.SIGTERM) -> None:
     libc.prctl(_PR_SET_PDEATHSIG, sig, 0, 0, 0)
     if os.getppid() != parent:
         sys.exit(0)
+
+
+def is_compiled(module: str) -> bool:
+    """Whether this process has loaded that module from machine code instead of its source; False if not loaded."""
+    return str(getattr(sys.modules.get(module), "__file__", "")).endswith(tuple(EXTENSION_SUFFIXES))
 
 
 def make_tracing(config: dict[str, Any] | None) -> Tracing | None:

@@ -12,6 +12,7 @@ import msgspec
 
 from hemostat.ipc.backoff import Backoff
 from hemostat.ipc.messages import Capture, Hello, MessageReader, OutcomeReport, OutcomeReports, Policy, Stats, encode
+from hemostat.ipc.process import is_compiled
 from hemostat.ipc.sampled import SampledTally
 
 log = logging.getLogger("hemostat.relay")
@@ -23,6 +24,8 @@ MAX_QUEUED_REPORTS = 1024
 REPORTS_PER_MESSAGE = 64
 """So many are sent at once; fewer with the next figures."""
 STATS_SECONDS = 1.0
+HOT_MODULE = "hemostat.relay.exchange"
+"""A name only, for this layer cannot import it: all modules of the hot path are compiled, or none."""
 RECONNECT_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
 """Longest pauses between attempts to connect."""
 
@@ -110,7 +113,8 @@ class ControlLink:
 
     def _connected(self, transport: asyncio.WriteTransport) -> None:
         self._transport = transport
-        transport.write(encode(Hello(pid=os.getpid(), worker=self._worker)))
+        hello = Hello(pid=os.getpid(), worker=self._worker, compiled=is_compiled(HOT_MODULE))
+        transport.write(encode(hello))
 
     def _disconnected(self) -> None:
         self._transport = None
