@@ -11,6 +11,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from tests.support import compiled
 from tests.support.running_vllm import LORA_ARGUMENTS, LORA_ENVIRONMENT, VLLM_ARGUMENTS, RunningVllm, running_vllm
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
@@ -73,6 +74,7 @@ def _shared_server(file: Path) -> str | None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, and only these")
+    parser.addoption("--compiled", action="store_true", help="fail unless the relay's hot path is compiled")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -81,6 +83,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if (item.get_closest_marker("slow") is not None) == chosen]
+    if config.getoption("--compiled") and (interpreted := compiled.not_compiled()):
+        raise pytest.UsageError(f"not compiled: {', '.join(interpreted)}")
+    if compiled.is_compiled("hemostat.relay.exchange"):
+        skip = pytest.mark.skip(reason="it replaces a method of a compiled class")
+        for item in items:
+            if item.get_closest_marker("interpreted"):
+                item.add_marker(skip)
     if not vllm_process.installed():
         skip = pytest.mark.skip(reason="vLLM is not installed here: `make setup` installs it")
         for item in items:

@@ -13,6 +13,7 @@ from hemostat.hooks import Comparison
 from hemostat.ipc.messages import OutcomeReport
 from hemostat.metrics.names import OUTCOME_ERRORS, OUTCOME_REPORTS
 from hemostat.openai.form import Form
+from hemostat.relay.answer_format import AnswerFormat
 from hemostat.relay.outcomes import OutcomeObserver
 
 PERSON = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
@@ -156,7 +157,7 @@ async def test_an_error_in_the_evaluation_does_not_reach_the_client(monkeypatch:
     def fail(*args: Any, **more: Any) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr(OutcomeObserver, "compare", fail)
+    monkeypatch.setattr(AnswerFormat, "read", fail)
     body = chat_json("Paris.")
     reports, counted, got = await relayed(SpyHook(arm="treated", comparison=COMPARISON), answer(body))
     assert (reports, got) == ([], body)

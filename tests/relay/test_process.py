@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import signal
 import socket
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from tests.support.captures import sized_capture
+from tests.support.compiled import is_compiled
 from tests.support.relay import (
     GET,
     Client,
@@ -139,6 +141,21 @@ async def test_idle_clients_leave_descriptors_for_the_upstream(tmp_path: Path) -
         assert await relay.ask(GET) == 200
         for client in idle:
             await client.close()
+
+
+async def test_the_control_process_logs_whether_a_relay_is_compiled(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The relay's own process, which has to take the same code as the test's."""
+    caplog.set_level(logging.INFO)
+    link = RelayLink(tmp_path / "control.sock", lambda _: None)
+    await link.start()
+    try:
+        async with running(answering([]), tmp_path / "control.sock") as relay:
+            code = "compiled" if is_compiled("hemostat.relay.exchange") else "interpreted"
+            await until(lambda: f"relay 3 connected (pid {relay.process.pid}, {code})" in caplog.text)
+    finally:
+        await link.close()  # uvloop's own close waits for it
 
 
 async def test_counters_are_reported(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def entered(monkeypatch: pytest.MonkeyPatch) -> list[ExchangeState]:
     return states
 
 
+@pytest.mark.interpreted
 async def test_only_the_first_request_waits_for_a_connection(entered: list[ExchangeState]) -> None:
     async with relaying(answering([])) as (_, _, connect):
         client = await connect()
@@ -52,6 +53,7 @@ async def test_only_the_first_request_waits_for_a_connection(entered: list[Excha
     assert entered == [QUEUED, FORWARDED, HEAD_HELD, STREAMING, DONE, FORWARDED, HEAD_HELD, STREAMING, DONE]
 
 
+@pytest.mark.interpreted
 async def test_a_replayed_request_is_forwarded_twice(entered: list[ExchangeState]) -> None:
     def answer(request: Request) -> bytes:
         return BAD if request.body == b"rewritten" else OK
@@ -65,6 +67,7 @@ async def test_a_replayed_request_is_forwarded_twice(entered: list[ExchangeState
     assert entered == [QUEUED, FORWARDED, HEAD_HELD, FORWARDED, HEAD_HELD, DONE]
 
 
+@pytest.mark.interpreted
 async def test_a_refused_request_is_not_forwarded(entered: list[ExchangeState]) -> None:
     hook = HookSequence([Refusal(400, b"{}"), SpyHook(lambda _: Refusal(400, b"{}"))])
     async with relaying(answering([]), hook=hook) as (_, upstream, connect):
