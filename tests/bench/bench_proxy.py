@@ -12,12 +12,15 @@ cpu/chunk   CPU time of the proxy (all of its threads, /proc/PID/task/*/schedsta
 
 "hemostat N" samples the fraction N of the requests and treats none. "profile" and "adapter" sample none and treat all:
 with a profile of the logits, whose answers are read for their first event, and with an adapter, whose name is replaced
-in every chunk. Their ratios to "hemostat 0" and to each other are taken in the same rounds.
+in every chunk. Their ratios to "hemostat 0" and to each other are taken in the same rounds. The relay of all four is
+compiled, as in the image (build/bench/compiled, built once and after each change of the sources), and "hemostat 0,
+interpreted" runs the sources. Without a C compiler they are interpreted, and the table says so; "sampled" always is.
 "bare relay" hands on bytes and does nothing else, "bare relay, heads" also parses the heads of messages: the bounds of
 what Python can do (proxy/bare_relay.py).
 LiteLLM's proxy forwards the same chat completions, in the same rounds. It is not measured with streams.
 "direct" is the upstream without a proxy: no proxy can be measured beyond it. `--beside FOLDER` measures the relay of
-another checkout in the same rounds (`git worktree add FOLDER REVISION`), and the ratio of this one to it.
+another checkout in the same rounds (`git worktree add FOLDER REVISION`), compiled if its image is, and the ratio of
+this one to it.
 """
 
 from __future__ import annotations
@@ -62,8 +65,16 @@ from tests.bench.proxy.load import (  # noqa: E402  the root is no package
     upstream_config,
     wrk_script,
 )
-from tests.bench.proxy.proxies import BARE_RELAY, HEADS_RELAY, Bench, install_litellm, install_vllm_router  # noqa: E402
+from tests.bench.proxy.proxies import (  # noqa: E402
+    BARE_RELAY,
+    HEADS_RELAY,
+    Bench,
+    compiled_build,
+    install_litellm,
+    install_vllm_router,
+)
 
+INTERPRETED = "hemostat 0, interpreted"
 BARE_RELAYS = (BARE_RELAY, HEADS_RELAY)
 START_SECONDS = 300.0
 """LiteLLM's proxy imports for a minute on a busy machine."""
@@ -133,6 +144,7 @@ def ratios(values: Sequence[float], base: Sequence[float]) -> dict[str, float] |
 async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     costs = await sampled_cost.measure_both()
     by_plugin = plugin_cost.lines(await plugin_cost.measure_both(), plugin_cost.message_ms())
+    compiled = compiled_build()
     answers = await Answers.make()
     script, length = wrk_script(folder)
     kinds = ("json",) if arguments.without_streams else ("json", "stream")
@@ -162,19 +174,22 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
         for kind, port in bench.upstreams.items():
             await until_answering(port, f"the {kind} upstream", folder / f"upstream-{kind}.log")
         proxies = [
-            await bench.hemostat(0.0, stack),
-            await bench.hemostat(0.05, stack),
-            await bench.hemostat(0.0, stack, treated="profile"),
-            await bench.hemostat(0.0, stack, treated="adapter"),
+            await bench.hemostat(0.0, stack, compiled=compiled),
+            await bench.hemostat(0.05, stack, compiled=compiled),
+            await bench.hemostat(0.0, stack, compiled=compiled, treated="profile"),
+            await bench.hemostat(0.0, stack, compiled=compiled, treated="adapter"),
             await bench.bare_relay(name=BARE_RELAY),
             await bench.bare_relay("--heads", name=HEADS_RELAY),
             await bench.nginx(),
             await bench.vllm_router(install_vllm_router()),
         ]
+        if compiled is not None:
+            proxies.append(await bench.hemostat(0.0, stack, name=INTERPRETED))
         if not arguments.without_litellm:
             proxies.append(await bench.litellm(install_litellm()))
         if arguments.beside is not None:
-            proxies += [await bench.hemostat(rate, stack, arguments.beside) for rate in (0.0, 0.05)]
+            other = compiled_build(arguments.beside)
+            proxies += [await bench.hemostat(rate, stack, arguments.beside, compiled=other) for rate in (0.0, 0.05)]
         for proxy in proxies:
             for kind, port in proxy.ports.items():
                 log = folder / f"{proxy.name.replace(' ', '-')}-{kind}.log"
@@ -220,6 +235,7 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
             "response_bytes": {"plain": len(answers.json_plain), "asked": len(answers.json_asked)},
             "chunks_per_stream": len(answers.stream_plain),
             "streams_at_once": STREAMS_AT_ONCE,
+            "compiled": compiled is not None,
         },
         "requests_per_second": {name: spread(values) for name, values in rate.items()},
         "cpu_us_per_request": {name: spread(values) for name, values in request_cpu.items()},
@@ -248,6 +264,13 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
             "cpu_per_chunk": {
                 name: ratios(values, chunk_cpu["vllm-router"] if values else []) for name, values in chunk_cpu.items()
             },
+        },
+        "to_interpreted": None
+        if compiled is None
+        else {
+            "requests_per_second": ratios(rate["hemostat 0"], rate[INTERPRETED]),
+            "cpu_per_request": ratios(request_cpu["hemostat 0"], request_cpu[INTERPRETED]),
+            "cpu_per_chunk": ratios(chunk_cpu["hemostat 0"], chunk_cpu[INTERPRETED]),
         },
         "to_beside": to_beside,
         "treated": {
@@ -288,6 +311,11 @@ def table(result: dict[str, Any]) -> str:
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
+    if result["to_interpreted"] is None:
+        lines.append("hemostat, profile and adapter are interpreted: there is no C compiler here")
+    else:
+        shown = ", ".join(f"{figure} {cell(values, '.3f')}" for figure, values in result["to_interpreted"].items())
+        lines.append(f"hemostat 0 / {INTERPRETED}: {shown}")
     lines += sampled_cost.lines(
         {
             name: sampled_cost.Cost(cost["relay"], cost["queued"], cost["parsed"], sampled_cost.Floor(**cost["floor"]))

@@ -1,8 +1,8 @@
 """Four engines behind one Hemostat: what they cost, and what clients notice when one ends.
 
 Fast fakes are an nginx that has the answers ready; the relay has one core, rounds are interleaved with those of a relay
-with one upstream. Engines that are killed are processes of the tests' fake vLLM, which stream a token every 20 ms.
-Needs nginx and wrk.
+with one upstream. Both are compiled, as in the image, where there is a C compiler. Engines that are killed are
+processes of the tests' fake vLLM, which stream a token every 20 ms. Needs nginx and wrk.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 import httpx
 from tests.bench.bench_proxy import cpu_seconds, until_answering
 from tests.bench.proxy.load import PATH, Answers, free_port, run_wrk, upstream_config, wrk_script
-from tests.bench.proxy.proxies import Bench, listening
+from tests.bench.proxy.proxies import Bench, compiled_build, listening
 from tests.support.stack import ADMIN_TOKEN, FAKE_VLLM, Stack, wait_for
 
 from hemostat.relay.upstreams.balancer import BOUND
@@ -59,7 +59,8 @@ async def relays(folder: Path) -> AsyncIterator[tuple[dict[int, int], dict[int, 
     listen = "listen 127.0.0.1:{} backlog=4096;"
     every = " ".join(listen.format(port) for port in ports)
     config.write_text(config.read_text().replace(listen.format(ports[0]), every))
-    bench = Bench(folder, {})
+    bench, code = Bench(folder, {}), compiled_build()
+    environment = {"PYTHONPATH": str(code)} if code is not None else None
     try:
         command = ["nginx", "-e", "stderr", "-p", str(config.parent), "-c", str(config)]
         bench.start(command, pinned=False, log="upstream")
@@ -75,7 +76,8 @@ async def relays(folder: Path) -> AsyncIterator[tuple[dict[int, int], dict[int, 
             with listening(port) as sock:
                 fds = [sock.fileno()]
                 stdin = json.dumps(given | {"fds": fds}).encode()
-                pids[engines] = bench.start(command, stdin=stdin, log=f"relay-{engines}", pass_fds=fds)
+                log = f"relay-{engines}"
+                pids[engines] = bench.start(command, stdin=stdin, log=log, environment=environment, pass_fds=fds)
             await until_answering(port, f"the relay with {engines}", folder / f"relay-{engines}.log")
         yield by_engines, pids, script
     finally:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from tests.support import compiled
 
 from hemostat.ipc.messages import REST_KIND, MessageReader, Policy, Stats, encode
 
@@ -151,12 +152,17 @@ class Bench:
         stack: contextlib.AsyncExitStack,
         checkout: Path | None = None,
         *,
+        compiled: Path | None = None,
         treated: str = "",
+        name: str = "",
     ) -> Proxy:
-        """checkout: of another revision, whose relay is run instead of this one's. treated: what every request gets,
-        `profile` or `adapter`."""
-        proxy = Proxy(treated or f"{'hemostat' if checkout is None else 'beside'} {rate:g}", {}, {})
+        """checkout: of another revision, whose relay is run instead of this one's. compiled: the relay is taken from
+        there (`compiled_build`). treated: what every request gets, `profile` or `adapter`."""
+        named = name or treated or f"{'hemostat' if checkout is None else 'beside'} {rate:g}"
+        proxy = Proxy(named, {}, {})
         paths = [str(checkout / folder) for folder in ("middleware", "calibration")] if checkout is not None else []
+        if compiled is not None:
+            paths = [str(compiled)]
         for kind, upstream in self.upstreams.items():
             port = proxy.ports[kind] = free_port()
             path = self.folder / f"{proxy.name.replace(' ', '-')}-{kind}.sock"
@@ -181,6 +187,20 @@ class Bench:
                     pass_fds=fds,
                 )
         return proxy
+
+
+def compiled_build(checkout: Path | None = None) -> Path | None:
+    """Hemostat as the image of this revision or of the checkout has it, with its relay compiled, under build/; made
+    again after a change. None where the relay is interpreted: that revision compiles nothing, or nothing can be."""
+    if not compiled.modules(checkout or ROOT):
+        return None
+    folder = BUILD / ("compiled" if checkout is None else "compiled-beside")
+    print(f"the compiled relay: {folder.relative_to(ROOT)}", flush=True)
+    try:
+        return compiled.up_to_date(folder, root=checkout or ROOT)
+    except compiled.NoCompilerError as error:
+        print(f"relays are interpreted: {error}", flush=True)
+        return None
 
 
 def listening(port: int) -> socket.socket:
