@@ -26,6 +26,7 @@ QUICK = (
     "test_answers.py",
     "test_comparison.py",
     "test_faults.py",
+    "test_head_caches.py",
     "test_hooks.py",
     "test_outcomes.py",
     "test_process.py::test_the_control_process_logs_whether_a_relay_is_compiled",
