@@ -65,6 +65,6 @@ async def test_what_an_earlier_version_wrote_is_read(tmp_path: Path) -> None:
         learner = proposals._temperature_bias
         state = replace(learner.init(support.MODEL, INFO.vocab_size), tokens=70, requests=7)
         data = storage.save({"": state}, learner, "models", json.dumps({"": {TEMPERATURE_BIAS: 77}}))
-        assert proposals.restore(data, "models") == ""
+        assert proposals.restore(data, "models") == ("", "")
         assert proposals.learned() == (7, 70)
         assert proposals._scope("").proposed_at == {TEMPERATURE_BIAS: 77}

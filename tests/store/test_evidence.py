@@ -440,7 +440,7 @@ def test_a_state_that_has_grown_by_what_others_learned_is_the_same_as_one_that_l
     assert grown.information == pytest.approx(whole.information)
 
 
-@pytest.mark.parametrize("what", ["compressed", "reference"])
+@pytest.mark.parametrize("what", ["compressed", "reference", "weights"])
 async def test_units_about_a_checkpoint_that_was_replaced_under_the_same_name_are_not_counted(
     what: str, shared_server: Valkey, tmp_path: Path
 ) -> None:

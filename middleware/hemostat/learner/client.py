@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,6 +56,8 @@ class LearningTarget:
     """Of the hidden states that the reference returns; 0: none."""
     reference: str = ""
     """Digest of the reference's weights; "" where unknown."""
+    generation: int = 0
+    """How often the compressed weights have changed meanwhile."""
 
 
 class LearningStorage(Protocol):
@@ -64,9 +66,9 @@ class LearningStorage(Protocol):
     @property
     def wanted(self) -> bool: ...
 
-    async def load(self) -> bytes: ...
+    async def load(self) -> tuple[str, bytes]: ...
 
-    async def save(self, parts: list[bytes]) -> None: ...
+    async def save(self, weights: str, parts: list[bytes]) -> None: ...
 
 
 class ProposalReceiver(Protocol):
@@ -125,6 +127,11 @@ class Learner:
         """Of an export that is arriving."""
         self._exports: list[list[bytes]] = []
         """That have arrived."""
+        self._weights = ""
+        """Fingerprint of the compressed weights that are learned about; "" while they are not known."""
+        self._generation = 0
+        self._forgets = False
+        """What the running process has learned is of other weights, and not to be stored."""
         self._batch_pending = False
         """A batch was sent, and is not learned yet."""
         self._requested_scope: str | None = None
@@ -146,7 +153,18 @@ class Learner:
 
     def learn_about(self, target: LearningTarget) -> None:
         """From now on; nothing changes where it is the target already."""
-        self._process.set_target(target)
+        self._process.set_target(replace(target, generation=self._generation))
+
+    def set_weights(self, weights: str) -> None:
+        """The fingerprint of the compressed weights, "" where it is not known. What was learned of others is forgotten:
+        a new process begins without it."""
+        if weights and self._weights and weights != self._weights:
+            log.warning("learning begins anew: the engines have loaded other weights")
+            self._generation += 1
+            self._forgets = True
+            if self._process.target is not None:
+                self.learn_about(self._process.target)
+        self._weights = weights or self._weights
 
     def stop(self, why: str, *, unavailable: bool = False) -> None:
         """Learn about nothing. why: shown as the state's detail. unavailable: learning is wanted, but impossible."""
@@ -215,12 +233,24 @@ class Learner:
         self._set_state(LearnerState.STARTING, f"reading the output embedding of {target.folder}")
 
     async def begin(self, child: FramedChild, target: LearningTarget) -> None:
-        stored = await self._storage.load() if self._storage is not None else b""
+        stored = await self._load()
         child.send(wire.REQUESTS.encode(self._start_message(target, restores=bool(stored))))
         if stored:
             for part, last in wire.parts(stored):
                 child.send(wire.REQUESTS.encode(wire.Restore(part, last)))
                 await child.drain()
+
+    async def _load(self) -> bytes:
+        """What was stored, of these weights."""
+        if self._storage is None:
+            return b""
+        weights, stored = await self._storage.load()
+        if weights and self._weights and weights != self._weights:
+            log.warning("learning begins anew: what was learned is of other weights")
+            return b""
+        if stored:
+            self._weights = weights or self._weights
+        return stored
 
     def exited(self, why: ChildExited) -> None:
         return
@@ -255,6 +285,7 @@ class Learner:
         )
 
     def began(self, ready: wire.Ready, target: LearningTarget) -> None:
+        self._forgets = False
         anchors = np.frombuffer(ready.anchors, "<i4").astype(np.int32)
         self._hidden_size = target.hidden_size
         self.anchor_sets = {anchors_digest(anchors): anchors}
@@ -302,6 +333,8 @@ class Learner:
     async def _store_exports(self) -> None:
         while self._exports and self._storage is not None:
             parts = self._exports.pop(0)
+            if self._forgets:
+                continue
             if parts == [b""]:
                 limit = self._settings.stored_learner_mib
                 log.warning(
@@ -309,7 +342,7 @@ class Learner:
                     limit,
                 )
             else:
-                await self._storage.save(parts)
+                await self._storage.save(self._weights, parts)
 
     def _due_scope(self) -> str | None:
         """The first scope that has learned enough, and whose proposal would be accepted."""
@@ -391,5 +424,6 @@ class Learner:
         self._proposals.clear()
         self._last_attempt.clear()
         self._records.clear()
+        self._forgets = False
         self._hidden_size = 0
         self.anchor_sets = {}
