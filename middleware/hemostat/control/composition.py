@@ -162,7 +162,7 @@ class Control:
         seen, exchange = SeenUnits(), None
         if self.evidence is not None:
             exchange = self.evidence.connect(
-                self.alarms, self.by_engine, self.profile_manager, self.outcomes, seen, self.learned
+                self.alarms, self.by_engine, self.profile_manager, self.outcomes, seen, self.learned, self.learner
             )
         self.pipeline = ScoringPipeline(
             settings,
