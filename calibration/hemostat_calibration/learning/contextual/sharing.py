@@ -8,7 +8,8 @@ token, no order. Unlike parts of the sums, any of them can be added by itself: h
 tokens, as a fixed rotation spreads all directions over them.
 
 Rows are shared once they stand for more tokens than the map reads numbers, A + 1, and for `MIN_REQUESTS` requests: of
-fewer tokens it could be told whether a given one is among them (its x̃ would lie in the span of the rows).
+fewer tokens the rows would span what the tokens themselves span. Whoever has both models and a text can still find out
+whether that text is among them, as from any sums over so few tokens: a member is fitted better by their regression.
 """
 
 from __future__ import annotations
