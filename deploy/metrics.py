@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hemostat.control.evidence.lane import UnitOutcome
-from hemostat.control.evidence.shared import EVIDENCE, LEARNING
+from hemostat.control.evidence.shared import CONTEXTUAL, EVIDENCE, LEARNING
 from hemostat.engines.lora.probes import AGREEMENT, ERROR, FAILED, ISOLATION, PASSED, WAITING
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, REST_GRAMMAR_KIND, REST_KIND
 from hemostat.learner.adapters.builder import BuildFailure
@@ -474,6 +474,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
         "": {
             EVIDENCE: "what is judged by: scored requests and outcomes",
             LEARNING: "what temperature and bias have learned",
+            CONTEXTUAL: "what the contextual learner has learned",
         }
     },
     "strategy": {

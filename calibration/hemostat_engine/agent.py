@@ -23,6 +23,7 @@ from hemostat_engine.peers import Peer, Peers
 from hemostat_engine.retries import Retries
 from hemostat_engine.settings import Settings
 from hemostat_engine.taps import Taps
+from hemostat_engine.weights import LoadedWeights
 
 log = logging.getLogger("hemostat.engine")
 
@@ -59,6 +60,7 @@ class Agent:
         counters: Counters,
         taps: Taps,
         clock: Callable[[], float] = time.monotonic,
+        weights: LoadedWeights | None = None,
     ) -> None:
         self.identity = identity
         self._library = library
@@ -69,6 +71,7 @@ class Agent:
         self._retries = Retries()
         self._fetcher = Fetcher(settings.profile_dir, self._peers, library, counters, self._retries)
         self._clock = clock
+        self._weights = weights or LoadedWeights()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -77,6 +80,7 @@ class Agent:
         if not self._has_source:
             log.warning("neither HEMOSTAT_ADMIN_URL nor HEMOSTAT_PROFILE_DIR is set: every request gets identity")
             return
+        self._weights.start()
         self._thread = threading.Thread(target=self._run, name="hemostat-agent", daemon=True)
         self._thread.start()
 
@@ -119,6 +123,7 @@ class Agent:
             "runner": identity.runner,
             "vllm": identity.vllm,
             "answers": identity.answers,
+            **self._weights.report(),
             **adapters.report(),
         }
         operation = self._peers.label("report", peer)

@@ -27,6 +27,7 @@ from hemostat_engine.numbering import Numbering
 from hemostat_engine.settings import Settings
 from hemostat_engine.taps import Reading, SlotTap, Step, TappedRow, Taps
 from hemostat_engine.transform import HeldProfile
+from hemostat_engine.weights import LoadedWeights
 
 log = logging.getLogger("hemostat.engine")
 
@@ -111,9 +112,10 @@ class Core:
         settings: Settings,
         tap_on_every_rank: bool = False,
         answers: bool = False,
+        weights: LoadedWeights | None = None,
     ) -> None:
         """tap_on_every_rank: every rank samples other requests, so every rank taps; else only rank 0 does. answers: see
-        `Identity`."""
+        `Identity`. weights: reported by rank 0."""
         self.device = device
         self.counters = Counters()
         self.library = Library(vocab_size)
@@ -125,7 +127,8 @@ class Core:
         self._children = Numbering()
         self._tapping = settings.admin_url is not None and (ranks.rank == 0 or tap_on_every_rank)
         identity = Identity(ranks.broadcast(boot_id), ranks.rank, ranks.size, vocab_size, runner, vllm_version, answers)
-        self.agent = Agent(identity, settings, self.library, self.counters, self.taps)
+        reported = weights if ranks.rank == 0 else None
+        self.agent = Agent(identity, settings, self.library, self.counters, self.taps, weights=reported)
         self.agent.start()
 
     def bind(self, admitted: Sequence[Any]) -> list[Binding | None]:

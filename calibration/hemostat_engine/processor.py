@@ -20,6 +20,7 @@ from hemostat_calibration.errors import HemostatError
 from hemostat_engine import answers, xargs
 from hemostat_engine.core import Binding, Core, Ranks
 from hemostat_engine.settings import Settings
+from hemostat_engine.weights import LoadedWeights
 
 _INTERFACES = ("vllm.v1.sample.logits_processor", "vllm.v1.worker.gpu.sample.logits_processor")
 
@@ -77,6 +78,7 @@ def _core(vllm_config: Any, device: torch.device, vocab_size: int, runner: str) 
         settings=Settings.from_environment(),
         tap_on_every_rank=bool(getattr(vllm_config.parallel_config, "enable_batch_sharded_sampling", False)),
         answers=_hands_out_answers(),
+        weights=LoadedWeights.of(getattr(vllm_config, "model_config", None)),
     )
 
 

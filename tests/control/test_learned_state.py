@@ -13,6 +13,7 @@ from tests.support.served_models import pair, served_models
 
 from hemostat.control.composition import Control
 from hemostat.control.learned_state import BLOB_KEY
+from hemostat.control.model_identity import with_weights
 from hemostat.store.factory import open_store
 from hemostat_calibration.learning import temperature_bias_storage as storage
 from hemostat_calibration.profiles.families import TEMPERATURE_BIAS
@@ -65,6 +66,20 @@ async def test_what_an_earlier_version_wrote_is_read(tmp_path: Path) -> None:
         learner = proposals._temperature_bias
         state = replace(learner.init(support.MODEL, INFO.vocab_size), tokens=70, requests=7)
         data = storage.save({"": state}, learner, "models", json.dumps({"": {TEMPERATURE_BIAS: 77}}))
-        assert proposals.restore(data, "models") == ""
+        assert proposals.restore(data, "models") == ("", "")
         assert proposals.learned() == (7, 70)
         assert proposals._scope("").proposed_at == {TEMPERATURE_BIAS: 77}
+
+
+async def test_what_is_learned_of_other_weights_is_forgotten_without_the_stored_evidence(tmp_path: Path) -> None:
+    """At a follower, whose stored evidence is the leader's."""
+    async with support.control(tmp_path) as one:
+        know_models(one)
+        learn(one, range(100))
+        about = one.learned.models or ""
+        before = one.profile_manager.proposals.learned()
+        for known in (with_weights(about, "old"), about, with_weights(about, "old")):
+            one.learned.set_models(known)
+            assert one.profile_manager.proposals.learned() == before > (0, 0)
+        one.learned.set_models(with_weights(about, "new"))
+        assert one.profile_manager.proposals.learned() == (0, 0)

@@ -18,8 +18,10 @@ import pytest
 from tests.support import oracle
 
 from hemostat.models import vllm_server as vllm_process
+from hemostat.models.reference_checkpoint import Checkpoints
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_engine.weights import fingerprint
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -338,3 +340,14 @@ def test_taps_equal_the_model_and_the_text_equals_the_numpy_profile(
     got = said.tap.log_normalizer[contextual.version]
     assert np.abs(got - log_normalizer).mean() < 0.05
     assert np.corrcoef(got, log_normalizer)[0, 1] > 0.99
+
+
+def test_reports_carry_the_fingerprint_of_the_checkpoint(vllm_server: Any, checkpoints: Checkpoints) -> None:
+    expected = {fingerprint(str(checkpoints.compressed)): 1}
+    for _ in range(100):
+        with vllm_server.admin.lock:
+            found = vllm_server.admin.registry.weights({vllm_server.model}, 0.0)
+        if found:
+            break
+        time.sleep(0.2)
+    assert found == expected

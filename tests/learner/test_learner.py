@@ -6,7 +6,7 @@ import asyncio
 import os
 import queue
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -287,8 +287,11 @@ def test_records_that_come_while_a_proposal_is_made_are_learned_from() -> None:
     class Slow:
         """Its first proposal sees two batches come."""
 
-        def learn(self, rows: list[wire.Row]) -> wire.Learned:
-            return wire.Learned({"": len(rows)}, {}, {})
+        def learn(self, request: wire.Learn) -> wire.Learned:
+            return wire.Learned({"": len(request.rows)}, {}, {})
+
+        def take_shared(self) -> Iterator[wire.Shared]:
+            yield wire.Shared("", 0, 0, 0, 1, b"", "")
 
         def propose(self, scope: str, progress: Callable[[str, float], None]) -> wire.Proposed:
             if scope == "first":
@@ -303,7 +306,8 @@ def test_records_that_come_while_a_proposal_is_made_are_learned_from() -> None:
     inbox.put(wire.Propose("first"))
     RequestLoop(Slow(), inbox, said.append).run()  # type: ignore[arg-type]
     told = [(type(s).__name__, getattr(s, "scope", "")) for s in said]
-    first = [("Training", ""), ("Learned", ""), ("Learned", ""), ("Proposed", "first")]
+    learned = [("Shared", ""), ("Learned", "")]
+    first = [("Training", ""), *learned, *learned, ("Proposed", "first")]
     assert told == [*first, ("Training", ""), ("Proposed", "second")]
 
 

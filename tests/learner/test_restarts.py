@@ -96,8 +96,9 @@ class Life:
 
 
 @asynccontextmanager
-async def life(store: Store, tmp_path: Path, **settings: Any) -> AsyncIterator[Life]:
+async def life(store: Store, tmp_path: Path, weights: str = "", **settings: Any) -> AsyncIterator[Life]:
     one = Life(store, save(make(), tmp_path / "checkpoint"), **settings)
+    one.learner.set_weights(weights)
     tasks = [asyncio.create_task(one.learner.run()), asyncio.create_task(one.writer.run())]
     one.learner.learn_about(one.target)
     await until(lambda: one.learner.state == "learning", 30)
@@ -199,3 +200,42 @@ async def test_scopes_are_kept_and_the_limit_holds(url: str, tmp_path: Path) -> 
         one.teach(range(5))
         await one.taught(80)
     assert store.get_blob(BLOB_KEY) == data
+
+
+async def test_what_is_of_other_weights_is_not_used(url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = open_store(url)
+    async with life(store, tmp_path) as one:
+        one.learner.set_weights("old")
+        one.teach(range(5))
+        await one.taught(80)
+    async with life(store, tmp_path) as one:
+        assert one.tokens == 80
+        one.learner.set_weights("")
+        one.learner.set_weights("old")
+        one.teach(range(5, 7))
+        await one.taught(112)
+        (before,) = children()
+        # What the process has learned is exported at its end, and is not to be stored as of the new weights.
+        one.learner.set_weights("new")
+        await until(lambda: children() not in ([], [before]) and one.learner.state == "learning", 30)
+        assert one.tokens == 0
+        one.teach(range(10, 11))
+        await one.taught(16)
+    assert "the engines have loaded other weights" in caplog.text
+    async with life(store, tmp_path) as one:
+        assert one.tokens == 16
+        one.learner.set_weights("new")
+        await asyncio.sleep(0.1)
+        assert one.tokens == 16
+
+
+async def test_what_was_stored_of_other_weights_is_not_read(url: str, tmp_path: Path) -> None:
+    """They are known before the process starts."""
+    store = open_store(url)
+    async with life(store, tmp_path) as one:
+        one.learner.set_weights("old")
+        one.teach(range(5))
+        await one.taught(80)
+    for weights, tokens in (("new", 0), ("old", 80)):
+        async with life(store, tmp_path, weights=weights) as one:
+            assert one.tokens == tokens

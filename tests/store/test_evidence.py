@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -440,7 +441,7 @@ def test_a_state_that_has_grown_by_what_others_learned_is_the_same_as_one_that_l
     assert grown.information == pytest.approx(whole.information)
 
 
-@pytest.mark.parametrize("what", ["compressed", "reference"])
+@pytest.mark.parametrize("what", ["compressed", "reference", "weights"])
 async def test_units_about_a_checkpoint_that_was_replaced_under_the_same_name_are_not_counted(
     what: str, shared_server: Valkey, tmp_path: Path
 ) -> None:
@@ -466,3 +467,19 @@ async def test_units_are_counted_where_one_side_does_not_know_a_digest(shared_se
         ones.score(1, EVEN.truth(0), JUDGED[0])
         await ones.turn()
         assert leader.profile_manager.serving.kinds["chat"].units == 1
+
+
+async def test_what_a_replica_learned_before_any_led_counts_once(shared_server: Valkey, tmp_path: Path) -> None:
+    """The store did not answer when it started: it sent as a follower what it takes as the first leader."""
+    async with replicas(shared_server.url, tmp_path, 1) as ones:
+        (one,) = ones.controls
+        one.lease._until, one.lease.is_last_leader = -math.inf, False
+        for n in range(40):
+            ones.score(0, EVEN.truth(n), b"%d" % n)
+        before = one.profile_manager.proposals.learned()
+        assert before[0] > 0
+        await ones.beat()
+        await ones.turn()
+        assert one.evidence is not None
+        assert one.evidence.lanes[1].applied > 0
+        assert one.profile_manager.proposals.learned() == before

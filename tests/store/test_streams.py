@@ -20,7 +20,7 @@ from hemostat.control.evidence.outbox import Outbox
 from hemostat.control.evidence.positions import MAX_SENDERS, Positions
 from hemostat.store import valkey_stream
 from hemostat.store.lease import Lease
-from hemostat.store.protocol import StoreFailure, StoreUnreachable, StreamEntry
+from hemostat.store.protocol import MAX_ENTRIES, StoreFailure, StoreUnreachable, StreamEntry
 from hemostat.store.valkey import ValkeyStore
 
 
@@ -36,13 +36,13 @@ class End:
     counted: numbers.
     """
 
-    def __init__(self, server: Valkey, prefix: Path) -> None:
+    def __init__(self, server: Valkey, prefix: Path, max_entries: int = MAX_ENTRIES) -> None:
         self.store = ValkeyStore(store_url(server.url, f"{prefix}:"))
         self.lease = Lease(shared=True)
         self.positions = Positions()
         self.counted: list[int] = []
         self.failures: list[StoreFailure] = []
-        stream = self.store.stream("units")
+        stream = self.store.stream("units", max_entries)
         self.outbox = Outbox(stream, self.store.replica, self.failures.append)
         self.inbox = Inbox(
             stream,
@@ -242,11 +242,9 @@ async def test_a_full_outbox_drops_the_oldest_and_says_so(
     assert leader.positions.lost == 0, "counted where they were dropped"
 
 
-async def test_what_the_stream_has_no_room_for_is_counted_as_lost(
-    shared_server: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(valkey_stream, "MAX_ENTRIES", 1)  # approximate: whole nodes of 100 entries are deleted
-    leader, follower = End(shared_server, tmp_path), End(shared_server, tmp_path)
+async def test_what_the_stream_has_no_room_for_is_counted_as_lost(shared_server: Valkey, tmp_path: Path) -> None:
+    # Approximate: whole nodes of 100 entries are deleted.
+    leader, follower = End(shared_server, tmp_path, 1), End(shared_server, tmp_path, 1)
     leader.lead()
     for number in range(1, 251):
         await follower.send(number)
@@ -332,5 +330,5 @@ class Answers:
 def test_an_entry_that_was_deleted_is_left_out(deleted: Any) -> None:
     fields = [b"sender", b"a", b"first", b"1", b"items", b"1", b"data", b"x"]
     client = Answers([b"0-0", [deleted, [b"2-0", fields]]])
-    stream = valkey_stream.ValkeyStream(lambda: nullcontext(client), "key", "leader", "replica")
+    stream = valkey_stream.ValkeyStream(lambda: nullcontext(client), "key", "leader", "replica", MAX_ENTRIES)
     assert stream.take_again(9) == ([StreamEntry("a", 1, 1, b"x", "2-0")], "")

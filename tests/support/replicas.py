@@ -106,7 +106,7 @@ def scored(one: Control, truth: Truth, key: bytes) -> TokenRecord:
     return replace(make_record(truth, 20, key=key), shifts=shifts, client=b"client %d" % (key[-1] % 12), kind="chat")
 
 
-MODELS = '{"compressed": "/models/w4a16", "model": "m", "reference": "r"}'
+MODELS = '{"compressed": "/models/w4a16", "model": "m", "reference": "r", "weights": "w"}'
 """`model_identity` of what all replicas serve."""
 
 

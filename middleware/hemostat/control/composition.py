@@ -22,12 +22,13 @@ from hemostat.control.changes import Changes
 from hemostat.control.evidence.shared import SharedEvidence, Surroundings
 from hemostat.control.learned_state import LearnedState
 from hemostat.control.learning import CalibrationNeeds, LearningSubject
-from hemostat.control.model_identity import model_identity
+from hemostat.control.model_identity import model_identity, without_weights
 from hemostat.control.operations import make_operations
 from hemostat.control.policy import PolicyPublisher
 from hemostat.control.served_kinds import ServedKinds
 from hemostat.engines.addresses import EngineAddresses
 from hemostat.engines.registry import EngineRegistry
+from hemostat.engines.served_weights import ServedWeights
 from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.process import make_tracing
@@ -45,6 +46,7 @@ from hemostat.openai.tokens import ResponseFailure
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference import make_compressed_scorer, make_references
 from hemostat.reference.monitor import ReferenceMonitor
+from hemostat.reference.pair import ModelPair
 from hemostat.relay import counters as relay_counters
 from hemostat.shadow import assignment
 from hemostat.shadow.endings import Outcome
@@ -123,6 +125,7 @@ class Control:
         self.engines = EngineRegistry()
         # Also without other replicas: where two middlewares share one engine, it tells their taps apart by this.
         self.engines.replica = shared.replica if shared is not None else secrets.token_hex(8)
+        self.weights = ServedWeights(self.engines)
         self.references = make_references(settings)
         self.compressed_scorer = make_compressed_scorer(settings)
         self.monitor = ReferenceMonitor(
@@ -159,7 +162,7 @@ class Control:
         seen, exchange = SeenUnits(), None
         if self.evidence is not None:
             exchange = self.evidence.connect(
-                self.alarms, self.by_engine, self.profile_manager, self.outcomes, seen, self.learned
+                self.alarms, self.by_engine, self.profile_manager, self.outcomes, seen, self.learned, self.learner
             )
         self.pipeline = ScoringPipeline(
             settings,
@@ -261,10 +264,23 @@ class Control:
         pair = self.monitor.served.calibrated
         if pair is not None and pair.reference is not None:
             self.profile_manager.set_model_pair(pair.name, pair.reference.vocab_size, pair.scorable)
-            self.stored_state.set_models(pair)
-            self.learned.set_models(model_identity(pair))
+            self.stored_state.set_models(self._identity(pair))
+            models = self.stored_state.models
+            self.learned.set_models(models)
+            self.learner.set_weights(without_weights(models)[1])
             self.subject.update()
         self.changes.notify()
+
+    def _identity(self, pair: ModelPair) -> str:
+        return model_identity(pair, self.weights.of(pair.name, pair.names, self._clock()))
+
+    def _look_at_weights(self) -> None:
+        """Engines may have loaded other weights under the same name and path."""
+        pair = self.monitor.served.calibrated
+        if pair is None or pair.reference is None or self.learned.models is None:
+            return
+        if self.stored_state.models_with(self._identity(pair)) != self.learned.models:
+            self._models_changed()
 
     def _own_report(self) -> ReplicaReport:
         return ReplicaReport(
@@ -326,6 +342,7 @@ class Control:
     def do_periodic(self) -> None:
         """What is due because time has passed."""
         self.outcomes.check()
+        self._look_at_weights()
         self.policy.publish()
         self.profile_manager.writer.save_if_due()
         if self.evidence is not None:

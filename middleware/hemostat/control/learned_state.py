@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from hemostat.control.evidence.positions import Positions
 from hemostat.control.evidence.shared import LEARNED_POSITIONS_KEY
+from hemostat.control.model_identity import same_models, together, with_weights, without_weights
 from hemostat.profiles.proposals import Proposals
 from hemostat.store.errors import StoreErrorLog
 from hemostat.store.lease import Lease
@@ -50,6 +51,8 @@ class LearnedState:
         self._stored: bytes | None = None
         """Read, and not used yet."""
         self._models: str | None = None
+        self._about: str | None = None
+        """The models that it was learned of, as far as they are known."""
         self._saved_at = clock()
         self._saved_requests = 0
         self._saved_proposed = 0
@@ -81,9 +84,20 @@ class LearnedState:
         self._use_stored()
 
     def set_models(self, models: str) -> None:
-        """Both models are known (`stored_state.model_identity`): go on from what was learned of them."""
+        """Both models are known, or more of them (`model_identity.model_identity`): go on from what was learned of
+        them, and forget what was learned of others."""
         self._models = models
+        self._note_models(models)
         self._use_stored()
+
+    def _note_models(self, models: str) -> None:
+        """What was learned is of these models, too."""
+        if self._about is None or same_models(self._about, models):
+            self._about = together(self._about, models)
+            return
+        log.warning("temperature and bias are learned anew: the models are others than those that they were learned of")
+        self._proposals.forget_learned()
+        self._about = models
 
     def _use_stored(self) -> None:
         stored, models = self._stored, self._models
@@ -91,10 +105,16 @@ class LearnedState:
             return
         self._stored = None
         if stored is not None:
+            about, known = without_weights(models)
             try:
-                self.positions.restore(self._proposals.restore(stored, models) or None)
+                positions, weights = self._proposals.restore(stored, about)
             except InvalidArgumentError as error:
                 log.warning("temperature and bias are learned anew: %s", error)
+            else:
+                # Also where it is of other weights: what was counted then is not to be counted for these.
+                self.positions.restore(positions or None)
+                self._about = with_weights(about, weights or known)
+                self._note_models(models)
         self._saved_requests, self._saved_proposed = self._proposals.learned()[0], self._proposals.proposed
 
     async def save(self) -> None:
@@ -105,7 +125,8 @@ class LearnedState:
         self._saved_requests, self._saved_proposed = requests, self._proposals.proposed
         self._saved_at = self._clock()
         positions = self.positions.save()
-        data = await asyncio.to_thread(self._proposals.export(self._models, positions))
+        about, weights = without_weights(self._about or self._models)
+        data = await asyncio.to_thread(self._proposals.export(about, positions, weights))
         self._writes.put_blob(BLOB_KEY, data)
         if self._store.shared is not None:
             self._writes.set_state(LEARNED_POSITIONS_KEY, positions)

@@ -12,7 +12,7 @@ from typing import Any
 from hemostat.control.evidence.checkpoint import POSITIONS_KEY
 from hemostat.control.evidence.positions import Positions
 from hemostat.control.learning import LearningSubject
-from hemostat.control.model_identity import model_identity, same_models
+from hemostat.control.model_identity import UNKNOWN, same_models, together
 from hemostat.control.operator_actions import ModeOverride
 from hemostat.engines.upstreams import STATE_KEY as UPSTREAMS_STATE
 from hemostat.engines.upstreams import UpstreamEngines
@@ -27,7 +27,6 @@ from hemostat.profiles.manager import ProfileManager
 from hemostat.profiles.persistence import SERVING_KEY, whole_number
 from hemostat.profiles.persistence import STATE_KEYS as PROFILE_STATE_KEYS
 from hemostat.profiles.scopes import ALL
-from hemostat.reference.pair import ModelPair
 from hemostat.store import schema
 from hemostat.store.errors import StoreErrorLog
 from hemostat.store.lease import Lease
@@ -162,12 +161,24 @@ class StoredState:
         self._outcomes.save()
         self._upstreams.save()
         if self._models is not None:
-            self._writes.set_state(MODELS_KEY, self._models)
+            self._writes.set_state(MODELS_KEY, together(self._stored_models, self._models))
 
-    def set_models(self, pair: ModelPair) -> None:
-        """Both models are known. Stored evidence about others is forgotten, and identity serves."""
-        self._models = model_identity(pair)
+    def set_models(self, models: str) -> None:
+        """Both models are known, or more of them (`model_identity.model_identity`). Stored evidence about others is
+        forgotten, and identity serves."""
+        self._models = models
         self._settle()
+
+    @property
+    def models(self) -> str:
+        """As they were set, and what the store knows of the same ones beyond that: the weights of engines that have not
+        reported yet."""
+        return self.models_with(self._models or UNKNOWN)
+
+    def models_with(self, models: str) -> str:
+        """The same if these were set."""
+        stored = self._stored_models
+        return together(stored if stored is not None and same_models(stored, models) else None, models)
 
     def _restore_alarms(self, states: dict[str, str | None], events: list[dict[str, Any]]) -> None:
         tests = whole_number(states[schema.ALARM_TESTS_KEY])
@@ -189,9 +200,12 @@ class StoredState:
             self._alarms.forget()
             self._by_engine.forget()
             self._outcomes.forget()
-        if self._stored_models != self._models:
-            self._stored_models = self._models
-            self._writes.set_state(MODELS_KEY, self._models)
+            self._stored_models = None
+        # What is not known (yet), such as the weights of engines that have not reported, stays as it is stored.
+        models = together(self._stored_models, self._models)
+        if self._stored_models != models:
+            self._stored_models = models
+            self._writes.set_state(MODELS_KEY, models)
         if self._offered is not None:
             self._offer(self._offered)
             self._offered = None

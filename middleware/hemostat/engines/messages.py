@@ -58,6 +58,11 @@ class EngineReport(msgspec.Struct, frozen=True):
     """None: the engine was started without --enable-lora, or the general plugin is not enabled."""
     answers: bool = False
     """The plugin hands out answers (`TapAnswer`)."""
+    model: Annotated[str, msgspec.Meta(max_length=256)] = ""
+    """First served name of the model that `weights` is of."""
+    weights: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    """Fingerprint of the weights that the engine has loaded (`hemostat_engine.weights`); "" where it is not known, and
+    of an older plugin."""
 
 
 class TapRun(msgspec.Struct, frozen=True):

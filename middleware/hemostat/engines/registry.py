@@ -10,7 +10,7 @@ Pure except for the time, which is passed in (monotonic seconds). Invariants:
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -112,6 +112,15 @@ class EngineRegistry:
         """The last report of every live rank."""
         self._expire(now)
         return [rank.report for ranks in self._engines.values() for rank in ranks.values()]
+
+    def weights(self, models: Collection[str], now: float) -> Counter[str]:
+        """Fingerprints of the weights that live engines serve under one of these names -> how many engines do."""
+        self._expire(now)
+        found: Counter[str] = Counter()
+        for ranks in self._engines.values():
+            reports = [rank.report for rank in ranks.values()]
+            found.update({report.weights for report in reports if report.weights and report.model in models})
+        return found
 
     def counters(self, now: float) -> dict[str, int]:
         """The sum of the engines' counters, those of former engines included, so that it never decreases.

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,6 +39,10 @@ BACKOFF = (0.5, 2.0, 10.0, 60.0)
 """Seconds before a learner that ended is started again, by how often in a row it failed before it was ready."""
 RETRY_TOKEN_GROWTH = 1.25
 """After a rejected or empty proposal, the next one is requested from this many times more tokens."""
+MAX_OTHERS = 256
+"""Of `wire.Shared`, that wait to be sent to the process: at most 60 MiB. No more are taken from the store meanwhile."""
+OTHERS_AT_ONCE = 16
+"""In one message."""
 EXPORT_SECONDS = 300.0
 """Between two exports of what was learned, while records come."""
 
@@ -56,6 +60,8 @@ class LearningTarget:
     """Of the hidden states that the reference returns; 0: none."""
     reference: str = ""
     """Digest of the reference's weights; "" where unknown."""
+    generation: int = 0
+    """How often the compressed weights have changed meanwhile."""
 
 
 class LearningStorage(Protocol):
@@ -64,9 +70,9 @@ class LearningStorage(Protocol):
     @property
     def wanted(self) -> bool: ...
 
-    async def load(self) -> bytes: ...
+    async def load(self) -> tuple[str, bytes]: ...
 
-    async def save(self, parts: list[bytes]) -> None: ...
+    async def save(self, weights: str, parts: list[bytes]) -> None: ...
 
 
 class ProposalReceiver(Protocol):
@@ -125,6 +131,17 @@ class Learner:
         """Of an export that is arriving."""
         self._exports: list[list[bytes]] = []
         """That have arrived."""
+        self._weights = ""
+        """Fingerprint of the compressed weights that are learned about; "" while they are not known."""
+        self._generation = 0
+        self._forgets = False
+        """What the running process has learned is of other weights, and not to be stored."""
+        self._send_shared: Callable[[wire.Shared], None] | None = None
+        self._leads: Callable[[], bool] = lambda: True
+        self._others: deque[wire.Shared] = deque()
+        """What other replicas have learned, to be sent to the process."""
+        self._running: int | None = None
+        """Generation of the target of the process that learns."""
         self._batch_pending = False
         """A batch was sent, and is not learned yet."""
         self._requested_scope: str | None = None
@@ -146,7 +163,46 @@ class Learner:
 
     def learn_about(self, target: LearningTarget) -> None:
         """From now on; nothing changes where it is the target already."""
-        self._process.set_target(target)
+        self._process.set_target(replace(target, generation=self._generation))
+
+    def set_weights(self, weights: str) -> None:
+        """The fingerprint of the compressed weights, "" where it is not known. What was learned of others is forgotten:
+        a new process begins without it."""
+        if weights and self._weights and weights != self._weights:
+            log.warning("learning begins anew: the engines have loaded other weights")
+            self._begin_anew()
+        self._weights = weights or self._weights
+
+    def _begin_anew(self) -> None:
+        """In a new process. What the running one has learned is not stored."""
+        self._generation += 1
+        self._forgets = True
+        if self._process.target is not None:
+            self.learn_about(self._process.target)
+
+    def share(self, send: Callable[[wire.Shared], None], leads: Callable[[], bool]) -> None:
+        """Of several replicas: `send` takes what is learned while `leads` says that another one leads."""
+        self._send_shared, self._leads = send, leads
+
+    @property
+    def accepts_others(self) -> bool:
+        """`add_other` may be called now."""
+        target = self._process.target
+        current = target is not None and target.generation == self._running
+        return self._learning and current and len(self._others) < MAX_OTHERS
+
+    def add_other(self, shared: wire.Shared) -> None:
+        """As the leader: what another replica has learned."""
+        self._others.append(shared)
+        self._process.wake()
+
+    def take_over(self) -> bool:
+        """This replica leads from now on, another one has before: go on from what that one has stored. What this one
+        has learned itself, it has sent. False where nothing is stored: it goes on from what it has learned itself."""
+        if self._storage is None:
+            return False
+        self._begin_anew()
+        return True
 
     def stop(self, why: str, *, unavailable: bool = False) -> None:
         """Learn about nothing. why: shown as the state's detail. unavailable: learning is wanted, but impossible."""
@@ -215,12 +271,24 @@ class Learner:
         self._set_state(LearnerState.STARTING, f"reading the output embedding of {target.folder}")
 
     async def begin(self, child: FramedChild, target: LearningTarget) -> None:
-        stored = await self._storage.load() if self._storage is not None else b""
+        stored = await self._load()
         child.send(wire.REQUESTS.encode(self._start_message(target, restores=bool(stored))))
         if stored:
             for part, last in wire.parts(stored):
                 child.send(wire.REQUESTS.encode(wire.Restore(part, last)))
                 await child.drain()
+
+    async def _load(self) -> bytes:
+        """What was stored, of these weights."""
+        if self._storage is None:
+            return b""
+        weights, stored = await self._storage.load()
+        if weights and self._weights and weights != self._weights:
+            log.warning("learning begins anew: what was learned is of other weights")
+            return b""
+        if stored:
+            self._weights = weights or self._weights
+        return stored
 
     def exited(self, why: ChildExited) -> None:
         return
@@ -255,6 +323,8 @@ class Learner:
         )
 
     def began(self, ready: wire.Ready, target: LearningTarget) -> None:
+        self._forgets = False
+        self._running = target.generation
         anchors = np.frombuffer(ready.anchors, "<i4").astype(np.int32)
         self._hidden_size = target.hidden_size
         self.anchor_sets = {anchors_digest(anchors): anchors}
@@ -273,9 +343,11 @@ class Learner:
         """Pass on proposals that have come; send the next batch and request the next proposal, where one may be."""
         while self._proposals:
             await self._pass_on(self._proposals.popleft())
-        if not self._batch_pending and self._records:
+        if not self._batch_pending and (self._records or self._others):
             self._batch_pending = True
-            child.send(wire.REQUESTS.encode(wire.Learn(self._records.take_batch())))
+            others = [self._others.popleft() for _ in range(min(len(self._others), OTHERS_AT_ONCE))]
+            shares = self._send_shared is not None and not self._leads()
+            child.send(wire.REQUESTS.encode(wire.Learn(self._records.take_batch(), shares, others)))
         await self._store_exports()
         if self._export_due:
             self._export_pending = True
@@ -302,6 +374,8 @@ class Learner:
     async def _store_exports(self) -> None:
         while self._exports and self._storage is not None:
             parts = self._exports.pop(0)
+            if self._forgets:
+                continue
             if parts == [b""]:
                 limit = self._settings.stored_learner_mib
                 log.warning(
@@ -309,7 +383,7 @@ class Learner:
                     limit,
                 )
             else:
-                await self._storage.save(parts)
+                await self._storage.save(self._weights, parts)
 
     def _due_scope(self) -> str | None:
         """The first scope that has learned enough, and whose proposal would be accepted."""
@@ -329,6 +403,9 @@ class Learner:
             case wire.Learned():
                 self._learned = answer
                 self._batch_pending = False
+            case wire.Shared():
+                if self._send_shared is not None and not self._forgets:
+                    self._send_shared(answer)
             case wire.Training():
                 self._set_state(LearnerState.TRAINING, f"{answer.stage} {answer.done:.0%}")
             case wire.Proposed():
@@ -391,5 +468,9 @@ class Learner:
         self._proposals.clear()
         self._last_attempt.clear()
         self._records.clear()
+        if self._forgets:
+            self._others.clear()
+        self._running = None
+        self._forgets = False
         self._hidden_size = 0
         self.anchor_sets = {}

@@ -29,6 +29,7 @@ from hemostat_calibration.learning.contextual import storage
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
 from hemostat_calibration.learning.contextual.learner import ContextualLearner, ContextualState
 from hemostat_calibration.learning.contextual.mlp import TrainingSettings
+from hemostat_calibration.learning.contextual.sharing import SharedRows, Sharing, Unshared
 from hemostat_calibration.records import TokenRecord
 
 NICENESS = 15
@@ -73,6 +74,10 @@ class ScopedLearner:
         self._states: dict[str, ContextualState] = {ALL: self._new()}
         self._failed: Counter[str] = Counter()
         self._about = json.dumps([start.model, start.vocab_size, start.hidden_size, start.reference])
+        self._sharing = Sharing(self._family)
+        self._unshared: dict[str, tuple[Unshared, ...]] = {}
+        """By scope: each record is in one of them, so that the difference of two tells nothing of a single request."""
+        self._shared_about = storage.dependencies(self._family, self._about)
         self._stored_bytes = start.stored_bytes
         self.has_unsaved = False
         """Something was learned since the last export."""
@@ -100,15 +105,42 @@ class ScopedLearner:
     def _new(self) -> ContextualState:
         return self._family.init(self._model, self._vocab_size)
 
-    def learn(self, rows: list[wire.Row]) -> wire.Learned:
-        for row in rows:
+    def learn(self, request: wire.Learn) -> wire.Learned:
+        if not request.shares:
+            self._unshared.clear()
+        for row in request.rows:
             try:
-                self._learn(row)
+                self._learn(row, shares=request.shares)
             except (HemostatError, ValueError) as error:
                 # A record that does not fit is left out, and counted.
                 self._failed[type(error).__name__] += 1
-        self.has_unsaved = self.has_unsaved or (bool(rows) and self._stored_bytes > 0)
+        for shared in request.others:
+            try:
+                self._add(shared)
+            except (HemostatError, ValueError) as error:
+                self._failed[type(error).__name__] += 1
+        self.has_unsaved = self.has_unsaved or (bool(request.rows or request.others) and self._stored_bytes > 0)
         return self._learned()
+
+    def _add(self, shared: wire.Shared) -> None:
+        """What another replica has learned."""
+        if shared.about != self._shared_about:
+            raise InvalidArgumentError("it is of another learner")
+        rows = np.frombuffer(shared.rows, "<f4").astype(np.float32).reshape(-1, shared.width)
+        for scope in dict.fromkeys((ALL, shared.scope)):
+            if self._follows(scope):
+                of = SharedRows(shared.fold, shared.tokens, shared.requests, rows)
+                self._states[scope] = self._sharing.add(self._states[scope], of)
+
+    def take_shared(self) -> Iterator[wire.Shared]:
+        """What may be sent to the replica that leads, and was not yet."""
+        for scope, unshared in self._unshared.items():
+            self._unshared[scope], due = self._sharing.take_due(unshared)
+            for part in (part for shared in due for part in shared.parts(wire.MAX_SHARED_BYTES)):
+                rows = part.rows.astype("<f4")
+                yield wire.Shared(
+                    scope, part.fold, part.tokens, part.requests, rows.shape[1], rows.tobytes(), self._shared_about
+                )
 
     def _learned(self) -> wire.Learned:
         whole = self._states[ALL]
@@ -118,7 +150,7 @@ class ScopedLearner:
             failed=dict(self._failed),
         )
 
-    def _learn(self, row: wire.Row) -> None:
+    def _learn(self, row: wire.Row, *, shares: bool) -> None:
         record = wire.from_row(row, self._vocab_size)
         if record.features is not None and record.features.values.shape[1] != self._anchors:
             raise InvalidArgumentError(f"features of {record.features.values.shape[1]} anchors, not {self._anchors}")
@@ -126,11 +158,20 @@ class ScopedLearner:
             self._learn_of_adapter(row.scope, record)
             return
         for scope in dict.fromkeys((ALL, row.scope)):
-            if scope not in self._states:
-                if len(self._states) - len(self._adapters) > MAX_SCOPES:
-                    continue
-                self._states[scope] = self._new()
-            self._states[scope] = self._family.update(self._states[scope], [record])
+            if self._follows(scope):
+                self._states[scope] = self._family.update(self._states[scope], [record])
+        if shares:
+            scope = row.scope if row.scope in self._states else ALL
+            unshared = self._unshared.get(scope) or self._sharing.init()
+            self._unshared[scope] = self._sharing.with_record(unshared, record)
+
+    def _follows(self, scope: str) -> bool:
+        """The scope has statistics of its own, from now on where there is room."""
+        if scope not in self._states:
+            if len(self._states) - len(self._adapters) > MAX_SCOPES:
+                return False
+            self._states[scope] = self._new()
+        return True
 
     @property
     def _adapters(self) -> list[str]:
@@ -222,7 +263,10 @@ class RequestLoop:
             case None:
                 self._ended = True
             case wire.Learn():
-                self._send(self._learner.learn(request.rows))
+                learned = self._learner.learn(request)
+                for shared in self._learner.take_shared():
+                    self._send(shared)
+                self._send(learned)
             case wire.Propose():
                 self._scopes_due.append(request.scope)
             case wire.Export():

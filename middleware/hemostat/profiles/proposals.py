@@ -47,7 +47,7 @@ BATCH_RECORDS = 8
 """Records that are gathered before one update of temperature and bias."""
 
 
-_PROPOSED_AT, _POSITIONS = "proposed_at", "positions"
+_PROPOSED_AT, _POSITIONS, _WEIGHTS = "proposed_at", "positions", "weights"
 """Of an export's notes. Older ones are what is now under the first."""
 
 
@@ -109,19 +109,20 @@ class Proposals:
         state = self._scope(scope).temperature_bias
         return (state.requests, state.tokens) if state is not None else (0, 0)
 
-    def export(self, models: str, positions: str = "") -> Callable[[], bytes]:
+    def export(self, models: str, positions: str = "", weights: str = "") -> Callable[[], bytes]:
         """What was learned until now, as bytes; the function that makes them may be called in a thread.
 
-        models: a name of both models, for `restore`. positions: of what other replicas have learned.
+        models: a name of both models, for `restore`. positions: of what other replicas have learned. weights: that it
+        was learned of, "" where they are not known.
         """
         states = {scope: s.temperature_bias for scope, s in self._scopes.items() if s.temperature_bias is not None}
         proposed_at = {scope: dict(learning.proposed_at) for scope, learning in self._scopes.items()}
-        notes = json.dumps({_PROPOSED_AT: proposed_at, _POSITIONS: positions})
+        notes = json.dumps({_PROPOSED_AT: proposed_at, _POSITIONS: positions, _WEIGHTS: weights})
         return lambda: storage.save(states, self._temperature_bias, models, notes)
 
-    def restore(self, data: bytes, models: str) -> str:
-        """Go on from an export; its positions. InvalidArgumentError where it is damaged, or about other models or
-        settings."""
+    def restore(self, data: bytes, models: str) -> tuple[str, str]:
+        """Go on from an export; its positions and weights. InvalidArgumentError where it is damaged, or about other
+        models or settings."""
         states, text = storage.load(data, self._temperature_bias, models)
         model = self._serving.model
         for scope, state in states.items():
@@ -135,7 +136,7 @@ class Proposals:
                     learning.proposed_at[family] = max(int(tokens), learning.proposed_at.get(family, 0))
         except (ValueError, TypeError, AttributeError):
             raise InvalidArgumentError("what was proposed before cannot be read") from None
-        return str(notes.get(_POSITIONS) or "")
+        return str(notes.get(_POSITIONS) or ""), str(notes.get(_WEIGHTS) or "")
 
     def forget_learned(self) -> None:
         """Of temperature and bias: the leader knows it, and goes on from that."""

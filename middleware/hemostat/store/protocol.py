@@ -27,6 +27,8 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 MAX_EVENTS = 10_000
 """Events that a store keeps; older ones are deleted."""
 MAX_BLOB_BYTES = 512 * 1024 * 1024
+MAX_ENTRIES = 4096
+"""Of a stream, where nothing else is said."""
 
 
 class StoreFailure(HemostatError):
@@ -189,7 +191,9 @@ class SharedStore(Store, Protocol):
     def take_reply(self, name: str) -> str | None:
         """Remove and return the reply to a command; None while there is none."""
 
-    def stream(self, name: str) -> Stream: ...
+    def stream(self, name: str, max_entries: int = MAX_ENTRIES) -> Stream:
+        """max_entries: beyond about that many the oldest are deleted."""
+        ...
 
     def publish(self, report: str, seconds: float) -> None:
         """What this replica says of itself, for all of them, until it says something else or `seconds` have passed."""

@@ -16,6 +16,7 @@ from typing import Any
 from hemostat.config.store_url import MISSING_EXTRA, server_address, without_password
 from hemostat.store import protocol
 from hemostat.store.protocol import (
+    MAX_ENTRIES,
     LeaseAnswer,
     LeaseLost,
     StoreAccessDenied,
@@ -295,8 +296,9 @@ class ValkeyStore:
             reply = client.getdel(self._key(f"reply:{name}"))
             return None if reply is None else reply.decode()
 
-    def stream(self, name: str) -> ValkeyStream:
-        return ValkeyStream(self.translated, self._key(f"stream:{name}"), self._key("leader"), self.replica)
+    def stream(self, name: str, max_entries: int = MAX_ENTRIES) -> ValkeyStream:
+        key = self._key(f"stream:{name}")
+        return ValkeyStream(self.translated, key, self._key("leader"), self.replica, max_entries)
 
     def publish(self, report: str, seconds: float) -> None:
         with self.translated() as client, client.pipeline(transaction=True) as batch:

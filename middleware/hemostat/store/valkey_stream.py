@@ -13,9 +13,6 @@ from typing import Any
 
 from hemostat.store.protocol import StreamEntry
 
-MAX_ENTRIES = 4096
-"""Of a stream; beyond about that many the server deletes the oldest."""
-
 _TAKE = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return {} end
 redis.pcall('XGROUP', 'CREATE', KEYS[2], 'leader', '0', 'MKSTREAM')
@@ -39,8 +36,15 @@ class ValkeyStream:
     """
 
     def __init__(
-        self, connected: Callable[[], AbstractContextManager[Any]], key: str, leader: str, replica: str
+        self,
+        connected: Callable[[], AbstractContextManager[Any]],
+        key: str,
+        leader: str,
+        replica: str,
+        max_entries: int,
     ) -> None:
+        """max_entries: beyond about that many the server deletes the oldest."""
+        self._max_entries = max_entries
         self._connected = connected
         self._key = key
         self._leader = leader
@@ -49,7 +53,7 @@ class ValkeyStream:
     def append(self, entry: StreamEntry) -> None:
         fields = {"sender": entry.sender, "first": entry.first, "items": entry.items, "data": entry.data}
         with self._connected() as client:
-            client.xadd(self._key, fields, maxlen=MAX_ENTRIES, approximate=True)
+            client.xadd(self._key, fields, maxlen=self._max_entries, approximate=True)
 
     def take(self, count: int) -> list[StreamEntry]:
         return [_read(*found) for found in self._run(_TAKE, count)]

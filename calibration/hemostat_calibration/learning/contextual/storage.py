@@ -224,7 +224,7 @@ def _state(described: Mapping[str, Any], part: _Part, learner: ContextualLearner
     tokens, requests = _count(described["tokens"]), _count(described["requests"])
     sources = {source: _count(described["sources"][str(source)]) for source in TokenSource}
     weights = part.whole("weights", np.float64, (FOLDS,))
-    if weights.min() < 0.0 or weights.sum() > tokens * (1.0 + 1e-6):
+    if weights.min() < 0.0 or weights.sum() > tokens * (1.0 + 1e-4):  # shared rows are rounded
         raise ValueError(f"weights {weights} of {tokens} tokens")
     folds = [replace(fold, clock=tokens) for fold in state.folds]
     if weights.any():

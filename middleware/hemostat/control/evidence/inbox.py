@@ -30,10 +30,10 @@ class Inbox:
     """Lives in the control process's event loop.
 
     use: called with each entry, in order; one that was used before may come again.
-    prepare: awaited before the first entry that is taken after another replica has led; StoreFailure. ready: nothing is
-    taken before. persisted: the positions as the store has them, read in a thread; `on_persisted` is
-    called with them now and then. on_failure: called with every
-    failure of the store. clock: monotonic seconds. wall: Unix time.
+    prepare: awaited before the first entry that is taken, and again before the first one after another replica has led;
+    StoreFailure. ready: nothing is taken before. persisted: the positions as the store has them, read in a thread;
+    `on_persisted` is called with them now and then. on_failure: called with every failure of the store.
+    clock: monotonic seconds. wall: Unix time.
     """
 
     def __init__(
@@ -93,6 +93,8 @@ class Inbox:
         if self._prepare is not None and self._prepared_in != term:
             await self._prepare()
             self._prepared_in = term
+            if not self._ready():
+                return 0
         if self._begun_in != term:
             await self._take_again(term)
         self._begun_in = None  # an answer that is lost leaves entries that only `take_again` finds

@@ -16,7 +16,7 @@ from hemostat.control.model_identity import same_brief
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.store.lease import Lease
-from hemostat.store.protocol import SharedStore, StoreFailure, StreamEntry
+from hemostat.store.protocol import MAX_ENTRIES, SharedStore, StoreFailure, StreamEntry
 
 log = logging.getLogger("hemostat.evidence")
 
@@ -40,7 +40,7 @@ class Lane:
     units went into. use: called with each unit of the stream, once, and whether this replica had sent it
     before it led. models: those that units are about now, `model_identity.brief`; units about others are not used.
     on_change: called after a batch was used.
-    prepare, ready, on_failure, clock, wall: see `Inbox`.
+    prepare, ready, on_failure, clock, wall: see `Inbox`. max_entries: of the stream, about.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Lane:
         wall: Callable[[], float],
         prepare: Callable[[], Awaitable[None]] | None = None,
         ready: Callable[[], bool] = lambda: True,
+        max_entries: int = MAX_ENTRIES,
     ) -> None:
         self.name = name
         self._positions = positions
@@ -66,7 +67,7 @@ class Lane:
         self._models = models
         self._replica = store.replica
         self._on_change = on_change
-        stream = store.stream(name)
+        stream = store.stream(name, max_entries)
         self.outbox = Outbox(stream, store.replica, on_failure)
         self.own = OwnUnits(store.replica, positions)
         lease.on_lost.append(lambda: self.outbox.add_again(self.own.take()))

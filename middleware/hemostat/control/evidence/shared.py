@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from hemostat.control.evidence.exchange import EvidenceExchange, UnitConsumers
 from hemostat.control.evidence.lane import Lane
 from hemostat.control.evidence.positions import Positions
 from hemostat.control.model_identity import UNKNOWN, brief
+from hemostat.learner.client import Learner
 from hemostat.measurement.alarms import STATE_KEY as ALARM_STATE
 from hemostat.measurement.alarms import Alarms
 from hemostat.measurement.by_engine import STATE_KEY as ENGINES_STATE
@@ -28,9 +30,15 @@ from hemostat.store.protocol import SharedStore, StoreFailure, StoreWrites
 
 CHECKPOINT_KEYS = frozenset((SERVING_KEY, TESTS_KEY, ALARM_STATE, ENGINES_STATE, OUTCOMES_STATE))
 """Of the store's state, what evidence goes into."""
-EVIDENCE, LEARNING = "evidence", "learning"
-"""The streams: what is judged by, and what was learned. Their positions are kept with different states."""
+EVIDENCE, LEARNING, CONTEXTUAL = "evidence", "learning", "contextual"
+"""The streams: what is judged by, what temperature and bias have learned, and what the contextual learner has learned.
+Their positions are kept with different states."""
 
+CONTEXTUAL_POSITIONS_KEY = "contextual"
+"""Of the store's state, the positions of the third stream. Written when units are handed to the learner, before what it
+has learned from them is stored: what was not stored when a leader died is lost, and never counted twice."""
+MAX_CONTEXTUAL_ENTRIES = 512
+"""Of the third stream: at most 128 MiB."""
 
 LEARNED_POSITIONS_KEY = "temperature_bias"
 """Of the store's state, the positions of the second stream. Written after what was learned, and used only to remove
@@ -67,7 +75,7 @@ class Surroundings:
     def lane(
         self, name: str, positions: Positions, positions_key: str, use: Callable[[units.Unit, bool], None], **more: Any
     ) -> Lane:
-        """more: `models`, `prepare`, `ready` and another `on_change` of `Lane`."""
+        """more: `models`, `prepare`, `ready`, `max_entries` and another `on_change` of `Lane`."""
         given = {"on_failure": self.on_failure, "on_change": self.on_change, "clock": self.clock, "wall": self.wall}
         return Lane(name, self.store, self.lease, positions, positions_key, use, **(given | more))
 
@@ -82,6 +90,8 @@ class SharedEvidence:
         """writes: of the leader."""
         self._around = around
         self.positions = Positions()
+        self._writes = writes
+        self._contextual_positions = Positions()
         self.checkpoint = Checkpoint(writes, self.positions, CHECKPOINT_KEYS, around.clock)
         self.lanes: list[Lane] = []
 
@@ -93,6 +103,7 @@ class SharedEvidence:
         outcomes: Outcomes,
         seen: SeenUnits,
         learned: LearnedState,
+        learner: Learner,
     ) -> EvidenceExchange:
         around, writer = self._around, profiles.writer
         self.checkpoint.set_owners(writer.write_serving, writer.write_tests, alarms.save, engines.save, outcomes.save)
@@ -112,13 +123,45 @@ class SharedEvidence:
             LEARNING,
             learned.positions,
             LEARNED_POSITIONS_KEY,
-            lambda unit, _: _learn(profiles.proposals, unit),
+            # What it has sent itself before any replica led is among what it has learned.
+            lambda unit, own: None if own and around.lease.term == 0 else _learn(profiles.proposals, unit),
             prepare=learned.read_again,
             **known,
         )
         profiles.proposals.on_learned = lambda scope, growth: learning.send(units.learned_unit(scope, growth))
-        self.lanes = [evidence, learning]
+        contextual = self._contextual_lane(learned, learner)
+        self.lanes = [evidence, learning, contextual]
         return EvidenceExchange(evidence, around.lease, self.checkpoint, profiles, outcomes)
+
+    def _contextual_lane(self, learned: LearnedState, learner: Learner) -> Lane:
+        around, positions = self._around, self._contextual_positions
+        store, lease = around.store, around.lease
+        has_own = True
+        """What this replica has sent before it led is still in its own learner."""
+
+        async def prepare() -> None:
+            nonlocal has_own
+            positions.restore(await asyncio.to_thread(store.get_state, CONTEXTUAL_POSITIONS_KEY))
+            another_has_led = lease.term > 0
+            has_own = not (another_has_led and learner.take_over())
+
+        def use(unit: units.Unit, own: bool) -> None:
+            if isinstance(unit, units.ContextualUnit) and not (own and has_own):
+                learner.add_other(unit.shared)
+
+        lane = around.lane(
+            CONTEXTUAL,
+            positions,
+            CONTEXTUAL_POSITIONS_KEY,
+            use,
+            prepare=prepare,
+            ready=lambda: learned.models_known and learner.accepts_others,
+            models=lambda: brief(learned.models or UNKNOWN),
+            on_change=lambda: self._writes.set_state(CONTEXTUAL_POSITIONS_KEY, positions.save()),
+            max_entries=MAX_CONTEXTUAL_ENTRIES,
+        )
+        learner.share(lambda shared: lane.send(units.ContextualUnit(shared)), lambda: lease.is_last_leader)
+        return lane
 
     def _evidence_used(self) -> None:
         self.checkpoint.note_others()

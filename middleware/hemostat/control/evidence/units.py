@@ -13,6 +13,7 @@ import numpy as np
 
 from hemostat.ipc.codec import MessageCodec
 from hemostat.ipc.messages import OutcomeReport
+from hemostat.learner import wire
 from hemostat_calibration.arrays import Floats, frozen
 from hemostat_calibration.learning.temperature_bias import TemperatureBiasState
 from hemostat_calibration.records import ExactDistances
@@ -101,7 +102,13 @@ class LearnedUnit(msgspec.Struct, tag="learned", frozen=True, array_like=True):
     requests: int
 
 
-Unit = ScoredUnit | NoiseFloorUnit | OutcomeUnit | LearnedUnit
+class ContextualUnit(msgspec.Struct, tag="contextual", frozen=True, array_like=True):
+    """What the contextual learner has learned from some requests."""
+
+    shared: wire.Shared
+
+
+Unit = ScoredUnit | NoiseFloorUnit | OutcomeUnit | LearnedUnit | ContextualUnit
 
 
 class SentUnit(msgspec.Struct, frozen=True, array_like=True):

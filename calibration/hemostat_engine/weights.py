@@ -1,0 +1,121 @@
+"""A fingerprint of the weights that the engine has loaded, so that other ones under the same path are noticed.
+
+It is the same for every copy of a checkpoint: times of files, which differ from machine to machine, do not enter. Of
+large files only samples are read; a change that leaves names, sizes and all samples as they were is not noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+log = logging.getLogger("hemostat.engine")
+
+WEIGHT_SUFFIXES = frozenset((".safetensors", ".bin", ".pt", ".pth", ".gguf"))
+CONFIGURATION = frozenset(("config.json", "quantize_config.json", "hf_quant_config.json"))
+INDEX_SUFFIX = ".index.json"
+MAX_FILES = 1024
+"""Of more, there is no fingerprint."""
+BLOCK_BYTES = 64 * 1024
+BLOCKS = 256
+"""Read of all files together, evenly spaced in each: 16 MiB. Of each file at least two, its first and its last one."""
+MAX_MODEL_CHARACTERS = 256
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def fingerprint(model: str, commit: str | None = None) -> str:
+    """32 hexadecimal digits for the weights in a folder or a file; of weights that were fetched from the hub, by their
+    commit; "" where neither is known. OSError where a file cannot be read.
+
+    model: path, or name on the hub. commit: of the hub, where known.
+    """
+    path = Path(model)
+    if path.is_dir():
+        if path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name):
+            return _digest(path.name)  # of the hub's cache: the same as where the path is the model's name
+        files = sorted(file for file in path.iterdir() if _counts(file.name) and file.is_file())
+    else:
+        files = [path] if path.is_file() else []
+    if any(file.suffix in WEIGHT_SUFFIXES for file in files):
+        return _of_files(files) if len(files) <= MAX_FILES else ""
+    return _digest(commit) if commit and not path.exists() else ""
+
+
+def _counts(name: str) -> bool:
+    return name in CONFIGURATION or name.endswith(INDEX_SUFFIX) or Path(name).suffix in WEIGHT_SUFFIXES
+
+
+def _digest(commit: str) -> str:
+    return hashlib.blake2b(f"commit {commit}".encode(), digest_size=16).hexdigest()
+
+
+def _of_files(files: list[Path]) -> str:
+    whole = hashlib.blake2b(digest_size=16)
+    blocks = max(2, BLOCKS // len(files))
+    for path in files:
+        size = path.stat().st_size
+        whole.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            for block in _samples(file, size, blocks):
+                whole.update(block)
+    return whole.hexdigest()
+
+
+def _samples(file: BinaryIO, size: int, blocks: int) -> Iterator[bytes]:
+    """The whole file where it is not larger than the samples."""
+    if size <= blocks * BLOCK_BYTES:
+        yield file.read(blocks * BLOCK_BYTES)
+        return
+    for n in range(blocks):
+        file.seek((size - BLOCK_BYTES) * n // (blocks - 1))
+        yield file.read(BLOCK_BYTES)
+
+
+class LoadedWeights:
+    """Computes the fingerprint once, in a thread of its own: neither decoding nor a report waits for the file system.
+
+    model: the engine's first served name. path, commit: see `fingerprint`.
+    """
+
+    def __init__(self, model: str = "", path: str = "", commit: str | None = None) -> None:
+        self.model = model
+        self._path = path
+        self._commit = commit
+        self._found = ""
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def of(cls, model_config: Any) -> LoadedWeights:
+        """Of vLLM's ModelConfig. What a version of vLLM does not say is not known: it never raises."""
+        names = getattr(model_config, "served_model_name", None)
+        name = names[0] if isinstance(names, list) and names else names
+        path = getattr(model_config, "model", None)
+        commit = getattr(getattr(model_config, "hf_config", None), "_commit_hash", None)
+        if not isinstance(name, str) or not isinstance(path, str) or len(name) > MAX_MODEL_CHARACTERS:
+            return cls()
+        return cls(name, path, commit if isinstance(commit, str) else None)
+
+    def start(self) -> None:
+        if self._path:
+            self._thread = threading.Thread(target=self._compute, name="hemostat-weights", daemon=True)
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Until it is computed; for tests."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def report(self) -> dict[str, str]:
+        """The members `model` and `weights` of a report; none where there is no fingerprint (yet)."""
+        return {"model": self.model, "weights": self._found} if self._found else {}
+
+    def _compute(self) -> None:
+        try:
+            self._found = fingerprint(self._path, self._commit)
+        except (OSError, ValueError) as error:
+            log.warning("the weights in %s have no fingerprint: %s", self._path, error)

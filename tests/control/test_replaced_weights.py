@@ -1,0 +1,136 @@
+"""A compressed checkpoint that is replaced under the same path: what is known of the old one does not count for it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from tests.support import control as support
+from tests.support.captures import INFO
+from tests.support.served_models import pair, served_models
+
+from hemostat.config.schema import Settings
+from hemostat.control.composition import Control
+from hemostat.control.stored_state import MODELS_KEY
+from hemostat.engines.messages import EngineReport
+from hemostat.engines.registry import SILENCE_SECONDS
+from hemostat.store.factory import open_store
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return support.settings(
+        store={"url": f"sqlite:///{tmp_path}/h.db"},
+        calibration={"mode": "auto", "held_out_fraction": 0.1},
+        alarm={"budget_nats": 0.5},
+    )
+
+
+class Life:
+    """One control process, on a clock of its own. Its model is known before any engine reports, as at a real start."""
+
+    def __init__(self, one: Control) -> None:
+        self.one = one
+        self.now = 1000.0
+        one._clock = lambda: self.now
+        one.monitor.served = served_models(pair(support.MODEL, info=INFO))
+        one._models_changed()
+
+    def reports(self, **engines: str) -> None:
+        """By boot id, the weights that each live engine reports; others have been silent for long enough."""
+        self.now += SILENCE_SECONDS + 1.0
+        for boot, weights in engines.items():
+            self.one.engines.report(
+                EngineReport(boot, 0, 1, [], 30, {}, "v1", "0", model=support.MODEL, weights=weights), self.now
+            )
+        self.one.do_periodic()
+
+    def use(self, prompts: range) -> None:
+        for prompt in prompts:
+            self.one.pipeline.use_record(*support.scored(f"r{prompt}", prompt))
+
+    @property
+    def known(self) -> tuple[bool, bool, bool]:
+        """A profile serves, the alarm has evidence, something was learned."""
+        found = self.one.profile_manager
+        return found.serving.version is not None, bool(self.one.alarms._state.kinds), found.proposals.learned()[0] > 0
+
+
+@asynccontextmanager
+async def life(folder: Path, made: Settings) -> AsyncIterator[Life]:
+    async with support.control(folder, made) as one:
+        yield Life(one)
+
+
+async def first_life(folder: Path, made: Settings, **engines: str) -> None:
+    async with life(folder, made) as first:
+        first.reports(**engines)
+        operator = first.one.profile_manager.operator
+        operator.promote(operator.import_profile(support.profile(1)))
+        first.use(range(40))
+        assert first.known == (True, True, True)
+
+
+KNOWN, NOTHING = (True, True, True), (False, False, False)
+
+
+async def test_while_it_runs(settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    await first_life(tmp_path, settings, a="old")
+    async with life(tmp_path, settings) as one:
+        one.reports(a="old")
+        assert one.known == KNOWN
+        one.reports(a="old", b="new")
+        assert one.known == KNOWN, "a rolling update has begun"
+        one.reports(old_plugin="")
+        one.reports()
+        assert one.known == KNOWN, "nothing is known of what serves"
+        with caplog.at_level(logging.WARNING):
+            one.reports(b="new")
+        assert one.known == NOTHING
+        assert "the stored evidence is about other models" in caplog.text
+        one.use(range(40, 80))
+        one.reports(b="new", c="new")
+        assert one.known == (False, True, True)
+
+
+async def test_while_it_did_not_run(settings: Settings, tmp_path: Path) -> None:
+    """What is stored is read before any engine reports, and the weights that it is about are not forgotten over lives
+    in which none does."""
+    await first_life(tmp_path, settings, a="old")
+    for _ in range(2):
+        async with life(tmp_path, settings) as one:
+            assert one.known == KNOWN
+            one.use(range(100, 120))
+            await one.one.learned.save()
+    async with life(tmp_path, settings) as one:
+        one.reports(a="old")
+        assert one.known == KNOWN
+    async with life(tmp_path, settings) as one:
+        one.reports(b="new")
+        assert one.known == NOTHING
+    async with life(tmp_path, settings) as one:
+        assert one.known == NOTHING
+
+
+async def test_what_was_stored_before_weights_were_known_is_used(settings: Settings, tmp_path: Path) -> None:
+    """By an older version of Hemostat, or with engines without the plugin."""
+    await first_life(tmp_path, settings)
+    store = open_store(settings.store.url)
+    stored = json.loads(store.get_state(MODELS_KEY) or "")
+    assert stored.pop("weights") == ""
+    store.set_state(MODELS_KEY, json.dumps(stored))
+    async with life(tmp_path, settings) as one:
+        one.reports(a="x")
+        assert one.known == KNOWN
+    assert json.loads(store.get_state(MODELS_KEY) or "")["weights"] == "x"
+
+
+async def test_copies_at_two_engines_are_one_checkpoint(settings: Settings, tmp_path: Path) -> None:
+    await first_life(tmp_path, settings, a="same", b="same")
+    async with life(tmp_path, settings) as one:
+        one.reports(c="same", d="same")
+        assert one.known == KNOWN
