@@ -10,11 +10,13 @@ sampled     what one sampled answer costs, as CPU time of the threads that do th
 cpu/chunk   CPU time of the proxy (all of its threads, /proc/PID/task/*/schedstat) for each SSE chunk of streams that
             bring one every 10 ms, 50 at a time.
 
-"hemostat N" samples the fraction N of the requests and treats none. "profile" and "adapter" sample none and treat all:
-with a profile of the logits, whose answers are read for their first event, and with an adapter, whose name is replaced
-in every chunk. Their ratios to "hemostat 0" and to each other are taken in the same rounds. The relay of all four is
-compiled, as in the image (build/bench/compiled, built once and after each change of the sources), and "hemostat 0,
-interpreted" runs the sources. Without a C compiler they are interpreted, and the table says so; "sampled" always is.
+"hemostat N" samples the fraction N of the requests and treats none: it asks for logprobs in the response, and removes
+them. "By plugin", the engine's plugin hands out the tokens, past the relay, as a vLLM does that runs it.
+"profile" and "adapter" sample none and treat all: with a profile of the logits, whose answers are read for their first
+event, and with an adapter, whose name is replaced in every chunk. Their ratios to "hemostat 0" and to each other are
+taken in the same rounds. All these relays are compiled, as in the image (build/bench/compiled, built once and after
+each change of the sources), and "hemostat 0, interpreted" runs the sources. Without a C compiler they are interpreted,
+and the table says so; "sampled" always is.
 "bare relay" hands on bytes and does nothing else, "bare relay, heads" also parses the heads of messages: the bounds of
 what Python can do (proxy/bare_relay.py).
 LiteLLM's proxy forwards the same chat completions, in the same rounds. It is not measured with streams.
@@ -67,11 +69,13 @@ from tests.bench.proxy.load import (  # noqa: E402  the root is no package
 )
 from tests.bench.proxy.proxies import (  # noqa: E402
     BARE_RELAY,
+    BY_PLUGIN,
     HEADS_RELAY,
     Bench,
     compiled_build,
     install_litellm,
     install_vllm_router,
+    tapped_length,
 )
 
 INTERPRETED = "hemostat 0, interpreted"
@@ -157,7 +161,8 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
             }
         )
     )
-    config = upstream_config(folder / "upstream", bench.upstreams["json"], answers, length)
+    tapped = tapped_length(json.dumps(request_body(stream=False)).encode())
+    config = upstream_config(folder / "upstream", bench.upstreams["json"], answers, length, tapped)
     chunks = len(answers.stream_plain) * STREAMS_AT_ONCE
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(bench.stop)
@@ -176,6 +181,7 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
         proxies = [
             await bench.hemostat(0.0, stack, compiled=compiled),
             await bench.hemostat(0.05, stack, compiled=compiled),
+            await bench.hemostat(0.05, stack, compiled=compiled, name=BY_PLUGIN),
             await bench.hemostat(0.0, stack, compiled=compiled, treated="profile"),
             await bench.hemostat(0.0, stack, compiled=compiled, treated="adapter"),
             await bench.bare_relay(name=BARE_RELAY),
@@ -245,7 +251,9 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
             for name, cost in costs.items()
         },
         "sampled_answer_by_plugin": by_plugin,
-        "sampled_rate_to_unsampled": ratios(rate["hemostat 0.05"], rate["hemostat 0"]),
+        "sampled_rate_to_unsampled": {
+            name: ratios(rate[name], rate["hemostat 0"]) for name in ("hemostat 0.05", BY_PLUGIN)
+        },
         "to_nginx": {
             figure: {name: ratios(values[name], values["nginx"]) for name in ("hemostat 0", *BARE_RELAYS)}
             for figure, values in (("requests_per_second", rate), ("cpu_per_request", request_cpu))
@@ -328,7 +336,10 @@ def table(result: dict[str, Any]) -> str:
         ("CPU per streamed chunk / vllm-router (aim: the interval reaches 1.0)", chunk),
         ("requests/s / vllm-router (aim: 2.5)", ratio["requests_per_second"]["hemostat 0"]),
         ("requests/s / nginx (aim: 0.45)", result["to_nginx"]["requests_per_second"]["hemostat 0"]),
-        ("requests/s at rate 0.05 / at 0 (aim: 0.7)", result["sampled_rate_to_unsampled"]),
+        *(
+            (f"requests/s of {name} / of hemostat 0 (aim: 0.7)", found)
+            for name, found in result["sampled_rate_to_unsampled"].items()
+        ),
     ):
         if found is not None:
             lines.append(f"{what}: {found['median']:.2f}, 95 % interval [{found['low']:.2f}, {found['high']:.2f}]")

@@ -253,8 +253,12 @@ http {{
     return path
 
 
-def upstream_config(folder: Path, port: int, answers: Answers, length: int) -> Path:
-    """Static files answer POST with 405: the error page is the answer, chosen by the length of the request."""
+def upstream_config(folder: Path, port: int, answers: Answers, *lengths: int) -> Path:
+    """Static files answer POST with 405: the error page is the answer, chosen by the length of the request.
+
+    lengths: of requests without logprobs; the first one is the client's own.
+    """
+    length = lengths[0]
     root = folder / "root"
     root.mkdir(parents=True)
     (root / "plain.json").write_bytes(answers.json_plain)
@@ -267,5 +271,6 @@ def upstream_config(folder: Path, port: int, answers: Answers, length: int) -> P
     location / {{ return 200 '{{}}'; }}"""
     profile = length + len(f',"vllm_xargs":{{"hemostat":"{ADAPTER}"}}')
     adapter = length - len("fake") + len(ADAPTER)
-    by_length = f"{length} /plain.json; {profile} /plain.json; {adapter} /adapter.json; default /asked.json;"
+    plain = "".join(f"{one} /plain.json; " for one in (*lengths, profile))
+    by_length = f"{plain}{adapter} /adapter.json; default /asked.json;"
     return nginx_config(folder, server, f"map $content_length $answer {{ {by_length} }}")

@@ -18,11 +18,15 @@ from typing import Any
 import msgspec
 from tests.support import compiled
 
+from hemostat.hooks import Rewrite
 from hemostat.ipc.messages import REST_KIND, MessageReader, Policy, Stats, encode
+from hemostat.shadow.intercepted_exchange import InterceptedExchange
+from hemostat.shadow.interceptor import Interceptor
 
 from .load import (
     ADAPTER,
     BUILD,
+    PATH,
     PLAIN_BASE,
     PROXY_CORE,
     ROOT,
@@ -31,6 +35,7 @@ from .load import (
     nginx_config,
 )
 
+BY_PLUGIN = "hemostat 0.05, by plugin"
 BARE_RELAY = "bare relay"
 HEADS_RELAY = "bare relay, heads"
 _BARE_RELAY_PROGRAM = Path(__file__).with_name("bare_relay.py")
@@ -227,6 +232,20 @@ def observing(rate: float, **changes: Any) -> Policy:
     return msgspec.structs.replace(policy, **changes)
 
 
+TAPPED: dict[str, Any] = {"tap": True, "tap_tokens": True, "prefer_plugin": True}
+"""Changes of a policy: the engine's plugin hands out the tokens of what is sampled."""
+
+
+def tapped_length(body: bytes) -> int:
+    """Of this body of a chat as a relay sends it on where it is sampled by the plugin."""
+    hook = Interceptor(observing(1.0, **TAPPED), lambda capture: True, lambda name, labels: None)
+    exchange = hook.begin("POST", PATH.encode(), [], "1", marked=False)
+    assert isinstance(exchange, InterceptedExchange)
+    rewrite = exchange.request(body)
+    assert isinstance(rewrite, Rewrite)
+    return len(rewrite.body)
+
+
 @contextlib.asynccontextmanager
 async def control(path: Path, rate: float, proxy: Proxy) -> AsyncIterator[None]:
     """Stands in for the control process: gives the policy, takes captures and figures."""
@@ -234,6 +253,7 @@ async def control(path: Path, rate: float, proxy: Proxy) -> AsyncIterator[None]:
     policy = observing(
         rate,
         mode="auto" if treats else "observe",
+        **TAPPED if proxy.name == BY_PLUGIN else {},
         acknowledged=frozenset({ADAPTER}),
         serving_by_kind={REST_KIND: ADAPTER} if treats else {},
         adapters={ADAPTER: False} if proxy.name == "adapter" else {},
