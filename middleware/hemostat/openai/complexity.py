@@ -7,18 +7,20 @@ as it is, and counted; the limits are several times what large requests of agent
 
 from __future__ import annotations
 
-MAX_CONTAINERS = 20_000
+from typing import Final
+
+MAX_CONTAINERS: Final = 20_000
 """Opening brackets and braces, those in texts among them."""
-MAX_STRINGS = 16_000
-MAX_COMMAS = 100_000
+MAX_STRINGS: Final = 16_000
+MAX_COMMAS: Final = 100_000
 """Those in texts among them."""
-MAX_ESCAPES = 100_000
+MAX_ESCAPES: Final = 100_000
 """Backslashes. A body of 512 KiB whose texts are Chinese, each character escaped, has 87,000."""
-MAX_MESSAGES = 2_000
+MAX_MESSAGES: Final = 2_000
 """Of a conversation; as many parts of all its messages together; and prompts of a request."""
 
-_COUNTED = b'{[,"\\'
-_OTHERS = bytes(set(range(256)) - set(_COUNTED))
+_COUNTED: Final = b'{[,"\\'
+_OTHERS: Final = bytes(set(range(256)) - set(_COUNTED))
 
 
 class TooComplex(ValueError):

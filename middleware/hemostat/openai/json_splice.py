@@ -8,35 +8,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import KeysView, Mapping
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from hemostat.openai.complexity import TooComplex
 
-NULL = b"null"
+NULL: Final = b"null"
 
-MALFORMED = (ValueError, OverflowError, RecursionError, msgspec.MsgspecError)
+MALFORMED: Final = (ValueError, OverflowError, RecursionError, msgspec.MsgspecError)
 """The exceptions that parsing bytes of unknown origin can raise."""
 
-MAX_MEMBERS = 256
-MAX_KEY_CHARACTERS = 256
-MAX_VALUE_BYTES = 1024
+MAX_MEMBERS: Final = 256
+MAX_KEY_CHARACTERS: Final = 256
+MAX_VALUE_BYTES: Final = 1024
 """Of a value that is decoded whole."""
 
-_members: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_any: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
+_members: Final[msgspec.json.Decoder[dict[str, msgspec.Raw]]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_NULL_VALUE: Final = msgspec.Raw(NULL)
+_any: Final[msgspec.json.Decoder[Any]] = msgspec.json.Decoder()
 
 
-class _Typed(msgspec.Struct):
-    type: msgspec.Raw = msgspec.Raw(NULL)
-
-
-_typed: msgspec.json.Decoder[_Typed] = msgspec.json.Decoder(_Typed)
-
-_SLOW_NUMBER = re.compile(rb"[\[,:\s][-0-9.]+[eE][+-]?[0-9]{3}")
+_SLOW_NUMBER: Final = re.compile(rb"[\[,:\s][-0-9.]+[eE][+-]?[0-9]{3}")
 """A number within a list or an object that msgspec may need 13 microseconds for."""
-_KEY_AND_COLON = re.compile(rb'[{,\s]*+"[^"\\]*+(?:\\.[^"\\]*+)*+"\s*+:\s*+', re.DOTALL)
+_KEY_AND_COLON: Final = re.compile(rb'[{,\s]*+"[^"\\]*+(?:\\.[^"\\]*+)*+"\s*+:\s*+', re.DOTALL)
 
 
 class JsonObject:
@@ -114,7 +109,9 @@ class JsonObject:
         raw = self._values.get(key)
         if raw is None:
             return None
-        return _decode(_typed.decode(raw).type if bytes(raw).startswith(b"{") else raw)
+        if bytes(raw).startswith(b"{"):
+            raw = _members.decode(raw).get("type", _NULL_VALUE)
+        return _decode(raw)
 
     def has(self, key: str) -> bool:
         """True where the key is present and its value is not null."""

@@ -25,41 +25,50 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 from hemostat.openai.form import Form
 from hemostat.openai.json_splice import MALFORMED
 from hemostat.openai.requests import Request, Unscorable
 
-LONG_CHARACTERS = 4_000
-LONG_TOKENS = 1_000
+LONG_CHARACTERS: Final = 4_000
+LONG_TOKENS: Final = 1_000
 """The same for a prompt of token ids."""
-BRIEF_TOKENS = 32
-EDGE_BYTES = 750
-MAX_NAME_CHARACTERS = 64
+BRIEF_TOKENS: Final = 32
+EDGE_BYTES: Final = 750
+MAX_NAME_CHARACTERS: Final = 64
 """Of a model's name."""
-SCRIPT_CHARACTERS = 200
+SCRIPT_CHARACTERS: Final = 200
 """Of a text, evenly spaced, by which its script is determined."""
-MIN_SCRIPT_SHARE = 0.25
+MIN_SCRIPT_SHARE: Final = 0.25
 """Of a text's characters, for the text to count as written in a script."""
 
-GRAMMAR_PART = "grammar"
-_MAX_BYTES_PER_CHARACTER = 12
+GRAMMAR_PART: Final = "grammar"
+_MAX_BYTES_PER_CHARACTER: Final = 12
 """A JSON string's longest character: an escaped pair of surrogates."""
-_NAMED = frozenset({"model", "label"})
+_NAMED: Final = frozenset({"model", "label"})
 """Parts that a name follows."""
-_STRUCTURED = frozenset({Unscorable.STRUCTURED_OUTPUT, Unscorable.FORCED_TOOL, Unscorable.GRAMMAR_TOO_LARGE})
-_NO_TOOLS = ("none", {"type": "none"})
+_STRUCTURED: Final = frozenset({Unscorable.STRUCTURED_OUTPUT, Unscorable.FORCED_TOOL, Unscorable.GRAMMAR_TOO_LARGE})
+_NO_TOOLS: Final = ("none", {"type": "none"})
 """The latter in `/v1/messages`."""
-_CODE_SIGNS = (b"```", b"def ", b"#include", b"public static", b"std::", b"console.log", b"import numpy", b"</div>")
+_CODE_SIGNS: Final = (
+    b"```",
+    b"def ",
+    b"#include",
+    b"public static",
+    b"std::",
+    b"console.log",
+    b"import numpy",
+    b"</div>",
+)
 """Any of these is enough."""
-_LANGUAGES = frozenset(
+_LANGUAGES: Final = frozenset(
     b"python javascript typescript java c++ c# rust golang kotlin php ruby sql bash html css regex haskell perl".split()
 )
-_CODE_WORDS = frozenset(b"code function script program class implement method query compile debug".split())
+_CODE_WORDS: Final = frozenset(b"code function script program class implement method query compile debug".split())
 """One of these beside a language."""
-_OUTSIDE_WORDS = bytes(range(256)).translate(None, b"abcdefghijklmnopqrstuvwxyz0123456789+#")
-_BLANKED = bytes.maketrans(_OUTSIDE_WORDS, b" " * len(_OUTSIDE_WORDS))
+_OUTSIDE_WORDS: Final = bytes(range(256)).translate(None, b"abcdefghijklmnopqrstuvwxyz0123456789+#")
+_BLANKED: Final = bytes.maketrans(_OUTSIDE_WORDS, b" " * len(_OUTSIDE_WORDS))
 
 
 def kind_name(request: Request, label: str, *, several_models: bool) -> str:
@@ -168,7 +177,7 @@ def _about_code(text: bytes, words: set[bytes]) -> bool:
     return named or any(sign in text for sign in _CODE_SIGNS)
 
 
-_SCRIPTS = {
+_SCRIPTS: Final = {
     **dict.fromkeys((0x03,), "greek"),
     **dict.fromkeys((0x04,), "cyrillic"),
     **dict.fromkeys((0x05,), "hebrew"),

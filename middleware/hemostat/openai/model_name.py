@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Final
 
 import msgspec
 
 from hemostat.openai.json_splice import MALFORMED, JsonObject, encode
 from hemostat_calibration.profiles.profile import VERSION_PATTERN
 
-MAX_HELD_BYTES = 4096
+MAX_HELD_BYTES: Final = 4096
 """A member that white space spreads over more bytes than this is not recognized across the pieces of a body."""
 
-_elements: msgspec.json.Decoder[list[msgspec.Raw]] = msgspec.json.Decoder(list[msgspec.Raw])
-_KEY = b'"model"'
-_member = re.compile(rb'"model"[ \t\r\n]*:').search
-_ERROR_EVENT = b'data: {"error"'
-_WHITE = b" \t\r\n"
+_elements: Final[msgspec.json.Decoder[list[msgspec.Raw]]] = msgspec.json.Decoder(list[msgspec.Raw])
+_KEY: Final = b'"model"'
+_member: Final = re.compile(rb'"model"[ \t\r\n]*:').search
+_ERROR_EVENT: Final = b'data: {"error"'
+_WHITE: Final = b" \t\r\n"
 
 
 class ModelName:

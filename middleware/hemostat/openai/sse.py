@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Final
 
 # Atomic groups: without them a lone CRLF would backtrack into CR plus LF and pass for a blank line.
-_BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
-_LINE_END = re.compile(rb"\r\n|\n|\r")
+_BLANK_LINE: Final = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
+_LINE_END: Final = re.compile(rb"\r\n|\n|\r")
 
-MAX_EVENT = 16 * 1024 * 1024
+MAX_EVENT: Final = 16 * 1024 * 1024
 """Bytes of one incomplete event that are buffered."""
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 
@@ -24,14 +24,14 @@ from hemostat.openai.logprobs.scrubbing import Scrubber, scrub
 from hemostat.openai.requests import NO_WISH, LogprobWish, Request
 from hemostat.openai.tokens import ResponseFailure, ResponseTokens, error_reason, usage_decoder
 
-MAX_BODY = 128 * 1024 * 1024
+MAX_BODY: Final = 128 * 1024 * 1024
 """Bytes of one response (not a stream) that are buffered until it is complete."""
 
-_REASONING = re.compile(rb'"reasoning(?:_content)?":"')
+_REASONING: Final = re.compile(rb'"reasoning(?:_content)?":"')
 """Matches no text: quotes are escaped there."""
 
-_ids: msgspec.json.Decoder[list[int]] = msgspec.json.Decoder(list[int])
-_elements: msgspec.json.Decoder[list[msgspec.Raw]] = msgspec.json.Decoder(list[msgspec.Raw])
+_ids: Final[msgspec.json.Decoder[list[int]]] = msgspec.json.Decoder(list[int])
+_elements: Final[msgspec.json.Decoder[list[msgspec.Raw]]] = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 class LogprobForm(Protocol):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from hemostat.engines.messages import MAX_TOP
 from hemostat.hooks import Comparison, Refusal, Rewrite
 from hemostat.ipc.messages import Capture, Policy
@@ -35,24 +37,24 @@ from hemostat.shadow.profile_choice import (
 from hemostat.shadow.reports import RepeatReason, Reports
 from hemostat_calibration.records import Arm, Sampling
 
-MAX_TRACEPARENT = 64
+MAX_TRACEPARENT: Final = 64
 """Characters of a client's traceparent that are kept."""
-MAX_UNDECIDED_BYTES = 64 * 1024
+MAX_UNDECIDED_BYTES: Final = 64 * 1024
 """Of a response, while it may still turn out to be a refusal."""
-_REFUSALS = frozenset({ResponseFailure.LOGPROBS_REFUSED, ResponseFailure.ENCODED})
+_REFUSALS: Final = frozenset({ResponseFailure.LOGPROBS_REFUSED, ResponseFailure.ENCODED})
 """Failures that asking for logprobs has caused, and would cause again."""
-_DROPPED_HEADERS = frozenset({b"accept-encoding"})
+_DROPPED_HEADERS: Final = frozenset({b"accept-encoding"})
 """Not sent upstream where the response has to be read."""
-_REFUSAL_CODES = (400, 422)
+_REFUSAL_CODES: Final = (400, 422)
 """vLLM's codes for a request that does not pass its validation: nothing was computed."""
-_ADAPTER_REFUSAL_CODE = 404
+_ADAPTER_REFUSAL_CODE: Final = 404
 """vLLM's for a request for an adapter that it does not know (any more)."""
-_TOO_LARGE_CODE = 413
+_TOO_LARGE_CODE: Final = 413
 """Of a server that limits the size of bodies: what was added may have been too much."""
-_SERVER_ERROR_CODE = 500
+_SERVER_ERROR_CODE: Final = 500
 """vLLM's for a response that it cannot write as JSON: one with NaN as a log-probability, which only sampling asks for.
 Every other code of a server error says that the upstream is overloaded or gone, whatever was asked for."""
-_REPEATABLE_ROUTES = frozenset({CHAT, COMPLETIONS})
+_REPEATABLE_ROUTES: Final = frozenset({CHAT, COMPLETIONS})
 """Of whose answers the engine keeps nothing, so that generating one twice has no effect but its cost."""
 
 

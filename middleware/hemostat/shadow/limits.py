@@ -7,12 +7,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Final
 
 from hemostat.ipc.messages import Capture
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 
-MAX_QUEUED_BYTES = 256 * 1024 * 1024
+MAX_QUEUED_BYTES: Final = 256 * 1024 * 1024
 
 
 class ShadowQueue:

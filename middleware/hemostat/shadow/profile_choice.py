@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from hemostat.ipc.messages import Policy, rest_of
 from hemostat.openai.form import Form
@@ -49,7 +50,7 @@ class ArmReason(StrEnum):
 
 Unjudged = SkipReason | Unscorable | ResponseFailure
 """Why a request is never scored, as far as that is known before it goes upstream."""
-UNJUDGED: tuple[Unjudged, ...] = (
+UNJUDGED: Final[tuple[Unjudged, ...]] = (
     *(reason for reason in SkipReason if reason is not SkipReason.ROUTE),
     *Unscorable,
     ResponseFailure.TOO_LONG,

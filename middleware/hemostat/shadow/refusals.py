@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
-MIN_REFUSALS = 3
+MIN_REFUSALS: Final = 3
 """Refusals in a row, without a sampled answer in between, before sampling pauses: one may be chance."""
-FIRST_PAUSE_SECONDS = 30.0
-MAX_PAUSE_SECONDS = 3600.0
-VAIN_REPEAT_PAUSE_SECONDS = 10.0
+FIRST_PAUSE_SECONDS: Final = 30.0
+MAX_PAUSE_SECONDS: Final = 3600.0
+VAIN_REPEAT_PAUSE_SECONDS: Final = 10.0
 """How long server errors are passed on as they are, after one that the client's own request got too."""
 
 

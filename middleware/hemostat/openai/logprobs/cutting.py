@@ -9,17 +9,17 @@ no JSON any more, and the caller falls back to parsing it all.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 import numpy as np
 
-_MEMBER = b',"logprobs":{"'
-_VALUE = len(b',"logprobs":')
-_AFTER = b'},"finish_reason":'
-_OBJECT_BEFORE_MEMBER = re.compile(rb'\},"')
-_NULL = b"null"
-_ids: msgspec.json.Decoder[list[int]] = msgspec.json.Decoder(list[int])
+_MEMBER: Final = b',"logprobs":{"'
+_VALUE: Final = len(b',"logprobs":')
+_AFTER: Final = b'},"finish_reason":'
+_OBJECT_BEFORE_MEMBER: Final = re.compile(rb'\},"')
+_NULL: Final = b"null"
+_ids: Final[msgspec.json.Decoder[list[int]]] = msgspec.json.Decoder(list[int])
 
 
 def cut_logprobs(data: bytes) -> tuple[bytes, bytes] | None:
@@ -60,13 +60,13 @@ class Cut(NamedTuple):
     reasoning: bool
 
 
-_CHAT_DELTA = re.compile(
+_CHAT_DELTA: Final = re.compile(
     rb'"(content|reasoning|reasoning_content)":"[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*"\},"logprobs":(?=\{"content":\[\{")'
 )
-_CHAT_END = re.compile(rb',"finish_reason":null,"token_ids":\[([0-9,]{1,200})\]\}\]\}\n\n')
-_CHAT_RESTORED = b'null,"finish_reason":null,"token_ids":null}]}\n\n'
-_DATA = b"data: "
-_CHOICES = b',"choices":[{"index":0,"delta":{'
+_CHAT_END: Final = re.compile(rb',"finish_reason":null,"token_ids":\[([0-9,]{1,200})\]\}\]\}\n\n')
+_CHAT_RESTORED: Final = b'null,"finish_reason":null,"token_ids":null}]}\n\n'
+_DATA: Final = b"data: "
+_CHOICES: Final = b',"choices":[{"index":0,"delta":{'
 
 
 class EventCutter:
