@@ -17,8 +17,7 @@ _DIGITS_AT_ONCE: Final = 4096
 
 
 class _RandomDigits:
-    """Random hexadecimal digits, made many at a time, since a call of the generator costs more than it makes. Owns those
-    that are left."""
+    """Random hexadecimal digits, made many at a time, since a call costs more than what it makes. Owns those left."""
 
     __slots__ = ("_digits", "_used")
 

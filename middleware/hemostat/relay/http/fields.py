@@ -30,7 +30,8 @@ _NOT_REMOVABLE: Final = frozenset((b"content-length", b"host"))
 _RECURRING: Final = frozenset(
     (b"accept", b"accept-encoding", b"connection", b"content-type", b"host", b"server", b"user-agent")
 )
-"""Most clients and servers repeat these fields unchanged, as OpenAI's clients do `x-stainless-…`; none is meant for secrets."""
+"""Most clients and servers repeat these fields unchanged, as OpenAI's clients do `x-stainless-…`. None is meant for
+secrets."""
 _MAX_CACHED: Final = 1024
 """A cache that is full is emptied: what one client sent once does not slow down the others for good."""
 _MAX_CACHED_NAME_BYTES: Final = 64
