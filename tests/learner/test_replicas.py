@@ -30,7 +30,7 @@ from hemostat.learner.stored import BLOB_KEY, split_weights
 from hemostat.store.protocol import StoreFailure
 from hemostat_calibration.learning.contextual import storage
 from hemostat_calibration.learning.contextual.learner import ContextualState
-from hemostat_calibration.learning.contextual.sharing import MIN_REQUESTS
+from hemostat_calibration.learning.contextual.sharing import MIN_CONVERSATIONS
 from hemostat_calibration.learning.contextual.statistics import flushed
 
 
@@ -169,7 +169,7 @@ async def test_the_sums_are_those_of_all_tokens(server: Valkey, tmp_path: Path) 
     """In a fixed order, over the store: as one replica that has all the tokens which were shared."""
     async with deployment(server.url, tmp_path, 2) as made:
         _, follower = made.all
-        seeds = range(40 * MIN_REQUESTS)
+        seeds = range(40 * MIN_CONVERSATIONS)
         await made.teach([follower], seeds)
         await all_stored(made)
         one, shared = learner_of(made), stored_state(made)
