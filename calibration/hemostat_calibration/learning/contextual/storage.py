@@ -35,8 +35,8 @@ _DIGEST_ELEMENTS = 1 << 24
 """Of the output embedding, evenly spaced rows with about this many elements enter `dependencies`."""
 _MAX_LOGPROB = 1e-3
 _ROUNDING, _PARTS = 1e-3, 64
-"""How far weights may be above the tokens: shared rows are rounded, and where parts of them were lost, the tokens of the
-others are off by less than one each time."""
+"""How far weights may be above the tokens: shared rows are rounded, and where parts of them were lost, the tokens of
+the others are off by less than one each time."""
 _MAX_HEADER_BYTES = 1 << 20
 _ENTRY = "learned"
 """Of the metadata."""
