@@ -36,8 +36,9 @@ def fingerprint(model: str, commit: str | None = None) -> str:
     """
     path = Path(model)
     if path.is_dir():
-        if path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name):
-            return _digest(path.name)  # of the hub's cache: the same as where the path is the model's name
+        real = path.resolve()
+        if real.parent.name == "snapshots" and _COMMIT.fullmatch(real.name):
+            return _digest(real.name)  # of the hub's cache: the same as where the path is the model's name
         files = sorted(file for file in path.iterdir() if _counts(file.name) and file.is_file())
     else:
         files = [path] if path.is_file() else []
@@ -76,6 +77,14 @@ def _samples(file: BinaryIO, size: int, blocks: int) -> Iterator[bytes]:
         yield file.read(BLOCK_BYTES)
 
 
+def _attribute(owner: Any, name: str) -> Any:
+    """None where there is none, or it cannot be computed: the engine must start all the same."""
+    try:
+        return getattr(owner, name, None)
+    except Exception:  # noqa: BLE001  whatever a property of a later version raises
+        return None
+
+
 class LoadedWeights:
     """Computes the fingerprint once, in a thread of its own: neither decoding nor a report waits for the file system.
 
@@ -92,10 +101,10 @@ class LoadedWeights:
     @classmethod
     def of(cls, model_config: Any) -> LoadedWeights:
         """Of vLLM's ModelConfig. What a version of vLLM does not say is not known: it never raises."""
-        names = getattr(model_config, "served_model_name", None)
+        names = _attribute(model_config, "served_model_name")
         name = names[0] if isinstance(names, list) and names else names
-        path = getattr(model_config, "model", None)
-        commit = getattr(getattr(model_config, "hf_config", None), "_commit_hash", None)
+        path = _attribute(model_config, "model")
+        commit = _attribute(_attribute(model_config, "hf_config"), "_commit_hash")
         if not isinstance(name, str) or not isinstance(path, str) or len(name) > MAX_MODEL_CHARACTERS:
             return cls()
         return cls(name, path, commit if isinstance(commit, str) else None)

@@ -13,11 +13,12 @@ from tests.support.hidden_state_world import A, D, HiddenStateWorld, N, T, V
 from tests.support.oracle import shift
 
 from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.learning.contextual import storage
 from hemostat_calibration.learning.contextual.learner import ContextualLearner, ContextualState
 from hemostat_calibration.learning.contextual.rows import FOLDS, fold_of
 from hemostat_calibration.learning.contextual.sharing import (
     GROWTH,
-    MIN_REQUESTS,
+    MIN_CONVERSATIONS,
     SharedRows,
     Sharing,
     Unshared,
@@ -30,6 +31,9 @@ from hemostat_calibration.learning.contextual.statistics import flushed
 @cache
 def world() -> HiddenStateWorld:
     return HiddenStateWorld()
+
+
+UNITS = frozenset(b"%d" % n for n in range(MIN_CONVERSATIONS))
 
 
 class Replica:
@@ -71,12 +75,12 @@ def test_the_leader_gets_the_sums_of_all_tokens(replicas: int, max_bytes: int, d
             leader = learner.update(leader, [world().record(seed)])
         else:
             followers[at].score(seed)
-    parts = [part for one in followers for shared in one.sent for part in shared.parts(max_bytes)]
+    parts = [part for one in followers for shared in one.sent for part in one.sharing.parts(shared, max_bytes)]
     for part in data.draw(st.permutations(parts)) if len(parts) < 100 else parts[::-1]:
         leader = Sharing(learner).add(leader, part)
     unshared = sum(u.tokens for one in followers for u in one.unshared)
     assert leader.tokens == 240 * T - unshared
-    assert unshared < (replicas - 1) * FOLDS * max(A + 1 + T, MIN_REQUESTS * T)
+    assert unshared < (replicas - 1) * FOLDS * max(A + 1 + T, MIN_CONVERSATIONS * T)
     shared = []
     for one in followers:
         for k, rest in enumerate(one.unshared):  # the last requests
@@ -130,7 +134,7 @@ def test_nothing_is_shared_of_fewer_requests_or_tokens_than_allowed() -> None:
         before.setdefault(fold, []).append(seed)
         for shared in one.score(seed):
             assert shared.fold == fold
-            assert shared.requests == len(before[fold]) >= MIN_REQUESTS
+            assert shared.requests == len(before[fold]) >= MIN_CONVERSATIONS
             assert shared.tokens == len(before[fold]) * T > A + 1
             assert len(shared.rows) <= A + 1
             before[fold] = []
@@ -171,7 +175,7 @@ def test_bytes_grow_with_the_logarithm_of_the_tokens() -> None:
     shared = 0
     for _ in range(100_000):
         tokens += 20
-        one = Unshared(rows, tokens=tokens, requests=MIN_REQUESTS, shared=shared)
+        one = Unshared(rows, tokens=tokens, requests=MIN_CONVERSATIONS, shared=shared, units=UNITS)
         (left, *_), due = sharing.take_due((one, *sharing.init()[1:]))
         if due:
             sent[shared > 50_000] += 1
@@ -179,7 +183,7 @@ def test_bytes_grow_with_the_logarithm_of_the_tokens() -> None:
             shared, tokens = left.shared, 0
     assert sent[1] < 65, "50,000 to 2,000,000 tokens: log(40) / log(17 / 16) = 61"
     forgets = Sharing(world().learner(half_life_tokens=1000.0))
-    recent = Unshared(rows, tokens=100, requests=MIN_REQUESTS, shared=10**6)
+    recent = Unshared(rows, tokens=100, requests=MIN_CONVERSATIONS, shared=10**6, units=UNITS)
     assert len(forgets.take_due((recent, *forgets.init()[1:]))[1]) == 1, "what is forgotten has to be learned again"
 
 
@@ -188,10 +192,10 @@ def test_old_tokens_of_the_leader_count_less() -> None:
     learner = world().learner(half_life_tokens=500.0)
     leader = learner.update(learner.init("m", V), map(world().record, range(20)))
     rows = np.zeros((1, 1 + N + D), np.float32)
-    rows[0, A] = 10.0
+    rows[0, A] = 1000**0.5
     after = Sharing(learner).add(leader, SharedRows(0, 1000, 8, rows))
     before = flushed(leader.folds[0], leader.tokens, learner.forgetting)
-    assert after.folds[0].weight == pytest.approx(before.weight / 4.0 + 100.0)
+    assert after.folds[0].weight == pytest.approx(before.weight / 4.0 + 1000.0)
     other = flushed(after.folds[1], after.tokens, learner.forgetting).weight
     assert other == pytest.approx(flushed(leader.folds[1], leader.tokens, learner.forgetting).weight / 4.0)
     assert after.recent == leader.recent
@@ -205,6 +209,9 @@ def test_old_tokens_of_the_leader_count_less() -> None:
         SharedRows(0, 1, 1, np.full((1, 1 + N + D), np.nan, np.float32)),
         SharedRows(FOLDS, 1, 1, np.zeros((1, 1 + N + D), np.float32)),
         SharedRows(0, -1, 1, np.zeros((1, 1 + N + D), np.float32)),
+        SharedRows(0, 1, 1, np.full((1, 1 + N + D), 1e30, np.float32)),  # sums would not fit float32
+        SharedRows(0, 2**64, 1, np.ones((1, 1 + N + D), np.float32)),
+        SharedRows(0, 1, 2**64, np.ones((1, 1 + N + D), np.float32)),
     ],
 )
 def test_damaged_rows_are_refused(damaged: SharedRows) -> None:
@@ -218,3 +225,49 @@ def test_tokens_without_hidden_states_are_not_shared() -> None:
     record = world().record(0)
     for less in (replace(record, reference_hidden=None), replace(record, features=None)):
         assert all(one.tokens == 0 for one in sharing.with_record(sharing.init(), less))
+
+
+def test_where_parts_are_lost_tokens_and_sums_agree_and_a_restart_goes_on() -> None:
+    """Pushed out of the stream, or counted by a leader that died before it stored them."""
+    learner = world().learner()
+    one = Replica(learner)
+    for seed in range(100):
+        one.score(seed)
+    assert one.sent
+    for kept in (slice(1, None), slice(0, 1), slice(1, None, 2)):
+        leader = learner.init("m", V)
+        for shared in one.sent:
+            parts = list(one.sharing.parts(shared, 500))
+            assert len(parts) > 2
+            assert sum(part.tokens for part in parts) == shared.tokens
+            assert sum(part.requests for part in parts) == shared.requests
+            for part in parts[kept]:
+                leader = one.sharing.add(leader, part)
+        weight = sum(fold.weight for fold in leader.folds)
+        assert leader.tokens == pytest.approx(weight, abs=len(one.sent) * len(parts))
+        assert leader.tokens > 0
+        data = storage.save({"": leader}, learner, "m", 10**8)
+        assert storage.load(data, learner, "m")[""].tokens == leader.tokens
+
+
+@pytest.mark.parametrize("kind", ["turns of one conversation", "one request again and again"])
+def test_what_is_of_few_conversations_is_not_shared(kind: str) -> None:
+    """All of a conversation is in one fold: its sums would span its tokens, and follow from it alone."""
+    sharing = Sharing(world().learner())
+    unshared = sharing.init()
+
+    def score(seed: int, unit: bytes) -> list[SharedRows]:
+        nonlocal unshared
+        record = replace(world().record(seed if kind.startswith("turns") else 0), conversation=unit)
+        unshared, due = sharing.take_due(sharing.with_record(unshared, record))
+        return due
+
+    fold = fold_of(b"one")
+    others = [unit for unit in (b"%d" % n for n in range(1000)) if fold_of(unit) == fold]
+    for seed in range(5 * max(MIN_CONVERSATIONS, A // T)):
+        assert score(seed, b"one") == []
+    for seed, unit in enumerate(others[: MIN_CONVERSATIONS - 2]):
+        assert score(100 + seed, unit) == []
+    (due,) = score(200, others[MIN_CONVERSATIONS - 2])
+    assert due.requests == 5 * max(MIN_CONVERSATIONS, A // T) + MIN_CONVERSATIONS - 1
+    assert unshared[fold].units == frozenset()

@@ -100,11 +100,26 @@ def test_reading_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_of_the_hub_the_commit_counts(tmp_path: Path) -> None:
     cached = checkpoint(tmp_path / "models--a--b" / "snapshots" / COMMIT)
     assert fingerprint("a/b", COMMIT) == of(cached) != fingerprint("a/b", COMMIT.replace("0", "f"))
+    (tmp_path / "current").symlink_to(cached)
+    assert of(tmp_path / "current") == of(cached), "the same through a link"
     assert fingerprint("a/b") == ""
     configuration = tmp_path / "of remote weights"
     configuration.mkdir()
     (configuration / "config.json").write_text("{}")
     assert of(configuration) == "", "a folder without weights says nothing about them"
+
+
+def test_what_is_no_file_is_never_opened(tmp_path: Path) -> None:
+    """Reading a pipe or a device would not end."""
+    folder = checkpoint(tmp_path / "a")
+    before = of(folder)
+    os.mkfifo(folder / "pipe.safetensors")
+    (folder / "folder.safetensors").mkdir()
+    links = {"pipe": folder / "pipe.safetensors", "device": "/dev/zero", "loop": "loop.bin", "nothing": "nowhere"}
+    for name, target in links.items():
+        (folder / f"{name}.bin").symlink_to(target)
+    assert of(folder) == before
+    assert of(folder / "pipe.safetensors") == of(Path("/dev/zero")) == of(tmp_path / "nowhere") == ""
 
 
 def test_a_single_file(tmp_path: Path) -> None:
@@ -128,7 +143,15 @@ def test_what_vllm_says_is_read_and_what_it_does_not_say_is_not_known() -> None:
         SimpleNamespace(served_model_name="m" * 300, model="a/b", hf_config=config.hf_config),
         SimpleNamespace(served_model_name="m", model="a/b", hf_config=SimpleNamespace(_commit_hash=None)),
     ]
-    for one in unknown:
+
+    class Raises:
+        served_model_name, model = "m", "a/b"
+
+        @property
+        def hf_config(self) -> Any:
+            raise RuntimeError("it needs the network")
+
+    for one in [*unknown, Raises()]:
         found = LoadedWeights.of(one)
         found.start()
         found.wait()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from hemostat.engines.messages import EngineReport, decode_report
+import pytest
+
+from hemostat.engines.messages import EngineReport, InvalidEngineMessage, decode_report
 from hemostat.engines.registry import SILENCE_SECONDS, EngineRegistry
 from hemostat.engines.served_weights import ServedWeights
 
@@ -85,3 +87,29 @@ def test_a_report_of_an_older_plugin_is_read() -> None:
     body = b'{"boot_id": "b", "rank": 0, "world_size": 1, "versions": [], "vocab_size": 8, "counters": {}, '
     found = decode_report(body + b'"runner": "v1", "vllm": "0"}')
     assert (found.model, found.weights) == ("", "")
+
+
+def test_an_engine_cannot_change_its_weights_while_it_runs() -> None:
+    """It loads them once. Else one that reports others each second would begin everything anew each second."""
+    one = Deployment()
+    assert one.at(0.0, a="old") == "old"
+    for now in (1.0, 2.0):
+        with pytest.raises(InvalidEngineMessage, match="weights"):
+            one.at(now, a="new")
+        assert one.served.of("m", NAMES, now) == "old"
+    # Silent for long enough, it is another engine.
+    assert one.at(3.0 + SILENCE_SECONDS, a="new") == "new"
+
+
+@pytest.mark.parametrize("given", ["a\\nb", "a b", "\\u00e4", "a\\n", "0" * 65])
+def test_a_fingerprint_is_a_name(given: str) -> None:
+    """It is stored before what was learned, up to the end of the line, and logged."""
+    with pytest.raises(InvalidEngineMessage, match="weights"):
+        decode_report(REPORT + b'"weights": "%s"}' % given.encode())
+    assert decode_report(REPORT + b'"weights": "0123456789abcdef0123456789abcdef"}').weights
+
+
+REPORT = (
+    b'{"boot_id": "b", "rank": 0, "world_size": 1, "versions": [], "vocab_size": 8, "counters": {}, '
+    b'"runner": "v1", "vllm": "0", '
+)

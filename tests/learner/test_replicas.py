@@ -17,6 +17,7 @@ from tests.support.learning_replicas import (
     TOKENS,
     UNSHARED,
     Deployment,
+    One,
     deployment,
     requests_until_min_tokens,
 )
@@ -27,10 +28,10 @@ from hemostat.control.evidence import inbox
 from hemostat.learner import wire
 from hemostat.learner.process import ScopedLearner
 from hemostat.learner.stored import BLOB_KEY, split_weights
-from hemostat.store.protocol import StoreFailure
+from hemostat.store.protocol import StoreFailure, StoreUnreachable
 from hemostat_calibration.learning.contextual import storage
 from hemostat_calibration.learning.contextual.learner import ContextualState
-from hemostat_calibration.learning.contextual.sharing import MIN_REQUESTS
+from hemostat_calibration.learning.contextual.sharing import MIN_CONVERSATIONS
 from hemostat_calibration.learning.contextual.statistics import flushed
 
 
@@ -169,7 +170,7 @@ async def test_the_sums_are_those_of_all_tokens(server: Valkey, tmp_path: Path) 
     """In a fixed order, over the store: as one replica that has all the tokens which were shared."""
     async with deployment(server.url, tmp_path, 2) as made:
         _, follower = made.all
-        seeds = range(40 * MIN_REQUESTS)
+        seeds = range(40 * MIN_CONVERSATIONS)
         await made.teach([follower], seeds)
         await all_stored(made)
         one, shared = learner_of(made), stored_state(made)
@@ -194,3 +195,51 @@ async def test_where_nothing_is_stored_a_new_leader_goes_on_from_its_own(server:
         await until(lambda: other.leads and other.lane.applied > 0, 30)
         await other.settle()
         assert other.tokens == 200 * TOKENS
+
+
+async def taken_over(one: One) -> None:
+    inbox, learner = one.lane.inbox, one.control.learner
+    await until(lambda: one.leads and inbox._prepared_in == one.control.lease.term > 0, 30)
+    await until(lambda: learner.accepts_others, 30)
+
+
+async def test_where_the_last_leader_could_not_store_anything_a_new_one_goes_on_from_its_own(
+    server: Valkey, tmp_path: Path
+) -> None:
+    """Its sums need more than `stored_learner_mib`: with hidden states of 8,192, more than the default."""
+    async with deployment(server.url, tmp_path, 2) as made:
+        first, other = made.all
+        first.control.writer.as_leader.put_blob = lambda *_: None  # type: ignore[method-assign]
+        await made.teach(made.all, range(200))
+        await first.die()
+        await taken_over(other)
+        for seed in range(200, 300):
+            other.teach(seed)
+        await other.settle()
+        assert other.tokens == 200 * TOKENS
+
+
+async def test_a_new_leader_waits_for_a_store_that_does_not_answer(
+    server: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would begin with nothing, and store that."""
+    async with deployment(server.url, tmp_path, 2) as made:
+        first, other = made.all
+        await made.teach(made.all, range(200))
+        await all_stored(made)
+        known = first.tokens
+        store, asked = other.control.store, 0
+        get_blob = store.get_blob
+
+        def sometimes(key: str) -> bytes | None:
+            nonlocal asked
+            asked += key == BLOB_KEY
+            if key == BLOB_KEY and asked in {2, 3}:  # the first time it looks whether there is anything
+                raise StoreUnreachable("no answer")
+            return get_blob(key)
+
+        monkeypatch.setattr(store, "get_blob", sometimes)
+        await first.die()
+        await taken_over(other)
+        assert asked == 4
+        assert other.tokens >= known

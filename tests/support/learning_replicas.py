@@ -22,13 +22,13 @@ from hemostat.learner.client import LearningTarget
 from hemostat.store import replica as replica_module
 from hemostat.store import writer
 from hemostat_calibration.learning.contextual.rows import FOLDS
-from hemostat_calibration.learning.contextual.sharing import MIN_REQUESTS
+from hemostat_calibration.learning.contextual.sharing import MIN_CONVERSATIONS
 from hemostat_calibration.profiles import transform
 
 TOKENS = 16
 """Of a request."""
 MIN_TOKENS = 6000
-UNSHARED = FOLDS * MIN_REQUESTS * TOKENS
+UNSHARED = FOLDS * MIN_CONVERSATIONS * TOKENS
 """Tokens that a follower keeps at most, until 16 times as many were shared of each fold."""
 
 SHORTER = (

@@ -20,6 +20,8 @@ MAX_TOP = 128
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
 Version = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}$")]
 Text = Annotated[str, msgspec.Meta(max_length=64)]
+Fingerprint = Annotated[str, msgspec.Meta(max_length=64, pattern=r"^[A-Za-z0-9_.:-]*\Z")]
+"""Stored, and logged."""
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 T = TypeVar("T")
@@ -60,7 +62,7 @@ class EngineReport(msgspec.Struct, frozen=True):
     """The plugin hands out answers (`TapAnswer`)."""
     model: Annotated[str, msgspec.Meta(max_length=256)] = ""
     """First served name of the model that `weights` is of."""
-    weights: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    weights: Fingerprint = ""
     """Fingerprint of the weights that the engine has loaded (`hemostat_engine.weights`); "" where it is not known, and
     of an older plugin."""
 

@@ -59,13 +59,17 @@ class EngineRegistry:
         self._wanted = tuple(dict.fromkeys(versions))[:MAX_HELD_VERSIONS]
 
     def report(self, report: EngineReport, now: float) -> list[str]:
-        """Take a rank's report; returns the versions that it should hold. InvalidEngineMessage when ranks disagree."""
+        """Take a rank's report; returns the versions that it should hold. InvalidEngineMessage when ranks disagree, or
+        where an engine, which loads weights once, says that it has other ones than before."""
         self._expire(now)
         if report.boot_id not in self._engines:
             self.newest = now
         ranks = self._engines.setdefault(report.boot_id, {})
         if any(rank.report.world_size != report.world_size for rank in ranks.values()):
             raise InvalidEngineMessage(f"world_size is {report.world_size}: other ranks of this engine report another")
+        loaded = next((rank.report.weights for rank in ranks.values() if rank.report.weights), "")
+        if loaded and report.weights not in {"", loaded}:
+            raise InvalidEngineMessage("weights are others than this engine has reported before")
         ranks[report.rank] = _Rank(report, now)
         while len(self._engines) > MAX_ENGINES:
             self._forget(next(iter(self._engines)))

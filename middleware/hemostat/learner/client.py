@@ -70,7 +70,7 @@ class LearningStorage(Protocol):
     @property
     def wanted(self) -> bool: ...
 
-    async def load(self) -> tuple[str, bytes]: ...
+    async def load(self) -> tuple[str, bytes] | None: ...
 
     async def save(self, weights: str, parts: list[bytes]) -> None: ...
 
@@ -140,6 +140,8 @@ class Learner:
         self._leads: Callable[[], bool] = lambda: True
         self._others: deque[wire.Shared] = deque()
         """What other replicas have learned, to be sent to the process."""
+        self._needs_stored = False
+        """The next process goes on from what is stored, or does not begin."""
         self._running: int | None = None
         """Generation of the target of the process that learns."""
         self._batch_pending = False
@@ -197,10 +199,12 @@ class Learner:
         self._process.wake()
 
     def take_over(self) -> bool:
-        """This replica leads from now on, another one has before: go on from what that one has stored. What this one
-        has learned itself, it has sent. False where nothing is stored: it goes on from what it has learned itself."""
+        """This replica leads from now on, another one has before, and has stored something: go on from that. What this
+        one has learned itself, it has sent. False where nothing is stored by the settings: it goes on from what it has
+        learned itself."""
         if self._storage is None:
             return False
+        self._needs_stored = True
         self._begin_anew()
         return True
 
@@ -279,10 +283,17 @@ class Learner:
                 await child.drain()
 
     async def _load(self) -> bytes:
-        """What was stored, of these weights."""
+        """What was stored, of these weights. ChildExited where it must be known, and the store does not answer: to
+        begin with nothing would replace what the last leader has stored."""
         if self._storage is None:
             return b""
-        weights, stored = await self._storage.load()
+        found = await self._storage.load()
+        if found is None:
+            if self._needs_stored:
+                raise ChildExited("the store does not answer: it waits for what the last leader has stored")
+            return b""
+        self._needs_stored = False
+        weights, stored = found
         if weights and self._weights and weights != self._weights:
             log.warning("learning begins anew: what was learned is of other weights")
             return b""

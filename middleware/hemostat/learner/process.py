@@ -136,7 +136,7 @@ class ScopedLearner:
         """What may be sent to the replica that leads, and was not yet."""
         for scope, unshared in self._unshared.items():
             self._unshared[scope], due = self._sharing.take_due(unshared)
-            for part in (part for shared in due for part in shared.parts(wire.MAX_SHARED_BYTES)):
+            for part in (part for shared in due for part in self._sharing.parts(shared, wire.MAX_SHARED_BYTES)):
                 rows = part.rows.astype("<f4")
                 yield wire.Shared(
                     scope, part.fold, part.tokens, part.requests, rows.shape[1], rows.tobytes(), self._shared_about

@@ -27,14 +27,14 @@ class StoredLearning:
         """This replica would write now."""
         return self._lease.leads
 
-    async def load(self) -> tuple[str, bytes]:
-        """The weights that it is of, and what was stored last; b"" where there is none, or the store does not answer,
-        which is counted."""
+    async def load(self) -> tuple[str, bytes] | None:
+        """The weights that it is of, and what was stored last, b"" where there is none. None: the store does not
+        answer, which is counted."""
         try:
             stored = await asyncio.to_thread(self._store.get_blob, BLOB_KEY)
         except StoreFailure as failure:
             self._errors.record(failure)
-            return "", b""
+            return None
         return split_weights(stored or b"")
 
     async def save(self, weights: str, parts: list[bytes]) -> None:

@@ -17,10 +17,11 @@ from tests.support.learning_replicas import SHORTER, requests_until_min_tokens
 
 from hemostat.control.evidence.outbox import MAX_BATCH_BYTES
 from hemostat.learner import wire
+from hemostat_calibration.arrays import Singles
 from hemostat_calibration.learning.contextual.learner import ContextualLearner
 from hemostat_calibration.learning.contextual.rows import FOLDS
 from hemostat_calibration.learning.contextual.sharing import (
-    MIN_REQUESTS,
+    MIN_CONVERSATIONS,
     SharedRows,
     Sharing,
     Unshared,
@@ -65,12 +66,12 @@ async def _until_min_tokens(folder: Path) -> Row:
 
 
 def _sizes(hidden: int) -> Iterator[Row]:
-    """Of `MIN_REQUESTS` requests of one fold, and over a follower's life."""
+    """Of `MIN_CONVERSATIONS` requests of one fold, each of another conversation, and over a follower's life."""
     rng = np.random.default_rng(0)
     sharing = Sharing(ContextualLearner(np.zeros((ANCHORS, hidden), np.float32), np.arange(ANCHORS)))
-    values = rng.normal(size=(MIN_REQUESTS * REQUEST_TOKENS, 1 + ANCHORS + hidden)).astype(np.float32)
+    values = rng.normal(size=(MIN_CONVERSATIONS * REQUEST_TOKENS, 1 + ANCHORS + hidden)).astype(np.float32)
     began = time.process_time()
-    shared = SharedRows(0, len(values), MIN_REQUESTS, spread(condensed(values, ANCHORS + 1)))
+    shared = SharedRows(0, len(values), MIN_CONVERSATIONS, spread(condensed(values, ANCHORS + 1)))
     seconds = time.process_time() - began
     sent = [
         len(
@@ -78,7 +79,7 @@ def _sizes(hidden: int) -> Iterator[Row]:
                 wire.Shared("", 0, 1, 1, shared.rows.shape[1], part.rows.tobytes(), "0" * 32),
             )
         )
-        for part in shared.parts(wire.MAX_SHARED_BYTES)
+        for part in sharing.parts(shared, wire.MAX_SHARED_BYTES)
     ]
     case = f"hidden states of {hidden}, {ANCHORS} anchors, requests of {REQUEST_TOKENS} tokens"
     largest = f"{sum(sent) / 1e6:.2f} MB in {len(sent)} batches, the largest {max(sent) / 1024:.0f} KiB"
@@ -87,7 +88,7 @@ def _sizes(hidden: int) -> Iterator[Row]:
     for tokens in (MIN_TOKENS // REPLICAS, 1_000_000):
         sets, requests = _sets(sharing, tokens), tokens // REQUEST_TOKENS
         each = sets * sum(sent) / requests
-        limit = sum(sent) / MIN_REQUESTS
+        limit = sum(sent) / MIN_CONVERSATIONS
         found = f"{each / 1e3:.1f} kB ({sets} times)"
         yield Row(f"{case}: sent a request, of {tokens:,} tokens", "", found, f"<= {limit / 1e3:.0f} kB", each <= limit)
     ratio = _requests(sharing) * REQUEST_TOKENS / MIN_TOKENS
@@ -104,11 +105,18 @@ def _sets(sharing: Sharing, tokens: int) -> int:
     for _ in range(tokens // REQUEST_TOKENS):
         fold = int(rng.integers(FOLDS))
         held = unshared[fold]
-        unshared[fold] = Unshared(one_row, held.tokens + REQUEST_TOKENS, held.requests + 1, held.shared)
+        unshared[fold] = _with_request(held, one_row)
         if sharing.is_due(unshared[fold]):
             sent += 1
             unshared[fold] = Unshared(one_row, shared=held.shared + held.tokens + REQUEST_TOKENS)
     return sent
+
+
+def _with_request(held: Unshared, row: Singles) -> Unshared:
+    """Of a conversation of its own."""
+    requests = held.requests + 1
+    units = held.units | {b"%d" % requests}
+    return Unshared(row, held.tokens + REQUEST_TOKENS, requests, held.shared, units)
 
 
 def _requests(sharing: Sharing) -> float:
@@ -126,7 +134,7 @@ def _requests(sharing: Sharing) -> float:
                 known += REQUEST_TOKENS
                 continue
             held = followers[at][fold]
-            now = Unshared(one_row, held.tokens + REQUEST_TOKENS, held.requests + 1, held.shared)
+            now = _with_request(held, one_row)
             if sharing.is_due(now):
                 known += now.tokens
                 now = Unshared(one_row, shared=held.shared + now.tokens)

@@ -34,6 +34,9 @@ MAX_LISTED = 4096
 _DIGEST_ELEMENTS = 1 << 24
 """Of the output embedding, evenly spaced rows with about this many elements enter `dependencies`."""
 _MAX_LOGPROB = 1e-3
+_ROUNDING, _PARTS = 1e-3, 64
+"""How far weights may be above the tokens: shared rows are rounded, and where parts of them were lost, the tokens of
+the others are off by less than one each time."""
 _MAX_HEADER_BYTES = 1 << 20
 _ENTRY = "learned"
 """Of the metadata."""
@@ -224,7 +227,7 @@ def _state(described: Mapping[str, Any], part: _Part, learner: ContextualLearner
     tokens, requests = _count(described["tokens"]), _count(described["requests"])
     sources = {source: _count(described["sources"][str(source)]) for source in TokenSource}
     weights = part.whole("weights", np.float64, (FOLDS,))
-    if weights.min() < 0.0 or weights.sum() > tokens * (1.0 + 1e-4):  # shared rows are rounded
+    if weights.min() < 0.0 or weights.sum() > tokens * (1.0 + _ROUNDING) + _PARTS:
         raise ValueError(f"weights {weights} of {tokens} tokens")
     folds = [replace(fold, clock=tokens) for fold in state.folds]
     if weights.any():

@@ -14,6 +14,7 @@ from hemostat.control.evidence.lane import Lane
 from hemostat.control.evidence.positions import Positions
 from hemostat.control.model_identity import UNKNOWN, brief
 from hemostat.learner.client import Learner
+from hemostat.learner.stored import BLOB_KEY as LEARNER_BLOB
 from hemostat.measurement.alarms import STATE_KEY as ALARM_STATE
 from hemostat.measurement.alarms import Alarms
 from hemostat.measurement.by_engine import STATE_KEY as ENGINES_STATE
@@ -143,7 +144,8 @@ class SharedEvidence:
             nonlocal has_own
             positions.restore(await asyncio.to_thread(store.get_state, CONTEXTUAL_POSITIONS_KEY))
             another_has_led = lease.term > 0
-            has_own = not (another_has_led and learner.take_over())
+            stored = await asyncio.to_thread(store.get_blob, LEARNER_BLOB) if another_has_led else None
+            has_own = not (stored and learner.take_over())
 
         def use(unit: units.Unit, own: bool) -> None:
             if isinstance(unit, units.ContextualUnit) and not (own and has_own):
