@@ -109,8 +109,7 @@ class Run:
         """After a little more traffic: as much as may wait for the floor's scoring. It takes 30 to 100 requests, most
         where only few of them have any noise."""
         self.send(noise_floor.MAX_QUEUED_RECORDS)
-        # What is sent faster than it is scored only makes the queue longer.
-        wait_for("the scoring", lambda: self.stack.requests()["pending"] == 0, 300)
+        self.stack.wait_settled(within=300)  # what is sent faster than it is scored only makes the queue longer
         return self.stack.status()["alarm"]["floor_upper_nats"] is not None
 
     def promote(self, vocabulary: int) -> None:
