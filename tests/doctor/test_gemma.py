@@ -16,8 +16,6 @@ pytest.importorskip("transformers")
 from tests.support.gemma_checkpoint import gemma_checkpoint
 
 
-# torch looks at its own deprecated parts when the quantized checkpoint is loaded.
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # each linear layer is exchanged by itself
 def test_w4a16_of_gemma(tmp_path: Path) -> None:

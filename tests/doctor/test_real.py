@@ -31,8 +31,6 @@ def logprobs(model: Any, prompt: list[int], output: list[int]) -> Any:
     return torch.log_softmax(logits.double(), -1).numpy()
 
 
-# torch looks at its own deprecated parts when the quantized checkpoint is loaded.
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_table_of_the_real_pair(checkpoints: Checkpoints, tmp_path: Path) -> None:
     file, work = tmp_path / "prompts.jsonl", tmp_path / "work"
     file.write_text("\n".join(map(json.dumps, PROMPTS)))

@@ -28,7 +28,6 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),  # torch's own, at import
 ]
 
 RANK = 16

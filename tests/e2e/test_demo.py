@@ -20,7 +20,6 @@ from hemostat_calibration.profiles.profile import temperature_bias
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.timeout(1000),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),  # torch's own, at import
 ]
 
 REQUESTS = 10

@@ -57,9 +57,7 @@ def prompts_of(checkpoints):
     return torch.tensor(ids[: 2 * REQUESTS])
 
 
-# torch looks at its own deprecated parts when transformers asks whether to compile.
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 def test_the_predicted_prefix_is_what_greedy_texts_share(checkpoints):
     """Predicted on one set of prompts, the reference only reading the compressed model's text; observed on another,
     both writing. The two means differ by no more than the intervals of both allow, and prompt by prompt the first

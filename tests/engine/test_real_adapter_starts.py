@@ -35,7 +35,6 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.slow,  # each starts one or two servers of its own
     pytest.mark.timeout(3600),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),  # torch's own, at import
 ]
 
 

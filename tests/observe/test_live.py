@@ -17,12 +17,13 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from tests.support.dashboards import ALL, Query, about_adapters, queries, used
+from tests.support.dashboards import ALL, EMPTY_LIVE, Query, about_adapters, queries, used
 from tests.support.prometheus import Prometheus, config, needs, prometheus, rules
 from tests.support.stack import ADMIN_TOKEN, Stack, hemostat, sampling_settings, wait_for
 
 from hemostat.models import vllm_server as vllm_process
 from hemostat.models.reference_checkpoint import Checkpoints, cached_checkpoints
+from hemostat.openai.requests import MAX_CHOICES
 from hemostat.shadow import noise_floor
 from hemostat_calibration.profiles.profile import temperature_bias
 
@@ -34,8 +35,12 @@ CHAT = "/v1/chat/completions"
 LABEL = "sea"
 HEALTHY, COMPARED, DEGRADED = 50, 20, 24
 """Requests: while all is well, with a profile on half of them, after the swap so many at a time."""
+KINDS = 4
+"""Of what `Run.send` sends: with the label and without it, greedy and sampled, each in turn."""
 RESTRICTED = 16
 """Requests under a grammar, with a profile on half of them."""
+UNSCORABLE = 2
+"""Requests of more choices than are ever scored."""
 TOKENS = 32
 BUDGET = 0.45
 """Nats: above what four bits cost this model, below what half of its weights cost it."""
@@ -101,7 +106,8 @@ class Run:
         return self.stack.admin.post(path, content=content, headers=headers).raise_for_status().json()
 
     def floor_known(self) -> bool:
-        """After a little more traffic: as much as may wait for the floor's scoring."""
+        """After a little more traffic: as much as may wait for the floor's scoring. It takes 30 to 100 requests, most
+        where only few of them have any noise."""
         self.send(noise_floor.MAX_QUEUED_RECORDS)
         self.stack.wait_settled(within=300)  # what is sent faster than it is scored only makes the queue longer
         return self.stack.status()["alarm"]["floor_upper_nats"] is not None
@@ -126,6 +132,7 @@ def run(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> I
         admin={"host": host, "port": int(port), "token": ADMIN_TOKEN},
         calibration={"mode": "auto", "control_fraction": 0.5, "held_out_fraction": 0.5},
         labels=[LABEL],
+        records={"path": str(folder / "records.jsonl")},
         alarm={"budget_nats": BUDGET, "baseline_requests": 30},
     )
     settings["shadow"] |= {"floor_fraction": 1.0, "top_k": 64}
@@ -141,7 +148,10 @@ def run(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> I
                 # Of what comes after it rates are taken, over minutes.
                 wait_for("an upper limit of the noise floor", one.floor_known, 600)
                 asked = {"type": "json_schema", "json_schema": {"name": "sea", "schema": {"enum": ["deep", "wide"]}}}
-                one.send(2, response_format=asked)
+                one.send(KINDS, response_format=asked)
+                one.send(UNSCORABLE, n=MAX_CHOICES + 1, temperature=1, max_tokens=2)
+                # A profile serves what a grammar restricts only in kinds that are followed when it is promoted.
+                one.stack.wait_settled(within=300)
                 one.promote(json.loads((checkpoints.compressed / "config.json").read_text())["vocab_size"])
                 one.send(RESTRICTED, response_format=asked)
                 one.send(COMPARED)
@@ -163,7 +173,7 @@ def numbers(series: list[dict[str, Any]]) -> list[float]:
 
 
 RARE = {"annotation Rollbacks": "nothing was rolled back yet", "annotation Alarms": "nothing is wrong yet"}
-"""Queries that are empty at first, and why; the last tests look again."""
+"""Queries that are empty at first, and why; the last tests look again. At `EMPTY_LIVE`, test_rare_panels.py does."""
 
 
 def returns_data(run: Run, where: str) -> None:
@@ -177,7 +187,7 @@ def returns_data(run: Run, where: str) -> None:
 def test_every_query_returns_data(run: Run, query: Query) -> None:
     """With all variables at All, and with one value chosen of each; the other values' data stay out.
 
-    Those about adapters: test_adapter_panels.py.
+    Those about adapters: test_rare_panels.py.
     """
     known = run.prometheus.labels()
     chosen = query.with_values(VALUES)
@@ -186,7 +196,7 @@ def test_every_query_returns_data(run: Run, query: Query) -> None:
         assert selected.labels <= known[selected.metric], f"{selected.metric} has no {selected.labels}"
     for expression in (query.with_values(ALL), chosen):
         series = run.prometheus.query(expression)
-        assert numbers(series) or query.where in RARE, f"no data: {expression}"
+        assert numbers(series) or query.where in RARE | EMPTY_LIVE, f"no data: {expression}"
         assert not series or any(query.legend <= set(one["metric"]) for one in series), f"no {query.legend}: {series}"
     for variable in ("namespace", "model", "route"):
         if f"${variable}" in query.expression:

@@ -15,6 +15,13 @@ FOLDER = ROOT / "helm" / "hemostat" / "dashboards"
 FILES = sorted(FOLDER.glob("*.json"))
 ALL = {"namespace": ".*", "model": ".*", "route": ".*"}
 """What the variables stand for when a dashboard is opened: their `allValue`."""
+EMPTY_LIVE = {
+    "Evidence that an engine is not like the others (B)": "there is one engine",
+    "KL by phase, last 30 minutes (A)": "the model does not think",
+    "Thinking that does not end, by arm, last 30 minutes (A)": "the model does not think",
+    "Tokens of thinking per answer, by arm, last 30 minutes (A)": "the model does not think",
+}
+"""Queries (`Query.where`) whose metrics the live run exports, but without numbers, and why."""
 
 _VARIABLE = re.compile(r"\$(\w+)|\$\{(\w+)[^}]*\}")
 _LABEL_VALUES = re.compile(r"label_values\((.*), (\w+)\)")

@@ -17,7 +17,6 @@ from hemostat.models.adapters.pair import CheckpointPair
 pytestmark = [
     pytest.mark.slow,  # the first one installs llmcompressor
     pytest.mark.timeout(1800),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),  # torch's own, at import
 ]
 
 GROUP_SIZE = 128

@@ -26,7 +26,6 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.slow,  # a server for each format
     pytest.mark.timeout(900),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),  # torch's own, at import
     pytest.mark.skipif(not vllm_server.installed(), reason="vLLM is not installed"),
 ]
 

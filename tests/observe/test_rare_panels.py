@@ -1,4 +1,5 @@
-"""The dashboards' panels about adapters: a real Prometheus scrapes what the metrics' catalogue exports."""
+"""The dashboards' panels that are empty in the live run (test_live.py): those about adapters, a reasoning model's
+thinking and an engine that is not like the others. A real Prometheus scrapes what the metrics' catalogue exports."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from prometheus_client import CollectorRegistry, start_http_server
-from tests.support.dashboards import ALL, Query, about_adapters, queries
+from tests.support.dashboards import ALL, EMPTY_LIVE, Query, about_adapters, queries
 from tests.support.prometheus import Prometheus, config, needs, prometheus
 from tests.support.stack import wait_for
 
@@ -16,7 +17,7 @@ from hemostat.metrics.collector import HemostatCollector
 from hemostat.metrics.samples import Sample
 from hemostat.models.vllm_server import free_port
 
-QUERIES = [query for query in queries() if about_adapters(query)]
+QUERIES = [query for query in queries() if about_adapters(query) or query.where in EMPTY_LIVE]
 VALUES = {"namespace": "compose", "model": "m", "route": "/v1/chat/completions"}
 
 
@@ -38,9 +39,25 @@ def samples() -> Iterator[Sample]:
     yield Sample(names.ADAPTER_JUDGED, (), count)
     yield Sample(names.ADAPTER_JUDGE_DROPPED, ("busy",), count)
     yield Sample(names.ADAPTER_BUILDS, ("proposed",), count)
+    for engine, odd in (("a:8000", 0.0), ("b:8000", 1.0)):
+        yield Sample(names.ENGINE_ODD, (engine,), odd)
+    for phase, nats in (("thinking", 0.25), ("answer", 0.5)):
+        yield Sample(names.PHASE_KL_NATS, (phase,), nats * count)
+        yield Sample(names.PHASE_KL_TOKENS, (phase,), count)
+    for arm in ("control", "treated"):
+        for end, requests in (("ended", 5), ("cut", 2), ("stopped", 1), ("none", 100)):
+            yield Sample(names.THINKING_REQUESTS, (arm, end), requests * count)
+        yield Sample(names.THINKING_TOKENS, (arm,), 40 * 8 * count)
 
 
 SCRAPES = itertools.count(1)
+EXPECTED = {
+    "Evidence that an engine is not like the others (B)": {("b:8000",): 1.0},
+    "KL by phase, last 30 minutes (A)": {("thinking",): 0.25, ("answer",): 0.5},
+    "Thinking that does not end, by arm, last 30 minutes (A)": {("control",): 3 / 8, ("treated",): 3 / 8},
+    "Tokens of thinking per answer, by arm, last 30 minutes (A)": {("control",): 40.0, ("treated",): 40.0},
+}
+"""By the values of the legend's labels."""
 
 
 @pytest.fixture(scope="module")
@@ -62,16 +79,26 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
 
 
 def test_every_panel_about_adapters_is_here() -> None:
-    assert len({query.where.rpartition(" (")[0] for query in QUERIES}) == 8
+    assert len({query.where.rpartition(" (")[0] for query in QUERIES if about_adapters(query)}) == 8
 
 
 @needs("prometheus", "prometheus")
 @pytest.mark.parametrize("query", QUERIES, ids=str)
-def test_every_query_about_adapters_returns_data(scraped: Prometheus, query: Query) -> None:
+def test_every_query_returns_data(scraped: Prometheus, query: Query) -> None:
     """With all variables at All, and with one value chosen of each; the other values' data stay out."""
     for expression in (query.with_values(ALL), query.with_values(VALUES)):
         series = scraped.query(expression)
         assert series, f"no data: {expression}"
         assert any(query.legend <= set(one["metric"]) for one in series)
     for variable in ("namespace", "model"):
-        assert scraped.query(query.with_values(VALUES | {variable: "other"})) == [], variable
+        if f"${variable}" in query.expression:
+            assert scraped.query(query.with_values(VALUES | {variable: "other"})) == [], variable
+
+
+@needs("prometheus", "prometheus")
+@pytest.mark.parametrize("where", EMPTY_LIVE)
+def test_the_values_of_a_query_that_is_empty_live(scraped: Prometheus, where: str) -> None:
+    (query,) = [query for query in QUERIES if query.where == where]
+    series = scraped.query(query.with_values(VALUES))
+    found = {tuple(one["metric"].values()): float(one["value"][1]) for one in series}
+    assert found == pytest.approx(EXPECTED[where])
