@@ -167,7 +167,8 @@ def _given(request: Request, key: str) -> Any:
         return None
 
 
-def _number(request: Request, key: str, default: float) -> float:
+def _number(request: Request, key: str, default: float) -> int | float:
+    """An integer may be too large for a float."""
     value = _given(request, key)
     return value if isinstance(value, int | float) else default
 
