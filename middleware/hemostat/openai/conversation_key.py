@@ -35,7 +35,7 @@ _MAX_ROLE_BYTES: Final = 40
 _CONTENT: Final = re.compile(rb'\s*+,\s*+"content"\s*+:\s*+' + _STRING + rb"\s*+}", re.DOTALL)
 """The rest of most messages."""
 _PLAIN_CONTENT: Final = re.compile(rb'\s*+,\s*+"content"\s*+:\s*+"[^"]*+(?<!\\)"\s*+}')
-"""The same where no quotation mark is escaped: read five times as fast."""
+"""The same where no quotation mark is escaped. It takes a quarter of the time for a text of 9 kB."""
 _TEXT: Final = re.compile(_STRING, re.DOTALL)
 _TOKEN: Final = re.compile(_STRING + rb"?+|[\[\]{}]", re.DOTALL)
 """A string that does not end before the search does is one, too: it would be read again from each quotation mark."""
