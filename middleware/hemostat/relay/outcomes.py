@@ -190,9 +190,7 @@ class OutcomeObserver:
             count(names.RESPONSES_FINISHED, (arm, reason if reason in FINISH_REASONS else "other"), 1.0)
         if tokens:
             count(names.OUTPUT_TOKENS, (arm,), float(tokens))
-        loop = False
-        for text in texts:
-            loop = loop or ends_in_loop(text)
+        loop = any(map(ends_in_loop, texts))
         if loop:
             count(names.REPETITION_LOOPS, (arm,), 1.0)
         bad = None if self._format is None else self._bad(self._format, response, data, texts, reasons, loop=loop)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Sequence
-from typing import Final, overload
+from typing import Final, TypeVar, overload
 
 TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
+_Found = TypeVar("_Found")
+
 _token: Final = re.compile(TOKEN + rb"+").fullmatch
 
 LINE_BYTES: Final = b"\t" + bytes(range(0x20, 0x7F)) + bytes(range(0x80, 0x100))
@@ -33,13 +35,23 @@ _RECURRING: Final = frozenset(
 """Most clients and servers repeat these fields unchanged, as OpenAI's clients do `x-stainless-…`. None is meant for
 secrets."""
 _MAX_CACHED: Final = 1024
-"""A cache that is full is emptied: what one client sent once does not slow down the others for good."""
 _MAX_CACHED_NAME_BYTES: Final = 64
 _MAX_CACHED_LINE_BYTES: Final = 256
 # Field names seen before, as sent -> their class, and whether the field recurs. Bounded; field names are not secret.
 _names: Final[dict[bytes, tuple[bytes, bool]]] = {}
 # Lines of recurring fields seen before -> what `read_field` returns. Bounded.
 _lines: Final[dict[bytes, tuple[bytes, bytes]]] = {}
+
+
+def remember(cache: dict[bytes, _Found], key: bytes, found: _Found, max_entries: int, max_bytes: int) -> None:
+    """Cache what was found for a key of at most `max_bytes`.
+
+    A cache that is full is emptied: what one client sent once does not slow down the others for good.
+    """
+    if len(key) <= max_bytes:
+        if len(cache) >= max_entries:
+            cache.clear()
+        cache[key] = found
 
 
 def read_field(line: bytes) -> tuple[bytes, bytes]:
@@ -57,10 +69,8 @@ def read_field(line: bytes) -> tuple[bytes, bytes]:
     if not colon:
         raise ValueError("a header field lacks its colon")
     value = value.strip(b" \t")
-    if recurs and len(line) <= _MAX_CACHED_LINE_BYTES:
-        if len(_lines) >= _MAX_CACHED:
-            _lines.clear()
-        _lines[line] = special, value
+    if recurs:
+        remember(_lines, line, (special, value), _MAX_CACHED, _MAX_CACHED_LINE_BYTES)
     return special, value
 
 
@@ -76,10 +86,7 @@ def _classify(name: bytes) -> tuple[bytes, bool]:
     else:
         special = lower if lower in _INTERPRETED else b""
     known = special, lower in _RECURRING or lower.startswith(b"x-stainless-")
-    if len(name) <= _MAX_CACHED_NAME_BYTES:
-        if len(_names) >= _MAX_CACHED:
-            _names.clear()
-        _names[name] = known
+    remember(_names, name, known, _MAX_CACHED, _MAX_CACHED_NAME_BYTES)
     return known
 
 

@@ -6,7 +6,7 @@ import re
 from typing import Final
 
 from hemostat.relay.http.errors import BadRequest
-from hemostat.relay.http.fields import LINE_BYTES, TOKEN, connection_options, drop_fields, read_field
+from hemostat.relay.http.fields import LINE_BYTES, TOKEN, connection_options, drop_fields, read_field, remember
 from hemostat.relay.http.framing import CHUNKED, CHUNKED_LINE, parse_length
 
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -24,7 +24,7 @@ _MAX_CACHED_BYTES: Final = 128
 # Request lines seen before, and valid values of Host. Bounded, and emptied when full. What may contain a secret is not
 # kept: a target with a query, or with an authority, which may name a user and a password.
 _request_lines: Final[dict[bytes, tuple[bytes, bytes, int]]] = {}
-_hosts: Final[set[bytes]] = set()
+_hosts: Final[dict[bytes, bool]] = {}
 
 
 class RequestHead:
@@ -184,10 +184,8 @@ def _read_request_line(line: bytes) -> tuple[bytes, bytes, int]:
             raise BadRequest(505, "only HTTP/1.0 and HTTP/1.1 are supported")
         raise BadRequest(400, "the request line is malformed")
     found = match[1], match[2], 1 if match[3] == b"1" else 0
-    if len(line) <= _MAX_CACHED_BYTES and found[1][:1] == b"/" and b"?" not in line:
-        if len(_request_lines) >= _MAX_CACHED:
-            _request_lines.clear()
-        _request_lines[line] = found
+    if found[1][:1] == b"/" and b"?" not in line:
+        remember(_request_lines, line, found, _MAX_CACHED, _MAX_CACHED_BYTES)
     return found
 
 
@@ -195,10 +193,7 @@ def _valid_host(value: bytes) -> bool:
     """Whether Host may have this value. A valid one is cached."""
     if _host(value) is None:
         return False
-    if len(value) <= _MAX_CACHED_BYTES:
-        if len(_hosts) >= _MAX_CACHED:
-            _hosts.clear()
-        _hosts.add(value)
+    remember(_hosts, value, True, _MAX_CACHED, _MAX_CACHED_BYTES)
     return True
 
 

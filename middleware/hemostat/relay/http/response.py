@@ -12,6 +12,7 @@ from hemostat.relay.http.fields import (
     connection_options,
     drop_fields,
     read_field,
+    remember,
 )
 from hemostat.relay.http.framing import CHUNKED, CHUNKED_LINE, UNTIL_CLOSE, parse_length
 
@@ -139,8 +140,5 @@ def _read_status_line(line: bytes) -> tuple[int, int]:
     if match is None:
         raise BadResponse("the status line is malformed")
     found = int(match[2]), 1 if match[1] == b"1" else 0
-    if len(line) <= _MAX_CACHED_BYTES:
-        if len(_status_lines) >= _MAX_CACHED:
-            _status_lines.clear()
-        _status_lines[line] = found
+    remember(_status_lines, line, found, _MAX_CACHED, _MAX_CACHED_BYTES)
     return found
