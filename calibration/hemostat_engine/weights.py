@@ -1,4 +1,4 @@
-"""A fingerprint of the weights that the engine has loaded, so that other ones under the same path are noticed.
+"""A fingerprint of the weights that the engine loads, so that other ones under the same path are noticed.
 
 It is the same for every copy of a checkpoint: times of files, which differ from machine to machine, do not enter. Of
 large files only samples are read; a change that leaves names, sizes and all samples as they were is not noticed.

@@ -41,7 +41,7 @@ SHORTER = (
     (client, "BACKOFF", (0.05, 0.1)),
     (client, "EXPORT_SECONDS", 0.5),
 )
-"""Times than in production, so that a run takes seconds: module, name, value."""
+"""Shorter times than in production, so that a run takes seconds: module, name, value."""
 
 
 class One:

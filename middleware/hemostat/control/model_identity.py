@@ -68,7 +68,8 @@ def without_weights(identity: str) -> tuple[str, str]:
 
 
 def with_weights(identity: str, weights: str) -> str:
-    """
+    """A `model_identity` with these weights.
+
     >>> with_weights('{"model": "m"}', "1")
     '{"model": "m", "weights": "1"}'
     """

@@ -109,18 +109,21 @@ class ScopedLearner:
         if not request.shares:
             self._unshared.clear()
         for row in request.rows:
-            try:
+            with self._leaving_out():
                 self._learn(row, shares=request.shares)
-            except (HemostatError, ValueError) as error:
-                # A record that does not fit is left out, and counted.
-                self._failed[type(error).__name__] += 1
         for shared in request.others:
-            try:
+            with self._leaving_out():
                 self._add(shared)
-            except (HemostatError, ValueError) as error:
-                self._failed[type(error).__name__] += 1
         self.has_unsaved = self.has_unsaved or (bool(request.rows or request.others) and self._stored_bytes > 0)
         return self._learned()
+
+    @contextlib.contextmanager
+    def _leaving_out(self) -> Iterator[None]:
+        """What does not fit is left out, and counted."""
+        try:
+            yield
+        except (HemostatError, ValueError) as error:
+            self._failed[type(error).__name__] += 1
 
     def _add(self, shared: wire.Shared) -> None:
         """What another replica has learned."""

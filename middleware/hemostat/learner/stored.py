@@ -44,7 +44,8 @@ class StoredLearning:
 
 
 def split_weights(stored: bytes) -> tuple[str, bytes]:
-    """
+    """A stored blob's weights, "" where it names none, and what was learned of them.
+
     >>> split_weights(b"weights 1f\\nlearned"), split_weights(b"learned")
     (('1f', b'learned'), ('', b'learned'))
     """

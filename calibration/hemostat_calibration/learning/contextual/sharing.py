@@ -9,8 +9,8 @@ tokens, as a fixed rotation spreads all directions over them.
 
 Rows are shared once they stand for more tokens than the map reads numbers, A + 1, and for `MIN_CONVERSATIONS`
 conversations: of fewer tokens the rows would span what the tokens themselves span, and so they would of one request
-that is repeated. Whoever has both models and a text can still find out
-whether that text is among them, as from any sums over so few tokens: a member is fitted better by their regression.
+that is repeated. Whoever has both models and a text can still find out whether that text is among them, as from any
+sums over so few tokens: a member is fitted better by their regression.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ GROWTH = 1 / 16
 logarithm of the tokens."""
 _LEAST_EIGENVALUE = 1e-13
 """Of the largest one; below it is rounding."""
-_ROUNDING = 1e-3
-"""Of the weight of shared rows, at most."""
+ROUNDING = 1e-3
+"""Of the weight of shared rows, at most: they are float32."""
 _MAX_VALUE = 1e12
 """Of shared rows: sums of their products fit float32, in which they are stored."""
 
@@ -157,7 +157,7 @@ class Sharing:
         if not (0 <= shared.fold < FOLDS and shared.tokens >= 0 and shared.requests >= 0):
             raise InvalidArgumentError(f"shared rows are of fold {shared.fold}, {shared.tokens} tokens")
         weight = float(np.square(rows[:, features], dtype=np.float64).sum())
-        if abs(shared.tokens - weight) > 1.0 + _ROUNDING * weight or shared.requests > shared.tokens + 2:
+        if abs(shared.tokens - weight) > 1.0 + ROUNDING * weight or shared.requests > shared.tokens + 2:
             raise InvalidArgumentError(
                 f"shared rows have the weight of {weight:.0f} tokens, not {shared.tokens} of {shared.requests} requests"
             )
