@@ -53,7 +53,11 @@ def build_wheel(folder: Path, *, root: Path = ROOT, opt_level: int = 3) -> Path:
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder)]
     command.append(str(root.resolve()))  # a name without a slash would be one of the package index
     given = {SWITCH: "1", "MYPYC_OPT_LEVEL": str(opt_level)}
-    subprocess.run(command, env=os.environ | given, check=True, capture_output=True, text=True)
+    try:
+        subprocess.run(command, env=os.environ | given, check=True, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:
+        error.add_note(error.stderr)
+        raise
     (wheel,) = folder.glob("hemostat-*.whl")
     return wheel
 

@@ -34,15 +34,18 @@ _ROLE: Final = re.compile(rb'"role"\s{0,16}+:\s{0,16}+\Z')
 _MAX_ROLE_BYTES: Final = 40
 _CONTENT: Final = re.compile(rb'\s*+,\s*+"content"\s*+:\s*+' + _STRING + rb"\s*+}", re.DOTALL)
 """The rest of most messages."""
-_PLAIN_CONTENT: Final = re.compile(rb'\s*+,\s*+"content"\s*+:\s*+"[^"]*+(?<!\\)"\s*+}')
-"""The same where no quotation mark is escaped. It takes a quarter of the time for a text of 9 kB."""
+_WRITTEN_CONTENT: Final = (b', "content": "', b',"content":"')
+"""As Python's and other languages' JSON libraries begin it."""
+_BACKSLASH: Final = 0x5C
 _TEXT: Final = re.compile(_STRING, re.DOTALL)
 _TOKEN: Final = re.compile(_STRING + rb"?+|[\[\]{}]", re.DOTALL)
 """A string that does not end before the search does is one, too: it would be read again from each quotation mark."""
 
-_SPREAD: Final = 0x9E3779B1
-"""Odd, 2**32 by the golden ratio: checksums of texts that differ in one character are related, and their multiples are
-far apart on the ring (Knuth's multiplicative hash)."""
+_SPREAD: Final = 0x1E3779B1
+"""Odd: checksums of texts that differ in one character are close, and their multiples are far apart on the ring
+(Knuth's multiplicative hash)."""
+_CHECKSUM_MASK: Final = (1 << 30) - 1
+"""Compiled code multiplies two numbers below 2**30 without making objects of them."""
 
 
 def conversation_key(body: bytes) -> int | None:
@@ -53,14 +56,20 @@ def conversation_key(body: bytes) -> int | None:
     >>> conversation_key(first) == conversation_key(later), conversation_key(b"{}")
     (True, None)
     """
-    messages = _MESSAGES.search(body, 0, MAX_SCANNED_BYTES)
-    if messages is not None and (role := _USER.search(body, messages.end(), MAX_SCANNED_BYTES)) is not None:
+    messages = body.find(b'"messages"', 0, MAX_SCANNED_BYTES)
+    if messages >= 0 and (role := body.find(b'"user"', messages, MAX_SCANNED_BYTES)) >= 0:
         # The shape that nearly all clients send; in the others the same is found by looking more closely.
-        start, end = role.end(), role.end() + MAX_TEXT_BYTES
-        content = _PLAIN_CONTENT.match(body, start, end) or _CONTENT.match(body, start, end)
+        start = role + len(b'"user"')
+        for written in _WRITTEN_CONTENT:
+            begin = start + len(written)
+            if body[start:begin] == written:
+                quote = body.find(b'"', begin, begin + MAX_TEXT_BYTES)
+                if quote >= 0 and body[quote - 1] != _BACKSLASH:
+                    return _hash(body[messages:quote])
+        content = _CONTENT.match(body, start, start + MAX_TEXT_BYTES)
         if content is not None:
-            return _hash(body[messages.start() : content.end()])
-    found = _find_value(body, _PROMPTS if messages is None else (_MESSAGES, *_PROMPTS))
+            return _hash(body[messages : content.end()])
+    found = _find_value(body, _PROMPTS if messages < 0 else (_MESSAGES, *_PROMPTS))
     if found is None:
         return None
     start = found.start(1)
@@ -109,4 +118,6 @@ def _end_of_object(body: bytes, position: int) -> int:
 
 
 def _hash(data: bytes) -> int:
-    return zlib.crc32(data) * _SPREAD & 0xFFFFFFFF
+    """Adler-32 needs no table, which the rest of the relay would push out of the processor's cache."""
+    checksum = zlib.adler32(data)
+    return ((checksum ^ checksum >> 15) & _CHECKSUM_MASK) * _SPREAD & 0xFFFFFFFF

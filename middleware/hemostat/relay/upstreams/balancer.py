@@ -9,7 +9,7 @@ own conversations move. A request without a key goes to the engine with the fewe
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Final
@@ -22,6 +22,8 @@ POINTS: Final = 64
 """Of each engine on the ring."""
 UNAVAILABLE: Final = -1
 """The load of an engine that gets no requests."""
+_SLOT_BITS: Final = 20
+"""Keys that are equal but for so many of their lowest bits are in one slot: 4,096 slots for at most 4,096 points."""
 
 
 class Balancer:
@@ -34,11 +36,14 @@ class Balancer:
             for point in range(POINTS)
         )
         self._hashes = [point for point, _ in points]
+        self._starts = [bisect_left(self._hashes, slot << _SLOT_BITS) for slot in range(1 << 32 - _SLOT_BITS)]
+        """For each slot the first point in it or behind it: few points are left to search."""
+        self._hashes.append(1 << 32)
         # Twice around, so that a search that begins anywhere ends before the list does.
         self._owners = 2 * [index for _, index in points]
         self._turn = 0
 
-    def choose(self, loads: Sequence[int], key: int | None) -> int:
+    def choose(self, loads: list[int], key: int | None) -> int:
         """The index of an engine; -1 where none is available.
 
         loads: requests in progress at each engine, UNAVAILABLE for one that gets none. key: below 2**32, equal for all
@@ -50,28 +55,31 @@ class Balancer:
         """
         return self._least(loads) if key is None else self._on_ring(loads, key)
 
-    def _least(self, loads: Sequence[int]) -> int:
-        self._turn = turn = (self._turn + 1) % len(loads) if loads else 0
+    def _least(self, loads: list[int]) -> int:
+        self._turn += 1
         best, least = -1, 0
-        for index in (*range(turn, len(loads)), *range(turn)):
+        for step in range(len(loads)):
+            index = (self._turn + step) % len(loads)
             load = loads[index]
             if load != UNAVAILABLE and (best < 0 or load < least):
                 best, least = index, load
         return best
 
-    def _on_ring(self, loads: Sequence[int], key: int) -> int:
-        available, total = len(loads), sum(loads)
-        if UNAVAILABLE in loads:
-            missing = loads.count(UNAVAILABLE)
-            available, total = available - missing, total - missing * UNAVAILABLE
+    def _on_ring(self, loads: list[int], key: int) -> int:
+        available = total = 0
+        for load in loads:
+            if load != UNAVAILABLE:
+                available += 1
+                total += load
         if not available:
             return -1
         # The request itself counts, so that an engine with the fewest is always below the capacity.
-        capacity = BOUND * (total + 1) / available
-        capacity = max(capacity, MIN_CAPACITY)
-        owners, at = self._owners, bisect_right(self._hashes, key)
+        capacity = max(BOUND * (total + 1) / available, float(MIN_CAPACITY))
+        at = self._starts[key >> _SLOT_BITS]
+        while self._hashes[at] <= key:
+            at += 1
         while True:
-            owner = owners[at]
+            owner = self._owners[at]
             if UNAVAILABLE < loads[owner] < capacity:
                 return owner
             at += 1
