@@ -28,6 +28,7 @@ from hemostat.control import composition
 from hemostat.control.composition import Control
 from hemostat.engines.messages import EngineReport, TapMessage, TapRun
 from hemostat.ipc.messages import REST_KIND, Capture, Policy
+from hemostat.learner.client import Learner
 from hemostat.reference import monitor
 from hemostat.reference.references import References
 from hemostat_calibration.arrays import Ids
@@ -119,6 +120,12 @@ class WorldEngine:
         )
 
 
+def idle(learner: Learner) -> bool:
+    """Its process has learned from all that came, and has proposed what it was asked for."""
+    waits = bool(learner._records) or learner._batch_pending or bool(learner._proposals)
+    return not learner._learning or not (waits or learner._requested_scope is not None)
+
+
 class Bench:
     def __init__(self, one: Control, reference: WorldReference) -> None:
         self.one = one
@@ -137,8 +144,8 @@ class Bench:
         one.learner.offer = note  # type: ignore[method-assign]
 
     async def ready(self) -> None:
-        await until(lambda: self.one.monitor.state == "ready", 20)
-        await until(lambda: self.one.learner.state == "learning", 20)
+        await until(lambda: self.one.monitor.state == "ready", 60)
+        await until(lambda: self.one.learner.state == "learning", 60)
         for _ in range(2):
             self.engine.reports()
         self.one.policy.publish()
@@ -149,7 +156,9 @@ class Bench:
             self._seed += 1
             self.one.pipeline.receive(self.engine.serves(self._seed, self.told[-1], **damage))
         assert self.one.pipeline.scorer is not None
-        await until(lambda: self.one.pipeline.scorer.pending == 0, 20)  # type: ignore[union-attr]
+        await until(lambda: self.one.pipeline.scorer.pending == 0, 60)  # type: ignore[union-attr]
+        # Limits are counted in requests: a learner that a busy machine gives no time would be too late for them.
+        await until(lambda: idle(self.one.learner), 120)
         self.engine.reports()
         self.engine.reports()
         self.one.policy.publish()
@@ -276,7 +285,7 @@ async def test_off_ends_the_learner_and_observe_starts_it_again(
         await b.requests(4)
         assert not b.reference.hidden_for
         await b.one.actions.set_mode("observe")
-        await until(lambda: b.one.learner.state == "learning", 20)
+        await until(lambda: b.one.learner.state == "learning", 60)
 
 
 async def test_with_a_vllm_reference_the_folder_of_its_checkpoint_must_be_configured(
@@ -296,14 +305,14 @@ async def test_with_a_vllm_reference_the_folder_of_its_checkpoint_must_be_config
             )
             async with control(tmp_path, made, loops=True) as one:
                 learning = asyncio.create_task(one.learner.run())
-                await until(lambda one=one: one.monitor.state == "ready", 20)  # type: ignore[misc]
+                await until(lambda one=one: one.monitor.state == "ready", 60)  # type: ignore[misc]
                 if named != str(folder):
                     assert one.learner.state == "unavailable"
                     said = status_json(one)["learner"]["detail"]
                     assert "name the reference's checkpoint in reference.folder" in said
                     assert named is None or "empty has no config.json" in said
                 else:
-                    await until(lambda one=one: one.learner.state == "learning", 20)  # type: ignore[misc]
+                    await until(lambda one=one: one.learner.state == "learning", 60)  # type: ignore[misc]
                     assert not one.learner.wants_hidden_states, "there are no hidden states to ask for"
                     assert status_json(one)["learner"]["anchors"] == 48
                 learning.cancel()
