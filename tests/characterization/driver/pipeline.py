@@ -23,7 +23,7 @@ from tests.support.served_models import pair, served_models
 
 from hemostat.admin.app import create_app
 from hemostat.config.schema import Settings
-from hemostat.control import composition
+from hemostat.control import composition, operator_actions
 from hemostat.control.composition import Control
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, Capture, Hello, Stats, encode
 from hemostat.reference.monitor import ReferenceState
@@ -363,11 +363,13 @@ async def pipeline(folder: Path, clock: Clock, **settings: Any) -> AsyncIterator
     made = Settings.model_validate(given | settings)
     wants_floor = made.shadow.floor_fraction > 0.0
     with ExitStack() as patches:
-        for name, value in (
-            ("make_references", lambda _: References(references[0])),
-            ("make_compressed_scorer", lambda _: references[1] if wants_floor else None),
+        for module, name, value in (
+            (composition, "make_references", lambda _: References(references[0])),
+            (composition, "make_compressed_scorer", lambda _: references[1] if wants_floor else None),
+            # So that what is answered does not depend on how busy the disk is.
+            (operator_actions, "MAX_WRITE_SECONDS", 60.0),
         ):
-            patches.enter_context(mock.patch.object(composition, name, value))
+            patches.enter_context(mock.patch.object(module, name, value))
         control = NotingControl(
             made,
             folder / "control.sock",
