@@ -50,6 +50,36 @@ def test_other_conversations_have_other_keys(a: tuple[list[str], Any, bool], b: 
     assert (keys[0] == keys[1]) == (conversation_key(bodies[0]) == conversation_key(bodies[1]))
 
 
+@pytest.mark.parametrize("separators", [(", ", ": "), (",", ":")])
+@pytest.mark.parametrize("members", [{"name": "ann"}, {"images": ["QUJD"]}, {"cache_control": {"type": "ephemeral"}}])
+def test_what_stands_behind_the_text_of_a_message_belongs_to_the_conversation(
+    members: dict[str, Any], separators: tuple[str, str]
+) -> None:
+    def body(members: dict[str, Any], *later: dict[str, str]) -> bytes:
+        first = {"role": "user", "content": "What is this?", **members}
+        return json.dumps({"messages": [first, *later]}, separators=separators).encode()
+
+    key = conversation_key(body(members))
+    assert key == conversation_key(body(members, {"role": "assistant", "content": "Nothing."}))
+    assert key != conversation_key(body({}))
+    assert key != conversation_key(body(dict.fromkeys(members, "other")))
+
+
+def test_another_member_that_says_user_is_not_a_role() -> None:
+    system = (
+        b'{"messages": [{"name": "user", "content": "Be brief.", "role": "system"}, {"role": "user", "content": "%d"}]}'
+    )
+    assert conversation_key(system % 1) != conversation_key(system % 2)
+
+
+@pytest.mark.parametrize("text", [b"Summarize file %d.", b"%d", b"page_%06d.txt", b"The %d of them" * 20])
+def test_numbered_conversations_have_different_keys(text: bytes) -> None:
+    """Sums of bytes, as Adler-32's, are equal for many numbers."""
+    form = b'{"messages": [{"role": "user", "content": "' + text + b'"}]}'
+    count = text.count(b"%")
+    assert len({conversation_key(form % ((n,) * count)) for n in range(10_000)}) > 9_990
+
+
 @given(st.binary(max_size=400))
 def test_any_bytes_are_read(body: bytes) -> None:
     conversation_key(body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,11 +53,16 @@ def test_conversations_are_spread_evenly() -> None:
     assert min(spread.values()) > 1_700
 
 
-def test_conversations_that_differ_in_a_digit_are_spread_evenly() -> None:
-    balancer = Balancer(NAMES[:4])
-    bodies = (b'{"messages": [{"role": "user", "content": "Summarize file %d."}]}' % n for n in range(10_000))
-    spread = Counter(balancer.choose([0, 0, 0, 0], conversation_key(body)) for body in bodies)
-    assert min(spread.values()) > 1_700
+@pytest.mark.parametrize("text", [b"Summarize file %d.", b"page_%06d.txt"])
+def test_conversations_that_differ_in_a_digit_are_spread_as_random_keys_are(text: bytes) -> None:
+    balancer = Balancer(NAMES[:16])
+    idle = [0] * 16
+    shares = Counter(balancer.choose(idle, key << 14) for key in range(2**18))
+    form = b'{"messages": [{"role": "user", "content": "' + text + b'"}]}'
+    spread = Counter(balancer.choose(idle, conversation_key(form % n)) for n in range(10_000))
+    expected = {engine: shares[engine] / 2**18 * 10_000 for engine in range(16)}
+    chi_squared = sum((spread[engine] - wanted) ** 2 / wanted for engine, wanted in expected.items())
+    assert chi_squared < 44.3, "random keys exceed it once in 10,000 times, at 15 degrees of freedom"
 
 
 def test_idle_engines_take_turns() -> None:

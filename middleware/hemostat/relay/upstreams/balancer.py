@@ -23,7 +23,8 @@ POINTS: Final = 64
 UNAVAILABLE: Final = -1
 """The load of an engine that gets no requests."""
 _SLOT_BITS: Final = 20
-"""Keys that are equal but for so many of their lowest bits are in one slot: 4,096 slots for at most 4,096 points."""
+"""Keys that are equal but for so many of their lowest bits are in one slot. There are 4,096 slots: as many as 64
+engines (`group.MAX_ENGINES`) have points."""
 
 
 class Balancer:
@@ -38,7 +39,7 @@ class Balancer:
         self._hashes = [point for point, _ in points]
         self._starts = [bisect_left(self._hashes, slot << _SLOT_BITS) for slot in range(1 << 32 - _SLOT_BITS)]
         """For each slot the first point in it or behind it: few points are left to search."""
-        self._hashes.append(1 << 32)
+        self._hashes.append(1 << 32)  # larger than every key, so that the search ends
         # Twice around, so that a search that begins anywhere ends before the list does.
         self._owners = 2 * [index for _, index in points]
         self._turn = 0
