@@ -64,7 +64,7 @@ def conversation_key(body: bytes) -> int | None:
             begin = start + len(written)
             if body[start:begin] == written:
                 quote = body.find(b'"', begin, begin + MAX_TEXT_BYTES)
-                if body[quote : quote + 2] == b'"}' and body[quote - 1] != _BACKSLASH:
+                if quote >= 0 and body[quote : quote + 2] == b'"}' and body[quote - 1] != _BACKSLASH:
                     return _hash(body[messages:quote])
         content = _CONTENT.match(body, start, start + MAX_TEXT_BYTES)
         if content is not None:
