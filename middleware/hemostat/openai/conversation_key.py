@@ -25,7 +25,7 @@ MAX_OCCURRENCES: Final = 32
 
 # Quotation marks within JSON strings are escaped, so that nothing here is found inside of them.
 _STRING: Final = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
-# Compiled for `finditer`; `bytes.find` looks for one place in less time.
+# Patterns for `finditer`. Where only the first occurrence is needed, `bytes.find` is faster.
 _MESSAGES: Final = re.compile(rb'"messages"')
 _PROMPTS: Final = (re.compile(rb'"input"'), re.compile(rb'"prompt"'))
 _USER: Final = re.compile(rb'"user"')

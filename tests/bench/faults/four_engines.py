@@ -37,7 +37,7 @@ TAKES = "about 3 minutes"
 
 ENGINES = 4
 STARTS = 4
-"""Of the relays: where their objects lie in memory, which differs at each start, makes up to 4 % of their speed."""
+"""Of the relays: two starts of the same relay differ by up to 4 % in the instructions of a request."""
 ROUNDS = 3
 """With each of them."""
 WRK_SECONDS = 2.0
