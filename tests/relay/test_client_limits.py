@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import resource
 from pathlib import Path
@@ -49,6 +50,46 @@ async def test_a_client_beyond_its_rate_gets_429_and_its_connection_stays_open()
         assert len(seen) == 4
         assert limited(relay) == {("rate",): 2.0}
         assert relay.counters.requests["/v1/completions", "refused"] == 2
+
+
+SPELLINGS = [bytes(letters) for letters in itertools.product(*zip(b"bearer", b"BEARER", strict=True))]
+
+
+async def test_a_credential_is_one_client_however_it_is_spelled() -> None:
+    seen: list[Request] = []
+    async with relaying(answering(seen), client_limits=ClientLimits(requests_per_second=0.001, burst=5)) as (
+        relay,
+        _,
+        connect,
+    ):
+        client = await connect()
+        for spelling in SPELLINGS:
+            for field in (b"Authorization: %b anna", b"authorization:%b \t  anna "):
+                await client.send(post(b"{}", field % spelling))
+                await client.response("POST")
+        assert (len(SPELLINGS), len(seen)) == (64, 5)
+        assert limited(relay) == {("rate",): 123.0}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [b"X-Api-Key: anna", b"X-Api-Key: bert", b"Authorization:", b"Authorization:  \t"],
+        [b"Authorization: Bearer anna\r\nAuthorization: Bearer %d" % number for number in range(3)],
+    ],
+)
+async def test_what_vllm_does_not_check_names_no_client(fields: list[bytes]) -> None:
+    seen: list[Request] = []
+    async with relaying(answering(seen), client_limits=ClientLimits(requests_per_second=0.001, burst=2)) as (
+        _,
+        _,
+        connect,
+    ):
+        client = await connect()
+        for field in fields:
+            await client.send(post(b"{}", field))
+            await client.response("POST")
+    assert len(seen) == 2
 
 
 async def test_requests_in_progress_are_limited_and_end_with_their_client() -> None:

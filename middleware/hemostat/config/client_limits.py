@@ -14,7 +14,7 @@ class ClientLimits(Section):
     requests other than GET and HEAD."""
 
     key: Literal["authorization", "address"] = "authorization"
-    """What a client is: the value of its Authorization header (requests without one: its address), or its address."""
+    """What a client is: the credential in its Authorization header (without one: its address), or its address."""
     requests_per_second: float | None = Field(default=None, gt=0, le=1_000_000)
     burst: int = Field(default=10, ge=1, le=1_000_000)
     """Requests that may come at once, where fewer came before."""

@@ -1,19 +1,18 @@
 """What one client may ask of this relay process: requests per second, and requests in progress.
 
-A client is known by its Authorization header or by its address. Each relay process counts for itself: with N processes
+Who a client is: `client_identity`. Each relay process counts for itself: with N processes
 and R replicas, a client whose connections reach all of them may ask for N × R times as much.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal
 
-from hemostat.relay.clients import client_network
+from hemostat.relay.client_identity import client_key, client_network
 from hemostat.relay.http.errors import error_body
 from hemostat.relay.http.request import RequestHead
 
@@ -82,11 +81,9 @@ class ClientLimits:
         """Of the client; None where the request does not count: a GET or HEAD that does not open a WebSocket."""
         if request.method in UNLIMITED_METHODS and not request.upgrade:
             return None
-        if request.authorization and not self._by_address:
-            for line in request.lines:
-                if line[:14].lower() == b"authorization:":
-                    return hashlib.blake2b(line[14:].strip(b" \t"), digest_size=16).digest()
-        return client_network(transport.get_extra_info("peername")).encode()
+        if self._by_address:
+            return client_network(transport.get_extra_info("peername"))
+        return client_key(request, transport)
 
     def begin(self, key: bytes, now: float) -> Exceeded | None:
         """Admit a request: None, and `end` is to be called when it has ended; or the limit that it exceeds."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-import socket
 from collections.abc import Iterable, Iterator
 from typing import Final, Generic, Protocol, TypeVar
 
 from hemostat.metrics import names
+from hemostat.relay.client_identity import client_network
 from hemostat.relay.counters import Counters
 from hemostat.relay.limits import Limits
 
@@ -30,8 +30,6 @@ class Evictable(Protocol):
 
 Connection = TypeVar("Connection", bound=Evictable)
 
-_MAPPED: Final = bytes(10) + b"\xff\xff"
-"""An IPv4 client of a socket that listens on `::`."""
 EVICTED_SHARE: Final = 16
 """One of so many connections is closed at a time, since looking for them takes a pass over all."""
 
@@ -46,8 +44,8 @@ class Clients(Generic[Connection]):
     def __init__(self, limits: Limits, counters: Counters) -> None:
         self._limits = limits
         self._counters = counters
-        self._addresses: dict[Connection, str] = {}
-        self._numbers: dict[str, int] = {}
+        self._addresses: dict[Connection, bytes] = {}
+        self._numbers: dict[bytes, int] = {}
         """Of connections, by address."""
         self._none = asyncio.Event()
         self._none.set()
@@ -97,20 +95,3 @@ class Clients(Generic[Connection]):
             self.closed(one)
             one.transport.abort()
         return bool(oldest)
-
-
-def client_network(peer: tuple[str, ...] | str | None) -> str:
-    """The address that a client is known by: of IPv6 the /64, which one client commonly has.
-
-    peer: as `getpeername` returns it.
-
-    >>> client_network(("2001:db8::1:2", 1, 0, 0)), client_network(("::ffff:10.0.0.1", 1, 0, 0))
-    ('20010db800000000', '10.0.0.1')
-    """
-    if not isinstance(peer, tuple):
-        return ""
-    host = peer[0].partition("%")[0]
-    if ":" not in host:
-        return host
-    packed = socket.inet_pton(socket.AF_INET6, host)
-    return socket.inet_ntop(socket.AF_INET, packed[12:]) if packed[:12] == _MAPPED else packed[:8].hex()

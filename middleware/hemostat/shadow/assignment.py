@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from typing import Final
 
+from hemostat.openai.credentials import credential
+
 CONVERSATION_BYTES: Final = 16
 CLIENT_BYTES: Final = 8
 
@@ -55,10 +57,6 @@ def conversation_digest(key: bytes | None, salt: bytes) -> bytes:
 
 
 def client_digest(header: bytes, salt: bytes) -> bytes:
-    """8 bytes that name a client, by the value of the header that does; empty where that is empty.
-
-    The scheme of a value such as `Bearer KEY` is read as HTTP reads it, in which case does not matter.
-    """
-    scheme, blank, rest = header.strip().partition(b" ")
-    value = scheme.lower() + blank + rest.strip() if blank else scheme
+    """8 bytes that name a client, by the value of the header that does; empty where that is empty."""
+    value = credential(header)
     return blake2b(value, digest_size=CLIENT_BYTES, key=salt, person=CLIENT).digest() if value else b""

@@ -1,0 +1,54 @@
+"""Who a client is, for all that is limited or compared by client."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import socket
+from typing import Final
+
+from hemostat.openai.credentials import credential
+from hemostat.relay.http.request import RequestHead
+
+_MAPPED: Final = bytes(10) + b"\xff\xff"
+"""An IPv4 client of a socket that listens on `::`."""
+_FIELD: Final = b"authorization:"
+
+
+def client_key(request: RequestHead, transport: asyncio.BaseTransport) -> bytes:
+    """The client that sends a request: a digest of its credential, without one its network.
+
+    A client without a valid credential can send another one with each request; what has to hold against those goes by
+    `client_network` too. Other fields, such as X-Api-Key, name nobody: vLLM does not check them.
+    """
+    return credential_digest(request) or client_network(transport.get_extra_info("peername"))
+
+
+def credential_digest(request: RequestHead) -> bytes:
+    """16 bytes that stand for the credential in the Authorization field, the same for every spelling of it; b""
+    without one. Of several fields the first counts, as it does for vLLM."""
+    if request.authorization:
+        for line in request.lines:
+            if line[: len(_FIELD)].lower() == _FIELD:
+                value = credential(line[len(_FIELD) :])
+                return hashlib.blake2b(value, digest_size=16).digest() if value else b""
+    return b""
+
+
+def client_network(peer: tuple[str, ...] | str | None) -> bytes:
+    """The address that a client is known by: of IPv6 the /64, which one client commonly has.
+
+    peer: as `getpeername` returns it.
+
+    >>> client_network(("2001:db8::1:2", 1, 0, 0)), client_network(("::ffff:10.0.0.1", 1, 0, 0))
+    (b'20010db800000000', b'10.0.0.1')
+    """
+    if not isinstance(peer, tuple):
+        return b""
+    host = peer[0].partition("%")[0]
+    if ":" not in host:
+        return host.encode()
+    packed = socket.inet_pton(socket.AF_INET6, host)
+    if packed[:12] == _MAPPED:
+        return socket.inet_ntop(socket.AF_INET, packed[12:]).encode()
+    return packed[:8].hex().encode()
