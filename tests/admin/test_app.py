@@ -193,6 +193,7 @@ async def test_the_operators_word_goes_before_the_guards(one: Control, client: h
     for body, code in (
         ({"version": "latest"}, 422),
         ({"version": "0" * 33}, 422),
+        ({"version": "0" * 32 + "\n"}, 422),
         ({}, 422),
         ({"version": "0" * 32}, 400),
         ({"version": version, "kind": "batch"}, 400),

@@ -165,11 +165,14 @@ GOOD = {
     ("change", "named"),
     [
         ({"boot_id": "../x"}, "boot_id"),
+        ({"boot_id": "b\n"}, "boot_id"),
         ({"rank": 1}, "rank is 1"),
         ({"rank": -1}, r"\$\.rank"),
         ({"versions": ["A" * 32]}, r"\$\.versions"),
         ({"versions": [A] * 65}, r"\$\.versions"),
+        ({"versions": [A + "\n"]}, r"\$\.versions"),
         ({"counters": {"x": -1}}, r"\$\.counters"),
+        ({"counters": {"x": 2**63}}, r"\$\.counters"),
         ({"vocab_size": "5"}, r"\$\.vocab_size"),
     ],
 )
@@ -458,6 +461,12 @@ def test_an_answer_whose_lengths_do_not_agree_is_refused() -> None:
         ({"top_k": 2}, "candidate_ids"),
         ({"top_k": 129}, r"\$\.answers\[0\]\.top_k"),
         ({"nonce": "a/b"}, r"\$\.answers\[0\]\.nonce"),
+        ({"nonce": "a\n"}, r"\$\.answers\[0\]\.nonce"),
     ):
         with pytest.raises(InvalidEngineMessage, match=named):
             decode_answers(encoded(**change))
+
+
+def test_a_count_that_would_stay_in_a_metric_is_refused() -> None:
+    with pytest.raises(InvalidEngineMessage, match=r"\$\.dropped"):
+        decode_answers(msgspec.msgpack.encode(AnswerMessage("boot", [answer()], 2**64 - 1)))

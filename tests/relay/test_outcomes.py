@@ -55,6 +55,11 @@ def test_an_unknown_finish_reason_is_counted_as_other() -> None:
     assert observed([chat_json("x", reason="because")])[RESPONSES_FINISHED, "none", "other"] == 1
 
 
+@pytest.mark.parametrize("tokens", [-5, 2**63])
+def test_a_usage_that_cannot_be_true_is_not_counted(tokens: int) -> None:
+    assert observed([chat_json("Paris.", tokens=tokens)]) == {(RESPONSES_FINISHED, "none", "stop"): 1}
+
+
 def test_a_response_in_pieces_and_one_that_is_not_json() -> None:
     body = chat_json("Paris.")
     assert observed([body[:30], body[30:]]) == observed([body])

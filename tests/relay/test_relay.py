@@ -137,6 +137,23 @@ async def test_chunked_response_passes_byte_for_byte() -> None:
         assert upstream.connections == 1
 
 
+async def test_trailers_that_say_how_to_read_a_message_are_not_passed_on() -> None:
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+    async def script(connection: UpstreamConnection) -> None:
+        while await connection.request() is not None:
+            await connection.send(head + b"2\r\nok\r\n0\r\nX: 1\r\nTransfer-Enc")
+            await connection.send(b"oding: chunked\r\nContent-Length: 5\r\nAuthorization: a\r\nHost: b\r\n\r\n")
+
+    async with relaying(script) as (_, upstream, connect):
+        for _ in range(2):
+            client = await connect()
+            await client.send(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+            got = await client.rest()
+            assert got == head[:-2] + b"Connection: close\r\n\r\n2\r\nok\r\n0\r\nX: 1\r\n\r\n"
+        assert upstream.connections == 1, "a field that is left out does not cost the connection"
+
+
 async def test_stream_arrives_as_it_is_sent() -> None:
     gate = asyncio.Event()
 

@@ -19,6 +19,15 @@ from hemostat.relay.http.response import parse_response
 from hemostat.relay.upstreams.origin import parse_origin
 
 START = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"
+TRAILERS = [
+    (b"A: b\r\n", True),
+    (b"Server-Timing: a\r\n", True),
+    (b"Transfer-Encoding: chunked\r\n", False),
+    (b"content-LENGTH:5\r\n", False),
+    (b"Set-Cookie: a\r\n", False),
+    (b"Proxy-Authenticate: x\r\n", False),
+]
+"""Each with whether a client gets it."""
 SMUGGLED = b"GET /admin HTTP/1.1\r\nHost: a\r\n\r\n"
 
 AMBIGUOUS = {
@@ -276,26 +285,30 @@ async def test_upstream_gets_the_same_requests_however_the_bytes_are_split(data:
 @settings(max_examples=300, deadline=None)
 @given(
     payloads=st.lists(st.binary(min_size=1, max_size=50), max_size=5),
-    trailers=st.sampled_from([b"", b"A: b\r\n", b"A: b\r\nC: d\r\n"]),
+    trailers=st.lists(st.sampled_from(TRAILERS), max_size=4),
     rest=st.sampled_from([b"", b"GET / HTTP/1.1\r\n", b"\r\n", b"0\r\n\r\n"]),
     cuts=st.lists(st.integers(1, 30), min_size=1, max_size=10),
 )
 def test_chunks_are_decoded_however_they_are_split(
-    payloads: list[bytes], trailers: bytes, rest: bytes, cuts: list[int]
+    payloads: list[bytes], trailers: list[tuple[bytes, bool]], rest: bytes, cuts: list[int]
 ) -> None:
-    body = b"".join(map(chunk, payloads)) + b"0\r\n" + trailers + b"\r\n"
+    chunks = b"".join(map(chunk, payloads)) + b"0\r\n"
+    body = chunks + b"".join(line for line, _ in trailers) + b"\r\n"
     data = body + rest
     reader = ChunkedReader()
     out: list[bytes] = []
+    forwarded = b""
     at = number = 0
     used = -1
     while used < 0:
         piece = data[at : at + cuts[number % len(cuts)]]
         assert piece, "it ends"
         used = reader.feed(piece, out)
+        forwarded += reader.to_forward(piece, used)
         at += len(piece) if used < 0 else used
         number += 1
     assert b"".join(out) == b"".join(payloads)
+    assert forwarded == chunks + b"".join(line for line, harmless in trailers if harmless) + b"\r\n"
     assert at == len(body)
     assert reader.between_chunks
 

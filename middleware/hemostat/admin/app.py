@@ -112,7 +112,7 @@ class CalibrationRequest(msgspec.Struct, forbid_unknown_fields=True):
     mode: Literal["off", "observe", "auto"]
 
 
-Version = Annotated[str, msgspec.Meta(pattern=f"^{VERSION_PATTERN.pattern}$")]
+Version = Annotated[str, msgspec.Meta(pattern=rf"^{VERSION_PATTERN.pattern}\Z")]
 Kind = Annotated[str, msgspec.Meta(max_length=256)]
 
 

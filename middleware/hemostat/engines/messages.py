@@ -17,12 +17,13 @@ MAX_CHILDREN = 1 << 14
 MAX_TOP = 128
 """Candidates at each position of an answer, beside the emitted one."""
 
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
-Version = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}$")]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+\Z")]
+Version = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Text = Annotated[str, msgspec.Meta(max_length=64)]
 Fingerprint = Annotated[str, msgspec.Meta(max_length=64, pattern=r"^[A-Za-z0-9_.:-]*\Z")]
 """Stored, and logged."""
-Count = Annotated[int, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
+"""More than an engine counts in years, and far below where a metric's float64 no longer shows an increment."""
 
 T = TypeVar("T")
 

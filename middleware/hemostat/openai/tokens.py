@@ -6,7 +6,7 @@ import sys
 from array import array
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -53,11 +53,15 @@ def error_reason(data: bytes) -> ResponseFailure:
     return ResponseFailure.LOGPROBS_REFUSED if b"sample logprobs" in data else ResponseFailure.UPSTREAM_ERROR
 
 
+TokenCount = Annotated[int, msgspec.Meta(ge=0, le=10**9)]
+"""In a response's usage. It is added to counters, where a negative or an absurd one would stay."""
+
+
 class Usage(msgspec.Struct):
     """Of all choices together; `prompt_tokens` counts each prompt once."""
 
-    prompt_tokens: int
-    completion_tokens: int
+    prompt_tokens: TokenCount
+    completion_tokens: TokenCount
 
 
 usage_decoder: msgspec.json.Decoder[Usage] = msgspec.json.Decoder(Usage)

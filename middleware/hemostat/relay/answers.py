@@ -14,6 +14,7 @@ import msgspec
 
 from hemostat.openai.form import Form
 from hemostat.openai.forms import messages, responses
+from hemostat.openai.tokens import TokenCount
 
 # Module globals: before Python 3.12, looking up a member of an Enum class takes about 0.2 µs.
 _CHAT: Final = Form.CHAT
@@ -61,7 +62,7 @@ class Choice(msgspec.Struct):
 
 
 class Usage(msgspec.Struct):
-    completion_tokens: int = 0
+    completion_tokens: TokenCount = 0
 
 
 class Response(msgspec.Struct):
@@ -70,7 +71,7 @@ class Response(msgspec.Struct):
 
 
 class _OutputUsage(msgspec.Struct):
-    output_tokens: int = 0
+    output_tokens: TokenCount = 0
 
 
 class _Block(msgspec.Struct):

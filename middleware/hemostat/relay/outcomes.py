@@ -45,7 +45,7 @@ MIN_LOOP_CHARACTERS: Final = 48
 """A loop: the text ends in LOOP_COPIES copies of one block, MIN_LOOP_CHARACTERS or more in all. A run of one character
 (the ruler `-----`) is not a loop."""
 
-_TOKENS: Final = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,9})')
+_TOKENS: Final = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,9})(?!\d)')
 # Inside a JSON string a quote is preceded by a backslash, so text written by a user does not match these.
 # Both patterns begin with letters: the search for a quotation mark would stop at each one in the body.
 _JSON_REQUESTED: Final = re.compile(rb'json((?<="json)(?:_object"|_schema"|":)|(?<="guided_json)")?')

@@ -16,7 +16,7 @@ from hemostat.openai.forms.tapped import TappedForm
 from hemostat.openai.grammar_spec import GrammarSpec, read_grammar
 from hemostat.openai.json_splice import NULL, JsonObject
 from hemostat.openai.requests import Message, Unscorable
-from hemostat.openai.tokens import ResponseTokens, Usage
+from hemostat.openai.tokens import ResponseTokens, TokenCount, Usage
 
 
 class _Block(msgspec.Struct):
@@ -26,10 +26,10 @@ class _Block(msgspec.Struct):
 
 
 class _Usage(msgspec.Struct):
-    output_tokens: int
-    input_tokens: int = 0
-    cache_read_input_tokens: int | None = None
-    cache_creation_input_tokens: int | None = None
+    output_tokens: TokenCount
+    input_tokens: TokenCount = 0
+    cache_read_input_tokens: TokenCount | None = None
+    cache_creation_input_tokens: TokenCount | None = None
 
 
 _elements: msgspec.json.Decoder[list[msgspec.Raw]] = msgspec.json.Decoder(list[msgspec.Raw])

@@ -16,7 +16,7 @@ from hemostat.openai.forms.tapped import TappedForm
 from hemostat.openai.grammar_spec import GrammarSpec, read_grammar
 from hemostat.openai.json_splice import NULL, JsonObject
 from hemostat.openai.requests import Message, Unscorable
-from hemostat.openai.tokens import ResponseFailure, ResponseTokens, Usage
+from hemostat.openai.tokens import ResponseFailure, ResponseTokens, TokenCount, Usage
 
 
 class _Item(msgspec.Struct):
@@ -33,8 +33,8 @@ class _Part(msgspec.Struct):
 
 
 class _Usage(msgspec.Struct):
-    input_tokens: int
-    output_tokens: int
+    input_tokens: TokenCount
+    output_tokens: TokenCount
 
 
 class _OutputItem(msgspec.Struct):

@@ -26,6 +26,22 @@ _INTERPRETED: Final = HOP_BY_HOP | {
     b"traceparent",
     b"x-request-id",
 }
+_NOT_IN_TRAILERS: Final = _INTERPRETED | {
+    b"age",
+    b"cache-control",
+    b"content-range",
+    b"date",
+    b"expires",
+    b"location",
+    b"pragma",
+    b"retry-after",
+    b"set-cookie",
+    b"vary",
+    b"warning",
+    b"www-authenticate",
+}
+"""Of a response: framing, routing, authentication, control data and what says how to read the content (RFC 9110, 6.5.1,
+RFC 7230, 4.1.2). A recipient that merges trailers into the head would obey them."""
 # Connection must not remove these: they say where the message ends and whom it is for.
 _NOT_REMOVABLE: Final = frozenset((b"content-length", b"host"))
 
@@ -88,6 +104,12 @@ def _classify(name: bytes) -> tuple[bytes, bool]:
     known = special, lower in _RECURRING or lower.startswith(b"x-stainless-")
     remember(_names, name, known, _MAX_CACHED, _MAX_CACHED_NAME_BYTES)
     return known
+
+
+def allowed_in_trailers(line: bytes) -> bool:
+    """Whether a field line behind the last chunk of a response may be forwarded."""
+    name = line.partition(b":")[0].lower()
+    return name not in _NOT_IN_TRAILERS and not name.startswith((b"proxy-", b"x-hemostat-"))
 
 
 def connection_options(value: bytes) -> set[bytes]:

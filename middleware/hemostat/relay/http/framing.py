@@ -6,7 +6,7 @@ import re
 from typing import Final
 
 from hemostat.relay.http.errors import BadRequest
-from hemostat.relay.http.fields import TOKEN
+from hemostat.relay.http.fields import TOKEN, allowed_in_trailers
 
 CHUNKED: Final = -1
 """`length` of a body in the chunked coding."""
@@ -60,7 +60,7 @@ class ChunkedReader:
     Strict: CRLF only, sizes in hexadecimal, extensions and trailers of bounded size.
     """
 
-    __slots__ = ("_left", "_line", "_trailers")
+    __slots__ = ("_kept", "_left", "_line", "_start", "_trailers")
 
     def __init__(self) -> None:
         self._line = b""
@@ -69,6 +69,10 @@ class ChunkedReader:
         """Bytes of the current chunk that are missing, its CRLF included."""
         self._trailers = -1
         """Bytes of trailers so far, -1 before the last chunk."""
+        self._kept = b""
+        """Of the trailers so far, those that may be forwarded."""
+        self._start = -1
+        """Where the trailers begin in what was fed last, -1: nothing of it is behind the last chunk's line."""
 
     @property
     def between_chunks(self) -> bool:
@@ -82,6 +86,7 @@ class ChunkedReader:
         reader is ready for the next body. ValueError on a malformed body.
         """
         pos, end = 0, len(data)
+        self._start = -1 if self._trailers < 0 else 0
         while pos < end:
             left = self._left
             if left >= 2 and pos + left <= end:
@@ -130,6 +135,8 @@ class ChunkedReader:
                     self._left = size + 2
                 else:
                     self._trailers = 0
+                    self._start = pos
+                    self._kept = b""
             elif line == b"\r\n":
                 self._trailers = -1
                 return pos
@@ -137,7 +144,19 @@ class ChunkedReader:
                 self._trailers += len(line)
                 if _trailer_line(line) is None or self._trailers > MAX_TRAILER_BYTES:
                     raise ValueError("the trailers are malformed or too long")
+                if allowed_in_trailers(line):
+                    self._kept += line
         return -1
+
+    def to_forward(self, data: bytes, used: int) -> bytes:
+        """What is forwarded for `data`, for which `feed` has just returned `used`: all but trailers that must not be.
+
+        Trailers are held back until the body is complete.
+        """
+        start = self._start
+        if start < 0:
+            return data
+        return data[:start] if used < 0 else data[:start] + self._kept + b"\r\n"
 
 
 class RequestBodyReader:

@@ -309,7 +309,7 @@ class UpstreamConnection(asyncio.Protocol):
             if out is not None:
                 receiver.response_data(b"".join(out))
             else:
-                receiver.response_data(data[:used] if excess else data)
+                receiver.response_data(self._chunks.to_forward(data, used))
             if used >= 0:
                 self._complete(receiver, reusable=head.keep_alive, excess=excess)
         else:
