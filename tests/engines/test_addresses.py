@@ -14,6 +14,7 @@ from tests.support.waiting import HANG_SECONDS
 from hemostat.config.schema import Settings
 from hemostat.engines import addresses as module
 from hemostat.engines.addresses import EngineAddresses
+from hemostat.engines.messages import TapMessage, TapRun
 from hemostat.engines.registry import SILENCE_SECONDS, EngineRegistry
 
 V, W = "a" * 32, "b" * 32
@@ -85,6 +86,15 @@ async def test_each_address_holds_what_its_own_engine_reports() -> None:
         assert w.held() == [set(), {V, W}, set()]
         await w.addresses.step()
         assert [len(engine.asked) for engine in w.engines[:2]] == [1, 1], "who is known is not asked again"
+
+
+async def test_a_tap_that_a_client_sends_does_not_say_which_engine_is_at_an_address() -> None:
+    async with world(("one",), ("two",)) as w:
+        w.engines[1].versions = {"two": [V, W]}
+        w.held()  # both report
+        guesses = [TapRun(f"-address-{number}", 0, 1, {}, None) for number in range(9)]
+        w.registry.taps.add(TapMessage("two", guesses), time.monotonic())
+        await w.becomes({V}, {V, W})
 
 
 async def test_an_engine_that_restarts_is_never_taken_for_the_one_before_it() -> None:

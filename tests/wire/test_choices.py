@@ -370,6 +370,22 @@ def test_what_only_the_response_can_tell_is_asked_there(wire: Wire, fake: FakeVl
     assert fake.requests[-1]["vllm_xargs"]["hemostat_tap_top"] == str(MAX_TOP)
 
 
+@pytest.mark.parametrize("own", ["2", 1, 128, "x"])
+def test_a_client_does_not_choose_how_many_candidates_are_measured(wire: Wire, fake: FakeVllm, own: Any) -> None:
+    fake.plugin = True
+    body = chat(vllm_xargs={"hemostat_tap_top": own})
+    for prefer_plugin, top in ((True, {"hemostat_tap_top": "8"}), (False, {})):
+        wire.interceptor.policy = policy(tap=True, tap_tokens=True, prefer_plugin=prefer_plugin)
+        assert wire.send(CHAT, body).status == 200
+        assert fake.requests[-1]["vllm_xargs"] == {"hemostat_tap": "nonce"} | top
+    [found] = captures_from_tap(wire.captures[0], fake.handed_out, 1024)
+    assert decode_capture(found).candidates.ids.shape == (12, 9)
+    # Where Hemostat adds no tap, these are the client's own.
+    own_tap = {"hemostat_tap": "mine", "hemostat_tap_top": "2"}
+    wire.send(CHAT, chat(vllm_xargs=own_tap))
+    assert fake.requests[-1]["vllm_xargs"] == own_tap
+
+
 def test_a_server_that_allows_fewer_logprobs_hands_out_fewer(wire: Wire, fake: FakeVllm) -> None:
     fake.plugin, fake.max_logprobs = True, 5
     wire.interceptor.policy = policy(tap=True, tap_tokens=True, prefer_plugin=True)

@@ -17,6 +17,7 @@ from hemostat.openai.logprobs.rows import read_rows
 from hemostat.openai.reading import read_request
 from hemostat.openai.requests import merged_xargs
 from hemostat.openai.tokens import ResponseTokens
+from hemostat_engine.xargs import RequestParameters, parse
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.text(max_size=6),
@@ -229,7 +230,26 @@ def test_the_clients_own_xargs_are_kept() -> None:
 
     assert xargs(None) == {"hemostat": "v", "hemostat_tap": "n"}
     assert xargs({"mine": [1, 2]}) == {"mine": [1, 2], "hemostat": "v", "hemostat_tap": "n"}
-    assert xargs({"hemostat": "own"}) == {"hemostat": "own", "hemostat_tap": "n"}
+    assert xargs({"hemostat_tap": None, "mine": 1}) == {"hemostat": "v", "hemostat_tap": "n", "mine": 1}
+
+
+@pytest.mark.parametrize(
+    ("own", "sent"),
+    [
+        ('{"hemostat_tap_top": "2"}', {}),
+        (r'{"mine": 1e2, "hemostat_tap_to\u0070": 2}', {"mine": 100}),
+        ('{"hemostat_tap_top": "2", "hemostat_tap_top": 3, "hemostat_tap": null}', {}),
+    ],
+)
+def test_a_tap_of_hemostats_has_no_member_of_the_clients(own: str, sent: dict[str, Any]) -> None:
+    body = b'{"messages": [{"role": "user", "content": "x"}], "vllm_xargs": %b}' % own.encode()
+    request = read_request(body, form=Form.CHAT)
+    assert not request.client_tap
+    tap = {"hemostat_tap": "n"}
+    assert json.loads(merged_xargs(request, tap)) == sent | tap
+    top = tap | {"hemostat_tap_top": "20"}
+    assert json.loads(merged_xargs(request, top)) == sent | top
+    assert parse(json.loads(merged_xargs(request, top))) == RequestParameters(None, "n", 20), "as the plugin reads it"
 
 
 def event(number: int) -> bytes:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,7 +90,6 @@ class EngineAddresses:
         self._clock = clock
         self._on_change = on_change
         self._addresses: dict[str, _Address] = {}
-        self._probes = 0
 
     @property
     def several(self) -> bool:
@@ -164,8 +164,8 @@ class EngineAddresses:
     async def _identify(self, name: str, address: _Address) -> None:
         asked_at = self._clock()
         address.not_before = asked_at + address.backoff.pause()
-        self._probes += 1
-        nonce = f"{self._registry.replica}-address-{self._probes}"
+        # Not to be guessed: a client may send a tap of its own, and through another engine.
+        nonce = f"{self._registry.replica}-{secrets.token_hex(8)}"
         body = {"prompt": "x", "max_tokens": 1, "vllm_xargs": {"hemostat_tap": nonce}}
         try:
             await address.server.post("/v1/completions", body, dict[str, Any])

@@ -8,7 +8,16 @@ from hemostat.openai.forms.table import FORMATS
 from hemostat.openai.grammar_spec import GrammarTooLarge
 from hemostat.openai.json_splice import JsonObject
 from hemostat.openai.model_name import is_version
-from hemostat.openai.requests import FROM_TAP, Request, Uncalibrated, Unscorable, check_sampling, uncalibrated
+from hemostat.openai.requests import (
+    FROM_TAP,
+    PROFILE_XARG,
+    TAP_XARG,
+    Request,
+    Uncalibrated,
+    Unscorable,
+    check_sampling,
+    uncalibrated,
+)
 
 
 def read_request(
@@ -52,7 +61,7 @@ def read_request(
     except GrammarTooLarge:
         if unscorable is None or unscorable in FROM_TAP:
             unscorable = Unscorable.GRAMMAR_TOO_LARGE
-    client_profile = xargs.get("hemostat")
+    client_profile = xargs.get(PROFILE_XARG)
     key = details.conversation
     return Request(
         form=form,
@@ -64,7 +73,7 @@ def read_request(
         unscorable=unscorable,
         uncalibrated=Uncalibrated.OWN_XARGS if client_profile is not None else uncalibrated(body, unscorable),
         client_profile=client_profile if isinstance(client_profile, str) else None,
-        client_tap="hemostat_tap" in xargs,
+        client_tap=xargs.get(TAP_XARG) is not None,
         conversation_key=None if key is None else b"\x00".join([body.raw("model"), key]),
         messages=details.messages,
         min_prompt_tokens=details.min_prompt_tokens,

@@ -95,7 +95,11 @@ _SAMPLING_KEYS = frozenset({"repetition_penalty", "temperature", "top_p", "top_k
 """Those that `sampling_parameters` decodes."""
 _GIVEN_KEYS = frozenset({*LOGIT_EDITING_KEYS, "watermarking"})
 """Those of which it only asks whether they are given."""
-_HEMOSTAT_XARGS = {"hemostat", "hemostat_tap", "hemostat_tap_top"}
+PROFILE_XARG, TAP_XARG, TAP_TOP_XARG = "hemostat", "hemostat_tap", "hemostat_tap_top"
+"""All members of `vllm_xargs` that the engine plugin reads (`hemostat_engine.xargs`). A client may set the first, and
+the other two together; then they are its own, and Hemostat adds no tap."""
+_HEMOSTAT_XARGS = {PROFILE_XARG, TAP_XARG, TAP_TOP_XARG}
+_raw_members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 class Message(msgspec.Struct):
@@ -174,12 +178,15 @@ def _edits_logits(body: JsonObject) -> bool:
 
 
 def merged_xargs(request: Request, xargs: Mapping[str, str]) -> bytes:
-    """The JSON of `vllm_xargs`: these, added to the client's own, of which none is replaced."""
-    own = request.body.raw("vllm_xargs")
-    if own == NULL:
-        return encode(dict(xargs))
-    members = JsonObject(own)
-    return members.edit({key: encode(value) for key, value in xargs.items() if not members.has(key)})
+    """The JSON of `vllm_xargs`: the client's own members and these, which win.
+
+    With a tap of Hemostat's, a number of candidates that the client set for one is left out: it would decide what is
+    measured.
+    """
+    own = _raw_members.decode(request.body.raw("vllm_xargs")) if request.body.has("vllm_xargs") else {}
+    if TAP_XARG in xargs:
+        own.pop(TAP_TOP_XARG, None)
+    return encode(own | {key: msgspec.Raw(encode(value)) for key, value in xargs.items()})
 
 
 def check_sampling(body: JsonObject) -> None:

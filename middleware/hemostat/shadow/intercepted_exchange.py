@@ -261,7 +261,7 @@ class InterceptedExchange:
             if not has_map:
                 return
         if has_map or policy.apply == "engine":
-            xargs["hemostat"] = choice.version
+            xargs[requests.PROFILE_XARG] = choice.version
             return
         if policy.request_temperature is not None:
             changes["temperature"] = encode(policy.request_temperature)
@@ -294,9 +294,9 @@ class InterceptedExchange:
             changes |= FORMATS[request.form].injected_members(request, policy.shadow_top_k)
         # For several choices see `_unreported`.
         if policy.tap and not request.client_tap and (request.choices == 1 or policy.tap_tokens):
-            self._nonce = xargs["hemostat_tap"] = self._reports.tap_name(policy)
+            self._nonce = xargs[requests.TAP_XARG] = self._reports.tap_name(policy)
             if self._from_tap:
-                xargs["hemostat_tap_top"] = str(min(policy.shadow_top_k, MAX_TOP))
+                xargs[requests.TAP_TOP_XARG] = str(min(policy.shadow_top_k, MAX_TOP))
 
     def _pass_unread(self, reason: SkipReason) -> None:
         """The body cannot be read and is passed on unchanged."""
