@@ -238,12 +238,13 @@ async def relaying(
     script: Script, *, context: ssl.SSLContext | None = None, **options: Any
 ) -> AsyncIterator[tuple[Relay, Upstream, Connect]]:
     """A relay before a scripted upstream, and a function that connects to it. options: of `UpstreamSettings` with the
-    prefix upstream_, and of `Relay`."""
+    prefix upstream_ (no checks of its health unless they say so), and of `Relay`."""
     upstream = Upstream(script)
     await upstream.start(context)
     scheme = "https" if context else "http"
     host = "localhost" if context else "127.0.0.1"
-    settings = {
+    settings: dict[str, Any] = {"health_seconds": 0.0}
+    settings |= {
         name.removeprefix("upstream_"): options.pop(name) for name in [*options] if name.startswith("upstream_")
     }
     relay = Relay(UpstreamSettings((f"{scheme}://{host}:{upstream.port}",), **settings), **options)

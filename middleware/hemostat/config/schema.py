@@ -106,7 +106,7 @@ class Upstream(Section):
     queue_seconds: float = Field(default=60.0, gt=0, le=3600)
     """How long a request waits for a connection, before it is answered with 503."""
     health_seconds: float = Field(default=2.0, ge=0, le=300)
-    """Pause between two requests for each engine's /health, where there are several; 0: none are sent."""
+    """Pause between two requests for each engine's /health; 0: none are sent."""
     resolve_seconds: float = Field(default=5.0, ge=1, le=3600)
     """Pause between two look-ups of a name (dns+http)."""
     affinity: bool = True

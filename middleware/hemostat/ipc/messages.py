@@ -151,7 +151,7 @@ class EngineHealth(msgspec.Struct, frozen=True, array_like=True):
     engine: str
     """Its address, host:port."""
     state: str
-    """up | ejected"""
+    """up | ejected | returning"""
     drained: bool
     outstanding: int
     """Requests in progress, those that wait for a connection included."""

@@ -63,7 +63,7 @@ class Relay:
         origins = [parse_origin(url.removeprefix(DNS)) for url in upstream.urls]
         context = ssl.create_default_context(cafile=upstream.ca) if origins[0].tls else None
         authorization = f"Authorization: Bearer {upstream.api_key}".encode() if upstream.api_key else None
-        checked = upstream.health_seconds > 0.0 and (by_name or len(origins) > 1)
+        checked = upstream.health_seconds > 0.0
         self.upstreams = Upstreams(
             self._loop,
             [] if by_name else origins,

@@ -13,7 +13,7 @@ from tests.support.hooks import HookSequence, SpyHook
 from tests.support.relay import OK, Client, Request, post
 from tests.support.waiting import until
 
-from hemostat.relay.upstreams.health import FAILURES, HealthState
+from hemostat.relay.upstreams.health import FAILURES, MAX_HOLD_SECONDS, HealthState
 
 CHAT = b"/v1/chat/completions"
 
@@ -116,6 +116,37 @@ async def test_a_killed_engine_is_ejected_by_its_checks_and_returns_when_it_is_b
         for number in range(20):
             assert await ask(client, chat(f"question {number}")) == 200
         assert engines[0].asked
+
+
+async def test_a_lone_engine_that_has_ended_counts_as_up_only_after_it_is_back() -> None:
+    engine = FakeEngine()
+    async with balancing([engine], upstream={"health_seconds": 0.05}) as (relay, connect):
+        health = relay.upstreams.engines[0].health
+        await engine.stop()
+        await until(lambda: health.state is HealthState.EJECTED)
+        relay.upstreams.sweep(asyncio.get_running_loop().time() + MAX_HOLD_SECONDS)
+        assert relay.upstreams.report()[0].state == "ejected"
+        client = await connect()
+        await client.send(chat("hello"))
+        failed = await client.response("POST")
+        assert (failed.status, failed.get(b"retry-after")) == (502, [b"1"])
+        await engine.start()
+        assert await ask(client, chat("hello")) == 200, "it is asked all the same"
+        await until(lambda: health.state is HealthState.UP)
+
+
+async def test_a_lone_engine_without_checks_counts_as_up_only_after_a_request_succeeds() -> None:
+    engine = FakeEngine()
+    async with balancing([engine]) as (relay, connect):
+        await engine.stop()
+        client = await connect()
+        for _ in range(FAILURES):
+            assert await ask(client, chat("hello")) == 502
+        relay.upstreams.sweep(asyncio.get_running_loop().time() + MAX_HOLD_SECONDS)
+        assert relay.upstreams.report()[0].state != "up"
+        await engine.start()
+        assert await ask(client, chat("hello")) == 200
+        assert relay.upstreams.report()[0].state == "up"
 
 
 async def test_an_engine_whose_health_check_fails_gets_no_requests() -> None:

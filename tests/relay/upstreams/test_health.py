@@ -44,6 +44,14 @@ def test_failed_checks_eject_and_a_passed_one_returns_it() -> None:
     assert health.state is HealthState.UP
 
 
+def test_an_engine_without_checks_counts_as_up_only_once_a_request_succeeds() -> None:
+    health = ejected(checked=False)
+    health.advance(1000.0)
+    assert (health.up, health.state) == (True, HealthState.RETURNING)
+    health.request_succeeded()
+    assert health.state is HealthState.UP
+
+
 def test_an_engine_that_failed_requests_returns_only_after_a_later_check() -> None:
     health = ejected(checked=True)
     health.advance(HOLD_SECONDS)
@@ -56,7 +64,7 @@ def test_after_the_return_one_failure_ejects_again_and_for_longer() -> None:
     health, now, holds = ejected(), 0.0, []
     for _ in range(10):
         began = now
-        while health.state is HealthState.EJECTED:
+        while not health.up:
             now += 0.5
             health.advance(now)
         holds.append(now - began)
@@ -73,7 +81,7 @@ def test_an_engine_that_was_stable_is_held_briefly_again() -> None:
     for _ in range(FAILURES):
         health.request_failed(now)
     health.advance(now + HOLD_SECONDS)
-    assert health.state is HealthState.UP
+    assert health.up
 
 
 EVENTS = st.sampled_from(["request_failed", "request_succeeded", "check_failed", "check_passed", "advance"])

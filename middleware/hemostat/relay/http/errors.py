@@ -25,7 +25,7 @@ class BadResponse(Exception):
 
 
 RETRY_AFTER_SECONDS: Final = 1
-"""What a client is told that was refused because a limit of the relay is reached."""
+"""What a client is told that was refused because a limit of the relay is reached, or that the upstream failed."""
 
 
 _REASONS: Final = {
@@ -52,10 +52,10 @@ def error_body(status: int, message: str, code: str | None = None) -> bytes:
 def error_response(status: int, body: bytes, *, fields: bytes = b"", bodyless: bool = False) -> bytes:
     """A response of the relay's own.
 
-    fields: whole field lines, each with its CRLF, or b"". bodyless: it answers a HEAD request. A 503 says when to
-    try again.
+    fields: whole field lines, each with its CRLF, or b"". bodyless: it answers a HEAD request. A 502 or
+    503 says when to try again.
     """
-    if status == 503:
+    if status in {502, 503}:
         fields += b"Retry-After: %d\r\n" % RETRY_AFTER_SECONDS
     head = b"HTTP/1.1 %d %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%b\r\n" % (
         status,

@@ -6,9 +6,10 @@
      └──── the hold is over and the last check passed; from then ──────┘
            until a request succeeds, one failure ejects again
 
-This is the engine's circuit breaker: EJECTED is its open state, and the time after the return its half-open one. The
-hold doubles with every ejection that follows soon after a return, so that an engine that answers checks and fails
-requests gets fewer and fewer of them.
+This is the engine's circuit breaker: EJECTED is its open state, and the time after the return its half-open one. An
+engine that is not checked is RETURNING then: it gets requests, and is not called UP before one succeeds. The hold
+doubles with every ejection that follows soon after a return, so that an engine that answers checks and fails requests
+gets fewer and fewer of them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class HealthState(Enum):
 
     UP = "up"
     EJECTED = "ejected"
+    RETURNING = "returning"
+    """The hold is over, so that it gets requests; nothing has shown yet that it answers them."""
 
 
 class Health:
@@ -41,6 +44,7 @@ class Health:
         "_failed_checks",
         "_held_until",
         "_in_a_row",
+        "_proven",
         "_returned",
         "ejections",
         "failures",
@@ -50,6 +54,7 @@ class Health:
     def __init__(self, *, checked: bool) -> None:
         self._checked = checked
         self.up = True
+        """It gets requests."""
         self.failures = 0
         """Failed requests in a row; 0 needs no `request_succeeded`."""
         self.ejections = 0
@@ -57,11 +62,15 @@ class Health:
         self._in_a_row = 0
         self._failed_checks = 0
         self._held_until = 0.0
+        self._proven = True
+        """While up: a check or a request has succeeded since the last ejection."""
         self._returned = float("-inf")
 
     @property
     def state(self) -> HealthState:
-        return HealthState.UP if self.up else HealthState.EJECTED
+        if not self.up:
+            return HealthState.EJECTED
+        return HealthState.UP if self._proven else HealthState.RETURNING
 
     def request_failed(self, now: float) -> None:
         """The engine could not be reached, closed the connection before its response was complete, sent an invalid
@@ -72,6 +81,7 @@ class Health:
 
     def request_succeeded(self) -> None:
         self.failures = 0
+        self._proven = True
 
     def check_failed(self, now: float) -> None:
         self._failed_checks += 1
@@ -81,11 +91,13 @@ class Health:
     def check_passed(self, now: float) -> None:
         self._failed_checks = 0
         self.advance(now)
+        self._proven = True
 
     def advance(self, now: float) -> None:
         """Return, where the hold is over. Called about once a second."""
         if not self.up and now >= self._held_until and not self._failed_checks:
             self.up = True
+            self._proven = self._checked  # the last check has passed
             self.failures = FAILURES - 1
             self._returned = now
 
