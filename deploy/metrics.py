@@ -148,6 +148,9 @@ ENGINE_EVENTS: Values = {
     "fetch_errors": "fetches of a profile that failed",
     "report_errors": "reports to the control process that failed",
     "agent_errors": "bugs in the plugin's thread, see vLLM's log",
+    "adapters_loaded": "adapters of Hemostat's that were loaded",
+    "adapters_failed": "adapters that could not be loaded, see vLLM's log",
+    "adapters_evicted": "adapters of Hemostat's that gave their slot to another one",
 }
 CALIBRATION_REASONS: Values = {
     "assigned": "randomly, to `control` or `treated`",

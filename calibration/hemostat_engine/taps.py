@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from hemostat_engine.byte_order import little_endian
@@ -21,6 +22,10 @@ MAX_STEPS = 2048
 """Decoding steps in the queue."""
 MAX_FEATURE_BYTES = 64 << 20
 """Features in the queue; above it steps are queued without features."""
+MAX_RUNS_PER_MESSAGE = 1 << 14
+"""The step that reaches it is still sent; the admin port accepts four times as many."""
+UNKNOWN_NATS = 1e6
+"""A value of this size and above, infinite or NaN is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +106,8 @@ class _Run:
     versions: tuple[str, ...]
     applied: str | None
     anchors: str | None
-    values: list[list[float | None]] = field(default_factory=list)
-    """[token][version]."""
+    values: list[npt.NDArray[np.float64]] = field(default_factory=list)
+    """Of each token, by version."""
     features: list[bytes] = field(default_factory=list)
     previous: array[int] = field(default_factory=lambda: array("i"))
 
@@ -115,11 +120,12 @@ class _Run:
         )
 
     def message(self) -> dict[str, Any]:
+        numbers = np.array(self.values, "<f8").T
         body = {
             "nonce": self.nonce,
             "start": self.start,
             "tokens": len(self.values),
-            "versions": {version: [row[i] for row in self.values] for i, version in enumerate(self.versions)},
+            "versions": {version: numbers[i].tobytes() for i, version in enumerate(self.versions)},
             "applied": self.applied,
             "child": self.child,
             "previous_ids": little_endian(self.previous),
@@ -154,22 +160,24 @@ class Taps:
         self._steps.append(step)
 
     def drain(self, max_steps: int, max_bytes: int) -> list[dict[str, Any]]:
-        """The oldest steps, up to `max_steps` of them or `max_bytes` of features, as runs of consecutive positions:
-        `{"nonce", "start", "tokens", "versions": {version: [nats or null]}, "applied", "child", "previous_ids"}`
-        (little-endian int32, the id before each position, -1: not known), and with features `{"anchors", "features"}`:
-        little-endian float16 [tokens, N], a row of NaN where something is not finite."""
+        """The oldest steps, up to `max_steps` of them, `max_bytes` of features or MAX_RUNS_PER_MESSAGE, as runs of
+        consecutive positions:
+        `{"nonce", "start", "tokens", "versions": {version: nats}, "applied", "child", "previous_ids"}` (little-endian
+        float64 [tokens], NaN where unknown; int32, the id before each position, -1: not known), and with features
+        `{"anchors", "features"}`: little-endian float16 [tokens, N], a row of NaN where something is not finite."""
         runs: list[_Run] = []
         open_runs: dict[tuple[str, int], _Run] = {}
         clamped = drained = 0
         for _ in range(min(max_steps, len(self._steps))):
-            if drained >= max_bytes:
+            if drained >= max_bytes or len(runs) >= MAX_RUNS_PER_MESSAGE:
                 break
             step = self._steps.popleft()
             reading = step.reading
             resolved = step.resolved()
             drained += reading.features.nbytes
             self._bytes_drained += reading.features.nbytes
-            values, binds = reading.values.T.tolist(), reading.clamped.T.tolist()
+            values, binds = reading.values.T.double().numpy(), reading.clamped.T.tolist()
+            values[~(np.abs(values) < UNKNOWN_NATS)] = np.nan
             features = reading.features.numpy()
             features[~np.isfinite(features).all(axis=-1)] = np.nan
             for row, position in resolved:
@@ -178,8 +186,7 @@ class Taps:
                     run = _Run(row.nonce, row.child, position, reading.versions, row.applied, reading.anchors)
                     open_runs[row.nonce, row.child] = run
                     runs.append(run)
-                # NaN and infinity become null.
-                run.values.append([round(value, 9) if -1e6 < value < 1e6 else None for value in values[row.row]])
+                run.values.append(values[row.row])
                 run.previous.append(row.previous)
                 run.features.append(features[row.row].astype("<f2", copy=False).tobytes())
                 if row.applied in reading.versions:

@@ -27,6 +27,7 @@ from tests.support.paths import ROOT
 
 from hemostat.config.loading import load
 from hemostat.config.schema import Settings
+from hemostat.engines.messages import EVENTS
 from hemostat.learner.record_queue import DropReason
 from hemostat.measurement.figures import HEADLINE
 from hemostat.metrics.catalogue import METRICS
@@ -146,7 +147,8 @@ def test_every_event_of_the_engine_is_explained(reference: ModuleType) -> None:
     }
     # What is counted on the device is named where the tally is made.
     found |= {name.value for call in calls(engine / "core.py", "DeviceCounters") for name in call.args[1].elts}
-    assert set(reference.ENGINE_EVENTS) == found
+    found |= {call.args[0].value for path in engine.glob("adapters/*.py") for call in calls(path, "count")}
+    assert set(reference.ENGINE_EVENTS) == EVENTS == found
 
 
 # --- the runbook ------------------------------------------------------------------------------------------------------

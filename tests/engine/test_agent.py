@@ -130,7 +130,7 @@ def test_restarted_engine_fetches_again_and_old_taps_are_unchanged(
     assert admin.registry.acknowledged(16.0) == frozenset()
     new.agent.tick(0.25)
     assert admin.registry.acknowledged(16.0) == {profile.version}
-    taken = admin.registry.taps.take("n")
+    taken = admin.registry.taps.take("n", 99)
     assert taken is not None
     assert (taken.boot_id, len(taken.log_normalizer["0" * 32])) == ("old", 3)
 
@@ -264,14 +264,14 @@ def test_taps_reach_the_registry_as_runs(admin: EngineAdmin) -> None:
     rank.agent.tick(0.0)
     assert rank.counters.read()["taps_sent"] == 5
     assert admin.registry.taps.covered("n") == 4
-    taken = admin.registry.taps.take("n")
+    taken = admin.registry.taps.take("n", 99)
     assert taken is not None
     assert (taken.boot_id, taken.applied, taken.mixed) == ("boot", "a" * 32, False)
     assert taken.log_normalizer["0" * 32].tolist()[:2] == [0.5, 1.5]
     assert taken.log_normalizer["0" * 32][3] == 9.0
     assert taken.log_normalizer["0" * 32][2] != taken.log_normalizer["0" * 32][2]
     assert taken.log_normalizer[f"{1:032x}"].tolist()[3] == 9.0
-    assert admin.registry.taps.take("n") is None
+    assert admin.registry.taps.take("n", 99) is None
 
 
 def test_features_with_non_finite_values_become_nan_rows(admin: EngineAdmin) -> None:
@@ -279,7 +279,7 @@ def test_features_with_non_finite_values_become_nan_rows(admin: EngineAdmin) -> 
     for position, features in enumerate(([1.0, -1.0], [2.0, float("nan")], None, [float("inf"), 0.0], [3.0, -3.0])):
         rank.taps.push(step(position, [0.0], features=features))
     rank.agent.tick(0.0)
-    taken = admin.registry.taps.take("n")
+    taken = admin.registry.taps.take("n", 99)
     assert taken is not None
     assert taken.features is not None
     assert taken.features.anchors == "d" * 32
@@ -380,11 +380,11 @@ def test_taps_go_to_the_replica_of_the_request(admins: list[EngineAdmin]) -> Non
         rank.taps.push(Step(one.reading, [TappedRow(0, nonce, None, 0)]))
     rank.agent.tick(0.25)
     for admin, nonce, value in zip(admins, ("aa-1", "bb-1"), (0.25, 0.5), strict=True):
-        taken = admin.registry.taps.take(nonce)
+        taken = admin.registry.taps.take(nonce, 99)
         assert taken is not None
         assert taken.log_normalizer["0" * 32].tolist() == [value]
         assert admin.registry.taps.runs_dropped == 0
-        assert [admin.registry.taps.take(other) for other in ("aa-1", "bb-1", "cc-1")] == [None] * 3
+        assert [admin.registry.taps.take(other, 99) for other in ("aa-1", "bb-1", "cc-1")] == [None] * 3
     assert rank.counters.read() == {"taps_sent": 2, "taps_dropped": 1}
 
 

@@ -105,7 +105,7 @@ def test_every_choice_of_a_request(vllm_server: Any) -> None:
         with vllm_server.admin.lock:
             taps = vllm_server.admin.registry.taps
             if all(taps.covered("choices", answer.token_ids) >= answer.tokens for answer in answers):
-                taken = [taps.take("choices", answer.token_ids) for answer in answers]
+                taken = [taps.take("choices", 99, answer.token_ids) for answer in answers]
         time.sleep(0.05)
     assert None not in taken
     assert len(taken) == 3

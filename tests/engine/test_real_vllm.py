@@ -202,7 +202,7 @@ def tapped(server: Any, client: Client, nonce: str, version: str | None = None, 
         assert time.monotonic() < give_up, "the engine sent no tap"
         time.sleep(0.1)
     with server.admin.lock:
-        tap = registry.taps.take(nonce)
+        tap = registry.taps.take(nonce, tokens)
     return Said(choice["prompt_token_ids"], choice["token_ids"], ids, logprobs, tap)
 
 
@@ -275,7 +275,7 @@ def test_grammar_is_obeyed_and_rows_with_masked_anchors_are_unchanged(
         assert time.monotonic() < give_up, "no masked row was counted"
         time.sleep(0.1)
     with vllm_server.admin.lock:
-        tap = vllm_server.admin.registry.taps.take("grammar")
+        tap = vllm_server.admin.registry.taps.take("grammar", 99)
     assert tap.applied == contextual.version
     assert not np.isfinite(tap.features.values).any()
     assert np.abs(tap.log_normalizer[contextual.version]).max() < 1e-5

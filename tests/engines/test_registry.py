@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.taps import sent
 
 from hemostat.engines import answers as answers_module
 from hemostat.engines import registry as registry_module
@@ -19,6 +21,8 @@ from hemostat.engines.answers import AnswerBuffer
 from hemostat.engines.api import MAX_REPORT_BYTES, engine_router
 from hemostat.engines.messages import (
     MAX_POSITIONS,
+    MAX_RUNS,
+    MAX_VERSIONS_PER_TAP,
     AnswerMessage,
     EngineReport,
     InvalidEngineMessage,
@@ -41,7 +45,7 @@ def report(
 
 
 def run(start: int, values: list[float | None], nonce: str = "n", applied: str | None = A, version: str = A) -> TapRun:
-    return TapRun(nonce, start, len(values), {version: values}, applied)
+    return TapRun(nonce, start, len(values), {version: sent(values)}, applied)
 
 
 def test_acknowledged_is_what_every_rank_of_every_engine_holds() -> None:
@@ -96,9 +100,9 @@ def test_hold_is_bounded_and_in_order() -> None:
 def test_engines_are_bounded() -> None:
     registry = EngineRegistry()
     for i in range(registry_module.MAX_ENGINES + 10):
-        registry.report(report(f"boot{i}", n=1), 0.0)
+        registry.report(report(f"boot{i}", taps_sent=1), 0.0)
     assert len(registry.live(0.0)) == registry_module.MAX_ENGINES
-    assert registry.counters(0.0) == {"n": registry_module.MAX_ENGINES + 10}
+    assert registry.counters(0.0) == {"taps_sent": registry_module.MAX_ENGINES + 10}
 
 
 def test_ranks_that_disagree_about_their_number_are_refused() -> None:
@@ -113,7 +117,7 @@ def test_runs_may_come_in_any_order(order: list[int]) -> None:
     registry = EngineRegistry()
     for i in order:
         registry.taps.add(TapMessage("boot", [run(2 * i, [float(2 * i), float(2 * i + 1)])]), 0.0)
-    taken = registry.taps.take("n")
+    taken = registry.taps.take("n", 99)
     assert taken is not None
     np.testing.assert_array_equal(taken.log_normalizer[A], np.arange(12.0))
     assert not taken.mixed
@@ -124,7 +128,7 @@ def test_gaps_are_nan_later_runs_replace_earlier_ones_and_a_change_of_profile_is
     registry.taps.add(TapMessage("boot", [run(0, [1.0, None]), run(4, [5.0])]), 0.0)
     assert registry.taps.covered("n") == 2
     registry.taps.add(TapMessage("boot", [run(0, [7.0], applied=None), run(4, [8.0], version=B, applied=None)]), 0.0)
-    taken = registry.taps.take("n")
+    taken = registry.taps.take("n", 99)
     assert taken is not None
     np.testing.assert_array_equal(taken.log_normalizer[A], [7.0, np.nan, np.nan, np.nan, 5.0])
     np.testing.assert_array_equal(taken.log_normalizer[B], [np.nan] * 4 + [8.0])
@@ -137,16 +141,62 @@ def test_taps_expire_and_are_bounded() -> None:
     registry.taps.add(TapMessage("boot", [run(0, [1.0], "old")]), 0.0)
     registry.taps.add(TapMessage("boot", [run(0, [1.0], "young")]), 100.0)
     registry.taps.add(TapMessage("boot", []), 121.0)
-    assert registry.taps.take("old") is None
-    assert registry.taps.take("young") is not None
+    assert registry.taps.take("old", 99) is None
+    assert registry.taps.take("young", 99) is not None
     many = [run(0, [1.0], f"n{i}") for i in range(taps_module.MAX_TAPPED_REQUESTS + 5)]
     registry.taps.add(TapMessage("boot", many), 121.0)
-    assert registry.taps.take("n4") is None
-    assert registry.taps.take("n5") is not None
+    assert registry.taps.take("n4", 99) is None
+    assert registry.taps.take("n5", 99) is not None
     assert registry.taps.runs_dropped == 6
     full = TapRun("n", 0, MAX_POSITIONS, {}, None)
     registry.taps.add(TapMessage("boot", [full, full]), 121.0)
     assert registry.taps.runs_dropped == 7
+
+
+def test_what_is_made_of_a_message_is_bounded_by_the_output_and_not_by_the_positions_that_it_names() -> None:
+    """A message of 45 kB named 960 versions and the last position: `take` made 1.9 GiB of it."""
+    registry = EngineRegistry()
+    versions = iter(f"{number:032x}" for number in range(1000))
+    runs = [
+        TapRun("n", MAX_POSITIONS - 1, 1, {next(versions): sent([0.5]) for _ in range(16)}, None, D, b"12" * 1000)
+        for _ in range(60)
+    ]
+    message = decode_tap(msgspec.msgpack.encode(TapMessage("boot", [run(0, [1.0, 2.0, 3.0]), *runs])))
+    registry.taps.add(message, 0.0)
+    tracemalloc.start()
+    try:
+        taken = registry.taps.take("n", 2)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20
+    assert taken is not None
+    assert taken.log_normalizer[A].tolist() == [1.0, 2.0]
+    assert len(taken.log_normalizer) == MAX_VERSIONS_PER_TAP
+    assert {len(values) for values in taken.log_normalizer.values()} == {2}
+
+
+def test_the_numbers_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = EngineRegistry()
+    monkeypatch.setattr(taps_module, "MAX_WAITING_NUMBER_BYTES", 10_000)
+    for number in range(10):
+        registry.taps.add(TapMessage("boot", [run(0, [1.0] * 200, f"n{number}")]), 0.0)
+    found = [registry.taps.take(f"n{number}", 99) is not None for number in range(10)]
+    assert found == [False] * 6 + [True] * 4
+    assert registry.taps.runs_dropped == 6
+    # What was taken makes room.
+    registry.taps.add(TapMessage("boot", [run(0, [1.0] * 800, "large")]), 0.0)
+    registry.taps.add(TapMessage("boot", [run(0, [1.0] * 200, "other")]), 0.0)
+    assert registry.taps.runs_dropped == 6
+    with pytest.raises(InvalidEngineMessage, match=r"\$\.taps"):
+        decode_tap(msgspec.msgpack.encode({"boot_id": "b", "taps": [{}] * (MAX_RUNS + 1)}))
+
+
+def test_the_names_of_counters_are_those_that_are_documented() -> None:
+    registry = EngineRegistry()
+    for number in range(100):
+        registry.report(report(f"boot{number}", **{f"x{number}": 1, "rows_applied": 2}), 20.0 * number)
+    assert registry.counters(2000.0) == {"rows_applied": 200}
 
 
 GOOD = {
@@ -195,8 +245,8 @@ def test_decoders_answer_or_raise_their_error(body: bytes) -> None:
 
 
 def test_a_tap_whose_lengths_do_not_agree_is_refused() -> None:
-    tap = {"nonce": "n", "start": 0, "tokens": 2, "versions": {A: [1.0]}, "applied": None}
-    with pytest.raises(InvalidEngineMessage, match="1 values"):
+    tap = {"nonce": "n", "start": 0, "tokens": 2, "versions": {A: sent([1.0])}, "applied": None}
+    with pytest.raises(InvalidEngineMessage, match="8 bytes of values"):
         decode_tap(msgspec.msgpack.encode({"boot_id": "b", "taps": [tap]}))
 
 
@@ -214,7 +264,7 @@ def test_a_tap_whose_lengths_do_not_agree_is_refused() -> None:
     ],
 )
 def test_a_bad_tap_is_refused_by_field(change: dict[str, Any], named: str) -> None:
-    tap = {"nonce": "n", "start": 0, "tokens": 2, "versions": {A: [1.0, None]}, "applied": None}
+    tap = {"nonce": "n", "start": 0, "tokens": 2, "versions": {A: sent([1.0, None])}, "applied": None}
     assert decode_tap(msgspec.msgpack.encode({"boot_id": "b", "taps": [tap]})).taps[0].features is None
     with pytest.raises(InvalidEngineMessage, match=named):
         decode_tap(msgspec.msgpack.encode({"boot_id": "b", "taps": [tap | change]}))
@@ -229,19 +279,19 @@ def test_features_are_joined_by_position_and_of_one_set_of_anchors() -> None:
     registry.taps.add(TapMessage("boot", [with_features(0, [[9.0, 9.0, 9.0]], anchors=C)]), 0.0)
     registry.taps.add(TapMessage("boot", [with_features(1, [[1.0, -1.0], [2.0, -2.0]]), run(3, [0.5])]), 0.0)
     registry.taps.add(TapMessage("boot", [with_features(2, [[3.0, -3.0]]), with_features(0, [[7.0, 7.0, 7.0]])]), 0.0)
-    taken = registry.taps.take("n")
+    taken = registry.taps.take("n", 99)
     assert taken is not None
     assert taken.features is not None
     # The width of the set is that of its last run; one that does not fit it is no row of this set.
     assert (taken.features.anchors, taken.features.values.shape, taken.features.values.dtype) == (D, (4, 3), "float32")
     registry.taps.add(TapMessage("boot", [with_features(1, [[1.0, -1.0], [2.0, -2.0]]), run(3, [0.5])]), 0.0)
     registry.taps.add(TapMessage("boot", [with_features(2, [[3.0, -3.0]])]), 0.0)
-    taken = registry.taps.take("n")
+    taken = registry.taps.take("n", 99)
     assert taken is not None
     assert taken.features is not None
     np.testing.assert_array_equal(taken.features.values, [[np.nan] * 2, [1.0, -1.0], [3.0, -3.0], [np.nan] * 2])
     registry.taps.add(TapMessage("boot", [run(0, [0.5])]), 0.0)
-    taken = registry.taps.take("n")
+    taken = registry.taps.take("n", 99)
     assert taken is not None
     assert taken.features is None
 
@@ -252,7 +302,7 @@ def test_features_are_bounded_and_the_numbers_are_kept(monkeypatch: pytest.Monke
     for nonce in ("a", "b", "c"):
         registry.taps.add(TapMessage("boot", [with_features(0, [[1.0, 2.0]], nonce)]), 0.0)
     assert registry.taps.features_dropped == 1
-    found = [registry.taps.take(nonce) for nonce in ("a", "c")]
+    found = [registry.taps.take(nonce, 99) for nonce in ("a", "c")]
     assert [taken.features is None if taken else None for taken in found] == [False, True]
     # What was taken, or expired, makes room.
     registry.taps.add(TapMessage("boot", [with_features(0, [[1.0, 2.0]], "d")]), 121.0)
@@ -260,7 +310,7 @@ def test_features_are_bounded_and_the_numbers_are_kept(monkeypatch: pytest.Monke
     assert registry.taps.features_dropped == 1
     monkeypatch.setattr(taps_module, "MAX_REQUEST_FEATURE_BYTES", 100)
     registry.taps.add(TapMessage("boot", [with_features(1000, [[1.0, 2.0]], "d")]), 122.0)
-    taken = registry.taps.take("d")
+    taken = registry.taps.take("d", 99)
     assert taken is not None
     assert taken.features is None
 
@@ -283,7 +333,7 @@ def client() -> Iterator[TestClient]:
 def test_the_routes(client: TestClient) -> None:
     reported = client.post("/api/v1/engine/report", json=GOOD)
     assert (reported.status_code, reported.json()) == (200, {"hold": [B], "leads": True, "replica": ""})
-    tap = {"nonce": "n", "start": 0, "tokens": 1, "versions": {A: [1.5]}, "applied": A}
+    tap = {"nonce": "n", "start": 0, "tokens": 1, "versions": {A: sent([1.5])}, "applied": A}
     body = msgspec.msgpack.encode({"boot_id": "b", "taps": [tap]})
     assert client.post("/api/v1/engine/tap", content=body).status_code == 204
     assert client.app.state.registry.taps.covered("n") == 1  # type: ignore[attr-defined]
@@ -314,7 +364,7 @@ def child_run(child: int, output: list[int], nonce: str = "n", start: int = 0) -
     """Positions from `start` on of a child whose engine knows all ids of its output but the last."""
     before = [-1, *output[:-1]][start:]
     return TapRun(
-        nonce, start, len(before), {A: [float(child)] * len(before)}, None, child=child, previous_ids=ids(*before)
+        nonce, start, len(before), {A: sent([float(child)] * len(before))}, None, child=child, previous_ids=ids(*before)
     )
 
 
@@ -328,14 +378,14 @@ def test_each_choice_is_found_by_its_ids() -> None:
     assert registry.taps.covered("n", ids(9, 9)) == 1
     found = {}
     for output in ([9], [5, 6], [5, 6, 8], [5, 6, 7]):
-        taken = registry.taps.take("n", ids(*output))
+        taken = registry.taps.take("n", 99, ids(*output))
         assert taken is not None
         found[tuple(output)] = taken.log_normalizer[A].tolist()
     # Two answers that differ in the last id only have the same numbers: either may be taken for the other.
     assert found[9,] == [3.0]
     assert found[5, 6] == [2.0, 2.0]
     assert sorted((found[5, 6, 8][0], found[5, 6, 7][0])) == [0.0, 1.0]
-    assert registry.taps.take("n", ids(9)) is None
+    assert registry.taps.take("n", 99, ids(9)) is None
     assert registry.taps.runs_dropped == 0
 
 
@@ -343,8 +393,8 @@ def test_a_choice_whose_ids_no_child_has_gets_no_numbers() -> None:
     registry = EngineRegistry()
     registry.taps.add(TapMessage("boot", [child_run(0, [5, 6, 7]), child_run(1, [5, 1, 2])]), 0.0)
     assert registry.taps.covered("n", ids(4, 6, 7)) == 0
-    assert registry.taps.take("n", ids(4, 6, 7)) is None
-    taken = registry.taps.take("n", ids(5, 1, 9))
+    assert registry.taps.take("n", 99, ids(4, 6, 7)) is None
+    taken = registry.taps.take("n", 99, ids(5, 1, 9))
     assert taken is not None
     assert taken.log_normalizer[A].tolist() == [1.0] * 3
 
@@ -354,7 +404,7 @@ def test_a_choice_that_a_stop_string_ended_is_found_though_the_engine_went_on() 
     outputs = [[5, 6, 7, 8, 9, 1], [5, 6, 7, 8], [4, 6, 7]]
     registry.taps.add(TapMessage("boot", [child_run(child, output) for child, output in enumerate(outputs)]), 0.0)
     assert registry.taps.covered("n", ids(5, 6)) == 4, "the nearest length"
-    taken = registry.taps.take("n", ids(5, 6))
+    taken = registry.taps.take("n", 99, ids(5, 6))
     assert taken is not None
     assert taken.log_normalizer[A].tolist() == [1.0] * 4
 
@@ -363,7 +413,7 @@ def test_an_older_plugins_runs_belong_to_the_one_choice() -> None:
     registry = EngineRegistry()
     registry.taps.add(TapMessage("boot", [run(0, [1.0, 2.0])]), 0.0)
     assert registry.taps.covered("n") == registry.taps.covered("n", ids(1, 2)) == 2
-    taken = registry.taps.take("n", ids(1, 2))
+    taken = registry.taps.take("n", 99, ids(1, 2))
     assert taken is not None
     assert taken.log_normalizer[A].tolist() == [1.0, 2.0]
 
@@ -374,7 +424,7 @@ def test_choices_that_are_not_taken_expire_and_their_features_are_freed() -> Non
     runs = [msgspec.structs.replace(child_run(child, [child, 5]), anchors=D, features=features) for child in range(2)]
     registry.taps.add(TapMessage("boot", runs), 0.0)
     assert registry.taps._feature_bytes == 24
-    assert registry.taps.take("n", ids(1, 5)) is not None
+    assert registry.taps.take("n", 99, ids(1, 5)) is not None
     assert registry.taps._feature_bytes == 12
     registry.taps.expire(1000.0)
     assert (registry.taps._feature_bytes, registry.taps.runs_dropped) == (0, 0)

@@ -88,7 +88,7 @@ class WorldEngine:
         output = np.array(
             [np.random.default_rng((seed, t)).choice(VOCAB, p=np.exp(row)) for t, row in enumerate(served)]
         )
-        normalizers = {v: np.log((np.exp(log_c) * np.exp(s)).sum(1)).tolist() for v, s in shifts.items()}
+        normalizers = {v: np.log((np.exp(log_c) * np.exp(s)).sum(1)).astype("<f8").tobytes() for v, s in shifts.items()}
         reading = next((ids for p in profiles if (ids := transform.anchors(p)) is not None), None)
         run: dict[str, Any] = {"versions": normalizers, "applied": requested}
         if reading is not None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tests.support.captures import INFO, K, V, capture
 from tests.support.scorer_bench import SCORED, VERSION, Bench, alive, running
+from tests.support.taps import sent
 from tests.support.waiting import until
 
 from hemostat.engines.answers import ANSWER_SECONDS
@@ -240,7 +241,7 @@ async def test_every_choice_of_a_response_without_ids_is_scored_when_its_answers
         bench.engines.add_answers(message, bench.now)
         # The engine's numbers are found by the ids of the choice.
         before = np.array([-1, *[0] * (tokens - 1)], "<i4").tobytes()
-        run = TapRun("n", 0, tokens, {VERSION: [float(tokens)] * tokens}, None, child=choice, previous_ids=before)
+        run = TapRun("n", 0, tokens, {VERSION: sent([float(tokens)] * tokens)}, None, child=choice, previous_ids=before)
         bench.engines.taps.add(TapMessage("boot", [run]), bench.now)
     await until(lambda: bench.counts.total() == 2)
     assert bench.counts == Counter({("scored", ""): 2})

@@ -12,6 +12,7 @@ import numpy as np
 from tests.support.captures import INFO, V, capture
 from tests.support.grammars import no_conditioning
 from tests.support.served_models import pair, served_models
+from tests.support.taps import sent
 from tests.support.waiting import until
 
 from hemostat.engines.messages import TapMessage, TapRun
@@ -165,7 +166,7 @@ class Bench:
         self.engines.taps.take = lambda *n: replace(take(*n), features=features)  # type: ignore[method-assign, type-var]
 
     def tap(self, nonce: str, start: int, tokens: int, applied: str | None, value: float | None = 0.25) -> None:
-        run = TapRun(nonce, start, tokens, {VERSION: [value] * tokens}, applied)
+        run = TapRun(nonce, start, tokens, {VERSION: sent([value] * tokens)}, applied)
         self.engines.taps.add(TapMessage("boot", [run]), self.now)
 
     async def ends(self, *captures: Capture) -> Counter[tuple[str, str]]:

@@ -182,7 +182,7 @@ class EngineAddresses:
             return
         address.refused = False
         waited_until = self._clock() + TAP_SECONDS
-        while (tap := self._registry.taps.take(nonce)) is None:
+        while (tap := self._registry.taps.take(nonce, 1)) is None:
             if self._clock() >= waited_until:
                 return
             await asyncio.sleep(TICK_SECONDS / 5)

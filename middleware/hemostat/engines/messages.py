@@ -9,8 +9,23 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_VERSIONS_PER_TAP = 16
+MAX_RUNS = 1 << 16
+"""Of a tap message."""
+RUN_BYTES, RUN_VERSION_BYTES = 512, 192
+"""What a run takes in memory beside its numbers, about, and what each of its versions does."""
 MAX_POSITIONS = 1 << 18
 """Output positions of one tapped request."""
+
+EVENTS = frozenset(
+    {
+        *("requests_bound", "requests_unknown", "requests_declined", "requests_refused"),
+        *("rows_applied", "rows_clamped", "rows_kl_clamped", "rows_masked", "steps_misfit"),
+        *("features_dropped", "taps_sent", "taps_dropped"),
+        *("profiles_refused", "profiles_missing", "fetch_errors", "report_errors", "agent_errors"),
+        *("adapters_loaded", "adapters_failed", "adapters_evicted"),
+    }
+)
+"""What the plugin counts, explained in deploy/metrics.py; other names in a report are of another version of it."""
 
 MAX_CHILDREN = 1 << 14
 """Choices of one tapped request; vLLM's own limit."""
@@ -71,8 +86,8 @@ class EngineReport(msgspec.Struct, frozen=True):
 class TapRun(msgspec.Struct, frozen=True):
     """Consecutive output positions of one tapped request.
 
-    versions: by profile version, log E_c[e^Δz] in nats for each of `tokens` positions from `start` on; None where the
-    engine has no value.
+    versions: by profile version, log E_c[e^Δz] in nats for each of `tokens` positions from `start` on: little-endian
+    float64 [tokens], NaN where the engine has no value.
     features: little-endian float16 [tokens, N], the centred logits at the N ids whose digest is `anchors`, a row of NaN
     where the engine has none. Either both fields are set or neither.
     child: of the requests with the same nonce, which vLLM makes of one with several choices; in the order in which the
@@ -84,12 +99,18 @@ class TapRun(msgspec.Struct, frozen=True):
     nonce: Name
     start: Annotated[int, msgspec.Meta(ge=0, lt=MAX_POSITIONS)]
     tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_POSITIONS)]
-    versions: Annotated[dict[Version, list[float | None]], msgspec.Meta(max_length=MAX_VERSIONS_PER_TAP)]
+    versions: Annotated[dict[Version, bytes], msgspec.Meta(max_length=MAX_VERSIONS_PER_TAP)]
     applied: Version | None
     anchors: Version | None = None
     features: bytes | None = None
     child: Annotated[int, msgspec.Meta(ge=0, lt=MAX_CHILDREN)] = 0
     previous_ids: bytes | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes without its features, about."""
+        numbers = len(self.previous_ids or b"") + sum(map(len, self.versions.values()))
+        return RUN_BYTES + RUN_VERSION_BYTES * len(self.versions) + numbers
 
     def matrix(self) -> npt.NDArray[np.float16] | None:
         """The features, [tokens, N]."""
@@ -100,7 +121,7 @@ class TapRun(msgspec.Struct, frozen=True):
 
 class TapMessage(msgspec.Struct, frozen=True):
     boot_id: Name
-    taps: list[TapRun]
+    taps: Annotated[list[TapRun], msgspec.Meta(max_length=MAX_RUNS)]
 
 
 class TapAnswer(msgspec.Struct, frozen=True):
@@ -171,9 +192,9 @@ def decode_tap(body: bytes) -> TapMessage:
         if run.start + run.tokens > MAX_POSITIONS:
             raise InvalidEngineMessage(f"tap of {run.nonce} goes beyond position {MAX_POSITIONS}")
         for version, values in run.versions.items():
-            if len(values) != run.tokens:
+            if len(values) != 8 * run.tokens:
                 raise InvalidEngineMessage(
-                    f"tap of {run.nonce} has {len(values)} values for {version}, but tokens is {run.tokens}"
+                    f"tap of {run.nonce} has {len(values)} bytes of values for {version}: not {run.tokens} of float64"
                 )
         if (run.anchors is None) != (run.features is None):
             raise InvalidEngineMessage(f"tap of {run.nonce} has only one of anchors and features")

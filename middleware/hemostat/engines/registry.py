@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import msgspec
 
 from hemostat.engines.answers import AnswerBuffer
-from hemostat.engines.messages import AnswerMessage, EngineReport, InvalidEngineMessage
+from hemostat.engines.messages import EVENTS, AnswerMessage, EngineReport, InvalidEngineMessage
 from hemostat.engines.taps import TapBuffer
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
@@ -161,7 +161,8 @@ class EngineRegistry:
 
 
 def _highest_counts(ranks: Mapping[int, _Rank]) -> Counter[str]:
+    """Of the known events: the names are a metric's labels, and are kept."""
     highest: Counter[str] = Counter()
     for rank in ranks.values():
-        highest |= Counter(rank.report.counters)
+        highest |= Counter({name: count for name, count in rank.report.counters.items() if name in EVENTS})
     return highest

@@ -1,7 +1,7 @@
 """The numbers of tapped requests, from when the engine sends them until the scorer takes them.
 
 Not thread-safe: it lives in the control process's event loop. Time is passed in, monotonic seconds. Requests, positions
-and bytes are bounded.
+and bytes are bounded, and what is made of them by the output's length: an engine may name any position.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hemostat.engines.messages import MAX_POSITIONS, TapMessage, TapRun
+from hemostat.engines.messages import MAX_POSITIONS, MAX_VERSIONS_PER_TAP, TapMessage, TapRun
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat_calibration.records import Features
@@ -23,6 +24,8 @@ MAX_TAPPED_REQUESTS = 4096
 """Tapped requests whose numbers wait to be taken; the oldest are dropped."""
 TAP_SECONDS = 120.0
 """After the last run of a request, its numbers are dropped when nobody has taken them."""
+MAX_WAITING_NUMBER_BYTES = 256 << 20
+"""Numbers that wait to be taken, of all requests; above it the requests that have waited longest are dropped."""
 MAX_WAITING_FEATURE_BYTES = 256 << 20
 """Features that wait to be taken, of all requests; further ones are dropped, the other numbers are kept."""
 MAX_REQUEST_FEATURE_BYTES = 256 << 20
@@ -35,7 +38,8 @@ class TapResult:
 
     applied: the version that the engine applied, None for identity.
     mixed: the engine changed `applied` during the request (it was preempted and admitted again): it cannot be compared.
-    log_normalizer: by version, log E_c[e^Δz] in nats by output position, float64 [T]; NaN where it has none.
+    log_normalizer: by version, log E_c[e^Δz] in nats by output position, float64 [T]; NaN where it has none. Of the
+    first MAX_VERSIONS_PER_TAP versions that the engine named.
     features: the logits at the anchors; None when the engine sent none.
     """
 
@@ -84,14 +88,8 @@ class _Tap:
     boot_id: str
     received_at: float
     children: dict[int, _Child] = field(default_factory=dict)
+    tokens: int = 0
     taken: bool = False
-
-    def feature_bytes(self) -> int:
-        return sum(_feature_bytes(child) for child in self.children.values())
-
-
-def _feature_bytes(child: _Child) -> int:
-    return sum(len(run.features or b"") for run in child.runs)
 
 
 class TapBuffer:
@@ -103,6 +101,7 @@ class TapBuffer:
         """Runs that nobody took in time, or that there was no room for."""
         self.features_dropped = 0
         """Runs whose features there was no room for."""
+        self._number_bytes = 0
         self._feature_bytes = 0
 
     def add(self, message: TapMessage, now: float) -> None:
@@ -112,18 +111,20 @@ class TapBuffer:
             tap = self._taps.get(run.nonce)
             if tap is None:
                 tap = self._taps[run.nonce] = _Tap(message.boot_id, now)
-            if sum(child.tokens for child in tap.children.values()) + run.tokens > MAX_POSITIONS:
+            if tap.tokens + run.tokens > MAX_POSITIONS:
                 self.runs_dropped += 1
                 continue
+            tap.tokens += run.tokens
             tap.received_at = now
             size = len(run.features or b"")
             if self._feature_bytes + size > MAX_WAITING_FEATURE_BYTES:
                 self.features_dropped += 1
                 run, size = msgspec.structs.replace(run, anchors=None, features=None), 0  # noqa: PLW2901
             self._feature_bytes += size
+            self._number_bytes += run.size
             tap.children.setdefault(run.child, _Child()).add(run)
             self._taps.move_to_end(run.nonce)
-        while len(self._taps) > MAX_TAPPED_REQUESTS:
+        while len(self._taps) > MAX_TAPPED_REQUESTS or self._number_bytes > MAX_WAITING_NUMBER_BYTES:
             self._pop(next(iter(self._taps)))
             self.runs_dropped += 1
 
@@ -136,8 +137,9 @@ class TapBuffer:
         found = None if tap is None else _find(tap, output_ids)
         return 0 if tap is None or found is None else tap.children[found].covered
 
-    def take(self, nonce: str, output_ids: bytes | None = None) -> TapResult | None:
-        """All numbers of one choice, which are removed; None when there are none.
+    def take(self, nonce: str, tokens: int, output_ids: bytes | None = None) -> TapResult | None:
+        """The numbers of the first `tokens` output positions of one choice, all of which are removed; None when there
+        are none.
 
         output_ids: the choice's ids, little-endian int32 [T], by which it is found among those of a request with
         several; of two with the same ids it is the first that was not taken, since their numbers are the same. None:
@@ -148,19 +150,21 @@ class TapBuffer:
         if tap is None or found is None:
             return None
         child = tap.children.pop(found)
-        self._feature_bytes -= _feature_bytes(child)
+        self._removed(child)
+        tap.tokens -= child.tokens
         tap.taken = True
         if not tap.children or output_ids is None:
             self._pop(nonce)
-        length = max(run.start + run.tokens for run in child.runs)
+        length = min(tokens, max(run.start + run.tokens for run in child.runs))
         by_version: dict[str, npt.NDArray[np.float64]] = {}
         for run in child.runs:
             # A later run replaces an earlier one: a position is sent again after a rejected draft token, or in chunks.
             for version, values in run.versions.items():
                 if version not in by_version:
+                    if len(by_version) >= MAX_VERSIONS_PER_TAP:
+                        continue
                     by_version[version] = np.full(length, np.nan)
-                numbers = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
-                by_version[version][run.start : run.start + run.tokens] = numbers
+                _put(by_version[version], run.start, np.frombuffer(values, "<f8"))
         applied = {run.applied for run in child.runs}
         features = _features(child.runs, length)
         return TapResult(tap.boot_id, child.runs[-1].applied, len(applied) > 1, by_version, features)
@@ -181,9 +185,13 @@ class TapBuffer:
 
     def _pop(self, nonce: str) -> _Tap | None:
         tap = self._taps.pop(nonce, None)
-        if tap is not None:
-            self._feature_bytes -= tap.feature_bytes()
+        for child in tap.children.values() if tap else ():
+            self._removed(child)
         return tap
+
+    def _removed(self, child: _Child) -> None:
+        self._number_bytes -= sum(run.size for run in child.runs)
+        self._feature_bytes -= sum(len(run.features or b"") for run in child.runs)
 
 
 def _find(tap: _Tap, output_ids: bytes | None) -> int | None:
@@ -213,5 +221,11 @@ def _features(runs: list[TapRun], length: int) -> Features | None:
     values = np.full((length, count), np.nan, dtype=np.float32)
     for run, matrix in matrices:
         if matrix.shape[1] == count:
-            values[run.start : run.start + run.tokens] = matrix
+            _put(values, run.start, matrix)
     return Features(anchors, values)
+
+
+def _put(into: npt.NDArray[Any], start: int, values: npt.NDArray[Any]) -> None:
+    """Set the rows from `start` on, as far as `into` has them."""
+    target = into[start : start + len(values)]
+    target[:] = values[: len(target)]

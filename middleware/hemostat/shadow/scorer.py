@@ -235,12 +235,12 @@ class Scorer:
         """The engine has reported every position of the output, or the time to wait for that is up."""
         if not capture.nonce or self._clock() - capture.captured_at > MAX_TAP_SECONDS:
             return True
-        tokens = len(capture.output_token_ids) // ID_BYTES
-        return self._taps.covered(capture.nonce, _ids_among_choices(capture)) >= tokens
+        return self._taps.covered(capture.nonce, _ids_among_choices(capture)) >= _output_tokens(capture)
 
     async def _score(self, capture: Capture) -> None:
         """Emit one record and count it, or count why there is none."""
-        tap = self._taps.take(capture.nonce, _ids_among_choices(capture)) if capture.nonce else None
+        found = (capture.nonce, _output_tokens(capture), _ids_among_choices(capture))
+        tap = self._taps.take(*found) if capture.nonce else None
         pair = self._models.served.of(capture.model)
         if (unusable := self._unusable(capture, pair, tap)) is not None:
             self._endings.count(Outcome.SKIPPED, unusable, capture)
@@ -390,6 +390,10 @@ class Scorer:
             raise
         breaker.succeeded()
         return scores
+
+
+def _output_tokens(capture: Capture) -> int:
+    return len(capture.output_token_ids) // ID_BYTES
 
 
 def _ids_among_choices(capture: Capture) -> bytes | None:

@@ -254,10 +254,10 @@ class Engine:
         give_up = time.monotonic() + TAPPED_WITHIN
         while self._registry.taps.covered(nonce) < tokens:
             if time.monotonic() > give_up:
-                self._registry.taps.take(nonce)
+                self._registry.taps.take(nonce, tokens)
                 return None
             await asyncio.sleep(0.1)
-        tap = self._registry.taps.take(nonce)
+        tap = self._registry.taps.take(nonce, tokens)
         assert tap is not None
         return tap
 

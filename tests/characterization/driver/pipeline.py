@@ -296,7 +296,7 @@ class Pipeline:
             "nonce": f"nonce-{n}",
             "start": at.start,
             "tokens": len(at),
-            "versions": {p.version: effect(p, truth)[1][rows].tolist() for p in profiles},
+            "versions": {p.version: effect(p, truth)[1][rows].astype("<f8").tobytes() for p in profiles},
             "applied": applied,
         }
         if features:
