@@ -19,7 +19,13 @@ pytest.importorskip("compressed_tensors")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 
-OUTPUTS = {"adapter_config.json", "adapter_model.safetensors", "profile.safetensors", "report.json"}
+OUTPUTS = {
+    "hemostat-checkpoint.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "profile.safetensors",
+    "report.json",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +68,12 @@ def test_records_become_an_adapter(tiny: TinyCheckpoints, tmp_path: Path, capsys
         (tmp_path / "cache" / "hemostat" / "adapt").iterdir()
     )
     # Again into the same folder; one rank, and nothing is held out.
-    assert main([*command, "--rank", "1", "--metric", "diagonal", "--held-out", "0"]) == 0
+    other = [*command, "--rank", "1", "--metric", "diagonal", "--held-out", "0"]
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert main(other) == 2
+    assert "was made from something else (--held-out, --metric, --rank): name another folder" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert main([*other, "--overwrite"]) == 0
     printed = capsys.readouterr().out
     assert "not judged" in printed
     assert "hint: " not in printed
@@ -99,6 +110,7 @@ def test_prompts_are_completed_by_the_compressed_model(
     assert report["tokens"] > 100
     assert report["held_out"]["prompts"] > 0
     assert len(list((tmp_path / "work").glob("texts-*.part"))) == 2
+    shutil.rmtree(tmp_path / "out")
     assert main(command) == 0, "from what is in the work folder"
     again = json.loads((tmp_path / "out" / "report.json").read_text())
     assert again["version"] == report["version"]
@@ -140,5 +152,32 @@ def test_each_mistake_is_one_line(tiny: TinyCheckpoints, tmp_path: Path, capsys:
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("years of work")
-    assert "contains other files, such as thesis.tex" in message(*with_records, out=other)
+    assert "holds thesis.tex, which Hemostat did not write there" in message(*with_records, "--overwrite", out=other)
     assert "is a file" in message(*with_records, out=other / "thesis.tex")
+
+
+def test_another_adapter_is_not_replaced(
+    tiny: TinyCheckpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An adapter that peft has written has files of the same names."""
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "adapter_config.json").write_text("{}")
+    (out / "adapter_model.safetensors").write_bytes(b"months of training")
+    command = ["adapt", str(tiny.reference), str(tiny.packed), "--out", str(out)]
+    assert main([*command, "--records", str(records(tmp_path / "records")), "--overwrite"]) == 2
+    assert "mine holds adapter_config.json, which Hemostat did not write there" in capsys.readouterr().err
+    assert (out / "adapter_model.safetensors").read_bytes() == b"months of training"
+
+
+def test_the_same_command_again_prints_what_is_there(
+    tiny: TinyCheckpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["adapt", str(tiny.reference), str(tiny.packed), "--out", str(tmp_path / "out"), "--rank", "2"]
+    command += ["--records", str(records(tmp_path / "records")), "--metric", "diagonal"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    written = (tmp_path / "out" / "report.json").stat().st_mtime_ns
+    assert main(command) == 0
+    assert capsys.readouterr().out == printed
+    assert (tmp_path / "out" / "report.json").stat().st_mtime_ns == written

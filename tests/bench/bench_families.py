@@ -46,7 +46,7 @@ def note(line: str) -> None:
 def measure(family: str, scheme: str, prompts: Path, tokens: int, folder: Path) -> dict[str, Any]:
     reference = FAMILIES[family]()
     compressed = reference.parent / scheme
-    compress(reference, compressed, scheme, note)
+    compress(reference, compressed, scheme, note, overwrite=True)
     report = folder / "report.json"
     options = DoctorOptions(
         str(reference), str(compressed), prompts=prompts, tokens=tokens, layer_tokens=0, device="cpu", json=report

@@ -167,7 +167,9 @@ def test_a_complete_copy_is_reused_and_a_damaged_one_made_again(tiny: Path, tmp_
     data[-1] ^= 1
     (out / "model.safetensors").write_bytes(data)
     assert not is_complete(out)
-    compress(tiny, out, "prune50", said.append)
+    with pytest.raises(CompressError, match=r"changed after it was written: name another folder, or .*--overwrite"):
+        compress(tiny, out, "prune50")
+    compress(tiny, out, "prune50", said.append, overwrite=True)
     assert "damaged" in said[0]
     assert is_complete(out)
 
@@ -187,8 +189,9 @@ def test_an_interrupted_build_leaves_nothing(tiny: Path, tmp_path: Path, monkeyp
 
 def test_a_foreign_folder_is_not_changed(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(CompressError, match="remove it or name another place"):
-        compress(tiny, tmp_path, "prune50")
+    for overwrite in (False, True):
+        with pytest.raises(CompressError, match=r"holds thesis\.txt, which Hemostat did not write there: name"):
+            compress(tiny, tmp_path, "prune50", overwrite=overwrite)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 

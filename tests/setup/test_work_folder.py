@@ -89,3 +89,16 @@ def test_dropped_part_is_missing(tmp_path: Path) -> None:
         work.drop("b")
         assert work.get("a") is None
         assert work.notes == []
+
+
+def test_files_that_end_like_a_part_are_not_deleted(tmp_path: Path) -> None:
+    (tmp_path / "film.mkv.part").write_bytes(b"half of a download")
+    with pytest.raises(WorkFolderError, match="contains other files"):
+        WorkFolder(tmp_path, KEY, "doctor")
+    (tmp_path / "film.mkv.part").unlink()
+    with WorkFolder(tmp_path, KEY, "doctor") as work:
+        work.put("a", b"one")
+    (tmp_path / "setup.new").write_text("mine")
+    with WorkFolder(tmp_path, KEY | {"--seed": 2}, "doctor") as work:
+        assert work.get("a") is None
+    assert (tmp_path / "setup.new").read_text() == "mine"

@@ -35,7 +35,7 @@ def gemma_checkpoint(progress: Progress = lambda _: None) -> Path:
     """The folder of Gemma-3-270M in bfloat16, in the user's cache: made on first use (a minute, 240 MB downloaded)."""
     made_from = {"recipe": RECIPE, "source": SHA256, **required_versions("torch", "transformers", "accelerate", "gguf")}
     destination = cache_folder() / "checkpoints" / f"gemma-3-270m-{cache_key(made_from)}" / "reference"
-    build_folder(destination, made_from, lambda folder: _write(folder, progress), progress)
+    build_folder(destination, made_from, lambda folder: _write(folder, progress), progress, overwrite=True)
     return destination
 
 

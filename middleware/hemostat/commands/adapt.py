@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hemostat.commands.arguments import add_texts, non_negative_integer, positive_integer
+from hemostat.commands.arguments import add_overwrite, add_texts, non_negative_integer, positive_integer
 
 HELP = "make an adapter (LoRA) that compensates a compressed checkpoint's weight error"
 
@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--work", type=Path, metavar="DIR", help="keep finished work in this folder (default: until DIR is written)"
     )
+    add_overwrite(parser, "DIR of --out")
     parser.set_defaults(command=_run)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,9 +16,16 @@ from hemostat.commands.texts import Writer, texts_digest, within_positions
 from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import Prompt, load
 from hemostat.engines.lora.slots import rank_setting
-from hemostat.models.checkpoint_folders import cache_folder
+from hemostat.models.checkpoint_folders import (
+    build_folder,
+    cache_folder,
+    is_complete,
+    is_free,
+    read_made_from,
+    require_replaceable,
+)
 from hemostat.models.work_folder import WorkFolder
-from hemostat_calibration.profiles.peft import CONFIG_FILE, WEIGHTS_FILE, peft_files
+from hemostat_calibration.profiles.peft import peft_files
 
 if TYPE_CHECKING:
     from hemostat.models.adapters.build import Built
@@ -28,7 +33,6 @@ if TYPE_CHECKING:
 
 PROFILE_FILE = "profile.safetensors"
 REPORT_FILE = "report.json"
-FILES = (CONFIG_FILE, WEIGHTS_FILE, PROFILE_FILE, REPORT_FILE)
 MAX_HELD_OUT_TOKENS = 4096
 """More narrow the interval little: it depends on the number of prompts."""
 MORE_BITS_SHARE = 0.25
@@ -57,12 +61,12 @@ class AdaptOptions:
     device: str = "cpu"
     model: str = ""
     work: Path | None = None
+    overwrite: bool = False
 
 
 def run(options: AdaptOptions) -> int:
     """Write the adapter and print what it wins back. Returns the exit code. Raises HemostatError."""
     check_installed()
-    _check_out(options.out)
     if options.max_rank is not None and not options.shared_out:
         raise UsageError("--max-rank is for shared-out ranks: add --shared-out, or leave it out")
     from hemostat.models.adapters.build import BuildOptions  # noqa: PLC0415  torch, only after the cheap checks
@@ -82,6 +86,13 @@ def run(options: AdaptOptions) -> int:
         reporter.log("reading both checkpoints")
         pair = CheckpointPair.open(options.reference, options.compressed, options.device)
         key = _key(pair, options)
+        made_from = key | {"--model": options.model}
+        if read_made_from(options.out) == made_from and is_complete(options.out):
+            report = json.loads((options.out / REPORT_FILE).read_text(encoding="utf-8"))
+            print("\n".join(summary(report, options.out)))  # noqa: T201
+            return 0
+        if not is_free(options.out):
+            require_replaceable(options.out, made_from, overwrite=options.overwrite)
         folder = options.work or cache_folder() / "adapt" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         with WorkFolder(folder, key, "adapt") as work:
             try:
@@ -92,17 +103,17 @@ def run(options: AdaptOptions) -> int:
             finally:
                 for note in work.notes:
                     reporter.log(note)
-            _write(built, options)
+            _write(built, made_from, options, reporter)
             if options.work is None:
                 # Token ids can be decoded to text: they stay on disk only if the user named a folder.
                 work.remove()
-    _print(built, options)
+    print("\n".join(summary(built.report, options.out)))  # noqa: T201
     return 0
 
 
 def _key(pair: CheckpointPair, options: AdaptOptions) -> dict[str, Any]:
     """Everything that stored results depend on."""
-    paths = ("reference", "compressed", "out", "prompts", "records", "work", "model")
+    paths = ("reference", "compressed", "out", "prompts", "records", "work", "model", "overwrite")
     return {
         "hemostat": __version__,
         **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
@@ -154,42 +165,24 @@ def _build(
     return built
 
 
-def _check_out(out: Path) -> None:
-    """An empty or new folder, or one that this command wrote."""
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out: {out} is a file; name a folder")
-    if out.is_dir():
-        others = sorted({path.name for path in out.iterdir()} - set(FILES))
-        if others:
-            raise UsageError(f"--out: {out} contains other files, such as {others[0]}; name an empty or a new folder")
-
-
-def _write(built: Built, options: AdaptOptions) -> None:
-    """All files, or none: the folder is written beside its place and renamed. Raises UsageError."""
-    out = options.out.absolute()
+def _write(built: Built, made_from: dict[str, Any], options: AdaptOptions, reporter: Reporter) -> None:
+    """All files, or none: the folder is written beside its place and renamed. Raises HemostatError."""
     files = {
         **peft_files(built.profile, str(options.compressed)),
         PROFILE_FILE: built.profile.to_bytes(),
         REPORT_FILE: json.dumps(built.report, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n",
     }
+
+    def write(folder: Path) -> None:
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-            new = Path(scratch) / "new"
-            new.mkdir()
-            for name, data in files.items():
-                (new / name).write_bytes(data)
-            if out.exists():
-                shutil.move(out, Path(scratch) / "old")
-            new.rename(out)
+        build_folder(options.out, made_from, write, reporter.log, overwrite=options.overwrite)
     except OSError as error:
         raise UsageError(
-            f"--out: {out} cannot be written ({error.strerror}); free some space or name another folder"
+            f"--out: {options.out} cannot be written ({error.strerror}); free some space or name another folder"
         ) from None
-
-
-def _print(built: Built, options: AdaptOptions) -> None:
-    print("\n".join(summary(built.report, options.out)))  # noqa: T201
 
 
 def summary(report: dict[str, Any], out: Path) -> list[str]:

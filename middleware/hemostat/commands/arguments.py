@@ -58,6 +58,12 @@ def check_installed() -> None:
         raise UsageError(f"not installed: {', '.join(missing)}; pip install 'hemostat[transformers]'")
 
 
+def add_overwrite(parser: argparse.ArgumentParser, destination: str) -> None:
+    parser.add_argument(
+        "--overwrite", action="store_true", help=f"replace a result of Hemostat in {destination}; never other files"
+    )
+
+
 def add_texts(parser: argparse.ArgumentParser, writer: str) -> None:
     """Add --prompts and --records: what a command calibrates on. writer: the checkpoint that completes prompts."""
     texts = parser.add_mutually_exclusive_group()

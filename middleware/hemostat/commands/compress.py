@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hemostat.commands.arguments import WITHOUT_DATA, add_texts, non_negative_integer, positive_integer
+from hemostat.commands.arguments import WITHOUT_DATA, add_overwrite, add_texts, non_negative_integer, positive_integer
 
 HELP = "quantize or prune a checkpoint"
 PACKED = ("w4a16", "w8a16", "w8a8", "fp8")
@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--work", type=Path, metavar="DIR", help="keep finished work in this folder (default: until DEST is written)"
     )
+    add_overwrite(parser, "DEST")
     parser.set_defaults(command=_run)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,15 @@ from hemostat.commands.texts import Writer, texts_digest, within_positions
 from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import load
 from hemostat.models.checkpoint_digest import checkpoint_digest
-from hemostat.models.checkpoint_folders import CompressError, cache_folder, cache_key
+from hemostat.models.checkpoint_folders import (
+    CompressError,
+    cache_folder,
+    cache_key,
+    folder_digest,
+    is_free,
+    read_made_from,
+    require_replaceable,
+)
 from hemostat.models.compression.compress import Surroundings, compress_with
 from hemostat.models.compression.other_files import REPAIR
 from hemostat.models.compression.plan import read_plan
@@ -53,6 +62,7 @@ class CompressOptions:
     seed: int = 0
     device: str = "cpu"
     work: Path | None = None
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         """UsageError where options do not fit together."""
@@ -81,7 +91,7 @@ class CompressOptions:
         self._check_destination()
 
     def _check_destination(self) -> None:
-        """A DEST that Hemostat made is replaced: nothing that is read may be in it."""
+        """With --overwrite DEST is replaced: nothing that is read may be in it."""
         destination = self.destination.resolve()
         for name in ("source", "compressed", "plan", "prompts", "records", "work"):
             path = getattr(self, name)
@@ -117,21 +127,35 @@ def _compress(options: CompressOptions, work: Path, reporter: Reporter) -> list[
     """Lines for people."""
     method = None if options.compressed is not None else _method(options, reporter)
     repaired = options.repair or method is None
+    if not is_free(options.destination):  # before texts are written, which can take long
+        _check_replaceable(options, method)
     texts = _texts(options, work / "texts", reporter) if method is None or options.repair or method.needs_texts else []
-    made = options.compressed or (work / "compressed" if repaired else options.destination)
+    made = options.compressed or (work / "unrepaired" if repaired else options.destination)
     report: dict[str, Any] = {"layers": {}}
     if method is not None:
-        around = Surroundings(work / "layers", options.device, reporter.log, reporter.step)
+        overwrite = options.overwrite or made != options.destination
+        around = Surroundings(work / "layers", options.device, reporter.log, reporter.step, overwrite)
         ids = [text.ids for text in texts]
         report = compress_with(options.source, made, method, ids, seed=options.seed, surroundings=around)
     if repaired:
         from hemostat.models.compression.repair import write_repaired_copy  # noqa: PLC0415
 
-        around = Surroundings(work / "repair", options.device, reporter.log, reporter.step)
+        around = Surroundings(work / "repair", options.device, reporter.log, reporter.step, options.overwrite)
         report[REPAIR] = write_repaired_copy(
             options.source, made, options.destination, texts, seed=options.seed, surroundings=around
         )
     return summary(options, report, sum(map(len, texts)))
+
+
+def _check_replaceable(options: CompressOptions, method: Method | None) -> None:
+    """FolderTakenError where DEST holds something else than these options make, as far as it is known before the texts
+    are."""
+    known: dict[str, Any] = {"source": folder_digest(options.source), "seed": options.seed}
+    if method is not None and not options.repair:
+        known["settings"] = json.loads(json.dumps(dict(method.settings)))
+    there = read_made_from(options.destination) or {}
+    if any(there.get(name) != value for name, value in known.items()):
+        require_replaceable(options.destination, known, overwrite=options.overwrite)
 
 
 def summary(options: CompressOptions, report: dict[str, Any], tokens: int) -> list[str]:

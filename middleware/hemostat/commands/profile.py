@@ -13,6 +13,8 @@ from hemostat.commands.arguments import UsageError
 
 HELP = "show and control calibration profiles"
 MODES = ("off", "observe", "auto")
+PROFILE_MARKER = b'"clamp_nats"'
+"""In the header of a profile's file."""
 PEFT_TENSOR = b".lora_A.weight"
 """Part of the names of a PEFT adapter's tensors."""
 
@@ -69,9 +71,12 @@ def _profile_show(options: argparse.Namespace) -> int:
 
 
 def _profile_export(options: argparse.Namespace) -> int:
+    from hemostat.models.written_files import other_content  # noqa: PLC0415
     from hemostat_calibration.profiles.profile import CalibrationProfile  # noqa: PLC0415
 
     version = _version(options.version)
+    if refused := other_content(options.file, PROFILE_MARKER):
+        raise UsageError(refused)
     data = admin_request(options, "GET", f"/api/v1/engine/profiles/{version}").content
     CalibrationProfile.from_bytes(data, version)
     try:

@@ -6,8 +6,16 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from hemostat.models.written_files import other_content
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import CalibrationProfile
+
+RECORDS = "records.jsonl"
+KEPT = {"reference", "compressed", "logs", RECORDS}
+"""What `--keep` writes into the folder."""
+REPORT_MARKER = b'"tokens_scored"'
+RECORDS_MARKER = b'"prompt_token_ids"'
+"""What these files have near their beginning, by which they are recognized."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +27,7 @@ class DemoOptions:
     prompts: Path | None = None
     report: Path | None = None
     keep: Path | None = None
-    """Folder that gets `reference`, `compressed`, `records.jsonl` and the logs."""
+    """New, empty or of an earlier demo: gets `reference`, `compressed`, `records.jsonl` and the logs."""
     seed: int = 0
     compression: str = "w4a16"
     console: bool = True
@@ -59,3 +67,10 @@ def check_destinations(options: DemoOptions) -> None:
             raise DemoFailure(f"{flag}: cannot write to {place}; name another place")
     if options.report is not None and options.report.is_dir():
         raise DemoFailure(f"--report {options.report}: is a folder; name a file")
+    if options.report is not None and (refused := other_content(options.report, REPORT_MARKER)):
+        raise DemoFailure(f"--report: {refused}")
+    if options.keep is not None:
+        if others := sorted({path.name for path in options.keep.iterdir()} - KEPT):
+            raise DemoFailure(f"--keep: {options.keep} holds {others[0]}, which is not of a demo; name another folder")
+        if refused := other_content(options.keep / RECORDS, RECORDS_MARKER):
+            raise DemoFailure(f"--keep: {refused}")

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from hemostat.demo.options import DemoFailure, DemoOptions
+from hemostat.demo.options import RECORDS, DemoFailure, DemoOptions
 from hemostat.models.reference_checkpoint import Checkpoints
 from hemostat.models.vllm_server import (
     LOGITS_PROCESSOR,
@@ -82,7 +82,7 @@ def serve_settings(
     if options.force_profile is not None:
         settings["calibration"]["force"] = str(options.force_profile.absolute())
     if options.keep is not None:
-        settings["records"] = {"path": str((options.keep / "records.jsonl").absolute())}
+        settings["records"] = {"path": str((options.keep / RECORDS).absolute())}
     return settings
 
 

@@ -23,7 +23,7 @@ from rich.live import Live
 
 from hemostat.demo import prompts, view
 from hemostat.demo.generated_prompts import generated_prompts
-from hemostat.demo.options import DemoFailure, DemoOptions, check_destinations, forced_version
+from hemostat.demo.options import RECORDS, DemoFailure, DemoOptions, check_destinations, forced_version
 from hemostat.demo.programs import (
     POLL_SECONDS,
     log_tail,
@@ -38,7 +38,7 @@ from hemostat.demo.programs import (
     watch_programs,
 )
 from hemostat.demo.traffic import drive
-from hemostat.models.checkpoint_folders import copy_checkpoint
+from hemostat.models.checkpoint_folders import FolderTakenError, copy_checkpoint
 from hemostat.models.reference_checkpoint import Checkpoints, cached_checkpoints
 from hemostat.models.vllm_server import VllmServer, runnable
 from hemostat_calibration.errors import HemostatError
@@ -118,7 +118,7 @@ class _Demo:
         if options.keep is not None:
             logs = options.keep / "logs"
             logs.mkdir(exist_ok=True)
-            (options.keep / "records.jsonl").unlink(missing_ok=True)
+            (options.keep / RECORDS).unlink(missing_ok=True)
         self._say("checkpoints")
         checkpoints = await self._first([], asyncio.to_thread(self._checkpoints))
         served = await self._first([], asyncio.to_thread(runnable, checkpoints.compressed, self._say))
@@ -149,8 +149,11 @@ class _Demo:
         if keep is None:
             return cached
         kept = Checkpoints(keep / "reference", keep / "compressed")
-        copy_checkpoint(cached.reference, kept.reference, self._say)
-        copy_checkpoint(cached.compressed, kept.compressed, self._say)
+        try:
+            copy_checkpoint(cached.reference, kept.reference, self._say)
+            copy_checkpoint(cached.compressed, kept.compressed, self._say)
+        except FolderTakenError as taken:
+            raise DemoFailure(f"--keep: {taken.what}; name another folder") from None
         return kept
 
     async def _measure(self, scene: view.Scene, vllm: VllmServer, serve: subprocess.Popen[bytes], logs: Path) -> None:

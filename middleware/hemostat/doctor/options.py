@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from hemostat.doctor.axes import Axis
+from hemostat.models.compression.plan import SCHEMA
+from hemostat.models.written_files import other_content
 from hemostat_calibration.errors import HemostatError
 
+JSON_MARKER = b'"hemostat": "'
+HTML_MARKER = b'name="generator" content="hemostat doctor"'
+"""What a report has near its beginning, by which it is recognized."""
 Target = Literal["vllm", "vllm-cpu", "any"]
 """What can serve a plan: vLLM's kernels on GPUs, those on CPUs, or nothing but dense weights."""
 Decoding = Literal["sampled", "greedy", "given"]
@@ -110,8 +115,14 @@ def check(options: DoctorOptions) -> None:
         raise DoctorError("--prescribe reads the checkpoints layer by layer: name two folders, not hub names")
     if options.budget is not None:
         parse_budget(options.budget)
-    for flag, file in (("--json", options.json), ("--html", options.html), ("--plan", options.plan)):
+    for flag, file, marker in (
+        ("--json", options.json, JSON_MARKER),
+        ("--html", options.html, HTML_MARKER),
+        ("--plan", options.plan, SCHEMA.encode()),
+    ):
         if file is None:
             continue
         if file.is_dir() or not os.access(file.parent, os.W_OK):
             raise DoctorError(f"{flag}: {file} cannot be written; name a file in a folder that exists")
+        if refused := other_content(file, marker):
+            raise DoctorError(f"{flag}: {refused}")

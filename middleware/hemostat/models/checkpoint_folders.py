@@ -1,7 +1,8 @@
 """Folders of checkpoints that this package writes: complete or absent, with a manifest, made once and then reused.
 
 A folder is written next to its destination and renamed when it is complete. Its `MANIFEST` records what it was made
-from and the SHA-256 of every file; a folder that matches is used as it is.
+from and the SHA-256 of every file; a folder that matches is used as it is. Another one is replaced only on demand, and
+never one that holds anything that is not in its manifest.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,19 @@ class CompressError(HemostatError):
     """The checkpoint cannot be made: something is not installed, or the source or destination is unsuitable."""
 
 
+class FolderTakenError(CompressError):
+    """The destination holds something else, which stays as it is.
+
+    what: what it holds. replaceable: all of it was written by this package.
+    """
+
+    def __init__(self, what: str, *, replaceable: bool) -> None:
+        self.what = what
+        super().__init__(f"{what}: name another folder" + (", or replace it with --overwrite" if replaceable else ""))
+
+
 def copy_checkpoint(source: Path, destination: Path, progress: Progress = lambda _: None) -> None:
-    """Copy a checkpoint that this package made; raises CompressError when `destination` has other content."""
+    """Copy a checkpoint that this package made; raises FolderTakenError when `destination` has other content."""
 
     def write(folder: Path) -> None:
         for path in source.iterdir():
@@ -66,28 +78,34 @@ def cache_folder() -> Path:
 
 def is_complete(folder: Path) -> bool:
     """True when this package wrote `folder` and no file has changed since."""
+    files = _manifest(folder).get("files", {})
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return all(file_digest(folder / name) == digest for name, digest in manifest["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return bool(files) and all(file_digest(folder / name) == digest for name, digest in files.items())
+    except OSError:
         return False
 
 
 def build_folder(
-    destination: Path, made_from: dict[str, Any], write: Callable[[Path], None], progress: Progress
+    destination: Path,
+    made_from: dict[str, Any],
+    write: Callable[[Path], None],
+    progress: Progress,
+    *,
+    overwrite: bool = False,
 ) -> None:
-    """Make `destination`: `write` fills an empty folder, a manifest is added. Keeps what is there where it matches."""
+    """Make `destination`: `write` fills an empty folder, a manifest is added. Keeps what is there where it matches.
+
+    overwrite: replace what this package wrote there before. Raises FolderTakenError.
+    """
     destination = destination.absolute()
+    made_from = json.loads(json.dumps(made_from))  # as it is read again
     destination.parent.mkdir(parents=True, exist_ok=True)
     with _locked(destination.parent, progress):
-        if (destination / MANIFEST).is_file():
-            if read_made_from(destination) == made_from and is_complete(destination):
-                return
+        if (destination / MANIFEST).is_file() and read_made_from(destination) == made_from and is_complete(destination):
+            return
+        if not is_free(destination):
+            require_replaceable(destination, made_from, overwrite=overwrite)
             progress(f"{destination.name}: damaged or out of date, made again")
-        elif destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-            raise CompressError(
-                f"{destination} exists and is not a checkpoint of Hemostat: remove it or name another place"
-            )
         prefix = f".{destination.name}.{UNFINISHED}"
         for left in destination.parent.glob(f"{glob.escape(prefix)}*"):  # of a process that was killed
             shutil.rmtree(left, ignore_errors=True)
@@ -102,6 +120,27 @@ def build_folder(
                 destination.rename(Path(scratch) / "old")
             folder.rename(destination)
         progress(f"{destination.name}: written")
+
+
+def is_free(destination: Path) -> bool:
+    """Nothing is there, or an empty folder."""
+    return not destination.exists() or (destination.is_dir() and not any(destination.iterdir()))
+
+
+def require_replaceable(destination: Path, made_from: Mapping[str, Any], *, overwrite: bool) -> None:
+    """FolderTakenError unless `overwrite` is given and this package wrote everything in the folder `destination`."""
+    if not destination.is_dir():
+        raise FolderTakenError(f"{destination} is a file", replaceable=False)
+    files = _manifest(destination).get("files", {})
+    others = sorted({path.name for path in destination.iterdir()} - {MANIFEST, *files})
+    if others or not files:
+        other = others[0] if others else MANIFEST
+        raise FolderTakenError(f"{destination} holds {other}, which Hemostat did not write there", replaceable=False)
+    if not overwrite:
+        there = read_made_from(destination) or {}
+        differing = ", ".join(sorted(name for name in made_from if there.get(name) != made_from[name]))
+        held = f"was made from something else ({differing})" if differing else "was changed after it was written"
+        raise FolderTakenError(f"{destination} holds a result of Hemostat that {held}", replaceable=True)
 
 
 @contextmanager
@@ -120,10 +159,16 @@ def _locked(folder: Path, progress: Progress) -> Iterator[None]:
 
 
 def read_made_from(folder: Path) -> Any:
+    return _manifest(folder).get("made_from")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """{} where it is missing or damaged."""
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["made_from"]
-    except (ValueError, KeyError, TypeError):
-        return None
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else {}
 
 
 def cache_key(made_from: Any) -> str:

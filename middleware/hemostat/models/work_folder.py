@@ -105,18 +105,18 @@ class WorkFolder:
             stored = json.loads(path.read_text(encoding="utf-8"))
         if stored == key:
             return
-        names = [file.name for file in self.folder.iterdir()]
-        ours = {name for name in names if name.endswith((_SUFFIX, ".new"))} | {path.name}
-        if not path.exists() and names and not ours.issuperset(names):
+        names = {file.name for file in self.folder.iterdir()}
+        if path.name not in names and names - {f"{path.name}.new"}:
+            # Files that end like a part may be of another program (a download, for example).
             raise WorkFolderError(f"{self._option}: {self.folder} contains other files; name an empty or a new folder")
         if isinstance(stored, dict):
             changed = sorted(name for name in key.keys() | stored.keys() if key.get(name) != stored.get(name))
             self.notes.append(f"started over: {', '.join(changed)} changed since {self.folder} was written")
         elif path.exists():
             self.notes.append(f"started over: {path.name} is damaged")
-        for name in ours:
-            with contextlib.suppress(FileNotFoundError):
-                (self.folder / name).unlink()
+        for name in names:
+            if name.endswith((_SUFFIX, f"{_SUFFIX}.new")):
+                (self.folder / name).unlink(missing_ok=True)
         write_atomically(path, json.dumps(key, indent=2).encode())
 
 

@@ -5,6 +5,7 @@ The values are stored, exported as labels of `hemostat_profile_decisions_total` 
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections import Counter, deque
@@ -128,7 +129,8 @@ class EventLog:
             "evidence": evidence,
         }
         place = kind or scope
-        log.info("%s %s%s: %s %s", decision, version, f" for {place}" if place else "", why, evidence or "")
+        found = f" {json.dumps(evidence)}" if evidence else ""
+        log.info("%s %s%s: %s%s", decision, version, f" for {place}" if place else "", why, found)
         self._events.append(event)
         self._writes.append_event(event)
 

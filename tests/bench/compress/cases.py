@@ -73,7 +73,7 @@ class Bench:
 
     def ours(self, method: Method, folder: Path) -> None:
         """By `hemostat compress`; what is interrupted goes on."""
-        around = Surroundings(work=folder.with_name(f"{folder.name}.work"), log=say)
+        around = Surroundings(work=folder.with_name(f"{folder.name}.work"), log=say, overwrite=True)
         compress_with(self.reference, folder, method, self.ids, seed=self.seed, surroundings=around)
 
     def peer(self, script: Path, folder: Path, method: str, *arguments: str) -> None:

@@ -93,5 +93,5 @@ def _repaired(bench: Bench, case: Case, folder: Path) -> None:
     start = folder.with_name(f"{folder.name}.start")
     if not start.exists():
         case.make(start)
-    around = Surroundings(work=folder.with_name(f"{folder.name}.work"), log=say)
+    around = Surroundings(work=folder.with_name(f"{folder.name}.work"), log=say, overwrite=True)
     say(summary_line(write_repaired_copy(bench.reference, start, folder, bench.learn, surroundings=around), REPAIR))

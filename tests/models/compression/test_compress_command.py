@@ -161,3 +161,70 @@ def test_vocabulary_is_checked(source: Path, tmp_path: Path, capsys: pytest.Capt
     command = ["compress", str(source), str(tmp_path / "out"), "--scheme", "w4a16", "--records", str(wrong)]
     assert main(command) == 2
     assert "outside of the vocabulary" in capsys.readouterr().err
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_another_checkpoint_in_the_destination_stays(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of another source, of other settings, with a changed file, or with one that this command did not write."""
+    other = save(tiny_model(num_hidden_layers=1), tmp_path / "other")
+    out = tmp_path / "out"
+    first = ["compress", str(source), str(out), "--scheme", "prune50"]
+    assert main(first) == 0
+    made = contents(out)
+    assert main(first) == 0, "nothing to do"
+    assert contents(out) == made
+    capsys.readouterr()
+    for command, differing in (
+        (["compress", str(other), str(out), "--scheme", "prune50"], "source"),
+        (["compress", str(source), str(out), "--scheme", "prune30"], "settings"),
+        (["compress", str(source), str(out), "--scheme", "w4a16", "--records", "not-read"], "settings"),
+    ):
+        assert main(command) == 2
+        error = capsys.readouterr().err.splitlines()
+        assert error[-1] == (
+            f"hemostat: {out} holds a result of Hemostat that was made from something else ({differing}): name another "
+            "folder, or replace it with --overwrite"
+        )
+        assert contents(out) == made
+    (out / "notes.txt").write_text("which prompts became worse")
+    for command in (["compress", str(other), str(out), "--scheme", "prune50"], [*first[:-1], "prune30"]):
+        assert main([*command, "--overwrite"]) == 2
+        assert "out holds notes.txt, which Hemostat did not write there: name another folder" in capsys.readouterr().err
+        assert contents(out).keys() == {*made, "notes.txt"}
+    (out / "notes.txt").unlink()
+    (out / "config.json").write_text(json.dumps(json.loads(made["config.json"]) | {"edited": "by hand"}))
+    assert main(first) == 2
+    assert "was changed after it was written: name another folder, or replace it with --overwrite" in (
+        capsys.readouterr().err
+    )
+    assert b"by hand" in (out / "config.json").read_bytes()
+    assert main(["compress", str(other), str(out), "--scheme", "prune50", "--overwrite"]) == 0
+    assert contents(out).keys() == made.keys()
+    assert contents(out) != made
+
+
+@pytest.mark.parametrize("name", ["checkpoint of another program", "folder below", "damaged manifest"])
+def test_what_hemostat_did_not_write_is_never_replaced(
+    name: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    if name == "checkpoint of another program":
+        save(tiny_model(num_hidden_layers=1), out)
+    else:
+        assert main(["compress", str(source), str(out), "--scheme", "prune50"]) == 0
+    if name == "folder below":
+        (out / "tokenizer").mkdir()
+    if name == "damaged manifest":
+        (out / "hemostat-checkpoint.json").write_text("{")
+    weights = (out / "model.safetensors").read_bytes()
+    for options in ([], ["--overwrite"]):
+        assert main(["compress", str(source), str(out), "--scheme", "prune30", *options]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "which Hemostat did not write there: name another folder" in error
+        assert "--overwrite" not in error
+    assert (out / "model.safetensors").read_bytes() == weights

@@ -33,7 +33,7 @@ def write(folder: Path, version: str, files: Mapping[str, bytes], in_use: Collec
                 file.flush()
                 os.fsync(file.fileno())
         made.rename(target)
-    _remove_old(folder, {version, *in_use})
+    _remove_old(folder, {version, *in_use}, set(files))
 
 
 def _has(target: Path, files: Mapping[str, bytes]) -> bool:
@@ -43,10 +43,11 @@ def _has(target: Path, files: Mapping[str, bytes]) -> bool:
         return False
 
 
-def _remove_old(folder: Path, keep: Collection[str]) -> None:
+def _remove_old(folder: Path, keep: Collection[str], names: set[str]) -> None:
+    """names: the files of a version; a subfolder that holds others was not written here and stays."""
     with contextlib.suppress(OSError):  # another replica may remove the same ones
         found = [path for path in folder.iterdir() if VERSION_PATTERN.fullmatch(path.name)]
         found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
         for path in found[MAX_VERSIONS:]:
-            if path.name not in keep:
+            if path.name not in keep and {file.name for file in path.iterdir()} <= names:
                 shutil.rmtree(path, ignore_errors=True)

@@ -42,30 +42,39 @@ of every layer's weights with the smallest magnitude are set to zero. All linear
 class Surroundings:
     """Of a run, without influence on its result.
 
-    work: folder for finished layers; None: one in the user's cache, removed at the end. device: of torch.
+    work: folder for finished layers; None: one in the user's cache, removed at the end. device: of torch. overwrite:
+    replace another result of this package.
     """
 
     work: Path | None = None
     device: str = "cpu"
     log: Progress = lambda _: None
     step: StepProgress = lambda stage, done, total: None
+    overwrite: bool = False
 
 
-def compress(source: Path, destination: Path, scheme: str, progress: Progress = lambda _: None) -> None:
+def compress(
+    source: Path,
+    destination: Path,
+    scheme: str,
+    progress: Progress = lambda _: None,
+    *,
+    overwrite: bool = False,
+) -> None:
     """Write a compressed copy of the transformers checkpoint `source` to `destination`, without data.
 
     Does nothing when `destination` already is that copy. Raises CompressError when `scheme` is unknown, when `source`
     is no checkpoint, when `destination` has other content, or when a package is missing.
     """
     if scheme not in SCHEMES:
-        raise CompressError(f"scheme {scheme!r} is unknown: use one of {', '.join(SCHEMES)}")
+        raise CompressError(f"scheme {scheme} is unknown: use one of {', '.join(SCHEMES)}")
 
     def method() -> Method:
         from hemostat.models.compression.methods import by_name
 
         return by_name(scheme)
 
-    _build(source, destination, {"scheme": scheme}, method, (), 0, Surroundings(log=progress))
+    _build(source, destination, {"scheme": scheme}, method, (), 0, Surroundings(log=progress, overwrite=overwrite))
 
 
 def compress_with(
@@ -128,7 +137,7 @@ def build_with_work(
                 work.remove()
 
     try:
-        build_folder(destination, made_from, write_folder, around.log)
+        build_folder(destination, made_from, write_folder, around.log, overwrite=around.overwrite)
     except OSError as error:
         raise CompressError(
             f"{destination} cannot be written ({error.strerror or error}); free some space or name another folder"

@@ -41,7 +41,9 @@ def unpacked_copy(checkpoint: Path, progress: Progress = lambda _: None) -> Path
     versions = required_versions("torch", "compressed_tensors")
     made_from = {"recipe": RECIPE, "scheme": "unpacked", "source": folder_digest(checkpoint), **versions}
     destination = cache_folder() / "unpacked" / cache_key(made_from)
-    build_folder(destination, made_from, lambda folder: _write_unpacked(checkpoint, folder, progress), progress)
+    build_folder(
+        destination, made_from, lambda folder: _write_unpacked(checkpoint, folder, progress), progress, overwrite=True
+    )
     return destination
 
 
