@@ -24,8 +24,9 @@ class FakeChild:
     failing: ClassVar[set[str]] = set()
     """Values of `settings` whose start fails."""
 
-    def __init__(self, name: str, module: str, launch: Launch) -> None:
+    def __init__(self, name: str, module: str, launch: Launch, take_spare: object) -> None:
         self.name = name
+        self.launch = launch
         self.version = str(launch.settings["version"])
         self.signals: list[tuple[signal.Signals, float]] = []
         self.kept = False
@@ -48,9 +49,21 @@ class FakeChild:
         self.ended = True
 
 
+class FakeSpare:
+    def __init__(self, module: str) -> None:
+        self.take = None
+
+    async def provide(self, fds: Sequence[int]) -> None:
+        pass
+
+    async def stop(self) -> None:
+        pass
+
+
 @pytest.fixture(autouse=True)
 def children(monkeypatch: pytest.MonkeyPatch) -> list[FakeChild]:
     monkeypatch.setattr(module, "Child", FakeChild)
+    monkeypatch.setattr(module, "SpareRelay", FakeSpare)
     monkeypatch.setattr(FakeChild, "made", [])
     monkeypatch.setattr(FakeChild, "failing", {"bad"})
     return FakeChild.made
@@ -63,7 +76,7 @@ def launches(version: str, number: int = 2) -> Sequence[Launch]:
 async def started() -> Relays:
     relays = Relays()
     await relays.start(launches("first"))
-    relays.keep()
+    await relays.keep()
     return relays
 
 

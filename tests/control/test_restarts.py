@@ -18,13 +18,13 @@ import pytest
 import yaml
 from tests.support import valkey
 from tests.support.fake_vllm import FakeVllm, serving
-from tests.support.served import AUTHORIZED, Served, hemostat
+from tests.support.served import AUTHORIZED, RELAY, Served, hemostat
 from tests.support.streaming_load import Load, streaming_load
 from tests.support.waiting import HANG_SECONDS, until
 
 from hemostat.supervisor import takeover
 
-RELAY, CONTROL = "hemostat.relay.main", "hemostat.control.process"
+CONTROL = "hemostat.control.process"
 CLIENTS = 6
 
 
@@ -91,6 +91,23 @@ async def test_kill_of_every_relay_refuses_no_connection(served: Served) -> None
     assert load.refused == load.failed == 0, load.failures
     assert load.cut <= CLIENTS, "one for each connection of the killed processes"
     await until_status(served, lambda s: s["relays"] == 2)
+
+
+async def test_a_relay_that_was_loaded_before_takes_the_place_of_a_killed_one(served: Served) -> None:
+    """Of one that was loaded after a reload too, and once more, whichever relay it is."""
+    before = await served.status()
+    change(served)
+    await reloaded(served, before)
+    await until(lambda: len(served.pids(RELAY)) == 2, 2 * HANG_SECONDS)
+    for order in (min, max):
+        await until(served.spare, 2 * HANG_SECONDS)
+        spare, relays = served.spare(), served.pids(RELAY)
+        assert spare not in relays
+        killed = order(relays)
+        os.kill(killed, signal.SIGKILL)
+        await until(lambda killed=killed: killed not in served.pids(RELAY) and len(served.pids(RELAY)) == 2)  # type: ignore[misc]
+        assert served.pids(RELAY) - relays == {spare}, "no process was started for it"
+        assert {(await served.ask(f"still there {n}?")).status_code for n in range(10)} == {200}
 
 
 async def test_a_bad_file_changes_nothing_and_says_why(served: Served) -> None:

@@ -17,7 +17,7 @@ import httpx
 import pytest
 import yaml
 from tests.support.fake_vllm import FakeVllm, serving
-from tests.support.served import AUTHORIZED, CHAT, Served, hemostat
+from tests.support.served import AUTHORIZED, CHAT, RELAY, Served, hemostat
 
 from hemostat.models.vllm_server import free_port
 
@@ -140,14 +140,13 @@ async def test_relays_continue_while_control_is_down_and_scoring_resumes(served:
 async def test_a_killed_relay_is_restarted_while_the_port_keeps_answering(served: Served) -> None:
     await served.until(lambda s: s["relays"] == 2)
     before = await served.metric("hemostat_requests_total")
-    pids = served.pids("hemostat.relay.main")
+    pids = served.pids(RELAY)
     assert len(pids) == 2
     os.kill(min(pids), signal.SIGKILL)
-    await asyncio.sleep(0.1)
     answers = await asyncio.gather(*(served.ask(f"still there {n}?") for n in range(10)))
     assert {answer.status_code for answer in answers} == {200}
     await served.until(lambda s: s["relays"] == 2)
-    assert len(served.pids("hemostat.relay.main") - pids) == 1
+    assert len(served.pids(RELAY) - pids) == 1
     assert await served.metric("hemostat_requests_total") >= before
     await scored_again(served)
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,18 @@ AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 CHAT = "/v1/chat/completions"
 
 
+RELAY = "hemostat.relay.main"
+
+
+def is_spare(pid: int) -> bool:
+    """Whether a relay process still waits for its settings: it has no event loop yet."""
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            if os.readlink(file) == "anon_inode:[eventpoll]":
+                return False
+    return True
+
+
 class Served:
     """A running `hemostat serve`, its upstream and its reference."""
 
@@ -38,17 +50,22 @@ class Served:
         self.data = found[1]
 
     def pids(self, module: str) -> set[int]:
-        """The process ids of the children that run this module."""
+        """The process ids of the children that run this module, without the spare relay."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         found = set()
         for pid in children:
             try:
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if module.encode() in command and not (module == RELAY and is_spare(int(pid))):
+                    found.add(int(pid))
             except OSError:
                 continue
-            if module.encode() in command:
-                found.add(int(pid))
         return found
+
+    def spare(self) -> int:
+        """The process id of the spare relay; 0 while it is not loaded."""
+        pid = int((re.findall(r"a spare relay waits \(pid (\d+)\)", self.log.read_text()) or [0])[-1])
+        return pid if Path(f"/proc/{pid}/fd").exists() and is_spare(pid) else 0
 
     async def ask(self, text: str, **more: Any) -> httpx.Response:
         body = {"model": "fake", "messages": [{"role": "user", "content": text}], "max_tokens": 4} | more

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from tests.support.served import RELAY, is_spare
 
 from hemostat.models.vllm_server import free_port, with_parent
 
@@ -38,15 +39,16 @@ def wait_for(what: str, done: Callable[[], object], within: float, every: float 
 
 
 def children(parent: int) -> dict[str, int]:
-    """The processes that `parent` started: pid by the module that each runs."""
+    """The processes that `parent` started, without the spare relay: pid by the module that each runs."""
     found: dict[str, int] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            spare = RELAY in command and is_spare(int(folder.name))
             state, ppid = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
         except OSError:
             continue  # it ended meanwhile
-        if int(ppid) == parent and state != "Z" and "-m" in command:
+        if int(ppid) == parent and state != "Z" and "-m" in command and not spare:
             found[command[command.index("-m") + 1]] = int(folder.name)
     return found
 

@@ -9,13 +9,14 @@ of JSON, from its standard input:
      "limits": {"head_bytes": 65536, "header_count": 128, "body_bytes": 268435456},
      "client_limits": {"key": "authorization", "requests_per_second": null, "burst": 10, "concurrent": null},
      "log_level": "info", "log_format": "text", "log_requests": false,
-     "access_log_fd": null, "access_log_clients": false,
+     "access_log_fd": null, "access_log_clients": false, "other_fds": [],
      "tracing": {"endpoint": "http://collector:4318", "ratio": 0.01}}
 
-fds: the inherited listening sockets. It prints `{"listening": port}` when it accepts connections on them. On SIGTERM it
-accepts no more connections, closes idle ones, lets the requests in progress end for `shutdown_seconds`, and exits
-with 0. On SIGUSR1 another relay has taken its place: it does the same within `drain_seconds`, and idle connections
-may send one more request, whose response closes them.
+fds: the inherited listening sockets. other_fds: inherited and not used: it was loaded before it was known which relay's
+place it takes. It prints `{"listening": port}` when it accepts connections. On SIGTERM it accepts no more connections,
+closes idle ones, lets the requests in progress end for `shutdown_seconds`, and exits with 0. On SIGUSR1 another relay
+has taken its place: it does the same within `drain_seconds`, and idle connections may send one more request, whose
+response closes them.
 """
 
 from __future__ import annotations
@@ -151,6 +152,8 @@ async def run(config: dict[str, Any]) -> None:
         relay.hook = interceptor
 
     link = ControlLink(config["control_socket"], config["worker"], on_policy, relay.stats)
+    for fd in config.get("other_fds", ()):
+        os.close(fd)
     sockets = [socket.socket(fileno=fd) for fd in config["fds"]]
     await relay.serve(*sockets)
     linking = loop.create_task(link.run())

@@ -9,6 +9,7 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ log = logging.getLogger("hemostat.serve")
 
 START_SECONDS = 60.0
 """Within this time a process must report that it is loaded, and again that it listens."""
-RESTART_SECONDS = (0.1, 1.0, 2.0, 5.0, 10.0)
+RESTART_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0)
 """Longest delays before a restart, by the number of failures in a row."""
 STABLE_SECONDS = 30.0
 """A process that ran this long is restarted without delay."""
@@ -53,14 +54,28 @@ class Child:
     A process writes a line when it is loaded and another, the JSON `listening`, when it listens.
     """
 
-    def __init__(self, name: str, module: str, launch: Launch) -> None:
+    def __init__(
+        self, name: str, module: str, launch: Launch, take_spare: Callable[[], Child | None] = lambda: None
+    ) -> None:
+        """take_spare: gives a loaded process of the same module for a restart, which inherits this one's file
+        descriptors and possibly more; None: there is none."""
         self.name = name
         self.launch = launch
         """Used at the next (re)start."""
         self._module = module
+        self._take_spare = take_spare
         self._process: asyncio.subprocess.Process | None = None
         self._keeping: asyncio.Task[None] | None = None
         self.listening: dict[str, Any] = {}
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.returncode is None
+
+    @property
+    def pid(self) -> int:
+        """0 before it is started."""
+        return 0 if self._process is None else self._process.pid
 
     async def load(self) -> None:
         """Start the process; returns when it has imported its modules and waits for its settings. StartFailure."""
@@ -88,7 +103,7 @@ class Child:
 
     def send(self, message: dict[str, Any]) -> None:
         """One more line for its standard input; dropped if it is not running."""
-        if self._process is not None and self._process.stdin is not None and self._process.returncode is None:
+        if self._process is not None and self._process.stdin is not None and self.running:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
 
     async def _line(self) -> dict[str, Any]:
@@ -123,9 +138,20 @@ class Child:
             log.error("%s ended with code %s; starting it again in %.1f s", self.name, code, delay)
             await asyncio.sleep(delay)
             try:
-                await self.start()
+                await self._restart()
             except StartFailure as failure:
                 log.error("%s", failure)
+
+    async def _restart(self) -> None:
+        """In place of the process that has ended. StartFailure."""
+        spare = self._take_spare()
+        if spare is None:
+            await self.start()
+            return
+        self._process, spare._process = spare._process, None
+        others = set(spare.launch.fds) - set(self.launch.fds)
+        self.send(self.launch.settings | {"other_fds": sorted(others)})
+        self.listening = await self._line()
 
     async def stop(self, sig: signal.Signals, within: float) -> None:
         """Restart it no more; send `sig`, wait `within` seconds for its end, then kill. May be called again."""
@@ -136,7 +162,7 @@ class Child:
 
     async def _end(self, sig: signal.Signals, within: float) -> None:
         process = self._process
-        if process is None or process.returncode is not None:
+        if process is None or not self.running:
             return
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(sig)

@@ -12,9 +12,11 @@ from typing import Any
 from hemostat.config.schema import Settings
 from hemostat.supervisor.child import Child, Launch
 from hemostat.supervisor.sockets import Sockets
+from hemostat.supervisor.spare import SpareRelay
 
 log = logging.getLogger("hemostat.serve")
 
+MODULE = "hemostat.relay.main"
 DRAIN = signal.SIGUSR1
 """What tells a relay that another one has taken its place: it lets its requests end, and idle connections a moment for
 one more. SIGTERM closes idle connections at once."""
@@ -25,15 +27,17 @@ MAX_REPLACED = 4
 
 
 class Relays:
-    """Owns the relays that serve, and the replaced ones until they end."""
+    """Owns the relays that serve, one that waits to take the place of any of them, and the replaced ones until they
+    end."""
 
     def __init__(self) -> None:
         self._serving: list[Child] = []
+        self._spare = SpareRelay(MODULE)
         self._replaced: list[tuple[list[Child], asyncio.Task[None]]] = []
 
     async def start(self, launches: Sequence[Launch]) -> None:
         """Start a relay for each; they are not kept running before `keep`. StartFailure: none is left running."""
-        relays = [Child(f"relay {n}", "hemostat.relay.main", launch) for n, launch in enumerate(launches)]
+        relays = [Child(f"relay {n}", MODULE, launch, self._spare.take) for n, launch in enumerate(launches)]
         try:
             for relay in relays:
                 await relay.start()
@@ -42,10 +46,11 @@ class Relays:
             raise
         self._serving = relays
 
-    def keep(self) -> None:
+    async def keep(self) -> None:
         """Restart those that end, from now on."""
         for relay in self._serving:
             relay.keep()
+        await self._spare.provide(sorted({fd for relay in self._serving for fd in relay.launch.fds}))
 
     async def replace(self, launches: Sequence[Launch], settings: Settings) -> None:
         """Start a relay for each, on the same sockets; only then the former ones accept no more connections.
@@ -54,7 +59,7 @@ class Relays:
         """
         former = self._serving
         await self.start(launches)
-        self.keep()
+        await self.keep()
         draining = asyncio.create_task(self._stop(former, DRAIN, settings.drain_seconds), name="drains replaced relays")
         self._replaced = [(relays, task) for relays, task in self._replaced if not task.done()]
         self._replaced.append((former, draining))
@@ -67,10 +72,12 @@ class Relays:
 
     async def drain(self, within: float) -> None:
         """A successor's relays have taken over: let the requests of all relays end."""
+        await self._spare.stop()
         await asyncio.gather(self._stop(self._serving, DRAIN, within), *(task for _, task in self._replaced))
 
     async def stop(self, within: float) -> None:
         """Stop all relays; those that were being drained, too."""
+        await self._spare.stop()
         relays = list(self._serving)
         for former, task in self._replaced:
             task.cancel()

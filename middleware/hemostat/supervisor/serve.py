@@ -139,7 +139,7 @@ class Supervisor:
             await self._control.begin()
             predecessor.send({"step": takeover.SERVING, "pid": os.getpid()})
             self._owns_folder = True
-        self._relays.keep()
+        await self._relays.keep()
         if settings.run_dir is not None:
             self._commands.listen(takeover.listen_for_successors(self._folder.path))
         engines = ", ".join(settings.upstream.addresses)

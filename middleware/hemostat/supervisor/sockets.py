@@ -4,8 +4,8 @@ them.
 Each relay has a socket of its own (SO_REUSEPORT): the kernel then spreads connections over the relays by a hash. With
 one socket for all, the process that wakes first takes every connection of a burst (16 of 16 in a measurement with two
 processes), and a few long-lived connections stay on one relay. A socket's queue of connections survives its relay,
-because the supervisor holds the socket, too; while a relay is started again, its share of the new connections waits
-there.
+because the supervisor holds the socket, too; until the spare relay has taken the ended one's place, its share of the
+new connections waits there.
 """
 
 from __future__ import annotations

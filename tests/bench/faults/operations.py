@@ -19,22 +19,26 @@ from typing import Any
 import yaml
 from tests.bench.faults import Row
 from tests.support.fake_vllm import FakeVllm, serving
-from tests.support.served import Served, hemostat
+from tests.support.served import RELAY, Served, hemostat
 from tests.support.streaming_load import Load, streaming_load
 from tests.support.waiting import until
 
 NAME = "operations"
-TAKES = "2 minutes"
+TAKES = "4 minutes"
 
 CLIENTS = 24
 TOKENS = 40
 TOKEN_SECONDS = 0.02
 WORKERS = 2
+RATE = 500
+"""Requests per second, each on a connection of its own, while one relay is killed."""
+WINDOW_SECONDS = 2.0
+"""From the kill on: the time of the requests whose latencies count."""
 ROUNDS = 3
 """Of reloads and of upgrades, one after the other under the same load."""
 MARKER = "hemostat.serve: process "
 """In the log of a supervisor whose successor serves, before the successor's process id."""
-RELAY, CONTROL = "hemostat.relay.main", "hemostat.control.process"
+CONTROL = "hemostat.control.process"
 WAIT_SECONDS = 120.0
 
 Attack = Callable[[Served, Load], Awaitable[int]]
@@ -189,7 +193,57 @@ def _connections(pid: int, port: int) -> int:
     return found
 
 
+async def _latencies(url: str, kill: Callable[[], None]) -> tuple[list[float], int]:
+    """Seconds of each request that began within WINDOW_SECONDS after `kill`, connecting included, as clients that do
+    not wait for each other see them; and how many of all were not answered."""
+    address = url.removeprefix("http://").split(":")
+    unanswered = 0
+
+    async def request() -> float:
+        nonlocal unanswered
+        started = time.monotonic()
+        try:
+            reader, writer = await asyncio.open_connection(address[0], int(address[1]))
+            writer.write(b"GET /v1/models HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+            unanswered += not (await reader.read()).startswith(b"HTTP/1.1 200 ")
+            writer.close()
+        except ConnectionError:
+            unanswered += 1
+        return time.monotonic() - started
+
+    async def requests(seconds: float) -> list[asyncio.Task[float]]:
+        begun, ends = time.monotonic(), []
+        for number in range(int(seconds * RATE)):
+            await asyncio.sleep(begun + number / RATE - time.monotonic())
+            ends.append(asyncio.create_task(request()))
+        return ends
+
+    before = await requests(WINDOW_SECONDS)
+    kill()
+    measured = await requests(WINDOW_SECONDS)
+    await asyncio.gather(*before)
+    return sorted(await asyncio.gather(*measured)), unanswered
+
+
+def _killed_relay() -> Row:
+    with _served() as served:
+        asyncio.run(served.until(lambda s: s["relays"] == WORKERS, WAIT_SECONDS))
+        asyncio.run(until(served.spare, WAIT_SECONDS))
+        latencies, unanswered = asyncio.run(
+            _latencies(served.data, lambda: os.kill(min(served.pids(RELAY)), signal.SIGKILL))
+        )
+    p99 = latencies[int(0.99 * len(latencies))]
+    return Row(
+        f"kill -9 of one of {WORKERS} relays at {RATE} requests/s: p99 of those of the next {WINDOW_SECONDS:g} s",
+        "3.1 s",
+        f"{p99:.3f} s, {unanswered} of {2 * len(latencies)} not answered",
+        "at most 0.3 s, and 1 % not answered: those that the killed relay had accepted",
+        p99 <= 0.3 and unanswered <= 0.01 * 2 * len(latencies),
+    )
+
+
 def rows() -> Iterator[Row]:
+    yield _killed_relay()
     for case in CASES:
         load, allowed = asyncio.run(_under_load(case.attack))
         wrong = load.refused + load.failed + max(0, load.cut - allowed)
