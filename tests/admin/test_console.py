@@ -28,7 +28,9 @@ from tests.support.served_models import pair, served_models
 from hemostat.admin import history as overview
 from hemostat.admin.app import ASSETS
 from hemostat.admin.history import MAX_POINTS, RECENT_POINTS, History
+from hemostat.engines.upstreams import UpstreamEngine
 from hemostat.ipc.messages import REST_KIND
+from hemostat.reference.pair import ReferenceState
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.profiles.adapter import adapter_profile
 
@@ -78,7 +80,8 @@ def get(one: Served, path: str) -> dict[str, Any]:
 def test_an_alarm_is_seen_first_and_since_when(page: Page, one: Served) -> None:
     [raised] = [test for test in get(one, "status")["alarm"]["tests"] if test["raised"]]
     since = time.strftime("%H:%M:%S", time.localtime(raised["since"]))
-    expect(page.locator("#alarm")).to_have_text(f"ALARM (change) since {since}")
+    expect(page.locator("#alarm")).to_have_text("ALARM: the compressed model no longer matches its baseline")
+    assert page.locator("#alarm-sub").inner_text().startswith(f"since {since}, for ")
     assert page.locator("#verdict").get_attribute("class") == "verdict bad"
     assert page.title() == "ALARM – Hemostat"
     [row] = [row for row in rows(page, "tests") if "raised" in row]
@@ -93,6 +96,31 @@ def test_an_alarm_is_seen_first_and_since_when(page: Page, one: Served) -> None:
     expect(page.get_by_role("heading", name="HemostatModelChanged")).to_be_in_viewport()
     page.get_by_role("link", name="Back to the console").click()
     expect(page.locator("#alarm")).to_contain_text("ALARM")
+
+
+@needs_chromium
+def test_vllm_that_does_not_answer_comes_before_the_alarm(page: Page, one: Served) -> None:
+    dead = {"10.0.0.1:8000": UpstreamEngine(relays=2, requests=70)}
+    before = one.control.upstreams.current
+    one.do(lambda control: setattr(control.upstreams, "current", lambda: dead))
+    try:
+        expect(page.locator("#alarm")).to_have_text("vLLM does not answer", timeout=10_000)
+        state = get(one, "status")["state"]
+        assert page.locator("#verdict").get_attribute("class") == "verdict bad"
+        assert page.locator("#connection").get_attribute("class") == "pill bad"
+        assert page.title() == "ALARM – Hemostat"
+        since = time.strftime("%H:%M:%S", time.localtime(state["problems"][0]["since"]))
+        assert page.locator("#alarm-sub").inner_text().startswith(f"since {since}, for ")
+        [also] = rows(page, "problems")
+        assert also.startswith("ALARM: the compressed model no longer matches its baseline | ")
+        assert also.endswith("HemostatModelChanged")
+        assert "10.0.0.1:8000 | does not answer" in rows(page, "engines")[0]
+        found = Axe().run(page)
+        assert found.violations_count == 0, found.generate_report()
+        page.get_by_role("link", name="What to do").click()
+        expect(page.get_by_role("heading", name="HemostatUpstreamDown")).to_be_in_viewport()
+    finally:
+        one.do(lambda control: setattr(control.upstreams, "current", before))
 
 
 @needs_chromium
@@ -300,7 +328,29 @@ def test_the_operators_actions(page: Page, one: Served) -> None:
     expect(page.get_by_role("link", name="What to do")).to_be_hidden()
     assert page.title() == "Hemostat"
     assert not get(one, "status")["alarm"]["raised"]
+    assert get(one, "status")["state"] == {"level": "ok", "problems": []}
     assert TOKEN not in page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])")
+
+
+@needs_chromium
+def test_without_a_reference_the_headline_says_that_nothing_is_measured(page: Page, one: Served) -> None:
+    """After the test above, in which the alarm ended."""
+    before = one.control.monitor.state, one.control.monitor.detail
+
+    def write(control: Any, state: ReferenceState, detail: str) -> None:
+        control.monitor.state, control.monitor.detail = state, detail
+
+    one.do(lambda control: write(control, ReferenceState.DOWN, "http://ref:8000 refuses connections"))
+    try:
+        expect(page.locator("#alarm")).to_have_text(
+            "The reference does not answer: nothing is measured (http://ref:8000 refuses connections)", timeout=10_000
+        )
+        assert page.locator("#verdict").get_attribute("class") == "verdict wait"
+        assert page.title() == "WARNING – Hemostat"
+        expect(page.locator("#problems-room")).to_be_hidden()
+    finally:
+        one.do(lambda control: write(control, *before))
+    expect(page.locator("#alarm")).not_to_contain_text("reference", timeout=10_000)
 
 
 @needs_chromium

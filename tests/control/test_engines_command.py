@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from asyncio import StreamWriter
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from tests.support.admin_server import Served, served
-from tests.support.control import TOKEN
+from tests.support.control import TOKEN, connect_relay, relay_stats
 
 from hemostat import cli
 from hemostat.commands import admin_port
 from hemostat.control.composition import Control
 from hemostat.engines.upstreams import UpstreamEngine
+from hemostat.reference.pair import ReferenceState
 
 A, B = "10.0.0.1:8000", "10.0.0.2:8000"
 
 
 @pytest.fixture
 def one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    async def fill(control: Control, folder: Path) -> None:
+    async def fill(control: Control, folder: Path) -> StreamWriter:
+        control.monitor.state = ReferenceState.READY
         engines = {A: UpstreamEngine(relays=2, up=2, outstanding=3, requests=70), B: UpstreamEngine(relays=2, up=1)}
         control.upstreams.current = lambda: engines  # type: ignore[method-assign]
+        return await connect_relay(control, folder, 1, relay_stats())
 
     with served(tmp_path, fill) as running:
         monkeypatch.setenv("HEMOSTAT_ADMIN_URL", running.url)
@@ -30,22 +34,36 @@ def one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
         yield running
 
 
-def states(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
-    """By engine, the rest of its line."""
+def states(capsys: pytest.CaptureFixture[str], *arguments: str, problem: str = "") -> dict[str, str]:
+    """By engine, the rest of its line. problem: how the one line about what is wrong begins, if there is one."""
     assert cli.main(["engines", *arguments]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    head, *lines = out.splitlines()
-    assert head.startswith("engine ")
+    lines = out.splitlines()
+    if problem:
+        assert lines.pop(0).startswith(problem)
+    assert lines.pop(0).startswith("engine ")
     return {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
 
 
 def test_it_shows_drains_and_resumes(one: Served, capsys: pytest.CaptureFixture[str]) -> None:
-    assert states(capsys) == {A: "up 3 70 - - not known", B: "up for 1 of 2 relays 0 0 - - not known"}
+    ejected = f"warning: 1 of 2 engines does not answer: {B} (for 1 of 2 relays) (since 20"
+    assert states(capsys, problem=ejected) == {
+        A: "up 3 70 - - not known",
+        B: "up for 1 of 2 relays 0 0 - - not known",
+    }
     assert states(capsys, "--drain", B)[B].startswith("drained")
     assert one.do(lambda control: control.upstreams.drained) == {B}
-    assert states(capsys, "--resume", B)[B].startswith("up")
+    assert states(capsys, "--resume", B, problem=ejected)[B].startswith("up")
     assert one.do(lambda control: control.upstreams.drained) == frozenset()
+
+
+def test_engines_that_do_not_answer_are_named(one: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    dead = {A: UpstreamEngine(relays=2)}
+    one.do(lambda control: setattr(control.upstreams, "current", lambda: dead))
+    assert states(capsys, problem="critical: vLLM does not answer (since 20") == {
+        A: "does not answer 0 0 - - 0"
+    }
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,23 @@ async def test_a_failure_of_one_model_does_not_keep_the_other() -> None:
     assert not bench.found
 
 
+async def test_a_floor_is_failing_while_no_attempt_succeeds() -> None:
+    bench = Bench(one := record(), reference=RuntimeError("bug"))
+    await bench.run(one, one)
+    assert bench.floor.failing == {}, "it may pass"
+    bench.floor.outcomes.clear()
+    await bench.run(one)
+    assert bench.floor.failing == {"reference": "RuntimeError; see the log"}
+    bench.by["reference"].fails = ReferenceFailure("busy", "the server answered 503")
+    bench.floor.outcomes.clear()
+    await bench.run(one)
+    assert bench.floor.failing == {"reference": "the server answered 503"}
+    bench.by["reference"].fails = None
+    bench.floor.outcomes.clear()
+    await bench.run(one)
+    assert bench.floor.failing == {}
+
+
 async def test_what_does_not_fit_is_counted_and_a_fraction_is_a_fraction() -> None:
     bench = Bench(record())
     for n in range(MAX_QUEUED_RECORDS + 3):

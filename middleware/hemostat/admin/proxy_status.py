@@ -52,14 +52,20 @@ def quantile(stats: Stats, q: float) -> float | None:
     return math.inf
 
 
+def requests_by_outcome(stats: Stats) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for (_, outcome), value in stats.counters.get(names.REQUESTS, {}).items():
+        found[outcome] = found.get(outcome, 0) + int(value)
+    return found
+
+
 def proxy_status(stats: Stats) -> ProxyStatus:
-    by_outcome: dict[str, int] = {}
+    by_outcome = requests_by_outcome(stats)
     by_route: dict[str, int] = {}
-    for (route, outcome), value in stats.counters.get(names.REQUESTS, {}).items():
-        by_outcome[outcome] = by_outcome.get(outcome, 0) + int(value)
+    for (route, _), value in stats.counters.get(names.REQUESTS, {}).items():
         by_route[route] = by_route.get(route, 0) + int(value)
     total = sum(by_outcome.values())
-    failed = sum(by_outcome.get(name, 0) for name in (counters.SERVER_ERROR, counters.UPSTREAM_FAILED))
+    failed = sum(by_outcome.get(name, 0) for name in counters.FAILED)
     overhead = {name: quantile(stats, q) for name, q in (("p50", 0.5), ("p99", 0.99))}
     return ProxyStatus(
         requests=total,

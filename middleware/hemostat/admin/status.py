@@ -9,6 +9,7 @@ import msgspec
 
 from hemostat.admin.configuration import Configuration, ConfigurationReport
 from hemostat.admin.deployment import Deployment
+from hemostat.admin.problems import DeploymentState, Problems
 from hemostat.admin.proxy_status import ArmEndings, ProxyStatus, endings_by_arm, proxy_status
 from hemostat.config.schema import Settings
 from hemostat.engines.addresses import EngineAddresses
@@ -148,6 +149,8 @@ class Status(msgspec.Struct, frozen=True):
 
     at: float
     """Unix time, seconds."""
+    state: DeploymentState
+    """What is wrong, worst first."""
     requests: RequestsStatus
     coverage: Report
     """Which part of what sampled requests generated is scored, by kind, and why the rest is not:
@@ -210,6 +213,7 @@ class StatusSource:
         settings: Settings,
         data_port: int,
         *,
+        problems: Problems,
         link: RelayLink,
         engines: EngineRegistry,
         monitor: ReferenceMonitor,
@@ -236,6 +240,7 @@ class StatusSource:
         """May be replaced."""
         self._data_port = data_port
         self._configuration = configuration
+        self._problems = problems
         self._link = link
         self._engines = engines
         self._monitor = monitor
@@ -270,6 +275,7 @@ class StatusSource:
         totals = self._link.total()
         return Status(
             at=self._wall(),
+            state=self._problems.look(),
             requests=self._requests(totals),
             coverage=self._pipeline.coverage.report(),
             tokens_scored=measurements.tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,11 +30,20 @@ def run(options: argparse.Namespace) -> int:
     else:
         status = admin_json(options, "GET", "/api/v1/status")
     try:
-        found = table(status["upstream"])
+        found = "\n".join([*problems(status["state"]["problems"]), table(status["upstream"])])
     except (LookupError, TypeError, AttributeError):
         raise UsageError(f"{options.admin}: not the status of a hemostat serve of this version") from None
     print(found)  # noqa: T201
     return 0
+
+
+def problems(found: Sequence[dict[str, Any]]) -> list[str]:
+    """One line for each problem of the status block `state`, worst first."""
+    return [
+        f"{one['severity']}: {one['text']} (since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(one['since']))}; "
+        f"{one['alert']} in the runbook)"
+        for one in found
+    ]
 
 
 def table(engines: Sequence[dict[str, Any]]) -> str:
@@ -64,4 +74,4 @@ def _state(engine: dict[str, Any]) -> str:
         return "drained"
     if engine["up"] == engine["relays"]:
         return "up"
-    return f"up for {engine['up']} of {engine['relays']} relays" if engine["up"] else "ejected"
+    return f"up for {engine['up']} of {engine['relays']} relays" if engine["up"] else "does not answer"

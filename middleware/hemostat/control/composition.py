@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from hemostat.admin.configuration import Configuration
 from hemostat.admin.deployment import Deployment, ReplicaReport
 from hemostat.admin.history import History
+from hemostat.admin.problems import Problems
 from hemostat.admin.status import StatusSource
 from hemostat.config.schema import Settings
 from hemostat.control.adapters import Adapters
@@ -232,9 +233,23 @@ class Control:
         self.deployment = None
         if shared is not None:
             self.deployment = Deployment(shared, self._own_report, self.store_errors.record, wall)
+        self.problems = Problems(
+            link=self.link,
+            upstreams=self.upstreams,
+            monitor=self.monitor,
+            alarms=self.alarms,
+            pipeline=self.pipeline,
+            adapters=self.adapters.learner,
+            store_errors=self.store_errors,
+            records=self.records,
+            configuration=self.configuration,
+            clock=clock,
+            wall=wall,
+        )
         self.status = StatusSource(
             settings,
             data_port,
+            problems=self.problems,
             link=self.link,
             engines=self.engines,
             monitor=self.monitor,
@@ -341,6 +356,7 @@ class Control:
 
     def do_periodic(self) -> None:
         """What is due because time has passed."""
+        self.problems.look()
         self.outcomes.check()
         self._look_at_weights()
         self.policy.publish()

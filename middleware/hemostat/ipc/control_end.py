@@ -71,6 +71,11 @@ class RelayLink:
         """Relays connected now."""
         return len(self._writers)
 
+    @property
+    def reporting(self) -> int:
+        """Of them, those that have reported their figures."""
+        return len(self._live)
+
     def engines(self) -> Iterator[list[EngineHealth]]:
         """What each connected relay knows of the engines."""
         return (stats.engines for stats in self._live.values())

@@ -191,6 +191,12 @@ class Alarms:
             "events": list(reversed(self.events)),
         }
 
+    def raised(self) -> list[alarm.Reading]:
+        """The tests that have raised the alarm."""
+        if not any(self._raised.values()):
+            return []
+        return [reading for reading in alarm.readings(self._state) if reading.raised is not None]
+
     def _waits_for(self) -> list[str]:
         """What tests still need before they can raise an alarm, in words."""
         needed = self._settings.baseline_requests

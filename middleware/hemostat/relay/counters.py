@@ -29,6 +29,8 @@ UPSTREAM_FAILED: Final = "upstream_failed"
 """The upstream could not be reached, closed the connection early or sent an invalid response."""
 CLIENT_GONE: Final = "client_gone"
 """The client closed the connection before its response was complete."""
+FAILED: Final = (SERVER_ERROR, UPSTREAM_FAILED)
+"""Clients got an error that is the upstream's."""
 OUTCOMES: Final = (OK, CLIENT_ERROR, SERVER_ERROR, REFUSED, OVERLOADED, UPSTREAM_FAILED, CLIENT_GONE)
 
 
@@ -86,6 +88,7 @@ INITIAL_SERIES: Final[dict[str, list[tuple[str, ...]]]] = {
         (ShadowOutcome.SHADOWED.value, ""),
         (ShadowOutcome.SCORED.value, ""),
         (ShadowOutcome.DROPPED.value, ScoringDropReason.QUEUE_FULL.value),
+        (ShadowOutcome.DROPPED.value, RelayDropReason.LINK_FULL.value),
     ],
     names.CLIENT_LIMITED_REQUESTS: [("rate",), ("concurrent",)],
     names.ACCESS_LOG_DROPPED_LINES: [()],

@@ -34,6 +34,8 @@ MAX_QUEUED_RECORDS = 8
 """Records that wait to be scored again; more are left out, and counted as `busy`."""
 UNKNOWN_SAMPLING = Sampling(temperature=float("nan"))
 """Of tokens of which it is not known what they were drawn from: no sampled-token estimate."""
+MAX_FAILURES = 2
+"""In a row, of one model, after which its floor counts as failing."""
 SCORED, BUSY, INTERNAL_ERROR = "scored", "busy", "internal_error"
 """Outcomes; others are the reasons of `ReferenceFailure` and `InvalidRecordError`."""
 
@@ -73,6 +75,9 @@ class NoiseFloorMeter:
         )
         self.outcomes: Counter[tuple[str, str]] = Counter()
         """By model and outcome."""
+        self._in_a_row: Counter[str] = Counter()
+        self.failing: dict[str, str] = {}
+        """Models whose floor cannot be measured now, and why the last attempt failed."""
 
     def offer(self, prompt: npt.NDArray[np.int32], record: TokenRecord, reference: SelfScorer) -> None:
         """A scored request; whether it is taken is drawn. prompt: int32 [P]. reference: that of the record's model,
@@ -99,14 +104,21 @@ class NoiseFloorMeter:
                 try:
                     self._emit(model, await self._score_again(model, prompt, record, reference))
                 except (ReferenceFailure, InvalidRecordError) as failure:
-                    outcome = str(failure.reason)
+                    self._failed(model, str(failure.reason), str(failure))
                     log.warning("noise floor of the %s model: %s", model, failure)
-                except Exception:
-                    outcome = INTERNAL_ERROR
+                except Exception as error:
+                    self._failed(model, INTERNAL_ERROR, f"{type(error).__name__}; see the log")
                     log.exception("noise floor of the %s model", model)
                 else:
-                    outcome = SCORED
-                self.outcomes[model, outcome] += 1
+                    self.outcomes[model, SCORED] += 1
+                    self._in_a_row.pop(model, None)
+                    self.failing.pop(model, None)
+
+    def _failed(self, model: str, outcome: str, why: str) -> None:
+        self.outcomes[model, outcome] += 1
+        self._in_a_row[model] += 1
+        if self._in_a_row[model] > MAX_FAILURES:
+            self.failing[model] = why
 
     async def _score_again(
         self, model: str, prompt: npt.NDArray[np.int32], record: TokenRecord, reference: SelfScorer

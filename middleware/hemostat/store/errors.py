@@ -23,6 +23,8 @@ class StoreErrorLog:
         self.last_message = ""
         """Of the failures since `clear`; "" when there was none."""
         self.count = 0
+        self.not_opened = ""
+        """Why the configured store could not be opened, so that all is kept in memory only; "" otherwise."""
 
     def record(self, failure: StoreFailure) -> None:
         self.count += 1

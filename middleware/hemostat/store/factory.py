@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -12,8 +11,6 @@ from hemostat.store.memory import MemoryStore
 from hemostat.store.protocol import Store, StoreFailure
 from hemostat.store.sqlite import SqliteStore
 from hemostat.store.valkey import ValkeyStore
-
-log = logging.getLogger("hemostat.store")
 
 
 def open_store(url: str) -> Store:
@@ -39,9 +36,9 @@ def open_store_or_memory(url: str) -> tuple[Store, StoreErrorLog]:
     try:
         store = open_store(url)
     except StoreFailure as failure:
-        errors = StoreErrorLog()
-        errors.count += 1
-        log.error("%s; using a store in memory: nothing will survive a restart", failure)
+        errors = StoreErrorLog(log_repeats=False)
+        errors.record(StoreFailure(f"{failure}; using a store in memory: nothing will survive a restart"))
+        errors.not_opened = errors.last_message
         return MemoryStore(), errors
     # Attempts to reach a server are repeated for as long as it is away, each with the same message.
     return store, StoreErrorLog(log_repeats=store.shared is None)

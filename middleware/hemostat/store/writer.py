@@ -263,6 +263,8 @@ class StoreWriter:
             if waiting is not None:
                 waiting.setdefault(write, values)  # a newer blob wins; of states, each number has its own values
             raise
+        if self._errors.not_opened:
+            raise StoreFailure(self._errors.not_opened)  # it is in memory, and will be lost
 
     def _write_now(self, write: Write, values: Any) -> None:
         match write:

@@ -163,17 +163,18 @@ $("explain").onclick = () => {
 // --- divergence, by route and decoding ----------------------------------------------------------------------------------------
 
 function verdict(s) {
-  const tests = s.alarm.tests, raised = tests.filter((t) => t.raised);
-  const watching = tests.filter((t) => t.begun), waits = s.alarm.waits_for;
-  document.title = raised.length ? "ALARM – Hemostat" : "Hemostat";  // visible in a background tab
-  $("todo").hidden = !raised.length;
-  $("todo").href = raised.some((t) => t.test === "budget") ? "runbook#hemostathemorrhage" : "runbook#hemostatmodelchanged";
+  const tests = s.alarm.tests, watching = tests.filter((t) => t.begun), waits = s.alarm.waits_for;
+  const [worst, ...others] = s.state.problems, red = s.state.level === "critical" || s.alarm.raised;
+  document.title = worst ? `${red ? "ALARM" : "WARNING"} – Hemostat` : "Hemostat";  // visible in a background tab
+  $("todo").hidden = !worst;
   const kind = (k) => { if ($("verdict").className !== `verdict ${k}`) $("verdict").className = `verdict ${k}`; };
-  if (raised.length) {
-    kind("bad");
-    say("alarm", raised.map((t) => `ALARM ${t.kind === "all" ? "" : `on ${t.kind} `}(${t.test}) since ${when(t.since)}`).join("; "));
-    const first = Math.min(...raised.map((t) => t.since));
-    say("alarm-sub", `for ${lasted(s.at - first)}; clears after ${plural(s.alarm.clears_after_requests, "consecutive normal request")}`);
+  problems(s, others);
+  if (worst) {
+    kind(red ? "bad" : "wait");
+    $("todo").href = worst.runbook;
+    say("alarm", worst.text);
+    say("alarm-sub", `since ${when(worst.since)}, for ${lasted(s.at - worst.since)}`
+      + (s.alarm.raised ? `; an alarm clears after ${plural(s.alarm.clears_after_requests, "consecutive normal request")}` : ""));
   } else if (watching.length) {
     kind("good");
     say("alarm", "No alarm");
@@ -201,6 +202,17 @@ function verdict(s) {
       button("Accept all as baseline", "Accept all kinds as baseline", "Accept all as the new baseline?",
         `The next ${plural(needed, "request")} of each kind become its baseline; a raised change alarm ends.`, "api/v1/alarm/rebase", {})]] : []),
   ], "none yet: no request has been scored");
+}
+
+/** What is wrong besides the headline. */
+function problems(s, others) {
+  $("problems-room").hidden = !others.length;
+  table("problems", "Also wrong", ["what", "since", "for", "runbook"], others.map((p) => {
+    const link = document.createElement("a");
+    link.href = p.runbook;
+    link.textContent = p.alert;
+    return [p.text, when(p.since), lasted(s.at - p.since), link];
+  }));
 }
 
 /** A finite-sample interval: it holds for any number of requests; null is "wider than half of the figure's range". */
@@ -543,7 +555,7 @@ let fetched = 0;
 function show(s, p) {
   const ready = s.reference.state === "ready";
   say("models", `${s.compressed.models.join(", ") || "no model known yet"} against ${ready ? named(s.reference) : "its reference"}`);
-  say("connection", `reference ${s.reference.state}; calibration ${s.profile.mode}; ${plural(s.relays, "relay")}`, ready && s.relays ? "pill good" : "pill bad");
+  say("connection", `reference ${s.reference.state}; calibration ${s.profile.mode}; ${plural(s.relays, "relay")}`, s.state.level === "ok" ? "pill good" : "pill bad");
   divergence(s);
   places(s);
   inTexts(s);

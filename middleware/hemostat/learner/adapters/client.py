@@ -119,6 +119,8 @@ class AdapterLearner:
         self._last_made: dict[str, Any] = {}
         """What `last_build` said of the last build of which an adapter came."""
         self.state, self.detail = AdapterState.OFF, ""
+        self.failing = ""
+        """Why no adapter can be made, or none was made by the last build; "" otherwise."""
 
     # --- called by the control process -----------------------------------------------------------------------------
 
@@ -131,6 +133,7 @@ class AdapterLearner:
         self._next, self._not_before = 0, -float("inf")
         if before is None or (before.model, before.vocab_size) != (target.model, target.vocab_size):
             self._texts.clear()
+        self.failing = ""
         self._set_state(AdapterState.COLLECTING, "")
         self._wake.set()
 
@@ -140,6 +143,9 @@ class AdapterLearner:
         if self._target is not None:
             self._target = None
             self._wake.set()
+        if unavailable and why != self.failing:
+            self.outcomes[BuildFailure.REFUSED] += 1
+        self.failing = why if unavailable else ""
         self._set_state(AdapterState.UNAVAILABLE if unavailable else AdapterState.OFF, why)
 
     def offer(self, unit: bytes, prompt: Ids, output: Ids) -> None:
@@ -163,8 +169,9 @@ class AdapterLearner:
     def samples(self) -> Iterator[Sample]:
         yield Sample(names.ADAPTER_TEXT_TOKENS, (), self.seen)
         yield Sample(names.ADAPTER_BUILDER_RESTARTS, (), self.restarts)
-        for outcome, builds in self.outcomes.items():
-            yield Sample(names.ADAPTER_BUILDS, (outcome,), builds)
+        # Those of which there was none, too: the alert would not see the first one.
+        for outcome in (*BuildOutcome, *BuildFailure):
+            yield Sample(names.ADAPTER_BUILDS, (outcome.value,), self.outcomes[outcome.value])
         yield from self._samples_of_adapter()
 
     def _samples_of_adapter(self) -> Iterator[Sample]:
@@ -302,6 +309,7 @@ class AdapterLearner:
             self._ended(reason, int(known * RETRY_TOKEN_GROWTH) + 1)
         log.error("no adapter was made from %d tokens (%s): %s", tokens, reason, why)
         self.last_build = {"outcome": str(reason), "detail": why, "tokens": tokens}
+        self.failing = why
         unavailable = reason in {BuildFailure.REFUSED, BuildFailure.MEMORY}
         self._show(AdapterState.UNAVAILABLE if unavailable else AdapterState.COLLECTING, why)
 
@@ -324,6 +332,7 @@ class AdapterLearner:
         more = {"tokens": tokens, "layers": report.get("layers")}
         self.last_build = {"outcome": str(outcome), "detail": detail, "version": profile.version, **shown, **more}
         self._last_made = self.last_build
+        self.failing = ""
         self._show(AdapterState.COLLECTING, "")
         self._on_change()
 

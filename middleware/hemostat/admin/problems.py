@@ -1,0 +1,189 @@
+"""What is wrong with the deployment now, worst first: the one list that the status, the console and `hemostat engines`
+show. Each problem has the name of the alert that Prometheus raises for it, and that alert's section of the runbook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from hemostat.admin.configuration import Configuration
+from hemostat.admin.recent import LOST_SECONDS, Growth, RelayGrowth
+from hemostat.engines.upstreams import UpstreamEngine, UpstreamEngines
+from hemostat.ipc.control_end import RelayLink
+from hemostat.learner.adapters.client import AdapterLearner
+from hemostat.measurement.alarms import Alarms
+from hemostat.reference.monitor import ReferenceMonitor
+from hemostat.reference.pair import ReferenceState
+from hemostat.shadow.pipeline import ScoringPipeline
+from hemostat.shadow.records_file import RecordsFile
+from hemostat.store.errors import StoreErrorLog
+
+MAX_FAILED_RATIO = 0.05
+MAX_LOST_RATIO = 0.01
+"""Of captures: a restart of the control process loses a few."""
+
+Severity = Literal["critical", "warning"]
+SEVERITIES: dict[str, Severity] = {
+    "HemostatNoRelays": "critical",
+    "HemostatUpstreamDown": "critical",
+    "HemostatProxyErrors": "critical",
+    "HemostatHemorrhage": "critical",
+    "HemostatModelChanged": "warning",
+    "HemostatEngineEjected": "warning",
+    "HemostatReferenceDown": "warning",
+    "HemostatStoreErrors": "warning",
+    "HemostatReloadFailed": "warning",
+    "HemostatNoiseFloorUnknown": "warning",
+    "HemostatAdapterBuildsFail": "warning",
+    "HemostatCapturesLost": "warning",
+    "HemostatRecordsLost": "warning",
+}
+"""Of the alerts whose problems are looked for here, worst first. The rules for Prometheus say the same."""
+ALARMS = {
+    "budget": ("HemostatHemorrhage", "ALARM: the divergence is larger than alarm.budget_nats"),
+    "change": ("HemostatModelChanged", "ALARM: the compressed model no longer matches its baseline"),
+}
+"""By test."""
+REFERENCE = {
+    ReferenceState.STARTING: "The reference is not ready yet",
+    ReferenceState.DOWN: "The reference does not answer",
+    ReferenceState.MISMATCH: "The reference and the compressed model cannot be compared",
+}
+
+
+class Problem(msgspec.Struct, frozen=True):
+    alert: str
+    severity: Severity
+    since: float
+    """Unix time."""
+    text: str
+    """One line."""
+    runbook: str
+    """The alert's section, relative to the address of the admin port."""
+
+
+class DeploymentState(msgspec.Struct, frozen=True):
+    level: Literal["ok", "warning", "critical"]
+    """The severity of the worst problem."""
+    problems: list[Problem]
+    """Worst first."""
+
+
+class Found(NamedTuple):
+    alert: str
+    text: str
+    since: float | None = None
+    """Unix time, where it is known. Else it is when the problem was found first."""
+
+
+class Problems:
+    """Reads the parts of the control process, and owns since when each problem is there.
+
+    records: None where none are written. clock: monotonic seconds. wall: Unix time.
+    """
+
+    def __init__(
+        self,
+        *,
+        link: RelayLink,
+        upstreams: UpstreamEngines,
+        monitor: ReferenceMonitor,
+        alarms: Alarms,
+        pipeline: ScoringPipeline,
+        adapters: AdapterLearner,
+        store_errors: StoreErrorLog,
+        records: RecordsFile | None,
+        configuration: Configuration,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+    ) -> None:
+        self._link = link
+        self._upstreams = upstreams
+        self._monitor = monitor
+        self._alarms = alarms
+        self._pipeline = pipeline
+        self._adapters = adapters
+        self._store_errors = store_errors
+        self._records = records
+        self._configuration = configuration
+        self._clock = clock
+        self._wall = wall
+        self._relays = RelayGrowth()
+        self._store_failures = Growth(LOST_SECONDS)
+        self._lost_records = Growth(LOST_SECONDS)
+        self._since: dict[str, float] = {}
+        """By alert."""
+
+    def look(self) -> DeploymentState:
+        """The present state. Called about once a second: what relays count is compared with a minute ago."""
+        now, wall = self._clock(), self._wall()
+        found = {one.alert: one for one in (*self._of_serving(now), *self._of_the_model(), *self._of_measuring(now))}
+        self._since = {alert: one.since or self._since.get(alert, wall) for alert, one in found.items()}
+        problems = [
+            Problem(alert, severity, self._since[alert], found[alert].text, f"runbook#{alert.lower()}")
+            for alert, severity in SEVERITIES.items()
+            if alert in found
+        ]
+        return DeploymentState(problems[0].severity if problems else "ok", problems)
+
+    def _of_serving(self, now: float) -> Iterator[Found]:
+        """What clients notice."""
+        relays = self._relays
+        relays.look(now, self._link.reporting, self._link.total())
+        failed = f"{100.0 * relays.failed_ratio:.0f} % of the requests of the last minute failed"
+        if not self._link.relays:
+            yield Found("HemostatNoRelays", "No relay process is connected: whether requests are served is not known")
+        engines = {name: one for name, one in self._upstreams.current().items() if name not in self._upstreams.drained}
+        down = {name: one for name, one in engines.items() if one.up < one.relays}
+        if engines and not any(one.up for one in engines.values()):
+            who = "vLLM does not answer" if len(engines) == 1 else f"None of the {len(engines)} engines answers"
+            yield Found("HemostatUpstreamDown", f"{who}: {failed}" if relays.failed else who)
+            return
+        if relays.failed_ratio > MAX_FAILED_RATIO:
+            yield Found("HemostatProxyErrors", f"{failed}, in vLLM or on the way to it")
+        if down:
+            verb = "does" if len(down) == 1 else "do"
+            which = ", ".join(_down(name, one) for name, one in down.items())
+            yield Found("HemostatEngineEjected", f"{len(down)} of {len(engines)} engines {verb} not answer: {which}")
+
+    def _of_the_model(self) -> Iterator[Found]:
+        raised = self._alarms.raised()
+        for test, (alert, text) in ALARMS.items():
+            ours = [one for one in raised if one.test == test and one.raised is not None]
+            if ours:
+                kinds = ", ".join(one.kind for one in ours if one.kind)
+                since = min(one.raised.since for one in ours if one.raised is not None)
+                yield Found(alert, f"{text} in {kinds}" if kinds else text, since)
+
+    def _of_measuring(self, now: float) -> Iterator[Found]:
+        """What only the figures and the profiles miss."""
+        monitor, errors, error = self._monitor, self._store_errors, self._configuration.report.error
+        if monitor.state in REFERENCE:
+            text = f"{REFERENCE[monitor.state]}: nothing is measured"
+            yield Found("HemostatReferenceDown", f"{text} ({monitor.detail})" if monitor.detail else text)
+        if self._store_failures.look(now, errors.count) or errors.not_opened:
+            why = errors.not_opened or errors.last_message or "see the log"
+            yield Found("HemostatStoreErrors", f"The store fails, so that a restart may lose what was learned: {why}")
+        if error:
+            yield Found("HemostatReloadFailed", f"The configuration was not reloaded, the former one serves: {error}")
+        meter = self._pipeline.noise_floor
+        if meter is not None and meter.failing:
+            why = "; ".join(f"{model} model: {failure}" for model, failure in meter.failing.items())
+            text = "The noise floor cannot be measured, so that the excess KL is not known"
+            yield Found("HemostatNoiseFloorUnknown", f"{text} ({why})")
+        if self._adapters.failing:
+            yield Found("HemostatAdapterBuildsFail", f"No adapter can be made: {self._adapters.failing}")
+        if self._relays.lost_ratio > MAX_LOST_RATIO:
+            lost = f"{self._relays.lost:.0f} of {self._relays.captured:.0f} captures of the last 15 minutes were lost"
+            yield Found("HemostatCapturesLost", f"{lost} on their way to the control process")
+        records = self._lost_records.look(now, self._records.lost) if self._records is not None else 0.0
+        if records:
+            yield Found(
+                "HemostatRecordsLost", f"{records:.0f} records of the last 15 minutes were not written to records.path"
+            )
+
+
+def _down(name: str, engine: UpstreamEngine) -> str:
+    return name if not engine.up else f"{name} (for {engine.relays - engine.up} of {engine.relays} relays)"

@@ -1,0 +1,260 @@
+"""The state of the deployment: what is wrong, worst first, since when. In front of a real `Control`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from tests.support.control import connect_relay, control, relay_stats, settings, status_json
+from tests.support.prometheus import rules
+from tests.support.waiting import until
+
+from hemostat.admin.problems import SEVERITIES
+from hemostat.admin.recent import LOST_SECONDS, MINUTE_SECONDS
+from hemostat.control.composition import Control
+from hemostat.ipc.messages import EngineHealth, Stats, encode
+from hemostat.reference.pair import ReferenceState
+from hemostat.store.protocol import StoreFailure
+
+REQUESTS, SHADOW = "hemostat_requests_total", "hemostat_shadow_requests_total"
+A, B, C = "10.0.0.1:8000", "10.0.0.2:8000", "10.0.0.3:8000"
+
+
+def engine(name: str, state: str = "up") -> EngineHealth:
+    return EngineHealth(name, state, drained=False, outstanding=0, requests=0, resent=0, ejections=0)
+
+
+def stats(
+    *engines: EngineHealth, ok: float = 0.0, failed: float = 0.0, captured: float = 0.0, lost: float = 0.0
+) -> Stats:
+    route = "/v1/completions"
+    counters = {
+        REQUESTS: {(route, "ok"): ok, (route, "upstream_failed"): failed},
+        SHADOW: {("shadowed", ""): captured, ("dropped", "link_full"): lost},
+    }
+    return msgspec.structs.replace(relay_stats(), counters=counters, engines=list(engines or [engine(A)]))
+
+
+class Bench:
+    """A control process whose reference is ready, with a relay."""
+
+    def __init__(self, one: Control, folder: Path) -> None:
+        self.one, self.folder = one, folder
+        self.now = 1000.0
+        self.reports = 0
+        self.relays: list[asyncio.StreamWriter] = []
+
+    async def connect(self, figures: Stats | None = None) -> None:
+        self.relays.append(await connect_relay(self.one, self.folder, len(self.relays) + 1, figures or stats()))
+
+    async def report(self, figures: Stats, relay: int = 0) -> None:
+        self.reports += 1
+        figures = msgspec.structs.replace(figures, overhead_sum=float(self.reports))  # unlike any other
+        self.relays[relay].write(encode(figures))
+        await until(lambda: figures in self.one.link._live.values())
+
+    def found(self) -> list[tuple[str, str]]:
+        """Alerts and texts; and what must hold of every state."""
+        state = status_json(self.one)["state"]
+        problems = state["problems"]
+        assert state["level"] == (problems[0]["severity"] if problems else "ok")
+        assert [problem["alert"] for problem in problems] == [
+            alert for alert in SEVERITIES if alert in {problem["alert"] for problem in problems}
+        ]
+        assert all(problem["runbook"] == f"runbook#{problem['alert'].lower()}" for problem in problems)
+        return [(problem["alert"], problem["text"]) for problem in problems]
+
+    def since(self) -> dict[str, float]:
+        return {problem["alert"]: problem["since"] for problem in status_json(self.one)["state"]["problems"]}
+
+
+@asynccontextmanager
+async def bench(folder: Path, **more: Any) -> AsyncIterator[Bench]:
+    async with control(folder, settings(**more)) as one:
+        made = Bench(one, folder)
+        one.problems._clock = one.problems._wall = lambda: made.now
+        one.monitor.state = ReferenceState.READY
+        await made.connect()
+        made.found()  # as once a second
+        try:
+            yield made
+        finally:
+            for relay in made.relays:
+                relay.close()
+
+
+def test_severities_are_those_of_the_alerts() -> None:
+    alerts = {rule["alert"]: rule["labels"]["severity"] for rule in rules() if "alert" in rule}
+    assert SEVERITIES.items() <= alerts.items()
+    order = list(SEVERITIES.values())
+    assert order == sorted(order), "critical before warning"
+
+
+async def test_a_dead_engine_is_the_state_with_the_share_of_failures_until_it_answers_again(tmp_path: Path) -> None:
+    async with bench(tmp_path) as one:
+        await one.report(stats(ok=10))
+        assert one.found() == []
+        one.now += 5
+        await one.report(stats(engine(A, "ejected"), ok=10, failed=0))
+        assert one.found() == [("HemostatUpstreamDown", "vLLM does not answer")]
+        one.now += 5
+        await one.report(stats(engine(A, "ejected"), ok=10, failed=30))
+        share = "vLLM does not answer: 75 % of the requests of the last minute failed"
+        assert one.found() == [("HemostatUpstreamDown", share)]
+        assert one.since() == {"HemostatUpstreamDown": 1005.0}
+        await one.report(stats(engine(A), ok=20, failed=30))
+        assert one.found() == [
+            ("HemostatProxyErrors", "60 % of the requests of the last minute failed, in vLLM or on the way to it")
+        ]
+        one.now += MINUTE_SECONDS
+        await one.report(stats(engine(A), ok=30, failed=30))
+        assert one.found() == []
+
+
+async def test_of_several_engines_one_is_no_outage_and_all_are(tmp_path: Path) -> None:
+    async with bench(tmp_path) as one:
+        await one.connect(stats(engine(A), engine(B), engine(C)))
+        await one.report(stats(engine(A), engine(B, "ejected"), engine(C, "returning")))
+        assert one.found() == [
+            ("HemostatEngineEjected", f"2 of 3 engines do not answer: {B} (for 1 of 2 relays), {C} (for 1 of 2 relays)")
+        ]
+        await one.report(stats(engine(A), engine(B, "ejected"), engine(C)), 0)
+        await one.report(stats(engine(A), engine(B, "ejected"), engine(C)), 1)
+        assert one.found() == [("HemostatEngineEjected", f"1 of 3 engines does not answer: {B}")]
+        one.one.upstreams.drained = frozenset([B])
+        assert one.found() == []
+        for relay in range(2):
+            await one.report(stats(engine(A, "ejected"), engine(B), engine(C, "ejected")), relay)
+        assert one.found() == [("HemostatUpstreamDown", "None of the 2 engines answers")], (
+            "one that is drained is no help"
+        )
+
+
+async def test_what_a_relay_counted_before_it_connected_is_not_of_the_last_minute(tmp_path: Path) -> None:
+    async with bench(tmp_path) as one:
+        await one.connect(stats(ok=10, failed=90, captured=10, lost=90))
+        assert one.found() == []
+        await one.report(stats(ok=29, failed=91, captured=10, lost=90), 1)
+        assert one.found() == [], "5 % is within the limit"
+        await one.report(stats(ok=29, failed=92, captured=10, lost=90), 1)
+        assert [text.partition(" of ")[0] for _, text in one.found()] == ["10 %"]
+
+
+async def test_without_a_relay_it_is_not_known_what_is_served(tmp_path: Path) -> None:
+    async with bench(tmp_path) as one:
+        one.relays[0].close()
+        await until(lambda: one.one.link.relays == 0)
+        assert [alert for alert, _ in one.found()] == ["HemostatNoRelays"]
+        await one.connect()
+        assert one.found() == []
+
+
+@pytest.mark.parametrize(
+    ("state", "text"),
+    [
+        (ReferenceState.STARTING, "The reference is not ready yet: nothing is measured (why)"),
+        (ReferenceState.DOWN, "The reference does not answer: nothing is measured (why)"),
+        (
+            ReferenceState.MISMATCH,
+            "The reference and the compressed model cannot be compared: nothing is measured (why)",
+        ),
+    ],
+)
+async def test_a_reference_that_is_not_ready_is_a_problem_and_none_at_all_is_not(
+    state: ReferenceState, text: str, tmp_path: Path
+) -> None:
+    async with bench(tmp_path) as one:
+        one.one.monitor.state, one.one.monitor.detail = state, "why"
+        assert one.found() == [("HemostatReferenceDown", text)]
+        one.one.monitor.state = ReferenceState.NONE
+        assert one.found() == []
+
+
+async def test_the_worst_is_first_and_each_has_its_own_since(tmp_path: Path) -> None:
+    async with bench(tmp_path) as one:
+        configuration = one.one.configuration
+        configuration.report = msgspec.structs.replace(configuration.report, error="shadow.rate: not a number")
+        assert one.found()[0][1].endswith("the former one serves: shadow.rate: not a number")
+        one.now += 7
+        await one.report(stats(engine(A, "ejected")))
+        assert [alert for alert, _ in one.found()] == ["HemostatUpstreamDown", "HemostatReloadFailed"]
+        assert one.since() == {"HemostatUpstreamDown": 1007.0, "HemostatReloadFailed": 1000.0}
+
+
+async def test_a_store_that_refuses_is_a_problem_for_a_quarter_of_an_hour(tmp_path: Path) -> None:
+    async with bench(tmp_path) as one:
+        one.one.store_errors.record(StoreFailure("disk full"))
+        [(alert, text)] = one.found()
+        assert alert == "HemostatStoreErrors"
+        assert text.endswith("disk full")
+        one.now += LOST_SECONDS - 1
+        assert one.found() != []
+        one.now += 2
+        assert one.found() == []
+
+
+async def test_a_store_that_cannot_be_opened_is_a_problem_and_its_writes_fail(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    async with bench(tmp_path, store={"url": f"sqlite:///{tmp_path}/folder"}) as one:
+        [(alert, text)] = one.found()
+        assert alert == "HemostatStoreErrors"
+        assert "nothing will survive a restart" in text
+        errors = one.one.store_errors.count
+        assert errors == 1
+        writing = asyncio.create_task(one.one.writer.run())
+        assert not await one.one.actions.set_mode("off"), "it is not kept"
+        assert one.one.profile_manager.serving.mode == "off"
+        assert one.one.store_errors.count > errors, "so that the alert, which looks for growth, stays"
+        writing.cancel()
+        one.now += 2 * LOST_SECONDS
+        assert [alert for alert, _ in one.found()] == ["HemostatStoreErrors"]
+
+
+def fail_floor(one: Control) -> None:
+    meter = one.pipeline.noise_floor
+    assert meter is not None
+    meter.failing["reference"] = "no cache"
+
+
+def fail_adapters(one: Control) -> None:
+    one.adapters.learner.stop("compressed-tensors is missing", unavailable=True)
+
+
+@pytest.mark.parametrize(
+    ("harm", "alert", "said"),
+    [
+        (fail_floor, "HemostatNoiseFloorUnknown", "reference model: no cache"),
+        (fail_adapters, "HemostatAdapterBuildsFail", "compressed-tensors is missing"),
+    ],
+)
+async def test_what_measuring_and_learning_cannot_do(
+    harm: Callable[[Control], None], alert: str, said: str, tmp_path: Path
+) -> None:
+    async with bench(tmp_path, reference={"backend": "vllm", "url": "http://127.0.0.1:1"}) as one:
+        harm(one.one)
+        [(found, text)] = one.found()
+        assert found == alert
+        assert said in text
+
+
+async def test_captures_and_records_that_are_lost(tmp_path: Path) -> None:
+    async with bench(tmp_path, records={"path": str(tmp_path / "records.jsonl")}) as one:
+        await one.report(stats(captured=990, lost=10))
+        assert one.found() == [], "a restart of the control process loses a few"
+        await one.report(stats(captured=980, lost=20))
+        assert [alert for alert, _ in one.found()] == ["HemostatCapturesLost"]
+        assert one.found()[0][1].startswith("20 of 1000 captures of the last 15 minutes were lost")
+        records = one.one.records
+        assert records is not None
+        records.lost += 3
+        assert one.found()[1] == (
+            "HemostatRecordsLost",
+            "3 records of the last 15 minutes were not written to records.path",
+        )
+        one.now += LOST_SECONDS
+        assert one.found() == []
