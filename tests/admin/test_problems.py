@@ -121,11 +121,11 @@ async def test_of_several_engines_one_is_no_outage_and_all_are(tmp_path: Path) -
         await one.connect(stats(engine(A), engine(B), engine(C)))
         await one.report(stats(engine(A), engine(B, "ejected"), engine(C, "returning")))
         assert one.found() == [
-            ("HemostatEngineEjected", f"2 of 3 engines do not answer: {B} (for 1 of 2 relays), {C} (for 1 of 2 relays)")
+            ("HemostatEngineEjected", f"2 of 3 engines not answering: {B} (for 1 of 2 relays), {C} (for 1 of 2 relays)")
         ]
         await one.report(stats(engine(A), engine(B, "ejected"), engine(C)), 0)
         await one.report(stats(engine(A), engine(B, "ejected"), engine(C)), 1)
-        assert one.found() == [("HemostatEngineEjected", f"1 of 3 engines does not answer: {B}")]
+        assert one.found() == [("HemostatEngineEjected", f"1 of 3 engines not answering: {B}")]
         one.one.upstreams.drained = frozenset([B])
         assert one.found() == []
         for relay in range(2):

@@ -209,6 +209,8 @@ async def test_an_adapter_is_made_of_enough_tokens_and_again_of_twice_as_many(fo
         assert one.status()["next_tokens"] == 1960
         found = values(one.samples())
         assert found[names.ADAPTER_BUILDS, "proposed"] == 2
+        assert found[names.ADAPTER_BUILDS, "ended"] == 0, "so that an alert sees the first one"
+        assert one.failing == ""
         assert found[names.ADAPTER_TEXT_TOKENS,] == 20 * 89
         assert found[names.ADAPTER_RANK,] == 2
         assert found[names.ADAPTER_BUILD_SECONDS,] > 0.0
@@ -259,6 +261,7 @@ async def test_killed_again_and_again_it_waits(folders: CheckpointFolders, monke
         assert one.restarts == client.MAX_ATTEMPTS - 1
         assert one.state == "collecting"
         assert "code -9" in one.detail
+        assert one.failing == one.detail
         texts(one, 20, 5)
         await asyncio.sleep(0.1)
         assert one.state == "collecting", "not at once"
@@ -343,7 +346,12 @@ async def test_a_folder_that_is_not_what_the_reference_serves_is_refused(folders
         texts(one, 5)
         await until(lambda: one.outcomes == {"refused": 1}, 20)
         assert one.state == "unavailable"
-        assert one.detail.startswith("adapter.reference: ")
+        assert one.failing.startswith("adapter.reference: ")
+        one.stop("no folder", unavailable=True)
+        one.stop("no folder", unavailable=True)
+        assert (one.outcomes, one.failing) == ({"refused": 2}, "no folder"), "a build that cannot begin, once"
+        one.learn_about(target(folders))
+        assert one.failing == ""
     assert receiver.proposed == []
 
 

@@ -144,9 +144,8 @@ class Problems:
         if relays.failed_ratio > MAX_FAILED_RATIO:
             yield Found("HemostatProxyErrors", f"{failed}, in vLLM or on the way to it")
         if down:
-            verb = "does" if len(down) == 1 else "do"
             which = ", ".join(_down(name, one) for name, one in down.items())
-            yield Found("HemostatEngineEjected", f"{len(down)} of {len(engines)} engines {verb} not answer: {which}")
+            yield Found("HemostatEngineEjected", f"{len(down)} of {len(engines)} engines not answering: {which}")
 
     def _of_the_model(self) -> Iterator[Found]:
         raised = self._alarms.raised()
