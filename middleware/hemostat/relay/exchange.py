@@ -36,7 +36,7 @@ from hemostat.relay.http.framing import LAST_CHUNK, chunk, set_length
 from hemostat.relay.http.request import CONTINUE, RequestHead
 from hemostat.relay.http.response import ResponseHead
 from hemostat.relay.outcomes import OutcomeObserver
-from hemostat.relay.outgoing_request import FAILED_STATUSES, RESENT_STATUSES, OutgoingRequest
+from hemostat.relay.outgoing_request import OutgoingRequest
 from hemostat.relay.request_watch import RequestWatch
 from hemostat.relay.response_framing import BodyMode, frame_response
 from hemostat.relay.tunnel import Tunnel
@@ -95,7 +95,7 @@ class Exchange:
         self.request_complete = False
         """The client has sent the whole request."""
         self.upstream: UpstreamConnection | None = None
-        self.outgoing = OutgoingRequest(context, request)
+        self.outgoing = OutgoingRequest(context, request, client, started)
         self._context = context
         self._client = client
         self._request = request
@@ -300,8 +300,7 @@ class Exchange:
 
     def connection_failed(self, error: OSError) -> None:
         """Nothing has been sent, so that every request can go to another engine."""
-        self.outgoing.engine_failed()
-        if self.outgoing.redirect():
+        if self.outgoing.connection_failed():
             self._acquire()
         else:
             self.response_failed(f"the upstream cannot be reached ({error.strerror or type(error).__name__})")
@@ -335,12 +334,8 @@ class Exchange:
         self._acquire()
 
     def _answered_elsewhere(self, status: int) -> bool:
-        """Note a status that tells that the engine failed. True: the request has been sent to another one."""
-        outgoing = self.outgoing
-        if status not in FAILED_STATUSES:
-            return False
-        outgoing.engine_failed()
-        if status not in RESENT_STATUSES or not (outgoing.repeatable(self._route) and outgoing.redirect()):
+        """Note a status of 500 or above. True: the request has been sent to another engine."""
+        if not self.outgoing.answered_with_error(status, self._route):
             return False
         assert self.upstream is not None
         self.upstream.abort()
@@ -374,8 +369,12 @@ class Exchange:
         if head.status >= 500:
             if self._answered_elsewhere(head.status):
                 return False
-        elif (health := self.outgoing.engine.health).failures:
-            health.request_succeeded()
+        else:
+            outgoing = self.outgoing
+            if (health := outgoing.engine.health).failures:
+                health.request_succeeded()
+            if outgoing.failed:
+                outgoing.settle(answered=True)
         self._enter(HEAD_HELD)
         request, hook = self._request, self._hook
         http11 = request.minor == 1
@@ -476,7 +475,7 @@ class Exchange:
 
     def response_failed(self, reason: str) -> None:
         """Answer with 502, or close the client's connection where the response's head has been sent already."""
-        self.outgoing.engine_failed()
+        self.outgoing.broke_off()
         self.upstream = None
         if self.state is not STREAMING:
             self._respond(502, error_body(502, reason, "upstream_failed"), counters.UPSTREAM_FAILED)

@@ -1,17 +1,22 @@
 """One request on its way upstream: which engine it goes to, what has been read of it and not been sent, what is kept.
 
 A request is sent again, to another engine, where an engine cannot be reached (nothing has been sent yet, so that this
-is safe for every request), and where one answers 502 or 503 and a second time has no other effect than a second
-computation (`repeatable`); at most MAX_RESENDS times, and never after a byte of a response has gone to the client.
+is safe for every request), and where one answers 500, 502 or 503 and a second time has no other effect than a second
+computation (`repeatable`), as far as the budget for retries goes; at most MAX_RESENDS times, after a 500 once, and
+never after a byte of a response has gone to the client.
 """
 
 from __future__ import annotations
 
+import random
+from time import perf_counter
 from typing import Final
 
 from hemostat.hooks import Rewrite
 from hemostat.openai import routes
 from hemostat.openai.conversation_key import conversation_key
+from hemostat.relay.client_identity import client_key
+from hemostat.relay.client_side import ClientSide
 from hemostat.relay.context import RelayContext
 from hemostat.relay.fail_open import FailOpenHook
 from hemostat.relay.forwarding import redirected, upstream_head
@@ -21,9 +26,11 @@ from hemostat.relay.upstreams.engine import Engine
 from hemostat.relay.upstreams.origin import Origin
 
 MAX_RESENDS: Final = 3
-FAILED_STATUSES: Final = frozenset({502, 503, 504})
-"""Of a router before the engine, or of an engine that can answer nothing now. A 500 may be the request's own fault."""
-RESENT_STATUSES: Final = frozenset({502, 503})
+FAILED_STATUSES: Final = frozenset({500, 502, 503, 504})
+RESENT_STATUSES: Final = frozenset({500, 502, 503})
+"""Without 504: the request has been computed for long, and would be again."""
+
+_random: Final = random.Random()  # noqa: S311  not a secret
 
 
 class OutgoingRequest:
@@ -34,11 +41,14 @@ class OutgoingRequest:
 
     __slots__ = (
         "_budget",
+        "_client",
         "_context",
         "_counted",
         "_engine",
+        "_failed",
         "_original",
         "_resends",
+        "_started",
         "_tried",
         "_unsent",
         "_uploading",
@@ -48,14 +58,19 @@ class OutgoingRequest:
         "hook",
     )
 
-    def __init__(self, context: RelayContext, head: RequestHead) -> None:
+    def __init__(self, context: RelayContext, head: RequestHead, client: ClientSide, started: float) -> None:
+        """started: when the head had been received (perf_counter)."""
         self.head = head
+        self._client = client
+        self._started = started
         self._engine: Engine | None = None
         self.hook: FailOpenHook | None = None
         """Is told which engine it is."""
         self._context = context
         self._tried: tuple[Engine, ...] = ()
         """Engines that failed to answer it."""
+        self._failed: tuple[tuple[Engine, int], ...] = ()
+        """Of them, those that could be reached, each with its status; 0: none."""
         self._resends = 0
         self._written_for: Origin | None = None
         """Which engine's name is in the encoded head."""
@@ -190,8 +205,12 @@ class OutgoingRequest:
         upstreams = self._context.upstreams
         engine = upstreams.only
         if engine is None:
-            by_conversation = upstreams.affinity and route in routes.SCORED
-            engine = upstreams.choose(conversation_key(body) if by_conversation else None)
+            key: int | None = None
+            if upstreams.comparison.spreading and upstreams.comparison.spreads(self._client_key, perf_counter()):
+                key = _random.getrandbits(32)
+            elif upstreams.affinity and route in routes.SCORED:
+                key = conversation_key(body)
+            engine = upstreams.choose(key)
             if engine is None:
                 return False
         self._enter_engine(engine)
@@ -208,20 +227,64 @@ class OutgoingRequest:
         """ "" where none was chosen."""
         return self.engine.name if self._engine is not None else ""
 
-    def engine_failed(self) -> None:
-        """It did not answer as it should; see `Health.request_failed`."""
+    def connection_failed(self) -> bool:
+        """The engine could not be reached. True: another one is chosen; nothing has been sent, so that the budget for
+        retries does not matter."""
+        engine = self.engine
+        if engine not in self._tried:
+            self._tried += (engine,)
+            engine.health.connection_failed(self._context.loop.time())
+        return self._redirect(free=True)
+
+    def answered_with_error(self, status: int, route: str) -> bool:
+        """status: 500 or above. True: another engine is chosen, and the request is to be repeated there."""
+        if status not in FAILED_STATUSES:
+            return False
+        self._engine_failed(status)
+        once_more = status in RESENT_STATUSES and not (status == 500 and len(self._failed) > 1)
+        if once_more and self.repeatable(route) and self._may_retry() and self._redirect(free=False):
+            return True
+        self.settle(answered=False)
+        return False
+
+    def broke_off(self) -> None:
+        """There is no complete and valid response."""
+        self._engine_failed(0)
+        self.settle(answered=False)
+
+    @property
+    def failed(self) -> bool:
+        """An engine has failed it, and it is not settled whose fault that is."""
+        return bool(self._failed)
+
+    def settle(self, *, answered: bool) -> None:
+        """No further engine is asked. answered: the last one did."""
+        failed, self._failed = self._failed, ()
+        if failed:
+            now = perf_counter()
+            self._context.upstreams.request_failed(self._client_key, failed, self._started, now, answered=answered)
+
+    def _engine_failed(self, status: int) -> None:
         engine = self._engine
         if engine is not None and engine not in self._tried:
             self._tried += (engine,)
-            engine.health.request_failed(self._context.loop.time())
+            self._failed += ((engine, status),)
 
-    def redirect(self) -> bool:
-        """Choose an engine that has not failed to answer it; False where there is none."""
+    def _may_retry(self) -> bool:
+        return self._context.upstreams.comparison.may_retry(self._client_key, perf_counter())
+
+    @property
+    def _client_key(self) -> bytes:
+        return client_key(self.head, self._client.transport)
+
+    def _redirect(self, *, free: bool) -> bool:
+        """Choose an engine that has not failed to answer it; False where there is none, or the budget for retries is
+        used up. free: it does not count."""
         upstreams = self._context.upstreams
         if upstreams.only is not None or len(self._tried) > MAX_RESENDS:
             return False
         engine = upstreams.choose(None, self._tried)
-        if engine is None:
+        if engine is None or not (free or upstreams.take_retry()):
             return False
         self.engine.resent += 1
         self.engine.outstanding -= 1

@@ -50,7 +50,7 @@ async def test_all_turns_of_a_conversation_reach_one_engine_and_conversations_al
 
 
 @pytest.mark.parametrize("code", [502, 503])
-async def test_a_generation_that_one_engine_refuses_is_answered_by_another(code: int) -> None:
+async def test_a_generation_that_three_engines_refuse_is_answered_by_the_other(code: int) -> None:
     failing = [FakeEngine(status(code)) for _ in range(3)]
     async with balancing([*failing, FakeEngine()]) as (relay, connect):
         client = await connect()
@@ -61,7 +61,7 @@ async def test_a_generation_that_one_engine_refuses_is_answered_by_another(code:
         ]
 
 
-@pytest.mark.parametrize(("code", "path"), [(500, CHAT), (504, CHAT), (429, CHAT), (503, b"/v1/responses")])
+@pytest.mark.parametrize(("code", "path"), [(504, CHAT), (429, CHAT), (500, b"/v1/responses"), (503, b"/v1/responses")])
 async def test_what_may_not_be_sent_twice_is_not(code: int, path: bytes) -> None:
     engines = [FakeEngine(status(code)), FakeEngine(status(code))]
     async with balancing(engines) as (_, connect):
@@ -91,14 +91,106 @@ async def test_an_engine_that_cannot_be_reached_costs_no_client_an_error(path: b
 
 
 async def test_where_all_engines_are_ejected_requests_still_reach_one_that_is_back() -> None:
-    engines = [FakeEngine(status(503)), FakeEngine(status(503))]
+    engines = [FakeEngine(), FakeEngine()]
     async with balancing(engines) as (relay, connect):
         client = await connect()
+        for engine in engines:
+            await engine.stop()
         for _ in range(FAILURES):
-            assert await ask(client, chat("hello")) == 503
+            assert await ask(client, chat("hello")) == 502
         assert {engine.health.state for engine in relay.upstreams.engines} == {HealthState.EJECTED}
-        engines[0].answer = engines[1].answer = OK
+        await engines[1].start()
         assert await ask(client, chat("hello")) == 200
+
+
+async def test_where_all_engines_are_ejected_those_that_can_be_reached_are_asked_first() -> None:
+    engines = [FakeEngine() for _ in range(4)]
+    async with balancing(engines, upstream={"affinity": False}) as (relay, connect):
+        for engine in relay.upstreams.engines:
+            engine.health.eject(asyncio.get_running_loop().time())
+        relay.upstreams.engines[0].health.connection_failed(0.0)
+        client = await connect()
+        for _ in range(12):
+            assert await ask(client, chat("hello")) == 200
+        assert not engines[0].asked
+        assert sum(len(engine.asked) for engine in engines) == 12
+
+
+class Poison:
+    """An engine's answers, as vLLM's to a request that it cannot compute: `fails` to requests with the word poison,
+    b"" closes the connection. 200 to all others."""
+
+    def __init__(self, fails: bytes) -> None:
+        self.fails = fails
+
+    def __call__(self, request: Request) -> bytes:
+        if b"poison" not in request.body:
+            return OK
+        if not self.fails:
+            raise ConnectionError
+        return self.fails
+
+
+@pytest.mark.parametrize("affinity", [True, False])
+async def test_an_engine_that_answers_500_at_once_is_ejected_and_its_requests_are_answered_by_others(
+    affinity: bool,
+) -> None:
+    """Without affinity, most requests would go to it: it has the fewest in progress."""
+    engines = [FakeEngine(status(500)), *(FakeEngine() for _ in range(3))]
+    async with balancing(engines, upstream={"affinity": affinity}) as (relay, connect):
+        client = await connect()
+        for number in range(200):
+            assert await ask(client, chat(f"question {number}")) == 200
+        states = [engine.health.state for engine in relay.upstreams.engines]
+        assert states == [HealthState.EJECTED] + [HealthState.UP] * 3
+        assert len(engines[0].asked) <= 40
+
+
+async def test_an_engine_that_closes_connections_is_ejected_by_the_clients_whom_others_answer() -> None:
+    """A request is not sent again then, since it may be what ends the engine."""
+    engines = [FakeEngine(), FakeEngine(Poison(b"")), FakeEngine(), FakeEngine()]
+    async with balancing(engines) as (relay, connect):
+        health = relay.upstreams.engines[1].health
+        client = await connect()
+        for number in range(400):
+            assert await ask(client, chat(f"question {number}, poison for one engine")) in {200, 502}
+            if health.state is HealthState.EJECTED:
+                break
+        assert health.state is HealthState.EJECTED
+        assert sum(engine.health.ejections for engine in relay.upstreams.engines) == 1
+
+
+@pytest.mark.parametrize("fails", [b"", status(500)], ids=["closes", "500"])
+async def test_a_client_whose_requests_fail_at_every_engine_has_none_ejected(fails: bytes) -> None:
+    """All of them in a conversation that falls to one engine; another client's requests between them."""
+    engines = [FakeEngine(Poison(fails)) for _ in range(4)]
+    async with balancing(engines) as (relay, connect):
+        bad, good = await connect(), await connect()
+        for number in range(150):
+            await bad.send(chat("poison", seed=number).replace(b"Host: a", b"Host: a\r\nAuthorization: Bearer bad", 1))
+            assert (await bad.response("POST")).status in {500, 502}
+            assert await ask(good, chat(f"question {number}")) == 200
+        assert {engine.health.state for engine in relay.upstreams.engines} == {HealthState.UP}
+        assert not sum(engine.health.ejections for engine in relay.upstreams.engines)
+
+
+@pytest.mark.parametrize("clients", [1, 400])
+async def test_engines_that_all_answer_503_get_hardly_more_requests_than_clients_send(clients: int) -> None:
+    engines = [FakeEngine(status(503)) for _ in range(4)]
+    async with balancing(engines) as (_, connect):
+        client = await connect()
+        for number in range(400):
+            key = b"Host: a\r\nAuthorization: Bearer %d" % (number % clients)
+            await client.send(chat(f"question {number}").replace(b"Host: a", key, 1))
+            assert (await client.response("POST")).status == 503
+        assert sum(len(engine.asked) for engine in engines) <= 1.15 * 400
+
+
+async def test_a_request_that_two_engines_fail_is_not_sent_to_a_third() -> None:
+    engines = [FakeEngine(Poison(status(500))) for _ in range(4)]
+    async with balancing(engines) as (_, connect):
+        assert await ask(await connect(), chat("poison")) == 500
+        assert sum(len(engine.asked) for engine in engines) == 2
 
 
 async def test_a_killed_engine_is_ejected_by_its_checks_and_returns_when_it_is_back() -> None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import time
 from collections.abc import Collection, Sequence
 from typing import Final
 
 from hemostat.ipc.messages import EngineHealth
 from hemostat.relay.upstreams.balancer import UNAVAILABLE, Balancer
+from hemostat.relay.upstreams.comparison import FailureComparison
 from hemostat.relay.upstreams.engine import Engine
 from hemostat.relay.upstreams.health import Health
 from hemostat.relay.upstreams.origin import Origin
 from hemostat.relay.upstreams.pool import Pool
+from hemostat.relay.upstreams.retry_budget import RetryBudget
 
 MAX_ENGINES: Final = 64
+UNAVAILABLE_STATUSES: Final = frozenset({502, 503})
+"""Of a router before the engine, or of an engine that can answer nothing now; a 500 can be about one request alone."""
 
 
 class Upstreams:
@@ -48,6 +53,8 @@ class Upstreams:
         self.only: Engine | None = None
         """The engine, where there is one alone: it gets every request, whatever is known of its health."""
         self._balancer = Balancer([])
+        self.comparison = FailureComparison([], 0.0)
+        self.retries = RetryBudget()
         self.set_origins(origins)
 
     def set_origins(self, origins: Sequence[Origin]) -> None:
@@ -65,6 +72,7 @@ class Upstreams:
         self.engines = engines
         self.only = engines[0] if len(engines) == 1 else None
         self._balancer = Balancer([engine.name for engine in engines])
+        self.comparison = FailureComparison([engine.requests for engine in engines], time.perf_counter())
 
     def set_drained(self, names: Collection[str]) -> None:
         """These engines get no new requests; all others do."""
@@ -75,8 +83,8 @@ class Upstreams:
     def choose(self, key: int | None, tried: Collection[Engine] = ()) -> Engine | None:
         """The engine for a request; None where there is none but those that were tried.
 
-        An ejection is a guess, a refusal of ours is certain: where no engine is available, requests go to all that are
-        not drained, and where all are drained, to all.
+        An ejection is a guess, a refusal of ours is certain: where no engine is available, requests go to those that
+        can be reached and are not drained, without such to all that are not drained, and where all are drained, to all.
         """
         engines = self.engines
         loads = [one.outstanding if one.health.up and not one.drained else UNAVAILABLE for one in engines]
@@ -86,12 +94,50 @@ class Upstreams:
         if index < 0:
             left = [engine for engine in engines if engine not in tried]
             left = [engine for engine in left if not engine.drained] or left
+            left = [engine for engine in left if engine.health.reachable] or left
             loads = [engine.outstanding if engine in left else UNAVAILABLE for engine in engines]
             index = self._balancer.choose(loads, key)
         return engines[index] if index >= 0 else None
 
+    def take_retry(self) -> bool:
+        """One more request may be sent to another engine after one has failed it."""
+        engines = (*self.engines, *self._retired)
+        return self.retries.take(sum(engine.requests - engine.resent for engine in engines))
+
+    def request_failed(
+        self, client: bytes, failed: Sequence[tuple[Engine, int]], started: float, now: float, *, answered: bool
+    ) -> None:
+        """A request had no usable answer.
+
+        failed: from these engines, each with its status; 0: the connection closed too early, or the response is
+        invalid. started, now: perf_counter; when the relay had read its head. answered: by another engine in the end.
+        """
+        loop_time = self._loop.time()
+        if self.only is not None:
+            if failed[0][1] != 500:
+                self.only.health.request_failed(loop_time)
+            return
+        if not answered and len(failed) > 1:
+            self.comparison.put_down(client, now)
+            return
+        for engine, status in failed:
+            health = engine.health
+            if not health.up or engine not in self.engines:
+                continue
+            index, requests = self.engines.index(engine), [one.requests for one in self.engines]
+            available = sum(one.health.up and not one.drained for one in self.engines)
+            accused = self.comparison.failed(
+                client, index, requests, available, started=started, now=now, proven=answered
+            )
+            if self.comparison.odd(client, index, requests, available):
+                health.eject(loop_time)
+                self.comparison.clear(requests, now)
+            elif (answered and status in UNAVAILABLE_STATUSES) or (accused and health.on_probation):
+                health.request_failed(loop_time)
+
     def sweep(self, now: float) -> None:
         """Once a second; now: event-loop time."""
+        self.comparison.advance([engine.requests for engine in self.engines], time.perf_counter())
         for engine in self.engines:
             engine.health.advance(now)
             engine.pool.sweep(now)

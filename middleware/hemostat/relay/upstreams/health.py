@@ -1,6 +1,7 @@
 """When an engine gets no requests, and when again. Pure: the time is passed in (event-loop seconds).
 
-           FAILURES requests in a row fail, or FAILED_CHECKS checks
+           FAILURES failures in a row, FAILED_CHECKS checks, or it
+           fails more requests than the others (`comparison`)
     UP ───────────────────────────────────────────────────────────► EJECTED
      ▲                                                                 │
      └──── the hold is over and the last check passed; from then ──────┘
@@ -18,7 +19,7 @@ from enum import Enum
 from typing import Final
 
 FAILURES: Final = 3
-"""Requests in a row without a usable answer (see `Health.request_failed`), after which an engine is ejected."""
+"""Failures in a row that are certainly the engine's (see `Health.request_failed`), after which it is ejected."""
 FAILED_CHECKS: Final = 2
 HOLD_SECONDS: Final = 1.0
 """Of the first ejection."""
@@ -48,6 +49,7 @@ class Health:
         "_returned",
         "ejections",
         "failures",
+        "reachable",
         "up",
     )
 
@@ -56,7 +58,9 @@ class Health:
         self.up = True
         """It gets requests."""
         self.failures = 0
-        """Failed requests in a row; 0 needs no `request_succeeded`."""
+        """In a row; 0 needs no `request_succeeded`."""
+        self.reachable = True
+        """The last check, or the last attempt to connect, did not fail."""
         self.ejections = 0
         """Since the start."""
         self._in_a_row = 0
@@ -72,23 +76,35 @@ class Health:
             return HealthState.EJECTED
         return HealthState.UP if self._proven else HealthState.RETURNING
 
+    @property
+    def on_probation(self) -> bool:
+        """One more failure ejects it."""
+        return self.up and self.failures >= FAILURES - 1
+
+    def connection_failed(self, now: float) -> None:
+        """The engine could not be reached."""
+        self.reachable = False
+        self.request_failed(now)
+
     def request_failed(self, now: float) -> None:
-        """The engine could not be reached, closed the connection before its response was complete, sent an invalid
-        one, or answered 502, 503 or 504. (A 500 may be the request's own fault.)"""
+        """It had no usable answer to a request, and that is not the request's fault."""
         self.failures += 1
         if self.up and self.failures >= FAILURES:
-            self._eject(now)
+            self.eject(now)
 
     def request_succeeded(self) -> None:
         self.failures = 0
+        self.reachable = True
         self._proven = True
 
     def check_failed(self, now: float) -> None:
+        self.reachable = False
         self._failed_checks += 1
         if self.up and self._failed_checks >= FAILED_CHECKS:
-            self._eject(now)
+            self.eject(now)
 
     def check_passed(self, now: float) -> None:
+        self.reachable = True
         self._failed_checks = 0
         self.advance(now)
         self._proven = True
@@ -101,7 +117,8 @@ class Health:
             self.failures = FAILURES - 1
             self._returned = now
 
-    def _eject(self, now: float) -> None:
+    def eject(self, now: float) -> None:
+        """It is up, and gets no requests from now on."""
         self._in_a_row = 1 if now - self._returned > STABLE_SECONDS else self._in_a_row + 1
         self.ejections += 1
         self.up = False
