@@ -144,6 +144,7 @@ ENGINE_EVENTS: Values = {
     "taps_sent": "positions reported to the control process",
     "taps_dropped": "positions that were not reported, because the control process did not run or was slow",
     "profiles_refused": "profiles that do not fit this engine",
+    "profiles_failed": "profiles that failed while they were applied; each is off in its engine until that restarts",
     "profiles_missing": "versions that the control process no longer has",
     "fetch_errors": "fetches of a profile that failed",
     "report_errors": "reports to the control process that failed",

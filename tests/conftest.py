@@ -12,7 +12,7 @@ from typing import Any
 import hypothesis
 import pytest
 from tests.support import compiled
-from tests.support.running_vllm import LORA_ARGUMENTS, LORA_ENVIRONMENT, VLLM_ARGUMENTS, RunningVllm, running_vllm
+from tests.support.running_vllm import LORA_ARGUMENTS, LORA_ENVIRONMENT, RAISING_ARGUMENTS, RunningVllm, running_vllm
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from hemostat.models import vllm_server as vllm_process
@@ -34,7 +34,7 @@ def checkpoints() -> Checkpoints:
 
 @pytest.fixture(scope="session")
 def vllm_server(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningVllm]:
-    with running_vllm(checkpoints, tmp_path_factory.mktemp("vllm"), VLLM_ARGUMENTS) as server:
+    with running_vllm(checkpoints, tmp_path_factory.mktemp("vllm"), RAISING_ARGUMENTS) as server:
         yield server
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import MAX_BYTES, VERSION_PATTERN
 
 TIMEOUT_SECONDS = 5.0
+"""Without a byte."""
+MAX_ANSWER_SECONDS = 120.0
+"""Of a whole answer: a profile of 255 MiB."""
 MAX_RESPONSE_BYTES = 64 * 1024
 
 
@@ -86,7 +90,7 @@ class AdminClient:
         request = urllib.request.Request(self._url + path, data, headers)  # noqa: S310 - Settings admits http(s) only
         try:
             with self._opener.open(request, timeout=TIMEOUT_SECONDS) as response:
-                body: bytes = response.read(max_bytes + 1)
+                body = _read(response, max_bytes)
         except urllib.error.HTTPError as error:
             with error:
                 raise FetchError(f"{path}: HTTP {error.code}", error.code) from None
@@ -95,3 +99,14 @@ class AdminClient:
         if len(body) > max_bytes:
             raise FetchError(f"{path}: an answer of more than {max_bytes} bytes")
         return body
+
+
+def _read(response: Any, max_bytes: int) -> bytes:
+    """At most one byte more than `max_bytes`. TimeoutError where that takes too long, however many bytes come."""
+    ends = time.monotonic() + MAX_ANSWER_SECONDS
+    body = bytearray()
+    while len(body) <= max_bytes and (chunk := response.read1(max_bytes + 1 - len(body))):
+        body += chunk
+        if time.monotonic() > ends:
+            raise TimeoutError(f"the answer takes more than {MAX_ANSWER_SECONDS:g} s")
+    return bytes(body)

@@ -1,6 +1,7 @@
-"""The background thread of one rank: reports held profiles, fetches missing ones, sends taps.
+"""The background threads of one rank: one reports held profiles and sends taps, one fetches missing ones (`fetching`).
 
-Decoding never waits for this thread. Every failure is counted, retried after a pause, and logged once until it changes.
+Decoding never waits for them. Every failure is counted, retried after a pause, and logged once until it changes. Each
+call to a replica has a thread of its own: one that does not answer delays nothing but what is meant for it.
 
 Several replicas of Hemostat have an admin port each. All of them receive the report; versions that any of them asks for
 are held, those of the leading replica first; a profile is fetched from any replica that has it; taps go to the replica
@@ -9,11 +10,13 @@ that asked for them, which the prefix of the nonce names.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from hemostat_engine.adapters.state import state as adapters
 from hemostat_engine.admin_client import FetchError
@@ -49,8 +52,15 @@ class Identity:
     """The API server of this vLLM hands out answers (`answers`)."""
 
 
+def in_thread(run: Callable[[], None]) -> None:
+    threading.Thread(target=run, name="hemostat-call", daemon=True).start()
+
+
 class Agent:
-    """`start()` once; the thread then calls `tick(now)` four times a second."""
+    """`start()` once; threads then call `tick(now)` and `fetcher.tick(now)` four times a second.
+
+    spawn: runs a call to a replica, at once or in a thread.
+    """
 
     def __init__(
         self,
@@ -61,6 +71,7 @@ class Agent:
         taps: Taps,
         clock: Callable[[], float] = time.monotonic,
         weights: LoadedWeights | None = None,
+        spawn: Callable[[Callable[[], None]], None] = in_thread,
     ) -> None:
         self.identity = identity
         self._library = library
@@ -69,49 +80,78 @@ class Agent:
         self._has_source = settings.admin_url is not None or settings.profile_dir is not None
         self._peers = Peers(settings)
         self._retries = Retries()
-        self._fetcher = Fetcher(settings.profile_dir, self._peers, library, counters, self._retries)
+        self.fetcher = Fetcher(settings.profile_dir, self._peers, library, counters, self.report_soon)
+        self._spawn = spawn
+        self._running: set[str] = set()
+        """Calls that have not ended."""
         self._clock = clock
         self._weights = weights or LoadedWeights()
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        """Start the thread, if a source of profiles is configured."""
+        """Start the threads, if a source of profiles is configured."""
         if not self._has_source:
             log.warning("neither HEMOSTAT_ADMIN_URL nor HEMOSTAT_PROFILE_DIR is set: every request gets identity")
             return
         self._weights.start()
-        self._thread = threading.Thread(target=self._run, name="hemostat-agent", daemon=True)
-        self._thread.start()
+        for name, tick in (("hemostat-agent", self.tick), ("hemostat-fetch", self.fetcher.tick)):
+            self._threads.append(threading.Thread(target=self._run, args=(tick,), name=name, daemon=True))
+            self._threads[-1].start()
 
     def stop(self) -> None:
-        """Stop the thread. Not needed at exit: it is a daemon thread."""
+        """Stop the threads. Not needed at exit: they are daemon threads."""
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
-    def _run(self) -> None:
+    def report_soon(self) -> None:
+        """What is held has changed."""
+        for peer in self._peers.all:
+            peer.next_report = 0.0
+
+    def _run(self, tick: Callable[[float], None]) -> None:
         while not self._stop.wait(TICK_SECONDS):
-            try:
-                self.tick(self._clock())
-            except Exception:
-                # An unexpected error in one tick must not end the thread: no profile would arrive any more.
-                self._counters.add("agent_errors")
-                log.exception("hemostat agent")
+            self._guarded(lambda: tick(self._clock()))
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception:
+            # An unexpected error must not end the thread: no profile would arrive any more.
+            self._counters.add("agent_errors")
+            log.exception("hemostat agent")
 
     def tick(self, now: float) -> None:
-        """Send taps, scan the folder, report and fetch: each if it is due and not paused after a failure."""
-        self._peers.refresh(now)
+        """Send taps and report: each if it is due and not paused after a failure."""
+        if self._peers.is_due(now):
+            self._call("resolve", lambda: self._peers.refresh(now))
         if self._peers.all and len(self._taps):
             self._send_taps(now)
-        self._fetcher.scan(now)
         for peer in self._peers.all:
-            if now >= peer.next_report and self._retries.may_try(self._peers.label("report", peer), now):
-                self._report(peer, now)
-        self._fetcher.fetch_missing(now)
+            if now >= peer.next_report and self._may_call("report", peer, now):
+                peer.next_report = now + REPORT_SECONDS
+                self._call(self._peers.label("report", peer), functools.partial(self._report, peer, now))
+
+    def _may_call(self, operation: str, peer: Peer, now: float) -> bool:
+        label = self._peers.label(operation, peer)
+        return label not in self._running and self._retries.may_try(label, now)
+
+    def _call(self, label: str, action: Callable[[], None]) -> None:
+        """Spawn the action, unless the last one of this label has not ended."""
+        if label in self._running:
+            return
+        self._running.add(label)
+
+        def run() -> None:
+            try:
+                self._guarded(action)
+            finally:
+                self._running.discard(label)
+
+        self._spawn(run)
 
     def _report(self, peer: Peer, now: float) -> None:
-        peer.next_report = now + REPORT_SECONDS
         identity = self.identity
         body = {
             "boot_id": identity.boot_id,
@@ -140,7 +180,7 @@ class Agent:
         adapters.want(hold)
 
     def _send_taps(self, now: float) -> None:
-        peers = [peer for peer in self._peers.all if self._retries.may_try(self._peers.label("tap", peer), now)]
+        peers = [peer for peer in self._peers.all if self._may_call("tap", peer, now)]
         if not peers:
             # The taps stay in the queue, which drops and counts new ones when it is full.
             return
@@ -150,15 +190,19 @@ class Agent:
             own_runs = [run for run in runs if self._peers.owns(peer, run["nonce"])]
             if not own_runs:
                 continue
-            operation = self._peers.label("tap", peer)
-            try:
-                peer.client.send_taps({"boot_id": self.identity.boot_id, "taps": own_runs})
-            except FetchError as error:
-                self._retries.failed(operation, error, now)
-                continue
             rows = sum(run["tokens"] for run in own_runs)
             unsent_rows -= rows
-            self._counters.add("taps_sent", rows)
-            self._retries.succeeded(operation)
+            label = self._peers.label("tap", peer)
+            self._call(label, functools.partial(self._send, peer, label, own_runs, rows, now))
         if unsent_rows:
             self._counters.add("taps_dropped", unsent_rows)
+
+    def _send(self, peer: Peer, label: str, runs: list[dict[str, Any]], rows: int, now: float) -> None:
+        try:
+            peer.client.send_taps({"boot_id": self.identity.boot_id, "taps": runs})
+        except FetchError as error:
+            self._counters.add("taps_dropped", rows)
+            self._retries.failed(label, error, now)
+            return
+        self._counters.add("taps_sent", rows)
+        self._retries.succeeded(label)

@@ -8,14 +8,17 @@ Rules:
   same token. The ranks agree by an all-reduce in the step that admits the request.
 - A request whose parameters change the logits before the processor (see `xargs.edits_logits`) gets identity; counted.
 - A row without a profile is unchanged, and a step without any profile or tap returns immediately.
+- A profile that fails, whatever it raises, is off from then on in this engine, on all ranks in the same step: its rows
+  stay as they are, its requests get identity, and it is not reported as held. Nothing of it ends vLLM.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -24,6 +27,7 @@ from hemostat_engine import transform, xargs
 from hemostat_engine.agent import Agent, Identity
 from hemostat_engine.library import Counters, Library
 from hemostat_engine.numbering import Numbering
+from hemostat_engine.retries import first_line
 from hemostat_engine.settings import Settings
 from hemostat_engine.taps import Reading, SlotTap, Step, TappedRow, Taps
 from hemostat_engine.transform import HeldProfile
@@ -31,6 +35,7 @@ from hemostat_engine.weights import LoadedWeights
 
 log = logging.getLogger("hemostat.engine")
 
+T = TypeVar("T")
 MAX_TAPPED_CANDIDATES = 2
 """Held profiles that are evaluated for a tapped row besides the applied one."""
 
@@ -48,7 +53,7 @@ class Binding:
 
     @property
     def applied(self) -> str | None:
-        return self.profile.version if self.profile else None
+        return self.profile.version if self.profile and not self.profile.failed else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +87,18 @@ class DeviceCounters:
     """Counters on the device with a copy on the host that lags a little: nothing waits for the device."""
 
     def __init__(self, device: torch.device, names: tuple[str, ...], counters: Counters) -> None:
-        self._on_device = torch.zeros(len(names), dtype=torch.int64, device=device)
+        self.on_device = torch.zeros(len(names), dtype=torch.int64, device=device)
         # For a GPU the copy is in pinned memory, which the GPU writes to asynchronously.
-        self._on_host = self._on_device if device.type == "cpu" else torch.zeros(len(names), dtype=torch.int64)
+        self._on_host = self.on_device if device.type == "cpu" else torch.zeros(len(names), dtype=torch.int64)
         if device.type == "cuda":
             self._on_host = self._on_host.pin_memory()
         for i, name in enumerate(names):
             counters.add_external(name, self._on_host[i].item)
 
-    def add(self, counts: torch.Tensor) -> None:
-        """counts: int64 [names], on the device."""
-        self._on_device.add_(counts)
-        if self._on_host is not self._on_device:
-            self._on_host.copy_(self._on_device, non_blocking=True)
+    def copy(self) -> None:
+        """After something was added `on_device`."""
+        if self._on_host is not self.on_device:
+            self._on_host.copy_(self.on_device, non_blocking=True)
 
 
 class Core:
@@ -118,12 +122,15 @@ class Core:
         `Identity`. weights: reported by rank 0."""
         self.device = device
         self.counters = Counters()
-        self.library = Library(vocab_size)
+        self.library = Library(vocab_size, device)
         self.taps = Taps(self.counters)
         self._device_counters = DeviceCounters(device, ("rows_masked", "rows_kl_clamped"), self.counters)
         self._vocab_size = vocab_size
         self._after_penalties = runner == "v2"
         self._ranks = ranks
+        self._sampling = Ranks() if tap_on_every_rank else ranks
+        """Those that sample the same rows."""
+        self._tap_failed = False
         self._children = Numbering()
         self._tapping = settings.admin_url is not None and (ranks.rank == 0 or tap_on_every_rank)
         identity = Identity(ranks.broadcast(boot_id), ranks.rank, ranks.size, vocab_size, runner, vllm_version, answers)
@@ -186,18 +193,59 @@ class Core:
             if binding.profile is not None:
                 by_version.setdefault(binding.profile.version, (binding.profile, []))[1].append(row)
         for profile, chosen in by_version.values():
-            self.counters.add("rows_applied", len(chosen))
             if not profile.is_probe:
-                every = len(chosen) == logits.shape[0]
-                self._device_counters.add(
-                    transform.apply_to_rows(profile, logits, None if every else self.on_device(chosen))
+                transform.apply_to_rows(
+                    profile,
+                    logits,
+                    None if len(chosen) == logits.shape[0] else chosen,
+                    self._device_counters.on_device,
+                    on_device=self.on_device,
+                    run=functools.partial(self._run, profile),
                 )
+            self._applied(profile, len(chosen))
 
-    def apply_where(self, logits: torch.Tensor, profile: HeldProfile, chosen: torch.Tensor, requests: int) -> None:
-        """Apply in place at the rows `chosen` (bool [N], on the device), which belong to `requests` requests."""
-        self.counters.add("rows_applied", requests)
+    def apply_where(
+        self, logits: torch.Tensor, profile: HeldProfile, chosen: Callable[[], torch.Tensor], requests: int
+    ) -> None:
+        """Apply in place at the rows `chosen()` (bool [N], on the device), which belong to `requests` requests."""
         if not profile.is_probe:
-            self._device_counters.add(transform.apply_where(profile, logits, chosen))
+            counts, run = self._device_counters.on_device, functools.partial(self._run, profile)
+            transform.apply_where(profile, logits, chosen, counts, run=run)
+        self._applied(profile, requests)
+
+    def _applied(self, profile: HeldProfile, rows: int) -> None:
+        if not profile.failed:
+            self.counters.add("rows_applied", rows)
+            self._device_counters.copy()
+
+    def _run(self, profile: HeldProfile, compute: Callable[[], transform.Commit]) -> bool:
+        """See `transform.Run`. A part is changed on all ranks or on none: every rank samples from these rows."""
+        commit = self._attempt(profile, compute)
+        (works,) = self._sampling.all_have([commit is not None])
+        if commit is None or not works:
+            self._switch_off(profile, "it failed on another rank")
+            return False
+        self._attempt(profile, commit)
+        return True
+
+    def _attempt(self, profile: HeldProfile, action: Callable[[], T]) -> T | None:
+        """What the action returns; None where it raises, or the profile is off."""
+        if profile.failed:
+            return None
+        try:
+            return action()
+        except Exception as error:  # noqa: BLE001 - whatever a profile does, vLLM goes on
+            self._switch_off(profile, f"{type(error).__name__}: {error}")
+            return None
+
+    def _switch_off(self, profile: HeldProfile, reason: str) -> None:
+        if profile.failed:
+            return
+        profile.failed = True
+        self.library.fail(profile.version)
+        self.counters.add("profiles_failed")
+        self.agent.report_soon()
+        log.error("profile %s is off in this engine: %s", profile.version, first_line(reason))
 
     def on_device(self, indices: Sequence[int]) -> torch.Tensor:
         """int64 on the device; the copy does not wait for the device."""
@@ -205,9 +253,9 @@ class Core:
         return host.to(self.device, non_blocking=True)
 
     def tap_rows(
-        self, logits: torch.Tensor, rows: Sequence[tuple[int, Binding]], places: Sequence[tuple[int, int]]
+        self, reading: Reading, rows: Sequence[tuple[int, Binding]], places: Sequence[tuple[int, int]]
     ) -> None:
-        """Measure the unmodified logits at `rows`. Rows and places are known on the host.
+        """Hand on what was read at `rows`, once profiles were applied. Rows and places are known on the host.
 
         places: the position of each row's token in the output, and the id at the position before (-1: not known).
         """
@@ -215,45 +263,42 @@ class Core:
             TappedRow(i, binding.nonce or "", binding.applied, position, binding.child, previous)
             for i, ((_, binding), (position, previous)) in enumerate(zip(rows, places, strict=True))
         ]
-        reading = self._read((binding for _, binding in rows), logits, self.on_device([row for row, _ in rows]))
         self.taps.push(Step(reading, rows=tapped))
 
-    def tap_slots(
-        self,
-        logits: torch.Tensor,
-        slots: Mapping[int, tuple[Binding, int]],
-        rows: torch.Tensor,
-        slot_of_row: torch.Tensor,
-        pos: torch.Tensor,
-        fed: torch.Tensor,
-    ) -> None:
-        """The same for `rows` (int64, on the device) whose slots and positions are only known on the device.
-
-        slots: binding and prompt length of each tapped slot. fed: the ids that the model was fed; -1: not known.
-        """
-        bindings = (binding for binding, _ in slots.values())
-        reading = self._read(bindings, logits, rows, slot_of_row, pos, fed)
+    def tap_slots(self, reading: Reading, slots: Mapping[int, tuple[Binding, int]]) -> None:
+        """The same where only the device knows slots and positions. slots: binding and prompt length of each."""
         taps = {slot: SlotTap(b.nonce or "", b.applied, prompt_len, b.child) for slot, (b, prompt_len) in slots.items()}
         self.taps.push(Step(reading, slots=taps))
 
+    def read(
+        self, bindings: Sequence[Binding], logits: torch.Tensor, where: Callable[[], tuple[torch.Tensor, ...]]
+    ) -> Reading | None:
+        """Measure the unmodified logits of tapped requests; None, and counted, where that fails.
+
+        where: returns the rows (int64 [R], on the device); where only the device knows whose they are, then also their
+        slots, their positions, and the ids that the model was fed (-1: not known).
+        """
+        try:
+            return self._read(bindings, logits, *where())
+        except Exception as error:  # noqa: BLE001 - a request goes on without its numbers
+            self.counters.add("taps_dropped", len(bindings))
+            if not self._tap_failed:
+                log.error("taps cannot be read: %s: %s", type(error).__name__, first_line(str(error)))
+            self._tap_failed = True
+            return None
+
     def _read(
-        self, bindings: Iterable[Binding], logits: torch.Tensor, rows: torch.Tensor, *where: torch.Tensor
+        self, bindings: Sequence[Binding], logits: torch.Tensor, rows: torch.Tensor, *where: torch.Tensor
     ) -> Reading:
-        """The values of these rows. where: slots, positions and ids fed, if they are only known on the device."""
         held = self.library.candidates()
-        profiles = self._evaluated(bindings, held)
-        if profiles:
-            values, clamped = transform.evaluate(profiles, logits, rows)
-        else:
-            values = logits.new_empty((0, rows.shape[0]), dtype=torch.float32)
-            clamped = values.bool()
+        profiles, values, clamped = self._evaluate(self._evaluated(bindings, held), logits, rows)
         anchored = next((profile for profile in held if profile.anchors is not None), None)
         if anchored is None or not self.taps.has_room(2 * rows.shape[0] * anchored.anchor_count):
             if anchored is not None:
                 self.counters.add("features_dropped", rows.shape[0])
             anchored, features = None, logits.new_empty((rows.shape[0], 0), dtype=torch.float16)
         else:
-            features = transform.centred(logits, rows, anchored.on(logits.device)["anchors"]).half()
+            features = transform.centred(logits, rows, anchored.parameters["anchors"]).half()
         (values, clamped, features, *places), copied = self._to_host(values, clamped, features, *where)
         return Reading(
             versions=tuple(profile.version for profile in profiles),
@@ -265,9 +310,26 @@ class Core:
             copied=copied,
         )
 
+    def _evaluate(
+        self, profiles: tuple[HeldProfile, ...], logits: torch.Tensor, rows: torch.Tensor
+    ) -> tuple[tuple[HeldProfile, ...], torch.Tensor, torch.Tensor]:
+        """The profiles that could be evaluated, and `transform.evaluate` of them."""
+        if not profiles:
+            values = logits.new_empty((0, rows.shape[0]), dtype=torch.float32)
+            return (), values, values.bool()
+        try:
+            return profiles, *transform.evaluate(profiles, logits, rows)
+        except Exception:
+            alone = {p: self._attempt(p, functools.partial(transform.evaluate, (p,), logits, rows)) for p in profiles}
+            working = tuple(profile for profile, found in alone.items() if found is not None)
+            if len(working) == len(profiles):
+                raise  # none of them is to blame
+            return self._evaluate(working, logits, rows)
+
     def _evaluated(self, bindings: Iterable[Binding], held: tuple[HeldProfile, ...]) -> tuple[HeldProfile, ...]:
         """The profiles to evaluate for these tapped requests: those applied to them, and the candidates."""
-        profiles = {b.profile.version: b.profile for b in bindings if b.profile is not None and not b.profile.is_probe}
+        bound = (b.profile for b in bindings if b.profile is not None)
+        profiles = {p.version: p for p in bound if not p.is_probe and not p.failed}
         room = len(profiles) + MAX_TAPPED_CANDIDATES
         for candidate in held:
             if len(profiles) < room and not candidate.is_probe:

@@ -1,8 +1,13 @@
-"""Gets profiles from the folder or from the replicas and puts them into the library."""
+"""The thread that gets profiles from the folder or from the replicas and puts them into the library.
+
+Neither decoding nor a report waits for it. A replica that does not answer is left out for a while, and what clients
+name is fetched after what the control process asks for, at a bounded rate.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from hemostat_calibration.errors import InvalidProfileError
@@ -10,28 +15,44 @@ from hemostat_calibration.profiles.profile import MAX_BYTES, VERSION_PATTERN, Ca
 from hemostat_engine.admin_client import FetchError
 from hemostat_engine.library import MAX_PROFILES, Counters, Library
 from hemostat_engine.peers import Peers
-from hemostat_engine.retries import Retries
+from hemostat_engine.retries import Allowance, Retries
 
 log = logging.getLogger("hemostat.engine")
 
 SCAN_SECONDS = 1.0
 """Between two looks into the folder."""
+NAMED_PER_SECOND, MAX_NAMED = 1.0, 4.0
+"""Fetches of versions that only requests named."""
 
 
 class Fetcher:
-    """Fills `library`. Failures are counted, and retried after a pause."""
+    """Fills `library`. Failures are counted, and retried after a pause. loaded: called when a profile is there."""
 
     def __init__(
-        self, folder: Path | None, peers: Peers, library: Library, counters: Counters, retries: Retries
+        self, folder: Path | None, peers: Peers, library: Library, counters: Counters, loaded: Callable[[], None]
     ) -> None:
         self._folder = folder
         self._peers = peers
         self._library = library
         self._counters = counters
-        self._retries = retries
+        self._loaded = loaded
+        self._retries = Retries()
+        # Apart: clients would push out what is known of others. Nor do they fill the log.
+        self._retries_of_named = Retries(logging.DEBUG)
+        self._allowance = Allowance(NAMED_PER_SECOND, MAX_NAMED, 0.0)
         self._next_scan = 0.0
 
-    def scan(self, now: float) -> None:
+    def tick(self, now: float) -> None:
+        """Scan the folder, and fetch what the library lacks: each if it is due and not paused after a failure."""
+        self._scan(now)
+        for version in self._library.missing():
+            if self._retries.may_try(version, now):
+                self._fetch(version, now, self._retries)
+        for version in self._library.requested():
+            if self._retries_of_named.may_try(version, now) and self._allowance.take(now):
+                self._fetch(version, now, self._retries_of_named)
+
+    def _scan(self, now: float) -> None:
         """Load the newest profiles of the folder, if SCAN_SECONDS have passed."""
         if self._folder is None or now < self._next_scan:
             return
@@ -43,45 +64,40 @@ class Fetcher:
             self._retries.failed("scan", error, now)
             return
         self._retries.succeeded("scan")
-        held = set(self._library.versions())
-        for path in newest:
-            if path.stem not in held and self._retries.may_try(path.stem, now):
-                self._fetch(path.stem, now)
-
-    def fetch_missing(self, now: float) -> None:
-        """Fetch what the library lacks."""
-        for version in self._library.missing():
+        for version in self._library.absent(path.stem for path in newest):
             if self._retries.may_try(version, now):
-                self._fetch(version, now)
+                self._fetch(version, now, self._retries)
 
-    def _fetch(self, version: str, now: float) -> None:
+    def _fetch(self, version: str, now: float, retries: Retries) -> None:
         """Read one profile, check its digest, and put it into the library."""
         try:
-            profile = CalibrationProfile.from_bytes(read_profile(version, self._folder, self._peers), version)
-            if not self._library.put(profile):
+            data = read_profile(version, self._folder, self._peers, self._retries, now)
+            if not self._library.put(CalibrationProfile.from_bytes(data, version)):
                 full = InvalidProfileError(f"no room for profile {version}: {MAX_PROFILES} are held")
-                self._retries.failed(version, full, now)
+                retries.failed(version, full, now)
                 return
         except InvalidProfileError as error:
             self._counters.add("profiles_refused")
-            self._retries.failed(version, error, now)
+            retries.failed(version, error, now)
             return
         except FetchError as error:
             self._counters.add("profiles_missing" if error.status == 404 else "fetch_errors")
-            self._retries.failed(version, error, now)
+            retries.failed(version, error, now)
             if error.status == 404:
                 # A client named a version that does not exist; if it is named again, it is looked for again.
                 self._library.forget(version)
             return
-        self._retries.succeeded(version)
+        retries.succeeded(version)
         log.info("loaded profile %s", version)
-        # The control process serves only profiles that engines have acknowledged: report at once.
-        for peer in self._peers.all:
-            peer.next_report = 0.0
+        # The control process serves only profiles that engines have acknowledged.
+        self._loaded()
 
 
-def read_profile(version: str, folder: Path | None, peers: Peers) -> bytes:
-    """The file of a profile: from the folder, else from a replica. FetchError with status 404: not found."""
+def read_profile(version: str, folder: Path | None, peers: Peers, retries: Retries, now: float) -> bytes:
+    """The file of a profile: from the folder, else from a replica. FetchError with status 404: not found.
+
+    retries: of the replicas; one that does not answer is not asked while its pause lasts.
+    """
     if not VERSION_PATTERN.fullmatch(version):  # it becomes part of a path and of a URL
         raise InvalidProfileError(f"{version!r} is not a profile version")
     if folder is not None:
@@ -95,8 +111,17 @@ def read_profile(version: str, folder: Path | None, peers: Peers) -> bytes:
     failure = FetchError(f"profile {version} is not in HEMOSTAT_PROFILE_DIR", 404)
     # The replicas that asked for it come first; if one fails, the next is tried.
     for peer in sorted(peers.all, key=lambda p: not p.wants(version)):
+        operation = f"fetches from {peer.url}"
+        if not retries.may_try(operation, now):
+            failure = FetchError(f"{peer.url} did not answer a moment ago")
+            continue
         try:
-            return peer.client.profile(version)
+            data = peer.client.profile(version)
         except FetchError as error:
+            if not error.status:
+                retries.failed(operation, error, now)
             failure = error if error.status != 404 or failure.status == 404 else failure
+        else:
+            retries.succeeded(operation)
+            return data
     raise failure

@@ -1,19 +1,27 @@
-"""The profiles and the counters of one rank, in host memory. The agent's thread writes, the engine's thread reads."""
+"""The profiles and the counters of one rank. The fetcher's thread puts profiles, the engine's thread reads them."""
 
 from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
 
 from hemostat_calibration.errors import InvalidProfileError
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_engine.transform import HeldProfile
+from hemostat_engine.retries import first_line
+from hemostat_engine.transform import CPU, HeldProfile, applied_parameters
 
 MAX_PROFILES = 8
 """Held at a time."""
 MAX_REQUESTED = 32
 """Versions that requests named and that are not held; the oldest are forgotten."""
+MAX_FAILED = 256
+"""Versions that failed here, and are not loaded again."""
+HEADROOM_BYTES = 256 << 20
+"""Of a GPU's memory, left free beside a profile: what applying it takes for a moment, and some for vLLM itself."""
 
 
 class Counters:
@@ -43,13 +51,15 @@ class Library:
     A running request keeps the HeldProfile that it was bound to, so an eviction never changes a running request.
     """
 
-    def __init__(self, vocab_size: int, limit: int = MAX_PROFILES) -> None:
+    def __init__(self, vocab_size: int, device: torch.device = CPU, limit: int = MAX_PROFILES) -> None:
         self.vocab_size = vocab_size
+        self._device = device
         self._limit = limit
         self._lock = threading.Lock()
         self._held: OrderedDict[str, HeldProfile] = OrderedDict()
         self._hold: tuple[str, ...] = ()
         self._requested: OrderedDict[str, None] = OrderedDict()
+        self._failed: OrderedDict[str, None] = OrderedDict()
 
     def get(self, version: str) -> HeldProfile | None:
         """The profile, or None; a missing version is then one of `missing()`."""
@@ -57,16 +67,17 @@ class Library:
             held = self._held.get(version)
             if held is not None:
                 self._held.move_to_end(version)
-            else:
+            elif version not in self._failed:
                 self._requested[version] = None
                 while len(self._requested) > MAX_REQUESTED:
                     self._requested.popitem(last=False)
             return held
 
     def put(self, profile: CalibrationProfile) -> bool:
-        """Add `profile`; False if the library is full of versions that `hold` names.
+        """Load `profile` onto the device and add it; False if the library is full of versions that `hold` names.
 
-        Raises InvalidProfileError if the profile is for another vocabulary size or its family is unknown.
+        Raises InvalidProfileError if the profile is for another vocabulary size, its family is unknown, or the device
+        has no memory for it.
         """
         if profile.vocab_size != self.vocab_size:
             raise InvalidProfileError(
@@ -74,16 +85,49 @@ class Library:
                 f"this engine's is {self.vocab_size}"
             )
         version = profile.version
-        held = HeldProfile(profile)
         with self._lock:
             self._requested.pop(version, None)
+            if version in self._failed or not self._has_room(version):
+                return False
+        held = self._load(profile)
+        with self._lock:
+            if not self._has_room(version):
+                return False
             if version not in self._held and len(self._held) >= self._limit:
-                victim = next((v for v in self._held if v not in self._hold), None)
-                if victim is None:
-                    return False
-                del self._held[victim]
+                self._held.pop(self._victim() or "", None)
             self._held[version] = held
             return True
+
+    def _has_room(self, version: str) -> bool:
+        return version in self._held or len(self._held) < self._limit or self._victim() is not None
+
+    def _victim(self) -> str | None:
+        return next((version for version in self._held if version not in self._hold), None)
+
+    def _load(self, profile: CalibrationProfile) -> HeldProfile:
+        size = sum(4 * values.size for values in applied_parameters(profile).values())
+        if (free := free_bytes(self._device)) is not None and free < size + HEADROOM_BYTES:
+            raise InvalidProfileError(
+                f"profile {profile.version} is not loaded: it takes {size >> 20} MiB of the device's memory, and "
+                f"{HEADROOM_BYTES >> 20} MiB have to stay free; start vLLM with a lower --gpu-memory-utilization"
+            )
+        try:
+            # A thread of its own, which ends: a second thread that uses PyTorch has a second OpenMP team for as long as
+            # it lives, which made decoding a fifth slower (`make bench-engine`).
+            with ThreadPoolExecutor(1, "hemostat-load") as thread:
+                return thread.submit(HeldProfile, profile, self._device).result()
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            raise InvalidProfileError(
+                f"profile {profile.version} is not loaded: {type(error).__name__}: {first_line(str(error))}"
+            ) from None
+
+    def fail(self, version: str) -> None:
+        """The profile failed: it is not held any more, and is not loaded again. Requests that run with it keep it."""
+        with self._lock:
+            self._held.pop(version, None)
+            self._failed[version] = None
+            while len(self._failed) > MAX_FAILED:
+                self._failed.popitem(last=False)
 
     def hold(self, versions: Iterable[str]) -> None:
         """Set the versions that the control process asks for, most important first; the first `limit` count."""
@@ -91,10 +135,22 @@ class Library:
             self._hold = tuple(dict.fromkeys(versions))[: self._limit]
 
     def missing(self) -> tuple[str, ...]:
-        """Versions to fetch: those that `hold` names, then those that requests named."""
+        """Versions to fetch that `hold` names."""
         with self._lock:
-            versions = dict.fromkeys((*self._hold, *self._requested))
-            return tuple(version for version in versions if version not in self._held)
+            return self._absent(self._hold)
+
+    def absent(self, versions: Iterable[str]) -> tuple[str, ...]:
+        """Those of them that are neither held nor failed here."""
+        with self._lock:
+            return self._absent(versions)
+
+    def requested(self) -> tuple[str, ...]:
+        """Versions to fetch that only requests named: clients choose them."""
+        with self._lock:
+            return self._absent(version for version in self._requested if version not in self._hold)
+
+    def _absent(self, versions: Iterable[str]) -> tuple[str, ...]:
+        return tuple(version for version in versions if version not in self._held and version not in self._failed)
 
     def forget(self, version: str) -> None:
         """Forget a version that a request named and that does not exist."""
@@ -110,3 +166,8 @@ class Library:
         with self._lock:
             profiles = (self._held.get(version) for version in self._hold)
             return tuple(held for held in profiles if held is not None and not held.is_adapter)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Of a GPU's memory; None of another device's."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None

@@ -50,9 +50,13 @@ class Peers:
         """Whether an admin port is configured."""
         return bool(self._urls)
 
+    def is_due(self, now: float) -> bool:
+        """`refresh` would resolve."""
+        return now >= self._next_refresh
+
     def refresh(self, now: float) -> None:
         """Resolve the host names if RESOLVE_SECONDS have passed; a peer whose address remains keeps its state."""
-        if now < self._next_refresh:
+        if not self.is_due(now):
             return
         self._next_refresh = now + RESOLVE_SECONDS
         urls = dict.fromkeys(address for url in self._urls for address in self._addresses(url))

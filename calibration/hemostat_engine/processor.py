@@ -8,8 +8,10 @@ from the arguments of its constructor.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from hemostat_calibration.errors import HemostatError
 from hemostat_engine import answers, xargs
 from hemostat_engine.core import Binding, Core, Ranks
 from hemostat_engine.settings import Settings
+from hemostat_engine.taps import Reading
+from hemostat_engine.transform import HeldProfile
 from hemostat_engine.weights import LoadedWeights
 
 _INTERFACES = ("vllm.v1.sample.logits_processor", "vllm.v1.worker.gpu.sample.logits_processor")
@@ -112,11 +116,15 @@ class BatchV1:
         if not self._rows or not self._core.fits(logits):
             return logits
         tapped = [(row, binding, ids) for row, (binding, ids) in self._rows.items() if binding.nonce is not None]
+        rows = [(row, binding) for row, binding, _ in tapped]
+        reading = None
         if tapped:
-            rows = [(row, binding) for row, binding, _ in tapped]
-            # The id at this position is sampled after this call. Of the last position it is never seen here.
-            self._core.tap_rows(logits, rows, [(len(ids), ids[-1] if ids else -1) for _, _, ids in tapped])
+            bindings = [binding for _, binding in rows]
+            reading = self._core.read(bindings, logits, lambda: (self._core.on_device([row for row, _ in rows]),))
         self._core.apply_rows(logits, [(row, binding) for row, (binding, _) in self._rows.items()])
+        if reading is not None:
+            # The id at this position is sampled after this call. Of the last position it is never seen here.
+            self._core.tap_rows(reading, rows, [(len(ids), ids[-1] if ids else -1) for _, _, ids in tapped])
         return logits
 
 
@@ -169,38 +177,51 @@ class SlotsV2:
     def _apply_plain(self, logits: torch.Tensor, bound: list[tuple[int, int]], ctx: Any) -> None:
         """One row for each request, in the batch's order."""
         tapped = [(row, slot) for row, slot in bound if self._slots[slot].nonce is not None]
-        if tapped:
+
+        def where() -> tuple[torch.Tensor, ...]:
             rows = self._core.on_device([row for row, _ in tapped])
-            self._tap(logits, [slot for _, slot in tapped], rows, ctx, ctx.input_ids.index_select(0, rows))
+            return rows, *_places(ctx, rows), ctx.input_ids.index_select(0, rows)
+
+        reading = self._read(logits, [slot for _, slot in tapped], where)
         self._core.apply_rows(logits, [(row, self._slots[slot]) for row, slot in bound])
+        self._tap(reading, [slot for _, slot in tapped])
 
     def _apply_expanded(self, logits: torch.Tensor, slots: list[int], ctx: Any) -> None:
         """Speculative decoding: several rows a request. Only the device knows which, so rows are selected there."""
         tapped = [slot for slot in slots if self._slots[slot].nonce is not None]
-        if tapped:
+
+        def where() -> tuple[torch.Tensor, ...]:
             rows = torch.arange(logits.shape[0], device=logits.device)
             # Draft tokens are fed that may be rejected.
-            self._tap(logits, tapped, rows, ctx, torch.full_like(rows, -1))
-        by_version: dict[str, list[int]] = {}
-        for slot in slots:
-            version = self._slots[slot].applied
-            if version is not None:
-                by_version.setdefault(version, []).append(slot)
-        for chosen in by_version.values():
-            profile = self._slots[chosen[0]].profile
-            assert profile is not None
-            mask = torch.isin(ctx.expanded_idx_mapping, self._core.on_device(chosen).to(ctx.expanded_idx_mapping.dtype))
-            self._core.apply_where(logits, profile, mask, len(chosen))
+            return rows, *_places(ctx, rows), torch.full_like(rows, -1)
 
-    def _tap(self, logits: torch.Tensor, slots: list[int], rows: torch.Tensor, ctx: Any, fed: torch.Tensor) -> None:
-        self._core.tap_slots(
-            logits,
-            {slot: (self._slots[slot], self._prompt_lens[slot]) for slot in slots},
-            rows,
-            ctx.expanded_idx_mapping.index_select(0, rows),
-            ctx.pos.index_select(0, rows),
-            fed,
-        )
+        def mask(chosen: list[int]) -> torch.Tensor:
+            slot_of_row = ctx.expanded_idx_mapping
+            return torch.isin(slot_of_row, self._core.on_device(chosen).to(slot_of_row.dtype))
+
+        reading = self._read(logits, tapped, where)
+        by_version: dict[str, tuple[HeldProfile, list[int]]] = {}
+        for slot in slots:
+            profile = self._slots[slot].profile
+            if profile is not None:
+                by_version.setdefault(profile.version, (profile, []))[1].append(slot)
+        for profile, chosen in by_version.values():
+            self._core.apply_where(logits, profile, functools.partial(mask, chosen), len(chosen))
+        self._tap(reading, tapped)
+
+    def _read(
+        self, logits: torch.Tensor, slots: list[int], where: Callable[[], tuple[torch.Tensor, ...]]
+    ) -> Reading | None:
+        return self._core.read([self._slots[slot] for slot in slots], logits, where) if slots else None
+
+    def _tap(self, reading: Reading | None, slots: list[int]) -> None:
+        if reading is not None:
+            self._core.tap_slots(reading, {slot: (self._slots[slot], self._prompt_lens[slot]) for slot in slots})
+
+
+def _places(ctx: Any, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots and positions of the rows."""
+    return ctx.expanded_idx_mapping.index_select(0, rows), ctx.pos.index_select(0, rows)
 
 
 class LogitsProcessor(*_interfaces()):  # type: ignore[misc] # the bases depend on the vLLM that is installed

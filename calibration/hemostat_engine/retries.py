@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 log = logging.getLogger("hemostat.engine")
 
@@ -12,32 +13,63 @@ MAX_OPERATIONS = 256
 """Operations whose failures are remembered; the oldest are forgotten."""
 
 
-class Retries:
-    """Failures by the operation's name. Each is logged once until its text changes. `now` is in monotonic seconds."""
+def first_line(text: str) -> str:
+    """Of what another library raises: at most 300 characters."""
+    return text.partition("\n")[0][:300]
 
-    def __init__(self) -> None:
+
+class Retries:
+    """Failures by the operation's name. Each is logged once until its text changes. `now` is in monotonic seconds.
+
+    Several threads may use it. level: of the log.
+    """
+
+    def __init__(self, level: int = logging.WARNING) -> None:
+        self._level = level
+        self._lock = threading.Lock()
         self._paused: dict[str, tuple[float, float]] = {}
         """Operation: (end of the pause, its length)."""
         self._logged: dict[str, str] = {}
 
     def may_try(self, operation: str, now: float) -> bool:
-        return self._paused.get(operation, (0.0, 0.0))[0] <= now
+        with self._lock:
+            return self._paused.get(operation, (0.0, 0.0))[0] <= now
 
     def failed(self, operation: str, error: Exception, now: float) -> None:
         """Start or double the pause, and log the error if it is new."""
-        last = self._paused.pop(operation, None)
-        pause = FIRST_PAUSE_SECONDS if last is None else min(2 * last[1], MAX_PAUSE_SECONDS)
-        self._paused[operation] = (now + pause, pause)
-        if len(self._paused) > MAX_OPERATIONS:
-            del self._paused[next(iter(self._paused))]
         text = str(error)
-        if self._logged.get(operation) != text:
+        with self._lock:
+            last = self._paused.pop(operation, None)
+            pause = FIRST_PAUSE_SECONDS if last is None else min(2 * last[1], MAX_PAUSE_SECONDS)
+            self._paused[operation] = (now + pause, pause)
+            if len(self._paused) > MAX_OPERATIONS:
+                del self._paused[next(iter(self._paused))]
+            if self._logged.get(operation) == text:
+                return
             self._logged[operation] = text
             if len(self._logged) > MAX_OPERATIONS:
                 del self._logged[next(iter(self._logged))]
-            log.warning("%s", text)
+        log.log(self._level, "%s", text)
 
     def succeeded(self, operation: str) -> None:
-        self._paused.pop(operation, None)
-        if self._logged.pop(operation, None) is not None:
-            log.info("%s works again", operation)
+        with self._lock:
+            self._paused.pop(operation, None)
+            logged = self._logged.pop(operation, None)
+        if logged is not None:
+            log.log(min(self._level, logging.INFO), "%s works again", operation)
+
+
+class Allowance:
+    """At most `most` at once, and on average `per_second`: of what clients can cause. Not thread-safe."""
+
+    def __init__(self, per_second: float, most: float, now: float) -> None:
+        self._per_second, self._most = per_second, most
+        self._left, self._counted_at = most, now
+
+    def take(self, now: float) -> bool:
+        self._left = min(self._most, self._left + (now - self._counted_at) * self._per_second)
+        self._counted_at = now
+        if self._left < 1.0:
+            return False
+        self._left -= 1.0
+        return True

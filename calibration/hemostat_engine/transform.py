@@ -11,7 +11,8 @@ the rows of the step) and three over the row's logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,9 @@ from hemostat_calibration.errors import InvalidProfileError
 from hemostat_calibration.profiles import transform as numpy_transform
 from hemostat_calibration.profiles.families import ADAPTER, CONTEXTUAL, TEMPERATURE_BIAS, map_parameters
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_engine.product import Matrix, Product
+from hemostat_engine.product import Matrix, Product, upload
 
+CPU = torch.device("cpu")
 CHUNK_ELEMENTS = 1 << 24
 """Logits processed at a time: every temporary is below 64 MiB, for any batch size."""
 
@@ -104,57 +106,54 @@ FAMILIES: Mapping[str, Family] = {
 
 
 class HeldProfile:
-    """A profile's parameters as tensors: on the host, and on the device from its first use on.
+    """A profile's parameters as tensors on the device, float32 except ids and the products (see `product`).
 
-    Tensors are float32, except ids and the products (see `product`). The constructor executes no tensor operation: it
-    runs on the agent's thread, and a second thread that uses PyTorch gets a second OpenMP team, which made decoding a
-    fifth slower (`make bench-engine`).
+    The constructor allocates all of them there, so that memory that is missing is missing then and not while a request
+    is decoded. It raises what PyTorch raises.
 
-    anchors: digest of its `anchor_count` anchor ids; None for a family without anchors. is_probe: it changes no row
-    (`up` is zero, or it is an adapter without a map). is_adapter: its Δz is of the logits that the model has with the
-    adapter, and means nothing on other rows.
+    failed: it is not applied any more, since that failed. anchors: digest of its `anchor_count` anchor ids; None for a
+    family without anchors. is_probe: it changes no row (`up` is zero, or it is an adapter without a map). is_adapter:
+    its Δz is of the logits that the model has with the adapter, and means nothing on other rows.
     """
 
-    def __init__(self, profile: CalibrationProfile) -> None:
+    def __init__(self, profile: CalibrationProfile, device: torch.device = CPU) -> None:
         if profile.family not in FAMILIES:
             raise InvalidProfileError(
                 f"profile {profile.version} is of the family {profile.family!r}, which this engine plugin "
                 "cannot apply: upgrade hemostat in vLLM's environment"
             )
         self.version = profile.version
+        self.failed = False
         self.clamp_nats = profile.clamp_nats
         anchors = numpy_transform.anchors(profile)
         self.anchors = None if anchors is None else numpy_transform.anchors_digest(anchors)
         self.anchor_count = 0 if anchors is None else len(anchors)
         self.is_adapter = profile.family == ADAPTER
-        parameters = map_parameters(profile.parameters) if self.is_adapter else profile.parameters
+        parameters = applied_parameters(profile)
         self._family = FAMILIES[CONTEXTUAL if self.is_adapter and parameters else profile.family]
         self.is_probe = not parameters["up"].any() if "up" in parameters else self.is_adapter
-        self._host = {
-            name: _tensor(value, name in self._family.transposed)
-            for name, value in parameters.items()
-            if name not in self._family.products
-        }
-        self._products = {name: Product(parameters[name]) for name in self._family.products}
-        self._on: dict[torch.device, Parameters] = {}
-
-    def on(self, device: torch.device) -> Parameters:
-        """The parameters on `device`. Only the engine's thread may call it: the copies are on its stream."""
-        if device not in self._on:
-            self._on[device] = Parameters(
-                {name: value.to(device) for name, value in self._host.items()},
-                {name: product.on(device) for name, product in self._products.items()},
-            )
-        return self._on[device]
+        self.parameters = Parameters(
+            {
+                name: upload(_array(value, name in self._family.transposed), device)
+                for name, value in parameters.items()
+                if name not in self._family.products
+            },
+            {name: Product(parameters[name]).on(device) for name in self._family.products},
+        )
 
     def shift(self, logits: torch.Tensor, rows: torch.Tensor | None) -> Shift:
         """The change of `rows` (int64 [R], on the device of `logits`; None: all), before the clamp."""
-        return self._family.shift(self.on(logits.device), logits, rows)
+        return self._family.shift(self.parameters, logits, rows)
 
 
-def _tensor(value: npt.NDArray[Any], transposed: bool) -> torch.Tensor:
+def applied_parameters(profile: CalibrationProfile) -> Mapping[str, npt.NDArray[Any]]:
+    """Those that are applied to logits: of an adapter its map's, if it has one."""
+    return map_parameters(profile.parameters) if profile.family == ADAPTER else profile.parameters
+
+
+def _array(value: npt.NDArray[Any], transposed: bool) -> npt.NDArray[Any]:
     dtype = np.int64 if value.dtype.kind == "i" else np.float32
-    return torch.from_numpy(np.array(value.T if transposed else value, dtype=dtype, order="C"))
+    return np.array(value.T if transposed else value, dtype=dtype, order="C")
 
 
 def centred(logits: torch.Tensor, rows: torch.Tensor | None, anchors: torch.Tensor) -> torch.Tensor:
@@ -164,42 +163,103 @@ def centred(logits: torch.Tensor, rows: torch.Tensor | None, anchors: torch.Tens
     return z.sub_(z.mean(dim=-1, keepdim=True))
 
 
-def apply_to_rows(profile: HeldProfile, logits: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """Add Δz in place to `logits` [N, V] (float32, float16 or bfloat16) at `rows` (int64 [R], distinct, on the same
-    device; None: all). Returns how many rows were masked and limited, int64 [2] on the device (see `Shift`)."""
-    counts = torch.zeros(2, dtype=torch.int64, device=logits.device)
-    for target, part in _parts(logits, rows):
-        shift = profile.shift(target, part)
-        delta = shift.delta.clamp_(-profile.clamp_nats, profile.clamp_nats)
-        if part is None:
-            target.add_(delta)
-        elif target.dtype is torch.float32:
-            target.index_add_(0, part, delta)
+Commit = Callable[[], None]
+Run = Callable[[Callable[[], Commit]], bool]
+"""Carries out one part of a change: calls what computes it, and what that returns, which changes the logits in place.
+False: the parts that follow are left out."""
+
+
+def at_once(compute: Callable[[], Commit]) -> bool:
+    compute()()
+    return True
+
+
+def apply_to_rows(
+    profile: HeldProfile,
+    logits: torch.Tensor,
+    rows: Sequence[int] | None,
+    counts: torch.Tensor,
+    *,
+    on_device: Callable[[Sequence[int]], torch.Tensor],
+    run: Run = at_once,
+) -> None:
+    """Add Δz in place to `logits` [N, V] (float32, float16 or bfloat16) at `rows` (distinct; None: all).
+
+    counts: int64 [2] on the device, to which the rows that were masked and limited are added (see `Shift`). on_device:
+    copies indices there. Nothing that can fail is done outside of what `run` calls.
+    """
+    step = _step(logits)
+    for at in range(0, logits.shape[0] if rows is None else len(rows), step):
+        part = slice(at, at + step)
+        target, index = (logits[part], None) if rows is None else (logits, functools.partial(on_device, rows[part]))
+        if not run(functools.partial(_change, profile, target, index, counts)):
+            return
+
+
+def apply_where(
+    profile: HeldProfile,
+    logits: torch.Tensor,
+    chosen: Callable[[], torch.Tensor],
+    counts: torch.Tensor,
+    *,
+    run: Run = at_once,
+) -> None:
+    """The same for the rows where `chosen()` (bool [N], on the device) is true, without waiting for the device."""
+    step = _step(logits)
+    for at in range(0, logits.shape[0], step):
+        if not run(functools.partial(_masked_change, profile, logits, slice(at, at + step), chosen, counts)):
+            return
+
+
+def _change(
+    profile: HeldProfile, logits: torch.Tensor, index: Callable[[], torch.Tensor] | None, counts: torch.Tensor
+) -> Commit:
+    rows = None if index is None else index()
+    shift = profile.shift(logits, rows)
+    delta = shift.delta.clamp_(-profile.clamp_nats, profile.clamp_nats)
+    counted = _counted(shift, None)
+    if rows is not None and logits.dtype is not torch.float32:
+        delta = delta.add_(logits.index_select(0, rows)).to(logits.dtype)
+
+    def commit() -> None:
+        if rows is None:
+            logits.add_(delta)
+        elif logits.dtype is torch.float32:
+            logits.index_add_(0, rows, delta)
         else:
-            target.index_copy_(0, part, delta.add_(target.index_select(0, part)).to(target.dtype))
-        _count(counts, shift, None)
-    return counts
+            logits.index_copy_(0, rows, delta)
+        if counted is not None:
+            counts.add_(counted)
+
+    return commit
 
 
-def apply_where(profile: HeldProfile, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """The same for the rows where `chosen` (bool [N], on the device) is true, without waiting for the device."""
-    counts = torch.zeros(2, dtype=torch.int64, device=logits.device)
-    at = 0
-    for target, _ in _parts(logits, None):
-        mask = chosen[at : at + target.shape[0]]
-        at += target.shape[0]
-        shift = profile.shift(target, None)
-        delta = shift.delta.clamp_(-profile.clamp_nats, profile.clamp_nats)
-        # Adding -0.0 changes no bits; adding 0.0 would turn -0.0 into 0.0.
-        target.add_(delta.masked_fill_(~mask[:, None], -0.0))
-        _count(counts, shift, mask)
-    return counts
+def _masked_change(
+    profile: HeldProfile,
+    logits: torch.Tensor,
+    part: slice,
+    chosen: Callable[[], torch.Tensor],
+    counts: torch.Tensor,
+) -> Commit:
+    target, mask = logits[part], chosen()[part]
+    shift = profile.shift(target, None)
+    # Adding -0.0 changes no bits; adding 0.0 would turn -0.0 into 0.0.
+    delta = shift.delta.clamp_(-profile.clamp_nats, profile.clamp_nats).masked_fill_(~mask[:, None], -0.0)
+    counted = _counted(shift, mask)
+
+    def commit() -> None:
+        target.add_(delta)
+        if counted is not None:
+            counts.add_(counted)
+
+    return commit
 
 
-def _count(counts: torch.Tensor, shift: Shift, chosen: torch.Tensor | None) -> None:
-    if shift.masked is not None and shift.limited is not None:
-        flags = torch.stack((shift.masked, shift.limited))
-        counts.add_((flags if chosen is None else flags & chosen).sum(dim=-1))
+def _counted(shift: Shift, chosen: torch.Tensor | None) -> torch.Tensor | None:
+    if shift.masked is None or shift.limited is None:
+        return None
+    flags = torch.stack((shift.masked, shift.limited))
+    return (flags if chosen is None else flags & chosen).sum(dim=-1)
 
 
 def evaluate(
@@ -207,14 +267,14 @@ def evaluate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For the unmodified `rows` of `logits`, by profile: log E_c[e^Δz] with c = softmax(z), float32 [P, R] in nats, and
     whether the clamp binds anywhere in the row, bool [P, R]."""
-    pieces = [_evaluate(profiles, *piece) for piece in _parts(logits, rows)]
+    pieces = [_evaluate(profiles, logits, part) for part in rows.split(_step(logits))]
     return torch.cat([found for found, _ in pieces], dim=1), torch.cat([clamped for _, clamped in pieces], dim=1)
 
 
 def _evaluate(
-    profiles: tuple[HeldProfile, ...], logits: torch.Tensor, rows: torch.Tensor | None
+    profiles: tuple[HeldProfile, ...], logits: torch.Tensor, rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    z = (logits if rows is None else logits.index_select(0, rows)).float()
+    z = logits.index_select(0, rows).float()
     weights = (z - z.amax(dim=-1, keepdim=True)).exp_()
     total = weights.sum(dim=-1)
     found, clamped = [], []
@@ -226,10 +286,7 @@ def _evaluate(
     return torch.stack(found), torch.stack(clamped)
 
 
-def _parts(logits: torch.Tensor, rows: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """(logits, rows) in parts of at most `CHUNK_ELEMENTS` logits; for all rows the parts are views."""
-    step = max(1, CHUNK_ELEMENTS // logits.shape[1])
-    if rows is None:
-        yield from ((part, None) for part in logits.split(step))
-    else:
-        yield from ((logits, part) for part in rows.split(step))
+def _step(logits: torch.Tensor) -> int:
+    """Rows of a part."""
+    step: int = max(1, CHUNK_ELEMENTS // logits.shape[1])
+    return step

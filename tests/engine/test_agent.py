@@ -42,14 +42,19 @@ def admin() -> Iterator[EngineAdmin]:
 
 
 class Rank:
-    """An agent whose `tick` the test calls, with its library, counters and taps."""
+    """An agent without threads, with its library, counters and taps."""
 
     def __init__(self, settings: Settings, rank: int = 0, world_size: int = 1, boot_id: str = "boot") -> None:
         self.library = Library(VOCAB_SIZE)
         self.counters = Counters()
         self.taps = Taps(self.counters)
         identity = Identity(boot_id, rank, world_size, VOCAB_SIZE, "v1", "test")
-        self.agent = Agent(identity, settings, self.library, self.counters, self.taps)
+        self.agent = Agent(identity, settings, self.library, self.counters, self.taps, spawn=lambda run: run())
+
+    def tick(self, now: float) -> None:
+        """What both threads do, one after the other."""
+        self.agent.tick(now)
+        self.agent.fetcher.tick(now)
 
 
 def at(admin: EngineAdmin, **more: Any) -> Settings:
@@ -60,13 +65,13 @@ def test_requested_profile_is_acknowledged_once_every_rank_has_it(admin: EngineA
     admin.files[PROFILE.version] = PROFILE.to_bytes()
     admin.registry.set_wanted([PROFILE.version])
     ranks = [Rank(at(admin), rank, 2) for rank in range(2)]
-    ranks[0].agent.tick(0.0)
+    ranks[0].tick(0.0)
     assert ranks[0].library.versions() == (PROFILE.version,)
-    ranks[0].agent.tick(0.25)
+    ranks[0].tick(0.25)
     assert admin.registry.acknowledged(0.0) == frozenset()
-    ranks[1].agent.tick(0.5)
+    ranks[1].tick(0.5)
     assert admin.registry.acknowledged(0.0) == frozenset()
-    ranks[1].agent.tick(0.75)
+    ranks[1].tick(0.75)
     assert admin.registry.acknowledged(0.0) == {PROFILE.version}
 
 
@@ -74,7 +79,7 @@ def test_version_named_by_a_request_is_fetched(admin: EngineAdmin) -> None:
     admin.files[PROFILE.version] = PROFILE.to_bytes()
     rank = Rank(at(admin))
     assert rank.library.get(PROFILE.version) is None
-    rank.agent.tick(0.0)
+    rank.tick(0.0)
     assert rank.library.get(PROFILE.version) is not None
 
 
@@ -90,12 +95,12 @@ def test_tampered_truncated_and_foreign_profiles_are_refused_and_counted(make: A
     }
     admin.registry.set_wanted([first.version, second.version, other.version])
     rank = Rank(at(admin))
-    rank.agent.tick(0.0)
+    rank.tick(0.0)
     assert rank.library.versions() == ()
     assert rank.counters.read()["profiles_refused"] == 3
     # The intact file is accepted.
     admin.files[first.version] = first.to_bytes()
-    rank.agent.tick(1.0)
+    rank.tick(1.0)
     assert rank.library.versions() == (first.version,)
 
 
@@ -105,7 +110,7 @@ def test_unknown_family_is_refused(admin: EngineAdmin, monkeypatch: pytest.Monke
     admin.registry.set_wanted([profile.version])
     rank = Rank(at(admin))
     monkeypatch.setattr(transform, "FAMILIES", {})
-    rank.agent.tick(0.0)
+    rank.tick(0.0)
     assert rank.counters.read()["profiles_refused"] == 1
     assert rank.library.versions() == ()
 
@@ -117,18 +122,18 @@ def test_restarted_engine_fetches_again_and_old_taps_are_unchanged(
     admin.files[profile.version] = profile.to_bytes()
     admin.registry.set_wanted([profile.version])
     old, new = Rank(at(admin), boot_id="old"), Rank(at(admin), boot_id="new")
-    old.agent.tick(0.0)
-    old.agent.tick(0.25)
+    old.tick(0.0)
+    old.tick(0.25)
     for position in range(3):
         old.taps.push(step(position, [0.5], features=[1.0, -1.0]))
-    old.agent.tick(0.5)
+    old.tick(0.5)
     assert admin.registry.acknowledged(0.0) == {profile.version}
     # The old engine ends here, in the middle of a request: its taps are kept, and nothing is added to them.
     admin.now = 16.0
-    new.agent.tick(0.0)
+    new.tick(0.0)
     assert new.library.versions() == (profile.version,)
     assert admin.registry.acknowledged(16.0) == frozenset()
-    new.agent.tick(0.25)
+    new.tick(0.25)
     assert admin.registry.acknowledged(16.0) == {profile.version}
     taken = admin.registry.taps.take("n", 99)
     assert taken is not None
@@ -141,7 +146,7 @@ def test_pause_doubles_for_a_version_that_does_not_exist(admin: EngineAdmin) -> 
     for now in range(200):
         rank.library.get("0" * 32)
         before = len(admin.seen)
-        rank.agent.tick(float(now))
+        rank.tick(float(now))
         if any("profiles" in path for path in admin.seen[before:]):
             asked.append(now)
     assert asked == [0, 1, 3, 7, 15, 31, 63, 123, 183]
@@ -153,11 +158,11 @@ def test_failing_admin_port_is_backed_off_and_logged_once(admin: EngineAdmin, ca
     rank = Rank(at(admin))
     with caplog.at_level(logging.INFO, "hemostat.engine"):
         for now in range(30):
-            rank.agent.tick(float(now))
+            rank.tick(float(now))
         assert len(admin.seen) == 5
         assert rank.counters.read() == {"report_errors": 5}
         admin.status = None
-        rank.agent.tick(40.0)
+        rank.tick(40.0)
     assert [r.message for r in caplog.records] == ["/api/v1/engine/report: HTTP 500", "report works again"]
 
 
@@ -165,7 +170,7 @@ def test_failing_admin_port_is_backed_off_and_logged_once(admin: EngineAdmin, ca
 def test_invalid_response_is_a_counted_failure(admin: EngineAdmin, answer: bytes) -> None:
     admin.answer = answer or b" "
     rank = Rank(at(admin))
-    rank.agent.tick(0.0)
+    rank.tick(0.0)
     assert rank.counters.read() == {"report_errors": 1}
 
 
@@ -173,7 +178,7 @@ def test_invalid_version_is_used_in_no_path_and_no_url(admin: EngineAdmin, tmp_p
     admin.answer = json.dumps({"hold": ["../../etc/passwd", "A" * 32, PROFILE.version + "/x"]}).encode()
     (tmp_path / "notes.safetensors").write_bytes(b"not a profile")
     rank = Rank(at(admin, profile_dir=tmp_path))
-    rank.agent.tick(0.0)
+    rank.tick(0.0)
     assert admin.seen == ["/api/v1/engine/report"]
     assert rank.library.missing() == ()
 
@@ -205,12 +210,12 @@ def test_refused_connection_is_a_fetch_error() -> None:
 
 def test_profiles_are_loaded_from_the_folder_alone(tmp_path: Path) -> None:
     rank = Rank(Settings(profile_dir=tmp_path))
-    rank.agent.tick(0.0)
+    rank.tick(0.0)
     (tmp_path / f"{PROFILE.version}.safetensors").write_bytes(PROFILE.to_bytes())
     (tmp_path / f"{'0' * 32}.safetensors").write_bytes(PROFILE.to_bytes())
-    rank.agent.tick(0.5)
+    rank.tick(0.5)
     assert rank.library.versions() == ()
-    rank.agent.tick(1.0)
+    rank.tick(1.0)
     assert rank.library.versions() == (PROFILE.version,)
     assert rank.counters.read() == {"profiles_refused": 1}
 
@@ -218,7 +223,7 @@ def test_profiles_are_loaded_from_the_folder_alone(tmp_path: Path) -> None:
 def test_missing_folder_is_counted(tmp_path: Path) -> None:
     rank = Rank(Settings(profile_dir=tmp_path / "none"))
     rank.library.get(PROFILE.version)
-    rank.agent.tick(0.0)
+    rank.tick(0.0)
     assert rank.counters.read() == {"profiles_missing": 1}
 
 
@@ -261,7 +266,7 @@ def test_taps_reach_the_registry_as_runs(admin: EngineAdmin) -> None:
         rank.taps.push(step(position, [0.5 + position], "a" * 32))
     rank.taps.push(step(3, [9.0], "a" * 32, versions=2))
     rank.taps.push(step(2, [float("nan")], "a" * 32))
-    rank.agent.tick(0.0)
+    rank.tick(0.0)
     assert rank.counters.read()["taps_sent"] == 5
     assert admin.registry.taps.covered("n") == 4
     taken = admin.registry.taps.take("n", 99)
@@ -278,7 +283,7 @@ def test_features_with_non_finite_values_become_nan_rows(admin: EngineAdmin) -> 
     rank = Rank(at(admin))
     for position, features in enumerate(([1.0, -1.0], [2.0, float("nan")], None, [float("inf"), 0.0], [3.0, -3.0])):
         rank.taps.push(step(position, [0.0], features=features))
-    rank.agent.tick(0.0)
+    rank.tick(0.0)
     taken = admin.registry.taps.take("n", 99)
     assert taken is not None
     assert taken.features is not None
@@ -295,7 +300,7 @@ def test_messages_of_taps_stay_below_the_limit_of_the_admin_port(admin: EngineAd
         rank.taps.push(step(position, [0.0], features=wide))
     now = 0.0
     while len(rank.taps):
-        rank.agent.tick(now)
+        rank.tick(now)
         now += 0.25
     assert max(admin.sizes["/api/v1/engine/tap"]) < MAX_TAP_BYTES / 1.5
     assert admin.registry.taps.covered("n") == 60
@@ -305,13 +310,13 @@ def test_undeliverable_taps_are_dropped_and_counted(admin: EngineAdmin) -> None:
     admin.status = 503
     rank = Rank(at(admin))
     rank.taps.push(step(0, [1.0]))
-    rank.agent.tick(0.0)
+    rank.tick(0.0)
     assert rank.counters.read()["taps_dropped"] == 1
     rank.taps.push(step(1, [1.0]))
-    rank.agent.tick(0.25)
+    rank.tick(0.25)
     assert len(rank.taps) == 1
     admin.status = None
-    rank.agent.tick(2.0)
+    rank.tick(2.0)
     assert rank.counters.read()["taps_sent"] == 1
 
 
@@ -342,8 +347,8 @@ def test_every_replica_gets_reports_and_the_leading_one_has_priority(admins: lis
     admins[0].files = {profile.version: profile.to_bytes() for profile in (serving, probe)}
     admins[1].files = {profile.version: profile.to_bytes() for profile in (serving, candidate)}
     rank = Rank(at_all(admins))
-    rank.agent.tick(0.0)
-    rank.agent.tick(0.25)
+    rank.tick(0.0)
+    rank.tick(0.25)
     expected = (serving.version, candidate.version, probe.version)
     assert tuple(held.version for held in rank.library.candidates()) == expected
     for admin in admins:
@@ -356,29 +361,29 @@ def test_other_replicas_continue_when_one_fails(admins: list[EngineAdmin]) -> No
     admins[0].files[PROFILE.version] = PROFILE.to_bytes()
     rank = Rank(at_all(admins))
     admins[1].status = 503
-    rank.agent.tick(0.0)
-    rank.agent.tick(0.25)
+    rank.tick(0.0)
+    rank.tick(0.25)
     assert admins[0].registry.acknowledged(0.0) == {PROFILE.version}
     # The replica that has it fails before the fetch; the other one has it from the store.
     other = make_profile(2)
     admins[0].registry.set_wanted([other.version])
-    rank.agent.tick(2.0)
+    rank.tick(2.0)
     assert rank.library.missing() == (other.version,)
     admins[0].status, admins[1].status = 503, None
     admins[1].registry.set_wanted([other.version])
     admins[1].files[other.version] = other.to_bytes()
     for now in (10.0, 10.25):
-        rank.agent.tick(now)
+        rank.tick(now)
     assert admins[1].registry.acknowledged(10.25) == {PROFILE.version, other.version}
 
 
 def test_taps_go_to_the_replica_of_the_request(admins: list[EngineAdmin]) -> None:
     rank = Rank(at_all(admins))
-    rank.agent.tick(0.0)
+    rank.tick(0.0)
     for nonce, value in (("aa-1", 0.25), ("bb-1", 0.5), ("cc-1", 0.75)):
         one = step(0, [value])
         rank.taps.push(Step(one.reading, [TappedRow(0, nonce, None, 0)]))
-    rank.agent.tick(0.25)
+    rank.tick(0.25)
     for admin, nonce, value in zip(admins, ("aa-1", "bb-1"), (0.25, 0.5), strict=True):
         taken = admin.registry.taps.take(nonce, 99)
         assert taken is not None
@@ -452,13 +457,13 @@ def test_report_says_which_adapters_are_loaded_and_the_answer_which_are_wanted(
     monkeypatch.setattr(agents, "adapters", state)
     admin.registry.set_wanted([PROFILE.version])
     rank = Rank(at(admin))
-    rank.agent.tick(0.0)
+    rank.tick(0.0)
     (report,) = admin.registry.live(0.0)
     assert (report.adapters, report.lora) == ([], None)
     assert state.wanted == {PROFILE.version}
     state.count("adapters_loaded")
     state.set_loaded(["a" * 32, "own", None], slots=4, max_rank=16)
-    rank.agent.tick(2.0)
+    rank.tick(2.0)
     (report,) = admin.registry.live(0.0)
     assert report.adapters == ["a" * 32]
     assert report.lora == LoraState(slots=4, max_rank=16, grouped=False, loaded=3, was_full=False)

@@ -100,7 +100,7 @@ def test_running_request_keeps_its_profile(make_core: Callable[..., Any]) -> Non
     bound, unbound = params(first), params(second)
     batch.update(update(2, added=[(0, bound, [1], []), (1, unbound, [1], [])]))
     assert counted(core, "requests_bound", "requests_unknown") == [1, 1]
-    assert core.library.missing() == (second,)
+    assert core.library.requested() == (second,)
     core.library.put(PROFILES[second])
     core.library._held.pop(first)
     check(batch, {0: first, 1: None}, 0, 2)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.support.engine_profiles import VOCAB_SIZE, make_profile
@@ -16,6 +17,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 import torch.distributed as dist  # noqa: E402
 
+from hemostat_engine import transform  # noqa: E402
 from hemostat_engine.core import Core, Ranks  # noqa: E402
 from hemostat_engine.settings import Settings  # noqa: E402
 
@@ -44,9 +46,30 @@ def rank_main(rank: int, folder: str) -> None:
     # Rank 1 has it a step later: running requests keep their binding, new ones are bound on both ranks.
     core.library.put(one)
     later = core.bind([*requests, SamplingParams(extra_args={"hemostat": one.version})])
+    first_applied, later_applied = ([b and b.applied for b in bound] for bound in (first, later))
+    # It fails on one rank, in the second of three parts: on both ranks that part and the next one stay as they are.
+    transform.CHUNK_ELEMENTS = VOCAB_SIZE
+    shifts = iter(range(9))
+    shift = transform.HeldProfile.shift
+
+    def raising(held: transform.HeldProfile, *rows: Any) -> transform.Shift:
+        if rank == 1 and next(shifts) == 1:
+            raise torch.OutOfMemoryError("injected")
+        return shift(held, *rows)
+
+    transform.HeldProfile.shift = raising  # type: ignore[method-assign]
+    logits = torch.zeros(4, VOCAB_SIZE)
+    bound = core.bind([SamplingParams(extra_args={"hemostat": both.version})])[0]
+    assert bound is not None
+    for _ in range(2):
+        core.apply_rows(logits, [(row, bound) for row in range(3)])
     answer = {
-        "first": [binding and binding.applied for binding in first],
-        "later": [binding and binding.applied for binding in later],
+        "changed": logits.any(dim=1).tolist(),
+        "applied": bound.applied,
+        "held": core.library.versions(),
+        "failed": core.counters.read().get("profiles_failed"),
+        "first": first_applied,
+        "later": later_applied,
         "taps": [binding and binding.nonce for binding in first],
         "boot_id": core.agent.identity.boot_id,
     }
@@ -56,9 +79,11 @@ def rank_main(rank: int, folder: str) -> None:
     os._exit(0)
 
 
-def test_profile_is_bound_only_when_every_rank_has_it(tmp_path: Path) -> None:
+def test_what_one_rank_cannot_apply_no_rank_applies(tmp_path: Path) -> None:
+    """A profile is bound only when every rank has it, and is off on all of them where it fails on one."""
     program = "import sys; from tests.engine.test_ranks import rank_main; rank_main(int(sys.argv[1]), sys.argv[2])"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path}
     ranks = [
         subprocess.Popen([sys.executable, "-c", program, str(rank), str(tmp_path)], env=environment) for rank in (0, 1)
     ]
@@ -74,5 +99,7 @@ def test_profile_is_bound_only_when_every_rank_has_it(tmp_path: Path) -> None:
         assert answer["first"] == [None, None, both, None]
         assert answer["later"] == [None, None, both, None, one]
         assert answer["boot_id"] == "boot-of-0"
+        assert answer["changed"] == [True, False, False, False]
+        assert (answer["applied"], answer["held"], answer["failed"]) == (None, [one], 1)
     assert answers[0]["taps"] == [None, "n", "n", "n"]
     assert answers[1]["taps"] == [None] * 4

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support import oracle
+from tests.support.raising_processor import RAISING_CLAMP
+from tests.support.stack import wait_for
 
 from hemostat.models import vllm_server as vllm_process
 from hemostat.models.reference_checkpoint import Checkpoints
@@ -279,6 +281,38 @@ def test_grammar_is_obeyed_and_rows_with_masked_anchors_are_unchanged(
     assert tap.applied == contextual.version
     assert not np.isfinite(tap.features.values).any()
     assert np.abs(tap.log_normalizer[contextual.version]).max() < 1e-5
+
+
+def test_a_profile_that_raises_is_off_and_the_server_goes_on(
+    vllm_server: Any, client: Client, plain: list[int], forcing: str
+) -> None:
+    raising = temperature_bias("", VOCAB_SIZE, 0.5, np.ones(VOCAB_SIZE, dtype=np.float32), RAISING_CLAMP, {})
+    registry = vllm_server.admin.registry
+    vllm_server.admin.files[raising.version] = raising.to_bytes()
+
+    def held() -> bool:
+        with vllm_server.admin.lock:
+            return raising.version in registry.acknowledged(0.0)
+
+    with vllm_server.admin.lock:
+        before = registry._wanted
+        registry.set_wanted([*before, raising.version])
+    wait_for("the profile is held", held, 60)
+    asked = [{"hemostat": raising.version, "hemostat_tap": "raises"}, {"hemostat": forcing}, None]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(client.tokens, asked))
+    assert (found[0][:4], found[1], found[2][:4]) == (plain[:4], [FORCED] * 8, plain[:4])
+    wait_for("it is not held any more", lambda: not held(), 60)
+    wait_for("its tap", lambda: registry.taps.covered("raises") == 8, 60)
+    with vllm_server.admin.lock:
+        tap = registry.taps.take("raises", 8)
+        assert registry.counters(0.0)["profiles_failed"] == 1
+        registry.set_wanted(before)
+    assert (tap.applied, tap.mixed) == (None, False)
+    assert client.tokens({"hemostat": raising.version})[:4] == plain[:4]
+    said = f"profile {raising.version} is off in this engine: OutOfMemoryError: injected"
+    assert vllm_server.log.read_text().count(said) == 1
+    assert not held(), "it is not loaded again"
 
 
 @pytest.fixture(scope="module")

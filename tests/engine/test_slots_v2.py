@@ -16,10 +16,10 @@ from tests.support.taps import received
 
 pytest.importorskip("vllm.v1.worker.gpu.sample.logits_processor")
 import torch
+from tests.support.slots import SLOTS, context, request_states
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.worker.gpu.sample.logits_processor import (
-    LogitsContext,
     LogitsProcRequestState,
     build_custom_logits_processors,
     build_custom_logits_processors_params_validator,
@@ -31,26 +31,11 @@ NAME = "hemostat_engine:LogitsProcessor"
 PROFILES = {p.version: p for p in (make_profile(1), make_contextual(2))}
 FIRST, SECOND = PROFILES
 UNKNOWN = "f" * 32
-SLOTS = 8
-
-
-def states() -> Any:
-    """What the loader hands on of the model runner's RequestState; its device buffers need UVA, which a CPU lacks."""
-    lengths = SimpleNamespace(np=np.zeros(SLOTS, dtype=np.int32))
-    return SimpleNamespace(
-        device=torch.device("cpu"),
-        max_num_reqs=SLOTS,
-        vocab_size=VOCAB_SIZE,
-        all_token_ids=None,
-        prompt_len=lengths,
-        prefill_len=SimpleNamespace(np=np.zeros(SLOTS, dtype=np.int32)),
-        total_len=None,
-    )
 
 
 def load(*versions: str) -> tuple[Any, Any]:
     """(processor, request states), through vLLM's own loader."""
-    req_states = states()
+    req_states = request_states()
     config: Any = SimpleNamespace(parallel_config=SimpleNamespace())
     (processor,) = build_custom_logits_processors(config, req_states, False, [NAME])
     for version in versions:
@@ -65,20 +50,6 @@ def tapping(monkeypatch: pytest.MonkeyPatch) -> None:
 def params(version: str | None = None, nonce: str | None = None, **more: Any) -> SamplingParams:
     extra = {"hemostat": version} if version else {}
     return SamplingParams(extra_args=(extra | ({"hemostat_tap": nonce} if nonce else {})) or None, **more)
-
-
-def context(slots: list[int], rows_each: list[int], first_pos: list[int]) -> LogitsContext:
-    """The batch's requests stand in `slots`, with so many rows each; the first row's input token is at `first_pos`."""
-    local = [i for n in rows_each for i in range(n)]
-    return LogitsContext(
-        expanded_idx_mapping=torch.tensor(np.repeat(slots, rows_each), dtype=torch.int32),
-        idx_mapping=torch.tensor(slots, dtype=torch.int32),
-        idx_mapping_np=np.array(slots, dtype=np.int32),
-        expanded_local_pos=torch.tensor(local, dtype=torch.int32),
-        input_ids=torch.zeros(len(local), dtype=torch.int32),
-        pos=torch.tensor(np.repeat(first_pos, rows_each) + np.array(local), dtype=torch.int64),
-        seq_lens_upper_bound_np=np.array(first_pos, dtype=np.int32) + 1,
-    )
 
 
 def test_vllm_loads_the_class_under_v2_and_validates_xargs() -> None:
@@ -216,7 +187,7 @@ def test_library_is_bounded_and_keeps_requested_versions() -> None:
     assert not library.put(profiles[4])
     for i in range(100):
         library.get(f"{i:032x}")
-    assert len(library.missing()) <= 32
+    assert len(library.requested()) == 32
 
 
 def test_requests_with_one_nonce_are_numbered_and_tell_the_ids_before_each_position(

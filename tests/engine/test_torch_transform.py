@@ -33,6 +33,20 @@ def logits(rows: int, vocab_size: int, seed: int, masked: float = 0.0) -> np.nda
     return z.astype(np.float32)
 
 
+def apply_to_rows(held: transform.HeldProfile, z: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """Returns how many rows were masked and limited."""
+    counts = torch.zeros(2, dtype=torch.int64)
+    chosen = None if rows is None else rows.tolist()
+    transform.apply_to_rows(held, z, chosen, counts, on_device=lambda part: torch.tensor(part, dtype=torch.int64))
+    return counts
+
+
+def apply_where(held: transform.HeldProfile, z: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    counts = torch.zeros(2, dtype=torch.int64)
+    transform.apply_where(held, z, lambda: chosen, counts)
+    return counts
+
+
 def test_every_family_of_the_oracle_can_be_applied() -> None:
     assert set(transform.FAMILIES) == set(FAMILIES)
 
@@ -45,7 +59,7 @@ def test_apply_equals_the_oracle(make: Make, dtype: torch.dtype, rows: int, voca
     held = transform.HeldProfile(profile)
     z = torch.from_numpy(logits(rows, vocab_size, 2, masked=0.01)).to(dtype)
     expected = oracle.apply(profile, z.double().numpy())
-    transform.apply_to_rows(held, z, None)
+    apply_to_rows(held, z, None)
     got = z.double().numpy()
     assert (np.isneginf(got) == np.isneginf(expected)).all()
     finite = np.isfinite(expected)
@@ -61,7 +75,7 @@ def test_profile_of_realistic_size(bfloat16: bool, monkeypatch: pytest.MonkeyPat
     profile = make_contextual(4, 49_152, anchors=768, features=512, rank=64, hidden=512, kl_limit=0.5, scale=8.0)
     z = logits(8, 49_152, 5)
     got = torch.from_numpy(z.copy())
-    masked, limited = transform.apply_to_rows(transform.HeldProfile(profile), got, None).tolist()
+    masked, limited = apply_to_rows(transform.HeldProfile(profile), got, None).tolist()
     expected = oracle.apply(profile, z.astype(np.float64))
     np.testing.assert_allclose(got.numpy(), expected, atol=0.05 if bfloat16 else 1e-4)
     shift = np.square(expected - z).mean() ** 0.5
@@ -77,7 +91,7 @@ def test_large_batch_is_processed_in_parts() -> None:
     assert step < 256, "more than one part"
     before = z[:32].double().numpy()
     z += torch.arange(256)[:, None].float() / 256  # no two rows alike, and the profile is blind to a constant
-    transform.apply_to_rows(transform.HeldProfile(profile), z, None)
+    apply_to_rows(transform.HeldProfile(profile), z, None)
     for row in (0, step - 1, step, 2 * step + 1, 255):
         expected = oracle.apply(profile, before[row % 32]) + row / 256
         np.testing.assert_allclose(z[row].double().numpy(), expected, atol=1e-4)
@@ -115,10 +129,10 @@ def test_chosen_rows_only_by_index_or_by_mask(
     by_index, by_mask = torch.from_numpy(z.copy()), torch.from_numpy(z.copy())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transform, "CHUNK_ELEMENTS", chunk)
-        counts = transform.apply_to_rows(held, by_index, torch.tensor(picked, dtype=torch.int64))
+        counts = apply_to_rows(held, by_index, torch.tensor(picked, dtype=torch.int64))
         mask = torch.zeros(rows, dtype=torch.bool)
         mask[picked] = True
-        assert transform.apply_where(held, by_mask, mask).tolist() == counts.tolist()
+        assert apply_where(held, by_mask, mask).tolist() == counts.tolist()
     expected = z.copy()
     expected[picked] = oracle.apply(profile, z[picked].astype(np.float64))
     others = [row for row in range(rows) if row not in picked]
@@ -144,7 +158,7 @@ def test_nan_inf_and_fully_masked_rows_are_unchanged(make: Make) -> None:
     z[3] = -np.inf
     z[4, elsewhere[:3]] = np.nan, np.inf, -np.inf
     got = torch.from_numpy(z.copy())
-    counts = transform.apply_to_rows(transform.HeldProfile(profile), got, None)
+    counts = apply_to_rows(transform.HeldProfile(profile), got, None)
     np.testing.assert_allclose(got.numpy(), oracle.apply(profile, z), rtol=1e-5, atol=2e-5)
     if make is make_contextual:
         assert got.numpy()[:4].tobytes() == z[:4].tobytes()
@@ -164,7 +178,7 @@ def test_overflow_in_float32_is_identity_and_counted() -> None:
     z = logits(2, 40, 1)
     z[1, :4] = 1.0
     got = torch.from_numpy(z.copy())
-    assert transform.apply_to_rows(transform.HeldProfile(profile), got, None).tolist() == [1, 0]
+    assert apply_to_rows(transform.HeldProfile(profile), got, None).tolist() == [1, 0]
     assert (got.numpy() == z).all()
 
 
@@ -230,8 +244,8 @@ def test_an_adapter_without_a_map_changes_no_row() -> None:
     assert (held.is_adapter, held.is_probe, held.anchors, held.version) == (True, True, None, profile.version)
     z = torch.from_numpy(logits(3, profile.vocab_size, 1))
     got = z.clone()
-    assert transform.apply_to_rows(held, got, torch.tensor([2, 0])).tolist() == [0, 0]
-    transform.apply_where(held, got, torch.tensor([True, False, True]))
+    assert apply_to_rows(held, got, torch.tensor([2, 0])).tolist() == [0, 0]
+    apply_where(held, got, torch.tensor([True, False, True]))
     assert torch.equal(got, z)
     values, clamped = transform.evaluate((held,), z, torch.tensor([1]))
     assert (values.tolist(), clamped.tolist()) == ([[0.0]], [[False]])
@@ -245,8 +259,8 @@ def test_an_adapter_with_a_map_changes_rows_as_the_map_does() -> None:
     assert (held.anchors, held.clamp_nats) == (map_alone.anchors, map_alone.clamp_nats)
     z = torch.from_numpy(logits(3, profile.vocab_size, 1))
     got, expected = z.clone(), z.clone()
-    transform.apply_to_rows(held, got, None)
-    transform.apply_to_rows(map_alone, expected, None)
+    apply_to_rows(held, got, None)
+    apply_to_rows(map_alone, expected, None)
     assert torch.equal(got, expected)
     assert not torch.equal(got, z)
 

@@ -187,6 +187,7 @@ def test_the_registry_gets_it_once_it_is_known(tmp_path: Path) -> None:
             counters,
             Taps(counters),
             weights=found,
+            spawn=lambda run: run(),
         )
         agent.tick(0.0)
         assert admin.registry.live_engines(0.0) == 1

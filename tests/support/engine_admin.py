@@ -16,7 +16,8 @@ TOKEN = "s3cret"
 class EngineAdmin:
     """`files` is what it has, whatever its name says; `status` and `answer` are what it answers instead.
 
-    now: the registry's time, for the test to move. lock: held while the registry is written to.
+    now: the registry's time, for the test to move. lock: held while the registry is written to. hang: requests for
+    paths that begin with one of these get no answer before `close` is called; `hung` are those that wait.
     """
 
     def __init__(self) -> None:
@@ -28,6 +29,9 @@ class EngineAdmin:
         self.sizes: dict[str, list[int]] = {}
         self.answer: bytes | None = None
         self.now = 0.0
+        self.hang: tuple[str, ...] = ()
+        self.hung: list[str] = []
+        self._closed = threading.Event()
         admin = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -45,6 +49,9 @@ class EngineAdmin:
             def handle_any(self, body: bytes) -> None:
                 admin.seen.append(self.path)
                 admin.sizes.setdefault(self.path, []).append(len(body))
+                if self.path.startswith(admin.hang or (" ",)):
+                    admin.hung.append(self.path)
+                    admin._closed.wait()
                 if admin.status is not None:
                     return self.answer(admin.status)
                 if self.headers.get("authorization") != f"Bearer {TOKEN}":
@@ -77,6 +84,7 @@ class EngineAdmin:
         self._thread.start()
 
     def close(self) -> None:
+        self._closed.set()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.engine_admin import TOKEN, EngineAdmin
+from tests.support.paths import ROOT
 
 from hemostat.engines.messages import TapAnswer
 from hemostat.models import vllm_server as vllm_process
@@ -19,6 +21,9 @@ VLLM_ARGUMENTS = [
     *("--no-enable-prefix-caching", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     *("--logits-processors", vllm_process.LOGITS_PROCESSOR),
 ]
+
+RAISING_ARGUMENTS = [*VLLM_ARGUMENTS[:-1], "tests.support.raising_processor:LogitsProcessor"]
+"""The same, but that a profile can be made to raise."""
 
 LORA_ARGUMENTS = [*VLLM_ARGUMENTS, "--enable-lora", "--max-lora-rank", "16", "--max-loras", "2"]
 LORA_ENVIRONMENT = {"HEMOSTAT_ADAPTERS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
@@ -56,6 +61,7 @@ def running_vllm(
         "HEMOSTAT_PROFILE_DIR": str(profile_dir),
         "HEMOSTAT_ADMIN_URL": admin.url,
         "HEMOSTAT_ADMIN_TOKEN": TOKEN,
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         **(more or {}),
     }
     log = folder / "vllm.log"

@@ -19,6 +19,7 @@ from hemostat_engine.adapters.folder import AdapterFolder
 from hemostat_engine.admin_client import FetchError
 from hemostat_engine.fetching import read_profile
 from hemostat_engine.peers import Peers
+from hemostat_engine.retries import Allowance, Retries
 
 log = logging.getLogger("vllm.hemostat")
 
@@ -59,7 +60,8 @@ class AdapterSource:
         self._clock = clock
         self._lock = threading.Lock()
         self._not_before: OrderedDict[str, float] = OrderedDict()
-        self._lookups, self._counted_at = MAX_LOOKUPS, clock()
+        self._allowance = Allowance(LOOKUPS_PER_SECOND, MAX_LOOKUPS, clock())
+        self._retries = Retries()
 
     def may_look_up(self, version: str) -> bool:
         """False if the version was missing a moment ago, or if too many have been asked for."""
@@ -67,12 +69,7 @@ class AdapterSource:
         with self._lock:
             if self._not_before.get(version, now) > now:
                 return False
-            self._lookups = min(MAX_LOOKUPS, self._lookups + (now - self._counted_at) * LOOKUPS_PER_SECOND)
-            self._counted_at = now
-            if self._lookups < 1.0:
-                return False
-            self._lookups -= 1.0
-            return True
+            return self._allowance.take(now)
 
     def find(self, version: str, base_model: str, engine: Engine) -> Path | None:
         """The folder with the adapter's files; None, with one line in the log, if there is none that fits."""
@@ -81,7 +78,8 @@ class AdapterSource:
             return path
         self._peers.refresh(self._clock())
         try:
-            profile = CalibrationProfile.from_bytes(read_profile(version, self._profile_dir, self._peers), version)
+            data = read_profile(version, self._profile_dir, self._peers, self._retries, self._clock())
+            profile = CalibrationProfile.from_bytes(data, version)
             self._check(profile, engine)
             files = peft_files(profile, base_model)
         except FetchError as error:

@@ -21,7 +21,7 @@ EVENTS = frozenset(
         *("requests_bound", "requests_unknown", "requests_declined", "requests_refused"),
         *("rows_applied", "rows_clamped", "rows_kl_clamped", "rows_masked", "steps_misfit"),
         *("features_dropped", "taps_sent", "taps_dropped"),
-        *("profiles_refused", "profiles_missing", "fetch_errors", "report_errors", "agent_errors"),
+        *("profiles_refused", "profiles_failed", "profiles_missing", "fetch_errors", "report_errors", "agent_errors"),
         *("adapters_loaded", "adapters_failed", "adapters_evicted"),
     }
 )
