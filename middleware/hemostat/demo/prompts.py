@@ -14,6 +14,7 @@ from hemostat_calibration.errors import HemostatError
 
 MAX_TOKENS = 64
 """For a line without `max_tokens`."""
+SHAPE = '{"messages": [{"role": "user", "content": "..."}], "max_tokens": 64}'
 
 
 class PromptError(HemostatError):
@@ -51,11 +52,11 @@ def load(path: Path | None = None) -> list[Prompt]:
 
 def _parse(line: bytes, where: str) -> Prompt:
     try:
-        prompt = msgspec.json.decode(line, type=Prompt)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise PromptError(
-            f'{where}: {error}; write {{"messages": [{{"role": "user", "content": "..."}}], "max_tokens": 64}}'
-        ) from None
+        prompt = msgspec.json.decode(line.decode(), type=Prompt)
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{where}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
+    except msgspec.DecodeError as error:
+        raise PromptError(f"{where}: no prompt ({error}); write {SHAPE}") from None
     if not prompt.messages:
         raise PromptError(f"{where}: messages is empty; give at least one with role user")
     if prompt.max_tokens < 1:

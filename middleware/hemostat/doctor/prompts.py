@@ -67,15 +67,18 @@ def load(path: Path | None, max_prompts: int | None) -> list[Prompt]:
 
 
 def _parse(data: bytes, where: str, number: int) -> Prompt:
-    if not data.lstrip().startswith(b"{"):
-        try:
-            return Prompt(where, number, text=data.decode().rstrip("\r"))
-        except UnicodeDecodeError as error:
-            raise DoctorError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
     try:
-        line = msgspec.json.decode(data, type=_Line)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise DoctorError(f"{where}: {error}; write {SHAPE}, or text that does not begin with a brace") from None
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise DoctorError(f"{where}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    if not text.lstrip().startswith("{"):
+        return Prompt(where, number, text=text.rstrip("\r"))
+    try:
+        line = msgspec.json.decode(text, type=_Line)
+    except msgspec.DecodeError as error:
+        raise DoctorError(
+            f"{where}: no prompt ({error}); write {SHAPE}, or text that does not begin with a brace"
+        ) from None
     if (line.prompt is None) == (line.messages is None):
         raise DoctorError(f"{where}: give either prompt or messages, as in {SHAPE}")
     for name, value in (("prompt", line.prompt), ("messages", line.messages), ("completion", line.completion)):

@@ -25,6 +25,7 @@ from hemostat.doctor.checkpoints import CheckpointPair  # noqa: E402
 from hemostat.doctor.sweep import measuring  # noqa: E402
 from hemostat.doctor.sweep.decoding import decode  # noqa: E402
 from hemostat.doctor.sweep.weights import check, keep_n_of_4, linears, removed_rows, stored_share  # noqa: E402
+from hemostat.models.piecewise import STATE_NAMES  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,8 @@ def test_layers(model: Any) -> None:
             # With a cache, too: every layer has a place of its own.
             with torch.inference_mode():
                 first = model(ids[:, :5], use_cache=True)
-                rest = model(ids[:, 5:], past_key_values=first.past_key_values).logits[0]
+                name = next(name for name in STATE_NAMES if name in first)
+                rest = model(ids[:, 5:], **{name: first[name]}).logits[0]
             torch.testing.assert_close(rest, expected[5:], atol=1e-4, rtol=1e-4)
     with measuring.applied(model, Point(change=Change.INSERTED, layers=1)):
         new = model.model.layers[3].mlp.up_proj.weight

@@ -40,16 +40,16 @@ def test_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
     [
         ({"schema": "x"}, "schema is 'x', version 1: this Hemostat reads 'hemostat-plan', version 1"),
         ({"version": 2}, "version 2"),
-        ({"bytes": "many"}, r"Expected `int`, got `str` - at `\$.bytes`"),
-        ({"extra": 1}, "unknown field `extra`"),
+        ({"bytes": "many"}, r"plan\.json is no plan: .*; let doctor --plan write it"),
+        ({"extra": 1}, r"plan\.json is no plan: "),
         ({"layers": {}}, "layers is empty"),
         ({"layers": {"a.b": {"bits": 9}}}, "layer a.b: bits is 9: it must be 2 to 8, or 16"),
         ({"layers": {"a.b": {"bits": 4, "group_size": 0}}}, "layer a.b: group_size is 0: it must be positive, or null"),
         ({"layers": {"a.b": {"bits": 16, "group_size": 64}}}, "layer a.b: group_size is 64: with 16 bits there are no"),
         ({"layers": {"a.b": {"bits": 4, "sparsity": 1.2}}}, "layer a.b: sparsity is 1.2: it must be from 0 to below 1"),
         ({"layers": {"a.b": {"bits": 4, "sparsity": 0.3, "pattern": "2:4"}}}, "layer a.b: sparsity is 0.3: with the"),
-        ({"layers": {"a.b": {"bits": 4, "pattern": "4:8"}}}, r"layer a.b: Invalid enum value '4:8' - at `\$.pattern`"),
-        ({"layers": {"a.b": {"width": 4}}}, "layer a.b: .*`width`"),
+        ({"layers": {"a.b": {"bits": 4, "pattern": "4:8"}}}, "layer a.b is none .*; let doctor --plan write it again"),
+        ({"layers": {"a.b": {"width": 4}}}, "layer a.b is none "),
     ],
 )
 def test_what_is_no_plan_is_refused_in_one_line(change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def _read_layer(raw: msgspec.Raw, where: str) -> LayerPlan:
     try:
         layer = msgspec.json.decode(raw, type=LayerPlan)
     except msgspec.MsgspecError as error:
-        raise CompressError(f"{where}: {error}") from None
+        raise CompressError(f"{where} is none ({error}); let doctor --plan write it again") from None
     if layer.bits not in BITS:
         raise CompressError(f"{where}: bits is {layer.bits}: it must be 2 to 8, or 16")
     if layer.group_size is not None and (layer.group_size < 1 or layer.bits == DENSE_BITS):
