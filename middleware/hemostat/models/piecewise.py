@@ -13,8 +13,9 @@ import torch
 from hemostat.models.architectures import is_recurrent
 from hemostat_calibration.errors import HemostatError
 
-STATE_NAMES = ("past_key_values", "cache_params")
-"""Names under which models take their state and return it: KV caches, Mamba's state."""
+STATE_NAMES = ("cache", "past_key_values", "cache_params")
+"""Names under which models take their state and return it: all of them from transformers 5.24 on, KV caches before,
+Mamba's state before."""
 
 
 class StatelessModelError(HemostatError):
