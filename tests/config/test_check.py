@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ import pytest
 from tests.support import valkey
 from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import FakeVllm, running
+from tests.support.tiny_checkpoints import make_pair
 
 from hemostat import cli
 from hemostat.commands.setup_check import Finding, State, check, exit_code, table
@@ -445,21 +448,52 @@ async def test_check_on_real_models(vllm_server: Any, checkpoints: Any) -> None:
     assert found["max_logprobs"].state is State.NO
 
 
-async def test_both_checkpoints_of_adapters_must_be_on_this_machine(tmp_path: Path) -> None:
-    folders = [tmp_path / "reference", tmp_path / "compressed"]
-    for folder in folders:
-        folder.mkdir()
-        (folder / "config.json").write_text("{}")
-        (folder / "model.safetensors").write_bytes(b"")
-    reference, compressed = map(str, folders)
+async def test_adapters_need_both_checkpoints_of_one_model_on_this_machine(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path)
+    reference, compressed = str(pair.reference), str(pair.compressed)
     both = {"enabled": True, "reference": reference, "compressed": compressed}
+    (tmp_path / "other").mkdir()
+    shutil.copy(pair.compressed / "model.safetensors", tmp_path / "other")
+    config = json.loads((pair.compressed / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     for upstream, adapter, state, detail in (
         ({}, both, "ok", f"{reference} and {compressed}"),
         ({"root": compressed}, {"enabled": True, "reference": reference}, "ok", f"{reference} and {compressed}"),
         ({}, {"enabled": True, "reference": reference}, "NO", "adapter.compressed: name the folder"),
         ({"root": compressed}, {"enabled": True}, "NO", "adapter.reference: name the folder"),
         ({}, both | {"compressed": str(tmp_path)}, "NO", "adapter.compressed: .*"),
+        (
+            {},
+            both | {"compressed": str(tmp_path / "other")},
+            "NO",
+            "no adapter can be made of .*num_hidden_layers",
+        ),
     ):
         found = (await findings_of(upstream, None, adapter=adapter))["adapter checkpoints"]
         assert found.state.value == state, found
         assert re.search(detail, found.detail), found
+
+
+@pytest.mark.parametrize(
+    ("absent", "broken", "message"),
+    [
+        ("transformers", "", "not installed: transformers -> pip install 'hemostat[transformers]'"),
+        ("compressed_tensors", "", "quantized; not installed: compressed-tensors; pip install 'hemostat[adapters]'"),
+        ("", "compressed_tensors.quantization", "-> pip install 'hemostat[adapters]'"),
+    ],
+)
+async def test_a_package_that_adapters_need_is_named_with_its_extra(
+    absent: str, broken: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = make_pair(tmp_path)
+    config = json.loads((pair.compressed / "config.json").read_text())
+    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
+    (pair.compressed / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    given = {"enabled": True, "reference": str(pair.reference), "compressed": str(pair.compressed)}
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == absent else find(name, *more))
+    if broken:
+        monkeypatch.setitem(sys.modules, broken, None)
+    finding = (await findings_of({}, None, adapter=given))["adapter checkpoints"]
+    assert finding.state is State.NO
+    assert message in f"{finding.detail} -> {finding.fix}"

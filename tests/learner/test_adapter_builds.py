@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import stat
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,9 @@ def target(folders: CheckpointFolders, **more: Any) -> AdapterTarget:
 
 
 @asynccontextmanager
-async def learner(receiver: Receiver, **settings: Any) -> AsyncIterator[AdapterLearner]:
+async def learner(receiver: Receiver, command: Sequence[str] = FAKE, **settings: Any) -> AsyncIterator[AdapterLearner]:
     given = {"enabled": True, "min_tokens": 100, "max_tokens": 400, "memory_mib": 512} | settings
-    made = AdapterLearner(Adapter(**given), receiver, command=FAKE)
+    made = AdapterLearner(Adapter(**given), receiver, command=command)
     running = asyncio.create_task(made.run())
     try:
         yield made
@@ -337,6 +338,23 @@ async def test_what_cannot_be_used_is_never_proposed_and_counted(
     assert receiver.proposed == []
     assert job_folders() == []
     assert no_process_is_left()
+
+
+async def test_without_a_package_that_it_needs_a_build_is_refused_once_and_says_so(tmp_path: Path) -> None:
+    """Not tried again and again: that a package is missing does not pass."""
+    pair = tiny_checkpoints.make_pair(tmp_path)
+    config = json.loads((pair.compressed / "config.json").read_text())
+    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
+    (pair.compressed / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    without = "import runpy, sys; sys.modules['compressed_tensors'] = None; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+    command = (sys.executable, "-c", without, builder.COMMAND[-1])
+    async with learner(Receiver(), command=command, memory_mib=4096) as one:
+        one.learn_about(target(pair))
+        texts(one, 5)
+        await until(lambda: one.outcomes == {"refused": 1}, 120)
+        assert one.state == "unavailable"
+        assert one.detail.endswith("not installed: compressed-tensors; pip install 'hemostat[adapters]'")
+        assert one.restarts == 0
 
 
 async def test_a_folder_that_is_not_what_the_reference_serves_is_refused(folders: CheckpointFolders) -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hemostat import __version__
-from hemostat.commands.arguments import EXIT_INTERRUPTED, UsageError, check_installed
+from hemostat.commands.arguments import EXIT_INTERRUPTED, UsageError
 from hemostat.commands.texts import Writer, texts_digest, within_positions
 from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import Prompt, load
 from hemostat.engines.lora.slots import rank_setting
+from hemostat.models import packages
 from hemostat.models.checkpoint_folders import (
     build_folder,
     cache_folder,
@@ -66,7 +67,7 @@ class AdaptOptions:
 
 def run(options: AdaptOptions) -> int:
     """Write the adapter and print what it wins back. Returns the exit code. Raises HemostatError."""
-    check_installed()
+    packages.require("transformers")
     if options.max_rank is not None and not options.shared_out:
         raise UsageError("--max-rank is for shared-out ranks: add --shared-out, or leave it out")
     from hemostat.models.adapters.build import BuildOptions  # noqa: PLC0415  torch, only after the cheap checks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -49,13 +48,6 @@ def positive_integer(text: str) -> int:
 
 def non_negative_integer(text: str) -> int:
     return 0 if text == "0" else positive_integer(text)
-
-
-def check_installed() -> None:
-    """UsageError where the packages of the extra `transformers` are missing."""
-    missing = [name for name in ("torch", "transformers", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(f"not installed: {', '.join(missing)}; pip install 'hemostat[transformers]'")
 
 
 def add_overwrite(parser: argparse.ArgumentParser, destination: str) -> None:

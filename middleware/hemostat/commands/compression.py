@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hemostat import __version__
-from hemostat.commands.arguments import EXIT_INTERRUPTED, WITHOUT_DATA, UsageError, check_installed
+from hemostat.commands.arguments import EXIT_INTERRUPTED, WITHOUT_DATA, UsageError
 from hemostat.commands.texts import Writer, texts_digest, within_positions
 from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import load
+from hemostat.models import packages
 from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat.models.checkpoint_folders import (
     CompressError,
@@ -105,7 +106,7 @@ class CompressOptions:
 
 def run(options: CompressOptions) -> int:
     """Write the folder and say what it is. Returns the exit code. Raises HemostatError."""
-    check_installed()
+    packages.require("adapters")
     if not (options.source / "config.json").is_file():
         raise CompressError(f"{options.source} is not a transformers checkpoint: it has no config.json")
     key = {"source": str(options.source.absolute()), "destination": str(options.destination.absolute())}

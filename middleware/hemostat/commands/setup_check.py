@@ -14,6 +14,7 @@ from hemostat.config.schema import Settings
 from hemostat.config.store_url import without_password
 from hemostat.engines.lora.check import probe_adapters
 from hemostat.learner.adapters.folders import FolderError, find_compressed, find_folders
+from hemostat.models import packages
 from hemostat.openai.tool_parsers import TOOL_FORMATS
 from hemostat.reference import make_references
 from hemostat.reference.engines import other_engines
@@ -29,6 +30,7 @@ from hemostat.shadow.grammar.masks import unavailable
 from hemostat.store import schema
 from hemostat.store.factory import open_store
 from hemostat.store.protocol import StoreAccessDenied, StoreFailure, StoreIncompatible
+from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.guard.wealth import MIN_CLIENTS
 
 SAME_TOKENS = "same tokens"
@@ -50,7 +52,7 @@ async def check(settings: Settings) -> list[Finding]:
         if answers:
             findings += await other_engines(server, settings)
         if references is not None:
-            findings.append(_grammars(settings))
+            findings.append(await asyncio.to_thread(_grammars, settings))
         if references is None:
             findings.append(
                 Finding(
@@ -135,7 +137,8 @@ def _evidence(settings: Settings) -> Finding:
 
 def _grammars(settings: Settings) -> Finding:
     """Whether requests under a grammar are scored."""
-    problem, grammar = unavailable(settings.grammar), settings.grammar
+    grammar = settings.grammar
+    problem = unavailable(grammar) or packages.problem("grammar")
     if problem:
         return Finding("grammars", State.NOTE, f"structured output and forced tools are not scored: {problem}")
     if grammar.tool_call_parser in TOOL_FORMATS:
@@ -172,14 +175,17 @@ async def _upstream(server: VllmServer, settings: Settings) -> list[Finding]:
     findings.append(await _plugin(server, card.id, settings))
     if settings.adapter.enabled:
         findings += await probe_adapters(server, card.id, settings)
-        findings.append(_adapter_folders(settings, card.root or ""))
+        findings.append(await asyncio.to_thread(_adapter_checkpoints, settings, card.root or ""))
     return findings
 
 
-def _adapter_folders(settings: Settings, root: str) -> Finding:
-    """Whether both checkpoints are on this machine. root: where the upstream has loaded its model from."""
+def _adapter_checkpoints(settings: Settings, root: str) -> Finding:
+    """Whether an adapter can be made of both checkpoints here. root: where the upstream has loaded its model from."""
     what, given, reference = "adapter checkpoints", settings.adapter, settings.reference
     in_process = reference.backend == "transformers"
+    if problem := packages.problem("transformers"):
+        detail, _, fix = problem.rpartition("; ")
+        return Finding(what, State.NO, detail, f"{fix}, where the control process runs")
     try:
         compressed = find_compressed(given, root)
         if in_process and given.reference is None and not Path(reference.model or "").is_dir():
@@ -187,6 +193,15 @@ def _adapter_folders(settings: Settings, root: str) -> Finding:
         found = find_folders(given, reference.model if in_process else None, None, root)
     except FolderError as error:
         return Finding(what, State.NO, str(error), "adapters are made from both folders, on this machine")
+    from hemostat.models.adapters.pair import CheckpointPair  # noqa: PLC0415  torch
+
+    try:
+        CheckpointPair.open(found.reference, found.compressed, given.device)
+    except (HemostatError, ImportError) as error:
+        fix = "REFERENCE is adapter.reference, COMPRESSED is adapter.compressed"
+        if isinstance(error, ImportError):
+            fix = "pip install 'hemostat[adapters]', where the control process runs"
+        return Finding(what, State.NO, f"no adapter can be made of them: {' '.join(str(error).split())}", fix)
     return Finding(what, State.OK, f"{found.reference} and {found.compressed}")
 
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from hemostat.doctor.options import DoctorError, DoctorOptions
 from hemostat.doctor.pair import FLOOR, Floats, Ids, Job, Scored, Side, one_line
 from hemostat.doctor.prompts import Prompt
+from hemostat.models import packages
 from hemostat.models.adapters.copies import Copy
 from hemostat.models.adapters.errors import AdaptError
 from hemostat.models.architectures import UnsupportedModelError, check_causal, has_attention, max_positions
@@ -275,14 +276,17 @@ def _load(name: str, model: str, device: str, options: DoctorOptions) -> tuple[S
         with quiet():
             config = AutoConfig.from_pretrained(model)
             check_causal(config)
+            quantized = getattr(config, "quantization_config", None)
+            if quantized and quantized.get("quant_method") == "compressed-tensors":
+                packages.require("adapters")
             tokenizer = AutoTokenizer.from_pretrained(model)
-            if getattr(config, "quantization_config", None) and not has_attention(config):
+            if quantized and not has_attention(config):
                 # transformers initializes weights of such layers, which a quantized checkpoint does not have.
                 loaded = Copy.load(Path(model), device, options.dtype, name).model
                 loaded.generation_config = GenerationConfig.from_pretrained(model)
             else:
                 loaded = _load_by_transformers(model, options.dtype).to(device).eval()
-    except (UnsupportedModelError, AdaptError) as error:
+    except (UnsupportedModelError, AdaptError, packages.MissingPackageError) as error:
         raise DoctorError(f"{name}: {model}: {error}") from None
     except Exception as error:  # noqa: BLE001  any library may fail here
         raise DoctorError(f"{name}: {model} cannot be loaded: {type(error).__name__}: {one_line(error)}") from None

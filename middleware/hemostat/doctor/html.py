@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from hemostat.doctor.page import Card, Plot, Section, Table
 from hemostat.doctor.prescription import html as prescription
 from hemostat.doctor.sweep.page import sweep_section
 from hemostat.doctor.terminal import summary
+from hemostat.models import packages
 
 PAGE = "page.html.jinja"
 
@@ -29,8 +29,8 @@ Row = Mapping[str, Any]
 
 def require_jinja() -> None:
     """Raise DoctorError when the page cannot be made because Jinja2 is not installed."""
-    if importlib.util.find_spec("jinja2") is None:
-        raise DoctorError("--html: Jinja2 is not installed; pip install 'hemostat[report]'")
+    if missing := packages.missing("report"):
+        raise DoctorError(f"--html: {missing}")
 
 
 def render(report: Row) -> str:

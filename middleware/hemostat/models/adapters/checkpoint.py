@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from hemostat.models import packages
 from hemostat.models.adapters.errors import AdaptError
 from hemostat.models.adapters.skeleton import InputRounding
 from hemostat.models.checkpoint_digest import checkpoint_digest
@@ -200,6 +201,8 @@ def _schemes(quantization: dict[str, Any] | None, folder: Path, label: str) -> l
         raise AdaptError(f"{where} has a transform_config (rotated weights), which is not supported: {supported}")
     if (quantization.get("sparsity_config") or {}).get("format", "dense") != "dense":
         raise AdaptError(f"{where} has the sparse format {quantization['sparsity_config']['format']}: {supported}")
+    if problem := packages.missing("adapters"):
+        raise AdaptError(f"{label}: {folder} is quantized; {problem}")
     from compressed_tensors.quantization import QuantizationConfig  # noqa: PLC0415
 
     try:

@@ -95,6 +95,9 @@ def main(folder: Path) -> int:
     except HemostatError as error:
         _say({"error": " ".join(str(error).split())})
         return 1
+    except ImportError as error:
+        _say({"error": f"{error}; adapters need pip install 'hemostat[adapters]'"})
+        return 1
     except MemoryError:
         _say({"error": "out of memory: lower adapter.memory_mib, or the number of tokens"})
         return 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import importlib.util
 import itertools
 import logging
 from collections import OrderedDict
@@ -20,6 +19,7 @@ from hemostat.config.grammar import Grammar
 from hemostat.config.schema import MAX_MODELS
 from hemostat.ipc.backoff import Backoff
 from hemostat.ipc.child_process import ChildExited, FramedChild
+from hemostat.models import packages
 from hemostat.openai.grammar_spec import GrammarSpec
 from hemostat.shadow.grammar import wire
 from hemostat.shadow.grammar.reasons import GrammarFailure, GrammarReason
@@ -40,7 +40,6 @@ REMEMBERED_SECONDS = 600.0
 """For this long such a grammar is not tried again."""
 MAX_TOKENIZERS = MAX_MODELS
 """That the process holds at a time, one a model; further ones are refused."""
-_PACKAGES = ("xgrammar", "torch", "transformers")
 _REMEMBERED = frozenset({GrammarReason.TIMEOUT, GrammarReason.MEMORY, GrammarReason.FAILED})
 
 
@@ -50,8 +49,7 @@ def unavailable(settings: Grammar) -> str:
         return "grammar.enabled is false"
     if settings.backend not in ("auto", "xgrammar"):
         return f"grammar.backend is {settings.backend}: only what xgrammar enforces can be rebuilt"
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-    return f"{missing[0]} is not installed: pip install 'hemostat[grammar]'" if missing else ""
+    return packages.missing("grammar")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,57 @@
+"""Packages that a job needs beside Hemostat's own dependencies, and the extra of the distribution that brings them.
+
+The extras themselves: `pyproject.toml`. What the configuration needs (`tracing`, `valkey`) is checked there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+from hemostat_calibration.errors import HemostatError
+
+EXTRAS = {
+    "transformers": ("torch", "transformers", "accelerate"),
+    "adapters": ("torch", "transformers", "accelerate", "compressed_tensors"),
+    "grammar": ("xgrammar", "torch", "transformers"),
+    "report": ("jinja2",),
+}
+"""Extra -> modules. adapters: whatever reads or writes checkpoints that are compressed."""
+DISTRIBUTIONS = {"compressed_tensors": "compressed-tensors"}
+"""Module -> distribution, where its name is another one."""
+
+
+class MissingPackageError(HemostatError):
+    """The text names what is not installed, and the extra to install."""
+
+
+def missing(extra: str) -> str:
+    """What of an extra is not installed, and how to install it, in one line; "" where nothing is missing.
+
+    Without importing the packages, which takes seconds and memory.
+    """
+    absent = [DISTRIBUTIONS.get(name, name) for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(absent)}; {_install(extra)}" if absent else ""
+
+
+def require(extra: str) -> None:
+    """Raises MissingPackageError."""
+    if text := missing(extra):
+        raise MissingPackageError(text)
+
+
+def problem(extra: str) -> str:
+    """As `missing`, and why a package cannot be imported, if so: a version or a system library that does not fit."""
+    if text := missing(extra):
+        return text
+    for name in EXTRAS[extra]:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # noqa: BLE001  any package's own code
+            text = " ".join(str(error).split())[:300]
+            return f"{DISTRIBUTIONS.get(name, name)} cannot be imported ({text}); {_install(extra)}"
+    return ""
+
+
+def _install(extra: str) -> str:
+    return f"pip install 'hemostat[{extra}]'"
