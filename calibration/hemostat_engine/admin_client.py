@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from hemostat_calibration.errors import HemostatError
+from hemostat_calibration.messages import in_words
 from hemostat_calibration.profiles.profile import MAX_BYTES, VERSION_PATTERN
 
 TIMEOUT_SECONDS = 5.0
@@ -95,7 +96,7 @@ class AdminClient:
             with error:
                 raise FetchError(f"{path}: HTTP {error.code}", error.code) from None
         except (OSError, http.client.HTTPException) as error:
-            raise FetchError(f"{self._url}: {error!r}") from None
+            raise FetchError(f"{self._url}: {in_words(error)}") from None
         if len(body) > max_bytes:
             raise FetchError(f"{path}: an answer of more than {max_bytes} bytes")
         return body

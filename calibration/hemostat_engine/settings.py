@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.messages import shown_address
 
 DNS_PREFIX = "dns+"
 """Before an address of HEMOSTAT_ADMIN_URL: every IP address of the host name is a replica (a headless Service)."""
@@ -43,13 +44,14 @@ def split_admin_url(url: str) -> urllib.parse.SplitResult:
     """The parts of one address, without `dns+`. Raises InvalidArgumentError when it is not an HTTP address."""
     try:
         parts = urllib.parse.urlsplit(url.removeprefix(DNS_PREFIX))
-        invalid = parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
+        # A password has no place in it: HEMOSTAT_ADMIN_TOKEN is sent.
+        invalid = parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0 or "@" in url
     except ValueError:
         invalid = True
     if invalid:
-        raise InvalidArgumentError(f"HEMOSTAT_ADMIN_URL is {url!r}: it must be like http://127.0.0.1:9091")
+        raise InvalidArgumentError(f"HEMOSTAT_ADMIN_URL is {shown_address(url)}: it must be like http://127.0.0.1:9091")
     if url.startswith(DNS_PREFIX) and parts.scheme != "http":
         raise InvalidArgumentError(
-            f"HEMOSTAT_ADMIN_URL is {url!r}: IP addresses have no certificate; use {DNS_PREFIX}http"
+            f"HEMOSTAT_ADMIN_URL is {shown_address(url)}: IP addresses have no certificate; use {DNS_PREFIX}http"
         )
     return parts

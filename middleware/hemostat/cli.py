@@ -59,5 +59,6 @@ def _parser(arguments: Sequence[str]) -> ArgumentParser:
     if named is not None and named not in COMMANDS:
         near = difflib.get_close_matches(named, list(COMMANDS), 1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(COMMANDS)}"
-        raise UsageError(f"unknown command {named!r}; {hint}")
+        shown = f"unknown command {named!r}" if named.isalnum() else "unknown command"
+        raise UsageError(f"{shown}; {hint}")
     return parser

@@ -51,5 +51,5 @@ def set_up(level: str, form: Format) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # httpx would log every request that Hemostat itself makes.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("httpx", "httpcore"):  # they would log every request that Hemostat itself makes
+        logging.getLogger(name).setLevel(logging.WARNING)

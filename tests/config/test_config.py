@@ -131,13 +131,16 @@ WRONG = [
     (UPSTREAM + "reference: {device: gpu}\n", "reference.device: 'gpu' is not a device"),
     (UPSTREAM + "labels: [a b]\n", "labels: 'a b' is not a label"),
     (UPSTREAM + "labels: [a, a]\n", "labels: a label is listed twice"),
-    (UPSTREAM + "store: {url: redis://}\n", "store.url: 'redis://' is none of memory://"),
-    (UPSTREAM + "store: {url: 'redis://h:x'}\n", "store.url: not an address"),
+    (UPSTREAM + "store: {url: redis://}\n", "store.url: redis://*** is none of memory://"),
+    (
+        UPSTREAM + "store: {url: 'redis://h:x'}\n",
+        "store.url: redis://*** is not an address; write it like redis://user:password@",
+    ),
     (
         UPSTREAM + "store: {url: 'redis://h/x'}\n",
-        "store.url: redis://h/x: the path after the host must be",
+        "store.url: redis://h…: the path after the host must be",
     ),
-    (UPSTREAM + "store: {url: 'redi://u:p@h'}\n", "store.url: the value is none of memory://"),
+    (UPSTREAM + "store: {url: 'redi://u:p@h'}\n", "store.url: '***@h' is none of memory://"),
     (UPSTREAM + "store: {url: 'sqlite:///'}\n", "store.url: 'sqlite:///' is none of"),
     (UPSTREAM + "log: {level: loud}\n", "log.level: 'loud' is not one of debug, info, warning, error"),
     (UPSTREAM + "admin: {host: 0.0.0.0}\n", "admin.token: required, as admin.host 0.0.0.0 is not loopback"),
@@ -148,8 +151,8 @@ WRONG = [
     (UPSTREAM + "admin: {port: 8080}\n", "admin.port: 8080 is listen.port too"),
     ("upstream: {url: 127.0.0.1:8000}\n", "is not an http address; write it like http://127.0.0.1:8000"),
     ("upstream: {url: 'http://'}\n", "is not an http address"),
-    ("upstream: {url: 'http://h:99999'}\n", "upstream.url: not an address"),
-    ("upstream: {url: 'http://[::1'}\n", "upstream.url: not an address"),
+    ("upstream: {url: 'http://h:99999'}\n", "upstream.url: 'http://h:99999' is not an http address"),
+    ("upstream: {url: 'http://[::1'}\n", "upstream.url: 'http://***' is not an http address"),
     ("upstream: {url: http://h/v1}\n", "give the server's root, http://h"),
     ("upstream: {url: 'http://h?x=1'}\n", "give the server's root, http://h"),
 ]
@@ -242,7 +245,7 @@ def test_the_stores_password_is_masked_but_reaches_hemostats_processes(written: 
     settings = load(written(UPSTREAM), {}, [("store.url", url)])
     for shown in (repr(settings), str(settings), str(settings.redacted()), settings.model_dump_json()):
         assert "s3cret" not in shown
-    assert settings.redacted()["store"]["url"] == "redis://user:***@h:1/2?prefix=a:"
+    assert settings.redacted()["store"]["url"] == "redis://***@h:1/2…"
     assert settings.plain()["store"]["url"] == url
     with pytest.raises(ConfigError) as error:
         load(written(UPSTREAM), {}, [("store.url", "redis://user:s3cret@h:x")])

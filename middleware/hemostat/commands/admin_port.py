@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from hemostat.commands.arguments import UsageError
+from hemostat_calibration.messages import in_words, shown_address
 
 if TYPE_CHECKING:
     import httpx
@@ -34,6 +35,7 @@ def admin_request(options: argparse.Namespace, method: str, path: str, **body: A
     from hemostat.ipc.answers import IDENTITY, AnswerRefused, read_answer_now  # noqa: PLC0415
     from hemostat_calibration.profiles.profile import MAX_BYTES  # noqa: PLC0415
 
+    shown = shown_address(options.admin)
     token = options.token or os.environ.get("HEMOSTAT_ADMIN_TOKEN")
     headers = {"authorization": f"Bearer {token}"} if token else {}
     try:
@@ -44,9 +46,11 @@ def admin_request(options: argparse.Namespace, method: str, path: str, **body: A
             response = httpx.Response(answer.status_code, content=read_answer_now(answer, MAX_BYTES))
     except UnicodeEncodeError:
         raise UsageError("--token (HEMOSTAT_ADMIN_TOKEN) is not ASCII; give the value of admin.token") from None
-    except (httpx.HTTPError, httpx.InvalidURL, AnswerRefused) as error:
+    except httpx.InvalidURL:  # its text has a part of the address
+        raise UsageError(f"--admin: {shown} is not an address; write it like {DEFAULT_ADMIN}") from None
+    except (httpx.HTTPError, AnswerRefused) as error:
         raise UsageError(
-            f"{options.admin}: {error} (is hemostat serve running? --admin names its admin port)"
+            f"{shown}: {in_words(error)} (is hemostat serve running? --admin names its admin port)"
         ) from None
     if response.is_success:
         return response
@@ -54,7 +58,7 @@ def admin_request(options: argparse.Namespace, method: str, path: str, **body: A
         detail = response.json()["detail"]
     except (ValueError, LookupError, TypeError):
         detail = response.text[:300]
-    raise UsageError(f"{options.admin}{path} answered {response.status_code}: {detail}")
+    raise UsageError(f"{shown}{path} answered {response.status_code}: {detail}")
 
 
 def admin_json(options: argparse.Namespace, method: str, path: str, **body: Any) -> dict[str, Any]:
@@ -64,5 +68,5 @@ def admin_json(options: argparse.Namespace, method: str, path: str, **body: Any)
     except ValueError:
         answer = None
     if not isinstance(answer, dict):
-        raise UsageError(f"{options.admin}{path} answered no JSON object; --admin names the admin port")
+        raise UsageError(f"{shown_address(options.admin)}{path} answered no JSON object; --admin names the admin port")
     return answer

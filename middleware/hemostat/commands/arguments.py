@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -29,6 +30,9 @@ SHORTHANDS = {
 """Flag -> dotted key, placeholder, help."""
 
 
+_KEY = re.compile(r"[\w.-]+")
+
+
 class UsageError(HemostatError):
     """The command line is invalid, or cannot be carried out; the text is one line."""
 
@@ -37,6 +41,8 @@ class Parser(argparse.ArgumentParser):
     """Raises UsageError where argparse would print the usage and exit."""
 
     def error(self, message: str) -> NoReturn:
+        if "@" in message:
+            message = f"{message.partition(':')[0]}: not shown, as it may have a password"
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
@@ -86,7 +92,7 @@ def load_settings(options: argparse.Namespace) -> Settings:
     overrides = [(key, value) for key, _, _ in SHORTHANDS.values() if (value := getattr(options, key)) is not None]
     for text in options.set:
         key, equals, value = text.partition("=")
-        if not equals:
-            raise UsageError(f"--set {text}: write it as KEY=VALUE")
+        if not equals or not _KEY.fullmatch(key.strip()):
+            raise UsageError("--set: write it as KEY=VALUE, like --set shadow.rate=0.1")
         overrides.append((key.strip(), value))
     return load(options.config, os.environ, overrides)

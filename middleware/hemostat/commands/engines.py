@@ -9,6 +9,7 @@ from typing import Any
 
 from hemostat.commands.admin_port import add_admin_options, admin_json
 from hemostat.commands.arguments import UsageError
+from hemostat_calibration.messages import shown_address
 
 HELP = "show the engines behind a running hemostat serve; drain one, or end its drain"
 COLUMNS = ("engine", "state", "in progress", "requests", "KL nats", "like the others", "profiles held")
@@ -32,7 +33,9 @@ def run(options: argparse.Namespace) -> int:
     try:
         found = "\n".join([*problems(status["state"]["problems"]), table(status["upstream"])])
     except (LookupError, TypeError, AttributeError):
-        raise UsageError(f"{options.admin}: not the status of a hemostat serve of this version") from None
+        raise UsageError(
+            f"{shown_address(options.admin)}: not the status of a hemostat serve of this version"
+        ) from None
     print(found)  # noqa: T201
     return 0
 

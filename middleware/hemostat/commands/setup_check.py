@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from hemostat.config.schema import Settings
-from hemostat.config.store_url import without_password
 from hemostat.engines.lora.check import probe_adapters
 from hemostat.learner.adapters.folders import FolderError, find_compressed, find_folders
 from hemostat.models import packages
@@ -32,6 +31,7 @@ from hemostat.store.factory import open_store
 from hemostat.store.protocol import StoreAccessDenied, StoreFailure, StoreIncompatible
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.guard.wealth import MIN_CLIENTS
+from hemostat_calibration.messages import shown_address
 
 SAME_TOKENS = "same tokens"
 PLUGIN_FLAG = "--logits-processors hemostat_engine:LogitsProcessor"
@@ -103,7 +103,7 @@ async def _store(settings: Settings) -> Finding:
         try:
             schema.require_known(await asyncio.to_thread(store.get_state, schema.SCHEMA_KEY))
             if store.shared is None:
-                return Finding("store", State.OK, url)
+                return Finding("store", State.OK, shown_address(url))
             kind, eviction = await asyncio.to_thread(store.shared.probe)
         finally:
             store.close()
@@ -116,8 +116,9 @@ async def _store(settings: Settings) -> Finding:
         )
     except StoreFailure as failure:
         fix = "start it, or change store.url" if not url.startswith("sqlite") else "create it, or change store.url"
-        return Finding("store", State.NO, str(failure).removeprefix("store.url: "), fix)
-    shown = f"{without_password(url)} ({kind or 'of unknown version'})"
+        detail = str(failure).removeprefix("store.url: ").removeprefix("store ")
+        return Finding("store", State.NO, detail, fix)
+    shown = f"{shown_address(url)} ({kind or 'of unknown version'})"
     if eviction not in {"", "noeviction"}:
         text = f"{shown} may evict profiles when its memory is full (maxmemory-policy {eviction})"
         return Finding("store", State.NOTE, text, "set its maxmemory-policy to noeviction")

@@ -27,17 +27,17 @@ _HEADER = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SECRET = re.compile(r"[!-~]{1,4096}")
 
 
-def _server_url(value: str) -> str:
+def server_url(value: str) -> str:
+    """The address without a slash at its end. ValueError, whose text shows no credentials."""
+    if "@" in value:  # wherever it is: what is before it may be a password
+        raise ValueError("must not hold a user or a password; use api_key")
     try:
         parts = urlsplit(value)
-        port = parts.port
-    except ValueError as error:
-        raise ValueError(f"not an address ({error}); write it like http://127.0.0.1:8000") from error
-    if parts.scheme not in {"http", "https"} or not parts.hostname or not _HOST.fullmatch(parts.hostname) or port == 0:
-        shown = "the value" if "@" in value else short_repr(value)
-        raise ValueError(f"{shown} is not an http address; write it like http://127.0.0.1:8000")
-    if parts.username is not None or parts.password is not None:
-        raise ValueError("must not hold a user or a password; use api_key")
+        invalid = parts.scheme not in {"http", "https"} or not _HOST.fullmatch(parts.hostname or "") or parts.port == 0
+    except ValueError:  # its text has a part of the value
+        invalid = True
+    if invalid:
+        raise ValueError(f"{short_repr(value)} is not an http address; write it like http://127.0.0.1:8000")
     if parts.path not in {"", "/"} or parts.query or parts.fragment:
         root = f"{parts.scheme}://{parts.netloc}"
         raise ValueError(f"{short_repr(value)} has a path; give the server's root, {root}")
@@ -46,7 +46,7 @@ def _server_url(value: str) -> str:
 
 def _engines_url(value: str) -> str:
     scheme = "dns+" if value.startswith("dns+") else ""
-    return scheme + _server_url(value.removeprefix(scheme))
+    return scheme + server_url(value.removeprefix(scheme))
 
 
 def _host(value: str) -> str:
@@ -99,7 +99,7 @@ def yaml_off(value: object) -> object:
 
 
 EnginesUrl = Annotated[str, AfterValidator(_engines_url)]
-ServerUrl = Annotated[str, AfterValidator(_server_url)]
+ServerUrl = Annotated[str, AfterValidator(server_url)]
 Host = Annotated[str, AfterValidator(_host)]
 Secret = Annotated[SecretStr, AfterValidator(_secret)]
 ExistingFile = Annotated[Path, AfterValidator(_existing_file)]

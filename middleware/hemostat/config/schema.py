@@ -43,8 +43,9 @@ from hemostat.config.fields import (
 )
 from hemostat.config.grammar import Grammar
 from hemostat.config.reasoning_parsers import PARSERS
-from hemostat.config.store_url import MISSING_EXTRA, SERVER_SCHEMES, check_server_url, without_password
+from hemostat.config.store_url import MISSING_EXTRA, SERVER_SCHEMES, check_server_url
 from hemostat.config.text import short_repr
+from hemostat_calibration.messages import shown_address
 
 MAX_LABELS = 32
 MAX_ENGINES = 64
@@ -352,12 +353,11 @@ class StoreSettings(Section):
                 raise ValueError(MISSING_EXTRA)
             check_server_url(value)
             return value
-        shown = "the value" if "@" in value else short_repr(value)
-        raise ValueError(f"{shown} is none of memory://, sqlite:///path/to/file.db and redis://host:6379")
+        raise ValueError(f"{short_repr(value)} is none of memory://, sqlite:///path/to/file.db and redis://host:6379")
 
     @field_serializer("url")
     def _without_password(self, value: str) -> str:
-        return without_password(value)
+        return shown_address(value)
 
 
 class Records(Section):

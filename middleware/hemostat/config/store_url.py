@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit, urlunsplit
 
+from hemostat_calibration.messages import shown_address
+
 SERVER_SCHEMES = {"redis": "redis", "rediss": "rediss", "valkey": "redis", "valkeys": "rediss"}
 """Scheme of `store.url` -> scheme that the client library knows; rediss and valkeys are TLS."""
 MISSING_EXTRA = "needs the client of Valkey and Redis: pip install 'hemostat[valkey]'"
 DEFAULT_PREFIX = "hemostat:"
-
-
-def without_password(url: str) -> str:
-    """The address of a store as it may be shown."""
-    parts = urlsplit(url)
-    user, at, host = parts.netloc.rpartition("@")
-    _, colon, password = user.partition(":")
-    return url.replace(f"{colon}{password}{at}{host}", f":***@{host}", 1) if password else url
+UNKNOWN_OPTION = "an option after the ? is not one that the client of Valkey and Redis knows; leave it out"
+ESCAPES = "write it like redis://user:password@valkey:6379, with %2F %23 %3F %40 %25 for / # ? @ % in the password"
 
 
 def split_store_url(url: str) -> SplitResult:
@@ -23,15 +19,17 @@ def split_store_url(url: str) -> SplitResult:
     try:
         parts = urlsplit(url)
         port = parts.port
-    except ValueError as error:
-        raise ValueError(f"not an address ({error}); write it like redis://valkey:6379") from None
+    except ValueError:  # its text has a part of the address
+        raise ValueError(f"{shown_address(url)} is not an address; {ESCAPES}") from None
     if parts.scheme == "memory" or (parts.scheme == "sqlite" and not parts.netloc and parts.path not in ("", "/")):
         return parts
+    if "@" in parts.path + parts.query + parts.fragment:
+        raise ValueError(f"{shown_address(url)}: what is before the @ is not a user and a password; {ESCAPES}")
     if parts.scheme in SERVER_SCHEMES and parts.hostname and port != 0:
         if parts.path.strip("/") and not parts.path.strip("/").isdecimal():
-            raise ValueError(f"{without_password(url)}: the path after the host must be a database number")
+            raise ValueError(f"{shown_address(url)}: the path after the host must be a database number")
         return parts
-    raise ValueError(f"{without_password(url)!r} is none of memory://, sqlite:///path and redis://host:6379")
+    raise ValueError(f"{shown_address(url)} is none of memory://, sqlite:///path and redis://host:6379")
 
 
 def server_address(url: str) -> tuple[str, str]:
@@ -53,5 +51,5 @@ def check_server_url(url: str) -> None:
     address, _ = server_address(url)
     try:
         redis.Redis.from_url(address).connection_pool.make_connection()
-    except (ValueError, TypeError, redis.RedisError) as error:
-        raise ValueError(f"{without_password(url)}: {error}") from None
+    except (ValueError, TypeError, redis.RedisError):  # their texts may have a part of the address
+        raise ValueError(f"{shown_address(url)}: {UNKNOWN_OPTION}") from None

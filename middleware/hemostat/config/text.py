@@ -5,18 +5,22 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Sequence
 
+from hemostat_calibration.messages import shown_address
+
 Key = tuple[str | int, ...]
 """The path of a key, from the section to the value."""
 
 
 def dotted_key(key: Sequence[str | int]) -> str:
     """The key as it is written in messages and flags: `shadow.rate`."""
-    return ".".join(str(part) for part in key)
+    return ".".join(shown_address(part) if "@" in (part := str(one)) else part for one in key)
 
 
 def short_repr(value: object) -> str:
-    """A short representation of any value, including cyclic and very large ones."""
-    return reprlib.repr(value)
+    """A short representation of any value, including cyclic and very large ones; of an address without credentials."""
+    if isinstance(value, str) and ("@" in value or "://" in value):
+        return repr(shown_address(value))
+    return "the value" if "@" in str(value) or "://" in str(value) else reprlib.repr(value)
 
 
 def one_line(text: str) -> str:

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from hemostat.config.fields import server_url
 from hemostat.doctor.axes import Axis
 from hemostat.models.compression.plan import SCHEMA
 from hemostat.models.written_files import other_content
 from hemostat_calibration.errors import HemostatError
+from hemostat_calibration.messages import shown_address
 
+REFERENCE_KEY, COMPRESSED_KEY = "HEMOSTAT_REFERENCE__API_KEY", "HEMOSTAT_UPSTREAM__API_KEY"
+"""Variables of the environment with the servers' keys."""
 JSON_MARKER = b'"hemostat": "'
 HTML_MARKER = b'name="generator" content="hemostat doctor"'
 """What a report has near its beginning, by which it is recognized."""
@@ -79,6 +83,12 @@ def is_url(model: str) -> bool:
     return model.startswith(("http://", "https://"))
 
 
+def split_address(model: str) -> tuple[str, str | None]:
+    """The root and the served name of `URL[#SERVED-NAME]`."""
+    url, _, name = model.partition("#")
+    return url.rstrip("/").removesuffix("/v1"), name or None
+
+
 def parse_budget(text: str) -> float:
     """A number of bytes above 1, or a share of the reference's bytes, above 0 to 1. Raises DoctorError."""
     try:
@@ -96,12 +106,25 @@ def check(options: DoctorOptions) -> None:
         raise DoctorError(
             "REFERENCE and COMPRESSED must be of the same kind: two folders or hub names, or two URLs of vLLM servers"
         )
+    for name, model, key in (
+        ("REFERENCE", options.reference, REFERENCE_KEY),
+        ("COMPRESSED", options.compressed, COMPRESSED_KEY),
+    ):
+        if not options.servers:
+            break
+        try:
+            # A password may have a #, too: then it is in the part of the served name.
+            server_url(model if "@" in model else split_address(model)[0])
+        except ValueError as error:
+            raise DoctorError(f"{name}: {str(error).replace('use api_key', f'set {key}')}") from None
     if options.sweep and options.decoding != "sampled":
         raise DoctorError(f"--{options.decoding}: the reference writes a sweep's texts; leave it out, or --sweep")
     if options.sweep and options.servers:
         raise DoctorError("--sweep: it changes weights, which a server does not give; name a checkpoint's folder")
     if not options.servers:
         for name, model in (("REFERENCE", options.reference), ("COMPRESSED", options.compressed)):
+            if "://" in model:
+                raise DoctorError(f"{name}: {shown_address(model)} is not an http address, and no folder")
             folder = Path(model)
             if folder.is_dir() and not (folder / "config.json").is_file():
                 raise DoctorError(f"{name}: {model} is not a transformers checkpoint: it has no config.json")

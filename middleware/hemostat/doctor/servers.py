@@ -15,7 +15,7 @@ from pydantic import SecretStr
 
 from hemostat.config.schema import Upstream
 from hemostat.doctor.figures import figures_of
-from hemostat.doctor.options import DoctorError, DoctorOptions
+from hemostat.doctor.options import COMPRESSED_KEY, REFERENCE_KEY, DoctorError, DoctorOptions, split_address
 from hemostat.doctor.pair import Ids, Job, Scored, Side
 from hemostat.doctor.prompts import Prompt
 from hemostat.reference.match import compare
@@ -32,7 +32,6 @@ T = TypeVar("T")
 MAX_CONCURRENT_REQUESTS = 8
 TIMEOUT_SECONDS = 600.0
 """For one response: a long text may wait in the server's queue."""
-REFERENCE_KEY, COMPRESSED_KEY = "HEMOSTAT_REFERENCE__API_KEY", "HEMOSTAT_UPSTREAM__API_KEY"
 ANCHOR = "a"
 """Ids are decoded after this text: tokenizers drop a leading space at the start."""
 _SPECIAL = re.compile(r"<[^<>\s]{1,60}>")
@@ -73,11 +72,11 @@ class ServerPair:
 
     async def _start(self) -> None:
         options = self._options
-        reference_url, reference_name = _address(options.reference)
+        reference_url, reference_name = split_address(options.reference)
         self._reference = ServerReference(
             reference_url, _key(REFERENCE_KEY), reference_name, options.top_k, folder=options.reference_folder
         )
-        (self._url, wanted), key = _address(options.compressed), _key(COMPRESSED_KEY)
+        (self._url, wanted), key = split_address(options.compressed), _key(COMPRESSED_KEY)
         self._compressed = VllmReference(self._url, key, wanted, options.top_k)
         self._server = VllmServer(self._url, key, timeout=TIMEOUT_SECONDS)
         infos = [await self._reference.start(), await self._compressed.start()]
@@ -224,12 +223,6 @@ class ServerPair:
 
 class _TokenIds(msgspec.Struct, frozen=True):
     tokens: list[int]
-
-
-def _address(model: str) -> tuple[str, str | None]:
-    """The root and the served name of `URL[#SERVED-NAME]`."""
-    url, _, name = model.partition("#")
-    return url.rstrip("/").removesuffix("/v1"), name or None
 
 
 def _key(variable: str, environment: Mapping[str, str] = os.environ) -> SecretStr | None:

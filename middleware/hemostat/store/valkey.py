@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from hemostat.config.store_url import MISSING_EXTRA, server_address, without_password
+from hemostat.config.store_url import MISSING_EXTRA, UNKNOWN_OPTION, server_address
 from hemostat.store import protocol
 from hemostat.store.protocol import (
     MAX_ENTRIES,
@@ -26,6 +26,7 @@ from hemostat.store.protocol import (
     StoreWrites,
 )
 from hemostat.store.valkey_stream import ValkeyStream
+from hemostat_calibration.messages import shown_address
 
 CONNECT_SECONDS = 2.0
 RESPONSE_SECONDS = 5.0
@@ -123,7 +124,7 @@ class ValkeyStore:
             address, self._prefix = server_address(url)
         except ValueError as error:
             raise StoreFailure(f"store.url: {error}") from None
-        self._shown_url = without_password(url)
+        self._shown_url = shown_address(url)
         self.replica = secrets.token_hex(8)
         self.as_leader: StoreWrites = _LeaderWrites(self)
         try:
@@ -138,8 +139,8 @@ class ValkeyStore:
                 retry_on_error=[],
             )
             self._client.connection_pool.make_connection()
-        except (ValueError, TypeError, redis.RedisError) as error:
-            raise StoreFailure(f"store.url: {self._shown_url}: {error}") from None
+        except (ValueError, TypeError, redis.RedisError):  # their texts may have a part of the address
+            raise StoreFailure(f"store.url: {self._shown_url}: {UNKNOWN_OPTION}") from None
         self._scripts = {name: self._client.register_script(text) for name, text in _SCRIPTS.items()}
 
     @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
+from hemostat_calibration.messages import shown_address
+
 DNS = "dns+"
 """Prefix of an address whose name stands for several engines, one for each of its addresses."""
 
@@ -34,7 +36,7 @@ def parse_origin(url: str) -> Origin:
     """ValueError unless `url` is http(s)://host[:port] without a path or query."""
     parts = urlsplit(url)
     if parts.scheme not in {"http", "https"} or not parts.hostname or parts.path not in {"", "/"} or parts.query:
-        raise ValueError(f"upstream_url: {url!r} is not of the form http://host:port or https://host:port")
+        raise ValueError(f"upstream_url: {shown_address(url)} is not of the form http://host:port or https://host:port")
     tls = parts.scheme == "https"
     port = parts.port or (443 if tls else 80)
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
