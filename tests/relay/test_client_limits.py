@@ -18,6 +18,7 @@ from tests.support.waiting import until
 from hemostat.metrics import names
 from hemostat.relay import client_limits
 from hemostat.relay.access_log import AccessLog
+from hemostat.relay.client_identity import client_network
 from hemostat.relay.client_limits import ClientLimits
 from hemostat.relay.http.request import RequestHead
 from hemostat.relay.main import _within_descriptors
@@ -147,23 +148,16 @@ async def test_websockets_count_while_they_are_open_and_are_logged_with_their_st
     assert [(line["status"], line["outcome"]) for line in lines] == [(429, "refused"), (101, "ok"), (101, "ok")]
 
 
-class Peer(asyncio.Transport):
-    """Of a client with this address."""
-
-    def __init__(self, *address: str) -> None:
-        super().__init__({"peername": address})
-
-
 def test_an_ipv6_client_is_its_network_and_an_ipv4_one_its_address_however_the_socket_listens() -> None:
     limits = ClientLimits("address", concurrent=1)
     head = RequestHead(b"POST", b"/", 1)
     keys = [
-        limits.key(head, Peer(address))
+        limits.key(head, client_network((address,)))
         for address in ("2001:db8::1", "2001:db8::ffff:2", "2001:db8:0:1::1", "::ffff:10.0.0.1", "::ffff:10.0.0.2")
     ]
     assert len(set(keys)) == 4
     assert keys[0] == keys[1]
-    assert keys[3:] == [limits.key(head, Peer(address)) for address in ("10.0.0.1", "10.0.0.2")]
+    assert keys[3:] == [limits.key(head, client_network((address,))) for address in ("10.0.0.1", "10.0.0.2")]
 
 
 @pytest.mark.parametrize(("asked", "allowed"), [((16_384, 8_192), (968, 484)), ((16_384, 16_384), (968, 968))])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 import pytest
 from tests.support.hooks import HookSequence, SpyHook
-from tests.support.relay import GET, OK, Client, Request, UpstreamConnection, answering, post, relaying
+from tests.support.relay import GET, OK, Client, Connect, Request, UpstreamConnection, answering, post, relaying
 from tests.support.waiting import until
 
 from hemostat.hooks import Rewrite
@@ -22,20 +23,22 @@ from hemostat.relay.http.framing import CHUNKED, RequestBodyReader
 from hemostat.relay.limits import Limits
 from hemostat.relay.worker import Relay
 
-Connect = Callable[[], Awaitable[Client]]
+GREEDY = "127.0.0.2"
+"""Address of a client that takes more than its share."""
 
 
-def long(length: int, sent: bytes = b"x") -> bytes:
+def long(length: int, sent: bytes = b"x", *fields: bytes) -> bytes:
     """The beginning of a request with a body of `length` bytes."""
-    return b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b" % (length, sent)
+    head = (b"POST /v1/completions HTTP/1.1", b"Host: a", b"Content-Length: %d" % length, *fields, b"", sent)
+    return b"\r\n".join(head)
 
 
-async def begin(relay: Relay, connect: Connect, data: bytes) -> Client:
+async def begin(relay: Relay, connect: Connect, data: bytes, address: str = "127.0.0.1") -> Client:
     """A client that has sent the beginning of a request, which the relay has read."""
     known = set(relay.clients)
-    client = await connect()
+    client = await connect(address)
     await client.send(data)
-    await until(lambda: any(one.state is ConnectionState.READING_BODY for one in set(relay.clients) - known))
+    await until(lambda: any(one.state is not ConnectionState.READING_HEAD for one in set(relay.clients) - known))
     return client
 
 
@@ -148,7 +151,7 @@ async def test_long_bodies_take_a_quarter_of_the_connections() -> None:
 
 
 async def test_the_oldest_incomplete_body_gives_way_where_memory_ends() -> None:
-    limits = Limits(buffered_body_bytes=1000, buffered_bytes=2000)
+    limits = Limits(buffered_body_bytes=1000, buffered_bytes=2200)
     async with relaying(answering([]), limits=limits) as (relay, upstream, connect):
         first, second, third = [await begin(relay, connect, long(1000, b"x" * 700)) for _ in range(3)]
         refused = await first.response("POST")
@@ -160,14 +163,145 @@ async def test_the_oldest_incomplete_body_gives_way_where_memory_ends() -> None:
         assert relay._context.budget.held_bytes == 0
 
 
+def unmeasured(relay: Relay) -> None:
+    """Nobody is known to be slow, however long the test takes."""
+    for inside in relay.clients:
+        inside.since += 1000.0
+
+
+CREDENTIALS = itertools.count()
+
+
+def invented() -> bytes:
+    return b"Authorization: Bearer invented-%d" % next(CREDENTIALS)
+
+
+@pytest.mark.parametrize(
+    ("address", "field"),
+    [
+        (GREEDY, lambda: b"X: y"),
+        (GREEDY, invented),
+        ("127.0.0.1", lambda: b"Authorization: Bearer greedy"),
+    ],
+    ids=["an address", "an address with many credentials", "a credential"],
+)
+async def test_bodies_of_who_holds_most_give_way_and_slow_clients_keep_theirs(
+    address: str, field: Callable[[], bytes]
+) -> None:
+    """The honest bodies are the oldest; all of them take less than their share."""
+    limits = Limits(buffered_body_bytes=1000, buffered_bytes=8000)
+    async with relaying(answering([]), limits=limits) as (relay, _, connect):
+        honest = [await begin(relay, connect, long(500, b"x" * 300, b"Authorization: Bearer a")) for _ in range(5)]
+        for _ in range(20):
+            await begin(relay, connect, long(1000, b"x" * 700, field()), address)
+        assert relay._context.budget.held_bytes <= 8000
+        assert relay.counters.requests["/v1/completions", "overloaded"] >= 10
+        for client in honest:
+            await client.send(b"x" * 200)
+            assert (await client.response("POST")).status == 200
+
+
+async def test_incomplete_heads_count_and_are_given_back() -> None:
+    async with relaying(answering([]), limits=Limits(buffered_bytes=100_000)) as (relay, _, connect):
+        budget = relay._context.budget
+        honest = await connect()
+        await honest.send(GET[:-2])
+        greedy = []
+        for _ in range(10):
+            greedy.append(await connect(GREEDY))
+            await greedy[-1].send(b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 20_000)
+        await until(lambda: relay.counters.requests["other", "overloaded"] >= 6)
+        assert 0 < budget.held_bytes <= 100_000
+        refused = await greedy[0].response()
+        assert (refused.status, refused.get(b"retry-after"), refused.get(b"connection")) == (503, [b"1"], [b"close"])
+        await honest.send(b"\r\n")
+        assert (await honest.response()).status == 200
+        for client in greedy:
+            await client.close()
+        await until(lambda: budget.held_bytes == 0)
+
+
+async def test_complete_heads_without_a_body_count() -> None:
+    """The length of a head is what many fields take, whose body never comes."""
+    async with relaying(answering([]), limits=Limits(buffered_bytes=50_000)) as (relay, _, connect):
+        fields = [b"X-%d: %b" % (number, b"x" * 100) for number in range(100)]
+        for _ in range(10):
+            await begin(relay, connect, long(1000, b"", *fields))
+        assert 30_000 < relay._context.budget.held_bytes <= 50_000
+        assert relay.counters.requests["/v1/completions", "overloaded"] >= 5
+
+
+async def test_what_is_sent_ahead_of_an_answer_counts() -> None:
+    busy = Busy()
+    async with relaying(busy.script, limits=Limits(buffered_bytes=50_000)) as (relay, _, connect):
+        greedy, honest = await connect(GREEDY), await connect()
+        await honest.send(GET)
+        await greedy.send(GET)
+        await until(lambda: busy.waiting == 2)
+        await greedy.send(GET[:-2] + b"X: " + b"x" * 40_000)
+        await until(lambda: relay._context.budget.held_bytes > 40_000)
+        await greedy.send(b"x" * 20_000)
+        with contextlib.suppress(ConnectionResetError):
+            assert await greedy.rest() == b""
+        assert relay._context.budget.held_bytes <= 1000, "of the honest one's copy"
+        busy.go.set()
+        assert (await honest.response()).status == 200
+
+
+@pytest.mark.parametrize(
+    ("address", "field"),
+    [(GREEDY, lambda: b"X: y"), (GREEDY, invented), ("127.0.0.1", lambda: b"Authorization: Bearer greedy")],
+    ids=["an address", "an address with many credentials", "a credential"],
+)
+async def test_long_bodies_of_who_sends_most_of_them_give_way(address: str, field: Callable[[], bytes]) -> None:
+    limits = Limits(buffered_body_bytes=100)
+    async with relaying(answering([]), upstream_max_connections=16, limits=limits) as (relay, _, connect):
+        greedy = [await begin(relay, connect, long(1000, b"x", field()), address) for _ in range(4)]
+        unmeasured(relay)
+        honest = await begin(relay, connect, long(1000, b"x", b"Authorization: Bearer a"))
+        unmeasured(relay)
+        assert (await greedy[0].response("POST")).status == 503, "the oldest"
+        refused = await begin(relay, connect, long(1000, b"x", field()), address)
+        assert (await refused.response("POST")).status == 503, "it has its share"
+        second = await begin(relay, connect, long(1000, b"x", b"Authorization: Bearer a"))
+        assert (await greedy[1].response("POST")).status == 503
+        for client in honest, second, *greedy[2:]:
+            await client.send(b"x" * 999)
+            assert (await client.response("POST")).status == 200
+
+
+async def test_slow_long_bodies_give_way_even_to_their_own_client() -> None:
+    """As behind a gateway, where nothing tells clients apart."""
+    limits = Limits(buffered_body_bytes=100)
+    async with relaying(answering([]), upstream_max_connections=8, limits=limits) as (relay, _, connect):
+        slow = await begin(relay, connect, long(100_000))
+        (of_slow,) = relay.clients
+        fast = await begin(relay, connect, long(100_000, b"x" * 99_999))
+        unmeasured(relay)
+        third = await begin(relay, connect, long(100_000))
+        assert (await third.response("POST")).status == 503, "nobody is known to be slow yet"
+        of_slow.since = relay._context.loop.time() - 2.5
+        of_slow.reading_paused = True
+        fourth = await begin(relay, connect, long(100_000))
+        assert (await fourth.response("POST")).status == 503, "it waits for the upstream, which does not read"
+        of_slow.reading_paused = False
+        fifth = await begin(relay, connect, long(100_000))
+        assert (await slow.response("POST")).status == 503
+        for client, rest in (fast, 1), (fifth, 99_999):
+            await client.send(b"x" * rest)
+            assert (await client.response("POST")).status == 200
+
+
 class Busy:
     """An upstream that answers nothing before `go`."""
 
     def __init__(self) -> None:
         self.asked, self.go = asyncio.Event(), asyncio.Event()
+        self.waiting = 0
 
     async def script(self, connection: UpstreamConnection) -> None:
         while await connection.request() is not None:
+            self.waiting += 1
             self.asked.set()
             await self.go.wait()
             await connection.send(OK)

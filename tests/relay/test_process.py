@@ -101,6 +101,30 @@ async def running(script: Script, control_socket: Path, open_files: int | None =
         await asyncio.sleep(0.01)
 
 
+def resident_mib(pid: int) -> float:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) / 1024
+
+
+async def test_memory_of_incomplete_heads_is_returned_when_their_clients_are_gone(tmp_path: Path) -> None:
+    async with running(answering([]), tmp_path / "no.sock") as relay:
+        pid = relay.process.pid
+        # Not the last memory that is asked for: what stays in use behind the heads must not keep theirs.
+        clients = [await relay.connect() for _ in range(500)]
+        before = resident_mib(pid)
+        for client in clients:
+            await client.send(b"GET / HTTP/1.1\r\nX: %b" % (b"x" * 60_000))
+        stays = await relay.connect()
+        await stays.send(b"GET / HTTP/1.1\r\nHost: a\r\nX: %b" % (b"x" * 60_000))
+        await until(lambda: resident_mib(pid) > before + 25)
+        for client in clients:
+            await client.close()
+        await until(lambda: resident_mib(pid) < before + 8)
+        await stays.send(b"\r\n\r\n")
+        assert (await stays.response()).status == 200
+        await stays.close()
+
+
 async def refused(relay: Process) -> None:
     """Wait until it accepts no more connections. One that was in the queue when it closed its socket is reset."""
     async with asyncio.timeout(HANG_SECONDS):

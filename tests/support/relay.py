@@ -10,7 +10,7 @@ import ssl
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import h11
 from tests.support.waiting import HANG_SECONDS
@@ -208,7 +208,10 @@ class Client:
             await self.writer.wait_closed()
 
 
-Connect = Callable[[], Awaitable[Client]]
+class Connect(Protocol):
+    """Connects a client of this address."""
+
+    def __call__(self, address: str = ...) -> Awaitable[Client]: ...
 
 
 @contextlib.asynccontextmanager
@@ -220,8 +223,8 @@ async def listening(relay: Relay) -> AsyncIterator[Connect]:
     port = sock.getsockname()[1]
     clients: list[Client] = []
 
-    async def connect() -> Client:
-        client = Client(*await asyncio.open_connection("127.0.0.1", port))
+    async def connect(address: str = "127.0.0.1") -> Client:
+        client = Client(*await asyncio.open_connection("127.0.0.1", port, local_addr=(address, 0)))
         clients.append(client)
         return client
 

@@ -19,21 +19,29 @@ from typing import Final, cast
 
 from hemostat.openai import routes
 from hemostat.relay import counters
+from hemostat.relay.client_identity import client_network
 from hemostat.relay.clients import Clients
 from hemostat.relay.context import RelayContext
 from hemostat.relay.disconnect import DisconnectWatcher
-from hemostat.relay.exchange import MAX_READ_AHEAD_BYTES, Exchange
-from hemostat.relay.exchange_state import COLLECTING
+from hemostat.relay.exchange import MAX_READ_AHEAD_BYTES, UPLOADS_EXHAUSTED, Exchange
+from hemostat.relay.exchange_state import COLLECTING, QUEUED
 from hemostat.relay.forwarding import ensure_request_id
 from hemostat.relay.http.errors import BadRequest, error_body, error_response
 from hemostat.relay.http.framing import RequestBodyReader
 from hemostat.relay.http.request import parse_request
+from hemostat.relay.shares import Holding
 from hemostat.relay.tunnel import Tunnel
 
 DRAIN_IDLE_SECONDS: Final = 5.0
 """Of a connection without a request, while the relay drains because another one has taken its place."""
+SLOW_UPLOAD_BYTES_PER_SECOND: Final = 32 * 1024
+"""A long body that arrives at less gives way where no upstream connection is left for another one: 2 MB in a minute."""
+SLOW_UPLOAD_SECONDS: Final = 2.0
+"""For so long at least its rate is measured."""
 LINGER_SECONDS: Final = 1.0
 """From the end of the last response to closing the connection, for the client to read it."""
+
+MEMORY_EXHAUSTED: Final = "the proxy's memory for requests is exhausted"
 
 _RESET: Final = struct.pack("ii", 1, 0)
 """Value of SO_LINGER with which closing sends a reset."""
@@ -72,11 +80,13 @@ class ClientConnection(asyncio.Protocol):
         "_buffer",
         "_clients",
         "_context",
+        "_counted",
         "_stalled",
         "_tunnel",
         "_watcher",
         "eof",
         "exchange",
+        "holding",
         "reading_paused",
         "since",
         "state",
@@ -98,7 +108,10 @@ class ClientConnection(asyncio.Protocol):
         """Event-loop time from which the client's time limits count."""
         self._context = context
         self._clients = clients
+        self.holding = Holding(self, b"")
         self._buffer = b""
+        self._counted = 0
+        """Bytes of the buffer that the budget knows of."""
         self._body: RequestBodyReader | None = None
         """In READING_BODY."""
         self._body_bytes = 0
@@ -115,6 +128,7 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
+        self.holding.network = client_network(transport.get_extra_info("peername"))
         self.since = self._context.loop.time()
         if not self._clients.opened(self):
             self.state = _CLOSING
@@ -142,6 +156,7 @@ class ClientConnection(asyncio.Protocol):
             self._buffer += data
             if len(self._buffer) > MAX_READ_AHEAD_BYTES:
                 self.pause_reading()
+            self._count()
         elif state is _TUNNEL:
             assert self._tunnel is not None
             self._tunnel.from_client(data)
@@ -175,9 +190,11 @@ class ClientConnection(asyncio.Protocol):
         if self._watcher is not None:
             self._watcher.stop()
             self._watcher = None
+        self._drop_buffer()
         exchange, self.exchange = self.exchange, None
         if exchange is not None:
             exchange.client_lost()
+        self.holding.owner = None  # otherwise the two keep each other until the garbage collector finds them
 
     # Requests.
 
@@ -197,6 +214,8 @@ class ClientConnection(asyncio.Protocol):
                 self.resume_reading()
         elif self.state is _READING_BODY and self.eof:
             self.transport.close()  # the rest of this body will never arrive
+        if self._buffer or self._counted:
+            self._count()
 
     def _read_head(self) -> bool:
         """Begin the next request. False while its head is incomplete, or if nothing more is to be read."""
@@ -222,6 +241,8 @@ class ClientConnection(asyncio.Protocol):
             self._refuse(error)
             return False
         self.exchange = exchange = Exchange(context, self, request, ensure_request_id(request), started)
+        if self._counted:
+            self._release()
         length = request.length
         rest = buffer[end + 4 :]
         if 0 <= length <= len(rest):
@@ -255,6 +276,8 @@ class ClientConnection(asyncio.Protocol):
             self._buffer = rest
             self.state = _AWAITING_RESPONSE
         exchange.request_data(pieces, complete=body.complete, started=started)
+        if self._buffer:
+            self._count()
 
     # Called by the exchange.
 
@@ -288,7 +311,7 @@ class ClientConnection(asyncio.Protocol):
         self._tunnel = tunnel
         if self._buffer:
             tunnel.from_client(self._buffer)
-            self._buffer = b""
+            self._drop_buffer()
         self.resume_reading()
         if self.eof:
             tunnel.client_ended()
@@ -305,6 +328,53 @@ class ClientConnection(asyncio.Protocol):
             self._measure_rate()
             if not self.eof and not self.transport.is_closing():
                 self.transport.resume_reading()
+
+    # The budget.
+
+    def _count(self) -> None:
+        """Tell the budget what is in the buffer. Any request may have to give way for it, this client's too."""
+        holding, added = self.holding, len(self._buffer) - self._counted
+        if not added:
+            return
+        if not holding.size:
+            holding.credential = b""
+            holding.waiting = False
+        self._counted += added
+        self._context.budget.hold(holding, added)
+        if added > 0:
+            self._context.budget.enforce()
+
+    def _release(self) -> None:
+        """What was counted of the buffer is no longer in it, or becomes a request."""
+        self._context.budget.hold(self.holding, -self._counted)
+        self._counted = 0
+
+    def _drop_buffer(self) -> None:
+        self._buffer = b""
+        if self._counted:
+            self._release()
+
+    def give_way(self) -> None:
+        """See `shares.Owner`."""
+        exchange = self.exchange
+        if exchange is not None and (exchange.state is COLLECTING or exchange.state is QUEUED):
+            exchange.give_way(MEMORY_EXHAUSTED)
+        elif self.state is _READING_HEAD:
+            self._refuse(BadRequest(503, MEMORY_EXHAUSTED, "overloaded"))
+        else:
+            self._drop_buffer()  # of requests that were sent before this one was answered
+            self.transport.abort()
+
+    def give_way_upload(self) -> None:
+        """See `shares.Owner`."""
+        assert self.exchange is not None
+        self.exchange.give_way(UPLOADS_EXHAUSTED)
+
+    def uploads_slowly(self, now: float) -> bool:
+        """See `shares.Owner`. Time in which the upstream does not read is not the client's."""
+        seconds = now - self.since
+        measured = self.state is _READING_BODY and not self.reading_paused and seconds >= SLOW_UPLOAD_SECONDS
+        return measured and self._body_bytes < SLOW_UPLOAD_BYTES_PER_SECOND * seconds
 
     def _measure_rate(self) -> None:
         """In READING_BODY: begin to measure how fast the client sends."""
@@ -323,8 +393,8 @@ class ClientConnection(asyncio.Protocol):
         return state is _READING_HEAD or state is _CLOSING
 
     def _refuse(self, error: BadRequest) -> None:
-        """The request cannot be parsed, so what follows it cannot be either."""
-        self._context.counters.request(routes.OTHER, counters.REFUSED)
+        """The request cannot be parsed, or not be read to its end, so that what follows it cannot be either."""
+        self._context.counters.request(routes.OTHER, counters.OVERLOADED if error.status == 503 else counters.REFUSED)
         if self._context.access_log is not None:
             self._context.access_log.refused(error.status, self.transport)
         body = error_body(error.status, error.message, error.code)
@@ -334,7 +404,7 @@ class ClientConnection(asyncio.Protocol):
     def _linger(self) -> None:
         """Close, but let the client read first: closing while there is unread input would reset the connection."""
         self.state = _CLOSING
-        self._buffer = b""
+        self._drop_buffer()
         if self.eof or self.transport.is_closing():
             self.transport.close()
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import socket
 from typing import Final
@@ -15,13 +14,13 @@ _MAPPED: Final = bytes(10) + b"\xff\xff"
 _FIELD: Final = b"authorization:"
 
 
-def client_key(request: RequestHead, transport: asyncio.BaseTransport) -> bytes:
-    """The client that sends a request: a digest of its credential, without one its network.
+def client_key(request: RequestHead, network: bytes) -> bytes:
+    """The client that sends a request: a digest of its credential, without one its network (see `client_network`).
 
     A client without a valid credential can send another one with each request; what has to hold against those goes by
-    `client_network` too. Other fields, such as X-Api-Key, name nobody: vLLM does not check them.
+    the network too. Other fields, such as X-Api-Key, name nobody: vLLM does not check them.
     """
-    return credential_digest(request) or client_network(transport.get_extra_info("peername"))
+    return credential_digest(request) or network
 
 
 def credential_digest(request: RequestHead) -> bytes:

@@ -6,13 +6,12 @@ and R replicas, a client whose connections reach all of them may ask for N × R 
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal
 
-from hemostat.relay.client_identity import client_key, client_network
+from hemostat.relay.client_identity import client_key
 from hemostat.relay.http.errors import error_body
 from hemostat.relay.http.request import RequestHead
 
@@ -77,13 +76,11 @@ class ClientLimits:
     def enabled(self) -> bool:
         return self._interval > 0.0 or self._concurrent < math.inf
 
-    def key(self, request: RequestHead, transport: asyncio.BaseTransport) -> bytes | None:
-        """Of the client; None where the request does not count: a GET or HEAD that does not open a WebSocket."""
+    def key(self, request: RequestHead, network: bytes) -> bytes | None:
+        """Of the client, whose network is `network`; None where the request does not count: a GET or HEAD that does not open a WebSocket."""
         if request.method in UNLIMITED_METHODS and not request.upgrade:
             return None
-        if self._by_address:
-            return client_network(transport.get_extra_info("peername"))
-        return client_key(request, transport)
+        return network if self._by_address else client_key(request, network)
 
     def begin(self, key: bytes, now: float) -> Exceeded | None:
         """Admit a request: None, and `end` is to be called when it has ended; or the limit that it exceeds."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
+from hemostat.relay.shares import Holding
 from hemostat.relay.tunnel import Tunnel
 
 
@@ -12,6 +13,8 @@ class ClientSide(Protocol):
     """Of `client_connection.ClientConnection`."""
 
     transport: asyncio.Transport
+    holding: Holding
+    """What the relay holds for this connection."""
 
     @property
     def write_paused(self) -> bool:

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from typing import Final, Generic, Protocol, TypeVar
 
 from hemostat.metrics import names
-from hemostat.relay.client_identity import client_network
 from hemostat.relay.counters import Counters
 from hemostat.relay.limits import Limits
+from hemostat.relay.shares import Holding
 
 
 class Evictable(Protocol):
@@ -18,6 +18,9 @@ class Evictable(Protocol):
 
     @property
     def transport(self) -> asyncio.Transport: ...
+
+    @property
+    def holding(self) -> Holding: ...
 
     @property
     def evictable(self) -> bool:
@@ -58,7 +61,7 @@ class Clients(Generic[Connection]):
 
     def opened(self, connection: Connection) -> bool:
         """A client has connected; False: its connection exceeds a limit and is not taken."""
-        address = client_network(connection.transport.get_extra_info("peername"))
+        address = connection.holding.network
         number = self._numbers.get(address, 0)
         if number >= self._limits.connections_per_client:
             own = (one for one, its in self._addresses.items() if its == address)

@@ -44,6 +44,7 @@ from hemostat.relay.upstreams.connection import UpstreamConnection
 
 MAX_READ_AHEAD_BYTES: Final = 64 * 1024
 """Bytes taken from a client beyond the request in progress, or while that waits for an upstream connection."""
+UPLOADS_EXHAUSTED: Final = "too many requests with long bodies at a time"
 MAX_HEAD_HOLD_SECONDS: Final = 0.2
 """How long a response's head is held back for the hook. vLLM reports in the first event of a stream that it refuses the
 request, until which the response can still be replaced. It does so before anything is computed, within milliseconds;
@@ -107,7 +108,7 @@ class Exchange:
         self._transport = client.transport
         self._watch: RequestWatch | None = None
         if context.access_log is not None or context.client_limits is not None:
-            self._watch = RequestWatch(context, request, self._route, request_id, client.transport, started)
+            self._watch = RequestWatch(context, request, self._route, request_id, client, started)
             self._transport = self._watch.transport
         self._report: GenerationReport | None = None  # only for a generation
         self._observer: OutcomeObserver | None = None  # the report's, used for every piece of a response
@@ -159,13 +160,14 @@ class Exchange:
             self._send(b"", self._started)
         else:
             self._enter(COLLECTING)
-            context.budget.begin_collecting(self)
+            self.outgoing.hold(b"")  # its head counts
             if request.expect:
                 # The upstream cannot ask for the body, because it gets nothing before the body is whole.
                 request.expect = False
                 request.drop(_EXPECT)
                 if not more_read:
                     self._transport.write(CONTINUE)
+            context.budget.enforce()
 
     def request_data(self, pieces: list[bytes], *, complete: bool, started: float) -> None:
         """More of the request's body, without its framing.
@@ -179,13 +181,12 @@ class Exchange:
         if self.state is not COLLECTING:
             self._send_more(self.outgoing.encode_more(pieces, complete=complete), started)
             return
-        budget, outgoing = self._context.budget, self.outgoing
+        outgoing = self.outgoing
         outgoing.hold(data)
         if complete or outgoing.unsent_bytes > self._collected_bytes:
-            budget.end_collecting(self)
             self._send(outgoing.take(), perf_counter())
         else:
-            budget.enforce()
+            self._context.budget.enforce()
 
     @property
     def _collected_bytes(self) -> int:
@@ -195,16 +196,19 @@ class Exchange:
 
     def fail_request(self, error: BadRequest) -> None:
         """The rest of the request is malformed, too long or overdue."""
+        self._give_up(error.status, error_body(error.status, error.message, error.code), counters.REFUSED)
+
+    def give_way(self, reason: str) -> None:
+        """What the request takes of the relay is needed for others."""
+        self._give_up(503, error_body(503, reason, "overloaded"), counters.OVERLOADED)
+
+    def _give_up(self, status: int, body: bytes, outcome: str) -> None:
         self._leave_upstream()
         if self.state is STREAMING:
-            self._finish(counters.REFUSED)
+            self._finish(outcome)
             self._client.exchange_broken(reset=False)
         else:
-            self._respond(error.status, error_body(error.status, error.message, error.code), counters.REFUSED)
-
-    def give_way(self) -> None:
-        """From the budget: the bytes that are kept of the request are needed for others."""
-        self._overloaded("the proxy's memory for requests is exhausted")
+            self._respond(status, body, outcome)
 
     def _overloaded(self, reason: str) -> None:
         self._respond(503, error_body(503, reason, "overloaded"), counters.OVERLOADED)
@@ -249,16 +253,14 @@ class Exchange:
     def _dispatch(self, payload: bytes, started: float) -> None:
         """Send a request, or its beginning, upstream: now, or when there is a connection."""
         if not self.request_complete and not self.outgoing.begin_upload():
-            self._overloaded("too many requests with long bodies at a time")
+            self._overloaded(UPLOADS_EXHAUSTED)
             return
         connection = self.outgoing.engine.pool.acquire(self)
         if connection is None:
             self._enter(QUEUED)
-            self.outgoing.hold(payload)
+            self.outgoing.hold(payload, complete=self.request_complete)
             self._overhead = -started
-            if not self._context.budget.enforce():
-                self._leave_upstream()
-                self.give_way()
+            self._context.budget.enforce()
             return
         self._send_on(connection, payload)
         self._overhead = perf_counter() - started
@@ -582,8 +584,6 @@ class Exchange:
 
     def _finish(self, outcome: str, *, complete: bool = False, own_status: int = 0) -> None:
         """Count and report the exchange. complete: the whole response has been sent. own_status: of the relay's own."""
-        if self.state is COLLECTING:
-            self._context.budget.end_collecting(self)
         self._enter(DONE)
         self.outgoing.end()
         self._stop_holding()

@@ -15,13 +15,14 @@ from typing import Final
 from hemostat.hooks import Rewrite
 from hemostat.openai import routes
 from hemostat.openai.conversation_key import conversation_key
-from hemostat.relay.client_identity import client_key
+from hemostat.relay.client_identity import client_key, credential_digest
 from hemostat.relay.client_side import ClientSide
 from hemostat.relay.context import RelayContext
 from hemostat.relay.fail_open import FailOpenHook
 from hemostat.relay.forwarding import redirected, upstream_head
 from hemostat.relay.http.framing import CHUNKED, LAST_CHUNK, chunk, set_length
 from hemostat.relay.http.request import SAFE_METHODS, RequestHead
+from hemostat.relay.shares import Holding
 from hemostat.relay.upstreams.engine import Engine
 from hemostat.relay.upstreams.origin import Origin
 
@@ -36,22 +37,23 @@ _random: Final = random.Random()  # noqa: S311  not a secret
 class OutgoingRequest:
     """Owns the bytes of one request: those that wait to be sent, and those that are kept to send it once more.
 
-    All of them count in the relay's budget until `forget`.
+    All of them count in the relay's budget until `forget`, and so does the head while the request waits.
     """
 
     __slots__ = (
         "_budget",
         "_client",
         "_context",
-        "_counted",
+        "_copied",
         "_engine",
         "_failed",
+        "_held",
         "_original",
         "_resends",
         "_started",
         "_tried",
         "_unsent",
-        "_uploading",
+        "_upload",
         "_whole",
         "_written_for",
         "head",
@@ -75,9 +77,11 @@ class OutgoingRequest:
         self._written_for: Origin | None = None
         """Which engine's name is in the encoded head."""
         self._budget = context.budget
-        self._counted = 0
-        """Bytes in the budget."""
-        self._uploading = False
+        self._held = 0
+        """Bytes in the budget that wait to be sent: the head, and `_unsent`."""
+        self._copied = 0
+        """Bytes in the budget of `_whole` and `_original`."""
+        self._upload: Holding | None = None
         """It was begun upstream before it was complete, and still is not."""
         self._unsent: bytes | bytearray = b""
         """While the body is collected: its beginning. While the exchange waits for a connection: what is sent first."""
@@ -90,8 +94,15 @@ class OutgoingRequest:
     def unsent_bytes(self) -> int:
         return len(self._unsent)
 
-    def hold(self, data: bytes) -> None:
-        """Keep bytes that cannot be sent yet."""
+    def hold(self, data: bytes, *, complete: bool = False) -> None:
+        """Keep bytes that cannot be sent yet. complete: the whole request is here."""
+        holding = self._client.holding
+        size = len(data)
+        if not self._held:
+            size += sum(map(len, self.head.lines))
+            if not holding.size:
+                holding.credential = credential_digest(self.head)
+                holding.waiting = complete
         if not self._unsent:
             self._unsent = data
         else:
@@ -99,13 +110,13 @@ class OutgoingRequest:
             if isinstance(self._unsent, bytes):
                 self._unsent = bytearray(self._unsent)
             self._unsent += data
-        self._count(len(data))
+        self._held += size
+        self._budget.hold(holding, size)
 
     def take(self) -> bytes:
         """The bytes that were held, which are no longer kept."""
         data = bytes(self._unsent)
-        self._unsent = b""
-        self._count(-len(data))
+        self._release()
         return self._addressed(data)
 
     def encode(self, body: bytes, *, complete: bool) -> bytes:
@@ -126,7 +137,7 @@ class OutgoingRequest:
         """The request as the hook wants it to go upstream. body: the client's own, whole."""
         head = self.head
         self._original = (list(head.lines), head.framing, body)
-        self._count(len(body))
+        self._copy(len(body))
         if verdict.drop_headers:
             head.drop(verdict.drop_headers)
         if verdict.body or head.framing >= 0:
@@ -150,8 +161,7 @@ class OutgoingRequest:
         size = len(payload)
         if self._budget.spares(size):
             self._whole = payload
-            self._counted += size
-            self._budget.held_bytes += size
+            self._copy(size)
 
     def repeatable(self, route: str) -> bool:
         """It may be sent a second time: the method is safe, or the route keeps nothing, and all of it is here."""
@@ -162,41 +172,52 @@ class OutgoingRequest:
         """Hold the whole request once more, to be sent to `engine`."""
         payload, self._whole = self._whole, None
         assert payload is not None
-        self._count(-len(payload))
+        self._copy(-len(payload))
         self._resends += 1
-        self.hold(payload)
+        self.hold(payload, complete=True)
 
     def forget(self) -> None:
         """Nothing of the request is needed any more."""
         self._original = None
-        if self._counted:
-            self._unsent, self._whole = b"", None
-            self._budget.held_bytes -= self._counted
-            self._counted = 0
+        if self._copied:
+            self._whole = None
+            self._copy(-self._copied)
+        if self._held:
+            self._release()
 
     def begin_upload(self) -> bool:
         """It is begun upstream before it is complete. False: too many are."""
-        self._uploading = self._budget.begin_upload()
-        return self._uploading
+        holding = self._client.holding
+        upload = Holding(holding.owner, holding.network, credential_digest(self.head))
+        if not self._budget.begin_upload(upload, self._context.loop.time()):
+            return False
+        self._upload = upload
+        return True
 
     def end_upload(self) -> None:
         """It is complete, or given up."""
-        if self._uploading:
-            self._uploading = False
-            self._budget.end_upload()
+        upload, self._upload = self._upload, None
+        if upload is not None:
+            self._budget.end_upload(upload)
 
     def end(self) -> None:
         """Neither the request nor its engine is needed any more."""
-        if self._counted or self._original is not None:
+        if self._copied or self._held or self._original is not None:
             self.forget()
         if self._engine is not None:
             self.engine.outstanding -= 1
-        if self._uploading:
+        if self._upload is not None:
             self.end_upload()
 
-    def _count(self, size: int) -> None:
-        self._counted += size
-        self._budget.held_bytes += size
+    def _copy(self, size: int) -> None:
+        self._copied += size
+        self._budget.copy(size)
+
+    def _release(self) -> None:
+        """Nothing of it waits to be sent any more."""
+        self._unsent = b""
+        self._budget.hold(self._client.holding, -self._held)
+        self._held = 0
 
     # The engine.
 
@@ -275,7 +296,7 @@ class OutgoingRequest:
 
     @property
     def _client_key(self) -> bytes:
-        return client_key(self.head, self._client.transport)
+        return client_key(self.head, self._client.holding.network)
 
     def _redirect(self, *, free: bool) -> bool:
         """Choose an engine that has not failed to answer it; False where there is none, or the budget for retries is

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Final, Protocol
+from itertools import islice
+from typing import Final
+
+from hemostat.relay.shares import Holding, Shares
 
 UPLOAD_SHARE: Final = 4
 """One of so many upstream connections may wait for the rest of a request's body."""
-
-
-class Collecting(Protocol):
-    """An exchange that collects its request's body."""
-
-    def give_way(self) -> None:
-        """Answer the client with 503 and keep nothing of the request."""
+MAX_EXAMINED_UPLOADS: Final = 32
+"""Of the oldest ones, where a slow one is looked for: those that are not slow come to their end."""
+FREED_SHARE: Final = 8
+"""Memory is returned where one of so many parts of the limit has been given back."""
 
 
 class RequestBudget:
-    """Owns how many bytes of requests all exchanges of a relay keep, and how many of them send an incomplete body.
+    """Owns how many bytes of requests each client keeps in a relay, and how many requests with an incomplete body each
+    sends.
 
-    A body that is collected counts, and so does a request that waits for a connection or is kept to be sent once more.
-    If they exceed the limit, the bodies that have been collected for longest give way: most bodies are complete within
-    milliseconds, and a client that sends slowly on purpose hurts only itself. Where that is not enough, a request that
-    would have to wait is refused.
+    What has been read of a head or a body counts, and so does a request that waits for a connection. Beyond the limit
+    the client that holds most gives back first, see `Shares`. Copies, which are kept to send a request once more, count
+    too; they are made only while memory is to spare, and are not asked back.
     """
 
-    __slots__ = ("_collecting", "_limit", "_max_uploads", "_uploads", "held_bytes")
+    __slots__ = ("_bytes", "_copies", "_limit", "_max_uploads", "_peak", "_uploading", "_uploads")
 
     def __init__(self, limit: int, max_connections: int) -> None:
         """limit: in bytes. max_connections: to the upstream."""
-        self.held_bytes = 0
+        self._bytes = Shares()
+        self._copies = 0
         self._limit = limit
+        self._peak = 0
+        """Most bytes that were held since `take_freed` was true."""
         self._max_uploads = max(1, max_connections // UPLOAD_SHARE)
-        self._uploads = 0
-        self._collecting: dict[Collecting, None] = {}
+        self._uploads = Shares()
+        self._uploading: dict[Holding, None] = {}
         """Oldest first."""
+
+    @property
+    def held_bytes(self) -> int:
+        return self._bytes.size + self._copies
 
     @property
     def scarce(self) -> bool:
@@ -44,27 +51,51 @@ class RequestBudget:
         """Three quarters are left free with `size` bytes more: a copy that is seldom needed makes nothing scarce."""
         return 4 * (self.held_bytes + size) <= self._limit
 
-    def begin_collecting(self, exchange: Collecting) -> None:
-        self._collecting[exchange] = None
+    def copy(self, size: int) -> None:
+        """So many bytes more are kept as copies; less, where it is negative."""
+        self._copies += size
 
-    def end_collecting(self, exchange: Collecting) -> None:
-        self._collecting.pop(exchange, None)
+    def hold(self, holding: Holding, size: int) -> None:
+        """So many bytes more are held; less, where it is negative. Where it was more, `enforce` has to follow."""
+        self._bytes.add(holding, size)
 
-    def enforce(self) -> bool:
-        """Keep to the limit; `give_way` of any exchange that collects may be called. False: too much is in use still,
-        by requests that are complete."""
-        while self.held_bytes > self._limit and self._collecting:
-            exchange = next(iter(self._collecting))
-            del self._collecting[exchange]
-            exchange.give_way()
-        return self.held_bytes <= self._limit
+    def enforce(self) -> None:
+        """Keep to the limit; `give_way` of any owner may be called."""
+        self._peak = max(self._peak, self.held_bytes)
+        while self.held_bytes > self._limit:
+            holding = self._bytes.largest()
+            if holding is None or holding.owner is None:
+                return
+            holding.owner.give_way()
 
-    def begin_upload(self) -> bool:
-        """True if one more exchange may send a body that is not complete; `end_upload` has to follow."""
-        if self._uploads >= self._max_uploads:
-            return False
-        self._uploads += 1
+    def take_freed(self) -> bool:
+        """Whether much less is held than was, so that memory can be returned; True once for each time."""
+        freed = FREED_SHARE * (self._peak - self.held_bytes) >= self._limit
+        if freed:
+            self._peak = self.held_bytes
+        return freed
+
+    def begin_upload(self, upload: Holding, now: float) -> bool:
+        """True if one more request may send a body that is not complete; `end_upload` has to follow.
+
+        upload: a new one. Where no place is left, the oldest upload of the client that has most of them gives way, or
+        one that is slow, whoever sends it. now: event-loop time.
+        """
+        if self._uploads.size >= self._max_uploads:
+            other = self._uploads.larger(upload.network, upload.credential) or self._slow_upload(now)
+            if other is None or other.owner is None:
+                return False
+            other.owner.give_way_upload()
+        self._uploads.add(upload, 1)
+        self._uploading[upload] = None
         return True
 
-    def end_upload(self) -> None:
-        self._uploads -= 1
+    def end_upload(self, upload: Holding) -> None:
+        self._uploads.add(upload, -1)
+        del self._uploading[upload]
+
+    def _slow_upload(self, now: float) -> Holding | None:
+        oldest = islice(self._uploading, MAX_EXAMINED_UPLOADS)
+        return next(
+            (upload for upload in oldest if upload.owner is not None and upload.owner.uploads_slowly(now)), None
+        )

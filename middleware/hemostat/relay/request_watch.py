@@ -8,6 +8,7 @@ from typing import cast
 
 from hemostat.metrics import names
 from hemostat.relay.client_limits import Exceeded
+from hemostat.relay.client_side import ClientSide
 from hemostat.relay.context import RelayContext
 from hemostat.relay.http.request import RequestHead
 
@@ -36,7 +37,7 @@ class RequestWatch:
         request: RequestHead,
         route: str,
         request_id: str,
-        transport: asyncio.Transport,
+        client: ClientSide,
         started: float,
     ) -> None:
         """started: when the request's head had been received (perf_counter)."""
@@ -44,7 +45,7 @@ class RequestWatch:
         self._request = request
         self._route = route
         self._request_id = request_id
-        self._transport = transport
+        self._transport = client.transport
         self._started = started
         self._sent = 0.0
         self._answered = 0.0
@@ -54,7 +55,7 @@ class RequestWatch:
         self.exceeded: Exceeded | None = None
         """The limit that refuses the request."""
         limits = context.client_limits
-        key = None if limits is None else limits.key(request, transport)
+        key = None if limits is None else limits.key(request, client.holding.network)
         if limits is not None and key is not None:
             self.exceeded = limits.begin(key, started)
             if self.exceeded is None:

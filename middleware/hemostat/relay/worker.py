@@ -16,6 +16,7 @@ from hemostat.relay.client_limits import ClientLimits
 from hemostat.relay.clients import Clients
 from hemostat.relay.context import RelayContext
 from hemostat.relay.counters import Counters
+from hemostat.relay.freed_memory import return_freed_memory
 from hemostat.relay.limits import Limits
 from hemostat.relay.request_budget import RequestBudget
 from hemostat.relay.upstreams.checker import HealthChecker
@@ -171,6 +172,8 @@ class Relay:
         for client in self.clients:
             client.sweep(now)
         self.upstreams.sweep(now)
+        if self._context.budget.take_freed():
+            return_freed_memory()
         if self._context.access_log is not None:
             self._context.access_log.flush()
         self._sweeper = self._loop.call_later(SWEEP_SECONDS, self._sweep)

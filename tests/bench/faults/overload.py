@@ -39,7 +39,7 @@ RELAY = "hemostat.relay.main"
 
 
 def rows() -> Iterator[Row]:
-    with upstream(_answer) as url:
+    with upstream(answer) as url:
         yield from _slow_bodies(url)
         yield _descriptors(url)
         yield _slow_heads_of_the_admin_port(url)
@@ -96,7 +96,7 @@ def _response(path: str) -> bytes:
     return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(path), path.encode())
 
 
-async def _answer(writer: asyncio.StreamWriter, path: str) -> None:
+async def answer(writer: asyncio.StreamWriter, path: str) -> None:
     writer.write(_response(path))
 
 
@@ -192,10 +192,10 @@ def _memory(url: str) -> Iterator[Row]:
         # Every request is sampled, so that the hook wants to read every body.
         with stack(url, reference={"backend": "vllm", "url": url}, shadow={"rate": 1.0}) as proxy:
             wait_for("scoring", lambda: _sampled(proxy) > 0, ANSWER_SECONDS, every=0.5)
-            pid = _relay(proxy)
-            before = _memory_mib(pid)
+            pid = relay_process(proxy)
+            before = memory_mib(pid)
             asyncio.run(attack(proxy.url))
-            grown = _peak_mib(pid) - before
+            grown = peak_mib(pid) - before
         yield Row(
             f"{number} stalled bodies of {length / 1e6:.1f} MB: memory of the relay",
             "77 to 614 MB" if number == STALLED else "grows by 840 MiB",
@@ -214,7 +214,7 @@ def _sampled(proxy: Stack) -> float:
     )
 
 
-def _relay(proxy: Stack) -> int:
+def relay_process(proxy: Stack) -> int:
     return next(pid for module, pid in _modules(proxy).items() if module.startswith("hemostat.relay"))
 
 
@@ -227,11 +227,11 @@ def _status(pid: int, name: str) -> float:
     return float(next(line.split()[1] for line in lines if line.startswith(name + ":"))) / 1024
 
 
-def _memory_mib(pid: int) -> float:
+def memory_mib(pid: int) -> float:
     return _status(pid, "VmRSS")
 
 
-def _peak_mib(pid: int) -> float:
+def peak_mib(pid: int) -> float:
     return _status(pid, "VmHWM")
 
 

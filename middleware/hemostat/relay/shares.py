@@ -1,0 +1,188 @@
+"""How much each client holds of what all clients of a relay share: memory for requests, and places for uploads.
+
+    all ─► network ─► credential ─► holding: of one connection
+
+Who holds most is asked level by level, so that a client neither gets a larger share by many connections, nor a network
+by many credentials, which anybody can invent. What is taken from the largest until enough is free leaves the others
+what they have, up to an equal share (max-min fairness).
+"""
+
+from __future__ import annotations
+
+import heapq
+from typing import Final, Protocol, cast
+
+_WAITING: Final = -1
+_SPARE_ENTRIES: Final = 16
+
+
+class Owner(Protocol):
+    """Of a holding."""
+
+    def give_way(self) -> None:
+        """Give back at least what the budget counts for it, and tell the client."""
+
+    def give_way_upload(self) -> None:
+        """Give up the request whose body is being sent upstream, and tell the client."""
+
+    def uploads_slowly(self, now: float) -> bool:
+        """The body arrives so slowly that its place is better used for another one. now: event-loop time."""
+
+
+class Share:
+    """What is held by one network, by one of its credentials, or by one connection."""
+
+    __slots__ = ("name", "order", "parent", "ranked", "size")
+
+    def __init__(self, name: bytes | int) -> None:
+        self.name = name
+        self.size = 0
+        self.order = 0
+        """By age: of equal ones the oldest is the first."""
+        self.parent: Group | None = None
+        """None while nothing is held."""
+        self.ranked = 0
+        """The size in its newest entry of the parent's heap, which is never less than `size`; or _WAITING."""
+
+
+class Group(Share):
+    """A share that consists of others. Owns which of them is the largest."""
+
+    __slots__ = ("_heap", "members")
+
+    def __init__(self, name: bytes) -> None:
+        super().__init__(name)
+        self.members: dict[bytes | int, Share] = {}
+        self._heap: list[tuple[int, int, Share]] = []
+        """The largest first. Members that have shrunk are moved when they come to the top, so that most changes cost
+        nothing."""
+
+    def largest(self) -> Share | None:
+        heap = self._heap
+        while heap:
+            rank, order, share = heap[0]
+            if share.ranked != -rank or share.order != order or share.parent is not self:
+                heapq.heappop(heap)  # a newer entry has replaced it
+            elif share.size < share.ranked:
+                share.ranked = share.size
+                heapq.heapreplace(heap, (-share.size, order, share))
+            else:
+                return share
+        return None
+
+    def join(self, share: Share, order: int) -> None:
+        share.parent = self
+        share.order = order
+        self.members[share.name] = share
+
+    def rank(self, share: Share) -> None:
+        """A member has grown beyond its entry, or is new."""
+        if share.ranked != _WAITING:
+            share.ranked = share.size
+        heapq.heappush(self._heap, (-share.ranked, share.order, share))
+        if len(self._heap) > 2 * len(self.members) + _SPARE_ENTRIES:
+            for one in self.members.values():
+                if one.ranked != _WAITING:
+                    one.ranked = one.size
+            self._heap = [(-one.ranked, one.order, one) for one in self.members.values()]
+            heapq.heapify(self._heap)
+
+
+class Holding(Share):
+    """Of one connection. Its network, credential and `waiting` may change while it is empty."""
+
+    __slots__ = ("credential", "network", "owner", "waiting")
+
+    def __init__(self, owner: Owner | None, network: bytes, credential: bytes = b"") -> None:
+        super().__init__(0)
+        self.owner = owner
+        """None once its connection is closed."""
+        self.network = network
+        self.credential = credential
+        """b"" where none is known, as of a head that is not complete."""
+        self.waiting = False
+        """It is of a complete request. Within one credential these come after all others, and the newest first: who
+        has waited for longest is next to be answered."""
+
+
+class Shares:
+    """Owns what everybody holds. All in constant time, or logarithmic in the number of holdings, amortized.
+
+    >>> shares, small, large = Shares(), Holding(None, b"a"), Holding(None, b"b")
+    >>> shares.add(small, 3); shares.add(large, 5)
+    >>> shares.largest() is large, shares.size
+    (True, 8)
+    """
+
+    __slots__ = ("_all", "_order")
+
+    def __init__(self) -> None:
+        self._all = Group(b"")
+        self._order = 0
+
+    @property
+    def size(self) -> int:
+        return self._all.size
+
+    def add(self, holding: Holding, size: int) -> None:
+        """The holding grows by `size`, or shrinks where that is negative."""
+        if not size:
+            return
+        if holding.parent is None:
+            self._attach(holding)
+        share: Share = holding
+        while (parent := share.parent) is not None:
+            share.size += size
+            if share.size > share.ranked >= 0:
+                parent.rank(share)
+            share = parent
+        share.size += size
+        share = holding
+        while not share.size and (parent := share.parent) is not None:
+            del parent.members[share.name]
+            share.parent = None
+            share.ranked = 0
+            share = parent
+
+    def largest(self) -> Holding | None:
+        """Of the network that holds most: of its credential that holds most: the largest, or the oldest of several."""
+        return _largest(self._all)
+
+    def larger(self, network: bytes, credential: bytes) -> Holding | None:
+        """The one to take from, so that this client can have one more: of who holds more than the client would then.
+        None where nobody does."""
+        group = self._all
+        for name in (network, credential):
+            most, own = group.largest(), group.members.get(name)
+            if most is None:
+                return None
+            if most.size > (0 if own is None else own.size) + 1:
+                return _largest(most)
+            if own is None:
+                return None
+            group = cast("Group", own)
+        return None
+
+    def _attach(self, holding: Holding) -> None:
+        self._order += 1
+        group = self._all
+        for name in (holding.network, holding.credential):
+            member = group.members.get(name)
+            if member is None:
+                member = Group(name)
+                group.join(member, self._order)
+            group = cast("Group", member)
+        holding.name = self._order
+        if holding.waiting:
+            holding.ranked = _WAITING
+            group.join(holding, -self._order)
+            group.rank(holding)
+        else:
+            group.join(holding, self._order)
+
+
+def _largest(share: Share) -> Holding | None:
+    found: Share | None = share
+    while isinstance(found, Group):
+        found = found.largest()
+    return cast("Holding | None", found)
