@@ -5,6 +5,7 @@ The modules, in the order of a request:
     main                composes the process; `worker` is the relay: its socket, its connections, its drain
     context             what all connections of one relay share; `limits` is what a client may send
     client_identity     who a client is, for all that is limited or compared by client
+    shares              how much each client holds of what all share; `request_budget` is what they share
     client_connection   one client's connection; `disconnect` notices clients that have gone
     http/               the rules of HTTP/1.1 on bytes
     exchange            one request and its response; `exchange_state` has the states, `fail_open` calls the hook

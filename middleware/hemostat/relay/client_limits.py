@@ -77,7 +77,7 @@ class ClientLimits:
         return self._interval > 0.0 or self._concurrent < math.inf
 
     def key(self, request: RequestHead, network: bytes) -> bytes | None:
-        """Of the client, whose network is `network`; None where the request does not count: a GET or HEAD that does not open a WebSocket."""
+        """Of the client; None where the request does not count: a GET or HEAD that does not open a WebSocket."""
         if request.method in UNLIMITED_METHODS and not request.upgrade:
             return None
         return network if self._by_address else client_key(request, network)
