@@ -9,8 +9,10 @@ import math
 import re
 import shutil
 import time
+from asyncio import StreamWriter
 from collections.abc import Iterator
 from importlib import resources
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,12 +24,13 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from tests.support import adapter_status
 from tests.support.admin_server import GRAMMAR_REQUESTS, KINDS, VOCABULARY, Served, everything, served
 from tests.support.console_text import interval, nats, percent
-from tests.support.control import TOKEN
+from tests.support.control import TOKEN, connect_relay, relay_stats
 from tests.support.served_models import pair, served_models
 
 from hemostat.admin import history as overview
 from hemostat.admin.app import ASSETS
 from hemostat.admin.history import MAX_POINTS, RECENT_POINTS, History
+from hemostat.control.composition import Control
 from hemostat.engines.upstreams import UpstreamEngine
 from hemostat.ipc.messages import REST_KIND
 from hemostat.reference.pair import ReferenceState
@@ -333,24 +336,24 @@ def test_the_operators_actions(page: Page, one: Served) -> None:
 
 
 @needs_chromium
-def test_without_a_reference_the_headline_says_that_nothing_is_measured(page: Page, one: Served) -> None:
-    """After the test above, in which the alarm ended."""
-    before = one.control.monitor.state, one.control.monitor.detail
+def test_without_a_reference_the_headline_says_that_nothing_is_measured(browser: Browser, tmp_path: Path) -> None:
+    async def fill(control: Control, folder: Path) -> StreamWriter:
+        control.monitor.state, control.monitor.detail = ReferenceState.DOWN, "http://ref:8000 refuses connections"
+        return await connect_relay(control, folder, 1, relay_stats())
 
-    def write(control: Any, state: ReferenceState, detail: str) -> None:
-        control.monitor.state, control.monitor.detail = state, detail
-
-    one.do(lambda control: write(control, ReferenceState.DOWN, "http://ref:8000 refuses connections"))
-    try:
+    with served(tmp_path, fill) as other:
+        page = browser.new_page()
+        page.goto(f"{other.url}/")
         expect(page.locator("#alarm")).to_have_text(
             "The reference does not answer: nothing is measured (http://ref:8000 refuses connections)", timeout=10_000
         )
         assert page.locator("#verdict").get_attribute("class") == "verdict wait"
         assert page.title() == "WARNING – Hemostat"
         expect(page.locator("#problems-room")).to_be_hidden()
-    finally:
-        one.do(lambda control: write(control, *before))
-    expect(page.locator("#alarm")).not_to_contain_text("reference", timeout=10_000)
+        other.do(lambda control: setattr(control.monitor, "state", ReferenceState.READY))
+        expect(page.locator("#alarm")).to_have_text("No data yet", timeout=10_000)
+        assert page.locator("#connection").get_attribute("class") == "pill good"
+        page.close()
 
 
 @needs_chromium

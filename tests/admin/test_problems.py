@@ -189,9 +189,13 @@ async def test_the_worst_is_first_and_each_has_its_own_since(tmp_path: Path) -> 
 async def test_a_store_that_refuses_is_a_problem_for_a_quarter_of_an_hour(tmp_path: Path) -> None:
     async with bench(tmp_path) as one:
         one.one.store_errors.record(StoreFailure("disk full"))
-        [(alert, text)] = one.found()
-        assert alert == "HemostatStoreErrors"
-        assert text.endswith("disk full")
+        assert one.found() == [
+            (
+                "HemostatStoreErrors",
+                "Reads and writes that the store refused in the last 15 minutes: 1; "
+                "a restart may lose something (disk full)",
+            )
+        ]
         one.now += LOST_SECONDS - 1
         assert one.found() != []
         one.now += 2
@@ -254,7 +258,7 @@ async def test_captures_and_records_that_are_lost(tmp_path: Path) -> None:
         records.lost += 3
         assert one.found()[1] == (
             "HemostatRecordsLost",
-            "3 records of the last 15 minutes were not written to records.path",
+            "Records that could not be written to records.path in the last 15 minutes: 3",
         )
         one.now += LOST_SECONDS
         assert one.found() == []

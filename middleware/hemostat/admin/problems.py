@@ -162,9 +162,13 @@ class Problems:
         if monitor.state in REFERENCE:
             text = f"{REFERENCE[monitor.state]}: nothing is measured"
             yield Found("HemostatReferenceDown", f"{text} ({monitor.detail})" if monitor.detail else text)
-        if self._store_failures.look(now, errors.count) or errors.not_opened:
-            why = errors.not_opened or errors.last_message or "see the log"
-            yield Found("HemostatStoreErrors", f"The store fails, so that a restart may lose what was learned: {why}")
+        refused = self._store_failures.look(now, errors.count)
+        if errors.not_opened:
+            yield Found("HemostatStoreErrors", f"The store could not be opened: {errors.not_opened}")
+        elif refused:
+            text = f"Reads and writes that the store refused in the last 15 minutes: {refused:.0f}"
+            why = errors.last_message or "see the log"
+            yield Found("HemostatStoreErrors", f"{text}; a restart may lose something ({why})")
         if error:
             yield Found("HemostatReloadFailed", f"The configuration was not reloaded, the former one serves: {error}")
         meter = self._pipeline.noise_floor
@@ -179,9 +183,8 @@ class Problems:
             yield Found("HemostatCapturesLost", f"{lost} on their way to the control process")
         records = self._lost_records.look(now, self._records.lost) if self._records is not None else 0.0
         if records:
-            yield Found(
-                "HemostatRecordsLost", f"{records:.0f} records of the last 15 minutes were not written to records.path"
-            )
+            text = f"Records that could not be written to records.path in the last 15 minutes: {records:.0f}"
+            yield Found("HemostatRecordsLost", text)
 
 
 def _down(name: str, engine: UpstreamEngine) -> str:
