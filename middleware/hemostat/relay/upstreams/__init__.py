@@ -4,6 +4,8 @@ origin       an engine's address
 connection   one connection, which carries one request at a time
 pool         the connections to one engine, and the requests that wait for one
 health       when an engine gets no requests, and when again (pure)
+comparison   which engine fails more requests than the others (pure)
+retries      how many requests are sent to another engine (pure)
 balancer     which engine gets a request (pure)
 engine       one engine: address, pool and health
 group        all engines: `Upstreams`

@@ -15,7 +15,7 @@ from hemostat.relay.upstreams.engine import Engine
 from hemostat.relay.upstreams.health import Health
 from hemostat.relay.upstreams.origin import Origin
 from hemostat.relay.upstreams.pool import Pool
-from hemostat.relay.upstreams.retry_budget import RetryBudget
+from hemostat.relay.upstreams.retries import RetryBudget
 
 MAX_ENGINES: Final = 64
 UNAVAILABLE_STATUSES: Final = frozenset({502, 503})
@@ -114,8 +114,9 @@ class Upstreams:
         """
         loop_time = self._loop.time()
         if self.only is not None:
-            if failed[0][1] != 500:
-                self.only.health.request_failed(loop_time)
+            engine, status = failed[0]
+            if status != 500:
+                engine.health.request_failed(loop_time)
             return
         if not answered and len(failed) > 1:
             self.comparison.put_down(client, now)
