@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,9 +17,13 @@ from tests.support.lora_world import FakeCopy, adapter, hurry
 from tests.support.waiting import until
 
 from hemostat.control.composition import Control
+from hemostat.engines.messages import EngineReport, LoraState
+from hemostat.ipc.messages import REST_KIND
 from hemostat.profiles.decisions import Decision, Reason
+from hemostat.profiles.persistence import SERVING_KEY, StoredServing
+from hemostat_calibration.errors import HemostatError
 
-ADAPTER = adapter(1)
+ADAPTER, OTHER = adapter(1), adapter(2)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +51,7 @@ async def hosting(folder: Path, lora: FakeLora, mode: str = "auto") -> AsyncIter
 async def test_relays_may_ask_for_an_adapter_once_it_is_loaded_and_probed(tmp_path: Path) -> None:
     lora = FakeLora(resolves={ADAPTER.version: 2})
     async with hosting(tmp_path, lora) as one:
-        assert one.profile_manager.serving.max_adapters == 0
+        assert one.profile_manager.serving.max_adapters is None
         await until(lambda: one.adapters.hosts.ready)
         one.policy.publish()
         policy = one.policy._last
@@ -75,3 +81,130 @@ async def test_nothing_is_loaded_while_profiles_are_only_observed(tmp_path: Path
         assert (lora.names, one.adapters.hosts.ready) == ({}, {})
         one.profile_manager.operator.set_mode("auto")
         await until(lambda: one.adapters.hosts.ready)
+
+
+# --- over restarts of the control process ----------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def successor(folder: Path, lora: FakeLora, *, boot: str = "boot") -> AsyncIterator[Control]:
+    """A control process with the folder's store, beside an engine that reports. The last one was killed."""
+    async with running(FakeVllm(lora=lora)) as fake:
+        store = {"url": f"sqlite:///{folder / 'store.db'}"}
+        given = settings(fake.url, calibration={"mode": "auto"}, adapter={"enabled": True}, store=store)
+        async with control(folder, given) as one:
+            one.profile_manager.set_model_pair("fake", VOCAB)
+            one.adapters.judge.logprobs = FakeCopy().logprobs  # type: ignore[method-assign]
+
+            async def reports() -> None:
+                while True:
+                    state = LoraState(lora.slots, lora.max_rank, lora.grouped, len(lora.loaded), lora.was_full)
+                    report = EngineReport(boot, 0, 1, [], VOCAB, {}, "v1", "0.32.0", adapters=lora.loaded, lora=state)
+                    one.engines.report(report, time.monotonic())
+                    await asyncio.sleep(0.01)
+
+            loops = (one.adapters.hosts.run(), one.writer.run(), reports())
+            tasks = [asyncio.create_task(loop) for loop in loops]
+            try:
+                yield one
+                assert not any(task.done() for task in tasks), tasks
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+
+KINDS = ("chat text greedy", "chat text sampled")
+
+
+async def two_serve(folder: Path, lora: FakeLora) -> None:
+    """An operator has promoted ADAPTER and pinned OTHER, each for a kind; then the control process is killed: it writes
+    nothing more."""
+    async with successor(folder, lora) as one:
+        for name in KINDS:
+            one.profile_manager.kinds.see(name)
+        for profile in (ADAPTER, OTHER):
+            await one.actions.import_profile(profile.to_bytes(), "")
+        await until(lambda: one.adapters.hosts.capacity == 2)
+        await one.actions.promote(ADAPTER.version, KINDS[0])
+        await one.actions.pin(OTHER.version, KINDS[1])
+        await until(lambda: set(one.adapters.hosts.ready) == {ADAPTER.version, OTHER.version})
+        shutil.copy(folder / "store.db", folder / "killed.db")
+    (folder / "killed.db").rename(folder / "store.db")
+
+
+def resolving(slots: int) -> FakeLora:
+    return FakeLora(resolves={ADAPTER.version: 2, OTHER.version: 2}, slots=slots)
+
+
+async def test_what_served_serves_again_once_it_is_probed_and_no_place_is_given_away_before(tmp_path: Path) -> None:
+    lora = resolving(3)
+    await two_serve(tmp_path, lora)
+    async with successor(tmp_path, lora) as one:
+        serving = one.profile_manager.serving
+        assert serving.version_by_kind == {KINDS[0]: ADAPTER.version, KINDS[1]: OTHER.version}
+        third = one.profile_manager.operator.import_profile(adapter(3))
+        with pytest.raises(
+            HemostatError, match=r"it is not known yet how many adapters the engines have slots for: adapter.engine"
+        ):
+            one.profile_manager.operator.promote(third, REST_KIND)
+        await until(lambda: set(one.adapters.hosts.ready) == {ADAPTER.version, OTHER.version})
+        one.policy.publish()
+        policy = one.policy._last
+        assert policy is not None
+        assert policy.serving_by_kind == serving.version_by_kind
+        assert set(policy.serving_by_kind.values()) <= set(policy.acknowledged)
+        with pytest.raises(HemostatError, match="2 other adapters serve, as many as engines have slots for: roll one"):
+            one.profile_manager.operator.promote(third, REST_KIND)
+        assert [e["decision"] for e in one.profile_manager.events.newest_first()][:2] == ["import", "pin"]
+
+
+@pytest.mark.parametrize(("slots", "stays"), [(2, {KINDS[1]: OTHER.version}), (1, {})])
+async def test_what_an_engine_that_was_started_with_fewer_slots_cannot_hold_is_withdrawn_with_the_reason(
+    tmp_path: Path, slots: int, stays: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of two the pinned one stays."""
+    await two_serve(tmp_path, resolving(3))
+    caplog.set_level("INFO", "hemostat.calibration")
+    async with successor(tmp_path, resolving(slots), boot="again") as one:
+        serving = one.profile_manager.serving
+        assert len(serving.version_by_kind) == 2, "not before the slots are known"
+        await until(lambda: serving.version_by_kind == stays)
+        events = [e for e in one.profile_manager.events.newest_first() if e["decision"] == Decision.ROLL_BACK]
+        assert {(e["version"], e["kind"], e["reason"]) for e in events} == {
+            (version, kind, Reason.SLOT)
+            for kind, version in zip(KINDS, (ADAPTER.version, OTHER.version), strict=True)
+            if kind not in stays
+        }
+        assert "the engines were started with slots for" in events[0]["why"]
+        lines = [record.getMessage() for record in caplog.records if "roll_back" in record.getMessage()]
+        assert len(lines) == len(events)
+
+
+async def test_slots_that_clients_take_for_a_while_withdraw_nothing(tmp_path: Path) -> None:
+    lora = resolving(3)
+    await two_serve(tmp_path, lora)
+    async with successor(tmp_path, lora) as one:
+        await until(lambda: len(one.adapters.hosts.ready) == 2)
+        lora.names |= {"theirs": "/theirs", "more": "/more"}
+        await until(lambda: one.adapters.hosts.capacity == 0)
+        assert len(one.profile_manager.serving.version_by_kind) == 2
+        del lora.names["theirs"], lora.names["more"]
+        await until(lambda: len(one.adapters.hosts.ready) == 2)
+
+
+async def test_an_operators_action_is_in_the_store_when_it_is_answered(tmp_path: Path) -> None:
+    async with successor(tmp_path, resolving(3)) as one:
+
+        def stored() -> StoredServing:
+            return StoredServing.decode(one.store.get_state(SERVING_KEY))
+
+        await one.actions.import_profile(ADAPTER.to_bytes(), "")
+        assert stored().versions() == {ADAPTER.version}
+        await until(lambda: one.adapters.hosts.capacity == 2)
+        await one.actions.promote(ADAPTER.version, None)
+        assert stored().kinds[REST_KIND].version == ADAPTER.version
+        await one.actions.pin(ADAPTER.version, None)
+        assert stored().kinds[REST_KIND].pinned
+        await one.actions.rollback("a test", None)
+        assert stored().kinds[REST_KIND].version is None

@@ -10,6 +10,7 @@ import pytest
 from hemostat.profiles.decisions import DECISIONS, MAX_EVENTS, REASONS, Decision, EventLog, Reason, evidence_json
 from hemostat.profiles.persistence import StoredServing, stored_mode, whole_number
 from hemostat.store.memory import MemoryStore
+from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard import decisions as guard_decisions
 from hemostat_calibration.guard.guard import Guard
 
@@ -62,9 +63,15 @@ def test_evidence_without_requests_is_json_ready() -> None:
     assert evidence_json(None) == {}
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"scope": 1}'])
-def test_where_the_stored_serving_state_is_missing_or_damaged_nothing_serves(text: str | None) -> None:
+@pytest.mark.parametrize("text", [None, ""])
+def test_where_the_stored_serving_state_is_missing_nothing_serves(text: str | None) -> None:
     assert StoredServing.decode(text) == StoredServing()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"scope": 1}'])
+def test_a_damaged_serving_state_is_refused(text: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="the stored serving profiles cannot be read"):
+        StoredServing.decode(text)
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import msgspec
 import numpy as np
 import pytest
-from tests.support.profile_bench import BIASED, EVEN, JUDGED, MODEL, Bench, harmful
+from tests.support.profile_bench import BIASED, EVEN, JUDGED, LEARNED, MODEL, Bench, contextual, harmful, helpful
 from tests.support.world import V
 
+from hemostat.config.schema import Evidence
 from hemostat.ipc.messages import REST_KIND
+from hemostat.metrics import names
 from hemostat.profiles.catalogue import MAX_PROFILES
 from hemostat.profiles.persistence import SERVING_KEY, STATE_KEYS, StoredKind, StoredServing
+from hemostat.store.memory import MemoryStore
 from hemostat.store.protocol import StoredProfile
-from hemostat_calibration.profiles.profile import temperature_bias
+from hemostat_calibration.profiles.profile import IDENTITY, temperature_bias
 
 
 def test_the_operators_mode_is_kept_over_restarts_until_the_configuration_changes() -> None:
@@ -38,13 +44,156 @@ def test_after_a_restart_the_same_profile_serves_and_is_judged() -> None:
     assert bench.restart().profiles.serving.selected is None
 
 
-def test_a_damaged_stored_profile_does_not_serve() -> None:
+@pytest.mark.parametrize("data", [b"junk", None], ids=["damaged", "missing"])
+def test_what_served_and_cannot_be_read_any_more_is_withdrawn_with_the_reason_once(
+    data: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
     bench = Bench()
     version = bench.promote()
-    bench.store.put_profile(StoredProfile(version, b"junk", 0.0))
+    bench.profiles.operator.pin(version)
+    del bench.store._profiles[version]
+    if data is not None:
+        bench.store.put_profile(StoredProfile(version, data, 0.0))
+    caplog.set_level("INFO")
     again = bench.restart()
+    assert len([record for record in caplog.records if version in record.getMessage()]) == 1
     again.profiles.set_model_pair(MODEL, V)
     assert again.profiles.serving.version is None
+    event = again.last("roll_back")
+    assert (event["version"], event["kind"], event["reason"]) == (version, REST_KIND, "lost")
+    assert ("cannot be read" in event["why"]) == (data is not None)
+    assert not again.profiles.serving.pinned
+    assert [sample.value for sample in again.profiles.samples() if sample.name == names.PROFILE_ROLLBACKS] == [1]
+    assert again.restart(crash=True).decisions() == again.decisions()
+    again.feed(BIASED, JUDGED[:5])
+
+
+def test_a_candidate_that_cannot_be_read_any_more_is_dropped_with_the_reason() -> None:
+    bench = Bench()
+    bench.feed(BIASED, JUDGED[:2])
+    versions = [bench.profiles.operator.import_profile(harmful(seed=seed)) for seed in range(3)]
+    bench.store.put_profile(StoredProfile(versions[1], b"junk", 0.0))
+    again = bench.restart()
+    again.profiles.set_model_pair(MODEL, V)
+    assert [candidate.version for candidate in again.profiles.trials.queue] == [versions[0], versions[2]]
+    event = again.last("drop")
+    assert (event["version"], event["reason"]) == (versions[1], "lost")
+    assert again.restart(crash=True).decisions() == again.decisions()
+
+
+def test_what_new_settings_do_not_allow_is_withdrawn_with_the_reason() -> None:
+    """`apply: request` carries one profile, and none of the family `contextual`."""
+    bench = Bench()
+    for kind in ("a", "b"):
+        bench.profiles.kinds.see(kind)
+    versions = [bench.profiles.operator.import_profile(made) for made in (helpful(0), helpful(1), contextual())]
+    for kind, version in zip((REST_KIND, "a", "b"), versions, strict=True):
+        bench.profiles.operator.promote(version, kind)
+    waiting = bench.profiles.operator.import_profile(contextual(0.5))
+    again = bench.restart(apply="request")
+    again.profiles.set_model_pair(MODEL, V)
+    assert again.profiles.serving.version_by_kind == {REST_KIND: versions[0]}
+    events = [event for event in again.profiles.events.newest_first() if event["reason"] == "settings"]
+    assert {(event["decision"], event["kind"], event["version"]) for event in events} == {
+        ("roll_back", "a", versions[1]),
+        ("roll_back", "b", versions[2]),
+        ("drop", "", versions[2]),
+        ("drop", "", waiting),
+    }
+    assert all("calibration.apply: request" in e["why"] or "1 other profiles serve" in e["why"] for e in events)
+
+
+def test_where_something_else_is_learned_apart_the_candidates_are_dropped_with_the_reason() -> None:
+    bench = Bench()
+    bench.feed(BIASED, JUDGED[:2])
+    version = bench.profiles.operator.import_profile(harmful())
+    again = bench.restart(scope="label")
+    event = again.last("drop")
+    assert (event["version"], event["reason"]) == (version, "settings")
+    assert event["why"].startswith("calibration.scope was pooled")
+
+
+def test_kinds_that_are_not_followed_any_more_lose_what_served_them_with_the_reason() -> None:
+    bench = Bench()
+    for kind in ("often", "rare", "often"):
+        bench.profiles.kinds.see(kind)
+    version = bench.profiles.operator.import_profile(helpful())
+    bench.profiles.operator.promote(version)
+    again = bench.restart(evidence=Evidence(kinds=1))
+    again.profiles.set_model_pair(MODEL, V)
+    assert set(again.profiles.serving.version_by_kind) == {REST_KIND, "often"}
+    event = again.last("roll_back")
+    assert (event["version"], event["kind"], event["reason"]) == (version, "rare", "evicted")
+
+
+class _Killed(MemoryStore):
+    """Counts its writes; those after the last one that is `allowed` are lost, as those of a killed process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes, self.allowed = 0, math.inf
+
+    def _lives(self) -> bool:
+        self.writes += 1
+        return self.writes <= self.allowed
+
+    def put_profile(self, profile: StoredProfile) -> None:
+        if self._lives():
+            super().put_profile(profile)
+
+    def append_event(self, event: dict[str, Any]) -> None:
+        if self._lives():
+            super().append_event(event)
+
+    def set_state(self, key: str, value: str | None) -> None:
+        if self._lives():
+            super().set_state(key, value)
+
+    def raise_state(self, key: str, value: int) -> None:
+        if self._lives():
+            super().raise_state(key, value)
+
+
+@pytest.mark.parametrize("action", ["evidence", "promote", "pin", "roll_back"])
+def test_killed_between_two_writes_no_event_says_that_something_serves_which_does_not(action: str) -> None:
+    """Of a promotion the event is written last, of a withdrawal first."""
+
+    def act(store: _Killed) -> Bench:
+        bench = Bench(store)
+        store.allowed = math.inf
+        if action == "evidence":
+            bench.feed(BIASED, LEARNED[:40])
+            bench.feed(BIASED, JUDGED[:1])
+            return bench
+        version = bench.profiles.operator.import_profile(helpful())
+        if action == "roll_back":
+            bench.profiles.operator.promote(version)
+        return bench
+
+    def decide(bench: Bench) -> None:
+        if action == "evidence":
+            bench.feed(BIASED, JUDGED[1:], bench.serves)
+        elif action == "roll_back":
+            bench.profiles.operator.roll_back("a test")
+        else:
+            getattr(bench.profiles.operator, action)(helpful().version)
+
+    whole = _Killed()
+    bench = act(whole)
+    before = whole.writes
+    decide(bench)
+    assert whole.writes > before + 2
+    for writes in range(before, whole.writes + 1):
+        killed = _Killed()
+        bench = act(killed)
+        assert killed.writes == before
+        killed.allowed = writes
+        decide(bench)
+        killed.allowed = math.inf
+        again = Bench(killed, known=False).restart(crash=True)
+        again.profiles.set_model_pair(MODEL, V)
+        last = next(d for d in [*reversed(again.decisions()), ""] if d in ("promote", "pin", "roll_back", ""))
+        assert again.serves() or last in ("roll_back", ""), writes
 
 
 def test_a_restart_deletes_the_oldest_profiles_of_a_store_that_grew_too_large() -> None:
@@ -122,6 +271,10 @@ def test_a_damaged_state_ends_nothing(key: str) -> None:
     again.profiles.set_model_pair(MODEL, V)
     again.feed(BIASED, JUDGED[:5])
     assert again.serves() is (key != SERVING_KEY)
+    if key == SERVING_KEY:
+        event = again.last("roll_back")
+        assert (event["reason"], event["version"]) == ("lost", IDENTITY)
+        assert again.restart(crash=True).decisions().count("roll_back") == 1
 
 
 def test_a_reload_never_lowers_the_count_of_tests_begun() -> None:

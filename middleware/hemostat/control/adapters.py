@@ -78,6 +78,7 @@ class Adapters:
         self._settings = settings
         self._profiles = profiles
         self._monitor = monitor
+        self._lease = lease
         self._on_change = on_change
         self.learner = AdapterLearner(settings.adapter, profiles.proposals, self._built, clock=clock)
         self.judge = AdapterJudge(profiles.catalogue.get, on_change)
@@ -93,7 +94,7 @@ class Adapters:
             on_change=self._host_changed,
         )
         if settings.adapter.enabled:
-            profiles.serving.max_adapters = 0  # until the engines' slots are known
+            profiles.serving.max_adapters = None  # the engines' slots are not known yet
 
     def _built(self) -> None:
         """It is tested: the copies are needed, and take a while to load."""
@@ -102,11 +103,20 @@ class Adapters:
         self._on_change()
 
     def _host_changed(self) -> None:
-        self._profiles.serving.max_adapters = self.hosts.capacity or 0
+        self._profiles.serving.max_adapters = self.hosts.capacity
+        self._withdraw_above_limit()
         self._on_change()
+
+    def _withdraw_above_limit(self) -> None:
+        """What serves keeps its place while the engines' slots are not known, or clients have taken them for a while;
+        it loses it where the engines were started with fewer."""
+        limit = self.hosts.limit
+        if limit is not None and self._lease.leads and self._profiles.serving.mode == "auto":
+            self._profiles.lifecycle.limit_adapters(limit)
 
     def update(self) -> None:
         """Call after any change of the mode, the models, or what is forced."""
+        self._withdraw_above_limit()
         settings, pair, serving = self._settings, self._monitor.served.calibrated, self._profiles.serving
         info = pair.reference if pair is not None else None
         if not settings.adapter.enabled:

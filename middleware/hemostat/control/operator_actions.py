@@ -27,7 +27,7 @@ from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 MAX_WRITE_SECONDS = 2.0
-"""How long a command of another replica, and a change of the mode, wait for the store before they are answered."""
+"""How long an action waits for the store before it is answered: what was answered outlasts the process."""
 NOT_KEPT = "not kept"
 """The leader's answer to a change of the mode that applies, and that its store has not kept."""
 
@@ -172,6 +172,7 @@ class OperatorActions:
         if self._replica is None or self._lease.leads:
             version = self._profiles.operator.import_profile(profile, scope)
             self._on_change()
+            await self._writer.wait_until_written(MAX_WRITE_SECONDS)
             return version
         try:
             stored = StoredProfile(profile.version, data, self._wall())
@@ -221,7 +222,9 @@ class OperatorActions:
     async def _execute(self, action: str, *arguments: str | None) -> str:
         """Here where this replica leads, else by the leader."""
         if self._replica is None or self._lease.leads:
-            return await self._local.execute(action, list(arguments))
+            result = await self._local.execute(action, list(arguments))
+            await self._writer.wait_until_written(MAX_WRITE_SECONDS)
+            return result
         return await self._replica.send(action, *arguments)
 
     async def _execute_at_once(self, action: str, *arguments: str | None) -> str | None:

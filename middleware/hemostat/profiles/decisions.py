@@ -58,19 +58,24 @@ class Reason(StrEnum):
     OUTCOMES = "outcomes"
     """It harms what people notice of the answers, by more than the margin."""
     SLOT = "slot"
-    """An adapter that is better in most of its traffic takes its slot in the engine."""
+    """An adapter that is better in most of its traffic takes its slot in the engine, or engines were started with fewer
+    slots than adapters serve."""
     EVICTED = "evicted"
     """Another kind of traffic is more frequent and is followed instead."""
     PROBE = "probe"
     """The engine does not apply the adapter as a copy of the model does."""
     OTHER_MODEL = "other_model"
     """The profile was learned for another model than the one that is served now."""
+    LOST = "lost"
+    """At a restart, the store does not hold it, or it cannot be read."""
+    SETTINGS = "settings"
+    """At a restart, the settings are others, and do not allow it."""
 
 
 REASONS: Mapping[Decision, tuple[Reason, ...]] = {
     Decision.PROPOSE: (Reason.LEARNED,),
     Decision.IMPORT: (Reason.OPERATOR,),
-    Decision.DROP: (Reason.NEWER, Reason.UNPROVEN, Reason.PROBE),
+    Decision.DROP: (Reason.NEWER, Reason.UNPROVEN, Reason.PROBE, Reason.LOST, Reason.SETTINGS),
     Decision.PROMOTE: (Reason.EVIDENCE, Reason.OPERATOR),
     Decision.ROLL_BACK: (
         Reason.HARM,
@@ -81,6 +86,8 @@ REASONS: Mapping[Decision, tuple[Reason, ...]] = {
         Reason.SLOT,
         Reason.EVICTED,
         Reason.OTHER_MODEL,
+        Reason.LOST,
+        Reason.SETTINGS,
     ),
     Decision.RELEASE: (Reason.OPERATOR,),
     Decision.PIN: (Reason.OPERATOR,),

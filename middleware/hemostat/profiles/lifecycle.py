@@ -182,6 +182,7 @@ class Lifecycle:
     def promote(self, candidate: Candidate, kind: str) -> None:
         """On the evidence of its test in this kind."""
         proof = self._trials.evidence(candidate, kind)
+        self.serve(candidate.version, candidate.scope, kind, window_after_promotion(proof), chosen=False)
         self._events.record(
             Decision.PROMOTE,
             Reason.EVIDENCE,
@@ -191,10 +192,12 @@ class Lifecycle:
             evidence_json(proof),
             kind,
         )
-        self.serve(candidate.version, candidate.scope, kind, window_after_promotion(proof), chosen=False)
 
     def serve(self, version: str, scope: str, kind: str, window: int = DEFAULT_WINDOW, *, chosen: bool) -> None:
         """Let a profile serve a kind from now on, watched in windows of `window` held-out units.
+
+        Whoever calls this records the event afterwards: a process that is killed between the two writes has lost the
+        event, and not what serves. `roll_back` records its event first.
 
         scope: that it was learned of. chosen: by an operator. The tests of other proposals in this kind end; those of
         imports, which were compared with what served before, begin anew.
@@ -230,6 +233,22 @@ class Lifecycle:
         self._events.record(Decision.ROLL_BACK, reason, version, scope, why, evidence, kind)
         self._trials.begin_in(kind)
         self._serving_changed()
+
+    def limit_adapters(self, slots: int) -> None:
+        """Engines were started with room for so many adapters: of more that serve, those stay that an operator has
+        pinned or chosen, then those with the most traffic."""
+        kinds = self._serving.kinds
+        adapters = [version for version in self._serving.versions if self._catalogue.is_adapter(version)]
+
+        def importance(version: str) -> tuple[bool, bool]:
+            states = [state for state in kinds.values() if state.version == version]
+            return any(state.pinned for state in states), any(state.chosen for state in states)
+
+        adapters.sort(key=importance, reverse=True)
+        why = f"{len(adapters)} adapters served, and the engines were started with slots for {slots} (--max-loras)"
+        for version in adapters[slots:]:
+            for kind in [name for name, state in kinds.items() if state.version == version]:
+                self.roll_back(kind, Reason.SLOT, why, {})
 
     def release(self, kind: str) -> None:
         """Let profiles be tested again, and serve, in a kind that was held at identity."""

@@ -143,8 +143,8 @@ class Operator:
         evidence = self._lifecycle.evidence(candidate) if candidate is not None else {}
         scope = self._serving.learned_of(version) if candidate is None else candidate.scope
         shown = evidence.get("kinds", {}).get(kind, {})
-        self._events.record(decision, Reason.OPERATOR, version, scope, why, shown, kind)
         self._lifecycle.serve(version, scope, kind, chosen=True)
+        self._events.record(decision, Reason.OPERATOR, version, scope, why, shown, kind)
 
     def _record(self, decision: Decision, version: str, why: str, kind: str = "") -> None:
         self._events.record(decision, Reason.OPERATOR, version, ALL, why, {}, kind)
@@ -155,4 +155,5 @@ class Operator:
             raise HemostatError(f"there is no profile {version}; hemostat profile list shows them")
         self._lifecycle.require_fit(profile)
         if (full := self._serving.why_no_room(version, set(kinds))) is not None:
-            raise HemostatError(f"{full}: roll one back first")
+            hint = "roll one back first" if self._serving.max_adapters else "adapter.engine of the status says why"
+            raise HemostatError(f"{full}: {hint}")

@@ -57,13 +57,11 @@ class StoredServing(msgspec.Struct, frozen=True):
 
     @classmethod
     def decode(cls, text: str | None) -> StoredServing:
-        """Nothing serves where `text` is missing or damaged."""
+        """Nothing serves where `text` is missing. InvalidArgumentError where it is damaged."""
         try:
-            return msgspec.json.decode(text or "", type=cls)
+            return msgspec.json.decode(text, type=cls) if text else cls()
         except msgspec.DecodeError as error:
-            if text:
-                log.error("the stored serving profiles cannot be read, identity serves: %s", error)
-            return cls()
+            raise InvalidArgumentError(f"the stored serving profiles cannot be read: {error}") from None
 
     def versions(self) -> set[str]:
         """Profiles that serve, and those in the queue."""

@@ -9,7 +9,7 @@ from typing import Any
 from hemostat.ipc.messages import REST_KIND
 from hemostat.profiles import catalogue as limits
 from hemostat.profiles.catalogue import Catalogue, parameter_bytes
-from hemostat.profiles.decisions import EventLog
+from hemostat.profiles.decisions import Decision, EventLog, Reason
 from hemostat.profiles.kinds import Kinds
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.persistence import (
@@ -26,13 +26,16 @@ from hemostat.profiles.persistence import (
 from hemostat.profiles.proposals import Proposals
 from hemostat.profiles.scopes import ALL
 from hemostat.profiles.serving import KindState, ServingState
-from hemostat.profiles.trials import Trials
+from hemostat.profiles.trials import Candidate, Trials
 from hemostat.store.protocol import StoredProfile
 from hemostat.store.schema import OFFERED_KEY
 from hemostat_calibration.errors import InvalidArgumentError, InvalidProfileError
-from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
 
 log = logging.getLogger("hemostat.calibration")
+
+Cause = tuple[Reason, str]
+"""Why something cannot go on; the text is for people."""
 
 
 class Restoring:
@@ -64,21 +67,49 @@ class Restoring:
     def restore(
         self, stored: Iterable[StoredProfile], states: Mapping[str, str | None], events: list[dict[str, Any]]
     ) -> None:
-        """Go on from what an earlier run wrote: what served serves again, and tests and windows go on.
+        """Go on from what an earlier run wrote: what served serves again, and tests and windows go on. What cannot is
+        withdrawn, which is an event with its reason.
 
         stored, events: newest first. states: by name, those of `STATE_KEYS`.
         """
         self._events.restore(reversed(events))
+        try:
+            served = StoredServing.decode(states.get(SERVING_KEY))
+        except InvalidArgumentError as error:
+            self._events.record(Decision.ROLL_BACK, Reason.LOST, IDENTITY, ALL, f"{error}; identity serves", {})
+            served = StoredServing()
+            self._writer.write_serving()
+        kinds, queue = self._apply(stored, states, served)
+        # These write to the store: only now that everything was read.
+        for name, cause in kinds.items():
+            state, kind = self._serving.kinds[name], served.kinds[name]
+            state.version, state.learned_of = kind.version, kind.learned_of
+            self._lifecycle.roll_back(name, *cause, {})
+        for candidate, cause in queue.items():
+            self._lifecycle.drop(candidate, *cause)
+        for name in served.kinds.keys() - self._serving.kinds.keys():  # `evidence.kinds` is lower than before
+            self._serving.kinds[name] = _state(served.kinds[name], serves=True)
+            self._lifecycle.kind_evicted(name)
+
+    def _apply(
+        self, stored: Iterable[StoredProfile], states: Mapping[str, str | None], served: StoredServing
+    ) -> tuple[dict[str, Cause], dict[Candidate, Cause]]:
+        """Returns the kinds that something served which cannot any more, and the candidates that are not tested."""
         self._serving.mode = stored_mode(states, self._configured_mode) or self._serving.mode
-        served = StoredServing.decode(states.get(SERVING_KEY))
-        self._restore_profiles(stored, served.versions())
+        unread = self._restore_profiles(stored, served.versions())
         self._kinds.table = served.kind_table(self._kinds.limit)
-        same_scopes = served.scope == self._serving.scopes.kind
+        withdrawn: dict[str, Cause] = {}
         for name in (REST_KIND, *self._kinds.table.followed):
             kind = served.kinds.get(name)
-            self._serving.kinds[name] = KindState() if kind is None else self._restored(name, kind)
+            if kind is None:
+                self._serving.kinds[name] = KindState()
+                continue
+            cause = None if kind.version is None else self._why_not_served(kind.version, name, unread)
+            self._serving.kinds[name] = _state(kind, serves=cause is None)
+            if cause is not None:
+                withdrawn[name] = cause
         self._serving.kinds[REST_KIND].scope = ALL
-        self._resume_tests(states, served if same_scopes else StoredServing())
+        dropped = self._resume_tests(states, served, unread)
         for name, state in self._serving.kinds.items():
             evidence = self._trials.serving_evidence(name)
             kind = served.kinds.get(name)
@@ -86,20 +117,33 @@ class Restoring:
                 self._trials.unwatch(name)
             elif evidence is None or kind is None or evidence.test < kind.watch:
                 self._trials.watch(name)
+        return withdrawn, dropped
 
-    def _restored(self, name: str, kind: StoredKind) -> KindState:
-        state = KindState(
-            window=max(1, kind.window), held=kind.held, units=kind.units, scope=kind.scope, tried=kind.tried
-        )
-        version = kind.version
-        if version is not None and version in self._catalogue and self._serving.has_room(version, {name}):
-            state.version, state.learned_of = version, kind.learned_of
-            state.chosen, state.pinned = kind.chosen, kind.pinned
-        return state
+    def _why_not_served(self, version: str, kind: str, unread: Mapping[str, str]) -> Cause | None:
+        """Slots are not asked for: how many engines have is not known yet. What served keeps its place until then."""
+        full = self._serving.why_no_place(version, {kind})
+        return self._why_not_held(version, unread) or (None if full is None else (Reason.SETTINGS, full))
 
-    def _resume_tests(self, states: Mapping[str, str | None], served: StoredServing) -> None:
-        """Those of candidates whose profile is there; all of them where what is learned apart is the same as before."""
-        queue = [candidate for candidate in candidates(served) if candidate.version in self._catalogue]
+    def _why_not_held(self, version: str, unread: Mapping[str, str]) -> Cause | None:
+        profile = self._catalogue.get(version)
+        if profile is None:
+            return Reason.LOST, unread.get(version, "the store does not hold it any more")
+        try:
+            self._lifecycle.require_fit(profile)
+        except InvalidProfileError as error:
+            return Reason.SETTINGS, str(error)
+        return None
+
+    def _resume_tests(
+        self, states: Mapping[str, str | None], served: StoredServing, unread: Mapping[str, str]
+    ) -> dict[Candidate, Cause]:
+        """Those of candidates whose profile is there; all of them where what is learned apart is the same as before.
+        Returns the others."""
+        causes = {candidate: self._why_not_held(candidate.version, unread) for candidate in candidates(served)}
+        if served.scope != self._serving.scopes.kind:
+            why = f"calibration.scope was {served.scope}: it was learned of other requests"
+            causes = dict.fromkeys(causes, (Reason.SETTINGS, why))
+        queue = [candidate for candidate, cause in causes.items() if cause is None]
         for candidate in queue:
             self._serving.scopes.follow(candidate.scope)
         tests, begun = states.get(TESTS_KEY), whole_number(states.get(TESTS_BEGUN_KEY))
@@ -108,6 +152,7 @@ class Restoring:
         except InvalidArgumentError as error:
             log.error("the stored tests cannot be read, they begin anew: %s", error)
             self._trials.resume(None, begun, queue)
+        return {candidate: cause for candidate, cause in causes.items() if cause is not None}
 
     def reload(
         self, stored: Iterable[StoredProfile], states: Mapping[str, str | None], events: list[dict[str, Any]]
@@ -120,15 +165,22 @@ class Restoring:
             return
         stored = list(stored)
         self._serving.kinds = {REST_KIND: KindState(scope=ALL)}
-        known = {item.version for item in stored} | StoredServing.decode(states.get(SERVING_KEY)).versions()
+        try:
+            served = StoredServing.decode(states.get(SERVING_KEY))
+        except InvalidArgumentError as error:
+            log.error("%s; identity serves", error)
+            served = StoredServing()
+        known = {item.version for item in stored} | served.versions()
         for version in list(self._catalogue):
             if version not in known and version not in (self._serving.forced, self._catalogue.probe):
                 self._catalogue.remove(version)
         self._events.clear()
+        self._events.restore(reversed(events))
         self._serving.mode = self._configured_mode
-        self.restore(stored, states, events)
+        withdrawn, _ = self._apply(stored, states, served)
+        for kind, (_, why) in withdrawn.items():
+            log.error("a profile that another replica promoted cannot serve %s here: %s", kind, why)
         if self._serving.model is not None:
-            self._reject_unfit()
             self._proposals.count_serving()
 
     def write_all(self, stored: Collection[str]) -> None:
@@ -141,9 +193,12 @@ class Restoring:
         self._writer.write_mode()
         self._writer.write_tests_begun()
 
-    def _restore_profiles(self, stored: Iterable[StoredProfile], used: set[str]) -> None:
-        """Hold the newest profiles, as many as fit, and those that are used; delete the others from the store."""
-        total = 0
+    def _restore_profiles(self, stored: Iterable[StoredProfile], used: set[str]) -> dict[str, str]:
+        """Hold the newest profiles, as many as fit, and those that are used; delete the others from the store.
+
+        Returns the versions that cannot be read -> why.
+        """
+        total, unread = 0, {}
         for n, item in enumerate(stored):
             held = self._catalogue.get(item.version)
             total += len(item.data) if held is None else parameter_bytes(held)
@@ -154,19 +209,18 @@ class Restoring:
             try:
                 profile = held or item.read or CalibrationProfile.from_bytes(item.data, item.version)
             except InvalidProfileError as error:
-                log.error("stored profile %s: %s", item.version, error)
+                unread[item.version] = f"its stored data cannot be read: {error}"
+                if item.version not in used:  # else that it is withdrawn is logged
+                    log.error("profile %s: %s", item.version, unread[item.version])
                 continue
             self._catalogue.restore(profile, item.created)
+        return unread
 
-    def _reject_unfit(self) -> None:
-        """Let nothing serve here that does not fit this replica's model or settings."""
-        for name, state in self._serving.kinds.items():
-            selected = self._catalogue.get(state.version)
-            if selected is None:
-                continue
-            try:
-                self._lifecycle.require_fit(selected)
-            except InvalidProfileError as error:
-                log.error("a profile that another replica promoted cannot serve here: %s", error)
-                self._trials.unwatch(name)
-                state.version, state.pinned, state.chosen = None, False, False
+
+def _state(kind: StoredKind, *, serves: bool) -> KindState:
+    """serves: else its profile does not."""
+    state = KindState(window=max(1, kind.window), held=kind.held, units=kind.units, scope=kind.scope, tried=kind.tried)
+    if serves and kind.version is not None:
+        state.version, state.learned_of = kind.version, kind.learned_of
+        state.chosen, state.pinned = kind.chosen, kind.pinned
+    return state

@@ -5,13 +5,15 @@ Invariants:
   and only once both models are known, so that a profile kept from an earlier run is not applied to another model.
 - In `observe` everything happens as in `auto` except serving: a kind's `version` is what would serve it.
 - A forced profile (`calibration.force`, for tests) goes on every request; nothing is learned or judged meanwhile.
-- At most `max_versions` different profiles serve at a time: engines hold a limited number. Of adapters, at most
-  `max_adapters`: each takes a slot of the engine.
+- At most `max_versions` different profiles serve at a time: engines hold a limited number. Of adapters, no further one
+  comes to serve above `max_adapters`: each takes a slot of the engine. What serves already keeps its place, until
+  engines are known to have fewer slots (`lifecycle.Lifecycle.limit_adapters`).
 - A kind that is held (an outcome was harmed) stays at identity until an operator releases it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
@@ -81,9 +83,9 @@ class ServingState:
         self.mode = mode
         self.max_versions = max_versions
         self.is_adapter = is_adapter
-        self.max_adapters: int | None = None
-        """Different adapters that may serve at a time: as many as engines have slots for. None: `max_versions` alone
-        limits them. In `observe` nothing is loaded, and it limits nothing."""
+        self.max_adapters: float | None = math.inf
+        """Different adapters that may serve at a time: as many as engines have slots for. None: that is not known, and
+        no further one may. In `observe` nothing is loaded, and it limits nothing."""
         self.model: ServedModel | None = None
         """None until both models are known."""
         self.names: frozenset[str] | None = None
@@ -174,13 +176,24 @@ class ServingState:
         """Whether the version may serve these kinds, without too many different ones serving then."""
         return self.why_no_room(version, kinds) is None
 
+    def _versions_beside(self, version: str, kinds: Collection[str]) -> set[str | None]:
+        return {state.version for name, state in self.kinds.items() if name not in kinds} - {None, version}
+
+    def why_no_place(self, version: str, kinds: Collection[str]) -> str | None:
+        """Of `why_no_room`, what does not depend on engines."""
+        if len(self._versions_beside(version, kinds)) < self.max_versions:
+            return None
+        return f"{self.max_versions} other profiles serve, as many as may at a time"
+
     def why_no_room(self, version: str, kinds: Collection[str]) -> str | None:
         """In words; None where there is room."""
-        others = {state.version for name, state in self.kinds.items() if name not in kinds} - {None, version}
-        if len(others) >= self.max_versions:
-            return f"{self.max_versions} other profiles serve, as many as may at a time"
-        if self.max_adapters is None or self.mode != "auto" or not self.is_adapter(version):
+        others = self._versions_beside(version, kinds)
+        if (full := self.why_no_place(version, kinds)) is not None:
+            return full
+        if self.mode != "auto" or not self.is_adapter(version):
             return None
+        if self.max_adapters is None:
+            return "it is not known yet how many adapters the engines have slots for"
         if not self.max_adapters:
             return "no engine can load an adapter now"
         adapters = sum(other is not None and self.is_adapter(other) for other in others)

@@ -157,11 +157,12 @@ class Pipeline:
         )
 
     @asynccontextmanager
-    async def writing(self) -> AsyncIterator[None]:
-        """What is queued for the store is written at once."""
+    async def _writing(self) -> AsyncIterator[None]:
+        """What is queued for the store is written at once: an operator's action waits for it."""
         task = asyncio.create_task(self._control.writer.run())
         try:
             yield
+            assert await self._control.writer.wait_until_written(TIMEOUT_SECONDS)
         finally:
             task.cancel()
 
@@ -312,12 +313,14 @@ class Pipeline:
         return msgspec.structs.replace(capture, nonce=f"nonce-{n}")
 
     async def import_profile(self, profile: CalibrationProfile, scope: str = "") -> str:
-        answer = await self._http.post("/api/v1/profiles", content=profile.to_bytes(), params={"scope": scope})
+        async with self._writing():
+            answer = await self._http.post("/api/v1/profiles", content=profile.to_bytes(), params={"scope": scope})
         assert answer.status_code == 200, answer.text
         return str(answer.json()["version"])
 
     async def post(self, path: str, body: Any) -> Any:
-        answer = await self._http.post(path, json=body)
+        async with self._writing():
+            answer = await self._http.post(path, json=body)
         return answer.json() if answer.status_code == 200 else f"{answer.status_code} {answer.text}"
 
     async def get(self, path: str) -> Any:

@@ -98,7 +98,7 @@ class AdapterHost:
     connect: makes a client of the engine. base: the served name of the model that profiles are for; "" while it is not
     known. copy: our copy of that model, None where there is none: then only isolation is probed. leads: whether this
     replica loads and unloads; all of them probe. clock: monotonic seconds. on_change: called after every change of
-    `ready`, `capacity` or `hold`. writing: one writes to the shared folder at a time.
+    `ready`, `capacity`, `limit` or `hold`. writing: one writes to the shared folder at a time.
     """
 
     def __init__(
@@ -151,6 +151,8 @@ class AdapterHost:
         """One line about the state, where there is more to say."""
         self.capacity: int | None = None
         """Adapters that may serve at a time; None while that is not known."""
+        self.limit: int | None = None
+        """`slots.Room.limit`."""
         self.hold: tuple[str, ...] = ()
         """Versions that engines should keep loaded."""
 
@@ -241,6 +243,7 @@ class AdapterHost:
         if self._slots is None and not any(report.lora for report in reports):
             self._slots = await max_loras(server)
         room = slots.room(reports, len(found.others), self._slots)
+        self._set_limit(room.limit)
         if problem := room.problem or self._probes.problem:
             self._set(HostState.UNUSABLE, {}, 0, problem)
             return POLL_SECONDS
@@ -261,6 +264,11 @@ class AdapterHost:
         changed = (ready, capacity) != (self._ready, self.capacity)
         self.state, self.detail, self._ready, self.capacity = state, detail, ready, capacity
         if changed:
+            self._on_change()
+
+    def _set_limit(self, limit: int | None) -> None:
+        if limit != self.limit:
+            self.limit = limit
             self._on_change()
 
     def _set_hold(self, versions: tuple[str, ...]) -> None:

@@ -91,6 +91,13 @@ class AdapterHosts:
         known = [host.capacity for host in self.hosts.values() if host.capacity is not None]
         return max(known, default=None)
 
+    @property
+    def limit(self) -> int | None:
+        """The same while clients load none: it changes when an engine is restarted; None while any's is not known."""
+        limits = [host.limit for host in self.hosts.values()]
+        known = [limit for limit in limits if limit is not None]
+        return max(known) if known and len(known) == len(limits) else None
+
     def status(self) -> dict[str, Any]:
         """JSON-ready. Of several engines: of all together, and `by_engine`."""
         if ONLY in self.hosts:

@@ -21,11 +21,13 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 @dataclass(frozen=True, slots=True)
 class Room:
     """capacity: adapters of Hemostat's that may be loaded at a time; None: not known. problem: why none may be, in one
-    line; "" where some may. max_rank: of the adapters; None: not known."""
+    line; "" where some may. max_rank: of the adapters; None: not known. limit: the capacity while clients load none, as
+    it is until the engine is restarted; None: not known."""
 
     capacity: int | None
     problem: str = ""
     max_rank: int | None = None
+    limit: int | None = None
 
 
 def rank_setting(rank: int) -> int:
@@ -42,7 +44,9 @@ def room(reports: Sequence[EngineReport], others: int, slots: int | None = None)
     where no rank reports it, if known."""
     states = [report.lora for report in reports if report.lora is not None]
     if not states:
-        return Room(None if slots is None else max(1, slots - 1 - others))
+        if slots is None:
+            return Room(None)
+        return Room(max(1, slots - 1 - others), limit=max(1, slots - 1))
     if len(states) < len(reports):
         silent = len({report.boot_id for report in reports if report.lora is None})
         return Room(
@@ -52,18 +56,21 @@ def room(reports: Sequence[EngineReport], others: int, slots: int | None = None)
         )
     max_rank = min(state.max_rank for state in states)
     fewest = min(state.slots for state in states)
-    capacity = fewest - 1 - others
+    limit = fewest - 1
+    capacity = limit - others
     if any(state.was_full and not state.grouped for state in states):
         return Room(
             0,
             f"all {fewest} slots for adapters were in use, so rows without an adapter may get one: restart vLLM with "
             f"--max-loras {fewest + 1}",
             max_rank,
+            limit,
         )
     if capacity < 1:
         own = f" and {others} of clients" if others else ""
-        return Room(0, f"--max-loras {fewest} is too low for one adapter{own}: set --max-loras {others + 2}", max_rank)
-    return Room(capacity, "", max_rank)
+        problem = f"--max-loras {fewest} is too low for one adapter{own}: set --max-loras {others + 2}"
+        return Room(0, problem, max_rank, limit)
+    return Room(capacity, "", max_rank, limit)
 
 
 def held_everywhere(reports: Sequence[EngineReport], versions: frozenset[str]) -> frozenset[str]:
