@@ -409,8 +409,8 @@ LABELS: dict[str, dict[str, Values | str]] = {
             Reason.HARM: "held-out requests prove that it harms",
             Reason.UNSUPPORTED: "its gain was not proven again within a window",
             Reason.OUTCOMES: "an outcome that people notice became worse by more than the margin; the kind is held",
-            Reason.SLOT: "an adapter that is better in most of its traffic takes its slot in the engine, or the engines "
-            "were started with fewer slots than adapters serve",
+            Reason.SLOT: "an adapter that is better in most of its traffic takes its slot in the engine, or the "
+            "engines were started with fewer slots than adapters serve",
             Reason.EVICTED: "another kind of traffic is more frequent, and took the place of this one",
             Reason.LEARNED: "proposed by the calibrator",
             Reason.OPERATOR: "an operator's decision",

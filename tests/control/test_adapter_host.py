@@ -87,11 +87,13 @@ async def test_nothing_is_loaded_while_profiles_are_only_observed(tmp_path: Path
 
 
 @asynccontextmanager
-async def successor(folder: Path, lora: FakeLora, *, boot: str = "boot") -> AsyncIterator[Control]:
+async def successor(
+    folder: Path, lora: FakeLora, *, boot: str = "boot", enabled: bool = True
+) -> AsyncIterator[Control]:
     """A control process with the folder's store, beside an engine that reports. The last one was killed."""
     async with running(FakeVllm(lora=lora)) as fake:
         store = {"url": f"sqlite:///{folder / 'store.db'}"}
-        given = settings(fake.url, calibration={"mode": "auto"}, adapter={"enabled": True}, store=store)
+        given = settings(fake.url, calibration={"mode": "auto"}, adapter={"enabled": enabled}, store=store)
         async with control(folder, given) as one:
             one.profile_manager.set_model_pair("fake", VOCAB)
             one.adapters.judge.logprobs = FakeCopy().logprobs  # type: ignore[method-assign]
@@ -176,7 +178,7 @@ async def test_what_an_engine_that_was_started_with_fewer_slots_cannot_hold_is_w
             for kind, version in zip(KINDS, (ADAPTER.version, OTHER.version), strict=True)
             if kind not in stays
         }
-        assert "the engines were started with slots for" in events[0]["why"]
+        assert events[0]["why"].endswith(f"fewer adapters than serve: {slots - 1} (--max-loras)")
         lines = [record.getMessage() for record in caplog.records if "roll_back" in record.getMessage()]
         assert len(lines) == len(events)
 
@@ -191,6 +193,19 @@ async def test_slots_that_clients_take_for_a_while_withdraw_nothing(tmp_path: Pa
         assert len(one.profile_manager.serving.version_by_kind) == 2
         del lora.names["theirs"], lora.names["more"]
         await until(lambda: len(one.adapters.hosts.ready) == 2)
+
+
+async def test_where_adapters_are_switched_off_they_are_withdrawn_with_the_reason(tmp_path: Path) -> None:
+    await two_serve(tmp_path, resolving(3))
+    async with successor(tmp_path, resolving(3), enabled=False) as one:
+        one.adapters.update()
+        assert one.profile_manager.serving.version_by_kind == {}
+        events = one.profile_manager.events.newest_first()[:2]
+        assert {(e["decision"], e["reason"], e["why"]) for e in events} == {
+            (Decision.ROLL_BACK, Reason.SETTINGS, "adapter.enabled is false")
+        }
+        with pytest.raises(HemostatError, match="no engine can load an adapter now"):
+            one.profile_manager.operator.promote(ADAPTER.version)
 
 
 async def test_an_operators_action_is_in_the_store_when_it_is_answered(tmp_path: Path) -> None:

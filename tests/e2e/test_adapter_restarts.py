@@ -21,7 +21,7 @@ from hemostat.models.reference_checkpoint import Checkpoints
 from hemostat.models.vllm_server import dtype
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 CONTROL = "hemostat.control.process"
 LONG = 300.0

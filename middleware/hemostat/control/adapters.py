@@ -16,6 +16,7 @@ from hemostat.learner.adapters.client import AdapterLearner, AdapterTarget
 from hemostat.learner.adapters.folders import CheckpointFolders, FolderError, find_folders
 from hemostat.learner.adapters.judge import AdapterJudge, JudgeTarget, JudgeUnavailable
 from hemostat.metrics.samples import Sample
+from hemostat.profiles.decisions import Reason
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ModelPair
@@ -93,8 +94,8 @@ class Adapters:
             clock=clock,
             on_change=self._host_changed,
         )
-        if settings.adapter.enabled:
-            profiles.serving.max_adapters = None  # the engines' slots are not known yet
+        # The engines' slots are not known yet.
+        profiles.serving.max_adapters = None if settings.adapter.enabled else 0
 
     def _built(self) -> None:
         """It is tested: the copies are needed, and take a while to load."""
@@ -110,9 +111,14 @@ class Adapters:
     def _withdraw_above_limit(self) -> None:
         """What serves keeps its place while the engines' slots are not known, or clients have taken them for a while;
         it loses it where the engines were started with fewer."""
-        limit = self.hosts.limit
-        if limit is not None and self._lease.leads and self._profiles.serving.mode == "auto":
-            self._profiles.lifecycle.limit_adapters(limit)
+        if not self._lease.leads or self._profiles.serving.mode != "auto":
+            return
+        limit, lifecycle = self.hosts.limit, self._profiles.lifecycle
+        if not self._settings.adapter.enabled:
+            lifecycle.limit_adapters(0, Reason.SETTINGS, "adapter.enabled is false")
+        elif limit is not None:
+            why = f"the engines were started with slots for fewer adapters than serve: {limit} (--max-loras)"
+            lifecycle.limit_adapters(limit, Reason.SLOT, why)
 
     def update(self) -> None:
         """Call after any change of the mode, the models, or what is forced."""

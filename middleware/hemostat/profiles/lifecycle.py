@@ -234,9 +234,9 @@ class Lifecycle:
         self._trials.begin_in(kind)
         self._serving_changed()
 
-    def limit_adapters(self, slots: int) -> None:
-        """Engines were started with room for so many adapters: of more that serve, those stay that an operator has
-        pinned or chosen, then those with the most traffic."""
+    def limit_adapters(self, limit: int, reason: Reason, why: str) -> None:
+        """No more adapters can serve: of those that do, the ones stay that an operator has pinned or chosen, then those
+        with the most traffic."""
         kinds = self._serving.kinds
         adapters = [version for version in self._serving.versions if self._catalogue.is_adapter(version)]
 
@@ -245,10 +245,9 @@ class Lifecycle:
             return any(state.pinned for state in states), any(state.chosen for state in states)
 
         adapters.sort(key=importance, reverse=True)
-        why = f"{len(adapters)} adapters served, and the engines were started with slots for {slots} (--max-loras)"
-        for version in adapters[slots:]:
+        for version in adapters[limit:]:
             for kind in [name for name, state in kinds.items() if state.version == version]:
-                self.roll_back(kind, Reason.SLOT, why, {})
+                self.roll_back(kind, reason, why, {})
 
     def release(self, kind: str) -> None:
         """Let profiles be tested again, and serve, in a kind that was held at identity."""
