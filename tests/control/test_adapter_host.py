@@ -158,6 +158,11 @@ async def test_what_served_serves_again_once_it_is_probed_and_no_place_is_given_
         assert set(policy.serving_by_kind.values()) <= set(policy.acknowledged)
         with pytest.raises(HemostatError, match="2 other adapters serve, as many as engines have slots for: roll one"):
             one.profile_manager.operator.promote(third, REST_KIND)
+        # Slots that clients take for a while withdraw nothing.
+        lora.names |= {"theirs": "/theirs", "more": "/more"}
+        await until(lambda: one.adapters.hosts.capacity == 0)
+        del lora.names["theirs"], lora.names["more"]
+        await until(lambda: len(one.adapters.hosts.ready) == 2)
         assert [e["decision"] for e in one.profile_manager.events.newest_first()][:2] == ["import", "pin"]
 
 
@@ -181,18 +186,6 @@ async def test_what_an_engine_that_was_started_with_fewer_slots_cannot_hold_is_w
         assert events[0]["why"].endswith(f"fewer adapters than serve: {slots - 1} (--max-loras)")
         lines = [record.getMessage() for record in caplog.records if "roll_back" in record.getMessage()]
         assert len(lines) == len(events)
-
-
-async def test_slots_that_clients_take_for_a_while_withdraw_nothing(tmp_path: Path) -> None:
-    lora = resolving(3)
-    await two_serve(tmp_path, lora)
-    async with successor(tmp_path, lora) as one:
-        await until(lambda: len(one.adapters.hosts.ready) == 2)
-        lora.names |= {"theirs": "/theirs", "more": "/more"}
-        await until(lambda: one.adapters.hosts.capacity == 0)
-        assert len(one.profile_manager.serving.version_by_kind) == 2
-        del lora.names["theirs"], lora.names["more"]
-        await until(lambda: len(one.adapters.hosts.ready) == 2)
 
 
 async def test_where_adapters_are_switched_off_they_are_withdrawn_with_the_reason(tmp_path: Path) -> None:

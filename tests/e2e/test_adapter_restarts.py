@@ -68,8 +68,9 @@ async def test_a_promoted_adapter_serves_again_after_kill_9_and_after_sighup(
 
     async def treated() -> dict[str, Any]:
         """Wait until a client's request is answered with the adapter; then all of them are. The status."""
-        status = await served.until(lambda s: s["adapter"]["engine"]["ready"] == [version], LONG)
-        assert status["profile"]["selected"]["version"] == version
+        status = await served.until(lambda s: s["reference"]["state"] == "ready", LONG)
+        assert [kind["version"] for kind in status["calibration"]["kinds"]] == [version], status["calibration"]
+        await served.until(lambda s: s["adapter"]["engine"]["ready"] == [version], LONG)
         await served.until(lambda _: text(served.data, base, PROMPTS[0]) == adapted[0], LONG)
         assert [text(served.data, base, prompt) for prompt in PROMPTS] == adapted
         return status
@@ -89,7 +90,7 @@ async def test_a_promoted_adapter_serves_again_after_kill_9_and_after_sighup(
     os.kill(control, signal.SIGKILL)
     await served.until(lambda _: served.pids(CONTROL) not in (set(), {control}), LONG)
     status = await treated()
-    assert status["profile"]["kinds"][0]["chosen"]
+    assert status["calibration"]["kinds"][0]["chosen"]
 
     (control,) = served.pids(CONTROL)
     path = served.log.parent / "hemostat.yaml"

@@ -54,6 +54,14 @@ def test_a_slot_is_left_free_and_the_clients_own_adapters_count(
     assert bool(problem) == bool(found.problem)
 
 
+def test_the_limit_depends_on_how_the_server_was_started_not_on_what_clients_load() -> None:
+    assert [room([], others, 4).limit for others in (0, 2, 3)] == [3, 3, 3]
+    assert room([], 0).limit is None
+    assert [room([report(lora=lora(slots))], 1).limit for slots in (4, 2, 1)] == [3, 1, 0]
+    assert room([report(lora=lora(3, was_full=True))], 0).limit == 2
+    assert room([report(lora=lora(4)), report("y")], 0).limit is None, "one reports no adapters"
+
+
 def test_a_version_is_held_where_every_reporting_rank_holds_it() -> None:
     ranks = [report("x", 0, 2, (A, B), lora()), report("x", 1, 2, (B,), lora())]
     assert held_everywhere(ranks, frozenset({A, B})) == {B}

@@ -98,10 +98,13 @@ class Adapters:
         profiles.serving.max_adapters = None if settings.adapter.enabled else 0
 
     def _built(self) -> None:
-        """It is tested: the copies are needed, and take a while to load."""
+        self._need_copies()
+        self._on_change()
+
+    def _need_copies(self) -> None:
+        """What serves or is tested needs them, and they take a while to load."""
         if self._profiles.lifecycle.adapter_versions():
             self.judge.need()
-        self._on_change()
 
     def _host_changed(self) -> None:
         self._profiles.serving.max_adapters = self.hosts.capacity
@@ -142,6 +145,7 @@ class Adapters:
             digest = info.digest if info.folder is not None and Path(info.model).is_dir() else ""
             model, vocab_size = serving.model.name, serving.model.vocab_size
             self.judge.judge_about(JudgeTarget(folders, vocab_size, info.hidden_size, digest, settings.adapter.device))
+            self._need_copies()
             if serving.forced is not None:
                 self.learner.stop("calibration.force: nothing is learned meanwhile")
             else:
