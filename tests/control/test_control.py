@@ -438,10 +438,11 @@ async def test_relays_are_told_whether_the_server_has_openais_sampling_defaults(
 async def test_relays_ask_for_adapters_only_once_every_engine_can_serve_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_map: bool
 ) -> None:
-    async with control(tmp_path, settings(calibration={"mode": "auto"})) as one:
+    async with control(tmp_path, settings(calibration={"mode": "auto"}, adapter={"enabled": True})) as one:
         told: list[Policy] = []
         one.link.set_policy = told.append  # type: ignore[method-assign]
         one.profile_manager.set_model_pair("m", 30)
+        one.profile_manager.serving.max_adapters = 1  # the engine has a slot
         logit_map = make_contextual(0, 30) if has_map else None
         version = one.profile_manager.operator.import_profile(adapter(vocabulary=30, logit_map=logit_map))
         one.profile_manager.operator.promote(version)

@@ -55,6 +55,7 @@ def test_what_served_and_cannot_be_read_any_more_is_withdrawn_with_the_reason_on
     if data is not None:
         bench.store.put_profile(StoredProfile(version, data, 0.0))
     caplog.set_level("INFO")
+    caplog.clear()
     again = bench.restart()
     assert len([record for record in caplog.records if version in record.getMessage()]) == 1
     again.profiles.set_model_pair(MODEL, V)
