@@ -73,14 +73,12 @@ class Restoring:
         stored, events: newest first. states: by name, those of `STATE_KEYS`.
         """
         self._events.restore(reversed(events))
-        try:
-            served = StoredServing.decode(states.get(SERVING_KEY))
-        except InvalidArgumentError as error:
-            self._events.record(Decision.ROLL_BACK, Reason.LOST, IDENTITY, ALL, f"{error}; identity serves", {})
-            served = StoredServing()
-            self._writer.write_serving()
+        served, damage = _served(states)
         kinds, queue = self._apply(stored, states, served)
         # These write to the store: only now that everything was read.
+        if damage:
+            self._events.record(Decision.ROLL_BACK, Reason.LOST, IDENTITY, ALL, damage, {})
+            self._writer.write_serving()
         for name, cause in kinds.items():
             state, kind = self._serving.kinds[name], served.kinds[name]
             state.version, state.learned_of = kind.version, kind.learned_of
@@ -165,11 +163,9 @@ class Restoring:
             return
         stored = list(stored)
         self._serving.kinds = {REST_KIND: KindState(scope=ALL)}
-        try:
-            served = StoredServing.decode(states.get(SERVING_KEY))
-        except InvalidArgumentError as error:
-            log.error("%s; identity serves", error)
-            served = StoredServing()
+        served, damage = _served(states)
+        if damage:
+            log.error("%s", damage)
         known = {item.version for item in stored} | served.versions()
         for version in list(self._catalogue):
             if version not in known and version not in (self._serving.forced, self._catalogue.probe):
@@ -215,6 +211,14 @@ class Restoring:
                 continue
             self._catalogue.restore(profile, item.created)
         return unread
+
+
+def _served(states: Mapping[str, str | None]) -> tuple[StoredServing, str]:
+    """What served, and what is wrong with the record of it, in one line; "" where nothing is."""
+    try:
+        return StoredServing.decode(states.get(SERVING_KEY)), ""
+    except InvalidArgumentError as error:
+        return StoredServing(), f"{error}; identity serves"
 
 
 def _state(kind: StoredKind, *, serves: bool) -> KindState:
