@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.support.adapter_models import packed
 from tests.support.doctor import TinyPair, report_of, write_tokenizer
 
 torch = pytest.importorskip("torch")
@@ -44,6 +45,22 @@ def rounding_model(tiny: TinyPair, kind: str) -> Any:
         module.weight.data.copy_(stored.weight(name))
         module.register_forward_pre_hook(rounded)
     return model
+
+
+def test_packed_zero_points_are_read_whatever_transformers_loads(tmp_path: Path) -> None:
+    tiny = TinyPair.in_folder(tmp_path)
+    model = tiny_model("llama")
+    model.save_pretrained(tiny.reference)
+    packed(model, tiny.compressed, symmetric=False, group=64)
+    for folder in (tiny.reference, tiny.compressed):
+        write_tokenizer(folder)
+    pair = CheckpointPair(tiny.options(max_prompts=1))
+    stored = Checkpoint(tiny.compressed, "COMPRESSED")
+    with torch.no_grad():
+        for name in stored.quantized:
+            model.get_submodule(name).weight.copy_(stored.weight(name))
+        ids = torch.arange(2, 30)[None]
+        torch.testing.assert_close(pair.compressed_model(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("kind", list(FORMATS))

@@ -280,8 +280,9 @@ def _load(name: str, model: str, device: str, options: DoctorOptions) -> tuple[S
             if quantized and quantized.get("quant_method") == "compressed-tensors":
                 packages.require("adapters")
             tokenizer = AutoTokenizer.from_pretrained(model)
-            if quantized and not has_attention(config):
-                # transformers initializes weights of such layers, which a quantized checkpoint does not have.
+            if quantized and (not has_attention(config) or (_has_zero_points(quantized) and Path(model).is_dir())):
+                # transformers initializes weights of layers without attention, which a quantized checkpoint does not
+                # have, and from 5.20 on does not load packed zero points.
                 loaded = Copy.load(Path(model), device, options.dtype, name).model
                 loaded.generation_config = GenerationConfig.from_pretrained(model)
             else:
@@ -296,6 +297,11 @@ def _load(name: str, model: str, device: str, options: DoctorOptions) -> tuple[S
         loaded,
         tokenizer,
     )
+
+
+def _has_zero_points(quantization: dict[str, Any]) -> bool:
+    groups = (quantization.get("config_groups") or {}).values()
+    return any((group.get("weights") or {}).get("symmetric") is False for group in groups)
 
 
 def _load_by_transformers(model: str, dtype: str) -> Any:
