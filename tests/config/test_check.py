@@ -244,7 +244,7 @@ async def test_the_command_prints_the_table_and_ends_with_its_code(tmp_path: Pat
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
             )
-            out, _ = await asyncio.wait_for(process.communicate(), 30)
+            out, _ = await asyncio.wait_for(process.communicate(), 120)
             return process.returncode, out.decode()
 
         code, shown = await run()
