@@ -282,7 +282,7 @@ def _load(name: str, model: str, device: str, options: DoctorOptions) -> tuple[S
             tokenizer = AutoTokenizer.from_pretrained(model)
             if quantized and (not has_attention(config) or (_has_zero_points(quantized) and Path(model).is_dir())):
                 # transformers initializes weights of layers without attention, which a quantized checkpoint does not
-                # have, and from 5.20 on does not load packed zero points.
+                # have, and 5.24 does not load packed zero points (5.19 does).
                 loaded = Copy.load(Path(model), device, options.dtype, name).model
                 loaded.generation_config = GenerationConfig.from_pretrained(model)
             else:
