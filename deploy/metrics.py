@@ -69,7 +69,8 @@ SHADOW_REASONS: dict[str, Values] = {
         "forced_tool": "a tool call is forced or restricted, and such grammars cannot be rebuilt here (see "
         "`grammar.tool_call_parser`), or the messages of a request of `/v1/messages` change its tools",
         "echo": "the prompt would be in the answer",
-        "client_logprobs": "the client asks for logprobs as texts, which ids cannot be turned back into",
+        "client_logprobs": "the client asks for alternatives of its own, or for a completion's logprobs as texts: "
+        "these cannot be restored byte for byte from what Hemostat asks for",
         "hidden_reasoning": "vLLM hides the reasoning's token ids",
         "multimodal": "images, audio or embeddings in the prompt",
         "no_token_ids": "a response of `/v1/responses` or `/v1/messages` does not tell the ids of tokens, and the "

@@ -116,7 +116,7 @@ class LogprobWish:
     token_ids: bool = False
     logprobs: bool = False
     top: int = 0
-    """Alternatives at each position."""
+    """Alternatives at each position: 0, or 1, which is the emitted token."""
     as_ids: bool = False
     """Tokens are named by their ids (`token_id:5`), not by their texts."""
 

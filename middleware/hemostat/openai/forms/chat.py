@@ -3,7 +3,8 @@
 vLLM names the emitted token first among a position's `top_logprobs`, whatever its rank, and cuts them to the number
 that was asked for. With `return_tokens_as_token_ids` every `token` is an id, and so is the text in the `bytes` of an
 alternative; the `bytes` of the emitted token stay those of its text. So the client's own logprobs can be given back
-where it asks for ids itself, or for texts with at most one alternative, which is the emitted token.
+where it asks for at most one alternative, which is the emitted token. Further ones cannot: which of equally likely
+tokens vLLM names, and in which order, depends on how many it is asked for.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from hemostat.openai.forms.shared import (
     choices_per_prompt,
     decode_or_none,
     injected_members,
-    largest_top_k,
     unscorable_parameters,
     usage_requested,
 )
@@ -27,8 +27,8 @@ from hemostat.openai.requests import NO_WISH, LogprobWish, Message, Request, Uns
 from hemostat.openai.stripping import ChoiceStripper, choices_go_on, record_ending
 from hemostat.openai.tokens import ResponseTokens
 
-MAX_TEXT_ALTERNATIVES = 1
-"""Alternatives, named by their texts, that a response with ids can be turned back into."""
+MAX_ALTERNATIVES = 1
+"""Alternatives of the client's own that a response with more of them can be turned back into."""
 
 
 class _Part(msgspec.Struct):
@@ -66,7 +66,7 @@ class Chat:
         return read_grammar(body, free_calls=free_calls)
 
     def injected_members(self, request: Request, top_k: int) -> dict[str, bytes]:
-        return injected_members(request) | {"logprobs": b"true", "top_logprobs": largest_top_k(request, top_k)}
+        return injected_members(request) | {"logprobs": b"true", "top_logprobs": encode(top_k)}
 
     def stripper(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
         return ChoiceStripper(self, request, tokens, stream=stream)
@@ -102,7 +102,7 @@ def _wish(body: JsonObject) -> LogprobWish | None:
     if top is None and "top_logprobs" in body:
         return None
     top = 0 if top is None else top
-    if not isinstance(top, int) or isinstance(top, bool) or top < 0 or (top > MAX_TEXT_ALTERNATIVES and not as_ids):
+    if not isinstance(top, int) or isinstance(top, bool) or not 0 <= top <= MAX_ALTERNATIVES:
         return None
     return LogprobWish(bool(token_ids), logprobs=True, top=top, as_ids=bool(as_ids))
 

@@ -3,7 +3,7 @@
 The choices of the first prompt come first, then those of the second, and so on. A position's `top_logprobs` name the
 emitted token first and have one member more than was asked for where that token is not among the most likely ones. With
 `return_tokens_as_token_ids` no text is left in `logprobs`, so the client's own logprobs can be given back only where it
-asks for ids itself.
+asks for ids itself, and for the emitted token's alone (`logprobs: 0`): see `chat` for why not for alternatives.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from hemostat.openai.forms.shared import (
     choices_per_prompt,
     decode_or_none,
     injected_members,
-    largest_top_k,
     unscorable_parameters,
     usage_requested,
 )
@@ -30,7 +29,6 @@ from hemostat.openai.tokens import ResponseTokens
 _text: msgspec.json.Decoder[str] = msgspec.json.Decoder(str)
 _texts: msgspec.json.Decoder[list[str]] = msgspec.json.Decoder(list[str])
 _lists: msgspec.json.Decoder[list[list[int]]] = msgspec.json.Decoder(list[list[int]])
-_number: msgspec.json.Decoder[float] = msgspec.json.Decoder(float)
 _ids: msgspec.json.Decoder[list[int]] = msgspec.json.Decoder(list[int])
 _rows: msgspec.json.Decoder[list[dict[str, msgspec.Raw] | None]] = msgspec.json.Decoder(
     list[dict[str, msgspec.Raw] | None]
@@ -66,7 +64,7 @@ class Completions:
         return read_grammar(body, tools=False)
 
     def injected_members(self, request: Request, top_k: int) -> dict[str, bytes]:
-        return injected_members(request) | {"logprobs": largest_top_k(request, top_k)}
+        return injected_members(request) | {"logprobs": encode(top_k)}
 
     def stripper(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
         return ChoiceStripper(self, request, tokens, stream=stream)
@@ -85,7 +83,7 @@ class Completions:
 
     def restore(self, logprobs: bytes, wish: LogprobWish) -> bytes:
         body = JsonObject(logprobs)
-        rows = [_restore_row(row, wish.top) for row in _rows.decode(body.raw("top_logprobs"))]
+        rows = [_restore_row(row) for row in _rows.decode(body.raw("top_logprobs"))]
         return body.edit({"top_logprobs": b"[" + b",".join(rows) + b"]"})
 
 
@@ -114,18 +112,14 @@ def _wish(body: JsonObject) -> LogprobWish | None:
         return None
     if top is None:
         return LogprobWish(token_ids=bool(token_ids))
-    if not as_ids or not isinstance(top, int) or isinstance(top, bool) or top < 0:
+    if not as_ids or isinstance(top, bool) or top != 0:
         return None
-    return LogprobWish(bool(token_ids), logprobs=True, top=top, as_ids=True)
+    return LogprobWish(bool(token_ids), logprobs=True, as_ids=True)
 
 
-def _restore_row(row: dict[str, msgspec.Raw] | None, top: int) -> bytes:
-    """One position as the client asked for it.
-
-    Where the emitted token is as likely as the last of the `top` alternatives, it counts as one of them.
-    """
+def _restore_row(row: dict[str, msgspec.Raw] | None) -> bytes:
+    """One position with the emitted token alone."""
     if row is None:
         return NULL
-    emitted, *others = (_number.decode(value) for value in row.values())
-    kept = top if sum(value > emitted for value in others) < top else top + 1
-    return b"{" + b",".join(encode(name) + b":" + bytes(value) for name, value in list(row.items())[:kept]) + b"}"
+    name, value = next(iter(row.items()))
+    return b"{" + encode(name) + b":" + bytes(value) + b"}"

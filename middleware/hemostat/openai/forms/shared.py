@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from hemostat.openai.json_splice import MALFORMED, NULL, JsonObject, encode
+from hemostat.openai.json_splice import MALFORMED, NULL, JsonObject
 from hemostat.openai.requests import MAX_CHOICES, Request, Unscorable
 
 _GUIDED_KEYS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
@@ -77,8 +77,3 @@ def injected_members(request: Request) -> dict[str, bytes]:
         # Of several choices, each finishing event would lose its fingerprint until the last one has finished.
         changes["stream_options"] = b'{"include_usage":true}'
     return changes
-
-
-def largest_top_k(request: Request, top_k: int) -> bytes:
-    """JSON of the number of alternatives that are asked for: enough for the client too."""
-    return encode(max(top_k, request.wish.top))
