@@ -13,7 +13,7 @@ _REQUEST = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+ [\x21-\x7e\x80-\xff]+ HTTP
 _RESPONSE = re.compile(rb"HTTP/1\.1 [1-9][0-9][0-9](?: [^\r\n\x00]*)?").fullmatch
 _AUTHORITY = re.compile(rb"^https?://[^/?#]+", re.IGNORECASE)
 _TRAILERS = re.compile(rb"(\r\n0+\r\n)(?:[!-9;-~]+:[^\r\n]*\r\n)+(?=\r\n)")
-"""h11 refuses some that Hemostat leaves out."""
+"""h11 refuses some that Hemostat leaves out. In a body that is not chunked they are what they look like."""
 _FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([^\r\n\x00]*)").fullmatch
 _EXTENSION = re.compile(rb"(?:;x=1)?").fullmatch
 """The only one that is generated; llhttp takes fewer characters in extensions than Hemostat, which forwards them."""
@@ -165,8 +165,13 @@ def origin_form(target: bytes) -> bytes:
 
 
 def h11_requests(data: bytes) -> list[tuple[bytes, bytes, bytes]]:
-    """Method, target and body of the requests that h11 finds, up to the first incomplete or malformed one, as LATIN."""
-    data = _TRAILERS.sub(rb"\1", data.translate(LATIN))
+    """Method, origin form of the target and body of the requests that h11 finds, as LATIN: those up to the first
+    incomplete or malformed one, then the same without trailers."""
+    data = data.translate(LATIN)
+    return _h11_requests(data) + _h11_requests(_TRAILERS.sub(rb"\1", data))
+
+
+def _h11_requests(data: bytes) -> list[tuple[bytes, bytes, bytes]]:
     found: list[tuple[bytes, bytes, bytes]] = []
     while data:
         data = data.removeprefix(b"\r\n")
@@ -185,7 +190,7 @@ def h11_requests(data: bytes) -> list[tuple[bytes, bytes, bytes]]:
         except h11.RemoteProtocolError:
             return found
         assert head is not None
-        found.append((head.method, head.target, b"".join(body)))
+        found.append((head.method, origin_form(head.target), b"".join(body)))
         data = parser.trailing_data[0]
     return found
 
