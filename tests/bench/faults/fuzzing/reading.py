@@ -14,6 +14,8 @@ _RESPONSE = re.compile(rb"HTTP/1\.1 [1-9][0-9][0-9](?: [^\r\n\x00]*)?").fullmatc
 _AUTHORITY = re.compile(rb"^https?://[^/?#]+", re.IGNORECASE)
 _TRAILERS = re.compile(rb"(\r\n0+\r\n)(?:[!-9;-~]+:[^\r\n]*\r\n)+(?=\r\n)")
 """h11 refuses some that Hemostat leaves out. In a body that is not chunked they are what they look like."""
+_BLANKS = re.compile(rb"[ \t]+(?=;x=1)")
+"""Before a chunk's extension: h11 refuses it, RFC 9112 (7.1.1) does not."""
 _FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([^\r\n\x00]*)").fullmatch
 _EXTENSION = re.compile(rb"(?:;x=1)?").fullmatch
 """The only one that is generated; llhttp takes fewer characters in extensions than Hemostat, which forwards them."""
@@ -166,9 +168,9 @@ def origin_form(target: bytes) -> bytes:
 
 def h11_requests(data: bytes) -> list[tuple[bytes, bytes, bytes]]:
     """Method, origin form of the target and body of the requests that h11 finds, as LATIN: those up to the first
-    incomplete or malformed one, then the same without trailers."""
+    incomplete or malformed one, then the same without trailers and without white space before extensions of chunks."""
     data = data.translate(LATIN)
-    return _h11_requests(data) + _h11_requests(_TRAILERS.sub(rb"\1", data))
+    return _h11_requests(data) + _h11_requests(_BLANKS.sub(b"", _TRAILERS.sub(rb"\1", data)))
 
 
 def _h11_requests(data: bytes) -> list[tuple[bytes, bytes, bytes]]:

@@ -34,7 +34,7 @@ class Findings:
     def add(self, kind: str, what: object) -> None:
         self.found[kind] += 1
         if len(self.shown) < MAX_SHOWN:
-            self.shown.append(f"{kind}: {what!r:.1500}")
+            self.shown.append(f"{kind}: {what!r:.20000}")
 
 
 class World:
@@ -44,6 +44,7 @@ class World:
     def __init__(self, findings: Findings, seed: int, *, stray: bool) -> None:
         self.findings = findings
         self.random = Random(seed)
+        self.seed = seed
         self.stray = stray
         self.tokens: dict[bytes, Conversation] = {}
         self._answers: dict[bytes, Answer] = {}
@@ -61,7 +62,7 @@ class World:
         """The same for the same request, also if it comes once more."""
         found = self._answers.get(token)
         if found is None:
-            found = answer(self.random, token, method)
+            found = answer(Random(self.seed ^ int(token[1:] or b"0", 16)), token, method)
             if not self.stray:
                 found.data = found.data[: found.end]
             self._answers[token] = found
@@ -126,7 +127,7 @@ class Upstream(asyncio.Protocol):
         token = next((one for one in named if one in world.tokens), b"")
         if not token:
             world.findings.counts["requests whose token was changed"] += 1
-            return b"none"
+            return b"t"
         conversation = world.tokens[token]
         for other in TOKEN.findall(message.raw):
             if world.tokens.get(other, conversation) is not conversation:
@@ -241,7 +242,7 @@ class Client(asyncio.Protocol):
             got = [(method, target.translate(LATIN), body.translate(LATIN)) for method, target, body in got]
             sent = h11_requests(conversation.data)
         if not all(any(same(one, other) for other in sent) for one in got):
-            findings.add("the upstream got another request than h11 finds", (got, sent, conversation.data))
+            findings.add("the upstream got another request than h11 finds", (conversation.data, got, sent))
 
     def _check_responses(self) -> None:
         findings, conversation = self._world.findings, self._conversation
