@@ -22,7 +22,7 @@ from tests.bench.faults import Row
 from tests.support.stack import Stack, wait_for
 
 NAME = "bad_engines"
-TAKES = "about 1 minute"
+TAKES = "about 2 minutes"
 
 GOOD, BLACK_HOLE, BUSY, DEAD = "good", "black hole", "busy", "dead"
 """BLACK_HOLE: 500 at once, and /health 200. BUSY: 503, and /health 200. DEAD: closes each connection."""
