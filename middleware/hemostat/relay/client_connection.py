@@ -19,7 +19,7 @@ from typing import Final, cast
 
 from hemostat.openai import routes
 from hemostat.relay import counters
-from hemostat.relay.client_identity import client_network
+from hemostat.relay.client_identity import client_network, credential_digest
 from hemostat.relay.clients import Clients
 from hemostat.relay.context import RelayContext
 from hemostat.relay.disconnect import DisconnectWatcher
@@ -337,7 +337,6 @@ class ClientConnection(asyncio.Protocol):
         if not added:
             return
         if not holding.size:
-            holding.credential = b""
             holding.waiting = False
         self._counted += added
         self._context.budget.hold(holding, added)
@@ -369,6 +368,10 @@ class ClientConnection(asyncio.Protocol):
         """See `shares.Owner`."""
         assert self.exchange is not None
         self.exchange.give_way(UPLOADS_EXHAUSTED)
+
+    def credential(self) -> bytes:
+        """See `shares.Owner`."""
+        return b"" if self.exchange is None else credential_digest(self.exchange.outgoing.head)
 
     def uploads_slowly(self, now: float) -> bool:
         """See `shares.Owner`. Time in which the upstream does not read is not the client's."""

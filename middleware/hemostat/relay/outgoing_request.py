@@ -15,7 +15,7 @@ from typing import Final
 from hemostat.hooks import Rewrite
 from hemostat.openai import routes
 from hemostat.openai.conversation_key import conversation_key
-from hemostat.relay.client_identity import client_key, credential_digest
+from hemostat.relay.client_identity import client_key
 from hemostat.relay.client_side import ClientSide
 from hemostat.relay.context import RelayContext
 from hemostat.relay.fail_open import FailOpenHook
@@ -101,7 +101,6 @@ class OutgoingRequest:
         if not self._held:
             size += sum(map(len, self.head.lines))
             if not holding.size:
-                holding.credential = credential_digest(self.head)
                 holding.waiting = complete
         if not self._unsent:
             self._unsent = data
@@ -188,7 +187,7 @@ class OutgoingRequest:
     def begin_upload(self) -> bool:
         """It is begun upstream before it is complete. False: too many are."""
         holding = self._client.holding
-        upload = Holding(holding.owner, holding.network, credential_digest(self.head))
+        upload = Holding(holding.owner, holding.network)
         if not self._budget.begin_upload(upload, self._context.loop.time()):
             return False
         self._upload = upload

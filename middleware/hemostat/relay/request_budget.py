@@ -82,7 +82,8 @@ class RequestBudget:
         one that is slow, whoever sends it. now: event-loop time.
         """
         if self._uploads.size >= self._max_uploads:
-            other = self._uploads.larger(upload.network, upload.credential) or self._slow_upload(now)
+            credential = b"" if upload.owner is None else upload.owner.credential()
+            other = self._uploads.larger(upload.network, credential) or self._slow_upload(now)
             if other is None or other.owner is None:
                 return False
             other.owner.give_way_upload()

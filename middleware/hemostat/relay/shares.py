@@ -25,6 +25,9 @@ class Owner(Protocol):
     def give_way_upload(self) -> None:
         """Give up the request whose body is being sent upstream, and tell the client."""
 
+    def credential(self) -> bytes:
+        """Of its request; b"" while its head is not complete. Asked for only where there is not enough."""
+
     def uploads_slowly(self, now: float) -> bool:
         """The body arrives so slowly that its place is better used for another one. now: event-loop time."""
 
@@ -70,6 +73,14 @@ class Group(Share):
                 return share
         return None
 
+    def group(self, name: bytes, order: int) -> Group:
+        """The member of this name, or a new one."""
+        found = self.members.get(name)
+        if found is None:
+            found = Group(name)
+            self.join(found, order)
+        return cast("Group", found)
+
     def join(self, share: Share, order: int) -> None:
         share.parent = self
         share.order = order
@@ -89,24 +100,23 @@ class Group(Share):
 
 
 class Holding(Share):
-    """Of one connection. Its network, credential and `waiting` may change while it is empty."""
+    """Of one connection. `waiting` may change while it is empty."""
 
-    __slots__ = ("credential", "network", "owner", "waiting")
+    __slots__ = ("network", "owner", "waiting")
 
-    def __init__(self, owner: Owner | None, network: bytes, credential: bytes = b"") -> None:
+    def __init__(self, owner: Owner | None, network: bytes) -> None:
         super().__init__(0)
         self.owner = owner
         """None once its connection is closed."""
         self.network = network
-        self.credential = credential
-        """b"" where none is known, as of a head that is not complete."""
         self.waiting = False
         """It is of a complete request. Within one credential these come after all others, and the newest first: who
         has waited for longest is next to be answered."""
 
 
 class Shares:
-    """Owns what everybody holds. All in constant time, or logarithmic in the number of holdings, amortized.
+    """Owns what everybody holds. All in constant time, or logarithmic in the number of holdings, amortized: while there
+    is enough for all, it is only added up; a holding is ranked among the others, once, when somebody has to give way.
 
     >>> shares, small, large = Shares(), Holding(None, b"a"), Holding(None, b"b")
     >>> shares.add(small, 3); shares.add(large, 5)
@@ -114,43 +124,36 @@ class Shares:
     (True, 8)
     """
 
-    __slots__ = ("_all", "_order")
+    __slots__ = ("_all", "_order", "_unranked", "size")
 
     def __init__(self) -> None:
+        self.size = 0
+        self._unranked: dict[Holding, None] = {}
+        """Oldest first; younger than all that are ranked."""
         self._all = Group(b"")
         self._order = 0
 
-    @property
-    def size(self) -> int:
-        return self._all.size
-
     def add(self, holding: Holding, size: int) -> None:
         """The holding grows by `size`, or shrinks where that is negative."""
-        if not size:
+        self.size += size
+        if holding.parent is not None:
+            _grow(holding, size)
             return
-        if holding.parent is None:
-            self._attach(holding)
-        share: Share = holding
-        while (parent := share.parent) is not None:
-            share.size += size
-            if share.size > share.ranked >= 0:
-                parent.rank(share)
-            share = parent
-        share.size += size
-        share = holding
-        while not share.size and (parent := share.parent) is not None:
-            del parent.members[share.name]
-            share.parent = None
-            share.ranked = 0
-            share = parent
+        holding.size += size
+        if holding.size:
+            self._unranked[holding] = None
+        else:
+            self._unranked.pop(holding, None)
 
     def largest(self) -> Holding | None:
         """Of the network that holds most: of its credential that holds most: the largest, or the oldest of several."""
+        self._rank()
         return _largest(self._all)
 
     def larger(self, network: bytes, credential: bytes) -> Holding | None:
         """The one to take from, so that this client can have one more: of who holds more than the client would then.
         None where nobody does."""
+        self._rank()
         group = self._all
         for name in (network, credential):
             most, own = group.largest(), group.members.get(name)
@@ -163,22 +166,38 @@ class Shares:
             group = cast("Group", own)
         return None
 
-    def _attach(self, holding: Holding) -> None:
-        self._order += 1
-        group = self._all
-        for name in (holding.network, holding.credential):
-            member = group.members.get(name)
-            if member is None:
-                member = Group(name)
-                group.join(member, self._order)
-            group = cast("Group", member)
-        holding.name = self._order
-        if holding.waiting:
-            holding.ranked = _WAITING
-            group.join(holding, -self._order)
-            group.rank(holding)
-        else:
-            group.join(holding, self._order)
+    def _rank(self) -> None:
+        """Bring those that have come since into the order of all."""
+        if not self._unranked:
+            return
+        unranked, self._unranked = self._unranked, {}
+        for holding in unranked:
+            self._order += 1
+            credential = b"" if holding.owner is None else holding.owner.credential()
+            group = self._all.group(holding.network, self._order).group(credential, self._order)
+            size, holding.size = holding.size, 0
+            holding.name = self._order
+            group.join(holding, -self._order if holding.waiting else self._order)
+            if holding.waiting:
+                holding.ranked = _WAITING
+                group.rank(holding)
+            _grow(holding, size)
+
+
+def _grow(holding: Holding, size: int) -> None:
+    """A holding that is ranked, and all that it is part of, grow by `size`. What is empty then is forgotten."""
+    share: Share = holding
+    while (parent := share.parent) is not None:
+        share.size += size
+        if share.size > share.ranked >= 0:
+            parent.rank(share)
+        share = parent
+    share = holding
+    while not share.size and (parent := share.parent) is not None:
+        del parent.members[share.name]
+        share.parent = None
+        share.ranked = 0
+        share = parent
 
 
 def _largest(share: Share) -> Holding | None:
