@@ -263,7 +263,7 @@ async def test_a_store_that_crashes_changes_nothing_and_comes_back(
         await until(lambda: agree(ones, mine.version))
         server.kill()
         # Decided while it still leads by its own clock, written when the store is back.
-        other = await leader.actions.import_profile(profile(1).to_bytes(), "")
+        other = leader.profile_manager.operator.import_profile(profile(1))
         await leader.actions.promote(other, None)
         await until(lambda: not leader.lease.leads)
         assert leader.lease.is_last_leader
