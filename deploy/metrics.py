@@ -85,7 +85,8 @@ SHADOW_REASONS: dict[str, Values] = {
         "`--max-logprobs` to `shadow.top_k`. After three in a row, or three answers in a row that began and ended "
         "in an error, sampling pauses for 30 s or longer; requests that are drawn meanwhile are counted here, too",
         "adapter_refused": "vLLM does not have the adapter that was asked for, or cannot load it",
-        "upstream_error": "the answer is an error, or ends in one",
+        "upstream_error": "the answer is an error of the server, or ends in an error",
+        "request_refused": "vLLM refuses the client's own request (status 4xx, except 408, 425, 429)",
         "incomplete": "the answer broke off, or the client disconnected",
         "empty": "no token in the answer",
         "no_logprobs": "the answer lacks the requested logprobs, or has NaN among them, which vLLM writes as null in a "

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from hemostat import cli
 from hemostat.commands.setup_check import Finding, State, check, exit_code, table
 from hemostat.config.schema import Settings
 from hemostat.models import vllm_server as vllm_process
+from hemostat.reference.itself import same_model
+from hemostat.reference.protocol import ReferenceInfo
+from hemostat.reference.server import VllmServer
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 
@@ -206,6 +210,36 @@ async def test_whether_requests_under_a_grammar_are_scored_is_reported() -> None
         found = (await findings_of({}, {}, grammar=own))["grammars"]
         assert (found.state.value, part in found.detail) == ("note", True)
     assert "tool_call_parser" in (await findings_of({}, {}))["grammars"].fix
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+async def test_the_upstream_is_not_its_own_reference(host: str) -> None:
+    async with running(FakeVllm(plugin=True)) as ours:
+        url = ours.url.replace("127.0.0.1", host)
+        settings = Settings.model_validate(
+            {"upstream": {"url": ours.url}, "reference": {"backend": "vllm", "url": url}}
+        )
+        found = await check(settings)
+    assert exit_code(found) == 1
+    assert [(f.what, f.detail) for f in found if f.state is State.NO] == [
+        ("reference", f"no other model: {url} is the upstream, and serves the same model")
+    ]
+
+
+@pytest.mark.parametrize("copied", [False, True])
+async def test_the_reference_has_other_files_than_the_served_model(copied: bool, tmp_path: Path) -> None:
+    served, other = tmp_path / "served", tmp_path / "other"
+    for folder, text in ((served, "{}"), (other, "{}" if copied else '{"a": 1}')):
+        folder.mkdir()
+        (folder / "config.json").write_text(text)
+    info = ReferenceInfo("m", "", "bfloat16", 100, full_vocabulary=True, folder=other)
+    async with running(FakeVllm(root=str(served))) as ours:
+        server = VllmServer(ours.url)
+        same = await same_model(info, None, server, "fake")
+        loaded = await same_model(replace(info, folder=served), None, server, "fake")
+        await server.close()
+    assert same == (f"the upstream loaded fake from {served}, which has the same files as {other}" if copied else "")
+    assert loaded == f"the upstream loaded fake from {served}, which has the same files as {served}"
 
 
 async def test_how_evidence_is_divided_is_reported() -> None:

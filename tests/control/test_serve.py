@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -232,3 +233,34 @@ def test_a_port_in_use_is_reported_in_one_line_with_exit_code_2(tmp_path: Path, 
     assert len(lines) == 1, ended.stderr
     assert f"{section}: cannot bind 127.0.0.1:{port} (Address already in use)" in lines[0]
     assert f"{section}.port" in lines[0]
+
+
+def test_every_line_of_a_json_log_is_json(tmp_path: Path) -> None:
+    """Also the addresses of the ports, which are printed for people otherwise."""
+    admin = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "hemostat",
+        "serve",
+        "--upstream",
+        "http://127.0.0.1:1",
+        "--admin-port",
+        str(admin),
+    ]
+    command += ["--set", "listen.host=127.0.0.1", "--set", "listen.port=0", "--set", "log.format=json"]
+    with (tmp_path / "out").open("wb") as out, (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=out, stderr=log, env=os.environ | {"HEMOSTAT_LOG__LEVEL": "info"})
+        try:
+            end = time.monotonic() + 60
+            while "admin port" not in (tmp_path / "log").read_text() + (tmp_path / "out").read_text():
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < end
+                time.sleep(0.05)
+        finally:
+            process.terminate()
+            process.wait(60)
+    lines = [json.loads(line) for name in ("out", "log") for line in (tmp_path / name).read_text().splitlines()]
+    said = " ".join(line["message"] for line in lines)
+    assert "data port http://127.0.0.1:" in said
+    assert f"admin port http://127.0.0.1:{admin}" in said

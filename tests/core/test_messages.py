@@ -12,6 +12,7 @@ import httpx
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tests.support.paths import ROOT
 
 from hemostat_calibration.messages import in_words, shown_address
 
@@ -82,3 +83,12 @@ def test_errors_of_other_libraries_in_words(error: Exception, words: str) -> Non
     found = in_words(error)
     assert found == words
     assert not re.search(r"\w+Error\(|\w+\(\d", found)
+
+
+def test_no_message_has_the_representation_of_an_error() -> None:
+    """`in_words` says what it says."""
+    error = r"(?:error|exc|exception|failure|cause|reason|problem|refused)"
+    pattern = re.compile(rf"\{{{error}!r\}}|repr\({error}\)|%r.*\b{error}\b")
+    sources = [path for folder in ("middleware", "calibration") for path in (ROOT / folder).rglob("*.py")]
+    found = [f"{path}: {text}" for path in sources for text in pattern.findall(path.read_text(encoding="utf-8"))]
+    assert found == []

@@ -71,7 +71,7 @@ def test_view_shows_every_figure(scene: view.Scene) -> None:
     text = rendered(scene)
     for expected in (
         "12 sent, 11 ok, 1 failed",
-        "9, scored 7, 2 waiting (1.5 s behind)",
+        "9 requests, scored 7 choices, 2 waiting (1.5 s behind)",
         "1,234",
         "2 (grammar 2)",
         "ready  smollm2 [bfloat16]",
@@ -79,7 +79,7 @@ def test_view_shows_every_figure(scene: view.Scene) -> None:
         "at least (from the top 64)",
         "0.412 [0.390, 0.430]",
         "0.399 [0.380, 0.420]",
-        "0.570 [–, –]",
+        "0.570 (no interval yet)",
         "0.310",
         "57.6 %",
         "87.0 %",
@@ -214,7 +214,12 @@ def test_view_without_a_status(scene: view.Scene) -> None:
 def test_status_line_has_the_figures(scene: view.Scene) -> None:
     line = view.status_line(scene)
     assert "\n" not in line
-    for expected in ("sent 12, ok 11, failed 1", "scored 7 (1234 tokens)", "KL 0.412 [0.390, 0.430] nats", "57.6 %"):
+    for expected in (
+        "sent 12, ok 11, failed 1",
+        "scored 7 choices (1234 tokens)",
+        "KL 0.412 [0.390, 0.430] nats",
+        "57.6 %",
+    ):
         assert expected in line
 
 
@@ -265,3 +270,11 @@ def test_what_is_made_of_adapters_and_what_the_arms_received_are_one_line_each()
         "what clients received: KL 0.600 nats (30 requests) in the control arm, 0.150 nats (30 requests) in the "
         "treated one: 0.25 times it"
     )
+
+
+@pytest.mark.parametrize(
+    ("ends", "shown"), [([0.0, 20.0], "0.412 (no interval yet)"), ([0.1, 19.9], "0.412 [0.100, 19.900]")]
+)
+def test_an_interval_that_says_nothing_is_not_shown(ends: list[float], shown: str) -> None:
+    """After very few requests it is all that the figure can be."""
+    assert view.interval({"estimate": 0.41234, "ci95": ends, "cap": 20.0}) == shown

@@ -164,10 +164,10 @@ OPENAI: dict[str, Case] = {
     "unknown model, stream": Case(
         with_openai("chat", messages=CAPITAL, model="nope", **STREAM), "no_reference", "NotFoundError"
     ),
-    "bad parameter": Case(with_openai("chat", messages=CAPITAL, top_p=7), "upstream_error", "400"),
-    "too long": Case(with_openai("chat", messages=TOO_LONG), "upstream_error", "maximum context length"),
+    "bad parameter": Case(with_openai("chat", messages=CAPITAL, top_p=7), "request_refused", "400"),
+    "too long": Case(with_openai("chat", messages=TOO_LONG), "request_refused", "maximum context length"),
     "too long, stream": Case(
-        with_openai("chat", messages=TOO_LONG, **STREAM), "upstream_error", "maximum context length"
+        with_openai("chat", messages=TOO_LONG, **STREAM), "request_refused", "maximum context length"
     ),
 }
 LITELLM: dict[str, Case] = {
@@ -184,7 +184,7 @@ LITELLM: dict[str, Case] = {
     ),
     "unknown model": Case(with_litellm("openai", messages=CAPITAL, model="nope"), "no_reference", "404"),
     "too long, stream": Case(
-        with_litellm("openai", messages=TOO_LONG, **STREAM), "upstream_error", "maximum context length"
+        with_litellm("openai", messages=TOO_LONG, **STREAM), "request_refused", "maximum context length"
     ),
 }
 LANGCHAIN: dict[str, Case] = {
@@ -203,7 +203,7 @@ LANGCHAIN: dict[str, Case] = {
         with_langchain([user("Count from 1 to 10.")], {"stop": ["3", "three"]}, max_tokens=24), shows="'stop'"
     ),
     "unknown model": Case(with_langchain(CAPITAL, model="nope"), "no_reference", "404"),
-    "bad parameter, stream": Case(with_langchain(CAPITAL, stream=True, top_p=7), "upstream_error", "400"),
+    "bad parameter, stream": Case(with_langchain(CAPITAL, stream=True, top_p=7), "request_refused", "400"),
 }
 CASES = {
     f"{client}: {name}": case

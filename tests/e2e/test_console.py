@@ -107,7 +107,7 @@ def test_what_is_shown_is_what_the_api_says(page: Page, stack: Stack) -> None:
     assert shown("tv") == f"≥ {nats(raw['total_variation'])}"
     assert shown("ppl") == nats(raw["perplexity_ratio"]["estimate"])
     assert shown("half") == f"{status['trajectory']['sampled']['half_life_tokens']['estimate']:.1f}"
-    assert f"{status['requests']['scored']} scored requests" in shown("divergence-note")
+    assert f"{status['requests']['scored']} scored choices" in shown("divergence-note")
     where, strategies = shown("where"), shown("strategies")
     for told in status["where"]:
         assert told["route"] in where

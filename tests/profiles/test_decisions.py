@@ -45,6 +45,17 @@ def test_an_event_is_counted_logged_held_and_stored(caplog: pytest.LogCaptureFix
     assert "promote v1 for chat text: better" in caplog.text
 
 
+def test_the_log_line_of_a_decision_has_its_evidence_in_json(caplog: pytest.LogCaptureFixture) -> None:
+    """Names of roles and figures are words there, not representations of objects."""
+    guard = Guard()
+    guard.begin_candidate("a", {"rest": (1.0, 1.0)})
+    evidence = evidence_json(guard.evidence("a", "rest"))
+    with caplog.at_level(logging.INFO, "hemostat.calibration"):
+        EventLog(MemoryStore(), lambda: 0.0).record(Decision.DROP, Reason.NEWER, "v1", "", "replaced", evidence)
+    assert json.loads(caplog.messages[0].removeprefix("drop v1: replaced ")) == json.loads(json.dumps(evidence))
+    assert "<" not in caplog.text
+
+
 def test_events_are_bounded() -> None:
     log = EventLog(MemoryStore(), lambda: 0.0)
     log.restore({"version": str(n)} for n in range(MAX_EVENTS + 5))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.paths import ROOT
 
 from hemostat.models import vllm_server as vllm_process
 from hemostat.models.vllm_server import VllmFailure, VllmServer
@@ -168,3 +171,24 @@ def test_the_compressed_model_answers(vllm_server: Any) -> None:
         answer = json.load(response)["choices"][0]["message"]["content"]
     print(answer)
     assert "Paris" in answer
+
+
+@pytest.mark.vllm
+def test_the_documented_commands_start_in_this_environment() -> None:
+    """Also in that of `make demo`, whose vLLM is another distribution."""
+    programs = set()
+    for page in ("README.md", "docs/operations.md", "docs/configuration.md"):
+        text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+        found = {
+            tuple(shlex.split(line)[: 2 if line.startswith("vllm") else 3])
+            for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+            for line in map(str.strip, block.splitlines())
+            if re.match(r"(vllm|python -m vllm\S*) ", line)
+        }
+        assert found, page
+        programs |= found
+    known = {"python": sys.executable, "vllm": str(Path(sys.executable).with_name("vllm"))}
+    for name, *arguments in programs:
+        run = subprocess.run([known[name], *arguments, "--help"], capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr[-2000:]
+        assert "--model" in run.stdout

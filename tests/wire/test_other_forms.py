@@ -407,15 +407,15 @@ def test_errors_and_broken_responses_are_passed_on_and_counted(wire: Wire, fake:
     body = ask(path)
     refused = wire.send(path, body | {"model": "nope"})
     assert refused.status == 404
-    assert wire.shadow("skipped", "upstream_error") == 1
+    assert wire.shadow("skipped", "request_refused") == 1
     fake.error_after = 3
     broken = wire.send(path, body | {"stream": True})
     assert broken.status == 200
-    assert wire.shadow("skipped", "incomplete") + wire.shadow("skipped", "upstream_error") == 2
+    assert wire.shadow("skipped", "incomplete") + wire.shadow("skipped", "upstream_error") == 1
     fake.error_after = None
     fake.die_after = 3
     wire.send(path, body | {"stream": True})
-    assert wire.shadow("skipped", "incomplete") + wire.shadow("skipped", "upstream_error") == 3
+    assert wire.shadow("skipped", "incomplete") + wire.shadow("skipped", "upstream_error") == 2
     fake.die_after, fake.replace_body = None, "[1, 2]"
     assert wire.send(path, body).body == b"[1, 2]"
     assert wire.shadow("skipped", "unreadable") == 1

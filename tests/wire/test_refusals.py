@@ -48,7 +48,7 @@ def test_sampling_does_not_change_errors(wire: Wire, body: dict[str, Any], strea
     sampled = wire.send(CHAT, body)
     assert plain.status == sampled.status >= 400
     assert plain.body == sampled.body
-    assert wire.shadow("skipped", "upstream_error") + wire.shadow("skipped", "invalid") == 1
+    assert wire.shadow("skipped", "request_refused") + wire.shadow("skipped", "invalid") == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -117,7 +117,7 @@ def test_a_clients_invalid_request_does_not_stop_sampling(wire: Wire, stream: bo
     sampled = wire.send(CHAT, chat(stream=stream, temperature=-1))
     assert (sampled.status, sampled.body, sampled.replayed) == (400, plain.body, True)
     assert wire.counts.total() == 2
-    assert wire.shadow("skipped", "upstream_error") == wire.repeated("refused") == 1
+    assert wire.shadow("skipped", "request_refused") == wire.repeated("refused") == 1
     assert wire.send(CHAT, chat(stream=stream)).status == 200
     assert wire.shadow("shadowed") == 1
 
@@ -308,7 +308,7 @@ def test_sampling_pauses_after_several_answers_that_end_in_an_error() -> None:
     assert len(wire.captures) == 1, "then it is tried again"
 
 
-@pytest.mark.parametrize("status", [502, 503, 504])
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
 def test_an_upstream_that_is_overloaded_is_not_asked_again(status: int) -> None:
     wire, upstream = scripted((status, JSON, b"busy"))
     assert (wire.send(CHAT, chat()).status, upstream.asked) == (status, [True])

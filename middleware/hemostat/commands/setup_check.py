@@ -17,11 +17,12 @@ from hemostat.models import packages
 from hemostat.openai.tool_parsers import TOOL_FORMATS
 from hemostat.reference import make_references
 from hemostat.reference.engines import other_engines
+from hemostat.reference.itself import same_model
 from hemostat.reference.listing import served_pairs, without_own
 from hemostat.reference.match import compare
 from hemostat.reference.pair import ModelPair
 from hemostat.reference.probes import PROBE, Finding, State, probe_shadowing
-from hemostat.reference.protocol import FailureReason, Reference, ReferenceFailure, ScoreRequest
+from hemostat.reference.protocol import FailureReason, Reference, ReferenceFailure, ReferenceInfo, ScoreRequest
 from hemostat.reference.references import References
 from hemostat.reference.server import Refused, VllmServer
 from hemostat.reference.thinking_markers import find_markers
@@ -293,6 +294,8 @@ async def _reference(reference: Reference, settings: Settings, served: str | Non
     # A list of top ids is enough for what is asked for, and hidden states would give more.
     better = f"for exact figures, {info.exact_with}" if info.exact_with else ""
     findings = [Finding(f"reference{of}", State.OK, detail, better)]
+    if served is not None and (same := await _served_model_itself(info, settings, served)):
+        findings = [Finding(f"reference{of}", State.NO, f"no other model: {same}", "name the uncompressed model")]
     tokens = np.zeros(2, np.int32)
     try:
         await reference.score(ScoreRequest(tokens[:1], tokens[1:], np.zeros((1, settings.shadow.top_k), np.int32)))
@@ -313,6 +316,20 @@ async def _reference(reference: Reference, settings: Settings, served: str | Non
     fix = "" if match.ok or not match.compared else "use the model that the served one was compressed from"
     findings.append(Finding(same, State.OK if match.ok else State.NO, match.detail, fix))
     return findings
+
+
+async def _served_model_itself(info: ReferenceInfo, settings: Settings, served: str) -> str:
+    """Why nothing can be measured: the reference is the model that is served; "" where nothing says so."""
+    own = settings.reference.models.get(served)
+    url = (own and own.url) or settings.reference.url
+    upstream = settings.upstream
+    server = VllmServer(upstream.servers[0], upstream.api_key, ca=upstream.ca)
+    try:
+        return await same_model(info, url if settings.reference.backend == "vllm" else None, server, served)
+    except ReferenceFailure:
+        return ""  # the next probe says that it does not answer
+    finally:
+        await server.close()
 
 
 async def _or(answer: Awaitable[str], otherwise: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import json
+import logging
 import os
 import signal
 import socket
@@ -29,6 +30,8 @@ from hemostat.config.schema import Admin, Settings
 from hemostat.control.composition import Control
 from hemostat.ipc.process import die_with_parent
 from hemostat_calibration.errors import HemostatError
+
+log = logging.getLogger("hemostat.control")
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
 LOCK_SECONDS = 15.0
@@ -121,7 +124,7 @@ def main() -> int:
     try:
         asyncio.run(_main())
     except HemostatError as error:
-        print(f"hemostat: {error}", file=sys.stderr)  # noqa: T201
+        log.error("%s", error)
         return 2
     return 0
 

@@ -26,6 +26,7 @@ from hemostat.models.vllm_server import (
     on_cpu,
     with_parent,
 )
+from hemostat_calibration.messages import in_words
 
 TOP_K = 64
 CALIBRATION = {
@@ -148,7 +149,7 @@ async def warm_up(vllm: VllmServer) -> None:
         try:
             (await http.post(f"{vllm.url}/v1/completions", json=body)).raise_for_status()
         except httpx.HTTPError as error:
-            raise DemoFailure(f"vLLM's first request failed ({error!r}); {vllm.log_tail()}") from None
+            raise DemoFailure(f"vLLM's first request failed ({in_words(error)}); {vllm.log_tail()}") from None
 
 
 def preferred_port(preferred: int) -> int:

@@ -10,6 +10,8 @@ from typing import Any
 
 import httpx
 
+from hemostat_calibration.messages import in_words
+
 CONCURRENCY = 8
 TIMEOUT = httpx.Timeout(300.0, connect=10.0)
 
@@ -50,7 +52,7 @@ async def drive(
                 traffic.ok += 1
             except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
                 traffic.failed += 1
-                traffic.last_failure = f"{request_id}: {error or type(error).__name__}"
+                traffic.last_failure = f"{request_id}: {in_words(error)}"
                 await asyncio.sleep(0.5)
 
     async with (

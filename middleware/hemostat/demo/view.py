@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ from hemostat.demo.traffic import Traffic
 from hemostat_calibration.guard.decisions import Figure
 
 UNKNOWN = "–"
+DECISION_WORDS = {"drop": "end the tests of", "roll_back": "roll back"}
+"""Of decisions whose names do not say to a reader what happens."""
 MAX_DECISIONS_SHOWN = 3
 MAX_KINDS_SHOWN = 6
 """In the live view, the most frequent ones; the last lines have all."""
@@ -57,6 +60,8 @@ def interval(figure: Mapping[str, Any] | None) -> str:
     if not figure or figure.get("estimate") is None:
         return UNKNOWN
     low, high = figure["ci95"]
+    if high is None or high >= figure.get("cap", math.inf):  # all that the figure can be: of very few requests
+        return f"{number(figure['estimate'])} (no interval yet)"
     return f"{number(figure['estimate'])} [{number(low)}, {number(high)}]"
 
 
@@ -87,7 +92,7 @@ def status_line(scene: Scene) -> str:
     profile = scene.status.get("profile", {})
     return (
         f"sent {scene.traffic.sent}, ok {scene.traffic.ok}, failed {scene.traffic.failed}; "
-        f"shadowed {requests.get('shadowed', 0)}, scored {requests.get('scored', 0)} "
+        f"shadowed {requests.get('shadowed', 0)}, scored {requests.get('scored', 0)} choices "
         f"({scene.status.get('tokens_scored', 0)} tokens); "
         f"KL {interval(raw.get('kl_nats'))} nats, calibrated {interval(calibrated.get('kl_nats'))}; "
         f"TV {number(raw.get('total_variation'))}; top-1 {percent(raw.get('top1_agreement'))}; "
@@ -99,7 +104,8 @@ def decision_line(event: Mapping[str, Any]) -> str:
     """One line: `promote 3f2a0c91 for chat text greedy (evidence): better ...; gain 0.112 nats by request, ...`"""
     evidence = event.get("evidence") or {}
     kind = f" for {event['kind']}" if event.get("kind") else ""
-    found = f"{event['decision']} {event['version'][:8]}{kind} ({event['reason']}): {event['why']}"
+    decision = DECISION_WORDS.get(event["decision"], event["decision"])
+    found = f"{decision} {event['version'][:8]}{kind} ({event['reason']}): {event['why']}"
     # The evidence of a proposal is the learner's own estimate, not that of the test; it is not shown.
     return f"{found}; {_evidence(evidence)}" if "mean_gain_by_token" in evidence else found
 
@@ -180,7 +186,9 @@ def render(scene: Scene) -> RenderableType:
     flow = _grid()
     flow.add_row("requests", f"{traffic.sent} sent, {traffic.ok} ok, {traffic.failed} failed")
     flow.add_row(
-        "shadowed", f"{requests.get('shadowed', 0)}, scored {requests.get('scored', 0)}, {_waiting(requests, queue)}"
+        "shadowed",
+        f"{requests.get('shadowed', 0)} requests, scored {requests.get('scored', 0)} choices, "
+        f"{_waiting(requests, queue)}",
     )
     flow.add_row("scored tokens", f"{status.get('tokens_scored', 0):,}")
     flow.add_row("skipped", counts(requests.get("skipped", {})))

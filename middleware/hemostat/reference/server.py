@@ -14,6 +14,7 @@ from pydantic import SecretStr
 
 from hemostat.ipc.answers import IDENTITY, AnswerRefused, AnswerTooLarge, read_answer
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
+from hemostat_calibration.messages import in_words
 
 T = TypeVar("T")
 
@@ -183,9 +184,7 @@ class VllmServer:
             reason = FailureReason.DOWN if isinstance(error, httpx.ConnectTimeout) else FailureReason.TIMEOUT
             raise ReferenceFailure(reason, f"{self.url}{path}: no answer in time") from error
         except httpx.HTTPError as error:
-            raise ReferenceFailure(
-                FailureReason.DOWN, f"{self.url}{path}: {str(error) or type(error).__name__}"
-            ) from error
+            raise ReferenceFailure(FailureReason.DOWN, f"{self.url}{path}: {in_words(error)}") from error
         except AnswerRefused as error:
             too_large = isinstance(error, AnswerTooLarge)
             reason = FailureReason.TOO_LARGE if too_large else FailureReason.BAD_ANSWER

@@ -20,7 +20,14 @@ from hemostat.openai.reading import read_request
 from hemostat.openai.recompressing import CODINGS, Recompressor
 from hemostat.openai.requests import Request, Unscorable
 from hemostat.openai.routes import CHAT, COMPLETIONS, FORMS
-from hemostat.openai.tokens import ChoiceTokens, ResponseFailure, ResponseTokens, error_reason, little_endian
+from hemostat.openai.tokens import (
+    ChoiceTokens,
+    ResponseFailure,
+    ResponseTokens,
+    error_reason,
+    little_endian,
+    status_failure,
+)
 from hemostat.shadow.assignment import conversation_digest
 from hemostat.shadow.client_headers import ClientOptions
 from hemostat.shadow.endings import SkipReason
@@ -337,7 +344,7 @@ class InterceptedExchange:
             self._start = _ResponseStart(codes)
         if self._request is not None and self._tokens is not None:
             if status != 200:
-                self._tokens.fail(ResponseFailure.UPSTREAM_ERROR)
+                self._tokens.fail(status_failure(status))
             else:
                 self._read_response(self._request, self._tokens, content_type, coding, stream=event_stream)
         return stream or self._withheld or self._stripper is not None or self._name is not None
@@ -441,7 +448,7 @@ class InterceptedExchange:
             self._reports.server_errors.in_vain()
         if self._tokens is not None:
             cause = ResponseFailure.ADAPTER_REFUSED if self._adapter_refused else ResponseFailure.LOGPROBS_REFUSED
-            self._tokens.fail(cause if accepted else ResponseFailure.UPSTREAM_ERROR)
+            self._tokens.fail(cause if accepted else status_failure(code))
             self._note_refusal()
 
     def _note_refusal(self) -> None:

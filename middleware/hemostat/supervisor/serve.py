@@ -36,14 +36,16 @@ def _print_line(text: str) -> None:
     print(text, flush=True)  # noqa: T201
 
 
-def main(load: Callable[[], Settings], announce: Callable[[str], None] = _print_line) -> int:
+def main(load: Callable[[], Settings], announce: Callable[[str], None] | None = None) -> int:
     """Run until SIGTERM or SIGINT, or until a successor has taken over; 0, or 2 when a process cannot start.
 
-    load: reads the configuration, now and at every SIGHUP. ConfigError.
+    load: reads the configuration, now and at every SIGHUP. ConfigError. announce: None prints lines for people, or
+    logs them where the log is for programs.
     """
     settings = load()
     logs.set_up(settings.log.level, settings.log.format)
-    return asyncio.run(_run(settings, load, announce))
+    own = log.info if settings.log.format == "json" else _print_line
+    return asyncio.run(_run(settings, load, announce or own))
 
 
 async def _run(settings: Settings, load: Callable[[], Settings], announce: Callable[[str], None]) -> int:

@@ -15,6 +15,8 @@ const named = (reference) => (reference.state === "ready" ? reference.detail.spl
 const percent = (x, digits = 1) => (known(x) ? `${fixed(100 * x, digits)} %` : NONE);
 const whole = (x) => (known(x) ? x.toLocaleString("en-US", { maximumFractionDigits: 0 }) : NONE);
 const range = (ends, show = nats) => (ends && (known(ends[0]) || known(ends[1])) ? `[${show(ends[0])}, ${show(ends[1])}]` : "interval not known yet");
+/** Those of a figure; none where the interval is all that the figure can be, as after very few requests. */
+const ends = (figure) => (known(figure.ci95[1]) && figure.ci95[1] >= figure.cap ? [null, null] : figure.ci95);
 const counts = (o) => Object.entries(o || {}).filter(([, n]) => n).sort((a, b) => b[1] - a[1]).map(([k, n]) => `${k} ${whole(n)}`).join(", ") || "none";
 const total = (o) => Object.values(o || {}).reduce((a, b) => a + b, 0);
 const brief = (version) => (version && version.length === 32 ? version.slice(0, 8) : version || NONE);
@@ -241,7 +243,7 @@ function divergence(s) {
   say("excess-sub", excess ? `95 % ${range(ends)}; noise floor ${nats(excess.floor)}${open ? ", too few requests to bound it" : ""}` : "the noise floor is not known yet");
   bar("excess-bar", ends, excess && excess.estimate, 0, excess ? Math.max(excess.ci95[1] || 0, s.alarm.budget_nats || 0, excess.estimate) * 1.1 : 1);
   say("kl", `≥ ${nats(kl.estimate)}`);
-  say("kl-sub", `95 % ${range(kl.ci95)}, finite-sample ${certain(kl.ci95_finite)}; by request ${nats(kl.by_request.estimate)}, finite-sample ${certain(kl.by_request.ci95_finite)}; estimate ${nats(raw.kl_nats_estimate.estimate)} ${known(raw.kl_nats_estimate.estimate) ? range(raw.kl_nats_estimate.ci95) : ""}; ≤ ${nats(raw.kl_nats_upper.estimate)}`);
+  say("kl-sub", `95 % ${range(ends(kl))}, finite-sample ${certain(kl.ci95_finite)}; by request ${nats(kl.by_request.estimate)}, finite-sample ${certain(kl.by_request.ci95_finite)}; estimate ${nats(raw.kl_nats_estimate.estimate)} ${known(raw.kl_nats_estimate.estimate) ? range(ends(raw.kl_nats_estimate)) : ""}; ≤ ${nats(raw.kl_nats_upper.estimate)}`);
   say("tv", `≥ ${nats(raw.total_variation)}`);
   say("tv-sub", `95 % ${range(raw.ci95.total_variation)}; ≤ ${nats(raw.total_variation_upper.estimate)}`);
   say("top1", percent(raw.top1_agreement));
@@ -251,12 +253,12 @@ function divergence(s) {
   say("half-sub", text ? `95 % ${range(text.half_life_tokens.ci95, (x) => fixed(x, 1))}; ${plural(text.requests, "sampled text")}` : "no text sampled at temperature 1 yet");
   say("ppl", nats(raw.perplexity_ratio.estimate));
   say("ppl-sub", `95 % ${range(raw.perplexity_ratio.ci95)}`);
-  say("divergence-note", `${plural(s.requests.scored, "scored request")}, ${whole(s.tokens_scored)} tokens, the top ${s.top_k} ids of each model `
+  say("divergence-note", `${plural(s.requests.scored, "scored choice")}, ${whole(s.tokens_scored)} tokens, the top ${s.top_k} ids of each model `
     + `(${percent(raw.covered_mass)} of the probability). Intervals are 95 % and count conversations; they are asymptotic: right for many requests with the tails that were seen.`);
 }
 
 const HEADER = ["requests", "KL ≥", "95 %", "on one scale", "KL estimate", "total variation ≥", "same top-1"];
-const figures = (f, most) => [whole(f.requests), nats(f.kl_nats.estimate), range(f.kl_nats.ci95), interval(f.kl_nats.ci95[0], f.kl_nats.estimate, f.kl_nats.ci95[1], 0, most),
+const figures = (f, most) => [whole(f.requests), nats(f.kl_nats.estimate), range(ends(f.kl_nats)), interval(f.kl_nats.ci95[0], f.kl_nats.estimate, f.kl_nats.ci95[1], 0, most),
   nats(f.kl_nats_estimate.estimate), nats(f.total_variation), percent(f.top1_agreement)];
 /** A common scale: up to the highest upper end, but at most four times its estimate. */
 const scale = (rows) => 1.1 * Math.max(...rows.map((f) => Math.min(f.kl_nats.ci95[1] ?? 0, 4 * (f.kl_nats.estimate || 0))), 1e-4);
@@ -275,7 +277,7 @@ function servedModels(s) {
   table("by-model", "By served model", ["model", "reference", "profiles", "requests", "KL ≥", "95 %", "excess KL ≥"], s.models.map((m) => {
     const raw = m.calibrated ? s.raw : m.figures.raw, excess = m.calibrated ? s.excess : m.figures.excess;
     return [m.names.join(", "), m.reference || `none: not scored, not treated${m.detail ? ` (${m.detail})` : ""}`, m.calibrated ? "for this model" : "never",
-      raw ? whole(raw.requests) : NONE, raw ? nats(raw.kl_nats.estimate) : NONE, raw ? range(raw.kl_nats.ci95) : NONE,
+      raw ? whole(raw.requests) : NONE, raw ? nats(raw.kl_nats.estimate) : NONE, raw ? range(ends(raw.kl_nats)) : NONE,
       excess && excess.kl_nats ? nats(excess.kl_nats.estimate) : NONE];
   }));
 }
@@ -317,7 +319,7 @@ function gains(id, caption, kinds, empty) {
     "recovered"], kinds.map((k) => {
     const kl = k.raw.kl_nats, gain = k.gain_nats, measured = gain && gain.requests > 0;
     const both = (figure) => measured ? [`${nats(figure.estimate)} ${range(figure.ci95)}`, gain.total_variation ? NONE : certain(figure.ci95_finite)] : [NONE, NONE];
-    return [k.kind, whole(k.requests), `${nats(kl.estimate)} ${range(kl.ci95)}`, k.profile ? brief(k.profile) : NONE, measured ? whole(gain.requests) : NONE,
+    return [k.kind, whole(k.requests), `${nats(kl.estimate)} ${range(ends(kl))}`, k.profile ? brief(k.profile) : NONE, measured ? whole(gain.requests) : NONE,
       ...both(gain && gain.by_request), ...both(gain), k.recovered ? percent(k.recovered.estimate) : NONE];
   }), empty);
 }
@@ -431,7 +433,7 @@ function costs(s) {
   const r = s.requests, dropped = total(r.dropped);
   const tokens = rate(s, (x) => x.shadow.reference_tokens), budget = s.shadow.reference_tokens_per_second;
   say("rate", percent(s.shadow.rate));
-  say("rate-sub", `${whole(r.shadowed)} captured, ${whole(r.scored)} scored, ${whole(r.pending)} in progress`);
+  say("rate-sub", `${plural(r.shadowed, "request")} captured, ${plural(r.scored, "choice")} scored, ${whole(r.pending)} in progress`);
   say("reference", fixed(tokens, 1));
   say("reference-sub", budget ? `budget ${whole(budget)}` : "no budget set");
   say("queue", whole(s.queue.depth));
@@ -541,10 +543,10 @@ function replicas(s) {
   if (!all) return;
   const kl = (found) => (known(found.estimate) ? `${nats(found.estimate)} [${found.ci95.map(nats).join(", ")}] nats` : NONE);
   const leads = s.replica.leads, sent = s.replica.evidence.evidence;
-  say("deployment", `All together: ${plural(all.scored, "scored request")}, KL ${kl(all.kl_nats_estimate)}. `
+  say("deployment", `All together: ${plural(all.scored, "scored choice")}, KL ${kl(all.kl_nats_estimate)}. `
     + (leads ? "This replica leads: it judges by the evidence of all." : "Decisions, alarms and evidence on this page are the leader's; the divergence figures are this replica's own.")
     + (s.replica.store_reachable ? "" : ` The store does not answer; ${plural(sent.waiting, "unit")} of evidence wait.`));
-  table("replicas", "Replicas", ["replica", "role", "said", "scored requests", "KL"],
+  table("replicas", "Replicas", ["replica", "role", "said", "scored choices", "KL"],
     all.replicas.map((one) => [one.replica, one.leads ? "leads" : "follows", `${whole(one.age_seconds)} s ago`, whole(one.scored), kl(one.kl_nats_estimate)]));
 }
 

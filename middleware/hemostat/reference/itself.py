@@ -1,0 +1,47 @@
+"""Is the reference the served model itself? Every divergence would be that of a model from itself."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from urllib.parse import urlsplit
+
+from hemostat.models.checkpoint_digest import checkpoint_digest
+from hemostat.reference.protocol import ReferenceInfo
+from hemostat.reference.server import VllmServer
+
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+async def same_model(info: ReferenceInfo, url: str | None, server: VllmServer, served: str) -> str:
+    """How it is known that `served` on the upstream `server` is the reference `info`; "" where nothing says so.
+
+    url: of the reference, where it is a server. ReferenceFailure where the upstream could not be asked.
+    """
+    if url is not None and info.model == served and await asyncio.to_thread(_same_address, url, server.url):
+        return f"{url} is the upstream, and serves the same model"
+    root = (await server.model(served)).root or ""
+    if info.folder is None or not await asyncio.to_thread(_same_files, str(info.folder), root):
+        return ""
+    return f"the upstream loaded {served} from {root}, which has the same files as {info.folder}"
+
+
+def _same_files(one: str, other: str) -> bool:
+    """False where one is no folder on this machine."""
+    if not (os.path.isdir(one) and os.path.isdir(other)):
+        return False
+    return os.path.samefile(one, other) or checkpoint_digest(one, None) == checkpoint_digest(other, None)
+
+
+def _same_address(one: str, other: str) -> bool:
+    return one == other or bool(_addresses(one) & _addresses(other))
+
+
+def _addresses(url: str) -> set[object]:
+    parts = urlsplit(url)
+    try:
+        found = socket.getaddrinfo(parts.hostname, parts.port or DEFAULT_PORTS[parts.scheme], type=socket.SOCK_STREAM)
+    except OSError:
+        return set()
+    return {address[:2] for *_, address in found}
