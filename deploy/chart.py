@@ -30,6 +30,7 @@ SECRET = {"pattern": "^[!-~]+$", "maxLength": 4096}
 CHECKED_BY_CODE: dict[tuple[str, ...], dict[str, Any]] = {
     ("admin", "allowed_hosts"): {"items": {"type": "string", "pattern": "^[A-Za-z0-9_.:%-]{1,255}$"}},
     ("admin", "token"): SECRET,
+    ("admin", "engine_token"): SECRET,
     # YAML 1.1 reads an unquoted off as false.
     ("log", "access"): {"type": ["string", "boolean"], "pattern": "^(off$|stdout$|/)", "not": {"const": True}},
     ("labels",): {"items": {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"}, "uniqueItems": True},

@@ -94,7 +94,8 @@ class AdminClient:
                 body = _read(response, max_bytes)
         except urllib.error.HTTPError as error:
             with error:
-                raise FetchError(f"{path}: HTTP {error.code}", error.code) from None
+                hint = "; see HEMOSTAT_ENGINE_TOKEN" if error.code in (401, 403) else ""
+                raise FetchError(f"{path}: HTTP {error.code}{hint}", error.code) from None
         except (OSError, http.client.HTTPException) as error:
             raise FetchError(f"{self._url}: {in_words(error)}") from None
         if len(body) > max_bytes:

@@ -41,7 +41,7 @@ class Peers:
 
     def __init__(self, settings: Settings) -> None:
         self._urls = settings.admin_url.split(",") if settings.admin_url else []
-        self._token = settings.admin_token
+        self._token = settings.engine_token
         self._next_refresh = 0.0
         self._resolved: dict[str, list[str]] = {}
         self.all: list[Peer] = []

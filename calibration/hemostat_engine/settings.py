@@ -20,23 +20,23 @@ class Settings:
     """Where profiles come from. With neither source every request gets identity.
 
     admin_url: the address of the admin port, or those of several replicas separated by commas; `dns+http://name:port`
-    stands for every IP address of the name.
+    stands for every IP address of the name. engine_token: the admin port's `admin.engine_token`.
     """
 
     admin_url: str | None = None
-    admin_token: str | None = None
+    engine_token: str | None = None
     profile_dir: Path | None = None
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
-        """HEMOSTAT_ADMIN_URL, HEMOSTAT_ADMIN_TOKEN, HEMOSTAT_PROFILE_DIR. Raises InvalidArgumentError."""
+        """HEMOSTAT_ADMIN_URL, HEMOSTAT_ENGINE_TOKEN, HEMOSTAT_PROFILE_DIR. Raises InvalidArgumentError."""
         value = environment.get("HEMOSTAT_ADMIN_URL") or ""
         urls = [part.strip().rstrip("/") for part in value.split(",") if part.strip()]
         for url in urls:
             split_admin_url(url)
         folder = environment.get("HEMOSTAT_PROFILE_DIR") or None
         return cls(
-            ",".join(urls) or None, environment.get("HEMOSTAT_ADMIN_TOKEN") or None, Path(folder) if folder else None
+            ",".join(urls) or None, environment.get("HEMOSTAT_ENGINE_TOKEN") or None, Path(folder) if folder else None
         )
 
 

@@ -65,7 +65,7 @@ def measure(
     environment = {}
     if plugin:
         arguments += ["--logits-processors", LOGITS_PROCESSOR]
-        environment = {"HEMOSTAT_ADMIN_URL": admin, "HEMOSTAT_ADMIN_TOKEN": TOKEN}
+        environment = {"HEMOSTAT_ADMIN_URL": admin, "HEMOSTAT_ENGINE_TOKEN": TOKEN}
     vllm = VllmServer(checkpoints.compressed, MODEL, folder / "vllm.log", arguments, environment)
     settings = serve_settings(DemoOptions(), checkpoints, vllm.url, port, admin_port, TOKEN)
     settings["shadow"] = {**settings["shadow"], "rate": 1.0, "floor_fraction": 0.0}

@@ -135,7 +135,7 @@ class Engine(EngineChild):
         environment: dict[str, str] = {}
         arguments = ["--child", str(model), "--batch", str(batch)]
         if admin is not None:
-            environment |= {"HEMOSTAT_ADMIN_URL": admin.url, "HEMOSTAT_ADMIN_TOKEN": TOKEN}
+            environment |= {"HEMOSTAT_ADMIN_URL": admin.url, "HEMOSTAT_ENGINE_TOKEN": TOKEN}
             arguments.append("--plugin")
         super().__init__(Path(__file__).resolve(), arguments, environment, log)
         self.ask({})

@@ -68,6 +68,7 @@ async def test_everything_works() -> None:
     assert states(found) == {
         "store": "note",
         "evidence": "ok",
+        "engine token": "note",
         "grammars": "note",
         "upstream": "ok",
         "max_logprobs": "ok",
@@ -80,6 +81,21 @@ async def test_everything_works() -> None:
         "same tokens": "ok",
     }
     assert "serves fake, up to 2048 tokens (vLLM 0.32.0)" in found["upstream"].detail
+
+
+@pytest.mark.parametrize(
+    ("admin", "state", "said"),
+    [
+        ({}, "note", "can neither report nor fetch profiles"),
+        ({"token": "a"}, "note", "engines need admin.token, with which a vLLM host can change all"),
+        ({"token": "a", "engine_token": "b"}, "ok", "a token that can change nothing else"),
+    ],
+)
+async def test_what_engines_are_let_in_with(admin: dict[str, Any], state: str, said: str) -> None:
+    found = (await findings_of({}, None, admin=admin))["engine token"]
+    assert found.state.value == state
+    assert said in found.detail
+    assert ("HEMOSTAT_ENGINE_TOKEN" in found.fix) == (state == "note")
 
 
 async def test_each_served_model_is_matched_or_said_to_be_left_out() -> None:

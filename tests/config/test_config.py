@@ -147,6 +147,7 @@ WRONG = [
     (UPSTREAM + "admin: {host: '::'}\n", "admin.token: required"),
     (UPSTREAM + "admin: {host: example.org}\n", "admin.token: required"),
     (UPSTREAM + "admin: {token: ''}\n", "admin.token: must be printable ASCII"),
+    (UPSTREAM + "admin: {token: a, engine_token: a}\n", "admin.engine_token: is admin.token, too"),
     (UPSTREAM + 'admin: {token: "a\\nb"}\n', "admin.token: must be printable ASCII"),
     (UPSTREAM + "admin: {port: 8080}\n", "admin.port: 8080 is listen.port too"),
     ("upstream: {url: 127.0.0.1:8000}\n", "is not an http address; write it like http://127.0.0.1:8000"),
@@ -237,7 +238,12 @@ def test_a_value_below_a_key_that_is_not_a_section(written: Any) -> None:
         load(written(UPSTREAM + "shadow: 3\n"), {"HEMOSTAT_SHADOW__RATE": "1"})
 
 
-SECRETS = {"admin.token": "s3cret-a", "upstream.api_key": "s3cret-b", "reference.api_key": "s3cret-c"}
+SECRETS = {
+    "admin.token": "s3cret-a",
+    "admin.engine_token": "s3cret-e",
+    "upstream.api_key": "s3cret-b",
+    "reference.api_key": "s3cret-c",
+}
 
 
 def test_the_stores_password_is_masked_but_reaches_hemostats_processes(written: Any) -> None:

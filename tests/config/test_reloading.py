@@ -58,7 +58,12 @@ def test_secrets_come_from_files(tmp_path: Path) -> None:
     file, config = tmp_path / "token", tmp_path / "hemostat.yaml"
     file.write_text("  from-a-file\n")
     config.write_text(f"upstream:\n  url: http://a:1\n  api_key_file: {file}\n")
-    loaded = load(config, {"HEMOSTAT_ADMIN__TOKEN_FILE": str(file)}, [("reference.api_key_file", str(file))])
+    engines = tmp_path / "engines"
+    engines.write_text("of-engines")
+    env = {"HEMOSTAT_ADMIN__TOKEN_FILE": str(file), "HEMOSTAT_ADMIN__ENGINE_TOKEN_FILE": str(engines)}
+    loaded = load(config, env, [("reference.api_key_file", str(file))])
+    assert loaded.admin.engine_token is not None
+    assert loaded.admin.engine_token.get_secret_value() == "of-engines"
     for secret in (loaded.upstream.api_key, loaded.admin.token, loaded.reference.api_key):
         assert secret is not None
         assert secret.get_secret_value() == "from-a-file"

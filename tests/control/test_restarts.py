@@ -131,23 +131,29 @@ async def test_a_bad_file_changes_nothing_and_says_why(served: Served) -> None:
 async def test_settings_apply_in_place_by_a_new_control_process_or_are_named(served: Served) -> None:
     before = await served.status()
     (control,) = served.pids(CONTROL)
-    token = served.log.parent / "token"
+    token, engines = (served.log.parent / name for name in ("token", "engines"))
     token.write_text("first\n")
+    engines.write_text("third\n")
     port = int(served.admin.rpartition(":")[2])
-    change(served, shadow={"rate": 0.25}, admin={"port": port, "token_file": str(token)})
+    change(
+        served, shadow={"rate": 0.25}, admin={"port": port, "token_file": str(token), "engine_token_file": str(engines)}
+    )
     status = await reloaded(served, before)
     assert status["shadow"]["rate"] == 0.25
     assert served.pids(CONTROL) == {control}, "it goes on"
 
-    async def mode(value: str) -> int:
+    async def mode(value: str, path: str = "calibration") -> int:
         async with httpx.AsyncClient(base_url=served.admin, headers={"Authorization": f"Bearer {value}"}) as admin:
-            return (await admin.post("/api/v1/calibration", json={"mode": "off"})).status_code
+            return (await admin.post(f"/api/v1/{path}", json={"mode": "off"})).status_code
 
     assert [await mode("secret"), await mode("first")] == [401, 200]
+    assert [await mode("first", "engine/report"), await mode("third", "engine/report")] == [401, 400]
     token.write_text("second\n")
+    engines.write_text("fourth\n")
     change(served)
     await reloaded(served, status)
     assert [await mode("first"), await mode("second")] == [401, 200], "the file was read again"
+    assert [await mode("third", "engine/report"), await mode("fourth", "engine/report")] == [401, 400]
 
     async with streams(served):
         before = await served.status()

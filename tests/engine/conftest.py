@@ -12,7 +12,7 @@ from tests.support.engine_profiles import VOCAB_SIZE
 @pytest.fixture(autouse=True)
 def no_profile_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     """Remove the settings of the developer's environment."""
-    for name in ("HEMOSTAT_ADMIN_URL", "HEMOSTAT_ADMIN_TOKEN", "HEMOSTAT_PROFILE_DIR"):
+    for name in ("HEMOSTAT_ADMIN_URL", "HEMOSTAT_ENGINE_TOKEN", "HEMOSTAT_PROFILE_DIR"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -58,7 +58,7 @@ class Rank:
 
 
 def at(admin: EngineAdmin, **more: Any) -> Settings:
-    return Settings(admin_url=admin.url, admin_token=TOKEN, **more)
+    return Settings(admin_url=admin.url, engine_token=TOKEN, **more)
 
 
 def test_requested_profile_is_acknowledged_once_every_rank_has_it(admin: EngineAdmin) -> None:
@@ -336,7 +336,7 @@ def admins() -> Iterator[list[EngineAdmin]]:
 
 
 def at_all(admins: list[EngineAdmin]) -> Settings:
-    return Settings(admin_url=",".join(admin.url for admin in admins), admin_token=TOKEN)
+    return Settings(admin_url=",".join(admin.url for admin in admins), engine_token=TOKEN)
 
 
 def test_every_replica_gets_reports_and_the_leading_one_has_priority(admins: list[EngineAdmin]) -> None:
@@ -438,7 +438,7 @@ def test_settings_from_the_environment() -> None:
     assert Settings.from_environment({"HEMOSTAT_ADMIN_URL": ""}) == Settings()
     several = {"HEMOSTAT_ADMIN_URL": "http://h:1/, dns+http://g:2 ,"}
     assert Settings.from_environment(several) == Settings("http://h:1,dns+http://g:2")
-    full = {"HEMOSTAT_ADMIN_URL": "http://h:1/", "HEMOSTAT_ADMIN_TOKEN": "t", "HEMOSTAT_PROFILE_DIR": "/p"}
+    full = {"HEMOSTAT_ADMIN_URL": "http://h:1/", "HEMOSTAT_ENGINE_TOKEN": "t", "HEMOSTAT_PROFILE_DIR": "/p"}
     assert Settings.from_environment(full) == Settings("http://h:1", "t", Path("/p"))
 
 

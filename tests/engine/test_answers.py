@@ -374,7 +374,7 @@ def admins() -> Iterator[list[EngineAdmin]]:
 
 
 def sender_to(admins: list[EngineAdmin], queue: AnswerQueue) -> AnswerSender:
-    settings = Settings(admin_url=",".join(admin.url for admin in admins), admin_token=TOKEN)
+    settings = Settings(admin_url=",".join(admin.url for admin in admins), engine_token=TOKEN)
     return AnswerSender(queue, Peers(settings), "boot", pause=lambda _: None)
 
 

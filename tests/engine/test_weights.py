@@ -182,7 +182,7 @@ def test_the_registry_gets_it_once_it_is_known(tmp_path: Path) -> None:
         counters = Counters()
         agent = Agent(
             Identity("boot", 0, 1, VOCAB_SIZE, "v1", "test"),
-            Settings(admin_url=admin.url, admin_token=TOKEN),
+            Settings(admin_url=admin.url, engine_token=TOKEN),
             Library(VOCAB_SIZE),
             counters,
             Taps(counters),

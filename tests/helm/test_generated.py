@@ -123,7 +123,12 @@ def test_the_schema_knows_the_keys_that_serve_knows() -> None:
 FILES = {
     *(("upstream", "ca"), ("calibration", "force")),
     *(("grammar", "tokenizer"), ("reference", "folder"), ("run_dir",)),
-    *(("admin", "token_file"), ("upstream", "api_key_file"), ("reference", "api_key_file")),
+    *(
+        ("admin", "token_file"),
+        ("admin", "engine_token_file"),
+        ("upstream", "api_key_file"),
+        ("reference", "api_key_file"),
+    ),
 }
 """They have to exist in the pod."""
 # fmt: off

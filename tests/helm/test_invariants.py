@@ -106,9 +106,12 @@ def test_the_admin_port_stays_in_the_cluster(helm: Helm, values: Path) -> None:
 
 def test_a_random_token_by_default(helm: Helm) -> None:
     first, second = (helm.run("template", "x", str(CHART), "--set", UPSTREAM, *more) for more in ((), ("--debug",)))
-    tokens = [line for text in (first, second) for line in text.splitlines() if "admin-token: " in line]
-    assert len(set(tokens)) == 2
-    assert len(helm.set().secrets["admin-token"]) >= 32
+    made = {line.strip() for text in (first, second) for line in text.splitlines() if "-token: " in line}
+    assert len(made) == 4
+    secrets = helm.set().secrets
+    assert secrets.keys() == {"admin-token", "engine-token"}
+    assert min(map(len, secrets.values())) >= 32
+    assert len(set(secrets.values())) == 2
 
 
 def test_an_existing_secret_is_used_and_none_is_made(helm: Helm) -> None:
@@ -117,6 +120,7 @@ def test_an_existing_secret_is_used_and_none_is_made(helm: Helm) -> None:
     references = {v["name"]: v["valueFrom"]["secretKeyRef"] for v in rendered.hemostat["env"]}
     assert references == {
         "HEMOSTAT_ADMIN__TOKEN": {"name": "hemostat-tokens", "key": "admin-token"},
+        "HEMOSTAT_ADMIN__ENGINE_TOKEN": {"name": "hemostat-tokens", "key": "engine-token"},
         "HEMOSTAT_REFERENCE__API_KEY": {"name": "hemostat-tokens", "key": "reference-api-key", "optional": True},
         "HEMOSTAT_STORE__URL": {"name": "hemostat-tokens", "key": "store-url", "optional": True},
         "HEMOSTAT_UPSTREAM__API_KEY": {"name": "hemostat-tokens", "key": "upstream-api-key", "optional": True},
@@ -135,18 +139,20 @@ def test_what_an_existing_secret_holds_arrives(helm: Helm, tmp_path: Path) -> No
 def test_secrets_among_the_values_are_in_the_secret_alone(helm: Helm, tmp_path: Path) -> None:
     rendered = helm.set(
         "config.admin.token=tok3n",
+        "config.admin.engine_token=eng1ne",
         "config.upstream.api_key=upkey",
         "config.reference.api_key=refkey",
         "config.store.url=redis://u:passw0rd@valkey:6379/0",
     )
     assert rendered.secrets == {
         "admin-token": "tok3n",
+        "engine-token": "eng1ne",
         "upstream-api-key": "upkey",
         "reference-api-key": "refkey",
         "store-url": "redis://u:passw0rd@valkey:6379/0",
     }
     elsewhere = json.dumps([m for m in rendered.manifests if m["kind"] != "Secret"])
-    assert not [word for word in ("tok3n", "upkey", "refkey", "passw0rd") if word in elsewhere]
+    assert not [word for word in ("tok3n", "eng1ne", "upkey", "refkey", "passw0rd") if word in elsewhere]
     settings = rendered.settings(tmp_path)
     assert settings.store.url == "redis://u:passw0rd@valkey:6379/0"
     assert settings.plain()["admin"]["token"] == "tok3n"
@@ -425,8 +431,9 @@ def test_the_engine_is_a_sidecar_that_outlives_the_drain(helm: Helm, tmp_path: P
         assert command[command.index(flag) + 1] == value
     variables = {v["name"]: v for v in engine["env"]}
     assert variables["HEMOSTAT_ADMIN_URL"]["value"] == "http://127.0.0.1:8081"
-    token = next(v for v in rendered.hemostat["env"] if v["name"] == "HEMOSTAT_ADMIN__TOKEN")["valueFrom"]
-    assert variables["HEMOSTAT_ADMIN_TOKEN"]["valueFrom"] == token
+    token = next(v for v in rendered.hemostat["env"] if v["name"] == "HEMOSTAT_ADMIN__ENGINE_TOKEN")["valueFrom"]
+    assert variables["HEMOSTAT_ENGINE_TOKEN"]["valueFrom"] == token
+    assert "admin-token" not in str(engine), "the engine has no token that changes anything"
     assert engine["resources"] == {"limits": {"nvidia.com/gpu": 1}}
     assert {"name": "models", "mountPath": "/models"} in engine["volumeMounts"]
     assert "initContainers" not in helm.set().pod["spec"]

@@ -128,6 +128,7 @@ def test_without_an_upstream_nothing_is_rendered(helm: Helm) -> None:
 UNFIT = {
     # what each alone may be, and together not -> what the templates say
     ("config.admin.token=abc", "existingSecret=mine"): "config: admin-token: must be in the Secret mine",
+    ("config.admin.engine_token=abc", "existingSecret=mine"): "config: engine-token: must be in the Secret mine",
     ("config.upstream.api_key=k", "existingSecret=mine"): "config: upstream-api-key: must be in the Secret mine",
     ("config.store.url=redis://:pw@v:6379", "existingSecret=mine"): "config: store-url: must be in the Secret mine",
     ("autoscaling.enabled=true", STORE, "autoscaling.maxReplicas=1"): "autoscaling.maxReplicas: 1 is less than",

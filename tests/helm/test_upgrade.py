@@ -1,4 +1,4 @@
-"""The admin token that the chart makes is kept over upgrades: helm asks the cluster for the Secret of last time."""
+"""The tokens that the chart makes are kept over upgrades: helm asks the cluster for the Secret of last time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support.helm_api import SECRET, Cluster
 from tests.support.helm_chart import CHART, UPSTREAM, Helm
 
 
-def token(helm: Helm, cluster: Cluster, *settings: str) -> str:
+def token(helm: Helm, cluster: Cluster, *settings: str, key: str = "admin-token") -> str:
     """What an upgrade of the release would make it."""
     text = helm.run(
         *("template", "rel", str(CHART), "--namespace", "models", "--show-only", "templates/secret.yaml"),
@@ -18,7 +18,8 @@ def token(helm: Helm, cluster: Cluster, *settings: str) -> str:
         *(part for one in (UPSTREAM, *settings) for part in ("--set", one)),
     )
     assert SECRET in cluster.asked
-    return base64.b64decode(yaml.safe_load(text)["data"]["admin-token"]).decode()
+    data = yaml.safe_load(text)["data"]
+    return base64.b64decode(data[key]).decode()
 
 
 def test_the_first_time_it_is_random(helm: Helm, cluster: Cluster) -> None:
@@ -28,8 +29,14 @@ def test_the_first_time_it_is_random(helm: Helm, cluster: Cluster) -> None:
 
 
 def test_then_it_stays(helm: Helm, cluster: Cluster) -> None:
-    cluster.keep({"admin-token": "made-last-time"})
+    cluster.keep({"admin-token": "made-last-time", "engine-token": "made-too"})
     assert token(helm, cluster) == "made-last-time"
+    assert token(helm, cluster, key="engine-token") == "made-too"
+
+
+def test_a_release_of_before_engines_had_one_gets_theirs(helm: Helm, cluster: Cluster) -> None:
+    cluster.keep({"admin-token": "made-last-time"})
+    assert len(token(helm, cluster, key="engine-token")) >= 32
 
 
 @pytest.mark.parametrize("data", [None, {}, {"other": "x"}], ids=repr)

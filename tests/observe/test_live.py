@@ -69,7 +69,7 @@ class Run:
             MODEL,
             self.folder / f"{checkpoint.name}.log",
             [*ARGUMENTS, "--logits-processors", vllm_process.LOGITS_PROCESSOR],
-            {"HEMOSTAT_ADMIN_URL": f"http://{self.admin}", "HEMOSTAT_ADMIN_TOKEN": ADMIN_TOKEN},
+            {"HEMOSTAT_ADMIN_URL": f"http://{self.admin}", "HEMOSTAT_ENGINE_TOKEN": ADMIN_TOKEN},
             port=self.port,
         )
         self._vllm.start()

@@ -404,7 +404,7 @@ async def test_damage_in_the_store_ends_no_loop(shared_server: Valkey, tmp_path:
 def engine(admins: list[str]) -> Agent:
     """The real plugin's agent, holding what it is asked to hold."""
     counters = Counters()
-    url = Engine.from_environment({"HEMOSTAT_ADMIN_URL": ",".join(admins), "HEMOSTAT_ADMIN_TOKEN": TOKEN})
+    url = Engine.from_environment({"HEMOSTAT_ADMIN_URL": ",".join(admins), "HEMOSTAT_ENGINE_TOKEN": TOKEN})
     who = Identity("boot", 0, 1, VOCAB, "v1", "0")
     agent = Agent(who, url, Library(VOCAB), counters, Taps(counters))
     agent.start()

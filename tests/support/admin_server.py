@@ -22,6 +22,7 @@ from tests.support.records import Truth, log_softmax, make_record
 from tests.support.served_models import pair, served_models
 from tests.support.world import World
 
+from hemostat.admin.access import Tokens
 from hemostat.admin.app import create_app
 from hemostat.admin.hardening import server_settings
 from hemostat.control.composition import Control
@@ -73,9 +74,9 @@ class Served:
 
 
 @asynccontextmanager
-async def admin_client(one: Control, token: str | None = TOKEN) -> AsyncIterator[httpx.AsyncClient]:
+async def admin_client(one: Control, tokens: Tokens = Tokens(TOKEN)) -> AsyncIterator[httpx.AsyncClient]:  # noqa: B008
     """Of the admin port, without a server."""
-    transport = httpx.ASGITransport(create_app(one, token, lambda: 0.0))
+    transport = httpx.ASGITransport(create_app(one, tokens, lambda: 0.0))
     async with httpx.AsyncClient(transport=transport, base_url="http://admin") as client:
         yield client
 
@@ -93,13 +94,10 @@ def served(
     async def run() -> None:
         more.setdefault("reference", {"backend": "vllm", "url": "http://127.0.0.1:1"})
         made = settings(admin={"port": 0, "token": TOKEN, **more.pop("admin", {})}, **more)
-        token = made.admin.token.get_secret_value() if made.admin.token else None
         async with control(folder, made) as one:
             kept = await fill(one, folder) if fill is not None else None
             writing = asyncio.create_task(one.writer.run())
-            app = create_app(
-                one, token, time.monotonic, metrics_need_token=made.admin.metrics_need_token, names=made.admin.names
-            )
+            app = create_app(one, Tokens.of(made.admin), time.monotonic, names=made.admin.names)
             server = uvicorn.Server(uvicorn.Config(app, **server_settings()))
             server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
             serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -25,6 +25,7 @@ assert VALUE_SETS, "no sets of values: tests would be skipped"
 UPSTREAM = "upstream.url=http://vllm:8000"
 EXISTING = {
     "admin-token": "from-a-secret",
+    "engine-token": "engines-secret",
     "upstream-api-key": "upstream-key",
     "reference-api-key": "reference-key",
     "store-url": "redis://:pw@elsewhere:6379/0",

@@ -60,7 +60,7 @@ def running_vllm(
     environment = {
         "HEMOSTAT_PROFILE_DIR": str(profile_dir),
         "HEMOSTAT_ADMIN_URL": admin.url,
-        "HEMOSTAT_ADMIN_TOKEN": TOKEN,
+        "HEMOSTAT_ENGINE_TOKEN": TOKEN,
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         **(more or {}),
     }

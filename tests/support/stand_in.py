@@ -99,7 +99,7 @@ def main() -> None:
     else:
         if TROUBLE == "vllm dies":
             sys.exit("no memory today")
-        print("environment", os.environ["HEMOSTAT_ADMIN_URL"], os.environ["HEMOSTAT_ADMIN_TOKEN"], flush=True)
+        print("environment", os.environ["HEMOSTAT_ADMIN_URL"], os.environ["HEMOSTAT_ENGINE_TOKEN"], flush=True)
         uvicorn.run(FakeVllm(model=SERVED_NAME), host="127.0.0.1", port=int(sys.argv[2]), lifespan="off", ws="none")
 
 

@@ -74,9 +74,15 @@ annotations:
 {{- end -}}
 {{- end -}}
 
+{{/* Keys that the Secret always has. */}}
+{{- define "hemostat.tokens" -}}
+[admin-token, engine-token]
+{{- end -}}
+
 {{/* Key in the Secret -> variable of `hemostat serve`. */}}
 {{- define "hemostat.secretVariables" -}}
 admin-token: HEMOSTAT_ADMIN__TOKEN
+engine-token: HEMOSTAT_ADMIN__ENGINE_TOKEN
 reference-api-key: HEMOSTAT_REFERENCE__API_KEY
 store-url: HEMOSTAT_STORE__URL
 upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
@@ -88,6 +94,7 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- $secrets := dict -}}
 {{- range $key, $path := dict
   "admin-token" (list "admin" "token")
+  "engine-token" (list "admin" "engine_token")
   "reference-api-key" (list "reference" "api_key")
   "store-url" (list "store" "url")
   "upstream-api-key" (list "upstream" "api_key")
@@ -235,7 +242,7 @@ of what Hemostat takes; 2 GiB are for the copies of the models. */}}
 {{- $own := dict "HEMOSTAT_UPSTREAM__URL" "upstream.url" "HEMOSTAT_UPSTREAM__URLS" "upstream.urls" "HEMOSTAT_LISTEN__HOST" "bindAddress" "HEMOSTAT_ADMIN__HOST" "bindAddress" -}}
 {{- $own = merge $own (dict "HEMOSTAT_LISTEN__PORT" "service.port" "HEMOSTAT_ADMIN__PORT" "service.adminPort") -}}
 {{- range $key, $variable := include "hemostat.secretVariables" . | fromYaml -}}
-{{- if or $.Values.existingSecret (eq $key "admin-token") (hasKey $split.secrets $key) -}}
+{{- if or $.Values.existingSecret (has $key (include "hemostat.tokens" $ | fromYamlArray)) (hasKey $split.secrets $key) -}}
 {{- $_ := set $own $variable (printf "%s in the Secret" $key) -}}
 {{- end -}}
 {{- end -}}

@@ -1,13 +1,12 @@
 """The admin port's routes: health, metrics, the console, and the JSON API. FastAPI, in the control process.
 
-Reading needs no token (the port is on loopback by default); what changes state does, and so do the engine's calls.
+Who may do what is in `access`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import math
 from collections.abc import AsyncIterator, Callable, Collection
 from importlib import resources
@@ -19,6 +18,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from hemostat import __version__
+from hemostat.admin.access import Tokens, authorize
 from hemostat.admin.hardening import Harden
 from hemostat.admin.history import History
 from hemostat.admin.status import Status
@@ -157,16 +157,14 @@ T = TypeVar("T")
 
 def create_app(
     backend: AdminBackend,
-    token: str | None,
+    tokens: Tokens,
     now: Callable[[], float],
     *,
-    metrics_need_token: bool = False,
     names: Collection[str] | None = None,
 ) -> FastAPI:
-    """token: None answers 403, and names the setting, to everything that would change state. now: monotonic seconds.
+    """now: monotonic seconds. names: host names that the port answers to, beside addresses and localhost; None: any.
 
-    names: host names that the port answers to, beside addresses and localhost; None: any.
-    Setting `app.state.closing` ends the streams; `app.state.token` may be replaced.
+    Setting `app.state.closing` ends the streams; `app.state.tokens` may be replaced.
     """
     streams = 0
     state, state_at = b"", -math.inf
@@ -179,19 +177,11 @@ def create_app(
             state = msgspec.json.encode({"status": backend.status.current(), "profiles": backend.profiles.listing()})
         return state
 
-    async def require_token(request: Request) -> None:
-        expected = request.app.state.token
-        if expected is None:
-            raise HTTPException(403, "set admin.token (HEMOSTAT_ADMIN__TOKEN) to use this; it is not set")
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), expected.encode()):
-            raise HTTPException(401, "send the admin token as `Authorization: Bearer <admin.token>`")
-
     closing = asyncio.Event()
-    app = FastAPI(title="Hemostat", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    no_pages: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    app = FastAPI(title="Hemostat", version=__version__, dependencies=[Depends(authorize)], **no_pages)
     app.state.closing = closing
-    app.state.token = token
-    guarded = [Depends(require_token)]
+    app.state.tokens = tokens
 
     @app.exception_handler(HemostatError)
     async def refused(_: Request, error: HemostatError) -> JSONResponse:
@@ -209,7 +199,7 @@ def create_app(
             PlainTextResponse("ok\n") if backend.status.ready else PlainTextResponse("no relay takes requests\n", 503)
         )
 
-    @app.get("/metrics", dependencies=guarded if metrics_need_token else [])
+    @app.get("/metrics")
     async def metrics() -> Response:
         return Response(generate_latest(backend.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -266,37 +256,37 @@ def create_app(
             raise HTTPException(404, "no such profile; GET /api/v1/profiles lists them")
         return found
 
-    @app.post("/api/v1/profiles", dependencies=guarded)
+    @app.post("/api/v1/profiles")
     async def import_profile(request: Request) -> dict[str, str]:
         scope = request.query_params.get("scope", "")
         return {"version": await backend.actions.import_profile(await read_body(request, MAX_PROFILE_BYTES), scope)}
 
-    @app.post("/api/v1/profiles/promote", dependencies=guarded)
+    @app.post("/api/v1/profiles/promote")
     async def promote(request: Request) -> dict[str, Any]:
         wanted = await _read(request, PromoteRequest, '{"version": "<32 hex digits>"}, and "kind" if meant')
         await backend.actions.promote(wanted.version, wanted.kind)
         return backend.profiles.listing()
 
-    @app.post("/api/v1/profiles/pin", dependencies=guarded)
+    @app.post("/api/v1/profiles/pin")
     async def pin(request: Request) -> dict[str, Any]:
         expected = '{"version": "<32 hex digits>"}, or null to unpin, and "kind" if meant'
         wanted = await _read(request, PinRequest, expected)
         await backend.actions.pin(wanted.version, wanted.kind)
         return backend.profiles.listing()
 
-    @app.post("/api/v1/profiles/rollback", dependencies=guarded)
+    @app.post("/api/v1/profiles/rollback")
     async def rollback(request: Request) -> dict[str, Any]:
         wanted = await _read(request, KindRequest, 'nothing, or {"kind": "..."}', KindRequest())
         await backend.actions.rollback("asked for by the operator", wanted.kind)
         return backend.profiles.listing()
 
-    @app.post("/api/v1/profiles/release", dependencies=guarded)
+    @app.post("/api/v1/profiles/release")
     async def release(request: Request) -> dict[str, Any]:
         wanted = await _read(request, KindRequest, 'nothing, or {"kind": "..."}', KindRequest())
         await backend.actions.release(wanted.kind)
         return backend.profiles.listing()
 
-    @app.post("/api/v1/calibration", dependencies=guarded)
+    @app.post("/api/v1/calibration")
     async def calibration(request: Request) -> dict[str, Any]:
         wanted = await _read(request, CalibrationRequest, '{"mode": "off"}, "observe" or "auto"')
         if not await backend.actions.set_mode(wanted.mode):
@@ -304,24 +294,24 @@ def create_app(
             raise HTTPException(507, NOT_KEPT.format(mode=wanted.mode))
         return {"mode": wanted.mode}
 
-    @app.post("/api/v1/alarm/rebase", dependencies=guarded)
+    @app.post("/api/v1/alarm/rebase")
     async def rebase(request: Request) -> dict[str, Any]:
         wanted = await _read(request, RebaseRequest, '{"kind": "chat text sampled"}', RebaseRequest())
         return await backend.actions.rebase(wanted.kind)
 
-    @app.post("/api/v1/engines/drain", dependencies=guarded)
+    @app.post("/api/v1/engines/drain")
     async def drain(request: Request) -> Response:
         wanted = await _read(request, DrainRequest, '{"engine": "host:port"}')
         await backend.actions.drain(wanted.engine, ends=False)
         return await status()
 
-    @app.post("/api/v1/engines/undrain", dependencies=guarded)
+    @app.post("/api/v1/engines/undrain")
     async def undrain(request: Request) -> Response:
         wanted = await _read(request, DrainRequest, '{"engine": "host:port"}')
         await backend.actions.drain(wanted.engine, ends=True)
         return await status()
 
-    app.include_router(engine_router(backend.engines, backend.profiles.profile_bytes, now, require_token))
+    app.include_router(engine_router(backend.engines, backend.profiles.profile_bytes, now))
     return app
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hemostat.config.schema import Settings
+from hemostat.config.schema import Admin, Settings
 from hemostat.engines.lora.check import probe_adapters
 from hemostat.learner.adapters.folders import FolderError, find_compressed, find_folders
 from hemostat.models import packages
@@ -44,6 +44,8 @@ async def check(settings: Settings) -> list[Finding]:
     findings = [await _store(settings)]
     if settings.calibration.mode != "off":
         findings.append(_evidence(settings))
+    if settings.calibration.apply == "engine":
+        findings.append(_engine_token(settings.admin))
     upstream = settings.upstream
     server = VllmServer(upstream.servers[0], upstream.api_key, ca=upstream.ca)
     references = make_references(settings)
@@ -135,6 +137,15 @@ def _evidence(settings: Settings) -> Finding:
         f"test (not limited below {MIN_CLIENTS} clients)"
     )
     return Finding("evidence", State.OK, text)
+
+
+def _engine_token(admin: Admin) -> Finding:
+    what, fix = "engine token", "set admin.engine_token, and the same in HEMOSTAT_ENGINE_TOKEN where vLLM runs"
+    if admin.engine_token is not None:
+        return Finding(what, State.OK, "engines have a token that can change nothing else")
+    if admin.token is None:
+        return Finding(what, State.NOTE, "not set: the plugin in vLLM can neither report nor fetch profiles", fix)
+    return Finding(what, State.NOTE, "not set: engines need admin.token, with which a vLLM host can change all", fix)
 
 
 def _grammars(settings: Settings) -> Finding:

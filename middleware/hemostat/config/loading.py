@@ -16,12 +16,17 @@ from hemostat.config.schema import LEAVES, REMOVED, SECTIONS, Settings
 from hemostat.config.text import Key, dotted_key, one_line, short_repr
 
 ENV_PREFIX = "HEMOSTAT_"
-FOREIGN_VARIABLES = frozenset({"HEMOSTAT_ADMIN_URL", "HEMOSTAT_ADMIN_TOKEN", "HEMOSTAT_PROFILE_DIR", "HEMOSTAT_VLLM"})
+FOREIGN_VARIABLES = frozenset(
+    {
+        *("HEMOSTAT_ADMIN_URL", "HEMOSTAT_ADMIN_TOKEN", "HEMOSTAT_ENGINE_TOKEN"),
+        *("HEMOSTAT_PROFILE_DIR", "HEMOSTAT_VLLM"),
+    }
+)
 """Variables with the same prefix that are not settings: the engine plugin, the commands and make read them."""
 _KUBERNETES_NAME = re.compile(r"_SERVICE_(HOST|PORT)(_[A-Z0-9_]+)?$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
 _KUBERNETES_VALUE = re.compile(r"(tcp|udp|sctp)://")
 MAX_FILE_BYTES = 1024 * 1024
-SECRETS_IN_FILES = (("admin", "token"), ("upstream", "api_key"), ("reference", "api_key"))
+SECRETS_IN_FILES = (("admin", "token"), ("admin", "engine_token"), ("upstream", "api_key"), ("reference", "api_key"))
 """Settings that the file named by `…_file` can hold in their place."""
 MAX_SECRET_BYTES = 4096
 

@@ -20,7 +20,10 @@ RELAYS_ONLY = frozenset(
     | {"workers", "shutdown_seconds", "drain_seconds"}
 )
 """Of no meaning to the control process."""
-IN_PLACE = frozenset({"shadow.rate", "shadow.allow_on", "log.level", "log.format", "admin.token", "admin.token_file"})
+IN_PLACE = frozenset(
+    {"shadow.rate", "shadow.allow_on", "log.level", "log.format"}
+    | {"admin.token", "admin.token_file", "admin.engine_token", "admin.engine_token_file"}
+)
 """The control process applies these while it runs: see `control.process.follow`."""
 
 

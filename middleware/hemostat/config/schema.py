@@ -79,6 +79,10 @@ class Admin(Section):
     token: Secret | None = None
     token_file: ExistingFile | None = None
     """A file with the token alone, in place of `token`; read at the start and at SIGHUP."""
+    engine_token: Secret | None = None
+    """Of the plugin in vLLM, which can report and fetch profiles with it, and nothing else. None: it needs `token`."""
+    engine_token_file: ExistingFile | None = None
+    """A file with the engine token alone, in place of `engine_token`; read at the start and at SIGHUP."""
     metrics_need_token: bool = False
     """/metrics requires the token too."""
     allowed_hosts: list[Host] = Field(default=[], max_length=64)
@@ -497,6 +501,8 @@ class Settings(Section):
             raise ValueError(
                 f"admin.token: required, as admin.host {self.admin.host} is not loopback; set it, or host: 127.0.0.1"
             )
+        if self.admin.engine_token is not None and self.admin.engine_token == self.admin.token:
+            raise ValueError("admin.engine_token: is admin.token, too; engines need a token of their own")
         if self.admin.metrics_need_token and self.admin.token is None:
             raise ValueError("admin.metrics_need_token: requires a token; set admin.token")
         if self.listen.port == self.admin.port != 0:

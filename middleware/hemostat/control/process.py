@@ -23,10 +23,11 @@ import msgspec
 from fastapi import FastAPI
 
 from hemostat import logs
+from hemostat.admin.access import Tokens
 from hemostat.admin.app import create_app
 from hemostat.admin.configuration import ConfigurationReport
 from hemostat.admin.server import AdminServer
-from hemostat.config.schema import Admin, Settings
+from hemostat.config.schema import Settings
 from hemostat.control.composition import Control
 from hemostat.ipc.process import die_with_parent
 from hemostat_calibration.errors import HemostatError
@@ -51,9 +52,7 @@ async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
     control.configuration.report = msgspec.convert(given["configuration"], ConfigurationReport)
     await control.start(settings.calibration.force)
     control.policy.publish()
-    app = create_app(
-        control, _token(admin), time.monotonic, metrics_need_token=admin.metrics_need_token, names=admin.names
-    )
+    app = create_app(control, Tokens.of(admin), time.monotonic, names=admin.names)
     server = AdminServer(app, listener)
     serving = asyncio.create_task(server.run())
     loops = [asyncio.create_task(loop) for loop in (*control.loops(), follow(lines, control, app))]
@@ -96,15 +95,11 @@ async def follow(lines: asyncio.StreamReader, control: Control, app: FastAPI) ->
         if "settings" in message:
             settings = Settings.model_validate(message["settings"])
             logs.set_up(settings.log.level, settings.log.format)
-            app.state.token = _token(settings.admin)
+            app.state.tokens = Tokens.of(settings.admin)
             control.apply(settings)
         if "configuration" in message:
             control.configuration.report = msgspec.convert(message["configuration"], ConfigurationReport)
     await asyncio.Event().wait()  # the supervisor has ended; the kernel sends SIGTERM
-
-
-def _token(admin: Admin) -> str | None:
-    return admin.token.get_secret_value() if admin.token else None
 
 
 def _print(line: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -60,19 +61,24 @@ def vllm_environment(admin_url: str, token: str) -> dict[str, str]:
     """What the plugins in vLLM need."""
     return {
         "HEMOSTAT_ADMIN_URL": admin_url,
-        "HEMOSTAT_ADMIN_TOKEN": token,
+        "HEMOSTAT_ENGINE_TOKEN": token,
         "HEMOSTAT_ADAPTERS": "1",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
     }
 
 
 def serve_settings(
-    options: DemoOptions, checkpoints: Checkpoints, upstream: str, data_port: int, admin_port: int, token: str
+    options: DemoOptions, checkpoints: Checkpoints, upstream: str, data_port: int, admin_port: int, engine_token: str
 ) -> dict[str, Any]:
     """The configuration of the demo's `hemostat serve`."""
     settings: dict[str, Any] = {
         "listen": {"host": "127.0.0.1", "port": data_port},
-        "admin": {"host": "127.0.0.1", "port": admin_port, "token": token},
+        "admin": {
+            "host": "127.0.0.1",
+            "port": admin_port,
+            "token": secrets.token_urlsafe(24),
+            "engine_token": engine_token,
+        },
         "upstream": {"url": upstream, "openai_sampling_defaults": True},
         "reference": {"backend": "transformers", "model": str(checkpoints.reference.absolute()), "dtype": dtype()},
         "shadow": {"rate": 1.0, "top_k": TOP_K},

@@ -126,16 +126,16 @@ class _Demo:
         scene = view.Scene(
             SERVED_NAME, f"http://127.0.0.1:{data_port}", f"http://127.0.0.1:{admin_port}", str(logs.absolute())
         )
-        token = secrets.token_urlsafe(24)
+        engine_token = secrets.token_urlsafe(24)
         vllm = VllmServer(
             served,
             SERVED_NAME,
             logs / "vllm.log",
             vllm_arguments(),
-            vllm_environment(scene.admin_url, token),
+            vllm_environment(scene.admin_url, engine_token),
         )
         config = scratch / "hemostat.yaml"
-        settings = serve_settings(options, checkpoints, vllm.url, data_port, admin_port, token)
+        settings = serve_settings(options, checkpoints, vllm.url, data_port, admin_port, engine_token)
         config.write_text(yaml.safe_dump(settings, sort_keys=False))
         self._say(f"starting vLLM on the {options.compression} model, and Hemostat with the reference in process")
         with stopping(vllm):

@@ -90,7 +90,7 @@ class Engines:
     def start(self, scheme: str) -> None:
         """From the main thread, which lives as long as the server has to."""
         port = self.servers[scheme].port if scheme in self.servers else None
-        environment = {"HEMOSTAT_ADMIN_URL": f"http://{self.admin}", "HEMOSTAT_ADMIN_TOKEN": ADMIN_TOKEN}
+        environment = {"HEMOSTAT_ADMIN_URL": f"http://{self.admin}", "HEMOSTAT_ENGINE_TOKEN": ADMIN_TOKEN}
         checkpoint = cached_checkpoints(scheme, print).compressed
         log = self.folder / f"{scheme}-{time.monotonic():.0f}.log"
         server = self.servers[scheme] = vllm_server.VllmServer(checkpoint, MODEL, log, ARGUMENTS, environment, port)

@@ -159,7 +159,7 @@ def rows(lives: int, seed: int) -> Iterator[Row]:
         checkpoints = cached_checkpoints("w4a16", print)
         data_port, admin_port = free_port(), free_port()
         admin = f"http://127.0.0.1:{admin_port}"
-        environment = {"HEMOSTAT_ADMIN_URL": admin, "HEMOSTAT_ADMIN_TOKEN": TOKEN}
+        environment = {"HEMOSTAT_ADMIN_URL": admin, "HEMOSTAT_ENGINE_TOKEN": TOKEN}
         vllm = VllmServer(
             runnable(checkpoints.compressed, print), MODEL, kept / "vllm.log", vllm_arguments(), environment
         )

@@ -21,6 +21,7 @@ from tests.characterization.golden import dumps
 from tests.characterization.worlds import Truth, V, World, entropy, log_softmax, top
 from tests.support.served_models import pair, served_models
 
+from hemostat.admin.access import Tokens
 from hemostat.admin.app import create_app
 from hemostat.config.schema import Settings
 from hemostat.control import composition, operator_actions
@@ -149,7 +150,7 @@ class Pipeline:
         self._tasks: list[asyncio.Task[None]] = []
         self._relays: list[Relay] = []
         self._sent = 0
-        app = create_app(control, TOKEN, lambda: clock.monotonic)
+        app = create_app(control, Tokens(TOKEN), lambda: clock.monotonic)
         self._http = httpx.AsyncClient(
             transport=httpx.ASGITransport(app),
             base_url="http://127.0.0.1",

@@ -48,7 +48,7 @@ def explain(failure: Exception, rank: int, way: Way | None, folder: Path | None)
         if "No adapter found" in text:
             return "the engine does not see adapter.folder: mount it, and set adapter.engine_folder to its path there"
         if failure.status == 404 and way is Way.RESOLVER:
-            return "the engine could not fetch it: check its HEMOSTAT_ADMIN_URL and HEMOSTAT_ADMIN_TOKEN, and its log"
+            return "the engine could not fetch it: check its HEMOSTAT_ADMIN_URL and HEMOSTAT_ENGINE_TOKEN, and its log"
         if failure.status == 404 and folder is not None:
             return f"the upstream has no route to load it: {started} and the environment {UPDATING}"
         if failure.status == 404:
