@@ -52,6 +52,8 @@ class EngineAdmin:
                 if self.path.startswith(admin.hang or (" ",)):
                     admin.hung.append(self.path)
                     admin._closed.wait()
+                    self.close_connection = True
+                    return None
                 if admin.status is not None:
                     return self.answer(admin.status)
                 if self.headers.get("authorization") != f"Bearer {TOKEN}":
