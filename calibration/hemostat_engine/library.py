@@ -117,8 +117,10 @@ class Library:
             with ThreadPoolExecutor(1, "hemostat-load") as thread:
                 return thread.submit(HeldProfile, profile, self._device).result()
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            # What follows the first sentence are sizes, other ones each time: it would be logged again.
+            reason = first_line(str(error)).partition(". ")[0]
             raise InvalidProfileError(
-                f"profile {profile.version} is not loaded: {type(error).__name__}: {first_line(str(error))}"
+                f"profile {profile.version} is not loaded: {type(error).__name__}: {reason}"
             ) from None
 
     def fail(self, version: str) -> None:

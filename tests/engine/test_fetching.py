@@ -120,7 +120,7 @@ def test_what_clients_name_is_fetched_at_a_bounded_rate_and_after_what_is_asked_
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "OutOfMemoryError: CUDA out of memory."),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried 7"), "OutOfMemoryError: CUDA out of memory"),
         (MemoryError(), "MemoryError: "),
     ],
 )
