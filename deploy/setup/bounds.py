@@ -42,6 +42,7 @@ TOOLS = (
     "hypothesis",
     "jsonschema",
     "peft",
+    "playwright",
     "pytest",
     "pytest-asyncio",
     "pytest-timeout",
