@@ -267,6 +267,38 @@ TestBudget = BudgetMachine.TestCase
 TestBudget.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
 
 
+class Pipelining(Named):
+    """Has sent one request more, which begins when the first one has given way."""
+
+    def __init__(self, budget: RequestBudget, number: int, depths: list[int]) -> None:
+        super().__init__(b"")
+        self.budget = budget
+        self.holding = Holding(self, b"%d" % number)
+        self.left = 1
+        self.depths = depths
+        """Of calls inside of each other: at present, and the most."""
+
+    def give_way(self) -> None:
+        self.depths[0] += 1
+        self.depths[1] = max(self.depths)
+        self.budget.hold(self.holding, -self.holding.size)
+        if self.left:
+            self.left -= 1
+            self.budget.hold(self.holding, 3)
+            self.budget.enforce()
+        self.depths[0] -= 1
+
+
+def test_requests_that_begin_where_others_give_way_make_no_call_inside_of_another() -> None:
+    """Of thousands of clients, such calls would end the process."""
+    budget, depths = RequestBudget(LIMIT, 16), [0, 0]
+    for number in range(LIMIT // 2):
+        budget.hold(Pipelining(budget, number, depths).holding, 3)
+    budget.enforce()
+    assert budget.held_bytes <= LIMIT
+    assert depths == [0, 1]
+
+
 def test_nothing_is_kept_of_clients_that_hold_nothing() -> None:
     shares = Shares()
     for number in range(5_000):

@@ -360,6 +360,8 @@ class Exchange:
     def switch_protocols(self, head: ResponseHead) -> Tunnel:
         assert self.upstream is not None
         self._enter(TUNNEL)
+        self.outgoing.forget()
+        self.outgoing.end_upload()
         self._response = head
         head.lines.append(b"Connection: Upgrade")
         self._transport.write(b"\r\n".join((head.status_line, *head.lines, b"", b"")))

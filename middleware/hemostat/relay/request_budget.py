@@ -24,12 +24,13 @@ class RequestBudget:
     too; they are made only while memory is to spare, and are not asked back.
     """
 
-    __slots__ = ("_bytes", "_copies", "_limit", "_max_uploads", "_peak", "_uploading", "_uploads")
+    __slots__ = ("_bytes", "_copies", "_enforcing", "_limit", "_max_uploads", "_peak", "_uploading", "_uploads")
 
     def __init__(self, limit: int, max_connections: int) -> None:
         """limit: in bytes. max_connections: to the upstream."""
         self._bytes = Shares()
         self._copies = 0
+        self._enforcing = False
         self._limit = limit
         self._peak = 0
         """Most bytes that were held since `take_freed` was true."""
@@ -62,11 +63,17 @@ class RequestBudget:
     def enforce(self) -> None:
         """Keep to the limit; `give_way` of any owner may be called."""
         self._peak = max(self._peak, self.held_bytes)
-        while self.held_bytes > self._limit:
-            holding = self._bytes.largest()
-            if holding is None or holding.owner is None:
-                return
-            holding.owner.give_way()
+        if self._enforcing:
+            return  # whoever gives way may begin its next request: the loop further up goes on
+        self._enforcing = True
+        try:
+            while self.held_bytes > self._limit:
+                holding = self._bytes.largest()
+                if holding is None or holding.owner is None:
+                    return
+                holding.owner.give_way()
+        finally:
+            self._enforcing = False
 
     def take_freed(self) -> bool:
         """Whether much less is held than was, so that memory can be returned; True once for each time."""
