@@ -431,6 +431,21 @@ async def test_the_oldest_idle_connection_is_closed_for_a_new_one() -> None:
         assert relay.counters.other[names.CLOSED_CONNECTIONS]["connections",] == 1
 
 
+async def test_connections_of_the_address_that_has_most_are_closed_first() -> None:
+    limits = Limits(connections=EVICTED_SHARE)
+    async with relaying(answering([]), limits=limits) as (relay, _, connect):
+        honest = [await connect(), await connect()]
+        await until(lambda: len(relay.clients) == 2)  # they have waited for longest
+        greedy = [await connect(GREEDY) for _ in range(EVICTED_SHARE - 2)]
+        await until(lambda: len(relay.clients) == EVICTED_SHARE)
+        greedy.append(await connect(GREEDY))
+        for client in greedy[:2]:
+            assert await client.rest() == b""
+        for client in *honest, *greedy[2:]:
+            await client.send(GET)
+            assert (await client.response()).status == 200
+
+
 async def test_slow_heads_and_bodies_give_way_to_new_connections() -> None:
     async with relaying(answering([]), limits=Limits(connections=2)) as (relay, _, connect):
         body = await begin(relay, connect, long(1000))

@@ -384,13 +384,14 @@ class Limits(Section):
     """A body up to this size is read to its end before an upstream connection is used for it; a longer one is streamed,
     on at most a quarter of `upstream.max_connections`."""
     buffered_bytes: int = Field(default=128 * 1024 * 1024, ge=1024 * 1024)
-    """Of all bodies and waiting requests of a relay process. Beyond it the bodies that have been read for longest are
-    answered with 503, then requests that would have to wait."""
+    """Of all heads, bodies and waiting requests of a relay process. Beyond it requests of the client that holds most
+    are answered with 503."""
     body_bytes_per_second: int = Field(default=1024, ge=0)
     """Least rate of a body, on average over 20 seconds; a slower one gets status 408. 0: no limit."""
     connections: int = Field(default=16_384, ge=1, le=65_536)
-    """Of all clients of a relay process, as far as its limit of open files allows. Beyond it the connections that have
-    been idle for longest are closed, or else a new one is answered with 503."""
+    """Of all clients of a relay process, as far as its limit of open files allows. Beyond it the connections of
+    the address that has most are closed, those first that have been idle for longest, or else a new one is answered
+    with 503."""
     connections_per_client: int = Field(default=8_192, ge=1, le=65_536)
     """The same, of one address (IPv6: of one /64 network). Clients behind a proxy share its address."""
 

@@ -40,8 +40,8 @@ EVICTED_SHARE: Final = 16
 class Clients(Generic[Connection]):
     """Owns which connections are open, and how many each address has.
 
-    Where a limit is reached, the connections that have waited longest for a complete request (idle ones among them) are
-    closed; a new connection is refused only where there are none.
+    Where a limit is reached, connections that wait for a complete request (idle ones among them) are closed: of the
+    address that has most connections, those that have waited longest. A new one is refused only where there are none.
     """
 
     def __init__(self, limits: Limits, counters: Counters) -> None:
@@ -90,11 +90,17 @@ class Clients(Generic[Connection]):
         await self._none.wait()
 
     def _evict(self, candidates: Iterable[Connection], number: int, limit: str) -> bool:
-        """Close the oldest of the candidates that wait; False, and a connection is refused, where none does."""
-        waiting = [one for one in candidates if one.evictable]
-        oldest = heapq.nsmallest(number // EVICTED_SHARE + 1, waiting, key=lambda one: one.since)
-        self._counters.add(names.CLOSED_CONNECTIONS, (limit,), float(len(oldest) or 1))
-        for one in oldest:
+        """Close some of the candidates that wait; False, and a connection is refused, where none does."""
+        waiting = sorted((one for one in candidates if one.evictable), key=lambda one: one.since)
+        left = self._numbers.copy()
+        ranked: list[tuple[int, int]] = []
+        for index, one in enumerate(waiting):
+            address = self._addresses[one]
+            left[address] -= 1
+            ranked.append((-left[address], index))
+        evicted = [waiting[index] for _, index in heapq.nsmallest(number // EVICTED_SHARE + 1, ranked)]
+        self._counters.add(names.CLOSED_CONNECTIONS, (limit,), float(len(evicted) or 1))
+        for one in evicted:
             self.closed(one)
             one.transport.abort()
-        return bool(oldest)
+        return bool(evicted)
