@@ -281,8 +281,14 @@ class OutgoingRequest:
         """No further engine is asked. answered: the last one did."""
         failed, self._failed = self._failed, ()
         if failed:
-            now = perf_counter()
-            self._context.upstreams.request_failed(self._client_key, failed, self._started, now, answered=answered)
+            self._context.upstreams.request_failed(
+                self._client_key,
+                self._client.holding.network,
+                failed,
+                self._started,
+                perf_counter(),
+                answered=answered,
+            )
 
     def _engine_failed(self, status: int) -> None:
         engine = self._engine
@@ -299,12 +305,15 @@ class OutgoingRequest:
 
     def _redirect(self, *, free: bool) -> bool:
         """Choose an engine that has not failed to answer it; False where there is none, or the budget for retries is
-        used up. free: it does not count."""
+        used up. free: it does not count. Otherwise an engine has answered, if with an error: that is better than what
+        an engine out of reach has, or one that is to get no requests."""
         upstreams = self._context.upstreams
         if upstreams.only is not None or len(self._tried) > MAX_RESENDS:
             return False
         engine = upstreams.choose(None, self._tried)
-        if engine is None or not (free or upstreams.take_retry()):
+        if engine is None:
+            return False
+        if not free and (engine.drained or not engine.health.reachable or not upstreams.take_retry()):
             return False
         self.engine.resent += 1
         self.engine.outstanding -= 1

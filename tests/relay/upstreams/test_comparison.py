@@ -33,8 +33,17 @@ class World:
         """It fails at every engine, each time with this probability."""
         return lambda engine: self.random.random() < rate
 
-    def ask(self, client: bytes, fails: Fails, *, conversation: int | None = None, retried: bool = False) -> None:
-        """conversation: the engine that it falls to. retried: it is sent to a second engine if the first fails it."""
+    def ask(
+        self,
+        client: bytes,
+        fails: Fails,
+        *,
+        conversation: int | None = None,
+        retried: bool = False,
+        network: bytes | None = None,
+    ) -> None:
+        """conversation: the engine that it falls to. retried: it is sent to a second engine if the first fails it.
+        network: None: one of its own."""
         self.now += 0.01
         if int(self.now * 100) % 100 == 0:
             self.comparison.advance(self.requests, self.now)
@@ -53,7 +62,14 @@ class World:
         else:
             retried = False
         self.comparison.failed(
-            client, engine, self.requests, self.engines, started=started, now=self.now, proven=retried
+            client,
+            client if network is None else network,
+            engine,
+            self.requests,
+            self.engines,
+            started=started,
+            now=self.now,
+            proven=retried,
         )
         if self.comparison.odd(client, engine, self.requests, self.engines):
             self.odd[engine] += 1
@@ -123,6 +139,28 @@ def test_a_client_whose_requests_fail_everywhere_has_no_engine_ejected(
         assert not world.odd
 
 
+@pytest.mark.parametrize("credentials", [5, 50, 100_000])
+def test_a_network_that_invents_credentials_has_no_engine_ejected(credentials: int) -> None:
+    """Bad requests of a conversation that falls to one engine, which are not sent again."""
+    for seed in range(5):
+        world = World(4, seed)
+        for _ in range(1_000):
+            key = client(world.random.randrange(credentials))
+            world.ask(key, lambda engine: True, conversation=0, network=b"network")
+            for _ in range(4):
+                world.ask(b"good", lambda engine: False)
+        assert not world.odd
+
+
+def test_a_bad_engine_is_found_behind_a_gateway_by_requests_that_another_one_answers() -> None:
+    """Clients with one request each, all of one network."""
+    for seed in range(10):
+        world = World(4, seed)
+        for number in range(200):
+            world.ask(client(number), lambda engine: engine == 2, retried=True, network=b"gateway")
+        assert set(world.odd) == {2}
+
+
 def test_a_bad_engine_is_found_beside_a_client_whose_requests_fail_everywhere() -> None:
     for seed in range(10):
         world = World(4, seed)
@@ -136,7 +174,7 @@ def test_requests_in_progress_at_one_engine_count_once() -> None:
     """A hundred bad requests of one conversation, sent before the first of them has failed."""
     comparison = FailureComparison([0] * 4, 0.0)
     for number in range(100):
-        comparison.failed(b"a", 0, [100, 0, 0, 0], 4, started=1.0, now=2.0 + number / 100, proven=False)
+        comparison.failed(b"a", b"a", 0, [100, 0, 0, 0], 4, started=1.0, now=2.0 + number / 100, proven=False)
         assert not comparison.odd(b"a", 0, [100, 30, 30, 30], 4)
 
 

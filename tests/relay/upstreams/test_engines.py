@@ -193,6 +193,25 @@ async def test_a_request_that_two_engines_fail_is_not_sent_to_a_third() -> None:
         assert sum(len(engine.asked) for engine in engines) == 2
 
 
+async def test_an_answer_with_an_error_is_not_given_up_for_an_engine_that_is_out_of_reach() -> None:
+    engines = [FakeEngine(Poison(status(500))), FakeEngine()]
+    async with balancing(engines) as (relay, connect):
+        await engines[1].stop()
+        client = await connect()
+        for number in range(40):
+            assert await ask(client, chat(f"question {number}")) == 200
+        assert not relay.upstreams.engines[1].health.reachable
+        assert await ask(client, chat("poison")) == 500
+
+
+async def test_a_request_that_failed_is_not_sent_to_a_drained_engine() -> None:
+    engines = [FakeEngine(status(503)), FakeEngine()]
+    async with balancing(engines) as (relay, connect):
+        relay.upstreams.set_drained({engines[1].name})
+        assert await ask(await connect(), chat("hello")) == 503
+        assert not engines[1].asked
+
+
 async def test_a_killed_engine_is_ejected_by_its_checks_and_returns_when_it_is_back() -> None:
     engines = [FakeEngine(), FakeEngine()]
     async with balancing(engines, upstream={"health_seconds": 0.05}) as (relay, connect):

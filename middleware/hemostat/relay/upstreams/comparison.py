@@ -11,7 +11,7 @@ So failures are compared within each client. If all engines were alike, each of 
 engine e with the probability p of its share of the requests, so that a share q or more of them has a probability of at
 most exp(-n KL(q||p)) (Chernoff's bound). An engine is odd where that is too improbable, and the odds are more than
 TOLERANCE times those of p. The same holds for the first MAX_POOLED failures of all clients together: many clients with
-few requests each are enough, and none of them decides it alone.
+few requests each are enough, and none of them decides it alone, nor one network with many credentials.
 
 Where the conversation decides which engine a request goes to, a client whose requests are bad could be seen at one
 engine alone, by chance or on purpose. So a client whose failures begin to stand out at one of them is *spread*: for a
@@ -32,7 +32,8 @@ MAX_CHANCE: Final = 1e-6
 MIN_FAILURES: Final = 5
 """Where there are many engines, MAX_CHANCE would be satisfied by fewer."""
 MAX_POOLED: Final = 5
-"""Of a client, in a window."""
+"""Of a client, in a window; of those that are not proven, of a network: it can invent credentials for any number of
+clients."""
 MIN_FAILED_RATIO: Final = 0.05
 """Of its requests: few failures cost clients less than an engine that gets no requests."""
 WINDOW_SECONDS: Final = 20.0
@@ -95,6 +96,7 @@ class FailureComparison:
     def failed(
         self,
         key: bytes,
+        network: bytes,
         engine: int,
         requests: Sequence[int],
         available: int,
@@ -103,15 +105,17 @@ class FailureComparison:
         now: float,
         proven: bool,
     ) -> bool:
-        """A client's request failed at this engine. started: when the relay had read its head. proven: another engine
-        has answered it. True: this client's failures stand out at this engine."""
+        """A client's request failed at this engine. key, network: who it is, see `client_identity`. started: when the
+        relay had read its head. proven: another engine has answered it. True: this client's failures stand
+        out at this engine."""
         client = self._client(key)
         self._failed[engine] += 1
         if proven or started >= client.counted_at:
             client.counted_at = now
             client.failures[engine] += 1
-            if client.pooled < MAX_POOLED:
-                client.pooled += 1
+            pooled = client if proven else self._client(network)
+            if pooled.pooled < MAX_POOLED:
+                pooled.pooled += 1
                 self._pooled[engine] += 1
         most = max(client.failures)
         if client.failures[engine] < most or client.failures.count(most) > 1:

@@ -10,7 +10,7 @@ from hemostat.relay.upstreams.pool import Pool
 class Engine:
     """Composed by `Upstreams`; exchanges report to it how their requests ended."""
 
-    __slots__ = ("drained", "health", "name", "origin", "outstanding", "pool", "requests", "resent")
+    __slots__ = ("drained", "failing", "health", "name", "origin", "outstanding", "pool", "requests", "resent")
 
     def __init__(self, origin: Origin, pool: Pool, health: Health) -> None:
         self.name = origin.name
@@ -21,6 +21,8 @@ class Engine:
         """It gets no new requests, because an operator wants so."""
         self.outstanding = 0
         """Requests in progress, those that wait for a connection included."""
+        self.failing = False
+        """It has failed a request since the last sweep."""
         self.requests = 0
         """That were sent to it since the start."""
         self.resent = 0

@@ -55,6 +55,8 @@ class Upstreams:
         self._balancer = Balancer([])
         self.comparison = FailureComparison([], 0.0)
         self.retries = RetryBudget()
+        self._failing = False
+        """Of some engine."""
         self.set_origins(origins)
 
     def set_origins(self, origins: Sequence[Origin]) -> None:
@@ -88,6 +90,8 @@ class Upstreams:
         """
         engines = self.engines
         loads = [one.outstanding if one.health.up and not one.drained else UNAVAILABLE for one in engines]
+        if self._failing:
+            self._raise_loads(loads)
         if tried:
             loads = [UNAVAILABLE if one in tried else load for one, load in zip(engines, loads, strict=True)]
         index = self._balancer.choose(loads, key)
@@ -99,20 +103,42 @@ class Upstreams:
             index = self._balancer.choose(loads, key)
         return engines[index] if index >= 0 else None
 
+    def _raise_loads(self, loads: list[int]) -> None:
+        """An engine that fails its requests at once has few in progress: it counts as loaded as the others are, so that
+        it does not get most of the requests."""
+        others = [
+            load for one, load in zip(self.engines, loads, strict=True) if load != UNAVAILABLE and not one.failing
+        ]
+        if others:
+            mean = sum(others) // len(others)
+            for index, engine in enumerate(self.engines):
+                if engine.failing and UNAVAILABLE < loads[index] < mean:
+                    loads[index] = mean
+
     def take_retry(self) -> bool:
         """One more request may be sent to another engine after one has failed it."""
         engines = (*self.engines, *self._retired)
         return self.retries.take(sum(engine.requests - engine.resent for engine in engines))
 
     def request_failed(
-        self, client: bytes, failed: Sequence[tuple[Engine, int]], started: float, now: float, *, answered: bool
+        self,
+        client: bytes,
+        network: bytes,
+        failed: Sequence[tuple[Engine, int]],
+        started: float,
+        now: float,
+        *,
+        answered: bool,
     ) -> None:
-        """A request had no usable answer.
+        """A request had no usable answer. client, network: who sent it, see `client_identity`.
 
         failed: from these engines, each with its status; 0: the connection closed too early, or the response is
         invalid. started, now: perf_counter; when the relay had read its head. answered: by another engine in the end.
         """
         loop_time = self._loop.time()
+        self._failing = True
+        for engine, _ in failed:
+            engine.failing = True
         if self.only is not None:
             engine, status = failed[0]
             if status != 500:
@@ -128,7 +154,7 @@ class Upstreams:
             index, requests = self.engines.index(engine), [one.requests for one in self.engines]
             available = sum(one.health.up and not one.drained for one in self.engines)
             accused = self.comparison.failed(
-                client, index, requests, available, started=started, now=now, proven=answered
+                client, network, index, requests, available, started=started, now=now, proven=answered
             )
             if self.comparison.odd(client, index, requests, available):
                 health.eject(loop_time)
@@ -138,9 +164,11 @@ class Upstreams:
 
     def sweep(self, now: float) -> None:
         """Once a second; now: event-loop time."""
+        self._failing = False
         self.comparison.advance([engine.requests for engine in self.engines], time.perf_counter())
         for engine in self.engines:
             engine.health.advance(now)
+            engine.failing = False
             engine.pool.sweep(now)
         for engine in tuple(self._retired):
             engine.pool.close_idle()
