@@ -149,7 +149,11 @@ class Agent:
             finally:
                 self._running.discard(label)
 
-        self._spawn(run)
+        try:
+            self._spawn(run)
+        except RuntimeError:  # the limit of threads: the next tick tries again
+            self._running.discard(label)
+            raise
 
     def _report(self, peer: Peer, now: float) -> None:
         identity = self.identity

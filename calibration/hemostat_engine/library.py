@@ -11,6 +11,7 @@ import torch
 
 from hemostat_calibration.errors import InvalidProfileError
 from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_engine.captures import captures
 from hemostat_engine.retries import first_line
 from hemostat_engine.transform import CPU, HeldProfile, applied_parameters
 
@@ -60,6 +61,8 @@ class Library:
         self._hold: tuple[str, ...] = ()
         self._requested: OrderedDict[str, None] = OrderedDict()
         self._failed: OrderedDict[str, None] = OrderedDict()
+        if device.type == "cuda":
+            captures.watch(torch.cuda.CUDAGraph)
 
     def get(self, version: str) -> HeldProfile | None:
         """The profile, or None; a missing version is then one of `missing()`."""
@@ -77,7 +80,7 @@ class Library:
         """Load `profile` onto the device and add it; False if the library is full of versions that `hold` names.
 
         Raises InvalidProfileError if the profile is for another vocabulary size, its family is unknown, or the device
-        has no memory for it.
+        has no memory for it, or is in a capture for too long.
         """
         if profile.vocab_size != self.vocab_size:
             raise InvalidProfileError(
@@ -89,7 +92,11 @@ class Library:
             self._requested.pop(version, None)
             if version in self._failed or not self._has_room(version):
                 return False
-        held = self._load(profile)
+        try:
+            with captures.none():
+                held = self._load(profile)
+        except TimeoutError as error:
+            raise InvalidProfileError(f"profile {version} is not loaded yet: {error}") from None
         with self._lock:
             if not self._has_room(version):
                 return False

@@ -44,7 +44,7 @@ def split_admin_url(url: str) -> urllib.parse.SplitResult:
     """The parts of one address, without `dns+`. Raises InvalidArgumentError when it is not an HTTP address."""
     try:
         parts = urllib.parse.urlsplit(url.removeprefix(DNS_PREFIX))
-        # A password has no place in it: HEMOSTAT_ADMIN_TOKEN is sent.
+        # A password has no place in it: HEMOSTAT_ENGINE_TOKEN is sent.
         invalid = parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0 or "@" in url
     except ValueError:
         invalid = True

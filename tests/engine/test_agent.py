@@ -468,3 +468,19 @@ def test_report_says_which_adapters_are_loaded_and_the_answer_which_are_wanted(
     assert report.adapters == ["a" * 32]
     assert report.lora == LoraState(slots=4, max_rank=16, grouped=False, loaded=3, was_full=False)
     assert report.counters["adapters_loaded"] == 1
+
+
+def test_where_no_thread_can_start_the_call_is_made_later(admin: EngineAdmin) -> None:
+    """The limit of threads was reached for a moment: no report was sent from then on."""
+
+    def refuse(run: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    rank = Rank(at(admin))
+    rank.agent.tick(0.0)
+    spawn, rank.agent._spawn = rank.agent._spawn, refuse
+    with pytest.raises(RuntimeError, match="thread"):
+        rank.agent.tick(2.0)
+    rank.agent._spawn = spawn
+    rank.agent.tick(4.0)
+    assert admin.seen.count("/api/v1/engine/report") == 2
