@@ -117,7 +117,7 @@ def test_vllm_that_does_not_answer_comes_before_the_alarm(page: Page, one: Serve
         [also] = rows(page, "problems")
         assert also.startswith("ALARM: the compressed model no longer matches its baseline | ")
         assert also.endswith("HemostatModelChanged")
-        assert "10.0.0.1:8000 | does not answer" in rows(page, "engines")[0]
+        assert "10.0.0.1:8000 | failing" in rows(page, "engines")[0]
         found = Axe().run(page)
         assert found.violations_count == 0, found.generate_report()
         page.get_by_role("link", name="What to do").click()

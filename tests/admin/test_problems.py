@@ -121,11 +121,14 @@ async def test_of_several_engines_one_is_no_outage_and_all_are(tmp_path: Path) -
         await one.connect(stats(engine(A), engine(B), engine(C)))
         await one.report(stats(engine(A), engine(B, "ejected"), engine(C, "returning")))
         assert one.found() == [
-            ("HemostatEngineEjected", f"2 of 3 engines not answering: {B} (for 1 of 2 relays), {C} (for 1 of 2 relays)")
+            (
+                "HemostatEngineEjected",
+                f"2 of 3 engines get no requests: {B} (for 1 of 2 relays), {C} (for 1 of 2 relays)",
+            )
         ]
         await one.report(stats(engine(A), engine(B, "ejected"), engine(C)), 0)
         await one.report(stats(engine(A), engine(B, "ejected"), engine(C)), 1)
-        assert one.found() == [("HemostatEngineEjected", f"1 of 3 engines not answering: {B}")]
+        assert one.found() == [("HemostatEngineEjected", f"1 of 3 engines gets no requests: {B}")]
         one.one.upstreams.drained = frozenset([B])
         assert one.found() == []
         for relay in range(2):
@@ -139,10 +142,18 @@ async def test_what_a_relay_counted_before_it_connected_is_not_of_the_last_minut
     async with bench(tmp_path) as one:
         await one.connect(stats(ok=10, failed=90, captured=10, lost=90))
         assert one.found() == []
-        await one.report(stats(ok=29, failed=91, captured=10, lost=90), 1)
+        await one.report(stats(ok=105, failed=95, captured=10, lost=90), 1)
         assert one.found() == [], "5 % is within the limit"
-        await one.report(stats(ok=29, failed=92, captured=10, lost=90), 1)
-        assert [text.partition(" of ")[0] for _, text in one.found()] == ["10 %"]
+        await one.report(stats(ok=105, failed=105, captured=10, lost=90), 1)
+        assert [text.partition(" of ")[0] for _, text in one.found()] == ["14 %"]
+
+
+async def test_a_few_failures_are_no_problem_of_the_deployment(tmp_path: Path) -> None:
+    async with bench(tmp_path) as one:
+        await one.report(stats(failed=4))
+        assert one.found() == []
+        await one.report(stats(failed=5))
+        assert [alert for alert, _ in one.found()] == ["HemostatProxyErrors"]
 
 
 async def test_without_a_relay_it_is_not_known_what_is_served(tmp_path: Path) -> None:

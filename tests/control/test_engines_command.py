@@ -47,7 +47,7 @@ def states(capsys: pytest.CaptureFixture[str], *arguments: str, problem: str = "
 
 
 def test_it_shows_drains_and_resumes(one: Served, capsys: pytest.CaptureFixture[str]) -> None:
-    ejected = f"warning: 1 of 2 engines not answering: {B} (for 1 of 2 relays) (since 20"
+    ejected = f"warning: 1 of 2 engines gets no requests: {B} (for 1 of 2 relays) (since 20"
     assert states(capsys, problem=ejected) == {
         A: "up 3 70 - - not known",
         B: "up for 1 of 2 relays 0 0 - - not known",
@@ -61,7 +61,7 @@ def test_it_shows_drains_and_resumes(one: Served, capsys: pytest.CaptureFixture[
 def test_engines_that_do_not_answer_are_named(one: Served, capsys: pytest.CaptureFixture[str]) -> None:
     dead = {A: UpstreamEngine(relays=2)}
     one.do(lambda control: setattr(control.upstreams, "current", lambda: dead))
-    assert states(capsys, problem="critical: vLLM does not answer (since 20") == {A: "does not answer 0 0 - - 0"}
+    assert states(capsys, problem="critical: vLLM does not answer (since 20") == {A: "failing 0 0 - - 0"}
 
 
 @pytest.mark.parametrize(

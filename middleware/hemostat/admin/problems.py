@@ -20,7 +20,8 @@ from hemostat.shadow.pipeline import ScoringPipeline
 from hemostat.shadow.records_file import RecordsFile
 from hemostat.store.errors import StoreErrorLog
 
-MAX_FAILED_RATIO = 0.05
+MAX_FAILED_RATIO, MIN_FAILED = 0.05, 5
+"""Of the requests of a minute. The alert waits for five minutes instead: one failure is no reason to wake anybody."""
 MAX_LOST_RATIO = 0.01
 """Of captures: a restart of the control process loses a few."""
 
@@ -141,11 +142,12 @@ class Problems:
             who = "vLLM does not answer" if len(engines) == 1 else f"None of the {len(engines)} engines answers"
             yield Found("HemostatUpstreamDown", f"{who}: {failed}" if relays.failed else who)
             return
-        if relays.failed_ratio > MAX_FAILED_RATIO:
+        if relays.failed_ratio > MAX_FAILED_RATIO and relays.failed >= MIN_FAILED:
             yield Found("HemostatProxyErrors", f"{failed}, in vLLM or on the way to it")
         if down:
             which = ", ".join(_down(name, one) for name, one in down.items())
-            yield Found("HemostatEngineEjected", f"{len(down)} of {len(engines)} engines not answering: {which}")
+            verb = "gets" if len(down) == 1 else "get"
+            yield Found("HemostatEngineEjected", f"{len(down)} of {len(engines)} engines {verb} no requests: {which}")
 
     def _of_the_model(self) -> Iterator[Found]:
         raised = self._alarms.raised()

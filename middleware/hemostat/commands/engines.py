@@ -77,4 +77,4 @@ def _state(engine: dict[str, Any]) -> str:
         return "drained"
     if engine["up"] == engine["relays"]:
         return "up"
-    return f"up for {engine['up']} of {engine['relays']} relays" if engine["up"] else "does not answer"
+    return f"up for {engine['up']} of {engine['relays']} relays" if engine["up"] else "failing"

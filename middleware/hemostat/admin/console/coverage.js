@@ -15,7 +15,7 @@ function coverage(s) {
 
 /** The engines that requests go to, and which one is not like the others. */
 function engines(s) {
-  const state = (e) => e.drained ? "drained" : e.up === e.relays ? "up" : e.up ? `up for ${e.up} of ${plural(e.relays, "relay")}` : "does not answer";
+  const state = (e) => e.drained ? "drained" : e.up === e.relays ? "up" : e.up ? `up for ${e.up} of ${plural(e.relays, "relay")}` : "failing";
   const like = (f) => f.odd ? `no: ${f.farther ? "further from" : "closer to"} the reference, on ${plural(f.on_tokens, "token")}` : known(f.evidence) ? "yes" : NONE;
   table("engines", "Engines", ["engine", "state", "in progress", "requests", "sent again", "ejections", "KL nats per token", "scored tokens", "like the others", "holds"],
     s.upstream.map((e) => [e.engine, state(e), whole(e.outstanding), whole(e.requests), whole(e.resent), whole(e.ejections),
