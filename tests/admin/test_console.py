@@ -23,7 +23,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from tests.support import adapter_status
 from tests.support.admin_server import GRAMMAR_REQUESTS, KINDS, VOCABULARY, Served, everything, served
-from tests.support.console_text import interval, nats, percent
+from tests.support.console_text import divergence_interval, interval, nats, percent
 from tests.support.control import TOKEN, connect_relay, relay_stats
 from tests.support.served_models import pair, served_models
 
@@ -224,7 +224,13 @@ def test_where_it_bleeds_by_route_label_and_decoding(page: Page, one: Served) ->
     assert len(where) == len(status["where"]) == 4
     for told, row in zip(status["where"], where, strict=True):
         kl = told["kl_nats"]
-        cells = [told["route"], told["label"] or "–", str(told["requests"]), nats(kl["estimate"]), interval(kl["ci95"])]
+        cells = [
+            told["route"],
+            told["label"] or "–",
+            str(told["requests"]),
+            nats(kl["estimate"]),
+            divergence_interval(kl),
+        ]
         assert row.startswith(" | ".join(cells))
     assert [row.partition(" | ")[0] for row in strategies] == [told["strategy"] for told in status["decoding"]]
     drawn = next(told["drawn_from"]["total_variation"] for told in status["decoding"] if told["strategy"] == "t1")

@@ -205,7 +205,7 @@ async def test_what_adapters_need_is_reported_with_the_exact_flags(
     assert detail in found["adapters"].detail
     assert fix in found["adapters"].fix
     if states_of == "ok":
-        assert "--max-lora-rank 16 or more" in found["adapter rank"].detail
+        assert "needs --max-lora-rank 16 or more" in found["adapter rank"].detail
         assert "refuses these routes with 403" in found["adapter routes"].detail
     assert "adapters" not in await findings_of(upstream, None)
 
@@ -238,7 +238,7 @@ async def test_the_upstream_is_not_its_own_reference(host: str) -> None:
         found = await check(settings)
     assert exit_code(found) == 1
     assert [(f.what, f.detail) for f in found if f.state is State.NO] == [
-        ("reference", f"no other model: {url} is the upstream, and serves the same model")
+        ("reference", f"it is the served model itself: {url} is the upstream, and serves the same model")
     ]
 
 
@@ -496,6 +496,9 @@ async def test_check_on_real_models(vllm_server: Any, checkpoints: Any) -> None:
         for f in await check(settings.model_copy(update={"shadow": settings.shadow.model_copy(update={"top_k": 65})}))
     }
     assert found["max_logprobs"].state is State.NO
+    given = {"upstream": {"url": vllm_server.url}, "adapter": {"enabled": True}}
+    (adapters,) = [f for f in await check(Settings.model_validate(given)) if f.what == "adapters"]
+    assert adapters.detail.endswith("missing VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora, HEMOSTAT_ADAPTERS=1")
 
 
 async def test_adapters_need_both_checkpoints_of_one_model_on_this_machine(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import ConsoleMessage, Page, expect, sync_playwright
-from tests.support.console_text import interval, nats, percent
+from tests.support.console_text import divergence_interval, interval, nats, percent
 from tests.support.stack import ADMIN_TOKEN, Stack, hemostat, kill, sampling_settings, wait_for
 
 from hemostat.models import vllm_server as vllm_process
@@ -95,7 +95,7 @@ def test_what_is_shown_is_what_the_api_says(page: Page, stack: Stack) -> None:
         return page.locator(f"#{name}").inner_text()
 
     assert shown("kl") == f"≥ {nats(raw['kl_nats']['estimate'])}"
-    assert interval(raw["kl_nats"]["ci95"]) in shown("kl-sub")
+    assert divergence_interval(raw["kl_nats"]) in shown("kl-sub")
     assert f"≤ {nats(raw['kl_nats_upper']['estimate'])}" in shown("kl-sub")
     assert shown("excess") == f"≥ {nats(status['excess']['kl_nats']['estimate'])}"
     low, high = status["excess"]["kl_nats"]["ci95"]
@@ -112,7 +112,7 @@ def test_what_is_shown_is_what_the_api_says(page: Page, stack: Stack) -> None:
     for told in status["where"]:
         assert told["route"] in where
         assert nats(told["kl_nats"]["estimate"]) in where
-        assert interval(told["kl_nats"]["ci95"]) in where
+        assert divergence_interval(told["kl_nats"]) in where
     assert {told["strategy"] for told in status["decoding"]} >= {"greedy", "t1"}
     for told in status["decoding"]:
         assert nats(told["kl_nats"]["estimate"]) in strategies

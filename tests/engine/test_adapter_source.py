@@ -267,8 +267,8 @@ async def test_resolver_answers_versions_only(admin: EngineAdmin, make_source: C
     for name in ("", "sql", "A" * 32, "a" * 31, "a" * 33, "../" + "a" * 29, f"{profile.version}\n"):
         assert await resolver.resolve_lora(BASE, name) is None
     assert admin.seen == []
-    probe = await resolver.resolve_lora(BASE, PROBE)
-    assert probe.lora_path == f"/hemostat/{PROBE}"
+    with pytest.raises(ValueError, match="Hemostat's resolver"):
+        await resolver.resolve_lora(BASE, PROBE)
     assert admin.seen == []
     found = await resolver.resolve_lora(BASE, profile.version)
     assert found.lora_name == profile.version

@@ -153,7 +153,7 @@ def test_what_is_no_version_or_unknown_is_answered_as_by_vllm(client: Client) ->
     assert len([path for path in admin.seen if "/profiles/" in path]) == seen + 1
     # The name by which `hemostat check` recognizes the plugin.
     status, body = client.complete(PROMPTS[0], "0" * 32)
-    assert (status, "could not be loaded" in json.dumps(body)) == (400, True)
+    assert (status, "Hemostat's resolver" in json.dumps(body)) == (400, True)
 
 
 def test_bytes_of_another_version_are_refused(client: Client) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 
 def fixed(x: float, digits: int) -> str:
@@ -25,3 +26,8 @@ def percent(x: float | None, digits: int = 1) -> str:
 
 def interval(ends: list[float]) -> str:
     return f"[{nats(ends[0])}, {nats(ends[1])}]"
+
+
+def divergence_interval(figure: dict[str, Any]) -> str:
+    """Of a figure that has a largest possible value, up to which its interval goes after few requests."""
+    return "interval not known yet" if figure["ci95"][1] >= figure["cap"] else interval(figure["ci95"])

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 NO_VERSION = "0" * 32
-"""For this name the plugin's resolver gives a folder that does not exist."""
+"""The plugin's resolver refuses this name."""
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
 
@@ -99,7 +99,7 @@ class FakeLora:
                 self._activate(name)
             return 0, ""
         if self.updating and self.resolves and name == NO_VERSION:
-            return 400, f"LoRA adapter '{name}' was found but could not be loaded."
+            return 400, "Hemostat's resolver is here; no adapter has this name: hemostat check asks for it"
         if not self.updating or name not in self.resolves:
             return 404, f"The model `{name}` does not exist."
         if self._add(name, self.resolves[name]):
@@ -121,6 +121,8 @@ class FakeLora:
             return 200, f"Success: LoRA adapter '{name}' removed successfully."
         if name in self.names:
             return 400, f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, "
+        if not (name and body.get("lora_path")):
+            return 400, "Both 'lora_name' and 'lora_path' must be provided."
         folder = Path(str(body.get("lora_path", "")))
         if self.enabled and not (folder / "adapter_config.json").is_file():
             return 404, f"Loading lora {name} failed: No adapter found for {folder}"
@@ -131,9 +133,10 @@ class FakeLora:
         return 200, f"Success: LoRA adapter '{name}' added successfully."
 
     def metrics(self) -> str:
-        """vLLM's own, of a server with --enable-lora that has answered requests."""
+        """vLLM's own, of a server that has answered requests."""
         labels = f'max_lora="{self.slots}",running_lora_adapters="",waiting_lora_adapters=""'
         text = f"# TYPE process_start_time_seconds gauge\nprocess_start_time_seconds 1.79570{self.starts}e+09\n"
+        text += "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 0.0\n"
         if self.enabled:
             text += f"# TYPE vllm:lora_requests_info gauge\nvllm:lora_requests_info{{{labels}}} 1.0\n"
         return text

@@ -35,11 +35,14 @@ class Resolver:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "hemostat-adapters")
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
-        """A LoRARequest whose id vLLM sets, or None: not an adapter of Hemostat's, or none that fits this engine."""
+        """A LoRARequest whose id vLLM sets, or None: not an adapter of Hemostat's, or none that fits this engine.
+
+        ValueError for `PROBE`: vLLM answers 400 with its text, and logs no traceback.
+        """
         if VERSION_PATTERN.fullmatch(lora_name) is None:
             return None
         if lora_name == PROBE:
-            return self._request(lora_name, f"/hemostat/{lora_name}")
+            raise ValueError("Hemostat's resolver is here; no adapter has this name: hemostat check asks for it")
         if not self._source.may_look_up(lora_name) or not self._room.acquire(blocking=False):
             return None
         try:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from hemostat_calibration.profiles.profile import VERSION_PATTERN
-from hemostat_engine.adapters.state import PROBE, AdapterState
+from hemostat_engine.adapters.state import AdapterState
 
 log = logging.getLogger("vllm.hemostat")
 
@@ -111,8 +111,6 @@ class SlotKeeper:
             return add(manager, request)
         if request.lora_path == WARM_UP_PATH:
             return add(manager, request)
-        if name == PROBE:
-            raise ValueError("this name belongs to no adapter: hemostat check asks for it")
         self._make_room(manager, ident, name)
         try:
             added = add(manager, request)

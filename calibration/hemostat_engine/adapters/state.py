@@ -14,8 +14,7 @@ from hemostat_calibration.profiles.profile import VERSION_PATTERN
 
 MAX_VERSIONS = 64
 PROBE = "0" * 32
-"""Resolved without a fetch, and refused by the worker: vLLM then says "found but could not be loaded" instead of "does
-not exist", by which `hemostat check` recognizes the plugin."""
+"""The resolver refuses this name in words of its own, by which `hemostat check` recognizes the plugin."""
 
 
 class AdapterState:

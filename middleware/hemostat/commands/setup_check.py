@@ -306,7 +306,8 @@ async def _reference(reference: Reference, settings: Settings, served: str | Non
     better = f"for exact figures, {info.exact_with}" if info.exact_with else ""
     findings = [Finding(f"reference{of}", State.OK, detail, better)]
     if served is not None and (same := await _served_model_itself(info, settings, served)):
-        findings = [Finding(f"reference{of}", State.NO, f"no other model: {same}", "name the uncompressed model")]
+        fix = f"set reference.{'url' if backend == 'vllm' else 'model'} to the uncompressed model"
+        findings = [Finding(f"reference{of}", State.NO, f"it is the served model itself: {same}", fix)]
     tokens = np.zeros(2, np.int32)
     try:
         await reference.score(ScoreRequest(tokens[:1], tokens[1:], np.zeros((1, settings.shadow.top_k), np.int32)))

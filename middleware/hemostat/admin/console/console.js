@@ -16,7 +16,7 @@ const percent = (x, digits = 1) => (known(x) ? `${fixed(100 * x, digits)} %` : N
 const whole = (x) => (known(x) ? x.toLocaleString("en-US", { maximumFractionDigits: 0 }) : NONE);
 const range = (ends, show = nats) => (ends && (known(ends[0]) || known(ends[1])) ? `[${show(ends[0])}, ${show(ends[1])}]` : "interval not known yet");
 /** Those of a figure; none where the interval is all that the figure can be, as after very few requests. */
-const ends = (figure) => (known(figure.ci95[1]) && figure.ci95[1] >= figure.cap ? [null, null] : figure.ci95);
+const endsOf = (figure) => (known(figure.ci95[1]) && figure.ci95[1] >= figure.cap ? [null, null] : figure.ci95);
 const counts = (o) => Object.entries(o || {}).filter(([, n]) => n).sort((a, b) => b[1] - a[1]).map(([k, n]) => `${k} ${whole(n)}`).join(", ") || "none";
 const total = (o) => Object.values(o || {}).reduce((a, b) => a + b, 0);
 const brief = (version) => (version && version.length === 32 ? version.slice(0, 8) : version || NONE);
@@ -243,7 +243,7 @@ function divergence(s) {
   say("excess-sub", excess ? `95 % ${range(ends)}; noise floor ${nats(excess.floor)}${open ? ", too few requests to bound it" : ""}` : "the noise floor is not known yet");
   bar("excess-bar", ends, excess && excess.estimate, 0, excess ? Math.max(excess.ci95[1] || 0, s.alarm.budget_nats || 0, excess.estimate) * 1.1 : 1);
   say("kl", `≥ ${nats(kl.estimate)}`);
-  say("kl-sub", `95 % ${range(ends(kl))}, finite-sample ${certain(kl.ci95_finite)}; by request ${nats(kl.by_request.estimate)}, finite-sample ${certain(kl.by_request.ci95_finite)}; estimate ${nats(raw.kl_nats_estimate.estimate)} ${known(raw.kl_nats_estimate.estimate) ? range(ends(raw.kl_nats_estimate)) : ""}; ≤ ${nats(raw.kl_nats_upper.estimate)}`);
+  say("kl-sub", `95 % ${range(endsOf(kl))}, finite-sample ${certain(kl.ci95_finite)}; by request ${nats(kl.by_request.estimate)}, finite-sample ${certain(kl.by_request.ci95_finite)}; estimate ${nats(raw.kl_nats_estimate.estimate)} ${known(raw.kl_nats_estimate.estimate) ? range(endsOf(raw.kl_nats_estimate)) : ""}; ≤ ${nats(raw.kl_nats_upper.estimate)}`);
   say("tv", `≥ ${nats(raw.total_variation)}`);
   say("tv-sub", `95 % ${range(raw.ci95.total_variation)}; ≤ ${nats(raw.total_variation_upper.estimate)}`);
   say("top1", percent(raw.top1_agreement));
@@ -258,7 +258,7 @@ function divergence(s) {
 }
 
 const HEADER = ["requests", "KL ≥", "95 %", "on one scale", "KL estimate", "total variation ≥", "same top-1"];
-const figures = (f, most) => [whole(f.requests), nats(f.kl_nats.estimate), range(ends(f.kl_nats)), interval(f.kl_nats.ci95[0], f.kl_nats.estimate, f.kl_nats.ci95[1], 0, most),
+const figures = (f, most) => [whole(f.requests), nats(f.kl_nats.estimate), range(endsOf(f.kl_nats)), interval(f.kl_nats.ci95[0], f.kl_nats.estimate, f.kl_nats.ci95[1], 0, most),
   nats(f.kl_nats_estimate.estimate), nats(f.total_variation), percent(f.top1_agreement)];
 /** A common scale: up to the highest upper end, but at most four times its estimate. */
 const scale = (rows) => 1.1 * Math.max(...rows.map((f) => Math.min(f.kl_nats.ci95[1] ?? 0, 4 * (f.kl_nats.estimate || 0))), 1e-4);
@@ -277,7 +277,7 @@ function servedModels(s) {
   table("by-model", "By served model", ["model", "reference", "profiles", "requests", "KL ≥", "95 %", "excess KL ≥"], s.models.map((m) => {
     const raw = m.calibrated ? s.raw : m.figures.raw, excess = m.calibrated ? s.excess : m.figures.excess;
     return [m.names.join(", "), m.reference || `none: not scored, not treated${m.detail ? ` (${m.detail})` : ""}`, m.calibrated ? "for this model" : "never",
-      raw ? whole(raw.requests) : NONE, raw ? nats(raw.kl_nats.estimate) : NONE, raw ? range(ends(raw.kl_nats)) : NONE,
+      raw ? whole(raw.requests) : NONE, raw ? nats(raw.kl_nats.estimate) : NONE, raw ? range(endsOf(raw.kl_nats)) : NONE,
       excess && excess.kl_nats ? nats(excess.kl_nats.estimate) : NONE];
   }));
 }
@@ -319,7 +319,7 @@ function gains(id, caption, kinds, empty) {
     "recovered"], kinds.map((k) => {
     const kl = k.raw.kl_nats, gain = k.gain_nats, measured = gain && gain.requests > 0;
     const both = (figure) => measured ? [`${nats(figure.estimate)} ${range(figure.ci95)}`, gain.total_variation ? NONE : certain(figure.ci95_finite)] : [NONE, NONE];
-    return [k.kind, whole(k.requests), `${nats(kl.estimate)} ${range(ends(kl))}`, k.profile ? brief(k.profile) : NONE, measured ? whole(gain.requests) : NONE,
+    return [k.kind, whole(k.requests), `${nats(kl.estimate)} ${range(endsOf(kl))}`, k.profile ? brief(k.profile) : NONE, measured ? whole(gain.requests) : NONE,
       ...both(gain && gain.by_request), ...both(gain), k.recovered ? percent(k.recovered.estimate) : NONE];
   }), empty);
 }

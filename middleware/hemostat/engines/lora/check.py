@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hemostat.config.schema import Settings
-from hemostat.engines.lora.server import LOAD, listed, max_loras
+from hemostat.engines.lora.server import LOAD, listed, lora_enabled, max_loras
 from hemostat.engines.lora.setting import PLUGIN, UPDATING, flags
 from hemostat.engines.lora.slots import rank_setting
 from hemostat.reference.probes import PROBE, Finding, State
@@ -13,16 +13,14 @@ from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat.reference.server import Refused, VllmServer
 
 NO_VERSION = "0" * 32
-"""A version that no profile has. The resolver of Hemostat's general plugin names a folder that does not exist for
-it."""
-NO_FOLDER = "/hemostat/no-adapter"
+"""A version that no profile has. The resolver of Hemostat's general plugin refuses it in words of its own."""
 ONE_API_SERVER = "and one API server (vLLM refuses that variable with --api-server-count above 1)"
 
 
 async def probe_adapters(server: VllmServer, model: str, settings: Settings) -> list[Finding]:
     """Of `adapter.enabled`: what is missing of vLLM's arguments and environment. model: the served base model.
 
-    Nothing is loaded: what is asked for does not exist.
+    vLLM's API server refuses what is asked for. Its engine is not asked to load anything: it would log a traceback.
     """
     adapter = settings.adapter
     rank = adapter.max_rank or adapter.rank * (4 if adapter.shared_out else 1)
@@ -40,7 +38,10 @@ async def probe_adapters(server: VllmServer, model: str, settings: Settings) -> 
     findings = []
     least = 2 + len(others)
     if slots is None:
-        text = f"vLLM loads adapters at run time; its --max-loras is not seen from here, {least} or more are needed"
+        text = (
+            f"vLLM loads adapters at run time; it needs --enable-lora --max-loras {least} or more, and its metrics, "
+            "which would show both, cannot be read"
+        )
         findings.append(Finding("adapters", State.OK, text))
     elif slots < least:
         own = f", {len(others)} of clients," if others else ""
@@ -49,25 +50,22 @@ async def probe_adapters(server: VllmServer, model: str, settings: Settings) -> 
     else:
         at_a_time = f"{slots - 1 - len(others)} of Hemostat's at a time (--max-loras {slots})"
         findings.append(Finding("adapters", State.OK, f"vLLM loads adapters at run time, {at_a_time}"))
-    text = (
-        f"ranks are up to {rank}: --max-lora-rank {rank_setting(rank)} or more is needed, which is not seen from here"
-    )
+    text = f"ranks are up to {rank}: vLLM needs --max-lora-rank {rank_setting(rank)} or more, and does not show it"
     findings.append(Finding("adapter rank", State.NOTE, text))
     return [*findings, _routes(settings)]
 
 
 async def _missing(server: VllmServer, model: str, settings: Settings) -> list[str]:
     """Arguments and variables of vLLM that it was started without. ReferenceFailure where it does not answer at all."""
-    refusal = await _refusal(server, LOAD, {"lora_name": NO_VERSION, "lora_path": NO_FOLDER})
+    refusal = await _refusal(server, LOAD, {"lora_name": "", "lora_path": ""})
     if refusal.status in {401, 403}:
         raise refusal
-    without_routes = refusal.status in {404, 405} and "No adapter found" not in refusal.detail
-    missing = [UPDATING] if without_routes else []
-    if "not enabled" in refusal.detail:
+    missing = [UPDATING] if refusal.status in {404, 405} else []
+    if await lora_enabled(server) is False:
         missing.append("--enable-lora")
     if settings.adapter.folder is None:
         unresolved = await _refusal(server, "/v1/completions", {"model": NO_VERSION, "prompt": PROBE, "max_tokens": 1})
-        if "could not be loaded" not in unresolved.detail:
+        if "Hemostat's resolver" not in unresolved.detail:
             # Without the variable, vLLM asks no resolver.
             missing.append(PLUGIN)
     return missing

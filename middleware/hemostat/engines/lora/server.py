@@ -99,6 +99,15 @@ async def unload(server: VllmServer, name: str) -> None:
     await server.text("POST", UNLOAD, {"lora_name": name})
 
 
+async def lora_enabled(server: VllmServer) -> bool | None:
+    """Whether the server was started with --enable-lora, as its own metrics say; None where they do not."""
+    try:
+        found = await server.text("GET", "/metrics")
+    except ReferenceFailure:
+        return None
+    return "vllm:lora_requests_info" in found if "vllm:" in found else None
+
+
 async def max_loras(server: VllmServer) -> int | None:
     """--max-loras as the server's own metrics say, once it has answered a request; None where they do not."""
     try:
