@@ -31,7 +31,8 @@ class Settings:
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
         """HEMOSTAT_ADMIN_URL, HEMOSTAT_ENGINE_TOKEN, HEMOSTAT_PROFILE_DIR. Raises InvalidArgumentError."""
         value = environment.get("HEMOSTAT_ADMIN_URL") or ""
-        urls = [part.strip().rstrip("/") for part in value.split(",") if part.strip()]
+        parts = [value] if "@" in value else value.split(",")  # a password, which is refused, may hold commas
+        urls = [part.strip().rstrip("/") for part in parts if part.strip()]
         for url in urls:
             split_admin_url(url)
         folder = environment.get("HEMOSTAT_PROFILE_DIR") or None

@@ -61,6 +61,7 @@ def written(key: str, address: str) -> dict[str, Any]:
 @example(key="store.url", scheme="redis://", user="Q", password="1/2#Q")
 @example(key="upstream.url", scheme="http://", user="Q", password="QQ/Q")
 @example(key="upstream.url", scheme="http://", user="Q", password="QQ#Q")
+@example(key="upstream.url", scheme="sqlite:///", user="Q", password="Q,Q")
 @example(key="upstream", scheme="http://", user="Q", password="Q")
 @example(key="upstream.url.url", scheme="http://", user="Q", password="Q")
 def test_errors_of_the_configuration_and_of_commands(
@@ -94,6 +95,16 @@ def test_errors_of_the_configuration_and_of_commands(
         print(error)
     printed = "".join(capsys.readouterr())
     assert "Q" not in printed
+
+
+def test_a_comma_in_a_password_does_not_end_the_address(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HEMOSTAT_ADMIN_URL", "http://Q:1,Q@127.0.0.1:1")
+    assert main(["engines"]) == 2
+    printed = "".join(capsys.readouterr())
+    assert "Q" not in printed
+    assert "127.0.0.1:1" in printed
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -21,11 +21,16 @@ def add_admin_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--admin",
         # For the engine plugin, the variable may name every replica (`a,b`, `dns+http://name`); any one will do.
-        default=(os.environ.get("HEMOSTAT_ADMIN_URL") or DEFAULT_ADMIN).split(",")[0].removeprefix("dns+"),
+        default=_of_one(os.environ.get("HEMOSTAT_ADMIN_URL") or DEFAULT_ADMIN),
         metavar="URL",
         help=f"admin port (HEMOSTAT_ADMIN_URL; default {DEFAULT_ADMIN})",
     )
     parser.add_argument("--token", metavar="TOKEN", help="admin.token (prefer HEMOSTAT_ADMIN_TOKEN)")
+
+
+def _of_one(urls: str) -> str:
+    """The first of several addresses. With a password, which is refused and may hold commas, all of it."""
+    return (urls if "@" in urls else urls.split(",")[0]).removeprefix("dns+")
 
 
 def admin_request(options: argparse.Namespace, method: str, path: str, **body: Any) -> httpx.Response:
