@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
 
-from hemostat.relay.request_budget import RequestBudget
+from hemostat.relay.request_budget import MAX_EXAMINED_UPLOADS, UPLOAD_SHARE, RequestBudget
 from hemostat.relay.shares import Holding, Shares
 
 LIMIT = 100
@@ -265,6 +265,34 @@ class BudgetMachine(RuleBasedStateMachine):
 
 TestBudget = BudgetMachine.TestCase
 TestBudget.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+
+
+class Uploading(Named):
+    """Of a network of its own."""
+
+    def __init__(self, budget: RequestBudget, network: bytes, *, slow: bool) -> None:
+        super().__init__(b"")
+        self.budget = budget
+        self.slow = slow
+        self.upload = Holding(self, network)
+
+    def begin(self) -> bool:
+        return self.budget.begin_upload(self.upload, 0.0)
+
+    def give_way_upload(self) -> None:
+        self.budget.end_upload(self.upload)
+
+    def uploads_slowly(self, now: float) -> bool:
+        return self.slow
+
+
+def test_a_slow_upload_is_found_behind_others_that_do_not_end() -> None:
+    places = 2 * MAX_EXAMINED_UPLOADS
+    budget = RequestBudget(LIMIT, UPLOAD_SHARE * places)
+    for number in range(places):
+        assert Uploading(budget, b"%d" % number, slow=number == places - 1).begin()
+    new = Uploading(budget, b"new", slow=False)
+    assert [new.begin(), new.begin()] == [False, True]
 
 
 class Pipelining(Named):

@@ -30,7 +30,7 @@ def add_admin_options(parser: argparse.ArgumentParser) -> None:
 
 def _of_one(urls: str) -> str:
     """The first of several addresses. With a password, which is refused and may hold commas, all of it."""
-    return (urls if "@" in urls else urls.split(",")[0]).removeprefix("dns+")
+    return (urls if "@" in urls else urls.split(",", maxsplit=1)[0]).removeprefix("dns+")
 
 
 def admin_request(options: argparse.Namespace, method: str, path: str, **body: Any) -> httpx.Response:

@@ -9,8 +9,8 @@ from hemostat.relay.shares import Holding, Shares
 
 UPLOAD_SHARE: Final = 4
 """One of so many upstream connections may wait for the rest of a request's body."""
-MAX_EXAMINED_UPLOADS: Final = 32
-"""Of the oldest ones, where a slow one is looked for: those that are not slow come to their end."""
+MAX_EXAMINED_UPLOADS: Final = 128
+"""At a time, where a slow one is looked for: as many as there are with `upstream.max_connections` at its default."""
 FREED_SHARE: Final = 8
 """Memory is returned where one of so many parts of the limit has been given back."""
 
@@ -37,7 +37,7 @@ class RequestBudget:
         self._max_uploads = max(1, max_connections // UPLOAD_SHARE)
         self._uploads = Shares()
         self._uploading: dict[Holding, None] = {}
-        """Oldest first."""
+        """Those first that have not been looked at for longest."""
 
     @property
     def held_bytes(self) -> int:
@@ -103,7 +103,9 @@ class RequestBudget:
         del self._uploading[upload]
 
     def _slow_upload(self, now: float) -> Holding | None:
-        oldest = islice(self._uploading, MAX_EXAMINED_UPLOADS)
-        return next(
-            (upload for upload in oldest if upload.owner is not None and upload.owner.uploads_slowly(now)), None
-        )
+        for upload in tuple(islice(self._uploading, MAX_EXAMINED_UPLOADS)):
+            if upload.owner is not None and upload.owner.uploads_slowly(now):
+                return upload
+            del self._uploading[upload]
+            self._uploading[upload] = None  # to the end
+        return None
