@@ -223,7 +223,7 @@ class Runner:
             *("-W", "default", "-m", "not vllm", "--tb=short", f"--junitxml={results}", *GROUPS[name]),
         ]
         began = time.monotonic()
-        environment.run(command, ROOT, log, self._report, versions.PYTEST_PROGRESS, self._variables())
+        succeeded = environment.run(command, ROOT, log, self._report, versions.PYTEST_PROGRESS, self._variables())
         outcome = Outcome(seconds=time.monotonic() - began)
         if not results.exists():
             outcome.reason = f"pytest did not finish; see {log}"
@@ -232,6 +232,8 @@ class Runner:
         outcome.counts = groups.get(name, outcome.counts)
         if not outcome.counts.passed and not outcome.failures:
             outcome.reason = f"no test ran; see {log}"
+        elif not succeeded and not outcome.failures:
+            outcome.reason = f"pytest did not end as it should; see {log}"
         return outcome
 
     def _variables(self) -> dict[str, str]:

@@ -154,11 +154,11 @@ def test_a_group_without_results_or_with_a_failure_does_not_pass(
     assert "pytest did not finish" in silent.reason
     case = '<testcase classname="tests.doctor.a" name="b">{}</testcase>'
 
-    def pytest_of(inside: str, cases: int) -> Any:
+    def pytest_of(inside: str, cases: int, succeeds: bool = True) -> Any:
         def run(command: list[str], *_: Any) -> bool:
             (results,) = [part.partition("=")[2] for part in command if part.startswith("--junitxml=")]
             Path(results).write_text(f"<testsuites><testsuite>{case.format(inside) * cases}</testsuite></testsuites>")
-            return True
+            return succeeds
 
         return run
 
@@ -170,6 +170,8 @@ def test_a_group_without_results_or_with_a_failure_does_not_pass(
     ):
         monkeypatch.setattr(bounds.environment, "run", pytest_of(inside, cases))
         assert newest.test("doctor").good is good, inside
+    monkeypatch.setattr(bounds.environment, "run", pytest_of("", 1, succeeds=False))
+    assert "did not end as it should" in newest.test("doctor").reason, "pytest was ended before all tests had run"
 
 
 def test_the_table_names_bounds_and_what_failed(bounds: ModuleType) -> None:
