@@ -70,7 +70,7 @@ def copy_checkpoint(source: Path, destination: Path, progress: Progress = lambda
             if path.name != MANIFEST:
                 shutil.copyfile(path, folder / path.name)
 
-    build_folder(destination, read_made_from(source), write, progress)
+    build_folder(destination, read_made_from(source) or {}, write, progress)
 
 
 def cache_folder() -> Path:
@@ -99,7 +99,7 @@ def build_folder(
 
     overwrite: replace what this package wrote there before. Raises FolderTakenError.
     """
-    destination = destination.absolute()
+    destination = destination.resolve()  # a link to a folder stays: the folder is replaced
     made_from = json.loads(json.dumps(made_from))  # as it is read again
     destination.parent.mkdir(parents=True, exist_ok=True)
     with _locked(destination.parent, progress):
@@ -118,9 +118,15 @@ def build_folder(
             files = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
             manifest = json.dumps({"made_from": made_from, "files": files}, indent=2)
             (folder / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
-            if destination.exists():
-                destination.rename(Path(scratch) / "old")
-            folder.rename(destination)
+            if not is_free(destination):  # somebody may have written there meanwhile
+                require_replaceable(destination, made_from, overwrite=overwrite)
+            old = destination.rename(Path(scratch) / "old") if destination.exists() else None
+            try:
+                folder.rename(destination)
+            except OSError:
+                if old is not None:
+                    old.rename(destination)
+                raise
         progress(f"{destination.name}: written")
 
 
@@ -160,8 +166,10 @@ def _locked(folder: Path, progress: Progress) -> Iterator[None]:
         os.close(lock)
 
 
-def read_made_from(folder: Path) -> Any:
-    return _manifest(folder).get("made_from")
+def read_made_from(folder: Path) -> dict[str, Any] | None:
+    """None where it is missing or damaged."""
+    found = _manifest(folder).get("made_from")
+    return found if isinstance(found, dict) else None
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
