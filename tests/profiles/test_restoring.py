@@ -193,8 +193,51 @@ def test_killed_between_two_writes_no_event_says_that_something_serves_which_doe
         killed.allowed = math.inf
         again = Bench(killed, known=False).restart(crash=True)
         again.profiles.set_model_pair(MODEL, V)
+        if action == "pin" and "pin" in again.decisions():
+            assert again.profiles.serving.pinned, writes
         last = next(d for d in [*reversed(again.decisions()), ""] if d in ("promote", "pin", "roll_back", ""))
         assert again.serves() or last in ("roll_back", ""), writes
+
+
+@pytest.mark.parametrize("cause", ["lost", "evicted"])
+def test_killed_while_several_are_withdrawn_none_is_without_an_event(cause: str) -> None:
+    """What serves is written once, after all events: after a kill before that, all is withdrawn again."""
+    kinds = (REST_KIND, "a", "b", "c")
+    settings: dict[str, Any] = {"evidence": Evidence(kinds=1)} if cause == "evicted" else {}
+
+    def begin() -> tuple[_Killed, set[tuple[str, str, str]]]:
+        """A store, and what a restart has to withdraw: decision, kind and version."""
+        store = _Killed()
+        bench = Bench(store)
+        for kind in ("a", *kinds[1:]):
+            bench.profiles.kinds.see(kind)
+        versions = [bench.profiles.operator.import_profile(helpful(seed)) for seed in range(len(kinds))]
+        for kind, version in zip(kinds, versions, strict=True):
+            bench.profiles.operator.promote(version, kind)
+        waiting = [bench.profiles.operator.import_profile(harmful(seed=seed)) for seed in range(2)]
+        bench.profiles.writer.save()
+        served = [("roll_back", kind, version) for kind, version in zip(kinds, versions, strict=True)]
+        if cause == "evicted":
+            return store, set(served[2:])
+        for version in [*versions, *waiting]:
+            store.put_profile(StoredProfile(version, b"junk", 0.0))
+        return store, {*served, *(("drop", "", version) for version in waiting)}
+
+    def restarted(store: _Killed) -> Bench:
+        return Bench(store, known=False).restart(crash=True, **settings)
+
+    store, expected = begin()
+    before = store.writes
+    restarted(store)
+    whole = store.writes - before
+    assert whole > len(expected)
+    for allowed in range(whole):
+        store, expected = begin()
+        store.allowed = store.writes + allowed
+        restarted(store)
+        store.allowed = math.inf
+        events = restarted(store).profiles.events.newest_first()
+        assert expected <= {(event["decision"], event["kind"], event["version"]) for event in events}, allowed
 
 
 def test_a_restart_deletes_the_oldest_profiles_of_a_store_that_grew_too_large() -> None:

@@ -95,12 +95,12 @@ class Operator:
         self._require_servable(version, kinds)
         for each in kinds:
             state = self._serving.kinds[each]
+            state.pinned = True
             if version == state.version:
+                self._writer.write_serving()
                 self._record(Decision.PIN, version, "pinned by the operator", each)
             else:
                 self._serve(Decision.PIN, version, each, "pinned by the operator")
-            state.pinned = True
-        self._writer.write_serving()
 
     def unpin(self, kind: str | None = None) -> None:
         """The pinned profile goes on serving, and is judged again, in a window that begins now."""

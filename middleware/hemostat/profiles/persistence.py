@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import msgspec
 
@@ -115,9 +116,25 @@ class StateWriter:
         """Records have changed something since the last `save`."""
         self._begun = False
         """A test or a window has begun since the tests were written."""
+        self._held = False
+        """See `together`."""
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What serves and the tests are written once, at the end of several changes: a process that is killed before
+        that has changed none of it."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        self.write_serving()
+        self.write_tests()
 
     def write_serving(self) -> None:
         """What serves by kind, the kinds that are followed, and the queue."""
+        if self._held:
+            return
         kinds = {name: self._stored_kind(name, state) for name, state in self._serving.kinds.items()}
         queue = [(c.version, c.scope, c.source) for c in self._trials.queue]
         stored = StoredServing(self._serving.scopes.kind, self._kinds.table.save().decode(), kinds, queue)
@@ -140,6 +157,8 @@ class StateWriter:
 
     def write_tests(self) -> None:
         """All tests and windows, as they are now."""
+        if self._held:
+            return
         self._saved_at, self._begun = self._wall(), False
         self._writes.set_state(TESTS_KEY, self._trials.guard.save().decode())
 

@@ -75,19 +75,22 @@ class Restoring:
         self._events.restore(reversed(events))
         served, damage = _served(states)
         kinds, queue = self._apply(stored, states, served)
-        # These write to the store: only now that everything was read.
-        if damage:
-            self._events.record(Decision.ROLL_BACK, Reason.LOST, IDENTITY, ALL, damage, {})
-            self._writer.write_serving()
-        for name, cause in kinds.items():
-            state, kind = self._serving.kinds[name], served.kinds[name]
-            state.version, state.learned_of = kind.version, kind.learned_of
-            self._lifecycle.roll_back(name, *cause, {})
-        for candidate, cause in queue.items():
-            self._lifecycle.drop(candidate, *cause)
-        for name in served.kinds.keys() - self._serving.kinds.keys():  # `evidence.kinds` is lower than before
-            self._serving.kinds[name] = _state(served.kinds[name], serves=True)
-            self._lifecycle.kind_evicted(name)
+        evicted = [name for name in served.kinds if name not in self._serving.kinds]  # `evidence.kinds` is lower now
+        if not (damage or kinds or queue or evicted):
+            return
+        # Only now that everything was read. The events first: what is withdrawn is not in the state any more.
+        with self._writer.together():
+            if damage:
+                self._events.record(Decision.ROLL_BACK, Reason.LOST, IDENTITY, ALL, damage, {})
+            for name, cause in kinds.items():
+                state, kind = self._serving.kinds[name], served.kinds[name]
+                state.version, state.learned_of = kind.version, kind.learned_of
+                self._lifecycle.roll_back(name, *cause, {})
+            for candidate, cause in queue.items():
+                self._lifecycle.drop(candidate, *cause)
+            for name in evicted:
+                self._serving.kinds[name] = _state(served.kinds[name], serves=True)
+                self._lifecycle.kind_evicted(name)
 
     def _apply(
         self, stored: Iterable[StoredProfile], states: Mapping[str, str | None], served: StoredServing
