@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -112,14 +111,12 @@ async def test_the_mode_is_switched_at_once_and_relays_are_told(one: Control, cl
     one.profile_manager.operator.promote(version)
     told: list[Policy] = []
     one.link.set_policy = told.append  # type: ignore[method-assign]
-    writing = asyncio.create_task(one.writer.run())
     for mode, serving in (("auto", version), ("off", None), ("observe", None)):
         response = await client.post("/api/v1/calibration", headers=AUTHORIZED, json={"mode": mode})
         assert response.json() == {"mode": mode}
         assert (told[-1].mode, told[-1].serving_by_kind.get(REST_KIND)) == (mode, serving)
         assert (await client.get("/api/v1/status")).json()["profile"]["mode"] == mode
     assert [policy.generation for policy in told] == [1, 2, 3]
-    writing.cancel()
 
 
 @pytest.mark.parametrize("body", [b"", b"off", b'{"mode": "on"}', b'{"mode": "off", "x": 1}', b"[]", b'{"mode": null}'])

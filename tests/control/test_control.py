@@ -14,8 +14,9 @@ import msgspec
 import numpy as np
 import pytest
 from tests.support.adapters import adapter
+from tests.support.admin_server import admin_client
 from tests.support.captures import capture
-from tests.support.control import control, profile, scored, settings, status_json
+from tests.support.control import AUTHORIZED, control, profile, scored, settings, status_json
 from tests.support.engine_profiles import make_contextual
 from tests.support.fake_vllm import VOCAB, FakeVllm, serving
 from tests.support.waiting import until
@@ -310,6 +311,28 @@ async def test_a_mode_that_cannot_be_kept_applies_and_the_operator_is_told(
         monkeypatch.undo()
         assert await one.actions.set_mode("off"), "sent again, it is kept"
         writing.cancel()
+
+
+async def test_an_action_that_cannot_be_kept_applies_and_is_not_answered_as_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"}, calibration={"mode": "auto"})
+    async with control(tmp_path, made) as one, admin_client(one) as client:
+        version = await one.actions.import_profile(profile().to_bytes(), "")
+
+        def full(*_: object) -> None:
+            raise StoreFailure("database or disk is full")
+
+        monkeypatch.setattr(one.store, "set_state", full)
+        for action, body in (("promote", {"version": version}), ("pin", {"version": version}), ("rollback", {})):
+            answer = await client.post(f"/api/v1/profiles/{action}", headers=AUTHORIZED, json=body)
+            assert answer.status_code == 507, answer.text
+            assert "the store could not keep it" in answer.json()["detail"]
+            assert (one.profile_manager.serving.selected == version) is (action != "rollback"), action
+        answer = await client.post("/api/v1/profiles", headers=AUTHORIZED, content=profile(1).to_bytes())
+        assert answer.status_code == 507
+        monkeypatch.undo()
+        await one.actions.promote(version, None)
 
 
 async def test_two_middlewares_with_other_versions_share_an_engine_and_a_store(tmp_path: Path) -> None:

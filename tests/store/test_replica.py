@@ -34,7 +34,7 @@ from hemostat.control.stored_state import STATE_KEYS
 from hemostat.ipc.messages import REST_KIND, EngineHealth, Policy
 from hemostat.store import replica as replica_module
 from hemostat.store import writer as writer_module
-from hemostat.store.protocol import LeaseAnswer, StoreAccessDenied, StoredProfile, StoreFailure
+from hemostat.store.protocol import LeaseAnswer, NotKeptError, StoreAccessDenied, StoredProfile, StoreFailure
 from hemostat.store.valkey import ValkeyStore
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -264,7 +264,8 @@ async def test_a_store_that_crashes_changes_nothing_and_comes_back(
         server.kill()
         # Decided while it still leads by its own clock, written when the store is back.
         other = leader.profile_manager.operator.import_profile(profile(1))
-        await leader.actions.promote(other, None)
+        with pytest.raises(NotKeptError):
+            await leader.actions.promote(other, None)
         await until(lambda: not leader.lease.leads)
         assert leader.lease.is_last_leader
         assert follower.profile_manager.serving.version == mine.version

@@ -75,10 +75,15 @@ class Served:
 
 @asynccontextmanager
 async def admin_client(one: Control, tokens: Tokens = Tokens(TOKEN)) -> AsyncIterator[httpx.AsyncClient]:  # noqa: B008
-    """Of the admin port, without a server."""
+    """Of the admin port, without a server. The store is written to meanwhile."""
     transport = httpx.ASGITransport(create_app(one, tokens, lambda: 0.0))
-    async with httpx.AsyncClient(transport=transport, base_url="http://admin") as client:
-        yield client
+    writing = asyncio.create_task(one.writer.run())
+    try:
+        async with httpx.AsyncClient(transport=transport, base_url="http://admin") as client:
+            yield client
+    finally:
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from hemostat.admin.history import History
 from hemostat.admin.status import Status
 from hemostat.engines.api import engine_router, read_body
 from hemostat.engines.registry import EngineRegistry
+from hemostat.store.protocol import NotKeptError
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import VERSION_PATTERN
 
@@ -65,7 +66,8 @@ class ProfilesView(Protocol):
 
 
 class Actions(Protocol):
-    """Of `hemostat.control.operator_actions.OperatorActions`; every method may raise HemostatError."""
+    """Of `hemostat.control.operator_actions.OperatorActions`; every method may raise HemostatError: where it is a
+    NotKeptError, the action applies."""
 
     async def import_profile(self, data: bytes, scope: str) -> str: ...
 
@@ -185,7 +187,7 @@ def create_app(
 
     @app.exception_handler(HemostatError)
     async def refused(_: Request, error: HemostatError) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, 400)
+        return JSONResponse({"detail": str(error)}, 507 if isinstance(error, NotKeptError) else 400)
 
     app.add_middleware(Harden, names=names)
 

@@ -20,14 +20,15 @@ from hemostat.measurement.alarms import Alarms
 from hemostat.profiles.manager import ProfileManager
 from hemostat.store.errors import StoreErrorLog
 from hemostat.store.lease import Lease
-from hemostat.store.protocol import Store, StoredProfile, StoreFailure
+from hemostat.store.protocol import NotKeptError, Store, StoredProfile, StoreFailure
 from hemostat.store.replica import COMMAND_SECONDS, Replica
 from hemostat.store.writer import StoreWriter
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 MAX_WRITE_SECONDS = 2.0
-"""How long an action waits for the store before it is answered: what was answered outlasts the process."""
+"""How long an action waits for the store: what is answered as done outlasts the process, anything else is
+`NotKeptError`."""
 NOT_KEPT = "not kept"
 """The leader's answer to a change of the mode that applies, and that its store has not kept."""
 
@@ -137,7 +138,7 @@ class ModeOverride:
 
 
 class OperatorActions:
-    """Implements what the admin port calls.
+    """Implements what the admin port calls. NotKeptError where an action applies, and the store has not kept it.
 
     replica: None without a store that replicas share. wall: Unix time. on_change: called after an import.
     """
@@ -170,9 +171,10 @@ class OperatorActions:
         """A profile to be tested; its version. InvalidProfileError, HemostatError."""
         profile = await asyncio.to_thread(CalibrationProfile.from_bytes, data)
         if self._replica is None or self._lease.leads:
+            failures = self._errors.count
             version = self._profiles.operator.import_profile(profile, scope)
             self._on_change()
-            await self._writer.wait_until_written(MAX_WRITE_SECONDS)
+            await self._require_kept(failures)
             return version
         try:
             stored = StoredProfile(profile.version, data, self._wall())
@@ -213,19 +215,32 @@ class OperatorActions:
             # Here first: the leader may be slow to answer, or gone.
             self._override.begin(mode)
             await self._local.execute("mode", [mode])
-        answer = await self._execute_at_once("mode", mode)
-        if answer is not None:
-            self._override.end()
-        written = await self._writer.wait_until_written(MAX_WRITE_SECONDS)
-        return answer not in (None, NOT_KEPT) and written and self._errors.count == failures
+        try:
+            answer = await self._execute_at_once("mode", mode)
+            if answer is not None:
+                self._override.end()
+            await self._require_kept(failures)
+        except NotKeptError:
+            return False
+        return answer not in (None, NOT_KEPT)
 
     async def _execute(self, action: str, *arguments: str | None) -> str:
         """Here where this replica leads, else by the leader."""
         if self._replica is None or self._lease.leads:
+            failures = self._errors.count
             result = await self._local.execute(action, list(arguments))
-            await self._writer.wait_until_written(MAX_WRITE_SECONDS)
+            await self._require_kept(failures)
             return result
         return await self._replica.send(action, *arguments)
+
+    async def _require_kept(self, failures: int) -> None:
+        """NotKeptError where what was done is not in the store yet. failures: of the store, before the action."""
+        written = await self._writer.wait_until_written(MAX_WRITE_SECONDS)
+        if not written or self._errors.count != failures:
+            raise NotKeptError(
+                "this applies now, but the store could not keep it: a restart may undo it. See the log and "
+                "hemostat_store_errors_total"
+            )
 
     async def _execute_at_once(self, action: str, *arguments: str | None) -> str | None:
         """An action that ends something is carried out here even when the store does not answer, and everywhere as soon

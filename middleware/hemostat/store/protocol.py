@@ -35,6 +35,10 @@ class StoreFailure(HemostatError):
     """The store could not be read or written."""
 
 
+class NotKeptError(HemostatError):
+    """What an operator did applies now, and the store has not kept it."""
+
+
 class StoreUnreachable(StoreFailure):
     """The server does not answer; a later attempt may succeed."""
 
