@@ -35,6 +35,14 @@ def shown_address(url: str) -> str:
     return f"{scheme}{'***@' if at else ''}{parts[1]}{'…' if parts[1] != place else ''}"
 
 
+def with_detail(state: str, detail: str) -> str:
+    """
+    >>> with_detail("building", "reading the checkpoints"), with_detail("idle", "")
+    ('building: reading the checkpoints', 'idle')
+    """
+    return f"{state}: {detail}" if detail else state
+
+
 def in_words(error: BaseException) -> str:
     """What an error of another library says, in one line of at most `MAX_CHARACTERS`; the name of its class where it
     says nothing.

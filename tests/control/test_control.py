@@ -28,6 +28,7 @@ from hemostat.engines.messages import EngineReport
 from hemostat.ipc.messages import REST_KIND, Policy, Stats
 from hemostat.profiles.serving import ServedModel
 from hemostat.reference import monitor
+from hemostat.reference.match import Match
 from hemostat.store.protocol import StoreFailure
 from hemostat.store.writer import MAX_QUEUED_WRITES
 from hemostat_calibration.errors import HemostatError
@@ -120,14 +121,26 @@ async def test_another_vocabulary_is_a_mismatch(
         assert not told[-1].scoring
 
 
-async def test_an_upstream_that_is_not_there_yet_is_waited_for(reference: tuple[FakeVllm, str], tmp_path: Path) -> None:
+async def test_an_upstream_that_is_not_there_yet_is_waited_for(
+    reference: tuple[FakeVllm, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with serving(FakeVllm()) as url:
         pass
     async with watched(tmp_path, pair(url, reference[1])) as (one, _):
         await until(lambda: "does not answer" in one.monitor.detail)
         assert one.monitor.state == "starting"
+        while_compared = []
+        compare = monitor.compare
+
+        async def noted(*given: Any) -> Match:
+            while_compared.append(one.monitor.detail)
+            return await compare(*given)
+
+        monkeypatch.setattr(monitor, "compare", noted)
         with serving(FakeVllm(), int(url.rpartition(":")[2])):
             await until(lambda: one.monitor.state == "ready")
+        # A busy server takes a while for it.
+        assert set(while_compared) == {"the upstream answers; its model is compared with the reference"}
 
 
 async def test_adapters_are_told_to_relays_as_they_come_and_go(

@@ -244,7 +244,10 @@ def test_what_is_made_of_adapters_and_what_the_arms_received_are_one_line_each()
         "engine": {"state": "ready", "detail": "", "ready": ["a" * 32]},
     }
     assert view.adapter_line({"adapter": adapter | {"state": "off"}}) == ""
-    line = "adapter: collecting, 2,345 tokens known; at the engine ready, 1 may be asked for; 7 requests judged exactly"
+    line = (
+        "adapter collecting, 2,345 tokens known; at the engine: ready, 1 can be used; "
+        "7 requests judged on copies of the model"
+    )
     assert view.adapter_line({"adapter": adapter}) == line
     built = {
         "version": "b" * 32,

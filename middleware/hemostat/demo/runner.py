@@ -42,6 +42,7 @@ from hemostat.models.checkpoint_folders import FolderTakenError, copy_checkpoint
 from hemostat.models.reference_checkpoint import Checkpoints, cached_checkpoints
 from hemostat.models.vllm_server import VllmServer, runnable
 from hemostat_calibration.errors import HemostatError
+from hemostat_calibration.messages import with_detail
 
 SERVED_NAME = "smollm2-135m-instruct"
 DATA_PORT, ADMIN_PORT = 8080, 8081
@@ -119,7 +120,7 @@ class _Demo:
             logs = options.keep / "logs"
             logs.mkdir(exist_ok=True)
             (options.keep / RECORDS).unlink(missing_ok=True)
-        self._say("checkpoints")
+        self._say("the checkpoints of both models: made at the first run, kept for the next ones")
         checkpoints = await self._first([], asyncio.to_thread(self._checkpoints))
         served = await self._first([], asyncio.to_thread(runnable, checkpoints.compressed, self._say))
         data_port, admin_port = preferred_port(DATA_PORT), preferred_port(ADMIN_PORT)
@@ -211,11 +212,14 @@ class _Demo:
             if time.monotonic() - began > REFERENCE_TIMEOUT_SECONDS:
                 raise DemoFailure(f"the reference is not ready ({state}): {detail}\n{log_tail(Path(scene.logs))}")
             late = time.monotonic() - began > REFERENCE_DETAIL_SECONDS
-            if late and (news := f"reference {state}: {detail}") != printed:
+            if late and (news := f"reference {with_detail(state, detail)}") != printed:
                 self._say(news)
                 printed = news
             await asyncio.sleep(POLL_SECONDS)
-        while scene.status["learner"]["state"] == "starting":  # noqa: ASYNC110  polled, like the rest of the scene
+        while (learner := scene.status["learner"])["state"] == "starting":
+            if (news := f"learner {with_detail(learner['state'], learner['detail'])}") != printed:
+                self._say(news)
+                printed = news
             await asyncio.sleep(POLL_SECONDS)
         began = time.monotonic()
         while self._forced is not None and self._forced not in scene.status["engines"]["acknowledged"]:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from hemostat.demo.traffic import Traffic
 from hemostat_calibration.guard.decisions import Figure
+from hemostat_calibration.messages import with_detail
 
 UNKNOWN = "–"
 DECISION_WORDS = {"drop": "end the tests of", "roll_back": "roll back"}
@@ -95,8 +96,8 @@ def status_line(scene: Scene) -> str:
         f"shadowed {requests.get('shadowed', 0)}, scored {requests.get('scored', 0)} choices "
         f"({scene.status.get('tokens_scored', 0)} tokens); "
         f"KL {interval(raw.get('kl_nats'))} nats, calibrated {interval(calibrated.get('kl_nats'))}; "
-        f"TV {number(raw.get('total_variation'))}; top-1 {percent(raw.get('top1_agreement'))}; "
-        f"profile {profile.get('version', UNKNOWN)}{_recovered(scene.status)}"
+        f"total variation {number(raw.get('total_variation'))}; same top-1 {percent(raw.get('top1_agreement'))}; "
+        f"{_served(profile)}{_recovered(scene.status)}"
     )
 
 
@@ -123,14 +124,14 @@ def adapter_line(status: Mapping[str, Any]) -> str:
     adapter = status.get("adapter") or {}
     if not adapter or adapter["state"] == "off":
         return ""
-    state = " ".join(filter(None, [f"adapter: {adapter['state']}", adapter["detail"]]))
+    state = f"adapter {with_detail(adapter['state'], adapter['detail'])}"
     parts = [f"{state}, {adapter['tokens']:,} tokens known"]
     if built := adapter["last_build"]:
         parts.append(_built(built))
     engine, judge = adapter["engine"], adapter["judge"]
     detail = f" ({engine['detail']})" if engine["detail"] else ""
-    parts.append(f"at the engine {engine['state']}{detail}, {len(engine['ready'])} may be asked for")
-    parts.append(f"{judge['judged']} requests judged exactly")
+    parts.append(f"at the engine: {engine['state']}{detail}, {len(engine['ready'])} can be used")
+    parts.append(f"{judge['judged']} requests judged on copies of the model")
     return "; ".join(parts)
 
 
@@ -198,7 +199,7 @@ def render(scene: Scene) -> RenderableType:
     if learner := status.get("learner"):
         flow.add_row("learner", f"{learner['state']}  {learner['detail']}  {learner['tokens']:,} tokens")
     if line := adapter_line(status):
-        flow.add_row("adapter", line.removeprefix("adapter: "))
+        flow.add_row("adapter", line.removeprefix("adapter "))
     for kind in _met_kinds(status)[:MAX_KINDS_SHOWN]:
         flow.add_row(kind["kind"], f"{percent(kind['share'])} of the traffic; {kind['summary']}")
     for event in [e for e in scene.decisions if e["decision"] != "propose"][:MAX_DECISIONS_SHOWN]:
@@ -285,6 +286,11 @@ def _estimate(figure: Mapping[str, Any] | None) -> str:
 def _waiting(requests: Mapping[str, Any], queue: Mapping[str, Any]) -> str:
     waiting = requests.get("pending", queue.get("depth", 0))
     return f"{waiting} waiting ({queue.get('lag_seconds', 0.0):.1f} s behind)"
+
+
+def _served(profile: Mapping[str, Any]) -> str:
+    version = profile.get("version", UNKNOWN)
+    return "no profile serves" if version == "identity" else f"profile {version} serves"
 
 
 def _profile(profile: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ from hemostat.metrics.samples import Sample
 from hemostat.profiles.scopes import ALL
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.errors import HemostatError
+from hemostat_calibration.messages import with_detail
 from hemostat_calibration.profiles.contextual import probe_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors_digest
@@ -465,7 +466,7 @@ class Learner:
         # The progress of training is not logged.
         if state != self.state and LearnerState.TRAINING not in {state, self.state}:
             failed = state in {LearnerState.DOWN, LearnerState.UNAVAILABLE}
-            log.log(logging.ERROR if failed else logging.INFO, "learner %s %s", state, detail)
+            log.log(logging.ERROR if failed else logging.INFO, "learner %s", with_detail(state, detail))
         self.state, self.detail = state, detail
 
     def reset(self) -> None:

@@ -121,6 +121,8 @@ class ReferenceMonitor:
                 return
         try:
             self._set_served(await served_pairs(references, server, await self._cards(server), self.served.pairs))
+            if self.state is ReferenceState.STARTING:
+                self._set_state(self.state, "the upstream answers; its model is compared with the reference")
             for pair in self.served.pairs:
                 if pair.state is not ReferenceState.READY:
                     self._update(await self._compared(pair, server))

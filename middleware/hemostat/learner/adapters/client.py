@@ -23,6 +23,7 @@ from hemostat.metrics.samples import Sample
 from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.errors import HemostatError
+from hemostat_calibration.messages import with_detail
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 log = logging.getLogger("hemostat.adapters")
@@ -351,7 +352,7 @@ class AdapterLearner:
         # The progress of a build is not logged.
         if state != self.state:
             failed = state in {AdapterState.DOWN, AdapterState.UNAVAILABLE}
-            log.log(logging.ERROR if failed else logging.INFO, "adapters: %s %s", state, detail)
+            log.log(logging.ERROR if failed else logging.INFO, "adapters %s", with_detail(state, detail))
         self.state, self.detail = state, detail
 
 

@@ -28,6 +28,7 @@ from hemostat.learner.wire import parts
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat_calibration.arrays import Ids
+from hemostat_calibration.messages import with_detail
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
 from hemostat_calibration.records import ExactDistances, TokenRecord
 
@@ -380,7 +381,9 @@ class AdapterJudge:
     def _set_state(self, state: JudgeState, detail: str) -> None:
         if (state, detail) != (self.state, self.detail):
             failed = state in {JudgeState.DOWN, JudgeState.UNAVAILABLE}
-            log.log(logging.ERROR if failed else logging.INFO, "copies that judge adapters: %s %s", state, detail)
+            log.log(
+                logging.ERROR if failed else logging.INFO, "copies that judge adapters: %s", with_detail(state, detail)
+            )
         self.state, self.detail = state, detail
 
     def reset(self) -> None:
