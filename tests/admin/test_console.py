@@ -342,7 +342,7 @@ def test_the_operators_actions(page: Page, one: Served) -> None:
 
 
 @needs_chromium
-def test_without_a_reference_the_headline_says_that_nothing_is_measured(browser: Browser, tmp_path: Path) -> None:
+def test_the_headline_says_that_nothing_is_measured_or_that_nothing_is_known(browser: Browser, tmp_path: Path) -> None:
     async def fill(control: Control, folder: Path) -> StreamWriter:
         control.monitor.state, control.monitor.detail = ReferenceState.DOWN, "http://ref:8000 refuses connections"
         return await connect_relay(control, folder, 1, relay_stats())
@@ -359,7 +359,12 @@ def test_without_a_reference_the_headline_says_that_nothing_is_measured(browser:
         other.do(lambda control: setattr(control.monitor, "state", ReferenceState.READY))
         expect(page.locator("#alarm")).to_have_text("No data yet", timeout=10_000)
         assert page.locator("#connection").get_attribute("class") == "pill good"
-        page.close()
+    # The admin port is gone.
+    expect(page.locator("#alarm")).to_have_text(
+        "Whether anything is wrong is not known: the admin port does not answer", timeout=10_000
+    )
+    assert page.title() == "NOT KNOWN – Hemostat"
+    page.close()
 
 
 @needs_chromium

@@ -586,6 +586,9 @@ function listen() {
   });
   stream.onerror = () => {
     say("connection", "the admin port does not answer; reconnecting. The figures are out of date", "pill bad");
+    $("verdict").className = "verdict wait";  // a green headline would be of before
+    say("alarm", "Whether anything is wrong is not known: the admin port does not answer");
+    document.title = "NOT KNOWN – Hemostat";
     // The browser reconnects by itself unless the answer was an error.
     if (stream.readyState === EventSource.CLOSED) setTimeout(listen, 3000);
   };
