@@ -34,7 +34,8 @@ class Captures:
 
         @functools.wraps(begin)
         def capture_begin(*arguments: Any, **options: Any) -> None:
-            self._holds = self._lock.acquire(timeout=MAX_WAIT_SECONDS)
+            # One that raised may not have been ended.
+            self._holds = self._holds or self._lock.acquire(timeout=MAX_WAIT_SECONDS)
             try:
                 begin(*arguments, **options)
             except BaseException:

@@ -77,6 +77,16 @@ def test_a_load_waits_for_the_end_of_a_capture(graphs: Any, monkeypatch: pytest.
     assert library.put(PROFILE)
 
 
+def test_a_capture_that_was_never_ended_is_over_with_the_next(graphs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = on_a_gpu(monkeypatch)
+    monkeypatch.setattr(modules, "MAX_WAIT_SECONDS", 0.01)
+    graphs().capture_begin()
+    graph = graphs()
+    graph.capture_begin()
+    graph.capture_end()
+    assert library.put(PROFILE)
+
+
 def test_a_capture_waits_for_the_end_of_a_load(graphs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
