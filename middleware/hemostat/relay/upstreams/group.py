@@ -106,14 +106,17 @@ class Upstreams:
     def _raise_loads(self, loads: list[int]) -> None:
         """An engine that fails its requests at once has few in progress: it counts as loaded as the others are, so that
         it does not get most of the requests."""
-        others = [
-            load for one, load in zip(self.engines, loads, strict=True) if load != UNAVAILABLE and not one.failing
-        ]
-        if others:
-            mean = sum(others) // len(others)
-            for index, engine in enumerate(self.engines):
-                if engine.failing and UNAVAILABLE < loads[index] < mean:
-                    loads[index] = mean
+        total = others = 0
+        for index, engine in enumerate(self.engines):
+            if loads[index] != UNAVAILABLE and not engine.failing:
+                total += loads[index]
+                others += 1
+        if not others:
+            return
+        mean = total // others
+        for index, engine in enumerate(self.engines):
+            if engine.failing and UNAVAILABLE < loads[index] < mean:
+                loads[index] = mean
 
     def take_retry(self) -> bool:
         """One more request may be sent to another engine after one has failed it."""
