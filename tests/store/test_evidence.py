@@ -120,7 +120,9 @@ async def test_alarms_are_of_all_replicas_and_shown_by_each(shared_server: Valke
         events = [event["decision"] for event in ones.controls[0].store.events(100)]
         assert events.count("alarm") == 1, "raised once, and not once by each replica"
         assert [len(one.alarms.events) for one in ones.controls] == [1, 1, 1]
+        writing = asyncio.create_task(ones.controls[0].writer.run())
         report = await ones.controls[0].actions.rebase(None)
+        writing.cancel()
         assert all(kind["baseline_requests"] == 0 for kind in report["kinds"])
 
 

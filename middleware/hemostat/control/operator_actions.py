@@ -26,7 +26,7 @@ from hemostat.store.writer import StoreWriter
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
-MAX_WRITE_SECONDS = 2.0
+MAX_WRITE_SECONDS = 5.0
 """How long an action waits for the store: what is answered as done outlasts the process, anything else is
 `NotKeptError`."""
 NOT_KEPT = "not kept"

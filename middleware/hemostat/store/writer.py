@@ -234,6 +234,7 @@ class StoreWriter:
         StoreUnreachable as soon as the server does not answer."""
         while not self._queue.empty():
             term, write = self._queue.get_nowait()
+            self._queue.task_done()
             if not self._is_due(term, write):
                 continue
             try:
