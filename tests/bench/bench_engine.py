@@ -266,8 +266,9 @@ def transform_alone(
 ) -> list[dict[str, Any]]:
     """Milliseconds of the transform by itself, on as many threads as there are cores; medians."""
     import torch
+    from tests.support.transform import apply_to_all
 
-    from hemostat_engine.transform import HeldProfile, apply_to_rows, evaluate
+    from hemostat_engine.transform import HeldProfile, evaluate
 
     found = []
     for vocab_size in vocabularies:
@@ -278,7 +279,7 @@ def transform_alone(
             work = logits.clone()
 
             def apply(work: torch.Tensor = work, held: HeldProfile = held) -> None:
-                apply_to_rows(held, work, None)
+                apply_to_all(held, work)
 
             def read(logits: torch.Tensor = logits, rows: torch.Tensor = rows, held: HeldProfile = held) -> None:
                 evaluate((held,), logits, rows)
@@ -299,8 +300,9 @@ def parts(profile: CalibrationProfile, batch: int) -> dict[str, float]:
     processor's own cache, as the model's weights leave it between two steps; medians. By these a lower rank can be
     judged: `code` and `clamp_and_add` stay."""
     import torch
+    from tests.support.transform import apply_to_all
 
-    from hemostat_engine.transform import HeldProfile, apply_to_rows
+    from hemostat_engine.transform import HeldProfile
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -321,7 +323,7 @@ def parts(profile: CalibrationProfile, batch: int) -> dict[str, float]:
         return 1e3 * sorted(spent)[len(spent) // 2]
 
     found = {
-        "all": cold(lambda: apply_to_rows(held, logits, None)),
+        "all": cold(lambda: apply_to_all(held, logits)),
         "up": cold(lambda: up(y)),
         "clamp_and_add": cold(lambda: logits.add_(delta.clamp_(-4.0, 4.0))),
     }

@@ -126,7 +126,7 @@ def measure(answers: Answers, given: TapAnswer, *, stream: bool, rounds: int = R
 def admin_port() -> Iterator[tuple[str, threading.Thread]]:
     """Its address, and the thread of its server."""
     app = FastAPI()
-    app.include_router(engine_router(EngineRegistry(), lambda _: None, time.monotonic, lambda: None))
+    app.include_router(engine_router(EngineRegistry(), lambda _: None, time.monotonic))
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, **server_settings()))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

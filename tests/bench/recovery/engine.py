@@ -126,7 +126,7 @@ async def engine(
     lora = ("--enable-lora", "--max-lora-rank", str(max_lora_rank), "--max-loras", str(len(adapters) + 1))
     allowed = {"HEMOSTAT_ADAPTERS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
     app = FastAPI()
-    app.include_router(engine_router(registry, files.get, time.monotonic, lambda: None))
+    app.include_router(engine_router(registry, files.get, time.monotonic))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]

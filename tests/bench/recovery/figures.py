@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from tests.support.transform import apply_to_all
 
 from hemostat_calibration.learning.contextual import hidden_states
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_engine.transform import HeldProfile, apply_to_rows
+from hemostat_engine.transform import HeldProfile
 
 from .engine import Written, one_thread_each
 from .log import say
@@ -98,7 +99,7 @@ def _compared(held: Mapping[str, HeldProfile], log_r: torch.Tensor, z: torch.Ten
         shifted = z
         if profile is not None:
             shifted = z.clone()
-            apply_to_rows(profile, shifted, None)
+            apply_to_all(profile, shifted)
         top = shifted.argmax(-1)
         log_c = torch.log_softmax(shifted, -1)
         c = log_c.exp()

@@ -19,10 +19,11 @@ from tests.bench.recovery.engine import Written
 from tests.bench.recovery.figures import Figures
 from tests.bench.recovery.log import say
 from tests.bench.recovery.stages import Stages
+from tests.support.transform import apply_to_all
 
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_engine.transform import HeldProfile, apply_to_rows
+from hemostat_engine.transform import HeldProfile
 
 TEXTS_AT_ONCE = 16
 _ROWS = 32
@@ -96,7 +97,7 @@ def figures_of(
             for label, states in models.items():
                 z = torch.from_numpy(states[rows]) @ embedding
                 if label in held:
-                    apply_to_rows(held[label], z, None)
+                    apply_to_all(held[label], z)
                 parts[label].append(distances(log_r, z))
     return {label: Figures(*torch.cat(found, -1).double().numpy()) for label, found in parts.items()}
 

@@ -16,9 +16,10 @@ import numpy.typing as npt
 import torch
 from tests.bench.recovery.engine import Written
 from tests.bench.recovery.figures import Figures, groups, interval
+from tests.support.transform import apply_to_all
 
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_engine.transform import HeldProfile, apply_to_rows
+from hemostat_engine.transform import HeldProfile
 
 from .scores import Scorer, Singles, Tokens, distances
 
@@ -70,7 +71,7 @@ def shrunk_figures(
             log_r = torch.log_softmax(torch.from_numpy(reference[rows]) @ embedding, -1)
             z = torch.from_numpy(compressed[rows]) @ embedding
             shifted = z.clone()
-            apply_to_rows(held, shifted, None)
+            apply_to_all(held, shifted)
             parts.append(distances(log_r, z.lerp_(shifted, factors[rows, None])))
     return Figures(*torch.cat(parts, -1).double().numpy())
 
