@@ -100,7 +100,7 @@ WRONG = [
     (UPSTREAM + "shadow: {rate: often}\n", "shadow.rate: 'often' does not fit"),
     (UPSTREAM + "shadow: {rate: yes}\n", "shadow.rate: a number is expected"),
     (UPSTREAM + "shadow: {rate: [1]}\n", "shadow.rate: [1] does not fit"),
-    (UPSTREAM + "shadow: {rate: }\n", "shadow.rate: None does not fit"),
+    (UPSTREAM + "shadow: {rate: }\n", "shadow.rate: null does not fit"),
     (UPSTREAM + "workers: 1.5\n", "workers: 1.5 does not fit"),
     (UPSTREAM + "workers: on\n", "workers: a number is expected"),
     (UPSTREAM + "labels: chat\n", "labels: 'chat' does not fit"),

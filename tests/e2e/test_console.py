@@ -130,7 +130,7 @@ def test_what_is_shown_is_what_the_api_says(page: Page, stack: Stack) -> None:
     assert shown("workload").startswith("Workload: ")
     assert shown("mode") == "observe"
     assert status["compressed"]["models"][0] in shown("models")
-    assert f"{status['requests']['scored']} scored" in shown("rate-sub")
+    assert f"{status['requests']['scored']} choices scored" in shown("rate-sub")
     floor = status["noise_floor"]["compressed"]["kl_nats"]["estimate"]
     assert f"compressed {nats(floor)} nats" in shown("cost")
     assert f"ok {status['proxy']['by_outcome']['ok']}" in shown("proxy")

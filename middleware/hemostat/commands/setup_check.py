@@ -118,7 +118,9 @@ async def _store(settings: Settings) -> Finding:
             "store", State.NO, str(refused).removeprefix("store.url: "), "correct user and password in store.url"
         )
     except StoreFailure as failure:
-        fix = "start it, or change store.url" if not url.startswith("sqlite") else "create it, or change store.url"
+        fix = (
+            "start it, or change store.url" if not url.startswith("sqlite") else "correct the file, or change store.url"
+        )
         detail = str(failure).removeprefix("store.url: ").removeprefix("store ")
         return Finding("store", State.NO, detail, fix)
     shown = f"{shown_address(url)} ({kind or 'of unknown version'})"
@@ -300,7 +302,8 @@ async def _reference(reference: Reference, settings: Settings, served: str | Non
     try:
         info = await reference.start()
     except ReferenceFailure as failure:
-        return [Finding(f"reference{of}", State.NO, str(failure), f"see reference.* for backend {backend}")]
+        fix = f"{'start it, or ' if backend == 'vllm' else ''}correct the settings reference.* (backend {backend})"
+        return [Finding(f"reference{of}", State.NO, str(failure), fix)]
     detail = f"{backend}: {info.model} ({info.dtype}, {info.vocab_size} tokens), {info.figures_follow}"
     # A list of top ids is enough for what is asked for, and hidden states would give more.
     better = f"for exact figures, {info.exact_with}" if info.exact_with else ""

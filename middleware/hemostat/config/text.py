@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import reprlib
 from collections.abc import Sequence
 
@@ -17,7 +18,10 @@ def dotted_key(key: Sequence[str | int]) -> str:
 
 
 def short_repr(value: object) -> str:
-    """A short representation of any value, including cyclic and very large ones; of an address without credentials."""
+    """A short representation of any value, including cyclic and very large ones; of an address without credentials, of
+    null, true and false as YAML writes them."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
     if isinstance(value, str) and ("@" in value or "://" in value):
         return repr(shown_address(value))
     return "the value" if "@" in str(value) or "://" in str(value) else reprlib.repr(value)

@@ -40,6 +40,7 @@ from hemostat.store.protocol import (
 )
 from hemostat.store.replica import Replica
 from hemostat_calibration.errors import HemostatError, InvalidProfileError
+from hemostat_calibration.messages import in_words
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 log = logging.getLogger("hemostat.store")
@@ -113,7 +114,7 @@ class StoredState:
                 data = await asyncio.to_thread(forced.read_bytes)
                 self._profiles.operator.force(CalibrationProfile.from_bytes(data))
             except (OSError, InvalidProfileError) as error:
-                raise HemostatError(f"calibration.force: {forced}: {error}") from error
+                raise HemostatError(f"calibration.force: {forced}: {in_words(error)}") from error
         try:
             if replica is not None:
                 await replica.heartbeat()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from hemostat.ipc.framing import frame, read_frame, read_frames
 from hemostat.ipc.process import die_with_parent
+from hemostat_calibration.messages import in_words
 
 CLOSE_SECONDS = 2.0
 """Between the end of its input and the kill."""
@@ -75,7 +76,7 @@ class FramedChild:
         try:
             return cls(await asyncio.shield(starting), receive)
         except OSError as error:
-            raise ChildExited(f"it cannot be started: {error}") from error
+            raise ChildExited(f"it cannot be started: {in_words(error)}") from error
         except asyncio.CancelledError:
             # The process may have been started already: end it.
             with contextlib.suppress(OSError):

@@ -8,6 +8,7 @@ from pathlib import Path
 from hemostat.engines.lora.slots import rank_setting
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat.reference.server import Refused
+from hemostat_calibration.messages import in_words
 
 UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
 PLUGIN = "HEMOSTAT_ADAPTERS=1"
@@ -57,5 +58,5 @@ def explain(failure: Exception, rank: int, way: Way | None, folder: Path | None)
     if isinstance(failure, ReferenceFailure) and failure.reason is FailureReason.UNAUTHORIZED:
         return f"{failure}; set upstream.api_key"
     if isinstance(failure, OSError):
-        return f"adapter.folder: {failure}"
+        return f"adapter.folder: {folder}: {in_words(failure)}"
     return str(failure)

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from hemostat.learner.adapters.job import InvalidResult, Job, JobFolder, Result, read_result
+from hemostat_calibration.messages import in_words
 
 COMMAND = (sys.executable, "-m", "hemostat.models.adapters.worker")
 """The process; the job's folder and this process's id follow."""
@@ -119,7 +120,7 @@ class Build:
                 start_new_session=True,  # so that Ctrl-C in a terminal does not reach it
             )
         except OSError as error:
-            raise BuildFailed(BuildFailure.ENDED, f"it cannot be started: {error}") from None
+            raise BuildFailed(BuildFailure.ENDED, f"it cannot be started: {in_words(error)}") from None
         self.pid = process.pid
         too_large = asyncio.create_task(self._watch_memory(process), name="builder's memory")
         stderr = asyncio.create_task(_tail(process), name="builder's stderr")

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from hemostat.models.output_embedding import EmbeddingError, find, floats, read_config, vocabulary
 from hemostat.reference.hidden.final_map import FinalMap, NotModelled, read_final_map
+from hemostat_calibration.messages import in_words
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +106,7 @@ def open_head(folder: Path) -> OutputHead:
     try:
         config = read_config(folder)
     except (OSError, ValueError, TypeError) as error:
-        raise EmbeddingError(f"{folder}/config.json: cannot be read ({error})") from None
+        raise EmbeddingError(f"{folder}/config.json: cannot be read ({in_words(error)})") from None
     size = vocabulary(config)
     if size is None:
         raise EmbeddingError(f"{folder}/config.json: does not say vocab_size; name the folder of the checkpoint")
