@@ -221,6 +221,10 @@ def test_status_line_has_the_figures(scene: view.Scene) -> None:
         "57.6 %",
     ):
         assert expected in line
+    scene.status = {**scene.status, "profile": {"version": "a" * 32}}
+    assert f"profile {'a' * 32} serves" in view.status_line(scene)
+    scene.status = {}
+    assert "no profile serves" in view.status_line(scene)
 
 
 def test_report_has_the_documented_fields(scene: view.Scene, status: dict[str, Any]) -> None:

@@ -289,7 +289,7 @@ def _waiting(requests: Mapping[str, Any], queue: Mapping[str, Any]) -> str:
 
 
 def _served(profile: Mapping[str, Any]) -> str:
-    version = profile.get("version", UNKNOWN)
+    version = profile.get("version", "identity")
     return "no profile serves" if version == "identity" else f"profile {version} serves"
 
 
