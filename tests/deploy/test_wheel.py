@@ -39,15 +39,21 @@ def upstream() -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="module")
+def reference() -> Iterator[str]:
+    with serving(FakeVllm(model="reference")) as url:
+        yield url
+
+
 @pytest.fixture
-def environment(clean_environment: Path, upstream: str, tmp_path: Path) -> dict[str, str]:
+def environment(clean_environment: Path, upstream: str, reference: str, tmp_path: Path) -> dict[str, str]:
     """The image's environment, with local ports instead of host names and a temporary folder as /data."""
     return {
         "PATH": f"{clean_environment / 'bin'}:/usr/bin:/bin",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
         "HEMOSTAT_UPSTREAM__URL": upstream,
-        "HEMOSTAT_REFERENCE__URL": upstream,
+        "HEMOSTAT_REFERENCE__URL": reference,
         "HEMOSTAT_ADMIN__TOKEN": "secret",
         "HEMOSTAT_STORE__URL": f"sqlite:///{tmp_path / 'hemostat.db'}",
         "HEMOSTAT_SHADOW__RATE": "1",

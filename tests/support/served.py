@@ -41,12 +41,12 @@ def is_spare(pid: int) -> bool:
 class Served:
     """A running `hemostat serve`, its upstream and its reference."""
 
-    def __init__(self, process: subprocess.Popen[str], admin: str, upstream: FakeVllm, log: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], admin: str, upstream: FakeVllm, log: Path) -> None:
         self.process, self.admin, self.upstream, self.log = process, admin, upstream, log
-        assert process.stdout is not None
-        said = process.stdout.readline()
-        found = re.search(r"data port (http://\S+)", said)
-        assert found, log.read_text()
+        # A line for people, or one of the log where that is JSON.
+        while not (found := re.search(r"data port (http://[\w.:]+)", log.read_text())):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
         self.data = found[1]
 
     def pids(self, module: str) -> set[int]:
@@ -115,9 +115,8 @@ def hemostat(folder: Path, upstream: FakeVllm, url: str, **more: Any) -> Iterato
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "hemostat", "serve", "--config", str(config)],
-            stdout=subprocess.PIPE,
+            stdout=log,
             stderr=log,
-            text=True,
             env={name: value for name, value in os.environ.items() if not name.startswith("HEMOSTAT_")},
         )
         try:
@@ -129,5 +128,3 @@ def hemostat(folder: Path, upstream: FakeVllm, url: str, **more: Any) -> Iterato
             finally:
                 process.kill()
                 process.wait()
-                assert process.stdout is not None
-                process.stdout.close()

@@ -101,8 +101,7 @@ class Exchange:
         self._client = client
         self._request = request
         self._request_id = request_id
-        target = request.target
-        query = target.find(b"?")
+        target, query = request.target, request.target.find(b"?")
         self._route = routes.LABELS.get(target if query < 0 else target[:query], routes.OTHER)
         self._started = started
         self._transport = client.transport

@@ -34,7 +34,11 @@ async def test_a_proxy_that_hands_on_bytes_is_found_out(monkeypatch: pytest.Monk
 
     async def splice(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         engine = await asyncio.open_connection(*upstream.sockets[0].getsockname()[:2])
-        await asyncio.gather(pass_on(reader, engine[1]), pass_on(engine[0], writer))
+        try:
+            await asyncio.gather(pass_on(reader, engine[1]), pass_on(engine[0], writer))
+        finally:
+            for end in (engine[1], writer):
+                end.transport.abort()
 
     proxy = await asyncio.start_server(splice, "127.0.0.1", 0)
     await run(proxy.sockets[0].getsockname()[1], world, clients=8, enough=lambda: findings.counts["requests"] >= 200)

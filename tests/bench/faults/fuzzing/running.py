@@ -48,6 +48,8 @@ class World:
         self.stray = stray
         self.tokens: dict[bytes, Conversation] = {}
         self._answers: dict[bytes, Answer] = {}
+        self.open: set[asyncio.Transport] = set()
+        """Of both ends' connections."""
 
     def conversation(self) -> Conversation:
         one = conversation(self.random)
@@ -81,6 +83,10 @@ class Upstream(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        self._world.open.add(self._transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._world.open.discard(self._transport)
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -153,6 +159,7 @@ class Client(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        self._world.open.add(self._transport)
         counts = self._world.findings.counts
         counts["requests"] += len(self._requests)
         counts["requests that were changed"] += self._changed
@@ -176,6 +183,7 @@ class Client(asyncio.Protocol):
             self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._world.open.discard(self._transport)
         self._read(ended=exc is None)
         if not self.done.done():
             self.done.set_result(None)
@@ -303,3 +311,7 @@ async def run(port: int, world: World, *, clients: int, enough: Callable[[], boo
     async with asyncio.TaskGroup() as tasks:
         for _ in range(clients):
             tasks.create_task(talk())
+    for transport in tuple(world.open):
+        transport.abort()
+    while world.open:
+        await asyncio.sleep(0.01)
