@@ -179,8 +179,7 @@ class Reference(Section):
     models: dict[ModelName, Annotated[ModelReference, BeforeValidator(text_is_model)]] = Field(
         default={}, max_length=MAX_MODELS
     )
-    """In place of `model`: served name -> reference. A served base model that is not named is neither scored nor
-    treated."""
+    """In place of `model`: served name -> reference. A base model that is not named is neither scored nor treated."""
     url: ServerUrl | None = None
     api_key: Secret | None = None
     api_key_file: ExistingFile | None = None
