@@ -286,7 +286,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     print(table(runner.wanted, installed, outcomes))
     if not all(one.good for one in outcomes.values()):
-        for line in passed.newer(installed, passed.read(passed.FOLDER / f"{options.end}.txt")):
+        before = passed.read(passed.FOLDER / f"{options.end}.txt")
+        for line in passed.newer(installed, before) if before else ["no run has passed yet: there is no list"]:
             print(f"newer: {line}")
         return 1
     if not options.only:
