@@ -13,6 +13,7 @@ import pytest
 from tests.support.control import control, settings, status_json
 from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import VOCAB, FakeVllm, running
+from tests.support.loops import looping
 from tests.support.lora_world import FakeCopy, adapter, hurry
 from tests.support.waiting import until
 
@@ -105,15 +106,8 @@ async def successor(
                     one.engines.report(report, time.monotonic())
                     await asyncio.sleep(0.01)
 
-            loops = (one.adapters.hosts.run(), one.writer.run(), reports())
-            tasks = [asyncio.create_task(loop) for loop in loops]
-            try:
+            async with looping(one.adapters.hosts.run(), one.writer.run(), reports()):
                 yield one
-                assert not any(task.done() for task in tasks), tasks
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
 
 
 KINDS = ("chat text greedy", "chat text sampled")

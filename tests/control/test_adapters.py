@@ -23,6 +23,7 @@ from tests.support.control import control, settings, status_json
 from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import FakeVllm, running
 from tests.support.learner_world import kl, logprobs
+from tests.support.loops import looping
 from tests.support.state_reference import Singles, StateReference, in_process
 from tests.support.waiting import until
 
@@ -199,17 +200,10 @@ async def world(
         )
         async with control(folder, made, loops=True) as one:
             made_world = World(one, fake, reference)
-            loops = (*one.adapters.loops(), one.learner.run(), made_world.reports())
-            tasks = [asyncio.create_task(loop) for loop in loops]
-            try:
+            async with looping(*one.adapters.loops(), one.learner.run(), made_world.reports()):
                 await until(lambda: one.monitor.state == "ready", LONG)
                 one.policy.publish()
                 yield made_world
-                assert not any(task.done() for task in tasks), tasks
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def test_an_adapter_is_collected_for_built_tested_promoted_and_asked_for(

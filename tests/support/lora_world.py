@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import VOCAB, FakeVllm, running
+from tests.support.loops import looping
 
 from hemostat.config.schema import Settings
 from hemostat.engines.lora import host as host_module
@@ -164,11 +165,5 @@ async def lora_world(
                 world.report()
                 await asyncio.sleep(0.01)
 
-        tasks = [asyncio.create_task(host.run()), asyncio.create_task(reporting())]
-        try:
+        async with looping(host.run(), reporting()):
             yield world
-            assert not any(task.done() for task in tasks), tasks
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
