@@ -45,6 +45,8 @@ class Fetcher:
     def tick(self, now: float) -> None:
         """Scan the folder, and fetch what the library lacks: each if it is due and not paused after a failure."""
         self._scan(now)
+        if self._peers and not self._peers.all:
+            return  # no address is known yet: each version would count as one that does not exist
         for version in self._library.missing():
             if self._retries.may_try(version, now):
                 self._fetch(version, now, self._retries)

@@ -33,10 +33,13 @@ async def plugin(served: Served, fake: FakeVllm) -> AsyncIterator[asyncio.Event]
     loses = asyncio.Event()
 
     async def run() -> None:
+        sent = len(fake.handed_out)
         async with httpx.AsyncClient(base_url=served.admin, headers=AUTHORIZED) as client:
             while True:
                 (await client.post("/api/v1/engine/report", json=REPORT)).raise_for_status()
-                answers, fake.handed_out = fake.handed_out, []
+                # The list only grows: the fake's thread appends to it meanwhile.
+                answers = fake.handed_out[sent:]
+                sent += len(answers)
                 if loses.is_set():
                     answers = []
                 body = msgspec.msgpack.encode(AnswerMessage("api-server", answers, 0))

@@ -97,6 +97,18 @@ def test_a_replica_that_does_not_answer_is_left_out_for_a_while(
     assert len(fetched(hanging)) == 2, "it is asked again"
 
 
+def test_nothing_counts_as_missing_before_an_address_is_known(admins: list[EngineAdmin]) -> None:
+    agent, library, counters = make_agent(*admins, spawn=lambda run: run())
+    library.get(NAMES[0])
+    agent.fetcher.tick(0.0)
+    assert library.requested() == (NAMES[0],)
+    assert "profiles_missing" not in counters.read()
+    agent.tick(0.0)
+    agent.fetcher.tick(0.0)
+    assert [fetched(admin) for admin in admins] == [[NAMES[0]], [NAMES[0]]]
+    assert library.requested() == ()
+
+
 def test_what_clients_name_is_fetched_at_a_bounded_rate_and_after_what_is_asked_for(
     admins: list[EngineAdmin], caplog: pytest.LogCaptureFixture
 ) -> None:
