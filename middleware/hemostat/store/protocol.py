@@ -3,7 +3,9 @@
     StoreFailure            a read or write failed
     ├── StoreUnreachable    the server does not answer; a later attempt may succeed
     ├── StoreAccessDenied   wrong user or password; retrying does not help
-    ├── StoreIncompatible   a newer version of hemostat wrote it; retrying does not help
+    ├── StoreIncompatible   another version of hemostat wrote it; retrying does not help
+    ├── ExclusionLost       another process may own the store by now; nothing was written, or it is not known
+    ├── StoreConflict       somebody else has written, or the file was replaced; nothing was written
     └── LeaseLost           a write as the leader was refused, because another replica has led since
 
 A store raises StoreFailure and nothing else. The control process counts the failure and continues with what it holds in
@@ -18,8 +20,8 @@ Replicas that do coordinate share a Valkey server, see `replica`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
 
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -27,6 +29,10 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 MAX_EVENTS = 10_000
 """Events that a store keeps; older ones are deleted."""
 MAX_BLOB_BYTES = 512 * 1024 * 1024
+VERIFY_SECONDS = 2.0
+"""Between two looks of the owner whether it still owns the store."""
+SCHEMA = 1
+"""The version of what a store holds, written with every commit."""
 MAX_ENTRIES = 4096
 """Of a stream, where nothing else is said."""
 
@@ -39,6 +45,16 @@ class NotKeptError(HemostatError):
     """What an operator did applies now, and the store has not kept it."""
 
 
+def require_schema(stored: int, store: str) -> None:
+    """StoreIncompatible where this version cannot use what another one has stored. store: how messages name it."""
+    if stored != SCHEMA:
+        age = "a newer" if stored > SCHEMA else "an older"
+        raise StoreIncompatible(
+            f"store {store}: it has schema {stored}, written by {age} hemostat; this one knows schema {SCHEMA}: "
+            "install the version that wrote it, or name another store in store.url"
+        )
+
+
 class StoreUnreachable(StoreFailure):
     """The server does not answer; a later attempt may succeed."""
 
@@ -48,7 +64,17 @@ class StoreAccessDenied(StoreFailure):
 
 
 class StoreIncompatible(StoreFailure):
-    """A newer version of hemostat wrote the store: this one neither reads nor changes it."""
+    """Another version of hemostat wrote the store: this one neither reads nor changes it."""
+
+
+class ExclusionLost(StoreFailure):
+    """Whether this process still owns the store is not known: its session with the server has ended, for example.
+    `acquire` has to succeed again, and the head has to be its own, before it goes on."""
+
+
+class StoreConflict(StoreFailure):
+    """Somebody else has written, or the file was replaced; nothing was written. What this process holds in memory may
+    not be what is stored."""
 
 
 class LeaseLost(StoreFailure):
@@ -66,6 +92,90 @@ class StoredProfile:
     """When it was first stored, Unix seconds."""
     read: CalibrationProfile | None = None
     """What `data` holds, where it was decoded already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The last commit of a store. A store in which nothing was ever written has revision 0, and no commit."""
+
+    revision: int = 0
+    commit_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All that a store holds, as one transaction has read it: what is not in here is not stored."""
+
+    head: Head = Head()
+    states: Mapping[str, str] = field(default_factory=dict)
+    events: Sequence[dict[str, Any]] = field(default_factory=list)
+    """Newest first."""
+    profiles: Sequence[StoredProfile] = field(default_factory=list)
+    """Newest first."""
+    blobs: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PutProfile:
+    profile: StoredProfile
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteProfile:
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class AppendEvent:
+    """Beyond `MAX_EVENTS` the oldest events are deleted."""
+
+    event: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class SetState:
+    key: str
+    value: str | None
+    """None deletes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PutBlob:
+    key: str
+    data: bytes
+
+
+Write: TypeAlias = PutProfile | DeleteProfile | AppendEvent | SetState | PutBlob
+
+
+class ExclusiveStore(Protocol):
+    """What one process owns, reads once as a whole, and then only writes. Synchronous: call it in a thread, never on
+    the event loop; one call at a time. Every method but `close` may raise StoreFailure.
+    """
+
+    def acquire(self) -> bool:
+        """Own the store until the process ends, unless another process does: False. Once more: nothing changes, or,
+        after ExclusionLost, it is owned again."""
+
+    def verify(self) -> None:
+        """Called every `VERIFY_SECONDS` by the owner. ExclusionLost, StoreConflict where the file was replaced."""
+
+    def read(self) -> Snapshot:
+        """Also without owning it. StoreIncompatible where another version has written it."""
+
+    def head(self) -> Head:
+        """As `read`."""
+
+    def commit(self, writes: Sequence[Write], expected: int, commit_id: str) -> int:
+        """Execute all writes in one transaction, as revision `expected` + 1, which is returned.
+
+        Where that revision is stored under this `commit_id`, it has happened before, and nothing is written: so a
+        commit whose outcome is not known is repeated until its outcome is known. Any other revision: StoreConflict.
+        Not the owner: ExclusionLost. The schema is written with it, which `read` requires.
+        """
+
+    def close(self) -> None:
+        """Another process can own it now."""
 
 
 class StoreWrites(Protocol):

@@ -1,0 +1,73 @@
+"""A store in memory, which ends with its process."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from hemostat.store.protocol import (
+    MAX_EVENTS,
+    AppendEvent,
+    DeleteProfile,
+    Head,
+    PutBlob,
+    PutProfile,
+    SetState,
+    Snapshot,
+    StoreConflict,
+    StoredProfile,
+    Write,
+)
+
+
+class MemoryStore:
+    """Implements `protocol.ExclusiveStore`; no other process can own it."""
+
+    def __init__(self) -> None:
+        self._head = Head()
+        self._states: dict[str, str] = {}
+        self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
+        self._profiles: dict[str, StoredProfile] = {}
+        self._blobs: dict[str, bytes] = {}
+
+    def acquire(self) -> bool:
+        return True
+
+    def verify(self) -> None:
+        return
+
+    def head(self) -> Head:
+        return self._head
+
+    def read(self) -> Snapshot:
+        profiles = sorted(self._profiles.values(), key=lambda profile: profile.created, reverse=True)
+        return Snapshot(self._head, dict(self._states), list(reversed(self._events)), profiles, dict(self._blobs))
+
+    def commit(self, writes: Sequence[Write], expected: int, commit_id: str) -> int:
+        head = Head(expected + 1, commit_id)
+        if self._head != head:
+            if self._head.revision != expected:
+                raise StoreConflict(f"store in memory: revision {self._head.revision}, not {expected}")
+            for write in writes:
+                self._execute(write)
+            self._head = head
+        return head.revision
+
+    def _execute(self, write: Write) -> None:
+        match write:
+            case PutProfile(profile):
+                self._profiles[profile.version] = profile
+            case DeleteProfile(version):
+                self._profiles.pop(version, None)
+            case AppendEvent(event):
+                self._events.append(event)
+            case SetState(key, None):
+                self._states.pop(key, None)
+            case SetState(key, value):
+                self._states[key] = value
+            case PutBlob(key, data):
+                self._blobs[key] = data
+
+    def close(self) -> None:
+        return

@@ -1,0 +1,225 @@
+"""A store in one SQLite file, on a local disk.
+
+Who owns it holds `flock` on a file beside it, `<file>.lock`, until the process ends. The database itself is never
+opened by anything but SQLite: closing any other descriptor of it would drop the locks that SQLite holds. It is a plain
+database with a write-ahead log, so that backups and `hemostat check` may read it at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hemostat.store import protocol
+from hemostat.store.protocol import (
+    SCHEMA,
+    AppendEvent,
+    DeleteProfile,
+    ExclusionLost,
+    Head,
+    PutBlob,
+    PutProfile,
+    SetState,
+    Snapshot,
+    StoreConflict,
+    StoredProfile,
+    StoreFailure,
+    StoreIncompatible,
+    Write,
+    require_schema,
+)
+
+BUSY_SECONDS = 5.0
+"""How long another process may lock the database before a call fails."""
+
+_TABLES = (
+    "CREATE TABLE IF NOT EXISTS head (schema INTEGER NOT NULL, revision INTEGER NOT NULL, commit_id TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS profiles (version TEXT PRIMARY KEY, data BLOB NOT NULL, created REAL NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY AUTOINCREMENT, body TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS state (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS blobs (key TEXT PRIMARY KEY, data BLOB NOT NULL)",
+)
+
+
+class SqliteStore:
+    """Implements `protocol.ExclusiveStore`. One connection is used for as long as no call fails."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._calls = threading.Lock()
+        self._connection: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None
+        """Device and inode of the connection's database."""
+        self._lock: int | None = None
+        """Descriptor of the lock's file, while this process owns the store."""
+        if not path.parent.is_dir():
+            raise StoreFailure(f"store.url: the folder {path.parent} does not exist; make it or name another")
+
+    def acquire(self) -> bool:
+        with self._calls:
+            if self._lock is not None:
+                return True
+            path = f"{self._path}.lock"
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                raise StoreFailure(f"store {path}: {error.strerror}") from error
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                return False
+            except OSError as error:  # the file system has no locks
+                os.close(descriptor)
+                raise StoreFailure(f"store {path}: {error.strerror}; the store needs a local disk") from error
+            self._lock = descriptor
+            return True
+
+    def verify(self) -> None:
+        with self._calls:
+            self._require_owner()
+            if self._connection is not None:
+                self._require_same_file()
+
+    def head(self) -> Head:
+        with self._calls:
+            if not self._exists():
+                return Head()
+            with self._transaction("BEGIN") as connection:
+                return self._head(connection)
+
+    def read(self) -> Snapshot:
+        with self._calls:
+            if not self._exists():
+                return Snapshot()
+            with self._transaction("BEGIN") as connection:
+                head = self._head(connection)
+                if head.revision == 0:
+                    return Snapshot()
+                events = connection.execute("SELECT body FROM events ORDER BY id DESC")
+                profiles = connection.execute("SELECT version, data, created FROM profiles ORDER BY created DESC")
+                return Snapshot(
+                    head,
+                    dict(connection.execute("SELECT key, value FROM state")),
+                    [json.loads(body) for (body,) in events],
+                    [StoredProfile(*row) for row in profiles],
+                    dict(connection.execute("SELECT key, data FROM blobs")),
+                )
+
+    def commit(self, writes: Sequence[Write], expected: int, commit_id: str) -> int:
+        with self._calls:
+            self._require_owner()
+            with self._transaction("BEGIN IMMEDIATE") as connection:
+                self._require_same_file()
+                head = self._head(connection)
+                if head == Head(expected + 1, commit_id):
+                    return head.revision
+                if head.revision != expected:
+                    raise StoreConflict(f"store {self._path}: revision {head.revision}, not {expected}: it was changed")
+                if head.revision == 0:
+                    for table in _TABLES:
+                        connection.execute(table)
+                for write in writes:
+                    _execute(connection, write)
+                connection.execute("DELETE FROM head")
+                connection.execute("INSERT INTO head VALUES (?, ?, ?)", (SCHEMA, expected + 1, commit_id))
+            return expected + 1
+
+    def close(self) -> None:
+        with self._calls:
+            self._disconnect()
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+    def _require_owner(self) -> None:
+        if self._lock is None:
+            raise ExclusionLost(f"store {self._path}: this process does not own it")
+
+    def _require_same_file(self) -> None:
+        if self._inode() != self._file:
+            raise StoreConflict(f"store {self._path}: the file was replaced or deleted")
+
+    def _exists(self) -> bool:
+        """Whether there is a file to read. One that was replaced is opened anew."""
+        found = self._inode()
+        if found != self._file:
+            self._disconnect()
+        return found is not None
+
+    def _inode(self) -> tuple[int, int] | None:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _head(self, connection: sqlite3.Connection) -> Head:
+        """StoreIncompatible."""
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if not tables:
+            return Head()
+        if "head" not in tables:
+            raise StoreIncompatible(
+                f"store {self._path}: it is not a store of this version of hemostat; name another in store.url"
+            )
+        row = connection.execute("SELECT schema, revision, commit_id FROM head").fetchone()
+        require_schema(row[0], str(self._path))
+        return Head(row[1], row[2])
+
+    @contextlib.contextmanager
+    def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
+        """Committed at the end, or undone after an exception. StoreFailure."""
+        try:
+            connection = self._connect()
+            connection.execute(begin)
+            yield connection
+            connection.execute("COMMIT")
+        except (sqlite3.Error, ValueError, TypeError) as error:  # ValueError, TypeError: what is stored is damaged
+            self._disconnect()
+            raise StoreFailure(f"store {self._path}: {error}") from error
+        except BaseException:
+            self._disconnect()
+            raise
+
+    def _connect(self) -> sqlite3.Connection:
+        if self._connection is None:
+            connection = sqlite3.connect(
+                self._path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            self._connection, self._file = connection, self._inode()
+            if self._lock is not None:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = FULL")
+        return self._connection
+
+    def _disconnect(self) -> None:
+        """What was not committed is undone."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = self._file = None
+
+
+def _execute(connection: sqlite3.Connection, write: Write) -> None:
+    match write:
+        case PutProfile(profile):
+            row = (profile.version, profile.data, profile.created)
+            connection.execute("INSERT OR REPLACE INTO profiles VALUES (?, ?, ?)", row)
+        case DeleteProfile(version):
+            connection.execute("DELETE FROM profiles WHERE version = ?", (version,))
+        case AppendEvent(event):
+            connection.execute("INSERT INTO events (body) VALUES (?)", (json.dumps(event),))
+            oldest = "DELETE FROM events WHERE id <= (SELECT MAX(id) FROM events) - ?"
+            connection.execute(oldest, (protocol.MAX_EVENTS,))
+        case SetState(key, None):
+            connection.execute("DELETE FROM state WHERE key = ?", (key,))
+        case SetState(key, value):
+            connection.execute("INSERT OR REPLACE INTO state VALUES (?, ?)", (key, value))
+        case PutBlob(key, data):
+            connection.execute("INSERT OR REPLACE INTO blobs VALUES (?, ?)", (key, data))
