@@ -62,10 +62,10 @@ class MemoryStore:
                 self._profiles.pop(version, None)
             case AppendEvent(event):
                 self._events.append(event)
-            case SetState(key, None):
-                self._states.pop(key, None)
             case SetState(key, value):
-                self._states[key] = value
+                self._states.pop(key, None)
+                if value is not None:
+                    self._states[key] = value
             case PutBlob(key, data):
                 self._blobs[key] = data
 
