@@ -38,4 +38,6 @@ class StoreErrorLog:
 
     def clear(self) -> None:
         """The store works again: the next failure is logged, whatever its message."""
+        if self.last_message:
+            log.info("the store answers again")
         self.last_message = ""

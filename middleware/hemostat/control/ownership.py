@@ -1,0 +1,195 @@
+"""Whether this process owns the store, and so decides: one of several control processes with the same store does.
+
+    state       what happens                                             next
+    STANDBY     `acquire` says that the store is this process's          READING
+    READING     all was read, and handed to its users                    ACTIVE
+    READING     the store may be another process's                       STANDBY
+    ACTIVE      the store may be another process's, or was replaced      SUSPENDED
+    SUSPENDED   it is this process's, and holds what it wrote last       ACTIVE
+    SUSPENDED   somebody else has written                                ENDED
+
+- STANDBY: it waits, and holds nothing of what is stored. It refuses relays, engines and what would change state, and
+  loads no reference model: two of them at once would need twice the memory, and a reference is there a minute later.
+- READING: a read that fails says nothing about what is stored. It is repeated; nothing is decided or written meanwhile.
+- ACTIVE: it decides and writes. Where a write fails and the store is certainly its own, it goes on and repeats it.
+- SUSPENDED: nothing is decided; relays and engines go on with what they have.
+- ENDED: what is in memory may contradict what is stored. The process ends, and its supervisor starts it anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from enum import StrEnum
+
+from hemostat.ipc.backoff import Backoff
+from hemostat.store.errors import StoreErrorLog
+from hemostat.store.new_writer import StoreWriter
+from hemostat.store.protocol import (
+    VERIFY_SECONDS,
+    ExclusionLost,
+    ExclusiveStore,
+    Snapshot,
+    StoreAccessDenied,
+    StoreConflict,
+    StoreFailure,
+    StoreIncompatible,
+)
+from hemostat_calibration.errors import HemostatError
+
+log = logging.getLogger("hemostat.control")
+
+ACQUIRE_SECONDS = 0.5
+"""Between two attempts of a process that waits."""
+RETRY_SECONDS = (0.5, 1.0, 2.0)
+"""Longest pauses between attempts at a store that fails."""
+NOT_ACTIVE = "not active"
+"""With which everything is refused that only the active process does."""
+
+
+class Superseded(HemostatError):
+    """Another process has written to the store: this one has to begin anew."""
+
+
+class OwnershipState(StrEnum):
+    STANDBY = "standby"
+    READING = "reading"
+    ACTIVE = "active"
+    SUSPENDED = "suspended"
+    ENDED = "ended"
+
+
+class _Event(StrEnum):
+    ACQUIRED = "this process owns the store now"
+    USED = "all was read"
+    LOST = "the store may be another process's"
+    REGAINED = "the store is this process's again"
+    OTHERS_WROTE = "another process has written"
+
+
+_NEXT = {
+    (OwnershipState.STANDBY, _Event.ACQUIRED): OwnershipState.READING,
+    (OwnershipState.READING, _Event.USED): OwnershipState.ACTIVE,
+    (OwnershipState.READING, _Event.LOST): OwnershipState.STANDBY,
+    (OwnershipState.ACTIVE, _Event.LOST): OwnershipState.SUSPENDED,
+    (OwnershipState.SUSPENDED, _Event.REGAINED): OwnershipState.ACTIVE,
+    (OwnershipState.SUSPENDED, _Event.OTHERS_WROTE): OwnershipState.ENDED,
+}
+_TROUBLE = (_Event.LOST, _Event.OTHERS_WROTE)
+
+
+class Ownership:
+    """Owns the state, and the writer of the store. Lives in the event loop."""
+
+    def __init__(self, store: ExclusiveStore, errors: StoreErrorLog) -> None:
+        self._store = store
+        self._errors = errors
+        self.state = OwnershipState.STANDBY
+        self.why = ""
+        """Why it is not active, in one line."""
+        self.waits = asyncio.Event()
+        """It could not become active at once."""
+        self._active, self._lost = asyncio.Event(), asyncio.Event()
+        self.writer = StoreWriter(store, errors, self._active, self._lose)
+
+    @property
+    def active(self) -> bool:
+        """This process decides, and answers relays and engines."""
+        return self.state is OwnershipState.ACTIVE
+
+    @property
+    def knows(self) -> bool:
+        """This process has read what is stored. What ends something (mode `off`, a rollback) is carried out."""
+        return self.state in (OwnershipState.ACTIVE, OwnershipState.SUSPENDED)
+
+    def _move(self, event: _Event, why: str) -> None:
+        state = _NEXT[self.state, event]
+        log.log(logging.WARNING if event in _TROUBLE else logging.INFO, "%s: %s", state, why or event)
+        self.state, self.why = state, "" if state is OwnershipState.ACTIVE else why or event
+        (self._active.set if self.active else self._active.clear)()
+
+    async def begin(self) -> Snapshot:
+        """Returns, in READING, what is stored. StoreIncompatible, StoreAccessDenied: an operator has to act."""
+        backoff = Backoff(RETRY_SECONDS)
+        while True:
+            try:
+                if self.state is OwnershipState.STANDBY:
+                    if not await asyncio.to_thread(self._store.acquire):
+                        self._wait("another process owns the store")
+                        await asyncio.sleep(ACQUIRE_SECONDS)
+                        continue
+                    self._move(_Event.ACQUIRED, "")
+                snapshot = await asyncio.to_thread(self._store.read)
+            except (StoreIncompatible, StoreAccessDenied):
+                raise
+            except StoreFailure as failure:
+                self._errors.record(failure)
+                if self.state is OwnershipState.READING and isinstance(failure, ExclusionLost | StoreConflict):
+                    self._move(_Event.LOST, str(failure))
+                self._wait(f"what is stored is not known: {failure}")
+                await asyncio.sleep(backoff.pause())
+            else:
+                self._errors.clear()
+                self.writer.head = snapshot.head
+                return snapshot
+
+    def _wait(self, why: str) -> None:
+        if why != self.why or not self.waits.is_set():
+            log.info("%s: %s", self.state, why)
+        self.why = why
+        self.waits.set()
+
+    def activate(self) -> None:
+        """All that `begin` has returned is in use."""
+        self._move(_Event.USED, "")
+
+    def _lose(self, failure: StoreFailure) -> None:
+        if self.active:
+            self._move(_Event.LOST, str(failure))
+            self._lost.set()
+
+    async def watch(self) -> None:
+        """Once it is active, until cancelled. Superseded."""
+        while True:
+            try:
+                async with asyncio.timeout(VERIFY_SECONDS):
+                    await self._lost.wait()
+            except TimeoutError:
+                await self._verify()
+            if not self.active:
+                await self._regain()
+                self._lost.clear()
+
+    async def _verify(self) -> None:
+        try:
+            await asyncio.to_thread(self._store.verify)
+        except (ExclusionLost, StoreConflict) as failure:
+            self._errors.record(failure)
+            self._lose(failure)
+        except StoreFailure as failure:
+            self._errors.record(failure)
+
+    async def _regain(self) -> None:
+        """Superseded where the store holds anything but what this process wrote last."""
+        backoff = Backoff(RETRY_SECONDS)
+        while True:
+            try:
+                await self._require_own_head()
+                if await asyncio.to_thread(self._store.acquire):
+                    await self._require_own_head()  # nobody else can have written from now on
+                    self._move(_Event.REGAINED, "")
+                    return
+            except (StoreIncompatible, StoreConflict) as failure:
+                self._end(str(failure))
+            except StoreFailure as failure:
+                self._errors.record(failure)
+            await asyncio.sleep(backoff.pause())
+
+    async def _require_own_head(self) -> None:
+        head = await asyncio.to_thread(self._store.head)
+        if not self.writer.is_own(head):
+            self._end(f"the store is at revision {head.revision}, and this process wrote {self.writer.head.revision}")
+
+    def _end(self, why: str) -> None:
+        self._move(_Event.OTHERS_WROTE, why)
+        raise Superseded(f"another process has written to the store: {why}")

@@ -1,0 +1,164 @@
+"""The one place from which the control process writes to the store.
+
+Invariants:
+- What waits is coalesced: the newest value of a state, the newest bytes of a blob, whether a profile is to be there or
+  not; all events, of which the store keeps the newest `MAX_EVENTS`. So it is bounded however long the store is away.
+- All that waits is one commit. What one step of the event loop queues is never split.
+- A commit is repeated, the same writes under the same id, until the store says that it has happened: it happens exactly
+  once, and nothing is dropped. Only where another process owns the store meanwhile it never happens; the process ends
+  then (`control.ownership`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hemostat.ipc.backoff import Backoff
+from hemostat.store.errors import StoreErrorLog
+from hemostat.store.protocol import (
+    MAX_BLOB_BYTES,
+    MAX_EVENTS,
+    AppendEvent,
+    DeleteProfile,
+    ExclusionLost,
+    ExclusiveStore,
+    Head,
+    PutBlob,
+    PutProfile,
+    SetState,
+    StoreConflict,
+    StoredProfile,
+    StoreFailure,
+    Write,
+)
+
+RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
+"""Longest pauses between attempts; the last one repeats."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Commit:
+    commit_id: str
+    writes: list[Write]
+    last: int
+    """Number of the last write that it has."""
+
+
+class StoreWriter:
+    """Implements `protocol.StoreWrites`. Lives in the control process's event loop.
+
+    on_lost: called where the store may be another process's now; `run` goes on once `active` is set again.
+    """
+
+    def __init__(
+        self,
+        store: ExclusiveStore,
+        errors: StoreErrorLog,
+        active: asyncio.Event,
+        on_lost: Callable[[StoreFailure], None],
+    ) -> None:
+        self._store = store
+        self._errors = errors
+        self._active = active
+        self._on_lost = on_lost
+        self.head = Head()
+        """Of this process's last commit that has happened, or of what it has read."""
+        self._profiles: dict[str, PutProfile | DeleteProfile] = {}
+        self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
+        self._states: dict[str, str | None] = {}
+        self._blobs: dict[str, bytes] = {}
+        self._commit: _Commit | None = None
+        """Begun; its outcome is not known yet."""
+        self._queued = 0
+        """Writes that were ever queued, and of these, the ones that were written."""
+        self._written = 0
+        self._work = asyncio.Event()
+        self._progress = asyncio.Event()
+
+    def put_profile(self, profile: StoredProfile) -> None:
+        self._profiles[profile.version] = PutProfile(profile)
+        self._note()
+
+    def delete_profile(self, version: str) -> None:
+        self._profiles[version] = DeleteProfile(version)
+        self._note()
+
+    def append_event(self, event: dict[str, Any]) -> None:
+        self._events.append(event)
+        self._note()
+
+    def set_state(self, key: str, value: str | None) -> None:
+        self.set_states({key: value})
+
+    def set_states(self, values: Mapping[str, str | None]) -> None:
+        self._states.update(values)
+        self._note()
+
+    def put_blob(self, key: str, data: bytes) -> None:
+        if len(data) > MAX_BLOB_BYTES:
+            self._errors.record(StoreFailure(f"store: {key} has {len(data)} bytes, above {MAX_BLOB_BYTES}: not stored"))
+            return
+        self._blobs[key] = data
+        self._note()
+
+    def _note(self) -> None:
+        self._queued += 1
+        self._work.set()
+
+    def is_own(self, head: Head) -> bool:
+        """Nobody else has written: it is the head of the last commit, or of the one whose outcome is not known."""
+        begun = self._commit
+        return head == self.head or (begun is not None and head == Head(self.head.revision + 1, begun.commit_id))
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        backoff = Backoff(RETRY_SECONDS)
+        while True:
+            await self._active.wait()
+            await self._work.wait()
+            try:
+                await self.write()
+                backoff.reset()
+            except (ExclusionLost, StoreConflict) as failure:
+                self._errors.record(failure)
+                self._on_lost(failure)
+            except StoreFailure as failure:
+                self._errors.record(failure)
+                await asyncio.sleep(backoff.pause())
+
+    async def write(self) -> None:
+        """Try once to write what waits, the commit whose outcome is not known first. StoreFailure."""
+        while self._queued > self._written:
+            commit = self._commit or self._begin()
+            revision = await asyncio.to_thread(self._store.commit, commit.writes, self.head.revision, commit.commit_id)
+            self.head, self._written, self._commit = Head(revision, commit.commit_id), commit.last, None
+            self._errors.clear()
+            self._progress.set()
+            self._progress = asyncio.Event()
+        self._work.clear()
+
+    def _begin(self) -> _Commit:
+        writes: list[Write] = list(self._profiles.values())
+        writes += map(AppendEvent, self._events)
+        writes += [SetState(key, value) for key, value in self._states.items()]
+        writes += [PutBlob(key, data) for key, data in self._blobs.items()]
+        for waiting in (self._profiles, self._events, self._states, self._blobs):
+            waiting.clear()
+        self._commit = _Commit(secrets.token_hex(16), writes, self._queued)
+        return self._commit
+
+    async def wait_until_written(self, seconds: float) -> bool:
+        """Returns once all that is queued now is written, at the latest after `seconds`; False in that case."""
+        last = self._queued
+        try:
+            async with asyncio.timeout(seconds):
+                while self._written < last:
+                    await self._progress.wait()
+        except TimeoutError:
+            return False
+        return True
