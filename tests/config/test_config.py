@@ -94,7 +94,6 @@ WRONG = [
     (UPSTREAM + "rate: 0.1\n", ":3: rate: unknown key; did you mean shadow.rate?"),
     (UPSTREAM + "log:\n  zzzz: 1\n", ":4: log.zzzz: unknown key; the keys here are level"),
     ("upstream: {ulr: http://h}\n", ":1: upstream.ulr: unknown key; did you mean upstream.url?"),
-    (UPSTREAM + "shadow: {seed: 7}\n", ":3: shadow.seed: removed: which requests are sampled is drawn at random"),
     # types
     (UPSTREAM + "shadow: 3\n", ":3: shadow: 3 is not a mapping; its keys are rate, allow_on"),
     (UPSTREAM + "shadow: {rate: often}\n", "shadow.rate: 'often' does not fit"),

@@ -10,7 +10,7 @@ from typing import get_args
 from pydantic import SecretStr, ValidationError
 
 from hemostat.config.fields import without_optional
-from hemostat.config.schema import LEAVES, REMOVED, section_at
+from hemostat.config.schema import LEAVES, section_at
 from hemostat.config.text import Key, dotted_key, one_line, short_repr
 from hemostat_calibration.errors import HemostatError
 
@@ -34,7 +34,7 @@ def explain(error: ValidationError, path: Path | None, places: Mapping[Key, str]
     if where is None:
         where = one_line(str(path)) if path is not None else "configuration"
     if kind == "extra_forbidden":
-        text = REMOVED.get(dotted_key(key)) or f"unknown key{_suggestion(key)}"
+        text = f"unknown key{_suggestion(key)}"
     elif kind == "missing":
         missing = (*key, "url") if key == ("upstream",) else key
         key = missing

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from hemostat.config.errors import ConfigError, explain, nearest
-from hemostat.config.schema import LEAVES, REMOVED, SECTIONS, Settings
+from hemostat.config.schema import LEAVES, SECTIONS, Settings
 from hemostat.config.text import Key, dotted_key, one_line, short_repr
 
 ENV_PREFIX = "HEMOSTAT_"
@@ -115,8 +115,6 @@ def _note_lines(node: yaml.Node, key: Key, name: str, places: dict[Key, str], se
 def _set_value(data: dict[str, Any], places: dict[Key, str], parts: list[str], text: str, source: str) -> None:
     """Set one value that comes from the environment or a flag."""
     dotted = ".".join(parts)
-    if dotted in REMOVED:
-        raise ConfigError(one_line(f"{source}: {REMOVED[dotted]}"))
     if dotted not in LEAVES:
         below = [leaf for leaf in LEAVES if leaf.startswith(dotted + ".")]
         near = (

@@ -49,11 +49,6 @@ from hemostat_calibration.messages import shown_address
 
 MAX_LABELS = 32
 MAX_ENGINES = 64
-REMOVED = {
-    "shadow.seed": "removed: which requests are sampled is drawn at random, so that no client can choose it; delete it",
-    "alarm.baseline_tokens": "removed: a baseline counts requests of a kind now; use alarm.baseline_requests (150)",
-}
-"""Keys of earlier versions -> what to do about them."""
 MAX_MODELS = 16
 """Served models with a reference of their own. With backend transformers each different one is a process and holds its
 weights in memory, from when its model is first seen on the server."""
