@@ -286,6 +286,19 @@ async def test_pipelined_requests_are_answered_in_order_one_at_a_time() -> None:
                 assert (await client.response()).body == wanted % n
 
 
+@pytest.mark.parametrize("at", range(1, 9))
+async def test_empty_lines_before_a_request_are_ignored_however_they_are_cut(at: int) -> None:
+    seen: list[Request] = []
+    async with relaying(answering(seen)) as (_, _, connect):
+        client = await connect()
+        data = b"\r\n" * 4 + GET
+        await client.send(data[:at])
+        await asyncio.sleep(0.01)
+        await client.send(data[at:])
+        assert (await client.response()).body == b"ok"
+    assert len(seen) == 1
+
+
 async def test_pipelined_input_is_bounded() -> None:
     release = asyncio.Event()
 

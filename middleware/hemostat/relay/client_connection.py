@@ -222,8 +222,9 @@ class ClientConnection(asyncio.Protocol):
         context = self._context
         limits = context.limits
         buffer = self._buffer
-        if buffer[:2] == b"\r\n":
-            # An empty line before a request is to be ignored (RFC 9112, 2.2).
+        while buffer[:2] == b"\r\n":
+            # At least one empty line before a request is to be ignored (RFC 9112, 2.2). All are: with a limit, how the
+            # bytes were cut into packets would decide.
             self._buffer = buffer = buffer[2:]
         end = buffer.find(b"\r\n\r\n")
         if end < 0 or end > limits.head_bytes:

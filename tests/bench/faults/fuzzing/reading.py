@@ -170,13 +170,18 @@ def h11_requests(data: bytes) -> list[tuple[bytes, bytes, bytes]]:
     """Method, origin form of the target and body of the requests that h11 finds, as LATIN: those up to the first
     incomplete or malformed one, then the same without trailers and without white space before extensions of chunks."""
     data = data.translate(LATIN)
-    return _h11_requests(data) + _h11_requests(_BLANKS.sub(b"", _TRAILERS.sub(rb"\1", data)))
+    return _h11_requests(data) + _h11_requests(_plain(data))
+
+
+def _plain(data: bytes) -> bytes:
+    return _BLANKS.sub(b"", _TRAILERS.sub(rb"\1", data))
 
 
 def _h11_requests(data: bytes) -> list[tuple[bytes, bytes, bytes]]:
     found: list[tuple[bytes, bytes, bytes]] = []
     while data:
-        data = data.removeprefix(b"\r\n")
+        while data.startswith(b"\r\n"):  # h11 ignores no empty line, Hemostat all of them
+            data = data[2:]
         parser = h11.Connection(h11.SERVER, max_incomplete_event_size=1 << 20)
         parser.receive_data(data)
         body = []
@@ -198,9 +203,12 @@ def _h11_requests(data: bytes) -> list[tuple[bytes, bytes, bytes]]:
 
 
 def h11_response(data: bytes, method: bytes) -> tuple[int, bytes, int] | None:
-    """Status and body of the response that h11 finds, and its bytes; None: it is malformed or incomplete."""
+    """Status and body of the response that h11 finds, and its bytes; None: it is malformed or incomplete.
+
+    It is shown the response without trailers and without white space before extensions where it refuses the whole.
+    """
     found = _h11_response(data, method)
-    if found is None and (shorter := _TRAILERS.sub(rb"\1", data)) != data:
+    if found is None and (shorter := _plain(data)) != data:
         found = _h11_response(shorter, method)
         return None if found is None else (*found[:2], len(data))
     return found
