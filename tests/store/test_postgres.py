@@ -1,0 +1,338 @@
+"""The PostgreSQL store: its session ends, its server is away, restored or old, its address is wrong or a pooler's."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from urllib.parse import quote
+
+import pytest
+from tests.support import postgres
+from tests.support.cut import cut
+from tests.support.postgres import ESCAPED, PASSWORD, Postgres
+
+from hemostat.store import postgres as store_module
+from hemostat.store.postgres import PostgresStore
+from hemostat.store.protocol import (
+    SCHEMA,
+    VERIFY_SECONDS,
+    AppendEvent,
+    ExclusionLost,
+    Head,
+    SetState,
+    Snapshot,
+    StoreAccessDenied,
+    StoreConflict,
+    StoreFailure,
+    StoreIncompatible,
+    StoreUnreachable,
+)
+
+Opener = Callable[[str], PostgresStore]
+
+
+@pytest.fixture
+def server() -> Postgres:
+    return postgres.shared()
+
+
+@pytest.fixture
+def database(server: Postgres) -> str:
+    return server.new_database()
+
+
+@pytest.fixture
+def opened() -> Iterator[Opener]:
+    """A store at an address. What was opened is closed."""
+    stores: list[PostgresStore] = []
+
+    def open_at(url: str) -> PostgresStore:
+        stores.append(PostgresStore(url))
+        return stores[-1]
+
+    yield open_at
+    for one in stores:
+        one.close()
+
+
+@pytest.fixture
+def store(server: Postgres, database: str, opened: Opener) -> PostgresStore:
+    """Owned, at revision 1."""
+    one = opened(server.url(database))
+    assert one.acquire()
+    one.commit([SetState("a", "1")], 0, "1")
+    return one
+
+
+def end_sessions(server: Postgres, database: str) -> None:
+    query = f"SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = '{database}'"
+    assert all(ended for (ended,) in server.execute(query))
+
+
+# Its session
+
+
+def test_an_owner_finds_out_before_another_one_can_own_it() -> None:
+    assert VERIFY_SECONDS + store_module.EXCHANGE_SECONDS < store_module.IDLE_SECONDS
+    assert store_module.STATEMENT_SECONDS < store_module.EXCHANGE_SECONDS
+
+
+def test_an_owner_without_its_session_writes_nothing(
+    server: Postgres, database: str, store: PostgresStore, opened: Opener
+) -> None:
+    end_sessions(server, database)
+    other = opened(server.url(database))
+    assert other.acquire()
+    with pytest.raises(ExclusionLost, match="terminating connection due to administrator command"):
+        store.verify()
+    for call in (store.verify, lambda: store.commit([], 1, "2")):
+        with pytest.raises(ExclusionLost, match="does not own it"):
+            call()
+    assert not store.acquire()
+    assert store.head() == Head(1, "1")
+    other.commit([SetState("a", "other")], 1, "2")
+    other.close()
+    assert store.acquire()
+    with pytest.raises(StoreConflict):
+        store.commit([SetState("a", "2")], 1, "x")
+
+
+def test_a_lock_that_was_released_in_its_session_is_noticed_in_the_commit(
+    server: Postgres, database: str, store: PostgresStore, opened: Opener
+) -> None:
+    """As a pooler does that gives the session to somebody else, and resets it."""
+    assert store._session is not None
+    store._session.run("DISCARD ALL")
+    other = opened(server.url(database))
+    assert other.acquire()
+    with pytest.raises(ExclusionLost, match="does not hold the lock"):
+        store.commit([SetState("a", "2")], 1, "2")
+    assert other.read() == Snapshot(Head(1, "1"), {"a": "1"})
+
+
+@pytest.mark.parametrize("executed", [False, True])
+def test_a_commit_whose_answer_was_lost_happens_once(
+    server: Postgres, database: str, opened: Opener, executed: bool
+) -> None:
+    writes = [AppendEvent({"n": 1}), SetState("a", "1")]
+    with cut(server.port) as line:
+        store = opened(server.url(database, port=str(line.port)))
+        assert store.acquire()
+        line.arm(b"COMMIT", executed=executed)
+        with pytest.raises(ExclusionLost, match="closed the connection"):
+            store.commit(writes, 0, "1")
+        while not store.acquire():
+            pass  # the server has not noticed yet that the former session has ended
+        assert store.head() == (Head(1, "1") if executed else Head())
+        assert store.commit(writes, 0, "1") == 1
+        assert store.read() == Snapshot(Head(1, "1"), {"a": "1"}, [{"n": 1}])
+
+
+def test_two_processes_that_begin_at_once(server: Postgres, database: str, opened: Opener) -> None:
+    """Both make the tables."""
+    stores = [opened(server.url(database)) for _ in range(4)]
+    together, owns = threading.Barrier(len(stores)), []
+
+    def acquire(one: PostgresStore) -> None:
+        together.wait()
+        owns.append(one.acquire())
+
+    threads = [threading.Thread(target=acquire, args=(one,)) for one in stores]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(owns) == [False, False, False, True]
+
+
+def test_a_commit_is_on_the_disk_also_where_the_user_turned_that_off(
+    server: Postgres, database: str, opened: Opener
+) -> None:
+    for asked, is_set in (("off", "on"), ("remote_apply", "remote_apply")):
+        server.execute(f"ALTER DATABASE {database} SET synchronous_commit = {asked}")
+        store = opened(server.url(database))
+        store.acquire()
+        assert store._session is not None
+        assert store._session.one("SHOW synchronous_commit") == is_set
+        store.close()
+
+
+# Its server
+
+
+@pytest.fixture
+def unsteady(server: Postgres) -> Iterator[Postgres]:
+    """The server, which the test may kill and freeze."""
+    yield server
+    server.kill()
+    server.start()
+
+
+def test_an_owner_goes_on_after_its_server_was_killed_and_stopped(unsteady: Postgres, store: PostgresStore) -> None:
+    revision = 1
+    for end in (unsteady.kill, unsteady.stop):
+        revision = store.commit([AppendEvent({"n": revision})], revision, str(revision))
+        end()
+        with pytest.raises(ExclusionLost):
+            store.verify()
+        with pytest.raises(StoreUnreachable, match=r"Connection refused$"):
+            store.acquire()
+        unsteady.start()
+        assert store.acquire()
+        assert store.head() == Head(revision, str(revision - 1))
+    assert store.commit([], revision, "x") == 4
+    assert store.read().events == [{"n": 2}, {"n": 1}]
+
+
+def test_a_failover_that_lost_commits_is_noticed(unsteady: Postgres, store: PostgresStore) -> None:
+    data, replica = unsteady.folder / "data", unsteady.folder / "replica"
+    unsteady.stop()
+    subprocess.run(["cp", "-a", data, replica], check=True)
+    unsteady.start()
+    with pytest.raises(ExclusionLost):
+        store.verify()
+    assert store.acquire()
+    store.commit([SetState("a", "2")], 1, "2")
+    unsteady.kill()
+    shutil.rmtree(data)
+    replica.rename(data)
+    unsteady.start()
+    with pytest.raises(ExclusionLost):
+        store.verify()
+    assert store.acquire()
+    assert store.head() == Head(1, "1")
+    with pytest.raises(StoreConflict, match="revision 1, not 2"):
+        store.commit([SetState("a", "3")], 2, "3")
+    assert store.read().states == {"a": "1"}
+
+
+def test_a_server_that_does_not_answer_ends_the_session(
+    unsteady: Postgres, store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "EXCHANGE_SECONDS", 0.2)
+    unsteady.freeze()
+    with pytest.raises(ExclusionLost, match=r"no answer within 0\.2 s"):
+        store.commit([SetState("a", "2")], 1, "2")
+    unsteady.thaw()
+    monkeypatch.undo()
+    while not store.acquire():
+        pass
+    assert store.head() == Head(1, "1")
+
+
+def test_tables_that_were_made_anew_have_another_owner(
+    server: Postgres, database: str, store: PostgresStore, opened: Opener
+) -> None:
+    """As by a backup that is restored while a process owns the store."""
+    tables = "hemostat_head, hemostat_states, hemostat_events, hemostat_profiles, hemostat_blobs"
+    server.execute(f"DROP TABLE {tables}", database)
+    other = opened(server.url(database))
+    assert other.acquire()
+    for call in (store.verify, lambda: store.commit([], 1, "2")):
+        with pytest.raises(ExclusionLost):
+            call()
+    assert other.read() == Snapshot()
+
+
+def test_a_table_that_somebody_locks_is_written_later(
+    server: Postgres, database: str, store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert store._session is not None
+    store._session.run("SET lock_timeout = 50")
+    with server.superuser(database) as other, other.transaction():
+        other.execute("LOCK TABLE hemostat_states")
+        with pytest.raises(StoreFailure, match="lock timeout") as failed:
+            store.commit([SetState("a", "2")], 1, "2")
+        assert type(failed.value) is StoreFailure
+        store.verify()
+    assert store.commit([SetState("a", "2")], 1, "2") == 2
+
+
+# Its address and rights, one line each
+
+
+def failure(call: Callable[[], object], kind: type[StoreFailure]) -> str:
+    """What it says: one line without the password."""
+    with pytest.raises(kind) as failed:
+        call()
+    text = str(failed.value)
+    assert type(failed.value) is kind
+    assert "\n" not in text
+    assert PASSWORD not in text
+    assert ESCAPED not in text
+    return text
+
+
+def test_what_the_server_refuses_is_one_line(server: Postgres, database: str, opened: Opener) -> None:
+    refused = {
+        server.url("absent"): 'database "absent" does not exist',
+        server.url(database, user="absent"): 'password authentication failed for user "absent"',
+        server.url(database, password="wr0ng"): 'password authentication failed for user "hemostat"',
+    }
+    for url, text in refused.items():
+        for call in (opened(url).acquire, opened(url).read, opened(url).probe):
+            found = failure(call, StoreAccessDenied)
+            assert found.startswith(f"store postgresql://***@127.0.0.1:{server.port}…: ")
+            assert found.endswith(text)
+            assert "wr0ng" not in found
+    url = server.url(database, port="1")
+    assert failure(opened(url).acquire, StoreUnreachable).endswith("Connection refused")
+    tls = f"{server.url(database)}?sslmode=verify-full&sslrootcert=system"
+    assert "SSL" in failure(opened(tls).acquire, StoreUnreachable)
+
+
+def test_a_user_without_rights_is_told_which_ones_it_needs(server: Postgres, database: str, opened: Opener) -> None:
+    """The schema `public` of a database of somebody else, then the tables of somebody else."""
+    url = server.url(server.new_database("postgres"))
+    for call in (opened(url).acquire, opened(url).probe):
+        found = failure(call, StoreAccessDenied)
+        assert "permission denied for schema public; its user has to own the database" in found
+    server.execute("CREATE TABLE hemostat_head (schema integer, revision bigint, commit_id text)", database)
+    for call in (opened(server.url(database)).read, opened(server.url(database)).probe):
+        assert "permission denied for table hemostat_head; its user" in failure(call, StoreAccessDenied)
+
+
+def test_a_store_of_another_version_is_one_line(
+    server: Postgres, database: str, store: PostgresStore, opened: Opener
+) -> None:
+    server.execute(f"UPDATE hemostat_head SET schema = {SCHEMA + 1}", database)
+    other = opened(server.url(database))
+    for call in (other.read, other.head, other.probe, lambda: store.commit([], 1, "2")):
+        assert f"schema {SCHEMA + 1}, written by a newer hemostat" in failure(call, StoreIncompatible)
+    server.execute("ALTER TABLE hemostat_head DROP COLUMN schema", database)
+    assert "not a store of this version" in failure(other.read, StoreIncompatible)
+
+
+def test_a_probe_changes_nothing_beside_an_owner(
+    server: Postgres, database: str, store: PostgresStore, opened: Opener
+) -> None:
+    assert opened(server.url(database)).probe().startswith("PostgreSQL ")
+    store.commit([SetState("a", "2")], 1, "2")
+    new = server.new_database()
+    opened(server.url(new)).probe()
+    assert server.execute("SELECT to_regclass('hemostat_head')", new) == [(None,)]
+
+
+def test_several_hosts_of_which_one_answers(server: Postgres, database: str, opened: Opener) -> None:
+    url = server.url(database).replace(f"{server.host}:{server.port}", f"127.0.0.1:1,127.0.0.1:{server.port}")
+    assert opened(url).acquire()
+
+
+def test_each_schema_of_a_database_is_a_store(server: Postgres, database: str, opened: Opener) -> None:
+    owners = []
+    for name in ("one", "two"):
+        server.execute(f"CREATE SCHEMA {name} AUTHORIZATION {postgres.USER}", database)
+        owners.append(opened(f"{server.url(database)}?options={quote(f'-c search_path={name}')}"))
+        assert owners[-1].acquire()
+        owners[-1].commit([SetState("name", name)], 0, name)
+    assert [one.read().states["name"] for one in owners] == ["one", "two"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"ignore_startup_parameters": "options"}])
+def test_a_pooler_is_refused(server: Postgres, database: str, opened: Opener, settings: dict[str, str]) -> None:
+    with postgres.pooler(server, **settings) as address:
+        store = opened(f"{address}/{database}")
+        for call in (store.acquire, store.read, store.probe):
+            assert "a pooler (such as pgbouncer) is between" in failure(call, StoreIncompatible)
