@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hemostat.control.evidence.lane import UnitOutcome
-from hemostat.control.evidence.shared import CONTEXTUAL, EVIDENCE, LEARNING
 from hemostat.engines.lora.probes import AGREEMENT, ERROR, FAILED, ISOLATION, PASSED, WAITING
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, REST_GRAMMAR_KIND, REST_KIND
 from hemostat.learner.adapters.builder import BuildFailure
@@ -335,14 +333,6 @@ LABELS: dict[str, dict[str, Values | str]] = {
             "busy": "the queue was full",
             ELSE: "why it failed",
         },
-        names.EVIDENCE_UNITS: {
-            UnitOutcome.SENT: "the store has it",
-            UnitOutcome.DROPPED: "more than could wait while the store did not answer",
-            UnitOutcome.APPLIED: "counted by the replica that leads",
-            UnitOutcome.REPEATED: "came again, and was not counted again",
-            UnitOutcome.LOST: "pushed out of the stream before a replica that led had read it",
-            UnitOutcome.FAILED: "could not be used: a bug, or replicas of different versions",
-        },
         names.DISTANCE_REQUESTS: {
             DistanceOutcome.COMPUTED: "computed, and used",
             DistanceOutcome.FAILED: "none were computed: the process that computes them is busy, or has ended",
@@ -479,13 +469,6 @@ LABELS: dict[str, dict[str, Values | str]] = {
             "one with most",
         }
     },
-    "stream": {
-        "": {
-            EVIDENCE: "what is judged by: scored requests and outcomes",
-            LEARNING: "what temperature and bias have learned",
-            CONTEXTUAL: "what the contextual learner has learned",
-        }
-    },
     "strategy": {
         "": f"the request's decoding: {', '.join(f'`{name}`' for name in STRATEGIES)}; cut is top-p, top-k, min-p"
     },
@@ -510,8 +493,7 @@ have a bounded number of values and never contain a user, a request id or a prom
 Hemostat restarts. A series without data yet is absent. What the figures mean, and what not to conclude:
 [reading the figures](reading-the-figures.md); what to do when an alert fires: [the runbook](runbook.md).
 
-Counters and histograms of several replicas can be summed; gauges (`hemostat_divergence` and others) belong to one
-replica.
+Counters and histograms of several Hemostats can be summed; gauges (`hemostat_divergence` and others) belong to one.
 """
 
 

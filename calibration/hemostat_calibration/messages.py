@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_SCHEME = re.compile(r"((dns\+)?https?|rediss?|valkeys?|postgres(ql)?)://", re.IGNORECASE)
+_SCHEME = re.compile(r"((dns\+)?https?|postgres(ql)?)://", re.IGNORECASE)
 _FILE = re.compile(r"sqlite:///[^@]*|memory://")
 _PLACE = re.compile(r"((?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::\d{1,5})?(?:/\d{0,3})?)(?:[/?#].*)?", re.DOTALL)
 """A host with its port and the number of a database; then what is not shown."""
@@ -17,12 +17,12 @@ def shown_address(url: str) -> str:
     """A URL as messages show it: without user, password, path and query, also where it is malformed, since a password
     may hold any character that has a meaning in URLs.
 
-    >>> shown_address("redis://user:pass/wo#rd@valkey:6379/0")
-    'redis://***@valkey:6379/0'
+    >>> shown_address("postgresql://user:pass/wo#rd@db:5432/0")
+    'postgresql://***@db:5432/0'
     >>> shown_address("http://127.0.0.1:8000/v1?key=secret")
     'http://127.0.0.1:8000…'
-    >>> shown_address("redis://:pass")
-    'redis://***'
+    >>> shown_address("postgresql://:pass")
+    'postgresql://***'
     """
     if _FILE.fullmatch(url):
         return url

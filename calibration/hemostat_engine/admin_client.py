@@ -1,4 +1,4 @@
-"""The HTTP client for the admin port of one replica."""
+"""The HTTP client for one admin port."""
 
 from __future__ import annotations
 
@@ -35,13 +35,12 @@ class FetchError(HemostatError):
 class ReportResponse:
     """The response to a report.
 
-    hold: versions that this engine should hold, most important first. leads: the replica decides which profile serves.
-    replica: prefix of the nonces of the requests that came through this replica.
+    hold: versions that this engine should hold, most important first.
+    nonce_prefix: of the requests that came through this middleware.
     """
 
     hold: tuple[str, ...] = ()
-    leads: bool = True
-    replica: str = ""
+    nonce_prefix: str = ""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -66,7 +65,7 @@ class AdminClient:
         try:
             response = json.loads(data)
             hold = tuple(version for version in response["hold"] if VERSION_PATTERN.fullmatch(version))
-            return ReportResponse(hold, response.get("leads") is not False, str(response.get("replica") or ""))
+            return ReportResponse(hold, str(response.get("nonce_prefix") or ""))
         except (ValueError, TypeError, KeyError):
             raise FetchError("the admin port's answer to a report has no list 'hold'") from None
 
@@ -74,15 +73,15 @@ class AdminClient:
         self._call("/api/v1/engine/tap", MAX_RESPONSE_BYTES, msgspec.msgpack.encode(body), "msgpack")
 
     def send_answers(self, body: dict[str, Any]) -> str:
-        """Returns the prefix of the nonces of the requests that came through this replica, "" where it has none."""
+        """Returns the prefix of the nonces of the requests that came through this middleware, "" where it has none."""
         data = self._call("/api/v1/engine/answers", MAX_RESPONSE_BYTES, msgspec.msgpack.encode(body), "msgpack")
         try:
-            return str(json.loads(data)["replica"] or "")
+            return str(json.loads(data)["nonce_prefix"] or "")
         except (ValueError, TypeError, KeyError):
-            raise FetchError("the admin port's answer to answers has no 'replica'") from None
+            raise FetchError("the admin port's answer to answers has no 'nonce_prefix'") from None
 
     def profile(self, version: str) -> bytes:
-        """The file of a profile. FetchError with status 404 when the replica does not have it."""
+        """The file of a profile. FetchError with status 404 when the middleware does not have it."""
         return self._call(f"/api/v1/engine/profiles/{version}", MAX_BYTES)
 
     def _call(self, path: str, max_bytes: int, data: bytes | None = None, subtype: str = "") -> bytes:

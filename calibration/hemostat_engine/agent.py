@@ -1,11 +1,11 @@
 """The background threads of one rank: one reports held profiles and sends taps, one fetches missing ones (`fetching`).
 
 Decoding never waits for them. Every failure is counted, retried after a pause, and logged once until it changes. Each
-call to a replica has a thread of its own: one that does not answer delays nothing but what is meant for it.
+call to an admin port has a thread of its own: one that does not answer delays nothing but what is meant for it.
 
-Several replicas of Hemostat have an admin port each. All of them receive the report; versions that any of them asks for
-are held, those of the leading replica first; a profile is fetched from any replica that has it; taps go to the replica
-that asked for them, which the prefix of the nonce names.
+There may be several admin ports: of one control process, which is active at one of its addresses, or of middlewares
+that share the engine. All of them receive the report; versions that any of them asks for are held; a profile is fetched
+from any that has it; taps go to the middleware that asked for them, which the prefix of the nonce names.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ log = logging.getLogger("hemostat.engine")
 
 TICK_SECONDS = 0.25
 REPORT_SECONDS = 1.0
-"""Between two reports to a replica."""
+"""Between two reports to an admin port."""
 MAX_STEPS_PER_FLUSH = 256
 MAX_FEATURE_BYTES_PER_FLUSH = 8 << 20
 """The step that reaches it is still sent; the admin port accepts twice as much."""
@@ -59,7 +59,7 @@ def in_thread(run: Callable[[], None]) -> None:
 class Agent:
     """`start()` once; threads then call `tick(now)` and `fetcher.tick(now)` four times a second.
 
-    spawn: runs a call to a replica, at once or in a thread.
+    spawn: runs a call to an admin port, at once or in a thread.
     """
 
     def __init__(
@@ -173,8 +173,9 @@ class Agent:
         operation = self._peers.label("report", peer)
         try:
             peer.last_response = peer.client.report(body)
+            peer.answers = True
         except FetchError as error:
-            peer.report_failed()
+            peer.answers = False
             self._counters.add("report_errors")
             self._retries.failed(operation, error, now)
             return

@@ -50,8 +50,8 @@ class AnswerSender:
         self._boot_id = boot_id
         self._clock = clock
         self._pause = pause
-        self._replicas: dict[str, str] = {}
-        """Address of a replica's admin port -> the prefix of the nonces of its requests."""
+        self._prefixes: dict[str, str] = {}
+        """Address of an admin port -> the prefix of the nonces of its requests."""
         self._failing = False
 
     def start(self) -> None:
@@ -80,7 +80,7 @@ class AnswerSender:
         self._queue.drop(len(unsent))
 
     def _send_once(self, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Returns the answers that no replica has accepted."""
+        """Returns the answers that no admin port has accepted."""
         self._peers.refresh(self._clock())
         unsent = answers
         for peer in self._peers.all:
@@ -89,13 +89,13 @@ class AnswerSender:
                 continue
             body = {"boot_id": self._boot_id, "answers": own, "dropped": self._queue.dropped}
             try:
-                replica = peer.client.send_answers(body)
+                prefix = peer.client.send_answers(body)
             except FetchError as error:
                 self._log_failure(error)
                 continue
             self._failing = False
-            self._replicas[peer.url] = replica
-            # A replica ignores answers that are not of its own requests.
+            self._prefixes[peer.url] = prefix
+            # A middleware ignores answers that are not of its own requests.
             unsent = [answer for answer in unsent if not self._may_own(peer, answer["nonce"])]
         return unsent
 
@@ -103,8 +103,8 @@ class AnswerSender:
         """Whether the request came through `peer`, or may have, while its prefix is not known."""
         if len(self._peers.all) == 1:
             return True
-        replica = self._replicas.get(peer.url)
-        return not replica or nonce.startswith(f"{replica}-")
+        prefix = self._prefixes.get(peer.url)
+        return not prefix or nonce.startswith(f"{prefix}-")
 
     def _log_failure(self, error: FetchError) -> None:
         if not self._failing:

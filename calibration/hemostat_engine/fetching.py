@@ -1,6 +1,6 @@
-"""The thread that gets profiles from the folder or from the replicas and puts them into the library.
+"""The thread that gets profiles from the folder or from the admin ports and puts them into the library.
 
-Neither decoding nor a report waits for it. A replica that does not answer is left out for a while, and what clients
+Neither decoding nor a report waits for it. A port that does not answer is left out for a while, and what clients
 name is fetched after what the control process asks for, at a bounded rate.
 """
 
@@ -96,9 +96,9 @@ class Fetcher:
 
 
 def read_profile(version: str, folder: Path | None, peers: Peers, retries: Retries, now: float) -> bytes:
-    """The file of a profile: from the folder, else from a replica. FetchError with status 404: not found.
+    """The file of a profile: from the folder, else from an admin port. FetchError with status 404: not found.
 
-    retries: of the replicas; one that does not answer is not asked while its pause lasts.
+    retries: of the ports; one that does not answer is not asked while its pause lasts.
     """
     if not VERSION_PATTERN.fullmatch(version):  # it becomes part of a path and of a URL
         raise InvalidProfileError(f"{version!r} is not a profile version")
@@ -111,7 +111,7 @@ def read_profile(version: str, folder: Path | None, peers: Peers, retries: Retri
         except OSError as error:
             raise FetchError(f"profile {version}: {error.strerror}") from None
     failure = FetchError(f"profile {version} is not in HEMOSTAT_PROFILE_DIR", 404)
-    # The replicas that asked for it come first; if one fails, the next is tried.
+    # Those that asked for it come first; if one fails, the next is tried.
     for peer in sorted(peers.all, key=lambda p: not p.wants(version)):
         operation = f"fetches from {peer.url}"
         if not retries.may_try(operation, now):

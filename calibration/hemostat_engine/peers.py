@@ -1,9 +1,8 @@
-"""The admin ports that the engine talks to, one for each replica of Hemostat."""
+"""The admin ports that the engine talks to: of the control process at all its addresses, or of several middlewares."""
 
 from __future__ import annotations
 
 import socket
-from dataclasses import replace
 
 from hemostat_engine.admin_client import AdminClient, ReportResponse
 from hemostat_engine.settings import DNS_PREFIX, Settings, split_admin_url
@@ -14,30 +13,28 @@ MAX_PEERS = 32
 
 
 class Peer:
-    """One replica's admin port and its last response to a report."""
+    """One admin port and its last response to a report."""
 
     def __init__(self, url: str, token: str | None) -> None:
         self.url = url
         self.client = AdminClient(url, token)
         self.last_response: ReportResponse | None = None
+        self.answers = True
+        """It answered the last report. The versions that it asked for before that are kept: it may be back soon."""
         self.next_report = 0.0
         """Monotonic seconds."""
 
     def wants(self, version: str) -> bool:
         return self.last_response is not None and version in self.last_response.hold
 
-    def report_failed(self) -> None:
-        """Keep the versions that it asked for, but after those of the other replicas: it may be back soon."""
-        self.last_response = self.last_response and replace(self.last_response, leads=False)
-
     def owns(self, nonce: str) -> bool:
-        """Whether the tapped request came through this replica."""
-        response = self.last_response
-        return response is not None and bool(response.replica) and nonce.startswith(f"{response.replica}-")
+        """Whether the tapped request came through this middleware."""
+        prefix = self.last_response.nonce_prefix if self.last_response is not None else ""
+        return bool(prefix) and nonce.startswith(f"{prefix}-")
 
 
 class Peers:
-    """All replicas that the setting names. `refresh` resolves host names again."""
+    """All admin ports that the setting names. `refresh` resolves host names again."""
 
     def __init__(self, settings: Settings) -> None:
         self._urls = settings.admin_url.split(",") if settings.admin_url else []
@@ -77,15 +74,14 @@ class Peers:
         return self._resolved[url]
 
     def versions_to_hold(self) -> tuple[str, ...]:
-        """The versions that any replica asks for, those of the leading replica first."""
-        responses = [peer.last_response for peer in self.all if peer.last_response is not None]
-        responses.sort(key=lambda response: not response.leads)
-        return tuple(version for response in responses for version in response.hold)
+        """The versions that any of them asks for, those of ports that answer first."""
+        peers = sorted(self.all, key=lambda peer: not peer.answers)
+        return tuple(version for peer in peers if peer.last_response is not None for version in peer.last_response.hold)
 
     def owns(self, peer: Peer, nonce: str) -> bool:
-        """Whether the tapped request came through `peer`. A single replica owns every request."""
+        """Whether the tapped request came through `peer`. A single one owns every request."""
         return len(self.all) == 1 or peer.owns(nonce)
 
     def label(self, operation: str, peer: Peer) -> str:
-        """The operation's name in logs and for retries; with several replicas it has the address."""
+        """The operation's name in logs and for retries; with several ports it has the address."""
         return operation if len(self.all) == 1 else f"{operation} to {peer.url}"

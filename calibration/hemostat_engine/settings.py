@@ -12,14 +12,15 @@ from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.messages import shown_address
 
 DNS_PREFIX = "dns+"
-"""Before an address of HEMOSTAT_ADMIN_URL: every IP address of the host name is a replica (a headless Service)."""
+"""Before an address of HEMOSTAT_ADMIN_URL: every IP address of the host name is an admin port (a headless
+Service)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Where profiles come from. With neither source every request gets identity.
 
-    admin_url: the address of the admin port, or those of several replicas separated by commas; `dns+http://name:port`
+    admin_url: the address of the admin port, or several separated by commas; `dns+http://name:port`
     stands for every IP address of the name. engine_token: the admin port's `admin.engine_token`.
     """
 

@@ -19,6 +19,7 @@ from hemostat.admin.access import Tokens
 from hemostat.admin.hardening import HEADERS
 from hemostat.control.composition import Control
 from hemostat.ipc.messages import REST_KIND, Policy
+from hemostat.store.protocol import NotKeptError
 
 GUARDED = [
     ("POST", "/api/v1/calibration"),
@@ -141,7 +142,7 @@ async def test_a_profile_is_imported_shown_fetched_and_taken_back(one: Control, 
     report = held | {"counters": {}, "runner": "v1", "vllm": "0"}
     one.policy.publish()
     answer = await client.post("/api/v1/engine/report", headers=AUTHORIZED, json=report)
-    assert answer.json() == {"hold": [version], "leads": True, "replica": one.engines.replica}
+    assert answer.json() == {"hold": [version], "nonce_prefix": one.engines.nonce_prefix}
 
     nothing = await client.post("/api/v1/profiles/rollback", headers=AUTHORIZED)
     assert nothing.status_code == 400
@@ -202,8 +203,9 @@ async def test_a_mode_that_was_not_kept_is_an_error_that_says_that_it_applies(
     async with control(tmp_path, settings()) as one, admin_client(one) as client:
         kept = True
 
-        async def set_mode(mode: str) -> bool:
-            return kept
+        async def set_mode(mode: str) -> None:
+            if not kept:
+                raise NotKeptError("this applies now, but the store could not keep it")
 
         monkeypatch.setattr(one.actions, "set_mode", set_mode)
         off = {"headers": AUTHORIZED, "json": {"mode": "off"}}
@@ -212,7 +214,7 @@ async def test_a_mode_that_was_not_kept_is_an_error_that_says_that_it_applies(
         kept = False
         found = await client.post("/api/v1/calibration", **off)
         assert found.status_code == 507
-        assert detail(found).startswith("mode off applies now, but the store could not keep it")
+        assert detail(found).startswith("this applies now, but the store could not keep it")
 
 
 async def test_an_import_may_be_for_a_scope(tmp_path: Path) -> None:

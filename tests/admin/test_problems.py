@@ -19,7 +19,7 @@ from hemostat.admin.recent import LOST_SECONDS, MINUTE_SECONDS
 from hemostat.control.composition import Control
 from hemostat.ipc.messages import EngineHealth, Stats, encode
 from hemostat.reference.pair import ReferenceState
-from hemostat.store.protocol import StoreFailure
+from hemostat.store.protocol import NotKeptError, StoreFailure
 
 REQUESTS, SHADOW = "hemostat_requests_total", "hemostat_shadow_requests_total"
 A, B, C = "10.0.0.1:8000", "10.0.0.2:8000", "10.0.0.3:8000"
@@ -222,7 +222,8 @@ async def test_a_store_that_cannot_be_opened_is_a_problem_and_its_writes_fail(tm
         errors = one.one.store_errors.count
         assert errors == 1
         writing = asyncio.create_task(one.one.writer.run())
-        assert not await one.one.actions.set_mode("off"), "it is not kept"
+        with pytest.raises(NotKeptError):
+            await one.one.actions.set_mode("off")
         assert one.one.profile_manager.serving.mode == "off"
         assert one.one.store_errors.count > errors, "so that the alert, which looks for growth, stays"
         writing.cancel()

@@ -271,31 +271,6 @@ def bounds(log: Log) -> None:
     log.step("import up to 33; without the events", life)
 
 
-def replicas(log: Log) -> None:
-    """A replica that follows takes up what the leader decides, then leads and goes on; the old leader follows."""
-    first = Life(leads=True)
-    second = Life(first.store, leads=False)
-    for life in (first, second):
-        life.feed(BIASED, LEARNED[:40])
-    log.step("the leader learns and proposes", first)
-    log.step("the follower learns and does not", second)
-    first.feed(BIASED, JUDGED, lambda: first.selected is not None)
-    log.step("the leader promotes", first)
-    second.take_up()
-    log.step("the follower takes it up", second)
-    second.feed(OPPOSITE, JUDGED[:100])
-    log.step("the follower judges nothing", second)
-    second.lead()
-    second.feed(BIASED, LEARNED[40:90])
-    log.step("it leads, and learns on", second)
-    fed = second.feed(OPPOSITE, JUDGED[:400], lambda: second.selected is None)
-    second.set_mode("observe")
-    log.step("it rolls back, and is set to observe", second, fed)
-    first.lose_lead()
-    first.take_up()
-    log.step("who led before takes that up", first)
-
-
 SCENARIOS: tuple[Callable[[Log], None], ...] = (
     evidence,
     unsupported,
@@ -305,7 +280,6 @@ SCENARIOS: tuple[Callable[[Log], None], ...] = (
     kinds,
     by_request,
     bounds,
-    replicas,
 )
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support import valkey
 from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import FakeVllm, running
 from tests.support.tiny_checkpoints import make_pair
@@ -123,23 +122,6 @@ async def test_each_served_model_is_matched_or_said_to_be_left_out() -> None:
     assert (states(found)["calibration.model"], found["calibration.model"].fix) == ("NO", "name one of a")
     found = await findings_of(upstream, {}, models={"d": "fake"})
     assert states(found)["reference.models"] == "NO"
-
-
-async def test_a_store_server_is_probed(tmp_path: Path) -> None:
-    async def store_at(url: str) -> Finding:
-        return (await findings_of({}, None, store={"url": url}))["store"]
-
-    with valkey.running(tmp_path, "s3cret") as server:
-        found = await store_at(server.url)
-        assert found.state is State.OK
-        assert "valkey" in found.detail.lower() or "redis" in found.detail.lower()
-        assert "s3cret" not in found.detail
-        refused = await store_at(server.url.replace("s3cret", "wr0ng"))
-        assert refused.state is State.NO
-        assert "user and password" in refused.fix
-        assert "wr0ng" not in refused.detail
-        server.kill()
-        assert (await store_at(server.url)).fix == "start it, or change store.url"
 
 
 @pytest.mark.parametrize(

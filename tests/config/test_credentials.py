@@ -36,7 +36,7 @@ SECRETS = st.lists(st.sampled_from(string.printable[:95].replace("Q", "")), max_
     lambda characters: "Q" + "".join(f"{character}Q" for character in characters)
 )
 """With Q beside each character: what is printed has no other one, so that also a part of a secret is found."""
-SCHEMES = ["http://", "https://", "dns+http://", "redis://", "rediss://", "valkey://", "sqlite:///", "htp://", ""]
+SCHEMES = ["http://", "https://", "dns+http://", "postgresql://", "sqlite:///", "htp://", ""]
 
 
 def written(key: str, address: str) -> dict[str, Any]:
@@ -57,8 +57,8 @@ def written(key: str, address: str) -> dict[str, Any]:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(key=st.sampled_from(PLACES), scheme=st.sampled_from(SCHEMES), user=SECRETS, password=SECRETS)
-@example(key="store.url", scheme="redis://", user="", password="Q/Q#Q")
-@example(key="store.url", scheme="redis://", user="Q", password="1/2#Q")
+@example(key="store.url", scheme="postgresql://", user="", password="Q/Q#Q")
+@example(key="store.url", scheme="postgresql://", user="Q", password="1/2#Q")
 @example(key="upstream.url", scheme="http://", user="Q", password="QQ/Q")
 @example(key="upstream.url", scheme="http://", user="Q", password="QQ#Q")
 @example(key="upstream.url", scheme="sqlite:///", user="Q", password="Q,Q")
@@ -108,9 +108,9 @@ def test_a_comma_in_a_password_does_not_end_the_address(
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(scheme=st.sampled_from(["redis://", "valkey://"]), user=SECRETS, password=SECRETS)
-@example(scheme="redis://", user="", password="Q/Q#Q")
-@example(scheme="redis://", user="Q", password="Q")
+@given(scheme=st.sampled_from(["postgres://", "postgresql://"]), user=SECRETS, password=SECRETS)
+@example(scheme="postgresql://", user="", password="Q/Q#Q")
+@example(scheme="postgresql://", user="Q", password="Q")
 def test_check_and_logs_of_a_store(
     scheme: str, user: str, password: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -29,7 +29,7 @@ from hemostat.ipc.messages import REST_KIND, Policy, Stats
 from hemostat.profiles.serving import ServedModel
 from hemostat.reference import monitor
 from hemostat.reference.match import Match
-from hemostat.store.protocol import StoreFailure
+from hemostat.store.protocol import NotKeptError, StoreFailure
 from hemostat.store.writer import MAX_QUEUED_WRITES
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import temperature_bias
@@ -301,7 +301,7 @@ async def test_a_damaged_store_does_not_keep_it_from_starting(tmp_path: Path) ->
 async def test_what_was_decided_is_written_before_it_ends(tmp_path: Path) -> None:
     made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"})
     async with control(tmp_path, made) as one:
-        await one.actions.set_mode("off")
+        one.profile_manager.operator.set_mode("off")
     async with control(tmp_path, made) as one:
         assert one.profile_manager.serving.mode == "off"
         assert [event["decision"] for event in one.profiles.listing()["events"]] == ["mode"]
@@ -313,16 +313,17 @@ async def test_a_mode_that_cannot_be_kept_applies_and_the_operator_is_told(
     made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"}, calibration={"mode": "auto"})
     async with control(tmp_path, made) as one:
         writing = asyncio.create_task(one.writer.run())
-        assert await one.actions.set_mode("observe")
+        await one.actions.set_mode("observe")
 
         def full(*_: object) -> None:
             raise StoreFailure("database or disk is full")
 
         monkeypatch.setattr(one.store, "set_state", full)
-        assert not await one.actions.set_mode("off")
+        with pytest.raises(NotKeptError):
+            await one.actions.set_mode("off")
         assert one.profile_manager.serving.mode == "off"
         monkeypatch.undo()
-        assert await one.actions.set_mode("off"), "sent again, it is kept"
+        await one.actions.set_mode("off")  # sent again, it is kept
         writing.cancel()
 
 
@@ -366,7 +367,7 @@ async def test_two_middlewares_with_other_versions_share_an_engine_and_a_store(t
             one.policy.publish()
         assert [policy.serving_by_kind.get(REST_KIND) for policy in told.values()] == [mine.version, profile(1).version]
         assert [set(policy.acknowledged) for policy in told.values()] == [{mine.version}, {mine.version}]
-        names = {policy.replica for policy in told.values()}
+        names = {policy.nonce_prefix for policy in told.values()}
         assert len(names) == 2, "the engine tells each of them what was tapped of its own requests"
         assert "" not in names
         again = EngineReport("anew", 0, 1, [], 30, {}, "v1", "0")
@@ -394,7 +395,7 @@ async def test_a_forced_profile_that_is_none_is_named(tmp_path: Path) -> None:
 async def test_saves_beyond_what_can_wait_are_counted(tmp_path: Path) -> None:
     async with control(tmp_path) as one:
         for _ in range(MAX_QUEUED_WRITES + 3):
-            one.writer.as_leader.set_state("a", "b")
+            one.writer.set_state("a", "b")
         assert one.store_errors.count == 3
     assert one.store.get_state("a") == "b", "closing writes what was queued"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from hemostat.control.composition import Control
 from hemostat.control.learned_state import BLOB_KEY
 from hemostat.control.model_identity import with_weights
 from hemostat.store.factory import open_store
-from hemostat_calibration.learning import temperature_bias_storage as storage
 from hemostat_calibration.profiles.families import TEMPERATURE_BIAS
 
 
@@ -58,21 +56,7 @@ async def test_what_was_learned_and_proposed_is_kept(tmp_path: Path, caplog: pyt
         assert one.profile_manager.proposals.learned() == (0, 0)
 
 
-async def test_what_an_earlier_version_wrote_is_read(tmp_path: Path) -> None:
-    """Its notes had no positions beside what was proposed."""
-    async with support.control(tmp_path) as one:
-        know_models(one)
-        proposals = one.profile_manager.proposals
-        learner = proposals._temperature_bias
-        state = replace(learner.init(support.MODEL, INFO.vocab_size), tokens=70, requests=7)
-        data = storage.save({"": state}, learner, "models", json.dumps({"": {TEMPERATURE_BIAS: 77}}))
-        assert proposals.restore(data, "models") == ("", "")
-        assert proposals.learned() == (7, 70)
-        assert proposals._scope("").proposed_at == {TEMPERATURE_BIAS: 77}
-
-
 async def test_what_is_learned_of_other_weights_is_forgotten_without_the_stored_evidence(tmp_path: Path) -> None:
-    """At a follower, whose stored evidence is the leader's."""
     async with support.control(tmp_path) as one:
         know_models(one)
         learn(one, range(100))

@@ -21,16 +21,14 @@ PRINTABLE = st.text(st.sampled_from(string.printable[:95]), min_size=6, max_size
 
 
 @given(
-    scheme=st.sampled_from(
-        ["http://", "https://", "dns+http://", "redis://", "rediss://", "valkey://", "sqlite://", ""]
-    ),
+    scheme=st.sampled_from(["http://", "https://", "dns+http://", "postgresql://", "sqlite://", ""]),
     user=st.one_of(st.just(""), PRINTABLE),
     password=PRINTABLE,
-    place=st.sampled_from(["valkey:6379/0", "[::1]:6379", "h", "", "h:1/2?prefix=a"]),
+    place=st.sampled_from(["postgres:5432/0", "[::1]:5432", "h", "", "h:1/2?prefix=a"]),
 )
-@example(scheme="redis://", user="", password="pass/word", place="valkey:6379/0")
-@example(scheme="redis://", user="", password="pass#word", place="valkey:6379/0")
-@example(scheme="redis://", user="", password="1234/5#word", place="valkey:6379/0")
+@example(scheme="postgresql://", user="", password="pass/word", place="postgres:5432/0")
+@example(scheme="postgresql://", user="", password="pass#word", place="postgres:5432/0")
+@example(scheme="postgresql://", user="", password="1234/5#word", place="postgres:5432/0")
 @example(scheme="http://", user="user", password="p://ss@wo:rd", place="h")
 def test_no_credentials_are_shown(scheme: str, user: str, password: str, place: str) -> None:
     shown = shown_address(f"{scheme}{user}:{password}@{place}")
@@ -44,14 +42,14 @@ def test_no_credentials_are_shown(scheme: str, user: str, password: str, place: 
         ("http://127.0.0.1:8000", None),
         ("dns+http://engines.ai:8000", None),
         ("https://[::1]:8000", None),
-        ("redis://valkey:6379/2", None),
+        ("postgresql://postgres:5432/2", None),
         ("sqlite:////var/lib/hemostat/a b.db", None),
         ("memory://", None),
         ("localhost:8000", None),
         ("http://h:8000/v1/", "http://h:8000…"),
-        ("redis://h?password=secret", "redis://h…"),
-        ("redis://user:secret", "redis://***"),
-        ("redis://:secret", "redis://***"),
+        ("postgresql://h?password=secret", "postgresql://h…"),
+        ("postgresql://user:secret", "postgresql://***"),
+        ("postgresql://:secret", "postgresql://***"),
         ("htp://user:secret@h", "***@h"),
         ("sqlite://user:secret@h/x", "***@h…"),
         ("", "***"),

@@ -9,7 +9,6 @@ from tests.support.world import T, V, World
 
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner
-from hemostat_calibration.records import Candidates, TokenRecord
 
 
 @pytest.mark.parametrize("k", [20, V])
@@ -153,7 +152,7 @@ def test_the_same_records_give_the_same_version():
     assert a.version == b.version
 
 
-def test_replicas_merge():
+def test_states_merge():
     """Each learned half; together they know what one knew that saw everything, but for the order of learning."""
     world = World(beta=0.8, bias=0.4)
     learner, whole = world.learn(120)
@@ -185,23 +184,3 @@ def test_what_does_not_belong_is_refused():
         learner.update(learner.init("m", V + 1), [make_record(World().truth(0), 5)])
     with pytest.raises(InvalidArgumentError, match="one model"):
         learner.merge(learner.init("m", V), learner.init("n", V))
-
-
-def test_only_ids_of_the_new_records_have_grown() -> None:
-    """All others shrink with the half-life, which leaves rounding of them: all were sent to the leader each time."""
-    learner = TemperatureBiasLearner(half_life_tokens=1000)
-    state = learner.init("m", 40)
-
-    def record(first: int) -> TokenRecord:
-        rng = np.random.default_rng(first)
-        ids = np.tile(np.arange(first, first + 4, dtype=np.int32), (7, 1))
-        compressed, reference = (np.log(-np.sort(-rng.dirichlet(np.ones(5), 7)[:, :4], 1)) for _ in range(2))
-        ours, theirs = Candidates(ids, compressed), Candidates(ids, reference)
-        return TokenRecord(40, b"", ids[:, 0].copy(), ours, reference, theirs, compressed[:, 0], reference[:, 0])
-
-    for first in range(36):
-        state = learner.update(state, [record(first)])
-    after = learner.update(state, [record(3)] * 8)
-    growth = learner.growth(state, after)
-    assert set(np.flatnonzero(growth.reference_mass)) == set(np.flatnonzero(growth.compressed_mass)) == {3, 4, 5, 6}
-    np.testing.assert_allclose(learner.grown(state, growth).reference_mass, after.reference_mass, rtol=1e-12)

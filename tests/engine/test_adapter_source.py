@@ -151,7 +151,7 @@ def test_admin_port_that_is_down_is_asked_again_soon(make_source: Callable[..., 
     assert source.may_look_up(version)
 
 
-def test_any_replica_that_has_it_will_do(admin: EngineAdmin, make_source: Callable[..., AdapterSource]) -> None:
+def test_any_port_that_has_it_will_do(admin: EngineAdmin, make_source: Callable[..., AdapterSource]) -> None:
     profile, other = adapter(), EngineAdmin()
     try:
         admin.files[profile.version] = profile.to_bytes()

@@ -320,16 +320,15 @@ def test_undeliverable_taps_are_dropped_and_counted(admin: EngineAdmin) -> None:
     assert rank.counters.read()["taps_sent"] == 1
 
 
-# --- several replicas -------------------------------------------------------------------------------------------------
+# --- several admin ports ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def admins() -> Iterator[list[EngineAdmin]]:
-    """Two replicas, the second of which leads."""
+    """Of two middlewares."""
     both = [EngineAdmin(), EngineAdmin()]
     for admin, name in zip(both, ("aa", "bb"), strict=True):
-        admin.registry.replica = name
-        admin.registry.leads = name == "bb"
+        admin.registry.nonce_prefix = name
     yield both
     for admin in both:
         admin.close()
@@ -339,24 +338,28 @@ def at_all(admins: list[EngineAdmin]) -> Settings:
     return Settings(admin_url=",".join(admin.url for admin in admins), engine_token=TOKEN)
 
 
-def test_every_replica_gets_reports_and_the_leading_one_has_priority(admins: list[EngineAdmin]) -> None:
+def test_every_port_gets_reports_and_those_that_answer_have_priority(admins: list[EngineAdmin]) -> None:
     serving, candidate, probe = (make_profile(seed) for seed in (1, 2, 3))
     admins[0].registry.set_wanted([serving.version, probe.version])
     admins[1].registry.set_wanted([serving.version, candidate.version])
-    # Only the leading replica has the candidate, only the other one the probe.
+    # Only one of them has the candidate, only the other one the probe.
     admins[0].files = {profile.version: profile.to_bytes() for profile in (serving, probe)}
     admins[1].files = {profile.version: profile.to_bytes() for profile in (serving, candidate)}
     rank = Rank(at_all(admins))
     rank.tick(0.0)
     rank.tick(0.25)
-    expected = (serving.version, candidate.version, probe.version)
+    expected = (serving.version, probe.version, candidate.version)
     assert tuple(held.version for held in rank.library.candidates()) == expected
     for admin in admins:
         assert admin.registry.acknowledged(0.0) == set(expected)
-    assert "profiles_missing" not in rank.counters.read(), "each is fetched from the replica that asked for it"
+    assert "profiles_missing" not in rank.counters.read(), "each is fetched from the port that asked for it"
+    admins[0].status = 503
+    rank.tick(2.0)
+    expected = (serving.version, candidate.version, probe.version)
+    assert tuple(held.version for held in rank.library.candidates()) == expected, "what the first asked for is kept"
 
 
-def test_other_replicas_continue_when_one_fails(admins: list[EngineAdmin]) -> None:
+def test_the_others_continue_when_one_fails(admins: list[EngineAdmin]) -> None:
     admins[0].registry.set_wanted([PROFILE.version])
     admins[0].files[PROFILE.version] = PROFILE.to_bytes()
     rank = Rank(at_all(admins))
@@ -364,7 +367,7 @@ def test_other_replicas_continue_when_one_fails(admins: list[EngineAdmin]) -> No
     rank.tick(0.0)
     rank.tick(0.25)
     assert admins[0].registry.acknowledged(0.0) == {PROFILE.version}
-    # The replica that has it fails before the fetch; the other one has it from the store.
+    # The one that has it fails before the fetch; the other one has it, too.
     other = make_profile(2)
     admins[0].registry.set_wanted([other.version])
     rank.tick(2.0)
@@ -377,7 +380,7 @@ def test_other_replicas_continue_when_one_fails(admins: list[EngineAdmin]) -> No
     assert admins[1].registry.acknowledged(10.25) == {PROFILE.version, other.version}
 
 
-def test_taps_go_to_the_replica_of_the_request(admins: list[EngineAdmin]) -> None:
+def test_taps_go_to_the_middleware_of_the_request(admins: list[EngineAdmin]) -> None:
     rank = Rank(at_all(admins))
     rank.tick(0.0)
     for nonce, value in (("aa-1", 0.25), ("bb-1", 0.5), ("cc-1", 0.75)):
@@ -398,13 +401,13 @@ def test_dns_name_is_every_address_that_it_has_now(admins: list[EngineAdmin], mo
     hosts = ["127.0.0.1"]
 
     def resolve(host: str, number: int, **_: Any) -> list[Any]:
-        assert (host, str(number)) == ("replicas", port)
+        assert (host, str(number)) == ("hemostat", port)
         if not hosts:
             raise OSError("no such name")
         return [(0, 0, 0, "", (address, number)) for address in hosts]
 
     monkeypatch.setattr("hemostat_engine.peers.socket.getaddrinfo", resolve)
-    peers = Peers(Settings.from_environment({"HEMOSTAT_ADMIN_URL": f"dns+http://replicas:{port}"}))
+    peers = Peers(Settings.from_environment({"HEMOSTAT_ADMIN_URL": f"dns+http://hemostat:{port}"}))
     peers.refresh(0.0)
     [first] = peers.all
     assert first.url == admins[0].url

@@ -394,9 +394,9 @@ def test_answers_reach_the_buffer_of_the_admin_port(admins: list[EngineAdmin]) -
     assert server.queue.dropped == 0
 
 
-def test_answers_go_to_the_replica_of_the_request(admins: list[EngineAdmin]) -> None:
-    for admin, replica in zip(admins, ("aa", "bb"), strict=True):
-        admin.registry.replica = replica
+def test_answers_go_to_the_middleware_of_the_request(admins: list[EngineAdmin]) -> None:
+    for admin, prefix in zip(admins, ("aa", "bb"), strict=True):
+        admin.registry.nonce_prefix = prefix
     server = Server(Engine([[[3]]]))
     sender = sender_to(admins, server.queue)
     for nonce in ("bb-1", "aa-1", "bb-2"):

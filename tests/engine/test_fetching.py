@@ -1,4 +1,4 @@
-"""Fetches of profiles: they delay no report, leave out a replica that hangs, and what clients name is bounded."""
+"""Fetches of profiles: they delay no report, leave out an admin port that hangs, and what clients name is bounded."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ PROFILE = make_profile(1)
 
 @pytest.fixture
 def admins() -> Iterator[list[EngineAdmin]]:
-    """Two replicas; the first does not answer some requests."""
+    """Two ports; the first does not answer some requests."""
     both = [EngineAdmin(), EngineAdmin()]
     for admin, name in zip(both, ("aa", "bb"), strict=True):
-        admin.registry.replica = name
+        admin.registry.nonce_prefix = name
     yield both
     for admin in both:
         admin.close()
@@ -50,10 +50,10 @@ def fetched(admin: EngineAdmin) -> list[str]:
     return [path.removeprefix(PROFILES) for path in admin.seen if path.startswith(PROFILES)]
 
 
-def test_reports_go_on_while_fetches_and_a_replica_hang(
+def test_reports_go_on_while_fetches_and_a_port_hang(
     admins: list[EngineAdmin], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five names of clients and one replica that hung silenced the reports for 30 s: the engine counted as gone."""
+    """Five names of clients and one port that hung silenced the reports for 30 s: the engine counted as gone."""
     monkeypatch.setattr(admin_client, "TIMEOUT_SECONDS", 2 * HANG_SECONDS)
     monkeypatch.setattr(agents, "TICK_SECONDS", 0.02)
     monkeypatch.setattr(agents, "REPORT_SECONDS", 0.05)
@@ -75,7 +75,7 @@ def test_reports_go_on_while_fetches_and_a_replica_hang(
         agent.stop()
 
 
-def test_a_replica_that_does_not_answer_is_left_out_for_a_while(
+def test_a_port_that_does_not_answer_is_left_out_for_a_while(
     admins: list[EngineAdmin], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(admin_client, "TIMEOUT_SECONDS", 0.2)

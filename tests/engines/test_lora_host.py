@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.fake_lora import UNLOAD, FakeLora
+from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import FakeVllm
 from tests.support.lora_world import LoraWorld, adapter, hurry, lora_world
 from tests.support.waiting import until
@@ -337,19 +337,6 @@ async def test_an_upstream_that_is_gone_is_not_ready_and_comes_back() -> None:
         world.fake.replace_body = None
         await ready(world, ONE)
         assert world.host.status()["probes"]["isolation"]["passed"] == 1, "it was not restarted"
-
-
-async def test_a_replica_that_does_not_lead_only_probes() -> None:
-    async with lora_world(server(), leads=False) as world:
-        world.profiles.want(ONE)
-        await asyncio.sleep(0.2)
-        assert world.lora.loaded == []
-        world.lora.resolve(ONE.version)
-        await ready(world, ONE)
-        world.profiles.want(TWO)
-        await until(lambda: world.host.ready == {})
-        assert world.lora.loaded == [ONE.version]
-        assert not any(path == UNLOAD for path, _ in world.fake.seen)
 
 
 async def test_adapters_of_another_hemostat_stay_while_there_is_room() -> None:

@@ -60,7 +60,6 @@ async def fleet(*loras: FakeLora) -> AsyncIterator[Fleet]:
             profiles,
             copy=FakeCopy(),
             base=lambda: "fake",
-            leads=lambda: True,
             clock=time.monotonic,
             on_change=lambda: None,
         )
@@ -155,12 +154,3 @@ async def test_an_engine_that_applies_a_version_after_its_restart_keeps_it_in_us
         f.loras[1].restart()
         await until(lambda: bool(f.hosts.hosts[f.every[1]].rejected))
         assert (f.ready()[0], f.profiles.rejected) == ({ONE.version}, {})
-
-
-async def test_a_replica_that_leads_only_later_gives_up_what_no_engine_applies(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with fleet(engine(**{ONE.version: 2.0}), engine(**{ONE.version: 3.0})) as f:
-        with monkeypatch.context() as follower:
-            follower.setattr(f.profiles, "reject", lambda *_: None)
-            f.profiles.want(ONE)
-            await until(lambda: all(host.rejected for host in f.hosts.hosts.values()))
-        await until(lambda: ONE.version in f.profiles.rejected)

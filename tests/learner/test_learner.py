@@ -6,7 +6,7 @@ import asyncio
 import os
 import queue
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -290,9 +290,6 @@ def test_records_that_come_while_a_proposal_is_made_are_learned_from() -> None:
         def learn(self, request: wire.Learn) -> wire.Learned:
             return wire.Learned({"": len(request.rows)}, {}, {})
 
-        def take_shared(self) -> Iterator[wire.Shared]:
-            yield wire.Shared("", 0, 0, 0, 1, b"", "")
-
         def propose(self, scope: str, progress: Callable[[str, float], None]) -> wire.Proposed:
             if scope == "first":
                 inbox.put(wire.Learn([]))
@@ -306,8 +303,7 @@ def test_records_that_come_while_a_proposal_is_made_are_learned_from() -> None:
     inbox.put(wire.Propose("first"))
     RequestLoop(Slow(), inbox, said.append).run()  # type: ignore[arg-type]
     told = [(type(s).__name__, getattr(s, "scope", "")) for s in said]
-    learned = [("Shared", ""), ("Learned", "")]
-    first = [("Training", ""), *learned, *learned, ("Proposed", "first")]
+    first = [("Training", ""), ("Learned", ""), ("Learned", ""), ("Proposed", "first")]
     assert told == [*first, ("Training", ""), ("Proposed", "second")]
 
 

@@ -23,9 +23,7 @@ from hemostat.learner.client import Learner, LearningTarget
 from hemostat.learner.stored import BLOB_KEY, StoredLearning
 from hemostat.store.errors import StoreErrorLog
 from hemostat.store.factory import open_store
-from hemostat.store.lease import Lease
 from hemostat.store.protocol import Store
-from hemostat.store.valkey import ValkeyStore
 from hemostat.store.writer import StoreWriter
 from hemostat_calibration.profiles import transform
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -65,11 +63,9 @@ class Life:
     def __init__(self, store: Store, folder: Path, **settings: Any) -> None:
         self.world: World = make()
         self.receiver, self.now = Receiver(), 0.0
-        lease, errors = Lease(shared=False), StoreErrorLog()
-        if isinstance(store, ValkeyStore):
-            assert store.acquire_lease(0.001).leads
-        self.writer = StoreWriter(store, lease, errors)
-        stored = StoredLearning(store, self.writer.as_leader, errors, lease)
+        errors = StoreErrorLog()
+        self.writer = StoreWriter(store, errors)
+        stored = StoredLearning(store, self.writer, errors)
         given = Calibration(**SETTINGS | settings)
         self.learner = Learner(given, self.receiver, storage=stored, clock=lambda: self.now)
         self.target = LearningTarget("m", V, folder, D, "digest")

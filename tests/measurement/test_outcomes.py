@@ -27,7 +27,6 @@ class Served:
     held: set[str] = field(default_factory=set)
     left: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
 
-    decides: bool = True
     pinned: set[str] = field(default_factory=set)
 
     def kinds(self) -> set[str]:
@@ -238,16 +237,6 @@ def test_a_pinned_profile_stays_and_its_harm_is_shown_until_it_is_unpinned() -> 
     world.served.pinned.clear()
     world.traffic(700, 0.9, 0.6)
     assert world.served.left, "it is judged again"
-
-
-def test_a_replica_that_follows_decides_nothing_until_it_leads() -> None:
-    world = World()
-    world.served.decides = False
-    world.traffic(700, 0.9, 0.6)
-    assert world.shown[KIND]["harmed"] is None
-    world.served.decides = True
-    world.outcomes.check()
-    assert [kind for kind, _, _ in world.served.left] == [KIND]
 
 
 def test_other_models_begin_anew() -> None:

@@ -6,18 +6,15 @@ from collections.abc import Callable
 
 from hemostat.ipc.messages import REST_KIND
 from hemostat.profiles.kinds import Kinds
-from hemostat.store.lease import Lease
 
 
 def made(
     limit: int,
-    lease: Lease | None = None,
     on_followed: Callable[[str], None] = lambda _: None,
     on_evicted: Callable[[str], None] = lambda _: None,
     keep: Callable[[], set[str]] = set,
 ) -> Kinds:
-    lease = lease or Lease(shared=False)
-    return Kinds(limit, lease, on_followed=on_followed, on_evicted=on_evicted, keep=keep)
+    return Kinds(limit, on_followed=on_followed, on_evicted=on_evicted, keep=keep)
 
 
 def test_kinds_beyond_the_limit_and_requests_without_one_are_pooled() -> None:
@@ -42,11 +39,3 @@ def test_a_kind_that_must_be_kept_does_not_lose_its_place() -> None:
     for kind in ["chat", *["code"] * 60]:
         kinds.see(kind)
     assert kinds.followed == {"chat"}
-
-
-def test_a_replica_that_does_not_lead_follows_no_kind_by_itself() -> None:
-    lease = Lease(shared=True)
-    kinds = made(2, lease)
-    assert kinds.see("chat") == REST_KIND
-    lease.grant(float("inf"))
-    assert kinds.see("chat") == "chat"

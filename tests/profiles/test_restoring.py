@@ -1,4 +1,4 @@
-"""What a restart, or another replica, reads back from the store."""
+"""What a restart reads back from the store."""
 
 from __future__ import annotations
 

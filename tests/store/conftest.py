@@ -1,5 +1,5 @@
 """The stores that tests here run on."""
 
-from tests.support.store_fixtures import server, url
+from tests.support.store_fixtures import url
 
-__all__ = ["server", "url"]
+__all__ = ["url"]

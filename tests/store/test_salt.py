@@ -1,4 +1,4 @@
-"""The salt is made once, kept in the store, and shared by all that use the store."""
+"""The salt is made once, and kept in the store."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def salt(store: Store, changes: list[int] | None = None) -> Salt:
     return Salt(store, StoreErrorLog(), lambda: None if changes is None else changes.append(1))
 
 
-async def test_a_restart_and_another_replica_have_the_same_salt(url: str) -> None:
+async def test_restarts_have_the_same_salt(url: str) -> None:
     values = set()
     for _ in range(3):
         one = salt(open_store(url))

@@ -10,18 +10,14 @@ import asyncio
 import json
 import logging
 import sqlite3
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from urllib.parse import quote
 
 import pytest
 from tests.support import control as support
-from tests.support import valkey
 from tests.support.captures import INFO
 from tests.support.paths import ROOT
 from tests.support.served_models import pair, served_models
-from tests.support.valkey import Valkey
 
 from hemostat.commands.setup_check import _store as check_store
 from hemostat.control.composition import Control
@@ -29,43 +25,20 @@ from hemostat.control.model_identity import same_models
 from hemostat.store import schema
 from hemostat.store.factory import open_store
 from hemostat.store.memory import MemoryStore
-from hemostat.store.protocol import Store, StoredProfile, StoreFailure, StoreIncompatible
-from hemostat.store.valkey import ValkeyStore
+from hemostat.store.protocol import StoreFailure, StoreIncompatible
 
 SERVED = "bbdbc45d47036c96ffac83156144cbc6"
 VERSION_1 = ROOT / "tests" / "store" / "version_1.sql"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
-    with valkey.running(tmp_path_factory.mktemp("valkey")) as one:
-        yield one
-
-
-@pytest.fixture(params=["sqlite", "valkey"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+@pytest.fixture
+def url(tmp_path: Path) -> str:
     """Of a store with what version 1 wrote."""
     file = tmp_path / "h.db"
     with sqlite3.connect(file) as connection:
         connection.executescript(VERSION_1.read_text())
     connection.close()
-    if request.param == "sqlite":
-        return f"sqlite:///{file}"
-    url = f"{request.getfixturevalue('server').url}?prefix={quote(f'{tmp_path}:')}"
-    leader = ValkeyStore(url)
-    leader.acquire_lease(1.0)
-    copy(open_store(f"sqlite:///{file}"), leader)
-    leader.release_lease()
-    return url
-
-
-def copy(source: Store, target: Store) -> None:
-    for profile in source.profiles():
-        target.put_profile(StoredProfile(profile.version, profile.data, profile.created))
-    for event in reversed(source.events(100)):
-        target.append_event(event)
-    for key in ("tests.candidate", "tests.serving", "serving", "alarm"):
-        target.set_state(key, source.get_state(key))
+    return f"sqlite:///{file}"
 
 
 def know_models(one: Control, *, model: str = support.MODEL, digest: str = INFO.digest) -> None:
@@ -157,17 +130,6 @@ async def test_a_newer_store_is_refused_by_name_and_not_changed(number: str, url
     found = await check_store(made)
     assert "newer hemostat" in found.detail
     assert "name another store" in found.fix
-
-
-async def test_a_replica_that_does_not_know_the_schema_does_not_hold_the_lease(server: Valkey, tmp_path: Path) -> None:
-    url = f"{server.url}?prefix={quote(f'{tmp_path}:')}"
-    store = open_store(url)
-    store.set_state("schema", "99")
-    old = Control(support.settings(store={"url": url}), tmp_path / "control.sock", 1234)
-    with pytest.raises(StoreIncompatible):
-        await old.start(None)
-    assert not old.lease.leads
-    assert ValkeyStore(url).acquire_lease(1.0).leads
 
 
 @pytest.mark.parametrize("other", [{"digest": "another"}, {"model": "another"}])

@@ -43,10 +43,6 @@ async def control(folder: Path, made: Settings | None = None, *, loops: bool = F
     tasks = []
     if loops:
         running = [one.run_periodic(), one.writer.run()]
-        if one.replica is not None:
-            running.append(one.replica.run())
-        if one.evidence is not None:
-            running += one.evidence.loops()
         if one.pipeline.scorer is not None:
             running += [one.monitor.run(), one.pipeline.scorer.run(1)]
         tasks = [asyncio.create_task(loop) for loop in running]

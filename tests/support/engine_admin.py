@@ -61,12 +61,12 @@ class EngineAdmin:
                 if self.path == "/api/v1/engine/report":
                     with admin.lock:
                         hold = admin.registry.report(decode_report(body), admin.now)
-                    said = {"hold": hold, "leads": admin.registry.leads, "replica": admin.registry.replica}
+                    said = {"hold": hold, "nonce_prefix": admin.registry.nonce_prefix}
                     return self.answer(200, admin.answer or json.dumps(said).encode())
                 if self.path == "/api/v1/engine/answers":
                     with admin.lock:
                         admin.registry.add_answers(decode_answers(body), admin.now)
-                    return self.answer(200, json.dumps({"replica": admin.registry.replica}).encode())
+                    return self.answer(200, json.dumps({"nonce_prefix": admin.registry.nonce_prefix}).encode())
                 if self.path == "/api/v1/engine/tap":
                     with admin.lock:
                         admin.registry.taps.add(decode_tap(body), admin.now)

@@ -134,7 +134,6 @@ async def lora_world(
     *,
     reports: bool = True,
     with_copy: bool = True,
-    leads: bool = True,
     fake: dict[str, Any] | None = None,
     **sections: Any,
 ) -> AsyncIterator[LoraWorld]:
@@ -154,7 +153,6 @@ async def lora_world(
             connect=lambda: VllmServer(server.url, timeout=60.0),
             copy=copy if with_copy else None,
             base=lambda: server.model,
-            leads=lambda: leads,
             clock=time.monotonic,
             on_change=changed,
         )

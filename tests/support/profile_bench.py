@@ -15,7 +15,6 @@ from hemostat.config.schema import Adapter, Calibration, Evidence
 from hemostat.profiles.decisions import MAX_EVENTS
 from hemostat.profiles.manager import ProfileManager
 from hemostat.profiles.persistence import STATE_KEYS
-from hemostat.store.lease import Lease
 from hemostat.store.memory import MemoryStore
 from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.contextual import contextual_profile
@@ -41,7 +40,6 @@ class Bench:
         *,
         known: bool = True,
         default_temperature_is_one: bool = False,
-        lease: Lease | None = None,
         evidence: Evidence | None = None,
         adapter: Adapter | None = None,
         **calibration: Any,
@@ -51,13 +49,11 @@ class Bench:
         given: dict[str, Any] = {"mode": "auto", "min_tokens": 500, "clamp_nats": 1.0, "held_out_fraction": FRACTION}
         self.settings = Calibration.model_validate(given | calibration)
         self.time = 0.0
-        self.lease = lease or Lease(shared=False)
         self.profiles = ProfileManager(
             self.settings,
             self.store,
             lambda: self.time,
             default_temperature_is_one=default_temperature_is_one,
-            lease=self.lease,
             evidence=evidence,
             adapter=adapter,
         )

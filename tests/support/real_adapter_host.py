@@ -108,7 +108,6 @@ async def hosting(
         connect=lambda: VllmServer(server.url, timeout=60.0),
         copy=copy,
         base=lambda: server.model,
-        leads=lambda: True,
         clock=time.monotonic,
         on_change=lambda: engines.set_wanted(host.hold),
     )

@@ -245,10 +245,10 @@ def test_a_tap_is_requested_where_a_plugin_has_reported(wire: Wire, fake: FakeVl
     assert fake.requests[-1]["vllm_xargs"] == {"hemostat_tap": "nonce"}
     wire.send(CHAT, chat(vllm_xargs={"hemostat_tap": "mine"}))
     assert fake.requests[-1]["vllm_xargs"] == {"hemostat_tap": "mine"}
-    wire.interceptor.policy = policy(tap=True, replica="0123456789abcdef")
+    wire.interceptor.policy = policy(tap=True, nonce_prefix="0123456789abcdef")
     wire.send(CHAT, chat())
     named = "0123456789abcdef-nonce"
-    assert fake.requests[-1]["vllm_xargs"] == {"hemostat_tap": named}, "the engine tells the replica that asked"
+    assert fake.requests[-1]["vllm_xargs"] == {"hemostat_tap": named}, "the engine tells the middleware that asked"
     assert [capture.nonce for capture in wire.captures] == ["nonce", "", named]
 
 

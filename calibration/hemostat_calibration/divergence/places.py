@@ -1,7 +1,7 @@
 """A request's figures by where its tokens stand: position in the output, length of the context, thinking or answer.
 
 Errors of a compressed model may grow with the length of what it has read: rounding of a quantized KV cache adds up over
-the context. Buckets have fixed edges, so that their number is bounded and those of several replicas can be summed.
+the context. Buckets have fixed edges, so that their number is bounded and those of several Hemostats can be summed.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,9 +11,6 @@ from hemostat_calibration.arrays import Floats, frozen
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_calibration.records import TokenRecord
-
-ROUNDING = 1e-12
-"""Relative to a mass; some thousand times that of one operation on float64."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -155,36 +152,23 @@ class TemperatureBiasLearner:
             requests=state.requests + other.requests,
         )
 
-    def growth(self, before: TemperatureBiasState, after: TemperatureBiasState) -> TemperatureBiasState:
-        """What `after`, which `before` has become, has learned since: for `grown`.
-
-        >>> learner = TemperatureBiasLearner()
-        >>> empty = learner.init("m", 4)
-        >>> one = replace(empty, weight=20.0, tokens=20, requests=1)
-        >>> learner.grown(one, learner.growth(empty, one)).tokens
-        40
-        """
-        grown = self.merge(after, _scaled(before, -self._kept(after.tokens - before.tokens), -1))
-        return replace(
-            grown,
-            reference_mass=_without_rounding(grown.reference_mass, after.reference_mass),
-            compressed_mass=_without_rounding(grown.compressed_mass, after.compressed_mass),
-        )
-
-    def grown(self, state: TemperatureBiasState, growth: TemperatureBiasState) -> TemperatureBiasState:
-        """A state that has also learned what another replica has. InvalidArgumentError where their models differ."""
-        return self.merge(_scaled(state, self._kept(growth.tokens), 1), growth)
-
-    def _kept(self, tokens: int) -> float:
-        """What is left of a weight after so many tokens."""
-        return 1.0 if self.half_life_tokens is None else 0.5 ** (tokens / self.half_life_tokens)
-
     def shrunk(self, state: TemperatureBiasState, pooled: TemperatureBiasState, tokens: int) -> TemperatureBiasState:
         """`state` as though it had also seen `tokens` tokens of what `pooled` saw: with little data it proposes nearly
         the pooled profile, with much its own. InvalidArgumentError where they learned of different models."""
         part = min(1.0, tokens / max(pooled.weight, 1.0))
-        some = _scaled(pooled, part, 0)
-        some = replace(some, tokens=round(part * pooled.weight), requests=round(part * pooled.requests))
+        some = TemperatureBiasState(
+            model=pooled.model,
+            vocab_size=pooled.vocab_size,
+            reference_mass=frozen(part * pooled.reference_mass),
+            compressed_mass=frozen(part * pooled.compressed_mass),
+            information=part * pooled.information,
+            moment=part * pooled.moment,
+            depth=part * pooled.depth,
+            deep_tokens=part * pooled.deep_tokens,
+            weight=part * pooled.weight,
+            tokens=round(part * pooled.weight),
+            requests=round(part * pooled.requests),
+        )
         return self.merge(state, some)
 
     def propose(self, state: TemperatureBiasState) -> CalibrationProfile | None:
@@ -214,28 +198,6 @@ def _relative(record: TokenRecord) -> tuple[Floats, Floats]:
     relative = logprobs - logprobs[:, :1]
     before_last = np.maximum((record.compressed.ids >= 0).sum(axis=1) - 2, 0)
     return relative, relative[np.arange(record.tokens), before_last]
-
-
-def _without_rounding(growth: Floats, mass: Floats) -> Floats:
-    """Of an id that was in no record, the difference of two masses is rounding. It is taken for what it stands for, 0:
-    only ids that have grown are sent to other replicas."""
-    return frozen(np.where(np.abs(growth) > ROUNDING * mass, growth, 0.0))
-
-
-def _scaled(state: TemperatureBiasState, by: float, counts: int) -> TemperatureBiasState:
-    """All sums times `by`; tokens and requests times `counts`."""
-    return replace(
-        state,
-        reference_mass=frozen(by * state.reference_mass),
-        compressed_mass=frozen(by * state.compressed_mass),
-        information=by * state.information,
-        moment=by * state.moment,
-        depth=by * state.depth,
-        deep_tokens=by * state.deep_tokens,
-        weight=by * state.weight,
-        tokens=counts * state.tokens,
-        requests=counts * state.requests,
-    )
 
 
 def _depth(state: TemperatureBiasState) -> float:

@@ -79,7 +79,7 @@ class Actions(Protocol):
 
     async def release(self, kind: str | None) -> None: ...
 
-    async def set_mode(self, mode: str) -> bool: ...
+    async def set_mode(self, mode: str) -> None: ...
 
     async def drain(self, engine: str, *, ends: bool) -> None: ...
 
@@ -150,10 +150,6 @@ class RebaseRequest(msgspec.Struct, forbid_unknown_fields=True):
     kind: Annotated[str, msgspec.Meta(max_length=256)] | None = None
 
 
-NOT_KEPT = (
-    "mode {mode} applies now, but the store could not keep it: after a restart the mode before it applies again. "
-    "See the log and hemostat_store_errors_total, then send this again"
-)
 T = TypeVar("T")
 
 
@@ -291,9 +287,7 @@ def create_app(
     @app.post("/api/v1/calibration")
     async def calibration(request: Request) -> dict[str, Any]:
         wanted = await _read(request, CalibrationRequest, '{"mode": "off"}, "observe" or "auto"')
-        if not await backend.actions.set_mode(wanted.mode):
-            # An error, so that a script notices it. Sending the same again is harmless.
-            raise HTTPException(507, NOT_KEPT.format(mode=wanted.mode))
+        await backend.actions.set_mode(wanted.mode)
         return {"mode": wanted.mode}
 
     @app.post("/api/v1/alarm/rebase")

@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 
 from hemostat.admin.configuration import Configuration, ConfigurationReport
-from hemostat.admin.deployment import Deployment
 from hemostat.admin.problems import DeploymentState, Problems
 from hemostat.admin.proxy_status import ArmEndings, ProxyStatus, endings_by_arm, proxy_status
 from hemostat.config.schema import Settings
@@ -29,8 +28,6 @@ from hemostat.reference.pair import ModelPair
 from hemostat.shadow.endings import Outcome
 from hemostat.shadow.pipeline import ScoringPipeline
 from hemostat.shadow.records_file import RecordsFile
-from hemostat.store.lease import Lease
-from hemostat.store.replica import Replica
 from hemostat_calibration.profiles.profile import IDENTITY
 
 Report = dict[str, Any]
@@ -54,17 +51,6 @@ class ProfileStatus(msgspec.Struct, frozen=True):
     version: str
     family: str
     mode: str
-
-
-class ReplicaStatus(msgspec.Struct, frozen=True):
-    leads: bool
-    shared: bool
-    store_reachable: bool | None
-    """None where no store is shared; so below."""
-    deployment: Report | None
-    """What all replicas have measured: `admin.deployment`."""
-    evidence: dict[str, Report] | None
-    """Of this replica on its way to the leader, and of others that it has counted, by stream: `evidence.lane`."""
 
 
 class RecoveredStatus(msgspec.Struct, frozen=True):
@@ -183,7 +169,6 @@ class Status(msgspec.Struct, frozen=True):
     learner: Report
     adapter: Report
     """What is made and judged: `control.adapters`; docs/calibration.md#adapters."""
-    replica: ReplicaStatus
     recovered: RecoveredStatus
     proxy: ProxyStatus
     endings: dict[str, ArmEndings]
@@ -228,11 +213,7 @@ class StatusSource:
         learner: Learner,
         adapters: Callable[[], Report],
         records: RecordsFile | None,
-        lease: Lease,
-        replica: Replica | None,
         configuration: Configuration,
-        deployment: Deployment | None,
-        evidence: Callable[[], dict[str, Report]] | None,
         clock: Callable[[], float],
         wall: Callable[[], float],
     ) -> None:
@@ -255,10 +236,6 @@ class StatusSource:
         self._learner = learner
         self._adapters = adapters
         self._records = records
-        self._lease = lease
-        self._replica = replica
-        self._deployment = deployment
-        self._evidence = evidence
         self._clock = clock
         self._wall = wall
         self._started = clock()
@@ -298,13 +275,6 @@ class StatusSource:
             calibration=self._profiles.report.status(),
             learner=self._learner.status(),
             adapter=self._adapters(),
-            replica=ReplicaStatus(
-                leads=self._lease.leads,
-                shared=self._replica is not None,
-                store_reachable=self._replica.reachable if self._replica is not None else None,
-                deployment=self._deployment.status() if self._deployment is not None else None,
-                evidence=self._evidence() if self._evidence is not None else None,
-            ),
             recovered=self._recovered(version),
             proxy=proxy_status(totals),
             endings=endings_by_arm(totals),

@@ -20,7 +20,7 @@ ADMIN_SECONDS = 30.0
 def add_admin_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--admin",
-        # For the engine plugin, the variable may name every replica (`a,b`, `dns+http://name`); any one will do.
+        # For the engine plugin, the variable may name several (`a,b`, `dns+http://name`); any one will do.
         default=_of_one(os.environ.get("HEMOSTAT_ADMIN_URL") or DEFAULT_ADMIN),
         metavar="URL",
         help=f"admin port (HEMOSTAT_ADMIN_URL; default {DEFAULT_ADMIN})",

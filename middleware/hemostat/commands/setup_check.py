@@ -105,9 +105,6 @@ async def _store(settings: Settings) -> Finding:
         store = open_store(url)
         try:
             schema.require_known(await asyncio.to_thread(store.get_state, schema.SCHEMA_KEY))
-            if store.shared is None:
-                return Finding("store", State.OK, shown_address(url))
-            kind, eviction = await asyncio.to_thread(store.shared.probe)
         finally:
             store.close()
     except StoreIncompatible as newer:
@@ -123,11 +120,7 @@ async def _store(settings: Settings) -> Finding:
         )
         detail = str(failure).removeprefix("store.url: ").removeprefix("store ")
         return Finding("store", State.NO, detail, fix)
-    shown = f"{shown_address(url)} ({kind or 'of unknown version'})"
-    if eviction not in {"", "noeviction"}:
-        text = f"{shown} may evict profiles when its memory is full (maxmemory-policy {eviction})"
-        return Finding("store", State.NOTE, text, "set its maxmemory-policy to noeviction")
-    return Finding("store", State.OK, shown)
+    return Finding("store", State.OK, shown_address(url))
 
 
 def _evidence(settings: Settings) -> Finding:

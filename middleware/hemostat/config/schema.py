@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import ipaddress
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,7 +42,7 @@ from hemostat.config.fields import (
 )
 from hemostat.config.grammar import Grammar
 from hemostat.config.reasoning_parsers import PARSERS
-from hemostat.config.store_url import MISSING_EXTRA, SERVER_SCHEMES, check_server_url
+from hemostat.config.store_url import split_store_url
 from hemostat.config.text import short_repr
 from hemostat_calibration.messages import shown_address
 
@@ -343,15 +342,8 @@ class StoreSettings(Section):
     @field_validator("url")
     @classmethod
     def _known_scheme(cls, value: str) -> str:
-        scheme, _, rest = value.partition("://")
-        if value == "memory://" or (scheme == "sqlite" and rest.startswith("/") and len(rest) > 1):
-            return value
-        if scheme in SERVER_SCHEMES:
-            if importlib.util.find_spec("redis") is None:
-                raise ValueError(MISSING_EXTRA)
-            check_server_url(value)
-            return value
-        raise ValueError(f"{short_repr(value)} is none of memory://, sqlite:///path/to/file.db and redis://host:6379")
+        split_store_url(value)
+        return value
 
     @field_serializer("url")
     def _without_password(self, value: str) -> str:

@@ -21,7 +21,6 @@ from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ModelPair
 from hemostat.reference.protocol import ReferenceInfo
-from hemostat.store.lease import Lease
 from hemostat_calibration.arrays import Ids, Singles
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
@@ -29,10 +28,9 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 class _HostedProfiles:
     """Implements `hemostat.engines.lora.host.AdapterProfiles`."""
 
-    def __init__(self, settings: Settings, profiles: ProfileManager, lease: Lease) -> None:
+    def __init__(self, settings: Settings, profiles: ProfileManager) -> None:
         self._by_engine = settings.calibration.apply == "engine"
         self._profiles = profiles
-        self._lease = lease
 
     def wanted(self) -> Sequence[str]:
         """In `observe` nothing is asked for, so nothing is loaded; nor before both models are known."""
@@ -44,8 +42,7 @@ class _HostedProfiles:
         return self._profiles.catalogue.get(version)
 
     def reject(self, version: str, why: str) -> None:
-        if self._lease.leads:
-            self._profiles.lifecycle.reject(version, why)
+        self._profiles.lifecycle.reject(version, why)
 
 
 class _Copy:
@@ -71,7 +68,6 @@ class Adapters:
         monitor: ReferenceMonitor,
         engines: EngineRegistry,
         addresses: EngineAddresses,
-        lease: Lease,
         on_change: Callable[[], None],
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -79,7 +75,6 @@ class Adapters:
         self._settings = settings
         self._profiles = profiles
         self._monitor = monitor
-        self._lease = lease
         self._on_change = on_change
         self.learner = AdapterLearner(settings.adapter, profiles.proposals, self._built, clock=clock)
         self.judge = AdapterJudge(profiles.catalogue.get, on_change)
@@ -87,10 +82,9 @@ class Adapters:
             settings,
             engines,
             addresses,
-            _HostedProfiles(settings, profiles, lease),
+            _HostedProfiles(settings, profiles),
             copy=_Copy(self.judge),
             base=lambda: monitor.served.calibrated_name,
-            leads=lambda: lease.leads,
             clock=clock,
             on_change=self._host_changed,
         )
@@ -114,7 +108,7 @@ class Adapters:
     def _withdraw_above_limit(self) -> None:
         """What serves keeps its place while the engines' slots are not known, or clients have taken them for a while;
         it loses it where the engines were started with fewer."""
-        if not self._lease.leads or self._profiles.serving.mode != "auto":
+        if self._profiles.serving.mode != "auto":
             return
         limit, lifecycle = self.hosts.limit, self._profiles.lifecycle
         if not self._settings.adapter.enabled:

@@ -13,20 +13,19 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from hemostat.admin.configuration import Configuration
-from hemostat.admin.deployment import Deployment, ReplicaReport
 from hemostat.admin.history import History
 from hemostat.admin.problems import Problems
 from hemostat.admin.status import StatusSource
 from hemostat.config.schema import Settings
 from hemostat.control.adapters import Adapters
 from hemostat.control.changes import Changes
-from hemostat.control.evidence.shared import SharedEvidence, Surroundings
 from hemostat.control.learned_state import LearnedState
 from hemostat.control.learning import CalibrationNeeds, LearningSubject
 from hemostat.control.model_identity import model_identity, without_weights
-from hemostat.control.operations import make_operations
+from hemostat.control.operator_actions import OperatorActions
 from hemostat.control.policy import PolicyPublisher
 from hemostat.control.served_kinds import ServedKinds
+from hemostat.control.stored_state import StoredState
 from hemostat.engines.addresses import EngineAddresses
 from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.served_weights import ServedWeights
@@ -56,10 +55,8 @@ from hemostat.shadow.grammar.masks import GrammarMasks, unavailable
 from hemostat.shadow.limits import Breakers
 from hemostat.shadow.pipeline import RecordConsumers, ScoringPipeline
 from hemostat.shadow.records_file import RecordsFile
-from hemostat.shadow.seen_units import SeenUnits
 from hemostat.store.factory import open_store_or_memory
-from hemostat.store.lease import Lease
-from hemostat.store.protocol import StoreFailure, StoreUnreachable
+from hemostat.store.protocol import StoreUnreachable
 from hemostat.store.salt import Salt
 from hemostat.store.writer import StoreWriter
 
@@ -91,26 +88,16 @@ class Control:
         self.records = RecordsFile(settings.records.path, clock) if settings.records.path else None
         self.tracing = make_tracing(settings.tracing.model_dump())
         self.store, self.store_errors = open_store_or_memory(settings.store.url)
-        shared = self.store.shared
-        self.lease = Lease(shared=shared is not None, clock=clock)
-        self.writer = StoreWriter(self.store, self.lease, self.store_errors)
-        writes = self.writer.as_leader
-        self.evidence = None
-        """Of all replicas; None where no store is shared."""
-        if shared is not None:
-            around = Surroundings(shared, self.lease, self.store_errors.record, changes.notify, clock, wall)
-            self.evidence = SharedEvidence(around, writes)
-        evidence_writes = self.evidence.checkpoint if self.evidence is not None else writes
+        self.writer = StoreWriter(self.store, self.store_errors)
         self.salt = Salt(self.store, self.store_errors, changes.notify)
         floors = MODELS if settings.shadow.floor_fraction > 0.0 else ()
-        self.alarms = Alarms(settings.alarm, floors, evidence_writes, wall)
-        self.by_engine = ByEngine(settings.alarm.engine_alpha, evidence_writes, wall)
+        self.alarms = Alarms(settings.alarm, floors, self.writer, wall)
+        self.by_engine = ByEngine(settings.alarm.engine_alpha, self.writer, wall)
         self.profile_manager = ProfileManager(
             calibration,
-            evidence_writes,
+            self.writer,
             wall,
             default_temperature_is_one=settings.upstream.openai_sampling_defaults,
-            lease=self.lease,
             evidence=settings.evidence,
             adapter=settings.adapter,
         )
@@ -119,13 +106,11 @@ class Control:
             settings.outcomes,
             settings.evidence.client_share,
             calibration.control_fraction,
-            ServedKinds(self.profile_manager, self.lease),
-            evidence_writes,
+            ServedKinds(self.profile_manager),
+            self.writer,
             wall,
         )
-        self.engines = EngineRegistry()
-        # Also without other replicas: where two middlewares share one engine, it tells their taps apart by this.
-        self.engines.replica = shared.replica if shared is not None else secrets.token_hex(8)
+        self.engines = EngineRegistry(nonce_prefix=secrets.token_hex(8))
         self.weights = ServedWeights(self.engines)
         self.references = make_references(settings)
         self.compressed_scorer = make_compressed_scorer(settings)
@@ -138,13 +123,11 @@ class Control:
             on_change=self._models_changed,
         )
         self.changes = changes
-        stored_learning = StoredLearning(self.store, self.writer.as_leader, self.store_errors, self.lease)
+        stored_learning = StoredLearning(self.store, self.writer, self.store_errors)
         self.learner = Learner(
             calibration, self.profile_manager.proposals, changes.notify, storage=stored_learning, clock=clock
         )
-        self.learned = LearnedState(
-            self.profile_manager.proposals, self.store, self.writer.as_leader, self.store_errors, self.lease, clock
-        )
+        self.learned = LearnedState(self.profile_manager.proposals, self.store, self.writer, self.store_errors, clock)
         self.addresses = EngineAddresses(
             settings.upstream, self.engines, lambda: list(self.upstreams.current()), clock, changes.notify
         )
@@ -154,17 +137,11 @@ class Control:
             self.monitor,
             self.engines,
             self.addresses,
-            self.lease,
             changes.notify,
             clock=clock,
         )
         self.subject = LearningSubject(calibration, self.profile_manager, self.monitor, self.learner, self.adapters)
         self.grammars = GrammarMasks(settings.grammar, clock)
-        seen, exchange = SeenUnits(), None
-        if self.evidence is not None:
-            exchange = self.evidence.connect(
-                self.alarms, self.by_engine, self.profile_manager, self.outcomes, seen, self.learned, self.learner
-            )
         self.pipeline = ScoringPipeline(
             settings,
             self.monitor,
@@ -179,7 +156,6 @@ class Control:
                 self.records,
                 self.tracing,
                 self.adapters.learner if settings.adapter.enabled else None,
-                exchange,
             ),
             scores=self.references is not None,
             compressed_scorer=self.compressed_scorer,
@@ -189,11 +165,9 @@ class Control:
             on_change=changes.notify,
             conditioning=Conditioning(settings.grammar, self.grammars),
             distances=self.adapters.judge if settings.adapter.enabled else None,
-            seen=seen,
         )
-        use_outcome = self.outcomes.receive if exchange is None else exchange.receive_outcome
-        self.link = RelayLink(socket_path, self.pipeline.receive, use_outcome, self.pipeline.coverage.relayed)
-        self.upstreams = UpstreamEngines(self.link.engines, self.writer.as_leader)
+        self.link = RelayLink(socket_path, self.pipeline.receive, self.outcomes.receive, self.pipeline.coverage.relayed)
+        self.upstreams = UpstreamEngines(self.link.engines, self.writer)
         self.policy = PolicyPublisher(
             settings,
             self.link,
@@ -202,7 +176,6 @@ class Control:
             self.monitor,
             self.breakers,
             self.pipeline.answer_losses,
-            self.lease,
             clock,
             salt=lambda: self.salt.value,
             adapters=self.adapters.hosts,
@@ -211,28 +184,25 @@ class Control:
             upstreams=self.upstreams,
         )
         changes.subscribe(self.policy.publish)
-        operations = make_operations(
-            calibration.mode,
+        self.stored_state = StoredState(
+            self.store,
+            self.store_errors,
+            self.writer,
             self.profile_manager,
             self.alarms,
             self.by_engine,
             self.upstreams,
             self.outcomes,
-            self.subject,
-            store=self.store,
-            errors=self.store_errors,
-            writer=self.writer,
-            lease=self.lease,
-            positions=self.evidence.positions if self.evidence is not None else None,
-            clock=clock,
-            wall=wall,
-            on_change=changes.notify,
         )
-        self.stored_state, self.replica = operations.stored_state, operations.replica
-        self.actions = operations.actions
-        self.deployment = None
-        if shared is not None:
-            self.deployment = Deployment(shared, self._own_report, self.store_errors.record, wall)
+        self.actions = OperatorActions(
+            self.profile_manager,
+            self.alarms,
+            self.subject,
+            self.upstreams,
+            self.writer,
+            self.store_errors,
+            changes.notify,
+        )
         self.problems = Problems(
             link=self.link,
             upstreams=self.upstreams,
@@ -264,11 +234,7 @@ class Control:
             learner=self.learner,
             adapters=self.adapters.status,
             records=self.records,
-            lease=self.lease,
-            replica=self.replica,
             configuration=self.configuration,
-            deployment=self.deployment,
-            evidence=self.evidence.status if self.evidence is not None else None,
             clock=clock,
             wall=wall,
         )
@@ -297,15 +263,6 @@ class Control:
         if self.stored_state.models_with(self._identity(pair)) != self.learned.models:
             self._models_changed()
 
-    def _own_report(self) -> ReplicaReport:
-        return ReplicaReport(
-            at=self._wall(),
-            leads=self.lease.leads,
-            scored=self.pipeline.endings.scored,
-            tokens=self.measurements.tokens,
-            kl=self.measurements.sequence("kl_nats_estimate"),
-        )
-
     def _sample_sources(self) -> list[Callable[[], Iterable[AnySample]]]:
         return [
             self.pipeline.samples,
@@ -318,10 +275,8 @@ class Control:
             self.profile_manager.samples,
             self.learner.samples,
             self.adapters.samples,
-            self.lease.samples,
             self.configuration.samples,
             self.store_errors.samples,
-            *([self.evidence.samples] if self.evidence is not None else []),
             self.link.samples,
             *(() if self.records is None else (self.records.samples,)),
             lambda: self.engines.samples(self._clock()),
@@ -330,7 +285,7 @@ class Control:
 
     async def start(self, force: Path | None) -> None:
         """Read the store and listen to relays. force: `calibration.force`."""
-        await self.stored_state.restore(force, self.replica)
+        await self.stored_state.restore(force)
         await self.salt.synchronize()
         await self.learned.read()
         await self.link.start()
@@ -344,12 +299,6 @@ class Control:
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         """What has to run, until cancelled."""
         loops = [self.run_periodic(), self.writer.run(), self.salt.run(), self.learned.run(), self.addresses.run()]
-        if self.replica is not None:
-            loops.append(self.replica.run())
-        if self.evidence is not None:
-            loops += self.evidence.loops()
-        if self.deployment is not None:
-            loops.append(self.deployment.run())
         if self.references is not None:
             loops += [self.monitor.run(), self.learner.run(), *self.pipeline.loops(), *self.adapters.loops()]
         return loops
@@ -361,8 +310,6 @@ class Control:
         self._look_at_weights()
         self.policy.publish()
         self.profile_manager.writer.save_if_due()
-        if self.evidence is not None:
-            self.evidence.checkpoint.save_if_due()
         if self.history.due(self._clock()):
             self.history.add(self._clock(), self._wall(), self.status.current())
 
@@ -370,15 +317,6 @@ class Control:
         while True:
             self.do_periodic()
             await asyncio.sleep(PERIODIC_SECONDS)
-
-    async def _send_evidence(self, evidence: SharedEvidence) -> None:
-        """What waits. StoreUnreachable; another failure is counted."""
-        try:
-            await evidence.close()
-        except StoreUnreachable:
-            raise
-        except StoreFailure as failure:
-            self.store_errors.record(failure)
 
     async def close(self) -> None:
         """Write what is queued for the store, and release all resources."""
@@ -395,10 +333,6 @@ class Control:
         self.profile_manager.writer.save()
         with contextlib.suppress(StoreUnreachable):
             await self.writer.drain()
-            if self.evidence is not None:
-                await self._send_evidence(self.evidence)
-            if self.replica is not None:
-                await self.replica.release()
         if self.records is not None:
             self.records.close()
         self.store.close()

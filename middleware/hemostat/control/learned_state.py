@@ -1,5 +1,4 @@
-"""What temperature and bias have learned, over restarts and of all replicas: written by the one that leads, read by the
-next one."""
+"""What temperature and bias have learned, over restarts."""
 
 from __future__ import annotations
 
@@ -8,12 +7,9 @@ import logging
 import time
 from collections.abc import Callable
 
-from hemostat.control.evidence.positions import Positions
-from hemostat.control.evidence.shared import LEARNED_POSITIONS_KEY
 from hemostat.control.model_identity import same_models, together, with_weights, without_weights
 from hemostat.profiles.proposals import Proposals
 from hemostat.store.errors import StoreErrorLog
-from hemostat.store.lease import Lease
 from hemostat.store.protocol import Store, StoreFailure, StoreWrites
 from hemostat_calibration.errors import InvalidArgumentError
 
@@ -23,13 +19,13 @@ BLOB_KEY = "temperature_bias"
 SAVE_SECONDS = 300.0
 """Between two writes, while something is learned."""
 MAX_UNSAVED_REQUESTS = 1000
-"""Of the learning side, that are learned from before a write: what is lost of them if the leader dies."""
+"""Of the learning side, that are learned from before a write: what is lost of them if the process dies."""
 LOOK_SECONDS = 1.0
 """Between two looks whether a write is due."""
 
 
 class LearnedState:
-    """Lives in the control process's event loop. writes: of the leader. clock: monotonic seconds."""
+    """Lives in the control process's event loop. clock: monotonic seconds."""
 
     def __init__(
         self,
@@ -37,17 +33,13 @@ class LearnedState:
         store: Store,
         writes: StoreWrites,
         errors: StoreErrorLog,
-        lease: Lease,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._proposals = proposals
         self._store = store
         self._writes = writes
         self._errors = errors
-        self._lease = lease
         self._clock = clock
-        self.positions = Positions()
-        """Of what other replicas have learned."""
         self._stored: bytes | None = None
         """Read, and not used yet."""
         self._models: str | None = None
@@ -62,26 +54,12 @@ class LearnedState:
         """`model_identity.model_identity`; None while they are not known."""
         return self._models
 
-    @property
-    def models_known(self) -> bool:
-        return self._models is not None
-
     async def read(self) -> None:
         """At the start. A store that fails is counted."""
         try:
             self._stored = await asyncio.to_thread(self._store.get_blob, BLOB_KEY)
         except StoreFailure as failure:
             self._errors.record(failure)
-
-    async def read_again(self) -> None:
-        """This replica leads from now on: go on from what the last leader wrote. What this one has learned itself, it
-        has sent. StoreFailure."""
-        if self._lease.term == 0:
-            return  # no other replica has led
-        self._stored = await asyncio.to_thread(self._store.get_blob, BLOB_KEY)
-        self._proposals.forget_learned()
-        self.positions.restore(None)
-        self._use_stored()
 
     def set_models(self, models: str) -> None:
         """Both models are known, or more of them (`model_identity.model_identity`): go on from what was learned of
@@ -107,12 +85,10 @@ class LearnedState:
         if stored is not None:
             about, known = without_weights(models)
             try:
-                positions, weights = self._proposals.restore(stored, about)
+                weights = self._proposals.restore(stored, about)
             except InvalidArgumentError as error:
                 log.warning("temperature and bias are learned anew: %s", error)
             else:
-                # Also where it is of other weights: what was counted then is not to be counted for these.
-                self.positions.restore(positions or None)
                 self._about = with_weights(about, weights or known)
                 self._note_models(models)
         self._saved_requests, self._saved_proposed = self._proposals.learned()[0], self._proposals.proposed
@@ -120,19 +96,16 @@ class LearnedState:
     async def save(self) -> None:
         """Queue a write, where something was learned since the last one."""
         requests = self._proposals.learned()[0]
-        if self._models is None or requests == self._saved_requests or not self._lease.leads:
+        if self._models is None or requests == self._saved_requests:
             return
         self._saved_requests, self._saved_proposed = requests, self._proposals.proposed
         self._saved_at = self._clock()
-        positions = self.positions.save()
         about, weights = without_weights(self._about or self._models)
-        data = await asyncio.to_thread(self._proposals.export(about, positions, weights))
+        data = await asyncio.to_thread(self._proposals.export(about, weights))
         self._writes.put_blob(BLOB_KEY, data)
-        if self._store.shared is not None:
-            self._writes.set_state(LEARNED_POSITIONS_KEY, positions)
 
     async def save_if_due(self) -> None:
-        """Soon after a proposal, too: the next leader must not make it again."""
+        """Soon after a proposal, too: the next process must not make it again."""
         unsaved = self._proposals.learned()[0] - self._saved_requests
         proposed = self._proposals.proposed != self._saved_proposed
         if proposed or unsaved >= MAX_UNSAVED_REQUESTS or self._clock() - self._saved_at >= SAVE_SECONDS:

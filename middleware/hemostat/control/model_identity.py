@@ -1,18 +1,13 @@
-"""Which models evidence is about: of what is stored, and of what replicas send each other."""
+"""Which models stored evidence is about."""
 
 from __future__ import annotations
 
 import json
-from functools import lru_cache
-from hashlib import blake2b
 
 from hemostat.reference.pair import ModelPair
 
 UNKNOWN = "{}"
 """Nothing is known of the models yet."""
-_BRIEF_BYTES = 4
-
-
 WEIGHTS = "weights"
 
 
@@ -74,28 +69,3 @@ def with_weights(identity: str, weights: str) -> str:
     '{"model": "m", "weights": "1"}'
     """
     return json.dumps({**json.loads(identity), WEIGHTS: weights}, sort_keys=True)
-
-
-@lru_cache(maxsize=8)
-def brief(identity: str) -> str:
-    """The same in few bytes, a digest for each thing that is known: what each unit of evidence carries.
-
-    >>> brief('{"model": "m", "compressed": ""}'), brief(UNKNOWN)
-    ('model=6158dde9', '')
-    """
-    known = sorted((str(name), value) for name, value in json.loads(identity).items() if value)
-    return " ".join(f"{name}={_digest(value)}" for name, value in known)
-
-
-def same_brief(one: str, other: str) -> bool:
-    """Of two `brief`: whatever both know is equal.
-
-    >>> same_brief("model=1 reference=2", "model=1"), same_brief("model=1", "model=2"), same_brief("", "model=1")
-    (True, False, True)
-    """
-    known = dict(part.partition("=")[::2] for part in one.split())
-    return all(known.get(name, value) == value for name, _, value in (part.partition("=") for part in other.split()))
-
-
-def _digest(value: object) -> str:
-    return blake2b(str(value).encode(), digest_size=_BRIEF_BYTES).hexdigest()

@@ -18,7 +18,6 @@ from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.shadow.answer_losses import AnswerLosses
 from hemostat.shadow.limits import Breakers
-from hemostat.store.lease import Lease
 from hemostat_calibration.profiles.families import ADAPTER
 
 
@@ -52,7 +51,6 @@ class PolicyPublisher:
         monitor: ReferenceMonitor,
         breakers: Breakers,
         answer_losses: AnswerLosses,
-        lease: Lease,
         clock: Callable[[], float],
         salt: Callable[[], bytes],
         adapters: LoadedAdapters,
@@ -69,7 +67,6 @@ class PolicyPublisher:
         self._monitor = monitor
         self._breakers = breakers
         self._answer_losses = answer_losses
-        self._lease = lease
         self._clock = clock
         self._salt = salt
         self._adapters = adapters
@@ -83,7 +80,6 @@ class PolicyPublisher:
     def publish(self) -> None:
         """Send relays the policy if it is not the last one that was sent; have engines hold what it names."""
         self._engines.set_wanted([*self._adapters.hold, *self._profiles.engine_versions()])
-        self._engines.leads = self._lease.leads
         policy = self._policy(self._clock())
         if policy != self._last:
             self._last = policy
@@ -130,7 +126,7 @@ class PolicyPublisher:
             answered_name="" if base is None else base.name,
             adapter_names=self.settings.adapter.enabled,
             default_model=served.pairs[0].name if served.pairs else "",
-            replica=self._engines.replica,
+            nonce_prefix=self._engines.nonce_prefix,
             salt=self._salt(),
             client_header=self.settings.evidence.client_header,
             grammars=grammars,

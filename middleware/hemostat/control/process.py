@@ -71,7 +71,7 @@ async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
 
 
 async def lock_alone(path: Path) -> int:
-    """Wait until no other control process of this folder lives, since one alone may use the store and the lease.
+    """Wait until no other control process of this folder lives, since one alone may use the store.
 
     The file descriptor that holds the lock; it is released with the process. HemostatError after LOCK_SECONDS.
     """

@@ -7,19 +7,13 @@ from typing import Any
 
 from hemostat.profiles.decisions import Reason
 from hemostat.profiles.manager import ProfileManager
-from hemostat.store.lease import Lease
 
 
 class ServedKinds:
-    """A `measurement.outcomes.ServedKinds`. Of several replicas, the one that leads takes a profile from a kind."""
+    """A `measurement.outcomes.ServedKinds`."""
 
-    def __init__(self, profiles: ProfileManager, lease: Lease) -> None:
+    def __init__(self, profiles: ProfileManager) -> None:
         self._profiles = profiles
-        self._lease = lease
-
-    @property
-    def decides(self) -> bool:
-        return self._lease.is_last_leader
 
     def kinds(self) -> Collection[str]:
         return self._profiles.serving.kinds.keys()

@@ -1,19 +1,14 @@
-"""Reads what the store holds: at the start from an earlier run, later from what the leading replica has written."""
+"""Reads what an earlier run has stored."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from hemostat.control.evidence.checkpoint import POSITIONS_KEY
-from hemostat.control.evidence.positions import Positions
-from hemostat.control.learning import LearningSubject
 from hemostat.control.model_identity import UNKNOWN, same_models, together
-from hemostat.control.operator_actions import ModeOverride
 from hemostat.engines.upstreams import STATE_KEY as UPSTREAMS_STATE
 from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.measurement.alarms import STATE_KEY as ALARM_STATE
@@ -24,21 +19,18 @@ from hemostat.measurement.outcomes import STATE_KEY as OUTCOMES_STATE
 from hemostat.measurement.outcomes import Outcomes
 from hemostat.profiles.decisions import MAX_EVENTS
 from hemostat.profiles.manager import ProfileManager
-from hemostat.profiles.persistence import SERVING_KEY, whole_number
 from hemostat.profiles.persistence import STATE_KEYS as PROFILE_STATE_KEYS
+from hemostat.profiles.persistence import whole_number
 from hemostat.profiles.scopes import ALL
 from hemostat.store import schema
 from hemostat.store.errors import StoreErrorLog
-from hemostat.store.lease import Lease
 from hemostat.store.protocol import (
     Store,
     StoreAccessDenied,
-    StoredProfile,
     StoreFailure,
     StoreIncompatible,
     StoreWrites,
 )
-from hemostat.store.replica import Replica
 from hemostat_calibration.errors import HemostatError, InvalidProfileError
 from hemostat_calibration.messages import in_words
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -53,7 +45,6 @@ STATE_KEYS = (
     ENGINES_STATE,
     UPSTREAMS_STATE,
     OUTCOMES_STATE,
-    POSITIONS_KEY,
     schema.ALARM_TESTS_KEY,
     schema.OFFERED_KEY,
     MODELS_KEY,
@@ -62,48 +53,33 @@ STATE_KEYS = (
 
 
 class StoredState:
-    """Hands what the store holds to the profiles, the alarms and the outcomes, where it is of the models compared now.
-
-    writes: of the leader. clock: monotonic seconds. on_change: called after another replica's changes were read.
-    """
+    """Hands what the store holds to its owners, where it is of the models compared now."""
 
     def __init__(
         self,
         store: Store,
         errors: StoreErrorLog,
         writes: StoreWrites,
-        lease: Lease,
         profiles: ProfileManager,
         alarms: Alarms,
         by_engine: ByEngine,
         upstreams: UpstreamEngines,
         outcomes: Outcomes,
-        positions: Positions | None,
-        subject: LearningSubject,
-        override: ModeOverride,
-        clock: Callable[[], float],
-        on_change: Callable[[], None],
     ) -> None:
         self._store = store
         self._errors = errors
         self._writes = writes
-        self._lease = lease
         self._profiles = profiles
         self._alarms = alarms
         self._by_engine = by_engine
         self._upstreams = upstreams
         self._outcomes = outcomes
-        self._positions = positions
-        self._subject = subject
-        self._override = override
-        self._clock = clock
-        self._on_change = on_change
         self._models: str | None = None
         """Of this process; None until both are known."""
         self._stored_models: str | None = None
         self._offered: str | None = None
 
-    async def restore(self, forced: Path | None, replica: Replica | None) -> None:
+    async def restore(self, forced: Path | None) -> None:
         """At the start. A store that fails is counted, except for a wrong password or a store of a newer version:
         those the operator has to correct.
 
@@ -116,9 +92,6 @@ class StoredState:
             except (OSError, InvalidProfileError) as error:
                 raise HemostatError(f"calibration.force: {forced}: {in_words(error)}") from error
         try:
-            if replica is not None:
-                await replica.heartbeat()
-                return
             await asyncio.to_thread(schema.migrate, self._store, self._store)
             profiles = await asyncio.to_thread(self._store.profiles)
             states = {key: await asyncio.to_thread(self._store.get_state, key) for key in STATE_KEYS}
@@ -129,40 +102,13 @@ class StoredState:
             self._errors.record(failure)
             return
         self._profiles.restoring.restore(profiles, states, _events(events, alarm=False))
-        self._restore_alarms(states, events)
+        self._by_engine.restore(states[ENGINES_STATE])
+        tests = whole_number(states[schema.ALARM_TESTS_KEY])
+        self._alarms.restore(states[ALARM_STATE], _events(events, alarm=True), tests)
         self._outcomes.restore(states[OUTCOMES_STATE])
         self._upstreams.restore(states[UPSTREAMS_STATE])
-        self._read(states)
-
-    def reload(
-        self, profiles: list[StoredProfile], states: dict[str, str | None], events: list[dict[str, Any]]
-    ) -> None:
-        """Another replica has written to the store. profiles, events: newest first."""
-        self._override.apply(states, self._clock())
-        self._profiles.restoring.reload(profiles, states, _events(events, alarm=False))
-        # Else the store has lost its data, and these may be written again. A store that was carried over from version 1
-        # has no serving profile, but tests of the alarm, whose alpha is spent.
-        if any(states[key] is not None for key in (SERVING_KEY, schema.ALARM_TESTS_KEY, schema.OFFERED_KEY)):
-            self._restore_alarms(states, events)
-            self._outcomes.restore(states[OUTCOMES_STATE])
-            if self._positions is not None:
-                self._positions.restore(states[POSITIONS_KEY])
-            self._upstreams.restore(states[UPSTREAMS_STATE])
-        self._read(states)
-        self._subject.update()
-        self._on_change()
-
-    def write_all(self, stored: Collection[str]) -> None:
-        """This replica leads now: write all that a restart needs. stored: versions of the profiles in the store."""
-        self._errors.clear()
+        self._stored_models, self._offered = states[MODELS_KEY], states[schema.OFFERED_KEY]
         self._settle()
-        self._profiles.restoring.write_all(stored)
-        self._alarms.save()
-        self._by_engine.save()
-        self._outcomes.save()
-        self._upstreams.save()
-        if self._models is not None:
-            self._writes.set_state(MODELS_KEY, together(self._stored_models, self._models))
 
     def set_models(self, models: str) -> None:
         """Both models are known, or more of them (`model_identity.model_identity`). Stored evidence about others is
@@ -181,18 +127,9 @@ class StoredState:
         stored = self._stored_models
         return together(stored if stored is not None and same_models(stored, models) else None, models)
 
-    def _restore_alarms(self, states: dict[str, str | None], events: list[dict[str, Any]]) -> None:
-        tests = whole_number(states[schema.ALARM_TESTS_KEY])
-        self._by_engine.restore(states[ENGINES_STATE])
-        self._alarms.restore(states[ALARM_STATE], _events(events, alarm=True), tests)
-
-    def _read(self, states: dict[str, str | None]) -> None:
-        self._stored_models, self._offered = states[MODELS_KEY], states[schema.OFFERED_KEY]
-        self._settle()
-
     def _settle(self) -> None:
-        """Compare the models with those of the stored state, once both are known and this replica leads."""
-        if self._models is None or not self._lease.leads:
+        """Compare the models with those of the stored state, once both are known."""
+        if self._models is None:
             return
         if self._stored_models is not None and not same_models(self._stored_models, self._models):
             why = "the stored evidence is about other models"

@@ -165,7 +165,7 @@ class EngineAddresses:
         asked_at = self._clock()
         address.not_before = asked_at + address.backoff.pause()
         # Not to be guessed: a client may send a tap of its own, and through another engine.
-        nonce = f"{self._registry.replica}-{secrets.token_hex(8)}"
+        nonce = f"{self._registry.nonce_prefix}-{secrets.token_hex(8)}"
         body = {"prompt": "x", "max_tokens": 1, "vllm_xargs": {"hemostat_tap": nonce}}
         try:
             await address.server.post("/v1/completions", body, dict[str, Any])

@@ -34,7 +34,7 @@ def engine_router(
         body = await read_body(request, MAX_REPORT_BYTES)
         try:
             versions = registry.report(decode_report(body), now())
-            return {"hold": versions, "leads": registry.leads, "replica": registry.replica}
+            return {"hold": versions, "nonce_prefix": registry.nonce_prefix}
         except InvalidEngineMessage as error:
             raise HTTPException(400, str(error)) from None
 
@@ -60,7 +60,7 @@ def engine_router(
             registry.add_answers(decode_answers(body), now())
         except InvalidEngineMessage as error:
             raise HTTPException(400, str(error)) from None
-        return {"replica": registry.replica}
+        return {"nonce_prefix": registry.nonce_prefix}
 
     return router
 

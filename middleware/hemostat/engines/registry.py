@@ -38,21 +38,21 @@ class EngineRegistry:
     """Owns the last report of every rank; `taps` owns the numbers of tapped requests, `answers` their answers.
 
     Not thread-safe: it lives in the control process's event loop.
+
+    nonce_prefix: what the nonces of this middleware's requests begin with: of several that share an engine, each gets
+        its own taps and answers. "": none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, nonce_prefix: str = "") -> None:
+        self.nonce_prefix = nonce_prefix
         self._engines: OrderedDict[str, dict[int, _Rank]] = OrderedDict()
         self._wanted: tuple[str, ...] = ()
         self._former: Counter[str] = Counter()
         """Counters of engines that are gone."""
         self.taps = TapBuffer()
         self.answers = AnswerBuffer()
-        self.leads = True
-        """This replica is the leader; engines prefer the anchors that the leader wants."""
         self.newest = 0.0
         """When an engine last reported that had not been known before."""
-        self.replica = ""
-        """The prefix of the nonces of this replica's requests, so that an engine sends each replica its own taps."""
 
     def set_wanted(self, versions: Iterable[str]) -> None:
         """The versions that every engine should hold, most important first; at most MAX_HELD_VERSIONS."""
@@ -76,10 +76,10 @@ class EngineRegistry:
         return list(self._wanted)
 
     def add_answers(self, message: AnswerMessage, now: float) -> None:
-        """Keep the answers of this replica's requests; an API server that does not know the replicas yet sends every
-        one of them all answers."""
-        if self.replica:
-            own = [answer for answer in message.answers if answer.nonce.startswith(f"{self.replica}-")]
+        """Keep the answers of this middleware's requests; an API server that does not know the prefixes yet sends each
+        middleware all answers."""
+        if self.nonce_prefix:
+            own = [answer for answer in message.answers if answer.nonce.startswith(f"{self.nonce_prefix}-")]
             message = msgspec.structs.replace(message, answers=own)
         self.answers.add(message, now)
 

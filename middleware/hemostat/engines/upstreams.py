@@ -36,7 +36,7 @@ class UpstreamEngine:
 
 
 class UpstreamEngines:
-    """Owns which engines are drained. reported: what each connected relay has last reported. writes: of the leader."""
+    """Owns which engines are drained. reported: what each connected relay has last reported."""
 
     def __init__(self, reported: Callable[[], Iterable[list[EngineHealth]]], writes: StoreWrites) -> None:
         self._reported = reported
@@ -77,7 +77,7 @@ class UpstreamEngines:
         self._writes.set_state(STATE_KEY, json.dumps(sorted(self.drained)))
 
     def restore(self, stored: str | None) -> None:
-        """What an earlier run, or the leader, stored."""
+        """What an earlier run stored."""
         try:
             self.drained = frozenset(str(name) for name in json.loads(stored or "[]"))
         except (ValueError, TypeError) as error:

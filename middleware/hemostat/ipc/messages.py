@@ -203,8 +203,8 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     body_limit: int = 512 * 1024
     unscorable_models: frozenset[str] = frozenset()
     """Served names (LoRA adapters) that the reference cannot score with: neither scored nor calibrated."""
-    replica: str = ""
-    """What the values of `hemostat_tap` begin with, so that the engine tells the right one of several replicas."""
+    nonce_prefix: str = ""
+    """What the values of `hemostat_tap` begin with: of several middlewares that share an engine, each gets its own."""
     kinds: frozenset[str] = frozenset()
     """Kinds of traffic that are followed by themselves; requests of every other kind belong to `REST_KIND`."""
     serving_by_kind: dict[str, str] = {}

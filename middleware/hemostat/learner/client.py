@@ -40,10 +40,6 @@ BACKOFF = (0.5, 2.0, 10.0, 60.0)
 """Seconds before a learner that ended is started again, by how often in a row it failed before it was ready."""
 RETRY_TOKEN_GROWTH = 1.25
 """After a rejected or empty proposal, the next one is requested from this many times more tokens."""
-MAX_OTHERS = 256
-"""Of `wire.Shared`, that wait to be sent to the process: at most 60 MiB. No more are taken from the store meanwhile."""
-OTHERS_AT_ONCE = 16
-"""In one message."""
 EXPORT_SECONDS = 300.0
 """Between two exports of what was learned, while records come."""
 
@@ -68,10 +64,7 @@ class LearningTarget:
 class LearningStorage(Protocol):
     """Implemented by `learner.stored.StoredLearning`."""
 
-    @property
-    def wanted(self) -> bool: ...
-
-    async def load(self) -> tuple[str, bytes] | None: ...
+    async def load(self) -> tuple[str, bytes]: ...
 
     async def save(self, weights: str, parts: list[bytes]) -> None: ...
 
@@ -137,14 +130,6 @@ class Learner:
         self._generation = 0
         self._forgets = False
         """What the running process has learned is of other weights, and not to be stored."""
-        self._send_shared: Callable[[wire.Shared], None] | None = None
-        self._leads: Callable[[], bool] = lambda: True
-        self._others: deque[wire.Shared] = deque()
-        """What other replicas have learned, to be sent to the process."""
-        self._needs_stored = False
-        """The next process goes on from what is stored, or does not begin."""
-        self._running: int | None = None
-        """Generation of the target of the process that learns."""
         self._batch_pending = False
         """A batch was sent, and is not learned yet."""
         self._requested_scope: str | None = None
@@ -173,41 +158,11 @@ class Learner:
         a new process begins without it."""
         if weights and self._weights and weights != self._weights:
             log.warning("learning begins anew: the engines have loaded other weights")
-            self._begin_anew()
+            self._generation += 1
+            self._forgets = True
+            if self._process.target is not None:
+                self.learn_about(self._process.target)
         self._weights = weights or self._weights
-
-    def _begin_anew(self) -> None:
-        """In a new process. What the running one has learned is not stored."""
-        self._generation += 1
-        self._forgets = True
-        if self._process.target is not None:
-            self.learn_about(self._process.target)
-
-    def share(self, send: Callable[[wire.Shared], None], leads: Callable[[], bool]) -> None:
-        """Of several replicas: `send` takes what is learned while `leads` says that another one leads."""
-        self._send_shared, self._leads = send, leads
-
-    @property
-    def accepts_others(self) -> bool:
-        """`add_other` may be called now."""
-        target = self._process.target
-        current = target is not None and target.generation == self._running
-        return self._learning and current and len(self._others) < MAX_OTHERS
-
-    def add_other(self, shared: wire.Shared) -> None:
-        """As the leader: what another replica has learned."""
-        self._others.append(shared)
-        self._process.wake()
-
-    def take_over(self) -> bool:
-        """This replica leads from now on, another one has before, and has stored something: go on from that. What this
-        one has learned itself, it has sent. False where nothing is stored by the settings: it goes on from what it has
-        learned itself."""
-        if self._storage is None:
-            return False
-        self._needs_stored = True
-        self._begin_anew()
-        return True
 
     def stop(self, why: str, *, unavailable: bool = False) -> None:
         """Learn about nothing. why: shown as the state's detail. unavailable: learning is wanted, but impossible."""
@@ -284,17 +239,10 @@ class Learner:
                 await child.drain()
 
     async def _load(self) -> bytes:
-        """What was stored, of these weights. ChildExited where it must be known, and the store does not answer: to
-        begin with nothing would replace what the last leader has stored."""
+        """What was stored, of these weights."""
         if self._storage is None:
             return b""
-        found = await self._storage.load()
-        if found is None:
-            if self._needs_stored:
-                raise ChildExited("the store does not answer: it waits for what the last leader has stored")
-            return b""
-        self._needs_stored = False
-        weights, stored = found
+        weights, stored = await self._storage.load()
         if weights and self._weights and weights != self._weights:
             log.warning("learning begins anew: what was learned is of other weights")
             return b""
@@ -336,7 +284,6 @@ class Learner:
 
     def began(self, ready: wire.Ready, target: LearningTarget) -> None:
         self._forgets = False
-        self._running = target.generation
         anchors = np.frombuffer(ready.anchors, "<i4").astype(np.int32)
         self._hidden_size = target.hidden_size
         self.anchor_sets = {anchors_digest(anchors): anchors}
@@ -355,11 +302,9 @@ class Learner:
         """Pass on proposals that have come; send the next batch and request the next proposal, where one may be."""
         while self._proposals:
             await self._pass_on(self._proposals.popleft())
-        if not self._batch_pending and (self._records or self._others):
+        if not self._batch_pending and self._records:
             self._batch_pending = True
-            others = [self._others.popleft() for _ in range(min(len(self._others), OTHERS_AT_ONCE))]
-            shares = self._send_shared is not None and not self._leads()
-            child.send(wire.REQUESTS.encode(wire.Learn(self._records.take_batch(), shares, others)))
+            child.send(wire.REQUESTS.encode(wire.Learn(self._records.take_batch())))
         await self._store_exports()
         if self._export_due:
             self._export_pending = True
@@ -377,7 +322,6 @@ class Learner:
     def _export_due(self) -> bool:
         return (
             self._storage is not None
-            and self._storage.wanted
             and self._has_unsaved
             and not self._export_pending
             and self._clock() - self._exported_at >= EXPORT_SECONDS
@@ -415,9 +359,6 @@ class Learner:
             case wire.Learned():
                 self._learned = answer
                 self._batch_pending = False
-            case wire.Shared():
-                if self._send_shared is not None and not self._forgets:
-                    self._send_shared(answer)
             case wire.Training():
                 self._set_state(LearnerState.TRAINING, f"{answer.stage} {answer.done:.0%}")
             case wire.Proposed():
@@ -480,9 +421,6 @@ class Learner:
         self._proposals.clear()
         self._last_attempt.clear()
         self._records.clear()
-        if self._forgets:
-            self._others.clear()
-        self._running = None
         self._forgets = False
         self._hidden_size = 0
         self.anchor_sets = {}

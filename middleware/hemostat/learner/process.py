@@ -29,7 +29,6 @@ from hemostat_calibration.learning.contextual import storage
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
 from hemostat_calibration.learning.contextual.learner import ContextualLearner, ContextualState
 from hemostat_calibration.learning.contextual.mlp import TrainingSettings
-from hemostat_calibration.learning.contextual.sharing import SharedRows, Sharing, Unshared
 from hemostat_calibration.records import TokenRecord
 
 NICENESS = 15
@@ -74,10 +73,6 @@ class ScopedLearner:
         self._states: dict[str, ContextualState] = {ALL: self._new()}
         self._failed: Counter[str] = Counter()
         self._about = json.dumps([start.model, start.vocab_size, start.hidden_size, start.reference])
-        self._sharing = Sharing(self._family)
-        self._unshared: dict[str, tuple[Unshared, ...]] = {}
-        """By scope: each record is in one of them, so that the difference of two tells nothing of a single request."""
-        self._shared_about = storage.dependencies(self._family, self._about)
         self._stored_bytes = start.stored_bytes
         self.has_unsaved = False
         """Something was learned since the last export."""
@@ -106,44 +101,14 @@ class ScopedLearner:
         return self._family.init(self._model, self._vocab_size)
 
     def learn(self, request: wire.Learn) -> wire.Learned:
-        if not request.shares:
-            self._unshared.clear()
         for row in request.rows:
-            with self._leaving_out():
-                self._learn(row, shares=request.shares)
-        for shared in request.others:
-            with self._leaving_out():
-                self._add(shared)
-        self.has_unsaved = self.has_unsaved or (bool(request.rows or request.others) and self._stored_bytes > 0)
+            try:
+                self._learn(row)
+            except (HemostatError, ValueError) as error:
+                # What does not fit is left out, and counted.
+                self._failed[type(error).__name__] += 1
+        self.has_unsaved = self.has_unsaved or (bool(request.rows) and self._stored_bytes > 0)
         return self._learned()
-
-    @contextlib.contextmanager
-    def _leaving_out(self) -> Iterator[None]:
-        """What does not fit is left out, and counted."""
-        try:
-            yield
-        except (HemostatError, ValueError) as error:
-            self._failed[type(error).__name__] += 1
-
-    def _add(self, shared: wire.Shared) -> None:
-        """What another replica has learned."""
-        if shared.about != self._shared_about:
-            raise InvalidArgumentError("it is of another learner")
-        rows = np.frombuffer(shared.rows, "<f4").astype(np.float32).reshape(-1, shared.width)
-        for scope in dict.fromkeys((ALL, shared.scope)):
-            if self._follows(scope):
-                of = SharedRows(shared.fold, shared.tokens, shared.requests, rows)
-                self._states[scope] = self._sharing.add(self._states[scope], of)
-
-    def take_shared(self) -> Iterator[wire.Shared]:
-        """What may be sent to the replica that leads, and was not yet."""
-        for scope, unshared in self._unshared.items():
-            self._unshared[scope], due = self._sharing.take_due(unshared)
-            for part in (part for shared in due for part in self._sharing.parts(shared, wire.MAX_SHARED_BYTES)):
-                rows = part.rows.astype("<f4")
-                yield wire.Shared(
-                    scope, part.fold, part.tokens, part.requests, rows.shape[1], rows.tobytes(), self._shared_about
-                )
 
     def _learned(self) -> wire.Learned:
         whole = self._states[ALL]
@@ -153,7 +118,7 @@ class ScopedLearner:
             failed=dict(self._failed),
         )
 
-    def _learn(self, row: wire.Row, *, shares: bool) -> None:
+    def _learn(self, row: wire.Row) -> None:
         record = wire.from_row(row, self._vocab_size)
         if record.features is not None and record.features.values.shape[1] != self._anchors:
             raise InvalidArgumentError(f"features of {record.features.values.shape[1]} anchors, not {self._anchors}")
@@ -163,10 +128,6 @@ class ScopedLearner:
         for scope in dict.fromkeys((ALL, row.scope)):
             if self._follows(scope):
                 self._states[scope] = self._family.update(self._states[scope], [record])
-        if shares:
-            scope = row.scope if row.scope in self._states else ALL
-            unshared = self._unshared.get(scope) or self._sharing.init()
-            self._unshared[scope] = self._sharing.with_record(unshared, record)
 
     def _follows(self, scope: str) -> bool:
         """The scope has statistics of its own, from now on where there is room."""
@@ -266,10 +227,7 @@ class RequestLoop:
             case None:
                 self._ended = True
             case wire.Learn():
-                learned = self._learner.learn(request)
-                for shared in self._learner.take_shared():
-                    self._send(shared)
-                self._send(learned)
+                self._send(self._learner.learn(request))
             case wire.Propose():
                 self._scopes_due.append(request.scope)
             case wire.Export():

@@ -1,11 +1,10 @@
-"""The learner's statistics in the store: read when a learner starts, written by the replica that leads."""
+"""The learner's statistics in the store: read when a learner starts, written while it learns."""
 
 from __future__ import annotations
 
 import asyncio
 
 from hemostat.store.errors import StoreErrorLog
-from hemostat.store.lease import Lease
 from hemostat.store.protocol import Store, StoreFailure, StoreWrites
 
 BLOB_KEY = "learner"
@@ -14,27 +13,19 @@ PREFIX = b"weights "
 
 
 class StoredLearning:
-    """writes: of the leader."""
-
-    def __init__(self, store: Store, writes: StoreWrites, errors: StoreErrorLog, lease: Lease) -> None:
+    def __init__(self, store: Store, writes: StoreWrites, errors: StoreErrorLog) -> None:
         self._store = store
         self._writes = writes
         self._errors = errors
-        self._lease = lease
 
-    @property
-    def wanted(self) -> bool:
-        """This replica would write now."""
-        return self._lease.leads
-
-    async def load(self) -> tuple[str, bytes] | None:
-        """The weights that it is of, and what was stored last, b"" where there is none. None: the store does not
-        answer, which is counted."""
+    async def load(self) -> tuple[str, bytes]:
+        """The weights that it is of, and what was stored last, b"" where there is none or the store fails, which is
+        counted."""
         try:
             stored = await asyncio.to_thread(self._store.get_blob, BLOB_KEY)
         except StoreFailure as failure:
             self._errors.record(failure)
-            return None
+            return "", b""
         return split_weights(stored or b"")
 
     async def save(self, weights: str, parts: list[bytes]) -> None:

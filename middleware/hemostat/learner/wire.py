@@ -78,27 +78,8 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     """float16 [T, d]; empty: none"""
 
 
-class Shared(msgspec.Struct, tag="shared", frozen=True):
-    """What a learner has learned, for that of the replica that leads (`learning.contextual.sharing.SharedRows`).
-
-    rows: float32 [m, W]. about: digest of all that they depend on; learners with another one cannot use them.
-    """
-
-    scope: str
-    fold: int
-    tokens: int
-    requests: int
-    width: int
-    rows: bytes
-    about: str
-
-
 class Learn(msgspec.Struct, tag="learn", frozen=True):
-    """shares: what is learned from the rows is also sent as `Shared`, once it may be. others: of other replicas."""
-
     rows: list[Row]
-    shares: bool = False
-    others: list[Shared] = []
 
 
 class Propose(msgspec.Struct, tag="propose", frozen=True):
@@ -157,11 +138,9 @@ class Proposed(msgspec.Struct, tag="proposed", frozen=True):
 
 
 PART_BYTES = 1 << 20
-MAX_SHARED_BYTES = 240 * 1024
-"""Of the rows in one `Shared`, which fits a batch through the store (`control.evidence.outbox.MAX_BATCH_BYTES`)."""
 
 Request = Start | Restore | Learn | Propose | Export
-Answer = Ready | Refused | Learned | Training | Proposed | Exported | Shared
+Answer = Ready | Refused | Learned | Training | Proposed | Exported
 
 REQUESTS: MessageCodec[Request] = MessageCodec(Request)
 ANSWERS: MessageCodec[Answer] = MessageCodec(Answer)

@@ -43,7 +43,7 @@ class Alarms:
 
     noise_floors: names of the models whose noise floors add up to the total; none: the floor is not measured, and the
         budget applies to the divergence itself.
-    writes: of the leader. wall: Unix time.
+    wall: Unix time.
     """
 
     def __init__(
@@ -79,11 +79,11 @@ class Alarms:
             self.observe_unit(record.kind, figures.kl_rc, alarm.spread(record))
 
     def count(self, kind: str) -> None:
-        """One scored request of an adapter, here or at another replica."""
+        """One scored request of an adapter."""
         self._state = alarm.count(self._state, kind or REST_KIND)
 
     def observe_unit(self, kind: str, divergences: Floats, spreads: Floats) -> None:
-        """One scored request of the compressed model itself, here or at another replica: see `alarm.Observation`."""
+        """One scored request of the compressed model itself: see `alarm.Observation`."""
         now, kind = self._wall(), kind or REST_KIND
         observation = alarm.Observation(now, divergences, spreads, pooled=kind == REST_KIND)
         self._state = alarm.update(self._state, kind, observation, self._noise_floor())

@@ -2,8 +2,7 @@
 
 The test is `hemostat_calibration.alarm.odd_engine`; a stratum is a kind of traffic with what was applied to it. A
 request counts in the test only if it is an observation of its own, in the sums always. Without the name of an engine (a
-record of an earlier version) it counts in neither. Of several replicas each has its own sums; there is one test, the
-leader's, of the requests of all.
+record of an earlier version) it counts in neither.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ class ByEngine:
             self._totals.popitem(last=False)
 
     def observe_unit(self, kind: str, applied: str, unit: odd_engine.Unit) -> None:
-        """One scored request that is an observation of its own, here or at another replica: see `engine_unit`.
+        """One scored request that is an observation of its own: see `engine_unit`.
 
         applied: version of the profile, "" for identity.
         """
@@ -116,7 +115,7 @@ class ByEngine:
     # --- what is shown ---------------------------------------------------------------------------------------------
 
     def report(self) -> list[dict[str, Any]]:
-        """By engine; JSON-ready. tokens, kl_nats: of what was scored here; the rest is of all replicas. farther: its
+        """By engine; JSON-ready. tokens, kl_nats: of what was scored since the start. farther: its
         divergence is higher than the others', where it is odd. evidence: in parts of what raises the alarm. on_tokens:
         of its own, on which it was raised."""
         tests = {one.engine: one for one in odd_engine.readings(self._test)}

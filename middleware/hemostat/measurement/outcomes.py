@@ -46,10 +46,6 @@ _OUTCOMES = frozenset(outcome.value for outcome in Outcome)
 class ServedKinds(Protocol):
     """What outcomes need to know of the profiles, and do to them."""
 
-    @property
-    def decides(self) -> bool:
-        """Whether this process decides what serves; of several replicas, one does."""
-
     def kinds(self) -> Collection[str]:
         """Names of the kinds that are served and compared by themselves, the one for all others included."""
 
@@ -155,7 +151,7 @@ class Outcomes:
         for kind, state in self._kinds.items():
             if state.harmed is not None and not self._served.is_operators(kind):
                 state.harmed = None  # an operator has released or unpinned the kind
-            if state.changed and self._served.decides:
+            if state.changed:
                 state.changed = False
                 self._judge(kind, state)
         if self._wall() - self._saved_at >= SAVE_SECONDS:

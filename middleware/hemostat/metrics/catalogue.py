@@ -4,7 +4,7 @@ by `make docs`).
 
 from __future__ import annotations
 
-from hemostat.metrics import conditional, evidence, names, plugin, upstreams
+from hemostat.metrics import conditional, names, plugin, upstreams
 from hemostat.metrics.metric import Metric
 
 GROUPS: dict[str, tuple[Metric, ...]] = {
@@ -31,13 +31,6 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             ("limit",),
         ),
         Metric(names.RELAYS, "gauge", "processes", "Relay processes connected."),
-        Metric(
-            names.REPLICA_LEADS,
-            "gauge",
-            "0 or 1",
-            "1 where decisions are made: of the replicas that share a store, on one at a time.",
-        ),
-        *evidence.METRICS,
         Metric(
             names.MODEL_INFO,
             "gauge",

@@ -149,9 +149,6 @@ class EventLog:
         """Add events of an earlier run, oldest first, without writing them again."""
         self._events.extend(events)
 
-    def clear(self) -> None:
-        self._events.clear()
-
     def newest_first(self, version: str | None = None) -> list[dict[str, Any]]:
         """All events held, or those of one profile."""
         return [event for event in reversed(self._events) if version in (None, event["version"])]

@@ -20,7 +20,6 @@ from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.serving import ServingState
 from hemostat.profiles.trials import WATCH, Candidate, Trials, UnitGain
 from hemostat.profiles.units import HeldOutUnit
-from hemostat.store.lease import Lease
 from hemostat_calibration.divergence.gain import Gain
 from hemostat_calibration.guard import decisions as guard_decisions
 from hemostat_calibration.guard.decisions import Admission, Figure
@@ -84,33 +83,25 @@ def distance_gain(before: ExactDistances, after: ExactDistances) -> UnitGain:
 
 
 class Judge:
-    """Turns held-out units into promotions, drops and rollbacks, each in the record's own kind.
+    """Turns held-out units into promotions, drops and rollbacks, each in the record's own kind."""
 
-    Of several replicas only the leader tests candidates; the last leader goes on watching what serves.
-    """
-
-    def __init__(self, *, serving: ServingState, trials: Trials, lifecycle: Lifecycle, lease: Lease) -> None:
+    def __init__(self, *, serving: ServingState, trials: Trials, lifecycle: Lifecycle) -> None:
         self._serving = serving
         self._trials = trials
         self._lifecycle = lifecycle
-        self._lease = lease
 
     def observe(self, unit: HeldOutUnit) -> None:
         """One held-out unit, whose kind is followed or is the rest."""
-        if not self._lease.is_last_leader:
-            return
         if unit.fresh:
             self._lifecycle.count_unit(unit.kind)
         self._judge(unit)
-        if self._lease.leads:
-            self._trials.count_seen(unit.kind)
-            for candidate in self._trials.tested:
-                self._give_way(candidate)
+        self._trials.count_seen(unit.kind)
+        for candidate in self._trials.tested:
+            self._give_way(candidate)
 
     def _judge(self, unit: HeldOutUnit) -> None:
         watched = self._trials.admit(WATCH, unit) is Admission.ADMITTED
-        tested = self._trials.tested if self._lease.leads else []
-        admissions = {candidate: self._trials.admit(candidate.test, unit) for candidate in tested}
+        admissions = {candidate: self._trials.admit(candidate.test, unit) for candidate in self._trials.tested}
         met = [c for c, found in admissions.items() if found in (Admission.ADMITTED, Admission.CLIENT_SHARE)]
         selected = self._serving.kinds[unit.kind].version
         # All of them count the unit before anything is decided: a decision ends other tests of this kind.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from hemostat.ipc.messages import REST_GRAMMAR_KIND, REST_KIND, rest_of
-from hemostat.store.lease import Lease
 from hemostat_calibration.statistics.kinds import KindTable
 
 
@@ -13,14 +12,12 @@ class Kinds:
     """Owns the table of kinds. limit: kinds followed at a time.
 
     on_followed, on_evicted: called with a kind that is followed from now on, and with one that is not any more.
-    keep: kinds that must not lose their place. Of several replicas the one that leads decides which kinds are followed;
-    the others take over its table.
+    keep: kinds that must not lose their place.
     """
 
     def __init__(
         self,
         limit: int,
-        lease: Lease,
         *,
         on_followed: Callable[[str], None],
         on_evicted: Callable[[str], None],
@@ -28,7 +25,6 @@ class Kinds:
     ) -> None:
         self.limit = limit
         self.table = KindTable(limit)
-        self._lease = lease
         self._on_followed = on_followed
         self._on_evicted = on_evicted
         self._keep = keep
@@ -40,7 +36,7 @@ class Kinds:
 
     def see(self, kind: str) -> str:
         """Count one request, and return what its kind is called from here on: its own name, or the rest's."""
-        if self._lease.is_last_leader and kind not in (REST_KIND, REST_GRAMMAR_KIND):
+        if kind not in (REST_KIND, REST_GRAMMAR_KIND):
             before, self.table = self.table, self.table.see(kind, self._keep())
             if self.table.followed != before.followed:
                 for evicted in set(before.followed).difference(self.table.followed):

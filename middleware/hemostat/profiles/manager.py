@@ -8,14 +8,11 @@ Invariants (those of what serves are in `serving`, those of tests in `trials`):
   not conditional.
 - Learning may pool all traffic, or what belongs to one scope (`calibration.scope`). Serving may not: a profile serves a
   kind of traffic (`kinds`) only on evidence of this kind, and leaves it by itself.
-- Of several replicas, only the one that leads (`store.lease`) proposes, tests and promotes; the others learn, so that
-  any can go on, and reload what it has decided.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 from hemostat.config.schema import Adapter, Calibration, Evidence
@@ -36,7 +33,6 @@ from hemostat.profiles.scopes import Scopes
 from hemostat.profiles.serving import MAX_SERVING_VERSIONS, ServedModel, ServingState
 from hemostat.profiles.trials import IMPORT, Trials
 from hemostat.profiles.units import HeldOutUnit, Interval
-from hemostat.store.lease import Lease
 from hemostat.store.protocol import StoreWrites
 from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -47,7 +43,7 @@ from hemostat_calibration.statistics.split import held_out
 class ProfileManager:
     """Lives in the control process's event loop. Its attributes are the parts, to be handed to whoever needs one.
 
-    wall: Unix time, seconds. default_temperature_is_one: see `RequestParameters`. lease: None without other replicas.
+    wall: Unix time, seconds. default_temperature_is_one: see `RequestParameters`.
     """
 
     def __init__(
@@ -57,11 +53,9 @@ class ProfileManager:
         wall: Callable[[], float],
         *,
         default_temperature_is_one: bool = False,
-        lease: Lease | None = None,
         evidence: Evidence | None = None,
         adapter: Adapter | None = None,
     ) -> None:
-        lease = lease or Lease(shared=False)
         evidence, adapter = evidence or Evidence(), adapter or Adapter()
         by_request = settings.apply == "request"
         self._held_out_fraction = settings.held_out_fraction
@@ -85,7 +79,6 @@ class ProfileManager:
         )
         self.kinds = Kinds(
             evidence.kinds,
-            lease,
             on_followed=self._kind_followed,
             on_evicted=self._kind_evicted,
             keep=lambda: self.serving.fixed,
@@ -105,7 +98,6 @@ class ProfileManager:
             serving=self.serving,
             trials=self.trials,
             lifecycle=self.lifecycle,
-            lease=lease,
         )
         self.proposals = Proposals(
             settings,
@@ -114,7 +106,6 @@ class ProfileManager:
             trials=self.trials,
             lifecycle=self.lifecycle,
             requests=self.requests,
-            lease=lease,
             adapter_min_tokens=adapter.min_tokens,
             learn_map=adapter.learn_map,
         )
@@ -135,7 +126,6 @@ class ProfileManager:
             trials=self.trials,
             events=self.events,
             lifecycle=self.lifecycle,
-            proposals=self.proposals,
             writer=self.writer,
         )
         self.report = Report(
@@ -227,15 +217,15 @@ class ProfileManager:
         """
         if not self.serving.uses(record):
             return
+        kind = self._place(record)
+        if kind is None:
+            return
         if self.is_held_out(record):
-            self.judge_unit(self.held_out_unit(record, gains, fresh=fresh), self.scope_name(record), record.constraint)
-            return
-        if self._place(record.kind, self.scope_name(record), record.constraint) is None:
-            return
-        if fresh and record.adapter is None and not record.constraint:
+            self.judge.observe(self._held_out_unit(record, kind, gains, fresh=fresh))
+        elif fresh and record.adapter is None and not record.constraint:
             self.proposals.learn(record, self.scope_of(record))
 
-    def held_out_unit(self, record: TokenRecord, gains: RecordGains, *, fresh: bool) -> HeldOutUnit:
+    def _held_out_unit(self, record: TokenRecord, kind: str, gains: RecordGains, *, fresh: bool) -> HeldOutUnit:
         """What tests need of a held-out record. Its gains are computed when they are asked for."""
 
         def gain(version: str) -> Interval | None:
@@ -243,28 +233,17 @@ class ProfileManager:
             return None if profile is None else gain_interval(record, profile, gains.of(profile))
 
         adapted = record.adapter is not None
-        return HeldOutUnit(
-            record.kind, record.unit, record.client, record.tokens, fresh, adapted, gain, record.distances
-        )
+        return HeldOutUnit(kind, record.unit, record.client, record.tokens, fresh, adapted, gain, record.distances)
 
-    def judge_unit(self, unit: HeldOutUnit, scope: str, constraint: str) -> None:
-        """Judge by a unit of any replica. scope: `scope_name` of its record. constraint: of its record."""
-        kind = self._place(unit.kind, scope, constraint)
-        if kind is not None:
-            self.judge.observe(unit if kind == unit.kind else replace(unit, kind=kind))
-
-    def scope_name(self, record: TokenRecord) -> str:
-        """What the record's scope is called, whether it is followed or not."""
-        return self.serving.scopes.name_of(record)
-
-    def _place(self, kind: str, scope: str, constraint: str) -> str | None:
+    def _place(self, record: TokenRecord) -> str | None:
         """Count a record, and return the kind that it counts in; None where it counts in none."""
         self.writer.note_record()
+        kind = record.kind
         if kind not in self.serving.kinds:
-            if constraint:
+            if record.constraint:
                 return None  # nothing serves the rest of what a grammar restricts
             kind = REST_KIND
-        followed = self.serving.scopes.followed(scope)
+        followed = self.scope_of(record)
         state = self.serving.kinds[kind]
         if state.scope is None:
             state.scope = followed

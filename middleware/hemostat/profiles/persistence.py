@@ -1,4 +1,4 @@
-"""What a restart, or another replica, needs: the keys and formats in the store's state, and their writes."""
+"""What a restart needs: the keys and formats in the store's state, and their writes."""
 
 from __future__ import annotations
 

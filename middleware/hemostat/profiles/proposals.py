@@ -23,7 +23,6 @@ from hemostat.profiles.request_parameters import RequestParameters
 from hemostat.profiles.scopes import ALL, layers_of_map_scope, map_scope
 from hemostat.profiles.serving import ServingState
 from hemostat.profiles.trials import ADAPTER_MAP, Trials
-from hemostat.store.lease import Lease
 from hemostat_calibration.errors import InvalidArgumentError, InvalidProfileError
 from hemostat_calibration.learning import temperature_bias_storage as storage
 from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner, TemperatureBiasState
@@ -47,8 +46,8 @@ BATCH_RECORDS = 8
 """Records that are gathered before one update of temperature and bias."""
 
 
-_PROPOSED_AT, _POSITIONS, _WEIGHTS = "proposed_at", "positions", "weights"
-"""Of an export's notes. Older ones are what is now under the first."""
+_PROPOSED_AT, _WEIGHTS = "proposed_at", "weights"
+"""Of an export's notes."""
 
 
 @dataclass(slots=True)
@@ -63,7 +62,7 @@ class _ScopeLearning:
 
 
 class Proposals:
-    """Owns what was learned, by scope. Of several replicas all learn, and the one that leads proposes."""
+    """Owns what was learned, by scope."""
 
     def __init__(
         self,
@@ -74,7 +73,6 @@ class Proposals:
         trials: Trials,
         lifecycle: Lifecycle,
         requests: RequestParameters,
-        lease: Lease,
         adapter_min_tokens: int = 0,
         learn_map: bool = True,
     ) -> None:
@@ -89,7 +87,6 @@ class Proposals:
         self._trials = trials
         self._lifecycle = lifecycle
         self._requests = requests
-        self._lease = lease
         self._temperature_bias = TemperatureBiasLearner(
             # With |Δz| ≤ a, KL from identity is at most a²/2: Var Δz ≤ a² under every c e^{sΔz}, and KL is ∫ s Var ds.
             clamp_nats=min(settings.clamp_nats, math.sqrt(2.0 * settings.clamp_kl_nats)),
@@ -97,8 +94,6 @@ class Proposals:
             half_life_tokens=settings.half_life_tokens,
         )
         self._scopes: dict[str, _ScopeLearning] = {}
-        self.on_learned: Callable[[str, TemperatureBiasState], None] | None = None
-        """Called with a scope and what temperature and bias have learned of it, for a replica that leads instead."""
         self.proposed = 0
         """Proposals of temperature and bias by this process."""
 
@@ -109,19 +104,18 @@ class Proposals:
         state = self._scope(scope).temperature_bias
         return (state.requests, state.tokens) if state is not None else (0, 0)
 
-    def export(self, models: str, positions: str = "", weights: str = "") -> Callable[[], bytes]:
+    def export(self, models: str, weights: str = "") -> Callable[[], bytes]:
         """What was learned until now, as bytes; the function that makes them may be called in a thread.
 
-        models: a name of both models, for `restore`. positions: of what other replicas have learned. weights: that it
-        was learned of, "" where they are not known.
+        models: a name of both models, for `restore`. weights: that it was learned of, "" where they are not known.
         """
         states = {scope: s.temperature_bias for scope, s in self._scopes.items() if s.temperature_bias is not None}
         proposed_at = {scope: dict(learning.proposed_at) for scope, learning in self._scopes.items()}
-        notes = json.dumps({_PROPOSED_AT: proposed_at, _POSITIONS: positions, _WEIGHTS: weights})
+        notes = json.dumps({_PROPOSED_AT: proposed_at, _WEIGHTS: weights})
         return lambda: storage.save(states, self._temperature_bias, models, notes)
 
-    def restore(self, data: bytes, models: str) -> tuple[str, str]:
-        """Go on from an export; its positions and weights. InvalidArgumentError where it is damaged, or about other
+    def restore(self, data: bytes, models: str) -> str:
+        """Go on from an export; its weights. InvalidArgumentError where it is damaged, or about other
         models or settings."""
         states, text = storage.load(data, self._temperature_bias, models)
         model = self._serving.model
@@ -130,29 +124,18 @@ class Proposals:
                 self._scope(scope).temperature_bias = state
         try:
             notes = json.loads(text)
-            for scope, families in notes.get(_PROPOSED_AT, {} if _POSITIONS in notes else notes).items():
+            for scope, families in notes.get(_PROPOSED_AT, {}).items():
                 learning = self._scope(scope)
                 for family, tokens in families.items():
                     learning.proposed_at[family] = max(int(tokens), learning.proposed_at.get(family, 0))
         except (ValueError, TypeError, AttributeError):
             raise InvalidArgumentError("what was proposed before cannot be read") from None
-        return str(notes.get(_POSITIONS) or ""), str(notes.get(_WEIGHTS) or "")
+        return str(notes.get(_WEIGHTS) or "")
 
     def forget_learned(self) -> None:
-        """Of temperature and bias: the leader knows it, and goes on from that."""
+        """Of temperature and bias."""
         for learning in self._scopes.values():
             learning.temperature_bias, learning.batch = None, []
-
-    def add_learned(self, scope: str, growth: TemperatureBiasState) -> None:
-        """As the leader: what another replica's temperature and bias have learned of a scope. InvalidArgumentError
-        where it is of another model."""
-        model = self._serving.model
-        if model is None or self._serving.scopes.followed(scope) != scope:
-            return
-        learning = self._scope(scope)
-        state = learning.temperature_bias or self._temperature_bias.init(model.name, model.vocab_size)
-        learning.temperature_bias = self._temperature_bias.grown(state, growth)
-        self._propose_if_due(scope)
 
     def restart(self) -> None:
         """The model is another: forget what was learned.
@@ -196,10 +179,7 @@ class Proposals:
             return
         # The batch is emptied first: records that raise here must not come back with the next one.
         batch, learning.batch = learning.batch, []
-        before, state = learning.temperature_bias, self._temperature_bias.update(learning.temperature_bias, batch)
-        learning.temperature_bias = state
-        if self.on_learned is not None and not self._lease.is_last_leader:
-            self.on_learned(scope, self._temperature_bias.growth(before, state))
+        learning.temperature_bias = self._temperature_bias.update(learning.temperature_bias, batch)
         self._propose_if_due(scope)
 
     def _propose_if_due(self, scope: str) -> None:
@@ -288,7 +268,7 @@ class Proposals:
         return next((v for v in self._serving.versions if self._catalogue.layers(v) == layers), None)
 
     def _map_is_due(self, layers: str, tokens: int) -> bool:
-        if not self._lease.leads or not self._learn_map or self._serves_layers(layers) is None:
+        if not self._learn_map or self._serves_layers(layers) is None:
             return False
         last = self._maps_proposed_at.get(layers, 0)
         growth = MIN_TOKEN_GROWTH_UNDER_TEST if self._trials.has_proposal(ALL, ADAPTER_MAP) else MIN_TOKEN_GROWTH
@@ -336,8 +316,6 @@ class Proposals:
 
     def _due(self, scope: str, family: str, tokens: int) -> bool:
         """Whether enough was learned since the last proposal for another test to be worth its alpha."""
-        if not self._lease.leads:
-            return False
         if not self._serving.scopes.follow(scope) or not self._serving.has_room_for_new(scope):
             return False
         last = self._scope(scope).proposed_at.get(family, 0)

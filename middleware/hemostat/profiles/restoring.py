@@ -1,9 +1,9 @@
-"""Reading the store back: after a restart, and from what another replica has written."""
+"""Reading the store back after a restart."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hemostat.ipc.messages import REST_KIND
@@ -23,12 +23,10 @@ from hemostat.profiles.persistence import (
     stored_mode,
     whole_number,
 )
-from hemostat.profiles.proposals import Proposals
 from hemostat.profiles.scopes import ALL
 from hemostat.profiles.serving import KindState, ServingState
 from hemostat.profiles.trials import Candidate, Trials
 from hemostat.store.protocol import StoredProfile
-from hemostat.store.schema import OFFERED_KEY
 from hemostat_calibration.errors import InvalidArgumentError, InvalidProfileError
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
 
@@ -51,7 +49,6 @@ class Restoring:
         trials: Trials,
         events: EventLog,
         lifecycle: Lifecycle,
-        proposals: Proposals,
         writer: StateWriter,
     ) -> None:
         self._configured_mode = configured_mode
@@ -61,7 +58,6 @@ class Restoring:
         self._trials = trials
         self._events = events
         self._lifecycle = lifecycle
-        self._proposals = proposals
         self._writer = writer
 
     def restore(
@@ -155,43 +151,6 @@ class Restoring:
             self._trials.resume(None, begun, queue)
         return {candidate: cause for candidate, cause in causes.items() if cause is not None}
 
-    def reload(
-        self, stored: Iterable[StoredProfile], states: Mapping[str, str | None], events: list[dict[str, Any]]
-    ) -> None:
-        """Go on from what another replica has written, as `restore` does from an earlier run's.
-
-        stored: without data where the profile is held. Where the store has no record of what serves, nothing changes.
-        """
-        if states.get(SERVING_KEY) is None and states.get(OFFERED_KEY) is None:
-            return
-        stored = list(stored)
-        self._serving.kinds = {REST_KIND: KindState(scope=ALL)}
-        served, damage = _served(states)
-        if damage:
-            log.error("%s", damage)
-        known = {item.version for item in stored} | served.versions()
-        for version in list(self._catalogue):
-            if version not in known and version not in (self._serving.forced, self._catalogue.probe):
-                self._catalogue.remove(version)
-        self._events.clear()
-        self._events.restore(reversed(events))
-        self._serving.mode = self._configured_mode
-        withdrawn, _ = self._apply(stored, states, served)
-        for kind, (_, why) in withdrawn.items():
-            log.error("a profile that another replica promoted cannot serve %s here: %s", kind, why)
-        if self._serving.model is not None:
-            self._proposals.count_serving()
-
-    def write_all(self, stored: Collection[str]) -> None:
-        """Write all that a restart needs: the store may have lost it. stored: versions of the profiles that it has."""
-        used = {candidate.version for candidate in self._trials.queue} | set(self._serving.versions)
-        for version in used.difference(stored):
-            self._writer.put_profile(self._catalogue.stored(version))
-        self._writer.write_serving()
-        self._writer.write_tests()
-        self._writer.write_mode()
-        self._writer.write_tests_begun()
-
     def _restore_profiles(self, stored: Iterable[StoredProfile], used: set[str]) -> dict[str, str]:
         """Hold the newest profiles, as many as fit, and those that are used; delete the others from the store.
 
@@ -206,7 +165,7 @@ class Restoring:
                 self._writer.delete_profile(item.version)
                 continue
             try:
-                profile = held or item.read or CalibrationProfile.from_bytes(item.data, item.version)
+                profile = held or CalibrationProfile.from_bytes(item.data, item.version)
             except InvalidProfileError as error:
                 unread[item.version] = f"its stored data cannot be read: {error}"
                 if item.version not in used:  # else that it is withdrawn is logged

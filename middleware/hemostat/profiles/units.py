@@ -1,5 +1,4 @@
-"""What tests of profiles need of one scored, held-out request: the same whether it was scored here or by another
-replica."""
+"""What tests of profiles need of one scored, held-out request."""
 
 from __future__ import annotations
 

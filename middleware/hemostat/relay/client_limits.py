@@ -1,7 +1,7 @@
 """What one client may ask of this relay process: requests per second, and requests in progress.
 
-Who a client is: `client_identity`. Each relay process counts for itself: with N processes
-and R replicas, a client whose connections reach all of them may ask for N × R times as much.
+Who a client is: `client_identity`. Each relay process counts for itself: with N of them, a client
+whose connections reach all may ask for N times as much.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which requests are sampled, and which are in the control arm; how conversations and clients are named.
 
 Nobody can choose to be sampled, or the arm of a conversation: whether a request is sampled is drawn, and arms follow
-from a keyed hash (BLAKE2b) of the conversation with a secret of the store (`salt`). Every worker and replica thus puts
-the turns of a conversation into the same arm. The hashes' purposes make them independent of each other.
+from a keyed hash (BLAKE2b) of the conversation with a secret of the store (`salt`). Every relay thus puts the
+turns of a conversation into the same arm. The hashes' purposes make them independent of each other.
 """
 
 from __future__ import annotations

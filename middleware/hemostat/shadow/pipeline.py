@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -44,7 +43,6 @@ from hemostat.reference.protocol import Reference
 from hemostat.shadow.answer_losses import AnswerLosses
 from hemostat.shadow.distances import DistanceSource, DistanceWaits
 from hemostat.shadow.endings import EndingCounts, Outcome, ScoringDropReason
-from hemostat.shadow.evidence_receiver import EvidenceReceiver
 from hemostat.shadow.grammar.conditioning import Conditioning
 from hemostat.shadow.limits import Breakers, ShadowQueue, TokenBudget
 from hemostat.shadow.noise_floor import NoiseFloorMeter
@@ -97,8 +95,6 @@ class RecordConsumers:
     records: RecordsFile | None
     tracing: Tracing | None
     texts: TextLearner | None = None
-    evidence: EvidenceReceiver | None = None
-    """None without other replicas."""
 
 
 class ScoringPipeline:
@@ -109,7 +105,6 @@ class ScoringPipeline:
     compressed_scorer: the upstream, asked to score its own tokens; None without `shadow.floor_fraction`.
     conditioning: of captures whose tokens a grammar restricted.
     distances: who computes exact distances; None: nobody, and no adapter is judged.
-    seen: the conversations that were scored, where others add to them, too.
     clock: monotonic seconds. draw: uniform numbers in [0, 1), for the noise floor's own sampling.
     on_change: called after every record, which may have changed what the relays' policy depends on.
     """
@@ -130,7 +125,6 @@ class ScoringPipeline:
         on_change: Callable[[], None],
         conditioning: Conditioning,
         distances: DistanceSource | None = None,
-        seen: SeenUnits | None = None,
     ) -> None:
         self._monitor = monitor
         self.distances = DistanceWaits(distances)
@@ -146,7 +140,7 @@ class ScoringPipeline:
         """Captures from relays."""
         self.calibration_errors = 0
         """Records that calibration could neither learn from nor judge by: a bug."""
-        self._seen = seen or SeenUnits()
+        self._seen = SeenUnits()
         self.other_models = OtherModels(settings.shadow.max_tokens)
         self.queue = ShadowQueue(settings.shadow.max_queue)
         self.answer_losses = AnswerLosses()
@@ -261,13 +255,11 @@ class ScoringPipeline:
             self._trace(consumers.tracing, record, capture, figures)
 
         def judge(back: TokenRecord) -> None:
-            with self._unit():
-                self._share(back, capture, figures, gains, fresh=fresh)
-                if fresh and self._counts_here:
-                    consumers.alarms.observe(back, figures)
-                    if (unit := engine_unit(back, figures)) is not None:
-                        consumers.engines.observe_unit(back.kind, back.applied or "", unit)
-                self._judge(back, capture, figures, gains, fresh=fresh)
+            if fresh:
+                consumers.alarms.observe(back, figures)
+                if (unit := engine_unit(back, figures)) is not None:
+                    consumers.engines.observe_unit(back.kind, back.applied or "", unit)
+            self._judge(back, capture, figures, gains, fresh=fresh)
 
         versions = profiles.distance_versions(record)
         prompt = np.frombuffer(capture.prompt_token_ids, "<i4").astype(np.int32)
@@ -298,33 +290,6 @@ class ScoringPipeline:
             log.exception("calibration could not use the record of %s", capture.request_id)
         self._on_change()
 
-    @property
-    def _counts_here(self) -> bool:
-        return self._consumers.evidence is None or self._consumers.evidence.counts_here
-
-    def _unit(self) -> AbstractContextManager[None]:
-        evidence = self._consumers.evidence
-        return evidence.unit() if evidence is not None else nullcontext()
-
-    def _share(
-        self,
-        record: TokenRecord,
-        capture: Capture,
-        figures: TokenDivergence | None,
-        gains: RecordGains,
-        *,
-        fresh: bool,
-    ) -> None:
-        """With other replicas. figures: None where the alarm does not count it."""
-        evidence = self._consumers.evidence
-        if evidence is None:
-            return
-        try:
-            evidence.share_scored(record, capture.kind, figures, gains, fresh=fresh)
-        except Exception:
-            self.calibration_errors += 1
-            log.exception("the evidence of %s could not be shared", capture.request_id)
-
     def _use_constrained(self, record: TokenRecord, capture: Capture) -> None:
         """A record that is conditional on what a grammar allows: it is measured apart, and judged in its own kind.
 
@@ -347,9 +312,7 @@ class ScoringPipeline:
             return
         if consumers.tracing is not None and capture.traceparent:
             self._trace(consumers.tracing, record, capture, figures)
-        with self._unit():
-            self._share(record, capture, None, gains, fresh=fresh)
-            self._judge(record, capture, figures, gains, fresh=fresh)
+        self._judge(record, capture, figures, gains, fresh=fresh)
 
     def _use_of_other_model(self, pair: ModelPair, record: TokenRecord, capture: Capture) -> None:
         """A record of a model that profiles are not for: it is measured by itself, and nothing else.
@@ -395,10 +358,7 @@ class ScoringPipeline:
             self.other_models.observe_noise_floor(pair.name, model, record)
             return
         figures = self._consumers.measurements.observe_noise_floor(model, record)
-        # Each replica also keeps its own: it knows the floor where it comes to lead.
         self._consumers.alarms.observe_noise_floor(model, figures.kl_rc)
-        if not self._counts_here and self._consumers.evidence is not None:
-            self._consumers.evidence.send_noise_floor(model, figures.kl_rc)
 
     def _trace(self, tracing: Tracing, record: TokenRecord, capture: Capture, figures: TokenDivergence) -> None:
         try:

@@ -127,4 +127,4 @@ class Reports:
 
     def tap_name(self, policy: Policy) -> str:
         """A new name for one request among the engine's taps."""
-        return f"{policy.replica}-{self._nonce()}" if policy.replica else self._nonce()
+        return f"{policy.nonce_prefix}-{self._nonce()}" if policy.nonce_prefix else self._nonce()

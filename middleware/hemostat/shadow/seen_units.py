@@ -23,13 +23,9 @@ class SeenUnits:
 
     def add(self, record: TokenRecord) -> bool:
         """Whether the record is the first of its conversation and kind. One without a conversation always is."""
-        return self.add_conversation(record.conversation, record.kind)
-
-    def add_conversation(self, conversation: bytes, kind: str) -> bool:
-        """The same of a record of another replica."""
-        if not conversation:
+        if not record.conversation:
             return True
-        key = conversation, kind
+        key = record.conversation, record.kind
         if key in self._seen:
             return False
         self._seen[key] = None

@@ -1,1 +1,1 @@
-"""Where profiles, events and state are kept: in memory, SQLite or Valkey."""
+"""Where profiles, events and state are kept: in memory or SQLite."""

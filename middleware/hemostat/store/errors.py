@@ -13,13 +13,9 @@ log = logging.getLogger("hemostat.store")
 
 
 class StoreErrorLog:
-    """Counts every failed operation and logs it.
+    """Counts every failed operation and logs it; a message only when it differs from the one before."""
 
-    log_repeats: False logs a message only when it differs from the one before.
-    """
-
-    def __init__(self, *, log_repeats: bool = True) -> None:
-        self._log_repeats = log_repeats
+    def __init__(self) -> None:
         self.last_message = ""
         """Of the failures since `clear`; "" when there was none."""
         self.count = 0
@@ -29,7 +25,7 @@ class StoreErrorLog:
     def record(self, failure: StoreFailure) -> None:
         self.count += 1
         message = str(failure)
-        if self._log_repeats or message != self.last_message:
+        if message != self.last_message:
             log.error("%s", message)
         self.last_message = message
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
 from typing import Any
 
 from hemostat.store.protocol import MAX_EVENTS, StoredProfile
@@ -43,10 +42,6 @@ class MemoryStore:
         else:
             self._state[key] = value
 
-    def set_states(self, values: Mapping[str, str | None]) -> None:
-        for key, value in values.items():
-            self.set_state(key, value)
-
     def raise_state(self, key: str, value: int) -> None:
         self._state[key] = str(max(value, int(self._state.get(key, 0))))
 
@@ -61,10 +56,6 @@ class MemoryStore:
 
     def add_state(self, key: str, value: str) -> str:
         return self._state.setdefault(key, value)
-
-    @property
-    def shared(self) -> None:
-        return None
 
     def close(self) -> None:
         return

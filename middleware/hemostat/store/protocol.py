@@ -5,8 +5,7 @@
     ├── StoreAccessDenied   wrong user or password; retrying does not help
     ├── StoreIncompatible   another version of hemostat wrote it; retrying does not help
     ├── ExclusionLost       another process may own the store by now; nothing was written, or it is not known
-    ├── StoreConflict       somebody else has written, or the file was replaced; nothing was written
-    └── LeaseLost           a write as the leader was refused, because another replica has led since
+    └── StoreConflict       somebody else has written, or the file was replaced; nothing was written
 
 A store raises StoreFailure and nothing else. The control process counts the failure and continues with what it holds in
 memory: the store is never needed to serve a request.
@@ -14,7 +13,6 @@ memory: the store is never needed to serve a request.
 Two middlewares may share one SQLite file, but they do not coordinate. Profiles (named by their digest) and events of
 both are kept. For the states (what serves, the mode) the last write wins, and the next process that starts reads it.
 Each middleware tests profiles on its own, with an alpha of its own; after a restart the larger number of tests counts.
-Replicas that do coordinate share a Valkey server, see `replica`.
 """
 
 from __future__ import annotations
@@ -24,7 +22,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 from hemostat_calibration.errors import HemostatError
-from hemostat_calibration.profiles.profile import CalibrationProfile
 
 MAX_EVENTS = 10_000
 """Events that a store keeps; older ones are deleted."""
@@ -33,8 +30,6 @@ VERIFY_SECONDS = 2.0
 """Between two looks of the owner whether it still owns the store."""
 SCHEMA = 1
 """The version of what a store holds, written with every commit."""
-MAX_ENTRIES = 4096
-"""Of a stream, where nothing else is said."""
 
 
 class StoreFailure(HemostatError):
@@ -77,10 +72,6 @@ class StoreConflict(StoreFailure):
     not be what is stored."""
 
 
-class LeaseLost(StoreFailure):
-    """A write as the leader was refused, because another replica has led since; nothing was written."""
-
-
 @dataclass(frozen=True, slots=True)
 class StoredProfile:
     """One profile as a store keeps it."""
@@ -90,8 +81,6 @@ class StoredProfile:
     """safetensors"""
     created: float
     """When it was first stored, Unix seconds."""
-    read: CalibrationProfile | None = None
-    """What `data` holds, where it was decoded already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +168,7 @@ class ExclusiveStore(Protocol):
 
 
 class StoreWrites(Protocol):
-    """What may be written. A `Store` writes at once; the views of `StoreWriter` queue the write."""
+    """What may be written. A `Store` writes at once; `StoreWriter` queues the write."""
 
     def put_profile(self, profile: StoredProfile) -> None: ...
 
@@ -190,9 +179,6 @@ class StoreWrites(Protocol):
 
     def set_state(self, key: str, value: str | None) -> None:
         """None deletes it."""
-
-    def set_states(self, values: Mapping[str, str | None]) -> None:
-        """All of them in one step: after a failure, all or none are set."""
 
     def raise_state(self, key: str, value: int) -> None:
         """Set a number that only grows: a larger one that another process has stored stays."""
@@ -220,101 +206,4 @@ class Store(StoreWrites, Protocol):
     def add_state(self, key: str, value: str) -> str:
         """Set a state unless it has a value, in one step. Returns the value that it has now, whoever set it."""
 
-    @property
-    def shared(self) -> SharedStore | None:
-        """The store itself, where replicas can share it."""
-
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseAnswer:
-    """The server's answer to a replica that asks for the lease."""
-
-    leads: bool
-    """The replica holds the lease now."""
-    previous_leader: str
-    """The replica that led before this call; the asking replica itself when no other has led in between. "" where the
-    server knows of none: it is new, or has lost its data."""
-    revision: int
-    """Changes with every write."""
-
-
-@dataclass(frozen=True, slots=True)
-class StreamEntry:
-    """One batch of a stream. Numbers are those of its items, counted by the sender from 1."""
-
-    sender: str
-    first: int
-    items: int
-    data: bytes
-    entry: str = ""
-    """The server's name of it, which begins with the time, Unix milliseconds; "" before it was appended."""
-
-    @property
-    def last(self) -> int:
-        return self.first + self.items - 1
-
-
-class Stream(Protocol):
-    """Batches from all replicas for the one that leads, in order. What is appended stays until it is removed, or newer
-    entries push it out. Synchronous, and may raise StoreFailure, like a store."""
-
-    def append(self, entry: StreamEntry) -> None: ...
-
-    def take(self, count: int) -> list[StreamEntry]:
-        """Entries that no leader has taken, oldest first; none where another replica has led since this one did."""
-
-    def take_again(self, count: int, cursor: str = "") -> tuple[list[StreamEntry], str]:
-        """Entries that a leader has taken and not removed, oldest first, and the cursor of the next ones, "" where
-        there are no more: what a new leader begins with, before `take`."""
-
-    def remove(self, entries: Sequence[str]) -> None: ...
-
-    def length(self) -> int:
-        """Entries that have not been removed."""
-
-
-class SharedStore(Store, Protocol):
-    """A store in a server, through which replicas also agree on a leader and talk to it.
-
-    replica: this replica's own name, random. as_leader: writes under the lease; LeaseLost when another replica has led
-    since.
-    """
-
-    replica: str
-    as_leader: StoreWrites
-
-    def versions(self) -> dict[str, float]:
-        """Version -> Unix seconds at which it was stored; newest first."""
-
-    def acquire_lease(self, seconds: float) -> LeaseAnswer:
-        """Take or prolong the lease for `seconds`, unless another replica holds it."""
-
-    def release_lease(self) -> None:
-        """Give the lease up, where this replica holds it, so that another replica can lead before it expires."""
-
-    def send_command(self, name: str, command: str) -> None:
-        """Add a command for whichever replica leads. name: identifies the reply."""
-
-    def take_commands(self) -> list[tuple[str, str]]:
-        """Remove and return the waiting commands: (name, command), oldest first."""
-
-    def send_reply(self, name: str, reply: str) -> None: ...
-
-    def take_reply(self, name: str) -> str | None:
-        """Remove and return the reply to a command; None while there is none."""
-
-    def stream(self, name: str, max_entries: int = MAX_ENTRIES) -> Stream:
-        """max_entries: beyond about that many the oldest are deleted."""
-        ...
-
-    def publish(self, report: str, seconds: float) -> None:
-        """What this replica says of itself, for all of them, until it says something else or `seconds` have passed."""
-
-    def published(self) -> dict[str, str]:
-        """The reports of all replicas, by replica."""
-
-    def probe(self) -> tuple[str, str]:
-        """Write, read and run a script as `hemostat serve` does. Returns the server's name with its version, and its
-        eviction policy; each "" where unknown."""

@@ -1,7 +1,7 @@
 """The secret with which conversations, clients, arms and the split are hashed: made once, and kept in the store.
 
 Whoever knows the salt can compute which side of the split and which arm a conversation falls on, and so choose what is
-learned from and what is judged. Replicas that share a store share the salt: they agree about every conversation.
+learned from and what is judged.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,17 +79,10 @@ class SqliteStore:
         return self._run(lambda c: [json.loads(body) for (body,) in c.execute(query, (limit,))])
 
     def set_state(self, key: str, value: str | None) -> None:
-        self.set_states({key: value})
-
-    def set_states(self, values: Mapping[str, str | None]) -> None:
-        def work(c: sqlite3.Connection) -> None:
-            for key, value in values.items():
-                if value is None:
-                    c.execute("DELETE FROM state WHERE key = ?", (key,))
-                else:
-                    c.execute("INSERT OR REPLACE INTO state VALUES (?, ?)", (key, value))
-
-        self._run(work)
+        if value is None:
+            self._run(lambda c: c.execute("DELETE FROM state WHERE key = ?", (key,)))
+        else:
+            self._run(lambda c: c.execute("INSERT OR REPLACE INTO state VALUES (?, ?)", (key, value)))
 
     def raise_state(self, key: str, value: int) -> None:
         query = (
@@ -117,10 +110,6 @@ class SqliteStore:
             return str(c.execute("SELECT value FROM state WHERE key = ?", (key,)).fetchone()[0])
 
         return self._run(work)
-
-    @property
-    def shared(self) -> None:
-        return None
 
     def close(self) -> None:
         return

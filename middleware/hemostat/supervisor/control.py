@@ -1,4 +1,4 @@
-"""The control process: one at a time, as it owns the store's file, the lease and the state that relays report to."""
+"""The control process: one at a time, as it owns the store's file and the state that relays report to."""
 
 from __future__ import annotations
 

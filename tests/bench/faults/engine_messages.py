@@ -94,7 +94,7 @@ def names_row() -> Row:
 
 
 def silence_row() -> Row:
-    """Versions that clients named, and a replica that accepts connections and never answers, as the plugin runs."""
+    """Versions that clients named, and an admin port that accepts connections and never answers, as the plugin runs."""
     hanging, healthy = EngineAdmin(), EngineAdmin()
     hanging.hang = ("/",)
     reports: list[float] = []
@@ -119,7 +119,7 @@ def silence_row() -> Row:
     healthy.close()
     moments = [started, *reports, ended]
     silence = max(after - before for before, after in itertools.pairwise(moments))
-    case = f"{NAMES} unknown versions of clients and a replica that hangs: longest time without a report to the other"
+    case = f"{NAMES} unknown versions of clients and a port that hangs: longest time without a report to the other"
     limit = f"<= {MAX_SILENCE_SECONDS:g} s"
     return Row(case, "14.7 s of the first 20", f"{silence:.1f} s", limit, silence <= MAX_SILENCE_SECONDS)
 

@@ -14,7 +14,6 @@ from hemostat.config.schema import Calibration
 from hemostat.profiles.decisions import DECISIONS, MAX_EVENTS, Reason
 from hemostat.profiles.manager import ProfileManager
 from hemostat.profiles.persistence import STATE_KEYS
-from hemostat.store.lease import Lease
 from hemostat.store.memory import MemoryStore
 from hemostat.store.protocol import StoredProfile
 from hemostat_calibration.divergence.record_gains import RecordGains
@@ -99,7 +98,7 @@ class _NotingWrites:
 class Life:
     """A `ProfileManager` whose writes go to a store at once and to `saves`, and which is fed whole records.
 
-    store: the one of another `Life`, for a restart or another replica. leads: None without a shared store.
+    store: the one of another `Life`, for a restart.
     """
 
     def __init__(
@@ -108,7 +107,6 @@ class Life:
         *,
         known: bool = True,
         tempered: bool = False,
-        leads: bool | None = None,
         at: float = 0.0,
         **calibration: Any,
     ) -> None:
@@ -116,15 +114,11 @@ class Life:
         self.now = at
         self.saves: list[dict[str, Any]] = []
         given = {"mode": "auto", "min_tokens": 300, "clamp_nats": CLAMP, "held_out_fraction": HELD_OUT} | calibration
-        self._lease = Lease(shared=leads is not None, clock=lambda: self.now)
-        if leads:
-            self.lead()
         self._profiles = ProfileManager(
             Calibration.model_validate(given),
             _NotingWrites(self),
             lambda: self.now,
             default_temperature_is_one=tempered,
-            lease=self._lease,
         )
         if known:
             self.know()
@@ -133,23 +127,12 @@ class Life:
         self.saves.append(written(method, *args))
         getattr(self.store, method)(*args)
 
-    def lead(self) -> None:
-        """This replica has the lease from now on."""
-        self._lease.grant(float("inf"))
-
-    def lose_lead(self) -> None:
-        self._lease.lose()
-
     def know(self, model: str = MODEL, vocabulary: int = V) -> None:
         self._profiles.set_model_pair(model, vocabulary)
 
     def restore(self) -> None:
         """What a new process does with the store of an earlier one."""
         self._profiles.restoring.restore(*self._stored())
-
-    def take_up(self) -> None:
-        """What a replica does with what another one has written."""
-        self._profiles.restoring.reload(*self._stored())
 
     def _stored(self) -> tuple[list[StoredProfile], dict[str, str | None], list[dict[str, Any]]]:
         states = {name: self.store.get_state(name) for name in STATE_KEYS}

@@ -382,7 +382,7 @@ async def pipeline(folder: Path, clock: Clock, **settings: Any) -> AsyncIterator
             wall=lambda: clock.wall,
             draw=random.Random(7).random,
         )
-        control.engines.replica = "0123456789abcdef"  # made up anew by every process
+        control.engines.nonce_prefix = "0123456789abcdef"  # made up anew by every process
         control.salt.value = bytes(range(32))
         await control.start(made.calibration.force)
         control.policy.publish()

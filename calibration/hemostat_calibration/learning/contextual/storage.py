@@ -25,7 +25,6 @@ from hemostat_calibration.arrays import frozen
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.learning.contextual.learner import ContextualLearner, ContextualState
 from hemostat_calibration.learning.contextual.rows import FOLDS, ListedTokens, TokenRows, TokenSource
-from hemostat_calibration.learning.contextual.sharing import ROUNDING
 from hemostat_calibration.learning.contextual.statistics import FoldSums, flushed
 
 FORMAT = "hemostat.learned.1"
@@ -35,9 +34,6 @@ MAX_LISTED = 4096
 _DIGEST_ELEMENTS = 1 << 24
 """Of the output embedding, evenly spaced rows with about this many elements enter `dependencies`."""
 _MAX_LOGPROB = 1e-3
-_MAX_EXCESS = 64
-"""How many tokens the weights may be above the tokens, beside rounding: where parts of shared rows were lost, the
-tokens of the others are off by less than one each time."""
 _MAX_HEADER_BYTES = 1 << 20
 _ENTRY = "learned"
 """Of the metadata."""
@@ -228,7 +224,7 @@ def _state(described: Mapping[str, Any], part: _Part, learner: ContextualLearner
     tokens, requests = _count(described["tokens"]), _count(described["requests"])
     sources = {source: _count(described["sources"][str(source)]) for source in TokenSource}
     weights = part.whole("weights", np.float64, (FOLDS,))
-    if weights.min() < 0.0 or weights.sum() > tokens * (1.0 + ROUNDING) + _MAX_EXCESS:
+    if weights.min() < 0.0 or weights.sum() > tokens + 0.5:
         raise ValueError(f"weights {weights} of {tokens} tokens")
     folds = [replace(fold, clock=tokens) for fold in state.folds]
     if weights.any():

@@ -536,20 +536,6 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
   draw();
 });
 
-/** Of a deployment whose replicas share a store; nothing of it is shown otherwise. */
-function replicas(s) {
-  const all = s.replica.deployment;
-  $("replicas-part").hidden = !all;
-  if (!all) return;
-  const kl = (found) => (known(found.estimate) ? `${nats(found.estimate)} [${found.ci95.map(nats).join(", ")}] nats` : NONE);
-  const leads = s.replica.leads, sent = s.replica.evidence.evidence;
-  say("deployment", `All together: ${plural(all.scored, "scored choice")}, KL ${kl(all.kl_nats_estimate)}. `
-    + (leads ? "This replica leads: it judges by the evidence of all." : "Decisions, alarms and evidence on this page are the leader's; the divergence figures are this replica's own.")
-    + (s.replica.store_reachable ? "" : ` The store does not answer; ${plural(sent.waiting, "unit")} of evidence wait.`));
-  table("replicas", "Replicas", ["replica", "role", "said", "scored choices", "KL"],
-    all.replicas.map((one) => [one.replica, one.leads ? "leads" : "follows", `${whole(one.age_seconds)} s ago`, whole(one.scored), kl(one.kl_nats_estimate)]));
-}
-
 // --- the stream -------------------------------------------------------------------------------------------------------
 
 let fetched = 0;
@@ -571,7 +557,6 @@ function show(s, p) {
   coverage(s);
   engines(s);
   proxy(s);
-  replicas(s);
   recent.push(s);
   while (recent.length > 6) recent.shift();
   document.documentElement.dataset.at = s.at;

@@ -45,7 +45,7 @@ def _has(target: Path, files: Mapping[str, bytes]) -> bool:
 
 def _remove_old(folder: Path, keep: Collection[str], names: set[str]) -> None:
     """names: the files of a version; a subfolder that holds others was not written here and stays."""
-    with contextlib.suppress(OSError):  # another replica may remove the same ones
+    with contextlib.suppress(OSError):  # another middleware may remove the same ones
         found = [path for path in folder.iterdir() if VERSION_PATTERN.fullmatch(path.name)]
         found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
         for path in found[MAX_VERSIONS:]:

@@ -96,9 +96,9 @@ class AdapterHost:
     """Lives in the control process's event loop.
 
     connect: makes a client of the engine. base: the served name of the model that profiles are for; "" while it is not
-    known. copy: our copy of that model, None where there is none: then only isolation is probed. leads: whether this
-    replica loads and unloads; all of them probe. clock: monotonic seconds. on_change: called after every change of
-    `ready`, `capacity`, `limit` or `hold`. writing: one writes to the shared folder at a time.
+    known. copy: our copy of that model, None where there is none: then only isolation is probed. clock: monotonic
+    seconds. on_change: called after every change of `ready`, `capacity`, `limit` or `hold`. writing: one writes to the
+    shared folder at a time.
     """
 
     def __init__(
@@ -110,7 +110,6 @@ class AdapterHost:
         connect: Callable[[], VllmServer],
         copy: ModelCopy | None,
         base: Callable[[], str],
-        leads: Callable[[], bool],
         clock: Callable[[], float],
         on_change: Callable[[], None],
         writing: asyncio.Lock | None = None,
@@ -121,7 +120,6 @@ class AdapterHost:
         self._engines = engines
         self._profiles = profiles
         self._base = base
-        self._leads = leads
         self._clock = clock
         self._on_change = on_change
         self._probes = Probes(copy, clock)
@@ -249,10 +247,10 @@ class AdapterHost:
             return POLL_SECONDS
         target = self._target(wanted, room)
         self._set_hold(target)
-        if self._leads() and await self._unload(server, found.ours, target, room):
+        if await self._unload(server, found.ours, target, room):
             return SOON_SECONDS
         present = slots.held_everywhere(reports, found.ours)
-        if self._leads() and await self._load_next(server, prober, base, [v for v in target if v not in present], room):
+        if await self._load_next(server, prober, base, [v for v in target if v not in present], room):
             return SOON_SECONDS
         return await self._probe(prober, base, [v for v in target if v in present], found, room)
 

@@ -49,7 +49,6 @@ class AdapterHosts:
         *,
         copy: ModelCopy | None,
         base: Callable[[], str],
-        leads: Callable[[], bool],
         clock: Callable[[], float],
         on_change: Callable[[], None],
     ) -> None:
@@ -59,7 +58,6 @@ class AdapterHosts:
         self._profiles = profiles
         self._copy = copy
         self._base = base
-        self._leads = leads
         self._clock = clock
         self._on_change = on_change
         self._writing = asyncio.Lock()
@@ -158,7 +156,7 @@ class AdapterHosts:
             if self._running[name].done():
                 self._running.pop(name).result()  # as any other loop of the control process: its error ends it
         for version in self._profiles.wanted():
-            # The last engine that applied it may have left, or this replica leads only now.
+            # The last engine that applied it may have left.
             self._given_up(version)
 
     def _host(self, name: str) -> AdapterHost:
@@ -170,7 +168,6 @@ class AdapterHosts:
             connect=lambda: self._addresses.server(name, REQUEST_SECONDS),
             copy=self._copy,
             base=self._base,
-            leads=self._leads,
             clock=self._clock,
             on_change=self._on_change,
             writing=self._writing,
