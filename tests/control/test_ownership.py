@@ -32,7 +32,7 @@ class Owner:
 
     def __init__(self, open_one: Opener) -> None:
         self.store = FaultyStore(open_one())
-        self.errors = StoreErrorLog(log_repeats=False)
+        self.errors = StoreErrorLog()
         self.ownership = Ownership(self.store, self.errors)
         self.writer = self.ownership.writer
 
