@@ -319,12 +319,3 @@ def test_a_damaged_state_ends_nothing(key: str) -> None:
         event = again.last("roll_back")
         assert (event["reason"], event["version"]) == ("lost", IDENTITY)
         assert again.restart(crash=True).decisions().count("roll_back") == 1
-
-
-def test_a_reload_never_lowers_the_count_of_tests_begun() -> None:
-    bench = Bench()
-    bench.promote()
-    before = bench.status()["tests_begun"]
-    states = {name: bench.store.get_state(name) for name in STATE_KEYS} | {"tests.candidate": "1"}
-    bench.profiles.restoring.reload(bench.store.profiles(), states, [])
-    assert bench.status()["tests_begun"]["candidate"] == before["candidate"]
