@@ -146,8 +146,6 @@ def operator(log: Log) -> None:
     log.step("judge until the better one serves", life, fed)
     life.pin(good)
     log.step("pin what serves", life)
-    life.lose_store()
-    log.step("the store has lost its data", life)
     for mode in ("observe", "observe", "off"):
         life.set_mode(mode)
         log.step(f"mode {mode}", life)

@@ -138,11 +138,6 @@ class Life:
         states = {name: self.store.get_state(name) for name in STATE_KEYS}
         return self.store.profiles(), states, self.store.events(MAX_EVENTS)
 
-    def lose_store(self) -> None:
-        """The store has lost its data; all that a restart needs is written again."""
-        self.store = MemoryStore()
-        self._profiles.restoring.write_all({})
-
     def damage(self, version: str) -> None:
         """Put bytes into the store that are no profile."""
         self.store.put_profile(StoredProfile(version, b"junk", self.now))
