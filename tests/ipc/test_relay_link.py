@@ -1,4 +1,4 @@
-"""Relays and the control process over a real Unix socket."""
+"""What relays and the control process tell each other, over a real Unix socket."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
+from secrets import token_hex
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.captures import sized_capture
+from tests.support.relay_listener import hello, listening
 from tests.support.waiting import until
 from tests.support.wire import policy
 
+from hemostat.ipc.addresses import ControlAddresses
 from hemostat.ipc.control_end import RelayLink, add
 from hemostat.ipc.messages import (
     MAX_MESSAGE_BYTES,
+    Alive,
     Capture,
     Hello,
     MessageReader,
@@ -46,18 +50,20 @@ class Link:
         self.captures: list[Capture] = []
         self.outcomes: list[OutcomeReport] = []
         self.sampled: list[SampledCount] = []
-        self.link = RelayLink(path, self.captures.append, self.outcomes.append, self.sampled.append)
+        self.link = RelayLink(self.captures.append, self.outcomes.append, self.sampled.append)
 
-    async def relay(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        return await asyncio.open_unix_connection(str(self.path))
+    async def relay(self, said: Hello | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Of a relay that was admitted."""
+        reader, writer = await asyncio.open_unix_connection(str(self.path))
+        writer.write(encode(said or hello(token_hex(4))))
+        return reader, writer
 
 
 @pytest.fixture
 async def link(tmp_path: Path) -> AsyncIterator[Link]:
     made = Link(tmp_path / "s")
-    await made.link.start()
-    yield made
-    await made.link.close()
+    async with listening(made.link, made.path):
+        yield made
 
 
 def outcome(number: int = 0) -> OutcomeReport:
@@ -65,7 +71,7 @@ def outcome(number: int = 0) -> OutcomeReport:
 
 
 async def test_reports_of_outcomes_are_sent_together(link: Link) -> None:
-    sender = ControlLink(str(link.path), 0, lambda _: None, lambda: stats(1))
+    sender = ControlLink(ControlAddresses(str(link.path)), 0, lambda _: None, lambda: stats(1))
     assert not sender.report_outcome(outcome()), "not connected"
     running = asyncio.create_task(sender.run())
     await until(lambda: link.link.relays == 1)
@@ -80,7 +86,7 @@ async def test_reports_of_outcomes_are_sent_together(link: Link) -> None:
 
 
 async def test_counts_of_sampled_requests_are_not_lost_while_there_is_no_control_process(link: Link) -> None:
-    sender = ControlLink(str(link.path), 0, lambda _: None, lambda: stats(1))
+    sender = ControlLink(ControlAddresses(str(link.path)), 0, lambda _: None, lambda: stats(1))
     sender.sampled.add("chat", "skipped", "n", 20)
     sender.sampled.add("chat", "skipped", "n", None)
     sender.report()  # not connected
@@ -97,11 +103,12 @@ async def test_reports_of_outcomes_are_dropped_while_the_link_is_full(tmp_path: 
     hold = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(encode(Alive()))
         await hold.wait()
         writer.close()
 
     server = await asyncio.start_unix_server(serve, str(tmp_path / "s"))
-    sender = ControlLink(str(tmp_path / "s"), 0, lambda _: None, lambda: stats(1))
+    sender = ControlLink(ControlAddresses(str(tmp_path / "s")), 0, lambda _: None, lambda: stats(1))
     running = asyncio.create_task(sender.run())
     await until(lambda: sender.emit(sized_capture(size=MAX_QUEUED_BYTES)))
     await until(lambda: not sender.emit(sized_capture(size=MAX_QUEUED_BYTES)))
@@ -115,7 +122,7 @@ async def test_reports_of_outcomes_are_dropped_while_the_link_is_full(tmp_path: 
 
 async def test_captures_arrive_and_figures_add_up_over_relays_and_restarts(link: Link) -> None:
     (_, one), (_, two) = await link.relay(), await link.relay()
-    one.write(encode(Hello(pid=1, worker=0)) + encode(stats(3)) + encode(sized_capture("a")))
+    one.write(encode(stats(3)) + encode(sized_capture("a")))
     two.write(encode(stats(4, ready=False)))
     await until(lambda: link.link.total().counters == {"hemostat_requests_total": {("/v1/models", "ok"): 7}})
     assert [c.request_id for c in link.captures] == ["a"]
@@ -136,8 +143,7 @@ async def test_captures_arrive_and_figures_add_up_over_relays_and_restarts(link:
 @pytest.mark.parametrize("compiled", [True, False])
 async def test_a_relay_that_connects_is_logged(link: Link, caplog: pytest.LogCaptureFixture, compiled: bool) -> None:
     caplog.set_level(logging.INFO)
-    (_, writer) = await link.relay()
-    writer.write(encode(Hello(pid=7, worker=2, compiled=compiled)))
+    (_, writer) = await link.relay(hello(pid=7, worker=2, compiled=compiled))
     await until(lambda: f"relay 2 connected (pid 7, {'compiled' if compiled else 'interpreted'})" in caplog.text)
     writer.close()
 
@@ -153,8 +159,11 @@ async def test_policy_reaches_relays_that_are_there_and_those_that_come(link: Li
     await until(lambda: link.link.relays == 1)
     link.link.set_policy(POLICY)
     late, late_writer = await link.relay()
-    for stream in (reader, late):
-        assert MessageReader().feed(await stream.read(100_000)) == [POLICY]
+    assert MessageReader().feed(await late.read(100_000)) == [POLICY]
+    frames, found = MessageReader(), list[object]()
+    while len(found) < 2:
+        found += frames.feed(await reader.read(100_000))
+    assert found == [Alive(), POLICY]
     writer.close()
     late_writer.close()
 
@@ -163,7 +172,7 @@ async def test_policy_reaches_relays_that_are_there_and_those_that_come(link: Li
 async def test_nonsense_ends_that_link_only(link: Link, junk: bytes) -> None:
     (_, good), (bad_reader, bad) = await link.relay(), await link.relay()
     bad.write(junk)
-    assert await bad_reader.read() == b""
+    assert await bad_reader.read() == encode(Alive())
     good.write(encode(sized_capture("still here")))
     await until(lambda: [c.request_id for c in link.captures] == ["still here"])
     good.close()
@@ -172,7 +181,7 @@ async def test_nonsense_ends_that_link_only(link: Link, junk: bytes) -> None:
 
 @given(st.lists(st.integers(1, 40), max_size=30))
 def test_frames_at_any_split(cuts: list[int]) -> None:
-    messages = [Hello(pid=1, worker=2), stats(1), sized_capture("x"), POLICY]
+    messages = [hello(pid=1, worker=2), stats(1), sized_capture("x"), POLICY]
     data = b"".join(map(encode, messages))
     reader, found, at = MessageReader(), [], 0
     for cut in cuts:

@@ -5,14 +5,10 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+from tests.support.certificates import certificate
 from tests.support.hooks import HookSequence, SpyHook
 from tests.support.relay import (
     GET,
@@ -524,37 +520,17 @@ async def test_drain_gives_up_after_its_time() -> None:
         assert not await relay.drain(0.1)
 
 
-def certificate(folder: Path) -> tuple[Path, ssl.SSLContext]:
-    """A self-signed certificate for localhost, and a server's context with it."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now = datetime.now(UTC)
-    cert = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    ca = folder / "ca.pem"
-    ca.write_bytes(cert.public_bytes(serialization.Encoding.PEM))
-    chain = folder / "key.pem"
-    chain.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        + ca.read_bytes()
-    )
+def authority(folder: Path) -> tuple[Path, ssl.SSLContext]:
+    """A certificate for localhost, and a server's context with it."""
+    made = certificate(folder)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(chain)
-    return ca, context
+    context.load_cert_chain(made.cert, made.key)
+    return made.cert, context
 
 
 async def test_tls_upstream(tmp_path: Path) -> None:
     seen: list[Request] = []
-    ca, context = certificate(tmp_path)
+    ca, context = authority(tmp_path)
     async with relaying(answering(seen), context=context, upstream_ca=ca) as (_, upstream, connect):
         client = await connect()
         for size in (1, 1_000_000):
@@ -566,7 +542,7 @@ async def test_tls_upstream(tmp_path: Path) -> None:
 
 
 async def test_tls_upstream_with_an_unknown_authority_is_a_502(tmp_path: Path) -> None:
-    _, context = certificate(tmp_path)
+    _, context = authority(tmp_path)
     async with relaying(answering([]), context=context) as (_, _, connect):
         client = await connect()
         await client.send(GET)

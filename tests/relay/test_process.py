@@ -26,11 +26,13 @@ from tests.support.relay import (
     answering,
     post,
 )
+from tests.support.relay_listener import listening
 from tests.support.waiting import HANG_SECONDS, until
 from tests.support.wire import policy
 
+from hemostat.ipc.addresses import ControlAddresses
 from hemostat.ipc.control_end import RelayLink
-from hemostat.ipc.messages import Policy, Stats
+from hemostat.ipc.messages import Alive, Policy, Stats, encode
 from hemostat.ipc.relay_end import MAX_QUEUED_BYTES, ControlLink
 
 POLICY = policy(shadow_rate=0.0)
@@ -82,7 +84,7 @@ async def running(script: Script, control_socket: Path, open_files: int | None =
                 "worker": 3,
                 "fds": [listener.fileno()],
                 "upstream": {"urls": [f"http://127.0.0.1:{upstream.port}"]},
-                "control_socket": str(control_socket),
+                "control": {"path": str(control_socket)},
                 "shutdown_seconds": 5.0,
                 "drain_seconds": HANG_SECONDS,
                 "limits": {"head_bytes": 65536},
@@ -143,19 +145,11 @@ async def test_a_relay_follows_its_control_process_and_continues_without_one(tmp
     async with running(answering(seen), path) as relay:
         assert await relay.ask(post(b"{}", BAD_VERSION)) == 200, "no control process: a plain proxy"
         for _ in range(2):
-            link = RelayLink(path, lambda _: None)
-            await link.start()
-            link.set_policy(POLICY)
-            await until(lambda link=link: link.ready)  # type: ignore[misc]
-            assert await relay.ask(post(b"{}", BAD_VERSION)) == 400
-            await link.close()
-            path.unlink()
-            for _ in range(200):
-                if await relay.ask(post(b"{}", BAD_VERSION)) == 200:
-                    break
-                await asyncio.sleep(0.01)
-            else:
-                pytest.fail("the policy outlived the control process")
+            async with listening(RelayLink(), path) as link:
+                link.set_policy(POLICY)
+                await until(lambda link=link: link.ready)  # type: ignore[misc]
+                assert await relay.ask(post(b"{}", BAD_VERSION)) == 400
+            assert await relay.ask(post(b"{}", BAD_VERSION)) == 400, "a restart of the control process changes nothing"
     assert all(request.get(b"x-hemostat-calibration") == [] for request in seen)
 
 
@@ -172,21 +166,17 @@ async def test_the_control_process_logs_whether_a_relay_is_compiled(
 ) -> None:
     """The relay's own process, which has to take the same code as the test's."""
     caplog.set_level(logging.INFO)
-    link = RelayLink(tmp_path / "control.sock", lambda _: None)
-    await link.start()
-    try:
-        async with running(answering([]), tmp_path / "control.sock") as relay:
-            code = "compiled" if is_compiled("hemostat.relay.exchange") else "interpreted"
-            await until(lambda: f"relay 3 connected (pid {relay.process.pid}, {code})" in caplog.text)
-    finally:
-        await link.close()  # uvloop's own close waits for it
+    path = tmp_path / "control.sock"
+    async with listening(RelayLink(), path), running(answering([]), path) as relay:
+        code = "compiled" if is_compiled("hemostat.relay.exchange") else "interpreted"
+        await until(lambda: f"relay 3 connected (pid {relay.process.pid}, {code})" in caplog.text)
 
 
 async def test_counters_are_reported(tmp_path: Path) -> None:
-    link = RelayLink(tmp_path / "control.sock", lambda _: None)
-    await link.start()
+    link = RelayLink()
     link.set_policy(POLICY)
-    async with running(answering([]), tmp_path / "control.sock") as relay:
+    path = tmp_path / "control.sock"
+    async with listening(link, path), running(answering([]), path) as relay:
         await until(lambda: link.ready)
         assert await relay.ask(GET) == 200
         await until(
@@ -198,7 +188,6 @@ async def test_counters_are_reported(tmp_path: Path) -> None:
         await until(lambda: not link.ready)
         assert await relay.process.wait() == 0
     assert link.total().counters["hemostat_requests_total"] == {("/v1/models", "ok"): 1.0}
-    await link.close()
 
 
 async def test_sigterm_lets_a_stream_end(tmp_path: Path) -> None:
@@ -258,7 +247,7 @@ async def test_sigterm_shortens_the_drain_of_a_replaced_relay(tmp_path: Path) ->
 
 
 async def test_a_relay_that_cannot_start_exits_with_1() -> None:
-    config = {"worker": 0, "fds": [], "upstream": {"urls": ["no address"]}, "control_socket": "x"}
+    config = {"worker": 0, "fds": [], "upstream": {"urls": ["no address"]}, "control": {"path": "x"}}
     process = await start(config)
     assert await asyncio.wait_for(process.wait(), HANG_SECONDS) == 1
     assert process.stdout is not None
@@ -269,13 +258,14 @@ async def test_captures_are_dropped_while_the_link_is_full(tmp_path: Path) -> No
     stats = Stats(counters={}, overhead_buckets=[], overhead_sum=0.0, ready=True)
     path = tmp_path / "control.sock"
     policies: list[Policy | None] = []
-    link = ControlLink(str(path), 0, policies.append, lambda: stats)
+    link = ControlLink(ControlAddresses(str(path)), 0, policies.append, lambda: stats)
     assert not link.emit(sized_capture(size=1)), "not connected"
     running = asyncio.create_task(link.run())
     hold = asyncio.Event()
     received: list[bytes] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(encode(Alive()))
         await hold.wait()
         while data := await reader.read(1 << 20):
             received.append(data)
@@ -293,7 +283,7 @@ async def test_captures_are_dropped_while_the_link_is_full(tmp_path: Path) -> No
     hold.set()
     await until(lambda: link.emit(sized_capture(size=1)))
     await link.close()
-    assert policies == [None]
+    assert policies == []
     assert sum(map(len, received)) > accepted * size
     running.cancel()
     server.close()

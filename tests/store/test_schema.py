@@ -122,7 +122,7 @@ async def test_a_newer_store_is_refused_by_name_and_not_changed(number: str, url
     store = open_store(url)
     store.set_state("schema", number)
     made = support.settings(store={"url": url}, calibration={"mode": "auto"})
-    one = Control(made, tmp_path / "control.sock", 1234)
+    one = Control(made, 1234)
     with pytest.raises(StoreIncompatible, match="install the version that wrote it, or name another store"):
         await one.start(None)
     assert store.get_state("schema") == number

@@ -11,11 +11,12 @@ from typing import Any
 import msgspec
 import numpy as np
 from tests.support.captures import INFO, V, capture
+from tests.support.relay_listener import hello, listen
 from tests.support.waiting import until
 
 from hemostat.config.schema import Settings
 from hemostat.control.composition import Control
-from hemostat.ipc.messages import OVERHEAD_BUCKETS, Capture, Hello, Stats, encode
+from hemostat.ipc.messages import OVERHEAD_BUCKETS, Capture, Stats, encode
 from hemostat.reference.protocol import ReferenceScores
 from hemostat.shadow.record_builder import build_record, decode_capture
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
@@ -38,8 +39,9 @@ def settings(url: str = "http://127.0.0.1:1", **more: Any) -> Settings:
 @asynccontextmanager
 async def control(folder: Path, made: Settings | None = None, *, loops: bool = False) -> AsyncIterator[Control]:
     """Listening to relays; with `loops` it looks after house, store and reference as the process does."""
-    one = Control(made or settings(), folder / "control.sock", 1234)
+    one = Control(made or settings(), 1234)
     await one.start((made or settings()).calibration.force)
+    relays = listen(one.link, folder / "control.sock")
     tasks = []
     if loops:
         running = [one.run_periodic(), one.writer.run()]
@@ -53,6 +55,7 @@ async def control(folder: Path, made: Settings | None = None, *, loops: bool = F
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await relays.close()
         await one.close()
 
 
@@ -98,6 +101,6 @@ async def connect_relay(one: Control, folder: Path, pid: int, figures: Stats) ->
     """The connection of a relay that has sent these figures."""
     before = one.link.relays
     _, writer = await asyncio.open_unix_connection(str(folder / "control.sock"))
-    writer.write(encode(Hello(pid=pid, worker=0)) + encode(figures))
+    writer.write(encode(hello(str(pid), pid=pid)) + encode(figures))
     await until(lambda: one.link.relays > before and figures in one.link._live.values())
     return writer

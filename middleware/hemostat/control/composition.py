@@ -72,7 +72,6 @@ class Control:
     def __init__(
         self,
         settings: Settings,
-        socket_path: Path,
         data_port: int,
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -166,7 +165,7 @@ class Control:
             conditioning=Conditioning(settings.grammar, self.grammars),
             distances=self.adapters.judge if settings.adapter.enabled else None,
         )
-        self.link = RelayLink(socket_path, self.pipeline.receive, self.outcomes.receive, self.pipeline.coverage.relayed)
+        self.link = RelayLink(self.pipeline.receive, self.outcomes.receive, self.pipeline.coverage.relayed, clock)
         self.upstreams = UpstreamEngines(self.link.engines, self.writer)
         self.policy = PolicyPublisher(
             settings,
@@ -284,11 +283,10 @@ class Control:
         ]
 
     async def start(self, force: Path | None) -> None:
-        """Read the store and listen to relays. force: `calibration.force`."""
+        """Read the store. force: `calibration.force`."""
         await self.stored_state.restore(force)
         await self.salt.synchronize()
         await self.learned.read()
-        await self.link.start()
 
     def apply(self, settings: Settings) -> None:
         """Take over those settings that can change while this process runs (`config.reloading.IN_PLACE`)."""
@@ -298,7 +296,14 @@ class Control:
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         """What has to run, until cancelled."""
-        loops = [self.run_periodic(), self.writer.run(), self.salt.run(), self.learned.run(), self.addresses.run()]
+        loops = [
+            self.run_periodic(),
+            self.link.run(),
+            self.writer.run(),
+            self.salt.run(),
+            self.learned.run(),
+            self.addresses.run(),
+        ]
         if self.references is not None:
             loops += [self.monitor.run(), self.learner.run(), *self.pipeline.loops(), *self.adapters.loops()]
         return loops
@@ -320,7 +325,6 @@ class Control:
 
     async def close(self) -> None:
         """Write what is queued for the store, and release all resources."""
-        await self.link.close()
         self.pipeline.distances.flush()
         await self.grammars.close()
         for scorer in (self.references, self.compressed_scorer):

@@ -30,6 +30,7 @@ from hemostat.admin.server import AdminServer
 from hemostat.config.schema import Settings
 from hemostat.control.composition import Control
 from hemostat.ipc.process import die_with_parent
+from hemostat.ipc.relay_listener import RelayListener, listen_locally
 from hemostat_calibration.errors import HemostatError
 
 log = logging.getLogger("hemostat.control")
@@ -48,10 +49,13 @@ async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
     logs.set_up(settings.log.level, settings.log.format)
     lock = await lock_alone(Path(given["lock"]))
     admin, listener = settings.admin, socket.socket(fileno=given["admin_fd"])
-    control = Control(settings, Path(given["socket"]), given["data_port"])
+    relays = RelayListener([listen_locally(Path(given["socket"]))])
+    relays.start()
+    control = Control(settings, given["data_port"])
     control.configuration.report = msgspec.convert(given["configuration"], ConfigurationReport)
     await control.start(settings.calibration.force)
     control.policy.publish()
+    relays.admit = control.link.serve
     app = create_app(control, Tokens.of(admin), time.monotonic, names=admin.names)
     server = AdminServer(app, listener)
     serving = asyncio.create_task(server.run())
@@ -63,6 +67,7 @@ async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
     for loop in loops:
         loop.cancel()
     await asyncio.gather(serving, *loops, return_exceptions=True)
+    await relays.close()
     await control.close()
     os.close(lock)
     for task in done - {stopping}:

@@ -1,19 +1,22 @@
-"""The control process's end of the Unix socket that relays connect to."""
+"""The control process's end of its relays' connections."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import msgspec
 
 from hemostat.ipc.messages import (
+    ALIVE_SECONDS,
+    Alive,
     Capture,
     EngineHealth,
     Hello,
+    Message,
     MessageReader,
     OutcomeReport,
     OutcomeReports,
@@ -34,37 +37,33 @@ MAX_QUEUED_BYTES = 1024 * 1024
 MAX_FORMER_RELAYS = 64
 """Disconnected relays whose figures are kept apart, because the same process may reconnect; those of older ones are
 summed."""
+SILENCE_SECONDS = 30.0
+"""Without a message, after which a relay's connection is closed: its figures come once a second."""
 
 
 class RelayLink:
     """Receives captures and figures from every relay and sends each the policy, now and whenever it changes.
 
     The sum over relays survives their restarts: the last figures of a disconnected relay are kept, and replaced when
-    the same process reconnects.
+    the same process reconnects. clock: monotonic seconds, by which captures are dated.
     """
 
     def __init__(
         self,
-        path: Path,
-        on_capture: Callable[[Capture], None],
+        on_capture: Callable[[Capture], None] = lambda capture: None,
         on_outcome: Callable[[OutcomeReport], None] = lambda report: None,
         on_sampled: Callable[[SampledCount], None] = lambda count: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._path = path
         self._on_capture = on_capture
         self._on_outcome = on_outcome
         self._on_sampled = on_sampled
+        self._clock = clock
         self._policy: Policy | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._live: dict[asyncio.StreamWriter, Stats] = {}
-        self._former: OrderedDict[tuple[int, int], Stats] = OrderedDict()
+        self._former: OrderedDict[str, Stats] = OrderedDict()
         self._retired: Stats | None = None
-        self._serving: set[asyncio.Task[None]] = set()
-        self._server: asyncio.Server | None = None
-
-    async def start(self) -> None:
-        self._server = await asyncio.start_unix_server(self._serve, str(self._path), limit=READ_SIZE)
-        self._path.chmod(0o600)
 
     @property
     def relays(self) -> int:
@@ -105,57 +104,55 @@ class RelayLink:
             else:
                 writer.write(frame)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def run(self) -> None:
+        """Tell relays that this process is there, until cancelled."""
+        alive = encode(Alive())
+        while True:
+            await asyncio.sleep(ALIVE_SECONDS)
+            for writer in tuple(self._writers):
+                writer.write(alive)
+
+    async def serve(self, hello: Hello, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One relay that was admitted, until its connection ends."""
         frames = MessageReader()
-        identity: tuple[int, int] | None = None
+        code = "compiled" if hello.compiled else "interpreted"
+        log.info("relay %d connected (pid %d, %s)", hello.worker, hello.pid, code)
         self._writers.add(writer)
-        task = asyncio.current_task()
-        assert task is not None
-        self._serving.add(task)
-        task.add_done_callback(self._serving.discard)
         try:
-            if self._policy is not None:
-                writer.write(encode(self._policy))
-            while data := await reader.read(READ_SIZE):
+            writer.write(encode(self._policy or Alive()))
+            while data := await asyncio.wait_for(reader.read(READ_SIZE), SILENCE_SECONDS):
                 for message in frames.feed(data):
-                    match message:
-                        case Capture():
-                            self._on_capture(message)
-                        case OutcomeReports():
-                            for report in message.reports:
-                                self._on_outcome(report)
-                        case SampledCounts():
-                            for count in message.counts:
-                                self._on_sampled(count)
-                        case Stats():
-                            self._live[writer] = message
-                            if identity is not None:
-                                self._former.pop(identity, None)  # these include its former ones
-                        case Hello():
-                            identity = (message.worker, message.pid)
-                            code = "compiled" if message.compiled else "interpreted"
-                            log.info("relay %d connected (pid %d, %s)", message.worker, message.pid, code)
-                        case _:
-                            raise ValueError(f"a relay sent {type(message).__name__}")
-        except (ConnectionError, ValueError, msgspec.DecodeError) as error:
+                    self._receive(message, hello, writer)
+        except TimeoutError:
+            log.warning("relay link closed: nothing came within %g s", SILENCE_SECONDS)
+            writer.transport.abort()
+        except (OSError, ValueError) as error:
             log.warning("relay link closed: %s", error)
         finally:
             self._writers.discard(writer)
             last = self._live.pop(writer, None)
             if last is not None:
-                self._former[identity or (-1, -1)] = last
+                self._former[hello.process] = last
                 while len(self._former) > MAX_FORMER_RELAYS:
                     oldest = self._former.popitem(last=False)[1]
                     self._retired = oldest if self._retired is None else add(self._retired, oldest)
-            writer.close()
 
-    async def close(self) -> None:
-        if self._server is not None:
-            self._server.close()
-        for writer in tuple(self._writers):
-            writer.transport.abort()
-        if self._serving:
-            await asyncio.wait(tuple(self._serving), timeout=1.0)
+    def _receive(self, message: Message, hello: Hello, writer: asyncio.StreamWriter) -> None:
+        """ValueError for a message that relays do not send."""
+        match message:
+            case Capture():
+                self._on_capture(msgspec.structs.replace(message, captured_at=self._clock()))
+            case OutcomeReports():
+                for report in message.reports:
+                    self._on_outcome(report)
+            case SampledCounts():
+                for count in message.counts:
+                    self._on_sampled(count)
+            case Stats():
+                self._live[writer] = message
+                self._former.pop(hello.process, None)  # these include its former ones
+            case _:
+                raise ValueError(f"a relay sent {type(message).__name__}")
 
 
 def add(a: Stats, b: Stats) -> Stats:

@@ -31,9 +31,9 @@ def read_frames(stream: BinaryIO) -> Iterator[bytes]:
         yield body
 
 
-async def read_frame(stream: asyncio.StreamReader) -> bytes:
+async def read_frame(stream: asyncio.StreamReader, max_bytes: int = MAX_FRAME_BYTES) -> bytes:
     """Body of the next frame; IncompleteReadError at the end of the stream, ValueError when the frame is too long."""
-    length = _body_length(await stream.readexactly(_HEADER.size))
+    length = _body_length(await stream.readexactly(_HEADER.size), max_bytes)
     return await stream.readexactly(length)
 
 
@@ -68,9 +68,9 @@ class FrameReader:
         return bodies
 
 
-def _body_length(header: bytes) -> int:
+def _body_length(header: bytes, max_bytes: int = MAX_FRAME_BYTES) -> int:
     (length,) = _HEADER.unpack(header)
-    _check(length, MAX_FRAME_BYTES)
+    _check(length, max_bytes)
     return int(length)
 
 

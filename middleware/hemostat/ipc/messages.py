@@ -1,6 +1,7 @@
-"""Messages on the Unix socket between relays and the control process: captures and counters, and the policy back.
+"""Messages between relays and the control process: captures and counters, and the policy back.
 
-Each frame (`framing`) holds one msgpack-encoded message.
+Each frame (`framing`) holds one msgpack-encoded message. The relay's first one is `Hello`; the control process answers
+with `Refused` and closes, or with `Alive` or a `Policy`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ from hemostat.ipc.framing import FrameReader, frame
 from hemostat.openai.grammar_spec import GrammarSpec
 from hemostat.openai.kinds import is_conditional
 
+PROTOCOL = 1
+"""Which messages both ends understand. It is raised where an older version could not read these, or would misread them;
+a new field with a default value is ignored by it."""
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+MAX_HELLO_BYTES = 64 * 1024
+"""Of the first frame, which comes before the token is known."""
+ALIVE_SECONDS = 2.0
+"""Longest pause between two messages of the control process."""
 REST_KIND = "rest"
 """The kind of all requests whose own kind is too rare to be followed by itself, and that no grammar restricts."""
 REST_GRAMMAR_KIND = "rest grammar"
@@ -29,12 +37,33 @@ def rest_of(kind: str) -> str:
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True):
-    """A relay's first message."""
+    """A relay's first message. That of every protocol has the field `protocol`, so that any two versions can say which
+    ones they speak."""
 
-    pid: int
-    worker: int
+    protocol: int = 0
+    token: str = ""
+    """The relay token; not needed on a Unix socket."""
+    process: str = ""
+    """Names the process among all relays, however often it connects."""
+    pid: int = 0
+    worker: int = 0
     compiled: bool = False
     """Its hot path is compiled."""
+    upstreams: list[str] = []
+    """The engines that it was given, as in `upstream.urls`."""
+
+
+class Refused(msgspec.Struct, tag="refused", frozen=True):
+    """The control process does not take the relay; it closes the connection."""
+
+    why: str
+    """One line."""
+    fault: bool = True
+    """Somebody has to correct something. Otherwise the relay finds another control process, or this one later."""
+
+
+class Alive(msgspec.Struct, tag="alive", frozen=True):
+    """The control process is there, and its last policy is in force."""
 
 
 class Capture(msgspec.Struct, tag="capture", frozen=True):
@@ -68,7 +97,7 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     min_p: float
     finish_reason: str
     captured_at: float
-    """time.monotonic() when the response ended."""
+    """When it came to the control process, by its monotonic clock; without meaning before."""
     traceparent: str = ""
     """W3C trace context that went upstream with the request; "" where it is not traced."""
     kind: str = ""
@@ -260,7 +289,7 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
 OVERHEAD_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
 """Seconds: what the relay itself adds to a request."""
 
-Message = Hello | Capture | OutcomeReports | SampledCounts | Stats | Policy
+Message = Hello | Refused | Alive | Capture | OutcomeReports | SampledCounts | Stats | Policy
 
 CODEC: MessageCodec[Message] = MessageCodec(Message)
 

@@ -1,17 +1,32 @@
-"""A relay's end of the Unix socket to the control process. The relay goes on serving whatever happens to it."""
+"""A relay's end of its connection to the control process. The relay goes on serving whatever happens to it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
+import secrets
+import ssl
+import time
 from collections.abc import Callable
 from typing import cast
 
-import msgspec
-
+from hemostat.ipc.addresses import ControlAddresses, Target, connect
 from hemostat.ipc.backoff import Backoff
-from hemostat.ipc.messages import Capture, Hello, MessageReader, OutcomeReport, OutcomeReports, Policy, Stats, encode
+from hemostat.ipc.messages import (
+    PROTOCOL,
+    Alive,
+    Capture,
+    Hello,
+    Message,
+    MessageReader,
+    OutcomeReport,
+    OutcomeReports,
+    Policy,
+    Refused,
+    Stats,
+    encode,
+)
 from hemostat.ipc.process import is_compiled
 from hemostat.ipc.sampled import SampledTally
 
@@ -27,28 +42,81 @@ STATS_SECONDS = 1.0
 HOT_MODULE = "hemostat.relay.exchange"
 """A name only, for this layer cannot import it: all modules of the hot path are compiled, or none."""
 RECONNECT_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
-"""Longest pauses between attempts to connect."""
+"""Longest pauses between attempts to connect, each of them at every address."""
+ATTEMPT_SECONDS = 5.0
+"""For one address, from the look-up or the connection to the first answer."""
+SILENCE_SECONDS = 10.0
+"""Without a message, after which the control process counts as gone: it says every two seconds that it is there."""
+POLICY_SECONDS = 30.0
+"""For so long after the last word of the control process its last policy is in force. A restart of that process then
+changes no request's arm."""
+
+MAX_LINES = 16
+"""Different ones of the log, until the control process is found again."""
+PROCESS = secrets.token_hex(8)
+"""Names this process."""
+
+
+class LastPolicy:
+    """Owns the policy in force: the last one, until nothing was heard of the control process for POLICY_SECONDS.
+
+    on_policy: called with each policy, and with None when it is not in force any more. clock: monotonic seconds.
+    """
+
+    def __init__(self, on_policy: Callable[[Policy | None], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._on_policy = on_policy
+        self._clock = clock
+        self._policy: Policy | None = None
+        self._in_force = False
+        self.heard_at = clock()
+
+    def heard(self, policy: Policy | None = None) -> None:
+        """The control process has said something. policy: the one that it sent; None: the last one is in force."""
+        self.heard_at = self._clock()
+        if policy is not None:
+            self._policy = policy
+        if self._policy is not None and (policy is not None or not self._in_force):
+            self._in_force = True
+            self._on_policy(self._policy)
+
+    def look(self) -> None:
+        """To be called every second."""
+        if self._in_force and self._clock() - self.heard_at >= POLICY_SECONDS:
+            self._in_force = False
+            self._on_policy(None)
 
 
 class ControlLink:
-    """Keeps a connection to the control process, and reconnects when it breaks.
+    """Keeps a connection to the active control process, and finds it again when it breaks.
 
-    on_policy: called with each policy, and with None when the connection is lost.
-    stats: the figures to report, once a second.
+    on_policy: see `LastPolicy`. stats: the figures to report, once a second.
     """
 
     def __init__(
-        self, path: str, worker: int, on_policy: Callable[[Policy | None], None], stats: Callable[[], Stats]
+        self,
+        addresses: ControlAddresses,
+        worker: int,
+        on_policy: Callable[[Policy | None], None],
+        stats: Callable[[], Stats],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._path = path
+        self._addresses = addresses
+        self._context = addresses.context()
         self._worker = worker
-        self._on_policy = on_policy
+        self._policy = LastPolicy(on_policy, clock)
+        self._clock = clock
         self._stats = stats
-        self._transport: asyncio.WriteTransport | None = None
+        self._used: _Connection | None = None
+        """That the control process has answered on."""
         self._reports: list[OutcomeReport] = []
         self.sampled = SampledTally()
         """Of this relay's sampled requests; sent with the figures."""
-        self._lost: asyncio.Future[None] | None = None
+        self._said: set[str] = set()
+        """Lines of the log since the control process was last found: each is written once."""
+
+    @property
+    def _transport(self) -> asyncio.WriteTransport | None:
+        return None if self._used is None else self._used.transport
 
     def emit(self, capture: Capture) -> bool:
         """Queue a capture; False when it is dropped, because there is no control process or too much is queued."""
@@ -84,67 +152,172 @@ class ControlLink:
 
     async def run(self) -> None:
         """Until cancelled."""
-        loop = asyncio.get_running_loop()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._look())
+            tasks.create_task(self._connect())
+
+    async def _look(self) -> None:
+        while True:
+            self._policy.look()
+            await asyncio.sleep(STATS_SECONDS)
+
+    async def _connect(self) -> None:
         backoff = Backoff(RECONNECT_SECONDS)
         while True:
-            self._lost = lost = loop.create_future()
-            try:
-                await loop.create_unix_connection(lambda future=lost: _Protocol(self, future), self._path)  # type: ignore[misc]
-            except OSError as error:
-                if backoff.failures == 0:
-                    log.warning("relay %d: no control process (%s)", self._worker, error.strerror or error)
-            else:
+            failures = await self._try_all()
+            if failures is None:
                 backoff.reset()
-                while not lost.done():
-                    self.report()
-                    await asyncio.wait((lost,), timeout=STATS_SECONDS)
-                log.warning("relay %d: lost the control process; relaying without it", self._worker)
+            elif not self._said:
+                self._say(f"no control process ({failures}); requests are forwarded without it")
             await asyncio.sleep(backoff.pause())
+
+    async def _try_all(self) -> str | None:
+        """Connect to one address after the other. None once a connection was in use and has ended; else why no one
+        could be used."""
+        try:
+            async with asyncio.timeout(ATTEMPT_SECONDS):
+                targets, failures = await self._addresses.targets()
+        except TimeoutError:
+            return f"no answer to the look-up of its name within {ATTEMPT_SECONDS:g} s"
+        for target in targets:
+            try:
+                connection = await self._answered(target)
+            except (OSError, _RefusedError) as error:
+                why = _in_words(error)
+                failures.append(f"{target}: {why}")
+                if isinstance(error, ssl.SSLCertVerificationError) or (
+                    isinstance(error, _RefusedError) and error.fault
+                ):
+                    self._say(f"the control process at {target} cannot be used: {why}")
+            else:
+                await self._use(connection, target)
+                return None
+        return "; ".join(failures)
+
+    async def _answered(self, target: Target) -> _Connection:
+        """A connection to a control process that takes this relay; OSError, _RefusedError."""
+        connection = _Connection(self._hello(), self._policy.heard)
+        try:
+            async with asyncio.timeout(ATTEMPT_SECONDS):
+                await connect(target, lambda: connection, self._context)
+                await connection.answered
+        except BaseException:
+            connection.abort()
+            raise
+        return connection
+
+    async def _use(self, connection: _Connection, target: Target) -> None:
+        """Until it is lost."""
+        log.info("relay %d: found the control process at %s", self._worker, target)
+        self._said.clear()
+        self._used = connection
+        silent = False
+        while not connection.lost.done():
+            self.report()
+            await asyncio.wait((connection.lost,), timeout=STATS_SECONDS)
+            silent = not connection.lost.done() and self._clock() - self._policy.heard_at > SILENCE_SECONDS
+            if silent:
+                connection.abort()
+                break
+        self._used = None
+        why = f"silent for {SILENCE_SECONDS:g} s" if silent else connection.lost.result()
+        self._say(
+            f"lost the control process at {target} ({why}); requests are forwarded, and for at most "
+            f"{POLICY_SECONDS:g} s go on being treated by its last policy"
+        )
+
+    def _say(self, text: str) -> None:
+        if text not in self._said and len(self._said) < MAX_LINES:
+            self._said.add(text)
+            log.warning("relay %d: %s", self._worker, text)
+
+    def _hello(self) -> Hello:
+        return Hello(
+            protocol=PROTOCOL,
+            token=self._addresses.token,
+            process=PROCESS,
+            pid=os.getpid(),
+            worker=self._worker,
+            compiled=is_compiled(HOT_MODULE),
+            upstreams=list(self._addresses.upstreams),
+        )
 
     async def close(self, timeout: float = 1.0) -> None:  # noqa: ASYNC109  a limit, not a cancellation
         """Send the figures once more, and wait until what is queued has been sent."""
-        transport = self._transport
-        if transport is None:
+        connection = self._used
+        if connection is None or connection.transport is None:
             return
         self.report()
-        transport.close()
-        if self._lost is not None:
-            await asyncio.wait((self._lost,), timeout=timeout)
-
-    def _connected(self, transport: asyncio.WriteTransport) -> None:
-        self._transport = transport
-        hello = Hello(pid=os.getpid(), worker=self._worker, compiled=is_compiled(HOT_MODULE))
-        transport.write(encode(hello))
-
-    def _disconnected(self) -> None:
-        self._transport = None
-        self._on_policy(None)
+        connection.transport.close()
+        await asyncio.wait((connection.lost,), timeout=timeout)
 
 
-class _Protocol(asyncio.Protocol):
-    def __init__(self, link: ControlLink, lost: asyncio.Future[None]) -> None:
-        self._link = link
-        self._lost = lost
+class _RefusedError(Exception):
+    """The text is the control process's. fault: somebody has to correct something."""
+
+    def __init__(self, refused: Refused) -> None:
+        super().__init__(refused.why)
+        self.fault = refused.fault
+
+
+class _Connection(asyncio.Protocol):
+    """One connection. answered: done once the control process takes the relay; OSError, _RefusedError. lost: why it has
+    ended."""
+
+    def __init__(self, hello: Hello, heard: Callable[[Policy | None], None]) -> None:
+        loop = asyncio.get_running_loop()
+        self._hello = hello
+        self._heard = heard
         self._frames = MessageReader()
-        self._transport: asyncio.Transport | None = None
+        self.transport: asyncio.Transport | None = None
+        self.answered: asyncio.Future[None] = loop.create_future()
+        self.lost: asyncio.Future[str] = loop.create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)
-        self._link._connected(self._transport)
+        self.transport = cast("asyncio.Transport", transport)
+        self.transport.write(encode(self._hello))
 
     def data_received(self, data: bytes) -> None:
-        assert self._transport is not None
         try:
-            messages = self._frames.feed(data)
-        except (ValueError, msgspec.DecodeError) as error:
-            log.error("the control process sent an invalid message: %s", error)
-            self._transport.abort()
-            return
-        for message in messages:
-            if isinstance(message, Policy):
-                self._link._on_policy(message)
+            for message in self._frames.feed(data):
+                self._receive(message)
+        except ValueError as error:  # msgspec.DecodeError is one
+            self._end(f"it sent an invalid message: {error}")
+            self.abort()
+
+    def _receive(self, message: Message) -> None:
+        if isinstance(message, Refused):
+            if not self.answered.done():
+                self.answered.set_exception(_RefusedError(message))
+            self._end(message.why)
+        elif isinstance(message, Policy | Alive):
+            if not self.answered.done():
+                self.answered.set_result(None)
+            self._heard(message if isinstance(message, Policy) else None)
+
+    def abort(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._link._disconnected()
-        if not self._lost.done():
-            self._lost.set_result(None)
+        self._end("it closed the connection" if exc is None else _in_words(exc))
+
+    def _end(self, why: str) -> None:
+        if not self.lost.done():
+            self.lost.set_result(why)
+        if not self.answered.done():
+            self.answered.set_exception(OSError(why))
+            self.answered.exception()  # nobody may be waiting for it
+
+
+def _in_words(error: Exception) -> str:
+    match error:
+        case ssl.SSLCertVerificationError():
+            return error.verify_message
+        case ssl.SSLError():
+            return f"TLS failed ({error.reason})"
+        case TimeoutError():
+            return f"no answer within {ATTEMPT_SECONDS:g} s"
+        case OSError():
+            return error.strerror or str(error)
+    return str(error)

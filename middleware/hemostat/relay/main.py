@@ -4,7 +4,7 @@ of JSON, from its standard input:
     {"worker": 0, "fds": [7],
      "upstream": {"urls": ["http://127.0.0.1:8001"], "api_key": null, "ca": null, "max_connections": 512,
                   "queue_seconds": 60.0, "health_seconds": 2.0, "resolve_seconds": 5.0, "affinity": true},
-     "allow_adapter_routes": false, "control_socket": "/run/…/control.sock",
+     "allow_adapter_routes": false, "control": {"path": "/run/…/control.sock"},
      "shutdown_seconds": 30.0, "drain_seconds": 600.0,
      "limits": {"head_bytes": 65536, "header_count": 128, "body_bytes": 268435456},
      "client_limits": {"key": "authorization", "requests_per_second": null, "burst": 10, "concurrent": null},
@@ -36,6 +36,7 @@ from typing import Any
 import uvloop
 
 from hemostat import logs
+from hemostat.ipc.addresses import ControlAddresses
 from hemostat.ipc.messages import OutcomeReport, Policy
 from hemostat.ipc.process import die_with_parent, make_tracing
 from hemostat.ipc.relay_end import ControlLink
@@ -151,7 +152,7 @@ async def run(config: dict[str, Any]) -> None:
         relay.upstreams.set_drained(policy.drained)
         relay.hook = interceptor
 
-    link = ControlLink(config["control_socket"], config["worker"], on_policy, relay.stats)
+    link = ControlLink(ControlAddresses.from_json(config["control"]), config["worker"], on_policy, relay.stats)
     for fd in config.get("other_fds", ()):
         os.close(fd)
     sockets = [socket.socket(fileno=fd) for fd in config["fds"]]

@@ -527,7 +527,7 @@ class InterceptedExchange:
             sampling_top_k=self._sampling.top_k,
             min_p=self._sampling.min_p,
             finish_reason=choice.finish_reason,
-            captured_at=self._reports.clock(),
+            captured_at=0.0,
             traceparent=self._traceparent,
             kind=self._kind,
             conversation=self._conversation,

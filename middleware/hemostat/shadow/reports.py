@@ -71,7 +71,6 @@ class Reports:
         clock: Callable[[], float] = time.monotonic,
         nonce: Callable[[], str] = lambda: secrets.token_hex(16),
     ) -> None:
-        self.clock = clock
         self._emit = emit
         self._count = count
         self._sampled = sampled

@@ -116,7 +116,7 @@ def relay_config(settings: Settings, worker: int, control_socket: Path) -> dict[
             "affinity": upstream.affinity,
         },
         "allow_adapter_routes": upstream.allow_adapter_routes,
-        "control_socket": str(control_socket),
+        "control": {"path": str(control_socket)},
         "shutdown_seconds": settings.shutdown_seconds,
         "drain_seconds": settings.drain_seconds,
         "limits": settings.limits.model_dump(),

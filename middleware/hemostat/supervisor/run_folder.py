@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hemostat import __version__
-
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
@@ -32,9 +30,8 @@ class RunFolder:
 
     @property
     def control_socket(self) -> Path:
-        """Relays of a predecessor reconnect to the new control process, where it is of the same version; messages of
-        another version might not be understood, so that those relays go on without one."""
-        return self.path / f"control-{__version__}.sock"
+        """Relays of a predecessor reconnect to the new control process, where both speak the same protocol."""
+        return self.path / "control.sock"
 
     @property
     def control_lock(self) -> Path:

@@ -73,7 +73,7 @@ async def relays(folder: Path, code: Path | None) -> AsyncIterator[tuple[dict[in
             given = {
                 **{"worker": 0, "shutdown_seconds": 1.0},
                 "upstream": {"urls": [f"http://127.0.0.1:{upstream}" for upstream in ports[:engines]]},
-                "control_socket": str(folder / "none.sock"),
+                "control": {"path": str(folder / "none.sock")},
             }
             command = [sys.executable, "-m", "hemostat.relay.main"]
             with listening(port) as sock:

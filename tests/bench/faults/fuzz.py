@@ -21,6 +21,7 @@ from pathlib import Path
 import uvloop
 from tests.bench.faults import Row
 from tests.bench.faults.fuzzing.running import Findings, Upstream, World, run
+from tests.support.relay_listener import listen
 from tests.support.wire import policy
 
 from hemostat.ipc.control_end import RelayLink
@@ -42,8 +43,8 @@ async def relay(
     upstream: int, folder: Path, findings: Findings
 ) -> AsyncIterator[tuple[int, asyncio.subprocess.Process]]:
     """A relay process that samples every request; its port, and the process."""
-    link = RelayLink(folder / "control.sock", lambda _: None, lambda _: None, lambda _: None)
-    await link.start()
+    link = RelayLink()
+    relays = listen(link, folder / "control.sock")
     link.set_policy(policy(shadow_rate=1.0))
     config = {
         "worker": 0,
@@ -57,7 +58,7 @@ async def relay(
             "resolve_seconds": 5.0,
             "affinity": True,
         },
-        "control_socket": str(folder / "control.sock"),
+        "control": {"path": str(folder / "control.sock")},
         "shutdown_seconds": 5.0,
     }
     log = folder / "log"
@@ -85,7 +86,7 @@ async def relay(
             for line in log.read_text().splitlines():
                 if any(word in line for word in NOTED):
                     findings.add("the relay's log", line)
-            await link.close()
+            await relays.close()
 
 
 async def through_relay(findings: Findings, seed: int, messages: int, *, stray: bool) -> None:

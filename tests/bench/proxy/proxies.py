@@ -179,7 +179,8 @@ class Bench:
                 "reuse_port": True,
                 "upstream": {"urls": [f"http://127.0.0.1:{upstream}"]},
                 "upstream_url": f"http://127.0.0.1:{upstream}",  # for relays of before there were several
-                "control_socket": str(path),
+                "control": {"path": str(path)},
+                "control_socket": str(path),  # the same, for relays of before they could be on other machines
                 "shutdown_seconds": 1.0,
             }
             with listening(port) if checkout is None else contextlib.nullcontext() as sock:

@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 from tests.characterization.golden import dumps
 from tests.characterization.worlds import Truth, V, World, entropy, log_softmax, top
+from tests.support.relay_listener import hello, listen
 from tests.support.served_models import pair, served_models
 
 from hemostat.admin.access import Tokens
@@ -26,7 +27,7 @@ from hemostat.admin.app import create_app
 from hemostat.config.schema import Settings
 from hemostat.control import composition, operator_actions
 from hemostat.control.composition import Control
-from hemostat.ipc.messages import OVERHEAD_BUCKETS, Capture, Hello, Stats, encode
+from hemostat.ipc.messages import OVERHEAD_BUCKETS, Alive, Capture, Stats, encode
 from hemostat.reference.monitor import ReferenceState
 from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo, ReferenceScores, ScoreRequest
 from hemostat.reference.references import References
@@ -125,7 +126,7 @@ class Relay:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pid: int, worker: int) -> None:
         self._reader, self._writer = reader, writer
         self.frames: list[bytes] = []
-        self.send(Hello(pid=pid, worker=worker))
+        self.send(hello(str(pid), pid=pid, worker=worker))
 
     def send(self, message: Any) -> None:
         self._writer.write(encode(message))
@@ -134,7 +135,9 @@ class Relay:
         with suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 head = await self._reader.readexactly(4)
-                self.frames.append(head + await self._reader.readexactly(int.from_bytes(head, "big")))
+                found = head + await self._reader.readexactly(int.from_bytes(head, "big"))
+                if found != encode(Alive()):
+                    self.frames.append(found)
 
     def close(self) -> None:
         self._writer.close()
@@ -376,7 +379,6 @@ async def pipeline(folder: Path, clock: Clock, **settings: Any) -> AsyncIterator
             patches.enter_context(mock.patch.object(module, name, value))
         control = NotingControl(
             made,
-            folder / "control.sock",
             DATA_PORT,
             clock=lambda: clock.monotonic,
             wall=lambda: clock.wall,
@@ -385,12 +387,14 @@ async def pipeline(folder: Path, clock: Clock, **settings: Any) -> AsyncIterator
         control.engines.nonce_prefix = "0123456789abcdef"  # made up anew by every process
         control.salt.value = bytes(range(32))
         await control.start(made.calibration.force)
+        relays = listen(control.link, folder / "control.sock")
         control.policy.publish()
         one = Pipeline(control, clock, references, folder / "control.sock")
         try:
             yield one
         finally:
             await one.close()
+            await relays.close()
             await control.close()
 
 
