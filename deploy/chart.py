@@ -14,16 +14,16 @@ from typing import Any
 
 import yaml
 
+from hemostat.config.postgres_url import SCHEMES
 from hemostat.config.reasoning_parsers import PARSERS
 from hemostat.config.schema import Settings
-from hemostat.config.store_url import SERVER_SCHEMES
 
 CHART = Path(__file__).resolve().parents[1] / "helm" / "hemostat"
 TABLE = '{{ template "chart.valuesTable" . }}'
 WIDTH = 118
 
 URL = r"^https?://[^/@?#\s]+/?$"
-STORE = r"^(memory://$|sqlite:///.+|(" + "|".join(sorted(SERVER_SCHEMES)) + ")://.+)"
+STORE = r"^(memory://$|sqlite:///.+|(" + "|".join(sorted(SCHEMES)) + ")://.+)"
 CHARTS_OWN = {("listen",), ("upstream", "url"), ("upstream", "urls"), ("admin", "host"), ("admin", "port")}
 """Keys that the chart sets itself."""
 SECRET = {"pattern": "^[!-~]+$", "maxLength": 4096}

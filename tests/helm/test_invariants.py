@@ -25,7 +25,6 @@ from hemostat.config.schema import Adapter
 from hemostat.supervisor import control, relays
 
 each = pytest.mark.parametrize("values", VALUE_SETS, ids=lambda path: path.stem)
-HA = "config.store.url=redis://valkey.data.svc:6379/0"
 
 
 # Security
@@ -60,7 +59,7 @@ def restricted(pod: Manifest) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["minimal", "restricted", "ha-valkey", "existing-secrets", "sqlite", "openshift", "engine-ha"]
+    "name", ["minimal", "restricted", "postgres", "existing-secrets", "sqlite", "openshift", "engine-ingress"]
 )
 def test_pods_pass_the_restricted_standard(helm: Helm, name: str) -> None:
     assert restricted(helm.values(set_of(name)).pod) == []
@@ -133,7 +132,7 @@ def test_what_an_existing_secret_holds_arrives(helm: Helm, tmp_path: Path) -> No
     assert settings.admin.token.get_secret_value() == "from-a-secret"
     assert settings.reference.api_key is not None
     assert settings.reference.api_key.get_secret_value() == "reference-key"
-    assert settings.store.url == "redis://:pw@elsewhere:6379/0"
+    assert settings.store.url == "postgresql://:pw@elsewhere:5432/hemostat"
 
 
 def test_secrets_among_the_values_are_in_the_secret_alone(helm: Helm, tmp_path: Path) -> None:
@@ -142,19 +141,19 @@ def test_secrets_among_the_values_are_in_the_secret_alone(helm: Helm, tmp_path: 
         "config.admin.engine_token=eng1ne",
         "config.upstream.api_key=upkey",
         "config.reference.api_key=refkey",
-        "config.store.url=redis://u:passw0rd@valkey:6379/0",
+        "config.store.url=postgresql://u:passw0rd@postgres:5432/h",
     )
     assert rendered.secrets == {
         "admin-token": "tok3n",
         "engine-token": "eng1ne",
         "upstream-api-key": "upkey",
         "reference-api-key": "refkey",
-        "store-url": "redis://u:passw0rd@valkey:6379/0",
+        "store-url": "postgresql://u:passw0rd@postgres:5432/h",
     }
     elsewhere = json.dumps([m for m in rendered.manifests if m["kind"] != "Secret"])
     assert not [word for word in ("tok3n", "eng1ne", "upkey", "refkey", "passw0rd") if word in elsewhere]
     settings = rendered.settings(tmp_path)
-    assert settings.store.url == "redis://u:passw0rd@valkey:6379/0"
+    assert settings.store.url == "postgresql://u:passw0rd@postgres:5432/h"
     assert settings.plain()["admin"]["token"] == "tok3n"
 
 
@@ -216,7 +215,7 @@ def test_pods_restart_when_the_configuration_changes_and_only_then(helm: Helm) -
         return annotations["checksum/config"], annotations["checksum/secrets"]
 
     usual = sums()
-    for unrelated in ("service.port=80", "replicaCount=0", "resources.requests.cpu=2", "podLabels.a=b"):
+    for unrelated in ("service.port=80", "resources.requests.cpu=2", "podLabels.a=b"):
         assert sums(unrelated) == usual
     for changed in ("config.shadow.rate=0.5", "config.shutdown_seconds=31", "upstream.url=http://other:8000"):
         assert sums(changed)[0] != usual[0]
@@ -303,20 +302,6 @@ def test_scheduling_is_passed_on(helm: Helm) -> None:
         f"{own}.labelSelector.matchLabels.a=b",
     ).pod["spec"]["topologySpreadConstraints"]  # fmt: skip
     assert mine["labelSelector"] == {"matchLabels": {"a": "b"}}
-
-
-# Several pods
-
-
-def test_the_autoscaler_has_the_replicas(helm: Helm) -> None:
-    rendered = helm.set("autoscaling.enabled=true", HA)
-    assert "replicas" not in rendered.one("Deployment")["spec"]
-    spec = rendered.one("HorizontalPodAutoscaler")["spec"]
-    assert spec["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": "rel-hemostat"}
-    assert (spec["minReplicas"], spec["maxReplicas"]) == (2, 6)
-    assert [m["containerResource"]["name"] for m in spec["metrics"]] == ["cpu"]
-    assert spec["metrics"][0]["containerResource"]["container"] == "hemostat"
-    assert "HorizontalPodAutoscaler" not in helm.set().kinds
 
 
 @pytest.mark.parametrize(
@@ -469,7 +454,7 @@ def test_a_pod_that_makes_adapters_has_room_for_a_build(helm: Helm) -> None:
 
 
 def test_notes_say_what_adapters_need(helm: Helm, cluster: Cluster) -> None:
-    assert "--build-arg EXTRAS=tracing,valkey,adapters" in helm.notes(cluster, "config.adapter.enabled=true")
+    assert "--build-arg EXTRAS=tracing,adapters" in helm.notes(cluster, "config.adapter.enabled=true")
 
 
 def test_an_ipv6_cluster(helm: Helm, tmp_path: Path) -> None:
@@ -529,19 +514,19 @@ def test_notes_follow_the_values(helm: Helm, cluster: Cluster) -> None:
     notes = helm.notes(
         cluster, "existingSecret=mine", "config.reference.backend=vllm", "config.reference.url=http://r:8000",
         "serviceMonitor.enabled=true", "networkPolicy.enabled=true", "service.adminPort=9000", "config.shadow.top_k=50",
-        "podDisruptionBudget.enabled=true", "podDisruptionBudget.minAvailable=1", HA,
+        "podDisruptionBudget.enabled=true", "podDisruptionBudget.minAvailable=1",
         "config.tracing.endpoint=http://collector:4318",
     )  # fmt: skip
     assert "get secret mine " in notes
     assert "EXTRAS" not in notes
     torch = helm.notes(cluster, "config.reference.backend=transformers", "config.reference.model=/models/m")
-    assert "--build-arg EXTRAS=tracing,valkey,transformers" in torch
+    assert "--build-arg EXTRAS=tracing,transformers" in torch
     assert "8081:9000" in notes
     assert "--max-logprobs 50" in notes
     assert "NOTHING IS MEASURED" not in notes
     assert "admin token is random" not in notes
     assert "networkPolicy.admins" in notes
-    assert "no node with such a pod can be drained" in notes
+    assert "the pod's node cannot be drained" in notes
     engine = helm.notes(cluster, "upstream.url=", "engine.enabled=true", "engine.model=my/model")
     assert "is a proxy in front of http://127.0.0.1:8000" in engine
     assert "-c engine" in engine

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tests.support.helm_chart import Helm, Manifest, Rendered, set_of
 
-HA = "config.store.url=redis://valkey.data.svc:6379/0"
+STORE = "config.store.url=postgresql://postgres.data.svc:5432/h"
 
 
 def egress(rendered: Rendered) -> list[tuple[Any, set[tuple[str, Any]]]]:
@@ -33,13 +33,13 @@ def test_the_pod_may_reach_the_models_dns_and_the_store_and_nothing_else(helm: H
     rendered = helm.render(
         "--set", "upstream.url=http://vllm.models.svc:8000", "--set", "networkPolicy.enabled=true",
         "--set", "config.reference.backend=vllm", "--set", "config.reference.url=https://reference.other.svc.cluster.local",
-        "--set", HA,
+        "--set", STORE,
     )  # fmt: skip
     assert egress(rendered) == [
         DNS,
         (namespace("models"), {("TCP", 8000)}),
         (namespace("other"), {("TCP", 443)}),
-        (namespace("data"), {("TCP", 6379)}),
+        (namespace("data"), {("TCP", 5432)}),
     ]
 
 
@@ -76,9 +76,9 @@ def test_an_engine_in_the_pod_needs_no_rule_and_a_hidden_store_one(helm: Helm) -
     hidden = helm.set(
         "networkPolicy.enabled=true", "existingSecret=s", "networkPolicy.store.to[0].ipBlock.cidr=10.0.0.9/32"
     )
-    assert egress(hidden)[-1] == ([{"ipBlock": {"cidr": "10.0.0.9/32"}}], {("TCP", 6379)})
-    password = helm.values(set_of("ha-valkey"))
-    assert egress(password)[-1] == (None, {("TCP", 6379)})
+    assert egress(hidden)[-1] == ([{"ipBlock": {"cidr": "10.0.0.9/32"}}], {("TCP", 5432)})
+    password = helm.values(set_of("postgres"))
+    assert egress(password)[-1] == (None, {("TCP", 5432)})
 
 
 def test_traces_and_what_is_asked_for_may_leave_too(helm: Helm) -> None:

@@ -9,14 +9,11 @@ import pytest
 from tests.support.helm_chart import UPSTREAM, Helm
 
 ENGINE = ("--set", "engine.enabled=true", "--set", "engine.model=m")
-STORE = "config.store.url=redis://valkey:6379"
 
 WRONG = {
     # value(s) -> what helm has to name
-    "replicaCount=two": "replicaCount",
-    "replicaCount=-1": "replicaCount",
-    "replicaCount=1.5": "replicaCount",
-    "replicaCont=2": "replicaCont",
+    "servce.port=2": "servce",
+    "replicaCount=2": "replicaCount",
     "upstream.url=vllm:8000": "upstream.url",
     "upstream.urls={vllm:8000}": "upstream.urls",
     "upstream.url=http://vllm:8000/v1": "upstream.url",
@@ -70,7 +67,6 @@ WRONG = {
     "podDisruptionBudget.enabled=yes please": "podDisruptionBudget.enabled",
     "podDisruptionBudget.minAvailable=half": "podDisruptionBudget.minAvailable",
     "podDisruptionBudget.minAvailable=101%": "podDisruptionBudget.minAvailable",
-    "autoscaling.targetCPUUtilizationPercentage=0": "autoscaling.targetCPUUtilizationPercentage",
     "serviceMonitor.interval=often": "serviceMonitor.interval",
     "serviceMonitor.enable=true": "enable",
     "prometheusRule.runbookUrl=wiki": "prometheusRule.runbookUrl",
@@ -96,15 +92,6 @@ WRONG = {
     "config.upstream.url=http://other": "url",
     "config.store.url=mysql://x": "config.store.url",
     "config.labels[0]=a b": "config.labels.0",
-    # without a store that the pods share
-    "replicaCount=2": "config.store.url",
-    "replicaCount=2,config.store.url=memory://": "config.store.url",
-    "replicaCount=2,config.store.url=sqlite:////data/x.db": "config.store.url",
-    "replicaCount=2,existingSecret=tokens": "config.store.url",
-    "replicaCount=2,config=null": "config",
-    "replicaCount=2,config.store=null": "store",
-    "autoscaling.enabled=true": "config.store.url",
-    "autoscaling.enabled=true,config.store.url=sqlite:////data/x.db": "config.store.url",
 }
 
 
@@ -130,8 +117,10 @@ UNFIT = {
     ("config.admin.token=abc", "existingSecret=mine"): "config: admin-token: must be in the Secret mine",
     ("config.admin.engine_token=abc", "existingSecret=mine"): "config: engine-token: must be in the Secret mine",
     ("config.upstream.api_key=k", "existingSecret=mine"): "config: upstream-api-key: must be in the Secret mine",
-    ("config.store.url=redis://:pw@v:6379", "existingSecret=mine"): "config: store-url: must be in the Secret mine",
-    ("autoscaling.enabled=true", STORE, "autoscaling.maxReplicas=1"): "autoscaling.maxReplicas: 1 is less than",
+    (
+        "config.store.url=postgresql://:pw@v:5432/h",
+        "existingSecret=mine",
+    ): "config: store-url: must be in the Secret mine",
     (
         "podDisruptionBudget.minAvailable=0",
         "podDisruptionBudget.maxUnavailable=1",
@@ -152,7 +141,7 @@ UNFIT = {
     ("config.records.path=/var/records",): "config.records.path: /var/records is not on a volume",
     ("bindAddress=127.0.0.1",): "bindAddress: 127.0.0.1 is the pod's loopback address",
     ("upstream.url=http://vllm:80000",): "upstream.url: 80000 is not a port number",
-    ("config.store.url=redis://u:p@v:65536/0",): "config.store.url: 65536 is not a port number",
+    ("config.store.url=postgresql://u:p@v:65536/h",): "config.store.url: 65536 is not a port number",
     ("config.reference.backend=vllm", "config.reference.url=http://r:0"): "config.reference.url: 0 is not a port",
     ("config.tracing.endpoint=http://c:99999",): "config.tracing.endpoint: 99999 is not a port number",
     ("extraEnv[0].name=HEMOSTAT_ADMIN__PORT",): "extraEnv: HEMOSTAT_ADMIN__PORT: set by the chart; use service",
@@ -165,17 +154,6 @@ UNFIT = {
         *("extraContainers[0].name=a", "extraContainers[0].image=i"),
         *("initContainers[0].name=a", "initContainers[0].image=i"),
     ): "a: duplicate container name",
-    ("autoscaling.enabled=true", STORE, "resources=null"): "resources.requests.cpu: required, because the autoscaling",
-    (
-        *("autoscaling.enabled=true", STORE, "resources.requests.memory=null", "resources.limits.memory=null"),
-        "autoscaling.targetMemoryUtilizationPercentage=80",
-    ): "resources.requests.memory: required, because the autoscaling",
-    (
-        *("autoscaling.enabled=true", STORE),
-        "autoscaling.targetCPUUtilizationPercentage=null",
-    ): "autoscaling: set a target",
-    ("replicaCount=2", STORE, "persistence.enabled=true"): "persistence.accessModes: more than one pod",
-    ("autoscaling.enabled=true", STORE, "persistence.enabled=true"): "persistence.accessModes: more than one pod",
 }
 
 
@@ -220,16 +198,6 @@ def test_a_release_whose_services_could_not_exist(helm: Helm) -> None:
 
 def test_an_old_kubernetes(helm: Helm) -> None:
     assert "1.30.0" in helm.refusal("--set", UPSTREAM, "--kube-version", "1.29.0")
-
-
-def test_the_shared_store_opens_the_way(helm: Helm) -> None:
-    for url in ("redis://v:6379/0", "rediss://v", "valkey://v:6379", "valkeys://v:6380/1"):
-        rendered = helm.set("replicaCount=2", f"config.store.url={url}")
-        assert rendered.config["store"]["url"] == url
-        assert rendered.one("Deployment")["spec"]["replicas"] == 2
-    # What is said of volumes and requests does not go further than it must.
-    helm.set("replicaCount=2", STORE, "persistence.enabled=true", "persistence.existingClaim=mine")
-    helm.set("autoscaling.enabled=true", STORE, "resources.requests.cpu=null", "resources.limits.cpu=2")
 
 
 def test_as_a_part_of_another_chart(helm: Helm, tmp_path: Path) -> None:

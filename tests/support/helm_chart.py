@@ -28,7 +28,7 @@ EXISTING = {
     "engine-token": "engines-secret",
     "upstream-api-key": "upstream-key",
     "reference-api-key": "reference-key",
-    "store-url": "redis://:pw@elsewhere:6379/0",
+    "store-url": "postgresql://:pw@elsewhere:5432/hemostat",
 }
 """What the Secret that `existingSecret` names holds, in these tests."""
 

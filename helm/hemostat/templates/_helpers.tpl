@@ -160,7 +160,7 @@ of what Hemostat takes; 2 GiB are for the copies of the models. */}}
 {{- define "hemostat.urlPort" -}}
 {{- $url := urlParse . -}}
 {{- $port := regexFind "[0-9]+$" (regexFind ":[0-9]+$" $url.host) -}}
-{{- default (get (dict "http" "80" "https" "443") $url.scheme | default "6379") $port -}}
+{{- default (get (dict "http" "80" "https" "443") $url.scheme | default "5432") $port -}}
 {{- end -}}
 
 {{/* The destination of an address, as a list of NetworkPolicyPeers; empty: not known. */}}
@@ -288,27 +288,6 @@ of what Hemostat takes; 2 GiB are for the copies of the models. */}}
 {{- $elsewhere := ne (default .Release.Namespace .Values.serviceMonitor.namespace) .Release.Namespace -}}
 {{- if and .Values.serviceMonitor.enabled $elsewhere $split.config.admin.metrics_need_token -}}
 {{- fail (printf "serviceMonitor.namespace: %s has no Secret with the token, which config.admin.metrics_need_token requires; leave it empty" .Values.serviceMonitor.namespace) -}}
-{{- end -}}
-{{- if and .Values.autoscaling.enabled (gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas)) -}}
-{{- fail (printf "autoscaling.maxReplicas: %v is less than autoscaling.minReplicas, %v" .Values.autoscaling.maxReplicas .Values.autoscaling.minReplicas) -}}
-{{- end -}}
-{{- if .Values.autoscaling.enabled -}}
-{{- $targets := dict "cpu" .Values.autoscaling.targetCPUUtilizationPercentage "memory" .Values.autoscaling.targetMemoryUtilizationPercentage -}}
-{{- $resources := include "hemostat.resources" . | fromYaml -}}
-{{- if not (or $targets.cpu $targets.memory) -}}
-{{- fail "autoscaling: set a target, targetCPUUtilizationPercentage or targetMemoryUtilizationPercentage" -}}
-{{- end -}}
-{{- range $resource, $percent := $targets -}}
-{{- if and $percent (not (get (default dict $resources.requests) $resource)) (not (get (default dict $resources.limits) $resource)) -}}
-{{- fail (printf "resources.requests.%s: required, because the autoscaling target is a percentage of it" $resource) -}}
-{{- end -}}
-{{- end -}}
-{{- end -}}
-{{- $many := or .Values.autoscaling.enabled (gt (int .Values.replicaCount) 1) -}}
-{{- with .Values.persistence -}}
-{{- if and $many .enabled (not .existingClaim) (not (has "ReadWriteMany" .accessModes)) -}}
-{{- fail "persistence.accessModes: more than one pod needs ReadWriteMany" -}}
-{{- end -}}
 {{- end -}}
 {{- if and (include "hemostat.some" .Values.podDisruptionBudget.minAvailable) (include "hemostat.some" .Values.podDisruptionBudget.maxUnavailable) -}}
 {{- fail "podDisruptionBudget: minAvailable and maxUnavailable cannot both be set" -}}

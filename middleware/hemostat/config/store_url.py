@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from urllib.parse import SplitResult, urlsplit
 
+from hemostat.config.postgres_url import SCHEMES, postgres_parameters
 from hemostat_calibration.messages import shown_address
 
 
@@ -15,4 +16,7 @@ def split_store_url(url: str) -> SplitResult:
         raise ValueError(f"{shown_address(url)} is not an address") from None
     if parts.scheme == "memory" or (parts.scheme == "sqlite" and not parts.netloc and parts.path not in ("", "/")):
         return parts
-    raise ValueError(f"{shown_address(url)} is none of memory:// and sqlite:///path")
+    if parts.scheme in SCHEMES:
+        postgres_parameters(url)
+        return parts
+    raise ValueError(f"{shown_address(url)} is none of memory://, sqlite:///path and postgresql://host/database")

@@ -10,6 +10,7 @@ from hemostat.store.errors import StoreErrorLog
 from hemostat.store.memory import MemoryStore
 from hemostat.store.protocol import Store, StoreFailure
 from hemostat.store.sqlite import SqliteStore
+from hemostat_calibration.messages import shown_address
 
 
 def open_store(url: str) -> Store:
@@ -23,7 +24,9 @@ def open_store(url: str) -> Store:
         raise StoreFailure(f"store.url: {error}") from None
     if parts.scheme == "memory":
         return MemoryStore()
-    return SqliteStore(Path(unquote(parts.path[1:])))
+    if parts.scheme == "sqlite":
+        return SqliteStore(Path(unquote(parts.path[1:])))
+    raise StoreFailure(f"store.url: {shown_address(url)} cannot be opened by this version")
 
 
 def open_store_or_memory(url: str) -> tuple[Store, StoreErrorLog]:
