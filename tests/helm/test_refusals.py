@@ -118,7 +118,7 @@ UNFIT = {
     ("config.admin.engine_token=abc", "existingSecret=mine"): "config: engine-token: must be in the Secret mine",
     ("config.upstream.api_key=k", "existingSecret=mine"): "config: upstream-api-key: must be in the Secret mine",
     (
-        "config.store.url=postgresql://:pw@v:5432/h",
+        "config.store.url=postgresql://:pw@v/h",
         "existingSecret=mine",
     ): "config: store-url: must be in the Secret mine",
     (
