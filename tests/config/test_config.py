@@ -132,7 +132,7 @@ WRONG = [
     (UPSTREAM + "labels: [a, a]\n", "labels: a label is listed twice"),
     (UPSTREAM + "store: {url: 'redi://u:p@h'}\n", "store.url: ***@h is none of memory://"),
     (UPSTREAM + "store: {url: 'sqlite://[h'}\n", "store.url: *** is not an address"),
-    (UPSTREAM + "store: {url: 'sqlite:///'}\n", "store.url: 'sqlite:///' is none of"),
+    (UPSTREAM + "store: {url: 'sqlite:///'}\n", "store.url: sqlite:/// is none of"),
     (UPSTREAM + "log: {level: loud}\n", "log.level: 'loud' is not one of debug, info, warning, error"),
     (UPSTREAM + "admin: {host: 0.0.0.0}\n", "admin.token: required, as admin.host 0.0.0.0 is not loopback"),
     (UPSTREAM + "admin: {host: '::'}\n", "admin.token: required"),
