@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hemostat.engines.lora.probes import AGREEMENT, ERROR, FAILED, ISOLATION, PASSED, WAITING
+from hemostat.ipc import ends
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, REST_GRAMMAR_KIND, REST_KIND
 from hemostat.learner.adapters.builder import BuildFailure
 from hemostat.learner.adapters.client import BuildOutcome
@@ -26,7 +27,7 @@ from hemostat.metrics.catalogue import GROUPS, METRICS
 from hemostat.metrics.metric import Metric
 from hemostat.openai import routes
 from hemostat.profiles.decisions import Decision, Reason
-from hemostat.relay import counters, outcomes
+from hemostat.relay import outcomes
 from hemostat.shadow.distances import Outcome as DistanceOutcome
 from hemostat_calibration.alarm import AlarmTest
 from hemostat_calibration.divergence.places import ANSWER, THINKING
@@ -313,13 +314,13 @@ LABELS: dict[str, dict[str, Values | str]] = {
     },
     "outcome": {
         names.REQUESTS: {
-            counters.OK: "complete, status below 400",
-            counters.CLIENT_ERROR: "complete, the upstream's status is 4xx",
-            counters.SERVER_ERROR: "complete, the upstream's status is 5xx",
-            counters.REFUSED: "an invalid request, refused by the proxy itself",
-            counters.OVERLOADED: "answered with 503 and `Retry-After`, since a limit of the relay was reached",
-            counters.UPSTREAM_FAILED: "the upstream could not be reached, broke off or sent an invalid answer",
-            counters.CLIENT_GONE: "the client disconnected",
+            ends.OK: "complete, status below 400",
+            ends.CLIENT_ERROR: "complete, the upstream's status is 4xx",
+            ends.SERVER_ERROR: "complete, the upstream's status is 5xx",
+            ends.REFUSED: "an invalid request, refused by the proxy itself",
+            ends.OVERLOADED: "answered with 503 and `Retry-After`, since a limit of the relay was reached",
+            ends.UPSTREAM_FAILED: "the upstream could not be reached, broke off or sent an invalid answer",
+            ends.CLIENT_GONE: "the client disconnected",
         },
         names.SHADOW_REQUESTS: {
             "shadowed": "captured; each capture later counts as one of the other outcomes, too",

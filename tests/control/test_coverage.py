@@ -13,7 +13,7 @@ from tests.support.waiting import until
 
 from hemostat.ipc.messages import SampledCount, SampledCounts, encode
 from hemostat.metrics import names
-from hemostat.shadow.endings import Outcome
+from hemostat.shadow.reasons import Outcome
 from hemostat_calibration.reasoning import Markers, Thinking
 
 

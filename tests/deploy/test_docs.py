@@ -28,16 +28,16 @@ from tests.support.paths import ROOT
 from hemostat.config.loading import load
 from hemostat.config.schema import Settings
 from hemostat.engines.messages import EVENTS
+from hemostat.ipc.ends import OUTCOMES
 from hemostat.learner.record_queue import DropReason
 from hemostat.measurement.figures import HEADLINE
 from hemostat.metrics.catalogue import METRICS
 from hemostat.openai.requests import Uncalibrated, Unscorable
 from hemostat.openai.tokens import ResponseFailure
 from hemostat.profiles.decisions import Decision, Reason
-from hemostat.relay.counters import OUTCOMES
-from hemostat.shadow.endings import ScoringDropReason, ScoringSkipReason, SkipReason
 from hemostat.shadow.grammar.reasons import GrammarReason
 from hemostat.shadow.profile_choice import UNJUDGED, ArmReason
+from hemostat.shadow.reasons import ScoringDropReason, ScoringSkipReason, SkipReason
 from hemostat.shadow.reports import RelayDropReason
 
 DEPLOY = ROOT / "deploy"

@@ -25,10 +25,11 @@ from hemostat.metrics import names
 from hemostat.openai.grammar_spec import GrammarOrigin, GrammarSpec
 from hemostat.reference.protocol import FailureReason, ReferenceFailure, ReferenceInfo, ReferenceScores, ScoreRequest
 from hemostat.shadow.answer_losses import AnswerLosses
-from hemostat.shadow.endings import EndingCounts, Outcome
+from hemostat.shadow.endings import EndingCounts
 from hemostat.shadow.grammar.conditioning import Conditioning
 from hemostat.shadow.limits import Breakers, ShadowQueue, TokenBudget
 from hemostat.shadow.pipeline import ScoringPipeline
+from hemostat.shadow.reasons import Outcome
 from hemostat.shadow.scorer import Scorer
 from hemostat_calibration.allowed_sets import AllowedSets, words
 from hemostat_calibration.reasoning import Markers

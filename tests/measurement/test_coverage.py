@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tests.support.captures import capture
 
 from hemostat.ipc.messages import REST_KIND, SampledCount
-from hemostat.ipc.sampled import SampledTally
-from hemostat.measurement.coverage import DROPPED, MAX_KINDS, OUTSIDE_SUFFIX, SCORED, SKIPPED, UNREAD_KIND, Coverage
+from hemostat.ipc.sampled import OUTSIDE_SUFFIX, SampledTally
+from hemostat.measurement.coverage import DROPPED, MAX_KINDS, SCORED, SKIPPED, UNREAD_KIND, Coverage
 from hemostat.metrics import names
 
 

@@ -16,7 +16,7 @@ from hemostat.control.composition import Control
 from hemostat.engines.messages import EngineReport
 from hemostat.ipc.messages import OVERHEAD_BUCKETS
 from hemostat.profiles.decisions import DECISIONS
-from hemostat.shadow.endings import Outcome, ScoringDropReason
+from hemostat.shadow.reasons import Outcome, ScoringDropReason
 
 CONTRACT = {
     "hemostat_requests_total": {"route", "outcome"},

@@ -28,7 +28,7 @@ from hemostat.admin.hardening import server_settings
 from hemostat.control.composition import Control
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, OutcomeReport, SampledCount, Stats
 from hemostat.reference.monitor import ReferenceState
-from hemostat.shadow.endings import Outcome
+from hemostat.shadow.reasons import Outcome
 from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_calibration.reasoning import Thinking

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.support.fake_vllm import FakeVllm, encode, serving
 from tests.support.wire import TOOL_CALL, TOOLS, VERSION, Wire, assert_same_tokens, chat, completion, cut, policy, rows
 
-from hemostat.engines.messages import MAX_TOP
+from hemostat.ipc.messages import MAX_TOP
 from hemostat.openai import json_splice
 from hemostat.openai.form import Form
 from hemostat.openai.forms.table import FORMATS

@@ -27,7 +27,7 @@ from hemostat.openai.kinds import kind_name
 from hemostat.openai.reading import read_request
 from hemostat.openai.requests import Unscorable
 from hemostat.openai.routes import CHAT, MESSAGES, RESPONSES
-from hemostat.shadow.endings import ScoringSkipReason
+from hemostat.shadow.reasons import ScoringSkipReason
 from hemostat.shadow.tapped_answers import UnusableAnswer, captures_from_tap
 
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'

@@ -6,10 +6,10 @@ import math
 
 import msgspec
 
+from hemostat.ipc.ends import FAILED
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, Stats
 from hemostat.metrics import names
 from hemostat.openai import routes
-from hemostat.relay import counters
 
 
 class ProxyStatus(msgspec.Struct, frozen=True):
@@ -65,7 +65,7 @@ def proxy_status(stats: Stats) -> ProxyStatus:
     for (route, _), value in stats.counters.get(names.REQUESTS, {}).items():
         by_route[route] = by_route.get(route, 0) + int(value)
     total = sum(by_outcome.values())
-    failed = sum(by_outcome.get(name, 0) for name in counters.FAILED)
+    failed = sum(by_outcome.get(name, 0) for name in FAILED)
     overhead = {name: quantile(stats, q) for name, q in (("p50", 0.5), ("p99", 0.99))}
     return ProxyStatus(
         requests=total,

@@ -6,10 +6,10 @@ import math
 from collections import deque
 
 from hemostat.admin.proxy_status import requests_by_outcome
+from hemostat.ipc.ends import FAILED
 from hemostat.ipc.messages import Stats
 from hemostat.metrics import names
-from hemostat.relay.counters import FAILED
-from hemostat.shadow.endings import Outcome
+from hemostat.shadow.reasons import Outcome
 from hemostat.shadow.reports import RelayDropReason
 
 MINUTE_SECONDS = 60.0

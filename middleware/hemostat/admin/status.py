@@ -25,8 +25,8 @@ from hemostat.metrics import names
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ModelPair
-from hemostat.shadow.endings import Outcome
 from hemostat.shadow.pipeline import ScoringPipeline
+from hemostat.shadow.reasons import Outcome
 from hemostat.shadow.records_file import RecordsFile
 from hemostat_calibration.profiles.profile import IDENTITY
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from pathlib import Path
@@ -55,6 +56,32 @@ def _host(value: str) -> str:
     return value
 
 
+def split_address(value: str) -> tuple[str, int]:
+    """Of `host:port`, with an IPv6 host in brackets; ValueError."""
+    host, _, port = value.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if (
+        not _HOST.fullmatch(bare)
+        or not re.fullmatch(r"[0-9]{1,5}", port)
+        or int(port) > 65535
+        or (":" in bare) != (bare != host)
+    ):
+        raise ValueError(f"{short_repr(value)} is not a host and a port; write it like control:8082 or [::1]:8082")
+    return bare, int(port)
+
+
+def _host_port(value: str) -> str:
+    split_address(value)
+    return value
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def header_name(value: str) -> str:
     if not _HEADER.fullmatch(value):
         raise ValueError(f"{short_repr(value)} is not the name of a header")
@@ -101,6 +128,7 @@ def yaml_off(value: object) -> object:
 EnginesUrl = Annotated[str, AfterValidator(_engines_url)]
 ServerUrl = Annotated[str, AfterValidator(server_url)]
 Host = Annotated[str, AfterValidator(_host)]
+HostPort = Annotated[str, AfterValidator(_host_port)]
 Secret = Annotated[SecretStr, AfterValidator(_secret)]
 ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
 ExistingFolder = Annotated[Path, AfterValidator(_existing_folder)]

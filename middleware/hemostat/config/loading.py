@@ -26,7 +26,10 @@ FOREIGN_VARIABLES = frozenset(
 _KUBERNETES_NAME = re.compile(r"_SERVICE_(HOST|PORT)(_[A-Z0-9_]+)?$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
 _KUBERNETES_VALUE = re.compile(r"(tcp|udp|sctp)://")
 MAX_FILE_BYTES = 1024 * 1024
-SECRETS_IN_FILES = (("admin", "token"), ("admin", "engine_token"), ("upstream", "api_key"), ("reference", "api_key"))
+SECRETS_IN_FILES = (
+    *(("admin", "token"), ("admin", "engine_token"), ("control", "token")),
+    *(("upstream", "api_key"), ("reference", "api_key")),
+)
 """Settings that the file named by `…_file` can hold in their place."""
 MAX_SECRET_BYTES = 4096
 

@@ -1,4 +1,4 @@
-"""What a changed setting needs in order to take effect in a running `hemostat serve` (SIGHUP).
+"""What a changed setting needs in order to take effect in a running instance (SIGHUP).
 
 Relays are replaced at every reload, so whatever a relay reads at its start takes effect. A setting that is not named
 here has the control process replaced, too.
@@ -12,17 +12,18 @@ from typing import Any
 
 from hemostat.config.schema import LEAVES, Settings
 
-NEEDS_RESTART = frozenset({"listen.host", "listen.port", "admin.host", "admin.port", "run_dir"})
+NEEDS_RESTART = frozenset({"listen.host", "listen.port", "admin.host", "admin.port", "control.listen", "run_dir"})
 """The listening sockets and the folder of a running instance: changed by a restart, or by an upgrade (SIGUSR2)."""
 RELAYS_ONLY = frozenset(
     {key for key in LEAVES if key.startswith(("limits.", "client_limits."))}
     | {"log.requests", "log.access", "log.access_clients", "upstream.max_connections"}
-    | {"workers", "shutdown_seconds", "drain_seconds"}
+    | {"workers", "shutdown_seconds", "drain_seconds", "control.addresses", "control.ca"}
 )
 """Of no meaning to the control process."""
 IN_PLACE = frozenset(
     {"shadow.rate", "shadow.allow_on", "log.level", "log.format"}
     | {"admin.token", "admin.token_file", "admin.engine_token", "admin.engine_token_file"}
+    | {"control.token", "control.token_file", "control.cert", "control.key"}
 )
 """The control process applies these while it runs: see `control.process.follow`."""
 

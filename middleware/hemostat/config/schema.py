@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import ipaddress
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from pydantic import (
 )
 
 from hemostat.config.client_limits import ClientLimits
+from hemostat.config.control import ControlSettings
 from hemostat.config.fields import (
     Backend,
     Device,
@@ -37,6 +37,7 @@ from hemostat.config.fields import (
     ServerUrl,
     TokenId,
     header_name,
+    is_loopback,
     text_is_model,
     yaml_off,
 )
@@ -442,11 +443,12 @@ class Tracing(Section):
 
 
 class Settings(Section):
-    """The configuration of `hemostat serve`; only `upstream.url` (or `urls`) has no default."""
+    """The configuration of `hemostat serve`, `relay` and `control`; only `upstream.url` (or `urls`) has no default."""
 
     listen: Listen = Listen()
     admin: Admin = Admin()
     upstream: Upstream
+    control: ControlSettings = ControlSettings()
     reference: Reference = Reference()
     reasoning: Reasoning = Reasoning()
     grammar: Grammar = Grammar()
@@ -534,13 +536,6 @@ class Settings(Section):
     def redacted(self) -> dict[str, Any]:
         """JSON-ready, with masked secrets: for output."""
         return self.model_dump(mode="json")
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _lacks_url(models: Mapping[str, ModelReference]) -> str:

@@ -47,13 +47,12 @@ from hemostat.profiles.manager import ProfileManager
 from hemostat.reference import make_compressed_scorer, make_references
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ModelPair
-from hemostat.relay import counters as relay_counters
-from hemostat.shadow import assignment
-from hemostat.shadow.endings import Outcome
+from hemostat.shadow import assignment, relay_samples
 from hemostat.shadow.grammar.conditioning import Conditioning
 from hemostat.shadow.grammar.masks import GrammarMasks, unavailable
 from hemostat.shadow.limits import Breakers
 from hemostat.shadow.pipeline import RecordConsumers, ScoringPipeline
+from hemostat.shadow.reasons import Outcome
 from hemostat.shadow.records_file import RecordsFile
 from hemostat.store.factory import open_store_or_memory
 from hemostat.store.protocol import StoreUnreachable
@@ -279,7 +278,7 @@ class Control:
             self.link.samples,
             *(() if self.records is None else (self.records.samples,)),
             lambda: self.engines.samples(self._clock()),
-            lambda: relay_counters.samples(self.link.total()),
+            lambda: relay_samples.samples(self.link.total()),
         ]
 
     async def start(self, force: Path | None) -> None:

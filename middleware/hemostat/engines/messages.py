@@ -8,6 +8,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from hemostat.ipc.messages import MAX_TOP
+
 MAX_VERSIONS_PER_TAP = 16
 MAX_RUNS = 1 << 16
 """Of a tap message."""
@@ -29,8 +31,6 @@ EVENTS = frozenset(
 
 MAX_CHILDREN = 1 << 14
 """Choices of one tapped request; vLLM's own limit."""
-MAX_TOP = 128
-"""Candidates at each position of an answer, beside the emitted one."""
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+\Z")]
 Version = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]

@@ -17,6 +17,8 @@ PROTOCOL = 1
 """Which messages both ends understand. It is raised where an older version could not read these, or would misread them;
 a new field with a default value is ignored by it."""
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+MAX_TOP = 128
+"""Candidates at each position of an answer of the engine's plugin, beside the emitted one."""
 MAX_HELLO_BYTES = 64 * 1024
 """Of the first frame, which comes before the token is known."""
 ALIVE_SECONDS = 2.0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
+import json
 import os
 import signal
 import sys
+from collections.abc import Callable, Coroutine
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
     from hemostat.tracing import Tracing
 
 _PR_SET_PDEATHSIG = 1
+MAX_LINE_BYTES = 16 * 1024 * 1024
+"""Of what the supervisor sends."""
 
 
 def die_with_parent(parent: int, sig: int = signal.SIGTERM) -> None:
@@ -24,6 +29,27 @@ def die_with_parent(parent: int, sig: int = signal.SIGTERM) -> None:
     libc.prctl(_PR_SET_PDEATHSIG, sig, 0, 0, 0)
     if os.getppid() != parent:
         sys.exit(0)
+
+
+def tell_supervisor(line: dict[str, Any]) -> None:
+    print(json.dumps(line), flush=True)  # noqa: T201  the supervisor reads it
+
+
+def run_supervised(run: Callable[[dict[str, Any], asyncio.StreamReader], Coroutine[Any, Any, None]]) -> None:
+    """The life of a process that the supervisor keeps: it says that it is loaded, and is given its settings.
+
+    run: gets the first line of standard input, and the stream of further ones.
+    """
+
+    async def begin() -> None:
+        lines = asyncio.StreamReader(limit=MAX_LINE_BYTES)
+        await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+        if line := await lines.readline():
+            await run(json.loads(line), lines)
+
+    die_with_parent(os.getppid())
+    tell_supervisor({"loaded": True})
+    asyncio.run(begin())
 
 
 def is_compiled(module: str) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hemostat.ipc.messages import REST_KIND, Capture, SampledCount
-from hemostat.ipc.sampled import counted
+from hemostat.ipc.sampled import OUTSIDE_SUFFIX, counted
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat_calibration.statistics.kinds import KindTable
@@ -29,8 +29,6 @@ MAX_KINDS = 104
 """Kinds with counts of their own. More than can be followed at a time: one that is not followed any more keeps its
 counts until others need the place."""
 MAX_REASONS = 256
-OUTSIDE_SUFFIX = "outside_suffix"
-"""Reason of tokens, of scored requests, that are before the part that is scored; see `shadow.max_scored_tokens`."""
 
 
 @dataclass(slots=True)

@@ -23,8 +23,8 @@ from typing import Literal
 
 import msgspec
 
+from hemostat.ipc.ends import REFUSED
 from hemostat.openai import routes
-from hemostat.relay.counters import REFUSED
 
 FLUSH_BYTES = 64 * 1024
 """So much is written at once; less about once a second."""

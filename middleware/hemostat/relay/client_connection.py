@@ -17,8 +17,8 @@ from enum import Enum, auto
 from time import perf_counter
 from typing import Final, cast
 
+from hemostat.ipc import ends
 from hemostat.openai import routes
-from hemostat.relay import counters
 from hemostat.relay.client_identity import client_network, credential_digest
 from hemostat.relay.clients import Clients
 from hemostat.relay.context import RelayContext
@@ -398,7 +398,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _refuse(self, error: BadRequest) -> None:
         """The request cannot be parsed, or not be read to its end, so that what follows it cannot be either."""
-        self._context.counters.request(routes.OTHER, counters.OVERLOADED if error.status == 503 else counters.REFUSED)
+        self._context.counters.request(routes.OTHER, ends.OVERLOADED if error.status == 503 else ends.REFUSED)
         if self._context.access_log is not None:
             self._context.access_log.refused(error.status, self.transport)
         body = error_body(error.status, error.message, error.code)

@@ -11,9 +11,9 @@ from time import perf_counter
 from typing import Final
 
 from hemostat.hooks import Hook, Refusal, Rewrite
+from hemostat.ipc import ends
 from hemostat.openai import routes
 from hemostat.openai.adapter_routes import ADAPTER_ROUTE_REFUSED, loads_adapters
-from hemostat.relay import counters
 from hemostat.relay.client_side import ClientSide
 from hemostat.relay.context import RelayContext
 from hemostat.relay.exchange_state import (
@@ -139,10 +139,10 @@ class Exchange:
         context, request = self._context, self._request
         self.request_complete = complete
         if self._watch is not None and (exceeded := self._watch.exceeded) is not None:
-            self._respond(429, exceeded.body(), counters.REFUSED, exceeded.field_line())
+            self._respond(429, exceeded.body(), ends.REFUSED, exceeded.field_line())
             return
         if self._route is routes.OTHER and not context.allow_adapter_routes and loads_adapters(request.target):
-            self._respond(403, error_body(403, ADAPTER_ROUTE_REFUSED, "adapter_routes"), counters.REFUSED)
+            self._respond(403, error_body(403, ADAPTER_ROUTE_REFUSED, "adapter_routes"), ends.REFUSED)
             return
         if self._route in routes.SCORED and request.method == b"POST":
             self._report = report = GenerationReport(context, self._route, self._request_id, self._started)
@@ -195,11 +195,11 @@ class Exchange:
 
     def fail_request(self, error: BadRequest) -> None:
         """The rest of the request is malformed, too long or overdue."""
-        self._give_up(error.status, error_body(error.status, error.message, error.code), counters.REFUSED)
+        self._give_up(error.status, error_body(error.status, error.message, error.code), ends.REFUSED)
 
     def give_way(self, reason: str) -> None:
         """What the request takes of the relay is needed for others."""
-        self._give_up(503, error_body(503, reason, "overloaded"), counters.OVERLOADED)
+        self._give_up(503, error_body(503, reason, "overloaded"), ends.OVERLOADED)
 
     def _give_up(self, status: int, body: bytes, outcome: str) -> None:
         self._leave_upstream()
@@ -210,7 +210,7 @@ class Exchange:
             self._respond(status, body, outcome)
 
     def _overloaded(self, reason: str) -> None:
-        self._respond(503, error_body(503, reason, "overloaded"), counters.OVERLOADED)
+        self._respond(503, error_body(503, reason, "overloaded"), ends.OVERLOADED)
 
     def _ask_hook(self, hook: Hook) -> bool:
         """Ask whether the hook wants to see the request (then `_hook` is set). True: it has refused it."""
@@ -222,7 +222,7 @@ class Exchange:
             context.counters.hook_raised()
             return False
         if isinstance(answer, Refusal):
-            self._respond(answer.status, answer.body, counters.REFUSED)
+            self._respond(answer.status, answer.body, ends.REFUSED)
             return True
         if answer is not None:
             self._hook = self.outgoing.hook = FailOpenHook(answer, context.counters.hook_raised)
@@ -239,7 +239,7 @@ class Exchange:
             readable = self.request_complete and len(body) <= hook.body_limit and not self._context.budget.scarce
             verdict = hook.request(body if readable else None)
             if isinstance(verdict, Refusal):
-                self._respond(verdict.status, verdict.body, counters.REFUSED)
+                self._respond(verdict.status, verdict.body, ends.REFUSED)
                 return
             if self._report is not None:
                 self._report.begin_comparison(hook.comparison, body)
@@ -432,7 +432,7 @@ class Exchange:
         assert head is not None
         self._context.counters.observe_overhead(self._overhead)
         status, keep_alive = head.status, self._keep_alive and self.request_complete
-        outcome = counters.OK if status < 400 else counters.CLIENT_ERROR if status < 500 else counters.SERVER_ERROR
+        outcome = ends.OK if status < 400 else ends.CLIENT_ERROR if status < 500 else ends.SERVER_ERROR
         self._finish(outcome, complete=True)
         self._client.exchange_ended(keep_alive=keep_alive)
 
@@ -481,9 +481,9 @@ class Exchange:
         self.outgoing.broke_off()
         self.upstream = None
         if self.state is not STREAMING:
-            self._respond(502, error_body(502, reason, "upstream_failed"), counters.UPSTREAM_FAILED)
+            self._respond(502, error_body(502, reason, "upstream_failed"), ends.UPSTREAM_FAILED)
             return
-        self._finish(counters.UPSTREAM_FAILED)
+        self._finish(ends.UPSTREAM_FAILED)
         self._client.exchange_broken(reset=self._mode is BodyMode.UNTIL_CLOSE)
 
     # The held-back head.
@@ -560,10 +560,10 @@ class Exchange:
         if self.state is TUNNEL:
             assert self.upstream is not None
             self.upstream.close()
-            self._finish(counters.OK)
+            self._finish(ends.OK)
             return
         self._leave_upstream()
-        self._finish(counters.CLIENT_GONE)
+        self._finish(ends.CLIENT_GONE)
 
     def _leave_upstream(self) -> None:
         """Stop waiting for a connection, or close the one whose response is no longer wanted."""

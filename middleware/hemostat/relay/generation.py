@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Final
 
 from hemostat import logs
 from hemostat.hooks import Comparison
+from hemostat.ipc import ends
 from hemostat.ipc.messages import OutcomeReport
 from hemostat.metrics import names
 from hemostat.openai.routes import FORMS
-from hemostat.relay import counters
 from hemostat.relay.context import RelayContext
 from hemostat.relay.http.fields import drop_fields, split_fields
 from hemostat.relay.http.request import RequestHead
@@ -86,7 +86,7 @@ class GenerationReport:
         context = self._context
         ended = NO_OUTCOME
         try:
-            if complete and outcome is counters.OK:
+            if complete and outcome is ends.OK:
                 ended = self.observer.finish(arm, context.counters.add)
                 if comparison is not None and ended.bad is not None:
                     self._report_outcome(comparison, ended)
@@ -99,7 +99,7 @@ class GenerationReport:
                 self._span.end(
                     status=status,
                     outcome=outcome,
-                    error=outcome != counters.OK,
+                    error=outcome != ends.OK,
                     attributes={
                         "gen_ai.request.model": self.observer.model,
                         "gen_ai.response.finish_reasons": ended.finish_reasons or None,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from hemostat.engines.messages import MAX_TOP
 from hemostat.hooks import Comparison, Refusal, Rewrite
-from hemostat.ipc.messages import Capture, Policy
+from hemostat.ipc.messages import MAX_TOP, Capture, Policy
 from hemostat.openai import requests
 from hemostat.openai.complexity import TooComplex
 from hemostat.openai.errors import leading_error_code
@@ -30,7 +29,6 @@ from hemostat.openai.tokens import (
 )
 from hemostat.shadow.assignment import conversation_digest
 from hemostat.shadow.client_headers import ClientOptions
-from hemostat.shadow.endings import SkipReason
 from hemostat.shadow.grammar.enforced import with_scorable_grammar
 from hemostat.shadow.profile_choice import (
     ArmReason,
@@ -41,6 +39,7 @@ from hemostat.shadow.profile_choice import (
     is_available,
     served_kind,
 )
+from hemostat.shadow.reasons import SkipReason
 from hemostat.shadow.reports import RepeatReason, Reports
 from hemostat_calibration.records import Arm, Sampling
 

@@ -13,10 +13,10 @@ from hemostat.openai.routes import MODELS, SUPPORT, Support
 from hemostat.openai.tokens import ResponseFailure
 from hemostat.shadow import assignment
 from hemostat.shadow.client_headers import ClientOptions, first_value, hemostat_headers, read_options
-from hemostat.shadow.endings import SkipReason
 from hemostat.shadow.intercepted_exchange import InterceptedExchange
 from hemostat.shadow.model_list import ModelList
 from hemostat.shadow.profile_choice import calibrates
+from hemostat.shadow.reasons import SkipReason
 from hemostat.shadow.reports import Reports, SampledCounter, uncounted
 from hemostat_calibration.records import Arm
 

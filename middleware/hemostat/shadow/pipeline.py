@@ -42,10 +42,11 @@ from hemostat.reference.pair import ModelPair
 from hemostat.reference.protocol import Reference
 from hemostat.shadow.answer_losses import AnswerLosses
 from hemostat.shadow.distances import DistanceSource, DistanceWaits
-from hemostat.shadow.endings import EndingCounts, Outcome, ScoringDropReason
+from hemostat.shadow.endings import EndingCounts
 from hemostat.shadow.grammar.conditioning import Conditioning
 from hemostat.shadow.limits import Breakers, ShadowQueue, TokenBudget
 from hemostat.shadow.noise_floor import NoiseFloorMeter
+from hemostat.shadow.reasons import Outcome, ScoringDropReason
 from hemostat.shadow.records_file import RecordsFile
 from hemostat.shadow.scorer import Scorer, ScoringNeeds
 from hemostat.shadow.seen_units import SeenUnits

@@ -12,7 +12,7 @@ from hemostat.openai.requests import Request, Uncalibrated, Unscorable
 from hemostat.openai.tokens import ResponseFailure
 from hemostat.shadow.assignment import in_control_arm
 from hemostat.shadow.client_headers import ClientOptions
-from hemostat.shadow.endings import SkipReason
+from hemostat.shadow.reasons import SkipReason
 from hemostat_calibration.records import Arm
 
 

@@ -13,8 +13,8 @@ from hemostat.ipc.sampled import counted
 from hemostat.metrics import names
 from hemostat.openai.requests import Unscorable
 from hemostat.openai.tokens import ResponseFailure
-from hemostat.shadow.endings import Outcome, SkipReason
 from hemostat.shadow.profile_choice import Reason
+from hemostat.shadow.reasons import Outcome, SkipReason
 from hemostat.shadow.refusals import SamplingPause, ServerErrorRepeats
 from hemostat_calibration.records import Arm
 

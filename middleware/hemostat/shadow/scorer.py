@@ -33,17 +33,11 @@ from hemostat.reference.protocol import (
     ScoreRequest,
 )
 from hemostat.shadow.answer_losses import AnswerLosses
-from hemostat.shadow.endings import (
-    EndingCounts,
-    Outcome,
-    ScoringDropReason,
-    ScoringSkipReason,
-    invalid_record,
-    reference_failed,
-)
+from hemostat.shadow.endings import EndingCounts, invalid_record, reference_failed
 from hemostat.shadow.grammar.conditioning import Conditioning
 from hemostat.shadow.grammar.reasons import GrammarFailure, GrammarReason
 from hemostat.shadow.limits import Breaker, Breakers, BreakerState, ShadowQueue, TokenBudget
+from hemostat.shadow.reasons import Outcome, ScoringDropReason, ScoringSkipReason
 from hemostat.shadow.record_builder import (
     CaptureArrays,
     FeatureError,

@@ -1,0 +1,43 @@
+"""The section `control` of the configuration."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from hemostat.config.fields import ExistingFile, HostPort, Secret, Section, is_loopback, split_address
+
+_CAPTURES = "on another machine than this one, captures travel with clients' tokens"
+
+
+class ControlSettings(Section):
+    """How relays and control processes on different machines find and trust each other."""
+
+    addresses: list[HostPort] = Field(default=[], max_length=16)
+    """host:port of every control process, for `hemostat relay`; a name stands for all of its addresses."""
+    listen: HostPort | None = None
+    """host:port that `hemostat control` (and `hemostat serve`, if set) listens on for relays."""
+    token: Secret | None = None
+    """The relay token: the same on both sides."""
+    token_file: ExistingFile | None = None
+    """A file with the token alone, in place of `token`; read at the start and at SIGHUP."""
+    ca: ExistingFile | None = None
+    """Of relays: PEM file of the authority that signs the control processes' certificates; none: no TLS, on
+    loopback."""
+    cert: ExistingFile | None = None
+    """Of control processes: PEM file of the certificate, which names the host of `addresses`; none: no TLS, on
+    loopback. Read at the start and at SIGHUP."""
+    key: ExistingFile | None = None
+    """PEM file of its key."""
+
+    @model_validator(mode="after")
+    def _secured(self) -> ControlSettings:
+        if (self.cert is None) != (self.key is None):
+            raise ValueError("cert and key: set both, or none of them")
+        if (self.addresses or self.listen) and self.token is None:
+            raise ValueError("token: required with addresses or listen; the same text on both sides, or a token_file")
+        far = next((one for one in self.addresses if not is_loopback(split_address(one)[0])), None)
+        if far is not None and self.ca is None:
+            raise ValueError(f"ca: required, as {far} is not loopback, and {_CAPTURES}; set the authority's PEM file")
+        if self.listen is not None and not is_loopback(split_address(self.listen)[0]) and self.cert is None:
+            raise ValueError(f"cert: required, as {self.listen} is not loopback, and {_CAPTURES}; set cert and key")
+        return self

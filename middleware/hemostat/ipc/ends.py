@@ -1,0 +1,23 @@
+"""How requests end in a relay: values of the label `outcome` of its requests."""
+
+from __future__ import annotations
+
+from typing import Final
+
+OK: Final = "ok"
+"""Complete, status below 400."""
+CLIENT_ERROR: Final = "client_error"
+"""Complete, the upstream's status 4xx."""
+SERVER_ERROR: Final = "server_error"
+"""Complete, the upstream's status 5xx."""
+REFUSED: Final = "refused"
+"""Answered with an error of our own that is the client's fault, or with the hook's refusal."""
+OVERLOADED: Final = "overloaded"
+"""Answered with 503, since a limit of the relay was reached."""
+UPSTREAM_FAILED: Final = "upstream_failed"
+"""The upstream could not be reached, closed the connection early or sent an invalid response."""
+CLIENT_GONE: Final = "client_gone"
+"""The client closed the connection before its response was complete."""
+FAILED: Final = (SERVER_ERROR, UPSTREAM_FAILED)
+"""Clients got an error that is the upstream's."""
+OUTCOMES: Final = (OK, CLIENT_ERROR, SERVER_ERROR, REFUSED, OVERLOADED, UPSTREAM_FAILED, CLIENT_GONE)

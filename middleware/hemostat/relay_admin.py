@@ -1,0 +1,93 @@
+"""The admin port of `hemostat relay`: health, and the counters of this machine's relays.
+
+`python -m hemostat.relay_admin` is started by the supervisor in place of a control process, and reads the same lines
+from its standard input (`hemostat.control.process`). Relays tell it their figures by a Unix socket, as they tell the
+control process. When it dies, the relays go on, and it is started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+from fastapi import Depends, FastAPI, Response
+from fastapi.responses import PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from hemostat import logs
+from hemostat.admin.access import Tokens, authorize
+from hemostat.admin.hardening import Harden
+from hemostat.admin.server import AdminServer
+from hemostat.config.schema import Settings
+from hemostat.ipc.control_end import RelayLink
+from hemostat.ipc.process import run_supervised, tell_supervisor
+from hemostat.ipc.relay_listener import RelayListener, listen_locally
+from hemostat.metrics.collector import HemostatCollector
+from hemostat.shadow import relay_samples
+
+
+def create_app(link: RelayLink, settings: Settings) -> FastAPI:
+    app = FastAPI(dependencies=[Depends(authorize)], docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.closing = asyncio.Event()
+    app.state.tokens = Tokens.of(settings.admin)
+    app.add_middleware(Harden, names=settings.admin.names)
+    registry = CollectorRegistry()
+    registry.register(HemostatCollector([link.samples, lambda: relay_samples.samples(link.total())]))
+
+    @app.get("/livez", response_class=PlainTextResponse)
+    async def livez() -> str:
+        return "ok\n"
+
+    @app.get("/readyz")
+    async def readyz() -> PlainTextResponse:
+        return PlainTextResponse("ok\n") if link.ready else PlainTextResponse("no relay takes requests\n", 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
+    """Until SIGTERM. given: the first line."""
+    stop = asyncio.Event()
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(sig, stop.set)
+    settings = Settings.model_validate(given["settings"])
+    logs.set_up(settings.log.level, settings.log.format)
+    link = RelayLink()
+    relays = RelayListener([listen_locally(Path(given["socket"]))])
+    relays.admit = link.serve
+    relays.start()
+    app = create_app(link, settings)
+    server = AdminServer(app, socket.socket(fileno=given["admin_fd"]))
+    tasks = [asyncio.create_task(one) for one in (stop.wait(), server.run(), link.run(), follow(lines, app))]
+    tell_supervisor({"listening": True})
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    server.stop()
+    await asyncio.wait(tasks[1:2])
+    for task in tasks:
+        task.cancel()
+    await relays.close()
+    for task in done:
+        task.result()
+
+
+async def follow(lines: asyncio.StreamReader, app: FastAPI) -> None:
+    """Apply what the supervisor sends, until cancelled."""
+    while line := await lines.readline():
+        message = json.loads(line)
+        if "settings" in message:
+            settings = Settings.model_validate(message["settings"])
+            logs.set_up(settings.log.level, settings.log.format)
+            app.state.tokens = Tokens.of(settings.admin)
+    await asyncio.Event().wait()  # the supervisor has ended; the kernel sends SIGTERM
+
+
+if __name__ == "__main__":
+    run_supervised(run)
