@@ -9,12 +9,14 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 
 from hemostat import __version__
-from hemostat.commands import adapt, check, compress, demo, doctor, engines, profile, serve
+from hemostat.commands import adapt, check, compress, control, demo, doctor, engines, profile, relay, serve
 from hemostat.commands.arguments import Parser, UsageError
 from hemostat_calibration.errors import HemostatError
 
 COMMANDS = {
     "serve": serve,
+    "relay": relay,
+    "control": control,
     "demo": demo,
     "check": check,
     "compress": compress,

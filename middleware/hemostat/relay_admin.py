@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import signal
 import socket
 from pathlib import Path
@@ -60,6 +61,7 @@ async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
         asyncio.get_running_loop().add_signal_handler(sig, stop.set)
     settings = Settings.model_validate(given["settings"])
     logs.set_up(settings.log.level, settings.log.format)
+    logging.getLogger("hemostat.control").setLevel(logging.WARNING)  # no line for each relay: they write their own
     link = RelayLink()
     relays = RelayListener([listen_locally(Path(given["socket"]))])
     relays.admit = link.serve

@@ -140,6 +140,23 @@ WRONG = [
     (UPSTREAM + "admin: {token: ''}\n", "admin.token: must be printable ASCII"),
     (UPSTREAM + "admin: {token: a, engine_token: a}\n", "admin.engine_token: is admin.token, too"),
     (UPSTREAM + 'admin: {token: "a\\nb"}\n', "admin.token: must be printable ASCII"),
+    (
+        UPSTREAM + "control: {addresses: [localhost]}\n",
+        "'localhost' is not a host and a port; write it like control:8082",
+    ),
+    (UPSTREAM + "control: {addresses: ['::1:80']}\n", "'::1:80' is not a host and a port"),
+    (UPSTREAM + "control: {addresses: ['h:99999']}\n", "'h:99999' is not a host and a port"),
+    (UPSTREAM + "control: {listen: 8082}\n", "control.listen: 8082 does not fit"),
+    (UPSTREAM + "control: {listen: '127.0.0.1:0'}\n", "control: token: required with addresses or listen"),
+    (UPSTREAM + "control: {addresses: ['localhost:1']}\n", "control: token: required with addresses or listen"),
+    (
+        UPSTREAM + "control: {token: t, addresses: ['127.0.0.2:1', 'b:1']}\n",
+        "control: ca: required, as b:1 is not loop",
+    ),
+    (UPSTREAM + "control: {token: t, addresses: ['10.0.0.1:1']}\n", "captures travel with clients' tokens"),
+    (UPSTREAM + "control: {token: t, listen: '0.0.0.0:1'}\n", "control: cert: required, as 0.0.0.0:1 is not loopback"),
+    (UPSTREAM + "control: {token: t, listen: '[::]:1'}\n", "control: cert: required"),
+    (UPSTREAM + f"control: {{cert: {__file__}}}\n", "control: cert and key: set both"),
     (UPSTREAM + "admin: {port: 8080}\n", "admin.port: 8080 is listen.port too"),
     ("upstream: {url: 127.0.0.1:8000}\n", "is not an http address; write it like http://127.0.0.1:8000"),
     ("upstream: {url: 'http://'}\n", "is not an http address"),
@@ -232,6 +249,7 @@ def test_a_value_below_a_key_that_is_not_a_section(written: Any) -> None:
 SECRETS = {
     "admin.token": "s3cret-a",
     "admin.engine_token": "s3cret-e",
+    "control.token": "s3cret-d",
     "upstream.api_key": "s3cret-b",
     "reference.api_key": "s3cret-c",
 }

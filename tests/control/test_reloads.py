@@ -14,9 +14,10 @@ import pytest
 from hemostat.config.schema import Settings
 from hemostat.supervisor.child import Launch, StartFailure
 from hemostat.supervisor.commands import Commands
+from hemostat.supervisor.role import Role
 from hemostat.supervisor.run_folder import RunFolder
 from hemostat.supervisor.serve import Supervisor
-from hemostat.supervisor.sockets import Sockets, open_sockets
+from hemostat.supervisor.sockets import Sockets, addresses, open_sockets
 
 
 def settings(url: str, workers: int = 1) -> Settings:
@@ -60,7 +61,7 @@ class FakeRelays:
 @pytest.fixture
 async def sockets() -> AsyncIterator[Sockets]:
     former = settings("http://former")
-    opened = open_sockets(former.listen, former.admin, {}, by_service=False)
+    opened = open_sockets(addresses(former, Role.SERVE), {}, by_service=False)
     yield opened
     opened.close()
 

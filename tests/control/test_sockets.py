@@ -9,16 +9,49 @@ from collections.abc import Iterator
 import pytest
 
 from hemostat.config.errors import ConfigError
-from hemostat.config.schema import Admin, Listen
+from hemostat.config.schema import Settings
 from hemostat.supervisor import service
-from hemostat.supervisor.sockets import Sockets, open_sockets, serves
+from hemostat.supervisor.role import Role
+from hemostat.supervisor.sockets import Sockets, addresses, open_sockets, serves
+
+
+def opened(role: Role = Role.SERVE, **more: object) -> Sockets:
+    given = {"upstream": {"url": "http://a:1"}, "listen": {"host": "127.0.0.1", "port": 0}, "admin": {"port": 0}}
+    return open_sockets(addresses(Settings.model_validate(given | more), role), {}, by_service=False)
 
 
 @pytest.fixture
 def sockets() -> Iterator[Sockets]:
-    opened = open_sockets(Listen(host="127.0.0.1", port=0), Admin(port=0), {}, by_service=False)
-    yield opened
-    opened.close()
+    made = opened()
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("role", "data", "control"), [(Role.SERVE, 1, True), (Role.RELAY, 1, False), (Role.CONTROL, 0, True)]
+)
+def test_each_command_listens_on_what_it_serves(role: Role, data: int, control: bool) -> None:
+    made = opened(role, control={"listen": "[::1]:0", "addresses": ["127.0.0.1:8082"], "token": "t"})
+    try:
+        assert len(made.data) == data
+        assert (made.data_port != 0) == (data > 0)
+        assert (made.control is not None) == control
+        if made.control is not None:
+            assert made.control.getsockname()[0] == "::1"
+        made.provide(3)
+        assert len(made.data) == (3 if data else 0)
+        assert len(made.all()) == len(made.data) + 1 + control
+    finally:
+        made.close()
+
+
+def test_a_port_that_is_taken_is_named_by_its_setting() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"control.listen: cannot bind 127.0.0.1:{port} .*; free it or choose"):
+            opened(Role.CONTROL, control={"listen": f"127.0.0.1:{port}", "token": "t"})
+        with pytest.raises(ConfigError, match=f"admin.port: cannot bind 127.0.0.1:{port}"):
+            opened(admin={"port": port})
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5, 200])
@@ -55,7 +88,7 @@ def test_inherited_sockets_are_used_for_the_same_address_only(sockets: Sockets) 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["data", "other"], "set FileDescriptorName=data or admin"),
+        (["data", "other"], "set FileDescriptorName=data, admin or control"),
         (["data", "data"], "two sockets are named data"),
         (["admin", "data"], "data is not a listening TCP socket"),
     ],

@@ -29,8 +29,9 @@ from hemostat.admin.configuration import ConfigurationReport
 from hemostat.admin.server import AdminServer
 from hemostat.config.schema import Settings
 from hemostat.control.composition import Control
+from hemostat.control.listening import make_listener, security
 from hemostat.ipc.process import die_with_parent
-from hemostat.ipc.relay_listener import RelayListener, listen_locally
+from hemostat.ipc.relay_listener import RelayListener
 from hemostat_calibration.errors import HemostatError
 
 log = logging.getLogger("hemostat.control")
@@ -49,7 +50,7 @@ async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
     logs.set_up(settings.log.level, settings.log.format)
     lock = await lock_alone(Path(given["lock"]))
     admin, listener = settings.admin, socket.socket(fileno=given["admin_fd"])
-    relays = RelayListener([listen_locally(Path(given["socket"]))])
+    relays = make_listener(given, settings)
     relays.start()
     control = Control(settings, given["data_port"])
     control.configuration.report = msgspec.convert(given["configuration"], ConfigurationReport)
@@ -59,7 +60,7 @@ async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
     app = create_app(control, Tokens.of(admin), time.monotonic, names=admin.names)
     server = AdminServer(app, listener)
     serving = asyncio.create_task(server.run())
-    loops = [asyncio.create_task(loop) for loop in (*control.loops(), follow(lines, control, app))]
+    loops = [asyncio.create_task(loop) for loop in (*control.loops(), follow(lines, control, app, relays))]
     stopping = asyncio.create_task(stop.wait())
     _print({"listening": True})
     done, _ = await asyncio.wait({stopping, serving, *loops}, return_when=asyncio.FIRST_COMPLETED)
@@ -93,7 +94,7 @@ async def lock_alone(path: Path) -> int:
             return descriptor
 
 
-async def follow(lines: asyncio.StreamReader, control: Control, app: FastAPI) -> None:
+async def follow(lines: asyncio.StreamReader, control: Control, app: FastAPI, relays: RelayListener) -> None:
     """Apply what the supervisor sends, until cancelled."""
     while line := await lines.readline():
         message = json.loads(line)
@@ -102,6 +103,10 @@ async def follow(lines: asyncio.StreamReader, control: Control, app: FastAPI) ->
             logs.set_up(settings.log.level, settings.log.format)
             app.state.tokens = Tokens.of(settings.admin)
             control.apply(settings)
+            try:
+                relays.security = security(settings)
+            except OSError as error:
+                log.error("the certificate for relays stays as it was: %s", error)
         if "configuration" in message:
             control.configuration.report = msgspec.convert(message["configuration"], ConfigurationReport)
     await asyncio.Event().wait()  # the supervisor has ended; the kernel sends SIGTERM

@@ -116,7 +116,9 @@ class RelayLink:
         """One relay that was admitted, until its connection ends."""
         frames = MessageReader()
         code = "compiled" if hello.compiled else "interpreted"
-        log.info("relay %d connected (pid %d, %s)", hello.worker, hello.pid, code)
+        peer = writer.get_extra_info("peername")
+        machine = f" from {peer[0]}" if isinstance(peer, tuple) else ""
+        log.info("relay %d connected%s (pid %d, %s)", hello.worker, machine, hello.pid, code)
         self._writers.add(writer)
         try:
             writer.write(encode(self._policy or Alive()))

@@ -89,7 +89,7 @@ class LastPolicy:
 class ControlLink:
     """Keeps a connection to the active control process, and finds it again when it breaks.
 
-    on_policy: see `LastPolicy`. stats: the figures to report, once a second.
+    on_policy: see `LastPolicy`. stats: the figures to report, once a second. quiet: nothing is logged.
     """
 
     def __init__(
@@ -99,7 +99,10 @@ class ControlLink:
         on_policy: Callable[[Policy | None], None],
         stats: Callable[[], Stats],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        quiet: bool = False,
     ) -> None:
+        self._quiet = quiet
         self._addresses = addresses
         self._context = addresses.context()
         self._worker = worker
@@ -208,7 +211,8 @@ class ControlLink:
 
     async def _use(self, connection: _Connection, target: Target) -> None:
         """Until it is lost."""
-        log.info("relay %d: found the control process at %s", self._worker, target)
+        if not self._quiet:
+            log.info("relay %d: found the control process at %s", self._worker, target)
         self._said.clear()
         self._used = connection
         silent = False
@@ -227,7 +231,7 @@ class ControlLink:
         )
 
     def _say(self, text: str) -> None:
-        if text not in self._said and len(self._said) < MAX_LINES:
+        if text not in self._said and len(self._said) < MAX_LINES and not self._quiet:
             self._said.add(text)
             log.warning("relay %d: %s", self._worker, text)
 

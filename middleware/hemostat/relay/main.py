@@ -4,7 +4,7 @@ of JSON, from its standard input:
     {"worker": 0, "fds": [7],
      "upstream": {"urls": ["http://127.0.0.1:8001"], "api_key": null, "ca": null, "max_connections": 512,
                   "queue_seconds": 60.0, "health_seconds": 2.0, "resolve_seconds": 5.0, "affinity": true},
-     "allow_adapter_routes": false, "control": {"path": "/run/…/control.sock"},
+     "allow_adapter_routes": false, "control": {"path": "/run/…/control.sock"}, "figures": null,
      "shutdown_seconds": 30.0, "drain_seconds": 600.0,
      "limits": {"head_bytes": 65536, "header_count": 128, "body_bytes": 268435456},
      "client_limits": {"key": "authorization", "requests_per_second": null, "burst": 10, "concurrent": null},
@@ -12,7 +12,8 @@ of JSON, from its standard input:
      "access_log_fd": null, "access_log_clients": false, "other_fds": [],
      "tracing": {"endpoint": "http://collector:4318", "ratio": 0.01}}
 
-fds: the inherited listening sockets. other_fds: inherited and not used: it was loaded before it was known which relay's
+control: see `ControlAddresses`. figures: a Unix socket that the counters are sent to as well; null: none. fds: the
+inherited listening sockets. other_fds: inherited and not used: it was loaded before it was known which relay's
 place it takes. It prints `{"listening": port}` when it accepts connections. On SIGTERM it accepts no more connections,
 closes idle ones, lets the requests in progress end for `shutdown_seconds`, and exits with 0. On SIGUSR1 another relay
 has taken its place: it does the same within `drain_seconds`, and idle connections may send one more request, whose
@@ -152,26 +153,32 @@ async def run(config: dict[str, Any]) -> None:
         relay.upstreams.set_drained(policy.drained)
         relay.hook = interceptor
 
-    link = ControlLink(ControlAddresses.from_json(config["control"]), config["worker"], on_policy, relay.stats)
+    worker = config["worker"]
+    link = ControlLink(ControlAddresses.from_json(config["control"]), worker, on_policy, relay.stats)
+    links = [link]
+    if config.get("figures"):
+        links.append(ControlLink(ControlAddresses(config["figures"]), worker, lambda _: None, relay.stats, quiet=True))
     for fd in config.get("other_fds", ()):
         os.close(fd)
     sockets = [socket.socket(fileno=fd) for fd in config["fds"]]
     await relay.serve(*sockets)
-    linking = loop.create_task(link.run())
+    linking = [loop.create_task(one.run()) for one in links]
     # Objects that exist now are kept until the end: the garbage collector need not traverse them again.
     gc.collect()
     gc.freeze()
     _print({"listening": sockets[0].getsockname()[1]})
     await end.asked.wait()
-    link.report()
+    for one in links:
+        one.report()
     if not await drain(relay, end, config["shutdown_seconds"], config.get("drain_seconds", 0.0)):
         log.warning(
             "relay %d: %d connections still had a request in progress when the time to drain was over",
             config["worker"],
             len(relay.clients),
         )
-    linking.cancel()
-    await link.close()
+    for task in linking:
+        task.cancel()
+    await asyncio.gather(*(one.close() for one in links))
     await relay.close()
     if relay.tracing is not None:
         await asyncio.to_thread(relay.tracing.close)

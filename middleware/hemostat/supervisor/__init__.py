@@ -1,9 +1,10 @@
-"""`hemostat serve`: the supervisor. It owns the listening sockets, starts, restarts, replaces and stops the relays and
-the control process, and hands all of it on to a successor. The relays continue to serve while the control process is
-down; connections wait in the sockets' queues while no relay is running.
+"""The supervisor of `hemostat serve`, `relay` and `control`. It owns the listening sockets, starts, restarts, replaces
+and stops the relays and the control process, and hands all of it on to a successor. The relays continue to serve while
+the control process is down; connections wait in the sockets' queues while no relay is running.
 
 sockets     the data port's and the admin port's listening sockets: bound here, or passed on by systemd
 child       one child process
+role        which of them a command runs
 relays      the relay processes, and those that were replaced and let their requests end
 control     the control process: one at a time
 commands    what a signal or a successor asks for

@@ -1,4 +1,5 @@
-"""The control process: one at a time, as it owns the store's file and the state that relays report to."""
+"""The control process: one at a time, as it owns the store's file and the state that relays report to. Beside relays
+whose control process is on another machine, a process that shows their figures is in its place."""
 
 from __future__ import annotations
 
@@ -9,20 +10,29 @@ from typing import Any
 
 from hemostat.config.schema import Settings
 from hemostat.supervisor.child import Child, Launch, StartFailure
+from hemostat.supervisor.role import Role
 from hemostat.supervisor.run_folder import RunFolder
 from hemostat.supervisor.sockets import Sockets
 
 log = logging.getLogger("hemostat.serve")
 
 STOP_SECONDS = 10.0
-_MODULE = "hemostat.control.process"
+MODULES = {
+    Role.SERVE: "hemostat.control.process",
+    Role.CONTROL: "hemostat.control.process",
+    Role.RELAY: "hemostat.relay_admin",
+}
 
 
 class ControlProcess:
     """Owns the control process that serves. Relays go on without one; requests to the admin port wait in its queue."""
 
-    def __init__(self, launch: Launch) -> None:
-        self._child = Child("control", _MODULE, launch)
+    def __init__(self, launch: Launch, role: Role = Role.SERVE) -> None:
+        self._role = role
+        self._child = self._make(launch)
+
+    def _make(self, launch: Launch) -> Child:
+        return Child("control" if self._role.control else "admin port", MODULES[self._role], launch)
 
     async def load(self) -> None:
         """Start it as far as it can be while another one still works: it has imported its modules. StartFailure."""
@@ -38,7 +48,7 @@ class ControlProcess:
 
         StartFailure: the successor did not start; one with the former settings serves again.
         """
-        former, successor = self._child, Child("control", _MODULE, launch)
+        former, successor = self._child, self._make(launch)
         try:
             await successor.load()
         except StartFailure:
@@ -74,6 +84,7 @@ class ControlProcess:
 def control_launch(settings: Settings, sockets: Sockets, folder: RunFolder, report: dict[str, Any]) -> Launch:
     """report: of the configuration that is in force, see `control.configuration`."""
     fd = sockets.admin.fileno()
+    control_fd = None if sockets.control is None else sockets.control.fileno()
     return Launch(
         {
             "settings": settings.plain(),
@@ -82,7 +93,8 @@ def control_launch(settings: Settings, sockets: Sockets, folder: RunFolder, repo
             "parent": os.getpid(),
             "data_port": sockets.data_port,
             "admin_fd": fd,
+            "control_fd": control_fd,
             "configuration": report,
         },
-        (fd,),
+        (fd,) if control_fd is None else (fd, control_fd),
     )

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hemostat.config.fields import split_address
 from hemostat.config.schema import Settings
 from hemostat.supervisor.child import Child, Launch
+from hemostat.supervisor.role import Role
 from hemostat.supervisor.sockets import Sockets
 from hemostat.supervisor.spare import SpareRelay
 
@@ -50,7 +52,8 @@ class Relays:
         """Restart those that end, from now on."""
         for relay in self._serving:
             relay.keep()
-        await self._spare.provide(sorted({fd for relay in self._serving for fd in relay.launch.fds}))
+        if self._serving:
+            await self._spare.provide(sorted({fd for relay in self._serving for fd in relay.launch.fds}))
 
     async def replace(self, launches: Sequence[Launch], settings: Settings) -> None:
         """Start a relay for each, on the same sockets; only then the former ones accept no more connections.
@@ -89,20 +92,33 @@ class Relays:
         await asyncio.gather(*(relay.stop(sig, within + KILL_AFTER_SECONDS) for relay in relays))
 
 
-def relay_launches(settings: Settings, sockets: Sockets, control_socket: Path, access_log: int | None) -> list[Launch]:
+def relay_launches(
+    settings: Settings, sockets: Sockets, control_socket: Path, access_log: int | None, role: Role = Role.SERVE
+) -> list[Launch]:
     """One for each relay. access_log: the file descriptor that lines of the access log are written to."""
+    if not role.relays:
+        return []
     sockets.provide(settings.workers)
     launches = []
     for worker in range(settings.workers):
         fds = [sock.fileno() for sock in sockets.of_worker(worker, settings.workers)]
-        config = relay_config(settings, worker, control_socket) | {"fds": fds, "access_log_fd": access_log}
+        config = relay_config(settings, worker, control_socket, role) | {"fds": fds, "access_log_fd": access_log}
         launches.append(Launch(config, tuple(fds) if access_log is None else (*fds, access_log)))
     return launches
 
 
-def relay_config(settings: Settings, worker: int, control_socket: Path) -> dict[str, Any]:
-    """What `hemostat.relay.main` reads on its standard input, without file descriptors."""
-    upstream = settings.upstream
+def relay_config(settings: Settings, worker: int, control_socket: Path, role: Role = Role.SERVE) -> dict[str, Any]:
+    """What `hemostat.relay.main` reads on its standard input, without file descriptors. control_socket: of this
+    machine's control process, or of the admin port's process beside relays without one."""
+    upstream, control = settings.upstream, settings.control
+    far = None
+    if role is Role.RELAY:
+        far = {
+            "hosts": [split_address(one) for one in control.addresses],
+            "token": control.token.get_secret_value() if control.token else "",
+            "ca": str(control.ca) if control.ca else None,
+            "upstreams": list(upstream.addresses),
+        }
     return {
         "worker": worker,
         "upstream": {
@@ -116,7 +132,8 @@ def relay_config(settings: Settings, worker: int, control_socket: Path) -> dict[
             "affinity": upstream.affinity,
         },
         "allow_adapter_routes": upstream.allow_adapter_routes,
-        "control": {"path": str(control_socket)},
+        "control": far or {"path": str(control_socket)},
+        "figures": str(control_socket) if far else None,
         "shutdown_seconds": settings.shutdown_seconds,
         "drain_seconds": settings.drain_seconds,
         "limits": settings.limits.model_dump(),

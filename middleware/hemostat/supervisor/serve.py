@@ -10,19 +10,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hemostat import logs
 from hemostat.config.errors import ConfigError
+from hemostat.config.fields import split_address
 from hemostat.config.reloading import plan_reload
 from hemostat.config.schema import Settings
+from hemostat.ipc.addresses import client_context, server_context
 from hemostat.supervisor import service, takeover
-from hemostat.supervisor.child import StartFailure
+from hemostat.supervisor.child import Launch, StartFailure
 from hemostat.supervisor.commands import Command, Commands, Stopped
 from hemostat.supervisor.control import ControlProcess, control_launch
 from hemostat.supervisor.relays import Relays, relay_launches
+from hemostat.supervisor.role import Role
 from hemostat.supervisor.run_folder import RunFolder
-from hemostat.supervisor.sockets import Sockets, open_sockets, serves
+from hemostat.supervisor.sockets import Address, Sockets, addresses, open_sockets, serves
 from hemostat.supervisor.takeover import Channel, TakeoverFailed
 
 log = logging.getLogger("hemostat.serve")
@@ -36,19 +40,38 @@ def _print_line(text: str) -> None:
     print(text, flush=True)  # noqa: T201
 
 
-def main(load: Callable[[], Settings], announce: Callable[[str], None] | None = None) -> int:
+def main(load: Callable[[], Settings], role: Role = Role.SERVE, announce: Callable[[str], None] | None = None) -> int:
     """Run until SIGTERM or SIGINT, or until a successor has taken over; 0, or 2 when a process cannot start.
 
     load: reads the configuration, now and at every SIGHUP. ConfigError. announce: None prints lines for people, or
     logs them where the log is for programs.
     """
+    load = partial(_load, load, role)
     settings = load()
     logs.set_up(settings.log.level, settings.log.format)
     own = log.info if settings.log.format == "json" else _print_line
-    return asyncio.run(_run(settings, load, announce or own))
+    return asyncio.run(_run(settings, load, role, announce or own))
 
 
-async def _run(settings: Settings, load: Callable[[], Settings], announce: Callable[[str], None]) -> int:
+def _load(load: Callable[[], Settings], role: Role) -> Settings:
+    """The configuration, with what this command needs; ConfigError."""
+    settings = load()
+    control = settings.control
+    if role is Role.RELAY and not control.addresses:
+        raise ConfigError("control.addresses: required for hemostat relay, like [control-0:8082, control-1:8082]")
+    if role is Role.CONTROL and control.listen is None:
+        raise ConfigError("control.listen: required for hemostat control, like 0.0.0.0:8082")
+    try:
+        if not role.control and control.ca is not None:
+            client_context(control.ca)
+        if role.control and control.cert is not None and control.key is not None:
+            server_context(control.cert, control.key)
+    except OSError as error:
+        raise ConfigError(f"control.{'cert' if role.control else 'ca'}: {error}") from None
+    return settings
+
+
+async def _run(settings: Settings, load: Callable[[], Settings], role: Role, announce: Callable[[str], None]) -> int:
     commands = Commands()
     passed = service.passed_sockets(os.environ, os.getpid())
     by_service = bool(passed)
@@ -56,12 +79,14 @@ async def _run(settings: Settings, load: Callable[[], Settings], announce: Calla
     inherited = None
     if predecessor is not None:
         message, received = await predecessor.receive()
+        if message["role"] != role.value:
+            raise ConfigError(f"run_dir: hemostat {message['role']} runs there; give each command a folder of its own")
         by_service = by_service or message["by_service"]
-        _select(received, message["sockets"], settings, passed, any_address=message["by_service"])
+        _select(received, message["sockets"], addresses(settings, role), passed, any_address=message["by_service"])
         inherited = message["folder"]
     folder = RunFolder.make(settings.run_dir, inherited)
-    sockets = open_sockets(settings.listen, settings.admin, passed, by_service=by_service)
-    supervisor = Supervisor(settings, load, announce, commands, sockets, folder)
+    sockets = open_sockets(addresses(settings, role), passed, by_service=by_service)
+    supervisor = Supervisor(settings, load, announce, commands, sockets, folder, role)
     try:
         await commands.unless_stopped(supervisor.start(predecessor))
         await supervisor.obey()
@@ -82,15 +107,15 @@ async def _run(settings: Settings, load: Callable[[], Settings], announce: Calla
 def _select(
     received: list[socket.socket],
     counts: dict[str, int],
-    settings: Settings,
+    wanted: dict[str, tuple[str, Address]],
     passed: dict[str, list[socket.socket]],
     *,
     any_address: bool,
 ) -> None:
     """Add a predecessor's sockets to `passed`: those that are bound to the configured address, or all of them."""
-    for name, section in ((service.DATA, settings.listen), (service.ADMIN, settings.admin)):
-        own, received = received[: counts[name]], received[counts[name] :]
-        if name not in passed and (any_address or serves(own[0], section.host, section.port)):
+    for name, count in counts.items():
+        own, received = received[:count], received[count:]
+        if own and name in wanted and name not in passed and (any_address or serves(own[0], *wanted[name][1])):
             passed[name] = own
         else:
             for one in own:
@@ -108,7 +133,9 @@ class Supervisor:
         commands: Commands,
         sockets: Sockets,
         folder: RunFolder,
+        role: Role = Role.SERVE,
     ) -> None:
+        self._role = role
         self._settings = settings
         self._load = load
         self._announce = announce
@@ -119,7 +146,7 @@ class Supervisor:
         self._relays = Relays()
         self._report: dict[str, Any] = {"loaded_at": time.time(), "error": "", "needs_restart": []}
         """What the status says of the configuration, see `control.configuration`."""
-        self._control = ControlProcess(control_launch(settings, sockets, folder, self._report))
+        self._control = ControlProcess(control_launch(settings, sockets, folder, self._report), role)
         self._successor: subprocess.Popen[bytes] | None = None
         self._owns_folder = False
         self._replaced = False
@@ -127,9 +154,9 @@ class Supervisor:
 
     async def start(self, predecessor: Channel | None) -> None:
         """Serve, and take the predecessor's place. StartFailure, TakeoverFailed: it goes on."""
-        settings, sockets = self._settings, self._sockets
+        settings = self._settings
         self._owns_folder = predecessor is None
-        launches = relay_launches(settings, sockets, self._folder.control_socket, self._access_log)
+        launches = self._relay_launches(settings, self._access_log)
         await self._control.load()
         if predecessor is None:
             await self._control.begin()
@@ -144,11 +171,25 @@ class Supervisor:
         await self._relays.keep()
         if settings.run_dir is not None:
             self._commands.listen(takeover.listen_for_successors(self._folder.path))
-        engines = ", ".join(settings.upstream.addresses)
-        host, admin = _url_host(settings.listen.host), _url_host(settings.admin.host)
-        self._announce(f"hemostat: data port http://{host}:{sockets.data_port} -> {engines}")
-        self._announce(f"hemostat: admin port http://{admin}:{sockets.admin_port} (console, /metrics)")
+        self._announce_ports()
         service.notify("READY=1")
+
+    def _announce_ports(self) -> None:
+        settings, sockets = self._settings, self._sockets
+        host, admin = _url_host(settings.listen.host), _url_host(settings.admin.host)
+        if sockets.data:
+            engines = ", ".join(settings.upstream.addresses)
+            self._announce(f"hemostat: data port http://{host}:{sockets.data_port} -> {engines}")
+        if sockets.control is not None:
+            listens = _url_host(split_address(settings.control.listen or "")[0])
+            port = sockets.control.getsockname()[1]
+            how = "TLS" if settings.control.cert is not None else "no TLS"
+            self._announce(f"hemostat: relays connect to {listens}:{port} ({how})")
+        shows = "console, /metrics" if self._role.control else "/metrics of the relays"
+        self._announce(f"hemostat: admin port http://{admin}:{sockets.admin_port} ({shows})")
+
+    def _relay_launches(self, settings: Settings, access_log: int | None) -> list[Launch]:
+        return relay_launches(settings, self._sockets, self._folder.control_socket, access_log, self._role)
 
     async def obey(self) -> None:
         """Do what signals and successors ask for, until a successor has taken over and all relays have drained.
@@ -184,9 +225,7 @@ class Supervisor:
             if plan.replaces_control:
                 await self._control.replace(control_launch(settings, self._sockets, self._folder, self._report))
                 control_replaced = True
-            await self._relays.replace(
-                relay_launches(settings, self._sockets, self._folder.control_socket, access_log), settings
-            )
+            await self._relays.replace(self._relay_launches(settings, access_log), settings)
             self._access_log, access_log = access_log, self._access_log
         except StartFailure as failure:
             log.error("SIGHUP: %s with the new configuration; the former one serves", failure)
@@ -245,8 +284,13 @@ class Supervisor:
         released = False
         log.info("another supervisor takes over")
         try:
-            counts = {service.DATA: len(sockets.data), service.ADMIN: 1}
-            message = {"folder": self._folder.describe(), "sockets": counts, "by_service": sockets.by_service}
+            counts = {name: len(own) for name, own in sockets.by_name().items()}
+            message = {
+                "role": self._role.value,
+                "folder": self._folder.describe(),
+                "sockets": counts,
+                "by_service": sockets.by_service,
+            }
             successor.send(message, sockets.all())
             await successor.expect(takeover.RELEASE_CONTROL)
             released = True

@@ -11,12 +11,12 @@ from hemostat.config.errors import ConfigError
 
 FIRST_FD = 3
 """Passed sockets have consecutive numbers from here on (SD_LISTEN_FDS_START)."""
-DATA, ADMIN = "data", "admin"
+DATA, ADMIN, CONTROL = NAMES = "data", "admin", "control"
 _VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
 
 def passed_sockets(environment: MutableMapping[str, str], pid: int) -> dict[str, list[socket.socket]]:
-    """The sockets that systemd has opened for this process: by the name `data` or `admin` (FileDescriptorName=).
+    """The sockets that systemd has opened for this process, by their name in NAMES (FileDescriptorName=).
 
     A single one may have any name, and is the data port's. The variables are removed, as they are for this process
     only. ConfigError says which unit is to be corrected.
@@ -26,14 +26,14 @@ def passed_sockets(environment: MutableMapping[str, str], pid: int) -> dict[str,
         return {}
     count = int(values["LISTEN_FDS"])
     names = values["LISTEN_FDNAMES"].split(":") if values["LISTEN_FDNAMES"] else [""] * count
-    if count == 1 and names[0] not in {DATA, ADMIN}:
+    if count == 1 and names[0] not in NAMES:
         names = [DATA]
     found: dict[str, list[socket.socket]] = {}
     try:
         for fd, name in zip(range(FIRST_FD, FIRST_FD + count), names, strict=False):
-            if name not in {DATA, ADMIN}:
+            if name not in NAMES:
                 raise ConfigError(
-                    f"systemd: a socket is named {name!r}; set FileDescriptorName=data or admin in its unit"
+                    f"systemd: a socket is named {name!r}; set FileDescriptorName=data, admin or control in its unit"
                 )
             if name in found:
                 raise ConfigError(f"systemd: two sockets are named {name}; list one ListenStream= for each name")

@@ -15,7 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hemostat.config.errors import ConfigError
-from hemostat.config.schema import Admin, Listen
+from hemostat.config.fields import split_address
+from hemostat.config.schema import Settings
+from hemostat.supervisor.role import Role
+from hemostat.supervisor.service import ADMIN, CONTROL, DATA
 
 BACKLOG = 2048
 """Connections that may wait in the queue of one socket (the kernel's limit is net.core.somaxconn)."""
@@ -27,16 +30,18 @@ Address = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Sockets:
-    """data: at least one, all of one address; admin: one. All of them listen. by_service: a service manager has chosen
-    their addresses, whatever the settings say."""
+    """data: all of one address, none without relays; admin: one; control: for relays on other machines, if there are to
+    be any. All of them listen. by_service: a service manager has chosen their addresses, whatever the settings say."""
 
     data: list[socket.socket]
     admin: socket.socket
+    control: socket.socket | None = None
     by_service: bool = False
 
     @property
     def data_port(self) -> int:
-        return int(self.data[0].getsockname()[1])
+        """0 without relays."""
+        return int(self.data[0].getsockname()[1]) if self.data else 0
 
     @property
     def admin_port(self) -> int:
@@ -47,6 +52,8 @@ class Sockets:
 
         Once relays accept on them there are never fewer: what waits in the queue of a closed socket would be lost.
         """
+        if not self.data:
+            return
         first = self.data[0]
         while len(self.data) < min(workers, MAX_DATA_SOCKETS) and first.getsockopt(
             socket.SOL_SOCKET, socket.SO_REUSEPORT
@@ -67,21 +74,42 @@ class Sockets:
             return self.data[worker::workers]
         return [self.data[worker % len(self.data)]]
 
+    def by_name(self) -> dict[str, list[socket.socket]]:
+        return {DATA: self.data, ADMIN: [self.admin], CONTROL: [self.control] if self.control is not None else []}
+
     def all(self) -> list[socket.socket]:
-        return [*self.data, self.admin]
+        return [one for sockets in self.by_name().values() for one in sockets]
 
     def close(self) -> None:
         for one in self.all():
             one.close()
 
 
+def addresses(settings: Settings, role: Role) -> dict[str, tuple[str, Address]]:
+    """By name of the sockets that this role listens on: the setting of the port, and host and port."""
+    found = {ADMIN: ("admin.port", (settings.admin.host, settings.admin.port))}
+    if role.relays:
+        found[DATA] = ("listen.port", (settings.listen.host, settings.listen.port))
+    if role.control and settings.control.listen is not None:
+        found[CONTROL] = ("control.listen", split_address(settings.control.listen))
+    return found
+
+
 def open_sockets(
-    listen: Listen, admin: Admin, passed: Mapping[str, list[socket.socket]], *, by_service: bool
+    wanted: Mapping[str, tuple[str, Address]], passed: Mapping[str, list[socket.socket]], *, by_service: bool
 ) -> Sockets:
-    """Bind what was not passed on. passed: by name, `data` and `admin`. ConfigError where a port is taken."""
-    data = passed.get("data") or [_bind("listen", listen.host, listen.port, reuse_port=True)]
-    console = passed.get("admin") or [_bind("admin", admin.host, admin.port, reuse_port=False)]
-    return Sockets(data, console[0], by_service)
+    """Bind what was not passed on. wanted: see `addresses`. passed: by name. ConfigError where a port is taken."""
+    found = {name: passed[name] for name in wanted if passed.get(name)}
+    bound: list[socket.socket] = []
+    try:
+        for name in wanted.keys() - found.keys():
+            bound.append(_bind(*wanted[name], reuse_port=name == DATA))
+            found[name] = [bound[-1]]
+    except ConfigError:
+        for one in bound:
+            one.close()
+        raise
+    return Sockets(found.get(DATA, []), found[ADMIN][0], next(iter(found.get(CONTROL, [])), None), by_service)
 
 
 def serves(sock: socket.socket, host: str, port: int) -> bool:
@@ -94,7 +122,8 @@ def serves(sock: socket.socket, host: str, port: int) -> bool:
     return own in found and port in {0, own[1]}
 
 
-def _bind(section: str, host: str, port: int, *, reuse_port: bool) -> socket.socket:
+def _bind(setting: str, address: Address, *, reuse_port: bool) -> socket.socket:
+    host, port = address
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         # With SO_REUSEPORT alone, a second Hemostat of the same user would silently get half of the connections; the
@@ -102,11 +131,11 @@ def _bind(section: str, host: str, port: int, *, reuse_port: bool) -> socket.soc
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-            address = probe.getsockname()[:2]
-        return _listen(family, address, reuse_port=reuse_port)
+            bound = probe.getsockname()[:2]
+        return _listen(family, bound, reuse_port=reuse_port)
     except OSError as error:
         raise ConfigError(
-            f"{section}: cannot bind {host}:{port} ({error.strerror}); free it or set {section}.port"
+            f"{setting}: cannot bind {host}:{port} ({error.strerror}); free it or choose another"
         ) from error
 
 

@@ -11,7 +11,7 @@
 
 Until "serving" either side may end: the successor exits, or the predecessor goes on, with its control process again.
 There is never more than one control process. The connection begins in one of two ways: the predecessor got SIGUSR2 and
-starts the successor with one end of a socket pair (`FD_VARIABLE`), or `hemostat serve` is started while another one
+starts the successor with one end of a socket pair (`FD_VARIABLE`), or the same command is started while another one
 listens in the same `run_dir`.
 """
 

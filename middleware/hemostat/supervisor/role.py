@@ -1,0 +1,24 @@
+"""Which of Hemostat's processes a supervisor runs."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Role(Enum):
+    """The value is the name of the command."""
+
+    SERVE = "serve"
+    """Relays and the control process on one machine."""
+    RELAY = "relay"
+    """Relays, whose control process is on another machine."""
+    CONTROL = "control"
+    """A control process, whose relays are on other machines."""
+
+    @property
+    def relays(self) -> bool:
+        return self is not Role.CONTROL
+
+    @property
+    def control(self) -> bool:
+        return self is not Role.RELAY
