@@ -24,7 +24,10 @@ WIDTH = 118
 
 URL = r"^https?://[^/@?#\s]+/?$"
 STORE = r"^(memory://$|sqlite:///.+|(" + "|".join(sorted(SCHEMES)) + ")://.+)"
-CHARTS_OWN = {("listen",), ("upstream", "url"), ("upstream", "urls"), ("admin", "host"), ("admin", "port")}
+CHARTS_OWN = {
+    *(("listen",), ("control",), ("admin", "host"), ("admin", "port")),
+    *(("upstream", "url"), ("upstream", "urls")),
+}
 """Keys that the chart sets itself."""
 SECRET = {"pattern": "^[!-~]+$", "maxLength": 4096}
 CHECKED_BY_CODE: dict[tuple[str, ...], dict[str, Any]] = {

@@ -117,6 +117,7 @@ def schema_leaves(node: dict[str, Any], path: Key = ()) -> Iterator[Key]:
 def test_the_schema_knows_the_keys_that_serve_knows() -> None:
     charts_own = {("listen", "host"), ("listen", "port"), ("admin", "host"), ("admin", "port")}
     charts_own |= {("upstream", "url"), ("upstream", "urls")}
+    charts_own |= {key for key in leaves(Settings) if key[0] == "control"}
     assert set(schema_leaves(schema["definitions"]["config"])) == set(leaves(Settings)) - charts_own
 
 
@@ -172,7 +173,12 @@ def test_what_the_chart_lets_through_serve_takes(key: Key) -> None:
 
 def test_serves_defaults_are_let_through() -> None:
     defaults = Settings.model_validate({"upstream": {"url": "http://a"}}).plain()
-    for section, own in {"listen": None, "admin": ("host", "port"), "upstream": ("url", "urls")}.items():
+    for section, own in {
+        "listen": None,
+        "control": None,
+        "admin": ("host", "port"),
+        "upstream": ("url", "urls"),
+    }.items():
         if own is None:
             del defaults[section]
         else:

@@ -20,7 +20,7 @@ STOP_SECONDS = 10.0
 MODULES = {
     Role.SERVE: "hemostat.control.process",
     Role.CONTROL: "hemostat.control.process",
-    Role.RELAY: "hemostat.relay_admin",
+    Role.RELAY: "hemostat.supervisor.relay_admin",
 }
 
 
