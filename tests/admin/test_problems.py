@@ -19,7 +19,7 @@ from hemostat.admin.recent import LOST_SECONDS, MINUTE_SECONDS
 from hemostat.control.composition import Control
 from hemostat.ipc.messages import EngineHealth, Stats, encode
 from hemostat.reference.pair import ReferenceState
-from hemostat.store.protocol import NotKeptError, StoreFailure
+from hemostat.store.protocol import ExclusionLost, StoreFailure
 
 REQUESTS, SHADOW = "hemostat_requests_total", "hemostat_shadow_requests_total"
 A, B, C = "10.0.0.1:8000", "10.0.0.2:8000", "10.0.0.3:8000"
@@ -213,20 +213,10 @@ async def test_a_store_that_refuses_is_a_problem_for_a_quarter_of_an_hour(tmp_pa
         assert one.found() == []
 
 
-async def test_a_store_that_cannot_be_opened_is_a_problem_and_its_writes_fail(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    async with bench(tmp_path, store={"url": f"sqlite:///{tmp_path}/folder"}) as one:
-        [(alert, text)] = one.found()
-        assert alert == "HemostatStoreErrors"
-        assert "nothing will survive a restart" in text
-        errors = one.one.store_errors.count
-        assert errors == 1
-        writing = asyncio.create_task(one.one.writer.run())
-        with pytest.raises(NotKeptError):
-            await one.one.actions.set_mode("off")
-        assert one.one.profile_manager.serving.mode == "off"
-        assert one.one.store_errors.count > errors, "so that the alert, which looks for growth, stays"
-        writing.cancel()
+async def test_a_store_that_is_not_known_is_a_problem_for_as_long_as_it_is(tmp_path: Path) -> None:
+    async with bench(tmp_path) as one:
+        one.one.ownership._lose(ExclusionLost("the session has ended"))
+        assert one.found() == [("HemostatStoreErrors", "Nothing is decided or stored: the session has ended")]
         one.now += 2 * LOST_SECONDS
         assert [alert for alert, _ in one.found()] == ["HemostatStoreErrors"]
 

@@ -119,7 +119,7 @@ def test_check_and_logs_of_a_store(
     address = f"{scheme}{user}:{password}@127.0.0.1:1/0"
     assert main(["check", "--upstream", UPSTREAM, "--set", f"store.url={address}"]) in (1, 2)
     try:
-        open_store(address).get_state("a")
+        open_store(address).read()
     except StoreFailure as failure:
         print(failure)
     assert "Q" not in "".join(capsys.readouterr()) + caplog.text

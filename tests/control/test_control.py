@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import numpy as np
@@ -22,15 +22,15 @@ from tests.support.fake_vllm import VOCAB, FakeVllm, serving
 from tests.support.waiting import until
 
 from hemostat.config.schema import Settings
-from hemostat.control import composition
+from hemostat.control import composition, operator_actions, ownership
 from hemostat.control.composition import Control
 from hemostat.engines.messages import EngineReport
-from hemostat.ipc.messages import REST_KIND, Policy, Stats
+from hemostat.ipc.messages import Policy, Stats
 from hemostat.profiles.serving import ServedModel
 from hemostat.reference import monitor
 from hemostat.reference.match import Match
-from hemostat.store.protocol import NotKeptError, StoreFailure
-from hemostat.store.writer import MAX_QUEUED_WRITES
+from hemostat.store import writer as writer_module
+from hemostat.store.protocol import ExclusionLost, NotActiveError, StoreFailure
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import temperature_bias
 
@@ -262,40 +262,62 @@ async def test_policies_are_sent_when_something_changed_and_only_then(tmp_path: 
         assert msgspec.structs.replace(told[0], generation=2, mode="auto") == told[1]
 
 
-async def test_a_store_that_refuses_is_counted_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "store.db"
-    made = settings(store={"url": f"sqlite:///{path}"})
+async def test_a_store_that_refuses_is_counted_and_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "RETRY_SECONDS", (0.01,))
+    made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"})
     async with control(tmp_path, made, loops=True) as one:
         one.profile_manager.set_model_pair("m", 30)
         one.profile_manager.operator.import_profile(profile())
-        await one.writer.wait_until_written(10.0)
-        assert len(one.store.events(9)) == len(one.store.profiles()) == 1
-        path.write_bytes(b"no database " * 1000)
-        one.profile_manager.operator.import_profile(profile(1))
-        await one.writer.wait_until_written(10.0)
-        refused = one.store_errors.count
-        assert refused == 3, "the event, the profile, the queue of candidates"
-        path.unlink()
-        one.profile_manager.operator.set_mode("auto")
-        await until(lambda: one.store.get_state("mode") == "observe auto")
-        assert one.store_errors.count == refused
-        assert len(one.profile_manager.report.listing()["profiles"]) == 2
+        assert await one.writer.wait_until_written(10.0)
+        with monkeypatch.context() as full_disk:
+            full_disk.setattr(one.store, "commit", full)
+            one.profile_manager.operator.import_profile(profile(1))
+            one.profile_manager.operator.set_mode("auto")
+            await until(lambda: one.store_errors.count > 2)
+            assert one.ownership.active
+        assert await one.writer.wait_until_written(30.0)
+        found = one.store.read()
+        assert [event["decision"] for event in found.events] == ["mode", "import", "import"]
+        assert (len(found.profiles), found.states["mode"]) == (2, "observe auto")
 
 
-async def test_a_damaged_store_does_not_keep_it_from_starting(tmp_path: Path) -> None:
+async def test_a_store_that_cannot_be_read_is_unknown_and_not_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is decided or written until it was read; then all goes on from it."""
+    monkeypatch.setattr(ownership, "RETRY_SECONDS", (0.01,))
     path = tmp_path / "store.db"
-    made = settings(store={"url": f"sqlite:///{path}"})
+    made = settings(store={"url": f"sqlite:///{path}"}, calibration={"mode": "auto"})
     async with control(tmp_path, made) as one:
-        one.store.append_event({"at": 0.0})
-        one.store._run(lambda c: c.execute("UPDATE events SET body = 'no json'"))  # type: ignore[attr-defined]
-        with pytest.raises(StoreFailure):
-            one.store.events(1)
-    async with control(tmp_path, made) as one:
-        assert one.store_errors.count == 1
+        one.profile_manager.set_model_pair("m", 30)
+        one.profile_manager.operator.promote(one.profile_manager.operator.import_profile(profile()))
+    intact = path.read_bytes()
     path.write_bytes(b"no database " * 1000)
-    async with control(tmp_path, made) as one:
-        assert one.store_errors.count == 1
-        one.store.set_state("a", "b")
+    other = Control(made, tmp_path / "control.sock", 1234)
+    starting = asyncio.create_task(other.start(None))
+    await other.ownership.settled.wait()
+    await until(lambda: other.store_errors.count > 2)
+    assert not starting.done()
+    assert not other.link.relays
+    assert status_json(other)["control"] == {
+        "state": "reading",
+        "detail": f"what is stored is not known: store {path}: file is not a database",
+    }
+    for action in (
+        other.actions.set_mode("off"),
+        other.actions.rollback("", None),
+        other.actions.drain("a", ends=True),
+    ):
+        with pytest.raises(NotActiveError, match="not active: what is stored is not known"):
+            await action
+    assert path.read_bytes() == b"no database " * 1000
+    path.write_bytes(intact)
+    await asyncio.wait_for(starting, 30)
+    other.profile_manager.set_model_pair("m", 30)
+    assert other.profile_manager.serving.version == profile().version
+    await other.close()
 
 
 async def test_what_was_decided_is_written_before_it_ends(tmp_path: Path) -> None:
@@ -307,78 +329,93 @@ async def test_what_was_decided_is_written_before_it_ends(tmp_path: Path) -> Non
         assert [event["decision"] for event in one.profiles.listing()["events"]] == ["mode"]
 
 
-async def test_a_mode_that_cannot_be_kept_applies_and_the_operator_is_told(
+def full(*_: object) -> NoReturn:
+    raise StoreFailure("database or disk is full")
+
+
+async def test_an_action_that_cannot_be_kept_applies_is_not_answered_as_done_and_is_kept_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"}, calibration={"mode": "auto"})
-    async with control(tmp_path, made) as one:
-        writing = asyncio.create_task(one.writer.run())
-        await one.actions.set_mode("observe")
-
-        def full(*_: object) -> None:
-            raise StoreFailure("database or disk is full")
-
-        monkeypatch.setattr(one.store, "set_state", full)
-        with pytest.raises(NotKeptError):
-            await one.actions.set_mode("off")
-        assert one.profile_manager.serving.mode == "off"
-        monkeypatch.undo()
-        await one.actions.set_mode("off")  # sent again, it is kept
-        writing.cancel()
-
-
-async def test_an_action_that_cannot_be_kept_applies_and_is_not_answered_as_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    monkeypatch.setattr(operator_actions, "MAX_WRITE_SECONDS", 0.05)
+    monkeypatch.setattr(writer_module, "RETRY_SECONDS", (0.01,))
     made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"}, calibration={"mode": "auto"})
     async with control(tmp_path, made) as one, admin_client(one) as client:
-        version = await one.actions.import_profile(profile().to_bytes(), "")
+        version = one.profile_manager.operator.import_profile(profile())
+        assert await one.writer.wait_until_written(30.0)
+        with monkeypatch.context() as full_disk:
+            full_disk.setattr(one.store, "commit", full)
+            for action, body in (("promote", {"version": version}), ("pin", {"version": version}), ("rollback", {})):
+                answer = await client.post(f"/api/v1/profiles/{action}", headers=AUTHORIZED, json=body)
+                assert answer.status_code == 507, answer.text
+                assert "the store does not answer: it is kept as soon as that answers" in answer.json()["detail"]
+                assert (one.profile_manager.serving.selected == version) is (action != "rollback"), action
+            answer = await client.post("/api/v1/profiles", headers=AUTHORIZED, content=profile(1).to_bytes())
+            assert answer.status_code == 507
+            answer = await client.post("/api/v1/calibration", headers=AUTHORIZED, json={"mode": "off"})
+            assert answer.status_code == 507
+            assert one.profile_manager.serving.mode == "off"
+        assert await one.writer.wait_until_written(30.0)
+        found = one.store.read()
+        assert found.states["mode"] == "auto off"
+        decisions = [event["decision"] for event in found.events]
+        assert decisions == ["mode", "import", "roll_back", "pin", "promote", "import"]
 
-        def full(*_: object) -> None:
-            raise StoreFailure("database or disk is full")
 
-        monkeypatch.setattr(one.store, "set_state", full)
-        for action, body in (("promote", {"version": version}), ("pin", {"version": version}), ("rollback", {})):
-            answer = await client.post(f"/api/v1/profiles/{action}", headers=AUTHORIZED, json=body)
-            assert answer.status_code == 507, answer.text
-            assert "the store could not keep it" in answer.json()["detail"]
-            assert (one.profile_manager.serving.selected == version) is (action != "rollback"), action
-        answer = await client.post("/api/v1/profiles", headers=AUTHORIZED, content=profile(1).to_bytes())
-        assert answer.status_code == 507
-        monkeypatch.undo()
-        await one.actions.promote(version, None)
-
-
-async def test_two_middlewares_with_other_versions_share_an_engine_and_a_store(tmp_path: Path) -> None:
-    """Each asks only for what the engine says it holds, and what both decided is in the store."""
+async def test_one_of_two_with_the_same_store_is_active_and_the_other_goes_on_from_it(tmp_path: Path) -> None:
     made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"}, calibration={"mode": "auto"})
     folders = [tmp_path / name for name in ("a", "b")]
     for folder in folders:
         folder.mkdir()
-    mine = profile(0)
-    async with control(folders[0], made) as first, control(folders[1], made) as second:
-        told: dict[int, Policy] = {}
-        for n, one in enumerate((first, second)):
-            one.link.set_policy = lambda policy, n=n: told.update({n: policy})  # type: ignore[method-assign]
-            one.profile_manager.set_model_pair("m", 30)
-            one.profile_manager.operator.promote(one.profile_manager.operator.import_profile(profile(n)))
-            report = EngineReport("boot", 0, 1, [mine.version], 30, {}, "v1", "0")
-            one.engines.report(report, time.monotonic())
-            one.policy.publish()
-        assert [policy.serving_by_kind.get(REST_KIND) for policy in told.values()] == [mine.version, profile(1).version]
-        assert [set(policy.acknowledged) for policy in told.values()] == [{mine.version}, {mine.version}]
-        names = {policy.nonce_prefix for policy in told.values()}
-        assert len(names) == 2, "the engine tells each of them what was tapped of its own requests"
-        assert "" not in names
-        again = EngineReport("anew", 0, 1, [], 30, {}, "v1", "0")
-        first.engines.report(again, time.monotonic())
-        first.policy.publish()
-        assert told[0].acknowledged == frozenset(), "an engine that restarted has yet to fetch it"
-    async with control(folders[0], made) as third:
-        third.profile_manager.set_model_pair("m", 30)
-        assert third.profile_manager.serving.version == mine.version, "the last word: the first one was closed last"
-        assert {item.version for item in third.store.profiles()} == {mine.version, profile(1).version}
-        assert [e["decision"] for e in third.profiles.listing()["events"]].count("promote") == 2
+    other = Control(made, folders[1] / "control.sock", 1234)
+    async with control(folders[0], made) as one:
+        one.profile_manager.set_model_pair("m", 30)
+        one.profile_manager.operator.promote(one.profile_manager.operator.import_profile(profile()))
+        starting = asyncio.create_task(other.start(None))
+        await other.ownership.settled.wait()
+        async with admin_client(other) as client:
+            ready = await client.get("/readyz")
+            assert (ready.status_code, ready.text) == (200, "standby\n")
+            for path, body in (
+                ("calibration", {"mode": "off"}),
+                ("profiles/rollback", {}),
+                ("engine/report", {}),
+            ):
+                answer = await client.post(f"/api/v1/{path}", headers=AUTHORIZED, json=body)
+                assert answer.status_code == 503, answer.text
+                assert answer.json()["detail"] == "not active: another process owns the store"
+            assert (await client.get("/metrics", headers=AUTHORIZED)).status_code == 200
+            state = (await client.get("/api/v1/status", headers=AUTHORIZED)).json()
+            assert state["control"] == {"state": "standby", "detail": "another process owns the store"}
+            assert state["state"] == {"level": "ok", "problems": []}
+        assert not (folders[1] / "control.sock").exists()
+    await asyncio.wait_for(starting, 30)
+    other.profile_manager.set_model_pair("m", 30)
+    assert other.profile_manager.serving.version == profile().version
+    assert [event["decision"] for event in other.profiles.listing()["events"]] == ["promote", "import"]
+    await other.close()
+
+
+async def test_while_it_is_suspended_records_decide_nothing_and_off_applies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operator_actions, "MAX_WRITE_SECONDS", 0.05)
+    made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"}, calibration={"mode": "auto"})
+    async with control(tmp_path, made) as one, admin_client(one) as client:
+        told: list[Policy] = []
+        one.link.set_policy = told.append  # type: ignore[method-assign]
+        one.ownership._lose(ExclusionLost("the session has ended"))
+        one.pipeline.use_record(*scored())
+        assert one.measurements.tokens == 0
+        for mode, code in (("observe", 503), ("off", 507)):
+            answer = await client.post("/api/v1/calibration", headers=AUTHORIZED, json={"mode": mode})
+            assert answer.status_code == code
+        assert told[-1].mode == "off"
+        assert [alert["alert"] for alert in status_json(one)["state"]["problems"]][-1] == "HemostatStoreErrors"
+        one.ownership._move(ownership._Event.REGAINED, "")
+        assert await one.writer.wait_until_written(30.0)
+        assert one.store.read().states["mode"] == "auto off"
+        one.pipeline.use_record(*scored())
+        assert one.measurements.tokens > 0
 
 
 async def test_a_forced_profile_that_is_none_is_named(tmp_path: Path) -> None:
@@ -392,12 +429,10 @@ async def test_a_forced_profile_that_is_none_is_named(tmp_path: Path) -> None:
         assert one.profile_manager.serving.forced == profile().version
 
 
-async def test_saves_beyond_what_can_wait_are_counted(tmp_path: Path) -> None:
+async def test_closing_writes_what_was_queued(tmp_path: Path) -> None:
     async with control(tmp_path) as one:
-        for _ in range(MAX_QUEUED_WRITES + 3):
-            one.writer.set_state("a", "b")
-        assert one.store_errors.count == 3
-    assert one.store.get_state("a") == "b", "closing writes what was queued"
+        one.writer.set_state("a", "b")
+    assert one.store.read().states["a"] == "b"
 
 
 async def test_the_cost_of_a_status_and_of_a_scrape_does_not_grow_with_the_records(tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ import pytest
 from tests.support import control as support
 from tests.support.captures import INFO
 from tests.support.served_models import pair, served_models
+from tests.support.stores import stored
 
 from hemostat.control.composition import Control
 from hemostat.control.learned_state import BLOB_KEY
 from hemostat.control.model_identity import with_weights
-from hemostat.store.factory import open_store
 from hemostat_calibration.profiles.families import TEMPERATURE_BIAS
 
 
@@ -36,7 +36,7 @@ async def test_what_was_learned_and_proposed_is_kept(tmp_path: Path, caplog: pyt
         before = one.profile_manager.proposals.learned()
         assert before[0] >= 40
         one.profile_manager.proposals._scope("").proposed_at[TEMPERATURE_BIAS] = 77
-    assert open_store(url).get_blob(BLOB_KEY) is not None
+    assert BLOB_KEY in stored(url).blobs
     async with support.control(tmp_path, made) as one:
         assert one.profile_manager.proposals.learned() == (0, 0)
         know_models(one)
@@ -50,8 +50,7 @@ async def test_what_was_learned_and_proposed_is_kept(tmp_path: Path, caplog: pyt
         assert one.profile_manager.proposals.learned() == (0, 0)
     assert "temperature and bias are learned anew" in caplog.text
     async with support.control(tmp_path, made) as one:
-        open_store(url).put_blob(BLOB_KEY, b"damaged")
-        await one.learned.read()
+        one.learned.restore(b"damaged")
         know_models(one, "another")
         assert one.profile_manager.proposals.learned() == (0, 0)
 

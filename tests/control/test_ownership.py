@@ -14,7 +14,7 @@ from tests.support.waiting import until
 
 from hemostat.control import ownership
 from hemostat.control.ownership import Ownership, OwnershipState, Superseded
-from hemostat.store import new_writer
+from hemostat.store import writer
 from hemostat.store.errors import StoreErrorLog
 from hemostat.store.protocol import Snapshot, StoreIncompatible
 
@@ -23,7 +23,7 @@ from hemostat.store.protocol import Snapshot, StoreIncompatible
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ACQUIRE_SECONDS", "VERIFY_SECONDS"):
         monkeypatch.setattr(ownership, name, 0.01)
-    for module in (ownership, new_writer):
+    for module in (ownership, writer):
         monkeypatch.setattr(module, "RETRY_SECONDS", (0.001,))
 
 
@@ -80,7 +80,7 @@ async def test_a_new_store_is_owned_and_written(one: Owner) -> None:
 async def test_the_other_waits_and_takes_over_what_was_written(one: Owner, other: Owner) -> None:
     await one.begin()
     waiting = asyncio.create_task(other.ownership.begin())
-    await other.ownership.waits.wait()
+    await other.ownership.settled.wait()
     assert (other.state, other.ownership.why) == (OwnershipState.STANDBY, "another process owns the store")
     await one.write("1")
     assert not waiting.done()

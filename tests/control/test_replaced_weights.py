@@ -12,13 +12,14 @@ import pytest
 from tests.support import control as support
 from tests.support.captures import INFO
 from tests.support.served_models import pair, served_models
+from tests.support.stores import put, stored
 
 from hemostat.config.schema import Settings
 from hemostat.control.composition import Control
 from hemostat.control.stored_state import MODELS_KEY
 from hemostat.engines.messages import EngineReport
 from hemostat.engines.registry import SILENCE_SECONDS
-from hemostat.store.factory import open_store
+from hemostat.store.protocol import SetState
 
 
 @pytest.fixture
@@ -119,14 +120,13 @@ async def test_while_it_did_not_run(settings: Settings, tmp_path: Path) -> None:
 async def test_what_was_stored_before_weights_were_known_is_used(settings: Settings, tmp_path: Path) -> None:
     """By an older version of Hemostat, or with engines without the plugin."""
     await first_life(tmp_path, settings)
-    store = open_store(settings.store.url)
-    stored = json.loads(store.get_state(MODELS_KEY) or "")
-    assert stored.pop("weights") == ""
-    store.set_state(MODELS_KEY, json.dumps(stored))
+    models = json.loads(stored(settings.store.url).states[MODELS_KEY])
+    assert models.pop("weights") == ""
+    put(settings.store.url, SetState(MODELS_KEY, json.dumps(models)))
     async with life(tmp_path, settings) as one:
         one.reports(a="x")
         assert one.known == KNOWN
-    assert json.loads(store.get_state(MODELS_KEY) or "")["weights"] == "x"
+    assert json.loads(stored(settings.store.url).states[MODELS_KEY])["weights"] == "x"
 
 
 async def test_copies_at_two_engines_are_one_checkpoint(settings: Settings, tmp_path: Path) -> None:

@@ -153,6 +153,7 @@ async def test_a_killed_relay_is_restarted_while_the_port_keeps_answering(served
 
 
 async def test_a_damaged_store_is_counted_and_requests_are_served(served: Served) -> None:
+    """Where its file was deleted, the process begins anew: what it holds is not what is stored."""
     await served.until(lambda s: s["relays"] == 2)
     store = served.log.parent / "store.db"
     before = await served.metric("hemostat_store_errors_total")
@@ -165,7 +166,8 @@ async def test_a_damaged_store_is_counted_and_requests_are_served(served: Served
             await asyncio.sleep(0.05)
         await scored_again(served)
         store.unlink()
-        await admin.post("/api/v1/calibration", json={"mode": "observe"})
+        await served.until(lambda s: store.exists() and s["control"]["state"] == "active" and s["relays"] == 2)
+        assert (await admin.post("/api/v1/calibration", json={"mode": "observe"})).status_code == 200
         await scored_again(served)
     assert (await served.status())["profile"]["mode"] == "observe"
 

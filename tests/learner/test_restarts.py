@@ -1,4 +1,4 @@
-"""What the contextual learner knows outlives its process, and the control process; real child processes and stores."""
+"""What the contextual learner knows outlives its process, and the control process; real child processes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,13 @@ import numpy as np
 import pytest
 from tests.support import oracle
 from tests.support.learner_world import D, V, World, children, kl, logprobs, make, save
+from tests.support.stores import DirectWrites
 from tests.support.waiting import until
 
 from hemostat.config.schema import Calibration
 from hemostat.learner import client, wire
 from hemostat.learner.client import Learner, LearningTarget
 from hemostat.learner.stored import BLOB_KEY, StoredLearning
-from hemostat.store.errors import StoreErrorLog
-from hemostat.store.factory import open_store
-from hemostat.store.protocol import Store
-from hemostat.store.writer import StoreWriter
 from hemostat_calibration.profiles import transform
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
@@ -60,12 +57,11 @@ class Receiver:
 class Life:
     """From one start of the control process to its end. now: of the clock that exports go by."""
 
-    def __init__(self, store: Store, folder: Path, **settings: Any) -> None:
+    def __init__(self, store: DirectWrites, folder: Path, **settings: Any) -> None:
         self.world: World = make()
         self.receiver, self.now = Receiver(), 0.0
-        errors = StoreErrorLog()
-        self.writer = StoreWriter(store, errors)
-        stored = StoredLearning(store, self.writer, errors)
+        stored = StoredLearning(store)
+        stored.restore(store.get_blob(BLOB_KEY))
         given = Calibration(**SETTINGS | settings)
         self.learner = Learner(given, self.receiver, storage=stored, clock=lambda: self.now)
         self.target = LearningTarget("m", V, folder, D, "digest")
@@ -92,19 +88,17 @@ class Life:
 
 
 @asynccontextmanager
-async def life(store: Store, tmp_path: Path, weights: str = "", **settings: Any) -> AsyncIterator[Life]:
+async def life(store: DirectWrites, tmp_path: Path, weights: str = "", **settings: Any) -> AsyncIterator[Life]:
     one = Life(store, save(make(), tmp_path / "checkpoint"), **settings)
     one.learner.set_weights(weights)
-    tasks = [asyncio.create_task(one.learner.run()), asyncio.create_task(one.writer.run())]
+    running = asyncio.create_task(one.learner.run())
     one.learner.learn_about(one.target)
     await until(lambda: one.learner.state == "learning", 30)
     try:
         yield one
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await one.writer.drain()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
         assert children() == []
 
 
@@ -116,13 +110,14 @@ def won(profile: CalibrationProfile) -> float:
     return kl(logprobs(h_r @ world.weight.T), logprobs(oracle.apply(profile, z.astype(np.float64))))
 
 
-async def test_after_restarts_the_proposal_is_the_one_without(url: str, tmp_path: Path) -> None:
-    async with life(open_store("memory://"), tmp_path) as one:
+async def test_after_restarts_the_proposal_is_the_one_without(tmp_path: Path) -> None:
+    async with life(DirectWrites(), tmp_path) as one:
         one.teach(range(60))
         await one.taught(960)
         without = await one.propose()
+    store = DirectWrites()
     for n in range(3):
-        async with life(open_store(url), tmp_path) as one:
+        async with life(store, tmp_path) as one:
             assert one.receiver.restored is (n > 0)
             assert one.tokens == n * 320
             assert one.learner.tokens_by_source().get("hidden", 0) == 0, "counters are of this process"
@@ -135,8 +130,8 @@ async def test_after_restarts_the_proposal_is_the_one_without(url: str, tmp_path
     assert after.metadata["tokens"] == without.metadata["tokens"]
 
 
-async def test_a_killed_process_loses_what_came_after_the_last_export(url: str, tmp_path: Path) -> None:
-    store = open_store(url)
+async def test_a_killed_process_loses_what_came_after_the_last_export(tmp_path: Path) -> None:
+    store = DirectWrites()
     async with life(store, tmp_path) as one:
         one.teach(range(20))
         await one.taught(320)
@@ -161,9 +156,9 @@ async def test_a_killed_process_loses_what_came_after_the_last_export(url: str, 
 
 
 async def test_what_is_about_another_reference_or_damaged_is_not_used(
-    url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = open_store(url)
+    store = DirectWrites()
     async with life(store, tmp_path) as one:
         one.teach(range(5))
         await one.taught(80)
@@ -179,8 +174,8 @@ async def test_what_is_about_another_reference_or_damaged_is_not_used(
         assert ("learning begins anew" in caplog.text) is bool(damaged)
 
 
-async def test_scopes_are_kept_and_the_limit_holds(url: str, tmp_path: Path) -> None:
-    store = open_store(url)
+async def test_scopes_are_kept_and_the_limit_holds(tmp_path: Path) -> None:
+    store = DirectWrites()
     async with life(store, tmp_path, stored_learner_mib=1) as one:
         one.teach(range(30), "a")
         one.teach(range(30, 500))
@@ -198,8 +193,8 @@ async def test_scopes_are_kept_and_the_limit_holds(url: str, tmp_path: Path) -> 
     assert store.get_blob(BLOB_KEY) == data
 
 
-async def test_what_is_of_other_weights_is_not_used(url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store = open_store(url)
+async def test_what_is_of_other_weights_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = DirectWrites()
     async with life(store, tmp_path) as one:
         one.learner.set_weights("old")
         one.teach(range(5))
@@ -225,9 +220,9 @@ async def test_what_is_of_other_weights_is_not_used(url: str, tmp_path: Path, ca
         assert one.tokens == 16
 
 
-async def test_what_was_stored_of_other_weights_is_not_read(url: str, tmp_path: Path) -> None:
+async def test_what_was_stored_of_other_weights_is_not_read(tmp_path: Path) -> None:
     """They are known before the process starts."""
-    store = open_store(url)
+    store = DirectWrites()
     async with life(store, tmp_path) as one:
         one.learner.set_weights("old")
         one.teach(range(5))

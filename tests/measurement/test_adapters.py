@@ -15,6 +15,7 @@ from tests.support.adapters import adapted, adapted_record, adapter, distances_o
 from tests.support.profile_bench import contextual
 from tests.support.records import Truth, make_record
 from tests.support.samples import histograms, values
+from tests.support.stores import DirectWrites
 from tests.support.world import World
 
 from hemostat.config import schema as config
@@ -22,7 +23,6 @@ from hemostat.measurement.alarms import Alarms
 from hemostat.measurement.figures import MODELS
 from hemostat.measurement.measurements import Measurements
 from hemostat.metrics import names
-from hemostat.store.memory import MemoryStore
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
 from hemostat_calibration.records import Arm, ExactDistances, Sampling, TokenRecord
@@ -207,7 +207,7 @@ def test_an_adapter_with_a_map_is_measured_as_it_was_served(map_applied: bool) -
 
 def test_no_alarm_is_raised_by_an_adapter_and_none_is_missed_because_of_it() -> None:
     """From the 60th request on an adapter answers nine of ten."""
-    store = MemoryStore()
+    store = DirectWrites()
     alarms = Alarms(config.Alarm(baseline_requests=40, budget_nats=1.5), (), store, lambda: 0.0)
     alone = Alarms(config.Alarm(baseline_requests=40, budget_nats=1.5), (), store, lambda: 0.0)
     for seed in range(200):

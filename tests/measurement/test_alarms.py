@@ -14,11 +14,11 @@ from tests.support.admin_server import admin_client
 from tests.support.control import AUTHORIZED, control, settings
 from tests.support.records import Truth, log_softmax, make_record
 from tests.support.samples import values
+from tests.support.stores import DirectWrites
 
 from hemostat.config import schema as config
 from hemostat.measurement.alarms import STATE_KEY, Alarms
 from hemostat.measurement.figures import MODELS
-from hemostat.store.memory import MemoryStore
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.records import TokenRecord
@@ -38,7 +38,7 @@ def record(seed: int, noise: float) -> TokenRecord:
 
 class Bench:
     def __init__(self, **given: Any) -> None:
-        self.store = MemoryStore()
+        self.store = DirectWrites()
         self.now = 1000.0
         floors = given.pop("floors", ())
         self.alarms = Alarms(config.Alarm(**given), floors, self.store, lambda: self.now)
@@ -214,7 +214,7 @@ def test_other_models_begin_anew_and_their_alpha_too() -> None:
     bench.alarms.forget()
     assert bench.alarms.report()["kinds"] == []
     again = Bench(baseline_requests=40)
-    again.alarms.restore(None, [], tests=2)
+    again.alarms.restore(json.dumps({"is": "Alarm", "fields": {"tests": 2}}), [])
     for one in (bench, again):
         one.feed(range(60), 0.6)
     alphas = [one.alarms.report()["tests"][0]["alpha"] for one in (bench, again)]

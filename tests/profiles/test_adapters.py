@@ -469,7 +469,7 @@ def test_evidence_of_another_figure_is_dropped_where_what_served_was_lost() -> N
     judging.feed(12)
     begun = judging.profiles.trials.tests_begun
     judging.profiles.writer.save()
-    judging.bench.store._profiles.pop(version)
+    judging.bench.store.delete_profile(version)
     again = Judging(judging.shares, judging.bench.restart(crash=True))
     again.profiles.set_model_pair("m", V)
     assert again.profiles.serving.version is None

@@ -6,10 +6,10 @@ import json
 import logging
 
 import pytest
+from tests.support.stores import DirectWrites
 
 from hemostat.profiles.decisions import DECISIONS, MAX_EVENTS, REASONS, Decision, EventLog, Reason, evidence_json
 from hemostat.profiles.persistence import StoredServing, stored_mode, whole_number
-from hemostat.store.memory import MemoryStore
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard import decisions as guard_decisions
 from hemostat_calibration.guard.guard import Guard
@@ -22,7 +22,7 @@ def test_every_decision_has_reasons_and_every_reason_is_used() -> None:
 
 
 def test_an_event_is_counted_logged_held_and_stored(caplog: pytest.LogCaptureFixture) -> None:
-    store = MemoryStore()
+    store = DirectWrites()
     log = EventLog(store, lambda: 12.5)
     with caplog.at_level(logging.INFO, "hemostat.calibration"):
         log.record(Decision.PROMOTE, Reason.EVIDENCE, "v1", "chat", "better", {"requests": 3}, "chat text")
@@ -51,13 +51,13 @@ def test_the_log_line_of_a_decision_has_its_evidence_in_json(caplog: pytest.LogC
     guard.begin_candidate("a", {"rest": (1.0, 1.0)})
     evidence = evidence_json(guard.evidence("a", "rest"))
     with caplog.at_level(logging.INFO, "hemostat.calibration"):
-        EventLog(MemoryStore(), lambda: 0.0).record(Decision.DROP, Reason.NEWER, "v1", "", "replaced", evidence)
+        EventLog(DirectWrites(), lambda: 0.0).record(Decision.DROP, Reason.NEWER, "v1", "", "replaced", evidence)
     assert json.loads(caplog.messages[0].removeprefix("drop v1: replaced ")) == json.loads(json.dumps(evidence))
     assert "<" not in caplog.text
 
 
 def test_events_are_bounded() -> None:
-    log = EventLog(MemoryStore(), lambda: 0.0)
+    log = EventLog(DirectWrites(), lambda: 0.0)
     log.restore({"version": str(n)} for n in range(MAX_EVENTS + 5))
     assert len(log.newest_first()) == MAX_EVENTS
     assert log.newest_first()[0]["version"] == str(MAX_EVENTS + 4)

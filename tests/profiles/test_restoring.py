@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import msgspec
 import numpy as np
 import pytest
-from tests.support.profile_bench import BIASED, EVEN, JUDGED, LEARNED, MODEL, Bench, contextual, harmful, helpful
+from tests.support.profile_bench import BIASED, EVEN, JUDGED, MODEL, Bench, contextual, harmful, helpful
 from tests.support.world import V
 
 from hemostat.config.schema import Evidence
@@ -16,7 +13,6 @@ from hemostat.ipc.messages import REST_KIND
 from hemostat.metrics import names
 from hemostat.profiles.catalogue import MAX_PROFILES
 from hemostat.profiles.persistence import SERVING_KEY, STATE_KEYS, StoredKind, StoredServing
-from hemostat.store.memory import MemoryStore
 from hemostat.store.protocol import StoredProfile
 from hemostat_calibration.profiles.profile import IDENTITY, temperature_bias
 
@@ -51,7 +47,7 @@ def test_what_served_and_cannot_be_read_any_more_is_withdrawn_with_the_reason_on
     bench = Bench()
     version = bench.promote()
     bench.profiles.operator.pin(version)
-    del bench.store._profiles[version]
+    bench.store.delete_profile(version)
     if data is not None:
         bench.store.put_profile(StoredProfile(version, data, 0.0))
     caplog.set_level("INFO")
@@ -125,119 +121,6 @@ def test_kinds_that_are_not_followed_any_more_lose_what_served_them_with_the_rea
     assert set(again.profiles.serving.version_by_kind) == {REST_KIND, "often"}
     event = again.last("roll_back")
     assert (event["version"], event["kind"], event["reason"]) == (version, "rare", "evicted")
-
-
-class _Killed(MemoryStore):
-    """Counts its writes; those after the last one that is `allowed` are lost, as those of a killed process."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.writes, self.allowed = 0, math.inf
-
-    def _lives(self) -> bool:
-        self.writes += 1
-        return self.writes <= self.allowed
-
-    def put_profile(self, profile: StoredProfile) -> None:
-        if self._lives():
-            super().put_profile(profile)
-
-    def append_event(self, event: dict[str, Any]) -> None:
-        if self._lives():
-            super().append_event(event)
-
-    def set_state(self, key: str, value: str | None) -> None:
-        if self._lives():
-            super().set_state(key, value)
-
-    def raise_state(self, key: str, value: int) -> None:
-        if self._lives():
-            super().raise_state(key, value)
-
-
-@pytest.mark.parametrize("action", ["evidence", "promote", "pin", "roll_back"])
-def test_killed_between_two_writes_no_event_says_that_something_serves_which_does_not(action: str) -> None:
-    """Of a promotion the event is written last, of a withdrawal first."""
-
-    def act(store: _Killed) -> Bench:
-        bench = Bench(store)
-        store.allowed = math.inf
-        if action == "evidence":
-            bench.feed(BIASED, LEARNED[:40])
-            bench.feed(BIASED, JUDGED[:1])
-            return bench
-        version = bench.profiles.operator.import_profile(helpful())
-        if action == "roll_back":
-            bench.profiles.operator.promote(version)
-        return bench
-
-    def decide(bench: Bench) -> None:
-        if action == "evidence":
-            bench.feed(BIASED, JUDGED[1:], bench.serves)
-        elif action == "roll_back":
-            bench.profiles.operator.roll_back("a test")
-        else:
-            getattr(bench.profiles.operator, action)(helpful().version)
-
-    whole = _Killed()
-    bench = act(whole)
-    before = whole.writes
-    decide(bench)
-    assert whole.writes > before + 2
-    for writes in range(before, whole.writes + 1):
-        killed = _Killed()
-        bench = act(killed)
-        assert killed.writes == before
-        killed.allowed = writes
-        decide(bench)
-        killed.allowed = math.inf
-        again = Bench(killed, known=False).restart(crash=True)
-        again.profiles.set_model_pair(MODEL, V)
-        if action == "pin" and "pin" in again.decisions():
-            assert again.profiles.serving.pinned, writes
-        last = next(d for d in [*reversed(again.decisions()), ""] if d in ("promote", "pin", "roll_back", ""))
-        assert again.serves() or last in ("roll_back", ""), writes
-
-
-@pytest.mark.parametrize("cause", ["lost", "evicted"])
-def test_killed_while_several_are_withdrawn_none_is_without_an_event(cause: str) -> None:
-    """What serves is written once, after all events: after a kill before that, all is withdrawn again."""
-    kinds = (REST_KIND, "a", "b", "c")
-    settings: dict[str, Any] = {"evidence": Evidence(kinds=1)} if cause == "evicted" else {}
-
-    def begin() -> tuple[_Killed, set[tuple[str, str, str]]]:
-        """A store, and what a restart has to withdraw: decision, kind and version."""
-        store = _Killed()
-        bench = Bench(store)
-        for kind in ("a", *kinds[1:]):
-            bench.profiles.kinds.see(kind)
-        versions = [bench.profiles.operator.import_profile(helpful(seed)) for seed in range(len(kinds))]
-        for kind, version in zip(kinds, versions, strict=True):
-            bench.profiles.operator.promote(version, kind)
-        waiting = [bench.profiles.operator.import_profile(harmful(seed=seed)) for seed in range(2)]
-        bench.profiles.writer.save()
-        served = [("roll_back", kind, version) for kind, version in zip(kinds, versions, strict=True)]
-        if cause == "evicted":
-            return store, set(served[2:])
-        for version in [*versions, *waiting]:
-            store.put_profile(StoredProfile(version, b"junk", 0.0))
-        return store, {*served, *(("drop", "", version) for version in waiting)}
-
-    def restarted(store: _Killed) -> Bench:
-        return Bench(store, known=False).restart(crash=True, **settings)
-
-    store, expected = begin()
-    before = store.writes
-    restarted(store)
-    whole = store.writes - before
-    assert whole > len(expected)
-    for allowed in range(whole):
-        store, expected = begin()
-        store.allowed = store.writes + allowed
-        restarted(store)
-        store.allowed = math.inf
-        events = restarted(store).profiles.events.newest_first()
-        assert expected <= {(event["decision"], event["kind"], event["version"]) for event in events}, allowed
 
 
 def test_a_restart_deletes_the_oldest_profiles_of_a_store_that_grew_too_large() -> None:

@@ -16,12 +16,12 @@ from hemostat.store.protocol import (
     AppendEvent,
     DeleteProfile,
     ExclusionLost,
-    ExclusiveStore,
     Head,
     PutBlob,
     PutProfile,
     SetState,
     Snapshot,
+    Store,
     StoreConflict,
     StoredProfile,
     StoreFailure,
@@ -31,10 +31,10 @@ from hemostat.store.protocol import (
 @pytest.fixture
 def open_one(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opener]:
     """Of a new store; `request.param` is its kind. What was opened is closed."""
-    opened: list[ExclusiveStore] = []
+    opened: list[Store] = []
     open_another = opener(request.param, tmp_path)
 
-    def open_one() -> ExclusiveStore:
+    def open_one() -> Store:
         opened.append(open_another())
         return opened[-1]
 
@@ -44,7 +44,7 @@ def open_one(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opener]
 
 
 @pytest.fixture
-def store(open_one: Opener) -> ExclusiveStore:
+def store(open_one: Opener) -> Store:
     """Owned, and empty."""
     store = open_one()
     assert store.acquire()
@@ -56,14 +56,14 @@ each_kept_store = pytest.mark.parametrize("open_one", KEPT, indirect=True)
 
 
 @each_store
-def test_a_new_store_holds_nothing(store: ExclusiveStore) -> None:
+def test_a_new_store_holds_nothing(store: Store) -> None:
     assert store.read() == Snapshot()
     assert store.head() == Head(0, "")
     store.verify()
 
 
 @each_store
-def test_a_commit_is_read_back_whole(store: ExclusiveStore) -> None:
+def test_a_commit_is_read_back_whole(store: Store) -> None:
     event = {"n": 1, "why": "κ\n\x00", "evidence": {"lower": 0.1, "none": None}}
     old, new = StoredProfile("a", b"\x001", 1.5), StoredProfile("b", b"2", 2.0)
     writes = [
@@ -87,7 +87,7 @@ def test_a_commit_is_read_back_whole(store: ExclusiveStore) -> None:
 
 
 @each_store
-def test_later_writes_of_a_commit_replace_earlier_ones(store: ExclusiveStore) -> None:
+def test_later_writes_of_a_commit_replace_earlier_ones(store: Store) -> None:
     store.commit([SetState("a", "1"), SetState("b", "1"), PutProfile(StoredProfile("p", b"1", 1.0))], 0, "1")
     writes = [
         SetState("a", "2"),
@@ -108,13 +108,13 @@ def test_later_writes_of_a_commit_replace_earlier_ones(store: ExclusiveStore) ->
 
 
 @each_store
-def test_a_commit_without_writes_counts(store: ExclusiveStore) -> None:
+def test_a_commit_without_writes_counts(store: Store) -> None:
     assert store.commit([], 0, "1") == 1
     assert store.head() == Head(1, "1")
 
 
 @each_store
-def test_the_newest_events_are_kept(store: ExclusiveStore) -> None:
+def test_the_newest_events_are_kept(store: Store) -> None:
     store.commit([AppendEvent({"n": n}) for n in range(MAX_EVENTS - 1)], 0, "1")
     store.commit([AppendEvent({"n": n}) for n in range(MAX_EVENTS - 1, MAX_EVENTS + 3)], 1, "2")
     events = store.read().events
@@ -123,14 +123,14 @@ def test_the_newest_events_are_kept(store: ExclusiveStore) -> None:
 
 
 @each_store
-def test_a_large_blob_comes_back_whole(store: ExclusiveStore) -> None:
+def test_a_large_blob_comes_back_whole(store: Store) -> None:
     data = os.urandom(1 << 20) * 16
     store.commit([PutBlob("large", data)], 0, "1")
     assert store.read().blobs["large"] == data
 
 
 @each_store
-def test_a_commit_that_is_repeated_happens_once(store: ExclusiveStore) -> None:
+def test_a_commit_that_is_repeated_happens_once(store: Store) -> None:
     store.commit([AppendEvent({"n": 1})], 0, "1")
     for _ in range(2):
         assert store.commit([AppendEvent({"n": 2})], 1, "2") == 2
@@ -139,7 +139,7 @@ def test_a_commit_that_is_repeated_happens_once(store: ExclusiveStore) -> None:
 
 
 @each_store
-def test_a_commit_that_was_delayed_beyond_a_later_one_is_refused(store: ExclusiveStore) -> None:
+def test_a_commit_that_was_delayed_beyond_a_later_one_is_refused(store: Store) -> None:
     store.commit([SetState("a", "1")], 0, "1")
     store.commit([SetState("a", "2")], 1, "2")
     with pytest.raises(StoreConflict):
@@ -149,7 +149,7 @@ def test_a_commit_that_was_delayed_beyond_a_later_one_is_refused(store: Exclusiv
 
 @each_store
 @pytest.mark.parametrize("expected", [0, 2, 7])
-def test_a_commit_on_another_revision_is_refused(store: ExclusiveStore, expected: int) -> None:
+def test_a_commit_on_another_revision_is_refused(store: Store, expected: int) -> None:
     store.commit([SetState("a", "1")], 0, "1")
     with pytest.raises(StoreConflict):
         store.commit([SetState("a", "2")], expected, "x")
@@ -158,7 +158,7 @@ def test_a_commit_on_another_revision_is_refused(store: ExclusiveStore, expected
 
 
 @each_store
-def test_a_write_that_cannot_be_made_undoes_its_commit(store: ExclusiveStore) -> None:
+def test_a_write_that_cannot_be_made_undoes_its_commit(store: Store) -> None:
     store.commit([SetState("a", "1")], 0, "1")
     unusable = AppendEvent({"n": object()})
     if store.__class__.__name__ != "MemoryStore":
@@ -223,7 +223,7 @@ def test_a_killed_process_owns_nothing(tmp_path: Path) -> None:
     path = tmp_path / "hemostat.db"
     program = f"""
 from pathlib import Path
-from hemostat.store.new_sqlite import SqliteStore
+from hemostat.store.sqlite import SqliteStore
 store = SqliteStore(Path({str(path)!r}))
 print(store.acquire(), flush=True)
 input()

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hemostat.store import new_sqlite
-from hemostat.store.new_sqlite import SqliteStore
+from hemostat.store import sqlite as sqlite_module
 from hemostat.store.protocol import (
     SCHEMA,
     Head,
@@ -21,6 +20,7 @@ from hemostat.store.protocol import (
     StoreFailure,
     StoreIncompatible,
 )
+from hemostat.store.sqlite import SqliteStore
 
 
 @pytest.fixture
@@ -43,9 +43,15 @@ def test_reading_makes_no_file(path: Path) -> None:
     assert list(path.parent.iterdir()) == []
 
 
-def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StoreFailure, match=r"folder .*/absent does not exist; make it"):
-        SqliteStore(tmp_path / "absent" / "h.db")
+def test_a_folder_that_does_not_exist_is_unknown_and_not_empty(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "absent" / "h.db")
+    for call in (store.acquire, store.read, store.head):
+        with pytest.raises(StoreFailure, match=r"folder .*/absent does not exist; make it"):
+            call()
+    (tmp_path / "absent").mkdir()
+    assert store.acquire()
+    assert store.read() == Snapshot()
+    store.close()
 
 
 def test_a_file_that_was_deleted_or_replaced_is_not_written(store: SqliteStore, path: Path) -> None:
@@ -55,8 +61,6 @@ def test_a_file_that_was_deleted_or_replaced_is_not_written(store: SqliteStore, 
     backup.commit([SetState("a", "0")], 0, "0")
     backup.close()
     store.commit([SetState("a", "2")], 1, "2")
-    for left in ("-wal", "-shm"):
-        Path(f"{path}{left}").unlink()
     os.replace(path.with_name("backup.db"), path)
     for _ in range(2):
         with pytest.raises(StoreConflict):
@@ -73,7 +77,7 @@ def test_a_file_that_was_deleted_or_replaced_is_not_written(store: SqliteStore, 
 
 def test_a_locked_file_is_written_later(store: SqliteStore, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store.close()
-    monkeypatch.setattr(new_sqlite, "BUSY_SECONDS", 0.01)
+    monkeypatch.setattr(sqlite_module, "BUSY_SECONDS", 0.01)
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     assert store.acquire()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from tests.support.stores import put, stored
 
-from hemostat.store.factory import open_store
+from hemostat.store.protocol import SetState
 from hemostat_calibration.guard.decisions import Action, Admission
 from hemostat_calibration.guard.guard import Guard
 
@@ -18,14 +19,11 @@ def taken_back_after(url: str, *, kept: bool) -> int | None:
     guard.begin_watch("serving", "rest", width=1.0, window=WINDOW)
     for n in range(4 * WINDOW):
         if n and n % RESTART_EVERY == 0:
-            store = open_store(url)
-            store.set_state("tests", guard.save().decode())
-            store.close()
-            stored = open_store(url).get_state("tests")
-            assert stored is not None
-            assert len(stored) < 100_000
+            put(url, SetState("tests", guard.save().decode()))
+            found = stored(url).states["tests"]
+            assert len(found) < 100_000
             if kept:
-                guard = Guard.load(stored.encode(), 0.05, 0.25)
+                guard = Guard.load(found.encode(), 0.05, 0.25)
             else:
                 guard = Guard(0.05, 0.25)
                 guard.begin_watch("serving", "rest", width=1.0, window=WINDOW)

@@ -1,127 +1,195 @@
-"""The queue of writes: what reaches the store, in which order, and what becomes of failures."""
+"""What waits to be written reaches the store exactly once, whatever becomes of the calls."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.support.faulty_store import Fault, FaultyStore
+from tests.support.loops import looping
 from tests.support.waiting import until
 
 from hemostat.store import writer as writer_module
 from hemostat.store.errors import StoreErrorLog
 from hemostat.store.memory import MemoryStore
-from hemostat.store.protocol import StoredProfile, StoreFailure, StoreUnreachable
-from hemostat.store.writer import MAX_QUEUED_WRITES, StoreWriter
+from hemostat.store.protocol import (
+    MAX_EVENTS,
+    Head,
+    Store,
+    StoreConflict,
+    StoredProfile,
+    StoreFailure,
+    Write,
+)
+from hemostat.store.writer import StoreWriter
 
 
-class FailingStore(MemoryStore):
-    """Raises the given failures, one for each write of an event, before it accepts them."""
+class Writing:
+    """A writer of a store, and what it says of losses."""
 
-    def __init__(self, *failures: StoreFailure) -> None:
-        super().__init__()
-        self.failures = list(failures)
+    def __init__(self, store: Store | None = None) -> None:
+        self.store = FaultyStore(store or MemoryStore())
+        self.errors = StoreErrorLog()
+        self.active = asyncio.Event()
+        self.active.set()
+        self.lost: list[StoreFailure] = []
+        self.writer = StoreWriter(self.store, self.errors, self.active, self._lose)
 
-    def append_event(self, event: dict[str, Any]) -> None:
-        if self.failures:
-            raise self.failures.pop(0)
-        super().append_event(event)
-
-
-def writer(store: MemoryStore) -> tuple[StoreWriter, StoreErrorLog]:
-    errors = StoreErrorLog()
-    return StoreWriter(store, errors), errors
+    def _lose(self, failure: StoreFailure) -> None:
+        self.lost.append(failure)
+        self.active.clear()
 
 
-async def test_every_kind_of_write_reaches_the_store() -> None:
-    store = MemoryStore()
-    one, errors = writer(store)
-    profile = StoredProfile("a", b"1", 1.0)
-    one.put_profile(profile)
-    one.put_profile(StoredProfile("b", b"2", 2.0))
-    one.delete_profile("b")
-    one.append_event({"n": 1})
-    one.set_state("mode", "auto")
-    one.raise_state("tests", 3)
-    one.raise_state("tests", 2)
-    await one.drain()
-    assert store.profiles() == [profile]
-    assert store.events(9) == [{"n": 1}]
-    assert (store.get_state("mode"), store.get_state("tests"), errors.count) == ("auto", "3", 0)
-
-
-async def test_an_unreachable_server_is_retried_and_another_failure_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module, "RETRY_SECONDS", (0.001,))
-    store = FailingStore(StoreUnreachable("away"), StoreUnreachable("away"), StoreFailure("damaged"))
-    one, errors = writer(store)
-    for n in range(2):
-        one.append_event({"n": n})
-    one.append_event({"n": 2})
-    task = asyncio.create_task(one.run())
-    await until(lambda: len(store.events(9)) == 2)
-    await one.wait_until_written(5.0)
-    assert [event["n"] for event in store.events(9)] == [2, 1], "the write with another failure is dropped, not retried"
-    assert errors.count == 3
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
 
 
-class LoopOnly(dict[Any, Any]):
-    """What callers look at and change in several steps: only the event loop's thread may take from it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.threads: set[int] = set()
-
-    def pop(self, key: Any, *default: Any) -> Any:
-        self.threads.add(threading.get_ident())
-        return super().pop(key, *default)
-
-
-async def test_what_waits_is_taken_on_the_event_loop_only() -> None:
-    """In the thread it could be taken between two steps of a caller, and then nothing would ever be written again."""
-    store = MemoryStore()
-    one, _ = writer(store)
-    one._blobs = blobs = LoopOnly()
-    one.put_blob("learned", b"1")
-    await one.drain()
-    assert store.get_blob("learned") == b"1"
-    assert blobs.threads == {threading.get_ident()}
-
-
-async def test_writes_beyond_the_queue_are_counted() -> None:
-    one, errors = writer(MemoryStore())
-    for n in range(MAX_QUEUED_WRITES + 2):
-        one.set_state("n", str(n))
-    assert errors.count == 2
+async def test_what_waits_is_one_commit_of_the_newest_values() -> None:
+    one = Writing()
+    writer = one.writer
+    writer.put_profile(StoredProfile("a", b"1", 1.0))
+    writer.put_profile(StoredProfile("b", b"2", 2.0))
+    writer.delete_profile("a")
+    for n in range(3):
+        writer.append_event({"n": n})
+        writer.set_state("tests", str(n))
+        writer.put_blob("learner", b"%d" % n)
+    writer.set_state("mode", "auto")
+    writer.set_state("tests", "3")
+    writer.set_state("gone", None)
+    await writer.write()
+    found = one.store.read()
+    assert (found.head.revision, found.head) == (1, writer.head)
+    assert found.states == {"tests": "3", "mode": "auto"}
+    assert [event["n"] for event in found.events] == [2, 1, 0]
+    assert found.profiles == [StoredProfile("b", b"2", 2.0)]
+    assert found.blobs == {"learner": b"2"}
+    await writer.write()
+    assert one.store.head().revision == 1, "nothing waits, and nothing is written"
 
 
-def test_a_repeated_message_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    errors = StoreErrorLog()
-    for message in ("away", "away", "damaged"):
-        errors.record(StoreFailure(message))
-    assert [record.message for record in caplog.records] == ["away", "damaged"]
-    assert errors.count == 3
+async def test_each_commit_happens_once_and_in_order() -> None:
+    """Every fault but a lost session, at every commit; the store is read after each."""
+    for faults in ([fault] * times for fault in list(Fault)[1:5] for times in (1, 3)):
+        one = Writing()
+        async with looping(one.writer.run()):
+            for n in range(3):
+                one.store.faults = list(faults)
+                one.writer.append_event({"n": n})
+                one.writer.set_state("n", str(n))
+                assert await one.writer.wait_until_written(30.0)
+                one.store.execute_late()
+                one.store.faults = []
+                found = one.store.read()
+                assert [event["n"] for event in found.events] == list(reversed(range(n + 1))), faults
+                assert found.states == {"n": str(n)}
+        assert one.lost == []
 
 
-class FailingBlobs(FailingStore):
-    def put_blob(self, key: str, data: bytes) -> None:
-        if self.failures:
-            raise self.failures.pop(0)
-        super().put_blob(key, data)
+@given(steps=st.lists(st.sampled_from([*Fault][1:5]) | st.booleans(), max_size=30))
+async def test_any_order_of_faults_writes_and_late_calls(steps: list[Fault | bool]) -> None:
+    """A fault is one of the next call; True queues an event, False executes what is late."""
+    one, queued = Writing(), 0
+    for step in steps:
+        if isinstance(step, Fault):
+            one.store.faults.append(step)
+        elif step:
+            one.writer.append_event({"n": queued})
+            queued += 1
+        else:
+            one.store.execute_late()
+        try:
+            await one.writer.write()
+        except StoreConflict:
+            raise
+        except StoreFailure:
+            pass
+        events = [event["n"] for event in one.store.store.read().events]
+        assert events == list(range(len(events)))[::-1]
+    one.store.faults = []
+    await one.writer.write()
+    one.store.execute_late()
+    assert [event["n"] for event in one.store.read().events] == list(range(queued))[::-1]
 
 
-async def test_of_blobs_that_wait_only_the_newest_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer_module, "RETRY_SECONDS", (0.0,))
-    store = FailingBlobs(StoreUnreachable("away"), StoreUnreachable("away"))
-    one, errors = writer(store)
-    for n in range(3 * MAX_QUEUED_WRITES):
-        one.put_blob("learner", bytes([n % 256]))
-        one.put_blob("other", b"x")
-    running = asyncio.create_task(one.run())
-    await one.wait_until_written(30)
-    running.cancel()
-    assert store.get_blob("learner") == bytes([(3 * MAX_QUEUED_WRITES - 1) % 256])
-    assert store.get_blob("other") == b"x"
-    assert errors.count == 2
+async def test_what_is_queued_meanwhile_is_the_next_commit() -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    class Slow(MemoryStore):
+        def commit(self, writes: Sequence[Write], expected: int, commit_id: str) -> int:
+            started.set()
+            assert go_on.wait(30.0)
+            return super().commit(writes, expected, commit_id)
+
+    one = Writing(Slow())
+    async with looping(one.writer.run()):
+        one.writer.set_state("a", "1")
+        await until(started.is_set)
+        one.writer.set_state("a", "2")
+        assert not await one.writer.wait_until_written(0.01)
+        assert one.writer.is_own(Head(0, ""))
+        go_on.set()
+        assert await one.writer.wait_until_written(30.0)
+    assert one.store.read().states == {"a": "2"}
+    assert one.store.head().revision == 2
+
+
+async def test_a_store_that_is_away_costs_bounded_memory_and_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "hemostat.store")
+    one = Writing()
+    one.store.faults = [Fault.BEFORE] * 5
+    async with looping(one.writer.run()):
+        for n in range(MAX_EVENTS + 3):
+            one.writer.append_event({"n": n})
+            one.writer.set_state("n", str(n))
+        assert await one.writer.wait_until_written(30.0)
+    events = one.store.read().events
+    assert (len(events), events[0], events[-1]) == (MAX_EVENTS, {"n": MAX_EVENTS + 2}, {"n": 3})
+    assert one.errors.count == 5
+    assert [record.message for record in caplog.records if record.name == "hemostat.store"] == [
+        "store: it does not answer",
+        "the store answers again",
+    ]
+
+
+async def test_nothing_is_written_where_another_process_owns_the_store() -> None:
+    one = Writing()
+    one.writer.set_state("a", "1")
+    await one.writer.write()
+    one.store.store.commit([], 1, "another process's")
+    async with looping(one.writer.run()):
+        one.writer.set_state("a", "2")
+        await until(lambda: one.lost)
+        one.writer.set_state("a", "3")
+        assert not await one.writer.wait_until_written(0.01)
+    assert one.store.read().states == {"a": "1"}
+    assert not one.writer.is_own(one.store.head())
+
+
+async def test_after_a_lost_session_the_same_commit_is_made() -> None:
+    for fault in (Fault.BEFORE, Fault.AFTER, Fault.LATE):
+        one = Writing()
+        one.store.faults = [fault, Fault.LOST]
+        async with looping(one.writer.run()):
+            one.writer.append_event({"n": 1})
+            await until(lambda one=one: one.lost)
+            assert one.writer.is_own(one.store.store.head())
+            one.active.set()
+            assert await one.writer.wait_until_written(30.0)
+            one.store.execute_late()
+        assert one.store.read().events == [{"n": 1}]
+
+
+async def test_bytes_that_no_store_keeps_are_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_module, "MAX_BLOB_BYTES", 10)
+    one = Writing()
+    one.writer.put_blob("learner", b"x" * 11)
+    one.writer.put_blob("other", b"x" * 10)
+    await one.writer.write()
+    assert one.store.read().blobs == {"other": b"x" * 10}
+    assert (one.errors.count, "11 bytes" in one.errors.last_message) == (1, False)

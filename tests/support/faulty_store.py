@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import TypeVar
 
-from hemostat.store.protocol import ExclusionLost, ExclusiveStore, Head, Snapshot, StoreFailure, Write
+from hemostat.store.protocol import ExclusionLost, Head, Snapshot, Store, StoreFailure, Write
 
 T = TypeVar("T")
 
@@ -21,9 +21,9 @@ class Fault(StrEnum):
 
 
 class FaultyStore:
-    """Implements `protocol.ExclusiveStore` over a real one. faults: of the next calls; without one a call succeeds."""
+    """Implements `protocol.Store` over a real one. faults: of the next calls; without one a call succeeds."""
 
-    def __init__(self, store: ExclusiveStore) -> None:
+    def __init__(self, store: Store) -> None:
         self.store = store
         self.faults: list[Fault] = []
         self.late: list[Callable[[], object]] = []

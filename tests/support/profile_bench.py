@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 from tests.support.oracle import shift
 from tests.support.records import Truth, condition, make_record
+from tests.support.stores import DirectWrites
 from tests.support.world import V, World
 
 from hemostat.config.schema import Adapter, Calibration, Evidence
-from hemostat.profiles.decisions import MAX_EVENTS
 from hemostat.profiles.manager import ProfileManager
-from hemostat.profiles.persistence import STATE_KEYS
-from hemostat.store.memory import MemoryStore
 from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
@@ -36,7 +34,7 @@ class Bench:
 
     def __init__(
         self,
-        store: MemoryStore | None = None,
+        store: DirectWrites | None = None,
         *,
         known: bool = True,
         default_temperature_is_one: bool = False,
@@ -45,7 +43,7 @@ class Bench:
         **calibration: Any,
     ) -> None:
         """known: both models are. calibration: settings."""
-        self.store = store or MemoryStore()
+        self.store = store or DirectWrites()
         given: dict[str, Any] = {"mode": "auto", "min_tokens": 500, "clamp_nats": 1.0, "held_out_fraction": FRACTION}
         self.settings = Calibration.model_validate(given | calibration)
         self.time = 0.0
@@ -65,8 +63,8 @@ class Bench:
         if not crash:
             self.profiles.writer.save()
         bench = Bench(self.store, known=False, **calibration)
-        states = {name: self.store.get_state(name) for name in STATE_KEYS}
-        bench.profiles.restoring.restore(self.store.profiles(), states, self.store.events(MAX_EVENTS))
+        found = self.store.read()
+        bench.profiles.restoring.restore(found.profiles, found.states, found.events)
         return bench
 
     def record(

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.support import postgres
 
-from hemostat.store.new_memory import MemoryStore
-from hemostat.store.new_sqlite import SqliteStore
+from hemostat.store.factory import open_store
+from hemostat.store.memory import MemoryStore
 from hemostat.store.postgres import PostgresStore
-from hemostat.store.protocol import ExclusiveStore
+from hemostat.store.protocol import (
+    AppendEvent,
+    DeleteProfile,
+    PutBlob,
+    PutProfile,
+    SetState,
+    Snapshot,
+    Store,
+    StoredProfile,
+    Write,
+)
+from hemostat.store.sqlite import SqliteStore
 
-Opener = Callable[[], ExclusiveStore]
+Opener = Callable[[], Store]
 """Opens the same store once more, as another process does. A store in memory has one process: it is the same object."""
 
 KEPT = ("sqlite", "postgres")
@@ -30,3 +43,68 @@ def opener(kind: str, folder: Path) -> Opener:
         store = MemoryStore()
         return lambda: store
     return lambda: SqliteStore(folder / "hemostat.db")
+
+
+def stored(url: str) -> Snapshot:
+    """What a store holds, as another process sees it."""
+    store = open_store(url)
+    try:
+        return store.read()
+    finally:
+        store.close()
+
+
+def put(url: str, *writes: Write) -> None:
+    """Write to a store that no process owns."""
+    store = open_store(url)
+    assert store.acquire()
+    store.commit(writes, store.head().revision, f"put {store.head().revision}")
+    store.close()
+
+
+class DirectWrites:
+    """Implements `protocol.StoreWrites`: each call is a commit of its own."""
+
+    def __init__(self, store: Store | None = None) -> None:
+        self.store = store or MemoryStore()
+        assert self.store.acquire()
+        self._numbers = itertools.count()
+
+    def commit(self, *writes: Write) -> None:
+        self.store.commit(writes, self.store.head().revision, f"{id(self)} {next(self._numbers)}")
+
+    def put_profile(self, profile: StoredProfile) -> None:
+        self.commit(PutProfile(profile))
+
+    def delete_profile(self, version: str) -> None:
+        self.commit(DeleteProfile(version))
+
+    def append_event(self, event: dict[str, Any]) -> None:
+        self.commit(AppendEvent(event))
+
+    def set_state(self, key: str, value: str | None) -> None:
+        self.commit(SetState(key, value))
+
+    def put_blob(self, key: str, data: bytes) -> None:
+        self.commit(PutBlob(key, data))
+
+    # --- what is stored --------------------------------------------------------------------------------------------
+
+    def read(self) -> Snapshot:
+        return self.store.read()
+
+    def get_state(self, key: str) -> str | None:
+        return self.read().states.get(key)
+
+    def get_profile(self, version: str) -> StoredProfile | None:
+        return next((one for one in self.profiles() if one.version == version), None)
+
+    def profiles(self) -> Sequence[StoredProfile]:
+        return self.read().profiles
+
+    def events(self, limit: int) -> list[dict[str, Any]]:
+        """Newest first."""
+        return list(self.read().events[:limit])
+
+    def get_blob(self, key: str) -> bytes | None:
+        return self.read().blobs.get(key)

@@ -21,10 +21,11 @@ from hemostat import __version__
 from hemostat.admin.access import Tokens, authorize
 from hemostat.admin.hardening import Harden
 from hemostat.admin.history import History
+from hemostat.admin.problems import OwnershipView
 from hemostat.admin.status import Status
 from hemostat.engines.api import engine_router, read_body
 from hemostat.engines.registry import EngineRegistry
-from hemostat.store.protocol import NotKeptError
+from hemostat.store.protocol import NotActiveError, NotKeptError
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import VERSION_PATTERN
 
@@ -107,6 +108,9 @@ class AdminBackend(Protocol):
     @property
     def actions(self) -> Actions: ...
 
+    @property
+    def ownership(self) -> OwnershipView: ...
+
 
 class CalibrationRequest(msgspec.Struct, forbid_unknown_fields=True):
     """Body of POST /api/v1/calibration."""
@@ -183,7 +187,8 @@ def create_app(
 
     @app.exception_handler(HemostatError)
     async def refused(_: Request, error: HemostatError) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, 507 if isinstance(error, NotKeptError) else 400)
+        code = {NotKeptError: 507, NotActiveError: 503}.get(type(error), 400)
+        return JSONResponse({"detail": str(error)}, code)
 
     app.add_middleware(Harden, names=names)
 
@@ -193,6 +198,8 @@ def create_app(
 
     @app.get("/readyz")
     async def readyz() -> PlainTextResponse:
+        if not backend.ownership.knows:
+            return PlainTextResponse(f"{backend.ownership.state}\n")  # relays have another one, or go on without
         return (
             PlainTextResponse("ok\n") if backend.status.ready else PlainTextResponse("no relay takes requests\n", 503)
         )
@@ -307,7 +314,11 @@ def create_app(
         await backend.actions.drain(wanted.engine, ends=True)
         return await status()
 
-    app.include_router(engine_router(backend.engines, backend.profiles.profile_bytes, now))
+    async def active() -> None:
+        backend.ownership.require_active()
+
+    router = engine_router(backend.engines, backend.profiles.profile_bytes, now)
+    app.include_router(router, dependencies=[Depends(active)])
     return app
 
 

@@ -4,7 +4,7 @@ show. Each problem has the name of the alert that Prometheus raises for it, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -53,6 +53,25 @@ REFERENCE = {
     ReferenceState.MISMATCH: "The reference and the compressed model cannot be compared",
 }
 
+UNDECIDED = ("reading", "suspended")
+"""Of the states of `hemostat.control.ownership`, those in which something is wrong."""
+
+
+class OwnershipView(Protocol):
+    """Of `hemostat.control.ownership.Ownership`."""
+
+    @property
+    def state(self) -> str: ...
+
+    @property
+    def why(self) -> str: ...
+
+    @property
+    def knows(self) -> bool: ...
+
+    def require_active(self) -> None:
+        """NotActiveError."""
+
 
 class Problem(msgspec.Struct, frozen=True):
     alert: str
@@ -88,6 +107,7 @@ class Problems:
     def __init__(
         self,
         *,
+        ownership: OwnershipView,
         link: RelayLink,
         upstreams: UpstreamEngines,
         monitor: ReferenceMonitor,
@@ -100,6 +120,7 @@ class Problems:
         clock: Callable[[], float],
         wall: Callable[[], float],
     ) -> None:
+        self._ownership = ownership
         self._link = link
         self._upstreams = upstreams
         self._monitor = monitor
@@ -131,6 +152,8 @@ class Problems:
 
     def _of_serving(self, now: float) -> Iterator[Found]:
         """What clients notice."""
+        if not self._ownership.knows:
+            return  # another process serves
         relays = self._relays
         relays.look(now, self._link.reporting, self._link.total())
         failed = f"{100.0 * relays.failed_ratio:.0f} % of the requests of the last minute failed"
@@ -161,12 +184,12 @@ class Problems:
     def _of_measuring(self, now: float) -> Iterator[Found]:
         """What only the figures and the profiles miss."""
         monitor, errors, error = self._monitor, self._store_errors, self._configuration.report.error
-        if monitor.state in REFERENCE:
+        if self._ownership.knows and monitor.state in REFERENCE:
             text = f"{REFERENCE[monitor.state]}: nothing is measured"
             yield Found("HemostatReferenceDown", f"{text} ({monitor.detail})" if monitor.detail else text)
         refused = self._store_failures.look(now, errors.count)
-        if errors.not_opened:
-            yield Found("HemostatStoreErrors", f"The store could not be opened: {errors.not_opened}")
+        if self._ownership.state in UNDECIDED:
+            yield Found("HemostatStoreErrors", f"Nothing is decided or stored: {self._ownership.why}")
         elif refused:
             text = f"Reads and writes that the store refused in the last 15 minutes: {refused:.0f}"
             why = errors.last_message or "see the log"

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from hemostat.admin.configuration import Configuration, ConfigurationReport
-from hemostat.admin.problems import DeploymentState, Problems
+from hemostat.admin.problems import DeploymentState, OwnershipView, Problems
 from hemostat.admin.proxy_status import ArmEndings, ProxyStatus, endings_by_arm, proxy_status
 from hemostat.config.schema import Settings
 from hemostat.engines.addresses import EngineAddresses
@@ -130,6 +130,13 @@ class UpstreamStatus(msgspec.Struct, frozen=True):
     With one upstream address, what all engines hold. Adapters: `adapter.engine`."""
 
 
+class ControlStatus(msgspec.Struct, frozen=True):
+    """Of this control process: `control.ownership`. detail: why it is not active, one line."""
+
+    state: str
+    detail: str
+
+
 class Status(msgspec.Struct, frozen=True):
     """`GET /api/v1/status`. Field names are the JSON's; the console and scripts rely on them."""
 
@@ -185,6 +192,7 @@ class Status(msgspec.Struct, frozen=True):
     relays: int
     data_port: int
     configuration: ConfigurationReport
+    control: ControlStatus
 
 
 class StatusSource:
@@ -199,6 +207,7 @@ class StatusSource:
         data_port: int,
         *,
         problems: Problems,
+        ownership: OwnershipView,
         link: RelayLink,
         engines: EngineRegistry,
         monitor: ReferenceMonitor,
@@ -222,6 +231,7 @@ class StatusSource:
         self._data_port = data_port
         self._configuration = configuration
         self._problems = problems
+        self._ownership = ownership
         self._link = link
         self._engines = engines
         self._monitor = monitor
@@ -298,6 +308,7 @@ class StatusSource:
             relays=self._link.relays,
             data_port=self._data_port,
             configuration=self._configuration.report,
+            control=ControlStatus(state=str(self._ownership.state), detail=self._ownership.why),
         )
 
     def _upstream(self) -> list[UpstreamStatus]:

@@ -27,7 +27,6 @@ from hemostat.reference.references import References
 from hemostat.reference.server import Refused, VllmServer
 from hemostat.reference.thinking_markers import find_markers
 from hemostat.shadow.grammar.masks import unavailable
-from hemostat.store import schema
 from hemostat.store.factory import open_store
 from hemostat.store.protocol import StoreAccessDenied, StoreFailure, StoreIncompatible
 from hemostat_calibration.errors import HemostatError
@@ -104,11 +103,11 @@ async def _store(settings: Settings) -> Finding:
     try:
         store = open_store(url)
         try:
-            schema.require_known(await asyncio.to_thread(store.get_state, schema.SCHEMA_KEY))
+            await asyncio.to_thread(store.head)
         finally:
             store.close()
-    except StoreIncompatible as newer:
-        detail, _, fix = str(newer).removeprefix("store.url: ").partition(": ")
+    except StoreIncompatible as other:
+        detail, _, fix = str(other).removeprefix("store ").partition(": ")
         return Finding("store", State.NO, detail, fix)
     except StoreAccessDenied as refused:
         return Finding(

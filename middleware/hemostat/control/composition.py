@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Iterable
@@ -17,12 +16,14 @@ from hemostat.admin.history import History
 from hemostat.admin.problems import Problems
 from hemostat.admin.status import StatusSource
 from hemostat.config.schema import Settings
+from hemostat.control import learned_state
 from hemostat.control.adapters import Adapters
 from hemostat.control.changes import Changes
 from hemostat.control.learned_state import LearnedState
 from hemostat.control.learning import CalibrationNeeds, LearningSubject
 from hemostat.control.model_identity import model_identity, without_weights
 from hemostat.control.operator_actions import OperatorActions
+from hemostat.control.ownership import Ownership
 from hemostat.control.policy import PolicyPublisher
 from hemostat.control.served_kinds import ServedKinds
 from hemostat.control.stored_state import StoredState
@@ -31,7 +32,9 @@ from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.served_weights import ServedWeights
 from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.ipc.control_end import RelayLink
+from hemostat.ipc.messages import OutcomeReport
 from hemostat.ipc.process import make_tracing
+from hemostat.learner import stored
 from hemostat.learner.client import Learner
 from hemostat.learner.stored import StoredLearning
 from hemostat.measurement.alarms import Alarms
@@ -54,10 +57,12 @@ from hemostat.shadow.limits import Breakers
 from hemostat.shadow.pipeline import RecordConsumers, ScoringPipeline
 from hemostat.shadow.reasons import Outcome
 from hemostat.shadow.records_file import RecordsFile
-from hemostat.store.factory import open_store_or_memory
-from hemostat.store.protocol import StoreUnreachable
-from hemostat.store.salt import Salt
-from hemostat.store.writer import StoreWriter
+from hemostat.store.errors import StoreErrorLog
+from hemostat.store.factory import open_store
+from hemostat.store.protocol import StoreFailure
+from hemostat_calibration.errors import HemostatError, InvalidProfileError
+from hemostat_calibration.messages import in_words
+from hemostat_calibration.profiles.profile import CalibrationProfile
 
 LOGPROBS_REFUSED = (Outcome.SKIPPED.value, ResponseFailure.LOGPROBS_REFUSED.value)
 """Labels of the requests that the upstream refused for what Hemostat asked on top."""
@@ -85,9 +90,9 @@ class Control:
         self.breakers = Breakers()
         self.records = RecordsFile(settings.records.path, clock) if settings.records.path else None
         self.tracing = make_tracing(settings.tracing.model_dump())
-        self.store, self.store_errors = open_store_or_memory(settings.store.url)
-        self.writer = StoreWriter(self.store, self.store_errors)
-        self.salt = Salt(self.store, self.store_errors, changes.notify)
+        self.store, self.store_errors = open_store(settings.store.url), StoreErrorLog()
+        self.ownership = Ownership(self.store, self.store_errors)
+        self.writer = self.ownership.writer
         floors = MODELS if settings.shadow.floor_fraction > 0.0 else ()
         self.alarms = Alarms(settings.alarm, floors, self.writer, wall)
         self.by_engine = ByEngine(settings.alarm.engine_alpha, self.writer, wall)
@@ -121,11 +126,11 @@ class Control:
             on_change=self._models_changed,
         )
         self.changes = changes
-        stored_learning = StoredLearning(self.store, self.writer, self.store_errors)
+        self._stored_learning = StoredLearning(self.writer)
         self.learner = Learner(
-            calibration, self.profile_manager.proposals, changes.notify, storage=stored_learning, clock=clock
+            calibration, self.profile_manager.proposals, changes.notify, storage=self._stored_learning, clock=clock
         )
-        self.learned = LearnedState(self.profile_manager.proposals, self.store, self.writer, self.store_errors, clock)
+        self.learned = LearnedState(self.profile_manager.proposals, self.writer, clock)
         self.addresses = EngineAddresses(
             settings.upstream, self.engines, lambda: list(self.upstreams.current()), clock, changes.notify
         )
@@ -163,8 +168,9 @@ class Control:
             on_change=changes.notify,
             conditioning=Conditioning(settings.grammar, self.grammars),
             distances=self.adapters.judge if settings.adapter.enabled else None,
+            decides=lambda: self.ownership.active,
         )
-        self.link = RelayLink(self.pipeline.receive, self.outcomes.receive, self.pipeline.coverage.relayed, clock)
+        self.link = RelayLink(self.pipeline.receive, self._receive_outcome, self.pipeline.coverage.relayed, clock)
         self.upstreams = UpstreamEngines(self.link.engines, self.writer)
         self.policy = PolicyPublisher(
             settings,
@@ -175,7 +181,7 @@ class Control:
             self.breakers,
             self.pipeline.answer_losses,
             clock,
-            salt=lambda: self.salt.value,
+            salt=lambda: self.stored_state.salt,
             adapters=self.adapters.hosts,
             grammars=unavailable(settings.grammar),
             addresses=self.addresses,
@@ -183,8 +189,6 @@ class Control:
         )
         changes.subscribe(self.policy.publish)
         self.stored_state = StoredState(
-            self.store,
-            self.store_errors,
             self.writer,
             self.profile_manager,
             self.alarms,
@@ -197,11 +201,11 @@ class Control:
             self.alarms,
             self.subject,
             self.upstreams,
-            self.writer,
-            self.store_errors,
+            self.ownership,
             changes.notify,
         )
         self.problems = Problems(
+            ownership=self.ownership,
             link=self.link,
             upstreams=self.upstreams,
             monitor=self.monitor,
@@ -218,6 +222,7 @@ class Control:
             settings,
             data_port,
             problems=self.problems,
+            ownership=self.ownership,
             link=self.link,
             engines=self.engines,
             monitor=self.monitor,
@@ -281,11 +286,26 @@ class Control:
             lambda: relay_samples.samples(self.link.total()),
         ]
 
+    def _receive_outcome(self, report: OutcomeReport) -> None:
+        if self.ownership.active:
+            self.outcomes.receive(report)
+
     async def start(self, force: Path | None) -> None:
-        """Read the store. force: `calibration.force`."""
-        await self.stored_state.restore(force)
-        await self.salt.synchronize()
-        await self.learned.read()
+        """Returns once this process owns the store, and uses what it holds.
+
+        force: `calibration.force`, file of a profile to put on every request; HemostatError where it is none.
+        """
+        if force is not None:
+            try:
+                data = await asyncio.to_thread(force.read_bytes)
+                self.profile_manager.operator.force(CalibrationProfile.from_bytes(data))
+            except (OSError, InvalidProfileError) as error:
+                raise HemostatError(f"calibration.force: {force}: {in_words(error)}") from error
+        snapshot = await self.ownership.begin()
+        self.stored_state.restore(snapshot)
+        self.learned.restore(snapshot.blobs.get(learned_state.BLOB_KEY))
+        self._stored_learning.restore(snapshot.blobs.get(stored.BLOB_KEY))
+        self.ownership.activate()
 
     def apply(self, settings: Settings) -> None:
         """Take over those settings that can change while this process runs (`config.reloading.IN_PLACE`)."""
@@ -298,8 +318,8 @@ class Control:
         loops = [
             self.run_periodic(),
             self.link.run(),
+            self.ownership.watch(),
             self.writer.run(),
-            self.salt.run(),
             self.learned.run(),
             self.addresses.run(),
         ]
@@ -310,10 +330,11 @@ class Control:
     def do_periodic(self) -> None:
         """What is due because time has passed."""
         self.problems.look()
-        self.outcomes.check()
-        self._look_at_weights()
-        self.policy.publish()
-        self.profile_manager.writer.save_if_due()
+        if self.ownership.active:
+            self.outcomes.check()
+            self._look_at_weights()
+            self.policy.publish()
+            self.profile_manager.writer.save_if_due()
         if self.history.due(self._clock()):
             self.history.add(self._clock(), self._wall(), self.status.current())
 
@@ -329,13 +350,16 @@ class Control:
         for scorer in (self.references, self.compressed_scorer):
             if scorer is not None:
                 await scorer.close()
-        self.alarms.save()
-        self.by_engine.save()
-        await self.learned.save()
-        self.outcomes.save()
-        self.profile_manager.writer.save()
-        with contextlib.suppress(StoreUnreachable):
-            await self.writer.drain()
+        if self.ownership.active:
+            self.alarms.save()
+            self.by_engine.save()
+            await self.learned.save()
+            self.outcomes.save()
+            self.profile_manager.writer.save()
+            try:
+                await self.writer.write()
+            except StoreFailure as failure:
+                self.store_errors.record(failure)
         if self.records is not None:
             self.records.close()
         self.store.close()

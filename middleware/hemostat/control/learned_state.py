@@ -9,8 +9,7 @@ from collections.abc import Callable
 
 from hemostat.control.model_identity import same_models, together, with_weights, without_weights
 from hemostat.profiles.proposals import Proposals
-from hemostat.store.errors import StoreErrorLog
-from hemostat.store.protocol import Store, StoreFailure, StoreWrites
+from hemostat.store.protocol import StoreWrites
 from hemostat_calibration.errors import InvalidArgumentError
 
 log = logging.getLogger("hemostat.calibration")
@@ -30,18 +29,14 @@ class LearnedState:
     def __init__(
         self,
         proposals: Proposals,
-        store: Store,
         writes: StoreWrites,
-        errors: StoreErrorLog,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._proposals = proposals
-        self._store = store
         self._writes = writes
-        self._errors = errors
         self._clock = clock
         self._stored: bytes | None = None
-        """Read, and not used yet."""
+        """Restored, and not used yet."""
         self._models: str | None = None
         self._about: str | None = None
         """The models that it was learned of, as far as they are known."""
@@ -54,12 +49,9 @@ class LearnedState:
         """`model_identity.model_identity`; None while they are not known."""
         return self._models
 
-    async def read(self) -> None:
-        """At the start. A store that fails is counted."""
-        try:
-            self._stored = await asyncio.to_thread(self._store.get_blob, BLOB_KEY)
-        except StoreFailure as failure:
-            self._errors.record(failure)
+    def restore(self, stored: bytes | None) -> None:
+        """What an earlier run stored; used once the models are known."""
+        self._stored = stored
 
     def set_models(self, models: str) -> None:
         """Both models are known, or more of them (`model_identity.model_identity`): go on from what was learned of

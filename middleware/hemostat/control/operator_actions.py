@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from hemostat.control.learning import LearningSubject
+from hemostat.control.ownership import Ownership
 from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.measurement.alarms import Alarms
 from hemostat.profiles.manager import ProfileManager
-from hemostat.store.errors import StoreErrorLog
 from hemostat.store.protocol import NotKeptError
-from hemostat.store.writer import StoreWriter
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 MAX_WRITE_SECONDS = 5.0
@@ -23,7 +22,9 @@ T = TypeVar("T")
 
 class OperatorActions:
     """Implements what the admin port calls: each action applies at once, and is then waited for in the store.
-    HemostatError; NotKeptError where an action applies, and the store has not kept it.
+    HemostatError; NotActiveError; NotKeptError where an action applies, and the store has not kept it.
+
+    What ends something (mode `off`, a rollback) also applies while the process is suspended.
 
     on_change: called after each.
     """
@@ -34,16 +35,14 @@ class OperatorActions:
         alarms: Alarms,
         subject: LearningSubject,
         upstreams: UpstreamEngines,
-        writer: StoreWriter,
-        errors: StoreErrorLog,
+        ownership: Ownership,
         on_change: Callable[[], None],
     ) -> None:
         self._profiles = profiles
         self._alarms = alarms
         self._subject = subject
         self._upstreams = upstreams
-        self._writer = writer
-        self._errors = errors
+        self._ownership = ownership
         self._on_change = on_change
 
     async def import_profile(self, data: bytes, scope: str) -> str:
@@ -61,7 +60,7 @@ class OperatorActions:
         await self._execute(lambda: operator.unpin(kind) if version is None else operator.pin(version, kind))
 
     async def rollback(self, reason: str, kind: str | None) -> None:
-        await self._execute(lambda: self._profiles.operator.roll_back(reason, kind))
+        await self._execute(lambda: self._profiles.operator.roll_back(reason, kind), ends=True)
 
     async def release(self, kind: str | None) -> None:
         """End the hold of kinds at identity."""
@@ -81,16 +80,16 @@ class OperatorActions:
             self._profiles.operator.set_mode(mode)
             self._subject.update()
 
-        await self._execute(change)
+        await self._execute(change, ends=mode == "off")
 
-    async def _execute(self, action: Callable[[], T]) -> T:
-        failures = self._errors.count
+    async def _execute(self, action: Callable[[], T], *, ends: bool = False) -> T:
+        """ends: something that serves."""
+        (self._ownership.require_known if ends else self._ownership.require_active)()
         result = action()
         self._on_change()
-        written = await self._writer.wait_until_written(MAX_WRITE_SECONDS)
-        if not written or self._errors.count != failures:
+        if not await self._ownership.writer.wait_until_written(MAX_WRITE_SECONDS):
             raise NotKeptError(
-                "this applies now, but the store could not keep it: a restart may undo it. See the log and "
-                "hemostat_store_errors_total, then send this again"
+                "this applies now, but the store does not answer: it is kept as soon as that answers, and undone by a "
+                "restart before that. See the log and hemostat_store_errors_total"
             )
         return result

@@ -20,21 +20,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from enum import StrEnum
 
 from hemostat.ipc.backoff import Backoff
 from hemostat.store.errors import StoreErrorLog
-from hemostat.store.new_writer import StoreWriter
 from hemostat.store.protocol import (
     VERIFY_SECONDS,
     ExclusionLost,
-    ExclusiveStore,
+    NotActiveError,
     Snapshot,
+    Store,
     StoreAccessDenied,
     StoreConflict,
     StoreFailure,
     StoreIncompatible,
 )
+from hemostat.store.writer import StoreWriter
 from hemostat_calibration.errors import HemostatError
 
 log = logging.getLogger("hemostat.control")
@@ -43,8 +45,6 @@ ACQUIRE_SECONDS = 0.5
 """Between two attempts of a process that waits."""
 RETRY_SECONDS = (0.5, 1.0, 2.0)
 """Longest pauses between attempts at a store that fails."""
-NOT_ACTIVE = "not active"
-"""With which everything is refused that only the active process does."""
 
 
 class Superseded(HemostatError):
@@ -81,14 +81,16 @@ _TROUBLE = (_Event.LOST, _Event.OTHERS_WROTE)
 class Ownership:
     """Owns the state, and the writer of the store. Lives in the event loop."""
 
-    def __init__(self, store: ExclusiveStore, errors: StoreErrorLog) -> None:
+    def __init__(self, store: Store, errors: StoreErrorLog) -> None:
         self._store = store
         self._errors = errors
         self.state = OwnershipState.STANDBY
         self.why = ""
         """Why it is not active, in one line."""
-        self.waits = asyncio.Event()
-        """It could not become active at once."""
+        self.on_move: Callable[[], None] = lambda: None
+        """Called after each change of the state."""
+        self.settled = asyncio.Event()
+        """It is active, or waits for what it needs."""
         self._active, self._lost = asyncio.Event(), asyncio.Event()
         self.writer = StoreWriter(store, errors, self._active, self._lose)
 
@@ -96,6 +98,16 @@ class Ownership:
     def active(self) -> bool:
         """This process decides, and answers relays and engines."""
         return self.state is OwnershipState.ACTIVE
+
+    def require_active(self) -> None:
+        """NotActiveError."""
+        if not self.active:
+            raise NotActiveError(f"not active: {self.why or self.state}")
+
+    def require_known(self) -> None:
+        """NotActiveError, where what is stored is not known to this process."""
+        if not self.knows:
+            self.require_active()
 
     @property
     def knows(self) -> bool:
@@ -107,6 +119,7 @@ class Ownership:
         log.log(logging.WARNING if event in _TROUBLE else logging.INFO, "%s: %s", state, why or event)
         self.state, self.why = state, "" if state is OwnershipState.ACTIVE else why or event
         (self._active.set if self.active else self._active.clear)()
+        self.on_move()
 
     async def begin(self) -> Snapshot:
         """Returns, in READING, what is stored. StoreIncompatible, StoreAccessDenied: an operator has to act."""
@@ -134,14 +147,15 @@ class Ownership:
                 return snapshot
 
     def _wait(self, why: str) -> None:
-        if why != self.why or not self.waits.is_set():
+        if why != self.why or not self.settled.is_set():
             log.info("%s: %s", self.state, why)
         self.why = why
-        self.waits.set()
+        self.settled.set()
 
     def activate(self) -> None:
         """All that `begin` has returned is in use."""
         self._move(_Event.USED, "")
+        self.settled.set()
 
     def _lose(self, failure: StoreFailure) -> None:
         if self.active:

@@ -1,8 +1,9 @@
 """The control process: owns the shadow queue, the reference, the statistics, the calibrator, the store, the admin port.
 
 `python -m hemostat.control.process` prints `{"loaded": true}`, reads a line of JSON with its settings from standard
-input, and prints `{"listening": true}` once it listens. Further lines change what it was given while it runs, see
-`follow`. When it dies, the relays go on as a plain proxy and the supervisor starts it again.
+input, and prints `{"listening": true}` once it listens to relays, or waits for the store. Further lines change what it
+was given while it runs, see `follow`. When it dies, the relays go on as a plain proxy and the supervisor starts it
+again.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from hemostat.admin.server import AdminServer
 from hemostat.config.schema import Settings
 from hemostat.control.composition import Control
 from hemostat.control.listening import make_listener, security
+from hemostat.control.ownership import Superseded
 from hemostat.ipc.process import die_with_parent
 from hemostat.ipc.relay_listener import RelayListener
 from hemostat_calibration.errors import HemostatError
@@ -37,6 +39,8 @@ from hemostat_calibration.errors import HemostatError
 log = logging.getLogger("hemostat.control")
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
+EXIT_CODE_SUPERSEDED = 3
+"""Another process has written to the store that this one owned."""
 LOCK_SECONDS = 15.0
 """How long a former control process may take to end."""
 
@@ -54,26 +58,48 @@ async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
     relays.start()
     control = Control(settings, given["data_port"])
     control.configuration.report = msgspec.convert(given["configuration"], ConfigurationReport)
-    await control.start(settings.calibration.force)
-    control.policy.publish()
-    relays.admit = control.link.serve
+
+    def admit_relays() -> None:
+        relays.admit = control.link.serve if control.ownership.active else None
+
+    control.ownership.on_move = admit_relays
     app = create_app(control, Tokens.of(admin), time.monotonic, names=admin.names)
     server = AdminServer(app, listener)
-    serving = asyncio.create_task(server.run())
-    loops = [asyncio.create_task(loop) for loop in (*control.loops(), follow(lines, control, app, relays))]
-    stopping = asyncio.create_task(stop.wait())
-    _print({"listening": True})
-    done, _ = await asyncio.wait({stopping, serving, *loops}, return_when=asyncio.FIRST_COMPLETED)
+    serving, stopping = asyncio.create_task(server.run()), asyncio.create_task(stop.wait())
+    loops = [
+        asyncio.create_task(loop)
+        for loop in (own(control, settings.calibration.force), follow(lines, control, app, relays))
+    ]
+    settled = asyncio.create_task(control.ownership.settled.wait())
+    done, _ = await asyncio.wait({settled, stopping, serving, *loops}, return_when=asyncio.FIRST_COMPLETED)
+    if done == {settled}:
+        _print({"listening": True})
+        done, _ = await asyncio.wait({stopping, serving, *loops}, return_when=asyncio.FIRST_COMPLETED)
     server.stop()
-    for loop in loops:
-        loop.cancel()
-    await asyncio.gather(serving, *loops, return_exceptions=True)
+    for task in (settled, *loops):
+        task.cancel()
+    await asyncio.gather(serving, settled, *loops, return_exceptions=True)
     await relays.close()
     await control.close()
     os.close(lock)
-    for task in done - {stopping}:
+    for task in done - {stopping, settled}:
         task.result()
         raise RuntimeError("a loop ended by itself: that is a bug, and the supervisor starts this process again")
+
+
+async def own(control: Control, force: Path | None) -> None:
+    """Wait for the store, then do what its owner does, until cancelled. Superseded."""
+    await control.start(force)
+    control.policy.publish()
+    loops = [asyncio.create_task(loop) for loop in control.loops()]
+    try:
+        done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
+        for loop in done:
+            loop.result()
+    finally:
+        for loop in loops:
+            loop.cancel()
+        await asyncio.gather(*loops, return_exceptions=True)
 
 
 async def lock_alone(path: Path) -> int:
@@ -128,6 +154,9 @@ def main() -> int:
     _print({"loaded": True})
     try:
         asyncio.run(_main())
+    except Superseded as error:
+        log.error("%s; it begins anew", error)
+        return EXIT_CODE_SUPERSEDED
     except HemostatError as error:
         log.error("%s", error)
         return 2

@@ -64,7 +64,7 @@ class LearningTarget:
 class LearningStorage(Protocol):
     """Implemented by `learner.stored.StoredLearning`."""
 
-    async def load(self) -> tuple[str, bytes]: ...
+    def load(self) -> tuple[str, bytes]: ...
 
     async def save(self, weights: str, parts: list[bytes]) -> None: ...
 
@@ -231,18 +231,18 @@ class Learner:
         self._set_state(LearnerState.STARTING, f"reading the output embedding of {target.folder}")
 
     async def begin(self, child: FramedChild, target: LearningTarget) -> None:
-        stored = await self._load()
+        stored = self._load()
         child.send(wire.REQUESTS.encode(self._start_message(target, restores=bool(stored))))
         if stored:
             for part, last in wire.parts(stored):
                 child.send(wire.REQUESTS.encode(wire.Restore(part, last)))
                 await child.drain()
 
-    async def _load(self) -> bytes:
+    def _load(self) -> bytes:
         """What was stored, of these weights."""
         if self._storage is None:
             return b""
-        weights, stored = await self._storage.load()
+        weights, stored = self._storage.load()
         if weights and self._weights and weights != self._weights:
             log.warning("learning begins anew: what was learned is of other weights")
             return b""

@@ -1,11 +1,10 @@
-"""The learner's statistics in the store: read when a learner starts, written while it learns."""
+"""The learner's statistics in the store: used when a learner starts, written while it learns."""
 
 from __future__ import annotations
 
 import asyncio
 
-from hemostat.store.errors import StoreErrorLog
-from hemostat.store.protocol import Store, StoreFailure, StoreWrites
+from hemostat.store.protocol import StoreWrites
 
 BLOB_KEY = "learner"
 PREFIX = b"weights "
@@ -13,25 +12,25 @@ PREFIX = b"weights "
 
 
 class StoredLearning:
-    def __init__(self, store: Store, writes: StoreWrites, errors: StoreErrorLog) -> None:
-        self._store = store
-        self._writes = writes
-        self._errors = errors
+    """Owns what was stored last, from which the next learner process goes on."""
 
-    async def load(self) -> tuple[str, bytes]:
-        """The weights that it is of, and what was stored last, b"" where there is none or the store fails, which is
-        counted."""
-        try:
-            stored = await asyncio.to_thread(self._store.get_blob, BLOB_KEY)
-        except StoreFailure as failure:
-            self._errors.record(failure)
-            return "", b""
-        return split_weights(stored or b"")
+    def __init__(self, writes: StoreWrites) -> None:
+        self._writes = writes
+        self._stored = b""
+
+    def restore(self, stored: bytes | None) -> None:
+        """What an earlier run stored."""
+        self._stored = stored or b""
+
+    def load(self) -> tuple[str, bytes]:
+        """The weights that it is of, and what was stored last, b"" where there is none."""
+        return split_weights(self._stored)
 
     async def save(self, weights: str, parts: list[bytes]) -> None:
         """Queue a write. weights: fingerprint of the compressed model's, "" where it is not known."""
         head = [PREFIX + weights.encode() + b"\n"] if weights else []
-        self._writes.put_blob(BLOB_KEY, await asyncio.to_thread(b"".join, [*head, *parts]))
+        self._stored = await asyncio.to_thread(b"".join, [*head, *parts])
+        self._writes.put_blob(BLOB_KEY, self._stored)
 
 
 def split_weights(stored: bytes) -> tuple[str, bytes]:

@@ -148,19 +148,17 @@ class Alarms:
         self._saved_at = self._wall()
         self._writes.set_state(STATE_KEY, alarm.save(self._state).decode())
 
-    def restore(self, stored: str | None, events: list[dict[str, Any]], tests: int = 0) -> None:
-        """Go on from what an earlier run stored. events: newest first. tests: how many had begun, where `stored` lacks
-        them: the alpha that they spent is not spent again."""
+    def restore(self, stored: str | None, events: list[dict[str, Any]]) -> None:
+        """Go on from what an earlier run stored. events: newest first."""
         self.events.clear()
         self.events.extend(reversed(events))
         if stored is None:
-            self._begin_anew(tests)
             return
         try:
             self._state = alarm.load(stored.encode(), self._settings)
         except InvalidArgumentError as error:
             log.error("stored alarm: %s", error)
-            self._begin_anew(max(tests, alarm.begun_tests(stored.encode())))
+            self._begin_anew(alarm.begun_tests(stored.encode()))
             return
         self._raised = {(str(r.test), r.kind): r.raised is not None for r in alarm.readings(self._state)}
 

@@ -170,7 +170,7 @@ class StateWriter:
 
     def write_tests_begun(self) -> None:
         self._tests_begun = self._trials.tests_begun
-        self._writes.raise_state(TESTS_BEGUN_KEY, self._tests_begun)
+        self._writes.set_state(TESTS_BEGUN_KEY, str(self._tests_begun))
 
     def note_record(self) -> None:
         """A record was learned from or judged by."""

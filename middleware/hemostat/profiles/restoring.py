@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hemostat.ipc.messages import REST_KIND
@@ -61,7 +61,7 @@ class Restoring:
         self._writer = writer
 
     def restore(
-        self, stored: Iterable[StoredProfile], states: Mapping[str, str | None], events: list[dict[str, Any]]
+        self, stored: Iterable[StoredProfile], states: Mapping[str, str], events: Sequence[dict[str, Any]]
     ) -> None:
         """Go on from what an earlier run wrote: what served serves again, and tests and windows go on. What cannot is
         withdrawn, which is an event with its reason.

@@ -106,6 +106,7 @@ class ScoringPipeline:
     compressed_scorer: the upstream, asked to score its own tokens; None without `shadow.floor_fraction`.
     conditioning: of captures whose tokens a grammar restricted.
     distances: who computes exact distances; None: nobody, and no adapter is judged.
+    decides: False while what records say is to change nothing.
     clock: monotonic seconds. draw: uniform numbers in [0, 1), for the noise floor's own sampling.
     on_change: called after every record, which may have changed what the relays' policy depends on.
     """
@@ -126,8 +127,10 @@ class ScoringPipeline:
         on_change: Callable[[], None],
         conditioning: Conditioning,
         distances: DistanceSource | None = None,
+        decides: Callable[[], bool] = lambda: True,
     ) -> None:
         self._monitor = monitor
+        self._decides = decides
         self.distances = DistanceWaits(distances)
         self._consumers = consumers
         self._clock = clock
@@ -226,6 +229,8 @@ class ScoringPipeline:
 
     def use_record(self, record: TokenRecord, capture: Capture) -> None:
         """A scored record, from the scorer. Its consumers know only the kinds that are followed, and `REST_KIND`."""
+        if not self._decides():
+            return
         consumers, profiles = self._consumers, self._consumers.profiles
         pair, calibrated = self._monitor.served.of(record.model), self._monitor.served.calibrated
         if pair is not None and pair is not calibrated:

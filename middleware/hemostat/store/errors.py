@@ -13,14 +13,12 @@ log = logging.getLogger("hemostat.store")
 
 
 class StoreErrorLog:
-    """Counts every failed operation and logs it; a message only when it differs from the one before."""
+    """Counts every failed operation, and logs each change: another message, and that the store answers again."""
 
     def __init__(self) -> None:
         self.last_message = ""
-        """Of the failures since `clear`; "" when there was none."""
+        """Of the failures since the store has answered last; "" when there was none."""
         self.count = 0
-        self.not_opened = ""
-        """Why the configured store could not be opened, so that all is kept in memory only; "" otherwise."""
 
     def record(self, failure: StoreFailure) -> None:
         self.count += 1
@@ -29,11 +27,11 @@ class StoreErrorLog:
             log.error("%s", message)
         self.last_message = message
 
-    def samples(self) -> Iterator[Sample]:
-        yield Sample(names.STORE_ERRORS, (), self.count)
-
     def clear(self) -> None:
-        """The store works again: the next failure is logged, whatever its message."""
+        """The store has answered."""
         if self.last_message:
             log.info("the store answers again")
         self.last_message = ""
+
+    def samples(self) -> Iterator[Sample]:
+        yield Sample(names.STORE_ERRORS, (), self.count)

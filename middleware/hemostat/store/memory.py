@@ -3,59 +3,71 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
-from hemostat.store.protocol import MAX_EVENTS, StoredProfile
+from hemostat.store.protocol import (
+    MAX_EVENTS,
+    AppendEvent,
+    DeleteProfile,
+    Head,
+    PutBlob,
+    PutProfile,
+    SetState,
+    Snapshot,
+    StoreConflict,
+    StoredProfile,
+    Write,
+)
 
 
 class MemoryStore:
-    """Implements `protocol.Store`."""
+    """Implements `protocol.Store`; no other process can own it."""
 
     def __init__(self) -> None:
-        self._profiles: dict[str, StoredProfile] = {}
+        self._head = Head()
+        self._states: dict[str, str] = {}
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
-        self._state: dict[str, str] = {}
+        self._profiles: dict[str, StoredProfile] = {}
         self._blobs: dict[str, bytes] = {}
 
-    def put_profile(self, profile: StoredProfile) -> None:
-        self._profiles[profile.version] = profile
+    def acquire(self) -> bool:
+        return True
 
-    def get_profile(self, version: str) -> StoredProfile | None:
-        return self._profiles.get(version)
+    def verify(self) -> None:
+        return
 
-    def profiles(self) -> list[StoredProfile]:
-        return sorted(self._profiles.values(), key=lambda p: p.created, reverse=True)
+    def head(self) -> Head:
+        return self._head
 
-    def delete_profile(self, version: str) -> None:
-        if not any(version in value for value in self._state.values()):
-            self._profiles.pop(version, None)
+    def read(self) -> Snapshot:
+        profiles = sorted(self._profiles.values(), key=lambda profile: profile.created, reverse=True)
+        return Snapshot(self._head, dict(self._states), list(reversed(self._events)), profiles, dict(self._blobs))
 
-    def append_event(self, event: dict[str, Any]) -> None:
-        self._events.append(event)
+    def commit(self, writes: Sequence[Write], expected: int, commit_id: str) -> int:
+        head = Head(expected + 1, commit_id)
+        if self._head != head:
+            if self._head.revision != expected:
+                raise StoreConflict(f"store in memory: revision {self._head.revision}, not {expected}")
+            for write in writes:
+                self._execute(write)
+            self._head = head
+        return head.revision
 
-    def events(self, limit: int) -> list[dict[str, Any]]:
-        return list(self._events)[: -limit - 1 : -1]
-
-    def set_state(self, key: str, value: str | None) -> None:
-        if value is None:
-            self._state.pop(key, None)
-        else:
-            self._state[key] = value
-
-    def raise_state(self, key: str, value: int) -> None:
-        self._state[key] = str(max(value, int(self._state.get(key, 0))))
-
-    def put_blob(self, key: str, data: bytes) -> None:
-        self._blobs[key] = data
-
-    def get_blob(self, key: str) -> bytes | None:
-        return self._blobs.get(key)
-
-    def get_state(self, key: str) -> str | None:
-        return self._state.get(key)
-
-    def add_state(self, key: str, value: str) -> str:
-        return self._state.setdefault(key, value)
+    def _execute(self, write: Write) -> None:
+        match write:
+            case PutProfile(profile):
+                self._profiles[profile.version] = profile
+            case DeleteProfile(version):
+                self._profiles.pop(version, None)
+            case AppendEvent(event):
+                self._events.append(event)
+            case SetState(key, value):
+                self._states.pop(key, None)
+                if value is not None:
+                    self._states[key] = value
+            case PutBlob(key, data):
+                self._blobs[key] = data
 
     def close(self) -> None:
         return

@@ -106,7 +106,7 @@ _GRANTS = "its user has to own the database, or the schema and the tables hemost
 
 
 class PostgresStore:
-    """Implements `protocol.ExclusiveStore`. The server is not contacted before the first call."""
+    """Implements `protocol.Store`. The server is not contacted before the first call."""
 
     def __init__(self, url: str) -> None:
         try:

@@ -1,18 +1,17 @@
 """What every store can do, and how it fails.
 
-    StoreFailure            a read or write failed
+A store is owned by one control process at a time. It is read once, as a whole, when a process becomes its owner, and is
+only written from then on: every commit is one transaction, and names the one that it follows.
+
+    StoreFailure            whether the call was executed is not known, unless it is one of these
     ├── StoreUnreachable    the server does not answer; a later attempt may succeed
     ├── StoreAccessDenied   wrong user or password; retrying does not help
     ├── StoreIncompatible   another version of hemostat wrote it; retrying does not help
-    ├── ExclusionLost       another process may own the store by now; nothing was written, or it is not known
+    ├── ExclusionLost       another process may own the store by now
     └── StoreConflict       somebody else has written, or the file was replaced; nothing was written
 
-A store raises StoreFailure and nothing else. The control process counts the failure and continues with what it holds in
-memory: the store is never needed to serve a request.
-
-Two middlewares may share one SQLite file, but they do not coordinate. Profiles (named by their digest) and events of
-both are kept. For the states (what serves, the mode) the last write wins, and the next process that starts reads it.
-Each middleware tests profiles on its own, with an alpha of its own; after a restart the larger number of tests counts.
+A store raises StoreFailure and nothing else. A read that fails says nothing about what is stored. The store is never
+needed to serve a request.
 """
 
 from __future__ import annotations
@@ -33,21 +32,7 @@ SCHEMA = 1
 
 
 class StoreFailure(HemostatError):
-    """The store could not be read or written."""
-
-
-class NotKeptError(HemostatError):
-    """What an operator did applies now, and the store has not kept it."""
-
-
-def require_schema(stored: int, store: str) -> None:
-    """StoreIncompatible where this version cannot use what another one has stored. store: how messages name it."""
-    if stored != SCHEMA:
-        age = "a newer" if stored > SCHEMA else "an older"
-        raise StoreIncompatible(
-            f"store {store}: it has schema {stored}, written by {age} hemostat; this one knows schema {SCHEMA}: "
-            "install the version that wrote it, or name another store in store.url"
-        )
+    """The store could not be read or written, or it is not known whether it was written."""
 
 
 class StoreUnreachable(StoreFailure):
@@ -70,6 +55,24 @@ class ExclusionLost(StoreFailure):
 class StoreConflict(StoreFailure):
     """Somebody else has written, or the file was replaced; nothing was written. What this process holds in memory may
     not be what is stored."""
+
+
+class NotActiveError(HemostatError):
+    """Another control process owns the store, or this one does not know yet what it holds; that one is to be asked."""
+
+
+class NotKeptError(HemostatError):
+    """What an operator did applies now, and the store has not kept it."""
+
+
+def require_schema(stored: int, store: str) -> None:
+    """StoreIncompatible where this version cannot use what another one has stored. store: how messages name it."""
+    if stored != SCHEMA:
+        age = "a newer" if stored > SCHEMA else "an older"
+        raise StoreIncompatible(
+            f"store {store}: it has schema {stored}, written by {age} hemostat; this one knows schema {SCHEMA}: "
+            "install the version that wrote it, or name another store in store.url"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,17 +140,16 @@ class PutBlob:
 Write: TypeAlias = PutProfile | DeleteProfile | AppendEvent | SetState | PutBlob
 
 
-class ExclusiveStore(Protocol):
-    """What one process owns, reads once as a whole, and then only writes. Synchronous: call it in a thread, never on
-    the event loop; one call at a time. Every method but `close` may raise StoreFailure.
-    """
+class Store(Protocol):
+    """Small and synchronous: call it in a thread, never on the event loop. Every method but `close` may raise
+    StoreFailure."""
 
     def acquire(self) -> bool:
         """Own the store until the process ends, unless another process does: False. Once more: nothing changes, or,
         after ExclusionLost, it is owned again."""
 
     def verify(self) -> None:
-        """Called every `VERIFY_SECONDS` by the owner. ExclusionLost, StoreConflict where the file was replaced."""
+        """Called every `VERIFY_SECONDS` by the owner. ExclusionLost; StoreConflict where the file was replaced."""
 
     def read(self) -> Snapshot:
         """Also without owning it. StoreIncompatible where another version has written it."""
@@ -159,8 +161,8 @@ class ExclusiveStore(Protocol):
         """Execute all writes in one transaction, as revision `expected` + 1, which is returned.
 
         Where that revision is stored under this `commit_id`, it has happened before, and nothing is written: so a
-        commit whose outcome is not known is repeated until its outcome is known. Any other revision: StoreConflict.
-        Not the owner: ExclusionLost. The schema is written with it, which `read` requires.
+        commit whose outcome is not known is repeated until it is known. Any other revision: StoreConflict. Not the
+        owner: ExclusionLost. The schema is written with it, which `read` requires.
         """
 
     def close(self) -> None:
@@ -168,42 +170,16 @@ class ExclusiveStore(Protocol):
 
 
 class StoreWrites(Protocol):
-    """What may be written. A `Store` writes at once; `StoreWriter` queues the write."""
+    """What may be written: each call queues a write. Implemented by `StoreWriter`."""
 
     def put_profile(self, profile: StoredProfile) -> None: ...
 
-    def delete_profile(self, version: str) -> None:
-        """Does nothing while any state names the version: it serves, here or in another process with the same store."""
+    def delete_profile(self, version: str) -> None: ...
 
     def append_event(self, event: dict[str, Any]) -> None: ...
 
     def set_state(self, key: str, value: str | None) -> None:
         """None deletes it."""
 
-    def raise_state(self, key: str, value: int) -> None:
-        """Set a number that only grows: a larger one that another process has stored stays."""
-
     def put_blob(self, key: str, data: bytes) -> None:
-        """Keep up to `MAX_BLOB_BYTES` under a name, in place of what it held. Interrupted, it leaves the old ones."""
-
-
-class Store(StoreWrites, Protocol):
-    """Small and synchronous: call it in a thread, never on the event loop. Every method may raise StoreFailure."""
-
-    def get_profile(self, version: str) -> StoredProfile | None: ...
-
-    def profiles(self) -> list[StoredProfile]:
-        """Newest first."""
-
-    def events(self, limit: int) -> list[dict[str, Any]]:
-        """Newest first."""
-
-    def get_state(self, key: str) -> str | None: ...
-
-    def get_blob(self, key: str) -> bytes | None:
-        """None where there is none."""
-
-    def add_state(self, key: str, value: str) -> str:
-        """Set a state unless it has a value, in one step. Returns the value that it has now, whoever set it."""
-
-    def close(self) -> None: ...
+        """Keep up to `MAX_BLOB_BYTES` under a name, in place of what it held."""

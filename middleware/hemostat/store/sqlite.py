@@ -1,115 +1,215 @@
-"""A store in one SQLite file."""
+"""A store in one SQLite file, on a local disk.
+
+Who owns it holds `flock` on a file beside it, `<file>.lock`, until the process ends. The database itself is never
+opened by anything but SQLite: closing any other descriptor of it would drop the locks that SQLite holds. It is a plain
+database with a write-ahead log, so that backups and `hemostat check` may read it at any time.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 from hemostat.store import protocol
-from hemostat.store.protocol import StoredProfile, StoreFailure
+from hemostat.store.protocol import (
+    SCHEMA,
+    AppendEvent,
+    DeleteProfile,
+    ExclusionLost,
+    Head,
+    PutBlob,
+    PutProfile,
+    SetState,
+    Snapshot,
+    StoreConflict,
+    StoredProfile,
+    StoreFailure,
+    StoreIncompatible,
+    Write,
+    require_schema,
+)
 
-T = TypeVar("T")
+BUSY_SECONDS = 5.0
+"""How long another process may lock the database before a call fails."""
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS profiles (version TEXT PRIMARY KEY, data BLOB NOT NULL, created REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY AUTOINCREMENT, body TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS state (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS blobs (key TEXT PRIMARY KEY, data BLOB NOT NULL);
-"""
+_TABLES = (
+    "CREATE TABLE IF NOT EXISTS head (schema INTEGER NOT NULL, revision INTEGER NOT NULL, commit_id TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS profiles (version TEXT PRIMARY KEY, data BLOB NOT NULL, created REAL NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY AUTOINCREMENT, body TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS state (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS blobs (key TEXT PRIMARY KEY, data BLOB NOT NULL)",
+)
 
 
 class SqliteStore:
-    """Implements `protocol.Store`. Each call opens a connection, so that a deleted or replaced file is noticed."""
+    """Implements `protocol.Store`. Each call opens a connection of its own, so that it sees the file that is there."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._lock = threading.Lock()
-        if not path.parent.is_dir():
-            raise StoreFailure(f"store.url: the folder {path.parent} does not exist; make it or name another")
-        self._run(lambda c: None)
+        self._calls = threading.Lock()
+        self._file: tuple[int, int] | None = None
+        """Device and inode of the database that the last call has read or written; None where there was none."""
+        self._lock: int | None = None
+        """Descriptor of the lock's file, while this process owns the store."""
 
-    def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        with self._lock:
+    def acquire(self) -> bool:
+        with self._calls:
+            if self._lock is not None:
+                return True
+            self._require_folder()
+            path = f"{self._path}.lock"
             try:
-                connection = sqlite3.connect(self._path, timeout=5.0)
-            except sqlite3.Error as error:
-                raise StoreFailure(f"store {self._path}: {error}") from error
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                raise StoreFailure(f"store {path}: {error.strerror}") from error
             try:
-                with connection:
-                    connection.executescript(_SCHEMA)
-                    return work(connection)
-            except (sqlite3.Error, ValueError) as error:  # ValueError: a damaged event is not JSON
-                raise StoreFailure(f"store {self._path}: {error}") from error
-            finally:
-                connection.close()
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                return False
+            except OSError as error:  # the file system has no locks
+                os.close(descriptor)
+                raise StoreFailure(f"store {path}: {error.strerror}; the store needs a local disk") from error
+            self._lock = descriptor
+            return True
 
-    def put_profile(self, profile: StoredProfile) -> None:
-        row = (profile.version, profile.data, profile.created)
-        self._run(lambda c: c.execute("INSERT OR REPLACE INTO profiles VALUES (?, ?, ?)", row))
+    def verify(self) -> None:
+        with self._calls:
+            self._require_owner()
+            self._require_same_file()
 
-    def get_profile(self, version: str) -> StoredProfile | None:
-        query = "SELECT version, data, created FROM profiles WHERE version = ?"
-        row = self._run(lambda c: c.execute(query, (version,)).fetchone())
-        return StoredProfile(*row) if row else None
+    def head(self) -> Head:
+        with self._calls:
+            if not self._exists():
+                return Head()
+            with self._transaction("BEGIN") as connection:
+                return self._head(connection)
 
-    def profiles(self) -> list[StoredProfile]:
-        query = "SELECT version, data, created FROM profiles ORDER BY created DESC"
-        return [StoredProfile(*row) for row in self._run(lambda c: c.execute(query).fetchall())]
+    def read(self) -> Snapshot:
+        with self._calls:
+            if not self._exists():
+                return Snapshot()
+            with self._transaction("BEGIN") as connection:
+                head = self._head(connection)
+                if head.revision == 0:
+                    return Snapshot()
+                events = connection.execute("SELECT body FROM events ORDER BY id DESC")
+                profiles = connection.execute("SELECT version, data, created FROM profiles ORDER BY created DESC")
+                return Snapshot(
+                    head,
+                    dict(connection.execute("SELECT key, value FROM state")),
+                    [json.loads(body) for (body,) in events],
+                    [StoredProfile(*row) for row in profiles],
+                    dict(connection.execute("SELECT key, data FROM blobs")),
+                )
 
-    def delete_profile(self, version: str) -> None:
-        query = (
-            "DELETE FROM profiles WHERE version = ? "
-            "AND NOT EXISTS (SELECT 1 FROM state WHERE instr(value, profiles.version) > 0)"
-        )
-        self._run(lambda c: c.execute(query, (version,)))
-
-    def append_event(self, event: dict[str, Any]) -> None:
-        def work(c: sqlite3.Connection) -> None:
-            c.execute("INSERT INTO events (body) VALUES (?)", (json.dumps(event),))
-            c.execute("DELETE FROM events WHERE id <= (SELECT MAX(id) FROM events) - ?", (protocol.MAX_EVENTS,))
-
-        self._run(work)
-
-    def events(self, limit: int) -> list[dict[str, Any]]:
-        query = "SELECT body FROM events ORDER BY id DESC LIMIT ?"
-        return self._run(lambda c: [json.loads(body) for (body,) in c.execute(query, (limit,))])
-
-    def set_state(self, key: str, value: str | None) -> None:
-        if value is None:
-            self._run(lambda c: c.execute("DELETE FROM state WHERE key = ?", (key,)))
-        else:
-            self._run(lambda c: c.execute("INSERT OR REPLACE INTO state VALUES (?, ?)", (key, value)))
-
-    def raise_state(self, key: str, value: int) -> None:
-        query = (
-            "INSERT INTO state VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET "
-            "value = CAST(MAX(CAST(value AS INTEGER), CAST(excluded.value AS INTEGER)) AS TEXT)"
-        )
-        self._run(lambda c: c.execute(query, (key, str(value))))
-
-    def put_blob(self, key: str, data: bytes) -> None:
-        if len(data) > protocol.MAX_BLOB_BYTES:
-            raise StoreFailure(f"store {self._path}: {key} has {len(data)} bytes, above {protocol.MAX_BLOB_BYTES}")
-        self._run(lambda c: c.execute("INSERT OR REPLACE INTO blobs VALUES (?, ?)", (key, data)))
-
-    def get_blob(self, key: str) -> bytes | None:
-        row = self._run(lambda c: c.execute("SELECT data FROM blobs WHERE key = ?", (key,)).fetchone())
-        return bytes(row[0]) if row else None
-
-    def get_state(self, key: str) -> str | None:
-        row = self._run(lambda c: c.execute("SELECT value FROM state WHERE key = ?", (key,)).fetchone())
-        return str(row[0]) if row else None
-
-    def add_state(self, key: str, value: str) -> str:
-        def work(c: sqlite3.Connection) -> str:
-            c.execute("INSERT OR IGNORE INTO state VALUES (?, ?)", (key, value))
-            return str(c.execute("SELECT value FROM state WHERE key = ?", (key,)).fetchone()[0])
-
-        return self._run(work)
+    def commit(self, writes: Sequence[Write], expected: int, commit_id: str) -> int:
+        with self._calls:
+            self._require_owner()
+            if self._file is not None:
+                self._require_same_file()
+            with self._transaction("BEGIN IMMEDIATE") as connection:
+                head = self._head(connection)
+                if head == Head(expected + 1, commit_id):
+                    return head.revision
+                if head.revision != expected:
+                    raise StoreConflict(f"store {self._path}: revision {head.revision}, not {expected}: it was changed")
+                if head.revision == 0:
+                    for table in _TABLES:
+                        connection.execute(table)
+                for write in writes:
+                    _execute(connection, write)
+                connection.execute("DELETE FROM head")
+                connection.execute("INSERT INTO head VALUES (?, ?, ?)", (SCHEMA, expected + 1, commit_id))
+            self._require_same_file()
+            return expected + 1
 
     def close(self) -> None:
-        return
+        with self._calls:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+    def _require_folder(self) -> None:
+        """Without it nothing is known of the file: a volume may be missing."""
+        if not self._path.parent.is_dir():
+            raise StoreFailure(f"store.url: the folder {self._path.parent} does not exist; make it or name another")
+
+    def _require_owner(self) -> None:
+        if self._lock is None:
+            raise ExclusionLost(f"store {self._path}: this process does not own it")
+
+    def _require_same_file(self) -> None:
+        """A volume that is missing for a while is a failure, and no conflict."""
+        self._require_folder()
+        if self._inode() != self._file:
+            raise StoreConflict(f"store {self._path}: the file was replaced or deleted")
+
+    def _exists(self) -> bool:
+        """Whether there is a file to read."""
+        self._require_folder()
+        self._file = self._inode()
+        return self._file is not None
+
+    def _inode(self) -> tuple[int, int] | None:
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StoreFailure(f"store {self._path}: {error.strerror}") from error
+        return found.st_dev, found.st_ino
+
+    def _head(self, connection: sqlite3.Connection) -> Head:
+        """StoreIncompatible."""
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if not tables:
+            return Head()
+        if "head" not in tables:
+            raise StoreIncompatible(
+                f"store {self._path}: it is not a store of this version of hemostat; name another in store.url"
+            )
+        row = connection.execute("SELECT schema, revision, commit_id FROM head").fetchone()
+        require_schema(row[0], str(self._path))
+        return Head(row[1], row[2])
+
+    @contextlib.contextmanager
+    def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
+        """Committed at the end, or undone after an exception. StoreFailure."""
+        try:
+            connection = sqlite3.connect(self._path, timeout=BUSY_SECONDS, isolation_level=None)
+            with contextlib.closing(connection):
+                if self._lock is not None:
+                    connection.execute("PRAGMA journal_mode = WAL")
+                    connection.execute("PRAGMA synchronous = FULL")
+                connection.execute(begin)
+                self._file = self._inode()
+                yield connection
+                connection.execute("COMMIT")
+        except (sqlite3.Error, ValueError, TypeError) as error:  # ValueError, TypeError: what is stored is damaged
+            raise StoreFailure(f"store {self._path}: {error}") from error
+
+
+def _execute(connection: sqlite3.Connection, write: Write) -> None:
+    match write:
+        case PutProfile(profile):
+            row = (profile.version, profile.data, profile.created)
+            connection.execute("INSERT OR REPLACE INTO profiles VALUES (?, ?, ?)", row)
+        case DeleteProfile(version):
+            connection.execute("DELETE FROM profiles WHERE version = ?", (version,))
+        case AppendEvent(event):
+            connection.execute("INSERT INTO events (body) VALUES (?)", (json.dumps(event),))
+            oldest = "DELETE FROM events WHERE id <= (SELECT MAX(id) FROM events) - ?"
+            connection.execute(oldest, (protocol.MAX_EVENTS,))
+        case SetState(key, None):
+            connection.execute("DELETE FROM state WHERE key = ?", (key,))
+        case SetState(key, value):
+            connection.execute("INSERT OR REPLACE INTO state VALUES (?, ?)", (key, value))
+        case PutBlob(key, data):
+            connection.execute("INSERT OR REPLACE INTO blobs VALUES (?, ?)", (key, data))

@@ -1,166 +1,161 @@
-"""The one place from which the control process writes to the store: a bounded queue of typed writes, in order.
+"""The one place from which the control process writes to the store.
 
-Writes are queued on the event loop and happen in a thread. A failed write is counted and dropped, unless the server
-cannot be reached: then the write is repeated until it answers.
+Invariants:
+- What waits is coalesced: the newest value of a state, the newest bytes of a blob, whether a profile is to be there or
+  not; all events, of which the store keeps the newest `MAX_EVENTS`. So it is bounded however long the store is away.
+- All that waits is one commit. What one step of the event loop queues is never split.
+- A commit is repeated, the same writes under the same id, until the store says that it has happened: it happens exactly
+  once, and nothing is dropped. Only where another process owns the store meanwhile it never happens; the process ends
+  then (`control.ownership`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import secrets
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from hemostat.ipc.backoff import Backoff
 from hemostat.store.errors import StoreErrorLog
-from hemostat.store.protocol import Store, StoredProfile, StoreFailure, StoreUnreachable
+from hemostat.store.protocol import (
+    MAX_BLOB_BYTES,
+    MAX_EVENTS,
+    AppendEvent,
+    DeleteProfile,
+    ExclusionLost,
+    Head,
+    PutBlob,
+    PutProfile,
+    SetState,
+    Store,
+    StoreConflict,
+    StoredProfile,
+    StoreFailure,
+    Write,
+)
 
-MAX_QUEUED_WRITES = 1000
-RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0)
-"""Longest pauses between attempts to reach the server; the last one repeats."""
-
-
-@dataclass(frozen=True, slots=True)
-class PutProfile:
-    profile: StoredProfile
-
-
-@dataclass(frozen=True, slots=True)
-class DeleteProfile:
-    version: str
-
-
-@dataclass(frozen=True, slots=True)
-class AppendEvent:
-    event: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class SetState:
-    key: str
-    value: str | None
+RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
+"""Longest pauses between attempts; the last one repeats."""
 
 
 @dataclass(frozen=True, slots=True)
-class RaiseState:
-    key: str
-    value: int
-
-
-@dataclass(frozen=True, slots=True)
-class PutBlob:
-    """The newest bytes under this key that wait to be written: several writes that wait become one."""
-
-    key: str
-
-
-Write: TypeAlias = PutProfile | DeleteProfile | AppendEvent | SetState | RaiseState | PutBlob
+class _Commit:
+    commit_id: str
+    writes: list[Write]
+    last: int
+    """Number of the last write that it has."""
 
 
 class StoreWriter:
-    """Implements `protocol.StoreWrites`: each call queues one write. Lives in the control process's event loop."""
+    """Implements `protocol.StoreWrites`. Lives in the control process's event loop.
 
-    def __init__(self, store: Store, errors: StoreErrorLog) -> None:
+    on_lost: called where the store may be another process's now; `run` goes on once `active` is set again.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        errors: StoreErrorLog,
+        active: asyncio.Event,
+        on_lost: Callable[[StoreFailure], None],
+    ) -> None:
         self._store = store
         self._errors = errors
-        self._queue: asyncio.Queue[Write] = asyncio.Queue(MAX_QUEUED_WRITES)
-        self._blobs: dict[PutBlob, bytes] = {}
-        """That wait to be written."""
-
-    # --- protocol.StoreWrites --------------------------------------------------------------------------------------
+        self._active = active
+        self._on_lost = on_lost
+        self.head = Head()
+        """Of this process's last commit that has happened, or of what it has read."""
+        self._profiles: dict[str, PutProfile | DeleteProfile] = {}
+        self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
+        self._states: dict[str, str | None] = {}
+        self._blobs: dict[str, bytes] = {}
+        self._commit: _Commit | None = None
+        """Begun; its outcome is not known yet."""
+        self._queued = 0
+        """Writes that were ever queued, and of these, the ones that were written."""
+        self._written = 0
+        self._work = asyncio.Event()
+        self._progress = asyncio.Event()
 
     def put_profile(self, profile: StoredProfile) -> None:
-        self._enqueue(PutProfile(profile))
+        self._profiles[profile.version] = PutProfile(profile)
+        self._note()
 
     def delete_profile(self, version: str) -> None:
-        self._enqueue(DeleteProfile(version))
+        self._profiles[version] = DeleteProfile(version)
+        self._note()
 
     def append_event(self, event: dict[str, Any]) -> None:
-        self._enqueue(AppendEvent(event))
+        self._events.append(event)
+        self._note()
 
     def set_state(self, key: str, value: str | None) -> None:
-        self._enqueue(SetState(key, value))
-
-    def raise_state(self, key: str, value: int) -> None:
-        self._enqueue(RaiseState(key, value))
+        self._states[key] = value
+        self._note()
 
     def put_blob(self, key: str, data: bytes) -> None:
-        write = PutBlob(key)
-        waits = write in self._blobs
-        self._blobs[write] = data
-        if not waits:
-            self._enqueue(write)
+        if len(data) > MAX_BLOB_BYTES:
+            self._errors.record(StoreFailure(f"store: {key} has {len(data)} bytes, above {MAX_BLOB_BYTES}: not stored"))
+            return
+        self._blobs[key] = data
+        self._note()
 
-    # --- the queue -------------------------------------------------------------------------------------------------
+    def _note(self) -> None:
+        self._queued += 1
+        self._work.set()
 
-    def _enqueue(self, write: Write) -> None:
-        try:
-            self._queue.put_nowait(write)
-        except asyncio.QueueFull:
-            self._errors.count += 1
-            if isinstance(write, PutBlob):
-                self._blobs.pop(write)
+    def is_own(self, head: Head) -> bool:
+        """Nobody else has written: it is the head of the last commit, or of the one whose outcome is not known."""
+        begun = self._commit
+        return head == self.head or (begun is not None and head == Head(self.head.revision + 1, begun.commit_id))
 
     async def run(self) -> None:
-        """Write what is queued, one after the other, until cancelled."""
+        """Until cancelled."""
+        backoff = Backoff(RETRY_SECONDS)
         while True:
-            write = await self._queue.get()
-            backoff = Backoff(RETRY_SECONDS)
-            while True:
-                try:
-                    await self._write(write)
-                    break
-                except StoreUnreachable as failure:
-                    self._errors.record(failure)
-                except StoreFailure as failure:
-                    self._errors.record(failure)
-                    break
+            await self._active.wait()
+            await self._work.wait()
+            try:
+                await self.write()
+                backoff.reset()
+            except (ExclusionLost, StoreConflict) as failure:
+                self._errors.record(failure)
+                self._on_lost(failure)
+            except StoreFailure as failure:
+                self._errors.record(failure)
                 await asyncio.sleep(backoff.pause())
-            self._queue.task_done()
+
+    async def write(self) -> None:
+        """Try once to write what waits, the commit whose outcome is not known first. StoreFailure."""
+        while self._queued > self._written:
+            commit = self._commit or self._begin()
+            revision = await asyncio.to_thread(self._store.commit, commit.writes, self.head.revision, commit.commit_id)
+            self.head, self._written, self._commit = Head(revision, commit.commit_id), commit.last, None
+            self._errors.clear()
+            self._progress.set()
+            self._progress = asyncio.Event()
+        self._work.clear()
+
+    def _begin(self) -> _Commit:
+        writes: list[Write] = list(self._profiles.values())
+        writes += map(AppendEvent, self._events)
+        writes += [SetState(key, value) for key, value in self._states.items()]
+        writes += [PutBlob(key, data) for key, data in self._blobs.items()]
+        for waiting in (self._profiles, self._events, self._states, self._blobs):
+            waiting.clear()
+        self._commit = _Commit(secrets.token_hex(16), writes, self._queued)
+        return self._commit
 
     async def wait_until_written(self, seconds: float) -> bool:
-        """Returns once nothing is queued or being written, at the latest after `seconds`; False in that case."""
+        """Returns once all that is queued now is written, at the latest after `seconds`; False in that case."""
+        last = self._queued
         try:
-            await asyncio.wait_for(self._queue.join(), seconds)
+            async with asyncio.timeout(seconds):
+                while self._written < last:
+                    await self._progress.wait()
         except TimeoutError:
             return False
         return True
-
-    async def drain(self) -> None:
-        """At the end of the process, after `run` was cancelled: write what is still queued, each once.
-        StoreUnreachable as soon as the server does not answer."""
-        while not self._queue.empty():
-            write = self._queue.get_nowait()
-            self._queue.task_done()
-            try:
-                await self._write(write)
-            except StoreUnreachable:
-                raise
-            except StoreFailure as failure:
-                self._errors.record(failure)
-
-    async def _write(self, write: Write) -> None:
-        """StoreFailure; after StoreUnreachable a blob waits again."""
-        blob = self._blobs.pop(write) if isinstance(write, PutBlob) else b""
-        try:
-            await asyncio.to_thread(self._write_now, write, blob)
-        except StoreUnreachable:
-            if isinstance(write, PutBlob):
-                self._blobs.setdefault(write, blob)  # a newer one wins
-            raise
-        if self._errors.not_opened:
-            raise StoreFailure(self._errors.not_opened)  # it is in memory, and will be lost
-
-    def _write_now(self, write: Write, blob: bytes) -> None:
-        match write:
-            case PutProfile(profile):
-                self._store.put_profile(profile)
-            case DeleteProfile(version):
-                self._store.delete_profile(version)
-            case AppendEvent(event):
-                self._store.append_event(event)
-            case SetState(key, value):
-                self._store.set_state(key, value)
-            case RaiseState(key, number):
-                self._store.raise_state(key, number)
-            case PutBlob(key):
-                self._store.put_blob(key, blob)

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 from tests.characterization.worlds import Truth, V, World, entropy, top
+from tests.support.stores import DirectWrites
 
 from hemostat.config.schema import Calibration
 from hemostat.profiles.decisions import DECISIONS, MAX_EVENTS, Reason
 from hemostat.profiles.manager import ProfileManager
 from hemostat.profiles.persistence import STATE_KEYS
-from hemostat.store.memory import MemoryStore
 from hemostat.store.protocol import StoredProfile
 from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.errors import HemostatError
@@ -42,7 +42,7 @@ def written(method: str, *args: Any) -> dict[str, Any]:
             return {"write": method, "version": version}
         case "append_event", [event]:
             return {"write": method, "event": event}
-        case "set_state" | "raise_state", [key, value]:
+        case "set_state", [key, value]:
             return {"write": method, "key": key, "value": stored_state(key, value)}
     raise AssertionError(f"a write that this adapter does not know: {method}{args}")
 
@@ -88,9 +88,6 @@ class _NotingWrites:
     def set_state(self, key: str, value: str | None) -> None:
         self._life.save("set_state", key, value)
 
-    def raise_state(self, key: str, value: int) -> None:
-        self._life.save("raise_state", key, value)
-
     def put_blob(self, key: str, data: bytes) -> None:
         raise AssertionError("profiles keep no blobs")
 
@@ -110,7 +107,7 @@ class Life:
         at: float = 0.0,
         **calibration: Any,
     ) -> None:
-        self.store: Any = store or MemoryStore()
+        self.store: Any = store or DirectWrites()
         self.now = at
         self.saves: list[dict[str, Any]] = []
         given = {"mode": "auto", "min_tokens": 300, "clamp_nats": CLAMP, "held_out_fraction": HELD_OUT} | calibration

@@ -1,0 +1,45 @@
+"""The salt is made once, and kept in the store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.support.control import control, settings
+from tests.support.stores import put, stored
+
+from hemostat.control.stored_state import SALT_BYTES, SALT_KEY
+from hemostat.store.protocol import SetState
+
+
+async def test_restarts_have_the_same_salt_and_relays_get_it_with_their_policy(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/h.db"
+    salts = set()
+    for _ in range(3):
+        async with control(tmp_path, settings(store={"url": url})) as one:
+            one.policy.publish()
+            assert one.link._policy is not None
+            salts.add(one.link._policy.salt)
+    [salt] = salts
+    assert len(salt) == SALT_BYTES
+    assert stored(url).states[SALT_KEY] == salt.hex()
+
+
+async def test_stores_in_memory_differ(tmp_path: Path) -> None:
+    salts = set()
+    for _ in range(2):
+        async with control(tmp_path) as one:
+            salts.add(one.stored_state.salt)
+    assert len(salts) == 2
+
+
+@pytest.mark.parametrize("damaged", ["", "zz", "ab", "ab" * 33])
+async def test_a_damaged_salt_is_replaced(damaged: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url = f"sqlite:///{tmp_path}/h.db"
+    put(url, SetState(SALT_KEY, damaged))
+    async with control(tmp_path, settings(store={"url": url})) as one:
+        salt = one.stored_state.salt
+    assert len(salt) == SALT_BYTES
+    assert stored(url).states[SALT_KEY] == salt.hex()
+    assert "conversations count as new" in caplog.text
+    assert salt.hex() not in caplog.text
