@@ -385,7 +385,7 @@ async def pipeline(folder: Path, clock: Clock, **settings: Any) -> AsyncIterator
             draw=random.Random(7).random,
         )
         control.engines.nonce_prefix = "0123456789abcdef"  # made up anew by every process
-        control.salt.value = bytes(range(32))
+        control.stored_state.salt = bytes(range(32))
         await control.start(made.calibration.force)
         relays = listen(control.link, folder / "control.sock")
         control.policy.publish()
