@@ -10,7 +10,6 @@ from hemostat.store.memory import MemoryStore
 from hemostat.store.postgres import PostgresStore
 from hemostat.store.protocol import Store, StoreFailure
 from hemostat.store.sqlite import SqliteStore
-from hemostat_calibration.messages import shown_address
 
 
 def open_store(url: str) -> Store:
