@@ -6,8 +6,6 @@ from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tests.support.hidden_state_world import A, D, HiddenStateWorld, N, T, V
 from tests.support.oracle import apply, shift
 from tests.support.records import log_softmax
@@ -258,32 +256,6 @@ def test_a_drifting_workload_is_followed():
 # --- sums
 
 
-def equal_sums(learner, a, b, rtol=1e-5):
-    for mine, theirs in zip(a.folds, b.folds, strict=True):
-        one, two = flushed(mine, a.tokens, learner.forgetting), flushed(theirs, b.tokens, learner.forgetting)
-        assert one.weight == pytest.approx(two.weight, rel=1e-9)
-        for x, y in ((one.cross, two.cross), (one.target, two.target)):
-            np.testing.assert_allclose(x, y, atol=rtol * max(1.0, np.abs(y).max()))
-
-
-@settings(max_examples=15, deadline=None)
-@given(order=st.permutations(range(12)), parts=st.integers(1, 4), data=st.data())
-def test_merged_in_any_order_it_is_one_stream(order, parts, data):
-    learner = world().learner()
-    whole = world().learn(range(12), learner)
-    replicas = [learner.init("m", V) for _ in range(parts)]
-    for seed in order:
-        at = data.draw(st.integers(0, parts - 1))
-        replicas[at] = learner.update(replicas[at], [world().record(seed)])
-    merged = learner.init("m", V)
-    for replica in data.draw(st.permutations(replicas)):
-        merged = learner.merge(merged, replica)
-    assert (merged.tokens, merged.requests) == (whole.tokens, whole.requests)
-    assert merged.tokens_by_source == whole.tokens_by_source
-    equal_sums(learner, merged, whole)
-    assert sorted(r.tokens for r in merged.recent) == sorted(r.tokens for r in whole.recent)
-
-
 def test_sums_equal_those_of_all_rows_at_once():
     """Over several times what waits before it is added, discounted by age."""
     learner = world().learner(half_life_tokens=3000.0)
@@ -335,7 +307,6 @@ def test_states_are_values():
     state = world().learn(range(40), learner)
     before = [(fold.cross.copy(), len(fold.waiting)) for fold in state.folds]
     learner.update(state, [world().record(seed) for seed in range(40, 140)])
-    learner.merge(state, state)
     learner.fit(state)
     for fold, (cross, waiting) in zip(state.folds, before, strict=True):
         np.testing.assert_array_equal(fold.cross, cross)
@@ -393,8 +364,6 @@ def test_what_does_not_belong_is_refused():
         learner.update(learner.init("m", V), [replace(record, vocab_size=V + 1)])
     with pytest.raises(InvalidArgumentError, match="hidden states of 3"):
         learner.update(learner.init("m", V), [replace(record, reference_hidden=np.zeros((T, 3), np.float32))])
-    with pytest.raises(InvalidArgumentError, match="one model"):
-        learner.merge(learner.init("m", V), learner.init("n", V))
 
 
 @pytest.mark.parametrize(

@@ -152,23 +152,6 @@ def test_the_same_records_give_the_same_version():
     assert a.version == b.version
 
 
-def test_states_merge():
-    """Each learned half; together they know what one knew that saw everything, but for the order of learning."""
-    world = World(beta=0.8, bias=0.4)
-    learner, whole = world.learn(120)
-    halves = []
-    for part in (range(0, 60), range(60, 120)):
-        state = learner.init("m", V)
-        for seed in part:
-            state = learner.update(state, [make_record(world.truth(seed), 20)])
-        halves.append(state)
-    merged, swapped = learner.merge(*halves), learner.merge(*halves[::-1])
-    assert (merged.requests, merged.tokens) == (whole.requests, whole.tokens)
-    np.testing.assert_allclose(merged.reference_mass, swapped.reference_mass)
-    a, b = world.divergence(learner.propose(merged)), world.divergence(learner.propose(whole))
-    assert a == pytest.approx(b, abs=0.1 * world.divergence())
-
-
 def test_states_are_values():
     learner, state = World().learn(2)
     before = state.reference_mass.copy()
@@ -182,5 +165,3 @@ def test_what_does_not_belong_is_refused():
     learner = TemperatureBiasLearner()
     with pytest.raises(InvalidArgumentError, match="vocab_size"):
         learner.update(learner.init("m", V + 1), [make_record(World().truth(0), 5)])
-    with pytest.raises(InvalidArgumentError, match="one model"):
-        learner.merge(learner.init("m", V), learner.init("n", V))

@@ -100,7 +100,7 @@ class SurvivalCurve:
 
 @dataclass(frozen=True, slots=True)
 class Survival:
-    """Streaming estimator of the survival curve: `update` with a request, `merge` replicas, `get` the curve.
+    """Streaming estimator of the survival curve: `update` with a request, `merge` two streams, `get` the curve.
 
     at_risk: int [P], requests by the positions that they reached.
     sums: float64 [2, P], of W at each position that a request reached, and of W at the position before.

@@ -1,4 +1,4 @@
-"""The contract of learners: `init`, `update`, `merge`, `propose`, all pure.
+"""The contract of learners: `init`, `update`, `propose`, all pure.
 
 `tests/core/test_conformance.py` checks it for every learner.
 """
@@ -27,9 +27,6 @@ class Learner(Protocol[State]):
     def update(self, state: State, records: Iterable[TokenRecord]) -> State:
         """Learn from validated records of the learning side of the split, of whatever arm: records hold the compressed
         model's own distribution, before any profile. InvalidArgumentError where one does not fit."""
-
-    def merge(self, state: State, other: State) -> State:
-        """What two replicas learned. InvalidArgumentError where they learned of different models."""
 
     def propose(self, state: State) -> CalibrationProfile | None:
         """The profile to try now; None while there is too little to learn from."""

@@ -1,4 +1,4 @@
-"""Estimators in constant memory: `update` gives a new one, `merge` joins those of replicas, `get` reads.
+"""Estimators in constant memory: `update` gives a new one, `merge` joins those of two streams, `get` reads.
 
 All are frozen values: an update never changes its input. Merging is associative and commutative up to
 rounding, and equals one estimator that saw everything.

@@ -10,7 +10,7 @@ of n₀ control units bad,
 The numerator over the likelihood at the true (p, q) is a martingale that starts at 1; the denominator is at least that
 likelihood wherever p ≤ q + margin is true. So e ever reaches 1/alpha with a probability of at most alpha (Ville's
 inequality), however often it is looked at. e depends on the four counts alone: the order does not matter, counts of
-replicas add, and the counts without a group of units are a test of all others.
+two streams add, and the counts without a group of units are a test of all others.
 
 The guarantee is for a rate that is constant in each arm. Where it changes in both arms alike, and units are assigned
 to the arms at random with a constant probability, the counts are those of one mixed population; that the test keeps

@@ -73,19 +73,11 @@ class Alarms:
 
         One of an adapter counts in the mix of kinds only: it says nothing of the compressed model.
         """
+        now, kind = self._wall(), record.kind or REST_KIND
         if record.adapter is not None:
-            self.count(record.kind)
-        else:
-            self.observe_unit(record.kind, figures.kl_rc, alarm.spread(record))
-
-    def count(self, kind: str) -> None:
-        """One scored request of an adapter."""
-        self._state = alarm.count(self._state, kind or REST_KIND)
-
-    def observe_unit(self, kind: str, divergences: Floats, spreads: Floats) -> None:
-        """One scored request of the compressed model itself: see `alarm.Observation`."""
-        now, kind = self._wall(), kind or REST_KIND
-        observation = alarm.Observation(now, divergences, spreads, pooled=kind == REST_KIND)
+            self._state = alarm.count(self._state, kind)
+            return
+        observation = alarm.Observation(now, figures.kl_rc, alarm.spread(record), pooled=kind == REST_KIND)
         self._state = alarm.update(self._state, kind, observation, self._noise_floor())
         changed = [self._note(reading) for reading in alarm.readings(self._state)]
         if any(changed) or now - self._saved_at >= SAVE_SECONDS:

@@ -59,13 +59,14 @@ class ByEngine:
         if len(self._totals) > odd_engine.MAX_ENGINES:
             self._totals.popitem(last=False)
 
-    def observe_unit(self, kind: str, applied: str, unit: odd_engine.Unit) -> None:
-        """One scored request that is an observation of its own: see `engine_unit`.
-
-        applied: version of the profile, "" for identity.
-        """
-        now = self._wall()
-        self._test = odd_engine.update(self._test, f"{kind or REST_KIND} {applied}", unit, now)
+    def observe(self, record: TokenRecord, figures: TokenDivergence) -> None:
+        """One scored request that is an observation of its own, its raw figures, in the test."""
+        kl = figures.kl_rc[np.isfinite(figures.kl_rc)]
+        if not record.engine or not len(kl):
+            return
+        now, stratum = self._wall(), f"{record.kind or REST_KIND} {record.applied or ''}"
+        unit = odd_engine.Unit(record.engine, float(kl.mean()), len(kl))
+        self._test = odd_engine.update(self._test, stratum, unit, now)
         self._note()
         if now - self._saved_at >= SAVE_SECONDS:
             self.save()
@@ -146,12 +147,6 @@ class ByEngine:
         for test in odd_engine.readings(self._test):
             yield Sample(names.ENGINE_ODD, (test.engine,), float(test.raised is not None))
             yield Sample(names.ENGINE_ODD_EVIDENCE_RATIO, (test.engine,), _part(test))
-
-
-def engine_unit(record: TokenRecord, figures: TokenDivergence) -> odd_engine.Unit | None:
-    """What the test needs of a scored request, its raw figures; None where it says nothing of an engine."""
-    kl = figures.kl_rc[np.isfinite(figures.kl_rc)]
-    return odd_engine.Unit(record.engine, float(kl.mean()), len(kl)) if record.engine and len(kl) else None
 
 
 def _part(test: odd_engine.EngineReading) -> float:

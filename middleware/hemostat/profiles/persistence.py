@@ -166,11 +166,8 @@ class StateWriter:
         """A test or a window has begun: what it spends of alpha is written at once, the rest soon."""
         self._begun = True
         if self._trials.tests_begun > self._tests_begun:
-            self.write_tests_begun()
-
-    def write_tests_begun(self) -> None:
-        self._tests_begun = self._trials.tests_begun
-        self._writes.set_state(TESTS_BEGUN_KEY, str(self._tests_begun))
+            self._tests_begun = self._trials.tests_begun
+            self._writes.set_state(TESTS_BEGUN_KEY, str(self._tests_begun))
 
     def note_record(self) -> None:
         """A record was learned from or judged by."""

@@ -67,14 +67,7 @@ class Scopes:
 
     def of(self, record: TokenRecord) -> str:
         """The record's scope; `ALL` where it is not followed."""
-        return self.followed(self.name_of(record))
-
-    def name_of(self, record: TokenRecord) -> str:
-        """What the record's scope is called, whether it is followed or not."""
-        return SCOPE_KEYS[self.kind](record)
-
-    def followed(self, scope: str) -> str:
-        """The scope itself, or `ALL` where it is not followed."""
+        scope = SCOPE_KEYS[self.kind](record)
         return scope if self.follow(scope) else ALL
 
     def require(self, scope: str) -> None:

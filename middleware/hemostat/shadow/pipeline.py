@@ -30,7 +30,7 @@ from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.messages import Capture
 from hemostat.measurement.alarms import Alarms
-from hemostat.measurement.by_engine import ByEngine, engine_unit
+from hemostat.measurement.by_engine import ByEngine
 from hemostat.measurement.by_model import OtherModels
 from hemostat.measurement.coverage import Coverage
 from hemostat.measurement.measurements import Measurements
@@ -263,8 +263,7 @@ class ScoringPipeline:
         def judge(back: TokenRecord) -> None:
             if fresh:
                 consumers.alarms.observe(back, figures)
-                if (unit := engine_unit(back, figures)) is not None:
-                    consumers.engines.observe_unit(back.kind, back.applied or "", unit)
+                consumers.engines.observe(back, figures)
             self._judge(back, capture, figures, gains, fresh=fresh)
 
         versions = profiles.distance_versions(record)

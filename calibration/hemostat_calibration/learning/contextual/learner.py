@@ -41,7 +41,6 @@ from hemostat_calibration.learning.contextual.statistics import (
     Forgetting,
     empty_fold,
     flushed,
-    merged,
     moments_in_basis,
     with_rows,
 )
@@ -185,25 +184,6 @@ class ContextualLearner:
             tokens=tokens,
             requests=requests,
             tokens_by_source=sources,
-        )
-
-    def merge(self, state: ContextualState, other: ContextualState) -> ContextualState:
-        """What two replicas learned. InvalidArgumentError where they learned of different models."""
-        if (state.model, state.vocab_size) != (other.model, other.vocab_size):
-            raise InvalidArgumentError(f"states are of {state.model} and {other.model}: they must be of one model")
-        tokens = state.tokens + other.tokens
-        # By age: both streams end now.
-        moved = [replace(r, clock=r.clock + tokens - s.tokens) for s in (state, other) for r in s.recent]
-        return replace(
-            state,
-            folds=tuple(
-                merged(flushed(a, state.tokens, self.forgetting), flushed(b, other.tokens, self.forgetting), tokens)
-                for a, b in zip(state.folds, other.folds, strict=True)
-            ),
-            recent=newest(sorted(moved, key=lambda r: r.clock), self._recent_tokens),
-            tokens=tokens,
-            requests=state.requests + other.requests,
-            tokens_by_source={s: state.tokens_by_source[s] + other.tokens_by_source[s] for s in TokenSource},
         )
 
     def propose(self, state: ContextualState) -> CalibrationProfile | None:

@@ -104,17 +104,6 @@ def flushed(fold: FoldSums, clock: int, forgetting: Forgetting) -> FoldSums:
     return FoldSums(frozen(cross), frozen(target), weight, clock)
 
 
-def merged(a: FoldSums, b: FoldSums, clock: int) -> FoldSums:
-    """Of two flushed folds that end at the same time, `clock` tokens having been seen in all.
-
-    >>> rows = TokenRows(0, 2, 2, np.ones((2, 3), np.float16), np.full((2, 4), 2.0, np.float16))
-    >>> fold = flushed(with_rows(empty_fold(2, 3, 4), rows, 2, Forgetting(None)), 2, Forgetting(None))
-    >>> merged(fold, fold, 4).weight
-    4.0
-    """
-    return FoldSums(frozen(a.cross + b.cross), frozen(a.target + b.target), a.weight + b.weight, clock)
-
-
 def moments_in_basis(fold: FoldSums, basis: Basis) -> Moments:
     """Σ s sᵀ and Σ s tᵀ of a flushed fold, of inputs s = `basis.reads` x̃ and targets t = Lᵀ (h_r − E[h_c | z])."""
     features = len(fold.cross) - 1
