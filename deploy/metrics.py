@@ -120,7 +120,7 @@ SHADOW_REASONS: dict[str, Values] = {
         "invalid_…": "the record failed validation (`ids`, `mass`, …): a bug here or in vLLM, see the log",
     },
     "dropped": {
-        "queue_full": "more is sampled than the reference can score: lower `shadow.rate` or raise `shadow.max_queue`",
+        "queue_full": "more came at once than the queue holds; relays then sample less, unless clients force it",
         "link_full": "the control process accepts captures too slowly, or does not run",
         "hook_error": "a bug in the interceptor, see the log; the client was served",
         "reference_not_ready": "the reference was not ready when the capture arrived or was to be scored",

@@ -52,6 +52,8 @@ class Comparison:
     """Digest; b"" where none is named."""
     json_in_words: bool
     """The prompt asks for JSON."""
+    drawn: float
+    """Of the conversation, in [0, 1), by chance: what is counted of the comparison is that of small numbers."""
 
 
 class ExchangeHook(Protocol):

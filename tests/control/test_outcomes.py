@@ -11,6 +11,7 @@ from tests.support.waiting import until
 
 from hemostat.control.composition import Control
 from hemostat.ipc.messages import REST_KIND, OutcomeReport, OutcomeReports, encode
+from hemostat.measurement.outcome_sampling import MAX_REPORTS_PER_SECOND
 from hemostat.profiles.decisions import Decision, Reason
 
 KIND = "chat json greedy"
@@ -65,3 +66,25 @@ async def test_harm_takes_the_profile_from_its_kind_until_an_operator_releases_i
         again.profile_manager.operator.release(KIND)
         again.do_periodic()
         assert {kind["kind"]: kind["harmed"] for kind in status_json(again)["outcomes"]["kinds"]}[KIND] is None
+
+
+async def test_the_part_that_relays_report_follows_from_the_requests_of_all(tmp_path: Path) -> None:
+    """What a relay had answered before it connected is not known to be recent: it does not count."""
+    reference = {"backend": "vllm", "url": "http://127.0.0.1:1"}
+    async with control(tmp_path, settings(reference=reference)) as one:
+        relays = [await connect_relay(one, tmp_path, pid, relay_stats(1e9)) for pid in (1, 2)]
+        one.do_periodic()
+        assert one.link.requests == 0.0
+        for relay in relays:
+            relay.write(encode(relay_stats(1e9 + 1e6)))
+        await until(lambda: one.link.requests == 2e6)
+        one.do_periodic()
+        assert one.policy._last is not None
+        fraction = one.policy._last.outcome_fraction
+        assert fraction < 1.0
+        assert fraction * one.requests.per_second <= MAX_REPORTS_PER_SECOND
+        assert one.policy._last.shadow_rate * one.requests.per_second < 100.0, (
+            "of captures, too, as long as none is scored"
+        )
+        for relay in relays:
+            relay.close()

@@ -12,6 +12,7 @@ import pytest
 from hemostat.config import schema as config
 from hemostat.ipc.messages import REST_KIND, OutcomeReport
 from hemostat.measurement import outcomes
+from hemostat.measurement.outcome_sampling import WAIT_SECONDS, OutcomeSampling
 from hemostat.measurement.outcomes import STATE_KEY, Outcomes
 from hemostat.metrics import names
 
@@ -61,6 +62,7 @@ class World:
     now: float = 1000.0
     control_fraction: float = 0.5
     outcomes: Outcomes = field(init=False)
+    sampling: OutcomeSampling = field(init=False)
     rng: random.Random = field(default_factory=lambda: random.Random(0))
 
     def __post_init__(self) -> None:
@@ -68,7 +70,16 @@ class World:
 
     def restart(self) -> None:
         settings = config.Outcomes()
-        self.outcomes = Outcomes(settings, 0.25, self.control_fraction, self.served, self.writes, lambda: self.now)  # type: ignore[arg-type]
+        self.sampling = OutcomeSampling()
+        self.outcomes = Outcomes(
+            settings,
+            0.25,
+            self.control_fraction,
+            self.served,
+            self.writes,  # type: ignore[arg-type]
+            lambda: self.now,
+            self.sampling,
+        )
         self.outcomes.restore(self.writes.states.get(STATE_KEY))
 
     def report(self, treated: bool, bad: bool, **changes: Any) -> None:
@@ -209,7 +220,7 @@ def test_arms_of_another_size_begin_anew() -> None:
 
 
 @pytest.mark.parametrize(
-    "stored", ["", "{}", "[]", '{"format": 2}', '{"format": 1, "control_fraction": 0.5, "kinds": 3}']
+    "stored", ["", "{}", "[]", '{"format": 1}', '{"format": 2, "control_fraction": 0.5, "kinds": 3}']
 )
 def test_a_damaged_state_is_not_used(stored: str) -> None:
     world = World()
@@ -237,6 +248,49 @@ def test_a_pinned_profile_stays_and_its_harm_is_shown_until_it_is_unpinned() -> 
     world.served.pinned.clear()
     world.traffic(700, 0.9, 0.6)
     assert world.served.left, "it is judged again"
+
+
+def test_only_conversations_whose_number_is_below_what_counts_are_units() -> None:
+    world = World()
+    world.outcomes.sample(150.0, 0.0)
+    assert (world.sampling.reported, world.sampling.counted) == (0.25, 0.25)
+    for number in range(100):
+        world.report(True, True, drawn=number / 100)
+    assert world.shown[KIND]["units"] == 25
+    assert world.outcomes.report()["counted"] == 0.25
+
+
+def test_who_has_answers_while_it_does_not_count_never_counts() -> None:
+    """Its later answers are those of a conversation that goes on, and longer ones may be more frequent in one arm."""
+    world = World()
+    world.outcomes.sample(80.0, 0.0)
+    world.outcomes.sample(0.0, WAIT_SECONDS)
+    assert (world.sampling.reported, world.sampling.counted) == (1.0, 0.5)
+    world.report(True, True, conversation=b"goes on", drawn=0.75)
+    world.outcomes.sample(0.0, 2 * WAIT_SECONDS)
+    assert world.sampling.counted == 1.0
+    world.report(True, True, conversation=b"goes on", drawn=0.75)
+    world.report(True, True, conversation=b"begins", drawn=0.75)
+    assert world.shown[KIND]["units"] == 1
+
+
+def test_a_conversation_that_goes_on_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outcomes, "MAX_SEEN", 10)
+    world = World()
+    for _ in range(20):
+        world.report(True, True, conversation=b"goes on")
+        world.traffic(5, 0.5, 0.5)
+    assert world.shown[KIND]["units"] == 101
+
+
+def test_a_restart_counts_the_same_part() -> None:
+    world = World()
+    world.outcomes.sample(80.0, 0.0)
+    world.restart()
+    assert (world.sampling.reported, world.sampling.counted) == (0.5, 0.5), "stored at once"
+    world.outcomes.sample(0.0, 0.0)
+    world.outcomes.sample(0.0, WAIT_SECONDS - 1.0)
+    assert world.sampling.reported == 0.5
 
 
 def test_other_models_begin_anew() -> None:

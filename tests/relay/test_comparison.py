@@ -18,7 +18,7 @@ from hemostat.relay.outcomes import OutcomeObserver
 
 PERSON = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
 FIND = {"type": "function", "function": {"name": "find", "parameters": PERSON}}
-COMPARISON = Comparison("chat json greedy", "v", True, b"c" * 16, b"k" * 8, json_in_words=True)
+COMPARISON = Comparison("chat json greedy", "v", True, b"c" * 16, b"k" * 8, json_in_words=True, drawn=0.25)
 
 
 def stream(*deltas: dict[str, Any], reason: str = "stop") -> bytes:
@@ -136,7 +136,9 @@ async def test_a_report_through_the_relay(room: bool) -> None:
     reports, counted, got = await relayed(SpyHook(arm="treated", comparison=COMPARISON), answer(body), room)
     assert got == body
     assert reports == [
-        OutcomeReport("chat json greedy", "v", True, b"c" * 16, b"k" * 8, GOOD | {"json": False}, output_tokens=7)
+        OutcomeReport(
+            "chat json greedy", "v", True, b"c" * 16, b"k" * 8, GOOD | {"json": False}, output_tokens=7, drawn=0.25
+        )
     ]
     assert counted[OUTCOME_REPORTS] == {("sent" if room else "dropped",): 1}
 

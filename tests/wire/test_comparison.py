@@ -11,6 +11,7 @@ from tests.support.wire import OTHER_VERSION, VERSION, policy
 from hemostat.hooks import Comparison, ExchangeHook
 from hemostat.ipc.messages import REST_KIND, Policy
 from hemostat.openai.kinds import asks_json_in_words
+from hemostat.shadow.intercepted_exchange import InterceptedExchange
 from hemostat.shadow.interceptor import Interceptor
 
 KIND = "chat json greedy"
@@ -82,3 +83,31 @@ def test_json_asked_for_in_words_is_a_part_of_the_name() -> None:
     assert asks_json_in_words("chat model json label text json sampled reply")
     assert not asks_json_in_words("chat model text label json text sampled")
     assert not asks_json_in_words(REST_KIND)
+
+
+def test_a_part_of_the_conversations_is_reported_in_every_turn_and_in_both_arms_alike() -> None:
+    def reported(text: str, fraction: float, *later: str) -> Comparison | None:
+        turns = [{"role": ("user", "assistant")[n % 2], "content": said} for n, said in enumerate((text, *later))]
+        return compared(text, msgspec.structs.replace(SERVED, outcome_fraction=fraction), messages=turns)
+
+    talks = [f"talk {number}" for number in range(1200)]
+    drawn = {talk: found for talk in talks if (found := reported(talk, 0.25))}
+    assert abs(len(drawn) - 300) < 5 * (1200 * 0.25 * 0.75) ** 0.5
+    treated = sum(found.treated for found in drawn.values())
+    assert abs(treated - len(drawn) / 2) < 5 * (len(drawn) / 4) ** 0.5
+    for talk in talks[:60]:
+        later = reported(talk, 0.25, "Yes?", "And then?")
+        assert (later is None) == (talk not in drawn)
+        whole = reported(talk, 1.0, "Yes?", "And then?")
+        assert whole is not None
+        assert (whole.drawn < 0.25) == (talk in drawn)
+
+
+def test_whether_an_outcome_is_reported_is_decided_when_the_request_begins() -> None:
+    """Else long answers would be lost when the part becomes smaller meanwhile, and more of these may be treated."""
+    interceptor = Interceptor(SERVED, lambda capture: True, lambda metric, labels: None)
+    exchange = interceptor.begin("POST", b"/v1/chat/completions", [], "r")
+    assert isinstance(exchange, InterceptedExchange)
+    exchange.request(b'{"model": "m", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0}')
+    interceptor.policy = msgspec.structs.replace(SERVED, outcome_fraction=0.0)
+    assert exchange.comparison is not None

@@ -289,7 +289,7 @@ class StatusSource:
             proxy=proxy_status(totals),
             endings=endings_by_arm(totals),
             shadow=ShadowStatus(
-                rate=shadow.rate,
+                rate=shadow.rate * self._pipeline.sampling.fraction,
                 reference_tokens=self._pipeline.reference_tokens,
                 reference_tokens_per_second=shadow.reference_tokens_per_second,
                 uptime_seconds=now - self._started,

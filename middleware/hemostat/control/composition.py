@@ -41,7 +41,9 @@ from hemostat.measurement.alarms import Alarms
 from hemostat.measurement.by_engine import ByEngine
 from hemostat.measurement.figures import MODELS
 from hemostat.measurement.measurements import Measurements
+from hemostat.measurement.outcome_sampling import OutcomeSampling
 from hemostat.measurement.outcomes import Outcomes
+from hemostat.measurement.rates import SmoothedRate
 from hemostat.metrics import names
 from hemostat.metrics.collector import HemostatCollector
 from hemostat.metrics.samples import AnySample
@@ -105,6 +107,7 @@ class Control:
             adapter=settings.adapter,
         )
         self.profiles = self.profile_manager.report
+        self.requests, sampling = SmoothedRate(), OutcomeSampling()
         self.outcomes = Outcomes(
             settings.outcomes,
             settings.evidence.client_share,
@@ -112,6 +115,7 @@ class Control:
             ServedKinds(self.profile_manager),
             self.writer,
             wall,
+            sampling,
         )
         self.engines = EngineRegistry(nonce_prefix=secrets.token_hex(8))
         self.weights = ServedWeights(self.engines)
@@ -186,6 +190,8 @@ class Control:
             grammars=unavailable(settings.grammar),
             addresses=self.addresses,
             upstreams=self.upstreams,
+            outcomes=sampling,
+            captures=self.pipeline.sampling,
         )
         changes.subscribe(self.policy.publish)
         self.stored_state = StoredState(
@@ -329,14 +335,18 @@ class Control:
 
     def do_periodic(self) -> None:
         """What is due because time has passed."""
+        now = self._clock()
         self.problems.look()
+        self.requests.update(self.link.requests, now)
         if self.ownership.active:
+            self.outcomes.sample(self.requests.per_second, now)
             self.outcomes.check()
+            self.pipeline.sample(self.requests.per_second)
             self._look_at_weights()
             self.policy.publish()
             self.profile_manager.writer.save_if_due()
-        if self.history.due(self._clock()):
-            self.history.add(self._clock(), self._wall(), self.status.current())
+        if self.history.due(now):
+            self.history.add(now, self._wall(), self.status.current())
 
     async def run_periodic(self) -> None:
         while True:

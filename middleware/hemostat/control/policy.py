@@ -13,11 +13,12 @@ from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.messages import Policy
+from hemostat.measurement.outcome_sampling import OutcomeSampling
 from hemostat.openai.tool_parsers import TOOL_FORMATS, restricted_free_calls
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.shadow.answer_losses import AnswerLosses
-from hemostat.shadow.limits import Breakers
+from hemostat.shadow.limits import Breakers, CaptureSampling
 from hemostat_calibration.profiles.families import ADAPTER
 
 
@@ -57,6 +58,8 @@ class PolicyPublisher:
         grammars: str,
         addresses: EngineAddresses,
         upstreams: UpstreamEngines,
+        outcomes: OutcomeSampling,
+        captures: CaptureSampling,
     ) -> None:
         """grammars: why no grammar can be rebuilt here; "" where it can."""
         self.settings = settings
@@ -73,6 +76,8 @@ class PolicyPublisher:
         self._grammars = not grammars
         self._addresses = addresses
         self._upstreams = upstreams
+        self._outcomes = outcomes
+        self._captures = captures
         self._last: Policy | None = None
         self.generation = 0
         """Number of policies that were sent."""
@@ -101,7 +106,7 @@ class PolicyPublisher:
         return Policy(
             generation=0,
             mode=profiles.serving.mode,
-            shadow_rate=shadow.rate,
+            shadow_rate=shadow.rate * self._captures.fraction,
             shadow_allow_on=shadow.allow_on,
             shadow_top_k=shadow.top_k,
             shadow_max_tokens=shadow.max_tokens,
@@ -134,6 +139,7 @@ class PolicyPublisher:
             free_calls=restricted_free_calls(grammar.tool_call_parser, grammar.tool_strict_level),
             treat_unjudged=calibration.treat_unjudged,
             drained=self._upstreams.drained,
+            outcome_fraction=self._outcomes.reported,
             openai_sampling_defaults=self.settings.upstream.openai_sampling_defaults,
             **profiles.request_parameters(),
         )

@@ -64,6 +64,8 @@ class RelayLink:
         self._live: dict[asyncio.StreamWriter, Stats] = {}
         self._former: OrderedDict[str, Stats] = OrderedDict()
         self._retired: Stats | None = None
+        self.requests = 0.0
+        """That relays have answered while they were connected, without what they had answered before."""
 
     @property
     def relays(self) -> int:
@@ -151,10 +153,16 @@ class RelayLink:
                 for count in message.counts:
                     self._on_sampled(count)
             case Stats():
+                if (last := self._live.get(writer)) is not None:
+                    self.requests += _answered(message) - _answered(last)
                 self._live[writer] = message
                 self._former.pop(hello.process, None)  # these include its former ones
             case _:
                 raise ValueError(f"a relay sent {type(message).__name__}")
+
+
+def _answered(stats: Stats) -> float:
+    return sum(stats.counters.get(names.REQUESTS, {}).values())
 
 
 def add(a: Stats, b: Stats) -> Stats:

@@ -146,10 +146,12 @@ class OutcomeReport(msgspec.Struct, frozen=True, array_like=True):
     bad: dict[str, bool]
     """By outcome that applies to the request (`hemostat_calibration.outcomes.Outcome`)."""
     output_tokens: int | None
+    drawn: float = 0.0
+    """Of the conversation (`hooks.Comparison.drawn`)."""
 
 
 class OutcomeReports(msgspec.Struct, tag="outcomes", frozen=True):
-    """Of the answers since the last such message."""
+    """Of the answers since the last such message to requests in an arm of the conversations that are drawn."""
 
     reports: list[OutcomeReport]
 
@@ -277,6 +279,8 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     """Engines (`EngineHealth.engine`) that get no new requests."""
     openai_sampling_defaults: bool = False
     """What a request leaves out of temperature, top_p, top_k, min_p and repetition_penalty is OpenAI's default."""
+    outcome_fraction: float = 1.0
+    """Of the conversations in an arm, the part whose outcomes are reported."""
     held_by_engine: dict[str, frozenset[str]] | None = None
     """By engine (`EngineHealth.engine`), the versions that requests to it may ask for; none where it is absent. None:
     there is one upstream address, and `acknowledged` holds."""

@@ -1,7 +1,8 @@
 """Outcomes of answers by kind of traffic and arm: what relays report, what it proves, and what follows.
 
 In each kind one trial runs (`hemostat_calibration.outcomes`): of the version that serves there now. A conversation
-counts once in each kind, with its first complete answer. Proven harm takes the profile from that kind, whatever the
+counts once in each kind, with its first complete answer; where there are more answers than are reported, those of a
+random part of the conversations count (`outcome_sampling`). Proven harm takes the profile from that kind, whatever the
 divergence says, and the kind stays at identity until an operator releases it.
 """
 
@@ -21,6 +22,7 @@ from typing import Any, Protocol
 from hemostat.config import schema as config
 from hemostat.ipc.messages import OutcomeReport
 from hemostat.measurement.figures import finite
+from hemostat.measurement.outcome_sampling import MAX_SEEN, OutcomeSampling
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.store.protocol import StoreWrites
@@ -34,12 +36,10 @@ STATE_KEY = "outcomes"
 """Of the state in the store."""
 SAVE_SECONDS = 60.0
 """Pause between writes of the state. After a restart, units since the last one are lost."""
-MAX_SEEN = 20_000
-"""Conversations, by kind, that are remembered as counted; the oldest is forgotten."""
 MAX_COUNTED_KINDS = 256
 """Kinds that are not followed now and whose trials are counted each by itself; further ones share one count."""
 _SEEN_BYTES = 6
-_FORMAT = 1
+_FORMAT = 2
 _OUTCOMES = frozenset(outcome.value for outcome in Outcome)
 
 
@@ -88,12 +88,14 @@ class Outcomes:
         served: ServedKinds,
         writes: StoreWrites,
         wall: Callable[[], float],
+        sampling: OutcomeSampling,
     ) -> None:
         self._settings = Settings(settings.alpha, settings.margin, settings.length_margin, client_share)
         self._control_fraction = control_fraction
         self._served = served
         self._writes = writes
         self._wall = wall
+        self._sampling = sampling
         self._saved_at = wall()
         self._kinds: dict[str, _Kind] = {}
         self._begun: dict[str, int] = {}
@@ -110,7 +112,7 @@ class Outcomes:
         kind = report.kind
         if kind not in self._served.kinds() or self._served.version(kind) != report.version:
             return
-        if not self._is_first(kind, report.conversation):
+        if not self._is_first(kind, report.conversation) or report.drawn >= self._sampling.counted:
             return
         state = self._kinds.get(kind)
         if state is None:
@@ -131,16 +133,22 @@ class Outcomes:
             self._counts[kind, arm, outcome.value, "bad" if value else "good"] += 1
 
     def _is_first(self, kind: str, conversation: bytes) -> bool:
-        """Whether the conversation has not been counted in this kind; one that is not recognized never has."""
+        """Whether the conversation has not been seen in this kind; one that is not recognized never has."""
         if not conversation:
             return True
         key = blake2b(conversation + kind.encode(), digest_size=_SEEN_BYTES).digest()
         if key in self._seen:
+            self._seen.move_to_end(key)
             return False
         self._seen[key] = None
         if len(self._seen) > MAX_SEEN:
             self._seen.popitem(last=False)
         return True
+
+    def sample(self, requests_per_second: float, now: float) -> None:
+        """Adapt what is reported and counted to the traffic; see `OutcomeSampling.update`. Call it regularly."""
+        if self._sampling.update(requests_per_second, now):
+            self.save()  # else a restart could count conversations that are not counted now
 
     def check(self) -> None:
         """What is due because of new units, or because time has passed. Call it regularly."""
@@ -188,7 +196,7 @@ class Outcomes:
         self._seen.clear()
 
     def save(self) -> None:
-        """Queue a write of the state: at most 15 kB for each kind, and 160 kB for the conversations."""
+        """Queue a write of the state: at most 15 kB for each kind, and 400 kB for the conversations."""
         self._saved_at = self._wall()
         kinds = {
             kind: {
@@ -201,6 +209,7 @@ class Outcomes:
         state = {
             "format": _FORMAT,
             "control_fraction": self._control_fraction,
+            "sampling": [self._sampling.reported, self._sampling.counted],
             "kinds": kinds,
             "begun": self._begun,
             "seen": base64.b64encode(b"".join(self._seen)).decode(),
@@ -219,6 +228,7 @@ class Outcomes:
             kinds = {kind: self._load_kind(saved, same) for kind, saved in state["kinds"].items()}
             begun = {str(kind): int(number) for kind, number in state["begun"].items()}
             seen = base64.b64decode(state["seen"], validate=True)
+            self._sampling.restore(*map(float, state["sampling"]))
         except (ValueError, KeyError, TypeError, AttributeError, binascii.Error, InvalidArgumentError) as error:
             log.error("stored outcomes: %s", error)
             return
@@ -241,6 +251,7 @@ class Outcomes:
     def report(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
+            "counted": self._sampling.counted,
             "alpha": self._settings.alpha,
             "margin": self._settings.margin,
             "length_margin": self._settings.length_margin,

@@ -77,7 +77,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             names.SHADOW_RATE_RATIO,
             "gauge",
             "ratio",
-            "Fraction of the requests that is sampled (shadow.rate); absent without a reference.",
+            "Fraction of the requests that is sampled: shadow.rate, or what can be scored; absent without a reference.",
         ),
         Metric(names.SHADOW_QUEUE_DEPTH, "gauge", "captures", "Captures waiting for the reference."),
         Metric(names.SHADOW_LAG_SECONDS, "gauge", "seconds", "Age of the oldest waiting capture."),

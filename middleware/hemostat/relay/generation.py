@@ -123,6 +123,7 @@ class GenerationReport:
             client=comparison.client,
             bad=ended.bad,
             output_tokens=ended.output_tokens,
+            drawn=comparison.drawn,
         )
         sent = context.report_outcome(report)
         context.counters.add(names.OUTCOME_REPORTS, ("sent" if sent else "dropped",))

@@ -21,6 +21,7 @@ CLIENT_BYTES: Final = 8
 ARM: Final = b"hemostat arm"
 CONVERSATION: Final = b"hemostat talk"
 CLIENT: Final = b"hemostat client"
+OUTCOME: Final = b"hemostat outcome"
 
 _DRAWN_AT_ONCE: Final = 512
 
@@ -44,6 +45,11 @@ def uniform(key: bytes, salt: bytes, purpose: bytes) -> float:
 def in_control_arm(conversation: bytes, fraction: float, salt: bytes) -> bool:
     """True for a fraction `fraction` of all conversations."""
     return uniform(conversation, salt, ARM) < fraction
+
+
+def outcome_number(conversation: bytes, salt: bytes) -> float:
+    """In [0, 1), of a conversation: its outcomes are reported while it is below `Policy.outcome_fraction`."""
+    return uniform(conversation, salt, OUTCOME)
 
 
 def conversation_digest(key: bytes | None, salt: bytes) -> bytes:

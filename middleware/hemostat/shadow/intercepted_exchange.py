@@ -27,7 +27,7 @@ from hemostat.openai.tokens import (
     little_endian,
     status_failure,
 )
-from hemostat.shadow.assignment import conversation_digest
+from hemostat.shadow.assignment import conversation_digest, outcome_number
 from hemostat.shadow.client_headers import ClientOptions
 from hemostat.shadow.grammar.enforced import with_scorable_grammar
 from hemostat.shadow.profile_choice import (
@@ -135,6 +135,8 @@ class InterceptedExchange:
         self._arm = Arm.NONE
         self._compared: str | None = None
         """The version that the treated arm gets."""
+        self._drawn = 0.0
+        """See `Comparison`."""
         self._counted_as: tuple[Arm, Reason] | None = None
         """The arm and the reason that are counted at the end; None for a request that is not calibrated."""
         self._profile_added = False
@@ -170,7 +172,7 @@ class InterceptedExchange:
 
     @property
     def comparison(self) -> Comparison | None:
-        if self._compared is None or self._arm is Arm.NONE:
+        if self._compared is None or self._arm is Arm.NONE or self._drawn >= self._policy.outcome_fraction:
             return None
         return Comparison(
             kind=served_kind(self._policy, self._kind),
@@ -179,6 +181,7 @@ class InterceptedExchange:
             conversation=self._conversation,
             client=self._client,
             json_in_words=asks_json_in_words(self._kind),
+            drawn=self._drawn,
         )
 
     def sent_to(self, engine: str) -> None:
@@ -256,6 +259,8 @@ class InterceptedExchange:
             choice = self._choose_profile(request)
         self._counted_as = choice.arm, choice.reason
         self._arm, self._compared = choice.arm, choice.compared
+        if choice.compared is not None:
+            self._drawn = outcome_number(self._conversation, policy.salt)
         if choice.version is None:
             return
         self._version = choice.version

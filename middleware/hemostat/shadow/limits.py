@@ -1,4 +1,7 @@
-"""Back-pressure of the shadow path: a bounded queue, a token budget, a circuit breaker. Time is always an argument."""
+"""Back-pressure of the shadow path: a bounded queue, a token budget, a circuit breaker, and the part that is sampled.
+
+Time is always an argument.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,19 @@ from enum import StrEnum
 from typing import Final
 
 from hemostat.ipc.messages import Capture
+from hemostat.measurement.rates import SmoothedRate
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 
 MAX_QUEUED_BYTES: Final = 256 * 1024 * 1024
+TARGET_FILL: Final = 0.75
+"""Of the queue, where more requests could be sampled than can be scored."""
+FILL_SECONDS: Final = 5.0
+"""In which the queue's fill is to come to the target."""
+MIN_CAPTURES_PER_SECOND: Final = 0.1
+_MEAN_OF_CAPTURES: Final = 50
+_CHANGE: Final = 1.25
+"""The sampled part is not changed by a smaller factor, for each change is a policy that is sent to all relays."""
 
 
 class ShadowQueue:
@@ -45,6 +57,11 @@ class ShadowQueue:
                 self._bytes -= _size(capture)
                 return capture
         return None
+
+    @property
+    def fill(self) -> float:
+        """0: empty, 1: full."""
+        return max(len(self._items) / self.limit, self._bytes / self._limit_bytes)
 
     def lag_seconds(self, now: float) -> float:
         """Age of the oldest capture, 0 without any; now: monotonic seconds."""
@@ -109,6 +126,61 @@ class TokenBudget:
         if self._at is not None:
             self._level = min(self.burst, self._level + (now - self._at) * self.rate)
         self._at = now
+
+
+class CaptureSampling:
+    """Which part of the requests that `shadow.rate` allows relays sample, so that they send about as many captures as
+    the workers can score, however many relays and requests there are.
+
+    Otherwise all that is beyond this would be computed by the engines, sent, and dropped. The part changes with time,
+    not with what the requests are: a mean over the scored requests is then one in which times of little traffic weigh
+    more.
+
+    What may come is what the workers take, by their mean time for a capture, and what brings the queue to TARGET_FILL.
+    What would come without this is counted from what comes; it is at most what is expected from the number of requests,
+    by which alone it is estimated while nothing is scored.
+
+    workers: captures that are scored at a time. limit: of the queue.
+    """
+
+    def __init__(self, workers: int, limit: int) -> None:
+        self._workers = workers
+        self._limit = limit
+        self.fraction = 1.0
+        """Of `shadow.rate`."""
+        self._total = 0.0
+        """Captures that would have come with the fraction 1."""
+        self._would_come: SmoothedRate | None = None
+        """None while nothing is scored."""
+        self._taken = 0
+        self._seconds = 0.0
+        """Mean time that a worker takes for one of the last captures."""
+
+    def received(self) -> None:
+        """A capture has come."""
+        self._total += 1.0 / self.fraction
+
+    def taken(self, seconds: float) -> None:
+        """A worker has taken so long for a capture, its wait for the token budget included."""
+        self._taken = min(self._taken + 1, _MEAN_OF_CAPTURES)
+        self._seconds += (seconds - self._seconds) / self._taken
+
+    def update(self, expected: float, fill: float, now: float, *, scoring: bool) -> None:
+        """expected: sampled requests per second with the fraction 1. fill: of the queue, 0 to 1. now: monotonic
+        seconds."""
+        if not scoring:
+            self._would_come = None
+        elif self._would_come is None:
+            self._would_come = SmoothedRate(expected)
+        demand = expected
+        if self._would_come is not None:
+            self._would_come.update(self._total, now)
+            demand = min(demand, self._would_come.per_second)
+        capacity = self._workers / self._seconds if self._seconds > 0.0 else 0.0
+        allowed = capacity + self._limit * (TARGET_FILL - fill) / FILL_SECONDS
+        part = max(allowed, 0.1 * capacity, MIN_CAPTURES_PER_SECOND) / max(demand, MIN_CAPTURES_PER_SECOND)
+        if part >= 1.0 or not 1.0 / _CHANGE < part / self.fraction < _CHANGE:
+            self.fraction = min(part, 1.0)
 
 
 class BreakerState(StrEnum):

@@ -44,7 +44,7 @@ from hemostat.shadow.answer_losses import AnswerLosses
 from hemostat.shadow.distances import DistanceSource, DistanceWaits
 from hemostat.shadow.endings import EndingCounts
 from hemostat.shadow.grammar.conditioning import Conditioning
-from hemostat.shadow.limits import Breakers, ShadowQueue, TokenBudget
+from hemostat.shadow.limits import Breakers, CaptureSampling, ShadowQueue, TokenBudget
 from hemostat.shadow.noise_floor import NoiseFloorMeter
 from hemostat.shadow.reasons import Outcome, ScoringDropReason
 from hemostat.shadow.records_file import RecordsFile
@@ -136,7 +136,7 @@ class ScoringPipeline:
         self._clock = clock
         self._on_change = on_change
         self.rate = settings.shadow.rate if scores else None
-        """Fraction that is sampled; None without a reference."""
+        """Fraction that is sampled at most; None without a reference."""
         self._workers = WORKERS.get(settings.reference.backend, 1)
         self.coverage = Coverage(settings.evidence.kinds)
         self.endings = EndingCounts(self.coverage.ended)
@@ -147,6 +147,7 @@ class ScoringPipeline:
         self._seen = SeenUnits()
         self.other_models = OtherModels(settings.shadow.max_tokens)
         self.queue = ShadowQueue(settings.shadow.max_queue)
+        self.sampling = CaptureSampling(self._workers, self.queue.limit)
         self.answer_losses = AnswerLosses()
         self.scorer: Scorer | None = None
         self.noise_floor: NoiseFloorMeter | None = None
@@ -175,6 +176,7 @@ class ScoringPipeline:
             answer_losses=self.answer_losses,
             emit=self.use_record,
             conditioning=conditioning,
+            taken=self.sampling.taken,
             clock=clock,
             profile_in_request=settings.calibration.apply == "request",
             max_scored=shadow.max_scored_tokens,
@@ -206,7 +208,7 @@ class ScoringPipeline:
         yield from self.queue.samples(self._clock())
         yield from self.answer_losses.samples(self._clock())
         if self.rate is not None:
-            yield Sample(names.SHADOW_RATE_RATIO, (), self.rate)
+            yield Sample(names.SHADOW_RATE_RATIO, (), self.rate * self.sampling.fraction)
         if self.scorer is not None:
             yield from self.scorer.samples()
         else:
@@ -219,9 +221,16 @@ class ScoringPipeline:
         if recovered.get("estimate") is not None:
             yield Sample(names.RECOVERED_DIVERGENCE_RATIO, (), recovered["estimate"])
 
+    def sample(self, requests_per_second: float) -> None:
+        """Adapt the part of the requests that relays sample to what can be scored. Call it regularly."""
+        if self.rate is not None:
+            expected = requests_per_second * self.rate
+            self.sampling.update(expected, self.queue.fill, self._clock(), scoring=self._monitor.ready)
+
     def receive(self, capture: Capture) -> None:
         """A capture from a relay."""
         self.received += 1
+        self.sampling.received()
         if self.scorer is None or not self._monitor.ready:
             self.endings.count(Outcome.DROPPED, ScoringDropReason.REFERENCE_NOT_READY, capture)
         else:

@@ -102,7 +102,8 @@ class ServedModelsSource(Protocol):
 class Scorer:
     """Owns the captures between the queue and their ending. Each is scored on the reference of its own model.
 
-    emit: is handed every record with its capture. clock: monotonic seconds.
+    emit: is handed every record with its capture. clock: monotonic seconds. taken: is told how many seconds a worker
+        took for a capture.
     profile_in_request: see `build_record`. max_scored: see `decode_capture`.
     max_tokens: of prompt and output, where only the engine's plugin tells them.
     """
@@ -121,6 +122,7 @@ class Scorer:
         emit: Callable[[TokenRecord, Capture], None],
         clock: Callable[[], float],
         conditioning: Conditioning,
+        taken: Callable[[float], None] = lambda seconds: None,
         profile_in_request: bool = False,
         max_scored: int | None = None,
         max_tokens: int = 0,
@@ -137,6 +139,7 @@ class Scorer:
         self._breakers = breakers
         self._endings = endings
         self._emit = emit
+        self._taken = taken
         self._clock = clock
         self._conditioning = conditioning
         self._profile_in_request = profile_in_request
@@ -190,6 +193,7 @@ class Scorer:
                 await self._wait_for_work()
                 continue
             self._in_progress += 1
+            started = self._clock()
             try:
                 await self._score(capture)
             except GrammarFailure as failure:
@@ -209,6 +213,7 @@ class Scorer:
                 log.exception("score of %s failed", capture.request_id)
             finally:
                 self._in_progress -= 1
+                self._taken(self._clock() - started)
 
     async def _wait_for_work(self) -> None:
         """Until a capture comes; while others wait for their taps or grammars, at most TAP_POLL_SECONDS."""
