@@ -14,16 +14,16 @@ from typing import Any
 
 import yaml
 
-from hemostat.config.postgres_url import SCHEMES
 from hemostat.config.reasoning_parsers import PARSERS
 from hemostat.config.schema import Settings
+from hemostat.config.store_url import POSTGRES
 
 CHART = Path(__file__).resolve().parents[1] / "helm" / "hemostat"
 TABLE = '{{ template "chart.valuesTable" . }}'
 WIDTH = 118
 
 URL = r"^https?://[^/@?#\s]+/?$"
-STORE = r"^(memory://$|sqlite:///.+|(" + "|".join(sorted(SCHEMES)) + ")://.+)"
+STORE = r"^(memory://$|sqlite:///.+|(" + "|".join(sorted(POSTGRES)) + ")://.+)"
 CHARTS_OWN = {
     *(("listen",), ("control",), ("admin", "host"), ("admin", "port")),
     *(("upstream", "url"), ("upstream", "urls")),

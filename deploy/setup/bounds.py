@@ -35,7 +35,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ENDS = ("newest", "oldest")
-EXTRAS = ("adapters", "grammar", "report", "tracing")
+EXTRAS = ("adapters", "grammar", "postgres", "report", "tracing")
 TOOLS = (
     "gguf",
     "h11",

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.support import postgres
 from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import FakeVllm, running
 from tests.support.tiny_checkpoints import make_pair
@@ -122,6 +123,33 @@ async def test_each_served_model_is_matched_or_said_to_be_left_out() -> None:
     assert (states(found)["calibration.model"], found["calibration.model"].fix) == ("NO", "name one of a")
     found = await findings_of(upstream, {}, models={"d": "fake"})
     assert states(found)["reference.models"] == "NO"
+
+
+async def test_a_store_in_postgresql_is_tried() -> None:
+    async def store_at(url: str) -> Finding:
+        return (await findings_of({}, None, store={"url": url}))["store"]
+
+    server = postgres.shared()
+    database = server.new_database()
+    found = await store_at(server.url(database))
+    assert (found.state, found.fix) == (State.OK, "")
+    assert re.fullmatch(r"postgresql://\*\*\*@127\.0\.0\.1:\d+… \(PostgreSQL \d+\..*\)", found.detail)
+    for url, detail, fix in (
+        (server.url(database, password="wr0ng"), "password authentication failed", "correct user, password and"),
+        (server.url("absent"), 'database "absent" does not exist', "correct user, password and database in store.url"),
+        (server.url(server.new_database("postgres")), "permission denied for schema", "its user has to own the"),
+        (server.url(database, port="1"), "Connection refused", "start it, or change store.url"),
+    ):
+        found = await store_at(url)
+        assert found.state is State.NO
+        assert detail in found.detail
+        assert found.fix.startswith(fix)
+        assert "wr0ng" not in found.detail
+    with postgres.pooler(server) as address:
+        found = await store_at(f"{address}/{database}")
+    assert found.state is State.NO
+    assert "a pooler (such as pgbouncer) is between" in found.detail
+    assert found.fix == "name the PostgreSQL server itself in store.url"
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,17 @@ WRONG = [
     (UPSTREAM + "labels: [a, a]\n", "labels: a label is listed twice"),
     (UPSTREAM + "store: {url: 'redi://u:p@h'}\n", "store.url: ***@h is none of memory://"),
     (UPSTREAM + "store: {url: 'sqlite://[h'}\n", "store.url: *** is not an address"),
+    (UPSTREAM + "store: {url: 'postgresql://u:p@[h/d'}\n", "store.url: postgresql://*** is not an address, or has an"),
+    (
+        UPSTREAM + "store: {url: 'postgresql://u:p@h/d?mode=x'}\n",
+        "store.url: postgresql://***@h… is not an address, or",
+    ),
+    (UPSTREAM + "store: {url: 'postgresql://u:p/w@h/d'}\n", "store.url: postgresql://***@h…: what is before the @ is"),
+    (UPSTREAM + "store: {url: 'postgresql://u:p@w@h/d'}\n", "store.url: postgresql://***@h…: what is before the @ is"),
+    (
+        UPSTREAM + "store: {url: 'postgresql://u:p'}\n",
+        "store.url: postgresql://***: what is before the @ is not a user",
+    ),
     (UPSTREAM + "store: {url: 'sqlite:///'}\n", "store.url: sqlite:/// is none of"),
     (UPSTREAM + "log: {level: loud}\n", "log.level: 'loud' is not one of debug, info, warning, error"),
     (UPSTREAM + "admin: {host: 0.0.0.0}\n", "admin.token: required, as admin.host 0.0.0.0 is not loopback"),
@@ -272,6 +283,21 @@ def test_secrets_are_masked_but_reach_hemostats_processes(written: Any) -> None:
     with pytest.raises(ConfigError) as error:
         load(None, {}, [("upstream.url", "http://user:s3cret@h")])
     assert "s3cret" not in str(error.value)
+
+
+def test_the_stores_password_is_masked_but_reaches_hemostats_processes(written: Any) -> None:
+    url = "postgresql://user:s3cret@h:1/d?sslmode=require"
+    settings = load(written(UPSTREAM), {}, [("store.url", url)])
+    for shown in (repr(settings), str(settings), str(settings.redacted()), settings.model_dump_json()):
+        assert "s3cret" not in shown
+    assert settings.redacted()["store"]["url"] == "postgresql://***@h:1…"
+    assert settings.plain()["store"]["url"] == url
+
+
+def test_a_postgresql_store_needs_the_client_library(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(ConfigError, match=r"store\.url: needs .* pip install 'hemostat\[postgres\]'"):
+        load(written(UPSTREAM), {}, [("store.url", "postgresql://h/d")])
 
 
 def test_references_of_several_models(written: Any) -> None:

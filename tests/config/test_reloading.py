@@ -58,10 +58,12 @@ def test_secrets_come_from_files(tmp_path: Path) -> None:
     file, config = tmp_path / "token", tmp_path / "hemostat.yaml"
     file.write_text("  from-a-file\n")
     config.write_text(f"upstream:\n  url: http://a:1\n  api_key_file: {file}\n")
-    engines = tmp_path / "engines"
+    engines, store = tmp_path / "engines", tmp_path / "store"
     engines.write_text("of-engines")
+    store.write_text("postgresql://hemostat:from-a-file@h/d\n")
     env = {"HEMOSTAT_ADMIN__TOKEN_FILE": str(file), "HEMOSTAT_ADMIN__ENGINE_TOKEN_FILE": str(engines)}
-    loaded = load(config, env, [("reference.api_key_file", str(file))])
+    loaded = load(config, env, [("reference.api_key_file", str(file)), ("store.url_file", str(store))])
+    assert loaded.store.url == "postgresql://hemostat:from-a-file@h/d"
     assert loaded.admin.engine_token is not None
     assert loaded.admin.engine_token.get_secret_value() == "of-engines"
     for secret in (loaded.upstream.api_key, loaded.admin.token, loaded.reference.api_key):

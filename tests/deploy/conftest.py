@@ -16,7 +16,7 @@ def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Hemostat's wheel, built from the tree, and those of all that it needs; and what builds it, for the image."""
     folder = tmp_path_factory.mktemp("wheelhouse")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--wheel-dir", str(folder)]
-    wanted = [f"{ROOT}[tracing]", "hatchling", "pip"]
+    wanted = [f"{ROOT}[tracing,postgres]", "hatchling", "pip"]
     made = subprocess.run([*command, *wanted], capture_output=True, text=True, check=False)
     if made.returncode:
         pytest.skip(f"pip cannot get what would be installed: {made.stderr.strip().splitlines()[-1]}")

@@ -294,6 +294,19 @@ def test_a_user_without_rights_is_told_which_ones_it_needs(server: Postgres, dat
         assert "permission denied for table hemostat_head; its user" in failure(call, StoreAccessDenied)
 
 
+def test_a_user_that_may_only_read_and_write_the_tables(
+    server: Postgres, database: str, store: PostgresStore, opened: Opener
+) -> None:
+    store.close()
+    server.execute(f"CREATE ROLE {database} LOGIN PASSWORD '{PASSWORD}'")
+    other = opened(server.url(database, user=database))
+    assert "hemostat_head" in failure(other.probe, StoreAccessDenied)
+    server.execute(f"GRANT SELECT, INSERT, DELETE ON ALL TABLES IN SCHEMA public TO {database}", database)
+    other.probe()
+    assert other.acquire()
+    assert other.commit([SetState("a", "2"), AppendEvent({"n": 1})], 1, "2") == 2
+
+
 def test_a_store_of_another_version_is_one_line(
     server: Postgres, database: str, store: PostgresStore, opened: Opener
 ) -> None:

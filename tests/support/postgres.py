@@ -117,11 +117,15 @@ class Postgres:
 
     def kill(self) -> None:
         if self._process is not None:
-            for pid in self._pids():
+            self._process.send_signal(signal.SIGSTOP)  # it starts no further process
+            pids = self._pids()
+            for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
+            while any(map(_lives, pids)):  # it cannot be started while one of them holds the shared memory
+                time.sleep(0.01)
 
     def freeze(self) -> None:
         """It accepts connections and answers nothing, until `thaw`."""
@@ -140,6 +144,13 @@ class Postgres:
         return [first, *map(int, children.read_text().split() if children.exists() else ())]
 
 
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @contextmanager
 def running(listen: str = "127.0.0.1", **options: str) -> Iterator[Postgres]:
     """A new server with the role `USER`, in a folder that goes with it. Skips the test where there is no PostgreSQL."""
@@ -154,6 +165,8 @@ def running(listen: str = "127.0.0.1", **options: str) -> Iterator[Postgres]:
         made = [str(folder / "initdb"), "-D", f"{name}/data", "-U", "postgres", "-E", "UTF8", "--locale=C", "-N"]
         made += ["--auth-local=trust", "--auth-host=scram-sha-256", "--wal-segsize=1"]
         subprocess.run(made, check=True, stdout=subprocess.DEVNULL, user=user.pw_uid, group=user.pw_gid, cwd=name)
+        with Path(name, "data", "pg_hba.conf").open("a") as rules:
+            rules.write("host all all samenet scram-sha-256\n")
         server = Postgres(Path(name), listen)
         server.start(**options)
         try:

@@ -28,6 +28,7 @@ from hemostat.reference.server import Refused, VllmServer
 from hemostat.reference.thinking_markers import find_markers
 from hemostat.shadow.grammar.masks import unavailable
 from hemostat.store.factory import open_store
+from hemostat.store.postgres import PostgresStore
 from hemostat.store.protocol import StoreAccessDenied, StoreFailure, StoreIncompatible
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.guard.wealth import MIN_CLIENTS
@@ -103,23 +104,26 @@ async def _store(settings: Settings) -> Finding:
     try:
         store = open_store(url)
         try:
-            await asyncio.to_thread(store.head)
+            if isinstance(store, PostgresStore):
+                server = f" ({await asyncio.to_thread(store.probe)})"
+            else:
+                server = ""
+                await asyncio.to_thread(store.head)
         finally:
-            store.close()
+            await asyncio.to_thread(store.close)
     except StoreIncompatible as other:
-        detail, _, fix = str(other).removeprefix("store ").partition(": ")
+        detail, _, fix = str(other).removeprefix("store ").rpartition(": ")
         return Finding("store", State.NO, detail, fix)
     except StoreAccessDenied as refused:
-        return Finding(
-            "store", State.NO, str(refused).removeprefix("store.url: "), "correct user and password in store.url"
-        )
+        detail, _, fix = str(refused).removeprefix("store ").partition("; ")
+        return Finding("store", State.NO, detail, fix or "correct user, password and database in store.url")
     except StoreFailure as failure:
         fix = (
             "start it, or change store.url" if not url.startswith("sqlite") else "correct the file, or change store.url"
         )
         detail = str(failure).removeprefix("store.url: ").removeprefix("store ")
         return Finding("store", State.NO, detail, fix)
-    return Finding("store", State.OK, shown_address(url))
+    return Finding("store", State.OK, shown_address(url) + server)
 
 
 def _evidence(settings: Settings) -> Finding:

@@ -28,7 +28,7 @@ _KUBERNETES_VALUE = re.compile(r"(tcp|udp|sctp)://")
 MAX_FILE_BYTES = 1024 * 1024
 SECRETS_IN_FILES = (
     *(("admin", "token"), ("admin", "engine_token"), ("control", "token")),
-    *(("upstream", "api_key"), ("reference", "api_key")),
+    *(("upstream", "api_key"), ("reference", "api_key"), ("store", "url")),
 )
 """Settings that the file named by `…_file` can hold in their place."""
 MAX_SECRET_BYTES = 4096

@@ -339,6 +339,8 @@ class StoreSettings(Section):
 
     url: str = Field(default="memory://", repr=False)
     """Contains the server's password, where it has one."""
+    url_file: ExistingFile | None = None
+    """A file with the address alone, in place of `url`; read at the start and at SIGHUP."""
 
     @field_validator("url")
     @classmethod

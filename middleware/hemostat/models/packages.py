@@ -1,6 +1,6 @@
 """Packages that a job needs beside Hemostat's own dependencies, and the extra of the distribution that brings them.
 
-The extras themselves: `pyproject.toml`. What the configuration needs (`tracing`) is checked there.
+The extras themselves: `pyproject.toml`. What the configuration needs (`tracing`, `postgres`) is checked there.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hemostat.config.postgres_url import postgres_parameters
+from hemostat.config.store_url import postgres_parameters
 from hemostat.store import protocol
 from hemostat.store.protocol import (
     SCHEMA,
@@ -83,6 +83,7 @@ _TABLES = (
     "hemostat_profiles (version text PRIMARY KEY, data bytea NOT NULL, created double precision NOT NULL)",
     "hemostat_blobs (key text, part integer, data bytea NOT NULL, PRIMARY KEY (key, part))",
 )
+_IS_NEW = "SELECT to_regclass('hemostat_head') IS NULL"
 _LOCK_CLASS = 0x48454D4F
 """Upper half of the lock's number. The lower one is the number of the table `hemostat_head`, so that tables that were
 restored in place of these have another lock."""
@@ -100,7 +101,7 @@ _REFUSALS = ("authentication failed", "no password supplied", "no pg_hba.conf en
 """In what the server says when it does not begin a session for this user and database."""
 _POOLER = (
     "a pooler (such as pgbouncer) is between, which may give each transaction another session, where the lock is not "
-    "held; name the PostgreSQL server itself in store.url"
+    "held: name the PostgreSQL server itself in store.url"
 )
 _GRANTS = "its user has to own the database, or the schema and the tables hemostat_… in it (docs/postgresql.md)"
 
@@ -135,7 +136,7 @@ class PostgresStore:
                 if held is None:
                     with self._transaction("READ WRITE") as session:
                         _create_tables(session)
-                        held = session.one(_TRY_LOCK)
+                    held = session.one(_TRY_LOCK)
                 self._owns = bool(held)
             return self._owns
 
@@ -212,7 +213,7 @@ class PostgresStore:
 
     def _head(self, session: _Session) -> Head:
         """StoreIncompatible."""
-        if session.one("SELECT to_regclass('hemostat_head') IS NULL"):
+        if session.one(_IS_NEW):
             return Head()
         rows = session.rows("SELECT schema, revision, commit_id FROM hemostat_head")
         if not rows:
@@ -347,10 +348,11 @@ class _Session:
 
 
 def _create_tables(session: _Session) -> None:
-    """In a transaction. One process at a time: of two that create the same table, one would fail."""
+    """Where they are missing. In a transaction. One process at a time: of two that create a table, one would fail."""
     session.run(f"SELECT pg_advisory_xact_lock({_LOCK_CLASS}::bigint << 32)")
-    for table in _TABLES:
-        session.run(f"CREATE TABLE IF NOT EXISTS {table}")
+    if session.one(_IS_NEW):
+        for table in _TABLES:
+            session.run(f"CREATE TABLE IF NOT EXISTS {table}")  # the server's cache may be of before the lock
 
 
 def _execute(session: _Session, write: Write) -> None:
