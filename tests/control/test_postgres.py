@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,20 +56,14 @@ async def test_the_control_process_follows_its_server(server: Postgres, tmp_path
             server.kill()
             await until(served, "suspended", "auto")
             assert await set_mode(served, "off") == 507, "it applies at once, and is not stored yet"
-            server.start()
+            await asyncio.to_thread(server.start)
             await until(served, "active", "off")
             # A replica that lacks the last commits takes the server's place.
-            data, replica = server.folder / "data", server.folder / "replica"
-            server.stop()
-            subprocess.run(["cp", "-a", data, replica], check=True)
-            server.start()
+            await asyncio.to_thread(server.save)
             await until(served, "active", "off")
             assert await set_mode(served, "observe") == 200
             former = served.pids(CONTROL)
-            server.kill()
-            shutil.rmtree(data)
-            replica.rename(data)
-            server.start()
+            await asyncio.to_thread(server.fail_over)
             await until(served, "active", "off")
             assert not served.pids(CONTROL) & former, "it began anew"
         assert load.complete > 0

@@ -127,6 +127,19 @@ class Postgres:
             while any(map(_lives, pids)):  # it cannot be started while one of them holds the shared memory
                 time.sleep(0.01)
 
+    def save(self) -> None:
+        """Keep a copy of the data as it is now, for `fail_over`. Sessions are ended."""
+        self.stop()
+        subprocess.run(["cp", "-a", self.folder / "data", self.folder / "replica"], check=True)
+        self.start()
+
+    def fail_over(self) -> None:
+        """To a replica that lacks what was committed since `save`."""
+        self.kill()
+        shutil.rmtree(self.folder / "data")
+        (self.folder / "replica").rename(self.folder / "data")
+        self.start()
+
     def freeze(self) -> None:
         """It accepts connections and answers nothing, until `thaw`."""
         for pid in self._pids():
