@@ -75,7 +75,7 @@ GROUPS = {
         "tests/admin/test_hardening.py",
         "tests/reference/hidden/test_beside_clients.py",
     ),
-    "store": ("tests/store/test_stores.py",),
+    "store": ("tests/store/test_conformance.py", "tests/store/test_postgres.py"),
 }
 """What is counted separately -> where its tests are."""
 
