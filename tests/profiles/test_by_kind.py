@@ -210,14 +210,14 @@ def test_a_candidate_that_is_proven_waits_where_too_many_profiles_serve() -> Non
         bench.profiles.operator.promote(bench.profiles.operator.import_profile(contextual(0.1 * n + 0.1)), f"k{n}")
     bench.profiles.trials.remove(lambda _: True)
     version = bench.profiles.operator.import_profile(helpful())
-    bench.feed(BIASED, JUDGED[:200], kind="new")
+    bench.feed(BIASED, JUDGED[:400], kind="new")
     assert bench.profiles.serving.kinds["new"].version is None
     found = kind(bench, "new")["candidates"]
     assert isinstance(found, list)
     [summary] = [c["summary"] for c in found if c["version"] == version]
     assert summary == "proven, but 4 other profiles serve, as many as may at a time"
     bench.profiles.operator.roll_back("asked for", "k0")
-    bench.feed(BIASED, JUDGED[200:201], kind="new")
+    bench.feed(BIASED, JUDGED[400:401], kind="new")
     assert bench.profiles.serving.kinds["new"].version is not None
 
 

@@ -91,6 +91,7 @@ class Evidence:
     mean_kl_gain, mean_kl_gain_by_token: where `figure` is the total variation, the gain in KL of the same units, nats:
         estimates without an interval, since such a gain has no lower bound; -inf where the profile gives no
         distribution at a token. None where gains are in nats.
+    inflation: v̂, by whose inverse the evidence was raised to a power; see `statistics.dependence`.
     """
 
     kind: str
@@ -115,6 +116,12 @@ class Evidence:
     figure: Figure = Figure.NATS
     mean_kl_gain: float | None = None
     mean_kl_gain_by_token: float | None = None
+    inflation: float = 1.0
+
+    @property
+    def effective_units(self) -> float:
+        """So many independent units would say as much."""
+        return self.units / self.inflation
 
     @property
     def gain_nats(self) -> float:

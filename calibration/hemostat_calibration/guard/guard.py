@@ -7,14 +7,18 @@ Units must be of the held-out side of the split.
 
 - A candidate's test number c is of one profile in some kinds. It is promoted in a kind when the closed test over these
   kinds rejects "its mean gain in this kind is at most 0" at alpha/(c(c+1)), and the gain by token is above 0, too.
-- A serving profile is watched in each kind by itself, in windows of so many units, so that an earlier gain does not
-  hide a change. It is rolled back from the kind for *harm* as soon as the evidence that its gain in the window is
-  below 0 reaches (k(k+1))/alpha in the k-th window of this kind: the mean of an e-value by unit and one by token. It
-  is rolled back as *no longer supported* at the window's end, unless by then the evidence that its gain is above 0 has
-  reached 1/alpha.
+- A serving profile is watched in each kind by itself. It is rolled back from the kind for *harm* as soon as the
+  evidence that its gain is below 0, by unit and by token, reaches (k(k+1))/alpha, where its first window is the k-th of
+  this kind: a sum that is funded anew all the time, so that an earlier gain does not hide a loss (`harm`). It is rolled
+  back as *no longer supported* at the end of a window of so many units, unless by then the evidence of this window that
+  its gain is above 0 has reached 1/alpha.
+- Units may depend on each other: all evidence is raised to the power 1/v̂, with the variance inflation v̂ of their sums,
+  which comes from what is known of the kind beside the tests (`Guard.set_inflation`), and for a candidate from its gains,
+  too: the larger one. A candidate is not promoted before there are enough units to know it (`statistics.dependence`).
 
 The evidence is described, with its sources, in `wealth`; the closed test in `closing`. What is bounded, whatever the
-gains' distribution and however often one looks, as long as no gain is below −width:
+gains' distribution and however often one looks, as long as no gain is below −width, exactly where no expected gain
+depends on the units before, and where it does asymptotically, up to the error of v̂:
 
 - Promotion: over the whole run, however many candidates and kinds, the chance of ever promoting a profile in a kind in
   which its mean gain is at most 0 is at most alpha. (Mean gain: of a unit of this kind, given all units before it,
@@ -51,7 +55,7 @@ from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard import saving
 from hemostat_calibration.guard.closing import adjusted
 from hemostat_calibration.guard.decisions import Action, Admission, Decision, Evidence, Figure, Reason, Role
-from hemostat_calibration.guard.kind_test import MERIT, KindTest
+from hemostat_calibration.guard.kind_test import KindTest
 from hemostat_calibration.guard.wealth import MIN_CLIENTS
 
 WINDOWS_PER_PROOF = 5
@@ -95,6 +99,15 @@ class Guard:
         self._alpha = alpha
         self._client_share = client_share
         self._state = saving.State()
+        self._inflations: dict[str, float] = {}
+
+    def set_inflation(self, kind: str, inflation: float) -> None:
+        """What is known, beside the tests, of how much units of a kind depend on each other: v̂ of
+        `statistics.dependence`, 1 or more (1 where nothing was said); infinite: nothing is decided there. It is not
+        saved. InvalidArgumentError below 1."""
+        if not inflation >= 1.0:
+            raise InvalidArgumentError(f"inflation is {inflation}: it must be 1 or more")
+        self._inflations[kind] = inflation
 
     # --- begin and end -----------------------------------------------------------------------------------------------
 
@@ -157,6 +170,7 @@ class Guard:
         proof = self._state.tests.get(like, {}).get(kind) if like is not None else None
         if proof is not None:
             test.token_cap = proof.typical_tokens
+            test.inherited = proof.own_inflation
         self._state.tests.setdefault(name, {})[kind] = test
         self._count_window(kind, number)
 
@@ -170,7 +184,7 @@ class Guard:
         tests = self._state.tests.get(name, {})
         test = tests.pop(kind, None)
         if test is not None and test.role is Role.CANDIDATE:
-            ended = [*self._state.ended.get(name, ()), (test.number, test.weight, test.log_e(MERIT))]
+            ended = [*self._state.ended.get(name, ()), (test.number, test.weight, self._log_e(kind, test))]
             running = {other.number for other in tests.values()}
             self._state.ended[name] = [item for item in ended if item[0] in running]
 
@@ -225,7 +239,7 @@ class Guard:
             raise InvalidArgumentError(f"{name[:80]} is frozen in {kind[:80]}: ask `admit` first")
         test.update(unit, client, lower, upper, tokens, kl_gain)
         if test.role is Role.SERVING and not test.supported:
-            test.supported = test.reaches(MERIT, -math.log(self._alpha))
+            test.supported = test.reaches(-math.log(self._alpha), self._inflation(kind))
 
     def oppose(self, name: str, kind: str, lower: float, figure: Figure = Figure.NATS) -> None:
         """Note the gain (lower end) of a unit that a candidate's test has refused for its client's share. It does
@@ -246,13 +260,13 @@ class Guard:
         if test.role is Role.CANDIDATE:
             proven = (
                 not test.frozen
-                and test.reaches(MERIT, needed)
+                and test.reaches(needed, self._inflation(kind))
                 and test.gains_by_token
                 and test.gains_in_kl
                 and self._adjusted(name, test) >= needed
             )
             return Decision(Action.PROMOTE if proven else Action.WAIT)
-        if test.harm_reaches(needed):
+        if test.harm_reaches(needed, self._inflation(kind)):
             return Decision(Action.ROLL_BACK, Reason.HARM)
         if test.window_is_over and not test.supported:
             return Decision(Action.ROLL_BACK, Reason.UNSUPPORTED)
@@ -263,7 +277,7 @@ class Guard:
         test = self._test(name, kind)
         candidate = test.role is Role.CANDIDATE
         interval = test.gain.get(SHOWN_ALPHA)
-        log_e = test.log_e(MERIT) if candidate else test.log_harm
+        log_e = self._log_e(kind, test) if candidate else test.log_harm(self._inflation(kind))
         return Evidence(
             kind=kind,
             role=test.role,
@@ -287,6 +301,7 @@ class Guard:
             figure=test.figure,
             mean_kl_gain=test.mean_kl_gain,
             mean_kl_gain_by_token=test.mean_kl_gain_by_token,
+            inflation=max(self._inflation(kind), test.own_inflation),
         )
 
     # --- what runs ---------------------------------------------------------------------------------------------------
@@ -350,23 +365,33 @@ class Guard:
         following = KindTest(
             Role.SERVING, test.width, number, window=test.window, token_cap=test.typical_tokens, figure=test.figure
         )
+        following.inherited, following.harm = test.inherited, test.harm
         self._state.tests[name][kind] = following
         self._count_window(kind, number)
         return following
 
     def _alpha_of(self, test: KindTest) -> float:
-        return self._alpha / (test.number * (test.number + 1))
+        number = test.number if test.harm is None else test.harm.number
+        return self._alpha / (number * (number + 1))
 
     def _needed(self, test: KindTest) -> float:
         """Log of the e-value at which its action is taken."""
         return -math.log(self._alpha_of(test))
 
     def _adjusted(self, name: str, test: KindTest) -> float:
-        family = [test, *(t for t in self._state.tests[name].values() if t.number == test.number and t is not test)]
+        tests = self._state.tests[name].items()
+        family = [(kind, t) for kind, t in tests if t.number == test.number]
+        family.sort(key=lambda item: item[1] is not test)
         ended = [item for item in self._state.ended.get(name, ()) if item[0] == test.number]
-        log_e = [*(t.log_e(MERIT) for t in family), *(value for _, _, value in ended)]
-        weights = [*(t.weight for t in family), *(weight for _, weight, _ in ended)]
+        log_e = [*(self._log_e(kind, t) for kind, t in family), *(value for _, _, value in ended)]
+        weights = [*(t.weight for _, t in family), *(weight for _, weight, _ in ended)]
         return adjusted(log_e, weights, 0)
+
+    def _inflation(self, kind: str) -> float:
+        return self._inflations.get(kind, 1.0)
+
+    def _log_e(self, kind: str, test: KindTest) -> float:
+        return test.log_e(self._inflation(kind))
 
     def _window(self, kind: str) -> int:
         """Number of the next window of a kind."""

@@ -10,16 +10,20 @@ import numpy as np
 
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard.decisions import Admission, Figure, Role
+from hemostat_calibration.guard.harm import HarmSum
 from hemostat_calibration.guard.wealth import (
     FRACTIONS,
     MAX_CLIENTS,
     MIN_CLIENTS,
     Floats,
+    client_row,
+    log_bound,
     log_evidence,
     log_factors,
     log_proof,
     without_any,
 )
+from hemostat_calibration.statistics.dependence import BatchMeans
 from hemostat_calibration.statistics.running_mean import RunningMean
 
 MAX_UNITS = 4096
@@ -35,8 +39,6 @@ DIGEST_BYTES = 4
 DEFAULT_TOKEN_CAP = 512.0
 """Tokens, where no answer's length is known yet; see `KindTest.token_cap`."""
 
-MERIT, HARM, HARM_BY_TOKEN = range(3)
-"""What is bet on: that the gain's lower end is above 0; that its upper end is below 0, by unit and by token."""
 GAIN_TOKENS, TOKENS, SQUARED_TOKENS = range(3)
 """Sums of each client's units: gain times tokens, tokens, tokens squared."""
 KL_GAIN, KL_GAIN_TOKENS = range(2)
@@ -53,15 +55,16 @@ class KindTest:
     figure: what the gains are of. Fixed: gains of another figure are refused.
     window: units; 0 for a candidate.
     token_cap: harm by token weighs a unit by min(tokens, token_cap)/token_cap. Fixed before the first unit.
-    wealth: float64 [B, MAX_CLIENTS, F], sums of log factors, by what is bet on (`bets`: a candidate only on merit) and
-        by client.
+    wealth: float64 [MAX_CLIENTS, F], sums by client of log factors of the bets that the gain's lower end is above 0.
+    harm: of a serving profile, the evidence that the gain's upper end is below 0, of this window and those before.
     opposing: float64 [F], sum of log factors of the units that were refused for their client's share; of a candidate.
     sums: float64 [MAX_CLIENTS, 3]. counts: units by client. places: client -> row.
     kl_sums: float64 [MAX_CLIENTS, 2], nats; of a test whose figure is the total variation.
     supported: latched, for a serving profile. gain: by unit, of the end that counts against the action; it is shown,
-        and decides nothing. evidence: log evidence by what is bet on, where it is known since the last unit.
-    ceiling: by what is bet on, never below the log evidence. One unit multiplies no part of it by more than its own
-        factor, or 1; so most units need no evaluation.
+        and decides nothing.
+    batches: of a candidate's gains, for their variance inflation. inherited: of a serving profile, that of the gains of
+        its proof: its own may change, and a change looks like dependence.
+    evidence: v̂ and the log evidence with it, where it is known since the last unit.
     """
 
     role: Role
@@ -80,12 +83,14 @@ class KindTest:
     places: dict[bytes, int] = field(default_factory=dict)
     counts: list[int] = field(default_factory=list)
     counted: dict[bytes, None] = field(default_factory=dict)
-    wealth: Floats = field(init=False)
+    wealth: Floats = field(default_factory=lambda: np.zeros((MAX_CLIENTS, len(FRACTIONS))))
+    harm: HarmSum | None = None
     opposing: Floats = field(default_factory=lambda: np.zeros(len(FRACTIONS)))
     sums: Floats = field(default_factory=lambda: np.zeros((MAX_CLIENTS, 3)))
     kl_sums: Floats = field(default_factory=lambda: np.zeros((MAX_CLIENTS, 2)))
-    evidence: dict[int, float] = field(default_factory=dict)
-    ceiling: list[float] = field(init=False)
+    batches: BatchMeans = field(default_factory=lambda: BatchMeans.of(1))
+    inherited: float = 1.0
+    evidence: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.width) and self.width > 0.0):
@@ -93,12 +98,8 @@ class KindTest:
         if self.figure is Figure.TOTAL_VARIATION and self.width != 1.0:
             raise InvalidArgumentError(f"width is {self.width}: that of the total variation is 1")
         self.gain = RunningMean(-self.width, self.width)
-        self.ceiling = [math.inf] * self.bets
-        self.wealth = np.zeros((self.bets, MAX_CLIENTS, len(FRACTIONS)))
-
-    @property
-    def bets(self) -> int:
-        return 3 if self.role is Role.SERVING else 1
+        if self.role is Role.SERVING and self.harm is None:
+            self.harm = HarmSum(self.number)
 
     @property
     def clients(self) -> int:
@@ -110,7 +111,18 @@ class KindTest:
 
     @property
     def may_decide(self) -> bool:
+        """Of a candidate: whether it is known how much its gains depend on each other."""
+        if self.role is Role.CANDIDATE and not self.batches.enough()[0]:
+            return False
         return self.clients >= MIN_CLIENTS or self.units >= MIN_UNITS_OF_FEW_CLIENTS
+
+    @property
+    def own_inflation(self) -> float:
+        """v̂ of the gains, 1 or more; 1 where too few are known."""
+        if self.role is Role.SERVING:
+            return self.inherited
+        found = float(self.batches.inflation()[0])
+        return found if math.isfinite(found) else 1.0
 
     def admit(self, unit: bytes, client: bytes, share: float) -> Admission:
         """Whether the unit may count. It looks at whose the unit is and not at what it showed.
@@ -161,16 +173,17 @@ class KindTest:
             self.counted[digest] = None
         place = self._place(client)
         if place is None:
-            place = self.places[client] = len(self.counts)
+            place = client_row(self.places, client)
             self.counts.append(0)
         self.counts[place] += 1
-        self._bet(MERIT, place, lower / width)
+        self.wealth[place] += log_factors(_within_one(lower / width))
         shown = lower
-        if self.role is Role.SERVING:
+        if self.harm is not None:
             shown = upper
-            loss = -upper / width
-            self._bet(HARM, place, loss)
-            self._bet(HARM_BY_TOKEN, place, loss * min(tokens / self.token_cap, 1.0))
+            loss = _within_one(-upper / width)
+            self.harm.update(client, loss, loss * min(tokens / self.token_cap, 1.0))
+        else:
+            self.batches = self.batches.update(np.array([lower / width]))
         sums = self.sums[place]
         sums[GAIN_TOKENS] += shown * tokens
         sums[TOKENS] += tokens
@@ -182,7 +195,7 @@ class KindTest:
         self.units += 1
         self.tokens += tokens
         self.gain = self.gain.update(min(max(shown, -width), width))
-        self.evidence.clear()
+        self.evidence = None
 
     def oppose(self, lower: float, figure: Figure = Figure.NATS) -> None:
         """Note a unit that was refused for its client's share. InvalidArgumentError for a gain below −width, or of
@@ -192,37 +205,41 @@ class KindTest:
             raise InvalidArgumentError("only a candidate's test notes what it refused")
         if not lower >= -self.width * (1.0 + 1e-9):
             raise InvalidArgumentError(f"gain is {lower}: it must be at least −{self.width}")
-        x = min(max(lower / self.width, -1.0), 1.0)
-        self.opposing += log_factors(x)
-        self._raise_ceiling(MERIT, x)
-        self.evidence.clear()
+        self.opposing += log_factors(_within_one(lower / self.width))
+        self.evidence = None
 
-    def log_e(self, bet: int) -> float:
-        """Logarithm of the evidence that needs no single client: to begin, or for what serves (see `wealth`)."""
-        found = self.evidence.get(bet)
-        if found is None:
-            by_client = self.wealth[bet, : self.clients]
+    def log_e(self, inflation: float) -> float:
+        """Logarithm of the evidence that the gain is above 0 and that needs no single client: to begin, or for what
+        serves (see `wealth`).
+
+        inflation: of what is known of the kind beside this test; the larger one of it and `own_inflation` counts.
+        """
+        v = max(inflation, self.own_inflation)
+        if self.evidence is None or self.evidence[0] != v:
+            by_client = self.wealth[: self.clients]
             if self.role is Role.CANDIDATE:
-                found = log_proof(by_client, self.clients, self.opposing)
+                found = float(log_proof(by_client, self.clients, self.opposing, v))
             else:
-                found = log_evidence(by_client, self.clients)
-            self.evidence[bet] = found
-            self.ceiling[bet] = found
-        return found
+                found = log_evidence(by_client, self.clients, v)
+            self.evidence = v, found
+        return self.evidence[1]
 
-    def reaches(self, bet: int, needed: float) -> bool:
-        """Whether the log evidence is `needed` or more, and may decide."""
-        return self.may_decide and self.ceiling[bet] >= needed and self.log_e(bet) >= needed
+    def reaches(self, needed: float, inflation: float) -> bool:
+        """Whether the log evidence is `needed` or more, and may decide. Most units need no evaluation of it."""
+        if math.isinf(inflation) or log_bound(self.wealth[: self.clients]) < needed:
+            return False
+        return self.may_decide and self.log_e(inflation) >= needed
 
-    def harm_reaches(self, needed: float) -> bool:
-        """The same of `log_harm`."""
-        ceiling = max(self.ceiling[HARM], self.ceiling[HARM_BY_TOKEN])
-        return self.may_decide and ceiling >= needed and self.log_harm >= needed
+    def harm_reaches(self, needed: float, inflation: float) -> bool:
+        """Whether the log evidence that a serving profile's gain is below 0 is `needed` or more, and may decide."""
+        harm = self.harm
+        if harm is None or not (harm.clients >= MIN_CLIENTS or harm.units >= MIN_UNITS_OF_FEW_CLIENTS):
+            return False
+        return harm.reaches(needed, max(inflation, self.inherited))
 
-    @property
-    def log_harm(self) -> float:
-        """Logarithm of the evidence that a serving profile's gain is below 0, by unit or by token: the mean of both."""
-        return float(np.logaddexp(self.log_e(HARM), self.log_e(HARM_BY_TOKEN))) - math.log(2.0)
+    def log_harm(self, inflation: float) -> float:
+        """Logarithm of that evidence; 0 for a candidate."""
+        return self.harm.log_e(max(inflation, self.inherited)) if self.harm is not None else 0.0
 
     @property
     def mean_gain_by_token(self) -> float:
@@ -277,21 +294,16 @@ class KindTest:
         met, remembered = self.units + self.refused + more, len(self.counted) + more
         return self.role is Role.SERVING and (met >= MAX_MET * self.window or remembered >= MAX_UNITS)
 
-    def _bet(self, bet: int, place: int, x: float) -> None:
-        """x: an observation divided by the width."""
-        x = min(max(x, -1.0), 1.0)
-        self.wealth[bet, place] += log_factors(x)
-        self._raise_ceiling(bet, x)
-
-    def _raise_ceiling(self, bet: int, x: float) -> None:
-        self.ceiling[bet] += math.log1p(max(x, 0.0)) + 1e-9
-
     def _place(self, client: bytes) -> int | None:
         """Row of a client; None for one that is not seen yet and gets a row of its own."""
         place = self.places.get(client)
         if place is None and len(self.counts) >= MAX_CLIENTS:
             return int.from_bytes(_digest(client), "big") % MAX_CLIENTS
         return place
+
+
+def _within_one(x: float) -> float:
+    return min(max(x, -1.0), 1.0)
 
 
 def _digest(key: bytes) -> bytes:

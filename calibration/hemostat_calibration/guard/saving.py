@@ -3,7 +3,7 @@
 Size: of a kind of a candidate's test about 300 bytes, 5.4 for each unit counted (at most `MAX_UNITS`) and 120 for each
 client (at most `MAX_CLIENTS`); of a kind of a serving profile 220 for each client. 25 kinds that a profile serves and
 two
-candidates are tested in: at most 2.5 MB, and 0.2 MB with 300 units of 20 clients each.
+candidates are tested in: at most 3.5 MB, and 0.2 MB with 300 units of 20 clients each.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import numpy as np
 
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard.decisions import Figure, Role
+from hemostat_calibration.guard.harm import MAX_RUNS, HarmSum, Run
 from hemostat_calibration.guard.kind_test import DIGEST_BYTES, MAX_UNITS, KindTest
 from hemostat_calibration.guard.wealth import FRACTIONS, MAX_CLIENTS, Floats
+from hemostat_calibration.statistics.dependence import BatchMeans
 
-FORMAT = 1
+FORMAT = 2
 """Of the JSON; another one is refused."""
 
 
@@ -42,7 +44,7 @@ def encode(state: State) -> bytes:
     """The state as JSON.
 
     >>> encode(State(candidate_tests=2))
-    b'{"format":1,"candidate_tests":2,"windows":{},"tests":{},"ended":{}}'
+    b'{"format":2,"candidate_tests":2,"windows":{},"tests":{},"ended":{}}'
     """
     return json.dumps(
         {
@@ -109,11 +111,18 @@ def _test_json(test: KindTest) -> dict[str, Any]:
         "places": [client.hex() for client in test.places],
         "counts": test.counts,
         "counted": base64.b64encode(b"".join(test.counted)).decode(),
-        "wealth": _array_text(test.wealth[:, : test.clients]),
+        "wealth": _array_text(test.wealth[: test.clients]),
         "opposing": _array_text(test.opposing),
         "sums": _array_text(test.sums[: test.clients]),
         **other,
+        **_dependence_json(test),
     }
+
+
+def _dependence_json(test: KindTest) -> dict[str, Any]:
+    if (harm := test.harm) is not None:
+        return {"inherited": test.inherited, "harm": _harm_json(harm)}
+    return {"batches": [_array_text(test.batches.open), _array_text(test.batches.sums)]}
 
 
 def _read_test(stored: dict[str, Any]) -> KindTest:
@@ -141,12 +150,47 @@ def _read_test(stored: dict[str, Any]) -> KindTest:
     clients = len(test.counts)
     if clients > MAX_CLIENTS or len(test.places) != clients or len(digests) > MAX_UNITS:
         raise ValueError("its counts do not belong together")
-    test.wealth[:, :clients] = _read_array(stored["wealth"], (test.bets, clients, len(FRACTIONS)))
+    test.wealth[:clients] = _read_array(stored["wealth"], (clients, len(FRACTIONS)))
     test.opposing += _read_array(stored["opposing"], test.opposing.shape)
     test.sums[:clients] = _read_array(stored["sums"], (clients, test.sums.shape[1]))
     if test.figure is not Figure.NATS:
         test.kl_sums[:clients] = _read_array(stored["kl_sums"], (clients, test.kl_sums.shape[1]))
+    if test.harm is not None:
+        test.inherited = max(_finite(stored["inherited"]), 1.0)
+        test.harm = _read_harm(stored["harm"])
+    else:
+        empty = test.batches
+        opened, sums = (
+            _read_array(text, like.shape)
+            for text, like in zip(stored["batches"], (empty.open, empty.sums), strict=True)
+        )
+        test.batches = BatchMeans(test.units, opened, sums)
     return test
+
+
+def _harm_json(harm: HarmSum) -> dict[str, Any]:
+    return {
+        "number": harm.number,
+        "units": harm.units,
+        "places": [client.hex() for client in harm.places],
+        "wealth": _array_text(harm.wealth[:, : harm.clients]),
+        "runs": [[run.number, run.begun, _array_text(run.mark[:, : harm.clients])] for run in harm.runs],
+    }
+
+
+def _read_harm(stored: dict[str, Any]) -> HarmSum:
+    places = {bytes.fromhex(client): place for place, client in enumerate(stored["places"])}
+    clients = len(stored["places"])
+    if clients > MAX_CLIENTS or len(places) != clients or len(stored["runs"]) > MAX_RUNS:
+        raise ValueError("its counts do not belong together")
+    harm = HarmSum(_count(stored["number"], 1), _count(stored["units"]), places)
+    shape = (2, clients, len(FRACTIONS))
+    harm.wealth[:, :clients] = _read_array(stored["wealth"], shape)
+    for number, begun, text in stored["runs"]:
+        mark = np.zeros_like(harm.wealth)
+        mark[:, :clients] = _read_array(text, shape)
+        harm.runs.append(Run(_count(number), _count(begun), mark))
+    return harm
 
 
 def _array_text(values: Floats) -> str:

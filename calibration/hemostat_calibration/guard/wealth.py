@@ -34,6 +34,9 @@ those not seen yet).
 - One client that sends the opposite on purpose cannot hide the others' evidence, up to a factor of half its `SLOTS`
   (1/30 to 1/350): every term holds one without it.
 
+**Units that depend on each other** (`statistics.dependence`): K(f) is raised to the power 1/v̂ with v̂ the inflation of
+sums of units, for each fraction and each set of clients left out, before anything is mixed.
+
 With fewer than `MIN_CLIENTS` clients nothing can be left out: the evidence is K, or 1/2 K + 1/2 mean over b of K^-b. It
 stays valid over that change: the term of the client that appears as number `MIN_CLIENTS` is a single e-process which
 the evidence never exceeds, before or after. The guarantee against one client does not hold below it: stated in
@@ -44,6 +47,7 @@ Not covered: clients who act together, or one client under several names.
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import numpy as np
@@ -80,26 +84,34 @@ def log_factors(x: float) -> Floats:
     return factors
 
 
-def log_proof(by_client: Floats, clients: int, refused: Floats | float = 0.0) -> float:
-    """Logarithm of the evidence that is needed to begin, of all observations and of those without any one client.
+def log_proof(
+    by_client: Floats, clients: int, refused: Floats | float = 0.0, inflation: Floats | float = 1.0
+) -> Floats:
+    """Logarithm of the evidence that is needed to begin, of all observations and of those without any one client: [...].
 
-    by_client, clients: as for `log_evidence`. refused: float64 [F], the sum of `log_factors` of what was refused.
+    by_client: float64 [..., C, F], as for `log_evidence`, of any number of tests at a time. clients: C. refused: float64
+    [..., F], the sum of `log_factors` of what was refused. inflation: [...], v̂, 1 or more.
 
     >>> one = np.tile(log_factors(0.25), (8, 1)) * 5
     >>> one[0] = log_factors(-0.5) * 20
-    >>> log_proof(one[1:], 7) > 3.0 > 0.0 > log_proof(one, 8)
-    True
+    >>> bool(log_proof(one[1:], 7) > 3.0 > 0.0 > log_proof(one, 8)), bool(log_proof(one[1:], 7, inflation=3.0) > 3.0)
+    (True, False)
     """
-    total = by_client.sum(axis=0, keepdims=True)
-    log_k = np.vstack([total, total + refused, total - by_client]) if clients >= MIN_CLIENTS else total
-    top = log_k.max(axis=1)
-    return float((top + np.log(np.exp(log_k - top[:, None]) @ PRIOR)).min())
+    total = by_client.sum(axis=-2, keepdims=True)
+    log_k = total
+    if clients >= MIN_CLIENTS:
+        opposed = (total[..., 0, :] + refused)[..., None, :]
+        log_k = np.concatenate([total, opposed, total - by_client], axis=-2)
+    log_k = log_k / np.asarray(inflation)[..., None, None]
+    top = log_k.max(axis=-1)
+    proof: Floats = (top + np.log(np.exp(log_k - top[..., None]) @ PRIOR)).min(axis=-1)
+    return proof
 
 
-def log_evidence(by_client: Floats, clients: int) -> float:
+def log_evidence(by_client: Floats, clients: int, inflation: float = 1.0) -> float:
     """Logarithm of the evidence for what serves: to stay, and to be taken back.
 
-    by_client: float64 [C, F], the sum of `log_factors` of each place. clients: C.
+    by_client: float64 [C, F], the sum of `log_factors` of each place. clients: C. inflation: v̂, 1 or more.
 
     >>> one = np.tile(log_factors(0.25), (4, 1)) * 10
     >>> 2.0 < log_evidence(one[:3], 3) < log_evidence(one, 4) + 0.5
@@ -107,6 +119,7 @@ def log_evidence(by_client: Floats, clients: int) -> float:
     """
     if not clients:
         return 0.0
+    by_client = by_client / inflation
     total = by_client.sum(axis=0)
     # Factors that leaving a client out gives, in units of the largest of each fraction (or 1), so that none overflows.
     log_unit = np.maximum(-by_client.min(axis=0), 0.0)
@@ -124,6 +137,32 @@ def log_evidence(by_client: Floats, clients: int) -> float:
     log_k = log_k + np.maximum(np.log(0.5 * (one + mean) + _TINY) + log_unit, -math.log(2.0))
     top = log_k.max(axis=1)
     return float((top + np.log(np.exp(log_k - top[:, None]) @ PRIOR)).min())
+
+
+def client_row(places: dict[bytes, int], client: bytes) -> int:
+    """The row of a client, which gets the next one where it is new; beyond `MAX_CLIENTS` they share rows.
+
+    >>> places = {}
+    >>> client_row(places, b"a"), client_row(places, b"b"), client_row(places, b"a")
+    (0, 1, 0)
+    """
+    if client not in places and len(places) >= MAX_CLIENTS:
+        return int.from_bytes(hashlib.blake2b(client, digest_size=4).digest(), "big") % MAX_CLIENTS
+    return places.setdefault(client, len(places))
+
+
+def log_bound(by_client: Floats) -> float:
+    """Never below `log_proof` and `log_evidence` of the same [C, F] where these are above 0, with any v̂, and cheaper:
+    without the two clients that it is the largest without.
+
+    >>> one = np.tile(log_factors(0.25), (4, 1)) * 10
+    >>> log_bound(one) >= log_evidence(one, 4)
+    True
+    """
+    if not len(by_client):
+        return 0.0
+    lowest = np.sort(by_client, axis=0)[:2]
+    return float((by_client.sum(axis=0) - np.minimum(lowest, 0.0).sum(axis=0)).max())
 
 
 def without_any(values: Floats) -> Floats:

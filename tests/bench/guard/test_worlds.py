@@ -9,7 +9,7 @@ from tests.bench import bench_guard
 from tests.bench.guard import Row, adapters, clients, count_row, median, modules, most, watch
 from tests.bench.guard.traffic import normal
 
-from hemostat_calibration.guard import wealth
+from hemostat_calibration.guard import harm, wealth
 from hemostat_calibration.guard.decisions import Reason
 from hemostat_calibration.guard.guard import Guard
 from hemostat_calibration.guard.kind_test import KindTest
@@ -38,6 +38,12 @@ def test_a_useless_profile_would_serve_on_if_restarts_began_its_window_anew():
     gains = normal(rng, 0.0, 3000)
     assert watch.serve(rng, gains, keep=False) == (3000, 300, None)
     assert watch.serve(rng, gains)[1:] == (1000, Reason.UNSUPPORTED)
+
+
+def test_a_loss_would_be_hidden_by_an_earlier_gain_if_the_evidence_did_not_begin_anew(monkeypatch):
+    assert watch.turned(20, np.random.default_rng(0)).holds
+    monkeypatch.setattr(harm, "STEP", 10**9)
+    assert not watch.turned(20, np.random.default_rng(0)).holds
 
 
 def test_an_adapter_would_be_replaced_on_gains_over_identity_if_tests_went_on(monkeypatch):

@@ -1,0 +1,273 @@
+"""How much units depend on each other: the variance inflation of their sums, by batch means.
+
+    v = lim Var(X₁ + … + X_ℓ) / (ℓ Var X)        n / v: *effective* units
+
+v is 1 for independent units, m for runs of m equal ones, (1 + ρ)/(1 − ρ) for an autoregression. It is estimated by
+non-overlapping batch means: with v(ℓ) that ratio for batches of ℓ successive units,
+
+    v̂ = max over ℓ = 2, 4, …, L of  (v(ℓ) + max(v(ℓ) − v(ℓ/2), 0)) (b − 1)/χ²_0.2(b − 1),      at least 1
+
+- The second term is the lugsail correction (Vats & Flegal, "Lugsail lag windows for estimating time-average covariance
+  matrices", Biometrika 2022): v(ℓ) misses about as much of v as v(ℓ/2) misses more of it.
+- b is the number of batches: the factor makes it an upper limit of 80 % confidence where b is small.
+- L grows with the number n of units: there are `MIN_BATCHES` batches, twice as many where L is above √n (the length of
+  Flegal & Jones, "Batch means and spectral variance estimators in Markov chain Monte Carlo", Annals of Statistics 2010).
+
+Where units depend over more than L of them, v̂ is about 2 L, and the number of effective units stays at about
+`MIN_BATCHES` / 2 however many there are: `MIN_EFFECTIVE` of them are needed before v̂ is believed. So what is asked for is
+that there are enough units to see over how many of them they depend.
+
+**Asymptotic**: v̂ is consistent as n grows, for units whose dependence dies out. What it cannot know is what has not
+happened yet: a cycle that is longer than the units that it was estimated from (day and night after some hours, weekends
+after some days), and dependence that begins later.
+
+The evidence of a bet that multiplies its wealth by factors 1 + f x grows, under dependence, as if each unit counted v
+times. For one bet, and sums that behave like a Brownian motion, the probability that it ever reaches 1/α is α^(1/v) in
+place of α. Its power 1/v restores α; it must be taken of each bet before bets, clients or kinds are mixed: a mixture
+chooses the bet that suits the run, and dividing the logarithm of the mixture leaves what the choice gained.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from hemostat_calibration.arrays import Floats
+from hemostat_calibration.errors import InvalidArgumentError
+
+MIN_BATCHES = 24
+"""Fewer say nothing of a variance."""
+MIN_UNITS = 2 * MIN_BATCHES
+"""With fewer there is no batch length to estimate from."""
+MIN_EFFECTIVE = 20.0
+"""Effective units with fewer of which v̂ is not believed."""
+LEVELS = 15
+"""Batches of 1, 2, 4, …, 2¹⁴ units."""
+_QUANTILE = -0.8416212335729143
+"""20 % quantile of the normal distribution."""
+_X, _N, _XX, _XN, _NN = range(5)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchMeans:
+    """Sums of batches of S series at a time, in memory that does not grow.
+
+    A unit adds (x, n): the sum of a figure over its tokens, and their number; what is estimated is the inflation of
+    Σ(x − m n), with m = Σx/Σn. n = 1: of plain sums. n = 0 where a unit says nothing of a series.
+
+    units: so far. open: float64 [`LEVELS`, 2, S], x and n of the batch of each length that is not complete. sums: float64
+    [`LEVELS`, 5, S], Σ of x, n, x², xn, n² over complete batches.
+
+    >>> means = BatchMeans.of(1)
+    >>> for unit in range(960):
+    ...     means = means.update(np.array([math.sin(1e6 * (unit // 4) ** 2)]))
+    >>> bool(3.0 < means.inflation()[0] < 7.0), bool(means.enough()[0])
+    (True, True)
+    """
+
+    units: int
+    open: Floats
+    sums: Floats
+
+    @classmethod
+    def of(cls, series: int) -> BatchMeans:
+        """Before the first unit."""
+        return cls(0, np.zeros((LEVELS, 2, series)), np.zeros((LEVELS, 5, series)))
+
+    def update(self, x: Floats, n: Floats | float = 1.0) -> BatchMeans:
+        """Add one unit: x, n float64 [S], finite. InvalidArgumentError for another shape."""
+        if np.shape(x) != self.sums.shape[2:]:
+            raise InvalidArgumentError(f"x has shape {np.shape(x)}: it must be {self.sums.shape[2:]}")
+        opened, sums = self.open.copy(), self.sums.copy()
+        batch = np.stack([x, np.broadcast_to(n, np.shape(x))])
+        for level in range(LEVELS):
+            sums[level, :_XX] += batch
+            sums[level, _XX] += batch[0] * batch[0]
+            sums[level, _XN] += batch[0] * batch[1]
+            sums[level, _NN] += batch[1] * batch[1]
+            if not self.units >> level & 1:
+                opened[level] = batch
+                break
+            batch = opened[level] + batch
+        return BatchMeans(self.units + 1, opened, sums)
+
+    def ratios(self) -> Floats:
+        """v(ℓ) of every batch length that has enough batches: float64 [J, S], the first row, of
+        single units, is 1. NaN where units did not differ."""
+        batches = np.array([self.units >> level for level in range(LEVELS)])
+        needed = [MIN_BATCHES if 4**level <= self.units else 2 * MIN_BATCHES for level in range(LEVELS)]
+        usable = [level for level in range(LEVELS) if batches[level] >= needed[level]]
+        x, n, xx, xn, nn = np.moveaxis(self.sums[usable], 1, 0)
+        total_n = np.where(n[:1] > 0.0, n[:1], 1.0)
+        mean = x[:1] / total_n
+        squares = np.maximum(xx - 2.0 * mean * xn + mean * mean * nn, 0.0)
+        count = batches[usable][:, None]
+        # Of a unit, and without what the mean's own estimate takes away.
+        each = squares / ((count - 1.0) * 2.0 ** np.array(usable)[:, None])
+        scale = np.where(squares[:1] > 1e-18 * np.maximum(xx[:1], 1e-300), each[:1], np.nan)
+        found: Floats = each / scale
+        return found
+
+    @property
+    def variance(self) -> Floats:
+        """Of single units, float64 [S]; of plain sums. 0 before the second unit."""
+        x, _, xx, _, _ = self.sums[0]
+        units = max(self.units, 2)
+        found: Floats = np.maximum(xx - x * x / units, 0.0) / (units - 1.0)
+        return found
+
+    def inflation(self, *, limit: bool = True) -> Floats:
+        """v̂ of each series, float64 [S]; infinite before `MIN_UNITS` units, 1 where units did not differ.
+
+        limit: False: without the factor for few batches.
+        """
+        series = self.sums.shape[2]
+        if self.units < MIN_UNITS:
+            return np.full(series, np.inf)
+        ratios = self.ratios()
+        found = np.ones(series)
+        for level in range(1, len(ratios)):
+            corrected = ratios[level] + np.maximum(ratios[level] - ratios[level - 1], 0.0)
+            factor = float(upper_factor(self.units >> level)) if limit else 1.0
+            found = np.fmax(found, corrected * factor)
+        return found
+
+    def effective(self) -> Floats:
+        """n / v̂ of each series, float64 [S]; 0 before `MIN_UNITS` units."""
+        found: Floats = self.units / self.inflation()
+        return found
+
+    def enough(self) -> npt.NDArray[np.bool_]:
+        """Whether v̂ is to be believed, bool [S]."""
+        return self.effective() >= MIN_EFFECTIVE
+
+
+MIN_HISTORY = 192
+"""Units of a kind before which its v̂ is not known: over more than a handful of units nothing could be seen."""
+MAX_CLIENTS = 64
+"""Told from each other; further ones share their rows."""
+CLIENT_LEVELS = 6
+"""Batches of 1, 2, …, 32 successive units of one client."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ClientBatches:
+    """Batches of successive units of one client each, of S series at a time: what units of a client that come in runs
+    have in common is seen sooner than in batches of all clients' units, between which the others' stand.
+
+    Sums of batches are taken about the client's own mean so far, so that clients that differ for good are no dependence.
+
+    count, total: float64 [C, S], units and their sum by client. open: float64 [`CLIENT_LEVELS`, C, S], sums of the
+    batches that are not complete. batches, squares: float64 [`CLIENT_LEVELS`, S], of complete ones.
+
+    >>> clients = ClientBatches.of(2, 1)
+    >>> for unit in range(600):
+    ...     clients = clients.update(np.array([unit % 2]), np.array([math.sin(1e6 * (unit // 8) ** 2)]))
+    >>> bool(2.0 < clients.inflation(np.array([0.5]))[0] < 6.0)
+    True
+    """
+
+    count: Floats
+    total: Floats
+    open: Floats
+    batches: Floats
+    squares: Floats
+
+    @classmethod
+    def of(cls, clients: int, series: int) -> ClientBatches:
+        """Before the first unit, of so many clients."""
+        by_client, by_level = np.zeros((clients, series)), np.zeros((CLIENT_LEVELS, series))
+        return cls(by_client, by_client, np.zeros((CLIENT_LEVELS, clients, series)), by_level, by_level)
+
+    def update(self, client: npt.NDArray[np.int64], x: Floats) -> ClientBatches:
+        """Add one unit: its client's row and its figure, [S] each."""
+        at = client, np.arange(len(x))
+        count, total, opened = self.count.copy(), self.total.copy(), self.open.copy()
+        batches, squares = self.batches.copy(), self.squares.copy()
+        count[at] += 1.0
+        total[at] += x
+        units, mean = count[at], total[at] / count[at]
+        batch, complete = x, np.ones(len(x), np.bool_)
+        for level in range(CLIENT_LEVELS):
+            size = 2.0**level
+            number = units / size
+            known = complete & (number >= 2.0)
+            centred = (batch - size * mean) ** 2 * number / np.maximum(number - 1.0, 1.0)
+            batches[level] += known
+            squares[level] += np.where(known, centred, 0.0)
+            before = opened[level][at]
+            second = complete & (units % (2.0 * size) == 0.0)
+            opened[level][at] = np.where(complete & ~second, batch, before)
+            batch, complete = np.where(second, before + batch, 0.0), second
+            if not complete.any():
+                break
+        return ClientBatches(count, total, opened, batches, squares)
+
+    def inflation(self, variance: Floats) -> Floats:
+        """v̂ of each series as in `BatchMeans.inflation`, of batch lengths with `MIN_BATCHES` batches: float64 [S], 1 where
+        there are none. variance: float64 [S], of single units of all clients."""
+        sizes = 2.0 ** np.arange(CLIENT_LEVELS)[:, None]
+        scale = np.where(variance > 0.0, variance, np.inf)
+        ratios = self.squares / (np.maximum(self.batches, 1.0) * sizes * scale)
+        corrected = ratios[1:] + np.maximum(ratios[1:] - ratios[:-1], 0.0)
+        usable = self.batches[1:] >= MIN_BATCHES
+        limits = np.where(usable, corrected * upper_factor(np.maximum(self.batches[1:], MIN_BATCHES)), 1.0)
+        found: Floats = np.maximum(limits.max(axis=0), 1.0)
+        return found
+
+
+def upper_factor(batches: npt.ArrayLike) -> Floats:
+    """What a variance of so many batches is multiplied by for its upper limit of 80 % confidence: (b − 1)/χ²_0.2(b − 1),
+    by the approximation of Wilson and Hilferty (PNAS 1931).
+
+    >>> upper_factor([24, 100]).round(2).tolist()
+    [1.34, 1.14]
+    """
+    spread = 2.0 / (9.0 * (np.asarray(batches, np.float64) - 1.0))
+    factor: Floats = (1.0 - spread + _QUANTILE * np.sqrt(spread)) ** -3.0
+    return factor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KindDependence:
+    """v̂ of one figure of the units of a kind, by batches in time and by client: the larger one.
+
+    clients: digest -> row.
+
+    >>> kind = KindDependence()
+    >>> for unit in range(200):
+    ...     kind = kind.update(b"client %d" % (unit % 7), math.sin(1e6 * unit * unit))
+    >>> kind.units, 1.0 <= kind.inflation < 4.0
+    (200, True)
+    """
+
+    in_time: BatchMeans = field(default_factory=lambda: BatchMeans.of(1))
+    by_client: ClientBatches = field(default_factory=lambda: ClientBatches.of(MAX_CLIENTS, 1))
+    clients: Mapping[bytes, int] = field(default_factory=dict)
+
+    @property
+    def units(self) -> int:
+        return self.in_time.units
+
+    def update(self, client: bytes, x: float) -> KindDependence:
+        """Add one unit: its client's digest and its figure, finite."""
+        clients, row = self.clients, self.clients.get(client)
+        if row is None:
+            row = len(clients) if len(clients) < MAX_CLIENTS else zlib.crc32(client) % MAX_CLIENTS
+            clients = clients if len(clients) >= MAX_CLIENTS else {**clients, client: row}
+        value = np.array([x])
+        by_client = self.by_client.update(np.array([row]), value)
+        return KindDependence(self.in_time.update(value), by_client, clients)
+
+    @property
+    def inflation(self) -> float:
+        """v̂; infinite before `MIN_HISTORY` units, and while there are fewer than `MIN_EFFECTIVE` effective ones."""
+        if self.units < MIN_HISTORY:
+            return math.inf
+        found = float(np.maximum(self.in_time.inflation(), self.by_client.inflation(self.in_time.variance))[0])
+        return found if self.units / found >= MIN_EFFECTIVE else math.inf

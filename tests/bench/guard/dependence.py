@@ -1,0 +1,245 @@
+"""Promotion where units depend on each other: runs of alike ones, autoregressions, clients that come in batches, drift.
+
+20 scored units an hour; a test counts at most `kind_test.MAX_UNITS`, eight and a half days of them, all of which are
+held out here. Gains have a standard deviation of 0.2 nats in a range of ±1, 20 clients where nothing else is said. The
+kind has been met for `HISTORY` units before the test begins; what is known of it beside the gains is another figure that
+depends in the same way (the divergence), or one that does not at all.
+
+All lives of a world are computed together, by the functions that decide in production; `test_dependence.py` compares
+them with `Guard`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from tests.bench.guard import Row, count_row, median
+from tests.bench.guard.traffic import CLIENTS, SHARES, SPREAD
+
+from hemostat_calibration.arrays import Floats
+from hemostat_calibration.guard.kind_test import MAX_UNITS, MIN_UNITS_OF_FEW_CLIENTS
+from hemostat_calibration.guard.wealth import FRACTIONS, MIN_CLIENTS, log_proof
+from hemostat_calibration.statistics.dependence import MIN_EFFECTIVE, MIN_HISTORY, BatchMeans, ClientBatches
+
+NAME = "dependence"
+TAKES = "15 minutes on one core"
+TEST_LIVES = 40
+
+UNITS = MAX_UNITS
+HISTORY = 300
+NEEDED = math.log(2.0 / 0.05)
+"""Of the first test of a store."""
+LIVES_AT_A_TIME = 250
+PROVEN = {0.3: 80, 0.08: 300}
+"""Mean gain of independent units -> units until promotion, median, that are allowed. With a spread of 0.2 about 70 and
+20 % of a divergence of 0.4 nats."""
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Of all lives, [N, S]: gains, another figure, rows of clients."""
+
+    gains: Floats
+    figure: Floats
+    clients: Rows
+
+
+World = Callable[[np.random.Generator, int, int], Stream]
+
+
+def drawn_clients(rng: np.random.Generator, n: int, lives: int) -> Rows:
+    return rng.choice(CLIENTS, size=(n, lives), p=SHARES)
+
+
+def repeated(values: npt.NDArray[np.generic], times: int, n: int) -> npt.NDArray[np.generic]:
+    return np.repeat(values, times, axis=0)[:n]
+
+
+def runs(length: int, share: float = 1.0, clients: str = "drawn") -> World:
+    """Runs of alike units: `share` of the variance is the run's. clients: "drawn" for each unit, "run": for each run,
+    "one": all units are of one."""
+
+    def world(rng: np.random.Generator, n: int, lives: int) -> Stream:
+        count = -(-n // length)
+        found = [
+            SPREAD
+            * (
+                math.sqrt(share) * repeated(rng.normal(size=(count, lives)), length, n)
+                + math.sqrt(1.0 - share) * rng.normal(size=(n, lives))
+            )
+            for _ in range(2)
+        ]
+        who = drawn_clients(rng, n, lives)
+        if clients == "run":
+            who = repeated(who[:count], length, n)
+        return Stream(found[0], found[1], np.zeros_like(who) if clients == "one" else who)
+
+    return world
+
+
+def autoregression(coefficient: float) -> World:
+    def world(rng: np.random.Generator, n: int, lives: int) -> Stream:
+        found = rng.normal(0.0, SPREAD, (2, n, lives))
+        for at in range(1, n):
+            found[:, at] = coefficient * found[:, at - 1] + math.sqrt(1.0 - coefficient**2) * found[:, at]
+        return Stream(found[0], found[1], drawn_clients(rng, n, lives))
+
+    return world
+
+
+def interleaved(length: int) -> World:
+    """Each client's units come in runs of alike ones, and between them stand those of the others."""
+
+    def world(rng: np.random.Generator, n: int, lives: int) -> Stream:
+        who = drawn_clients(rng, n, lives)
+        found, effects = np.empty((2, n, lives)), np.empty((2, CLIENTS, lives))
+        seen, all_lives = np.zeros((CLIENTS, lives), np.int64), np.arange(lives)
+        for at in range(n):
+            place = who[at], all_lives
+            begins = seen[place] % length == 0
+            drawn = rng.normal(0.0, SPREAD, (2, lives))
+            effects[:, who[at], all_lives] = np.where(begins, drawn, effects[:, who[at], all_lives])
+            seen[place] += 1
+            found[:, at] = effects[:, who[at], all_lives]
+        return Stream(found[0], found[1], who)
+
+    return world
+
+
+def day_and_night(size: float) -> World:
+    """A cycle of a day, of 480 units, that begins at any hour."""
+
+    def world(rng: np.random.Generator, n: int, lives: int) -> Stream:
+        hour = 2.0 * math.pi * (np.arange(n)[:, None] / 480.0 + rng.random(lives))
+        found = rng.normal(0.0, SPREAD, (2, n, lives)) + size * np.sin(hour)
+        return Stream(found[0], found[1], drawn_clients(rng, n, lives))
+
+    return world
+
+
+def independent(mean: float) -> World:
+    def world(rng: np.random.Generator, n: int, lives: int) -> Stream:
+        found = rng.normal(0.0, SPREAD, (2, n, lives))
+        return Stream(found[0] + mean, found[1], drawn_clients(rng, n, lives))
+
+    return world
+
+
+def gains_alone(world: World) -> World:
+    """The other figure does not depend on anything, so that only the gains tell."""
+
+    def with_noise(rng: np.random.Generator, n: int, lives: int) -> Stream:
+        found = world(rng, n, lives)
+        return Stream(found.gains, rng.normal(size=(n, lives)), found.clients)
+
+    return with_noise
+
+
+NULLS: dict[str, tuple[World, float]] = {
+    "autoregression of 0.33": (autoregression(0.33), 2.0),
+    "runs of 3 by one client": (runs(3, clients="one"), 3.0),
+    "runs of 3 by 20 clients": (runs(3), 3.0),
+    "runs of 3, a client each": (runs(3, clients="run"), 3.0),
+    "runs of 20": (runs(20), 20.0),
+    "autoregression of 0.9": (autoregression(0.9), 19.0),
+    "runs of 10 that are half of the variance": (runs(10, 0.5), 5.5),
+    "runs of 100 that are a fifth of the variance": (runs(100, 0.2), 20.8),
+    "each client in runs of 10, interleaved": (interleaved(10), 10.0),
+    "day and night ± 0.1": (day_and_night(0.1), math.nan),
+    "runs of 5 of the gains alone": (gains_alone(runs(5)), 5.0),
+    "independent": (independent(0.0), 1.0),
+}
+"""Name -> world whose mean gain is 0, and its v."""
+SLOW_HISTORY = {"runs of 100 that are a fifth of the variance": 2000}
+"""Units that the kind was met for before, where that is another number than `HISTORY`."""
+
+
+def promoted_at(
+    stream: Stream, *, history: int = HISTORY, dependence: bool = True, after_mixing: bool = False
+) -> Floats:
+    """Units of the test until promotion in each life; inf where there is none.
+
+    dependence: False: the rule before, every unit is independent of the others. after_mixing: the wrong rule that
+    divides the logarithm of the mixture.
+    """
+    n, lives = stream.gains.shape
+    known, by_client = BatchMeans.of(lives), ClientBatches.of(CLIENTS, lives)
+    own, wealth = BatchMeans.of(lives), np.zeros((lives, CLIENTS, len(FRACTIONS)))
+    found, all_lives = np.full(lives, np.inf), np.arange(lives)
+    few = int(stream.clients.max()) + 1 < MIN_CLIENTS
+    clients = 1 if few else CLIENTS
+    for at in range(n):
+        if dependence:
+            known = known.update(stream.figure[at])
+            by_client = by_client.update(stream.clients[at], stream.figure[at])
+        if at < history:
+            continue
+        gains = np.clip(stream.gains[at], -1.0, 1.0)
+        wealth[all_lives, stream.clients[at]] += np.log1p(gains[:, None] * FRACTIONS)
+        own = own.update(gains) if dependence else own
+        units = at + 1 - history
+        suspects = np.isinf(found) & (wealth.sum(axis=1).max(axis=-1) >= NEEDED)
+        if units < MIN_UNITS_OF_FEW_CLIENTS or not suspects.any():
+            continue
+        v, enough = np.ones(lives), np.ones(lives, np.bool_)
+        if dependence:
+            v = np.maximum(known.inflation(), by_client.inflation(known.variance))
+            enough = (at + 1 >= MIN_HISTORY) & ((at + 1) / v >= MIN_EFFECTIVE) & own.enough()
+            v = np.where(enough, np.maximum(v, own.inflation()), 1.0)
+        log_e = log_proof(wealth, clients) / v if after_mixing else log_proof(wealth, clients, inflation=v)
+        found[suspects & enough & (log_e >= NEEDED)] = units
+        if np.isfinite(found).all():
+            break
+    return found
+
+
+def lives_of(world: World, lives: int, rng: np.random.Generator, history: int = HISTORY, **rule: bool) -> Floats:
+    sizes = [min(LIVES_AT_A_TIME, lives - first) for first in range(0, lives, LIVES_AT_A_TIME)]
+    found = [promoted_at(world(rng, history + UNITS, size), history=history, **rule) for size in sizes]
+    return np.concatenate(found)
+
+
+def mixed_first(lives: int, rng: np.random.Generator, length: int = 10, units: int = 4000) -> tuple[int, int]:
+    """Lives with a false proof of sums in runs, of a spread of 0.4, where v is known: by the power 1/v of each bet, and
+    by that of the mixture."""
+    gains = np.clip(repeated(rng.normal(0.0, 0.4, (units // length, lives)), length, units), -1.0, 1.0)
+    wealth = np.log1p(gains[..., None, None] * FRACTIONS).cumsum(axis=0)
+    each, mixture = log_proof(wealth, 1, inflation=float(length)), log_proof(wealth, 1) / length
+    # Without the alpha of later tests: at 5 %.
+    return tuple(int((log_e >= -math.log(0.05)).any(axis=0).sum()) for log_e in (each, mixture))  # type: ignore[return-value]
+
+
+def rows(lives: int, seed: int) -> Iterator[Row]:
+    for number, (name, (world, v)) in enumerate(NULLS.items()):
+        found = lives_of(world, lives, np.random.default_rng([seed, 71, number]), SLOW_HISTORY.get(name, HISTORY))
+        told = "" if math.isnan(v) else f" (v = {v:.3g})"
+        yield count_row(f"gain 0, {name}{told}: promoted", int(np.isfinite(found).sum()), lives, 0.05)
+    for name, history in SLOW_HISTORY.items():
+        found = lives_of(NULLS[name][0], lives, np.random.default_rng([seed, 73]))
+        yield Row(
+            f"the same after {HISTORY} units, of three such runs, in place of {history}: promoted",
+            f"{np.isfinite(found).sum()} of {lives}",
+            "for comparison: longer dependence than was seen is not covered",
+            True,
+        )
+    each, mixture = mixed_first(lives, np.random.default_rng([seed, 74]))
+    yield count_row("runs of 10, v known, each bet to the power 1/v: a false proof at 5 %", each, lives, 0.05)
+    yield Row("the same, the mixture of bets to the power 1/v", f"{mixture} of {lives}", "for comparison", True)
+    for mean, allowed in PROVEN.items():
+        found = lives_of(independent(mean), lives, np.random.default_rng([seed, 72, round(100 * mean)]))
+        before = lives_of(
+            independent(mean), lives, np.random.default_rng([seed, 72, round(100 * mean)]), dependence=False
+        )
+        middle = median(found.tolist())
+        yield Row(
+            f"independent, gain {mean}: median units until promotion",
+            f"{middle:.0f}; were v known to be 1 {median(before.tolist()):.0f}",
+            f"<= {allowed}",
+            middle <= allowed,
+        )

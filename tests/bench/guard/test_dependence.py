@@ -1,0 +1,54 @@
+"""The worlds of dependent units can fail, and decide as the guard does."""
+
+import numpy as np
+import pytest
+from tests.bench.guard import dependence as worlds
+from tests.bench.guard import most
+
+from hemostat_calibration.guard.decisions import Action
+from hemostat_calibration.guard.guard import Guard
+from hemostat_calibration.statistics.dependence import KindDependence
+
+LIVES = 60
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(worlds, "UNITS", 1000)
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("name", ["runs of 3 by one client", "runs of 20", "autoregression of 0.9"])
+def test_units_taken_for_independent_would_promote_what_does_not_help(name):
+    world, _ = worlds.NULLS[name]
+    taken = worlds.lives_of(world, LIVES, np.random.default_rng(0), dependence=False)
+    assert np.isfinite(taken).sum() > 2 * most(LIVES, 0.05)
+    found = worlds.lives_of(world, LIVES, np.random.default_rng(0))
+    assert np.isfinite(found).sum() <= most(LIVES, 0.05)
+
+
+def test_the_power_of_the_mixture_is_not_enough():
+    each, mixture = worlds.mixed_first(2000, np.random.default_rng(0))
+    assert each <= most(2000, 0.05) < mixture
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("mean", [0.08, 0.3])
+def test_the_worlds_decide_as_the_guard_does(mean):
+    stream = worlds.independent(mean)(np.random.default_rng(5), worlds.HISTORY + 600, 3)
+    found = worlds.promoted_at(stream)
+    for life in range(3):
+        guard, known, promoted = Guard(client_share=1.0), KindDependence(), np.inf
+        guard.begin_candidate("test", {"kind": (1.0, 1.0)})
+        for at in range(len(stream.gains)):
+            client = b"client %d" % stream.clients[at, life]
+            known = known.update(client, float(stream.figure[at, life]))
+            if at < worlds.HISTORY:
+                continue
+            gain = float(np.clip(stream.gains[at, life], -1.0, 1.0))
+            guard.set_inflation("kind", known.inflation)
+            guard.update("test", "kind", at.to_bytes(8, "big"), client, gain, gain, 50)
+            if guard.decide("test", "kind").action is Action.PROMOTE:
+                promoted = guard.evidence("test", "kind").units
+                break
+        assert promoted == found[life]

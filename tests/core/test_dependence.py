@@ -1,0 +1,109 @@
+"""Variance inflation by batch means, against the batch computation and the known v of processes."""
+
+import math
+
+import numpy as np
+import pytest
+
+from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.statistics.dependence import (
+    MIN_HISTORY,
+    MIN_UNITS,
+    BatchMeans,
+    ClientBatches,
+    KindDependence,
+)
+
+SERIES = 200
+
+
+def runs(rng, length, n, series=SERIES):
+    return np.repeat(rng.normal(size=(-(-n // length), series)), length, axis=0)[:n]
+
+
+def fed(x, n=None):
+    means = BatchMeans.of(x.shape[1])
+    for at, row in enumerate(x):
+        means = means.update(row, 1.0 if n is None else n[at])
+    return means
+
+
+@pytest.mark.parametrize("units", [48, 100, 777, 4096])
+def test_ratios_are_those_of_all_batches(units):
+    rng = np.random.default_rng(units)
+    n = rng.integers(1, 50, (units, 2)).astype(float)
+    x = n * rng.gamma(2.0, 0.2, (units, 2))
+    found = fed(x, n).ratios()
+    mean = x.sum(axis=0) / n.sum(axis=0)
+    for level, row in enumerate(found):
+        count = units >> level
+        residual = (x - mean * n)[: count << level].reshape(count, 1 << level, 2).sum(axis=1)
+        first = (x - mean * n) ** 2
+        expected = (residual**2).sum(axis=0) / (count - 1) / (1 << level) / (first.sum(axis=0) / (units - 1))
+        assert row == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("length", [1, 3, 10, 20])
+def test_v_of_runs_is_their_length(length):
+    """At 2,000 units; an upper limit in most series."""
+    found = fed(runs(np.random.default_rng(length), length, 2000)).inflation()
+    assert length <= np.median(found) <= 1.5 * length
+    assert (found >= 0.85 * length).mean() >= 0.9
+
+
+def test_dependence_over_more_units_than_were_seen_is_not_believed():
+    rng = np.random.default_rng(0)
+    few, many = fed(runs(rng, 100, 400)), fed(runs(rng, 3, 400))
+    assert not few.enough().any()
+    assert many.enough().all()
+
+
+def test_nothing_is_known_of_few_units():
+    means = fed(np.random.default_rng(0).normal(size=(MIN_UNITS - 1, 2)))
+    assert np.isinf(means.inflation()).all()
+    assert not means.enough().any()
+    with pytest.raises(InvalidArgumentError, match="shape"):
+        means.update(np.zeros(3))
+
+
+def test_units_that_do_not_differ_inflate_nothing():
+    assert fed(np.full((100, 1), 0.3)).inflation().tolist() == [1.0]
+
+
+def interleaved(rng, clients, length, units):
+    """Each client in runs of alike units, one after the other."""
+    x = np.empty((units, SERIES))
+    for client in range(clients):
+        own = len(x[client::clients])
+        x[client::clients] = runs(rng, length, own)
+    return x, np.arange(units) % clients
+
+
+def test_runs_of_one_client_between_those_of_others_are_seen_by_client():
+    x, who = interleaved(np.random.default_rng(0), 20, 8, 1000)
+    means, clients = fed(x), ClientBatches.of(20, SERIES)
+    for at, row in enumerate(x):
+        clients = clients.update(np.full(SERIES, who[at]), row)
+    by_client = clients.inflation(means.variance)
+    assert np.median(by_client) > 7.0 > 5.0 > np.median(means.inflation())
+
+
+def test_clients_that_differ_for_good_are_no_dependence():
+    rng = np.random.default_rng(0)
+    effects = rng.normal(size=(10, SERIES))
+    clients, means = ClientBatches.of(10, SERIES), BatchMeans.of(SERIES)
+    for at in range(1000):
+        row = effects[at % 10] + 0.5 * rng.normal(size=SERIES)
+        clients, means = clients.update(np.full(SERIES, at % 10), row), means.update(row)
+    assert np.median(clients.inflation(means.variance)) < 1.2
+
+
+def test_a_kind_is_known_after_enough_units_that_are_not_all_alike():
+    rng = np.random.default_rng(0)
+    alike, different = KindDependence(), KindDependence()
+    for at in range(MIN_HISTORY):
+        assert math.isinf(different.inflation)
+        client = b"client %d" % (at % 100)
+        alike, different = alike.update(client, float(at // 40)), different.update(client, float(rng.normal()))
+    assert math.isinf(alike.inflation)
+    assert 1.0 <= different.inflation < 3.0
