@@ -184,7 +184,7 @@ def test_pins_are_by_kind() -> None:
     with pytest.raises(HemostatError, match="nothing is pinned"):
         bench.profiles.operator.unpin(REST_KIND)
     bench.profiles.operator.unpin("A")
-    bench.feed(BIASED, JUDGED[200:400], kind="A")
+    bench.feed(BIASED, JUDGED[200:500], kind="A")
     assert bench.last("roll_back")["kind"] == "A"
 
 

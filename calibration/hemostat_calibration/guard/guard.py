@@ -12,9 +12,10 @@ Units must be of the held-out side of the split.
   this kind: a sum that is funded anew all the time, so that an earlier gain does not hide a loss (`harm`). It is rolled
   back as *no longer supported* at the end of a window of so many units, unless by then the evidence of this window that
   its gain is above 0 has reached 1/alpha.
-- Units may depend on each other: all evidence is raised to the power 1/v̂, with the variance inflation v̂ of their sums,
-  which comes from what is known of the kind beside the tests (`Guard.set_inflation`), and for a candidate from its gains,
-  too: the larger one. A candidate is not promoted before there are enough units to know it (`statistics.dependence`).
+- Units may depend on each other: all evidence is raised to the power 1/v̂, with the variance inflation v̂ of their
+  sums, which comes from what is known of the kind beside the tests (`Guard.set_inflation`), and for a candidate from
+  its gains, too: the larger one. A candidate is not promoted before there are enough units to know it
+  (`statistics.dependence`).
 
 The evidence is described, with its sources, in `wealth`; the closed test in `closing`. What is bounded, whatever the
 gains' distribution and however often one looks, as long as no gain is below −width, exactly where no expected gain

@@ -1,14 +1,15 @@
 """Evidence that a serving profile harms: a sum that is funded anew every `STEP` units.
 
 A *run* is the evidence of `wealth.log_evidence` of the units since it began. Wealth that a run lost while the profile
-helped would delay the alarm once it harms, so every `STEP` units a run begins with nothing lost. Run r has the fixed part
-w(r) of the whole, which is 1: a half for the first, of the rest 1/(r (r + 1)) about; a run that has not begun counts as its
-part. So the sum is an e-process, and ever reaches 1/alpha with a probability of at most alpha, for as long as the profile
-serves. (A CUSUM restarts its one sum where it is lowest, and bounds how often it alarms; this mixture over restarts bounds
-whether it ever does. Shin, Ramdas & Rinaldo, "E-detectors", New England Journal of Statistics in Data Science 2024.)
+helped would delay the alarm once it harms, so every `STEP` units a run begins with nothing lost. Run r has the fixed
+part w(r) of the whole, which is 1: a half for the first, of the rest 1/(r (r + 1)) about; a run that has not begun
+counts as its part. So the sum is an e-process, and ever reaches 1/alpha with a probability of at most alpha, for as
+long as the profile serves. (A CUSUM restarts its one sum where it is lowest, and bounds how often it alarms; this
+mixture over restarts bounds whether it ever does. Shin, Ramdas & Rinaldo, "E-detectors", New England Journal of
+Statistics in Data Science 2024.)
 
-At most `MAX_RUNS` are kept: which one is dropped follows from when they began, old ones more often, and not from what they
-have seen. What a dropped run had counts as nothing.
+At most `MAX_RUNS` are kept: which one is dropped follows from when they began, old ones more often, and not from what
+they have seen. What a dropped run had counts as nothing.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class HarmSum:
     wealth: Floats = field(default_factory=lambda: np.zeros((2, MAX_CLIENTS, len(FRACTIONS))))
     runs: list[Run] = field(default_factory=list)
     known: tuple[float, float] = (0.0, math.inf)
-    """v̂, and what the evidence with it is at most: one unit multiplies no part of it by more than its own factor, or 1."""
+    """v̂, and the largest evidence with it: one unit multiplies no part of it by more than its own factor, or 1."""
 
     @property
     def clients(self) -> int:

@@ -87,10 +87,10 @@ def log_factors(x: float) -> Floats:
 def log_proof(
     by_client: Floats, clients: int, refused: Floats | float = 0.0, inflation: Floats | float = 1.0
 ) -> Floats:
-    """Logarithm of the evidence that is needed to begin, of all observations and of those without any one client: [...].
+    """Logarithm of the evidence that is needed to begin, of all observations and without any one client: [...].
 
-    by_client: float64 [..., C, F], as for `log_evidence`, of any number of tests at a time. clients: C. refused: float64
-    [..., F], the sum of `log_factors` of what was refused. inflation: [...], v̂, 1 or more.
+    by_client: float64 [..., C, F], as for `log_evidence`, of any number of tests at a time. clients: C. refused:
+    float64 [..., F], the sum of `log_factors` of what was refused. inflation: [...], v̂, 1 or more.
 
     >>> one = np.tile(log_factors(0.25), (8, 1)) * 5
     >>> one[0] = log_factors(-0.5) * 20

@@ -11,11 +11,12 @@ non-overlapping batch means: with v(ℓ) that ratio for batches of ℓ successiv
   matrices", Biometrika 2022): v(ℓ) misses about as much of v as v(ℓ/2) misses more of it.
 - b is the number of batches: the factor makes it an upper limit of 80 % confidence where b is small.
 - L grows with the number n of units: there are `MIN_BATCHES` batches, twice as many where L is above √n (the length of
-  Flegal & Jones, "Batch means and spectral variance estimators in Markov chain Monte Carlo", Annals of Statistics 2010).
+  Flegal & Jones, "Batch means and spectral variance estimators in Markov chain Monte Carlo", Annals of Statistics
+  2010).
 
 Where units depend over more than L of them, v̂ is about 2 L, and the number of effective units stays at about
-`MIN_BATCHES` / 2 however many there are: `MIN_EFFECTIVE` of them are needed before v̂ is believed. So what is asked for is
-that there are enough units to see over how many of them they depend.
+`MIN_BATCHES` / 2 however many there are: `MIN_EFFECTIVE` of them are needed before v̂ is believed. So what is asked for
+is that there are enough units to see over how many of them they depend.
 
 **Asymptotic**: v̂ is consistent as n grows, for units whose dependence dies out. What it cannot know is what has not
 happened yet: a cycle that is longer than the units that it was estimated from (day and night after some hours, weekends
@@ -60,8 +61,8 @@ class BatchMeans:
     A unit adds (x, n): the sum of a figure over its tokens, and their number; what is estimated is the inflation of
     Σ(x − m n), with m = Σx/Σn. n = 1: of plain sums. n = 0 where a unit says nothing of a series.
 
-    units: so far. open: float64 [`LEVELS`, 2, S], x and n of the batch of each length that is not complete. sums: float64
-    [`LEVELS`, 5, S], Σ of x, n, x², xn, n² over complete batches.
+    units: so far. open: float64 [`LEVELS`, 2, S], x and n of the batch of each length that is not complete. sums:
+    float64 [`LEVELS`, 5, S], Σ of x, n, x², xn, n² over complete batches.
 
     >>> means = BatchMeans.of(1)
     >>> for unit in range(960):
@@ -160,15 +161,16 @@ class ClientBatches:
     """Batches of successive units of one client each, of S series at a time: what units of a client that come in runs
     have in common is seen sooner than in batches of all clients' units, between which the others' stand.
 
-    Sums of batches are taken about the client's own mean so far, so that clients that differ for good are no dependence.
+    Sums of batches are taken about the client's own mean so far, so that clients that differ for good are no
+    dependence.
 
     count, total: float64 [C, S], units and their sum by client. open: float64 [`CLIENT_LEVELS`, C, S], sums of the
     batches that are not complete. batches, squares: float64 [`CLIENT_LEVELS`, S], of complete ones.
 
     >>> clients = ClientBatches.of(2, 1)
-    >>> for unit in range(600):
+    >>> for unit in range(1600):
     ...     clients = clients.update(np.array([unit % 2]), np.array([math.sin(1e6 * (unit // 8) ** 2)]))
-    >>> bool(2.0 < clients.inflation(np.array([0.5]))[0] < 6.0)
+    >>> bool(2.5 < clients.inflation(np.array([0.5]))[0] < 8.0)
     True
     """
 
@@ -209,8 +211,8 @@ class ClientBatches:
         return ClientBatches(count, total, opened, batches, squares)
 
     def inflation(self, variance: Floats) -> Floats:
-        """v̂ of each series as in `BatchMeans.inflation`, of batch lengths with `MIN_BATCHES` batches: float64 [S], 1 where
-        there are none. variance: float64 [S], of single units of all clients."""
+        """v̂ of each series as in `BatchMeans.inflation`, of batch lengths with `MIN_BATCHES` batches: float64 [S], 1
+        where there are none. variance: float64 [S], of single units of all clients."""
         sizes = 2.0 ** np.arange(CLIENT_LEVELS)[:, None]
         scale = np.where(variance > 0.0, variance, np.inf)
         ratios = self.squares / (np.maximum(self.batches, 1.0) * sizes * scale)
@@ -222,8 +224,8 @@ class ClientBatches:
 
 
 def upper_factor(batches: npt.ArrayLike) -> Floats:
-    """What a variance of so many batches is multiplied by for its upper limit of 80 % confidence: (b − 1)/χ²_0.2(b − 1),
-    by the approximation of Wilson and Hilferty (PNAS 1931).
+    """What a variance of so many batches is multiplied by for its upper limit of 80 % confidence:
+    (b − 1)/χ²_0.2(b − 1), by the approximation of Wilson and Hilferty (PNAS 1931).
 
     >>> upper_factor([24, 100]).round(2).tolist()
     [1.34, 1.14]

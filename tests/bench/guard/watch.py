@@ -74,7 +74,7 @@ def turning(lives: int, rng: np.random.Generator) -> Row:
 
 
 def turned(lives: int, rng: np.random.Generator, inflation: float = 1.3) -> Row:
-    """A gain of 0.27 for 300 units, then a loss of 0.1. inflation: v̂ of independent units, as it is usually estimated."""
+    """A gain of 0.27 for 300 units, then a loss of 0.1. inflation: v̂ of independent units, as usually estimated."""
     needed = []
     for _ in range(lives):
         guard = Guard()
