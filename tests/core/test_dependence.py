@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.guard.decisions import Action
+from hemostat_calibration.guard.guard import Guard
 from hemostat_calibration.statistics.dependence import (
     MIN_HISTORY,
     MIN_UNITS,
@@ -103,8 +105,29 @@ def test_a_kind_is_known_after_enough_units_that_are_not_all_alike():
     rng = np.random.default_rng(0)
     alike, different = KindDependence(), KindDependence()
     for at in range(MIN_HISTORY):
-        assert math.isinf(different.inflation)
+        assert not different.known
         client = b"client %d" % (at % 100)
-        alike, different = alike.update(client, float(at // 40)), different.update(client, float(rng.normal()))
-    assert math.isinf(alike.inflation)
+        alike, different = alike.update(client, float(at // 20)), different.update(client, float(rng.normal()))
+    assert not alike.known
+    assert different.known
     assert 1.0 <= different.inflation < 3.0
+
+
+def test_a_guard_promotes_where_it_knows_how_much_units_depend_on_each_other():
+    rng = np.random.default_rng(0)
+    guard = Guard()
+    guard.begin_candidate("test", {"kind": (1.0, 1.0)})
+    for at in range(MIN_HISTORY):
+        unit, client = b"%d" % at, b"client %d" % (at % 8)
+        guard.note("kind", client, float(rng.normal()))
+        gain = float(rng.normal(0.3, 0.1))
+        guard.update("test", "kind", unit, client, gain, gain, 50)
+        assert guard.decide("test", "kind").action is (Action.PROMOTE if at + 1 == MIN_HISTORY else Action.WAIT)
+    again = Guard.load(guard.save(), 0.05, 0.25)
+    assert again.evidence("test", "kind") == guard.evidence("test", "kind")
+    assert again.save() == guard.save()
+    assert 1.0 <= guard.evidence("test", "kind").inflation < 3.0
+    again.forget()
+    assert again.dependence("kind") is None
+    with pytest.raises(InvalidArgumentError, match="finite"):
+        guard.note("kind", b"", math.nan)

@@ -12,7 +12,6 @@ from hemostat_calibration.guard.guard import MAX_COUNTED_KINDS, MAX_WINDOW, Guar
 from hemostat_calibration.guard.kind_test import MAX_UNITS, KindTest
 from hemostat_calibration.guard.wealth import (
     FRACTIONS,
-    MAX_CLIENTS,
     PRIOR,
     SLOTS,
     log_bound,
@@ -20,6 +19,7 @@ from hemostat_calibration.guard.wealth import (
     log_factors,
     log_proof,
 )
+from hemostat_calibration.statistics.dependence import MAX_CLIENTS
 
 CLIENTS = 10
 TEST, WATCH = "candidate", "serving"

@@ -33,6 +33,7 @@ from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors_digest
 from hemostat_calibration.records import Features, Shift, TokenRecord
+from hemostat_calibration.statistics import dependence
 
 
 def interval(record: TokenRecord, profile: CalibrationProfile) -> tuple[float, float] | None:
@@ -218,3 +219,32 @@ def test_a_gain_is_computed_once_for_measurement_and_judging(monkeypatch: pytest
     learned = bench.record(EVEN.truth(0), LEARNED[0])
     Measurements().observe(learned, profile, None, held_out=bench.profiles.is_held_out(learned))
     assert not computed, "a gain counts on held-out records only"
+
+
+def test_nothing_is_promoted_in_a_kind_before_it_is_known_how_much_its_requests_depend_on_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of all requests, whether they are learned from or judged by; a restart keeps it, other models begin anew."""
+    monkeypatch.setattr(dependence, "MIN_HISTORY", 500)
+    bench, rng = Bench(), np.random.default_rng(0)
+
+    def feed(keys: list[bytes]) -> None:
+        for n, key in enumerate(keys):
+            record = bench.record(BIASED.truth(n), key)
+            divergences = np.append(rng.gamma(2.0, 0.1, record.tokens), np.inf)
+            bench.profiles.observe(replace(record, kind=REST_KIND), RecordGains(record), divergences=divergences)
+
+    feed(LEARNED[:1] + JUDGED[:1])
+    version = bench.profiles.operator.import_profile(helpful())
+    feed(JUDGED[1:400])
+    candidate = bench.status()["kinds"][0]["candidates"][0]
+    assert candidate["log_e"] > 1.1 * candidate["needed"]
+    assert candidate["effective_units"] == pytest.approx(candidate["units"] / candidate["inflation"])
+    assert not bench.serves()
+    again = bench.restart()
+    assert again.profiles.trials.guard.dependence(REST_KIND) is not None
+    feed(LEARNED[1:100])
+    feed(JUDGED[400:401])
+    assert bench.profiles.serving.selected == version
+    bench.profiles.forget_evidence("other models")
+    assert bench.profiles.trials.guard.dependence(REST_KIND) is None

@@ -31,7 +31,7 @@ def test_alike_turns_count_once(named: bool) -> None:
         catalogue=SimpleNamespace(get=lambda _: None),
         is_held_out=lambda _: False,
         distance_versions=lambda _: (),
-        observe=lambda record, gains, *, fresh: fresh_seen.append(fresh),
+        observe=lambda record, gains, *, fresh, divergences: fresh_seen.append(fresh and len(divergences) > 0),
         learning_scope=lambda _: "",
     )
     measured = Measurements()

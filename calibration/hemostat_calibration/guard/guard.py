@@ -13,7 +13,7 @@ Units must be of the held-out side of the split.
   back as *no longer supported* at the end of a window of so many units, unless by then the evidence of this window that
   its gain is above 0 has reached 1/alpha.
 - Units may depend on each other: all evidence is raised to the power 1/v̂, with the variance inflation v̂ of their
-  sums, which comes from what is known of the kind beside the tests (`Guard.set_inflation`), and for a candidate from
+  sums, which comes from what is known of the kind beside the tests (`Guard.note`), and for a candidate from
   its gains, too: the larger one. A candidate is not promoted before there are enough units to know it
   (`statistics.dependence`).
 
@@ -58,6 +58,7 @@ from hemostat_calibration.guard.closing import adjusted
 from hemostat_calibration.guard.decisions import Action, Admission, Decision, Evidence, Figure, Reason, Role
 from hemostat_calibration.guard.kind_test import KindTest
 from hemostat_calibration.guard.wealth import MIN_CLIENTS
+from hemostat_calibration.statistics.dependence import KindDependence
 
 WINDOWS_PER_PROOF = 5
 """Length of a window, as a multiple of the number of units that the promotion took. With a client that sends nothing
@@ -100,15 +101,28 @@ class Guard:
         self._alpha = alpha
         self._client_share = client_share
         self._state = saving.State()
-        self._inflations: dict[str, float] = {}
 
-    def set_inflation(self, kind: str, inflation: float) -> None:
-        """What is known, beside the tests, of how much units of a kind depend on each other: v̂ of
-        `statistics.dependence`, 1 or more (1 where nothing was said); infinite: nothing is decided there. It is not
-        saved. InvalidArgumentError below 1."""
-        if not inflation >= 1.0:
-            raise InvalidArgumentError(f"inflation is {inflation}: it must be 1 or more")
-        self._inflations[kind] = inflation
+    # --- how much units depend on each other -----------------------------------------------------------------------
+
+    def note(self, kind: str, client: bytes, figure: float) -> None:
+        """A unit of a kind, whether it is judged by or not: its client's digest, and a figure of it that no profile has
+        changed. How much these depend on each other (v̂ of `statistics.dependence`) is the least that is taken for the
+        gains. Nothing is promoted in a kind before v̂ is known there; without a note of a kind, units count as
+        independent but for what their gains tell. InvalidArgumentError unless the figure is finite."""
+        if not math.isfinite(figure):
+            raise InvalidArgumentError(f"figure is {figure}: it must be finite")
+        dependence = self._state.dependence
+        if kind in dependence or len(dependence) < MAX_COUNTED_KINDS:
+            dependence[kind] = dependence.get(kind, KindDependence()).update(client, figure)
+
+    def forget(self, kind: str | None = None) -> None:
+        """What was noted of this kind, or of all, is of other traffic, or of other models."""
+        for name in [kind] if kind is not None else list(self._state.dependence):
+            self._state.dependence.pop(name, None)
+
+    def dependence(self, kind: str) -> KindDependence | None:
+        """What was noted of a kind; None where nothing was."""
+        return self._state.dependence.get(kind)
 
     # --- begin and end -----------------------------------------------------------------------------------------------
 
@@ -261,6 +275,7 @@ class Guard:
         if test.role is Role.CANDIDATE:
             proven = (
                 not test.frozen
+                and self._is_known(kind)
                 and test.reaches(needed, self._inflation(kind))
                 and test.gains_by_token
                 and test.gains_in_kl
@@ -389,7 +404,12 @@ class Guard:
         return adjusted(log_e, weights, 0)
 
     def _inflation(self, kind: str) -> float:
-        return self._inflations.get(kind, 1.0)
+        found = self._state.dependence.get(kind)
+        return 1.0 if found is None else found.inflation
+
+    def _is_known(self, kind: str) -> bool:
+        found = self._state.dependence.get(kind)
+        return found is None or found.known
 
     def _log_e(self, kind: str, test: KindTest) -> float:
         return test.log_e(self._inflation(kind))

@@ -21,12 +21,11 @@ import numpy as np
 
 from hemostat_calibration.guard.wealth import (
     FRACTIONS,
-    MAX_CLIENTS,
     Floats,
-    client_row,
     log_evidence,
     log_factors,
 )
+from hemostat_calibration.statistics.dependence import MAX_CLIENTS, client_row
 
 STEP = 50
 """Units from one restart to the next."""

@@ -13,17 +13,15 @@ from hemostat_calibration.guard.decisions import Admission, Figure, Role
 from hemostat_calibration.guard.harm import HarmSum
 from hemostat_calibration.guard.wealth import (
     FRACTIONS,
-    MAX_CLIENTS,
     MIN_CLIENTS,
     Floats,
-    client_row,
     log_bound,
     log_evidence,
     log_factors,
     log_proof,
     without_any,
 )
-from hemostat_calibration.statistics.dependence import BatchMeans
+from hemostat_calibration.statistics.dependence import MAX_CLIENTS, BatchMeans, client_row
 from hemostat_calibration.statistics.running_mean import RunningMean
 
 MAX_UNITS = 4096
@@ -226,7 +224,7 @@ class KindTest:
 
     def reaches(self, needed: float, inflation: float) -> bool:
         """Whether the log evidence is `needed` or more, and may decide. Most units need no evaluation of it."""
-        if math.isinf(inflation) or log_bound(self.wealth[: self.clients]) < needed:
+        if log_bound(self.wealth[: self.clients]) < needed:
             return False
         return self.may_decide and self.log_e(inflation) >= needed
 

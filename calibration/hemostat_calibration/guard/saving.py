@@ -3,7 +3,7 @@
 Size: of a kind of a candidate's test about 300 bytes, 5.4 for each unit counted (at most `MAX_UNITS`) and 120 for each
 client (at most `MAX_CLIENTS`); of a kind of a serving profile 220 for each client. 25 kinds that a profile serves and
 two
-candidates are tested in: at most 3.5 MB, and 0.2 MB with 300 units of 20 clients each.
+candidates are tested in: at most 4 MB, and 0.2 MB with 300 units of 20 clients each.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard.decisions import Figure, Role
 from hemostat_calibration.guard.harm import MAX_RUNS, HarmSum, Run
 from hemostat_calibration.guard.kind_test import DIGEST_BYTES, MAX_UNITS, KindTest
-from hemostat_calibration.guard.wealth import FRACTIONS, MAX_CLIENTS, Floats
-from hemostat_calibration.statistics.dependence import BatchMeans
+from hemostat_calibration.guard.wealth import FRACTIONS, Floats
+from hemostat_calibration.statistics.dependence import MAX_CLIENTS, BatchMeans, ClientBatches, KindDependence
 
 FORMAT = 2
 """Of the JSON; another one is refused."""
@@ -32,19 +32,21 @@ class State:
     """candidate_tests: tests of candidates begun. windows: by kind, windows begun. tests: name -> kind -> test.
 
     ended: name -> (number, weight, log e-value) of kinds of a candidate's test that ended before the others.
+    dependence: by kind.
     """
 
     candidate_tests: int = 0
     windows: dict[str, int] = field(default_factory=dict)
     tests: dict[str, dict[str, KindTest]] = field(default_factory=dict)
     ended: dict[str, list[tuple[int, float, float]]] = field(default_factory=dict)
+    dependence: dict[str, KindDependence] = field(default_factory=dict)
 
 
 def encode(state: State) -> bytes:
     """The state as JSON.
 
     >>> encode(State(candidate_tests=2))
-    b'{"format":2,"candidate_tests":2,"windows":{},"tests":{},"ended":{}}'
+    b'{"format":2,"candidate_tests":2,"windows":{},"tests":{},"ended":{},"dependence":{}}'
     """
     return json.dumps(
         {
@@ -55,6 +57,7 @@ def encode(state: State) -> bytes:
                 name: {kind: _test_json(test) for kind, test in kinds.items()} for name, kinds in state.tests.items()
             },
             "ended": state.ended,
+            "dependence": {kind: _dependence_json(found) for kind, found in state.dependence.items()},
         },
         separators=(",", ":"),
     ).encode()
@@ -81,6 +84,7 @@ def decode(data: bytes) -> State:
                 name: [(_count(number), _positive(weight), float(log_e)) for number, weight, log_e in items]
                 for name, items in stored["ended"].items()
             },
+            dependence={kind: _read_dependence(found) for kind, found in stored["dependence"].items()},
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InvalidArgumentError):
@@ -115,14 +119,50 @@ def _test_json(test: KindTest) -> dict[str, Any]:
         "opposing": _array_text(test.opposing),
         "sums": _array_text(test.sums[: test.clients]),
         **other,
-        **_dependence_json(test),
+        **_by_role_json(test),
     }
 
 
-def _dependence_json(test: KindTest) -> dict[str, Any]:
+def _by_role_json(test: KindTest) -> dict[str, Any]:
     if (harm := test.harm) is not None:
         return {"inherited": test.inherited, "harm": _harm_json(harm)}
-    return {"batches": [_array_text(test.batches.open), _array_text(test.batches.sums)]}
+    return {"batches": _batches_json(test.batches)}
+
+
+def _batches_json(batches: BatchMeans) -> list[Any]:
+    return [batches.units, _array_text(batches.open), _array_text(batches.sums)]
+
+
+def _read_batches(stored: list[Any]) -> BatchMeans:
+    units, opened, sums = stored
+    empty = BatchMeans.of(1)
+    return BatchMeans(_count(units), _read_array(opened, empty.open.shape), _read_array(sums, empty.sums.shape))
+
+
+def _dependence_json(found: KindDependence) -> dict[str, Any]:
+    clients, by_client = len(found.clients), found.by_client
+    return {
+        "in_time": _batches_json(found.in_time),
+        "clients": [client.hex() for client in found.clients],
+        "units": [_array_text(by_client.count[:clients]), _array_text(by_client.total[:clients])],
+        "open": _array_text(by_client.open[:, :clients]),
+        "batches": [_array_text(by_client.batches), _array_text(by_client.squares)],
+    }
+
+
+def _read_dependence(stored: dict[str, Any]) -> KindDependence:
+    places = {bytes.fromhex(client): place for place, client in enumerate(stored["clients"])}
+    clients, empty = len(stored["clients"]), KindDependence().by_client
+    if len(places) != clients or clients > len(empty.count):
+        raise ValueError("its clients do not belong together")
+    count, total, opened = np.zeros_like(empty.count), np.zeros_like(empty.total), np.zeros_like(empty.open)
+    for into, text in zip((count, total), stored["units"], strict=True):
+        into[:clients] = _read_array(text, (clients, 1))
+    opened[:, :clients] = _read_array(stored["open"], (len(opened), clients, 1))
+    batches, squares = (_read_array(text, empty.batches.shape) for text in stored["batches"])
+    return KindDependence(
+        _read_batches(stored["in_time"]), ClientBatches(count, total, opened, batches, squares), places
+    )
 
 
 def _read_test(stored: dict[str, Any]) -> KindTest:
@@ -159,12 +199,7 @@ def _read_test(stored: dict[str, Any]) -> KindTest:
         test.inherited = max(_finite(stored["inherited"]), 1.0)
         test.harm = _read_harm(stored["harm"])
     else:
-        empty = test.batches
-        opened, sums = (
-            _read_array(text, like.shape)
-            for text, like in zip(stored["batches"], (empty.open, empty.sums), strict=True)
-        )
-        test.batches = BatchMeans(test.units, opened, sums)
+        test.batches = _read_batches(stored["batches"])
     return test
 
 

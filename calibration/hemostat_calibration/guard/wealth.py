@@ -47,18 +47,17 @@ Not covered: clients who act together, or one client under several names.
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import numpy as np
 import numpy.typing as npt
 
+from hemostat_calibration.statistics.dependence import MAX_CLIENTS
+
 Floats = npt.NDArray[np.float64]
 
 MIN_CLIENTS = 4
 """Clients seen from which on the evidence does without any one of them, and their share is limited."""
-MAX_CLIENTS = 64
-"""Clients told from each other; further ones share the places of these, by their digests."""
 
 FRACTIONS = np.array([0.99, 0.5, 0.25, 0.1])
 """Of the stake that would lose everything on the worst observation. Below 1, so that a factor is never 0 and can be
@@ -137,18 +136,6 @@ def log_evidence(by_client: Floats, clients: int, inflation: float = 1.0) -> flo
     log_k = log_k + np.maximum(np.log(0.5 * (one + mean) + _TINY) + log_unit, -math.log(2.0))
     top = log_k.max(axis=1)
     return float((top + np.log(np.exp(log_k - top[:, None]) @ PRIOR)).min())
-
-
-def client_row(places: dict[bytes, int], client: bytes) -> int:
-    """The row of a client, which gets the next one where it is new; beyond `MAX_CLIENTS` they share rows.
-
-    >>> places = {}
-    >>> client_row(places, b"a"), client_row(places, b"b"), client_row(places, b"a")
-    (0, 1, 0)
-    """
-    if client not in places and len(places) >= MAX_CLIENTS:
-        return int.from_bytes(hashlib.blake2b(client, digest_size=4).digest(), "big") % MAX_CLIENTS
-    return places.setdefault(client, len(places))
 
 
 def log_bound(by_client: Floats) -> float:

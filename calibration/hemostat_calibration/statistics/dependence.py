@@ -30,8 +30,7 @@ chooses the bet that suits the run, and dividing the logarithm of the mixture le
 
 from __future__ import annotations
 
-import math
-import zlib
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -66,7 +65,7 @@ class BatchMeans:
 
     >>> means = BatchMeans.of(1)
     >>> for unit in range(960):
-    ...     means = means.update(np.array([math.sin(1e6 * (unit // 4) ** 2)]))
+    ...     means = means.update(np.array([np.sin(1e6 * (unit // 4) ** 2)]))
     >>> bool(3.0 < means.inflation()[0] < 7.0), bool(means.enough()[0])
     (True, True)
     """
@@ -148,7 +147,7 @@ class BatchMeans:
         return self.effective() >= MIN_EFFECTIVE
 
 
-MIN_HISTORY = 192
+MIN_HISTORY = 96
 """Units of a kind before which its v̂ is not known: over more than a handful of units nothing could be seen."""
 MAX_CLIENTS = 64
 """Told from each other; further ones share their rows."""
@@ -169,7 +168,7 @@ class ClientBatches:
 
     >>> clients = ClientBatches.of(2, 1)
     >>> for unit in range(1600):
-    ...     clients = clients.update(np.array([unit % 2]), np.array([math.sin(1e6 * (unit // 8) ** 2)]))
+    ...     clients = clients.update(np.array([unit % 2]), np.array([np.sin(1e6 * (unit // 8) ** 2)]))
     >>> bool(2.5 < clients.inflation(np.array([0.5]))[0] < 8.0)
     True
     """
@@ -235,6 +234,18 @@ def upper_factor(batches: npt.ArrayLike) -> Floats:
     return factor
 
 
+def client_row(places: dict[bytes, int], client: bytes) -> int:
+    """The row of a client, which gets the next one where it is new; beyond `MAX_CLIENTS` they share rows.
+
+    >>> places = {}
+    >>> client_row(places, b"a"), client_row(places, b"b"), client_row(places, b"a")
+    (0, 1, 0)
+    """
+    if client not in places and len(places) >= MAX_CLIENTS:
+        return int.from_bytes(hashlib.blake2b(client, digest_size=4).digest(), "big") % MAX_CLIENTS
+    return places.setdefault(client, len(places))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class KindDependence:
     """v̂ of one figure of the units of a kind, by batches in time and by client: the larger one.
@@ -243,9 +254,9 @@ class KindDependence:
 
     >>> kind = KindDependence()
     >>> for unit in range(200):
-    ...     kind = kind.update(b"client %d" % (unit % 7), math.sin(1e6 * unit * unit))
-    >>> kind.units, 1.0 <= kind.inflation < 4.0
-    (200, True)
+    ...     kind = kind.update(b"client %d" % (unit % 7), float(np.sin(1e6 * unit * unit)))
+    >>> kind.units, kind.known, 1.0 <= kind.inflation < 4.0
+    (200, True, True)
     """
 
     in_time: BatchMeans = field(default_factory=lambda: BatchMeans.of(1))
@@ -258,18 +269,19 @@ class KindDependence:
 
     def update(self, client: bytes, x: float) -> KindDependence:
         """Add one unit: its client's digest and its figure, finite."""
-        clients, row = self.clients, self.clients.get(client)
-        if row is None:
-            row = len(clients) if len(clients) < MAX_CLIENTS else zlib.crc32(client) % MAX_CLIENTS
-            clients = clients if len(clients) >= MAX_CLIENTS else {**clients, client: row}
-        value = np.array([x])
+        clients = dict(self.clients)
+        row, value = client_row(clients, client), np.array([x])
         by_client = self.by_client.update(np.array([row]), value)
         return KindDependence(self.in_time.update(value), by_client, clients)
 
     @property
     def inflation(self) -> float:
-        """v̂; infinite before `MIN_HISTORY` units, and while there are fewer than `MIN_EFFECTIVE` effective ones."""
-        if self.units < MIN_HISTORY:
-            return math.inf
-        found = float(np.maximum(self.in_time.inflation(), self.by_client.inflation(self.in_time.variance))[0])
-        return found if self.units / found >= MIN_EFFECTIVE else math.inf
+        """v̂, of the units so far; 1 before there is anything to estimate it from."""
+        if self.units < MIN_UNITS:
+            return 1.0
+        return float(np.maximum(self.in_time.inflation(), self.by_client.inflation(self.in_time.variance))[0])
+
+    @property
+    def known(self) -> bool:
+        """Whether v̂ is to be believed: of `MIN_HISTORY` units, and of `MIN_EFFECTIVE` effective ones."""
+        return self.units >= MIN_HISTORY and self.units / self.inflation >= MIN_EFFECTIVE

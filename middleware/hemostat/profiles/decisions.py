@@ -158,9 +158,9 @@ def evidence_json(evidence: Evidence | None) -> dict[str, Any]:
     """The evidence of a test in one kind, JSON-ready: what is infinite or unknown is None."""
     if evidence is None:
         return {}
+    found = asdict(evidence) | {"effective_units": evidence.effective_units}
     return {
-        name: value if not isinstance(value, float) or math.isfinite(value) else None
-        for name, value in asdict(evidence).items()
+        name: value if not isinstance(value, float) or math.isfinite(value) else None for name, value in found.items()
     }
 
 

@@ -34,6 +34,7 @@ from hemostat.profiles.serving import MAX_SERVING_VERSIONS, ServedModel, Serving
 from hemostat.profiles.trials import IMPORT, Trials
 from hemostat.profiles.units import HeldOutUnit, Interval
 from hemostat.store.protocol import StoreWrites
+from hemostat_calibration.arrays import Floats
 from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import TokenRecord
@@ -209,9 +210,12 @@ class ProfileManager:
         version = record.applied if record.applied is not None else self.serving.would_serve(record)
         return self.catalogue.get(version)
 
-    def observe(self, record: TokenRecord, gains: RecordGains, *, fresh: bool = True) -> None:
+    def observe(
+        self, record: TokenRecord, gains: RecordGains, *, fresh: bool = True, divergences: Floats | None = None
+    ) -> None:
         """Learn from a record, or judge by it; where its kind is not followed, as one of the rest. gains: its own.
 
+        divergences: of the compressed model itself, nats by token; None where the record has none.
         fresh: see `hemostat.shadow.seen_units`; only then is the record learned from. Tests know by themselves which
         units they have counted.
         """
@@ -220,6 +224,8 @@ class ProfileManager:
         kind = self._place(record)
         if kind is None:
             return
+        if fresh and divergences is not None:
+            self.trials.note(kind, record.client, divergences)
         if self.is_held_out(record):
             self.judge.observe(self._held_out_unit(record, kind, gains, fresh=fresh))
         elif fresh and record.adapter is None and not record.constraint:

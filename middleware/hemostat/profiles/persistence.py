@@ -22,7 +22,7 @@ MODES = frozenset({"off", "observe", "auto"})
 SERVING_KEY = "kinds"
 """`StoredServing` as JSON: at most about 100 kB."""
 TESTS_KEY = "tests"
-"""The guard's tests and windows, `Guard.save`: usually some 100 kB, at most 2.5 MB."""
+"""The guard's tests and windows, `Guard.save`: usually some 100 kB, at most 4 MB."""
 TESTS_BEGUN_KEY = "tests.candidate"
 """How many tests of candidates were begun, a number that only grows: alpha that was spent stays spent."""
 MODE_KEY = "mode"

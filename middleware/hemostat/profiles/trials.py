@@ -17,10 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from hemostat.profiles.families import FAMILY_RULES
 from hemostat.profiles.scopes import ALL
 from hemostat.profiles.serving import KindState, ServingState
 from hemostat.profiles.units import HeldOutUnit
+from hemostat_calibration.arrays import Floats
 from hemostat_calibration.guard.decisions import Action, Admission, Decision, Evidence, Figure
 from hemostat_calibration.guard.guard import Guard
 from hemostat_calibration.profiles.profile import IDENTITY
@@ -34,6 +37,8 @@ MAX_QUEUED_CANDIDATES = 8
 TOTAL_VARIATION_WIDTH = 1.0
 """Of gains of the total variation: that of two distributions is between 0 and 1."""
 
+MAX_NOTED_NATS = 5.0
+"""Of a token's divergence, where only how much units depend on each other is asked."""
 IMPORT = "import"
 ADAPTER_MAP = "adapter_map"
 """An adapter that serves, with a map on top of it."""
@@ -197,7 +202,8 @@ class Trials:
         self._arrange()
 
     def restart(self) -> None:
-        """Begin all tests of candidates anew."""
+        """Begin all tests of candidates anew, of other models."""
+        self.guard.forget()
         for candidate in self._queue:
             self.guard.end(candidate.test)
         self._arrange()
@@ -279,6 +285,7 @@ class Trials:
 
     def forget_kind(self, kind: str) -> None:
         """End all tests in a kind that is not followed any more."""
+        self.guard.forget(kind)
         self.guard.end_kind(WATCH, kind)
         for candidate in self._queue:
             self.guard.end_kind(candidate.test, kind)
@@ -320,6 +327,12 @@ class Trials:
         return self.guard.is_running(WATCH, kind)
 
     # --- evidence --------------------------------------------------------------------------------------------------
+
+    def note(self, kind: str, client: bytes, divergences: Floats) -> None:
+        """A unit that was scored, whether it is judged by or not: the compressed model's own divergence by token."""
+        known = divergences[np.isfinite(divergences)]
+        if len(known):
+            self.guard.note(kind, client, float(np.minimum(known, MAX_NOTED_NATS).mean()))
 
     def admit(self, name: str, unit: HeldOutUnit) -> Admission:
         """Whether the unit may count in this test; asked before anything is known of its gain."""

@@ -295,7 +295,8 @@ class ScoringPipeline:
         if consumers.records is not None:
             consumers.records.write(capture, record, figures)
         try:
-            profiles.observe(record, gains, fresh=fresh)
+            own = figures.kl_rc if record.adapter is None else None
+            profiles.observe(record, gains, fresh=fresh, divergences=own)
             if fresh and (scope := profiles.learning_scope(record)) is not None:
                 consumers.learner.offer(record, scope)
         except Exception:

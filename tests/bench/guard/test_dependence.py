@@ -7,7 +7,6 @@ from tests.bench.guard import most
 
 from hemostat_calibration.guard.decisions import Action
 from hemostat_calibration.guard.guard import Guard
-from hemostat_calibration.statistics.dependence import KindDependence
 
 LIVES = 60
 
@@ -39,15 +38,14 @@ def test_the_worlds_decide_as_the_guard_does(mean):
     stream = worlds.independent(mean)(np.random.default_rng(5), worlds.HISTORY + 600, 3)
     found = worlds.promoted_at(stream)
     for life in range(3):
-        guard, known, promoted = Guard(client_share=1.0), KindDependence(), np.inf
+        guard, promoted = Guard(client_share=1.0), np.inf
         guard.begin_candidate("test", {"kind": (1.0, 1.0)})
         for at in range(len(stream.gains)):
             client = b"client %d" % stream.clients[at, life]
-            known = known.update(client, float(stream.figure[at, life]))
+            guard.note("kind", client, float(stream.figure[at, life]))
             if at < worlds.HISTORY:
                 continue
             gain = float(np.clip(stream.gains[at, life], -1.0, 1.0))
-            guard.set_inflation("kind", known.inflation)
             guard.update("test", "kind", at.to_bytes(8, "big"), client, gain, gain, 50)
             if guard.decide("test", "kind").action is Action.PROMOTE:
                 promoted = guard.evidence("test", "kind").units

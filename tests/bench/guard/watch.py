@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from tests.bench.guard import Row, count_row, median
-from tests.bench.guard.traffic import WIDTH, Floats, decided, normal, units
+from tests.bench.guard.traffic import WIDTH, Floats, decided, draw_clients, normal, units
 
 from hemostat_calibration.guard.decisions import Reason
 from hemostat_calibration.guard.guard import MIN_WINDOW, Guard
@@ -73,12 +73,13 @@ def turning(lives: int, rng: np.random.Generator) -> Row:
     return Row(case, median(needed), "<= 300", median(needed) <= 300)
 
 
-def turned(lives: int, rng: np.random.Generator, inflation: float = 1.3) -> Row:
-    """A gain of 0.27 for 300 units, then a loss of 0.1. inflation: v̂ of independent units, as usually estimated."""
+def turned(lives: int, rng: np.random.Generator) -> Row:
+    """A gain of 0.27 for 300 units, then a loss of 0.1, of a kind whose v̂ was estimated from 1,000 units."""
     needed = []
     for _ in range(lives):
         guard = Guard()
-        guard.set_inflation("A", inflation)
+        for figure, client in zip(normal(rng, 0.0, 1000), draw_clients(rng, 1000), strict=True):
+            guard.note("A", client, float(figure))
         guard.begin_watch(WATCH, "A", WIDTH, window=MIN_WINDOW)
         stream = units(rng, ["A"] * 1300, np.concatenate([normal(rng, 0.27, 300), normal(rng, -0.1, 1000)]))
         needed.append(next((at - 299.0 for at, unit in enumerate(stream) if decided(guard, WATCH, unit)), np.inf))
