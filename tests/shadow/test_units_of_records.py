@@ -38,13 +38,12 @@ def test_alike_turns_count_once(named: bool) -> None:
     consumers: Any = SimpleNamespace(
         measurements=measured,
         alarms=SimpleNamespace(observe=lambda record, figures: alarmed.append(record)),
-        engines=SimpleNamespace(count=lambda record, figures: None),
+        engines=SimpleNamespace(count=lambda record, figures: None, observe=lambda record, figures: None),
         profiles=profiles,
         learner=SimpleNamespace(offer=lambda record, scope: learned.append(record)),
         records=None,
         tracing=None,
         texts=None,
-        evidence=None,
     )
     monitor: Any = SimpleNamespace(served=SimpleNamespace(of=lambda _: None, calibrated=None))
     nothing: Any = None
