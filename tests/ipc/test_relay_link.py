@@ -16,8 +16,9 @@ from tests.support.relay_listener import hello, listening
 from tests.support.waiting import until
 from tests.support.wire import policy
 
+from hemostat.ipc import relay_end
 from hemostat.ipc.addresses import ControlAddresses
-from hemostat.ipc.control_end import RelayLink, add
+from hemostat.ipc.control_end import MAX_LARGE_MESSAGES, RelayLink, add
 from hemostat.ipc.messages import (
     MAX_MESSAGE_BYTES,
     Alive,
@@ -118,6 +119,43 @@ async def test_reports_of_outcomes_are_dropped_while_the_link_is_full(tmp_path: 
     running.cancel()
     await sender.close()
     server.close()
+
+
+async def test_few_large_messages_are_received_at_a_time(link: Link) -> None:
+    """However many relays begin one: else the control process would have to hold all of them."""
+    whole = encode(sized_capture(size=5_000_000))
+    writers = [(await link.relay())[1] for _ in range(MAX_LARGE_MESSAGES + 2)]
+    for writer in writers:
+        writer.write(whole[:-1000])
+
+    def stuck() -> list[asyncio.StreamWriter]:
+        return [writer for writer in writers if writer.transport.get_write_buffer_size()]
+
+    await until(lambda: len(stuck()) == 2)
+    waiting = stuck()
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert stuck() == waiting
+    assert not link.captures
+    for writer in writers:
+        writer.write(whole[-1000:])
+    await until(lambda: len(link.captures) == len(writers))
+    for writer in writers:
+        writer.close()
+
+
+async def test_a_capture_that_is_too_large_for_a_message_is_dropped(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would end the connection."""
+    monkeypatch.setattr(relay_end, "MAX_MESSAGE_BYTES", 10_000)
+    sender = ControlLink(ControlAddresses(str(link.path)), 0, lambda _: None, lambda: stats(1))
+    running = asyncio.create_task(sender.run())
+    await until(lambda: sender.emit(sized_capture(size=1000)))
+    assert not sender.emit(sized_capture(size=20_000))
+    assert sender.emit(sized_capture(size=1000))
+    running.cancel()
+    await sender.close()
 
 
 async def test_captures_arrive_and_figures_add_up_over_relays_and_restarts(link: Link) -> None:

@@ -13,7 +13,7 @@ import pytest
 from tests.support.captures import INFO, K, V, capture
 from tests.support.scorer_bench import SCORED, VERSION, Bench, alive, running
 from tests.support.taps import sent
-from tests.support.waiting import until
+from tests.support.waiting import HANG_SECONDS, until
 
 from hemostat.engines.answers import ANSWER_SECONDS
 from hemostat.engines.messages import AnswerMessage, TapAnswer, TapMessage, TapRun
@@ -418,6 +418,16 @@ async def test_the_budget_makes_captures_wait(monkeypatch: pytest.MonkeyPatch) -
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert asked_at[:4] == pytest.approx([0.0, 1.0, 2.0, 3.0])
+
+
+async def test_a_score_that_comes_when_the_process_stops_does_not_keep_it() -> None:
+    """`asyncio.wait_for` of Python 3.11 loses a cancellation then, and the worker would go on for ever."""
+    bench = Bench()
+    task = asyncio.create_task(bench.scorer.run(1))
+    bench.reference.before = lambda: asyncio.get_running_loop().call_soon(task.cancel)
+    bench.scorer.offer(capture())
+    done, _ = await asyncio.wait({task}, timeout=HANG_SECONDS)
+    assert done
 
 
 async def test_no_more_are_scored_at_a_time_than_workers() -> None:

@@ -6,7 +6,8 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing
 
 import msgspec
 
@@ -34,6 +35,9 @@ log = logging.getLogger("hemostat.control")
 READ_SIZE = 256 * 1024
 MAX_QUEUED_BYTES = 1024 * 1024
 """Bytes of policies that a relay may leave unread before its connection is closed (it reconnects)."""
+MAX_LARGE_MESSAGES = 4
+"""Of more than READ_SIZE, that are received at a time, whatever the number of relays. The others wait, with at most
+three times READ_SIZE of each in memory; their relays drop captures when they have too many."""
 MAX_FORMER_RELAYS = 64
 """Disconnected relays whose figures are kept apart, because the same process may reconnect; those of older ones are
 summed."""
@@ -64,6 +68,7 @@ class RelayLink:
         self._live: dict[asyncio.StreamWriter, Stats] = {}
         self._former: OrderedDict[str, Stats] = OrderedDict()
         self._retired: Stats | None = None
+        self._large_messages = asyncio.Semaphore(MAX_LARGE_MESSAGES)
         self.requests = 0.0
         """That relays have answered while they were connected, without what they had answered before."""
 
@@ -116,7 +121,6 @@ class RelayLink:
 
     async def serve(self, hello: Hello, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One relay that was admitted, until its connection ends."""
-        frames = MessageReader()
         code = "compiled" if hello.compiled else "interpreted"
         peer = writer.get_extra_info("peername")
         machine = f" from {peer[0]}" if isinstance(peer, tuple) else ""
@@ -124,8 +128,8 @@ class RelayLink:
         self._writers.add(writer)
         try:
             writer.write(encode(self._policy or Alive()))
-            while data := await asyncio.wait_for(reader.read(READ_SIZE), SILENCE_SECONDS):
-                for message in frames.feed(data):
+            async with aclosing(self._messages(reader)) as messages:
+                async for message in messages:
                     self._receive(message, hello, writer)
         except TimeoutError:
             log.warning("relay link closed: nothing came within %g s", SILENCE_SECONDS)
@@ -140,6 +144,18 @@ class RelayLink:
                 while len(self._former) > MAX_FORMER_RELAYS:
                     oldest = self._former.popitem(last=False)[1]
                     self._retired = oldest if self._retired is None else add(self._retired, oldest)
+
+    async def _messages(self, reader: asyncio.StreamReader) -> AsyncGenerator[Message]:
+        """Those of one connection; TimeoutError, OSError, ValueError."""
+        frames = MessageReader()
+        while data := await asyncio.wait_for(reader.read(READ_SIZE), SILENCE_SECONDS):
+            for message in frames.feed(data):
+                yield message
+            if frames.missing > READ_SIZE:
+                async with self._large_messages:
+                    while frames.missing and (data := await asyncio.wait_for(reader.read(READ_SIZE), SILENCE_SECONDS)):
+                        for message in frames.feed(data):
+                            yield message
 
     def _receive(self, message: Message, hello: Hello, writer: asyncio.StreamWriter) -> None:
         """ValueError for a message that relays do not send."""

@@ -44,6 +44,13 @@ class FrameReader:
         self._buffer = bytearray()
         self._max_bytes = max_bytes
 
+    @property
+    def missing(self) -> int:
+        """Bytes of the frame that has begun, as far as its length is known."""
+        if len(self._buffer) < _HEADER.size:
+            return 0
+        return int(_HEADER.unpack_from(self._buffer)[0]) + _HEADER.size - len(self._buffer)
+
     def feed(self, data: bytes) -> list[bytes]:
         """ValueError on a frame longer than `max_bytes`."""
         # The usual case is whole frames, which are not copied into the buffer first.

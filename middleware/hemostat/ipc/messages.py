@@ -311,6 +311,11 @@ class MessageReader:
     def __init__(self) -> None:
         self._frames = FrameReader(MAX_MESSAGE_BYTES)
 
+    @property
+    def missing(self) -> int:
+        """Bytes of the message that has begun, as far as its length is known."""
+        return self._frames.missing
+
     def feed(self, data: bytes) -> list[Message]:
         """ValueError on a frame longer than MAX_MESSAGE_BYTES, msgspec.DecodeError on a frame that is not a message."""
         return [CODEC.decode(body) for body in self._frames.feed(data)]

@@ -14,6 +14,7 @@ from typing import cast
 from hemostat.ipc.addresses import ControlAddresses, Target, connect
 from hemostat.ipc.backoff import Backoff
 from hemostat.ipc.messages import (
+    MAX_MESSAGE_BYTES,
     PROTOCOL,
     Alive,
     Capture,
@@ -122,11 +123,15 @@ class ControlLink:
         return None if self._used is None else self._used.transport
 
     def emit(self, capture: Capture) -> bool:
-        """Queue a capture; False when it is dropped, because there is no control process or too much is queued."""
+        """Queue a capture; False when it is dropped, because there is no control process, too much is queued, or it is
+        too large."""
         transport = self._transport
         if transport is None or transport.get_write_buffer_size() > MAX_QUEUED_BYTES:
             return False
-        transport.write(encode(capture))
+        frame = encode(capture)
+        if len(frame) > MAX_MESSAGE_BYTES:
+            return False
+        transport.write(frame)
         return True
 
     def report_outcome(self, report: OutcomeReport) -> bool:

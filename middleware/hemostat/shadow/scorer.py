@@ -374,7 +374,9 @@ class Scorer:
         breaker."""
         seconds = MAX_SCORE_SECONDS + request.tokens / MIN_TOKENS_PER_SECOND
         try:
-            scores = await asyncio.wait_for(reference.score(request), seconds)
+            # `asyncio.wait_for` of Python 3.11 may lose a cancellation where the score comes at the same moment.
+            async with asyncio.timeout(seconds):
+                scores = await reference.score(request)
         except (ReferenceFailure, TimeoutError) as failure:
             if isinstance(failure, ReferenceFailure) and (skip := _NEVER_SCORABLE.get(failure.reason)) is not None:
                 breaker.released()
