@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+import pytest
 from tests.support import postgres
 from tests.support.network import namespace
 from tests.support.waiting import until
@@ -67,31 +68,40 @@ async def taken_over(url: str, fault: Callable[[], None]) -> tuple[float, float]
 
 
 async def test_a_waiting_process_takes_over() -> None:
-    with namespace() as network, postgres.running(f"127.0.0.1,{network.address}") as server:
-        urls = [server.url(server.new_database()) for _ in range(3)]
-        cut_off = urls[2].replace("127.0.0.1", network.address)
-        with (
-            owner(program(urls[0])) as killed,
-            owner(program(urls[1])) as stopped,
-            owner(network.command(program(cut_off))) as vanished,
-        ):
-            for one in (killed, stopped, vanished):
-                assert one.next_state()[0] == "active"
-            faults = (killed.process.kill, lambda: stopped.process.send_signal(signal.SIGSTOP), network.drop)
-            found = await asyncio.gather(*map(taken_over, urls, faults))
-            names = ("kill -9", "SIGSTOP", "network")
-            seconds = {name: active - at for name, (at, active) in zip(names, found, strict=True)}
-            print(seconds)
-            state, when = vanished.next_state()
+    with ExitStack() as stack:
+        try:
+            network, why = stack.enter_context(namespace()), ""
+        except pytest.skip.Exception as skipped:
+            network, why = None, str(skipped)
+        listen = "127.0.0.1" if network is None else f"127.0.0.1,{network.address}"
+        server = stack.enter_context(postgres.running(listen))
+        urls = {name: server.url(server.new_database()) for name in ("kill -9", "SIGSTOP", "network")}
+        killed = stack.enter_context(owner(program(urls["kill -9"])))
+        stopped = stack.enter_context(owner(program(urls["SIGSTOP"])))
+        faults = {"kill -9": killed.process.kill, "SIGSTOP": lambda: stopped.process.send_signal(signal.SIGSTOP)}
+        owners = [killed, stopped]
+        if network is not None:
+            cut_off = urls["network"].replace("127.0.0.1", network.address)
+            owners.append(stack.enter_context(owner(network.command(program(cut_off)))))
+            faults["network"] = network.drop
+        for one in owners:
+            assert one.next_state()[0] == "active"
+        found = await asyncio.gather(*(taken_over(urls[name], fault) for name, fault in faults.items()))
+        seconds = {name: active - at for name, (at, active) in zip(faults, found, strict=True)}
+        print(seconds)
+        if network is not None:
+            state, when = owners[2].next_state()
             assert (state, when < found[2][1]) == ("suspended", True), "both have decided at the same time"
-            stopped.process.send_signal(signal.SIGCONT)
             network.restore()
-            for one in (stopped, vanished):
-                while one.next_state()[0] != "ended":
-                    pass
-        for url in urls:
-            store = PostgresStore(url)
+        stopped.process.send_signal(signal.SIGCONT)
+        for one in owners[1:]:
+            while one.next_state()[0] != "ended":
+                pass
+        for name in faults:
+            store = PostgresStore(urls[name])
             assert store.read().events[0] == {"by": "successor"}, "who was superseded has written after it"
             store.close()
     assert seconds["kill -9"] <= CRASH_SECONDS
     assert max(seconds.values()) <= VANISHED_SECONDS
+    if why:
+        pytest.skip(f"the others take over; no network is dropped: {why}")

@@ -46,7 +46,6 @@ CLIENTS = 8
 WAIT_SECONDS = 120.0
 CONTROL = "hemostat.control.process"
 CRASH_SECONDS, VANISHED_SECONDS = 5.0, 15.0
-MODES = ("observe", "auto")
 
 
 @dataclass(slots=True)
@@ -119,13 +118,13 @@ class Deployment:
     def __init__(self, server: Postgres, url: str, relay: Process, controls: list[Process], data: str) -> None:
         self.server, self.url, self.relay, self.controls, self.data = server, url, relay, controls, data
 
-    async def active(self) -> Process:
-        """The control process that is active, once one is."""
+    async def active(self, *, others_wait: bool = False) -> Process:
+        """The control process that is active, once one is. others_wait: and the other one is ready to take over."""
         end = time.monotonic() + WAIT_SECONDS
         while time.monotonic() < end:
-            for one in self.controls:
-                if await one.state() == "active":
-                    return one
+            states = await asyncio.gather(*(one.state() for one in self.controls))
+            if "active" in states and (not others_wait or "standby" in states):
+                return self.controls[states.index("active")]
             await asyncio.sleep(0.05)
         raise AssertionError("".join(one.log.read_text()[-3000:] for one in self.controls))
 
@@ -252,8 +251,8 @@ async def one_run(
 ) -> Snapshot:
     """What is stored after it."""
     counts = (load.refused, load.cut, load.failed)
-    active = await deployment.active()
-    mode = chance.choice(MODES)
+    active = await deployment.active(others_wait=True)
+    mode = "auto" if stored_mode(before) == "observe" else "observe"
     setting = asyncio.create_task(active.set_mode(mode))
     await asyncio.sleep(chance.uniform(0, 0.3))
     began = time.monotonic()
@@ -281,8 +280,13 @@ def broken(before: Snapshot, after: Snapshot, mode: str) -> Iterator[str]:
     kept = {json.dumps(event) for event in after.events}
     if lost := [event for event in before.events if json.dumps(event) not in kept]:
         yield f"events lost: {lost}"
-    if mode and not after.states.get(MODE_KEY, "").endswith(mode):
-        yield f"mode {after.states.get(MODE_KEY)}, not {mode}"
+    if mode and stored_mode(after) != mode:
+        yield f"mode {stored_mode(after)}, not {mode}"
+
+
+def stored_mode(snapshot: Snapshot) -> str:
+    """The one that is configured where none is stored."""
+    return snapshot.states.get(MODE_KEY, "observe").rpartition(" ")[2]
 
 
 def rows(runs: int = RUNS) -> Iterator[Row]:
