@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import httpx
 import msgspec
@@ -26,6 +27,7 @@ from hemostat.admin.access import Tokens
 from hemostat.admin.app import create_app
 from hemostat.admin.hardening import server_settings
 from hemostat.control.composition import Control
+from hemostat.ipc import control_end
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, OutcomeReport, SampledCount, Stats
 from hemostat.reference.monitor import ReferenceState
 from hemostat.shadow.reasons import Outcome
@@ -90,7 +92,7 @@ async def admin_client(one: Control, tokens: Tokens = Tokens(TOKEN)) -> AsyncIte
 def served(
     folder: Path, fill: Callable[[Control, Path], Awaitable[Any]] | None = None, **more: Any
 ) -> Iterator[Served]:
-    """On a thread of its own, on a free port of this machine."""
+    """On a thread of its own, on a free port of this machine. A relay that `fill` connects may be silent."""
     listener = socket.create_server(("127.0.0.1", 0))
     number = listener.getsockname()[1]
     ready: list[Served] = []
@@ -124,7 +126,11 @@ def served(
         stop.set()
         thread.join(30)
 
-    thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
+    def live() -> None:
+        with patch.object(control_end, "SILENCE_SECONDS", 3600.0):
+            asyncio.run(run())
+
+    thread = threading.Thread(target=live, daemon=True)
     thread.start()
     assert started.wait(60)
     try:
