@@ -11,6 +11,7 @@ status is 1 where a row does not hold.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tests.bench.faults import modules  # noqa: E402  the root is no package
+from tests.bench.faults import modules, planes  # noqa: E402  the root is no package
 from tests.bench.rows import Rows, publish, run_modules, timed_rows  # noqa: E402
 
 RESULT = ROOT / "build" / "bench" / "faults.json"
@@ -36,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=names, help="run this module only")
     parser.add_argument("--jobs", type=int, default=1, help="modules that run at a time; more disturb the timings")
+    parser.add_argument("--runs", type=int, default=planes.RUNS, help="of the random faults of planes")
     arguments = parser.parse_args(argv)
+    os.environ[planes.RUNS_VARIABLE] = str(arguments.runs)  # modules may run in processes of their own
     chosen = arguments.only or names
     rows = run_modules(run, chosen, arguments.jobs)
     return publish(RESULT, chosen, rows, ("before", "measured", "limit"), {})

@@ -233,7 +233,7 @@ def test_a_port_in_use_is_reported_in_one_line_with_exit_code_2(tmp_path: Path, 
     assert ended.returncode == 2
     lines = ended.stderr.strip().splitlines()
     assert len(lines) == 1, ended.stderr
-    assert f"{section}: cannot bind 127.0.0.1:{port} (Address already in use)" in lines[0]
+    assert f"{section}.port: cannot bind 127.0.0.1:{port} (Address already in use)" in lines[0]
     assert f"{section}.port" in lines[0]
 
 

@@ -272,6 +272,20 @@ async def test_a_relay_tries_every_address_and_finds_the_active_one_again(caplog
     assert None not in relay.policies, "no request has changed its arm"
 
 
+async def test_a_control_process_that_is_not_active_any_more_dismisses_its_relays() -> None:
+    async with end() as first, end(active=False) as second:
+        addresses = first.addresses(None)
+        relay = Relay(replace(addresses, hosts=[*addresses.hosts, ("127.0.0.1", second.port)]))
+        async with relay.running():
+            await until(lambda: first.link.reporting == 1)
+            first.listener.dismiss()
+            await until(lambda: first.link.relays == 0)
+            second.listener.admit = second.link.serve
+            await until(lambda: second.link.reporting == 1)
+        assert first.link.relays == 0
+        assert None not in relay.policies
+
+
 async def test_a_control_process_that_is_silent_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped (SIGSTOP) it keeps its connections: the kernel still takes what is sent."""
     monkeypatch.setattr(relay_end, "SILENCE_SECONDS", 0.2)

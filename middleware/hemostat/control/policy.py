@@ -21,6 +21,9 @@ from hemostat.shadow.answer_losses import AnswerLosses
 from hemostat.shadow.limits import Breakers, CaptureSampling
 from hemostat_calibration.profiles.families import ADAPTER
 
+SETTLE_SECONDS = 30.0
+"""Engines report once a second, a reference on a server answers soon; one in process is loaded first."""
+
 
 class LoadedAdapters(Protocol):
     """Of `hemostat.engines.lora.hosts.AdapterHosts`."""
@@ -79,17 +82,42 @@ class PolicyPublisher:
         self._outcomes = outcomes
         self._captures = captures
         self._last: Policy | None = None
+        self._waits_until: float | None = None
+        """Time by which the first policy is sent at the latest; None: it was."""
         self.generation = 0
         """Number of policies that were sent."""
+
+    def begin(self) -> None:
+        """Send the first policy once what served before can serve again, at most SETTLE_SECONDS later.
+
+        Until then relays go on with the policy of the process before this one, so that a restart changes no arm.
+        """
+        self._waits_until = self._clock() + SETTLE_SECONDS
+        self.publish()
 
     def publish(self) -> None:
         """Send relays the policy if it is not the last one that was sent; have engines hold what it names."""
         self._engines.set_wanted([*self._adapters.hold, *self._profiles.engine_versions()])
-        policy = self._policy(self._clock())
+        now = self._clock()
+        policy = self._policy(now)
+        if self._waits_until is not None:
+            if now < self._waits_until and not self._is_settled(policy):
+                return
+            self._waits_until = None
         if policy != self._last:
             self._last = policy
             self.generation += 1
             self._link.set_policy(msgspec.structs.replace(policy, generation=self.generation))
+
+    def _is_settled(self, policy: Policy) -> bool:
+        """What is stored as serving can serve: the models are known, and every engine holds the profiles."""
+        stored = self._profiles.serving
+        if policy.mode != "auto" or not stored.selected_by_kind:
+            return True
+        serving = set(stored.selected_by_kind.values())
+        engines = self._addresses.current() if policy.held_by_engine is not None else [""]
+        held = bool(engines) and all(serving <= policy.held_at(engine) for engine in engines)
+        return held and policy.serving_by_kind == stored.selected_by_kind
 
     def _policy(self, now: float) -> Policy:
         """Without its generation. now: monotonic seconds."""

@@ -60,7 +60,10 @@ async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
     control.configuration.report = msgspec.convert(given["configuration"], ConfigurationReport)
 
     def admit_relays() -> None:
-        relays.admit = control.link.serve if control.ownership.active else None
+        if control.ownership.active:
+            relays.admit = control.link.serve
+        else:
+            relays.dismiss()
 
     control.ownership.on_move = admit_relays
     app = create_app(control, Tokens.of(admin), time.monotonic, names=admin.names)
@@ -90,7 +93,7 @@ async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
 async def own(control: Control, force: Path | None) -> None:
     """Wait for the store, then do what its owner does, until cancelled. Superseded."""
     await control.start(force)
-    control.policy.publish()
+    control.policy.begin()
     loops = [asyncio.create_task(loop) for loop in control.loops()]
     try:
         done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)

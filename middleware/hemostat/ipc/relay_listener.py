@@ -47,6 +47,7 @@ class _Spoken(msgspec.Struct, tag="hello", frozen=True):
     protocol: int = 0
 
 
+_NOT_ACTIVE = Refused("not active", fault=False)
 _SPOKEN = msgspec.msgpack.Decoder(_Spoken)
 _HELLO = msgspec.msgpack.Decoder(Hello)
 
@@ -76,6 +77,7 @@ class RelayListener:
         self._connections: set[asyncio.Task[None]] = set()
         self._handshakes: dict[asyncio.Task[None], None] = {}
         """Of them, those without a hello, the oldest first."""
+        self._admitted: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._pause = 0.0
         self._said: dict[str, float] = {}
 
@@ -83,6 +85,13 @@ class RelayListener:
         for one in self._sockets:
             one.setblocking(False)
             self._keep(self._accept(one))
+
+    def dismiss(self) -> None:
+        """Refuse relays from now on, those that were admitted, too: they look for another control process."""
+        self.admit = None
+        for task, writer in self._admitted.items():
+            writer.write(encode(_NOT_ACTIVE))
+            task.cancel()
 
     async def close(self) -> None:
         """Take no more relays, and end all connections."""
@@ -134,11 +143,13 @@ class RelayListener:
                 writer.write(encode(hello))
                 await self._flush(writer)
             elif (admit := self.admit) is not None:
+                self._admitted[task] = writer
                 await admit(hello, reader, writer)
         except (TimeoutError, OSError, EOFError, ValueError) as error:
             self._failed("handshake", f"a connection from {peer} is not a relay's: {_in_words(error)}")
         finally:
             self._handshakes.pop(task, None)
+            self._admitted.pop(task, None)
             if writer is not None:
                 writer.close()
 
@@ -169,7 +180,7 @@ class RelayListener:
                 return Refused(
                     f"the relay's upstream {unknown[0]} is not one of the control process; name the same in both files"
                 )
-        return hello if self.admit is not None else Refused("not active", fault=False)
+        return hello if self.admit is not None else _NOT_ACTIVE
 
     async def _flush(self, writer: asyncio.StreamWriter) -> None:
         writer.close()
