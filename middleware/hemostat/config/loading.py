@@ -172,7 +172,10 @@ def _from_text(text: str, annotation: object) -> object:
     if text.strip().lower() in {"", "null"} and type(None) in get_args(annotation):
         return None
     if get_origin(annotation) is list:
-        return [part.strip() for part in text.strip().strip("[]").split(",") if part.strip()]
+        # What is before an @ is a user and a password, with whatever commas: it is refused as a whole, and not shown.
+        user, at, rest = text.strip().strip("[]").rpartition("@")
+        first, *others = rest.split(",")
+        return [part.strip() for part in (user + at + first, *others) if part.strip()]
     if get_origin(annotation) is dict:
         pairs = (part.partition("=") for part in text.strip().strip("{}").split(",") if part.strip())
         return {name.strip(): value.strip() for name, _, value in pairs}
