@@ -12,7 +12,7 @@
   loads no reference model: two of them at once would need twice the memory, and a reference is there a minute later.
 - READING: a read that fails says nothing about what is stored. It is repeated; nothing is decided or written meanwhile.
 - ACTIVE: it decides and writes. Where a write fails and the store is certainly its own, it goes on and repeats it.
-- SUSPENDED: nothing is decided; relays and engines go on with what they have.
+- SUSPENDED: nothing is decided; relays are dismissed and look for the active one, engines go on with what they have.
 - ENDED: what is in memory may contradict what is stored. The process ends, and its supervisor starts it anew.
 """
 
