@@ -214,6 +214,35 @@ def test_a_server_that_does_not_answer_ends_the_session(
     assert store.head() == Head(1, "1")
 
 
+def test_a_commit_that_waits_for_a_replica_ends_the_session_and_may_happen_later(
+    unsteady: Postgres, store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replicas(setting: str) -> None:
+        unsteady.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{setting}'")
+        unsteady.execute("SELECT pg_reload_conf()")
+
+    replicas("absent")
+    monkeypatch.setattr(store_module, "EXCHANGE_SECONDS", 0.5)
+    done = [1]
+
+    def commit_for_ever() -> None:
+        while True:  # until the server has read its settings
+            done.append(store.commit([SetState("a", str(done[-1]))], done[-1], str(done[-1] + 1)))
+
+    with pytest.raises(ExclusionLost, match=r"no answer within 0\.5 s"):
+        commit_for_ever()
+    monkeypatch.undo()
+    revision = done[-1]
+    assert store.head() == Head(revision, str(revision))
+    assert not store.acquire(), "its former session waits, and holds the lock"
+    replicas("")
+    while not store.acquire():
+        pass
+    assert store.head() == Head(revision + 1, str(revision + 1))
+    assert store.commit([SetState("a", "never")], revision, str(revision + 1)) == revision + 1
+    assert store.read().states == {"a": str(revision)}
+
+
 def test_tables_that_were_made_anew_have_another_owner(
     server: Postgres, database: str, store: PostgresStore, opened: Opener
 ) -> None:
