@@ -69,8 +69,9 @@ bench-recovery: setup ## divergence recovered by calibration, in the real engine
 bench-reference: setup ## a reference on vLLM compared with the one in process; writes build/bench/reference.json
 	@exec $(BIN)/python tests/bench/bench_reference.py $(ARGS)
 
-bench-engine: setup ## cost of profiles and adapters in vLLM's decoding; writes build/bench/engine.json and adapters.json
+bench-engine: setup ## cost of profiles, sets of grammars and adapters in vLLM's decoding; writes engine.json, grammars.json, adapters.json
 	@$(BIN)/python tests/bench/bench_engine.py $(ARGS)
+	@$(BIN)/python tests/bench/bench_grammars.py
 	@exec $(BIN)/python tests/bench/bench_adapters.py $(ARGS)
 
 bench-guard: setup ## simulations of what the guard, alarm, intervals and outcomes guarantee; writes build/bench/guard.json

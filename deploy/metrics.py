@@ -63,10 +63,10 @@ SHADOW_REASONS: dict[str, Values] = {
         "n": "more than 16 choices; or several with tools, in a stream without usage, where nothing shows lost ids; or "
         "several in an arm, where the engine's plugin does not tell by choice which profile it applied",
         "beam_search": "beam search",
-        "structured_output": "a grammar restricts the tokens, and grammars cannot be rebuilt here (see `hemostat "
-        "check`), or the request has `guided_…` parameters, which vLLM 0.32 ignores and older ones enforce",
-        "forced_tool": "a tool call is forced or restricted, and such grammars cannot be rebuilt here (see "
-        "`grammar.tool_call_parser`), or the messages of a request of `/v1/messages` change its tools",
+        "grammar": "a grammar restricts the tokens (structured output, a forced or strict tool), and the engines' "
+        "plugin does not say which ids it allows (there is none, vLLM masks in a way that is not known, or decodes "
+        "speculatively), or no reference knows its whole vocabulary; or the request has `guided_…` parameters, which "
+        "vLLM 0.32 ignores and older ones enforce",
         "echo": "the prompt would be in the answer",
         "client_logprobs": "the client asks for alternatives of its own, or for a completion's logprobs as texts: "
         "these cannot be restored byte for byte from what Hemostat asks for",
@@ -100,21 +100,14 @@ SHADOW_REASONS: dict[str, Values] = {
         "reference_too_long": "longer than the reference's context",
         "outside_suffix": "tokens of a scored request that are before its last `shadow.max_scored_tokens`",
         "reference_no_adapter": "the reference no longer serves the adapter",
-        "grammar_too_large": "the request's grammar, or its sets of allowed ids, are too large",
-        "grammar_not_ready": "the process that rebuilds grammars is being started again",
-        "grammar_not_installed": "a package that rebuilds grammars is missing: `pip install 'hemostat[grammar]'`",
-        "grammar_no_tokenizer": "there is no tokenizer that xgrammar can use: see `grammar.tokenizer`",
-        "grammar_refused": "xgrammar refuses the grammar: vLLM enforces it by another backend",
-        "grammar_other_backend": "the schema has a feature for which vLLM takes another backend than xgrammar",
-        "grammar_tool_parser": "the grammar that this tool parser makes of tools cannot be rebuilt",
-        "grammar_combined": "structured output together with restricted tools",
-        "grammar_invalid": "the parameters of the grammar are not what vLLM takes",
-        "grammar_timeout": "rebuilding the grammar took longer than `grammar.seconds`, or did so before",
-        "grammar_memory": "rebuilding the grammar took more memory than `grammar.memory_mib`, or did so before",
-        "grammar_failed": "the process that rebuilds grammars ended, or answered something unexpected; see the log",
-        "grammar_mismatch": "vLLM masked by another set of ids than the rebuilt one: check the section `grammar`",
-        "grammar_unknown": "vLLM masked ids, though nothing in the request restricts its tokens: check "
-        "`grammar.tool_call_parser` and `grammar.tool_strict_level`",
+        "grammar_not_reported": "the engine's plugin did not say at every position which ids the grammar allows: it "
+        "had no room (`sets_unknown` in `hemostat_engine_events_total`), the engine that answered has none, or its "
+        "report was lost",
+        "grammar_too_large": "the sets of ids that the grammar allows take more than 32 MiB",
+        "grammar_mismatch": "the response lists another set of ids than the one that vLLM masked by: another "
+        "vocabulary than the reference's, or ids that something else excluded",
+        "grammar_unknown": "vLLM masked ids, though nothing in the request restricts its tokens: it runs with "
+        "`--tool-strict-level`, or a tool parser that restricts every call",
         "grammar_needs_full_vocabulary": "the reference gives only its top ids, which say nothing of its distribution "
         "over the ids that the grammar allows",
         "invalid_…": "the record failed validation (`ids`, `mass`, …): a bug here or in vLLM, see the log",
@@ -142,6 +135,8 @@ ENGINE_EVENTS: Values = {
     "rows_masked": "tokens without a profile: an anchor was masked (a grammar, a logit_bias) or the map overflowed",
     "steps_misfit": "engine steps whose logits do not have the size of the profile's vocabulary",
     "features_dropped": "positions whose features exceeded the buffer",
+    "sets_unknown": "positions of which it is not known which ids a grammar allows: the buffer was full, or vLLM "
+    "decodes speculatively or masks in a way that is not known",
     "taps_sent": "positions reported to the control process",
     "taps_dropped": "positions that were not reported, because the control process did not run or was slow",
     "profiles_refused": "profiles that do not fit this engine",
@@ -171,7 +166,7 @@ CALIBRATION_REASONS: Values = {
     "own_adapter": "the profile is an adapter and the client asked for another model, such as an adapter of its own",
     "not_applied": "the profile is an adapter, and the answer says that another model answered",
     "on_not_allowed, encoded, body_too_large, too_complex, bad_json, invalid, lora, no_reference, n, beam_search, "
-    "structured_output, forced_tool, grammar_too_large, echo, client_logprobs, hidden_reasoning, "
+    "grammar, echo, client_logprobs, hidden_reasoning, "
     "multimodal, no_token_ids, background, server_state, "
     "too_long": "as for `hemostat_shadow_requests_total`: it cannot be scored, and only what can be judged is treated",
 }

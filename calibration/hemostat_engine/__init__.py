@@ -9,6 +9,7 @@ when the class is requested by that flag.
     product.py       the matrix product of a contextual profile
     xargs.py         the request parameters in `vllm_xargs`
     library.py       the profiles in memory, and the counters
+    masks.py         which ids a grammar allows: vLLM's bitmask, where its runner applies it
     taps.py          measured values of tapped rows, from the engine's thread to the agent's
     agent.py         the background thread: reports, sends taps
     answers.py       in the API server's process: whole answers of requests that ask for it; answer_sender.py sends them

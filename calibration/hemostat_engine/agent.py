@@ -34,8 +34,8 @@ TICK_SECONDS = 0.25
 REPORT_SECONDS = 1.0
 """Between two reports to an admin port."""
 MAX_STEPS_PER_FLUSH = 256
-MAX_FEATURE_BYTES_PER_FLUSH = 8 << 20
-"""The step that reaches it is still sent; the admin port accepts twice as much."""
+MAX_BYTES_PER_FLUSH = 8 << 20
+"""Features and distinct masks. The step that reaches it is still sent; the admin port accepts twice as much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,8 @@ class Identity:
     vllm: str
     answers: bool = False
     """The API server of this vLLM hands out answers (`answers`)."""
+    sets: bool = False
+    """Taps say which ids a grammar allows (`masks`)."""
 
 
 def in_thread(run: Callable[[], None]) -> None:
@@ -167,6 +169,7 @@ class Agent:
             "runner": identity.runner,
             "vllm": identity.vllm,
             "answers": identity.answers,
+            "sets": identity.sets,
             **self._weights.report(),
             **adapters.report(),
         }
@@ -189,7 +192,7 @@ class Agent:
         if not peers:
             # The taps stay in the queue, which drops and counts new ones when it is full.
             return
-        runs = self._taps.drain(MAX_STEPS_PER_FLUSH, MAX_FEATURE_BYTES_PER_FLUSH)
+        runs = self._taps.drain(MAX_STEPS_PER_FLUSH, MAX_BYTES_PER_FLUSH)
         unsent_rows = sum(run["tokens"] for run in runs)
         for peer in peers:
             own_runs = [run for run in runs if self._peers.owns(peer, run["nonce"])]

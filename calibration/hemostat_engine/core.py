@@ -7,6 +7,7 @@ Rules:
 - Under tensor parallelism a profile is bound only when every rank has it: every rank samples, and all must sample the
   same token. The ranks agree by an all-reduce in the step that admits the request.
 - A request whose parameters change the logits before the processor (see `xargs.edits_logits`) gets identity; counted.
+  Of a tap of it nothing is measured, since the features would be those of changed logits.
 - A row without a profile is unchanged, and a step without any profile or tap returns immediately.
 - A profile that fails, whatever it raises, is off from then on in this engine, on all ranks in the same step: its rows
   stay as they are, its requests get identity, and it is not reported as held. Nothing of it ends vLLM.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ import torch.distributed
 from hemostat_engine import transform, xargs
 from hemostat_engine.agent import Agent, Identity
 from hemostat_engine.library import Counters, Library
+from hemostat_engine.masks import UNKNOWN, GrammarMasks, Masks
 from hemostat_engine.numbering import Numbering
 from hemostat_engine.retries import first_line
 from hemostat_engine.settings import Settings
@@ -45,11 +47,12 @@ _BINDING_ATTRIBUTE = "_hemostat_binding"
 @dataclass(frozen=True, slots=True)
 class Binding:
     """What one request is bound to. `profile` None: identity. `nonce` None: not tapped. child: number of the tapped
-    request among those with the same nonce: vLLM makes n requests of one with n > 1."""
+    request among those with the same nonce: vLLM makes n requests of one with n > 1. measured: the tap has numbers."""
 
     profile: HeldProfile | None
     nonce: str | None
     child: int = 0
+    measured: bool = True
 
     @property
     def applied(self) -> str | None:
@@ -115,15 +118,18 @@ class Core:
         ranks: Ranks,
         settings: Settings,
         tap_on_every_rank: bool = False,
+        masks: GrammarMasks,
         answers: bool = False,
+        sets: bool = False,
         weights: LoadedWeights | None = None,
     ) -> None:
-        """tap_on_every_rank: every rank samples other requests, so every rank taps; else only rank 0 does. answers: see
-        `Identity`. weights: reported by rank 0."""
+        """tap_on_every_rank: every rank samples other requests, so every rank taps; else only rank 0 does. answers,
+        sets: see `Identity`. weights: reported by rank 0."""
         self.device = device
         self.counters = Counters()
         self.library = Library(vocab_size, device)
         self.taps = Taps(self.counters)
+        self.masks = masks
         self._device_counters = DeviceCounters(device, ("rows_masked", "rows_kl_clamped"), self.counters)
         self._vocab_size = vocab_size
         self._after_penalties = runner == "v2"
@@ -133,7 +139,8 @@ class Core:
         self._tap_failed = False
         self._children = Numbering()
         self._tapping = settings.admin_url is not None and (ranks.rank == 0 or tap_on_every_rank)
-        identity = Identity(ranks.broadcast(boot_id), ranks.rank, ranks.size, vocab_size, runner, vllm_version, answers)
+        boot_id = ranks.broadcast(boot_id)
+        identity = Identity(boot_id, ranks.rank, ranks.size, vocab_size, runner, vllm_version, answers, sets)
         reported = weights if ranks.rank == 0 else None
         self.agent = Agent(identity, settings, self.library, self.counters, self.taps, weights=reported)
         self.agent.start()
@@ -157,7 +164,8 @@ class Core:
                 i in profiles or parameters[i].nonce is not None or parameters[i].version is not None
             ):
                 nonce = parameters[i].nonce if self._tapping else None
-                binding = Binding(profiles.get(i), nonce, 0 if nonce is None else self._children.next(nonce))
+                child = 0 if nonce is None else self._children.next(nonce)
+                binding = Binding(profiles.get(i), nonce, child, not parameters[i].edited)
                 setattr(params, _BINDING_ATTRIBUTE, binding)
             bindings.append(binding if binding and (binding.profile or binding.nonce) else None)
         return bindings
@@ -174,7 +182,7 @@ class Core:
             return xargs.NO_PARAMETERS
         if parsed is not xargs.NO_PARAMETERS and xargs.edits_logits(params, self._after_penalties):
             self.counters.add("requests_declined")
-            return xargs.NO_PARAMETERS
+            return replace(parsed, version=None, edited=True)
         return parsed
 
     def fits(self, logits: torch.Tensor) -> bool:
@@ -259,21 +267,36 @@ class Core:
 
         places: the position of each row's token in the output, and the id at the position before (-1: not known).
         """
+        allowed = self._allowed([row for row, _ in rows])
         tapped = [
-            TappedRow(i, binding.nonce or "", binding.applied, position, binding.child, previous)
-            for i, ((_, binding), (position, previous)) in enumerate(zip(rows, places, strict=True))
+            TappedRow(i, binding.nonce or "", binding.applied, position, binding.child, previous, mask)
+            for i, ((_, binding), (position, previous), mask) in enumerate(
+                zip(rows, places, allowed.index, strict=True)
+            )
         ]
-        self.taps.push(Step(reading, rows=tapped))
+        self.taps.push(Step(reading, rows=tapped, masks=allowed.words))
 
-    def tap_slots(self, reading: Reading, slots: Mapping[int, tuple[Binding, int]]) -> None:
-        """The same where only the device knows slots and positions. slots: binding and prompt length of each."""
-        taps = {slot: SlotTap(b.nonce or "", b.applied, prompt_len, b.child) for slot, (b, prompt_len) in slots.items()}
-        self.taps.push(Step(reading, slots=taps))
+    def tap_slots(self, reading: Reading, slots: Mapping[int, tuple[Binding, int]], rows: Sequence[int]) -> None:
+        """The same where only the device knows slots and positions. slots: binding and prompt length of each. rows: of
+        the batch, of each slot."""
+        allowed = self._allowed(rows)
+        taps = {
+            slot: SlotTap(binding.nonce or "", binding.applied, prompt_len, binding.child, mask)
+            for (slot, (binding, prompt_len)), mask in zip(slots.items(), allowed.index, strict=True)
+        }
+        self.taps.push(Step(reading, slots=taps, masks=allowed.words))
+
+    def _allowed(self, rows: Sequence[int]) -> Masks:
+        found = self.masks.of(rows, self.taps.has_room)
+        if unknown := found.index.count(UNKNOWN):
+            self.counters.add("sets_unknown", unknown)
+        return found
 
     def read(
         self, bindings: Sequence[Binding], logits: torch.Tensor, where: Callable[[], tuple[torch.Tensor, ...]]
     ) -> Reading | None:
-        """Measure the unmodified logits of tapped requests; None, and counted, where that fails.
+        """Measure the unmodified logits of tapped requests; None, and counted, where that fails. Of requests whose
+        binding is not `measured`, which are read apart from others, only where they are.
 
         where: returns the rows (int64 [R], on the device); where only the device knows whose they are, then also their
         slots, their positions, and the ids that the model was fed (-1: not known).
@@ -290,7 +313,7 @@ class Core:
     def _read(
         self, bindings: Sequence[Binding], logits: torch.Tensor, rows: torch.Tensor, *where: torch.Tensor
     ) -> Reading:
-        held = self.library.candidates()
+        held = self.library.candidates() if bindings[0].measured else ()
         profiles, values, clamped = self._evaluate(self._evaluated(bindings, held), logits, rows)
         anchored = next((profile for profile in held if profile.anchors is not None), None)
         if anchored is None or not self.taps.has_room(2 * rows.shape[0] * anchored.anchor_count):

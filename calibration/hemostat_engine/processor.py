@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from hemostat_calibration.errors import HemostatError
 from hemostat_engine import answers, xargs
 from hemostat_engine.core import Binding, Core, Ranks
+from hemostat_engine.masks import masks
 from hemostat_engine.settings import Settings
 from hemostat_engine.taps import Reading
 from hemostat_engine.transform import HeldProfile
@@ -72,6 +73,7 @@ def _hands_out_answers() -> bool:
 
 
 def _core(vllm_config: Any, device: torch.device, vocab_size: int, runner: str) -> Core:
+    watched = masks.watch(runner)
     return Core(
         device=torch.device(device),
         vocab_size=vocab_size,
@@ -81,7 +83,10 @@ def _core(vllm_config: Any, device: torch.device, vocab_size: int, runner: str) 
         ranks=_ranks(),
         settings=Settings.from_environment(),
         tap_on_every_rank=bool(getattr(vllm_config.parallel_config, "enable_batch_sharded_sampling", False)),
+        masks=masks,
         answers=_hands_out_answers(),
+        # Of a draft that was rejected, nothing tells which mask the token in its place was sampled from.
+        sets=watched and getattr(vllm_config, "speculative_config", None) is None,
         weights=LoadedWeights.of(getattr(vllm_config, "model_config", None)),
     )
 
@@ -115,17 +120,26 @@ class BatchV1:
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         if not self._rows or not self._core.fits(logits):
             return logits
-        tapped = [(row, binding, ids) for row, (binding, ids) in self._rows.items() if binding.nonce is not None]
-        rows = [(row, binding) for row, binding, _ in tapped]
-        reading = None
-        if tapped:
-            bindings = [binding for _, binding in rows]
-            reading = self._core.read(bindings, logits, lambda: (self._core.on_device([row for row, _ in rows]),))
+        tapped = [self._read(logits, measured=measured) for measured in (True, False)]
         self._core.apply_rows(logits, [(row, binding) for row, (binding, _) in self._rows.items()])
-        if reading is not None:
-            # The id at this position is sampled after this call. Of the last position it is never seen here.
-            self._core.tap_rows(reading, rows, [(len(ids), ids[-1] if ids else -1) for _, _, ids in tapped])
+        for reading, rows in tapped:
+            if reading is not None:
+                # The id at this position is sampled after this call. Of the last position it is never seen here.
+                ids = [self._rows[row][1] for row, _ in rows]
+                self._core.tap_rows(reading, rows, [(len(output), output[-1] if output else -1) for output in ids])
         return logits
+
+    def _read(self, logits: torch.Tensor, *, measured: bool) -> tuple[Reading | None, list[tuple[int, Binding]]]:
+        """What is read of the tapped rows, and these."""
+        rows = [
+            (row, binding)
+            for row, (binding, _) in self._rows.items()
+            if binding.nonce is not None and binding.measured is measured
+        ]
+        if not rows:
+            return None, rows
+        bindings = [binding for _, binding in rows]
+        return self._core.read(bindings, logits, lambda: (self._core.on_device([row for row, _ in rows]),)), rows
 
 
 class SlotsV2:
@@ -171,26 +185,35 @@ class SlotsV2:
         if logits.shape[0] == len(batch):
             self._apply_plain(logits, bound, ctx)
         else:
-            self._apply_expanded(logits, [slot for _, slot in bound], ctx)
+            self._apply_expanded(logits, bound, ctx)
         return logits
+
+    def _tapped(self, bound: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+        """Those that are tapped, which are read in groups."""
+        for measured in (True, False):
+            group = [
+                (row, slot)
+                for row, slot in bound
+                if self._slots[slot].nonce is not None and self._slots[slot].measured is measured
+            ]
+            if group:
+                yield group
 
     def _apply_plain(self, logits: torch.Tensor, bound: list[tuple[int, int]], ctx: Any) -> None:
         """One row for each request, in the batch's order."""
-        tapped = [(row, slot) for row, slot in bound if self._slots[slot].nonce is not None]
 
-        def where() -> tuple[torch.Tensor, ...]:
+        def where(tapped: list[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
             rows = self._core.on_device([row for row, _ in tapped])
             return rows, *_places(ctx, rows), ctx.input_ids.index_select(0, rows)
 
-        reading = self._read(logits, [slot for _, slot in tapped], where)
+        readings = [(self._read(logits, tapped, where), tapped) for tapped in self._tapped(bound)]
         self._core.apply_rows(logits, [(row, self._slots[slot]) for row, slot in bound])
-        self._tap(reading, [slot for _, slot in tapped])
+        self._tap(readings)
 
-    def _apply_expanded(self, logits: torch.Tensor, slots: list[int], ctx: Any) -> None:
+    def _apply_expanded(self, logits: torch.Tensor, bound: list[tuple[int, int]], ctx: Any) -> None:
         """Speculative decoding: several rows a request. Only the device knows which, so rows are selected there."""
-        tapped = [slot for slot in slots if self._slots[slot].nonce is not None]
 
-        def where() -> tuple[torch.Tensor, ...]:
+        def where(_: list[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
             rows = torch.arange(logits.shape[0], device=logits.device)
             # Draft tokens are fed that may be rejected.
             return rows, *_places(ctx, rows), torch.full_like(rows, -1)
@@ -199,24 +222,29 @@ class SlotsV2:
             slot_of_row = ctx.expanded_idx_mapping
             return torch.isin(slot_of_row, self._core.on_device(chosen).to(slot_of_row.dtype))
 
-        reading = self._read(logits, tapped, where)
+        readings = [(self._read(logits, tapped, where), tapped) for tapped in self._tapped(bound)]
         by_version: dict[str, tuple[HeldProfile, list[int]]] = {}
-        for slot in slots:
+        for _, slot in bound:
             profile = self._slots[slot].profile
             if profile is not None:
                 by_version.setdefault(profile.version, (profile, []))[1].append(slot)
         for profile, chosen in by_version.values():
             self._core.apply_where(logits, profile, functools.partial(mask, chosen), len(chosen))
-        self._tap(reading, tapped)
+        self._tap(readings)
 
     def _read(
-        self, logits: torch.Tensor, slots: list[int], where: Callable[[], tuple[torch.Tensor, ...]]
+        self,
+        logits: torch.Tensor,
+        tapped: list[tuple[int, int]],
+        where: Callable[[list[tuple[int, int]]], tuple[torch.Tensor, ...]],
     ) -> Reading | None:
-        return self._core.read([self._slots[slot] for slot in slots], logits, where) if slots else None
+        return self._core.read([self._slots[slot] for _, slot in tapped], logits, lambda: where(tapped))
 
-    def _tap(self, reading: Reading | None, slots: list[int]) -> None:
-        if reading is not None:
-            self._core.tap_slots(reading, {slot: (self._slots[slot], self._prompt_lens[slot]) for slot in slots})
+    def _tap(self, readings: list[tuple[Reading | None, list[tuple[int, int]]]]) -> None:
+        for reading, tapped in readings:
+            if reading is not None:
+                slots = {slot: (self._slots[slot], self._prompt_lens[slot]) for _, slot in tapped}
+                self._core.tap_slots(reading, slots, [row for row, _ in tapped])
 
 
 def _places(ctx: Any, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -248,6 +276,7 @@ class LogitsProcessor(*_interfaces()):  # type: ignore[misc] # the bases depend 
 
     def update_state(self, batch_update: Any) -> None:
         """V1, before each forward pass; None when the batch did not change."""
+        self.core.masks.begin()
         if batch_update is not None:
             self._batch.update(batch_update)
 
@@ -257,6 +286,7 @@ class LogitsProcessor(*_interfaces()):  # type: ignore[misc] # the bases depend 
 
     def apply_staged_writes(self) -> None:
         """V2, once a step, after its admissions and before the forward pass."""
+        self.core.masks.begin()
         self._slots.bind()
 
     def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:

@@ -1,10 +1,11 @@
-"""Measured values of tapped rows (log E_c[e^Δz], features), from the engine's thread to the agent's.
+"""What is known of tapped rows (log E_c[e^Δz], features, allowed ids), from the engine's thread to the agent's.
 
 The queue is bounded; when it is full, steps are dropped and counted.
 """
 
 from __future__ import annotations
 
+import zlib
 from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,11 +18,12 @@ import torch
 
 from hemostat_engine.byte_order import little_endian
 from hemostat_engine.library import Counters
+from hemostat_engine.masks import FREE
 
 MAX_STEPS = 2048
 """Decoding steps in the queue."""
-MAX_FEATURE_BYTES = 64 << 20
-"""Features in the queue; above it steps are queued without features."""
+MAX_BYTES = 64 << 20
+"""Features and masks in the queue; above it steps are queued without them."""
 MAX_RUNS_PER_MESSAGE = 1 << 14
 """The step that reaches it is still sent; the admin port accepts four times as many."""
 UNKNOWN_NATS = 1e6
@@ -31,7 +33,8 @@ UNKNOWN_NATS = 1e6
 @dataclass(frozen=True, slots=True)
 class TappedRow:
     """row: index in the step's reading. position: of the token in the output; None when only the device knows it.
-    child: of the requests with the same nonce. previous: the id at the position before; -1: not known."""
+    child: of the requests with the same nonce. previous: the id at the position before; -1: not known. mask: see
+    `Masks.index`."""
 
     row: int
     nonce: str
@@ -39,6 +42,7 @@ class TappedRow:
     position: int | None = None
     child: int = 0
     previous: int = -1
+    mask: int = FREE
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,7 @@ class SlotTap:
     applied: str | None
     prompt_len: int
     child: int = 0
+    mask: int = FREE
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +79,17 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A reading and its requests: `rows` when the host knows them, else `slots` by slot."""
+    """A reading and its requests: `rows` when the host knows them, else `slots` by slot. masks: int32 [M, words]; None:
+    none."""
 
     reading: Reading
     rows: Sequence[TappedRow] = ()
     slots: Mapping[int, SlotTap] = field(default_factory=dict)
+    masks: npt.NDArray[np.int32] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.reading.features.nbytes) + (0 if self.masks is None else self.masks.nbytes)
 
     def resolved(self) -> Iterable[tuple[TappedRow, int]]:
         """Every tapped row with its position in the output. Waits for the copies."""
@@ -92,7 +103,7 @@ class Step:
             tap = self.slots.get(slot)
             if tap is not None and (position := pos + 1 - tap.prompt_len) >= 0:
                 previous = fed if position else -1
-                found.append((TappedRow(row, tap.nonce, tap.applied, None, tap.child, previous), position))
+                found.append((TappedRow(row, tap.nonce, tap.applied, None, tap.child, previous, tap.mask), position))
         return found
 
 
@@ -110,6 +121,19 @@ class _Run:
     """Of each token, by version."""
     features: list[bytes] = field(default_factory=list)
     previous: array[int] = field(default_factory=lambda: array("i"))
+    set_rows: array[int] = field(default_factory=lambda: array("i"))
+    """Of each token, the place in `sets`, FREE or UNKNOWN."""
+    sets: dict[bytes, int] = field(default_factory=dict)
+
+    def add_set(self, mask: int, masks: npt.NDArray[np.int32] | None) -> int:
+        """Returns the bytes that this takes besides those of the others."""
+        if mask < 0 or masks is None or (masks[mask] == -1).all():
+            self.set_rows.append(min(mask, FREE))
+            return 0
+        words: bytes = masks[mask].astype("<i4", copy=False).tobytes()
+        is_new = words not in self.sets
+        self.set_rows.append(self.sets.setdefault(words, len(self.sets)))
+        return len(words) if is_new else 0
 
     def continued_by(self, row: TappedRow, position: int, reading: Reading) -> bool:
         return (position, row.applied, reading.versions, reading.anchors) == (
@@ -130,13 +154,16 @@ class _Run:
             "child": self.child,
             "previous_ids": little_endian(self.previous),
         }
+        if any(place != FREE for place in self.set_rows):
+            sets = zlib.compress(b"".join(self.sets), 1) if self.sets else b""
+            body |= {"set_rows": little_endian(self.set_rows), "sets": sets}
         return body if self.anchors is None else body | {"anchors": self.anchors, "features": b"".join(self.features)}
 
 
 class Taps:
     """A bounded queue of steps. `push` (the engine's thread) never waits for the device; `drain` (the agent's) may."""
 
-    def __init__(self, counters: Counters, max_steps: int = MAX_STEPS, max_bytes: int = MAX_FEATURE_BYTES):
+    def __init__(self, counters: Counters, max_steps: int = MAX_STEPS, max_bytes: int = MAX_BYTES):
         self._steps: deque[Step] = deque()
         self._max_steps = max_steps
         self._max_bytes = max_bytes
@@ -148,23 +175,25 @@ class Taps:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def has_room(self, feature_bytes: int) -> bool:
-        """Whether `feature_bytes` more bytes of features may be pushed."""
-        return self._bytes_pushed - self._bytes_drained + feature_bytes <= self._max_bytes
+    def has_room(self, size: int) -> bool:
+        """Whether `size` more bytes of features or masks may be pushed."""
+        return self._bytes_pushed - self._bytes_drained + size <= self._max_bytes
 
     def push(self, step: Step) -> None:
         if len(self._steps) >= self._max_steps:
             self._counters.add("taps_dropped", len(step.rows) or len(step.slots))
             return
-        self._bytes_pushed += step.reading.features.nbytes
+        self._bytes_pushed += step.nbytes
         self._steps.append(step)
 
     def drain(self, max_steps: int, max_bytes: int) -> list[dict[str, Any]]:
-        """The oldest steps, up to `max_steps` of them, `max_bytes` of features or MAX_RUNS_PER_MESSAGE, as runs of
-        consecutive positions:
+        """The oldest steps, up to `max_steps` of them, `max_bytes` of features and distinct masks or
+        MAX_RUNS_PER_MESSAGE, as runs of consecutive positions:
         `{"nonce", "start", "tokens", "versions": {version: nats}, "applied", "child", "previous_ids"}` (little-endian
         float64 [tokens], NaN where unknown; int32, the id before each position, -1: not known), and with features
-        `{"anchors", "features"}`: little-endian float16 [tokens, N], a row of NaN where something is not finite."""
+        `{"anchors", "features"}`: little-endian float16 [tokens, N], a row of NaN where something is not finite; where
+        something restricts a token, `{"sets", "set_rows"}`: int32 [sets, ceil(V / 32)] by zlib, the distinct masks, and
+        int32 [tokens], which of them applies at each position, FREE or UNKNOWN."""
         runs: list[_Run] = []
         open_runs: dict[tuple[str, int], _Run] = {}
         clamped = drained = 0
@@ -175,7 +204,7 @@ class Taps:
             reading = step.reading
             resolved = step.resolved()
             drained += reading.features.nbytes
-            self._bytes_drained += reading.features.nbytes
+            self._bytes_drained += step.nbytes
             values, binds = reading.values.T.double().numpy(), reading.clamped.T.tolist()
             values[~(np.abs(values) < UNKNOWN_NATS)] = np.nan
             features = reading.features.numpy()
@@ -188,6 +217,7 @@ class Taps:
                     runs.append(run)
                 run.values.append(values[row.row])
                 run.previous.append(row.previous)
+                drained += run.add_set(row.mask, step.masks)
                 run.features.append(features[row.row].astype("<f2", copy=False).tobytes())
                 if row.applied in reading.versions:
                     clamped += binds[row.row][reading.versions.index(row.applied)]

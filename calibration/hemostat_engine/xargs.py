@@ -22,11 +22,13 @@ MAX_TOP = 128
 class RequestParameters:
     """version: the profile to apply, None for identity. nonce: the name under which values of the request's rows are
     sent to the admin port; None: it is not tapped. top: the number of most likely ids at each position of the answer
-    that is sent there too (`answers`); None: no answer is."""
+    that is sent there too (`answers`); None: no answer is. edited: the request changes the logits itself
+    (`edits_logits`)."""
 
     version: str | None
     nonce: str | None
     top: int | None = None
+    edited: bool = False
 
 
 NO_PARAMETERS = RequestParameters(None, None)

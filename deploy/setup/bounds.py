@@ -35,7 +35,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ENDS = ("newest", "oldest")
-EXTRAS = ("adapters", "grammar", "postgres", "report", "tracing")
+EXTRAS = ("adapters", "postgres", "report", "tracing")
 TOOLS = (
     "gguf",
     "h11",
@@ -67,7 +67,6 @@ GROUPS = {
         "tests/models/compression/test_compress_command.py",
         "tests/models/compression/test_plan.py",
     ),
-    "grammar": ("tests/grammar/test_masks.py", "tests/grammar/test_walking.py"),
     "config, cli": ("tests/config/test_config.py", "tests/demo/test_prompts.py", "tests/deploy/test_extras.py"),
     "serve": (
         "tests/relay/test_relay.py",

@@ -38,7 +38,6 @@ TOKEN = "of-the-benchmark"
 MODEL = "compressed"
 SETTLES_WITHIN = 900.0
 """Seconds."""
-TOOL_PARSER = "--tool-call-parser"
 ARGUMENTS = ("--enforce-eager", "--dtype", dtype(), "--max-model-len", "2048", "--max-logprobs", "64")
 
 
@@ -71,8 +70,6 @@ def measure(
     settings["shadow"] = {**settings["shadow"], "rate": 1.0, "floor_fraction": 0.0}
     settings["calibration"] = {"mode": "off"}
     settings["adapter"] = {"enabled": False}
-    if TOOL_PARSER in mix.servers[server]:
-        settings["grammar"] = {"tool_call_parser": mix.servers[server][mix.servers[server].index(TOOL_PARSER) + 1]}
     settings["labels"] = mix.names
     settings["evidence"] = {"kinds": 100}
     config = folder / "hemostat.yaml"

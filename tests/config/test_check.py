@@ -69,7 +69,6 @@ async def test_everything_works() -> None:
         "store": "note",
         "evidence": "ok",
         "engine token": "note",
-        "grammars": "note",
         "upstream": "ok",
         "max_logprobs": "ok",
         "return_token_ids": "ok",
@@ -226,16 +225,6 @@ async def test_clients_adapters_take_slots_and_routes_that_are_allowed_are_said(
         found = {f.what: f for f in await check(Settings.model_validate(given))}
     assert found["adapters"].fix == "start vLLM with --max-loras 3"
     assert found["adapter routes"].fix == "set upstream.allow_adapter_routes: false"
-
-
-async def test_whether_requests_under_a_grammar_are_scored_is_reported() -> None:
-    pytest.importorskip("xgrammar")
-    found = (await findings_of({}, {}, grammar={"tool_call_parser": "hermes"}))["grammars"]
-    assert (found.state.value, "hermes" in found.detail) == ("ok", True)
-    for own, part in ((({"tool_call_parser": "glm47"}), "glm47"), ({"backend": "guidance"}, "guidance")):
-        found = (await findings_of({}, {}, grammar=own))["grammars"]
-        assert (found.state.value, part in found.detail) == ("note", True)
-    assert "tool_call_parser" in (await findings_of({}, {}))["grammars"].fix
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from tests.support.captures import INFO
 from tests.support.control import connect_relay, control, relay_stats, scored, settings, status_json
 from tests.support.samples import values
 from tests.support.served_models import pair, served_models
 from tests.support.waiting import until
 
+from hemostat.engines.messages import EngineReport
 from hemostat.ipc.messages import SampledCount, SampledCounts, encode
 from hemostat.metrics import names
 from hemostat.shadow.reasons import Outcome
@@ -52,6 +54,20 @@ async def test_a_part_of_an_output_is_in_no_figure_but_those_by_place(tmp_path: 
         assert not kind["candidates"]
         one.pipeline.use_record(*scored("whole", prompt=1, tokens=8, kind="chat text greedy"))
         assert status_json(one)["raw"]["requests"] == 1
+
+
+@pytest.mark.parametrize("sets", [True, False])
+@pytest.mark.parametrize("full", [True, False])
+async def test_requests_under_a_grammar_are_scored_where_engines_say_what_is_allowed(
+    tmp_path: Path, sets: bool, full: bool
+) -> None:
+    """And the reference knows more than a list of ids."""
+    async with control(tmp_path) as one:
+        one.monitor.served = served_models(pair("m", info=replace(INFO, full_vocabulary=full)))
+        assert not one.policy._policy(one._clock()).grammars, "no plugin reports"
+        one.engines.report(EngineReport("boot", 0, 1, [], 512, {}, "v1", "0.32.0", sets=sets), one._clock())
+        found = one.policy._policy(one._clock())
+        assert (found.tap, found.grammars) == (True, sets and full)
 
 
 async def test_thinking_is_counted_where_the_markers_of_the_model_are_known(tmp_path: Path) -> None:

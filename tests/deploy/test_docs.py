@@ -35,7 +35,6 @@ from hemostat.metrics.catalogue import METRICS
 from hemostat.openai.requests import Uncalibrated, Unscorable
 from hemostat.openai.tokens import ResponseFailure
 from hemostat.profiles.decisions import Decision, Reason
-from hemostat.shadow.grammar.reasons import GrammarReason
 from hemostat.shadow.profile_choice import UNJUDGED, ArmReason
 from hemostat.shadow.reasons import ScoringDropReason, ScoringSkipReason, SkipReason
 from hemostat.shadow.reports import RelayDropReason
@@ -123,7 +122,7 @@ def texts(node: ast.AST) -> Iterator[str]:
 def shadow_reasons() -> dict[str, set[str]]:
     """By outcome, every reason that the code can give."""
     return {
-        "skipped": {*SkipReason, *Unscorable, *ResponseFailure, *ScoringSkipReason, *GrammarReason, "invalid_…"},
+        "skipped": {*SkipReason, *Unscorable, *ResponseFailure, *ScoringSkipReason, "invalid_…"},
         "dropped": {*RelayDropReason, *ScoringDropReason, "reference_…"},
     }
 

@@ -81,15 +81,11 @@ def test_middleware() -> None:
     assert [stage[0][1] for stage in (build, final)] == ["${BASE} AS build", "${BASE}"]
     # No torch by default.
     extras = dict(value.partition("=")[::2] for value in values(build, "ARG"))["EXTRAS"].strip('"').split(",")
-    assert not {"transformers", "adapters", "grammar", "vllm"} & set(extras)
+    assert not {"transformers", "adapters", "vllm"} & set(extras)
     # What is documented to be added exists.
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = re.findall(r"EXTRAS=([\w,]+)", MIDDLEWARE.read_text())
-    assert (
-        {"adapters", "grammar", "transformers"}
-        <= {extra for given in named for extra in given.split(",")}
-        <= set(known)
-    )
+    assert {"adapters", "transformers"} <= {extra for given in named for extra in given.split(",")} <= set(known)
     # Only the first stage compiles, Hemostat's own wheel and no other, and it can leave that out; the last one installs
     # nothing.
     assert ("ARG", "COMPILE=1") in build

@@ -21,6 +21,7 @@ def make_core() -> Iterator[Callable[..., Any]]:
     """Makes cores whose agent does not run: the test puts the profiles."""
     torch = pytest.importorskip("torch")
     from hemostat_engine.core import Core, Ranks
+    from hemostat_engine.masks import GrammarMasks
     from hemostat_engine.settings import Settings
 
     cores = []
@@ -33,6 +34,7 @@ def make_core() -> Iterator[Callable[..., Any]]:
             vllm_version="test",
             boot_id="boot",
             ranks=ranks or Ranks(),
+            masks=GrammarMasks(watched=True),
             # A port that refuses connections, so that taps stay in the queue.
             settings=Settings(admin_url="http://127.0.0.1:9") if tapping else Settings(),
         )

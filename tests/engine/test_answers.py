@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from tests.support.captures import INFO, capture
 from tests.support.engine_admin import TOKEN, EngineAdmin
-from tests.support.grammars import no_conditioning
 
 from hemostat.engines.messages import MAX_CHILDREN, AnswerMessage
-from hemostat.shadow.grammar.reasons import GrammarFailure, GrammarReason
+from hemostat.shadow.conditioning import ConditioningFailure, condition
+from hemostat.shadow.reasons import ScoringSkipReason
 from hemostat.shadow.record_builder import decode_capture
 from hemostat.shadow.tapped_answers import captures_from_tap
 
@@ -208,9 +208,9 @@ async def test_a_masked_answer_whose_grammar_is_not_known_is_not_pooled_with_the
     await asyncio.to_thread(sender_to(admins[:1], server.queue).send)
     given = admins[0].registry.answers.take("nonce")
     (tapped,) = captures_from_tap(capture(from_tap=True, nonce="nonce"), given, 100)
-    with pytest.raises(GrammarFailure) as failure:
-        await no_conditioning().condition(tapped, decode_capture(tapped), INFO)
-    assert failure.value.reason is GrammarReason.UNKNOWN
+    with pytest.raises(ConditioningFailure) as failure:
+        condition(tapped, decode_capture(tapped), INFO, None)
+    assert failure.value.reason is ScoringSkipReason.GRAMMAR_UNKNOWN
 
 
 def test_more_than_the_server_allows_is_never_asked_for() -> None:

@@ -124,7 +124,9 @@ def test_batch_without_profiles_returns_the_same_tensor(make_core: Callable[...,
     assert logits._version == version
 
 
-def test_request_with_logit_editing_parameters_gets_identity_and_no_tap(make_core: Callable[..., Any]) -> None:
+def test_request_with_logit_editing_parameters_gets_identity_and_no_numbers(
+    make_core: Callable[..., Any],
+) -> None:
     core = make_core(tapping=True)
     version = next(iter(PROFILES))
     core.library.put(PROFILES[version])
@@ -132,7 +134,8 @@ def test_request_with_logit_editing_parameters_gets_identity_and_no_tap(make_cor
     batch.update(update(1, added=[(0, params(version, "n", logit_bias={3: 1.0}), [1], [])]))
     check(batch, {}, 0, 1)
     assert counted(core, "requests_declined", "requests_bound", "requests_unknown", "rows_applied") == [1, 0, 0, 0]
-    assert not core.taps.drain(9, 1)
+    (run,) = core.taps.drain(9, 1)
+    assert (run["versions"], run["applied"], "features" in run) == ({}, None, False)
 
 
 def test_penalties_do_not_prevent_a_profile_under_v1(make_core: Callable[..., Any]) -> None:

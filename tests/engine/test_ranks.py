@@ -19,6 +19,7 @@ import torch.distributed as dist  # noqa: E402
 
 from hemostat_engine import transform  # noqa: E402
 from hemostat_engine.core import Core, Ranks  # noqa: E402
+from hemostat_engine.masks import GrammarMasks  # noqa: E402
 from hemostat_engine.settings import Settings  # noqa: E402
 
 
@@ -34,6 +35,7 @@ def rank_main(rank: int, folder: str) -> None:
         boot_id=f"boot-of-{rank}",
         ranks=Ranks(rank, 2, dist.group.WORLD),
         settings=Settings(admin_url="http://127.0.0.1:9"),
+        masks=GrammarMasks(watched=True),
     )
     core.agent.stop()
     both, one = make_profile(1), make_profile(2)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -254,6 +254,7 @@ def test_a_tap_whose_lengths_do_not_agree_is_refused() -> None:
     ("change", "named"),
     [
         ({"anchors": D}, "only one of anchors and features"),
+        ({"set_rows": b"1234"}, "4 bytes of set_rows"),
         ({"features": b"1234"}, "only one of anchors and features"),
         ({"anchors": D, "features": b""}, "0 bytes of features"),
         ({"anchors": D, "features": b"123456"}, "6 bytes of features"),
@@ -479,14 +480,19 @@ def test_a_nonce_that_a_client_uses_for_all_its_requests_takes_bounded_room_and_
     assert (buffer._bytes, buffer.take("n"), buffer.dropped) == (0, [], 4)
 
 
-def test_answers_are_handed_out_only_where_every_engine_does() -> None:
+@pytest.mark.parametrize(
+    ("what", "asked"), [("answers", EngineRegistry.hands_out_answers), ("sets", EngineRegistry.tells_sets)]
+)
+def test_answers_and_sets_are_handed_out_only_where_every_engine_does(
+    what: str, asked: Callable[[EngineRegistry, float], bool]
+) -> None:
     registry = EngineRegistry()
-    assert not registry.hands_out_answers(0.0)
-    registry.report(msgspec.structs.replace(report("x"), answers=True), 0.0)
-    assert registry.hands_out_answers(0.0)
+    assert not asked(registry, 0.0)
+    registry.report(msgspec.structs.replace(report("x"), **{what: True}), 0.0)
+    assert asked(registry, 0.0)
     registry.report(report("old"), 0.0)
-    assert not registry.hands_out_answers(0.0)
-    assert registry.hands_out_answers(15.1) is False  # both are silent
+    assert not asked(registry, 0.0)
+    assert asked(registry, 15.1) is False  # both are silent
 
 
 def test_an_answer_whose_lengths_do_not_agree_is_refused() -> None:

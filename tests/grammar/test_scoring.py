@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import zlib
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -10,42 +11,33 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from tests.support.allowed import restricted_run
 from tests.support.captures import INFO, K, V, capture
 from tests.support.control import settings
-from tests.support.grammars import GivenSets, NoSets
 from tests.support.records import condition, log_softmax, top
 from tests.support.samples import values
 from tests.support.served_models import pair, served_models
 
-from hemostat.config.grammar import Grammar
+from hemostat.engines.messages import FREE, UNKNOWN, TapMessage, TapRun
 from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.messages import Capture
 from hemostat.measurement.measurements import Measurements
 from hemostat.metrics import names
-from hemostat.openai.grammar_spec import GrammarOrigin, GrammarSpec
 from hemostat.reference.protocol import FailureReason, ReferenceFailure, ReferenceInfo, ReferenceScores, ScoreRequest
 from hemostat.shadow.answer_losses import AnswerLosses
+from hemostat.shadow.conditioning import ConditioningFailure, allowed_sets
 from hemostat.shadow.endings import EndingCounts
-from hemostat.shadow.grammar.conditioning import Conditioning
 from hemostat.shadow.limits import Breakers, ShadowQueue, TokenBudget
 from hemostat.shadow.pipeline import ScoringPipeline
 from hemostat.shadow.reasons import Outcome
 from hemostat.shadow.scorer import Scorer
-from hemostat_calibration.allowed_sets import AllowedSets, words
-from hemostat_calibration.reasoning import Markers
+from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.records import TokenRecord
 
-SPEC = GrammarSpec(GrammarOrigin.STRUCTURED_OUTPUT, {"structured_outputs": b'{"regex": "a"}'})
+NONCE = "nonce"
 MASKED = -9999.0
 """What vLLM writes for the log-probability of a masked id."""
 KIND = "chat grammar greedy"
-
-
-def sets_of(mask: np.ndarray) -> AllowedSets:
-    padded = np.zeros((len(mask), words(V) * 32), np.uint8)
-    padded[:, :V] = mask
-    table = np.packbits(padded, axis=1, bitorder="little").view(np.uint32)
-    return AllowedSets(V, table, np.arange(len(mask), dtype=np.int32))
 
 
 class Request:
@@ -74,7 +66,8 @@ class Request:
             candidate_logprobs=logprobs.astype("<f4").tobytes(),
             emitted_logprobs=masked[np.arange(len(self.output)), self.output].astype("<f4").tobytes(),
             kind=KIND,
-            grammar=SPEC,
+            grammar=True,
+            nonce=NONCE,
         )
         return msgspec.structs.replace(made, **more)
 
@@ -114,16 +107,14 @@ class WorldReference:
 class Bench:
     """A scorer and a pipeline around it, whose other parts note what they are handed."""
 
-    def __init__(self, request: Request, source: Any = None, info: ReferenceInfo = INFO, **how: Any) -> None:
-        self.request = request
+    def __init__(self, request: Request, info: ReferenceInfo = INFO, runs: list[TapRun] | None = None) -> None:
+        """runs: what the engine's plugin hands out; default: the masks of the request."""
+        self.runs = [restricted_run(NONCE, request.mask)] if runs is None else runs
         self.reference = WorldReference(request, whole=info.full_vocabulary)
         self.measured = Measurements()
         self.noted: dict[str, list[TokenRecord]] = {"alarms": [], "judged": [], "learned": [], "floor": []}
         self.endings = EndingCounts()
-        info = replace(info, folder="/nowhere") if how.get("folder", True) else info  # type: ignore[arg-type]
-        self.served = served_models(replace(pair("m", self.reference, info), markers=how.get("markers")))
-        source = source or GivenSets(lambda spec, output: sets_of(request.mask[: len(output)]))
-        self.conditioning = Conditioning(Grammar(**how.get("grammar", {})), source)
+        self.served = served_models(pair("m", self.reference, info))
         nothing: Any = None
         profiles = SimpleNamespace(
             kinds=SimpleNamespace(see=lambda kind: kind),
@@ -131,7 +122,7 @@ class Bench:
             catalogue=SimpleNamespace(get=lambda _: None),
             is_held_out=lambda _: True,
             distance_versions=lambda _: (),
-            observe=lambda record, gains, *, fresh: self.noted["judged"].append(record),
+            observe=lambda record, gains, **_: self.noted["judged"].append(record),
             learning_scope=lambda record: None if record.constraint else "",
             serving=SimpleNamespace(uses=lambda _: True, reported=None),
             scope_of=lambda _: "",
@@ -159,7 +150,6 @@ class Bench:
             clock=lambda: 0.0,
             draw=lambda: 0.0,
             on_change=lambda: None,
-            conditioning=self.conditioning,
         )
         floor: Any = SimpleNamespace(
             samples=list, offer=lambda prompt, record, reference: self.noted["floor"].append(record)
@@ -172,9 +162,11 @@ class Bench:
             anchor_sets=dict,
             needs_hidden_states=lambda unit: True,
         )
+        self.engines = EngineRegistry()
+        self.now = 0.0
         self.scorer = Scorer(
             monitor,
-            EngineRegistry(),
+            self.engines,
             needs,
             queue=ShadowQueue(10),
             budget=TokenBudget(0.0, 1.0),
@@ -182,8 +174,7 @@ class Bench:
             endings=self.endings,
             answer_losses=AnswerLosses(),
             emit=self._use,
-            clock=lambda: 0.0,
-            conditioning=self.conditioning,
+            clock=lambda: self.now,
         )
 
     def _use(self, record: TokenRecord, capture: Capture) -> None:
@@ -191,6 +182,7 @@ class Bench:
         self.pipeline.use_record(record, capture)
 
     async def score(self, *captures: Capture) -> None:
+        self.engines.taps.add(TapMessage("boot", self.runs), 0.0)
         task = asyncio.create_task(self.scorer.run(1))
         for one in captures:
             self.scorer.offer(one)
@@ -251,22 +243,17 @@ async def test_where_every_allowed_id_is_listed_the_figure_is_the_conditional_kl
     raw = bench.measured.conditional.report()["raw"]["kl_nats"]
     assert raw["bound"] == "exact"
     assert raw["estimate"] == pytest.approx(request.kl.mean(), abs=1e-5)
-    ignoring = Bench(request, GivenSets(lambda spec, output: sets_of(np.ones_like(request.mask))))
+    ignoring = Bench(request, runs=[restricted_run(NONCE, np.ones_like(request.mask))])
     await ignoring.score(request.capture())
     assert ignoring.records == []
     assert ignoring.skipped == {"grammar_mismatch": 1}
 
 
-def without(request: Request, t: int, token: int) -> AllowedSets:
+def changed(request: Request, t: int, token: int) -> np.ndarray:
+    """The masks, of which one allows an id that it does not, or does not one that it does."""
     mask = request.mask.copy()
-    mask[t, token] = False
-    return sets_of(mask)
-
-
-def also(request: Request, t: int, token: int) -> AllowedSets:
-    mask = request.mask.copy()
-    mask[t, token] = True
-    return sets_of(mask)
+    mask[t, token] ^= True
+    return mask
 
 
 async def test_a_set_that_the_answer_contradicts_is_a_mismatch() -> None:
@@ -282,14 +269,14 @@ async def test_a_set_that_the_answer_contradicts_is_a_mismatch() -> None:
     )
     impossible = (1, next(int(i) for i, value in zip(ids[1], logprobs[1], strict=True) if i >= 0 and value == MASKED))
     wrong = {
-        "an emitted id": without(request, 4, int(request.output[4])),
-        "a listed id": without(request, *map(int, listed)),
-        "a listed id without a probability": also(request, *impossible),
+        "an emitted id": changed(request, 4, int(request.output[4])),
+        "a listed id": changed(request, *map(int, listed)),
+        "a listed id without a probability": changed(request, *impossible),
         # Not even in the list: but then the list would have named it, as it names fewer than K possible ones.
-        "an id that is not listed": also(request, 1, next(i for i in range(V) if i not in ids[1])),
+        "an id that is not listed": changed(request, 1, next(i for i in range(V) if i not in ids[1])),
     }
-    for what, sets in wrong.items():
-        bench = Bench(request, GivenSets(lambda spec, output, sets=sets: sets))
+    for what, mask in wrong.items():
+        bench = Bench(request, runs=[restricted_run(NONCE, mask)])
         await bench.score(found)
         assert bench.skipped == {"grammar_mismatch": 1}, what
         assert bench.reference.asked == [], what
@@ -298,45 +285,92 @@ async def test_a_set_that_the_answer_contradicts_is_a_mismatch() -> None:
 async def test_what_shows_a_mask_that_nothing_asked_for_is_not_scored() -> None:
     request = Request(4)
     bench = Bench(request)
-    await bench.score(request.capture(grammar=None, kind="chat text greedy"))
+    await bench.score(request.capture(grammar=False, kind="chat text greedy"))
     assert bench.skipped == {"grammar_unknown": 1}
 
 
-async def test_a_reference_that_knows_lists_only_or_no_tokenizer_skips_with_the_reason() -> None:
+async def test_nor_where_only_the_plugin_says_so() -> None:
+    """The mask may leave out ids only that the response does not list."""
+    found = capture(kind="chat text greedy", nonce=NONCE)
+    request = Request(4, tokens=3)
+    request.mask[:] = np.arange(V) < V - 1
+    bench = Bench(request)
+    await bench.score(found)
+    assert bench.skipped == {"grammar_unknown": 1}
+    free = Bench(request, runs=[TapRun(NONCE, 0, 3, {}, None)])
+    await free.score(found)
+    assert (free.skipped, free.reference.asked) == ({}, [None])
+
+
+async def test_a_grammar_that_allows_every_id_restricts_nothing() -> None:
+    request = Request(9, tokens=5)
+    request.mask[:] = True
+    for run in (
+        TapRun(NONCE, 0, 5, {}, None),  # vLLM applied no mask
+        restricted_run(NONCE, np.ones((5, V), np.bool_)),
+        TapRun(NONCE, 0, 5, {}, None, set_rows=np.full(5, FREE, "<i4").tobytes()),
+    ):
+        bench = Bench(request, runs=[run])
+        await bench.score(request.capture())
+        [record] = bench.records
+        assert record.constraint == "grammar"
+        assert record.support is not None
+        assert record.support.tolist() == [V] * 5
+
+
+def test_sets_are_those_of_the_runs_whichever_they_come_in() -> None:
+    request = Request(10, tokens=9)
+    first, second = restricted_run(NONCE, request.mask[:4]), restricted_run(NONCE, request.mask[4:], 4)
+    for runs in (
+        [first, second],
+        [second, first],
+        [restricted_run(NONCE, np.roll(request.mask, 1, axis=1)), first, second],
+    ):
+        found = allowed_sets(runs, slice(0, 9), V)
+        np.testing.assert_array_equal(found.mask(slice(0, 9)), request.mask)
+    # The engine may be ahead of the output's end, and only the end may be scored.
+    np.testing.assert_array_equal(allowed_sets(runs, slice(3, 7), V).mask(slice(0, 4)), request.mask[3:7])
+    same = restricted_run(NONCE, np.repeat(request.mask[2:3], 4, axis=0))
+    assert len(allowed_sets([same, first], slice(0, 4), V).table) <= 5
+
+
+def rows(*places: int) -> bytes:
+    return np.array(places, "<i4").tobytes()
+
+
+ALL = np.ones((3, V), np.bool_)
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        (restricted_run(NONCE, ALL[:2]), "grammar_not_reported"),
+        (TapRun(NONCE, 0, 3, {}, None, set_rows=rows(FREE, UNKNOWN, FREE)), "grammar_not_reported"),
+        (restricted_run(NONCE, ALL, set_rows=rows(0, -3, 0), sets=zlib.compress(bytes(4))), "grammar_not_reported"),
+        (restricted_run(NONCE, np.ones((3, 40), np.bool_)), "grammar_mismatch"),
+        (restricted_run(NONCE, np.zeros((3, V), np.bool_)), "grammar_mismatch"),
+        (restricted_run(NONCE, ALL, sets=b"garbage"), "grammar_mismatch"),
+        (restricted_run(NONCE, ALL, sets=zlib.compress(bytes(64 << 20))), "grammar_mismatch"),
+        (restricted_run(NONCE, ALL, set_rows=rows(0, 1 << 30, 0)), "grammar_too_large"),
+    ],
+)
+def test_what_a_run_cannot_say_is_refused(run: TapRun, reason: str) -> None:
+    with pytest.raises(ConditioningFailure) as failure:
+        allowed_sets([run], slice(0, 3), V)
+    assert failure.value.reason == reason
+
+
+async def test_a_reference_that_knows_lists_only_or_an_engine_without_the_plugin_skips_with_the_reason() -> None:
     request = Request(5)
     lists = Bench(request, info=replace(INFO, full_vocabulary=False))
     await lists.score(request.capture())
     assert lists.skipped == {"grammar_needs_full_vocabulary": 1}
-    none = Bench(request, folder=False)
-    await none.score(request.capture())
-    assert none.skipped == {"grammar_no_tokenizer": 1}
-    missing = Bench(request, NoSets())
-    await missing.score(request.capture())
-    assert missing.skipped == {"grammar_not_installed": 1}
-
-
-@pytest.mark.parametrize(
-    ("prompt", "output", "more", "start"),
-    [
-        ([1, 2], [3, 9, 4], {}, 2),
-        ([1, 2], [3, 3, 4], {}, 3),  # it never ends
-        ([1, 8, 2, 9], [3, 9, 4], {}, 0),  # the prompt has ended it
-        ([1, 9, 8], [3, 9, 4], {}, 2),  # and begun it again
-        ([1, 2], [3, 9, 4], {"grammar": {"enable_in_reasoning": True}}, 0),
-        ([1, 2], [3, 9, 4], {"members": {"include_reasoning": b"false"}}, 0),
-    ],
-)
-async def test_reasoning_is_free_up_to_its_end(
-    prompt: list[int], output: list[int], more: dict[str, Any], start: int
-) -> None:
-    request = Request(6, tokens=3)
-    request.mask[:], request.output[:] = True, output
-    source = GivenSets(lambda spec, output: sets_of(request.mask))
-    bench = Bench(request, source, markers=Markers(((8,),), ((9,),)), grammar=more.get("grammar", {}))
-    spec = GrammarSpec(SPEC.origin, SPEC.members | more.get("members", {}))
-    await bench.score(request.capture(grammar=spec, prompt_token_ids=np.array(prompt, "<i4").tobytes()))
-    assert source.starts == [start]
-    assert len(bench.records) == 1
+    without = Bench(request, runs=[])
+    await without.score(request.capture(nonce=""))
+    lost = Bench(request, runs=[restricted_run(NONCE, request.mask[1:], 1)])
+    lost.now = 5.0
+    await lost.score(request.capture())
+    assert without.skipped == lost.skipped == {"grammar_not_reported": 1}
 
 
 async def test_one_of_another_model_is_measured_by_itself_and_not_judged() -> None:

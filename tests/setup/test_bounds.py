@@ -134,7 +134,7 @@ def test_oldest_are_exactly_the_lower_bounds_of_the_wheel(bounds: ModuleType, ru
     assert len(constraints) == len(bounds.requirements(PROJECT, bounds.EXTRAS))
     (given,) = [part for part in install if ".whl[" in part]
     assert not given.startswith(str(ROOT))
-    assert {"adapters", "grammar"} <= set(given.partition("[")[2].rstrip("]").split(","))
+    assert {"adapters", "report"} <= set(given.partition("[")[2].rstrip("]").split(","))
 
 
 def test_newest_has_no_constraints(runner: Any, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import pytest
 from tests.support.adapters import FakeDistances, adapted_record, adapter, distances_of
 from tests.support.captures import INFO, capture, sized_capture
 from tests.support.control import settings
-from tests.support.grammars import no_conditioning
 from tests.support.records import Truth, make_record
 from tests.support.samples import values
 from tests.support.served_models import pair, served_models
@@ -159,7 +158,6 @@ class Pipeline:
             breakers=nothing,
             clock=lambda: 0.0,
             draw=lambda: 0.0,
-            conditioning=no_conditioning(),
             on_change=self._changed,
             distances=source,
         )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.captures import sized_capture
 
-from hemostat.openai.grammar_spec import GrammarOrigin, GrammarSpec
 from hemostat.shadow.limits import Breaker, BreakerState, ShadowQueue, TokenBudget
 
 
@@ -26,17 +24,6 @@ def test_queue_is_bounded_in_bytes_and_gives_them_back() -> None:
     assert not queue.offer(sized_capture(size=8))
     queue.take()
     assert queue.offer(sized_capture(size=8))
-
-
-def test_a_grammar_counts_among_the_queued_bytes() -> None:
-    queue = ShadowQueue(limit=100, limit_bytes=10)
-    grammar = GrammarSpec(GrammarOrigin.STRUCTURED_OUTPUT, {"structured_outputs": b"{}" * 4})
-    small, large = sized_capture(size=2), msgspec.structs.replace(sized_capture(size=4), grammar=grammar)
-    assert not queue.offer(large)
-    assert queue.offer(msgspec.structs.replace(small, grammar=grammar))
-    assert not queue.offer(small)
-    queue.take()
-    assert queue.offer(sized_capture(size=10))
 
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=60))

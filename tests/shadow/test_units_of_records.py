@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from tests.support.captures import sized_capture
 from tests.support.control import settings
-from tests.support.grammars import no_conditioning
 from tests.support.records import Truth, make_record
 from tests.support.world import World
 
@@ -58,7 +57,6 @@ def test_alike_turns_count_once(named: bool) -> None:
         breakers=nothing,
         clock=lambda: 0.0,
         draw=lambda: 0.0,
-        conditioning=no_conditioning(),
         on_change=lambda: None,
     )
     for conversation in range(CONVERSATIONS):

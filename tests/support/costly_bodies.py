@@ -10,7 +10,6 @@ from tests.support.wire import VERSION, policy
 from hemostat.openai.complexity import MAX_CONTAINERS, MAX_ESCAPES, MAX_MESSAGES, MAX_STRINGS
 from hemostat.openai.conversation_key import conversation_key
 from hemostat.openai.form import Form
-from hemostat.openai.grammar_spec import MAX_TOOL_OBJECTS
 from hemostat.openai.json_splice import MAX_KEY_CHARACTERS, MAX_MEMBERS, MAX_VALUE_BYTES
 from hemostat.openai.routes import FORMS
 from hemostat.relay.outcomes import OutcomeObserver
@@ -62,9 +61,9 @@ WITHIN = {
     "blocks": body(messages=listed(b'{"content":%b}' % listed(b'{"content":[{}]}', MAX_MESSAGES), 1)),
     "items": body(input=listed(b'{"content":[{"type":"text"}],"output":""}', MAX_MESSAGES)),
     "tools": body(tools=listed(b'{"type":"function","function":{"name":"a"}}', 2500)),
-    "strict tools": body(tools=listed(b'{"function":{"strict":1}}', MAX_TOOL_OBJECTS // 2)),
-    "flat tools": body(tools=listed(b'{"name":"a","strict":1}', MAX_TOOL_OBJECTS)),
-    "tools with schemas": body(tools=listed(b'{"strict":1,"input_schema":{"$ref":1}}', MAX_TOOL_OBJECTS // 2)),
+    "strict tools": body(tools=listed(b'{"function":{"strict":1}}', 750)),
+    "flat tools": body(tools=listed(b'{"name":"a","strict":1}', 1_500)),
+    "tools with schemas": body(tools=listed(b'{"strict":1,"input_schema":{"$ref":1}}', 750)),
     "schemas with members": body(tools=listed(b'{"strict":1,"input_schema":{%b}}' % members(240), 32)),
     "namespaces": body(
         tools=listed(b'{"type":"namespace","tools":%b}' % listed(b'{"name":"a","strict":1}', 99), 19),
@@ -122,7 +121,6 @@ POLICY = policy(
     tap=True,
     tap_tokens=True,
     grammars=True,
-    tool_grammars=True,
     control_fraction=0.0,
     scorable_models=frozenset({"m", "n"}),
     kinds=frozenset({"chat text sampled"}),

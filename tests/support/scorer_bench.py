@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from tests.support.captures import INFO, V, capture
-from tests.support.grammars import no_conditioning
 from tests.support.served_models import pair, served_models
 from tests.support.taps import sent
 from tests.support.waiting import until
@@ -115,7 +114,6 @@ class Bench:
         self.profiles: tuple[CalibrationProfile, ...] = ()
         self.learning = b""
         self.maps: dict[str, bool] = {}
-        self.conditioning = no_conditioning()
         self.answer_losses = AnswerLosses()
         self.scorer = Scorer(
             self,
@@ -128,7 +126,6 @@ class Bench:
             answer_losses=self.answer_losses,
             emit=self._sink,
             clock=lambda: self.now,
-            conditioning=self.conditioning,
             profile_in_request=by_request,
             max_scored=max_scored,
             max_tokens=40,

@@ -21,7 +21,7 @@ POLICIES = {
     "by request": policy(
         served=VERSION, control_fraction=0.0, apply="request", request_temperature=0.9, request_logit_bias={"5": 1.0}
     ),
-    "from the plugin": policy(served=VERSION, tap=True, tap_tokens=True, grammars=True, tool_grammars=True),
+    "from the plugin": policy(served=VERSION, tap=True, tap_tokens=True, grammars=True),
     "an adapter": policy(
         served=VERSION,
         adapters={VERSION: True},
@@ -32,9 +32,7 @@ POLICIES = {
         adapter_names=True,
         default_model="fake",
         answered_name="fake",
-        free_calls="always",
         grammars=True,
-        tool_grammars=True,
     ),
 }
 OTHER_FORMS = {

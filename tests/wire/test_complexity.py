@@ -11,10 +11,8 @@ from tests.support.costly_bodies import BEYOND, LIMIT, WITHIN, body, cpu_seconds
 
 from hemostat.openai.complexity import MAX_ESCAPES, MAX_MESSAGES, MAX_STRINGS, TooComplex, check_complexity
 from hemostat.openai.form import Form
-from hemostat.openai.grammar_spec import MAX_TOOL_OBJECTS
 from hemostat.openai.json_splice import MAX_KEY_CHARACTERS, MAX_MEMBERS, MAX_VALUE_BYTES, JsonObject
 from hemostat.openai.reading import read_request
-from hemostat.openai.requests import Unscorable
 
 SECONDS = 0.02
 """CPU time. The limit is 5 ms, which `make bench-faults` checks; here the machine is shared, and its caches are too."""
@@ -32,14 +30,6 @@ def test_too_many_prompts() -> None:
         with pytest.raises(TooComplex):
             read_request(body(prompt=prompts), form=Form.COMPLETIONS)
     assert read_request(body(prompt=listed(b"[1]", MAX_MESSAGES)), form=Form.COMPLETIONS).prompts == MAX_MESSAGES
-
-
-@pytest.mark.parametrize("form", [Form.CHAT, Form.RESPONSES, Form.MESSAGES])
-def test_too_many_tools_are_not_scored(form: Form) -> None:
-    for number in (MAX_TOOL_OBJECTS // 2, MAX_TOOL_OBJECTS // 2 + 1):
-        tools = listed(b'{"strict":true,"function":{}}', number)
-        reason = read_request(body(tools=tools), form=form).unscorable
-        assert (reason is Unscorable.GRAMMAR_TOO_LARGE) == (2 * number > MAX_TOOL_OBJECTS)
 
 
 @pytest.mark.parametrize("form", list(Form))

@@ -22,7 +22,6 @@ from tests.support.wire import VERSION, ThroughWire, Wire, httpx2_transport, pol
 
 from hemostat.openai import json_splice
 from hemostat.openai.form import Form
-from hemostat.openai.grammar_spec import MAX_GRAMMAR_BYTES, GrammarOrigin
 from hemostat.openai.kinds import kind_name
 from hemostat.openai.reading import read_request
 from hemostat.openai.requests import Unscorable
@@ -144,11 +143,6 @@ REASONS: dict[str, tuple[str, Unscorable, dict[str, Any]]] = {
     "no input": (RESPONSES, Unscorable.INVALID, {"input": None}),
     "input of another type": (RESPONSES, Unscorable.INVALID, {"input": {"role": "user"}}),
     "stream of another type": (RESPONSES, Unscorable.INVALID, {"stream": "yes"}),
-    "tools that change": (
-        MESSAGES,
-        Unscorable.FORCED_TOOL,
-        {"messages": [{"role": "system", "content": [{"type": "tool_removal", "tool": {}}]}]},
-    ),
     "Anthropic's image": (
         MESSAGES,
         Unscorable.MULTIMODAL,
@@ -190,77 +184,65 @@ def test_tools_that_are_offered_and_thinking_do_not_prevent_a_score(path: str) -
 
 
 SCHEMA = {"type": "json_schema", "name": "x", "schema": PARAMETERS}
-RESTRICTED: dict[str, tuple[str, GrammarOrigin, dict[str, Any]]] = {
-    "a schema": (RESPONSES, GrammarOrigin.STRUCTURED_OUTPUT, {"text": {"format": SCHEMA}}),
-    "an object": (RESPONSES, GrammarOrigin.STRUCTURED_OUTPUT, {"text": {"format": {"type": "json_object"}}}),
-    "structured outputs": (RESPONSES, GrammarOrigin.STRUCTURED_OUTPUT, {"structured_outputs": {"regex": "a"}}),
+RESTRICTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "a schema": (RESPONSES, {"text": {"format": SCHEMA}}),
+    "an object": (RESPONSES, {"text": {"format": {"type": "json_object"}}}),
+    "structured outputs": (RESPONSES, {"structured_outputs": {"regex": "a"}}),
     "a forced tool": (
         RESPONSES,
-        GrammarOrigin.FORCED_TOOL,
         {"tools": TOOLS[RESPONSES], "tool_choice": "required"},
     ),
     "a named tool": (
         RESPONSES,
-        GrammarOrigin.FORCED_TOOL,
         {"tools": TOOLS[RESPONSES], "tool_choice": {"type": "function", "name": "get_weather"}},
     ),
     "a strict tool": (
         RESPONSES,
-        GrammarOrigin.STRICT_TOOLS,
         {"tools": [TOOLS[RESPONSES][0] | {"strict": True}]},
     ),
-    "one call": (RESPONSES, GrammarOrigin.STRICT_TOOLS, {"tools": TOOLS[RESPONSES], "parallel_tool_calls": False}),
-    "Anthropic's schema": (MESSAGES, GrammarOrigin.STRUCTURED_OUTPUT, {"output_config": {"format": SCHEMA}}),
-    "any tool": (MESSAGES, GrammarOrigin.FORCED_TOOL, {"tools": TOOLS[MESSAGES], "tool_choice": {"type": "any"}}),
+    "one call": (RESPONSES, {"tools": TOOLS[RESPONSES], "parallel_tool_calls": False}),
+    "Anthropic's schema": (MESSAGES, {"output_config": {"format": SCHEMA}}),
+    "any tool": (MESSAGES, {"tools": TOOLS[MESSAGES], "tool_choice": {"type": "any"}}),
     "one tool": (
         MESSAGES,
-        GrammarOrigin.FORCED_TOOL,
         {"tools": TOOLS[MESSAGES], "tool_choice": {"type": "tool", "name": "get_weather"}},
     ),
     "Anthropic's strict tool": (
         MESSAGES,
-        GrammarOrigin.STRICT_TOOLS,
         {"tools": [TOOLS[MESSAGES][0] | {"strict": True}]},
     ),
     "Anthropic's one call": (
         MESSAGES,
-        GrammarOrigin.STRICT_TOOLS,
         {"tools": TOOLS[MESSAGES], "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
+    ),
+    "tools that a message changes": (
+        MESSAGES,
+        {
+            "messages": [
+                {"role": "user", "content": "x"},
+                {"role": "system", "content": [{"type": "tool_removal", "tool": {}}]},
+            ]
+        },
     ),
 }
 
 
 @pytest.mark.parametrize("case", RESTRICTED)
-def test_what_restricts_the_tokens_is_read_and_scored_where_it_can_be_rebuilt(wire: Wire, case: str) -> None:
-    path, origin, more = RESTRICTED[case]
+def test_what_restricts_the_tokens_is_scored_where_the_plugin_says_what_is_allowed(wire: Wire, case: str) -> None:
+    path, more = RESTRICTED[case]
     body = ask(path) | more
-    wire.interceptor.policy = tapping(grammars=True, tool_grammars=True)
+    wire.interceptor.policy = tapping(grammars=True)
     wire.send(path, body)
     (capture,) = wire.captures
-    assert capture.grammar is not None
-    assert (capture.grammar.origin, capture.from_tap) == (origin, True)
+    assert (capture.grammar, capture.from_tap, capture.nonce != "") == (True, True, True)
     assert " grammar " in capture.kind
-    wire.interceptor.policy = tapping()
-    assert wire.send(path, body).sent == json_splice.encode(body)
-    reason = "structured_output" if origin is GrammarOrigin.STRUCTURED_OUTPUT else "forced_tool"
-    assert wire.shadow("skipped", reason) == 1
-    wire.interceptor.policy = policy(grammars=True, tool_grammars=True)
+    for without in (tapping(), policy()):
+        wire.interceptor.policy = without
+        assert wire.send(path, body).sent == json_splice.encode(body)
+    assert wire.shadow("skipped", "grammar") == 2
+    wire.interceptor.policy = policy(grammars=True)
     wire.send(path, body)
     assert wire.shadow("skipped", "no_token_ids") == 1
-
-
-@BOTH
-def test_a_very_large_grammar_is_counted_as_one(path: str) -> None:
-    schema = {"type": "object", "properties": {"a": {"description": "x" * MAX_GRAMMAR_BYTES}}}
-    more = {"text": {"format": SCHEMA | {"schema": schema}}, "output_config": {"format": SCHEMA | {"schema": schema}}}
-    tools = [TOOLS[path][0] | {"description": "x" * 1_000_000}]
-    required: Any = "required" if path == RESPONSES else {"type": "any"}
-    for large in (more, {"tools": tools, "tool_choice": required}):
-        found = read_request(json_splice.encode(ask(path) | large), form=FORM[path])
-        assert found.unscorable is Unscorable.GRAMMAR_TOO_LARGE
-        assert not found.from_tap
-    found = read_request(json_splice.encode(ask(path) | {"tools": tools}), form=FORM[path])
-    assert found.from_tap, "nothing restricts how they are called"
 
 
 _VALUES = st.recursive(
@@ -280,36 +262,27 @@ _MEMBERS = st.sampled_from(
 @given(st.sampled_from([RESPONSES, MESSAGES]), st.dictionaries(_MEMBERS, _VALUES))
 def test_reading_a_grammar_never_fails(path: str, more: dict[str, Any]) -> None:
     """Whatever vLLM refuses of it, it explains to the client."""
-    for free_calls in ("strict", "always"):
-        read_request(json_splice.encode(ask(path) | more), form=FORM[path], free_calls=free_calls)
+    read_request(json_splice.encode(ask(path) | more), form=FORM[path])
 
 
 @BOTH
-def test_calls_that_the_server_restricts_by_its_own_setting_have_a_grammar(path: str) -> None:
+def test_calls_that_the_model_is_free_to_make_have_no_grammar(path: str) -> None:
     none: Any = "none" if path == RESPONSES else {"type": "none"}
     auto: Any = "auto" if path == RESPONSES else {"type": "auto"}
-    cases: list[tuple[dict[str, Any], bool]] = [
-        ({}, False),
-        ({"tools": []}, False),
-        ({"tools": TOOLS[path]}, True),
-        ({"tools": TOOLS[path], "tool_choice": auto}, True),
-        ({"tools": TOOLS[path], "tool_choice": none}, False),
+    named = TOOLS[path][0] | {"description": 'has a member "strict": true'}
+    cases: list[dict[str, Any]] = [
+        {},
+        {"tools": []},
+        {"tools": TOOLS[path]},
+        {"tools": [named]},
+        {"tools": TOOLS[path], "tool_choice": auto},
+        {"tools": [TOOLS[path][0] | {"strict": True}], "tool_choice": none},
+        {"tools": [TOOLS[path][0] | {"strict": False}]},
     ]
-    for more, restricted in cases:
-        body = json_splice.encode(ask(path) | more)
-        for level in ("never", "strict", "always"):
-            found = read_request(body, form=FORM[path], free_calls=level)
-            assert found.from_tap
-            assert (found.grammar is not None) == (restricted and level == "always")
-
-
-@BOTH
-def test_and_the_policy_says_whether_it_does(wire: Wire, path: str) -> None:
-    wire.interceptor.policy = tapping(free_calls="always")
-    body = ask(path, tools=TOOLS[path])
-    assert wire.send(path, body).sent == json_splice.encode(body)
-    assert wire.shadow("skipped", "forced_tool") == 1
-    assert not wire.captures
+    for more in cases:
+        found = read_request(json_splice.encode(ask(path) | more), form=FORM[path])
+        assert found.from_tap
+        assert not found.grammar, more
 
 
 def test_turns_of_one_conversation_are_recognized() -> None:

@@ -131,12 +131,12 @@ NAMED_TOOL = {"type": "function", "function": {"name": "get_weather"}}
 UNJUDGED: dict[str, tuple[str, str, dict[str, Any]]] = {
     # Reason, path, body.
     "a JSON object": (
-        "structured_output",
+        "grammar",
         CHAT,
         {"messages": [user("Give me a city as JSON.")], "response_format": {"type": "json_object"}, "max_tokens": 40},
     ),
     "a schema": (
-        "structured_output",
+        "grammar",
         CHAT,
         {
             "messages": [user("Weather in Paris?")],
@@ -145,12 +145,12 @@ UNJUDGED: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
     "a choice": (
-        "structured_output",
+        "grammar",
         COMPLETIONS,
         {"prompt": "Yes or no?", "structured_outputs": {"choice": ["yes", "no"]}, "max_tokens": 4},
     ),
     "a forced tool": (
-        "forced_tool",
+        "grammar",
         CHAT,
         {"messages": [user("Weather in Paris?")], "tools": TOOLS, "tool_choice": NAMED_TOOL, "max_tokens": 40},
     ),
@@ -188,7 +188,7 @@ def test_what_cannot_be_scored_is_not_changed_while_a_profile_serves(
     wire.interceptor.policy = policy(served=VERSION, control_fraction=0.0, treat_unjudged=True)
     treated = wire.send(path, body)
     assert treated.status == 200
-    if reason in ("structured_output", "forced_tool"):
+    if reason == "grammar":
         # Of a kind that only a profile of its own could treat.
         assert treated.sent == plain.sent
         assert wire.calibration("none", "no_profile") == 1

@@ -14,7 +14,6 @@ from hemostat.config.schema import Admin, Settings
 from hemostat.engines.lora.check import probe_adapters
 from hemostat.learner.adapters.folders import FolderError, find_compressed, find_folders
 from hemostat.models import packages
-from hemostat.openai.tool_parsers import TOOL_FORMATS
 from hemostat.reference import make_references
 from hemostat.reference.engines import other_engines
 from hemostat.reference.itself import same_model
@@ -26,7 +25,6 @@ from hemostat.reference.protocol import FailureReason, Reference, ReferenceFailu
 from hemostat.reference.references import References
 from hemostat.reference.server import Refused, VllmServer
 from hemostat.reference.thinking_markers import find_markers
-from hemostat.shadow.grammar.masks import unavailable
 from hemostat.store.factory import open_store
 from hemostat.store.postgres import PostgresStore
 from hemostat.store.protocol import StoreAccessDenied, StoreFailure, StoreIncompatible
@@ -54,8 +52,6 @@ async def check(settings: Settings) -> list[Finding]:
         answers = all(f.state is not State.NO for f in findings if f.what == "upstream")
         if answers:
             findings += await other_engines(server, settings)
-        if references is not None:
-            findings.append(await asyncio.to_thread(_grammars, settings))
         if references is None:
             findings.append(
                 Finding(
@@ -144,25 +140,6 @@ def _engine_token(admin: Admin) -> Finding:
     if admin.token is None:
         return Finding(what, State.NOTE, "not set: the plugin in vLLM can neither report nor fetch profiles", fix)
     return Finding(what, State.NOTE, "not set: engines need admin.token, with which a vLLM host can change all", fix)
-
-
-def _grammars(settings: Settings) -> Finding:
-    """Whether requests under a grammar are scored."""
-    grammar = settings.grammar
-    problem = unavailable(grammar) or packages.problem("grammar")
-    if problem:
-        return Finding("grammars", State.NOTE, f"structured output and forced tools are not scored: {problem}")
-    if grammar.tool_call_parser in TOOL_FORMATS:
-        text = (
-            f"structured output and forced tools ({grammar.tool_call_parser}) are scored where the reference is exact"
-        )
-        return Finding("grammars", State.OK, text)
-    text = "structured output is scored where the reference is exact; forced and strict tools are not"
-    fix = "set grammar.tool_call_parser to the server's --tool-call-parser"
-    if grammar.tool_call_parser is not None:
-        text += f": what {grammar.tool_call_parser} makes of them cannot be rebuilt"
-        fix = ""
-    return Finding("grammars", State.NOTE, text, fix)
 
 
 async def _upstream(server: VllmServer, settings: Settings) -> list[Finding]:

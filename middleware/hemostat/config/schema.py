@@ -41,7 +41,6 @@ from hemostat.config.fields import (
     text_is_model,
     yaml_off,
 )
-from hemostat.config.grammar import Grammar
 from hemostat.config.reasoning_parsers import PARSERS
 from hemostat.config.store_url import split_store_url
 from hemostat.config.text import short_repr
@@ -453,7 +452,6 @@ class Settings(Section):
     control: ControlSettings = ControlSettings()
     reference: Reference = Reference()
     reasoning: Reasoning = Reasoning()
-    grammar: Grammar = Grammar()
     shadow: Shadow = Shadow()
     calibration: Calibration = Calibration()
     evidence: Evidence = Evidence()

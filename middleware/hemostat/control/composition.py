@@ -53,8 +53,6 @@ from hemostat.reference import make_compressed_scorer, make_references
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ModelPair
 from hemostat.shadow import assignment, relay_samples
-from hemostat.shadow.grammar.conditioning import Conditioning
-from hemostat.shadow.grammar.masks import GrammarMasks, unavailable
 from hemostat.shadow.limits import Breakers
 from hemostat.shadow.pipeline import RecordConsumers, ScoringPipeline
 from hemostat.shadow.reasons import Outcome
@@ -148,7 +146,6 @@ class Control:
             clock=clock,
         )
         self.subject = LearningSubject(calibration, self.profile_manager, self.monitor, self.learner, self.adapters)
-        self.grammars = GrammarMasks(settings.grammar, clock)
         self.pipeline = ScoringPipeline(
             settings,
             self.monitor,
@@ -170,7 +167,6 @@ class Control:
             clock=clock,
             draw=draw,
             on_change=changes.notify,
-            conditioning=Conditioning(settings.grammar, self.grammars),
             distances=self.adapters.judge if settings.adapter.enabled else None,
             decides=lambda: self.ownership.active,
         )
@@ -187,7 +183,6 @@ class Control:
             clock,
             salt=lambda: self.stored_state.salt,
             adapters=self.adapters.hosts,
-            grammars=unavailable(settings.grammar),
             addresses=self.addresses,
             upstreams=self.upstreams,
             outcomes=sampling,
@@ -356,7 +351,6 @@ class Control:
     async def close(self) -> None:
         """Write what is queued for the store, and release all resources."""
         self.pipeline.distances.flush()
-        await self.grammars.close()
         for scorer in (self.references, self.compressed_scorer):
             if scorer is not None:
                 await scorer.close()

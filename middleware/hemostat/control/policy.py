@@ -14,7 +14,6 @@ from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.messages import Policy
 from hemostat.measurement.outcome_sampling import OutcomeSampling
-from hemostat.openai.tool_parsers import TOOL_FORMATS, restricted_free_calls
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.shadow.answer_losses import AnswerLosses
@@ -58,13 +57,11 @@ class PolicyPublisher:
         clock: Callable[[], float],
         salt: Callable[[], bytes],
         adapters: LoadedAdapters,
-        grammars: str,
         addresses: EngineAddresses,
         upstreams: UpstreamEngines,
         outcomes: OutcomeSampling,
         captures: CaptureSampling,
     ) -> None:
-        """grammars: why no grammar can be rebuilt here; "" where it can."""
         self.settings = settings
         """May be replaced; used at the next `publish`."""
         self._link = link
@@ -76,7 +73,6 @@ class PolicyPublisher:
         self._clock = clock
         self._salt = salt
         self._adapters = adapters
-        self._grammars = not grammars
         self._addresses = addresses
         self._upstreams = upstreams
         self._outcomes = outcomes
@@ -127,10 +123,7 @@ class PolicyPublisher:
         by_engine = self._held_by_engine(now) if self._addresses.several else None
         held = self._usable(self._engines.acknowledged(now), "") if by_engine is None else frozenset[str]()
         available = held.union(*(by_engine or {}).values())
-        grammar = self.settings.grammar
-        grammars = self._grammars and any(
-            pair.reference is not None and pair.reference.full_vocabulary for pair in served.pairs
-        )
+        full = any(pair.reference is not None and pair.reference.full_vocabulary for pair in served.pairs)
         return Policy(
             generation=0,
             mode=profiles.serving.mode,
@@ -162,9 +155,7 @@ class PolicyPublisher:
             nonce_prefix=self._engines.nonce_prefix,
             salt=self._salt(),
             client_header=self.settings.evidence.client_header,
-            grammars=grammars,
-            tool_grammars=grammars and grammar.tool_call_parser in TOOL_FORMATS,
-            free_calls=restricted_free_calls(grammar.tool_call_parser, grammar.tool_strict_level),
+            grammars=full and self._engines.tells_sets(now),
             treat_unjudged=calibration.treat_unjudged,
             drained=self._upstreams.drained,
             outcome_fraction=self._outcomes.reported,

@@ -17,12 +17,14 @@ RUN_BYTES, RUN_VERSION_BYTES = 512, 192
 """What a run takes in memory beside its numbers, about, and what each of its versions does."""
 MAX_POSITIONS = 1 << 18
 """Output positions of one tapped request."""
+FREE, UNKNOWN = -1, -2
+"""In `TapRun.set_rows`."""
 
 EVENTS = frozenset(
     {
         *("requests_bound", "requests_unknown", "requests_declined", "requests_refused"),
         *("rows_applied", "rows_clamped", "rows_kl_clamped", "rows_masked", "steps_misfit"),
-        *("features_dropped", "taps_sent", "taps_dropped"),
+        *("features_dropped", "sets_unknown", "taps_sent", "taps_dropped"),
         *("profiles_refused", "profiles_failed", "profiles_missing", "fetch_errors", "report_errors", "agent_errors"),
         *("adapters_loaded", "adapters_failed", "adapters_evicted"),
     }
@@ -76,6 +78,8 @@ class EngineReport(msgspec.Struct, frozen=True):
     """None: the engine was started without --enable-lora, or the general plugin is not enabled."""
     answers: bool = False
     """The plugin hands out answers (`TapAnswer`)."""
+    sets: bool = False
+    """Taps say which ids a grammar allows (`TapRun.set_rows`)."""
     model: Annotated[str, msgspec.Meta(max_length=256)] = ""
     """First served name of the model that `weights` is of."""
     weights: Fingerprint = ""
@@ -94,6 +98,9 @@ class TapRun(msgspec.Struct, frozen=True):
     engine admitted them.
     previous_ids: little-endian int32 [tokens], the id at the position before each, -1 where it is not known; None: of
     an older plugin.
+    set_rows: little-endian int32 [tokens], which of the run's sets of ids is allowed at each position, FREE where every
+    id is, UNKNOWN where that is not known; empty: nothing restricts any of them. sets: uint32 [sets, ceil(V / 32)],
+    compressed with zlib; see `hemostat_calibration.allowed_sets`.
     """
 
     nonce: Name
@@ -105,11 +112,14 @@ class TapRun(msgspec.Struct, frozen=True):
     features: bytes | None = None
     child: Annotated[int, msgspec.Meta(ge=0, lt=MAX_CHILDREN)] = 0
     previous_ids: bytes | None = None
+    set_rows: bytes = b""
+    sets: bytes = b""
 
     @property
     def size(self) -> int:
         """Bytes that it takes without its features, about."""
         numbers = len(self.previous_ids or b"") + sum(map(len, self.versions.values()))
+        numbers += len(self.set_rows) + len(self.sets)
         return RUN_BYTES + RUN_VERSION_BYTES * len(self.versions) + numbers
 
     def matrix(self) -> npt.NDArray[np.float16] | None:
@@ -205,6 +215,10 @@ def decode_tap(body: bytes) -> TapMessage:
         if run.previous_ids is not None and len(run.previous_ids) != 4 * run.tokens:
             raise InvalidEngineMessage(
                 f"tap of {run.nonce} has {len(run.previous_ids)} bytes of previous_ids: not {run.tokens} of int32"
+            )
+        if len(run.set_rows) not in {0, 4 * run.tokens}:
+            raise InvalidEngineMessage(
+                f"tap of {run.nonce} has {len(run.set_rows)} bytes of set_rows: not {run.tokens} of int32"
             )
     return message
 

@@ -88,6 +88,11 @@ class EngineRegistry:
         live = self.live(now)
         return bool(live) and all(report.answers for report in live)
 
+    def tells_sets(self, now: float) -> bool:
+        """Whether every live engine says which ids a grammar allows."""
+        live = self.live(now)
+        return bool(live) and all(report.sets for report in live)
+
     def acknowledged(self, now: float) -> frozenset[str]:
         """Versions that every rank of every live engine holds; empty while any rank is missing or silent."""
         return self.held_by_all(self.boots(now), now)

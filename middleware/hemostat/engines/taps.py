@@ -7,7 +7,7 @@ and bytes are bounded, and what is made of them by the output's length: an engin
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,7 @@ class TapResult:
     log_normalizer: by version, log E_c[e^Δz] in nats by output position, float64 [T]; NaN where it has none. Of the
     first MAX_VERSIONS_PER_TAP versions that the engine named.
     features: the logits at the anchors; None when the engine sent none.
+    runs: as they came, which say which ids a grammar allows; a later one replaces an earlier one.
     """
 
     boot_id: str
@@ -48,6 +49,7 @@ class TapResult:
     mixed: bool
     log_normalizer: Mapping[str, npt.NDArray[np.float64]]
     features: Features | None = None
+    runs: Sequence[TapRun] = ()
 
 
 @dataclass(slots=True)
@@ -167,7 +169,7 @@ class TapBuffer:
                 _put(by_version[version], run.start, np.frombuffer(values, "<f8"))
         applied = {run.applied for run in child.runs}
         features = _features(child.runs, length)
-        return TapResult(tap.boot_id, child.runs[-1].applied, len(applied) > 1, by_version, features)
+        return TapResult(tap.boot_id, child.runs[-1].applied, len(applied) > 1, by_version, features, child.runs)
 
     def expire(self, now: float) -> None:
         """Drop what was not taken within TAP_SECONDS."""

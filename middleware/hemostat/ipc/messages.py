@@ -10,7 +10,6 @@ import msgspec
 
 from hemostat.ipc.codec import MessageCodec
 from hemostat.ipc.framing import FrameReader, frame
-from hemostat.openai.grammar_spec import GrammarSpec
 from hemostat.openai.kinds import is_conditional
 
 PROTOCOL = 1
@@ -131,8 +130,8 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     logprobs: list[bytes] = []
     """The JSON of the response's `logprobs`, in pieces, as it came: it is parsed where the capture is scored. Empty
     where the candidates are here as arrays."""
-    grammar: GrammarSpec | None = None
-    """What restricted the tokens: then the log-probabilities are conditional on what it allows."""
+    grammar: bool = False
+    """A grammar restricted the tokens: then the log-probabilities are conditional on what it allows."""
 
 
 class OutcomeReport(msgspec.Struct, frozen=True, array_like=True):
@@ -270,11 +269,7 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     default_model: str = ""
     """The served name that answers a request without one; "" while it is not known."""
     grammars: bool = False
-    """Requests whose tokens a grammar restricts can be scored."""
-    tool_grammars: bool = False
-    """The same where the grammar is made of tools."""
-    free_calls: str = "strict"
-    """Which tool calls that the model is free to make vLLM restricts; see `grammar_spec.read_grammar`."""
+    """Requests whose tokens a grammar restricts can be scored: every engine's plugin says which ids it allows."""
     drained: frozenset[str] = frozenset()
     """Engines (`EngineHealth.engine`) that get no new requests."""
     openai_sampling_defaults: bool = False

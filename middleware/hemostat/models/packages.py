@@ -13,7 +13,6 @@ from hemostat_calibration.errors import HemostatError
 EXTRAS = {
     "transformers": ("torch", "transformers", "accelerate"),
     "adapters": ("torch", "transformers", "accelerate", "compressed_tensors"),
-    "grammar": ("xgrammar", "torch", "transformers"),
     "report": ("jinja2",),
 }
 """Extra -> modules. adapters: whatever reads or writes checkpoints that are compressed."""

@@ -48,7 +48,6 @@ _MAX_BYTES_PER_CHARACTER: Final = 12
 """A JSON string's longest character: an escaped pair of surrogates."""
 _NAMED: Final = frozenset({"model", "label"})
 """Parts that a name follows."""
-_STRUCTURED: Final = frozenset({Unscorable.STRUCTURED_OUTPUT, Unscorable.FORCED_TOOL, Unscorable.GRAMMAR_TOO_LARGE})
 _NO_TOOLS: Final = ("none", {"type": "none"})
 """The latter in `/v1/messages`."""
 _CODE_SIGNS: Final = (
@@ -141,7 +140,7 @@ def _edges(raw: memoryview) -> bytes:
 
 
 def _output(request: Request, words: set[bytes], first: list[bytes]) -> str:
-    if request.grammar is not None or request.unscorable in _STRUCTURED:
+    if request.grammar or request.unscorable is Unscorable.GRAMMAR:
         return GRAMMAR_PART
     if request.tools and request.body.raw("tools") != b"[]" and _given(request, "tool_choice") not in _NO_TOOLS:
         return "tools"

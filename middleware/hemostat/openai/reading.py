@@ -5,7 +5,6 @@ from __future__ import annotations
 from hemostat.openai.complexity import check_complexity
 from hemostat.openai.form import Form
 from hemostat.openai.forms.table import FORMATS
-from hemostat.openai.grammar_spec import GrammarTooLarge
 from hemostat.openai.json_splice import JsonObject
 from hemostat.openai.model_name import is_version
 from hemostat.openai.requests import (
@@ -28,7 +27,7 @@ def read_request(
     scorable_models: frozenset[str] | None = None,
     default_model: str = "",
     adapter_names: bool = False,
-    free_calls: str = "strict",
+    grammars: bool = True,
 ) -> Request:
     """Parse a client's body; raises one of MALFORMED where it is not an object with distinct keys, and of these
     TooComplex where that would take too long.
@@ -37,7 +36,7 @@ def read_request(
     scorable_models: names that are compared with a matched reference; None: not known, no name is excluded.
     default_model: the name of the model that answers a request without one.
     adapter_names: a name that is a profile's version is an adapter of Hemostat's.
-    free_calls: see `grammar_spec.read_grammar`.
+    grammars: requests whose tokens a grammar restricts can be scored.
     """
     check_complexity(data)
     body = JsonObject(data)
@@ -55,12 +54,9 @@ def read_request(
     if xargs is not None and not isinstance(xargs, dict):
         unscorable = Unscorable.INVALID
     xargs = xargs if isinstance(xargs, dict) else {}
-    grammar = None
-    try:
-        grammar = FORMATS[form].grammar(body, free_calls)
-    except GrammarTooLarge:
-        if unscorable is None or unscorable in FROM_TAP:
-            unscorable = Unscorable.GRAMMAR_TOO_LARGE
+    grammar = FORMATS[form].restricts_tokens(body)
+    if grammar and not grammars and (unscorable is None or unscorable in FROM_TAP):
+        unscorable = Unscorable.GRAMMAR
     client_profile = xargs.get(PROFILE_XARG)
     key = details.conversation
     return Request(

@@ -14,7 +14,6 @@ from typing import Any
 import msgspec
 
 from hemostat.openai.form import Form
-from hemostat.openai.grammar_spec import GrammarSpec
 from hemostat.openai.json_splice import NULL, JsonObject, encode
 from hemostat_calibration.records import Sampling
 
@@ -32,14 +31,10 @@ class Unscorable(StrEnum):
     N = "n"
     """More choices than MAX_CHOICES; or several in a stream without usage, with tools, where lost ids would not be
     noticed; or several in an arm, where the engine's plugin does not tell by choice which profile it applied."""
-    STRUCTURED_OUTPUT = "structured_output"
-    """A grammar restricts the tokens, and requests under a grammar cannot be scored here (section `grammar` of the
-    configuration); or the request has parameters (`guided_…`) that vLLM 0.32 ignores and older ones enforce."""
-    FORCED_TOOL = "forced_tool"
-    """A tool call is forced, or restricted by a strict tool, and these cannot be scored here; or a conversation of
-    `/v1/messages` changes its tools on the way."""
-    GRAMMAR_TOO_LARGE = "grammar_too_large"
-    """A grammar restricts the tokens, and it is too large."""
+    GRAMMAR = "grammar"
+    """A grammar restricts the tokens (structured output, a forced or strict tool), and the engine's plugin does not say
+    which ids it allows, or no reference knows its whole vocabulary; or the request has parameters (`guided_…`) that
+    vLLM 0.32 ignores and older ones enforce."""
     ECHO = "echo"
     """The response would contain the prompt."""
     CLIENT_LOGPROBS = "client_logprobs"
@@ -156,8 +151,8 @@ class Request:
     """Of all prompts together."""
     prompts: int = 1
     wish: LogprobWish = NO_WISH
-    grammar: GrammarSpec | None = None
-    """What restricts the tokens; None where nothing does."""
+    grammar: bool = False
+    """A grammar restricts the tokens."""
 
     @property
     def from_tap(self) -> bool:

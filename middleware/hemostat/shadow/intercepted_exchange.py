@@ -29,7 +29,6 @@ from hemostat.openai.tokens import (
 )
 from hemostat.shadow.assignment import conversation_digest, outcome_number
 from hemostat.shadow.client_headers import ClientOptions
-from hemostat.shadow.grammar.enforced import with_scorable_grammar
 from hemostat.shadow.profile_choice import (
     ArmReason,
     Choice,
@@ -208,7 +207,7 @@ class InterceptedExchange:
                 scorable_models=policy.scorable_models,
                 default_model=policy.default_model,
                 adapter_names=policy.adapter_names,
-                free_calls=policy.free_calls,
+                grammars=policy.grammars,
             )
         except TooComplex:
             self._pass_unread(SkipReason.TOO_COMPLEX)
@@ -216,7 +215,6 @@ class InterceptedExchange:
         except MALFORMED:
             self._pass_unread(SkipReason.BAD_JSON)
             return None
-        request = with_scorable_grammar(request, policy)
         several = policy.scorable_models is not None and len(policy.scorable_models) > 1
         self._kind = kind_name(request, self._options.label, several_models=several)
         self._conversation = conversation_digest(request.conversation_key, policy.salt)

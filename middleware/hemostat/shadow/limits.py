@@ -80,7 +80,6 @@ def _size(capture: Capture) -> int:
         + len(capture.candidate_logprobs)
         + len(capture.emitted_logprobs)
         + sum(map(len, capture.logprobs))
-        + (0 if capture.grammar is None else sum(map(len, capture.grammar.members.values())))
     )
 
 

@@ -43,7 +43,6 @@ from hemostat.reference.protocol import Reference
 from hemostat.shadow.answer_losses import AnswerLosses
 from hemostat.shadow.distances import DistanceSource, DistanceWaits
 from hemostat.shadow.endings import EndingCounts
-from hemostat.shadow.grammar.conditioning import Conditioning
 from hemostat.shadow.limits import Breakers, CaptureSampling, ShadowQueue, TokenBudget
 from hemostat.shadow.noise_floor import NoiseFloorMeter
 from hemostat.shadow.reasons import Outcome, ScoringDropReason
@@ -104,7 +103,6 @@ class ScoringPipeline:
 
     scores: False with `reference.backend: none`; then every capture is dropped.
     compressed_scorer: the upstream, asked to score its own tokens; None without `shadow.floor_fraction`.
-    conditioning: of captures whose tokens a grammar restricted.
     distances: who computes exact distances; None: nobody, and no adapter is judged.
     decides: False while what records say is to change nothing.
     clock: monotonic seconds. draw: uniform numbers in [0, 1), for the noise floor's own sampling.
@@ -125,7 +123,6 @@ class ScoringPipeline:
         clock: Callable[[], float],
         draw: Callable[[], float],
         on_change: Callable[[], None],
-        conditioning: Conditioning,
         distances: DistanceSource | None = None,
         decides: Callable[[], bool] = lambda: True,
     ) -> None:
@@ -175,7 +172,6 @@ class ScoringPipeline:
             endings=self.endings,
             answer_losses=self.answer_losses,
             emit=self.use_record,
-            conditioning=conditioning,
             taken=self.sampling.taken,
             clock=clock,
             profile_in_request=settings.calibration.apply == "request",

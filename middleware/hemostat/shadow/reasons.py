@@ -70,6 +70,16 @@ class ScoringSkipReason(StrEnum):
     """More tokens than `shadow.max_tokens`, of a response without token ids."""
     EMPTY_ANSWER = "empty"
     """The answer has no token, or its prompt has none."""
+    GRAMMAR_NOT_REPORTED = "grammar_not_reported"
+    """The engine's plugin did not say at every position which ids the grammar allows."""
+    GRAMMAR_TOO_LARGE = "grammar_too_large"
+    """The sets of allowed ids are too large."""
+    GRAMMAR_MISMATCH = "grammar_mismatch"
+    """An emitted id, or a listed one with a probability, is not allowed; or a listed one without is."""
+    GRAMMAR_UNKNOWN = "grammar_unknown"
+    """The tokens were restricted, though nothing in the request restricts them."""
+    GRAMMAR_NEEDS_FULL_VOCABULARY = "grammar_needs_full_vocabulary"
+    """The reference gives only its top ids: its distribution over the allowed ids does not follow from them."""
 
 
 class ScoringDropReason(StrEnum):

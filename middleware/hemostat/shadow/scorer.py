@@ -33,9 +33,8 @@ from hemostat.reference.protocol import (
     ScoreRequest,
 )
 from hemostat.shadow.answer_losses import AnswerLosses
+from hemostat.shadow.conditioning import ConditioningFailure, condition
 from hemostat.shadow.endings import EndingCounts, invalid_record, reference_failed
-from hemostat.shadow.grammar.conditioning import Conditioning
-from hemostat.shadow.grammar.reasons import GrammarFailure, GrammarReason
 from hemostat.shadow.limits import Breaker, Breakers, BreakerState, ShadowQueue, TokenBudget
 from hemostat.shadow.reasons import Outcome, ScoringDropReason, ScoringSkipReason
 from hemostat.shadow.record_builder import (
@@ -68,10 +67,10 @@ MAX_SCORE_SECONDS = 120.0
 MIN_TOKENS_PER_SECOND = 100.0
 """Of a reference that works: a slow one needs minutes for a long prompt, and has not failed then."""
 
-_NEVER_SCORABLE: Mapping[FailureReason, ScoringSkipReason | GrammarReason] = {
+_NEVER_SCORABLE: Mapping[FailureReason, ScoringSkipReason] = {
     FailureReason.TOO_LONG: ScoringSkipReason.REFERENCE_TOO_LONG,
     FailureReason.NO_ADAPTER: ScoringSkipReason.REFERENCE_NO_ADAPTER,
-    FailureReason.GRAMMAR_NEEDS_FULL_VOCABULARY: GrammarReason.NEEDS_FULL_VOCABULARY,
+    FailureReason.GRAMMAR_NEEDS_FULL_VOCABULARY: ScoringSkipReason.GRAMMAR_NEEDS_FULL_VOCABULARY,
 }
 """Failures that are a property of the request: they say nothing of the reference's health."""
 
@@ -121,7 +120,6 @@ class Scorer:
         answer_losses: AnswerLosses,
         emit: Callable[[TokenRecord, Capture], None],
         clock: Callable[[], float],
-        conditioning: Conditioning,
         taken: Callable[[float], None] = lambda seconds: None,
         profile_in_request: bool = False,
         max_scored: int | None = None,
@@ -141,7 +139,6 @@ class Scorer:
         self._emit = emit
         self._taken = taken
         self._clock = clock
-        self._conditioning = conditioning
         self._profile_in_request = profile_in_request
         self._wake = asyncio.Event()
         self._answer_awaited = asyncio.Event()
@@ -188,7 +185,7 @@ class Scorer:
 
     async def _run_worker(self) -> None:
         while True:
-            capture = self._queue.take(self._is_ready)
+            capture = self._queue.take(self._tap_is_complete)
             if capture is None:
                 await self._wait_for_work()
                 continue
@@ -196,9 +193,9 @@ class Scorer:
             started = self._clock()
             try:
                 await self._score(capture)
-            except GrammarFailure as failure:
+            except ConditioningFailure as failure:
                 self._endings.count(Outcome.SKIPPED, failure.reason, capture)
-                log.info("the grammar of %s: %s: %s", capture.request_id, failure.reason, failure)
+                log.info("what was allowed in %s: %s: %s", capture.request_id, failure.reason, failure)
             except UnreadableLogprobsError as error:
                 self._endings.count(Outcome.SKIPPED, ScoringSkipReason.NO_LOGPROBS, capture)
                 log.warning("%s", error)
@@ -216,19 +213,13 @@ class Scorer:
                 self._taken(self._clock() - started)
 
     async def _wait_for_work(self) -> None:
-        """Until a capture comes; while others wait for their taps or grammars, at most TAP_POLL_SECONDS."""
+        """Until a capture comes; while others wait for their taps, at most TAP_POLL_SECONDS."""
         self._wake.clear()
         if not len(self._queue):
             await self._wake.wait()
             return
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), TAP_POLL_SECONDS)
-
-    def _is_ready(self, capture: Capture) -> bool:
-        """Nothing has to be waited for any more, neither the engine's tap nor what rebuilds grammars."""
-        pair = self._models.served.of(capture.model) if capture.grammar is not None else None
-        grammar = self._conditioning.ready(capture, None if pair is None else pair.reference)
-        return grammar and self._tap_is_complete(capture)
 
     def _tap_is_complete(self, capture: Capture) -> bool:
         """The engine has reported every position of the output, or the time to wait for that is up."""
@@ -253,7 +244,8 @@ class Scorer:
             return
         arrays = decode_capture(capture, self._max_scored)
         check_vocabulary(arrays, info.vocab_size)
-        arrays, allowed = await self._conditioning.condition(capture, arrays, info, pair.markers)
+        given = (capture, arrays, info, tap)
+        arrays, allowed = await asyncio.to_thread(condition, *given) if capture.grammar else condition(*given)
         tokens = len(arrays.context) + len(arrays.output)
         await self._budget.take(tokens, self._clock)
         # Profiles are for one model. Of the others, the distributions alone are of use.

@@ -20,10 +20,10 @@ from hemostat.openai.forms.shared import (
     unscorable_parameters,
     usage_requested,
 )
-from hemostat.openai.grammar_spec import GrammarSpec, read_grammar
 from hemostat.openai.json_splice import JsonObject, encode
 from hemostat.openai.observing import EndingObserver
 from hemostat.openai.requests import NO_WISH, LogprobWish, Message, Request, Unscorable
+from hemostat.openai.restrictions import restricts_chat
 from hemostat.openai.stripping import ChoiceStripper, choices_go_on, record_ending
 from hemostat.openai.tokens import ResponseTokens
 
@@ -62,8 +62,8 @@ class Chat:
             wish=wish or NO_WISH,
         )
 
-    def grammar(self, body: JsonObject, free_calls: str) -> GrammarSpec | None:
-        return read_grammar(body, free_calls=free_calls)
+    def restricts_tokens(self, body: JsonObject) -> bool:
+        return restricts_chat(body)
 
     def injected_members(self, request: Request, top_k: int) -> dict[str, bytes]:
         return injected_members(request) | {"logprobs": b"true", "top_logprobs": encode(top_k)}

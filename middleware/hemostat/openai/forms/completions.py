@@ -19,10 +19,10 @@ from hemostat.openai.forms.shared import (
     unscorable_parameters,
     usage_requested,
 )
-from hemostat.openai.grammar_spec import GrammarSpec, read_grammar
 from hemostat.openai.json_splice import NULL, JsonObject, encode
 from hemostat.openai.observing import EndingObserver
 from hemostat.openai.requests import NO_WISH, LogprobWish, Request, Unscorable
+from hemostat.openai.restrictions import restricts_chat
 from hemostat.openai.stripping import ChoiceStripper, choices_go_on, record_ending
 from hemostat.openai.tokens import ResponseTokens
 
@@ -60,8 +60,8 @@ class Completions:
             wish=wish or NO_WISH,
         )
 
-    def grammar(self, body: JsonObject, free_calls: str) -> GrammarSpec | None:
-        return read_grammar(body, tools=False)
+    def restricts_tokens(self, body: JsonObject) -> bool:
+        return restricts_chat(body, tools=False)
 
     def injected_members(self, request: Request, top_k: int) -> dict[str, bytes]:
         return injected_members(request) | {"logprobs": encode(top_k)}

@@ -9,13 +9,12 @@ from __future__ import annotations
 import msgspec
 
 from hemostat.openai.complexity import check_messages
-from hemostat.openai.forms.as_chat import chat_of_message
 from hemostat.openai.forms.protocol import Details
 from hemostat.openai.forms.shared import decode_or_none
 from hemostat.openai.forms.tapped import TappedForm
-from hemostat.openai.grammar_spec import GrammarSpec, read_grammar
 from hemostat.openai.json_splice import NULL, JsonObject
 from hemostat.openai.requests import Message, Unscorable
+from hemostat.openai.restrictions import restricts_message
 from hemostat.openai.tokens import ResponseTokens, TokenCount, Usage
 
 
@@ -56,8 +55,10 @@ class Messages(TappedForm):
             conversation=conversation,
         )
 
-    def grammar(self, body: JsonObject, free_calls: str) -> GrammarSpec | None:
-        return read_grammar(chat_of_message(body, free_calls), free_calls=free_calls)
+    def restricts_tokens(self, body: JsonObject) -> bool:
+        # A message may change the tools, which may then restrict calls.
+        raw = body.raw("messages")
+        return restricts_message(body) or b'"tool_addition"' in raw or b'"tool_removal"' in raw
 
     def record_ending(self, data: JsonObject, tokens: ResponseTokens) -> None:
         """Of an event (`message_start`, `message_delta`, …) or a whole response."""
@@ -98,8 +99,6 @@ def _unscorable(body: JsonObject, messages: list[Message] | None) -> Unscorable:
         return Unscorable.INVALID
     if _has_media(messages):
         return Unscorable.MULTIMODAL
-    if any(message.role == "system" and _changes_tools(message.content) for message in messages):
-        return Unscorable.FORCED_TOOL
     return Unscorable.NO_TOKEN_IDS
 
 
@@ -115,9 +114,3 @@ def _has_media(messages: list[Message]) -> bool:
             return True
         contents = [block.content for block in blocks]
     return False
-
-
-def _changes_tools(content: msgspec.Raw) -> bool:
-    """In such a conversation, `tools` are not those that calls are restricted to."""
-    raw = bytes(content)
-    return b'"tool_addition"' in raw or b'"tool_removal"' in raw

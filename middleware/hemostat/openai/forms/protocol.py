@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from hemostat.openai.grammar_spec import GrammarSpec
 from hemostat.openai.json_splice import JsonObject
 from hemostat.openai.requests import NO_WISH, LogprobWish, Message, Request, Unscorable
 from hemostat.openai.tokens import ResponseTokens
@@ -46,9 +45,8 @@ class Format(Protocol):
     def read(self, body: JsonObject) -> Details:
         """May raise one of MALFORMED."""
 
-    def grammar(self, body: JsonObject, free_calls: str) -> GrammarSpec | None:
-        """What restricts the tokens; None where nothing does. free_calls: see `read_grammar`. GrammarTooLarge, and one
-        of MALFORMED."""
+    def restricts_tokens(self, body: JsonObject) -> bool:
+        """Whether a grammar restricts the tokens; see `restrictions`. May raise one of MALFORMED."""
 
     def injected_members(self, request: Request, top_k: int) -> dict[str, bytes]:
         """The members (JSON) that make the engine return token ids, the `top_k` most likely ids with logprobs, and the

@@ -9,13 +9,12 @@ from __future__ import annotations
 import msgspec
 
 from hemostat.openai.complexity import check_messages
-from hemostat.openai.forms.as_chat import chat_of_response
 from hemostat.openai.forms.protocol import Details
 from hemostat.openai.forms.shared import decode_or_none
 from hemostat.openai.forms.tapped import TappedForm
-from hemostat.openai.grammar_spec import GrammarSpec, read_grammar
 from hemostat.openai.json_splice import NULL, JsonObject
 from hemostat.openai.requests import Message, Unscorable
+from hemostat.openai.restrictions import restricts_response
 from hemostat.openai.tokens import ResponseFailure, ResponseTokens, TokenCount, Usage
 
 
@@ -73,8 +72,8 @@ class Responses(TappedForm):
             conversation=_conversation(body, raw, items),
         )
 
-    def grammar(self, body: JsonObject, free_calls: str) -> GrammarSpec | None:
-        return read_grammar(chat_of_response(body, free_calls), free_calls=free_calls)
+    def restricts_tokens(self, body: JsonObject) -> bool:
+        return restricts_response(body)
 
     def record_ending(self, data: JsonObject, tokens: ResponseTokens) -> None:
         """Of an event (`response.created`, `response.completed`, …) or a whole response."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from hemostat.openai.json_splice import MALFORMED, NULL, JsonObject
+from hemostat.openai.json_splice import MALFORMED, JsonObject
 from hemostat.openai.requests import MAX_CHOICES, Request, Unscorable
 
 _GUIDED_KEYS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
@@ -16,11 +16,6 @@ class _StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class _Tool(msgspec.Struct):
-    strict: msgspec.Raw = msgspec.Raw(NULL)
-
-
-_tools: msgspec.json.Decoder[list[_Tool]] = msgspec.json.Decoder(list[_Tool])
 _stream_options: msgspec.json.Decoder[_StreamOptions | None] = msgspec.json.Decoder(_StreamOptions | None)
 
 
@@ -63,7 +58,7 @@ def unscorable_parameters(
     if prompt is not None:
         return prompt
     if any(body.has(key) for key in _GUIDED_KEYS):
-        return Unscorable.STRUCTURED_OUTPUT
+        return Unscorable.GRAMMAR
     if choices > MAX_CHOICES or (choices > 1 and value("stream") and body.has("tools") and not usage):
         return Unscorable.N
     return Unscorable.ECHO if value("echo") else None

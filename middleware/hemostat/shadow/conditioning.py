@@ -1,0 +1,152 @@
+"""From a capture under a grammar to what the grammar allowed: the sets of ids, and the candidates that are in them.
+
+vLLM masks the logits by the grammar before it takes log-probabilities, so what it returns is conditional on the allowed
+ids. The engine's plugin hands out the mask of each position with the tap. What it does not know, or does not fit what
+vLLM listed, is skipped and counted.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import numpy as np
+
+from hemostat.engines.messages import FREE, UNKNOWN, TapRun
+from hemostat.engines.taps import TapResult
+from hemostat.ipc.messages import Capture
+from hemostat.reference.protocol import ReferenceInfo
+from hemostat.shadow.reasons import ScoringSkipReason
+from hemostat.shadow.record_builder import CaptureArrays
+from hemostat_calibration.allowed_sets import WORD_BITS, AllowedSets, words
+from hemostat_calibration.arrays import Bools, Ids
+from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.records import Candidates
+
+MAX_TABLE_BYTES: Final = 32 << 20
+"""Of the distinct sets of one output."""
+IMPOSSIBLE_LOGPROB: Final = -9998.0
+"""What is less likely has a probability of 0: vLLM writes -9999 for -inf, which JSON does not have."""
+
+
+class ConditioningFailure(Exception):
+    """What was allowed at each position is not known, for `reason`."""
+
+    def __init__(self, reason: ScoringSkipReason, message: str = "") -> None:
+        super().__init__(message or reason.value)
+        self.reason = reason
+
+
+def condition(
+    capture: Capture, arrays: CaptureArrays, info: ReferenceInfo, tap: TapResult | None
+) -> tuple[CaptureArrays, AllowedSets | None]:
+    """The arrays with the allowed candidates only, and the sets; as they are, and None, where nothing in the request
+    restricts its tokens. ConditioningFailure where the sets are not known, or something restricted it all the same."""
+    if not capture.grammar:
+        if shows_mask(arrays.candidates) or (tap is not None and any(run.sets for run in tap.runs)):
+            raise ConditioningFailure(ScoringSkipReason.GRAMMAR_UNKNOWN)
+        return arrays, None
+    if not info.full_vocabulary:
+        raise ConditioningFailure(ScoringSkipReason.GRAMMAR_NEEDS_FULL_VOCABULARY)
+    if tap is None:
+        raise ConditioningFailure(ScoringSkipReason.GRAMMAR_NOT_REPORTED)
+    sets = allowed_sets(tap.runs, slice(arrays.position, arrays.position + len(arrays.output)), info.vocab_size)
+    return replace(arrays, candidates=restricted(arrays.candidates, arrays.output, capture.top_k, sets)), sets
+
+
+def allowed_sets(runs: Sequence[TapRun], positions: slice, vocab_size: int) -> AllowedSets:
+    """What the engine allowed at these positions of the output. ConditioningFailure where the runs do not say so, or
+    say what cannot be."""
+    last = int(positions.stop)
+    width = words(vocab_size)
+    rows = np.full(last, UNKNOWN, np.int32)
+    found: dict[bytes, int] = {}
+    for run in runs:
+        given = np.full(run.tokens, FREE, np.int32)
+        if run.set_rows:
+            given = np.frombuffer(run.set_rows, "<i4").astype(np.int32)
+            sets = _unpacked(run.sets, int(given.max()) + 1, 4 * width)
+            numbers = [found.setdefault(one, len(found)) for one in sets]
+            if len(found) * 4 * width > MAX_TABLE_BYTES:
+                raise ConditioningFailure(ScoringSkipReason.GRAMMAR_TOO_LARGE)
+            # A place below 0 means no set.
+            given = np.where(given >= 0, np.array([*numbers, 0], np.int32)[np.maximum(given, -1)], given)
+        # A later run replaces an earlier one: a position is sent again where a prompt came in chunks.
+        target = rows[run.start : run.start + run.tokens]
+        target[:] = given[: len(target)]
+    rows = rows[positions]
+    if (rows < FREE).any():
+        raise ConditioningFailure(
+            ScoringSkipReason.GRAMMAR_NOT_REPORTED, f"position {positions.start + int(np.argmax(rows < FREE))}"
+        )
+    # The set of all ids comes last.
+    table = np.frombuffer(b"".join(found) + b"\xff" * (4 * width), "<u4").astype(np.uint32).reshape(-1, width)
+    if used := vocab_size % WORD_BITS:
+        table[:, -1] &= np.uint32((1 << used) - 1)
+    try:
+        return AllowedSets(vocab_size, table, np.where(rows == FREE, np.int32(len(found)), rows))
+    except InvalidArgumentError as error:
+        raise ConditioningFailure(ScoringSkipReason.GRAMMAR_MISMATCH, str(error)) from error
+
+
+def _unpacked(packed: bytes, sets: int, size: int) -> list[bytes]:
+    """The sets of a run, of `size` bytes each."""
+    if sets * size > MAX_TABLE_BYTES:
+        raise ConditioningFailure(ScoringSkipReason.GRAMMAR_TOO_LARGE)
+    if sets <= 0:
+        return []
+    try:
+        data = zlib.decompressobj().decompress(packed, sets * size + 1)
+    except zlib.error as error:
+        raise ConditioningFailure(ScoringSkipReason.GRAMMAR_MISMATCH, str(error)) from error
+    if len(data) != sets * size:
+        shown = f"{len(data)} bytes of {sets} sets, not {size} each: another vocabulary than the reference's"
+        raise ConditioningFailure(ScoringSkipReason.GRAMMAR_MISMATCH, shown)
+    return [data[start : start + size] for start in range(0, len(data), size)]
+
+
+def possible(candidates: Candidates) -> Bools:
+    """Which candidates have a probability above 0, [T, K]; padding has none.
+
+    >>> possible(Candidates(np.array([[4, 7, -1]], np.int32), np.array([[-0.1, -9999.0, -np.inf]]))).tolist()
+    [[True, False, False]]
+    """
+    found: Bools = (candidates.ids >= 0) & (candidates.logprobs > IMPOSSIBLE_LOGPROB)
+    return found
+
+
+def shows_mask(candidates: Candidates) -> bool:
+    """Whether an id was listed without a probability: then something restricted the tokens.
+
+    >>> shows_mask(Candidates(np.array([[4, -1]], np.int32), np.array([[-0.1, -np.inf]])))
+    False
+    """
+    return bool(((candidates.ids >= 0) & (candidates.logprobs <= IMPOSSIBLE_LOGPROB)).any())
+
+
+def restricted(candidates: Candidates, output: Ids, top_k: int, sets: AllowedSets) -> Candidates:
+    """The candidates [T, K] that are allowed, with padding in place of the others.
+
+    output: the emitted ids, [T]. top_k: number of ids that vLLM was asked for. ConditioningFailure (GRAMMAR_MISMATCH)
+    where vLLM's list shows another set: an emitted or a possible id that is not allowed, an allowed one without a
+    probability, or fewer possible ones than are allowed.
+
+    >>> sets = AllowedSets(9, np.array([[0b110]], np.uint32), np.array([0], np.int32))
+    >>> listed = Candidates(np.array([[2, 1, 5]], np.int32), np.array([[-0.1, -2.4, -9999.0]]))
+    >>> restricted(listed, np.array([2], np.int32), 3, sets).ids.tolist()
+    [[2, 1, -1]]
+    """
+    listed, can_be, allowed = candidates.ids >= 0, possible(candidates), sets.contains(candidates.ids)
+    _agree(sets.contains(output[:, None])[:, 0], "an emitted id is not allowed")
+    _agree(~(can_be & ~allowed).any(axis=1), "a listed id with a probability is not allowed")
+    _agree(~(listed & ~can_be & allowed).any(axis=1), "an allowed id is listed without a probability")
+    _agree(can_be.sum(axis=1) >= np.minimum(top_k, sets.support), "fewer ids have a probability than are allowed")
+    return Candidates(np.where(can_be, candidates.ids, -1), np.where(can_be, candidates.logprobs, -np.inf))
+
+
+def _agree(rows: Any, what: str) -> None:
+    """rows: bool [T]; `Any`, since numpy's stubs take a sum along an axis for a scalar, too."""
+    if not rows.all():
+        raise ConditioningFailure(ScoringSkipReason.GRAMMAR_MISMATCH, f"{what} at position {int(np.argmin(rows))}")

@@ -1,0 +1,181 @@
+"""What it costs vLLM to hand out which ids a grammar allows: part of `make bench-engine`, build/bench/grammars.json.
+
+One vLLM engine (V1, in process, no HTTP server) with the plugin decodes the same batch of W4A16 SmolLM2 on the CPU,
+every row under a JSON schema, in two arms: no request is tapped, or every one is, as at a shadow rate of 100 %. No
+profile is held, so that a tap consists of the sets alone. A round is one burst in each arm, in random order; ratios
+are taken round by round, within one process.
+
+tokens/s by the clock, and by the processor's time of the whole process, in which the thread is that packs and sends:
+what other programs on the machine do changes the former much more. The interval is a bootstrap's over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hemostat.models.reference_checkpoint import cached_checkpoints
+from hemostat.models.vllm_server import LOGITS_PROCESSOR, dtype, runnable
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from tests.bench.engine_child import EngineChild  # noqa: E402  the root is no package
+from tests.support.engine_admin import TOKEN, EngineAdmin  # noqa: E402  the root is no package
+
+PATH = ROOT / "build" / "bench" / "grammars.json"
+ARMS = ("not tapped", "tapped")
+ITEM = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "kind": {"enum": ["fact", "opinion"]},
+        "sure": {"type": "boolean"},
+    },
+    "required": ["name", "kind", "sure"],
+    "additionalProperties": False,
+}
+SCHEMA = {"type": "array", "items": ITEM, "minItems": 50}
+COVERED_WITHIN = 60.0
+REST = 1.0
+"""Seconds after a burst, in which the other thread packs and sends what is left: its processor's time counts."""
+BOOTSTRAP = 10_000
+
+
+def serve_bursts(model: str, batch: int, answers: IO[str]) -> None:
+    """The child: bursts that are asked for on stdin, one JSON line each."""
+    from vllm import LLM, SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    llm = LLM(
+        model=str(runnable(Path(model))),
+        enforce_eager=True,
+        dtype=dtype(),
+        max_model_len=2048,
+        max_num_seqs=batch,
+        enable_prefix_caching=False,
+        logits_processors=[LOGITS_PROCESSOR],
+    )
+    engine = llm.llm_engine
+    for line in sys.stdin:
+        question = json.loads(line)
+        for i, nonce in enumerate(question["nonces"]):
+            engine.add_request(
+                nonce,
+                {"prompt_token_ids": [1, 504 + i, 2837, 282, 4649, 314]},
+                SamplingParams(
+                    temperature=0,
+                    max_tokens=question["tokens"],
+                    structured_outputs=StructuredOutputsParams(json=json.dumps(SCHEMA)),
+                    extra_args={"hemostat_tap": nonce} if question["tap"] else None,
+                ),
+            )
+        clock, spent = time.perf_counter(), time.process_time()
+        tokens = 0
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                tokens += len(output.outputs[0].token_ids) if output.finished else 0
+        clock = time.perf_counter() - clock
+        time.sleep(REST)
+        answers.write(json.dumps({"tokens": tokens, "clock": clock, "processor": time.process_time() - spent}) + "\n")
+        answers.flush()
+
+
+def measure(arguments: argparse.Namespace, model: Path, folder: Path) -> npt.NDArray[np.float64]:
+    """Tokens per second by the clock and by the processor's time, float64 [rounds, arms, 2]."""
+    admin = EngineAdmin()
+    order, found = random.Random(1), np.zeros((arguments.rounds, len(ARMS), 2))
+    engine = EngineChild(
+        Path(__file__).resolve(),
+        ["--child", str(model), "--batch", str(arguments.batch)],
+        {"HEMOSTAT_ADMIN_URL": admin.url, "HEMOSTAT_ENGINE_TOKEN": TOKEN},
+        folder / "vllm.log",
+    )
+    try:
+        for number in range(-arguments.warmups, arguments.rounds):
+            print(f"\rround {number + 1} of {arguments.rounds}   ", end="", file=sys.stderr, flush=True)
+            for arm in order.sample(range(len(ARMS)), len(ARMS)):
+                nonces = [f"{arm}-{number + arguments.warmups}-{i}" for i in range(arguments.batch)]
+                question = {"nonces": nonces, "tokens": arguments.tokens, "tap": ARMS[arm] == "tapped"}
+                answer = engine.ask(question)
+                if answer["tokens"] != arguments.batch * arguments.tokens:
+                    raise SystemExit(f"{answer['tokens']} tokens came: see {engine.log}")
+                if ARMS[arm] == "tapped":
+                    until_covered(admin, nonces, arguments.tokens)
+                if number >= 0:
+                    found[number, arm] = [answer["tokens"] / answer[name] for name in ("clock", "processor")]
+    finally:
+        engine.stop()
+        admin.close()
+    return found
+
+
+def until_covered(admin: EngineAdmin, nonces: list[str], tokens: int) -> None:
+    """The sets of every position have come, else nothing is measured."""
+    give_up = time.monotonic() + COVERED_WITHIN
+    for nonce in nonces:
+        while True:
+            with admin.lock:
+                taps = admin.registry.taps
+                if taps.covered(nonce) >= tokens:
+                    tap = taps.take(nonce, tokens)
+                    break
+            if time.monotonic() > give_up:
+                raise SystemExit(f"the sets of {nonce} did not come")
+            time.sleep(0.05)
+        if tap is None or not all(run.sets for run in tap.runs):
+            raise SystemExit(f"{nonce} was not restricted at every position")
+
+
+def ratio(rates: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """rates: [rounds, arms]. Of the median of tapped to not tapped, and 95 % by bootstrap over rounds."""
+    quotients = rates[:, 1] / rates[:, 0]
+    drawn = np.random.default_rng(1).integers(0, len(quotients), (BOOTSTRAP, len(quotients)))
+    ends = np.quantile(np.median(quotients[drawn], axis=1), [0.025, 0.975])
+    return {"ratio": float(np.median(quotients)), "ci95": [float(end) for end in ends]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=48, help="of each row in a burst")
+    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--warmups", type=int, default=2, help="rounds that do not count")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        # vLLM writes to stdout what it likes: answers get a descriptor of their own.
+        answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+        serve_bursts(arguments.child, arguments.batch, answers)
+        return 0
+    checkpoint = cached_checkpoints("w4a16", lambda text: print(text, file=sys.stderr)).compressed
+    load_before = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(prefix="hemostat-bench-") as folder:
+        rates = measure(arguments, checkpoint, Path(folder))
+    result = {
+        "tokens_per_second": dict(zip(ARMS, np.median(rates[..., 0], axis=0).tolist(), strict=True)),
+        "tapped_to_not_tapped": ratio(rates[..., 0]),
+        "by_processor_time": ratio(rates[..., 1]),
+        "settings": {name: getattr(arguments, name) for name in ("batch", "tokens", "rounds")}
+        | {"cores": os.cpu_count(), "load_before": load_before},
+    }
+    PATH.parent.mkdir(parents=True, exist_ok=True)
+    PATH.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"\n{json.dumps(result, indent=2)}\nwritten to {PATH.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
