@@ -106,7 +106,7 @@ async def skipped_and_dropped(one: Pipeline, relay: Relay) -> None:
 async def promoted_by_evidence(one: Pipeline, relay: Relay) -> None:
     """A profile is imported, held by the engine, proven and served; one for a label, by the operator."""
     await one.import_profile(driver.helpful())
-    for n in range(60, 260):
+    for n in range(60, 660):
         if one.selected is not None:
             break
         await one.captures(relay, await one.tap(n, usual(one, 1000 + n), None))

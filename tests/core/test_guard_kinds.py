@@ -316,10 +316,10 @@ def test_what_is_not_evaluated_would_not_be_enough(role, mean, inflation):
             test.oppose(float(np.clip(rng.normal(mean, 0.5), -1.0, 1.0)))
         v = max(inflation, test.own_inflation)
         for needed in (0.5, 1.0, 3.0):
-            enough = test.may_decide and test.log_e(inflation) >= needed
+            enough = test.may_decide(False) and test.log_e(inflation) >= needed
             assert test.reaches(needed, inflation) == enough
             if role is Role.SERVING:
-                harms = test.may_decide and test.log_harm(inflation) >= needed
+                harms = test.may_decide(False) and test.log_harm(inflation) >= needed
                 assert test.harm_reaches(needed, inflation) == harms
         exact = log_evidence if role is Role.SERVING else log_proof
         found = float(exact(test.wealth[: test.clients], test.clients, inflation=v))

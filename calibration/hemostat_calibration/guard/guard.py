@@ -273,10 +273,11 @@ class Guard:
         test = self._test(name, kind)
         needed = self._needed(test)
         if test.role is Role.CANDIDATE:
+            noted = self._state.dependence.get(kind)
             proven = (
                 not test.frozen
-                and self._is_known(kind)
-                and test.reaches(needed, self._inflation(kind))
+                and (noted is None or noted.known)
+                and test.reaches(needed, self._inflation(kind), known=noted is not None)
                 and test.gains_by_token
                 and test.gains_in_kl
                 and self._adjusted(name, test) >= needed
@@ -406,10 +407,6 @@ class Guard:
     def _inflation(self, kind: str) -> float:
         found = self._state.dependence.get(kind)
         return 1.0 if found is None else found.inflation
-
-    def _is_known(self, kind: str) -> bool:
-        found = self._state.dependence.get(kind)
-        return found is None or found.known
 
     def _log_e(self, kind: str, test: KindTest) -> float:
         return test.log_e(self._inflation(kind))

@@ -21,7 +21,7 @@ from hemostat_calibration.guard.wealth import (
     log_proof,
     without_any,
 )
-from hemostat_calibration.statistics.dependence import MAX_CLIENTS, BatchMeans, client_row
+from hemostat_calibration.statistics.dependence import MAX_CLIENTS, MIN_UNITS, BatchMeans, client_row
 from hemostat_calibration.statistics.running_mean import RunningMean
 
 MAX_UNITS = 4096
@@ -107,10 +107,10 @@ class KindTest:
     def window_is_over(self) -> bool:
         return self.role is Role.SERVING and (self.units >= self.window or self._ends_window(more=0))
 
-    @property
-    def may_decide(self) -> bool:
-        """Of a candidate: whether it is known how much its gains depend on each other."""
-        if self.role is Role.CANDIDATE and not self.batches.enough()[0]:
+    def may_decide(self, known: bool) -> bool:
+        """known: how much units of the kind depend on each other is known beside this test. Else a candidate's gains
+        have to tell; and where there are enough of them to ask, they have to in any case."""
+        if self.role is Role.CANDIDATE and not (known and self.units < MIN_UNITS) and not self.batches.enough()[0]:
             return False
         return self.clients >= MIN_CLIENTS or self.units >= MIN_UNITS_OF_FEW_CLIENTS
 
@@ -222,11 +222,12 @@ class KindTest:
             self.evidence = v, found
         return self.evidence[1]
 
-    def reaches(self, needed: float, inflation: float) -> bool:
-        """Whether the log evidence is `needed` or more, and may decide. Most units need no evaluation of it."""
+    def reaches(self, needed: float, inflation: float, known: bool = False) -> bool:
+        """Whether the log evidence is `needed` or more, and may decide. Most units need no evaluation of it. inflation:
+        see `log_e`. known: see `may_decide`."""
         if log_bound(self.wealth[: self.clients]) < needed:
             return False
-        return self.may_decide and self.log_e(inflation) >= needed
+        return self.may_decide(known) and self.log_e(inflation) >= needed
 
     def harm_reaches(self, needed: float, inflation: float) -> bool:
         """Whether the log evidence that a serving profile's gain is below 0 is `needed` or more, and may decide."""

@@ -23,7 +23,7 @@ from tests.bench.guard.traffic import CLIENTS, SHARES, SPREAD
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.guard.kind_test import MAX_UNITS, MIN_UNITS_OF_FEW_CLIENTS
 from hemostat_calibration.guard.wealth import FRACTIONS, MIN_CLIENTS, log_proof
-from hemostat_calibration.statistics.dependence import MIN_EFFECTIVE, MIN_HISTORY, BatchMeans, ClientBatches
+from hemostat_calibration.statistics.dependence import MIN_EFFECTIVE, MIN_HISTORY, MIN_UNITS, BatchMeans, ClientBatches
 
 NAME = "dependence"
 TAKES = "15 minutes on one core"
@@ -185,13 +185,17 @@ def promoted_at(
         own = own.update(gains) if dependence else own
         units = at + 1 - history
         suspects = np.isinf(found) & (wealth.sum(axis=1).max(axis=-1) >= NEEDED)
-        if units < MIN_UNITS_OF_FEW_CLIENTS or not suspects.any():
+        if units < MIN_UNITS_OF_FEW_CLIENTS:
+            suspects &= (wealth[:, :, 0] != 0.0).sum(axis=1) >= MIN_CLIENTS
+        if not suspects.any():
             continue
         v, enough = np.ones(lives), np.ones(lives, np.bool_)
         if dependence:
             v = np.maximum(known.inflation(), by_client.inflation(known.variance))
-            enough = (at + 1 >= MIN_HISTORY) & ((at + 1) / v >= MIN_EFFECTIVE) & own.enough()
-            v = np.where(enough, np.maximum(v, own.inflation()), 1.0)
+            enough = (at + 1 >= MIN_HISTORY) & ((at + 1) / v >= MIN_EFFECTIVE)
+            if units >= MIN_UNITS:
+                enough &= own.enough()
+                v = np.maximum(v, own.inflation())
         log_e = log_proof(wealth, clients) / v if after_mixing else log_proof(wealth, clients, inflation=v)
         found[suspects & enough & (log_e >= NEEDED)] = units
         if np.isfinite(found).all():
