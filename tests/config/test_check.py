@@ -313,7 +313,7 @@ async def test_the_command_prints_the_table_and_ends_with_its_code(tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "a command is needed: serve, demo, check"),
+        ([], "a command is needed: serve, relay, control, demo, check"),
         (["serv"], "unknown command 'serv'; did you mean serve?"),
         (["diagnose"], "unknown command 'diagnose'; use one of"),
         (["serve", "--confg", "x"], "unrecognized arguments: --confg x"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 from tests.support import postgres
+from tests.support.certificates import certificate
 from tests.support.cut import cut
 from tests.support.postgres import ESCAPED, PASSWORD, Postgres
 
@@ -302,6 +304,18 @@ def test_what_the_server_refuses_is_one_line(server: Postgres, database: str, op
     assert failure(opened(url).acquire, StoreUnreachable).endswith("Connection refused")
     tls = f"{server.url(database)}?sslmode=verify-full&sslrootcert=system"
     assert "SSL" in failure(opened(tls).acquire, StoreUnreachable)
+
+
+def test_tls_is_as_the_address_asks(unsteady: Postgres, database: str, opened: Opener, tmp_path: Path) -> None:
+    made, other = certificate(tmp_path / "ours"), certificate(tmp_path / "others")
+    unsteady.stop()
+    unsteady.set_certificate(made.cert, made.key)
+    unsteady.start(ssl="on")
+    url = f"{unsteady.url(database)}?sslmode=verify-full&sslrootcert="
+    store = opened(f"{url}{made.cert}")
+    assert store.acquire()
+    store.commit([SetState("a", "1")], 0, "1")
+    assert "certificate verify failed" in failure(opened(f"{url}{other.cert}").acquire, StoreUnreachable)
 
 
 def test_a_user_without_rights_is_told_which_ones_it_needs(server: Postgres, database: str, opened: Opener) -> None:

@@ -127,6 +127,15 @@ class Postgres:
             while any(map(_lives, pids)):  # it cannot be started while one of them holds the shared memory
                 time.sleep(0.01)
 
+    def set_certificate(self, cert: Path, key: Path) -> None:
+        """For the next start with `ssl="on"`."""
+        user = unprivileged()
+        for source, name in ((cert, "server.crt"), (key, "server.key")):
+            target = self.folder / "data" / name
+            target.write_bytes(source.read_bytes())
+            target.chmod(0o600)
+            os.chown(target, user.pw_uid, user.pw_gid)
+
     def save(self) -> None:
         """Keep a copy of the data as it is now, for `fail_over`. Sessions are ended."""
         self.stop()
