@@ -20,6 +20,30 @@ app.kubernetes.io/name: {{ include "hemostat.name" . | quote }}
 app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
+{{/* Selects the pods with the control process: all pods, where relays have none of their own. */}}
+{{- define "hemostat.controlLabels" -}}
+{{ include "hemostat.selectorLabels" . }}
+{{- if .Values.relays.enabled }}
+app.kubernetes.io/component: control
+{{- end }}
+{{- end -}}
+
+{{/* Selects the pods that take requests. */}}
+{{- define "hemostat.relayLabels" -}}
+{{ include "hemostat.selectorLabels" . }}
+{{- if .Values.relays.enabled }}
+app.kubernetes.io/component: relay
+{{- end }}
+{{- end -}}
+
+{{- define "hemostat.controlHost" -}}
+{{- printf "%s-control.%s.svc" (include "hemostat.fullname" .) .Release.Namespace -}}
+{{- end -}}
+
+{{- define "hemostat.tlsSecret" -}}
+{{- default (printf "%s-tls" (include "hemostat.fullname" .)) .Values.relays.tlsSecret -}}
+{{- end -}}
+
 {{/* Labels that identify the chart's objects take precedence over `extra`, because selectors use them. */}}
 {{- define "hemostat.labels" -}}
 {{- $own := include "hemostat.selectorLabels" .root | fromYaml -}}
@@ -76,7 +100,7 @@ annotations:
 
 {{/* Keys that the Secret always has. */}}
 {{- define "hemostat.tokens" -}}
-[admin-token, engine-token]
+[admin-token, engine-token{{ if .Values.relays.enabled }}, relay-token{{ end }}]
 {{- end -}}
 
 {{/* Key in the Secret -> variable of `hemostat serve`. */}}
@@ -84,6 +108,9 @@ annotations:
 admin-token: HEMOSTAT_ADMIN__TOKEN
 engine-token: HEMOSTAT_ADMIN__ENGINE_TOKEN
 reference-api-key: HEMOSTAT_REFERENCE__API_KEY
+{{- if .Values.relays.enabled }}
+relay-token: HEMOSTAT_CONTROL__TOKEN
+{{- end }}
 store-url: HEMOSTAT_STORE__URL
 upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- end -}}
@@ -111,6 +138,11 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
   "listen" (dict "host" .Values.bindAddress "port" 8080)
   "admin" (dict "host" .Values.bindAddress "port" 8081)
 -}}
+{{- if .Values.relays.enabled -}}
+{{- $files := dict "ca" "/etc/hemostat-tls/ca.crt" "cert" "/etc/hemostat-tls/tls.crt" "key" "/etc/hemostat-tls/tls.key" -}}
+{{- $listen := printf "%s:8082" (ternary (printf "[%s]" .Values.bindAddress) .Values.bindAddress (contains ":" .Values.bindAddress)) -}}
+{{- $_ := set $fixed "control" (merge $files (dict "listen" $listen "addresses" (list (printf "%s:8082" (include "hemostat.controlHost" .))))) -}}
+{{- end -}}
 {{- $config = mustMergeOverwrite $config $fixed -}}
 {{- with $config.admin.allowed_hosts -}}
 {{- /* If the port accepts listed host names only, add those of its Service. */ -}}
@@ -251,11 +283,14 @@ of what Hemostat takes; 2 GiB are for the copies of the models. */}}
 {{- fail (printf "extraEnv: %s: set by the chart; use %s" $variable.name .) -}}
 {{- end -}}
 {{- end -}}
-{{- $volumes := list "config" "tmp" -}}
+{{- if and .Values.relays.enabled .Values.engine.enabled -}}
+{{- fail "relays.enabled: does not go with engine.enabled, whose engine only its own pod can reach; give upstream.url" -}}
+{{- end -}}
+{{- $volumes := list "config" "tmp" "tls" -}}
 {{- if .Values.persistence.enabled }}{{ $volumes = append $volumes "data" }}{{ end -}}
 {{- if .Values.engine.enabled }}{{ $volumes = append $volumes "shm" }}{{ end -}}
 {{- range .Values.extraVolumes -}}
-{{- if has .name (list "config" "tmp" "data" "shm") -}}
+{{- if has .name (list "config" "tmp" "data" "shm" "tls") -}}
 {{- fail (printf "extraVolumes: %s is used by the chart; choose another name" .name) -}}
 {{- else if has .name $volumes -}}
 {{- fail (printf "extraVolumes: %s: duplicate name" .name) -}}

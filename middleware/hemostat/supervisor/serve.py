@@ -46,14 +46,14 @@ def main(load: Callable[[], Settings], role: Role = Role.SERVE, announce: Callab
     load: reads the configuration, now and at every SIGHUP. ConfigError. announce: None prints lines for people, or
     logs them where the log is for programs.
     """
-    load = partial(_load, load, role)
+    load = partial(with_role, load, role)
     settings = load()
     logs.set_up(settings.log.level, settings.log.format)
     own = log.info if settings.log.format == "json" else _print_line
     return asyncio.run(_run(settings, load, role, announce or own))
 
 
-def _load(load: Callable[[], Settings], role: Role) -> Settings:
+def with_role(load: Callable[[], Settings], role: Role) -> Settings:
     """The configuration, with what this command needs; ConfigError."""
     settings = load()
     control = settings.control
