@@ -21,8 +21,7 @@ from hemostat.store.protocol import Snapshot, StoreIncompatible
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ACQUIRE_SECONDS", "VERIFY_SECONDS"):
-        monkeypatch.setattr(ownership, name, 0.01)
+    monkeypatch.setattr(ownership, "VERIFY_SECONDS", 0.01)
     for module in (ownership, writer):
         monkeypatch.setattr(module, "RETRY_SECONDS", (0.001,))
 

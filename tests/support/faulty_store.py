@@ -26,8 +26,8 @@ class FaultyStore:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.faults: list[Fault] = []
-        self.late: list[Callable[[], object]] = []
-        """Calls that were made, and are executed by `execute_late`."""
+        self.late: list[tuple[str, Callable[[], object]]] = []
+        """Calls that were made, with their names, and are executed by `execute_late`."""
         self.calls: list[str] = []
 
     def _call(self, name: str, call: Callable[[], T]) -> T:
@@ -42,7 +42,7 @@ class FaultyStore:
             case Fault.TWICE:
                 call()
             case Fault.LATE:
-                self.late.append(call)
+                self.late.append((name, call))
                 raise StoreFailure("store: it did not answer in time")
             case Fault.LOST:
                 raise ExclusionLost("store: the session has ended")
@@ -53,7 +53,7 @@ class FaultyStore:
     def execute_late(self) -> None:
         """What a call says that nobody waits for any more is lost."""
         late, self.late = self.late, []
-        for call in late:
+        for _, call in late:
             try:
                 call()
             except StoreFailure:
@@ -75,4 +75,6 @@ class FaultyStore:
         return self._call("commit", lambda: self.store.commit(writes, expected, commit_id))
 
     def close(self) -> None:
+        """Also what its process or session has not acquired yet, it never will."""
+        self.late = [(name, call) for name, call in self.late if name == "commit"]
         self.store.close()

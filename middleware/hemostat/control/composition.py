@@ -59,7 +59,7 @@ from hemostat.shadow.reasons import Outcome
 from hemostat.shadow.records_file import RecordsFile
 from hemostat.store.errors import StoreErrorLog
 from hemostat.store.factory import open_store
-from hemostat.store.protocol import StoreFailure
+from hemostat.store.protocol import Snapshot, StoreFailure
 from hemostat_calibration.errors import HemostatError, InvalidProfileError
 from hemostat_calibration.messages import in_words
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -302,7 +302,10 @@ class Control:
                 self.profile_manager.operator.force(CalibrationProfile.from_bytes(data))
             except (OSError, InvalidProfileError) as error:
                 raise HemostatError(f"calibration.force: {force}: {in_words(error)}") from error
-        snapshot = await self.ownership.begin()
+        self.use(await self.ownership.begin())
+
+    def use(self, snapshot: Snapshot) -> None:
+        """Go on from all that is stored, and be active."""
         self.stored_state.restore(snapshot)
         self.learned.restore(snapshot.blobs.get(learned_state.BLOB_KEY))
         self._stored_learning.restore(snapshot.blobs.get(stored.BLOB_KEY))

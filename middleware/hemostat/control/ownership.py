@@ -41,10 +41,8 @@ from hemostat_calibration.errors import HemostatError
 
 log = logging.getLogger("hemostat.control")
 
-ACQUIRE_SECONDS = 0.5
-"""Between two attempts of a process that waits."""
-RETRY_SECONDS = (0.5, 1.0, 2.0)
-"""Longest pauses between attempts at a store that fails."""
+RETRY_SECONDS = (0.5, 1.0)
+"""Longest pauses between attempts at a store that fails, or that another process owns."""
 
 
 class Superseded(HemostatError):
@@ -124,27 +122,30 @@ class Ownership:
     async def begin(self) -> Snapshot:
         """Returns, in READING, what is stored. StoreIncompatible, StoreAccessDenied: an operator has to act."""
         backoff = Backoff(RETRY_SECONDS)
-        while True:
-            try:
-                if self.state is OwnershipState.STANDBY:
-                    if not await asyncio.to_thread(self._store.acquire):
-                        self._wait("another process owns the store")
-                        await asyncio.sleep(ACQUIRE_SECONDS)
-                        continue
-                    self._move(_Event.ACQUIRED, "")
-                snapshot = await asyncio.to_thread(self._store.read)
-            except (StoreIncompatible, StoreAccessDenied):
-                raise
-            except StoreFailure as failure:
-                self._errors.record(failure)
-                if self.state is OwnershipState.READING and isinstance(failure, ExclusionLost | StoreConflict):
-                    self._move(_Event.LOST, str(failure))
-                self._wait(f"what is stored is not known: {failure}")
-                await asyncio.sleep(backoff.pause())
-            else:
-                self._errors.clear()
-                self.writer.head = snapshot.head
-                return snapshot
+        while (snapshot := await self.try_to_begin()) is None:  # noqa: ASYNC110  another process decides
+            await asyncio.sleep(backoff.pause())
+        return snapshot
+
+    async def try_to_begin(self) -> Snapshot | None:
+        """Once. None: another process owns the store, or what it holds is not known."""
+        try:
+            if self.state is OwnershipState.STANDBY:
+                if not await asyncio.to_thread(self._store.acquire):
+                    self._wait("another process owns the store")
+                    return None
+                self._move(_Event.ACQUIRED, "")
+            snapshot = await asyncio.to_thread(self._store.read)
+        except (StoreIncompatible, StoreAccessDenied):
+            raise
+        except StoreFailure as failure:
+            self._errors.record(failure)
+            if self.state is OwnershipState.READING and isinstance(failure, ExclusionLost | StoreConflict):
+                self._move(_Event.LOST, str(failure))
+            self._wait(f"what is stored is not known: {failure}")
+            return None
+        self._errors.clear()
+        self.writer.head = snapshot.head
+        return snapshot
 
     def _wait(self, why: str) -> None:
         if why != self.why or not self.settled.is_set():
@@ -169,12 +170,15 @@ class Ownership:
                 async with asyncio.timeout(VERIFY_SECONDS):
                     await self._lost.wait()
             except TimeoutError:
-                await self._verify()
+                await self.verify()
             if not self.active:
-                await self._regain()
+                backoff = Backoff(RETRY_SECONDS)
+                while not await self.try_to_regain():  # noqa: ASYNC110
+                    await asyncio.sleep(backoff.pause())
                 self._lost.clear()
 
-    async def _verify(self) -> None:
+    async def verify(self) -> None:
+        """Once, whether the store is still this process's."""
         try:
             await asyncio.to_thread(self._store.verify)
         except (ExclusionLost, StoreConflict) as failure:
@@ -183,21 +187,19 @@ class Ownership:
         except StoreFailure as failure:
             self._errors.record(failure)
 
-    async def _regain(self) -> None:
-        """Superseded where the store holds anything but what this process wrote last."""
-        backoff = Backoff(RETRY_SECONDS)
-        while True:
-            try:
-                await self._require_own_head()
-                if await asyncio.to_thread(self._store.acquire):
-                    await self._require_own_head()  # nobody else can have written from now on
-                    self._move(_Event.REGAINED, "")
-                    return
-            except (StoreIncompatible, StoreConflict) as failure:
-                self._end(str(failure))
-            except StoreFailure as failure:
-                self._errors.record(failure)
-            await asyncio.sleep(backoff.pause())
+    async def try_to_regain(self) -> bool:
+        """Once. Superseded where the store holds anything but what this process wrote last."""
+        try:
+            await self._require_own_head()
+            if await asyncio.to_thread(self._store.acquire):
+                await self._require_own_head()  # nobody else can have written from now on
+                self._move(_Event.REGAINED, "")
+                return True
+        except (StoreIncompatible, StoreConflict) as failure:
+            self._end(str(failure))
+        except StoreFailure as failure:
+            self._errors.record(failure)
+        return False
 
     async def _require_own_head(self) -> None:
         head = await asyncio.to_thread(self._store.head)
