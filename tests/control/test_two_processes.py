@@ -50,7 +50,7 @@ RECORDS = [(record, divergence(record)) for record in (Bench().record(BIASED.tru
 """So many that a test of the alarm begins."""
 FAULTS = st.sampled_from([fault for fault in Fault if fault is not Fault.NONE])
 WHICH = st.integers(0, 1)
-SETTINGS = settings(max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
+SETTINGS = settings(max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 class Work(StrEnum):
