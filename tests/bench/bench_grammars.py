@@ -6,7 +6,8 @@ profile is held, so that a tap consists of the sets alone. A round is one burst 
 are taken round by round, within one process.
 
 tokens/s by the clock, and by the processor's time of the whole process, in which the thread is that packs and sends:
-what other programs on the machine do changes the former much more. The interval is a bootstrap's over rounds.
+what other programs on the machine do changes the former much more. The interval is a bootstrap's over rounds. And what
+is done to the sets alone, without vLLM: processor time per token, all of it and on the engine's thread.
 """
 
 from __future__ import annotations
@@ -146,6 +147,57 @@ def ratio(rates: npt.NDArray[np.float64]) -> dict[str, Any]:
     return {"ratio": float(np.median(quotients)), "ci95": [float(end) for end in ends]}
 
 
+def alone(vocab_size: int, batch: int, steps: int = 48) -> dict[str, float]:
+    """Microseconds of processor time per restricted token, beyond those of a tap without sets; medians. And bytes that
+    are sent. Half of the sets allow few ids, half most."""
+    import torch
+
+    from hemostat_engine.library import Counters
+    from hemostat_engine.masks import GrammarMasks, Step
+    from hemostat_engine.taps import Reading, TappedRow, Taps
+    from hemostat_engine.taps import Step as Tapped
+
+    rng = np.random.default_rng(1)
+    width = -(-vocab_size // 32)
+    few, most = np.zeros((12, width), np.int32), np.full((12, width), -1, np.int32)
+    few[:, rng.integers(0, width, 5)] = rng.integers(1, 1 << 30, (12, 5))
+    most[:, rng.integers(0, width, width // 4)] = rng.integers(-(1 << 31), (1 << 31) - 1, (12, width // 4))
+    pool, names = np.concatenate([few, most])[rng.permutation(24)], [str(i) for i in range(batch)]
+    empty = torch.empty(0, batch)
+    reading = Reading((), empty, empty.bool(), None, torch.empty(batch, 0, dtype=torch.float16))
+
+    def run(*, restricted: bool) -> tuple[float, float, int]:
+        masks, taps, engine, sent = GrammarMasks(watched=True), Taps(Counters()), 0.0, 0
+        started = time.process_time()
+        for t in range(steps):
+            step = Step(names, names, pool[(t // 2 + np.arange(batch)) % 24], batch)
+            began = time.process_time()
+            masks.begin()
+            if restricted:
+                masks.note(lambda step=step: step)  # type: ignore[misc]
+            found = masks.of(range(batch), taps.has_room)
+            rows = [TappedRow(i, name, None, t, mask=found.index[i]) for i, name in enumerate(names)]
+            taps.push(Tapped(reading, rows=rows, masks=found.words))
+            engine += time.process_time() - began
+            if t % 6 == 5:  # about as often as the agent does at 24 steps a second
+                sent += sum(len(run.get("sets", b"")) for run in taps.drain(steps, 8 << 20))
+        return time.process_time() - started, engine, sent
+
+    def medians(*, restricted: bool) -> npt.NDArray[np.float64]:
+        runs = [run(restricted=restricted) for _ in range(11)]
+        found: npt.NDArray[np.float64] = np.median(np.array(runs[2:], np.float64), axis=0) / (batch * steps)
+        return found
+
+    total, engine, sent = (medians(restricted=True) - medians(restricted=False)).tolist()
+    return {
+        "vocab_size": vocab_size,
+        "batch": batch,
+        "microseconds": 1e6 * total,
+        "on_the_engines_thread": 1e6 * engine,
+        "bytes": sent,
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=8)
@@ -168,6 +220,8 @@ def main() -> int:
         "tokens_per_second": dict(zip(ARMS, np.median(rates[..., 0], axis=0).tolist(), strict=True)),
         "tapped_to_not_tapped": ratio(rates[..., 0]),
         "by_processor_time": ratio(rates[..., 1]),
+        "processor_microseconds_per_token": 1e6 / float(np.median(rates[:, 0, 1])),
+        "alone": [alone(49_152, arguments.batch), alone(151_936, 256)],
         "settings": {name: getattr(arguments, name) for name in ("batch", "tokens", "rounds")}
         | {"cores": os.cpu_count(), "load_before": load_before},
     }
