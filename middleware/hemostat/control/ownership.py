@@ -154,8 +154,10 @@ class Ownership:
         self.settled.set()
 
     def activate(self) -> None:
-        """All that `begin` has returned is in use."""
+        """All that `begin` has returned is in use. It writes at once: a former owner that has lost its session ends
+        where it finds another head, and relays leave it then."""
         self._move(_Event.USED, "")
+        self.writer.claim()
         self.settled.set()
 
     def _lose(self, failure: StoreFailure) -> None:
