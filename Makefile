@@ -9,7 +9,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-versions test-newest test-oldest passed lint bench-proxy bench-alarm bench-floor bench-families bench-bounds bench-engine bench-recovery bench-reference bench-guard bench-coverage bench-faults bench-compress chart docs screenshot clean
+.PHONY: help setup demo test test-slow test-versions test-newest test-oldest passed lint bench-proxy bench-alarm bench-floor bench-families bench-bounds bench-engine bench-recovery bench-reference bench-guard bench-coverage bench-faults bench-load bench-compress chart docs screenshot clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -82,6 +82,9 @@ bench-coverage: setup ## share of a mixed agent workload that is scored, and why
 
 bench-faults: setup ## attacks, faults and restarts under load, on real processes; writes build/bench/faults.json
 	@exec $(BIN)/python tests/bench/bench_faults.py $(ARGS)
+
+bench-load: setup ## what one control process takes from its relays, and its load at 10 to 10^6 requests/s; writes build/bench/load.json
+	@exec $(BIN)/python tests/bench/bench_load.py $(ARGS)
 
 bench-compress: setup ## compressed checkpoints of equal bytes, ours and llmcompressor's (hours); writes build/bench/compress.json
 	@exec $(BIN)/python tests/bench/bench_compress.py $(ARGS)
