@@ -277,7 +277,7 @@ async def test_a_successor_that_fails_leaves_the_former_one_serving(tmp_path: Pa
             channel = takeover.connect_to_predecessor(run_dir)
             assert channel is not None
             message, sockets = await channel.receive()
-            assert message["sockets"] == {"data": 2, "admin": 1}
+            assert message["sockets"] == {"data": 2, "admin": 1, "control": 0}
             for one in sockets:
                 one.close()
             channel.send({"step": takeover.RELEASE_CONTROL})

@@ -7,21 +7,26 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from dockerfile_parse import DockerfileParser
+from tests.support.certificates import certificate
 from tests.support.paths import ROOT
 
 from hemostat.config.loading import load
 from hemostat.config.schema import Admin, Listen, Settings
 from hemostat.reference.hidden.pooling import POOLING_ARGUMENTS
+from hemostat.supervisor.role import Role
+from hemostat.supervisor.serve import with_role
 
 DEPLOY = ROOT / "deploy"
 COMPOSE = DEPLOY / "compose.yaml"
 ENGINES = DEPLOY / "compose.engines.yaml"
+PLANES = DEPLOY / "compose.planes.yaml"
 EXAMPLE = DEPLOY / ".env.example"
 OF_COMPOSE_ITSELF = {"COMPOSE_PROFILES"}
 PLUGIN = "hemostat_engine:LogitsProcessor"
@@ -46,12 +51,24 @@ def resolved(profile: str, environment: Path = EXAMPLE) -> dict[str, Any]:
     return made
 
 
-@pytest.mark.parametrize("file", [COMPOSE, ENGINES])
+@pytest.mark.parametrize("file", [COMPOSE, ENGINES, PLANES])
 def test_valid_by_the_schema_of_the_specification(file: Path) -> None:
     checker = Path(sys.executable).parent / "check-jsonschema"
     command = [str(checker), "--builtin-schema", "vendor.compose-spec"]
     said = subprocess.run([*command, str(file)], capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stdout
+
+
+def test_both_ends_of_the_planes_take_their_configuration(tmp_path: Path) -> None:
+    """Of compose.planes.yaml: what each container gets is what its command needs."""
+    made, services = certificate(tmp_path, "hemostat"), yaml.safe_load(PLANES.read_text())["services"]
+    files = {"/etc/hemostat-tls/cert.pem": str(made.cert), "/etc/hemostat-tls/key.pem": str(made.key)}
+    for name, role in (("hemostat", Role.SERVE), ("relay", Role.RELAY)):
+        given = {"HEMOSTAT_ADMIN__TOKEN": "t"} | services[name]["environment"]
+        given = {key: "t" if "TOKEN" in key else files.get(value, value) for key, value in given.items()}
+        control = with_role(partial(load, DEPLOY / "hemostat.yaml", given), role).control
+        assert (control.listen, control.addresses) in (("0.0.0.0:8082", []), (None, ["hemostat:8082"]))
+    assert services["relay"]["command"][0] == "relay"
 
 
 def test_schema_rejects_an_unknown_key(tmp_path: Path) -> None:

@@ -32,13 +32,12 @@ from hemostat.config.schema import Settings
 from hemostat.control.composition import Control
 from hemostat.control.listening import make_listener, security
 from hemostat.control.ownership import Superseded
-from hemostat.ipc.process import die_with_parent
+from hemostat.ipc.process import run_supervised, tell_supervisor
 from hemostat.ipc.relay_listener import RelayListener
 from hemostat_calibration.errors import HemostatError
 
 log = logging.getLogger("hemostat.control")
 
-MAX_LINE_BYTES = 16 * 1024 * 1024
 EXIT_CODE_SUPERSEDED = 3
 """Another process has written to the store that this one owned."""
 LOCK_SECONDS = 15.0
@@ -76,7 +75,7 @@ async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
     settled = asyncio.create_task(control.ownership.settled.wait())
     done, _ = await asyncio.wait({settled, stopping, serving, *loops}, return_when=asyncio.FIRST_COMPLETED)
     if done == {settled}:
-        _print({"listening": True})
+        tell_supervisor({"listening": True})
         done, _ = await asyncio.wait({stopping, serving, *loops}, return_when=asyncio.FIRST_COMPLETED)
     server.stop()
     for task in (settled, *loops):
@@ -141,22 +140,9 @@ async def follow(lines: asyncio.StreamReader, control: Control, app: FastAPI, re
     await asyncio.Event().wait()  # the supervisor has ended; the kernel sends SIGTERM
 
 
-def _print(line: dict[str, Any]) -> None:
-    print(json.dumps(line), flush=True)  # noqa: T201  the supervisor reads it
-
-
-async def _main() -> None:
-    lines = asyncio.StreamReader(limit=MAX_LINE_BYTES)
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
-    if line := await lines.readline():
-        await run(json.loads(line), lines)
-
-
 def main() -> int:
-    die_with_parent(os.getppid())
-    _print({"loaded": True})
     try:
-        asyncio.run(_main())
+        run_supervised(run)
     except Superseded as error:
         log.error("%s; it begins anew", error)
         return EXIT_CODE_SUPERSEDED
