@@ -19,6 +19,7 @@ from hemostat_calibration.alarm import (
     fit_baseline,
     init,
     kind_readings,
+    kinds,
     load,
     readings,
     rebase,
@@ -180,7 +181,7 @@ def test_an_alarm_learns_raises_clears_and_spends():
 
 def test_the_budget_alarm_clears_too():
     rng = np.random.default_rng(0)
-    alarm = play(init(SETTINGS), "chat", requests(rng, 60), divergence=2.0)
+    alarm = play(init(SETTINGS), "chat", requests(rng, 160), divergence=2.0)
     assert reading(alarm, AlarmTest.BUDGET, "chat").raised is not None
     alarm = play(alarm, "chat", requests(rng, 25), divergence=0.1)
     assert reading(alarm, AlarmTest.BUDGET, "chat").raised is None
@@ -204,7 +205,7 @@ def test_all_kinds_with_a_baseline_feed_one_test():
 
 def test_rare_kinds_together_take_no_part_in_the_change_test():
     rng = np.random.default_rng(0)
-    alarm = play(init(SETTINGS), "rest", requests(rng, 70), pooled=True)
+    alarm = play(init(SETTINGS), "rest", requests(rng, 100), pooled=True)
     alarm = play(alarm, "rest", requests(rng, 40, scale=8.0), divergence=3.0, pooled=True)
     assert reading(alarm, AlarmTest.CHANGE).number == 0
     assert reading(alarm, AlarmTest.BUDGET, "rest").raised is not None
@@ -323,3 +324,25 @@ def test_arguments():
     ):
         with pytest.raises(InvalidArgumentError, match=name):
             Settings(**wrong)
+
+
+def test_runs_of_alike_requests_make_a_baseline_longer_and_evidence_slower():
+    """The baseline of independent requests is complete as soon as there are enough of them."""
+    rng = np.random.default_rng(0)
+    settings = replace(SETTINGS, budget=None)
+
+    def run(length):
+        return [one for one in requests(rng, 400 // length) for _ in range(length)]
+
+    alone, alike = (play(init(settings), "chat", run(length)) for length in (1, 5))
+    assert of_kind(alone, "chat").baseline_requests < of_kind(alike, "chat").baseline_requests
+    assert of_kind(alone, "chat").inflation < 2.0
+    assert of_kind(alike, "chat").inflation > 4.0
+    assert of_kind(load(save(alike), settings), "chat") == of_kind(alike, "chat")
+
+
+def test_a_baseline_that_never_has_enough_effective_requests_begins_anew(monkeypatch):
+    monkeypatch.setattr(kinds, "MAX_LEARNING", 200)
+    given = [requests(np.random.default_rng(n // 40), 1)[0] for n in range(250)]
+    found = of_kind(play(init(replace(SETTINGS, budget=None)), "chat", given), "chat")
+    assert (found.watched, found.baseline_requests) == (False, 50)

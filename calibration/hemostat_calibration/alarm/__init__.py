@@ -19,6 +19,7 @@ from hemostat_calibration.alarm.betting import Crossing
 from hemostat_calibration.alarm.budget import BudgetTest
 from hemostat_calibration.alarm.change import ChangeTest
 from hemostat_calibration.alarm.kinds import (
+    EFFECTIVE_SHARE,
     Alarm,
     AlarmTest,
     KindReading,
@@ -38,6 +39,7 @@ from hemostat_calibration.alarm.serialization import begun_tests, load, save
 from hemostat_calibration.alarm.workload import Workload
 
 __all__ = [
+    "EFFECTIVE_SHARE",
     "Alarm",
     "AlarmTest",
     "Baseline",

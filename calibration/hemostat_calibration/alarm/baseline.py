@@ -10,6 +10,11 @@ choice, and their order statistics give limits without any assumption on the dis
 distribution is above the (j+1)-th largest of m with a probability of more than g in no more than a part P(Binomial(m,
 g) ≤ j) of all baselines (Clopper & Pearson, 1934; Wilks, 1941). `Baseline.limits` are such g.
 
+Requests that depend on each other say less: limits are of m/v̂ scores, of which j/v̂ are above, with v̂ the variance
+inflation of sums of levels (`statistics.dependence`; for proportions so Korn & Graubard, Survey Methodology 1998), and
+every bet is raised to the power 1/v̂ before strategies are mixed. v̂ is frozen with the baseline: afterwards a change
+of the model would look like dependence.
+
 The *tolerance* c ≥ 1: a score bets upwards as if every spread had been smaller by the factor c, and downwards as if it
 had been larger. So whatever multiplies the spreads of a kind by something between 1/c and c is no evidence.
 """
@@ -92,7 +97,7 @@ class Baseline:
 
     level: mean level of its requests. centre, half_tokens: of the score. edges: float64 [B], scores: first the ranges
     above an edge (`UPPER_SHARES`), then those below one (`LOWER_SHARES`). limits: float64 [B], of the probability that
-    a score falls into each range. requests: in the baseline.
+    a score falls into each range. requests: in the baseline. inflation: v̂ of its levels.
     """
 
     level: float
@@ -101,9 +106,11 @@ class Baseline:
     edges: Floats
     limits: Floats
     requests: int
+    inflation: float = 1.0
 
     def log_factors(self, levels: Floats, tokens: Floats, tolerance: float) -> Floats:
-        """ln of what each strategy's wealth is multiplied by: levels, tokens float64 [R] -> [R, `STRATEGIES`].
+        """ln of what each strategy's wealth is multiplied by, to the power 1/v̂: levels, tokens float64 [R] ->
+        [R, `STRATEGIES`].
 
         >>> baseline = fit_baseline(np.array([[math.sin(n), 50, 0.0] for n in range(150)]), alpha=0.0025)
         >>> baseline.log_factors(np.array([0.0, 9.0]), np.array([50.0, 50.0]), 1.25).max(axis=1).round(1).tolist()
@@ -121,22 +128,24 @@ class Baseline:
         )
         stakes = np.array(BETS)[:, None]
         factors = 1.0 - stakes + stakes * (inside / self.limits)[:, None, :]
-        result: Floats = np.log(factors).reshape(len(levels), STRATEGIES)
+        result: Floats = np.log(factors).reshape(len(levels), STRATEGIES) / self.inflation
         return result
 
 
-def fit_baseline(requests: Floats, alpha: float) -> Baseline:
+def fit_baseline(requests: Floats, alpha: float, inflation: float = 1.0) -> Baseline:
     """The baseline of a kind from its first requests, in their order: float64 [R, 3], rows of `RequestSpread.row`.
+    inflation: v̂ of their levels, 1 or more.
 
     With a probability of at least 1 − alpha no limit is below the true probability of its range, if the requests are
-    independent and of one distribution, whatever it is. InvalidArgumentError for fewer than `MIN_BASELINE_REQUESTS`.
+    independent and of one distribution, whatever it is. InvalidArgumentError for fewer than `MIN_BASELINE_REQUESTS`
+    effective ones.
 
     >>> fit_baseline(np.array([[math.sin(n), 50, 0.0] for n in range(150)]), alpha=0.0025).requests
     150
     """
-    if len(requests) < MIN_BASELINE_REQUESTS:
+    if (effective := len(requests) / inflation) < MIN_BASELINE_REQUESTS:
         raise InvalidArgumentError(
-            f"the baseline has {len(requests)} requests: at least {MIN_BASELINE_REQUESTS} are needed"
+            f"the baseline has {effective:.0f} effective requests: at least {MIN_BASELINE_REQUESTS} are needed"
         )
     levels, tokens, _ = requests.T
     first = len(requests) // FIRST_PART
@@ -147,8 +156,9 @@ def fit_baseline(requests: Floats, alpha: float) -> Baseline:
     above, below = ([int(share * m) for share in shares] for shares in (UPPER_SHARES, LOWER_SHARES))
     edges = np.array([scores[m - 1 - j] for j in above] + [scores[j] for j in below])
     part = alpha / len(edges)
-    limits = np.array([max(upper_limit(j, m, part), MIN_LIMIT) for j in (*above, *below)])
-    return Baseline(float(levels.mean()), centre, half_tokens, edges, limits, len(requests))
+    counts = [(math.ceil(j / inflation), int(m / inflation)) for j in (*above, *below)]
+    limits = np.array([max(upper_limit(hits, trials, part), MIN_LIMIT) for hits, trials in counts])
+    return Baseline(float(levels.mean()), centre, half_tokens, edges, limits, len(requests), inflation)
 
 
 def _half_tokens(requests: Floats, centre: float) -> float:

@@ -4,8 +4,8 @@ A strategy multiplies its wealth by factors whose expected value, given the past
 hypothesis. Then the sum over all strategies reaches 1/α with a probability of at most α (Ville's inequality), however
 often one looks (Shafer, "Testing by betting", 2021; Waudby-Smith & Ramdas, "Estimating means of bounded random
 variables by betting", 2024). Wealth that was lost before something went wrong would delay the alarm, so strategies are
-funded anew: of the whole, 1, the k-th request gets 1/(k(k+1)), the rest is held back. That costs 2 log k of evidence,
-whenever the change begins.
+funded anew: of the whole, 1, the k-th effective request gets 1/(k(k+1)), the rest is held back. That costs 2 log k of
+evidence, whenever the change begins. (A request is 1/v̂ effective ones, see `statistics.dependence`.)
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class WealthState:
     log_wealth: float64 [S], natural logarithms.
     since: float64 [S]; first_request, first_token: int64 [S]: time, and the numbers of requests and tokens seen before,
         when the larger part of each strategy's wealth was funded.
-    requests, tokens: seen so far.
+    requests, tokens: seen so far. effective: of the requests. funded: how often.
     """
 
     log_wealth: Floats
@@ -53,13 +53,15 @@ class WealthState:
     first_token: npt.NDArray[np.int64]
     requests: int = 0
     tokens: int = 0
+    effective: float = 0.0
+    funded: int = 0
 
     @property
     def log_evidence(self) -> float:
         """ln of the whole wealth, what is held back included; 0 before the first request."""
         if not self.requests:
             return 0.0
-        held_back = -math.log(self.requests + 1.0)
+        held_back = -math.log(self.funded + 1.0)
         return float(np.logaddexp(log_sum_exp(self.log_wealth[:, None])[0], held_back))
 
     def crossing(self, at: float, log_wealth: float) -> Crossing:
@@ -94,12 +96,19 @@ def initial_wealth(strategies: int) -> WealthState:
 
 
 def bet(
-    wealth: WealthState, log_factors: Floats, log_weights: Floats, tokens: int, now: float, log_target: float
+    wealth: WealthState,
+    log_factors: Floats,
+    log_weights: Floats,
+    tokens: int,
+    now: float,
+    log_target: float,
+    inflation: float = 1.0,
 ) -> tuple[WealthState, Crossing | None]:
     """The wealth after one request, and a `Crossing` if the wealth reached the threshold, else None.
 
     log_factors: float64 [S], ln of each strategy's factor. log_weights: float64 [S], ln of the part that each gets of
     what is funded; the parts sum to 1. tokens: of the request. now: its time, seconds. log_target: ln of the threshold.
+    inflation: v̂, by which log_factors are divided already.
 
     >>> wealth = initial_wealth(1)
     >>> for now in range(8):
@@ -107,8 +116,11 @@ def bet(
     >>> crossing.since, crossing.requests, crossing.tokens
     (0.0, 8, 80)
     """
-    k = wealth.requests + 1
-    moved = multiply(fund(wealth, log_weights - math.log(k * (k + 1.0)), now), log_factors, tokens)
+    if wealth.effective >= wealth.funded:
+        k = wealth.funded + 1
+        wealth = replace(fund(wealth, log_weights - math.log(k * (k + 1.0)), now), funded=k)
+    moved = multiply(wealth, log_factors, tokens)
+    moved = replace(moved, effective=moved.effective + 1.0 / inflation)
     return moved, None if moved.log_evidence < log_target else moved.crossing(now, moved.log_evidence)
 
 

@@ -28,7 +28,8 @@ class BudgetTest:
     """One budget test at `alpha`. crossing: set once the wealth has crossed 1/alpha.
 
     budget: nats per token, allowed above the noise floor. cap: nats, where values are clipped.
-    max_tokens: N, the weight of a request is that of its tokens up to so many.
+    max_tokens: N, the weight of a request is that of its tokens up to so many. inflation: v̂ of the requests' means, 1
+        or more (`statistics.dependence`): each bet is raised to the power 1/v̂.
 
     >>> test = BudgetTest(budget=0.1, cap=5.0, max_tokens=64, alpha=0.01)
     >>> for now in range(30):
@@ -41,16 +42,17 @@ class BudgetTest:
     cap: float
     max_tokens: int
     alpha: float
+    inflation: float = 1.0
     wealth: WealthState = field(default_factory=lambda: initial_wealth(len(BET_FRACTIONS)))
     crossing: Crossing | None = None
 
     def log_factors(self, divergences: Floats, noise_floor: float) -> Floats:
-        """ln of the factors of one request, [S]."""
+        """ln of the factors of one request, to the power 1/v̂, [S]."""
         values = divergences[~np.isnan(divergences)]
         weight = min(len(values), self.max_tokens) / self.max_tokens
         ratio = float(np.clip(values, 0.0, self.cap).mean()) / (self.budget + max(noise_floor, 0.0))
         factors: Floats = np.log1p(weight * np.array(BET_FRACTIONS) * (ratio - 1.0))
-        return factors
+        return factors / self.inflation
 
     def update(self, divergences: Floats, noise_floor: float, now: float = 0.0) -> BudgetTest:
         """Add one request: divergences float64 [T], nats; NaN is left out. now: seconds.
@@ -62,5 +64,6 @@ class BudgetTest:
         if self.crossing is not None or not tokens or not math.isfinite(noise_floor):
             return self
         factors = self.log_factors(divergences, noise_floor)
-        wealth, crossing = bet(self.wealth, factors, equal_weights(len(factors)), tokens, now, -math.log(self.alpha))
+        target, weights = -math.log(self.alpha), equal_weights(len(factors))
+        wealth, crossing = bet(self.wealth, factors, weights, tokens, now, target, self.inflation)
         return replace(self, wealth=wealth, crossing=crossing)

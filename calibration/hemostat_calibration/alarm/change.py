@@ -54,5 +54,6 @@ class ChangeTest:
         if self.crossing is not None:
             return self
         factors = self.log_factors(baseline, request)
-        wealth, crossing = bet(self.wealth, factors, LOG_WEIGHTS, request.tokens, now, -math.log(self.alpha))
+        target, v = -math.log(self.alpha), baseline.inflation
+        wealth, crossing = bet(self.wealth, factors, LOG_WEIGHTS, request.tokens, now, target, v)
         return replace(self, wealth=wealth, crossing=crossing)

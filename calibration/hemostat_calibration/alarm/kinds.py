@@ -5,6 +5,12 @@ the noise floor and half to the bets: the k-th budget test that was ever begun (
 alarm) has the part 1/(k(k+1)) of that. The change test gives half to the limits of baselines, of which the i-th ever
 completed has the part 1/(i(i+1)), and half to the bets: its k-th test has the part 1/(k(k+1)).
 
+Requests that depend on each other (`statistics.dependence`): a baseline is complete after `baseline_requests`, and as
+soon as `EFFECTIVE_SHARE` of that are effective ones: where requests come in runs of alike ones it is longer. Its v̂ is
+the larger one of the kind's and of that of all kinds' requests in their order, so that what moves several kinds
+together counts. A budget test begins when v̂ of its kind's divergence is known. What neither knows is what takes longer
+than the baseline: see `tests/bench/guard/alarm_dependence.py`.
+
 An alarm *clears* after `clear_after` requests on which freshly funded bets lost wealth; then a new test begins. A
 change that is meant to stay is made the new baseline by `rebase`.
 
@@ -34,9 +40,16 @@ from hemostat_calibration.alarm.change import ChangeTest
 from hemostat_calibration.alarm.workload import Workload
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.statistics.dependence import MIN_HISTORY, MIN_UNITS, BatchMeans
 
 MAX_KINDS = 128
 
+MAX_LEARNING = 4096
+"""Requests of a kind's baseline; where they depend on each other so much that these are too few, it begins anew."""
+EFFECTIVE_SHARE = 0.6
+"""Of `Settings.baseline_requests`: so many have to be effective ones before a baseline is complete."""
+CHECK_EVERY = 10
+"""Requests, from `Settings.baseline_requests` on, between two looks at whether it is."""
 RECENT_REQUESTS = 30
 """About so many requests make up the recent level of a kind."""
 
@@ -129,14 +142,16 @@ class Reading:
 class KindReading:
     """What is known of one kind.
 
-    baseline_requests: of its baseline so far. watched: whether that is complete, and the kind is part of the change
-        test. spread_ratio: its recent spread (geometric mean over requests, about `RECENT_REQUESTS` of them), as a
-        factor of its baseline's; None before it is watched. baseline_share: its part of the baseline's mix.
+    baseline_requests: of its baseline so far. inflation: v̂ of their levels; infinite before it can be estimated.
+        watched: whether that is complete, and the kind is part of the change test. spread_ratio: its recent spread
+        (geometric mean over requests, about `RECENT_REQUESTS` of them), as a factor of its baseline's; None before it
+        is watched. baseline_share: its part of the baseline's mix.
     """
 
     kind: str
     baseline_requests: int
     watched: bool
+    inflation: float
     spread_ratio: float | None
     baseline_share: float
 
@@ -159,12 +174,16 @@ class RunningTest:
 class KindState:
     """Of one kind.
 
-    learning: float64 [R, 3], requests of the baseline so far (`RequestSpread.row`), until there are enough.
+    learning: float64 [R, 3], requests of the baseline so far (`RequestSpread.row`), until there are enough. levels: of
+        these. divergences: means by request until their v̂ is known. inflation: that v̂; infinite before.
     recent_level: moving average of the levels since, relative to the baseline's. last: time of its last request.
     """
 
     budget: RunningTest | None = None
     learning: Floats = field(default_factory=lambda: np.zeros((0, 3)))
+    levels: BatchMeans = field(default_factory=lambda: BatchMeans.of(1))
+    divergences: BatchMeans = field(default_factory=lambda: BatchMeans.of(1))
+    inflation: float = math.inf
     baseline: Baseline | None = None
     recent_level: float = 0.0
     recent_requests: int = 0
@@ -173,7 +192,8 @@ class KindState:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Alarm:
-    """The alarm of all kinds. budget_tests, change_tests, baselines: how many were ever begun, or completed."""
+    """The alarm of all kinds. budget_tests, change_tests, baselines: how many were ever begun, or completed. levels: of
+    requests of all baselines, in their order, relative to the mean of their kind so far."""
 
     settings: Settings
     budget_tests: int = 0
@@ -182,6 +202,7 @@ class Alarm:
     change: RunningTest | None = None
     kinds: Mapping[str, KindState] = field(default_factory=dict)
     workload: Workload = field(default_factory=lambda: Workload(0))
+    levels: BatchMeans = field(default_factory=lambda: BatchMeans.of(1))
 
 
 def init(settings: Settings, tests: int = 0) -> Alarm:
@@ -198,7 +219,7 @@ def update(alarm: Alarm, kind: str, observation: Observation, noise_floor: float
     """Add one scored request of a kind. noise_floor: nats per token, see `BudgetTest.update`.
 
     >>> alarm = init(Settings(budget=0.1, baseline_requests=0))
-    >>> for now in range(40):
+    >>> for now in range(150):
     ...     alarm = update(alarm, "chat", Observation(float(now), np.full(256, 0.5), np.full(256, np.nan)))
     >>> [(reading.test.value, reading.raised is not None) for reading in readings(alarm)]
     [('budget', True)]
@@ -233,11 +254,16 @@ def _update_budget(
     settings, running = alarm.settings, state.budget
     if settings.budget is None or not math.isfinite(noise_floor) or np.isnan(observation.divergences).all():
         return alarm, state
+    if math.isinf(state.inflation):
+        state = _learn_divergence(state, observation.divergences, settings.cap)
+        if math.isinf(state.inflation):
+            return alarm, state
     if running is None or _cleared(running, settings):
         number = alarm.budget_tests + 1
         alarm = replace(alarm, budget_tests=number)
         alpha = settings.half_share / (number * (number + 1))
-        running = RunningTest(BudgetTest(settings.budget, settings.cap, settings.max_tokens, alpha), number)
+        begun = BudgetTest(settings.budget, settings.cap, settings.max_tokens, alpha, state.inflation)
+        running = RunningTest(begun, number)
     test = running.test
     assert isinstance(test, BudgetTest)
     if test.crossing is None:
@@ -248,15 +274,25 @@ def _update_budget(
     return alarm, replace(state, budget=running)
 
 
+def _learn_divergence(state: KindState, divergences: Floats, cap: float) -> KindState:
+    """One more request; v̂ of their means once it is known."""
+    mean = float(np.clip(divergences[~np.isnan(divergences)], 0.0, cap).mean())
+    means = state.divergences.update(np.array([mean]))
+    known = means.units >= MIN_HISTORY and means.enough()[0]
+    return replace(state, divergences=means, inflation=float(means.inflation()[0]) if known else math.inf)
+
+
 def _update_change(alarm: Alarm, state: KindState, request: RequestSpread, now: float) -> tuple[Alarm, KindState]:
     settings, baseline = alarm.settings, state.baseline
     if baseline is None:
-        learning = np.concatenate([state.learning, [request.row()]])
-        if len(learning) < settings.baseline_requests:
-            return alarm, replace(state, learning=learning)
+        alarm, state = _learn_level(alarm, state, request)
+        inflation = baseline_inflation(state.levels, alarm.levels, settings.baseline_requests)
+        if math.isinf(inflation):
+            return alarm, state
         number = alarm.baselines + 1
-        fitted = fit_baseline(learning, settings.half_share / (number * (number + 1)))
-        return replace(alarm, baselines=number), replace(state, learning=KindState().learning, baseline=fitted)
+        fitted = fit_baseline(state.learning, settings.half_share / (number * (number + 1)), inflation)
+        learned = replace(state, learning=KindState().learning, levels=KindState().levels, baseline=fitted)
+        return replace(alarm, baselines=number), learned
     count = state.recent_requests + 1
     moved = (request.level - baseline.level - state.recent_level) / min(count, RECENT_REQUESTS)
     state = replace(state, recent_level=state.recent_level + moved, recent_requests=count)
@@ -270,6 +306,33 @@ def _update_change(alarm: Alarm, state: KindState, request: RequestSpread, now: 
     else:
         running = _observe_recovery(running, test.log_factors(baseline, request), settings.clear_after)
     return replace(alarm, change=running), state
+
+
+def _learn_level(alarm: Alarm, state: KindState, request: RequestSpread) -> tuple[Alarm, KindState]:
+    if len(state.learning) >= MAX_LEARNING:
+        state = replace(state, learning=KindState().learning, levels=KindState().levels)
+    learning = np.concatenate([state.learning, [request.row()]])
+    state = replace(state, learning=learning, levels=state.levels.update(np.array([request.level])))
+    relative = request.level - float(learning[:, 0].mean())
+    return replace(alarm, levels=alarm.levels.update(np.array([relative]))), state
+
+
+def baseline_inflation(levels: BatchMeans, all_levels: BatchMeans, needed: int) -> float:
+    """v̂ with which a baseline is complete; infinite where it is not, or not looked at.
+
+    levels: of its requests. all_levels: of those of all kinds. needed: `Settings.baseline_requests`.
+
+    >>> baseline_inflation(BatchMeans.of(1), BatchMeans.of(1), 150)
+    inf
+    """
+    if levels.units < needed or (levels.units - needed) % CHECK_EVERY:
+        return math.inf
+    found = max(float(one.inflation()[0]) for one in (levels, all_levels) if one.units >= MIN_UNITS or one is levels)
+    least = max(EFFECTIVE_SHARE * needed, MIN_BASELINE_REQUESTS)
+    # A baseline of so few requests that nothing can be estimated is the operator's choice.
+    if levels.units < MIN_UNITS:
+        return 1.0
+    return found if levels.units / found >= least else math.inf
 
 
 def _begin_change(alarm: Alarm) -> tuple[Alarm, RunningTest]:
@@ -304,18 +367,25 @@ def rebase(alarm: Alarm, kind: str | None = None) -> Alarm:
     (1, 0)
     """
     kinds = {
-        name: KindState(budget=state.budget, last=state.last) if kind in {None, name} else state
+        name: KindState(budget=state.budget, inflation=state.inflation, last=state.last)
+        if kind in {None, name}
+        else state
         for name, state in alarm.kinds.items()
     }
     raised = alarm.change is not None and alarm.change.test.crossing is not None
-    workload = Workload(alarm.settings.baseline_requests) if kind is None else alarm.workload
-    return replace(alarm, kinds=kinds, change=None if raised else alarm.change, workload=workload)
+    change = None if raised else alarm.change
+    if kind is not None:
+        return replace(alarm, kinds=kinds, change=change)
+    workload = Workload(alarm.settings.baseline_requests)
+    return replace(alarm, kinds=kinds, change=change, workload=workload, levels=BatchMeans.of(1))
 
 
 def readings(alarm: Alarm) -> list[Reading]:
     """The state of every test: the change test, also before it begins, then the budget tests in the order of kinds.
 
-    >>> alarm = update(init(Settings(budget=0.1)), "chat", Observation(0.0, np.full(8, 0.1), np.full(8, 0.1)))
+    >>> alarm = init(Settings(budget=0.1))
+    >>> for now in range(100):
+    ...     alarm = update(alarm, "chat", Observation(float(now), np.full(8, 0.1), np.full(8, 0.1)))
     >>> [(reading.test.value, reading.kind, reading.number) for reading in readings(alarm)]
     [('change', '', 0), ('budget', 'chat', 1)]
     """
@@ -352,6 +422,7 @@ def kind_readings(alarm: Alarm) -> list[KindReading]:
             kind=kind,
             baseline_requests=len(state.learning) if state.baseline is None else state.baseline.requests,
             watched=state.baseline is not None,
+            inflation=float(state.levels.inflation()[0]) if state.baseline is None else state.baseline.inflation,
             spread_ratio=math.exp(state.recent_level) if state.recent_requests else None,
             baseline_share=alarm.workload.share(kind),
         )

@@ -21,9 +21,10 @@ from hemostat_calibration.alarm.kinds import Alarm, KindState, RunningTest, Sett
 from hemostat_calibration.alarm.odd_engine import EngineTest, OddEngines, Stratum, init
 from hemostat_calibration.alarm.workload import Workload
 from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.statistics.dependence import BatchMeans
 
-SCHEMA = 2
-"""Of what `save` writes. 1 counted tokens by route."""
+SCHEMA = 3
+"""Of what `save` writes. 1 counted tokens by route, 2 took requests for independent."""
 
 
 _STORED: Mapping[str, type[Any]] = {
@@ -34,6 +35,7 @@ _STORED: Mapping[str, type[Any]] = {
     "BudgetTest": BudgetTest,
     "ChangeTest": ChangeTest,
     "Baseline": Baseline,
+    "BatchMeans": BatchMeans,
     "WealthState": WealthState,
     "Crossing": Crossing,
     "Workload": Workload,

@@ -172,6 +172,7 @@ class Alarms:
                     "kind": reading.kind,
                     "baseline_requests": reading.baseline_requests,
                     "watched": reading.watched,
+                    "inflation": finite(reading.inflation),
                     "spread_ratio": reading.spread_ratio,
                     "baseline_share": reading.baseline_share,
                 }
@@ -191,7 +192,7 @@ class Alarms:
         """What tests still need before they can raise an alarm, in words."""
         needed = self._settings.baseline_requests
         waits = [
-            f"baseline of {reading.kind!r}: {reading.baseline_requests} of {needed} requests"
+            _waits(reading, needed)
             for reading in alarm.kind_readings(self._state)
             if not reading.watched and reading.kind != REST_KIND
         ]
@@ -227,6 +228,16 @@ class Alarms:
         if (distance := self._state.workload.distance) is not None:
             yield Sample(names.WORKLOAD_CHANGED, (), float(self._state.workload.changed(self._settings.alpha)))
             yield Sample(names.WORKLOAD_DISTANCE_RATIO, (), distance)
+
+
+def _waits(reading: alarm.KindReading, needed: int) -> str:
+    if reading.baseline_requests < needed:
+        return f"baseline of {reading.kind!r}: {reading.baseline_requests} of {needed} requests"
+    effective = reading.baseline_requests / reading.inflation
+    return (
+        f"baseline of {reading.kind!r}: {reading.baseline_requests} requests that depend on each other are about "
+        f"{effective:.0f} effective ones, of {alarm.EFFECTIVE_SHARE * needed:.0f}"
+    )
 
 
 def _part(reading: alarm.Reading) -> float:

@@ -20,20 +20,22 @@ import numpy.typing as npt
 from hemostat_calibration.alarm import BudgetTest, Settings, Workload, fit_baseline
 from hemostat_calibration.alarm.baseline import LOG_WEIGHTS, STRATEGIES
 from hemostat_calibration.alarm.betting import log_sum_exp
+from hemostat_calibration.alarm.kinds import CHECK_EVERY, baseline_inflation
+from hemostat_calibration.statistics.dependence import LEVELS, BatchMeans
 
 from . import Row, count_row
 
 NAME = "alarm"
-TAKES = "about a minute"
+TAKES = "5 minutes on one core"
 
 SETTINGS = Settings()
 REQUESTS = 500
 EFFECTS = (0.05, 0.1, 0.15, 0.2, 0.3)
 SHORT, LONG = (40, 200), (300, 900)
 SHIFTS = (1.03, 1.1, 1.2)
-CHANGES = {"w4a16": 6, "w8a8": 15, "prune10": None, "kv_fp8": None}
+CHANGES = {"w4a16": 20, "w8a8": 20, "prune10": None, "kv_fp8": None}
 """Served instead of the reference -> requests until the alarm, median, that are allowed."""
-LEVELS = Path(__file__).parent / "alarm_levels.csv"
+LEVELS_FILE = Path(__file__).parent / "alarm_levels.csv"
 
 Array = npt.NDArray[np.float64]
 
@@ -67,7 +69,7 @@ def heavy_effects(rng: np.random.Generator, count: int, size: float) -> Array:
     return size * rng.standard_t(2, count)
 
 
-def real(path: Path = LEVELS) -> dict[str, dict[str, Array]]:
+def real(path: Path = LEVELS_FILE) -> dict[str, dict[str, Array]]:
     """Change -> form of the answer -> float64 [R, 3]."""
     found: dict[str, dict[str, list[list[float]]]] = {}
     with path.open(encoding="utf-8", newline="") as file:
@@ -82,29 +84,75 @@ def real(path: Path = LEVELS) -> dict[str, dict[str, Array]]:
 # --- a life of the change test -------------------------------------------------------------------------------------
 
 
-def log_evidence(factors: Array) -> Array:
-    """What `ChangeTest` has after each request: factors [R, S], ln -> [R]. The same as one `bet` after the other."""
+def log_evidence(factors: Array, inflation: float | Array = 1.0) -> Array:
+    """What `ChangeTest` has after each request: factors [R, S], ln -> [R]. The same as one `bet` after the other.
+
+    inflation: v̂ of each request's kind.
+    """
     before = np.concatenate([np.zeros((1, factors.shape[1])), factors.cumsum(axis=0)])
-    k = np.arange(1.0, len(factors) + 1.0)
-    funded = LOG_WEIGHTS - np.log(k * (k + 1.0))[:, None]
-    wealth = np.logaddexp.accumulate(funded - before[:-1], axis=0) + before[1:]
+    effective, funded = 0.0, np.zeros(len(factors), np.int64)
+    for at, part in enumerate((1.0 / np.broadcast_to(inflation, len(factors))).tolist()):
+        last = funded[at - 1] if at else 0
+        funded[at] = last + (effective >= last)
+        effective += part
+    k = funded.astype(np.float64)
+    is_funded = np.diff(funded, prepend=0) > 0
+    amounts = np.where(is_funded, -np.log(k * (k + 1.0)), -np.inf)
+    wealth = np.logaddexp.accumulate(LOG_WEIGHTS + amounts[:, None] - before[:-1], axis=0) + before[1:]
     return np.logaddexp(log_sum_exp(wealth.T), -np.log(k + 1.0))
+
+
+def batch_means(levels: Array) -> BatchMeans:
+    """The same as one `BatchMeans.update` after the other, of one series."""
+    means = BatchMeans.of(1)
+    for level in range(LEVELS):
+        count = len(levels) >> level
+        sums = levels[: count << level].reshape(count, 1 << level).sum(axis=1)
+        size = float(1 << level)
+        means.sums[level, :, 0] = sums.sum(), count * size, (sums**2).sum(), size * sums.sum(), count * size * size
+    return BatchMeans(len(levels), means.open, means.sums)
+
+
+def baselines(
+    kinds: npt.NDArray[np.int64], rows: Array, settings: Settings
+) -> list[tuple[int, npt.NDArray[np.int64], float]]:
+    """Of each kind whose baseline is complete, in the order in which they are: its number, where its requests are that
+    come after the baseline, and v̂."""
+    learning, found = {kind: np.flatnonzero(kinds == kind) for kind in range(int(kinds.max()) + 1)}, []
+    relative = np.empty(len(rows))
+    for at in learning.values():
+        relative[at] = rows[at, 0] - rows[at, 0].cumsum() / np.arange(1.0, len(at) + 1.0)
+    is_learned = np.ones(len(rows), np.bool_)
+    looks = range(settings.baseline_requests, len(rows) + 1, CHECK_EVERY)
+    for position, kind, count in sorted(
+        (at[n - 1], kind, n) for kind, at in learning.items() for n in looks if n <= len(at)
+    ):
+        if kind not in learning:
+            continue
+        own = batch_means(rows[learning[kind][:count], 0])
+        everything = batch_means(relative[: position + 1][is_learned[: position + 1]])
+        v = baseline_inflation(own, everything, settings.baseline_requests)
+        if math.isfinite(v):
+            later = learning.pop(kind)[count:]
+            is_learned[later] = False
+            found.append((kind, later, v))
+        if not learning:
+            break
+    return found
 
 
 def crossing(kinds: npt.NDArray[np.int64], rows: Array, settings: Settings = SETTINGS) -> int | None:
     """Position of the request with which the first change test alarms; kinds [R], rows [R, 3] in order of arrival."""
-    factors = np.full((len(rows), STRATEGIES), np.nan)
-    number = settings.baseline_requests
-    of_kind = [np.flatnonzero(kinds == kind) for kind in range(int(kinds.max()) + 1)]
-    complete = sorted((at for at in of_kind if len(at) > number), key=lambda at: at[number - 1])
-    for count, at in enumerate(complete, 1):
-        baseline = fit_baseline(rows[at[:number]], settings.half_share / (count * (count + 1)))
-        later = at[number:]
+    factors, inflation = np.full((len(rows), STRATEGIES), np.nan), np.ones(len(rows))
+    for count, (kind, later, v) in enumerate(baselines(kinds, rows, settings), 1):
+        learned = np.setdiff1d(np.flatnonzero(kinds == kind), later)
+        baseline = fit_baseline(rows[learned], settings.half_share / (count * (count + 1)), v)
         factors[later] = baseline.log_factors(rows[later, 0], rows[later, 1], settings.tolerance)
+        inflation[later] = v
     bets = np.flatnonzero(~np.isnan(factors[:, 0]))
     if not len(bets):
         return None
-    over = np.flatnonzero(log_evidence(factors[bets]) >= math.log(2.0 / settings.half_share))
+    over = np.flatnonzero(log_evidence(factors[bets], inflation[bets]) >= math.log(2.0 / settings.half_share))
     return int(bets[over[0]]) if len(over) else None
 
 
@@ -199,11 +247,11 @@ def real_shifts(lives: int, seed: int) -> Iterator[Row]:
 
 
 def delays(lives: int, seed: int) -> Iterator[Row]:
-    """The reference is served, then something else in its place; 150 requests of each form, 20 or 500 more, then the
+    """The reference is served, then something else in its place; 300 requests of each form, 20 or 500 more, then the
     change."""
     pools = real()
     forms = list(pools["null"])
-    begin = len(forms) * SETTINGS.baseline_requests
+    begin = 2 * len(forms) * SETTINGS.baseline_requests
     for change, most in CHANGES.items():
         for before in (20, 500):
             found: list[tuple[float, float]] = []
@@ -230,8 +278,8 @@ def delays(lives: int, seed: int) -> Iterator[Row]:
 
 
 def simulated_delays(lives: int, seed: int) -> Iterator[Row]:
-    """Changes of the spread above the tolerance, after 20 tested requests."""
-    begin = SETTINGS.baseline_requests + 20
+    """Changes of the spread above the tolerance, after 320 requests."""
+    begin = 2 * SETTINGS.baseline_requests + 20
     for factor in (1.5, 2.0, 4.0):
         found = []
         for number in range(max(lives // 2, 20)):

@@ -3,10 +3,13 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from tests.bench.guard import alarm as worlds
+from tests.bench.guard import alarm_dependence as dependent
 from tests.bench.guard import most
 
 from hemostat_calibration.alarm import ChangeTest, RequestSpread, baseline, fit_baseline
+from hemostat_calibration.statistics.dependence import BatchMeans
 
 LIVES = 50
 
@@ -54,10 +57,31 @@ def test_levels_without_regard_to_length_would_alarm_on_short_answers(monkeypatc
 
 def test_the_simulations_bet_as_the_test_does():
     kinds, rows = shifted(np.random.default_rng(3), factor=1.8)
-    n = worlds.SETTINGS.baseline_requests
-    usual = fit_baseline(rows[:n], worlds.SETTINGS.half_share / 2)
+    [(_, later, v)] = worlds.baselines(kinds, rows, worlds.SETTINGS)
+    n = int(later[0])
+    usual = fit_baseline(rows[:n], worlds.SETTINGS.half_share / 2, v)
     test = ChangeTest(worlds.SETTINGS.half_share / 2, worlds.SETTINGS.tolerance)
     for level, tokens, contrast in rows[n:]:
         test = test.update(usual, RequestSpread(level, int(tokens), contrast))
     assert test.crossing is not None
     assert worlds.crossing(kinds, rows) == n + test.wealth.requests - 1
+
+
+def test_batches_are_those_of_the_alarm():
+    levels = np.random.default_rng(0).normal(size=777)
+    means = BatchMeans.of(1)
+    for level in levels:
+        means = means.update(np.array([level]))
+    found = worlds.batch_means(levels)
+    assert found.units == means.units
+    assert found.sums == pytest.approx(means.sums)
+
+
+@pytest.mark.parametrize("name", ["runs of 10, effects 0.3", "20 clients that come with 20 requests at a time"])
+def test_requests_taken_for_independent_would_alarm_without_a_change(name):
+    world, _ = dependent.WORLDS[name]
+    taken = dependent.lives_of(world, 20, 0, dependent.WEEK, dependence=False)
+    assert sum(np.isfinite(life.alarm) for life in taken) >= 10
+    found = dependent.lives_of(world, 20, 0, dependent.WEEK)
+    assert sum(np.isfinite(life.alarm) for life in found) <= most(20, worlds.SETTINGS.alpha)
+    assert all(np.isfinite(life.begun) for life in found)
