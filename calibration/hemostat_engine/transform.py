@@ -4,9 +4,8 @@ a family that is added there is added to `FAMILIES` here.
 Logits z are [N, V], float32 in both of vLLM's runners. As in numpy, entries that are not finite (-inf is a mask)
 are unchanged. Nothing here waits for the device.
 
-A contextual row costs, beside its N anchors: 2 A r + 2 (A H + H G + G r) + 2 r V floating point operations (H = 0: the
-first and the last; less where the tail is narrow), one pass over `up` (`product`; 2 or 4 bytes each number, shared by
-the rows of the step) and three over the row's logits.
+A contextual row costs, beside its N anchors: 2 A r + 2 r V floating point operations (less where the tail is narrow),
+one pass over `up` (`product`; 2 or 4 bytes each number, shared by the rows of the step), three over the row's logits.
 """
 
 from __future__ import annotations
@@ -67,10 +66,6 @@ def _temperature_bias(parameters: Parameters, logits: torch.Tensor, rows: torch.
 def _contextual(parameters: Parameters, logits: torch.Tensor, rows: torch.Tensor | None) -> Shift:
     x = centred(logits, rows, parameters["anchors"])[:, : parameters["linear"].shape[0]]
     y = torch.addmm(parameters["offset"], x, parameters["linear"])
-    if parameters["hidden"].shape[1]:
-        units = torch.nn.functional.silu(torch.addmm(parameters["hidden_offset"], x, parameters["hidden"]))
-        units = torch.nn.functional.silu(torch.addmm(parameters["middle_offset"], units, parameters["middle"]))
-        y.addmm_(units, parameters["out"])
     twice_kl = ((y @ parameters["fisher"]) * y).sum(dim=-1, keepdim=True)
     most = 2.0 * parameters["kl_limit"]
     # One feature that is not finite makes all of the row's y so. With y² finite, `up y` is within float32.
@@ -99,7 +94,7 @@ def _nothing(parameters: Parameters, logits: torch.Tensor, rows: torch.Tensor | 
 
 FAMILIES: Mapping[str, Family] = {
     TEMPERATURE_BIAS: Family(_temperature_bias),
-    CONTEXTUAL: Family(_contextual, frozenset({"linear", "hidden", "middle", "out"}), frozenset({"up"})),
+    CONTEXTUAL: Family(_contextual, frozenset({"linear"}), frozenset({"up"})),
     # Of an adapter without a map; one with a map is contextual here.
     ADAPTER: Family(_nothing),
 }

@@ -60,7 +60,7 @@ BOOTSTRAP = 10_000
 
 
 def synthetic(
-    vocab_size: int, *, anchors: int, features: int, hidden: int, rank: int, narrow: int, wide: int, seed: int = 1
+    vocab_size: int, *, anchors: int, features: int, rank: int, narrow: int, wide: int, seed: int = 1
 ) -> CalibrationProfile:
     """Of the shape that serves, with shifts of about a nat: what it costs does not depend on what it says. All but
     `wide` ids have `narrow` columns only."""
@@ -75,11 +75,6 @@ def synthetic(
         offset=rng.normal(0.0, 0.1, rank),
         up=up,
         clamp_nats=4.0,
-        hidden=rng.normal(0.0, read, (hidden, features)),
-        hidden_offset=rng.normal(0.0, 0.3, hidden),
-        middle=rng.normal(0.0, 1.0 / np.sqrt(max(hidden, 1)), (hidden, hidden)),
-        middle_offset=rng.normal(0.0, 0.3, hidden),
-        out=rng.normal(0.0, 1.0 / np.sqrt(max(hidden, 1)), (rank, hidden)),
         fisher=np.eye(rank) / rank,
         kl_limit=4.0,
     )
@@ -92,25 +87,20 @@ def shape(profile: CalibrationProfile) -> dict[str, int]:
         "rank": rank,
         "anchors": len(profile.parameters["anchors"]),
         "features": features,
-        "hidden": profile.parameters["hidden"].shape[0],
         "narrow": up.narrow,
         "wide": up.wide,
     }
 
 
-def per_row(
-    vocab_size: int, rank: int, features: int, hidden: int, anchors: int, narrow: int, wide: int
-) -> dict[str, int]:
+def per_row(vocab_size: int, rank: int, features: int, anchors: int, narrow: int, wide: int) -> dict[str, int]:
     """What one row takes: floating point operations, bytes of weights (read once a step, whatever the batch), bytes of
     its own logits (read and written), and bytes that a tapped row hands out. And the profile's size."""
     import torch
 
     parts = (narrow * vocab_size, (rank - narrow) * wide)
-    network = rank * features + hidden * (features + hidden + rank + 2)
     up_bytes = sum(part * (2 if packs(part, torch.device("cpu")) else 4) for part in parts)
     operations = {
         "linear": 2 * features * rank,
-        "hidden": 2 * hidden * (features + hidden + rank),
         "trust_region": 2 * rank * (rank + 1),
         "up": 2 * sum(parts),
         "clamp_and_add": 3 * vocab_size,
@@ -121,10 +111,10 @@ def per_row(
         "narrow": narrow,
         "wide": wide,
         "flops": sum(operations.values()),
-        "weight_bytes_per_step": up_bytes + 4 * (network + rank * rank),
+        "weight_bytes_per_step": up_bytes + 4 * rank * (features + rank),
         "logit_bytes": 2 * 4 * vocab_size,
         "tap_feature_bytes": 2 * anchors,
-        "profile_bytes": 2 * rank * vocab_size + 4 * (network + anchors + rank * (rank + 1)),
+        "profile_bytes": 2 * rank * vocab_size + 4 * (anchors + rank * (features + rank + 1)),
     }
 
 
@@ -392,7 +382,6 @@ def main() -> int:
     parser.add_argument("--wide", type=int, default=8192, help="ids that are not of the tail")
     parser.add_argument("--anchors", type=int, default=1024)
     parser.add_argument("--features", type=int, default=576)
-    parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=24, help="decoding steps of a burst")
     parser.add_argument("--rounds", type=int, default=16, help="of each start")
@@ -415,7 +404,7 @@ def main() -> int:
             print(f"{arguments.profile} is not a contextual profile of a vocabulary of {vocab_size}", file=sys.stderr)
             return 2
     else:
-        names = ("rank", "anchors", "features", "hidden", "narrow", "wide")
+        names = ("rank", "anchors", "features", "narrow", "wide")
         profile = synthetic(vocab_size, **{name: getattr(arguments, name) for name in names})
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="hemostat-bench-") as folder:

@@ -37,7 +37,6 @@ from hemostat.models import vllm_server as vllm_process
 from hemostat.models.checkpoint_folders import MANIFEST
 from hemostat.models.output_embedding import load as load_embedding
 from hemostat.models.reference_checkpoint import cached_checkpoints
-from hemostat_calibration.learning.contextual import mlp
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
 from hemostat_calibration.learning.contextual.learner import ContextualLearner
 from hemostat_calibration.profiles.contextual import probe_profile
@@ -49,7 +48,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tests.bench.recovery import never_worse, outcomes, prompts, tried  # noqa: E402  the root is no package
+from tests.bench.recovery import never_worse, outcomes, prompts  # noqa: E402  the root is no package
 from tests.bench.recovery.adapters.plan import FULL as FULL_PLAN  # noqa: E402
 from tests.bench.recovery.adapters.plan import QUICK as QUICK_PLAN  # noqa: E402
 from tests.bench.recovery.adapters.run import AdapterBench, Part  # noqa: E402
@@ -74,7 +73,6 @@ ADAPTERS = "adapters"
 VOCABULARY = 49_152
 MAX_TOKENS = 96
 RECENT_TOKENS = 150_000
-LOWER_RANK = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +195,7 @@ class Bench:
 
     # --- learning -----------------------------------------------------------------------------------------------
 
-    def family(self, rank: int, network: bool, features: int | None = None) -> ContextualLearner:
+    def family(self, rank: int, features: int | None = None) -> ContextualLearner:
         return ContextualLearner(
             self.weight,
             self.anchors,
@@ -205,7 +203,6 @@ class Bench:
             rank=rank,
             clamp_nats=self.options.clamp_nats,
             recent_tokens=RECENT_TOKENS,
-            network=mlp.TrainingSettings() if network else None,
         )
 
     def learned(
@@ -247,22 +244,20 @@ class Bench:
             lambda: learn_bias(self.weight, recovery, few_tokens, clamp),
             False,
         )
-        settings = [(rank, False, (plan.baselines,)) for rank in plan.ranks]
-        settings += [(self.options.rank, False, plan.counts), (self.options.rank, True, plan.counts)]
-        for rank, network, counts in settings:
+        settings = [(rank, (plan.baselines,)) for rank in plan.ranks if rank != self.options.rank]
+        for rank, counts in [*settings, (self.options.rank, plan.counts)]:
             taker: GrowingRun | None = None
             for count in counts:
                 part = first_tokens(learning, count)
                 tokens = sum(len(t.output) for t in part)
-                variant = "as chosen" if network else "linear"
 
-                def make(part: list[Written] = part, rank: int = rank, network: bool = network) -> Learned:
+                def make(part: list[Written] = part, rank: int = rank) -> Learned:
                     nonlocal taker
                     if taker is None:
-                        taker = GrowingRun(self.family(rank, network))
+                        taker = GrowingRun(self.family(rank))
                     return taker.learn(part, f"{scheme}, rank {rank}, {sum(len(t.output) for t in part)} tokens")
 
-                add("contextual", variant, rank, tokens, make, network)
+                add("contextual", "linear", rank, tokens, make, rank == self.options.rank)
         if plan.references:
             self.references(few_tokens, recovery, made_from, add)
         if plan.variants:
@@ -278,12 +273,10 @@ class Bench:
             [made_from, tokens],
             lambda: with_states_of_server(self.reference, few, self.stages.folder / "reference.log"),
         )
-        one = partial(GrowingRun(self.family(rank, True)).learn, served, name)
+        one = partial(GrowingRun(self.family(rank)).learn, served, name)
         add("contextual", name, rank, tokens, one, False, "vllm")
         name = "reference's top 20"
-        one = partial(
-            learn_from_lists, self.family(rank, False, 512), self.weight, recovery, few, tapped=True, name=name
-        )
+        one = partial(learn_from_lists, self.family(rank, 512), self.weight, recovery, few, tapped=True, name=name)
         add("contextual", name, rank, tokens, one, False, "vllm_lists")
 
     def variants(
@@ -293,17 +286,15 @@ class Bench:
         last: tuple[dict[str, Any], Learned],
         add: Callable[[str, str, int, int, Callable[[], Learned], bool], None],
     ) -> None:
-        """What else was tried, or what a part is worth; never chosen."""
+        """What a part is worth; never chosen."""
         rank = self.options.rank
         tokens = sum(len(t.output) for t in few)
         for features in (128, 256):
             name = f"linear, {features} anchors"
-            one = partial(GrowingRun(self.family(rank, False, features)).learn, few, name)
+            one = partial(GrowingRun(self.family(rank, features)).learn, few, name)
             add("contextual", name, rank, tokens, one, False)
         name = "no tap: top 20"
-        one = partial(
-            learn_from_lists, self.family(rank, False, 512), self.weight, recovery, few, tapped=False, name=name
-        )
+        one = partial(learn_from_lists, self.family(rank, 512), self.weight, recovery, few, tapped=False, name=name)
         add("contextual", name, rank, tokens, one, False)
         fields, learned = last
         if learned.profile is not None:
@@ -313,8 +304,6 @@ class Bench:
                 add(
                     "contextual", f"the last, clamp {clamp:g}", rank, fields["tokens"], partial(_itself, clamped), False
                 )
-        one = partial(GrowingRun(self.family(LOWER_RANK, True)).learn, few, f"rank {LOWER_RANK}")
-        add("contextual", "as chosen, of lower rank", LOWER_RANK, tokens, one, False)
 
     # --- one compression ----------------------------------------------------------------------------------------
 
@@ -363,21 +352,6 @@ class Bench:
                 f"served-{scheme}",
                 [made_from, profile.version, self.options.outcome_prompts],
                 lambda: self.served(scheme, heldout, profile, recovery, figures, serving[-1]),
-            )
-        if plan.variants:
-            found["tried"] = self.stages.kept(
-                f"tried-{scheme}",
-                [made_from, source_digest(), self.options.clamp_nats],
-                lambda: tried.compare(
-                    self.weight,
-                    recovery,
-                    learning,
-                    heldout,
-                    topic,
-                    figures[IDENTITY],
-                    self.options.clamp_nats,
-                    mlp.TrainingSettings(),
-                ),
             )
         return found
 
@@ -522,7 +496,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rows": rows,
         **{
             part: {scheme: result[part] for scheme, result in found.items() if part in result}
-            for part in ("tried", "on_policy", "outcomes", "engine_check")
+            for part in ("on_policy", "outcomes", "engine_check")
         },
         "never_worse": {
             scheme: bench.never_worse(scheme) for scheme in found if scheme in NEVER_WORSE and options.runs
@@ -540,7 +514,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = "recovery-quick.json" if chosen.quick else "recovery.json"
     (BUILD / name).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(table(rows))
-    for part in ("tried", "on_policy", "outcomes", "engine_check", "never_worse", "update", "adapters"):
+    for part in ("on_policy", "outcomes", "engine_check", "never_worse", "update", "adapters"):
         if report[part]:
             print(f"{part}: {json.dumps(report[part], indent=1)}")
     return 0

@@ -11,7 +11,7 @@ from tests.support.oracle import apply, shift
 from tests.support.records import log_softmax
 
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.learning.contextual import export, hidden_states, mlp
+from hemostat_calibration.learning.contextual import export, hidden_states
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
 from hemostat_calibration.learning.contextual.basis import hidden_sample, make_basis
 from hemostat_calibration.learning.contextual.learner import ContextualLearner
@@ -54,69 +54,7 @@ def test_from_a_reference_that_gives_only_a_list():
     proposal = learner.fit(state)
     assert proposal.report.variant == "list"
     assert state.tokens_by_source[TokenSource.LIST] == 80 * T
-    assert world().recovered(proposal.profile) > 0.8
-    network = world().learner(network=mlp.TrainingSettings(units=32)).fit(state)
-    assert network.profile.parameters["middle"].shape == (32, 32)
-    assert world().recovered(network.profile) > 0.85
-
-
-def test_a_network_is_taken_where_it_is_better():
-    bent = HiddenStateWorld(strength=0.2, noise=0.1, bend=0.8)
-    training = mlp.TrainingSettings(
-        units=96,
-        epochs=25,
-        batch=64,
-        learning_rate=1e-2,
-        linear_rate_factor=1.0,
-        weight_decay=0.01,
-        input_noise=0.0,
-        dropout=0.1,
-    )
-    learner = bent.learner(network=training, network_tokens=1000)
-    state = bent.learn(range(150), learner)
-    stages = []
-    proposal = learner.fit(state, progress=lambda stage, done: stages.append((stage, done)))
-    linear = bent.learner().fit(state)
-    assert proposal.report.variant in {"mlp", "mlp_kl"}
-    assert linear.report.variant == "linear"
-    assert bent.divergence(proposal.profile) < 0.9 * bent.divergence(linear.profile)
-    assert learner.fit(state).profile == proposal.profile
-    assert [stage for stage, _ in stages[:2]] == ["metric", "linear"]
-    assert len(stages) > 10
-    assert all(0.0 <= done <= 1.0 for _, done in stages)
-    assert bent.learner(network=training, network_tokens=10**6).fit(state).report.variant == "linear"
-
-
-def test_of_the_stages_as_many_are_run_as_did_best():
-    """The last one ruins the map: what is served is what the others made of all rows."""
-    bent = HiddenStateWorld(strength=0.2, noise=0.1, bend=0.8)
-    training = mlp.TrainingSettings(
-        units=32,
-        epochs=6,
-        batch=64,
-        learning_rate=1e-2,
-        linear_rate_factor=1.0,
-        input_noise=0.0,
-        dropout=0.0,
-    )
-    helps, ruins = (3, 1e-3), (1, 1.0)
-    found = []
-    for exact in ((helps,), (helps, ruins)):
-        learner = bent.learner(network=replace(training, kl_stages=exact), network_tokens=1000)
-        found.append(learner.fit(bent.learn(range(60), learner)))
-    one, two = found
-    assert one.report.variant == "mlp_kl"
-    assert two.profile == one.profile
-
-
-def test_a_network_is_not_taken_where_there_is_nothing_for_it():
-    """Or no worse for it: by KL itself even a linear map may gain a little."""
-    learner = world().learner(network=mlp.TrainingSettings(units=32, epochs=4), network_tokens=100)
-    state = world().learn(range(40), learner)
-    network, linear = learner.propose(state), world().learner().propose(state)
-    assert world().recovered(network) > world().recovered(linear) - 0.01
-    without = replace(learner._network, kl_stages=())
-    assert world().learner(network=without, network_tokens=100).fit(state).report.variant == "linear"
+    assert world().recovered(proposal.profile) > 0.95
 
 
 # --- what is held back
@@ -172,14 +110,11 @@ def test_the_trust_region_is_kept():
     assert np.abs(shift(world().learner(clamp_nats=0.1).propose(state), truth.compressed)).max() <= 0.1
 
 
-@pytest.mark.parametrize("kinds", [{}, {"hidden": False}, {"network": True}, {"sums": True}])
+@pytest.mark.parametrize("kinds", [{}, {"hidden": False}, {"sums": True}])
 def test_the_tail_is_narrow_and_little_is_lost(kinds, monkeypatch):
     """Most ids get a change of less than half the rank; what it wins and how far it may go, stay nearly the same."""
-    training = mlp.TrainingSettings(units=32, epochs=4) if kinds.pop("network", False) else None
     sums = kinds.pop("sums", False)
-    learner = world().learner(
-        network=training, network_tokens=100, kl_limit=0.5, recent_tokens=5 * T if sums else 10**6
-    )
+    learner = world().learner(kl_limit=0.5, recent_tokens=5 * T if sums else 10**6)
     state = world().learn(range(40), learner, **kinds)
     if sums:
         # What the recent rows lack, the sums still know.

@@ -19,25 +19,18 @@ from hemostat_calibration.profiles.profile import CalibrationProfile, temperatur
 from hemostat_calibration.profiles.transform import anchors, anchors_digest, code, shift_at, shift_range
 from hemostat_calibration.records import Features, validate
 
-V, N, A, R, H, G = 11, 6, 4, 3, 5, 7
-NETWORK = ("hidden", "hidden_offset", "middle", "middle_offset", "out")
+V, N, A, R = 11, 6, 4, 3
 
 
-def parts(seed=0, vocabulary=V, anchored=N, hidden=H, scale=0.3):
+def parts(seed=0, vocabulary=V, anchored=N, scale=0.3):
     rng = np.random.default_rng(seed)
     root = rng.normal(size=(R, R))
     features = min(A, anchored)
-    middle = G if hidden else 0
     return {
         "model": "w4a16",
         "anchors": rng.permutation(vocabulary)[:anchored],
         "linear": scale * rng.normal(size=(R, features)),
         "offset": 0.1 * rng.normal(size=R),
-        "hidden": scale * rng.normal(size=(hidden, features)),
-        "hidden_offset": rng.normal(size=hidden),
-        "middle": scale * rng.normal(size=(middle, hidden)),
-        "middle_offset": rng.normal(size=middle),
-        "out": scale * rng.normal(size=(R, middle)),
         "fisher": root @ root.T,
         "up": 0.5 * rng.normal(size=(vocabulary, R)),
         "clamp_nats": 2.0,
@@ -65,17 +58,11 @@ def test_by_hand():
         anchors=np.array([2, 0]),
         linear=np.array([[2.0]]),
         offset=np.array([0.5]),
-        hidden=np.array([[1.0]]),
-        hidden_offset=np.array([0.0]),
-        middle=np.array([[2.0], [0.0]]),
-        middle_offset=np.array([-1.0, 0.0]),
-        out=np.array([[4.0, 8.0]]),
         up=np.array([[1.0], [0.0], [-0.25]]),
         clamp_nats=3.0,
     )
     z = np.array([1.0, 7.0, 3.0])
-    middle = 2.0 / (1.0 + np.exp(-1.0)) - 1.0
-    y = 0.5 + 2.0 * 1.0 + 4.0 * middle / (1.0 + np.exp(-middle))
+    y = 0.5 + 2.0 * 1.0
     np.testing.assert_allclose(code(profile, z[[2, 0]]), [y], rtol=1e-12)
     np.testing.assert_allclose(shift(profile, z), [3.0, 0.0, -0.25 * y], rtol=1e-12)
     assert shift_range(profile) == (-3.0, 3.0)
@@ -93,9 +80,9 @@ def test_by_hand():
     np.testing.assert_allclose(code(limited, z[[2, 0]]), [2.0 / 6.0], rtol=1e-12)
 
 
-@given(st.integers(0, 1000), st.sampled_from([0, H]), st.floats(-100, 100), st.floats(0.01, 20.0), st.floats(0.01, 5.0))
-def test_bounded_and_blind_to_a_constant(seed, hidden, constant, clamp, kl_limit):
-    given_parts = {**parts(seed, hidden=hidden), "clamp_nats": clamp, "kl_limit": kl_limit}
+@given(st.integers(0, 1000), st.floats(-100, 100), st.floats(0.01, 20.0), st.floats(0.01, 5.0))
+def test_bounded_and_blind_to_a_constant(seed, constant, clamp, kl_limit):
+    given_parts = {**parts(seed), "clamp_nats": clamp, "kl_limit": kl_limit}
     profile = contextual_profile(**given_parts)
     z = 4.0 * np.random.default_rng(seed).normal(size=(5, V))
     delta = shift(profile, z)
@@ -159,8 +146,6 @@ def test_round_trip_and_version():
         "up": "float16",
     }
     assert profile.version != make(1, metadata={"tokens": "15000"}).version
-    # Versions name files and rows in stores.
-    assert make(0, **dict.fromkeys(NETWORK)).parameters["hidden"].shape == (0, A)
 
 
 @given(cut=st.integers(0, len(make().to_bytes()) - 1), position=st.integers(0, len(make().to_bytes()) - 1))
@@ -200,10 +185,7 @@ def test_bad_headers(change, message):
         ({"anchors": np.zeros(0, np.int32)}, "distinct ids"),
         ({"anchors": np.array([0, 1, 2])}, "4 features: 1 to the 3 anchors"),
         ({"offset": np.zeros(R + 1)}, "offset has shape|linear has shape"),
-        ({"hidden": np.zeros((H, A + 1))}, "shape"),
-        ({"hidden_offset": np.full(H, np.nan)}, "hidden_offset holds NaN"),
-        ({"middle": None, "middle_offset": None}, "shape"),
-        ({"hidden": None, "hidden_offset": None, "middle": np.zeros((G, 0))}, "both have rows, or neither"),
+        ({"offset": np.full(R, np.nan)}, "offset holds NaN"),
         ({"kl_limit": 0.0}, "kl_limit is 0"),
         ({"kl_limit": np.inf}, "kl_limit holds NaN or an infinity"),
         ({"up": np.full((V, R), 1e6)}, "up holds NaN or an infinity"),

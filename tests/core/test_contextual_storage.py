@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from tests.support.hidden_state_world import HiddenStateWorld, V
 
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.learning.contextual.mlp import TrainingSettings
 from hemostat_calibration.learning.contextual.statistics import flushed
 from hemostat_calibration.learning.contextual.storage import dependencies, load, save
 
@@ -79,7 +78,7 @@ def test_what_is_read_is_what_was_written(kinds, half_life):
 @pytest.mark.parametrize("kind", range(3))
 def test_a_proposal_after_a_restart_is_the_one_without(kind):
     """Also where learning goes on after it."""
-    learner = world().learner(half_life_tokens=5000.0, network=TrainingSettings(units=16, epochs=2), network_tokens=500)
+    learner = world().learner(half_life_tokens=5000.0)
     state = learned((kind,) * 60, learner)
     more = [record(seed, kind) for seed in range(100, 130)]
     restored = load(save({"": state}, learner, "m", ALL_BYTES), learner, "m")[""]

@@ -5,7 +5,7 @@ import pytest
 from tests.support.records import log_softmax
 
 from hemostat_calibration.learning.contextual import hidden_states
-from hemostat_calibration.learning.contextual.objective import Lists, Softmax, Squared, exact_gains
+from hemostat_calibration.learning.contextual.objective import Lists, exact_gains
 
 V, D, T = 40, 6, 5
 
@@ -28,19 +28,6 @@ def differences(loss, image, step=1e-3):
         shift = step * np.eye(D)[j]
         found[:, j] = (loss(image + shift) - loss(image - shift)) / (2.0 * step)
     return found
-
-
-def test_the_slope_of_kl():
-    embedding, c, t, image = setting()
-    log_r = log_softmax((c.astype(float) + t) @ embedding.T)
-    slope = Softmax(embedding, c, t).slope(np.arange(T), image)
-    expected = differences(lambda i: kl(log_r, log_softmax((c + i) @ embedding.T)), image.astype(float))
-    np.testing.assert_allclose(slope, expected, atol=3e-3)
-
-
-def test_the_slope_of_the_squared_error():
-    _, _, t, image = setting()
-    np.testing.assert_allclose(Squared(t).slope(np.array([3, 1]), image[:2]), image[:2] - t[[3, 1]], atol=1e-6)
 
 
 def test_lists_against_their_definition():

@@ -218,7 +218,7 @@ def contextual(vllm_server: Any, client: Client, plain: list[int]) -> Calibratio
     rng = np.random.default_rng(7)
     others = [int(i) for i in rng.permutation(VOCAB_SIZE) if int(i) not in likely][: len(likely)]
     anchors = np.array(sorted(likely) + others)
-    rank, features, hidden = 16, len(anchors) // 2, 64
+    rank, features = 16, len(anchors) // 2
     profile = contextual_profile(
         model="",
         anchors=anchors,
@@ -226,11 +226,6 @@ def contextual(vllm_server: Any, client: Client, plain: list[int]) -> Calibratio
         offset=rng.normal(0.0, 0.5, rank),
         up=rng.normal(0.0, 1.5, (VOCAB_SIZE, rank)),
         clamp_nats=3.0,
-        hidden=rng.normal(0.0, 1.0 / np.sqrt(features), (hidden, features)),
-        hidden_offset=rng.normal(0.0, 1.0, hidden),
-        middle=rng.normal(0.0, 1.0 / np.sqrt(hidden), (hidden, hidden)),
-        middle_offset=rng.normal(0.0, 1.0, hidden),
-        out=rng.normal(0.0, 1.0 / np.sqrt(hidden), (rank, hidden)),
     )
     vllm_server.admin.files[profile.version] = profile.to_bytes()
     with vllm_server.admin.lock:

@@ -72,7 +72,7 @@ def test_profile_of_realistic_size(bfloat16: bool, monkeypatch: pytest.MonkeyPat
     if bfloat16 and not product.packs_bfloat16():
         pytest.skip("oneDNN does not pack bfloat16 on this processor")
     monkeypatch.setattr(product, "multiplies_bfloat16", lambda: bfloat16)
-    profile = make_contextual(4, 49_152, anchors=768, features=512, rank=64, hidden=512, kl_limit=0.5, scale=8.0)
+    profile = make_contextual(4, 49_152, anchors=768, features=512, rank=64, kl_limit=0.5, scale=8.0)
     z = logits(8, 49_152, 5)
     got = torch.from_numpy(z.copy())
     masked, limited = apply_to_rows(transform.HeldProfile(profile), got, None).tolist()
@@ -105,7 +105,6 @@ def test_large_batch_is_processed_in_parts() -> None:
     clamp=st.floats(0.01, 20.0),
     seed=st.integers(0, 1000),
     chunk=st.sampled_from([1, 100, 1 << 24]),
-    hidden=st.sampled_from([0, 5]),
     kl_limit=st.sampled_from([1e-3, 0.3, 1e30]),
     make=st.sampled_from([make_profile, make_contextual]),
 )
@@ -116,11 +115,10 @@ def test_chosen_rows_only_by_index_or_by_mask(
     clamp: float,
     seed: int,
     chunk: int,
-    hidden: int,
     kl_limit: float,
     make: Make,
 ) -> None:
-    more = {"hidden": hidden, "kl_limit": kl_limit} if make is make_contextual else {"temperature": 0.5 + seed / 500}
+    more = {"kl_limit": kl_limit} if make is make_contextual else {"temperature": 0.5 + seed / 500}
     profile = make(seed, clamp=clamp, **more)
     held = transform.HeldProfile(profile)
     z = logits(rows, profile.vocab_size, seed, masked)

@@ -295,7 +295,7 @@ def test_records_that_come_while_a_proposal_is_made_are_learned_from() -> None:
                 inbox.put(wire.Learn([]))
                 inbox.put(wire.Propose("second"))
                 inbox.put(wire.Learn([]))
-            progress("network", 0.5)
+            progress("linear", 0.5)
             if scope == "second":
                 inbox.put(None)
             return wire.Proposed(scope, 0, b"", {})
@@ -311,7 +311,7 @@ def test_a_proposal_is_abandoned_when_the_input_ends() -> None:
     class Endless:
         def propose(self, scope: str, progress: Callable[[str, float], None]) -> wire.Proposed:
             while True:
-                progress("network", 0.5)
+                progress("linear", 0.5)
 
     inbox: queue.Queue[wire.Request | None] = queue.Queue()
     inbox.put(wire.Propose(""))

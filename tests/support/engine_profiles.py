@@ -24,14 +24,12 @@ def make_contextual(
     anchors: int = 12,
     features: int = 9,
     rank: int = 3,
-    hidden: int = 5,
     clamp: float = 4.0,
     kl_limit: float = NO_KL_LIMIT,
     scale: float = 1.0,
 ) -> CalibrationProfile:
     """Shifts of about `scale` nats for logits that spread by about 4."""
     rng = np.random.default_rng(seed)
-    middle = hidden + 1 if hidden else 0
     read = 0.25 / np.sqrt(features)
     root = rng.normal(0.0, 1.0, (rank, rank))
     return contextual_profile(
@@ -41,11 +39,6 @@ def make_contextual(
         offset=rng.normal(0.0, 0.3, rank),
         up=rng.normal(0.0, scale / np.sqrt(rank), (vocab_size, rank)),
         clamp_nats=clamp,
-        hidden=rng.normal(0.0, read, (hidden, features)),
-        hidden_offset=rng.normal(0.0, 0.3, hidden),
-        middle=rng.normal(0.0, 1.0 / np.sqrt(max(hidden, 1)), (middle, hidden)),
-        middle_offset=rng.normal(0.0, 0.3, middle),
-        out=rng.normal(0.0, 1.0 / np.sqrt(max(middle, 1)), (rank, middle)),
         fisher=root @ root.T / rank,
         kl_limit=kl_limit,
         metadata={"seed": str(seed)},

@@ -1,4 +1,4 @@
-"""Build profiles of the contextual family: Δz = up y, y a small map of the row's logits at a few anchor ids."""
+"""Build profiles of the contextual family: Δz = up y, y a linear map of the row's logits at a few anchor ids."""
 
 from __future__ import annotations
 
@@ -22,24 +22,16 @@ def contextual_profile(
     offset: npt.NDArray[np.floating],
     up: npt.NDArray[np.floating],
     clamp_nats: float,
-    hidden: npt.NDArray[np.floating] | None = None,
-    hidden_offset: npt.NDArray[np.floating] | None = None,
-    middle: npt.NDArray[np.floating] | None = None,
-    middle_offset: npt.NDArray[np.floating] | None = None,
-    out: npt.NDArray[np.floating] | None = None,
     fisher: npt.NDArray[np.floating] | None = None,
     kl_limit: float = NO_KL_LIMIT,
     metadata: Mapping[str, str] | None = None,
 ) -> CalibrationProfile:
-    """Profile with Δz = clip(up y, ±clamp_nats), y = s (offset + linear x + out silu(middle u + middle_offset)).
+    """Profile with Δz = clip(up y, ±clamp_nats), y = s (offset + linear x).
 
-    u = silu(hidden x + hidden_offset); x is z[anchors] − mean z[anchors], the first A of it;
-    s = min(1, √(2 kl_limit / yᵀ fisher y)): the KL divergence of the row from what it was is at most about `kl_limit`
-    nats, to second order.
+    x is z[anchors] − mean z[anchors], the first A of it; s = min(1, √(2 kl_limit / yᵀ fisher y)): the KL divergence of
+    the row from what it was is at most about `kl_limit` nats, to second order.
 
     anchors: [N] ids, distinct, N ≥ A. linear: [r, A]. offset: [r]. up: [V, r], stored as float16.
-    hidden: [H, A], hidden_offset: [H], middle: [G, H], middle_offset: [G], out: [r, G]; all five or none of them
-        (H = G = 0, a linear map).
     fisher: [r, r], symmetric; None together with no limit.
     Raises InvalidProfileError on a bad value.
 
@@ -54,7 +46,7 @@ def contextual_profile(
     >>> profile.family, profile.vocab_size
     ('contextual', 3)
     """
-    rank, features = linear.shape
+    rank = linear.shape[0]
     with np.errstate(over="ignore"):  # an infinity is refused below
         up = np.asarray(up, dtype=np.float16)
     return CalibrationProfile(
@@ -65,11 +57,6 @@ def contextual_profile(
             "anchors": np.asarray(anchors, dtype=np.int32),
             "linear": np.asarray(linear, dtype=np.float32),
             "offset": np.asarray(offset, dtype=np.float32),
-            "hidden": np.asarray(np.zeros((0, features)) if hidden is None else hidden, dtype=np.float32),
-            "hidden_offset": np.asarray(np.zeros(0) if hidden_offset is None else hidden_offset, dtype=np.float32),
-            "middle": np.asarray(np.zeros((0, 0)) if middle is None else middle, dtype=np.float32),
-            "middle_offset": np.asarray(np.zeros(0) if middle_offset is None else middle_offset, dtype=np.float32),
-            "out": np.asarray(np.zeros((rank, 0)) if out is None else out, dtype=np.float32),
             "fisher": np.asarray(np.zeros((rank, rank)) if fisher is None else fisher, dtype=np.float32),
             "kl_limit": np.asarray(kl_limit, dtype=np.float32),
             "up": up,

@@ -86,25 +86,11 @@ def _temperature_bias_check(parameters: Parameters) -> str:
     return "" if beta > 0.0 else f"inverse_temperature is {beta}: it must be above 0"
 
 
-def silu(a: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """a / (1 + e^-a), without overflow.
-
-    >>> silu(np.array([0.0, 1000.0])).tolist()
-    [0.0, 1000.0]
-    """
-    return a * (0.5 + 0.5 * np.tanh(0.5 * a))
-
-
 def _contextual_code(parameters: Parameters, anchored: Floats) -> Floats:
-    """y = offset + linear x + out silu(middle silu(hidden x + hidden_offset) + middle_offset), shrunk so that
-    yᵀ fisher y ≤ 2 kl_limit."""
+    """y = offset + linear x, shrunk so that yᵀ fisher y ≤ 2 kl_limit."""
     features = parameters["linear"].shape[1]
     x = (anchored - anchored.mean(axis=-1, keepdims=True))[..., :features]
     y: Floats = parameters["offset"].astype(np.float64) + x @ parameters["linear"].T.astype(np.float64)
-    if parameters["hidden"].shape[0]:
-        units = silu(x @ parameters["hidden"].T.astype(np.float64) + parameters["hidden_offset"])
-        units = silu(units @ parameters["middle"].T.astype(np.float64) + parameters["middle_offset"])
-        y += units @ parameters["out"].T.astype(np.float64)
     twice_kl = ((y @ parameters["fisher"].astype(np.float64)) * y).sum(axis=-1, keepdims=True)
     most = 2.0 * float(parameters["kl_limit"])
     scaled: Floats = y * np.sqrt(most / np.maximum(twice_kl, most))
@@ -134,8 +120,6 @@ def _contextual_check(parameters: Parameters) -> str:
         return f"linear reads {features} features: 1 to the {anchors.size} anchors are allowed"
     if not parameters["linear"].shape[0]:
         return "linear has no rows: the rank must be 1 or more"
-    if (parameters["hidden"].shape[0] == 0) != (parameters["middle"].shape[0] == 0):
-        return "hidden and middle must both have rows, or neither"
     limit = float(parameters["kl_limit"])
     return "" if limit > 0.0 else f"kl_limit is {limit}: it must be above 0"
 
@@ -144,11 +128,6 @@ _CONTEXTUAL_PARAMETERS: Mapping[str, Parameter] = {
     ANCHORS: Parameter(("N",), "I32"),
     "linear": Parameter(("r", "A")),
     "offset": Parameter(("r",)),
-    "hidden": Parameter(("H", "A")),
-    "hidden_offset": Parameter(("H",)),
-    "middle": Parameter(("G", "H")),
-    "middle_offset": Parameter(("G",)),
-    "out": Parameter(("r", "G")),
     "fisher": Parameter(("r", "r")),
     "kl_limit": Parameter(()),
     "up": Parameter((VOCABULARY, "r"), "F16"),

@@ -28,7 +28,6 @@ from hemostat_calibration.errors import HemostatError, InvalidArgumentError
 from hemostat_calibration.learning.contextual import storage
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
 from hemostat_calibration.learning.contextual.learner import ContextualLearner, ContextualState
-from hemostat_calibration.learning.contextual.mlp import TrainingSettings
 from hemostat_calibration.records import TokenRecord
 
 NICENESS = 15
@@ -67,7 +66,6 @@ class ScopedLearner:
             half_life_tokens=start.half_life_tokens,
             recent_tokens=start.recent_tokens,
             min_tokens=start.min_tokens,
-            network=TrainingSettings(),
         )
         self._model, self._vocab_size, self._anchors = start.model, start.vocab_size, len(anchors)
         self._states: dict[str, ContextualState] = {ALL: self._new()}

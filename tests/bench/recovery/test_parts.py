@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.bench.recovery import never_worse, prompts, tried
+from tests.bench.recovery import never_worse, prompts
 from tests.bench.recovery.engine import Ask, Written
 from tests.bench.recovery.figures import IDENTITY, Figures, Recovery, interval, measure, row
 from tests.bench.recovery.learning import GrowingRun, contextual_records, first_tokens, judged, listed_records
@@ -18,7 +18,6 @@ from tests.bench.recovery.outcomes import (
 )
 from tests.support import oracle
 
-from hemostat_calibration.learning.contextual import mlp
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
 from hemostat_calibration.learning.contextual.learner import ContextualLearner
 from hemostat_calibration.profiles import transform
@@ -216,30 +215,3 @@ def test_a_simulated_run_promotes_what_is_good(monkeypatch: pytest.MonkeyPatch) 
     assert all(r.true_gain > 0.05 for r in runs)
     assert any(r.promoted for r in runs)
     assert runs[0] == never_worse.run(w, 0)
-
-
-def test_what_else_was_tried_is_judged_on_the_same_tokens() -> None:
-    weight, anchors, texts, _ = world(40, 25)
-    recovery = Recovery(weight, anchors, texts)
-    learning, heldout = texts[:32], texts[32:]
-    identity = measure(weight, recovery, heldout, {})[IDENTITY]
-    topics = np.repeat(np.arange(8), 25)
-    training = mlp.TrainingSettings(units=16, epochs=2, kl_stages=((1, 1e-4),), batch=64)
-    found = tried.compare(weight, recovery, learning, heldout, topics, identity, 100.0, training)
-    assert len({row["tried"] for row in found}) == len(found) == 6
-    # The truth is a linear map.
-    assert all(0.8 < row["kl_won_back"] <= 1.0 for row in found)
-    assert all(row["ci95"][0] <= row["kl_won_back"] <= row["ci95"][1] for row in found)
-    assert {row["tokens"] for row in found} == {29 * 25}
-
-
-def test_a_memory_finds_what_a_linear_map_cannot() -> None:
-    rng = np.random.default_rng(0)
-    c = rng.normal(size=(3000, 3)).astype(np.float32)
-    rows = tried._Rows(c, np.abs(c))
-    line = tried.ridges(rows)[-1]
-    _, *remembered = tried.memory(rows, line)
-    new = rng.normal(size=(200, 3)).astype(np.float32)
-    errors = [np.square(np.abs(new) - map_(new)).mean() for map_ in (line, *remembered)]
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.25 * errors[0]

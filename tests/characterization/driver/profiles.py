@@ -64,7 +64,7 @@ def contextual(part: float = 1.0, first_anchor: int = 0) -> CalibrationProfile:
 
 
 def reading(seed: int = 0) -> CalibrationProfile:
-    """A contextual profile that does read its anchors: a small network over them, with a trust region."""
+    """A contextual profile that does read its anchors, with a trust region."""
     rng = np.random.default_rng(seed)
     return contextual_profile(
         model=MODEL,
@@ -73,11 +73,6 @@ def reading(seed: int = 0) -> CalibrationProfile:
         offset=np.array([1.0, 0.1]),
         up=np.column_stack([-BIASED.bias, 0.1 * rng.normal(size=V)]),
         clamp_nats=CLAMP,
-        hidden=0.1 * rng.normal(size=(3, 4)),
-        hidden_offset=np.zeros(3),
-        middle=0.1 * rng.normal(size=(2, 3)),
-        middle_offset=np.zeros(2),
-        out=0.1 * rng.normal(size=(2, 2)),
         fisher=np.eye(2),
         kl_limit=1.0,
     )

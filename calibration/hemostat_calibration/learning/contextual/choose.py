@@ -1,4 +1,4 @@
-"""The held-out choice: between scales of a map, between maps, and between the candidates of all families."""
+"""The held-out choice: between scales of a map, and between maps."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from hemostat_calibration.arrays import Floats, Indices
 from hemostat_calibration.learning.contextual import objective
 from hemostat_calibration.learning.contextual.basis import Basis
 from hemostat_calibration.learning.contextual.examples import HiddenRows
-from hemostat_calibration.learning.contextual.fitter import Candidate
-from hemostat_calibration.learning.contextual.mlp import Network
+from hemostat_calibration.learning.contextual.maps import LinearMap
 from hemostat_calibration.profiles.contextual import NO_KL_LIMIT
 
 SCALES = np.array([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.3])
@@ -27,7 +26,7 @@ class ProfileLimits:
     kl_limit: float
 
 
-def exact_gains(basis: Basis, rows: HiddenRows, maps: Sequence[Network], limits: ProfileLimits) -> Floats:
+def exact_gains(basis: Basis, rows: HiddenRows, maps: Sequence[LinearMap], limits: ProfileLimits) -> Floats:
     """KL gained by each map at each of `SCALES`, as a profile of it would gain it, nats, [maps, scales, n]."""
     most = np.float32(min(2.0 * limits.kl_limit, NO_KL_LIMIT))
     images = []
@@ -62,18 +61,3 @@ def mean_by_prompt(values: Floats, prompt: Indices) -> tuple[float, float]:
     sums = np.bincount(prompt, values - mean)
     prompts = len(np.unique(prompt))
     return mean, float(np.sqrt((sums**2).sum() * prompts / max(prompts - 1, 1)) / len(values))
-
-
-def best_candidate(candidates: Sequence[Candidate | None]) -> Candidate | None:
-    """The candidate that gains most, the earlier one where two gain the same; None unless its gain is larger than its
-    standard error.
-
-    >>> from hemostat_calibration.learning.contextual.fitter import Variant
-    >>> def candidate(gain, error):
-    ...     return Candidate(Variant.LINEAR, 0.1, gain, error, refit=NotImplemented)
-    >>> best_candidate([candidate(0.2, 0.1), candidate(0.3, 0.1)]).gain, best_candidate([candidate(0.1, 0.2), None])
-    (0.3, None)
-    """
-    found = [candidate for candidate in candidates if candidate is not None]
-    best = max(found, key=lambda candidate: candidate.gain, default=None)
-    return best if best is not None and best.gain > best.error else None

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from hemostat_calibration.arrays import Floats, Halves, Ids, Indices, Singles
 from hemostat_calibration.learning.contextual import hidden_states, regression
 from hemostat_calibration.learning.contextual.basis import Basis, evenly_spread, hidden_sample, make_basis
-from hemostat_calibration.learning.contextual.mlp import Network
+from hemostat_calibration.learning.contextual.maps import LinearMap
 from hemostat_calibration.learning.contextual.objective import Lists
 from hemostat_calibration.learning.contextual.regression import Moments
 from hemostat_calibration.learning.contextual.rows import FOLDS, TokenRows, batched, folds_and_prompts
@@ -96,8 +96,8 @@ class HiddenExamples:
             c[into], t[into] = compressed, h @ by_h - compressed
         return HiddenRows(x, c, t)
 
-    def code_moment(self, map_: Network) -> Floats:
-        """E[y yᵀ] of the map's code y, [r, r]: on held-out tokens, or, for a linear map without rows, on the sums."""
+    def code_moment(self, map_: LinearMap) -> Floats:
+        """E[y yᵀ] of the map's code y, [r, r]: on held-out tokens, or, without rows, on the sums."""
         if self.rows:
             return code_moment_of(map_, self.held_out_rows.inputs.astype(np.float32))
         whole = regression.total(self.moments)
@@ -131,7 +131,7 @@ class ListExamples:
         """Tokens of the held-out fold that maps are judged on, ascending."""
         return evenly_spread(np.flatnonzero(self.fold == self.held_out_fold), MAX_HELD_OUT)
 
-    def code_moment(self, map_: Network) -> Floats:
+    def code_moment(self, map_: LinearMap) -> Floats:
         """E[y yᵀ] of the map's code y on held-out tokens, [r, r]."""
         return code_moment_of(map_, self.inputs[self.held_out][:, :-1])
 
@@ -183,11 +183,10 @@ def largest_fold(fold: npt.NDArray[np.int64]) -> int:
     return int(np.argmax(np.bincount(fold, minlength=FOLDS)))
 
 
-def code_moment_of(map_: Network, inputs: Singles) -> Floats:
+def code_moment_of(map_: LinearMap, inputs: Singles) -> Floats:
     """E[y yᵀ] of the map's code y over rows of inputs [n, A], [r, r].
 
-    >>> from hemostat_calibration.learning.contextual.mlp import TrainingSettings, begin
-    >>> map_ = begin(np.eye(2), np.zeros(2), np.eye(2), TrainingSettings(units=0))
+    >>> map_ = LinearMap(np.eye(2), np.zeros(2), np.eye(2))
     >>> code_moment_of(map_, np.array([[1.0, 0.0], [1.0, 2.0]], np.float32)).tolist()
     [[1.0, 1.0], [1.0, 2.0]]
     """

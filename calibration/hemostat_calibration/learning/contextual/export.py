@@ -9,8 +9,7 @@ import numpy as np
 from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.learning.contextual.basis import Basis
 from hemostat_calibration.learning.contextual.choose import ProfileLimits
-from hemostat_calibration.learning.contextual.maps import for_features, orthonormal, with_code
-from hemostat_calibration.learning.contextual.mlp import Network
+from hemostat_calibration.learning.contextual.maps import LinearMap, for_features, orthonormal, with_code
 from hemostat_calibration.learning.contextual.narrow import narrow
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -24,9 +23,9 @@ MAX_LOST_PART = 0.05
 
 
 def to_profile(
-    map_: Network,
+    map_: LinearMap,
     basis: Basis,
-    code_moment: Callable[[Network], Floats],
+    code_moment: Callable[[LinearMap], Floats],
     *,
     model: str,
     anchors: Ids,
@@ -56,11 +55,6 @@ def to_profile(
         anchors=anchors,
         linear=map_.linear,
         offset=map_.offset,
-        hidden=map_.hidden,
-        hidden_offset=map_.hidden_offset,
-        middle=map_.middle,
-        middle_offset=map_.middle_offset,
-        out=map_.out,
         up=up,
         clamp_nats=limits.clamp_nats,
         fisher=fisher,

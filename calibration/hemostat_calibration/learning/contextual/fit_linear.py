@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from hemostat_calibration.learning.contextual import regression
 from hemostat_calibration.learning.contextual.choose import (
@@ -15,29 +14,20 @@ from hemostat_calibration.learning.contextual.choose import (
 )
 from hemostat_calibration.learning.contextual.examples import HiddenExamples
 from hemostat_calibration.learning.contextual.fitter import Candidate, Progress, Variant
-from hemostat_calibration.learning.contextual.maps import linear_network, scaled
-from hemostat_calibration.learning.contextual.regression import LowRank
+from hemostat_calibration.learning.contextual.maps import linear_map, scaled
 
 _STRONGER = (1.0, 10**0.5, 10.0, 10**1.5)
 """Penalties tried, times the one that the squared error prefers: KL itself prefers a stronger one."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LinearCandidate(Candidate):
-    """Also what a network may start from. without_held_out: fitted without the held-out fold; from_all: with it."""
-
-    without_held_out: LowRank
-    from_all: LowRank
-
-
 class LinearFitter:
-    """Implements `Fitter[HiddenExamples]`. ranks: those allowed."""
+    """From hidden states. ranks: those allowed."""
 
     def __init__(self, ranks: Sequence[int], limits: ProfileLimits) -> None:
         self._ranks = ranks
         self._limits = limits
 
-    def fit(self, examples: HiddenExamples, progress: Progress) -> LinearCandidate | None:
+    def fit(self, examples: HiddenExamples, progress: Progress) -> Candidate | None:
         """The linear map that gains most; None unless it gains more than one standard error across folds.
 
         Without rows the gain is that of the cross-validation on the sums, of second order.
@@ -48,29 +38,25 @@ class LinearFitter:
         if found is None or found.gain <= found.error:
             return None
         if not examples.rows:
-            return LinearCandidate(
+            return Candidate(
                 variant=Variant.LINEAR,
                 penalty=found.penalty,
                 gain=found.gain,
                 error=found.error,
-                refit=lambda: linear_network(found),
-                without_held_out=found,
-                from_all=found,
+                refit=lambda: linear_map(found),
             )
         whole, rank, out = regression.total(moments), len(found.read), examples.held_out_fold
         penalties = [found.penalty * stronger for stronger in _STRONGER]
         starts = regression.fitted(whole - moments[out], penalties, rank, priors[out] if priors else None)
-        maps = [linear_network(start) for start in starts]
+        maps = [linear_map(start) for start in starts]
         gains = exact_gains(examples.basis, examples.held_out_rows, maps, self._limits)
         chosen, scale = best_map_and_scale(gains)
         gain, error = mean_by_prompt(gains[chosen, scale], examples.prompt[examples.held_out])
         from_all = regression.fitted(whole, penalties[chosen : chosen + 1], rank, priors[-1] if priors else None)[0]
-        return LinearCandidate(
+        return Candidate(
             variant=Variant.LINEAR,
             penalty=from_all.penalty,
             gain=gain,
             error=error,
-            refit=lambda: scaled(linear_network(from_all), float(SCALES[scale])),
-            without_held_out=starts[chosen],
-            from_all=from_all,
+            refit=lambda: scaled(linear_map(from_all), float(SCALES[scale])),
         )

@@ -1,7 +1,8 @@
 """Fit a map where either model is known by a list of ids only, by the KL divergence over those ids (`objective.Lists`).
 
 A first map comes from regressing that objective's slope at no change on the features, which also gives the penalty and
-the rank; it is then improved by descending the objective itself.
+the rank. It is improved by regressing the slope that is left, in its own directions, and adding as much of that step as
+gains most. In the basis a slope is, to second order, the step itself, so that a few such steps are enough.
 
 The ids behind the lists are not learned from; with a small model they hold 30 % of the mass at 20 ids. In a first study
 on int4 weights, 64 ids recovered 14 % of the divergence where hidden states recovered 22 %.
@@ -9,77 +10,97 @@ on int4 weights, 64 ids recovered 14 % of the divergence where hidden states rec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from hemostat_calibration.arrays import Indices
-from hemostat_calibration.learning.contextual import mlp, regression
+from hemostat_calibration.arrays import Indices, Singles
+from hemostat_calibration.learning.contextual import regression
 from hemostat_calibration.learning.contextual.basis import evenly_spread
-from hemostat_calibration.learning.contextual.choose import SCALES, mean_by_prompt
+from hemostat_calibration.learning.contextual.choose import SCALES, best_map_and_scale, mean_by_prompt
 from hemostat_calibration.learning.contextual.examples import MAX_HELD_OUT, ListExamples
 from hemostat_calibration.learning.contextual.fitter import Candidate, Progress, Variant
-from hemostat_calibration.learning.contextual.maps import (
-    for_raw_inputs,
-    for_standardised_inputs,
-    scaled,
-    standardised,
-)
+from hemostat_calibration.learning.contextual.maps import LinearMap, linear_map, scaled
 from hemostat_calibration.learning.contextual.regression import LowRank
 from hemostat_calibration.learning.contextual.rows import FOLDS
 from hemostat_calibration.learning.contextual.statistics import moments_of_rows
 
-_START_SCALES = np.array([1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05])
-"""Scales of the first map that the descent may begin from."""
+_STEPS = 8
+"""Regressions of the slope at most, the first one included."""
+_STEP_SCALES = np.array([1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05])
 
 
 class ListFitter:
-    """Implements `Fitter[ListExamples]`. training: of the descent; None descends on the linear map alone."""
+    """From lists of ids. ranks: those allowed."""
 
-    def __init__(self, ranks: Sequence[int], training: mlp.TrainingSettings | None) -> None:
+    def __init__(self, ranks: Sequence[int]) -> None:
         self._ranks = ranks
-        self._training = training or mlp.TrainingSettings(units=0)
 
     def fit(self, examples: ListExamples, progress: Progress) -> Candidate | None:
-        """The map after the descent; None where no linear map gains in cross-validation."""
+        """The map after as many steps as do best on held-out prompts; None where no linear map gains in
+        cross-validation."""
         progress("linear", 0.0)
-        inputs, lists, fold = examples.inputs, examples.lists, examples.fold
-        every_token = np.arange(len(inputs))
-        slopes = lists.slope(every_token, np.zeros((len(inputs), len(examples.basis.root)), np.float32))
-        folds = [moments_of_rows(inputs, -slopes, np.where(fold == k, examples.weight, 0.0)) for k in range(FOLDS)]
+        every_token = np.arange(len(examples.inputs))
+        towards = _towards(examples, every_token, None)
+        folds = [
+            moments_of_rows(examples.inputs, towards, np.where(examples.fold == k, examples.weight, 0.0))
+            for k in range(FOLDS)
+        ]
         found = regression.choose(folds, self._ranks)
         if found is None:
             return None
         out, held = examples.held_out_fold, examples.held_out
-        whole = regression.total(folds)
-        s = regression.standardiser(whole)
-        x = standardised(inputs[:, :-1], s)
-        training = self._training
+        others = np.flatnonzero(examples.fold != out)
+        start = regression.fitted(regression.total(folds) - folds[out], [found.penalty], len(found.read))[0]
+        trials = self._descended(start, examples, others, lambda done: progress("trial", done), _STEPS)
+        x = examples.inputs[held][:, :-1]
+        gains = np.stack([examples.lists.gains(held, trial.image(x), SCALES) for trial in trials])
+        last, scale = best_map_and_scale(gains)
+        gain, error = mean_by_prompt(gains[last, scale], examples.prompt[held])
 
-        def descended(start: LowRank, chosen: Indices, stage: str) -> mlp.Network:
-            """From the best scale of the start."""
-            begun = mlp.begin(*for_standardised_inputs(start, s), training)
-            some = evenly_spread(chosen, MAX_HELD_OUT)
-            gains = lists.gains(some, begun.image(x[some].astype(np.float32)), _START_SCALES)
-            begun = scaled(begun, float(_START_SCALES[int(np.argmax(gains.mean(axis=1)))]))
-            return mlp.train(
-                begun,
-                x,
-                chosen,
-                lists,
-                training,
-                training.epochs,
-                training.learning_rate,
-                lambda d: progress(stage, d),
-            )
-
-        without = regression.fitted(whole - folds[out], [found.penalty], len(found.read))[0]
-        trial = descended(without, np.flatnonzero(fold != out), "trial")
-        gains = lists.gains(held, trial.image(x[held].astype(np.float32)), SCALES)
-        scale = int(np.argmax(gains.mean(axis=1)))
-        gain, error = mean_by_prompt(gains[scale], examples.prompt[held])
-
-        def refit() -> mlp.Network:
-            return scaled(for_raw_inputs(descended(found, every_token, "lists"), s), float(SCALES[scale]))
+        def refit() -> LinearMap:
+            maps = self._descended(found, examples, every_token, lambda done: progress("lists", done), last + 1)
+            return scaled(maps[-1], float(SCALES[scale]))
 
         return Candidate(variant=Variant.LIST, penalty=found.penalty, gain=gain, error=error, refit=refit)
+
+    def _descended(
+        self,
+        start: LowRank,
+        examples: ListExamples,
+        chosen: Indices,
+        progress: Callable[[float], None],
+        steps: int,
+    ) -> list[LinearMap]:
+        """The map after each step, learned from the `chosen` tokens: at least one, until none gains on some of them."""
+        some = evenly_spread(chosen, MAX_HELD_OUT)
+        x = examples.inputs[:, :-1]
+        step = linear_map(start)
+        map_, best, found = scaled(step, 0.0), -np.inf, list[LinearMap]()
+        for number in range(steps):
+            tried = [_plus(map_, scaled(step, float(scale))) for scale in _STEP_SCALES]
+            gains = [float(examples.lists.gains(some, one.image(x[some]), np.ones(1)).mean()) for one in tried]
+            if max(gains) <= best:
+                break
+            best, map_ = max(gains), tried[int(np.argmax(gains))]
+            found.append(map_)
+            progress((number + 1) / steps)
+            left = moments_of_rows(examples.inputs[chosen], _towards(examples, chosen, map_), examples.weight[chosen])
+            read = (regression.full_rank(left, start.penalty) @ start.up).T.astype(np.float32)
+            step = replace(map_, linear=read[:, :-1], offset=read[:, -1])
+        return found
+
+
+def _towards(examples: ListExamples, chosen: Indices, map_: LinearMap | None) -> Singles:
+    """Where the objective falls fastest, of the `chosen` tokens changed by the map (None: unchanged), [n, d]."""
+    if map_ is None:
+        image = np.zeros((len(chosen), len(examples.basis.root)), np.float32)
+    else:
+        image = map_.image(examples.inputs[chosen][:, :-1])
+    return -examples.lists.slope(chosen, image)
+
+
+def _plus(map_: LinearMap, step: LinearMap) -> LinearMap:
+    """The sum of two maps with the same `up`."""
+    return replace(map_, linear=map_.linear + step.linear, offset=map_.offset + step.offset)

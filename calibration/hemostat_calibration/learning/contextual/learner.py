@@ -1,17 +1,16 @@
 """The learner of the contextual family: a row's logits at a few anchor ids determine how all of its logits change.
 
 The compressed model's logits are z = W h, so that those at N anchors determine (an image of) the hidden state h. A
-small map of them, y = offset + linear x + out silu(middle silu(hidden x + hidden_offset) + middle_offset), gives
-Δz = up y with up = W M. For each row that is a gather, products of A × r (and of A × H, H × G and G × r) and one of
-V × r, where the model itself has one of V × d for the logits alone.
+linear map of them, y = offset + linear x, gives Δz = up y with up = W M. For each row that is a gather, a product of
+A × r and one of V × r, where the model itself has one of V × d for the logits alone.
 
 What is learned is the map from x to δ = h_r − h_c, the difference of both models' hidden states, in the metric in which
 half its squared length is KL divergence. The reference gives h_r; h_c follows from the anchors' logits
 (`hidden_states`).
 
 The parts: `anchors` (their choice), `rows` (tokens as they are kept), `statistics` (sums over them), `basis` (the
-metric), `examples` (what fitters learn from), `fitter` (their contract), `fit_linear`, `fit_network`, `fit_lists`,
-`choose` (the held-out choice), `export` (from a map to a profile).
+metric), `examples` (what fitters learn from), `fitter` (what they give), `fit_linear`, `fit_lists`, `choose` (the
+held-out choice), `export` (from a map to a profile).
 """
 
 from __future__ import annotations
@@ -26,14 +25,12 @@ from hemostat_calibration.arrays import Floats, Ids, Singles
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.learning.contextual import hidden_states, regression
 from hemostat_calibration.learning.contextual.basis import Basis, hidden_sample, make_basis
-from hemostat_calibration.learning.contextual.choose import ProfileLimits, best_candidate
+from hemostat_calibration.learning.contextual.choose import ProfileLimits
 from hemostat_calibration.learning.contextual.examples import HiddenExamples, ListExamples, list_examples
 from hemostat_calibration.learning.contextual.export import to_profile
 from hemostat_calibration.learning.contextual.fit_linear import LinearFitter
 from hemostat_calibration.learning.contextual.fit_lists import ListFitter
-from hemostat_calibration.learning.contextual.fit_network import NetworkFitter
-from hemostat_calibration.learning.contextual.fitter import Candidate, Progress, Proposal, Report, no_progress
-from hemostat_calibration.learning.contextual.mlp import TrainingSettings
+from hemostat_calibration.learning.contextual.fitter import Progress, Proposal, Report, no_progress
 from hemostat_calibration.learning.contextual.regression import Moments
 from hemostat_calibration.learning.contextual.rows import FOLDS, TokenRows, TokenSource, newest, rows_of
 from hemostat_calibration.learning.contextual.statistics import (
@@ -73,9 +70,9 @@ class ContextualLearner:
     """Implements `learning.protocol.Learner`.
 
     Sums are exact, constant in size, and add up in any order (up to rounding) as long as nothing is forgotten. The
-    most recent rows are also kept, for what needs rows: the covariance of hidden states, the metric, the non-linear
-    map. Memory: folds × (A + 1) × (N + d) × 8 bytes and `recent_tokens` × (N + d) × 2 bytes; while a map is fitted, as
-    much again as W and, for a network, `recent_tokens` × 3 (A + d) × 2 bytes.
+    most recent rows are also kept, for what needs rows: the covariance of hidden states, the metric, the held-out
+    choice. Memory: folds × (A + 1) × (N + d) × 8 bytes and `recent_tokens` × (N + d) × 2 bytes; while a map is fitted,
+    as much again as W.
 
     A deployment without the engine's features, or whose reference gives only its likeliest ids, learns from lists of
     ids; those are kept among the recent rows alone (`TokenSource`).
@@ -86,8 +83,6 @@ class ContextualLearner:
     rank: the largest that is tried. clamp_nats, kl_limit: of the profiles proposed.
     half_life_tokens: after how many tokens a row counts half; None never forgets.
     noise_nats: standard deviation of a logit as the engine hands it out.
-    network: of the non-linear map, which is tried once `network_tokens` of the recent rows have features and hidden
-        states and kept where it is better than the linear one on prompts that neither learned from; None never tries.
     min_tokens, min_requests: below either nothing is proposed.
     Raises InvalidArgumentError on a bad value.
 
@@ -124,8 +119,6 @@ class ContextualLearner:
         noise_nats: float = 0.03,
         min_tokens: int = 500,
         min_requests: int = 8,
-        network: TrainingSettings | None = None,
-        network_tokens: int = 10_000,
     ) -> None:
         if weight.ndim != 2 or anchors.ndim != 1 or not len(anchors):
             raise InvalidArgumentError(f"weight has shape {weight.shape}, anchors {anchors.shape}: [V, d] and [N]")
@@ -146,8 +139,6 @@ class ContextualLearner:
         self._noise_nats = noise_nats
         self._min_tokens = min_tokens
         self._min_requests = min_requests
-        self._network = network
-        self._network_tokens = network_tokens
 
     def init(self, model: str, vocab_size: int) -> ContextualState:
         """Before the first record. InvalidArgumentError unless the output embedding has `vocab_size` rows."""
@@ -208,12 +199,11 @@ class ContextualLearner:
         examples: HiddenExamples | ListExamples | None
         if sample is None or not state.tokens_by_source[TokenSource.HIDDEN]:
             examples = self._list_examples(state)
-            candidate = None if examples is None else ListFitter(self._ranks, self._network).fit(examples, progress)
-            candidate = best_candidate([candidate])
+            candidate = None if examples is None else ListFitter(self._ranks).fit(examples, progress)
         else:
             examples = self._hidden_examples(state, base, sample)
-            candidate = self._best_from_hidden(examples, base is None, progress)
-        if candidate is None or examples is None:
+            candidate = LinearFitter(self._ranks, self._limits).fit(examples, progress)
+        if candidate is None or examples is None or candidate.gain <= candidate.error:
             return None
         map_ = candidate.refit()
         report = Report(
@@ -240,13 +230,6 @@ class ContextualLearner:
             },
         )
         return Proposal(profile, report)
-
-    def _best_from_hidden(self, examples: HiddenExamples, try_network: bool, progress: Progress) -> Candidate | None:
-        linear = LinearFitter(self._ranks, self._limits).fit(examples, progress)
-        if linear is None or self._network is None or not try_network:
-            return best_candidate([linear])
-        fitter = NetworkFitter(self._network, self._network_tokens, linear, self._limits)
-        return best_candidate([linear, fitter.fit(examples, progress)])
 
     def _hidden_examples(self, state: ContextualState, base: ContextualState | None, sample: Singles) -> HiddenExamples:
         prior = hidden_states.estimate_prior(sample, self._noise_nats)

@@ -1,4 +1,4 @@
-"""The losses that maps are trained by: KL(r‖c') after a change of the compressed model's hidden state.
+"""What maps are judged by: KL(r‖c') after a change of the compressed model's hidden state.
 
 All in a basis in which half a squared length is KL, to second order: with the metric F = L Lᵀ
 (`hidden_states.fisher_metric`), hidden states are Lᵀ h and the embedding is (W − w̄) L⁻ᵀ, w̄ the mean embedding, so
@@ -8,51 +8,14 @@ that logits are unchanged up to a constant. A change of the hidden state is call
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
-from hemostat_calibration.arrays import Floats, Halves, Ids, Indices, Singles
+from hemostat_calibration.arrays import Floats, Ids, Indices, Singles
 from hemostat_calibration.learning.contextual.hidden_states import softmax
 
 _BLOCK = 512
 """Rows at a time, where each needs a matrix of its own."""
-
-
-class Objective(Protocol):
-    """A loss over the rows that it was made from."""
-
-    def slope(self, rows: Indices, image: Singles) -> Singles:
-        """Derivative of each row's loss by its image, float32 [n, d]. rows: indices [n]; image: [n, d]."""
-
-
-class Squared:
-    """½ |t − image|², t = h_r − h_c: KL to second order, at the metric's mean distribution. No vocabulary needed."""
-
-    def __init__(self, target: Halves) -> None:
-        self._target = target
-
-    def slope(self, rows: Indices, image: Singles) -> Singles:
-        return image - self._target[rows]
-
-
-class Softmax:
-    """KL(r‖c') itself, over the part of the vocabulary whose embedding is given, [S, d]."""
-
-    def __init__(self, embedding: Singles, compressed: Halves, target: Halves) -> None:
-        """compressed: hidden states h_c, [n, d]; target: h_r − h_c."""
-        self._embedding = embedding
-        self._compressed = compressed
-        self._expected = np.empty_like(target)
-        for start in range(0, len(target), _BLOCK):
-            part = slice(start, start + _BLOCK)
-            self._expected[part] = self._mean(compressed[part].astype(np.float32) + target[part])
-
-    def _mean(self, hidden: Singles) -> Singles:
-        return softmax(hidden @ self._embedding.T) @ self._embedding
-
-    def slope(self, rows: Indices, image: Singles) -> Singles:
-        return self._mean(self._compressed[rows] + image) - self._expected[rows]
 
 
 class Lists:
@@ -74,6 +37,7 @@ class Lists:
         return embedded, delta, self._c[rows] * np.exp(delta)
 
     def slope(self, rows: Indices, image: Singles) -> Singles:
+        """Derivative of each row's loss by its image, float32 [n, d]. rows: indices [n]; image: [n, d]."""
         found = np.empty_like(image)
         for start in range(0, len(rows), _BLOCK):
             part = slice(start, start + _BLOCK)

@@ -2,8 +2,8 @@
 
 Of each state the sums are kept (in float32: the products that they add up are computed in float32) and the counts; of
 the recent rows the newest ones, as far as a limit of bytes allows, in the precision in which they are held. A state
-without the oldest of its rows proposes the same linear map but for the metric's sample; the non-linear map and the map
-from lists are learned from the rows that are left.
+without the oldest of its rows proposes the same map but for the metric's sample and the held-out choice; a map from
+lists is learned from the rows that are left.
 
 What is stored is read again only by a learner with the same `dependencies`: anchors, output embedding, forgetting.
 """

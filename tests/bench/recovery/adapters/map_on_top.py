@@ -14,7 +14,6 @@ from tests.bench.recovery.stages import Stages
 
 from hemostat.learner.process import eligible, special_ids
 from hemostat.models.output_embedding import load as load_embedding
-from hemostat_calibration.learning.contextual import mlp
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
 from hemostat_calibration.learning.contextual.learner import ContextualLearner
 
@@ -62,7 +61,6 @@ def learn_map(
             rank=RANK,
             clamp_nats=CLAMP_NATS,
             recent_tokens=RECENT_TOKENS,
-            network=mlp.TrainingSettings(),
         )
         states = scorer.reference_states(tokens), scorer.states(tokens, adapter, name)
         return GrowingRun(family).learn(with_states(learning, *states, embedding, anchors), name)
