@@ -35,9 +35,9 @@ FILES = (
     "pipeline_store.json",
 )
 SETTINGS: dict[str, Any] = {
-    "shadow": {"rate": 0.5, "top_k": driver.K, "max_queue": 8, "floor_fraction": 0.25},
+    "shadow": {"rate": 0.5, "top_k": driver.K, "floor_fraction": 0.25},
     "calibration": {"mode": "auto", "scope": "label", "min_tokens": 250, "alpha": 0.3, "control_fraction": 0.4},
-    "alarm": {"budget_nats": 0.5, "baseline_requests": 30, "alpha": 0.05, "clear_after": 5},
+    "alarm": {"budget_nats": 0.5, "baseline_requests": 30, "alpha": 0.05},
     "labels": ["gold"],
 }
 

@@ -258,11 +258,11 @@ async def test_the_reference_has_other_files_than_the_served_model(copied: bool,
 
 
 async def test_how_evidence_is_divided_is_reported() -> None:
-    sections = {"evidence": {"kinds": 5, "client_header": "x-team", "client_share": 0.1}}
+    sections = {"evidence": {"kinds": 5, "client_header": "x-team"}}
     found = (await findings_of({}, {}, **sections))["evidence"]
     assert found.state is State.OK
     assert "up to 5 kinds" in found.detail
-    assert "header 'x-team', and one contributes at most 10% of a test (not limited below 4 clients)" in found.detail
+    assert "header 'x-team', and one contributes at most 25% of a test (not limited below 4 clients)" in found.detail
     assert "evidence" not in await findings_of({}, {}, calibration={"mode": "off"})
 
 

@@ -42,11 +42,11 @@ def test_only_the_upstream_is_required(written: Any) -> None:
 
 
 def test_flags_win_over_environment_over_file(written: Any) -> None:
-    path = written(UPSTREAM + "shadow: {rate: 0.1, max_queue: 1, top_k: 5}\nlabels: [a]\nadmin: {token: file}\n")
-    env = {"HEMOSTAT_SHADOW__RATE": "0.2", "HEMOSTAT_SHADOW__MAX_QUEUE": "2", "HEMOSTAT_LABELS": "b, c"}
+    path = written(UPSTREAM + "shadow: {rate: 0.1, max_tokens: 100, top_k: 5}\nlabels: [a]\nadmin: {token: file}\n")
+    env = {"HEMOSTAT_SHADOW__RATE": "0.2", "HEMOSTAT_SHADOW__MAX_TOKENS": "200", "HEMOSTAT_LABELS": "b, c"}
     settings = load(path, env, [("shadow.rate", "0.3"), ("shadow.allow_on", "on"), ("admin.token", "null")])
     shadow = settings.shadow
-    assert (shadow.rate, shadow.max_queue, shadow.top_k, shadow.allow_on) == (0.3, 2, 5, True)
+    assert (shadow.rate, shadow.max_tokens, shadow.top_k, shadow.allow_on) == (0.3, 200, 5, True)
     assert settings.labels == ["b", "c"]
     assert settings.admin.token is None
 

@@ -27,6 +27,7 @@ from tests.support.loops import looping
 from tests.support.state_reference import Singles, StateReference, in_process
 from tests.support.waiting import until
 
+from hemostat.config.schema import Adapter, Calibration
 from hemostat.control import composition
 from hemostat.control.composition import Control
 from hemostat.engines.lora import host
@@ -196,7 +197,7 @@ async def world(
                 "control_fraction": 0.5,
                 **calibration,
             },
-            adapter={"enabled": True, "rank": 4, "min_tokens": 600, "max_tokens": 600, **adapter},
+            adapter={"enabled": True, "rank": 4, "max_tokens": 600, **adapter},
         )
         async with control(folder, made, loops=True) as one:
             made_world = World(one, fake, reference)
@@ -271,8 +272,10 @@ def low_rank(folders: CheckpointFolders, rank: int) -> CalibrationProfile:
 async def test_a_map_is_learned_on_top_of_the_adapter_that_serves_and_both_together_are_promoted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learned = {"min_tokens": 1500, "anchors": 48, "rank": 16, "clamp_nats": 5.0, "clamp_kl_nats": 20.0}
-    async with world(tmp_path, monkeypatch, learned, min_tokens=10**6, max_tokens=10**6) as w:
+    learned = {"min_tokens": 1500, "anchors": 48, "clamp_nats": 5.0, "clamp_kl_nats": 20.0}
+    monkeypatch.setattr(Calibration, "rank", 16)
+    monkeypatch.setattr(Adapter, "min_tokens", 10**6)
+    async with world(tmp_path, monkeypatch, learned, max_tokens=10**6) as w:
         one, profiles = w.one, w.one.profile_manager
         adapter = low_rank(CheckpointFolders(tmp_path / "reference", tmp_path / "compressed"), 1)
         profiles.operator.import_profile(adapter)

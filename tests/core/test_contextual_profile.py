@@ -59,13 +59,13 @@ def test_by_hand():
         linear=np.array([[2.0]]),
         offset=np.array([0.5]),
         up=np.array([[1.0], [0.0], [-0.25]]),
-        clamp_nats=3.0,
+        clamp_nats=2.0,
     )
     z = np.array([1.0, 7.0, 3.0])
     y = 0.5 + 2.0 * 1.0
     np.testing.assert_allclose(code(profile, z[[2, 0]]), [y], rtol=1e-12)
-    np.testing.assert_allclose(shift(profile, z), [3.0, 0.0, -0.25 * y], rtol=1e-12)
-    assert shift_range(profile) == (-3.0, 3.0)
+    np.testing.assert_allclose(shift(profile, z), [2.0, 0.0, -0.25 * y], rtol=1e-12)
+    assert shift_range(profile) == (-2.0, 2.0)
     limited = contextual_profile(
         model="m",
         anchors=np.array([2, 0]),

@@ -59,7 +59,7 @@ def outage(
 ) -> None:
     """kill, start: the engine at this address, which runs."""
     settings: dict[str, Any] = {
-        "upstream": {"url": url, "health_seconds": 0.5},
+        "upstream": {"url": url},
         "reference": {"backend": "none"},
         "workers": 2,
     }

@@ -291,10 +291,9 @@ async def test_from_a_shared_folder(tmp_path: Path) -> None:
 
 
 async def test_a_folder_that_the_engine_does_not_see(tmp_path: Path) -> None:
-    folders = {"folder": str(tmp_path), "engine_folder": "/nowhere"}
-    async with lora_world(FakeLora(), reports=False, adapter=folders) as world:
+    async with lora_world(FakeLora(sees_folders=False), reports=False, adapter={"folder": str(tmp_path)}) as world:
         world.profiles.want(ONE)
-        await unusable(world, "set adapter.engine_folder")
+        await unusable(world, "mount it there at the same path")
     (tmp_path / "file").write_text("")
     async with lora_world(FakeLora(), reports=False, adapter={"folder": str(tmp_path / "file")}) as world:
         world.profiles.want(ONE)

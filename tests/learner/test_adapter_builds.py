@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support import fake_builder, tiny_checkpoints
+from tests.support.constants import with_constants
 from tests.support.samples import values
 from tests.support.waiting import until
 
@@ -82,8 +83,8 @@ def target(folders: CheckpointFolders, **more: Any) -> AdapterTarget:
 
 @asynccontextmanager
 async def learner(receiver: Receiver, command: Sequence[str] = FAKE, **settings: Any) -> AsyncIterator[AdapterLearner]:
-    given = {"enabled": True, "min_tokens": 100, "max_tokens": 400, "memory_mib": 512} | settings
-    made = AdapterLearner(Adapter(**given), receiver, command=command)
+    given = {"enabled": True, "max_tokens": 400, "memory_mib": 512} | settings
+    made = AdapterLearner(with_constants(Adapter, min_tokens=100)(**given), receiver, command=command)
     running = asyncio.create_task(made.run())
     try:
         yield made

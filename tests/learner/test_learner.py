@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support import oracle
+from tests.support.constants import with_constants
 from tests.support.learner_world import D, V, World, children, kl, logprobs, make, save
 from tests.support.waiting import until
 
@@ -27,7 +28,7 @@ from hemostat_calibration.profiles import transform
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Features
 
-SETTINGS = Calibration(anchors=32, rank=8, min_tokens=600, clamp_nats=5.0, clamp_kl_nats=20.0)
+SETTINGS = with_constants(Calibration, rank=8)(anchors=32, min_tokens=600, clamp_nats=5.0, clamp_kl_nats=20.0)
 
 
 class Receiver:

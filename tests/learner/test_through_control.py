@@ -24,6 +24,7 @@ from tests.support.samples import values
 from tests.support.state_reference import Singles, StateReference, in_process
 from tests.support.waiting import until
 
+from hemostat.config.schema import Calibration
 from hemostat.control import composition
 from hemostat.control.composition import Control
 from hemostat.engines.messages import EngineReport, TapMessage, TapRun
@@ -173,8 +174,10 @@ class Bench:
 
 
 @asynccontextmanager
-async def bench(folder: Path, monkeypatch: pytest.MonkeyPatch, **given: Any) -> AsyncIterator[Bench]:
+async def bench(folder: Path, monkeypatch: pytest.MonkeyPatch, **constants: Any) -> AsyncIterator[Bench]:
     monkeypatch.setattr(composition, "PERIODIC_SECONDS", 0.05)
+    for name, value in {"rank": 8, **constants}.items():
+        monkeypatch.setattr(Calibration, name, value)
     world = make(vocab_size=VOCAB)
     reference = WorldReference(world, save(world, folder / "checkpoint"))
     monkeypatch.setattr(composition, "make_references", lambda _: References(reference))
@@ -184,8 +187,6 @@ async def bench(folder: Path, monkeypatch: pytest.MonkeyPatch, **given: Any) -> 
         "held_out_fraction": 0.5,
         "clamp_nats": 1.5,
         "anchors": 48,
-        "rank": 8,
-        **given,
     }
     with serving(FakeVllm()) as url:
         made = settings(url, reference={"backend": "transformers", "model": "world"}, calibration=calibration)

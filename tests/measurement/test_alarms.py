@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support.admin_server import admin_client
+from tests.support.constants import with_constants
 from tests.support.control import AUTHORIZED, control, settings
 from tests.support.records import Truth, log_softmax, make_record
 from tests.support.samples import values
@@ -41,7 +42,8 @@ class Bench:
         self.store = DirectWrites()
         self.now = 1000.0
         floors = given.pop("floors", ())
-        self.alarms = Alarms(config.Alarm(**given), floors, self.store, lambda: self.now)
+        alarm = with_constants(config.Alarm, clear_after=given.pop("clear_after", config.Alarm.clear_after))
+        self.alarms = Alarms(alarm(**given), floors, self.store, lambda: self.now)
 
     def feed(self, seeds: range, noise: float) -> None:
         for seed in seeds:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from hemostat.config import schema as config
 from hemostat.ipc.messages import REST_KIND, OutcomeReport
 from hemostat.measurement import outcomes
 from hemostat.measurement.outcome_sampling import WAIT_SECONDS, OutcomeSampling
@@ -69,10 +68,8 @@ class World:
         self.restart()
 
     def restart(self) -> None:
-        settings = config.Outcomes()
         self.sampling = OutcomeSampling()
         self.outcomes = Outcomes(
-            settings,
             0.25,
             self.control_fraction,
             self.served,

@@ -282,12 +282,6 @@ def test_what_is_learned_for_a_map_are_records_of_the_adapter_that_serves_with_f
     assert profiles.learning_scope(judging.bench.record(truth, LEARNED[0])) == ""
     profiles.operator.roll_back("a test")
     assert profiles.learning_scope(record) is None
-    off = Judging({}, Bench(adapter=Adapter(learn_map=False)))
-    version = off.propose(1, TOKENS, 0.7)
-    off.feed(200)
-    assert off.profiles.serving.version == version
-    assert off.profiles.learning_scope(record) is None
-    assert mapped(off, 9 * TOKENS, 0.9) is None
 
 
 def test_the_next_map_is_learned_from_twice_as_much_and_none_without_its_adapter() -> None:

@@ -40,6 +40,8 @@ class FakeLora:
     """Rows without an adapter are left alone; off: in a batch with adapter rows they get the last slot's adapter."""
     unload_frees: bool = True
     """Unloading frees the slot, as with Hemostat's general plugin; off: it only forgets the name."""
+    sees_folders: bool = True
+    """The server sees the folders that adapters are loaded from."""
     strength: float = 1.0
     """Of the effect on the logits."""
     scale: dict[str, float] = field(default_factory=dict)
@@ -124,7 +126,7 @@ class FakeLora:
         if not (name and body.get("lora_path")):
             return 400, "Both 'lora_name' and 'lora_path' must be provided."
         folder = Path(str(body.get("lora_path", "")))
-        if self.enabled and not (folder / "adapter_config.json").is_file():
+        if self.enabled and not (self.sees_folders and (folder / "adapter_config.json").is_file()):
             return 404, f"Loading lora {name} failed: No adapter found for {folder}"
         rank = json.loads((folder / "adapter_config.json").read_text())["r"] if self.enabled else 0
         if error := self._add(name, rank):

@@ -1,4 +1,7 @@
-"""The sections of the configuration: keys, types, defaults, and what must fit together."""
+"""The sections of the configuration: keys, types, defaults, and what must fit together.
+
+A `ClassVar` is no setting: a constant of the section, with the reason why nobody has to set it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import importlib.metadata
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -102,12 +105,6 @@ class Upstream(Section):
     """A file with the key alone, in place of `api_key`; read at the start and at SIGHUP."""
     max_connections: int = Field(default=512, ge=1, le=65536)
     """Of each relay process, to each engine."""
-    queue_seconds: float = Field(default=60.0, gt=0, le=3600)
-    """How long a request waits for a connection, before it is answered with 503."""
-    health_seconds: float = Field(default=2.0, ge=0, le=300)
-    """Pause between two requests for each engine's /health; 0: none are sent."""
-    resolve_seconds: float = Field(default=5.0, ge=1, le=3600)
-    """Pause between two look-ups of a name (dns+http)."""
     affinity: bool = True
     """Requests of one conversation go to one engine, whose prefix cache has its beginning."""
     ca: ExistingFile | None = None
@@ -220,7 +217,9 @@ class Shadow(Section):
     rate: float = Field(default=0.05, ge=0, le=1)
     allow_on: bool = False
     """Clients may force a request into the shadow with `X-Hemostat-Shadow: on`."""
-    max_queue: int = Field(default=256, ge=1, le=100_000)
+    max_queue: ClassVar[int] = 256
+    """Captures that may wait for the reference. A longer queue only makes figures older: what the reference cannot
+    score on average is dropped in any case."""
     max_tokens: int = Field(default=4096, ge=2, le=1_000_000)
     """Longest prompt + output that is scored."""
     max_scored_tokens: int | None = Field(default=None, ge=16, le=1_000_000)
@@ -255,16 +254,18 @@ class Calibration(Section):
     """Scored tokens before a profile is proposed."""
     anchors: int = Field(default=512, ge=8, le=4096)
     """Ids whose logits a contextual profile reads."""
-    rank: int = Field(default=192, ge=1, le=512)
-    """Largest rank of a contextual profile, whose size is about 2 bytes × rank × vocabulary."""
-    half_life_tokens: float | None = Field(default=2_000_000, gt=0)
-    """Number of learned tokens after which a token has half its weight; null: no decay."""
-    recent_tokens: int = Field(default=65_536, ge=1_000, le=10_000_000)
+    rank: ClassVar[int] = 192
+    """Largest rank of a contextual profile, whose size is about 2 bytes × rank × vocabulary: a smaller one is chosen
+    where it does better, and 256 gained 0.1 points more."""
+    half_life_tokens: ClassVar[float | None] = 2_000_000
+    """Number of learned tokens after which a token has half its weight; None: no decay. A hundred times what a profile
+    is learned from at first: slow changes are followed, and nothing is forgotten before it is used."""
+    recent_tokens: ClassVar[int] = 65_536
     """Number of the most recent tokens that are kept in memory, for fits that need more than sums; each takes 2 bytes ×
-    (anchors + width of the hidden state)."""
-    stored_learner_mib: int = Field(default=64, ge=0, le=500)
+    (anchors + width of the hidden state): 0.6 GB at a width of 4,096."""
+    stored_learner_mib: ClassVar[int] = 64
     """Most MiB of the store for what the contextual learner knows, from which it goes on after a restart: its sums,
-    then its newest tokens as far as they fit; 0 stores nothing of it."""
+    which fit up to a width of 4,096, then its newest tokens as far as they fit."""
     apply: Literal["engine", "request"] = "engine"
     treat_unjudged: bool = False
     """Requests that cannot be scored (structured output, several choices, …) may get a profile too, though nothing
@@ -283,19 +284,9 @@ class Evidence(Section):
     """The header that names a client. It must be one that clients cannot choose freely."""
     kinds: int = Field(default=24, ge=1, le=100)
     """Kinds of traffic that are followed by themselves; all others are pooled as `rest`."""
-    client_share: float = Field(default=0.25, gt=0, le=1)
-    """Largest part of a test's units that one client may contribute, where at least four clients do."""
-
-
-class Outcomes(Section):
-    """What people notice of answers (JSON, tool calls, loops, …), compared between the arms of a profile."""
-
-    alpha: Fraction = 0.05
-    """False-alarm probability in one kind of traffic, over all outcomes and all versions that ever serve there."""
-    margin: float = Field(default=0.05, ge=0, lt=1)
-    """Difference of the share of bad answers, treated minus control, up to which a profile counts as harmless."""
-    length_margin: float = Field(default=0.5, gt=0, le=100)
-    """The same for the relative change of the mean length of answers, in either direction."""
+    client_share: ClassVar[float] = 0.25
+    """Largest part of a test's units that one client may contribute, where at least four clients do: none of four can
+    then have more than its part."""
 
 
 class Adapter(Section):
@@ -308,29 +299,22 @@ class Adapter(Section):
     """Checkpoint folder of the compressed model; default: the path that the upstream names, where it exists here."""
     rank: int = Field(default=16, ge=1, le=512)
     """Of every layer; with `shared_out`, on average by bytes."""
-    max_rank: int | None = Field(default=None, ge=1, le=512)
-    """Largest rank of a layer with `shared_out`: vLLM's --max-lora-rank; default: 4 times `rank`."""
     shared_out: bool = False
     """Give the bytes to the layers where they gain most, in place of the same rank to each."""
-    metric: Literal["auto", "kfac", "full", "diagonal"] = "auto"
-    """What the error is weighed by: statistics of inputs and output gradients, of inputs, or their diagonal; `auto`:
-    the first that fits into `memory_mib`."""
-    min_tokens: int = Field(default=2_000, ge=100)
-    """Tokens of text, prompts included, from which the first adapter is made."""
+    min_tokens: ClassVar[int] = 2_000
+    """Tokens of text, prompts included, from which the first adapter is made: it recovers most of what one from ten
+    times as many does, and better ones follow."""
     max_tokens: int = Field(default=16_000, ge=100, le=1_000_000)
     """Newest tokens that are kept, in memory, for the next adapter."""
     memory_mib: int = Field(default=4_096, ge=64)
     """Of the process that makes an adapter."""
     distil: bool = False
     """Train the adapter further on the reference's distributions; kept only where held-out texts improve."""
-    learn_map: bool = True
-    """Also learn a map of the logits on top of an adapter that serves, and test both together."""
     device: str = Field(default="cpu", min_length=1)
     """Of the copies and of the process that makes an adapter: a torch device."""
     folder: Path | None = None
-    """Shared folder for engines without Hemostat's general plugin; adapters are loaded from it by their path."""
-    engine_folder: Path | None = None
-    """The same folder as vLLM sees it; default: `folder`."""
+    """Shared folder for engines without Hemostat's general plugin, at the same path for vLLM; adapters are loaded from
+    it by their path."""
 
 
 class StoreSettings(Section):
@@ -362,20 +346,11 @@ class Records(Section):
 class Limits(Section):
     """What clients may send, and how much of a relay process they may use."""
 
-    head_bytes: int = Field(default=64 * 1024, ge=1024, le=16 * 1024 * 1024)
-    """A request with a longer head gets status 431."""
-    header_count: int = Field(default=128, ge=8, le=10_000)
-    """A request with more fields gets status 431."""
     body_bytes: int = Field(default=256 * 1024 * 1024, ge=1024)
     """A request with a longer body gets status 413."""
-    buffered_body_bytes: int = Field(default=1024 * 1024, ge=0, le=256 * 1024 * 1024)
-    """A body up to this size is read to its end before an upstream connection is used for it; a longer one is streamed,
-    on at most a quarter of `upstream.max_connections`."""
     buffered_bytes: int = Field(default=128 * 1024 * 1024, ge=1024 * 1024)
     """Of all heads, bodies and waiting requests of a relay process. Beyond it requests of the client that holds most
     are answered with 503."""
-    body_bytes_per_second: int = Field(default=1024, ge=0)
-    """Least rate of a body, on average over 20 seconds; a slower one gets status 408. 0: no limit."""
     connections: int = Field(default=16_384, ge=1, le=65_536)
     """Of all clients of a relay process, as far as its limit of open files allows. Beyond it the connections of
     the address that has most are closed, those first that have been idle for longest, or else a new one is answered
@@ -418,12 +393,13 @@ class Alarm(Section):
     """Probability of any false alarm, over all kinds of traffic, both tests and the whole run."""
     baseline_requests: int | None = Field(default=150, ge=30, le=10_000)
     """Requests of each kind of traffic that are its baseline for the change test; none: no change test."""
-    tolerance: float = Field(default=1.25, ge=1, le=10)
-    """Factor by which the differences of the logits of a kind may grow or shrink without being a change."""
-    clear_after: int = Field(default=30, ge=1)
-    """Consecutive requests without evidence of the change after which an alarm clears."""
-    engine_alpha: Fraction = 0.01
-    """Probability that any engine is ever named as not like the others though it is, beside `alpha`."""
+    tolerance: ClassVar[float] = 1.25
+    """Factor by which the differences of the logits of a kind may grow or shrink without being a change: with it
+    `make bench-guard` has no false alarm in 1,000 lives of any workload, and a change of weights is found."""
+    clear_after: ClassVar[int] = 30
+    """Consecutive requests without evidence of the change after which an alarm clears: the smallest baseline."""
+    engine_alpha: ClassVar[float] = 0.01
+    """Probability that any engine is ever named as not like the others though it is, beside `alpha`: the same."""
 
 
 class Tracing(Section):
@@ -455,7 +431,6 @@ class Settings(Section):
     shadow: Shadow = Shadow()
     calibration: Calibration = Calibration()
     evidence: Evidence = Evidence()
-    outcomes: Outcomes = Outcomes()
     adapter: Adapter = Adapter()
     labels: list[str] = Field(default=[], max_length=MAX_LABELS)
     store: StoreSettings = StoreSettings()

@@ -107,7 +107,6 @@ class Control:
         self.profiles = self.profile_manager.report
         self.requests, sampling = SmoothedRate(), OutcomeSampling()
         self.outcomes = Outcomes(
-            settings.outcomes,
             settings.evidence.client_share,
             calibration.control_fraction,
             ServedKinds(self.profile_manager),

@@ -41,7 +41,7 @@ CALIBRATION = {
 """For a run of minutes: propose early and hold out half of the prompts. A small clamp, because the number of requests
 that a proof needs grows with the range of possible gains. Arms of equal size detect a difference soonest. More anchors
 than the model's hidden size (576), so that the features determine the hidden state."""
-ADAPTER = {"enabled": True, "rank": 16, "min_tokens": 2000, "max_tokens": 6000}
+ADAPTER = {"enabled": True, "rank": 16, "max_tokens": 6000}
 """While one is tested, the next is made from four times as many tokens: not in a run of minutes."""
 ADAPTER_SLOTS = 2
 """One more than the adapters that are loaded at a time: vLLM's operations on a CPU need a free one."""

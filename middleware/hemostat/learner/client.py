@@ -115,7 +115,7 @@ class Learner:
         self._records = RecordQueue()
         self._learned = self._restored = wire.Learned({}, {}, {})
         """In all, and of that before this process."""
-        self._storage = storage if settings.stored_learner_mib > 0 else None
+        self._storage = storage
         self._clock = clock
         self._exported_at = clock()
         self._exported_tokens = 0
@@ -334,10 +334,7 @@ class Learner:
                 continue
             if parts == [b""]:
                 limit = self._settings.stored_learner_mib
-                log.warning(
-                    "what was learned is not stored: its sums need more than %d MiB, calibration.stored_learner_mib",
-                    limit,
-                )
+                log.warning("what was learned is not stored: its sums need more than %d MiB", limit)
             else:
                 await self._storage.save(self._weights, parts)
 

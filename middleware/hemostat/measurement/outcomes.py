@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Protocol
 
-from hemostat.config import schema as config
 from hemostat.ipc.messages import OutcomeReport
 from hemostat.measurement.figures import finite
 from hemostat.measurement.outcome_sampling import MAX_SEEN, OutcomeSampling
@@ -82,7 +81,6 @@ class Outcomes:
 
     def __init__(
         self,
-        settings: config.Outcomes,
         client_share: float,
         control_fraction: float,
         served: ServedKinds,
@@ -90,7 +88,7 @@ class Outcomes:
         wall: Callable[[], float],
         sampling: OutcomeSampling,
     ) -> None:
-        self._settings = Settings(settings.alpha, settings.margin, settings.length_margin, client_share)
+        self._settings = Settings(client_share=client_share)
         self._control_fraction = control_fraction
         self._served = served
         self._writes = writes

@@ -50,7 +50,7 @@ METRICS = (
         "gauge",
         "0 or 1",
         "1 while the engine is proven not to be like the others; false for any engine with a probability of at most "
-        "alarm.engine_alpha.",
+        "1 %.",
         _ENGINE,
     ),
     Metric(

@@ -108,7 +108,6 @@ class ProfileManager:
             lifecycle=self.lifecycle,
             requests=self.requests,
             adapter_min_tokens=adapter.min_tokens,
-            learn_map=adapter.learn_map,
         )
         self.operator = Operator(
             catalogue=self.catalogue,

@@ -74,10 +74,8 @@ class Proposals:
         lifecycle: Lifecycle,
         requests: RequestParameters,
         adapter_min_tokens: int = 0,
-        learn_map: bool = True,
     ) -> None:
-        """adapter_min_tokens: `adapter.min_tokens`. learn_map: `adapter.learn_map`."""
-        self._learn_map = learn_map
+        """adapter_min_tokens: `Adapter.min_tokens`."""
         self._maps_proposed_at: dict[str, int] = {}
         """Of the adapter whose map was proposed last: digest of its layers -> tokens that the map was learned from."""
         self._settings = settings
@@ -256,10 +254,9 @@ class Proposals:
     # --- a map on top of an adapter --------------------------------------------------------------------------------
 
     def map_scope(self, version: str) -> str | None:
-        """The scope in which the map on top of this adapter is learned; None where it is not: it does not serve, or
-        `adapter.learn_map` is false."""
+        """The scope in which the map on top of this adapter is learned; None where it does not serve."""
         layers = self._catalogue.layers(version)
-        if not layers or not self._learn_map or self._serves_layers(layers) is None:
+        if not layers or self._serves_layers(layers) is None:
             return None
         return map_scope(layers)
 
@@ -268,7 +265,7 @@ class Proposals:
         return next((v for v in self._serving.versions if self._catalogue.layers(v) == layers), None)
 
     def _map_is_due(self, layers: str, tokens: int) -> bool:
-        if not self._learn_map or self._serves_layers(layers) is None:
+        if self._serves_layers(layers) is None:
             return False
         last = self._maps_proposed_at.get(layers, 0)
         growth = MIN_TOKEN_GROWTH_UNDER_TEST if self._trials.has_proposal(ALL, ADAPTER_MAP) else MIN_TOKEN_GROWTH

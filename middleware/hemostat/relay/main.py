@@ -3,10 +3,10 @@ of JSON, from its standard input:
 
     {"worker": 0, "fds": [7],
      "upstream": {"urls": ["http://127.0.0.1:8001"], "api_key": null, "ca": null, "max_connections": 512,
-                  "queue_seconds": 60.0, "health_seconds": 2.0, "resolve_seconds": 5.0, "affinity": true},
+                  "affinity": true},
      "allow_adapter_routes": false, "control": {"path": "/run/…/control.sock"}, "figures": null,
      "shutdown_seconds": 30.0, "drain_seconds": 600.0,
-     "limits": {"head_bytes": 65536, "header_count": 128, "body_bytes": 268435456},
+     "limits": {"body_bytes": 268435456, "buffered_bytes": 134217728},
      "client_limits": {"key": "authorization", "requests_per_second": null, "burst": 10, "concurrent": null},
      "log_level": "info", "log_format": "text", "log_requests": false,
      "access_log_fd": null, "access_log_clients": false, "other_fds": [],

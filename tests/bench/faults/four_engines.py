@@ -193,7 +193,7 @@ async def faults(folder: Path) -> list[Row]:
         for engine in range(ENGINES):
             fleet.start(engine)
         urls = [f"http://127.0.0.1:{port}" for port in fleet.ports]
-        stack = Stack({"upstream": {"urls": urls, "health_seconds": 0.5}}, folder / "stack")
+        stack = Stack({"upstream": {"urls": urls}}, folder / "stack")
         try:
             for case, how, drained in (
                 ("kill -9 of one engine after the other, and their restart", signal.SIGKILL, False),

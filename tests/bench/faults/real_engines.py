@@ -220,7 +220,7 @@ async def measured(folder: Path) -> list[Row]:
             urls = [f"http://127.0.0.1:{port}" for port in (*ports, odd)]
             reference = {"backend": "transformers", "model": str(checkpoints.reference), "dtype": vllm_server.dtype()}
             made = sampling_settings(urls[0], reference)
-            made |= {"upstream": {"urls": urls, "health_seconds": 0.5}}
+            made |= {"upstream": {"urls": urls}}
             made["admin"] = {"port": admin, "token": ADMIN_TOKEN}
             stack = await asyncio.to_thread(Stack, made, folder / "stack")
             try:

@@ -24,7 +24,7 @@ from tests.support.served_models import pair, served_models
 
 from hemostat.admin.access import Tokens
 from hemostat.admin.app import create_app
-from hemostat.config.schema import Settings
+from hemostat.config.schema import Alarm, Settings, Shadow
 from hemostat.control import composition, operator_actions
 from hemostat.control.composition import Control
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, Alive, Capture, Stats, encode
@@ -373,6 +373,9 @@ async def pipeline(folder: Path, clock: Clock, **settings: Any) -> AsyncIterator
         for module, name, value in (
             (composition, "make_references", lambda _: References(references[0])),
             (composition, "make_compressed_scorer", lambda _: references[1] if wants_floor else None),
+            # So that both happen within the day.
+            (Shadow, "max_queue", 8),
+            (Alarm, "clear_after", 5),
             # So that what is answered does not depend on how busy the disk is.
             (operator_actions, "MAX_WRITE_SECONDS", 60.0),
         ):

@@ -23,7 +23,7 @@ async def probe_adapters(server: VllmServer, model: str, settings: Settings) -> 
     vLLM's API server refuses what is asked for. Its engine is not asked to load anything: it would log a traceback.
     """
     adapter = settings.adapter
-    rank = adapter.max_rank or adapter.rank * (4 if adapter.shared_out else 1)
+    rank = adapter.rank * (4 if adapter.shared_out else 1)
     needed = flags(1, rank)
     try:
         missing = await _missing(server, model, settings)

@@ -396,7 +396,7 @@ class AdapterHost:
         async with self._writing:
             await asyncio.to_thread(shared_folder.write, shared, version, files, {*self._loaded, *self.hold})
         try:
-            await load(server, version, str((self._settings.engine_folder or shared) / version))
+            await load(server, version, str(shared / version))
         except Refused as refused:
             if "already been loaded" not in refused.detail:
                 raise

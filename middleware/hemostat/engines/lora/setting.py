@@ -47,7 +47,7 @@ def explain(failure: Exception, rank: int, way: Way | None, folder: Path | None)
         if "could not be loaded" in text:
             return f"the engine refused it: {started}, where it was started with less; vLLM's log has the reason"
         if "No adapter found" in text:
-            return "the engine does not see adapter.folder: mount it, and set adapter.engine_folder to its path there"
+            return "the engine does not see adapter.folder: mount it there at the same path"
         if failure.status == 404 and way is Way.RESOLVER:
             return "the engine could not fetch it: check its HEMOSTAT_ADMIN_URL and HEMOSTAT_ENGINE_TOKEN, and its log"
         if failure.status == 404 and folder is not None:

@@ -276,9 +276,7 @@ class AdapterLearner:
             )
         options = {
             "rank": settings.rank,
-            "max_rank": settings.max_rank,
             "shared_out": settings.shared_out,
-            "metric": settings.metric,
             "memory_mib": settings.memory_mib,
             "device": settings.device,
             "distil": settings.distil,

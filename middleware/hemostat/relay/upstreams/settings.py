@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class UpstreamSettings:
-    """Of `config.schema.Upstream`, which describes them. Times in seconds."""
+    """Of `config.schema.Upstream`, and constants. Times in seconds."""
 
     urls: tuple[str, ...]
     """Of the engines; or one with the prefix DNS."""
@@ -20,8 +20,11 @@ class UpstreamSettings:
     max_connections: int = 512
     """To each engine; requests beyond it wait in order of arrival."""
     queue_seconds: float = 60.0
+    """How long a request waits for a connection, before it is answered with 503: as long as most clients wait."""
     health_seconds: float = 2.0
+    """Pause between two requests for each engine's /health, which costs it next to nothing; 0: none are sent."""
     resolve_seconds: float = 5.0
+    """Pause between two look-ups of a name (dns+http)."""
     affinity: bool = True
 
     @classmethod
