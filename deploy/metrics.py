@@ -14,7 +14,6 @@ from hemostat.ipc.messages import OVERHEAD_BUCKETS, REST_GRAMMAR_KIND, REST_KIND
 from hemostat.learner.adapters.builder import BuildFailure
 from hemostat.learner.adapters.client import BuildOutcome
 from hemostat.learner.adapters.judge import JudgeDropReason
-from hemostat.learner.record_queue import DropReason
 from hemostat.measurement import figures
 from hemostat.measurement.by_decoding import STRATEGIES
 from hemostat.measurement.by_place import CONTEXTS, POSITIONS
@@ -28,7 +27,6 @@ from hemostat.metrics.metric import Metric
 from hemostat.openai import routes
 from hemostat.profiles.decisions import Decision, Reason
 from hemostat.relay import outcomes
-from hemostat.shadow.distances import Outcome as DistanceOutcome
 from hemostat_calibration.alarm import AlarmTest
 from hemostat_calibration.divergence.places import ANSWER, THINKING
 from hemostat_calibration.outcomes import LENGTH, Outcome
@@ -193,11 +191,8 @@ OUTCOME_MEANINGS: Values = {
 EDGES: Values = {"mean": "the estimate", "low": "lower end of the asymptotic 95 % interval", "high": "upper end"}
 ROUTE_VALUES = f"{', '.join(f'`{route}`' for route in routes.LABELS.values())}, else `{routes.OTHER}`"
 
-CONDITIONAL = (
-    *(names.CONDITIONAL_KIND_KL_NATS, names.CONDITIONAL_KIND_KL_TOKENS),
-    *(names.CONDITIONAL_KIND_GAIN_NATS, names.CONDITIONAL_KIND_RECOVERED_DIVERGENCE_RATIO),
-)
-SAMPLED = (names.SAMPLED_REQUESTS, names.SAMPLED_TOKENS, names.KIND_SAMPLED_REQUESTS, names.KIND_SAMPLED_TOKENS)
+CONDITIONAL = (names.CONDITIONAL_KIND_KL_NATS, names.CONDITIONAL_KIND_KL_TOKENS, names.CONDITIONAL_KIND_GAIN_NATS)
+SAMPLED = (names.SAMPLED_REQUESTS, names.SAMPLED_TOKENS, names.KIND_SAMPLED_TOKENS)
 SAMPLED_OUTCOMES: Values = {
     "scored": "both models have scored its tokens",
     "skipped": "cannot be scored",
@@ -252,13 +247,6 @@ LABELS: dict[str, dict[str, Values | str]] = {
             NONE: "there was no thinking",
         }
     },
-    "bound": {
-        "": {
-            "exact": "every allowed id is known of both models: the conditional divergence is exact",
-            "bounds": "more ids are allowed than are listed: its bounds are proven",
-        }
-    },
-    "family": {"": "family of the profile: `temperature_bias`, `contextual`, `adapter`, or `identity`"},
     "figure": {
         "": {
             **{name: f"{text}; {KINDS[figures.FIGURES[name].kind]}" for name, text in HEADLINES.items()},
@@ -276,10 +264,9 @@ LABELS: dict[str, dict[str, Values | str]] = {
             "json": "a JSON answer was requested",
             "tool_call": "tools were offered, and called",
         },
-        **dict.fromkeys(
-            (names.KIND_SAMPLED_REQUESTS, names.KIND_SAMPLED_TOKENS),
+        names.KIND_SAMPLED_TOKENS: (
             f"the kind of traffic: one of the `evidence.kinds` most frequent ones of sampled requests, scored or not; "
-            f"`{REST_KIND}` for all others; `{UNREAD_KIND}` where the request's body was not read",
+            f"`{REST_KIND}` for all others; `{UNREAD_KIND}` where the request's body was not read"
         ),
     },
     "form": {
@@ -329,12 +316,6 @@ LABELS: dict[str, dict[str, Values | str]] = {
             "busy": "the queue was full",
             ELSE: "why it failed",
         },
-        names.DISTANCE_REQUESTS: {
-            DistanceOutcome.COMPUTED: "computed, and used",
-            DistanceOutcome.FAILED: "none were computed: the process that computes them is busy, or has ended",
-            DistanceOutcome.INVALID: "they do not fit the request's tokens",
-            DistanceOutcome.REFUSED: "there is nobody to compute them, or its queue is full",
-        },
         names.STRUCTURED_OUTPUTS: {
             "valid": "the answer parses",
             "invalid": "the answer does not parse",
@@ -350,7 +331,6 @@ LABELS: dict[str, dict[str, Values | str]] = {
             BuildFailure.REFUSED: "no adapter can be made of these checkpoints or texts; the status says why",
             BuildFailure.INVALID: "the result is damaged, or is not about the checkpoints that serve",
         },
-        names.OUTCOME_CONVERSATIONS: OUTCOME_MEANINGS,
         names.OUTCOME_DIFFERENCE: {**OUTCOME_MEANINGS, LENGTH: "the mean number of output tokens"},
     },
     "reason": {
@@ -374,11 +354,6 @@ LABELS: dict[str, dict[str, Values | str]] = {
             "shape": "the features do not match the tokens",
             "not_finite": "some features are not finite",
             "masked": "every row is masked",
-        },
-        names.LEARNER_DROPPED: {
-            DropReason.NOT_READY: "the learner is starting, or there is none",
-            DropReason.NOTHING_TO_LEARN: "the record brings no features",
-            DropReason.BUSY: "the learner's queue is full",
         },
         names.ADAPTER_JUDGE_DROPPED: {
             JudgeDropReason.NOT_READY: "the copies are being loaded, or their process has ended",
@@ -414,7 +389,6 @@ LABELS: dict[str, dict[str, Values | str]] = {
         ),
     },
     "result": {
-        names.OUTCOME_CONVERSATIONS: {"good": "the first answer is good", "bad": "the first answer is bad"},
         names.ADAPTER_LOADS: {
             "loaded": "it is loaded; several engines behind one address take several attempts",
             "refused": "the upstream refused it; the status says why",

@@ -29,7 +29,6 @@ from hemostat.config.loading import load
 from hemostat.config.schema import Settings
 from hemostat.engines.messages import EVENTS
 from hemostat.ipc.ends import OUTCOMES
-from hemostat.learner.record_queue import DropReason
 from hemostat.measurement.figures import HEADLINE
 from hemostat.metrics.catalogue import METRICS
 from hemostat.openai.requests import Uncalibrated, Unscorable
@@ -94,7 +93,6 @@ def test_every_label_is_explained(reference: ModuleType) -> None:
     assert set(reference.LABELS) == {label for metric in METRICS.values() for label in metric.labels}
     assert set(reference.meaning("hemostat_requests_total", "outcome")) == set(OUTCOMES)
     assert set(reference.HEADLINES) == set(HEADLINE)
-    assert set(reference.meaning("hemostat_learner_dropped_total", "reason")) == set(DropReason)
     assert set(reference.meaning("hemostat_profile_decisions_total", "decision")) == set(Decision)
     assert set(reference.meaning("hemostat_profile_decisions_total", "reason")) == set(Reason)
 

@@ -233,7 +233,7 @@ def test_what_the_values_say_of_the_configuration_arrives(helm: Helm, tmp_path: 
     assert settings.evidence.client_header == "x-api-key"
     assert settings.shadow.floor_fraction == 0.05  # by extraEnv
     assert settings.calibration.min_tokens == 20_000_000
-    assert settings.limits.body_bytes == 1_073_741_824
+    assert settings.limits.buffered_bytes == 1_073_741_824
     assert settings.labels == ["chat", "1", "on"]
     assert settings.shutdown_seconds == 90.5
     assert settings.admin.metrics_need_token

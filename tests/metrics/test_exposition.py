@@ -32,8 +32,6 @@ CONTRACT = {
     "hemostat_covered_mass_ratio": {"model"},
     "hemostat_recovered_distribution_ratio": set(),
     "hemostat_recovered_divergence_ratio": set(),
-    "hemostat_profile_info": {"version", "family"},
-    "hemostat_profile_promotions_total": set(),
     "hemostat_profile_rollbacks_total": set(),
     "hemostat_profile_decisions_total": {"decision", "reason"},
 }
@@ -75,7 +73,7 @@ async def test_names_and_labels_are_those_of_the_contract(tmp_path: Path) -> Non
             assert family.documentation, family.name
             assert family.name.startswith("hemostat_")
             assert family.type in {"counter", "gauge", "histogram"}
-        assert samples(families)["hemostat_profile_info", (("family", "temperature_bias"), ("version", version))] == 1
+        assert samples(families)["hemostat_profile_kind_info", (("kind", "rest"), ("version", version))] == 1
         writer.close()
 
 
@@ -87,7 +85,7 @@ async def test_every_family_is_there_before_anything_has_happened(tmp_path: Path
                 assert name.removesuffix("_total") in families
         found = samples(families)
         assert not any(name.startswith("hemostat_proxy_overhead") for name, _ in found), "no relay, no figure"
-        assert found["hemostat_profile_info", (("family", "identity"), ("version", "identity"))] == 1
+        assert found["hemostat_profile_kind_info", (("kind", "rest"), ("version", "identity"))] == 1
 
 
 async def test_what_rates_are_taken_of_is_there_before_it_is_counted_but_not_before_its_relay(tmp_path: Path) -> None:

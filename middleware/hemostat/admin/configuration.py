@@ -27,5 +27,3 @@ class Configuration:
 
     def samples(self) -> Iterator[Sample]:
         yield Sample(names.CONFIG_LAST_RELOAD_SUCCESSFUL, (), float(not self.report.error))
-        yield Sample(names.CONFIG_LOADED_TIMESTAMP_SECONDS, (), self.report.loaded_at)
-        yield Sample(names.CONFIG_NEEDS_RESTART, (), float(len(self.report.needs_restart)))

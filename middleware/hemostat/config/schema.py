@@ -346,8 +346,6 @@ class Records(Section):
 class Limits(Section):
     """What clients may send, and how much of a relay process they may use."""
 
-    body_bytes: int = Field(default=256 * 1024 * 1024, ge=1024)
-    """A request with a longer body gets status 413."""
     buffered_bytes: int = Field(default=128 * 1024 * 1024, ge=1024 * 1024)
     """Of all heads, bodies and waiting requests of a relay process. Beyond it requests of the client that holds most
     are answered with 503."""

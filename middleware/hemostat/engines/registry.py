@@ -147,7 +147,6 @@ class EngineRegistry:
         return len(self.boots(now))
 
     def samples(self, now: float) -> Iterator[Sample]:
-        yield Sample(names.ENGINES, (), self.live_engines(now))
         yield from self.taps.samples()
         yield from self.answers.samples()
         for event, count in self.counters(now).items():

@@ -101,8 +101,6 @@ class TapBuffer:
         self._taps: OrderedDict[str, _Tap] = OrderedDict()
         self.runs_dropped = 0
         """Runs that nobody took in time, or that there was no room for."""
-        self.features_dropped = 0
-        """Runs whose features there was no room for."""
         self._number_bytes = 0
         self._feature_bytes = 0
 
@@ -120,7 +118,6 @@ class TapBuffer:
             tap.received_at = now
             size = len(run.features or b"")
             if self._feature_bytes + size > MAX_WAITING_FEATURE_BYTES:
-                self.features_dropped += 1
                 run, size = msgspec.structs.replace(run, anchors=None, features=None), 0  # noqa: PLW2901
             self._feature_bytes += size
             self._number_bytes += run.size
@@ -183,7 +180,6 @@ class TapBuffer:
 
     def samples(self) -> Iterator[Sample]:
         yield Sample(names.ENGINE_TAPS_DROPPED, (), self.runs_dropped)
-        yield Sample(names.ENGINE_FEATURES_DROPPED, (), self.features_dropped)
 
     def _pop(self, nonce: str) -> _Tap | None:
         tap = self._taps.pop(nonce, None)

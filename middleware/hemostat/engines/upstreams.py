@@ -89,6 +89,3 @@ class UpstreamEngines:
             yield Sample(names.UPSTREAM_UP_RATIO, labels, engine.up / engine.relays)
             yield Sample(names.UPSTREAM_DRAINED, labels, name in self.drained)
             yield Sample(names.UPSTREAM_OUTSTANDING, labels, engine.outstanding)
-            yield Sample(names.UPSTREAM_REQUESTS, labels, engine.requests)
-            yield Sample(names.UPSTREAM_RESENT, labels, engine.resent)
-            yield Sample(names.UPSTREAM_EJECTIONS, labels, engine.ejections)

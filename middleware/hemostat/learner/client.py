@@ -201,8 +201,6 @@ class Learner:
     def samples(self) -> Iterator[Sample]:
         for source, tokens in self.tokens_by_source().items():
             yield Sample(names.LEARNED_TOKENS, (source,), tokens)
-        for reason, records in self.dropped.items():
-            yield Sample(names.LEARNER_DROPPED, (reason,), records)
 
     def status(self) -> dict[str, Any]:
         return {

@@ -66,7 +66,8 @@ class KindMetrics:
     kl_nats: str
     kl_tokens: str
     gain_nats: str
-    recovered_ratio: str
+    recovered_ratio: str | None
+    """None: it is not exported."""
 
 
 KIND_METRICS = KindMetrics(
@@ -76,7 +77,7 @@ CONDITIONAL_METRICS = KindMetrics(
     names.CONDITIONAL_KIND_KL_NATS,
     names.CONDITIONAL_KIND_KL_TOKENS,
     names.CONDITIONAL_KIND_GAIN_NATS,
-    names.CONDITIONAL_KIND_RECOVERED_DIVERGENCE_RATIO,
+    None,
 )
 
 
@@ -172,5 +173,6 @@ class ByKind:
             for weighting, sequence in (("token", gain.by_token), ("request", gain.by_request)):
                 yield Sample(self._metrics.gain_nats, (name, weighting), sequence.get().mean)
             recovered = gain.recovered()
-            if recovered is not None and recovered["estimate"] is not None:
-                yield Sample(self._metrics.recovered_ratio, (name,), recovered["estimate"])
+            ratio = self._metrics.recovered_ratio
+            if ratio is not None and recovered is not None and recovered["estimate"] is not None:
+                yield Sample(ratio, (name,), recovered["estimate"])

@@ -76,8 +76,6 @@ class ConditionalFigures:
         }
 
     def samples(self) -> Iterator[Sample]:
-        for labels, tokens in self._tokens.items():
-            yield Sample(names.CONDITIONAL_TOKENS, labels, tokens)
         for name in HEADLINE:
             figure = self._raw.figure(name)
             for edge, value in zip(("mean", "low", "high"), (figure["estimate"], *figure["ci95"]), strict=True):

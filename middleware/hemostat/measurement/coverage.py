@@ -111,7 +111,6 @@ class Coverage:
         for kind, tallies in self._by_kind.items():
             for outcome, tally in tallies.items():
                 yield Sample(names.KIND_SAMPLED_TOKENS, (kind, outcome), tally.tokens)
-                yield Sample(names.KIND_SAMPLED_REQUESTS, (kind, outcome), tally.requests)
 
 
 def _to_json(tally: Tally) -> dict[str, Any]:

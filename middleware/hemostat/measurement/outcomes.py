@@ -13,7 +13,7 @@ import binascii
 import json
 import logging
 import math
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -27,7 +27,6 @@ from hemostat.metrics.samples import Sample
 from hemostat.store.protocol import StoreWrites
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.outcomes import LENGTH, Outcome, Reading, Settings, Trial, Unit
-from hemostat_calibration.records import Arm
 
 log = logging.getLogger("hemostat.outcomes")
 
@@ -100,8 +99,6 @@ class Outcomes:
         """Trials begun in kinds that are not in `_kinds` now: what they spent of alpha is not spent again. "": in any
         other."""
         self._seen: OrderedDict[bytes, None] = OrderedDict()
-        self._counts: Counter[tuple[str, str, str, str]] = Counter()
-        """Units since this process started, by kind, arm, outcome and result."""
 
     # --- evidence --------------------------------------------------------------------------------------------------
 
@@ -126,9 +123,6 @@ class Outcomes:
         if not state.trial.add(unit):
             return
         state.changed = True
-        arm = (Arm.TREATED if report.treated else Arm.CONTROL).value
-        for outcome, value in bad.items():
-            self._counts[kind, arm, outcome.value, "bad" if value else "good"] += 1
 
     def _is_first(self, kind: str, conversation: bytes) -> bool:
         """Whether the conversation has not been seen in this kind; one that is not recognized never has."""
@@ -153,7 +147,6 @@ class Outcomes:
         followed = set(self._served.kinds())
         for kind in [kind for kind in self._kinds if kind not in followed]:
             self._drop(kind)
-            self._counts = Counter({labels: n for labels, n in self._counts.items() if labels[0] != kind})
         for kind, state in self._kinds.items():
             if state.harmed is not None and not self._served.is_operators(kind):
                 state.harmed = None  # an operator has released or unpinned the kind
@@ -280,8 +273,6 @@ class Outcomes:
         return state.readings[1]
 
     def samples(self) -> Iterator[Sample]:
-        for labels, units in self._counts.items():
-            yield Sample(names.OUTCOME_CONVERSATIONS, labels, units)
         for kind, state in self._kinds.items():
             yield Sample(names.OUTCOME_HARM, (kind,), float(state.harmed is not None))
             if state.trial is None:

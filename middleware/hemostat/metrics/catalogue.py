@@ -44,13 +44,6 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "0 or 1",
             "0 where the last SIGHUP found a configuration that is not valid, or not usable, and changed nothing.",
         ),
-        Metric(names.CONFIG_LOADED_TIMESTAMP_SECONDS, "gauge", "seconds", "Unix time of the configuration in force."),
-        Metric(
-            names.CONFIG_NEEDS_RESTART,
-            "gauge",
-            "settings",
-            "Settings that the last SIGHUP found changed and that take effect after a restart only.",
-        ),
         Metric(
             names.CLIENT_LIMITED_REQUESTS,
             "counter",
@@ -99,13 +92,6 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "tokens",
             "Generated tokens of sampled requests that have ended, as far as known; scored over all is the coverage.",
             ("outcome", "reason"),
-        ),
-        Metric(
-            names.KIND_SAMPLED_REQUESTS,
-            "counter",
-            "requests",
-            "Sampled requests that have ended, by kind; one of n choices counts 1/n.",
-            ("kind", "outcome"),
         ),
         Metric(
             names.KIND_SAMPLED_TOKENS,
@@ -281,13 +267,6 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "Requests that a model was to score against itself, by outcome.",
             ("model", "outcome"),
         ),
-        Metric(
-            names.DISTANCE_REQUESTS,
-            "counter",
-            "requests",
-            "Held-out requests whose exact distances were needed to judge an adapter, by outcome.",
-            ("outcome",),
-        ),
     ),
     "Divergence under a grammar": conditional.METRICS,
     "The alarm": (
@@ -347,13 +326,6 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "Fraction of KL(reference||compressed) that the profile removes, on the same tokens.",
         ),
         Metric(
-            names.PROFILE_INFO,
-            "gauge",
-            "1",
-            "1 for the profile that serves most, or in mode observe would serve (identity if there is none).",
-            ("version", "family"),
-        ),
-        Metric(
             names.PROFILE_KIND_INFO,
             "gauge",
             "1",
@@ -383,12 +355,6 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "scale; 1: proven).",
             ("kind",),
         ),
-        Metric(
-            names.PROFILE_PROMOTIONS,
-            "counter",
-            "profiles",
-            "Profiles that were promoted (in mode observe: would serve).",
-        ),
         Metric(names.PROFILE_ROLLBACKS, "counter", "profiles", "Profiles rolled back."),
         Metric(names.PROFILE_DECISIONS, "counter", "decisions", "Decisions about profiles.", ("decision", "reason")),
         Metric(
@@ -397,13 +363,6 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "tokens",
             "Tokens that contextual profiles were learned from, by source.",
             ("source",),
-        ),
-        Metric(
-            names.LEARNER_DROPPED,
-            "counter",
-            "requests",
-            "Requests that were not passed to the learner, by reason.",
-            ("reason",),
         ),
         Metric(
             names.FEATURES_DROPPED,
@@ -432,12 +391,6 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
     ),
     "Adapters": (
         Metric(
-            names.ADAPTER_TEXT_TOKENS,
-            "counter",
-            "tokens",
-            "Tokens of prompts and answers that were collected for adapters, in memory.",
-        ),
-        Metric(
             names.ADAPTER_BUILDS,
             "counter",
             "builds",
@@ -465,12 +418,6 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "Part of KL(reference‖compressed) that the last adapter recovers on texts which its build held out.",
         ),
         Metric(
-            names.ADAPTER_BUILDER_RESTARTS,
-            "counter",
-            "restarts",
-            "Starts of the process that makes an adapter, after it had ended early.",
-        ),
-        Metric(
             names.ADAPTER_JUDGED,
             "counter",
             "requests",
@@ -482,9 +429,6 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "requests",
             "Held-out requests that went on without exact distances, by reason.",
             ("reason",),
-        ),
-        Metric(
-            names.ADAPTER_COPIES_BYTES, "gauge", "bytes", "Memory of the copies that judge adapters; 0: none is loaded."
         ),
     ),
     "The engines": upstreams.METRICS,
@@ -510,13 +454,6 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "responses",
             "Of all generations, those that end in one block of text over and over.",
             ("arm",),
-        ),
-        Metric(
-            names.OUTCOME_CONVERSATIONS,
-            "counter",
-            "conversations",
-            "Conversations that count in the comparison of arms, by whether their first answer of this kind was good.",
-            ("kind", "arm", "outcome", "result"),
         ),
         Metric(
             names.OUTCOME_DIFFERENCE,

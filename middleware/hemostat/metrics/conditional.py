@@ -15,14 +15,6 @@ METRICS: tuple[Metric, ...] = (
         ("figure", "edge"),
     ),
     Metric(
-        names.CONDITIONAL_TOKENS,
-        "counter",
-        "tokens",
-        "Scored tokens of requests that a grammar restricts; bound: exact where every allowed id is known on both "
-        "sides.",
-        ("arm", "bound"),
-    ),
-    Metric(
         names.CONDITIONAL_KIND_KL_NATS,
         "counter",
         "nats",
@@ -42,13 +34,5 @@ METRICS: tuple[Metric, ...] = (
         "nats",
         f"As {names.KIND_GAIN_NATS}, of kinds that a grammar restricts, conditional on the ids that it allows.",
         ("kind", "weighting"),
-    ),
-    Metric(
-        names.CONDITIONAL_KIND_RECOVERED_DIVERGENCE_RATIO,
-        "gauge",
-        "ratio",
-        f"As {names.KIND_RECOVERED_DIVERGENCE_RATIO}, of kinds that a grammar restricts, conditional on the ids "
-        "that it allows.",
-        ("kind",),
     ),
 )

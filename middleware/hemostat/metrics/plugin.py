@@ -6,19 +6,12 @@ from hemostat.metrics import names
 from hemostat.metrics.metric import Metric
 
 METRICS = (
-    Metric(names.ENGINES, "gauge", "engines", "Engines whose plugin reports."),
     Metric(names.ENGINE_EVENTS, "counter", "events", "Events counted by the engine plugins.", ("reason",)),
     Metric(
         names.ENGINE_TAPS_DROPPED,
         "counter",
         "runs",
         "Taps from engines that were not used in time or exceeded the buffer.",
-    ),
-    Metric(
-        names.ENGINE_FEATURES_DROPPED,
-        "counter",
-        "runs",
-        "Runs of a request's positions whose features exceeded the control process's buffer.",
     ),
     Metric(
         names.ENGINE_ANSWERS,

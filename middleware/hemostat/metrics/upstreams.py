@@ -17,27 +17,6 @@ METRICS = (
     Metric(names.UPSTREAM_DRAINED, "gauge", "0 or 1", "1 while an operator drains the engine.", _ENGINE),
     Metric(names.UPSTREAM_OUTSTANDING, "gauge", "requests", "Requests in progress at the engine.", _ENGINE),
     Metric(
-        names.UPSTREAM_REQUESTS,
-        "counter",
-        "requests",
-        "Requests sent to the engine by the relay processes that run now.",
-        _ENGINE,
-    ),
-    Metric(
-        names.UPSTREAM_RESENT,
-        "counter",
-        "requests",
-        "Of them, those that were sent again after the engine failed, to another one or on a new connection.",
-        _ENGINE,
-    ),
-    Metric(
-        names.UPSTREAM_EJECTIONS,
-        "counter",
-        "ejections",
-        "How often a relay has stopped sending requests to the engine, because requests or health checks failed.",
-        _ENGINE,
-    ),
-    Metric(
         names.ENGINE_KL_NATS,
         "counter",
         "nats",

@@ -45,11 +45,9 @@ class Lifecycle:
         self._events = events
         self._writer = writer
         self._requests = requests
-        self.promotions = 0
         self.rollbacks = 0
 
     def samples(self) -> Iterator[Sample]:
-        yield Sample(names.PROFILE_PROMOTIONS, (), self.promotions)
         yield Sample(names.PROFILE_ROLLBACKS, (), self.rollbacks)
 
     # --- profiles held ---------------------------------------------------------------------------------------------
@@ -205,7 +203,6 @@ class Lifecycle:
         imports, which were compared with what served before, begin anew.
         """
         state = self._serving.kinds[kind]
-        self.promotions += 1
         if state.version is not None and state.version != version:
             state.add_tried(state.version)
         state.version, state.learned_of, state.window, state.chosen, state.held = version, scope, window, chosen, ""

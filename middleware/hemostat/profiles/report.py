@@ -171,9 +171,6 @@ class Report:
 
     def samples(self) -> Iterator[Sample]:
         """What serves, and by kind the gain and the evidence; the kinds are bounded by `evidence.kinds`."""
-        profile = self._catalogue.get(self._serving.reported)
-        labels = (profile.version, profile.family) if profile else (IDENTITY, IDENTITY)
-        yield Sample(names.PROFILE_INFO, labels, 1.0)
         active = self._serving.mode != "off" and self._serving.forced is None
         serving = self._serving.selected_by_kind if active else {}
         for kind in self._order():

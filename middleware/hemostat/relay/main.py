@@ -6,7 +6,7 @@ of JSON, from its standard input:
                   "affinity": true},
      "allow_adapter_routes": false, "control": {"path": "/run/…/control.sock"}, "figures": null,
      "shutdown_seconds": 30.0, "drain_seconds": 600.0,
-     "limits": {"body_bytes": 268435456, "buffered_bytes": 134217728},
+     "limits": {"buffered_bytes": 134217728},
      "client_limits": {"key": "authorization", "requests_per_second": null, "burst": 10, "concurrent": null},
      "log_level": "info", "log_format": "text", "log_requests": false,
      "access_log_fd": null, "access_log_clients": false, "other_fds": [],

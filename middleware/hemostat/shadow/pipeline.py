@@ -211,7 +211,6 @@ class ScoringPipeline:
             yield Sample(names.REFERENCE_TOKENS, (), 0.0)
         if self.noise_floor is not None:
             yield from self.noise_floor.samples()
-        yield from self.distances.samples()
         yield Sample(names.CALIBRATION_ERRORS, (), self.calibration_errors)
         recovered = self._consumers.measurements.recovered(self._consumers.profiles.serving.reported) or {}
         if recovered.get("estimate") is not None:

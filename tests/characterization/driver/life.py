@@ -269,7 +269,7 @@ class Life:
             "learned": [told["learned_requests"], told["learned_tokens"]],
             "tests_begun": told["tests_begun"],
             "scopes": sorted(told["scopes"]),
-            "promotions": one.lifecycle.promotions,
+            "promotions": sum(n for (decision, _), n in one.events.counts.items() if decision == "promote"),
             "rollbacks": one.lifecycle.rollbacks,
         }
         return {name: value for name, value in found.items() if value not in (None, [], {}, False, 0)}

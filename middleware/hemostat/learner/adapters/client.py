@@ -110,8 +110,6 @@ class AdapterLearner:
         self._not_before = -float("inf")
         """By the clock: when the next one may begin."""
         self._build: Build | None = None
-        self.seen = 0
-        """Tokens of all texts that were offered."""
         self.outcomes: Counter[str] = Counter()
         """Builds by outcome: `BuildOutcome`, `BuildFailure`."""
         self.restarts = 0
@@ -154,7 +152,6 @@ class AdapterLearner:
         if self._target is None:
             return
         self._texts.add(unit, prompt, output)
-        self.seen += len(prompt) + len(output)
         self._wake.set()
 
     @property
@@ -168,8 +165,6 @@ class AdapterLearner:
         return self._texts.known
 
     def samples(self) -> Iterator[Sample]:
-        yield Sample(names.ADAPTER_TEXT_TOKENS, (), self.seen)
-        yield Sample(names.ADAPTER_BUILDER_RESTARTS, (), self.restarts)
         # Those of which there was none, too: the alert would not see the first one.
         for outcome in (*BuildOutcome, *BuildFailure):
             yield Sample(names.ADAPTER_BUILDS, (outcome.value,), self.outcomes[outcome.value])

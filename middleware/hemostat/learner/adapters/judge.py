@@ -261,7 +261,6 @@ class AdapterJudge:
 
     def samples(self) -> Iterator[Sample]:
         yield Sample(names.ADAPTER_JUDGED, (), self.judged)
-        yield Sample(names.ADAPTER_COPIES_BYTES, (), self.loaded.bytes if self.loaded is not None else 0)
         for reason, records in self.dropped.items():
             yield Sample(names.ADAPTER_JUDGE_DROPPED, (reason,), records)
 
