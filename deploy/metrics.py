@@ -129,7 +129,7 @@ ENGINE_EVENTS: Values = {
     "requests_refused": "requests with malformed `vllm_xargs` of Hemostat",
     "rows_applied": "tokens that a profile was applied to",
     "rows_clamped": "shadowed tokens at which `calibration.clamp_nats` took effect",
-    "rows_kl_clamped": "tokens at which `calibration.clamp_kl_nats` took effect",
+    "rows_kl_clamped": "tokens at which a profile's limit of 2 nats of KL took effect",
     "rows_masked": "tokens without a profile: an anchor was masked (a grammar, a logit_bias) or the map overflowed",
     "steps_misfit": "engine steps whose logits do not have the size of the profile's vocabulary",
     "features_dropped": "positions whose features exceeded the buffer",

@@ -124,7 +124,7 @@ WRONG = [
     (UPSTREAM + "calibration: {scope: user}\n", "'user' is not one of pooled, label, route, model"),
     (UPSTREAM + "calibration: {scope: label}\n", "labels: required with calibration.scope: label"),
     (UPSTREAM + "calibration: {scope: route, apply: request}\n", "calibration.scope: only pooled goes with"),
-    (UPSTREAM + "calibration: {clamp_kl_nats: 0}\n", "calibration.clamp_kl_nats: 0 does not fit"),
+    (UPSTREAM + "calibration: {clamp_nats: 0}\n", "calibration.clamp_nats: 0 does not fit"),
     (UPSTREAM + "reference: {backend: vllm}\n", "reference.url: required with reference.backend: vllm"),
     (UPSTREAM + "reference: {backend: transformers}\n", "reference.model: required"),
     (UPSTREAM + "reference: {device: gpu}\n", "reference.device: 'gpu' is not a device"),

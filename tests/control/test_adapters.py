@@ -272,8 +272,9 @@ def low_rank(folders: CheckpointFolders, rank: int) -> CalibrationProfile:
 async def test_a_map_is_learned_on_top_of_the_adapter_that_serves_and_both_together_are_promoted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learned = {"min_tokens": 1500, "anchors": 48, "clamp_nats": 5.0, "clamp_kl_nats": 20.0}
+    learned = {"min_tokens": 1500, "anchors": 48, "clamp_nats": 5.0}
     monkeypatch.setattr(Calibration, "rank", 16)
+    monkeypatch.setattr(Calibration, "clamp_kl_nats", 20.0)
     monkeypatch.setattr(Adapter, "min_tokens", 10**6)
     async with world(tmp_path, monkeypatch, learned, max_tokens=10**6) as w:
         one, profiles = w.one, w.one.profile_manager

@@ -28,7 +28,7 @@ from hemostat_calibration.profiles import transform
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Features
 
-SETTINGS = with_constants(Calibration, rank=8)(anchors=32, min_tokens=600, clamp_nats=5.0, clamp_kl_nats=20.0)
+SETTINGS = with_constants(Calibration, rank=8, clamp_kl_nats=20.0)(anchors=32, min_tokens=600, clamp_nats=5.0)
 
 
 class Receiver:

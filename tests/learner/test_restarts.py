@@ -26,7 +26,7 @@ from hemostat.learner.stored import BLOB_KEY, StoredLearning
 from hemostat_calibration.profiles import transform
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
-SETTINGS: dict[str, Any] = {"anchors": 32, "min_tokens": 600, "clamp_nats": 5.0, "clamp_kl_nats": 20.0}
+SETTINGS: dict[str, Any] = {"anchors": 32, "min_tokens": 600, "clamp_nats": 5.0}
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ class Life:
         self.receiver, self.now = Receiver(), 0.0
         stored = StoredLearning(store)
         stored.restore(store.get_blob(BLOB_KEY))
-        given = with_constants(Calibration, **{"rank": 8} | constants)(**SETTINGS)
+        given = with_constants(Calibration, **{"rank": 8, "clamp_kl_nats": 20.0} | constants)(**SETTINGS)
         self.learner = Learner(given, self.receiver, storage=stored, clock=lambda: self.now)
         self.target = LearningTarget("m", V, folder, D, "digest")
 

@@ -12,6 +12,7 @@ from tests.support.profile_bench import ANCHORS, BIASED, JUDGED, LEARNED, MODEL,
 from tests.support.records import Truth, log_softmax, make_record
 from tests.support.world import V, World
 
+from hemostat.config.schema import Calibration
 from hemostat.ipc.messages import REST_KIND
 from hemostat.profiles.proposals import (
     CONTEXTUAL_FIRST_FACTOR,
@@ -49,8 +50,9 @@ def test_records_of_another_vocabulary_are_ignored() -> None:
     assert bench.status()["learned_requests"] == 8, "a batch of others only"
 
 
-def test_temperature_and_bias_stay_within_clamp_kl_nats() -> None:
-    bench = Bench(clamp_nats=2.0, clamp_kl_nats=0.02)
+def test_temperature_and_bias_stay_within_clamp_kl_nats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Calibration, "clamp_kl_nats", 0.02)
+    bench = Bench(clamp_nats=2.0)
     bench.feed(World(beta=0.6, bias=1.5), LEARNED[:40])
     found = [bench.profiles.catalogue.get(version) for version in bench.profiles.trials.tested_versions]
     assert found

@@ -20,19 +20,21 @@ V, D, T, N, A = 150, 10, 40, 20, 14
 
 class HiddenStateWorld:
     """h_c = h_r + B h_r + b + bend tanh(2 h_r) + noise, tokens of one prompt alike. From `turns` on B has its sign
-    changed: a workload that drifts."""
+    changed: a workload that drifts. Prompts with even and odd seeds are of two labels: `apart` is half of the distance of
+    their mean hidden states."""
 
-    def __init__(self, strength=0.4, noise=0.2, bend=0.0, turns=10**9, seed=0):
+    def __init__(self, strength=0.4, noise=0.2, bend=0.0, turns=10**9, apart=0.0, seed=0):
         rng = np.random.default_rng(seed)
         self.weight = (2.0 * rng.normal(size=(V, D)) / np.sqrt(D)).astype(np.float32)
         self.map = strength * rng.normal(size=(D, D)) / np.sqrt(D)
         self.bias = strength * rng.normal(size=D)
         self.noise, self.bend, self.turns = noise, bend, turns
+        self.label = apart * np.random.default_rng(seed + 99).normal(size=D) / np.sqrt(D)
         self.anchors = choose_anchors(self.weight, N)
 
     def hidden(self, seed, tokens=T):
         rng = np.random.default_rng(seed)
-        h = rng.normal(size=(1, D)) + rng.normal(size=(tokens, D))
+        h = rng.normal(size=(1, D)) + rng.normal(size=(tokens, D)) + (self.label if seed % 2 else -self.label)
         sign = 1.0 if seed < self.turns else -1.0
         bent = self.bend * np.tanh(2.0 * h[:, ::-1])
         return h, h + sign * (h @ self.map + self.bias) + bent + self.noise * rng.normal(size=h.shape)

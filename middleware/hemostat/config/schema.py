@@ -245,9 +245,9 @@ class Calibration(Section):
     """What is also learned separately: profiles for a label, a route or a model, tested in its kinds of traffic."""
     clamp_nats: float = Field(default=1.0, gt=0, le=20)
     """Largest change of a logit. A smaller one needs fewer held-out requests to prove a profile's gain."""
-    clamp_kl_nats: float = Field(default=2.0, gt=0, le=1000)
+    clamp_kl_nats: ClassVar[float] = 2.0
     """Largest KL divergence from identity that a profile may cause in one token's distribution (to second order, for a
-    contextual profile)."""
+    contextual profile): with `clamp_nats` of 2 or less, that binds first."""
     alpha: Fraction = 0.05
     """Error probability of the promotion and rollback bounds."""
     min_tokens: int = Field(default=20_000, ge=1)
