@@ -173,8 +173,8 @@ def test_a_label_that_is_different_goes_its_own_way_with_evidence():
 
 @pytest.mark.parametrize(("bend", "least"), [(0.8, 0.005), (0.0, -0.002)])
 def test_labels_whose_contexts_are_far_apart_gain_a_little_by_maps_of_their_own(bend, least):
-    """One error of the compressed model, which is a function of the context alone. Where it is linear, nothing is gained;
-    where it is bent, each label's map follows its own part."""
+    """The compressed model's error is a function of the context alone. Where it is linear, nothing is gained; where it
+    is bent, each label's map follows its own part."""
     more = []
     for seed in range(3):
         labels = HiddenStateWorld(strength=0.25, noise=0.15, bend=bend, apart=4.0, seed=seed)

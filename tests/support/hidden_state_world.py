@@ -20,8 +20,8 @@ V, D, T, N, A = 150, 10, 40, 20, 14
 
 class HiddenStateWorld:
     """h_c = h_r + B h_r + b + bend tanh(2 h_r) + noise, tokens of one prompt alike. From `turns` on B has its sign
-    changed: a workload that drifts. Prompts with even and odd seeds are of two labels: `apart` is half of the distance of
-    their mean hidden states."""
+    changed: a workload that drifts. Prompts with even and odd seeds are of two labels, whose mean hidden states are
+    2 `apart` from each other."""
 
     def __init__(self, strength=0.4, noise=0.2, bend=0.0, turns=10**9, apart=0.0, seed=0):
         rng = np.random.default_rng(seed)
