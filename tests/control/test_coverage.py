@@ -34,7 +34,7 @@ async def test_what_relays_and_the_scorer_count_is_one_figure(tmp_path: Path) ->
         samples = values(one.pipeline.samples())
         assert samples[names.SAMPLED_TOKENS, "scored", ""] == 60
         assert samples[names.SAMPLED_TOKENS, "skipped", "invalid"] == 40
-        assert samples[names.KIND_SAMPLED_REQUESTS, "chat structured greedy", "skipped"] == 1.0
+        assert samples[names.KIND_SAMPLED_TOKENS, "chat structured greedy", "skipped"] == 40
         writer.close()
 
 

@@ -129,8 +129,6 @@ def test_a_harmless_profile_stays() -> None:
         < 0
         < gauges[names.OUTCOME_DIFFERENCE, KIND, "json", "high"]
     )
-    counted = sum(n for labels, n in gauges.items() if labels[0] == names.OUTCOME_CONVERSATIONS)
-    assert counted == 400
 
 
 def test_a_conversation_counts_once_in_a_kind() -> None:

@@ -174,8 +174,7 @@ class Pipeline:
         )
 
     def outcomes(self) -> dict[str, float]:
-        found = values(self.pipeline.distances.samples())
-        return {labels[1]: value for labels, value in found.items() if labels[0] == names.DISTANCE_REQUESTS and value}
+        return {outcome: records for outcome, records in self.pipeline.distances.outcomes.items() if records}
 
 
 def _fields(record: TokenRecord, given: dict[str, Any]) -> dict[str, Any]:

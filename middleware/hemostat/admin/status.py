@@ -284,7 +284,7 @@ class StatusSource:
             profile=self._profile(version),
             calibration=self._profiles.report.status(),
             learner=self._learner.status(),
-            adapter=self._adapters(),
+            adapter={**self._adapters(), "distances": dict(self._pipeline.distances.outcomes)},
             recovered=self._recovered(version),
             proxy=proxy_status(totals),
             endings=endings_by_arm(totals),

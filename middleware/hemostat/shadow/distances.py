@@ -7,7 +7,9 @@ were offered, so that which counts first does not depend on what is found. A ref
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
+from enum import StrEnum
 from typing import Protocol
 
 from hemostat_calibration.arrays import Ids
@@ -39,6 +41,18 @@ class DistanceSource(Protocol):
         """
 
 
+class Outcome(StrEnum):
+    """What became of the records that need distances: `distances` of the status."""
+
+    COMPUTED = "computed"
+    FAILED = "failed"
+    """None were computed."""
+    INVALID = "invalid"
+    """They do not fit the record."""
+    REFUSED = "refused"
+    """There is nobody to compute them, or the queue is full."""
+
+
 class DistanceWaits:
     """Owns the records between the offer and the answer. source: None, nobody computes distances."""
 
@@ -46,6 +60,7 @@ class DistanceWaits:
         self.source = source
         self._waiting: dict[int, Callable[[Mapping[str, ExactDistances]], None]] = {}
         self._offered = 0
+        self.outcomes: Counter[Outcome] = Counter(dict.fromkeys(Outcome, 0))
 
     @property
     def waiting(self) -> int:
@@ -66,16 +81,20 @@ class DistanceWaits:
             if self.source.offer(record, prompt_ids, versions, done):
                 return
             del self._waiting[number]
+        self.outcomes[Outcome.REFUSED] += 1
         then(record)
 
     def _with(self, record: TokenRecord, found: Mapping[str, ExactDistances]) -> TokenRecord:
         if not found:
+            self.outcomes[Outcome.FAILED] += 1
             return record
         try:
             checked = with_distances(record, found)
         except InvalidRecordError as error:
+            self.outcomes[Outcome.INVALID] += 1
             log.warning("distances of %s refused: %s", record.request_id, error)
             return record
+        self.outcomes[Outcome.COMPUTED] += 1
         return checked
 
     def flush(self) -> None:
