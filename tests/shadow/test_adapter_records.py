@@ -137,12 +137,11 @@ class Pipeline:
         consumers: Any = SimpleNamespace(
             measurements=self.measured,
             alarms=SimpleNamespace(observe=lambda record, figures: None),
-            engines=SimpleNamespace(count=lambda record, figures: None),
+            engines=SimpleNamespace(count=lambda record, figures: None, observe=lambda record, figures: None),
             profiles=profiles,
             learner=SimpleNamespace(offer=lambda record, scope: self.learned.append(record)),
             records=self.records,
             texts=None,
-            evidence=None,
             tracing=SimpleNamespace(record_score=lambda *_, **given: self.traced.append(given["attributes"])),
         )
         served = served_models(pair("m", object(), INFO, set(), set()))  # type: ignore[arg-type]
