@@ -25,11 +25,7 @@ TEST_LIVES = 0
 WEEK = 7 * 24 * 20
 LIVES_AT_A_TIME = 100
 HOUR = 20
-FOUND = {
-    "independent, effects 0.15": HOUR,
-    "runs of 10, effects 0.3": 26 * HOUR,
-    "20 clients that come with 20 requests at a time": 26 * HOUR,
-}
+FOUND = {"independent, effects 0.15": HOUR, "runs of 10, effects 0.3": 26 * HOUR}
 """World -> requests until a doubled spread is found, median, that are allowed."""
 
 World = Callable[[np.random.Generator, int], Array]
