@@ -131,7 +131,7 @@ class Pipeline:
             serving=SimpleNamespace(would_serve=lambda _: ADAPTER.version, reported=ADAPTER.version),
             is_held_out=lambda _: True,
             distance_versions=lambda _: self.versions,
-            observe=lambda record, gains, *, fresh: self.observed.append(record),
+            observe=lambda record, gains, **_: self.observed.append(record),
             learning_scope=lambda record: "" if record.adapter is None else None,
         )
         consumers: Any = SimpleNamespace(
