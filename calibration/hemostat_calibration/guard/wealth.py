@@ -37,6 +37,10 @@ those not seen yet).
 **Units that depend on each other** (`statistics.dependence`): K(f) is raised to the power 1/v̂ with v̂ the inflation of
 sums of units, for each fraction and each set of clients left out, before anything is mixed.
 
+A range of each unit's own that is known before it is scored, in place of one width, is no way to shorter proofs: bets
+of X_i / width_i test the mean of the gains weighted by 1/width_i, and a profile whose plain mean is below 0 is proven
+where the narrow units gain.
+
 With fewer than `MIN_CLIENTS` clients nothing can be left out: the evidence is K, or 1/2 K + 1/2 mean over b of K^-b. It
 stays valid over that change: the term of the client that appears as number `MIN_CLIENTS` is a single e-process which
 the evidence never exceeds, before or after. The guarantee against one client does not hold below it: stated in
