@@ -210,13 +210,13 @@ class ClientBatches:
         return ClientBatches(count, total, opened, batches, squares)
 
     def inflation(self, variance: Floats) -> Floats:
-        """v̂ of each series as in `BatchMeans.inflation`, of batch lengths with `MIN_BATCHES` batches: float64 [S], 1
-        where there are none. variance: float64 [S], of single units of all clients."""
+        """v̂ of each series as in `BatchMeans.inflation`, of batch lengths with twice `MIN_BATCHES`
+        batches: float64 [S], 1 where there are none. variance: float64 [S], of single units of all clients."""
         sizes = 2.0 ** np.arange(CLIENT_LEVELS)[:, None]
         scale = np.where(variance > 0.0, variance, np.inf)
         ratios = self.squares / (np.maximum(self.batches, 1.0) * sizes * scale)
         corrected = ratios[1:] + np.maximum(ratios[1:] - ratios[:-1], 0.0)
-        usable = self.batches[1:] >= MIN_BATCHES
+        usable = self.batches[1:] >= 2 * MIN_BATCHES
         limits = np.where(usable, corrected * upper_factor(np.maximum(self.batches[1:], MIN_BATCHES)), 1.0)
         found: Floats = np.maximum(limits.max(axis=0), 1.0)
         return found
