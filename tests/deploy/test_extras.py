@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 from tests.support.paths import ROOT
 
-EXTRAS = ("compressed_tensors", "jinja2", "opentelemetry", "psycopg", "torch", "transformers", "vllm")
+EXTRAS = ("compressed_tensors", "jinja2", "opentelemetry.sdk", "psycopg", "torch", "transformers", "vllm")
 PROGRAM = """
 import importlib, sys
 for name in sys.argv[2:]:
