@@ -199,7 +199,7 @@ async def test_an_operators_action_is_in_the_store_when_it_is_answered(tmp_path:
     async with successor(tmp_path, resolving(3)) as one:
 
         def stored() -> StoredServing:
-            return StoredServing.decode(one.store.get_state(SERVING_KEY))
+            return StoredServing.decode(one.store.read().states.get(SERVING_KEY))
 
         await one.actions.import_profile(ADAPTER.to_bytes(), "")
         assert stored().versions() == {ADAPTER.version}

@@ -210,6 +210,7 @@ async def world(
 async def test_an_adapter_is_collected_for_built_tested_promoted_and_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Adapter, "min_tokens", 600)
     async with world(tmp_path, monkeypatch) as w:
         one, adapters, profiles = w.one, w.one.adapters, w.one.profile_manager
         assert status_json(one)["adapter"]["state"] == "collecting"

@@ -25,15 +25,19 @@ async def test_a_run_in_which_everything_is_dead_says_so_in_words(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     upstream, reference = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
-    (tmp_path / "store.db").write_bytes(b"no database" * 100)
+    store = tmp_path / "store.db"
+    store.write_bytes(b"no database" * 100)
     more = {
         "reference": {"backend": "vllm", "url": reference},
-        "store": {"url": f"sqlite:///{tmp_path / 'store.db'}"},
+        "store": {"url": f"sqlite:///{store}"},
         "calibration": {"mode": "auto"},
         "adapter": {"enabled": True, "folder": str(tmp_path / "missing")},
     }
     said = []
     with hemostat(tmp_path, FakeVllm(), upstream, **more) as served:
+        await served.until(lambda s: s["control"]["state"] == "reading" and "not known" in s["control"]["detail"])
+        said.append((await served.get("/api/v1/status")).text)
+        store.unlink()
         await served.until(lambda s: s["reference"]["state"] == "down" and s["relays"] == 1)
         answer = await served.ask("hello")
         assert answer.status_code == 502

@@ -157,7 +157,8 @@ async def test_a_damaged_store_is_counted_and_requests_are_served(served: Served
     await served.until(lambda s: s["relays"] == 2)
     store = served.log.parent / "store.db"
     before = await served.metric("hemostat_store_errors_total")
-    async with httpx.AsyncClient(base_url=served.admin, headers=AUTHORIZED) as admin:
+    # An action that the store does not keep is answered after 5 s.
+    async with httpx.AsyncClient(base_url=served.admin, headers=AUTHORIZED, timeout=30) as admin:
         store.write_bytes(b"this is no database" * 1000)
         await admin.post("/api/v1/calibration", json={"mode": "off"})
         end = time.monotonic() + 60

@@ -159,4 +159,4 @@ def test_serve_like_the_image(environment: dict[str, str], tmp_path: Path) -> No
     assert (tmp_path / "hemostat.db").exists()
     assert "Traceback" not in log.read_text()
     # Only paths of the configuration are written: the root may be read-only.
-    assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} == {"hemostat.db", "log"}
+    assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} == {"hemostat.db", "hemostat.db.lock", "log"}
