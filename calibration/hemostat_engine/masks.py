@@ -26,6 +26,7 @@ FREE, UNKNOWN = -1, -2
 """In place of a row's mask: no grammar restricts it; or one may, and what it allows is not known."""
 
 _WRAPPED = "_hemostat_wrapped"
+"""Attribute of a wrapper of ours: vLLM's function."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,8 @@ class GrammarMasks:
         self._has_failed = False
 
     def watch(self, runner: str) -> bool:
-        """From now on note what this model runner masks. False, and logged, where this vLLM does so in another way."""
+        """From now on note what this model runner masks, in place of whoever did before. False, and logged, where this
+        vLLM does so in another way."""
         self._watched, reason = False, "it masks logits in another way"
         try:
             self._watched = self._wrap(_PLACES[runner])
@@ -119,9 +121,8 @@ class GrammarMasks:
         holder: Any = importlib.import_module(place.module)  # the runner has imported it
         if place.owner is not None:
             holder = getattr(holder, place.owner)
-        apply = getattr(holder, place.name)
-        if hasattr(apply, _WRAPPED):
-            return True
+        found = getattr(holder, place.name)
+        apply = getattr(found, _WRAPPED, found)
         if tuple(inspect.signature(apply).parameters) != place.parameters:
             return False
 
@@ -130,7 +131,7 @@ class GrammarMasks:
             self.note(lambda: place.read(dict(zip(place.parameters, arguments, strict=False)) | named))
             return apply(*arguments, **named)
 
-        setattr(wrapped, _WRAPPED, True)
+        setattr(wrapped, _WRAPPED, apply)
         setattr(holder, place.name, wrapped)
         return True
 

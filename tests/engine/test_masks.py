@@ -67,7 +67,8 @@ def test_under_v1_the_sets_are_those_that_vllm_masks_by(
     make_core: Callable[..., Core], runner_v1: Any, edits: dict[str, Any]
 ) -> None:
     core = make_core(tapping=True)
-    assert core.masks.watch("v1")
+    assert GrammarMasks().watch("v1")
+    assert core.masks.watch("v1"), "the newest is told"
     batch, outputs = batch_of(core, "a", "b", "c", **edits)
     z = np.random.default_rng(1).normal(size=(2, 3, VOCAB_SIZE)).astype(np.float32)
     # In the first step two of three are masked, in another order than the batch's; in the second one is.
@@ -166,7 +167,7 @@ def test_under_v2_masks_go_by_the_place_in_the_batch(
     worker = pytest.importorskip(V2).StructuredOutputsWorker
     real, seen = worker.apply_grammar_bitmask, []
     # It needs a GPU; its parameters are the real one's.
-    stub = functools.wraps(real)(lambda *given: seen.append(given))
+    stub = functools.wraps(real, updated=())(lambda *given: seen.append(given))
     monkeypatch.setattr(worker, "apply_grammar_bitmask", stub)
     core = make_core(tapping=True)
     assert core.masks.watch("v2")

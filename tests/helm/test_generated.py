@@ -129,6 +129,7 @@ FILES = {
         ("admin", "engine_token_file"),
         ("upstream", "api_key_file"),
         ("reference", "api_key_file"),
+        ("store", "url_file"),
     ),
 }
 """They have to exist in the pod."""

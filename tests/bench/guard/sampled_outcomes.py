@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from tests.bench.guard import Row, count_row, median
 
-from hemostat.config import schema as config
+from hemostat.config.schema import Evidence
 from hemostat.ipc.messages import OutcomeReport
 from hemostat.measurement.outcome_sampling import MAX_REPORTS_PER_SECOND, OutcomeSampling
 from hemostat.measurement.outcomes import Outcomes
@@ -114,7 +114,7 @@ class Life:
 
 def live(world: World, rng: np.random.Generator, sampling: OutcomeSampling) -> Life:
     served, now = Served(), 0.0
-    outcomes = Outcomes(config.Outcomes(), 0.25, 0.5, served, NoWrites(), lambda: now, sampling)  # type: ignore[arg-type]
+    outcomes = Outcomes(Evidence.client_share, 0.5, served, NoWrites(), lambda: now, sampling)  # type: ignore[arg-type]
     requests = world.requests(rng)
     started = (rng.choice(STEPS, CONVERSATIONS, p=requests / requests.sum()) + rng.random(CONVERSATIONS)) * STEP
     treated, drawn = rng.random(CONVERSATIONS) < 0.5, rng.random(CONVERSATIONS)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
-from tests.support.fake_vllm.answers import RefusedError, Send, start
+from tests.support.fake_vllm.answers import Receive, RefusedError, Send, disconnected, start
 
 PIECE = 1 << 20
 
@@ -62,7 +62,7 @@ class FakePooling:
     not_finite: bool = False
     answered: int = 0
     sent: int = 0
-    """Bytes of the last body that were handed to the connection."""
+    """Bytes of the last body that were handed to the connection while the client was there."""
     weight: npt.NDArray[np.float32] = field(init=False)
     """[V, d]"""
 
@@ -130,7 +130,9 @@ class FakePooling:
         logprobs: npt.NDArray[np.float64] = z - np.log(np.exp(z).sum(1, keepdims=True))
         return logprobs
 
-    async def answer(self, data: bytes, names: tuple[str, ...], max_model_len: int, send: Send) -> None:
+    async def answer(
+        self, data: bytes, names: tuple[str, ...], max_model_len: int, receive: Receive, send: Send
+    ) -> None:
         body = json.loads(data)
         self.answered += 1
         if self.hang:
@@ -164,8 +166,15 @@ class FakePooling:
             pieces = [bytes(PIECE)] * (self.endless // PIECE)
         elif self.slow:
             pieces = [content[n : n + 1] for n in range(len(content))]
-        for piece in pieces:
-            await asyncio.sleep(self.slow)
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-            self.sent += len(piece)
-        await send({"type": "http.response.body", "body": b""})
+        gone = asyncio.ensure_future(disconnected(receive))
+        try:
+            for piece in pieces:
+                await asyncio.sleep(self.slow)
+                # It waits until the connection takes more, or is closed.
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+                if gone.done():
+                    return
+                self.sent += len(piece)
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            gone.cancel()

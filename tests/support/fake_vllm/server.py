@@ -108,7 +108,7 @@ class FakeVllm(FakeModel):
             if route[1] != "/version" and not self._authorized(headers):
                 await answer(send, 401, {"error": "Unauthorized"})
             elif self.pooling is not None and route == ("POST", "/pooling"):
-                await self.pooling.answer(body, (self.model, *self.adapters), self.max_model_len, send)
+                await self.pooling.answer(body, (self.model, *self.adapters), self.max_model_len, receive, send)
             elif route in GENERATING and (self.pooling is None or self.routed):
                 await self._named(body)._generate(route[1], headers, body, receive, send)
             elif route in (("POST", RESPONSES), ("POST", MESSAGES)):
