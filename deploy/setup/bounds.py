@@ -37,6 +37,7 @@ from packaging.version import Version
 ENDS = ("newest", "oldest")
 EXTRAS = ("adapters", "postgres", "report", "tracing")
 TOOLS = (
+    "cryptography",
     "gguf",
     "h11",
     "hypothesis",

@@ -421,22 +421,29 @@ async def test_other_upgrades_are_not_forwarded(sent: bytes) -> None:
 
 async def test_pool_is_bounded_and_clients_wait_in_order() -> None:
     order: list[bytes] = []
+    answers = asyncio.Semaphore(0)
 
     async def script(connection: UpstreamConnection) -> None:
         while (request := await connection.request()) is not None:
             order.append(request.target)
-            await asyncio.sleep(0.01)
+            await answers.acquire()
             await connection.send(OK)
 
     async with relaying(script, upstream_max_connections=2) as (relay, upstream, connect):
         clients = [await connect() for _ in range(12)]
+        pool = relay.upstreams.engines[0].pool
         for n, client in enumerate(clients):
             await client.send(b"GET /%02d HTTP/1.1\r\nHost: a\r\n\r\n" % n)
-            await asyncio.sleep(0.001)
+            await until(lambda n=n: len(order) + pool.waiting == n + 1)  # type: ignore[misc]
+        for n in range(2, len(clients)):
+            answers.release()
+            await until(lambda n=n: len(order) == n + 1)  # type: ignore[misc]
+        answers.release()
+        answers.release()
         for client in clients:
             assert (await client.response()).status == 200
         assert upstream.connections == 2
-        assert relay.upstreams.engines[0].pool.waiting == 0
+        assert pool.waiting == 0
     assert order == sorted(order)
 
 

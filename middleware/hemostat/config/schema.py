@@ -392,8 +392,8 @@ class Alarm(Section):
     baseline_requests: int | None = Field(default=150, ge=30, le=10_000)
     """Requests of each kind of traffic that are its baseline for the change test; none: no change test."""
     tolerance: ClassVar[float] = 1.25
-    """Factor by which the differences of the logits of a kind may grow or shrink without being a change: with it
-    `make bench-guard` has no false alarm in 1,000 lives of any workload, and a change of weights is found."""
+    """Factor by which the differences of the logits of a kind may grow or shrink without being a change: what different
+    traffic within a kind causes, less than what another scheme of quantization does (`make bench-guard`)."""
     clear_after: ClassVar[int] = 30
     """Consecutive requests without evidence of the change after which an alarm clears: the smallest baseline."""
     engine_alpha: ClassVar[float] = 0.01
