@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hemostat_calibration.learning.contextual.regression import (
@@ -53,6 +53,7 @@ def test_ridge_of_every_rank_is_that_of_the_rows(seed, penalty):
 
 
 @given(st.integers(0, 1000), st.integers(1, D))
+@example(361, 5)  # of all seeds the one where the penalty is felt most: 4e-6
 @settings(max_examples=25)
 def test_no_map_of_the_rank_is_better(seed, rank):
     """With next to no penalty: against the best that a search from the found one finds."""
@@ -62,7 +63,7 @@ def test_no_map_of_the_rank_is_better(seed, rank):
     projected = x @ np.linalg.lstsq(x, t, rcond=None)[0]
     u, sizes, v = np.linalg.svd(projected, full_matrices=False)
     oracle = 0.5 * np.square(t - (u[:, :rank] * sizes[:rank]) @ v[:rank]).sum() / len(x)
-    assert best == pytest.approx(oracle, rel=1e-6)
+    assert best == pytest.approx(oracle, rel=1e-5)
 
 
 @given(st.integers(0, 1000), st.booleans())
