@@ -21,7 +21,7 @@ from hemostat_calibration.guard.wealth import (
     log_proof,
     without_any,
 )
-from hemostat_calibration.statistics.dependence import MAX_CLIENTS, MIN_UNITS, BatchMeans, client_row
+from hemostat_calibration.statistics.dependence import MAX_CLIENTS, MIN_UNITS, BatchMeans, client_row, known_row
 from hemostat_calibration.statistics.running_mean import RunningMean
 
 MAX_UNITS = 4096
@@ -136,7 +136,7 @@ class KindTest:
             return Admission.FULL
         if self._ends_window():
             return Admission.ADMITTED
-        place = self._place(client)
+        place = known_row(self.places, client)
         if len(self.counts) >= MIN_CLIENTS and place is not None and self.counts[place] > share * self.units:
             self.refused += 1
             if unit:
@@ -169,9 +169,8 @@ class KindTest:
             if digest in self.counted:
                 raise InvalidArgumentError("the unit has counted in this test: ask `admit` first")
             self.counted[digest] = None
-        place = self._place(client)
-        if place is None:
-            place = client_row(self.places, client)
+        place = client_row(self.places, client)
+        if place == len(self.counts):
             self.counts.append(0)
         self.counts[place] += 1
         self.wealth[place] += log_factors(_within_one(lower / width))
@@ -292,13 +291,6 @@ class KindTest:
         admitted whoever sends it, so that the end is noticed."""
         met, remembered = self.units + self.refused + more, len(self.counted) + more
         return self.role is Role.SERVING and (met >= MAX_MET * self.window or remembered >= MAX_UNITS)
-
-    def _place(self, client: bytes) -> int | None:
-        """Row of a client; None for one that is not seen yet and gets a row of its own."""
-        place = self.places.get(client)
-        if place is None and len(self.counts) >= MAX_CLIENTS:
-            return int.from_bytes(_digest(client), "big") % MAX_CLIENTS
-        return place
 
 
 def _within_one(x: float) -> float:

@@ -1,9 +1,8 @@
 """The guard's state as JSON bytes and back.
 
 Size: of a kind of a candidate's test about 300 bytes, 5.4 for each unit counted (at most `MAX_UNITS`) and 120 for each
-client (at most `MAX_CLIENTS`); of a kind of a serving profile 220 for each client. 25 kinds that a profile serves and
-two
-candidates are tested in: at most 4 MB, and 0.2 MB with 300 units of 20 clients each.
+client (at most `MAX_CLIENTS`); of a kind of a serving profile 220 for each client. 25 kinds that a profile serves, and
+that two candidates are tested in: at most 4 MB, and 0.2 MB with 300 units of 20 clients each.
 """
 
 from __future__ import annotations

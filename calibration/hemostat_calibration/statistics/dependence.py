@@ -241,9 +241,20 @@ def client_row(places: dict[bytes, int], client: bytes) -> int:
     >>> client_row(places, b"a"), client_row(places, b"b"), client_row(places, b"a")
     (0, 1, 0)
     """
-    if client not in places and len(places) >= MAX_CLIENTS:
+    row = known_row(places, client)
+    return places.setdefault(client, len(places)) if row is None else row
+
+
+def known_row(places: Mapping[bytes, int], client: bytes) -> int | None:
+    """The same, but nothing is changed: None for a client that would get the next row.
+
+    >>> known_row({b"a": 0}, b"a"), known_row({b"a": 0}, b"b")
+    (0, None)
+    """
+    row = places.get(client)
+    if row is None and len(places) >= MAX_CLIENTS:
         return int.from_bytes(hashlib.blake2b(client, digest_size=4).digest(), "big") % MAX_CLIENTS
-    return places.setdefault(client, len(places))
+    return row
 
 
 @dataclass(frozen=True, slots=True, eq=False)

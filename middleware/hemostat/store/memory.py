@@ -15,9 +15,9 @@ from hemostat.store.protocol import (
     PutProfile,
     SetState,
     Snapshot,
-    StoreConflict,
     StoredProfile,
     Write,
+    has_happened,
 )
 
 
@@ -45,14 +45,11 @@ class MemoryStore:
         return Snapshot(self._head, dict(self._states), list(reversed(self._events)), profiles, dict(self._blobs))
 
     def commit(self, writes: Sequence[Write], expected: int, commit_id: str) -> int:
-        head = Head(expected + 1, commit_id)
-        if self._head != head:
-            if self._head.revision != expected:
-                raise StoreConflict(f"store in memory: revision {self._head.revision}, not {expected}")
+        if not has_happened(self._head, expected, commit_id, "in memory"):
             for write in writes:
                 self._execute(write)
-            self._head = head
-        return head.revision
+            self._head = Head(expected + 1, commit_id)
+        return expected + 1
 
     def _execute(self, write: Write) -> None:
         match write:

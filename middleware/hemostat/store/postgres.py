@@ -35,12 +35,12 @@ from hemostat.store.protocol import (
     SetState,
     Snapshot,
     StoreAccessDenied,
-    StoreConflict,
     StoredProfile,
     StoreFailure,
     StoreIncompatible,
     StoreUnreachable,
     Write,
+    has_happened,
     require_schema,
 )
 from hemostat_calibration.messages import in_words, shown_address
@@ -171,11 +171,7 @@ class PostgresStore:
             self._require_owner()
             with self._transaction("READ WRITE") as session:
                 self._require_lock(session)
-                head = self._head(session)
-                if head != Head(expected + 1, commit_id):
-                    if head.revision != expected:
-                        text = f"revision {head.revision}, not {expected}: it was changed"
-                        raise StoreConflict(f"store {self._shown}: {text}")
+                if not has_happened(self._head(session), expected, commit_id, self._shown):
                     for write in writes:
                         _execute(session, write)
                     _append(session, [write.event for write in writes if isinstance(write, AppendEvent)])

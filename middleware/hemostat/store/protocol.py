@@ -35,6 +35,15 @@ class StoreFailure(HemostatError):
     """The store could not be read or written, or it is not known whether it was written."""
 
 
+def has_happened(head: Head, expected: int, commit_id: str, store: str) -> bool:
+    """Whether the commit is stored already, as `Store.commit` says. StoreConflict where somebody else has written."""
+    if head == Head(expected + 1, commit_id):
+        return True
+    if head.revision != expected:
+        raise StoreConflict(f"store {store}: revision {head.revision}, not {expected}: it was changed")
+    return False
+
+
 class StoreUnreachable(StoreFailure):
     """The server does not answer; a later attempt may succeed."""
 

@@ -32,6 +32,7 @@ from hemostat.store.protocol import (
     StoreFailure,
     StoreIncompatible,
     Write,
+    has_happened,
     require_schema,
 )
 
@@ -116,10 +117,8 @@ class SqliteStore:
                 self._require_same_file()
             with self._transaction("BEGIN IMMEDIATE") as connection:
                 head = self._head(connection)
-                if head == Head(expected + 1, commit_id):
+                if has_happened(head, expected, commit_id, str(self._path)):
                     return head.revision
-                if head.revision != expected:
-                    raise StoreConflict(f"store {self._path}: revision {head.revision}, not {expected}: it was changed")
                 if head.revision == 0:
                     for table in _TABLES:
                         connection.execute(table)
