@@ -31,7 +31,7 @@ if str(ROOT) not in sys.path:
 
 from tests.bench.load import PROMPT, TOKENS  # noqa: E402  the root is no package
 from tests.bench.load.relays import Relay, connected  # noqa: E402
-from tests.bench.rows import publish, timed_rows  # noqa: E402
+from tests.bench.rows import Row, publish, timed_rows  # noqa: E402
 
 from hemostat.measurement.outcome_sampling import MAX_REPORTS_PER_SECOND  # noqa: E402
 from hemostat.measurement.rates import SMOOTHED_SECONDS  # noqa: E402
@@ -48,14 +48,6 @@ MAX_RECEIVED_BESIDE = 30.0
 """Captures that may come beside those that are scored, in the seconds that are measured: the queue's changes."""
 MAX_REPORTS = 1.2 * MAX_REPORTS_PER_SECOND
 """A second; more come by chance, and for rounding to the seconds that are measured."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    case: str
-    measured: float | str
-    limit: str
-    holds: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,21 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table. measured: a number, or several in words. limit: what it has to be, in words."""
+
+    case: str
+    measured: float | str
+    limit: str
+    holds: bool
 
 
 def timed_rows(name: str, found: Iterable[Any]) -> tuple[Rows, float]:

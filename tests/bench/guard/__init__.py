@@ -16,18 +16,9 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
-from dataclasses import dataclass
 from types import ModuleType
 
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the table. measured: a number, or several in words. limit: what it has to be, in words."""
-
-    case: str
-    measured: float | str
-    limit: str
-    holds: bool
+from tests.bench.rows import Row as Row
 
 
 def count_row(case: str, found: int, lives: int, share: float) -> Row:
