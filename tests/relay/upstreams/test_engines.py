@@ -1,4 +1,8 @@
-"""A relay before several engines: which one is asked, what their failures do to clients."""
+"""A relay before several engines: which one is asked, what their failures do to clients.
+
+The engines have any free ports, and which one a conversation falls to depends on these: a test that needs requests at
+each engine sends so many that none is left out, or none that belongs to a conversation (`affinity`).
+"""
 
 from __future__ import annotations
 
@@ -39,7 +43,7 @@ async def test_all_turns_of_a_conversation_reach_one_engine_and_conversations_al
     engines = [FakeEngine() for _ in range(4)]
     async with balancing(engines) as (_, connect):
         client = await connect()
-        for number in range(40):
+        for number in range(120):
             before = [len(engine.asked) for engine in engines]
             first = f"question {number}"
             for turns in ([first], [first, "answer", "and then?"], [first, "answer", "and then?", "this", "why?"]):
@@ -52,7 +56,7 @@ async def test_all_turns_of_a_conversation_reach_one_engine_and_conversations_al
 @pytest.mark.parametrize("code", [502, 503])
 async def test_a_generation_that_three_engines_refuse_is_answered_by_the_other(code: int) -> None:
     failing = [FakeEngine(status(code)) for _ in range(3)]
-    async with balancing([*failing, FakeEngine()]) as (relay, connect):
+    async with balancing([*failing, FakeEngine()], upstream={"affinity": False}) as (relay, connect):
         client = await connect()
         for number in range(40):
             assert await ask(client, chat(f"question {number}")) == 200
@@ -224,7 +228,7 @@ async def test_a_killed_engine_is_ejected_by_its_checks_and_returns_when_it_is_b
         assert not engines[0].asked
         await engines[0].start()
         await until(lambda: first.health.state is HealthState.UP)
-        for number in range(20):
+        for number in range(60):
             assert await ask(client, chat(f"question {number}")) == 200
         assert engines[0].asked
 
@@ -297,7 +301,7 @@ async def test_a_drained_engine_finishes_what_it_has_and_gets_nothing_new() -> N
         report = relay.upstreams.report()[0]
         assert (report.drained, report.outstanding) == (True, 0)
         relay.upstreams.set_drained(())
-        for number in range(20):
+        for number in range(60):
             assert await ask(waiting[0], chat(f"question {number}")) == 200
         assert len(engines[0].asked) > 1
 
@@ -356,7 +360,8 @@ async def test_the_hook_is_told_which_engine_it_is_before_the_request_and_when_a
     """`hooks.ExchangeHook.sent_to`: what may be asked for depends on the engine."""
     engines = [FakeEngine(status(503)), FakeEngine()]
     spies = [SpyHook() for _ in range(10)]
-    async with balancing(engines, hook=HookSequence(list(spies))) as (_, connect):
+    hook = HookSequence(list(spies))
+    async with balancing(engines, upstream={"affinity": False}, hook=hook) as (_, connect):
         names = [engine.name for engine in engines]
         if not reached:
             await engines[0].stop()
