@@ -13,7 +13,7 @@ from tests.support.stores import stored
 
 from hemostat.control.composition import Control
 from hemostat.control.learned_state import BLOB_KEY
-from hemostat.control.model_identity import with_weights
+from hemostat.control.model_identity import ModelIdentity
 from hemostat_calibration.profiles.families import TEMPERATURE_BIAS
 
 
@@ -59,10 +59,10 @@ async def test_what_is_learned_of_other_weights_is_forgotten_without_the_stored_
     async with support.control(tmp_path) as one:
         know_models(one)
         learn(one, range(100))
-        about = one.learned.models or ""
+        about = one.learned.models or ModelIdentity()
         before = one.profile_manager.proposals.learned()
-        for known in (with_weights(about, "old"), about, with_weights(about, "old")):
+        for known in (replace(about, weights="old"), about, replace(about, weights="old")):
             one.learned.set_models(known)
             assert one.profile_manager.proposals.learned() == before > (0, 0)
-        one.learned.set_models(with_weights(about, "new"))
+        one.learned.set_models(replace(about, weights="new"))
         assert one.profile_manager.proposals.learned() == (0, 0)

@@ -129,6 +129,15 @@ async def test_what_was_stored_before_weights_were_known_is_used(settings: Setti
     assert json.loads(stored(settings.store.url).states[MODELS_KEY])["weights"] == "x"
 
 
+@pytest.mark.parametrize("damaged", ["", "[]", '{"vocab_size": "30"}'])
+async def test_evidence_about_unreadable_models_is_forgotten(settings: Settings, tmp_path: Path, damaged: str) -> None:
+    await first_life(tmp_path, settings)
+    put(settings.store.url, SetState(MODELS_KEY, damaged))
+    async with life(tmp_path, settings) as one:
+        one.reports(a="x")
+        assert one.known[:2] == (False, False)
+
+
 async def test_copies_at_two_engines_are_one_checkpoint(settings: Settings, tmp_path: Path) -> None:
     await first_life(tmp_path, settings, a="same", b="same")
     async with life(tmp_path, settings) as one:

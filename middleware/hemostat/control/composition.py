@@ -21,7 +21,7 @@ from hemostat.control.adapters import Adapters
 from hemostat.control.changes import Changes
 from hemostat.control.learned_state import LearnedState
 from hemostat.control.learning import CalibrationNeeds, LearningSubject
-from hemostat.control.model_identity import model_identity, without_weights
+from hemostat.control.model_identity import ModelIdentity, model_identity
 from hemostat.control.operator_actions import OperatorActions
 from hemostat.control.ownership import Ownership
 from hemostat.control.policy import PolicyPublisher
@@ -251,11 +251,11 @@ class Control:
             self.stored_state.set_models(self._identity(pair))
             models = self.stored_state.models
             self.learned.set_models(models)
-            self.learner.set_weights(without_weights(models)[1])
+            self.learner.set_weights(models.weights)
             self.subject.update()
         self.changes.notify()
 
-    def _identity(self, pair: ModelPair) -> str:
+    def _identity(self, pair: ModelPair) -> ModelIdentity:
         return model_identity(pair, self.weights.of(pair.name, pair.names, self._clock()))
 
     def _look_at_weights(self) -> None:

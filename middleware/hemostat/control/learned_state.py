@@ -6,8 +6,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
-from hemostat.control.model_identity import same_models, together, with_weights, without_weights
+from hemostat.control.model_identity import ModelIdentity
 from hemostat.profiles.proposals import Proposals
 from hemostat.store.protocol import StoreWrites
 from hemostat_calibration.errors import InvalidArgumentError
@@ -37,33 +38,33 @@ class LearnedState:
         self._clock = clock
         self._stored: bytes | None = None
         """Restored, and not used yet."""
-        self._models: str | None = None
-        self._about: str | None = None
+        self._models: ModelIdentity | None = None
+        self._about: ModelIdentity | None = None
         """The models that it was learned of, as far as they are known."""
         self._saved_at = clock()
         self._saved_requests = 0
         self._saved_proposed = 0
 
     @property
-    def models(self) -> str | None:
-        """`model_identity.model_identity`; None while they are not known."""
+    def models(self) -> ModelIdentity | None:
+        """None while they are not known."""
         return self._models
 
     def restore(self, stored: bytes | None) -> None:
         """What an earlier run stored; used once the models are known."""
         self._stored = stored
 
-    def set_models(self, models: str) -> None:
-        """Both models are known, or more of them (`model_identity.model_identity`): go on from what was learned of
-        them, and forget what was learned of others."""
+    def set_models(self, models: ModelIdentity) -> None:
+        """Both models are known, or more of them: go on from what was learned of them, and forget what was learned of
+        others."""
         self._models = models
         self._note_models(models)
         self._use_stored()
 
-    def _note_models(self, models: str) -> None:
+    def _note_models(self, models: ModelIdentity) -> None:
         """What was learned is of these models, too."""
-        if self._about is None or same_models(self._about, models):
-            self._about = together(self._about, models)
+        if self._about is None or self._about.agrees_with(models):
+            self._about = models.completed_by(self._about)
             return
         log.warning("temperature and bias are learned anew: the models are others than those that they were learned of")
         self._proposals.forget_learned()
@@ -75,13 +76,12 @@ class LearnedState:
             return
         self._stored = None
         if stored is not None:
-            about, known = without_weights(models)
             try:
-                weights = self._proposals.restore(stored, about)
+                weights = self._proposals.restore(stored, models.without_weights.to_json())
             except InvalidArgumentError as error:
                 log.warning("temperature and bias are learned anew: %s", error)
             else:
-                self._about = with_weights(about, weights or known)
+                self._about = replace(models, weights=weights or models.weights)
                 self._note_models(models)
         self._saved_requests, self._saved_proposed = self._proposals.learned()[0], self._proposals.proposed
 
@@ -92,8 +92,8 @@ class LearnedState:
             return
         self._saved_requests, self._saved_proposed = requests, self._proposals.proposed
         self._saved_at = self._clock()
-        about, weights = without_weights(self._about or self._models)
-        data = await asyncio.to_thread(self._proposals.export(about, weights))
+        about = self._about or self._models
+        data = await asyncio.to_thread(self._proposals.export(about.without_weights.to_json(), about.weights))
         self._writes.put_blob(BLOB_KEY, data)
 
     async def save_if_due(self) -> None:

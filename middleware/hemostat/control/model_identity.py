@@ -2,70 +2,67 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict, dataclass, replace
+
+import msgspec
 
 from hemostat.reference.pair import ModelPair
 
-UNKNOWN = "{}"
-"""Nothing is known of the models yet."""
-WEIGHTS = "weights"
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """A compressed model and its reference; "" or 0 stands for what is not known (yet)."""
+
+    model: str = ""
+    """The compressed model's served name."""
+    vocab_size: int = 0
+    compressed: str = ""
+    """The path that its server loaded it from."""
+    reference: str = ""
+    """The reference's digest."""
+    weights: str = ""
+    """Fingerprint of the compressed weights: `engines.served_weights.ServedWeights`."""
+
+    def agrees_with(self, other: ModelIdentity) -> bool:
+        """Whatever both know is equal.
+
+        >>> ModelIdentity("m").agrees_with(ModelIdentity("m", compressed="/models/w4a16"))
+        True
+        """
+        theirs = asdict(other)
+        return all(theirs[name] in (value, "", 0) for name, value in asdict(self).items() if value)
+
+    def completed_by(self, other: ModelIdentity | None) -> ModelIdentity:
+        """With what only the other one knows.
+
+        >>> ModelIdentity("m").completed_by(ModelIdentity("m", weights="1")).weights
+        '1'
+        """
+        if other is None:
+            return self
+        return replace(self, **{name: value for name, value in asdict(other).items() if not getattr(self, name)})
+
+    @property
+    def without_weights(self) -> ModelIdentity:
+        return replace(self, weights="")
+
+    def to_json(self) -> str:
+        return msgspec.json.encode(self).decode()
 
 
-def model_identity(pair: ModelPair, weights: str = "") -> str:
-    """JSON: name and vocabulary of the compressed model, the path that its server loaded it from, the digest of the
-    reference, and the fingerprint of the compressed weights ("" where one is not known).
-
-    weights: `engines.served_weights.ServedWeights`.
-    """
-    assert pair.reference is not None
-    found = {
-        WEIGHTS: weights,
-        "model": pair.name,
-        "vocab_size": pair.reference.vocab_size,
-        "compressed": pair.root,
-        "reference": pair.reference.digest,
-    }
-    return json.dumps(found, sort_keys=True)
+DAMAGED = ModelIdentity(vocab_size=-1)
+"""Agrees with no models."""
 
 
-def same_models(stored: str, now: str) -> bool:
-    """Of two `model_identity`: whatever both know is equal. False where the stored one is damaged.
-
-    >>> same_models('{"model": "m", "compressed": ""}', '{"model": "m", "compressed": "/models/w4a16"}')
-    True
-    """
+def from_json(stored: str) -> ModelIdentity:
+    """`to_json` undone; DAMAGED of what is not from there."""
     try:
-        known = {name: value for name, value in json.loads(stored).items() if value}
-        return all(value == known.get(name, value) for name, value in json.loads(now).items() if value)
-    except (ValueError, AttributeError):
-        return False
+        return msgspec.json.decode(stored, type=ModelIdentity)
+    except msgspec.MsgspecError:
+        return DAMAGED
 
 
-def together(stored: str | None, now: str) -> str:
-    """Of two `model_identity` of the same models: what either knows.
-
-    >>> together('{"model": "m", "weights": "1"}', '{"model": "m", "weights": ""}')
-    '{"model": "m", "weights": "1"}'
-    """
-    known = {name: value for name, value in json.loads(stored or UNKNOWN).items() if value}
-    return json.dumps({**json.loads(now), **known}, sort_keys=True)
-
-
-def without_weights(identity: str) -> tuple[str, str]:
-    """A `model_identity` as it is where no weights are known, and the weights.
-
-    >>> without_weights('{"model": "m", "weights": "1"}')
-    ('{"model": "m"}', '1')
-    """
-    found = json.loads(identity)
-    weights = found.pop(WEIGHTS, "")
-    return json.dumps(found, sort_keys=True), str(weights)
-
-
-def with_weights(identity: str, weights: str) -> str:
-    """A `model_identity` with these weights.
-
-    >>> with_weights('{"model": "m"}', "1")
-    '{"model": "m", "weights": "1"}'
-    """
-    return json.dumps({**json.loads(identity), WEIGHTS: weights}, sort_keys=True)
+def model_identity(pair: ModelPair, weights: str = "") -> ModelIdentity:
+    """Of a pair that has a reference."""
+    assert pair.reference is not None
+    return ModelIdentity(pair.name, pair.reference.vocab_size, pair.root, pair.reference.digest, weights)

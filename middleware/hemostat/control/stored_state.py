@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from hemostat.control.model_identity import UNKNOWN, same_models, together
+from hemostat.control.model_identity import ModelIdentity, from_json
 from hemostat.engines.upstreams import STATE_KEY as UPSTREAMS_STATE
 from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.measurement.alarms import STATE_KEY as ALARM_STATE
@@ -22,7 +22,7 @@ from hemostat.store.protocol import Snapshot, StoreWrites
 log = logging.getLogger("hemostat.store")
 
 MODELS_KEY = "models"
-"""`model_identity` of the models that the stored evidence is about."""
+"""The `ModelIdentity` that the stored evidence is about, as JSON."""
 SALT_KEY = "salt"
 """`SALT_BYTES` random bytes, in hexadecimal digits."""
 SALT_BYTES = 32
@@ -52,9 +52,9 @@ class StoredState:
         self._upstreams = upstreams
         self._outcomes = outcomes
         self.salt = secrets.token_bytes(SALT_BYTES)
-        self._models: str | None = None
+        self._models: ModelIdentity | None = None
         """Of this process; None until both are known."""
-        self._stored_models: str | None = None
+        self._stored_models: ModelIdentity | None = None
 
     def restore(self, snapshot: Snapshot) -> None:
         """At the start, with all that is stored."""
@@ -64,7 +64,8 @@ class StoredState:
         self._alarms.restore(states.get(ALARM_STATE), _events(snapshot.events, alarm=True))
         self._outcomes.restore(states.get(OUTCOMES_STATE))
         self._upstreams.restore(states.get(UPSTREAMS_STATE))
-        self._stored_models = states.get(MODELS_KEY)
+        stored = states.get(MODELS_KEY)
+        self._stored_models = None if stored is None else from_json(stored)
         self._restore_salt(states.get(SALT_KEY))
         self._settle()
 
@@ -80,35 +81,34 @@ class StoredState:
             log.error("the stored salt is damaged; a new one replaces it: all conversations count as new")
         self._writes.set_state(SALT_KEY, self.salt.hex())
 
-    def set_models(self, models: str) -> None:
-        """Both models are known, or more of them (`model_identity.model_identity`). Stored evidence about others is
-        forgotten, and identity serves."""
+    def set_models(self, models: ModelIdentity) -> None:
+        """Both models are known, or more of them. Stored evidence about others is forgotten, and identity serves."""
         self._models = models
         self._settle()
 
     @property
-    def models(self) -> str:
+    def models(self) -> ModelIdentity:
         """As they were set, and what the store knows of the same ones beyond that: the weights of engines that have not
         reported yet."""
-        return self.models_with(self._models or UNKNOWN)
+        return self.models_with(self._models or ModelIdentity())
 
-    def models_with(self, models: str) -> str:
+    def models_with(self, models: ModelIdentity) -> ModelIdentity:
         """The same if these were set."""
         stored = self._stored_models
-        return together(stored if stored is not None and same_models(stored, models) else None, models)
+        return models.completed_by(stored) if stored is not None and stored.agrees_with(models) else models
 
     def _settle(self) -> None:
         """Compare the models with those of the stored state, once both are known."""
         if self._models is None:
             return
-        if self._stored_models is not None and not same_models(self._stored_models, self._models):
+        if self._stored_models is not None and not self._stored_models.agrees_with(self._models):
             why = "the stored evidence is about other models"
             log.warning(
                 "%s (%s) than those served now (%s): it is forgotten, and identity serves. To keep evidence of several "
                 "models, name a store for each in store.url",
                 why,
-                self._stored_models,
-                self._models,
+                self._stored_models.to_json(),
+                self._models.to_json(),
             )
             self._profiles.forget_evidence(why)
             self._alarms.forget()
@@ -116,10 +116,10 @@ class StoredState:
             self._outcomes.forget()
             self._stored_models = None
         # What is not known (yet), such as the weights of engines that have not reported, stays as it is stored.
-        models = together(self._stored_models, self._models)
+        models = self._models.completed_by(self._stored_models)
         if self._stored_models != models:
             self._stored_models = models
-            self._writes.set_state(MODELS_KEY, models)
+            self._writes.set_state(MODELS_KEY, models.to_json())
 
 
 def _events(events: Sequence[dict[str, Any]], *, alarm: bool) -> list[dict[str, Any]]:
