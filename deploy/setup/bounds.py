@@ -52,7 +52,7 @@ TOOLS = (
 """Of the extra `dev`: what the tests import. In no end of their bounds: they are not what is tested."""
 GROUPS = {
     "reference": ("tests/reference/test_transformers.py",),
-    "noise floor": ("tests/shadow/test_noise_floor.py",),
+    "noise floor": ("tests/scoring/test_noise_floor.py",),
     "doctor": (
         "tests/doctor/test_checkpoints.py",
         "tests/doctor/test_prompts.py",

@@ -30,7 +30,7 @@ from tests.support.served_models import pair, served_models
 from hemostat.admin import hardening
 from hemostat.admin.hardening import HEADERS, is_allowed_host
 from hemostat.engines import api as engine_api
-from hemostat.shadow.reasons import Outcome
+from hemostat.ipc.reasons import Outcome
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium (CI does)")

@@ -40,7 +40,7 @@ from hemostat.reference.on_server import ServerReference  # noqa: E402
 from hemostat.reference.protocol import Reference, ReferenceScores, ScoreRequest  # noqa: E402
 from hemostat.reference.transformers import TransformersReference  # noqa: E402
 from hemostat.reference.vllm import VllmReference  # noqa: E402
-from hemostat.shadow.noise_floor import self_record  # noqa: E402
+from hemostat.scoring.noise_floor import self_record  # noqa: E402
 from hemostat_calibration.divergence.per_token import divergence  # noqa: E402
 from hemostat_calibration.records import Sampling, TokenRecord, validate  # noqa: E402
 

@@ -14,7 +14,7 @@ from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.served import AUTHORIZED, Served, hemostat
 
 from hemostat.engines.messages import AnswerMessage
-from hemostat.shadow.answer_losses import MAX_LOST
+from hemostat.scoring.answer_losses import MAX_LOST
 
 REPORT = {
     **{"boot_id": "boot", "rank": 0, "world_size": 1, "versions": [], "vocab_size": 512},

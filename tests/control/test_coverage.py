@@ -14,8 +14,8 @@ from tests.support.waiting import until
 
 from hemostat.engines.messages import EngineReport
 from hemostat.ipc.messages import SampledCount, SampledCounts, encode
+from hemostat.ipc.reasons import Outcome
 from hemostat.metrics import names
-from hemostat.shadow.reasons import Outcome
 from hemostat_calibration.reasoning import Markers, Thinking
 
 

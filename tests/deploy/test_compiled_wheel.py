@@ -118,7 +118,7 @@ def test_the_relay(unpacked: Path) -> None:
 
 @pytest.mark.slow
 def test_all_of_the_relay_and_what_it_intercepts(unpacked: Path) -> None:
-    run_tests(unpacked, "-m", "not vllm", "tests/relay", "tests/wire", "tests/ipc", "tests/grammar", "tests/shadow")
+    run_tests(unpacked, "-m", "not vllm", "tests/relay", "tests/wire", "tests/ipc", "tests/grammar", "tests/scoring")
 
 
 @pytest.mark.slow

@@ -28,15 +28,14 @@ from tests.support.paths import ROOT
 from hemostat.config.loading import load
 from hemostat.config.schema import Settings
 from hemostat.engines.messages import EVENTS
+from hemostat.interception.profile_choice import UNJUDGED, ArmReason
 from hemostat.ipc.ends import OUTCOMES
+from hemostat.ipc.reasons import RelayDropReason, ScoringDropReason, ScoringSkipReason, SkipReason
 from hemostat.measurement.figures import HEADLINE
 from hemostat.metrics.catalogue import METRICS
 from hemostat.openai.requests import Uncalibrated, Unscorable
 from hemostat.openai.tokens import ResponseFailure
 from hemostat.profiles.decisions import Decision, Reason
-from hemostat.shadow.profile_choice import UNJUDGED, ArmReason
-from hemostat.shadow.reasons import ScoringDropReason, ScoringSkipReason, SkipReason
-from hemostat.shadow.reports import RelayDropReason
 
 DEPLOY = ROOT / "deploy"
 DOCS = ROOT / "docs"
@@ -459,8 +458,9 @@ def test_the_tree_in_contributing_has_every_package_and_module() -> None:
             named[ROOT / names[0]] = set()
     assert [folder for folder in named if not folder.is_dir()] == []
     for package in ("middleware/hemostat", "calibration/hemostat_calibration"):
-        inside = {f"{path.name}/" if path.is_dir() else path.stem for path in (ROOT / package).glob("[!_.]*")}
-        assert named[ROOT / package] == inside - {"py"}, package
+        inside = {f"{path.parent.name}/" for path in (ROOT / package).glob("*/__init__.py")}
+        inside |= {path.stem for path in (ROOT / package).glob("[!_.]*.py")}
+        assert named[ROOT / package] == inside, package
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

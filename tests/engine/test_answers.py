@@ -14,10 +14,10 @@ from tests.support.captures import INFO, capture
 from tests.support.engine_admin import TOKEN, EngineAdmin
 
 from hemostat.engines.messages import MAX_CHILDREN, AnswerMessage
-from hemostat.shadow.conditioning import ConditioningFailure, condition
-from hemostat.shadow.reasons import ScoringSkipReason
-from hemostat.shadow.record_builder import decode_capture
-from hemostat.shadow.tapped_answers import captures_from_tap
+from hemostat.ipc.reasons import ScoringSkipReason
+from hemostat.scoring.conditioning import ConditioningFailure, condition
+from hemostat.scoring.record_builder import decode_capture
+from hemostat.scoring.tapped_answers import captures_from_tap
 
 pytest.importorskip("vllm")
 from vllm import SamplingParams

@@ -21,7 +21,7 @@ from vllm.v1.core.sched.output import GrammarOutput
 from vllm.v1.sample.logits_processor import BatchUpdate
 
 from hemostat.engines.messages import UNKNOWN, decode_tap
-from hemostat.shadow.conditioning import ConditioningFailure, allowed_sets
+from hemostat.scoring.conditioning import ConditioningFailure, allowed_sets
 from hemostat_engine import masks as module
 from hemostat_engine.core import Core
 from hemostat_engine.masks import GrammarMasks

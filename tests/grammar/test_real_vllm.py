@@ -18,9 +18,9 @@ from tests.support.wire import Wire, policy, rows
 from hemostat.ipc.messages import Capture
 from hemostat.models.reference_checkpoint import Checkpoints
 from hemostat.openai.routes import CHAT, COMPLETIONS, MESSAGES, RESPONSES
-from hemostat.shadow.conditioning import IMPOSSIBLE_LOGPROB, allowed_sets, restricted, shows_mask
-from hemostat.shadow.record_builder import decode_capture
-from hemostat.shadow.tapped_answers import captures_from_tap
+from hemostat.scoring.conditioning import IMPOSSIBLE_LOGPROB, allowed_sets, restricted, shows_mask
+from hemostat.scoring.record_builder import decode_capture
+from hemostat.scoring.tapped_answers import captures_from_tap
 from hemostat_calibration.allowed_sets import AllowedSets
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]

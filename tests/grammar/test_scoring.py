@@ -21,16 +21,16 @@ from tests.support.served_models import pair, served_models
 from hemostat.engines.messages import FREE, UNKNOWN, TapMessage, TapRun
 from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.messages import Capture
+from hemostat.ipc.reasons import Outcome
 from hemostat.measurement.measurements import Measurements
 from hemostat.metrics import names
 from hemostat.reference.protocol import FailureReason, ReferenceFailure, ReferenceInfo, ReferenceScores, ScoreRequest
-from hemostat.shadow.answer_losses import AnswerLosses
-from hemostat.shadow.conditioning import ConditioningFailure, allowed_sets
-from hemostat.shadow.endings import EndingCounts
-from hemostat.shadow.limits import Breakers, ShadowQueue, TokenBudget
-from hemostat.shadow.pipeline import ScoringPipeline
-from hemostat.shadow.reasons import Outcome
-from hemostat.shadow.scorer import Scorer
+from hemostat.scoring.answer_losses import AnswerLosses
+from hemostat.scoring.conditioning import ConditioningFailure, allowed_sets
+from hemostat.scoring.endings import EndingCounts
+from hemostat.scoring.limits import Breakers, ShadowQueue, TokenBudget
+from hemostat.scoring.pipeline import ScoringPipeline
+from hemostat.scoring.scorer import Scorer
 from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.records import TokenRecord
 

@@ -19,7 +19,7 @@ from tests.support.world import V, World
 
 from hemostat.measurement.figures import FIGURES, HEADLINE, KL_CAP
 from hemostat.measurement.measurements import DECODING_KINDS, KL_EDGES, MAX_VERSIONS, Measurements
-from hemostat.shadow.records_file import RecordsFile
+from hemostat.scoring.records_file import RecordsFile
 from hemostat_calibration.divergence.gain import gain
 from hemostat_calibration.divergence.per_token import calibrated, divergence
 from hemostat_calibration.errors import HemostatError

@@ -15,8 +15,8 @@ from tests.support.waiting import until
 from hemostat.control.composition import Control
 from hemostat.engines.messages import EngineReport
 from hemostat.ipc.messages import OVERHEAD_BUCKETS
+from hemostat.ipc.reasons import Outcome, ScoringDropReason
 from hemostat.profiles.decisions import DECISIONS
-from hemostat.shadow.reasons import Outcome, ScoringDropReason
 
 CONTRACT = {
     "hemostat_requests_total": {"route", "outcome"},

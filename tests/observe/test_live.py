@@ -24,7 +24,7 @@ from tests.support.stack import ADMIN_TOKEN, Stack, hemostat, sampling_settings,
 from hemostat.models import vllm_server as vllm_process
 from hemostat.models.reference_checkpoint import Checkpoints, cached_checkpoints
 from hemostat.openai.requests import MAX_CHOICES
-from hemostat.shadow import noise_floor
+from hemostat.scoring import noise_floor
 from hemostat_calibration.profiles.profile import temperature_bias
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1500), needs("prometheus", "prometheus")]

@@ -14,8 +14,8 @@ from starlette.routing import Match, Route
 from tests.support.relay import Request, UpstreamConnection, answering, post, relaying
 from tests.support.wire import VERSION, policy
 
+from hemostat.interception.interceptor import Interceptor
 from hemostat.openai.adapter_routes import loads_adapters
-from hemostat.shadow.interceptor import Interceptor
 
 REFUSED = (
     b"/v1/load_lora_adapter",

@@ -29,8 +29,8 @@ from hemostat.admin.hardening import server_settings
 from hemostat.control.composition import Control
 from hemostat.ipc import control_end
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, OutcomeReport, SampledCount, Stats
+from hemostat.ipc.reasons import Outcome
 from hemostat.reference.monitor import ReferenceState
-from hemostat.shadow.reasons import Outcome
 from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_calibration.reasoning import Thinking

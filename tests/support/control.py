@@ -18,7 +18,7 @@ from hemostat.config.schema import Settings
 from hemostat.control.composition import Control
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, Capture, Stats, encode
 from hemostat.reference.protocol import ReferenceScores
-from hemostat.shadow.record_builder import build_record, decode_capture
+from hemostat.scoring.record_builder import build_record, decode_capture
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_calibration.records import Candidates, TokenRecord
 

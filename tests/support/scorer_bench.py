@@ -20,10 +20,10 @@ from hemostat.ipc.messages import Capture
 from hemostat.measurement.coverage import Coverage
 from hemostat.reference.pair import ServedModels
 from hemostat.reference.protocol import CompressedLogits, ReferenceInfo, ReferenceScores, ScoreRequest
-from hemostat.shadow.answer_losses import AnswerLosses
-from hemostat.shadow.endings import EndingCounts
-from hemostat.shadow.limits import Breakers, ShadowQueue, TokenBudget
-from hemostat.shadow.scorer import Scorer
+from hemostat.scoring.answer_losses import AnswerLosses
+from hemostat.scoring.endings import EndingCounts
+from hemostat.scoring.limits import Breakers, ShadowQueue, TokenBudget
+from hemostat.scoring.scorer import Scorer
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors, anchors_digest

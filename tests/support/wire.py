@@ -16,12 +16,12 @@ import msgspec
 import numpy as np
 
 from hemostat.hooks import Headers, Refusal
+from hemostat.interception.interceptor import Interceptor
 from hemostat.ipc.messages import REST_KIND, Capture, Policy, encode
 from hemostat.ipc.sampled import SampledTally
 from hemostat.metrics.names import CALIBRATION_REQUESTS, REPEATED_REQUESTS, SHADOW_REQUESTS
 from hemostat.openai.routes import CHAT
-from hemostat.shadow.interceptor import Interceptor
-from hemostat.shadow.record_builder import decode_capture
+from hemostat.scoring.record_builder import decode_capture
 
 VERSION = "0123456789abcdef" * 2
 OTHER_VERSION = "fedcba9876543210" * 2

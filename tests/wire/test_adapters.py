@@ -14,9 +14,9 @@ from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.wire import OTHER_VERSION, VERSION, Answer, Wire, policy
 
+from hemostat.interception.intercepted_exchange import InterceptedExchange
 from hemostat.ipc.messages import REST_KIND, Policy
 from hemostat.openai.routes import CHAT, COMPLETIONS
-from hemostat.shadow.intercepted_exchange import InterceptedExchange
 
 NAMES = frozenset({"fake", "alias"})
 

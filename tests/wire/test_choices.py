@@ -25,8 +25,8 @@ from hemostat.openai.reading import read_request
 from hemostat.openai.requests import Request
 from hemostat.openai.routes import CHAT, COMPLETIONS
 from hemostat.openai.tokens import ResponseTokens
-from hemostat.shadow.record_builder import decode_capture
-from hemostat.shadow.tapped_answers import captures_from_tap
+from hemostat.scoring.record_builder import decode_capture
+from hemostat.scoring.tapped_answers import captures_from_tap
 
 AS_IDS = {"return_tokens_as_token_ids": True}
 SAYS = 'say: Zażółć 日本語\t"quoted" \\ 🎉'

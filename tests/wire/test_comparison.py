@@ -9,10 +9,10 @@ import pytest
 from tests.support.wire import OTHER_VERSION, VERSION, policy
 
 from hemostat.hooks import Comparison, ExchangeHook
+from hemostat.interception.intercepted_exchange import InterceptedExchange
+from hemostat.interception.interceptor import Interceptor
 from hemostat.ipc.messages import REST_KIND, Policy
 from hemostat.openai.kinds import asks_json_in_words
-from hemostat.shadow.intercepted_exchange import InterceptedExchange
-from hemostat.shadow.interceptor import Interceptor
 
 KIND = "chat json greedy"
 SERVED = policy(

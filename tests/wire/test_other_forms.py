@@ -20,14 +20,14 @@ from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import FakeVllm, render, serving
 from tests.support.wire import VERSION, ThroughWire, Wire, httpx2_transport, policy, rows
 
+from hemostat.ipc.reasons import ScoringSkipReason
 from hemostat.openai import json_splice
 from hemostat.openai.form import Form
 from hemostat.openai.kinds import kind_name
 from hemostat.openai.reading import read_request
 from hemostat.openai.requests import Unscorable
 from hemostat.openai.routes import CHAT, MESSAGES, RESPONSES
-from hemostat.shadow.reasons import ScoringSkipReason
-from hemostat.shadow.tapped_answers import UnusableAnswer, captures_from_tap
+from hemostat.scoring.tapped_answers import UnusableAnswer, captures_from_tap
 
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}

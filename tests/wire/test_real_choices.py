@@ -17,7 +17,7 @@ from tests.support.running_vllm import RunningVllm, answers_of
 from tests.support.wire import Answer, Wire, assert_same_tokens, normal, policy, rows, user
 
 from hemostat.openai.routes import CHAT, COMPLETIONS
-from hemostat.shadow.tapped_answers import captures_from_tap
+from hemostat.scoring.tapped_answers import captures_from_tap
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

@@ -22,11 +22,11 @@ from tests.support.wire import (
 )
 
 from hemostat.hooks import ExchangeHook, Refusal
+from hemostat.interception.refusals import FIRST_PAUSE_SECONDS, MIN_REFUSALS, VAIN_REPEAT_PAUSE_SECONDS
 from hemostat.openai import json_splice
 from hemostat.openai.errors import leading_error_code
 from hemostat.openai.routes import CHAT
-from hemostat.shadow.record_builder import UnreadableLogprobsError, decode_capture
-from hemostat.shadow.refusals import FIRST_PAUSE_SECONDS, MIN_REFUSALS, VAIN_REPEAT_PAUSE_SECONDS
+from hemostat.scoring.record_builder import UnreadableLogprobsError, decode_capture
 
 
 @pytest.mark.parametrize("stream", [False, True])

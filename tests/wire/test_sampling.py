@@ -11,11 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.wire import policy
 
+from hemostat.interception.assignment import (
+    ARM,
+    CONVERSATION,
+    client_digest,
+    conversation_digest,
+    in_control_arm,
+    uniform,
+)
+from hemostat.interception.interceptor import Interceptor
 from hemostat.openai.form import Form
 from hemostat.openai.reading import read_request
 from hemostat.openai.routes import CHAT
-from hemostat.shadow.assignment import ARM, CONVERSATION, client_digest, conversation_digest, in_control_arm, uniform
-from hemostat.shadow.interceptor import Interceptor
 
 SALT = bytes(range(32))
 

@@ -17,10 +17,10 @@ from tests.support.wire import (
     policy,
 )
 
+from hemostat.interception.profile_choice import UNJUDGED
 from hemostat.openai import json_splice
 from hemostat.openai.requests import Unscorable
 from hemostat.openai.routes import CHAT, COMPLETIONS
-from hemostat.shadow.profile_choice import UNJUDGED
 
 IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}
 SKIPPED: dict[str, tuple[str, str, dict[str, Any]]] = {

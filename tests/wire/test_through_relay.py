@@ -14,13 +14,13 @@ import pytest
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.wire import VERSION, policy
 
+from hemostat.interception.assignment import client_digest
+from hemostat.interception.interceptor import Interceptor
 from hemostat.ipc.messages import Capture, SampledCount
 from hemostat.ipc.sampled import SampledTally
 from hemostat.metrics.names import CALIBRATION_REQUESTS, REPEATED_REQUESTS, RESPONSES_FINISHED, SHADOW_REQUESTS
 from hemostat.openai.routes import CHAT
 from hemostat.relay.worker import Relay
-from hemostat.shadow.assignment import client_digest
-from hemostat.shadow.interceptor import Interceptor
 
 
 class Bench:

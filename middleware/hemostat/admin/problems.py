@@ -16,8 +16,8 @@ from hemostat.learner.adapters.client import AdapterLearner
 from hemostat.measurement.alarms import Alarms
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ReferenceState
-from hemostat.shadow.pipeline import ScoringPipeline
-from hemostat.shadow.records_file import RecordsFile
+from hemostat.scoring.pipeline import ScoringPipeline
+from hemostat.scoring.records_file import RecordsFile
 from hemostat.store.errors import StoreErrorLog
 
 MAX_FAILED_RATIO, MIN_FAILED = 0.05, 5

@@ -8,9 +8,8 @@ from collections import deque
 from hemostat.admin.proxy_status import requests_by_outcome
 from hemostat.ipc.ends import FAILED
 from hemostat.ipc.messages import Stats
+from hemostat.ipc.reasons import Outcome, RelayDropReason
 from hemostat.metrics import names
-from hemostat.shadow.reasons import Outcome
-from hemostat.shadow.reports import RelayDropReason
 
 MINUTE_SECONDS = 60.0
 LOST_SECONDS = 900.0

@@ -16,6 +16,7 @@ from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.messages import Stats
+from hemostat.ipc.reasons import Outcome
 from hemostat.learner.client import Learner
 from hemostat.measurement.alarms import Alarms
 from hemostat.measurement.by_engine import ByEngine
@@ -25,9 +26,8 @@ from hemostat.metrics import names
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ModelPair
-from hemostat.shadow.pipeline import ScoringPipeline
-from hemostat.shadow.reasons import Outcome
-from hemostat.shadow.records_file import RecordsFile
+from hemostat.scoring.pipeline import ScoringPipeline
+from hemostat.scoring.records_file import RecordsFile
 from hemostat_calibration.profiles.profile import IDENTITY
 
 Report = dict[str, Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Iterable
@@ -31,9 +32,11 @@ from hemostat.engines.addresses import EngineAddresses
 from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.served_weights import ServedWeights
 from hemostat.engines.upstreams import UpstreamEngines
+from hemostat.ipc import relay_samples
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.messages import OutcomeReport
 from hemostat.ipc.process import make_tracing
+from hemostat.ipc.reasons import Outcome
 from hemostat.learner import stored
 from hemostat.learner.client import Learner
 from hemostat.learner.stored import StoredLearning
@@ -52,11 +55,9 @@ from hemostat.profiles.manager import ProfileManager
 from hemostat.reference import make_compressed_scorer, make_references
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ModelPair
-from hemostat.shadow import assignment, relay_samples
-from hemostat.shadow.limits import Breakers
-from hemostat.shadow.pipeline import RecordConsumers, ScoringPipeline
-from hemostat.shadow.reasons import Outcome
-from hemostat.shadow.records_file import RecordsFile
+from hemostat.scoring.limits import Breakers
+from hemostat.scoring.pipeline import RecordConsumers, ScoringPipeline
+from hemostat.scoring.records_file import RecordsFile
 from hemostat.store.errors import StoreErrorLog
 from hemostat.store.factory import open_store
 from hemostat.store.protocol import Snapshot, StoreFailure
@@ -66,6 +67,7 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 
 LOGPROBS_REFUSED = (Outcome.SKIPPED.value, ResponseFailure.LOGPROBS_REFUSED.value)
 """Labels of the requests that the upstream refused for what Hemostat asked on top."""
+_RANDOM = random.SystemRandom()
 PERIODIC_SECONDS = 0.5
 """How often relays get a policy that has changed with time alone, and the history a point that is due."""
 
@@ -80,7 +82,7 @@ class Control:
         *,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
-        draw: Callable[[], float] = assignment.draw,
+        draw: Callable[[], float] = _RANDOM.random,
     ) -> None:
         calibration, changes = settings.calibration, Changes()
         self._clock, self._wall = clock, wall

@@ -16,8 +16,8 @@ from hemostat.ipc.messages import Policy
 from hemostat.measurement.outcome_sampling import OutcomeSampling
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
-from hemostat.shadow.answer_losses import AnswerLosses
-from hemostat.shadow.limits import Breakers, CaptureSampling
+from hemostat.scoring.answer_losses import AnswerLosses
+from hemostat.scoring.limits import Breakers, CaptureSampling
 from hemostat_calibration.profiles.families import ADAPTER
 
 SETTLE_SECONDS = 30.0

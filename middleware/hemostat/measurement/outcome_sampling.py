@@ -1,6 +1,6 @@
 """Which conversations' outcomes relays report, so that the control process gets a bounded number of reports per second.
 
-Every conversation has a number in [0, 1), a keyed hash of its digest (`shadow.assignment`) that is independent of its
+Every conversation has a number in [0, 1), a keyed hash of its digest (`interception.assignment`): independent of its
 arm. Relays report its answers while the number is below `reported`, which comes with the policy, and units of a test
 are the conversations whose number is below `counted`. Both probabilities are the same in both arms at any time, and
 follow from numbers of requests alone. So the units are assigned to the arms like all conversations, and the tests need

@@ -215,7 +215,7 @@ class ProfileManager:
         """Learn from a record, or judge by it; where its kind is not followed, as one of the rest. gains: its own.
 
         divergences: of the compressed model itself, nats by token; None where the record has none.
-        fresh: see `hemostat.shadow.seen_units`; only then is the record learned from. Tests know by themselves which
+        fresh: see `hemostat.scoring.seen_units`; only then is the record learned from. Tests know by themselves which
         units they have counted.
         """
         if not self.serving.uses(record):

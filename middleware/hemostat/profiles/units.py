@@ -13,7 +13,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class HeldOutUnit:
-    """A request that is judged by. kind: of traffic. unit, client: digests. fresh: see `hemostat.shadow.seen_units`.
+    """A request that is judged by. kind: of traffic. unit, client: digests. fresh: see `hemostat.scoring.seen_units`.
 
     adapted: its lists are of an adapter, not of the compressed model itself.
     gain: (version) -> its mean gain over identity on the request's tokens, by `judging.gain_interval`; None where

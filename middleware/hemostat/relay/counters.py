@@ -1,13 +1,12 @@
-"""What a relay process counts. As samples: `hemostat.shadow.relay_samples`."""
+"""What a relay process counts. As samples: `hemostat.ipc.relay_samples`."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, EngineHealth, Stats
+from hemostat.ipc.reasons import Outcome, RelayDropReason
 from hemostat.metrics import names
-from hemostat.shadow.reasons import Outcome
-from hemostat.shadow.reports import RelayDropReason
 
 
 class Counters:

@@ -37,6 +37,7 @@ from typing import Any
 import uvloop
 
 from hemostat import logs
+from hemostat.interception.interceptor import Interceptor
 from hemostat.ipc.addresses import ControlAddresses
 from hemostat.ipc.messages import OutcomeReport, Policy
 from hemostat.ipc.process import die_with_parent, make_tracing
@@ -48,7 +49,6 @@ from hemostat.relay.counters import Counters
 from hemostat.relay.limits import Limits, share_descriptors
 from hemostat.relay.upstreams.settings import UpstreamSettings
 from hemostat.relay.worker import Relay
-from hemostat.shadow.interceptor import Interceptor
 
 log = logging.getLogger("hemostat.relay")
 

@@ -24,11 +24,11 @@ from hemostat.admin.access import Tokens, authorize
 from hemostat.admin.hardening import Harden
 from hemostat.admin.server import AdminServer
 from hemostat.config.schema import Settings
+from hemostat.ipc import relay_samples
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.process import run_supervised, tell_supervisor
 from hemostat.ipc.relay_listener import RelayListener, listen_locally
 from hemostat.metrics.collector import HemostatCollector
-from hemostat.shadow import relay_samples
 
 
 def create_app(link: RelayLink, settings: Settings) -> FastAPI:

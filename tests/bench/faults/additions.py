@@ -30,10 +30,10 @@ from tests.support.records import Truth, log_softmax, make_record
 from tests.support.relay import Request, UpstreamConnection, relaying
 from tests.support.wire import policy
 
+from hemostat.interception.interceptor import Interceptor
 from hemostat.metrics.names import REPEATED_REQUESTS, SHADOW_REQUESTS
 from hemostat.openai.routes import CHAT
-from hemostat.shadow.interceptor import Interceptor
-from hemostat.shadow.records_file import RecordsFile
+from hemostat.scoring.records_file import RecordsFile
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.errors import InvalidRecordError
 from hemostat_calibration.records import validate

@@ -20,8 +20,8 @@ from tests.support.wire import Wire, chat, policy
 from hemostat.engines.messages import EVENTS, MAX_POSITIONS, EngineReport, TapMessage, TapRun, decode_tap
 from hemostat.engines.registry import EngineRegistry
 from hemostat.openai.routes import CHAT
-from hemostat.shadow.record_builder import decode_capture
-from hemostat.shadow.tapped_answers import captures_from_tap
+from hemostat.scoring.record_builder import decode_capture
+from hemostat.scoring.tapped_answers import captures_from_tap
 from hemostat_engine.agent import Agent, Identity
 from hemostat_engine.library import Counters, Library
 from hemostat_engine.settings import Settings

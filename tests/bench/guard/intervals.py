@@ -20,7 +20,7 @@ import numpy as np
 from tests.bench.guard import Row, most
 from tests.support.interval_worlds import MAX_TOKENS, RANGE, WORLDS, World, running, truth
 
-from hemostat.shadow.seen_units import SeenUnits
+from hemostat.scoring.seen_units import SeenUnits
 from hemostat_calibration.records import TokenRecord
 from hemostat_calibration.statistics import confidence
 from hemostat_calibration.statistics.confidence import MeanSequence

@@ -21,7 +21,7 @@ from hemostat.control.composition import Control
 from hemostat.ipc.messages import REST_KIND, OutcomeReport
 from hemostat.reference.monitor import ReferenceState
 from hemostat.reference.protocol import ReferenceInfo, ReferenceScores, ScoreRequest
-from hemostat.shadow.pipeline import WORKERS
+from hemostat.scoring.pipeline import WORKERS
 from hemostat_calibration.profiles.profile import temperature_bias
 
 

@@ -24,9 +24,9 @@ from hemostat.ipc.messages import (
     encode,
 )
 from hemostat.ipc.relay_end import MAX_QUEUED_BYTES, MAX_QUEUED_REPORTS, REPORTS_PER_MESSAGE, STATS_SECONDS
+from hemostat.ipc.relay_samples import INITIAL_SERIES
 from hemostat.metrics import names
 from hemostat.openai.routes import CHAT
-from hemostat.shadow.relay_samples import INITIAL_SERIES
 
 TICK = 0.05
 """Seconds between two looks of a relay at what its clients have sent."""

@@ -24,12 +24,12 @@ import uvloop
 from tests.bench.proxy.load import PATH, ROOT, Answers, request_body
 from tests.bench.proxy.proxies import compiled_build, observing
 
+from hemostat.interception.interceptor import Interceptor
 from hemostat.openai.conversation_key import conversation_key
 from hemostat.relay.client_connection import ClientConnection
 from hemostat.relay.upstreams.connection import UpstreamConnection
 from hemostat.relay.upstreams.settings import UpstreamSettings
 from hemostat.relay.worker import Relay
-from hemostat.shadow.interceptor import Interceptor
 
 FEW, MANY = 200, 8200
 

@@ -27,11 +27,11 @@ from hemostat.admin.hardening import server_settings
 from hemostat.engines.api import engine_router
 from hemostat.engines.messages import AnswerMessage, TapAnswer, decode_answers
 from hemostat.engines.registry import EngineRegistry
+from hemostat.interception.interceptor import Interceptor
 from hemostat.ipc.messages import Capture, MessageReader, encode
-from hemostat.shadow.interceptor import Interceptor
-from hemostat.shadow.limits import ShadowQueue
-from hemostat.shadow.record_builder import decode_capture
-from hemostat.shadow.tapped_answers import AwaitedAnswers, captures_from_tap
+from hemostat.scoring.limits import ShadowQueue
+from hemostat.scoring.record_builder import decode_capture
+from hemostat.scoring.tapped_answers import AwaitedAnswers, captures_from_tap
 from hemostat_engine.admin_client import AdminClient
 from hemostat_engine.answer_sender import COLLECT_SECONDS
 

@@ -19,9 +19,9 @@ import msgspec
 from tests.support import compiled
 
 from hemostat.hooks import Rewrite
+from hemostat.interception.intercepted_exchange import InterceptedExchange
+from hemostat.interception.interceptor import Interceptor
 from hemostat.ipc.messages import REST_KIND, MessageReader, Policy, Stats, encode
-from hemostat.shadow.intercepted_exchange import InterceptedExchange
-from hemostat.shadow.interceptor import Interceptor
 
 from .load import (
     ADAPTER,

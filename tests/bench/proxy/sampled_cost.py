@@ -20,12 +20,12 @@ from typing import Any
 
 import msgspec
 
+from hemostat.interception.interceptor import Interceptor
 from hemostat.ipc.messages import Capture, MessageReader, encode
 from hemostat.openai.logprobs.rows import ChatLogprobs
 from hemostat.openai.routes import CHAT
-from hemostat.shadow.interceptor import Interceptor
-from hemostat.shadow.limits import ShadowQueue
-from hemostat.shadow.record_builder import decode_capture
+from hemostat.scoring.limits import ShadowQueue
+from hemostat.scoring.record_builder import decode_capture
 
 from .load import TOP_K, Answers, request_body
 from .proxies import observing

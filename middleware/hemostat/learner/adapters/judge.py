@@ -115,7 +115,7 @@ class _Waiting:
 
 
 class AdapterJudge:
-    """Implements `hemostat.shadow.distances.DistanceSource` and `hemostat.ipc.supervisor.ChildOwner`. Lives in the
+    """Implements `hemostat.scoring.distances.DistanceSource` and `hemostat.ipc.supervisor.ChildOwner`. Lives in the
     control process's event loop.
 
     profile: a version's profile; None where it is not known any more. on_change: called when it gets ready. clock:

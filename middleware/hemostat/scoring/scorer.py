@@ -20,6 +20,7 @@ from hemostat.engines.messages import TapAnswer
 from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.taps import TapResult
 from hemostat.ipc.messages import Capture
+from hemostat.ipc.reasons import Outcome, ScoringDropReason, ScoringSkipReason
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.reference.pair import ModelPair, ServedModels
@@ -32,12 +33,11 @@ from hemostat.reference.protocol import (
     ReferenceScores,
     ScoreRequest,
 )
-from hemostat.shadow.answer_losses import AnswerLosses
-from hemostat.shadow.conditioning import ConditioningFailure, condition
-from hemostat.shadow.endings import EndingCounts, invalid_record, reference_failed
-from hemostat.shadow.limits import Breaker, Breakers, BreakerState, ShadowQueue, TokenBudget
-from hemostat.shadow.reasons import Outcome, ScoringDropReason, ScoringSkipReason
-from hemostat.shadow.record_builder import (
+from hemostat.scoring.answer_losses import AnswerLosses
+from hemostat.scoring.conditioning import ConditioningFailure, condition
+from hemostat.scoring.endings import EndingCounts, invalid_record, reference_failed
+from hemostat.scoring.limits import Breaker, Breakers, BreakerState, ShadowQueue, TokenBudget
+from hemostat.scoring.record_builder import (
     CaptureArrays,
     FeatureError,
     FeatureReason,
@@ -48,7 +48,7 @@ from hemostat.shadow.record_builder import (
     decode_capture,
     profile_codes,
 )
-from hemostat.shadow.tapped_answers import AwaitedAnswers, UnusableAnswer, captures_from_tap
+from hemostat.scoring.tapped_answers import AwaitedAnswers, UnusableAnswer, captures_from_tap
 from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.errors import InvalidRecordError
 from hemostat_calibration.profiles.profile import CalibrationProfile

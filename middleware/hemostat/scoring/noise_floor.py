@@ -24,7 +24,7 @@ from hemostat.measurement.figures import COMPRESSED, MODELS
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores, ScoreRequest
-from hemostat.shadow.limits import TokenBudget
+from hemostat.scoring.limits import TokenBudget
 from hemostat_calibration.errors import InvalidRecordError
 from hemostat_calibration.records import Arm, Candidates, Sampling, TokenRecord, validate
 

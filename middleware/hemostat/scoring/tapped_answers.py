@@ -10,7 +10,7 @@ import numpy as np
 from hemostat.engines.answers import AnswerBuffer
 from hemostat.engines.messages import TapAnswer
 from hemostat.ipc.messages import Capture
-from hemostat.shadow.reasons import ScoringSkipReason
+from hemostat.ipc.reasons import ScoringSkipReason
 
 
 class UnusableAnswer(Exception):

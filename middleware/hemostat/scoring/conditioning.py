@@ -17,9 +17,9 @@ import numpy as np
 from hemostat.engines.messages import FREE, UNKNOWN, TapRun
 from hemostat.engines.taps import TapResult
 from hemostat.ipc.messages import Capture
+from hemostat.ipc.reasons import ScoringSkipReason
 from hemostat.reference.protocol import ReferenceInfo
-from hemostat.shadow.reasons import ScoringSkipReason
-from hemostat.shadow.record_builder import CaptureArrays
+from hemostat.scoring.record_builder import CaptureArrays
 from hemostat_calibration.allowed_sets import WORD_BITS, AllowedSets, words
 from hemostat_calibration.arrays import Bools, Ids
 from hemostat_calibration.errors import InvalidArgumentError

@@ -29,6 +29,7 @@ import numpy as np
 from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.messages import Capture
+from hemostat.ipc.reasons import Outcome, ScoringDropReason
 from hemostat.measurement.alarms import Alarms
 from hemostat.measurement.by_engine import ByEngine
 from hemostat.measurement.by_model import OtherModels
@@ -40,15 +41,14 @@ from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ModelPair
 from hemostat.reference.protocol import Reference
-from hemostat.shadow.answer_losses import AnswerLosses
-from hemostat.shadow.distances import DistanceSource, DistanceWaits
-from hemostat.shadow.endings import EndingCounts
-from hemostat.shadow.limits import Breakers, CaptureSampling, ShadowQueue, TokenBudget
-from hemostat.shadow.noise_floor import NoiseFloorMeter
-from hemostat.shadow.reasons import Outcome, ScoringDropReason
-from hemostat.shadow.records_file import RecordsFile
-from hemostat.shadow.scorer import Scorer, ScoringNeeds
-from hemostat.shadow.seen_units import SeenUnits
+from hemostat.scoring.answer_losses import AnswerLosses
+from hemostat.scoring.distances import DistanceSource, DistanceWaits
+from hemostat.scoring.endings import EndingCounts
+from hemostat.scoring.limits import Breakers, CaptureSampling, ShadowQueue, TokenBudget
+from hemostat.scoring.noise_floor import NoiseFloorMeter
+from hemostat.scoring.records_file import RecordsFile
+from hemostat.scoring.scorer import Scorer, ScoringNeeds
+from hemostat.scoring.seen_units import SeenUnits
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.divergence.per_token import TokenDivergence, divergence
 from hemostat_calibration.divergence.record_gains import RecordGains

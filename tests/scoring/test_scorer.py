@@ -19,10 +19,10 @@ from hemostat.engines.answers import ANSWER_SECONDS
 from hemostat.engines.messages import AnswerMessage, TapAnswer, TapMessage, TapRun
 from hemostat.ipc.messages import Capture
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores
-from hemostat.shadow import record_builder
-from hemostat.shadow import scorer as scorer_module
-from hemostat.shadow.answer_losses import MAX_LOST
-from hemostat.shadow.record_builder import decode_capture
+from hemostat.scoring import record_builder
+from hemostat.scoring import scorer as scorer_module
+from hemostat.scoring.answer_losses import MAX_LOST
+from hemostat.scoring.record_builder import decode_capture
 from hemostat_calibration.records import Arm, Candidates
 
 pytestmark = pytest.mark.usefixtures("quick_scorer")

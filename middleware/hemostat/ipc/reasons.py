@@ -1,6 +1,6 @@
 """What becomes of sampled requests, and why: values of the labels of shadow requests, which both planes count.
 
-Those of one place only are there: `hemostat.shadow.reports`, `hemostat.openai.requests`, `hemostat.openai.tokens`.
+Those of one place only are there: `hemostat.openai.requests`, `hemostat.openai.tokens`.
 """
 
 from __future__ import annotations
@@ -41,6 +41,28 @@ class SkipReason(StrEnum):
     """The request's body has too many values to be read; it was passed on unread."""
     BAD_JSON = "bad_json"
     """The request's body is not a JSON object."""
+
+
+class RelayDropReason(StrEnum):
+    """Why a sampled request was dropped in the relay: values of the label `reason` of shadow requests."""
+
+    LINK_FULL = "link_full"
+    """The control process takes captures too slowly, or does not run."""
+    HOOK_ERROR = "hook_error"
+    """The interceptor raised an exception."""
+
+
+class RepeatReason(StrEnum):
+    """Why a request is sent again as the client wrote it: values of the label `reason` of repeated requests."""
+
+    REFUSED = "refused"
+    """The upstream's validation refused the request with what was added to it: nothing was computed."""
+    TOO_LARGE = "too_large"
+    """The upstream refused it as too large."""
+    SERVER_ERROR = "server_error"
+    """It ended in a server error; the answer may have been generated, and is generated twice."""
+    ENCODED = "encoded"
+    """The response is compressed in a way that cannot be read; it is generated twice."""
 
 
 class ScoringSkipReason(StrEnum):

@@ -7,7 +7,7 @@ from tests.support.world import World
 
 from hemostat.measurement.measurements import Measurements
 from hemostat.metrics import names
-from hemostat.shadow.seen_units import SeenUnits
+from hemostat.scoring.seen_units import SeenUnits
 
 RECORD = make_record(World().truth(0), 20)
 

@@ -23,10 +23,10 @@ from hemostat.engines.taps import TapResult
 from hemostat.measurement.measurements import Measurements
 from hemostat.metrics import names
 from hemostat.reference.protocol import ReferenceScores
-from hemostat.shadow import distances as distances_module
-from hemostat.shadow.pipeline import ScoringPipeline
-from hemostat.shadow.record_builder import applied_version, build_record, decode_capture
-from hemostat.shadow.records_file import RecordsFile
+from hemostat.scoring import distances as distances_module
+from hemostat.scoring.pipeline import ScoringPipeline
+from hemostat.scoring.record_builder import applied_version, build_record, decode_capture
+from hemostat.scoring.records_file import RecordsFile
 from hemostat_calibration.profiles.profile import IDENTITY
 from hemostat_calibration.records import Arm, Candidates, ExactDistances, Features, TokenRecord
 

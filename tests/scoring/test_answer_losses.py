@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hemostat.shadow.answer_losses import (
+from hemostat.scoring.answer_losses import (
     FIRST_PAUSE_SECONDS,
     MAX_ENGINES,
     MAX_LOST,

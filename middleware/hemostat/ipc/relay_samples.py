@@ -7,11 +7,10 @@ from typing import Final
 
 from hemostat.ipc.ends import OUTCOMES
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, Stats
+from hemostat.ipc.reasons import Outcome, RelayDropReason, RepeatReason, ScoringDropReason
 from hemostat.metrics import names
 from hemostat.metrics.samples import AnySample, HistogramSample, Sample
 from hemostat.openai import routes
-from hemostat.shadow.reasons import Outcome, ScoringDropReason
-from hemostat.shadow.reports import RelayDropReason, RepeatReason
 from hemostat_calibration.records import Arm
 
 _ARMS: Final[list[tuple[str, ...]]] = [(str(arm),) for arm in Arm]

@@ -13,8 +13,8 @@ from tests.support.world import World
 
 from hemostat.measurement.figures import MODELS
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores, ScoreRequest
-from hemostat.shadow.limits import TokenBudget
-from hemostat.shadow.noise_floor import MAX_QUEUED_RECORDS, NoiseFloorMeter, self_record
+from hemostat.scoring.limits import TokenBudget
+from hemostat.scoring.noise_floor import MAX_QUEUED_RECORDS, NoiseFloorMeter, self_record
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.records import Candidates, TokenRecord, validate
 

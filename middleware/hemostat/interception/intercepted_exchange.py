@@ -5,7 +5,20 @@ from __future__ import annotations
 from typing import Final
 
 from hemostat.hooks import Comparison, Refusal, Rewrite
+from hemostat.interception.assignment import conversation_digest, outcome_number
+from hemostat.interception.client_headers import ClientOptions
+from hemostat.interception.profile_choice import (
+    ArmReason,
+    Choice,
+    Reason,
+    Unjudged,
+    choose_profile,
+    is_available,
+    served_kind,
+)
+from hemostat.interception.reports import Reports
 from hemostat.ipc.messages import MAX_TOP, Capture, Policy
+from hemostat.ipc.reasons import RepeatReason, SkipReason
 from hemostat.openai import requests
 from hemostat.openai.complexity import TooComplex
 from hemostat.openai.errors import leading_error_code
@@ -27,19 +40,6 @@ from hemostat.openai.tokens import (
     little_endian,
     status_failure,
 )
-from hemostat.shadow.assignment import conversation_digest, outcome_number
-from hemostat.shadow.client_headers import ClientOptions
-from hemostat.shadow.profile_choice import (
-    ArmReason,
-    Choice,
-    Reason,
-    Unjudged,
-    choose_profile,
-    is_available,
-    served_kind,
-)
-from hemostat.shadow.reasons import SkipReason
-from hemostat.shadow.reports import RepeatReason, Reports
 from hemostat_calibration.records import Arm, Sampling
 
 MAX_TRACEPARENT: Final = 64

@@ -12,8 +12,8 @@ from tests.support.captures import INFO, K, V, capture
 
 from hemostat.engines.taps import TapResult
 from hemostat.reference.protocol import ReferenceScores
-from hemostat.shadow.limits import TokenBudget
-from hemostat.shadow.record_builder import CaptureArrays, align_features, build_record, decode_capture
+from hemostat.scoring.limits import TokenBudget
+from hemostat.scoring.record_builder import CaptureArrays, align_features, build_record, decode_capture
 from hemostat_calibration.reasoning import Markers, Thinking
 from hemostat_calibration.records import Candidates, Features, TokenRecord
 from hemostat_calibration.statistics.split import prompt_key

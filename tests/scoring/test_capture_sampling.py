@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from hemostat.shadow.limits import FILL_SECONDS, MIN_CAPTURES_PER_SECOND, CaptureSampling
+from hemostat.scoring.limits import FILL_SECONDS, MIN_CAPTURES_PER_SECOND, CaptureSampling
 
 LIMIT = 256
 LOOK = 0.5

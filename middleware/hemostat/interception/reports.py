@@ -5,40 +5,17 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
-from enum import StrEnum
 from typing import Protocol
 
+from hemostat.interception.profile_choice import Reason
+from hemostat.interception.refusals import SamplingPause, ServerErrorRepeats
 from hemostat.ipc.messages import Capture, Policy
+from hemostat.ipc.reasons import Outcome, RelayDropReason, RepeatReason, SkipReason
 from hemostat.ipc.sampled import counted
 from hemostat.metrics import names
 from hemostat.openai.requests import Unscorable
 from hemostat.openai.tokens import ResponseFailure
-from hemostat.shadow.profile_choice import Reason
-from hemostat.shadow.reasons import Outcome, SkipReason
-from hemostat.shadow.refusals import SamplingPause, ServerErrorRepeats
 from hemostat_calibration.records import Arm
-
-
-class RelayDropReason(StrEnum):
-    """Why a sampled request was dropped in the relay: values of the label `reason` of shadow requests."""
-
-    LINK_FULL = "link_full"
-    """The control process takes captures too slowly, or does not run."""
-    HOOK_ERROR = "hook_error"
-    """The interceptor raised an exception."""
-
-
-class RepeatReason(StrEnum):
-    """Why a request is sent again as the client wrote it: values of the label `reason` of repeated requests."""
-
-    REFUSED = "refused"
-    """The upstream's validation refused the request with what was added to it: nothing was computed."""
-    TOO_LARGE = "too_large"
-    """The upstream refused it as too large."""
-    SERVER_ERROR = "server_error"
-    """It ended in a server error; the answer may have been generated, and is generated twice."""
-    ENCODED = "encoded"
-    """The response is compressed in a way that cannot be read; it is generated twice."""
 
 
 class SampledCounter(Protocol):

@@ -8,16 +8,16 @@ from collections.abc import Callable
 from typing import Final
 
 from hemostat.hooks import ExchangeHook, Headers, Refusal
+from hemostat.interception import assignment
+from hemostat.interception.client_headers import ClientOptions, first_value, hemostat_headers, read_options
+from hemostat.interception.intercepted_exchange import InterceptedExchange
+from hemostat.interception.model_list import ModelList
+from hemostat.interception.profile_choice import calibrates
+from hemostat.interception.reports import Reports, SampledCounter, uncounted
 from hemostat.ipc.messages import Capture, Policy
+from hemostat.ipc.reasons import SkipReason
 from hemostat.openai.routes import MODELS, SUPPORT, Support
 from hemostat.openai.tokens import ResponseFailure
-from hemostat.shadow import assignment
-from hemostat.shadow.client_headers import ClientOptions, first_value, hemostat_headers, read_options
-from hemostat.shadow.intercepted_exchange import InterceptedExchange
-from hemostat.shadow.model_list import ModelList
-from hemostat.shadow.profile_choice import calibrates
-from hemostat.shadow.reasons import SkipReason
-from hemostat.shadow.reports import Reports, SampledCounter, uncounted
 from hemostat_calibration.records import Arm
 
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 from tests.support.scorer_bench import Bench, running
 
-from hemostat.shadow import scorer as scorer_module
+from hemostat.scoring import scorer as scorer_module
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from hemostat.interception.assignment import in_control_arm
+from hemostat.interception.client_headers import ClientOptions
 from hemostat.ipc.messages import Policy, rest_of
+from hemostat.ipc.reasons import SkipReason
 from hemostat.openai.form import Form
 from hemostat.openai.requests import Request, Uncalibrated, Unscorable
 from hemostat.openai.tokens import ResponseFailure
-from hemostat.shadow.assignment import in_control_arm
-from hemostat.shadow.client_headers import ClientOptions
-from hemostat.shadow.reasons import SkipReason
 from hemostat_calibration.records import Arm
 
 

@@ -13,7 +13,7 @@ from tests.support.records import Truth, make_record
 from tests.support.world import World
 
 from hemostat.measurement.measurements import Measurements
-from hemostat.shadow.pipeline import ScoringPipeline
+from hemostat.scoring.pipeline import ScoringPipeline
 
 CONVERSATIONS, TURNS = 12, 10
 

@@ -9,7 +9,7 @@ import pytest
 from tests.support.captures import INFO, capture
 from tests.support.scorer_bench import Bench, running
 
-from hemostat.shadow import scorer as scorer_module
+from hemostat.scoring import scorer as scorer_module
 from hemostat_calibration.divergence.places import by_context
 
 pytestmark = pytest.mark.usefixtures("quick_scorer")

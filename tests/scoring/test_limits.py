@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.captures import sized_capture
 
-from hemostat.shadow.limits import Breaker, BreakerState, ShadowQueue, TokenBudget
+from hemostat.scoring.limits import Breaker, BreakerState, ShadowQueue, TokenBudget
 
 
 def test_queue_keeps_order_and_refuses_what_does_not_fit() -> None:

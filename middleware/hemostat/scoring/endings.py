@@ -1,4 +1,4 @@
-"""How captures end, and why: counts by `hemostat.shadow.reasons`."""
+"""How captures end, and why: counts by `hemostat.ipc.reasons`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from hemostat.ipc.messages import Capture
+from hemostat.ipc.reasons import Outcome
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.reference.protocol import ReferenceFailure
-from hemostat.shadow.reasons import Outcome
 from hemostat_calibration.errors import InvalidRecordError
 
 

@@ -1,0 +1,17 @@
+"""In the control process, from a capture to a scored token record and its users.
+
+    pipeline                from a capture to all users of the scored record
+    limits                  back-pressure: queue, token budget, circuit breaker
+    tapped_answers          captures whose tokens the engine's plugin hands out
+    answer_losses           how many of those get lost, and what is then asked instead
+    scorer                  scores captures on the reference
+    conditioning            candidates under the grammar that restricted an output
+    record_builder          capture, tap and scores as one validated record
+    distances               exact distances of adapters under test, which held-out records wait for
+    endings                 how sampled requests and captures end, and why
+    seen_units              conversations that a kind has seen already
+    noise_floor             each model against itself
+    records_file            `records.path`
+
+CONTRIBUTING.md follows one request from the relay to the metrics.
+"""
