@@ -17,6 +17,8 @@ from tests.support.waiting import until
 from hemostat.admin.problems import SEVERITIES
 from hemostat.admin.recent import LOST_SECONDS, MINUTE_SECONDS
 from hemostat.control.composition import Control
+from hemostat.engines.messages import EngineReport
+from hemostat.engines.registry import SILENCE_SECONDS
 from hemostat.ipc.messages import EngineHealth, Stats, encode
 from hemostat.reference.pair import ReferenceState
 from hemostat.store.protocol import ExclusionLost, StoreFailure
@@ -246,6 +248,26 @@ async def test_what_measuring_and_learning_cannot_do(
         [(found, text)] = one.found()
         assert found == alert
         assert said in text
+
+
+async def test_a_profile_that_failed_is_a_problem_until_its_engine_is_started_again(tmp_path: Path) -> None:
+    async with bench(tmp_path) as one:
+
+        def found() -> list[tuple[str, str]]:
+            return [(problem.alert, problem.text) for problem in one.one.problems.look().problems]
+
+        def report(boot: str, **counters: int) -> None:
+            one.one.engines.report(EngineReport(boot, 0, 1, [], 30, counters, "v1", "0"), one.now)
+
+        report("a", profiles_failed=0, profiles_refused=2)
+        report("b")
+        assert found() == []
+        report("a", profiles_failed=1)
+        text = "A profile failed in 1 of 2 engines, and is off there until vLLM restarts: see vLLM's log"
+        assert found() == [("HemostatProfileFailed", text)]
+        one.now += SILENCE_SECONDS + 1
+        report("anew", profiles_failed=0)
+        assert found() == []
 
 
 async def test_captures_and_records_that_are_lost(tmp_path: Path) -> None:

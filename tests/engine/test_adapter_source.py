@@ -28,7 +28,7 @@ from hemostat_engine.adapters.folder import AdapterFolder
 from hemostat_engine.adapters.resolver import Resolver
 from hemostat_engine.adapters.serving import Serving
 from hemostat_engine.adapters.source import AdapterSource, Engine
-from hemostat_engine.adapters.state import PROBE
+from hemostat_engine.adapters.state import LORA_OFF, PROBE
 from hemostat_engine.peers import Peers
 from hemostat_engine.settings import Settings
 
@@ -276,6 +276,26 @@ async def test_resolver_answers_versions_only(admin: EngineAdmin, make_source: C
     assert await resolver.resolve_lora(BASE, "b" * 32) is None
 
 
+async def test_without_lora_every_version_is_refused_with_the_flag_and_none_is_fetched(
+    admin: EngineAdmin, make_source: Callable[..., AdapterSource], caplog: pytest.LogCaptureFixture
+) -> None:
+    wrapped: Any = type("Wrapped", (Models,), {})
+    serving = Serving()
+    serving.install(wrapped)
+    models = wrapped(lora=False)
+    assert [record.getMessage() for record in caplog.records] == [f"adapters are off: {LORA_OFF}"]
+    assert models.engine_client is models
+    profile = adapter()
+    admin.files[profile.version] = profile.to_bytes()
+    resolver = Resolver(make_source(), Request, serving.engine)
+    with pytest.raises(
+        ValueError, match=f"adapter {profile.version} cannot be loaded: LoRA is not enabled: .*--enable"
+    ):
+        await resolver.resolve_lora(BASE, profile.version)
+    assert await resolver.resolve_lora(BASE, "a-client's") is None
+    assert admin.seen == []
+
+
 async def test_slow_source_blocks_neither_the_event_loop_nor_more_than_a_few_requests(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -306,12 +326,12 @@ async def test_slow_source_blocks_neither_the_event_loop_nor_more_than_a_few_req
 class Models:
     """vLLM's OpenAIServingModels, as far as it is used."""
 
-    def __init__(self, error: Exception | None = None) -> None:
+    def __init__(self, error: Exception | None = None, lora: bool = True) -> None:
         self.lora_requests: dict[str, Any] = {}
         self.removed: list[int] = []
         self.error = error
         self.engine_client = self
-        self.vllm_config = SimpleNamespace(lora_config=SimpleNamespace(max_lora_rank=16))
+        self.vllm_config = SimpleNamespace(lora_config=SimpleNamespace(max_lora_rank=16) if lora else None)
         self.model_config = SimpleNamespace(get_vocab_size=lambda: 8)
 
     async def unload_lora_adapter(self, request: Any) -> str:
@@ -336,7 +356,8 @@ async def test_unloading_frees_the_engines_slot(error: Exception | None, caplog:
     for ident, name in enumerate((version, "clients-own"), 1):
         models.lora_requests[name] = SimpleNamespace(lora_name=name, lora_int_id=ident)
     found = serving.engine()
-    assert (found.vocab_size, found.max_rank, set(found.listed())) == (8, 16, {version, "clients-own"})
+    assert (found.vocab_size, found.max_rank, found.lora) == (8, 16, True)
+    assert set(found.listed()) == {version, "clients-own"}
     for name, answer in ((version, "removed"), (version, "not found"), ("clients-own", "removed")):
         assert await models.unload_lora_adapter(SimpleNamespace(lora_name=name)) == answer
     # Once, and only ours: vLLM's clients get what they know.

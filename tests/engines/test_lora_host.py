@@ -147,10 +147,19 @@ async def test_loading_is_repeated_until_every_engine_behind_the_address_has_it(
         assert world.host.ready == {}
 
 
-async def test_an_engine_without_lora_is_said_with_its_flags() -> None:
-    async with lora_world(server(enabled=False)) as world:
+@pytest.mark.parametrize("metrics", [True, False])
+async def test_an_engine_without_lora_is_said_once_with_its_flags(
+    metrics: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with lora_world(server(enabled=False, shows_metrics=metrics)) as world:
         world.profiles.want(ONE)
-        await unusable(world, "start vLLM with --enable-lora --max-loras 2 --max-lora-rank 8")
+        await unusable(world, "LoRA is not enabled: start vLLM with --enable-lora --max-loras 2 --max-lora-rank 8")
+        looks = len(world.fake.seen)
+        await until(lambda: len(world.fake.seen) > looks + 10)
+        asked = [path for path, body in world.fake.seen if body.get("model") == ONE.version]
+        assert bool(asked) != metrics, "where its metrics show that it has none, none is asked for"
+        said = [record.getMessage() for record in caplog.records if "LoRA is not enabled" in record.getMessage()]
+        assert len(said) == (1 if metrics else 2), "of the version, too, where it was asked for"
         world.lora.enabled = True
         await ready(world, ONE)
 

@@ -141,6 +141,9 @@ async def test_decisions_and_clamps_that_bind_are_counted(tmp_path: Path) -> Non
         for boot in ("a", "b"):
             one.engines.report(EngineReport(boot, 0, 1, [], 30, counted, "v1", "0"), time.monotonic())
         found = samples(scrape(one))
+        assert found["hemostat_engine_events_total", (("reason", "profiles_failed"),)] == 0, (
+            "the alert sees it increase"
+        )
 
         def decided(decision: str, reason: str) -> float:
             return found["hemostat_profile_decisions_total", (("decision", decision), ("reason", reason))]

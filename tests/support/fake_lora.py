@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hemostat_engine.adapters.state import LORA_OFF
+
 NO_VERSION = "0" * 32
 """The plugin's resolver refuses this name."""
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -36,6 +38,8 @@ class FakeLora:
     """Version -> rank: what the resolver of Hemostat's general plugin can fetch."""
     enabled: bool = True
     """Off: the server was started without --enable-lora; resolver and routes exist all the same."""
+    shows_metrics: bool = True
+    """Off: a router's metrics are in the place of vLLM's."""
     grouped: bool = False
     """Rows without an adapter are left alone; off: in a batch with adapter rows they get the last slot's adapter."""
     unload_frees: bool = True
@@ -104,6 +108,8 @@ class FakeLora:
             return 400, "Hemostat's resolver is here; no adapter has this name: hemostat check asks for it"
         if not self.updating or name not in self.resolves:
             return 404, f"The model `{name}` does not exist."
+        if not self.enabled:
+            return 400, f"adapter {name} cannot be loaded: {LORA_OFF}"
         if self._add(name, self.resolves[name]):
             return 400, f"LoRA adapter '{name}' was found but could not be loaded."
         self.names[name] = f"/tmp/hemostat/{name}"
@@ -136,6 +142,8 @@ class FakeLora:
 
     def metrics(self) -> str:
         """vLLM's own, of a server that has answered requests."""
+        if not self.shows_metrics:
+            return ""
         labels = f'max_lora="{self.slots}",running_lora_adapters="",waiting_lora_adapters=""'
         text = f"# TYPE process_start_time_seconds gauge\nprocess_start_time_seconds 1.79570{self.starts}e+09\n"
         text += "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 0.0\n"

@@ -11,7 +11,7 @@ from typing import Any
 
 from hemostat_calibration.profiles.profile import VERSION_PATTERN
 from hemostat_engine.adapters.source import AdapterSource, Engine
-from hemostat_engine.adapters.state import PROBE
+from hemostat_engine.adapters.state import LORA_OFF, PROBE
 
 log = logging.getLogger("vllm.hemostat")
 
@@ -37,16 +37,20 @@ class Resolver:
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
         """A LoRARequest whose id vLLM sets, or None: not an adapter of Hemostat's, or none that fits this engine.
 
-        ValueError for `PROBE`: vLLM answers 400 with its text, and logs no traceback.
+        ValueError for `PROBE`, and for every version where LoRA is off: vLLM answers 400 with its text, and logs no
+        traceback. It would log one of its engine for each adapter that it is asked to load without LoRA.
         """
         if VERSION_PATTERN.fullmatch(lora_name) is None:
             return None
         if lora_name == PROBE:
             raise ValueError("Hemostat's resolver is here; no adapter has this name: hemostat check asks for it")
+        engine = self._engine()
+        if engine.lora is False:
+            raise ValueError(f"adapter {lora_name} cannot be loaded: {LORA_OFF}")
         if not self._source.may_look_up(lora_name) or not self._room.acquire(blocking=False):
             return None
         try:
-            found = self._thread.submit(self._source.find, lora_name, base_model_name, self._engine())
+            found = self._thread.submit(self._source.find, lora_name, base_model_name, engine)
             found.add_done_callback(lambda _: self._room.release())
             path = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(found)), RESOLVE_SECONDS)
         except Exception as error:  # noqa: BLE001 - an unexpected error is answered as an unknown model

@@ -10,6 +10,7 @@ from typing import Any
 
 from hemostat_calibration.profiles.profile import VERSION_PATTERN
 from hemostat_engine.adapters.source import Engine
+from hemostat_engine.adapters.state import LORA_OFF
 
 log = logging.getLogger("vllm.hemostat")
 
@@ -51,16 +52,20 @@ class Serving:
 
     def note(self, models: Any) -> None:
         self._models = weakref.ref(models)
+        if self.engine().lora is False:
+            log.warning("adapters are off: %s", LORA_OFF)
 
     def engine(self) -> Engine:
         """What is known of the engine."""
         models = self._models()
         if models is None:
             return Engine()
-        config = getattr(getattr(models.engine_client, "vllm_config", None), "lora_config", None)
+        of_vllm = getattr(models.engine_client, "vllm_config", None)
+        config = getattr(of_vllm, "lora_config", None)
         return Engine(
             vocab_size=models.model_config.get_vocab_size(),
             max_rank=getattr(config, "max_lora_rank", None),
+            lora=None if of_vllm is None else config is not None,
             listed=functools.partial(_names, models.lora_requests),
         )
 

@@ -36,11 +36,12 @@ LOOKUPS_PER_SECOND, MAX_LOOKUPS = 2.0, 16.0
 class Engine:
     """What is known of the engine that adapters are for; None: not known, and vLLM itself refuses what does not fit.
 
-    listed: the adapters that the server lists by name.
+    lora: the server was started with --enable-lora. listed: the adapters that the server lists by name.
     """
 
     vocab_size: int | None = None
     max_rank: int | None = None
+    lora: bool | None = None
     listed: Callable[[], Collection[str]] = field(default=frozenset)
 
 

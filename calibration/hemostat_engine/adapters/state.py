@@ -15,6 +15,8 @@ from hemostat_calibration.profiles.profile import VERSION_PATTERN
 MAX_VERSIONS = 64
 PROBE = "0" * 32
 """The resolver refuses this name in words of its own, by which `hemostat check` recognizes the plugin."""
+LORA_OFF = "LoRA is not enabled: start vLLM with --enable-lora"
+"""Hemostat recognizes "not enabled" in a refusal, and vLLM says the same."""
 
 
 class AdapterState:

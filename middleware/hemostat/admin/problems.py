@@ -10,6 +10,7 @@ import msgspec
 
 from hemostat.admin.configuration import Configuration
 from hemostat.admin.recent import LOST_SECONDS, Growth, RelayGrowth
+from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.upstreams import UpstreamEngine, UpstreamEngines
 from hemostat.ipc.control_end import RelayLink
 from hemostat.learner.adapters.client import AdapterLearner
@@ -33,6 +34,7 @@ SEVERITIES: dict[str, Severity] = {
     "HemostatHemorrhage": "critical",
     "HemostatModelChanged": "warning",
     "HemostatEngineEjected": "warning",
+    "HemostatProfileFailed": "warning",
     "HemostatReferenceDown": "warning",
     "HemostatStoreErrors": "warning",
     "HemostatReloadFailed": "warning",
@@ -109,6 +111,7 @@ class Problems:
         *,
         ownership: OwnershipView,
         link: RelayLink,
+        engines: EngineRegistry,
         upstreams: UpstreamEngines,
         monitor: ReferenceMonitor,
         alarms: Alarms,
@@ -122,6 +125,7 @@ class Problems:
     ) -> None:
         self._ownership = ownership
         self._link = link
+        self._engines = engines
         self._upstreams = upstreams
         self._monitor = monitor
         self._alarms = alarms
@@ -171,6 +175,11 @@ class Problems:
             which = ", ".join(_down(name, one) for name, one in down.items())
             verb = "gets" if len(down) == 1 else "get"
             yield Found("HemostatEngineEjected", f"{len(down)} of {len(engines)} engines {verb} no requests: {which}")
+        failing = {one.boot_id for one in self._engines.live(now) if one.counters.get("profiles_failed")}
+        if failing:
+            which = f"{len(failing)} of {self._engines.live_engines(now)} engines"
+            text = f"A profile failed in {which}, and is off there until vLLM restarts: see vLLM's log"
+            yield Found("HemostatProfileFailed", text)
 
     def _of_the_model(self) -> Iterator[Found]:
         raised = self._alarms.raised()

@@ -209,6 +209,7 @@ class Control:
         self.problems = Problems(
             ownership=self.ownership,
             link=self.link,
+            engines=self.engines,
             upstreams=self.upstreams,
             monitor=self.monitor,
             alarms=self.alarms,

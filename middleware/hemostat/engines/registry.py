@@ -149,7 +149,8 @@ class EngineRegistry:
     def samples(self, now: float) -> Iterator[Sample]:
         yield from self.taps.samples()
         yield from self.answers.samples()
-        for event, count in self.counters(now).items():
+        # 0 before the first one, so that the alert sees it increase.
+        for event, count in ({"profiles_failed": 0} | self.counters(now)).items():
             yield Sample(names.ENGINE_EVENTS, (event,), count)
 
     def _expire(self, now: float) -> None:

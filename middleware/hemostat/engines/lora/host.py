@@ -25,8 +25,8 @@ from hemostat.engines.lora import folder as shared_folder
 from hemostat.engines.lora import slots
 from hemostat.engines.lora.probes import Probes
 from hemostat.engines.lora.probing import ModelCopy, Prober
-from hemostat.engines.lora.server import Listed, listed, load, max_loras, started, touch, unload
-from hemostat.engines.lora.setting import Way, explain
+from hemostat.engines.lora.server import Listed, listed, load, lora_enabled, max_loras, started, touch, unload
+from hemostat.engines.lora.setting import Way, explain, without_lora
 from hemostat.engines.messages import EngineReport
 from hemostat.ipc.backoff import Backoff
 from hemostat.metrics import names
@@ -239,6 +239,11 @@ class AdapterHost:
             self._set(HostState.WAITING, {}, self.capacity, "" if base else "the upstream serves no model yet")
             return POLL_SECONDS
         if self._slots is None and not any(report.lora for report in reports):
+            if await lora_enabled(server) is False:
+                # To be asked for one, vLLM logs a traceback of its engine each time.
+                ranks = [max_rank(one) for version in wanted if (one := self._profiles.get(version)) is not None]
+                self._set(HostState.UNUSABLE, {}, 0, without_lora(max(ranks, default=1)))
+                return POLL_SECONDS
             self._slots = await max_loras(server)
         room = slots.room(reports, len(found.others), self._slots)
         self._set_limit(room.limit)

@@ -32,6 +32,15 @@ def flags(adapters: int, rank: int) -> str:
     return f"--enable-lora --max-loras {adapters + 1} --max-lora-rank {rank_setting(rank)}"
 
 
+def without_lora(rank: int) -> str:
+    """What to do about a vLLM that was started without --enable-lora.
+
+    >>> without_lora(20)
+    'LoRA is not enabled: start vLLM with --enable-lora --max-loras 2 --max-lora-rank 32'
+    """
+    return f"LoRA is not enabled: start vLLM with {flags(1, rank)}"
+
+
 def explain(failure: Exception, rank: int, way: Way | None, folder: Path | None) -> str:
     """Why an adapter of this rank could not be loaded, and what to do, in one line.
 
@@ -43,7 +52,7 @@ def explain(failure: Exception, rank: int, way: Way | None, folder: Path | None)
         if "is greater than max_lora_rank" in text:
             return f"{text.rstrip('.')}: set --max-lora-rank {rank_setting(rank)}"
         if "not enabled" in text:
-            return f"LoRA is not enabled: {started}"
+            return without_lora(rank)
         if "could not be loaded" in text:
             return f"the engine refused it: {started}, where it was started with less; vLLM's log has the reason"
         if "No adapter found" in text:
