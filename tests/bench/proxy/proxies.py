@@ -21,7 +21,7 @@ from tests.support import compiled
 from hemostat.hooks import Rewrite
 from hemostat.interception.intercepted_exchange import InterceptedExchange
 from hemostat.interception.interceptor import Interceptor
-from hemostat.ipc.messages import REST_KIND, MessageReader, Policy, Stats, encode
+from hemostat.ipc.messages import ALIVE_SECONDS, REST_KIND, Alive, MessageReader, Policy, Stats, encode
 
 from .load import (
     ADAPTER,
@@ -263,15 +263,25 @@ async def control(path: Path, rate: float, proxy: Proxy) -> AsyncIterator[None]:
     )
     writers: set[asyncio.StreamWriter] = set()
 
+    async def stay_alive(writer: asyncio.StreamWriter) -> None:
+        """Otherwise a relay takes it for lost, and connects anew."""
+        while not writer.is_closing():
+            writer.write(encode(Alive()))
+            await asyncio.sleep(ALIVE_SECONDS / 2)
+
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writers.add(writer)
         writer.write(encode(policy))
+        # What another revision reports, and takes, may have another form.
+        other = proxy.name.startswith("beside")
+        alive = None if other else asyncio.create_task(stay_alive(writer))
         frames = MessageReader()
         while data := await reader.read(1 << 20):
-            # What another revision reports may have another form.
             for message in frames.feed(data) if proxy.name.startswith("hemostat") else ():
                 if isinstance(message, Stats):
                     proxy.stats = message
+        if alive is not None:
+            alive.cancel()
         writer.close()
 
     server = await asyncio.start_unix_server(serve, str(path))
