@@ -273,17 +273,17 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
     assert anchors(page) == {"a-heading-with-code"}
 
 
-def test_every_page_of_the_documentation_is_linked_from_the_readme_and_the_index() -> None:
+def test_every_page_of_the_documentation_is_linked_from_the_index() -> None:
     pages = {path.name for path in DOCS.glob("*.md")}
     assert {DOCS / name for name in pages} <= set(PAGES)
-    readme = {link.partition("#")[0] for link in links(ROOT / "README.md")}
-    assert {f"docs/{name}" for name in pages} <= readme
+    assert "docs/index.md" in links(ROOT / "README.md")
     assert {link.partition("#")[0] for link in links(DOCS / "index.md")} >= pages - {"index.md"}
 
 
 def test_the_readme_is_short_and_shows_the_two_commands_and_the_console() -> None:
     text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) <= 200
+    assert len(text.split()) <= 700
+    assert max(map(len, text.splitlines())) <= 120
     assert re.search(r"^make demo\b", text, re.MULTILINE)
     assert re.search(r"^make test\b", text, re.MULTILINE)
     assert "docs/console.png" in links(ROOT / "README.md")
