@@ -9,7 +9,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-versions test-newest test-oldest passed lint bench-proxy bench-alarm bench-floor bench-families bench-bounds bench-engine bench-recovery bench-reference bench-guard bench-coverage bench-faults bench-load bench-compress chart docs screenshot clean
+.PHONY: help setup demo test test-slow test-versions test-newest test-oldest passed lint bench-proxy bench-alarm bench-floor bench-families bench-bounds bench-engine bench-recovery bench-reference bench-guard bench-coverage bench-faults bench-load bench-compress chart docs site screenshot clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -95,6 +95,9 @@ chart: setup ## generate the README and the values schema of helm/hemostat
 docs: setup ## generate docs/metrics.md from the code, and the console's runbook page from docs/runbook.md
 	@$(BIN)/python deploy/metrics.py
 	@$(BIN)/python deploy/runbook.py
+
+site: setup ## the documentation as a site, in build/site; a broken link is an error
+	@exec $(BIN)/python deploy/site.py
 
 screenshot: setup ## run the demo and write docs/console.png, a screenshot of the console (15 minutes); ARGS="--scored 700"
 	@exec $(BIN)/python deploy/screenshot.py $(ARGS)
