@@ -37,9 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=names, help="run this module only")
     parser.add_argument("--jobs", type=int, default=1, help="modules that run at a time; more disturb the timings")
-    parser.add_argument("--runs", type=int, default=planes.RUNS, help="of the random faults of planes")
+    parser.add_argument("--runs", type=int, default=planes.RUNS, help="of random faults, in planes and database")
+    parser.add_argument("--seed", type=int, default=planes.SEED, help="of these")
     arguments = parser.parse_args(argv)
-    os.environ[planes.RUNS_VARIABLE] = str(arguments.runs)  # modules may run in processes of their own
+    # Modules may run in processes of their own.
+    os.environ |= {planes.RUNS_VARIABLE: str(arguments.runs), planes.SEED_VARIABLE: str(arguments.seed)}
     chosen = arguments.only or names
     rows = run_modules(run, chosen, arguments.jobs)
     return publish(RESULT, chosen, rows, ("before", "measured", "limit"), {})

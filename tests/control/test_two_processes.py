@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Coroutine
@@ -24,6 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from tests.support import control as support
 from tests.support.faulty_store import Fault, FaultyStore
+from tests.support.nothing_lost import check
 from tests.support.profile_bench import BIASED, FRACTION, JUDGED, MODEL, Bench, harmful, helpful
 from tests.support.stores import KEPT, Opener, opener
 from tests.support.waiting import HANG_SECONDS
@@ -33,12 +33,8 @@ from hemostat.config.schema import Settings
 from hemostat.control import composition
 from hemostat.control.composition import Control
 from hemostat.control.ownership import OwnershipState, Superseded
-from hemostat.control.stored_state import SALT_KEY
-from hemostat.measurement.alarms import STATE_KEY as ALARM_KEY
-from hemostat.profiles.persistence import SERVING_KEY, TESTS_BEGUN_KEY, TESTS_KEY
 from hemostat.store.protocol import ExclusionLost, Snapshot, StoreConflict, StoreFailure, StoreUnreachable, Write
 from hemostat.store.sqlite import SqliteStore
-from hemostat_calibration.alarm.serialization import begun_tests
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.errors import HemostatError
 
@@ -308,48 +304,6 @@ class Lives(RuleBasedStateMachine):
         found = self.stored()
         check(self.before, found)
         self.before = found
-
-
-SERVES = ("promote", "pin", "roll_back")
-"""Decisions that change what serves a kind."""
-TESTS = ("import", "propose", "drop", "promote", "pin")
-"""Decisions that change who is a candidate."""
-
-
-def check(before: Snapshot, found: Snapshot) -> None:
-    """AssertionError where something that had happened has not."""
-    assert found.head.revision >= before.head.revision
-    new = list(found.events)[: len(found.events) - len(before.events)]
-    assert [*new, *before.events] == list(found.events), "an event is gone"
-    assert all(list(found.events).count(event) == 1 for event in new), "an event was written twice"
-    for name, count in counts(before).items():
-        assert counts(found).get(name, 0) >= count, name
-    if SALT_KEY in before.states:
-        assert found.states.get(SALT_KEY) == before.states[SALT_KEY]
-    decided = {(event["decision"], event["version"], event["kind"]) for event in new}
-    for kind, _ in served(before).items() ^ served(found).items():
-        assert any(what in SERVES and where == kind for what, _, where in decided), kind
-    for version in candidates(before) ^ candidates(found):
-        assert any(what in TESTS and which == version for what, which, _ in decided), version
-    held = {profile.version for profile in found.profiles}
-    assert candidates(found) | set(served(found).values()) <= held
-
-
-def counts(found: Snapshot) -> dict[str, int]:
-    """What has been begun, by what it is counted by."""
-    windows = json.loads(found.states.get(TESTS_KEY, '{"windows": {}}'))["windows"]
-    begun = int(found.states.get(TESTS_BEGUN_KEY, 0))
-    alarms = begun_tests(found.states.get(ALARM_KEY, "").encode())
-    return {"tests": begun, "alarms": alarms} | {f"windows of {kind}": number for kind, number in windows.items()}
-
-
-def served(found: Snapshot) -> dict[str, str]:
-    kinds = json.loads(found.states.get(SERVING_KEY, '{"kinds": {}}'))["kinds"]
-    return {name: kind["version"] for name, kind in kinds.items() if kind["version"] is not None}
-
-
-def candidates(found: Snapshot) -> set[str]:
-    return {version for version, _, _ in json.loads(found.states.get(SERVING_KEY, '{"queue": []}'))["queue"]}
 
 
 @pytest.mark.parametrize("kind", KEPT)

@@ -20,6 +20,7 @@ from tests.support.stores import DirectWrites
 from hemostat.config import schema as config
 from hemostat.measurement.alarms import STATE_KEY, Alarms
 from hemostat.measurement.figures import MODELS
+from hemostat_calibration.alarm.serialization import begun_tests
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.records import TokenRecord
@@ -107,6 +108,18 @@ def test_without_a_measured_floor_the_budget_is_on_the_divergence_itself() -> No
     assert allowed.raised() == {"budget": False}
     assert exceeded.raised() == {"budget": True}
     assert exceeded.alarms.report()["floor_upper_nats"] == 0.0
+
+
+def test_what_takes_a_part_of_alpha_is_stored_at_once() -> None:
+    """A process that is killed a moment later does not take the same part again."""
+    bench = Bench(baseline_requests=40)
+    stored = []
+    for seed in range(42):
+        bench.feed(range(seed, seed + 1), 0.1)
+        stored.append(begun_tests((bench.store.get_state(STATE_KEY) or "").encode()))
+        state = bench.alarms._state
+        assert stored[-1] == max(state.baselines, state.change_tests)
+    assert stored[-1] == 1
 
 
 def test_a_restart_goes_on_where_it_was() -> None:

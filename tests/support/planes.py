@@ -151,19 +151,30 @@ class Planes:
             if (status := await one.status()) and condition(status):
                 return status
             await asyncio.sleep(0.05)
-        logs = "\n".join(f"--- {each.name}\n{each.log.read_text()}" for each in self.instances)
-        pytest.fail(f"{await one.status()}\n{logs}")
+        pytest.fail(f"{await one.status()}\n{self._logs()}")
 
-    async def active(self, *, but: Instance | None = None) -> Instance:
-        """The control process that all relays are connected to."""
-        end = time.monotonic() + 2 * HANG_SECONDS
-        while time.monotonic() < end:
-            for one in self.controls:
-                if one is not but and (await one.status()).get("relays") == len(self.relays):
+    async def active(self, *, but: Instance | None = None, with_relays: bool = True) -> Instance:
+        """The control process that is active, once one is. with_relays: and all relays are connected to it."""
+
+        async def is_active(one: Instance) -> Instance:
+            while True:
+                status = await one.status()
+                connected = not with_relays or status.get("relays") == len(self.relays)
+                if connected and status.get("control", {}).get("state") == "active":
                     return one
-            await asyncio.sleep(0.05)
-        logs = "\n".join(f"--- {each.name}\n{each.log.read_text()}" for each in self.instances)
-        pytest.fail(f"no control process has {len(self.relays)} relays\n{logs}")
+                await asyncio.sleep(0.05)
+
+        looks = [asyncio.create_task(is_active(one)) for one in self.controls if one is not but]
+        found, _ = await asyncio.wait(looks, timeout=2 * HANG_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        for look in looks:
+            look.cancel()
+        await asyncio.gather(*looks, return_exceptions=True)
+        if not found:
+            pytest.fail(f"none is active, with {len(self.relays)} relays\n{self._logs()}")
+        return found.pop().result()
+
+    def _logs(self) -> str:
+        return "\n".join(f"--- {each.name}\n{each.log.read_text()[-5000:]}" for each in self.instances)
 
 
 @asynccontextmanager

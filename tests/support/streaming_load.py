@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
-from collections.abc import AsyncIterator
+import secrets
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -37,11 +39,13 @@ class Load:
 
 
 class _Client:
-    def __init__(self, url: str, request: bytes, load: Load) -> None:
+    """requests: what it sends, one after the other."""
+
+    def __init__(self, url: str, requests: Iterator[bytes], load: Load) -> None:
         parts = urlsplit(url)
         assert parts.hostname is not None
         self._address = (parts.hostname, parts.port)
-        self._request = request
+        self._requests = requests
         self._load = load
 
     async def run(self) -> None:
@@ -70,7 +74,7 @@ class _Client:
 
     async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """Whether the connection stays open."""
-        writer.write(self._request)
+        writer.write(next(self._requests))
         head = (await reader.readuntil(b"\r\n\r\n")).lower()
         load = self._load
         load.streaming += 1
@@ -98,14 +102,25 @@ async def _close(writer: asyncio.StreamWriter) -> None:
         await writer.wait_closed()
 
 
-@asynccontextmanager
-async def streaming_load(url: str, clients: int, tokens: int = 10) -> AsyncIterator[Load]:
-    """Clients that stream from the chat route until the end of the block; all answers have ended then."""
-    body = {"model": "fake", "messages": [{"role": "user", "content": "hello"}], "max_tokens": tokens, "stream": True}
+def _request(text: str, tokens: int) -> bytes:
+    body = {"model": "fake", "messages": [{"role": "user", "content": text}], "max_tokens": tokens, "stream": True}
     encoded = json.dumps(body | {"ignore_eos": True}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(encoded)}\r\n\r\n"
+    return head.encode() + encoded
+
+
+@asynccontextmanager
+async def streaming_load(
+    url: str, clients: int, tokens: int = 10, *, conversations: bool = False
+) -> AsyncIterator[Load]:
+    """Clients that stream from the chat route until the end of the block; all answers have ended then.
+
+    conversations: each request begins a new one; otherwise all are the same.
+    """
     load = Load()
-    tasks = [asyncio.create_task(_Client(url, head.encode() + encoded, load).run()) for _ in range(clients)]
+    texts = (f"hello {secrets.token_hex(8)}" if conversations else "hello" for _ in itertools.count())
+    requests = (_request(text, tokens) for text in texts)
+    tasks = [asyncio.create_task(_Client(url, requests, load).run()) for _ in range(clients)]
     try:
         await until(lambda: load.complete + load.cut + load.refused >= clients, 2 * HANG_SECONDS)
         yield load

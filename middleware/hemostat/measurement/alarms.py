@@ -35,7 +35,8 @@ ALL_KINDS = "all"
 STATE_KEY = "alarm"
 """Of the state in the store."""
 SAVE_SECONDS = 60.0
-"""Pause between writes of the state. After a restart, evidence since the last one is lost; no alpha is spent twice."""
+"""Longest pause between writes of the state. After a restart, evidence since the last one is lost. A test that begins
+is written at once: no alpha is spent twice."""
 
 
 class Alarms:
@@ -78,9 +79,10 @@ class Alarms:
             self._state = alarm.count(self._state, kind)
             return
         observation = alarm.Observation(now, figures.kl_rc, alarm.spread(record), pooled=kind == REST_KIND)
+        begun = _begun(self._state)
         self._state = alarm.update(self._state, kind, observation, self._noise_floor())
         changed = [self._note(reading) for reading in alarm.readings(self._state)]
-        if any(changed) or now - self._saved_at >= SAVE_SECONDS:
+        if any(changed) or _begun(self._state) > begun or now - self._saved_at >= SAVE_SECONDS:
             self.save()
 
     def observe_noise_floor(self, model: str, divergences: Floats) -> None:
@@ -228,6 +230,11 @@ class Alarms:
         if (distance := self._state.workload.distance) is not None:
             yield Sample(names.WORKLOAD_CHANGED, (), float(self._state.workload.changed(self._settings.alpha)))
             yield Sample(names.WORKLOAD_DISTANCE_RATIO, (), distance)
+
+
+def _begun(state: alarm.Alarm) -> int:
+    """Of everything that takes a part of alpha."""
+    return state.budget_tests + state.change_tests + state.baselines
 
 
 def _waits(reading: alarm.KindReading, needed: int) -> str:

@@ -1,4 +1,12 @@
-"""kill -9 and SIGSTOP of control processes and relays at random moments, while clients stream through two relays."""
+"""kill -9 and SIGSTOP of control processes and relays at random moments, while clients stream through two relays.
+
+Two `hemostat control`, one of which is active, two `hemostat relay` by TCP with TLS, an engine that reports, a
+reference that scores, and a store: SQLite here, PostgreSQL in `database.py`, which is killed and stopped, too.
+
+In each run an operator does something until it is answered with 200, then something else, and within 0.3 s a process is
+killed or stopped. The run ends when one control process is active and has both relays. Then the store itself is read:
+it holds what was answered with 200, and nothing is lost of what it has held (tests/support/nothing_lost.py).
+"""
 
 from __future__ import annotations
 
@@ -6,116 +14,341 @@ import asyncio
 import os
 import random
 import signal
+import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import httpx
+import numpy as np
 from tests.bench.faults import Row
-from tests.support.fake_vllm import FakeVllm, serving
-from tests.support.planes import CONTROL, RELAY, Instance, Planes, Relay, planes
+from tests.support import postgres
+from tests.support.fake_vllm import VOCAB, FakeVllm, serving
+from tests.support.nothing_lost import check, counts
+from tests.support.planes import CONTROL, RELAY, Instance, Planes, engine, planes
+from tests.support.postgres import Postgres
+from tests.support.stores import stored
 from tests.support.streaming_load import Load, streaming_load
 
+from hemostat.profiles.persistence import MODE_KEY
+from hemostat.store.protocol import Snapshot, StoreFailure
+from hemostat_calibration.profiles.profile import temperature_bias
+
 NAME = "planes"
-TAKES = "2 minutes with 5 runs (`--runs`)"
+TAKES = "1 minute with 5 runs (`--runs`)"
 
-RUNS_VARIABLE = "FAULT_RUNS"
-RUNS = 5
-CLIENTS = 8
+RUNS_VARIABLE, SEED_VARIABLE = "FAULT_RUNS", "FAULT_SEED"
+RUNS, SEED = 5, 26
+CLIENTS = 3
 """Of each relay."""
-TOKEN_SECONDS = 0.02
-STOPPED_SECONDS = (0.5, 14.0)
-"""Shortest and longest SIGSTOP: relays leave a silent control process after ten seconds."""
-TAKEOVER_SECONDS = 5.0
+TOKENS, TOKEN_SECONDS = 5, 0.04
+CRASH_SECONDS, VANISHED_SECONDS = 5.0, 15.0
+"""At most, until another control process is active."""
+HANG_SECONDS = 60.0
+SETTINGS: Mapping[str, Any] = {
+    "shadow": {"rate": 0.5, "top_k": 8},
+    "calibration": {"mode": "auto"},
+    "alarm": {"baseline_requests": 30},
+}
 
 
-@dataclass
-class Found:
-    """failed: requests that were refused, cut or failed, without those that streamed through a relay that was killed.
-    takeovers: seconds from the kill of the active control process until all relays have another one. lost: what was
-    stored and is not there any more."""
+@dataclass(slots=True)
+class Outcome:
+    """Of all runs of one fault."""
 
-    failed: list[str] = field(default_factory=list)
-    takeovers: list[float] = field(default_factory=list)
+    runs: int = 0
+    failures: list[str] = field(default_factory=list)
+    """Of requests, beside those that were in a relay that was killed."""
+    cut: int = 0
+    """Of these."""
+    seconds: list[float] = field(default_factory=list)
+    """From the fault until another control process was active."""
     lost: list[str] = field(default_factory=list)
-    done: Counter[str] = field(default_factory=Counter)
+    """What the store does not hold."""
 
 
-async def _mode(one: Instance) -> str:
-    status = await one.status()
-    return str(status.get("profile", {}).get("mode"))
+@dataclass(slots=True)
+class World:
+    """url: of the store. server: None: it is SQLite. versions: that the engine says it holds."""
+
+    planes: Planes
+    url: str
+    server: Postgres | None
+    versions: list[str]
+
+    async def stored(self) -> Snapshot:
+        end = time.monotonic() + HANG_SECONDS
+        while True:
+            try:
+                return await asyncio.to_thread(stored, self.url)
+            except StoreFailure:  # the server has just been started
+                if time.monotonic() > end:
+                    raise
+                await asyncio.sleep(0.1)
 
 
-async def _one_run(one: Planes, draw: random.Random, found: Found) -> None:
-    """One fault at a random moment, under load; all relays have an active control process at the end."""
-    active = await one.active()
-    standby = next(each for each in one.controls if each is not active)
-    mode = draw.choice(["observe", "off"])
-    (await active.post("/api/v1/calibration", json={"mode": mode})).raise_for_status()
-    victim: Instance = draw.choice([active, active, standby, *one.relays])
-    stop = draw.random() < 0.4
-    kind = "control" if victim in one.controls else "relay"
-    found.done[f"{'SIGSTOP' if stop else 'kill -9'} of {'the active' if victim is active else 'a'} {kind}"] += 1
-    loads: dict[Relay, Load] = {}
-    async with (
-        streaming_load(one.relays[0].data, CLIENTS, 20) as loads[one.relays[0]],
-        streaming_load(one.relays[1].data, CLIENTS, 20) as loads[one.relays[1]],
-    ):
-        await asyncio.sleep(draw.uniform(0.0, 2.0))
-        cut = 0
-        if stop:
-            victim.signal(signal.SIGSTOP)
-            await asyncio.sleep(draw.uniform(*STOPPED_SECONDS))
-            victim.signal(signal.SIGCONT)
-        elif isinstance(victim, Relay):
-            cut = CLIENTS  # its supervisor goes on, and no connection is refused
-            for pid in victim.children(RELAY):
-                os.kill(pid, signal.SIGKILL)
-        elif draw.random() < 0.5:
-            for pid in victim.children(CONTROL):  # its supervisor starts it anew
-                os.kill(pid, signal.SIGKILL)
+# --- what an operator does -----------------------------------------------------------------------------------------
+
+
+Kept = Callable[[Snapshot, Snapshot], bool]
+"""Whether the store holds what was done, by what it held before and holds after."""
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """A request to the admin port of the active control process."""
+
+    name: str
+    path: str
+    given: dict[str, Any]
+    is_kept: Kept
+
+    async def done(self, active: Instance) -> bool:
+        """Whether it was answered with 200."""
+        try:
+            return (await active.post(self.path, **self.given)).status_code == 200
+        except httpx.TransportError:
+            return False
+
+
+def importing(world: World, draw: random.Random) -> Action:
+    bias = np.random.default_rng(draw.getrandbits(32)).normal(0.0, 0.5, VOCAB)
+    profile = temperature_bias("fake", VOCAB, 1.0, bias, 1.0)
+    world.versions.append(profile.version)
+    kept = _has_event("import", profile.version)
+    return Action("import", "/api/v1/profiles", {"content": profile.to_bytes()}, kept)
+
+
+def promoting(world: World, draw: random.Random) -> Action:
+    version = world.versions[-1]
+    return Action("promote", "/api/v1/profiles/promote", {"json": {"version": version}}, _has_event("promote", version))
+
+
+def rolling_back(world: World, draw: random.Random) -> Action:
+    return Action("roll back", "/api/v1/profiles/rollback", {}, _has_event("roll_back"))
+
+
+def setting_mode(world: World, draw: random.Random) -> Action:
+    mode = draw.choice(["observe", "auto"])
+    is_kept: Kept = lambda before, after: _mode(after) == mode  # noqa: E731
+    return Action("mode", "/api/v1/calibration", {"json": {"mode": mode}}, is_kept)
+
+
+def rebasing(world: World, draw: random.Random) -> Action:
+    return Action(
+        "rebase", "/api/v1/alarm/rebase", {}, lambda before, after: after.head.revision > before.head.revision
+    )
+
+
+ACTIONS = (promoting, promoting, rolling_back, setting_mode, rebasing)
+
+
+def _has_event(decision: str, version: str | None = None) -> Kept:
+    """A new one."""
+
+    def number(snapshot: Snapshot) -> int:
+        found = (event for event in snapshot.events if event["decision"] == decision)
+        return sum(version in (None, event["version"]) for event in found)
+
+    return lambda before, after: number(after) > number(before)
+
+
+def _mode(snapshot: Snapshot) -> str:
+    """The one that is configured where none is stored."""
+    return snapshot.states.get(MODE_KEY, "auto").rpartition(" ")[2]
+
+
+# --- what fails ----------------------------------------------------------------------------------------------------
+
+Fault = Callable[[World, Instance, random.Random], Awaitable[float | None]]
+"""Returns the seconds until another control process is active, where there is one. The instance: the active one."""
+
+
+async def _taken_over(world: World, began: float, but: Instance | None = None) -> float:
+    await world.planes.active(but=but, with_relays=False)
+    return time.monotonic() - began
+
+
+async def kill_control(world: World, active: Instance, draw: random.Random) -> float:
+    """Its supervisor starts it again."""
+    began = time.monotonic()
+    for pid in active.children(CONTROL):
+        os.kill(pid, signal.SIGKILL)
+    return await _taken_over(world, began)
+
+
+async def kill_machine(world: World, active: Instance, draw: random.Random) -> float:
+    began = time.monotonic()
+    active.kill()
+    seconds = await _taken_over(world, began, active)
+    active.start()
+    return seconds
+
+
+async def stop_control(world: World, active: Instance, draw: random.Random) -> float | None:
+    """With SQLite the other one waits: the lock is held."""
+    began, seconds = time.monotonic(), None
+    active.signal(signal.SIGSTOP)
+    try:
+        if world.server is None:
+            await asyncio.sleep(draw.uniform(0.5, 14.0))  # relays leave a silent control process after ten seconds
         else:
-            victim.kill()
-            began = time.monotonic()
-            if victim is active:
-                await one.active(but=victim)
-                found.takeovers.append(time.monotonic() - began)
-            victim.start()
-        now = await one.active()
-        for load in loads.values():
-            await load.until_more(2 * CLIENTS)
-    for relay, load in loads.items():
-        allowed = cut if relay is victim else 0
-        if load.refused or load.failed or load.cut > allowed:
-            found.failed += [f"{victim.name}, {'SIGSTOP' if stop else 'kill -9'}: {text}" for text in load.failures]
-    if (kept := await _mode(now)) != mode:
-        found.lost.append(f"mode {mode} became {kept}")
+            seconds = await _taken_over(world, began, active)
+    finally:
+        active.signal(signal.SIGCONT)
+    return seconds
 
 
-async def _runs(number: int, seed: int) -> Found:
-    found, draw = Found(), random.Random(seed)
-    with tempfile.TemporaryDirectory() as folder, serving(FakeVllm(token_delay=TOKEN_SECONDS)) as url:
-        async with planes(Path(folder), url, shadow={"rate": 0.0}) as one:
-            for _ in range(number):
-                await _one_run(one, draw, found)
-    return found
+async def kill_relay(world: World, active: Instance, draw: random.Random) -> None:
+    for pid in draw.choice(world.planes.relays).children(RELAY):
+        os.kill(pid, signal.SIGKILL)
 
 
-def rows() -> list[Row]:
-    number = int(os.environ.get(RUNS_VARIABLE, RUNS))
-    found = asyncio.run(_runs(number, seed=26))
-    done = ", ".join(f"{count} x {what}" for what, count in sorted(found.done.items()))
-    case = f"{number} faults at random moments, two control processes and two relays ({done})"
-    slowest = max(found.takeovers, default=0.0)
-    return [
-        Row(f"{case}: requests that fail", "", "; ".join(found.failed[:3]) or 0, "0", not found.failed),
-        Row("what was stored and is lost", "", "; ".join(found.lost[:3]) or 0, "nothing", not found.lost),
-        Row(
-            f"from the kill of the active control process until both relays have the other ({len(found.takeovers)} x)",
-            "",
-            f"{slowest:.1f} s",
-            f"at most {TAKEOVER_SECONDS:g} s",
-            slowest <= TAKEOVER_SECONDS,
-        ),
-    ]
+async def stop_relay(world: World, active: Instance, draw: random.Random) -> None:
+    relay = draw.choice(world.planes.relays)
+    relay.signal(signal.SIGSTOP)
+    await asyncio.sleep(draw.uniform(0.0, 3.0))
+    relay.signal(signal.SIGCONT)
+
+
+async def kill_server(world: World, active: Instance, draw: random.Random) -> None:
+    assert world.server is not None
+    world.server.kill()
+    await asyncio.sleep(draw.uniform(0.0, 3.0))
+    await asyncio.to_thread(world.server.start)
+
+
+async def stop_server(world: World, active: Instance, draw: random.Random) -> None:
+    assert world.server is not None
+    world.server.freeze()
+    await asyncio.sleep(draw.uniform(0.0, 12.0))
+    world.server.thaw()
+
+
+FAULTS: dict[str, Fault] = {
+    "kill -9 of the active control process": kill_control,
+    "kill -9 of it and of its supervisor": kill_machine,
+    "SIGSTOP of the active control process": stop_control,
+    "kill -9 of the processes of a relay": kill_relay,
+    "SIGSTOP of a relay, up to 3 s": stop_relay,
+}
+SERVER_FAULTS: dict[str, Fault] = {
+    "kill -9 of PostgreSQL, started after up to 3 s": kill_server,
+    "SIGSTOP of PostgreSQL, up to 12 s": stop_server,
+}
+LIMITS = {kill_control: CRASH_SECONDS, kill_machine: CRASH_SECONDS, stop_control: VANISHED_SECONDS}
+
+
+# --- runs ----------------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def deployed(*, server: bool) -> AsyncIterator[World]:
+    """server: the store is PostgreSQL."""
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        one = stack.enter_context(postgres.running()) if server else None
+        url = one.url(one.new_database()) if one is not None else f"sqlite:///{folder / 'store.db'}"
+        upstream = stack.enter_context(serving(FakeVllm(noise=0.5, token_delay=TOKEN_SECONDS)))
+        reference = {"backend": "vllm", "url": stack.enter_context(serving(FakeVllm()))}
+        made = await stack.enter_async_context(planes(folder, upstream, store=url, reference=reference, **SETTINGS))
+        versions: list[str] = []
+        await stack.enter_async_context(engine(made.controls, versions, VOCAB))
+        await made.until(await made.active(), lambda status: status["reference"]["state"] == "ready")
+        yield World(made, url, one, versions)
+
+
+async def measured(runs: int, seed: int, *, server: bool) -> tuple[dict[str, Outcome], Snapshot]:
+    """By fault, and what is stored at the end."""
+    draw = random.Random(seed)
+    faults = FAULTS | (SERVER_FAULTS if server else {})
+    outcomes = {name: Outcome() for name in faults}
+    async with AsyncExitStack() as stack:
+        world = await stack.enter_async_context(deployed(server=server))
+        loads = [
+            await stack.enter_async_context(streaming_load(relay.data, CLIENTS, TOKENS, conversations=True))
+            for relay in world.planes.relays
+        ]
+        after = await world.stored()
+        for number in range(runs):
+            name = draw.choice(list(faults))
+            after = await one_run(world, loads, outcomes[name], faults[name], after, draw)
+            print(f"{number + 1}: {name}: {outcomes[name]}", file=sys.stderr, flush=True)
+    return outcomes, after
+
+
+async def one_run(
+    world: World, loads: list[Load], outcome: Outcome, fault: Fault, before: Snapshot, draw: random.Random
+) -> Snapshot:
+    """What is stored after it."""
+    active = await world.planes.active()
+    for other in world.planes.controls:
+        if other is not active:
+            await world.planes.until(other, lambda status: status["control"]["state"] == "standby")
+    failures = [len(load.failures) for load in loads]
+    done = [await first_action(world, draw)]
+    setting = asyncio.create_task((action := draw.choice(ACTIONS)(world, draw)).done(active))
+    await asyncio.sleep(draw.uniform(0.0, 0.3))
+    seconds = await fault(world, active, draw)
+    await world.planes.active()
+    if await setting:
+        done.append(action)
+    for load in loads:
+        await load.until_more(2 * CLIENTS)
+    after = await world.stored()
+    outcome.runs += 1
+    if seconds is not None:
+        outcome.seconds.append(seconds)
+    failed = [text for load, known in zip(loads, failures, strict=True) for text in load.failures[known:]]
+    if fault is kill_relay:
+        outcome.cut += len([text for text in failed if text.startswith("cut")])
+        failed = [text for text in failed if not text.startswith("cut")]
+    outcome.failures += failed
+    outcome.lost += [f"{one.name} was answered with 200" for one in done if not one.is_kept(before, after)]
+    try:
+        check(before, after)
+    except AssertionError as error:
+        outcome.lost.append(str(error))
+    return after
+
+
+async def first_action(world: World, draw: random.Random) -> Action:
+    """Done, and answered with 200, at last: who is active may just be finding out that it is not any more."""
+    action, end = importing(world, draw), time.monotonic() + HANG_SECONDS
+    while not await action.done(await world.planes.active()):
+        assert time.monotonic() < end, f"nothing is answered with 200 in {HANG_SECONDS:g} s"
+        await asyncio.sleep(0.2)
+    return action
+
+
+def rows(*, server: bool = False) -> Iterator[Row]:
+    """server: the store is PostgreSQL."""
+    runs, seed = int(os.environ.get(RUNS_VARIABLE, RUNS)), int(os.environ.get(SEED_VARIABLE, SEED))
+    outcomes, after = asyncio.run(measured(runs, seed, server=server))
+    for name, one in outcomes.items():
+        limit = LIMITS.get((FAULTS | SERVER_FAULTS)[name], 0.0)
+        text = f"{one.runs} x: {len(one.failures)} requests failed"
+        text += f", {one.cut} that it had were cut" if one.cut else ""
+        text += f"; active after {min(one.seconds):.1f} to {max(one.seconds):.1f} s" if one.seconds else ""
+        text += "".join(f"; {what}" for what in [*one.failures[:3], *one.lost[:3]])
+        wanted = "none fails, nothing is lost" + (f", active within {limit:g} s" if one.seconds else "")
+        holds = not one.failures and not one.lost and max(one.seconds, default=0.0) <= limit
+        yield Row(name, "", text, wanted, holds)
+    yield from begun(after, runs)
+
+
+def begun(after: Snapshot, runs: int) -> Iterator[Row]:
+    """What could have been lost."""
+    found = Counter[str]()
+    for name, number in counts(after).items():
+        found["windows" if name.startswith("windows") else name] += number
+    found["events"] = len(after.events)
+    found["revisions"] = after.head.revision
+    text = ", ".join(f"{number} {name}" for name, number in found.items())
+    holds = runs < 20 or all(found[name] for name in ("tests", "windows", "alarms"))
+    yield Row("what the store has counted by then", "", text, "some of each", holds)
