@@ -208,7 +208,7 @@ def test_the_excess_has_the_interval_that_the_floor_allows(
     )
     # A floor that is known from too few requests has the cap as its upper end: that is no news.
     few = {"kl_nats": {"estimate": 0.4, "ci95": [-39.6, 0.5], "floor": 0.1}}
-    monkeypatch.setattr(one.control.measurements, "excess", lambda: few)
+    monkeypatch.setattr(one.control.measured.measurements, "excess", lambda: few)
     expect(page.locator("#excess-sub")).to_have_text(
         "95 % [–, 0.500]; noise floor 0.100, too few requests to bound it", timeout=10_000
     )

@@ -390,7 +390,7 @@ def test_nothing_that_is_shown_becomes_markup(tmp_path: Path, browser: Browser) 
             control.profile_manager.events.restore(
                 [{"at": time.time(), "decision": script, "version": script, "why": script, "evidence": {}}]
             )
-            control.alarms.events.append(
+            control.measured.alarms.events.append(
                 {"at": time.time(), "decision": "alarm", "version": "", "why": script, "evidence": {"raised": False}}
             )
 

@@ -231,7 +231,7 @@ async def test_a_bug_in_calibration_costs_no_measurement(tmp_path: Path, monkeyp
     async with control(tmp_path) as one:
         monkeypatch.setattr(one.profile_manager, "observe", bug)
         one.pipeline.use_record(*scored())
-        assert one.measurements.tokens == 3
+        assert one.measured.measurements.tokens == 3
         assert one.registry.get_sample_value("hemostat_calibration_errors_total") == 1
 
 
@@ -404,7 +404,7 @@ async def test_while_it_is_suspended_records_decide_nothing_and_off_applies(
         one.link.set_policy = told.append  # type: ignore[method-assign]
         one.ownership._lose(ExclusionLost("the session has ended"))
         one.pipeline.use_record(*scored())
-        assert one.measurements.tokens == 0
+        assert one.measured.measurements.tokens == 0
         for mode, code in (("observe", 503), ("off", 507)):
             answer = await client.post("/api/v1/calibration", headers=AUTHORIZED, json={"mode": mode})
             assert answer.status_code == code
@@ -414,7 +414,7 @@ async def test_while_it_is_suspended_records_decide_nothing_and_off_applies(
         assert await one.writer.wait_until_written(30.0)
         assert one.store.read().states["mode"] == "auto off"
         one.pipeline.use_record(*scored())
-        assert one.measurements.tokens > 0
+        assert one.measured.measurements.tokens > 0
 
 
 async def test_a_forced_profile_that_is_none_is_named(tmp_path: Path) -> None:

@@ -92,30 +92,30 @@ async def test_the_engine_that_differs_is_named_and_that_survives_a_restart(tmp_
     made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"})
     async with control(tmp_path, made) as one:
         observe(one, 120, odd=C)
-        assert one.by_engine.odd == {C}
-        (row,) = [row for row in one.by_engine.report() if row["odd"]]
+        assert one.measured.by_engine.odd == {C}
+        (row,) = [row for row in one.measured.by_engine.report() if row["odd"]]
         assert row["farther"] is False
         assert row["on_tokens"] <= 90
         assert value(one, "hemostat_engine_odd", C) == 1.0
         assert value(one, "hemostat_engine_odd", A) == 0.0
-        per_token = {row["engine"]: row["kl_nats"] for row in one.by_engine.report()}
+        per_token = {row["engine"]: row["kl_nats"] for row in one.measured.by_engine.report()}
         assert per_token[C] < min(per_token[A], per_token[B], per_token[D])
         await one.writer.write()
         assert f"engine {C} is not like the others" in {event["why"] for event in one.store.read().events}
     async with control(tmp_path, made) as one:
-        assert one.by_engine.odd == {C}
+        assert one.measured.by_engine.odd == {C}
 
 
 async def test_engines_of_one_model_are_not_named(tmp_path: Path) -> None:
     async with control(tmp_path) as one:
         observe(one, 100, odd=None)
-        assert not one.by_engine.odd
+        assert not one.measured.by_engine.odd
 
 
 async def test_records_without_an_engine_count_nowhere(tmp_path: Path) -> None:
     async with control(tmp_path) as one:
         one.pipeline.use_record(*scored())
-        assert one.by_engine.report() == []
+        assert one.measured.by_engine.report() == []
 
 
 async def test_each_engine_is_asked_for_the_versions_that_it_holds_itself(tmp_path: Path) -> None:

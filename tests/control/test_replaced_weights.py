@@ -58,7 +58,11 @@ class Life:
     def known(self) -> tuple[bool, bool, bool]:
         """A profile serves, the alarm has evidence, something was learned."""
         found = self.one.profile_manager
-        return found.serving.version is not None, bool(self.one.alarms._state.kinds), found.proposals.learned()[0] > 0
+        return (
+            found.serving.version is not None,
+            bool(self.one.measured.alarms._state.kinds),
+            found.proposals.learned()[0] > 0,
+        )
 
 
 @asynccontextmanager

@@ -113,7 +113,7 @@ class Process:
                 first = 10 * next(self._numbers) % 10_000
                 self.bench.feed(BIASED, JUDGED[first : first + 2])
                 for record, figures in RECORDS:
-                    self.control.alarms.observe(record, figures)
+                    self.control.measured.alarms.observe(record, figures)
                 self.save()
             case _:
                 pass
@@ -121,7 +121,7 @@ class Process:
     def save(self) -> None:
         """As the process does once a minute, and at its end."""
         self.profiles.writer.save()
-        self.control.alarms.save()
+        self.control.measured.alarms.save()
 
     async def write(self) -> None:
         """As `StoreWriter.run` does, once."""

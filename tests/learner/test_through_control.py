@@ -225,7 +225,7 @@ async def test_a_contextual_profile_is_learned_evaluated_judged_and_serves(
         assert b.told[-1].serving_by_kind.get(REST_KIND) == proposed
         assert b.told[-1].acknowledged >= {proposed}
         await b.requests(40)
-        assert b.one.measurements.recovered(proposed)["estimate"] > 0.1  # type: ignore[index]
+        assert b.one.measured.measurements.recovered(proposed)["estimate"] > 0.1  # type: ignore[index]
 
         # Nothing was learned from what judged, nor were its hidden states asked for.
         assert len(set(b.learned_from)) > 50
@@ -252,7 +252,7 @@ async def test_when_the_error_changes_the_profile_is_rolled_back_and_a_new_one_i
         await b.until(lambda: profiles.serving.selected is not None, 2000)
         assert profiles.serving.selected != before
         await b.requests(40)
-        assert b.one.measurements.recovered(profiles.serving.selected)["estimate"] > 0.1  # type: ignore[index]
+        assert b.one.measured.measurements.recovered(profiles.serving.selected)["estimate"] > 0.1  # type: ignore[index]
 
 
 async def test_features_that_cannot_be_used_are_dropped_and_the_rest_is_learned_from(

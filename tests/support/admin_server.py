@@ -222,7 +222,7 @@ async def everything(one: Control, folder: Path) -> asyncio.StreamWriter:
         one.pipeline.received += 1
         one.pipeline.endings.count(Outcome.SCORED, capture=scored(str(n))[1])
         arm = ("control", "treated", "none")[n % 3]
-        one.measurements.thinking.add(arm, made.thinking, "stop" if n % 10 else "length", fresh=True)
+        one.measured.measurements.thinking.add(arm, made.thinking, "stop" if n % 10 else "length", fresh=True)
         if n % 4 == 0:
             truth = WORLD.truth(n)
             for model in ("compressed", "reference"):
@@ -239,11 +239,11 @@ async def everything(one: Control, folder: Path) -> asyncio.StreamWriter:
     for n in range(GRAMMAR_REQUESTS):
         restricted = under_grammar(n)
         gains = RecordGains(restricted)
-        one.measurements.conditional.observe(restricted, None, None, held_out=False, gains=gains, fresh=True)
+        one.measured.measurements.conditional.observe(restricted, None, None, held_out=False, gains=gains, fresh=True)
     for kind, harmful in zip(KINDS[:2], (False, True), strict=True):
         for report in outcome_reports(kind, serving, harmful):
-            one.outcomes.receive(report)
-        one.outcomes.check()
+            one.measured.outcomes.receive(report)
+        one.measured.outcomes.check()
     return writer
 
 

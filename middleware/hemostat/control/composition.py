@@ -15,7 +15,8 @@ from prometheus_client import CollectorRegistry
 from hemostat.admin.configuration import Configuration
 from hemostat.admin.history import History
 from hemostat.admin.problems import Problems
-from hemostat.admin.status import StatusSource
+from hemostat.admin.status import ProcessParts, StatusSource
+from hemostat.admin.status_parts import CalibrationParts, EngineParts, ScoringParts
 from hemostat.config.schema import Settings
 from hemostat.control import learned_state
 from hemostat.control.adapters import Adapters
@@ -40,12 +41,8 @@ from hemostat.ipc.reasons import Outcome
 from hemostat.learner import stored
 from hemostat.learner.client import Learner
 from hemostat.learner.stored import StoredLearning
-from hemostat.measurement.alarms import Alarms
-from hemostat.measurement.by_engine import ByEngine
-from hemostat.measurement.figures import MODELS
-from hemostat.measurement.measurements import Measurements
+from hemostat.measurement.measured import Measured
 from hemostat.measurement.outcome_sampling import OutcomeSampling
-from hemostat.measurement.outcomes import Outcomes
 from hemostat.measurement.rates import SmoothedRate
 from hemostat.metrics import names
 from hemostat.metrics.collector import HemostatCollector
@@ -84,22 +81,18 @@ class Control:
         wall: Callable[[], float] = time.time,
         draw: Callable[[], float] = _RANDOM.random,
     ) -> None:
-        calibration, changes = settings.calibration, Changes()
         self._clock, self._wall = clock, wall
+        self.changes = Changes()
         self.configuration = Configuration(wall())
         self.history = History()
-        self.measurements = Measurements(settings.shadow.max_tokens)
         self.breakers = Breakers()
         self.records = RecordsFile(settings.records.path, clock) if settings.records.path else None
         self.tracing = make_tracing(settings.tracing.model_dump())
         self.store, self.store_errors = open_store(settings.store.url), StoreErrorLog()
         self.ownership = Ownership(self.store, self.store_errors)
         self.writer = self.ownership.writer
-        floors = MODELS if settings.shadow.floor_fraction > 0.0 else ()
-        self.alarms = Alarms(settings.alarm, floors, self.writer, wall)
-        self.by_engine = ByEngine(settings.alarm.engine_alpha, self.writer, wall)
         self.profile_manager = ProfileManager(
-            calibration,
+            settings.calibration,
             self.writer,
             wall,
             default_temperature_is_one=settings.upstream.openai_sampling_defaults,
@@ -107,55 +100,51 @@ class Control:
             adapter=settings.adapter,
         )
         self.profiles = self.profile_manager.report
-        self.requests, sampling = SmoothedRate(), OutcomeSampling()
-        self.outcomes = Outcomes(
-            settings.evidence.client_share,
-            calibration.control_fraction,
-            ServedKinds(self.profile_manager),
-            self.writer,
-            wall,
-            sampling,
-        )
+        self.requests, self.outcome_sampling = SmoothedRate(), OutcomeSampling()
+        self.measured = Measured(settings, ServedKinds(self.profile_manager), self.outcome_sampling, self.writer, wall)
+        self._connect_models(settings)
+        self._connect_learners(settings)
+        self._connect_scoring(settings, draw)
+        self._connect_relays(settings)
+        self._connect_admin(settings, data_port)
+
+    def _connect_models(self, settings: Settings) -> None:
+        """The engines, and the references that their models are compared with."""
         self.engines = EngineRegistry(nonce_prefix=secrets.token_hex(8))
         self.weights = ServedWeights(self.engines)
+        self.addresses = EngineAddresses(
+            settings.upstream, self.engines, lambda: list(self.upstreams.current()), self._clock, self.changes.notify
+        )
         self.references = make_references(settings)
         self.compressed_scorer = make_compressed_scorer(settings)
         self.monitor = ReferenceMonitor(
             self.references,
             settings,
             compressed_scorer=self.compressed_scorer,
-            scores_fail=lambda name: self.breakers.open(name, clock()),
+            scores_fail=lambda name: self.breakers.open(name, self._clock()),
             refused=lambda: self.link.total().counters.get(names.SHADOW_REQUESTS, {}).get(LOGPROBS_REFUSED, 0.0),
             on_change=self._models_changed,
         )
-        self.changes = changes
+
+    def _connect_learners(self, settings: Settings) -> None:
+        profiles, proposals = self.profile_manager, self.profile_manager.proposals
+        clock, notify = self._clock, self.changes.notify
         self._stored_learning = StoredLearning(self.writer)
-        self.learner = Learner(
-            calibration, self.profile_manager.proposals, changes.notify, storage=self._stored_learning, clock=clock
-        )
-        self.learned = LearnedState(self.profile_manager.proposals, self.writer, clock)
-        self.addresses = EngineAddresses(
-            settings.upstream, self.engines, lambda: list(self.upstreams.current()), clock, changes.notify
-        )
-        self.adapters = Adapters(
-            settings,
-            self.profile_manager,
-            self.monitor,
-            self.engines,
-            self.addresses,
-            changes.notify,
-            clock=clock,
-        )
-        self.subject = LearningSubject(calibration, self.profile_manager, self.monitor, self.learner, self.adapters)
+        self.learner = Learner(settings.calibration, proposals, notify, storage=self._stored_learning, clock=clock)
+        self.learned = LearnedState(proposals, self.writer, clock)
+        self.adapters = Adapters(settings, profiles, self.monitor, self.engines, self.addresses, notify, clock=clock)
+        self.subject = LearningSubject(settings.calibration, profiles, self.monitor, self.learner, self.adapters)
+
+    def _connect_scoring(self, settings: Settings, draw: Callable[[], float]) -> None:
         self.pipeline = ScoringPipeline(
             settings,
             self.monitor,
             self.engines,
-            CalibrationNeeds(calibration, self.profile_manager, self.learner, self.adapters),
+            CalibrationNeeds(settings.calibration, self.profile_manager, self.learner, self.adapters),
             RecordConsumers(
-                self.measurements,
-                self.alarms,
-                self.by_engine,
+                self.measured.measurements,
+                self.measured.alarms,
+                self.measured.by_engine,
                 self.profile_manager,
                 self.learner,
                 self.records,
@@ -165,14 +154,19 @@ class Control:
             scores=self.references is not None,
             compressed_scorer=self.compressed_scorer,
             breakers=self.breakers,
-            clock=clock,
+            clock=self._clock,
             draw=draw,
-            on_change=changes.notify,
+            on_change=self.changes.notify,
             distances=self.adapters.judge if settings.adapter.enabled else None,
             decides=lambda: self.ownership.active,
         )
-        self.link = RelayLink(self.pipeline.receive, self._receive_outcome, self.pipeline.coverage.relayed, clock)
+
+    def _connect_relays(self, settings: Settings) -> None:
+        """What relays send, what they are told, and what is stored."""
+        pipeline = self.pipeline
+        self.link = RelayLink(pipeline.receive, self._receive_outcome, pipeline.coverage.relayed, self._clock)
         self.upstreams = UpstreamEngines(self.link.engines, self.writer)
+        self.stored_state = StoredState(self.writer, self.profile_manager, self.measured, self.upstreams)
         self.policy = PolicyPublisher(
             settings,
             self.link,
@@ -180,31 +174,22 @@ class Control:
             self.profile_manager,
             self.monitor,
             self.breakers,
-            self.pipeline.answer_losses,
-            clock,
+            pipeline.answer_losses,
+            self._clock,
             salt=lambda: self.stored_state.salt,
             adapters=self.adapters.hosts,
             addresses=self.addresses,
             upstreams=self.upstreams,
-            outcomes=sampling,
-            captures=self.pipeline.sampling,
+            outcomes=self.outcome_sampling,
+            captures=pipeline.sampling,
         )
-        changes.subscribe(self.policy.publish)
-        self.stored_state = StoredState(
-            self.writer,
-            self.profile_manager,
-            self.alarms,
-            self.by_engine,
-            self.upstreams,
-            self.outcomes,
-        )
+        self.changes.subscribe(self.policy.publish)
+
+    def _connect_admin(self, settings: Settings, data_port: int) -> None:
+        """What the admin port shows and does."""
+        clock, wall, profiles = self._clock, self._wall, self.profile_manager
         self.actions = OperatorActions(
-            self.profile_manager,
-            self.alarms,
-            self.subject,
-            self.upstreams,
-            self.ownership,
-            changes.notify,
+            profiles, self.measured.alarms, self.subject, self.upstreams, self.ownership, self.changes.notify
         )
         self.problems = Problems(
             ownership=self.ownership,
@@ -212,7 +197,7 @@ class Control:
             engines=self.engines,
             upstreams=self.upstreams,
             monitor=self.monitor,
-            alarms=self.alarms,
+            alarms=self.measured.alarms,
             pipeline=self.pipeline,
             adapters=self.adapters.learner,
             store_errors=self.store_errors,
@@ -223,26 +208,13 @@ class Control:
         )
         self.status = StatusSource(
             settings,
-            data_port,
-            problems=self.problems,
-            ownership=self.ownership,
-            link=self.link,
-            engines=self.engines,
-            monitor=self.monitor,
-            pipeline=self.pipeline,
-            measurements=self.measurements,
-            alarms=self.alarms,
-            by_engine=self.by_engine,
-            upstreams=self.upstreams,
-            addresses=self.addresses,
-            outcomes=self.outcomes,
-            profiles=self.profile_manager,
-            learner=self.learner,
-            adapters=self.adapters.status,
-            records=self.records,
-            configuration=self.configuration,
-            clock=clock,
-            wall=wall,
+            ProcessParts(self.problems, self.ownership, self.link, self.configuration, data_port),
+            ScoringParts(self.monitor, self.pipeline, self.records),
+            EngineParts(self.engines, self.upstreams, self.addresses),
+            self.measured,
+            CalibrationParts(profiles, self.learner, self.adapters.status),
+            clock,
+            wall,
         )
         self.registry = CollectorRegistry()
         self.registry.register(HemostatCollector(self._sample_sources()))
@@ -273,11 +245,8 @@ class Control:
         return [
             self.pipeline.samples,
             self.monitor.samples,
-            self.measurements.samples,
-            self.alarms.samples,
-            self.by_engine.samples,
+            self.measured.samples,
             self.upstreams.samples,
-            self.outcomes.samples,
             self.profile_manager.samples,
             self.learner.samples,
             self.adapters.samples,
@@ -291,7 +260,7 @@ class Control:
 
     def _receive_outcome(self, report: OutcomeReport) -> None:
         if self.ownership.active:
-            self.outcomes.receive(report)
+            self.measured.outcomes.receive(report)
 
     async def start(self, force: Path | None) -> None:
         """Returns once this process owns the store, and uses what it holds.
@@ -339,8 +308,8 @@ class Control:
         self.problems.look()
         self.requests.update(self.link.requests, now)
         if self.ownership.active:
-            self.outcomes.sample(self.requests.per_second, now)
-            self.outcomes.check()
+            self.measured.outcomes.sample(self.requests.per_second, now)
+            self.measured.outcomes.check()
             self.pipeline.sample(self.requests.per_second)
             self._look_at_weights()
             self.policy.publish()
@@ -360,10 +329,8 @@ class Control:
             if scorer is not None:
                 await scorer.close()
         if self.ownership.active:
-            self.alarms.save()
-            self.by_engine.save()
+            self.measured.save()
             await self.learned.save()
-            self.outcomes.save()
             self.profile_manager.writer.save()
             try:
                 await self.writer.write()

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Sequence
-from typing import Any
 
 from hemostat.control.model_identity import ModelIdentity, from_json
 from hemostat.engines.upstreams import STATE_KEY as UPSTREAMS_STATE
 from hemostat.engines.upstreams import UpstreamEngines
-from hemostat.measurement.alarms import STATE_KEY as ALARM_STATE
-from hemostat.measurement.alarms import Alarms
-from hemostat.measurement.by_engine import STATE_KEY as ENGINES_STATE
-from hemostat.measurement.by_engine import ByEngine
-from hemostat.measurement.outcomes import STATE_KEY as OUTCOMES_STATE
-from hemostat.measurement.outcomes import Outcomes
+from hemostat.measurement.measured import Measured
 from hemostat.profiles.manager import ProfileManager
 from hemostat.store.protocol import Snapshot, StoreWrites
 
@@ -40,17 +33,13 @@ class StoredState:
         self,
         writes: StoreWrites,
         profiles: ProfileManager,
-        alarms: Alarms,
-        by_engine: ByEngine,
+        measured: Measured,
         upstreams: UpstreamEngines,
-        outcomes: Outcomes,
     ) -> None:
         self._writes = writes
         self._profiles = profiles
-        self._alarms = alarms
-        self._by_engine = by_engine
+        self._measured = measured
         self._upstreams = upstreams
-        self._outcomes = outcomes
         self.salt = secrets.token_bytes(SALT_BYTES)
         self._models: ModelIdentity | None = None
         """Of this process; None until both are known."""
@@ -59,10 +48,9 @@ class StoredState:
     def restore(self, snapshot: Snapshot) -> None:
         """At the start, with all that is stored."""
         states = snapshot.states
-        self._profiles.restoring.restore(snapshot.profiles, states, _events(snapshot.events, alarm=False))
-        self._by_engine.restore(states.get(ENGINES_STATE))
-        self._alarms.restore(states.get(ALARM_STATE), _events(snapshot.events, alarm=True))
-        self._outcomes.restore(states.get(OUTCOMES_STATE))
+        events = [event for event in snapshot.events if event.get("decision") != "alarm"]
+        self._profiles.restoring.restore(snapshot.profiles, states, events)
+        self._measured.restore(snapshot)
         self._upstreams.restore(states.get(UPSTREAMS_STATE))
         stored = states.get(MODELS_KEY)
         self._stored_models = None if stored is None else from_json(stored)
@@ -111,17 +99,10 @@ class StoredState:
                 self._models.to_json(),
             )
             self._profiles.forget_evidence(why)
-            self._alarms.forget()
-            self._by_engine.forget()
-            self._outcomes.forget()
+            self._measured.forget()
             self._stored_models = None
         # What is not known (yet), such as the weights of engines that have not reported, stays as it is stored.
         models = self._models.completed_by(self._stored_models)
         if self._stored_models != models:
             self._stored_models = models
             self._writes.set_state(MODELS_KEY, models.to_json())
-
-
-def _events(events: Sequence[dict[str, Any]], *, alarm: bool) -> list[dict[str, Any]]:
-    """Those of the alarms, or those of the profiles."""
-    return [event for event in events if (event.get("decision") == "alarm") is alarm]

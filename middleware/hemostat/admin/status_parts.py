@@ -1,0 +1,256 @@
+"""The parts of the status, each with the parts of the control process that it is read from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from hemostat.config.schema import Shadow
+from hemostat.engines.addresses import EngineAddresses
+from hemostat.engines.registry import EngineRegistry
+from hemostat.engines.upstreams import UpstreamEngines
+from hemostat.ipc.messages import Stats
+from hemostat.ipc.reasons import Outcome
+from hemostat.learner.client import Learner
+from hemostat.measurement.measurements import Measurements
+from hemostat.metrics import names
+from hemostat.profiles.manager import ProfileManager
+from hemostat.reference.monitor import ReferenceMonitor
+from hemostat.reference.pair import ModelPair
+from hemostat.scoring.pipeline import ScoringPipeline
+from hemostat.scoring.records_file import RecordsFile
+from hemostat_calibration.profiles.profile import IDENTITY
+
+Report = dict[str, Any]
+"""JSON-ready figures of a subsystem, whose keys are that subsystem's: names of figures, versions, scopes."""
+
+
+class RequestsStatus(msgspec.Struct, frozen=True):
+    """Sampled requests, by what became of them."""
+
+    shadowed: int
+    scored: int
+    skipped: dict[str, int]
+    """By reason, of relays and of this process."""
+    dropped: dict[str, int]
+    pending: int
+
+
+class ProfileStatus(msgspec.Struct, frozen=True):
+    """The profile that serves, or in mode `observe` would."""
+
+    version: str
+    family: str
+    mode: str
+
+
+class RecoveredStatus(msgspec.Struct, frozen=True):
+    """Part of the divergence that the profile removes, on the same tokens."""
+
+    ratio: float | None
+    ci95: list[float | None]
+    gain_nats: Report | None
+
+
+class ShadowStatus(msgspec.Struct, frozen=True):
+    rate: float
+    reference_tokens: int
+    reference_tokens_per_second: float
+    """The budget; 0: no limit."""
+    uptime_seconds: float
+
+
+class QueueStatus(msgspec.Struct, frozen=True):
+    depth: int
+    lag_seconds: float
+    """Age of the oldest capture that waits."""
+
+
+class CompressedStatus(msgspec.Struct, frozen=True):
+    models: list[str]
+    adapters: list[str]
+    """LoRA adapters that the reference serves, too."""
+
+
+class ModelStatus(msgspec.Struct, frozen=True):
+    """A served base model, and the reference that belongs to it."""
+
+    names: list[str]
+    adapters: list[str]
+    """LoRA adapters that its reference serves, too."""
+    reference: str
+    """"" without a match: the model's requests are neither scored nor treated."""
+    state: str
+    detail: str
+    """Why it is not scored, or with what."""
+    calibrated: bool
+    """Profiles are for this one; all figures outside of `models` are of it."""
+    figures: Report
+    """Of a matched model that is not calibrated."""
+
+
+class ReferenceStatus(msgspec.Struct, frozen=True):
+    state: str
+    detail: str
+
+
+class EnginesStatus(msgspec.Struct, frozen=True):
+    live: int
+    acknowledged: list[str]
+    """Profile versions that every rank of every engine holds."""
+    counters: dict[str, int]
+
+
+class UpstreamStatus(msgspec.Struct, frozen=True):
+    """One of the engines that requests go to."""
+
+    engine: str
+    """host:port"""
+    relays: int
+    up: int
+    """Relays that take it for healthy."""
+    drained: bool
+    outstanding: int
+    requests: int
+    resent: int
+    ejections: int
+    figures: Report
+    """What was scored of it, and whether it is like the others: `measurement.by_engine`. Empty before that."""
+    holds: list[str] | None
+    """The profile versions that its plugin holds; None while it is not known which of the engines that report it is.
+    With one upstream address, what all engines hold. Adapters: `adapter.engine`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringParts:
+    """What is sampled and scored. records: None where none are written."""
+
+    monitor: ReferenceMonitor
+    pipeline: ScoringPipeline
+    records: RecordsFile | None
+
+    def requests(self, totals: Stats) -> RequestsStatus:
+        endings = self.pipeline.endings
+        by_outcome = {}
+        for outcome in (Outcome.SKIPPED, Outcome.DROPPED):
+            found: dict[str, int] = {}
+            for (which, reason), value in totals.counters.get(names.SHADOW_REQUESTS, {}).items():
+                if which == outcome:
+                    found[reason] = found.get(reason, 0) + int(value)
+            for reason, count in endings.by_reason(outcome).items():
+                found[reason] = found.get(reason, 0) + count
+            by_outcome[outcome] = found
+        return RequestsStatus(
+            shadowed=self.pipeline.received,
+            scored=endings.scored,
+            skipped=by_outcome[Outcome.SKIPPED],
+            dropped=by_outcome[Outcome.DROPPED],
+            pending=self.pipeline.pending,
+        )
+
+    def shadow(self, settings: Shadow, uptime_seconds: float) -> ShadowStatus:
+        return ShadowStatus(
+            rate=settings.rate * self.pipeline.sampling.fraction,
+            reference_tokens=self.pipeline.reference_tokens,
+            reference_tokens_per_second=settings.reference_tokens_per_second,
+            uptime_seconds=uptime_seconds,
+        )
+
+    def queue(self, now: float) -> QueueStatus:
+        queue = self.pipeline.queue
+        return QueueStatus(depth=len(queue), lag_seconds=queue.lag_seconds(now))
+
+    def compressed(self) -> CompressedStatus:
+        served = self.monitor.served
+        return CompressedStatus(models=sorted(served.models), adapters=sorted(served.scorable_adapters))
+
+    def models(self) -> list[ModelStatus]:
+        return [self._model(pair) for pair in self.monitor.served.pairs]
+
+    def _model(self, pair: ModelPair) -> ModelStatus:
+        calibrated, matched = pair is self.monitor.served.calibrated, pair.reference is not None
+        return ModelStatus(
+            names=sorted(pair.names),
+            adapters=sorted(pair.scorable_adapters),
+            reference=pair.reference.model if pair.reference is not None else "",
+            state=pair.state.value,
+            detail=pair.detail,
+            calibrated=calibrated,
+            figures=self.pipeline.other_models.report(pair.name) if matched and not calibrated else {},
+        )
+
+    def reference(self) -> ReferenceStatus:
+        return ReferenceStatus(state=self.monitor.state.value, detail=self.monitor.detail)
+
+    @property
+    def records_written(self) -> int:
+        return self.records.written if self.records is not None else 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """The engines: those that report, and those that requests go to."""
+
+    registry: EngineRegistry
+    upstreams: UpstreamEngines
+    addresses: EngineAddresses
+
+    def engines(self, now: float) -> EnginesStatus:
+        return EnginesStatus(
+            live=self.registry.live_engines(now),
+            acknowledged=sorted(self.registry.acknowledged(now)),
+            counters=self.registry.counters(now),
+        )
+
+    def upstream(self, figures: list[Report], now: float) -> list[UpstreamStatus]:
+        """figures: of `measurement.by_engine`."""
+        by_engine = {row["engine"]: row for row in figures}
+        held = self.addresses.shown(now)
+        return [
+            UpstreamStatus(
+                engine=name,
+                relays=engine.relays,
+                up=engine.up,
+                drained=name in self.upstreams.drained,
+                outstanding=engine.outstanding,
+                requests=engine.requests,
+                resent=engine.resent,
+                ejections=engine.ejections,
+                figures=by_engine.get(name, {}),
+                holds=sorted(held[name]) if name in held else None,
+            )
+            for name, engine in self.upstreams.current().items()
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationParts:
+    """What is learned, judged and served. adapters: the block of what is made and judged."""
+
+    profiles: ProfileManager
+    learner: Learner
+    adapters: Callable[[], Report]
+
+    @property
+    def version(self) -> str | None:
+        """Of the profile that serves, or in mode `observe` would."""
+        return self.profiles.serving.reported
+
+    def profile(self) -> ProfileStatus:
+        profile = self.profiles.catalogue.get(self.version)
+        return ProfileStatus(
+            version=self.version or IDENTITY,
+            family=profile.family if profile else IDENTITY,
+            mode=self.profiles.serving.mode,
+        )
+
+    def recovered(self, measurements: Measurements) -> RecoveredStatus:
+        recovered = measurements.recovered(self.version) or {}
+        return RecoveredStatus(
+            ratio=recovered.get("estimate"),
+            ci95=recovered.get("ci95", [None, None]),
+            gain_nats=measurements.gained(self.version),
+        )

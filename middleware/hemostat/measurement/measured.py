@@ -1,0 +1,62 @@
+"""All that is measured: of scored records, and of the outcomes of answers that relays report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from hemostat.config.schema import Settings
+from hemostat.measurement import alarms, by_engine, outcomes
+from hemostat.measurement.alarms import Alarms
+from hemostat.measurement.by_engine import ByEngine
+from hemostat.measurement.figures import MODELS
+from hemostat.measurement.measurements import Measurements
+from hemostat.measurement.outcome_sampling import OutcomeSampling
+from hemostat.measurement.outcomes import Outcomes, ServedKinds
+from hemostat.metrics.samples import AnySample
+from hemostat.store.protocol import Snapshot, StoreWrites
+
+
+class Measured:
+    """Makes the parts, and hands them what is stored of them. wall: Unix time."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        served: ServedKinds,
+        sampling: OutcomeSampling,
+        writes: StoreWrites,
+        wall: Callable[[], float],
+    ) -> None:
+        floors = MODELS if settings.shadow.floor_fraction > 0.0 else ()
+        control_fraction = settings.calibration.control_fraction
+        self.measurements = Measurements(settings.shadow.max_tokens)
+        self.alarms = Alarms(settings.alarm, floors, writes, wall)
+        self.by_engine = ByEngine(settings.alarm.engine_alpha, writes, wall)
+        self.outcomes = Outcomes(settings.evidence.client_share, control_fraction, served, writes, wall, sampling)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from what an earlier run stored."""
+        states = snapshot.states
+        self.by_engine.restore(states.get(by_engine.STATE_KEY))
+        self.alarms.restore(
+            states.get(alarms.STATE_KEY), [event for event in snapshot.events if event.get("decision") == "alarm"]
+        )
+        self.outcomes.restore(states.get(outcomes.STATE_KEY))
+
+    def forget(self) -> None:
+        """Other models are served or compared."""
+        self.alarms.forget()
+        self.by_engine.forget()
+        self.outcomes.forget()
+
+    def save(self) -> None:
+        """Queue a write of each part's state."""
+        self.alarms.save()
+        self.by_engine.save()
+        self.outcomes.save()
+
+    def samples(self) -> Iterator[AnySample]:
+        yield from self.measurements.samples()
+        yield from self.alarms.samples()
+        yield from self.by_engine.samples()
+        yield from self.outcomes.samples()
