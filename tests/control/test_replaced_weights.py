@@ -37,7 +37,7 @@ class Life:
     def __init__(self, one: Control) -> None:
         self.one = one
         self.now = 1000.0
-        one._clock = lambda: self.now
+        one._clock = one.problems._clock = lambda: self.now
         one.monitor.served = served_models(pair(support.MODEL, info=INFO))
         one._models_changed()
 
