@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hemostat.engines.lora.probes import AGREEMENT, ERROR, FAILED, ISOLATION, PASSED, WAITING
+from hemostat.adapters.live.builder import BuildFailure
+from hemostat.adapters.live.client import BuildOutcome
+from hemostat.adapters.live.judge import JudgeDropReason
+from hemostat.adapters.serving.probes import AGREEMENT, ERROR, FAILED, ISOLATION, PASSED, WAITING
 from hemostat.ipc import ends
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, REST_GRAMMAR_KIND, REST_KIND
-from hemostat.learner.adapters.builder import BuildFailure
-from hemostat.learner.adapters.client import BuildOutcome
-from hemostat.learner.adapters.judge import JudgeDropReason
 from hemostat.measurement import figures
 from hemostat.measurement.by_decoding import STRATEGIES
 from hemostat.measurement.by_place import CONTEXTS, POSITIONS

@@ -15,8 +15,8 @@ from tests.support import compiled
 from tests.support.running_vllm import LORA_ARGUMENTS, LORA_ENVIRONMENT, RAISING_ARGUMENTS, RunningVllm, running_vllm
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
-from hemostat.models import vllm_server as vllm_process
-from hemostat.models.reference_checkpoint import Checkpoints, cached_checkpoints
+from hemostat.demo import vllm_server as vllm_process
+from hemostat.demo.checkpoints import Checkpoints, cached_checkpoints
 
 # How long an example takes, and how fast examples are drawn, depend on what else the machine does.
 hypothesis.settings.register_profile("hemostat", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])

@@ -59,14 +59,14 @@ GROUPS = {
         "tests/doctor/test_rounded_inputs.py",
     ),
     "adapt": (
-        "tests/adapters/test_adapt_command.py",
-        "tests/adapters/test_checkpoint.py",
-        "tests/adapters/test_worker.py",
+        "tests/adapters/building/test_adapt_command.py",
+        "tests/adapters/building/test_checkpoint.py",
+        "tests/adapters/building/test_build_process.py",
     ),
     "compress": (
         "tests/models/test_piecewise.py",
-        "tests/models/compression/test_compress_command.py",
-        "tests/models/compression/test_plan.py",
+        "tests/compression/test_compress_command.py",
+        "tests/compression/test_plan.py",
     ),
     "config, cli": ("tests/config/test_config.py", "tests/demo/test_prompts.py", "tests/deploy/test_extras.py"),
     "serve": (

@@ -29,8 +29,8 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from hemostat.models.reference_checkpoint import cached_checkpoints
-from hemostat.models.vllm_server import dtype, runnable
+from hemostat.demo.checkpoints import cached_checkpoints
+from hemostat.demo.vllm_server import dtype, runnable
 from hemostat_calibration.profiles.peft import peft_files
 
 ROOT = Path(__file__).resolve().parents[2]

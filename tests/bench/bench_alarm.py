@@ -36,8 +36,8 @@ from typing import Any
 
 import numpy as np
 
-from hemostat.models import vllm_server as vllm_process
-from hemostat.models.reference_checkpoint import cached_checkpoints
+from hemostat.demo import vllm_server as vllm_process
+from hemostat.demo.checkpoints import cached_checkpoints
 from hemostat_calibration.alarm import (
     BudgetTest,
     ChangeTest,

@@ -32,8 +32,8 @@ import numpy as np
 from tests.bench.bounds_by_knowledge import Knowledge
 from tests.bench.bounds_by_knowledge import table as knowledge_table
 
-from hemostat.models import vllm_server as vllm_process
-from hemostat.models.reference_checkpoint import cached_checkpoints
+from hemostat.demo import vllm_server as vllm_process
+from hemostat.demo.checkpoints import cached_checkpoints
 from hemostat_calibration.divergence.bounds import MIN_RATIO, bounds
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.records import Candidates, TokenRecord, validate

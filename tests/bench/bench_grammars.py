@@ -25,8 +25,8 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from hemostat.models.reference_checkpoint import cached_checkpoints
-from hemostat.models.vllm_server import LOGITS_PROCESSOR, dtype, runnable
+from hemostat.demo.checkpoints import cached_checkpoints
+from hemostat.demo.vllm_server import LOGITS_PROCESSOR, dtype, runnable
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:

@@ -32,11 +32,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hemostat.demo import vllm_server as vllm_process
+from hemostat.demo.checkpoints import cached_checkpoints
 from hemostat.learner.process import eligible, special_ids
-from hemostat.models import vllm_server as vllm_process
 from hemostat.models.checkpoint_folders import MANIFEST
 from hemostat.models.output_embedding import load as load_embedding
-from hemostat.models.reference_checkpoint import cached_checkpoints
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
 from hemostat_calibration.learning.contextual.learner import ContextualLearner
 from hemostat_calibration.profiles.contextual import probe_profile

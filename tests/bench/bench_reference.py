@@ -32,9 +32,9 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "bench"
 
 from hemostat.demo import prompts  # noqa: E402
+from hemostat.demo import vllm_server as vllm_process  # noqa: E402
+from hemostat.demo.checkpoints import cached_checkpoints  # noqa: E402
 from hemostat.measurement.figures import REFERENCE  # noqa: E402
-from hemostat.models import vllm_server as vllm_process  # noqa: E402
-from hemostat.models.reference_checkpoint import cached_checkpoints  # noqa: E402
 from hemostat.reference.hidden.pooling import POOLING_ARGUMENTS  # noqa: E402
 from hemostat.reference.on_server import ServerReference  # noqa: E402
 from hemostat.reference.protocol import Reference, ReferenceScores, ScoreRequest  # noqa: E402

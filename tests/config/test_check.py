@@ -26,7 +26,7 @@ from tests.support.tiny_checkpoints import make_pair
 from hemostat import cli
 from hemostat.commands.setup_check import Finding, State, check, exit_code, table
 from hemostat.config.schema import Settings
-from hemostat.models import vllm_server as vllm_process
+from hemostat.demo import vllm_server as vllm_process
 from hemostat.reference.itself import same_model
 from hemostat.reference.protocol import ReferenceInfo
 from hemostat.reference.server import VllmServer

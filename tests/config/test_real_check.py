@@ -9,8 +9,8 @@ from tests.support.running_vllm import RunningVllm
 
 from hemostat.commands.setup_check import Finding, State, check, table
 from hemostat.config.schema import Settings
-from hemostat.models import vllm_server as vllm_process
-from hemostat.models.reference_checkpoint import Checkpoints
+from hemostat.demo import vllm_server as vllm_process
+from hemostat.demo.checkpoints import Checkpoints
 from hemostat.reference.server import VllmServer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]

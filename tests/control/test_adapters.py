@@ -27,16 +27,16 @@ from tests.support.loops import looping
 from tests.support.state_reference import Singles, StateReference, in_process
 from tests.support.waiting import until
 
+from hemostat.adapters.live import client
+from hemostat.adapters.live.folders import CheckpointFolders
+from hemostat.adapters.serving import host
 from hemostat.config.schema import Adapter, Calibration
 from hemostat.control import composition
 from hemostat.control.composition import Control
-from hemostat.engines.lora import host
 from hemostat.engines.messages import EngineReport, LoraState, TapMessage, TapRun
 from hemostat.ipc.messages import REST_KIND, Capture, Policy
-from hemostat.learner.adapters import client
-from hemostat.learner.adapters.folders import CheckpointFolders
-from hemostat.models.adapters.copies import Copy
 from hemostat.models.checkpoint_digest import checkpoint_digest
+from hemostat.models.copies import Copy
 from hemostat.profiles.scopes import map_scope
 from hemostat.reference.references import References
 from hemostat_calibration.adapters.factors import LowRank

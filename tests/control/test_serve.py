@@ -20,7 +20,7 @@ import yaml
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.served import AUTHORIZED, CHAT, RELAY, Served, hemostat
 
-from hemostat.models.vllm_server import free_port
+from hemostat.demo.vllm_server import free_port
 
 
 class Switch:

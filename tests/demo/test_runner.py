@@ -15,16 +15,16 @@ import pytest
 from tests.support.paths import ROOT
 
 from hemostat.demo import DemoOptions, programs, run
-from hemostat.models import vllm_server as vllm_process
-from hemostat.models.reference_checkpoint import Checkpoints
+from hemostat.demo import vllm_server as vllm_process
+from hemostat.demo.checkpoints import Checkpoints
 from hemostat_calibration.errors import HemostatError
 
 STAND_IN = ROOT / "tests" / "support" / "stand_in.py"
 PATCH = """
 import sys
 from pathlib import Path
-from hemostat.models import vllm_server as vllm_process
-from hemostat.models.reference_checkpoint import Checkpoints
+from hemostat.demo import vllm_server as vllm_process
+from hemostat.demo.checkpoints import Checkpoints
 from hemostat.demo import runner
 vllm_process.installed = lambda: True
 runner.cached_checkpoints = lambda scheme, say: Checkpoints(Path("reference"), Path("compressed"))

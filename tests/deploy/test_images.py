@@ -23,7 +23,7 @@ from tests.support.paths import ROOT
 
 from hemostat import __version__
 from hemostat.config.schema import Admin, Listen
-from hemostat.models.vllm_server import free_port
+from hemostat.demo.vllm_server import free_port
 
 MIDDLEWARE, ENGINE = ROOT / "deploy" / "Dockerfile", ROOT / "deploy" / "Dockerfile.engine"
 BOTH = pytest.mark.parametrize("path", [MIDDLEWARE, ENGINE], ids=lambda path: path.name)

@@ -17,7 +17,7 @@ from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.paths import ROOT
 
 from hemostat import __version__
-from hemostat.models.vllm_server import free_port
+from hemostat.demo.vllm_server import free_port
 
 CONFIG = ROOT / "deploy" / "hemostat.yaml"
 

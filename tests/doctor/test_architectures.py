@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from tests.support.doctor import TinyPair, report_of, write_tokenizer
 
+from hemostat.compression.checkpoint_writer import compress
 from hemostat.doctor import run
 from hemostat.doctor.options import DoctorError
 from hemostat.doctor.pair import encode
 from hemostat.doctor.prompts import load
-from hemostat.models.compression.compress import compress
 from hemostat_calibration.errors import HemostatError
 
 torch = pytest.importorskip("torch")
@@ -26,7 +26,7 @@ pytest.importorskip("compressed_tensors")
 from tests.support.tiny_models import tiny_model  # noqa: E402
 
 from hemostat.doctor.checkpoints import CheckpointPair  # noqa: E402
-from hemostat.models.adapters.checkpoint import Checkpoint  # noqa: E402
+from hemostat.models.checkpoint import Checkpoint  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 

@@ -14,10 +14,10 @@ from rich.console import Console
 from tests.support.doctor import TinyPair, report_of
 
 from hemostat import cli
+from hemostat.compression.plan import LayerPlan, check_plan, read_plan, stored_bytes
 from hemostat.doctor import html, terminal
 from hemostat.doctor.causes.findings import clear, findings
-from hemostat.models.adapters.checkpoint import Checkpoint
-from hemostat.models.compression.plan import LayerPlan, check_plan, read_plan, stored_bytes
+from hemostat.models.checkpoint import Checkpoint
 from hemostat_calibration.statistics.streaming import student_975
 
 torch = pytest.importorskip("torch")
@@ -25,7 +25,7 @@ transformers = pytest.importorskip("transformers")
 
 from tests.support.predicted_changes import input_moments_of, mean_square_change  # noqa: E402
 
-from hemostat.models.compression.input_moments import InputMoments  # noqa: E402
+from hemostat.compression.input_moments import InputMoments  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +224,7 @@ def test_bad_options_of_a_prescription(
 def test_predicted_loss_is_the_mean_square_of_the_change_of_log_likelihood(tiny: TinyPair) -> None:
     """Against gradients of the whole model, for one weight matrix and the change at one token at a time."""
     from hemostat.doctor.prescription.losses import predicted_losses
-    from hemostat.models.adapters.parts import Parts
+    from hemostat.models.parts import Parts
 
     ids = np.array([5, 17, 200, 33, 90, 12], np.int32)
     found = predicted_losses(tiny.reference, [ids], "any", "cpu", 3, Parts(None), lambda *_: None)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tests.support.doctor import report_of
 
+from hemostat.compression.checkpoint_writer import compress
 from hemostat.doctor import DoctorOptions
-from hemostat.models.compression.compress import compress
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")

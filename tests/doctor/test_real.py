@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from tests.support.doctor import report_of
 
+from hemostat.demo.checkpoints import Checkpoints
 from hemostat.doctor import DoctorOptions
 from hemostat.doctor.pair import unpack
-from hemostat.models.reference_checkpoint import Checkpoints
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -16,13 +16,13 @@ pytest.importorskip("compressed_tensors")
 
 from tests.support.tiny_models import tiny_model  # noqa: E402
 
+from hemostat.compression.checkpoint_writer import compress_with  # noqa: E402
+from hemostat.compression.formats import WeightFormat  # noqa: E402
+from hemostat.compression.methods import without_texts  # noqa: E402
 from hemostat.doctor.checkpoints import CheckpointPair, kl  # noqa: E402
 from hemostat.doctor.pair import encode  # noqa: E402
 from hemostat.doctor.prompts import load  # noqa: E402
-from hemostat.models.adapters.checkpoint import Checkpoint  # noqa: E402
-from hemostat.models.compression.compress import compress_with  # noqa: E402
-from hemostat.models.compression.formats import WeightFormat  # noqa: E402
-from hemostat.models.compression.methods import without_texts  # noqa: E402
+from hemostat.models.checkpoint import Checkpoint  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 

@@ -16,11 +16,11 @@ transformers = pytest.importorskip("transformers")
 from tests.support.predicted_changes import mean_square_change  # noqa: E402
 from tests.support.tiny_models import VOCAB, tiny_model  # noqa: E402
 
+from hemostat.compression.plan import LayerPlan  # noqa: E402
 from hemostat.doctor.prescription.losses import LayerLosses, predicted_losses, with_unreached  # noqa: E402
 from hemostat.doctor.prescription.mixes import dense_bytes, prescribe  # noqa: E402
-from hemostat.models.adapters.errors import AdaptError  # noqa: E402
-from hemostat.models.adapters.parts import Parts  # noqa: E402
-from hemostat.models.compression.plan import LayerPlan  # noqa: E402
+from hemostat.models.errors import AdaptError  # noqa: E402
+from hemostat.models.parts import Parts  # noqa: E402
 from hemostat.models.work_folder import WorkFolder  # noqa: E402
 
 SHORT, LONG = 500, 800

@@ -19,7 +19,7 @@ import torch
 from tests.support.recompute import load, logprobs
 from tests.support.running_vllm import RunningVllm
 
-from hemostat.models.reference_checkpoint import Checkpoints
+from hemostat.demo.checkpoints import Checkpoints
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.profiles.adapter import adapter_profile
 from hemostat_calibration.profiles.peft import peft_files

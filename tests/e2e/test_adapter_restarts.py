@@ -17,8 +17,8 @@ from tests.support.real_adapter_host import corrections_of
 from tests.support.running_vllm import RunningVllm
 from tests.support.served import AUTHORIZED, Served, hemostat
 
-from hemostat.models.reference_checkpoint import Checkpoints
-from hemostat.models.vllm_server import dtype
+from hemostat.demo.checkpoints import Checkpoints
+from hemostat.demo.vllm_server import dtype
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]

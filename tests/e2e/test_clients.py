@@ -18,8 +18,8 @@ import pytest
 from langchain_core.messages import BaseMessageChunk
 from tests.support.stack import Stack, hemostat, sampling_settings
 
-from hemostat.models import vllm_server as vllm_process
-from hemostat.models.reference_checkpoint import Checkpoints
+from hemostat.demo import vllm_server as vllm_process
+from hemostat.demo.checkpoints import Checkpoints
 
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would fetch prices at its import
 

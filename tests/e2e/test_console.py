@@ -16,7 +16,7 @@ from playwright.sync_api import ConsoleMessage, Page, expect, sync_playwright
 from tests.support.console_text import divergence_interval, interval, nats, percent
 from tests.support.stack import ADMIN_TOKEN, Stack, hemostat, kill, sampling_settings, wait_for
 
-from hemostat.models import vllm_server as vllm_process
+from hemostat.demo import vllm_server as vllm_process
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [

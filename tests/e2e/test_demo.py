@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from tests.support.recompute import observations, recompute
 
+from hemostat.demo.checkpoints import Checkpoints
 from hemostat.demo.generated_prompts import generated_prompts
-from hemostat.models.reference_checkpoint import Checkpoints
 from hemostat_calibration.profiles.profile import temperature_bias
 
 pytestmark = [

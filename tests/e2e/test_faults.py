@@ -30,8 +30,8 @@ from tests.support.stack import (
     wait_for,
 )
 
-from hemostat.models import vllm_server as vllm_process
-from hemostat.models.reference_checkpoint import Checkpoints
+from hemostat.demo import vllm_server as vllm_process
+from hemostat.demo.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -17,8 +17,8 @@ from tests.support.prometheus import RULES, Prometheus, config, needs, prometheu
 from tests.support.stack import Stack, fake_engine, hemostat, wait_for
 
 from hemostat import cli
-from hemostat.models import vllm_server as vllm_process
-from hemostat.models.reference_checkpoint import Checkpoints
+from hemostat.demo import vllm_server as vllm_process
+from hemostat.demo.checkpoints import Checkpoints
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [

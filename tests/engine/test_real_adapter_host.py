@@ -7,8 +7,8 @@ from tests.support.real_adapter_host import SECONDS, CopyInProcess, Engines, Pro
 from tests.support.running_vllm import RunningVllm
 from tests.support.waiting import until
 
-from hemostat.models.adapters.copies import Copy
-from hemostat.models.reference_checkpoint import Checkpoints
+from hemostat.demo.checkpoints import Checkpoints
+from hemostat.models.copies import Copy
 from hemostat_calibration.profiles.adapter import adapter_layers
 from hemostat_calibration.profiles.profile import CalibrationProfile
 

@@ -22,11 +22,11 @@ from tests.support.running_vllm import (
 from tests.support.samples import values
 from tests.support.waiting import until
 
-from hemostat.engines.lora.host import HostState
+from hemostat.adapters.serving.host import HostState
+from hemostat.demo.checkpoints import Checkpoints
+from hemostat.demo.vllm_server import free_port
 from hemostat.metrics import names
-from hemostat.models.adapters.copies import Copy
-from hemostat.models.reference_checkpoint import Checkpoints
-from hemostat.models.vllm_server import free_port
+from hemostat.models.copies import Copy
 from hemostat_calibration.profiles.adapter import adapter_layers
 from hemostat_calibration.profiles.peft import peft_files
 from hemostat_calibration.profiles.profile import CalibrationProfile

@@ -19,8 +19,8 @@ from tests.support import oracle
 from tests.support.raising_processor import RAISING_CLAMP
 from tests.support.stack import wait_for
 
-from hemostat.models import vllm_server as vllm_process
-from hemostat.models.reference_checkpoint import Checkpoints
+from hemostat.demo import vllm_server as vllm_process
+from hemostat.demo.checkpoints import Checkpoints
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_engine.weights import fingerprint

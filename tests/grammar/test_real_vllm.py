@@ -15,8 +15,8 @@ import pytest
 from tests.support.running_vllm import RunningVllm, answers_of
 from tests.support.wire import Wire, policy, rows
 
+from hemostat.demo.checkpoints import Checkpoints
 from hemostat.ipc.messages import Capture
-from hemostat.models.reference_checkpoint import Checkpoints
 from hemostat.openai.routes import CHAT, COMPLETIONS, MESSAGES, RESPONSES
 from hemostat.scoring.conditioning import IMPOSSIBLE_LOGPROB, allowed_sets, restricted, shows_mask
 from hemostat.scoring.record_builder import decode_capture

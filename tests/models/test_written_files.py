@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hemostat.adapters.serving.folder import MAX_VERSIONS, write
 from hemostat.cli import main
 from hemostat.commands.profile import PROFILE_MARKER
 from hemostat.demo.options import DemoFailure, DemoOptions, check_destinations
 from hemostat.doctor.options import HTML_MARKER, JSON_MARKER
-from hemostat.engines.lora.folder import MAX_VERSIONS, write
 from hemostat.models.written_files import other_content
 from hemostat_calibration.profiles.profile import temperature_bias
 

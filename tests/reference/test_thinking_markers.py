@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from hemostat.config.reasoning_parsers import PARSERS
 from hemostat.config.schema import Reasoning, Settings
-from hemostat.models.reference_checkpoint import Checkpoints
+from hemostat.demo.checkpoints import Checkpoints
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat.reference.thinking_markers import find_markers
 from hemostat_calibration.reasoning import Thinking, find_thinking

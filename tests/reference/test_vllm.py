@@ -11,7 +11,7 @@ from pydantic import SecretStr
 from tests.support.fake_vllm import FakeVllm, running
 
 from hemostat.config.schema import Upstream
-from hemostat.models import vllm_server as vllm_process
+from hemostat.demo import vllm_server as vllm_process
 from hemostat.reference import server as server_module
 from hemostat.reference.hidden.pooling import find_offer
 from hemostat.reference.match import compare

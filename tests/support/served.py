@@ -19,7 +19,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from tests.support.fake_vllm import FakeVllm
 
-from hemostat.models.vllm_server import free_port
+from hemostat.demo.vllm_server import free_port
 
 TOKEN = "secret"
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}

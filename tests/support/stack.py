@@ -20,7 +20,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from tests.support.served import RELAY, is_spare
 
-from hemostat.models.vllm_server import free_port, with_parent
+from hemostat.demo.vllm_server import free_port, with_parent
 
 FAKE_VLLM = Path(__file__).with_name("fake_vllm")
 ADMIN_TOKEN = "a-token-for-tests"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from hemostat.learner.adapters.folders import CheckpointFolders
+from hemostat.adapters.live.folders import CheckpointFolders
 
 VOCAB = 512
 HIDDEN = 32

@@ -8,12 +8,12 @@ from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
+from hemostat.adapters.live.client import AdapterLearner
 from hemostat.admin.configuration import Configuration
 from hemostat.admin.recent import LOST_SECONDS, Growth, RelayGrowth
 from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.upstreams import UpstreamEngine, UpstreamEngines
 from hemostat.ipc.control_end import RelayLink
-from hemostat.learner.adapters.client import AdapterLearner
 from hemostat.measurement.alarms import Alarms
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ReferenceState

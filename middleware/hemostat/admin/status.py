@@ -76,7 +76,7 @@ class Status(msgspec.Struct, frozen=True):
     calibration: Report
     learner: Report
     adapter: Report
-    """What is made and judged: `control.adapters`; docs/calibration.md#adapters."""
+    """What is made and judged: `adapters.live.assembly`; docs/calibration.md#adapters."""
     recovered: RecoveredStatus
     proxy: ProxyStatus
     endings: dict[str, ArmEndings]

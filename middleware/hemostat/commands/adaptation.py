@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hemostat import __version__
+from hemostat.adapters.serving.slots import rank_setting
 from hemostat.commands.arguments import EXIT_INTERRUPTED, UsageError
 from hemostat.commands.texts import Writer, texts_digest, within_positions
 from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import Prompt, load
-from hemostat.engines.lora.slots import rank_setting
 from hemostat.models import packages
 from hemostat.models.checkpoint_folders import (
     build_folder,
@@ -29,8 +29,8 @@ from hemostat.models.work_folder import WorkFolder
 from hemostat_calibration.profiles.peft import peft_files
 
 if TYPE_CHECKING:
-    from hemostat.models.adapters.build import Built
-    from hemostat.models.adapters.pair import CheckpointPair
+    from hemostat.adapters.building.build import Built
+    from hemostat.adapters.building.pair import CheckpointPair
 
 PROFILE_FILE = "profile.safetensors"
 REPORT_FILE = "report.json"
@@ -70,8 +70,8 @@ def run(options: AdaptOptions) -> int:
     packages.require("transformers")
     if options.max_rank is not None and not options.shared_out:
         raise UsageError("--max-rank is for shared-out ranks: add --shared-out, or leave it out")
-    from hemostat.models.adapters.build import BuildOptions  # noqa: PLC0415  torch, only after the cheap checks
-    from hemostat.models.adapters.pair import CheckpointPair  # noqa: PLC0415
+    from hemostat.adapters.building.build import BuildOptions  # noqa: PLC0415  torch, only after the cheap checks
+    from hemostat.adapters.building.pair import CheckpointPair  # noqa: PLC0415
 
     build_options = BuildOptions(
         rank=options.rank,
@@ -129,10 +129,10 @@ def _build(
     pair: CheckpointPair, prompts: Sequence[Prompt], build_options: Any, options: AdaptOptions, work: WorkFolder,
     reporter: Reporter,
 ) -> Built:  # fmt: skip
-    from hemostat.models.adapters.build import build, judged, vocab_size_of  # noqa: PLC0415
-    from hemostat.models.adapters.parts import Parts  # noqa: PLC0415
-    from hemostat.models.adapters.texts import read_records, split  # noqa: PLC0415
+    from hemostat.adapters.building.build import build, judged, vocab_size_of  # noqa: PLC0415
     from hemostat.models.architectures import max_positions  # noqa: PLC0415
+    from hemostat.models.parts import Parts  # noqa: PLC0415
+    from hemostat.models.texts import read_records, split  # noqa: PLC0415
 
     limit = max_positions(pair.compressed.config)
     if options.records is not None:
@@ -155,8 +155,8 @@ def _build(
     parts = Parts(work)
     built = build(pair, parted.learn, build_options, parts, reporter.step)
     if options.distil:
-        from hemostat.models.adapters.distil import distilled  # noqa: PLC0415
-        from hemostat.models.adapters.training import summary_line  # noqa: PLC0415
+        from hemostat.adapters.building.distil import distilled  # noqa: PLC0415
+        from hemostat.models.training import summary_line  # noqa: PLC0415
 
         built = distilled(pair, built, parted.learn, parts, seed=options.seed, progress=reporter.step)
         if built.report["distilled"] is not None:

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from hemostat import __version__
 from hemostat.commands.arguments import EXIT_INTERRUPTED, WITHOUT_DATA, UsageError
 from hemostat.commands.texts import Writer, texts_digest, within_positions
+from hemostat.compression.checkpoint_writer import Surroundings, compress_with
+from hemostat.compression.other_files import REPAIR
+from hemostat.compression.plan import read_plan
 from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import load
 from hemostat.models import packages
@@ -24,15 +27,12 @@ from hemostat.models.checkpoint_folders import (
     read_made_from,
     require_replaceable,
 )
-from hemostat.models.compression.compress import Surroundings, compress_with
-from hemostat.models.compression.other_files import REPAIR
-from hemostat.models.compression.plan import read_plan
 from hemostat.models.work_folder import WorkFolder
 
 if TYPE_CHECKING:
-    from hemostat.models.adapters.texts import Text
-    from hemostat.models.compression.formats import WeightFormat
-    from hemostat.models.compression.frame import Method
+    from hemostat.compression.formats import WeightFormat
+    from hemostat.compression.frame import Method
+    from hemostat.models.texts import Text
 
 BEST = {"w8a8": "smooth", "fp8": "none"}
 """`--calibrate` where it is not given; of the other schemes `descent`. See docs/compress.md."""
@@ -139,7 +139,7 @@ def _compress(options: CompressOptions, work: Path, reporter: Reporter) -> list[
         ids = [text.ids for text in texts]
         report = compress_with(options.source, made, method, ids, seed=options.seed, surroundings=around)
     if repaired:
-        from hemostat.models.compression.repair import write_repaired_copy  # noqa: PLC0415
+        from hemostat.compression.repair import write_repaired_copy  # noqa: PLC0415
 
         around = Surroundings(work / "repair", options.device, reporter.log, reporter.step, options.overwrite)
         report[REPAIR] = write_repaired_copy(
@@ -180,27 +180,27 @@ def summary(options: CompressOptions, report: dict[str, Any], tokens: int) -> li
             f"mean {sum(errors) / len(errors):.2%}, largest {max(errors):.2%}"
         )
     if options.scheme == "prune":
-        from hemostat.models.compression.pruning.method import pathway_lines  # noqa: PLC0415
+        from hemostat.compression.pruning.method import pathway_lines  # noqa: PLC0415
 
         lines += [f"  {line}" for line in pathway_lines(report["layers"])]
     if REPAIR in report:
-        from hemostat.models.adapters.training import summary_line  # noqa: PLC0415
+        from hemostat.models.training import summary_line  # noqa: PLC0415
 
         lines.append(f"  {summary_line(report[REPAIR], REPAIR)}")
     return lines
 
 
 def _method(options: CompressOptions, reporter: Reporter) -> Method:
-    from hemostat.models.compression.frame import Source  # noqa: PLC0415  torch, only after the cheap checks
-    from hemostat.models.compression.methods import by_name, without_texts  # noqa: PLC0415
-    from hemostat.models.compression.rounding import check_groups  # noqa: PLC0415
+    from hemostat.compression.frame import Source  # noqa: PLC0415  torch, only after the cheap checks
+    from hemostat.compression.methods import by_name, without_texts  # noqa: PLC0415
+    from hemostat.compression.rounding import check_groups  # noqa: PLC0415
 
     if options.scheme in WITHOUT_DATA:
         return by_name(options.scheme)
     if options.scheme == "prune":
         return _pruning(options)
-    from hemostat.models.compression.calibrated import CALIBRATIONS, Calibrated  # noqa: PLC0415
-    from hemostat.models.compression.planned import planned  # noqa: PLC0415
+    from hemostat.compression.calibrated import CALIBRATIONS, Calibrated  # noqa: PLC0415
+    from hemostat.compression.planned import planned  # noqa: PLC0415
 
     if options.plan is not None:
         plan = read_plan(options.plan)
@@ -220,8 +220,8 @@ def _method(options: CompressOptions, reporter: Reporter) -> Method:
 
 def _format(scheme: str, group_size: int | str | None) -> tuple[WeightFormat, bool]:
     """The format of every layer, and whether it is packed."""
-    from hemostat.models.compression.formats import WeightFormat  # noqa: PLC0415
-    from hemostat.models.compression.rounding import GROUP_SIZE  # noqa: PLC0415
+    from hemostat.compression.formats import WeightFormat  # noqa: PLC0415
+    from hemostat.compression.rounding import GROUP_SIZE  # noqa: PLC0415
 
     if scheme == "w8a8":
         return WeightFormat(8, inputs="int8"), True
@@ -233,8 +233,8 @@ def _format(scheme: str, group_size: int | str | None) -> tuple[WeightFormat, bo
 
 
 def _pruning(options: CompressOptions) -> Method:
-    from hemostat.models.compression.pruning.masks import Pattern, Score  # noqa: PLC0415
-    from hemostat.models.compression.pruning.method import Budget, PruneMethod, PruneOptions  # noqa: PLC0415
+    from hemostat.compression.pruning.masks import Pattern, Score  # noqa: PLC0415
+    from hemostat.compression.pruning.method import Budget, PruneMethod, PruneOptions  # noqa: PLC0415
 
     assert options.sparsity is not None
     found = PruneOptions(options.sparsity)
@@ -251,9 +251,9 @@ def _pruning(options: CompressOptions) -> Method:
 
 def _texts(options: CompressOptions, folder: Path, reporter: Reporter) -> list[Text]:
     """At most `options.tokens` of them: a sample of all, in an order that does not depend on the file's."""
-    from hemostat.models.adapters.texts import read_records, split  # noqa: PLC0415
+    from hemostat.compression.frame import Source  # noqa: PLC0415
     from hemostat.models.architectures import max_positions  # noqa: PLC0415
-    from hemostat.models.compression.frame import Source  # noqa: PLC0415
+    from hemostat.models.texts import read_records, split  # noqa: PLC0415
 
     prompts = load(options.prompts, None) if options.records is None else []
     source = Source.open(options.source)

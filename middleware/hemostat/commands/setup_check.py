@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from hemostat.adapters.live.folders import FolderError, find_compressed, find_folders
+from hemostat.adapters.serving.check import probe_adapters
 from hemostat.config.schema import Admin, Settings
-from hemostat.engines.lora.check import probe_adapters
-from hemostat.learner.adapters.folders import FolderError, find_compressed, find_folders
 from hemostat.models import packages
 from hemostat.reference import make_references
 from hemostat.reference.engines import other_engines
@@ -181,7 +181,7 @@ def _adapter_checkpoints(settings: Settings, root: str) -> Finding:
         found = find_folders(given, reference.model if in_process else None, None, root)
     except FolderError as error:
         return Finding(what, State.NO, str(error), "adapters are made from both folders, on this machine")
-    from hemostat.models.adapters.pair import CheckpointPair  # noqa: PLC0415  torch
+    from hemostat.adapters.building.pair import CheckpointPair  # noqa: PLC0415  torch
 
     try:
         CheckpointPair.open(found.reference, found.compressed, given.device)

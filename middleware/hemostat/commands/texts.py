@@ -14,12 +14,12 @@ import numpy as np
 from hemostat.commands.arguments import UsageError
 from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import Prompt
-from hemostat.models.adapters.errors import AdaptError
+from hemostat.models.errors import AdaptError
 from hemostat.models.work_folder import WorkFolder
 
 if TYPE_CHECKING:
-    from hemostat.models.adapters.copies import Copy
-    from hemostat.models.adapters.texts import Ids, Text
+    from hemostat.models.copies import Copy
+    from hemostat.models.texts import Ids, Text
 
 GENERATION_BATCH = 16
 GENERATION_STAGE = "generated prompts"
@@ -42,7 +42,7 @@ class Writer:
 
     def texts(self, prompts: Sequence[Prompt], work: WorkFolder, reporter: Reporter) -> list[Text]:
         """The prompts with their completions; those without one are completed. AdaptError, UsageError."""
-        from hemostat.models.adapters.texts import Text, check_ids  # noqa: PLC0415  torch
+        from hemostat.models.texts import Text, check_ids  # noqa: PLC0415  torch
 
         tokenizer = self._tokenizer()
         encoded: list[Ids] = []
@@ -75,7 +75,7 @@ class Writer:
         """Stored in the work folder, by batch. The whole model is in memory meanwhile."""
         import torch  # noqa: PLC0415
 
-        from hemostat.models.adapters.copies import Copy  # noqa: PLC0415
+        from hemostat.models.copies import Copy  # noqa: PLC0415
         from hemostat.models.generation import generate  # noqa: PLC0415
 
         found: dict[int, Ids] = {}

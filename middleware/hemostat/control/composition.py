@@ -12,6 +12,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from hemostat.adapters.live.assembly import Adapters
 from hemostat.admin.configuration import Configuration
 from hemostat.admin.history import History
 from hemostat.admin.problems import Problems
@@ -19,7 +20,6 @@ from hemostat.admin.status import ProcessParts, StatusSource
 from hemostat.admin.status_parts import CalibrationParts, EngineParts, ScoringParts
 from hemostat.config.schema import Settings
 from hemostat.control import learned_state
-from hemostat.control.adapters import Adapters
 from hemostat.control.changes import Changes
 from hemostat.control.learned_state import LearnedState
 from hemostat.control.learning import CalibrationNeeds, LearningSubject

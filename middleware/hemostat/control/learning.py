@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from hemostat.adapters.live.assembly import Adapters
 from hemostat.config.schema import Calibration
-from hemostat.control.adapters import Adapters
 from hemostat.learner.client import Learner, LearningTarget
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor

@@ -25,7 +25,7 @@ SETTLE_SECONDS = 30.0
 
 
 class LoadedAdapters(Protocol):
-    """Of `hemostat.engines.lora.hosts.AdapterHosts`."""
+    """Of `hemostat.adapters.serving.hosts.AdapterHosts`."""
 
     @property
     def ready(self) -> Mapping[str, bool]:

@@ -15,9 +15,9 @@ from typing import Any
 
 import httpx
 
+from hemostat.demo.checkpoints import Checkpoints
 from hemostat.demo.options import RECORDS, DemoFailure, DemoOptions
-from hemostat.models.reference_checkpoint import Checkpoints
-from hemostat.models.vllm_server import (
+from hemostat.demo.vllm_server import (
     LOGITS_PROCESSOR,
     STOP_SECONDS,
     VllmFailure,

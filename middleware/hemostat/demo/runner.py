@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.live import Live
 
 from hemostat.demo import prompts, view
+from hemostat.demo.checkpoints import Checkpoints, cached_checkpoints
 from hemostat.demo.generated_prompts import generated_prompts
 from hemostat.demo.options import RECORDS, DemoFailure, DemoOptions, check_destinations, forced_version
 from hemostat.demo.programs import (
@@ -38,9 +39,8 @@ from hemostat.demo.programs import (
     watch_programs,
 )
 from hemostat.demo.traffic import drive
+from hemostat.demo.vllm_server import VllmServer, runnable
 from hemostat.models.checkpoint_folders import FolderTakenError, copy_checkpoint
-from hemostat.models.reference_checkpoint import Checkpoints, cached_checkpoints
-from hemostat.models.vllm_server import VllmServer, runnable
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.messages import with_detail
 

@@ -14,10 +14,10 @@ from hemostat.doctor.options import DoctorError, DoctorOptions
 from hemostat.doctor.pair import FLOOR, Floats, Ids, Job, Scored, Side, one_line
 from hemostat.doctor.prompts import Prompt
 from hemostat.models import packages
-from hemostat.models.adapters.copies import Copy
-from hemostat.models.adapters.errors import AdaptError
 from hemostat.models.architectures import UnsupportedModelError, check_causal, has_attention, max_positions
 from hemostat.models.checkpoint_digest import checkpoint_digest
+from hemostat.models.copies import Copy
+from hemostat.models.errors import AdaptError
 from hemostat.models.generation import generate
 from hemostat.models.piecewise import PiecewiseReader, StatelessModelError
 from hemostat.models.quiet import quiet_transformers as quiet

@@ -12,6 +12,7 @@ import msgspec
 from rich.console import Console, RenderableType
 
 from hemostat import __version__
+from hemostat.compression.plan import Plan, encode_plan
 from hemostat.doctor import html, terminal
 from hemostat.doctor.causes.findings import findings
 from hemostat.doctor.classes import classify_all
@@ -23,7 +24,6 @@ from hemostat.doctor.report import SCHEMA, PromptKind, tables
 from hemostat.doctor.sweep import terminal as sweep_terminal
 from hemostat.models import packages
 from hemostat.models.checkpoint_folders import cache_folder, cache_key
-from hemostat.models.compression.plan import Plan, encode_plan
 from hemostat.models.work_folder import WorkFolder
 
 EXIT_INTERRUPTED = 130

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from hemostat.compression.plan import SCHEMA
 from hemostat.config.fields import server_url
 from hemostat.doctor.axes import Axis
-from hemostat.models.compression.plan import SCHEMA
 from hemostat.models.written_files import other_content
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.messages import shown_address

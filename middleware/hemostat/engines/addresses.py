@@ -52,7 +52,7 @@ class _Address:
 
 
 class EngineAt:
-    """Implements `engines.lora.host.LiveReports` for the engine at one address."""
+    """Implements `adapters.serving.host.LiveReports` for the engine at one address."""
 
     def __init__(self, addresses: EngineAddresses, registry: EngineRegistry, name: str) -> None:
         self._addresses = addresses

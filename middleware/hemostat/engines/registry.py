@@ -114,7 +114,7 @@ class EngineRegistry:
         return frozenset(self._engines)
 
     def known(self, now: float) -> bool:
-        """See `engines.lora.host.LiveReports`: all that report are meant."""
+        """See `adapters.serving.host.LiveReports`: all that report are meant."""
         return True
 
     def live(self, now: float) -> list[EngineReport]:

@@ -23,7 +23,7 @@ MAX_WAITING = 256
 
 
 class DistanceSource(Protocol):
-    """Of `hemostat.learner.adapters.judge.AdapterJudge`."""
+    """Of `hemostat.adapters.live.judge.AdapterJudge`."""
 
     def offer(
         self,

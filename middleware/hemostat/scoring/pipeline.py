@@ -76,7 +76,7 @@ class RecordLearner(Protocol):
 
 
 class TextLearner(Protocol):
-    """Of `hemostat.learner.adapters.client.AdapterLearner`."""
+    """Of `hemostat.adapters.live.client.AdapterLearner`."""
 
     def offer(self, unit: bytes, prompt: Ids, output: Ids) -> None: ...
 

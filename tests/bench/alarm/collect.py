@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from hemostat.models import vllm_server as vllm_process
+from hemostat.demo import vllm_server as vllm_process
 
 os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",

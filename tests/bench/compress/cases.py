@@ -13,10 +13,10 @@ import numpy.typing as npt
 from tests.bench.llmcompressor import compress
 from tests.bench.recovery.log import say
 
-from hemostat.models.adapters.texts import Text
-from hemostat.models.compression.compress import Surroundings, compress_with
-from hemostat.models.compression.frame import Method, Source
-from hemostat.models.compression.plan import LayerPlan, stored_bytes
+from hemostat.compression.checkpoint_writer import Surroundings, compress_with
+from hemostat.compression.frame import Method, Source
+from hemostat.compression.plan import LayerPlan, stored_bytes
+from hemostat.models.texts import Text
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 from tests.bench.recovery.figures import interval
 
-from hemostat.models.adapters.copies import Copy
-from hemostat.models.adapters.distances import exact_distances
-from hemostat.models.adapters.texts import Text
+from hemostat.adapters.distances import exact_distances
 from hemostat.models.checkpoint_digest import checkpoint_digest
+from hemostat.models.copies import Copy
+from hemostat.models.texts import Text
 from hemostat_calibration.records import ExactDistances
 
 from .texts import Texts

@@ -10,15 +10,15 @@ from pathlib import Path
 from tests.bench.llmcompressor import PRUNE
 from tests.bench.recovery.log import say
 
-from hemostat.models.adapters.training import summary_line
-from hemostat.models.compression.compress import Surroundings
-from hemostat.models.compression.formats import WeightFormat
-from hemostat.models.compression.methods import without_texts
-from hemostat.models.compression.other_files import REPAIR
-from hemostat.models.compression.plan import LayerPlan
-from hemostat.models.compression.pruning.masks import Pattern, Score
-from hemostat.models.compression.pruning.method import Budget, PruneOptions, prune_method
-from hemostat.models.compression.repair import write_repaired_copy
+from hemostat.compression.checkpoint_writer import Surroundings
+from hemostat.compression.formats import WeightFormat
+from hemostat.compression.methods import without_texts
+from hemostat.compression.other_files import REPAIR
+from hemostat.compression.plan import LayerPlan
+from hemostat.compression.pruning.masks import Pattern, Score
+from hemostat.compression.pruning.method import Budget, PruneOptions, prune_method
+from hemostat.compression.repair import write_repaired_copy
+from hemostat.models.training import summary_line
 
 from .cases import Bench, Case, Must
 

@@ -9,16 +9,16 @@ from pathlib import Path
 from tests.bench.llmcompressor import QUANTIZE
 from tests.bench.recovery.log import say
 
+from hemostat.compression.calibrated import CALIBRATIONS, Calibrated
+from hemostat.compression.formats import WeightFormat
+from hemostat.compression.frame import Source
+from hemostat.compression.methods import without_texts
+from hemostat.compression.plan import LayerPlan, Plan, stored_bytes
+from hemostat.compression.planned import planned
 from hemostat.doctor.options import Target
 from hemostat.doctor.prescription.losses import predicted_losses
 from hemostat.doctor.prescription.mixes import prescribe
-from hemostat.models.adapters.parts import Parts
-from hemostat.models.compression.calibrated import CALIBRATIONS, Calibrated
-from hemostat.models.compression.formats import WeightFormat
-from hemostat.models.compression.frame import Source
-from hemostat.models.compression.methods import without_texts
-from hemostat.models.compression.plan import LayerPlan, Plan, stored_bytes
-from hemostat.models.compression.planned import planned
+from hemostat.models.parts import Parts
 
 from .cases import Bench, Case, Must
 

@@ -10,11 +10,11 @@ import numpy.typing as npt
 from tests.bench.recovery import prompts
 
 from hemostat.commands.texts import Writer
+from hemostat.compression.frame import Source
 from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import Prompt
-from hemostat.models.adapters.texts import Text
 from hemostat.models.checkpoint_digest import checkpoint_digest
-from hemostat.models.compression.frame import Source
+from hemostat.models.texts import Text
 from hemostat.models.work_folder import WorkFolder
 
 MAX_NEW_TOKENS = 96

@@ -29,11 +29,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.bench.guard import Row
 from tests.bench.recovery.outcomes import is_json_object
 
+from hemostat.demo.checkpoints import cached_checkpoints
 from hemostat.demo.generated_prompts import SUBJECTS, TASKS
 from hemostat.demo.options import DemoOptions
 from hemostat.demo.programs import serve_command, serve_settings, serving, stopping, vllm_arguments
-from hemostat.models.reference_checkpoint import cached_checkpoints
-from hemostat.models.vllm_server import VllmServer, free_port, runnable
+from hemostat.demo.vllm_server import VllmServer, free_port, runnable
 from hemostat_calibration.profiles.profile import IDENTITY
 from hemostat_calibration.statistics.two_arms import TwoArms
 

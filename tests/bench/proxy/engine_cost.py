@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 from tests.support.running_vllm import VLLM_ARGUMENTS, RunningVllm, answers_of, running_vllm
 
-from hemostat.models.reference_checkpoint import cached_checkpoints
+from hemostat.demo.checkpoints import cached_checkpoints
 from hemostat.openai.routes import CHAT
 
 from .load import ASK, TOP_K

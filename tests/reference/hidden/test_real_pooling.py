@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from hemostat.models import vllm_server as vllm_process
-from hemostat.models.vllm_server import VllmServer as VllmProcess
+from hemostat.demo import vllm_server as vllm_process
+from hemostat.demo.vllm_server import VllmServer as VllmProcess
 from hemostat.reference.hidden.pooling import POOLING_ARGUMENTS, find_offer, hidden_states
 from hemostat.reference.hidden.probe import MAX_SAME_DISTANCE, TEXT, distance
 from hemostat.reference.on_server import ServerReference

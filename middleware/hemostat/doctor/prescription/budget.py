@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hemostat.doctor.options import DoctorError, parse_budget
-from hemostat.models.adapters.checkpoint import Checkpoint
+from hemostat.models.checkpoint import Checkpoint
 
 
 def budget_bytes(given: str | None, dense: int, compressed: Path, layers: Sequence[str]) -> int:

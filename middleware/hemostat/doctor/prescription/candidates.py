@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from hemostat.compression.calibrated import calibrated_weight
+from hemostat.compression.formats import Quantized, WeightFormat, on_grid
+from hemostat.compression.input_moments import InputMoments
+from hemostat.compression.plan import DENSE_BITS, LayerPlan, fused_name
+from hemostat.compression.pruning.masks import Pattern
+from hemostat.compression.rounding import pruned, rounded
 from hemostat.doctor.options import Target
-from hemostat.models.compression.calibrated import calibrated_weight
-from hemostat.models.compression.formats import Quantized, WeightFormat, on_grid
-from hemostat.models.compression.input_moments import InputMoments
-from hemostat.models.compression.plan import DENSE_BITS, LayerPlan, fused_name
-from hemostat.models.compression.pruning.masks import Pattern
-from hemostat.models.compression.rounding import pruned, rounded
 
 KERNEL_GROUPS = (None, 128, 64, 32)
 """Of Marlin's kernels (`MARLIN_SUPPORTED_GROUP_SIZES` of vLLM 0.32), coarsest first."""

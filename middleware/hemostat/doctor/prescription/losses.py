@@ -22,19 +22,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hemostat.compression.input_moments import InputMoments
+from hemostat.compression.plan import LayerPlan
+from hemostat.compression.pruning.compensation import shrunk
 from hemostat.doctor.options import Target
 from hemostat.doctor.pair import Floats, Ids
 from hemostat.doctor.prescription.candidates import candidates, planned_weight
-from hemostat.models.adapters.activations import Moments, output_key
-from hemostat.models.adapters.checkpoint import Checkpoint
-from hemostat.models.adapters.copies import device_of, dtype_of, weights_of
-from hemostat.models.adapters.errors import AdaptError
-from hemostat.models.adapters.parts import Parts
-from hemostat.models.adapters.skeleton import Skeleton
-from hemostat.models.adapters.statistics import LayerStatistics
-from hemostat.models.compression.input_moments import InputMoments
-from hemostat.models.compression.plan import LayerPlan
-from hemostat.models.compression.pruning.compensation import shrunk
+from hemostat.models.activations import Moments, output_key
+from hemostat.models.checkpoint import Checkpoint
+from hemostat.models.copies import device_of, dtype_of, weights_of
+from hemostat.models.errors import AdaptError
+from hemostat.models.parts import Parts
+from hemostat.models.second_moments import LayerStatistics
+from hemostat.models.skeleton import Skeleton
 from hemostat_calibration.adapters.gram import Metric
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hemostat.compression.plan import DENSE_BITS, LayerPlan, stored_bytes
 from hemostat.doctor.options import DoctorError, Target
 from hemostat.doctor.prescription.candidates import unit_name
 from hemostat.doctor.prescription.losses import LayerLosses
-from hemostat.models.compression.plan import DENSE_BITS, LayerPlan, stored_bytes
 from hemostat_calibration.allocation.knapsack import Options, allocate
 
 

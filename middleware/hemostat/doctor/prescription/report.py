@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from hemostat import __version__
+from hemostat.compression.plan import LayerPlan, Plan
 from hemostat.doctor.checkpoints import CheckpointPair
 from hemostat.doctor.kl_meter import KlMeter, Text, choose
 from hemostat.doctor.options import DoctorError, DoctorOptions
@@ -24,9 +25,8 @@ from hemostat.doctor.prescription.budget import budget_bytes
 from hemostat.doctor.prescription.losses import predicted_losses
 from hemostat.doctor.prescription.mixes import Mix, dense_bytes, prescribe, uniform_mixes
 from hemostat.doctor.prescription.rounded_mixes import RoundedMixes
-from hemostat.models.adapters.errors import AdaptError
-from hemostat.models.adapters.parts import Parts
-from hemostat.models.compression.plan import LayerPlan, Plan
+from hemostat.models.errors import AdaptError
+from hemostat.models.parts import Parts
 from hemostat.models.work_folder import WorkFolder
 
 LEARNED_TOKENS = 4096

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
+from hemostat.compression.plan import LayerPlan
 from hemostat.doctor.kl_meter import altered_weights
 from hemostat.doctor.pair import Ids
 from hemostat.doctor.prescription.candidates import planned_weight
 from hemostat.doctor.prescription.losses import TokenRows, token_statistics
 from hemostat.doctor.prescription.mixes import Mix
-from hemostat.models.adapters.activations import Moments
-from hemostat.models.adapters.parts import Parts
-from hemostat.models.compression.plan import LayerPlan
+from hemostat.models.activations import Moments
+from hemostat.models.parts import Parts
 
 
 class RoundedMixes:

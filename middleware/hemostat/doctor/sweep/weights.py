@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from hemostat.compression.rounding import pruned, rounded
 from hemostat.doctor.causes.units import decoder_layers
 from hemostat.doctor.kl_meter import altered_weights
 from hemostat.doctor.sweep.points import FULL_BITS, Change, Point
-from hemostat.models.compression.rounding import pruned, rounded
 from hemostat_calibration.errors import HemostatError
 
 SCALE_BITS = 16

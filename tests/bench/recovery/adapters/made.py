@@ -13,12 +13,12 @@ from tests.bench.recovery.engine import Written
 from tests.bench.recovery.log import say
 from tests.bench.recovery.stages import Stages, cache_name
 
-from hemostat.models.adapters.build import BuildOptions, build
-from hemostat.models.adapters.copies import Copy
-from hemostat.models.adapters.distil import distil
-from hemostat.models.adapters.pair import CheckpointPair
-from hemostat.models.adapters.parts import Parts
-from hemostat.models.adapters.texts import Text
+from hemostat.adapters.building.build import BuildOptions, build
+from hemostat.adapters.building.distil import distil
+from hemostat.adapters.building.pair import CheckpointPair
+from hemostat.models.copies import Copy
+from hemostat.models.parts import Parts
+from hemostat.models.texts import Text
 from hemostat.models.work_folder import WorkFolder
 from hemostat_calibration.profiles.adapter import adapter_layers, adapter_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile

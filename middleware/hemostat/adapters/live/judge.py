@@ -1,0 +1,417 @@
+"""The control process's end of the judge: records wait here for exact distances, computed on copies of the models.
+
+The judge is started when it is first asked, and kept. Whatever it does wrong costs the distances of records, which are
+counted by reason; the records themselves go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hemostat.adapters.live import judge_messages
+from hemostat.adapters.live.answer_limit import AnswerLimit
+from hemostat.adapters.live.folders import CheckpointFolders
+from hemostat.ipc.child_process import ChildExited, FramedChild
+from hemostat.ipc.supervisor import ChildRefused, Supervisor
+from hemostat.learner.wire import parts
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
+from hemostat_calibration.arrays import Ids
+from hemostat_calibration.messages import with_detail
+from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
+from hemostat_calibration.records import ExactDistances, TokenRecord
+
+log = logging.getLogger("hemostat.adapters")
+
+MODULE = "hemostat.adapters.live.judge_process"
+BACKOFF = (0.5, 2.0, 10.0, 60.0)
+"""Seconds before a judge that ended is started again, by how often in a row it failed before it was ready."""
+MAX_WAITING = 16
+"""Records that wait; further ones are refused."""
+MAX_WAITING_BYTES = 256 * 1024 * 1024
+"""Of their hidden states."""
+MAX_HELD = 8
+"""Profiles that the judge holds; the ones that were used last stay."""
+MAX_ANSWER_SECONDS = 120.0
+"""A judge that does not answer for so long is ended, and started again; longer answers are not asked for then."""
+MAX_REFERENCE_NATS = 0.25
+"""Mean difference of the log-probabilities of a record's tokens between the reference that scored it and the judge's,
+up to which they are one model: repeated computations in bfloat16 differ by about 0.01, two sizes of one family by more
+than 0.5. Both are of the reference alone, so that which records are left out does not depend on any profile's gain."""
+
+Done = Callable[[Mapping[str, ExactDistances]], None]
+
+
+class JudgeUnavailable(Exception):
+    """It cannot be asked now; the text says why."""
+
+
+class JudgeState(StrEnum):
+    OFF = "off"
+    UNAVAILABLE = "unavailable"
+    """It cannot start."""
+    IDLE = "idle"
+    """Nothing was asked yet: no copy is loaded."""
+    STARTING = "starting"
+    READY = "ready"
+    DOWN = "down"
+    """The process has ended, and is started again after a pause."""
+
+
+class JudgeDropReason(StrEnum):
+    """Why a record got no distances: values of `hemostat_adapter_judge_dropped_total`."""
+
+    NOT_READY = "not_ready"
+    """It is starting, or has ended."""
+    BUSY = "busy"
+    """The queue is full."""
+    ENDED = "ended"
+    """It ended while the record waited."""
+    NO_HIDDEN_STATES = "no_hidden_states"
+    """The reference's hidden states are missing."""
+    FAILED = "failed"
+    """It could not compute them."""
+    OTHER_REFERENCE = "other_reference"
+    """Its reference gives the record's tokens other log-probabilities than the reference that scored it."""
+    TOO_LONG = "too_long"
+    """By how fast it has answered so far, the answer would take too long (`answer_limit`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeTarget:
+    """What is judged: both checkpoints, and the vocabulary that they share.
+
+    hidden_size: of the hidden states that come with the records; 0: there are none, and the reference is loaded, too.
+    reference_digest: of the weights that the reference serves; "" where that is not known.
+    """
+
+    folders: CheckpointFolders
+    vocab_size: int
+    hidden_size: int
+    reference_digest: str = ""
+    device: str = "cpu"
+
+
+@dataclass(slots=True)
+class _Waiting:
+    versions: tuple[str, ...]
+    request: Callable[[int], judge_messages.Request]
+    answered: Callable[[judge_messages.Answer | None], None]
+    """None: the judge ended first."""
+    bytes: int = 0
+    tokens: int = 0
+    """That models are run on, each counted for every pass over it."""
+
+
+class AdapterJudge:
+    """Implements `hemostat.scoring.distances.DistanceSource` and `hemostat.ipc.supervisor.ChildOwner`. Lives in the
+    control process's event loop.
+
+    profile: a version's profile; None where it is not known any more. on_change: called when it gets ready. clock:
+    monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        profile: Callable[[str], CalibrationProfile | None],
+        on_change: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._profile = profile
+        self._on_change = on_change
+        self._clock = clock
+        self._limit = AnswerLimit()
+        self._process: Supervisor[JudgeTarget, judge_messages.Ready] = Supervisor(MODULE, self, BACKOFF)
+        self._needed = False
+        self._waiting: deque[_Waiting] = deque()
+        self._waiting_bytes = 0
+        self._held: OrderedDict[str, None] = OrderedDict()
+        """Versions that the process holds, the one used last at the end."""
+        self._answer: asyncio.Future[judge_messages.Answer] | None = None
+        self._asked = -1
+        """Id of the request that is being answered."""
+        self._numbers = itertools.count()
+        self.loaded: judge_messages.Ready | None = None
+        """Of the running process."""
+        self.state, self.detail = JudgeState.OFF, ""
+        self.judged = 0
+        """Records that got distances."""
+        self.dropped: Counter[JudgeDropReason] = Counter()
+
+    # --- called by the control process -----------------------------------------------------------------------------
+
+    def judge_about(self, target: JudgeTarget) -> None:
+        """From now on; nothing changes where it is the target already."""
+        if target != self._process.target:
+            self._needed = False
+            self._limit = AnswerLimit()  # another model has another speed
+            self._set_state(JudgeState.IDLE, "")
+            self._process.set_target(target)
+
+    def stop(self, why: str, *, unavailable: bool = False) -> None:
+        """Judge nothing. why: shown as the state's detail."""
+        self._set_state(JudgeState.UNAVAILABLE if unavailable else JudgeState.OFF, why)
+        self._process.set_target(None)
+
+    @property
+    def wants_hidden_states(self) -> bool:
+        """They are what the reference's distribution is computed from."""
+        target = self._process.target
+        return target is not None and target.hidden_size > 0
+
+    def offer(self, record: TokenRecord, prompt_ids: Ids, versions: tuple[str, ...], done: Done) -> bool:
+        """See `DistanceSource.offer`."""
+        known = tuple(v for v in versions if v == IDENTITY or self._profile(v) is not None)
+        passes = len(known) + (0 if self.wants_hidden_states else 1)
+        tokens = passes * (len(prompt_ids) + record.tokens)
+        reason = self._refusal(record, tokens)
+        if reason is not None:
+            self.dropped[reason] += 1
+            return False
+        hidden = record.reference_hidden if self.wants_hidden_states else None
+        data = b"" if hidden is None else hidden.astype("<f4").tobytes()
+
+        def request(number: int) -> judge_messages.Judge:
+            prompt, output = prompt_ids.astype("<i4").tobytes(), record.output_ids.astype("<i4").tobytes()
+            return judge_messages.Judge(number, prompt, output, list(known), data)
+
+        def answered(answer: judge_messages.Answer | None) -> None:
+            done(self._distances(answer, record))
+
+        self._queue(_Waiting(known, request, answered, len(data), tokens))
+        return True
+
+    def _refusal(self, record: TokenRecord, tokens: int) -> JudgeDropReason | None:
+        self.need()
+        if self.state is not JudgeState.READY:
+            return JudgeDropReason.NOT_READY
+        if self.wants_hidden_states and record.reference_hidden is None:
+            return JudgeDropReason.NO_HIDDEN_STATES
+        if len(self._waiting) >= MAX_WAITING or self._waiting_bytes > MAX_WAITING_BYTES:
+            return JudgeDropReason.BUSY
+        return None if self._limit.allows(tokens) else JudgeDropReason.TOO_LONG
+
+    def _distances(self, answer: judge_messages.Answer | None, record: TokenRecord) -> dict[str, ExactDistances]:
+        if answer is None:
+            self.dropped[JudgeDropReason.ENDED] += 1
+            return {}
+        found = decode_distances(answer, record.tokens) if isinstance(answer, judge_messages.Judged) else {}
+        if not found or not isinstance(answer, judge_messages.Judged):
+            self.dropped[JudgeDropReason.FAILED] += 1
+            log.warning("no distances of a record: %s", getattr(answer, "message", "its answer does not fit"))
+            return {}
+        emitted = np.frombuffer(answer.emitted, "<f4")
+        apart = float(np.abs(emitted - record.reference_emitted).mean()) if len(emitted) == record.tokens else np.inf
+        if not apart <= MAX_REFERENCE_NATS:
+            self.dropped[JudgeDropReason.OTHER_REFERENCE] += 1
+            if self.state is JudgeState.READY:
+                why = f"adapter.reference is not the model that the reference serves: {apart:.2f} nats apart"
+                self._set_state(JudgeState.READY, why)
+            return {}
+        self.judged += 1
+        if self.state is JudgeState.READY:
+            self._set_state(JudgeState.READY, "")
+        return found
+
+    async def logprobs(self, ids: Ids, version: str | None) -> npt.NDArray[np.float32]:
+        """Of each token of `ids` [n] after the first, by a version (None: the compressed model): float32 [n - 1], nats.
+
+        JudgeUnavailable.
+        """
+        self.need()
+        if self.state is not JudgeState.READY:
+            raise JudgeUnavailable(f"the copies are {self.state}: {self.detail}" if self.detail else f"{self.state}")
+        if version is not None and self._profile(version) is None:
+            raise JudgeUnavailable(f"profile {version} is not known")
+        answer: asyncio.Future[judge_messages.Answer | None] = asyncio.get_running_loop().create_future()
+        name = version or IDENTITY
+        data = ids.astype("<i4").tobytes()
+
+        def answered(found: judge_messages.Answer | None) -> None:
+            if not answer.done():
+                answer.set_result(found)
+
+        def request(number: int) -> judge_messages.Logprobs:
+            return judge_messages.Logprobs(number, data, name)
+
+        self._queue(_Waiting((name,), request, answered, tokens=len(ids)))
+        found = await answer
+        if not isinstance(found, judge_messages.Scored):
+            raise JudgeUnavailable(getattr(found, "message", "") or "the copies' process ended")
+        return np.frombuffer(found.logprobs, "<f4").astype(np.float32)
+
+    def need(self) -> None:
+        """It will be asked soon: load the copies."""
+        if self._process.target is not None and not self._needed:
+            self._needed = True
+            self._process.wake()
+
+    def _queue(self, waiting: _Waiting) -> None:
+        self._waiting.append(waiting)
+        self._waiting_bytes += waiting.bytes
+        self._process.wake()
+
+    def samples(self) -> Iterator[Sample]:
+        yield Sample(names.ADAPTER_JUDGED, (), self.judged)
+        for reason, records in self.dropped.items():
+            yield Sample(names.ADAPTER_JUDGE_DROPPED, (reason,), records)
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "state": str(self.state),
+            "detail": self.detail,
+            "judged": self.judged,
+            "dropped": {str(reason): count for reason, count in self.dropped.items()},
+            "waiting": len(self._waiting),
+            "max_tokens": self._limit.max_tokens,
+            "bytes": self.loaded.bytes if self.loaded is not None else 0,
+        }
+
+    # --- the process -----------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Keep a judge running for the target once it is needed, until cancelled."""
+        await self._process.run()
+
+    def wants_child(self) -> bool:
+        return self._needed
+
+    def starting(self, target: JudgeTarget) -> None:
+        self._set_state(JudgeState.STARTING, f"loading {target.folders.compressed}")
+
+    async def begin(self, child: FramedChild, target: JudgeTarget) -> None:
+        start = judge_messages.Start(
+            compressed=str(target.folders.compressed),
+            reference=str(target.folders.reference),
+            vocab_size=target.vocab_size,
+            hidden_size=target.hidden_size,
+            device=target.device,
+        )
+        child.send(judge_messages.REQUESTS.encode(start))
+
+    def began(self, ready: judge_messages.Ready, target: JudgeTarget) -> None:
+        self.loaded = ready
+        if target.reference_digest not in {"", ready.reference_digest}:
+            raise ChildRefused(f"adapter.reference: {target.folders.reference} is not what the reference serves")
+        if self._process.target == target:
+            self._set_state(JudgeState.READY, "")
+            self._on_change()
+
+    async def exchange(self, child: FramedChild) -> bool:
+        if self._waiting:
+            await self._ask(child, self._waiting[0])
+            return True
+        return False
+
+    def exited(self, why: ChildExited) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(why)
+            self._answer.exception()  # nobody may be waiting for it
+
+    async def closed(self) -> None:
+        return
+
+    def failed(self, why: ChildExited | ChildRefused) -> None:
+        if isinstance(why, ChildRefused):
+            self._set_state(JudgeState.UNAVAILABLE, str(why))
+        else:
+            self._set_state(JudgeState.DOWN, f"the process of the copies ended ({why})")
+
+    async def _ask(self, child: FramedChild, waiting: _Waiting) -> None:
+        """The first of those that wait stays there until it is answered, so that `reset` ends it, too."""
+        self._answer = asyncio.get_running_loop().create_future()
+        self._asked = next(self._numbers)
+        began = self._clock()
+        try:
+            async with asyncio.timeout(MAX_ANSWER_SECONDS):
+                await self._hold(child, waiting.versions)
+                began = self._clock()
+                child.send(judge_messages.REQUESTS.encode(waiting.request(self._asked)))
+                await child.drain()
+                answer = await self._answer
+        except TimeoutError:
+            self._limit.late(waiting.tokens, self._clock() - began)
+            raise ChildExited(f"it did not answer within {MAX_ANSWER_SECONDS:.0f} s") from None
+        self._limit.answered(waiting.tokens, self._clock() - began)
+        self._waiting.popleft()
+        self._waiting_bytes -= waiting.bytes
+        _call(waiting, answer)
+
+    async def _hold(self, child: FramedChild, versions: tuple[str, ...]) -> None:
+        """Send what the process does not hold yet. A version that is not known any more fails at the process."""
+        for version in versions:
+            if version in self._held:
+                self._held.move_to_end(version)
+                continue
+            profile = self._profile(version) if version != IDENTITY else None
+            if profile is None:
+                continue
+            for part, last in parts(await asyncio.to_thread(profile.to_bytes)):
+                child.send(judge_messages.REQUESTS.encode(judge_messages.Hold(version, part, last)))
+                await child.drain()
+            self._held[version] = None
+        old = [v for v in self._held if v not in versions][: max(0, len(self._held) - MAX_HELD)]
+        if old:
+            child.send(judge_messages.REQUESTS.encode(judge_messages.Evict(old)))
+            for version in old:
+                del self._held[version]
+
+    def receive(self, body: bytes) -> None:
+        answer = judge_messages.ANSWERS.decode(body)
+        match answer:
+            case judge_messages.Ready():
+                self._process.ready(answer)
+            case judge_messages.Refused():
+                self._process.refused(answer.message)
+            case judge_messages.Judged() | judge_messages.Scored() | judge_messages.Failed():
+                if self._answer is not None and not self._answer.done() and answer.id == self._asked:
+                    self._answer.set_result(answer)
+
+    # --- bookkeeping -----------------------------------------------------------------------------------------------
+
+    def _set_state(self, state: JudgeState, detail: str) -> None:
+        if (state, detail) != (self.state, self.detail):
+            failed = state in {JudgeState.DOWN, JudgeState.UNAVAILABLE}
+            log.log(
+                logging.ERROR if failed else logging.INFO, "copies that judge adapters: %s", with_detail(state, detail)
+            )
+        self.state, self.detail = state, detail
+
+    def reset(self) -> None:
+        """The process has ended: whatever waits goes on without it, in its order."""
+        self.loaded, self._answer = None, None
+        self._held.clear()
+        self._waiting_bytes = 0
+        ended, self._waiting = self._waiting, deque()
+        for waiting in ended:
+            _call(waiting, None)
+
+
+def _call(waiting: _Waiting, answer: judge_messages.Answer | None) -> None:
+    try:
+        waiting.answered(answer)
+    except Exception:
+        log.exception("a record's distances could not be used")
+
+
+def decode_distances(answer: judge_messages.Judged, tokens: int) -> dict[str, ExactDistances]:
+    """{} where an array does not have a value for each of the tokens."""
+    found = {}
+    for version, arrays in answer.distances.items():
+        kl, tv = (np.frombuffer(data, "<f8").astype(np.float64) for data in (arrays.kl, arrays.tv))
+        top1 = np.frombuffer(arrays.top1, np.uint8).astype(bool)
+        if not len(kl) == len(tv) == len(top1) == tokens:
+            return {}
+        found[version] = ExactDistances(kl, tv, top1)
+    return found

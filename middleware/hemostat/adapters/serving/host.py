@@ -1,0 +1,445 @@
+"""`AdapterHost`: loads adapters at one engine, and says which of them requests to it may ask for.
+
+Invariants:
+- A version may be asked for only while the engine is known to have it loaded, and both probes have passed: rows
+  without an adapter are left alone, with exactly what is loaded now, and the engine is the model that our copy is,
+  with and without this version. Whatever is not known means no.
+- All of that is about one start of the server: a new engine, or a name that has vanished, ends it.
+- What is replaced is unloaded first. A slot is left free (`slots`).
+- No request waits for anything here, and nothing is asked of the server while no adapter is wanted or loaded.
+
+One address may stand for several engines (a router, data parallelism): all of them have to report that they hold it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from enum import StrEnum
+from typing import Any, Protocol
+
+from hemostat.adapters.serving import folder as shared_folder
+from hemostat.adapters.serving import slots
+from hemostat.adapters.serving.probes import Probes
+from hemostat.adapters.serving.probing import ModelCopy, Prober
+from hemostat.adapters.serving.server import Listed, listed, load, lora_enabled, max_loras, started, touch, unload
+from hemostat.adapters.serving.setting import Way, explain, without_lora
+from hemostat.config.schema import Settings
+from hemostat.engines.messages import EngineReport
+from hemostat.ipc.backoff import Backoff
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
+from hemostat.reference.protocol import FailureReason, ReferenceFailure
+from hemostat.reference.server import Refused, VllmServer
+from hemostat_calibration.profiles.adapter import has_map, max_rank
+from hemostat_calibration.profiles.peft import peft_files
+from hemostat_calibration.profiles.profile import CalibrationProfile
+
+log = logging.getLogger("hemostat.adapters")
+
+POLL_SECONDS = 2.0
+"""Between two looks at the server, and at what is wanted."""
+SOON_SECONDS = 0.5
+"""The same after something was changed at the server."""
+BACKOFF = (1.0, 5.0, 15.0, 60.0)
+"""Seconds before a version that could not be loaded is tried again, by how often in a row."""
+REQUEST_SECONDS = 60.0
+MAX_TIMEOUTS = 3
+"""Lists of models in a row that did not come in time, after which the server counts as down."""
+MAX_VERSIONS = 32
+"""Versions whose failures are remembered."""
+LOAD_RESULTS = ("loaded", "refused", "failed")
+
+
+class HostState(StrEnum):
+    IDLE = "idle"
+    """No adapter is wanted."""
+    WAITING = "waiting"
+    """The upstream or the copy of the model does not answer, or engines have not reported yet."""
+    LOADING = "loading"
+    PROBING = "probing"
+    READY = "ready"
+    """At least one adapter may be asked for."""
+    UNUSABLE = "unusable"
+    """None may be; `unusable` says why."""
+
+
+class AdapterProfiles(Protocol):
+    """What the host needs of the profiles."""
+
+    def wanted(self) -> Sequence[str]:
+        """Versions of adapters that should be loaded, most important first."""
+        ...
+
+    def get(self, version: str) -> CalibrationProfile | None: ...
+
+    def reject(self, version: str, why: str) -> None:
+        """The engine does not apply this version as it should."""
+        ...
+
+
+class LiveReports(Protocol):
+    """Of `hemostat.engines.registry.EngineRegistry`, or of the engines behind one address."""
+
+    def known(self, now: float) -> bool:
+        """False while it is not known which of the engines that report is meant."""
+        ...
+
+    def live(self, now: float) -> Sequence[EngineReport]:
+        """The last report of each of its ranks; none where it does not report."""
+        ...
+
+
+class AdapterHost:
+    """Lives in the control process's event loop.
+
+    connect: makes a client of the engine. base: the served name of the model that profiles are for; "" while it is not
+    known. copy: our copy of that model, None where there is none: then only isolation is probed. clock: monotonic
+    seconds. on_change: called after every change of `ready`, `capacity`, `limit` or `hold`. writing: one writes to the
+    shared folder at a time.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        engines: LiveReports,
+        profiles: AdapterProfiles,
+        *,
+        connect: Callable[[], VllmServer],
+        copy: ModelCopy | None,
+        base: Callable[[], str],
+        clock: Callable[[], float],
+        on_change: Callable[[], None],
+        writing: asyncio.Lock | None = None,
+    ) -> None:
+        self._settings = settings.adapter
+        self._connect = connect
+        self._writing = writing or asyncio.Lock()
+        self._engines = engines
+        self._profiles = profiles
+        self._base = base
+        self._clock = clock
+        self._on_change = on_change
+        self._probes = Probes(copy, clock)
+        self._prober: Prober | None = None
+        self._ready: dict[str, bool] = {}
+        self._boots: frozenset[str] = frozenset()
+        """Engines that have reported since the last start that was noticed."""
+        self._loaded: frozenset[str] = frozenset()
+        """Our versions that the server listed at the last look."""
+        self._started: str | None = None
+        """When the server began, where no engine reports."""
+        self._slots: int | None = None
+        """--max-loras, where no engine reports it."""
+        self._way: Way | None = None
+        self._timeouts = 0
+        self._backoffs: dict[str, Backoff] = {}
+        self._not_before: dict[str, float] = {}
+        self._failures: dict[str, str] = {}
+        """By version: why it is not loaded."""
+        self._rejected: dict[str, str] = {}
+        """By version: why it is not used until the server is restarted."""
+        self._loads: Counter[str] = Counter()
+        self.state = HostState.IDLE
+        self._logged = ""
+        """The last `detail` that was logged."""
+        self.detail = ""
+        """One line about the state, where there is more to say."""
+        self.capacity: int | None = None
+        """Adapters that may serve at a time; None while that is not known."""
+        self.limit: int | None = None
+        """`slots.Room.limit`."""
+        self.hold: tuple[str, ...] = ()
+        """Versions that engines should keep loaded."""
+
+    # --- what others read ------------------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> dict[str, bool]:
+        """The versions that requests may ask for now -> whether the version has a map of the logits, too."""
+        now = self._clock()
+        if not self._ready or not self._engines.known(now):
+            return {}
+        reports = self._engines.live(now)
+        if slots.boots(reports) - self._boots or not slots.complete(reports) or slots.room(reports, 0).problem:
+            return {}
+        held = slots.held_everywhere(reports, frozenset(self._ready))
+        return {version: mapped for version, mapped in self._ready.items() if version in held}
+
+    @property
+    def unusable(self) -> str:
+        """Why no adapter is used, in one line; "" while some may be."""
+        return self.detail if self.state is HostState.UNUSABLE else ""
+
+    def status(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "state": self.state.value,
+            "detail": self.detail,
+            "way": self._way.value if self._way is not None else None,
+            "capacity": self.capacity,
+            "wanted": list(self._profiles.wanted()),
+            "loaded": sorted(self._loaded),
+            "ready": sorted(self.ready),
+            "failures": {**self._failures, **self._rejected},
+            "probes": self._probes.report(),
+            "probe_tokens": self._prober.tokens if self._prober is not None else 0,
+        }
+
+    def samples(self) -> Iterator[Sample]:
+        counts = {"wanted": len(self._profiles.wanted()), "loaded": len(self._loaded), "ready": len(self.ready)}
+        for state, count in counts.items():
+            yield Sample(names.ADAPTERS, (state,), count)
+        for result in LOAD_RESULTS:
+            yield Sample(names.ADAPTER_LOADS, (result,), self._loads[result])
+        yield from self._probes.samples()
+
+    @property
+    def rejected(self) -> Mapping[str, str]:
+        """Versions whose probe has failed since the engine's last start -> why."""
+        return self._rejected
+
+    # --- the loop --------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        server = self._connect()
+        self._prober = Prober(server)
+        try:
+            while True:
+                pause = await self._step(server, self._prober)
+                await asyncio.sleep(pause)
+        finally:
+            await server.close()
+
+    async def _step(self, server: VllmServer, prober: Prober) -> float:
+        """One look at the server, and at most one change or probe there. Returns the seconds until the next step."""
+        wanted = list(dict.fromkeys(self._profiles.wanted()))
+        if not wanted and not self._loaded:
+            self._set_hold(())
+            self._set(HostState.IDLE, {}, self.capacity)
+            return POLL_SECONDS
+        try:
+            found = listed(await server.models())
+        except ReferenceFailure as failure:
+            self._unreachable(failure)
+            return POLL_SECONDS
+        self._timeouts = 0
+        if not self._engines.known(self._clock()):
+            self._set(HostState.WAITING, {}, self.capacity, "it is not known yet which engine answers here")
+            return SOON_SECONDS
+        reports = self._engines.live(self._clock())
+        self._notice_restart(found, reports, None if reports else await started(server))
+        if self._ready and not self._probes.passed(list(self._ready), found.ours | found.others):
+            self._set(HostState.PROBING, {}, self.capacity)  # somebody has loaded or unloaded an adapter
+        base = self._base() or next(iter(found.base), "")
+        if not base or not slots.complete(reports):
+            self._set(HostState.WAITING, {}, self.capacity, "" if base else "the upstream serves no model yet")
+            return POLL_SECONDS
+        if self._slots is None and not any(report.lora for report in reports):
+            if await lora_enabled(server) is False:
+                # To be asked for one, vLLM logs a traceback of its engine each time.
+                ranks = [max_rank(one) for version in wanted if (one := self._profiles.get(version)) is not None]
+                self._set(HostState.UNUSABLE, {}, 0, without_lora(max(ranks, default=1)))
+                return POLL_SECONDS
+            self._slots = await max_loras(server)
+        room = slots.room(reports, len(found.others), self._slots)
+        self._set_limit(room.limit)
+        if problem := room.problem or self._probes.problem:
+            self._set(HostState.UNUSABLE, {}, 0, problem)
+            return POLL_SECONDS
+        target = self._target(wanted, room)
+        self._set_hold(target)
+        if await self._unload(server, found.ours, target, room):
+            return SOON_SECONDS
+        present = slots.held_everywhere(reports, found.ours)
+        if await self._load_next(server, prober, base, [v for v in target if v not in present], room):
+            return SOON_SECONDS
+        return await self._probe(prober, base, [v for v in target if v in present], found, room)
+
+    def _set(self, state: HostState, ready: dict[str, bool], capacity: int | None, detail: str = "") -> None:
+        if detail and detail != self.detail and state in {HostState.UNUSABLE, HostState.WAITING}:
+            log.log(
+                logging.ERROR if state is HostState.UNUSABLE else logging.WARNING, "adapters: %s: %s", state, detail
+            )
+        changed = (ready, capacity) != (self._ready, self.capacity)
+        self.state, self.detail, self._ready, self.capacity = state, detail, ready, capacity
+        if changed:
+            self._on_change()
+
+    def _set_limit(self, limit: int | None) -> None:
+        if limit != self.limit:
+            self.limit = limit
+            self._on_change()
+
+    def _set_hold(self, versions: tuple[str, ...]) -> None:
+        if versions != self.hold:
+            self.hold = versions
+            self._on_change()
+
+    def _unreachable(self, failure: ReferenceFailure) -> None:
+        self._timeouts += failure.reason is FailureReason.TIMEOUT
+        if failure.reason is FailureReason.UNAUTHORIZED:
+            self._set(HostState.UNUSABLE, {}, 0, f"{failure}; set upstream.api_key")
+        elif failure.reason is not FailureReason.TIMEOUT or self._timeouts >= MAX_TIMEOUTS:
+            self._set(HostState.WAITING, {}, self.capacity, str(failure))
+
+    def _notice_restart(self, found: Listed, reports: Sequence[EngineReport], began: str | None) -> None:
+        """Forget what was found about an earlier start of the server.
+
+        began: where no engine reports. By the names alone a restart may go unnoticed: the first request for a version
+        has the server's resolver load it again.
+        """
+        boots = slots.boots(reports)
+        again = None not in (began, self._started) and began != self._started
+        if again or self._loaded - found.ours or (self._boots and boots - self._boots):
+            if self._loaded:
+                log.warning("adapters: the upstream was restarted or has lost one; they are loaded and probed again")
+            self._set(HostState.LOADING, {}, self.capacity)
+            self._boots, self._slots, self._way = frozenset(), None, None
+            for forgotten in (self._backoffs, self._not_before, self._failures, self._rejected):
+                forgotten.clear()
+            self._probes.begin_anew()
+        self._started = began or self._started
+        self._boots |= boots
+        self._loaded = self._own(found.ours)
+
+    def _own(self, versions: Iterable[str]) -> frozenset[str]:
+        """Without those of another Hemostat that shares the server."""
+        return frozenset(v for v in versions if v in self._loaded or self._profiles.get(v) is not None)
+
+    def _target(self, wanted: Sequence[str], room: slots.Room) -> tuple[str, ...]:
+        """What should be loaded: the most important that fit."""
+        usable = []
+        for version in wanted:
+            profile = self._profiles.get(version)
+            if profile is None or version in self._rejected:
+                continue
+            rank = max_rank(profile)
+            if room.max_rank is not None and rank > room.max_rank:
+                setting = f"set --max-lora-rank {slots.rank_setting(rank)}"
+                self._failed(version, f"rank {rank} is above --max-lora-rank {room.max_rank}: {setting}")
+                continue
+            usable.append(version)
+        return tuple(usable[: 1 if room.capacity is None else room.capacity])
+
+    # --- loading ---------------------------------------------------------------------------------------------------
+
+    async def _unload(
+        self, server: VllmServer, present: frozenset[str], target: Sequence[str], room: slots.Room
+    ) -> bool:
+        """Unload what is not wanted; adapters of nobody known only where there is no room. True if something was."""
+        unwanted = present - set(target)
+        mine = self._own(unwanted)
+        if room.capacity is not None and len(unwanted - mine) + len(target) > room.capacity:
+            mine = unwanted
+        unloaded = False
+        for version in sorted(mine):
+            self._set(HostState.LOADING, {}, self.capacity)
+            try:
+                await unload(server, version)
+            except ReferenceFailure as failure:
+                if not (isinstance(failure, Refused) and failure.status == 404):
+                    log.warning("adapter %s could not be unloaded: %s", version, failure)
+                    continue
+            unloaded = True
+            self._loaded -= {version}
+            self._probes.forget(version)
+            log.info("adapter %s is unloaded", version)
+        return unloaded
+
+    async def _load_next(
+        self, server: VllmServer, prober: Prober, base: str, missing: Sequence[str], room: slots.Room
+    ) -> bool:
+        """Load the first one whose time has come. False where none was loaded."""
+        now = self._clock()
+        version = next((v for v in missing if now >= self._not_before.get(v, 0.0)), None)
+        profile = self._profiles.get(version) if version is not None else None
+        if version is None or profile is None:
+            return False
+        # A slot is freed once the last request that uses it has ended.
+        occupied = (set(report.adapters) - set(missing) for report in self._engines.live(now))
+        if room.capacity is not None and max(map(len, occupied), default=0) >= room.capacity:
+            return False
+        if self.state is not HostState.UNUSABLE:  # a version that could not be loaded is tried again
+            self._set(HostState.LOADING, {}, self.capacity)
+        isolated, self._probes.isolated_with = self._probes.isolated_with, None
+        # Also after it was loaded: where several engines share the address, another request reaches the next one.
+        self._not_before[version] = now + self._backoffs.setdefault(version, Backoff(BACKOFF)).pause()
+        try:
+            await self._load(server, version, profile, base, await prober.prompts(base))
+        except (ReferenceFailure, OSError) as failure:
+            self._loads["refused" if isinstance(failure, Refused) else "failed"] += 1
+            self._failed(version, explain(failure, max_rank(profile), self._way, self._settings.folder))
+            self._probes.isolated_with = isolated
+            return False
+        self._loads["loaded"] += 1
+        self._failures.pop(version, None)
+        log.info("adapter %s is loaded", version)
+        return True
+
+    async def _load(
+        self, server: VllmServer, version: str, profile: CalibrationProfile, base: str, prompts: Sequence[Sequence[int]]
+    ) -> None:
+        """By the plugin's resolver; where there is none, from the shared folder. ReferenceFailure, OSError."""
+        shared = self._settings.folder
+        if self._way is not Way.FOLDER:
+            try:
+                await touch(server, version, prompts[0][:8])
+            except Refused as refused:
+                reports_adapters = any(report.lora for report in self._engines.live(self._clock()))
+                if refused.status != 404 or shared is None or self._way is Way.RESOLVER or reports_adapters:
+                    raise
+            else:
+                self._way = Way.RESOLVER
+                return
+        if shared is None:
+            raise OSError("it is not set")
+        files = peft_files(profile, base)
+        async with self._writing:
+            await asyncio.to_thread(shared_folder.write, shared, version, files, {*self._loaded, *self.hold})
+        try:
+            await load(server, version, str(shared / version))
+        except Refused as refused:
+            if "already been loaded" not in refused.detail:
+                raise
+        self._way = Way.FOLDER
+
+    def _failed(self, version: str, why: str) -> None:
+        if self._failures.get(version) != why:
+            log.error("adapter %s: %s", version, why)
+        _remember(self._failures, version, why)
+
+    # --- probes ----------------------------------------------------------------------------------------------------
+
+    async def _probe(self, prober: Prober, base: str, present: Sequence[str], found: Listed, room: slots.Room) -> float:
+        """Do the next probe that is due, then set what may be asked for."""
+        loaded = found.ours | found.others
+        if self._probes.due(present, loaded):
+            if not self._probes.passed(present, loaded):
+                self._set(HostState.PROBING, {}, self.capacity)
+            rejected = await self._probes.run(prober, base, present, loaded, len(self._boots))
+            for version, why in rejected.items():
+                log.error("adapter %s is not used: %s", version, why)
+                _remember(self._rejected, version, why)
+                self._profiles.reject(version, why)
+            return 0.0
+        passed = self._probes.passed(present, loaded)
+        ready = {v: has_map(profile) for v in passed if (profile := self._profiles.get(v)) is not None}
+        capacity = 1 if room.capacity is None else room.capacity
+        if ready:
+            self._set(HostState.READY, ready, capacity)
+        elif present:
+            self._set(HostState.WAITING, {}, self.capacity, f"a probe has not passed yet: {self._probes.last}")
+        else:
+            why = next(iter((self._failures | self._rejected).values()), "")
+            self._set(HostState.UNUSABLE if why else HostState.LOADING, {}, 0 if why else self.capacity, why)
+        return POLL_SECONDS
+
+
+def _remember(reasons: dict[str, str], version: str, why: str) -> None:
+    reasons[version] = why
+    while len(reasons) > MAX_VERSIONS:
+        del reasons[next(iter(reasons))]

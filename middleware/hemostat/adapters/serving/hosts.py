@@ -1,0 +1,204 @@
+"""`AdapterHosts`: adapters at every engine, one `AdapterHost` for each address that requests are sent to.
+
+A version that an engine refuses, or whose probe fails there, is not used at that engine; the others go on serving it.
+It is given up where no engine applies it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from hemostat.adapters.serving.host import REQUEST_SECONDS, AdapterHost, AdapterProfiles, HostState
+from hemostat.adapters.serving.probing import ModelCopy
+from hemostat.config.schema import Settings
+from hemostat.engines.addresses import EngineAddresses
+from hemostat.engines.registry import EngineRegistry
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
+from hemostat_calibration.profiles.profile import CalibrationProfile
+
+log = logging.getLogger("hemostat.adapters")
+
+ONLY = ""
+"""Name of the host where there is one address."""
+TICK_SECONDS = 0.5
+
+
+class _ProfilesAt:
+    """Implements `host.AdapterProfiles` for one address of several: what is rejected there stays in use elsewhere."""
+
+    def __init__(self, profiles: AdapterProfiles, reject: Callable[[str, str], None]) -> None:
+        self.wanted = profiles.wanted
+        self.get: Callable[[str], CalibrationProfile | None] = profiles.get
+        self.reject = reject
+
+
+class AdapterHosts:
+    """Owns the hosts. registry: of all engines that report. Other arguments as of `AdapterHost`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        registry: EngineRegistry,
+        addresses: EngineAddresses,
+        profiles: AdapterProfiles,
+        *,
+        copy: ModelCopy | None,
+        base: Callable[[], str],
+        clock: Callable[[], float],
+        on_change: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._addresses = addresses
+        self._profiles = profiles
+        self._copy = copy
+        self._base = base
+        self._clock = clock
+        self._on_change = on_change
+        self._writing = asyncio.Lock()
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self.hosts: dict[str, AdapterHost] = {}
+        """By address."""
+        if len(settings.upstream.addresses) == 1:
+            self.hosts[ONLY] = self._host(ONLY)
+
+    # --- what others read ------------------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> dict[str, bool]:
+        """The versions that requests may ask for at some engine -> whether the version has a map of the logits, too."""
+        return {version: mapped for host in self.hosts.values() for version, mapped in host.ready.items()}
+
+    def ready_at(self, name: str) -> Mapping[str, bool]:
+        """The same at one address, or at the only one."""
+        return self.hosts[name].ready if name in self.hosts else {}
+
+    @property
+    def hold(self) -> list[str]:
+        """Versions that engines should keep loaded."""
+        return list(dict.fromkeys(version for host in self.hosts.values() for version in host.hold))
+
+    @property
+    def capacity(self) -> int | None:
+        """Adapters that may serve at a time, at the engine with the most room; None while that is not known."""
+        known = [host.capacity for host in self.hosts.values() if host.capacity is not None]
+        return max(known, default=None)
+
+    @property
+    def limit(self) -> int | None:
+        """The same while clients load none: it changes when an engine is restarted; None while any's is not known."""
+        limits = [host.limit for host in self.hosts.values()]
+        known = [limit for limit in limits if limit is not None]
+        return max(known) if known and len(known) == len(limits) else None
+
+    def status(self) -> dict[str, Any]:
+        """JSON-ready. Of several engines: of all together, and `by_engine`."""
+        if ONLY in self.hosts:
+            return self.hosts[ONLY].status()
+        found = {name: host.status() for name, host in self.hosts.items()}
+        order = (HostState.READY, HostState.PROBING, HostState.LOADING, HostState.WAITING, HostState.UNUSABLE)
+        state = next((one.value for one in order if any(row["state"] == one for row in found.values())), "idle")
+        rows = list(found.values())
+        return {
+            "state": state,
+            "detail": "; ".join(f"{name}: {row['detail']}" for name, row in found.items() if row["detail"]),
+            "way": next((row["way"] for row in rows if row["way"]), None),
+            "capacity": self.capacity,
+            "wanted": list(self._profiles.wanted()),
+            "loaded": sorted({version for row in rows for version in row["loaded"]}),
+            "ready": sorted(self.ready),
+            "failures": {f"{v} at {name}": why for name, row in found.items() for v, why in row["failures"].items()},
+            "probes": _summed([row["probes"] for row in rows]),
+            "probe_tokens": sum(row["probe_tokens"] for row in rows),
+            "by_engine": {
+                name: {key: row[key] for key in ("state", "detail", "loaded", "ready")} for name, row in found.items()
+            },
+        }
+
+    def samples(self) -> Iterator[Sample]:
+        """Adapters in a state: of the engine that has most of them in it. Loads and probes: of all engines together."""
+        totals: Counter[tuple[str, tuple[str, ...]]] = Counter()
+        for host in self.hosts.values():
+            for sample in host.samples():
+                key = (sample.name, sample.labels)
+                together = max if sample.name == names.ADAPTERS else int.__add__
+                totals[key] = together(totals[key], int(sample.value))
+        for (name, labels), value in totals.items():
+            yield Sample(name, labels, value)
+
+    # --- the hosts -------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        try:
+            while True:
+                await self.step()
+                await asyncio.sleep(TICK_SECONDS)
+        finally:
+            for name in list(self._running):
+                await self._end(name)
+
+    async def step(self) -> None:
+        """Begin and end hosts, so that there is one for each address."""
+        wanted = self._addresses.current() if self._addresses.several else [ONLY]
+        for gone in self.hosts.keys() - set(wanted):
+            await self._end(gone)
+        for name in wanted:
+            if name not in self.hosts:
+                self.hosts[name] = self._host(name)
+            if name not in self._running:
+                self._running[name] = asyncio.create_task(self.hosts[name].run())
+            if self._running[name].done():
+                self._running.pop(name).result()  # as any other loop of the control process: its error ends it
+        for version in self._profiles.wanted():
+            # The last engine that applied it may have left.
+            self._given_up(version)
+
+    def _host(self, name: str) -> AdapterHost:
+        only = name == ONLY
+        return AdapterHost(
+            self._settings,
+            self._registry if only else self._addresses.at(name),
+            self._profiles if only else _ProfilesAt(self._profiles, lambda v, why: self._reject(name, v, why)),
+            connect=lambda: self._addresses.server(name, REQUEST_SECONDS),
+            copy=self._copy,
+            base=self._base,
+            clock=self._clock,
+            on_change=self._on_change,
+            writing=self._writing,
+        )
+
+    def _reject(self, name: str, version: str, why: str) -> None:
+        if not self._given_up(version):
+            log.error("adapter %s is not used at %s, but at other engines: %s", version, name, why)
+
+    def _given_up(self, version: str) -> bool:
+        """Reject the version, if it is not used at any address."""
+        reasons = [host.rejected[version] for host in self.hosts.values() if version in host.rejected]
+        if not reasons or len(reasons) < len(self.hosts):
+            return False
+        self._profiles.reject(version, reasons[0])
+        return True
+
+    async def _end(self, name: str) -> None:
+        self.hosts.pop(name, None)
+        task = self._running.pop(name, None)
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+def _summed(probes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of all engines: how many results of each kind, and the last detail that there is."""
+    found: dict[str, Any] = {}
+    for report in probes:
+        for probe, results in report.items():
+            row = found.setdefault(probe, {"detail": ""})
+            for key, value in results.items():
+                row[key] = (value or row[key]) if key == "detail" else row.get(key, 0) + value
+    return found

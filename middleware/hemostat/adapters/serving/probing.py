@@ -1,0 +1,134 @@
+"""The requests of the two probes. What their numbers say is decided in `verdicts`.
+
+One isolation probe generates about 1,000 tokens of about 30 prompts of some 30 tokens each; one agreement probe
+computes 8 prompts of `SEQUENCE` tokens. Both use prompts of their own, with a salt, so that nothing which they leave
+in a prefix cache is used by anybody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from hemostat.adapters.serving import verdicts
+from hemostat.adapters.serving.server import Completed, complete, prompt_logprobs
+from hemostat.adapters.serving.texts import PROMPTS
+from hemostat.adapters.serving.verdicts import Verdict, moves
+from hemostat.reference.protocol import FailureReason, ReferenceFailure
+from hemostat.reference.server import VllmServer
+from hemostat_calibration.arrays import Floats, Ids, Singles
+
+SEQUENCE = 64
+"""Tokens of each text that engine and copy are compared on: a prompt and how the model goes on."""
+MAX_PROMPT_TOKENS = 48
+ROW_TOKENS = 16
+"""Tokens of a row whose isolation is tested."""
+ADAPTER_TOKENS = 32
+"""Of a row with an adapter: it is in the batch for longer than those that are tested."""
+REPEATS = 2
+MAX_REPEATS = 8
+
+
+class CopyUnavailable(Exception):
+    """Our copy of the model does not answer now; the text says why, in one line."""
+
+
+class ModelCopy(Protocol):
+    """Our own copy of the compressed model; implemented by whoever holds it."""
+
+    async def logprobs(self, ids: Ids, version: str | None) -> Singles:
+        """Of each id after the first, given those before it, nats, [n - 1]; version: with this adapter. CopyUnavailable
+        while it cannot answer."""
+        ...
+
+
+class Prober:
+    """server: the upstream. Every method raises ReferenceFailure where the server does not answer as it should."""
+
+    def __init__(self, server: VllmServer) -> None:
+        self._server = server
+        self._texts: dict[str, list[Completed]] = {}
+        """By base model: how each prompt goes on, of the last isolation probe."""
+        self._prompts: dict[str, list[list[int]]] = {}
+        self._secret = secrets.token_hex(8)
+        self._count = 0
+        self.tokens = 0
+        """Computed for probes, prompts included."""
+
+    async def prompts(self, base: str) -> list[list[int]]:
+        """Token ids of the prompts."""
+        if base not in self._prompts:
+            ids = [(await self._server.tokenize(base, text))[:MAX_PROMPT_TOKENS] for text in PROMPTS]
+            if not all(ids):
+                raise ReferenceFailure(FailureReason.BAD_ANSWER, f"{self._server.url} gave no token ids of a text")
+            self._prompts = {base: ids}
+        return self._prompts[base]
+
+    async def isolation(self, base: str, versions: Sequence[str], engines: int = 1) -> Verdict:
+        """Compare rows without an adapter alone, beside others of the same kind, and beside rows with adapters.
+
+        engines: behind the address; which of them answers a request is not known, so there are as many more rows.
+        """
+        repeats = min(REPEATS * max(1, engines), MAX_REPEATS)
+        prompts = await self.prompts(base)
+        alone = [await self._row(base, ids, SEQUENCE - len(ids)) for ids in prompts]
+        self._texts = {base: alone}
+        noise, beside = [], []
+        for _ in range(repeats):
+            noise += await self._rows(base, prompts, [base])
+        for _ in range(repeats):
+            beside += await self._rows(base, prompts, versions)
+        return verdicts.isolation(moves(alone * repeats, noise), moves(alone * repeats, beside))
+
+    async def agreement(self, base: str, version: str, copy: ModelCopy) -> Verdict:
+        """Compare the engine's log-probabilities, without and with an adapter, with those of our copy.
+
+        CopyUnavailable, too.
+        """
+        if base not in self._texts:
+            prompts = await self.prompts(base)
+            self._texts = {base: [await self._row(base, ids, SEQUENCE - len(ids)) for ids in prompts]}
+        texts = self._texts[base]
+        ids = [[*prompt, *one.tokens] for prompt, one in zip(await self.prompts(base), texts, strict=True)]
+        ours = []
+        for name in (None, version):
+            found = [await copy.logprobs(np.array(each, np.int32), name) for each in ids]
+            if any(len(one) != len(each) - 1 for one, each in zip(found, ids, strict=True)):
+                raise CopyUnavailable("the copy of the model sent log-probabilities of too few tokens")
+            ours.append(np.concatenate(found).astype(np.float64))
+        engine = [await self._scored(name, ids) for name in (base, version)]
+        again = np.concatenate([one[-len(text.logprobs) :] for one, text in zip(engine[0], texts, strict=True)])
+        noise = np.abs(again - np.concatenate([text.logprobs for text in texts])).mean()
+        theirs = [np.concatenate(rows) for rows in engine]
+        return verdicts.agreement((theirs[0], theirs[1]), (ours[0], ours[1]), float(noise))
+
+    async def _scored(self, name: str, texts: Sequence[Sequence[int]]) -> list[Floats]:
+        self.tokens += sum(len(ids) + 1 for ids in texts)
+        return [np.array(await prompt_logprobs(self._server, name, ids, self._salt())) for ids in texts]
+
+    async def _rows(self, base: str, prompts: Sequence[Sequence[int]], beside: Sequence[str]) -> list[Completed]:
+        """One row for each prompt, all in one batch with as many others of the models `beside`."""
+        others = [
+            asyncio.create_task(self._row(beside[n % len(beside)], ids, ADAPTER_TOKENS))
+            for n, ids in enumerate(prompts)
+        ]
+        rows = [asyncio.create_task(self._row(base, ids, ROW_TOKENS)) for ids in prompts]
+        try:
+            done = await asyncio.gather(*rows, *others)
+        finally:
+            for task in (*rows, *others):
+                task.cancel()
+            await asyncio.gather(*rows, *others, return_exceptions=True)
+        return done[: len(rows)]
+
+    async def _row(self, name: str, ids: Sequence[int], tokens: int) -> Completed:
+        self.tokens += len(ids) + tokens
+        return await complete(self._server, name, ids, tokens, self._salt())
+
+    def _salt(self) -> str:
+        self._count += 1
+        return f"hemostat-{self._secret}-{self._count}"

@@ -1,0 +1,95 @@
+"""The weights that stay take over what the dropped ones did, as far as the layer's inputs allow it.
+
+Minimised is E‖(W' − W) x‖² = tr((W' − W) S (W' − W)ᵀ) with the second moments S = Σ x xᵀ of the layer's inputs, over
+the weights that are kept. `pruned_in_blocks` chooses the mask and updates meanwhile (optimal brain surgeon by blocks of
+columns: SparseGPT, Frantar & Alistarh 2023, arXiv 2301.00774): an update only reaches columns to the right.
+`least_squares` then finds the optimum for the mask, by conjugate gradients (as Meng et al. 2024, arXiv 2406.07831, do).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from hemostat.compression.error_compensation import BLOCK
+
+STEPS = 30
+"""Of conjugate gradients."""
+TOLERANCE = 3e-3
+"""Relative size of a residual at which they end."""
+_TINY = torch.finfo(torch.float32).tiny
+
+Choose = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
+"""Which weights of a group of columns are kept, bool [out, group], from the updated weights [out, group], the entries
+(j, j), [group], of the inverses of the second moments without the columns to the left of j, and which columns they
+are."""
+
+
+def shrunk(moments: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Second moments [in, in], of `tokens` vectors, whose diagonal is multiplied by 1 + in / tokens.
+
+    Correlations between inputs that are estimated from few tokens are too large, and weights that are fitted to them do
+    harm elsewhere: so they are shrunk towards 0 (as Ledoit & Wolf 2004 do for covariances). With few tokens a layer is
+    hardly updated, with very many the optimum for the texts is taken.
+    """
+    result = moments.clone()
+    diagonal = result.diagonal()
+    diagonal *= 1.0 + len(result) / max(tokens, 1)
+    return result
+
+
+def pruned_in_blocks(
+    weight: torch.Tensor, moments: torch.Tensor, choose: Choose, columns_at_once: int = BLOCK
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The updated weight, float32 [out, in], and which entries are kept, bool. moments: `damped`. columns_at_once: for
+    which `choose` is called, once for each such group, from left to right; a divisor of `BLOCK`.
+
+    U is the upper Cholesky factor of S⁻¹: row j of it says how the columns to the right make up for an error in column
+    j, and U_jj² is the entry (j, j) of the inverse of S without the columns to the left.
+    """
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
+    upper = torch.linalg.cholesky(inverse, upper=True).float()
+    # Columns as rows: each is read and written in one piece.
+    left = weight.float().T.clone(memory_format=torch.contiguous_format)
+    kept = torch.ones_like(left, dtype=torch.bool)
+    for first in range(0, len(left), BLOCK):
+        end = min(first + BLOCK, len(left))
+        errors = torch.empty_like(left[first:end])
+        for j in range(first, end):
+            if (j - first) % columns_at_once == 0:
+                group = slice(j, min(j + columns_at_once, end))
+                kept[group] = choose(left[group].T, upper.diagonal()[group].square(), group).T
+            errors[j - first] = torch.where(kept[j], 0.0, left[j] / upper[j, j])
+            left[j:end] -= upper[j, j:end, None] * errors[j - first]
+        left[first:end] *= kept[first:end]
+        left[end:] -= upper[first:end, end:].T @ errors
+    return left.T, kept.T
+
+
+def least_squares(
+    weight: torch.Tensor, moments: torch.Tensor, kept: torch.Tensor, start: torch.Tensor, steps: int = STEPS
+) -> torch.Tensor:
+    """The W', float32 [out, in], zero outside of `kept`, with the least tr((W' − W) S (W' − W)ᵀ), from `start`.
+
+    moments: S, `damped`. Conjugate gradients for all rows at the same time, each row a problem of its own, with the
+    diagonal as preconditioner; the error never rises, whatever the number of steps.
+    """
+    moments = moments.float()
+    current = start.float() * kept
+    scale = 1.0 / moments.diagonal()
+    residual = ((weight.float() - current) @ moments) * kept
+    direction = residual * scale
+    size = first = (residual * direction).sum(1)
+    for _ in range(steps):
+        if bool((size <= TOLERANCE**2 * first).all()):
+            break
+        image = (direction @ moments) * kept
+        step = size / (direction * image).sum(1).clamp_min(_TINY)
+        current += step[:, None] * direction
+        residual -= step[:, None] * image
+        preconditioned = residual * scale
+        following = (residual * preconditioned).sum(1)
+        direction = preconditioned + (following / size.clamp_min(_TINY))[:, None] * direction
+        size = following
+    return current

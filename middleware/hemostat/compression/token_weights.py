@@ -1,0 +1,126 @@
+"""How much each token matters to a linear layer: the mean squared gradient at the layer's outputs.
+
+The weighted second moment Σ w_t x_t x_tᵀ of a layer's inputs is then, averaged over the output channels, its block of
+the Fisher information (Kim et al. 2025, GuidedQuant, arXiv 2505.07004; here with one weight for all channels of a
+layer). The gradients are of −log p(y), y drawn from the model's own prediction. Weights are kept by token, so that
+second moments can be taken of inputs as the compressed model sees them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from hemostat.compression.frame import LayerData, Run
+from hemostat.models.activations import GRAM_ROWS, Batch, valid_rows
+
+STAGE = "gradients"
+Weights = Mapping[str, list[torch.Tensor]]
+"""By linear layer, for each batch: float32 [valid tokens], mean 1 over all tokens."""
+
+
+def measure_token_weights(run: Run) -> None:
+    """Of every linear layer, by one walk backwards; stored in the run's parts. What is there already is kept."""
+    walk = run.texts_walk
+    count = len(walk.names)
+    for n in range(count - 1, -1, -1):
+        if run.parts.get(_part(n)) is None:
+            found: dict[str, list[torch.Tensor]] = {}
+            walk.measure(n, partial(_seen, run, walk.names[n], found), backwards=True)
+            run.parts.put(_part(n), {f"{name}|{b}": w for name, ws in found.items() for b, w in enumerate(ws)})
+            walk.leave(n, backwards=True)
+        run.progress(STAGE, count - n, count)
+    walk.drop()
+
+
+def token_weights(layer: LayerData) -> Weights:
+    """What `measure_token_weights` found for a decoder layer."""
+    kept = layer.run.parts.get(_part(layer.index))
+    assert kept is not None, layer.name
+    found: dict[str, list[torch.Tensor]] = {}
+    for name in layer.linears:
+        weights = [kept[f"{name}|{b}"] for b in range(len(layer.run.texts_walk.batches))]
+        mean = float(torch.cat(weights).double().mean())
+        found[name] = [w / mean if mean > 0 else torch.ones_like(w) for w in weights]
+    return found
+
+
+class WeightedMoments:
+    """Σ w_t x_t x_tᵀ over the valid tokens, float64 [inputs, inputs], of linear layers."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, rows: torch.Tensor, weights: torch.Tensor | None) -> None:
+        """rows: [n, inputs]. weights: [n]; None: each 1."""
+        exact = rows.float()
+        if name not in self.totals:
+            self.totals[name] = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+        parts = (None,) * -(-len(exact) // GRAM_ROWS) if weights is None else weights.split(GRAM_ROWS)
+        for part, w in zip(exact.split(GRAM_ROWS), parts, strict=True):
+            product = part.T @ (part if w is None else part * w[:, None].to(part.device))
+            self.totals[name] += product.to("cpu", torch.float64)
+
+
+def weighted_moments(layer: LayerData, names: Sequence[str], guide: Weights) -> WeightedMoments:
+    """Of what the linear layers `names` read; guide: weights of the tokens, by layer; empty: each token counts 1."""
+    moments = WeightedMoments()
+    batches = layer.run.texts_walk.batches
+    numbers = {id(batch): number for number, batch in enumerate(batches)}
+
+    @contextmanager
+    def around(batch: Batch) -> Iterator[None]:
+        handles = [
+            layer.linears[name].register_forward_hook(
+                partial(_add, moments, name, batch, guide[name][numbers[id(batch)]] if guide else None)
+            )
+            for name in names
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    layer.forward(around)
+    return moments
+
+
+def _add(
+    moments: WeightedMoments,
+    name: str,
+    batch: Batch,
+    weights: torch.Tensor | None,
+    module: Any,
+    arguments: tuple[Any, ...],
+    output: torch.Tensor,
+) -> None:
+    moments.add(name, valid_rows(arguments[0], batch.valid), weights)
+
+
+@contextmanager
+def _seen(run: Run, layer: str, found: dict[str, list[torch.Tensor]], batch: Batch) -> Iterator[None]:
+    handles = []
+    for name, module in run.skeleton.linears_of(layer).items():
+
+        def hook(_: Any, __: tuple[Any, ...], output: torch.Tensor, name: str = name) -> None:
+            output.register_hook(
+                lambda gradient: found.setdefault(name, []).append(
+                    valid_rows(gradient, batch.valid).float().square().mean(-1).cpu()
+                )
+            )
+
+        handles.append(module.register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _part(n: int) -> str:
+    return f"token-weights-{n:04d}"

@@ -1,0 +1,435 @@
+"""Exact distances on copies of both models, and whatever can become of the process that computes them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+import transformers
+from tests.support import oracle, tiny_checkpoints
+from tests.support.exact import exact
+from tests.support.learner_world import logprobs
+from tests.support.samples import values
+from tests.support.waiting import until
+
+from hemostat.adapters.live import judge as judging
+from hemostat.adapters.live import judge_messages, judge_process
+from hemostat.adapters.live.answer_limit import BACK_OFF, TARGET_SECONDS, AnswerLimit
+from hemostat.adapters.live.folders import CheckpointFolders
+from hemostat.adapters.live.job import linear_shapes
+from hemostat.adapters.live.judge import AdapterJudge, JudgeTarget, JudgeUnavailable
+from hemostat.learner.wire import parts as pieces
+from hemostat.metrics import names
+from hemostat.models.checkpoint_digest import checkpoint_digest
+from hemostat.models.copies import Copy
+from hemostat.models.output_embedding import load as load_embedding
+from hemostat_calibration.adapters.factors import LowRank
+from hemostat_calibration.errors import HemostatError
+from hemostat_calibration.profiles.adapter import adapter_layers, adapter_profile, map_of
+from hemostat_calibration.profiles.contextual import contextual_profile
+from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile, temperature_bias
+from hemostat_calibration.records import Candidates, ExactDistances, TokenRecord
+
+V, D = tiny_checkpoints.VOCAB, tiny_checkpoints.HIDDEN
+PROMPT, TOKENS = 5, 9
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFolders:
+    return tiny_checkpoints.make_pair(tmp_path_factory.mktemp("pair"))
+
+
+def layers(folders: CheckpointFolders, seed: int = 0) -> dict[str, LowRank]:
+    rng = np.random.default_rng(seed)
+    return {
+        name: LowRank(
+            rng.normal(0, 0.2, (2, inputs)).astype(np.float32), rng.normal(0, 0.2, (outputs, 2)).astype(np.float32)
+        )
+        for name, (outputs, inputs) in linear_shapes(folders.reference).items()
+        if name.endswith("_proj")
+    }
+
+
+def contextual(seed: int = 1) -> CalibrationProfile:
+    rng = np.random.default_rng(seed)
+    return contextual_profile(
+        model="m",
+        anchors=np.arange(8),
+        linear=rng.normal(0, 0.3, (3, 8)),
+        offset=rng.normal(0, 0.3, 3),
+        up=rng.normal(0, 0.5, (V, 3)),
+        clamp_nats=1.0,
+    )
+
+
+class Models:
+    """Both checkpoints in transformers alone: what the judge must agree with."""
+
+    def __init__(self, folders: CheckpointFolders) -> None:
+        self.folders = folders
+        self.reference = transformers.AutoModelForCausalLM.from_pretrained(folders.reference)
+
+    def compressed(self, corrections: Mapping[str, LowRank]) -> Any:
+        """With the corrections added to its weights."""
+        model = transformers.AutoModelForCausalLM.from_pretrained(self.folders.compressed)
+        with torch.no_grad():
+            for name, factors in corrections.items():
+                model.get_submodule(name).weight += torch.from_numpy(factors.product())
+        return model
+
+    def logits(self, profile: CalibrationProfile | None, ids: Any, *, mapped: bool = True) -> Any:
+        corrections = {} if profile is None or profile.family != "adapter" else adapter_layers(profile)
+        with torch.no_grad():
+            z = self.compressed(corrections)(torch.tensor(ids)[None]).logits[0].double().numpy()
+        given = None if profile is None else map_of(profile) if profile.family == "adapter" else profile
+        return oracle.apply(given, z) if mapped and given is not None else z
+
+    def hidden(self, record: TokenRecord, prompt: Any) -> Any:
+        ids = torch.tensor(np.concatenate([prompt, record.output_ids[:-1]]))[None]
+        with torch.no_grad():
+            found = self.reference.model(ids).last_hidden_state[0]
+        return found[-record.tokens :].numpy()
+
+    def distances(self, profile: CalibrationProfile | None, record: TokenRecord, prompt: Any) -> dict[str, Any]:
+        ids = np.concatenate([prompt, record.output_ids[:-1]])
+        with torch.no_grad():
+            theirs = self.reference(torch.tensor(ids)[None]).logits[0].double().numpy()
+        ours = self.logits(profile, ids)
+        return exact(*(logprobs(z[-record.tokens :]) for z in (theirs, ours)))
+
+
+def record_of(
+    seed: int, hidden: Any = None, folders: CheckpointFolders | None = None, apart: float = 0.0
+) -> TokenRecord:
+    """Only its output, its hidden states and the reference's log-probabilities matter here. folders: of the reference
+    that gave those; else they are of no model. apart: how far they are from those."""
+    output = np.random.default_rng(seed).integers(0, V, TOKENS).astype(np.int32)
+    emitted = np.full(TOKENS, -np.log(V))
+    if folders is not None and hidden is not None:
+        weight = load_embedding(folders.reference, V)
+        emitted = logprobs(np.nan_to_num(hidden) @ weight.T)[np.arange(TOKENS), output] + apart
+    elif folders is not None:
+        scored = Copy.load(folders.reference).logprobs(np.concatenate([prompt_of(seed), output]))
+        emitted = scored[-TOKENS:].astype(float) + apart
+    flat = np.full(TOKENS, -np.log(V))
+    lists = Candidates(np.tile(np.arange(2, dtype=np.int32), (TOKENS, 1)), np.tile(flat[:, None], (1, 2)))
+    return TokenRecord(
+        vocab_size=V,
+        prompt_key=seed.to_bytes(16, "little"),
+        output_ids=output,
+        compressed=lists,
+        reference_at=lists.logprobs,
+        reference=lists,
+        compressed_emitted=flat,
+        reference_emitted=emitted,
+        reference_hidden=hidden,
+    )
+
+
+def prompt_of(seed: int) -> Any:
+    return np.random.default_rng(1000 + seed).integers(0, V, PROMPT).astype(np.int32)
+
+
+@asynccontextmanager
+async def judge(target: JudgeTarget | None, profiles: Mapping[str, CalibrationProfile]) -> AsyncIterator[AdapterJudge]:
+    made = AdapterJudge(profiles.get)
+    running = asyncio.create_task(made.run())
+    if target is not None:
+        made.judge_about(target)
+    try:
+        yield made
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        assert pid() is None
+
+
+def pid() -> int | None:
+    """Of the judge's process."""
+    own = os.getpid()
+    for found in Path(f"/proc/{own}/task/{own}/children").read_text().split():
+        if b"adapters.live.judge_process" in Path(f"/proc/{found}/cmdline").read_bytes():
+            return int(found)
+    return None
+
+
+async def ready(one: AdapterJudge) -> None:
+    """It is started by what is asked first, which is refused."""
+    assert pid() is None
+    assert one.state == "idle"
+    assert not one.offer(record_of(0), prompt_of(0), (IDENTITY,), lambda _: None)
+    await until(lambda: one.state == "ready", 60)
+
+
+async def distances(
+    one: AdapterJudge, record: TokenRecord, prompt: Any, versions: tuple[str, ...]
+) -> Mapping[str, ExactDistances]:
+    found: asyncio.Future[Mapping[str, ExactDistances]] = asyncio.get_running_loop().create_future()
+    assert one.offer(record, prompt, versions, found.set_result)
+    assert not found.done(), "never inside of the offer"
+    return await found
+
+
+@pytest.mark.parametrize("from_hidden", [False, True])
+def test_distances_are_those_of_transformers_with_the_corrections_in_the_weights(
+    folders: CheckpointFolders, monkeypatch: pytest.MonkeyPatch, from_hidden: bool
+) -> None:
+    monkeypatch.setattr(judge_process, "CHUNK_ELEMENTS", 4 * V)
+    models = Models(folders)
+    given = contextual()
+    profiles = [
+        adapter_profile(model="m", vocab_size=V, layers=layers(folders)),
+        adapter_profile(model="m", vocab_size=V, layers=layers(folders, 1), map=given),
+        given,
+        temperature_bias("m", V, 1.5, np.random.default_rng(2).normal(0, 0.3, V), 1.0),
+    ]
+    known = {profile.version: profile for profile in profiles}
+    start = judge_messages.Start(str(folders.compressed), str(folders.reference), V, D if from_hidden else 0, "cpu")
+    copies = judge_process.Copies(start)
+    for version, profile in known.items():
+        parts = list(pieces(profile.to_bytes()))
+        assert [judge_process.answer(copies, judge_messages.Hold(version, part, last)) for part, last in parts] == [
+            None
+        ] * len(parts)
+    record, prompt = record_of(1), prompt_of(1)
+    hidden = models.hidden(record, prompt).astype("<f4").tobytes() if from_hidden else b""
+    asked = [IDENTITY, *known, "f" * 32]
+    answer = judge_process.answer(
+        copies, judge_messages.Judge(7, prompt.tobytes(), record.output_ids.tobytes(), asked, hidden)
+    )
+    assert isinstance(answer, judge_messages.Judged)
+    assert answer.id == 7
+    found = judging.decode_distances(answer, TOKENS)
+    assert set(found) == {IDENTITY, *known}, "one that it does not hold is left out"
+    for version in found:
+        expected = models.distances(known.get(version), record, prompt)
+        np.testing.assert_allclose(found[version].kl, expected["kl_rc"], rtol=2e-3, atol=2e-4)
+        np.testing.assert_allclose(found[version].tv, expected["tv"], rtol=2e-3, atol=2e-4)
+        assert found[version].top1.dtype == bool
+    assert found[IDENTITY].kl.mean() > 0.1
+    with torch.no_grad():
+        theirs = models.reference(torch.tensor(np.concatenate([prompt, record.output_ids[:-1]]))[None]).logits[0]
+    expected_z = logprobs(theirs[-TOKENS:].numpy())[np.arange(TOKENS), record.output_ids]
+    np.testing.assert_allclose(np.frombuffer(answer.emitted, "<f4"), expected_z, rtol=2e-3, atol=2e-3)
+    ids = np.concatenate([prompt, record.output_ids])
+    for version in (IDENTITY, *known):
+        scored = judge_process.answer(copies, judge_messages.Logprobs(8, ids.tobytes(), version))
+        assert isinstance(scored, judge_messages.Scored)
+        # As vLLM's prompt_logprobs, before what a map adds to the logits.
+        expected_z = logprobs(models.logits(known.get(version), ids[:-1], mapped=False))
+        values_found = np.frombuffer(scored.logprobs, "<f4")
+        np.testing.assert_allclose(values_found, expected_z[np.arange(len(ids) - 1), ids[1:]], rtol=2e-3, atol=2e-3)
+    judge_process.answer(copies, judge_messages.Evict(list(known)))
+    gone = judge_process.answer(copies, judge_messages.Logprobs(9, ids.tobytes(), profiles[0].version))
+    assert isinstance(gone, judge_messages.Failed)
+    assert "is not held" in gone.message
+
+
+def test_a_distribution_that_does_not_exist_is_as_far_away_as_can_be(folders: CheckpointFolders) -> None:
+    """Leaving the record out would be a selection by the outcome; a reference without one can judge nothing."""
+    huge = {name: LowRank(np.float32(1e14) * one.a, np.float32(1e14) * one.b) for name, one in layers(folders).items()}
+    broken = adapter_profile(model="m", vocab_size=V, layers=huge)
+    copies = judge_process.Copies(judge_messages.Start(str(folders.compressed), str(folders.reference), V, D, "cpu"))
+    judge_process.answer(copies, judge_messages.Hold(broken.version, broken.to_bytes(), True))
+    hidden = np.ones((TOKENS, D), "<f4")
+    judge_one = judge_messages.Judge(
+        1, prompt_of(1).tobytes(), record_of(1).output_ids.tobytes(), [IDENTITY, broken.version], b""
+    )
+    answer = judge_process.answer(copies, msgspec.structs.replace(judge_one, hidden=hidden.tobytes()))
+    assert isinstance(answer, judge_messages.Judged)
+    found = judging.decode_distances(answer, TOKENS)
+    assert np.isfinite(found[IDENTITY].kl).all()
+    assert np.isposinf(found[broken.version].kl).all()
+    assert (found[broken.version].tv == 1.0).all()
+    assert not found[broken.version].top1.any()
+    hidden[3] = np.nan
+    failed = judge_process.answer(copies, msgspec.structs.replace(judge_one, hidden=hidden.tobytes()))
+    assert isinstance(failed, judge_messages.Failed)
+    assert "reference" in failed.message
+
+
+def test_checkpoints_that_cannot_be_copied_are_one_line(folders: CheckpointFolders, tmp_path: Path) -> None:
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    (torn / "config.json").write_text((folders.compressed / "config.json").read_text())
+    (torn / "model.safetensors").write_bytes((folders.compressed / "model.safetensors").read_bytes()[:5000])
+    reference, compressed = str(folders.reference), str(folders.compressed)
+    for start, says in (
+        (judge_messages.Start(compressed, reference, V + 1, 0, "cpu"), "adapter.compressed: .* token ids"),
+        (judge_messages.Start(compressed, reference, V, D + 1, "cpu"), "adapter.reference: .* columns"),
+        (judge_messages.Start(str(torn), reference, V, 0, "cpu"), "torn"),
+        (judge_messages.Start(compressed, str(torn), V, D, "cpu"), "torn"),
+        (judge_messages.Start(compressed, reference, V, 0, "cuda:99"), "cuda:99"),
+    ):
+        with pytest.raises(HemostatError, match=says) as raised:
+            judge_process.Copies(start)
+        assert "\n" not in str(raised.value)
+
+
+async def test_records_that_wait_go_on_without_distances_where_the_process_is_killed_and_it_is_started_again(
+    folders: CheckpointFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judging, "BACKOFF", (0.01,))
+    async with judge(JudgeTarget(folders, V, 0), {}) as one:
+        await ready(one)
+        order: list[tuple[int, bool]] = []
+        running = pid()
+        assert running is not None
+        os.kill(running, signal.SIGSTOP)
+        offers = 0
+        while one.offer(
+            record_of(offers), prompt_of(offers), (IDENTITY,), lambda found, n=offers: order.append((n, bool(found)))
+        ):
+            offers += 1
+        assert offers == judging.MAX_WAITING
+        assert one.dropped == {"not_ready": 1, "busy": 1}
+        asking = asyncio.create_task(one.logprobs(np.arange(4, dtype=np.int32), None))
+        await asyncio.sleep(0.05)
+        assert order == []
+        os.kill(running, signal.SIGKILL)
+        await until(lambda: len(order) == offers, 20)
+        assert order == [(n, False) for n in range(offers)], "each once, in the order of the offers"
+        with pytest.raises(JudgeUnavailable, match="ended"):
+            await asking
+        assert one.dropped["ended"] == offers
+        found = values(one.samples())
+        assert found[names.ADAPTER_JUDGE_DROPPED, "ended"] == offers
+        assert found[names.ADAPTER_JUDGE_DROPPED, "busy"] == 1
+        await until(lambda: one.state == "ready", 60)
+        assert pid() != running
+        scored = record_of(1, folders=folders)
+        assert set(await distances(one, scored, prompt_of(1), (IDENTITY,))) == {IDENTITY}
+        assert one.detail == ""
+        # Scored by another reference than the copy.
+        assert await distances(one, record_of(1, folders=folders, apart=0.5), prompt_of(1), (IDENTITY,)) == {}
+        assert one.dropped["other_reference"] == 1
+        assert "adapter.reference is not the model that the reference serves" in one.status()["detail"]
+        assert "judged" in one.status()
+        # One that does not answer is ended.
+        monkeypatch.setattr(judging, "MAX_ANSWER_SECONDS", 0.3)
+        monkeypatch.setattr(judging, "BACKOFF", (60.0,))
+        running = pid()
+        assert running is not None
+        os.kill(running, signal.SIGSTOP)
+        assert await distances(one, record_of(1), prompt_of(1), (IDENTITY,)) == {}
+        await until(lambda: one.state == "down" and pid() is None, 20)
+        assert "did not answer" in one.detail
+        # The next one has to be shorter.
+        assert one.status()["max_tokens"] is not None
+
+
+async def test_a_record_whose_answer_would_take_too_long_is_counted_and_not_asked_for(
+    folders: CheckpointFolders,
+) -> None:
+    async with judge(JudgeTarget(folders, V, 0), {}) as one:
+        await ready(one)
+        assert one.status()["max_tokens"] is None
+        scored = record_of(1, folders=folders)
+        tokens = 2 * (len(prompt_of(1)) + TOKENS)  # both models are run
+        one._limit.late(tokens, TARGET_SECONDS / 2)
+        assert one.status()["max_tokens"] == tokens // 2
+        assert not one.offer(scored, prompt_of(1), (IDENTITY,), lambda _: None)
+        assert one.dropped["too_long"] == 1
+        assert values(one.samples())[names.ADAPTER_JUDGE_DROPPED, "too_long"] == 1
+        # A machine that was busy for a while is tried again.
+        for _ in range(100):
+            if one.offer(scored, prompt_of(1), (IDENTITY,), lambda _: None):
+                break
+        assert one.dropped["too_long"] > 50
+        await until(lambda: one.judged == 1, 20)
+
+
+def test_the_limit_follows_the_speed_of_answers_and_recovers() -> None:
+    limit = AnswerLimit()
+    limit.answered(8, 0.01)
+    assert limit.max_tokens is None, "so quick an answer says little of the speed of long ones"
+    limit.late(1000, 100.0)
+    assert limit.max_tokens == 1000 / 100.0 / BACK_OFF * TARGET_SECONDS
+    limit.late(50, 100.0)
+    assert limit.max_tokens == 50 / 100.0 / BACK_OFF * TARGET_SECONDS
+    refused = 0
+    while not limit.allows(50):
+        refused += 1
+    assert 200 < refused < 300
+    for _ in range(40):
+        limit.answered(50, 2.0)
+    assert limit.max_tokens == pytest.approx(25 * TARGET_SECONDS, rel=0.01)
+    limit.answered(100, 0.5)
+    assert limit.max_tokens == 200 * TARGET_SECONDS
+
+
+async def test_they_come_back_in_the_order_of_the_offers_and_one_that_fails_keeps_its_place(
+    folders: CheckpointFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = [adapter_profile(model="m", vocab_size=V, layers=layers(folders, seed)) for seed in range(2)]
+    known = {profile.version: profile for profile in adapters}
+    digest = checkpoint_digest(str(folders.reference), None)
+    async with judge(JudgeTarget(folders, V, D, digest), known) as one:
+        await ready(one)
+        assert one.wants_hidden_states
+        order: list[tuple[int, int]] = []
+        hidden = np.random.default_rng(0).normal(0, 1, (TOKENS, D)).astype(np.float32)
+        for n in range(6):
+            broken = np.where(n == 3, np.nan, hidden).astype(np.float32)
+            assert one.offer(
+                record_of(n, broken, folders),
+                prompt_of(n),
+                (IDENTITY, adapters[0].version, "f" * 32)[: 1 + n % 3],
+                lambda found, n=n: order.append((n, len(found))),
+            )
+        assert order == [], "never inside of the offer"
+        assert not one.offer(record_of(9), prompt_of(9), (IDENTITY,), lambda _: None), "without hidden states"
+        await until(lambda: len(order) == 6, 30)
+        assert order == [(0, 1), (1, 2), (2, 2), (3, 0), (4, 2), (5, 2)]
+        assert one.dropped == {"not_ready": 1, "failed": 1, "no_hidden_states": 1}
+        assert one.judged == 5
+        assert one.status()["bytes"] > 1000
+        # What the process holds is bounded, and sent again where it is needed again.
+        monkeypatch.setattr(judging, "MAX_HELD", 1)
+        for version in (*known, *known):
+            assert len(await one.logprobs(np.arange(4, dtype=np.int32), version)) == 3
+            assert list(one._held) == [version]
+        with pytest.raises(JudgeUnavailable, match="not known"):
+            await one.logprobs(np.arange(4, dtype=np.int32), "f" * 32)
+        one.stop("calibration is off")
+        await until(lambda: pid() is None and one.loaded is None, 20)
+        assert one.status()["state"] == "off"
+        assert not one.wants_hidden_states
+        assert not one.offer(record_of(1), prompt_of(1), (IDENTITY,), lambda _: None)
+
+
+async def test_another_checkpoint_than_the_one_that_serves_is_refused(folders: CheckpointFolders) -> None:
+    async with judge(JudgeTarget(folders, V, 0, "0" * 32), {}) as one:
+        with pytest.raises(JudgeUnavailable, match="idle"):
+            await one.logprobs(np.arange(4, dtype=np.int32), None)
+        await until(lambda: one.state == "unavailable", 60)
+        assert one.detail.startswith("adapter.reference: ")
+        assert not one.offer(record_of(1), prompt_of(1), (IDENTITY,), lambda _: None)
+
+
+async def test_how_fast_one_model_was_says_nothing_of_another(folders: CheckpointFolders) -> None:
+    one = AdapterJudge({}.get)
+    one.judge_about(JudgeTarget(folders, V, 0))
+    one._limit.late(100, 50.0)
+    one.judge_about(JudgeTarget(folders, V, 0))
+    assert one.status()["max_tokens"] is not None, "the same target"
+    one.judge_about(JudgeTarget(folders, V, D))
+    assert one.status()["max_tokens"] is None
+
+
+async def test_without_a_target_nothing_is_started() -> None:
+    async with judge(None, {}) as one:
+        assert one.state == "off"
+        assert not one.wants_hidden_states
+        assert not one.offer(record_of(1), prompt_of(1), (IDENTITY,), lambda _: None)
+        with pytest.raises(JudgeUnavailable):
+            await one.logprobs(np.arange(4, dtype=np.int32), None)

@@ -1,0 +1,102 @@
+"""A real vLLM loads what is written, and computes what our own copy of the checkpoint computes."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+from tests.support.adapter_models import VOCABULARY, random_texts, save, tiny_model
+
+from hemostat.compression.calibrated import CALIBRATIONS, Calibrated
+from hemostat.compression.checkpoint_writer import Surroundings, compress_with
+from hemostat.compression.formats import WeightFormat
+from hemostat.compression.frame import Method, Source
+from hemostat.compression.methods import without_texts
+from hemostat.compression.plan import LayerPlan, Plan, stored_bytes
+from hemostat.compression.planned import planned
+from hemostat.demo import vllm_server
+from hemostat.models.copies import Copy
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,  # a server for each format
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not vllm_server.installed(), reason="vLLM is not installed"),
+]
+
+FORMATS = {
+    "w4a16, groups of 32": WeightFormat(4, 32),
+    "w4a16, groups of 64": WeightFormat(4, 64),
+    "w4a16, channels": WeightFormat(4),
+    "w8a8": WeightFormat(8, inputs="int8"),
+    "fp8": WeightFormat(8, None, "float", "fp8"),
+}
+MIXED = "4 bits in groups of three sizes, and dense layers"
+WIDTHS = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+"""Of SmolLM2-135M."""
+HEAD = 32_768
+"""Tokens of the vocabulary. vLLM 0.32's int4 kernel uses AMX without asking Linux for it, and dies by SIGILL unless
+oneDNN has: it does for a dense layer of more than 1 MiB, such as the head of every real model."""
+TOLERANCE = 0.05
+"""Mean difference of logprobs in nats: both compute in bfloat16, in another order."""
+
+
+def method(name: str, source: Source) -> Method:
+    if name == "fp8":
+        return without_texts(FORMATS[name], packed=True)
+    if name in FORMATS:
+        calibration = CALIBRATIONS["smooth" if name == "w8a8" else "gptq"]
+        return Calibrated(dict.fromkeys(source.shapes, FORMATS[name]), calibration)
+
+    def chosen(layer: str) -> LayerPlan:
+        if "layers.1" in layer:
+            return LayerPlan(16) if "gate_proj" in layer or "up_proj" in layer else LayerPlan(4, 64)
+        return LayerPlan(4, 32) if "self_attn" in layer else LayerPlan(4, 128 if "down_proj" in layer else 64)
+
+    layers = {layer: chosen(layer) for layer in source.shapes}
+    size = sum(stored_bytes(*shape, layers[layer]) for layer, shape in source.shapes.items())
+    found, notes = planned(Plan(source.checkpoint.digest(), layers, size, {}), source, CALIBRATIONS["gptq"])
+    assert notes == [], "everything is packed, or 16 bits"
+    return found
+
+
+@pytest.mark.parametrize("name", [*FORMATS, MIXED])
+def test_vllm_computes_what_our_copy_computes(name: str, tmp_path: Path) -> None:
+    import torch
+
+    source = save(
+        tiny_model(num_hidden_layers=2, vocab_size=HEAD, initializer_range=0.04, **WIDTHS).to(torch.bfloat16),
+        tmp_path / "source",
+    )
+    words = tokenizers.models.WordLevel({str(n): n for n in range(VOCABULARY)}, unk_token="0")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words)).save_pretrained(source)
+    out = tmp_path / "out"
+    texts = [text.ids for text in random_texts(8)]
+    compress_with(source, out, method(name, Source.open(source)), texts, surroundings=Surroundings(tmp_path / "work"))
+    ids = np.concatenate(texts)[:100].tolist()
+    log = tmp_path / "vllm.log"
+    arguments = ["--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "128"]
+    server = vllm_server.VllmServer(out, "tiny", log, arguments)
+    try:
+        server.start()
+        server.wait_ready(800.0)
+        body = {"model": "tiny", "prompt": ids, "max_tokens": 1, "prompt_logprobs": 0}
+        request = urllib.request.Request(
+            f"{server.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=300) as answer:
+            rows = json.loads(answer.read())["choices"][0]["prompt_logprobs"]
+    finally:
+        server.stop()
+    theirs = np.array([rows[n][str(ids[n])]["logprob"] for n in range(1, len(ids))])
+    ours, dense = (Copy.load(folder).logprobs(ids) for folder in (out, source))
+    # Where inputs are rounded at run time, a difference of one bit in bfloat16 may be rounded to another value.
+    rounded_inputs = name in FORMATS and FORMATS[name].inputs != "exact"
+    assert float(np.abs(theirs - ours).mean()) < (0.08 if rounded_inputs else TOLERANCE)
+    assert float(np.abs(theirs - ours).mean()) < (0.8 if rounded_inputs else 0.5) * float(np.abs(dense - ours).mean())
