@@ -12,7 +12,7 @@ when the class is requested by that flag.
     masks.py         which ids a grammar allows: vLLM's bitmask, where its runner applies it
     taps.py          measured values of tapped rows, from the engine's thread to the agent's
     agent.py         the background thread: reports, sends taps
-    answers.py       in the API server's process: whole answers of requests that ask for it; answer_sender.py sends them
+    answer_tap.py    in the API server's process: whole answers of requests that ask for it; answer_sender.py sends them
     fetching.py      gets profiles from the folder or the admin ports
     peers.py, admin_client.py, retries.py, settings.py    addresses, HTTP, pauses after failures, environment
 """

@@ -49,7 +49,7 @@ class Identity:
     runner: str
     vllm: str
     answers: bool = False
-    """The API server of this vLLM hands out answers (`answers`)."""
+    """The API server of this vLLM hands out answers (`answer_tap`)."""
     sets: bool = False
     """Taps say which ids a grammar allows (`masks`)."""
 

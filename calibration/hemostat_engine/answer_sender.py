@@ -24,7 +24,7 @@ PAUSE_SECONDS = 0.5
 
 
 class Queue(Protocol):
-    """Of `hemostat_engine.answers.AnswerQueue`."""
+    """Of `hemostat_engine.answer_tap.AnswerQueue`."""
 
     filled: threading.Event
     dropped: int

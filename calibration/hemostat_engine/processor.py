@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from hemostat_calibration.errors import HemostatError
-from hemostat_engine import answers, xargs
+from hemostat_engine import answer_tap, xargs
 from hemostat_engine.core import Binding, Core, Ranks
 from hemostat_engine.masks import masks
 from hemostat_engine.settings import Settings
@@ -66,7 +66,7 @@ def _vllm_version() -> str:
 
 
 def _hands_out_answers() -> bool:
-    """Whether this vLLM's API server has what `answers` wraps. It is not imported here: that is slow in a worker."""
+    """Whether this vLLM's API server has what `answer_tap` wraps. It is not imported here: that is slow in a worker."""
     import vllm  # noqa: PLC0415
 
     return vllm.__file__ is not None and Path(vllm.__file__).with_name("v1").joinpath("engine", "async_llm.py").exists()
@@ -295,4 +295,4 @@ class LogitsProcessor(*_interfaces()):  # type: ignore[misc] # the bases depend 
 
 
 # vLLM's API server imports this module when it starts, to check requests' parameters.
-answers.install()
+answer_tap.install()

@@ -22,7 +22,7 @@ MAX_TOP = 128
 class RequestParameters:
     """version: the profile to apply, None for identity. nonce: the name under which values of the request's rows are
     sent to the admin port; None: it is not tapped. top: the number of most likely ids at each position of the answer
-    that is sent there too (`answers`); None: no answer is. edited: the request changes the logits itself
+    that is sent there too (`answer_tap`); None: no answer is. edited: the request changes the logits itself
     (`edits_logits`)."""
 
     version: str | None

@@ -34,7 +34,7 @@ import torch
 
 from hemostat.demo import vllm_server as vllm_process
 from hemostat.demo.checkpoints import cached_checkpoints
-from hemostat.learner.process import eligible, special_ids
+from hemostat.learner.learner_process import eligible, special_ids
 from hemostat.models.checkpoint_folders import MANIFEST
 from hemostat.models.output_embedding import load as load_embedding
 from hemostat_calibration.learning.contextual.anchors import choose_anchors

@@ -59,7 +59,7 @@ def say(text: str) -> None:
 
 def head_child(vocab_size: int, width: int, library: str, tokens: int) -> None:
     """In a process of its own, with one thread: prints JSON."""
-    from hemostat.reference import wire
+    from hemostat.reference import worker_messages
     from hemostat.reference.hidden.final_map import FinalMap
     from hemostat.reference.hidden.head import OutputHead
     from hemostat.reference.hidden.products import NumpyProducts, TorchProducts
@@ -73,7 +73,7 @@ def head_child(vocab_size: int, width: int, library: str, tokens: int) -> None:
             weight[start : start + 1024] = block[: vocab_size - start]
         weight.flush()
         head = OutputHead(Path(), np.memmap(file.name, "<u2", "c", 0, (vocab_size, width)), None, FinalMap())
-        load = wire.LoadHead("", "cpu", 1)
+        load = worker_messages.LoadHead("", "cpu", 1)
         products = TorchProducts(head, load) if library == "torch" else NumpyProducts(head)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         states = (rng.normal(0, 1, (tokens, width)).astype("<f4").view("<u4") >> 16).astype("<u2")

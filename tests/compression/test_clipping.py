@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")
 
 from hemostat.compression.calibrated import CALIBRATIONS, Calibrated  # noqa: E402
-from hemostat.compression.checkpoint_writer import Surroundings, compress_with  # noqa: E402
+from hemostat.compression.checkpoint_writer import BuildEnvironment, compress_with  # noqa: E402
 from hemostat.compression.formats import WeightFormat  # noqa: E402
 from hemostat.compression.frame import Run, Source  # noqa: E402
 from hemostat.compression.rounding import clipped_scale, weight_groups  # noqa: E402
@@ -54,7 +54,7 @@ def test_clip_kl_weighs_each_weight_by_its_fisher_information(tmp_path: Path) ->
     texts = [text.ids for text in random_texts(1, longest=60)]
     opened = Source.open(source)
     method = Calibrated(dict.fromkeys(opened.shapes, W4A16), CALIBRATIONS["clip_kl"])
-    compress_with(source, tmp_path / "out", method, texts, surroundings=Surroundings(tmp_path / "work"))
+    compress_with(source, tmp_path / "out", method, texts, environment=BuildEnvironment(tmp_path / "work"))
     walk = Run(opened, texts, Parts(None), 0, lambda *_: None).texts_walk
     top = walk.gradient(2)[0]
     model = Copy.load(source).model

@@ -9,7 +9,7 @@ import pytest
 
 from hemostat.cli import main
 from hemostat.commands.arguments import UsageError
-from hemostat.commands.compression import CompressOptions
+from hemostat.commands.compress_steps import CompressOptions
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ pytest.importorskip("compressed_tensors")
 from safetensors import safe_open  # noqa: E402
 
 from hemostat.compression.calibrated import Calibrated, Calibration  # noqa: E402
-from hemostat.compression.checkpoint_writer import Surroundings, compress_with  # noqa: E402
+from hemostat.compression.checkpoint_writer import BuildEnvironment, compress_with  # noqa: E402
 from hemostat.compression.formats import Quantized, WeightFormat, on_grid, restored, stored  # noqa: E402
 from hemostat.compression.frame import STAGE, Run, Source, compress_layers  # noqa: E402
 from hemostat.compression.methods import nearest, without_texts  # noqa: E402
@@ -49,10 +49,10 @@ def everything(source: Path) -> Calibrated:
 def test_what_is_killed_at_any_write_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = small(tmp_path / "source")
     method = everything(source)
-    work = Surroundings(tmp_path / "work")
-    compress_with(source, tmp_path / "whole", method, TEXTS, surroundings=work)
+    work = BuildEnvironment(tmp_path / "work")
+    compress_with(source, tmp_path / "whole", method, TEXTS, environment=work)
     expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
-    work = Surroundings(tmp_path / "work2")
+    work = BuildEnvironment(tmp_path / "work2")
     write, writes, killed = work_folder.write_atomically, 0, 0
 
     def dying(path: Path, data: bytes) -> None:
@@ -66,7 +66,7 @@ def test_what_is_killed_at_any_write_ends_with_the_same_bytes(tmp_path: Path, mo
     monkeypatch.setattr(work_folder, "write_atomically", dying)
     while True:
         try:
-            compress_with(source, tmp_path / "resumed", method, TEXTS, surroundings=work)
+            compress_with(source, tmp_path / "resumed", method, TEXTS, environment=work)
             break
         except KeyboardInterrupt:
             killed += 1
@@ -98,7 +98,7 @@ def test_the_checkpoint_is_what_the_layers_computed(tmp_path: Path) -> None:
     method = everything(source)
     compress_layers(run, method)
     hidden = run.parts.get_list("compressed-hidden-0001")
-    report = compress_with(source, tmp_path / "out", method, TEXTS, surroundings=Surroundings(tmp_path / "work"))
+    report = compress_with(source, tmp_path / "out", method, TEXTS, environment=BuildEnvironment(tmp_path / "work"))
     assert report["bytes"] > 0
     written, original = Checkpoint(tmp_path / "out", "OUT"), Checkpoint(source, "SOURCE")
     assert torch.equal(written.tensor("model.embed_tokens.weight"), original.tensor("model.embed_tokens.weight"))
@@ -195,9 +195,9 @@ def test_files_of_several_parts_are_read_by_safetensors(tmp_path: Path) -> None:
         assert not list(folder.glob("*.part"))
 
 
-def one_line(source: Path, out: Path, **surroundings: Any) -> str:
+def one_line(source: Path, out: Path, **environment: Any) -> str:
     with pytest.raises(HemostatError) as error:
-        compress_with(source, out, without_texts(W4A16, packed=True), surroundings=Surroundings(**surroundings))
+        compress_with(source, out, without_texts(W4A16, packed=True), environment=BuildEnvironment(**environment))
     assert not out.exists()
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -251,7 +251,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_method_that_needs_texts_says_so(tmp_path: Path) -> None:
     source = small(tmp_path / "source")
     with pytest.raises(CompressError, match="give --prompts or --records"):
-        compress_with(source, tmp_path / "out", everything(source), surroundings=Surroundings(tmp_path / "work"))
+        compress_with(source, tmp_path / "out", everything(source), environment=BuildEnvironment(tmp_path / "work"))
 
 
 @pytest.mark.parametrize("calibrated", [True, False])
@@ -262,5 +262,5 @@ def test_weights_that_are_not_finite(calibrated: bool, tmp_path: Path) -> None:
     source = save(model, tmp_path / "source")
     method = everything(source) if calibrated else without_texts(W4A16, packed=True)
     with pytest.raises(CompressError, match=r"model\.layers\.0\.mlp\.up_proj\.weight holds values that are not finite"):
-        compress_with(source, tmp_path / "out", method, TEXTS, surroundings=Surroundings(tmp_path / "work"))
+        compress_with(source, tmp_path / "out", method, TEXTS, environment=BuildEnvironment(tmp_path / "work"))
     assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ import transformers
 from tests.support.adapter_models import VOCABULARY, random_texts, save, tiny_model
 
 from hemostat.compression.calibrated import CALIBRATIONS, Calibrated
-from hemostat.compression.checkpoint_writer import Surroundings, compress_with
+from hemostat.compression.checkpoint_writer import BuildEnvironment, compress_with
 from hemostat.compression.formats import WeightFormat
 from hemostat.compression.frame import Method, Source
 from hemostat.compression.methods import without_texts
@@ -77,7 +77,9 @@ def test_vllm_computes_what_our_copy_computes(name: str, tmp_path: Path) -> None
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words)).save_pretrained(source)
     out = tmp_path / "out"
     texts = [text.ids for text in random_texts(8)]
-    compress_with(source, out, method(name, Source.open(source)), texts, surroundings=Surroundings(tmp_path / "work"))
+    compress_with(
+        source, out, method(name, Source.open(source)), texts, environment=BuildEnvironment(tmp_path / "work")
+    )
     ids = np.concatenate(texts)[:100].tolist()
     log = tmp_path / "vllm.log"
     arguments = ["--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "128"]

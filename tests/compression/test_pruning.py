@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")
 
-from hemostat.compression.checkpoint_writer import Surroundings, compress_with  # noqa: E402
+from hemostat.compression.checkpoint_writer import BuildEnvironment, compress_with  # noqa: E402
 from hemostat.compression.pruning.masks import Pattern, Score  # noqa: E402
 from hemostat.compression.pruning.method import (  # noqa: E402
     Budget,
@@ -24,7 +24,7 @@ from hemostat.compression.pruning.method import (  # noqa: E402
     prune_method,
 )
 from hemostat.compression.pruning.rows import find_units  # noqa: E402
-from hemostat.compression.pruning.statistics import observed  # noqa: E402
+from hemostat.compression.pruning.totals import observed  # noqa: E402
 from hemostat.models.checkpoint_folders import CompressError  # noqa: E402
 from hemostat.models.copies import Copy  # noqa: E402
 
@@ -40,9 +40,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(model, tmp_path_factory.mktemp("pruning") / "source")
 
 
-def pruned(source: Path, folder: Path, options: PruneOptions, **surroundings: Any) -> tuple[Copy, dict[str, Any]]:
+def pruned(source: Path, folder: Path, options: PruneOptions, **environment: Any) -> tuple[Copy, dict[str, Any]]:
     report = compress_with(
-        source, folder, prune_method(options), TEXTS, surroundings=Surroundings(folder.parent / "work", **surroundings)
+        source,
+        folder,
+        prune_method(options),
+        TEXTS,
+        environment=BuildEnvironment(folder.parent / "work", **environment),
     )
     return Copy.load(folder), report
 
@@ -229,7 +233,7 @@ def test_it_goes_on_where_it_was_interrupted(source: Path, tmp_path: Path) -> No
 def test_magnitude_alone_needs_no_texts(source: Path, tmp_path: Path) -> None:
     method = prune_method(PruneOptions(0.5, Score.MAGNITUDE, budget=Budget.GLOBAL, compensate=False))
     assert not method.needs_texts
-    compress_with(source, tmp_path / "out", method, surroundings=Surroundings(tmp_path / "work"))
+    compress_with(source, tmp_path / "out", method, environment=BuildEnvironment(tmp_path / "work"))
     assert sum(zeros(Copy.load(tmp_path / "out")).values()) > 0.0
 
 

@@ -19,7 +19,6 @@ from hemostat_calibration.alarm import (
     fit_baseline,
     init,
     kind_readings,
-    kinds,
     load,
     readings,
     rebase,
@@ -29,6 +28,7 @@ from hemostat_calibration.alarm import (
     update,
     weighted_spread_ratio,
 )
+from hemostat_calibration.alarm import alarm as alarm_module
 from hemostat_calibration.errors import InvalidArgumentError
 
 ALPHA = 0.05
@@ -342,7 +342,7 @@ def test_runs_of_alike_requests_make_a_baseline_longer_and_evidence_slower():
 
 
 def test_a_baseline_that_never_has_enough_effective_requests_begins_anew(monkeypatch):
-    monkeypatch.setattr(kinds, "MAX_LEARNING", 200)
+    monkeypatch.setattr(alarm_module, "MAX_LEARNING", 200)
     given = [requests(np.random.default_rng(n // 40), 1)[0] for n in range(250)]
     found = of_kind(play(init(replace(SETTINGS, budget=None)), "chat", given), "chat")
     assert (found.watched, found.baseline_requests) == (False, 50)

@@ -14,9 +14,9 @@ from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.learning.contextual import export, hidden_states
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
 from hemostat_calibration.learning.contextual.basis import hidden_sample, make_basis
+from hemostat_calibration.learning.contextual.fold_sums import FLUSH_TOKENS, flushed
 from hemostat_calibration.learning.contextual.learner import ContextualLearner
 from hemostat_calibration.learning.contextual.rows import FOLDS, TokenSource, fold_of
-from hemostat_calibration.learning.contextual.statistics import FLUSH_TOKENS, flushed
 from hemostat_calibration.profiles.transform import anchors, code
 
 

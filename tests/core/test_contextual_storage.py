@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.support.hidden_state_world import HiddenStateWorld, V
 
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.learning.contextual.statistics import flushed
+from hemostat_calibration.learning.contextual.fold_sums import flushed
 from hemostat_calibration.learning.contextual.storage import dependencies, load, save
 
 ALL_BYTES = 1 << 30

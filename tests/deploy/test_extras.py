@@ -28,7 +28,7 @@ importlib.import_module(sys.argv[1])
         "hemostat.cli",
         "hemostat.supervisor",
         "hemostat.control.process",
-        "hemostat.learner.process",
+        "hemostat.learner.learner_process",
         "hemostat.relay.main",
         "hemostat.doctor",
         "hemostat.demo",

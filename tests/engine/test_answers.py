@@ -28,9 +28,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of torch, in what this imports
     from vllm.outputs import CompletionOutput, RequestOutput
 
-from hemostat_engine import answer_sender, answers, numbering
+from hemostat_engine import answer_sender, answer_tap, numbering
 from hemostat_engine.answer_sender import AnswerSender
-from hemostat_engine.answers import AnswerQueue, AnswerTap, wrapped
+from hemostat_engine.answer_tap import AnswerQueue, AnswerTap, wrapped
 from hemostat_engine.peers import Peers
 from hemostat_engine.settings import Settings
 
@@ -292,7 +292,7 @@ def test_the_clients_own_logprobs_that_do_not_fit_its_ids_reach_it_as_they_are()
 
 
 def test_generations_that_are_recorded_at_the_same_time_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "MAX_ACTIVE", 2)
+    monkeypatch.setattr(answer_tap, "MAX_ACTIVE", 2)
     server = Server(Engine([[[3], [4]]]))
 
     async def run() -> None:
@@ -336,7 +336,7 @@ def test_answers_and_the_queue_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     assert (len(taken), server.queue.dropped) == (2, 1)
     server.serve(params(ASKS))
     assert len(server.recorded()) == 1
-    monkeypatch.setattr(answers, "MAX_ANSWER_BYTES", 100)
+    monkeypatch.setattr(answer_tap, "MAX_ANSWER_BYTES", 100)
     long = Server(Engine([[[3]] * 5]))
     assert len(long.serve(params(ASKS))) == 5
     assert (long.recorded(), long.queue.dropped) == ([], 1)
@@ -352,16 +352,16 @@ def test_installation_changes_only_the_known_engine_and_needs_an_admin_port(monk
             yield params
 
     known, other = Known.generate, Other.generate
-    monkeypatch.setitem(answers.sys.modules, answers.ENGINE_MODULE, SimpleNamespace(AsyncLLM=Known))
-    answers.install()
+    monkeypatch.setitem(answer_tap.sys.modules, answer_tap.ENGINE_MODULE, SimpleNamespace(AsyncLLM=Known))
+    answer_tap.install()
     assert Known.generate is known
     monkeypatch.setenv("HEMOSTAT_ADMIN_URL", "http://127.0.0.1:9")
-    answers.install()
+    answer_tap.install()
     once = Known.generate
-    answers.install()
+    answer_tap.install()
     assert once is Known.generate is not known
-    monkeypatch.setitem(answers.sys.modules, answers.ENGINE_MODULE, SimpleNamespace(AsyncLLM=Other))
-    answers.install()
+    monkeypatch.setitem(answer_tap.sys.modules, answer_tap.ENGINE_MODULE, SimpleNamespace(AsyncLLM=Other))
+    answer_tap.install()
     assert Other.generate is other
 
 

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.taps import sent
 
-from hemostat.engines import answers as answers_module
+from hemostat.engines import answer_buffer as answers_module
 from hemostat.engines import registry as registry_module
 from hemostat.engines import taps as taps_module
-from hemostat.engines.answers import AnswerBuffer
+from hemostat.engines.answer_buffer import AnswerBuffer
 from hemostat.engines.api import MAX_REPORT_BYTES, engine_router
 from hemostat.engines.messages import (
     MAX_POSITIONS,

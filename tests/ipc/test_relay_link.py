@@ -30,8 +30,8 @@ from hemostat.ipc.messages import (
     Stats,
     encode,
 )
-from hemostat.ipc.process import is_compiled
 from hemostat.ipc.relay_end import MAX_QUEUED_BYTES, MAX_QUEUED_REPORTS, REPORTS_PER_MESSAGE, ControlLink
+from hemostat.ipc.supervised import is_compiled
 
 POLICY = policy()
 

@@ -19,9 +19,9 @@ from tests.support.learner_world import D, V, World, children, kl, logprobs, mak
 from tests.support.waiting import until
 
 from hemostat.config.schema import Calibration
-from hemostat.learner import client, record_queue, wire
+from hemostat.learner import client, learner_messages, record_queue
 from hemostat.learner.client import Learner, LearningTarget
-from hemostat.learner.process import RequestLoop
+from hemostat.learner.learner_process import RequestLoop
 from hemostat.profiles.scopes import map_scope
 from hemostat_calibration.errors import InvalidProfileError
 from hemostat_calibration.profiles import transform
@@ -282,26 +282,26 @@ async def test_after_a_refused_proposal_learning_goes_on(bench: Bench) -> None:
 
 
 def test_records_that_come_while_a_proposal_is_made_are_learned_from() -> None:
-    said: list[wire.Answer] = []
-    inbox: queue.Queue[wire.Request | None] = queue.Queue()
+    said: list[learner_messages.Answer] = []
+    inbox: queue.Queue[learner_messages.Request | None] = queue.Queue()
 
     class Slow:
         """Its first proposal sees two batches come."""
 
-        def learn(self, request: wire.Learn) -> wire.Learned:
-            return wire.Learned({"": len(request.rows)}, {}, {})
+        def learn(self, request: learner_messages.Learn) -> learner_messages.Learned:
+            return learner_messages.Learned({"": len(request.rows)}, {}, {})
 
-        def propose(self, scope: str, progress: Callable[[str, float], None]) -> wire.Proposed:
+        def propose(self, scope: str, progress: Callable[[str, float], None]) -> learner_messages.Proposed:
             if scope == "first":
-                inbox.put(wire.Learn([]))
-                inbox.put(wire.Propose("second"))
-                inbox.put(wire.Learn([]))
+                inbox.put(learner_messages.Learn([]))
+                inbox.put(learner_messages.Propose("second"))
+                inbox.put(learner_messages.Learn([]))
             progress("linear", 0.5)
             if scope == "second":
                 inbox.put(None)
-            return wire.Proposed(scope, 0, b"", {})
+            return learner_messages.Proposed(scope, 0, b"", {})
 
-    inbox.put(wire.Propose("first"))
+    inbox.put(learner_messages.Propose("first"))
     RequestLoop(Slow(), inbox, said.append).run()  # type: ignore[arg-type]
     told = [(type(s).__name__, getattr(s, "scope", "")) for s in said]
     first = [("Training", ""), ("Learned", ""), ("Learned", ""), ("Proposed", "first")]
@@ -310,12 +310,12 @@ def test_records_that_come_while_a_proposal_is_made_are_learned_from() -> None:
 
 def test_a_proposal_is_abandoned_when_the_input_ends() -> None:
     class Endless:
-        def propose(self, scope: str, progress: Callable[[str, float], None]) -> wire.Proposed:
+        def propose(self, scope: str, progress: Callable[[str, float], None]) -> learner_messages.Proposed:
             while True:
                 progress("linear", 0.5)
 
-    inbox: queue.Queue[wire.Request | None] = queue.Queue()
-    inbox.put(wire.Propose(""))
+    inbox: queue.Queue[learner_messages.Request | None] = queue.Queue()
+    inbox.put(learner_messages.Propose(""))
     inbox.put(None)
     with pytest.raises(SystemExit):
         RequestLoop(Endless(), inbox, lambda _: None).run()  # type: ignore[arg-type]
@@ -324,7 +324,7 @@ def test_a_proposal_is_abandoned_when_the_input_ends() -> None:
 def test_a_row_holds_what_is_learned_from_a_record() -> None:
     world = make(1)
     record = world.record(3, np.arange(20, dtype=np.int32), "a" * 32)
-    again = wire.from_row(wire.to_row(record, ""), V)
+    again = learner_messages.from_row(learner_messages.to_row(record, ""), V)
     np.testing.assert_array_equal(again.compressed.ids, record.compressed.ids)
     np.testing.assert_allclose(again.reference_at, record.reference_at, rtol=1e-6)
     assert record.features is not None
@@ -332,6 +332,8 @@ def test_a_row_holds_what_is_learned_from_a_record() -> None:
     np.testing.assert_allclose(again.features.values, record.features.values, rtol=2e-3, atol=1e-3)
     assert record.reference_hidden is not None
     np.testing.assert_allclose(again.reference_hidden, record.reference_hidden, rtol=2e-3, atol=1e-3)  # type: ignore[arg-type]
-    bare = wire.from_row(wire.to_row(replace(record, features=None, reference_hidden=None), ""), V)
+    bare = learner_messages.from_row(
+        learner_messages.to_row(replace(record, features=None, reference_hidden=None), ""), V
+    )
     assert bare.features is None
     assert bare.reference_hidden is None

@@ -20,7 +20,7 @@ from tests.support.stores import DirectWrites
 from tests.support.waiting import until
 
 from hemostat.config.schema import Calibration
-from hemostat.learner import client, wire
+from hemostat.learner import client, learner_messages
 from hemostat.learner.client import Learner, LearningTarget
 from hemostat.learner.stored import BLOB_KEY, StoredLearning
 from hemostat_calibration.profiles import transform
@@ -32,7 +32,7 @@ SETTINGS: dict[str, Any] = {"anchors": 32, "min_tokens": 600, "clamp_nats": 5.0}
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "BACKOFF", (0.05, 0.1))
-    monkeypatch.setattr(wire, "PART_BYTES", 10_000)
+    monkeypatch.setattr(learner_messages, "PART_BYTES", 10_000)
 
 
 class Receiver:

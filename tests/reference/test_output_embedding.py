@@ -12,7 +12,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hemostat.learner.process import special_ids
+from hemostat.learner.learner_process import special_ids
 from hemostat.models.output_embedding import EmbeddingError, load
 
 W = np.random.default_rng(0).normal(0, 1, (10, 4)).astype(np.float32)

@@ -28,8 +28,8 @@ from tests.support.waiting import HANG_SECONDS, until
 from hemostat.relay.disconnect import DisconnectWatcher
 from hemostat.relay.exchange_state import ExchangeState
 from hemostat.relay.limits import Limits
+from hemostat.relay.relay import Relay
 from hemostat.relay.upstreams.connection import UpstreamConnection as RelayConnection
-from hemostat.relay.worker import Relay
 
 CHUNKED_HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 

@@ -21,7 +21,7 @@ from hemostat.relay.exchange_state import ExchangeState
 from hemostat.relay.http.errors import BadRequest
 from hemostat.relay.http.framing import CHUNKED, RequestBodyReader
 from hemostat.relay.limits import Limits
-from hemostat.relay.worker import Relay
+from hemostat.relay.relay import Relay
 
 GREEDY = "127.0.0.2"
 """Address of a client that takes more than its share."""

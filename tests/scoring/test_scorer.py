@@ -15,7 +15,7 @@ from tests.support.scorer_bench import SCORED, VERSION, Bench, alive, running
 from tests.support.taps import sent
 from tests.support.waiting import HANG_SECONDS, until
 
-from hemostat.engines.answers import ANSWER_SECONDS
+from hemostat.engines.answer_buffer import ANSWER_SECONDS
 from hemostat.engines.messages import AnswerMessage, TapAnswer, TapMessage, TapRun
 from hemostat.ipc.messages import Capture
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores

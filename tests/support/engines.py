@@ -9,8 +9,8 @@ from typing import Any
 
 from tests.support.relay import OK, Connect, Request, Script, Upstream, UpstreamConnection, listening
 
+from hemostat.relay.relay import Relay
 from hemostat.relay.upstreams.settings import UpstreamSettings
-from hemostat.relay.worker import Relay
 
 
 class FakeEngine:

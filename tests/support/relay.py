@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import h11
 from tests.support.waiting import HANG_SECONDS
 
+from hemostat.relay.relay import Relay
 from hemostat.relay.upstreams.settings import UpstreamSettings
-from hemostat.relay.worker import Relay
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 GET = b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n"

@@ -20,7 +20,7 @@ from hemostat.ipc.messages import Capture, SampledCount
 from hemostat.ipc.sampled import SampledTally
 from hemostat.metrics.names import CALIBRATION_REQUESTS, REPEATED_REQUESTS, RESPONSES_FINISHED, SHADOW_REQUESTS
 from hemostat.openai.routes import CHAT
-from hemostat.relay.worker import Relay
+from hemostat.relay.relay import Relay
 
 
 class Bench:

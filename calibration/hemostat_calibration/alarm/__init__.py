@@ -4,7 +4,7 @@
 `change`  the requests of the kinds are no longer what the frozen baselines of these kinds were: another checkpoint, a
           driver, a KV-cache type (`change`, `baseline`).
 
-Both bet against "nothing is wrong" (`betting`), one bounded bet for each request; `kinds` holds the tests and shares
+Both bet against "nothing is wrong" (`betting`), one bounded bet for each request; `alarm` holds the tests and shares
 out the probability; `workload` compares the mix of kinds with what it was, which is information and no alarm;
 `serialization` keeps the state across restarts.
 
@@ -14,11 +14,7 @@ first in its kind) `state = update(state, kind, Observation(now, kl_rc, spread(r
 waits); `readings(state)` and `kind_readings(state)` for metrics and console; `save` and `load` around restarts.
 """
 
-from hemostat_calibration.alarm.baseline import Baseline, RequestSpread, fit_baseline, request_spread
-from hemostat_calibration.alarm.betting import Crossing
-from hemostat_calibration.alarm.budget import BudgetTest
-from hemostat_calibration.alarm.change import ChangeTest
-from hemostat_calibration.alarm.kinds import (
+from hemostat_calibration.alarm.alarm import (
     EFFECTIVE_SHARE,
     Alarm,
     AlarmTest,
@@ -34,6 +30,10 @@ from hemostat_calibration.alarm.kinds import (
     update,
     weighted_spread_ratio,
 )
+from hemostat_calibration.alarm.baseline import Baseline, RequestSpread, fit_baseline, request_spread
+from hemostat_calibration.alarm.betting import Crossing
+from hemostat_calibration.alarm.budget import BudgetTest
+from hemostat_calibration.alarm.change import ChangeTest
 from hemostat_calibration.alarm.logit_spread import spread
 from hemostat_calibration.alarm.serialization import begun_tests, load, save
 from hemostat_calibration.alarm.workload import Workload

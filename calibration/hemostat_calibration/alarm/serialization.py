@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from hemostat_calibration.alarm.alarm import Alarm, KindState, RunningTest, Settings
 from hemostat_calibration.alarm.baseline import Baseline
 from hemostat_calibration.alarm.betting import Crossing, WealthState
 from hemostat_calibration.alarm.budget import BudgetTest
 from hemostat_calibration.alarm.change import ChangeTest
-from hemostat_calibration.alarm.kinds import Alarm, KindState, RunningTest, Settings
 from hemostat_calibration.alarm.odd_engine import EngineTest, OddEngines, Stratum, init
 from hemostat_calibration.alarm.workload import Workload
 from hemostat_calibration.errors import InvalidArgumentError
@@ -62,7 +62,7 @@ def load(data: bytes, settings: Settings) -> Alarm:
     InvalidArgumentError where it cannot be read, or was written by a version that tested something else: begin anew
     with `init(settings, begun_tests(data))`.
 
-    >>> from hemostat_calibration.alarm.kinds import init
+    >>> from hemostat_calibration.alarm.alarm import init
     >>> load(save(init(Settings())), Settings(alpha=0.05)).settings.alpha
     0.05
     """

@@ -74,6 +74,6 @@ def _fraction(text: str) -> float:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from hemostat.commands.adaptation import AdaptOptions, run  # noqa: PLC0415
+    from hemostat.commands.adapt_steps import AdaptOptions, run  # noqa: PLC0415
 
     return run(AdaptOptions(**{name: getattr(options, name) for name in AdaptOptions.__dataclass_fields__}))

@@ -37,7 +37,7 @@ def admin_request(options: argparse.Namespace, method: str, path: str, **body: A
     """A request to the admin port; UsageError where it cannot be reached or refuses."""
     import httpx  # noqa: PLC0415
 
-    from hemostat.ipc.answers import IDENTITY, AnswerRefused, read_answer_now  # noqa: PLC0415
+    from hemostat.ipc.http_bodies import IDENTITY, AnswerRefused, read_answer_now  # noqa: PLC0415
     from hemostat_calibration.profiles.profile import MAX_BYTES  # noqa: PLC0415
 
     shown = shown_address(options.admin)

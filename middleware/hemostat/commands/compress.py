@@ -68,6 +68,6 @@ def group_size(text: str) -> int | str:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from hemostat.commands.compression import CompressOptions, run  # noqa: PLC0415
+    from hemostat.commands.compress_steps import CompressOptions, run  # noqa: PLC0415
 
     return run(CompressOptions(**{name: getattr(options, name) for name in CompressOptions.__dataclass_fields__}))

@@ -16,7 +16,7 @@ from hemostat.compression.frame import LayerData, LayerResult, Run
 from hemostat.compression.input_moments import InputMoments
 from hemostat.compression.methods import nearest
 from hemostat.compression.pruning.masks import Pattern, Score
-from hemostat.compression.pruning.statistics import measure_totals, stored_totals
+from hemostat.compression.pruning.totals import measure_totals, stored_totals
 from hemostat.compression.pruning.weights import prune_weight
 from hemostat.compression.rounding import clipped_scale, weight_groups
 from hemostat.compression.token_weights import (

@@ -39,7 +39,7 @@ of every layer's weights with the smallest magnitude are set to zero. All linear
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class BuildEnvironment:
     """Of a run, without influence on its result.
 
     work: folder for finished layers; None: one in the user's cache, removed at the end. device: of torch. overwrite:
@@ -74,7 +74,7 @@ def compress(
 
         return by_name(scheme)
 
-    _build(source, destination, {"scheme": scheme}, method, (), 0, Surroundings(log=progress, overwrite=overwrite))
+    _build(source, destination, {"scheme": scheme}, method, (), 0, BuildEnvironment(log=progress, overwrite=overwrite))
 
 
 def compress_with(
@@ -84,7 +84,7 @@ def compress_with(
     texts: Sequence[npt.NDArray[np.int32]] = (),
     *,
     seed: int = 0,
-    surroundings: Surroundings | None = None,
+    environment: BuildEnvironment | None = None,
 ) -> dict[str, Any]:
     """As `compress`, by any method. Returns the report, which is also in the folder (`REPORT`).
 
@@ -96,7 +96,7 @@ def compress_with(
     made_from = {"settings": dict(method.settings), "seed": seed}
     if method.needs_texts:
         made_from["texts"] = tokens.hexdigest()
-    _build(source, destination, made_from, lambda: method, texts, seed, surroundings or Surroundings())
+    _build(source, destination, made_from, lambda: method, texts, seed, environment or BuildEnvironment())
     report: dict[str, Any] = json.loads((destination / REPORT).read_text(encoding="utf-8"))
     return report
 
@@ -108,7 +108,7 @@ def _build(
     method: Callable[[], Method],
     texts: Sequence[npt.NDArray[np.int32]],
     seed: int,
-    around: Surroundings,
+    environment: BuildEnvironment,
 ) -> None:
     if not (source / "config.json").is_file():
         raise CompressError(f"{source} is not a transformers checkpoint: it has no config.json")
@@ -116,28 +116,31 @@ def _build(
     made_from = {"recipe": RECIPE, **settings, "source": folder_digest(source), **versions}
 
     def write(folder: Path, work: WorkFolder) -> None:
-        _write(source, folder, method(), settings, texts, seed, work, around)
+        _write(source, folder, method(), settings, texts, seed, work, environment)
 
-    build_with_work(destination, made_from, write, around)
+    build_with_work(destination, made_from, write, environment)
 
 
 def build_with_work(
-    destination: Path, made_from: dict[str, Any], write: Callable[[Path, WorkFolder], None], around: Surroundings
+    destination: Path,
+    made_from: dict[str, Any],
+    write: Callable[[Path, WorkFolder], None],
+    environment: BuildEnvironment,
 ) -> None:
     """As `build_folder`; `write` also gets the folder of finished work. CompressError where it cannot be written."""
 
     def write_folder(folder: Path) -> None:
-        key = made_from | {"destination": str(destination.absolute()), "device": around.device}
-        with WorkFolder(around.work or cache_folder() / "compress" / cache_key(key), key, "compress") as work:
+        key = made_from | {"destination": str(destination.absolute()), "device": environment.device}
+        with WorkFolder(environment.work or cache_folder() / "compress" / cache_key(key), key, "compress") as work:
             write(folder, work)
             for note in work.notes:
-                around.log(note)
-            if around.work is None:
+                environment.log(note)
+            if environment.work is None:
                 # Token ids can be decoded to text: they stay on disk only if the user named a folder.
                 work.remove()
 
     try:
-        build_folder(destination, made_from, write_folder, around.log, overwrite=around.overwrite)
+        build_folder(destination, made_from, write_folder, environment.log, overwrite=environment.overwrite)
     except OSError as error:
         raise CompressError(
             f"{destination} cannot be written ({error.strerror or error}); free some space or name another folder"
@@ -152,15 +155,15 @@ def _write(
     texts: Sequence[npt.NDArray[np.int32]],
     seed: int,
     work: WorkFolder,
-    around: Surroundings,
+    environment: BuildEnvironment,
 ) -> None:
     from hemostat.compression.formats import quantization_config
     from hemostat.compression.frame import Run, Source, compress_layers
     from hemostat.compression.tensor_files import TensorFiles
     from hemostat.models.parts import Parts
 
-    opened = Source.open(source, around.device)
-    run = Run(opened, texts if method.needs_texts else (), Parts(work), seed, around.step)
+    opened = Source.open(source, environment.device)
+    run = Run(opened, texts if method.needs_texts else (), Parts(work), seed, environment.step)
     done = compress_layers(run, method)
     files = TensorFiles(folder)
     for name, tensor in done.tensors():

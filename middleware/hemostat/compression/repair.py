@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from hemostat.compression.checkpoint_writer import Surroundings, build_with_work
+from hemostat.compression.checkpoint_writer import BuildEnvironment, build_with_work
 from hemostat.compression.other_files import REPAIR, REPORT
 from hemostat.models.checkpoint_folders import (
     MANIFEST,
@@ -63,14 +63,14 @@ def write_repaired_copy(
     texts: Sequence[Text],
     *,
     seed: int = 0,
-    surroundings: Surroundings | None = None,
+    environment: BuildEnvironment | None = None,
 ) -> dict[str, Any]:
     """Write a repaired copy of `compressed` to `destination`; the same bytes where it does not improve the fold.
 
     Returns the report, which is also in the folder (`REPORT`), beside that of the compression. Does nothing when
     `destination` already is that copy. Raises HemostatError.
     """
-    around = surroundings or Surroundings()
+    environment = environment or BuildEnvironment()
     tokens = hashlib.sha256()
     for text in texts:
         tokens.update(json.dumps([text.prompt.tolist(), text.output.tolist()]).encode())
@@ -85,13 +85,15 @@ def write_repaired_copy(
     }
 
     def write(folder: Path, work: WorkFolder) -> None:
-        found = repair(reference, compressed, texts, Parts(work), device=around.device, seed=seed, progress=around.step)
+        found = repair(
+            reference, compressed, texts, Parts(work), device=environment.device, seed=seed, progress=environment.step
+        )
         write_repaired(compressed, folder, found.tensors)
         earlier = folder / REPORT
         report = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}
         earlier.write_text(json.dumps(report | {REPAIR: found.report}, indent=1) + "\n", encoding="utf-8")
 
-    build_with_work(destination, made_from, write, around)
+    build_with_work(destination, made_from, write, environment)
     written: dict[str, Any] = json.loads((destination / REPORT).read_text(encoding="utf-8"))[REPAIR]
     return written
 

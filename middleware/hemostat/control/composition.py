@@ -36,8 +36,8 @@ from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.ipc import relay_samples
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.messages import OutcomeReport
-from hemostat.ipc.process import make_tracing
 from hemostat.ipc.reasons import Outcome
+from hemostat.ipc.supervised import make_tracing
 from hemostat.learner import stored
 from hemostat.learner.client import Learner
 from hemostat.learner.stored import StoredLearning

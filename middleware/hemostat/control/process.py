@@ -32,8 +32,8 @@ from hemostat.config.schema import Settings
 from hemostat.control.composition import Control
 from hemostat.control.listening import make_listener, security
 from hemostat.control.ownership import Superseded
-from hemostat.ipc.process import run_supervised, tell_supervisor
 from hemostat.ipc.relay_listener import RelayListener
+from hemostat.ipc.supervised import run_supervised, tell_supervisor
 from hemostat_calibration.errors import HemostatError
 
 log = logging.getLogger("hemostat.control")

@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from hemostat.compression.unpacking import is_packed, unpacked_copy
-from hemostat.ipc.process import die_with_parent
+from hemostat.ipc.supervised import die_with_parent
 from hemostat_calibration.errors import HemostatError
 
 LOGITS_PROCESSOR = "hemostat_engine:LogitsProcessor"

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from hemostat.doctor.checkpoints import kl, noise_floor, pieces, sequence_of, to_floats
+from hemostat.doctor.estimates import Sample
 from hemostat.doctor.pair import Floats, Ids
-from hemostat.doctor.statistics import Sample
 
 MIN_PROMPTS = 16
 """The token budget is spread over at least this many prompts, or over all."""

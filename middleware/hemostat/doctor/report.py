@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat.doctor.classes import CLASSES
+from hemostat.doctor.estimates import Estimate, Ints, Sample
 from hemostat.doctor.options import Decoding
 from hemostat.doctor.pair import ESTIMATE, FLOOR, UPPER, Floats, Scored, json_number
-from hemostat.doctor.statistics import Estimate, Ints, Sample
 from hemostat_calibration.divergence.trajectory import Survival
 
 SCHEMA = 1

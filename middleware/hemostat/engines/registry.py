@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from hemostat.engines.answers import AnswerBuffer
+from hemostat.engines.answer_buffer import AnswerBuffer
 from hemostat.engines.messages import EVENTS, AnswerMessage, EngineReport, InvalidEngineMessage
 from hemostat.engines.taps import TapBuffer
 from hemostat.metrics import names

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 
 from hemostat.ipc.framing import frame, read_frame, read_frames
-from hemostat.ipc.process import die_with_parent
+from hemostat.ipc.supervised import die_with_parent
 from hemostat_calibration.messages import in_words
 
 CLOSE_SECONDS = 2.0

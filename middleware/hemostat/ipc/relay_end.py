@@ -28,8 +28,8 @@ from hemostat.ipc.messages import (
     Stats,
     encode,
 )
-from hemostat.ipc.process import is_compiled
 from hemostat.ipc.sampled import SampledTally
+from hemostat.ipc.supervised import is_compiled
 
 log = logging.getLogger("hemostat.relay")
 

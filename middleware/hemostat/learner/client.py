@@ -21,7 +21,7 @@ import numpy as np
 from hemostat.config.schema import Calibration
 from hemostat.ipc.child_process import ChildExited, FramedChild
 from hemostat.ipc.supervisor import ChildRefused, Supervisor
-from hemostat.learner import wire
+from hemostat.learner import learner_messages
 from hemostat.learner.record_queue import DropReason, RecordQueue
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
@@ -111,9 +111,11 @@ class Learner:
         self._settings = settings
         self._receiver = receiver
         self._on_change = on_change
-        self._process: Supervisor[LearningTarget, wire.Ready] = Supervisor("hemostat.learner.process", self, BACKOFF)
+        self._process: Supervisor[LearningTarget, learner_messages.Ready] = Supervisor(
+            "hemostat.learner.learner_process", self, BACKOFF
+        )
         self._records = RecordQueue()
-        self._learned = self._restored = wire.Learned({}, {}, {})
+        self._learned = self._restored = learner_messages.Learned({}, {}, {})
         """In all, and of that before this process."""
         self._storage = storage
         self._clock = clock
@@ -134,7 +136,7 @@ class Learner:
         """A batch was sent, and is not learned yet."""
         self._requested_scope: str | None = None
         """A proposal was requested for this scope, and has not come yet."""
-        self._proposals: deque[wire.Proposed] = deque()
+        self._proposals: deque[learner_messages.Proposed] = deque()
         self._last_attempt: dict[str, int] = {}
         """By scope, the tokens that the last proposal was learned from, whether anything came of it or not."""
         self._tokens_of_ended: Counter[str] = Counter()
@@ -230,10 +232,10 @@ class Learner:
 
     async def begin(self, child: FramedChild, target: LearningTarget) -> None:
         stored = self._load()
-        child.send(wire.REQUESTS.encode(self._start_message(target, restores=bool(stored))))
+        child.send(learner_messages.REQUESTS.encode(self._start_message(target, restores=bool(stored))))
         if stored:
-            for part, last in wire.parts(stored):
-                child.send(wire.REQUESTS.encode(wire.Restore(part, last)))
+            for part, last in learner_messages.parts(stored):
+                child.send(learner_messages.REQUESTS.encode(learner_messages.Restore(part, last)))
                 await child.drain()
 
     def _load(self) -> bytes:
@@ -261,9 +263,9 @@ class Learner:
         lost = "; what it had learned since it was stored is lost" if self._has_unsaved else ""
         self._set_state(LearnerState.DOWN, f"the learner ended ({why}){lost}")
 
-    def _start_message(self, target: LearningTarget, *, restores: bool) -> wire.Start:
+    def _start_message(self, target: LearningTarget, *, restores: bool) -> learner_messages.Start:
         settings = self._settings
-        return wire.Start(
+        return learner_messages.Start(
             model=target.model,
             vocab_size=target.vocab_size,
             folder=str(target.folder),
@@ -280,7 +282,7 @@ class Learner:
             restores=restores,
         )
 
-    def began(self, ready: wire.Ready, target: LearningTarget) -> None:
+    def began(self, ready: learner_messages.Ready, target: LearningTarget) -> None:
         self._forgets = False
         anchors = np.frombuffer(ready.anchors, "<i4").astype(np.int32)
         self._hidden_size = target.hidden_size
@@ -302,14 +304,14 @@ class Learner:
             await self._pass_on(self._proposals.popleft())
         if not self._batch_pending and self._records:
             self._batch_pending = True
-            child.send(wire.REQUESTS.encode(wire.Learn(self._records.take_batch())))
+            child.send(learner_messages.REQUESTS.encode(learner_messages.Learn(self._records.take_batch())))
         await self._store_exports()
         if self._export_due:
             self._export_pending = True
-            child.send(wire.REQUESTS.encode(wire.Export()))
+            child.send(learner_messages.REQUESTS.encode(learner_messages.Export()))
         if self._requested_scope is None and (scope := self._due_scope()) is not None:
             self._requested_scope = scope
-            child.send(wire.REQUESTS.encode(wire.Propose(scope)))
+            child.send(learner_messages.REQUESTS.encode(learner_messages.Propose(scope)))
         return False
 
     @property
@@ -345,20 +347,20 @@ class Learner:
         return None
 
     def receive(self, body: bytes) -> None:
-        answer = wire.ANSWERS.decode(body)
+        answer = learner_messages.ANSWERS.decode(body)
         match answer:
-            case wire.Ready():
+            case learner_messages.Ready():
                 self._process.ready(answer)
-            case wire.Refused():
+            case learner_messages.Refused():
                 self._process.refused(answer.message)
-            case wire.Learned():
+            case learner_messages.Learned():
                 self._learned = answer
                 self._batch_pending = False
-            case wire.Training():
+            case learner_messages.Training():
                 self._set_state(LearnerState.TRAINING, f"{answer.stage} {answer.done:.0%}")
-            case wire.Proposed():
+            case learner_messages.Proposed():
                 self._proposals.append(answer)
-            case wire.Exported():
+            case learner_messages.Exported():
                 self._parts.append(answer.part)
                 if answer.last:
                     self._exports.append(self._parts)
@@ -366,7 +368,7 @@ class Learner:
                     self._exported_at, self._exported_tokens = self._clock(), self._learned.tokens.get(ALL, 0)
         self._process.wake()
 
-    async def _pass_on(self, proposed: wire.Proposed) -> None:
+    async def _pass_on(self, proposed: learner_messages.Proposed) -> None:
         scope, tokens = proposed.scope, proposed.tokens
         self._requested_scope = None
         self._last_attempt[scope] = tokens
@@ -408,7 +410,7 @@ class Learner:
     def reset(self) -> None:
         """The process has ended."""
         self._tokens_of_ended += self._tokens_of_process()
-        self._learned = self._restored = wire.Learned({}, {}, {})
+        self._learned = self._restored = learner_messages.Learned({}, {}, {})
         self._exported_tokens, self._export_pending = 0, False
         self._parts.clear()
         self._exports.clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from enum import StrEnum
 
-from hemostat.learner import wire
+from hemostat.learner import learner_messages
 from hemostat_calibration.records import TokenRecord
 
 MAX_QUEUED_BYTES = 64 * 1024 * 1024
@@ -26,7 +26,7 @@ class DropReason(StrEnum):
 
 class RecordQueue:
     def __init__(self) -> None:
-        self._rows: deque[wire.Row] = deque()
+        self._rows: deque[learner_messages.Row] = deque()
         self._bytes = 0
 
     def __bool__(self) -> bool:
@@ -42,17 +42,17 @@ class RecordQueue:
             return DropReason.NOTHING_TO_LEARN
         if self._bytes > MAX_QUEUED_BYTES:
             return DropReason.BUSY
-        row = wire.to_row(record, scope)
+        row = learner_messages.to_row(record, scope)
         self._rows.append(row)
-        self._bytes += wire.row_bytes([row])
+        self._bytes += learner_messages.row_bytes([row])
         return None
 
-    def take_batch(self) -> list[wire.Row]:
+    def take_batch(self) -> list[learner_messages.Row]:
         """Remove the oldest rows, about `MAX_BATCH_BYTES` of them."""
-        rows: list[wire.Row] = []
-        while self._rows and wire.row_bytes(rows) < MAX_BATCH_BYTES:
+        rows: list[learner_messages.Row] = []
+        while self._rows and learner_messages.row_bytes(rows) < MAX_BATCH_BYTES:
             rows.append(self._rows.popleft())
-        self._bytes -= wire.row_bytes(rows)
+        self._bytes -= learner_messages.row_bytes(rows)
         return rows
 
     def clear(self) -> None:

@@ -20,7 +20,7 @@ from hemostat.ipc.messages import REST_KIND, Capture, SampledCount
 from hemostat.ipc.sampled import OUTSIDE_SUFFIX, counted
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
-from hemostat_calibration.statistics.kinds import KindTable
+from hemostat_calibration.statistics.kind_table import KindTable
 
 SCORED, SKIPPED, DROPPED = OUTCOMES = ("scored", "skipped", "dropped")
 UNREAD_KIND = "unread"

@@ -7,7 +7,7 @@ Invariants (those of what serves are in `serving`, those of tests in `trials`):
   own kind alone, whose profiles were proven on such records. Adapters are not judged there: their exact distances are
   not conditional.
 - Learning may pool all traffic, or what belongs to one scope (`calibration.scope`). Serving may not: a profile serves a
-  kind of traffic (`kinds`) only on evidence of this kind, and leaves it by itself.
+  kind of traffic (`followed_kinds`) only on evidence of this kind, and leaves it by itself.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from hemostat.ipc.messages import REST_KIND
 from hemostat.metrics.samples import Sample
 from hemostat.profiles.catalogue import Catalogue
 from hemostat.profiles.decisions import EventLog, Reason
+from hemostat.profiles.followed_kinds import FollowedKinds
 from hemostat.profiles.judging import Judge, gain_interval, is_held_out
-from hemostat.profiles.kinds import Kinds
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.operators import Operator
 from hemostat.profiles.persistence import StateWriter
@@ -78,7 +78,7 @@ class ProfileManager:
             self._test_begun,
             self.catalogue.is_adapter,
         )
-        self.kinds = Kinds(
+        self.kinds = FollowedKinds(
             evidence.kinds,
             on_followed=self._kind_followed,
             on_evicted=self._kind_evicted,

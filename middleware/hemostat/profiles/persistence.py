@@ -8,12 +8,12 @@ from contextlib import contextmanager
 
 import msgspec
 
-from hemostat.profiles.kinds import Kinds
+from hemostat.profiles.followed_kinds import FollowedKinds
 from hemostat.profiles.serving import KindState, ServingState
 from hemostat.profiles.trials import Candidate, Trials
 from hemostat.store.protocol import StoredProfile, StoreWrites
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.statistics.kinds import KindTable
+from hemostat_calibration.statistics.kind_table import KindTable
 
 log = logging.getLogger("hemostat.calibration")
 
@@ -100,7 +100,7 @@ class StateWriter:
         wall: Callable[[], float],
         *,
         serving: ServingState,
-        kinds: Kinds,
+        kinds: FollowedKinds,
         trials: Trials,
     ) -> None:
         self._writes = writes

@@ -13,7 +13,7 @@ from hemostat.metrics.samples import Sample
 from hemostat.profiles.catalogue import Catalogue, parameter_bytes
 from hemostat.profiles.decisions import EventLog, evidence_json, pooled_gain
 from hemostat.profiles.families import FAMILY_RULES
-from hemostat.profiles.kinds import Kinds
+from hemostat.profiles.followed_kinds import FollowedKinds
 from hemostat.profiles.proposals import Proposals
 from hemostat.profiles.serving import KindState, ServingState
 from hemostat.profiles.trials import Candidate, Trials
@@ -33,7 +33,7 @@ class Report:
         *,
         catalogue: Catalogue,
         serving: ServingState,
-        kinds: Kinds,
+        kinds: FollowedKinds,
         trials: Trials,
         events: EventLog,
         proposals: Proposals,

@@ -10,7 +10,7 @@ from hemostat.ipc.messages import REST_KIND
 from hemostat.profiles import catalogue as limits
 from hemostat.profiles.catalogue import Catalogue, parameter_bytes
 from hemostat.profiles.decisions import Decision, EventLog, Reason
-from hemostat.profiles.kinds import Kinds
+from hemostat.profiles.followed_kinds import FollowedKinds
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.persistence import (
     SERVING_KEY,
@@ -45,7 +45,7 @@ class Restoring:
         *,
         catalogue: Catalogue,
         serving: ServingState,
-        kinds: Kinds,
+        kinds: FollowedKinds,
         trials: Trials,
         events: EventLog,
         lifecycle: Lifecycle,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from hemostat.reference import wire
+from hemostat.reference import worker_messages
 from hemostat.reference.full_scores import Basis, ExactScores
 from hemostat.reference.protocol import FailureReason
 
@@ -39,7 +39,7 @@ class HeldFunctionals:
         self._on_device = on_device
         self._held: dict[str, Any] = {}
 
-    def of(self, request: wire.Score) -> tuple[dict[str, Any], Codes]:
+    def of(self, request: worker_messages.Score) -> tuple[dict[str, Any], Codes]:
         """The request's functionals, and its codes by name. What is held does not change where it is `reshaped`."""
         if request.reshaped:
             return {}, {}
@@ -53,7 +53,7 @@ class HeldFunctionals:
         return self._held, {name: np.frombuffer(c, "<f4").reshape(tokens, -1) for name, c in request.codes.items()}
 
 
-def output_and_ids(request: wire.Score) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+def output_and_ids(request: worker_messages.Score) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """int32 [T] and [T, width]."""
     output = np.frombuffer(request.output, "<i4")
     return output, np.frombuffer(request.ids, "<i4").reshape(len(output), request.width)
@@ -68,7 +68,7 @@ class Comparisons:
         self._weight = weight
         self._last: tuple[bytes, CompressedSide] | None = None
 
-    def of(self, request: wire.Score) -> Comparison | None:
+    def of(self, request: worker_messages.Score) -> Comparison | None:
         """None where none is requested. ValueError where the request's arrays do not fit each other."""
         from hemostat.reference.recovered import CompressedSide  # noqa: PLC0415  imports torch
 
@@ -81,8 +81,8 @@ class Comparisons:
         return self._last[1].of(features, ids, np.frombuffer(given.logprobs, "<f8").reshape(ids.shape))
 
 
-def scored(number: int, scores: ExactScores, comparison: Comparison | None = None) -> wire.Scored:
-    return wire.Scored(
+def scored(number: int, scores: ExactScores, comparison: Comparison | None = None) -> worker_messages.Scored:
+    return worker_messages.Scored(
         id=number,
         at=scores.at.astype("<f8").tobytes(),
         top_ids=scores.top_ids.astype("<i4").tobytes(),

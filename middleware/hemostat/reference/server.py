@@ -12,7 +12,7 @@ import httpx
 import msgspec
 from pydantic import SecretStr
 
-from hemostat.ipc.answers import IDENTITY, AnswerRefused, AnswerTooLarge, read_answer
+from hemostat.ipc.http_bodies import IDENTITY, AnswerRefused, AnswerTooLarge, read_answer
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat_calibration.messages import in_words
 

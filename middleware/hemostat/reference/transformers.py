@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hemostat.reference import wire
+from hemostat.reference import worker_messages
 from hemostat.reference.protocol import (
     FailureReason,
     ReferenceFailure,
@@ -25,7 +25,7 @@ class TransformersReference:
     def __init__(self, model: str, dtype: str = "auto", device: str = "cpu", threads: int | None = None) -> None:
         """threads: CPU threads of torch; None: see `threads_or_default`."""
         self._model = model
-        self._worker = ReferenceWorker(wire.Load(model, dtype, device, threads_or_default(threads)))
+        self._worker = ReferenceWorker(worker_messages.Load(model, dtype, device, threads_or_default(threads)))
 
     async def start(self) -> ReferenceInfo:
         """Load the model; returns at once when it is loaded. ReferenceFailure; may be called again after one."""
@@ -60,10 +60,10 @@ class TransformersReference:
         return frozenset()
 
     async def render(self, messages: list[dict[str, str]]) -> list[int]:
-        return await self._worker.token_ids(lambda number: wire.Render(number, messages))
+        return await self._worker.token_ids(lambda number: worker_messages.Render(number, messages))
 
     async def tokenize(self, text: str) -> list[int]:
-        return await self._worker.token_ids(lambda number: wire.Tokenize(number, text))
+        return await self._worker.token_ids(lambda number: worker_messages.Tokenize(number, text))
 
     async def close(self) -> None:
         """End the worker; the request under way fails."""

@@ -1,7 +1,7 @@
 """The reference worker, `python -m hemostat.reference.worker PARENT_PID`: a whole model, or only the output head of one
 whose hidden states a server computes. Hemostat imports torch only in such processes.
 
-It answers the frames of `wire.py` one after another, and ends with its standard input or its parent.
+It answers the frames of `worker_messages` one after another, and ends with its standard input or its parent.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from hemostat.ipc import child_process as child
 from hemostat.models.architectures import check_causal, max_positions
 from hemostat.models.checkpoint_digest import checkpoint_digest
-from hemostat.reference import wire
+from hemostat.reference import worker_messages
 from hemostat.reference.hidden.products import Head
 from hemostat.reference.protocol import FailureReason
 from hemostat.reference.scoring import Comparisons, HeldFunctionals, RequestFailed, output_and_ids, scored
@@ -30,7 +30,7 @@ NICENESS = 10
 class Model:
     """The loaded checkpoint. RequestFailed."""
 
-    def __init__(self, load: wire.Load) -> None:
+    def __init__(self, load: worker_messages.Load) -> None:
         try:
             import torch  # noqa: PLC0415  slow to import, and an extra
             from transformers import AutoConfig, AutoModelForCausalLM, logging  # noqa: PLC0415
@@ -51,7 +51,7 @@ class Model:
         self._comparisons = Comparisons(self._output_embedding)
         config = self._model.config.get_text_config()
         problem = _nonlinearity(self._model)
-        self.loaded = wire.Loaded(
+        self.loaded = worker_messages.Loaded(
             digest=checkpoint_digest(load.model, getattr(self._model.config, "_commit_hash", None)),
             dtype=str(self._model.dtype).removeprefix("torch."),
             vocab_size=int(config.vocab_size),
@@ -62,18 +62,20 @@ class Model:
             compares=not problem,
         )
 
-    def answer(self, request: wire.Request) -> wire.Answer:
+    def answer(self, request: worker_messages.Request) -> worker_messages.Answer:
         match request:
-            case wire.Score():
+            case worker_messages.Score():
                 return self._score(request)
-            case wire.Tokenize():
-                return wire.TokenIds(request.id, self._tokens().encode(request.text, add_special_tokens=False))
-            case wire.Render():
+            case worker_messages.Tokenize():
+                return worker_messages.TokenIds(
+                    request.id, self._tokens().encode(request.text, add_special_tokens=False)
+                )
+            case worker_messages.Render():
                 tokenizer = self._tokens()
                 if not tokenizer.chat_template:
                     raise RequestFailed(FailureReason.NO_CHAT_TEMPLATE, f"{self._name} has no chat template")
                 ids = tokenizer.apply_chat_template(request.messages, add_generation_prompt=True, return_dict=False)
-                return wire.TokenIds(request.id, ids)
+                return worker_messages.TokenIds(request.id, ids)
             case _:
                 raise RequestFailed(FailureReason.PROTOCOL, "the model is loaded already")
 
@@ -84,7 +86,7 @@ class Model:
             self._tokenizer = AutoTokenizer.from_pretrained(self._name)
         return self._tokenizer
 
-    def _score(self, request: wire.Score) -> wire.Scored:
+    def _score(self, request: worker_messages.Score) -> worker_messages.Scored:
         from hemostat.reference.exact import score  # noqa: PLC0415
 
         functionals, codes = self._functionals.of(request)
@@ -141,27 +143,27 @@ def main(parent: int) -> int:
     bodies, send = child.connect_to_parent(parent, NICENESS)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-    def reply(answer: wire.Answer) -> None:
-        send(wire.ANSWERS.encode(answer))
+    def reply(answer: worker_messages.Answer) -> None:
+        send(worker_messages.ANSWERS.encode(answer))
 
     model: Model | Head | None = None
     for body in bodies:
-        request = wire.REQUESTS.decode(body)
+        request = worker_messages.REQUESTS.decode(body)
         number = getattr(request, "id", -1)
         try:
-            if isinstance(request, wire.Load | wire.LoadHead):
-                model = Model(request) if isinstance(request, wire.Load) else Head(request)
+            if isinstance(request, worker_messages.Load | worker_messages.LoadHead):
+                model = Model(request) if isinstance(request, worker_messages.Load) else Head(request)
                 reply(model.loaded)
             elif model is None:
                 raise RequestFailed(FailureReason.PROTOCOL, "the first request must be load")
             else:
                 reply(model.answer(request))
         except RequestFailed as failure:
-            reply(wire.Failed(number, failure.reason, str(failure)))
+            reply(worker_messages.Failed(number, failure.reason, str(failure)))
         except Exception as error:  # noqa: BLE001  a process boundary: whatever a model raises becomes an answer
             out_of_memory = "memory" in str(error).lower()
             reason = FailureReason.OUT_OF_MEMORY if out_of_memory else FailureReason.MODEL_ERROR
-            reply(wire.Failed(number, reason, f"{type(error).__name__}: {_one_line(error)}"))
+            reply(worker_messages.Failed(number, reason, f"{type(error).__name__}: {_one_line(error)}"))
         if model is None:
             return 1
     return 0

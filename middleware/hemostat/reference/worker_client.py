@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from hemostat.ipc.backoff import Backoff
 from hemostat.ipc.child_process import ChildExited, FramedChild
-from hemostat.reference import wire
+from hemostat.reference import worker_messages
 from hemostat.reference.protocol import FailureReason, ReferenceFailure, ReferenceScores, ScoreRequest
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.profiles.families import TEMPERATURE_BIAS
@@ -26,7 +26,7 @@ log = logging.getLogger("hemostat.reference")
 RESTART_SECONDS = (0.5, 1.0, 2.0, 5.0, 15.0, 60.0)
 """Longest pause before a worker that ended is started again, by the number of failures in a row."""
 
-TokenRequest = Callable[[int], wire.Request]
+TokenRequest = Callable[[int], worker_messages.Request]
 
 
 class ReferenceWorker:
@@ -35,15 +35,15 @@ class ReferenceWorker:
     Every method raises ReferenceFailure.
     """
 
-    def __init__(self, load: wire.Load | wire.LoadHead) -> None:
+    def __init__(self, load: worker_messages.Load | worker_messages.LoadHead) -> None:
         self._load = load
         self._process: _Process | None = None
-        self._loaded: wire.Loaded | None = None
+        self._loaded: worker_messages.Loaded | None = None
         self._starting = asyncio.Lock()
         self._keeper: asyncio.Task[None] | None = None
         self._closed = False
 
-    async def start(self) -> wire.Loaded:
+    async def start(self) -> worker_messages.Loaded:
         """Load what there is to load; returns at once when it is loaded. May be called again after a failure."""
         async with self._starting:
             if self._closed:
@@ -74,7 +74,7 @@ class ReferenceWorker:
         or on the token and a given code; else NaN: all others need the compressed model's logits at every id, which
         the reference does not have.
 
-        states: for an output head, which does not read the prompt: see `wire.Score`.
+        states: for an output head, which does not read the prompt: see `worker_messages.Score`.
         """
         process, loaded = self.running()
         size = loaded.vocab_size
@@ -133,7 +133,7 @@ class ReferenceWorker:
             if self._process is not None:
                 await self._process.close()
 
-    def running(self) -> tuple[_Process, wire.Loaded]:
+    def running(self) -> tuple[_Process, worker_messages.Loaded]:
         if self._process is None or self._process.exited.is_set():
             raise ReferenceFailure(FailureReason.DOWN, "the reference worker is not running")
         assert self._loaded is not None
@@ -155,9 +155,9 @@ def _token_shift(profile: CalibrationProfile, vocab_size: int) -> npt.NDArray[np
     return np.clip(profile.parameters["bias"], -profile.clamp_nats, profile.clamp_nats)
 
 
-def _basis(profile: CalibrationProfile) -> wire.Basis:
+def _basis(profile: CalibrationProfile) -> worker_messages.Basis:
     up = profile.parameters["up"]
-    return wire.Basis(up.astype("<f2").tobytes(), up.shape[1], profile.clamp_nats)
+    return worker_messages.Basis(up.astype("<f2").tobytes(), up.shape[1], profile.clamp_nats)
 
 
 class _Process:
@@ -166,15 +166,17 @@ class _Process:
     def __init__(self) -> None:
         self._child: FramedChild | None = None
         self._numbers = itertools.count()
-        self._pending: dict[int, asyncio.Future[wire.Answer]] = {}
+        self._pending: dict[int, asyncio.Future[worker_messages.Answer]] = {}
         self._held: set[str] = set()
         self._turn = asyncio.Lock()
-        self._first: asyncio.Future[wire.Answer] = asyncio.get_running_loop().create_future()
+        self._first: asyncio.Future[worker_messages.Answer] = asyncio.get_running_loop().create_future()
         self._ending: asyncio.Task[None] | None = None
         self.exited = asyncio.Event()
 
     @classmethod
-    async def start(cls, load: wire.Load | wire.LoadHead) -> tuple[_Process, wire.Loaded]:
+    async def start(
+        cls, load: worker_messages.Load | worker_messages.LoadHead
+    ) -> tuple[_Process, worker_messages.Loaded]:
         """ReferenceFailure when the process does not start or the model does not load."""
         worker = cls()
         try:
@@ -188,11 +190,11 @@ class _Process:
         except BaseException:
             await worker.close()
             raise
-        if isinstance(answer, wire.Loaded):
+        if isinstance(answer, worker_messages.Loaded):
             return worker, answer
         await worker.close()
-        name = load.model if isinstance(load, wire.Load) else f"the output head of {load.folder}"
-        if isinstance(answer, wire.Failed):
+        name = load.model if isinstance(load, worker_messages.Load) else f"the output head of {load.folder}"
+        if isinstance(answer, worker_messages.Failed):
             raise ReferenceFailure(answer.reason, f"{name} does not load: {answer.message}")
         raise ReferenceFailure(FailureReason.PROTOCOL, f"the reference worker began with {type(answer).__name__}")
 
@@ -202,7 +204,7 @@ class _Process:
         functionals: Mapping[str, npt.NDArray[np.float32]],
         bases: Mapping[str, CalibrationProfile],
         states: npt.NDArray[np.uint16] | None,
-    ) -> wire.Scored:
+    ) -> worker_messages.Scored:
         prompt = request.prompt if states is None else request.prompt[:0]
         async with self._turn:  # a request whose caller is cancelled while waiting never reaches the worker
             number = next(self._numbers)
@@ -213,7 +215,7 @@ class _Process:
                 self._held = {*functionals, *bases}
             answer = await self._ask(
                 number,
-                wire.Score(
+                worker_messages.Score(
                     id=number,
                     prompt=prompt.astype("<i4").tobytes(),
                     output=request.output.astype("<i4").tobytes(),
@@ -225,12 +227,14 @@ class _Process:
                     codes={name: request.codes[name].astype("<f4").tobytes() for name in bases},
                     hidden=request.hidden,
                     reshaped=request.reshaped,
-                    allowed=None if request.allowed is None else wire.Allowed.of(request.allowed),
-                    compressed=None if request.compressed is None else wire.Compressed.of(request.compressed),
+                    allowed=None if request.allowed is None else worker_messages.Allowed.of(request.allowed),
+                    compressed=None
+                    if request.compressed is None
+                    else worker_messages.Compressed.of(request.compressed),
                     states=b"" if states is None else states.astype("<u2").tobytes(),
                 ),
             )
-        if not isinstance(answer, wire.Scored):
+        if not isinstance(answer, worker_messages.Scored):
             raise ReferenceFailure(FailureReason.PROTOCOL, f"the reference worker answered {type(answer).__name__}")
         return answer
 
@@ -238,32 +242,32 @@ class _Process:
         async with self._turn:
             number = next(self._numbers)
             answer = await self._ask(number, request(number))
-        if not isinstance(answer, wire.TokenIds):
+        if not isinstance(answer, worker_messages.TokenIds):
             raise ReferenceFailure(FailureReason.PROTOCOL, f"the reference worker answered {type(answer).__name__}")
         return answer.ids
 
-    async def _ask(self, number: int, request: wire.Request) -> wire.Answer:
-        future: asyncio.Future[wire.Answer] = asyncio.get_running_loop().create_future()
+    async def _ask(self, number: int, request: worker_messages.Request) -> worker_messages.Answer:
+        future: asyncio.Future[worker_messages.Answer] = asyncio.get_running_loop().create_future()
         self._pending[number] = future
         try:
             self._send(request)
             answer = await future
         finally:
             self._pending.pop(number, None)
-        if isinstance(answer, wire.Failed):
+        if isinstance(answer, worker_messages.Failed):
             self._held = set()  # it may have failed before it stored the functionals of this request
             raise ReferenceFailure(answer.reason, answer.message)
         return answer
 
-    def _send(self, request: wire.Request) -> None:
+    def _send(self, request: worker_messages.Request) -> None:
         assert self._child is not None
         try:
-            self._child.send(wire.REQUESTS.encode(request))
+            self._child.send(worker_messages.REQUESTS.encode(request))
         except ChildExited as gone:
             raise ReferenceFailure(FailureReason.DOWN, f"the reference worker is not running: {gone}") from gone
 
     def _receive(self, body: bytes) -> None:
-        answer = wire.ANSWERS.decode(body)
+        answer = worker_messages.ANSWERS.decode(body)
         number = getattr(answer, "id", -1)
         future = self._first if number < 0 else self._pending.get(number)
         if future is not None and not future.done():

@@ -2,7 +2,7 @@
 
 The modules, in the order of a request:
 
-    main                composes the process; `worker` is the relay: its socket, its connections, its drain
+    main                composes the process; `relay` is the relay: its socket, its connections, its drain
     context             what all connections of one relay share; `limits` is what a client may send
     client_identity     who a client is, for all that is limited or compared by client
     shares              how much each client holds of what all share; `request_budget` is what they share

@@ -40,15 +40,15 @@ from hemostat import logs
 from hemostat.interception.interceptor import Interceptor
 from hemostat.ipc.addresses import ControlAddresses
 from hemostat.ipc.messages import OutcomeReport, Policy
-from hemostat.ipc.process import die_with_parent, make_tracing
 from hemostat.ipc.relay_end import ControlLink
+from hemostat.ipc.supervised import die_with_parent, make_tracing
 from hemostat.metrics import names
 from hemostat.relay.access_log import AccessLog
 from hemostat.relay.client_limits import ClientLimits
 from hemostat.relay.counters import Counters
 from hemostat.relay.limits import Limits, share_descriptors
+from hemostat.relay.relay import Relay
 from hemostat.relay.upstreams.settings import UpstreamSettings
-from hemostat.relay.worker import Relay
 
 log = logging.getLogger("hemostat.relay")
 

@@ -7,7 +7,7 @@ from collections import deque
 import msgspec
 import numpy as np
 
-from hemostat.engines.answers import AnswerBuffer
+from hemostat.engines.answer_buffer import AnswerBuffer
 from hemostat.engines.messages import TapAnswer
 from hemostat.ipc.messages import Capture
 from hemostat.ipc.reasons import ScoringSkipReason

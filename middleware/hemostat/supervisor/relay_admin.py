@@ -26,8 +26,8 @@ from hemostat.admin.server import AdminServer
 from hemostat.config.schema import Settings
 from hemostat.ipc import relay_samples
 from hemostat.ipc.control_end import RelayLink
-from hemostat.ipc.process import run_supervised, tell_supervisor
 from hemostat.ipc.relay_listener import RelayListener, listen_locally
+from hemostat.ipc.supervised import run_supervised, tell_supervisor
 from hemostat.metrics.collector import HemostatCollector
 
 

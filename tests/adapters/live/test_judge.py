@@ -27,7 +27,7 @@ from hemostat.adapters.live.answer_limit import BACK_OFF, TARGET_SECONDS, Answer
 from hemostat.adapters.live.folders import CheckpointFolders
 from hemostat.adapters.live.job import linear_shapes
 from hemostat.adapters.live.judge import AdapterJudge, JudgeTarget, JudgeUnavailable
-from hemostat.learner.wire import parts as pieces
+from hemostat.learner.learner_messages import parts as pieces
 from hemostat.metrics import names
 from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat.models.copies import Copy

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from tests.bench.llmcompressor import compress
 from tests.bench.recovery.log import say
 
-from hemostat.compression.checkpoint_writer import Surroundings, compress_with
+from hemostat.compression.checkpoint_writer import BuildEnvironment, compress_with
 from hemostat.compression.frame import Method, Source
 from hemostat.compression.plan import LayerPlan, stored_bytes
 from hemostat.models.texts import Text
@@ -73,8 +73,8 @@ class Bench:
 
     def ours(self, method: Method, folder: Path) -> None:
         """By `hemostat compress`; what is interrupted goes on."""
-        around = Surroundings(work=folder.with_name(f"{folder.name}.work"), log=say, overwrite=True)
-        compress_with(self.reference, folder, method, self.ids, seed=self.seed, surroundings=around)
+        around = BuildEnvironment(work=folder.with_name(f"{folder.name}.work"), log=say, overwrite=True)
+        compress_with(self.reference, folder, method, self.ids, seed=self.seed, environment=around)
 
     def peer(self, script: Path, folder: Path, method: str, *arguments: str) -> None:
         """By llmcompressor, with a script of tests/bench/llmcompressor."""

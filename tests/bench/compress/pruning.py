@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.bench.llmcompressor import PRUNE
 from tests.bench.recovery.log import say
 
-from hemostat.compression.checkpoint_writer import Surroundings
+from hemostat.compression.checkpoint_writer import BuildEnvironment
 from hemostat.compression.formats import WeightFormat
 from hemostat.compression.methods import without_texts
 from hemostat.compression.other_files import REPAIR
@@ -93,5 +93,5 @@ def _repaired(bench: Bench, case: Case, folder: Path) -> None:
     start = folder.with_name(f"{folder.name}.start")
     if not start.exists():
         case.make(start)
-    around = Surroundings(work=folder.with_name(f"{folder.name}.work"), log=say, overwrite=True)
-    say(summary_line(write_repaired_copy(bench.reference, start, folder, bench.learn, surroundings=around), REPAIR))
+    around = BuildEnvironment(work=folder.with_name(f"{folder.name}.work"), log=say, overwrite=True)
+    say(summary_line(write_repaired_copy(bench.reference, start, folder, bench.learn, environment=around), REPAIR))

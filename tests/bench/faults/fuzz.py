@@ -25,7 +25,7 @@ from tests.support.relay_listener import listen
 from tests.support.wire import policy
 
 from hemostat.ipc.control_end import RelayLink
-from hemostat.ipc.process import is_compiled
+from hemostat.ipc.supervised import is_compiled
 from hemostat.relay import exchange
 
 NAME = "fuzz"

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat_calibration.alarm import BudgetTest, Settings, Workload, fit_baseline
+from hemostat_calibration.alarm.alarm import CHECK_EVERY, baseline_inflation
 from hemostat_calibration.alarm.baseline import LOG_WEIGHTS, STRATEGIES
 from hemostat_calibration.alarm.betting import log_sum_exp
-from hemostat_calibration.alarm.kinds import CHECK_EVERY, baseline_inflation
 from hemostat_calibration.statistics.dependence import LEVELS, BatchMeans
 
 from . import Row, count_row

@@ -14,8 +14,8 @@ import numpy as np
 from tests.bench.guard import Row, count_row, median
 from tests.bench.guard.alarm import SETTINGS, SHORT, Array, log_evidence, normal_effects, real, simulated
 
+from hemostat_calibration.alarm.alarm import MAX_LEARNING, baseline_inflation
 from hemostat_calibration.alarm.baseline import fit_baseline
-from hemostat_calibration.alarm.kinds import MAX_LEARNING, baseline_inflation
 from hemostat_calibration.statistics.dependence import BatchMeans
 
 NAME = "alarm_dependence"

@@ -27,9 +27,9 @@ from tests.bench.proxy.proxies import compiled_build, observing
 from hemostat.interception.interceptor import Interceptor
 from hemostat.openai.conversation_key import conversation_key
 from hemostat.relay.client_connection import ClientConnection
+from hemostat.relay.relay import Relay
 from hemostat.relay.upstreams.connection import UpstreamConnection
 from hemostat.relay.upstreams.settings import UpstreamSettings
-from hemostat.relay.worker import Relay
 
 FEW, MANY = 200, 8200
 

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 from tests.support.fake_vllm.pooling import as_float, bfloat16
 
-from hemostat.reference import wire
+from hemostat.reference import worker_messages
 from hemostat.reference.hidden import products
 from hemostat.reference.protocol import CompressedLogits
 from hemostat.reference.scoring import RequestFailed
@@ -32,8 +32,8 @@ def log_softmax(z: Any) -> Any:
     return z - np.log(np.exp(z).sum(1, keepdims=True))
 
 
-def request(states: Any, compressed: CompressedLogits | None, output: Any, ids: Any) -> wire.Score:
-    return wire.Score(
+def request(states: Any, compressed: CompressedLogits | None, output: Any, ids: Any) -> worker_messages.Score:
+    return worker_messages.Score(
         id=3,
         prompt=b"",
         output=output.astype("<i4").tobytes(),
@@ -44,7 +44,7 @@ def request(states: Any, compressed: CompressedLogits | None, output: Any, ids: 
         wanted=[],
         codes={},
         hidden=True,
-        compressed=None if compressed is None else wire.Compressed.of(compressed),
+        compressed=None if compressed is None else worker_messages.Compressed.of(compressed),
         states=states.astype("<u2").tobytes(),
     )
 
@@ -57,7 +57,7 @@ def test_scores_states_and_the_distance_from_the_recovered_side(
         monkeypatch.setattr(products.importlib.util, "find_spec", lambda name: None)
     else:
         pytest.importorskip("torch")
-    head = products.Head(wire.LoadHead(str(tmp_path), "cpu", 1))
+    head = products.Head(worker_messages.LoadHead(str(tmp_path), "cpu", 1))
     assert (head.loaded.compares, head.loaded.hidden_size, head.loaded.width) == (with_torch, D, D)
     rng = np.random.default_rng(1)
     states = bfloat16(rng.normal(0, 1, (T, D)))
@@ -70,7 +70,7 @@ def test_scores_states_and_the_distance_from_the_recovered_side(
     features = (z[:, anchors] - z[:, anchors].mean(1, keepdims=True)).astype(np.float32)
     given = CompressedLogits(anchors, features, np.take_along_axis(truth, ids, 1))
     answer = head.answer(request(states, given if with_torch else None, output, ids))
-    assert isinstance(answer, wire.Scored)
+    assert isinstance(answer, worker_messages.Scored)
     np.testing.assert_allclose(np.frombuffer(answer.emitted), reference[np.arange(T), output], atol=1e-5)
     np.testing.assert_allclose(np.frombuffer(answer.at).reshape(T, K), np.take_along_axis(reference, ids, 1), atol=1e-5)
     hidden = np.frombuffer(answer.hidden, "<f4").reshape(T, D)
@@ -93,16 +93,16 @@ def test_scores_states_and_the_distance_from_the_recovered_side(
 
 def test_what_does_not_fit_the_head_is_refused(weight: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products.importlib.util, "find_spec", lambda name: None)
-    head = products.Head(wire.LoadHead(str(tmp_path), "cpu", 1))
+    head = products.Head(worker_messages.LoadHead(str(tmp_path), "cpu", 1))
     output, ids = np.array([1], np.int32), np.array([[2]], np.int32)
     for states, token in ((np.zeros((1, D - 1), np.uint16), 1), (np.zeros((1, D), np.uint16), V)):
         with pytest.raises(RequestFailed) as failed:
             head.answer(request(states, None, np.full(1, token, np.int32), ids))
         assert failed.value.reason == "vocabulary"
-    assert isinstance(head.answer(request(np.zeros((1, D), np.uint16), None, output, ids)), wire.Scored)
+    assert isinstance(head.answer(request(np.zeros((1, D), np.uint16), None, output, ids)), worker_messages.Scored)
     with pytest.raises(RequestFailed, match="only scores"):
-        head.answer(wire.Tokenize(1, "x"))
+        head.answer(worker_messages.Tokenize(1, "x"))
     with pytest.raises(RequestFailed, match="needs torch"):
-        products.Head(wire.LoadHead(str(tmp_path), "cuda", 1))
+        products.Head(worker_messages.LoadHead(str(tmp_path), "cuda", 1))
     with pytest.raises(RequestFailed, match="vocab_size"):
-        products.Head(wire.LoadHead(str(tmp_path / "none"), "cpu", 1))
+        products.Head(worker_messages.LoadHead(str(tmp_path / "none"), "cpu", 1))

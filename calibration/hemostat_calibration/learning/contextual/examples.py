@@ -11,11 +11,11 @@ import numpy.typing as npt
 from hemostat_calibration.arrays import Floats, Halves, Ids, Indices, Singles
 from hemostat_calibration.learning.contextual import hidden_states, regression
 from hemostat_calibration.learning.contextual.basis import Basis, evenly_spread, hidden_sample, make_basis
+from hemostat_calibration.learning.contextual.fold_sums import Forgetting, inputs_of
 from hemostat_calibration.learning.contextual.maps import LinearMap
 from hemostat_calibration.learning.contextual.objective import Lists
 from hemostat_calibration.learning.contextual.regression import Moments
 from hemostat_calibration.learning.contextual.rows import FOLDS, TokenRows, batched, folds_and_prompts
-from hemostat_calibration.learning.contextual.statistics import Forgetting, inputs_of
 
 MAX_HELD_OUT = 1024
 """Held-out tokens on which maps are compared by KL over the whole vocabulary."""

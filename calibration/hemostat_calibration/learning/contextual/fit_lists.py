@@ -21,10 +21,10 @@ from hemostat_calibration.learning.contextual.basis import evenly_spread
 from hemostat_calibration.learning.contextual.choose import SCALES, best_map_and_scale, mean_by_prompt
 from hemostat_calibration.learning.contextual.examples import MAX_HELD_OUT, ListExamples
 from hemostat_calibration.learning.contextual.fitter import Candidate, Progress, Variant
+from hemostat_calibration.learning.contextual.fold_sums import moments_of_rows
 from hemostat_calibration.learning.contextual.maps import LinearMap, linear_map, scaled
 from hemostat_calibration.learning.contextual.regression import LowRank
 from hemostat_calibration.learning.contextual.rows import FOLDS
-from hemostat_calibration.learning.contextual.statistics import moments_of_rows
 
 _STEPS = 8
 """Regressions of the slope at most, the first one included."""

@@ -8,7 +8,7 @@ What is learned is the map from x to δ = h_r − h_c, the difference of both mo
 half its squared length is KL divergence. The reference gives h_r; h_c follows from the anchors' logits
 (`hidden_states`).
 
-The parts: `anchors` (their choice), `rows` (tokens as they are kept), `statistics` (sums over them), `basis` (the
+The parts: `anchors` (their choice), `rows` (tokens as they are kept), `fold_sums` (sums over them), `basis` (the
 metric), `examples` (what fitters learn from), `fitter` (what they give), `fit_linear`, `fit_lists`, `choose` (the
 held-out choice), `export` (from a map to a profile).
 """
@@ -31,9 +31,7 @@ from hemostat_calibration.learning.contextual.export import to_profile
 from hemostat_calibration.learning.contextual.fit_linear import LinearFitter
 from hemostat_calibration.learning.contextual.fit_lists import ListFitter
 from hemostat_calibration.learning.contextual.fitter import Progress, Proposal, Report, no_progress
-from hemostat_calibration.learning.contextual.regression import Moments
-from hemostat_calibration.learning.contextual.rows import FOLDS, TokenRows, TokenSource, newest, rows_of
-from hemostat_calibration.learning.contextual.statistics import (
+from hemostat_calibration.learning.contextual.fold_sums import (
     FoldSums,
     Forgetting,
     empty_fold,
@@ -41,6 +39,8 @@ from hemostat_calibration.learning.contextual.statistics import (
     moments_in_basis,
     with_rows,
 )
+from hemostat_calibration.learning.contextual.regression import Moments
+from hemostat_calibration.learning.contextual.rows import FOLDS, TokenRows, TokenSource, newest, rows_of
 from hemostat_calibration.profiles.contextual import NO_KL_LIMIT, probe_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors_digest

@@ -23,9 +23,9 @@ import safetensors.numpy
 
 from hemostat_calibration.arrays import frozen
 from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.learning.contextual.fold_sums import FoldSums, flushed
 from hemostat_calibration.learning.contextual.learner import ContextualLearner, ContextualState
 from hemostat_calibration.learning.contextual.rows import FOLDS, ListedTokens, TokenRows, TokenSource
-from hemostat_calibration.learning.contextual.statistics import FoldSums, flushed
 
 FORMAT = "hemostat.learned.1"
 MAX_STATES = 64

@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hemostat.ipc.process import die_with_parent
+from hemostat.ipc.supervised import die_with_parent
 from hemostat.models.errors import AdaptError
 from hemostat.models.texts import Text
 from hemostat.models.work_folder import WorkFolder, write_atomically

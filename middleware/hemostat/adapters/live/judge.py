@@ -24,7 +24,7 @@ from hemostat.adapters.live.answer_limit import AnswerLimit
 from hemostat.adapters.live.folders import CheckpointFolders
 from hemostat.ipc.child_process import ChildExited, FramedChild
 from hemostat.ipc.supervisor import ChildRefused, Supervisor
-from hemostat.learner.wire import parts
+from hemostat.learner.learner_messages import parts
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat_calibration.arrays import Ids

@@ -16,7 +16,7 @@ from hemostat.compression.frame import LayerData, LayerResult, Run
 from hemostat.compression.pruning.compensation import least_squares, shrunk
 from hemostat.compression.pruning.masks import Pattern, Score, comparable_scores, kept_share
 from hemostat.compression.pruning.rows import Units, dropped_weights, find_units, unit_scores
-from hemostat.compression.pruning.statistics import Totals, measure_totals, stored_totals
+from hemostat.compression.pruning.totals import Totals, measure_totals, stored_totals
 from hemostat.compression.pruning.weights import check_sparsity, prune_weight
 from hemostat.models.activations import Moments
 from hemostat.models.checkpoint_folders import CompressError

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from hemostat.compression.pruning.masks import Score
-from hemostat.compression.pruning.statistics import Totals
+from hemostat.compression.pruning.totals import Totals
 from hemostat.models.checkpoint_folders import CompressError
 from hemostat.models.skeleton import CopyLinear, Skeleton
 

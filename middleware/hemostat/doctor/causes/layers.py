@@ -19,9 +19,9 @@ import torch
 from hemostat.doctor.causes.distances import Distances, distances
 from hemostat.doctor.causes.units import Unit, compressed_alone, layer_pairs, restored, units_of
 from hemostat.doctor.checkpoints import CheckpointPair
+from hemostat.doctor.estimates import Sample
 from hemostat.doctor.kl_meter import KlMeter, Text, choose
 from hemostat.doctor.pair import Floats, json_number
-from hemostat.doctor.statistics import Sample
 from hemostat.models.work_folder import WorkFolder
 
 MODULE_SHARE = 4

@@ -22,9 +22,9 @@ import torch
 from hemostat.doctor.causes.distances import hidden_state
 from hemostat.doctor.causes.units import layer_pairs
 from hemostat.doctor.checkpoints import CheckpointPair
+from hemostat.doctor.estimates import Sample
 from hemostat.doctor.kl_meter import Text
 from hemostat.doctor.pair import json_number
-from hemostat.doctor.statistics import Sample
 
 TOP_SHARE = 0.01
 """Of the channels: how much of the error they hold is reported."""

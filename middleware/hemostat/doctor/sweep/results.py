@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from hemostat.doctor.estimates import Estimate
 from hemostat.doctor.pair import FLOOR, Scored, json_number
 from hemostat.doctor.report import Tokens
-from hemostat.doctor.statistics import Estimate
 from hemostat.doctor.sweep.outcomes import Outcome
 from hemostat.doctor.sweep.points import PLAIN, UNCHANGED, Line, Point
 from hemostat_calibration.divergence.trajectory import Survival

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat.models.output_embedding import EmbeddingError, floats
-from hemostat.reference import wire
+from hemostat.reference import worker_messages
 from hemostat.reference.full_scores import ExactScores
 from hemostat.reference.hidden import numpy_scores
 from hemostat.reference.hidden.head import OutputHead, TorchHead, open_head
@@ -31,7 +31,7 @@ See = Callable[[slice, Any], None]
 class Head:
     """The loaded output head; the counterpart of `hemostat.reference.worker.Model`. RequestFailed."""
 
-    def __init__(self, load: wire.LoadHead) -> None:
+    def __init__(self, load: worker_messages.LoadHead) -> None:
         try:
             self._head = open_head(Path(load.folder))
         except EmbeddingError as error:
@@ -49,7 +49,7 @@ class Head:
             raise RequestFailed(FailureReason.NOT_INSTALLED, f"reference.device: {load.device} needs torch")
         self._functionals = HeldFunctionals(self._products.on_device)
         problem = self._head.nonlinearity
-        self.loaded = wire.Loaded(
+        self.loaded = worker_messages.Loaded(
             digest="",
             dtype="torch" if self._torch else "numpy",
             vocab_size=self._head.vocab_size,
@@ -61,8 +61,8 @@ class Head:
             width=self._head.width,
         )
 
-    def answer(self, request: wire.Request) -> wire.Answer:
-        if not isinstance(request, wire.Score):
+    def answer(self, request: worker_messages.Request) -> worker_messages.Answer:
+        if not isinstance(request, worker_messages.Score):
             raise RequestFailed(FailureReason.PROTOCOL, "an output head only scores")
         functionals, codes = self._functionals.of(request)
         output, ids = output_and_ids(request)
@@ -97,7 +97,7 @@ class NumpyProducts:
         allowed: AllowedSets | None,
         see: See | None = None,
     ) -> ExactScores:
-        """see: never given, see `wire.Loaded.compares`."""
+        """see: never given, see `worker_messages.Loaded.compares`."""
         return numpy_scores.scores_of(
             lambda rows: self._head.logits(floats(states[rows])),
             self._head.vocab_size,
@@ -110,7 +110,7 @@ class NumpyProducts:
 
 
 class TorchProducts:
-    def __init__(self, head: OutputHead, load: wire.LoadHead) -> None:
+    def __init__(self, head: OutputHead, load: worker_messages.LoadHead) -> None:
         import torch  # noqa: PLC0415  slow to import, and an extra
 
         torch.set_num_threads(load.threads)

@@ -13,7 +13,7 @@ import numpy as np
 
 from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat.models.output_embedding import EmbeddingError
-from hemostat.reference import wire
+from hemostat.reference import worker_messages
 from hemostat.reference.hidden.folders import find_checkpoint, identity
 from hemostat.reference.hidden.pooling import States, hidden_states
 from hemostat.reference.hidden.probe import MAX_SAME_DISTANCE, distance, fit_of_head
@@ -46,7 +46,7 @@ class _Checked:
     ids: tuple[int, ...]
     states: States
     worker: ReferenceWorker
-    loaded: wire.Loaded
+    loaded: worker_messages.Loaded
 
 
 class HiddenStatesReference:
@@ -88,7 +88,7 @@ class HiddenStatesReference:
 
     async def _check(self, card: ModelCard, folder: Path, files: str, ids: tuple[int, ...], states: States) -> _Checked:
         digest = await asyncio.to_thread(checkpoint_digest, str(folder), None)
-        worker = ReferenceWorker(wire.LoadHead(str(folder), self._device, self._threads))
+        worker = ReferenceWorker(worker_messages.LoadHead(str(folder), self._device, self._threads))
         try:
             loaded = await worker.start()
             if loaded.width != states.shape[1]:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hemostat.cli import main
-from hemostat.ipc.answers import AnswerBody, AnswerTooLarge
+from hemostat.ipc.http_bodies import AnswerBody, AnswerTooLarge
 from hemostat.reference.protocol import ReferenceFailure
 from hemostat.reference.server import MAX_ANSWER_BYTES, VllmServer
 

@@ -32,7 +32,7 @@ class AnswerBody:
     >>> body.feed(b"g")
     Traceback (most recent call last):
         ...
-    hemostat.ipc.answers.AnswerTooLarge: an answer of more than 6 bytes
+    hemostat.ipc.http_bodies.AnswerTooLarge: an answer of more than 6 bytes
     """
 
     def __init__(self, headers: httpx.Headers, limit: int, skip: int = 0) -> None:

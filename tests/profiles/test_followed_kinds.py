@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hemostat.ipc.messages import REST_KIND
-from hemostat.profiles.kinds import Kinds
+from hemostat.profiles.followed_kinds import FollowedKinds
 
 
 def made(
@@ -13,8 +13,8 @@ def made(
     on_followed: Callable[[str], None] = lambda _: None,
     on_evicted: Callable[[str], None] = lambda _: None,
     keep: Callable[[], set[str]] = set,
-) -> Kinds:
-    return Kinds(limit, on_followed=on_followed, on_evicted=on_evicted, keep=keep)
+) -> FollowedKinds:
+    return FollowedKinds(limit, on_followed=on_followed, on_evicted=on_evicted, keep=keep)
 
 
 def test_kinds_beyond_the_limit_and_requests_without_one_are_pooled() -> None:

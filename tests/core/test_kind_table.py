@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.statistics.kinds import MAX_COUNTED, MAX_NAME_LENGTH, MIN_SEEN, KindTable
+from hemostat_calibration.statistics.kind_table import MAX_COUNTED, MAX_NAME_LENGTH, MIN_SEEN, KindTable
 
 
 def table(names: list[str], limit: int = 2) -> KindTable:

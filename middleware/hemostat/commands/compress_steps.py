@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hemostat import __version__
 from hemostat.commands.arguments import EXIT_INTERRUPTED, WITHOUT_DATA, UsageError
 from hemostat.commands.texts import Writer, texts_digest, within_positions
-from hemostat.compression.checkpoint_writer import Surroundings, compress_with
+from hemostat.compression.checkpoint_writer import BuildEnvironment, compress_with
 from hemostat.compression.other_files import REPAIR
 from hemostat.compression.plan import read_plan
 from hemostat.doctor.progress import Reporter
@@ -135,15 +135,15 @@ def _compress(options: CompressOptions, work: Path, reporter: Reporter) -> list[
     report: dict[str, Any] = {"layers": {}}
     if method is not None:
         overwrite = options.overwrite or made != options.destination
-        around = Surroundings(work / "layers", options.device, reporter.log, reporter.step, overwrite)
+        environment = BuildEnvironment(work / "layers", options.device, reporter.log, reporter.step, overwrite)
         ids = [text.ids for text in texts]
-        report = compress_with(options.source, made, method, ids, seed=options.seed, surroundings=around)
+        report = compress_with(options.source, made, method, ids, seed=options.seed, environment=environment)
     if repaired:
         from hemostat.compression.repair import write_repaired_copy  # noqa: PLC0415
 
-        around = Surroundings(work / "repair", options.device, reporter.log, reporter.step, options.overwrite)
+        environment = BuildEnvironment(work / "repair", options.device, reporter.log, reporter.step, options.overwrite)
         report[REPAIR] = write_repaired_copy(
-            options.source, made, options.destination, texts, seed=options.seed, surroundings=around
+            options.source, made, options.destination, texts, seed=options.seed, environment=environment
         )
     return summary(options, report, sum(map(len, texts)))
 

@@ -1,4 +1,4 @@
-"""The learner: `python -m hemostat.learner.process PARENT_PID`. Numpy, no torch.
+"""The learner: `python -m hemostat.learner.learner_process PARENT_PID`. Numpy, no torch.
 
 It receives records, keeps statistics (`hemostat_calibration.learning.contextual.learner`) of all traffic and of each
 scope, and makes a proposal on request. That can take minutes: between its steps the records that have come meanwhile
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat.ipc import child_process as child
-from hemostat.learner import wire
+from hemostat.learner import learner_messages
 from hemostat.models.output_embedding import load
 from hemostat.profiles.scopes import ALL, layers_of_map_scope
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError
@@ -42,13 +42,13 @@ MAX_ANCHOR_ELEMENTS = 1 << 26
 """Elements of the output embedding that anchors are chosen from: enough rows, and seconds instead of minutes."""
 MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
 
-Send = Callable[[wire.Answer], None]
+Send = Callable[[learner_messages.Answer], None]
 
 
 class ScopedLearner:
     """Owns what was learned, of all traffic and by scope."""
 
-    def __init__(self, start: wire.Start, stored: bytes = b"") -> None:
+    def __init__(self, start: learner_messages.Start, stored: bytes = b"") -> None:
         """HemostatError when the output embedding cannot be used. stored: an earlier learner's export; b"": none."""
         weight = load(Path(start.folder), start.vocab_size)
         if start.hidden_size and weight.shape[1] != start.hidden_size:
@@ -75,7 +75,7 @@ class ScopedLearner:
         self.has_unsaved = False
         """Something was learned since the last export."""
         detail = self._restore(stored) if stored else ""
-        self.ready = wire.Ready(anchors.astype("<i4").tobytes(), weight.shape[1], self._learned(), detail)
+        self.ready = learner_messages.Ready(anchors.astype("<i4").tobytes(), weight.shape[1], self._learned(), detail)
 
     def _restore(self, stored: bytes) -> str:
         """Go on from an export; why not, or ""."""
@@ -88,17 +88,17 @@ class ScopedLearner:
         self._states |= states
         return ""
 
-    def export(self) -> Iterator[wire.Exported]:
+    def export(self) -> Iterator[learner_messages.Exported]:
         """What was learned, in parts."""
         self.has_unsaved = False
         data = storage.save(self._states, self._family, self._about, self._stored_bytes)
-        for part, last in wire.parts(data):
-            yield wire.Exported(part, last)
+        for part, last in learner_messages.parts(data):
+            yield learner_messages.Exported(part, last)
 
     def _new(self) -> ContextualState:
         return self._family.init(self._model, self._vocab_size)
 
-    def learn(self, request: wire.Learn) -> wire.Learned:
+    def learn(self, request: learner_messages.Learn) -> learner_messages.Learned:
         for row in request.rows:
             try:
                 self._learn(row)
@@ -108,16 +108,16 @@ class ScopedLearner:
         self.has_unsaved = self.has_unsaved or (bool(request.rows) and self._stored_bytes > 0)
         return self._learned()
 
-    def _learned(self) -> wire.Learned:
+    def _learned(self) -> learner_messages.Learned:
         whole = self._states[ALL]
-        return wire.Learned(
+        return learner_messages.Learned(
             tokens={scope: state.tokens for scope, state in self._states.items()},
             sources={str(source): tokens for source, tokens in whole.tokens_by_source.items()},
             failed=dict(self._failed),
         )
 
-    def _learn(self, row: wire.Row) -> None:
-        record = wire.from_row(row, self._vocab_size)
+    def _learn(self, row: learner_messages.Row) -> None:
+        record = learner_messages.from_row(row, self._vocab_size)
         if record.features is not None and record.features.values.shape[1] != self._anchors:
             raise InvalidArgumentError(f"features of {record.features.values.shape[1]} anchors, not {self._anchors}")
         if layers_of_map_scope(row.scope):
@@ -149,19 +149,19 @@ class ScopedLearner:
         for old in self._adapters[:-MAX_ADAPTERS]:
             del self._states[old]
 
-    def propose(self, scope: str, progress: Callable[[str, float], None]) -> wire.Proposed:
+    def propose(self, scope: str, progress: Callable[[str, float], None]) -> learner_messages.Proposed:
         state = self._states.get(scope)
         if state is None:
-            return wire.Proposed(scope, 0, b"", {"problem": "nothing has been learned of this scope"})
+            return learner_messages.Proposed(scope, 0, b"", {"problem": "nothing has been learned of this scope"})
         base = self._states[ALL] if scope != ALL and not layers_of_map_scope(scope) else None
         try:
             proposal = self._family.fit(state, base, progress)
         except (HemostatError, ValueError, np.linalg.LinAlgError, MemoryError) as error:
-            return wire.Proposed(scope, state.tokens, b"", {"problem": f"{type(error).__name__}: {error}"})
+            return learner_messages.Proposed(scope, state.tokens, b"", {"problem": f"{type(error).__name__}: {error}"})
         if proposal is None:
-            return wire.Proposed(scope, state.tokens, b"", {})
+            return learner_messages.Proposed(scope, state.tokens, b"", {})
         report = {name: _plain(value) for name, value in asdict(proposal.report).items()}
-        return wire.Proposed(scope, state.tokens, proposal.profile.to_bytes(), report)
+        return learner_messages.Proposed(scope, state.tokens, proposal.profile.to_bytes(), report)
 
 
 def _plain(value: object) -> str | int | float:
@@ -203,7 +203,9 @@ def _json(file: Path) -> dict[str, object]:
 class RequestLoop:
     """Handles one request after the other; while a proposal is made, records that come are learned from."""
 
-    def __init__(self, learner: ScopedLearner, requests: queue.Queue[wire.Request | None], send: Send) -> None:
+    def __init__(
+        self, learner: ScopedLearner, requests: queue.Queue[learner_messages.Request | None], send: Send
+    ) -> None:
         """requests: None is their end."""
         self._learner = learner
         self._requests = requests
@@ -220,17 +222,17 @@ class RequestLoop:
             else:
                 self._handle(self._requests.get())
 
-    def _handle(self, request: wire.Request | None) -> None:
+    def _handle(self, request: learner_messages.Request | None) -> None:
         match request:
             case None:
                 self._ended = True
-            case wire.Learn():
+            case learner_messages.Learn():
                 self._send(self._learner.learn(request))
-            case wire.Propose():
+            case learner_messages.Propose():
                 self._scopes_due.append(request.scope)
-            case wire.Export():
+            case learner_messages.Export():
                 self.export()
-            case wire.Start() | wire.Restore():
+            case learner_messages.Start() | learner_messages.Restore():
                 raise ValueError("the learner has started already")
 
     def export(self) -> None:
@@ -239,7 +241,7 @@ class RequestLoop:
 
     def _propose(self, scope: str) -> None:
         def progress(stage: str, done: float) -> None:
-            self._send(wire.Training(stage, done))
+            self._send(learner_messages.Training(stage, done))
             with contextlib.suppress(queue.Empty):
                 while not self._ended:
                     self._handle(self._requests.get_nowait())
@@ -249,14 +251,14 @@ class RequestLoop:
         self._send(self._learner.propose(scope, progress))
 
 
-def read_ahead(bodies: Iterator[bytes]) -> queue.Queue[wire.Request | None]:
+def read_ahead(bodies: Iterator[bytes]) -> queue.Queue[learner_messages.Request | None]:
     """Read messages in a thread of its own; None is their end."""
-    requests: queue.Queue[wire.Request | None] = queue.Queue(MAX_QUEUED_MESSAGES)
+    requests: queue.Queue[learner_messages.Request | None] = queue.Queue(MAX_QUEUED_MESSAGES)
 
     def read() -> None:
         try:
             for body in bodies:
-                requests.put(wire.REQUESTS.decode(body))
+                requests.put(learner_messages.REQUESTS.decode(body))
         finally:
             requests.put(None)
 
@@ -268,16 +270,16 @@ def main(parent: int) -> int:
     """0 when the input ended; 1 when it could not start."""
     bodies, send = child.connect_to_parent(parent, NICENESS)
 
-    def answer(message: wire.Answer) -> None:
-        send(wire.ANSWERS.encode(message))
+    def answer(message: learner_messages.Answer) -> None:
+        send(learner_messages.ANSWERS.encode(message))
 
-    start = wire.REQUESTS.decode(next(bodies))
+    start = learner_messages.REQUESTS.decode(next(bodies))
     try:
-        if not isinstance(start, wire.Start):
+        if not isinstance(start, learner_messages.Start):
             raise HemostatError("the first message must be start")
         learner = ScopedLearner(start, _stored(bodies) if start.restores else b"")
     except (HemostatError, MemoryError) as error:
-        answer(wire.Refused(str(error) or type(error).__name__))
+        answer(learner_messages.Refused(str(error) or type(error).__name__))
         return 1
     answer(learner.ready)
     loop = RequestLoop(learner, read_ahead(bodies), answer)
@@ -292,8 +294,8 @@ def _stored(bodies: Iterator[bytes]) -> bytes:
     """The bytes of the `Restore` messages that follow. HemostatError on another message."""
     parts: list[bytes] = []
     for body in bodies:
-        message = wire.REQUESTS.decode(body)
-        if not isinstance(message, wire.Restore):
+        message = learner_messages.REQUESTS.decode(body)
+        if not isinstance(message, learner_messages.Restore):
             break
         parts.append(message.part)
         if message.last:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hemostat.doctor.classes import CLASSES, classify
-from hemostat.doctor.statistics import Sample
+from hemostat.doctor.estimates import Sample
 from hemostat_calibration.statistics.streaming import RatioEstimate, student_975
 
 

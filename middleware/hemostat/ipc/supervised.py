@@ -1,4 +1,4 @@
-"""Small things that child processes need."""
+"""What processes need that a supervisor, or another parent, has started."""
 
 from __future__ import annotations
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from hemostat.ipc.messages import REST_GRAMMAR_KIND, REST_KIND, rest_of
-from hemostat_calibration.statistics.kinds import KindTable
+from hemostat_calibration.statistics.kind_table import KindTable
 
 
-class Kinds:
+class FollowedKinds:
     """Owns the table of kinds. limit: kinds followed at a time.
 
     on_followed, on_evicted: called with a kind that is followed from now on, and with one that is not any more.
