@@ -134,7 +134,7 @@ def test_a_server_that_never_answers_is_a_failure(tmp_path: Path) -> None:
 def test_the_server_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
-        "import sys, time; from pathlib import Path; from hemostat.models import vllm_server as vllm_process\n"
+        "import sys, time; from pathlib import Path; from hemostat.demo import vllm_server as vllm_process\n"
         "vllm_process.installed = lambda: True\n"
         "server = vllm_process.VllmServer(Path('.'), 'x', Path('log'))\n"
         f"server._command = [sys.executable, '-c', {STAND_IN!r}, str(server.port)]\n"
