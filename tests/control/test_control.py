@@ -383,7 +383,10 @@ async def test_one_of_two_with_the_same_store_is_active_and_the_other_goes_on_fr
                 answer = await client.post(f"/api/v1/{path}", headers=AUTHORIZED, json=body)
                 assert answer.status_code == 503, answer.text
                 assert answer.json()["detail"] == "not active: another process owns the store"
-            assert (await client.get("/metrics", headers=AUTHORIZED)).status_code == 200
+            shown = (await client.get("/metrics", headers=AUTHORIZED)).text
+            series = {line.split()[0] for line in shown.splitlines() if line.startswith("hemostat_")}
+            own = {"hemostat_config_last_reload_successful", "hemostat_store_errors_total"}
+            assert series == own, "a relay that is not connected here, and a reference that is not loaded, are no alert"
             state = (await client.get("/api/v1/status", headers=AUTHORIZED)).json()
             assert state["control"] == {"state": "standby", "detail": "another process owns the store"}
             assert state["state"] == {"level": "ok", "problems": []}

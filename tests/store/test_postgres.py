@@ -306,6 +306,26 @@ def test_what_the_server_refuses_is_one_line(server: Postgres, database: str, op
     assert "SSL" in failure(opened(tls).acquire, StoreUnreachable)
 
 
+def test_a_replica_is_refused_until_it_is_the_primary(unsteady: Postgres, store: PostgresStore, opened: Opener) -> None:
+    unsteady.stop()
+    unsteady.set_standby()
+    unsteady.start()
+    with pytest.raises(ExclusionLost):
+        store.verify()
+    for call in (store.acquire, store.head, store.read, store.probe):
+        assert "the server is read-only: it is a replica (name the primary" in failure(call, StoreUnreachable)
+    unsteady.execute("SELECT pg_promote()")
+    assert store.acquire()
+    assert store.commit([SetState("a", "2")], 1, "2") == 2
+
+
+def test_a_user_that_may_only_read_is_refused(server: Postgres, database: str, opened: Opener) -> None:
+    server.execute(f"ALTER DATABASE {database} SET default_transaction_read_only = on")
+    store = opened(server.url(database))
+    for call in (store.acquire, store.read, store.probe):
+        assert "default_transaction_read_only is on for this user or database" in failure(call, StoreUnreachable)
+
+
 def test_tls_is_as_the_address_asks(unsteady: Postgres, database: str, opened: Opener, tmp_path: Path) -> None:
     made, other = certificate(tmp_path / "ours"), certificate(tmp_path / "others")
     unsteady.stop()

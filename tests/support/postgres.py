@@ -136,6 +136,11 @@ class Postgres:
             target.chmod(0o600)
             os.chown(target, user.pw_uid, user.pw_gid)
 
+    def set_standby(self) -> None:
+        """From its next start on it is a replica (of no server), until it is promoted."""
+        (self.folder / "data" / "standby.signal").touch()
+        os.chown(self.folder / "data" / "standby.signal", unprivileged().pw_uid, -1)
+
     def save(self) -> None:
         """Keep a copy of the data as it is now, for `fail_over`. Sessions are ended."""
         self.stop()

@@ -6,7 +6,7 @@ import asyncio
 import random
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +217,7 @@ class Control:
             wall,
         )
         self.registry = CollectorRegistry()
-        self.registry.register(HemostatCollector(self._sample_sources()))
+        self.registry.register(HemostatCollector([self._samples]))
 
     def _models_changed(self) -> None:
         pair = self.monitor.served.calibrated
@@ -241,6 +241,12 @@ class Control:
         if self.stored_state.models_with(self._identity(pair)) != self.learned.models:
             self._models_changed()
 
+    def _samples(self) -> Iterator[AnySample]:
+        """While this process does not know what is stored, it shows nothing of that: zeros would look like a loss."""
+        own = [self.configuration.samples, self.store_errors.samples]
+        for source in [*own, *(self._sample_sources() if self.ownership.knows else ())]:
+            yield from source()
+
     def _sample_sources(self) -> list[Callable[[], Iterable[AnySample]]]:
         return [
             self.pipeline.samples,
@@ -250,8 +256,6 @@ class Control:
             self.profile_manager.samples,
             self.learner.samples,
             self.adapters.samples,
-            self.configuration.samples,
-            self.store_errors.samples,
             self.link.samples,
             *(() if self.records is None else (self.records.samples,)),
             lambda: self.engines.samples(self._clock()),

@@ -103,6 +103,11 @@ _POOLER = (
     "a pooler (such as pgbouncer) is between, which may give each transaction another session, where the lock is not "
     "held: name the PostgreSQL server itself in store.url"
 )
+_READ_ONLY = (
+    "the server is read-only: it is a replica (name the primary in store.url, or all of them with commas between), or "
+    "default_transaction_read_only is on for this user or database (set it off)"
+)
+"""The replica may become the primary: this is tried again."""
 _GRANTS = "its user has to own the database, or the schema and the tables hemostat_… in it (docs/postgresql.md)"
 
 
@@ -285,6 +290,8 @@ class PostgresStore:
             return StoreIncompatible(f"store {self._shown}: {_POOLER}")
         if "unrecognized configuration parameter" in text:
             return StoreIncompatible(f"store {self._shown}: PostgreSQL 14 or newer is needed ({text})")
+        if "session is read-only" in text:
+            return StoreUnreachable(f"store {self._shown}: {_READ_ONLY}")
         if any(one in text for one in _REFUSALS):
             return StoreAccessDenied(f"store {self._shown}: {text}")
         return StoreUnreachable(f"store {self._shown}: {text}")
