@@ -61,7 +61,7 @@ async def test_both_routes_are_scored_from_the_answers(tmp_path: Path) -> None:
         serving(FakeVllm(seed=3, noise=0.1)) as reference,
         hemostat(tmp_path, fake, url, reference={"backend": "vllm", "url": reference}) as served,
     ):
-        await served.until(lambda status: status["reference"]["state"] == "ready" and status["relays"] > 0, 60)
+        await served.until(lambda status: status["reference"]["state"] == "ready" and status["relays"] > 0)
         async with plugin(served, fake), httpx.AsyncClient(base_url=served.data, timeout=20) as client:
             # Until the relays know that the plugin hands out answers, such a request is skipped.
             sent = 0
@@ -72,7 +72,7 @@ async def test_both_routes_are_scored_from_the_answers(tmp_path: Path) -> None:
             for path, body in BODIES.items():
                 for stream in (False, True):
                     (await client.post(path, json=body | {"stream": stream})).raise_for_status()
-            status = await served.until(lambda status: status["requests"]["scored"] == 5, 60)
+            status = await served.until(lambda status: status["requests"]["scored"] == 5)
             assert status["requests"]["skipped"] == ({"no_token_ids": sent - 1} if sent > 1 else {})
             assert {one["route"] for one in status["where"]} == {"/v1/responses", "/v1/messages"}
             kinds = {one["kind"] for one in status["coverage"]["by_kind"]}
@@ -91,7 +91,7 @@ async def test_logprobs_in_the_response_take_over_where_answers_get_lost(tmp_pat
         serving(FakeVllm(seed=3, noise=0.1)) as reference,
         hemostat(tmp_path, fake, url, reference={"backend": "vllm", "url": reference}) as served,
     ):
-        await served.until(lambda status: status["reference"]["state"] == "ready" and status["relays"] > 0, 60)
+        await served.until(lambda status: status["reference"]["state"] == "ready" and status["relays"] > 0)
         assert (await served.ask("Hello")).status_code == 200
         assert "logprobs" in fake.requests[-1], "no engine reports"
         asked = 1
@@ -101,17 +101,17 @@ async def test_logprobs_in_the_response_take_over_where_answers_get_lost(tmp_pat
                 asked += 1
                 await asyncio.sleep(0.1)
             assert "logprobs" not in fake.requests[-1]
-            await served.until(lambda status: status["requests"]["scored"] == asked, 60)
+            await served.until(lambda status: status["requests"]["scored"] == asked)
             loses.set()
             for _ in range(MAX_LOST):
                 assert (await served.ask("Hello")).status_code == 200
             assert by_plugin()
-            await served.until(lambda status: status["requests"]["skipped"] == {"no_answer": MAX_LOST}, 60)
+            await served.until(lambda status: status["requests"]["skipped"] == {"no_answer": MAX_LOST})
             assert await served.metric("hemostat_engine_answers_paused") == 1
             while by_plugin():  # until the relay has the new policy
                 assert (await served.ask("Hello")).status_code == 200
                 await asyncio.sleep(0.1)
-            await served.until(lambda status: status["requests"]["scored"] == asked + 1, 60)
+            await served.until(lambda status: status["requests"]["scored"] == asked + 1)
             # What only the plugin can tell is asked of it all the same.
             assert (await served.ask("Hello", logprobs=True, top_logprobs=3)).status_code == 200
             assert by_plugin()

@@ -19,7 +19,7 @@ from tests.support.captures import capture
 from tests.support.control import AUTHORIZED, control, profile, scored, settings, status_json
 from tests.support.engine_profiles import make_contextual
 from tests.support.fake_vllm import VOCAB, FakeVllm, serving
-from tests.support.waiting import until
+from tests.support.waiting import HANG_SECONDS, until
 
 from hemostat.config.schema import Settings
 from hemostat.control import composition, operator_actions, ownership
@@ -314,7 +314,7 @@ async def test_a_store_that_cannot_be_read_is_unknown_and_not_empty(
             await action
     assert path.read_bytes() == b"no database " * 1000
     path.write_bytes(intact)
-    await asyncio.wait_for(starting, 30)
+    await asyncio.wait_for(starting, HANG_SECONDS)
     other.profile_manager.set_model_pair("m", 30)
     assert other.profile_manager.serving.version == profile().version
     await other.close()
@@ -390,7 +390,7 @@ async def test_one_of_two_with_the_same_store_is_active_and_the_other_goes_on_fr
             state = (await client.get("/api/v1/status", headers=AUTHORIZED)).json()
             assert state["control"] == {"state": "standby", "detail": "another process owns the store"}
             assert state["state"] == {"level": "ok", "problems": []}
-    await asyncio.wait_for(starting, 30)
+    await asyncio.wait_for(starting, HANG_SECONDS)
     other.profile_manager.set_model_pair("m", 30)
     assert other.profile_manager.serving.version == profile().version
     assert [event["decision"] for event in other.profiles.listing()["events"]] == ["promote", "import"]

@@ -31,7 +31,7 @@ async def until(served: Served, state: str, mode: str) -> dict[str, Any]:
     def reached(status: dict[str, Any]) -> bool:
         return bool(status["control"]["state"] == state and status["calibration"]["mode"] == mode)
 
-    return await served.until(reached, 2 * HANG_SECONDS)
+    return await served.until(reached)
 
 
 async def set_mode(served: Served, mode: str) -> int:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, cast
 
 import pytest
+from tests.support.waiting import HANG_SECONDS
 
 from hemostat.config.schema import Settings
 from hemostat.supervisor.child import Launch, StartFailure
@@ -78,7 +79,7 @@ async def reload(supervisor: Supervisor, failing: str) -> FakeControl:
     control = FakeControl()
     control.failing = failing
     supervisor._control, supervisor._relays = cast("Any", control), cast("Any", FakeRelays(control))
-    await asyncio.wait_for(supervisor._reload(), 30.0)
+    await asyncio.wait_for(supervisor._reload(), HANG_SECONDS)
     return control
 
 

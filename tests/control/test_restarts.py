@@ -43,7 +43,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 async def until_status(served: Served, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    return await served.until(condition, 2 * HANG_SECONDS)
+    return await served.until(condition)
 
 
 def change(served: Served, **sections: Any) -> None:
@@ -76,7 +76,7 @@ async def test_sighup_replaces_the_relays_under_load(served: Served) -> None:
         await reloaded(served, before)
         assert not served.pids(RELAY) & relays or len(served.pids(RELAY)) > 2, "new ones; the former may still drain"
         assert served.pids(CONTROL) == controls, "nothing has changed for it"
-    await until(lambda: len(served.pids(RELAY)) == 2, 2 * HANG_SECONDS)
+    await until(lambda: len(served.pids(RELAY)) == 2)
     assert not served.pids(RELAY) & relays
 
 
@@ -97,9 +97,9 @@ async def test_a_relay_that_was_loaded_before_takes_the_place_of_a_killed_one(se
     before = await served.status()
     change(served)
     await reloaded(served, before)
-    await until(lambda: len(served.pids(RELAY)) == 2, 2 * HANG_SECONDS)
+    await until(lambda: len(served.pids(RELAY)) == 2)
     for order in (min, max):
-        await until(served.spare, 2 * HANG_SECONDS)
+        await until(served.spare)
         spare, relays = served.spare(), served.pids(RELAY)
         assert spare not in relays
         killed = order(relays)
@@ -172,14 +172,14 @@ async def test_sighup_opens_the_access_log_again_and_limits_clients(served: Serv
     limits = {"requests_per_second": 0.001, "burst": 1}
     change(served, log={"access": str(file), "format": "json"}, client_limits=limits)
     before = await reloaded(served, before)
-    await until(lambda: len(served.pids(RELAY)) == 2, 2 * HANG_SECONDS)
+    await until(lambda: len(served.pids(RELAY)) == 2)
     statuses = {(await served.ask("one of many", max_tokens=1)).status_code for _ in range(6)}
     assert statuses == {200, 429}
     file.rename(served.log.parent / "access.log.1")
     change(served)
     before = await reloaded(served, before)
     assert '"status":429' in (served.log.parent / "access.log.1").read_text()
-    await until(lambda: len(served.pids(RELAY)) == 2, 2 * HANG_SECONDS)
+    await until(lambda: len(served.pids(RELAY)) == 2)
     await served.ask("another one", max_tokens=1)
     await until(lambda: '"route":"/v1/chat/completions"' in file.read_text())
     change(served, log={"access": "/no/such/folder/access.log"}, client_limits={})
@@ -187,7 +187,7 @@ async def test_sighup_opens_the_access_log_again_and_limits_clients(served: Serv
     assert "log.access: cannot open /no/such/folder/access.log" in status["configuration"]["error"]
     change(served, log={"access": "off"})
     await reloaded(served, before)
-    await until(lambda: len(served.pids(RELAY)) == 2, 2 * HANG_SECONDS)
+    await until(lambda: len(served.pids(RELAY)) == 2)
 
 
 async def stream(served: Served, text: str) -> httpx.Response:
@@ -232,7 +232,7 @@ async def test_sigusr2_hands_over_the_store_and_what_former_relays_still_capture
                 await until(lambda: served.upstream.requests[-1].get("stream"))
                 (control,) = served.pids(CONTROL)
                 served.process.send_signal(signal.SIGUSR2)
-                await until(lambda: "serves; draining" in served.log.read_text(), 2 * HANG_SECONDS)
+                await until(lambda: "serves; draining" in served.log.read_text())
                 assert not lives(control), "there is one control process at a time"
                 status = await until_status(served, lambda s: s["relays"] >= 3 and s["reference"]["state"] == "ready")
                 assert status["profile"]["mode"] == "off", "of the store"
@@ -240,7 +240,7 @@ async def test_sigusr2_hands_over_the_store_and_what_former_relays_still_capture
                 answer = await held
                 assert answer.text.endswith("data: [DONE]\n\n")
                 await until_status(served, lambda s: s["requests"]["shadowed"] >= 1)
-                assert await asyncio.to_thread(served.process.wait, 2 * HANG_SECONDS) == 0
+                assert await asyncio.to_thread(served.process.wait, HANG_SECONDS) == 0
                 async with streaming_load(served.data, CLIENTS) as load:
                     pass
                 assert (load.refused, load.cut, load.failed) == (0, 0, 0), load.failures
@@ -254,9 +254,9 @@ async def test_a_second_serve_in_the_same_run_dir_takes_over_under_load(tmp_path
         await until_status(served, lambda s: s["relays"] == 2)
         with started(command, tmp_path / "log2") as second:
             async with streams(served):
-                await until(lambda: f"process {second.pid} serves" in served.log.read_text(), 2 * HANG_SECONDS)
+                await until(lambda: f"process {second.pid} serves" in served.log.read_text())
                 await until_status(served, lambda s: s["relays"] >= 2)
-            assert await asyncio.to_thread(served.process.wait, 2 * HANG_SECONDS) == 0
+            assert await asyncio.to_thread(served.process.wait, HANG_SECONDS) == 0
             assert second.poll() is None
 
 
@@ -270,7 +270,7 @@ async def test_a_successor_that_fails_leaves_the_former_one_serving(tmp_path: Pa
             good = config.read_text()
             config.write_text("workers: many\n")
             served.process.send_signal(signal.SIGUSR2)
-            await until(lambda: "it did not take over" in served.log.read_text(), 2 * HANG_SECONDS)
+            await until(lambda: "it did not take over" in served.log.read_text())
             config.write_text(good)
             (control,) = served.pids(CONTROL)
             channel = takeover.connect_to_predecessor(run_dir)
@@ -310,7 +310,7 @@ def started(command: list[str], log: Path, *sockets: socket.socket) -> Iterator[
     try:
         yield process
         process.terminate()
-        assert process.wait(2 * HANG_SECONDS) == 0, log.read_text()
+        assert process.wait(HANG_SECONDS) == 0, log.read_text()
     finally:
         process.kill()
         process.wait()

@@ -2,6 +2,8 @@
 
 Every case is sent to vLLM directly and through `hemostat serve`, at shadow.rate 0 and 1, one at a time and greedily.
 What became of each sampled request is counted, and the last test compares that with Hemostat's own figures.
+
+litellm and langchain are imported where they are used: that takes ten seconds, in every process that collects tests.
 """
 
 from __future__ import annotations
@@ -12,20 +14,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import langchain_openai
+import httpx
 import openai
 import pytest
-from langchain_core.messages import BaseMessageChunk
 from tests.support.stack import Stack, hemostat, sampling_settings
 
 from hemostat.demo import vllm_server as vllm_process
 from hemostat.demo.checkpoints import Checkpoints
-
-os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would fetch prices at its import
-
-import litellm
-
-litellm.suppress_debug_info = True
 
 pytestmark = [
     pytest.mark.vllm,
@@ -98,6 +93,10 @@ def with_openai(create: str, **arguments: Any) -> Send:
 
 def with_litellm(provider: str, **arguments: Any) -> Send:
     def send(url: str, model: str) -> Any:
+        os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would fetch prices at its import
+        import litellm
+
+        litellm.suppress_debug_info = True
         common = {"api_base": f"{url}/v1", "api_key": "none", "temperature": 0, "max_tokens": 8, "max_retries": 0}
         asked = {"model": model} | common | arguments
         asked["model"] = f"{provider}/{asked['model']}"
@@ -108,14 +107,16 @@ def with_litellm(provider: str, **arguments: Any) -> Send:
 
 def with_langchain(messages: list[dict[str, str]], bound: dict[str, Any] | None = None, **arguments: Any) -> Send:
     def send(url: str, model: str) -> Any:
+        import langchain_openai
+
         own = arguments | {"base_url": f"{url}/v1", "api_key": "none", "max_retries": 0}
         stream = own.pop("stream", False)
-        chat: Any = langchain_openai.ChatOpenAI(**{"model": model, "temperature": 0, "max_tokens": 8} | own)
-        if bound:
-            chat = chat.bind(**bound)
-        if not stream:
-            return whole(lambda: chat.invoke(messages))
-        return whole(lambda: chat.stream(messages))
+        with httpx.Client(timeout=120) as http:  # its own ones stay open
+            common = {"model": model, "temperature": 0, "max_tokens": 8, "http_client": http}
+            chat: Any = langchain_openai.ChatOpenAI(**common | own)
+            if bound:
+                chat = chat.bind(**bound)
+            return whole(lambda: chat.stream(messages) if stream else chat.invoke(messages))
 
     return send
 
@@ -243,6 +244,8 @@ def normal(value: Any) -> Any:
 
 def merged(stream: Iterable[Any]) -> Any:
     """A stream as one answer, and the forms that its events had: how many tokens share an event is chance."""
+    from langchain_core.messages import BaseMessageChunk
+
     answer: Any = None
     forms: list[str] = []
     for chunk in stream:
@@ -307,6 +310,11 @@ def proxies(
     ):
         always.wait_scoring()
         yield Proxies({0: never, 1: always})
+    import litellm
+
+    for name, client in litellm.in_memory_llm_clients_cache.cache_dict.items():
+        if not name.startswith("async_"):  # these have no connections
+            client.close()
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def stack(vllm_server: Any, checkpoints: Any, tmp_path_factory: pytest.TempPathF
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(send, range(REQUESTS)))
         one.wait_settled(REQUESTS)
-        wait_for("both noise floors", lambda: len(one.status()["noise_floor"]) == 2, 60)
+        wait_for("both noise floors", lambda: len(one.status()["noise_floor"]) == 2)
         yield one
 
 
@@ -219,4 +219,4 @@ def test_the_stream_comes_back_after_a_restart(page: Page, stack: Stack) -> None
     kill(stack.process("hemostat.control.process"))
     expect(page.locator("#connection")).to_contain_text("does not answer", timeout=10_000)
     expect(page.locator("#connection")).to_contain_text("reference", timeout=30_000)
-    wait_for("a newer state", lambda: page.evaluate("Number(document.documentElement.dataset.at)") > before, 20)
+    wait_for("a newer state", lambda: page.evaluate("Number(document.documentElement.dataset.at)") > before)

@@ -128,7 +128,7 @@ def test_a_client_that_leaves_ends_its_request_in_vllm(
     else:
         body = asks("Tell a long story.", 1000, stream=leaves == "in the stream")
         read_timeout = 2.0
-    wait_for("vLLM to be idle", lambda: at_work(vllm_server) == 0, 30)
+    wait_for("vLLM to be idle", lambda: at_work(vllm_server) == 0)
     written = tokens_written(vllm_server)
     with httpx.Client(base_url=stack.url, timeout=120) as client:
         if leaves == "in the stream":
@@ -140,7 +140,7 @@ def test_a_client_that_leaves_ends_its_request_in_vllm(
         else:
             with pytest.raises(httpx.ReadTimeout):
                 client.post(CHAT, json=body, headers=headers, timeout=httpx.Timeout(60, read=read_timeout))
-    wait_for("vLLM to be idle", lambda: at_work(vllm_server) == 0, 30, 0.05)
+    wait_for("vLLM to be idle", lambda: at_work(vllm_server) == 0, every=0.05)
     time.sleep(0.5)
     assert at_work(vllm_server) == 0, "it did not begin late"
     assert tokens_written(vllm_server) - written < body["max_tokens"] / 4
@@ -261,7 +261,7 @@ def read_only(store: Path) -> Iterator[None]:
 def test_a_store_that_breaks_hurts_nobody(faked: Faked, harm: Callable[[Path], AbstractContextManager[None]]) -> None:
     stack, store = faked.stack, faked.store
     set_mode(stack, "observe")
-    wait_for("a whole store", lambda: stored_mode(store) == "observe", 30)
+    wait_for("a whole store", lambda: stored_mode(store) == "observe")
     before, errors = stack.wait_settled(), stack.metric("hemostat_store_errors_total")
     with httpx.stream("POST", stack.url + CHAT, json=asks("Hi", 50, stream=True), timeout=20) as response:
         stream = events(response.iter_lines())
@@ -269,7 +269,7 @@ def test_a_store_that_breaks_hurts_nobody(faked: Faked, harm: Callable[[Path], A
         with harm(store):
             assert set_mode(stack, "off") == 507, "it applies, but is not kept"
             whole = [*begun, *stream]
-            wait_for("the failure's count", lambda: stack.metric("hemostat_store_errors_total") > errors, 20)
+            wait_for("the failure's count", lambda: stack.metric("hemostat_store_errors_total") > errors)
             assert "HemostatStoreErrors" in {one["alert"] for one in stack.status()["state"]["problems"]}
             assert httpx.post(stack.url + CHAT, json=asks("Hi", 4), timeout=20).status_code == 200
     assert whole[-1]["choices"][0]["finish_reason"] == "length"
@@ -278,10 +278,10 @@ def test_a_store_that_breaks_hurts_nobody(faked: Faked, harm: Callable[[Path], A
         after = stack.wait_settled(before["shadowed"] + 2)
         assert after["scored"] - before["scored"] == 2
     else:
-        wait_for("a process that begins anew", lambda: store.is_file() and scores(stack), 60)
+        wait_for("a process that begins anew", lambda: store.is_file() and scores(stack))
     # Whole again, it is used again.
     set_mode(stack, "observe")
-    wait_for("a whole store", lambda: stored_mode(store) == "observe", 20)
+    wait_for("a whole store", lambda: stored_mode(store) == "observe")
 
 
 def scores(stack: Stack) -> bool:

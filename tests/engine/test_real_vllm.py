@@ -292,13 +292,13 @@ def test_a_profile_that_raises_is_off_and_the_server_goes_on(
     with vllm_server.admin.lock:
         before = registry._wanted
         registry.set_wanted([*before, raising.version])
-    wait_for("the profile is held", held, 60)
+    wait_for("the profile is held", held)
     asked = [{"hemostat": raising.version, "hemostat_tap": "raises"}, {"hemostat": forcing}, None]
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(client.tokens, asked))
     assert (found[0][:4], found[1], found[2][:4]) == (plain[:4], [FORCED] * 8, plain[:4])
-    wait_for("it is not held any more", lambda: not held(), 60)
-    wait_for("its tap", lambda: registry.taps.covered("raises") == 8, 60)
+    wait_for("it is not held any more", lambda: not held())
+    wait_for("its tap", lambda: registry.taps.covered("raises") == 8)
     with vllm_server.admin.lock:
         tap = registry.taps.take("raises", 8)
         assert registry.counters(0.0)["profiles_failed"] == 1

@@ -79,14 +79,14 @@ class Bench:
 
     async def ready(self) -> None:
         self.learner.learn_about(self.target)
-        await until(lambda: self.learner.state == "learning", 30)
+        await until(lambda: self.learner.state == "learning")
 
     def teach(self, seeds: range, scope: str = "") -> None:
         for seed in seeds:
             self.learner.offer(self.world.record(seed, self.receiver.anchors, self.digest), scope)
 
     async def taught(self, tokens: int) -> None:
-        await until(lambda: self.learner.status()["tokens"] == tokens, 30)
+        await until(lambda: self.learner.status()["tokens"] == tokens)
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +116,7 @@ async def test_a_proposal_improves_texts_that_it_was_not_learned_from(bench: Ben
     await asyncio.sleep(0.1)
     assert not bench.receiver.proposed, "too few yet"
     bench.teach(range(30, 60))
-    await until(lambda: bool(bench.receiver.proposed), 30)
+    await until(lambda: bool(bench.receiver.proposed))
     ((scope, profile, report),) = bench.receiver.proposed
     assert scope == ""
     assert 600 <= report["tokens"] <= 960
@@ -133,7 +133,7 @@ async def test_a_proposal_improves_texts_that_it_was_not_learned_from(bench: Ben
     assert status["last_proposal"]["accepted"]
     assert bench.changes == 2
     bench.teach(range(100, 300))
-    await until(lambda: len(bench.receiver.proposed) == 2, 30)
+    await until(lambda: len(bench.receiver.proposed) == 2)
     assert bench.receiver.proposed[1][2]["tokens"] >= 4 * report["tokens"]
 
 
@@ -148,7 +148,7 @@ async def test_records_with_missing_parts_are_learned_from_for_the_others(bench:
     bench.learner.offer(replace(record, features=None))
     bench.learner.offer(replace(record, reference_hidden=None))
     bench.learner.offer(replace(record, features=None, reference_hidden=None))
-    await until(lambda: bench.learner.status()["sources"].get("list") == 16, 30)
+    await until(lambda: bench.learner.status()["sources"].get("list") == 16)
     sources = bench.learner.status()["sources"]
     # Of the masked ones nothing is learned; other anchors are none.
     assert bench.learner.status()["tokens"] == 10 + 16 + 16 + 16
@@ -170,7 +170,7 @@ async def test_scopes_are_learned_apart_and_together(bench: Bench) -> None:
     await bench.ready()
     bench.teach(range(60), "gold")
     bench.teach(range(60, 70), "silver")
-    await until(lambda: len(bench.receiver.proposed) == 2, 30)
+    await until(lambda: len(bench.receiver.proposed) == 2)
     assert {scope for scope, _, _ in bench.receiver.proposed} == {"", "gold"}
     await bench.taught(70 * 16)
     assert bench.learner.status()["scopes"] == {"gold": 960, "silver": 160}
@@ -185,7 +185,7 @@ async def test_an_adapter_is_learned_about_apart_and_the_newest_two_are_kept(ben
     await bench.ready()
     one, other, third = (map_scope(letter * 32) for letter in "abc")
     bench.teach(range(60), one)
-    await until(lambda: len(bench.receiver.proposed) == 1, 30)
+    await until(lambda: len(bench.receiver.proposed) == 1)
     ((scope, profile, report),) = bench.receiver.proposed
     assert (scope, report["tokens"]) == (one, 960)
     assert profile.family == "contextual"
@@ -213,7 +213,7 @@ async def test_without_a_store_a_killed_learner_begins_anew(bench: Bench) -> Non
     assert not bench.learner.wants_hidden_states
     bench.teach(range(1))
     assert bench.learner.dropped == {"not_ready": 1}
-    await until(lambda: bench.learner.state == "learning", 30)
+    await until(lambda: bench.learner.state == "learning")
     assert children() != [pid]
     assert bench.learner.status()["tokens"] == 0
     bench.teach(range(5))
@@ -236,7 +236,7 @@ async def test_a_learner_that_hangs_costs_bounded_memory_and_no_waiting(
         assert not bench.learner.wants_hidden_states
     finally:
         os.kill(pid, signal.SIGCONT)
-    await until(lambda: bench.learner.status()["tokens"] > 0 and bench.learner.wants_hidden_states, 30)
+    await until(lambda: bench.learner.status()["tokens"] > 0 and bench.learner.wants_hidden_states)
 
 
 async def test_a_learner_that_cannot_start_says_why_and_starts_once_it_can(bench: Bench, tmp_path: Path) -> None:
@@ -246,13 +246,13 @@ async def test_a_learner_that_cannot_start_says_why_and_starts_once_it_can(bench
         (LearningTarget("m", V, bench.target.folder, D + 1), "must be the reference's own checkpoint"),
     ]:
         bench.learner.learn_about(target)
-        await until(lambda words=words: bench.learner.state == "unavailable" and words in bench.learner.detail, 30)  # type: ignore[misc]
+        await until(lambda words=words: bench.learner.state == "unavailable" and words in bench.learner.detail)  # type: ignore[misc]
         assert not bench.receiver.probes
     late = tmp_path / "late"
     bench.learner.learn_about(LearningTarget("m", V, late, D))
-    await until(lambda: "late" in bench.learner.detail and bench.learner.state == "unavailable", 30)
+    await until(lambda: "late" in bench.learner.detail and bench.learner.state == "unavailable")
     save(bench.world, late)
-    await until(lambda: bench.learner.state == "learning", 30)
+    await until(lambda: bench.learner.state == "learning")
 
 
 async def test_another_model_restarts_the_learner_and_stop_ends_it(bench: Bench) -> None:
@@ -260,7 +260,7 @@ async def test_another_model_restarts_the_learner_and_stop_ends_it(bench: Bench)
     bench.teach(range(3))
     await bench.taught(48)
     bench.learner.learn_about(replace(bench.target, model="other"))
-    await until(lambda: len(bench.receiver.probes) == 2, 30)
+    await until(lambda: len(bench.receiver.probes) == 2)
     assert bench.receiver.probes[1].model == "other"
     assert bench.learner.status()["tokens"] == 0
     bench.learner.stop("calibration is off")
@@ -274,7 +274,7 @@ async def test_after_a_refused_proposal_learning_goes_on(bench: Bench) -> None:
     await bench.ready()
     bench.receiver.refuses = True
     bench.teach(range(60))
-    await until(lambda: bench.learner.status()["last_proposal"] is not None, 30)
+    await until(lambda: bench.learner.status()["last_proposal"] is not None)
     await asyncio.sleep(0.1)
     assert bench.learner.state == "learning"
     assert not bench.learner.status()["last_proposal"]["accepted"]

@@ -79,12 +79,12 @@ class Life:
         return int(self.learner.status()["tokens"])
 
     async def taught(self, tokens: int) -> None:
-        await until(lambda: self.tokens == tokens, 30)
+        await until(lambda: self.tokens == tokens)
 
     async def propose(self) -> CalibrationProfile:
         self.receiver.open = True
         self.learner._process.wake()
-        await until(lambda: bool(self.receiver.proposed), 60)
+        await until(lambda: bool(self.receiver.proposed))
         return self.receiver.proposed[0]
 
 
@@ -94,7 +94,7 @@ async def life(store: DirectWrites, tmp_path: Path, weights: str = "", **setting
     one.learner.set_weights(weights)
     running = asyncio.create_task(one.learner.run())
     one.learner.learn_about(one.target)
-    await until(lambda: one.learner.state == "learning", 30)
+    await until(lambda: one.learner.state == "learning")
     try:
         yield one
     finally:
@@ -139,7 +139,7 @@ async def test_a_killed_process_loses_what_came_after_the_last_export(tmp_path: 
         assert store.get_blob(BLOB_KEY) is None
         one.now = client.EXPORT_SECONDS
         one.teach(range(20, 21))
-        await until(lambda: store.get_blob(BLOB_KEY) is not None, 30)
+        await until(lambda: store.get_blob(BLOB_KEY) is not None)
         stored = one.learner._exported_tokens
         assert stored >= 320
         one.teach(range(30, 40))
@@ -148,7 +148,7 @@ async def test_a_killed_process_loses_what_came_after_the_last_export(tmp_path: 
         os.kill(pid, signal.SIGKILL)
         await until(lambda: one.learner.state == "down")
         assert "since it was stored is lost" in one.learner.detail
-        await until(lambda: one.learner.state == "learning", 30)
+        await until(lambda: one.learner.state == "learning")
         assert one.tokens == stored
         assert one.learner.tokens_by_source()["hidden"] == 496, "counters do not decrease"
         one.teach(range(50, 51))
@@ -204,7 +204,7 @@ async def test_what_is_of_other_weights_is_not_used(tmp_path: Path, caplog: pyte
         (before,) = children()
         # What the process has learned is exported at its end, and is not to be stored as of the new weights.
         one.learner.set_weights("new")
-        await until(lambda: children() not in ([], [before]) and one.learner.state == "learning", 30)
+        await until(lambda: children() not in ([], [before]) and one.learner.state == "learning")
         assert one.tokens == 0
         one.teach(range(10, 11))
         await one.taught(16)

@@ -145,8 +145,8 @@ class Bench:
         one.learner.offer = note  # type: ignore[method-assign]
 
     async def ready(self) -> None:
-        await until(lambda: self.one.monitor.state == "ready", 60)
-        await until(lambda: self.one.learner.state == "learning", 60)
+        await until(lambda: self.one.monitor.state == "ready")
+        await until(lambda: self.one.learner.state == "learning")
         for _ in range(2):
             self.engine.reports()
         self.one.policy.publish()
@@ -157,7 +157,7 @@ class Bench:
             self._seed += 1
             self.one.pipeline.receive(self.engine.serves(self._seed, self.told[-1], **damage))
         assert self.one.pipeline.scorer is not None
-        await until(lambda: self.one.pipeline.scorer.pending == 0, 60)  # type: ignore[union-attr]
+        await until(lambda: self.one.pipeline.scorer.pending == 0)  # type: ignore[union-attr]
         # Limits are counted in requests: a learner that a busy machine gives no time would be too late for them.
         await until(lambda: idle(self.one.learner), 120)
         self.engine.reports()
@@ -286,7 +286,7 @@ async def test_off_ends_the_learner_and_observe_starts_it_again(
         await b.requests(4)
         assert not b.reference.hidden_for
         await b.one.actions.set_mode("observe")
-        await until(lambda: b.one.learner.state == "learning", 60)
+        await until(lambda: b.one.learner.state == "learning")
 
 
 async def test_with_a_vllm_reference_the_folder_of_its_checkpoint_must_be_configured(
@@ -306,14 +306,14 @@ async def test_with_a_vllm_reference_the_folder_of_its_checkpoint_must_be_config
             )
             async with control(tmp_path, made, loops=True) as one:
                 learning = asyncio.create_task(one.learner.run())
-                await until(lambda one=one: one.monitor.state == "ready", 60)  # type: ignore[misc]
+                await until(lambda one=one: one.monitor.state == "ready")  # type: ignore[misc]
                 if named != str(folder):
                     assert one.learner.state == "unavailable"
                     said = status_json(one)["learner"]["detail"]
                     assert "name the reference's checkpoint in reference.folder" in said
                     assert named is None or "empty has no config.json" in said
                 else:
-                    await until(lambda one=one: one.learner.state == "learning", 60)  # type: ignore[misc]
+                    await until(lambda one=one: one.learner.state == "learning")  # type: ignore[misc]
                     assert not one.learner.wants_hidden_states, "there are no hidden states to ask for"
                     assert status_json(one)["learner"]["anchors"] == 48
                 learning.cancel()

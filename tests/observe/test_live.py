@@ -158,7 +158,7 @@ def run(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> I
                 one.stack.wait_settled(HEALTHY + COMPARED, 600)
                 scored = one.stack.requests()["scored"]
                 counted = 'sum(hemostat_shadow_requests_total{outcome="scored"})'
-                wait_for("the last scrape", lambda: _value(one.prometheus.query(counted)) == scored, 60)
+                wait_for("the last scrape", lambda: _value(one.prometheus.query(counted)) == scored)
                 yield one
     finally:
         one.stop()
@@ -219,7 +219,7 @@ def test_nothing_fires_while_all_is_well(run: Run) -> None:
 
 def test_a_profile_that_is_taken_back_is_told(run: Run) -> None:
     run.post("/api/v1/profiles/rollback", "")
-    wait_for("the alert", lambda: "HemostatCalibrationRolledBack" in run.prometheus.firing(), 60, 0.5)
+    wait_for("the alert", lambda: "HemostatCalibrationRolledBack" in run.prometheus.firing(), every=0.5)
     returns_data(run, "annotation Rollbacks")  # which is of the last two minutes
 
 

@@ -70,7 +70,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
         targets = {"hemostat:8081": f"127.0.0.1:{port}"}
         with prometheus(config(targets), tmp_path_factory.mktemp("panels") / "prometheus") as one:
             rate = f"rate({names.ADAPTER_JUDGED}[1m])"  # known from two scrapes
-            wait_for("two scrapes", lambda: bool(one.query(rate)), 60)
+            wait_for("two scrapes", lambda: bool(one.query(rate)))
             yield one
     finally:
         server.shutdown()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from pydantic import SecretStr
 from tests.support.fake_vllm import FakeVllm, running
+from tests.support.waiting import HANG_SECONDS
 
 from hemostat.config.schema import Upstream
 from hemostat.demo import vllm_server as vllm_process
@@ -258,4 +259,4 @@ async def test_a_real_pair_matches(vllm_server: Any, checkpoints: Any) -> None:
             )
         await refusing.close()
     finally:
-        await asyncio.wait_for(reference.close(), 10)
+        await asyncio.wait_for(reference.close(), HANG_SECONDS)

@@ -79,7 +79,7 @@ class Instance:
             self.process.wait()
 
     async def get(self, path: str) -> httpx.Response:
-        async with httpx.AsyncClient(base_url=self.admin, timeout=5) as client:
+        async with httpx.AsyncClient(base_url=self.admin, timeout=20) as client:
             return await client.get(path)
 
     async def status(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class Planes:
         return [*self.controls, *self.relays]
 
     async def until(
-        self, one: Instance, condition: Callable[[dict[str, Any]], bool], seconds: float = 2 * HANG_SECONDS
+        self, one: Instance, condition: Callable[[dict[str, Any]], bool], seconds: float = HANG_SECONDS
     ) -> dict[str, Any]:
         """Wait for a status of this one that fulfils the condition."""
         end = time.monotonic() + seconds
@@ -165,7 +165,7 @@ class Planes:
                 await asyncio.sleep(0.05)
 
         looks = [asyncio.create_task(is_active(one)) for one in self.controls if one is not but]
-        found, _ = await asyncio.wait(looks, timeout=2 * HANG_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        found, _ = await asyncio.wait(looks, timeout=HANG_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         for look in looks:
             look.cancel()
         await asyncio.gather(*looks, return_exceptions=True)
@@ -194,7 +194,7 @@ async def planes(
 
 async def ready(one: Instance) -> None:
     """Wait until it says that it is."""
-    end = time.monotonic() + 2 * HANG_SECONDS
+    end = time.monotonic() + HANG_SECONDS
     while time.monotonic() < end:
         with suppress(httpx.TransportError):
             if (await one.get("/readyz")).status_code == 200:

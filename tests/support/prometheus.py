@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from tests.support.waiting import HANG_SECONDS
 
 from hemostat.demo.vllm_server import free_port, with_parent
 
@@ -24,7 +25,6 @@ RUNBOOK = ROOT / "docs" / "runbook.md"
 
 EVERY = "1s"
 """Scrapes and evaluations, so that tests need not wait; users have 15 s."""
-STARTS_WITHIN = 20.0
 
 
 def needs(command: str, package: str) -> pytest.MarkDecorator:
@@ -118,7 +118,7 @@ def prometheus(configuration: Mapping[str, Any], folder: Path) -> Iterator[Prome
         )
     one = Prometheus(f"http://127.0.0.1:{port}")
     try:
-        ends = time.monotonic() + STARTS_WITHIN
+        ends = time.monotonic() + HANG_SECONDS
         while not one.ready():
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < ends, log.read_text()
@@ -127,4 +127,4 @@ def prometheus(configuration: Mapping[str, Any], folder: Path) -> Iterator[Prome
     finally:
         one.close()
         process.terminate()
-        process.wait(STARTS_WITHIN)
+        process.wait(HANG_SECONDS)

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from tests.support.fake_vllm import FakeVllm
+from tests.support.waiting import HANG_SECONDS
 
 from hemostat.demo.vllm_server import free_port
 
@@ -73,7 +74,7 @@ class Served:
             return await client.post(CHAT, json=body)
 
     async def get(self, path: str) -> httpx.Response:
-        async with httpx.AsyncClient(base_url=self.admin, timeout=5) as client:
+        async with httpx.AsyncClient(base_url=self.admin, timeout=20) as client:
             return await client.get(path)
 
     async def status(self) -> dict[str, Any]:
@@ -85,7 +86,7 @@ class Served:
         samples = [s for family in families for s in family.samples if s.name == name]
         return sum(s.value for s in samples if labels.items() <= s.labels.items())
 
-    async def until(self, condition: Callable[[dict[str, Any]], bool], seconds: float = 20) -> dict[str, Any]:
+    async def until(self, condition: Callable[[dict[str, Any]], bool], seconds: float = HANG_SECONDS) -> dict[str, Any]:
         """Wait for a status that fulfils the condition; an admin port that does not answer is retried."""
         end, status = time.monotonic() + seconds, {}
         while time.monotonic() < end:

@@ -19,18 +19,15 @@ import httpx
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from tests.support.served import RELAY, is_spare
+from tests.support.waiting import HANG_SECONDS
 
 from hemostat.demo.vllm_server import free_port, with_parent
 
 FAKE_VLLM = Path(__file__).with_name("fake_vllm")
 ADMIN_TOKEN = "a-token-for-tests"
-STARTS_WITHIN = 30.0
-SCORES_WITHIN = 90.0
-"""Seconds; loading torch beside vLLM on two cores takes a while."""
-STOP_SECONDS = 30.0
 
 
-def wait_for(what: str, done: Callable[[], object], within: float, every: float = 0.1) -> None:
+def wait_for(what: str, done: Callable[[], object], within: float = HANG_SECONDS, every: float = 0.1) -> None:
     """Block until `done()` is true; an AssertionError that says `what` did not happen otherwise."""
     ends = time.monotonic() + within
     while not done():
@@ -82,7 +79,7 @@ class Stack:
     def _announced(self) -> tuple[str, str]:
         """The addresses that it prints once it serves."""
         assert self._process.stdout is not None
-        watchdog = threading.Timer(STARTS_WITHIN, self._process.kill)
+        watchdog = threading.Timer(HANG_SECONDS, self._process.kill)
         watchdog.start()
         try:
             lines = [self._process.stdout.readline() for _ in range(2)]
@@ -97,7 +94,7 @@ class Stack:
         """SIGTERM; the exit code."""
         self._process.terminate()
         try:
-            return self._process.wait(STOP_SECONDS)
+            return self._process.wait(HANG_SECONDS)
         finally:
             self._process.kill()
             self._process.wait()
@@ -124,7 +121,7 @@ class Stack:
         control = children(self._process.pid)
         return (control | children(control["hemostat.control.process"]))[module]
 
-    def wait_scoring(self, within: float = SCORES_WITHIN) -> None:
+    def wait_scoring(self, within: float = HANG_SECONDS) -> None:
         """Until the reference is ready and a request has really been sampled and scored.
 
         The relay hears of it a moment after the status says so.
@@ -143,7 +140,7 @@ class Stack:
     def _ready(self) -> bool:
         return bool(self.status()["reference"]["state"] == "ready")
 
-    def wait_settled(self, shadowed: int | None = None, within: float = SCORES_WITHIN) -> dict[str, Any]:
+    def wait_settled(self, shadowed: int | None = None, within: float = HANG_SECONDS) -> dict[str, Any]:
         """Until all that was captured (at least `shadowed`) has an ending; then `requests`."""
         last: dict[str, Any] = {}
         still = 0
@@ -199,7 +196,7 @@ class FakeEngine:
             with_parent(command), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            wait_for("the fake engine's start", self._healthy, STARTS_WITHIN)
+            wait_for("the fake engine's start", self._healthy, HANG_SECONDS)
         except BaseException:
             self.kill()
             raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-HANG_SECONDS = 30.0
+HANG_SECONDS = 120.0
 """A limit that only a hang exceeds."""
 
 

@@ -7,7 +7,6 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-import anthropic
 import httpx
 import httpx2
 import msgspec
@@ -436,6 +435,8 @@ def test_openais_client_reads_sampled_responses(wire: Wire) -> None:
 
 
 def test_anthropics_client_reads_sampled_responses(wire: Wire) -> None:
+    import anthropic  # takes seconds
+
     wire.interceptor.policy = tapping()
     # This client refuses httpx's classes, and has the same ones in a package of its own.
     transport = httpx2.Client(transport=httpx2_transport(wire))

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import anthropic
 import httpx
 import httpx2
 import numpy as np
@@ -145,6 +144,8 @@ def test_errors_are_those_of_the_routes_form(wire: Wire, vllm_server: Any) -> No
 
 
 def test_the_clients_read_sampled_responses(wire: Wire, vllm_server: Any) -> None:
+    import anthropic  # takes seconds
+
     wire.interceptor.policy = policy(tap=True, tap_tokens=True)
     transport = httpx.Client(transport=ThroughWire(wire))
     with openai_sdk.OpenAI(base_url="http://real/v1", api_key="x", http_client=transport, max_retries=0) as client:

@@ -195,7 +195,7 @@ async def test_an_adapter_is_made_of_enough_tokens_and_again_of_twice_as_many(fo
         await asyncio.sleep(0.1)
         assert one.state == "collecting"
         texts(one, 1, 4)
-        await until(lambda: len(receiver.proposed) == 1, 20)
+        await until(lambda: len(receiver.proposed) == 1)
         assert one.state == "collecting"
         profile, report = receiver.proposed[0]
         assert report["tokens"] == 100
@@ -207,7 +207,7 @@ async def test_an_adapter_is_made_of_enough_tokens_and_again_of_twice_as_many(fo
         await asyncio.sleep(0.1)
         assert len(receiver.proposed) == 1
         texts(one, 40, 9)
-        await until(lambda: len(receiver.proposed) == 2, 20)
+        await until(lambda: len(receiver.proposed) == 2)
         assert one.tokens == 400, "bounded"
         assert receiver.proposed[1][1] | {"tokens": 980, "made_from_tokens": 400} == receiver.proposed[1][1]
         await asyncio.sleep(0.1)
@@ -222,7 +222,7 @@ async def test_an_adapter_is_made_of_enough_tokens_and_again_of_twice_as_many(fo
         assert found[names.ADAPTER_BUILD_SECONDS,] > 0.0
         assert (names.ADAPTER_HELD_OUT_RECOVERED_RATIO,) not in found, "nothing was held out"
         texts(one, 20, 90)
-        await until(lambda: len(receiver.proposed) == 3, 20)
+        await until(lambda: len(receiver.proposed) == 3)
         assert receiver.proposed[2][1]["made_from_tokens"] == 400, "of newer texts: as many as are kept"
     assert job_folders() == []
 
@@ -237,7 +237,7 @@ async def test_nothing_is_made_that_would_not_be_tested(folders: CheckpointFolde
         await asyncio.sleep(0.2)
         assert one.state == "collecting"
         texts(one, 1, 14)
-        await until(lambda: len(receiver.proposed) == 1, 20)
+        await until(lambda: len(receiver.proposed) == 1)
         assert receiver.proposed[0][1]["tokens"] == 300
 
 
@@ -251,7 +251,7 @@ async def test_killed_at_any_moment_it_is_started_again_and_goes_on(
     async with learner(receiver) as one:
         one.learn_about(target(folders))
         texts(one, 5)
-        await until(lambda: len(receiver.proposed) == 1, 20)
+        await until(lambda: len(receiver.proposed) == 1)
         assert one.restarts == 1
         assert one.outcomes == {"proposed": 1}
 
@@ -263,7 +263,7 @@ async def test_killed_again_and_again_it_waits(folders: CheckpointFolders, monke
     async with learner(receiver) as one:
         one.learn_about(target(folders))
         texts(one, 5)
-        await until(lambda: one.outcomes == {"ended": 1}, 30)
+        await until(lambda: one.outcomes == {"ended": 1})
         assert one.restarts == client.MAX_ATTEMPTS - 1
         assert one.state == "collecting"
         assert "code -9" in one.detail
@@ -332,7 +332,7 @@ async def test_what_cannot_be_used_is_never_proposed_and_counted(
     async with learner(receiver) as one:
         one.learn_about(target(folders))
         texts(one, 5)
-        await until(lambda: bool(one.outcomes), 30)
+        await until(lambda: bool(one.outcomes))
         assert one.outcomes == {outcome: 1}
         assert says in one.detail
         errors = [record.getMessage() for record in caplog.records if "no adapter was made" in record.getMessage()]
@@ -366,7 +366,7 @@ async def test_a_folder_that_is_not_what_the_reference_serves_is_refused(folders
     async with learner(receiver) as one:
         one.learn_about(target(folders, reference_digest="0" * 32))
         texts(one, 5)
-        await until(lambda: one.outcomes == {"refused": 1}, 20)
+        await until(lambda: one.outcomes == {"refused": 1})
         assert one.state == "unavailable"
         assert one.failing.startswith("adapter.reference: ")
         one.stop("no folder", unavailable=True)
@@ -396,12 +396,12 @@ async def test_a_job_that_cannot_be_written_is_tried_again_later(
         one._clock = lambda: now
         one.learn_about(target(folders))
         texts(one, 5)
-        await until(lambda: one.outcomes == {"disk": 1}, 20)
+        await until(lambda: one.outcomes == {"disk": 1})
         assert "No space left on device" in one.detail
         assert job_folders() == []
         full, now = False, client.RETRY_SECONDS
         texts(one, 1, 5)
-        await until(lambda: len(receiver.proposed) == 1, 20)
+        await until(lambda: len(receiver.proposed) == 1)
 
 
 @pytest.mark.parametrize("how", ["stop", "target", "cancel"])
@@ -413,7 +413,7 @@ async def test_stopped_the_process_ends_and_the_texts_are_deleted(
     async with learner(receiver) as one:
         one.learn_about(target(folders))
         texts(one, 5)
-        await until(lambda: one.builder_pid is not None and "0/" in one.detail, 20)
+        await until(lambda: one.builder_pid is not None and "0/" in one.detail)
         assert os.getpriority(os.PRIO_PROCESS, 0) <= 19
         (folder,) = job_folders()
         if how == "stop":
@@ -421,8 +421,8 @@ async def test_stopped_the_process_ends_and_the_texts_are_deleted(
         elif how == "target":
             one.learn_about(AdapterTarget("another", tiny_checkpoints.VOCAB, folders))
         if how != "cancel":
-            await until(no_process_is_left, 20)
-            await until(lambda: not folder.exists(), 20)
+            await until(no_process_is_left)
+            await until(lambda: not folder.exists())
             assert one.tokens == 0
             assert one.state == ("off" if how == "stop" else "collecting")
             assert one.outcomes == {}
@@ -437,5 +437,5 @@ async def test_a_process_without_progress_is_ended(folders: CheckpointFolders, m
     async with learner(Receiver()) as one:
         one.learn_about(target(folders))
         texts(one, 5)
-        await until(lambda: one.outcomes == {"stalled": 1}, 20)
+        await until(lambda: one.outcomes == {"stalled": 1})
     assert no_process_is_left()

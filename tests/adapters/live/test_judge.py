@@ -167,7 +167,7 @@ async def ready(one: AdapterJudge) -> None:
     assert pid() is None
     assert one.state == "idle"
     assert not one.offer(record_of(0), prompt_of(0), (IDENTITY,), lambda _: None)
-    await until(lambda: one.state == "ready", 60)
+    await until(lambda: one.state == "ready")
 
 
 async def distances(
@@ -296,7 +296,7 @@ async def test_records_that_wait_go_on_without_distances_where_the_process_is_ki
         await asyncio.sleep(0.05)
         assert order == []
         os.kill(running, signal.SIGKILL)
-        await until(lambda: len(order) == offers, 20)
+        await until(lambda: len(order) == offers)
         assert order == [(n, False) for n in range(offers)], "each once, in the order of the offers"
         with pytest.raises(JudgeUnavailable, match="ended"):
             await asking
@@ -304,7 +304,7 @@ async def test_records_that_wait_go_on_without_distances_where_the_process_is_ki
         found = values(one.samples())
         assert found[names.ADAPTER_JUDGE_DROPPED, "ended"] == offers
         assert found[names.ADAPTER_JUDGE_DROPPED, "busy"] == 1
-        await until(lambda: one.state == "ready", 60)
+        await until(lambda: one.state == "ready")
         assert pid() != running
         scored = record_of(1, folders=folders)
         assert set(await distances(one, scored, prompt_of(1), (IDENTITY,))) == {IDENTITY}
@@ -321,7 +321,7 @@ async def test_records_that_wait_go_on_without_distances_where_the_process_is_ki
         assert running is not None
         os.kill(running, signal.SIGSTOP)
         assert await distances(one, record_of(1), prompt_of(1), (IDENTITY,)) == {}
-        await until(lambda: one.state == "down" and pid() is None, 20)
+        await until(lambda: one.state == "down" and pid() is None)
         assert "did not answer" in one.detail
         # The next one has to be shorter.
         assert one.status()["max_tokens"] is not None
@@ -345,7 +345,7 @@ async def test_a_record_whose_answer_would_take_too_long_is_counted_and_not_aske
             if one.offer(scored, prompt_of(1), (IDENTITY,), lambda _: None):
                 break
         assert one.dropped["too_long"] > 50
-        await until(lambda: one.judged == 1, 20)
+        await until(lambda: one.judged == 1)
 
 
 def test_the_limit_follows_the_speed_of_answers_and_recovers() -> None:
@@ -388,7 +388,7 @@ async def test_they_come_back_in_the_order_of_the_offers_and_one_that_fails_keep
             )
         assert order == [], "never inside of the offer"
         assert not one.offer(record_of(9), prompt_of(9), (IDENTITY,), lambda _: None), "without hidden states"
-        await until(lambda: len(order) == 6, 30)
+        await until(lambda: len(order) == 6)
         assert order == [(0, 1), (1, 2), (2, 2), (3, 0), (4, 2), (5, 2)]
         assert one.dropped == {"not_ready": 1, "failed": 1, "no_hidden_states": 1}
         assert one.judged == 5
@@ -401,7 +401,7 @@ async def test_they_come_back_in_the_order_of_the_offers_and_one_that_fails_keep
         with pytest.raises(JudgeUnavailable, match="not known"):
             await one.logprobs(np.arange(4, dtype=np.int32), "f" * 32)
         one.stop("calibration is off")
-        await until(lambda: pid() is None and one.loaded is None, 20)
+        await until(lambda: pid() is None and one.loaded is None)
         assert one.status()["state"] == "off"
         assert not one.wants_hidden_states
         assert not one.offer(record_of(1), prompt_of(1), (IDENTITY,), lambda _: None)
@@ -411,7 +411,7 @@ async def test_another_checkpoint_than_the_one_that_serves_is_refused(folders: C
     async with judge(JudgeTarget(folders, V, 0, "0" * 32), {}) as one:
         with pytest.raises(JudgeUnavailable, match="idle"):
             await one.logprobs(np.arange(4, dtype=np.int32), None)
-        await until(lambda: one.state == "unavailable", 60)
+        await until(lambda: one.state == "unavailable")
         assert one.detail.startswith("adapter.reference: ")
         assert not one.offer(record_of(1), prompt_of(1), (IDENTITY,), lambda _: None)
 

@@ -31,11 +31,11 @@ def server(*profiles: CalibrationProfile, **more: Any) -> FakeLora:
 
 async def ready(world: LoraWorld, *profiles: CalibrationProfile) -> None:
     expected = {profile.version: False for profile in profiles}
-    await until(lambda: world.host.ready == expected, 20.0)
+    await until(lambda: world.host.ready == expected)
 
 
 async def unusable(world: LoraWorld, text: str) -> None:
-    await until(lambda: text in world.host.unusable, 20.0)
+    await until(lambda: text in world.host.unusable)
     assert "\n" not in world.host.unusable
     assert world.host.ready == {}
     assert world.host.capacity == 0
@@ -110,7 +110,7 @@ async def test_a_name_that_has_vanished_is_noticed_without_reports() -> None:
         world.profiles.want(ONE)
         await ready(world, ONE)
         world.restart(None)
-        await until(lambda: world.host.status()["probes"]["agreement"]["passed"] == 2, 20.0)
+        await until(lambda: world.host.status()["probes"]["agreement"]["passed"] == 2)
         await ready(world, ONE)
 
 
@@ -121,7 +121,7 @@ async def test_a_restart_is_noticed_without_reports_where_a_request_has_loaded_t
         names, loaded = dict(world.lora.names), list(world.lora.in_slots)
         world.restart(None)
         world.lora.names, world.lora.in_slots = names, loaded
-        await until(lambda: world.host.status()["probes"]["agreement"]["passed"] == 2, 20.0)
+        await until(lambda: world.host.status()["probes"]["agreement"]["passed"] == 2)
         await ready(world, ONE)
 
 
@@ -237,7 +237,7 @@ async def test_an_adapter_that_is_applied_wrongly_is_rejected(wrong: str) -> Non
         else:
             world.lora.scale[ONE.version] = {"twice": 2.0, "not at all": 0.0, "backwards": -1.0}[wrong]
         world.profiles.want(ONE)
-        await until(lambda: ONE.version in world.profiles.rejected, 20.0)
+        await until(lambda: ONE.version in world.profiles.rejected)
         assert "does not apply it as our copy does" in world.profiles.rejected[ONE.version]
         assert world.host.ready == {}
         world.profiles.want(TWO)
@@ -252,7 +252,7 @@ async def test_small_effects_are_judged_by_their_size() -> None:
             world.copy.model.lora.strength = 0.3
             world.lora.scale[ONE.version] = scale
             world.profiles.want(ONE)
-            await until(lambda: bool(world.host.ready or world.profiles.rejected), 20.0)
+            await until(lambda: bool(world.host.ready or world.profiles.rejected))
             assert bool(world.profiles.rejected) == rejected, world.host.status()
 
 
@@ -283,7 +283,7 @@ async def test_a_version_that_makes_the_engine_fail_is_rejected() -> None:
     async with lora_world(server()) as world:
         world.lora.broken.add(ONE.version)
         world.profiles.want(ONE, TWO)
-        await until(lambda: bool(world.host.status()["failures"]), 20.0)
+        await until(lambda: bool(world.host.status()["failures"]))
         assert world.host.ready == {}
 
 
@@ -332,7 +332,7 @@ async def test_an_upstream_that_refuses_or_sends_half_answers(fault: dict[str, A
 async def test_half_of_the_probabilities_pass_no_probe() -> None:
     async with lora_world(server(), fake={"short_prompt_logprobs": True}) as world:
         world.profiles.want(ONE)
-        await until(lambda: ONE.version in world.profiles.rejected, 20.0)
+        await until(lambda: ONE.version in world.profiles.rejected)
         assert "sent prompt_logprobs of" in world.profiles.rejected[ONE.version]
 
 

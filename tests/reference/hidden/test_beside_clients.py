@@ -113,29 +113,29 @@ def test_a_failing_reference_is_counted_and_hurts_no_client(bench: Bench, fault:
     streams = (True,) if "hang" in fault else (True, False)
     bench.ask(streams=streams)
     assert "hang" not in fault or bench.endings("dropped", label) == before, "the client did not wait for it"
-    wait_for(f"as many {label}", lambda: bench.endings("dropped", label) == before + len(streams), 60)
+    wait_for(f"as many {label}", lambda: bench.endings("dropped", label) == before + len(streams))
     assert bench.memory() < had + 64 * MIB
     for name in fault:
         setattr(bench.pooling, name, getattr(FakePooling, name))
     scored = bench.endings("scored")
     bench.ask()
-    wait_for("scores again", lambda: bench.endings("scored") == scored + 2, 60)
+    wait_for("scores again", lambda: bench.endings("scored") == scored + 2)
 
 
 def test_another_model_behind_the_address_is_counted(bench: Bench) -> None:
     before, scored = bench.endings("dropped", "reference_http_error"), bench.endings("scored")
     bench.reference.model = "other"
     bench.ask()
-    wait_for("two that failed", lambda: bench.endings("dropped", "reference_http_error") == before + 2, 60)
+    wait_for("two that failed", lambda: bench.endings("dropped", "reference_http_error") == before + 2)
     bench.reference.model = "reference"
     bench.ask()
-    wait_for("scores again", lambda: bench.endings("scored") == scored + 2, 60)
+    wait_for("scores again", lambda: bench.endings("scored") == scored + 2)
 
 
 def test_a_prompt_that_is_too_long_for_it_is_skipped(bench: Bench) -> None:
     before, scored = bench.endings("skipped", "reference_too_long"), bench.endings("scored")
     bench.ask("a" * MAX_LENGTH)
-    wait_for("two skipped", lambda: bench.endings("skipped", "reference_too_long") == before + 2, 60)
+    wait_for("two skipped", lambda: bench.endings("skipped", "reference_too_long") == before + 2)
     assert bench.endings("scored") == scored
     assert bench.stack.status()["reference"]["state"] == "ready"
 
@@ -145,4 +145,4 @@ def test_a_reference_that_is_gone_is_counted(bench: Bench) -> None:
     before = bench.endings("dropped", "reference_down")
     bench.stop_reference()
     bench.ask()
-    wait_for("two that failed", lambda: bench.endings("dropped", "reference_down") == before + 2, 60)
+    wait_for("two that failed", lambda: bench.endings("dropped", "reference_down") == before + 2)
