@@ -20,6 +20,7 @@ from hemostat_calibration.statistics.two_arms import log_e_value
 
 NAME = "outcomes"
 TAKES = "2 minutes on one core"
+TEST_LIVES = 20
 
 UNITS = 2000
 BAD, HARMED = 0.625, 0.9

@@ -24,7 +24,6 @@ from hemostat.measurement.outcomes import Outcomes
 
 NAME = "sampled_outcomes"
 TAKES = "7 minutes on one core (a fifth of the lives)"
-TEST_LIVES = 20
 
 KIND, VERSION = "chat json greedy", "v"
 HOURS = 8

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .engine import Written
-from .figures import Floats, interval
+if TYPE_CHECKING:  # torch takes seconds to import
+    from .engine import Written
+    from .figures import Floats
 
 
 def common_prefix(a: npt.NDArray[np.integer], b: npt.NDArray[np.integer]) -> int:
@@ -49,6 +50,8 @@ def same_answer(a: str, b: str) -> bool:
 
 def paired(before: Sequence[float], after: Sequence[float], name: str) -> dict[str, Any]:
     """Means of both arms, and their difference with a 95 % bootstrap interval over prompts."""
+    from .figures import interval
+
     b, a = np.array(before, dtype=np.float64), np.array(after, dtype=np.float64)
     difference, low, high = interval(np.arange(len(b)), a - b, np.ones(len(b)), name)
     return {
