@@ -14,7 +14,7 @@ import pytest
 
 import hemostat_engine.adapters as plugin
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_engine.adapters.environment import AdapterSettings
+from hemostat_engine.adapters.install import AdapterSettings
 
 UNCHANGED = """
 import sys

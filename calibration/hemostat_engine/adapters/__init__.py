@@ -3,7 +3,6 @@
 An adapter is a profile that vLLM serves as a LoRA adapter under the profile's version.
 
     install.py     what is changed in vLLM, after a check that it is there
-    environment.py the environment variables
     resolver.py    in the API server: finds an adapter by its version
     source.py      fetches it from the admin port, and refuses what does not fit this engine
     folder.py      the private folder with the files that vLLM loads

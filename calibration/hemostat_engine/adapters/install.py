@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from hemostat_calibration.errors import HemostatError
+from hemostat_calibration.errors import HemostatError, InvalidArgumentError
 from hemostat_engine.adapters import punica
-from hemostat_engine.adapters.environment import AdapterSettings
 from hemostat_engine.adapters.folder import AdapterFolder
 from hemostat_engine.adapters.resolver import NAME, Resolver
 from hemostat_engine.adapters.serving import Serving
@@ -18,6 +21,24 @@ from hemostat_engine.adapters.source import AdapterSource
 from hemostat_engine.adapters.state import state
 from hemostat_engine.peers import Peers
 from hemostat_engine.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSettings:
+    """folder: where adapters are written; None: the folder for temporary files. cpu_product: see `grouped`."""
+
+    folder: Path | None = None
+    cpu_product: bool = True
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> AdapterSettings:
+        """HEMOSTAT_ADAPTER_DIR, HEMOSTAT_ADAPTERS_CPU_PRODUCT. Raises InvalidArgumentError."""
+        product = environment.get("HEMOSTAT_ADAPTERS_CPU_PRODUCT") or "1"
+        if product not in ("0", "1"):
+            raise InvalidArgumentError(f"HEMOSTAT_ADAPTERS_CPU_PRODUCT is {product!r}: it must be 0 or 1")
+        folder = environment.get("HEMOSTAT_ADAPTER_DIR") or None
+        return cls(Path(folder) if folder else None, product == "1")
+
 
 log = logging.getLogger("vllm.hemostat")
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO, Generic, TypeVar
+
+import msgspec
 
 MAX_FRAME_BYTES = 1 << 30
 _HEADER = struct.Struct(">I")
@@ -84,3 +86,24 @@ def _body_length(header: bytes, max_bytes: int = MAX_FRAME_BYTES) -> int:
 def _check(length: int, max_bytes: int) -> None:
     if length > max_bytes:
         raise ValueError(f"frame of {length} bytes: at most {max_bytes} are allowed")
+
+
+T = TypeVar("T")
+
+
+class MessageCodec(Generic[T]):
+    """Encodes and decodes messages of the union `T` of tagged structs.
+
+    message_type: that union once more, as a value; annotate the codec with `T`.
+    """
+
+    def __init__(self, message_type: Any) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(message_type)
+
+    def encode(self, message: T) -> bytes:
+        return self._encoder.encode(message)
+
+    def decode(self, body: bytes) -> T:
+        """msgspec.DecodeError when the body is not such a message."""
+        return self._decoder.decode(body)

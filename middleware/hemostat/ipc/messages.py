@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from hemostat.ipc.codec import MessageCodec
-from hemostat.ipc.framing import FrameReader, frame
+from hemostat.ipc.framing import FrameReader, MessageCodec, frame
 from hemostat.openai.kinds import is_conditional
 
 PROTOCOL = 1

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hemostat.ipc.codec import MessageCodec
+from hemostat.ipc.framing import MessageCodec
 from hemostat_calibration.records import Candidates, Features, TokenRecord
 
 

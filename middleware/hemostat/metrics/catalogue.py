@@ -4,7 +4,7 @@ by `make docs`).
 
 from __future__ import annotations
 
-from hemostat.metrics import conditional, names, plugin, upstreams
+from hemostat.metrics import engines, names
 from hemostat.metrics.metric import Metric
 
 GROUPS: dict[str, tuple[Metric, ...]] = {
@@ -268,7 +268,37 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             ("model", "outcome"),
         ),
     ),
-    "Divergence under a grammar": conditional.METRICS,
+    "Divergence under a grammar": (
+        Metric(
+            names.CONDITIONAL_DIVERGENCE,
+            "gauge",
+            "the figure's",
+            "Divergence per token of requests that a grammar restricts, conditional on the ids that it allows, with "
+            "the 95% interval (edge low and high); these requests are in no other figure of divergence.",
+            ("figure", "edge"),
+        ),
+        Metric(
+            names.CONDITIONAL_KIND_KL_NATS,
+            "counter",
+            "nats",
+            f"As {names.KIND_KL_NATS}, of kinds that a grammar restricts, conditional on the ids that it allows.",
+            ("kind", "arm"),
+        ),
+        Metric(
+            names.CONDITIONAL_KIND_KL_TOKENS,
+            "counter",
+            "tokens",
+            f"As {names.KIND_KL_TOKENS}, of kinds that a grammar restricts.",
+            ("kind", "arm"),
+        ),
+        Metric(
+            names.CONDITIONAL_KIND_GAIN_NATS,
+            "gauge",
+            "nats",
+            f"As {names.KIND_GAIN_NATS}, of kinds that a grammar restricts, conditional on the ids that it allows.",
+            ("kind", "weighting"),
+        ),
+    ),
     "The alarm": (
         Metric(
             names.HEMORRHAGE_ALARM,
@@ -431,8 +461,8 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             ("reason",),
         ),
     ),
-    "The engines": upstreams.METRICS,
-    "The engine's plugin": plugin.METRICS,
+    "The engines": engines.UPSTREAM_METRICS,
+    "The engine's plugin": engines.PLUGIN_METRICS,
     "What clients got, of all generations": (
         Metric(
             names.RESPONSES_FINISHED,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from hemostat.ipc.codec import MessageCodec
+from hemostat.ipc.framing import MessageCodec
 from hemostat.reference.protocol import CompressedLogits, FailureReason
 from hemostat_calibration.allowed_sets import AllowedSets, words
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import socket
 import ssl
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, cast
 
 from hemostat.hooks import Hook
 from hemostat.ipc.messages import OutcomeReport, Stats
@@ -16,7 +17,6 @@ from hemostat.relay.client_limits import ClientLimits
 from hemostat.relay.clients import Clients
 from hemostat.relay.context import RelayContext
 from hemostat.relay.counters import Counters
-from hemostat.relay.freed_memory import return_freed_memory
 from hemostat.relay.limits import Limits
 from hemostat.relay.request_budget import RequestBudget
 from hemostat.relay.upstreams.checker import HealthChecker
@@ -24,6 +24,17 @@ from hemostat.relay.upstreams.group import Upstreams
 from hemostat.relay.upstreams.origin import DNS, parse_origin
 from hemostat.relay.upstreams.resolver import Resolver
 from hemostat.relay.upstreams.settings import UpstreamSettings
+
+_trim: Final = cast("Callable[[int], int] | None", getattr(ctypes.CDLL(None), "malloc_trim", None))
+"""glibc's; other C libraries have none."""
+
+
+def return_freed_memory() -> None:
+    """Takes about 0.25 ms per MiB that is returned. glibc by itself returns only what lies behind everything that is in
+    use."""
+    if _trim is not None:
+        _trim(0)
+
 
 if TYPE_CHECKING:
     from hemostat.tracing import Tracing  # an extra; imported only where it is used

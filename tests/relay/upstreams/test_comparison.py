@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hemostat.relay.upstreams.comparison import MAX_CLIENTS, FailureComparison
-from hemostat.relay.upstreams.retries import BURST, RATIO, RetryBudget
+from hemostat.relay.upstreams.group import RETRY_BURST, RETRY_RATIO, RetryBudget
 
 Fails = Callable[[int], bool]
 """A request, asked whether it fails at this engine."""
@@ -201,5 +201,5 @@ def test_retries_are_a_tenth_of_the_requests(steps: list[tuple[int, bool]]) -> N
     for more, fails in steps:
         requests += more
         taken += fails and budget.take(requests)
-        assert taken <= BURST + RATIO * requests + 1e-9
-    assert budget.take(requests + 1 + int(1 / RATIO))
+        assert taken <= RETRY_BURST + RETRY_RATIO * requests + 1e-9
+    assert budget.take(requests + 1 + int(1 / RETRY_RATIO))

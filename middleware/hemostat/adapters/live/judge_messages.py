@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from hemostat.ipc.codec import MessageCodec
+from hemostat.ipc.framing import MessageCodec
 
 
 class Start(msgspec.Struct, tag="start", frozen=True):

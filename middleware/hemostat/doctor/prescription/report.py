@@ -19,12 +19,12 @@ from hemostat import __version__
 from hemostat.compression.plan import LayerPlan, Plan
 from hemostat.doctor.checkpoints import CheckpointPair
 from hemostat.doctor.kl_meter import KlMeter, Text, choose
-from hemostat.doctor.options import DoctorError, DoctorOptions
+from hemostat.doctor.options import DoctorError, DoctorOptions, parse_budget
 from hemostat.doctor.pair import Floats, Ids, json_number
-from hemostat.doctor.prescription.budget import budget_bytes
 from hemostat.doctor.prescription.losses import predicted_losses
 from hemostat.doctor.prescription.mixes import Mix, dense_bytes, prescribe, uniform_mixes
 from hemostat.doctor.prescription.rounded_mixes import RoundedMixes
+from hemostat.models.checkpoint import Checkpoint
 from hemostat.models.errors import AdaptError
 from hemostat.models.parts import Parts
 from hemostat.models.work_folder import WorkFolder
@@ -156,3 +156,20 @@ def _measure(
         "mean_kld_se_by_request": own["mean_kld_se_by_request"],
         "compared": [own, *others, row("COMPRESSED", None, None, compressed)],
     }
+
+
+def budget_bytes(given: str | None, dense: int, compressed: Path, layers: Sequence[str]) -> int:
+    """Bytes for the linear layers `layers`; None: as many as COMPRESSED stores. dense: of them at 16 bits.
+
+    Raises DoctorError where COMPRESSED stores them dense, so that its size is no budget, and AdaptError.
+    """
+    if given is not None:
+        value = parse_budget(given)
+        return round(value * dense) if value <= 1.0 else int(value)
+    checkpoint = Checkpoint(compressed, "COMPRESSED")
+    if not all(checkpoint.is_quantized(name) for name in layers):
+        raise DoctorError(
+            "--budget: not all layers of COMPRESSED are stored quantized, so that its size is no budget; give a number "
+            "of bytes, or a share of REFERENCE's"
+        )
+    return sum(checkpoint.stored_bytes(name) for name in layers)

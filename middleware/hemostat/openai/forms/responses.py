@@ -10,8 +10,7 @@ import msgspec
 
 from hemostat.openai.complexity import check_messages
 from hemostat.openai.forms.protocol import Details
-from hemostat.openai.forms.shared import decode_or_none
-from hemostat.openai.forms.tapped import TappedForm
+from hemostat.openai.forms.shared import TappedForm, decode_or_none
 from hemostat.openai.json_splice import NULL, JsonObject
 from hemostat.openai.requests import Message, Unscorable
 from hemostat.openai.restrictions import restricts_response

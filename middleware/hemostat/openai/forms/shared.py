@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import msgspec
 
+from hemostat.openai.forms.protocol import Stripper
 from hemostat.openai.json_splice import MALFORMED, JsonObject
+from hemostat.openai.observing import EndingObserver
 from hemostat.openai.requests import MAX_CHOICES, Request, Unscorable
+from hemostat.openai.tokens import ResponseTokens
 
 _GUIDED_KEYS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 
@@ -72,3 +76,25 @@ def injected_members(request: Request) -> dict[str, bytes]:
         # Of several choices, each finishing event would lose its fingerprint until the last one has finished.
         changes["stream_options"] = b'{"include_usage":true}'
     return changes
+
+
+class TappedForm(ABC):
+    """Every byte of a response is passed on. A `Format` but for `read`, and an `observing.EndingForm`."""
+
+    @abstractmethod
+    def record_ending(self, data: JsonObject, tokens: ResponseTokens) -> None:
+        """See `observing.EndingForm`."""
+
+    def goes_on(self, events: bytes) -> bool:
+        """See `observing.EndingForm`."""
+        return False
+
+    def injected_members(self, request: Request, top_k: int) -> dict[str, bytes]:
+        """None: see `Unscorable.NO_TOKEN_IDS`."""
+        return {}
+
+    def stripper(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
+        return self.observer(request, tokens, stream=stream)
+
+    def observer(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
+        return EndingObserver(self, request, tokens, stream=stream)

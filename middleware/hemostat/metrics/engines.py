@@ -1,4 +1,4 @@
-"""The metrics of the engines that requests go to."""
+"""The metrics of the engines: as servers that requests go to, and of Hemostat's plugin in them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from hemostat.metrics import names
 from hemostat.metrics.metric import Metric
 
 _ENGINE = ("engine",)
-METRICS = (
+UPSTREAM_METRICS = (
     Metric(
         names.UPSTREAM_UP_RATIO,
         "gauge",
@@ -38,5 +38,28 @@ METRICS = (
         "ratio",
         "Evidence that the engine is not like the others, as a part of what is needed (logarithms).",
         _ENGINE,
+    ),
+)
+
+PLUGIN_METRICS = (
+    Metric(names.ENGINE_EVENTS, "counter", "events", "Events counted by the engine plugins.", ("reason",)),
+    Metric(
+        names.ENGINE_TAPS_DROPPED,
+        "counter",
+        "runs",
+        "Taps from engines that were not used in time or exceeded the buffer.",
+    ),
+    Metric(
+        names.ENGINE_ANSWERS,
+        "counter",
+        "answers",
+        "Whole answers (ids and log-probabilities) of tapped requests from vLLM's API servers, by reason.",
+        ("reason",),
+    ),
+    Metric(
+        names.ENGINE_ANSWERS_PAUSED,
+        "gauge",
+        "0 or 1",
+        "1: too many answers got lost, so that sampled requests ask for logprobs in their responses for some time.",
     ),
 )
