@@ -27,6 +27,7 @@ from hemostat.metrics import names
 from hemostat.reference.protocol import FailureReason, ReferenceFailure, ReferenceInfo, ReferenceScores, ScoreRequest
 from hemostat.scoring.answer_losses import AnswerLosses
 from hemostat.scoring.conditioning import ConditioningFailure, allowed_sets
+from hemostat.scoring.consumers import NoiseFloorOffers
 from hemostat.scoring.endings import EndingCounts
 from hemostat.scoring.limits import Breakers, ShadowQueue, TokenBudget
 from hemostat.scoring.pipeline import ScoringPipeline
@@ -130,6 +131,7 @@ class Bench:
         consumers: Any = SimpleNamespace(
             measurements=self.measured,
             alarms=SimpleNamespace(observe=lambda record, figures: self.noted["alarms"].append(record)),
+            engines=None,
             profiles=profiles,
             learner=SimpleNamespace(offer=lambda record, scope: self.noted["learned"].append(record)),
             records=None,
@@ -154,7 +156,7 @@ class Bench:
         floor: Any = SimpleNamespace(
             samples=list, offer=lambda prompt, record, reference: self.noted["floor"].append(record)
         )
-        self.pipeline.noise_floor = floor
+        self.pipeline.consumers.append(NoiseFloorOffers(floor))
         self.records: list[TokenRecord] = []
         needs: Any = SimpleNamespace(
             evaluated_profiles=tuple,

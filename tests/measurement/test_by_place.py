@@ -86,15 +86,14 @@ def test_a_part_of_an_output_counts_by_place_alone() -> None:
     measured, other = Measurements(), Measurements()
     before = values(measured.samples())
     part = replace(RECORDS[0], position=500, context_tokens=900)
-    figures = measured.observe_part(part, None, fresh=True)
-    assert figures.kl_rc.tolist() == divergence(part).kl_rc.tolist()
+    measured.observe_part(part, divergence(part), fresh=True)
     changed = {key for key, value in values(measured.samples()).items() if before.get(key) != value}
     assert {key[0] for key in changed} == {
         *(names.POSITION_KL_NATS, names.POSITION_KL_TOKENS, names.CONTEXT_KL_NATS, names.CONTEXT_KL_TOKENS)
     }
     assert measured.summary(None) == other.summary(None)
     assert measured.tokens == 0
-    measured.observe_part(replace(part, adapter="a" * 32), None, fresh=True)
+    measured.observe_part(replace(part, adapter="a" * 32), divergence(part), fresh=True)
     assert measured.by_place.report()["position"][0]["requests"] == 1, "one of an adapter is of another model"
 
 

@@ -24,6 +24,7 @@ from hemostat.measurement.measurements import Measurements
 from hemostat.metrics import names
 from hemostat.reference.protocol import ReferenceScores
 from hemostat.scoring import distances as distances_module
+from hemostat.scoring.consumers import NoiseFloorOffers
 from hemostat.scoring.pipeline import ScoringPipeline
 from hemostat.scoring.record_builder import applied_version, build_record, decode_capture
 from hemostat.scoring.records_file import RecordsFile
@@ -161,7 +162,7 @@ class Pipeline:
             distances=source,
         )
         floor: Any = SimpleNamespace(samples=list, offer=lambda prompt, record, reference: self.floor.append(record))
-        self.pipeline.noise_floor = floor
+        self.pipeline.consumers.append(NoiseFloorOffers(floor))
 
     def _changed(self) -> None:
         self.changes += 1
@@ -202,7 +203,7 @@ def test_a_record_of_an_adapter_is_no_noise_floor_and_nothing_is_learned_from_it
     one.use(base(2))
     assert len(one.floor) == len(one.learned) == 1
     assert len(one.observed) == one.changes == 2
-    assert one.pipeline.calibration_errors == 0
+    assert one.pipeline.calibration.errors == 0
 
 
 def test_records_wait_for_their_distances_and_are_judged_in_their_order(tmp_path: Path) -> None:

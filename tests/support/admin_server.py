@@ -31,6 +31,7 @@ from hemostat.ipc import control_end
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, OutcomeReport, SampledCount, Stats
 from hemostat.ipc.reasons import Outcome
 from hemostat.reference.monitor import ReferenceState
+from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_calibration.reasoning import Thinking
@@ -238,8 +239,8 @@ async def everything(one: Control, folder: Path) -> asyncio.StreamWriter:
     one.pipeline.coverage.relayed(SampledCount("chat structured", "skipped", "structured_output", 12.0, 5.0, 700))
     for n in range(GRAMMAR_REQUESTS):
         restricted = under_grammar(n)
-        gains = RecordGains(restricted)
-        one.measured.measurements.conditional.observe(restricted, None, None, held_out=False, gains=gains, fresh=True)
+        known: Any = {"gains": RecordGains(restricted), "figures": divergence(restricted)}
+        one.measured.measurements.conditional.observe(restricted, None, None, held_out=False, fresh=True, **known)
     for kind, harmful in zip(KINDS[:2], (False, True), strict=True):
         for report in outcome_reports(kind, serving, harmful):
             one.measured.outcomes.receive(report)

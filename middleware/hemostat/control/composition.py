@@ -52,8 +52,9 @@ from hemostat.profiles.manager import ProfileManager
 from hemostat.reference import make_compressed_scorer, make_references
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ModelPair
+from hemostat.scoring.consumers import ConsumerParts
 from hemostat.scoring.limits import Breakers
-from hemostat.scoring.pipeline import RecordConsumers, ScoringPipeline
+from hemostat.scoring.pipeline import ScoringPipeline
 from hemostat.scoring.records_file import RecordsFile
 from hemostat.store.errors import StoreErrorLog
 from hemostat.store.factory import open_store
@@ -141,7 +142,7 @@ class Control:
             self.monitor,
             self.engines,
             CalibrationNeeds(settings.calibration, self.profile_manager, self.learner, self.adapters),
-            RecordConsumers(
+            ConsumerParts(
                 self.measured.measurements,
                 self.measured.alarms,
                 self.measured.by_engine,

@@ -25,14 +25,15 @@ class OtherModels:
         self._max_tokens = max_tokens
         self._of: OrderedDict[str, Measurements] = OrderedDict()
 
-    def observe(self, model: str, record: TokenRecord, *, fresh: bool) -> TokenDivergence:
-        """Add a record of a whole output of the model; returns its raw figures. fresh: see `Measurements.observe`."""
+    def observe(self, model: str, record: TokenRecord, figures: TokenDivergence, *, fresh: bool) -> None:
+        """Add a record of a whole output of the model, with its raw figures. fresh: see `Measurements.observe`."""
         found = self._measurements(model)
         if not record.constraint:
-            return found.observe(record, None, None, fresh=fresh)
+            found.observe(record, None, None, figures=figures, fresh=fresh)
+            return
         # Its kind may be one that is not followed; see the bound of `ByKind`.
         gains = RecordGains(record)
-        return found.conditional.observe(record, None, None, held_out=False, gains=gains, fresh=fresh)
+        found.conditional.observe(record, None, None, held_out=False, gains=gains, figures=figures, fresh=fresh)
 
     def observe_noise_floor(self, model: str, side: str, record: TokenRecord) -> None:
         """Add a record of the model with `side`, of `figures.MODELS`, on both sides."""

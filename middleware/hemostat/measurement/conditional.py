@@ -15,7 +15,7 @@ from hemostat.measurement.by_kind import CONDITIONAL_METRICS, ByKind
 from hemostat.measurement.figures import HEADLINE, MAX_TOKENS, StageFigures
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
-from hemostat_calibration.divergence.per_token import TokenDivergence, calibrated, divergence
+from hemostat_calibration.divergence.per_token import TokenDivergence, calibrated
 from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.families import ADAPTER
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -43,13 +43,12 @@ class ConditionalFigures:
         *,
         held_out: bool,
         gains: RecordGains,
+        figures: TokenDivergence,
         fresh: bool,
-    ) -> TokenDivergence:
-        """Add one constrained record; as `Measurements.observe`. Returns the raw figures; of a record of an adapter,
-        those of what was served."""
+    ) -> None:
+        """Add one constrained record; as `Measurements.observe`."""
         if profile is not None and profile.family == ADAPTER:
             profile = None
-        figures = divergence(record, served)
         own = record.adapter is None
         after = figures if profile is None or not own else calibrated(record, profile, served)
         gain = gains.of(profile) if profile is not None and own and held_out else None
@@ -63,7 +62,6 @@ class ConditionalFigures:
             if own:
                 self._raw.add(figures)
             self.by_kind.add(record, figures if own else None, served_figures, profile, gain)
-        return figures
 
     def report(self) -> dict[str, Any]:
         """JSON-ready. `exact_tokens_share`: of the tokens whose divergence is known exactly, None without any."""

@@ -56,6 +56,16 @@ model, and the raw figure has one noisy computation of each model."""
 ARM_DIFFERENCES = ("kl_nats_estimate", "total_variation", "top1_agreement")
 
 
+def raw_figures(record: TokenRecord, served: CalibrationProfile | None) -> TokenDivergence:
+    """The raw figures of a whole output; of a record of an adapter, those of what was served.
+
+    served: what was applied; None where that is not known, or an adapter's map was not applied.
+    """
+    if record.adapter is not None and served is not None and anchors(served) is not None:
+        return calibrated(record, served, served)
+    return divergence(record, served)
+
+
 @dataclass(slots=True)
 class _Top1:
     """Share of the tokens at which both models' most likely id is the same: before a profile, after it, the change."""
@@ -128,25 +138,27 @@ class Measurements:
         *,
         held_out: bool = True,
         gains: RecordGains | None = None,
+        figures: TokenDivergence | None = None,
         fresh: bool = True,
     ) -> TokenDivergence:
         """Add one record; `profile` is the one that the calibrated stage is about, `served` the one that was applied.
 
         held_out: nothing is learned from the prompt. Gains are measured on those only: on requests that a profile
             learned from, it looks better than it is.
-        gains: the record's, where others need them too.
+        gains, figures: the record's (`raw_figures`), where others need them too.
         fresh: the record is an observation of its own: the first of its conversation and kind. Others count in tokens
             and histograms, not in figures with intervals.
-        Returns the raw figures; of a record of an adapter, those of what was served.
+        Returns `raw_figures`.
         """
+        raw = raw_figures(record, served) if figures is None else figures
         if record.adapter is not None:
-            return self._observe_adapted(record, served, fresh=fresh)
+            self._observe_adapted(record, raw, fresh=fresh)
+            return raw
         if profile is not None and profile.family == ADAPTER:
             # What it would have been with the adapter does not follow from the record; see `observe_distances`.
             profile, adapted = None, True
         else:
             adapted = False
-        raw = divergence(record, served)
         after = raw if profile is None else calibrated(record, profile, served)
         gain = None if profile is None or not held_out else (gains or RecordGains(record)).of(profile)
         decoded = strategy(record)
@@ -184,23 +196,13 @@ class Measurements:
             self._keep(profile.version, stage)
         return raw
 
-    def observe_part(self, record: TokenRecord, served: CalibrationProfile | None, *, fresh: bool) -> TokenDivergence:
-        """A record of the last tokens of an output: it counts by place alone, see `by_place`. served, fresh: as in
-        `observe`. Returns the raw figures; of a record of an adapter, those of what was served."""
-        figures = divergence(record, served)
+    def observe_part(self, record: TokenRecord, figures: TokenDivergence, *, fresh: bool) -> None:
+        """A record of the last tokens of an output: it counts by place alone, see `by_place`."""
         if record.adapter is None:
             self.by_place.add(record, figures, fresh=fresh)
-        return figures
 
-    def _observe_adapted(
-        self, record: TokenRecord, served: CalibrationProfile | None, *, fresh: bool
-    ) -> TokenDivergence:
-        """A record of an adapter: what was served, and nothing of the compressed model itself.
-
-        served: the adapter; None where it is not known, or its map was not applied.
-        """
-        has_map = served is not None and anchors(served) is not None
-        figures = calibrated(record, served, served) if served is not None and has_map else divergence(record, served)
+    def _observe_adapted(self, record: TokenRecord, figures: TokenDivergence, *, fresh: bool) -> None:
+        """A record of an adapter: what was served, and nothing of the compressed model itself."""
         arm, decoding = str(record.arm), "greedy" if record.sampling.greedy else "sampled"
         self.tokens += record.tokens
         self._scored[arm, decoding] += record.tokens
@@ -209,7 +211,6 @@ class Measurements:
         if fresh:
             self._served[arm].add(figures)
             self.by_kind.add(record, None, figures, None, None)
-        return figures
 
     def observe_distances(self, record: TokenRecord, profile: CalibrationProfile | None, *, fresh: bool) -> None:
         """A held-out record whose exact distances are there. profile: what serves its kind, or would; only what an

@@ -7,6 +7,8 @@
     scorer                  scores captures on the reference
     conditioning            candidates under the grammar that restricted an output
     record_builder          capture, tap and scores as one validated record
+    scored_record           a record with its figures, and what it may be used for
+    consumers               who uses scored records
     distances               exact distances of adapters under test, which held-out records wait for
     endings                 how sampled requests and captures end, and why
     seen_units              conversations that a kind has seen already

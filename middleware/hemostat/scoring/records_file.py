@@ -15,6 +15,7 @@ import numpy as np
 from hemostat.ipc.messages import Capture
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
+from hemostat.scoring.scored_record import ScoredRecord
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import IDENTITY
@@ -52,6 +53,9 @@ class RecordsFile:
 
     def samples(self) -> Iterator[Sample]:
         yield Sample(names.RECORDS_LOST, (), self.lost)
+
+    def use(self, scored: ScoredRecord) -> None:
+        self.write(scored.capture, scored.record, scored.figures)
 
     def write(self, capture: Capture, record: TokenRecord, figures: TokenDivergence) -> None:
         """Append a record, or count it as lost."""

@@ -1,0 +1,282 @@
+"""Who uses scored records. Each looks at `ScoredRecord.uses` for whether one is for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from hemostat.measurement.alarms import Alarms
+from hemostat.measurement.by_engine import ByEngine
+from hemostat.measurement.by_model import OtherModels
+from hemostat.measurement.measurements import Measurements
+from hemostat.measurement.thinking import ThinkingFigures
+from hemostat.profiles.manager import ProfileManager
+from hemostat.scoring.distances import DistanceWaits
+from hemostat.scoring.noise_floor import NoiseFloorMeter
+from hemostat.scoring.records_file import RecordsFile
+from hemostat.scoring.scored_record import RecordConsumer, ScoredRecord, Use
+from hemostat_calibration.arrays import Ids
+from hemostat_calibration.profiles.profile import IDENTITY
+from hemostat_calibration.records import TokenRecord
+
+if TYPE_CHECKING:
+    from hemostat.tracing import Tracing  # an extra; imported only where it is used
+
+log = logging.getLogger("hemostat.control")
+
+TRACED_FIGURES = ("kl_rc", "kl_cr", "js", "tv", "top1_agreement", "covered_compressed")
+"""Attributes of the shadow span: means over the request's tokens."""
+
+
+class RecordLearner(Protocol):
+    """Of `hemostat.learner.client.Learner`."""
+
+    def offer(self, record: TokenRecord, scope: str) -> None: ...
+
+
+class TextLearner(Protocol):
+    """Of `hemostat.adapters.live.client.AdapterLearner`."""
+
+    def offer(self, unit: bytes, prompt: Ids, output: Ids) -> None: ...
+
+
+class Each:
+    """Hands a record to each of several consumers. One that fails costs the others nothing: RuntimeError at the end."""
+
+    def __init__(self, consumers: Sequence[RecordConsumer]) -> None:
+        self._consumers = consumers
+
+    def use(self, scored: ScoredRecord) -> None:
+        failed = []
+        for consumer in self._consumers:
+            try:
+                consumer.use(scored)
+            except Exception:
+                failed.append(type(consumer).__name__)
+                log.exception("%s could not use the record of %s", failed[-1], scored.capture.request_id)
+        if failed:
+            raise RuntimeError(f"consumers that failed: {', '.join(failed)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Every figure but those from exact distances."""
+
+    measurements: Measurements
+    other_models: OtherModels
+
+    def use(self, scored: ScoredRecord) -> None:
+        one, figures, fresh = scored, scored.figures, scored.fresh
+        if Use.OTHER_FIGURES in one.uses and one.pair is not None:
+            self.other_models.observe(one.pair.name, one.record, figures, fresh=fresh)
+        elif Use.PART_FIGURES in one.uses:
+            self.measurements.observe_part(one.record, figures, fresh=fresh)
+        elif one.uses & (Use.FIGURES | Use.CONDITIONAL_FIGURES):
+            observe = self.measurements.observe if Use.FIGURES in one.uses else self.measurements.conditional.observe
+            shown = (one.record, one.profile, one.applied)
+            observe(*shown, held_out=one.held_out, gains=one.gains, figures=figures, fresh=fresh)
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkingLengths:
+    """Of a model whose markers are known."""
+
+    figures: ThinkingFigures
+
+    def use(self, scored: ScoredRecord) -> None:
+        known = scored.pair is not None and scored.pair.markers is not None
+        if known and scored.uses & (Use.FIGURES | Use.PART_FIGURES):
+            record, reason = scored.record, scored.capture.finish_reason
+            self.figures.add(record.arm, record.thinking, reason, fresh=scored.fresh)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineTotals:
+    """Tokens and divergence by engine."""
+
+    by_engine: ByEngine
+
+    def use(self, scored: ScoredRecord) -> None:
+        if Use.FIGURES in scored.uses:
+            self.by_engine.count(scored.record, scored.figures)
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseFloorOffers:
+    """What both models may score again."""
+
+    meter: NoiseFloorMeter
+
+    def use(self, scored: ScoredRecord) -> None:
+        pair, record = scored.pair, scored.record
+        if Use.NOISE_FLOOR not in scored.uses or not scored.fresh or pair is None:
+            return
+        if record.model in pair.names and pair.scorer:
+            self.meter.offer(scored.prompt, record, pair.scorer)
+
+
+@dataclass(frozen=True, slots=True)
+class Traces:
+    """A span for each record whose client sent a trace context. clock: monotonic seconds."""
+
+    tracing: Tracing
+    clock: Callable[[], float]
+
+    def use(self, scored: ScoredRecord) -> None:
+        record, capture, figures = scored.record, scored.capture, scored.figures
+        if not capture.traceparent:
+            return
+        try:
+            self.tracing.record_score(
+                capture.traceparent,
+                capture.model,
+                seconds=self.clock() - capture.captured_at,
+                results={name: float(np.mean(getattr(figures, name))) for name in TRACED_FIGURES},
+                attributes={
+                    "request.id": capture.request_id,
+                    "arm": str(record.arm),
+                    "tokens": record.tokens,
+                    "reference.model": record.reference_model,
+                    "profile": record.applied or IDENTITY,
+                    "adapter": record.adapter or IDENTITY,
+                    "bound": figures.bound,
+                },
+            )
+        except Exception:
+            log.exception("score of %s could not be traced", capture.request_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """What adapters are learned from."""
+
+    learner: TextLearner
+    profiles: ProfileManager
+
+    def use(self, scored: ScoredRecord) -> None:
+        if Use.FIGURES in scored.uses and self.profiles.serving.uses(scored.record) and not scored.held_out:
+            self.learner.offer(scored.record.unit, scored.prompt, scored.record.output_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class WithDistances:
+    """Hands a record on, at once or when the exact distances are there that judging it takes."""
+
+    waits: DistanceWaits
+    profiles: ProfileManager
+    consumer: RecordConsumer
+
+    def use(self, scored: ScoredRecord) -> None:
+        versions = self.profiles.distance_versions(scored.record) if Use.FIGURES in scored.uses else ()
+        if versions:
+            then = self.consumer.use
+            self.waits.use(scored.record, scored.prompt, versions, lambda back: then(replace(scored, record=back)))
+        else:
+            self.consumer.use(scored)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTests:
+    """The tests of the compressed model: the alarm, and which engine is not like the others."""
+
+    alarms: Alarms
+    by_engine: ByEngine
+
+    def use(self, scored: ScoredRecord) -> None:
+        if Use.FIGURES in scored.uses and scored.fresh:
+            self.alarms.observe(scored.record, scored.figures)
+            self.by_engine.observe(scored.record, scored.figures)
+
+
+@dataclass(frozen=True, slots=True)
+class DistanceFigures:
+    """What an adapter that serves, or would, changes: exact, on held-out records."""
+
+    measurements: Measurements
+    profiles: ProfileManager
+
+    def use(self, scored: ScoredRecord) -> None:
+        if scored.record.distances:
+            would_serve = self.profiles.catalogue.get(self.profiles.serving.would_serve(scored.record))
+            self.measurements.observe_distances(scored.record, would_serve, fresh=scored.fresh)
+
+
+@dataclass(slots=True)
+class Calibration:
+    """Judges profiles, and learns them. errors: records that it could not use: a bug."""
+
+    profiles: ProfileManager
+    learner: RecordLearner
+    errors: int = 0
+
+    def use(self, scored: ScoredRecord) -> None:
+        if Use.PROFILES not in scored.uses:
+            return
+        record, profiles = scored.record, self.profiles
+        try:
+            own = scored.figures.kl_rc if record.adapter is None else None
+            profiles.observe(record, scored.gains, fresh=scored.fresh, divergences=own)
+            if scored.fresh and (scope := profiles.learning_scope(record)) is not None:
+                self.learner.offer(record, scope)
+        except Exception:
+            self.errors += 1
+            log.exception("calibration could not use the record of %s", scored.capture.request_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Tells that the relays' policy may have changed."""
+
+    notify: Callable[[], None]
+
+    def use(self, scored: ScoredRecord) -> None:
+        self.notify()
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerParts:
+    """What consumers hand records to. records: None without `records.path`. tracing: None without an endpoint. texts:
+    None where no adapter is learned.
+    """
+
+    measurements: Measurements
+    alarms: Alarms
+    engines: ByEngine
+    profiles: ProfileManager
+    learner: RecordLearner
+    records: RecordsFile | None
+    tracing: Tracing | None
+    texts: TextLearner | None = None
+
+
+def record_consumers(
+    parts: ConsumerParts,
+    calibration: Calibration,
+    other_models: OtherModels,
+    distances: DistanceWaits,
+    noise_floor: NoiseFloorMeter | None,
+    clock: Callable[[], float],
+    on_change: Callable[[], None],
+) -> list[RecordConsumer]:
+    """All of them, in their order. clock: monotonic seconds. on_change: see `Change`."""
+    measurements, profiles = parts.measurements, parts.profiles
+    with_distances: list[RecordConsumer] = [
+        ModelTests(parts.alarms, parts.engines),
+        DistanceFigures(measurements, profiles),
+        *([] if parts.records is None else [parts.records]),
+        calibration,
+        Change(on_change),
+    ]
+    return [
+        ThinkingLengths(measurements.thinking),
+        Figures(measurements, other_models),
+        EngineTotals(parts.engines),
+        *([] if noise_floor is None else [NoiseFloorOffers(noise_floor)]),
+        *([] if parts.tracing is None else [Traces(parts.tracing, clock)]),
+        *([] if parts.texts is None else [Texts(parts.texts, profiles)]),
+        WithDistances(distances, profiles, Each(with_distances)),
+    ]
