@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, replace
 
 import msgspec
@@ -47,7 +48,7 @@ class ModelIdentity:
         return replace(self, weights="")
 
     def to_json(self) -> str:
-        return msgspec.json.encode(self).decode()
+        return json.dumps(asdict(self), sort_keys=True)
 
 
 DAMAGED = ModelIdentity(vocab_size=-1)
