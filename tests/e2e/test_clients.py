@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import httpx
 import openai
 import pytest
+from tests.support.slow import slow_unless
 from tests.support.stack import Stack, hemostat, sampling_settings
 
 from hemostat.demo import vllm_server as vllm_process
@@ -213,6 +214,15 @@ CASES = {
     for client, cases in (("openai", OPENAI), ("litellm", LITELLM), ("langchain", LANGCHAIN))
     for name, case in cases.items()
 }
+QUICK = {
+    *("openai: chat", "openai: chat, stream with usage", "openai: completions", "openai: tool call, stream"),
+    *("openai: JSON mode, stream", "openai: own logprobs, stream", "openai: completions, own logprobs, stream"),
+    *("openai: stop, stream", "openai: n, stream", "openai: unknown model", "openai: unknown model, stream"),
+    *("openai: bad parameter", "openai: too long, stream"),
+    *("litellm: chat", "litellm: hosted_vllm, stream", "litellm: tool call, stream", "litellm: unknown model"),
+    *("langchain: invoke", "langchain: stream with usage", "langchain: bad parameter, stream"),
+}
+"""Every ending, and every client with a stream, without one and with an error."""
 
 # --- what comes back --------------------------------------------------------------------------------------------------
 
@@ -334,7 +344,7 @@ def before(proxies: Proxies) -> dict[str, Any]:
     return proxies.by_rate[1].wait_settled()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_unless(QUICK, tuple(CASES)))
 def test_the_answer_is_vllms(
     case: str, proxies: Proxies, before: dict[str, Any], vllm_server: Engine, direct: Callable[[str], Any]
 ) -> None:

@@ -18,6 +18,7 @@ import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from tests.support.slow import slow_unless
 from tests.support.stack import (
     ADMIN_TOKEN,
     FakeEngine,
@@ -69,6 +70,7 @@ def stack(vllm_server: Engine, checkpoints: Checkpoints, tmp_path_factory: pytes
 
 
 @pytest.mark.vllm
+@pytest.mark.slow
 def test_the_reference_killed_in_the_middle_of_a_stream(stack: Stack, vllm_server: Engine) -> None:
     long = asks("Tell a long story about the sea.", 120, stream=True)
     short = asks("Hi", 4)
@@ -115,9 +117,17 @@ def test_what_the_reference_was_scoring_when_it_was_killed_is_dropped_by_reason(
     stack.wait_scoring()
 
 
+LEAVES = ("in the stream", "before the first token", "before the whole answer")
+
+
 @pytest.mark.vllm
-@pytest.mark.parametrize("shadow", ["sampled", "not sampled"])
-@pytest.mark.parametrize("leaves", ["in the stream", "before the first token", "before the whole answer"])
+@pytest.mark.parametrize(
+    ("leaves", "shadow"),
+    slow_unless(
+        {(leaves, "sampled") for leaves in LEAVES} | {("in the stream", "not sampled")},
+        [(leaves, shadow) for leaves in LEAVES for shadow in ("sampled", "not sampled")],
+    ),
+)
 def test_a_client_that_leaves_ends_its_request_in_vllm(
     stack: Stack, vllm_server: Engine, shadow: str, leaves: str
 ) -> None:

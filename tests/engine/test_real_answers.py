@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tests.support.merged_stream import merged
 from tests.support.running_vllm import answers_of
+from tests.support.slow import slow_unless
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -41,7 +42,7 @@ def xargs(nonce: str, top: int = 5) -> dict[str, Any]:
     return {"vllm_xargs": {"hemostat_tap": nonce, "hemostat_tap_top": str(top)}}
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", slow_unless({True}, (False, True)))
 @pytest.mark.parametrize("route", BODIES)
 def test_the_response_is_the_same_and_the_answer_whole(vllm_server: Any, route: str, stream: bool) -> None:
     body = BODIES[route] | {"stream": stream}

@@ -148,7 +148,7 @@ def test_profile_that_arrives_later_does_not_change_a_running_request(
 ) -> None:
     late = force(19.5)
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(client.tokens, {"hemostat": late.version}, max_tokens=400, ignore_eos=True)
+        running = pool.submit(client.tokens, {"hemostat": late.version}, max_tokens=240, ignore_eos=True)
         time.sleep(0.5)
         load_profile(vllm_server, client, late)
         assert not running.done(), "the request ended before the profile arrived: the test shows nothing"

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 from tests.support.running_vllm import RunningVllm, answers_of
+from tests.support.slow import slow_unless
 from tests.support.wire import Wire, policy, rows
 
 from hemostat.demo.checkpoints import Checkpoints
@@ -76,6 +77,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "a stop id": chat("Is 7 prime?", structured_outputs={"regex": "[a-z ]{4,}"}, stop_token_ids=[28]),
 }
 
+LIKE_OTHERS = {
+    "json_object",
+    "a recursive schema",
+    "a required tool",
+    "a strict tool that may be called",
+    "a stop id",
+}
+"""What is restricted as another case is, but for the text."""
 LARGE_SETS = {"a structural tag", "a strict tool that may be called", "a stop id"}
 """More ids are allowed at each position than vLLM lists: only that none of the listed ones contradicts the sets is
 compared."""
@@ -118,8 +127,13 @@ def handed_out(server: RunningVllm, capture: Capture, vocab_size: int) -> Allowe
     return allowed_sets(tap.runs, slice(0, tokens), vocab_size)
 
 
-@pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "stream"),
+    slow_unless(
+        {(case, True) for case in CASES if case not in LIKE_OTHERS},
+        [(case, stream) for case in CASES for stream in (False, True)],
+    ),
+)
 def test_the_sets_are_those_that_vllm_masked_by(
     wire: Wire, vllm_server: RunningVllm, vocab_size: int, case: str, stream: bool
 ) -> None:
@@ -184,11 +198,7 @@ IN_CI = {("a response's schema", True), ("a message's forced tool", True)}
 
 @pytest.mark.parametrize(
     ("case", "stream"),
-    [
-        pytest.param(case, stream, marks=[] if (case, stream) in IN_CI else pytest.mark.slow)
-        for case in OTHER_FORMS
-        for stream in (True, False)
-    ],
+    slow_unless(IN_CI, [(case, stream) for case in OTHER_FORMS for stream in (True, False)]),
 )
 def test_and_those_of_the_other_forms(
     wire: Wire, vllm_server: RunningVllm, vocab_size: int, case: str, stream: bool

@@ -18,6 +18,7 @@ from tests.support.adapter_profiles import smollm_adapter
 from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.running_vllm import RunningVllm
+from tests.support.slow import slow_unless
 from tests.support.wire import VERSION, Wire, policy
 
 from hemostat.ipc.messages import REST_KIND, Policy
@@ -102,7 +103,7 @@ def events_added_up(body: bytes) -> Any:
 
 
 @pytest.mark.parametrize(("named", "rate"), [(True, 0.0), (False, 1.0)])
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", slow_unless({"whole", "stream with usage"}, tuple(OPTIONS)))
 @pytest.mark.parametrize("case", CASES)
 def test_a_treated_answer_is_byte_for_byte_the_base_model_s(
     wire: Wire, lora_server: RunningVllm, version: str, case: str, option: str, named: bool, rate: float

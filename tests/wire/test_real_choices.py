@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 from tests.support.running_vllm import RunningVllm, answers_of
+from tests.support.slow import slow_unless
 from tests.support.wire import Answer, Wire, assert_same_tokens, normal, policy, rows, user
 
 from hemostat.openai.routes import CHAT, COMPLETIONS
@@ -124,9 +125,11 @@ STREAMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     ("case", "option"),
-    [pytest.param(case, "whole", marks=pytest.mark.slow) for case in CHOICES]
-    + [(case, "stream") for case in CHOICES]
-    + [(case, "stream with usage") for case in ("chat", "completions", "prompts and choices")],
+    slow_unless(
+        {(case, "stream") for case in CHOICES} | {("prompts and choices", "stream with usage")},
+        [(case, option) for case in CHOICES for option in ("whole", "stream")]
+        + [(case, "stream with usage") for case in ("chat", "completions", "prompts and choices")],
+    ),
 )
 def test_every_choice_is_captured(wire: Wire, vllm_server: Server, case: str, option: str) -> None:
     path, body, choices = CHOICES[case]
@@ -182,10 +185,20 @@ WISHES: dict[str, tuple[str, dict[str, Any]]] = {
     "completions, ids without logprobs": (COMPLETIONS, {"return_token_ids": True}),
     "completions, sampled": (COMPLETIONS, {"logprobs": 0, "temperature": 1.5, "seed": 5} | AS_IDS),
 }
+LIKE_OTHERS = {
+    *("chat, one", "chat, one, of code", "chat, ids without logprobs", "chat, the form alone"),
+    *("chat with tools, ids", "chat, sampled", "completions, ids without logprobs"),
+}
+"""What differs from another case in one member, whose effect a third one shows."""
 
 
-@pytest.mark.parametrize("option", [pytest.param("whole", marks=pytest.mark.slow), "stream"])
-@pytest.mark.parametrize("case", WISHES)
+@pytest.mark.parametrize(
+    ("case", "option"),
+    slow_unless(
+        {(case, "stream") for case in WISHES if case not in LIKE_OTHERS},
+        [(case, option) for case in WISHES for option in ("whole", "stream")],
+    ),
+)
 def test_the_clients_own_logprobs_come_back_as_asked(wire: Wire, vllm_server: Server, case: str, option: str) -> None:
     path, wish = WISHES[case]
     common = {"model": vllm_server.model, "temperature": 0, "max_tokens": 24}
@@ -261,8 +274,13 @@ ALTERNATIVES: dict[str, tuple[str, dict[str, Any]]] = {
 """Of the client's own. Which of equally likely tokens vLLM names depends on how many it is asked for."""
 
 
-@pytest.mark.parametrize("option", ["whole", "stream"])
-@pytest.mark.parametrize("case", ALTERNATIVES)
+@pytest.mark.parametrize(
+    ("case", "option"),
+    slow_unless(
+        {("chat, sampled, ids", "stream"), ("completions", "whole"), ("completions, sampled, ids", "stream")},
+        [(case, option) for case in ALTERNATIVES for option in ("whole", "stream")],
+    ),
+)
 def test_alternatives_of_the_clients_own_are_as_vllm_names_them(
     wire: Wire, vllm_server: RunningVllm, case: str, option: str
 ) -> None:
@@ -316,12 +334,16 @@ EITHER_WAY: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize(
     ("case", "option"),
     # vLLM refuses logprobs of the prompt in a stream.
-    [
-        (case, option)
-        for case in EITHER_WAY
-        for option in ("whole", "stream")
-        if (case, option) != (OF_PROMPT, "stream")
-    ],
+    slow_unless(
+        {(case, "stream") for case in EITHER_WAY if case != OF_PROMPT}
+        | {("two choices", "whole"), (OF_PROMPT, "whole")},
+        [
+            (case, option)
+            for case in EITHER_WAY
+            for option in ("whole", "stream")
+            if (case, option) != (OF_PROMPT, "stream")
+        ],
+    ),
 )
 def test_both_ways_tell_the_same_tokens(wire: Wire, vllm_server: RunningVllm, case: str, option: str) -> None:
     path, body = EITHER_WAY[case]
