@@ -46,7 +46,7 @@ def lora_server(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFacto
 
 
 def pytest_configure() -> None:
-    """Each of `-n 2` processes has its servers compute on a processor of its own, where vLLM would take the first."""
+    """The servers of each process of `-n` compute on one processor, the next one, where vLLM would take the first."""
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is not None:
         processor = int(worker.removeprefix("gw")) % (os.cpu_count() or 1)
@@ -58,7 +58,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 
 class _Together(LoadScopeScheduling):
-    """With `-n 2`, all tests of a file run in one process, and so do all files that share the server."""
+    """With `-n`, all tests of a file run in one process, and so do all files that share the server."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]

@@ -4,8 +4,6 @@ reference and an engine that compute tiny checkpoints."""
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -215,14 +213,9 @@ async def test_an_adapter_is_collected_for_built_tested_promoted_and_asked_for(
         one, adapters, profiles = w.one, w.one.adapters, w.one.profile_manager
         assert status_json(one)["adapter"]["state"] == "collecting"
         await w.until(lambda: adapters.learner.tokens >= 600, 200)
-        # The process that makes it is killed once, in the middle.
-        await until(lambda: adapters.learner.builder_pid is not None and "/" in adapters.learner.detail, LONG)
-        assert adapters.learner.builder_pid is not None
-        os.kill(adapters.learner.builder_pid, signal.SIGKILL)
         await until(lambda: bool(profiles.lifecycle.adapter_versions()), LONG)
         (version,) = profiles.lifecycle.adapter_versions()
         await until(lambda: adapters.judge.state == "ready" and version in adapters.hosts.ready, LONG)
-        assert adapters.learner.restarts == 1
         built = status_json(one)["adapter"]["last_build"]
         assert built["outcome"] == "proposed"
         assert built["version"] == version

@@ -237,6 +237,7 @@ async def test_a_contextual_profile_is_learned_evaluated_judged_and_serves(
         assert values(b.one.learner.samples())["hemostat_learned_tokens_total", "hidden"] == status["tokens"]
 
 
+@pytest.mark.slow
 async def test_when_the_error_changes_the_profile_is_rolled_back_and_a_new_one_is_learned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from hemostat.reference.protocol import Offer, ReferenceFailure, ScoreRequest
 from hemostat.reference.server import Refused, VllmServer
 from hemostat.reference.transformers import TransformersReference
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]  # a server of its own
 
 MAX_LENGTH = 1024
 CHUNK = 256
