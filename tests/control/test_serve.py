@@ -19,6 +19,7 @@ import pytest
 import yaml
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.served import AUTHORIZED, CHAT, RELAY, Served, hemostat
+from tests.support.waiting import HANG_SECONDS, until
 
 from hemostat.demo.vllm_server import free_port
 
@@ -85,29 +86,29 @@ async def engine(served: Served) -> AsyncIterator[None]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def scored_again(served: Served) -> None:
-    """Assert that a request that is sent now is scored."""
+async def scored_again(served: Served) -> int:
+    """Assert that a request that is sent now is scored; how many were sent for it."""
     before = await served.until(lambda s: s["reference"]["state"] == "ready" and s["relays"] == 2)
     # A relay hears of it a moment later than the status says it.
-    for n in range(50):
-        assert (await served.ask(f"once more, {time.monotonic()} {n}")).status_code == 200
+    end, asked = time.monotonic() + HANG_SECONDS, 0
+    while time.monotonic() < end:
+        asked += 1
+        assert (await served.ask(f"once more, {time.monotonic()} {asked}")).status_code == 200
         await asyncio.sleep(0.1)
         if (await served.status())["requests"]["scored"] > before["requests"]["scored"]:
-            return
+            return asked
     pytest.fail(served.log.read_text())
 
 
 async def test_requests_are_answered_scored_and_counted_over_all_workers(served: Served) -> None:
     await served.until(lambda s: s["reference"]["state"] == "ready" and s["relays"] == 2)
-    await scored_again(served)
-    await asyncio.sleep(1.5)  # relays report once a second
-    before = await served.metric("hemostat_requests_total", outcome="ok", route=CHAT)
+    before = await scored_again(served)
     answers = await asyncio.gather(*(served.ask(f"question {n}", stream=n % 2 == 0) for n in range(24)))
     assert {answer.status_code for answer in answers} == {200}
     status = await served.until(lambda s: s["requests"]["scored"] >= 24 and s["requests"]["pending"] == 0)
     assert status["requests"]["dropped"] == {}
     assert status["raw"]["kl_nats"]["estimate"] > 0
-    end = time.monotonic() + 60
+    end = time.monotonic() + HANG_SECONDS
     while await served.metric("hemostat_requests_total", outcome="ok", route=CHAT) != before + 24:
         assert time.monotonic() < end
         await asyncio.sleep(0.1)
@@ -122,8 +123,9 @@ async def test_relays_continue_while_control_is_down_and_scoring_resumes(served:
         await served.until(lambda s: s["engines"]["live"] == 1)
         (pid,) = served.pids("hemostat.control.process")
         served.upstream.token_delay = 0.1
+        before = len(served.upstream.requests)
         streaming = asyncio.create_task(served.ask("say: a long stream is going on here", stream=True, max_tokens=40))
-        await asyncio.sleep(0.3)
+        await until(lambda: any(request.get("stream") for request in served.upstream.requests[before:]))
         os.kill(pid, signal.SIGKILL)
         for _ in range(5):
             assert (await served.ask("meanwhile", max_tokens=1)).status_code == 200

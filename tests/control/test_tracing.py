@@ -22,6 +22,7 @@ from tests.support.control import control, scored, settings
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.relay import Request, answering, chat_json, relaying
 from tests.support.served import hemostat
+from tests.support.waiting import HANG_SECONDS
 
 from hemostat.config.errors import ConfigError
 from hemostat.config.loading import load
@@ -192,7 +193,8 @@ async def test_served_each_request_has_its_span_its_score_and_its_line(receiver:
         ) as one,
     ):  # fmt: skip
         await one.until(lambda status: status["reference"]["state"] == "ready" and status["relays"] == 2)
-        for _ in range(50):  # a relay hears of the reference a moment later than the status says it
+        end = time.monotonic() + HANG_SECONDS
+        while time.monotonic() < end:  # a relay hears of the reference a moment later than the status says it
             answer = await one.ask(f"say: {SECRET}", max_tokens=40)
             assert SECRET in answer.json()["choices"][0]["message"]["content"]
             await asyncio.sleep(0.1)
