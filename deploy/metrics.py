@@ -21,9 +21,10 @@ from hemostat.measurement.coverage import UNREAD_KIND
 from hemostat.measurement.figures import MODELS
 from hemostat.measurement.measurements import DECODING_KINDS, DIRECTIONS, STAGES
 from hemostat.measurement.thinking import CUT, ENDED, NONE, STOPPED
-from hemostat.metrics import names
+from hemostat.metrics import names, reasons
 from hemostat.metrics.catalogue import GROUPS, METRICS
 from hemostat.metrics.metric import Metric
+from hemostat.metrics.reasons import UNJUDGED, Unscored
 from hemostat.openai import routes
 from hemostat.profiles.decisions import Decision, Reason
 from hemostat.relay import outcomes
@@ -46,81 +47,8 @@ ARMS: Values = {
     "technical reason",
 }
 SHADOW_REASONS: dict[str, Values] = {
-    "skipped": {
-        "opted_out": "the client sent `X-Hemostat-Shadow: off`",
-        "on_not_allowed": "the client sent `on`, and `shadow.allow_on` is not set",
-        "route": "neither of `/v1/chat/completions`, `/v1/completions`, `/v1/responses` and `/v1/messages`",
-        "encoded": "the request's or the answer's body is compressed",
-        "body_too_large": "longer than 512 KiB, up to which a request is parsed, or the relay's memory for requests is "
-        "nearly exhausted; it was forwarded unparsed",
-        "too_complex": "has so many values that to parse it would delay other clients; it was forwarded unparsed",
-        "bad_json": "the request is not a JSON object",
-        "invalid": "a parameter is invalid; vLLM reports it to the client",
-        "lora": "the model is an adapter that the reference does not serve under the same name",
-        "no_reference": "no reference was matched with the model: see `reference.models`",
-        "n": "more than 16 choices; or several with tools, in a stream without usage, where nothing shows lost ids; or "
-        "several in an arm, where the engine's plugin does not tell by choice which profile it applied",
-        "beam_search": "beam search",
-        "grammar": "a grammar restricts the tokens (structured output, a forced or strict tool), and the engines' "
-        "plugin does not say which ids it allows (there is none, vLLM masks in a way that is not known, or decodes "
-        "speculatively), or no reference knows its whole vocabulary; or the request has `guided_…` parameters, which "
-        "vLLM 0.32 ignores and older ones enforce",
-        "echo": "the prompt would be in the answer",
-        "client_logprobs": "the client asks for alternatives of its own, or for a completion's logprobs as texts: "
-        "these cannot be restored byte for byte from what Hemostat asks for",
-        "hidden_reasoning": "vLLM hides the reasoning's token ids",
-        "multimodal": "images, audio or embeddings in the prompt",
-        "no_token_ids": "a response of `/v1/responses` or `/v1/messages` does not tell the ids of tokens, and the "
-        "engine's plugin does not hand them out",
-        "background": "the answer of `/v1/responses` is computed in the background and fetched later",
-        "server_state": "the conversation's beginning is in vLLM's memory (`previous_response_id`)",
-        "no_answer": "the engine's plugin did not hand out the answer in time; see `hemostat_engine_answers_total`",
-        "answer_mismatch": "what the engine's plugin handed out is not the whole answer: other choices, or another "
-        "number of tokens than vLLM counted; so are all requests for which the server calls its own tools",
-        "too_long": "longer than `shadow.max_tokens`",
-        "logprobs_refused": "vLLM refused the additional parameters, or could not answer with them; raise its "
-        "`--max-logprobs` to `shadow.top_k`. After three in a row, or three answers in a row that began and ended "
-        "in an error, sampling pauses for 30 s or longer; requests that are drawn meanwhile are counted here, too",
-        "adapter_refused": "vLLM does not have the adapter that was asked for, or cannot load it",
-        "upstream_error": "the answer is an error of the server, or ends in an error",
-        "request_refused": "vLLM refuses the client's own request (status 4xx, except 408, 425, 429)",
-        "incomplete": "the answer broke off, or the client disconnected",
-        "empty": "no token in the answer",
-        "no_logprobs": "the answer lacks the requested logprobs, or has NaN among them, which vLLM writes as null in a "
-        "stream",
-        "token_count_mismatch": "the number of ids differs from vLLM's token count",
-        "tool_tokens_lost": "the tool parser leaves out ids of streamed calls (vllm-project/vllm#27482; 0.32: none)",
-        "response_too_large": "more bytes than may be buffered to remove the logprobs",
-        "unreadable": "the answer does not have vLLM's format",
-        "unknown_model": "the answer names a model that the server does not list",
-        "mixed_profile": "the profile changed in the middle of the answer",
-        "applied_unknown": "the engine has not reported which profile it applied",
-        "reference_too_long": "longer than the reference's context",
-        "outside_suffix": "tokens of a scored request that are before its last `shadow.max_scored_tokens`",
-        "reference_no_adapter": "the reference no longer serves the adapter",
-        "grammar_not_reported": "the engine's plugin did not say at every position which ids the grammar allows: it "
-        "had no room (`sets_unknown` in `hemostat_engine_events_total`), the engine that answered has none, or its "
-        "report was lost",
-        "grammar_too_large": "the sets of ids that the grammar allows take more than 32 MiB",
-        "grammar_mismatch": "the response lists another set of ids than the one that vLLM masked by: another "
-        "vocabulary than the reference's, or ids that something else excluded",
-        "grammar_unknown": "vLLM masked ids, though nothing in the request restricts its tokens: it runs with "
-        "`--tool-strict-level`, or a tool parser that restricts every call",
-        "grammar_needs_full_vocabulary": "the reference gives only its top ids, which say nothing of its distribution "
-        "over the ids that the grammar allows",
-        "invalid_…": "the record failed validation (`ids`, `mass`, …): a bug here or in vLLM, see the log",
-    },
-    "dropped": {
-        "queue_full": "more came at once than the queue holds; relays then sample less, unless clients force it",
-        "link_full": "the control process accepts captures too slowly, or does not run",
-        "hook_error": "a bug in the interceptor, see the log; the client was served",
-        "reference_not_ready": "the reference was not ready when the capture arrived or was to be scored",
-        "breaker_open": "the reference failed five times in a row; the circuit breaker is open for ten seconds",
-        "internal_error": "a bug, see the log",
-        "reference_…": "the reference failed: `down`, `timeout`, `busy`, `refused`, `out_of_memory`, `too_large` (an "
-        "answer longer than any to the request, not read to its end), `head` (the output embedding is not that of the "
-        "server's model), `revision` (the server runs another model than the one that was checked), …, see the log",
-    },
+    outcome: {reason.value: reason.meaning for reason in Unscored if reason.outcome is outcome}
+    for outcome in (reasons.Outcome.SKIPPED, reasons.Outcome.DROPPED)
 }
 ENGINE_EVENTS: Values = {
     "requests_bound": "requests for which the engine held the requested profile",
@@ -163,10 +91,11 @@ CALIBRATION_REASONS: Values = {
     "refused": "vLLM refused the request as Hemostat had changed it, and it was sent again unchanged",
     "own_adapter": "the profile is an adapter and the client asked for another model, such as an adapter of its own",
     "not_applied": "the profile is an adapter, and the answer says that another model answered",
-    "on_not_allowed, encoded, body_too_large, too_complex, bad_json, invalid, lora, no_reference, n, beam_search, "
-    "grammar, echo, client_logprobs, hidden_reasoning, "
-    "multimodal, no_token_ids, background, server_state, "
-    "too_long": "as for `hemostat_shadow_requests_total`: it cannot be scored, and only what can be judged is treated",
+    **{
+        ", ".join(
+            UNJUDGED[1:]
+        ): "as for `hemostat_shadow_requests_total`: it cannot be scored, and only what can be judged is treated"
+    },
 }
 HEADLINES: Values = {
     "kl_nats": "KL(reference‖compressed)",

@@ -24,13 +24,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from playwright.sync_api import Browser, expect, sync_playwright
 from tests.support.admin_server import Served, everything, served
-from tests.support.control import AUTHORIZED, TOKEN
+from tests.support.control import AUTHORIZED, TOKEN, scored
 from tests.support.served_models import pair, served_models
 
 from hemostat.admin import hardening
 from hemostat.admin.hardening import HEADERS, is_allowed_host
 from hemostat.engines import api as engine_api
-from hemostat.ipc.reasons import Outcome
+from hemostat.metrics.reasons import Unscored
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium (CI does)")
@@ -386,7 +386,7 @@ def test_nothing_that_is_shown_becomes_markup(tmp_path: Path, browser: Browser) 
         def poison(control: Any) -> None:
             control.monitor.detail = script
             control.monitor.served = served_models(pair(script))
-            control.pipeline.endings.count(Outcome.DROPPED, script)
+            control.pipeline.endings.unscored(Unscored.REFERENCE_FAILED, scored()[1], script)
             control.profile_manager.events.restore(
                 [{"at": time.time(), "decision": script, "version": script, "why": script, "evidence": {}}]
             )

@@ -14,7 +14,6 @@ from tests.support.waiting import until
 
 from hemostat.engines.messages import EngineReport
 from hemostat.ipc.messages import SampledCount, SampledCounts, encode
-from hemostat.ipc.reasons import Outcome
 from hemostat.metrics import names
 from hemostat_calibration.reasoning import Markers, Thinking
 
@@ -28,7 +27,7 @@ async def test_what_relays_and_the_scorer_count_is_one_figure(tmp_path: Path) ->
         await until(lambda: one.pipeline.coverage.report()["requests"] == 1.0)
         record, capture = scored(tokens=60, kind="chat text greedy")
         one.pipeline.use_record(record, capture)
-        one.pipeline.endings.count(Outcome.SCORED, capture=capture)
+        one.pipeline.endings.scored(capture)
         found = status_json(one)["coverage"]
         assert found["scored_share"] == {"tokens": 0.6, "requests": 0.5}
         samples = values(one.pipeline.samples())

@@ -14,7 +14,7 @@ from tests.support.captures import INFO, capture
 from tests.support.engine_admin import TOKEN, EngineAdmin
 
 from hemostat.engines.messages import MAX_CHILDREN, AnswerMessage
-from hemostat.ipc.reasons import ScoringSkipReason
+from hemostat.metrics.reasons import Unscored
 from hemostat.scoring.conditioning import ConditioningFailure, condition
 from hemostat.scoring.record_builder import decode_capture
 from hemostat.scoring.tapped_answers import captures_from_tap
@@ -210,7 +210,7 @@ async def test_a_masked_answer_whose_grammar_is_not_known_is_not_pooled_with_the
     (tapped,) = captures_from_tap(capture(from_tap=True, nonce="nonce"), given, 100)
     with pytest.raises(ConditioningFailure) as failure:
         condition(tapped, decode_capture(tapped), INFO, None)
-    assert failure.value.reason is ScoringSkipReason.GRAMMAR_UNKNOWN
+    assert failure.value.reason is Unscored.GRAMMAR_UNKNOWN
 
 
 def test_more_than_the_server_allows_is_never_asked_for() -> None:

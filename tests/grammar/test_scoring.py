@@ -21,9 +21,9 @@ from tests.support.served_models import pair, served_models
 from hemostat.engines.messages import FREE, UNKNOWN, TapMessage, TapRun
 from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.messages import Capture
-from hemostat.ipc.reasons import Outcome
 from hemostat.measurement.measurements import Measurements
 from hemostat.metrics import names
+from hemostat.metrics.reasons import Outcome
 from hemostat.reference.protocol import FailureReason, ReferenceFailure, ReferenceInfo, ReferenceScores, ScoreRequest
 from hemostat.scoring.answer_losses import AnswerLosses
 from hemostat.scoring.conditioning import ConditioningFailure, allowed_sets

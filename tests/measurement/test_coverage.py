@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from tests.support.captures import capture
 
 from hemostat.ipc.messages import REST_KIND, SampledCount
-from hemostat.ipc.sampled import OUTSIDE_SUFFIX, SampledTally
+from hemostat.ipc.sampled import SampledTally
 from hemostat.measurement.coverage import DROPPED, MAX_KINDS, SCORED, SKIPPED, UNREAD_KIND, Coverage
 from hemostat.metrics import names
+from hemostat.metrics.reasons import Unscored
 
 
 def test_the_share_is_of_known_tokens_and_unknown_ones_are_stated() -> None:
@@ -54,7 +55,7 @@ def test_positions_outside_the_scored_suffix_are_not_covered() -> None:
     assert found["not_scored"] == [
         {
             "outcome": SKIPPED,
-            "reason": OUTSIDE_SUFFIX,
+            "reason": Unscored.OUTSIDE_SUFFIX,
             "requests": 0.0,
             "requests_of_unknown_tokens": 0.0,
             "tokens": 60,

@@ -15,7 +15,7 @@ from tests.support.waiting import until
 from hemostat.control.composition import Control
 from hemostat.engines.messages import EngineReport
 from hemostat.ipc.messages import OVERHEAD_BUCKETS
-from hemostat.ipc.reasons import Outcome, ScoringDropReason
+from hemostat.metrics.reasons import Unscored
 from hemostat.profiles.decisions import DECISIONS
 
 CONTRACT = {
@@ -106,7 +106,7 @@ async def test_relays_and_control_count_into_the_same_family_and_restarts_take_n
             await connect_relay(one, tmp_path, 1, relay_stats(3)),
             await connect_relay(one, tmp_path, 2, relay_stats(4)),
         )
-        one.pipeline.endings.count(Outcome.DROPPED, ScoringDropReason.QUEUE_FULL)
+        one.pipeline.endings.unscored(Unscored.QUEUE_FULL, scored()[1])
         before = samples(scrape(one))
         ok = ("hemostat_requests_total", (("outcome", "ok"), ("route", "/v1/completions")))
         assert before[ok] == 7
@@ -182,7 +182,7 @@ async def test_scrapes_between_any_two_changes(tmp_path: Path) -> None:
         async def change() -> None:
             for n in range(40):
                 one.pipeline.use_record(*scored(str(n), prompt=n, arm=("none", "treated", "control")[n % 3]))
-                one.pipeline.endings.count(Outcome.SKIPPED, f"reason{n % 5}")
+                one.pipeline.endings.unscored(Unscored.INVALID_RECORD, scored()[1], f"reason{n % 5}")
                 await asyncio.sleep(0)
 
         async def look() -> None:

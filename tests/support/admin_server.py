@@ -29,7 +29,6 @@ from hemostat.admin.hardening import server_settings
 from hemostat.control.composition import Control
 from hemostat.ipc import control_end
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, OutcomeReport, SampledCount, Stats
-from hemostat.ipc.reasons import Outcome
 from hemostat.reference.monitor import ReferenceState
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.divergence.record_gains import RecordGains
@@ -221,7 +220,7 @@ async def everything(one: Control, folder: Path) -> asyncio.StreamWriter:
         made = replace(with_kind(record(n, held), n), context_tokens=300 * (1 + n % 4), thinking=thinking(n))
         one.pipeline.use_record(made, scored(str(n))[1])
         one.pipeline.received += 1
-        one.pipeline.endings.count(Outcome.SCORED, capture=scored(str(n))[1])
+        one.pipeline.endings.scored(scored(str(n))[1])
         arm = ("control", "treated", "none")[n % 3]
         one.measured.measurements.thinking.add(arm, made.thinking, "stop" if n % 10 else "length", fresh=True)
         if n % 4 == 0:

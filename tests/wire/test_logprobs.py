@@ -12,6 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from hemostat.metrics.reasons import Unscored
 from hemostat.openai import stripping
 from hemostat.openai import tokens as openai_tokens
 from hemostat.openai.form import Form
@@ -21,7 +22,7 @@ from hemostat.openai.logprobs.cutting import cut_logprobs
 from hemostat.openai.logprobs.rows import Rows, parse_rows, read_rows, usual_rows
 from hemostat.openai.logprobs.scrubbing import Scrubber, scrub
 from hemostat.openai.reading import read_request
-from hemostat.openai.tokens import ResponseFailure, ResponseTokens
+from hemostat.openai.tokens import ResponseTokens
 
 TOP_K = 4
 VALUES = st.one_of(
@@ -291,7 +292,7 @@ def test_ids_out_of_range_do_not_let_logprobs_through(ids: bytes) -> None:
     assert out.count(b"data: ") == 1
     assert b"token_id:" not in out
     assert stripper.feed(usual) == expected
-    assert tokens.failure in {ResponseFailure.NO_LOGPROBS, ResponseFailure.UNREADABLE}
+    assert tokens.failure in {Unscored.NO_LOGPROBS, Unscored.UNREADABLE}
 
 
 # --- what cannot be parsed -------------------------------------------------------------------------------------------

@@ -19,12 +19,11 @@ from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import FakeVllm, render, serving
 from tests.support.wire import VERSION, ThroughWire, Wire, httpx2_transport, policy, rows
 
-from hemostat.ipc.reasons import ScoringSkipReason
+from hemostat.metrics.reasons import Unscored
 from hemostat.openai import json_splice
 from hemostat.openai.form import Form
 from hemostat.openai.kinds import kind_name
 from hemostat.openai.reading import read_request
-from hemostat.openai.requests import Unscorable
 from hemostat.openai.routes import CHAT, MESSAGES, RESPONSES
 from hemostat.scoring.tapped_answers import UnusableAnswer, captures_from_tap
 
@@ -129,27 +128,27 @@ def test_without_the_plugin_nothing_is_changed_and_the_skip_is_counted(wire: Wir
 
 IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "data:,"}]}
 ANTHROPIC_IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
-REASONS: dict[str, tuple[str, Unscorable, dict[str, Any]]] = {
-    "in the background": (RESPONSES, Unscorable.BACKGROUND, {"background": True}),
-    "an earlier response": (RESPONSES, Unscorable.SERVER_STATE, {"previous_response_id": "resp_1"}),
-    "earlier messages": (RESPONSES, Unscorable.SERVER_STATE, {"previous_input_messages": [{}]}),
-    "an image": (RESPONSES, Unscorable.MULTIMODAL, {"input": [IMAGE]}),
+REASONS: dict[str, tuple[str, Unscored, dict[str, Any]]] = {
+    "in the background": (RESPONSES, Unscored.BACKGROUND, {"background": True}),
+    "an earlier response": (RESPONSES, Unscored.SERVER_STATE, {"previous_response_id": "resp_1"}),
+    "earlier messages": (RESPONSES, Unscored.SERVER_STATE, {"previous_input_messages": [{}]}),
+    "an image": (RESPONSES, Unscored.MULTIMODAL, {"input": [IMAGE]}),
     "an image from a tool": (
         RESPONSES,
-        Unscorable.MULTIMODAL,
+        Unscored.MULTIMODAL,
         {"input": [{"type": "function_call_output", "call_id": "c", "output": [{"type": "input_image"}]}]},
     ),
-    "no input": (RESPONSES, Unscorable.INVALID, {"input": None}),
-    "input of another type": (RESPONSES, Unscorable.INVALID, {"input": {"role": "user"}}),
-    "stream of another type": (RESPONSES, Unscorable.INVALID, {"stream": "yes"}),
+    "no input": (RESPONSES, Unscored.INVALID, {"input": None}),
+    "input of another type": (RESPONSES, Unscored.INVALID, {"input": {"role": "user"}}),
+    "stream of another type": (RESPONSES, Unscored.INVALID, {"stream": "yes"}),
     "Anthropic's image": (
         MESSAGES,
-        Unscorable.MULTIMODAL,
+        Unscored.MULTIMODAL,
         {"messages": [{"role": "user", "content": [ANTHROPIC_IMAGE]}]},
     ),
     "an image in a tool's result": (
         MESSAGES,
-        Unscorable.MULTIMODAL,
+        Unscored.MULTIMODAL,
         {
             "messages": [
                 {
@@ -159,7 +158,7 @@ REASONS: dict[str, tuple[str, Unscorable, dict[str, Any]]] = {
             ]
         },
     ),
-    "no messages": (MESSAGES, Unscorable.INVALID, {"messages": []}),
+    "no messages": (MESSAGES, Unscored.INVALID, {"messages": []}),
 }
 
 
@@ -399,17 +398,17 @@ def test_answers_that_are_not_the_whole_request_are_refused(wire: Wire, fake: Fa
     wire.send(MESSAGES, ask(MESSAGES))
     (capture,), (answer,) = wire.captures, fake.handed_out
 
-    def reason(answers: list[Any], **more: Any) -> ScoringSkipReason:
+    def reason(answers: list[Any], **more: Any) -> Unscored:
         with pytest.raises(UnusableAnswer) as refused:
             captures_from_tap(msgspec.structs.replace(capture, **more), answers, 40)
         return refused.value.reason
 
-    assert reason([]) is ScoringSkipReason.NO_ANSWER
-    assert reason([answer, answer]) is ScoringSkipReason.ANSWER_MISMATCH
-    assert reason([answer], choices=2) is ScoringSkipReason.ANSWER_MISMATCH
-    assert reason([answer], generated=11) is ScoringSkipReason.ANSWER_MISMATCH
-    assert reason([msgspec.structs.replace(answer, prompt_ids=b"")]) is ScoringSkipReason.EMPTY_ANSWER
-    assert reason([msgspec.structs.replace(answer, prompt_ids=bytes(4 * 29))]) is ScoringSkipReason.ANSWER_TOO_LONG
+    assert reason([]) is Unscored.NO_ANSWER
+    assert reason([answer, answer]) is Unscored.ANSWER_MISMATCH
+    assert reason([answer], choices=2) is Unscored.ANSWER_MISMATCH
+    assert reason([answer], generated=11) is Unscored.ANSWER_MISMATCH
+    assert reason([msgspec.structs.replace(answer, prompt_ids=b"")]) is Unscored.EMPTY
+    assert reason([msgspec.structs.replace(answer, prompt_ids=bytes(4 * 29))]) is Unscored.TOO_LONG
     assert len(captures_from_tap(msgspec.structs.replace(capture, generated=-1), [answer], 1024)) == 1
 
 

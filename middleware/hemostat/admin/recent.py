@@ -8,8 +8,8 @@ from collections import deque
 from hemostat.admin.proxy_status import requests_by_outcome
 from hemostat.ipc.ends import FAILED
 from hemostat.ipc.messages import Stats
-from hemostat.ipc.reasons import Outcome, RelayDropReason
 from hemostat.metrics import names
+from hemostat.metrics.reasons import Outcome, Unscored
 
 MINUTE_SECONDS = 60.0
 LOST_SECONDS = 900.0
@@ -63,7 +63,7 @@ class RelayGrowth:
         """Update the figures. relays: how many have reported. total: of all relays, since they started."""
         by_outcome = requests_by_outcome(total)
         shadow = total.counters.get(names.SHADOW_REQUESTS, {})
-        lost = shadow.get((Outcome.DROPPED.value, RelayDropReason.LINK_FULL.value), 0.0)
+        lost = shadow.get(Unscored.LINK_FULL.labels, 0.0)
         counters = (
             (self._requests, float(sum(by_outcome.values()))),
             (self._failed, float(sum(by_outcome.get(outcome, 0) for outcome in FAILED))),

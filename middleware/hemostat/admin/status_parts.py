@@ -13,10 +13,10 @@ from hemostat.engines.addresses import EngineAddresses
 from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.ipc.messages import Stats
-from hemostat.ipc.reasons import Outcome
 from hemostat.learner.client import Learner
 from hemostat.measurement.measurements import Measurements
 from hemostat.metrics import names
+from hemostat.metrics.reasons import Outcome
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ModelPair
@@ -145,7 +145,7 @@ class ScoringParts:
             by_outcome[outcome] = found
         return RequestsStatus(
             shadowed=self.pipeline.received,
-            scored=endings.scored,
+            scored=endings.scored_captures,
             skipped=by_outcome[Outcome.SKIPPED],
             dropped=by_outcome[Outcome.DROPPED],
             pending=self.pipeline.pending,

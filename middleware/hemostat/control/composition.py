@@ -36,7 +36,6 @@ from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.ipc import relay_samples
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.messages import OutcomeReport
-from hemostat.ipc.reasons import Outcome
 from hemostat.ipc.supervised import make_tracing
 from hemostat.learner import stored
 from hemostat.learner.client import Learner
@@ -46,8 +45,8 @@ from hemostat.measurement.outcome_sampling import OutcomeSampling
 from hemostat.measurement.rates import SmoothedRate
 from hemostat.metrics import names
 from hemostat.metrics.collector import HemostatCollector
+from hemostat.metrics.reasons import Unscored
 from hemostat.metrics.samples import AnySample
-from hemostat.openai.tokens import ResponseFailure
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference import make_compressed_scorer, make_references
 from hemostat.reference.monitor import ReferenceMonitor
@@ -63,7 +62,7 @@ from hemostat_calibration.errors import HemostatError, InvalidProfileError
 from hemostat_calibration.messages import in_words
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
-LOGPROBS_REFUSED = (Outcome.SKIPPED.value, ResponseFailure.LOGPROBS_REFUSED.value)
+LOGPROBS_REFUSED = Unscored.LOGPROBS_REFUSED.labels
 """Labels of the requests that the upstream refused for what Hemostat asked on top."""
 _RANDOM = random.SystemRandom()
 PERIODIC_SECONDS = 0.5

@@ -11,14 +11,13 @@ from hemostat.interception.profile_choice import (
     ArmReason,
     Choice,
     Reason,
-    Unjudged,
     choose_profile,
     is_available,
     served_kind,
 )
 from hemostat.interception.reports import Reports
 from hemostat.ipc.messages import MAX_TOP, Capture, Policy
-from hemostat.ipc.reasons import RepeatReason, SkipReason
+from hemostat.metrics.reasons import RepeatReason, Unscored
 from hemostat.openai import requests
 from hemostat.openai.complexity import TooComplex
 from hemostat.openai.errors import leading_error_code
@@ -30,23 +29,16 @@ from hemostat.openai.logprobs.scrubbing import Scrubber
 from hemostat.openai.model_name import ModelName
 from hemostat.openai.reading import read_request
 from hemostat.openai.recompressing import CODINGS, Recompressor
-from hemostat.openai.requests import Request, Unscorable
+from hemostat.openai.requests import Request
 from hemostat.openai.routes import CHAT, COMPLETIONS, FORMS
-from hemostat.openai.tokens import (
-    ChoiceTokens,
-    ResponseFailure,
-    ResponseTokens,
-    error_reason,
-    little_endian,
-    status_failure,
-)
+from hemostat.openai.tokens import ChoiceTokens, ResponseTokens, error_reason, little_endian, status_failure
 from hemostat_calibration.records import Arm, Sampling
 
 MAX_TRACEPARENT: Final = 64
 """Characters of a client's traceparent that are kept."""
 MAX_UNDECIDED_BYTES: Final = 64 * 1024
 """Of a response, while it may still turn out to be a refusal."""
-_REFUSALS: Final = frozenset({ResponseFailure.LOGPROBS_REFUSED, ResponseFailure.ENCODED})
+_REFUSALS: Final = frozenset({Unscored.LOGPROBS_REFUSED, Unscored.ENCODED})
 """Failures that asking for logprobs has caused, and would cause again."""
 _DROPPED_HEADERS: Final = frozenset({b"accept-encoding"})
 """Not sent upstream where the response has to be read."""
@@ -106,7 +98,7 @@ class InterceptedExchange:
         request_id: str,
         options: ClientOptions,
         *,
-        unjudged: SkipReason | None,
+        unjudged: Unscored | None,
         shadow: bool,
         calibrated: bool,
         client: bytes,
@@ -121,9 +113,9 @@ class InterceptedExchange:
         self._options = options
         self._shadow = shadow
         """Sampled, and not yet known to be skipped."""
-        self._skipped: Unjudged | None = None
+        self._skipped: Unscored | None = None
         """Why a sampled request is skipped; counted at its end, when its tokens are known."""
-        self._unjudged: Unjudged | None = unjudged
+        self._unjudged: Unscored | None = unjudged
         """Why the request is never scored, as far as that is known before it goes upstream."""
         self._calibrated = calibrated
         self._client = client
@@ -197,7 +189,7 @@ class InterceptedExchange:
     def request(self, body: bytes | None) -> Rewrite | Refusal | None:
         policy = self._policy
         if body is None:
-            self._pass_unread(SkipReason.BODY_TOO_LARGE)
+            self._pass_unread(Unscored.BODY_TOO_LARGE)
             return None
         try:
             request = read_request(
@@ -210,10 +202,10 @@ class InterceptedExchange:
                 grammars=policy.grammars,
             )
         except TooComplex:
-            self._pass_unread(SkipReason.TOO_COMPLEX)
+            self._pass_unread(Unscored.TOO_COMPLEX)
             return None
         except MALFORMED:
-            self._pass_unread(SkipReason.BAD_JSON)
+            self._pass_unread(Unscored.BAD_JSON)
             return None
         several = policy.scorable_models is not None and len(policy.scorable_models) > 1
         self._kind = kind_name(request, self._options.label, several_models=several)
@@ -223,7 +215,7 @@ class InterceptedExchange:
         self._from_tap = by_plugin and (request.from_tap or (in_response and self._prefers_plugin(request)))
         self._unjudged = self._unjudged or (None if self._from_tap else request.unscorable)
         if self._unjudged is None and request.min_prompt_tokens > policy.shadow_max_tokens:
-            self._unjudged = ResponseFailure.TOO_LONG
+            self._unjudged = Unscored.TOO_LONG
         changes: dict[str, bytes] = {}
         xargs: dict[str, str] = {}
         self._version = request.client_profile
@@ -253,7 +245,7 @@ class InterceptedExchange:
         choice = self._choose_profile(request)
         if choice.compared is not None and self._unjudged is None and self._unreported(request, choice.compared):
             # Of the two arms, only the control one could be scored.
-            self._unjudged = Unscorable.N
+            self._unjudged = Unscored.N
             choice = self._choose_profile(request)
         self._counted_as = choice.arm, choice.reason
         self._arm, self._compared = choice.arm, choice.compared
@@ -307,13 +299,13 @@ class InterceptedExchange:
             if self._from_tap:
                 xargs[requests.TAP_TOP_XARG] = str(min(policy.shadow_top_k, MAX_TOP))
 
-    def _pass_unread(self, reason: SkipReason) -> None:
+    def _pass_unread(self, reason: Unscored) -> None:
         """The body cannot be read and is passed on unchanged."""
         self._skip(reason)
         if self._calibrated:
             self._counted_as = Arm.NONE, self._unjudged or reason
 
-    def _skip(self, reason: Unjudged) -> None:
+    def _skip(self, reason: Unscored) -> None:
         if self._shadow:
             self._shadow = False
             self._skipped = reason
@@ -370,16 +362,16 @@ class InterceptedExchange:
             if plain and known:
                 self._stripper = form.observer(request, tokens, stream=stream)
             else:
-                tokens.fail(ResponseFailure.UNREADABLE if plain else ResponseFailure.ENCODED)
+                tokens.fail(Unscored.UNREADABLE if plain else Unscored.ENCODED)
             return
         if not plain and coding not in CODINGS:
-            tokens.fail(ResponseFailure.ENCODED)
+            tokens.fail(Unscored.ENCODED)
             self._withheld = True
             return
         if known:
             self._stripper = form.stripper(request, tokens, stream=stream)
         else:
-            tokens.fail(ResponseFailure.UNREADABLE)
+            tokens.fail(Unscored.UNREADABLE)
             self._stripper = Scrubber(stream=False)
         if not plain:
             self._stripper = Recompressor(self._stripper, tokens)
@@ -449,7 +441,7 @@ class InterceptedExchange:
         if self._after_server_error and not accepted:
             self._reports.server_errors.in_vain()
         if self._tokens is not None:
-            cause = ResponseFailure.ADAPTER_REFUSED if self._adapter_refused else ResponseFailure.LOGPROBS_REFUSED
+            cause = Unscored.ADAPTER_REFUSED if self._adapter_refused else Unscored.LOGPROBS_REFUSED
             self._tokens.fail(cause if accepted else status_failure(code))
             self._note_refusal()
 
@@ -457,7 +449,7 @@ class InterceptedExchange:
         """For example, the engine's --max-logprobs is lower than `shadow.top_k`. An answer that begins and then ends in
         an error counts, too: it cannot be sent again to find out whether what was added is the cause."""
         failure = None if self._tokens is None else self._tokens.failure
-        if failure in _REFUSALS or (failure is ResponseFailure.UPSTREAM_ERROR and self._stripper is not None):
+        if failure in _REFUSALS or (failure is Unscored.UPSTREAM_ERROR and self._stripper is not None):
             self._reports.pause.refused(self._policy.shadow_top_k)
 
     def response_end(self) -> bytes:
@@ -484,13 +476,13 @@ class InterceptedExchange:
             self._reports.calibrated(*self._counted_as)
         request, tokens = self._request, self._tokens
         if request is None or tokens is None:
-            self._skip(ResponseFailure.INCOMPLETE)
+            self._skip(Unscored.INCOMPLETE)
         elif tokens.failure is not None:
             self._skip(tokens.failure)
-            if tokens.failure is ResponseFailure.TOOL_TOKENS_LOST:
+            if tokens.failure is Unscored.TOOL_TOKENS_LOST:
                 self._reports.tool_tokens_lost(self._policy)
         elif self._replayed or not (complete and self._ended):
-            self._skip(ResponseFailure.INCOMPLETE)
+            self._skip(Unscored.INCOMPLETE)
         elif self._shadow:
             self._shadow = False
             self._reports.pause.accepted(self._policy.shadow_top_k)

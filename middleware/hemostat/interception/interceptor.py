@@ -15,9 +15,8 @@ from hemostat.interception.model_list import ModelList
 from hemostat.interception.profile_choice import calibrates
 from hemostat.interception.reports import Reports, SampledCounter, uncounted
 from hemostat.ipc.messages import Capture, Policy
-from hemostat.ipc.reasons import SkipReason
+from hemostat.metrics.reasons import Unscored
 from hemostat.openai.routes import MODELS, SUPPORT, Support
-from hemostat.openai.tokens import ResponseFailure
 from hemostat_calibration.records import Arm
 
 
@@ -70,25 +69,25 @@ class Interceptor:
         shadow = policy.scoring and self._draw() < policy.shadow_rate
         if support is Support.NOT_SCORED:
             if shadow:
-                self._reports.skipped(SkipReason.ROUTE)
+                self._reports.skipped(Unscored.ROUTE)
             return None
         unjudged = _own_wish(options, policy)
         if unjudged is not None and shadow:
             self._reports.skipped(unjudged)
-        elif unjudged is SkipReason.ON_NOT_ALLOWED:
+        elif unjudged is Unscored.ON_NOT_ALLOWED:
             self._reports.not_sampled(unjudged)
         shadow = (shadow or bool(options.shadow and policy.scoring)) and unjudged is None
         if shadow and self._reports.pause.active(policy.shadow_top_k):
-            self._reports.skipped(ResponseFailure.LOGPROBS_REFUSED)
+            self._reports.skipped(Unscored.LOGPROBS_REFUSED)
             shadow = False
         calibrated = calibrates(policy) or options.calibration is not None
         if not shadow and not calibrated:
             return None
         if any(name.lower() == b"content-encoding" for name, _ in headers):
             if shadow:
-                self._reports.skipped(ResponseFailure.ENCODED)
+                self._reports.skipped(Unscored.ENCODED)
             if calibrated:
-                self._reports.calibrated(Arm.NONE, unjudged or ResponseFailure.ENCODED)
+                self._reports.calibrated(Arm.NONE, unjudged or Unscored.ENCODED)
             return None
         client = first_value(headers, policy.client_header.encode("latin-1"))
         return InterceptedExchange(
@@ -108,8 +107,8 @@ class Interceptor:
 _NO_OPTIONS: Final = ClientOptions()
 
 
-def _own_wish(options: ClientOptions, policy: Policy) -> SkipReason | None:
+def _own_wish(options: ClientOptions, policy: Policy) -> Unscored | None:
     """Why the request is not to be sampled by its headers, whatever is drawn."""
     if options.shadow is False:
-        return SkipReason.OPTED_OUT
-    return SkipReason.ON_NOT_ALLOWED if options.shadow and not policy.shadow_allow_on else None
+        return Unscored.OPTED_OUT
+    return Unscored.ON_NOT_ALLOWED if options.shadow and not policy.shadow_allow_on else None

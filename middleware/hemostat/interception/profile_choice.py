@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
 
 from hemostat.interception.assignment import in_control_arm
 from hemostat.interception.client_headers import ClientOptions
 from hemostat.ipc.messages import Policy, rest_of
-from hemostat.ipc.reasons import SkipReason
+from hemostat.metrics.reasons import Unscored
 from hemostat.openai.form import Form
-from hemostat.openai.requests import Request, Uncalibrated, Unscorable
-from hemostat.openai.tokens import ResponseFailure
+from hemostat.openai.requests import Request, Uncalibrated
 from hemostat_calibration.records import Arm
 
 
@@ -48,15 +46,7 @@ class ArmReason(StrEnum):
     """The profile is an adapter, and the response says that another model answered."""
 
 
-Unjudged = SkipReason | Unscorable | ResponseFailure
-"""Why a request is never scored, as far as that is known before it goes upstream."""
-UNJUDGED: Final[tuple[Unjudged, ...]] = (
-    *(reason for reason in SkipReason if reason is not SkipReason.ROUTE),
-    *Unscorable,
-    ResponseFailure.TOO_LONG,
-    ResponseFailure.ENCODED,
-)
-Reason = ArmReason | Uncalibrated | Unjudged
+Reason = ArmReason | Uncalibrated | Unscored
 """Values of the label `reason` of calibration requests."""
 
 
@@ -87,7 +77,7 @@ def choose_profile(
     policy: Policy,
     request: Request,
     options: ClientOptions,
-    unjudged: Unjudged | None,
+    unjudged: Unscored | None,
     kind: str,
     conversation: bytes,
     engine: str,

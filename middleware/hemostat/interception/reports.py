@@ -10,11 +10,9 @@ from typing import Protocol
 from hemostat.interception.profile_choice import Reason
 from hemostat.interception.refusals import SamplingPause, ServerErrorRepeats
 from hemostat.ipc.messages import Capture, Policy
-from hemostat.ipc.reasons import Outcome, RelayDropReason, RepeatReason, SkipReason
 from hemostat.ipc.sampled import counted
 from hemostat.metrics import names
-from hemostat.openai.requests import Unscorable
-from hemostat.openai.tokens import ResponseFailure
+from hemostat.metrics.reasons import Outcome, RepeatReason, Unscored
 from hemostat_calibration.records import Arm
 
 
@@ -56,13 +54,13 @@ class Reports:
         self.server_errors = ServerErrorRepeats(clock)
         self._lost_generation: int | None = None
 
-    def not_sampled(self, reason: SkipReason) -> None:
+    def not_sampled(self, reason: Unscored) -> None:
         """Count a request as skipped that was not drawn either."""
-        self._count(names.SHADOW_REQUESTS, (Outcome.SKIPPED.value, reason.value))
+        self._count(names.SHADOW_REQUESTS, reason.labels)
 
     def skipped(
         self,
-        reason: SkipReason | Unscorable | ResponseFailure,
+        reason: Unscored,
         kind: str = "",
         tokens: int | None = None,
         requests: float = 1.0,
@@ -72,15 +70,15 @@ class Reports:
         kind: full name, "" where its body was not read. tokens: what was generated; None: not known. requests: 1/n for
         one of n choices.
         """
-        self._count(names.SHADOW_REQUESTS, (Outcome.SKIPPED.value, reason.value))
-        self._sampled(kind, Outcome.SKIPPED.value, reason.value, tokens, requests)
+        self._count(names.SHADOW_REQUESTS, reason.labels)
+        self._sampled(kind, *reason.labels, tokens, requests)
 
     def captured(self, capture: Capture) -> None:
         """Hand a capture on, and count its request."""
         if self._emit(capture):
             self._count(names.SHADOW_REQUESTS, (Outcome.SHADOWED.value, ""))
         else:
-            dropped = Outcome.DROPPED.value, RelayDropReason.LINK_FULL.value
+            dropped = Unscored.LINK_FULL.labels
             self._count(names.SHADOW_REQUESTS, dropped)
             requests, tokens = counted(capture)
             self._sampled(capture.kind, *dropped, tokens, requests)

@@ -7,8 +7,8 @@ from typing import Final
 
 from hemostat.ipc.ends import OUTCOMES
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, Stats
-from hemostat.ipc.reasons import Outcome, RelayDropReason, RepeatReason, ScoringDropReason
 from hemostat.metrics import names
+from hemostat.metrics.reasons import Outcome, RepeatReason, Unscored
 from hemostat.metrics.samples import AnySample, HistogramSample, Sample
 from hemostat.openai import routes
 from hemostat_calibration.records import Arm
@@ -19,8 +19,8 @@ INITIAL_SERIES: Final[dict[str, list[tuple[str, ...]]]] = {
     names.SHADOW_REQUESTS: [
         (Outcome.SHADOWED.value, ""),
         (Outcome.SCORED.value, ""),
-        (Outcome.DROPPED.value, ScoringDropReason.QUEUE_FULL.value),
-        (Outcome.DROPPED.value, RelayDropReason.LINK_FULL.value),
+        Unscored.QUEUE_FULL.labels,
+        Unscored.LINK_FULL.labels,
     ],
     names.CLIENT_LIMITED_REQUESTS: [("rate",), ("concurrent",)],
     names.ACCESS_LOG_DROPPED_LINES: [()],

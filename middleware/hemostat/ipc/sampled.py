@@ -6,8 +6,6 @@ from hemostat.ipc.messages import REST_KIND, Capture, SampledCount, SampledCount
 
 ID_BYTES = 4
 
-OUTSIDE_SUFFIX = "outside_suffix"
-"""Reason of tokens, of scored requests, that are before the part that is scored; see `shadow.max_scored_tokens`."""
 MAX_COUNTS = 1024
 """Combinations of kind and ending that are counted at a time; the kinds of all further ones are counted as
 `REST_KIND`. Reasons are an enumeration, so that these are bounded, too."""

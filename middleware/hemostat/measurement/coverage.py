@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hemostat.ipc.messages import REST_KIND, Capture, SampledCount
-from hemostat.ipc.sampled import OUTSIDE_SUFFIX, counted
+from hemostat.ipc.sampled import counted
 from hemostat.metrics import names
+from hemostat.metrics.reasons import Unscored
 from hemostat.metrics.samples import Sample
 from hemostat_calibration.statistics.kind_table import KindTable
 
@@ -80,7 +81,7 @@ class Coverage:
         unknown = requests if tokens is None else 0.0
         self.count(capture.kind, outcome, reason, requests, unknown, (tokens or 0) - left_out)
         if left_out:
-            self.count(capture.kind, SKIPPED, OUTSIDE_SUFFIX, 0.0, 0.0, left_out)
+            self.count(capture.kind, SKIPPED, Unscored.OUTSIDE_SUFFIX.value, 0.0, 0.0, left_out)
 
     def report(self) -> dict[str, Any]:
         """JSON-ready. `scored_share`: of the known tokens, and of the requests; None before the first."""

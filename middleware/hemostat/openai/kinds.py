@@ -27,9 +27,10 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Final
 
+from hemostat.metrics.reasons import Unscored
 from hemostat.openai.form import Form
 from hemostat.openai.json_splice import MALFORMED
-from hemostat.openai.requests import Request, Unscorable
+from hemostat.openai.requests import Request
 
 LONG_CHARACTERS: Final = 4_000
 LONG_TOKENS: Final = 1_000
@@ -140,7 +141,7 @@ def _edges(raw: memoryview) -> bytes:
 
 
 def _output(request: Request, words: set[bytes], first: list[bytes]) -> str:
-    if request.grammar or request.unscorable is Unscorable.GRAMMAR:
+    if request.grammar or request.unscorable is Unscored.GRAMMAR:
         return GRAMMAR_PART
     if request.tools and request.body.raw("tools") != b"[]" and _given(request, "tool_choice") not in _NO_TOOLS:
         return "tools"

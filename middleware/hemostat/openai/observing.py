@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from hemostat.metrics.reasons import Unscored
 from hemostat.openai import sse
 from hemostat.openai.json_splice import MALFORMED, JsonObject
 from hemostat.openai.requests import Request
 from hemostat.openai.stripping import ResponseBody
-from hemostat.openai.tokens import ResponseFailure, ResponseTokens, error_reason
+from hemostat.openai.tokens import ResponseTokens, error_reason
 
 
 class EndingForm(Protocol):
@@ -56,7 +57,7 @@ class EndingObserver(ResponseBody):
             elif tokens.failure is None:
                 self._form.record_ending(body, tokens)
         except MALFORMED:
-            tokens.fail(ResponseFailure.UNREADABLE)
+            tokens.fail(Unscored.UNREADABLE)
 
     def _check(self) -> None:
         self._tokens.check_finished()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hemostat.metrics.reasons import Unscored
 from hemostat.openai.complexity import check_complexity
 from hemostat.openai.form import Form
 from hemostat.openai.forms.table import FORMATS
@@ -13,7 +14,6 @@ from hemostat.openai.requests import (
     TAP_XARG,
     Request,
     Uncalibrated,
-    Unscorable,
     check_sampling,
     uncalibrated,
 )
@@ -44,19 +44,19 @@ def read_request(
     name = model if isinstance(model, str) and model else default_model
     details = FORMATS[form].read(body)
     if model is not None and not isinstance(model, str):
-        unscorable: Unscorable | None = Unscorable.INVALID
+        unscorable: Unscored | None = Unscored.INVALID
     elif adapter_names and is_version(name) and name not in (scorable_models or ()):
-        unscorable = Unscorable.LORA
+        unscorable = Unscored.LORA
     else:
         unscorable = _unscorable_model(name, unscorable_models, scorable_models) or details.unscorable
     check_sampling(body)
     xargs = body.value("vllm_xargs")
     if xargs is not None and not isinstance(xargs, dict):
-        unscorable = Unscorable.INVALID
+        unscorable = Unscored.INVALID
     xargs = xargs if isinstance(xargs, dict) else {}
     grammar = FORMATS[form].restricts_tokens(body)
     if grammar and not grammars and (unscorable is None or unscorable in FROM_TAP):
-        unscorable = Unscorable.GRAMMAR
+        unscorable = Unscored.GRAMMAR
     client_profile = xargs.get(PROFILE_XARG)
     key = details.conversation
     return Request(
@@ -80,9 +80,9 @@ def read_request(
     )
 
 
-def _unscorable_model(model: str, adapters: frozenset[str], scorable: frozenset[str] | None) -> Unscorable | None:
+def _unscorable_model(model: str, adapters: frozenset[str], scorable: frozenset[str] | None) -> Unscored | None:
     if not model:
         return None
     if model in adapters:
-        return Unscorable.LORA
-    return None if scorable is None or model in scorable else Unscorable.NO_REFERENCE
+        return Unscored.LORA
+    return None if scorable is None or model in scorable else Unscored.NO_REFERENCE

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import zlib
 
+from hemostat.metrics.reasons import Unscored
 from hemostat.openai.forms.protocol import Stripper
-from hemostat.openai.tokens import ResponseFailure, ResponseTokens
+from hemostat.openai.tokens import ResponseTokens
 
 CODINGS = frozenset((b"gzip", b"x-gzip"))
 """Values of Content-Encoding, lower case, that can be read. Not `deflate`: some servers send it without its header, and
@@ -47,7 +48,7 @@ class Recompressor:
             except zlib.error:
                 # The client could not have read on from here either.
                 self._malformed = True
-                self._tokens.fail(ResponseFailure.ENCODED)
+                self._tokens.fail(Unscored.ENCODED)
                 break
             data = self._read.unused_data if self._read.eof else self._read.unconsumed_tail
             if stripped := self._stripper.feed(content):
@@ -61,6 +62,6 @@ class Recompressor:
         rest = self._stripper.finish()
         if self._malformed or not self._read.eof:
             # Ends early, as what came did.
-            self._tokens.fail(ResponseFailure.ENCODED)
+            self._tokens.fail(Unscored.ENCODED)
             return self._write.compress(rest) + self._write.flush(zlib.Z_SYNC_FLUSH)
         return self._write.compress(rest) + self._write.flush()

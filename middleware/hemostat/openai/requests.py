@@ -13,52 +13,16 @@ from typing import Any
 
 import msgspec
 
+from hemostat.metrics.reasons import Unscored
 from hemostat.openai.form import Form
 from hemostat.openai.json_splice import NULL, JsonObject, encode
 from hemostat_calibration.records import Sampling
 
 
-class Unscorable(StrEnum):
-    """Why the tokens of a request cannot be scored: values of the label `reason` of skipped shadow requests."""
-
-    LORA = "lora"
-    """The model is an adapter that the reference does not serve under the same name."""
-    NO_REFERENCE = "no_reference"
-    """No reference was matched with the model."""
-    INVALID = "invalid"
-    """A parameter has the wrong type; vLLM reports that to the client."""
-    BEAM_SEARCH = "beam_search"
-    N = "n"
-    """More choices than MAX_CHOICES; or several in a stream without usage, with tools, where lost ids would not be
-    noticed; or several in an arm, where the engine's plugin does not tell by choice which profile it applied."""
-    GRAMMAR = "grammar"
-    """A grammar restricts the tokens (structured output, a forced or strict tool), and the engine's plugin does not say
-    which ids it allows, or no reference knows its whole vocabulary; or the request has parameters (`guided_…`) that
-    vLLM 0.32 ignores and older ones enforce."""
-    ECHO = "echo"
-    """The response would contain the prompt."""
-    CLIENT_LOGPROBS = "client_logprobs"
-    """The client itself asks for logprobs as texts, which a response with ids cannot be turned back into."""
-    HIDDEN_REASONING = "hidden_reasoning"
-    """vLLM leaves out the token ids of the reasoning."""
-    MULTIMODAL = "multimodal"
-    """The prompt has images, audio or embeddings."""
-    NO_TOKEN_IDS = "no_token_ids"  # noqa: S105 - not a password
-    """The route's response does not tell ids, and the engine's plugin does not hand them out."""
-    BACKGROUND = "background"
-    """The response does not have the answer, which the client fetches later."""
-    SERVER_STATE = "server_state"
-    """The conversation's beginning is in the server's memory, so that its turns cannot be recognized as one."""
-
-
 class Uncalibrated(StrEnum):
-    """Why no profile may be applied to a request: values of the label `reason` of calibration requests."""
+    """Why no profile may be applied to a request that can be scored: values of the label `reason` of calibration
+    requests."""
 
-    LORA = Unscorable.LORA
-    NO_REFERENCE = Unscorable.NO_REFERENCE
-    BEAM_SEARCH = Unscorable.BEAM_SEARCH
-    MULTIMODAL = Unscorable.MULTIMODAL
-    INVALID = Unscorable.INVALID
     OWN_LOGITS = "own_logits"
     """The client changes logits itself (logit_bias, penalties). A profile was measured on unchanged logits, and engines
     differ in which change they apply first."""
@@ -66,14 +30,22 @@ class Uncalibrated(StrEnum):
     """The client itself names a profile in `vllm_xargs.hemostat`, or a tap in `vllm_xargs.hemostat_tap`."""
 
 
-_NEVER_CALIBRATED = frozenset(reason.value for reason in Uncalibrated)
+_NEVER_CALIBRATED = frozenset(
+    {
+        Unscored.LORA,
+        Unscored.NO_REFERENCE,
+        Unscored.BEAM_SEARCH,
+        Unscored.MULTIMODAL,
+        Unscored.INVALID,
+    }
+)
 FROM_TAP = frozenset(
     {
-        Unscorable.N,
-        Unscorable.ECHO,
-        Unscorable.CLIENT_LOGPROBS,
-        Unscorable.HIDDEN_REASONING,
-        Unscorable.NO_TOKEN_IDS,
+        Unscored.N,
+        Unscored.ECHO,
+        Unscored.CLIENT_LOGPROBS,
+        Unscored.HIDDEN_REASONING,
+        Unscored.NO_TOKEN_IDS,
     }
 )
 """Requests whose response has to stay as it is, and that can be scored from what the engine's plugin reports."""
@@ -132,9 +104,9 @@ class Request:
     usage_requested: bool
     """The client itself asked for usage in the stream."""
     tools: bool
-    unscorable: Unscorable | None
+    unscorable: Unscored | None
     """Why its tokens cannot be scored; None where they can."""
-    uncalibrated: Uncalibrated | None
+    uncalibrated: Uncalibrated | Unscored | None
     """Why no profile may be applied to it; None where one may."""
     client_profile: str | None
     """The version of the profile that the client itself named in `vllm_xargs`."""
@@ -160,9 +132,9 @@ class Request:
         return self.unscorable in FROM_TAP and self.choices <= MAX_CHOICES
 
 
-def uncalibrated(body: JsonObject, unscorable: Unscorable | None) -> Uncalibrated | None:
-    if unscorable is not None and unscorable.value in _NEVER_CALIBRATED:
-        return Uncalibrated(unscorable)
+def uncalibrated(body: JsonObject, unscorable: Unscored | None) -> Uncalibrated | Unscored | None:
+    if unscorable in _NEVER_CALIBRATED:
+        return unscorable
     return Uncalibrated.OWN_LOGITS if _edits_logits(body) else None
 
 

@@ -17,12 +17,13 @@ from typing import Final, Protocol
 
 import msgspec
 
+from hemostat.metrics.reasons import Unscored
 from hemostat.openai import sse
 from hemostat.openai.json_splice import MALFORMED, NULL, JsonObject
 from hemostat.openai.logprobs.cutting import EventCutter, cut_logprobs
 from hemostat.openai.logprobs.scrubbing import Scrubber, scrub
 from hemostat.openai.requests import NO_WISH, LogprobWish, Request
-from hemostat.openai.tokens import ResponseFailure, ResponseTokens, error_reason, usage_decoder
+from hemostat.openai.tokens import ResponseTokens, error_reason, usage_decoder
 
 MAX_BODY: Final = 128 * 1024 * 1024
 """Bytes of one response (not a stream) that are buffered until it is complete."""
@@ -83,7 +84,7 @@ class ResponseBody:
         if self._size <= MAX_BODY:
             return b""
         self._pass_through = True
-        self._tokens.fail(ResponseFailure.RESPONSE_TOO_LARGE)
+        self._tokens.fail(Unscored.RESPONSE_TOO_LARGE)
         return self._unparsed(self._take_body())
 
     def _take_body(self) -> bytes:
@@ -148,7 +149,7 @@ class ChoiceStripper(ResponseBody):
                 try:
                     self._tokens.add(0, cut.token_ids, cut.logprobs)
                 except MALFORMED:
-                    self._tokens.fail(ResponseFailure.NO_LOGPROBS)
+                    self._tokens.fail(Unscored.NO_LOGPROBS)
                 if cut.reasoning and self._tokens.choices:
                     self._tokens.choices[0].reasoning = True
                 return cut.event
@@ -163,7 +164,7 @@ class ChoiceStripper(ResponseBody):
         try:
             return self._strip_body(data)
         except MALFORMED:
-            self._tokens.fail(ResponseFailure.UNREADABLE)
+            self._tokens.fail(Unscored.UNREADABLE)
             return scrub(data, stream=False)
 
     def _strip_body(self, data: bytes, cut: bytes | None = None) -> bytes:
@@ -185,7 +186,7 @@ class ChoiceStripper(ResponseBody):
             parsed = _Parsed(JsonObject(event.data))
             stripped = self._strip(parsed)
         except MALFORMED:
-            self._tokens.fail(ResponseFailure.UNREADABLE)
+            self._tokens.fail(Unscored.UNREADABLE)
             return self._take_finishing() + scrub(event.raw, stream=True)
         self._record(parsed)
         if self._cutter is not None and parsed.choices:
@@ -263,7 +264,7 @@ class ChoiceStripper(ResponseBody):
                 if output:
                     tokens.add(index, output, cut or choice.raw("logprobs"))
         except MALFORMED:
-            tokens.fail(ResponseFailure.NO_LOGPROBS)
+            tokens.fail(Unscored.NO_LOGPROBS)
 
 
 def record_ending(body: JsonObject, tokens: ResponseTokens) -> None:

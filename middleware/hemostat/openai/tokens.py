@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from array import array
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Annotated, Any
 
 import msgspec
 
+from hemostat.metrics.reasons import Unscored
 from hemostat.openai.form import Form
 from hemostat.openai.json_splice import MALFORMED
 from hemostat.openai.logprobs.rows import Rows, read_rows
@@ -22,46 +22,15 @@ makes it twelve times smaller; what is shorter is parsed where it is scored."""
 _OVERLOAD = (408, 425, 429)
 
 
-class ResponseFailure(StrEnum):
-    """Why the tokens of a response were not captured: values of the label `reason` of skipped shadow requests."""
-
-    UPSTREAM_ERROR = "upstream_error"
-    """The response is an error of the server, or ends in an error."""
-    REQUEST_REFUSED = "request_refused"
-    """The server refuses the client's own request: a status of 4xx that is no sign of overload."""
-    LOGPROBS_REFUSED = "logprobs_refused"
-    """vLLM refused the injected members, and would not have refused the client's own request."""
-    ADAPTER_REFUSED = "adapter_refused"
-    """vLLM does not have the adapter that Hemostat asked for, or cannot load it."""
-    ENCODED = "encoded"
-    """The body is compressed."""
-    UNREADABLE = "unreadable"
-    """The body is not what vLLM sends."""
-    NO_LOGPROBS = "no_logprobs"
-    """The response lacks what was asked for, or it is malformed."""
-    TOO_LONG = "too_long"
-    """More tokens than `shadow.max_tokens`."""
-    RESPONSE_TOO_LARGE = "response_too_large"
-    """More than `stripping.MAX_BODY` bytes."""
-    INCOMPLETE = "incomplete"
-    """The response ended early."""
-    TOOL_TOKENS_LOST = "tool_tokens_lost"
-    """vLLM's tool parser left out token ids."""
-    TOKEN_COUNT_MISMATCH = "token_count_mismatch"  # noqa: S105 - not a password
-    """There are fewer or more ids than tokens that vLLM counted."""
-    EMPTY = "empty"
-    """The response has no token."""
-
-
-def status_failure(status: int) -> ResponseFailure:
+def status_failure(status: int) -> Unscored:
     """What an error in answer to the client's own request counts as."""
     refused = 400 <= status < 500 and status not in _OVERLOAD
-    return ResponseFailure.REQUEST_REFUSED if refused else ResponseFailure.UPSTREAM_ERROR
+    return Unscored.REQUEST_REFUSED if refused else Unscored.UPSTREAM_ERROR
 
 
-def error_reason(data: bytes) -> ResponseFailure:
+def error_reason(data: bytes) -> Unscored:
     """The reason that an error counts as, by its text in a body or in a stream's event."""
-    return ResponseFailure.LOGPROBS_REFUSED if b"sample logprobs" in data else ResponseFailure.UPSTREAM_ERROR
+    return Unscored.LOGPROBS_REFUSED if b"sample logprobs" in data else Unscored.UPSTREAM_ERROR
 
 
 TokenCount = Annotated[int, msgspec.Meta(ge=0, le=10**9)]
@@ -123,7 +92,7 @@ class ResponseTokens:
     """Choices, of all prompts together."""
     prompts: int = 1
     form: Form = Form.CHAT
-    failure: ResponseFailure | None = None
+    failure: Unscored | None = None
     """The first failure, if any."""
     choices: list[ChoiceTokens] = field(init=False)
     model: str = ""
@@ -134,7 +103,7 @@ class ResponseTokens:
     def __post_init__(self) -> None:
         self.choices = [ChoiceTokens() for _ in range(self.expected)]
 
-    def fail(self, reason: ResponseFailure) -> None:
+    def fail(self, reason: Unscored) -> None:
         """Drop the tokens and keep the reason, unless an earlier failure did so."""
         if self.failure is None:
             self.failure = reason
@@ -151,7 +120,7 @@ class ResponseTokens:
         choice = self.choice(index)
         choice.prompt_ids = array("i", _ids.decode(raw))
         if self._is_too_long(choice):
-            self.fail(ResponseFailure.TOO_LONG)
+            self.fail(Unscored.TOO_LONG)
 
     def add(self, index: Any, ids: list[int], logprobs: bytes) -> None:
         """Append the positions of one event or response: their ids, and the JSON of their `logprobs`. ValueError or
@@ -163,13 +132,13 @@ class ResponseTokens:
         if choice.unparsed_bytes > MAX_UNPARSED_BYTES:
             self._parse(choice)
         if self._is_too_long(choice):
-            self.fail(ResponseFailure.TOO_LONG)
+            self.fail(Unscored.TOO_LONG)
 
     def _parse(self, choice: ChoiceTokens) -> None:
         try:
             choice.parse(self.form, self.top_k)
         except MALFORMED:
-            self.fail(ResponseFailure.NO_LOGPROBS)
+            self.fail(Unscored.NO_LOGPROBS)
 
     def _is_too_long(self, choice: ChoiceTokens) -> bool:
         return len(choice.prompt_ids) + len(choice.output_ids) > self.limit
@@ -189,7 +158,7 @@ class ResponseTokens:
     def check_finished(self) -> None:
         """The same where no ids are expected: every choice has to say how it finished."""
         if self.failure is None and not all(choice.finish_reason for choice in self.choices):
-            self.fail(ResponseFailure.INCOMPLETE)
+            self.fail(Unscored.INCOMPLETE)
 
     def check_complete(self, tools: bool) -> None:
         """Compare the counts with the engine's own; `failure` is final then. `tools`: the request offered tools."""
@@ -197,17 +166,17 @@ class ResponseTokens:
             return
         prompt_tokens = self._share_prompts()
         if any(self._is_too_long(choice) for choice in self.choices):
-            self.fail(ResponseFailure.TOO_LONG)
+            self.fail(Unscored.TOO_LONG)
             return
         usage, generated = self.usage, sum(len(choice.output_ids) for choice in self.choices)
         if not all(choice.finish_reason for choice in self.choices) or (usage is None and self.usage_expected):
-            self.fail(ResponseFailure.INCOMPLETE)
+            self.fail(Unscored.INCOMPLETE)
         elif usage is not None and usage.completion_tokens != generated:
-            self.fail(ResponseFailure.TOOL_TOKENS_LOST if tools else ResponseFailure.TOKEN_COUNT_MISMATCH)
+            self.fail(Unscored.TOOL_TOKENS_LOST if tools else Unscored.TOKEN_COUNT_MISMATCH)
         elif usage is not None and usage.prompt_tokens != prompt_tokens:
-            self.fail(ResponseFailure.TOKEN_COUNT_MISMATCH)
+            self.fail(Unscored.TOKEN_COUNT_MISMATCH)
         elif not all(choice.output_ids for choice in self.choices):
-            self.fail(ResponseFailure.EMPTY)
+            self.fail(Unscored.EMPTY)
         for choice in self.choices:
             if choice.parsed and choice.logprobs:
                 self._parse(choice)

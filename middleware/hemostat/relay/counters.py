@@ -5,8 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left
 
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, EngineHealth, Stats
-from hemostat.ipc.reasons import Outcome, RelayDropReason
 from hemostat.metrics import names
+from hemostat.metrics.reasons import Unscored
 
 
 class Counters:
@@ -35,7 +35,7 @@ class Counters:
         series[labels] = series.get(labels, 0.0) + by
 
     def hook_raised(self) -> None:
-        self.add(names.SHADOW_REQUESTS, (Outcome.DROPPED.value, RelayDropReason.HOOK_ERROR.value))
+        self.add(names.SHADOW_REQUESTS, Unscored.HOOK_ERROR.labels)
 
     def observe_overhead(self, seconds: float) -> None:
         """Time in the relay for one request: from the last byte of the request that was needed to its hand-over to the

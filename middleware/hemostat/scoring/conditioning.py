@@ -17,7 +17,7 @@ import numpy as np
 from hemostat.engines.messages import FREE, UNKNOWN, TapRun
 from hemostat.engines.taps import TapResult
 from hemostat.ipc.messages import Capture
-from hemostat.ipc.reasons import ScoringSkipReason
+from hemostat.metrics.reasons import Unscored
 from hemostat.reference.protocol import ReferenceInfo
 from hemostat.scoring.record_builder import CaptureArrays
 from hemostat_calibration.allowed_sets import WORD_BITS, AllowedSets, words
@@ -34,7 +34,7 @@ IMPOSSIBLE_LOGPROB: Final = -9998.0
 class ConditioningFailure(Exception):
     """What was allowed at each position is not known, for `reason`."""
 
-    def __init__(self, reason: ScoringSkipReason, message: str = "") -> None:
+    def __init__(self, reason: Unscored, message: str = "") -> None:
         super().__init__(message or reason.value)
         self.reason = reason
 
@@ -46,12 +46,12 @@ def condition(
     restricts its tokens. ConditioningFailure where the sets are not known, or something restricted it all the same."""
     if not capture.grammar:
         if shows_mask(arrays.candidates) or (tap is not None and any(run.sets for run in tap.runs)):
-            raise ConditioningFailure(ScoringSkipReason.GRAMMAR_UNKNOWN)
+            raise ConditioningFailure(Unscored.GRAMMAR_UNKNOWN)
         return arrays, None
     if not info.full_vocabulary:
-        raise ConditioningFailure(ScoringSkipReason.GRAMMAR_NEEDS_FULL_VOCABULARY)
+        raise ConditioningFailure(Unscored.GRAMMAR_NEEDS_FULL_VOCABULARY)
     if tap is None:
-        raise ConditioningFailure(ScoringSkipReason.GRAMMAR_NOT_REPORTED)
+        raise ConditioningFailure(Unscored.GRAMMAR_NOT_REPORTED)
     sets = allowed_sets(tap.runs, slice(arrays.position, arrays.position + len(arrays.output)), info.vocab_size)
     return replace(arrays, candidates=restricted(arrays.candidates, arrays.output, capture.top_k, sets)), sets
 
@@ -70,7 +70,7 @@ def allowed_sets(runs: Sequence[TapRun], positions: slice, vocab_size: int) -> A
             sets = _unpacked(run.sets, int(given.max()) + 1, 4 * width)
             numbers = [found.setdefault(one, len(found)) for one in sets]
             if len(found) * 4 * width > MAX_TABLE_BYTES:
-                raise ConditioningFailure(ScoringSkipReason.GRAMMAR_TOO_LARGE)
+                raise ConditioningFailure(Unscored.GRAMMAR_TOO_LARGE)
             # A place below 0 means no set.
             given = np.where(given >= 0, np.array([*numbers, 0], np.int32)[np.maximum(given, -1)], given)
         # A later run replaces an earlier one: a position is sent again where a prompt came in chunks.
@@ -79,7 +79,7 @@ def allowed_sets(runs: Sequence[TapRun], positions: slice, vocab_size: int) -> A
     rows = rows[positions]
     if (rows < FREE).any():
         raise ConditioningFailure(
-            ScoringSkipReason.GRAMMAR_NOT_REPORTED, f"position {positions.start + int(np.argmax(rows < FREE))}"
+            Unscored.GRAMMAR_NOT_REPORTED, f"position {positions.start + int(np.argmax(rows < FREE))}"
         )
     # The set of all ids comes last.
     table = np.frombuffer(b"".join(found) + b"\xff" * (4 * width), "<u4").astype(np.uint32).reshape(-1, width)
@@ -88,22 +88,22 @@ def allowed_sets(runs: Sequence[TapRun], positions: slice, vocab_size: int) -> A
     try:
         return AllowedSets(vocab_size, table, np.where(rows == FREE, np.int32(len(found)), rows))
     except InvalidArgumentError as error:
-        raise ConditioningFailure(ScoringSkipReason.GRAMMAR_MISMATCH, str(error)) from error
+        raise ConditioningFailure(Unscored.GRAMMAR_MISMATCH, str(error)) from error
 
 
 def _unpacked(packed: bytes, sets: int, size: int) -> list[bytes]:
     """The sets of a run, of `size` bytes each."""
     if sets * size > MAX_TABLE_BYTES:
-        raise ConditioningFailure(ScoringSkipReason.GRAMMAR_TOO_LARGE)
+        raise ConditioningFailure(Unscored.GRAMMAR_TOO_LARGE)
     if sets <= 0:
         return []
     try:
         data = zlib.decompressobj().decompress(packed, sets * size + 1)
     except zlib.error as error:
-        raise ConditioningFailure(ScoringSkipReason.GRAMMAR_MISMATCH, str(error)) from error
+        raise ConditioningFailure(Unscored.GRAMMAR_MISMATCH, str(error)) from error
     if len(data) != sets * size:
         shown = f"{len(data)} bytes of {sets} sets, not {size} each: another vocabulary than the reference's"
-        raise ConditioningFailure(ScoringSkipReason.GRAMMAR_MISMATCH, shown)
+        raise ConditioningFailure(Unscored.GRAMMAR_MISMATCH, shown)
     return [data[start : start + size] for start in range(0, len(data), size)]
 
 
@@ -149,4 +149,4 @@ def restricted(candidates: Candidates, output: Ids, top_k: int, sets: AllowedSet
 def _agree(rows: Any, what: str) -> None:
     """rows: bool [T]; `Any`, since numpy's stubs take a sum along an axis for a scalar, too."""
     if not rows.all():
-        raise ConditioningFailure(ScoringSkipReason.GRAMMAR_MISMATCH, f"{what} at position {int(np.argmin(rows))}")
+        raise ConditioningFailure(Unscored.GRAMMAR_MISMATCH, f"{what} at position {int(np.argmin(rows))}")

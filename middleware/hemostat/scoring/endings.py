@@ -1,4 +1,4 @@
-"""How captures end, and why: counts by `hemostat.ipc.reasons`."""
+"""How captures end, and why: counts by `hemostat.metrics.reasons`."""
 
 from __future__ import annotations
 
@@ -6,21 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from hemostat.ipc.messages import Capture
-from hemostat.ipc.reasons import Outcome
 from hemostat.metrics import names
+from hemostat.metrics.reasons import Outcome, Unscored
 from hemostat.metrics.samples import Sample
-from hemostat.reference.protocol import ReferenceFailure
-from hemostat_calibration.errors import InvalidRecordError
-
-
-def invalid_record(error: InvalidRecordError) -> str:
-    """Reason of a skip: the record failed a check of its form."""
-    return f"invalid_{error.reason}"
-
-
-def reference_failed(failure: ReferenceFailure) -> str:
-    """Reason of a drop."""
-    return f"reference_{failure.reason}"
 
 
 class EndingCounts:
@@ -30,14 +18,21 @@ class EndingCounts:
         self._counts: Counter[tuple[Outcome, str]] = Counter()
         self._on_ending = on_ending
 
-    def count(self, outcome: Outcome, reason: str = "", capture: Capture | None = None, left_out: int = 0) -> None:
-        """left_out: of a scored capture, output tokens that were not scored."""
-        self._counts[outcome, str(reason)] += 1
-        if capture is not None and self._on_ending is not None:
-            self._on_ending(capture, outcome.value, str(reason), left_out)
+    def scored(self, capture: Capture, left_out: int = 0) -> None:
+        """left_out: output tokens that were not scored."""
+        self._count(Outcome.SCORED, "", capture, left_out)
+
+    def unscored(self, reason: Unscored, capture: Capture, detail: str = "") -> None:
+        """detail: see `Unscored`."""
+        self._count(reason.outcome, reason.label(detail), capture, 0)
+
+    def _count(self, outcome: Outcome, reason: str, capture: Capture, left_out: int) -> None:
+        self._counts[outcome, reason] += 1
+        if self._on_ending is not None:
+            self._on_ending(capture, outcome.value, reason, left_out)
 
     @property
-    def scored(self) -> int:
+    def scored_captures(self) -> int:
         return self._counts[Outcome.SCORED, ""]
 
     def by_reason(self, outcome: Outcome) -> dict[str, int]:

@@ -20,10 +20,10 @@ from typing import Any
 from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.messages import Capture
-from hemostat.ipc.reasons import Outcome, ScoringDropReason
 from hemostat.measurement.by_model import OtherModels
 from hemostat.measurement.coverage import Coverage
 from hemostat.metrics import names
+from hemostat.metrics.reasons import Unscored
 from hemostat.metrics.samples import Sample
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.protocol import Reference
@@ -186,7 +186,7 @@ class ScoringPipeline:
         self.received += 1
         self.sampling.received()
         if self.scorer is None or not self._monitor.ready:
-            self.endings.count(Outcome.DROPPED, ScoringDropReason.REFERENCE_NOT_READY, capture)
+            self.endings.unscored(Unscored.REFERENCE_NOT_READY, capture)
         else:
             self.scorer.offer(capture)
 

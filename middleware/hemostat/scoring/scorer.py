@@ -20,8 +20,8 @@ from hemostat.engines.messages import TapAnswer
 from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.taps import TapResult
 from hemostat.ipc.messages import Capture
-from hemostat.ipc.reasons import Outcome, ScoringDropReason, ScoringSkipReason
 from hemostat.metrics import names
+from hemostat.metrics.reasons import Unscored
 from hemostat.metrics.samples import Sample
 from hemostat.reference.pair import ModelPair, ServedModels
 from hemostat.reference.protocol import (
@@ -35,7 +35,7 @@ from hemostat.reference.protocol import (
 )
 from hemostat.scoring.answer_losses import AnswerLosses
 from hemostat.scoring.conditioning import ConditioningFailure, condition
-from hemostat.scoring.endings import EndingCounts, invalid_record, reference_failed
+from hemostat.scoring.endings import EndingCounts
 from hemostat.scoring.limits import Breaker, Breakers, BreakerState, ShadowQueue, TokenBudget
 from hemostat.scoring.record_builder import (
     CaptureArrays,
@@ -67,10 +67,10 @@ MAX_SCORE_SECONDS = 120.0
 MIN_TOKENS_PER_SECOND = 100.0
 """Of a reference that works: a slow one needs minutes for a long prompt, and has not failed then."""
 
-_NEVER_SCORABLE: Mapping[FailureReason, ScoringSkipReason] = {
-    FailureReason.TOO_LONG: ScoringSkipReason.REFERENCE_TOO_LONG,
-    FailureReason.NO_ADAPTER: ScoringSkipReason.REFERENCE_NO_ADAPTER,
-    FailureReason.GRAMMAR_NEEDS_FULL_VOCABULARY: ScoringSkipReason.GRAMMAR_NEEDS_FULL_VOCABULARY,
+_NEVER_SCORABLE: Mapping[FailureReason, Unscored] = {
+    FailureReason.TOO_LONG: Unscored.REFERENCE_TOO_LONG,
+    FailureReason.NO_ADAPTER: Unscored.REFERENCE_NO_ADAPTER,
+    FailureReason.GRAMMAR_NEEDS_FULL_VOCABULARY: Unscored.GRAMMAR_NEEDS_FULL_VOCABULARY,
 }
 """Failures that are a property of the request: they say nothing of the reference's health."""
 
@@ -152,7 +152,7 @@ class Scorer:
         """Queue a capture, or count it as dropped."""
         has_room = self._awaited.add(capture) if capture.from_tap else self._queue.offer(capture)
         if not has_room:
-            self._endings.count(Outcome.DROPPED, ScoringDropReason.QUEUE_FULL, capture)
+            self._endings.unscored(Unscored.QUEUE_FULL, capture)
         (self._answer_awaited if capture.from_tap else self._wake).set()
 
     @property
@@ -194,19 +194,19 @@ class Scorer:
             try:
                 await self._score(capture)
             except ConditioningFailure as failure:
-                self._endings.count(Outcome.SKIPPED, failure.reason, capture)
+                self._endings.unscored(failure.reason, capture)
                 log.info("what was allowed in %s: %s: %s", capture.request_id, failure.reason, failure)
             except UnreadableLogprobsError as error:
-                self._endings.count(Outcome.SKIPPED, ScoringSkipReason.NO_LOGPROBS, capture)
+                self._endings.unscored(Unscored.NO_LOGPROBS, capture)
                 log.warning("%s", error)
             except InvalidRecordError as error:
-                self._endings.count(Outcome.SKIPPED, invalid_record(error), capture)
+                self._endings.unscored(Unscored.INVALID_RECORD, capture, error.reason)
                 log.warning("record of %s refused: %s", capture.request_id, error)
             except ReferenceFailure as failure:
-                self._endings.count(Outcome.DROPPED, reference_failed(failure), capture)
+                self._endings.unscored(Unscored.REFERENCE_FAILED, capture, failure.reason)
                 log.warning("score of %s failed: %s", capture.request_id, failure)
             except Exception:
-                self._endings.count(Outcome.DROPPED, ScoringDropReason.INTERNAL_ERROR, capture)
+                self._endings.unscored(Unscored.INTERNAL_ERROR, capture)
                 log.exception("score of %s failed", capture.request_id)
             finally:
                 self._in_progress -= 1
@@ -233,14 +233,14 @@ class Scorer:
         tap = self._taps.take(*found) if capture.nonce else None
         pair = self._models.served.of(capture.model)
         if (unusable := self._unusable(capture, pair, tap)) is not None:
-            self._endings.count(Outcome.SKIPPED, unusable, capture)
+            self._endings.unscored(unusable, capture)
             return
         if pair is None or pair.scorer is None or (info := pair.reference) is None:
-            self._endings.count(Outcome.DROPPED, ScoringDropReason.REFERENCE_NOT_READY, capture)
+            self._endings.unscored(Unscored.REFERENCE_NOT_READY, capture)
             return
         breaker = self._breakers.of(pair.name)
         if breaker.state(self._clock()) is BreakerState.OPEN:
-            self._endings.count(Outcome.DROPPED, ScoringDropReason.BREAKER_OPEN, capture)
+            self._endings.unscored(Unscored.BREAKER_OPEN, capture)
             return
         arrays = decode_capture(capture, self._max_scored)
         check_vocabulary(arrays, info.vocab_size)
@@ -256,7 +256,7 @@ class Scorer:
         if features is not None:
             codes = await asyncio.to_thread(profile_codes, profiles, features)
         if not breaker.allow(self._clock()):
-            self._endings.count(Outcome.DROPPED, ScoringDropReason.BREAKER_OPEN, capture)
+            self._endings.unscored(Unscored.BREAKER_OPEN, capture)
             return
         adapter = capture.model if capture.model in pair.scorable_adapters else ""
         unit = capture.conversation or prompt_key(arrays.prompt)
@@ -298,7 +298,7 @@ class Scorer:
             markers=pair.markers,
         )
         self._emit(record, capture)
-        self._endings.count(Outcome.SCORED, capture=capture, left_out=record.position)
+        self._endings.scored(capture, left_out=record.position)
 
     def _compressed_logits(
         self, features: Features | None, arrays: CaptureArrays, info: ReferenceInfo
@@ -316,29 +316,29 @@ class Scorer:
             choices = captures_from_tap(capture, answers, self._max_tokens)
         except UnusableAnswer as unusable:
             reason = unusable.reason
-            self._endings.count(Outcome.SKIPPED, reason, capture)
+            self._endings.unscored(reason, capture)
         except Exception:
-            self._endings.count(Outcome.DROPPED, ScoringDropReason.INTERNAL_ERROR, capture)
+            self._endings.unscored(Unscored.INTERNAL_ERROR, capture)
             log.exception("answers of %s cannot be used", capture.request_id)
         if capture.also_in_response:
-            lost = reason in (ScoringSkipReason.NO_ANSWER, ScoringSkipReason.ANSWER_MISMATCH)
+            lost = reason in (Unscored.NO_ANSWER, Unscored.ANSWER_MISMATCH)
             if self._answer_losses.count(capture.engine, self._clock(), lost=lost):
                 log.warning("answers of engine %s get lost: logprobs in responses are asked for", capture.engine)
         for choice in choices:
             self.offer(choice)
 
-    def _unusable(self, capture: Capture, pair: ModelPair | None, tap: TapResult | None) -> ScoringSkipReason | None:
+    def _unusable(self, capture: Capture, pair: ModelPair | None, tap: TapResult | None) -> Unscored | None:
         """Why no reference could score this capture, or it cannot be known what its tokens were sampled from."""
         if pair is None:
             # Nothing is known of the server's models before it was first asked.
-            return ScoringSkipReason.UNKNOWN_MODEL if self._models.served.pairs else None
+            return Unscored.UNKNOWN_MODEL if self._models.served.pairs else None
         if pair.compared and capture.model not in pair.scorable:
             known = pair.reference is not None  # then it is an adapter that the reference does not have
-            return ScoringSkipReason.UNKNOWN_MODEL if known else ScoringSkipReason.NO_REFERENCE
+            return Unscored.UNKNOWN_MODEL if known else Unscored.NO_REFERENCE
         if tap is not None and tap.mixed:
-            return ScoringSkipReason.MIXED_PROFILE
+            return Unscored.MIXED_PROFILE
         if tap is None and self._plugin_applies(capture):
-            return ScoringSkipReason.APPLIED_UNKNOWN
+            return Unscored.APPLIED_UNKNOWN
         return None
 
     def _plugin_applies(self, capture: Capture) -> bool:
@@ -372,7 +372,7 @@ class Scorer:
         except (ReferenceFailure, TimeoutError) as failure:
             if isinstance(failure, ReferenceFailure) and (skip := _NEVER_SCORABLE.get(failure.reason)) is not None:
                 breaker.released()
-                self._endings.count(Outcome.SKIPPED, skip, capture)
+                self._endings.unscored(skip, capture)
                 return None
             breaker.failed(self._clock())
             if isinstance(failure, TimeoutError):

@@ -10,13 +10,13 @@ import numpy as np
 from hemostat.engines.answer_buffer import AnswerBuffer
 from hemostat.engines.messages import TapAnswer
 from hemostat.ipc.messages import Capture
-from hemostat.ipc.reasons import ScoringSkipReason
+from hemostat.metrics.reasons import Unscored
 
 
 class UnusableAnswer(Exception):
     """The request cannot be scored from its answers."""
 
-    def __init__(self, reason: ScoringSkipReason) -> None:
+    def __init__(self, reason: Unscored) -> None:
         super().__init__(reason)
         self.reason = reason
 
@@ -28,15 +28,15 @@ def captures_from_tap(capture: Capture, answers: list[TapAnswer], max_tokens: in
     not those of the whole request.
     """
     if not answers:
-        raise UnusableAnswer(ScoringSkipReason.NO_ANSWER)
+        raise UnusableAnswer(Unscored.NO_ANSWER)
     generated = sum(answer.tokens for answer in answers)
     # With the server's own tools, a request of /v1/responses generates several times.
     if len(answers) != capture.choices or capture.generated not in (-1, generated):
-        raise UnusableAnswer(ScoringSkipReason.ANSWER_MISMATCH)
+        raise UnusableAnswer(Unscored.ANSWER_MISMATCH)
     if not all(answer.tokens and answer.prompt_ids for answer in answers):
-        raise UnusableAnswer(ScoringSkipReason.EMPTY_ANSWER)
+        raise UnusableAnswer(Unscored.EMPTY)
     if max(len(answer.prompt_ids) // 4 + answer.tokens for answer in answers) > max_tokens:
-        raise UnusableAnswer(ScoringSkipReason.ANSWER_TOO_LONG)
+        raise UnusableAnswer(Unscored.TOO_LONG)
     answers = [shortened(answer, capture.top_k) for answer in answers]
     return [
         msgspec.structs.replace(

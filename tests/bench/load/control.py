@@ -73,11 +73,11 @@ def counts(control: Control, reports: int) -> dict[str, Any]:
     return {
         "reports": reports,
         "received": control.pipeline.received,
-        "scored": control.pipeline.endings.scored,
+        "scored": control.pipeline.endings.scored_captures,
         "tokens": control.pipeline.reference_tokens,
         "queued": len(control.pipeline.queue),
         "relays": control.link.reporting,
-        "dropped": control.pipeline.received - control.pipeline.endings.scored - control.pipeline.pending,
+        "dropped": control.pipeline.received - control.pipeline.endings.scored_captures - control.pipeline.pending,
         "policies": control.policy.generation,
     }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import msgspec
 
+from hemostat.metrics.reasons import Unscored
 from hemostat.openai.complexity import check_messages
 from hemostat.openai.forms.protocol import Details, Stripper
 from hemostat.openai.forms.shared import (
@@ -22,7 +23,7 @@ from hemostat.openai.forms.shared import (
 )
 from hemostat.openai.json_splice import JsonObject, encode
 from hemostat.openai.observing import EndingObserver
-from hemostat.openai.requests import NO_WISH, LogprobWish, Message, Request, Unscorable
+from hemostat.openai.requests import NO_WISH, LogprobWish, Message, Request
 from hemostat.openai.restrictions import restricts_chat
 from hemostat.openai.stripping import ChoiceStripper, choices_go_on, record_ending
 from hemostat.openai.tokens import ResponseTokens
@@ -53,8 +54,8 @@ class Chat:
         wish = _wish(body)
         return Details(
             unscorable=unscorable_parameters(body, choices=choices, usage=usage, prompt=_unscorable_messages(messages))
-            or (Unscorable.CLIENT_LOGPROBS if wish is None else None)
-            or (Unscorable.HIDDEN_REASONING if body.value("include_reasoning") is False else None),
+            or (Unscored.CLIENT_LOGPROBS if wish is None else None)
+            or (Unscored.HIDDEN_REASONING if body.value("include_reasoning") is False else None),
             messages=messages,
             conversation=_conversation(body, messages),
             usage_requested=bool(usage),
@@ -117,16 +118,16 @@ def _conversation(body: JsonObject, messages: list[Message] | None) -> bytes | N
     return body.raw("messages")
 
 
-def _unscorable_messages(messages: list[Message] | None) -> Unscorable | None:
+def _unscorable_messages(messages: list[Message] | None) -> Unscored | None:
     if not messages:
-        return Unscorable.INVALID
+        return Unscored.INVALID
     parts: list[_Part] = []
     for message in messages:
         content = bytes(message.content)
         if content.startswith(b"["):
             parts += decode_or_none(_parts, content) or [_Part()]
             check_messages(len(parts))
-    return Unscorable.MULTIMODAL if any(part.type != "text" for part in parts) else None
+    return Unscored.MULTIMODAL if any(part.type != "text" for part in parts) else None
 
 
 def _restore_entry(entry: JsonObject, wish: LogprobWish) -> bytes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import msgspec
 
+from hemostat.metrics.reasons import Unscored
 from hemostat.openai.complexity import check_prompts
 from hemostat.openai.forms.protocol import Details, Stripper
 from hemostat.openai.forms.shared import (
@@ -21,7 +22,7 @@ from hemostat.openai.forms.shared import (
 )
 from hemostat.openai.json_splice import NULL, JsonObject, encode
 from hemostat.openai.observing import EndingObserver
-from hemostat.openai.requests import NO_WISH, LogprobWish, Request, Unscorable
+from hemostat.openai.requests import NO_WISH, LogprobWish, Request
 from hemostat.openai.restrictions import restricts_chat
 from hemostat.openai.stripping import ChoiceStripper, choices_go_on, record_ending
 from hemostat.openai.tokens import ResponseTokens
@@ -50,7 +51,7 @@ class Completions:
             unscorable=unscorable_parameters(
                 body, choices=choices, usage=usage, prompt=_unscorable_prompts(body, prompts)
             )
-            or (Unscorable.CLIENT_LOGPROBS if wish is None else None),
+            or (Unscored.CLIENT_LOGPROBS if wish is None else None),
             messages=None,
             conversation=None if raw == NULL else raw,
             usage_requested=bool(usage),
@@ -98,10 +99,10 @@ def _prompts(body: JsonObject) -> list[str | list[int]] | None:
     return decode_or_none(_texts, raw) or decode_or_none(_lists, raw) or None
 
 
-def _unscorable_prompts(body: JsonObject, prompts: list[str | list[int]] | None) -> Unscorable | None:
+def _unscorable_prompts(body: JsonObject, prompts: list[str | list[int]] | None) -> Unscored | None:
     if body.has("prompt_embeds"):
-        return Unscorable.MULTIMODAL
-    return None if prompts else Unscorable.INVALID
+        return Unscored.MULTIMODAL
+    return None if prompts else Unscored.INVALID
 
 
 def _wish(body: JsonObject) -> LogprobWish | None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import msgspec
 
+from hemostat.metrics.reasons import Unscored
 from hemostat.openai.complexity import check_messages
 from hemostat.openai.forms.protocol import Details
 from hemostat.openai.forms.shared import TappedForm, decode_or_none
 from hemostat.openai.json_splice import NULL, JsonObject
-from hemostat.openai.requests import Message, Unscorable
+from hemostat.openai.requests import Message
 from hemostat.openai.restrictions import restricts_message
 from hemostat.openai.tokens import ResponseTokens, TokenCount, Usage
 
@@ -92,13 +93,13 @@ def _conversation(body: JsonObject, messages: list[Message] | None) -> bytes | N
     return b"\x00".join([system, raw])
 
 
-def _unscorable(body: JsonObject, messages: list[Message] | None) -> Unscorable:
+def _unscorable(body: JsonObject, messages: list[Message] | None) -> Unscored:
     value = body.value
     if value("stream") not in (None, True, False) or not messages:
-        return Unscorable.INVALID
+        return Unscored.INVALID
     if _has_media(messages):
-        return Unscorable.MULTIMODAL
-    return Unscorable.NO_TOKEN_IDS
+        return Unscored.MULTIMODAL
+    return Unscored.NO_TOKEN_IDS
 
 
 def _has_media(messages: list[Message]) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from hemostat.metrics.reasons import Unscored
 from hemostat.openai.json_splice import JsonObject
-from hemostat.openai.requests import NO_WISH, LogprobWish, Message, Request, Unscorable
+from hemostat.openai.requests import NO_WISH, LogprobWish, Message, Request
 from hemostat.openai.tokens import ResponseTokens
 
 
@@ -14,7 +15,7 @@ from hemostat.openai.tokens import ResponseTokens
 class Details:
     """What a form's reader finds in a request's body; see `Request` for the fields of the same names."""
 
-    unscorable: Unscorable | None
+    unscorable: Unscored | None
     messages: list[Message] | None
     """Of a conversation; None: the request has a prompt instead."""
     conversation: bytes | None

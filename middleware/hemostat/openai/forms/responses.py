@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import msgspec
 
+from hemostat.metrics.reasons import Unscored
 from hemostat.openai.complexity import check_messages
 from hemostat.openai.forms.protocol import Details
 from hemostat.openai.forms.shared import TappedForm, decode_or_none
 from hemostat.openai.json_splice import NULL, JsonObject
-from hemostat.openai.requests import Message, Unscorable
+from hemostat.openai.requests import Message
 from hemostat.openai.restrictions import restricts_response
-from hemostat.openai.tokens import ResponseFailure, ResponseTokens, TokenCount, Usage
+from hemostat.openai.tokens import ResponseTokens, TokenCount, Usage
 
 
 class _Item(msgspec.Struct):
@@ -84,7 +85,7 @@ class Responses(TappedForm):
             tokens.model = str(response.value("model"))
         status = response.value("status")
         if status in ("failed", "cancelled"):
-            tokens.fail(ResponseFailure.UPSTREAM_ERROR)
+            tokens.fail(Unscored.UPSTREAM_ERROR)
         elif status in FINISH_REASONS:
             choice = tokens.choice(0)
             choice.finish_reason = FINISH_REASONS[status]
@@ -110,17 +111,17 @@ def _conversation(body: JsonObject, raw: bytes, items: list[_Item] | None) -> by
     return b"\x00".join([instructions, raw])
 
 
-def _unscorable(body: JsonObject, items: list[_Item] | None, messages: list[Message] | None) -> Unscorable:
+def _unscorable(body: JsonObject, items: list[_Item] | None, messages: list[Message] | None) -> Unscored:
     value = body.value
     if value("stream") not in (None, True, False) or not messages:
-        return Unscorable.INVALID
+        return Unscored.INVALID
     if value("background"):
-        return Unscorable.BACKGROUND
+        return Unscored.BACKGROUND
     if body.has("previous_response_id") or body.has("previous_input_messages"):
-        return Unscorable.SERVER_STATE
+        return Unscored.SERVER_STATE
     if _has_media(items or []):
-        return Unscorable.MULTIMODAL
-    return Unscorable.NO_TOKEN_IDS
+        return Unscored.MULTIMODAL
+    return Unscored.NO_TOKEN_IDS
 
 
 def _has_media(items: list[_Item]) -> bool:

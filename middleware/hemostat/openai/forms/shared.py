@@ -7,10 +7,11 @@ from typing import Any
 
 import msgspec
 
+from hemostat.metrics.reasons import Unscored
 from hemostat.openai.forms.protocol import Stripper
 from hemostat.openai.json_splice import MALFORMED, JsonObject
 from hemostat.openai.observing import EndingObserver
-from hemostat.openai.requests import MAX_CHOICES, Request, Unscorable
+from hemostat.openai.requests import MAX_CHOICES, Request
 from hemostat.openai.tokens import ResponseTokens
 
 _GUIDED_KEYS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
@@ -48,24 +49,24 @@ def choices_per_prompt(body: JsonObject) -> int | None:
 
 
 def unscorable_parameters(
-    body: JsonObject, *, choices: int | None, usage: bool | None, prompt: Unscorable | None
-) -> Unscorable | None:
+    body: JsonObject, *, choices: int | None, usage: bool | None, prompt: Unscored | None
+) -> Unscored | None:
     """The reasons that not even the engine's plugin helps against come before those of FROM_TAP.
 
     choices: of all prompts together; None: invalid. usage: `usage_requested`. prompt: why the prompt cannot be scored.
     """
     value = body.value
     if value("stream") not in (None, True, False) or choices is None or usage is None:
-        return Unscorable.INVALID
+        return Unscored.INVALID
     if value("use_beam_search"):
-        return Unscorable.BEAM_SEARCH
+        return Unscored.BEAM_SEARCH
     if prompt is not None:
         return prompt
     if any(body.has(key) for key in _GUIDED_KEYS):
-        return Unscorable.GRAMMAR
+        return Unscored.GRAMMAR
     if choices > MAX_CHOICES or (choices > 1 and value("stream") and body.has("tools") and not usage):
-        return Unscorable.N
-    return Unscorable.ECHO if value("echo") else None
+        return Unscored.N
+    return Unscored.ECHO if value("echo") else None
 
 
 def injected_members(request: Request) -> dict[str, bytes]:
@@ -90,7 +91,7 @@ class TappedForm(ABC):
         return False
 
     def injected_members(self, request: Request, top_k: int) -> dict[str, bytes]:
-        """None: see `Unscorable.NO_TOKEN_IDS`."""
+        """None: see `Unscored.NO_TOKEN_IDS`."""
         return {}
 
     def stripper(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:

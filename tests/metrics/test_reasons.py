@@ -1,0 +1,63 @@
+"""The one table of why sampled requests are not scored: the code, the counts and the documentation follow it."""
+
+from __future__ import annotations
+
+import ast
+import runpy
+import sys
+from collections import defaultdict
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from tests.support.paths import ROOT
+
+from hemostat import metrics
+from hemostat.metrics import reasons
+from hemostat.metrics.reasons import CONTROL, RELAY, REQUEST, Outcome, Unscored
+from hemostat_calibration.records import InvalidReason
+
+FINDS = {"openai": "relay", "interception": "relay", "relay": "relay", "scoring": "control", "measurement": "control"}
+"""Package -> the process in which it finds reasons."""
+
+
+def named(path: Path) -> set[str]:
+    """The reasons that a file names."""
+    return {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "Unscored"
+    }
+
+
+def test_each_is_counted_by_whom_the_table_says() -> None:
+    found = defaultdict(set)
+    for package, process in FINDS.items():
+        for path in (ROOT / "middleware" / "hemostat" / package).rglob("*.py"):
+            for name in named(path):
+                found[name].add(process)
+    who = {"relay": REQUEST | RELAY, "control": CONTROL}
+    said = {one.name: {process for process, by in who.items() if by & one.counted_by} for one in Unscored}
+    assert found == said
+
+
+def test_each_has_its_own_line() -> None:
+    assert len(Unscored.__members__) == len(Unscored) > 50, "equal values are aliases"
+    assert {one.outcome for one in Unscored} == {Outcome.SKIPPED, Outcome.DROPPED}
+    assert all(one.meaning for one in Unscored)
+    assert {Unscored.INVALID_RECORD.label(one) for one in InvalidReason}.isdisjoint(Unscored)
+
+
+def test_a_new_one_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is documented for both metrics, as what is known before a request goes upstream is."""
+    source = Path(reasons.__file__).read_text()
+    end = "    # fmt: on\n"
+    assert source.count(end) == 1
+    changed = ModuleType(reasons.__name__)
+    line = '    NEW = "new_one", SKIPPED, REQUEST, "what is new"\n'
+    monkeypatch.setitem(sys.modules, reasons.__name__, changed)
+    monkeypatch.setattr(metrics, "reasons", changed)
+    exec(source.replace(end, line + end), changed.__dict__)
+    page = runpy.run_path(str(ROOT / "deploy" / "metrics.py"))["page"]()
+    assert "\n| `new_one` | what is new |\n" in page
+    assert ", `new_one` | as for `hemostat_shadow_requests_total`" in page
