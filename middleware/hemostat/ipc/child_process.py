@@ -1,4 +1,8 @@
-"""Both ends of a child process: frames over its standard input and output. The child is killed when its parent ends."""
+"""Both ends of a child process: messages over its standard input and output. The child is killed when its parent ends.
+
+`Child` is any process that says something on its standard output, `FramedChild` one that is sent frames and answers in
+frames. `supervisor` keeps a process running.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,24 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import Self
 
 from hemostat.ipc.framing import frame, read_frame, read_frames
 from hemostat.ipc.supervised import die_with_parent
 from hemostat_calibration.messages import in_words
 
 CLOSE_SECONDS = 2.0
-"""Between the end of its input and the kill."""
+"""Between the end of its input, or of its output, and the kill."""
 MAX_STDERR_BYTES = 4096
 """Last bytes of the child's standard error, for the message about its end."""
 STDERR_SECONDS = 1.0
 """How long the rest of its standard error is read after its end."""
+ONE_CORE: Mapping[str, str] = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+"""Environment of a child that takes one core, however many there are: serving comes first."""
+
+ReadMessage = Callable[[asyncio.StreamReader], Awaitable[bytes]]
+"""The next message; asyncio.IncompleteReadError at the end."""
 
 
 def connect_to_parent(parent: int, niceness: int) -> tuple[Iterator[bytes], Callable[[bytes], None]]:
@@ -42,30 +52,57 @@ class ChildExited(Exception):
     """The process is not running; the text is its `exit_summary`."""
 
 
-class FramedChild:
+async def completed(work: Awaitable[object]) -> None:
+    """Wait for it, also where the caller is cancelled meanwhile."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
+
+
+async def read_line(stream: asyncio.StreamReader) -> bytes:
+    """A `ReadMessage`. Lines above asyncio's limit of 64 KiB are left out."""
+    while True:
+        with contextlib.suppress(ValueError):
+            if line := await stream.readline():
+                return line
+            raise asyncio.IncompleteReadError(b"", None)
+
+
+class Child:
     """The parent's end of a child process.
 
-    receive: called with the body of every frame; when it raises, the child is killed.
+    receive: called with every message of `read`; when it raises, the child is killed.
     exited: set once the process has ended and its output is read.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, receive: Callable[[bytes], None]) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, receive: Callable[[bytes], None], read: ReadMessage
+    ) -> None:
         self._process = process
         self._receive = receive
+        self._read_message = read
         self._stderr = b""
         self._protocol_error = ""
+        self.pid = process.pid
         self.exited = asyncio.Event()
         self._reading_stderr = asyncio.create_task(self._read_stderr(), name="child's stderr")
         self._reading = asyncio.create_task(self._read(), name="child's frames")
 
     @classmethod
-    async def start(
-        cls, module: str, receive: Callable[[bytes], None], environment: Mapping[str, str] | None = None
-    ) -> FramedChild:
-        """`python -m module PARENT_PID`; ChildExited when it cannot be started."""
+    async def start_command(
+        cls,
+        command: Sequence[str],
+        receive: Callable[[bytes], None],
+        environment: Mapping[str, str] | None = None,
+        read: ReadMessage = read_line,
+    ) -> Self:
+        """ChildExited when it cannot be started. environment: beside that of this process."""
         starting = asyncio.ensure_future(
             asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", module, str(os.getpid())),
+                *command,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
@@ -74,44 +111,29 @@ class FramedChild:
             )
         )
         try:
-            return cls(await asyncio.shield(starting), receive)
+            return cls(await asyncio.shield(starting), receive, read)
         except OSError as error:
             raise ChildExited(f"it cannot be started: {in_words(error)}") from error
         except asyncio.CancelledError:
             # The process may have been started already: end it.
             with contextlib.suppress(OSError):
-                await cls(await starting, receive).close()
+                await cls(await starting, receive, read).close()
             raise
-
-    def send(self, body: bytes) -> None:
-        """Queue a frame. There is no back-pressure: callers wait for an answer before they send the next."""
-        assert self._process.stdin is not None
-        if self.exited.is_set():
-            raise ChildExited(self.exit_summary())
-        self._process.stdin.write(frame(body))
-
-    async def drain(self) -> None:
-        """Returns once little of what was sent waits; ChildExited where it ended meanwhile."""
-        assert self._process.stdin is not None
-        try:
-            await self._process.stdin.drain()
-        except ConnectionError:
-            await self.exited.wait()
-            raise ChildExited(self.exit_summary()) from None
 
     async def _read(self) -> None:
         stream = self._process.stdout
         assert stream is not None
         try:
             while True:
-                self._receive(await read_frame(stream))
+                self._receive(await self._read_message(stream))
         except (asyncio.IncompleteReadError, ConnectionError):
-            pass
+            # It is about to end by itself. To kill it now would lose its exit code: `kill` reaps it unseen.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), CLOSE_SECONDS)
         except Exception as error:  # noqa: BLE001  a frame that the receiver rejects makes the child useless
             self._protocol_error = f"it sent an invalid message ({error}); "
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+            self._kill()
             await self._process.wait()
             await asyncio.wait({self._reading_stderr}, timeout=STDERR_SECONDS)
             self.exited.set()
@@ -129,21 +151,53 @@ class FramedChild:
         code = f"{self._protocol_error}code {self._process.returncode}"
         return f"{code}; last output: {last_line}" if last_line else code
 
-    async def close(self) -> None:
-        """Close its input, wait, then kill it. It completes even when the caller is cancelled meanwhile."""
-        ending = asyncio.ensure_future(self._close())
-        try:
-            await asyncio.shield(ending)
-        except asyncio.CancelledError:
-            await ending
-            raise
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs."""
+        return self._process.returncode
 
-    async def _close(self) -> None:
+    def _kill(self) -> None:
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+    async def close(self, grace_seconds: float = CLOSE_SECONDS) -> None:
+        """Close its input, wait, then kill it. It completes even when the caller is cancelled meanwhile."""
+        await completed(self._close(grace_seconds))
+
+    async def _close(self, grace_seconds: float) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.exited.wait(), CLOSE_SECONDS)
+            await asyncio.wait_for(self.exited.wait(), grace_seconds)
         if not self.exited.is_set():
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+            self._kill()
         await asyncio.gather(self._reading, self._reading_stderr, return_exceptions=True)
+
+
+class FramedChild(Child):
+    """One that is sent frames, and whose messages are frames."""
+
+    @classmethod
+    async def start(
+        cls, module: str, receive: Callable[[bytes], None], environment: Mapping[str, str] | None = None
+    ) -> FramedChild:
+        """`python -m module PARENT_PID`; ChildExited when it cannot be started."""
+        command = (sys.executable, "-m", module, str(os.getpid()))
+        return await cls.start_command(command, receive, environment, read_frame)
+
+    def send(self, body: bytes) -> None:
+        """Queue a frame. There is no back-pressure: callers wait for an answer before they send the next."""
+        assert self._process.stdin is not None
+        if self.exited.is_set():
+            raise ChildExited(self.exit_summary())
+        self._process.stdin.write(frame(body))
+
+    async def drain(self) -> None:
+        """Returns once little of what was sent waits; ChildExited where it ended meanwhile."""
+        assert self._process.stdin is not None
+        try:
+            await self._process.stdin.drain()
+        except ConnectionError:
+            await self.exited.wait()
+            raise ChildExited(self.exit_summary()) from None

@@ -11,10 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from hemostat.ipc.backoff import Backoff
-from hemostat.ipc.child_process import ChildExited, FramedChild
-
-ONE_CORE: Mapping[str, str] = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-"""Environment of a child that takes one core, however many there are: serving comes first."""
+from hemostat.ipc.child_process import ONE_CORE, ChildExited, FramedChild
 
 Target = TypeVar("Target")
 Ready = TypeVar("Ready")

@@ -8,7 +8,8 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,14 @@ from typing import Any
 import msgspec
 
 from hemostat.adapters.live.job import InvalidResult, Job, JobFolder, Result, read_result
-from hemostat_calibration.messages import in_words
+from hemostat.ipc.child_process import ONE_CORE, Child, ChildExited, completed
 
 COMMAND = (sys.executable, "-m", "hemostat.adapters.building.build_process")
 """The process; the job's folder and this process's id follow."""
-CHILD_ENVIRONMENT = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-"""One core, however many there are: serving comes first."""
-MEMORY_POLL_SECONDS = 0.25
+POLL_SECONDS = 0.25
+"""Between two looks at its memory."""
 STALLED_SECONDS = 3600.0
 """Without a line of progress for so long, the process is ended."""
-MAX_LINE_BYTES = 1 << 16
-MAX_STDERR_BYTES = 4096
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -84,6 +82,10 @@ class Build:
         self.pid: int | None = None
         """Of the process, while it runs."""
         self.peak_bytes = 0
+        self._refusal = ""
+        """What the process says is wrong."""
+        self._heard_at = 0.0
+        """When its last line came, monotonic seconds."""
 
     async def attempt(self) -> Result:
         """BuildFailed. The process has ended when this returns, also where it is cancelled."""
@@ -103,80 +105,50 @@ class Build:
         """Delete the texts."""
         folder, self._folder = self._folder, None
         if folder is not None:
-            await _completed(asyncio.to_thread(folder.delete))
+            await completed(asyncio.to_thread(folder.delete))
 
     async def _run(self, folder: Path) -> None:
         command = [*self._command, str(folder), str(os.getpid())]
         if shutil.which("ionice"):
             command = ["ionice", "-c", "3", *command]
+        self._refusal, self._heard_at = "", time.monotonic()
         try:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                env=os.environ | CHILD_ENVIRONMENT,
-                limit=MAX_LINE_BYTES,
-                start_new_session=True,  # so that Ctrl-C in a terminal does not reach it
-            )
-        except OSError as error:
-            raise BuildFailed(BuildFailure.ENDED, f"it cannot be started: {in_words(error)}") from None
-        self.pid = process.pid
-        too_large = asyncio.create_task(self._watch_memory(process), name="builder's memory")
-        stderr = asyncio.create_task(_tail(process), name="builder's stderr")
-        refusal, stalled = "", False
+            child = await Child.start_command(command, self._read_line, ONE_CORE)
+        except ChildExited as why:
+            raise BuildFailed(BuildFailure.ENDED, str(why)) from None
+        self.pid = child.pid
         try:
-            refusal = await self._read(process)
-            await process.wait()
-        except TimeoutError:
-            stalled = True
+            await self._watch(child)
         finally:
-            killed_for_memory = too_large.done()
-            too_large.cancel()
-            await _end(process)
+            await child.close(grace_seconds=0.0)
             self.pid = None
-            last = await stderr
-        if killed_for_memory:
-            limit = self._memory_bytes >> 20
-            raise BuildFailed(BuildFailure.MEMORY, f"it needs more than adapter.memory_mib, {limit} MiB: raise it")
-        if stalled:
-            raise BuildFailed(BuildFailure.STALLED, f"no progress for {STALLED_SECONDS:.0f} s")
-        if refusal:
-            full = any(os.strerror(code) in refusal for code in DISK_ERRORS)
-            raise BuildFailed(BuildFailure.DISK if full else BuildFailure.REFUSED, refusal)
-        if process.returncode != 0:
-            detail = f"code {process.returncode}" + (f"; last output: {last}" if last else "")
-            raise BuildFailed(BuildFailure.ENDED, f"its process ended ({detail})")
+        if self._refusal:
+            full = any(os.strerror(code) in self._refusal for code in DISK_ERRORS)
+            raise BuildFailed(BuildFailure.DISK if full else BuildFailure.REFUSED, self._refusal)
+        if child.returncode != 0:
+            raise BuildFailed(BuildFailure.ENDED, f"its process ended ({child.exit_summary()})")
 
-    async def _read(self, process: asyncio.subprocess.Process) -> str:
-        """What the process says was wrong, or "". TimeoutError."""
-        assert process.stdout is not None
-        error = ""
-        while True:
-            try:
-                async with asyncio.timeout(STALLED_SECONDS):
-                    data = await process.stdout.readline()
-            except ValueError:
-                continue  # a line that is too long
-            if not data:
-                return error
-            try:
-                line = msgspec.json.decode(data, type=_Line)
-            except msgspec.DecodeError:
-                continue  # what a library prints
-            error = line.error or error
-            if line.stage:
-                self._progress(f"{line.stage} {line.done}/{line.total}" if line.total else line.stage)
+    def _read_line(self, data: bytes) -> None:
+        self._heard_at = time.monotonic()
+        try:
+            line = msgspec.json.decode(data, type=_Line)
+        except msgspec.DecodeError:
+            return  # what a library prints
+        self._refusal = line.error or self._refusal
+        if line.stage:
+            self._progress(f"{line.stage} {line.done}/{line.total}" if line.total else line.stage)
 
-    async def _watch_memory(self, process: asyncio.subprocess.Process) -> None:
-        """Kills the process, and returns, once it takes too much. Never returns where that is not known."""
-        while True:
-            self.peak_bytes = max(self.peak_bytes, found := memory_of(process.pid))
+    async def _watch(self, child: Child) -> None:
+        """Until it has ended. BuildFailed as soon as it takes too much memory, or makes no progress."""
+        while not child.exited.is_set():
+            self.peak_bytes = max(self.peak_bytes, found := memory_of(child.pid))
             if found > self._memory_bytes:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-                return
-            await asyncio.sleep(MEMORY_POLL_SECONDS)
+                limit = self._memory_bytes >> 20
+                raise BuildFailed(BuildFailure.MEMORY, f"it needs more than adapter.memory_mib, {limit} MiB: raise it")
+            if time.monotonic() - self._heard_at > STALLED_SECONDS:
+                raise BuildFailed(BuildFailure.STALLED, f"no progress for {STALLED_SECONDS:.0f} s")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(child.exited.wait(), POLL_SECONDS)
 
 
 def memory_of(pid: int) -> int:
@@ -188,30 +160,3 @@ def memory_of(pid: int) -> int:
         return 0
     found = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
     return sum(int(found[name][0]) << 10 for name in ("RssAnon", "VmSwap") if found.get(name))
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """It has ended when this returns, also where it is cancelled."""
-    with contextlib.suppress(ProcessLookupError):
-        process.kill()
-    await _completed(process.wait())
-
-
-async def _completed(work: Awaitable[object]) -> None:
-    """Wait for it, also where this is cancelled meanwhile."""
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await task
-        raise
-
-
-async def _tail(process: asyncio.subprocess.Process) -> str:
-    """The last line of its standard error."""
-    assert process.stderr is not None
-    text = b""
-    while data := await process.stderr.read(MAX_STDERR_BYTES):
-        text = (text + data)[-MAX_STDERR_BYTES:]
-    lines = [line.strip() for line in text.decode(errors="replace").split("\n") if line.strip()]
-    return lines[-1] if lines else ""
