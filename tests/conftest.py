@@ -83,6 +83,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if (item.get_closest_marker("slow") is not None) == chosen]
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # What takes longest in one process begins first, so that no process waits for it in the end.
+        items.sort(key=lambda item: _shared_server(item.path) is None)
     if config.getoption("--compiled") and (interpreted := compiled.not_compiled()):
         raise pytest.UsageError(f"not compiled: {', '.join(interpreted)}")
     if compiled.is_compiled("hemostat.relay.exchange"):
