@@ -199,6 +199,9 @@ class TokenRecord:
     """The kind of traffic that the request belongs to, fixed before it went upstream; "" where none was determined."""
     conversation: bytes = b""
     """Salted digest of the conversation's first messages (or of the prompt); empty where none was determined."""
+    template: bytes = b""
+    """Digest of the cluster of alike prompts that the prompt belongs to (`statistics.templates`); empty where none was
+    determined."""
     client: bytes = b""
     """Salted digest of what names the client; empty where nothing does."""
     compressed_model: str = ""
@@ -213,8 +216,9 @@ class TokenRecord:
 
     @property
     def unit(self) -> bytes:
-        """What is one observation, and is either learned from or judged by: the conversation, else the prompt."""
-        return self.conversation or self.prompt_key
+        """What is either learned from or judged by, and counts once in a test: all requests of a template, else the
+        conversation, else the prompt."""
+        return self.template or self.conversation or self.prompt_key
 
     @property
     def tokens(self) -> int:

@@ -9,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.statistics.kind_table import MAX_COUNTED, MAX_NAME_LENGTH, MIN_SEEN, KindTable
+from hemostat_calibration.statistics.kind_table import (
+    HALF_LIFE_SECONDS,
+    MAX_COUNTED,
+    MAX_NAME_LENGTH,
+    MIN_SEEN,
+    KindTable,
+)
 
 
 def table(names: list[str], limit: int = 2) -> KindTable:
@@ -85,6 +91,8 @@ def test_a_smaller_limit_keeps_the_most_frequent() -> None:
         b'{"counts": {}, "followed": ["a"]}',
         b'{"counts": {"a": [1, 2]}, "followed": []}',
         b'{"counts": {"a": 1}, "followed": []}',
+        b'{"counts": {"a": [1, 0]}, "followed": ["a"]}',
+        b'{"counts": {"a": [Infinity, 0]}, "followed": ["a"], "decayed": 0}',
         b'{"counts": {"a": [1, 0]}, "followed": ["a", "a"]}',
     ],
 )
@@ -102,6 +110,17 @@ def test_a_limit_out_of_range_is_refused(limit: int) -> None:
 def test_a_shift_of_the_traffic_changes_what_is_followed() -> None:
     names = list(itertools.chain(*(["a", "b", "c"] * 50, ["d"] * 120)))
     assert table(names, limit=3).followed == ("b", "c", "d")
+
+
+def test_counts_decay_with_time_and_not_with_requests() -> None:
+    made = KindTable(2)
+    for _ in range(1000):
+        made = made.see("a", now=1e6)
+    assert made.seen("a") == 1000.0
+    made = made.see("b", now=1e6 + HALF_LIFE_SECONDS)
+    assert (made.seen("a"), made.seen("b"), made.total) == (500.0, 1.0, 501.0)
+    assert KindTable.load(made.save(), 2) == made
+    assert made.see("b", now=0.0).seen("a") == 500.0, "a clock that goes back"
 
 
 def test_every_request_is_counted_once_in_the_total() -> None:

@@ -139,7 +139,7 @@ class Bench:
         offer = one.learner.offer
 
         def note(record: TokenRecord, scope: str = "") -> None:
-            self.learned_from.append(record.prompt_key)
+            self.learned_from.append(record.unit)
             offer(record, scope)
 
         one.learner.offer = note  # type: ignore[method-assign]
@@ -229,7 +229,8 @@ async def test_a_contextual_profile_is_learned_evaluated_judged_and_serves(
 
         # Nothing was learned from what judged, nor were its hidden states asked for.
         assert len(set(b.learned_from)) > 50
-        assert not any(held_out(key, 0.5) for key in [*b.learned_from, *b.reference.hidden_for])
+        hidden_for = [b.one.templates.assign(prompt, b"") for prompt in b.reference.hidden_for]
+        assert not any(held_out(unit, 0.5) for unit in [*b.learned_from, *hidden_for])
         status = status_json(b.one)["learner"]
         assert status["sources"]["hidden"] == status["tokens"] > 1500
         assert b.one.pipeline.scorer is not None

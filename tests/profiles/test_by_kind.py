@@ -121,6 +121,26 @@ def test_a_kind_that_loses_its_place_loses_what_served_it() -> None:
     assert bench.profiles.serving.kinds[REST_KIND].units == 4, "its requests belong to the rest"
 
 
+def test_what_was_rolled_back_is_remembered_for_a_kind_that_comes_back() -> None:
+    bench = Bench(evidence=Evidence(kinds=1))
+    bench.feed(BIASED, JUDGED[:2], kind="A")
+    version = bench.profiles.operator.import_profile(helpful())
+    bench.profiles.operator.promote(version, "A")
+    bench.profiles.operator.roll_back("it did not help", "A")
+    bench.feed(EVEN, LEARNED[:60], kind="B")
+    assert bench.profiles.serving.kinds.keys() == {"B", REST_KIND}
+    again = bench.restart()
+    again.profiles.set_model_pair(MODEL, V)
+    again.feed(EVEN, LEARNED[60:360], kind="A")
+    assert again.profiles.serving.kinds["A"].tried == [version]
+    again.feed(BIASED, JUDGED[2:4], kind="A")
+    trials = again.profiles.trials
+    assert not any(c.version == version and "A" in trials.evidence_by_kind(c) for c in trials.queue)
+    again.profiles.operator.import_profile(helpful())
+    assert again.profiles.serving.kinds["A"].tried == [], "an operator may try it again"
+    assert not again.profiles.serving.former
+
+
 def test_a_kind_that_comes_out_of_the_rest_keeps_what_an_operator_chose() -> None:
     bench = Bench()
     version = bench.profiles.operator.import_profile(helpful())

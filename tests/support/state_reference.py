@@ -12,7 +12,6 @@ from tests.support.learner_world import logprobs
 from hemostat.reference.protocol import ReferenceInfo, ReferenceScores, ScoreRequest
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.records import Candidates
-from hemostat_calibration.statistics.split import prompt_key
 
 TOP = 8
 """Ids of its own that it lists."""
@@ -25,8 +24,8 @@ class StateReference:
 
     def __init__(self, info: ReferenceInfo) -> None:
         self.info = info
-        self.hidden_for: list[bytes] = []
-        """Units that hidden states were asked for."""
+        self.hidden_for: list[Ids] = []
+        """Prompts that hidden states were asked for."""
 
     def states(self, prompt: Ids, output: Ids) -> Singles:
         """[T, d], before each of the output's tokens."""
@@ -54,7 +53,7 @@ class StateReference:
             elif p.family == "temperature_bias" and float(p.parameters["inverse_temperature"]) == 1.0:
                 expected[p.version] = r @ np.clip(p.parameters["bias"], -p.clamp_nats, p.clamp_nats).astype(float)
         if request.hidden:
-            self.hidden_for.append(prompt_key(prompt))
+            self.hidden_for.append(prompt)
         return ReferenceScores(
             at=np.where(ids >= 0, log_r[rows, np.maximum(ids, 0)], np.nan),
             top=Candidates(best, log_r[rows, best]),

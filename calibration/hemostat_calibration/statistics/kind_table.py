@@ -2,7 +2,8 @@
 
 Space-Saving (Metwally, Agrawal & El Abbadi, ICDT 2005): at most `MAX_COUNTED` names are counted. When a further one
 comes, the least frequent name that is not followed leaves, and the new one takes over its count, of which that much may
-be another's: count minus excess never exceeds how often the name was really seen.
+be another's: count minus excess never exceeds how often the name was really seen. Counts decay: what was seen
+`HALF_LIFE_SECONDS` ago counts half, so that after months of other traffic a new kind is soon among the frequent ones.
 
 A free place is given at first sight. When all are taken, a name takes the place of the least frequent followed one
 once it was certainly seen more than `TAKES_OVER` times as often, and at least `MIN_SEEN` times: what was learned about
@@ -12,8 +13,9 @@ a kind is lost with its place, so places must not change hands by chance.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hemostat_calibration.errors import InvalidArgumentError
@@ -23,15 +25,19 @@ MAX_COUNTED = 256
 MAX_NAME_LENGTH = 200
 """Characters; longer names are never followed."""
 TAKES_OVER = 2
-MIN_SEEN = 50
+MIN_SEEN = 20
+HALF_LIFE_SECONDS = 2 * 86_400.0
+DECAY_SECONDS = 3_600.0
+"""Between two times that all counts are multiplied."""
 
-Count = tuple[int, int]
+Count = tuple[float, float]
 """How often a name was seen at most, and how much of that may be another's."""
 
 
 @dataclass(frozen=True, slots=True)
 class KindTable:
     """limit: names followed at a time. counts: by name; those followed are among them. followed: in order of arrival.
+    decayed: when counts decayed last, seconds.
 
     >>> table = KindTable(limit=2)
     >>> for name in ["chat", "code", "json"]:
@@ -47,6 +53,7 @@ class KindTable:
     limit: int
     counts: Mapping[str, Count] = field(default_factory=dict)
     followed: tuple[str, ...] = ()
+    decayed: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.limit < MAX_COUNTED:
@@ -56,45 +63,50 @@ class KindTable:
         """Whether it is followed."""
         return name in self.followed
 
-    def seen(self, name: str) -> int:
-        """How often it was certainly seen; 0 where it is not counted."""
+    def seen(self, name: str) -> float:
+        """How often it was certainly seen, decayed; 0 where it is not counted."""
         most, excess = self.counts.get(name, (0, 0))
         return most - excess
 
     @property
-    def total(self) -> int:
-        """Requests of all kinds so far."""
+    def total(self) -> float:
+        """Requests of all kinds so far, decayed."""
         return sum(most for most, _ in self.counts.values())
 
-    def see(self, name: str, keep: Collection[str] = ()) -> KindTable:
+    def see(self, name: str, keep: Collection[str] = (), now: float = 0.0) -> KindTable:
         """A request of this kind. The result follows at most one name that this table did not, and lost at most one.
 
-        "" and names that are too long are not counted. keep: followed names that must not lose their place.
+        "" and names that are too long are not counted. keep: followed names that must not lose their place. now:
+        seconds, of any clock that goes on over restarts; where it goes back nothing decays.
         """
         if not 0 < len(name) <= MAX_NAME_LENGTH:
             return self
-        counts = dict(self.counts)
+        counts, decayed = dict(self.counts), self.decayed
+        if now - decayed >= DECAY_SECONDS:
+            factor = 0.5 ** ((now - decayed) / HALF_LIFE_SECONDS)
+            counts = {other: (most * factor, excess * factor) for other, (most, excess) in counts.items()}
+            decayed = now
         most, excess = counts.get(name, (0, 0))
         if name not in counts and len(counts) >= MAX_COUNTED:
             least = min((other for other in counts if other not in self.followed), key=lambda other: counts[other][0])
             most = excess = counts.pop(least)[0]
         counts[name] = (most + 1, excess)
-        return KindTable(self.limit, counts, self._followed_after(name, most + 1 - excess, keep))
+        return KindTable(self.limit, counts, self.followed, decayed)._with_place(name, keep)
 
-    def _followed_after(self, name: str, seen: int, keep: Collection[str]) -> tuple[str, ...]:
+    def _with_place(self, name: str, keep: Collection[str]) -> KindTable:
         if name in self.followed:
-            return self.followed
+            return self
         if len(self.followed) < self.limit:
-            return (*self.followed, name)
+            return replace(self, followed=(*self.followed, name))
         free = [other for other in self.followed if other not in keep]
         rarest = min(free, key=self.seen, default=None)
-        if rarest is None or seen < MIN_SEEN or seen <= TAKES_OVER * self.seen(rarest):
-            return self.followed
-        return (*(other for other in self.followed if other != rarest), name)
+        if rarest is None or self.seen(name) < MIN_SEEN or self.seen(name) <= TAKES_OVER * self.seen(rarest):
+            return self
+        return replace(self, followed=(*(other for other in self.followed if other != rarest), name))
 
     def save(self) -> bytes:
         """As JSON; `load` reads it. At most about 60 kB."""
-        return json.dumps({"counts": self.counts, "followed": self.followed}).encode()
+        return json.dumps({"counts": self.counts, "followed": self.followed, "decayed": self.decayed}).encode()
 
     @classmethod
     def load(cls, data: bytes, limit: int) -> KindTable:
@@ -103,19 +115,21 @@ class KindTable:
         limit: may be another than before; of too many followed names those seen most often stay.
         """
         try:
-            counts, followed = _read(json.loads(data))
+            stored = json.loads(data)
+            counts, followed = _read(stored)
+            decayed = float(stored["decayed"])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise InvalidArgumentError(f"not a table of kinds: {error}") from error
-        table = cls(limit, counts, followed)
+        table = cls(limit, counts, followed, decayed)
         dropped = sorted(followed, key=table.seen, reverse=True)[limit:]
-        return cls(limit, counts, tuple(name for name in followed if name not in dropped))
+        return replace(table, followed=tuple(name for name in followed if name not in dropped))
 
 
 def _read(stored: Any) -> tuple[dict[str, Count], tuple[str, ...]]:
-    counts = {str(name): (int(most), int(excess)) for name, (most, excess) in stored["counts"].items()}
+    counts = {str(name): (float(most), float(excess)) for name, (most, excess) in stored["counts"].items()}
     followed = tuple(stored["followed"])
     if len(counts) > MAX_COUNTED or len(set(followed)) < len(followed) or not counts.keys() >= set(followed):
         raise ValueError("the followed names are not among the counted ones")
-    if any(not 0 <= excess <= most for most, excess in counts.values()):
-        raise ValueError("a count is below 0")
+    if any(not 0 <= excess <= most < math.inf for most, excess in counts.values()):
+        raise ValueError("a count is below 0, or not finite")
     return counts, followed

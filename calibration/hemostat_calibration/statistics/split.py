@@ -1,4 +1,5 @@
-"""The split into learning and held-out prompts, by the prompt alone: a repeated prompt is never on both sides."""
+"""The split into learning and held-out requests, by a key alone, such as that of a template or a prompt: what has the
+same key is never on both sides."""
 
 from __future__ import annotations
 

@@ -51,9 +51,11 @@ from hemostat.profiles.manager import ProfileManager
 from hemostat.reference import make_compressed_scorer, make_references
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ModelPair
+from hemostat.scoring import prompt_templates
 from hemostat.scoring.consumers import ConsumerParts
 from hemostat.scoring.limits import Breakers
 from hemostat.scoring.pipeline import ScoringPipeline
+from hemostat.scoring.prompt_templates import PromptTemplates
 from hemostat.scoring.records_file import RecordsFile
 from hemostat.store.errors import StoreErrorLog
 from hemostat.store.factory import open_store
@@ -136,6 +138,7 @@ class Control:
         self.subject = LearningSubject(settings.calibration, profiles, self.monitor, self.learner, self.adapters)
 
     def _connect_scoring(self, settings: Settings, draw: Callable[[], float]) -> None:
+        self.templates = PromptTemplates(self.writer, self._clock)
         self.pipeline = ScoringPipeline(
             settings,
             self.monitor,
@@ -158,6 +161,7 @@ class Control:
             draw=draw,
             on_change=self.changes.notify,
             distances=self.adapters.judge if settings.adapter.enabled else None,
+            template_of=self.templates.assign,
             decides=lambda: self.ownership.active,
         )
 
@@ -283,6 +287,7 @@ class Control:
         """Go on from all that is stored, and be active."""
         self.stored_state.restore(snapshot)
         self.learned.restore(snapshot.blobs.get(learned_state.BLOB_KEY))
+        self.templates.restore(snapshot.blobs.get(prompt_templates.BLOB_KEY), self.stored_state.salt)
         self._stored_learning.restore(snapshot.blobs.get(stored.BLOB_KEY))
         self.ownership.activate()
 
@@ -318,6 +323,7 @@ class Control:
             self._look_at_weights()
             self.policy.publish()
             self.profile_manager.writer.save_if_due()
+            self.templates.save_if_due()
         if self.history.due(now):
             self.history.add(now, self._wall(), self.status.current())
 
@@ -335,6 +341,7 @@ class Control:
         if self.ownership.active:
             self.measured.save()
             await self.learned.save()
+            self.templates.save()
             self.profile_manager.writer.save()
             try:
                 await self.writer.write()

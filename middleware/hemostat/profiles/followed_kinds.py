@@ -9,7 +9,7 @@ from hemostat_calibration.statistics.kind_table import KindTable
 
 
 class FollowedKinds:
-    """Owns the table of kinds. limit: kinds followed at a time.
+    """Owns the table of kinds. limit: kinds followed at a time. wall: Unix time, seconds.
 
     on_followed, on_evicted: called with a kind that is followed from now on, and with one that is not any more.
     keep: kinds that must not lose their place.
@@ -18,12 +18,14 @@ class FollowedKinds:
     def __init__(
         self,
         limit: int,
+        wall: Callable[[], float],
         *,
         on_followed: Callable[[str], None],
         on_evicted: Callable[[str], None],
         keep: Callable[[], Collection[str]],
     ) -> None:
         self.limit = limit
+        self._wall = wall
         self.table = KindTable(limit)
         self._on_followed = on_followed
         self._on_evicted = on_evicted
@@ -37,7 +39,7 @@ class FollowedKinds:
     def see(self, kind: str) -> str:
         """Count one request, and return what its kind is called from here on: its own name, or the rest's."""
         if kind not in (REST_KIND, REST_GRAMMAR_KIND):
-            before, self.table = self.table, self.table.see(kind, self._keep())
+            before, self.table = self.table, self.table.see(kind, self._keep(), self._wall())
             if self.table.followed != before.followed:
                 for evicted in set(before.followed).difference(self.table.followed):
                     self._on_evicted(evicted)

@@ -272,8 +272,8 @@ class Lifecycle:
         a grammar restricts did not.
         """
         rest = self._serving.kinds.get(rest_of(kind))
-        state = self._serving.kinds[kind] = KindState()
-        if rest is not None and rest.chosen and rest.version is not None:
+        state = self._serving.kinds[kind] = self._serving.former.pop(kind, KindState())
+        if not state.held and rest is not None and rest.chosen and rest.version is not None:
             state.version, state.learned_of, state.window = rest.version, rest.learned_of, rest.window
             state.chosen, state.pinned = True, rest.pinned
             self._trials.watch(kind)
@@ -287,7 +287,8 @@ class Lifecycle:
             self._test_in(kind)
 
     def kind_evicted(self, kind: str) -> None:
-        """Another kind has taken its place: its requests belong to the rest from now on, and what served it is lost."""
+        """Another kind has taken its place: its requests belong to the rest from now on, and what served it is lost.
+        What was tried there is remembered."""
         state = self._serving.kinds[kind]
         self._trials.forget_kind(kind)
         if state.version is not None:
@@ -295,7 +296,7 @@ class Lifecycle:
             self._end_serving(kind, state)
             why = "another kind of traffic is more frequent, and took its place"
             self._events.record(Decision.ROLL_BACK, Reason.EVICTED, version, scope, why, {}, kind)
-        del self._serving.kinds[kind]
+        self._serving.remember(kind)
         self._serving_changed()
 
     def _test_in(self, kind: str) -> None:

@@ -80,6 +80,7 @@ class ProfileManager:
         )
         self.kinds = FollowedKinds(
             evidence.kinds,
+            wall,
             on_followed=self._kind_followed,
             on_evicted=self._kind_evicted,
             keep=lambda: self.serving.fixed,
@@ -167,6 +168,7 @@ class ProfileManager:
         self.trials.remove(lambda candidate: candidate.source != IMPORT)
         for state in self.serving.kinds.values():
             state.tried, state.held = [], ""
+        self.serving.former.clear()
         self.trials.restart()
         self.proposals.restart()
 

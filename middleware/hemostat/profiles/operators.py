@@ -72,7 +72,7 @@ class Operator:
             # Engines report one set of anchors.
             why += "; it reads other anchors than the learner: the learner gets no engine features while it is tested"
         self._events.record(Decision.IMPORT, Reason.OPERATOR, version, scope, why, {})
-        for state in self._serving.kinds.values():
+        for state in (*self._serving.kinds.values(), *self._serving.former.values()):
             state.tried = [other for other in state.tried if other != version]
         self._lifecycle.test(profile, scope, IMPORT)
         return version

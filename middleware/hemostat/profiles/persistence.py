@@ -49,12 +49,14 @@ class StoredKind(msgspec.Struct, frozen=True):
 
 
 class StoredServing(msgspec.Struct, frozen=True):
-    """scope: `calibration.scope`. table: `KindTable.save`. kinds: by name. queue: version, scope and source of each."""
+    """scope: `calibration.scope`. table: `KindTable.save`. kinds: by name. queue: version, scope and source of each.
+    former: `ServingState.former`, versions that were tried and why it was held."""
 
     scope: str = "pooled"
     table: str = ""
     kinds: dict[str, StoredKind] = {}
     queue: list[tuple[str, str, str]] = []
+    former: dict[str, tuple[list[str], str]] = {}
 
     @classmethod
     def decode(cls, text: str | None) -> StoredServing:
@@ -137,7 +139,8 @@ class StateWriter:
             return
         kinds = {name: self._stored_kind(name, state) for name, state in self._serving.kinds.items()}
         queue = [(c.version, c.scope, c.source) for c in self._trials.queue]
-        stored = StoredServing(self._serving.scopes.kind, self._kinds.table.save().decode(), kinds, queue)
+        former = {name: (state.tried, state.held) for name, state in self._serving.former.items()}
+        stored = StoredServing(self._serving.scopes.kind, self._kinds.table.save().decode(), kinds, queue, former)
         self._writes.set_state(SERVING_KEY, msgspec.json.encode(stored).decode())
 
     def _stored_kind(self, name: str, state: KindState) -> StoredKind:

@@ -94,7 +94,7 @@ class Report:
         tests = self._tests(kind)
         return {
             "kind": kind,
-            "requests": self._requests(kind),
+            "requests": round(self._requests(kind)),
             "share": self._requests(kind) / self._kinds.table.total if self._kinds.table.total else None,
             "held_out_units": state.units,
             "version": state.version,
@@ -110,8 +110,8 @@ class Report:
             "client_share": self._client_share(watch or (_nearest(tests)[1] if tests else None)),
         }
 
-    def _requests(self, kind: str) -> int:
-        """How many were scored; of `REST_KIND` all that are of no followed kind."""
+    def _requests(self, kind: str) -> float:
+        """How many were scored, those of two days ago counted half; of `REST_KIND` all that are of no followed kind."""
         table = self._kinds.table
         followed = sum(table.seen(name) for name in table.followed)
         return table.total - followed if kind == REST_KIND else table.seen(kind)

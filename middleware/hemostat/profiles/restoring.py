@@ -95,6 +95,8 @@ class Restoring:
         self._serving.mode = stored_mode(states, self._configured_mode) or self._serving.mode
         unread = self._restore_profiles(stored, served.versions())
         self._kinds.table = served.kind_table(self._kinds.limit)
+        former = served.former.items()
+        self._serving.former = {name: KindState(tried=tried, held=held) for name, (tried, held) in former}
         withdrawn: dict[str, Cause] = {}
         for name in (REST_KIND, *self._kinds.table.followed):
             kind = served.kinds.get(name)

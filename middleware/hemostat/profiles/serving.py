@@ -27,6 +27,8 @@ from hemostat_calibration.records import TokenRecord
 MAX_SERVING_VERSIONS = 4
 """Different profiles that serve at a time. With two candidates and the probe these are fewer than an engine holds."""
 MAX_TRIED_VERSIONS = 16
+MAX_FORMER_KINDS = 256
+"""Kinds that lost their place, of which it is remembered what was rolled back there; the oldest is forgotten first."""
 """Versions that a kind remembers as tested; the oldest is forgotten."""
 
 
@@ -93,6 +95,17 @@ class ServingState:
         self.forced: str | None = None
         self.kinds: dict[str, KindState] = {REST_KIND: KindState(scope=ALL)}
         """Of every kind that is followed, and of `REST_KIND`."""
+        self.former: dict[str, KindState] = {}
+        """What is remembered for kinds that may come back: `tried` and `held`."""
+
+    def remember(self, kind: str) -> None:
+        """A kind loses its place."""
+        state = self.kinds.pop(kind)
+        self.former.pop(kind, None)
+        if state.tried or state.held:
+            self.former[kind] = KindState(tried=state.tried, held=state.held)
+        while len(self.former) > MAX_FORMER_KINDS:
+            del self.former[next(iter(self.former))]
 
     def named(self, name: str | None) -> list[str]:
         """The kinds that an operator means: the one that is named, or with None all. HemostatError."""

@@ -159,7 +159,9 @@ class Texts:
 
     def use(self, scored: ScoredRecord) -> None:
         if Use.FIGURES in scored.uses and self.profiles.serving.uses(scored.record) and not scored.held_out:
-            self.learner.offer(scored.record.unit, scored.prompt, scored.record.output_ids)
+            # By conversation: variants of a template are texts of their own.
+            record = scored.record
+            self.learner.offer(record.conversation or record.prompt_key, scored.prompt, record.output_ids)
 
 
 @dataclass(frozen=True, slots=True)

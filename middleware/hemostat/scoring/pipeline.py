@@ -35,6 +35,7 @@ from hemostat.scoring.limits import Breakers, CaptureSampling, ShadowQueue, Toke
 from hemostat.scoring.noise_floor import NoiseFloorMeter
 from hemostat.scoring.scored_record import RecordReader
 from hemostat.scoring.scorer import Scorer, ScoringNeeds
+from hemostat_calibration.arrays import Ids
 from hemostat_calibration.records import TokenRecord
 
 BUDGET_BURST_SECONDS = 10.0
@@ -51,6 +52,7 @@ class ScoringPipeline:
     scores: False with `reference.backend: none`; then every capture is dropped.
     compressed_scorer: the upstream, asked to score its own tokens; None without `shadow.floor_fraction`.
     distances: who computes exact distances; None: nobody, and no adapter is judged.
+    template_of: see `Scorer`.
     decides: False while what records say is to change nothing.
     clock: monotonic seconds. draw: uniform numbers in [0, 1), for the noise floor's own sampling.
     on_change: called after every record, which may have changed what the relays' policy depends on.
@@ -71,10 +73,12 @@ class ScoringPipeline:
         draw: Callable[[], float],
         on_change: Callable[[], None],
         distances: DistanceSource | None = None,
+        template_of: Callable[[Ids, bytes], bytes] = lambda prompt, conversation: b"",
         decides: Callable[[], bool] = lambda: True,
     ) -> None:
         self._monitor = monitor
         self._decides = decides
+        self._template_of = template_of
         self.distances = DistanceWaits(distances)
         self._parts = parts
         self._clock = clock
@@ -132,6 +136,7 @@ class ScoringPipeline:
             answer_losses=self.answer_losses,
             emit=self.use_record,
             taken=self.sampling.taken,
+            template_of=self._template_of,
             clock=clock,
             profile_in_request=settings.calibration.apply == "request",
             max_scored=shadow.max_scored_tokens,

@@ -116,6 +116,7 @@ def build_record(
     profile_in_request: bool = False,
     adapter_maps: Mapping[str, bool] = MappingProxyType({}),
     markers: Markers | None = None,
+    template: bytes = b"",
 ) -> TokenRecord:
     """Join what the relay captured, the engine tapped and the reference scored; InvalidRecordError where they do not
     fit each other.
@@ -127,6 +128,7 @@ def build_record(
     allowed: the ids that the request's grammar allows, which both models' log-probabilities are conditional on.
     adapter_maps: the known adapters -> whether each has a map of the logits, too.
     markers: of the model's thinking; None where it has none, or they are not known.
+    template: see `TokenRecord.template`.
     """
     tokens = len(arrays.output)
     unknown = np.full(tokens, np.nan)
@@ -180,6 +182,7 @@ def build_record(
             label=capture.label,
             kind=capture.kind,
             conversation=capture.conversation,
+            template=template,
             client=capture.client,
             compressed_model=capture.model,
             reference_model=info.digest,

@@ -103,6 +103,7 @@ class Scorer:
 
     emit: is handed every record with its capture. clock: monotonic seconds. taken: is told how many seconds a worker
         took for a capture.
+    template_of: (prompt, conversation) -> `TokenRecord.template`.
     profile_in_request: see `build_record`. max_scored: see `decode_capture`.
     max_tokens: of prompt and output, where only the engine's plugin tells them.
     """
@@ -121,6 +122,7 @@ class Scorer:
         emit: Callable[[TokenRecord, Capture], None],
         clock: Callable[[], float],
         taken: Callable[[float], None] = lambda seconds: None,
+        template_of: Callable[[Ids, bytes], bytes] = lambda prompt, conversation: b"",
         profile_in_request: bool = False,
         max_scored: int | None = None,
         max_tokens: int = 0,
@@ -138,6 +140,7 @@ class Scorer:
         self._endings = endings
         self._emit = emit
         self._taken = taken
+        self._template_of = template_of
         self._clock = clock
         self._profile_in_request = profile_in_request
         self._wake = asyncio.Event()
@@ -259,7 +262,8 @@ class Scorer:
             self._endings.unscored(Unscored.BREAKER_OPEN, capture)
             return
         adapter = capture.model if capture.model in pair.scorable_adapters else ""
-        unit = capture.conversation or prompt_key(arrays.prompt)
+        template = self._template_of(arrays.prompt, capture.conversation) if calibrated else b""
+        unit = template or capture.conversation or prompt_key(arrays.prompt)
         hidden = calibrated and allowed is None and self._needs.needs_hidden_states(unit)
         # Features of a restricted request are of the allowed ids only.
         compressed = self._compressed_logits(features, arrays, info) if allowed is None else None
@@ -296,6 +300,7 @@ class Scorer:
             profile_in_request=self._profile_in_request,
             adapter_maps=self._needs.adapter_maps(),
             markers=pair.markers,
+            template=template,
         )
         self._emit(record, capture)
         self._endings.scored(capture, left_out=record.position)

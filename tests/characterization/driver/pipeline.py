@@ -252,7 +252,7 @@ class Pipeline:
         """The n-th request to the compressed model of `world`; what it said becomes known to both models' fakes."""
         given = {"temperature": 1.0, "top_p": 1.0, "sampling_top_k": 0, "min_p": 0.0} | (sampling or {})
         truth = damage(world.truth(n, tokens, greedy=given["temperature"] == 0.0))
-        prompt = np.array([n % V, n // V % V, *range(n % 4)], "<i4").tobytes()
+        prompt = np.array([n % V, n // V % V, *(n * (3 + k) % V for k in range(n % 4))], "<i4").tobytes()
         self._truths[prompt] = truth
         ids, logprobs = top(truth.compressed, K, truth.emitted)
         emitted = truth.compressed[np.arange(tokens), truth.emitted]
