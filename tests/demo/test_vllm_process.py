@@ -99,7 +99,7 @@ def test_stop_ends_the_servers_children_too(tmp_path: Path) -> None:
     server = stand_in(tmp_path)
     server.start()
     try:
-        server.wait_ready(within=20)
+        server.wait_ready(within=120)
         assert server.healthy()
         started = pids(server.log)
         assert all(alive(pid) for pid in started)
@@ -115,7 +115,7 @@ def test_a_server_that_ends_is_reported_with_the_end_of_its_log(tmp_path: Path) 
     server = stand_in(tmp_path, "import sys; print('no such flag: --frobnicate'); sys.exit(3)")
     server.start()
     with pytest.raises(VllmFailure, match=r"(?s)ended with code 3.*no such flag: --frobnicate"):
-        server.wait_ready(within=20)
+        server.wait_ready(within=120)
     server.stop()
 
 
@@ -138,7 +138,7 @@ def test_the_server_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
         "vllm_process.installed = lambda: True\n"
         "server = vllm_process.VllmServer(Path('.'), 'x', Path('log'))\n"
         f"server._command = [sys.executable, '-c', {STAND_IN!r}, str(server.port)]\n"
-        "server.start(); server.wait_ready(within=20); print('ready', flush=True); time.sleep(600)\n"
+        "server.start(); server.wait_ready(within=120); print('ready', flush=True); time.sleep(600)\n"
     )
     with subprocess.Popen([sys.executable, str(script)], cwd=tmp_path, stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None

@@ -203,7 +203,7 @@ SERVES = """
 import os, subprocess, sys, time, urllib.request as u
 port, admin = sys.argv[1:]
 def get(url, **more):
-    return u.urlopen(u.Request(url, **more), timeout=5).read().decode()
+    return u.urlopen(u.Request(url, **more), timeout=20).read().decode()
 process = subprocess.Popen(["hemostat", "serve"])
 deadline = time.monotonic() + 240
 try:
@@ -220,7 +220,7 @@ try:
     print(get(f"http://127.0.0.1:{port}/v1/completions", data=body, headers=kind))
 finally:
     process.terminate()
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
 print(os.getuid(), sorted(os.listdir("/data")))
 """
 

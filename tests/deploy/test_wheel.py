@@ -152,7 +152,7 @@ def test_serve_like_the_image(environment: dict[str, str], tmp_path: Path) -> No
                 scored = admin.get("/api/v1/status").json()["requests"]["scored"]
             assert 'hemostat_shadow_requests_total{outcome="scored",reason=""}' in admin.get("/metrics").text
         process.send_signal(signal.SIGTERM)
-        assert process.wait(15) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()

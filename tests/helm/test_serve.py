@@ -46,7 +46,7 @@ def served(rendered: Rendered, folder: Path) -> Iterator[tuple[str, subprocess.P
     finally:
         process.terminate()
         try:
-            process.wait(20)
+            process.wait(60)
         finally:
             process.kill()
             process.wait()
@@ -64,8 +64,8 @@ def test_a_pod_is_ready_while_its_reference_is_gone_and_stops_in_time(helm: Helm
         )  # fmt: skip
         with served(rendered, tmp_path) as (admin, process):
             for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-                assert httpx.get(admin + rendered.hemostat[probe]["httpGet"]["path"], timeout=5).status_code == 200
-            change = {"url": f"{admin}/api/v1/calibration", "json": {"mode": "off"}, "timeout": 5}
+                assert httpx.get(admin + rendered.hemostat[probe]["httpGet"]["path"], timeout=60).status_code == 200
+            change = {"url": f"{admin}/api/v1/calibration", "json": {"mode": "off"}, "timeout": 60}
             assert httpx.post(**change).status_code == 401
             token = {"Authorization": f"Bearer {rendered.secrets['admin-token']}"}
             assert httpx.post(**change, headers=token).status_code == 200

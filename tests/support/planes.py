@@ -73,7 +73,7 @@ class Instance:
         self.signal(signal.SIGCONT)
         self.process.terminate()
         try:
-            self.process.wait(30)
+            self.process.wait(HANG_SECONDS)
         finally:
             self.process.kill()
             self.process.wait()

@@ -125,7 +125,7 @@ def hemostat(folder: Path, upstream: FakeVllm, url: str, **more: Any) -> Iterato
         finally:
             process.terminate()
             try:
-                process.wait(20)
+                process.wait(HANG_SECONDS)
             finally:
                 process.kill()
                 process.wait()

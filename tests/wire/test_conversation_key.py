@@ -103,7 +103,7 @@ def test_a_long_text_has_the_key_of_its_beginning(begin: str, unit: bytes) -> No
     started = time.thread_time()
     assert conversation_key(one) == conversation_key(two)
     assert conversation_key(one) != conversation_key(other)
-    assert time.thread_time() - started < 0.1
+    assert time.thread_time() - started < 0.5
 
 
 @pytest.mark.parametrize(("member", "value"), [("prompt", "Once"), ("prompt", [1, 2, 3]), ("input", "Once")])
