@@ -47,7 +47,7 @@ def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=900,
     )
 
 
@@ -62,9 +62,9 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("absent", "command", "extra"),
     [
-        ("torch", "adapt {dense} {quantized} --out {out}", "transformers"),
+        ("torch", "adapt {dense} {quantized} --out {out}", "adapters"),
         ("torch", "compress {dense} {out} --scheme w4a16", "adapters"),
-        ("torch", "doctor {dense} {quantized}", "transformers"),
+        ("torch", "doctor {dense} {quantized}", "adapters"),
         ("compressed_tensors", "adapt {dense} {quantized} --out {out}", "adapters"),
         ("compressed_tensors", "compress {dense} {out} --scheme w4a16", "adapters"),
         ("compressed_tensors", "doctor {quantized} {quantized}", "adapters"),

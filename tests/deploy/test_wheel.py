@@ -100,7 +100,11 @@ def test_version_and_no_torch_or_vllm(clean_environment: Path, environment: dict
 def test_missing_extra_is_named_in_one_line(environment: dict[str, str], tmp_path: Path) -> None:
     for given, extra in (
         (["tracing.endpoint=http://127.0.0.1:4318"], "hemostat[tracing]"),
-        (["reference.backend=transformers", "reference.model=my-org/my-model"], "hemostat[transformers]"),
+        (
+            ["reference.backend=transformers", "reference.model=my-org/my-model"],
+            "not installed: torch, transformers, accelerate; pip install 'hemostat[transformers]'\n"
+            "                    -> install it where the control process runs",
+        ),
     ):
         flags = [part for value in given for part in ("--set", value)]
         result = run(["hemostat", "check", "--config", str(CONFIG), *flags], environment, tmp_path)

@@ -67,7 +67,7 @@ class AdaptOptions:
 
 def run(options: AdaptOptions) -> int:
     """Write the adapter and print what it wins back. Returns the exit code. Raises HemostatError."""
-    packages.require("transformers")
+    packages.require("adapters")
     if options.max_rank is not None and not options.shared_out:
         raise UsageError("--max-rank is for shared-out ranks: add --shared-out, or leave it out")
     from hemostat.adapters.building.build import BuildOptions  # noqa: PLC0415  torch, only after the cheap checks

@@ -276,6 +276,8 @@ async def _reference(reference: Reference, settings: Settings, served: str | Non
         info = await reference.start()
     except ReferenceFailure as failure:
         fix = f"{'start it, or ' if backend == 'vllm' else ''}correct the settings reference.* (backend {backend})"
+        if failure.reason is FailureReason.NOT_INSTALLED:
+            fix = "install it where the control process runs, or change reference.backend"
         return [Finding(f"reference{of}", State.NO, str(failure), fix)]
     detail = f"{backend}: {info.model} ({info.dtype}, {info.vocab_size} tokens), {info.figures_follow}"
     # A list of top ids is enough for what is asked for, and hidden states would give more.

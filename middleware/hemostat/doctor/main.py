@@ -73,8 +73,9 @@ def open_pair(options: DoctorOptions) -> Pair:
         from hemostat.doctor.servers import ServerPair  # noqa: PLC0415
 
         return ServerPair(options)
-    if missing := packages.missing("transformers"):
-        raise DoctorError(f"{missing}, or name two vLLM servers")
+    if packages.missing("transformers"):
+        # With the extra for quantized checkpoints: one of two nearly always is, and it has the others, too.
+        raise DoctorError(f"{packages.missing('adapters')}, or name two vLLM servers")
     from hemostat.doctor.checkpoints import CheckpointPair  # noqa: PLC0415  torch only where it is needed
 
     return CheckpointPair(options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import ssl
 from pathlib import Path
@@ -184,7 +185,7 @@ class VllmServer:
             reason = FailureReason.DOWN if isinstance(error, httpx.ConnectTimeout) else FailureReason.TIMEOUT
             raise ReferenceFailure(reason, f"{self.url}{path}: no answer in time") from error
         except httpx.HTTPError as error:
-            raise ReferenceFailure(FailureReason.DOWN, f"{self.url}{path}: {in_words(error)}") from error
+            raise ReferenceFailure(FailureReason.DOWN, f"{self.url}{path}: {_cause(error)}") from error
         except AnswerRefused as error:
             too_large = isinstance(error, AnswerTooLarge)
             reason = FailureReason.TOO_LARGE if too_large else FailureReason.BAD_ANSWER
@@ -202,6 +203,19 @@ class VllmServer:
             return msgspec.json.decode(content, type=answer)
         except msgspec.DecodeError as error:
             raise ReferenceFailure(FailureReason.BAD_ANSWER, f"{self.url} sent an invalid answer: {error}") from error
+
+
+def _cause(error: BaseException) -> str:
+    """What the operating system says ("Connection refused"), where httpx, anyio and asyncio have wrapped it."""
+    deepest: BaseException = error
+    below: BaseException | None = error
+    while below is not None:
+        deepest = below
+        wrapped = deepest.__cause__ or deepest.__context__
+        below = deepest.exceptions[0] if isinstance(deepest, BaseExceptionGroup) else wrapped
+    if isinstance(deepest, OSError) and not isinstance(deepest, ssl.SSLError) and deepest.errno and deepest.errno > 0:
+        return os.strerror(deepest.errno)
+    return in_words(error)
 
 
 async def _error_body(response: httpx.Response) -> bytes:

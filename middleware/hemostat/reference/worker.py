@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from hemostat.ipc import child_process as child
+from hemostat.models import packages
 from hemostat.models.architectures import check_causal, max_positions
 from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat.reference import worker_messages
@@ -37,7 +38,7 @@ class Model:
         except ImportError as error:
             raise RequestFailed(
                 FailureReason.NOT_INSTALLED,
-                f"{error}; reference.backend transformers needs pip install 'hemostat[transformers]'",
+                packages.missing("transformers") or f"{error}; pip install 'hemostat[transformers]'",
             ) from error
         torch.set_num_threads(load.threads)
         logging.disable_progress_bar()
