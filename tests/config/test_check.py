@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support import postgres
+from tests.support.certificates import certificate
 from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import FakeVllm, running
 from tests.support.tiny_checkpoints import make_pair
@@ -27,6 +29,10 @@ from hemostat import cli
 from hemostat.commands.setup_check import Finding, State, check, exit_code, table
 from hemostat.config.schema import Settings
 from hemostat.demo import vllm_server as vllm_process
+from hemostat.demo.vllm_server import free_port
+from hemostat.ipc.addresses import server_context
+from hemostat.ipc.control_end import RelayLink
+from hemostat.ipc.relay_listener import RelayListener, Security
 from hemostat.reference.itself import same_model
 from hemostat.reference.protocol import ReferenceInfo
 from hemostat.reference.server import VllmServer
@@ -255,6 +261,40 @@ async def test_the_reference_has_other_files_than_the_served_model(copied: bool,
         await server.close()
     assert same == (f"the upstream loaded fake from {served}, which has the same files as {other}" if copied else "")
     assert loaded == f"the upstream loaded fake from {served}, which has the same files as {served}"
+
+
+async def test_control_processes_are_tried_as_a_relay_does(tmp_path: Path) -> None:
+    made = certificate(tmp_path)
+    listeners = []
+    for admit in (None, RelayLink().serve):
+        context = server_context(made.cert, made.key)
+        security = Security("relay-token", context, ["http://127.0.0.1:1"])
+        listeners.append(RelayListener([socket.create_server(("127.0.0.1", 0))], security))
+        listeners[-1].admit = admit
+        listeners[-1].start()
+    ports = [one._sockets[0].getsockname()[1] for one in listeners]
+    given = {"addresses": [f"127.0.0.1:{port}" for port in ports], "ca": str(made.cert), "token": "relay-token"}
+
+    async def found(**changed: Any) -> Finding:
+        settings = {"upstream": {"url": "http://127.0.0.1:1"}, "control": given | changed}
+        return (await check(Settings.model_validate(settings)))[0]
+
+    standby, active = (f"127.0.0.1:{port}" for port in ports)
+    both = await found()
+    assert (both.what, both.state, both.fix) == ("control processes", State.OK, "")
+    assert sorted(both.detail.split("; ")) == sorted([f"{standby}: not active", f"{active}: active"])
+    waiting = await found(addresses=[standby])
+    assert (waiting.state, waiting.detail) == (State.NO, f"{standby}: not active")
+    partly = await found(addresses=[active, f"127.0.0.1:{free_port()}"])
+    assert partly.state is State.NOTE
+    assert "Connect call failed" in partly.detail or "Connection refused" in partly.detail
+    wrong = await found(token="another")
+    assert wrong.state is State.NO
+    assert "wrong token; control.token has to be the same on both sides" in wrong.detail
+    other = await found(ca=str(certificate(tmp_path / "other").cert))
+    assert "self-signed certificate" in other.detail
+    for one in listeners:
+        await one.close()
 
 
 async def test_how_evidence_is_divided_is_reported() -> None:

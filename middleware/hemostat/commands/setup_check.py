@@ -13,6 +13,9 @@ import numpy as np
 from hemostat.adapters.live.folders import FolderError, find_compressed, find_folders
 from hemostat.adapters.serving.check import probe_adapters
 from hemostat.config.schema import Admin, Settings
+from hemostat.ipc.addresses import ControlAddresses
+from hemostat.ipc.messages import NOT_ACTIVE, Stats
+from hemostat.ipc.relay_end import ControlLink
 from hemostat.models import packages
 from hemostat.reference import make_references
 from hemostat.reference.engines import other_engines
@@ -28,6 +31,8 @@ from hemostat.reference.thinking_markers import find_markers
 from hemostat.store.factory import open_store
 from hemostat.store.postgres import PostgresStore
 from hemostat.store.protocol import StoreAccessDenied, StoreFailure, StoreIncompatible
+from hemostat.supervisor.relays import relay_config
+from hemostat.supervisor.role import Role
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.guard.wealth import MIN_CLIENTS
 from hemostat_calibration.messages import shown_address
@@ -39,7 +44,7 @@ ANY_XARG = "not-a-profile-version"
 
 async def check(settings: Settings) -> list[Finding]:
     """All findings; raises nothing that a server or a model can cause."""
-    findings = [await _store(settings)]
+    findings = [await _control_processes(settings) if settings.control.addresses else await _store(settings)]
     if settings.calibration.mode != "off":
         findings.append(_evidence(settings))
     if settings.calibration.apply == "engine":
@@ -120,6 +125,26 @@ async def _store(settings: Settings) -> Finding:
         detail = str(failure).removeprefix("store.url: ").removeprefix("store ")
         return Finding("store", State.NO, detail, fix)
     return Finding("store", State.OK, shown_address(url) + server)
+
+
+async def _control_processes(settings: Settings) -> Finding:
+    """As a relay of this configuration (`hemostat relay`) finds them."""
+    what, fix = "control processes", "start hemostat control there, or correct control.*: the same token on both sides"
+    addresses = ControlAddresses.from_json(relay_config(settings, 0, Path(), Role.RELAY)["control"])
+    try:
+        found, failures = await ControlLink(addresses, 0, lambda _: None, _no_stats).probe()
+    except OSError as error:
+        return Finding(what, State.NO, f"control.ca: {error}", "name the authority's PEM file")
+    detail = "; ".join([f"{address}: {why or 'active'}" for address, why in found.items()] + failures)
+    if "" not in found.values():
+        return Finding(what, State.NO, detail, fix)
+    if failures or not {"", NOT_ACTIVE.why}.issuperset(found.values()):
+        return Finding(what, State.NOTE, detail, fix)
+    return Finding(what, State.OK, detail)
+
+
+def _no_stats() -> Stats:
+    return Stats(counters={}, overhead_buckets=[], overhead_sum=0.0, ready=False)
 
 
 def _evidence(settings: Settings) -> Finding:

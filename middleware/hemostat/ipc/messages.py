@@ -62,6 +62,10 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
     """Somebody has to correct something. Otherwise the relay finds another control process, or this one later."""
 
 
+NOT_ACTIVE = Refused("not active", fault=False)
+"""Another control process is, or none is yet."""
+
+
 class Alive(msgspec.Struct, tag="alive", frozen=True):
     """The control process is there, and its last policy is in force."""
 

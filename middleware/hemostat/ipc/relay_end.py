@@ -202,6 +202,19 @@ class ControlLink:
                 return None
         return "; ".join(failures)
 
+    async def probe(self) -> tuple[dict[str, str], list[str]]:
+        """Every address once, and why its control process does not take this relay, "" where it does; and which names
+        are not known, and why."""
+        targets, failures = await self._addresses.targets()
+        found = {}
+        for target in targets:
+            try:
+                (await self._answered(target)).abort()
+                found[str(target)] = ""
+            except (OSError, _RefusedError) as error:
+                found[str(target)] = _in_words(error)
+        return found, failures
+
     async def _answered(self, target: Target) -> _Connection:
         """A connection to a control process that takes this relay; OSError, _RefusedError."""
         connection = _Connection(self._hello(), self._policy.heard)

@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from hemostat.ipc.framing import read_frame
-from hemostat.ipc.messages import MAX_HELLO_BYTES, PROTOCOL, Hello, Refused, encode
+from hemostat.ipc.messages import MAX_HELLO_BYTES, NOT_ACTIVE, PROTOCOL, Hello, Refused, encode
 
 log = logging.getLogger("hemostat.control")
 
@@ -47,7 +47,6 @@ class _Spoken(msgspec.Struct, tag="hello", frozen=True):
     protocol: int = 0
 
 
-_NOT_ACTIVE = Refused("not active", fault=False)
 _SPOKEN = msgspec.msgpack.Decoder(_Spoken)
 _HELLO = msgspec.msgpack.Decoder(Hello)
 
@@ -90,7 +89,7 @@ class RelayListener:
         """Refuse relays from now on, those that were admitted, too: they look for another control process."""
         self.admit = None
         for task, writer in self._admitted.items():
-            writer.write(encode(_NOT_ACTIVE))
+            writer.write(encode(NOT_ACTIVE))
             task.cancel()
 
     async def close(self) -> None:
@@ -180,7 +179,7 @@ class RelayListener:
                 return Refused(
                     f"the relay's upstream {unknown[0]} is not one of the control process; name the same in both files"
                 )
-        return hello if self.admit is not None else _NOT_ACTIVE
+        return hello if self.admit is not None else NOT_ACTIVE
 
     async def _flush(self, writer: asyncio.StreamWriter) -> None:
         writer.close()
