@@ -32,6 +32,7 @@ if str(ROOT) not in sys.path:
 from tests.bench.load import PROMPT, TOKENS  # noqa: E402  the root is no package
 from tests.bench.load.relays import Relay, connected  # noqa: E402
 from tests.bench.rows import Row, publish, timed_rows  # noqa: E402
+from tests.support.memory import peak_mib, resident_mib  # noqa: E402
 
 from hemostat.measurement.outcome_sampling import MAX_REPORTS_PER_SECOND  # noqa: E402
 from hemostat.measurement.rates import SMOOTHED_SECONDS  # noqa: E402
@@ -58,6 +59,8 @@ class Sizes:
     reports: int = 10_000
     seconds: float = 5.0
     settling: float = 1.2 * SMOOTHED_SECONDS
+    adapting: float = 12.0
+    """From the reference's first score until it is measured: what is sampled follows within half a second."""
 
 
 class ControlProcess:
@@ -81,10 +84,12 @@ class ControlProcess:
         fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    def memory(self, field: str = "VmRSS") -> float:
-        """MiB. VmHWM: the most so far."""
-        lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+    def memory(self) -> float:
+        """MiB."""
+        return resident_mib(self._process.pid)
+
+    def peak(self) -> float:
+        return peak_mib(self._process.pid)
 
 
 @asynccontextmanager
@@ -176,7 +181,7 @@ async def flood(sizes: Sizes) -> list[Row]:
                     for _ in range(8):
                         relay.capture()
                 after = await control.ask()
-            spent, grown = control.cpu_seconds - cpu, control.memory("VmHWM") - memory
+            spent, grown = control.cpu_seconds - cpu, control.peak() - memory
         case = f"flood by {number} relay{'s' if number > 1 else ''}: "
         most = MAX_GROWN + number * MAX_GROWN_BY_RELAY
         found += [
@@ -201,7 +206,7 @@ async def rates(sizes: Sizes) -> list[Row]:
             serving = [asyncio.create_task(relay.serve(rate / number)) for relay in relays]
             await asyncio.sleep(sizes.settling)  # as while the reference is loaded
             await control.ask(b"score")
-            await asyncio.sleep(sizes.settling)
+            await asyncio.sleep(sizes.adapting)
             before, cpu, seconds = await control.ask(), control.cpu_seconds, time.monotonic()
             await asyncio.sleep(sizes.seconds)
             after, passed = await control.ask(), time.monotonic() - seconds

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from tests.support.captures import sized_capture
 from tests.support.compiled import is_compiled
+from tests.support.memory import resident_mib
 from tests.support.relay import (
     GET,
     Client,
@@ -101,11 +102,6 @@ async def running(script: Script, control_socket: Path, open_files: int | None =
         await process.wait()
         await upstream.stop()
         await asyncio.sleep(0.01)
-
-
-def resident_mib(pid: int) -> float:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) / 1024
 
 
 async def test_memory_of_incomplete_heads_is_returned_when_their_clients_are_gone(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 import yaml
 from tests.support.certificates import certificate
 from tests.support.served import AUTHORIZED, CHAT, TOKEN
@@ -151,7 +150,7 @@ class Planes:
             if (status := await one.status()) and condition(status):
                 return status
             await asyncio.sleep(0.05)
-        pytest.fail(f"{await one.status()}\n{self._logs()}")
+        raise AssertionError(f"{await one.status()}\n{self._logs()}")
 
     async def active(self, *, but: Instance | None = None, with_relays: bool = True) -> Instance:
         """The control process that is active, once one is. with_relays: and all relays are connected to it."""
@@ -170,7 +169,7 @@ class Planes:
             look.cancel()
         await asyncio.gather(*looks, return_exceptions=True)
         if not found:
-            pytest.fail(f"none is active, with {len(self.relays)} relays\n{self._logs()}")
+            raise AssertionError(f"none is active, with {len(self.relays)} relays\n{self._logs()}")
         return found.pop().result()
 
     def _logs(self) -> str:
@@ -201,7 +200,7 @@ async def ready(one: Instance) -> None:
                 return
         assert one.process.poll() is None, one.log.read_text()
         await asyncio.sleep(0.05)
-    pytest.fail(one.log.read_text())
+    raise AssertionError(one.log.read_text())
 
 
 @asynccontextmanager

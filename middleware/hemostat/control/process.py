@@ -13,7 +13,6 @@ import fcntl
 import json
 import logging
 import os
-import signal
 import socket
 import sys
 import time
@@ -33,7 +32,7 @@ from hemostat.control.composition import Control
 from hemostat.control.ownership import Superseded
 from hemostat.ipc.addresses import server_context
 from hemostat.ipc.relay_listener import RelayListener, Security, listen_locally
-from hemostat.ipc.supervised import run_supervised, tell_supervisor
+from hemostat.ipc.supervised import run_supervised, stop_event, tell_supervisor
 from hemostat_calibration.errors import HemostatError
 
 
@@ -64,9 +63,7 @@ LOCK_SECONDS = 15.0
 
 async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
     """Until SIGTERM. given: the first line."""
-    stop = asyncio.Event()
-    for sig in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(sig, stop.set)
+    stop = stop_event()
     settings = Settings.model_validate(given["settings"])
     logs.set_up(settings.log.level, settings.log.format)
     lock = await lock_alone(Path(given["lock"]))

@@ -52,6 +52,14 @@ def run_supervised(run: Callable[[dict[str, Any], asyncio.StreamReader], Corouti
     asyncio.run(begin())
 
 
+def stop_event() -> asyncio.Event:
+    """Set by SIGTERM and SIGINT from now on."""
+    stop = asyncio.Event()
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(sig, stop.set)
+    return stop
+
+
 def is_compiled(module: str) -> bool:
     """Whether this process has loaded that module from machine code instead of its source; False if not loaded."""
     return str(getattr(sys.modules.get(module), "__file__", "")).endswith(tuple(EXTENSION_SUFFIXES))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from hemostat.config.schema import Settings
 from hemostat.ipc import relay_samples
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.relay_listener import RelayListener, listen_locally
-from hemostat.ipc.supervised import run_supervised, tell_supervisor
+from hemostat.ipc.supervised import run_supervised, stop_event, tell_supervisor
 from hemostat.metrics.collector import HemostatCollector
 
 
@@ -56,9 +55,7 @@ def create_app(link: RelayLink, settings: Settings) -> FastAPI:
 
 async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
     """Until SIGTERM. given: the first line."""
-    stop = asyncio.Event()
-    for sig in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(sig, stop.set)
+    stop = stop_event()
     settings = Settings.model_validate(given["settings"])
     logs.set_up(settings.log.level, settings.log.format)
     logging.getLogger("hemostat.control").setLevel(logging.WARNING)  # no line for each relay: they write their own

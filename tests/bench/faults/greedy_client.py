@@ -13,7 +13,8 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 
 from tests.bench.faults import Row
-from tests.bench.faults.overload import answer, memory_mib, peak_mib, relay_process, stack, upstream
+from tests.bench.faults.overload import answer, relay_process, stack, upstream
+from tests.support.memory import peak_mib, resident_mib
 
 NAME = "greedy_client"
 TAKES = "4 minutes"
@@ -223,11 +224,11 @@ def _heads(url: str) -> Iterator[Row]:
 
     with stack(url) as proxy:
         pid = relay_process(proxy)
-        before = memory_mib(pid)
+        before = resident_mib(pid)
         statuses = asyncio.run(attack(proxy.url))
         peak = peak_mib(pid) - before
         ends = time.monotonic() + 20.0
-        while (kept := memory_mib(pid) - before) > 32 and time.monotonic() < ends:
+        while (kept := resident_mib(pid) - before) > 32 and time.monotonic() < ends:
             time.sleep(0.5)
     case = f"{HEADS:,} connections of one address with 64 kB of a head each"
     limit = "<= 256 MiB (limits.buffered_bytes is 128 MiB)"

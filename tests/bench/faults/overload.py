@@ -19,6 +19,7 @@ from tests.bench.faults import Row
 from tests.support import costly_search
 from tests.support.costly_bodies import BEYOND, WITHIN, cpu_seconds
 from tests.support.fake_vllm import FakeVllm, serving
+from tests.support.memory import peak_mib, resident_mib
 from tests.support.stack import Stack, children, wait_for
 
 from hemostat.openai.form import Form
@@ -193,7 +194,7 @@ def _memory(url: str) -> Iterator[Row]:
         with stack(url, reference={"backend": "vllm", "url": url}, shadow={"rate": 1.0}) as proxy:
             wait_for("scoring", lambda: _sampled(proxy) > 0, ANSWER_SECONDS, every=0.5)
             pid = relay_process(proxy)
-            before = memory_mib(pid)
+            before = resident_mib(pid)
             asyncio.run(attack(proxy.url))
             grown = peak_mib(pid) - before
         yield Row(
@@ -220,19 +221,6 @@ def relay_process(proxy: Stack) -> int:
 
 def _modules(proxy: Stack) -> dict[str, int]:
     return children(proxy._process.pid)
-
-
-def _status(pid: int, name: str) -> float:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return float(next(line.split()[1] for line in lines if line.startswith(name + ":"))) / 1024
-
-
-def memory_mib(pid: int) -> float:
-    return _status(pid, "VmRSS")
-
-
-def peak_mib(pid: int) -> float:
-    return _status(pid, "VmHWM")
 
 
 def _limited(pipe: Connection, url: str) -> None:

@@ -7,13 +7,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.fake_vllm.pooling import FakePooling
+from tests.support.memory import peak_mib
 from tests.support.stack import Stack, hemostat, sampling_settings, wait_for
 
 from hemostat.reference.hidden.probe import TEXT
@@ -65,10 +65,9 @@ class Bench:
     def endings(self, outcome: str, reason: str = "") -> float:
         return self.stack.metric("hemostat_shadow_requests_total", outcome=outcome, reason=reason)
 
-    def memory(self) -> int:
+    def memory(self) -> float:
         """Most bytes that the control process has had."""
-        status = Path(f"/proc/{self.stack.process('hemostat.control.process')}/status").read_text()
-        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
+        return 2**20 * peak_mib(self.stack.process("hemostat.control.process"))
 
 
 @pytest.fixture(scope="module")
