@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat_calibration.divergence.gain import Gain
+from hemostat_calibration.profiles.contextual import NO_KL_LIMIT
 from hemostat_calibration.profiles.families import ADAPTER, CONTEXTUAL, TEMPERATURE_BIAS
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors, anchors_digest
@@ -72,8 +73,9 @@ def _no_tokens(record: TokenRecord, profile: CalibrationProfile, gain: Gain, nor
     return None
 
 
-def _contextual_kl_limit(profile: CalibrationProfile) -> float:
-    return float(profile.parameters["kl_limit"])
+def _contextual_kl_limit(profile: CalibrationProfile) -> float | None:
+    limit = float(profile.parameters["kl_limit"])
+    return limit if limit < NO_KL_LIMIT else None
 
 
 FAMILY_RULES: Mapping[str, FamilyRules] = {
