@@ -100,7 +100,7 @@ docs: setup ## generate docs/metrics.md from the code, and the console's runbook
 site: setup ## the documentation as a site, in build/site; a broken link is an error
 	@exec $(BIN)/python deploy/site.py
 
-screenshot: setup ## run the demo and write docs/console.png, a screenshot of the console (15 minutes); ARGS="--scored 700"
+screenshot: setup ## write docs/console.png and pictures of the console in every tested state to build/console; ARGS="--dark --width 400 --page kinds"
 	@exec $(BIN)/python deploy/screenshot.py $(ARGS)
 
 clean: ## remove .venv and everything that was built here (checkpoints stay in the user's cache)

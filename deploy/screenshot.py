@@ -1,93 +1,73 @@
-"""`make screenshot`: writes docs/console.png, a picture of the console over a real run of the demo.
+"""`make screenshot`: writes a picture of the console's overview in each state of `tests/support/console_states.py` to
+build/console/, and docs/console.png, the overview while an alarm is raised.
 
-The run ends after a number of scored requests or after a time limit.
+The pages are the real ones and the answers of the API are made, so that a picture takes a second and needs no model.
 """
 
 # ruff: noqa: T201 - a command
 from __future__ import annotations
 
 import argparse
-import contextlib
-import re
 import shutil
-import signal
-import subprocess
 import sys
-import threading
-import time
+import tempfile
 from pathlib import Path
-from typing import IO, Any
 
 import httpx
 from PIL import Image
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser, sync_playwright
 
-OUT = Path(__file__).resolve().parents[1] / "docs" / "console.png"
-WIDTH = 1280
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.support.admin_server import everything, served  # noqa: E402
+from tests.support.console_states import CHANGES, State, make  # noqa: E402
+
+PICTURE = ROOT / "docs" / "console.png"
+SHOWN = "alarm"
 COLOURS = 64
-MAX_BYTES = 400_000
+MAX_BYTES = 100_000
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scored", type=int, default=700, help="take the picture after this number of scored requests")
-    parser.add_argument("--minutes", type=float, default=30.0, help="take the picture after this time at the latest")
     parser.add_argument("--dark", action="store_true")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--width", type=int, default=1280)
+    parser.add_argument("--page", default="", help="address of a page, such as kinds or divergence?by=route")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "console", help="folder")
     options = parser.parse_args()
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         print("screenshot: chromium is not installed: apt-get install chromium", file=sys.stderr)
         return 2
-    # A larger part of the requests than usual measures the noise floor, so that it has an interval after 15 minutes.
-    more = ["--set", "shadow.floor_fraction=0.2"]
-    command = [str(Path(sys.executable).parent / "hemostat"), "demo", "--no-console", *more]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as demo:
-        try:
-            url = announced(demo)
-            ends = time.monotonic() + 60 * options.minutes
-            while (scored := status(url)["requests"]["scored"]) < options.scored and time.monotonic() < ends:
-                time.sleep(2)
-            take(chromium, url, options.out, dark=options.dark)
-        finally:
-            demo.send_signal(signal.SIGINT)
-    size = options.out.stat().st_size
-    print(f"{options.out}: {scored} scored requests, {size:,} bytes")
-    return 0 if size <= MAX_BYTES else 1
-
-
-def announced(demo: subprocess.Popen[str]) -> str:
-    """Wait for the console's address. All output of the demo is copied to our own output until it ends."""
-    assert demo.stdout is not None
-    for line in demo.stdout:
-        print(line, end="", flush=True)
-        if found := re.search(r"Console (http://\S+?)/\s", line):
-            threading.Thread(target=copy_output, args=(demo.stdout,), daemon=True).start()
-            return found[1]
-    raise SystemExit("screenshot: the demo ended before it had a console")
-
-
-def copy_output(output: IO[str]) -> None:
-    """Line by line, so that the picture's run can be followed, until the demo ends or its output is closed here."""
-    with contextlib.suppress(ValueError):
-        for line in output:
-            print(line, end="", flush=True)
-
-
-def status(url: str) -> dict[str, Any]:
-    found: dict[str, Any] = httpx.get(f"{url}/api/v1/status", timeout=30, trust_env=False).raise_for_status().json()
-    return found
-
-
-def take(chromium: str, url: str, out: Path, *, dark: bool) -> None:
-    with sync_playwright() as playwright:
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        served(Path(folder), everything) as one,
+        sync_playwright() as playwright,
+    ):
+        answers = [httpx.get(f"{one.url}/api/v1/{name}", trust_env=False).json() for name in ("status", "profiles")]
         browser = playwright.chromium.launch(executable_path=chromium)
-        page = browser.new_page(viewport={"width": WIDTH, "height": 900}, color_scheme="dark" if dark else "light")
-        page.goto(f"{url}/")
-        page.wait_for_selector("#plot-proxy canvas")
-        page.wait_for_timeout(12_000)  # rates are computed from several states
-        page.screenshot(path=out, full_page=True)
+        for name in CHANGES:
+            out = options.out / f"{name.replace(' ', '-')}.png"
+            take(browser, make(name, *answers), f"{one.url}/#/{options.page}", out, options.width, dark=options.dark)
+            print(f"{out}: {out.stat().st_size:,} bytes")
         browser.close()
+    if options.page or options.dark or options.width != 1280:
+        return 0
+    shutil.copyfile(options.out / f"{SHOWN}.png", PICTURE)
+    return 0 if PICTURE.stat().st_size <= MAX_BYTES else 1
+
+
+def take(browser: Browser, state: State, url: str, out: Path, width: int, *, dark: bool) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme="dark" if dark else "light")
+    state.answer(page)
+    page.goto(url)
+    page.wait_for_selector("main section")
+    if len(state.history["points"]["time"]) > 1:
+        page.wait_for_selector("main canvas, main table")
+    page.screenshot(path=out, full_page=True)
+    page.close()
     # A page has few colours, so a palette makes the file small. Median cut would lose the colours of thin lines.
     few = Image.open(out).convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     few.save(out, optimize=True)

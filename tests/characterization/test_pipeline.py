@@ -259,7 +259,7 @@ async def day(folder: Path) -> dict[str, str]:
         metrics = await one.get("/metrics")
         profiles = await one.get("/api/v1/profiles")
         history = await one.get("/api/v1/history")
-        status["history"] = {name: column[-3:] for name, column in history.items()}
+        status["history"] = {name: column[-3:] for name, column in history["points"].items()}
         status["operators"] = await operators(one)
         await one.post("/api/v1/alarm/rebase", {"kind": None})
         status["alarm set anew"] = (await one.get("/api/v1/status"))["alarm"]["tests"]

@@ -84,7 +84,7 @@ def test_wheel_contains_every_product_file_and_no_tests(wheelhouse: Path) -> Non
     }  # fmt: skip
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert {f"hemostat/doctor/{name}" for name in ("page.html.jinja", "sweep/outcomes.jsonl")} <= names
-    assert "hemostat/admin/console/vendor/LICENSE-uPlot.txt" in names
+    assert {f"hemostat/admin/console/vendor/LICENSE-{name}.txt" for name in ("uPlot", "preact", "htm")} <= names
 
 
 def test_version_and_no_torch_or_vllm(clean_environment: Path, environment: dict[str, str], tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_serve_like_the_image(environment: dict[str, str], tmp_path: Path) -> No
             page = admin.get("/")
             assert page.status_code == 200
             assert "<html" in page.text
-            for asset in ("console.css", "adapters.js", "coverage.js", "console.js", "vendor/uPlot.iife.min.js"):
+            for asset in ("console.css", "app.js", "overview.js", "vendor/preact.mjs", "vendor/uPlot.iife.min.js"):
                 assert admin.get(f"/console/{asset}").status_code == 200
             while admin.get("/readyz").status_code != 200 or _reference(admin) != "ready":
                 assert time.monotonic() < deadline, log.read_text()

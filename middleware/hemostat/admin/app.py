@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import re
 from collections.abc import AsyncIterator, Callable, Collection
 from importlib import resources
 from typing import Annotated, Any, Literal, Protocol, TypeVar
@@ -27,19 +28,24 @@ from hemostat.engines.api import engine_router, read_body
 from hemostat.engines.registry import EngineRegistry
 from hemostat.store.protocol import NotActiveError, NotKeptError
 from hemostat_calibration.errors import HemostatError
-from hemostat_calibration.profiles.profile import VERSION_PATTERN
 
 MAX_PROFILE_BYTES = 256 * 1024 * 1024
 MAX_SMALL_BYTES = 4096
+SCRIPT = "text/javascript; charset=utf-8"
+TYPES = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": SCRIPT, "mjs": SCRIPT}
+MODULES = ("alarm", "app", "divergence", "engines", "events", "format", "kinds", "measurement", "overview", "parts")
 ASSETS = {
-    "index.html": "text/html; charset=utf-8",
-    "console.css": "text/css; charset=utf-8",
-    "adapters.js": "text/javascript; charset=utf-8",
-    "coverage.js": "text/javascript; charset=utf-8",
-    "console.js": "text/javascript; charset=utf-8",
-    "runbook.html": "text/html; charset=utf-8",
-    "vendor/uPlot.iife.min.js": "text/javascript; charset=utf-8",
-    "vendor/uPlot.min.css": "text/css; charset=utf-8",
+    name: TYPES[name.rpartition(".")[2]]
+    for name in (
+        "index.html",
+        "runbook.html",
+        "console.css",
+        *(f"{module}.js" for module in (*MODULES, "profiles")),
+        "vendor/htm.mjs",
+        "vendor/preact.mjs",
+        "vendor/uPlot.iife.min.js",
+        "vendor/uPlot.min.css",
+    )
 }
 """The console's files: nothing else is served."""
 MAX_STREAMS = 32
@@ -60,6 +66,8 @@ class ProfilesView(Protocol):
     """Of the profiles, what is shown and what engines fetch."""
 
     def listing(self) -> dict[str, Any]: ...
+
+    def resolve(self, version: str) -> str: ...
 
     def describe(self, version: str) -> dict[str, Any] | None: ...
 
@@ -118,7 +126,9 @@ class CalibrationRequest(msgspec.Struct, forbid_unknown_fields=True):
     mode: Literal["off", "observe", "auto"]
 
 
-Version = Annotated[str, msgspec.Meta(pattern=rf"^{VERSION_PATTERN.pattern}\Z")]
+VERSION_DIGITS = re.compile(r"[0-9a-f]{8,32}")
+"""A version, or the first digits of one."""
+Version = Annotated[str, msgspec.Meta(pattern=rf"^{VERSION_DIGITS.pattern}\Z")]
 Kind = Annotated[str, msgspec.Meta(max_length=256)]
 
 
@@ -223,7 +233,7 @@ def create_app(
         return _asset(name)
 
     @app.get("/api/v1/history")
-    async def history(after: float = 0.0) -> dict[str, list[float | None]]:
+    async def history(after: float = 0.0) -> dict[str, Any]:
         return backend.history.report(after)
 
     @app.get("/api/v1/stream")
@@ -256,7 +266,8 @@ def create_app(
 
     @app.get("/api/v1/profiles/{version}")
     async def profile(version: str) -> dict[str, Any]:
-        found = backend.profiles.describe(version) if VERSION_PATTERN.fullmatch(version) else None
+        profiles = backend.profiles
+        found = profiles.describe(profiles.resolve(version)) if VERSION_DIGITS.fullmatch(version) else None
         if found is None:
             raise HTTPException(404, "no such profile; GET /api/v1/profiles lists them")
         return found
@@ -268,15 +279,16 @@ def create_app(
 
     @app.post("/api/v1/profiles/promote")
     async def promote(request: Request) -> dict[str, Any]:
-        wanted = await _read(request, PromoteRequest, '{"version": "<32 hex digits>"}, and "kind" if meant')
-        await backend.actions.promote(wanted.version, wanted.kind)
+        wanted = await _read(request, PromoteRequest, '{"version": "<8 to 32 hex digits>"}, and "kind" if meant')
+        await backend.actions.promote(backend.profiles.resolve(wanted.version), wanted.kind)
         return backend.profiles.listing()
 
     @app.post("/api/v1/profiles/pin")
     async def pin(request: Request) -> dict[str, Any]:
-        expected = '{"version": "<32 hex digits>"}, or null to unpin, and "kind" if meant'
+        expected = '{"version": "<8 to 32 hex digits>"}, or null to unpin, and "kind" if meant'
         wanted = await _read(request, PinRequest, expected)
-        await backend.actions.pin(wanted.version, wanted.kind)
+        version = None if wanted.version is None else backend.profiles.resolve(wanted.version)
+        await backend.actions.pin(version, wanted.kind)
         return backend.profiles.listing()
 
     @app.post("/api/v1/profiles/rollback")

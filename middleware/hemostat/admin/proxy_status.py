@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import msgspec
 
@@ -25,6 +26,8 @@ class ProxyStatus(msgspec.Struct, frozen=True):
     failed_ratio: float | None
     overhead_seconds: dict[str, float | None]
     """p50 and p99: upper end of the histogram's bucket, at most the last finite one (JSON has no infinity)."""
+    overhead_counts: list[int]
+    """Requests by bucket of the same histogram: `OVERHEAD_BUCKETS`, and above."""
 
 
 class ArmEndings(msgspec.Struct):
@@ -39,13 +42,15 @@ class ArmEndings(msgspec.Struct):
     """JSON and tool calls that were asked for: by kind and outcome."""
 
 
-def quantile(stats: Stats, q: float) -> float | None:
-    """Upper end, seconds, of the bucket of the overhead that holds the quantile (infinite above the last), or None."""
-    total = sum(stats.overhead_buckets)
+def quantile(counts: Sequence[int], q: float) -> float | None:
+    """Upper end, seconds, of the bucket of the overhead that holds the quantile (infinite above the last), or None.
+
+    counts: requests by bucket of `OVERHEAD_BUCKETS`, and above."""
+    total = sum(counts)
     if not total:
         return None
     seen = 0
-    for edge, count in zip((*OVERHEAD_BUCKETS, math.inf), stats.overhead_buckets, strict=True):
+    for edge, count in zip((*OVERHEAD_BUCKETS, math.inf), counts, strict=True):
         seen += count
         if seen >= q * total:
             return edge
@@ -66,7 +71,7 @@ def proxy_status(stats: Stats) -> ProxyStatus:
         by_route[route] = by_route.get(route, 0) + int(value)
     total = sum(by_outcome.values())
     failed = sum(by_outcome.get(name, 0) for name in FAILED)
-    overhead = {name: quantile(stats, q) for name, q in (("p50", 0.5), ("p99", 0.99))}
+    overhead = {name: quantile(stats.overhead_buckets, q) for name, q in (("p50", 0.5), ("p99", 0.99))}
     return ProxyStatus(
         requests=total,
         generations=sum(value for route, value in by_route.items() if route in routes.SCORED),
@@ -77,6 +82,7 @@ def proxy_status(stats: Stats) -> ProxyStatus:
         overhead_seconds={
             name: None if value is None else min(value, OVERHEAD_BUCKETS[-1]) for name, value in overhead.items()
         },
+        overhead_counts=list(stats.overhead_buckets),
     )
 
 

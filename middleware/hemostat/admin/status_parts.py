@@ -79,6 +79,8 @@ class ModelStatus(msgspec.Struct, frozen=True):
     """A served base model, and the reference that belongs to it."""
 
     names: list[str]
+    root: str
+    """The path that its server loaded it from, as the server says; "" where it does not."""
     adapters: list[str]
     """LoRA adapters that its reference serves, too."""
     reference: str
@@ -174,6 +176,7 @@ class ScoringParts:
         calibrated, matched = pair is self.monitor.served.calibrated, pair.reference is not None
         return ModelStatus(
             names=sorted(pair.names),
+            root=pair.root,
             adapters=sorted(pair.scorable_adapters),
             reference=pair.reference.model if pair.reference is not None else "",
             state=pair.state.value,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,7 @@ def _profile_export(options: argparse.Namespace) -> int:
     version = _version(options.version)
     if refused := other_content(options.file, PROFILE_MARKER):
         raise UsageError(refused)
+    version = admin_json(options, "GET", f"/api/v1/profiles/{version}")["version"]
     data = admin_request(options, "GET", f"/api/v1/engine/profiles/{version}").content
     CalibrationProfile.from_bytes(data, version)
     try:
@@ -163,11 +165,10 @@ def _profile_mode(options: argparse.Namespace) -> int:
 
 
 def _version(text: str) -> str:
-    from hemostat_calibration.profiles.profile import VERSION_PATTERN  # noqa: PLC0415
-
-    if not VERSION_PATTERN.fullmatch(text):
+    """A version, or the first digits of one: Hemostat knows which."""
+    if not re.fullmatch(r"[0-9a-f]{8,32}", text):
         raise UsageError(
-            f"{text!r} is not a profile version (32 lowercase hex digits); hemostat profile list shows them"
+            f"{text!r} is not a profile version (8 to 32 lowercase hex digits); hemostat profile list shows them"
         )
     return text
 

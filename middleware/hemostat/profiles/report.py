@@ -17,6 +17,7 @@ from hemostat.profiles.followed_kinds import FollowedKinds
 from hemostat.profiles.proposals import Proposals
 from hemostat.profiles.serving import KindState, ServingState
 from hemostat.profiles.trials import Candidate, Trials
+from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.guard.decisions import Evidence, Figure
 from hemostat_calibration.guard.wealth import MIN_CLIENTS
 from hemostat_calibration.profiles.adapter import adapter_bytes, has_map, max_rank
@@ -189,6 +190,14 @@ class Report:
         """safetensors; None where the profile is not held."""
         profile = self._catalogue.get(version)
         return profile.to_bytes() if profile is not None else None
+
+    def resolve(self, version: str) -> str:
+        """The whole version of the profile whose version begins like this; HemostatError where several do. An unknown
+        one is returned as it is."""
+        found = [held for held in self._catalogue if held.startswith(version)]
+        if len(found) > 1:
+            raise HemostatError(f"several versions begin with {version}: {', '.join(found)}")
+        return found[0] if found else version
 
     def listing(self) -> dict[str, Any]:
         """All profiles and events, newest first."""

@@ -1,0 +1,56 @@
+// How figures, times and versions are written.
+
+export const NONE = "–";
+export const known = (x) => x !== null && x !== undefined && Number.isFinite(x);
+export const fixed = (x, digits) => (known(x) ? x.toFixed(digits).replace("-", "−") : NONE);
+export const percent = (x, digits = 1) => (known(x) ? `${fixed(100 * x, digits)} %` : NONE);
+export const whole = (x) => (known(x) ? x.toLocaleString("en-US", { maximumFractionDigits: 0 }) : NONE);
+export const plural = (n, unit) => `${whole(n)} ${unit}${n === 1 ? "" : "s"}`;
+export const total = (o) => Object.values(o || {}).reduce((a, b) => a + b, 0);
+export const counts = (o) => Object.entries(o || {}).filter(([, n]) => n).sort((a, b) => b[1] - a[1]).map(([k, n]) => `${k} ${whole(n)}`).join(", ") || "none";
+export const ms = (seconds) => (known(seconds) ? `${fixed(1000 * seconds, 2)} ms` : NONE);
+export const bytes = (n) => !known(n) ? NONE : n >= 1e9 ? `${fixed(n / 1e9, 2)} GB` : n >= 1e6 ? `${fixed(n / 1e6, 1)} MB` : `${fixed(n / 1e3, 1)} kB`;
+
+/** Three decimals; two significant digits below 0.01. */
+export function nats(x) {
+  if (!known(x) || x === 0 || Math.abs(x) >= 0.01) return fixed(x, 3);
+  return Math.abs(x) < 1e-5 ? x.toExponential(1).replaceAll("-", "−") : fixed(x, 1 - Math.floor(Math.log10(Math.abs(x))));
+}
+
+export const range = (ends, show = nats) => (ends && (known(ends[0]) || known(ends[1])) ? `[${show(ends[0])}, ${show(ends[1])}]` : "interval not known yet");
+/** Of a divergence; none where the interval is all that the figure can be, as after very few requests. */
+export const endsOf = (figure) => (known(figure.ci95[1]) && figure.ci95[1] >= figure.cap ? [null, null] : figure.ci95);
+/** A finite-sample interval; null is "wider than half of the figure's range". */
+export const certain = (ends, show = nats) => (ends ? range(ends, show) : "not enough requests");
+
+/** Versions are 32 hex digits; 8 of them are shown, and accepted by the command line and the API. */
+export const brief = (version) => (version && version.length === 32 ? version.slice(0, 8) : version || NONE);
+export const briefly = (text) => String(text ?? "").replace(/\b[0-9a-f]{32}\b/g, (version) => version.slice(0, 8));
+
+/** A share in words: "4 of 10", "3 of 100". */
+export function ofTokens(share) {
+  if (!known(share)) return null;
+  const scale = [10, 100, 1000].find((n) => share * n >= 0.95);
+  return scale ? `${Math.round(share * scale)} of ${whole(scale)}` : "fewer than 1 of 1,000";
+}
+
+const two = (n) => String(n).padStart(2, "0");
+export function when(t) {
+  if (!known(t)) return NONE;
+  const d = new Date(1000 * t), time = `${two(d.getHours())}:${two(d.getMinutes())}:${two(d.getSeconds())}`;
+  return d.toDateString() === new Date().toDateString() ? time : `${d.getFullYear()}-${two(d.getMonth() + 1)}-${two(d.getDate())} ${time}`;
+}
+
+export function lasted(seconds) {
+  if (!known(seconds)) return NONE;
+  if (seconds < 120) return `${whole(Math.max(seconds, 0))} s`;
+  if (seconds < 7200) return `${whole(seconds / 60)} min`;
+  return seconds < 172800 ? `${whole(seconds / 3600)} h` : `${whole(seconds / 86400)} days`;
+}
+
+/** The name of the reference's checkpoint or model, if it is ready. */
+export const named = (reference) => (reference.state === "ready" ? reference.detail.split("/").pop() : reference.detail) || NONE;
+
+/** Growth per second of a counter of the history; null where it decreased, because the process was restarted. */
+export const perSecond = (past, name) => (past[name] || []).map((x, i, all) => (
+  i && known(x) && known(all[i - 1]) && x >= all[i - 1] ? (x - all[i - 1]) / (past.time[i] - past.time[i - 1]) : null));

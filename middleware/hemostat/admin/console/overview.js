@@ -1,0 +1,179 @@
+// The first page: what is wrong, what compression costs, what is served since when, what to do.
+import { brief, briefly, counts, fixed, known, lasted, ms, named, nats, NONE, ofTokens, percent, perSecond, plural, range, endsOf, total, when, whole } from "./format.js";
+import { Action, Chart, html, Link, Spark } from "./parts.js";
+import { marks, servedSince } from "./events.js";
+import { MODES } from "./profiles.js";
+
+/** Parts of the deployment, worst first, with the alerts of each. */
+const AREAS = [
+  ["vLLM", ["HemostatNoRelays", "HemostatUpstreamDown", "HemostatEngineEjected"], (s) => (s.upstream.length ? `${s.upstream.filter((e) => e.up).length} of ${plural(s.upstream.length, "engine")} up` : "not known yet")],
+  ["errors", ["HemostatProxyErrors"], (s) => (s.proxy.requests ? `${percent(s.proxy.failed_ratio, 2)} failed` : "no request yet")],
+  ["reference", ["HemostatReferenceDown"], (s) => s.reference.state],
+  ["store", ["HemostatStoreErrors"], (s) => s.control.state],
+  ["alarm", ["HemostatHemorrhage", "HemostatModelChanged"], (s) => (s.alarm.tests.some((t) => t.begun) ? "none" : "learning")],
+  ["canaries", ["HemostatCanaries"], (s) => s.canaries?.state],
+  ["adapters", ["HemostatAdapterBuildsFail"], (s) => s.adapter.state],
+  ["measurement", ["HemostatNoiseFloorUnknown", "HemostatCapturesLost", "HemostatRecordsLost"], (s) => (s.requests.scored ? "running" : "no score yet")],
+  ["configuration", ["HemostatReloadFailed"], (s) => (s.configuration.needs_restart.length ? "needs a restart" : "loaded")],
+];
+
+const held = (s) => s.calibration.kinds.filter((k) => k.held);
+
+/** The sentence that says whether something is wrong. */
+export function headline({ s, lost }) {
+  if (lost) return { as: "wait", text: "Whether anything is wrong is not known: the admin port does not answer", sub: `The figures below are of ${when(s?.at)}.` };
+  const [worst] = s.state.problems, begun = s.alarm.tests.filter((t) => t.begun).length, harmed = held(s).length;
+  if (worst) {
+    const red = s.state.level === "critical" || s.alarm.raised;
+    return { as: red ? "bad" : "wait", text: worst.text, sub: `Since ${when(worst.since)}, for ${lasted(s.at - worst.since)}.`, runbook: worst.runbook };
+  }
+  const sub = !s.requests.scored ? "No request has been scored yet." : begun ? `${plural(begun, "alarm test")} active; the probability of any false alarm is at most ${percent(s.alarm.alpha, 0)}.`
+    : `The alarm cannot be raised yet: it is learning its baseline (${s.alarm.waits_for[0] || "waits for requests"}).`;
+  if (harmed) return { as: "wait", text: `No problem now, but profiles harmed ${plural(harmed, "kind")} of traffic and were rolled back there`, sub };
+  return { as: "good", text: s.requests.scored ? "No problem found" : "No problem found, and nothing measured yet", sub };
+}
+
+/** More on the alarm: how far the divergence is from before. */
+function howMuch(s, past) {
+  const now = past.kl_recent?.at(-1);
+  return s.alarm.raised && known(now) && !s.state.problems[0]?.alert.match(/Upstream|Relays|Proxy/) ? ` KL of the last minute ${nats(now)} nats, mean since the start ${nats(s.raw.kl_nats.estimate)}.` : "";
+}
+
+function Status({ s, past, lost }) {
+  const { as, text, sub, runbook } = headline({ s, lost }), others = s.state.problems.slice(1, 3), more = s.state.problems.length - 1 - others.length;
+  const chips = AREAS.map(([name, alerts, ok]) => [name, s.state.problems.find((p) => alerts.some((alert) => p.alert.startsWith(alert))), ok(s)])
+    .filter(([, problem, ok]) => problem || ok).sort((a, b) => Boolean(b[1]) - Boolean(a[1]));
+  return html`<section class="verdict ${as}" aria-label="Status">
+    <p class="headline" role="status">${briefly(text)}</p>
+    <p class="sub">${sub}${howMuch(s, past)} ${runbook && html`<a href=${runbook}>Runbook</a>`}</p>
+    ${others.map((p) => html`<p class="also">${briefly(p.text)} <span class="sub">since ${when(p.since)}, for ${lasted(s.at - p.since)}</span> <a href=${p.runbook}>Runbook</a></p>`)}
+    ${more > 0 && html`<p class="also">and ${plural(more, "more problem")}: <${Link} to="events">Events<//></p>`}
+    <ul class="chips">${chips.map(([name, problem, ok]) => html`<li class=${problem ? (problem.severity === "critical" || (name === "alarm" && s.alarm.raised) ? "bad" : "wait") : lost ? "" : "good"}>${name}: ${problem ? "problem" : lost ? "not known" : ok}</li>`)}</ul>
+  </section>`;
+}
+
+// --- tiles --------------------------------------------------------------------------------------------------------------
+
+const Tile = ({ title, to, big, unit, children }) => html`<section class="tile"><h2><${Link} to=${to}>${title}<//></h2><p class="big">${big} <span class="unit">${unit}</span></p>${children}</section>`;
+/** Growth of a counter in the last minute of the history. */
+const lastMinute = (past, name) => (past[name]?.length > 6 ? past[name].at(-1) - past[name].at(-7) : null);
+
+function Traffic({ s, past, rate }) {
+  const failed = lastMinute(past, "failed"), all = lastMinute(past, "requests"), recent = known(failed) && failed >= 0;
+  const requests = rate((x) => x.proxy.requests), p99 = past.overhead_p99?.at(-1) ?? s.proxy.overhead_seconds.p99;
+  return html`<${Tile} title="Traffic" to="engines" big=${fixed(requests, 1)} unit="requests/s">
+    <p class="sub">Overhead of the relay: 99 % of requests at most ${ms(p99)}. <span class=${(recent ? failed : s.proxy.failed) > 0 ? "bad-text" : ""}>${recent ? `Failed in the last minute: ${whole(failed)} of ${whole(all)}.` : `Failed so far: ${whole(s.proxy.failed)} of ${whole(s.proxy.requests)}.`}</span></p>
+    <div class="sparks"><${Spark} label="requests/s" values=${perSecond(past, "requests")} /><${Spark} label="overhead, 99 %" values=${past.overhead_p99 || []} /></div><//>`;
+}
+
+/** Against the budget, or without one against the noise floor. */
+function compared(s) {
+  const kl = s.raw.kl_nats.estimate, budget = s.alarm.budget_nats, floor = s.excess.kl_nats?.floor;
+  if (known(budget)) return `${percent(kl / budget, 0)} of the budget of ${nats(budget)}`;
+  return floor > 0 ? `${fixed(kl / floor, kl / floor < 10 ? 1 : 0)} times the noise floor of ${nats(floor)}; no budget is set` : "no budget is set, and the noise floor is not known yet";
+}
+
+function Cost({ s, past }) {
+  const differ = ofTokens(s.raw.total_variation), kl = s.raw.kl_nats, now = past.kl_recent?.at(-1);
+  return html`<${Tile} title="Cost of compression" to="divergence" big="≥ ${nats(kl.estimate)}" unit="nats per token">
+    <p><strong>${differ ? `About ${differ} sampled tokens differ` : "not known yet"}</strong></p>
+    <p class="sub">95 % ${range(endsOf(kl))}; ${compared(s)}. ${known(now) && html`<span class=${now > s.alarm.budget_nats ? "bad-text" : ""}>Last minute ${nats(now)}.</span>`}</p>
+    <${Spark} label="KL of the last minute" values=${past.kl_recent || []} level=${s.alarm.budget_nats} /><//>`;
+}
+
+function armsOf(s) {
+  const less = s.arms.treated_minus_control, name = known(less.kl_nats_estimate.estimate) ? "kl_nats_estimate" : "total_variation", found = less[name];
+  if (!known(found.estimate)) return "Treated against control: not enough requests in both arms yet.";
+  return `Treated minus control: ${nats(found.estimate)} ${range(found.ci95)} ${name === "total_variation" ? "of the total variation" : "nats"}.`;
+}
+
+function Served({ s, p, past }) {
+  const kinds = s.calibration.kinds, serving = kinds.filter((k) => p.by_kind[k.kind]), share = serving.reduce((sum, k) => sum + (k.share || 0), 0);
+  const [first, ...others] = [...new Set(serving.map((k) => p.by_kind[k.kind]))];
+  const since = Math.min(...serving.map((k) => servedSince(p, p.by_kind[k.kind], k.kind) ?? Infinity)), harmed = held(s);
+  return html`<${Tile} title="Served profile" to="profiles" big=${s.calibration.forced ? brief(s.calibration.forced) : first ? brief(first) : "none"}
+    unit=${s.calibration.forced ? "forced on every request" : first ? `${percent(share, 0)} of the traffic${others.length ? `, with ${plural(others.length, "other version")}` : ""}; mode ${s.profile.mode}` : `mode ${s.profile.mode}`}>
+    <p class="sub">${first ? `${known(since) ? `Since ${when(since)} (${lasted(s.at - since)})` : "Since before the oldest event"}${p.pinned ? ", pinned" : ""}. ${armsOf(s)}`
+      : s.profile.mode === "auto" ? "No profile is proven yet; every request is decoded unchanged." : `Every request is decoded unchanged. ${MODES[s.profile.mode]}`}</p>
+    ${harmed.length > 0 && html`<p class="wait-text">${plural(harmed.length, "kind")} held without a profile.</p>`}
+    <${Spark} label="recovered part of the KL" values=${past.recovered || []} /><//>`;
+}
+
+/** Unix time at which the history last saw a new score. */
+function lastScore(past, s) {
+  const scored = past.scored || [], at = scored.findLastIndex((x, i) => i && x > scored[i - 1]);
+  return at > 0 && s.requests.scored === scored.at(-1) ? past.time[at] : s.requests.scored > (scored.at(-1) ?? s.requests.scored) ? s.at : null;
+}
+
+function Measured({ s, past }) {
+  const last = lastScore(past, s);
+  return html`<${Tile} title="Measurement" to="measurement" big=${percent(s.coverage.scored_share.tokens, 0)} unit="of sampled tokens scored">
+    <p class="sub">${percent(s.shadow.rate)} of the requests are sampled. ${whole(s.queue.depth)} wait${s.queue.depth ? `, the oldest ${lasted(s.queue.lag_seconds)}` : ""}.
+      ${known(last) ? ` Last score ${lasted(s.at - last)} ago.` : s.requests.scored ? " No score since the history began." : " No score yet."}</p>
+    <div class="sparks"><${Spark} label="scores/s" values=${perSecond(past, "scored")} /><${Spark} label="queue" values=${past.queue || []} /></div><//>`;
+}
+
+// --- before the first score, next steps -------------------------------------------------------------------------------------
+
+function Checklist({ s }) {
+  const up = s.upstream.some((e) => e.up), why = s.reference.detail;
+  const rows = [
+    ["vLLM answers", up, s.relays ? (s.upstream.length ? "it does not answer: start it, or correct upstream.url" : "no relay has reported yet") : "no relay is connected"],
+    [`The reference is ready${s.reference.state === "ready" ? `: ${named(s.reference)}` : ""}`, s.reference.state === "ready", `${s.reference.state}${why ? `: ${why}` : ""}`],
+    ["First request", s.proxy.generations > 0, `send one to port ${s.data_port || "of the relays"}: /v1/chat/completions`],
+    ["First score", s.requests.scored > 0, s.requests.shadowed ? `${plural(s.requests.shadowed, "request")} captured; skipped: ${counts(s.requests.skipped)}; dropped: ${counts(s.requests.dropped)}` : `no request captured yet; ${percent(s.shadow.rate)} of them are sampled`],
+  ];
+  return html`<section class="checklist"><h2>Until the first score</h2><ol>${rows.map(([name, done, missing]) => html`<li class=${done ? "good" : "wait"}>
+    <strong>${done ? "✓" : "✗"} ${name}</strong>${!done && html`<span class="sub"> – ${briefly(missing)}</span>`}</li>`)}</ol></section>`;
+}
+
+const ADVICE = {
+  HemostatNoRelays: "Test the data port; the supervisor's log says why relays ended.",
+  HemostatUpstreamDown: "Repair vLLM. Hemostat needs no action: it goes on when vLLM answers.",
+  HemostatProxyErrors: "Read vLLM's log, and send one of the failing requests to vLLM directly.",
+  HemostatHemorrhage: ["Find the kind of traffic that is over the budget.", "alarm", "Open the alarm"],
+  HemostatModelChanged: ["Find the kind that changed, and whether a checkpoint or an engine was replaced then.", "alarm", "Open the alarm"],
+  HemostatEngineEjected: ["Repair the engine that gets no requests.", "engines", "Open the engines"],
+  HemostatReferenceDown: "Start or repair the reference. Clients are not affected.",
+  HemostatStoreErrors: "Make room for the store, or correct its permissions.",
+  HemostatReloadFailed: "Correct the configuration file and send SIGHUP again.",
+};
+
+function steps(s) {
+  const found = s.state.problems.map((p) => {
+    const [text, to, label] = [].concat(ADVICE[p.alert] || "Follow the runbook.");
+    return [text, to ? html`<${Link} to=${to}>${label}<//>` : html`<a href=${p.runbook}>Runbook: ${p.alert}</a>`];
+  });
+  const odd = s.upstream.find((e) => e.figures.odd), proven = s.calibration.kinds.filter((k) => k.candidates.some((c) => c.summary === "proven"));
+  const dropped = total(s.requests.dropped), [worst] = s.coverage.not_scored;
+  if (odd) found.push([`${odd.engine} differs from the other engines: compare its checkpoint and flags.`, html`<${Link} to=${["engines", odd.engine]}>Open the engine<//>`]);
+  held(s).forEach((k) => found.push([`${k.kind}: find out why the profile harmed, then release the kind.`, html`<${Link} to=${["kinds", k.kind]}>Open the kind<//>`]));
+  if (s.profile.mode === "observe" && proven.length) {
+    found.push([`A profile is proven in ${plural(proven.length, "kind")}: serve it.`, html`<${Action} label="Set calibration to auto" asks=${["Set calibration to auto?", MODES.auto, "api/v1/calibration", { mode: "auto" }]}>Set mode auto<//>`]);
+  }
+  if (s.configuration.needs_restart.length) found.push([`Restart Hemostat when convenient: ${s.configuration.needs_restart.join(", ")} take effect then.`, html`<${Link} to="events">Open the events<//>`]);
+  if (dropped > 0.05 * s.requests.shadowed) found.push([`${whole(dropped)} of ${plural(s.requests.shadowed, "capture")} were dropped: lower shadow.rate, or give the reference more capacity.`, html`<${Link} to="measurement">Open the measurement<//>`]);
+  if (s.coverage.scored_share.tokens < 0.5 && worst) found.push([`Most sampled tokens are not scored, mainly ${worst.reason}: see whether the figures describe your traffic.`, html`<${Link} to="measurement">Open the measurement<//>`]);
+  if (s.requests.scored && !known(s.alarm.budget_nats)) found.push(["Set alarm.budget_nats, so that an alarm says when compression costs too much.", html`<${Link} to="alarm">Open the alarm<//>`]);
+  return found.slice(0, 5);
+}
+
+function Next({ s }) {
+  const found = steps(s);
+  return html`<section class="next"><h2>Next steps</h2>${found.length ? html`<ol>${found.map(([text, action]) => html`<li>${text} <span class="do">${action}</span></li>`)}</ol>` : html`<p>Nothing to do.</p>`}</section>`;
+}
+
+function Timeline(data) {
+  const { s, past } = data, time = past.time || [], from = time[0] ?? Infinity, shown = marks(data).filter((m) => m.at >= from), budget = s.alarm.budget_nats;
+  return html`<section class="timeline"><h2>Divergence <span class="unit">KL in nats per token, lower bound</span></h2>
+    <${Chart} label="KL per token over time" height=${190} time=${past.time} show=${nats} marks=${shown} series=${[
+      ["last minute", "--accent", past.kl_recent], ["since the start", "--soft", past.kl_nats], ["noise floor", "--good", past.floor],
+      ...(known(budget) ? [["budget", "--bad", time.map(() => budget)]] : [])]} />
+    <ul class="marks">${shown.slice(0, 4).map((m) => html`<li class=${m.bad ? "bad-text" : ""}><b>${m.letter}</b> ${when(m.at)} ${m.text}</li>`)}
+      ${!shown.length && html`<li class="sub">No alarm, promotion, change of models or reload in this time.</li>`}</ul></section>`;
+}
+
+export const Overview = (data) => html`<h1 class="quiet">Overview</h1><${Status} ...${data} />
+  ${data.s.requests.scored ? html`<div class="four"><${Traffic} ...${data} /><${Cost} ...${data} /><${Served} ...${data} /><${Measured} ...${data} /></div>
+    <div class="below"><${Timeline} ...${data} /><${Next} ...${data} /></div>`
+    : html`<div class="below"><${Checklist} ...${data} /><${Next} ...${data} /></div>`}`;

@@ -1,0 +1,295 @@
+"""States of a deployment that the console has to explain, as the answers of the API.
+
+Made from those of a real `Control`, so that their form is what the code writes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+from playwright.sync_api import Page
+from tests.support.admin_server import KINDS
+
+from hemostat.admin.history import MAX_POINTS, POINT_SECONDS, History
+from hemostat.admin.problems import SEVERITIES, Problem
+from hemostat.admin.status_parts import UpstreamStatus
+
+Json = dict[str, Any]
+SERVING = "d846ad1765b5edc29ecef21f9a307eed"
+HOUR = 3600.0
+
+
+@dataclass
+class State:
+    """What the API answers, and the sentence that has to be readable without scrolling."""
+
+    status: Json
+    profiles: Json
+    history: Json
+    says: str = ""
+    shows: list[str] = field(default_factory=list)
+    """More that has to be on the first screen."""
+
+    @property
+    def at(self) -> float:
+        return float(self.status["at"])
+
+    def answer(self, page: Page) -> None:
+        """Serve this state to the page instead of the server's own: at first one of ten seconds ago, so that there are
+        rates."""
+        before = copy.deepcopy(self.status)
+        before["at"] -= 10.0
+        before["proxy"]["requests"] -= min(120, before["proxy"]["requests"])
+        before["shadow"]["reference_tokens"] -= min(9000, before["shadow"]["reference_tokens"])
+        told = [json.dumps({"status": status, "profiles": self.profiles}) for status in (before, self.status)]
+        page.add_init_script(
+            "window.EventSource = class extends EventTarget { constructor() { super(); setTimeout(() => "
+            f"{json.dumps(told)}.forEach((data) => this.dispatchEvent(new MessageEvent('state', {{ data }})))); }} }};"
+        )
+        page.route("**/api/v1/history*", lambda route: route.fulfill(json=self.history))
+
+    def problem(self, alert: str, text: str, seconds: float) -> None:
+        """Found so long ago; the worst one comes first."""
+        made = Problem(alert, SEVERITIES[alert], self.at - seconds, text, f"runbook#{alert.lower()}")
+        problems = [*self.status["state"]["problems"], msgspec.to_builtins(made)]
+        problems.sort(key=lambda problem: list(SEVERITIES).index(problem["alert"]))
+        self.status["state"] = {"level": problems[0]["severity"], "problems": problems}
+
+    def kind(self, name: str) -> Json:
+        return next(kind for kind in self.status["calibration"]["kinds"] if kind["kind"] == name)
+
+
+def engine(name: str, **more: Any) -> Json:
+    told: Json = {
+        "relays": 2,
+        "up": 2,
+        "drained": False,
+        "outstanding": 3,
+        "requests": 20_480,
+        "resent": 0,
+        "ejections": 0,
+        "figures": {"engine": name, "tokens": 90_000, "kl_nats": 0.081, "requests": 800, "odd": False, "farther": None,
+                    "evidence": 0.04, "since": None, "on_tokens": None},
+        "holds": [SERVING],
+    }  # fmt: skip
+    made: Json = msgspec.to_builtins(msgspec.convert({"engine": name, **told, **more}, UpstreamStatus))
+    return made
+
+
+def history(at: float, kl: float = 0.08, points: int = MAX_POINTS, jump: float = 1.0, jump_points: int = 0) -> Json:
+    """Hours of quiet traffic; the divergence is multiplied by `jump` in the last `jump_points`."""
+    draw = np.random.default_rng(7)
+    waves = 1.0 + 0.25 * np.sin(np.arange(points) / 250.0)
+    recent = kl * (1.0 + 0.08 * draw.standard_normal(points))
+    if jump_points:
+        recent[-jump_points:] *= jump
+    mean = np.cumsum(recent) / np.arange(1, points + 1)
+    known = {
+        "time": at - POINT_SECONDS * np.arange(points - 1, -1, -1.0),
+        "kl_nats": mean,
+        "kl_low": mean * 0.93,
+        "kl_high": mean * 1.07,
+        "kl_recent": recent,
+        "floor": np.full(points, 0.004),
+        "recovered": np.full(points, 0.21) + 0.004 * draw.standard_normal(points),
+        "recovered_low": np.full(points, 0.16),
+        "recovered_high": np.full(points, 0.26),
+        "requests": np.cumsum(POINT_SECONDS * 12.0 * waves),
+        "failed": np.zeros(points),
+        "overhead_p99": np.full(points, 0.0008) + 0.0001 * draw.random(points),
+        "scored": np.cumsum(0.6 * POINT_SECONDS * waves).round(),
+        "reference_tokens": np.cumsum(900.0 * POINT_SECONDS * waves),
+        "queue": draw.integers(0, 4, points).astype(float),
+    }
+    assert known.keys() == {"time", *History.NAMES}
+    return {"points": {name: column.tolist() for name, column in known.items()}, "events": []}
+
+
+def figure(found: Json, kl: float, requests: int) -> None:
+    """Scale the figures of a group."""
+    found["requests"] = requests
+    found["kl_nats"] |= {"estimate": kl, "ci95": [kl * 0.93, kl * 1.07]}
+    found["kl_nats_estimate"] |= {"estimate": kl * 1.06, "ci95": [kl * 0.9, kl * 1.2]}
+    found["total_variation"], found["top1_agreement"] = 1.6 * kl, 1.0 - 1.1 * kl
+
+
+def healthy(status: Json, profiles: Json) -> State:
+    """A day of traffic, one profile that serves the most frequent kind; nothing is wrong."""
+    status, profiles, at = copy.deepcopy(status), copy.deepcopy(profiles), time.time()
+    old = profiles["serving"]
+    status, profiles = (json.loads(json.dumps(one).replace(old, SERVING)) for one in (status, profiles))
+    state = State(status, profiles, history(at), "No problem found")
+    status |= {"at": at, "state": {"level": "ok", "problems": []}, "tokens_scored": 1_240_000, "relays": 2}
+    status["compressed"]["models"] = ["qwen3-8b-w4a16"]
+    status["reference"] = {"state": "ready", "detail": "Qwen/Qwen3-8B (bfloat16)"}
+    status["models"] = [status["models"][0] | {"names": ["qwen3-8b-w4a16"], "root": "/models/qwen3-8b-w4a16"}]
+    status["upstream"] = [engine("10.0.0.1:8000"), engine("10.0.0.2:8000")]
+    scored = int(state.history["points"]["scored"][-1])
+    status["requests"] |= {"shadowed": scored + 89, "scored": scored, "pending": 2, "dropped": {"queue_full": 87}}
+    status["proxy"] |= {"requests": 259_200, "generations": 258_100, "failed": 31, "failed_ratio": 31 / 259_200}
+    status["proxy"]["by_outcome"] = {"ok": 259_000, "client_gone": 169, "upstream_failed": 31}
+    status["shadow"] |= {"rate": 0.05, "reference_tokens": 19_440_000, "uptime_seconds": 6 * HOUR}
+    status["coverage"] |= {"scored_share": {"tokens": 0.97, "requests": 0.98}, "not_scored": []}
+    status["queue"] = {"depth": 1, "lag_seconds": 0.4}
+    status["configuration"] |= {"loaded_at": at - 6 * HOUR}
+    figure(status["raw"], 0.082, scored)
+    for n, kind in enumerate(status["kinds"]):
+        figure(kind["raw"], 0.06 + 0.02 * n, 9000 // (n + 1))
+    status["excess"]["kl_nats"] |= {"estimate": 0.078, "ci95": [0.072, 0.084], "floor": 0.004}
+    status["recovered"] |= {"ratio": 0.21, "ci95": [0.16, 0.26]}
+    less = {"estimate": -0.017, "ci95": [-0.023, -0.011]}
+    status["arms"]["treated_minus_control"]["kl_nats_estimate"] = less
+    alarm = status["alarm"]
+    alarm |= {"raised": False, "budget_nats": 0.15, "waits_for": [], "events": []}
+    alarm["tests"] = [
+        test | {"test": name, "kind": kind, "raised": False, "since": None, "on_requests": 0, "evidence": 0.11}
+        for test in alarm["tests"][:1]
+        for name in ("change", "budget")
+        for kind in KINDS
+    ]
+    alarm["kinds"] = [kind | {"watched": True, "spread_ratio": 1.02} for kind in alarm["kinds"]]
+    status["outcomes"]["kinds"] = [one for one in status["outcomes"]["kinds"] if one["harmed"] is None]
+    for kind in status["calibration"]["kinds"]:
+        kind["held"] = None
+    state.kind(KINDS[1])["summary"] = "identity; no profile is under test here"
+    profiles["held"], profiles["events"] = [], [event for event in profiles["events"] if not event["kind"]]
+    profiles["events"].insert(0, decided(at - 5 * HOUR, "promote", "proven on 1,204 held-out conversations"))
+    state.history["events"] = []
+    return state
+
+
+def decided(at: float, decision: str, why: str, kind: str = KINDS[0]) -> Json:
+    reason = "evidence" if decision == "promote" else "outcomes"
+    return {"at": at, "decision": decision, "reason": reason, "version": SERVING, "scope": "", "kind": kind, "why": why,
+            "evidence": {}}  # fmt: skip
+
+
+def no_data(state: State) -> None:
+    """Just started: vLLM answers, the reference does not yet."""
+    status = state.status
+    state.problem("HemostatReferenceDown", "The reference is not ready yet: nothing is measured (loading weights)", 40)
+    status["reference"] = {"state": "starting", "detail": "loading weights"}
+    status["requests"] |= {"shadowed": 0, "scored": 0, "skipped": {}, "dropped": {}, "pending": 0}
+    status["proxy"] |= {"requests": 0, "generations": 0, "failed": 0, "failed_ratio": None}
+    status["alarm"] |= {"tests": [], "kinds": [], "waits_for": []}
+    status["calibration"]["kinds"], status["kinds"], state.profiles["by_kind"] = [], [], {}
+    status["coverage"]["scored_share"] = {"tokens": None, "requests": None}
+    status["raw"]["kl_nats"] |= {"estimate": None, "ci95": [None, None]}
+    status["raw"]["total_variation"] = None
+    state.history = history(state.at, points=1)
+    state.says = "The reference is not ready yet: nothing is measured (loading weights)"
+    state.shows = ["✓ vLLM answers", "✗ The reference is ready", "✗ First request", "✗ First score"]
+
+
+def vllm_dead(state: State) -> None:
+    text = "None of the 2 engines answers: 100 % of the requests of the last minute failed"
+    state.problem("HemostatUpstreamDown", text, 130)
+    state.status["upstream"] = [engine(one["engine"], up=0, ejections=1) for one in state.status["upstream"]]
+    state.says, state.shows = text, ["Repair vLLM. Hemostat needs no action", "for 2 min", "vLLM: problem"]
+
+
+def reference_dead(state: State) -> None:
+    detail = "http://ref:8000 refuses connections"
+    state.status["reference"] = {"state": "down", "detail": detail}
+    text = f"The reference does not answer: nothing is measured ({detail})"
+    state.problem("HemostatReferenceDown", text, 1800)
+    state.says, state.shows = text, ["Start or repair the reference. Clients are not affected.", "for 30 min"]
+
+
+def alarm(state: State) -> None:
+    """The model of one kind changed 20 minutes ago; the configuration was reloaded just before."""
+    text = f"ALARM: the compressed model no longer matches its baseline in {KINDS[0]}"
+    state.problem("HemostatModelChanged", text, 1200)
+    raised = {"raised": True, "since": state.at - 1200, "on_requests": 46, "on_tokens": 9120, "evidence": 1.31}
+    told = state.status["alarm"]
+    told["raised"] = True
+    told["tests"][0] |= raised
+    why = f"change alarm raised on {KINDS[0]}"
+    event = {"at": state.at - 1100, "decision": "alarm", "version": "", "why": why, "evidence": told["tests"][0]}
+    told["events"] = [event]
+    state.history = history(state.at, jump=2.4, jump_points=120)
+    for before, decision, what in (
+        (1500, "reload", "the configuration was reloaded"),
+        (1210, "checkpoint", "qwen3-8b-w4a16 is /models/qwen3-8b-w4a16-v2, its reference Qwen/Qwen3-8B"),
+    ):
+        state.history["events"].append({"at": state.at - before, "decision": decision, "why": what})
+    state.says = text
+    state.shows = ["KL of the last minute", "Find the kind that changed", why, "models changed"]
+
+
+def promoted(state: State) -> None:
+    """A profile was promoted a quarter of an hour ago."""
+    promotion = decided(state.at - 900, "promote", "proven on 1,204 held-out conversations")
+    state.profiles["events"] = [promotion, *state.profiles["events"][1:]]
+    state.says = "No problem found"
+    state.shows = [SERVING[:8], "% of the traffic", "Since ", "(15 min)", "promoted"]
+
+
+def harmed(state: State) -> None:
+    """A profile made answers of one kind end early, and was rolled back there."""
+    why = "cut is bad in 9.1% with the profile and 1.2% without, of 310 treated and 302 control conversations"
+    state.kind(KINDS[1])["held"] = why
+    state.kind(KINDS[1])["summary"] = f"held at identity until an operator releases it: {why}"
+    state.profiles["held"] = [KINDS[1]]
+    state.profiles["events"].insert(0, decided(state.at - 600, "roll_back", why, KINDS[1]))
+    state.says = "No problem now, but profiles harmed 1 kind of traffic and were rolled back there"
+    state.shows = [f"{KINDS[1]}: find out why the profile harmed", "rolled back", "1 kind held without a profile"]
+
+
+def many_kinds(state: State) -> None:
+    """25 kinds, all watched."""
+    status = state.status
+    named = [f"chat text sampled {n}" for n in range(25)]
+    kinds, figures, baseline = status["calibration"]["kinds"][1], status["kinds"][1], status["alarm"]["kinds"][0]
+    status["calibration"]["kinds"] = [state.kind(KINDS[0]) | {"kind": named[0]}] + [
+        kinds | {"kind": name, "share": 0.3 / n} for n, name in enumerate(named[1:], 1)
+    ]
+    state.profiles["by_kind"] = {named[0]: SERVING}
+    status["kinds"] = [copy.deepcopy(figures) | {"kind": name} for name in named]
+    status["alarm"]["kinds"] = [baseline | {"kind": name} for name in named]
+    test = status["alarm"]["tests"][0]
+    status["alarm"]["tests"] = [test | {"kind": name} for name in named]
+    state.says, state.shows = "No problem found", ["25 alarm tests active"]
+
+
+def many_engines(state: State) -> None:
+    """8 engines, one of them failing and one that is not like the others."""
+    named = [f"10.0.0.{n}:8000" for n in range(1, 9)]
+    odd = engine("x")["figures"] | {"odd": True, "farther": True, "evidence": 1.2, "kl_nats": 0.29,
+                                    "since": state.at - 4000, "on_tokens": 4100}  # fmt: skip
+    state.status["upstream"] = [
+        engine(name, **{"up": 0, "ejections": 2} if n == 2 else {}, **{"figures": odd} if n == 5 else {})
+        for n, name in enumerate(named)
+    ]
+    text = "1 of 8 engines gets no requests: 10.0.0.3:8000"
+    state.problem("HemostatEngineEjected", text, 700)
+    state.says, state.shows = (
+        text,
+        ["Repair the engine that gets no requests", "10.0.0.6:8000 differs from the other engines"],
+    )
+
+
+CHANGES: dict[str, Callable[[State], None]] = {
+    "healthy": lambda _: None,
+    "no data": no_data,
+    "vLLM dead": vllm_dead,
+    "reference dead": reference_dead,
+    "alarm": alarm,
+    "promoted": promoted,
+    "harmed and rolled back": harmed,
+    "25 kinds": many_kinds,
+    "8 engines": many_engines,
+}
+
+
+def make(name: str, status: Json, profiles: Json) -> State:
+    """status, profiles: of `admin_server.everything`."""
+    state = healthy(status, profiles)
+    CHANGES[name](state)
+    return state
