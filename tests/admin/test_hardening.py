@@ -402,7 +402,7 @@ def test_nothing_that_is_shown_becomes_markup(tmp_path: Path, browser: Browser) 
             page.goto(f"{made.url}/#/{name}")
             expect(page.locator("html")).to_have_attribute("data-at", re.compile(r"\d"), timeout=15_000)
             expect(page.locator("#app")).to_contain_text(script)
-        assert page.title() == "WARNING – Hemostat"
+        assert page.title() == "Hemostat"
         assert page.locator("main img, main script").count() == 0
         # Should that ever fail, the policy is there: what is injected by force does not run.
         page.evaluate("document.body.insertAdjacentHTML('beforeend', `<img src=x onerror=\"document.title='owned'\">`)")
@@ -412,7 +412,7 @@ def test_nothing_that_is_shown_becomes_markup(tmp_path: Path, browser: Browser) 
         while sum("Content Security Policy" in text for text in said) < 2:
             assert time.monotonic() < ends, said
             page.wait_for_timeout(100)
-        assert page.title() == "WARNING – Hemostat"
+        assert page.title() == "Hemostat"
         page.close()
 
 

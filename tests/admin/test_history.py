@@ -71,7 +71,7 @@ def test_the_overhead_is_that_of_the_last_requests() -> None:
     slow = [0] * (buckets - 1) + [100]
     for n in range(2 * RECENT_POINTS):
         counts = [50 * n, *slow[1:]]
-        history.add(float(n), float(n), status(n, proxy=SimpleNamespace(requests=n, failed=0, overhead_counts=counts)))
+        history.add(float(n), 1.0 + n, status(n, proxy=SimpleNamespace(requests=n, failed=0, overhead_counts=counts)))
     found = history.report()["points"]["overhead_p99"]
     assert found[0] is None, "nothing is known of before"
     assert found[1:] == [OVERHEAD_BUCKETS[0]] * (2 * RECENT_POINTS - 1)
