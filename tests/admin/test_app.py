@@ -177,8 +177,13 @@ async def test_the_operators_word_goes_before_the_guards(one: Control, client: h
     assert (refused.status_code, "unpin" in detail(refused)) == (400, True)
     listing = (await post("pin", version=None)).json()
     assert (listing["serving"], listing["pinned"]) == (other, False)
+    assert (await post("promote", version=version[:8])).json()["serving"] == version, "8 digits are enough"
+    assert (await post("pin", version=other[:8])).json()["serving"] == other
+    assert (await post("pin", version=None)).json()["pinned"] is False
+    assert (await client.get(f"/api/v1/profiles/{version[:8]}")).json()["version"] == version
     for body, code in (
         ({"version": "latest"}, 422),
+        ({"version": version[:7]}, 422),
         ({"version": "0" * 33}, 422),
         ({"version": "0" * 32 + "\n"}, 422),
         ({}, 422),
@@ -195,6 +200,16 @@ async def test_the_operators_word_goes_before_the_guards(one: Control, client: h
     assert (refused.status_code, "nothing is held" in detail(refused)) == (400, True)
     assert (await post("rollback")).json()["serving"] == "identity"
     assert told[-1].serving_by_kind.get(REST_KIND) is None
+
+
+async def test_digits_that_several_versions_begin_with_name_none(one: Control, client: httpx.AsyncClient) -> None:
+    one.profile_manager.set_model_pair("m", 30)
+    held = [one.profile_manager.operator.import_profile(profile(seed)) for seed in range(2)]
+    one.profile_manager.catalogue._profiles[held[0][:8] + "0" * 24] = one.profile_manager.catalogue[held[1]]
+    refused = await client.get(f"/api/v1/profiles/{held[0][:8]}")
+    assert refused.status_code == 400
+    assert f"several versions begin with {held[0][:8]}: {held[0]}" in detail(refused)
+    assert (await client.get(f"/api/v1/profiles/{held[0]}")).json()["version"] == held[0]
 
 
 async def test_a_mode_that_was_not_kept_is_an_error_that_says_that_it_applies(

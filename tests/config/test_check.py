@@ -398,6 +398,7 @@ class Admin(BaseHTTPRequestHandler):
     """The admin port's routes for profiles."""
 
     stored: bytes = b""
+    version: str = "v"
     calls: list[tuple[str, str | None, bytes]]
 
     def do_GET(self) -> None:
@@ -415,7 +416,7 @@ class Admin(BaseHTTPRequestHandler):
         elif "/engine/profiles/" in self.path:
             status, data = 200, type(self).stored
         else:
-            status, data = 200, json.dumps({"version": "v"}).encode()
+            status, data = 200, json.dumps({"version": type(self).version}).encode()
         self.send_response(status)
         self.send_header("content-length", str(len(data)))
         self.end_headers()
@@ -486,13 +487,30 @@ def test_profile_commands(
     ]
     assert {token for _, token, _ in admin.calls[1:]} == {"Bearer t"}
 
+    admin.version = version
+    for action in (["export", version[:8], str(file)], ["promote", version[:8], "--yes"], ["show", version[:8]]):
+        assert cli.main(["profile", *action]) == 0
+    assert [(call, body) for call, _, body in admin.calls[-4:]] == [
+        (f"GET /api/v1/profiles/{version[:8]}", b""),
+        (f"GET /api/v1/engine/profiles/{version}", b""),
+        ("POST /api/v1/profiles/promote", f'{{"version":"{version[:8]}","kind":null}}'.encode()),
+        (f"GET /api/v1/profiles/{version[:8]}", b""),
+    ]
+
     capsys.readouterr()
     assert cli.main(["profile", "export", "0" * 32, str(tmp_path / "other")]) == 2  # not the bytes of that name
     assert not (tmp_path / "other").exists()
     file.write_bytes(b"junk")
     calls = len(admin.calls)
     assert cli.main(["profile", "import", str(file)]) == 2  # refused here, not sent
-    for command in (["promote", version], ["pin", version], ["pin"], ["pin", version, "--off"], ["promote", "latest"]):
+    for command in (
+        ["promote", version],
+        ["pin", version],
+        ["pin"],
+        ["pin", version, "--off"],
+        ["promote", "latest"],
+        ["promote", version[:7]],
+    ):
         capsys.readouterr()
         assert cli.main(["profile", *command]) == 2
         assert capsys.readouterr().err.count("\n") == 1

@@ -14,6 +14,8 @@ from hemostat.commands.arguments import UsageError
 
 HELP = "show and control calibration profiles"
 MODES = ("off", "observe", "auto")
+WHOLE_VERSION = 32
+"""Hex digits of a version; 8 or more of them are enough to name it."""
 PROFILE_MARKER = b'"clamp_nats"'
 """In the header of a profile's file."""
 PEFT_TENSOR = b".lora_A.weight"
@@ -78,7 +80,8 @@ def _profile_export(options: argparse.Namespace) -> int:
     version = _version(options.version)
     if refused := other_content(options.file, PROFILE_MARKER):
         raise UsageError(refused)
-    version = admin_json(options, "GET", f"/api/v1/profiles/{version}")["version"]
+    if len(version) < WHOLE_VERSION:  # the bytes are checked against the whole one
+        version = admin_json(options, "GET", f"/api/v1/profiles/{version}")["version"]
     data = admin_request(options, "GET", f"/api/v1/engine/profiles/{version}").content
     CalibrationProfile.from_bytes(data, version)
     try:
