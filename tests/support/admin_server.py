@@ -21,6 +21,7 @@ from tests.support.captures import INFO
 from tests.support.control import TOKEN, connect_relay, control, scored, settings
 from tests.support.records import Truth, log_softmax, make_record
 from tests.support.served_models import pair, served_models
+from tests.support.waiting import HANG_SECONDS
 from tests.support.world import World
 
 from hemostat.admin.access import Tokens
@@ -132,7 +133,7 @@ def served(
 
     thread = threading.Thread(target=live, daemon=True)
     thread.start()
-    assert started.wait(60)
+    assert started.wait(HANG_SECONDS)
     try:
         yield ready[0]
     finally:
