@@ -25,6 +25,7 @@ from tests.support.admin_server import GRAMMAR_REQUESTS, KINDS, Served, everythi
 from tests.support.console_states import CHANGES, SERVING, State, make
 from tests.support.console_text import divergence_interval, interval, nats, percent
 from tests.support.control import TOKEN, connect_relay, relay_stats
+from tests.support.waiting import HANG_SECONDS
 
 from hemostat.admin.app import ASSETS
 from hemostat.control.composition import Control
@@ -34,6 +35,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium (CI does)")
 SCREEN = {"width": 1280, "height": 800}
 PHONE = {"width": 400, "height": 800}
+expect.set_options(timeout=1000 * HANG_SECONDS)
 PAGES = ("", "divergence", "kinds", f"kinds/{KINDS[0]}", "profiles", f"profiles/{SERVING[:8]}", "engines",
          "engines/10.0.0.1:8000", "alarm", "measurement", "events")  # fmt: skip
 MAX_WORDS = 320
@@ -434,7 +436,7 @@ def test_what_adapters_correct_and_why_none_serves(page: Page, one: Served) -> N
     before = [(part, part.status) for part in say.parts(one.control)]
     try:
         one.do(lambda control: say.report(control, say.learner(), say.judge(), say.engine()))
-        expect(page.locator("main")).to_contain_text("1 adapter may be asked for: 943966cb.", timeout=10_000)
+        expect(page.locator("main")).to_contain_text("1 adapter may be asked for: 943966cb.")
         text = page.locator("main").inner_text()
         for told in (
             "943966cb from 2,000 tokens in 49 s; ",
@@ -462,7 +464,7 @@ def test_what_adapters_correct_and_why_none_serves(page: Page, one: Served) -> N
         building = say.learner(state="building", detail="layer 4 of 30", last_build=failed)
         one.do(lambda control: say.report(control, building, say.judge(), out))
         main = page.locator("main")
-        expect(main).to_contain_text("No request asks for an adapter: vLLM runs without --enable-lora.", timeout=10_000)
+        expect(main).to_contain_text("No request asks for an adapter: vLLM runs without --enable-lora.")
         expect(main).to_contain_text("building: layer 4 of 30")
         expect(main).to_contain_text("the last build failed (memory): more than adapter.memory_mib")
     finally:
@@ -543,7 +545,7 @@ def test_the_operators_actions(page: Page, one: Served) -> None:
     confirm("Accept as the new baseline?")
     assert not get(one, "status")["alarm"]["raised"]
     show(page, one)
-    expect(page.get_by_role("status")).to_have_text("No problem found", timeout=10_000)
+    expect(page.get_by_role("status")).to_have_text("No problem found")
     assert page.title() == "Hemostat"
     assert TOKEN not in page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])")
 
@@ -559,17 +561,15 @@ def test_nothing_is_measured_and_then_nothing_is_known(browser: Browser, tmp_pat
         page.goto(f"{other.url}/")
         headline = page.get_by_role("status")
         expect(headline).to_have_text(
-            "The reference does not answer: nothing is measured (http://ref:8000 refuses connections)", timeout=10_000
+            "The reference does not answer: nothing is measured (http://ref:8000 refuses connections)"
         )
         expect(page.locator(".checklist")).to_contain_text("✗ The reference is ready – down: http://ref:8000 refuses")
         assert page.title() == "WARNING – Hemostat"
         other.do(lambda control: setattr(control.monitor, "state", ReferenceState.READY))
-        expect(headline).to_have_text("No problem found, and nothing measured yet", timeout=10_000)
+        expect(headline).to_have_text("No problem found, and nothing measured yet")
         expect(page.locator(".checklist")).to_contain_text("✓ The reference is ready")
     # The admin port is gone.
-    expect(headline).to_have_text(
-        "Whether anything is wrong is not known: the admin port does not answer", timeout=10_000
-    )
+    expect(headline).to_have_text("Whether anything is wrong is not known: the admin port does not answer")
     assert page.title() == "NOT KNOWN – Hemostat"
     page.close()
 
