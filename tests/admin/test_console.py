@@ -35,6 +35,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium (CI does)")
 SCREEN = {"width": 1280, "height": 800}
 PHONE = {"width": 400, "height": 800}
+FITS_PHONE = "innerWidth === 400 && document.documentElement.scrollWidth <= innerWidth"
+"""Charts take their width when the browser has told them its new size."""
 expect.set_options(timeout=1000 * HANG_SECONDS)
 PAGES = ("", "divergence", "kinds", f"kinds/{KINDS[0]}", "profiles", f"profiles/{SERVING[:8]}", "engines",
          "engines/10.0.0.1:8000", "alarm", "measurement", "events")  # fmt: skip
@@ -211,7 +213,7 @@ def test_every_page_is_accessible_and_fits_a_phone(
         page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
         assert_accessible(page)
         page.set_viewport_size(PHONE)  # type: ignore[arg-type]
-        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], path
+        page.wait_for_function(FITS_PHONE)
         text = page.locator("main").inner_text()
         if not path.startswith("profiles/"):
             assert not re.search(r"\b[0-9a-f]{32}\b", text), "versions have 8 digits"
@@ -227,7 +229,7 @@ def test_the_runbook_is_a_page_that_phones_can_show(page: Page, one: Served, sch
     page.set_viewport_size(PHONE)  # type: ignore[arg-type]
     page.goto(f"{one.url}/runbook#hemostatreferencedown")
     expect(page.get_by_role("heading", name="HemostatReferenceDown")).to_be_in_viewport()
-    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    page.wait_for_function(FITS_PHONE)
     assert_accessible(page)
 
 
@@ -458,7 +460,7 @@ def test_what_adapters_correct_and_why_none_serves(page: Page, one: Served) -> N
         assert rows(page, "Probes of the engine")[1].startswith("agreement | 1 | 1 | 0 | 3 | ")
         assert_accessible(page)
         page.set_viewport_size(PHONE)  # type: ignore[arg-type]
-        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+        page.wait_for_function(FITS_PHONE)
         failed = {"outcome": "memory", "detail": "more than adapter.memory_mib", "tokens": 2000}
         out = say.engine(state="unusable", detail="vLLM runs without --enable-lora", ready=[], loaded=[], capacity=0)
         building = say.learner(state="building", detail="layer 4 of 30", last_build=failed)
