@@ -110,13 +110,6 @@ HEADLINES: Values = {
 """Figures of hemostat_divergence. The kind (a bound, an estimate, exact) is added; all are exact where both sides gave
 the whole vocabulary."""
 KINDS = {"lower": "a lower bound", "upper": "an upper bound", "estimate": "an estimate", "exact": "exact"}
-OUTCOME_MEANINGS: Values = {
-    Outcome.JSON: "JSON was asked for in words or by a schema, and the answer has none, or does not fit the schema",
-    Outcome.TOOL_CALL: "tools were offered, and a call does not parse or fits none of them",
-    Outcome.LOOP: "the answer ends in a repetition",
-    Outcome.CUT: "the answer ended at the length limit",
-    Outcome.EMPTY: "the answer has no text and no tool call",
-}
 EDGES: Values = {"mean": "the estimate", "low": "lower end of the asymptotic 95 % interval", "high": "upper end"}
 ROUTE_VALUES = f"{', '.join(f'`{route}`' for route in routes.LABELS.values())}, else `{routes.OTHER}`"
 
@@ -260,7 +253,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
             BuildFailure.REFUSED: "no adapter can be made of these checkpoints or texts; the status says why",
             BuildFailure.INVALID: "the result is damaged, or is not about the checkpoints that serve",
         },
-        names.OUTCOME_DIFFERENCE: {**OUTCOME_MEANINGS, LENGTH: "the mean number of output tokens"},
+        names.OUTCOME_DIFFERENCE: {**{one: one.meaning for one in Outcome}, LENGTH: "the mean number of output tokens"},
     },
     "reason": {
         names.REPEATED_REQUESTS: {

@@ -25,7 +25,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
 
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard.kind_test import MIN_UNITS_OF_FEW_CLIENTS
@@ -47,18 +47,21 @@ MIN_CAP = 16.0
 
 
 class Outcome(StrEnum):
-    """What is bad about an answer."""
+    """What is bad about an answer, each with its text in docs/metrics.md."""
 
-    JSON = "json"
-    """JSON was asked for, and the answer is none, or does not fit the schema."""
-    TOOL_CALL = "tool_call"
-    """Tools are offered, and a call does not parse, or fits none of them."""
-    LOOP = "loop"
-    """It ends in repetitions."""
-    CUT = "cut"
-    """It is cut at the limit of its length."""
-    EMPTY = "empty"
-    """It has no text and no tool call."""
+    meaning: str
+
+    def __new__(cls, value: str, meaning: str = "") -> Self:
+        made = str.__new__(cls, value)
+        made._value_ = value
+        made.meaning = meaning
+        return made
+
+    JSON = "json", "JSON was asked for in words or by a schema, and the answer has none, or does not fit the schema"
+    TOOL_CALL = "tool_call", "tools were offered, and a call does not parse or fits none of them"
+    LOOP = "loop", "the answer ends in a repetition"
+    CUT = "cut", "the answer ended at the length limit"
+    EMPTY = "empty", "the answer has no text and no tool call"
 
 
 LENGTH = "length"

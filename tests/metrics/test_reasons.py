@@ -15,18 +15,19 @@ from tests.support.paths import ROOT
 from hemostat import metrics
 from hemostat.metrics import reasons
 from hemostat.metrics.reasons import CONTROL, RELAY, REQUEST, Outcome, Unscored
+from hemostat_calibration.outcomes import Outcome as AnswerOutcome
 from hemostat_calibration.records import InvalidReason
 
 FINDS = {"openai": "relay", "interception": "relay", "relay": "relay", "scoring": "control", "measurement": "control"}
 """Package -> the process in which it finds reasons."""
 
 
-def named(path: Path) -> set[str]:
-    """The reasons that a file names."""
+def named(path: Path, enumeration: str) -> set[str]:
+    """The members that a file names."""
     return {
         node.attr
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "Unscored"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == enumeration
     }
 
 
@@ -34,7 +35,7 @@ def test_each_is_counted_by_whom_the_table_says() -> None:
     found = defaultdict(set)
     for package, process in FINDS.items():
         for path in (ROOT / "middleware" / "hemostat" / package).rglob("*.py"):
-            for name in named(path):
+            for name in named(path, "Unscored"):
                 found[name].add(process)
     who = {"relay": REQUEST | RELAY, "control": CONTROL}
     said = {one.name: {process for process, by in who.items() if by & one.counted_by} for one in Unscored}
@@ -61,3 +62,14 @@ def test_a_new_one_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     page = runpy.run_path(str(ROOT / "deploy" / "metrics.py"))["page"]()
     assert "\n| `new_one` | what is new |\n" in page
     assert ", `new_one` | as for `hemostat_shadow_requests_total`" in page
+
+
+def test_an_outcome_of_answers_is_a_line_and_where_it_is_found() -> None:
+    """Its text is with it, and the guide explains it."""
+    found = named(ROOT / "middleware" / "hemostat" / "relay" / "outcomes.py", "Outcome")
+    assert found == set(AnswerOutcome.__members__)
+    elsewhere = [path for path in (ROOT / "middleware").rglob("*.py") if named(path, "Outcome") & found]
+    assert [path.name for path in elsewhere] == ["outcomes.py"]
+    assert all(one.meaning for one in AnswerOutcome)
+    guide = (ROOT / "docs" / "calibration.md").read_text()
+    assert [one for one in AnswerOutcome if f"\n| `{one}` |" not in guide] == []
