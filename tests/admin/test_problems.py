@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -97,7 +98,10 @@ def test_severities_are_those_of_the_alerts() -> None:
     assert order == sorted(order), "critical before warning"
 
 
-async def test_a_dead_engine_is_the_state_with_the_share_of_failures_until_it_answers_again(tmp_path: Path) -> None:
+async def test_a_dead_engine_is_the_state_with_the_share_of_failures_until_it_answers_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "hemostat.control")
     async with bench(tmp_path) as one:
         await one.report(stats(ok=10))
         assert one.found() == []
@@ -116,9 +120,14 @@ async def test_a_dead_engine_is_the_state_with_the_share_of_failures_until_it_an
         one.now += MINUTE_SECONDS
         await one.report(stats(engine(A), ok=30, failed=30))
         assert one.found() == []
+        said = [record.getMessage() for record in caplog.records if "vLLM" in record.getMessage()]
+        assert said == ["vLLM does not answer", "vLLM answers again"]
 
 
-async def test_of_several_engines_one_is_no_outage_and_all_are(tmp_path: Path) -> None:
+async def test_of_several_engines_one_is_no_outage_and_all_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "hemostat.control")
     async with bench(tmp_path) as one:
         await one.connect(stats(engine(A), engine(B), engine(C)))
         await one.report(stats(engine(A), engine(B, "ejected"), engine(C, "returning")))
@@ -138,6 +147,11 @@ async def test_of_several_engines_one_is_no_outage_and_all_are(tmp_path: Path) -
         assert one.found() == [("HemostatUpstreamDown", "None of the 2 engines answers")], (
             "one that is drained is no help"
         )
+        assert [record.getMessage() for record in caplog.records if "engine" in record.getMessage()] == [
+            f"2 of 3 engines get no requests: {B} (for 1 of 2 relays), {C} (for 1 of 2 relays)",
+            "all engines that are not drained get requests again",
+            "None of the 2 engines answers",
+        ]
 
 
 async def test_what_a_relay_counted_before_it_connected_is_not_of_the_last_minute(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ show. Each problem has the name of the alert that Prometheus raises for it, and 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple, Protocol
 
@@ -20,6 +21,8 @@ from hemostat.reference.pair import ReferenceState
 from hemostat.scoring.pipeline import ScoringPipeline
 from hemostat.scoring.records_file import RecordsFile
 from hemostat.store.errors import StoreErrorLog
+
+log = logging.getLogger("hemostat.control")
 
 MAX_FAILED_RATIO, MIN_FAILED = 0.05, 5
 """Of the requests of a minute. The alert waits for five minutes instead: one failure is no reason to wake anybody."""
@@ -44,6 +47,11 @@ SEVERITIES: dict[str, Severity] = {
     "HemostatRecordsLost": "warning",
 }
 """Of the alerts whose problems are looked for here, worst first. The rules for Prometheus say the same."""
+LOGGED = {
+    "HemostatUpstreamDown": "vLLM answers again",
+    "HemostatEngineEjected": "all engines that are not drained get requests again",
+}
+"""Of which no other part writes a line: alert -> what the log says once the problem is over."""
 ALARMS = {
     "budget": ("HemostatHemorrhage", "ALARM: the divergence is larger than alarm.budget_nats"),
     "change": ("HemostatModelChanged", "ALARM: the compressed model no longer matches its baseline"),
@@ -146,6 +154,11 @@ class Problems:
         """The present state. Called about once a second: what relays count is compared with a minute ago."""
         now, wall = self._clock(), self._wall()
         found = {one.alert: one for one in (*self._of_serving(now), *self._of_the_model(), *self._of_measuring(now))}
+        for alert, over in LOGGED.items():
+            if alert in found and alert not in self._since:
+                log.log(logging.ERROR if SEVERITIES[alert] == "critical" else logging.WARNING, "%s", found[alert].text)
+            elif alert in self._since and self._ownership.knows and not LOGGED.keys() & found.keys():
+                log.info("%s", over)
         self._since = {alert: one.since or self._since.get(alert, wall) for alert, one in found.items()}
         problems = [
             Problem(alert, severity, self._since[alert], found[alert].text, f"runbook#{alert.lower()}")
