@@ -211,6 +211,8 @@ class TokenRecord:
     engine_boot: str = ""
     engine: str = ""
     """Address of the engine that answered, host:port; "" where it is not known."""
+    engine_drawn: bool = False
+    """It was drawn at random, whatever the request is."""
     logprobs_mode: str = "raw_logprobs"
     schema: int = SCHEMA_VERSION
 

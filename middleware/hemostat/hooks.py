@@ -70,9 +70,16 @@ class ExchangeHook(Protocol):
     def comparison(self) -> Comparison | None:
         """None for a request in no arm. Read after `request`, and again when the exchange has ended."""
 
-    def sent_to(self, engine: str) -> None:
+    @property
+    def draws_engine(self) -> bool:
+        """Its engine is to be drawn at random where requests need not go to a certain one."""
+
+    def sent_to(self, engine: str, *, drawn: bool) -> None:
         """The request goes to this engine, host:port. Called before `request`, and again where an engine that failed is
-        replaced by another; never for another reason than the engines' health and load."""
+        replaced by another; never for another reason than the engines' health and load.
+
+        drawn: at random among the engines that get requests, whatever the request and their load are.
+        """
 
     def request(self, body: bytes | None) -> Rewrite | Refusal | None:
         """Called with the whole body, or None if it is longer than `body_limit`. Returns None to send it unchanged."""

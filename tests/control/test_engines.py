@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import pytest
 from tests.support.admin_server import admin_client
 from tests.support.captures import K
 from tests.support.control import AUTHORIZED, connect_relay, control, relay_stats, scored, settings, status_json
@@ -16,6 +17,7 @@ from tests.support.waiting import until
 from hemostat.control.composition import Control
 from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.messages import EngineHealth, Stats
+from hemostat.measurement.by_engine import ACTIVE_SECONDS
 
 A, B, C, D = (f"10.0.0.{n}:8000" for n in range(4))
 
@@ -75,41 +77,71 @@ def policy_drains(one: Control) -> frozenset[str]:
     return one.link._policy.drained
 
 
-def observe(one: Control, count: int, odd: str | None, first: int = 0) -> None:
+def observe(one: Control, count: int, outlier: str | None, first: int = 0, *, drawn: bool = True) -> None:
     rng = np.random.default_rng(first)
     for n in range(first, first + count):
         engine = (A, B, C, D)[n % 4]
-        top = 0.35 if engine == odd else 0.75 + 0.1 * rng.random()
+        top = 0.35 if engine == outlier else 0.75 + 0.1 * rng.random()
         row = np.log([top, (1 - top) / 2, (1 - top) / 4, (1 - top) / 8, 1e-300]).astype("<f4")
         row[K] = -np.inf
         rows = np.tile(row, (3, 1))
         one.pipeline.use_record(
-            *scored(f"r{n}", n, engine=engine, candidate_logprobs=rows.tobytes(), emitted_logprobs=rows[:, 0].tobytes())
+            *scored(
+                f"r{n}",
+                n,
+                engine=engine,
+                engine_drawn=drawn,
+                candidate_logprobs=rows.tobytes(),
+                emitted_logprobs=rows[:, 0].tobytes(),
+            )
         )
 
 
 async def test_the_engine_that_differs_is_named_and_that_survives_a_restart(tmp_path: Path) -> None:
     made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"})
     async with control(tmp_path, made) as one:
-        observe(one, 120, odd=C)
-        assert one.measured.by_engine.odd == {C}
-        (row,) = [row for row in one.measured.by_engine.report() if row["odd"]]
+        observe(one, 120, outlier=C)
+        assert one.measured.by_engine.outliers == {C}
+        (row,) = [row for row in one.measured.by_engine.report() if row["outlier"]]
         assert row["farther"] is False
         assert row["on_tokens"] <= 90
-        assert value(one, "hemostat_engine_odd", C) == 1.0
-        assert value(one, "hemostat_engine_odd", A) == 0.0
+        assert value(one, "hemostat_engine_outlier", C) == 1.0
+        assert value(one, "hemostat_engine_outlier", A) == 0.0
         per_token = {row["engine"]: row["kl_nats"] for row in one.measured.by_engine.report()}
         assert per_token[C] < min(per_token[A], per_token[B], per_token[D])
         await one.writer.write()
         assert f"engine {C} is not like the others" in {event["why"] for event in one.store.read().events}
     async with control(tmp_path, made) as one:
-        assert one.measured.by_engine.odd == {C}
+        assert one.measured.by_engine.outliers == {C}
 
 
 async def test_engines_of_one_model_are_not_named(tmp_path: Path) -> None:
     async with control(tmp_path) as one:
-        observe(one, 100, odd=None)
-        assert not one.measured.by_engine.odd
+        observe(one, 100, outlier=None)
+        assert not one.measured.by_engine.outliers
+
+
+@pytest.mark.parametrize("affinity", [True, False])
+async def test_engines_that_were_not_drawn_are_not_compared(tmp_path: Path, affinity: bool) -> None:
+    made = settings(upstream={"url": "http://127.0.0.1:1", "affinity": affinity})
+    async with control(tmp_path, made) as one:
+        observe(one, 120, outlier=C, drawn=False)
+        assert not one.measured.by_engine.outliers
+        assert not [row for row in one.measured.by_engine.report() if row["outlier"] or row["requests"]]
+        status = one.status.current().outlier_engine
+        assert status["state"] == "off"
+        assert ("upstream.affinity: false" if affinity else "a router behind its address") in status["detail"]
+        observe(one, 1, outlier=None, first=120)
+        assert one.status.current().outlier_engine == {"state": "on", "detail": None}
+
+
+async def test_an_engine_that_was_named_is_not_shown_when_none_was_drawn_for_a_day(tmp_path: Path) -> None:
+    async with control(tmp_path) as one:
+        observe(one, 120, outlier=C)
+        assert one.measured.by_engine.outliers == {C}
+        one.measured.by_engine._drawn_at -= ACTIVE_SECONDS
+        assert not one.measured.by_engine.outliers
+        assert not [row for row in one.measured.by_engine.report() if row["outlier"]]
 
 
 async def test_records_without_an_engine_count_nowhere(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def states(capsys: pytest.CaptureFixture[str], *arguments: str, problem: str = "
     if problem:
         assert lines.pop(0).startswith(problem)
     assert lines.pop(0).startswith("engine ")
+    assert lines.pop().startswith("outlier engine: off: upstream.affinity: the conversation decides")
     return {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
 
 

@@ -11,7 +11,7 @@ import msgspec
 
 from hemostat.ipc import messages
 
-RECORDED = (1, "8e02d89a0177bf47")
+RECORDED = (1, "67098610f9e69051")
 """`PROTOCOL`, and the digest of its messages. Where they change, raise `PROTOCOL`, unless all that an older version
 would not understand is a new field with a default value, and record both anew."""
 

@@ -40,7 +40,7 @@ def samples() -> Iterator[Sample]:
     yield Sample(names.ADAPTER_JUDGE_DROPPED, ("busy",), count)
     yield Sample(names.ADAPTER_BUILDS, ("proposed",), count)
     for engine, odd in (("a:8000", 0.0), ("b:8000", 1.0)):
-        yield Sample(names.ENGINE_ODD, (engine,), odd)
+        yield Sample(names.ENGINE_OUTLIER, (engine,), odd)
     for phase, nats in (("thinking", 0.25), ("answer", 0.5)):
         yield Sample(names.PHASE_KL_NATS, (phase,), nats * count)
         yield Sample(names.PHASE_KL_TOKENS, (phase,), count)

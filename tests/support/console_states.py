@@ -74,8 +74,8 @@ def engine(name: str, **more: Any) -> Json:
         "requests": 20_480,
         "resent": 0,
         "ejections": 0,
-        "figures": {"engine": name, "tokens": 90_000, "kl_nats": 0.081, "requests": 800, "odd": False, "farther": None,
-                    "evidence": 0.04, "since": None, "on_tokens": None},
+        "figures": {"engine": name, "tokens": 90_000, "kl_nats": 0.081, "requests": 800, "outlier": False,
+                    "farther": None, "evidence": 0.04, "since": None, "on_tokens": None},
         "holds": [SERVING],
     }  # fmt: skip
     made: Json = msgspec.to_builtins(msgspec.convert({"engine": name, **told, **more}, UpstreamStatus))
@@ -130,6 +130,7 @@ def healthy(status: Json, profiles: Json) -> State:
     status["reference"] = {"state": "ready", "detail": "Qwen/Qwen3-8B (bfloat16)"}
     status["models"] = [status["models"][0] | {"names": ["qwen3-8b-w4a16"], "root": "/models/qwen3-8b-w4a16"}]
     status["upstream"] = [engine("10.0.0.1:8000"), engine("10.0.0.2:8000")]
+    status["outlier_engine"] = {"state": "on", "detail": None}
     scored = int(state.history["points"]["scored"][-1])
     status["requests"] |= {"shadowed": scored + 89, "scored": scored, "pending": 2, "dropped": {"queue_full": 87}}
     status["proxy"] |= {"requests": 259_200, "generations": 258_100, "failed": 31, "failed_ratio": 31 / 259_200}
@@ -261,10 +262,10 @@ def many_kinds(state: State) -> None:
 def many_engines(state: State) -> None:
     """8 engines, one of them failing and one that is not like the others."""
     named = [f"10.0.0.{n}:8000" for n in range(1, 9)]
-    odd = engine("x")["figures"] | {"odd": True, "farther": True, "evidence": 1.2, "kl_nats": 0.29,
+    outlier = engine("x")["figures"] | {"outlier": True, "farther": True, "evidence": 1.2, "kl_nats": 0.29,
                                     "since": state.at - 4000, "on_tokens": 4100}  # fmt: skip
     state.status["upstream"] = [
-        engine(name, **{"up": 0, "ejections": 2} if n == 2 else {}, **{"figures": odd} if n == 5 else {})
+        engine(name, **{"up": 0, "ejections": 2} if n == 2 else {}, **{"figures": outlier} if n == 5 else {})
         for n, name in enumerate(named)
     ]
     text = "1 of 8 engines gets no requests: 10.0.0.3:8000"

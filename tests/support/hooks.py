@@ -29,14 +29,17 @@ class SpyHook:
     calls: list[object] = field(default_factory=list)
     seen: bytes = b""
     engines: list[str] = field(default_factory=list)
+    draws_engine: bool = False
+    drawn: list[bool] = field(default_factory=list)
 
     def _called(self, name: str, value: object) -> None:
         self.calls.append((name, value))
         if self.fails == name:
             raise RuntimeError(name)
 
-    def sent_to(self, engine: str) -> None:
+    def sent_to(self, engine: str, *, drawn: bool) -> None:
         self.engines.append(engine)
+        self.drawn.append(drawn)
         if self.fails == "sent_to":
             raise RuntimeError("sent_to")
 

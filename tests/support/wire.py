@@ -70,6 +70,8 @@ class Wire:
     client: httpx.Client
     interceptor: Interceptor = field(init=False)
     captures: list[Capture] = field(default_factory=list)
+    engine: str = ""
+    """That requests go to."""
     counts: Counter[tuple[str, ...]] = field(default_factory=Counter)
     tally: SampledTally = field(default_factory=SampledTally)
     """Sampled requests that never became a capture."""
@@ -129,6 +131,7 @@ class Wire:
         dropped: frozenset[bytes] = frozenset()
         own, rewritten = data, False
         if exchange is not None:
+            exchange.sent_to(self.engine, drawn=exchange.draws_engine)
             rewrite = exchange.request(data if len(data) <= exchange.body_limit else None)
             if isinstance(rewrite, Refusal):
                 return Answer(rewrite.status, rewrite.body)
@@ -168,7 +171,7 @@ class Wire:
         answer.body = b"".join(parts)
         if exchange is not None:
             self.arms.append(exchange.arm)
-            exchange.closed(complete=answer.complete)
+            exchange.closed(complete=answer.complete, engine=self.engine)
         return answer
 
 

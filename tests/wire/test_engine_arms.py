@@ -30,7 +30,7 @@ def begin(wire: Wire, number: int, engine: str) -> Begun:
     exchange = wire.interceptor.begin("POST", CHAT.encode(), [], f"r{number}")
     assert exchange is not None
     assert not isinstance(exchange, Refusal)
-    exchange.sent_to(engine)
+    exchange.sent_to(engine, drawn=False)
     body = chat() | {"messages": [{"role": "user", "content": f"question {number}"}]}
     sent = exchange.request(msgspec.json.encode(body))
     assert not isinstance(sent, Refusal)
@@ -53,7 +53,7 @@ def test_either_arm_is_left_where_another_engine_answers_that_holds_no_profile(
     wire.interceptor.policy = msgspec.structs.replace(ONE_HOLDS, control_fraction=fraction)
     exchange = begin(wire, 0, HOLDER).exchange
     assert exchange.arm == arm
-    exchange.sent_to(OTHER)
+    exchange.sent_to(OTHER, drawn=False)
     assert (exchange.arm, exchange.comparison) == ("none", None)
     exchange.closed(complete=False)
     assert wire.calibration("none", "unknown") == 1
@@ -63,7 +63,7 @@ def test_an_arm_is_kept_where_the_other_engine_holds_the_profile_too(wire: Wire)
     wire.interceptor.policy = ALL_HOLD
     exchange = begin(wire, 0, HOLDER).exchange
     arm = exchange.arm
-    exchange.sent_to(OTHER)
+    exchange.sent_to(OTHER, drawn=False)
     assert exchange.arm == arm != "none"
 
 
@@ -76,7 +76,7 @@ def test_a_version_that_is_named_is_asked_for_at_engines_that_hold_it_alone(wire
         exchange = wire.interceptor.begin("POST", CHAT.encode(), fields, "r")
         assert exchange is not None
         assert not isinstance(exchange, Refusal)
-        exchange.sent_to(engine)
+        exchange.sent_to(engine, drawn=False)
         sent = exchange.request(msgspec.json.encode(chat()))
         assert sent is not None
         assert not isinstance(sent, Refusal)
@@ -124,3 +124,11 @@ def test_treated_minus_control_is_the_effect_of_the_profile_and_not_of_the_engin
     assert diluted > EFFECT / 2 - 4 * error, "identity counts as treated"
     confounded, error = estimate(control_anywhere)
     assert confounded > 4 * error, "the profile seems to harm: treated requests are at the worse engine"
+
+
+def test_the_engine_of_sampled_requests_alone_is_drawn_and_the_capture_says_so(wire: Wire) -> None:
+    wire.engine = HOLDER
+    wire.send(CHAT, chat())
+    assert [(capture.engine, capture.engine_drawn) for capture in wire.captures] == [(HOLDER, True)]
+    wire.interceptor.policy = msgspec.structs.replace(ALL_HOLD, shadow_rate=0.0)
+    assert not begin(wire, 0, HOLDER).exchange.draws_engine

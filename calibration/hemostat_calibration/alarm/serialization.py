@@ -18,7 +18,7 @@ from hemostat_calibration.alarm.baseline import Baseline
 from hemostat_calibration.alarm.betting import Crossing, WealthState
 from hemostat_calibration.alarm.budget import BudgetTest
 from hemostat_calibration.alarm.change import ChangeTest
-from hemostat_calibration.alarm.odd_engine import EngineTest, OddEngines, Stratum, init
+from hemostat_calibration.alarm.outlier_engine import EngineTest, OutlierTest, Stratum, init
 from hemostat_calibration.alarm.workload import Workload
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.statistics.dependence import BatchMeans
@@ -39,7 +39,7 @@ _STORED: Mapping[str, type[Any]] = {
     "WealthState": WealthState,
     "Crossing": Crossing,
     "Workload": Workload,
-    "OddEngines": OddEngines,
+    "OutlierTest": OutlierTest,
     "EngineTest": EngineTest,
     "Stratum": Stratum,
 }
@@ -101,29 +101,30 @@ def begun_tests(data: bytes) -> int:
         return 0
 
 
-ENGINES_SCHEMA = 3
-"""Of what `save_engines` writes. 1 had blocks of units, 2 windows without restarts."""
+ENGINES_SCHEMA = 4
+"""Of what `save_engines` writes. 1 had blocks of units, 2 windows without restarts, 3 units of engines that were not
+drawn."""
 
 
-def save_engines(state: OddEngines) -> bytes:
+def save_engines(state: OutlierTest) -> bytes:
     """The whole state of the test of the engines as JSON.
 
-    >>> load_engines(save_engines(OddEngines(0.01, begun=4)), 0.05)
-    OddEngines(alpha=0.05, begun=4, units=0, tests={}, strata={})
+    >>> load_engines(save_engines(OutlierTest(0.01, begun=4)), 0.05)
+    OutlierTest(alpha=0.05, begun=4, units=0, tests={}, strata={})
     """
     return json.dumps({"schema": ENGINES_SCHEMA, "engines": _to_json(state)}).encode()
 
 
-def load_engines(data: bytes, alpha: float) -> OddEngines:
+def load_engines(data: bytes, alpha: float) -> OutlierTest:
     """What `save_engines` wrote, continued with `alpha`; tests already begun keep their own. Of what an earlier schema
     tested only the number of tests is kept, whose alpha is spent. InvalidArgumentError where it cannot be read.
 
-    >>> load_engines(save_engines(OddEngines(0.05)), 0.01).alpha
+    >>> load_engines(save_engines(OutlierTest(0.05)), 0.01).alpha
     0.01
     """
     try:
         stored = json.loads(data)
-        if stored["schema"] in (1, 2):
+        if stored["schema"] in (1, 2, 3):
             return init(alpha, int(stored["engines"]["fields"]["begun"]))
         if stored["schema"] != ENGINES_SCHEMA:
             raise InvalidArgumentError(
@@ -132,7 +133,7 @@ def load_engines(data: bytes, alpha: float) -> OddEngines:
         state = _from_json(stored["engines"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidArgumentError(f"not a saved test of engines: {error}; begin anew") from None
-    if not isinstance(state, OddEngines):
+    if not isinstance(state, OutlierTest):
         raise InvalidArgumentError("not a saved test of engines: it holds something else; begin anew")
     return replace(state, alpha=alpha)
 

@@ -89,6 +89,8 @@ class Status(msgspec.Struct, frozen=True):
     engines: EnginesStatus
     upstream: list[UpstreamStatus]
     """The engines that requests go to."""
+    outlier_engine: Report
+    """Whether engines are compared, and why not: `measurement.by_engine`."""
     records_written: int
     relays: int
     data_port: int
@@ -186,6 +188,7 @@ class StatusSource:
             reference=scoring.reference(),
             engines=engines.engines(now),
             upstream=engines.upstream(measured.by_engine.report(), now),
+            outlier_engine=measured.by_engine.status(),
             records_written=scoring.records_written,
             relays=process.link.relays,
             data_port=process.data_port,

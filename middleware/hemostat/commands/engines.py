@@ -31,7 +31,9 @@ def run(options: argparse.Namespace) -> int:
     else:
         status = admin_json(options, "GET", "/api/v1/status")
     try:
-        found = "\n".join([*problems(status["state"]["problems"]), table(status["upstream"])])
+        found = "\n".join(
+            [*problems(status["state"]["problems"]), table(status["upstream"]), *comparison(status["outlier_engine"])]
+        )
     except (LookupError, TypeError, AttributeError):
         raise UsageError(
             f"{shown_address(options.admin)}: not the status of a hemostat serve of this version"
@@ -47,6 +49,11 @@ def problems(found: Sequence[dict[str, Any]]) -> list[str]:
         f"{one['alert']} in the runbook)"
         for one in found
     ]
+
+
+def comparison(outlier_engine: dict[str, Any]) -> list[str]:
+    """One line where engines are not compared, of the status block `outlier_engine`."""
+    return [f"outlier engine: off: {outlier_engine['detail']}"] if outlier_engine["state"] == "off" else []
 
 
 def table(engines: Sequence[dict[str, Any]]) -> str:
@@ -67,7 +74,7 @@ def _row(engine: dict[str, Any]) -> tuple[str, ...]:
         str(engine["outstanding"]),
         str(engine["requests"]),
         "-" if kl is None else f"{kl:.4f}",
-        f"no, {farther} the reference" if figures.get("odd") else "yes" if figures else "-",
+        f"no, {farther} the reference" if figures.get("outlier") else "yes" if figures.get("requests") else "-",
         "not known" if held is None else str(len(held)),
     )
 

@@ -121,6 +121,7 @@ class InterceptedExchange:
         self._client = client
         self._traceparent = traceparent[:MAX_TRACEPARENT]
         self._engine = ""
+        self._engine_drawn = False
         self._kind = ""
         self._conversation = b""
         self._arm = Arm.NONE
@@ -175,8 +176,13 @@ class InterceptedExchange:
             drawn=self._drawn,
         )
 
-    def sent_to(self, engine: str) -> None:
-        self._engine = engine
+    @property
+    def draws_engine(self) -> bool:
+        """Of sampled requests: which engine is not like the others is judged by them."""
+        return self._shadow
+
+    def sent_to(self, engine: str, *, drawn: bool) -> None:
+        self._engine, self._engine_drawn = engine, drawn
         compared = self._compared if self._arm is not Arm.NONE else None
         if compared is not None and not is_available(self._policy, engine, compared):
             # In either arm: a treated request gets identity there, and a control one has nothing to be compared with.
@@ -535,5 +541,6 @@ class InterceptedExchange:
             also_in_response=self._from_tap and request.unscorable is None,
             grammar=request.grammar,
             engine=engine,
+            engine_drawn=self._engine_drawn and engine == self._engine,
             generated=-1 if tokens.usage is None else tokens.usage.completion_tokens,
         )

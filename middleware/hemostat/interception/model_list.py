@@ -31,7 +31,11 @@ class ModelList:
     def request(self, body: bytes | None) -> Rewrite | Refusal | None:
         return None if body is None else Rewrite(body, frozenset({b"accept-encoding"}))
 
-    def sent_to(self, engine: str) -> None:
+    @property
+    def draws_engine(self) -> bool:
+        return False
+
+    def sent_to(self, engine: str, *, drawn: bool) -> None:
         pass
 
     def response_head(self, status: int, content_type: bytes, content_coding: bytes) -> bool:

@@ -128,6 +128,8 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     """Of one with `from_tap`: the response could have had the tokens, too, if it had been asked for them."""
     engine: str = ""
     """That answered (`EngineHealth.engine`)."""
+    engine_drawn: bool = False
+    """The relay drew it at random, whatever the request is."""
     generated: int = -1
     """Tokens of all choices together, by the response's usage; -1: it does not say."""
     logprobs: list[bytes] = []

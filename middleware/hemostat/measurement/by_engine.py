@@ -1,8 +1,9 @@
 """The figures of each engine, and which of several is not like the others.
 
-The test is `hemostat_calibration.alarm.odd_engine`; a stratum is a kind of traffic with what was applied to it. A
-request counts in the test only if it is an observation of its own, in the sums always. Without the name of an engine (a
-record of an earlier version) it counts in neither.
+The test is `hemostat_calibration.alarm.outlier_engine`; a stratum is a kind of traffic with what was applied to it. A
+request counts in the test only if it is an observation of its own, and Hemostat drew its engine at random; in the sums
+always. Where anything else decides which engine gets which request, such as the conversation, a cache-aware router or
+the client, engines differ because their traffic does: then the test is off.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from hemostat.measurement.figures import finite
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.store.protocol import StoreWrites
-from hemostat_calibration.alarm import odd_engine
+from hemostat_calibration.alarm import outlier_engine
 from hemostat_calibration.alarm.serialization import load_engines, save_engines
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.errors import InvalidArgumentError
@@ -30,6 +31,8 @@ log = logging.getLogger("hemostat.alarm")
 
 STATE_KEY = "engines"
 """Of the state in the store."""
+ACTIVE_SECONDS = 86_400.0
+"""The test is off where no engine was drawn for so long."""
 SAVE_SECONDS = 60.0
 """Pause between writes of the state."""
 
@@ -37,11 +40,15 @@ SAVE_SECONDS = 60.0
 class ByEngine:
     """Lives in the control process's event loop.
 
-    alpha: probability that any engine is ever named that does not differ. writes, wall: as in `alarms.Alarms`.
+    alpha: probability that any engine is ever named that does not differ. affinity: `upstream.affinity`. writes, wall:
+    as in `alarms.Alarms`.
     """
 
-    def __init__(self, alpha: float, writes: StoreWrites, wall: Callable[[], float]) -> None:
-        self._test = odd_engine.init(alpha)
+    def __init__(self, alpha: float, affinity: bool, writes: StoreWrites, wall: Callable[[], float]) -> None:
+        self._affinity = affinity
+        self._drawn_at = -math.inf
+        """When a scored request's engine was drawn last."""
+        self._test = outlier_engine.init(alpha)
         self._totals: OrderedDict[str, tuple[int, float]] = OrderedDict()
         """By engine, the one that answered last at the end: tokens with a finite KL, and their KL."""
         self._raised: frozenset[str] = frozenset()
@@ -56,28 +63,44 @@ class ByEngine:
         kl = figures.kl_rc[np.isfinite(figures.kl_rc)]
         tokens, nats = self._totals.pop(record.engine, (0, 0.0))
         self._totals[record.engine] = (tokens + len(kl), nats + float(kl.sum()))
-        if len(self._totals) > odd_engine.MAX_ENGINES:
+        if len(self._totals) > outlier_engine.MAX_ENGINES:
             self._totals.popitem(last=False)
 
     def observe(self, record: TokenRecord, figures: TokenDivergence) -> None:
         """One scored request that is an observation of its own, its raw figures, in the test."""
         kl = figures.kl_rc[np.isfinite(figures.kl_rc)]
-        if not record.engine or not len(kl):
+        if not record.engine or not record.engine_drawn or not len(kl):
             return
         now, stratum = self._wall(), f"{record.kind or REST_KIND} {record.applied or ''}"
-        unit = odd_engine.Unit(record.engine, float(kl.mean()), len(kl))
-        self._test = odd_engine.update(self._test, stratum, unit, now)
+        self._drawn_at = now
+        unit = outlier_engine.Unit(record.engine, float(kl.mean()), len(kl))
+        self._test = outlier_engine.update(self._test, stratum, unit, now)
         self._note()
         if now - self._saved_at >= SAVE_SECONDS:
             self.save()
 
     @property
-    def odd(self) -> frozenset[str]:
+    def off(self) -> str:
+        """Why engines are not compared; "" where they are."""
+        if self._wall() - self._drawn_at < ACTIVE_SECONDS:
+            return ""
+        if self._affinity:
+            return (
+                "upstream.affinity: the conversation decides which engine answers; with upstream.affinity: false the "
+                "engines of sampled requests are drawn at random"
+            )
+        return (
+            "no scored request's engine was drawn at random in the last day: Hemostat knows one engine, or a router "
+            "behind its address chooses"
+        )
+
+    @property
+    def outliers(self) -> frozenset[str]:
         """The engines that are not like the others."""
-        return self._raised
+        return frozenset() if self.off else self._raised
 
     def _note(self) -> None:
-        raised = frozenset(one.engine for one in odd_engine.readings(self._test) if one.raised is not None)
+        raised = frozenset(one.engine for one in outlier_engine.readings(self._test) if one.raised is not None)
         for engine in sorted(raised ^ self._raised):
             like = "is not like the others" if engine in raised else "is like the others again"
             why = f"engine {engine} {like}"
@@ -105,21 +128,22 @@ class ByEngine:
         except InvalidArgumentError as error:
             log.error("stored test of the engines: %s", error)
             return
-        self._raised = frozenset(one.engine for one in odd_engine.readings(self._test) if one.raised is not None)
+        self._raised = frozenset(one.engine for one in outlier_engine.readings(self._test) if one.raised is not None)
+        self._drawn_at = max((test.last for test in self._test.tests.values()), default=-math.inf)
 
     def forget(self) -> None:
         """Other models are served or compared. Spent alpha stays spent."""
-        self._test = odd_engine.init(self._test.alpha, self._test.begun)
-        self._raised = frozenset()
+        self._test = outlier_engine.init(self._test.alpha, self._test.begun)
+        self._raised, self._drawn_at = frozenset(), -math.inf
         self.save()
 
     # --- what is shown ---------------------------------------------------------------------------------------------
 
     def report(self) -> list[dict[str, Any]]:
-        """By engine; JSON-ready. tokens, kl_nats: of what was scored since the start. farther: its
-        divergence is higher than the others', where it is odd. evidence: in parts of what raises the alarm. on_tokens:
-        of its own, on which it was raised."""
-        tests = {one.engine: one for one in odd_engine.readings(self._test)}
+        """By engine; JSON-ready. tokens, kl_nats: of what was scored since the start. requests: compared ones. farther:
+        its divergence is higher than the others', where it is an outlier. evidence: in parts of what raises the alarm.
+        on_tokens: of its own, on which it was raised."""
+        tests = {one.engine: one for one in self._readings()}
         found = []
         for engine in sorted(tests.keys() | self._totals.keys()):
             tokens, nats = self._totals.get(engine, (0, 0.0))
@@ -131,7 +155,7 @@ class ByEngine:
                     "tokens": tokens,
                     "kl_nats": finite(nats / tokens) if tokens else None,
                     "requests": test.units if test is not None else 0,
-                    "odd": raised is not None,
+                    "outlier": raised is not None,
                     "farther": test.farther if test is not None and raised is not None else None,
                     "evidence": _part(test) if test is not None else 0.0,
                     "since": raised.since if raised is not None else None,
@@ -140,14 +164,21 @@ class ByEngine:
             )
         return found
 
+    def status(self) -> dict[str, Any]:
+        """Whether engines are compared; JSON-ready."""
+        return {"state": "off" if self.off else "on", "detail": self.off or None}
+
+    def _readings(self) -> list[outlier_engine.EngineReading]:
+        return [] if self.off else outlier_engine.readings(self._test)
+
     def samples(self) -> Iterator[Sample]:
         for engine, (tokens, nats) in self._totals.items():
             yield Sample(names.ENGINE_KL_NATS, (engine,), nats)
             yield Sample(names.ENGINE_KL_TOKENS, (engine,), tokens)
-        for test in odd_engine.readings(self._test):
-            yield Sample(names.ENGINE_ODD, (test.engine,), float(test.raised is not None))
-            yield Sample(names.ENGINE_ODD_EVIDENCE_RATIO, (test.engine,), _part(test))
+        for test in self._readings():
+            yield Sample(names.ENGINE_OUTLIER, (test.engine,), float(test.raised is not None))
+            yield Sample(names.ENGINE_OUTLIER_EVIDENCE_RATIO, (test.engine,), _part(test))
 
 
-def _part(test: odd_engine.EngineReading) -> float:
+def _part(test: outlier_engine.EngineReading) -> float:
     return max(test.log_evidence, 0.0) / -math.log(test.alpha)

@@ -31,7 +31,7 @@ class Measured:
         control_fraction = settings.calibration.control_fraction
         self.measurements = Measurements(settings.shadow.max_tokens)
         self.alarms = Alarms(settings.alarm, floors, writes, wall)
-        self.by_engine = ByEngine(settings.alarm.engine_alpha, writes, wall)
+        self.by_engine = ByEngine(settings.alarm.engine_alpha, settings.upstream.affinity, writes, wall)
         self.outcomes = Outcomes(settings.evidence.client_share, control_fraction, served, writes, wall, sampling)
 
     def restore(self, snapshot: Snapshot) -> None:

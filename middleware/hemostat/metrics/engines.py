@@ -25,15 +25,15 @@ UPSTREAM_METRICS = (
     ),
     Metric(names.ENGINE_KL_TOKENS, "counter", "tokens", "Scored tokens of the engine with a finite KL.", _ENGINE),
     Metric(
-        names.ENGINE_ODD,
+        names.ENGINE_OUTLIER,
         "gauge",
         "0 or 1",
         "1 while the engine is proven not to be like the others; false for any engine with a probability of at most "
-        "1 %.",
+        "1 %. Absent where engines are not compared (`outlier_engine` of the status).",
         _ENGINE,
     ),
     Metric(
-        names.ENGINE_ODD_EVIDENCE_RATIO,
+        names.ENGINE_OUTLIER_EVIDENCE_RATIO,
         "gauge",
         "ratio",
         "Evidence that the engine is not like the others, as a part of what is needed (logarithms).",

@@ -94,8 +94,8 @@ UPSTREAM_DRAINED = "hemostat_upstream_drained"
 UPSTREAM_OUTSTANDING = "hemostat_upstream_outstanding"
 ENGINE_KL_NATS = "hemostat_engine_kl_nats_total"
 ENGINE_KL_TOKENS = "hemostat_engine_kl_tokens_total"
-ENGINE_ODD = "hemostat_engine_odd"
-ENGINE_ODD_EVIDENCE_RATIO = "hemostat_engine_odd_evidence_ratio"
+ENGINE_OUTLIER = "hemostat_engine_outlier"
+ENGINE_OUTLIER_EVIDENCE_RATIO = "hemostat_engine_outlier_evidence_ratio"
 
 # The engine's plugin
 ENGINE_EVENTS = "hemostat_engine_events_total"

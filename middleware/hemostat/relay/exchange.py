@@ -231,7 +231,7 @@ class Exchange:
     def _send(self, body: bytes, started: float) -> None:
         """Send the request upstream, as the hook wants it: whole, or as much as is here of a long one."""
         hook, outgoing = self._hook, self.outgoing
-        if not outgoing.choose_engine(body, self._route):
+        if not outgoing.choose_engine(body, self._route, draw=hook is not None and hook.draws_engine):
             self.response_failed("the name in upstream.url has no address yet")
             return
         verdict = None

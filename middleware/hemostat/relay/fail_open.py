@@ -43,9 +43,13 @@ class FailOpenHook:
     def body_limit(self) -> int:
         return self._hook.body_limit
 
-    def sent_to(self, engine: str) -> None:
+    @property
+    def draws_engine(self) -> bool:
+        return not self._failed and self._hook.draws_engine
+
+    def sent_to(self, engine: str, *, drawn: bool) -> None:
         try:
-            self._hook.sent_to(engine)
+            self._hook.sent_to(engine, drawn=drawn)
         except Exception:  # noqa: BLE001  fail open: a failing hook is ignored
             self._fail()
 

@@ -220,10 +220,15 @@ class OutgoingRequest:
 
     # The engine.
 
-    def choose_engine(self, body: bytes, route: str) -> bool:
-        """By what has been read of the body; False where there is none."""
+    def choose_engine(self, body: bytes, route: str, *, draw: bool) -> bool:
+        """By what has been read of the body; False where there is none. draw: at random where requests need not go to
+        a certain one."""
         upstreams = self._context.upstreams
         engine = upstreams.only
+        drawn = draw and engine is None and not upstreams.affinity
+        if drawn:
+            engine = upstreams.draw(_random.random())
+            drawn = engine is not None
         if engine is None:
             key: int | None = None
             if upstreams.comparison.spreading and upstreams.comparison.spreads(self._client_key, perf_counter()):
@@ -233,7 +238,7 @@ class OutgoingRequest:
             engine = upstreams.choose(key)
             if engine is None:
                 return False
-        self._enter_engine(engine)
+        self._enter_engine(engine, drawn=drawn)
         return True
 
     @property
@@ -317,15 +322,15 @@ class OutgoingRequest:
             return False
         self.engine.resent += 1
         self.engine.outstanding -= 1
-        self._enter_engine(engine)
+        self._enter_engine(engine, drawn=False)
         return True
 
-    def _enter_engine(self, engine: Engine) -> None:
+    def _enter_engine(self, engine: Engine, *, drawn: bool) -> None:
         self._engine = engine
         engine.requests += 1
         engine.outstanding += 1
         if self.hook is not None:
-            self.hook.sent_to(engine.name)
+            self.hook.sent_to(engine.name, drawn=drawn)
 
     def _encoded_head(self) -> bytes:
         self._written_for = origin = self.engine.origin

@@ -189,6 +189,7 @@ def build_record(
             reference_dtype=info.dtype,
             engine_boot=tap.boot_id if tap else "",
             engine=capture.engine,
+            engine_drawn=capture.engine_drawn,
         )
     )
 

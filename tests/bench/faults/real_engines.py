@@ -146,7 +146,7 @@ def engine(stack: Stack, name: str) -> dict[str, Any]:
 
 
 def named(stack: Stack) -> list[str]:
-    return [row["engine"] for row in stack.status()["upstream"] if row["figures"].get("odd")]
+    return [row["engine"] for row in stack.status()["upstream"] if row["figures"].get("outlier")]
 
 
 async def find_odd(stack: Stack, odd: str) -> list[Row]:
@@ -220,7 +220,7 @@ async def measured(folder: Path) -> list[Row]:
             urls = [f"http://127.0.0.1:{port}" for port in (*ports, odd)]
             reference = {"backend": "transformers", "model": str(checkpoints.reference), "dtype": vllm_server.dtype()}
             made = sampling_settings(urls[0], reference)
-            made |= {"upstream": {"urls": urls}}
+            made |= {"upstream": {"urls": urls, "affinity": False}}
             made["admin"] = {"port": admin, "token": ADMIN_TOKEN}
             stack = await asyncio.to_thread(Stack, made, folder / "stack")
             try:

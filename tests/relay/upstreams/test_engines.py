@@ -7,6 +7,7 @@ each engine sends so many that none is left out, or none that belongs to a conve
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -371,6 +372,33 @@ async def test_the_hook_is_told_which_engine_it_is_before_the_request_and_when_a
             assert spy.engines in ([names[1]], names)
         assert spies[0].calls[0][0] == "request"
         assert any(spy.engines == names for spy in spies)
+
+
+@pytest.mark.parametrize(("affinity", "draws"), [(False, True), (False, False), (True, True)])
+async def test_the_engine_of_a_sampled_request_is_drawn_where_none_is_preferred(affinity: bool, draws: bool) -> None:
+    """Alike requests that wait for nothing: without a draw all of them go to one engine, or to each in turn."""
+    engines = [FakeEngine(), FakeEngine()]
+    spies = [SpyHook(draws_engine=draws) for _ in range(40)]
+    async with balancing(engines, upstream={"affinity": affinity}, hook=HookSequence(list(spies))) as (_, connect):
+        client = await connect()
+        for _ in spies:
+            assert await ask(client, chat("the same question")) == 200
+    chosen, drawn = [spy.engines[0] for spy in spies], {one for spy in spies for one in spy.drawn}
+    in_turn = [here != there for here, there in itertools.pairwise(chosen)]
+    assert drawn == {draws and not affinity}
+    assert (len(set(chosen)) == 1) == affinity
+    assert all(in_turn) == (not affinity and not draws)
+
+
+async def test_an_engine_that_replaces_one_that_was_drawn_is_not() -> None:
+    engines = [FakeEngine(status(503)), FakeEngine()]
+    spies = [SpyHook(draws_engine=True) for _ in range(20)]
+    async with balancing(engines, upstream={"affinity": False}, hook=HookSequence(list(spies))) as (_, connect):
+        client = await connect()
+        for number, _ in enumerate(spies):
+            assert await ask(client, chat(f"question {number}")) == 200
+    assert [True, False] in [spy.drawn for spy in spies]
+    assert all(spy.drawn in ([True], [True, False]) for spy in spies)
 
 
 async def test_a_hook_that_fails_when_it_is_told_is_ignored() -> None:

@@ -144,9 +144,9 @@ function steps(s) {
     const [text, to, label] = [].concat(ADVICE[p.alert] || "Follow the runbook.");
     return [text, to ? html`<${Link} to=${to}>${label}<//>` : html`<a href=${p.runbook}>Runbook: ${p.alert}</a>`];
   });
-  const odd = s.upstream.find((e) => e.figures.odd), proven = s.calibration.kinds.filter((k) => k.candidates.some((c) => c.summary === "proven"));
+  const outlier = s.upstream.find((e) => e.figures.outlier), proven = s.calibration.kinds.filter((k) => k.candidates.some((c) => c.summary === "proven"));
   const dropped = total(s.requests.dropped), [worst] = s.coverage.not_scored;
-  if (odd) found.push([`${odd.engine} differs from the other engines: compare its checkpoint and flags.`, html`<${Link} to=${["engines", odd.engine]}>Open the engine<//>`]);
+  if (outlier) found.push([`${outlier.engine} differs from the other engines: compare its checkpoint and flags.`, html`<${Link} to=${["engines", outlier.engine]}>Open the engine<//>`]);
   held(s).forEach((k) => found.push([`${k.kind}: find out why the profile harmed, then release the kind.`, html`<${Link} to=${["kinds", k.kind]}>Open the kind<//>`]));
   if (s.profile.mode === "observe" && proven.length) {
     found.push([`A profile is proven in ${plural(proven.length, "kind")}: serve it.`, html`<${Action} label="Set calibration to auto" asks=${["Set calibration to auto?", MODES.auto, "api/v1/calibration", { mode: "auto" }]}>Set mode auto<//>`]);

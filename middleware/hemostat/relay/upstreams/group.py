@@ -109,6 +109,12 @@ class Upstreams:
         for engine in self.engines:
             engine.drained = engine.name in self._drained
 
+    def draw(self, number: float) -> Engine | None:
+        """Each of the engines that get requests with the same probability, whatever their load; None where there is
+        none. number: in [0, 1)."""
+        engines = [one for one in self.engines if one.health.up and not one.drained]
+        return engines[int(number * len(engines))] if engines else None
+
     def choose(self, key: int | None, tried: Collection[Engine] = ()) -> Engine | None:
         """The engine for a request; None where there is none but those that were tried.
 

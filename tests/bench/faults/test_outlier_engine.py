@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tests.bench.guard import most
 
-from .odd_engine import (
+from .outlier_engine import (
     ALPHA,
     MAX_TOKENS,
     NULL_WORLDS,

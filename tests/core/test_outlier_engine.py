@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hemostat_calibration.alarm import odd_engine
-from hemostat_calibration.alarm.odd_engine import (
+from hemostat_calibration.alarm import outlier_engine
+from hemostat_calibration.alarm.outlier_engine import (
     ACTIVE_SECONDS,
     COHORT,
     FIRST_PART,
     MAX_ENGINES,
     MAX_STRATA,
     RESTART_UNITS_PER_ENGINE,
-    OddEngines,
+    OutlierTest,
     Unit,
     _held_back,
     init,
@@ -76,7 +76,7 @@ def test_no_constant_probability_makes_labels_more_likely(own: int, others: int)
     assert expected - 1e-9 <= found <= expected + 0.01
 
 
-def both_wealths(state: OddEngines, engine: str) -> Floats:
+def both_wealths(state: OutlierTest, engine: str) -> Floats:
     """Of bets on gaps and of bets on labels, what is held back included: float64 [2]."""
     test = state.tests[engine]
     held_back = (1.0 - FIRST_PART) * _held_back(test.restarts)
@@ -87,7 +87,7 @@ def both_wealths(state: OddEngines, engine: str) -> Floats:
 @pytest.fixture
 def frequent_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every two units: all runs begin anew within lives that are short enough to enumerate."""
-    monkeypatch.setattr(odd_engine, "RESTART_UNITS_PER_ENGINE", 1)
+    monkeypatch.setattr(outlier_engine, "RESTART_UNITS_PER_ENGINE", 1)
 
 
 @pytest.mark.usefixtures("frequent_restarts")
@@ -123,11 +123,11 @@ def test_under_exchangeable_figures_the_mean_wealth_is_one_whatever_the_labels(l
     assert math.isclose(float(np.mean(wealth)), 1.0)
 
 
-def named(state: OddEngines) -> list[str]:
+def named(state: OutlierTest) -> list[str]:
     return [one.engine for one in readings(state) if one.raised is not None]
 
 
-def lived(state: OddEngines, units: int, odd: int | None, seed: int = 0) -> OddEngines:
+def lived(state: OutlierTest, units: int, odd: int | None, seed: int = 0) -> OutlierTest:
     rng = np.random.default_rng(seed)
     for n in range(units):
         level = 0.03 if n % 4 == odd else 0.6
@@ -153,13 +153,13 @@ def test_the_state_survives_a_restart() -> None:
 
 
 def test_alpha_that_an_older_version_spent_stays_spent() -> None:
-    for schema in (1, 2):
-        older = f'{{"schema": {schema}, "engines": {{"is": "OddEngines", "fields": {{"alpha": 0.01, "begun": 5}}}}}}'
+    for schema in (1, 2, 3):
+        older = f'{{"schema": {schema}, "engines": {{"is": "OutlierTest", "fields": {{"alpha": 0.01, "begun": 5}}}}}}'
         state = load_engines(older.encode(), ALPHA)
         assert (state.begun, state.tests) == (5, {})
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"schema": 4}', b'{"schema": 3, "engines": 3}'])
+@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"schema": 5}', b'{"schema": 4, "engines": 3}'])
 def test_damaged_state_is_refused(data: bytes) -> None:
     with pytest.raises(InvalidArgumentError, match="begin anew"):
         load_engines(data, ALPHA)

@@ -131,7 +131,7 @@ class Stratum:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class OddEngines:
+class OutlierTest:
     """alpha: probability of any false alarm, over all engines and the whole run. begun: tests so far. units: so far."""
 
     alpha: float
@@ -158,7 +158,7 @@ class EngineReading:
     tokens: int
 
 
-def init(alpha: float, begun: int = 0) -> OddEngines:
+def init(alpha: float, begun: int = 0) -> OutlierTest:
     """begun: tests of earlier parts of the run, whose alpha is not spent again. InvalidArgumentError on a bad alpha.
 
     >>> readings(init(0.01))
@@ -166,10 +166,10 @@ def init(alpha: float, begun: int = 0) -> OddEngines:
     """
     if not 0.0 < alpha < 1.0:
         raise InvalidArgumentError(f"alpha is {alpha}: it must be between 0 and 1")
-    return OddEngines(alpha, begun)
+    return OutlierTest(alpha, begun)
 
 
-def update(state: OddEngines, stratum: str, unit: Unit, now: float = 0.0) -> OddEngines:
+def update(state: OutlierTest, stratum: str, unit: Unit, now: float = 0.0) -> OutlierTest:
     """Add one unit. now: seconds, of a clock that does not go back.
 
     >>> state = init(0.01)
@@ -190,7 +190,7 @@ def update(state: OddEngines, stratum: str, unit: Unit, now: float = 0.0) -> Odd
 
 
 def _with_unit(
-    state: OddEngines, name: str, before: Stratum, place: int, unit: Unit, now: float
+    state: OutlierTest, name: str, before: Stratum, place: int, unit: Unit, now: float
 ) -> Mapping[str, Stratum]:
     others = {other: one for other, one in state.strata.items() if other != name}
     while len(others) >= MAX_STRATA:
@@ -203,7 +203,7 @@ def _with_unit(
     return {**others, name: Stratum(figures, engines, numbers, now)}
 
 
-def _with_test(state: OddEngines, unit: Unit, now: float) -> OddEngines:
+def _with_test(state: OutlierTest, unit: Unit, now: float) -> OutlierTest:
     tests = dict(state.tests)
     test = tests.pop(unit.engine, None)
     begun = state.begun
@@ -246,7 +246,7 @@ def _smaller(log_wealth: Floats) -> float:
     return float(np.logaddexp.reduce(log_wealth.reshape(2, -1), axis=1).min())
 
 
-def _bet(state: OddEngines, active: set[str], stratum: Stratum, place: int, unit: Unit, now: float) -> OddEngines:
+def _bet(state: OutlierTest, active: set[str], stratum: Stratum, place: int, unit: Unit, now: float) -> OutlierTest:
     """Bet on the unit in the test of every engine that was active before it. An engine that is known to differ is not
     among "the others", unless there are no others: of two engines both differ."""
     tests, begun = dict(state.tests), state.begun
@@ -359,7 +359,7 @@ def _recovered(test: EngineTest) -> bool:
     return _smaller(test.recovery) <= 0.0
 
 
-def readings(state: OddEngines) -> list[EngineReading]:
+def readings(state: OutlierTest) -> list[EngineReading]:
     """Of every engine that has been seen, by name.
 
     >>> readings(init(0.01))

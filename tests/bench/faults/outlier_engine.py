@@ -1,12 +1,12 @@
 """The engine that is not like the others: how often one is named that is, and how soon one that is not.
 
-Simulated lives of the test that decides in production (`hemostat_calibration.alarm.odd_engine`), with four engines
+Simulated lives of the test that decides in production (`hemostat_calibration.alarm.outlier_engine`), with four engines
 where nothing else is said. Null worlds: every engine serves the same model, and whatever else may differ does. Real
 figures: `guard/alarm_levels.csv`, levels of requests to a real vLLM, drawn with replacement.
 
-Each life is kept in build/bench/odd_engine/, in a folder for the present behaviour of the test, so that a run that is
-stopped goes on. `python -m tests.bench.faults.odd_engine --lives 0:250 --processes 1` runs a part of the lives of each
-case, and prints the rows of all that are kept.
+Each life is kept in build/bench/outlier_engine/, in a folder for the present behaviour of the test, so that a run that
+is stopped goes on. `python -m tests.bench.faults.outlier_engine --lives 0:250 --processes 1` runs a part of the lives
+of each case, and prints the rows of all that are kept.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ import numpy as np
 from tests.bench.guard import median, most
 from tests.bench.guard.alarm import real
 
-from hemostat_calibration.alarm.odd_engine import COHORT, FIRST_COHORT, OddEngines, Unit, init, readings, update
+from hemostat_calibration.alarm.outlier_engine import COHORT, FIRST_COHORT, OutlierTest, Unit, init, readings, update
 from hemostat_calibration.alarm.serialization import load_engines, save_engines
 
 from . import Row
 
-NAME = "odd_engine"
+NAME = "outlier_engine"
 TAKES = "about 15 minutes of CPU time"
 
 LIVES = 1000
@@ -44,7 +44,7 @@ NULL_UNITS = 400
 MAX_TOKENS = 1000
 """Of its own, within which an engine that differs is to be named."""
 
-RESULTS = Path(__file__).resolve().parents[3] / "build" / "bench" / "odd_engine"
+RESULTS = Path(__file__).resolve().parents[3] / "build" / "bench" / "outlier_engine"
 
 Draw = Callable[[np.random.Generator, int], tuple[str, Unit]]
 """The n-th unit of a life, and its stratum."""
@@ -110,7 +110,7 @@ def null_life(draw: Draw, seed: int, restarts: bool = True) -> bool:
     return bool(named(state))
 
 
-def named(state: OddEngines) -> list[str]:
+def named(state: OutlierTest) -> list[str]:
     return [one.engine for one in readings(state) if one.raised is not None]
 
 
