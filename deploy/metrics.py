@@ -172,7 +172,12 @@ LABELS: dict[str, dict[str, Values | str]] = {
     "figure": {
         "": {
             **{name: f"{text}; {KINDS[figures.FIGURES[name].kind]}" for name, text in HEADLINES.items()},
-        }
+        },
+        **dict.fromkeys(
+            (names.EFFECTIVE_REQUESTS, names.VARIANCE_INFLATION_RATIO),
+            'with `kind="all"` a headline figure; of a kind `kl_nats`, `gain` (in the test that is nearest to a '
+            "promotion) and `spread` (of the baseline of the alarm's change test)",
+        ),
     },
     "kind": {
         "": f"the kind of traffic: one of the `evidence.kinds` that are followed, `{REST_KIND}` for all others, "

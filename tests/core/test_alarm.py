@@ -341,8 +341,18 @@ def test_runs_of_alike_requests_make_a_baseline_longer_and_evidence_slower():
     assert of_kind(load(save(alike), settings), "chat") == of_kind(alike, "chat")
 
 
-def test_a_baseline_that_never_has_enough_effective_requests_begins_anew(monkeypatch):
+def test_a_baseline_that_takes_long_keeps_every_second_request(monkeypatch):
     monkeypatch.setattr(alarm_module, "MAX_LEARNING", 200)
     given = [requests(np.random.default_rng(n // 40), 1)[0] for n in range(250)]
-    found = of_kind(play(init(replace(SETTINGS, budget=None)), "chat", given), "chat")
-    assert (found.watched, found.baseline_requests) == (False, 50)
+    state = play(init(replace(SETTINGS, budget=None)), "chat", given)
+    found = of_kind(state, "chat")
+    assert (found.watched, found.baseline_requests) == (False, 250)
+    assert (state.kinds["chat"].stride, len(state.kinds["chat"].learning)) == (2, 125)
+
+
+def test_a_baseline_spans_a_cycle():
+    settings = replace(SETTINGS, budget=None, baseline_requests=30, cycle=99.0)
+    state = init(settings)
+    for now, one in enumerate(requests(np.random.default_rng(0), 101)):
+        state = update(state, "chat", Observation(float(now), np.full(len(one), 0.1), one))
+        assert of_kind(state, "chat").watched == (now >= 99)

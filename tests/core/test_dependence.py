@@ -105,12 +105,29 @@ def test_a_kind_is_known_after_enough_units_that_are_not_all_alike():
     rng = np.random.default_rng(0)
     alike, different = KindDependence(), KindDependence()
     for at in range(MIN_HISTORY):
-        assert not different.known
+        assert not different.known_for(0.0)
         client = b"client %d" % (at % 100)
         alike, different = alike.update(client, float(at // 20)), different.update(client, float(rng.normal()))
-    assert not alike.known
-    assert different.known
+    assert not alike.known_for(0.0)
+    assert different.known_for(0.0)
     assert 1.0 <= different.inflation < 3.0
+
+
+def test_units_of_less_than_a_cycle_are_not_believed_and_a_new_kind_borrows_what_all_have():
+    rng = np.random.default_rng(0)
+    day, guard = 24.0, Guard(cycle=24.0)
+    for at in range(240):
+        guard.note("old", b"client %d" % (at % 8), float(rng.normal()), now=0.1 * at)
+        assert not guard.is_known("old")
+    guard.note("old", b"client", float(rng.normal()), now=day)
+    assert guard.is_known("old")
+    guard.note("new", b"client", 5.0, now=day)
+    assert guard.is_known("new")
+    alike = Guard(cycle=day)
+    for at in range(2 * MIN_HISTORY):
+        alike.note("alike", b"client", float(at // 20), now=float(at))
+    assert not alike.is_known("alike")
+    assert Guard(cycle=day).is_known("never noted")
 
 
 def test_a_guard_promotes_where_it_knows_how_much_units_depend_on_each_other():
@@ -126,7 +143,7 @@ def test_a_guard_promotes_where_it_knows_how_much_units_depend_on_each_other():
     again = Guard.load(guard.save(), 0.05, 0.25)
     assert again.evidence("test", "kind") == guard.evidence("test", "kind")
     assert again.save() == guard.save()
-    assert 1.0 <= guard.evidence("test", "kind").inflation < 3.0
+    assert 1.0 <= guard.evidence("test", "kind").inflation < 5.0
     again.forget()
     assert again.dependence("kind") is None
     with pytest.raises(InvalidArgumentError, match="finite"):

@@ -78,17 +78,14 @@ def test_figures_are_those_of_the_weights(tmp_path: Path, checkpoints: Checkpoin
     # The report is the mean of the records.
     assert raw["kl_nats"]["estimate"] == pytest.approx(reported.mean(), rel=1e-9)
     assert raw["covered_mass"] == pytest.approx(covered.mean(), rel=1e-9)
-    low, high = raw["kl_nats"]["ci95"]
-    assert low < raw["kl_nats"]["estimate"] < high
+    assert raw["kl_nats"]["ci95"] == [None, None], "so few requests do not tell how much they depend on each other"
     # A lower bound, and not a vacuous one. Token by token the two engines differ by their own rounding (bf16).
     assert 0.5 * exact.mean() < reported.mean() < exact.mean()
     assert (reported > exact + 0.05).mean() < 0.05
     assert covered.mean() == pytest.approx(top.mean(), abs=0.01)
     # The estimate has no truncation bias; it speaks of the sampled requests only, greedy ones have none.
     sampled = np.concatenate([f.exact for f in found if f.temperature == 1.0])
-    low, high = raw["kl_nats_estimate"]["ci95"]
-    width = high - low
-    assert low - 0.5 * width < sampled.mean() < high + 0.5 * width
+    assert raw["kl_nats_estimate"]["estimate"] == pytest.approx(sampled.mean(), rel=0.5)
 
 
 @pytest.mark.slow

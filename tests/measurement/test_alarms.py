@@ -162,7 +162,7 @@ async def test_over_the_admin_port(tmp_path: Path) -> None:
     async with control(tmp_path, settings(alarm={"baseline_requests": 30})) as one, admin_client(one) as http:
         for seed in range(60):
             given = record(seed, 0.1 if seed < 40 else 0.8)
-            one.alarms.observe(given, divergence(given))
+            one.measured.alarms.observe(given, divergence(given))
         status = (await http.get("/api/v1/status")).json()
         assert status["alarm"]["raised"] is True
         metrics = (await http.get("/metrics")).text

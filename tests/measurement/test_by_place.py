@@ -39,8 +39,7 @@ def test_each_bucket_has_the_figures_of_its_tokens() -> None:
         assert one["tokens"] == found[names.POSITION_KL_TOKENS, name] == tokens[name]
         assert one["kl_nats"]["estimate"] == pytest.approx(nats[name] / tokens[name])
         assert found[names.POSITION_KL_NATS, name] == pytest.approx(nats[name])
-        low, high = one["kl_nats"]["ci95"]
-        assert low <= one["kl_nats"]["estimate"] <= high
+        assert one["kl_nats"]["ci95"] == [None, None], "too few requests to know how much they depend on each other"
 
 
 def test_errors_that_grow_with_the_context_are_seen() -> None:

@@ -106,10 +106,12 @@ def test_the_summary_is_what_a_batch_computation_says(stage: str) -> None:
         mean, half = batch(available)
         got = summary[name] if figure.plain else summary[name]["estimate"]
         low, high = summary["ci95"][name] if figure.plain else summary[name]["ci95"]
+        v = summary["inflation"][name] if figure.plain else summary[name]["inflation"]
+        half *= math.sqrt(v)
         assert got == pytest.approx(mean), name
         # Valid at every look is wider than at one; a constant figure's interval is that of shares unseen.
         assert low <= mean <= high, name
-        if half > 0.001:
+        if half > 0.001 and v < 1.2:
             assert half < high - mean < 8 * half or high == figure.cap, name
             assert half < mean - low < 8 * half or low == figure.lo, name
     assert summary["kl_nats"]["bound"] == "lower"
@@ -214,7 +216,9 @@ def test_few_requests_are_json_too(requests: int) -> None:
         summary = measured.summary(version)
         assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     if requests == 1:
-        assert measured.summary(None)["kl_nats"]["ci95"] == [0.0, KL_CAP], "one request refutes nothing"
+        told = measured.summary(None)
+        assert told["kl_nats"]["ci95"] == told["ci95"]["top1_agreement"] == [None, None]
+        assert told["kl_nats"]["effective_requests"] is told["effective_requests"]["top1_agreement"] is None
 
 
 def test_figures_of_profiles_long_unseen_go() -> None:
@@ -262,7 +266,7 @@ def test_same_top1_is_told_for_greedy_and_sampled_requests_apart() -> None:
         assert told["before"]["estimate"] == pytest.approx(before / tokens)
         assert told["after"]["estimate"] == pytest.approx(after / tokens)
         assert told["change"]["estimate"] == pytest.approx((after - before) / tokens)
-        assert told["change"]["ci95"][0] < (after - before) / tokens < told["change"]["ci95"][1]
+        assert told["change"]["ci95"] == [None, None], "of 4 and 8 requests"
         assert (counted["raw", decoding], counted["calibrated", decoding]) == (before, after)
     assert apart["sampled"]["after"]["estimate"] > apart["sampled"]["before"]["estimate"]
 
@@ -351,8 +355,8 @@ def test_excess_is_over_both_models_own_noise() -> None:
         told, *own = (s[name]["estimate"] for s in (raw, *floors.values()))
         assert excess["floor"] == pytest.approx(sum(own) / 2), "two noisy computations in each"
         assert excess["estimate"] == pytest.approx(told - sum(own) / 2)
-        assert excess["ci95"][0] < excess["estimate"] < excess["ci95"][1]
-        assert gauges["hemostat_divergence", name, "excess", "low"] == excess["ci95"][0]
+        assert excess["ci95"] == [None, None], "one request of each floor"
+        assert ("hemostat_divergence", name, "excess", "low") not in gauges
     told = gauges["hemostat_noise_floor_nats", "reference", "reference_compressed"]
     assert told == pytest.approx(divergence(far).kl_rc.mean())
 

@@ -29,5 +29,6 @@ def interval(ends: list[float]) -> str:
 
 
 def divergence_interval(figure: dict[str, Any]) -> str:
-    """Of a figure that has a largest possible value, up to which its interval goes after few requests."""
-    return "interval not known yet" if figure["ci95"][1] >= figure["cap"] else interval(figure["ci95"])
+    """Of a figure that has a largest possible value, up to which its interval goes after few effective requests."""
+    high = figure["ci95"][1]
+    return "not enough effective requests" if high is None or high >= figure["cap"] else interval(figure["ci95"])

@@ -33,7 +33,8 @@ def settings(url: str = "http://127.0.0.1:1", **more: Any) -> Settings:
         "admin": {"port": 0, "token": TOKEN},
         "shadow": {"rate": 1.0, "top_k": 4},
     }
-    return Settings.model_validate(given | more)
+    evidence = {"cycle_hours": 0.0} | more.pop("evidence", {})
+    return Settings.model_validate(given | {"evidence": evidence} | more)
 
 
 @asynccontextmanager

@@ -52,7 +52,7 @@ class Bench:
             self.store,
             lambda: self.time,
             default_temperature_is_one=default_temperature_is_one,
-            evidence=evidence,
+            evidence=(evidence or Evidence()).model_copy(update={"cycle_hours": 0.0}),
             adapter=adapter,
         )
         if known:

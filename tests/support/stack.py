@@ -57,7 +57,9 @@ class Stack:
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / "hemostat.yaml"
         own = {"listen": {"host": "127.0.0.1", "port": 0}, "admin": {"port": 0, "token": ADMIN_TOKEN}}
-        config.write_text(yaml.safe_dump(own | {"shutdown_seconds": 5.0} | dict(settings)))
+        config.write_text(
+            yaml.safe_dump(own | {"shutdown_seconds": 5.0, "evidence": {"cycle_hours": 0.0}} | dict(settings))
+        )
         self.log = folder / "hemostat.log"
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(

@@ -5,17 +5,18 @@ the noise floor and half to the bets: the k-th budget test that was ever begun (
 alarm) has the part 1/(k(k+1)) of that. The change test gives half to the limits of baselines, of which the i-th ever
 completed has the part 1/(i(i+1)), and half to the bets: its k-th test has the part 1/(k(k+1)).
 
-Requests that depend on each other (`statistics.dependence`): a baseline is complete after `baseline_requests`, and as
-soon as `EFFECTIVE_SHARE` of that are effective ones: where requests come in runs of alike ones it is longer. Its v̂ is
-the larger one of the kind's and of that of all kinds' requests in their order, so that what moves several kinds
-together counts. A budget test begins when v̂ of its kind's divergence is known. What neither knows is what takes longer
-than the baseline: see `tests/bench/guard/alarm_dependence.py`.
+Requests that depend on each other (`statistics.dependence`): a baseline is complete after `baseline_requests` over a
+`cycle` of the traffic, and as soon as `EFFECTIVE_SHARE` of that are effective ones: where requests come in runs of
+alike ones it is longer. Its v̂ is the larger one of the kind's and of that of all kinds' requests in their order, so
+that what moves several kinds together counts. A budget test begins when v̂ of its kind's divergence is known, likewise
+over a cycle. What neither knows is what takes longer than that: see `tests/bench/guard/alarm_dependence.py`.
 
 An alarm *clears* after `clear_after` requests on which freshly funded bets lost wealth; then a new test begins. A
 change that is meant to stay is made the new baseline by `rebase`.
 
 Kinds are the caller's, who bounds their number. Each takes 24 bytes for a request of its baseline until that is
-complete, and a kilobyte afterwards; beyond `MAX_KINDS`, the one whose last request is longest ago is forgotten.
+complete, of which at most `MAX_LEARNING` are kept (then every second one, and so on), and a kilobyte afterwards; beyond
+`MAX_KINDS`, the one whose last request is longest ago is forgotten.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from hemostat_calibration.statistics.dependence import MIN_HISTORY, MIN_UNITS, B
 MAX_KINDS = 128
 
 MAX_LEARNING = 4096
-"""Requests of a kind's baseline; where they depend on each other so much that these are too few, it begins anew."""
+"""Requests of a kind's baseline that are kept; of more, every second one, every fourth one, …"""
 EFFECTIVE_SHARE = 0.6
 """Of `Settings.baseline_requests`: so many have to be effective ones before a baseline is complete."""
 CHECK_EVERY = 10
@@ -69,7 +70,8 @@ class Settings:
     budget: allowed divergence above the noise floor, nats per token; None: no budget tests.
     cap: nats, where divergences are clipped. max_tokens: weight of a request in the budget test is that of at most so
         many tokens. baseline_requests: of each kind that the change test learns from before it tests; 0: no change
-        test. tolerance: factor by which all spreads of a kind may grow or shrink without being evidence, 1 or more.
+        test. cycle: seconds that baselines, and what budget tests know before they begin, have to span. tolerance:
+        factor by which all spreads of a kind may grow or shrink without being evidence, 1 or more.
         clear_after: requests after which an alarm may clear.
     """
 
@@ -78,6 +80,7 @@ class Settings:
     cap: float = 5.0
     max_tokens: int = 256
     baseline_requests: int = 150
+    cycle: float = 0.0
     tolerance: float = 1.25
     clear_after: int = 30
 
@@ -142,7 +145,8 @@ class Reading:
 class KindReading:
     """What is known of one kind.
 
-    baseline_requests: of its baseline so far. inflation: v̂ of their levels; infinite before it can be estimated.
+    baseline_requests: of its baseline so far. since: time of the first of them. inflation: v̂ of their levels; infinite
+        before it can be estimated.
         watched: whether that is complete, and the kind is part of the change test. spread_ratio: its recent spread
         (geometric mean over requests, about `RECENT_REQUESTS` of them), as a factor of its baseline's; None before it
         is watched. baseline_share: its part of the baseline's mix.
@@ -151,6 +155,7 @@ class KindReading:
     kind: str
     baseline_requests: int
     watched: bool
+    since: float
     inflation: float
     spread_ratio: float | None
     baseline_share: float
@@ -174,15 +179,20 @@ class RunningTest:
 class KindState:
     """Of one kind.
 
-    learning: float64 [R, 3], requests of the baseline so far (`RequestSpread.row`), until there are enough. levels: of
-        these. divergences: means by request until their v̂ is known. inflation: that v̂; infinite before.
+    learning: float64 [R, 3], requests of the baseline so far (`RequestSpread.row`), one in `stride`, until there are
+        enough. levels: of all of them. since: time of the first.
+    divergences: means by request until their v̂ is known. inflation: that v̂; infinite before. first: time of the
+        first of them.
     recent_level: moving average of the levels since, relative to the baseline's. last: time of its last request.
     """
 
     budget: RunningTest | None = None
     learning: Floats = field(default_factory=lambda: np.zeros((0, 3)))
+    stride: int = 1
+    since: float = 0.0
     levels: BatchMeans = field(default_factory=lambda: BatchMeans.of(1))
     divergences: BatchMeans = field(default_factory=lambda: BatchMeans.of(1))
+    first: float = 0.0
     inflation: float = math.inf
     baseline: Baseline | None = None
     recent_level: float = 0.0
@@ -255,7 +265,7 @@ def _update_budget(
     if settings.budget is None or not math.isfinite(noise_floor) or np.isnan(observation.divergences).all():
         return alarm, state
     if math.isinf(state.inflation):
-        state = _learn_divergence(state, observation.divergences, settings.cap)
+        state = _learn_divergence(state, observation, settings)
         if math.isinf(state.inflation):
             return alarm, state
     if running is None or _cleared(running, settings):
@@ -274,23 +284,25 @@ def _update_budget(
     return alarm, replace(state, budget=running)
 
 
-def _learn_divergence(state: KindState, divergences: Floats, cap: float) -> KindState:
+def _learn_divergence(state: KindState, observation: Observation, settings: Settings) -> KindState:
     """One more request; v̂ of their means once it is known."""
-    mean = float(np.clip(divergences[~np.isnan(divergences)], 0.0, cap).mean())
-    means = state.divergences.update(np.array([mean]))
-    known = means.units >= MIN_HISTORY and means.enough()[0]
-    return replace(state, divergences=means, inflation=float(means.inflation()[0]) if known else math.inf)
+    divergences = observation.divergences[~np.isnan(observation.divergences)]
+    first = state.first if state.divergences.units else observation.now
+    means = state.divergences.update(np.array([float(np.clip(divergences, 0.0, settings.cap).mean())]))
+    known = means.units >= MIN_HISTORY and observation.now - first >= settings.cycle and means.enough()[0]
+    inflation = float(means.inflation()[0]) if known else math.inf
+    return replace(state, divergences=means, first=first, inflation=inflation)
 
 
 def _update_change(alarm: Alarm, state: KindState, request: RequestSpread, now: float) -> tuple[Alarm, KindState]:
     settings, baseline = alarm.settings, state.baseline
     if baseline is None:
-        alarm, state = _learn_level(alarm, state, request)
+        alarm, state = _learn_level(alarm, state, request, now)
         inflation = baseline_inflation(state.levels, alarm.levels, settings.baseline_requests)
-        if math.isinf(inflation):
+        if math.isinf(inflation) or now - state.since < settings.cycle:
             return alarm, state
         number = alarm.baselines + 1
-        fitted = fit_baseline(state.learning, settings.half_share / (number * (number + 1)), inflation)
+        fitted = fit_baseline(state.learning, settings.half_share / (number * (number + 1)), inflation, state.stride)
         learned = replace(state, learning=KindState().learning, levels=KindState().levels, baseline=fitted)
         return replace(alarm, baselines=number), learned
     count = state.recent_requests + 1
@@ -308,11 +320,14 @@ def _update_change(alarm: Alarm, state: KindState, request: RequestSpread, now: 
     return replace(alarm, change=running), state
 
 
-def _learn_level(alarm: Alarm, state: KindState, request: RequestSpread) -> tuple[Alarm, KindState]:
-    if len(state.learning) >= MAX_LEARNING:
-        state = replace(state, learning=KindState().learning, levels=KindState().levels)
-    learning = np.concatenate([state.learning, [request.row()]])
-    state = replace(state, learning=learning, levels=state.levels.update(np.array([request.level])))
+def _learn_level(alarm: Alarm, state: KindState, request: RequestSpread, now: float) -> tuple[Alarm, KindState]:
+    levels, since = state.levels.update(np.array([request.level])), state.since if state.levels.units else now
+    learning, stride = state.learning, state.stride
+    if state.levels.units % stride == 0:
+        learning = np.concatenate([learning, [request.row()]])
+        if len(learning) >= MAX_LEARNING:
+            learning, stride = learning[::2], 2 * stride
+    state = replace(state, learning=learning, stride=stride, levels=levels, since=since)
     relative = request.level - float(learning[:, 0].mean())
     return replace(alarm, levels=alarm.levels.update(np.array([relative]))), state
 
@@ -367,7 +382,13 @@ def rebase(alarm: Alarm, kind: str | None = None) -> Alarm:
     (1, 0)
     """
     kinds = {
-        name: KindState(budget=state.budget, inflation=state.inflation, last=state.last)
+        name: KindState(
+            budget=state.budget,
+            divergences=state.divergences,
+            first=state.first,
+            inflation=state.inflation,
+            last=state.last,
+        )
         if kind in {None, name}
         else state
         for name, state in alarm.kinds.items()
@@ -420,8 +441,9 @@ def kind_readings(alarm: Alarm) -> list[KindReading]:
     return [
         KindReading(
             kind=kind,
-            baseline_requests=len(state.learning) if state.baseline is None else state.baseline.requests,
+            baseline_requests=state.levels.units if state.baseline is None else state.baseline.requests,
             watched=state.baseline is not None,
+            since=state.since,
             inflation=float(state.levels.inflation()[0]) if state.baseline is None else state.baseline.inflation,
             spread_ratio=math.exp(state.recent_level) if state.recent_requests else None,
             baseline_share=alarm.workload.share(kind),

@@ -11,9 +11,9 @@ distribution is above the (j+1)-th largest of m with a probability of more than 
 g) ≤ j) of all baselines (Clopper & Pearson, 1934; Wilks, 1941). `Baseline.limits` are such g.
 
 Requests that depend on each other say less: limits are of m/v̂ scores, of which j/v̂ are above, with v̂ the variance
-inflation of sums of levels (`statistics.dependence`; for proportions so Korn & Graubard, Survey Methodology 1998), and
-every bet is raised to the power 1/v̂ before strategies are mixed. v̂ is frozen with the baseline: afterwards a change
-of the model would look like dependence.
+inflation of sums of levels (`statistics.dependence`; of one in s requests v̂/s is enough; for proportions so Korn &
+Graubard, Survey Methodology 1998), and every bet is raised to the power 1/v̂ before strategies are mixed. v̂ is frozen
+with the baseline: afterwards a change of the model would look like dependence.
 
 The *tolerance* c ≥ 1: a score bets upwards as if every spread had been smaller by the factor c, and downwards as if it
 had been larger. So whatever multiplies the spreads of a kind by something between 1/c and c is no evidence.
@@ -132,9 +132,9 @@ class Baseline:
         return result
 
 
-def fit_baseline(requests: Floats, alpha: float, inflation: float = 1.0) -> Baseline:
+def fit_baseline(requests: Floats, alpha: float, inflation: float = 1.0, stride: int = 1) -> Baseline:
     """The baseline of a kind from its first requests, in their order: float64 [R, 3], rows of `RequestSpread.row`.
-    inflation: v̂ of their levels, 1 or more.
+    inflation: v̂ of the levels of all of them, 1 or more. stride: one in so many is given.
 
     With a probability of at least 1 − alpha no limit is below the true probability of its range, if the requests are
     independent and of one distribution, whatever it is. InvalidArgumentError for fewer than `MIN_BASELINE_REQUESTS`
@@ -143,7 +143,8 @@ def fit_baseline(requests: Floats, alpha: float, inflation: float = 1.0) -> Base
     >>> fit_baseline(np.array([[math.sin(n), 50, 0.0] for n in range(150)]), alpha=0.0025).requests
     150
     """
-    if (effective := len(requests) / inflation) < MIN_BASELINE_REQUESTS:
+    v = max(inflation / stride, 1.0)
+    if (effective := len(requests) / v) < MIN_BASELINE_REQUESTS:
         raise InvalidArgumentError(
             f"the baseline has {effective:.0f} effective requests: at least {MIN_BASELINE_REQUESTS} are needed"
         )
@@ -156,9 +157,9 @@ def fit_baseline(requests: Floats, alpha: float, inflation: float = 1.0) -> Base
     above, below = ([int(share * m) for share in shares] for shares in (UPPER_SHARES, LOWER_SHARES))
     edges = np.array([scores[m - 1 - j] for j in above] + [scores[j] for j in below])
     part = alpha / len(edges)
-    counts = [(math.ceil(j / inflation), int(m / inflation)) for j in (*above, *below)]
+    counts = [(math.ceil(j / v), int(m / v)) for j in (*above, *below)]
     limits = np.array([max(upper_limit(hits, trials, part), MIN_LIMIT) for hits, trials in counts])
-    return Baseline(float(levels.mean()), centre, half_tokens, edges, limits, len(requests), inflation)
+    return Baseline(float(levels.mean()), centre, half_tokens, edges, limits, len(requests) * stride, inflation)
 
 
 def _half_tokens(requests: Floats, centre: float) -> float:

@@ -23,8 +23,8 @@ from hemostat_calibration.alarm.workload import Workload
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.statistics.dependence import BatchMeans
 
-SCHEMA = 3
-"""Of what `save` writes. 1 counted tokens by route, 2 took requests for independent."""
+SCHEMA = 4
+"""Of what `save` writes. 1 counted tokens by route, 2 took requests for independent, 3 did not know when they came."""
 
 
 _STORED: Mapping[str, type[Any]] = {

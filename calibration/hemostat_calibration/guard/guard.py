@@ -14,8 +14,9 @@ Units must be of the held-out side of the split.
   its gain is above 0 has reached 1/alpha.
 - Units may depend on each other: all evidence is raised to the power 1/v̂, with the variance inflation v̂ of their
   sums, which comes from what is known of the kind beside the tests (`Guard.note`), and for a candidate from
-  its gains, too: the larger one. A candidate is not promoted before there are enough units to know it
-  (`statistics.dependence`).
+  its gains, too: the larger one. A candidate is not promoted before there are enough units to know it, over a cycle of
+  the traffic (`statistics.dependence`): of the kind, or of all kinds together. Then the larger v̂ of both counts, until
+  that of the kind is known.
 
 The evidence is described, with its sources, in `wealth`; the closed test in `closing`. What is bounded, whatever the
 gains' distribution and however often one looks, as long as no gain is below −width, exactly where no expected gain
@@ -73,6 +74,8 @@ SHOWN_ALPHA = 0.05
 MAX_COUNTED_KINDS = 256
 """Kinds whose windows are counted each by itself; further ones share one count, so that no alpha is spent twice."""
 
+ALL_KINDS = ""
+"""Names the units of all kinds together, each relative to the mean of its kind."""
 _UNKNOWN = "is not under test: begin one first"
 _NO_FIGURES: Mapping[str, Figure] = MappingProxyType({})
 
@@ -81,6 +84,7 @@ class Guard:
     """All tests and the alpha that they spent. Every test has a name, the caller's, and under it one or more kinds.
 
     alpha: probability of each kind of error over the whole run. client_share: of a test's units, at most of one client.
+    cycle: seconds over which units have to be noted before v̂ of their kind, or of all kinds, is believed.
 
     >>> guard = Guard(alpha=0.05)
     >>> guard.begin_candidate("a profile", {"chat text": (1.0, 0.7), "rest": (1.0, 0.3)})
@@ -93,36 +97,47 @@ class Guard:
     ('promote', 'wait')
     """
 
-    def __init__(self, alpha: float = 0.05, client_share: float = 0.25) -> None:
+    def __init__(self, alpha: float = 0.05, client_share: float = 0.25, cycle: float = 0.0) -> None:
         if not 0.0 < alpha < 1.0:
             raise InvalidArgumentError(f"alpha is {alpha}: it must be between 0 and 1")
         if not 0.0 < client_share <= 1.0:
             raise InvalidArgumentError(f"client_share is {client_share}: it must be above 0 and at most 1")
         self._alpha = alpha
         self._client_share = client_share
+        self._cycle = cycle
         self._state = saving.State()
 
     # --- how much units depend on each other -----------------------------------------------------------------------
 
-    def note(self, kind: str, client: bytes, figure: float) -> None:
-        """A unit of a kind, whether it is judged by or not: its client's digest, and a figure of it that no profile has
-        changed. How much these depend on each other (v̂ of `statistics.dependence`) is the least that is taken for the
-        gains. Nothing is promoted in a kind before v̂ is known there; without a note of a kind, units count as
-        independent but for what their gains tell. InvalidArgumentError unless the figure is finite."""
+    def note(self, kind: str, client: bytes, figure: float, now: float = 0.0) -> None:
+        """A unit of a kind, whether it is judged by or not: its client's digest, a figure of it that no profile has
+        changed, and its time, seconds. How much these depend on each other (v̂ of `statistics.dependence`) is the least
+        that is taken for the gains. Nothing is promoted in a kind before v̂ is known there, or for all kinds; without
+        any note units count as independent but for what their gains tell. InvalidArgumentError unless the figure is
+        finite."""
         if not math.isfinite(figure):
             raise InvalidArgumentError(f"figure is {figure}: it must be finite")
         dependence = self._state.dependence
-        if kind in dependence or len(dependence) < MAX_COUNTED_KINDS:
-            dependence[kind] = dependence.get(kind, KindDependence()).update(client, figure)
+        mean = dependence[kind].mean if kind in dependence else figure
+        dependence[ALL_KINDS] = dependence.get(ALL_KINDS, KindDependence()).update(client, figure - mean, now)
+        if kind in dependence or len(dependence) <= MAX_COUNTED_KINDS:
+            dependence[kind] = dependence.get(kind, KindDependence()).update(client, figure, now)
 
     def forget(self, kind: str | None = None) -> None:
         """What was noted of this kind, or of all, is of other traffic, or of other models."""
         for name in [kind] if kind is not None else list(self._state.dependence):
             self._state.dependence.pop(name, None)
 
-    def dependence(self, kind: str) -> KindDependence | None:
-        """What was noted of a kind; None where nothing was."""
+    def dependence(self, kind: str = ALL_KINDS) -> KindDependence | None:
+        """What was noted of a kind, or of all; None where nothing was."""
         return self._state.dependence.get(kind)
+
+    def is_known(self, kind: str) -> bool:
+        """Whether v̂ is known for this kind; also where nothing was noted of it."""
+        found, pooled = self._state.dependence.get(kind), self._state.dependence.get(ALL_KINDS)
+        if pooled is None or (found is not None and found.known_for(self._cycle)):
+            return True
+        return pooled.known_for(self._cycle) and (found is None or not found.too_dependent)
 
     # --- begin and end -----------------------------------------------------------------------------------------------
 
@@ -273,11 +288,11 @@ class Guard:
         test = self._test(name, kind)
         needed = self._needed(test)
         if test.role is Role.CANDIDATE:
-            noted = self._state.dependence.get(kind)
+            noted = bool(self._state.dependence)
             proven = (
                 not test.frozen
-                and (noted is None or noted.known)
-                and test.reaches(needed, self._inflation(kind), known=noted is not None)
+                and self.is_known(kind)
+                and test.reaches(needed, self._inflation(kind), known=noted)
                 and test.gains_by_token
                 and test.gains_in_kl
                 and self._adjusted(name, test) >= needed
@@ -360,9 +375,9 @@ class Guard:
         return saving.encode(self._state)
 
     @classmethod
-    def load(cls, data: bytes, alpha: float, client_share: float) -> Guard:
+    def load(cls, data: bytes, alpha: float, client_share: float, cycle: float = 0.0) -> Guard:
         """Go on from a state that was saved. InvalidArgumentError where it is damaged, or of another format."""
-        guard = cls(alpha, client_share)
+        guard = cls(alpha, client_share, cycle)
         guard._state = saving.decode(data)
         return guard
 
@@ -405,8 +420,11 @@ class Guard:
         return adjusted(log_e, weights, 0)
 
     def _inflation(self, kind: str) -> float:
-        found = self._state.dependence.get(kind)
-        return 1.0 if found is None else found.inflation
+        """v̂, as far as it is known."""
+        found, pooled = self._state.dependence.get(kind), self._state.dependence.get(ALL_KINDS)
+        if found is not None and (pooled is None or found.known_for(self._cycle)):
+            return found.inflation
+        return max(1.0 if one is None else one.inflation for one in (found, pooled))
 
     def _log_e(self, kind: str, test: KindTest) -> float:
         return test.log_e(self._inflation(kind))

@@ -2,7 +2,7 @@
 
 A *run* is the evidence of `wealth.log_evidence` of the units since it began. Wealth that a run lost while the profile
 helped would delay the alarm once it harms, so every `STEP` units a run begins with nothing lost. Run r has the fixed
-part w(r) of the whole, which is 1: a half for the first, of the rest 1/(r (r + 1)) about; a run that has not begun
+part w(r) of the whole, which is 1: a quarter for the first, of the rest 1/(r (r + 1)) about; a run that has not begun
 counts as its part. So the sum is an e-process, and ever reaches 1/alpha with a probability of at most alpha, for as
 long as the profile serves. (A CUSUM restarts its one sum where it is lowest, and bounds how often it alarms; this
 mixture over restarts bounds whether it ever does. Shin, Ramdas & Rinaldo, "E-detectors", New England Journal of
@@ -30,6 +30,8 @@ from hemostat_calibration.statistics.dependence import MAX_CLIENTS, client_row
 STEP = 50
 """Units from one restart to the next."""
 MAX_RUNS = 8
+_FIRST = 0.25
+"""Part of the first run."""
 _SLOW = 8
 """Parts of the runs fall as fast as 1/r² only beyond about this one."""
 BY_UNIT, BY_TOKEN = range(2)
@@ -115,9 +117,9 @@ def _part(number: int) -> float:
     >>> round(sum(_part(number) for number in range(100)) + _unspent(100), 12)
     1.0
     """
-    return 0.5 if number == 0 else 0.5 * _SLOW / ((number + _SLOW - 1.0) * (number + _SLOW))
+    return _FIRST if number == 0 else (1.0 - _FIRST) * _SLOW / ((number + _SLOW - 1.0) * (number + _SLOW))
 
 
 def _unspent(begun: int) -> float:
     """What runs have that have not begun, after so many."""
-    return 1.0 if begun == 0 else 0.5 * _SLOW / (begun + _SLOW - 1.0)
+    return 1.0 if begun == 0 else (1.0 - _FIRST) * _SLOW / (begun + _SLOW - 1.0)

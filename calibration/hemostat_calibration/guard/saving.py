@@ -22,8 +22,8 @@ from hemostat_calibration.guard.kind_test import DIGEST_BYTES, MAX_UNITS, KindTe
 from hemostat_calibration.guard.wealth import FRACTIONS, Floats
 from hemostat_calibration.statistics.dependence import MAX_CLIENTS, BatchMeans, ClientBatches, KindDependence
 
-FORMAT = 2
-"""Of the JSON; another one is refused."""
+FORMAT = 3
+"""Of the JSON; another one is refused. 2 did not know when units were noted."""
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ def encode(state: State) -> bytes:
     """The state as JSON.
 
     >>> encode(State(candidate_tests=2))
-    b'{"format":2,"candidate_tests":2,"windows":{},"tests":{},"ended":{},"dependence":{}}'
+    b'{"format":3,"candidate_tests":2,"windows":{},"tests":{},"ended":{},"dependence":{}}'
     """
     return json.dumps(
         {
@@ -142,6 +142,8 @@ def _dependence_json(found: KindDependence) -> dict[str, Any]:
     clients, by_client = len(found.clients), found.by_client
     return {
         "in_time": _batches_json(found.in_time),
+        "first": found.first,
+        "last": found.last,
         "clients": [client.hex() for client in found.clients],
         "units": [_array_text(by_client.count[:clients]), _array_text(by_client.total[:clients])],
         "open": _array_text(by_client.open[:, :clients]),
@@ -159,9 +161,9 @@ def _read_dependence(stored: dict[str, Any]) -> KindDependence:
         into[:clients] = _read_array(text, (clients, 1))
     opened[:, :clients] = _read_array(stored["open"], (len(opened), clients, 1))
     batches, squares = (_read_array(text, empty.batches.shape) for text in stored["batches"])
-    return KindDependence(
-        _read_batches(stored["in_time"]), ClientBatches(count, total, opened, batches, squares), places
-    )
+    by_client = ClientBatches(count, total, opened, batches, squares)
+    first, last = _finite(stored["first"]), _finite(stored["last"])
+    return KindDependence(_read_batches(stored["in_time"]), by_client, places, first, last)
 
 
 def _read_test(stored: dict[str, Any]) -> KindTest:

@@ -19,6 +19,10 @@ seen yet, or a few long requests have most of the tokens, the interval covers fa
 `tests/core/test_confidence.py` simulates where it holds, `tests/bench/guard/intervals.py` where it does not;
 `running_mean` has intervals that need no such assumption, and are wide.
 
+Requests that depend on each other: with v̂ the variance inflation of the sums Σ (x − m n) (`dependence`), there are t/v̂
+*effective* requests, and the inequality is (Σ (x − m n))² ≤ v̂ κ_(t/v̂) Σ (x − m n)²; the skew of sums of v̂ equal
+residuals is √v̂ times theirs. Where v̂ is infinite, nothing is refuted: there are not enough effective requests.
+
 Differences between two randomised arms: both arms' requests are one stream of t, each adding its linearised residual
 to one side or the other, with the same κ_t.
 
@@ -82,8 +86,11 @@ class MeanSequence:
         cubes = (a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3])
         return MeanSequence(self.moments.merge(other.moments), cubes)
 
-    def get(self, lo: float = -math.inf, hi: float = math.inf, alpha: float = 0.05) -> ConfidenceInterval:
-        """The mean with its interval, cut to lo … hi, the range that the figure has by its nature.
+    def get(
+        self, lo: float = -math.inf, hi: float = math.inf, alpha: float = 0.05, inflation: float = 1.0
+    ) -> ConfidenceInterval:
+        """The mean with its interval, cut to lo … hi, the range that the figure has by its nature. inflation: v̂, 1 or
+        more.
 
         Where all requests are the same their spread is 0 and no guide: then a share of requests of a kind not seen so
         far (exact, as `Proportion` of none) could be at either end of the range.
@@ -93,10 +100,10 @@ class MeanSequence:
         if not m.requests or m.mean_n == 0.0:
             return ConfidenceInterval(math.nan, lo, hi)
         value = m.mean_x / m.mean_n
-        below, above = reach(m.requests, m.mean_x, m.mean_n, m.xx, m.xn, m.nn, self.cubes, alpha)
+        below, above = reach(m.requests, m.mean_x, m.mean_n, m.xx, m.xn, m.nn, self.cubes, alpha, inflation)
         low, high = value - float(below), value + float(above)
         if high - low <= 1e-9 * max(1.0, abs(value)):
-            missed = Proportion(0, m.requests).get(alpha).high
+            missed = Proportion(0, int(m.requests / inflation)).get(alpha).high
             low, high = value - missed * (value - lo), value + missed * (hi - value)
         return ConfidenceInterval(value, max(low, lo), min(high, hi))
 
@@ -154,9 +161,9 @@ class ClippedMean:
         """Of the tokens; NaN before the first."""
         return self.clipped / self.tokens if self.tokens else math.nan
 
-    def get(self, alpha: float = 0.05) -> ConfidenceInterval:
+    def get(self, alpha: float = 0.05, inflation: float = 1.0) -> ConfidenceInterval:
         """The mean of the clipped values with its asymptotic interval of 1 − alpha for all looks together."""
-        return self.sequence.get(self.lo, self.cap, alpha)
+        return self.sequence.get(self.lo, self.cap, alpha, inflation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,8 +217,9 @@ class Proportion:
         return mixture - math.log(math.pi) - likelihood
 
 
-def difference(a: MeanSequence, b: MeanSequence, alpha: float = 0.05) -> ConfidenceInterval:
+def difference(a: MeanSequence, b: MeanSequence, alpha: float = 0.05, inflation: float = 1.0) -> ConfidenceInterval:
     """Mean of a minus mean of b, two arms to which requests are assigned at random: asymptotic, for all looks.
+    inflation: v̂ of the arms, the larger one.
 
     NaN and the whole range while either arm has fewer than `MIN_REQUESTS` requests. InvalidArgumentError unless 0 <
     alpha < 1.
@@ -227,6 +235,8 @@ def difference(a: MeanSequence, b: MeanSequence, alpha: float = 0.05) -> Confide
     if min(a.moments.requests, b.moments.requests) < MIN_REQUESTS or 0.0 in (a.moments.mean_n, b.moments.mean_n):
         return ConfidenceInterval(math.nan, -math.inf, math.inf)
     value = a.moments.mean_x / a.moments.mean_n - b.moments.mean_x / b.moments.mean_n
+    if math.isinf(inflation):
+        return ConfidenceInterval(value, -math.inf, math.inf)
     t = a.moments.requests + b.moments.requests
     second = third = 0.0
     for arm, sign in ((a, 1.0), (b, -1.0)):
@@ -234,7 +244,7 @@ def difference(a: MeanSequence, b: MeanSequence, alpha: float = 0.05) -> Confide
         _, square, cube = _residual(m.requests, m.mean_x, m.mean_n, m.xx, m.xn, m.nn, arm.cubes)
         second += float(square) / (m.mean_n * m.requests) ** 2
         third += sign * float(cube) / (m.mean_n * m.requests) ** 3
-    below, above = (math.sqrt(second * float(_kappa(t, alpha, skew))) for skew in _skews(second, third))
+    below, above = (math.sqrt(second * float(_kappa(t, alpha, skew, inflation))) for skew in _skews(second, third))
     return ConfidenceInterval(value, value - below, value + above)
 
 
@@ -247,23 +257,26 @@ def reach(
     nn: npt.ArrayLike,
     cubes: Sequence[npt.ArrayLike],
     alpha: float,
+    inflation: npt.ArrayLike = 1.0,
 ) -> tuple[Floats, Floats]:
     """How far the interval extends below and above the ratio, both ≥ 0, infinite where nothing is refuted yet.
 
-    Moments as in `MeanSequence`, of any one shape; mean_n above 0. With d = m − ratio, E the residual x − ratio·n and N
-    = Σn, the inequality is d² (N² − κ Σn²) + 2κ d Σ n E − κ Σ E² ≤ 0.
+    Moments as in `MeanSequence`, and v̂, of any one shape; mean_n above 0. With d = m − ratio, E the residual
+    x − ratio·n and N = Σn, the inequality is d² (N² − κ Σn²) + 2κ d Σ n E − κ Σ E² ≤ 0.
 
     >>> below, above = reach(400, 2.0, 1.0, 100.0, 0.0, 0.0, [3600.0, 1300.0, 800.0, 400.0], alpha=0.05)
     >>> bool(0.0 < below < above < 1.0)
     True
     """
     t, mean_n = np.asarray(requests, np.float64), np.asarray(mean_n, np.float64)
+    known = np.isfinite(inflation)
+    v = np.where(known, inflation, 1.0)
     cross, square, cube = _residual(t, mean_x, mean_n, xx, xn, nn, cubes)
     ends = []
     for sign, skew in zip((1.0, -1.0), _skews(square, cube), strict=True):
-        kappa = _kappa(t, alpha, skew)
+        kappa = _kappa(t, alpha, skew, v)
         lead = (t * mean_n) ** 2 - kappa * (nn + t * mean_n**2)
-        bounded = (lead > 0.0) & (t > 1)
+        bounded = (lead > 0.0) & (t > 1) & known
         safe = np.where(bounded, lead, 1.0)
         end = (np.sqrt((kappa * cross) ** 2 + safe * kappa * square) + sign * kappa * cross) / safe
         ends.append(np.where(bounded, end, np.inf))
@@ -295,11 +308,12 @@ def _skews(square: Floats | float, cube: Floats | float) -> tuple[Floats, Floats
     return np.maximum(-skew, 0.0), np.maximum(skew, 0.0)
 
 
-def _kappa(t: npt.ArrayLike, alpha: float, skew: npt.ArrayLike) -> Floats:
+def _kappa(t: npt.ArrayLike, alpha: float, skew: npt.ArrayLike, inflation: npt.ArrayLike = 1.0) -> Floats:
+    v = np.asarray(inflation, np.float64)
     odds = -2.0 * math.log(alpha)
-    scaled: Floats = np.asarray(t, np.float64) * ((odds + math.log(odds + 1.0)) / NARROWEST_AT)
+    scaled: Floats = np.asarray(t, np.float64) / v * ((odds + math.log(odds + 1.0)) / NARROWEST_AT)
     kappa: Floats = 2.0 * (scaled + 1.0) / scaled * (0.5 * np.log1p(scaled) - math.log(alpha))
-    widened: Floats = kappa * (1.0 + np.sqrt(kappa) * np.asarray(skew, np.float64))
+    widened: Floats = v * kappa * (1.0 + np.sqrt(kappa * v) * np.asarray(skew, np.float64))
     return widened
 
 

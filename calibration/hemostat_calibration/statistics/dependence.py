@@ -10,17 +10,18 @@ non-overlapping batch means: with v(ℓ) that ratio for batches of ℓ successiv
 - The second term is the lugsail correction (Vats & Flegal, "Lugsail lag windows for estimating time-average covariance
   matrices", Biometrika 2022): v(ℓ) misses about as much of v as v(ℓ/2) misses more of it.
 - b is the number of batches: the factor makes it an upper limit of 80 % confidence where b is small.
-- L grows with the number n of units: there are `MIN_BATCHES` batches, twice as many where L is above √n (the length of
-  Flegal & Jones, "Batch means and spectral variance estimators in Markov chain Monte Carlo", Annals of Statistics
-  2010).
+- L grows with the number n of units: there are at least `MIN_BATCHES`. It is longer than what is best for the mean
+  squared error, about √n (Flegal & Jones, "Batch means and spectral variance estimators in Markov chain Monte Carlo",
+  Annals of Statistics 2010): to take v for too small costs errors, for too large only units.
 
 Where units depend over more than L of them, v̂ is about 2 L, and the number of effective units stays at about
 `MIN_BATCHES` / 2 however many there are: `MIN_EFFECTIVE` of them are needed before v̂ is believed. So what is asked for
 is that there are enough units to see over how many of them they depend.
 
 **Asymptotic**: v̂ is consistent as n grows, for units whose dependence dies out. What it cannot know is what has not
-happened yet: a cycle that is longer than the units that it was estimated from (day and night after some hours, weekends
-after some days), and dependence that begins later.
+happened yet: a cycle that is longer than the units that it was estimated from (weekends after some days), and
+dependence that begins later. Of hours of the day it knows after one day: so it is believed only of units that span a
+*cycle*, which the caller sets.
 
 The evidence of a bet that multiplies its wealth by factors 1 + f x grows, under dependence, as if each unit counted v
 times. For one bet, and sums that behave like a Brownian motion, the probability that it ever reaches 1/α is α^(1/v) in
@@ -41,8 +42,8 @@ from hemostat_calibration.arrays import Floats
 from hemostat_calibration.errors import InvalidArgumentError
 
 MIN_BATCHES = 24
-"""Fewer say nothing of a variance."""
-MIN_UNITS = 2 * MIN_BATCHES
+"""Fewer say little of a variance."""
+MIN_UNITS = 48
 """With fewer there is no batch length to estimate from."""
 MIN_EFFECTIVE = 20.0
 """Effective units with fewer of which v̂ is not believed."""
@@ -100,8 +101,7 @@ class BatchMeans:
         """v(ℓ) of every batch length that has enough batches: float64 [J, S], the first row, of
         single units, is 1. NaN where units did not differ."""
         batches = np.array([self.units >> level for level in range(LEVELS)])
-        needed = [MIN_BATCHES if 4**level <= self.units else 2 * MIN_BATCHES for level in range(LEVELS)]
-        usable = [level for level in range(LEVELS) if batches[level] >= needed[level]]
+        usable = [level for level in range(LEVELS) if batches[level] >= MIN_BATCHES]
         x, n, xx, xn, nn = np.moveaxis(self.sums[usable], 1, 0)
         total_n = np.where(n[:1] > 0.0, n[:1], 1.0)
         mean = x[:1] / total_n
@@ -153,6 +153,8 @@ MAX_CLIENTS = 64
 """Told from each other; further ones share their rows."""
 CLIENT_LEVELS = 6
 """Batches of 1, 2, …, 32 successive units of one client."""
+MIN_CLIENT_BATCHES = 48
+"""Of one length, over all clients."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -210,14 +212,14 @@ class ClientBatches:
         return ClientBatches(count, total, opened, batches, squares)
 
     def inflation(self, variance: Floats) -> Floats:
-        """v̂ of each series as in `BatchMeans.inflation`, of batch lengths with twice `MIN_BATCHES`
-        batches: float64 [S], 1 where there are none. variance: float64 [S], of single units of all clients."""
+        """v̂ of each series as in `BatchMeans.inflation`, of batch lengths with `MIN_CLIENT_BATCHES`: float64 [S], 1
+        where there are none. variance: float64 [S], of single units of all clients."""
         sizes = 2.0 ** np.arange(CLIENT_LEVELS)[:, None]
         scale = np.where(variance > 0.0, variance, np.inf)
         ratios = self.squares / (np.maximum(self.batches, 1.0) * sizes * scale)
         corrected = ratios[1:] + np.maximum(ratios[1:] - ratios[:-1], 0.0)
-        usable = self.batches[1:] >= 2 * MIN_BATCHES
-        limits = np.where(usable, corrected * upper_factor(np.maximum(self.batches[1:], MIN_BATCHES)), 1.0)
+        usable = self.batches[1:] >= MIN_CLIENT_BATCHES
+        limits = np.where(usable, corrected * upper_factor(np.maximum(self.batches[1:], MIN_CLIENT_BATCHES)), 1.0)
         found: Floats = np.maximum(limits.max(axis=0), 1.0)
         return found
 
@@ -261,29 +263,37 @@ def known_row(places: Mapping[bytes, int], client: bytes) -> int | None:
 class KindDependence:
     """v̂ of one figure of the units of a kind, by batches in time and by client: the larger one.
 
-    clients: digest -> row.
+    clients: digest -> row. first, last: times of the first and of the last unit, seconds.
 
     >>> kind = KindDependence()
     >>> for unit in range(200):
     ...     kind = kind.update(b"client %d" % (unit % 7), float(np.sin(1e6 * unit * unit)))
-    >>> kind.units, kind.known, 1.0 <= kind.inflation < 4.0
-    (200, True, True)
+    >>> kind.units, kind.known_for(0.0), kind.known_for(60.0), 1.0 <= kind.inflation < 4.0
+    (200, True, False, True)
     """
 
     in_time: BatchMeans = field(default_factory=lambda: BatchMeans.of(1))
     by_client: ClientBatches = field(default_factory=lambda: ClientBatches.of(MAX_CLIENTS, 1))
     clients: Mapping[bytes, int] = field(default_factory=dict)
+    first: float = 0.0
+    last: float = 0.0
 
     @property
     def units(self) -> int:
         return self.in_time.units
 
-    def update(self, client: bytes, x: float) -> KindDependence:
-        """Add one unit: its client's digest and its figure, finite."""
+    @property
+    def mean(self) -> float:
+        """0 before the first unit."""
+        return float(self.in_time.sums[0, _X, 0]) / max(self.units, 1)
+
+    def update(self, client: bytes, x: float, now: float = 0.0) -> KindDependence:
+        """Add one unit: its client's digest and its figure, finite. now: its time, seconds."""
         clients = dict(self.clients)
         row, value = client_row(clients, client), np.array([x])
         by_client = self.by_client.update(np.array([row]), value)
-        return KindDependence(self.in_time.update(value), by_client, clients)
+        first = self.first if self.units else now
+        return KindDependence(self.in_time.update(value), by_client, clients, first, max(now, first))
 
     @property
     def inflation(self) -> float:
@@ -292,7 +302,13 @@ class KindDependence:
             return 1.0
         return float(np.maximum(self.in_time.inflation(), self.by_client.inflation(self.in_time.variance))[0])
 
+    def known_for(self, cycle: float) -> bool:
+        """Whether v̂ is to be believed: of `MIN_HISTORY` units that span `cycle` seconds, and of `MIN_EFFECTIVE`
+        effective ones."""
+        enough = self.units >= MIN_HISTORY and not self.too_dependent
+        return enough and self.last - self.first >= cycle
+
     @property
-    def known(self) -> bool:
-        """Whether v̂ is to be believed: of `MIN_HISTORY` units, and of `MIN_EFFECTIVE` effective ones."""
-        return self.units >= MIN_HISTORY and self.units / self.inflation >= MIN_EFFECTIVE
+    def too_dependent(self) -> bool:
+        """Whether `MIN_HISTORY` units or more are fewer than `MIN_EFFECTIVE` effective ones."""
+        return self.units >= MIN_HISTORY and self.units / self.inflation < MIN_EFFECTIVE

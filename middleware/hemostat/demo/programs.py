@@ -83,6 +83,7 @@ def serve_settings(
         "reference": {"backend": "transformers", "model": str(checkpoints.reference.absolute()), "dtype": dtype()},
         "shadow": {"rate": 1.0, "top_k": TOP_K},
         "calibration": dict(CALIBRATION),
+        "evidence": {"cycle_hours": 0.0},
         "adapter": dict(ADAPTER),
         "shutdown_seconds": 5.0,
     }

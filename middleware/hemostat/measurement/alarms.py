@@ -16,6 +16,7 @@ from typing import Any
 
 from hemostat.config import schema as config
 from hemostat.ipc.messages import REST_KIND
+from hemostat.measurement.dependence import inflation_samples, told
 from hemostat.measurement.figures import finite
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
@@ -44,7 +45,7 @@ class Alarms:
 
     noise_floors: names of the models whose noise floors add up to the total; none: the floor is not measured, and the
         budget applies to the divergence itself.
-    wall: Unix time.
+    wall: Unix time. cycle: of the traffic, seconds.
     """
 
     def __init__(
@@ -53,11 +54,13 @@ class Alarms:
         noise_floors: tuple[str, ...],
         writes: StoreWrites,
         wall: Callable[[], float],
+        cycle: float = 0.0,
     ) -> None:
         self._settings = alarm.Settings(
             alpha=settings.alpha,
             budget=settings.budget_nats,
             baseline_requests=settings.baseline_requests or 0,
+            cycle=cycle,
             tolerance=settings.tolerance,
             clear_after=settings.clear_after,
         )
@@ -174,7 +177,7 @@ class Alarms:
                     "kind": reading.kind,
                     "baseline_requests": reading.baseline_requests,
                     "watched": reading.watched,
-                    "inflation": finite(reading.inflation),
+                    **told(reading.baseline_requests, reading.inflation),
                     "spread_ratio": reading.spread_ratio,
                     "baseline_share": reading.baseline_share,
                 }
@@ -194,7 +197,7 @@ class Alarms:
         """What tests still need before they can raise an alarm, in words."""
         needed = self._settings.baseline_requests
         waits = [
-            _waits(reading, needed)
+            _waits(reading, needed, self._settings.cycle, self._wall())
             for reading in alarm.kind_readings(self._state)
             if not reading.watched and reading.kind != REST_KIND
         ]
@@ -214,6 +217,18 @@ class Alarms:
             "spread_ratio": alarm.weighted_spread_ratio(self._state),
         }
 
+    def _learned(self, kind: alarm.KindReading) -> float:
+        """Of its baseline; 1 only where it is watched."""
+        if kind.watched:
+            return 1.0
+        needed = self._settings.baseline_requests
+        parts = [kind.baseline_requests / needed]
+        if parts[0] >= 1.0:
+            parts.append(kind.baseline_requests / kind.inflation / (alarm.EFFECTIVE_SHARE * needed))
+        if self._settings.cycle:
+            parts.append((self._wall() - kind.since) / self._settings.cycle)
+        return min(*parts, 0.99)
+
     def samples(self) -> Iterator[Sample]:
         for reading in alarm.readings(self._state):
             labels = str(reading.test), reading.kind or ALL_KINDS
@@ -221,8 +236,8 @@ class Alarms:
             yield Sample(names.HEMORRHAGE_EVIDENCE_RATIO, labels, _part(reading))
         for kind in alarm.kind_readings(self._state):
             if kind.kind != REST_KIND:
-                learned = kind.baseline_requests / self._settings.baseline_requests
-                yield Sample(names.ALARM_BASELINE_RATIO, (kind.kind,), min(learned, 1.0))
+                yield Sample(names.ALARM_BASELINE_RATIO, (kind.kind,), self._learned(kind))
+                yield from inflation_samples(kind.kind, "spread", kind.baseline_requests, kind.inflation)
             if kind.spread_ratio is not None:
                 yield Sample(names.ALARM_SPREAD_RATIO, (kind.kind,), kind.spread_ratio)
         if (ratio := alarm.weighted_spread_ratio(self._state)) is not None:
@@ -237,7 +252,10 @@ def _begun(state: alarm.Alarm) -> int:
     return state.budget_tests + state.change_tests + state.baselines
 
 
-def _waits(reading: alarm.KindReading, needed: int) -> str:
+def _waits(reading: alarm.KindReading, needed: int, cycle: float, now: float) -> str:
+    if reading.baseline_requests >= needed and now - reading.since < cycle:
+        hours = (now - reading.since) / 3600.0
+        return f"baseline of {reading.kind!r}: requests of {hours:.1f} of {cycle / 3600.0:.1f} h (evidence.cycle_hours)"
     if reading.baseline_requests < needed:
         return f"baseline of {reading.kind!r}: {reading.baseline_requests} of {needed} requests"
     effective = reading.baseline_requests / reading.inflation

@@ -10,6 +10,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from hemostat.measurement.dependence import NO_CYCLE, Cycle, Dependence, told
 from hemostat.measurement.figures import MAX_TOKENS, StageFigures, finite
 from hemostat_calibration.divergence.decoding import DECODING_LABELS, DecodedDivergence, decoding_label
 from hemostat_calibration.divergence.per_token import TokenDivergence
@@ -30,50 +33,62 @@ def strategy(record: TokenRecord) -> str:
 class _Drawn:
     """After decoding: both bounds of the two divergences that are finite even where only one model keeps a token."""
 
+    cycle: Cycle
     tv_lower: ClippedMean = field(default_factory=lambda: ClippedMean(0.0, 1.0))
     tv_upper: ClippedMean = field(default_factory=lambda: ClippedMean(0.0, 1.0))
     js_lower: ClippedMean = field(default_factory=lambda: ClippedMean(0.0, math.log(2.0)))
     js_upper: ClippedMean = field(default_factory=lambda: ClippedMean(0.0, math.log(2.0)))
+    dependence: Dependence = field(init=False)
+    """Of these four."""
     tokens: int = 0
     unavailable: int = 0
+
+    def __post_init__(self) -> None:
+        self.dependence = Dependence(4, self.cycle)
 
     def add(self, drawn: DecodedDivergence) -> None:
         self.tokens += len(drawn.available)
         self.unavailable += int((~drawn.available).sum())
         self.tv_lower, self.tv_upper = self.tv_lower.update(drawn.tv.lower), self.tv_upper.update(drawn.tv.upper)
         self.js_lower, self.js_upper = self.js_lower.update(drawn.js.lower), self.js_upper.update(drawn.js.upper)
+        values = np.array([drawn.tv.lower, drawn.tv.upper, drawn.js.lower, drawn.js.upper])
+        self.dependence.add(np.nansum(values, axis=1), np.count_nonzero(~np.isnan(values), axis=1).astype(np.float64))
 
     def summary(self) -> dict[str, Any]:
         """`unavailable_share`: of the tokens, where the lists do not determine the cut, or a profile was applied."""
+        tv_lower, tv_upper, js_lower, js_upper = self.dependence.inflations().tolist()
         return {
-            "total_variation": _ends(self.tv_lower, self.tv_upper),
-            "js_nats": _ends(self.js_lower, self.js_upper),
+            "total_variation": _ends(self.tv_lower, self.tv_upper, max(tv_lower, tv_upper)),
+            "js_nats": _ends(self.js_lower, self.js_upper, max(js_lower, js_upper)),
             "unavailable_share": self.unavailable / self.tokens if self.tokens else None,
         }
 
 
-def _ends(lower: ClippedMean, upper: ClippedMean) -> dict[str, Any]:
-    low, high = lower.get(), upper.get()
+def _ends(lower: ClippedMean, upper: ClippedMean, inflation: float) -> dict[str, Any]:
+    low, high = lower.get(inflation=inflation), upper.get(inflation=inflation)
     return {
         "lower": finite(low.mean),
         "upper": finite(high.mean),
-        "ci95": [finite(low.low), finite(high.high)] if lower.requests else [None, None],
+        "ci95": [finite(low.low), finite(high.high)] if math.isfinite(inflation) else [None, None],
+        **told(lower.requests, inflation),
     }
 
 
 class ByDecoding:
-    """Raw figures, and those after decoding, by the request's decoding strategy. max_tokens: of a request."""
+    """Raw figures, and those after decoding, by the request's decoding strategy. max_tokens: of a request. cycle: of
+    the traffic."""
 
-    def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
+    def __init__(self, max_tokens: int = MAX_TOKENS, cycle: Cycle = NO_CYCLE) -> None:
         self._max_tokens = max_tokens
+        self._cycle = cycle
         self._figures: dict[str, StageFigures] = {}
         self._drawn: dict[str, _Drawn] = {}
 
-    def add(self, name: str, figures: TokenDivergence, drawn: DecodedDivergence | None) -> None:
-        """drawn: None where the decoding is not known."""
-        self._figures.setdefault(name, StageFigures(self._max_tokens)).add(figures)
+    def add(self, name: str, figures: TokenDivergence, drawn: DecodedDivergence | None, client: bytes = b"") -> None:
+        """drawn: None where the decoding is not known. client: the digest of whom the request is from."""
+        self._figures.setdefault(name, StageFigures(self._max_tokens, cycle=self._cycle)).add(figures, client)
         if drawn is not None:
-            self._drawn.setdefault(name, _Drawn()).add(drawn)
+            self._drawn.setdefault(name, _Drawn(self._cycle)).add(drawn)
 
     def report(self) -> list[dict[str, Any]]:
         """Those with a request, in the order of `STRATEGIES`. JSON-ready."""

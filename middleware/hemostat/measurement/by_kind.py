@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 
 from hemostat.ipc.messages import REST_KIND
+from hemostat.measurement.dependence import NO_CYCLE, Cycle, inflation_samples
 from hemostat.measurement.figures import MAX_TOKENS, StageFigures
-from hemostat.measurement.gains import DistanceGains, GainFigures, interval_json
+from hemostat.measurement.gains import DistanceGains, GainFigures, difference
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat_calibration.divergence.gain import Gain
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Arm, ExactDistances, TokenRecord
-from hemostat_calibration.statistics import confidence
 
 MAX_KINDS = 64
 MAX_VERSIONS = 4
@@ -36,6 +36,7 @@ ASSIGNED = (Arm.CONTROL, Arm.TREATED)
 @dataclass(slots=True)
 class _Kind:
     max_tokens: int
+    cycle: Cycle
     raw: StageFigures = field(init=False)
     served: dict[Arm, StageFigures] = field(init=False)
     gains: OrderedDict[str, GainFigures | DistanceGains] = field(default_factory=OrderedDict)
@@ -44,8 +45,8 @@ class _Kind:
     """By arm: tokens with a finite KL, and their KL, of what was served. Of all records."""
 
     def __post_init__(self) -> None:
-        self.raw = StageFigures(self.max_tokens, FIGURES_BY_KIND)
-        self.served = {arm: StageFigures(self.max_tokens, FIGURES_BY_KIND) for arm in ASSIGNED}
+        self.raw = StageFigures(self.max_tokens, FIGURES_BY_KIND, self.cycle)
+        self.served = {arm: StageFigures(self.max_tokens, FIGURES_BY_KIND, self.cycle) for arm in ASSIGNED}
 
     def latest(self) -> tuple[str | None, GainFigures | DistanceGains | None]:
         version = next(reversed(self.gains), None)
@@ -82,17 +83,20 @@ CONDITIONAL_METRICS = KindMetrics(
 
 
 class ByKind:
-    """max_tokens: of a request. metrics: what its figures are exported as."""
+    """max_tokens: of a request. metrics: what its figures are exported as. cycle: of the traffic."""
 
-    def __init__(self, max_tokens: int = MAX_TOKENS, metrics: KindMetrics = KIND_METRICS) -> None:
+    def __init__(
+        self, max_tokens: int = MAX_TOKENS, metrics: KindMetrics = KIND_METRICS, cycle: Cycle = NO_CYCLE
+    ) -> None:
         self._max_tokens = max_tokens
+        self._cycle = cycle
         self._metrics = metrics
         self._kinds: OrderedDict[str, _Kind] = OrderedDict()
 
     def count(self, record: TokenRecord, served: TokenDivergence) -> None:
         """Any record: the counters. served: the figures of what the client was served."""
         name, arm = record.kind or REST_KIND, str(record.arm)
-        kind = self._kinds.pop(name, None) or _Kind(self._max_tokens)
+        kind = self._kinds.pop(name, None) or _Kind(self._max_tokens, self._cycle)
         self._kinds[name] = kind
         if len(self._kinds) > MAX_KINDS:
             self._kinds.popitem(last=False)
@@ -112,15 +116,15 @@ class ByKind:
         gain: of the calibrated stage."""
         kind = self._kinds[record.kind or REST_KIND]
         if raw is not None:
-            kind.raw.add(raw)
+            kind.raw.add(raw, record.client)
         if record.arm in kind.served:
-            kind.served[record.arm].add(served)
+            kind.served[record.arm].add(served, record.client)
         if raw is None or profile is None or gain is None:
             return
         figures = kind.gains.get(profile.version)
         if not isinstance(figures, GainFigures):
-            figures = GainFigures(2.0 * profile.clamp_nats, self._max_tokens)
-        figures.add(gain, raw)
+            figures = GainFigures(2.0 * profile.clamp_nats, self._max_tokens, cycle=self._cycle)
+        figures.add(gain, raw, record.client)
         kind.put(profile.version, figures)
 
     def add_distances(self, record: TokenRecord, version: str, before: ExactDistances, after: ExactDistances) -> None:
@@ -130,8 +134,8 @@ class ByKind:
             return
         figures = kind.gains.get(version)
         if not isinstance(figures, DistanceGains):
-            figures = DistanceGains(self._max_tokens)
-        figures.add(before, after)
+            figures = DistanceGains(self._max_tokens, cycle=self._cycle)
+        figures.add(before, after, record.client)
         kind.put(version, figures)
 
     def report(self) -> list[dict[str, Any]]:
@@ -141,10 +145,7 @@ class ByKind:
         for name, kind in sorted(self._kinds.items(), key=lambda item: (-item[1].raw.requests, item[0])):
             version, gain = kind.latest()
             treated, control = kind.served[Arm.TREATED], kind.served[Arm.CONTROL]
-            differences = {
-                name: interval_json(confidence.difference(treated.sequence(name), control.sequence(name)))
-                for name in DIFFERENCES
-            }
+            differences = {name: difference(treated, control, name) for name in DIFFERENCES}
             found.append(
                 {
                     "kind": name,
@@ -167,6 +168,8 @@ class ByKind:
             for arm, (tokens, nats) in kind.totals.items():
                 yield Sample(self._metrics.kl_nats, (name, arm), nats)
                 yield Sample(self._metrics.kl_tokens, (name, arm), tokens)
+            if kind.raw.requests:
+                yield from inflation_samples(name, "kl_nats", kind.raw.requests, kind.raw.inflation("kl_nats"))
             _, gain = kind.latest()
             if gain is None or not gain.requests:
                 continue

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
+from hemostat.measurement.dependence import NO_CYCLE, Cycle
 from hemostat.measurement.figures import MAX_TOKENS
 from hemostat.measurement.measurements import Measurements
 from hemostat_calibration.divergence.per_token import TokenDivergence
@@ -19,10 +20,12 @@ MAX_MODELS = 16
 
 
 class OtherModels:
-    """Owns the measurements of each model, in bounded memory. max_tokens: of a request."""
+    """Owns the measurements of each model, in bounded memory. max_tokens: of a request. cycle: of the
+    traffic."""
 
-    def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
+    def __init__(self, max_tokens: int = MAX_TOKENS, cycle: Cycle = NO_CYCLE) -> None:
         self._max_tokens = max_tokens
+        self._cycle = cycle
         self._of: OrderedDict[str, Measurements] = OrderedDict()
 
     def observe(self, model: str, record: TokenRecord, figures: TokenDivergence, *, fresh: bool) -> None:
@@ -41,7 +44,7 @@ class OtherModels:
 
     def report(self, model: str) -> dict[str, Any]:
         """JSON-ready: the raw figures, the noise floor, the excess over it, and what is conditional on a grammar."""
-        found = self._of.get(model) or Measurements(self._max_tokens)
+        found = self._of.get(model) or Measurements(self._max_tokens, self._cycle)
         return {
             "raw": found.summary(None),
             "noise_floor": found.noise_floor(),
@@ -50,7 +53,7 @@ class OtherModels:
         }
 
     def _measurements(self, model: str) -> Measurements:
-        found = self._of.pop(model, None) or Measurements(self._max_tokens)
+        found = self._of.pop(model, None) or Measurements(self._max_tokens, self._cycle)
         self._of[model] = found
         while len(self._of) > MAX_MODELS:
             self._of.popitem(last=False)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from hemostat.measurement.dependence import NO_CYCLE, Cycle
 from hemostat.measurement.figures import MAX_TOKENS, StageFigures
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
@@ -36,9 +37,15 @@ POSITIONS, CONTEXTS = bucket_labels(POSITION_EDGES), bucket_labels(CONTEXT_EDGES
 class _Group:
     """Figures of each bucket of one division."""
 
-    def __init__(self, labels: tuple[str, ...], divide: Callable[[TokenRecord], Mapping[str, Bools]], max_tokens: int):
+    def __init__(
+        self,
+        labels: tuple[str, ...],
+        divide: Callable[[TokenRecord], Mapping[str, Bools]],
+        max_tokens: int,
+        cycle: Cycle,
+    ):
         self._divide = divide
-        self._figures = {label: StageFigures(max_tokens, FIGURES_BY_PLACE) for label in labels}
+        self._figures = {label: StageFigures(max_tokens, FIGURES_BY_PLACE, cycle) for label in labels}
         self._totals: dict[str, tuple[int, float]] = dict.fromkeys(labels, (0, 0.0))
         """Tokens with a finite KL, and their KL; of all records."""
 
@@ -49,7 +56,7 @@ class _Group:
             tokens, nats = self._totals[label]
             self._totals[label] = tokens + len(finite), nats + float(finite.sum())
             if fresh:
-                self._figures[label].add(part)
+                self._figures[label].add(part, record.client)
 
     def report(self) -> list[dict[str, Any]]:
         """Those with a request, in their order."""
@@ -62,12 +69,12 @@ class _Group:
 
 
 class ByPlace:
-    """max_tokens: of a request."""
+    """max_tokens: of a request. cycle: of the traffic."""
 
-    def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
-        self._position = _Group(POSITIONS, by_position, max_tokens)
-        self._context = _Group(CONTEXTS, by_context, max_tokens)
-        self._phase = _Group(PHASES, by_phase, max_tokens)
+    def __init__(self, max_tokens: int = MAX_TOKENS, cycle: Cycle = NO_CYCLE) -> None:
+        self._position = _Group(POSITIONS, by_position, max_tokens, cycle)
+        self._context = _Group(CONTEXTS, by_context, max_tokens, cycle)
+        self._phase = _Group(PHASES, by_phase, max_tokens, cycle)
 
     def add(self, record: TokenRecord, raw: TokenDivergence, *, fresh: bool) -> None:
         """A record of the compressed model itself; one under a grammar is left out. fresh: it is an observation of its

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hemostat.measurement.by_kind import CONDITIONAL_METRICS, ByKind
+from hemostat.measurement.dependence import NO_CYCLE, Cycle
 from hemostat.measurement.figures import HEADLINE, MAX_TOKENS, StageFigures
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
@@ -23,11 +24,11 @@ from hemostat_calibration.records import Arm, TokenRecord
 
 
 class ConditionalFigures:
-    """max_tokens: of a request."""
+    """max_tokens: of a request. cycle: of the traffic."""
 
-    def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
-        self._raw = StageFigures(max_tokens)
-        self.by_kind = ByKind(max_tokens, CONDITIONAL_METRICS)
+    def __init__(self, max_tokens: int = MAX_TOKENS, cycle: Cycle = NO_CYCLE) -> None:
+        self._raw = StageFigures(max_tokens, cycle=cycle)
+        self.by_kind = ByKind(max_tokens, CONDITIONAL_METRICS, cycle)
         self._tokens = {(str(arm), share): 0 for arm in Arm for share in ("exact", "bounds")}
 
     @property
@@ -60,7 +61,7 @@ class ConditionalFigures:
         self.by_kind.count(record, served_figures)
         if fresh:
             if own:
-                self._raw.add(figures)
+                self._raw.add(figures, record.client)
             self.by_kind.add(record, figures if own else None, served_figures, profile, gain)
 
     def report(self) -> dict[str, Any]:

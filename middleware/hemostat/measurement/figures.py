@@ -4,8 +4,10 @@ Every figure has a name, a kind (a one-sided bound, an estimate, exact), the ran
 the mean, and two intervals that may be looked at as often as one likes, both of the mean per token. The unit is the
 request: tokens of one request are correlated.
 
-`ci95`         asymptotic: its coverage is right for many requests that have one distribution, with a tail that the
-               requests so far show; see `hemostat_calibration.statistics.confidence`.
+`ci95`         asymptotic: its coverage is right for many effective requests that have one distribution, with a tail
+               that the requests so far show; see `hemostat_calibration.statistics.confidence`. Without ends while there
+               are not enough effective requests: `inflation` is v̂, how much more their sums vary than those of
+               independent ones, and `effective_requests` requests / v̂.
 `ci95_finite`  of headline figures, by token and by request (`by_request`, the mean of the requests' means: much
                narrower): holds for any number of requests, whatever their distribution and drift; wide.
                None is "not enough requests": wider than half of the figure's range. See
@@ -22,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from hemostat.measurement.dependence import NO_CYCLE, Cycle, Dependence, told
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.statistics.confidence import ClippedMean, ConfidenceInterval, MeanSequence
 from hemostat_calibration.statistics.running_mean import RunningMean, RunningRatio, enough
@@ -96,15 +99,22 @@ INFINITE = ("kl_nats", "reverse_kl_nats")
 
 
 class StageFigures:
-    """Figures over the requests of one group. max_tokens: of a request. names: which of `FIGURES`."""
+    """Figures over the requests of one group. max_tokens: of a request. names: which of `FIGURES`. cycle: of the
+    traffic."""
 
-    def __init__(self, max_tokens: int = MAX_TOKENS, names: Collection[str] = tuple(FIGURES)) -> None:
+    def __init__(
+        self, max_tokens: int = MAX_TOKENS, names: Collection[str] = tuple(FIGURES), cycle: Cycle = NO_CYCLE
+    ) -> None:
         self._figures = {name: FIGURES[name] for name in names}
         self._means = {name: ClippedMean(figure.lo, figure.cap) for name, figure in self._figures.items()}
         self._ratios = {
             name: RunningRatio(one.lo, one.cap, max_tokens) for name, one in self._means.items() if name in HEADLINE
         }
         self._by_request = {name: RunningMean(ratio.lo, ratio.hi) for name, ratio in self._ratios.items()}
+        self._dependence = Dependence(len(self._figures), cycle)
+        self._inflations: dict[str, float] = dict.fromkeys(self._figures, math.inf)
+        """v̂ by figure after `requests` of `_inflations_of`."""
+        self._inflations_of = 0
         self._below = dict.fromkeys(names, 0)
         self._infinite = {name: 0 for name in INFINITE if name in self._figures}
         self._exact = True
@@ -113,22 +123,25 @@ class StageFigures:
         self.requests = 0
         self.tokens = 0
 
-    def add(self, figures: TokenDivergence) -> None:
-        """One request."""
+    def add(self, figures: TokenDivergence, client: bytes = b"") -> None:
+        """One request. client: the digest of whom it is from."""
         self.requests += 1
         self.tokens += len(figures.kl_rc)
         self._exact = self._exact and figures.bound == "exact"
-        for name, figure in self._figures.items():
+        x, n = np.zeros((2, len(self._figures)))
+        for at, (name, figure) in enumerate(self._figures.items()):
             values = np.asarray(figure.values(figures), dtype=np.float64)
             if figure.lo < 0.0:
                 self._below[name] += int((values < figure.lo).sum())
                 values = np.maximum(values, figure.lo)
             self._means[name] = self._means[name].update(values)
+            given = np.clip(values[~np.isnan(values)], figure.lo, figure.cap)
+            x[at], n[at] = given.sum(), len(given)
             if name in self._ratios:
-                given = np.clip(values[~np.isnan(values)], figure.lo, figure.cap)
-                self._ratios[name] = self._ratios[name].update(float(given.sum()), len(given))
+                self._ratios[name] = self._ratios[name].update(float(x[at]), len(given))
                 if len(given):
                     self._by_request[name] = self._by_request[name].update(float(given.mean()))
+        self._dependence.add(x, n, client)
         for name in self._infinite:
             self._infinite[name] += int(np.isinf(FIGURES[name].values(figures)).sum())
 
@@ -136,9 +149,16 @@ class StageFigures:
         """One figure's mean; None where nothing was measured."""
         return finite(self._means[name].get().mean)
 
+    def inflation(self, name: str) -> float:
+        """v̂ of one figure; infinite where it is not known."""
+        if self._inflations_of != self.requests:
+            found = self._dependence.inflations().tolist()
+            self._inflations, self._inflations_of = dict(zip(self._figures, found, strict=True)), self.requests
+        return self._inflations[name]
+
     def interval(self, name: str, alpha: float) -> ConfidenceInterval:
-        """One figure's mean with its asymptotic interval of 1 − alpha."""
-        return self._means[name].get(alpha)
+        """One figure's mean with its asymptotic interval of 1 − alpha; its whole range where v̂ is not known."""
+        return self._means[name].get(alpha, self.inflation(name))
 
     def finite_interval(self, name: str, alpha: float) -> ConfidenceInterval:
         """One headline figure's mean with its finite-sample interval of 1 − alpha."""
@@ -149,23 +169,26 @@ class StageFigures:
         return self._means[name].sequence
 
     def figure(self, name: str) -> dict[str, Any]:
-        """One figure, JSON-ready: `estimate` (the mean), `ci95`, `bound` (its kind), `cap`, `clipped_share`; headline
-        figures also have `ci95_finite`, and `by_request`: the mean of the requests' means with its `ci95_finite`."""
-        mean, interval = self._means[name], self._means[name].get()
+        """One figure, JSON-ready: `estimate` (the mean), `ci95`, `inflation`, `effective_requests`, `bound` (its kind),
+        `cap`, `clipped_share`; headline figures also have `ci95_finite`, and `by_request`: the mean of the requests'
+        means with its `ci95_finite`."""
+        mean, v = self._means[name], self.inflation(name)
+        interval = mean.get(inflation=v)
         clipped = (mean.clipped + self._below[name]) / mean.tokens if mean.tokens else 0.0
-        told: dict[str, Any] = {
+        found: dict[str, Any] = {
             "estimate": finite(interval.mean),
-            "ci95": [finite(interval.low), finite(interval.high)] if mean.requests else [None, None],
+            "ci95": [finite(interval.low), finite(interval.high)] if math.isfinite(v) else [None, None],
+            **told(mean.requests, v),
         }
         if name in self._ratios:
             lo, cap, by_request = FIGURES[name].lo, FIGURES[name].cap, self._by_request[name]
-            told["ci95_finite"] = ends_or_none(self._ratios[name].get(), lo, cap)
-            told["by_request"] = {
+            found["ci95_finite"] = ends_or_none(self._ratios[name].get(), lo, cap)
+            found["by_request"] = {
                 "estimate": finite(by_request.mean),
                 "ci95_finite": ends_or_none(by_request.get(), lo, cap),
             }
         return {
-            **told,
+            **found,
             "bound": "exact" if self._exact else FIGURES[name].kind,
             "cap": FIGURES[name].cap,
             "clipped_share": clipped,
@@ -180,11 +203,13 @@ class StageFigures:
 
     def _to_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {"requests": self.requests, "tokens": self.tokens}
-        found |= {"ci95": {}, "ci95_finite": {}, "by_request": {}}
+        found |= {"ci95": {}, "inflation": {}, "effective_requests": {}, "ci95_finite": {}, "by_request": {}}
         for name, figure in self._figures.items():
             one = self.figure(name)
             if figure.plain:
-                found[name], found["ci95"][name] = one["estimate"], one["ci95"]
+                found[name] = one["estimate"]
+                for key in ("ci95", "inflation", "effective_requests"):
+                    found[key][name] = one[key]
                 if "ci95_finite" in one:
                     found["ci95_finite"][name] = one["ci95_finite"]
                     found["by_request"][name] = one["by_request"]

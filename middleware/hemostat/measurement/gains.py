@@ -8,30 +8,47 @@ from typing import Any
 
 import numpy as np
 
-from hemostat.measurement.figures import MAX_TOKENS, ends_or_none, finite
+from hemostat.measurement.dependence import NO_CYCLE, Cycle, Dependence, told
+from hemostat.measurement.figures import MAX_TOKENS, StageFigures, ends_or_none, finite
 from hemostat_calibration.divergence.gain import Gain
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.records import ExactDistances
+from hemostat_calibration.statistics import confidence
 from hemostat_calibration.statistics.confidence import ConfidenceInterval, MeanSequence
 from hemostat_calibration.statistics.running_mean import RunningMean, RunningRatio
 
-
-def interval(sequence: MeanSequence, lo: float = -math.inf, hi: float = math.inf) -> dict[str, Any]:
-    """JSON-ready: None where nothing was measured, or the end is infinite. lo, hi: the figure's range by definition."""
-    return (
-        interval_json(sequence.get(lo, hi)) if sequence.moments.requests else {"estimate": None, "ci95": [None, None]}
-    )
+BY_TOKEN, BY_REQUEST, SHARE, TV_BY_TOKEN, TV_BY_REQUEST = range(5)
+"""Series of `Dependence`."""
 
 
-def interval_json(found: ConfidenceInterval) -> dict[str, Any]:
-    return {"estimate": finite(found.mean), "ci95": [finite(found.low), finite(found.high)]}
+def interval(sequence: MeanSequence, inflation: float, lo: float = -math.inf, hi: float = math.inf) -> dict[str, Any]:
+    """JSON-ready: None where nothing was measured, or the end is not known. inflation: v̂, infinite where it is not
+    known. lo, hi: the figure's range by definition."""
+    found = interval_json(sequence.get(lo, hi, inflation=inflation), inflation)
+    return found | told(sequence.moments.requests, inflation)
+
+
+def interval_json(found: ConfidenceInterval, inflation: float) -> dict[str, Any]:
+    """Without ends where v̂ is not known."""
+    known = math.isfinite(inflation)
+    ends = [finite(found.low), finite(found.high)] if known else [None, None]
+    return {"estimate": finite(found.mean), "ci95": ends}
+
+
+def difference(treated: StageFigures, control: StageFigures, name: str) -> dict[str, Any]:
+    """Treated minus control of one figure, with the larger v̂ of both; JSON-ready."""
+    v = max(treated.inflation(name), control.inflation(name))
+    a, b = treated.sequence(name), control.sequence(name)
+    requests = a.moments.requests + b.moments.requests
+    return interval_json(confidence.difference(a, b, inflation=v), v) | told(requests, v)
 
 
 @dataclass(slots=True)
 class GainFigures:
     """KL(r‖c) − KL(r‖c') of one profile over tokens where it is known exactly, and its share of the KL before.
 
-    limit: a token's gain is between −limit and limit: twice the profile's clamp. max_tokens: of a request.
+    limit: a token's gain is between −limit and limit: twice the profile's clamp. max_tokens: of a request. cycle: of
+        the traffic.
     """
 
     limit: float
@@ -40,10 +57,14 @@ class GainFigures:
     by_request: MeanSequence = field(default_factory=MeanSequence)
     share: MeanSequence = field(default_factory=MeanSequence)
     """Σ gain / Σ KL."""
+    cycle: Cycle = NO_CYCLE
+    dependence: Dependence = field(init=False)
+    """Of these three."""
     finite_by_token: RunningRatio = field(init=False)
     finite_by_request: RunningMean = field(init=False)
 
     def __post_init__(self) -> None:
+        self.dependence = Dependence(3, self.cycle)
         self.finite_by_token = RunningRatio(-self.limit, self.limit, self.max_tokens)
         self.finite_by_request = RunningMean(-self.limit, self.limit)
 
@@ -51,8 +72,9 @@ class GainFigures:
     def requests(self) -> int:
         return self.by_token.moments.requests
 
-    def add(self, gain: Gain, raw: TokenDivergence) -> None:
-        """One request, its tokens where the gain and the KL before it are known; nothing where there is none."""
+    def add(self, gain: Gain, raw: TokenDivergence, client: bytes = b"") -> None:
+        """One request, its tokens where the gain and the KL before it are known; nothing where there is none. client:
+        the digest of whom it is from."""
         both = gain.exact & np.isfinite(raw.estimate_rc)
         tokens = int(both.sum())
         if not tokens:
@@ -62,22 +84,27 @@ class GainFigures:
         self.by_token = self.by_token.update(won, tokens)
         self.by_request = self.by_request.update(won / tokens, 1.0)
         self.share = self.share.update(won, max(of, 0.0))
+        sums, numbers = np.array([won, won / tokens, won]), np.array([tokens, 1.0, max(of, 0.0)])
+        self.dependence.add(sums, numbers, client)
         self.finite_by_token = self.finite_by_token.update(bounded, tokens)
         self.finite_by_request = self.finite_by_request.update(bounded / tokens)
 
     def recovered(self) -> dict[str, Any] | None:
         """The share, with its asymptotic interval only: a ratio to a KL has no range. None before the first request."""
-        return interval(self.share, hi=1.0) if self.share.moments.mean_n > 0.0 else None
+        if self.share.moments.mean_n == 0.0:
+            return None
+        return interval(self.share, self.dependence.inflation(SHARE), hi=1.0)
 
     def gained(self) -> dict[str, Any]:
         """Nats: by token, and under `by_request` the mean of the requests' means."""
+        v = self.dependence.inflations()
         return {
-            **interval(self.by_token),
+            **interval(self.by_token, v[BY_TOKEN]),
             "ci95_finite": ends_or_none(self.finite_by_token.get(), -self.limit, self.limit),
             "requests": self.requests,
             "bound": "exact",
             "by_request": {
-                **interval(self.by_request),
+                **interval(self.by_request, v[BY_REQUEST]),
                 "ci95_finite": ends_or_none(self.finite_by_request.get(), -self.limit, self.limit),
             },
         }
@@ -88,7 +115,7 @@ class DistanceGains:
     """The same of an adapter, from exact distances of held-out requests.
 
     Its gain in KL has no bound, so no finite-sample interval; that of the total variation is between −1 and 1.
-    max_tokens: of a request.
+    max_tokens: of a request. cycle: of the traffic.
     """
 
     max_tokens: int = MAX_TOKENS
@@ -97,12 +124,16 @@ class DistanceGains:
     share: MeanSequence = field(default_factory=MeanSequence)
     tv_by_token: MeanSequence = field(default_factory=MeanSequence)
     tv_by_request: MeanSequence = field(default_factory=MeanSequence)
+    cycle: Cycle = NO_CYCLE
+    dependence: Dependence = field(init=False)
+    """Of these five."""
     finite_tv_by_token: RunningRatio = field(init=False)
     finite_tv_by_request: RunningMean = field(init=False)
     infinite_tokens: int = 0
     """At which one of the KL is infinite: they are in no mean of the KL."""
 
     def __post_init__(self) -> None:
+        self.dependence = Dependence(5, self.cycle)
         self.finite_tv_by_token = RunningRatio(-1.0, 1.0, self.max_tokens)
         self.finite_tv_by_request = RunningMean(-1.0, 1.0)
 
@@ -110,40 +141,48 @@ class DistanceGains:
     def requests(self) -> int:
         return self.tv_by_token.moments.requests
 
-    def add(self, before: ExactDistances, after: ExactDistances) -> None:
-        """One request."""
+    def add(self, before: ExactDistances, after: ExactDistances, client: bytes = b"") -> None:
+        """One request. client: the digest of whom it is from."""
         tokens, less = len(before.tv), before.tv - after.tv
+        sums, numbers = np.zeros(5), np.zeros(5)
+        sums[[TV_BY_TOKEN, TV_BY_REQUEST]] = less.sum(), less.mean()
+        numbers[[TV_BY_TOKEN, TV_BY_REQUEST]] = tokens, 1.0
         self.tv_by_token = self.tv_by_token.update(float(less.sum()), tokens)
         self.tv_by_request = self.tv_by_request.update(float(less.mean()), 1.0)
         self.finite_tv_by_token = self.finite_tv_by_token.update(float(less.sum()), tokens)
         self.finite_tv_by_request = self.finite_tv_by_request.update(float(less.mean()))
         known = np.isfinite(before.kl) & np.isfinite(after.kl)
         self.infinite_tokens += int((~known).sum())
-        if not known.any():
-            return
-        won, of = float((before.kl - after.kl)[known].sum()), float(before.kl[known].sum())
-        self.by_token = self.by_token.update(won, int(known.sum()))
-        self.by_request = self.by_request.update(won / int(known.sum()), 1.0)
-        self.share = self.share.update(won, max(of, 0.0))
+        if known.any():
+            won, of = float((before.kl - after.kl)[known].sum()), max(float(before.kl[known].sum()), 0.0)
+            mean = won / int(known.sum())
+            self.by_token = self.by_token.update(won, int(known.sum()))
+            self.by_request = self.by_request.update(mean, 1.0)
+            self.share = self.share.update(won, of)
+            sums[:TV_BY_TOKEN], numbers[:TV_BY_TOKEN] = (won, mean, won), (known.sum(), 1.0, of)
+        self.dependence.add(sums, numbers, client)
 
     def recovered(self) -> dict[str, Any] | None:
         """As `GainFigures.recovered`."""
-        return interval(self.share, hi=1.0) if self.share.moments.mean_n > 0.0 else None
+        if self.share.moments.mean_n == 0.0:
+            return None
+        return interval(self.share, self.dependence.inflation(SHARE), hi=1.0)
 
     def gained(self) -> dict[str, Any]:
         """As `GainFigures.gained`, and the same of the total variation."""
+        v = self.dependence.inflations()
         return {
-            **interval(self.by_token),
+            **interval(self.by_token, v[BY_TOKEN]),
             "ci95_finite": None,
             "requests": self.requests,
             "bound": "exact",
-            "by_request": {**interval(self.by_request), "ci95_finite": None},
+            "by_request": {**interval(self.by_request, v[BY_REQUEST]), "ci95_finite": None},
             "infinite_tokens": self.infinite_tokens,
             "total_variation": {
-                **interval(self.tv_by_token, -1.0, 1.0),
+                **interval(self.tv_by_token, v[TV_BY_TOKEN], -1.0, 1.0),
                 "ci95_finite": ends_or_none(self.finite_tv_by_token.get(), -1.0, 1.0),
                 "by_request": {
-                    **interval(self.tv_by_request, -1.0, 1.0),
+                    **interval(self.tv_by_request, v[TV_BY_REQUEST], -1.0, 1.0),
                     "ci95_finite": ends_or_none(self.finite_tv_by_request.get(), -1.0, 1.0),
                 },
             },

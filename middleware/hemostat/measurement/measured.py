@@ -8,6 +8,7 @@ from hemostat.config.schema import Settings
 from hemostat.measurement import alarms, by_engine, outcomes
 from hemostat.measurement.alarms import Alarms
 from hemostat.measurement.by_engine import ByEngine
+from hemostat.measurement.dependence import Cycle
 from hemostat.measurement.figures import MODELS
 from hemostat.measurement.measurements import Measurements
 from hemostat.measurement.outcome_sampling import OutcomeSampling
@@ -29,8 +30,9 @@ class Measured:
     ) -> None:
         floors = MODELS if settings.shadow.floor_fraction > 0.0 else ()
         control_fraction = settings.calibration.control_fraction
-        self.measurements = Measurements(settings.shadow.max_tokens)
-        self.alarms = Alarms(settings.alarm, floors, writes, wall)
+        cycle = Cycle(3600.0 * settings.evidence.cycle_hours, wall)
+        self.measurements = Measurements(settings.shadow.max_tokens, cycle)
+        self.alarms = Alarms(settings.alarm, floors, writes, wall, cycle.seconds)
         self.by_engine = ByEngine(settings.alarm.engine_alpha, settings.upstream.affinity, writes, wall)
         self.outcomes = Outcomes(settings.evidence.client_share, control_fraction, served, writes, wall, sampling)
 

@@ -17,8 +17,9 @@ from hemostat.measurement.by_decoding import UNKNOWN, ByDecoding, strategy
 from hemostat.measurement.by_kind import ByKind
 from hemostat.measurement.by_place import ByPlace
 from hemostat.measurement.conditional import ConditionalFigures
+from hemostat.measurement.dependence import ALL, NO_CYCLE, Cycle, Dependence, inflation_samples
 from hemostat.measurement.figures import FIGURES, HEADLINE, MAX_TOKENS, MODELS, StageFigures, ends_or_none
-from hemostat.measurement.gains import DistanceGains, GainFigures, interval, interval_json
+from hemostat.measurement.gains import DistanceGains, GainFigures, difference, interval
 from hemostat.measurement.survival import SurvivalFigures
 from hemostat.measurement.thinking import ThinkingFigures
 from hemostat.metrics import names
@@ -70,24 +71,32 @@ def raw_figures(record: TokenRecord, served: CalibrationProfile | None) -> Token
 class _Top1:
     """Share of the tokens at which both models' most likely id is the same: before a profile, after it, the change."""
 
+    cycle: Cycle = NO_CYCLE
     before: MeanSequence = field(default_factory=MeanSequence)
     after: MeanSequence = field(default_factory=MeanSequence)
     change: MeanSequence = field(default_factory=MeanSequence)
+    dependence: Dependence = field(init=False)
+    """Of these three."""
     tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.dependence = Dependence(3, self.cycle)
 
     def add(self, raw: TokenDivergence, after: TokenDivergence) -> None:
         tokens = len(raw.top1_agreement)
         old, new = float(raw.top1_agreement.sum()), float(after.top1_agreement.sum())
         self.before, self.after = self.before.update(old, tokens), self.after.update(new, tokens)
         self.change = self.change.update(new - old, tokens)
+        self.dependence.add(np.array([old, new, new - old]), np.full(3, float(tokens)))
         self.tokens += tokens
 
     def summary(self) -> dict[str, Any]:
+        before, after, change = self.dependence.inflations().tolist()
         return {
             "tokens": self.tokens,
-            "before": interval(self.before, 0.0, 1.0),
-            "after": interval(self.after, 0.0, 1.0),
-            "change": interval(self.change, -1.0, 1.0),
+            "before": interval(self.before, before, 0.0, 1.0),
+            "after": interval(self.after, after, 0.0, 1.0),
+            "change": interval(self.change, change, -1.0, 1.0),
         }
 
 
@@ -100,15 +109,16 @@ class _After:
     after: StageFigures
     before: StageFigures
     gain: GainFigures | DistanceGains
-    top1: dict[str, _Top1] = field(default_factory=lambda: {decoding: _Top1() for decoding in DECODING_KINDS})
+    top1: dict[str, _Top1]
 
 
 class Measurements:
-    """Raw figures, and for every recent profile the figures after it and its gain."""
+    """Raw figures, and for every recent profile the figures after it and its gain. cycle: of the traffic."""
 
-    def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
+    def __init__(self, max_tokens: int = MAX_TOKENS, cycle: Cycle = NO_CYCLE) -> None:
         self._max_tokens = max_tokens
-        self._raw = StageFigures(max_tokens)
+        self._cycle = cycle
+        self._raw = self._figures()
         self.survival = SurvivalFigures()
         self._after: OrderedDict[str, _After] = OrderedDict()
         # Every series exists from the start: PromQL's rate() ignores the value that a series begins with.
@@ -119,15 +129,15 @@ class Measurements:
         self._top1 = {(*key, decoding): 0 for key in staged for decoding in DECODING_KINDS}
         self._scored = {(arm, decoding): 0 for arm in arms for decoding in DECODING_KINDS}
         self._places: dict[tuple[str, str, str], tuple[int, float]] = {}
-        self.by_decoding = ByDecoding(max_tokens)
-        self.by_kind = ByKind(max_tokens)
-        self.by_place = ByPlace(max_tokens)
-        self.thinking = ThinkingFigures(max_tokens)
-        self.conditional = ConditionalFigures(max_tokens)
+        self.by_decoding = ByDecoding(max_tokens, cycle)
+        self.by_kind = ByKind(max_tokens, cycle=cycle)
+        self.by_place = ByPlace(max_tokens, cycle)
+        self.thinking = ThinkingFigures(max_tokens, cycle)
+        self.conditional = ConditionalFigures(max_tokens, cycle)
         """Of constrained records, which `observe` does not take."""
         self._where: dict[tuple[str, str], StageFigures] = {}
-        self._served = {arm: StageFigures(max_tokens) for arm in arms}
-        self._noise_floor = {model: StageFigures(max_tokens) for model in MODELS}
+        self._served = {arm: self._figures() for arm in arms}
+        self._noise_floor = {model: self._figures() for model in MODELS}
         self.tokens = 0
 
     def observe(
@@ -180,19 +190,19 @@ class Measurements:
         self.by_place.add(record, raw, fresh=fresh)
         if not fresh:
             return raw
-        self._raw.add(raw)
+        self._raw.add(raw, record.client)
         self.survival.add(record, raw)
-        self.by_decoding.add(decoded, raw, drawn)
-        self._where.setdefault((record.route, record.label), StageFigures(self._max_tokens)).add(raw)
-        self._served[arm].add(served_figures)
+        self.by_decoding.add(decoded, raw, drawn, record.client)
+        self._where.setdefault((record.route, record.label), self._figures()).add(raw, record.client)
+        self._served[arm].add(served_figures, record.client)
         self.by_kind.add(record, raw, served_figures, profile, gain)
         if profile is not None:
             stage = self._after.pop(profile.version, None) or self._begin(profile)
-            stage.after.add(after)
-            stage.before.add(raw)
+            stage.after.add(after, record.client)
+            stage.before.add(raw, record.client)
             stage.top1[decoding].add(raw, after)
             if gain is not None and isinstance(stage.gain, GainFigures):
-                stage.gain.add(gain, raw)
+                stage.gain.add(gain, raw, record.client)
             self._keep(profile.version, stage)
         return raw
 
@@ -209,7 +219,7 @@ class Measurements:
         self._expose("calibrated", arm, decoding, figures)
         self.by_kind.count(record, figures)
         if fresh:
-            self._served[arm].add(figures)
+            self._served[arm].add(figures, record.client)
             self.by_kind.add(record, None, figures, None, None)
 
     def observe_distances(self, record: TokenRecord, profile: CalibrationProfile | None, *, fresh: bool) -> None:
@@ -222,11 +232,11 @@ class Measurements:
             return
         stage = self._after.pop(profile.version, None) or self._begin(profile)
         raw, adapted = of_distances(before), of_distances(after)
-        stage.before.add(raw)
-        stage.after.add(adapted)
+        stage.before.add(raw, record.client)
+        stage.after.add(adapted, record.client)
         stage.top1["greedy" if record.sampling.greedy else "sampled"].add(raw, adapted)
         if isinstance(stage.gain, DistanceGains):
-            stage.gain.add(before, after)
+            stage.gain.add(before, after, record.client)
         self._keep(profile.version, stage)
         self.by_kind.add_distances(record, profile.version, before, after)
 
@@ -236,10 +246,14 @@ class Measurements:
             self._after.popitem(last=False)
 
     def _begin(self, profile: CalibrationProfile) -> _After:
-        before, after = StageFigures(self._max_tokens), StageFigures(self._max_tokens)
+        cycle, top1 = self._cycle, {decoding: _Top1(self._cycle) for decoding in DECODING_KINDS}
         if profile.family == ADAPTER:
-            return _After(after, before, DistanceGains(self._max_tokens))
-        return _After(after, before, GainFigures(2.0 * profile.clamp_nats, self._max_tokens))
+            return _After(self._figures(), self._figures(), DistanceGains(self._max_tokens, cycle=cycle), top1)
+        gain = GainFigures(2.0 * profile.clamp_nats, self._max_tokens, cycle=cycle)
+        return _After(self._figures(), self._figures(), gain, top1)
+
+    def _figures(self) -> StageFigures:
+        return StageFigures(self._max_tokens, cycle=self._cycle)
 
     def observe_noise_floor(self, model: str, record: TokenRecord) -> TokenDivergence:
         """Add a record with `model`, of `MODELS`, on both sides; returns its figures."""
@@ -258,13 +272,15 @@ class Measurements:
         part = 0.05 / (1 + len(self._noise_floor))
         found: dict[str, Any] = {}
         for name in EXCESS:
-            raw, *floors = (one.interval(name, part) for one in (self._raw, *self._noise_floor.values()))
+            parts = self._raw, *self._noise_floor.values()
+            raw, *floors = (one.interval(name, part) for one in parts)
+            known = all(math.isfinite(one.inflation(name)) for one in parts)
             noise = FLOOR_SHARE * sum(floor.mean for floor in floors)
             if math.isnan(raw.mean - noise):
                 continue
             low = raw.low - FLOOR_SHARE * sum(floor.high for floor in floors)
             high = raw.high - FLOOR_SHARE * sum(floor.low for floor in floors)
-            certain, *limits = (one.finite_interval(name, part) for one in (self._raw, *self._noise_floor.values()))
+            certain, *limits = (one.finite_interval(name, part) for one in parts)
             ends = confidence.ConfidenceInterval(
                 raw.mean - noise,
                 certain.low - FLOOR_SHARE * sum(limit.high for limit in limits),
@@ -272,7 +288,7 @@ class Measurements:
             )
             found[name] = {
                 "estimate": raw.mean - noise,
-                "ci95": [low, high],
+                "ci95": [low, high] if known else [None, None],
                 "ci95_finite": ends_or_none(ends, FIGURES[name].lo, FIGURES[name].cap),
                 "floor": noise,
             }
@@ -315,10 +331,7 @@ class Measurements:
         difference is the effect of calibration. For KL the estimate without truncation bias is compared: a difference
         of two bounds would prove nothing."""
         treated, control = self._served[Arm.TREATED], self._served[Arm.CONTROL]
-        differences = {
-            name: interval_json(confidence.difference(treated.sequence(name), control.sequence(name)))
-            for name in ARM_DIFFERENCES
-        }
+        differences = {name: difference(treated, control, name) for name in ARM_DIFFERENCES}
         arms = {arm: figures.summary() for arm, figures in self._served.items() if figures.requests}
         return {**arms, "treated_minus_control": differences}
 
@@ -347,6 +360,8 @@ class Measurements:
                 for edge, value in ends.items():
                     if value is not None:
                         yield Sample(names.DIVERGENCE, (name, stage, edge), value)
+        for name in HEADLINE:
+            yield from inflation_samples(ALL, name, self._raw.requests, self._raw.inflation(name))
         yield from self.by_kind.samples()
         yield from self.by_place.samples()
         yield from self.thinking.samples()

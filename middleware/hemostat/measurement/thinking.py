@@ -17,7 +17,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from hemostat.measurement.dependence import NO_CYCLE, Cycle, Dependence
 from hemostat.measurement.figures import MAX_TOKENS, ends_or_none, finite
+from hemostat.measurement.gains import interval, interval_json
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat_calibration.reasoning import Thinking
@@ -46,10 +50,13 @@ def ending(thinking: Thinking | None, finish_reason: str) -> str:
 @dataclass(slots=True)
 class _Arm:
     max_tokens: int
+    cycle: Cycle
     length: MeanSequence = field(default_factory=MeanSequence)
     """Tokens of thinking, by request that thinks."""
     bounded: RunningMean = field(init=False)
     """The same, for an interval that holds for any number of requests."""
+    dependence: Dependence = field(init=False)
+    """Of the length."""
     endless: Proportion = field(default_factory=Proportion)
     """Requests that think and do not end it, of those that think."""
     endings: Counter[str] = field(default_factory=Counter)
@@ -58,25 +65,26 @@ class _Arm:
     """Of thinking, of all records."""
 
     def __post_init__(self) -> None:
+        self.dependence = Dependence(1, self.cycle)
         self.bounded = RunningMean(0.0, float(self.max_tokens))
 
     def report(self) -> dict[str, Any]:
-        length, endless = self.length.get(0.0, float(self.max_tokens)), self.endless.get()
+        v, endless = self.dependence.inflation(), self.endless.get()
         return {
             "requests": self.endless.requests,
             "endings": {name: self.endings[name] for name in ENDINGS},
-            "tokens": _shown(length, known=bool(self.endless.requests))
+            "tokens": interval(self.length, v, 0.0, float(self.max_tokens))
             | {"ci95_finite": ends_or_none(self.bounded.get(), 0.0, float(self.max_tokens))},
             "never_ended": _shown(endless, known=bool(self.endless.requests)),
         }
 
 
 class ThinkingFigures:
-    """Of records whose markers are known. max_tokens: of a request."""
+    """Of records whose markers are known. max_tokens: of a request. cycle: of the traffic."""
 
-    def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
+    def __init__(self, max_tokens: int = MAX_TOKENS, cycle: Cycle = NO_CYCLE) -> None:
         self._max_tokens = max_tokens
-        self._arms = {str(arm): _Arm(max_tokens) for arm in Arm}
+        self._arms = {str(arm): _Arm(max_tokens, cycle) for arm in Arm}
 
     def add(self, arm: str, thinking: Thinking | None, finish_reason: str, *, fresh: bool) -> None:
         """A scored request. thinking: None where its output has none. fresh: it is an observation of its own."""
@@ -89,6 +97,7 @@ class ThinkingFigures:
         if fresh:
             tokens = float(min(thinking.tokens, self._max_tokens))
             into.length = into.length.update(tokens, 1.0)
+            into.dependence.add(np.array([tokens]), np.ones(1))
             into.bounded = into.bounded.update(tokens)
             into.endless = into.endless.update(how != ENDED)
 
@@ -98,11 +107,13 @@ class ThinkingFigures:
         treated, control = self._arms[Arm.TREATED], self._arms[Arm.CONTROL]
         shares = TwoArms(treated.endless.hits, treated.endless.requests, control.endless.hits, control.endless.requests)
         both = bool(treated.endless.requests and control.endless.requests)
+        v = max(treated.dependence.inflation(), control.dependence.inflation())
+        longer = confidence.difference(treated.length, control.length, inflation=v)
         return {
             "arms": {arm: one.report() for arm, one in self._arms.items() if sum(one.endings.values())},
             "treated_minus_control": {
                 "never_ended": _shown(shares.get(), known=both),
-                "tokens": _shown(confidence.difference(treated.length, control.length), known=both),
+                "tokens": interval_json(longer, v),
             },
         }
 

@@ -110,6 +110,22 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             ("figure", "stage", "edge"),
         ),
         Metric(
+            names.EFFECTIVE_REQUESTS,
+            "gauge",
+            "requests",
+            "Requests divided by their variance inflation: so many independent ones would say as much. 0 where that is "
+            "not known.",
+            ("kind", "figure"),
+        ),
+        Metric(
+            names.VARIANCE_INFLATION_RATIO,
+            "gauge",
+            "ratio",
+            "Variance of sums of a figure over requests, as a factor of that of independent requests; absent where not "
+            "known.",
+            ("kind", "figure"),
+        ),
+        Metric(
             names.TOKEN_KL_NATS,
             "histogram",
             "nats",

@@ -32,6 +32,8 @@ KIND_SAMPLED_TOKENS = "hemostat_kind_sampled_tokens_total"
 
 # Divergence
 DIVERGENCE = "hemostat_divergence"
+EFFECTIVE_REQUESTS = "hemostat_effective_requests"
+VARIANCE_INFLATION_RATIO = "hemostat_variance_inflation_ratio"
 TOKEN_KL_NATS = "hemostat_token_kl_nats"  # noqa: S105  no secret
 TOKEN_TOTAL_VARIATION = "hemostat_token_total_variation"  # noqa: S105  no secret
 KL_NATS = "hemostat_kl_nats_total"

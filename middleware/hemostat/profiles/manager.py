@@ -60,6 +60,7 @@ class ProfileManager:
         evidence, adapter = evidence or Evidence(), adapter or Adapter()
         by_request = settings.apply == "request"
         self._held_out_fraction = settings.held_out_fraction
+        self._wall = wall
         # A request carries one profile's parameters: with them, only one profile serves at a time.
         self.catalogue = Catalogue(wall)
         self.serving = ServingState(
@@ -77,6 +78,7 @@ class ProfileManager:
             self.serving,
             self._test_begun,
             self.catalogue.is_adapter,
+            3600.0 * evidence.cycle_hours,
         )
         self.kinds = FollowedKinds(
             evidence.kinds,
@@ -226,7 +228,7 @@ class ProfileManager:
         if kind is None:
             return
         if fresh and divergences is not None:
-            self.trials.note(kind, record.client, divergences)
+            self.trials.note(kind, record.client, divergences, self._wall())
         if self.is_held_out(record):
             self.judge.observe(self._held_out_unit(record, kind, gains, fresh=fresh))
         elif fresh and record.adapter is None and not record.constraint:

@@ -181,8 +181,10 @@ class Report:
                 yield from _gain_samples(kind, watch)
             tests = self._tests(kind)
             if tests:
-                progress = max(evidence.progress for _, evidence in tests)
-                yield Sample(names.PROFILE_KIND_EVIDENCE_RATIO, (kind,), progress)
+                nearest = max((evidence for _, evidence in tests), key=lambda evidence: evidence.progress)
+                yield Sample(names.PROFILE_KIND_EVIDENCE_RATIO, (kind,), nearest.progress)
+                yield Sample(names.EFFECTIVE_REQUESTS, (kind, "gain"), nearest.effective_units)
+                yield Sample(names.VARIANCE_INFLATION_RATIO, (kind, "gain"), nearest.inflation)
 
     # --- profiles --------------------------------------------------------------------------------------------------
 

@@ -93,6 +93,7 @@ class Trials:
     gain_width: (version) -> high minus low of its Δz, nats: no gain over identity is below minus that.
     is_adapter: of a version that is held.
     on_begun: called after a test or a window began, which spent some of alpha.
+    cycle: of the traffic, seconds; see `Guard`.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Trials:
         serving: ServingState,
         on_begun: Callable[[], None],
         is_adapter: Callable[[str | None], bool] = lambda _: False,
+        cycle: float = 0.0,
     ) -> None:
         self._alpha = alpha
         self._is_adapter = is_adapter
@@ -111,7 +113,8 @@ class Trials:
         self._gain_width = gain_width
         self._serving = serving
         self._on_begun = on_begun
-        self.guard = Guard(alpha, client_share)
+        self._cycle = cycle
+        self.guard = Guard(alpha, client_share, cycle)
         self._queue: list[Candidate] = []
         self._seen: dict[Candidate, int] = {}
         """Of candidates under test: held-out requests of their scope since the test began or they were promoted."""
@@ -155,9 +158,9 @@ class Trials:
         """
         spent, windows = self.guard.candidate_tests, dict(self.guard.windows)
         if data is None:
-            self.guard = Guard(self._alpha, self.client_share)
+            self.guard = Guard(self._alpha, self.client_share, self._cycle)
         else:
-            self.guard = Guard.load(data, self._alpha, self.client_share)
+            self.guard = Guard.load(data, self._alpha, self.client_share, self._cycle)
         self.guard.raise_counts(max(spent, candidate_tests), windows)
         self._queue = list(queue)
         named = {WATCH, *(candidate.test for candidate in self._queue)}
@@ -328,11 +331,12 @@ class Trials:
 
     # --- evidence --------------------------------------------------------------------------------------------------
 
-    def note(self, kind: str, client: bytes, divergences: Floats) -> None:
-        """A unit that was scored, whether it is judged by or not: the compressed model's own divergence by token."""
+    def note(self, kind: str, client: bytes, divergences: Floats, now: float) -> None:
+        """A unit that was scored, whether it is judged by or not: the compressed model's own divergence by token, and
+        when, in seconds."""
         known = divergences[np.isfinite(divergences)]
         if len(known):
-            self.guard.note(kind, client, float(np.minimum(known, MAX_NOTED_NATS).mean()))
+            self.guard.note(kind, client, float(np.minimum(known, MAX_NOTED_NATS).mean()), now)
 
     def admit(self, name: str, unit: HeldOutUnit) -> Admission:
         """Whether the unit may count in this test; asked before anything is known of its gain."""

@@ -22,6 +22,7 @@ from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.messages import Capture
 from hemostat.measurement.by_model import OtherModels
 from hemostat.measurement.coverage import Coverage
+from hemostat.measurement.dependence import Cycle
 from hemostat.metrics import names
 from hemostat.metrics.reasons import Unscored
 from hemostat.metrics.samples import Sample
@@ -90,7 +91,8 @@ class ScoringPipeline:
         self.received = 0
         """Captures from relays."""
         self._reader = RecordReader(monitor, parts.profiles)
-        self.other_models = OtherModels(settings.shadow.max_tokens)
+        cycle = Cycle(3600.0 * settings.evidence.cycle_hours, clock)
+        self.other_models = OtherModels(settings.shadow.max_tokens, cycle)
         self.queue = ShadowQueue(settings.shadow.max_queue)
         self.sampling = CaptureSampling(self._workers, self.queue.limit)
         self.answer_losses = AnswerLosses()

@@ -21,6 +21,7 @@ from hemostat_calibration.alarm import BudgetTest, Settings, Workload, fit_basel
 from hemostat_calibration.alarm.alarm import CHECK_EVERY, baseline_inflation
 from hemostat_calibration.alarm.baseline import LOG_WEIGHTS, STRATEGIES
 from hemostat_calibration.alarm.betting import log_sum_exp
+from hemostat_calibration.statistics.confidence import ClippedMean
 from hemostat_calibration.statistics.dependence import LEVELS, BatchMeans
 
 from . import Row, count_row
@@ -223,6 +224,7 @@ def rows(lives: int, seed: int) -> Iterator[Row]:
     yield from simulated_delays(lives, seed)
     yield mix_row(lives, seed)
     yield budget_row(lives, seed)
+    yield bursts_row(lives, seed)
 
 
 def real_shifts(lives: int, seed: int) -> Iterator[Row]:
@@ -333,3 +335,26 @@ def budget_row(lives: int, seed: int) -> Row:
             test = test.update(level * rng.lognormal(-0.5, 1.0) * rng.exponential(1.0, size), noise_floor=0.0)
         found += test.crossing is not None
     return false_alarms("budget: the divergence is exactly what is allowed", lives, found)
+
+
+def bursts_row(lives: int, seed: int) -> Row:
+    """Noise that comes in bursts: 1 % of the requests, of 5 nats at every token, in the figure and in both floors. The
+    floor's limit is the one of `Alarms`, an asymptotic interval, of 30 requests."""
+    lives = max(lives // 10, 20)
+    found, part = 0, SETTINGS.half_share / 4.0
+    rng = np.random.default_rng((seed, 17))
+
+    def noise() -> Array:
+        return np.full(64, 5.0) if rng.random() < 0.01 else rng.exponential(0.002, 64)
+
+    for _ in range(lives):
+        floors = [ClippedMean(0.0, 5.0), ClippedMean(0.0, 5.0)]
+        for _ in range(30):
+            floors = [floor.update(noise()) for floor in floors]
+        limit = 0.5 * sum(floor.get(part).high for floor in floors)
+        test = BudgetTest(budget=0.02, cap=5.0, max_tokens=64, alpha=SETTINGS.half_share / 4.0)
+        for _ in range(4 * REQUESTS):
+            test = test.update(noise(), noise_floor=limit)
+        found += test.crossing is not None
+    case = "budget: bursts of noise, 1 % of requests of 5 nats, a budget of 0.02: false alarms"
+    return Row(case, f"{found} of {lives}", "for comparison: the floor's limit is asymptotic", holds=True)

@@ -43,7 +43,7 @@ def rows(lives: int, seed: int) -> Iterator[Row]:
         yield _conversations(rate, lives, seed)
 
 
-def _least(lives: int, share: float) -> int:
+def least_covered(lives: int, share: float) -> int:
     """Covered lives that are compatible with a probability of 95 %: `share` of 1,000 and more."""
     return int(np.ceil(share * lives)) if lives >= 1000 else lives - most(lives, 0.05)
 
@@ -69,7 +69,7 @@ def _coverage(name: str, world: World, lives: int, seed: int) -> Iterator[Row]:
             hit, width = _covers(values, line)
             covered["mean"] += hit
             found["mean"].append(width)
-    least = _least(lives, 0.937)
+    least = least_covered(lives, 0.937)
     asymptotic = f"asymptotic {covered['asymptotic']}, width {np.median(found['asymptotic']):.2f}"
     for weighting in ("ratio", "mean"):
         by = "token" if weighting == "ratio" else "request"
@@ -116,7 +116,7 @@ def _conversations(rate: float, lives: int, seed: int) -> Row:
                     good[name] = good[name] and found.low <= true <= found.high
         for name, hit in good.items():
             covered[name] += hit
-    least = _least(lives, 0.94)
+    least = least_covered(lives, 0.94)
     return Row(
         f"ten alike turns, rate {rate}: asymptotic interval, conversations as units",
         f"{covered['fresh']} of {lives}; were every turn a unit {covered['all']}",

@@ -35,7 +35,7 @@ def test_the_power_of_the_mixture_is_not_enough():
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("mean", [0.08, 0.3])
 def test_the_worlds_decide_as_the_guard_does(mean):
-    stream = worlds.independent(mean)(np.random.default_rng(5), worlds.HISTORY + 600, 3)
+    stream = worlds.independent(mean)(np.random.default_rng(5), worlds.HISTORY + 300, 3)
     found = worlds.promoted_at(stream)
     for life in range(3):
         guard, promoted = Guard(client_share=1.0), np.inf

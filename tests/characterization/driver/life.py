@@ -11,7 +11,7 @@ import numpy as np
 from tests.characterization.worlds import Truth, V, World, entropy, top
 from tests.support.stores import DirectWrites
 
-from hemostat.config.schema import Calibration
+from hemostat.config.schema import Calibration, Evidence
 from hemostat.profiles.decisions import DECISIONS, MAX_EVENTS, Reason
 from hemostat.profiles.manager import ProfileManager
 from hemostat.profiles.persistence import STATE_KEYS
@@ -116,6 +116,7 @@ class Life:
             _NotingWrites(self),
             lambda: self.now,
             default_temperature_is_one=tempered,
+            evidence=Evidence(cycle_hours=0.0),
         )
         if known:
             self.know()

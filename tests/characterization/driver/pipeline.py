@@ -366,6 +366,7 @@ async def pipeline(folder: Path, clock: Clock, **settings: Any) -> AsyncIterator
         "upstream": {"url": "http://127.0.0.1:1"},
         "reference": {"backend": "vllm", "url": "http://127.0.0.1:1"},
         "admin": {"port": 0, "token": TOKEN},
+        "evidence": {"cycle_hours": 0.0} | settings.pop("evidence", {}),
     }
     made = Settings.model_validate(given | settings)
     wants_floor = made.shadow.floor_fraction > 0.0

@@ -17,7 +17,7 @@ export function nats(x) {
   return Math.abs(x) < 1e-5 ? x.toExponential(1).replaceAll("-", "−") : fixed(x, 1 - Math.floor(Math.log10(Math.abs(x))));
 }
 
-export const range = (ends, show = nats) => (ends && (known(ends[0]) || known(ends[1])) ? `[${show(ends[0])}, ${show(ends[1])}]` : "interval not known yet");
+export const range = (ends, show = nats) => (ends && (known(ends[0]) || known(ends[1])) ? `[${show(ends[0])}, ${show(ends[1])}]` : "not enough effective requests");
 /** Of a divergence; none where the interval is all that the figure can be, as after very few requests. */
 export const endsOf = (figure) => (known(figure.ci95[1]) && figure.ci95[1] >= figure.cap ? [null, null] : figure.ci95);
 /** A finite-sample interval; null is "wider than half of the figure's range". */

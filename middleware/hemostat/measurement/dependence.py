@@ -1,0 +1,93 @@
+"""How much the requests of a group depend on each other: the variance inflation v̂ of the sums of its figures."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
+from hemostat_calibration.arrays import Floats
+from hemostat_calibration.statistics.dependence import (
+    MAX_CLIENTS,
+    MIN_EFFECTIVE,
+    BatchMeans,
+    ClientBatches,
+    client_row,
+)
+
+ALL = "all"
+"""Names the kinds of traffic together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cycle:
+    """That traffic goes through, such as day and night. seconds: its length; 0: there is none. clock: seconds."""
+
+    seconds: float = 0.0
+    clock: Callable[[], float] = time.monotonic
+
+
+NO_CYCLE = Cycle()
+
+
+class Dependence:
+    """Of several figures of one group of requests, by batches in time, and by client of the first figure.
+
+    series: figures. InvalidArgumentError from `add` for another number of them.
+    """
+
+    def __init__(self, series: int = 1, cycle: Cycle = NO_CYCLE) -> None:
+        self._cycle = cycle
+        self._first = self._last = cycle.clock()
+        self._in_time = BatchMeans.of(series)
+        self._by_client = ClientBatches.of(MAX_CLIENTS, 1)
+        self._mean = BatchMeans.of(1)
+        """Of the first figure's mean by request: what `_by_client` is compared with."""
+        self._clients: dict[bytes, int] = {}
+
+    def add(self, x: Floats, n: Floats, client: bytes = b"") -> None:
+        """One request now: x, n float64 [S], the sum of each figure over its tokens, and their number. client: its
+        digest; where it is empty, the request counts in time only."""
+        self._last = self._cycle.clock()
+        self._first = self._first if self._in_time.units else self._last
+        self._in_time = self._in_time.update(x, n)
+        if client and n[0] > 0.0:
+            mean = np.array([x[0] / n[0]])
+            self._mean = self._mean.update(mean)
+            self._by_client = self._by_client.update(np.array([client_row(self._clients, client)]), mean)
+
+    def inflations(self) -> Floats:
+        """v̂ of each figure, float64 [S], 1 or more; infinite where it is not known: requests of less than a cycle, too
+        few, or so dependent that they are too few effective ones."""
+        if self._last - self._first < self._cycle.seconds:
+            return np.full(self._in_time.sums.shape[2], np.inf)
+        found = np.maximum(self._in_time.inflation(), self._by_client.inflation(self._mean.variance))
+        unknown = ~self._in_time.enough() | (self._in_time.units < MIN_EFFECTIVE * found)
+        return np.where(unknown, np.inf, found)
+
+    def inflation(self, series: int = 0) -> float:
+        """v̂ of one figure."""
+        return float(self.inflations()[series])
+
+
+def told(requests: int, inflation: float) -> dict[str, Any]:
+    """JSON-ready: `inflation` (v̂) and `effective_requests` (requests / v̂); None where v̂ is not known."""
+    known = math.isfinite(inflation)
+    return {
+        "inflation": inflation if known else None,
+        "effective_requests": requests / inflation if known else None,
+    }
+
+
+def inflation_samples(kind: str, figure: str, requests: int, inflation: float) -> Iterator[Sample]:
+    """v̂ and effective requests as metrics; without v̂, 0 of these, where it is not known."""
+    known = math.isfinite(inflation)
+    yield Sample(names.EFFECTIVE_REQUESTS, (kind, figure), requests / inflation if known else 0.0)
+    if known:
+        yield Sample(names.VARIANCE_INFLATION_RATIO, (kind, figure), inflation)
