@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft7Validator, ValidationError
-from tests.support.dashboards import ALL, Query, Used, load, panels, queries, used
+from tests.support.dashboards import ALL, EMPTY_LIVE, Query, Used, about_adapters, load, panels, queries, used
 from tests.support.prometheus import RUNBOOK, needs, rules
 
 from hemostat.metrics.catalogue import METRICS
@@ -100,6 +100,33 @@ def test_every_dashboard_has_the_variables_and_every_panel_a_question(name: str)
         assert shown["thresholds"]["steps"], title
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
     assert len({panel["title"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+def test_a_panel_that_may_be_empty_says_when() -> None:
+    for query in queries():
+        if about_adapters(query) or query.where in EMPTY_LIVE:
+            title = query.where.rpartition(" (")[0]
+            (panel,) = [panel for panel in panels(load()[query.dashboard]) if panel["title"] == title]
+            assert "Empty" in panel["description"], title
+
+
+def test_the_overview_begins_like_the_consoles() -> None:
+    """What is wrong, worst first; then traffic, cost, profile and measurement; then the divergence over time."""
+    shown = sorted(panels(load()["overview"]), key=lambda panel: (panel["gridPos"]["y"], panel["gridPos"]["x"]))
+    wrong = ["vLLM", "Failed requests", "Reference", "Store errors, last 15 minutes", "Alarm", "Configuration"]
+    tiles = [
+        "Requests",
+        "KL, lower bound",
+        "Same top-1",
+        "Recovered divergence",
+        "Profile by kind of traffic",
+        "Coverage, last 30 minutes",
+    ]
+    assert [panel["title"] for panel in shown[:13]] == [
+        *wrong,
+        *tiles,
+        "KL(reference‖compressed) since the start, with its interval",
+    ]
 
 
 def test_no_two_panels_overlap() -> None:

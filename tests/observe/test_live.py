@@ -172,7 +172,11 @@ def numbers(series: list[dict[str, Any]]) -> list[float]:
     return [value for one in series if not math.isnan(value := float(one["value"][1]))]
 
 
-RARE = {"annotation Rollbacks": "nothing was rolled back yet", "annotation Alarms": "nothing is wrong yet"}
+RARE = {
+    "annotation Rollbacks": "nothing was rolled back yet",
+    "annotation Alarms": "nothing is wrong yet",
+    "annotation Promotions": "the promotion is more than two minutes ago",
+}
 """Queries that are empty at first, and why; the last tests look again. At `EMPTY_LIVE`, test_rare_panels.py does."""
 
 
