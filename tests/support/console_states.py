@@ -240,7 +240,13 @@ def harmed(state: State) -> None:
     state.profiles["held"] = [KINDS[1]]
     state.profiles["events"].insert(0, decided(state.at - 600, "roll_back", why, KINDS[1]))
     state.says = "No problem now, but profiles harmed 1 kind of traffic and were rolled back there"
-    state.shows = [f"{KINDS[1]}: find out why the profile harmed", "rolled back", "1 kind held without a profile"]
+    state.shows = [
+        f"{KINDS[1]}: find out why the profile harmed",
+        "rolled back",
+        "1 kind held without a profile",
+        why,
+        "for 10 min",
+    ]
 
 
 def many_kinds(state: State) -> None:

@@ -16,6 +16,11 @@ const PAGES = {
   "": ["Overview", Overview], divergence: ["Divergence", Divergence], kinds: ["Kinds", Kinds, Kind], profiles: ["Profiles", Profiles, Profile], engines: ["Engines", Engines, Engine],
   alarm: ["Alarm", Alarm], measurement: ["Measurement", Measurement], events: ["Events", Events],
 };
+/** Of a page, the matching panel in Grafana: dashboard, panel. */
+const PANELS = {
+  "": ["hemostat-overview", 8], divergence: ["hemostat-overview", 8], kinds: ["hemostat-calibration", 19], profiles: ["hemostat-calibration", 2], engines: ["hemostat-overview", 22],
+  alarm: ["hemostat-overview", 11], measurement: ["hemostat-shadow", 16], events: ["hemostat-calibration", 9],
+};
 const RANGES = { "15m": ["15 min", 900], "1h": ["1 h", 3600], "6h": ["6 h", 21600] };
 const MAX_POINTS = 2160, RATE_STATES = 6, HISTORY_MS = 10000, RETRY_MS = 3000;
 
@@ -23,6 +28,23 @@ const MAX_POINTS = 2160, RATE_STATES = 6, HISTORY_MS = 10000, RETRY_MS = 3000;
 function parse(hash) {
   const [path, query] = hash.replace(/^#?\/?/, "").split("?"), parts = path.split("/").filter(Boolean).map((part) => { try { return decodeURIComponent(part); } catch { return part; } });
   return { path: Object.hasOwn(PAGES, parts[0]) ? parts : [], chosen: Object.fromEntries(new URLSearchParams(query)) };
+}
+
+/** A link to the matching panel. Grafana's address is asked for once and kept in this browser: Hemostat does not know it. */
+class Grafana extends Component {
+  state = { base: localStorage.getItem("grafana") };
+
+  ask() {
+    const base = prompt("Address of Grafana; it is kept in this browser", "http://localhost:3000");
+    if (!/^https?:\/\/[^\s]+$/.test(base ?? "")) return;
+    localStorage.setItem("grafana", base.replace(/\/+$/, ""));
+    this.setState({ base: localStorage.getItem("grafana") });
+  }
+
+  render({ page, range }, { base }) {
+    const [dashboard, panel] = PANELS[page];
+    return base ? html`<a href=${`${base}/d/${dashboard}?viewPanel=${panel}&from=now-${range}&to=now`} target="_blank" rel="noopener">Grafana</a>` : html`<button type="button" onClick=${() => this.ask()}>Grafana …</button>`;
+  }
 }
 
 class App extends Component {
@@ -78,13 +100,14 @@ class App extends Component {
 
   render(_, { s, p, noticed, lost, path, chosen }) {
     const range = Object.hasOwn(RANGES, chosen.range) ? chosen.range : "1h", [title, Page, One] = PAGES[path[0] || ""];
-    const found = s && headline({ s, lost }), alert = { bad: "ALARM – ", wait: s?.state.problems.length ? "WARNING – " : "" }[found?.as] ?? "";
+    const found = s && headline({ s, p, lost }), alert = { bad: "ALARM – ", wait: s?.state.problems.length ? "WARNING – " : "" }[found?.as] ?? "";
     document.title = `${lost ? "NOT KNOWN – " : alert}${path.length ? `${path[1] ?? title} – ` : ""}Hemostat`;  // visible in a background tab
     const data = s && { s, p, noticed, lost, chosen, choose: (what) => this.choose(what), past: this.within(RANGES[range][1]), rate: (read) => this.rate(read), name: path[1] };
     return html`<button type="button" class="skip" onClick=${() => document.getElementById("main").focus()}>Skip to the content</button>
       <header><a class="brand" href="#/">Hemostat</a>
         <nav aria-label="Pages">${Object.entries(PAGES).map(([name, [text]]) => html`<a href=${address(name ? [name] : [], { range: chosen.range })} aria-current=${(path[0] || "") === name ? "page" : undefined}>${text}</a>`)}<a href="runbook">Runbook</a></nav>
         <label>Time <select id="range" value=${range} onChange=${(event) => this.choose({ range: event.target.value })}>${Object.entries(RANGES).map(([name, [text]]) => html`<option value=${name} selected=${name === range}>${text}</option>`)}</select></label>
+        <${Grafana} page=${path[0] || ""} range=${range} />
         <p id="connection" class="pill ${lost ? "bad" : ""}">${lost ? "not connected" : s ? `${s.compressed.models.join(", ") || "no model known yet"} against ${s.reference.state === "ready" ? named(s.reference) : `its reference (${s.reference.state})`}` : "connecting …"}</p>
       </header>
       <main id="main" tabindex="-1" data-page=${path[0] || "overview"}>

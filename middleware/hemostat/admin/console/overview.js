@@ -20,16 +20,19 @@ const AREAS = [
 const held = (s) => s.calibration.kinds.filter((k) => k.held);
 
 /** The sentence that says whether something is wrong. */
-export function headline({ s, lost }) {
+export function headline({ s, p, lost }) {
   if (lost) return { as: "wait", text: "Whether anything is wrong is not known: the admin port does not answer", sub: `The figures below are of ${when(s?.at)}.` };
-  const [worst] = s.state.problems, begun = s.alarm.tests.filter((t) => t.begun).length, harmed = held(s).length;
+  const [worst] = s.state.problems, begun = s.alarm.tests.filter((t) => t.begun).length, harmed = held(s);
   if (worst) {
     const red = s.state.level === "critical" || s.alarm.raised;
     return { as: red ? "bad" : "wait", text: worst.text, sub: `Since ${when(worst.since)}, for ${lasted(s.at - worst.since)}.`, runbook: worst.runbook };
   }
   const sub = !s.requests.scored ? "No request has been scored yet." : begun ? `${plural(begun, "alarm test")} active; the probability of any false alarm is at most ${percent(s.alarm.alpha, 0)}.`
     : `The alarm cannot be raised yet: it is learning its baseline (${s.alarm.waits_for[0] || "waits for requests"}).`;
-  if (harmed) return { as: "wait", text: `No problem now, but profiles harmed ${plural(harmed, "kind")} of traffic and were rolled back there`, sub };
+  if (harmed.length) {
+    const [{ kind, held: why }] = harmed, at = p.events.find((e) => e.decision === "roll_back" && e.kind === kind)?.at;
+    return { as: "wait", text: `No problem now, but profiles harmed ${plural(harmed.length, "kind")} of traffic and were rolled back there`, sub: `${known(at) ? `Since ${when(at)}, for ${lasted(s.at - at)}: ` : ""}${kind}: ${why}.` };
+  }
   return { as: "good", text: s.requests.scored ? "No problem found" : "No problem found, and nothing measured yet", sub };
 }
 
@@ -39,8 +42,8 @@ function howMuch(s, past) {
   return s.alarm.raised && known(now) && !s.state.problems[0]?.alert.match(/Upstream|Relays|Proxy/) ? ` KL of the last minute ${nats(now)} nats, mean since the start ${nats(s.raw.kl_nats.estimate)}.` : "";
 }
 
-function Status({ s, past, lost }) {
-  const { as, text, sub, runbook } = headline({ s, lost }), others = s.state.problems.slice(1, 3), more = s.state.problems.length - 1 - others.length;
+function Status({ s, p, past, lost }) {
+  const { as, text, sub, runbook } = headline({ s, p, lost }), others = s.state.problems.slice(1, 3), more = s.state.problems.length - 1 - others.length;
   const chips = AREAS.map(([name, alerts, ok]) => [name, s.state.problems.find((p) => alerts.some((alert) => p.alert.startsWith(alert))), ok(s)])
     .filter(([, problem, ok]) => problem || ok).sort((a, b) => Boolean(b[1]) - Boolean(a[1]));
   return html`<section class="verdict ${as}" aria-label="Status">
@@ -76,7 +79,7 @@ function compared(s) {
 function Cost({ s, past }) {
   const differ = ofTokens(s.raw.total_variation), kl = s.raw.kl_nats, now = past.kl_recent?.at(-1);
   return html`<${Tile} title="Cost of compression" to="divergence" big="≥ ${nats(kl.estimate)}" unit="nats per token">
-    <p><strong>${differ ? `About ${differ} sampled tokens differ` : "not known yet"}</strong></p>
+    <p><strong>${differ ? `About ${differ} tokens differ` : "not known yet"}</strong></p>
     <p class="sub">95 % ${range(endsOf(kl))}; ${compared(s)}. ${known(now) && html`<span class=${now > s.alarm.budget_nats ? "bad-text" : ""}>Last minute ${nats(now)}.</span>`}</p>
     <${Spark} label="KL of the last minute" values=${past.kl_recent || []} level=${s.alarm.budget_nats} /><//>`;
 }
@@ -92,8 +95,8 @@ function Served({ s, p, past }) {
   const [first, ...others] = [...new Set(serving.map((k) => p.by_kind[k.kind]))];
   const since = Math.min(...serving.map((k) => servedSince(p, p.by_kind[k.kind], k.kind) ?? Infinity)), harmed = held(s);
   return html`<${Tile} title="Served profile" to="profiles" big=${s.calibration.forced ? brief(s.calibration.forced) : first ? brief(first) : "none"}
-    unit=${s.calibration.forced ? "forced on every request" : first ? `${percent(share, 0)} of the traffic${others.length ? `, with ${plural(others.length, "other version")}` : ""}; mode ${s.profile.mode}` : `mode ${s.profile.mode}`}>
-    <p class="sub">${first ? `${known(since) ? `Since ${when(since)} (${lasted(s.at - since)})` : "Since before the oldest event"}${p.pinned ? ", pinned" : ""}. ${armsOf(s)}`
+    unit=${s.calibration.forced ? "forced on every request" : first ? `${percent(share, 0)} of the traffic${others.length ? `, with ${plural(others.length, "other version")}` : ""}` : `mode ${s.profile.mode}`}>
+    <p class="sub">${first ? `Mode ${s.profile.mode}. ${known(since) ? `Since ${when(since)} (${lasted(s.at - since)})` : "Since before the oldest event"}${p.pinned ? ", pinned" : ""}. ${armsOf(s)}`
       : s.profile.mode === "auto" ? "No profile is proven yet; every request is decoded unchanged." : `Every request is decoded unchanged. ${MODES[s.profile.mode]}`}</p>
     ${harmed.length > 0 && html`<p class="wait-text">${plural(harmed.length, "kind")} held without a profile.</p>`}
     <${Spark} label="recovered part of the KL" values=${past.recovered || []} /><//>`;
@@ -165,8 +168,9 @@ function Next({ s }) {
 
 function Timeline(data) {
   const { s, past } = data, time = past.time || [], from = time[0] ?? Infinity, shown = marks(data).filter((m) => m.at >= from), budget = s.alarm.budget_nats;
+  const height = 280 - 30 * Math.min(3, Math.max(0, s.state.problems.length - 1));  // so that everything fits on one screen
   return html`<section class="timeline"><h2>Divergence <span class="unit">KL in nats per token, lower bound</span></h2>
-    <${Chart} label="KL per token over time" height=${190} time=${past.time} show=${nats} marks=${shown} series=${[
+    <${Chart} key=${height} label="KL per token over time" height=${height} time=${past.time} show=${nats} marks=${shown} series=${[
       ["last minute", "--accent", past.kl_recent], ["since the start", "--soft", past.kl_nats], ["noise floor", "--good", past.floor],
       ...(known(budget) ? [["budget", "--bad", time.map(() => budget)]] : [])]} />
     <ul class="marks">${shown.slice(0, 4).map((m) => html`<li class=${m.bad ? "bad-text" : ""}><b>${m.letter}</b> ${when(m.at)} ${m.text}</li>`)}
