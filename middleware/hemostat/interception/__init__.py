@@ -6,6 +6,7 @@ The modules, in the order of a request:
     client_headers          what the client asks for in X-Hemostat headers
     assignment              what is drawn, the names of conversations and clients, and the control arm
     intercepted_exchange    one request and its response: rewritten, and its tokens captured
+    intercepted_response    the response to a rewritten request; its states: response_state
     model_list              the answer to GET /v1/models, without Hemostat's own adapters
     profile_choice          which profile and arm a request gets
     reports                 captures and counts, on their way to the control process

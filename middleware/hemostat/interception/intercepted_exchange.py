@@ -7,84 +7,33 @@ from typing import Final
 from hemostat.hooks import Comparison, Refusal, Rewrite
 from hemostat.interception.assignment import conversation_digest, outcome_number
 from hemostat.interception.client_headers import ClientOptions
+from hemostat.interception.intercepted_response import InterceptedResponse
 from hemostat.interception.profile_choice import (
     ArmReason,
     Choice,
-    Reason,
     choose_profile,
     is_available,
     served_kind,
 )
 from hemostat.interception.reports import Reports
+from hemostat.interception.response_state import ENDED, WITHHELD
 from hemostat.ipc.messages import MAX_TOP, Capture, Policy
-from hemostat.metrics.reasons import RepeatReason, Unscored
+from hemostat.metrics.reasons import Unscored
 from hemostat.openai import requests
 from hemostat.openai.complexity import TooComplex
-from hemostat.openai.errors import leading_error_code
-from hemostat.openai.forms.protocol import Stripper
 from hemostat.openai.forms.table import FORMATS
 from hemostat.openai.json_splice import MALFORMED, encode
 from hemostat.openai.kinds import asks_json_in_words, kind_name
-from hemostat.openai.logprobs.scrubbing import Scrubber
-from hemostat.openai.model_name import ModelName
 from hemostat.openai.reading import read_request
-from hemostat.openai.recompressing import CODINGS, Recompressor
 from hemostat.openai.requests import Request
-from hemostat.openai.routes import CHAT, COMPLETIONS, FORMS
-from hemostat.openai.tokens import ChoiceTokens, ResponseTokens, error_reason, little_endian, status_failure
+from hemostat.openai.routes import FORMS
+from hemostat.openai.tokens import ChoiceTokens, ResponseTokens, little_endian
 from hemostat_calibration.records import Arm, Sampling
 
 MAX_TRACEPARENT: Final = 64
 """Characters of a client's traceparent that are kept."""
-MAX_UNDECIDED_BYTES: Final = 64 * 1024
-"""Of a response, while it may still turn out to be a refusal."""
-_REFUSALS: Final = frozenset({Unscored.LOGPROBS_REFUSED, Unscored.ENCODED})
-"""Failures that asking for logprobs has caused, and would cause again."""
 _DROPPED_HEADERS: Final = frozenset({b"accept-encoding"})
 """Not sent upstream where the response has to be read."""
-_REFUSAL_CODES: Final = (400, 422)
-"""vLLM's codes for a request that does not pass its validation: nothing was computed."""
-_ADAPTER_REFUSAL_CODE: Final = 404
-"""vLLM's for a request for an adapter that it does not know (any more)."""
-_TOO_LARGE_CODE: Final = 413
-"""Of a server that limits the size of bodies: what was added may have been too much."""
-_SERVER_ERROR_CODE: Final = 500
-"""vLLM's for a response that it cannot write as JSON: one with NaN as a log-probability, which only sampling asks for.
-Every other code of a server error says that the upstream is overloaded or gone, whatever was asked for."""
-_REPEATABLE_ROUTES: Final = frozenset({CHAT, COMPLETIONS})
-"""Of whose answers the engine keeps nothing, so that generating one twice has no effect but its cost."""
-
-
-class _ResponseStart:
-    """The first bytes of a response, kept until they show whether the response is a refusal by vLLM's validation.
-
-    codes: those of a refusal. error_code: the code of the error that the response is, 0 for none, None while that is
-    not known.
-    """
-
-    __slots__ = ("_codes", "data", "error_code")
-
-    def __init__(self, codes: tuple[int, ...], error_code: int | None = None) -> None:
-        self._codes = codes
-        self.data = bytearray()
-        self.error_code = error_code
-
-    def feed(self, data: bytes) -> None:
-        self.data += data
-        if self.error_code is None:
-            self.error_code = leading_error_code(bytes(self.data))
-
-    @property
-    def is_refusal(self) -> bool:
-        return self.error_code in self._codes
-
-    @property
-    def undecided(self) -> bool:
-        return self.error_code is None
-
-    @property
-    def too_long(self) -> bool:
-        return len(self.data) > MAX_UNDECIDED_BYTES
 
 
 class InterceptedExchange:
@@ -111,8 +60,7 @@ class InterceptedExchange:
         self._route = route
         self._request_id = request_id
         self._options = options
-        self._shadow = shadow
-        """Sampled, and not yet known to be skipped."""
+        self._sampled = shadow
         self._skipped: Unscored | None = None
         """Why a sampled request is skipped; counted at its end, when its tokens are known."""
         self._unjudged: Unscored | None = unjudged
@@ -124,52 +72,42 @@ class InterceptedExchange:
         self._engine_drawn = False
         self._kind = ""
         self._conversation = b""
-        self._arm = Arm.NONE
-        self._compared: str | None = None
-        """The version that the treated arm gets."""
+        self._choice: Choice | None = None
+        """The profile that is asked for, and the arm and the reason that are counted; None for a request that is not
+        calibrated."""
         self._drawn = 0.0
         """See `Comparison`."""
-        self._counted_as: tuple[Arm, Reason] | None = None
-        """The arm and the reason that are counted at the end; None for a request that is not calibrated."""
-        self._profile_added = False
-        """Hemostat asks the engine for a profile, or has set the profile's parameters."""
         self._version: str | None = None
         """The version that is asked for, by Hemostat or by the client itself."""
         self._adapter: str | None = None
         """The version that Hemostat asks for as the request's model."""
-        self._name: ModelName | None = None
-        """Restores the base model's name in the response."""
         self._nonce = ""
         self._sampling = Sampling()
         self._from_tap = False
         """The response stays as it is: the tokens are what the engine's plugin reports."""
         self._request: Request | None = None
         self._tokens: ResponseTokens | None = None
-        self._stripper: Stripper | None = None
-        self._rewritten = False
-        self._start: _ResponseStart | None = None
-        """The response's first bytes, while they are read for a refusal."""
-        self._withheld = False
-        """The response cannot be read: nothing of it goes to the client, and the request is sent again."""
-        self._replayed = False
-        self._after_server_error = False
-        """It was sent again because of a server error."""
-        self._adapter_refused = False
-        """The engine refused the rewritten request because of the adapter."""
-        self._ended = False
+        self._response: InterceptedResponse | None = None
+        """None while the request goes upstream as the client wrote it."""
+
+    @property
+    def _compared(self) -> str | None:
+        """The version that the treated arm gets, of a request in an arm."""
+        return None if self._choice is None or self._choice.arm is Arm.NONE else self._choice.compared
 
     @property
     def arm(self) -> str:
-        return self._arm.value
+        return Arm.NONE.value if self._choice is None else self._choice.arm.value
 
     @property
     def comparison(self) -> Comparison | None:
-        if self._compared is None or self._arm is Arm.NONE or self._drawn >= self._policy.outcome_fraction:
+        compared = self._compared
+        if compared is None or self._drawn >= self._policy.outcome_fraction:
             return None
         return Comparison(
             kind=served_kind(self._policy, self._kind),
-            version=self._compared,
-            treated=self._arm is Arm.TREATED,
+            version=compared,
+            treated=self.arm == Arm.TREATED.value,
             conversation=self._conversation,
             client=self._client,
             json_in_words=asks_json_in_words(self._kind),
@@ -179,18 +117,19 @@ class InterceptedExchange:
     @property
     def draws_engine(self) -> bool:
         """Of sampled requests: which engine is not like the others is judged by them."""
-        return self._shadow
+        return self._sampled and self._skipped is None
 
     def sent_to(self, engine: str, *, drawn: bool) -> None:
         self._engine, self._engine_drawn = engine, drawn
-        compared = self._compared if self._arm is not Arm.NONE else None
+        compared = self._compared
         if compared is not None and not is_available(self._policy, engine, compared):
             # In either arm: a treated request gets identity there, and a control one has nothing to be compared with.
             self._leave_arm(ArmReason.UNKNOWN)
 
     def _leave_arm(self, reason: ArmReason) -> None:
-        self._arm = Arm.NONE
-        self._counted_as = Arm.NONE, reason
+        choice = self._choice
+        if choice is not None:
+            self._choice = Choice(choice.version, Arm.NONE, reason, choice.compared)
 
     def request(self, body: bytes | None) -> Rewrite | Refusal | None:
         policy = self._policy
@@ -227,14 +166,22 @@ class InterceptedExchange:
         self._version = request.client_profile
         if self._calibrated:
             self._add_profile(request, changes, xargs)
-        if self._shadow:
+        if self._sampled and self._skipped is None:
             self._add_token_details(request, changes, xargs)
         if xargs:
             changes["vllm_xargs"] = requests.merged_xargs(request, xargs)
         self._sampling = requests.sampling_parameters(request, changes, policy.openai_sampling_defaults)
         if not changes:
             return None
-        self._rewritten = True
+        self._response = InterceptedResponse(
+            self._reports,
+            policy,
+            self._route,
+            self._request,
+            self._tokens,
+            from_tap=self._from_tap,
+            adapter=self._adapter,
+        )
         is_read = self._tokens is not None or self._adapter is not None
         return Rewrite(request.body.edit(changes), _DROPPED_HEADERS if is_read else frozenset())
 
@@ -253,14 +200,12 @@ class InterceptedExchange:
             # Of the two arms, only the control one could be scored.
             self._unjudged = Unscored.N
             choice = self._choose_profile(request)
-        self._counted_as = choice.arm, choice.reason
-        self._arm, self._compared = choice.arm, choice.compared
+        self._choice = choice
         if choice.compared is not None:
             self._drawn = outcome_number(self._conversation, policy.salt)
         if choice.version is None:
             return
         self._version = choice.version
-        self._profile_added = True
         has_map = policy.adapters.get(choice.version)
         if has_map is not None:
             self._adapter = choice.version
@@ -309,177 +254,46 @@ class InterceptedExchange:
         """The body cannot be read and is passed on unchanged."""
         self._skip(reason)
         if self._calibrated:
-            self._counted_as = Arm.NONE, self._unjudged or reason
+            self._choice = Choice(None, Arm.NONE, self._unjudged or reason)
 
     def _skip(self, reason: Unscored) -> None:
-        if self._shadow:
-            self._shadow = False
+        if self._sampled and self._skipped is None:
             self._skipped = reason
 
     @property
     def withholds(self) -> bool:
-        return self._withheld
+        return self._response is not None and self._response.state is WITHHELD
 
     def response_head(self, status: int, content_type: bytes, content_coding: bytes) -> bool:
-        if not self._rewritten:
-            return False
-        content_type = content_type.partition(b";")[0].strip().lower()
-        coding = content_coding.strip().lower()
-        plain = coding == b"identity"
-        event_stream = status == 200 and content_type == b"text/event-stream"
-        stream = plain and event_stream
-        codes = self._refusal_codes()
-        if self._replayed:
-            if stream:
-                self._start = _ResponseStart(codes)
-            else:
-                self._fail_after_replay(status)
-            return stream
-        if self._adapter is not None and plain:
-            self._name = ModelName(self._adapter, self._policy.answered_name, stream=stream, error=status != 200)
-        if status in codes:
-            self._start = _ResponseStart(codes, status)
-            return True
-        if stream:
-            self._start = _ResponseStart(codes)
-        if self._request is not None and self._tokens is not None:
-            if status != 200:
-                self._tokens.fail(status_failure(status))
-            else:
-                self._read_response(self._request, self._tokens, content_type, coding, stream=event_stream)
-        return stream or self._withheld or self._stripper is not None or self._name is not None
-
-    def _refusal_codes(self) -> tuple[int, ...]:
-        """After which the client's own request is sent."""
-        codes = [*_REFUSAL_CODES, _TOO_LARGE_CODE]
-        if self._adapter is not None:
-            codes.append(_ADAPTER_REFUSAL_CODE)
-        if self._route in _REPEATABLE_ROUTES and self._reports.server_errors.allowed:
-            codes.append(_SERVER_ERROR_CODE)
-        return tuple(codes)
-
-    def _read_response(
-        self, request: Request, tokens: ResponseTokens, content_type: bytes, coding: bytes, *, stream: bool
-    ) -> None:
-        """Choose what takes out of the answer what was injected, or withhold the answer."""
-        form = FORMATS[request.form]
-        plain, known = coding == b"identity", stream or content_type == b"application/json"
-        if self._from_tap:
-            if plain and known:
-                self._stripper = form.observer(request, tokens, stream=stream)
-            else:
-                tokens.fail(Unscored.UNREADABLE if plain else Unscored.ENCODED)
-            return
-        if not plain and coding not in CODINGS:
-            tokens.fail(Unscored.ENCODED)
-            self._withheld = True
-            return
-        if known:
-            self._stripper = form.stripper(request, tokens, stream=stream)
-        else:
-            tokens.fail(Unscored.UNREADABLE)
-            self._stripper = Scrubber(stream=False)
-        if not plain:
-            self._stripper = Recompressor(self._stripper, tokens)
+        return self._response is not None and self._response.begin(status, content_type, content_coding)
 
     def response_data(self, data: bytes) -> bytes:
-        start = self._start
-        if self._withheld:
-            return b""
-        if start is None:
-            return self._for_client(data)
-        start.feed(data)
-        if self._replayed:
-            # The second response is read, but not held back.
-            if start.error_code is not None:
-                self._fail_after_replay(start.error_code)
-            if start.error_code is not None or start.too_long:
-                self._start = None
-            return data
-        if (start.undecided or start.is_refusal) and not start.too_long:
-            return b""
-        return self._release_start()
-
-    def _release_start(self) -> bytes:
-        """What the client gets of the bytes that were held back."""
-        held = b"" if self._start is None else bytes(self._start.data)
-        self._start = None
-        return self._for_client(held)
-
-    def _for_client(self, data: bytes) -> bytes:
-        """What the client gets now of these bytes of the body."""
-        if self._stripper is not None:
-            data = self._stripper.feed(data)
-        return data if self._name is None else self._name.feed(data)
+        return data if self._response is None else self._response.feed(data)
 
     def replay(self) -> bool:
-        reason = self._repeat_reason()
+        reason = None if self._response is None else self._response.repeat()
         if reason is None:
             return False
-        self._replayed = True
-        self._withheld = False
-        self._after_server_error = reason is RepeatReason.SERVER_ERROR
-        adapter, start = self._adapter, self._start
-        if adapter is not None and start is not None:
-            self._adapter_refused = start.error_code == _ADAPTER_REFUSAL_CODE or adapter.encode() in start.data
-        self._start = self._stripper = self._name = self._adapter = None
-        if self._profile_added or self._arm is not Arm.NONE:
+        choice = self._choice
+        if choice is not None and (choice.version is not None or choice.arm is not Arm.NONE):
             # The control arm leaves out what the treated one does.
             self._leave_arm(ArmReason.REFUSED)
         self._reports.repeated(reason)
         return True
 
-    def _repeat_reason(self) -> RepeatReason | None:
-        """Why the client's own request is sent now; None: it is not."""
-        if self._withheld:
-            return RepeatReason.ENCODED
-        if self._start is None or not self._start.is_refusal:
-            return None
-        special = {_TOO_LARGE_CODE: RepeatReason.TOO_LARGE, _SERVER_ERROR_CODE: RepeatReason.SERVER_ERROR}
-        return special.get(self._start.error_code or 0, RepeatReason.REFUSED)
-
-    def _fail_after_replay(self, code: int) -> None:
-        """The rewritten request was refused. If the client's own is accepted, the rewriting was the cause.
-
-        code: of the second response's status, or of the error that it begins with; 0: it is a stream of something else.
-        """
-        accepted = code < 400
-        if self._after_server_error and not accepted:
-            self._reports.server_errors.in_vain()
-        if self._tokens is not None:
-            cause = Unscored.ADAPTER_REFUSED if self._adapter_refused else Unscored.LOGPROBS_REFUSED
-            self._tokens.fail(cause if accepted else status_failure(code))
-            self._note_refusal()
-
-    def _note_refusal(self) -> None:
-        """For example, the engine's --max-logprobs is lower than `shadow.top_k`. An answer that begins and then ends in
-        an error counts, too: it cannot be sent again to find out whether what was added is the cause."""
-        failure = None if self._tokens is None else self._tokens.failure
-        if failure in _REFUSALS or (failure is Unscored.UPSTREAM_ERROR and self._stripper is not None):
-            self._reports.pause.refused(self._policy.shadow_top_k)
-
     def response_end(self) -> bytes:
-        self._ended = True
-        if self._replayed:
+        response = self._response
+        if response is None:
             return b""
-        rest = b"" if self._start is None else self._release_start()
-        if self._stripper is not None:
-            last = self._stripper.finish()
-            rest += last if self._name is None else self._name.feed(last)
-        elif self._tokens is not None:
-            self._tokens.fail(error_reason(rest))
-        self._note_refusal()
-        if self._name is None:
-            return rest
-        rest += self._name.finish()
-        if self._name.other_answered:
+        rest = response.end()
+        if response.other_answered:
             # The client did not get what its arm is compared by.
             self._leave_arm(ArmReason.NOT_APPLIED)
         return rest
 
     def closed(self, *, complete: bool, output_tokens: int | None = None, engine: str = "") -> None:
-        if self._counted_as is not None:
-            self._reports.calibrated(*self._counted_as)
+        if self._choice is not None:
+            self._reports.calibrated(self._choice.arm, self._choice.reason)
         request, tokens = self._request, self._tokens
         if request is None or tokens is None:
             self._skip(Unscored.INCOMPLETE)
@@ -487,10 +301,9 @@ class InterceptedExchange:
             self._skip(tokens.failure)
             if tokens.failure is Unscored.TOOL_TOKENS_LOST:
                 self._reports.tool_tokens_lost(self._policy)
-        elif self._replayed or not (complete and self._ended):
+        elif self._response is None or self._response.state is not ENDED or not complete:
             self._skip(Unscored.INCOMPLETE)
-        elif self._shadow:
-            self._shadow = False
+        elif self._sampled and self._skipped is None:
             self._reports.pause.accepted(self._policy.shadow_top_k)
             # Of an answer that the plugin reports, one capture stands for all choices.
             choices = tokens.choices[:1] if self._from_tap else tokens.choices
@@ -511,7 +324,7 @@ class InterceptedExchange:
             route=self._route,
             model=tokens.model if adapter is None else self._policy.answered_name,
             label=self._options.label,
-            arm=self._arm.value,
+            arm=self.arm,
             requested=self._version,
             nonce=self._nonce,
             stream=request.stream,
