@@ -480,13 +480,15 @@ def test_the_size_of_the_state_is_bounded():
         lambda data: b"",
         lambda data: b"[]",
         lambda data: data[:-100],
-        lambda data: data.replace(b'"format":3', b'"format":2'),
+        lambda data: data.replace(b'"schema":4', b'"schema":3'),
         lambda data: data.replace(b'"units":', b'"units":-'),
-        lambda data: data.replace(b'"counted":"', b'"counted":"!'),
+        lambda data: data.replace(b'"counted":[4,"', b'"counted":[4,"!'),
         lambda data: data.replace(b'"role":"serving"', b'"role":"other"'),
         lambda data: data.replace(b'"width":1.0', b'"width":NaN'),
         lambda data: data.replace(b'"counts":[', b'"counts":[1,'),
-        lambda data: data.replace(b'"wealth":"', b'"wealth":"AAAA'),
+        lambda data: data.replace(b'"wealth":["<f8",[', b'"wealth":["<f8",[1,'),
+        lambda data: data.replace(b'"frozen":false', b'"frozen":0'),
+        lambda data: data.replace(b'"refused":0,', b""),
     ],
 )
 def test_a_damaged_state_is_refused(damage):

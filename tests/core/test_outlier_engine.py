@@ -152,14 +152,7 @@ def test_the_state_survives_a_restart() -> None:
     assert readings(lived(again, 50, odd=2)) == readings(lived(state, 50, odd=2))
 
 
-def test_alpha_that_an_older_version_spent_stays_spent() -> None:
-    for schema in (1, 2, 3):
-        older = f'{{"schema": {schema}, "engines": {{"is": "OutlierTest", "fields": {{"alpha": 0.01, "begun": 5}}}}}}'
-        state = load_engines(older.encode(), ALPHA)
-        assert (state.begun, state.tests) == (5, {})
-
-
-@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"schema": 5}', b'{"schema": 4, "engines": 3}'])
+@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"schema": 5}', b'{"schema": 5, "state": {"begun": 3}}'])
 def test_damaged_state_is_refused(data: bytes) -> None:
     with pytest.raises(InvalidArgumentError, match="begin anew"):
         load_engines(data, ALPHA)

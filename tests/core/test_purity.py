@@ -32,6 +32,7 @@ ALLOWED = {
     "struct",
     "types",
     "typing",
+    "zlib",
 }
 FORBIDDEN_NAMES = {"open", "print", "input", "exec", "eval", "__import__"}
 

@@ -216,7 +216,7 @@ def test_half_of_the_noise_floors_is_what_noise_adds() -> None:
 
 
 def test_an_older_state_is_refused_by_name_and_its_alpha_stays_spent(caplog: pytest.LogCaptureFixture) -> None:
-    old = json.dumps({"is": "Alarm", "fields": {"tests": 3}})
+    old = json.dumps({"schema": 1, "state": {"budget_tests": 3}})
     bench = Bench(baseline_requests=40)
     bench.alarms.restore(old, [])
     assert "schema 1" in caplog.text
@@ -231,7 +231,7 @@ def test_other_models_begin_anew_and_their_alpha_too() -> None:
     bench.alarms.forget()
     assert bench.alarms.report()["kinds"] == []
     again = Bench(baseline_requests=40)
-    again.alarms.restore(json.dumps({"is": "Alarm", "fields": {"tests": 2}}), [])
+    again.alarms.restore(json.dumps({"schema": 1, "state": {"budget_tests": 2, "change_tests": 2, "baselines": 2}}), [])
     for one in (bench, again):
         one.feed(range(60), 0.6)
     alphas = [one.alarms.report()["tests"][0]["alpha"] for one in (bench, again)]

@@ -42,7 +42,7 @@ def check(before: Snapshot, found: Snapshot) -> None:
 
 def counts(found: Snapshot) -> dict[str, int]:
     """What has been begun, by what it is counted by."""
-    windows = json.loads(found.states.get(TESTS_KEY, '{"windows": {}}'))["windows"]
+    windows = json.loads(found.states.get(TESTS_KEY, '{"state": {"windows": {}}}'))["state"]["windows"]
     begun = int(found.states.get(TESTS_BEGUN_KEY, 0))
     alarms = begun_tests(found.states.get(ALARM_KEY, "").encode())
     return {"tests": begun, "alarms": alarms} | {f"windows of {kind}": number for kind, number in windows.items()}

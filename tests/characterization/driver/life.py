@@ -50,7 +50,7 @@ def written(method: str, *args: Any) -> dict[str, Any]:
 def stored_state(key: str, value: Any) -> Any:
     """A state of the store; those of tests and kinds, which are long, as their most important parts."""
     if key == "tests":
-        tests = json.loads(value)
+        tests = json.loads(value)["state"]
         return {name: {kind: test["units"] for kind, test in kinds.items()} for name, kinds in tests["tests"].items()}
     if key == "kinds":
         found = json.loads(value)
