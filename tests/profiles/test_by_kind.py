@@ -50,6 +50,9 @@ def test_a_profile_that_helps_one_kind_and_harms_another_serves_only_the_first()
     assert bench.profiles.trials.running_kinds(bench.profiles.trials.tested[0]) == ["B"], "it goes on being tested"
     assert str(kind(bench, "A")["summary"]).startswith(f"{version[:8]} serves")
     assert "its gain is not above 0 so far" in str(kind(bench, "B")["summary"])
+    bench.profiles.lifecycle.drop(bench.profiles.trials.tested[0], Reason.NEWER, "replaced")
+    assert bench.last("drop")["why"] == "replaced; it serves on where it was proven"
+    assert bench.profiles.serving.version_by_kind == {"A": version}
 
 
 def test_a_kind_that_is_harmed_returns_to_identity_while_the_others_keep_their_profile() -> None:
