@@ -68,6 +68,15 @@ def test_the_engines_list_has_what_make_setup_installs(bounds: ModuleType) -> No
         assert one.specifier.contains(tested[one.name.lower()]), one
 
 
+def test_every_bound_is_one_that_the_tests_passed_with(bounds: ModuleType) -> None:
+    """A bound that is changed without a run of `make test-oldest` and `make test-newest` fails here."""
+    oldest, newest = (bounds.passed.read(bounds.passed.FOLDER / f"{end}.txt") for end in ("oldest", "newest"))
+    for one in bounds.requirements(PROJECT, bounds.EXTRAS):
+        name = one.name.lower()
+        assert Version(Version(oldest[name]).public) == Version(bounds.bound(one, ">=")), one
+        assert Version(bounds.bound(one, "<")) in next_versions(newest[name]), f"{one}: {newest[name]} was tested"
+
+
 def test_extras_are_those_of_the_messages() -> None:
     """What the code looks for is what the extra that it names installs."""
     from hemostat.models import packages
