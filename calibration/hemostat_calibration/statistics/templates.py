@@ -41,9 +41,9 @@ COUNTERS = 1 << 18
 FRAME_PROMPTS, FRAME_SHARE = 32, 0.02
 RECENT_PROMPTS = 8192
 """All counts are halved after so many prompts."""
-MAX_SHINGLES = 256
+MAX_SHINGLES = 192
 """The first ones of a prompt that are no frames."""
-BLOCK, MAX_BLOCKS = 1024, 8
+BLOCK, MAX_BLOCKS = 512, 16
 """Tokens that are looked at together; more where these are frames but for few."""
 _LENGTHS = np.array([0, 12, 17, 24, 34, 48, 68, 96, 136, 192])
 """Shingles of the beginnings that are compared. Of two neighbours the shorter one is 0.7 of the longer one."""

@@ -41,9 +41,9 @@ def template(rng: np.random.Generator) -> tuple[np.ndarray, Floats]:
 
 
 def pinned(rng: np.random.Generator) -> tuple[np.ndarray, Floats]:
-    """20 clients, each on an engine of its own, with figures of its own."""
+    """20 clients, each on an engine of its own, with figures of its own (a factor of 2.2)."""
     clients = rng.integers(0, 20, UNITS)
-    return rng.integers(0, ENGINES, 20)[clients], rng.normal(0.0, 0.3, 20)[clients] + rng.normal(0.0, 0.5, UNITS)
+    return rng.integers(0, ENGINES, 20)[clients], rng.normal(0.0, 0.8, 20)[clients] + rng.normal(0.0, 0.5, UNITS)
 
 
 WORLDS: dict[str, World] = {

@@ -1,6 +1,6 @@
 """Variants of one template are alike: they are one observation, and are either learned from or judged by.
 
-200 templates with 24 variants, which differ in 3 of 60 places and are each a conversation of its own, behind one system
+300 templates with 24 variants, which differ in 3 of 60 places and are each a conversation of its own, behind one system
 prompt, in any order. A profile knows by heart what it has learned from: it gains 0.054 on variants of a template of
 which it has seen one, and loses 0.039 on all others. Clusters and split are those of production.
 """
@@ -19,13 +19,13 @@ from hemostat_calibration.statistics.split import held_out
 from hemostat_calibration.statistics.templates import TemplateTable
 
 NAME = "templates"
-TAKES = "1.5 hours on one core"
+TAKES = "2 hours on one core"
 TEST_LIVES = 2
 
 TEST = "candidate"
 HELD_OUT = 0.3
 LEARNED_GAIN, NEW_GAIN = 0.054, -0.039
-TEMPLATES, VARIANTS, LENGTH, PLACES, FRAME = 200, 24, 60, 3, 50
+TEMPLATES, VARIANTS, LENGTH, PLACES, FRAME = 300, 24, 60, 3, 50
 VOCABULARY = 40_000
 
 Key = Callable[[int, Ids, bytes], bytes]
