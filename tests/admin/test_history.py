@@ -80,6 +80,14 @@ def test_the_overhead_is_that_of_the_last_requests() -> None:
     assert history.report()["points"]["overhead_p99"][-1] == OVERHEAD_BUCKETS[-1], "JSON has no infinity"
 
 
+def test_there_is_no_overhead_before_a_relay_has_reported() -> None:
+    history = History()
+    for n, counts in enumerate(([], [], [0, 5, *[0] * (len(OVERHEAD_BUCKETS) - 1)])):
+        proxy = SimpleNamespace(requests=n, failed=0, overhead_counts=counts)
+        history.add(float(n), 1.0 + n, status(n, proxy=proxy))
+    assert history.report()["points"]["overhead_p99"] == [None, None, OVERHEAD_BUCKETS[1]]
+
+
 def test_what_changed_is_an_event() -> None:
     """Problems that begin and end, another checkpoint, a reload; the state at the start is none."""
 

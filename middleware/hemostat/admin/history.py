@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from itertools import zip_longest
 from typing import Any
 
 from hemostat.admin.proxy_status import quantile
@@ -83,9 +84,10 @@ class History:
         return (self._sums[-1][0] - nats) / (tokens - before) if tokens > before else None
 
     def _overhead(self, counts: list[int]) -> float | None:
-        """99 % quantile of the last points, seconds; at most the largest finite edge of a bucket."""
+        """99 % quantile of the last points, seconds; at most the largest finite edge of a bucket. counts: empty before
+        a relay has reported."""
         self._buckets.append(counts)
-        recent = [max(0, after - before) for after, before in zip(counts, self._buckets[0], strict=True)]
+        recent = [max(0, after - before) for after, before in zip_longest(counts, self._buckets[0], fillvalue=0)]
         found = quantile(recent, 0.99)
         return None if found is None else min(found, OVERHEAD_BUCKETS[-1])
 
