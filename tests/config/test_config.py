@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tests.support.paths import ROOT
 
 from hemostat.config.errors import ConfigError
 from hemostat.config.loading import FOREIGN_VARIABLES, load
@@ -220,6 +222,14 @@ def test_wrong_environment_names_the_variable(written: Any, env: dict[str, str],
         load(written(UPSTREAM), env)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_the_plugin_in_vllm_reads_is_no_setting() -> None:
+    """Whoever starts vLLM and Hemostat from one shell has its variables in both."""
+    plugin = (ROOT / "calibration" / "hemostat_engine").rglob("*.py")
+    read = {name for file in plugin for name in re.findall(r"\bHEMOSTAT_[A-Z_]+\b", file.read_text())}
+    assert "HEMOSTAT_ADAPTERS" in read
+    assert read <= FOREIGN_VARIABLES
 
 
 def test_variables_of_other_programs_are_ignored(written: Any) -> None:

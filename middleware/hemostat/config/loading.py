@@ -20,6 +20,7 @@ FOREIGN_VARIABLES = frozenset(
     {
         *("HEMOSTAT_ADMIN_URL", "HEMOSTAT_ADMIN_TOKEN", "HEMOSTAT_ENGINE_TOKEN"),
         *("HEMOSTAT_PROFILE_DIR", "HEMOSTAT_VLLM"),
+        *("HEMOSTAT_ADAPTERS", "HEMOSTAT_ADAPTER_DIR", "HEMOSTAT_ADAPTERS_CPU_PRODUCT"),
     }
 )
 """Variables with the same prefix that are not settings: the engine plugin, the commands and make read them."""
