@@ -18,7 +18,9 @@ from tests.support.hooks import HookSequence, SpyHook
 from tests.support.relay import OK, Client, Request, post
 from tests.support.waiting import until
 
+from hemostat.relay.upstreams.group import Upstreams
 from hemostat.relay.upstreams.health import FAILURES, MAX_HOLD_SECONDS, HealthState
+from hemostat.relay.upstreams.origin import parse_origin
 
 CHAT = b"/v1/chat/completions"
 
@@ -388,6 +390,15 @@ async def test_the_engine_of_a_sampled_request_is_drawn_where_none_is_preferred(
     assert drawn == {draws and not affinity}
     assert (len(set(chosen)) == 1) == affinity
     assert all(in_turn) == (not affinity and not draws)
+
+
+async def test_no_engine_is_drawn_while_one_has_no_free_connection() -> None:
+    """The request would wait there, because it is sampled."""
+    origins = [parse_origin(f"http://127.0.0.1:{port}") for port in (1, 2)]
+    upstreams = Upstreams(asyncio.get_running_loop(), origins, limit=2, queue_seconds=1.0, affinity=False)
+    assert [upstreams.draw(number) for number in (0.0, 0.9)] == upstreams.engines
+    upstreams.engines[0].outstanding = 2
+    assert upstreams.draw(0.9) is None
 
 
 async def test_an_engine_that_replaces_one_that_was_drawn_is_not() -> None:

@@ -111,9 +111,11 @@ class Upstreams:
 
     def draw(self, number: float) -> Engine | None:
         """Each of the engines that get requests with the same probability, whatever their load; None where there is
-        none. number: in [0, 1)."""
+        none, or one has no free connection: nobody waits for one because a request is sampled. number: in [0, 1)."""
         engines = [one for one in self.engines if one.health.up and not one.drained]
-        return engines[int(number * len(engines))] if engines else None
+        if not engines or any(one.outstanding >= self._limit for one in engines):
+            return None
+        return engines[int(number * len(engines))]
 
     def choose(self, key: int | None, tried: Collection[Engine] = ()) -> Engine | None:
         """The engine for a request; None where there is none but those that were tried.
