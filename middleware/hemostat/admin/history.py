@@ -86,8 +86,9 @@ class History:
     def _overhead(self, counts: list[int]) -> float | None:
         """99 % quantile of the last points, seconds; at most the largest finite edge of a bucket. counts: empty before
         a relay has reported."""
+        before = self._buckets[0] if self._buckets else counts
         self._buckets.append(counts)
-        recent = [max(0, after - before) for after, before in zip_longest(counts, self._buckets[0], fillvalue=0)]
+        recent = [max(0, now - then) for now, then in zip_longest(counts, before, fillvalue=0)]
         found = quantile(recent, 0.99)
         return None if found is None else min(found, OVERHEAD_BUCKETS[-1])
 

@@ -30,15 +30,22 @@ function parse(hash) {
   return { path: Object.hasOwn(PAGES, parts[0]) ? parts : [], chosen: Object.fromEntries(new URLSearchParams(query)) };
 }
 
+/** The address of Grafana that this browser keeps, after `base` where one is given; some browsers keep nothing. */
+function kept(base) {
+  try {
+    if (base) localStorage.setItem("grafana", base);
+    return localStorage.getItem("grafana");
+  } catch { return base ?? null; }
+}
+
 /** A link to the matching panel. Grafana's address is asked for once and kept in this browser: Hemostat does not know it. */
 class Grafana extends Component {
-  state = { base: localStorage.getItem("grafana") };
+  state = { base: kept() };
 
   ask() {
     const base = prompt("Address of Grafana; it is kept in this browser", "http://localhost:3000");
     if (!/^https?:\/\/[^\s]+$/.test(base ?? "")) return;
-    localStorage.setItem("grafana", base.replace(/\/+$/, ""));
-    this.setState({ base: localStorage.getItem("grafana") });
+    this.setState({ base: kept(base.replace(/\/+$/, "")) });
   }
 
   render({ page, range }, { base }) {

@@ -20,7 +20,8 @@ const GROUPS = {
     "that the model is better there; where few ids are allowed, both models agree for that reason. These requests are in no other group."],
 };
 const nothing = { requests: 0, kl_nats: { estimate: null, ci95: [null, null] }, kl_nats_estimate: {}, total_variation: null, top1_agreement: null };
-const plain = (f) => ({ ...nothing, requests: f.requests, kl_nats: { estimate: f.kl_nats, ci95: [null, null] } });
+/** Of an engine, whose scored requests are not counted: `requests` are those that are compared. */
+const plain = (f) => ({ ...nothing, requests: null, kl_nats: { estimate: f.kl_nats, ci95: [null, null] } });
 
 /** A common scale: up to the highest upper end, but at most four times its estimate. */
 export const scale = (rows) => 1.1 * Math.max(...rows.map((f) => Math.min(f.kl_nats.ci95[1] ?? f.kl_nats.estimate ?? 0, 4 * (f.kl_nats.estimate || 0))), 1e-4);

@@ -20,7 +20,7 @@ export const marks = (data) => happened(data).filter((e) => LETTERS[e.decision])
   ...e, letter: LETTERS[e.decision], bad: e.decision === "roll_back" || (e.decision === "alarm" && e.evidence.raised), text: described(e),
 }));
 
-export const described = (e) => `${e.decision === "alarm" ? briefly(e.why) : `${WORDS[e.decision] || e.decision}${e.version ? ` ${brief(e.version)}` : ""}`}${e.kind ? ` in ${e.kind}` : ""}`;
+const described = (e) => `${e.decision === "alarm" ? briefly(e.why) : `${WORDS[e.decision] || e.decision}${e.version ? ` ${brief(e.version)}` : ""}`}${e.kind ? ` in ${e.kind}` : ""}`;
 
 /** Since when a version serves a kind, as far as the events go back. */
 export const servedSince = (p, version, kind) => p.events.find((e) => ["promote", "pin"].includes(e.decision) && e.version === version && ["", kind].includes(e.kind))?.at;

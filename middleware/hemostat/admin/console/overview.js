@@ -1,5 +1,5 @@
 // The first page: what is wrong, what compression costs, what is served since when, what to do.
-import { brief, briefly, counts, fixed, known, lasted, ms, named, nats, NONE, ofTokens, percent, perSecond, plural, range, endsOf, total, when, whole } from "./format.js";
+import { brief, briefly, counts, fixed, known, lasted, ms, named, nats, ofTokens, percent, perSecond, plural, range, endsOf, total, when, whole } from "./format.js";
 import { Action, Chart, html, Link, Spark } from "./parts.js";
 import { marks, servedSince } from "./events.js";
 import { MODES } from "./profiles.js";
@@ -13,6 +13,7 @@ const AREAS = [
   ["alarm", ["HemostatHemorrhage", "HemostatModelChanged"], (s) => (s.alarm.tests.some((t) => t.begun) ? "none" : "learning")],
   ["canaries", ["HemostatCanaries"], (s) => s.canaries?.state],
   ["adapters", ["HemostatAdapterBuildsFail"], (s) => s.adapter.state],
+  ["profiles", ["HemostatProfileFailed"], () => null],
   ["measurement", ["HemostatNoiseFloorUnknown", "HemostatCapturesLost", "HemostatRecordsLost"], (s) => (s.requests.scored ? "running" : "no score yet")],
   ["configuration", ["HemostatReloadFailed"], (s) => (s.configuration.needs_restart.length ? "needs a restart" : "loaded")],
 ];
@@ -137,6 +138,7 @@ const ADVICE = {
   HemostatHemorrhage: ["Find the kind of traffic that is over the budget.", "alarm", "Open the alarm"],
   HemostatModelChanged: ["Find the kind that changed, and whether a checkpoint or an engine was replaced then.", "alarm", "Open the alarm"],
   HemostatEngineEjected: ["Repair the engine that gets no requests.", "engines", "Open the engines"],
+  HemostatProfileFailed: "Read vLLM's log for the reason; the profile is off in that engine until vLLM restarts.",
   HemostatReferenceDown: "Start or repair the reference. Clients are not affected.",
   HemostatStoreErrors: "Make room for the store, or correct its permissions.",
   HemostatReloadFailed: "Correct the configuration file and send SIGHUP again.",
@@ -170,7 +172,7 @@ function Timeline(data) {
   const { s, past } = data, time = past.time || [], from = time[0] ?? Infinity, shown = marks(data).filter((m) => m.at >= from), budget = s.alarm.budget_nats;
   const height = 280 - 30 * Math.min(3, Math.max(0, s.state.problems.length - 1));  // so that everything fits on one screen
   return html`<section class="timeline"><h2>Divergence <span class="unit">KL in nats per token, lower bound</span></h2>
-    <${Chart} key=${height} label="KL per token over time" height=${height} time=${past.time} show=${nats} marks=${shown} series=${[
+    <${Chart} key=${`${height} ${known(budget)}`} label="KL per token over time" height=${height} time=${past.time} show=${nats} marks=${shown} series=${[
       ["last minute", "--accent", past.kl_recent], ["since the start", "--soft", past.kl_nats], ["noise floor", "--good", past.floor],
       ...(known(budget) ? [["budget", "--bad", time.map(() => budget)]] : [])]} />
     <ul class="marks">${shown.slice(0, 4).map((m) => html`<li class=${m.bad ? "bad-text" : ""}><b>${m.letter}</b> ${when(m.at)} ${m.text}</li>`)}
