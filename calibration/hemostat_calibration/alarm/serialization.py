@@ -45,7 +45,8 @@ def load(data: bytes, settings: Settings) -> Alarm:
 
 
 def begun_tests(data: bytes) -> int:
-    """The largest number of tests of any sort that a saved alarm had begun, of whatever schema; 0 where it is damaged.
+    """The largest number of tests of any sort that a saved alarm had begun, of any schema from 5 on; 0 where it is
+    damaged, or older.
 
     >>> begun_tests(b'{"schema": 9, "state": {"budget_tests": 4, "change_tests": 2}}'), begun_tests(b"damaged")
     (4, 0)

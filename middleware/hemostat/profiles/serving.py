@@ -27,9 +27,9 @@ from hemostat_calibration.records import TokenRecord
 MAX_SERVING_VERSIONS = 4
 """Different profiles that serve at a time. With two candidates and the probe these are fewer than an engine holds."""
 MAX_TRIED_VERSIONS = 16
+"""Versions that a kind remembers as tested; the oldest is forgotten."""
 MAX_FORMER_KINDS = 256
 """Kinds that lost their place, of which it is remembered what was rolled back there; the oldest is forgotten first."""
-"""Versions that a kind remembers as tested; the oldest is forgotten."""
 
 
 @dataclass(frozen=True, slots=True)

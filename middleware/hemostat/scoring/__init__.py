@@ -5,6 +5,7 @@
     tapped_answers          captures whose tokens the engine's plugin hands out
     answer_losses           how many of those get lost, and what is then asked instead
     scorer                  scores captures on the reference
+    prompt_templates        clusters of alike prompts, over restarts
     conditioning            candidates under the grammar that restricted an output
     record_builder          capture, tap and scores as one validated record
     scored_record           a record with its figures, and what it may be used for

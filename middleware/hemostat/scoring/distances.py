@@ -100,4 +100,7 @@ class DistanceWaits:
     def flush(self) -> None:
         """At the end: all that wait are used without distances, oldest first."""
         for done in list(self._waiting.values()):
-            done({})
+            try:
+                done({})
+            except Exception:
+                log.exception("a record that waited for distances could not be used")
