@@ -119,8 +119,10 @@ def test_units_of_less_than_a_cycle_are_not_believed_and_a_new_kind_borrows_what
     for at in range(240):
         guard.note("old", b"client %d" % (at % 8), float(rng.normal()), now=0.1 * at)
         assert not guard.is_known("old")
+        assert not guard.has_seen_cycle
     guard.note("old", b"client", float(rng.normal()), now=day)
     assert guard.is_known("old")
+    assert guard.has_seen_cycle
     guard.note("new", b"client", 5.0, now=day)
     assert guard.is_known("new")
     alike = Guard(cycle=day)
@@ -128,6 +130,7 @@ def test_units_of_less_than_a_cycle_are_not_believed_and_a_new_kind_borrows_what
         alike.note("alike", b"client", float(at // 20), now=float(at))
     assert not alike.is_known("alike")
     assert Guard(cycle=day).is_known("never noted")
+    assert Guard(cycle=day).has_seen_cycle
 
 
 def test_a_guard_promotes_where_it_knows_how_much_units_depend_on_each_other():

@@ -26,9 +26,11 @@ from hemostat.ipc.messages import REST_KIND
 from hemostat.measurement.measurements import Measurements
 from hemostat.profiles import judging
 from hemostat.profiles.judging import gain_interval
+from hemostat.profiles.trials import Trials
 from hemostat_calibration.divergence import record_gains
 from hemostat_calibration.divergence.gain import Gain, gain
 from hemostat_calibration.divergence.record_gains import RecordGains
+from hemostat_calibration.guard import kind_test
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors_digest
@@ -138,6 +140,18 @@ def test_an_unproven_candidate_is_dropped_where_others_wait(monkeypatch: pytest.
     assert bench.profiles.trials.tested_versions == [third, bias]
 
 
+def test_no_candidate_gives_way_before_a_cycle_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "MAX_UNPROVEN_UNITS", 30)
+    monkeypatch.setattr(Trials, "has_seen_cycle", False)
+    bench = Bench()
+    first, second, third = (bench.profiles.operator.import_profile(harmful(seed=seed)) for seed in range(3))
+    bench.feed(EVEN, JUDGED[:60])
+    assert bench.profiles.trials.tested_versions == [first, second]
+    monkeypatch.setattr(Trials, "has_seen_cycle", True)
+    bench.feed(EVEN, JUDGED[60:61])
+    assert bench.profiles.trials.tested_versions == [second, third]
+
+
 def test_a_candidate_that_is_tested_in_rare_kinds_only_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging, "MAX_SEEN_UNITS", 50)
     bench = Bench()
@@ -221,10 +235,13 @@ def test_a_gain_is_computed_once_for_measurement_and_judging(monkeypatch: pytest
     assert not computed, "a gain counts on held-out records only"
 
 
+@pytest.mark.parametrize("most", [390, kind_test.MAX_UNITS])
 def test_nothing_is_promoted_in_a_kind_before_it_is_known_how_much_its_requests_depend_on_each_other(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    """Of all requests, whether they are learned from or judged by; a restart keeps it, other models begin anew."""
+    """Of all requests, whether they are learned from or judged by; a restart keeps it, other models begin anew. A test
+    that is full by then (most: its units) is decided all the same."""
+    monkeypatch.setattr(kind_test, "MAX_UNITS", most)
     monkeypatch.setattr(dependence, "MIN_HISTORY", 500)
     bench, rng = Bench(), np.random.default_rng(0)
 

@@ -132,6 +132,12 @@ class Guard:
         """What was noted of a kind, or of all; None where nothing was."""
         return self._state.dependence.get(kind)
 
+    @property
+    def has_seen_cycle(self) -> bool:
+        """Whether what was noted spans a cycle, or nothing was noted: before that, nothing is promoted."""
+        pooled = self._state.dependence.get(ALL_KINDS)
+        return pooled is None or pooled.last - pooled.first >= self._cycle
+
     def is_known(self, kind: str) -> bool:
         """Whether v̂ is known for this kind; also where nothing was noted of it."""
         found, pooled = self._state.dependence.get(kind), self._state.dependence.get(ALL_KINDS)

@@ -44,7 +44,7 @@ ROLL_BACK_TEXTS = {
 
 
 def is_held_out(record: TokenRecord, fraction: float) -> bool:
-    """Whether the record's unit (its conversation) is judged by; nothing is ever learned from it then."""
+    """Whether the record's unit is judged by; nothing is ever learned from it then."""
     return held_out(record.unit, fraction)
 
 
@@ -103,6 +103,8 @@ class Judge:
         watched = self._trials.admit(WATCH, unit) is Admission.ADMITTED
         admissions = {candidate: self._trials.admit(candidate.test, unit) for candidate in self._trials.tested}
         met = [c for c, found in admissions.items() if found in (Admission.ADMITTED, Admission.CLIENT_SHARE)]
+        # A test may be full before it is known how much units depend on each other.
+        full = [c for c, found in admissions.items() if found is Admission.FULL]
         selected = self._serving.kinds[unit.kind].version
         # All of them count the unit before anything is decided: a decision ends other tests of this kind.
         if watched and selected is not None:
@@ -113,7 +115,7 @@ class Judge:
         counted = [c for c in met if self._count(c, unit, selected, admissions[c])]
         if watched and self._judge_serving(unit.kind):
             return
-        self._promote_best(counted, unit.kind)
+        self._promote_best(counted + full, unit.kind)
 
     def _count(self, candidate: Candidate, unit: HeldOutUnit, selected: str | None, admission: Admission) -> bool:
         """Whether it counts: it is admitted, and something is known of the candidate's gain over what serves."""
@@ -162,6 +164,11 @@ class Judge:
             if self._take_slot(candidate):
                 return
 
+    def _is_due(self, candidate: Candidate, kind: str) -> bool:
+        """Whether the next unit of this kind promotes it."""
+        free = not self._serving.kinds[kind].pinned and self._serving.has_room(candidate.version, {kind})
+        return free and self._trials.promotes(candidate, kind)
+
     def _take_slot(self, candidate: Candidate) -> bool:
         """Whether an adapter that no slot is free for took that of another one: of one most of whose traffic it is
         proven better in. The kinds in which it is not go back to identity, and it is tested there against that."""
@@ -180,13 +187,16 @@ class Judge:
 
     def _give_way(self, candidate: Candidate) -> None:
         """Drop a candidate that is not proven anywhere after many units, where others wait. Units that were refused for
-        their client's share count, too: a test whose other clients are gone would else never end."""
-        if not self._trials.waiting:
+        their client's share count, too: a test whose other clients are gone would else never end. Before a cycle of the
+        traffic was seen nothing can be proven, so nothing is dropped."""
+        if not self._trials.waiting or not self._trials.has_seen_cycle:
             return
         running = self._trials.running_kinds(candidate)
         shown = [self._trials.evidence(candidate, kind) for kind in running]
         units = max((evidence.units + evidence.refused for evidence in shown), default=0)
         equal_waits = self._trials.has_waiting_equal(candidate)
+        if any(self._is_due(candidate, kind) for kind in running):
+            return
         if units >= (MAX_UNPROVEN_UNITS if equal_waits else MAX_UNPROVEN_UNITS_BEFORE_LOWER):
             why = f"not proven by {units} held-out requests of its most frequent kind, and others wait"
             self._lifecycle.drop(candidate, Reason.UNPROVEN, why)

@@ -6,7 +6,7 @@ Invariants:
 - A candidate is tested in all kinds of its scope at once, in each against what serves there. When that changes, the
   test of this kind begins anew (an import) or ends (a proposal: the learner makes another one).
 - A kind that appears later gets a test of its own. So does a profile that serves elsewhere already.
-- An evidence unit (a conversation) counts once in a test and kind; the guard remembers which have.
+- An evidence unit (`TokenRecord.unit`) counts once in a test and kind; the guard remembers which have.
 - The gains of a test are of one figure: of the total variation where the candidate, or what serves the kind, is an
   adapter, else nats (`Figure`). What serves a kind does not change within a test, so the figure does not either; the
   guard refuses gains of another one.
@@ -140,6 +140,11 @@ class Trials:
     def tests_begun(self) -> int:
         """Tests of candidates, over the store's life."""
         return self.guard.candidate_tests
+
+    @property
+    def has_seen_cycle(self) -> bool:
+        """See `Guard.has_seen_cycle`."""
+        return self.guard.has_seen_cycle
 
     def holds(self, version: str, scope: str) -> bool:
         """Whether this profile is under test in this scope, or waits for it."""
