@@ -12,7 +12,7 @@ from hemostat.config.schema import Evidence
 from hemostat.ipc.messages import REST_KIND
 from hemostat.metrics import names
 from hemostat.profiles.catalogue import MAX_PROFILES
-from hemostat.profiles.persistence import SERVING_KEY, STATE_KEYS, StoredKind, StoredServing
+from hemostat.profiles.persistence import SERVING_KEY, STATE_KEYS, TESTS_KEY, StoredKind, StoredServing
 from hemostat.store.protocol import StoredProfile
 from hemostat_calibration.profiles.profile import IDENTITY, temperature_bias
 
@@ -121,6 +121,31 @@ def test_kinds_that_are_not_followed_any_more_lose_what_served_them_with_the_rea
     assert set(again.profiles.serving.version_by_kind) == {REST_KIND, "often"}
     event = again.last("roll_back")
     assert (event["version"], event["kind"], event["reason"]) == (version, "rare", "evicted")
+
+
+def test_kinds_keep_what_serves_them_where_the_table_of_kinds_cannot_be_read() -> None:
+    bench = Bench()
+    for kind in ("often", "rare", "often"):
+        bench.profiles.kinds.see(kind)
+    bench.profiles.operator.promote(bench.profiles.operator.import_profile(helpful()))
+    bench.profiles.writer.save()
+    stored = StoredServing.decode(bench.store.get_state(SERVING_KEY))
+    damaged = msgspec.structs.replace(stored, table='{"counts": {}, "followed": []}')
+    bench.store.set_state(SERVING_KEY, msgspec.json.encode(damaged).decode())
+    again = bench.restart(crash=True)
+    again.profiles.set_model_pair(MODEL, V)
+    assert set(again.profiles.serving.version_by_kind) == {REST_KIND, "often", "rare"}
+    assert "roll_back" not in again.decisions()
+
+
+def test_windows_that_were_begun_stay_spent_where_tests_cannot_be_read() -> None:
+    bench = Bench()
+    bench.promote()
+    bench.profiles.writer.save()
+    begun = bench.profiles.trials.guard.windows[REST_KIND]
+    bench.store.set_state(TESTS_KEY, "{")
+    again = bench.restart(crash=True)
+    assert again.profiles.trials.guard.windows[REST_KIND] == begun + 1
 
 
 def test_a_restart_deletes_the_oldest_profiles_of_a_store_that_grew_too_large() -> None:

@@ -45,15 +45,20 @@ def load(data: bytes, settings: Settings) -> Alarm:
 
 
 def begun_tests(data: bytes) -> int:
-    """The largest number of tests of any sort that a saved alarm had begun, of any schema from 5 on; 0 where it is
-    damaged, or older.
+    """The largest number of tests of any sort that a saved alarm, or test of the engines, had begun, of whatever
+    schema; 0 where it is damaged.
 
     >>> begun_tests(b'{"schema": 9, "state": {"budget_tests": 4, "change_tests": 2}}'), begun_tests(b"damaged")
     (4, 0)
+    >>> begun_tests(b'{"schema": 3, "engines": {"is": "OddEngines", "fields": {"begun": 3}}}')
+    3
     """
     try:
-        state = json.loads(data)["state"]
-        counts = [state.get(name, 0) for name in ("budget_tests", "change_tests", "baselines")]
+        stored = json.loads(data)
+        # Up to schema 3 of the alarm and of the engines there was no `state`.
+        old = stored.get("alarm") or stored.get("engines") or stored
+        state = stored["state"] if "state" in stored else old["fields"]
+        counts = [state.get(name, 0) for name in ("budget_tests", "change_tests", "baselines", "begun", "tests")]
         return max(count for count in counts if isinstance(count, int))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return 0
@@ -70,7 +75,7 @@ def save_engines(state: OutlierTest) -> bytes:
 
 def load_engines(data: bytes, alpha: float) -> OutlierTest:
     """What `save_engines` wrote, continued with `alpha`; tests already begun keep their own. InvalidArgumentError where
-    it cannot be read.
+    it cannot be read: begin anew with `init(alpha, begun_tests(data))`.
 
     >>> load_engines(save_engines(OutlierTest(0.05)), 0.01).alpha
     0.01

@@ -22,7 +22,7 @@ from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.store.protocol import StoreWrites
 from hemostat_calibration.alarm import outlier_engine
-from hemostat_calibration.alarm.serialization import load_engines, save_engines
+from hemostat_calibration.alarm.serialization import begun_tests, load_engines, save_engines
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.records import TokenRecord
@@ -34,7 +34,7 @@ STATE_KEY = "engines"
 ACTIVE_SECONDS = 86_400.0
 """The test is off where no engine was drawn for so long."""
 SAVE_SECONDS = 60.0
-"""Pause between writes of the state."""
+"""Longest pause between writes of the state. A test that begins is written at once: no alpha is spent twice."""
 
 
 class ByEngine:
@@ -73,10 +73,10 @@ class ByEngine:
             return
         now, stratum = self._wall(), f"{record.kind or REST_KIND} {record.applied or ''}"
         self._drawn_at = now
-        unit = outlier_engine.Unit(record.engine, float(kl.mean()), len(kl))
+        unit, begun = outlier_engine.Unit(record.engine, float(kl.mean()), len(kl)), self._test.begun
         self._test = outlier_engine.update(self._test, stratum, unit, now)
         self._note()
-        if now - self._saved_at >= SAVE_SECONDS:
+        if self._test.begun > begun or now - self._saved_at >= SAVE_SECONDS:
             self.save()
 
     @property
@@ -127,6 +127,7 @@ class ByEngine:
             self._test = load_engines(stored.encode(), self._test.alpha)
         except InvalidArgumentError as error:
             log.error("stored test of the engines: %s", error)
+            self._test = outlier_engine.init(self._test.alpha, begun_tests(stored.encode()))
             return
         self._raised = frozenset(one.engine for one in outlier_engine.readings(self._test) if one.raised is not None)
         self._drawn_at = max((test.last for test in self._test.tests.values()), default=-math.inf)

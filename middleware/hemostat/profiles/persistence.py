@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import msgspec
 
+from hemostat.ipc.messages import REST_KIND
 from hemostat.profiles.followed_kinds import FollowedKinds
 from hemostat.profiles.serving import KindState, ServingState
 from hemostat.profiles.trials import Candidate, Trials
@@ -73,12 +74,13 @@ class StoredServing(msgspec.Struct, frozen=True):
         }
 
     def kind_table(self, limit: int) -> KindTable:
-        """An empty one where it is damaged."""
+        """Where it is damaged, the kinds that were followed, which count from 0."""
         try:
             return KindTable.load(self.table.encode(), limit) if self.table else KindTable(limit)
         except InvalidArgumentError as error:
             log.error("the stored table of kinds cannot be read: %s", error)
-            return KindTable(limit)
+            followed = tuple(name for name in self.kinds if name != REST_KIND)[:limit]
+            return KindTable(limit, dict.fromkeys(followed, (0.0, 0.0)), followed)
 
 
 def stored_mode(states: Mapping[str, str | None], configured: str) -> str | None:

@@ -150,7 +150,8 @@ class Restoring:
             self._trials.resume(tests.encode() if tests else None, begun, queue)
         except InvalidArgumentError as error:
             log.error("the stored tests cannot be read, they begin anew: %s", error)
-            self._trials.resume(None, begun, queue)
+            watched = {name: kind.watch for name, kind in served.kinds.items() if kind.watch}
+            self._trials.resume(None, begun, queue, watched)
         return {candidate: cause for candidate, cause in causes.items() if cause is not None}
 
     def _restore_profiles(self, stored: Iterable[StoredProfile], used: set[str]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -155,11 +156,17 @@ class Trials:
         serving = self._serving.versions
         return any((c.scope, c.source) == (scope, source) and c.version not in serving for c in self._queue)
 
-    def resume(self, data: bytes | None, candidate_tests: int, queue: Iterable[Candidate]) -> None:
+    def resume(
+        self,
+        data: bytes | None,
+        candidate_tests: int,
+        queue: Iterable[Candidate],
+        watched: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         """Go on from stored tests. What this process itself or the store has counted as begun stays spent.
 
-        data: of `Guard.save`; None: all tests begin anew. InvalidArgumentError where it is damaged; then nothing
-        changes.
+        data: of `Guard.save`; None: all tests begin anew. watched: by kind, the number of a window that was begun.
+        InvalidArgumentError where `data` is damaged; then nothing changes.
         """
         spent, windows = self.guard.candidate_tests, dict(self.guard.windows)
         if data is None:
@@ -167,6 +174,7 @@ class Trials:
         else:
             self.guard = Guard.load(data, self._alpha, self.client_share, self._cycle)
         self.guard.raise_counts(max(spent, candidate_tests), windows)
+        self.guard.raise_counts(0, watched)
         self._queue = list(queue)
         named = {WATCH, *(candidate.test for candidate in self._queue)}
         for name in set(self.guard.names) - named:
