@@ -1,9 +1,9 @@
 """Decides from held-out evidence which profile may serve which kind of request: promote, hold or roll back.
 
-Evidence is one number for each unit (a conversation, once in each kind): the mean over its tokens of the gain of the
-profile over what serves without it, known as an interval, in nats or of the total variation (`decisions.Figure`; where
-an adapter is on either side). As evidence for the profile its lower end counts, as evidence against it the upper end.
-Units must be of the held-out side of the split.
+Evidence is one number for each unit (`TokenRecord.unit`, once in each kind): the mean over its tokens of the gain of
+the profile over what serves without it, known as an interval, in nats or of the total variation (`decisions.Figure`;
+where an adapter is on either side). As evidence for the profile its lower end counts, as evidence against it the upper
+end. Units must be of the held-out side of the split.
 
 - A candidate's test number c is of one profile in some kinds. It is promoted in a kind when the closed test over these
   kinds rejects "its mean gain in this kind is at most 0" at alpha/(c(c+1)), and the gain by token is above 0, too.

@@ -55,7 +55,7 @@ _FIELDS = {
     "clusters": (MAX_PROMPTS, np.uint32),
 }
 _SLOT_BITS, _COUNTER_MASK = np.uint32(32 - 17), np.uint32(COUNTERS - 1)
-_ONE, _HALF, _COUNT = np.uint32(1), np.uint32(16), np.uint16(1)
+_ONE, _HALF, _COUNT, _FULL = np.uint32(1), np.uint32(16), np.uint16(1), np.uint16(0xFFFF)
 _MAX_HEADER_BYTES = 1 << 16
 _MAX_COUNT = (1 << 32) - 1
 
@@ -126,7 +126,7 @@ class TemplateTable:
             hashes = self._shingles(prompt[start : start + BLOCK + SHINGLE - 1])
             slots = (hashes & _COUNTER_MASK).astype(np.intp)
             counts = self._counters.take(slots)
-            self._counters[slots] = counts + _COUNT  # once, however often it is there
+            self._counters[slots] = counts + (counts < _FULL)  # once, however often it is in these tokens
             found.append(hashes.compress(counts < least)[:left])
             left -= len(found[-1])
             if left <= MAX_SHINGLES // 2:

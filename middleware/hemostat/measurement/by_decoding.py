@@ -46,13 +46,14 @@ class _Drawn:
     def __post_init__(self) -> None:
         self.dependence = Dependence(4, self.cycle)
 
-    def add(self, drawn: DecodedDivergence) -> None:
+    def add(self, drawn: DecodedDivergence, client: bytes) -> None:
         self.tokens += len(drawn.available)
         self.unavailable += int((~drawn.available).sum())
         self.tv_lower, self.tv_upper = self.tv_lower.update(drawn.tv.lower), self.tv_upper.update(drawn.tv.upper)
         self.js_lower, self.js_upper = self.js_lower.update(drawn.js.lower), self.js_upper.update(drawn.js.upper)
         values = np.array([drawn.tv.lower, drawn.tv.upper, drawn.js.lower, drawn.js.upper])
-        self.dependence.add(np.nansum(values, axis=1), np.count_nonzero(~np.isnan(values), axis=1).astype(np.float64))
+        tokens = np.count_nonzero(~np.isnan(values), axis=1).astype(np.float64)
+        self.dependence.add(np.nansum(values, axis=1), tokens, client)
 
     def summary(self) -> dict[str, Any]:
         """`unavailable_share`: of the tokens, where the lists do not determine the cut, or a profile was applied."""
@@ -88,7 +89,7 @@ class ByDecoding:
         """drawn: None where the decoding is not known. client: the digest of whom the request is from."""
         self._figures.setdefault(name, StageFigures(self._max_tokens, cycle=self._cycle)).add(figures, client)
         if drawn is not None:
-            self._drawn.setdefault(name, _Drawn(self._cycle)).add(drawn)
+            self._drawn.setdefault(name, _Drawn(self._cycle)).add(drawn, client)
 
     def report(self) -> list[dict[str, Any]]:
         """Those with a request, in the order of `STRATEGIES`. JSON-ready."""

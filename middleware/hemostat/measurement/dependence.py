@@ -54,8 +54,9 @@ class Dependence:
     def add(self, x: Floats, n: Floats, client: bytes = b"") -> None:
         """One request now: x, n float64 [S], the sum of each figure over its tokens, and their number. client: its
         digest; where it is empty, the request counts in time only."""
-        self._last = self._cycle.clock()
-        self._first = self._first if self._in_time.units else self._last
+        now = self._cycle.clock()
+        self._first = self._first if self._in_time.units else now
+        self._last = max(now, self._first)  # the clock may be set back
         self._in_time = self._in_time.update(x, n)
         if client and n[0] > 0.0:
             mean = np.array([x[0] / n[0]])

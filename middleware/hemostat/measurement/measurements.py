@@ -82,12 +82,12 @@ class _Top1:
     def __post_init__(self) -> None:
         self.dependence = Dependence(3, self.cycle)
 
-    def add(self, raw: TokenDivergence, after: TokenDivergence) -> None:
+    def add(self, raw: TokenDivergence, after: TokenDivergence, client: bytes) -> None:
         tokens = len(raw.top1_agreement)
         old, new = float(raw.top1_agreement.sum()), float(after.top1_agreement.sum())
         self.before, self.after = self.before.update(old, tokens), self.after.update(new, tokens)
         self.change = self.change.update(new - old, tokens)
-        self.dependence.add(np.array([old, new, new - old]), np.full(3, float(tokens)))
+        self.dependence.add(np.array([old, new, new - old]), np.full(3, float(tokens)), client)
         self.tokens += tokens
 
     def summary(self) -> dict[str, Any]:
@@ -200,7 +200,7 @@ class Measurements:
             stage = self._after.pop(profile.version, None) or self._begin(profile)
             stage.after.add(after, record.client)
             stage.before.add(raw, record.client)
-            stage.top1[decoding].add(raw, after)
+            stage.top1[decoding].add(raw, after, record.client)
             if gain is not None and isinstance(stage.gain, GainFigures):
                 stage.gain.add(gain, raw, record.client)
             self._keep(profile.version, stage)
@@ -234,7 +234,7 @@ class Measurements:
         raw, adapted = of_distances(before), of_distances(after)
         stage.before.add(raw, record.client)
         stage.after.add(adapted, record.client)
-        stage.top1["greedy" if record.sampling.greedy else "sampled"].add(raw, adapted)
+        stage.top1["greedy" if record.sampling.greedy else "sampled"].add(raw, adapted, record.client)
         if isinstance(stage.gain, DistanceGains):
             stage.gain.add(before, after, record.client)
         self._keep(profile.version, stage)
@@ -258,7 +258,7 @@ class Measurements:
     def observe_noise_floor(self, model: str, record: TokenRecord) -> TokenDivergence:
         """Add a record with `model`, of `MODELS`, on both sides; returns its figures."""
         figures = divergence(record)
-        self._noise_floor[model].add(figures)
+        self._noise_floor[model].add(figures, record.client)
         return figures
 
     def noise_floor(self) -> dict[str, Any]:

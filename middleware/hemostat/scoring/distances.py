@@ -103,4 +103,4 @@ class DistanceWaits:
             try:
                 done({})
             except Exception:
-                log.exception("a record that waited for distances could not be used")
+                log.exception("a record could not be used without its distances")
