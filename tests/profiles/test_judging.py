@@ -256,6 +256,7 @@ def test_nothing_is_promoted_in_a_kind_before_it_is_known_how_much_its_requests_
     feed(JUDGED[1:400])
     candidate = bench.status()["kinds"][0]["candidates"][0]
     assert candidate["log_e"] > 1.1 * candidate["needed"]
+    assert candidate["summary"].startswith("enough evidence; how much")
     assert candidate["effective_units"] == pytest.approx(candidate["units"] / candidate["inflation"])
     assert not bench.serves()
     again = bench.restart()

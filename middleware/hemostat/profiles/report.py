@@ -142,6 +142,8 @@ class Report:
         if not evidence.units:
             return "no held-out conversation of this kind yet"
         if evidence.log_e_adjusted >= evidence.needed:
+            if not self._trials.is_known(kind):
+                return "enough evidence; how much requests depend on each other is not known yet (evidence.cycle_hours)"
             if not evidence.mean_gain_by_token > 0.0:
                 return "better by request, but not by token: long answers lose what short ones gain"
             if evidence.figure is Figure.TOTAL_VARIATION and not min(_kl_gains(evidence)) > 0.0:

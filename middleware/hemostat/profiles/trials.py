@@ -147,6 +147,10 @@ class Trials:
         """See `Guard.has_seen_cycle`."""
         return self.guard.has_seen_cycle
 
+    def is_known(self, kind: str) -> bool:
+        """See `Guard.is_known`."""
+        return self.guard.is_known(kind)
+
     def holds(self, version: str, scope: str) -> bool:
         """Whether this profile is under test in this scope, or waits for it."""
         return any((c.version, c.scope) == (version, scope) for c in self._queue)
