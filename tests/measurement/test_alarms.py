@@ -220,6 +220,9 @@ def test_an_older_state_is_refused_by_name_and_its_alpha_stays_spent(caplog: pyt
     bench = Bench(baseline_requests=40)
     bench.alarms.restore(old, [])
     assert "schema 1" in caplog.text
+    (event,) = bench.events()
+    assert "schema 1" in event["why"]
+    assert event == bench.alarms.report()["events"][-1]
     bench.feed(range(60), 0.1)
     (test,) = bench.alarms.report()["tests"]
     assert test["alpha"] == pytest.approx(0.01 / 2 / (4 * 5))

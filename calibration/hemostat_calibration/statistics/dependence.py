@@ -121,11 +121,8 @@ class BatchMeans:
         found: Floats = np.maximum(xx - x * x / units, 0.0) / (units - 1.0)
         return found
 
-    def inflation(self, *, limit: bool = True) -> Floats:
-        """v̂ of each series, float64 [S]; infinite before `MIN_UNITS` units, 1 where units did not differ.
-
-        limit: False: without the factor for few batches.
-        """
+    def inflation(self) -> Floats:
+        """v̂ of each series, float64 [S]; infinite before `MIN_UNITS` units, 1 where units did not differ."""
         series = self.sums.shape[2]
         if self.units < MIN_UNITS:
             return np.full(series, np.inf)
@@ -133,8 +130,7 @@ class BatchMeans:
         found = np.ones(series)
         for level in range(1, len(ratios)):
             corrected = ratios[level] + np.maximum(ratios[level] - ratios[level - 1], 0.0)
-            factor = float(upper_factor(self.units >> level)) if limit else 1.0
-            found = np.fmax(found, corrected * factor)
+            found = np.fmax(found, corrected * float(upper_factor(self.units >> level)))
         return found
 
     def effective(self) -> Floats:

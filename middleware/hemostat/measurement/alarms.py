@@ -110,12 +110,15 @@ class Alarms:
             why = f"{reading.test} alarm {'raised' if raised else 'cleared'}"
             if reading.kind:
                 why += f" on {reading.kind}"
-            event = {"at": self._wall(), "decision": "alarm", "version": "", "why": why, "evidence": to_json(reading)}
-            self.events.append(event)
-            log.warning("%s", why)
-            self._writes.append_event(event)
+            self._record(why, to_json(reading))
         self._raised[key] = raised
         return changed
+
+    def _record(self, why: str, evidence: dict[str, Any]) -> None:
+        event = {"at": self._wall(), "decision": "alarm", "version": "", "why": why, "evidence": evidence}
+        self.events.append(event)
+        log.warning("%s", why)
+        self._writes.append_event(event)
 
     # --- what operators do -----------------------------------------------------------------------------------------
 
@@ -154,8 +157,9 @@ class Alarms:
         try:
             self._state = alarm.load(stored.encode(), self._settings)
         except InvalidArgumentError as error:
-            log.error("stored alarm: %s", error)
             self._begin_anew(alarm.begun_tests(stored.encode()))
+            self._record(f"the stored alarm cannot be continued: {error}", {})
+            self.save()
             return
         self._raised = {(str(r.test), r.kind): r.raised is not None for r in alarm.readings(self._state)}
 

@@ -103,14 +103,15 @@ class ByEngine:
         raised = frozenset(one.engine for one in outlier_engine.readings(self._test) if one.raised is not None)
         for engine in sorted(raised ^ self._raised):
             like = "is not like the others" if engine in raised else "is like the others again"
-            why = f"engine {engine} {like}"
-            log.warning("%s", why)
-            evidence = next((row for row in self.report() if row["engine"] == engine), {})
-            event = {"at": self._wall(), "decision": "alarm", "version": "", "why": why, "evidence": evidence}
-            self._writes.append_event(event)
+            self._record(f"engine {engine} {like}", next((row for row in self.report() if row["engine"] == engine), {}))
         changed, self._raised = raised != self._raised, raised
         if changed:
             self.save()
+
+    def _record(self, why: str, evidence: dict[str, Any]) -> None:
+        log.warning("%s", why)
+        event = {"at": self._wall(), "decision": "alarm", "version": "", "why": why, "evidence": evidence}
+        self._writes.append_event(event)
 
     # --- restarts --------------------------------------------------------------------------------------------------
 
@@ -126,8 +127,9 @@ class ByEngine:
         try:
             self._test = load_engines(stored.encode(), self._test.alpha)
         except InvalidArgumentError as error:
-            log.error("stored test of the engines: %s", error)
             self._test = outlier_engine.init(self._test.alpha, begun_tests(stored.encode()))
+            self._record(f"the stored test of the engines cannot be continued: {error}", {})
+            self.save()
             return
         self._raised = frozenset(one.engine for one in outlier_engine.readings(self._test) if one.raised is not None)
         self._drawn_at = max((test.last for test in self._test.tests.values()), default=-math.inf)
