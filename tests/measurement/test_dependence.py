@@ -10,7 +10,7 @@ from tests.support.records import make_record
 from tests.support.samples import values
 from tests.support.world import World
 
-from hemostat.measurement.dependence import Dependence, told
+from hemostat.measurement.dependence import Cycle, Dependence, told
 from hemostat.measurement.measurements import Measurements
 from hemostat.metrics import names
 
@@ -55,3 +55,21 @@ def test_runs_of_each_client_between_those_of_others_are_seen_by_client() -> Non
     clients = [b"client %d" % (at % 20) for at in range(960)]
     x = rng.normal(size=(20, 6))[[at % 20 for at in range(960)], [at // 160 for at in range(960)]]
     assert fed(x, clients).inflation() > 1.5 * fed(x, [b""] * 960).inflation()
+
+
+def test_before_a_whole_cycle_an_interval_is_of_the_hours_seen() -> None:
+    now = 0.0
+    measured = Measurements(cycle=Cycle(3600.0, lambda: now))
+    rng = np.random.default_rng(0)
+    for at in rng.integers(12, size=150):
+        measured.observe(RECORDS[at], None, None)
+    early = measured.summary(None)["kl_nats"]
+    assert early["ci95"] == [None, None]
+    assert early["effective_requests"] is None
+    low, high = early["ci95_seen"]
+    assert low < early["estimate"] < high
+    now = 3600.0
+    measured.observe(RECORDS[0], None, None)
+    later = measured.summary(None)["kl_nats"]
+    assert later["ci95"] == later["ci95_seen"]
+    assert later["effective_requests"] > 20.0

@@ -63,17 +63,26 @@ class Dependence:
             self._mean = self._mean.update(mean)
             self._by_client = self._by_client.update(np.array([client_row(self._clients, client)]), mean)
 
-    def inflations(self) -> Floats:
-        """v̂ of each figure, float64 [S], 1 or more; infinite where it is not known: requests of less than a cycle, too
-        few, or so dependent that they are too few effective ones."""
-        if self._last - self._first < self._cycle.seconds:
-            return np.full(self._in_time.sums.shape[2], np.inf)
+    @property
+    def whole(self) -> bool:
+        """Requests of a whole cycle were seen."""
+        return self._last - self._first >= self._cycle.seconds
+
+    def inflations_seen(self) -> Floats:
+        """v̂ of each figure, float64 [S], 1 or more, in traffic like that of the hours seen, which are less than a cycle
+        where `whole` is False. Infinite where it is not known: too few requests, or so dependent ones that they are too
+        few effective ones."""
         found = np.maximum(self._in_time.inflation(), self._by_client.inflation(self._mean.variance))
         unknown = ~self._in_time.enough() | (self._in_time.units < MIN_EFFECTIVE * found)
         return np.where(unknown, np.inf, found)
 
+    def inflations(self) -> Floats:
+        """The same, and infinite before a whole cycle was seen."""
+        found = self.inflations_seen()
+        return found if self.whole else np.full_like(found, np.inf)
+
     def inflation(self, series: int = 0) -> float:
-        """v̂ of one figure."""
+        """v̂ of one figure; infinite before a whole cycle was seen."""
         return float(self.inflations()[series])
 
 

@@ -98,6 +98,11 @@ INFINITE = ("kl_nats", "reverse_kl_nats")
 """Figures that may be infinite at a token; such tokens are also counted."""
 
 
+def _ends(interval: ConfidenceInterval, inflation: float) -> list[float | None]:
+    """JSON-ready; without v̂ there are none."""
+    return [finite(interval.low), finite(interval.high)] if math.isfinite(inflation) else [None, None]
+
+
 class StageFigures:
     """Figures over the requests of one group. max_tokens: of a request. names: which of `FIGURES`. cycle: of the
     traffic."""
@@ -151,8 +156,12 @@ class StageFigures:
 
     def inflation(self, name: str) -> float:
         """v̂ of one figure; infinite where it is not known."""
+        return self._inflation_seen(name) if self._dependence.whole else math.inf
+
+    def _inflation_seen(self, name: str) -> float:
+        """The same in traffic like that of the hours seen, also before they are a whole cycle."""
         if self._inflations_of != self.requests:
-            found = self._dependence.inflations().tolist()
+            found = self._dependence.inflations_seen().tolist()
             self._inflations, self._inflations_of = dict(zip(self._figures, found, strict=True)), self.requests
         return self._inflations[name]
 
@@ -170,17 +179,20 @@ class StageFigures:
 
     def figure(self, name: str) -> dict[str, Any]:
         """One figure, JSON-ready: `estimate` (the mean), `ci95`, `inflation`, `effective_requests`, `bound` (its kind),
-        `cap`, `clipped_share`; headline figures also have `ci95_finite`, and `by_request`: the mean of the requests'
-        means with its `ci95_finite`."""
+        `cap`, `clipped_share`; headline figures also have `ci95_seen` (as `ci95`, but of traffic like that of the hours
+        seen, where these are no whole cycle), `ci95_finite`, and `by_request`: the mean of the requests' means with
+        its `ci95_finite`."""
         mean, v = self._means[name], self.inflation(name)
         interval = mean.get(inflation=v)
         clipped = (mean.clipped + self._below[name]) / mean.tokens if mean.tokens else 0.0
         found: dict[str, Any] = {
             "estimate": finite(interval.mean),
-            "ci95": [finite(interval.low), finite(interval.high)] if math.isfinite(v) else [None, None],
+            "ci95": _ends(interval, v),
             **told(mean.requests, v),
         }
         if name in self._ratios:
+            seen = self._inflation_seen(name)
+            found["ci95_seen"] = _ends(mean.get(inflation=seen), seen)
             lo, cap, by_request = FIGURES[name].lo, FIGURES[name].cap, self._by_request[name]
             found["ci95_finite"] = ends_or_none(self._ratios[name].get(), lo, cap)
             found["by_request"] = {

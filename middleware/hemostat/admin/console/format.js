@@ -20,6 +20,11 @@ export function nats(x) {
 export const range = (ends, show = nats) => (ends && (known(ends[0]) || known(ends[1])) ? `[${show(ends[0])}, ${show(ends[1])}]` : "not enough effective requests");
 /** Of a divergence; none where the interval is all that the figure can be, as after very few requests. */
 export const endsOf = (figure) => (known(figure.ci95[1]) && figure.ci95[1] >= figure.cap ? [null, null] : figure.ci95);
+// Its interval in words; of the hours seen where these are no whole cycle of the traffic yet.
+export const interval = (figure) => {
+  const seen = figure.ci95_seen ?? figure.ci95, ends = endsOf(figure), early = endsOf({ ...figure, ci95: seen });
+  return known(ends[1]) || !known(early[1]) ? range(ends) : `${range(early)} in the hours measured so far`;
+};
 /** A finite-sample interval; null is "wider than half of the figure's range". */
 export const certain = (ends, show = nats) => (ends ? range(ends, show) : "not enough requests");
 

@@ -1,5 +1,5 @@
 // The first page: what is wrong, what compression costs, what is served since when, what to do.
-import { brief, briefly, counts, fixed, known, lasted, ms, named, nats, ofTokens, percent, perSecond, plural, range, endsOf, total, when, whole } from "./format.js";
+import { brief, briefly, counts, fixed, known, lasted, ms, named, nats, ofTokens, percent, perSecond, plural, range, interval, total, when, whole } from "./format.js";
 import { Action, Chart, html, Link, Spark } from "./parts.js";
 import { marks, servedSince } from "./events.js";
 import { MODES } from "./profiles.js";
@@ -81,7 +81,7 @@ function Cost({ s, past }) {
   const differ = ofTokens(s.raw.total_variation), kl = s.raw.kl_nats, now = past.kl_recent?.at(-1);
   return html`<${Tile} title="Cost of compression" to="divergence" big="≥ ${nats(kl.estimate)}" unit="nats per token">
     <p><strong>${differ ? `About ${differ} tokens differ` : "not known yet"}</strong></p>
-    <p class="sub">95 % ${range(endsOf(kl))}; ${compared(s)}. ${known(now) && html`<span class=${now > s.alarm.budget_nats ? "bad-text" : ""}>Last minute ${nats(now)}.</span>`}</p>
+    <p class="sub">95 % ${interval(kl)}; ${compared(s)}. ${known(now) && html`<span class=${now > s.alarm.budget_nats ? "bad-text" : ""}>Last minute ${nats(now)}.</span>`}</p>
     <${Spark} label="KL of the last minute" values=${past.kl_recent || []} level=${s.alarm.budget_nats} /><//>`;
 }
 
