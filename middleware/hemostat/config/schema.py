@@ -287,7 +287,8 @@ class Evidence(Section):
     cycle_hours: float = Field(default=24.0, ge=0.0, le=24.0 * 14)
     """Length of the cycle that traffic goes through, such as day and night. Before so long a time was seen, nothing is
     promoted, baselines of the alarm are not complete, and figures have an interval of the hours so far only: how much
-    requests depend on each other is not known yet. 0 where there is none, as in a trial with prompts in random order."""
+    requests depend on each other is not known yet. 0 where there is none, as in a trial with prompts in random
+    order."""
     client_share: ClassVar[float] = 0.25
     """Largest part of a test's units that one client may contribute, where at least four clients do: none of four can
     then have more than its part."""

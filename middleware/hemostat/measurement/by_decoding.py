@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from hemostat.measurement.dependence import NO_CYCLE, Cycle, Dependence, told
-from hemostat.measurement.figures import MAX_TOKENS, StageFigures, finite
+from hemostat.measurement.figures import StageFigures, finite
 from hemostat_calibration.divergence.decoding import DECODING_LABELS, DecodedDivergence, decoding_label
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.records import TokenRecord
@@ -76,18 +76,16 @@ def _ends(lower: ClippedMean, upper: ClippedMean, inflation: float) -> dict[str,
 
 
 class ByDecoding:
-    """Raw figures, and those after decoding, by the request's decoding strategy. max_tokens: of a request. cycle: of
-    the traffic."""
+    """Raw figures, and those after decoding, by the request's decoding strategy. cycle: of the traffic."""
 
-    def __init__(self, max_tokens: int = MAX_TOKENS, cycle: Cycle = NO_CYCLE) -> None:
-        self._max_tokens = max_tokens
+    def __init__(self, cycle: Cycle = NO_CYCLE) -> None:
         self._cycle = cycle
         self._figures: dict[str, StageFigures] = {}
         self._drawn: dict[str, _Drawn] = {}
 
     def add(self, name: str, figures: TokenDivergence, drawn: DecodedDivergence | None, client: bytes = b"") -> None:
         """drawn: None where the decoding is not known. client: the digest of whom the request is from."""
-        self._figures.setdefault(name, StageFigures(self._max_tokens, cycle=self._cycle)).add(figures, client)
+        self._figures.setdefault(name, StageFigures(cycle=self._cycle)).add(figures, client)
         if drawn is not None:
             self._drawn.setdefault(name, _Drawn(self._cycle)).add(drawn, client)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from hemostat.ipc.messages import REST_KIND
 from hemostat.measurement.dependence import NO_CYCLE, Cycle, inflation_samples
-from hemostat.measurement.figures import MAX_TOKENS, StageFigures
+from hemostat.measurement.figures import StageFigures
 from hemostat.measurement.gains import DistanceGains, GainFigures, difference
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
@@ -35,7 +35,6 @@ ASSIGNED = (Arm.CONTROL, Arm.TREATED)
 
 @dataclass(slots=True)
 class _Kind:
-    max_tokens: int
     cycle: Cycle
     raw: StageFigures = field(init=False)
     served: dict[Arm, StageFigures] = field(init=False)
@@ -45,8 +44,8 @@ class _Kind:
     """By arm: tokens with a finite KL, and their KL, of what was served. Of all records."""
 
     def __post_init__(self) -> None:
-        self.raw = StageFigures(self.max_tokens, FIGURES_BY_KIND, self.cycle)
-        self.served = {arm: StageFigures(self.max_tokens, FIGURES_BY_KIND, self.cycle) for arm in ASSIGNED}
+        self.raw = StageFigures(FIGURES_BY_KIND, self.cycle)
+        self.served = {arm: StageFigures(FIGURES_BY_KIND, self.cycle) for arm in ASSIGNED}
 
     def latest(self) -> tuple[str | None, GainFigures | DistanceGains | None]:
         version = next(reversed(self.gains), None)
@@ -83,12 +82,9 @@ CONDITIONAL_METRICS = KindMetrics(
 
 
 class ByKind:
-    """max_tokens: of a request. metrics: what its figures are exported as. cycle: of the traffic."""
+    """metrics: what its figures are exported as. cycle: of the traffic."""
 
-    def __init__(
-        self, max_tokens: int = MAX_TOKENS, metrics: KindMetrics = KIND_METRICS, cycle: Cycle = NO_CYCLE
-    ) -> None:
-        self._max_tokens = max_tokens
+    def __init__(self, metrics: KindMetrics = KIND_METRICS, cycle: Cycle = NO_CYCLE) -> None:
         self._cycle = cycle
         self._metrics = metrics
         self._kinds: OrderedDict[str, _Kind] = OrderedDict()
@@ -96,7 +92,7 @@ class ByKind:
     def count(self, record: TokenRecord, served: TokenDivergence) -> None:
         """Any record: the counters. served: the figures of what the client was served."""
         name, arm = record.kind or REST_KIND, str(record.arm)
-        kind = self._kinds.pop(name, None) or _Kind(self._max_tokens, self._cycle)
+        kind = self._kinds.pop(name, None) or _Kind(self._cycle)
         self._kinds[name] = kind
         if len(self._kinds) > MAX_KINDS:
             self._kinds.popitem(last=False)
@@ -123,7 +119,7 @@ class ByKind:
             return
         figures = kind.gains.get(profile.version)
         if not isinstance(figures, GainFigures):
-            figures = GainFigures(2.0 * profile.clamp_nats, self._max_tokens, cycle=self._cycle)
+            figures = GainFigures(2.0 * profile.clamp_nats, cycle=self._cycle)
         figures.add(gain, raw, record.client)
         kind.put(profile.version, figures)
 
@@ -134,7 +130,7 @@ class ByKind:
             return
         figures = kind.gains.get(version)
         if not isinstance(figures, DistanceGains):
-            figures = DistanceGains(self._max_tokens, cycle=self._cycle)
+            figures = DistanceGains(cycle=self._cycle)
         figures.add(before, after, record.client)
         kind.put(version, figures)
 

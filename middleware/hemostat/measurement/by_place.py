@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from hemostat.measurement.dependence import NO_CYCLE, Cycle
-from hemostat.measurement.figures import MAX_TOKENS, StageFigures
+from hemostat.measurement.figures import StageFigures
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat_calibration.arrays import Bools
@@ -41,11 +41,10 @@ class _Group:
         self,
         labels: tuple[str, ...],
         divide: Callable[[TokenRecord], Mapping[str, Bools]],
-        max_tokens: int,
         cycle: Cycle,
     ):
         self._divide = divide
-        self._figures = {label: StageFigures(max_tokens, FIGURES_BY_PLACE, cycle) for label in labels}
+        self._figures = {label: StageFigures(FIGURES_BY_PLACE, cycle) for label in labels}
         self._totals: dict[str, tuple[int, float]] = dict.fromkeys(labels, (0, 0.0))
         """Tokens with a finite KL, and their KL; of all records."""
 
@@ -69,12 +68,12 @@ class _Group:
 
 
 class ByPlace:
-    """max_tokens: of a request. cycle: of the traffic."""
+    """cycle: of the traffic."""
 
-    def __init__(self, max_tokens: int = MAX_TOKENS, cycle: Cycle = NO_CYCLE) -> None:
-        self._position = _Group(POSITIONS, by_position, max_tokens, cycle)
-        self._context = _Group(CONTEXTS, by_context, max_tokens, cycle)
-        self._phase = _Group(PHASES, by_phase, max_tokens, cycle)
+    def __init__(self, cycle: Cycle = NO_CYCLE) -> None:
+        self._position = _Group(POSITIONS, by_position, cycle)
+        self._context = _Group(CONTEXTS, by_context, cycle)
+        self._phase = _Group(PHASES, by_phase, cycle)
 
     def add(self, record: TokenRecord, raw: TokenDivergence, *, fresh: bool) -> None:
         """A record of the compressed model itself; one under a grammar is left out. fresh: it is an observation of its

@@ -13,7 +13,7 @@ import numpy as np
 
 from hemostat.measurement.by_kind import CONDITIONAL_METRICS, ByKind
 from hemostat.measurement.dependence import NO_CYCLE, Cycle
-from hemostat.measurement.figures import HEADLINE, MAX_TOKENS, StageFigures
+from hemostat.measurement.figures import HEADLINE, StageFigures
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat_calibration.divergence.per_token import TokenDivergence, calibrated
@@ -24,11 +24,11 @@ from hemostat_calibration.records import Arm, TokenRecord
 
 
 class ConditionalFigures:
-    """max_tokens: of a request. cycle: of the traffic."""
+    """cycle: of the traffic."""
 
-    def __init__(self, max_tokens: int = MAX_TOKENS, cycle: Cycle = NO_CYCLE) -> None:
-        self._raw = StageFigures(max_tokens, cycle=cycle)
-        self.by_kind = ByKind(max_tokens, CONDITIONAL_METRICS, cycle)
+    def __init__(self, cycle: Cycle = NO_CYCLE) -> None:
+        self._raw = StageFigures(cycle=cycle)
+        self.by_kind = ByKind(CONDITIONAL_METRICS, cycle)
         self._tokens = {(str(arm), share): 0 for arm in Arm for share in ("exact", "bounds")}
 
     @property

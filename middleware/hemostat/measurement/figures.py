@@ -1,16 +1,18 @@
 """The figures of one group of scored requests, with their intervals.
 
 Every figure has a name, a kind (a one-sided bound, an estimate, exact), the range to which its values are clipped for
-the mean, and two intervals that may be looked at as often as one likes, both of the mean per token. The unit is the
-request: tokens of one request are correlated.
+the mean, and two intervals that may be looked at as often as one likes. The unit is the request: tokens of one request
+are correlated.
 
-`ci95`         asymptotic: its coverage is right for many effective requests that have one distribution, with a tail
-               that the requests so far show; see `hemostat_calibration.statistics.confidence`. Without ends while there
-               are not enough effective requests: `inflation` is v̂, how much more their sums vary than those of
-               independent ones, and `effective_requests` requests / v̂.
-`ci95_finite`  of headline figures, by token and by request (`by_request`, the mean of the requests' means: much
-               narrower): holds for any number of requests, whatever their distribution and drift; wide.
-               None is "not enough requests": wider than half of the figure's range. See
+`ci95`         of the mean per token, asymptotic: its coverage is right for many effective requests that have one
+               distribution, with a tail that the requests so far show; see
+               `hemostat_calibration.statistics.confidence`. Without ends while there are not enough effective requests:
+               `inflation` is v̂, how much more their sums vary than those of independent ones, and
+               `effective_requests` requests / v̂.
+`ci95_finite`  of headline figures by request (`by_request`, the mean of the requests' means): holds for any number of
+               requests, whatever their distribution and drift; wide. None is "not enough requests": wider than half
+               of the figure's range. By token its width would be room for requests of `shadow.max_tokens` at the end
+               of the range: of no use before many thousands of requests. See
                `hemostat_calibration.statistics.running_mean`.
 """
 
@@ -27,7 +29,7 @@ import numpy.typing as npt
 from hemostat.measurement.dependence import NO_CYCLE, Cycle, Dependence, told
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.statistics.confidence import ClippedMean, ConfidenceInterval, MeanSequence
-from hemostat_calibration.statistics.running_mean import RunningMean, RunningRatio, enough
+from hemostat_calibration.statistics.running_mean import RunningMean, enough
 
 Floats = npt.NDArray[np.float64]
 Kind = Literal["lower", "upper", "estimate", "exact"]
@@ -104,18 +106,12 @@ def _ends(interval: ConfidenceInterval, inflation: float) -> list[float | None]:
 
 
 class StageFigures:
-    """Figures over the requests of one group. max_tokens: of a request. names: which of `FIGURES`. cycle: of the
-    traffic."""
+    """Figures over the requests of one group. names: which of `FIGURES`. cycle: of the traffic."""
 
-    def __init__(
-        self, max_tokens: int = MAX_TOKENS, names: Collection[str] = tuple(FIGURES), cycle: Cycle = NO_CYCLE
-    ) -> None:
+    def __init__(self, names: Collection[str] = tuple(FIGURES), cycle: Cycle = NO_CYCLE) -> None:
         self._figures = {name: FIGURES[name] for name in names}
         self._means = {name: ClippedMean(figure.lo, figure.cap) for name, figure in self._figures.items()}
-        self._ratios = {
-            name: RunningRatio(one.lo, one.cap, max_tokens) for name, one in self._means.items() if name in HEADLINE
-        }
-        self._by_request = {name: RunningMean(ratio.lo, ratio.hi) for name, ratio in self._ratios.items()}
+        self._by_request = {name: RunningMean(one.lo, one.cap) for name, one in self._means.items() if name in HEADLINE}
         self._dependence = Dependence(len(self._figures), cycle)
         self._inflations: dict[str, float] = dict.fromkeys(self._figures, math.inf)
         """v̂ by figure after `requests` of `_inflations_of`."""
@@ -142,10 +138,8 @@ class StageFigures:
             self._means[name] = self._means[name].update(values)
             given = np.clip(values[~np.isnan(values)], figure.lo, figure.cap)
             x[at], n[at] = given.sum(), len(given)
-            if name in self._ratios:
-                self._ratios[name] = self._ratios[name].update(float(x[at]), len(given))
-                if len(given):
-                    self._by_request[name] = self._by_request[name].update(float(given.mean()))
+            if name in self._by_request and len(given):
+                self._by_request[name] = self._by_request[name].update(float(given.mean()))
         self._dependence.add(x, n, client)
         for name in self._infinite:
             self._infinite[name] += int(np.isinf(FIGURES[name].values(figures)).sum())
@@ -169,10 +163,6 @@ class StageFigures:
         """One figure's mean with its asymptotic interval of 1 − alpha; its whole range where v̂ is not known."""
         return self._means[name].get(alpha, self.inflation(name))
 
-    def finite_interval(self, name: str, alpha: float) -> ConfidenceInterval:
-        """One headline figure's mean with its finite-sample interval of 1 − alpha."""
-        return self._ratios[name].get(alpha)
-
     def sequence(self, name: str) -> MeanSequence:
         """One figure's mean, for the difference from another group."""
         return self._means[name].sequence
@@ -180,8 +170,8 @@ class StageFigures:
     def figure(self, name: str) -> dict[str, Any]:
         """One figure, JSON-ready: `estimate` (the mean), `ci95`, `inflation`, `effective_requests`, `bound` (its kind),
         `cap`, `clipped_share`; headline figures also have `ci95_seen` (as `ci95`, but of traffic like that of the hours
-        seen, where these are no whole cycle), `ci95_finite`, and `by_request`: the mean of the requests' means with
-        its `ci95_finite`."""
+        seen, where these are no whole cycle) and `by_request`: the mean of the requests' means with its
+        `ci95_finite`."""
         mean, v = self._means[name], self.inflation(name)
         interval = mean.get(inflation=v)
         clipped = (mean.clipped + self._below[name]) / mean.tokens if mean.tokens else 0.0
@@ -190,14 +180,13 @@ class StageFigures:
             "ci95": _ends(interval, v),
             **told(mean.requests, v),
         }
-        if name in self._ratios:
+        if name in self._by_request:
             seen = self._inflation_seen(name)
             found["ci95_seen"] = _ends(mean.get(inflation=seen), seen)
-            lo, cap, by_request = FIGURES[name].lo, FIGURES[name].cap, self._by_request[name]
-            found["ci95_finite"] = ends_or_none(self._ratios[name].get(), lo, cap)
+            by_request = self._by_request[name]
             found["by_request"] = {
                 "estimate": finite(by_request.mean),
-                "ci95_finite": ends_or_none(by_request.get(), lo, cap),
+                "ci95_finite": ends_or_none(by_request.get(), by_request.lo, by_request.hi),
             }
         return {
             **found,
@@ -215,15 +204,14 @@ class StageFigures:
 
     def _to_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {"requests": self.requests, "tokens": self.tokens}
-        found |= {"ci95": {}, "inflation": {}, "effective_requests": {}, "ci95_finite": {}, "by_request": {}}
+        found |= {"ci95": {}, "inflation": {}, "effective_requests": {}, "by_request": {}}
         for name, figure in self._figures.items():
             one = self.figure(name)
             if figure.plain:
                 found[name] = one["estimate"]
                 for key in ("ci95", "inflation", "effective_requests"):
                     found[key][name] = one[key]
-                if "ci95_finite" in one:
-                    found["ci95_finite"][name] = one["ci95_finite"]
+                if "by_request" in one:
                     found["by_request"][name] = one["by_request"]
             else:
                 found[name] = one

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from hemostat.measurement.dependence import NO_CYCLE, Cycle, Dependence, told
-from hemostat.measurement.figures import MAX_TOKENS, StageFigures, ends_or_none, finite
+from hemostat.measurement.figures import StageFigures, ends_or_none, finite
 from hemostat_calibration.divergence.gain import Gain
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.records import ExactDistances
 from hemostat_calibration.statistics import confidence
 from hemostat_calibration.statistics.confidence import ConfidenceInterval, MeanSequence
-from hemostat_calibration.statistics.running_mean import RunningMean, RunningRatio
+from hemostat_calibration.statistics.running_mean import RunningMean
 
 BY_TOKEN, BY_REQUEST, SHARE, TV_BY_TOKEN, TV_BY_REQUEST = range(5)
 """Series of `Dependence`."""
@@ -47,12 +47,10 @@ def difference(treated: StageFigures, control: StageFigures, name: str) -> dict[
 class GainFigures:
     """KL(r‖c) − KL(r‖c') of one profile over tokens where it is known exactly, and its share of the KL before.
 
-    limit: a token's gain is between −limit and limit: twice the profile's clamp. max_tokens: of a request. cycle: of
-        the traffic.
+    limit: a token's gain is between −limit and limit: twice the profile's clamp. cycle: of the traffic.
     """
 
     limit: float
-    max_tokens: int = MAX_TOKENS
     by_token: MeanSequence = field(default_factory=MeanSequence)
     by_request: MeanSequence = field(default_factory=MeanSequence)
     share: MeanSequence = field(default_factory=MeanSequence)
@@ -60,12 +58,10 @@ class GainFigures:
     cycle: Cycle = NO_CYCLE
     dependence: Dependence = field(init=False)
     """Of these three."""
-    finite_by_token: RunningRatio = field(init=False)
     finite_by_request: RunningMean = field(init=False)
 
     def __post_init__(self) -> None:
         self.dependence = Dependence(3, self.cycle)
-        self.finite_by_token = RunningRatio(-self.limit, self.limit, self.max_tokens)
         self.finite_by_request = RunningMean(-self.limit, self.limit)
 
     @property
@@ -86,7 +82,6 @@ class GainFigures:
         self.share = self.share.update(won, max(of, 0.0))
         sums, numbers = np.array([won, won / tokens, won]), np.array([tokens, 1.0, max(of, 0.0)])
         self.dependence.add(sums, numbers, client)
-        self.finite_by_token = self.finite_by_token.update(bounded, tokens)
         self.finite_by_request = self.finite_by_request.update(bounded / tokens)
 
     def recovered(self) -> dict[str, Any] | None:
@@ -100,7 +95,6 @@ class GainFigures:
         v = self.dependence.inflations()
         return {
             **interval(self.by_token, v[BY_TOKEN]),
-            "ci95_finite": ends_or_none(self.finite_by_token.get(), -self.limit, self.limit),
             "requests": self.requests,
             "bound": "exact",
             "by_request": {
@@ -115,10 +109,9 @@ class DistanceGains:
     """The same of an adapter, from exact distances of held-out requests.
 
     Its gain in KL has no bound, so no finite-sample interval; that of the total variation is between −1 and 1.
-    max_tokens: of a request. cycle: of the traffic.
+    cycle: of the traffic.
     """
 
-    max_tokens: int = MAX_TOKENS
     by_token: MeanSequence = field(default_factory=MeanSequence)
     by_request: MeanSequence = field(default_factory=MeanSequence)
     share: MeanSequence = field(default_factory=MeanSequence)
@@ -127,14 +120,12 @@ class DistanceGains:
     cycle: Cycle = NO_CYCLE
     dependence: Dependence = field(init=False)
     """Of these five."""
-    finite_tv_by_token: RunningRatio = field(init=False)
     finite_tv_by_request: RunningMean = field(init=False)
     infinite_tokens: int = 0
     """At which one of the KL is infinite: they are in no mean of the KL."""
 
     def __post_init__(self) -> None:
         self.dependence = Dependence(5, self.cycle)
-        self.finite_tv_by_token = RunningRatio(-1.0, 1.0, self.max_tokens)
         self.finite_tv_by_request = RunningMean(-1.0, 1.0)
 
     @property
@@ -149,7 +140,6 @@ class DistanceGains:
         numbers[[TV_BY_TOKEN, TV_BY_REQUEST]] = tokens, 1.0
         self.tv_by_token = self.tv_by_token.update(float(less.sum()), tokens)
         self.tv_by_request = self.tv_by_request.update(float(less.mean()), 1.0)
-        self.finite_tv_by_token = self.finite_tv_by_token.update(float(less.sum()), tokens)
         self.finite_tv_by_request = self.finite_tv_by_request.update(float(less.mean()))
         known = np.isfinite(before.kl) & np.isfinite(after.kl)
         self.infinite_tokens += int((~known).sum())
@@ -173,14 +163,12 @@ class DistanceGains:
         v = self.dependence.inflations()
         return {
             **interval(self.by_token, v[BY_TOKEN]),
-            "ci95_finite": None,
             "requests": self.requests,
             "bound": "exact",
             "by_request": {**interval(self.by_request, v[BY_REQUEST]), "ci95_finite": None},
             "infinite_tokens": self.infinite_tokens,
             "total_variation": {
                 **interval(self.tv_by_token, v[TV_BY_TOKEN], -1.0, 1.0),
-                "ci95_finite": ends_or_none(self.finite_tv_by_token.get(), -1.0, 1.0),
                 "by_request": {
                     **interval(self.tv_by_request, v[TV_BY_REQUEST], -1.0, 1.0),
                     "ci95_finite": ends_or_none(self.finite_tv_by_request.get(), -1.0, 1.0),

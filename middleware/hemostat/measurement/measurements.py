@@ -18,7 +18,7 @@ from hemostat.measurement.by_kind import ByKind
 from hemostat.measurement.by_place import ByPlace
 from hemostat.measurement.conditional import ConditionalFigures
 from hemostat.measurement.dependence import ALL, NO_CYCLE, Cycle, Dependence, inflation_samples
-from hemostat.measurement.figures import FIGURES, HEADLINE, MAX_TOKENS, MODELS, StageFigures, ends_or_none
+from hemostat.measurement.figures import HEADLINE, MAX_TOKENS, MODELS, StageFigures
 from hemostat.measurement.gains import DistanceGains, GainFigures, difference, interval
 from hemostat.measurement.survival import SurvivalFigures
 from hemostat.measurement.thinking import ThinkingFigures
@@ -32,7 +32,6 @@ from hemostat_calibration.profiles.families import ADAPTER
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors
 from hemostat_calibration.records import Arm, TokenRecord
-from hemostat_calibration.statistics import confidence
 from hemostat_calibration.statistics.confidence import MeanSequence
 from hemostat_calibration.statistics.streaming import Histogram
 
@@ -113,10 +112,10 @@ class _After:
 
 
 class Measurements:
-    """Raw figures, and for every recent profile the figures after it and its gain. cycle: of the traffic."""
+    """Raw figures, and for every recent profile the figures after it and its gain. max_tokens: of a request. cycle:
+    of the traffic."""
 
     def __init__(self, max_tokens: int = MAX_TOKENS, cycle: Cycle = NO_CYCLE) -> None:
-        self._max_tokens = max_tokens
         self._cycle = cycle
         self._raw = self._figures()
         self.survival = SurvivalFigures()
@@ -129,11 +128,11 @@ class Measurements:
         self._top1 = {(*key, decoding): 0 for key in staged for decoding in DECODING_KINDS}
         self._scored = {(arm, decoding): 0 for arm in arms for decoding in DECODING_KINDS}
         self._places: dict[tuple[str, str, str], tuple[int, float]] = {}
-        self.by_decoding = ByDecoding(max_tokens, cycle)
-        self.by_kind = ByKind(max_tokens, cycle=cycle)
-        self.by_place = ByPlace(max_tokens, cycle)
+        self.by_decoding = ByDecoding(cycle)
+        self.by_kind = ByKind(cycle=cycle)
+        self.by_place = ByPlace(cycle)
         self.thinking = ThinkingFigures(max_tokens, cycle)
-        self.conditional = ConditionalFigures(max_tokens, cycle)
+        self.conditional = ConditionalFigures(cycle)
         """Of constrained records, which `observe` does not take."""
         self._where: dict[tuple[str, str], StageFigures] = {}
         self._served = {arm: self._figures() for arm in arms}
@@ -248,12 +247,12 @@ class Measurements:
     def _begin(self, profile: CalibrationProfile) -> _After:
         cycle, top1 = self._cycle, {decoding: _Top1(self._cycle) for decoding in DECODING_KINDS}
         if profile.family == ADAPTER:
-            return _After(self._figures(), self._figures(), DistanceGains(self._max_tokens, cycle=cycle), top1)
-        gain = GainFigures(2.0 * profile.clamp_nats, self._max_tokens, cycle=cycle)
+            return _After(self._figures(), self._figures(), DistanceGains(cycle=cycle), top1)
+        gain = GainFigures(2.0 * profile.clamp_nats, cycle=cycle)
         return _After(self._figures(), self._figures(), gain, top1)
 
     def _figures(self) -> StageFigures:
-        return StageFigures(self._max_tokens, cycle=self._cycle)
+        return StageFigures(cycle=self._cycle)
 
     def observe_noise_floor(self, model: str, record: TokenRecord) -> TokenDivergence:
         """Add a record with `model`, of `MODELS`, on both sides; returns its figures."""
@@ -280,16 +279,9 @@ class Measurements:
                 continue
             low = raw.low - FLOOR_SHARE * sum(floor.high for floor in floors)
             high = raw.high - FLOOR_SHARE * sum(floor.low for floor in floors)
-            certain, *limits = (one.finite_interval(name, part) for one in parts)
-            ends = confidence.ConfidenceInterval(
-                raw.mean - noise,
-                certain.low - FLOOR_SHARE * sum(limit.high for limit in limits),
-                certain.high - FLOOR_SHARE * sum(limit.low for limit in limits),
-            )
             found[name] = {
                 "estimate": raw.mean - noise,
                 "ci95": [low, high] if known else [None, None],
-                "ci95_finite": ends_or_none(ends, FIGURES[name].lo, FIGURES[name].cap),
                 "floor": noise,
             }
         return found
