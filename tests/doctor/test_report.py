@@ -374,7 +374,7 @@ def test_missing_torch_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     from hemostat.doctor import main as module
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(module.DoctorError, match=r"not installed: torch, transformers, .*'hemostat\[transf"):
+    with pytest.raises(module.DoctorError, match=r"not installed: torch, transformers, .*'hemostat\[adapters"):
         module.open_pair(module.DoctorOptions("a/b", "c/d"))
 
 

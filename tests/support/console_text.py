@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 
@@ -24,11 +25,15 @@ def percent(x: float | None, digits: int = 1) -> str:
     return "–" if x is None else f"{fixed(100 * x, digits)} %"
 
 
-def interval(ends: list[float]) -> str:
-    return f"[{nats(ends[0])}, {nats(ends[1])}]"
+UNKNOWN = "not enough effective requests"
+
+
+def interval(ends: list[float] | list[None], show: Callable[[float], str] = nats) -> str:
+    low, high = ends
+    return UNKNOWN if low is None or high is None else f"[{show(low)}, {show(high)}]"
 
 
 def divergence_interval(figure: dict[str, Any]) -> str:
     """Of a figure that has a largest possible value, up to which its interval goes after few effective requests."""
     high = figure["ci95"][1]
-    return "not enough effective requests" if high is None or high >= figure["cap"] else interval(figure["ci95"])
+    return UNKNOWN if high is None or high >= figure["cap"] else interval(figure["ci95"])

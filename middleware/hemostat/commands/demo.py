@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from hemostat.demo import DemoOptions, run  # noqa: PLC0415
+    from hemostat.demo.options import DemoOptions  # noqa: PLC0415
+    from hemostat.demo.runner import run  # noqa: PLC0415
 
     return run(
         DemoOptions(

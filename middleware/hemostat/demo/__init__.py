@@ -7,8 +7,3 @@ traffic.py     the clients
 view.py        the live view and the report
 runner.py      starts, waits, stops
 """
-
-from hemostat.demo.options import DemoOptions
-from hemostat.demo.runner import run
-
-__all__ = ["DemoOptions", "run"]

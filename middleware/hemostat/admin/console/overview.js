@@ -11,7 +11,6 @@ const AREAS = [
   ["reference", ["HemostatReferenceDown"], (s) => s.reference.state],
   ["store", ["HemostatStoreErrors"], (s) => s.control.state],
   ["alarm", ["HemostatHemorrhage", "HemostatModelChanged"], (s) => (s.alarm.tests.some((t) => t.begun) ? "none" : "learning")],
-  ["canaries", ["HemostatCanaries"], (s) => s.canaries?.state],
   ["adapters", ["HemostatAdapterBuildsFail"], (s) => s.adapter.state],
   ["profiles", ["HemostatProfileFailed"], () => null],
   ["measurement", ["HemostatNoiseFloorUnknown", "HemostatCapturesLost", "HemostatRecordsLost"], (s) => (s.requests.scored ? "running" : "no score yet")],
@@ -149,7 +148,7 @@ function steps(s) {
     const [text, to, label] = [].concat(ADVICE[p.alert] || "Follow the runbook.");
     return [text, to ? html`<${Link} to=${to}>${label}<//>` : html`<a href=${p.runbook}>Runbook: ${p.alert}</a>`];
   });
-  const outlier = s.upstream.find((e) => e.figures.outlier), proven = s.calibration.kinds.filter((k) => k.candidates.some((c) => c.summary === "proven"));
+  const outlier = s.upstream.find((e) => e.figures.outlier), proven = s.calibration.kinds.filter((k) => k.version);
   const dropped = total(s.requests.dropped), [worst] = s.coverage.not_scored;
   if (outlier) found.push([`${outlier.engine} differs from the other engines: compare its checkpoint and flags.`, html`<${Link} to=${["engines", outlier.engine]}>Open the engine<//>`]);
   held(s).forEach((k) => found.push([`${k.kind}: find out why the profile harmed, then release the kind.`, html`<${Link} to=${["kinds", k.kind]}>Open the kind<//>`]));
