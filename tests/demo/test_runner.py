@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 from tests.support.paths import ROOT
 
-from hemostat.demo import DemoOptions, programs, run
+from hemostat.demo import programs
 from hemostat.demo import vllm_server as vllm_process
 from hemostat.demo.checkpoints import Checkpoints
+from hemostat.demo.options import DemoOptions
+from hemostat.demo.runner import run
 from hemostat_calibration.errors import HemostatError
 
 STAND_IN = ROOT / "tests" / "support" / "stand_in.py"
