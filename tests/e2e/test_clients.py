@@ -289,8 +289,11 @@ def merge(old: Any, new: Any, key: str = "") -> Any:
 
 
 def shape(value: Any) -> str:
-    """An event's keys, in order."""
+    """An event's keys, in order. The candidates of a completion's token are keys, too: which
+    token an event begins with is chance, and `merge` keeps them."""
     if isinstance(value, dict):
+        if all(isinstance(item, float) for item in value.values()):
+            return "{}"
         return "{" + ",".join(f"{key}:{shape(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return f"[{shape(value[0])}]"
