@@ -183,8 +183,8 @@ class Bench:
                 "control_socket": str(path),  # the same, for relays of before they could be on other machines
                 "shutdown_seconds": 1.0,
             }
-            with listening(port) if checkout is None else contextlib.nullcontext() as sock:
-                fds = [sock.fileno()] if sock is not None else []  # of an older relay: it binds the port itself
+            with listening(port) as sock:
+                fds = [sock.fileno()]
                 proxy.pids[kind] = self.start(
                     [sys.executable, "-m", "hemostat.relay.main"],
                     stdin=json.dumps(config | {"fds": fds}).encode(),
