@@ -214,6 +214,11 @@ class Alarm:
     workload: Workload = field(default_factory=lambda: Workload(0))
     levels: BatchMeans = field(default_factory=lambda: BatchMeans.of(1))
 
+    @property
+    def begun(self) -> int:
+        """The largest number of tests of any sort: `tests` of `init`, where the same run begins anew."""
+        return max(self.budget_tests, self.change_tests, self.baselines)
+
 
 def init(settings: Settings, tests: int = 0) -> Alarm:
     """Before the first request. tests: how many an earlier part of the same run may have begun of any sort; the alpha

@@ -293,6 +293,10 @@ class Evidence(Section):
     """Largest part of a test's units that one client may contribute, where at least four clients do: none of four can
     then have more than its part."""
 
+    @property
+    def cycle_seconds(self) -> float:
+        return 3600.0 * self.cycle_hours
+
 
 class Adapter(Section):
     """Adapters that compensate the weights' error (family `adapter`): learned live, served by vLLM as LoRA."""

@@ -172,8 +172,8 @@ class StageFigures:
         `cap`, `clipped_share`; headline figures also have `ci95_seen` (as `ci95`, but of traffic like that of the hours
         seen, where these are no whole cycle) and `by_request`: the mean of the requests' means with its
         `ci95_finite`."""
-        mean, v = self._means[name], self.inflation(name)
-        interval = mean.get(inflation=v)
+        mean, seen, v = self._means[name], self._inflation_seen(name), self.inflation(name)
+        interval = mean.get(inflation=seen)  # v is the same, or not known
         clipped = (mean.clipped + self._below[name]) / mean.tokens if mean.tokens else 0.0
         found: dict[str, Any] = {
             "estimate": finite(interval.mean),
@@ -181,8 +181,7 @@ class StageFigures:
             **told(mean.requests, v),
         }
         if name in self._by_request:
-            seen = self._inflation_seen(name)
-            found["ci95_seen"] = _ends(mean.get(inflation=seen), seen)
+            found["ci95_seen"] = _ends(interval, seen)
             by_request = self._by_request[name]
             found["by_request"] = {
                 "estimate": finite(by_request.mean),

@@ -30,7 +30,7 @@ class Measured:
     ) -> None:
         floors = MODELS if settings.shadow.floor_fraction > 0.0 else ()
         control_fraction = settings.calibration.control_fraction
-        cycle = Cycle(3600.0 * settings.evidence.cycle_hours, wall)
+        cycle = Cycle(settings.evidence.cycle_seconds, wall)
         self.measurements = Measurements(settings.shadow.max_tokens, cycle)
         self.alarms = Alarms(settings.alarm, floors, writes, wall, cycle.seconds)
         self.by_engine = ByEngine(settings.alarm.engine_alpha, settings.upstream.affinity, writes, wall)

@@ -78,7 +78,7 @@ class ProfileManager:
             self.serving,
             self._test_begun,
             self.catalogue.is_adapter,
-            3600.0 * evidence.cycle_hours,
+            evidence.cycle_seconds,
         )
         self.kinds = FollowedKinds(
             evidence.kinds,

@@ -91,7 +91,7 @@ class ScoringPipeline:
         self.received = 0
         """Captures from relays."""
         self._reader = RecordReader(monitor, parts.profiles)
-        cycle = Cycle(3600.0 * settings.evidence.cycle_hours, clock)
+        cycle = Cycle(settings.evidence.cycle_seconds, clock)
         self.other_models = OtherModels(settings.shadow.max_tokens, cycle)
         self.queue = ShadowQueue(settings.shadow.max_queue)
         self.sampling = CaptureSampling(self._workers, self.queue.limit)
