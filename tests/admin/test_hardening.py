@@ -7,7 +7,6 @@ import ipaddress
 import json
 import re
 import resource
-import shutil
 import socket
 import subprocess
 import sys
@@ -22,8 +21,9 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from playwright.sync_api import Browser, expect, sync_playwright
+from playwright.sync_api import Browser, expect
 from tests.support.admin_server import Served, everything, served
+from tests.support.chromium import needs_chromium
 from tests.support.control import AUTHORIZED, TOKEN, scored
 from tests.support.served_models import pair, served_models
 
@@ -32,8 +32,6 @@ from hemostat.admin.hardening import HEADERS, is_allowed_host
 from hemostat.engines import api as engine_api
 from hemostat.metrics.reasons import Unscored
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium (CI does)")
 SWITCH = "/api/v1/calibration"
 
 
@@ -43,14 +41,6 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         tmp_path_factory.mktemp("served"), everything, alarm={"baseline_requests": 30}, labels=["batch"]
     ) as made:
         yield made
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        made = playwright.chromium.launch(executable_path=CHROMIUM)
-        yield made
-        made.close()
 
 
 def connect(one: Served) -> socket.socket:

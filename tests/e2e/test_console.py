@@ -6,24 +6,23 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import ConsoleMessage, Page, expect, sync_playwright
+from playwright.sync_api import ConsoleMessage, Page, expect
+from tests.support.chromium import chromium, needs_chromium
 from tests.support.console_text import divergence_interval, nats, percent
 from tests.support.stack import ADMIN_TOKEN, Stack, hemostat, kill, sampling_settings, wait_for
 
 from hemostat.demo import vllm_server as vllm_process
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.timeout(900),  # the first test starts a vLLM: half a minute, or five where other work has the cores
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium (CI does)"),
+    needs_chromium,
 ]
 REQUESTS = 30
 
@@ -57,10 +56,8 @@ def stack(vllm_server: Any, checkpoints: Any, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_playwright() as playwright:
-        one = playwright.chromium.launch(executable_path=CHROMIUM)
+    with chromium() as one:
         yield one
-        one.close()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
+from tests.support.chromium import chromium, needs_chromium
 from tests.support.prometheus import RULES, Prometheus, config, needs, prometheus
 from tests.support.stack import Stack, fake_engine, hemostat, wait_for
 
@@ -20,10 +20,9 @@ from hemostat import cli
 from hemostat.demo import vllm_server as vllm_process
 from hemostat.demo.checkpoints import Checkpoints
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
     needs("prometheus", "prometheus"),
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium (CI does)"),
+    needs_chromium,
 ]
 FAILED = 4
 SECONDS = 60.0
@@ -64,10 +63,9 @@ def outage(
         "reference": {"backend": "none"},
         "workers": 2,
     }
-    with hemostat(settings, folder / "hemostat") as stack, sync_playwright() as playwright:
+    with hemostat(settings, folder / "hemostat") as stack, chromium() as browser:
         configuration = config({"hemostat:8081": str(stack.admin.base_url.netloc, "ascii")})
         configuration["rule_files"] = [str(hurried(folder))]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM)
         page = browser.new_page()
         with prometheus(configuration, folder / "prometheus") as scraped:
             wait_for("all is well", lambda: ask(stack) == 200 and alerts(stack) == [], SECONDS)
@@ -96,7 +94,6 @@ def outage(
             # A minute after the last failure, or as soon as it is one of twenty requests.
             wait_for("all is well", lambda: ask(stack) == 200 and alerts(stack) == [], 2 * SECONDS, 0.0)
             expect(page.locator(".headline")).to_have_text(NOTHING, timeout=SECONDS * 1000)
-            browser.close()
 
 
 def headline(stack: Stack) -> str:
