@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tests.support.allowed import restricted_run
 from tests.support.captures import INFO, K, V, capture
-from tests.support.control import settings
+from tests.support.pipelines import record_pipeline
 from tests.support.records import condition, log_softmax, top
 from tests.support.samples import values
 from tests.support.served_models import pair, served_models
@@ -30,7 +30,6 @@ from hemostat.scoring.conditioning import ConditioningFailure, allowed_sets
 from hemostat.scoring.consumers import NoiseFloorOffers
 from hemostat.scoring.endings import EndingCounts
 from hemostat.scoring.limits import Breakers, ShadowQueue, TokenBudget
-from hemostat.scoring.pipeline import ScoringPipeline
 from hemostat.scoring.scorer import Scorer
 from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.records import TokenRecord
@@ -116,7 +115,6 @@ class Bench:
         self.noted: dict[str, list[TokenRecord]] = {"alarms": [], "judged": [], "learned": [], "floor": []}
         self.endings = EndingCounts()
         self.served = served_models(pair("m", self.reference, info))
-        nothing: Any = None
         profiles = SimpleNamespace(
             kinds=SimpleNamespace(see=lambda kind: kind),
             calibrated_profile=lambda _: None,
@@ -140,19 +138,7 @@ class Bench:
             tracing=None,
         )
         monitor: Any = SimpleNamespace(served=self.served)
-        self.pipeline = ScoringPipeline(
-            settings(),
-            monitor,
-            nothing,
-            nothing,
-            consumers,
-            scores=False,
-            compressed_scorer=None,
-            breakers=nothing,
-            clock=lambda: 0.0,
-            draw=lambda: 0.0,
-            on_change=lambda: None,
-        )
+        self.pipeline = record_pipeline(consumers, self.served)
         floor: Any = SimpleNamespace(
             samples=list, offer=lambda prompt, record, reference: self.noted["floor"].append(record)
         )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tests.support.adapters import FakeDistances, adapted_record, adapter, distances_of
 from tests.support.captures import INFO, capture, sized_capture
-from tests.support.control import settings
+from tests.support.pipelines import record_pipeline
 from tests.support.records import Truth, make_record
 from tests.support.samples import values
 from tests.support.served_models import pair, served_models
@@ -25,7 +25,6 @@ from hemostat.metrics import names
 from hemostat.reference.protocol import ReferenceScores
 from hemostat.scoring import distances as distances_module
 from hemostat.scoring.consumers import NoiseFloorOffers
-from hemostat.scoring.pipeline import ScoringPipeline
 from hemostat.scoring.record_builder import applied_version, build_record, decode_capture
 from hemostat.scoring.records_file import RecordsFile
 from hemostat_calibration.profiles.profile import IDENTITY
@@ -146,21 +145,7 @@ class Pipeline:
             tracing=SimpleNamespace(record_score=lambda *_, **given: self.traced.append(given["attributes"])),
         )
         served = served_models(pair("m", object(), INFO, set(), set()))  # type: ignore[arg-type]
-        nothing: Any = None
-        self.pipeline = ScoringPipeline(
-            settings(),
-            SimpleNamespace(served=served),  # type: ignore[arg-type]
-            nothing,
-            nothing,
-            consumers,
-            scores=False,
-            compressed_scorer=None,
-            breakers=nothing,
-            clock=lambda: 0.0,
-            draw=lambda: 0.0,
-            on_change=self._changed,
-            distances=source,
-        )
+        self.pipeline = record_pipeline(consumers, served, on_change=self._changed, distances=source)
         floor: Any = SimpleNamespace(samples=list, offer=lambda prompt, record, reference: self.floor.append(record))
         self.pipeline.consumers.append(NoiseFloorOffers(floor))
 

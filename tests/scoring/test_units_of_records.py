@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 from tests.support.captures import sized_capture
-from tests.support.control import settings
+from tests.support.pipelines import record_pipeline
 from tests.support.records import Truth, make_record
 from tests.support.world import World
 
 from hemostat.measurement.measurements import Measurements
-from hemostat.scoring.pipeline import ScoringPipeline
 
 CONVERSATIONS, TURNS = 12, 10
 
@@ -44,21 +43,7 @@ def test_alike_turns_count_once(named: bool) -> None:
         tracing=None,
         texts=None,
     )
-    monitor: Any = SimpleNamespace(served=SimpleNamespace(of=lambda _: None, calibrated=None))
-    nothing: Any = None
-    pipeline = ScoringPipeline(
-        settings(),
-        monitor,
-        nothing,
-        nothing,
-        consumers,
-        scores=False,
-        compressed_scorer=None,
-        breakers=nothing,
-        clock=lambda: 0.0,
-        draw=lambda: 0.0,
-        on_change=lambda: None,
-    )
+    pipeline = record_pipeline(consumers, SimpleNamespace(of=lambda _: None, calibrated=None))
     for conversation in range(CONVERSATIONS):
         truth = World().truth(conversation)
         record = make_record(Truth(truth.reference[:5], truth.compressed[:5], truth.emitted[:5]), 20)

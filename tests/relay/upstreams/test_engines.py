@@ -378,7 +378,7 @@ async def test_the_hook_is_told_which_engine_it_is_before_the_request_and_when_a
 
 @pytest.mark.parametrize(("affinity", "draws"), [(False, True), (False, False), (True, True)])
 async def test_the_engine_of_a_sampled_request_is_drawn_where_none_is_preferred(affinity: bool, draws: bool) -> None:
-    """Alike requests that wait for nothing: without a draw all of them go to one engine, or to each in turn."""
+    """Alike requests, none of which has to wait: without a draw all go to one engine, or to each in turn."""
     engines = [FakeEngine(), FakeEngine()]
     spies = [SpyHook(draws_engine=draws) for _ in range(40)]
     async with balancing(engines, upstream={"affinity": affinity}, hook=HookSequence(list(spies))) as (_, connect):
