@@ -90,7 +90,7 @@ bench-load: setup ## what one control process takes from its relays, and its loa
 bench-compress: setup ## compressed checkpoints of equal bytes, ours and llmcompressor's (hours); writes build/bench/compress.json
 	@exec $(BIN)/python tests/bench/bench_compress.py $(ARGS)
 
-chart: setup ## generate the README and the values schema of helm/hemostat
+chart: setup ## generate the versions, the README and the values schema of helm/hemostat
 	@$(BIN)/python deploy/chart.py
 
 docs: setup ## generate docs/metrics.md from the code, and the console's runbook page from docs/runbook.md

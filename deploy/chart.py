@@ -1,5 +1,6 @@
-"""`make chart`: writes the generated files of helm/hemostat, its README's table and the schema of `config`.
+"""`make chart`: writes the generated files of helm/hemostat.
 
+Chart.yaml          its versions are Hemostat's
 README.md           README.md.gotmpl with a table of values.yaml and its comments `# -- …`, which is helm-docs' form
 values.schema.json  its definitions/config, from the settings that `hemostat serve` validates its file with
 """
@@ -14,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from hemostat import __version__
 from hemostat.config.reasoning_parsers import PARSERS
 from hemostat.config.schema import Settings
 from hemostat.config.store_url import POSTGRES
@@ -172,8 +174,15 @@ def readme(template: str, values_yaml: str) -> str:
     return template.replace(TABLE, f"| value | default | |\n|---|---|---|\n{rows}")
 
 
+def chart(text: str) -> str:
+    """The text of Chart.yaml with the version of Hemostat as that of the chart and of the images."""
+    text = re.sub(r"^version: .*$", f"version: {__version__}", text, flags=re.MULTILINE)
+    return re.sub(r"^appVersion: .*$", f'appVersion: "{__version__}"', text, flags=re.MULTILINE)
+
+
 def main() -> None:
-    """Write both."""
+    """Write all of them."""
+    (CHART / "Chart.yaml").write_text(chart((CHART / "Chart.yaml").read_text()))
     described = readme((CHART / "README.md.gotmpl").read_text(), (CHART / "values.yaml").read_text())
     (CHART / "README.md").write_text(described)
     (CHART / "values.schema.json").write_text(schema((CHART / "values.schema.json").read_text()))

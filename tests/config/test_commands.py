@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hemostat import cli
+from hemostat import __version__, cli
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 
@@ -58,7 +58,7 @@ def test_help_and_version_need_neither_torch_nor_vllm() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert "hemostat 0.1.0" in done.stdout
+    assert f"hemostat {__version__}\n" in done.stdout
     assert "--workers" in done.stdout
 
 

@@ -16,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 from tests.support.helm_chart import CHART, ROOT
 
+from hemostat import __version__
 from hemostat.config.fields import Section
 from hemostat.config.schema import Settings
 
@@ -39,6 +40,14 @@ values = yaml.safe_load((CHART / "values.yaml").read_text())
 def test_the_schema_is_current() -> None:
     text = (CHART / "values.schema.json").read_text()
     assert text == generator.schema(text), "a setting has changed: run `make chart`"
+
+
+def test_the_chart_and_the_images_have_hemostats_version() -> None:
+    text = (CHART / "Chart.yaml").read_text()
+    assert text == generator.chart(text), "the version has changed: run `make chart`"
+    assert {str(yaml.safe_load(text)[key]) for key in ("version", "appVersion")} == {__version__}
+    named = re.findall(r"hemostat(?:-engine)?:(\d+\.\d+\.\d+)", (ROOT / "docs" / "operations.md").read_text())
+    assert set(named) == {__version__}
 
 
 def test_the_readme_is_current() -> None:

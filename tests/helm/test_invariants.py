@@ -21,6 +21,7 @@ from tests.support.helm_chart import (
     set_of,
 )
 
+from hemostat import __version__
 from hemostat.config.schema import Adapter
 from hemostat.supervisor import control, relays
 
@@ -281,7 +282,7 @@ def test_image_and_pull_secrets(helm: Helm) -> None:
     mixed = helm.values(set_of("everything"))
     assert mixed.pod["spec"]["imagePullSecrets"] == [{"name": "registry"}, {"name": "other-registry"}]
     assert mixed.hemostat["image"] == "registry.example.com:5000/team/hemostat:1.20"
-    assert helm.set().hemostat["image"] == "hemostat:0.1.0"
+    assert helm.set().hemostat["image"] == f"hemostat:{__version__}"
 
 
 def test_scheduling_is_passed_on(helm: Helm) -> None:

@@ -121,7 +121,7 @@ def runner(bounds: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     def run(command: list[str], folder: Path, log: Path, *_: Any) -> bool:
         commands.append(command)
         if "wheel" in command:
-            (folder / "hemostat-0.1.0-py3-none-any.whl").touch()
+            (folder / "hemostat-1.0.0-py3-none-any.whl").touch()
         return True
 
     monkeypatch.setattr(bounds.environment, "run", run)
