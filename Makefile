@@ -93,8 +93,8 @@ bench-compress: setup ## compressed checkpoints of equal bytes, ours and llmcomp
 chart: setup ## generate the versions, the README and the values schema of helm/hemostat
 	@$(BIN)/python deploy/chart.py
 
-docs: setup ## generate docs/metrics.md from the code, and the console's runbook page from docs/runbook.md
-	@$(BIN)/python deploy/metrics.py
+docs: setup ## generate docs/reference/ from the code, and the console's runbook page from docs/runbook.md
+	@$(BIN)/python deploy/reference.py
 	@$(BIN)/python deploy/runbook.py
 
 site: setup ## the documentation as a site, in build/site; a broken link is an error

@@ -1,12 +1,10 @@
-"""`make docs`: writes docs/metrics.md from what the code exports (`hemostat.metrics.catalogue.GROUPS`).
+"""The page docs/reference/metrics.md, of what the code exports (`hemostat.metrics.catalogue.GROUPS`).
 
 This file explains the values of labels; the code defines which values exist. tests/deploy/test_docs.py checks that both
 agree.
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 from hemostat.adapters.live.builder import BuildFailure
 from hemostat.adapters.live.client import BuildOutcome
@@ -22,7 +20,7 @@ from hemostat.measurement.figures import MODELS
 from hemostat.measurement.measurements import DECODING_KINDS, DIRECTIONS, STAGES
 from hemostat.measurement.thinking import CUT, ENDED, NONE, STOPPED
 from hemostat.metrics import names, reasons
-from hemostat.metrics.catalogue import GROUPS, METRICS
+from hemostat.metrics.catalogue import GROUPS
 from hemostat.metrics.metric import Metric
 from hemostat.metrics.reasons import UNJUDGED, Unscored
 from hemostat.openai import routes
@@ -32,8 +30,6 @@ from hemostat_calibration.alarm import AlarmTest
 from hemostat_calibration.divergence.places import ANSWER, THINKING
 from hemostat_calibration.outcomes import LENGTH, Outcome
 from hemostat_calibration.records import Arm
-
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
 
 Values = dict[str, str]
 """Value of a label -> its meaning."""
@@ -383,12 +379,10 @@ LABELS: dict[str, dict[str, Values | str]] = {
 
 HEAD = """# Metrics
 
-<!-- Made by `make docs` from middleware/hemostat/metrics/; do not edit. -->
-
-All metrics on `/metrics` of the admin port, for all processes of one Hemostat together. Divergences are in nats. Labels
-have a bounded number of values and never contain a user, a request id or a prompt. Counters start again at 0 when
-Hemostat restarts. A series without data yet is absent. What the figures mean, and what not to conclude:
-[reading the figures](reading-the-figures.md); what to do when an alert fires: [the runbook](runbook.md).
+Made by `make docs` from `middleware/hemostat/metrics/`. All metrics on `/metrics` of the admin port, for all processes
+of one Hemostat. Divergences are in nats. Labels have a bounded number of values and never contain a user, a request id
+or a prompt. Counters begin at 0 at a restart. A series without data yet is absent. What the figures mean:
+[reading the figures](../reading-the-figures.md); what to do when an alert fires: [the runbook](../runbook.md).
 
 Counters and histograms of several Hemostats can be summed; gauges (`hemostat_divergence` and others) belong to one.
 """
@@ -428,13 +422,8 @@ def shown(value: str) -> str:
 
 
 def meaning(metric: str, label: str) -> Values | str | None:
-    """What docs/metrics.md says about a label of this metric."""
+    """What the page says about a label of this metric."""
     if label == "reason" and metric in (names.SHADOW_REQUESTS, names.SAMPLED_REQUESTS, names.SAMPLED_TOKENS):
         return {reason: text for reasons in SHADOW_REASONS.values() for reason, text in reasons.items()}
     by_metric = LABELS[label]
     return by_metric.get(metric, by_metric.get(""))
-
-
-if __name__ == "__main__":
-    assert all(meaning(name, label) for name, metric in METRICS.items() for label in metric.labels)
-    PAGE.write_text(page(), encoding="utf-8")

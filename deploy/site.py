@@ -1,4 +1,4 @@
-"""`make site`: the documentation as a site in build/site, with the reference of the command line made from the code.
+"""`make site`: the documentation as a site in build/site, with the reference pages made from the code.
 
 MkDocs with the theme Material runs in an environment of its own, build/site-environment. Pages keep their places, so
 that their links work in the repository and on the site alike; `--strict` makes a broken link or anchor an error.
@@ -15,7 +15,7 @@ import venv
 from collections.abc import Iterator
 from pathlib import Path
 
-from hemostat.cli import COMMANDS
+import reference
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
@@ -32,28 +32,15 @@ def linked(page: Path) -> Iterator[Path]:
             yield path
 
 
-def command_line() -> str:
-    """The page about `hemostat` and its commands, as their `--help` says it."""
-    parts = ["# Command line\n\nWritten by `make site` from the program.\n"]
-    for name in ("", *COMMANDS):
-        command = [sys.executable, "-m", "hemostat", *name.split(), "--help"]
-        text = subprocess.run(
-            command, env=os.environ | {"COLUMNS": "110"}, capture_output=True, text=True, check=True
-        ).stdout
-        parts.append(f"## hemostat {name}".rstrip() + f"\n\n```text\n{text}```\n")
-    return "\n".join(parts)
-
-
 def collect() -> None:
     """All pages, and what they link to, below PAGES."""
     shutil.rmtree(PAGES, ignore_errors=True)
-    found = {ROOT / name for name in FIRST} | set((ROOT / "docs").glob("*.md"))
-    found |= {path for page in list(found) for path in linked(page)}
-    for path in found:
+    pages = {ROOT / name for name in FIRST} | set((ROOT / "docs").glob("*.md"))
+    for path in pages | {path for page in pages for path in linked(page)}:
         to = PAGES / path.relative_to(ROOT)
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, to)
-    (PAGES / "docs" / "command-line.md").write_text(command_line(), encoding="utf-8")
+    reference.write(PAGES / "docs" / "reference")
 
 
 def main() -> int:

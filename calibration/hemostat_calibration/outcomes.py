@@ -47,7 +47,7 @@ MIN_CAP = 16.0
 
 
 class Outcome(StrEnum):
-    """What is bad about an answer, each with its text in docs/metrics.md."""
+    """What is bad about an answer, each with its text in deploy/metrics.py."""
 
     meaning: str
 

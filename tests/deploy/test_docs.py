@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 import html
-import importlib.util
-import itertools
+import importlib
 import json
 import os
 import re
@@ -25,16 +25,21 @@ import yaml
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.paths import ROOT
 
+from hemostat.admin.access import ACCESS
+from hemostat.cli import COMMANDS
 from hemostat.config.loading import load
-from hemostat.config.schema import Settings
+from hemostat.config.schema import LEAVES
 from hemostat.engines.messages import EVENTS
 from hemostat.interception.profile_choice import ArmReason
 from hemostat.ipc.ends import OUTCOMES
 from hemostat.measurement.figures import HEADLINE
 from hemostat.metrics.catalogue import METRICS
 from hemostat.metrics.reasons import UNJUDGED
+from hemostat.openai.adapter_routes import ADAPTER_ROUTE_REFUSED
 from hemostat.openai.requests import Uncalibrated
 from hemostat.profiles.decisions import Decision, Reason
+from hemostat.relay.client_connection import MEMORY_EXHAUSTED
+from hemostat.relay.exchange import UPLOADS_EXHAUSTED
 
 DEPLOY = ROOT / "deploy"
 DOCS = ROOT / "docs"
@@ -44,12 +49,9 @@ NOT_METRICS = {"hemostat_calibration", "hemostat_engine", "hemostat_tap", "hemos
 
 def script(name: str) -> ModuleType:
     """A Python file of deploy/."""
-    spec = importlib.util.spec_from_file_location(f"deploy_{name}", DEPLOY / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(DEPLOY))
+        return importlib.import_module(name)
 
 
 @pytest.fixture(scope="module")
@@ -58,23 +60,52 @@ def reference() -> ModuleType:
     return script("metrics")
 
 
-# --- the metrics reference --------------------------------------------------------------------------------------------
+@functools.cache
+def generated() -> dict[Path, str]:
+    """The pages of docs/reference/, which are in no commit."""
+    return {DOCS / "reference" / name: page() for name, page in script("reference").PAGES.items()}
 
 
-def test_the_metrics_reference_is_current(reference: ModuleType) -> None:
-    assert (DOCS / "metrics.md").read_text() == reference.page(), "run `make docs`"
+def text_of(path: Path) -> str:
+    return generated()[path] if path.parent.name == "reference" else path.read_text()
 
 
-def test_every_metric_is_documented() -> None:
-    page = (DOCS / "metrics.md").read_text()
-    for name, metric in METRICS.items():
-        (row,) = re.findall(rf"^\| `{name}` \| (.*) \|$", page, re.MULTILINE)
-        kind, unit, labels, text = re.split(r" \| ", row)
-        assert kind == metric.kind
-        assert unit == metric.unit
-        assert re.findall(r"`(\w+)`", labels) == list(metric.labels)
-        assert text
-        assert (kind == "counter") == name.endswith("_total"), name
+# --- the reference ----------------------------------------------------------------------------------------------------
+
+
+def test_every_item_of_the_reference_has_a_text() -> None:
+    """A setting, a route, an error, a metric, the value of a label: the last cell of its row."""
+    rows = [line for page in generated().values() for line in page.splitlines() if line.startswith("| `")]
+    assert len(rows) > 400
+    assert [row for row in rows if re.search(r"\| *\|$", row)] == []
+
+
+def test_the_reference_has_every_setting_route_command_and_alert() -> None:
+    pages = {path.stem: text for path, text in generated().items()}
+    keys = {
+        f"{section}.{key}" if section.islower() and " " not in section else key
+        for part in pages["settings"].split("\n## ")[1:]
+        for section in [part.partition("\n")[0]]
+        for key in re.findall(r"^\| `(\w+)` \|", part.partition("\n### ")[0], re.MULTILINE)
+    }
+    assert keys == set(LEAVES)
+    routes = re.findall(r"^\| `(\w+) (/\S*)` \|", pages["http-api"], re.MULTILINE)
+    assert routes == list(ACCESS)
+    assert set(COMMANDS) <= set(re.findall(r"^## hemostat (.+)$", pages["command-line"], re.MULTILINE))
+    assert re.findall(r"^## (.+)$", pages["alerts"], re.MULTILINE) == list(alerts())
+
+
+def test_every_argument_of_the_command_line_has_a_help() -> None:
+    actions = [(name, action) for name, parser in script("reference").parsers() for action in parser._actions]
+    assert [(name, action.dest) for name, action in actions if not action.help and not action.choices] == []
+
+
+def test_errors_that_clients_can_get_are_in_the_reference() -> None:
+    page = text_of(DOCS / "reference" / "errors.md")
+    statuses = set(map(int, re.findall(r"^\| (\d{3}) \|", page, re.MULTILINE)))
+    assert statuses >= {400, 403, 408, 413, 429, 431, 501, 502, 503}
+    for message in (MEMORY_EXHAUSTED, UPLOADS_EXHAUSTED, ADAPTER_ROUTE_REFUSED):
+        assert f" | {message} |" in page
 
 
 def test_units_are_those_of_the_names() -> None:
@@ -208,7 +239,7 @@ def test_metrics_that_a_page_names_exist(path: Path) -> None:
 def anchors(path: Path) -> set[str]:
     """Of a page's headings, as GitHub makes them."""
     found: set[str] = set()
-    text = re.sub(r"^(```|~~~).*?^\1", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^(```|~~~).*?^\1", "", text_of(path), flags=re.MULTILINE | re.DOTALL)
     for heading in re.findall(r"^#{1,6} +(.*?) *#*$", text, re.MULTILINE):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
         anchor = re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-")
@@ -221,7 +252,7 @@ def anchors(path: Path) -> set[str]:
 
 def links(path: Path) -> list[str]:
     """Targets of a page's links and images, without code."""
-    text = re.sub(r"^(```|~~~).*?^\1", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^(```|~~~).*?^\1", "", text_of(path), flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"`[^`\n]*`", "", text)
     inline = re.findall(r"\]\(<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\)", text)
     return [
@@ -238,7 +269,8 @@ def dead(path: Path, root: Path = ROOT) -> list[str]:
             continue
         target, _, anchor = link.partition("#")
         to = (path.parent / target).resolve() if target else path
-        if not to.exists() or not to.is_relative_to(root) or (anchor and anchor not in anchors(to)):
+        exists = to.exists() if to.parent.name != "reference" else to in generated()
+        if not exists or not to.is_relative_to(root) or (anchor and anchor not in anchors(to)):
             found.append(link)
     return found
 
@@ -246,6 +278,10 @@ def dead(path: Path, root: Path = ROOT) -> list[str]:
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_link_has_a_target(path: Path) -> None:
     assert dead(path) == []
+
+
+def test_every_link_of_the_reference_has_a_target() -> None:
+    assert [link for path in generated() for link in dead(path)] == []
 
 
 def test_a_broken_link_is_found(tmp_path: Path) -> None:
@@ -271,42 +307,6 @@ def test_the_readme_is_short_and_shows_the_two_commands_and_the_console() -> Non
     assert re.search(r"^make demo\b", text, re.MULTILINE)
     assert re.search(r"^make test\b", text, re.MULTILINE)
     assert "docs/console.png" in links(ROOT / "README.md")
-
-
-# --- the settings -----------------------------------------------------------------------------------------------------
-
-
-def leaves(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from leaves(value, f"{path}{name}.")
-        else:
-            yield f"{path}{name}", value
-
-
-def test_the_configuration_page_has_every_setting_with_its_default() -> None:
-    table = (DOCS / "configuration.md").read_text().partition("## Settings\n")[2].partition("\n## ")[0]
-    wanted = dict(leaves(Settings.model_validate({"upstream": {"url": "http://a"}}).plain()))
-    rows = re.findall(r"^\| (`.*?) \|(.*?)\| (.*) \|$", table, re.MULTILINE)
-    told: dict[str, str] = {}
-    mentioned: set[str] = set()
-    for keys, defaults, text in rows:
-        names = re.findall(r"`([\w.*]+)`", keys)
-        told |= dict(itertools.zip_longest(names, defaults.strip().split(", "), fillvalue=""))
-        section = names[0].rpartition(".")[0]
-        mentioned |= {name if "." in name else f"{section}.{name}" for name in re.findall(r"`([a-z_.]+)`", text)}
-    assert wanted.keys() - told.keys() - mentioned == set()
-    assert {name for name in told if name not in wanted} == set()
-    for name, default in told.items():
-        if name in wanted and default and name != "upstream.url":
-            value = wanted[name]
-            if value is None:
-                said = "none"
-            elif isinstance(value, int | float):
-                said = json.dumps(value).removesuffix(".0")
-            else:
-                said = f"`{value}`"
-            assert default.removesuffix(".0") == said, name
 
 
 # --- examples ---------------------------------------------------------------------------------------------------------

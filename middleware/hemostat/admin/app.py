@@ -204,10 +204,13 @@ def create_app(
 
     @app.get("/livez", response_class=PlainTextResponse)
     async def livez() -> str:
+        """The process is alive."""
         return "ok\n"
 
     @app.get("/readyz")
     async def readyz() -> PlainTextResponse:
+        """200: a relay accepts requests, or this control process waits for its store (`standby`, `reading`); 503: no
+        relay accepts requests. Neither depends on vLLM or the reference."""
         if not backend.ownership.knows:
             return PlainTextResponse(f"{backend.ownership.state}\n")  # relays have another one, or go on without
         return (
@@ -216,28 +219,34 @@ def create_app(
 
     @app.get("/metrics")
     async def metrics() -> Response:
+        """Prometheus metrics."""
         return Response(generate_latest(backend.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/")
     async def console() -> Response:
+        """The console."""
         return _asset("index.html")
 
     @app.get("/runbook")
     async def runbook() -> Response:
+        """The runbook, which alerts link to."""
         return _asset("runbook.html")
 
     @app.get("/console/{name:path}")
     async def asset(name: str) -> Response:
+        """The console's scripts and styles."""
         if name not in ASSETS:
             raise HTTPException(404, "no such file")
         return _asset(name)
 
     @app.get("/api/v1/history")
     async def history(after: float = 0.0) -> dict[str, Any]:
+        """The columns of the console's charts, newer than `after` (Unix seconds)."""
         return backend.history.report(after)
 
     @app.get("/api/v1/stream")
     async def stream(request: Request) -> Response:
+        """Server-sent events: every 2 seconds the status and the profiles. At most 32 streams at a time."""
         nonlocal streams
         if streams >= MAX_STREAMS:
             raise HTTPException(503, f"{MAX_STREAMS} streams are open already; poll /api/v1/status")
@@ -258,14 +267,17 @@ def create_app(
 
     @app.get("/api/v1/status")
     async def status() -> Response:
+        """The whole state; `state` in it lists what is wrong now, worst first."""
         return Response(msgspec.json.encode(backend.status.current()), media_type="application/json")
 
     @app.get("/api/v1/profiles")
     async def profiles() -> dict[str, Any]:
+        """Profiles, what serves each kind of traffic, and the events."""
         return backend.profiles.listing()
 
     @app.get("/api/v1/profiles/{version}")
     async def profile(version: str) -> dict[str, Any]:
+        """One profile with its evidence; the first 8 digits of the version are enough."""
         profiles = backend.profiles
         found = profiles.describe(profiles.resolve(version)) if VERSION_DIGITS.fullmatch(version) else None
         if found is None:
@@ -274,17 +286,23 @@ def create_app(
 
     @app.post("/api/v1/profiles")
     async def import_profile(request: Request) -> dict[str, str]:
+        """Import a profile (the file's bytes; query `scope`, if it is learned for one). It has to be proven like any
+        other."""
         scope = request.query_params.get("scope", "")
         return {"version": await backend.actions.import_profile(await read_body(request, MAX_PROFILE_BYTES), scope)}
 
     @app.post("/api/v1/profiles/promote")
     async def promote(request: Request) -> dict[str, Any]:
+        """Serve a profile without statistical proof; it is watched and rolled back like any other. Body:
+        `{"version": "…", "kind": "…"}`; here and below all kinds without `kind`."""
         wanted = await _read(request, PromoteRequest, '{"version": "<8 to 32 hex digits>"}, and "kind" if meant')
         await backend.actions.promote(backend.profiles.resolve(wanted.version), wanted.kind)
         return backend.profiles.listing()
 
     @app.post("/api/v1/profiles/pin")
     async def pin(request: Request) -> dict[str, Any]:
+        """Serve a profile whatever is measured; `null` in place of the version unpins it. Body:
+        `{"version": "…", "kind": "…"}`."""
         expected = '{"version": "<8 to 32 hex digits>"}, or null to unpin, and "kind" if meant'
         wanted = await _read(request, PinRequest, expected)
         version = None if wanted.version is None else backend.profiles.resolve(wanted.version)
@@ -293,35 +311,43 @@ def create_app(
 
     @app.post("/api/v1/profiles/rollback")
     async def rollback(request: Request) -> dict[str, Any]:
+        """Serve no profile until another one is promoted. Body: none, or `{"kind": "…"}`."""
         wanted = await _read(request, KindRequest, 'nothing, or {"kind": "..."}', KindRequest())
         await backend.actions.rollback("asked for by the operator", wanted.kind)
         return backend.profiles.listing()
 
     @app.post("/api/v1/profiles/release")
     async def release(request: Request) -> dict[str, Any]:
+        """End the hold of a kind at identity after an outcome was harmed. Body: none, or `{"kind": "…"}`."""
         wanted = await _read(request, KindRequest, 'nothing, or {"kind": "..."}', KindRequest())
         await backend.actions.release(wanted.kind)
         return backend.profiles.listing()
 
     @app.post("/api/v1/calibration")
     async def calibration(request: Request) -> dict[str, Any]:
+        """Set the mode at once; it holds until the configuration file names another one. Body: `{"mode": "off"}`,
+        `"observe"` or `"auto"`."""
         wanted = await _read(request, CalibrationRequest, '{"mode": "off"}, "observe" or "auto"')
         await backend.actions.set_mode(wanted.mode)
         return {"mode": wanted.mode}
 
     @app.post("/api/v1/alarm/rebase")
     async def rebase(request: Request) -> dict[str, Any]:
+        """Accept the present state of a kind, or of all kinds, as the alarm's new baseline. Body: none, or
+        `{"kind": "…"}`."""
         wanted = await _read(request, RebaseRequest, '{"kind": "chat text sampled"}', RebaseRequest())
         return await backend.actions.rebase(wanted.kind)
 
     @app.post("/api/v1/engines/drain")
     async def drain(request: Request) -> Response:
+        """Send an engine no new requests. Body: `{"engine": "host:port"}`."""
         wanted = await _read(request, DrainRequest, '{"engine": "host:port"}')
         await backend.actions.drain(wanted.engine, ends=False)
         return await status()
 
     @app.post("/api/v1/engines/undrain")
     async def undrain(request: Request) -> Response:
+        """Send a drained engine requests again. Body: `{"engine": "host:port"}`."""
         wanted = await _read(request, DrainRequest, '{"engine": "host:port"}')
         await backend.actions.drain(wanted.engine, ends=True)
         return await status()

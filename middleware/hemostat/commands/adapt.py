@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train it further on REFERENCE's predictions of the same texts, with both models whole in memory; kept "
         "only where some of the texts, which it is not trained on, improve",
     )
-    parser.add_argument("--seed", type=non_negative_integer, default=0, metavar="S")
+    parser.add_argument("--seed", type=non_negative_integer, default=0, metavar="S", help="of random numbers (0)")
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="torch device (cpu)")
     parser.add_argument("--model", default="", metavar="NAME", help="served name that the profile is for (any)")
     parser.add_argument(

@@ -21,8 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep", type=Path, metavar="DIR", help="keep the checkpoints and every scored request in this folder"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="S")
-    parser.add_argument("--compression", choices=COMPRESSIONS, default=COMPRESSIONS[0])
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of random numbers (0)")
+    parser.add_argument(
+        "--compression", choices=COMPRESSIONS, default=COMPRESSIONS[0], help=f"of the model ({COMPRESSIONS[0]})"
+    )
     parser.add_argument("--no-console", action="store_true", help="print plain lines instead of the live view")
     parser.add_argument("--force-profile", type=Path, metavar="FILE", help="apply this profile to every request")
     parser.add_argument(

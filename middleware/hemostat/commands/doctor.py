@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=positive_integer, default=64, metavar="N", help="maximum generated tokens per prompt (64)"
     )
-    parser.add_argument("--seed", type=non_negative_integer, default=0, metavar="S")
+    parser.add_argument("--seed", type=non_negative_integer, default=0, metavar="S", help="of random numbers (0)")
     decoding = parser.add_mutually_exclusive_group()
     decoding.add_argument("--greedy", action="store_true", help="generate greedily (default: sample at temperature 1)")
     decoding.add_argument("--given", action="store_true", help="generate nothing: score the completions of the prompts")
@@ -100,8 +100,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--work", type=Path, metavar="DIR", help="keep finished work in this folder (default: until the report)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--html", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write the report as one HTML page (needs hemostat[report])"
+    )
     parser.set_defaults(command=_run)
 
 

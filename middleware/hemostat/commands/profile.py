@@ -16,6 +16,7 @@ HELP = "show and control calibration profiles"
 MODES = ("off", "observe", "auto")
 WHOLE_VERSION = 32
 """Hex digits of a version; 8 or more of them are enough to name it."""
+VERSION_HELP = "version of a profile; its first 8 digits are enough"
 PROFILE_MARKER = b'"clamp_nats"'
 """In the header of a profile's file."""
 PEFT_TENSOR = b".lora_A.weight"
@@ -32,12 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return child
 
     action("list", "show all profiles", _profile_list)
-    action("show", "show one profile", _profile_show).add_argument("version", metavar="VERSION")
+    action("show", "show one profile", _profile_show).add_argument("version", metavar="VERSION", help=VERSION_HELP)
     export = action("export", "write a profile to a file", _profile_export)
-    export.add_argument("version", metavar="VERSION")
-    export.add_argument("file", type=Path, metavar="FILE")
+    export.add_argument("version", metavar="VERSION", help=VERSION_HELP)
+    export.add_argument("file", type=Path, metavar="FILE", help="file to write")
     imported = action("import", "import a profile from a file as a candidate", _profile_import)
-    imported.add_argument("file", type=Path, metavar="FILE")
+    imported.add_argument("file", type=Path, metavar="FILE", help="profile.safetensors, from export or hemostat adapt")
     imported.add_argument(
         "--scope",
         metavar="NAME",
@@ -47,11 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     promote = action(
         "promote", "serve a profile without statistical proof; it is monitored like any other", _profile_promote
     )
-    promote.add_argument("version", metavar="VERSION")
+    promote.add_argument("version", metavar="VERSION", help=VERSION_HELP)
     promote.add_argument("--yes", action="store_true", help="do not ask for confirmation")
     pin = action("pin", "serve a profile, whatever the evidence, until --off", _profile_pin)
     which = pin.add_mutually_exclusive_group(required=True)
-    which.add_argument("version", metavar="VERSION", nargs="?")
+    which.add_argument("version", metavar="VERSION", nargs="?", help=VERSION_HELP)
     which.add_argument("--off", action="store_true", help="unpin: the profile continues to serve, and is judged again")
     pin.add_argument("--yes", action="store_true", help="do not ask for confirmation")
     rollback = action("rollback", "serve no profile until another one is promoted", _profile_rollback)

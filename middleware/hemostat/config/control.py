@@ -13,21 +13,22 @@ class ControlSettings(Section):
     """How relays and control processes on different machines find and trust each other."""
 
     addresses: list[HostPort] = Field(default=[], max_length=16)
-    """host:port of every control process, for `hemostat relay`; a name stands for all of its addresses."""
+    """For `hemostat relay`: `host:port` of every control process; a name stands for all of its addresses."""
     listen: HostPort | None = None
-    """host:port that `hemostat control` (and `hemostat serve`, if set) listens on for relays."""
+    """For `hemostat control`, and `hemostat serve` if set: `host:port` that relays on other machines connect to."""
     token: Secret | None = None
-    """The relay token: the same on both sides."""
+    """The relay token, the same on both sides. Whoever has it gets the policy, and its reports of what clients got are
+    accepted."""
     token_file: ExistingFile | None = None
     """A file with the token alone, in place of `token`; read at the start and at SIGHUP."""
     ca: ExistingFile | None = None
-    """Of relays: PEM file of the authority that signs the control processes' certificates; none: no TLS, on
+    """For relays: PEM file of the authority that signs the control processes' certificates. none: no TLS, only
     loopback."""
     cert: ExistingFile | None = None
-    """Of control processes: PEM file of the certificate, which names the host of `addresses`; none: no TLS, on
+    """For control processes: PEM file of the certificate, which names the host of `addresses`. none: no TLS, only
     loopback. Read at the start and at SIGHUP."""
     key: ExistingFile | None = None
-    """PEM file of its key."""
+    """PEM file of the certificate's key. Read at the start and at SIGHUP."""
 
     @model_validator(mode="after")
     def _secured(self) -> ControlSettings:

@@ -1,11 +1,11 @@
 """The sections of the configuration: keys, types, defaults, and what must fit together.
 
-A `ClassVar` is no setting: a constant of the section, with the reason why nobody has to set it.
+The text below a field is that of docs/reference/settings.md, which `make docs` writes. A `ClassVar` is no setting: a
+constant of the section, with the reason why nobody has to set it.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,8 +42,8 @@ from hemostat.config.fields import (
     header_name,
     is_loopback,
     text_is_model,
-    yaml_off,
 )
+from hemostat.config.observability import Log, Tracing
 from hemostat.config.reasoning_parsers import PARSERS
 from hemostat.config.store_url import split_store_url
 from hemostat.config.text import short_repr
@@ -55,36 +55,39 @@ MAX_MODELS = 16
 """Served models with a reference of their own. With backend transformers each different one is a process and holds its
 weights in memory, from when its model is first seen on the server."""
 
-EXPORTER = "opentelemetry-exporter-otlp-proto-http"
-"""The distribution that sends traces; it brings the rest of `hemostat[tracing]`."""
-
 _LABEL = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 class Listen(Section):
-    """The data port."""
+    """The data port, which clients use."""
 
     host: Host = "0.0.0.0"  # noqa: S104  the proxy is what clients talk to
+    """Address that it listens on."""
     port: Port = 8080
+    """Its TCP port; 0: any free one."""
 
 
 class Admin(Section):
     """The admin port: metrics, health, console, JSON."""
 
     host: Host = "127.0.0.1"
+    """Address that it listens on. An address other than loopback requires `token`."""
     port: Port = 8081
+    """Its TCP port; 0: any free one."""
     token: Secret | None = None
+    """The admin token, which every request that changes state has to send. none: such requests are refused."""
     token_file: ExistingFile | None = None
     """A file with the token alone, in place of `token`; read at the start and at SIGHUP."""
     engine_token: Secret | None = None
-    """Of the plugin in vLLM, which can report and fetch profiles with it, and nothing else. None: it needs `token`."""
+    """The token of the plugin in vLLM, which can report and fetch profiles with it, and nothing else. none: the plugin
+    needs `token`."""
     engine_token_file: ExistingFile | None = None
     """A file with the engine token alone, in place of `engine_token`; read at the start and at SIGHUP."""
     metrics_need_token: bool = False
-    """/metrics requires the token too."""
+    """`/metrics` requires the token, too."""
     allowed_hosts: list[Host] = Field(default=[], max_length=64)
-    """Host names under which the port may be requested, besides addresses and localhost. Empty: on loopback none, else
-    any."""
+    """Host names under which the port may be requested, besides IP addresses and localhost. Empty: on loopback no
+    others (against DNS rebinding), elsewhere any."""
 
     @property
     def names(self) -> list[str] | None:
@@ -93,29 +96,30 @@ class Admin(Section):
 
 
 class Upstream(Section):
-    """The vLLM server that runs the compressed model."""
+    """The vLLM server, or several engines, with the compressed model. Exactly one of `url` and `urls` is required."""
 
     url: EnginesUrl | None = None
-    """http(s)://host:port, or dns+http(s)://name:port: an engine at each address of the name."""
+    """`http(s)://host:port`, or `dns+http(s)://name:port`: an engine at each address of the name."""
     urls: list[ServerUrl] = Field(default=[], max_length=MAX_ENGINES)
-    """In place of `url`: several engines that serve the same models, http or https all of them."""
+    """In place of `url`: several engines that serve the same models, all by http or all by https."""
     api_key: Secret | None = None
-    """Sent where the client sends no Authorization of its own, and by Hemostat's own probes."""
+    """API key that Hemostat sends for a client without an Authorization header, and with its own probes."""
     api_key_file: ExistingFile | None = None
     """A file with the key alone, in place of `api_key`; read at the start and at SIGHUP."""
     max_connections: int = Field(default=512, ge=1, le=65536)
-    """Of each relay process, to each engine."""
+    """Connections of each relay process to each engine."""
     affinity: bool = True
-    """Requests of one conversation go to one engine, whose prefix cache has its beginning."""
+    """Requests of a conversation go to one engine, whose prefix cache has its beginning. false: the engine of a sampled
+    request is drawn at random, and the outlier engine is tested for."""
     ca: ExistingFile | None = None
     """PEM file of the authority that signed the upstream's certificate."""
     openai_sampling_defaults: bool = False
-    """True when vLLM was started with `--generation-config vllm`, or the model's generation_config sets no sampling
-    parameter. Otherwise what a request is sampled with is known only where it says so itself (or is greedy), and the
-    rest is not used where the tokens' distribution has to be known."""
+    """Set it to true where vLLM runs with `--generation-config vllm`, or the model's generation_config.json sets no
+    sampling parameter. Otherwise the sampling parameters of a request are known only where it sets them all, and other
+    requests do not count for the estimate without truncation bias."""
     allow_adapter_routes: bool = False
-    """Relay requests that load and unload LoRA adapters at the server (/v1/load_lora_adapter, /v1/unload_lora_adapter,
-    /adapters); otherwise they are answered with 403. Adapters that Hemostat serves need these routes to exist."""
+    """Relay requests that load and unload LoRA adapters (`/v1/load_lora_adapter`, `/v1/unload_lora_adapter`,
+    `/adapters`); otherwise they are answered with 403."""
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -148,53 +152,60 @@ class Upstream(Section):
 
 
 class ModelReference(Section):
-    """The reference of one served model; a text alone is its `model`."""
+    """The reference of one served model; a string alone is its `model`."""
 
     model: str = Field(min_length=1)
     """As `reference.model`."""
     url: ServerUrl | None = None
-    """vllm: another server than `reference.url`. `reference.api_key` is sent to it too."""
+    """vllm: its server, in place of `reference.url`. `reference.api_key` is sent to it, too."""
     device: Device | None = None
-    """Another device than `reference.device`."""
+    """Its device, in place of `reference.device`."""
     folder: Path | None = None
-    """vllm: another folder than `reference.folder`."""
+    """vllm: its folder, in place of `reference.folder`."""
 
 
 class Reference(Section):
     """The uncompressed models."""
 
     backend: Backend = "none"
+    """transformers: in a process of Hemostat's, over the full vocabulary. vllm: another server; full vocabulary if it
+    is a pooling server, else lists of ids. none: nothing is measured, Hemostat is a relay only."""
     model: str | None = Field(default=None, min_length=1)
-    """The reference of the upstream's first base model. transformers: a folder or a hub name. vllm: the served name
-    (default: the server's first)."""
+    """The reference of the upstream's first base model. transformers: a folder or a hub name, required. vllm: the
+    served name (none: the server's first)."""
     models: dict[ModelName, Annotated[ModelReference, BeforeValidator(text_is_model)]] = Field(
         default={}, max_length=MAX_MODELS
     )
-    """In place of `model`: served name -> reference. A base model that is not named is neither scored nor treated."""
+    """In place of `model`, for a server with several base models: served name → reference. A base model that is not
+    named is neither scored nor treated."""
     url: ServerUrl | None = None
+    """vllm: address of the reference's server, required."""
     api_key: Secret | None = None
+    """vllm: API key that is sent to the reference's server."""
     api_key_file: ExistingFile | None = None
     """A file with the key alone, in place of `api_key`; read at the start and at SIGHUP."""
     folder: Path | None = None
-    """vllm: folder of the reference's checkpoint (config.json and safetensors), of which only the output embedding is
-    read, or a hub cache that has it. A pooling server's hidden states need it (default: the path that the server names,
-    where it exists here). It may be written after the start: the server may still be loading it."""
+    """vllm: folder of the reference's checkpoint (config.json and safetensors), or a hub cache that has it; only the
+    output embedding is read. Hidden states of a pooling server need it. none: the path that the server names, where it
+    exists on this machine. It may appear after the start."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """transformers: type of the weights; auto: that of the checkpoint."""
     device: Device = "cpu"
-    """transformers: of the model. vllm: of the products of hidden states with the output embedding."""
+    """Torch device. transformers: of the model. vllm: of the products of hidden states with the output embedding."""
     threads: int | None = Field(default=None, ge=1, le=1024)
-    """CPU threads of each process that computes for a reference (default: half of the cores)."""
+    """CPU threads of each process that computes for a reference. none: half of the cores."""
 
 
 class Reasoning(Section):
-    """How the thinking of a reasoning model is recognized: by the ids of the markers around it."""
+    """How the thinking of a reasoning model is recognized: by the ids of its start and end markers."""
 
     parser: str = "auto"
     """vLLM's `--reasoning-parser`, whose markers the server's tokenizer turns into ids. auto: markers that are single
-    tokens of the vocabulary. none: thinking is not distinguished."""
+    tokens of the vocabulary. none: thinking is not distinguished. `hemostat check` prints the markers."""
     start: list[TokenId] = Field(default=[], max_length=32)
-    """Ids of the start marker, in place of those that are found."""
+    """Ids of the start marker, in place of those of `parser`."""
     end: list[TokenId] = Field(default=[], max_length=32)
+    """Ids of the end marker; required with `start`."""
 
     @field_validator("parser")
     @classmethod
@@ -215,45 +226,52 @@ class Shadow(Section):
     """Which requests are measured, and the limits of what that may cost."""
 
     rate: float = Field(default=0.05, ge=0, le=1)
+    """Largest fraction of the requests that is sampled, drawn at random. Relays sample less where the reference cannot
+    score as many. No client can influence which ones."""
     allow_on: bool = False
-    """Clients may force a request into the shadow with `X-Hemostat-Shadow: on`."""
+    """Clients may have a request sampled with `X-Hemostat-Shadow: on`."""
     max_queue: ClassVar[int] = 256
     """Captures that may wait for the reference. A longer queue only makes figures older: what the reference cannot
     score on average is dropped in any case."""
     max_tokens: int = Field(default=4096, ge=2, le=1_000_000)
-    """Longest prompt + output that is scored."""
+    """Longest prompt and output, together, that is scored; longer requests are skipped."""
     max_scored_tokens: int | None = Field(default=None, ge=16, le=1_000_000)
-    """Of a longer output only the last so many tokens are scored, and count only by position, context and phase; the
-    tokens before them are read by the reference all the same. none: whole outputs."""
+    """Of a longer output only this many last tokens are scored, and count only by position, context and phase; the
+    reference still reads the tokens before them. none: whole outputs are scored."""
     reference_tokens_per_second: float = Field(default=0.0, ge=0)
-    """0: as fast as the reference can."""
+    """Token budget of the reference, prompts included. 0: no limit."""
     top_k: int = Field(default=20, ge=2, le=1000)
-    """Must not exceed the server's --max-logprobs. At least 2: the last place is for an emitted token that is not among
-    the likeliest, so a list of one depends on what was sampled, and estimates from it are biased."""
+    """Number of logprobs that vLLM is asked for at each position; at most its `--max-logprobs`. From a list of one id
+    estimates would be biased, because its last place is for an emitted token that is not among the likeliest."""
     floor_fraction: float = Field(default=0.02, ge=0, le=1)
-    """Fraction of the scored requests that each model also scores against itself: the noise floor. Each costs the
-    compressed model's server a prefill of their tokens."""
+    """Fraction of the scored requests that each model also scores against itself, to measure the noise floor. Each
+    costs the compressed model's server a prefill of its tokens."""
 
 
 class Calibration(Section):
     """Learning and serving of decoding profiles."""
 
     mode: Mode = "observe"
+    """off. observe: learn, judge, and report which profile would serve. auto: also serve profiles that are proven."""
     control_fraction: Fraction = 0.1
+    """Fraction of the conversations that never gets a profile: the control arm."""
     held_out_fraction: Fraction = 0.3
+    """Fraction of the prompts that judges profiles and that none is learned from."""
     scope: Literal["pooled", "label", "route", "model"] = "pooled"
-    """What is also learned separately: profiles for a label, a route or a model, tested in its kinds of traffic."""
+    """Learn profiles also for each label, route or model (a LoRA adapter is a model) separately, in addition to those
+    of all traffic. What serves is decided by kind of traffic in any case."""
     clamp_nats: float = Field(default=1.0, gt=0, le=20)
-    """Largest change of a logit. A smaller one needs fewer held-out requests to prove a profile's gain."""
+    """Largest change of a logit. A smaller one allows less gain, and needs fewer held-out requests to prove it."""
     clamp_kl_nats: ClassVar[float] = 2.0
     """Largest KL divergence from identity that a profile may cause in one token's distribution (to second order, for a
     contextual profile): with `clamp_nats` of 2 or less, that binds first."""
     alpha: Fraction = 0.05
-    """Error probability of the promotion and rollback bounds."""
+    """Probability of ever promoting a profile that does not help, over the lifetime of the store."""
     min_tokens: int = Field(default=20_000, ge=1)
-    """Scored tokens before a profile is proposed."""
+    """Tokens that are learned from before a profile is proposed."""
     anchors: int = Field(default=512, ge=8, le=4096)
-    """Ids whose logits a contextual profile reads."""
+    """Number of ids whose logits a contextual profile reads. With at least 16 more than the hidden state is wide, the
+    compressed model's whole distribution is recovered from them."""
     rank: ClassVar[int] = 192
     """Largest rank of a contextual profile, whose size is about 2 bytes × rank × vocabulary: a smaller one is chosen
     where it does better, and 256 gained 0.1 points more."""
@@ -267,28 +285,29 @@ class Calibration(Section):
     """Most MiB of the store for what the contextual learner knows, from which it goes on after a restart: its sums,
     which fit up to a width of 4,096, then its newest tokens as far as they fit."""
     apply: Literal["engine", "request"] = "engine"
+    """engine: by the plugin in vLLM. request: without the plugin, by `logit_bias` (and `temperature`, where the
+    server's default is known to be 1), on requests in which the client sets neither."""
     treat_unjudged: bool = False
-    """Requests that cannot be scored (structured output, several choices, …) may get a profile too, though nothing
-    would show that it harms them."""
+    """Requests that cannot be scored may get a profile, too, though nothing would show that it harms them."""
     model: ModelName | None = None
-    """The served base model that profiles are learned and served for (default: the first one that is matched with its
-    reference). All others are only measured."""
+    """The served base model that profiles are learned and served for; all others are only measured. none: the first
+    one that is matched with its reference."""
     force: ExistingFile | None = None
-    """A profile that is applied to every request, without evidence: for tests."""
+    """A profile's file that is applied to every request, without evidence: for tests."""
 
 
 class Evidence(Section):
     """What counts as evidence for and against a profile."""
 
     client_header: Annotated[str, AfterValidator(header_name)] = "authorization"
-    """The header that names a client. It must be one that clients cannot choose freely."""
+    """The header that names a client. Choose one that clients cannot set freely: the API key where something checks it,
+    or a header that a gateway adds. Where a test has four clients or more, each contributes at most a quarter of it."""
     kinds: int = Field(default=24, ge=1, le=100)
-    """Kinds of traffic that are followed by themselves; all others are pooled as `rest`."""
+    """Number of kinds of traffic with evidence and a profile of their own; all other kinds are pooled as `rest`."""
     cycle_hours: float = Field(default=24.0, ge=0.0, le=24.0 * 14)
-    """Length of the cycle that traffic goes through, such as day and night. Before so long a time was seen, nothing is
-    promoted, baselines of the alarm are not complete, and figures have an interval of the hours so far only: how much
-    requests depend on each other is not known yet. 0 where there is none, as in a trial with prompts in random
-    order."""
+    """Length of the cycle of the traffic, such as day and night. Until this much time has been measured, it is not
+    known how much requests depend on each other: nothing is promoted, no baseline of the alarm is complete, and figures
+    have an interval of the hours measured so far only. 0 for a trial with prompts in random order."""
     client_share: ClassVar[float] = 0.25
     """Largest part of a test's units that one client may contribute, where at least four clients do: none of four can
     then have more than its part."""
@@ -302,35 +321,38 @@ class Adapter(Section):
     """Adapters that compensate the weights' error (family `adapter`): learned live, served by vLLM as LoRA."""
 
     enabled: bool = False
+    """Whether adapters are learned and served."""
     reference: Path | None = None
-    """Checkpoint folder of the uncompressed model; default: `reference.model`, where that is a folder."""
+    """Checkpoint folder of the uncompressed model. none: `reference.model`, where that is a folder on this machine."""
     compressed: Path | None = None
-    """Checkpoint folder of the compressed model; default: the path that the upstream names, where it exists here."""
+    """Checkpoint folder of the compressed model. none: the path that the upstream names, where it exists on this
+    machine."""
     rank: int = Field(default=16, ge=1, le=512)
-    """Of every layer; with `shared_out`, on average by bytes."""
+    """Rank of every layer; with `shared_out`, the rank whose bytes are distributed."""
     shared_out: bool = False
-    """Give the bytes to the layers where they gain most, in place of the same rank to each."""
+    """Distribute the bytes to the layers where they gain most, up to 4 times `rank` (vLLM's `--max-lora-rank`)."""
     min_tokens: ClassVar[int] = 2_000
     """Tokens of text, prompts included, from which the first adapter is made: it recovers most of what one from ten
     times as many does, and better ones follow."""
     max_tokens: int = Field(default=16_000, ge=100, le=1_000_000)
-    """Newest tokens that are kept, in memory, for the next adapter."""
+    """Number of the newest tokens, prompts included, that are kept in memory for the next adapter."""
     memory_mib: int = Field(default=4_096, ge=64)
-    """Of the process that makes an adapter."""
+    """Memory limit of the process that makes an adapter, MiB."""
     distil: bool = False
     """Train the adapter further on the reference's distributions; kept only where held-out texts improve."""
     device: str = Field(default="cpu", min_length=1)
-    """Of the copies and of the process that makes an adapter: a torch device."""
+    """Torch device of the process that makes an adapter, and of the copies of the models that judge adapters."""
     folder: Path | None = None
-    """Shared folder for engines without Hemostat's general plugin, at the same path for vLLM; adapters are loaded from
-    it by their path."""
+    """For engines without Hemostat's general plugin: a shared folder, at the same path here and for vLLM, from which
+    vLLM loads adapters."""
 
 
 class StoreSettings(Section):
-    """Where profiles and decisions are kept."""
+    """Where profiles, decisions and evidence are kept."""
 
     url: str = Field(default="memory://", repr=False)
-    """Contains the server's password, where it has one."""
+    """`memory://`, `sqlite:///path/hemostat.db`, or `postgresql://user:password@host:5432/database` with libpq's
+    options such as `?sslmode=verify-full`."""
     url_file: ExistingFile | None = None
     """A file with the address alone, in place of `url`; read at the start and at SIGHUP."""
 
@@ -349,81 +371,43 @@ class Records(Section):
     """Scored requests as JSON lines."""
 
     path: Path | None = None
-    """Off by default: a record contains token ids, from which the text can be decoded."""
+    """The file. **Token ids are text**, so none is written by default. On a full disk records are lost and counted, and
+    no half lines are left; writing is tried again after 1 s, then up to 60 s."""
 
 
 class Limits(Section):
     """What clients may send, and how much of a relay process they may use."""
 
     buffered_bytes: int = Field(default=128 * 1024 * 1024, ge=1024 * 1024)
-    """Of all heads, bodies and waiting requests of a relay process. Beyond it requests of the client that holds most
-    are answered with 503."""
+    """Memory of one relay process for heads and bodies, for requests that wait for a connection, and (up to a quarter
+    of it) for copies that may have to be sent again. Beyond it requests of the client that holds most are answered with
+    503."""
     connections: int = Field(default=16_384, ge=1, le=65_536)
-    """Of all clients of a relay process, as far as its limit of open files allows. Beyond it the connections of
-    the address that has most are closed, those first that have been idle for longest, or else a new one is answered
-    with 503."""
+    """Connections of all clients to one relay process. Beyond it, connections that wait for a complete request are
+    closed: of the address that has most, the one that has waited longest; where there is none, a new connection gets
+    503. It is lowered to what `ulimit -n` allows: half of that, or what `upstream.max_connections` leaves."""
     connections_per_client: int = Field(default=8_192, ge=1, le=65_536)
-    """The same, of one address (IPv6: of one /64 network). Clients behind a proxy share its address."""
-
-
-class Log(Section):
-    """Standard error."""
-
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["text", "json"] = "text"
-    requests: bool = False
-    """One line for each relayed generation: ids and outcomes, never prompts or texts."""
-    access: Annotated[str, BeforeValidator(yaml_off)] = "off"
-    """off, stdout or a path: one line for each request on the data port, refused ones too; in the form of `format`."""
-    access_clients: bool = False
-    """The access log has the clients' addresses."""
-
-    @field_validator("access")
-    @classmethod
-    def _off_or_path(cls, value: str) -> str:
-        if value not in {"off", "stdout"} and not value.startswith("/"):
-            raise ValueError(f"{short_repr(value)} is none of off, stdout and a path like /var/log/hemostat/access.log")
-        return value
-
-    @field_validator("level", mode="before")
-    @classmethod
-    def _any_case(cls, value: object) -> object:
-        return value.lower() if isinstance(value, str) else value
+    """The same, of one address (IPv6: one /64 network). Behind a load balancer all clients have its address: set it to
+    the value of `connections` there."""
 
 
 class Alarm(Section):
     """When the alarm fires."""
 
     budget_nats: float | None = Field(default=None, gt=0, lt=5)
-    """Allowed KL(reference‖compressed) above the noise floor, nats per token; none: no budget test."""
+    """Allowed KL(reference‖compressed) above the noise floor, nats per token. none: no budget test."""
     alpha: Fraction = 0.01
     """Probability of any false alarm, over all kinds of traffic, both tests and the whole run."""
     baseline_requests: int | None = Field(default=150, ge=30, le=10_000)
-    """Requests of each kind of traffic that are its baseline for the change test; none: no change test."""
+    """Number of the first requests of each kind of traffic that are its baseline for the change test; more where they
+    depend on each other. With fewer, more requests are needed to prove a change. none: no change test."""
     tolerance: ClassVar[float] = 1.25
     """Factor by which the differences of the logits of a kind may grow or shrink without being a change: what different
     traffic within a kind causes, less than what another scheme of quantization does (`make bench-guard`)."""
     clear_after: ClassVar[int] = 30
     """Consecutive requests without evidence of the change after which an alarm clears: the smallest baseline."""
     engine_alpha: ClassVar[float] = 0.01
-    """Probability that any engine is ever named as not like the others though it is, beside `alpha`: the same."""
-
-
-class Tracing(Section):
-    """OpenTelemetry; needs the extra `hemostat[tracing]`."""
-
-    endpoint: ServerUrl | None = None
-    """An OTLP/HTTP receiver, like http://collector:4318; none: no traces."""
-    ratio: float = Field(default=0.05, ge=0, le=1)
-    """Fraction of the traces that begin here that are sampled; a client's own decision is kept."""
-
-    @field_validator("endpoint")
-    @classmethod
-    def _installed(cls, value: str | None) -> str | None:
-        # Another package may have installed its API alone.
-        if value is not None and not any(importlib.metadata.distributions(name=EXPORTER)):
-            raise ValueError("needs OpenTelemetry: pip install 'hemostat[tracing]'")
-        return value
+    """Probability that an engine is ever named an outlier although it is none, in addition to `alpha`: the same."""
 
 
 class Settings(Section):
@@ -440,16 +424,18 @@ class Settings(Section):
     evidence: Evidence = Evidence()
     adapter: Adapter = Adapter()
     labels: list[str] = Field(default=[], max_length=MAX_LABELS)
+    """Values that the header `X-Hemostat-Label` may have; figures are also given by label."""
     store: StoreSettings = StoreSettings()
     records: Records = Records()
     workers: int = Field(default=1, ge=1, le=256)
+    """Number of relay processes that serve; one more waits to replace one that ends."""
     shutdown_seconds: float = Field(default=30.0, ge=0, le=3600)
     """Longest drain after SIGTERM."""
     drain_seconds: float = Field(default=600.0, ge=0, le=86400)
     """Longest drain of relays that were replaced, by a reload or an upgrade."""
     run_dir: ExistingFolder | None = None
-    """Folder for Unix sockets, of this user only. A `hemostat serve` that is started with the folder of a running one
-    takes its place. none: a temporary folder."""
+    """Folder for Unix sockets, which only Hemostat's user may write to. A `hemostat serve` that is started with the
+    folder of a running one takes its place. none: a temporary folder."""
     limits: Limits = Limits()
     client_limits: ClientLimits = ClientLimits()
     alarm: Alarm = Alarm()

@@ -31,6 +31,7 @@ def engine_router(
 
     @router.post("/report")
     async def report(request: Request) -> dict[str, Any]:
+        """What the engine holds and has counted (JSON); answered with the versions that it should hold."""
         body = await read_body(request, MAX_REPORT_BYTES)
         try:
             versions = registry.report(decode_report(body), now())
@@ -40,6 +41,7 @@ def engine_router(
 
     @router.get("/profiles/{version}")
     async def profile(version: str) -> Response:
+        """The profile's file."""
         data = load_profile(version) if VERSION_PATTERN.fullmatch(version) else None
         if data is None:
             raise HTTPException(404, "no such profile")
@@ -47,6 +49,7 @@ def engine_router(
 
     @router.post("/tap", status_code=204)
     async def tap(request: Request) -> None:
+        """Features and masks of sampled requests (msgpack)."""
         body = await read_body(request, MAX_TAP_BYTES)
         try:
             registry.taps.add(decode_tap(body), now())
@@ -55,6 +58,7 @@ def engine_router(
 
     @router.post("/answers")
     async def answers(request: Request) -> dict[str, str]:
+        """Tokens and log-probabilities of sampled answers (msgpack)."""
         body = await read_body(request, MAX_TAP_BYTES)
         try:
             registry.add_answers(decode_answers(body), now())

@@ -1,6 +1,4 @@
-"""Every metric on /metrics: type, unit, help text and labels, in the groups of docs/metrics.md (made from here
-by `make docs`).
-"""
+"""Every metric on /metrics: type, unit, help text and labels, in the groups of the reference page."""
 
 from __future__ import annotations
 

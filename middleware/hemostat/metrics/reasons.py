@@ -1,6 +1,6 @@
 """What becomes of sampled requests, and why: values of the labels of shadow requests, which both planes count.
 
-`Unscored` is the table of all reasons: one line each. Types, counts, the relays' rules and docs/metrics.md follow it.
+`Unscored` is the table of all reasons: one line each. Types, counts, the relays' rules and the reference follow it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CONTROL: Final = CountedBy.CONTROL
 class Unscored(StrEnum):
     """Why a sampled request is not scored: values of the label `reason` of shadow requests.
 
-    Each with its outcome, who counts it, and its text in docs/metrics.md. A value that ends in `…` is a family: a
+    Each with its outcome, who counts it, and its text in the reference. A value that ends in `…` is a family: a
     detail takes that place, of `InvalidReason` or `FailureReason`.
     """
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def reasons() -> dict[str, str]:
-    """Reason of a request that is not scored -> its explanation, as docs/metrics.md has it."""
+    """Reason of a request that is not scored -> its explanation, as docs/reference/metrics.md has it."""
     spec = importlib.util.spec_from_file_location("metrics_page", ROOT / "deploy" / "metrics.py")
     assert spec is not None
     assert spec.loader is not None
