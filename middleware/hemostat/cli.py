@@ -9,7 +9,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 
 from hemostat import __version__
-from hemostat.commands import adapt, check, compress, control, demo, doctor, engines, profile, relay, serve
+from hemostat.commands import adapt, check, compress, control, demo, doctor, engines, init, profile, relay, serve
 from hemostat.commands.arguments import Parser, UsageError
 from hemostat_calibration.errors import HemostatError
 
@@ -18,6 +18,7 @@ COMMANDS = {
     "relay": relay,
     "control": control,
     "demo": demo,
+    "init": init,
     "check": check,
     "compress": compress,
     "adapt": adapt,

@@ -7,13 +7,10 @@ import functools
 import html
 import importlib
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 import textwrap
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -22,12 +19,10 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.paths import ROOT
 
 from hemostat.admin.access import ACCESS
 from hemostat.cli import COMMANDS
-from hemostat.config.loading import load
 from hemostat.config.schema import LEAVES
 from hemostat.engines.messages import EVENTS
 from hemostat.interception.profile_choice import ArmReason
@@ -319,62 +314,6 @@ def shown(name: str) -> list[str]:
     return [textwrap.dedent(block) for block in blocks] + re.findall(
         r"<<'END'\n(.*?)^END$", text, re.MULTILINE | re.DOTALL
     )
-
-
-def configurations() -> list[str]:
-    """Every hemostat.yaml that a page shows."""
-    found = [block for name in ("README.md", "docs/operations.md") for block in shown(name)]
-    return [block for block in found if yaml.safe_load(block).keys() >= {"upstream", "admin"}]
-
-
-@pytest.mark.parametrize("text", configurations(), ids=["README.md", "docs/operations.md"])
-def test_the_pages_configurations_work(text: str, tmp_path: Path) -> None:
-    """`check` finds both models, and `serve` serves; only addresses, ports and paths are not the pages'.
-
-    (What Compose mounts is run in test_wheel.)
-    """
-    file = tmp_path / "hemostat.yaml"
-    file.write_text(text)
-    settings = load(file, {"HEMOSTAT_ADMIN__TOKEN": "t"})
-    assert settings.reference.backend == "vllm"
-    with serving(FakeVllm()) as compressed, serving(FakeVllm()) as reference:
-        moved = {
-            "HEMOSTAT_UPSTREAM__URL": compressed,
-            "HEMOSTAT_REFERENCE__URL": reference,
-            "HEMOSTAT_ADMIN__TOKEN": "t",
-        }
-        moved |= {f"HEMOSTAT_{port}__HOST": "127.0.0.1" for port in ("LISTEN", "ADMIN")}
-        moved |= {f"HEMOSTAT_{port}__PORT": "0" for port in ("LISTEN", "ADMIN")}
-        if settings.store.url != "memory://":
-            moved["HEMOSTAT_STORE__URL"] = f"sqlite:///{tmp_path / 'hemostat.db'}"
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("HEMOSTAT_")}
-        command = [sys.executable, "-m", "hemostat"]
-        said = subprocess.run(
-            [*command, "check", "--config", str(file)], env=kept | moved, capture_output=True, text=True, check=False
-        )
-        assert said.returncode == 0, said.stdout + said.stderr
-        assert re.search("^ok +same tokens", said.stdout, re.MULTILINE)
-        with (tmp_path / "log").open("w") as log:
-            process = subprocess.Popen(
-                [*command, "serve", "--config", str(file)],
-                env=kept | moved,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-        try:
-            assert process.stdout is not None
-            data = re.search(r"data port (http://\S+)", process.stdout.readline())
-            assert data, (tmp_path / "log").read_text()
-            with urllib.request.urlopen(f"{data[1]}/v1/models", timeout=10) as answer:
-                assert json.load(answer)["data"]
-        finally:
-            process.terminate()
-            try:
-                process.communicate(timeout=20)
-            finally:
-                process.kill()
-        assert process.returncode == 0, (tmp_path / "log").read_text()
 
 
 def test_the_pages_values_are_valid() -> None:

@@ -75,11 +75,20 @@ def add_texts(parser: argparse.ArgumentParser, writer: str) -> None:
     texts.add_argument("--records", type=Path, metavar="FILE", help="texts that records.path wrote; generates nothing")
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that set keys of the configuration."""
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file (default: environment and flags only)")
+def add_settings(parser: argparse.ArgumentParser, *, file: bool = True) -> None:
+    """Add the flags that set keys of the configuration. file: also the one that names a file with it."""
+    parser.set_defaults(config=None)
+    if file:
+        parser.add_argument(
+            "--config", type=Path, metavar="FILE", help="YAML file (default: environment and flags only)"
+        )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any key, for example --set shadow.rate=0.1"
+    )
+    parser.add_argument(
+        "--reference",
+        metavar="MODEL",
+        help="the uncompressed model: a folder, a hub name, or the URL of a vLLM (reference.backend, .model, .url)",
     )
     for flag, (key, placeholder, text) in SHORTHANDS.items():
         parser.add_argument(f"--{flag}", dest=key, metavar=placeholder, help=f"{text} ({key})")
@@ -90,9 +99,23 @@ def load_settings(options: argparse.Namespace) -> Settings:
     from hemostat.config.loading import load  # noqa: PLC0415
 
     overrides = [(key, value) for key, _, _ in SHORTHANDS.values() if (value := getattr(options, key)) is not None]
+    if options.reference is not None:
+        overrides += _reference(options.reference)
     for text in options.set:
         key, equals, value = text.partition("=")
         if not equals or not _KEY.fullmatch(key.strip()):
             raise UsageError("--set: write it as KEY=VALUE, like --set shadow.rate=0.1")
         overrides.append((key.strip(), value))
     return load(options.config, os.environ, overrides)
+
+
+def _reference(text: str) -> list[tuple[str, str]]:
+    """What `--reference` sets; UsageError."""
+    if "://" in text:
+        return [("reference.backend", "vllm"), ("reference.url", text)]
+    if not text.strip() or (text.startswith(("/", ".", "~")) and not Path(text).expanduser().is_dir()):
+        raise UsageError(
+            f"--reference: there is no folder {text!r}; give a folder with the uncompressed model, a hub name, or the "
+            "URL of a vLLM, like http://127.0.0.1:8001"
+        )
+    return [("reference.backend", "transformers"), ("reference.model", str(Path(text).expanduser()))]

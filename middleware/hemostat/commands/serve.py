@@ -1,4 +1,4 @@
-"""`hemostat serve`: run the proxy."""
+"""`hemostat serve`: run the proxy. Without a file, two models are enough; both are checked first."""
 
 from __future__ import annotations
 
@@ -17,4 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     from hemostat.supervisor.serve import main  # noqa: PLC0415
 
+    if options.config is None and options.reference is not None:
+        from hemostat.commands.first_start import introduce, settings_with_tokens  # noqa: PLC0415
+
+        print(introduce(settings_with_tokens(options)), flush=True)  # noqa: T201
     return main(lambda: load_settings(options))

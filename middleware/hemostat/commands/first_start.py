@@ -1,0 +1,75 @@
+"""What `hemostat init` and `hemostat serve` without a file share: settings with tokens, and what serve prints."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import secrets
+import socket
+
+from pydantic import SecretStr
+
+from hemostat.commands.arguments import UsageError, load_settings
+from hemostat.commands.setup_check import PLUGIN_FLAG, check, exit_code, table
+from hemostat.config.schema import Settings
+
+TOKENS = ("token", "engine_token")
+
+
+def settings_with_tokens(options: argparse.Namespace) -> Settings:
+    """The configuration of these options, with random tokens where the environment has none; ConfigError, UsageError.
+
+    They are put into the environment of this process, so that a reload and a successor have the same ones.
+    """
+    flags = {text.partition("=")[0].strip() for text in options.set}
+    for name in TOKENS:
+        variable = f"HEMOSTAT_ADMIN__{name.upper()}"
+        if f"{variable}_FILE" not in os.environ and f"admin.{name}_file" not in flags:
+            os.environ.setdefault(variable, secrets.token_hex(12))
+    settings = load_settings(options)
+    if settings.reference.backend == "none":
+        raise UsageError("--reference: name the uncompressed model: a folder, a hub name, or the URL of a vLLM")
+    return settings
+
+
+def introduce(settings: Settings) -> str:
+    """Probe both models; what will be measured, and how vLLM is started with the plugin. UsageError where either model
+    will not do."""
+    findings = asyncio.run(check(settings))
+    print(table(findings), flush=True)  # noqa: T201
+    if exit_code(findings):
+        raise UsageError("not started: correct what is marked NO above")
+    return "\n".join(
+        [_measured(settings), _plugin(settings), f"hemostat: token of the console: {_shown(settings.admin.token)}"]
+    )
+
+
+def _shown(token: SecretStr | None) -> str:
+    """It was made here, or is the operator's own on their own terminal."""
+    return token.get_secret_value() if token is not None else "not set"
+
+
+def _measured(settings: Settings) -> str:
+    reference = settings.reference
+    changes = {
+        "off": "nothing is learned",
+        "observe": "what is learned is reported, and changes no answer",
+        "auto": "what is proven to help is served",
+    }
+    return (
+        f"hemostat: measures the divergence of {100 * settings.shadow.rate:.3g} % of the requests (shadow.rate) from "
+        f"{reference.url or reference.model}, with 95 % intervals, by kind of traffic; "
+        f"{changes[settings.calibration.mode]} (calibration.mode {settings.calibration.mode})"
+    )
+
+
+def _plugin(settings: Settings) -> str:
+    admin = settings.admin
+    host = socket.gethostname() if admin.host in {"0.0.0.0", "::"} else admin.host  # noqa: S104
+    host = f"[{host}]" if ":" in host else host
+    return (
+        "hemostat: to calibrate, and to score requests under a grammar, start vLLM with the plugin:\n"
+        f"  export HEMOSTAT_ADMIN_URL=http://{host}:{admin.port} HEMOSTAT_ENGINE_TOKEN={_shown(admin.engine_token)}\n"
+        f"  vllm serve … --max-logprobs {settings.shadow.top_k} {PLUGIN_FLAG}"
+    )

@@ -1,0 +1,45 @@
+"""`hemostat init`: write a configuration file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from hemostat.commands.arguments import UsageError, add_settings
+
+HELP = "write hemostat.yaml for two models, with comments"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "file",
+        nargs="?",
+        type=Path,
+        default=Path("hemostat.yaml"),
+        metavar="FILE",
+        help="to write (default: hemostat.yaml)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if there is one")
+    add_settings(parser, file=False)
+    parser.set_defaults(command=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from hemostat.commands.first_start import settings_with_tokens  # noqa: PLC0415
+    from hemostat.config.rendering import render  # noqa: PLC0415
+
+    path: Path = options.file
+    text = render(settings_with_tokens(options), str(path))
+    try:
+        if options.overwrite:
+            path.unlink(missing_ok=True)
+        # It has tokens: readable by its owner only.
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UsageError(f"{path} exists: give another name, or --overwrite") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
+    print(f"{path} is written; next: hemostat serve --config {path}")  # noqa: T201
+    return 0

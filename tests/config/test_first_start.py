@@ -1,0 +1,195 @@
+"""`hemostat init`, and `hemostat serve` with two models and no file."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from tests.support.fake_vllm import FakeVllm, serving
+from tests.support.served import Served
+from tests.support.waiting import HANG_SECONDS
+
+from hemostat import cli
+from hemostat.cli import _parser
+from hemostat.commands.first_start import settings_with_tokens
+from hemostat.config.loading import load
+from hemostat.config.schema import Settings
+from hemostat.demo.vllm_server import free_port
+
+MODELS = ["--upstream", "http://127.0.0.1:8000", "--reference", "http://127.0.0.1:8001"]
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*os.environ, "HEMOSTAT_ADMIN__TOKEN", "HEMOSTAT_ADMIN__ENGINE_TOKEN"]:
+        if name.startswith("HEMOSTAT_"):
+            monkeypatch.setenv(name, "")  # so that what a command sets is taken back, too
+            monkeypatch.delenv(name)
+
+
+def of_serve(*arguments: str) -> Settings:
+    """The settings that `hemostat serve` has with these arguments."""
+    command = ["serve", *arguments]
+    return settings_with_tokens(_parser(command).parse_args(command))
+
+
+def test_init_writes_a_short_file_with_comments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "hemostat.yaml"
+    assert cli.main(["init", str(path), *MODELS]) == 0
+    assert f"hemostat serve --config {path}" in capsys.readouterr().out
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 25
+    assert max(len(line) for line in lines[1:]) <= 120
+    assert sum("# " in line for line in lines) > 8
+    assert path.stat().st_mode & 0o777 == 0o600, "it has tokens"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        MODELS,
+        ["--upstream", "http://v:8000", "--reference", "org/model", "--rate", "1", "--mode", "auto"],
+        [*MODELS, "--set", "labels=a,1", "--set", "reference.models=m=org/m", "--set", "shutdown_seconds=7.5"],
+        [
+            "--set",
+            "upstream.urls=http://a:1,http://b:1",
+            "--reference",
+            "http://r:1",
+            "--set",
+            "store.url=sqlite:///x#y",
+        ],
+        [*MODELS, "--set", "admin.token='\"#: ", "--set", "upstream.api_key=null", "--workers", "3"],
+        [*MODELS, "--set", "admin.token_file=FILE", "--set", "upstream.api_key_file=FILE"],
+    ],
+    ids=str,
+)
+def test_a_file_of_init_is_what_serve_has_without_one(flags: list[str], tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("from-a-file\n")
+    flags = [flag.replace("FILE", str(tmp_path / "secret")).rstrip() for flag in flags]
+    path = tmp_path / "hemostat.yaml"
+    assert cli.main(["init", str(path), *flags]) == 0
+    assert load(path, {}) == of_serve(*flags)
+    assert "from-a-file" not in path.read_text()
+
+
+def test_tokens_are_random_and_stay_while_the_process_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, again = of_serve(*MODELS).admin, of_serve(*MODELS).admin
+    assert first == again
+    assert first.token != first.engine_token
+    for name in ("HEMOSTAT_ADMIN__TOKEN", "HEMOSTAT_ADMIN__ENGINE_TOKEN"):
+        monkeypatch.delenv(name)
+    assert of_serve(*MODELS).admin.token != first.token
+
+
+def test_a_file_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "hemostat.yaml"
+    path.write_text("mine")
+    assert cli.main(["init", str(path), *MODELS]) == 2
+    assert capsys.readouterr().err == f"hemostat: {path} exists: give another name, or --overwrite\n"
+    assert path.read_text() == "mine"
+    assert cli.main(["init", str(path), *MODELS, "--overwrite"]) == 0
+    assert load(path, {}).reference.url == "http://127.0.0.1:8001"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["init", *MODELS[:2]], "--reference: name the uncompressed model"),
+        (["init", *MODELS[2:]], "upstream.url: required"),
+        (["init", *MODELS[:2], "--reference", "/no/such"], "--reference: there is no folder '/no/such'"),
+        (["serve", *MODELS[:2], "--reference", ""], "--reference: there is no folder ''"),
+        (["serve", *MODELS[:2], "--reference", "ftp://a"], "is not an http address"),
+        (["serve", *MODELS[:2], "--reference", "http://u:pw@a"], "reference.url: must not hold a user"),
+        (["init", *MODELS, "/no/such/folder/h.yaml"], "/no/such/folder/h.yaml: cannot be written"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_one_line(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert "pw" not in said
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def serve(folder: Path, upstream: str, reference: str, admin: int) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    log = folder / "log"
+    flags = ["--upstream", upstream, "--reference", reference, "--rate", "1", "--host", "127.0.0.1"]
+    flags += ["--port", str(free_port()), "--admin-port", str(admin)]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hemostat", "serve", *flags], cwd=folder, stdout=file, stderr=file
+        )
+    try:
+        yield process, log
+    finally:
+        process.terminate()
+        try:
+            process.wait(HANG_SECONDS)
+        finally:
+            process.kill()
+            process.wait()
+
+
+async def test_two_models_are_enough(tmp_path: Path) -> None:
+    """Both are checked; three addresses and what is measured are printed; the printed tokens are those in force."""
+    fake, port = FakeVllm(noise=0.5), free_port()
+    with (
+        serving(fake) as upstream,
+        serving(FakeVllm()) as reference,
+        serve(tmp_path, upstream, reference, port) as (process, log),
+    ):
+        served = Served(process, f"http://127.0.0.1:{port}", fake, log)
+        await served.until(lambda status: status["reference"]["state"] == "ready")
+        assert (await served.ask("hello")).status_code == 200
+        await served.until(lambda status: status["requests"]["scored"] == 1)
+        said = log.read_text()
+        assert re.search("^ok +same tokens", said, re.MULTILINE)
+        assert f"measures the divergence of 100 % of the requests (shadow.rate) from {reference}" in said
+        assert f"data port {served.data} -> {upstream}" in said
+        assert f"admin port {served.admin} (console, /metrics)" in said
+        exported = re.search(rf"^  export HEMOSTAT_ADMIN_URL={served.admin} HEMOSTAT_ENGINE_TOKEN=(\S+)$", said, re.M)
+        assert exported
+        assert "--max-logprobs 20 --logits-processors hemostat_engine:LogitsProcessor" in said
+        console = re.search("token of the console: (.+)", said)
+        assert console
+        async with httpx.AsyncClient(base_url=served.admin, timeout=20) as client:
+
+            async def mode(token: str) -> int:
+                headers = {"Authorization": f"Bearer {token}"}
+                return (await client.post("/api/v1/calibration", json={"mode": "off"}, headers=headers)).status_code
+
+            async def report(token: str) -> int:
+                headers = {"Authorization": f"Bearer {token}"}
+                return (await client.post("/api/v1/engine/report", json={}, headers=headers)).status_code
+
+            assert (await mode(exported[1]), await mode(console[1])) == (401, 200)
+            assert await report("wrong") == 401
+            assert await report(exported[1]) != 401
+    assert os.listdir(tmp_path) == ["log"], "nothing is left behind"
+
+
+def test_it_does_not_start_with_a_model_that_will_not_do(tmp_path: Path) -> None:
+    nobody = f"http://127.0.0.1:{free_port()}"
+    with serving(FakeVllm()) as upstream, serve(tmp_path, upstream, nobody, free_port()) as (process, log):
+        assert process.wait(HANG_SECONDS) == 2
+        said = log.read_text().splitlines()
+    assert "hemostat: not started: correct what is marked NO above" in said
+    assert any(re.match("NO +reference ", line) for line in said)
+    assert not any("data port" in line or "Traceback" in line for line in said)
