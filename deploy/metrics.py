@@ -323,10 +323,6 @@ LABELS: dict[str, dict[str, Values | str]] = {
             ERROR: "the upstream did not answer, or with an error",
             WAITING: "the copy of the model did not answer",
         },
-        names.OUTCOME_REPORTS: {
-            "sent": "to the control process",
-            "dropped": "the control process does not keep up, or is away",
-        },
     },
     "probe": {
         "": {

@@ -67,6 +67,13 @@ def test_the_runbooks_queries_read_what_is_exported() -> None:
         assert selected.labels <= exported()[selected.metric], selected
 
 
+def test_every_metric_is_read_by_a_panel_an_alert_or_a_step_of_the_runbook() -> None:
+    texts = [*(query.expression for query in queries()), *(rule["expr"] for rule in rules()), RUNBOOK.read_text()]
+    read = set(re.findall(r"hemostat_\w+", " ".join(texts)))
+    unread = [name for name in METRICS if not read & {name, f"{name}_bucket", f"{name}_sum", f"{name}_count"}]
+    assert unread == [], "what nobody reads goes"
+
+
 def test_the_query_reader_finds_mistakes() -> None:
     assert used('sum by (a) (rate(x_total{n="v"}[5m]) and on (i) y) / on (a) group_left sum by (a) (z)') == [
         Used("x_total", frozenset({"a", "n", "i"})),

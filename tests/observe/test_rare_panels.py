@@ -26,7 +26,6 @@ def samples() -> Iterator[Sample]:
     count = next(SCRAPES)
     yield Sample(names.MODEL_INFO, ("m", "r"), 1.0)
     yield Sample(names.ADAPTER_HELD_OUT_RECOVERED_RATIO, (), 0.67)
-    yield Sample(names.ADAPTER_BUILD_SECONDS, (), 48.7)
     yield Sample(names.ADAPTER_RANK, (), 16)
     for form, size in (("stored", 5.5e6), ("engine", 9.8e6), ("quantized_layers", 56.4e6)):
         yield Sample(names.ADAPTER_BYTES, (form,), size)

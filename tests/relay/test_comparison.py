@@ -11,7 +11,7 @@ from tests.support.relay import Request, answering, chat_json, post, relaying
 
 from hemostat.hooks import Comparison
 from hemostat.ipc.messages import OutcomeReport
-from hemostat.metrics.names import OUTCOME_ERRORS, OUTCOME_REPORTS
+from hemostat.metrics.names import OUTCOME_ERRORS
 from hemostat.openai.form import Form
 from hemostat.relay.answer_format import AnswerFormat
 from hemostat.relay.outcomes import OutcomeObserver
@@ -114,13 +114,13 @@ def answer(body: bytes, status: bytes = b"200 OK") -> bytes:
     return b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body)
 
 
-async def relayed(hook: SpyHook, reply: bytes, room: bool = True) -> tuple[list[OutcomeReport], dict[Any, Any], bytes]:
+async def relayed(hook: SpyHook, reply: bytes) -> tuple[list[OutcomeReport], dict[Any, Any], bytes]:
     """The reports, the counters and what the client got."""
     reports: list[OutcomeReport] = []
 
     def take(report: OutcomeReport) -> bool:
         reports.append(report)
-        return room
+        return True
 
     seen: list[Request] = []
     async with relaying(answering(seen, reply), hook=HookSequence([hook]), report_outcome=take) as (relay, _, connect):
@@ -130,24 +130,21 @@ async def relayed(hook: SpyHook, reply: bytes, room: bool = True) -> tuple[list[
         return reports, relay.counters.other, got
 
 
-@pytest.mark.parametrize("room", [True, False])
-async def test_a_report_through_the_relay(room: bool) -> None:
+async def test_a_report_through_the_relay() -> None:
     body = chat_json('{"age": 3}')
-    reports, counted, got = await relayed(SpyHook(arm="treated", comparison=COMPARISON), answer(body), room)
+    reports, _, got = await relayed(SpyHook(arm="treated", comparison=COMPARISON), answer(body))
     assert got == body
     assert reports == [
         OutcomeReport(
             "chat json greedy", "v", True, b"c" * 16, b"k" * 8, GOOD | {"json": False}, output_tokens=7, drawn=0.25
         )
     ]
-    assert counted[OUTCOME_REPORTS] == {("sent" if room else "dropped",): 1}
 
 
 async def test_an_error_is_no_outcome() -> None:
     hook = SpyHook(arm="treated", comparison=COMPARISON)
-    reports, counted, _ = await relayed(hook, answer(b"{}", b"500 Internal Server Error"))
+    reports, _, _ = await relayed(hook, answer(b"{}", b"500 Internal Server Error"))
     assert reports == []
-    assert OUTCOME_REPORTS not in counted
 
 
 async def test_no_report_without_a_comparison() -> None:

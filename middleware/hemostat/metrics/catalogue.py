@@ -441,12 +441,6 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "Attempts to make an adapter, by what came of them.",
             ("outcome",),
         ),
-        Metric(
-            names.ADAPTER_BUILD_SECONDS,
-            "gauge",
-            "seconds",
-            "Time that the last adapter took to be made; absent before the first one.",
-        ),
         Metric(names.ADAPTER_RANK, "gauge", "ranks", "Largest rank of a layer of the last adapter that was made."),
         Metric(
             names.ADAPTER_BYTES,
@@ -535,13 +529,6 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "counter",
             "requests",
             "Scored requests that could not be written to `records.path`, as to a full disk. Writing is tried again.",
-        ),
-        Metric(
-            names.OUTCOME_REPORTS,
-            "counter",
-            "responses",
-            "Outcomes of requests in an arm that relays reported to the control process, or dropped while it was away.",
-            ("result",),
         ),
         Metric(
             names.OUTCOME_ERRORS,

@@ -125,8 +125,7 @@ class GenerationReport:
             output_tokens=ended.output_tokens,
             drawn=comparison.drawn,
         )
-        sent = context.report_outcome(report)
-        context.counters.add(names.OUTCOME_REPORTS, ("sent" if sent else "dropped",))
+        context.report_outcome(report)
 
     def _log(self, ended: ResponseOutcome, arm: str, status: int, outcome: str) -> None:
         request_log.info(

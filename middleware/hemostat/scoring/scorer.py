@@ -165,8 +165,8 @@ class Scorer:
 
     def samples(self) -> Iterator[Sample]:
         yield Sample(names.REFERENCE_TOKENS, (), self.reference_tokens)
-        for reason, requests in self.features_dropped.items():
-            yield Sample(names.FEATURES_DROPPED, (reason,), requests)
+        for reason in FeatureReason:
+            yield Sample(names.FEATURES_DROPPED, (reason,), self.features_dropped[reason])
 
     async def run(self, workers: int) -> None:
         """Score `workers` captures at a time, until cancelled."""

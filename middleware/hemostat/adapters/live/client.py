@@ -175,7 +175,6 @@ class AdapterLearner:
         made = self._last_made
         rank = made.get("rank") if made.get("max_rank") is None else made["max_rank"]
         found = [
-            (names.ADAPTER_BUILD_SECONDS, (), made.get("wall_seconds")),
             (names.ADAPTER_RANK, (), rank),
             (names.ADAPTER_HELD_OUT_RECOVERED_RATIO, (), (made.get("held_out") or {}).get("share")),
             *((names.ADAPTER_BYTES, (form,), made.get(member)) for form, member in ADAPTER_FORMS.items()),
