@@ -93,22 +93,6 @@ def find_thinking(prompt: Ids, output: Ids, markers: Markers) -> Thinking | None
     return Thinking(begin, end[0] + end[1], ended=True)
 
 
-def end_of_thinking(prompt: Ids, output: Ids, markers: Markers) -> int:
-    """Index of the first output position that vLLM takes for the answer: the one after the first end marker, T where
-    there is none; 0 where the prompt has ended the thinking already. Unlike in `find_thinking`, an output without any
-    marker is all thinking (`vllm/reasoning/basic_parsers.py`).
-
-    >>> markers = Markers(start=((7,),), end=((8,),))
-    >>> [end_of_thinking(np.array(p), np.array([5, 8, 6]), markers) for p in ([1, 2], [7, 8], [8, 7])]
-    [2, 0, 2]
-    """
-    ended = _last(prompt, markers.end)
-    if ended >= 0 and ended > _last(prompt, markers.start):
-        return 0
-    first = _first(output, markers.end, 0)
-    return len(output) if first is None else first[0] + first[1]
-
-
 def thinking_mask(thinking: Thinking | None, first: int, tokens: int) -> Bools:
     """Which of the positions first … first + tokens − 1 of an output are thinking: bool [tokens].
 

@@ -57,10 +57,6 @@ class FullGram:
         """No vectors of `width` entries."""
         return cls(0, np.zeros((width, width)))
 
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> FullGram:
-        return cls(int(arrays["count"]), arrays["total"])
-
     @property
     def width(self) -> int:
         return len(self.total)
@@ -85,9 +81,6 @@ class FullGram:
         """Only the squares."""
         return DiagonalGram(self.count, frozen(self.total.diagonal().copy()))
 
-    def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
-        return {"count": np.array(self.count, np.int64), "total": self.total}
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DiagonalGram:
@@ -107,10 +100,6 @@ class DiagonalGram:
     def init(cls, width: int) -> DiagonalGram:
         """No vectors of `width` entries."""
         return cls(0, np.zeros(width))
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> DiagonalGram:
-        return cls(int(arrays["count"]), arrays["total"])
 
     @property
     def width(self) -> int:
@@ -136,20 +125,8 @@ class DiagonalGram:
         """Itself."""
         return self
 
-    def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
-        return {"count": np.array(self.count, np.int64), "total": self.total}
-
 
 Gram = FullGram | DiagonalGram
-
-
-def init_gram(metric: Metric, width: int) -> Gram:
-    """Empty statistics of that kind.
-
-    >>> init_gram(Metric.DIAGONAL, 3).total.shape
-    (3,)
-    """
-    return FullGram.init(width) if metric is Metric.FULL else DiagonalGram.init(width)
 
 
 def gram_bytes(metric: Metric, width: int) -> int:

@@ -196,10 +196,6 @@ class Learner:
     def _tokens_of_process(self) -> Counter[str]:
         return Counter(self._learned.sources) - Counter(self._restored.sources)
 
-    def failed_records(self) -> int:
-        """Records that the running process could not learn from."""
-        return sum(self._learned.failed.values())
-
     def samples(self) -> Iterator[Sample]:
         for source, tokens in self.tokens_by_source().items():
             yield Sample(names.LEARNED_TOKENS, (source,), tokens)
