@@ -78,7 +78,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
 
 
 def test_every_panel_about_adapters_is_here() -> None:
-    assert len({query.where.rpartition(" (")[0] for query in QUERIES if about_adapters(query)}) == 8
+    assert len({query.where.rpartition(" (")[0] for query in QUERIES if about_adapters(query)}) == 7
 
 
 @needs("prometheus", "prometheus")
