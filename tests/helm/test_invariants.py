@@ -60,7 +60,7 @@ def restricted(pod: Manifest) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["minimal", "restricted", "postgres", "existing-secrets", "sqlite", "openshift", "engine-ingress"]
+    "name", ["minimal", "restricted", "postgres", "existing-secrets", "sqlite", "openshift", "engine-ingress", "whole"]
 )
 def test_pods_pass_the_restricted_standard(helm: Helm, name: str) -> None:
     assert restricted(helm.values(set_of(name)).pod) == []
@@ -87,8 +87,9 @@ def test_the_middleware_is_confined(helm: Helm, values: Path) -> None:
     assert "/tmp" in {mount["mountPath"] for mount in rendered.hemostat["volumeMounts"]}
 
 
-@each
+@pytest.mark.parametrize("values", [one for one in VALUE_SETS if one.stem != "whole"], ids=lambda path: path.stem)
 def test_the_admin_port_stays_in_the_cluster(helm: Helm, values: Path) -> None:
+    """Without adminIngress."""
     rendered = helm.values(values)
     for service in rendered.all("Service"):
         if any(port["targetPort"] == "admin" for port in service["spec"]["ports"]):

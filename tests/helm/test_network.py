@@ -96,9 +96,9 @@ def test_who_may_come_in(helm: Helm) -> None:
         return rules
 
     assert "from" not in ingress()[0]
-    assert ingress("networkPolicy.clients[0].podSelector.matchLabels.a=b")[0]["from"] == [
-        {"podSelector": {"matchLabels": {"a": "b"}}}
-    ]
+    first, test = ingress("networkPolicy.clients[0].podSelector.matchLabels.a=b")[0]["from"]
+    assert first == {"podSelector": {"matchLabels": {"a": "b"}}}
+    assert test["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "test"
     # The engine's plugin fetches profiles from wherever the upstream is.
     assert ingress()[1]["from"] == [{"podSelector": {}}, PROMETHEUS]
     gpu = ingress("upstream.url=http://vllm.gpu.svc:8000")

@@ -121,7 +121,7 @@ def test_the_certificate_may_come_from_elsewhere(helm: Helm) -> None:
 
 def test_an_engine_in_the_pod_is_refused(helm: Helm) -> None:
     said = helm.refusal("--set", "relays.enabled=true,engine.enabled=true,engine.model=m")
-    assert "relays.enabled: does not go with engine.enabled" in said
+    assert "relays.enabled: does not go with an engine in the pod" in said
 
 
 def test_without_relays_of_their_own_nothing_of_it_is_there(helm: Helm) -> None:

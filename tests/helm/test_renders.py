@@ -76,30 +76,41 @@ def test_names_and_labels_fit(helm: Helm, values: Path) -> None:
 
 @each
 def test_every_selector_finds_the_pods_and_nothing_else_of_the_release(helm: Helm, values: Path) -> None:
+    """Of each Deployment its own, of a Service those with its port, and never the pod of `helm test`."""
     rendered = helm.values(values)
-    pod = rendered.pod["metadata"]["labels"]
-    selectors = [rendered.one("Deployment")["spec"]["selector"]["matchLabels"]]
-    selectors += [service["spec"]["selector"] for service in rendered.all("Service")]
-    selectors += [budget["spec"]["selector"]["matchLabels"] for budget in rendered.all("PodDisruptionBudget")]
-    selectors += [policy["spec"]["podSelector"]["matchLabels"] for policy in rendered.all("NetworkPolicy")]
-    selectors += [c["labelSelector"]["matchLabels"] for c in rendered.pod["spec"]["topologySpreadConstraints"]]
-    for selector in selectors:
-        assert selector.items() <= pod.items()
+    pods = rendered.pods | {one["metadata"]["name"]: one for one in rendered.all("Pod")}
+    (ours,) = (name for name, pod in pods.items() if pod is rendered.pod)
+
+    def found(selector: dict[str, str]) -> list[str]:
         assert selector["app.kubernetes.io/instance"] == "rel"
+        return [name for name, pod in pods.items() if selector.items() <= pod["metadata"]["labels"].items()]
+
+    for deployment in rendered.all("Deployment"):
+        assert found(deployment["spec"]["selector"]["matchLabels"]) == [deployment["metadata"]["name"]]
+    for service in rendered.all("Service"):
+        (name,) = found(service["spec"]["selector"])
+        ports = {port["name"] for one in containers(pods[name]) for port in one.get("ports", [])}
+        assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports
+    others = [budget["spec"]["selector"]["matchLabels"] for budget in rendered.all("PodDisruptionBudget")]
+    others += [policy["spec"]["podSelector"]["matchLabels"] for policy in rendered.all("NetworkPolicy")]
+    others += [c["labelSelector"]["matchLabels"] for c in rendered.pod["spec"]["topologySpreadConstraints"]]
+    assert all(found(selector) == [ours] for selector in others)
     for monitor in rendered.all("ServiceMonitor"):
         wanted = monitor["spec"]["selector"]["matchLabels"].items()
-        found = [s for s in rendered.all("Service") if wanted <= s["metadata"]["labels"].items()]
-        assert [s["metadata"]["name"] for s in found] == [rendered.one("Service", "-admin")["metadata"]["name"]]
+        (service,) = (s for s in rendered.all("Service") if wanted <= s["metadata"]["labels"].items())
+        (endpoint,) = monitor["spec"]["endpoints"]
+        assert [port["name"] for port in service["spec"]["ports"]] == [endpoint["port"]]
 
 
 @each
 def test_what_a_pod_refers_to_exists(helm: Helm, values: Path) -> None:
     rendered = helm.values(values)
     spec = rendered.pod["spec"]
-    volumes = {volume["name"] for volume in spec["volumes"]}
-    assert len(volumes) == len(spec["volumes"])
-    for one in containers(rendered.pod):
-        assert {mount["name"] for mount in one.get("volumeMounts", [])} <= volumes
+    for pod in rendered.pods.values():
+        volumes = {volume["name"] for volume in pod["spec"]["volumes"]}
+        assert len(volumes) == len(pod["spec"]["volumes"])
+        for one in containers(pod):
+            assert {mount["name"] for mount in one.get("volumeMounts", [])} <= volumes
     made = {m["metadata"]["name"] for m in rendered.all("ConfigMap")}
     assert {v["configMap"]["name"] for v in spec["volumes"] if "configMap" in v} <= made
     secret = _secret_of(rendered.hemostat)

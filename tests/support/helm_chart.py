@@ -118,9 +118,14 @@ class Rendered:
 
     @property
     def pod(self) -> Manifest:
-        """The Deployment's pod template."""
-        template: Manifest = self.one("Deployment")["spec"]["template"]
-        return template
+        """The pod template of the Deployment with the middleware."""
+        (found,) = (pod for pod in self.pods.values() if any(one["name"] == "hemostat" for one in containers(pod)))
+        return found
+
+    @property
+    def pods(self) -> dict[str, Manifest]:
+        """Deployment -> its pod template."""
+        return {one["metadata"]["name"]: one["spec"]["template"] for one in self.all("Deployment")}
 
     @property
     def hemostat(self) -> Manifest:

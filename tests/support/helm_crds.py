@@ -1,6 +1,6 @@
-"""JSON Schemas of the Prometheus operator's two kinds, monitoring.coreos.com/v1: the fields that such a chart may set.
+"""JSON Schemas of custom resources: the fields that such a chart may set.
 
-Stricter than the operator's own in one respect: what is not named here is an error, as `kubectl apply` would drop it.
+Stricter than the operators' own in one respect: what is not named here is an error, as `kubectl apply` would drop it.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _relabel = _object(
 )
 
 
-def _kind(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
+def _kind(kind: str, spec: dict[str, Any], version: str = "monitoring.coreos.com/v1") -> dict[str, Any]:
     return _object(
         ["apiVersion", "kind", "metadata", "spec"],
-        apiVersion={"const": "monitoring.coreos.com/v1"},
+        apiVersion={"const": version},
         kind={"const": kind},
         metadata=_metadata,
         spec=spec,
@@ -103,4 +103,77 @@ PROMETHEUS_RULE = _kind(
     ),
 )
 
-SCHEMAS = {"ServiceMonitor": SERVICE_MONITOR, "PrometheusRule": PROMETHEUS_RULE}
+_headers = {"type": "array", "items": _object(["name", "value"], name=_text, value=_text, type=_text)}
+_gateway_duration = {"type": "string", "pattern": "^([0-9]{1,5}(h|m|s|ms)){1,4}$"}
+
+HTTP_ROUTE = _kind(
+    "HTTPRoute",
+    _object(
+        ["parentRefs", "rules"],
+        parentRefs={
+            "type": "array",
+            "minItems": 1,
+            "items": _object(
+                ["name"],
+                group=_text,
+                kind=_text,
+                name=_text,
+                namespace=_text,
+                sectionName=_text,
+                port={"type": "integer"},
+            ),
+        },
+        hostnames={"type": "array", "items": _text},
+        rules={
+            "type": "array",
+            "items": _object(
+                ["backendRefs"],
+                matches={
+                    "type": "array",
+                    "items": _object(
+                        [],
+                        path=_object([], type={"enum": ["Exact", "PathPrefix", "RegularExpression"]}, value=_text),
+                        headers=_headers,
+                        method=_text,
+                    ),
+                },
+                filters={"type": "array"},
+                timeouts=_object([], request=_gateway_duration, backendRequest=_gateway_duration),
+                backendRefs={
+                    "type": "array",
+                    "items": _object(
+                        ["name", "port"], name=_text, port={"type": "integer"}, weight={"type": "integer"}
+                    ),
+                },
+            ),
+        },
+    ),
+    "gateway.networking.k8s.io/v1",
+)
+
+EXTERNAL_SECRET = _kind(
+    "ExternalSecret",
+    _object(
+        ["secretStoreRef", "target"],
+        refreshInterval=_duration,
+        secretStoreRef=_object(["name"], name=_text, kind={"enum": ["SecretStore", "ClusterSecretStore"]}),
+        target=_object([], name=_text, creationPolicy={"enum": ["Owner", "Orphan", "Merge", "None"]}),
+        data={
+            "type": "array",
+            "items": _object(
+                ["secretKey", "remoteRef"],
+                secretKey=_text,
+                remoteRef=_object(["key"], key=_text, property=_text, version=_text),
+            ),
+        },
+        dataFrom={"type": "array", "items": _object([], extract=_object(["key"], key=_text, property=_text))},
+    ),
+    "external-secrets.io/v1",
+)
+
+SCHEMAS = {
+    "ServiceMonitor": SERVICE_MONITOR,
+    "PrometheusRule": PROMETHEUS_RULE,
+    "HTTPRoute": HTTP_ROUTE,
+    "ExternalSecret": EXTERNAL_SECRET,
+}

@@ -88,14 +88,42 @@ annotations:
 {{- ternary "[::1]" "127.0.0.1" (contains ":" .Values.bindAddress) -}}
 {{- end -}}
 
+{{/* The address that the control process and engines of this release have, of what is called so: admin, engine, reference */}}
+{{- define "hemostat.host" -}}
+{{- printf "%s-%s.%s.svc" (include "hemostat.fullname" .root) .name .root.Release.Namespace -}}
+{{- end -}}
+
 {{- define "hemostat.upstreamUrl" -}}
 {{- if .Values.upstream.urls -}}
 {{- join ", " .Values.upstream.urls -}}
 {{- else if .Values.upstream.url -}}
 {{- .Values.upstream.url -}}
+{{- else if and .Values.engine.enabled .Values.engine.separate -}}
+{{- printf "dns+http://%s:8000" (include "hemostat.host" (dict "root" . "name" "engine")) -}}
 {{- else if .Values.engine.enabled -}}
 {{- printf "http://%s:8000" (include "hemostat.loopback" .) -}}
 {{- end -}}
+{{- end -}}
+
+{{/* Where the plugin in vLLM reports to; with relays of their own, every control process. */}}
+{{- define "hemostat.adminUrl" -}}
+{{- printf "%shttp://%s:%v" (ternary "dns+" "" .Values.relays.enabled) (include "hemostat.host" (dict "root" . "name" "admin")) .Values.service.adminPort -}}
+{{- end -}}
+
+{{/* Name of the port that clients use, of the Service and of the pod. */}}
+{{- define "hemostat.dataPort" -}}
+{{- ternary "https" "http" .Values.tls.enabled -}}
+{{- end -}}
+
+{{- define "hemostat.topK" -}}
+{{- (default dict (default dict .Values.config).shadow).top_k | default 20 -}}
+{{- end -}}
+
+{{/* Labels of pods that are none of Hemostat: no selector of it finds them. Arguments: root, name (engine, reference, test) */}}
+{{- define "hemostat.otherLabels" -}}
+app.kubernetes.io/name: {{ printf "%s-%s" (include "hemostat.name" .root) .name | quote }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
+app.kubernetes.io/component: {{ .name }}
 {{- end -}}
 
 {{/* Keys that the Secret always has. */}}
@@ -135,7 +163,7 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- end -}}
 {{- $fixed := dict
   "upstream" (ternary (dict "urls" .Values.upstream.urls) (dict "url" (include "hemostat.upstreamUrl" .)) (not (empty .Values.upstream.urls)))
-  "listen" (dict "host" .Values.bindAddress "port" 8080)
+  "listen" (dict "host" (ternary (include "hemostat.loopback" . | trimAll "[]") .Values.bindAddress .Values.tls.enabled) "port" 8080)
   "admin" (dict "host" .Values.bindAddress "port" 8081)
 -}}
 {{- if .Values.relays.enabled -}}
@@ -143,12 +171,16 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- $listen := printf "%s:8082" (ternary (printf "[%s]" .Values.bindAddress) .Values.bindAddress (contains ":" .Values.bindAddress)) -}}
 {{- $_ := set $fixed "control" (merge $files (dict "listen" $listen "addresses" (list (printf "%s:8082" (include "hemostat.controlHost" .))))) -}}
 {{- end -}}
+{{- if .Values.reference.enabled -}}
+{{- $_ := set $fixed "reference" (dict "backend" "vllm" "url" (printf "http://%s:8000" (include "hemostat.host" (dict "root" . "name" "reference")))) -}}
+{{- end -}}
 {{- $config = mustMergeOverwrite $config $fixed -}}
 {{- with $config.admin.allowed_hosts -}}
 {{- /* If the port accepts listed host names only, add those of its Service. */ -}}
 {{- $host := printf "%s-admin" (include "hemostat.fullname" $) -}}
 {{- $names := list $host -}}
 {{- range list "" ".svc" ".svc.cluster.local" }}{{ $names = append $names (printf "%s.%s%s" $host $.Release.Namespace .) }}{{ end -}}
+{{- range ternary $.Values.adminIngress.hosts list $.Values.adminIngress.enabled }}{{ $names = append $names .host }}{{ end -}}
 {{- $_ := set $config.admin "allowed_hosts" (concat . $names | uniq) -}}
 {{- end -}}
 {{- toYaml (dict "secrets" $secrets "config" $config) -}}
@@ -283,14 +315,27 @@ of what Hemostat takes; 2 GiB are for the copies of the models. */}}
 {{- fail (printf "extraEnv: %s: set by the chart; use %s" $variable.name .) -}}
 {{- end -}}
 {{- end -}}
-{{- if and .Values.relays.enabled .Values.engine.enabled -}}
-{{- fail "relays.enabled: does not go with engine.enabled, whose engine only its own pod can reach; give upstream.url" -}}
+{{- $sidecar := and .Values.engine.enabled (not .Values.engine.separate) -}}
+{{- if and .Values.relays.enabled $sidecar -}}
+{{- fail "relays.enabled: does not go with an engine in the pod, which no other pod can reach; set engine.separate, or give upstream.url" -}}
 {{- end -}}
-{{- $volumes := list "config" "tmp" "tls" -}}
+{{- if .Values.reference.enabled -}}
+{{- $given := default dict (default dict .Values.config).reference -}}
+{{- range $key := list "url" "models" -}}
+{{- if get $given $key -}}
+{{- fail (printf "config.reference.%s: does not go with reference.enabled, which sets the reference; leave one of them out" $key) -}}
+{{- end -}}
+{{- end -}}
+{{- if eq (toString $given.backend) "transformers" -}}
+{{- fail "config.reference.backend: transformers does not go with reference.enabled, which is a vLLM; leave one of them out" -}}
+{{- end -}}
+{{- end -}}
+{{- $reserved := list "config" "tmp" "data" "shm" "tls" "data-tls" -}}
+{{- $volumes := list "config" "tmp" "tls" "data-tls" -}}
 {{- if .Values.persistence.enabled }}{{ $volumes = append $volumes "data" }}{{ end -}}
-{{- if .Values.engine.enabled }}{{ $volumes = append $volumes "shm" }}{{ end -}}
+{{- if $sidecar }}{{ $volumes = append $volumes "shm" }}{{ end -}}
 {{- range .Values.extraVolumes -}}
-{{- if has .name (list "config" "tmp" "data" "shm" "tls") -}}
+{{- if has .name $reserved -}}
 {{- fail (printf "extraVolumes: %s is used by the chart; choose another name" .name) -}}
 {{- else if has .name $volumes -}}
 {{- fail (printf "extraVolumes: %s: duplicate name" .name) -}}
@@ -299,21 +344,27 @@ of what Hemostat takes; 2 GiB are for the copies of the models. */}}
 {{- end -}}
 {{- $data := ternary (list "/data") list .Values.persistence.enabled -}}
 {{- range $key, $mounted := dict
-  "extraVolumeMounts" (dict "mounts" .Values.extraVolumeMounts "taken" (concat (list "/etc/hemostat" "/tmp") $data))
-  "engine.volumeMounts" (dict "mounts" (ternary .Values.engine.volumeMounts list .Values.engine.enabled) "taken" (list "/dev/shm"))
+  "extraVolumeMounts" (dict "mounts" .Values.extraVolumeMounts "taken" (concat (list "/etc/hemostat" "/tmp") $data) "in" "extraVolumes")
+  "engine.volumeMounts" (dict "mounts" (ternary .Values.engine.volumeMounts list .Values.engine.enabled) "taken" (list "/dev/shm") "in" (ternary "engine.volumes" "extraVolumes" .Values.engine.separate))
+  "reference.volumeMounts" (dict "mounts" (ternary .Values.reference.volumeMounts list .Values.reference.enabled) "taken" (list "/dev/shm") "in" "reference.volumes")
 -}}
 {{- $taken := $mounted.taken -}}
+{{- $there := $volumes -}}
+{{- if ne $mounted.in "extraVolumes" -}}
+{{- $there = list "shm" -}}
+{{- range (get $.Values (trimSuffix ".volumes" $mounted.in)).volumes }}{{ $there = append $there .name }}{{ end -}}
+{{- end -}}
 {{- range $mounted.mounts -}}
 {{- $path := trimSuffix "/" .mountPath -}}
 {{- if has $path $taken -}}
 {{- fail (printf "%s: %s: duplicate mount path" $key .mountPath) -}}
-{{- else if not (has .name $volumes) -}}
-{{- fail (printf "%s: there is no volume %s; add it to extraVolumes" $key .name) -}}
+{{- else if not (has .name $there) -}}
+{{- fail (printf "%s: there is no volume %s; add it to %s" $key .name $mounted.in) -}}
 {{- end -}}
 {{- $taken = append $taken $path -}}
 {{- end -}}
 {{- end -}}
-{{- $names := list "hemostat" "engine" -}}
+{{- $names := list "hemostat" "engine" "tls" -}}
 {{- range concat (default list .Values.initContainers) (default list .Values.extraContainers) -}}
 {{- if has .name $names -}}
 {{- fail (printf "initContainers, extraContainers: %s: duplicate container name; choose another name" .name) -}}
@@ -328,7 +379,10 @@ of what Hemostat takes; 2 GiB are for the copies of the models. */}}
 {{- fail "podDisruptionBudget: minAvailable and maxUnavailable cannot both be set" -}}
 {{- end -}}
 {{- if .Values.engine.enabled -}}
-{{- if not (regexMatch "^http://(127\\.0\\.0\\.1|localhost|\\[::1\\]):8000/?$" (include "hemostat.upstreamUrl" .)) -}}
+{{- if and .Values.engine.separate (or .Values.upstream.url .Values.upstream.urls) -}}
+{{- fail "upstream.url, upstream.urls: with engine.separate the chart sets them; leave them empty" -}}
+{{- end -}}
+{{- if and $sidecar (not (regexMatch "^http://(127\\.0\\.0\\.1|localhost|\\[::1\\]):8000/?$" (include "hemostat.upstreamUrl" .))) -}}
 {{- fail (printf "upstream.url: %s is not the engine in the pod; leave it empty, or set engine.enabled to false" .Values.upstream.url) -}}
 {{- end -}}
 {{- range .Values.engine.args -}}
@@ -340,9 +394,15 @@ of what Hemostat takes; 2 GiB are for the copies of the models. */}}
 {{- fail (printf "engine.args: the chart sets %s (from engine.adapters)" $flag) -}}
 {{- end -}}
 {{- end -}}
-{{- $topK := (default dict $split.config.shadow).top_k | default 20 -}}
+{{- $topK := include "hemostat.topK" . -}}
 {{- if gt (int $topK) (int .Values.engine.maxLogprobs) -}}
 {{- fail (printf "engine.maxLogprobs: %v is less than config.shadow.top_k, %v" .Values.engine.maxLogprobs $topK) -}}
+{{- end -}}
+{{- end -}}
+{{- range ternary .Values.reference.args list .Values.reference.enabled -}}
+{{- $flag := regexReplaceAll "=.*$" . "" | replace "_" "-" -}}
+{{- if has $flag (list "--host" "--port" "--max-logprobs") -}}
+{{- fail (printf "reference.args: the chart sets %s (from bindAddress and config.shadow.top_k)" $flag) -}}
 {{- end -}}
 {{- end -}}
 {{- /* The root file system is read-only. */ -}}
@@ -359,4 +419,95 @@ of what Hemostat takes; 2 GiB are for the copies of the models. */}}
 {{- fail (printf "%s: %s is not on a volume: use a path below /data (four slashes in sqlite:////data/…) with persistence.enabled, or below one of extraVolumeMounts" $key $path) -}}
 {{- end -}}
 {{- end -}}
+{{- end -}}
+
+{{/* A container that runs vLLM. Arguments: root; name; of: its values; args, env: lists */}}
+{{- define "hemostat.vllm" -}}
+- name: {{ .name }}
+  image: {{ include "hemostat.image" (dict "image" .of.image "default" .root.Chart.AppVersion) | quote }}
+  imagePullPolicy: {{ .of.image.pullPolicy }}
+  command: [vllm, serve]
+  args:
+    {{- toYaml (concat (list .of.model "--host" .root.Values.bindAddress "--port" "8000") .args (default list .of.args)) | nindent 4 }}
+  {{- with concat .env (default list .of.env) }}
+  env:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  ports:
+    - name: {{ .name }}
+      containerPort: 8000
+      protocol: TCP
+  startupProbe:
+    httpGet:
+      path: /health
+      port: {{ .name }}
+    periodSeconds: 10
+    failureThreshold: 180
+  readinessProbe:
+    httpGet:
+      path: /health
+      port: {{ .name }}
+    periodSeconds: 10
+    failureThreshold: 3
+  {{- with .of.resources }}
+  resources:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .of.securityContext }}
+  securityContext:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  volumeMounts:
+    - name: shm
+      mountPath: /dev/shm
+    {{- with .of.volumeMounts }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+{{- end -}}
+
+{{/* The container of an engine, with Hemostat's plugin. Arguments: root; admin: where the plugin reports to */}}
+{{- define "hemostat.engine" -}}
+{{- $of := .root.Values.engine -}}
+{{- $args := list "--max-logprobs" (toString $of.maxLogprobs) "--logits-processors" "hemostat_engine:LogitsProcessor" -}}
+{{- $token := dict "secretKeyRef" (dict "name" (include "hemostat.secretName" .root) "key" "engine-token") -}}
+{{- $env := list (dict "name" "HEMOSTAT_ADMIN_URL" "value" .admin) (dict "name" "HEMOSTAT_ENGINE_TOKEN" "valueFrom" $token) -}}
+{{- with $of.adapters -}}
+{{- if .enabled -}}
+{{- $args = concat $args (list "--enable-lora" "--max-loras" (toString .maxLoras) "--max-lora-rank" (toString .maxLoraRank)) -}}
+{{- $env = concat $env (list (dict "name" "HEMOSTAT_ADAPTERS" "value" "1") (dict "name" "VLLM_ALLOW_RUNTIME_LORA_UPDATING" "value" "True")) -}}
+{{- end -}}
+{{- end -}}
+{{- include "hemostat.vllm" (dict "root" .root "name" "engine" "of" $of "args" $args "env" $env) -}}
+{{- end -}}
+
+{{/* The sidecar that decrypts, of a pod that takes requests. */}}
+{{- define "hemostat.tlsContainer" -}}
+# It runs before Hemostat starts and until it has drained.
+- name: tls
+  restartPolicy: Always
+  image: {{ include "hemostat.image" (dict "image" .Values.tls.image "default" "") | quote }}
+  imagePullPolicy: {{ .Values.tls.image.pullPolicy }}
+  command: [nginx, -e, stderr, -c, /etc/hemostat/nginx.conf]
+  ports:
+    - name: https
+      containerPort: 8443
+      protocol: TCP
+  {{- with .Values.tls.resources }}
+  resources:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .Values.securityContext }}
+  securityContext:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  volumeMounts:
+    - name: config
+      mountPath: /etc/hemostat
+      readOnly: true
+    - name: data-tls
+      mountPath: /etc/hemostat-data-tls
+      readOnly: true
+    - name: tmp
+      mountPath: /tmp
+      subPath: nginx
 {{- end -}}
