@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import msgspec
 import numpy as np
 
 from hemostat.config.schema import Upstream
@@ -95,7 +94,7 @@ async def _less_likely(server: VllmServer, name: str, reference: Reference, info
         return ""
     ids = await server.tokenize(name, TEXT)
     try:
-        compressed = await _logprobs(server, name, ids)
+        compressed = await server.prompt_logprobs(name, ids)
     except Refused:
         return ""  # a server without prompt_logprobs
     tokens = np.array(ids, np.int32)
@@ -110,18 +109,6 @@ async def _less_likely(server: VllmServer, name: str, reference: Reference, info
     )
 
 
-class _Logprob(msgspec.Struct, frozen=True):
-    logprob: float
-
-
-class _Choice(msgspec.Struct, frozen=True):
-    prompt_logprobs: list[dict[str, _Logprob] | None]
-
-
-class _Completion(msgspec.Struct, frozen=True):
-    choices: list[_Choice]
-
-
 async def same_model(server: VllmServer, one: str, other: str) -> bool:
     """Whether two served names are one model: it gives the tokens of a text the same log-probabilities under both.
 
@@ -131,23 +118,9 @@ async def same_model(server: VllmServer, one: str, other: str) -> bool:
     ids = await server.tokenize(one, PROBE_TEXT)
     if await server.tokenize(other, PROBE_TEXT) != ids:
         return False
-    ours, theirs = await _logprobs(server, one, ids), await _logprobs(server, other, ids)
+    ours, theirs = await server.prompt_logprobs(one, ids), await server.prompt_logprobs(other, ids)
     differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
     return sum(differences) <= MAX_SAME_NATS * len(differences)
-
-
-async def _logprobs(server: VllmServer, model: str, ids: list[int]) -> list[float]:
-    """Of each token after the first, given those before it; nats."""
-    body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-    answer = await server.post("/v1/completions", body, _Completion)
-    rows = answer.choices[0].prompt_logprobs[1:] if answer.choices else []
-    found = [row.get(str(token)) if row else None for row, token in zip(rows, ids[1:], strict=False)]
-    logprobs = [entry.logprob for entry in found if entry is not None]
-    if len(logprobs) != len(ids) - 1:
-        raise ReferenceFailure(
-            FailureReason.SHORT_ANSWER, f"prompt_logprobs of {len(logprobs)} of {len(ids)} positions"
-        )
-    return logprobs
 
 
 def _difference(ours: list[int], theirs: list[int]) -> str:

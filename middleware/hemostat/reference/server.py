@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import ssl
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,6 +64,18 @@ class _Models(msgspec.Struct, frozen=True):
 
 class _Tokens(msgspec.Struct, frozen=True):
     tokens: list[int]
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    logprob: float
+
+
+class _Choice(msgspec.Struct, frozen=True):
+    prompt_logprobs: list[dict[str, _Entry] | None] | None = None
+
+
+class _Completion(msgspec.Struct, frozen=True):
+    choices: list[_Choice]
 
 
 class VllmServer:
@@ -148,9 +161,24 @@ class VllmServer:
             FailureReason.VOCABULARY, f"{self.url} does not name its vocabulary's size; vLLM 0.32 or newer does"
         )
 
-    async def tokenize(self, model: str, text: str) -> list[int]:
-        body = {"model": model, "prompt": text, "add_special_tokens": False}
+    async def tokenize(self, model: str, text: str, *, special: bool = False) -> list[int]:
+        """special: with what the tokenizer puts around every text."""
+        body = {"model": model, "prompt": text, "add_special_tokens": special}
         return (await self.post("/tokenize", body, _Tokens)).tokens
+
+    async def prompt_logprobs(self, model: str, ids: Sequence[int], **more: Any) -> list[float]:
+        """Log-probability of each id after the first, given those before it, nats; SHORT_ANSWER. more: of the body."""
+        body = {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, **more}
+        answer = await self.post("/v1/completions", body, _Completion)
+        rows = (answer.choices[0].prompt_logprobs if answer.choices else None) or []
+        found = [row.get(str(token)) if row else None for row, token in zip(rows[1:], list(ids)[1:], strict=False)]
+        values = [entry.logprob for entry in found if entry is not None]
+        if len(values) != len(ids) - 1:
+            raise ReferenceFailure(
+                FailureReason.SHORT_ANSWER,
+                f"{self.url} sent prompt_logprobs of {len(values)} of {len(ids) - 1} tokens",
+            )
+        return values
 
     async def render(self, model: str, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a chat under the model's template; NO_CHAT_TEMPLATE where it has none."""

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from hemostat.adapters.serving import verdicts
-from hemostat.adapters.serving.server import Completed, complete, prompt_logprobs
+from hemostat.adapters.serving.server import Completed, complete
 from hemostat.adapters.serving.verdicts import Verdict, moves
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat.reference.server import VllmServer
@@ -119,7 +119,7 @@ class Prober:
 
     async def _scored(self, name: str, texts: Sequence[Sequence[int]]) -> list[Floats]:
         self.tokens += sum(len(ids) + 1 for ids in texts)
-        return [np.array(await prompt_logprobs(self._server, name, ids, self._salt())) for ids in texts]
+        return [np.array(await self._server.prompt_logprobs(name, ids, cache_salt=self._salt())) for ids in texts]
 
     async def _rows(self, base: str, prompts: Sequence[Sequence[int]], beside: Sequence[str]) -> list[Completed]:
         """One row for each prompt, all in one batch with as many others of the models `beside`."""

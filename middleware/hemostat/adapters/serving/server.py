@@ -53,13 +53,8 @@ class _Logprobs(msgspec.Struct, frozen=True):
     top_logprobs: list[dict[str, float] | None]
 
 
-class _Entry(msgspec.Struct, frozen=True):
-    logprob: float
-
-
 class _Choice(msgspec.Struct, frozen=True):
     logprobs: _Logprobs | None = None
-    prompt_logprobs: list[dict[str, _Entry] | None] | None = None
 
 
 class _Completion(msgspec.Struct, frozen=True):
@@ -151,27 +146,6 @@ async def complete(server: VllmServer, name: str, ids: Sequence[int], tokens: in
         )
     except ValueError:
         raise ReferenceFailure(FailureReason.BAD_ANSWER, f"{server.url} sent tokens without their ids") from None
-
-
-async def prompt_logprobs(server: VllmServer, name: str, ids: Sequence[int], salt: str) -> list[float]:
-    """Of each id after the first, given those before it; nats."""
-    body = {
-        "model": name,
-        "prompt": list(ids),
-        "max_tokens": 1,
-        "temperature": 0.0,
-        "prompt_logprobs": 0,
-        "cache_salt": salt,
-    }
-    answer = await server.post("/v1/completions", body, _Completion)
-    rows = (answer.choices[0].prompt_logprobs if answer.choices else None) or []
-    found = [row.get(str(token)) if row else None for row, token in zip(rows[1:], list(ids)[1:], strict=False)]
-    values = [entry.logprob for entry in found if entry is not None]
-    if len(values) != len(ids) - 1:
-        raise ReferenceFailure(
-            FailureReason.SHORT_ANSWER, f"{server.url} sent prompt_logprobs of {len(values)} of {len(ids) - 1} tokens"
-        )
-    return values
 
 
 def _token_id(token: str) -> int:

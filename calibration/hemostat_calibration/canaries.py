@@ -1,0 +1,246 @@
+"""The same token sequences, scored again: whether an engine still computes what it computed when the set was taken.
+
+A `CanarySet` has sequences of token ids, and of each token the log-probability in several replays of the engine as it
+was then: R baseline replays, one alone and the others beside other requests, so that they differ by what batch shapes
+and chunks of a prefill do. The distance between two replays of a sequence is the mean over its tokens of
+|difference of log-probabilities|, in nats.
+
+**The test.** A sequence votes "changed" if its distance now, from the mean of the baseline replays, exceeds each
+baseline replay's distance from the mean of the other ones, and the tolerance. An engine has changed if at least
+`votes_needed` sequences vote so.
+
+Of an unchanged engine all R + 1 replays of a sequence are exchangeable, and the present one is the farthest of them
+with a probability of 1 / (R + 1), whatever the distribution of the noise. Sequences are replayed one at a time, each in
+a batch of its own, so that votes are independent; then their number is binomial, and `votes_needed` is the smallest
+number that is reached with a probability of at most ALPHA_PER_YEAR / REPLAYS_PER_YEAR. What an engine has in common for
+a whole replay (such as a load that the baseline has not seen) is no part of that: so a replay that exceeds is repeated,
+and only two in a row are a statement; the probability above is that of the first one alone. A vote counts once however
+far the sequence is away, so that no single one decides.
+
+>>> rng = np.random.default_rng(0)
+>>> canaries = tuple(Canary("chat", np.arange(1, 9, dtype=np.int32), np.arange(9, 41, dtype=np.int32)) for _ in range(20))
+>>> true = rng.normal(-2.0, 1.0, sum(one.scored for one in canaries))
+>>> replays = true + rng.normal(0.0, 0.02, (4, len(true)))
+>>> taken = CanarySet(canaries, replays, Origin("smollm2"))
+>>> taken.compare(true + rng.normal(0.0, 0.02, len(true))).changed
+False
+>>> found = taken.compare(true + rng.normal(0.0, 0.05, len(true)))
+>>> found.changed, found.votes, found.needed
+(True, 20, 15)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+
+from hemostat_calibration import state_codec
+from hemostat_calibration.arrays import Floats, Ids
+from hemostat_calibration.errors import InvalidArgumentError
+
+REPLAYS = 4
+"""Baseline replays: a sequence of an unchanged engine votes with a probability of 1 / 5."""
+REPLAYS_PER_YEAR = 24 * 365
+ALPHA_PER_YEAR = 0.01
+"""Probability that an unchanged engine is ever called changed in a year of hourly replays."""
+MIN_SEQUENCES = 16
+MAX_SEQUENCES = 256
+MAX_TOKENS = 5_000
+"""Of all sequences of a set: a replay and its repetition are 10,000."""
+TOLERANCE_NATS = 0.01
+"""Mean distance of a sequence that is never a change: what another build or another GPU of the same kind may compute
+differently, far less than another quantization does."""
+ADAPTER_SEQUENCES = 20
+"""Of an adapter: the shortest ones, so that those of several adapters fit beside the base model's."""
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Canary:
+    """kind: of text, for readers. prompt: int32 [P], P ≥ 1. answer: int32 [A], A ≥ 1, that the model wrote."""
+
+    kind: str
+    prompt: Ids
+    answer: Ids
+
+    @property
+    def ids(self) -> list[int]:
+        return [*self.prompt.tolist(), *self.answer.tolist()]
+
+    @property
+    def scored(self) -> int:
+        """P + A − 1: of each token but the first there is a log-probability."""
+        return len(self.prompt) + len(self.answer) - 1
+
+    @property
+    def tokens(self) -> int:
+        """What a replay costs the engine, with the one that it generates."""
+        return len(self.prompt) + len(self.answer) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a set was taken from; "" or 0 where it is not known.
+
+    model: served name. root: the path that the server names. version: vLLM's. weights: the plugin's fingerprint.
+    engine: its address. prompts: digest of the prompts. at: Unix time.
+    """
+
+    model: str
+    root: str = ""
+    version: str = ""
+    max_model_len: int = 0
+    weights: str = ""
+    engine: str = ""
+    prompts: str = ""
+    at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Comparison:
+    """Of one replay of S sequences.
+
+    distances, bounds: float64 [S], nats; a sequence votes where its distance is above its bound. needed: votes.
+    """
+
+    distances: Floats
+    bounds: Floats
+    needed: int
+
+    @property
+    def votes(self) -> int:
+        return int((self.distances > self.bounds).sum())
+
+    @property
+    def changed(self) -> bool:
+        return self.votes >= self.needed
+
+    @property
+    def nats(self) -> float:
+        """Median distance of the sequences."""
+        return float(np.median(self.distances))
+
+    @property
+    def bound_nats(self) -> float:
+        """The same of their bounds."""
+        return float(np.median(self.bounds))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CanarySet:
+    """S sequences, and what one served model, a base model or an adapter, scored them.
+
+    baseline: float64 [R, N], log-probabilities in nats of all scored tokens of all sequences, one behind the other,
+    N = Σ (P + A − 1), of R replays. reference: float64 [N], of the reference; empty where there is none.
+    InvalidArgumentError where they do not fit together.
+    """
+
+    canaries: tuple[Canary, ...]
+    baseline: Floats
+    origin: Origin
+    reference: Floats = field(default_factory=lambda: np.empty(0))
+
+    def __post_init__(self) -> None:
+        require_sequences(self.canaries)
+        values, scored = self.baseline, self.scored
+        if values.ndim != 2 or len(values) < 2 or values.shape[1] != scored or not np.isfinite(values).all():
+            raise InvalidArgumentError(f"the canaries' baseline is no table of {scored} log-probabilities a replay")
+        if len(self.reference) not in {0, scored}:
+            raise InvalidArgumentError(f"the canaries have {len(self.reference)} scores of the reference, not {scored}")
+
+    @property
+    def tokens(self) -> int:
+        """Of one replay, with those that the engine generates."""
+        return sum(one.tokens for one in self.canaries)
+
+    @property
+    def scored(self) -> int:
+        """N"""
+        return sum(one.scored for one in self.canaries)
+
+    @property
+    def needed(self) -> int:
+        return votes_needed(len(self.canaries), len(self.baseline))
+
+    def compare(self, now: Floats, tolerance: float = TOLERANCE_NATS) -> Comparison:
+        """Now against then. now: float64 [N], one replay. tolerance: nats."""
+        replays = self.baseline
+        own = [self._distances(one, np.delete(replays, n, axis=0).mean(axis=0)) for n, one in enumerate(replays)]
+        distances = self._distances(now, replays.mean(axis=0))
+        return Comparison(distances, np.maximum(np.max(own, axis=0), tolerance), self.needed)
+
+    def compare_engines(self, now: Mapping[str, Floats], tolerance: float = TOLERANCE_NATS) -> dict[str, Comparison]:
+        """Engine against engine: the replay of each, from the median of the others', token by token. Of two, both
+        differ. Which requests an engine gets is of no consequence: all were asked the same.
+
+        now: by engine, float64 [N]. Empty for a single one.
+
+        A bound is the largest distance between two baseline replays: none of these two is a mean.
+        """
+        replays = self.baseline
+        pairs = [self._distances(replays[a], replays[b]) for a in range(len(replays)) for b in range(a)]
+        bounds = np.maximum(np.max(pairs, axis=0), tolerance)
+        return {
+            engine: Comparison(self._distances(values, np.median(others, axis=0)), bounds, self.needed)
+            for engine, values in now.items()
+            if (others := [one for name, one in now.items() if name != engine])
+        }
+
+    def from_reference(self, now: Floats) -> tuple[float, float] | None:
+        """Distance from the reference, the mean over all scored tokens, then and now; None without a reference."""
+        if not len(self.reference):
+            return None
+        then = np.abs(self.baseline.mean(axis=0) - self.reference)
+        return float(then.mean()), float(np.abs(now - self.reference).mean())
+
+    def _distances(self, a: Floats, b: Floats) -> Floats:
+        """Of each sequence, float64 [S]."""
+        scored = np.array([one.scored for one in self.canaries])
+        sums: Floats = np.add.reduceat(np.abs(a - b), np.cumsum(scored) - scored)
+        return sums / scored
+
+    def to_bytes(self) -> bytes:
+        return state_codec.encode(self, SCHEMA)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> CanarySet:
+        """InvalidArgumentError, one line, where it is anything else than what `to_bytes` wrote."""
+        return state_codec.decode(cls, data, SCHEMA)
+
+
+def require_sequences(canaries: Sequence[Canary]) -> None:
+    """InvalidArgumentError where they make no set: too few, too many, or too long ones."""
+    if not MIN_SEQUENCES <= len(canaries) <= MAX_SEQUENCES:
+        raise InvalidArgumentError(f"{len(canaries)} canaries: {MIN_SEQUENCES} to {MAX_SEQUENCES} are needed")
+    if any(not len(one.prompt) or not len(one.answer) for one in canaries):
+        raise InvalidArgumentError("a canary has an empty prompt or an empty answer")
+    if (tokens := sum(one.tokens for one in canaries)) > MAX_TOKENS:
+        raise InvalidArgumentError(f"the canaries have {tokens} tokens, more than {MAX_TOKENS}: give shorter prompts")
+
+
+def shortest(canaries: Sequence[Canary]) -> tuple[Canary, ...]:
+    """Those that an adapter is asked."""
+    return tuple(sorted(canaries, key=lambda one: one.tokens)[:ADAPTER_SEQUENCES])
+
+
+@cache
+def votes_needed(sequences: int, replays: int, alpha: float = ALPHA_PER_YEAR / REPLAYS_PER_YEAR) -> int:
+    """The smallest k with P(Binomial(sequences, 1 / (replays + 1)) ≥ k) ≤ alpha; InvalidArgumentError where even all
+    votes are no evidence.
+
+    >>> votes_needed(50, 4), votes_needed(16, 4), votes_needed(50, 2)
+    (26, 13, 34)
+    """
+    chance = 1.0 / (replays + 1)
+    tail = 0.0
+    for votes in range(sequences, -1, -1):
+        tail += math.comb(sequences, votes) * chance**votes * (1.0 - chance) ** (sequences - votes)
+        if tail > alpha:
+            if votes == sequences:
+                break
+            return votes + 1
+    raise InvalidArgumentError(f"{sequences} sequences with {replays} replays are too few for a statement")

@@ -1,0 +1,1 @@
+"""Canaries: the same token sequences on every engine again, in the control process and by hand (`hemostat canaries`)."""

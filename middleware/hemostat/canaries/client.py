@@ -1,0 +1,165 @@
+"""Canaries at one vLLM server: takes a set of them, and replays it. Any vLLM does; nothing of Hemostat is needed there.
+
+A replay asks for `prompt_logprobs`, for which vLLM computes all tokens of a prompt and leaves its prefix cache aside.
+Each request has a salt of its own all the same, so that what it leaves in the cache is used by nobody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+import msgspec
+import numpy as np
+
+from hemostat.canaries.prompts import Prompts
+from hemostat.reference.protocol import FailureReason, ReferenceFailure
+from hemostat.reference.server import Refused, VllmServer
+from hemostat_calibration.arrays import Floats, Ids
+from hemostat_calibration.canaries import MAX_TOKENS, REPLAYS, Canary, CanarySet, Origin, require_sequences
+
+ANSWER_TOKENS = 40
+BESIDE = (3, 6, 12)
+"""Sequences that are asked for at once in the baseline's replays, but for the first one: batches of several shapes."""
+PRIORITY = 1_000
+"""Later than clients' requests, whose default is 0, where the engine schedules by priority."""
+
+Gate = Callable[[int], Awaitable[None]]
+"""Awaited before each sequence of a replay, with its tokens: returns when it may be sent."""
+
+
+class _Choice(msgspec.Struct, frozen=True):
+    token_ids: list[int] | None = None
+
+
+class _Completion(msgspec.Struct, frozen=True):
+    choices: list[_Choice]
+
+
+async def _at_once(tokens: int) -> None:
+    """A gate that is open."""
+
+
+class CanaryClient:
+    """Of one model that a server serves. Every method raises ReferenceFailure, its text is one line."""
+
+    def __init__(self, server: VllmServer, model: str) -> None:
+        self._server = server
+        self.model = model
+        self._priority: dict[str, int] = {"priority": PRIORITY}
+
+    @classmethod
+    async def of(cls, server: VllmServer, model: str | None = None) -> CanaryClient:
+        """model: a served name; None: the first base model."""
+        return cls(server, (await server.model(model)).id)
+
+    async def origin(self, *, prompts: str = "", weights: str = "", engine: str = "") -> Origin:
+        card = await self._server.model(self.model)
+        try:
+            version = await self._server.version()
+        except ReferenceFailure:
+            version = ""  # a router in front of vLLM may not have the route
+        length = card.max_model_len or 0
+        return Origin(self.model, card.root or "", version, length, weights, engine, prompts, time.time())
+
+    async def take(self, prompts: Prompts, *, weights: str = "", engine: str = "") -> CanarySet:
+        """Have the model write the answers, and score them: about 24,000 tokens with the prompts of this package.
+
+        InvalidArgumentError where the prompts make no set.
+        """
+        origin = await self.origin(prompts=prompts.digest, weights=weights, engine=engine)
+        texts = [await self._server.tokenize(self.model, one.prompt, special=True) for one in prompts.prompts]
+        texts = cut_to_fit(texts, MAX_TOKENS - len(texts) * (ANSWER_TOKENS + 1), origin.max_model_len)
+        canaries = [
+            Canary(one.kind, _ids(text), _ids(await self._answer(text, sampled=number % 2 == 1, seed=number)))
+            for number, (one, text) in enumerate(zip(prompts.prompts, texts, strict=True))
+        ]
+        require_sequences(canaries)
+        return await self.baseline(canaries, origin)
+
+    async def baseline(self, canaries: Sequence[Canary], origin: Origin) -> CanarySet:
+        """The set of these sequences: replayed alone, and beside each other."""
+        replays = [await self.replay(canaries), *[await self._replay_beside(canaries, n) for n in BESIDE]]
+        assert len(replays) == REPLAYS
+        return CanarySet(tuple(canaries), np.stack(replays), origin)
+
+    async def replay(self, canaries: Sequence[Canary], gate: Gate = _at_once) -> Floats:
+        """Log-probabilities of all scored tokens, float64 [N], one sequence after the other."""
+        found = []
+        for one in canaries:
+            await gate(one.tokens)
+            found.append(await self._score(one))
+        return np.concatenate(found)
+
+    async def _replay_beside(self, canaries: Sequence[Canary], at_once: int) -> Floats:
+        """The same with so many at once."""
+        found: list[Floats] = []
+        for begin in range(0, len(canaries), at_once):
+            group = [asyncio.create_task(self._score(one)) for one in canaries[begin : begin + at_once]]
+            try:
+                found += await asyncio.gather(*group)
+            finally:
+                for task in group:
+                    task.cancel()
+                await asyncio.gather(*group, return_exceptions=True)
+        return np.concatenate(found)
+
+    async def _score(self, canary: Canary) -> Floats:
+        async def ask() -> list[float]:
+            return await self._server.prompt_logprobs(self.model, canary.ids, cache_salt=_salt(), **self._priority)
+
+        try:
+            values = await ask()
+        except Refused as refused:
+            if not self._priority or "priority" not in refused.detail.lower():
+                raise
+            self._priority = {}
+            values = await ask()
+        if not all(map(math.isfinite, values)):
+            raise ReferenceFailure(FailureReason.BAD_ANSWER, f"{self._server.url} sent a logprob that is no number")
+        return np.array(values)
+
+    async def _answer(self, ids: Sequence[int], *, sampled: bool, seed: int) -> list[int]:
+        body = {
+            "model": self.model,
+            "prompt": list(ids),
+            "max_tokens": ANSWER_TOKENS,
+            "temperature": float(sampled),
+            "seed": seed,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "cache_salt": _salt(),
+        }
+        answer = await self._server.post("/v1/completions", body, _Completion)
+        found = answer.choices[0].token_ids if answer.choices else None
+        if not found:
+            raise ReferenceFailure(
+                FailureReason.SHORT_ANSWER, f"{self._server.url} sent no token_ids; vLLM 0.11 or newer does"
+            )
+        return found
+
+
+def cut_to_fit(prompts: Sequence[Sequence[int]], tokens: int, max_model_len: int = 0) -> list[list[int]]:
+    """The prompts, of which the longest are cut to one length, so that all together have at most `tokens`, and each
+    one leaves room for its answer. max_model_len: 0 where it is not known.
+
+    >>> [len(one) for one in cut_to_fit([[1] * 3, [2] * 50, [3] * 90], 63)]
+    [3, 30, 30]
+    """
+    limit = max(map(len, prompts), default=0)
+    if max_model_len:
+        limit = min(limit, max_model_len - ANSWER_TOKENS - 1)
+    while limit > 1 and sum(min(len(one), limit) for one in prompts) > tokens:
+        limit -= 1
+    return [list(one)[: max(limit, 1)] for one in prompts]
+
+
+def _ids(tokens: Sequence[int]) -> Ids:
+    return np.array(tokens, np.int32)
+
+
+def _salt() -> str:
+    return f"hemostat-canary-{secrets.token_hex(8)}"
