@@ -18,7 +18,7 @@ and only two in a row are a statement; the probability above is that of the firs
 far the sequence is away, so that no single one decides.
 
 >>> rng = np.random.default_rng(0)
->>> canaries = tuple(Canary("chat", np.arange(1, 9, dtype=np.int32), np.arange(9, 41, dtype=np.int32)) for _ in range(20))
+>>> canaries = tuple(Canary("chat", np.arange(8, dtype=np.int32), np.arange(32, dtype=np.int32)) for _ in range(20))
 >>> true = rng.normal(-2.0, 1.0, sum(one.scored for one in canaries))
 >>> replays = true + rng.normal(0.0, 0.02, (4, len(true)))
 >>> taken = CanarySet(canaries, replays, Origin("smollm2"))
@@ -125,9 +125,12 @@ class Comparison:
         return float(np.median(self.distances))
 
     @property
-    def bound_nats(self) -> float:
-        """The same of their bounds."""
-        return float(np.median(self.bounds))
+    def summary(self) -> str:
+        """One line, without a verdict."""
+        return (
+            f"{self.votes} of {len(self.distances)} sequences differ by more than an unchanged engine's "
+            f"({self.needed} are a change); median distance {self.nats:.4f} nats, bound {np.median(self.bounds):.4f}"
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -201,7 +204,8 @@ class CanarySet:
         """Of each sequence, float64 [S]."""
         scored = np.array([one.scored for one in self.canaries])
         sums: Floats = np.add.reduceat(np.abs(a - b), np.cumsum(scored) - scored)
-        return sums / scored
+        distances: Floats = sums / scored
+        return distances
 
     def to_bytes(self) -> bytes:
         return state_codec.encode(self, SCHEMA)

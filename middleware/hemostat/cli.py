@@ -9,7 +9,20 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 
 from hemostat import __version__
-from hemostat.commands import adapt, check, compress, control, demo, doctor, engines, init, profile, relay, serve
+from hemostat.commands import (
+    adapt,
+    canaries,
+    check,
+    compress,
+    control,
+    demo,
+    doctor,
+    engines,
+    init,
+    profile,
+    relay,
+    serve,
+)
 from hemostat.commands.arguments import Parser, UsageError
 from hemostat_calibration.errors import HemostatError
 
@@ -25,6 +38,7 @@ COMMANDS = {
     "doctor": doctor,
     "profile": profile,
     "engines": engines,
+    "canaries": canaries,
 }
 
 

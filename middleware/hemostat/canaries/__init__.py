@@ -1,1 +1,1 @@
-"""Canaries: the same token sequences on every engine again, in the control process and by hand (`hemostat canaries`)."""
+"""Canaries: the same token sequences on every engine again; `control` hourly, `hemostat canaries` by hand."""

@@ -7,7 +7,6 @@ Each request has a salt of its own all the same, so that what it leaves in the c
 from __future__ import annotations
 
 import asyncio
-import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -19,7 +18,15 @@ from hemostat.canaries.prompts import Prompts
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat.reference.server import Refused, VllmServer
 from hemostat_calibration.arrays import Floats, Ids
-from hemostat_calibration.canaries import MAX_TOKENS, REPLAYS, Canary, CanarySet, Origin, require_sequences
+from hemostat_calibration.canaries import (
+    MAX_TOKENS,
+    REPLAYS,
+    Canary,
+    CanarySet,
+    Comparison,
+    Origin,
+    require_sequences,
+)
 
 ANSWER_TOKENS = 40
 BESIDE = (3, 6, 12)
@@ -94,6 +101,11 @@ class CanaryClient:
             found.append(await self._score(one))
         return np.concatenate(found)
 
+    async def compare(self, taken: CanarySet, tolerance: float) -> Comparison:
+        """Now against then: of the second replay, where the first one says that the engine has changed."""
+        found = taken.compare(await self.replay(taken.canaries), tolerance)
+        return taken.compare(await self.replay(taken.canaries), tolerance) if found.changed else found
+
     async def _replay_beside(self, canaries: Sequence[Canary], at_once: int) -> Floats:
         """The same with so many at once."""
         found: list[Floats] = []
@@ -118,8 +130,6 @@ class CanaryClient:
                 raise
             self._priority = {}
             values = await ask()
-        if not all(map(math.isfinite, values)):
-            raise ReferenceFailure(FailureReason.BAD_ANSWER, f"{self._server.url} sent a logprob that is no number")
         return np.array(values)
 
     async def _answer(self, ids: Sequence[int], *, sampled: bool, seed: int) -> list[int]:

@@ -90,6 +90,10 @@ class Generation:
 
     def _prompt_logprobs(self, prompt: list[int]) -> list[dict[str, Any] | None]:
         rows = prompt_logprobs(self.fake, prompt, self.body)
+        if self.fake.last_prompt_logprob != 0:
+            rows[-1] = {
+                name: one | {"logprob": self.fake.last_prompt_logprob} for name, one in (rows[-1] or {}).items()
+            }
         return rows[: len(rows) - self.fake.short_prompt_logprobs]
 
     def _usage(self, prompts: list[list[int]], completed: int) -> dict[str, Any]:

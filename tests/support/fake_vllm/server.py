@@ -73,6 +73,10 @@ class FakeVllm(FakeModel):
     """Never answer a generation."""
     short_prompt_logprobs: bool = False
     """Leave out the last position of `prompt_logprobs`."""
+    last_prompt_logprob: Any = 0
+    """In the place of the last one of `prompt_logprobs`; 0: none."""
+    refuses_priority: bool = False
+    """It does not schedule by priority, and says so."""
     replace_body: str | None = None
     """The body of every answer with status 200."""
     pooling: FakePooling | None = None
@@ -251,6 +255,10 @@ class FakeVllm(FakeModel):
                 f"(parameter=logit_bias, value={strange})",
                 "logit_bias",
             )
+        if any(token >= self.vocab_size for prompt in prompts for token in prompt):
+            raise RefusedError(f"Token id {max(map(max, prompts))} is out of vocabulary", None)
+        if self.refuses_priority and body.get("priority"):
+            raise RefusedError(f"Got priority {body['priority']} but Priority scheduling is not enabled.", None)
         version = (body.get("vllm_xargs") or {}).get("hemostat")
         if self.plugin and version is not None and not re.fullmatch("[0-9a-f]{32}", str(version)):
             raise RefusedError("vllm_xargs.hemostat must be a profile version (32 lowercase hex digits)", None)

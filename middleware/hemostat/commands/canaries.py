@@ -1,0 +1,183 @@
+"""`hemostat canaries …`: the same token sequences on a vLLM server again, by hand. Nothing else of Hemostat has to run.
+
+Exit codes: 0 equal, 1 changed, 2 could not tell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from hemostat.commands.arguments import UsageError
+from hemostat_calibration.errors import HemostatError
+
+if TYPE_CHECKING:
+    from hemostat.canaries.client import CanaryClient
+    from hemostat_calibration.canaries import CanarySet, Comparison, Origin
+
+T = TypeVar("T")
+
+HELP = "score the same token sequences on a vLLM server again: has it changed?"
+EQUAL, CHANGED = 0, 1
+TOLERANCE = 0.01
+"""As `hemostat_calibration.canaries.TOLERANCE_NATS`, which numpy comes with."""
+KEY = "HEMOSTAT_UPSTREAM__API_KEY"
+ANSWER_SECONDS = 120.0
+SERVER = "URL[#NAME] of a vLLM server, and the served model or adapter (default: its first model)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+
+    def action(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        child = actions.add_parser(name, help=text, allow_abbrev=False)
+        child.add_argument("server", metavar="URL", help=SERVER)
+        child.set_defaults(command=run)
+        return child
+
+    def prompts(child: argparse.ArgumentParser) -> None:
+        child.add_argument(
+            "--prompts",
+            type=Path,
+            metavar="FILE",
+            help='one prompt per line: text or {"prompt": "..."} (default: prompts that come with Hemostat)',
+        )
+
+    def tolerance(child: argparse.ArgumentParser) -> None:
+        child.add_argument(
+            "--tolerance",
+            type=_nats,
+            default=TOLERANCE,
+            metavar="NATS",
+            help=f"mean |difference of log-probabilities| of a sequence that is no change ({TOLERANCE})",
+        )
+
+    take = action("take", "have the server write and score a set of sequences, and store it", _take)
+    take.add_argument("file", type=Path, metavar="FILE", help="the set, to be written")
+    take.add_argument("--overwrite", action="store_true", help="replace FILE")
+    prompts(take)
+    replay = action("replay", "score a stored set again: exit code 0 equal, 1 changed, 2 could not tell", _replay)
+    replay.add_argument("file", type=Path, metavar="FILE", help="the set that take has written")
+    tolerance(replay)
+    compare = action("compare", "compare two servers on the same sequences; exit codes as of replay", _compare)
+    compare.add_argument("other", metavar="URL", help="the server that is compared with the first one")
+    prompts(compare)
+    tolerance(compare)
+
+
+def _nats(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < 100.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no distance in nats; give a number from 0 on, like 0.02")
+    return value
+
+
+def _take(options: argparse.Namespace) -> int:
+    if options.file.exists() and not options.overwrite:
+        raise UsageError(f"{options.file} exists; name another file, or add --overwrite")
+    taken = _run(_take_at(options.server, options.prompts))
+    _write(options.file, taken)
+    print(f"taken: {len(taken.canaries)} sequences of {_described(taken.origin)}, in {options.file}")  # noqa: T201
+    return EQUAL
+
+
+def _replay(options: argparse.Namespace) -> int:
+    taken = _read(options.file)
+
+    async def replay() -> tuple[Comparison, Origin]:
+        async with _client(options.server, taken.origin.model) as client:
+            return await client.compare(taken, options.tolerance), await client.origin()
+
+    found, now = _run(replay())
+    return _say(found, taken.origin, now)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    async def compare() -> tuple[CanarySet, Comparison, Origin]:
+        taken = await _take_at(options.server, options.prompts)
+        async with _client(options.other, None) as client:
+            return taken, await client.compare(taken, options.tolerance), await client.origin()
+
+    taken, found, now = _run(compare())
+    return _say(found, taken.origin, now)
+
+
+def _say(found: Comparison, then: Origin, now: Origin) -> int:
+    """The verdict, in one line, and what else is different."""
+    print(f"{'changed' if found.changed else 'equal'}: {found.summary}")  # noqa: T201
+    names = {"model": "model", "root": "path", "version": "vLLM", "max_model_len": "max_model_len"}
+    for field, name in names.items():
+        if getattr(then, field) != getattr(now, field):
+            print(f"  {name}: {getattr(then, field) or 'unknown'}, now {getattr(now, field) or 'unknown'}")  # noqa: T201
+    return CHANGED if found.changed else EQUAL
+
+
+def _described(origin: Origin) -> str:
+    at = time.strftime("%Y-%m-%d %H:%M", time.localtime(origin.at))
+    return f"{origin.model} on vLLM {origin.version or 'of an unknown version'} at {at}"
+
+
+@asynccontextmanager
+async def _client(server: str, default: str | None) -> AsyncIterator[CanaryClient]:
+    """A client of URL[#NAME]. default: the model where none is named."""
+    from pydantic import SecretStr  # noqa: PLC0415
+
+    from hemostat.canaries.client import CanaryClient  # noqa: PLC0415
+    from hemostat.config.fields import server_url  # noqa: PLC0415
+    from hemostat.reference.server import VllmServer  # noqa: PLC0415
+
+    # A password, which is refused, may have a #.
+    url, _, name = (server, "", "") if "@" in server else server.partition("#")
+    key = os.environ.get(KEY)
+    try:
+        vllm = VllmServer(server_url(url), SecretStr(key) if key else None, timeout=ANSWER_SECONDS)
+    except ValueError as error:
+        raise UsageError(f"URL: {str(error).replace('use api_key', f'set {KEY}')}") from None
+    try:
+        yield await CanaryClient.of(vllm, name or default)
+    finally:
+        await vllm.close()
+
+
+async def _take_at(server: str, prompts: Path | None) -> CanarySet:
+    from hemostat.canaries.prompts import load  # noqa: PLC0415
+
+    loaded = load(prompts)
+    async with _client(server, None) as client:
+        return await client.take(loaded)
+
+
+def _run(work: Coroutine[None, None, T]) -> T:
+    from hemostat.reference.protocol import ReferenceFailure  # noqa: PLC0415
+
+    try:
+        return asyncio.run(work)
+    except ReferenceFailure as failure:
+        raise UsageError(f"could not tell: {failure}") from None
+
+
+def _read(path: Path) -> CanarySet:
+    from hemostat_calibration.canaries import CanarySet  # noqa: PLC0415
+
+    try:
+        return CanarySet.from_bytes(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); hemostat canaries take writes it") from None
+    except HemostatError as error:
+        raise UsageError(f"{path}: {error}; hemostat canaries take writes such a file") from None
+
+
+def _write(path: Path, taken: CanarySet) -> None:
+    try:
+        path.write_bytes(taken.to_bytes())
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror})") from None

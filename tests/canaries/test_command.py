@@ -1,0 +1,205 @@
+"""`hemostat canaries` against a fake vLLM, without anything else of Hemostat."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.support.fake_vllm import FakeVllm, serving
+
+from hemostat.canaries import client
+from hemostat.cli import main
+from hemostat.commands.canaries import CHANGED, EQUAL, TOLERANCE
+from hemostat.reference import server as server_module
+from hemostat_calibration.canaries import REPLAYS, TOLERANCE_NATS, CanarySet
+
+COULD_NOT_TELL = 2
+PROMPTS = "".join(f"p{n}\n" for n in range(16))
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("canaries") / "prompts.txt"
+    path.write_text(PROMPTS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def taken(prompts: Path) -> Path:
+    """A set of a `FakeVllm()`. No test changes it."""
+    path = prompts.with_name("set.json")
+    with pytest.MonkeyPatch.context() as patch, serving(FakeVllm()) as url:
+        patch.setattr(client, "ANSWER_TOKENS", 4)
+        assert main(["canaries", "take", url, str(path), "--prompts", str(prompts)]) == EQUAL
+    return path
+
+
+@pytest.fixture
+def fake() -> FakeVllm:
+    return FakeVllm()
+
+
+@pytest.fixture
+def url(fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(client, "ANSWER_TOKENS", 4)
+    with serving(fake) as url:
+        yield url
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of a command that could not tell."""
+    capsys.readouterr()
+    assert main(["canaries", *arguments]) == COULD_NOT_TELL
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("hemostat: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_the_tolerance_is_the_cores() -> None:
+    assert TOLERANCE == TOLERANCE_NATS
+
+
+def test_a_set_is_taken_in_several_replays_and_says_what_of(
+    url: str, fake: FakeVllm, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "set.json"
+    assert main(["canaries", "take", url, str(path), "--prompts", str(prompts)]) == EQUAL
+    assert "taken: 16 sequences of fake on vLLM 0.32.0" in capsys.readouterr().out
+    found = CanarySet.from_bytes(path.read_bytes())
+    assert (found.origin.model, found.origin.version, found.origin.max_model_len) == ("fake", "0.32.0", 2048)
+    assert found.baseline.shape == (REPLAYS, found.scored)
+    answers = [body for body in fake.requests if "prompt_logprobs" not in body]
+    assert [body["temperature"] for body in answers] == [0.0, 1.0] * 8
+    scored = [body for body in fake.requests if "prompt_logprobs" in body]
+    assert len(scored) == REPLAYS * 16
+    assert len({body["cache_salt"] for body in fake.requests}) == len(fake.requests)
+    expected = (1, 0.0, 0, client.PRIORITY)
+    keys = ("max_tokens", "temperature", "prompt_logprobs", "priority")
+    assert {tuple(body[key] for key in keys) for body in scored} == {expected}
+
+
+def test_an_unchanged_server_is_equal_after_one_replay(
+    taken: Path, url: str, fake: FakeVllm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.requests.clear()
+    assert main(["canaries", "replay", url, str(taken)]) == EQUAL
+    assert capsys.readouterr().out.startswith("equal: 0 of 16 sequences differ")
+    assert len(fake.requests) == 16
+
+
+def test_another_model_under_the_same_name_is_changed_in_two_replays(
+    taken: Path, url: str, fake: FakeVllm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.requests.clear()
+    fake.noise, fake.root = 0.3, "/models/other"
+    assert main(["canaries", "replay", url, str(taken)]) == CHANGED
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("changed: 16 of 16 sequences differ")
+    assert lines[1:] == ["  path: fake, now /models/other"]
+    assert len(fake.requests) == 2 * 16
+    assert main(["canaries", "replay", url, str(taken), "--tolerance", "9"]) == EQUAL
+
+
+def test_two_servers_are_compared(url: str, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(FakeVllm()) as same, serving(FakeVllm(noise=0.3)) as other:
+        assert main(["canaries", "compare", url, same, "--prompts", str(prompts)]) == EQUAL
+        assert main(["canaries", "compare", url, other, "--prompts", str(prompts)]) == CHANGED
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["equal", "changed"]
+
+
+def test_an_adapter_is_asked_for_by_its_name(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], url: str, fake: FakeVllm
+) -> None:
+    fake.adapters = ("lora",)
+    path = tmp_path / "lora.json"
+    assert main(["canaries", "take", f"{url}#lora", str(path), "--prompts", str(prompts)]) == EQUAL
+    assert {body["model"] for body in fake.requests} == {"lora"}
+    assert main(["canaries", "replay", url, str(path)]) == EQUAL  # the model of the set, unless another is named
+    assert "serves fake, lora, not nothing" in refused(["replay", f"{url}#nothing", str(path)], capsys)
+
+
+def test_a_server_that_refuses_the_priority_is_asked_without(taken: Path, url: str, fake: FakeVllm) -> None:
+    fake.refuses_priority = True
+    assert main(["canaries", "replay", url, str(taken)]) == EQUAL
+    assert ["priority" in body for body in fake.requests] == [False] * 16
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        ({"max_logprobs": -1}, "greater than max allowed"),
+        ({"short_prompt_logprobs": True}, "sent prompt_logprobs of"),
+        ({"status": 500}, "answered 500"),
+        ({"max_model_len": 6}, "maximum context length is 6"),
+        ({"last_prompt_logprob": math.nan}, "sent an invalid answer"),
+        ({"last_prompt_logprob": None}, "sent an invalid answer"),
+        ({"vocab_size": 64}, "out of vocabulary"),
+        ({"hang": True}, "no answer in time"),
+    ],
+)
+def test_a_server_that_cannot_be_asked_is_one_line(
+    fault: dict[str, object],
+    text: str,
+    taken: Path,
+    url: str,
+    fake: FakeVllm,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if "hang" in fault:
+        monkeypatch.setattr(server_module, "CONNECT_SECONDS", 0.5)
+        monkeypatch.setattr("hemostat.commands.canaries.ANSWER_SECONDS", 0.5)
+    for name, value in fault.items():
+        assert hasattr(fake, name)
+        setattr(fake, name, value)
+    assert text in refused(["replay", url, str(taken)], capsys)
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"", "0 prompts; give 16 to 256"),
+        (b"one prompt\n", "1 prompts; give 16 to 256"),
+        (b"\xff\xfe", "1: not UTF-8"),
+        (b'{"prompt": 3}', "1: no prompt"),
+        (b'{"prompt": ""}', "1: prompt is empty"),
+        (b"x\n" * 300, "300 prompts"),
+    ],
+)
+def test_a_prompt_file_that_is_none_is_one_line(
+    data: bytes, text: str, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(data)
+    assert text in refused(["take", url, str(tmp_path / "set"), "--prompts", str(path)], capsys)
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_set_that_is_none_is_one_line(
+    taken: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = taken.read_bytes()
+    broken = tmp_path / "broken"
+    for content in (b"", data[: len(data) // 2], b"[1]", b'{"schema": 1, "state": {}}'):
+        broken.write_bytes(content)
+        assert "hemostat canaries take writes such a file" in refused(["replay", url, str(broken)], capsys)
+    assert "cannot be read (No such file" in refused(["replay", url, str(tmp_path / "none")], capsys)
+    assert "exists; name another file, or add --overwrite" in refused(["take", url, str(taken)], capsys)
+    assert "is no distance in nats" in refused(["replay", url, str(taken), "--tolerance", "-1"], capsys)
+    assert "URL: " in refused(["replay", "localhost:1", str(taken)], capsys)
+
+
+def test_prompts_that_are_too_long_are_cut_to_what_may_be_replayed(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "MAX_TOKENS", 240)
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"{n}\n{n} {'x' * 900}\n" for n in range(10, 18)))
+    assert main(["canaries", "take", url, str(tmp_path / "set"), "--prompts", str(path)]) == EQUAL
+    found = CanarySet.from_bytes((tmp_path / "set").read_bytes())
+    assert 224 <= found.tokens <= 240
+    assert sorted({len(one.prompt) for one in found.canaries}) == [2, 18]

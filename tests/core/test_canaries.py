@@ -1,0 +1,150 @@
+"""The test of canaries: who is called changed, who never is, and which sets are refused."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from hemostat_calibration.arrays import Floats
+from hemostat_calibration.canaries import (
+    ALPHA_PER_YEAR,
+    REPLAYS_PER_YEAR,
+    Canary,
+    CanarySet,
+    Origin,
+    shortest,
+    votes_needed,
+)
+from hemostat_calibration.errors import InvalidArgumentError
+
+LENGTHS = [20, 30, 45, 300] * 10
+NOISE = 0.02
+
+
+def canaries(lengths: list[int] = LENGTHS) -> tuple[Canary, ...]:
+    return tuple(Canary("chat", np.arange(n - 8, dtype=np.int32), np.arange(8, dtype=np.int32)) for n in lengths)
+
+
+class World:
+    """An engine whose replays differ by noise with heavy tails."""
+
+    def __init__(self, seed: int = 0, noise: float = NOISE) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.noise = noise
+        self.true = -self.rng.exponential(2.0, sum(one.scored for one in canaries()))
+        self.taken = CanarySet(canaries(), np.stack([self.replay() for _ in range(4)]), Origin("m"))
+
+    def replay(self, shift: float | Floats = 0.0, noise: float | None = None) -> Floats:
+        size = len(self.true)
+        jitter = self.rng.standard_t(3, size) * (self.noise if noise is None else noise)
+        return self.true + jitter + shift * self.rng.choice([-1.0, 1.0], size)
+
+
+def test_an_unchanged_engine_has_few_votes_and_no_year_of_it_reaches_the_threshold() -> None:
+    votes = []
+    for seed in range(40):
+        world = World(seed)
+        votes += [world.taken.compare(world.replay(), 0.0).votes for _ in range(10)]
+    # Each sequence votes with a probability of at most 1 / 5, less as the present one is compared with a mean of four.
+    assert 0.05 < np.mean(votes) / len(LENGTHS) <= 0.2
+    assert max(votes) < votes_needed(len(LENGTHS), 4)
+
+
+def test_the_threshold_is_the_smallest_that_keeps_a_year_of_replays_within_one_percent() -> None:
+    def tail(count: int) -> float:
+        return sum(math.comb(50, k) * 0.2**k * 0.8 ** (50 - k) for k in range(count, 51))
+
+    needed = votes_needed(50, 4)
+    assert tail(needed) * REPLAYS_PER_YEAR <= ALPHA_PER_YEAR < tail(needed - 1) * REPLAYS_PER_YEAR
+
+
+@pytest.mark.parametrize("shift", [2.5 * NOISE, 0.3])
+def test_a_shift_above_the_noise_is_found_at_the_first_replay(shift: float) -> None:
+    for seed in range(10):
+        world = World(seed)
+        assert world.taken.compare(world.replay(shift), 0.0).changed
+
+
+def test_a_few_sequences_that_are_far_away_are_no_change() -> None:
+    world = World()
+    shift = np.zeros(len(world.true))
+    shift[:200] = 5.0
+    found = world.taken.compare(world.replay(shift), 0.0)
+    assert 3 <= found.votes < found.needed
+    assert found.nats < 2 * NOISE
+
+
+def test_differences_within_the_tolerance_are_none() -> None:
+    world = World(noise=0.0)  # an engine that computes the same to the last bit
+    now = world.replay(0.008)
+    assert world.taken.compare(now, 0.0).votes == len(LENGTHS)
+    assert world.taken.compare(now, 0.01).votes == 0
+
+
+def test_the_engine_that_differs_from_the_others_is_named_whatever_all_were_before() -> None:
+    world = World()
+    moved = world.true + 0.5 * world.rng.choice([-1.0, 1.0], len(world.true))  # all run another version than then
+    replays = {f"engine {n}": moved + world.rng.standard_t(3, len(moved)) * NOISE for n in range(4)}
+    replays["engine 2"] = replays["engine 2"] + world.rng.choice([-0.08, 0.08], len(moved))
+    found = world.taken.compare_engines(replays)
+    assert [name for name, one in found.items() if one.changed] == ["engine 2"]
+
+
+def test_of_two_engines_that_differ_both_are_named_and_one_alone_is_not_compared() -> None:
+    world = World()
+    found = world.taken.compare_engines({"a": world.replay(), "b": world.replay(0.2)})
+    assert [one.changed for one in found.values()] == [True, True]
+    assert world.taken.compare_engines({"a": world.replay(0.2)}) == {}
+    alike = world.taken.compare_engines({"a": world.replay(), "b": world.replay()})
+    assert not any(one.changed for one in alike.values())
+
+
+def test_the_distance_from_the_reference_is_that_of_then_and_of_now() -> None:
+    world = World(noise=0.0)
+    taken = CanarySet(world.taken.canaries, world.taken.baseline, Origin("m"), world.true - 0.25)
+    assert world.taken.from_reference(world.true) is None
+    assert taken.from_reference(world.true + 0.5) == pytest.approx((0.25, 0.75))
+
+
+def test_an_adapter_gets_the_shortest_sequences() -> None:
+    chosen = shortest(canaries())
+    assert len(chosen) == 20
+    assert max(one.tokens for one in chosen) <= 31
+
+
+def test_a_set_is_read_as_it_was_written() -> None:
+    world = World()
+    read = CanarySet.from_bytes(world.taken.to_bytes())
+    assert read.origin == world.taken.origin
+    assert [one.ids for one in read.canaries] == [one.ids for one in world.taken.canaries]
+    assert np.array_equal(read.baseline, world.taken.baseline)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda data: data[:-200], "not a stored CanarySet"),
+        (lambda data: b"", "not a stored CanarySet"),
+        (lambda data: data.replace(b'"schema":1', b'"schema":9'), "has schema 9"),
+        (lambda data: data.replace(b'"model"', b'"modul"'), "CanarySet.origin.model is missing"),
+    ],
+)
+def test_a_damaged_set_is_one_line(change: object, text: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=text) as caught:
+        CanarySet.from_bytes(change(World().taken.to_bytes()))  # type: ignore[operator]
+    assert "\n" not in str(caught.value)
+
+
+def test_sets_that_can_say_nothing_are_refused() -> None:
+    few, long = canaries([30] * 15), canaries([300] * 17)
+    for sequences, text in ((few, "15 canaries"), (long, "5117 tokens")):
+        with pytest.raises(InvalidArgumentError, match=text):
+            CanarySet(sequences, np.zeros((4, sum(one.scored for one in sequences))), Origin("m"))
+    good = canaries([30] * 16)
+    for baseline in (np.zeros((4, 7)), np.full((4, 464), np.nan), np.zeros((1, 464))):
+        with pytest.raises(InvalidArgumentError, match="baseline is no table of 464"):
+            CanarySet(good, baseline, Origin("m"))
+    with pytest.raises(InvalidArgumentError, match="too few for a statement"):
+        votes_needed(16, 1)
