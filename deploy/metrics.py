@@ -39,8 +39,8 @@ ELSE = ""
 ARMS: Values = {
     Arm.CONTROL: "randomly assigned to get no profile, while a profile serves",
     Arm.TREATED: "randomly assigned, and the profile was requested from the engine",
-    Arm.NONE: "in no comparison: no profile serves, it cannot be scored, opted out, pinned, or excluded for another "
-    "technical reason",
+    Arm.NONE: "in no comparison: no profile serves, or the request cannot be scored, opted out, is pinned, or has "
+    "another technical reason",
 }
 SHADOW_REASONS: dict[str, Values] = {
     outcome: {reason.value: reason.meaning for reason in Unscored if reason.outcome is outcome}
@@ -69,7 +69,7 @@ ENGINE_EVENTS: Values = {
     "agent_errors": "bugs in the plugin's thread, see vLLM's log",
     "adapters_loaded": "adapters of Hemostat's that were loaded",
     "adapters_failed": "adapters that could not be loaded, see vLLM's log",
-    "adapters_evicted": "adapters of Hemostat's that gave their slot to another one",
+    "adapters_evicted": "adapters of Hemostat's that were unloaded to free a slot",
 }
 CALIBRATION_REASONS: Values = {
     "assigned": "randomly, to `control` or `treated`",
@@ -160,8 +160,8 @@ LABELS: dict[str, dict[str, Values | str]] = {
     "end": {
         "": {
             ENDED: "by the end marker",
-            CUT: "not: the length limit cut the output",
-            STOPPED: "not: the model ended the output inside its thinking",
+            CUT: "it did not end: the length limit cut the output",
+            STOPPED: "it did not end: the model ended the output inside its thinking",
             NONE: "there was no thinking",
         }
     },
@@ -267,7 +267,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
         names.ENGINE_EVENTS: ENGINE_EVENTS,
         names.ENGINE_ANSWERS: {
             "received": "answers that reached the control process",
-            "dropped": "answers that nobody took in time, or that exceeded the control process's buffer",
+            "dropped": "answers that were not used in time, or that exceeded the control process's buffer",
             "dropped_at_engine": "answers that vLLM's API server could not record or send, or had no room for",
         },
         names.FEATURES_DROPPED: {
@@ -294,18 +294,18 @@ LABELS: dict[str, dict[str, Values | str]] = {
             Reason.EVIDENCE: "held-out requests prove that it helps",
             Reason.HARM: "held-out requests prove that it harms",
             Reason.UNSUPPORTED: "its gain was not proven again within a window",
-            Reason.OUTCOMES: "an outcome that people notice became worse by more than the margin; the kind is held",
+            Reason.OUTCOMES: "an outcome of answers became worse by more than the margin; the kind is held",
             Reason.SLOT: "an adapter that is better in most of its traffic takes its slot in the engine, or the "
             "engines were started with fewer slots than adapters serve",
-            Reason.EVICTED: "another kind of traffic is more frequent, and took the place of this one",
+            Reason.EVICTED: "another kind of traffic is more frequent and has replaced this one",
             Reason.LEARNED: "proposed by the calibrator",
             Reason.OPERATOR: "an operator's decision",
             Reason.OTHER_MODEL: "the served model has changed",
             Reason.LOST: "at a restart, the store does not hold the profile, or it cannot be read",
-            Reason.SETTINGS: "at a restart, the settings are others, and do not allow it: the event says which",
+            Reason.SETTINGS: "at a restart, the settings have changed and do not allow it: the event says which",
             Reason.PROBE: "the engine does not apply it as a copy of the model does",
             Reason.NEWER: "a newer candidate takes its place",
-            Reason.UNPROVEN: "not proven within the number of requests after which it makes room for others",
+            Reason.UNPROVEN: "not proven within the number of requests after which a candidate is replaced",
         },
         names.RESPONSES_FINISHED: (
             f"vLLM's finish_reason: {', '.join(f'`{name}`' for name in sorted(outcomes.FINISH_REASONS))}, else `other`"
@@ -318,15 +318,15 @@ LABELS: dict[str, dict[str, Values | str]] = {
             "failed": "the upstream did not answer, or `adapter.folder` could not be written",
         },
         names.ADAPTER_PROBES: {
-            PASSED: "as it should be",
-            FAILED: "not as it should be: nothing asks for the adapter, or for any",
+            PASSED: "the engine behaves as required",
+            FAILED: "it does not: no request uses the adapter, or any adapter",
             ERROR: "the upstream did not answer, or with an error",
             WAITING: "the copy of the model did not answer",
         },
     },
     "probe": {
         "": {
-            ISOLATION: "requests without an adapter are left alone in a batch with adapters",
+            ISOLATION: "adapters do not affect requests without one in the same batch",
             AGREEMENT: "the engine's log-probabilities, with an adapter and without, are those of our copy",
         }
     },
@@ -354,7 +354,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
         "": {
             "wanted": "they serve, or are tested",
             "loaded": "the engine lists them; of several engines, the one that lists most",
-            "ready": "the engine has them, and the probes have passed: requests ask for them; of several engines, the "
+            "ready": "the engine has them, and the probes have passed: requests use them; of several engines, the "
             "one with most",
         }
     },

@@ -129,7 +129,7 @@ def test_what_adapters_correct_and_why_none_serves(page: Page, one: Served) -> N
     before = [(part, part.status) for part in say.parts(one.control)]
     try:
         one.do(lambda control: say.report(control, say.learner(), say.judge(), say.engine()))
-        expect(page.locator("main")).to_contain_text("1 adapter may be asked for: 943966cb.")
+        expect(page.locator("main")).to_contain_text("1 adapter can be used by requests: 943966cb.")
         text = page.locator("main").inner_text()
         for told in (
             "943966cb from 2,000 tokens in 49 s; ",
@@ -157,7 +157,7 @@ def test_what_adapters_correct_and_why_none_serves(page: Page, one: Served) -> N
         building = say.learner(state="building", detail="layer 4 of 30", last_build=failed)
         one.do(lambda control: say.report(control, building, say.judge(), out))
         main = page.locator("main")
-        expect(main).to_contain_text("No request asks for an adapter: vLLM runs without --enable-lora.")
+        expect(main).to_contain_text("No request uses an adapter: vLLM runs without --enable-lora.")
         expect(main).to_contain_text("building: layer 4 of 30")
         expect(main).to_contain_text("the last build failed (memory): more than adapter.memory_mib")
     finally:

@@ -1,4 +1,4 @@
-"""What the control process knows of the engines: their health, their drain, and which one is not like the others."""
+"""What the control process knows of the engines: their health, their drain, and which one is an outlier."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ async def test_the_engine_that_differs_is_named_and_that_survives_a_restart(tmp_
         per_token = {row["engine"]: row["kl_nats"] for row in one.measured.by_engine.report()}
         assert per_token[C] < min(per_token[A], per_token[B], per_token[D])
         await one.writer.write()
-        assert f"engine {C} is not like the others" in {event["why"] for event in one.store.read().events}
+        assert f"engine {C} is an outlier" in {event["why"] for event in one.store.read().events}
     async with control(tmp_path, made) as one:
         assert one.measured.by_engine.outliers == {C}
 

@@ -1,4 +1,4 @@
-"""The test of which engine is not like the others. Simulated worlds: tests/bench/faults/."""
+"""The test of which engine is an outlier. Simulated worlds: tests/bench/faults/."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """The dashboards' panels that are empty in the live run (test_live.py): those about adapters, a reasoning model's
-thinking and an engine that is not like the others. A real Prometheus scrapes what the metrics' catalogue exports."""
+thinking and an outlier engine. A real Prometheus scrapes what the metrics' catalogue exports."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def samples() -> Iterator[Sample]:
 
 SCRAPES = itertools.count(1)
 EXPECTED = {
-    "Evidence that an engine is not like the others (B)": {("b:8000",): 1.0},
+    "Evidence that an engine is an outlier (B)": {("b:8000",): 1.0},
     "KL by phase, last 30 minutes (A)": {("thinking",): 0.25, ("answer",): 0.5},
     "Thinking that does not end, by arm, last 30 minutes (A)": {("control",): 3 / 8, ("treated",): 3 / 8},
     "Tokens of thinking per answer, by arm, last 30 minutes (A)": {("control",): 40.0, ("treated",): 40.0},

@@ -266,7 +266,7 @@ def many_kinds(state: State) -> None:
 
 
 def many_engines(state: State) -> None:
-    """8 engines, one of them failing and one that is not like the others."""
+    """8 engines, one of them failing and one that is an outlier."""
     named = [f"10.0.0.{n}:8000" for n in range(1, 9)]
     outlier = engine("x")["figures"] | {"outlier": True, "farther": True, "evidence": 1.2, "kl_nats": 0.29,
                                     "since": state.at - 4000, "on_tokens": 4100}  # fmt: skip

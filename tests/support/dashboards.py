@@ -16,7 +16,7 @@ FILES = sorted(FOLDER.glob("*.json"))
 ALL = {"namespace": ".*", "model": ".*", "route": ".*"}
 """What the variables stand for when a dashboard is opened: their `allValue`."""
 EMPTY_LIVE = {
-    "Evidence that an engine is not like the others (B)": "there is one engine",
+    "Evidence that an engine is an outlier (B)": "there is one engine",
     "KL by phase, last 30 minutes (A)": "the model does not think",
     "Thinking that does not end, by arm, last 30 minutes (A)": "the model does not think",
     "Tokens of thinking per answer, by arm, last 30 minutes (A)": "the model does not think",

@@ -1,4 +1,4 @@
-"""Which of several engines is not like the others: one with a wrong scale, a stale checkpoint, another quantization.
+"""Which of several engines is an outlier: one with a wrong scale, a stale checkpoint, another quantization.
 
 The unit is a scored request that is one of the independent units (the first of its conversation), its figure is any
 number that says how far its engine was from the reference, such as the mean KL divergence of its tokens. Units are

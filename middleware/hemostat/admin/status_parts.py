@@ -120,7 +120,7 @@ class UpstreamStatus(msgspec.Struct, frozen=True):
     resent: int
     ejections: int
     figures: Report
-    """What was scored of it, and whether it is like the others: `measurement.by_engine`. Empty before that."""
+    """What was scored of it, and whether it is an outlier: `measurement.by_engine`. Empty before that."""
     holds: list[str] | None
     """The profile versions that its plugin holds; None while it is not known which of the engines that report it is.
     With one upstream address, what all engines hold. Adapters: `adapter.engine`."""

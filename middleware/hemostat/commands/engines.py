@@ -12,7 +12,7 @@ from hemostat.commands.arguments import UsageError
 from hemostat_calibration.messages import shown_address
 
 HELP = "show the engines behind a running hemostat serve; drain one, or end its drain"
-COLUMNS = ("engine", "state", "in progress", "requests", "KL nats", "like the others", "profiles held")
+COLUMNS = ("engine", "state", "in progress", "requests", "KL nats", "outlier", "profiles held")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,14 +67,14 @@ def table(engines: Sequence[dict[str, Any]]) -> str:
 def _row(engine: dict[str, Any]) -> tuple[str, ...]:
     figures, held = engine["figures"], engine["holds"]
     kl = figures.get("kl_nats")
-    farther = "farther from" if figures.get("farther") else "closer to"
+    farther = "further from" if figures.get("farther") else "closer to"
     return (
         engine["engine"],
         _state(engine),
         str(engine["outstanding"]),
         str(engine["requests"]),
         "-" if kl is None else f"{kl:.4f}",
-        f"no, {farther} the reference" if figures.get("outlier") else "yes" if figures.get("requests") else "-",
+        f"yes, {farther} the reference" if figures.get("outlier") else "no" if figures.get("requests") else "-",
         "not known" if held is None else str(len(held)),
     )
 

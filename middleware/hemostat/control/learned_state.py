@@ -66,7 +66,7 @@ class LearnedState:
         if self._about is None or self._about.agrees_with(models):
             self._about = models.completed_by(self._about)
             return
-        log.warning("temperature and bias are learned anew: the models are others than those that they were learned of")
+        log.warning("temperature and bias are learned anew: the models have changed")
         self._proposals.forget_learned()
         self._about = models
 

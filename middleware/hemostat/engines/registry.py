@@ -69,7 +69,7 @@ class EngineRegistry:
             raise InvalidEngineMessage(f"world_size is {report.world_size}: other ranks of this engine report another")
         loaded = next((rank.report.weights for rank in ranks.values() if rank.report.weights), "")
         if loaded and report.weights not in {"", loaded}:
-            raise InvalidEngineMessage("weights are others than this engine has reported before")
+            raise InvalidEngineMessage("weights: not those that this engine has reported before")
         ranks[report.rank] = _Rank(report, now)
         while len(self._engines) > MAX_ENGINES:
             self._forget(next(iter(self._engines)))

@@ -116,7 +116,7 @@ class InterceptedExchange:
 
     @property
     def draws_engine(self) -> bool:
-        """Of sampled requests: which engine is not like the others is judged by them."""
+        """Of sampled requests: by them it is tested which engine is an outlier."""
         return self._sampled and self._skipped is None
 
     def sent_to(self, engine: str, *, drawn: bool) -> None:

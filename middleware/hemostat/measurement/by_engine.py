@@ -1,4 +1,4 @@
-"""The figures of each engine, and which of several is not like the others.
+"""The figures of each engine, and which of several is an outlier.
 
 The test is `hemostat_calibration.alarm.outlier_engine`; a stratum is a kind of traffic with what was applied to it. A
 request counts in the test only if it is an observation of its own, and Hemostat drew its engine at random; in the sums
@@ -96,14 +96,15 @@ class ByEngine:
 
     @property
     def outliers(self) -> frozenset[str]:
-        """The engines that are not like the others."""
+        """The engines that are outliers."""
         return frozenset() if self.off else self._raised
 
     def _note(self) -> None:
         raised = frozenset(one.engine for one in outlier_engine.readings(self._test) if one.raised is not None)
         for engine in sorted(raised ^ self._raised):
-            like = "is not like the others" if engine in raised else "is like the others again"
-            self._record(f"engine {engine} {like}", next((row for row in self.report() if row["engine"] == engine), {}))
+            state = "is an outlier" if engine in raised else "is no outlier any more"
+            evidence = next((row for row in self.report() if row["engine"] == engine), {})
+            self._record(f"engine {engine} {state}", evidence)
         changed, self._raised = raised != self._raised, raised
         if changed:
             self.save()

@@ -111,8 +111,8 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             names.EFFECTIVE_REQUESTS,
             "gauge",
             "requests",
-            "Requests divided by their variance inflation: so many independent ones would say as much. 0 where that is "
-            "not known.",
+            "Requests divided by their variance inflation: the number of independent requests with "
+            "the same information; 0 where that is not known.",
             ("kind", "figure"),
         ),
         Metric(
@@ -388,15 +388,15 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             names.PROFILE_KIND_TOTAL_VARIATION_GAIN,
             "gauge",
             "ratio",
-            "The same of the total variation, where an adapter serves the kind: by this it is judged.",
+            "Mean gain in total variation where an adapter serves the kind: the figure by which adapters are judged.",
             ("kind", "weighting"),
         ),
         Metric(
             names.PROFILE_KIND_EVIDENCE_RATIO,
             "gauge",
             "ratio",
-            "Evidence for the candidate that is nearest to its promotion in a kind, as a part of what is needed (log "
-            "scale; 1: proven).",
+            "Evidence for the candidate that is nearest to its promotion in a kind, as a fraction of the required "
+            "evidence (log scale; 1: proven).",
             ("kind",),
         ),
         Metric(names.PROFILE_ROLLBACKS, "counter", "profiles", "Profiles rolled back."),
@@ -421,7 +421,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             names.ADAPTERS,
             "gauge",
             "adapters",
-            "Adapters that should be loaded at the engines, are loaded, and may be asked for.",
+            "Adapters that should be loaded at the engines, are loaded, and are ready for requests.",
             ("state",),
         ),
         Metric(names.ADAPTER_LOADS, "counter", "attempts", "Attempts to load an adapter at the upstream.", ("result",)),
@@ -438,7 +438,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             names.ADAPTER_BUILDS,
             "counter",
             "builds",
-            "Attempts to make an adapter, by what came of them.",
+            "Attempts to make an adapter, by outcome.",
             ("outcome",),
         ),
         Metric(names.ADAPTER_RANK, "gauge", "ranks", "Largest rank of a layer of the last adapter that was made."),
@@ -465,7 +465,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             names.ADAPTER_JUDGE_DROPPED,
             "counter",
             "requests",
-            "Held-out requests that went on without exact distances, by reason.",
+            "Held-out requests that were used without exact distances, by reason.",
             ("reason",),
         ),
     ),
@@ -476,7 +476,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             names.RESPONSES_FINISHED,
             "counter",
             "choices",
-            "Choices of all generations that passed by, sampled or not, by arm and finish_reason.",
+            "Choices of all generations, sampled or not, by arm and finish_reason.",
             ("arm", "reason"),
         ),
         Metric(
@@ -490,7 +490,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             names.REPETITION_LOOPS,
             "counter",
             "responses",
-            "Of all generations, those that end in one block of text over and over.",
+            "Of all generations, those that end in repetitions of one block of text.",
             ("arm",),
         ),
         Metric(
@@ -528,7 +528,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             names.RECORDS_LOST,
             "counter",
             "requests",
-            "Scored requests that could not be written to `records.path`, as to a full disk. Writing is tried again.",
+            "Scored requests that could not be written to `records.path`, such as to a full disk; it is tried again.",
         ),
         Metric(
             names.OUTCOME_ERRORS,

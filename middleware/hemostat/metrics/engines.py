@@ -11,7 +11,7 @@ UPSTREAM_METRICS = (
         names.UPSTREAM_UP_RATIO,
         "gauge",
         "ratio",
-        "Part of the relay processes that take the engine for healthy: below 1 some have ejected it.",
+        "Fraction of the relay processes that consider the engine healthy: below 1 some have ejected it.",
         _ENGINE,
     ),
     Metric(names.UPSTREAM_DRAINED, "gauge", "0 or 1", "1 while an operator drains the engine.", _ENGINE),
@@ -28,7 +28,7 @@ UPSTREAM_METRICS = (
         names.ENGINE_OUTLIER,
         "gauge",
         "0 or 1",
-        "1 while the engine is proven not to be like the others; false for any engine with a probability of at most "
+        "1 while the engine is proven to be an outlier; false for any engine with a probability of at most "
         "1 %. Absent where engines are not compared (`outlier_engine` of the status).",
         _ENGINE,
     ),
@@ -36,7 +36,7 @@ UPSTREAM_METRICS = (
         names.ENGINE_OUTLIER_EVIDENCE_RATIO,
         "gauge",
         "ratio",
-        "Evidence that the engine is not like the others, as a part of what is needed (logarithms).",
+        "Evidence that the engine is an outlier, as a fraction of the required evidence (log scale).",
         _ENGINE,
     ),
 )
@@ -60,6 +60,6 @@ PLUGIN_METRICS = (
         names.ENGINE_ANSWERS_PAUSED,
         "gauge",
         "0 or 1",
-        "1: too many answers got lost, so that sampled requests ask for logprobs in their responses for some time.",
+        "1 while sampled requests ask for logprobs in their responses, because too many answers were lost.",
     ),
 )

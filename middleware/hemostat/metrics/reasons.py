@@ -61,7 +61,7 @@ class Unscored(StrEnum):
     OPTED_OUT = "opted_out", SKIPPED, REQUEST, "the client sent `X-Hemostat-Shadow: off`"
     ON_NOT_ALLOWED = "on_not_allowed", SKIPPED, REQUEST, "the client sent `on`, and `shadow.allow_on` is not set"
     ROUTE = "route", SKIPPED, RELAY, (
-        "neither of `/v1/chat/completions`, `/v1/completions`, `/v1/responses` and `/v1/messages`"
+        "none of `/v1/chat/completions`, `/v1/completions`, `/v1/responses` and `/v1/messages`"
     )
     ENCODED = "encoded", SKIPPED, REQUEST | RELAY, "the request's or the answer's body is compressed"
     BODY_TOO_LARGE = "body_too_large", SKIPPED, REQUEST, (
@@ -79,7 +79,7 @@ class Unscored(StrEnum):
     )
     N = "n", SKIPPED, REQUEST, (
         "more than 16 choices; or several with tools, in a stream without usage, where nothing shows lost ids; or "
-        "several in an arm, where the engine's plugin does not tell by choice which profile it applied"
+        "several in an arm, where the engine's plugin does not report by choice which profile it applied"
     )
     BEAM_SEARCH = "beam_search", SKIPPED, REQUEST, "beam search"
     GRAMMAR = "grammar", SKIPPED, REQUEST, (
@@ -96,8 +96,8 @@ class Unscored(StrEnum):
     HIDDEN_REASONING = "hidden_reasoning", SKIPPED, REQUEST, "vLLM hides the reasoning's token ids"
     MULTIMODAL = "multimodal", SKIPPED, REQUEST, "images, audio or embeddings in the prompt"
     NO_TOKEN_IDS = "no_token_ids", SKIPPED, REQUEST, (
-        "a response of `/v1/responses` or `/v1/messages` does not tell the ids of tokens, and the engine's plugin "
-        "does not hand them out"
+        "a response of `/v1/responses` or `/v1/messages` has no ids of tokens, and the engine's plugin does not report "
+        "them"
     )
     BACKGROUND = "background", SKIPPED, REQUEST, (
         "the answer of `/v1/responses` is computed in the background and fetched later"
@@ -106,10 +106,10 @@ class Unscored(StrEnum):
         "the conversation's beginning is in vLLM's memory (`previous_response_id`)"
     )
     NO_ANSWER = "no_answer", SKIPPED, CONTROL, (
-        "the engine's plugin did not hand out the answer in time; see `hemostat_engine_answers_total`"
+        "the engine's plugin did not report the answer in time; see `hemostat_engine_answers_total`"
     )
     ANSWER_MISMATCH = "answer_mismatch", SKIPPED, CONTROL, (
-        "what the engine's plugin handed out is not the whole answer: other choices, or another number of tokens than "
+        "what the engine's plugin reported is not the whole answer: other choices, or another number of tokens than "
         "vLLM counted; so are all requests for which the server calls its own tools"
     )
     TOO_LONG = "too_long", SKIPPED, REQUEST | RELAY | CONTROL, "longer than `shadow.max_tokens`"

@@ -183,7 +183,7 @@ class WithDistances:
 
 @dataclass(frozen=True, slots=True)
 class ModelTests:
-    """The tests of the compressed model: the alarm, and which engine is not like the others."""
+    """The tests of the compressed model: the alarm, and which engine is an outlier."""
 
     alarms: Alarms
     by_engine: ByEngine

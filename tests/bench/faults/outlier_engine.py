@@ -1,4 +1,4 @@
-"""The engine that is not like the others: how often one is named that is, and how soon one that is not.
+"""The outlier engine: how often one is named that is none, and how soon one that is.
 
 Simulated lives of the test that decides in production (`hemostat_calibration.alarm.outlier_engine`), with four engines
 where nothing else is said. Null worlds: every engine serves the same model, and whatever else may differ does. Real

@@ -13,7 +13,7 @@ const GROUPS = {
   arm: ["arm", (s) => ["control", "treated", "none"].filter((arm) => s.arms[arm]).map((arm) => [arm, s.arms[arm]]), "that calibration helps while the interval of treated minus control contains 0."],
   stage: ["stage, on the same tokens", (s) => (s.calibrated.raw_same_requests ? [["raw", { ...s.calibrated.raw_same_requests, requests: s.calibrated.requests }], [`calibrated by ${s.profile.version.slice(0, 8)}`, s.calibrated]] : []),
     "what clients got; for that, group by arm."],
-  position: ["position in the output", (s) => s.places.position.map((r) => [r.place, r]), "that the position is the cause; long texts are also other texts."],
+  position: ["position in the output", (s) => s.places.position.map((r) => [r.place, r]), "that the position is the cause; long texts also differ in content."],
   context: ["tokens before", (s) => s.places.context.map((r) => [r.place, r]), "that the length is the cause. A quantized KV cache can make errors grow with the context."],
   phase: ["phase of a reasoning model", (s) => s.places.phase.map((r) => [r.place, r]), "all answers; those longer than shadow.max_tokens are not scored."],
   grammar: ["kind, under a grammar", (s) => (s.conditional.raw.requests ? [["all, on the allowed ids", s.conditional.raw], ...s.conditional.kinds.map((k) => [k.kind, k.raw])] : []),

@@ -4,7 +4,7 @@ import { Action, Bar, Chart, Coloured, Explain, Facts, html, Link, Section, Tabl
 import { marks } from "./events.js";
 
 const stateOf = (e) => (e.drained ? "drained" : !e.up ? html`<${Coloured} as="bad">failing<//>` : e.up === e.relays ? "up" : html`<${Coloured} as="wait">up for ${e.up} of ${plural(e.relays, "relay")}<//>`);
-const like = (f) => (f.outlier ? html`<${Coloured} as="bad">no: ${f.farther ? "further from" : "closer to"} the reference, on ${plural(f.on_tokens, "token")}<//>` : f.requests ? "yes" : NONE);
+const outlier = (f) => (f.outlier ? html`<${Coloured} as="bad">yes: ${f.farther ? "further from" : "closer to"} the reference, on ${plural(f.on_tokens, "token")}<//>` : f.requests ? "no" : NONE);
 const holds = (e) => (e.holds ? (e.holds.length ? e.holds.map((version, n) => html`${n ? ", " : ""}<${Version} of=${version} />`) : "no profile") : "not known");
 
 export function Engines(data) {
@@ -14,8 +14,8 @@ export function Engines(data) {
       ["engine", (e) => html`<${Link} to=${["engines", e.engine]}>${e.engine}<//>`, (e) => e.engine], ["state", stateOf, (e) => e.up / (e.relays || 1)],
       ["in progress", (e) => whole(e.outstanding), (e) => e.outstanding], ["requests", (e) => whole(e.requests), (e) => e.requests], ["sent again", (e) => whole(e.resent), (e) => e.resent],
       ["ejections", (e) => whole(e.ejections), (e) => e.ejections], ["KL, nats per token", (e) => nats(e.figures.kl_nats), (e) => e.figures.kl_nats],
-      ["like the others", (e) => like(e.figures), (e) => e.figures.evidence], ["holds", holds]]} />
-    <${Explain} asks="Which engine is not like the others?" not="that the engine is broken: another checkpoint, flag or GPU can be the cause.">Of one kind of traffic and one profile, each engine is compared with the others, by request. ${s.outlier_engine.state === "off" && html`Off: ${s.outlier_engine.detail}.`}<//>
+      ["outlier", (e) => outlier(e.figures), (e) => e.figures.evidence], ["holds", holds]]} />
+    <${Explain} asks="Which engine is an outlier?" not="that the engine is broken: another checkpoint, flag or GPU can be the cause.">Of one kind of traffic and one profile, each engine is compared with the others, by request. ${s.outlier_engine.state === "off" && html`Off: ${s.outlier_engine.detail}.`}<//>
     <h2>All traffic</h2>
     <${Chart} label="Requests per second over time" height=${170} time=${past.time} show=${(x) => fixed(x, 2)} marks=${marks(data)}
       series=${[["requests/s", "--accent", perSecond(past, "requests")], ["failed/s", "--bad", perSecond(past, "failed")]]} />
@@ -36,7 +36,7 @@ export function Engine({ s, name }) {
       ["requests", `${whole(e.requests)}, ${whole(e.outstanding)} in progress, ${whole(e.resent)} sent again to another engine`],
       ["ejections", whole(e.ejections)],
       ["KL, nats per token", known(f.kl_nats) ? `${nats(f.kl_nats)} on ${plural(f.tokens, "token")}` : "nothing scored yet"],
-      ["like the others", html`${like(f)}${known(f.since) ? ` since ${when(f.since)}, for ${lasted(s.at - f.since)}` : ""}`],
+      ["outlier", html`${outlier(f)}${known(f.since) ? ` since ${when(f.since)}, for ${lasted(s.at - f.since)}` : ""}`],
       ["holds", holds(e)]]} />
     ${f.requests > 0 && html`<p>Evidence that it differs: ${percent(f.evidence, 0)} of what raises the alarm</p><${Bar} share=${f.evidence} bad=${f.outlier} />`}<//>`;
 }

@@ -132,7 +132,7 @@ function Checklist({ s }) {
 
 const ADVICE = {
   HemostatNoRelays: "Test the data port; the supervisor's log says why relays ended.",
-  HemostatUpstreamDown: "Repair vLLM. Hemostat needs no action: it goes on when vLLM answers.",
+  HemostatUpstreamDown: "Repair vLLM. Hemostat needs no action: it continues when vLLM answers.",
   HemostatProxyErrors: "Read vLLM's log, and send one of the failing requests to vLLM directly.",
   HemostatHemorrhage: ["Find the kind of traffic that is over the budget.", "alarm", "Open the alarm"],
   HemostatModelChanged: ["Find the kind that changed, and whether a checkpoint or an engine was replaced then.", "alarm", "Open the alarm"],

@@ -61,7 +61,7 @@ export function Profile({ s, p, name }) {
   if (!f) return html`<${Section} title="Profile ${name}" id="profile"><p>No such profile is held. <${Link} to="profiles">All profiles<//></p><//>`;
   const v = f.version.slice(0, 8), built = s.adapter.last_build;
   return html`<${Section} title="Profile ${v}" id="profile"><div class="controls">
-      ${f.kinds.length < s.calibration.kinds.length && f.state !== "forced" && html`<${Action} label="Promote ${v}" asks=${["Promote this profile?", `${v} serves all kinds without statistical proof, and is watched in each like any other profile.`, "api/v1/profiles/promote", { version: f.version }]}>Promote in all kinds<//>`}
+      ${f.kinds.length < s.calibration.kinds.length && f.state !== "forced" && html`<${Action} label="Promote ${v}" asks=${["Promote this profile?", `${v} serves all kinds without statistical proof, and is tested in each like any other profile.`, "api/v1/profiles/promote", { version: f.version }]}>Promote in all kinds<//>`}
       ${!(p.pinned && f.state === "selected") && html`<${Action} label="Pin ${v}" asks=${["Pin this profile?", `${v} serves all requests, whatever is measured, until it is unpinned.`, "api/v1/profiles/pin", { version: f.version }]}>Pin<//>`}</div>
     <${Facts} of=${[["version", html`<code>${f.version}</code>`], ["family", f.family], ["state", f.state], ["serves", partOf(s, f.version)], ["size", sizeOf(f)], ["made", when(f.created)],
       ["held by engines", s.engines.acknowledged.includes(f.version) ? "by every engine" : "not by every engine"]]} />
@@ -74,14 +74,14 @@ export function Profile({ s, p, name }) {
 
 // --- adapters -------------------------------------------------------------------------------------------------------------
 
-/** Why no adapter serves, or how many may be asked for. */
+/** Why no adapter serves, or how many requests can use. */
 function lead(a) {
   const engine = a.engine;
   if (a.state === "off") return `Adapters are off${a.detail ? `: ${a.detail}` : ""}.`;
-  if (engine.state === "unusable") return html`<${Coloured} as="bad">No request asks for an adapter: ${engine.detail}.<//>`;
+  if (engine.state === "unusable") return html`<${Coloured} as="bad">No request uses an adapter: ${engine.detail}.<//>`;
   if (a.state === "unavailable") return html`<${Coloured} as="bad">No adapter can be made: ${a.detail}.<//>`;
-  if (engine.ready.length) return html`<${Coloured} as="good">${plural(engine.ready.length, "adapter")} may be asked for: ${engine.ready.map(brief).join(", ")}.<//>`;
-  if (engine.wanted.length) return html`<${Coloured} as="wait">No request asks for an adapter yet: the engine is ${engine.state}${engine.detail ? ` (${engine.detail})` : ""}.<//>`;
+  if (engine.ready.length) return html`<${Coloured} as="good">${plural(engine.ready.length, "adapter")} can be used by requests: ${engine.ready.map(brief).join(", ")}.<//>`;
+  if (engine.wanted.length) return html`<${Coloured} as="wait">No request uses an adapter yet: the engine is ${engine.state}${engine.detail ? ` (${engine.detail})` : ""}.<//>`;
   return "No adapter is tested or serves.";
 }
 
@@ -113,7 +113,7 @@ function Adapters({ s }) {
       ["failed", ([, x]) => (x.failed ? html`<${Coloured} as="bad">${whole(x.failed)}<//>` : "0")], ["no answer", ([, x]) => whole(x.error)], ["waits for the copy", ([, x]) => whole(x.waiting)], ["last result", ([, x]) => briefly(x.detail) || "not probed yet"]]} />
     ${built?.version && html`<${Layers} built=${built} />`}
     <${Explain} asks="What is an adapter?" not="that it serves, or helps every compression: where the loss is in rounded activations (W8A8), little is recovered.">A profile that corrects the error of the compressed weights by a product
-      of two small matrices for each linear layer; vLLM serves it as LoRA, by request. It may be asked for only at an engine that has it loaded, and where it passed both probes since the engine's last start.<//><//>`;
+      of two small matrices for each linear layer; vLLM serves it as LoRA, by request. Requests use it only at an engine that has it loaded, and where it passed both probes since the engine's last start.<//><//>`;
 }
 
 /** What a build recovered, by type of layer and by depth. */
