@@ -147,7 +147,7 @@ class CanaryClient:
         found = answer.choices[0].token_ids if answer.choices else None
         if not found:
             raise ReferenceFailure(
-                FailureReason.SHORT_ANSWER, f"{self._server.url} sent no token_ids; vLLM 0.11 or newer does"
+                FailureReason.SHORT_ANSWER, f"{self._server.url} sent no token_ids; a newer vLLM does"
             )
         return found
 
