@@ -119,6 +119,7 @@ SAMPLED_OUTCOMES: Values = {
 
 LABELS: dict[str, dict[str, Values | str]] = {
     "arm": {"": ARMS},
+    "bound": {"": {"lower": "at least", "upper": "at most; the same where both sides gave the whole vocabulary"}},
     "decision": {
         "": {
             Decision.PROPOSE: "the calibrator proposed a candidate",

@@ -31,6 +31,9 @@ from hemostat.reference.itself import same_model
 from hemostat.reference.protocol import ReferenceInfo
 from hemostat.reference.server import VllmServer
 
+AUTO = {"calibration": {"mode": "auto"}}
+BY_REQUEST = {"calibration": {"mode": "auto", "apply": "request"}}
+
 
 async def findings_of(
     upstream: dict[str, Any],
@@ -162,8 +165,12 @@ async def test_a_store_in_postgresql_is_tried() -> None:
         ({"replace_body": "no"}, {}, {}, "upstream", "NO", ""),
         ({"api_key": "k"}, {}, {}, "upstream", "NO", "upstream.api_key"),
         ({"plugin": False}, {}, {}, "engine plugin", "note", "--logits-processors"),
-        ({"plugin": False}, {}, {"calibration": {"mode": "auto"}}, "engine plugin", "NO", "--logits-processors"),
-        ({"plugin": False}, {}, {"calibration": {"mode": "auto", "apply": "request"}}, "calibration", "note", "engine"),
+        ({"plugin": False}, {}, AUTO, "engine plugin", "NO", "--logits-processors"),
+        ({"plugin": False}, {}, BY_REQUEST, "calibration", "note", "engine"),
+        ({"speculates": True, "plugin": False}, {}, {}, "engine plugin", "note", "V2_MODEL_RUNNER=1"),
+        ({"speculates": True, "plugin": False}, {}, AUTO, "engine plugin", "NO", "without --speculative-config"),
+        ({"speculates": True, "plugin": False}, {}, BY_REQUEST, "calibration", "NO", "apply: engine"),
+        ({"speculates": True}, {}, AUTO, "engine plugin", "ok", ""),
         ({}, None, {}, "reference", "note", "reference.backend"),
         ({}, {"max_logprobs": 5}, {}, "reference score", "NO", "--max-logprobs 20"),
         ({}, {"vocab_size": 520}, {}, "same tokens", "NO", "compressed from"),

@@ -57,6 +57,9 @@ def test_a_kind_has_its_own_figures_arms_and_gain() -> None:
     gauges = values(measured.samples())
     assert gauges["hemostat_kind_gain_nats", LONG, "token"] == long["gain_nats"]["estimate"]
     assert gauges["hemostat_kind_recovered_divergence_ratio", SHORT] == short["recovered"]["estimate"]
+    accepted = short["raw"]["draft_acceptance"]
+    assert gauges["hemostat_kind_draft_acceptance_ratio", SHORT, "lower"] == accepted["lower"]
+    assert gauges["hemostat_kind_draft_acceptance_ratio", SHORT, "upper"] == accepted["upper"]
     tokens = sum(gauges["hemostat_kind_kl_tokens_total", LONG, str(arm)] for arm in Arm)
     assert tokens == long["tokens"]
 

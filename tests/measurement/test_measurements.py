@@ -124,6 +124,26 @@ def test_the_summary_is_what_a_batch_computation_says(stage: str) -> None:
     assert summary["delta_p_rms"] == pytest.approx(math.sqrt(np.nanmean(squares)))
 
 
+@pytest.mark.parametrize("top_k", [4, 20, V])
+def test_what_a_reference_would_accept_of_the_compressed_models_tokens(top_k: int) -> None:
+    """Against speculative sampling itself: x ~ c is accepted with probability min(1, r(x) / c(x))."""
+    truths = [WORLD.truth(seed) for seed in range(100)]
+    measured = Measurements()
+    for truth in truths:
+        measured.observe(make_record(truth, top_k), None, None)
+    r, c = (np.exp(np.concatenate([getattr(one, model) for one in truths])) for model in ("reference", "compressed"))
+    accepted = (c * np.minimum(1.0, r / c)).sum(1).mean()
+    summary = measured.summary(None)
+    found = summary["draft_acceptance"]
+    assert found["lower"] - 1e-9 <= accepted <= found["upper"] + 1e-9
+    least = summary["total_variation_upper"]["ci95"] if top_k < V else summary["ci95"]["total_variation"]
+    assert found["ci95"] == [1.0 - least[1], 1.0 - summary["ci95"]["total_variation"][0]]
+    assert found["ci95"][0] < found["lower"]
+    assert found["upper"] < found["ci95"][1]
+    assert found["bound"] == ("exact" if top_k == V else "interval")
+    assert (found["upper"] - found["lower"] > 0.001) == (top_k < V)
+
+
 def test_whole_vocabularies_are_exact() -> None:
     measured = Measurements()
     measured.observe(make_record(WORLD.truth(0), V), None, None)

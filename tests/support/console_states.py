@@ -117,6 +117,11 @@ def figure(found: Json, kl: float, requests: int) -> None:
     found["kl_nats"] |= {"estimate": kl, "ci95": [kl * 0.93, kl * 1.07]}
     found["kl_nats_estimate"] |= {"estimate": kl * 1.06, "ci95": [kl * 0.9, kl * 1.2]}
     found["total_variation"], found["top1_agreement"] = 1.6 * kl, 1.0 - 1.1 * kl
+    found["draft_acceptance"] |= {
+        "lower": 1.0 - 1.9 * kl,
+        "upper": 1.0 - 1.6 * kl,
+        "ci95": [1.0 - 2.0 * kl, 1.0 - 1.5 * kl],
+    }
 
 
 def healthy(status: Json, profiles: Json) -> State:

@@ -23,7 +23,7 @@ from hemostat.reference.itself import same_model
 from hemostat.reference.listing import served_pairs, without_own
 from hemostat.reference.match import compare
 from hemostat.reference.pair import ModelPair
-from hemostat.reference.probes import PROBE, Finding, State, probe_shadowing
+from hemostat.reference.probes import PROBE, SPECULATES, Finding, State, probe_shadowing, speculates
 from hemostat.reference.protocol import FailureReason, Reference, ReferenceFailure, ReferenceInfo, ScoreRequest
 from hemostat.reference.references import References
 from hemostat.reference.server import Refused, VllmServer
@@ -39,6 +39,9 @@ from hemostat_calibration.messages import shown_address
 
 SAME_TOKENS = "same tokens"
 PLUGIN_FLAG = "--logits-processors hemostat_engine:LogitsProcessor"
+SPECULATES_FIX = (
+    f"start vLLM with {PLUGIN_FLAG} and without --speculative-config, or with both and VLLM_USE_V2_MODEL_RUNNER=1 (GPU)"
+)
 ANY_XARG = "not-a-profile-version"
 
 
@@ -220,7 +223,14 @@ def _adapter_checkpoints(settings: Settings, root: str) -> Finding:
 
 async def _plugin(server: VllmServer, model: str, settings: Settings) -> Finding:
     calibration = settings.calibration
-    needed = calibration.apply == "engine" and (calibration.mode == "auto" or calibration.force is not None)
+    treats = calibration.mode == "auto" or calibration.force is not None
+    needed = calibration.apply == "engine" and treats
+    drafts = await speculates(server)
+    if calibration.apply == "request" and drafts:
+        text = "vLLM decodes speculatively, and then refuses logit_bias: with apply: request no profile can serve"
+        return Finding(
+            "calibration", State.NO if treats else State.NOTE, text, f"set apply: engine and {SPECULATES_FIX}"
+        )
     if calibration.apply == "request":
         return Finding(
             "calibration",
@@ -235,10 +245,14 @@ async def _plugin(server: VllmServer, model: str, settings: Settings) -> Finding
         await server.post("/v1/completions", body, dict[str, Any])
     except Refused as refused:
         if refused.status == 400 and "vllm_xargs.hemostat" in refused.detail:
-            return Finding("engine plugin", State.OK, "loaded")
+            said = "loaded; vLLM decodes speculatively: requests under a grammar are not scored" if drafts else "loaded"
+            return Finding("engine plugin", State.OK, said)
         return Finding("engine plugin", State.NO if needed else State.NOTE, str(refused), "use vLLM 0.32 or newer")
     except ReferenceFailure as failure:
         return Finding("engine plugin", State.NO if needed else State.NOTE, str(failure), "see vLLM's log")
+    if drafts:
+        text = f"not loaded: {SPECULATES}"
+        return Finding("engine plugin", State.NO if needed else State.NOTE, text, SPECULATES_FIX)
     return Finding(
         "engine plugin",
         State.NO if needed else State.NOTE,

@@ -28,7 +28,14 @@ from hemostat_calibration.records import Arm, ExactDistances, TokenRecord
 MAX_KINDS = 64
 MAX_VERSIONS = 4
 """Profiles with a gain in one kind; the one that was not seen for the longest time is dropped."""
-FIGURES_BY_KIND = ("kl_nats", "kl_nats_estimate", "js_nats", "total_variation", "top1_agreement")
+FIGURES_BY_KIND = (
+    "kl_nats",
+    "kl_nats_estimate",
+    "js_nats",
+    "total_variation",
+    "total_variation_upper",
+    "top1_agreement",
+)
 DIFFERENCES = ("kl_nats_estimate", "total_variation", "top1_agreement")
 ASSIGNED = (Arm.CONTROL, Arm.TREATED)
 
@@ -67,16 +74,22 @@ class KindMetrics:
     kl_tokens: str
     gain_nats: str
     recovered_ratio: str | None
-    """None: it is not exported."""
+    draft_acceptance: str | None
+    """None, as for the one before: it is not exported."""
 
 
 KIND_METRICS = KindMetrics(
-    names.KIND_KL_NATS, names.KIND_KL_TOKENS, names.KIND_GAIN_NATS, names.KIND_RECOVERED_DIVERGENCE_RATIO
+    names.KIND_KL_NATS,
+    names.KIND_KL_TOKENS,
+    names.KIND_GAIN_NATS,
+    names.KIND_RECOVERED_DIVERGENCE_RATIO,
+    names.KIND_DRAFT_ACCEPTANCE_RATIO,
 )
 CONDITIONAL_METRICS = KindMetrics(
     names.CONDITIONAL_KIND_KL_NATS,
     names.CONDITIONAL_KIND_KL_TOKENS,
     names.CONDITIONAL_KIND_GAIN_NATS,
+    None,
     None,
 )
 
@@ -166,6 +179,10 @@ class ByKind:
                 yield Sample(self._metrics.kl_tokens, (name, arm), tokens)
             if kind.raw.requests:
                 yield from inflation_samples(name, "kl_nats", kind.raw.requests, kind.raw.inflation("kl_nats"))
+                accepted = kind.raw.draft_acceptance()
+                for edge in ("lower", "upper"):
+                    if self._metrics.draft_acceptance is not None and accepted[edge] is not None:
+                        yield Sample(self._metrics.draft_acceptance, (name, edge), accepted[edge])
             _, gain = kind.latest()
             if gain is None or not gain.requests:
                 continue

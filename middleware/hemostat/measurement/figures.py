@@ -96,6 +96,8 @@ HEADLINE = (
 MAX_TOKENS = 4096
 """Default of `shadow.max_tokens`, which bounds the tokens of a scored request."""
 
+DRAFT_ACCEPTANCE_OF = {"total_variation", "total_variation_upper"}
+"""Figures that `draft_acceptance` is made of."""
 INFINITE = ("kl_nats", "reverse_kl_nats")
 """Figures that may be infinite at a token; such tokens are also counted."""
 
@@ -194,6 +196,24 @@ class StageFigures:
             "clipped_share": clipped,
         }
 
+    def draft_acceptance(self) -> dict[str, Any]:
+        """1 − TV: the expected share of the compressed model's tokens that the reference would accept if the compressed
+        model were its draft: speculative sampling accepts x ~ c with probability min(1, r(x)/c(x)), so Σ min(r, c).
+        `lower`, `upper`: from the bounds of TV, equal where it is exact. `ci95`: around both. JSON-ready."""
+        least, most = self.figure("total_variation"), self.figure("total_variation_upper")
+        if self._exact:
+            most = least
+
+        def accepted(tv: float | None) -> float | None:
+            return None if tv is None else 1.0 - tv
+
+        return {
+            "lower": accepted(most["estimate"]),
+            "upper": accepted(least["estimate"]),
+            "ci95": [accepted(most["ci95"][1]), accepted(least["ci95"][0])],
+            "bound": "exact" if self._exact else "interval",
+        }
+
     def summary(self) -> dict[str, Any]:
         """All figures, None where nothing was measured; JSON-ready. Cached until a request is added: the console asks
         for every group every other second."""
@@ -216,6 +236,8 @@ class StageFigures:
                 found[name] = one
         for name, tokens in self._infinite.items():
             found[name]["infinite_tokens"] = tokens
+        if self._figures.keys() >= DRAFT_ACCEPTANCE_OF:
+            found["draft_acceptance"] = self.draft_acceptance()
         if "delta_log_likelihood_nats" not in found:
             return found
         # The compressed model generated the text itself: a ratio below 1 does not mean that it is the better model.

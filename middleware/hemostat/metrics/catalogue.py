@@ -180,6 +180,13 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             ("kind",),
         ),
         Metric(
+            names.KIND_DRAFT_ACCEPTANCE_RATIO,
+            "gauge",
+            "ratio",
+            "Expected acceptance of the compressed model as a draft of its reference, by kind: 1 - total variation.",
+            ("kind", "bound"),
+        ),
+        Metric(
             names.POSITION_KL_NATS,
             "counter",
             "nats",

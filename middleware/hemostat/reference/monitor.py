@@ -16,7 +16,7 @@ from hemostat.metrics.samples import Sample
 from hemostat.reference.listing import served_pairs, with_adapters, without_own
 from hemostat.reference.match import compare
 from hemostat.reference.pair import ModelPair, ReferenceState, ServedModels
-from hemostat.reference.probes import State, probe_shadowing
+from hemostat.reference.probes import SPECULATES, State, probe_shadowing, speculates
 from hemostat.reference.protocol import ReferenceFailure
 from hemostat.reference.references import References
 from hemostat.reference.server import ModelCard, VllmServer
@@ -164,6 +164,8 @@ class ReferenceMonitor:
             return _unmatched(pair, match.detail, for_now=not match.compared)
         found = await find_markers(server, pair.name, self._reasoning)
         log.info("model %s: reasoning: %s", pair.name, found.detail)
+        if await speculates(server):
+            log.info("model %s: %s", pair.name, SPECULATES)
         detail = f"{info.model} ({info.dtype}), {info.figures_follow}"
         return replace(pair, reference=info, state=ReferenceState.READY, detail=detail, markers=found.markers)
 

@@ -41,6 +41,9 @@ class Finding:
     """A failure that says nothing about the server's settings: the next attempt may succeed."""
 
 
+SPECULATES = "vLLM decodes speculatively; model runner V1 takes no plugin then, so no profile can serve"
+
+
 class _TopLogprobs(msgspec.Struct, frozen=True):
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
@@ -98,6 +101,14 @@ async def probe_shadowing(server: VllmServer, model: str, top_k: int, severity: 
     if top and choice.token_ids:
         findings.append(await _probe_logprobs_mode(server, body, choice.token_ids[0], top, severity))
     return findings
+
+
+async def speculates(server: VllmServer) -> bool:
+    """Whether vLLM drafts tokens: then, and only then, its metrics count them. False where they cannot be read."""
+    try:
+        return "\nvllm:spec_decode_" in await server.text("GET", "/metrics")
+    except ReferenceFailure:
+        return False
 
 
 async def _probe_logprobs_mode(

@@ -66,6 +66,8 @@ class FakeVllm(FakeModel):
     """Required as a bearer token on every route but /version."""
     plugin: bool = False
     """Hemostat's logits processor is loaded: it refuses what is not a profile version."""
+    speculates: bool = False
+    """It decodes speculatively: its metrics count drafts, and it refuses logit_bias."""
     returns_token_ids: bool = True
     names_vocab_size: bool = True
     """The refusal of an id outside of the vocabulary says how large the vocabulary is."""
@@ -187,7 +189,8 @@ class FakeVllm(FakeModel):
             if answer is not None:
                 raise RefusedError(answer[1], None, "InvalidUserInput", answer[0])
         if route == ("GET", "/metrics"):
-            return 200, "" if self.lora is None else self.lora.metrics()
+            drafts = '# TYPE x counter\nvllm:spec_decode_num_drafts_total{engine="0"} 0.0\n' if self.speculates else ""
+            return 200, ("" if self.lora is None else self.lora.metrics()) + drafts
         if route == ("GET", "/openapi.json"):
             updating = self.lora is not None and self.lora.updating
             return 200, {"openapi": "3.1.0", "paths": {key: {} for key in ((LOAD, UNLOAD) if updating else ())}}
@@ -259,6 +262,10 @@ class FakeVllm(FakeModel):
             raise RefusedError(f"Token id {max(map(max, prompts))} is out of vocabulary", None)
         if self.refuses_priority and body.get("priority"):
             raise RefusedError(f"Got priority {body['priority']} but Priority scheduling is not enabled.", None)
+        if self.speculates and body.get("logit_bias"):
+            raise RefusedError(
+                "The min_p and logit_bias sampling parameters are not yet supported with speculative decoding.", None
+            )
         version = (body.get("vllm_xargs") or {}).get("hemostat")
         if self.plugin and version is not None and not re.fullmatch("[0-9a-f]{32}", str(version)):
             raise RefusedError("vllm_xargs.hemostat must be a profile version (32 lowercase hex digits)", None)

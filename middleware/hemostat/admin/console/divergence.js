@@ -36,6 +36,9 @@ export const figureColumns = (of, most) => [
   ["same top-1", (r) => percent(of(r).top1_agreement), (r) => of(r).top1_agreement],
 ];
 
+/** 1 − total variation: between its bounds, and the interval around both. */
+export const acceptance = (d) => `${percent(d.lower)} to ${percent(d.upper)}, 95 % ${range(d.ci95, percent)}`;
+
 function headlines(s) {
   const raw = s.raw, kl = raw.kl_nats, excess = s.excess.kl_nats, text = s.trajectory.sampled, tokens = (x) => fixed(x, 1);
   // With few requests the floor has no upper end below the clipping cap, so the excess has no lower end.
@@ -45,6 +48,7 @@ function headlines(s) {
     ["by request", `≥ ${nats(kl.by_request.estimate)}, finite-sample ${certain(kl.by_request.ci95_finite)}`],
     ["excess over the noise floor", excess ? `≥ ${nats(excess.estimate)}, 95 % ${range(ends)}; noise floor ${nats(excess.floor)}${open ? ", too few requests to bound it" : ""}` : "the noise floor is not known yet"],
     ["total variation", `≥ ${nats(raw.total_variation)}, 95 % ${range(raw.ci95.total_variation)}; ≤ ${nats(raw.total_variation_upper.estimate)}`],
+    ["accepted as a draft of the reference", acceptance(raw.draft_acceptance)],
     ["same top-1", `${percent(raw.top1_agreement)}, 95 % ${range(raw.ci95.top1_agreement, percent)}`],
     ["text half-life, tokens", text ? `${known(text.half_life_tokens.estimate) ? fixed(text.half_life_tokens.estimate, 1) : "beyond the data"}, 95 % ${range(text.half_life_tokens.ci95, tokens)}; ${plural(text.requests, "sampled text")}` : "no text sampled at temperature 1 yet"],
     ["perplexity ratio", `${nats(raw.perplexity_ratio.estimate)}, 95 % ${range(raw.perplexity_ratio.ci95)}`],

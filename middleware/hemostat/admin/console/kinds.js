@@ -2,7 +2,7 @@
 import { briefly, certain, fixed, known, lasted, nats, NONE, percent, plural, range, when, whole } from "./format.js";
 import { Action, Coloured, Explain, Facts, html, Link, Section, Table, Version } from "./parts.js";
 import { EventTable, happened, servedSince } from "./events.js";
-import { figureColumns, scale } from "./divergence.js";
+import { acceptance, figureColumns, scale } from "./divergence.js";
 
 function served(k, p) {
   if (k.held) return html`<${Coloured} as="bad">identity, held<//>`;
@@ -59,6 +59,7 @@ export function Kind({ s, p, noticed, name }) {
       ["gain by request, nats", both(gain?.by_request)],
       ["gain by token, nats", both(gain)],
       ["recovered", f?.recovered ? `${percent(f.recovered.estimate)} ${range(f.recovered.ci95, percent)}` : NONE],
+      ["accepted as a draft of the reference", f ? acceptance(f.raw.draft_acceptance) : NONE],
       ["alarm", baseline ? (baseline.watched ? `watched${known(baseline.spread_ratio) ? `; spread ×${fixed(baseline.spread_ratio, 2)} of the baseline's` : ""}` : `baseline of ${plural(baseline.baseline_requests, "request")} so far`) : NONE],
     ]} />`}
     <${Table} caption="KL divergence" rows=${rows} columns=${[["tokens of", ([what]) => what], ...figureColumns(([, x]) => x, scale(rows.map(([, x]) => x)))]} />
