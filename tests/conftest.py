@@ -11,16 +11,12 @@ from typing import Any
 
 import hypothesis
 import pytest
-from tests.support import compiled
+from tests.support import compiled, slow
 from tests.support.running_vllm import LORA_ARGUMENTS, LORA_ENVIRONMENT, RAISING_ARGUMENTS, RunningVllm, running_vllm
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from hemostat.demo import vllm_server as vllm_process
 from hemostat.demo.checkpoints import Checkpoints, cached_checkpoints
-
-# How long an example takes, and how fast examples are drawn, depend on what else the machine does.
-hypothesis.settings.register_profile("hemostat", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
-hypothesis.settings.load_profile("hemostat")
 
 _missed: list[str] = []
 """Tests that were skipped for want of something that could be installed: their reason says how."""
@@ -45,8 +41,18 @@ def lora_server(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFacto
         yield server
 
 
-def pytest_configure() -> None:
-    """The servers of each process of `-n` compute on one processor, the next one, where vLLM would take the first."""
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--slow"):
+        slow.draw_all()
+    # How long an example takes, and how fast examples are drawn, depend on what else the machine does.
+    hypothesis.settings.register_profile(
+        "hemostat",
+        deadline=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+        max_examples=slow.examples(100),
+    )
+    hypothesis.settings.load_profile("hemostat")
+    # The servers of each process of `-n` compute on one processor, the next one, where vLLM would take the first.
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is not None:
         processor = int(worker.removeprefix("gw")) % (os.cpu_count() or 1)
@@ -73,16 +79,25 @@ def _shared_server(file: Path) -> str | None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow, and only these")
+    parser.addoption(
+        "--slow", action="store_true", help="run the tests marked slow and those of properties, and only these"
+    )
     parser.addoption("--compiled", action="store_true", help="fail unless the relay's hot path is compiled")
+
+
+def _runs(item: pytest.Item) -> set[bool]:
+    """Without `--slow`, with it: a property is tested with a part of its examples, and with all of them."""
+    if item.get_closest_marker("slow") is not None:
+        return {True}
+    return {False, True} if getattr(getattr(item, "obj", None), "is_hypothesis_test", False) else {False}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     chosen = bool(config.getoption("--slow"))
-    deselected = [item for item in items if (item.get_closest_marker("slow") is not None) != chosen]
+    deselected = [item for item in items if chosen not in _runs(item)]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
-        items[:] = [item for item in items if (item.get_closest_marker("slow") is not None) == chosen]
+        items[:] = [item for item in items if chosen in _runs(item)]
     if "PYTEST_XDIST_WORKER" in os.environ:
         # What takes longest in one process begins first, so that no process waits for it in the end.
         items.sort(key=lambda item: _shared_server(item.path) is None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.slow import examples
 
 torch = pytest.importorskip("torch")
 
@@ -46,7 +47,7 @@ def best_given(weight: torch.Tensor, moments: torch.Tensor, kept: torch.Tensor) 
     return found
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.integers(1, 7), st.integers(1, 9), st.data())
 def test_exactly_as_many_zeros_as_asked_for(outputs: int, inputs: int, data: st.DataObject) -> None:
     """Also where scores are equal: the least ones are dropped."""

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from tests.support.slow import examples
 
 from hemostat.cli import main
 from hemostat.config.errors import ConfigError
@@ -55,7 +56,7 @@ def written(key: str, address: str) -> dict[str, Any]:
     return found
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(key=st.sampled_from(PLACES), scheme=st.sampled_from(SCHEMES), user=SECRETS, password=SECRETS)
 @example(key="store.url", scheme="postgresql://", user="", password="Q/Q#Q")
 @example(key="store.url", scheme="postgresql://", user="Q", password="1/2#Q")
@@ -108,7 +109,7 @@ def test_a_comma_in_a_password_does_not_end_the_address(
     assert "127.0.0.1:1" in printed
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(25), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(scheme=st.sampled_from(["postgres://", "postgresql://"]), user=SECRETS, password=SECRETS)
 @example(scheme="postgresql://", user="", password="Q/Q#Q")
 @example(scheme="postgresql://", user="Q", password="Q")

@@ -25,6 +25,7 @@ from tests.support import control as support
 from tests.support.faulty_store import Fault, FaultyStore
 from tests.support.nothing_lost import check
 from tests.support.profile_bench import BIASED, FRACTION, JUDGED, MODEL, Bench, harmful, helpful
+from tests.support.slow import slow_unless
 from tests.support.stores import KEPT, Opener, opener
 from tests.support.waiting import HANG_SECONDS
 from tests.support.world import V
@@ -306,7 +307,7 @@ class Lives(RuleBasedStateMachine):
         self.before = found
 
 
-@pytest.mark.parametrize("kind", KEPT)
+@pytest.mark.parametrize("kind", slow_unless(["sqlite"], KEPT))
 def test_nothing_that_was_stored_is_ever_lost(kind: str, tmp_path: Path) -> None:
     opener(kind, tmp_path)  # skipped where its server is not installed
     machine = type("LivesOn", (Lives,), {"kind": kind})

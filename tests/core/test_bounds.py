@@ -10,6 +10,7 @@ from tests.support.admissible import far, nearest, tail
 from tests.support.exact import exact, largest_ratio
 from tests.support.oracle import apply
 from tests.support.records import Truth, log_softmax, make_record, profiles
+from tests.support.slow import examples
 from tests.support.work import instructions, peak_bytes
 
 from hemostat_calibration.divergence.bounds import MIN_RATIO, bounds, cap
@@ -82,7 +83,7 @@ def views():
     )
 
 
-@settings(max_examples=600)
+@settings(max_examples=examples(600))
 @given(pairs(), views())
 def test_the_truth_is_always_inside(truth, view):
     floor = largest_ratio(truth)
@@ -102,7 +103,7 @@ def test_the_truth_is_always_inside(truth, view):
             np.testing.assert_array_equal(getattr(found, name).lower, getattr(found, name).upper)
 
 
-@settings(max_examples=400)
+@settings(max_examples=examples(400))
 @given(pairs(zeros=True), views())
 def test_zeros_need_no_floor(truth, view):
     """JS and TV hold without an assumption, KL's upper ends without a floor are infinite where anything is open."""
@@ -115,7 +116,7 @@ def test_zeros_need_no_floor(truth, view):
         assert not np.isnan(interval.upper).any()
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(pairs(), views())
 def test_the_estimates_mean_is_the_truth(truth, view):
     """The exact expectation over every token that could have been emitted, ties at the lists' ends included."""
@@ -140,7 +141,7 @@ def test_the_estimates_mean_is_the_truth(truth, view):
         np.testing.assert_allclose(mean[meant], value[name][meant], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(pairs(), views())
 def test_sharper_than_one_bucket(truth, view):
     """The capped lower bound is never below the coarse one."""
@@ -176,7 +177,7 @@ def test_the_sharper_bound_is_the_least_that_the_caps_allow():
     assert gained > 500
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(pairs(), st.sampled_from([2, 5, 10, 50]), st.booleans(), st.sampled_from([1e-12, 1e-6, 1e-3]))
 def test_with_the_whole_reference_the_ends_are_the_best_possible(truth, k, chat, floor):
     """What all of r could add to them: nothing below unless an id behind its list is at the cap, and above no more than
@@ -232,7 +233,7 @@ def test_the_upper_ends_are_attained(reference_k):
         assert value[name] <= getattr(found, name).upper <= value[name] * 1.01, name
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(st.data(), pairs(), views(), st.booleans())
 def test_the_truth_is_inside_after_a_profile(data, truth, view, log_normalizer):
     """Where the normalizer is known; elsewhere there is nothing, rather than something wrong."""

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.hidden_state_world import HiddenStateWorld
 from tests.support.records import make_record
+from tests.support.slow import examples
 from tests.support.world import World
 
 import hemostat_calibration
@@ -220,7 +221,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 @given(seed=st.integers(0, 2**32 - 1), size=st.integers(1, 25))
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 def test_a_stream_equals_its_batch(name, seed, size):
     case = CASES[name]
     rng = np.random.default_rng(seed)
@@ -233,7 +234,7 @@ def test_a_stream_equals_its_batch(name, seed, size):
 
 @pytest.mark.parametrize("name", CASES)
 @given(seed=st.integers(0, 2**32 - 1), size=st.integers(1, 25), parts=st.integers(1, 5))
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 def test_parts_merge_in_any_order(name, seed, size, parts):
     case = CASES[name]
     rng = np.random.default_rng(seed)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.oracle import apply, shift
 from tests.support.records import Truth, log_softmax, make_record, truths
+from tests.support.slow import examples
 
 from hemostat_calibration.divergence.gain import gain
 from hemostat_calibration.divergence.per_token import calibrated, divergence
@@ -224,7 +225,7 @@ def with_features(record, truth, profile):
     return validate(replace(record, features=Features(anchors_digest(ids), values)))
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(truths(), st.integers(2, 30), st.sampled_from([None, 2]), st.booleans(), st.integers(0, 99))
 def test_a_record_with_features_knows_the_gain(truth, k, reference_k, log_normalizer, seed):
     vocabulary = truth.compressed.shape[1]
@@ -263,7 +264,7 @@ def unlike(record, truth, profile, how):
 @pytest.mark.parametrize("how", ["none", "other anchors", "masked"])
 @pytest.mark.parametrize("log_normalizer", [True, False])
 @given(truth=truths(), k=st.integers(2, 30), seed=st.integers(0, 99))
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_without_features_nothing_is_guessed(how, log_normalizer, truth, k, seed):
     vocabulary = truth.compressed.shape[1]
     profile = contextual_profile(**parts(seed, vocabulary, min(N, vocabulary), scale=0.05))

@@ -9,6 +9,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.hidden_state_world import HiddenStateWorld, V
+from tests.support.slow import examples
 
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.learning.contextual.fold_sums import flushed
@@ -132,7 +133,7 @@ def test_another_learner_or_other_models_are_refused():
             load(data, other, about)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(data=st.data())
 def test_damaged_bytes_are_refused_and_nothing_else_is_raised(data):
     learner = world().learner()

@@ -6,6 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.support.exact import exact, largest_ratio
 from tests.support.records import Truth, log_softmax, make_record, truths
+from tests.support.slow import examples
 
 from hemostat_calibration.divergence.decoding import DECODING_LABELS, decoded_divergence, decoding_label
 from hemostat_calibration.records import Sampling
@@ -41,7 +42,7 @@ def samplings():
     )
 
 
-@settings(max_examples=600)
+@settings(max_examples=examples(600))
 @given(
     truths(max_vocabulary=60),
     samplings(),

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.oracle import apply
 from tests.support.records import Truth, log_softmax, make_record, profiles, truths
+from tests.support.slow import examples
 from tests.support.work import instructions, peak_bytes
 
 from hemostat_calibration.divergence.gain import gain
@@ -46,7 +47,7 @@ def check_bounds(figures, truth_figures):
             np.testing.assert_allclose(found, value, atol=ROUNDING, rtol=ROUNDING, err_msg=name)
 
 
-@settings(max_examples=400)
+@settings(max_examples=examples(400))
 @given(truths(), st.integers(2, 30), st.sampled_from([None, 1, 2, 5]))
 def test_never_above_the_truth(truth, k, reference_k):
     record = make_record(truth, k, reference_k=reference_k)
@@ -68,7 +69,7 @@ def test_never_above_the_truth(truth, k, reference_k):
         assert ((covered >= 0) & (covered <= 1)).all()
 
 
-@settings(max_examples=400)
+@settings(max_examples=examples(400))
 @given(st.data(), truths(), st.integers(2, 30), st.sampled_from([None, 1, 2, 5]), st.booleans())
 def test_never_above_the_truth_after_a_profile(data, truth, k, reference_k, log_normalizer):
     profile = data.draw(profiles(truth.compressed.shape[1]))
@@ -82,7 +83,7 @@ def test_never_above_the_truth_after_a_profile(data, truth, k, reference_k, log_
         assert not np.isnan(figures.estimate_rc).any()
 
 
-@settings(max_examples=400)
+@settings(max_examples=examples(400))
 @given(st.data(), truths(), st.integers(2, 30), st.sampled_from([None, 1, 2, 5]), st.booleans())
 def test_the_gain_lies_in_its_interval(data, truth, k, reference_k, log_normalizer):
     profile = data.draw(profiles(truth.compressed.shape[1]))

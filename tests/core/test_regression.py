@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tests.support.slow import examples
 
 from hemostat_calibration.learning.contextual.regression import (
     PENALTIES,
@@ -35,7 +36,7 @@ def loss(x, t, coefficients):
 
 
 @given(st.integers(0, 1000), st.sampled_from(PENALTIES))
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 def test_ridge_of_every_rank_is_that_of_the_rows(seed, penalty):
     x, t = rows(seed)
     s = standardiser(moments(x, t))
@@ -54,7 +55,7 @@ def test_ridge_of_every_rank_is_that_of_the_rows(seed, penalty):
 
 @given(st.integers(0, 1000), st.integers(1, D))
 @example(361, 5)  # of all seeds the one where the penalty is felt most: 4e-6
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 def test_no_map_of_the_rank_is_better(seed, rank):
     """With next to no penalty: against the best that a search from the found one finds."""
     x, t = rows(seed, noise=2.0, true_rank=D)
@@ -67,7 +68,7 @@ def test_no_map_of_the_rank_is_better(seed, rank):
 
 
 @given(st.integers(0, 1000), st.booleans())
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 def test_the_gain_is_what_held_out_rows_say(seed, based):
     """The choice's gain, from sums, against fitting without each fold and measuring on its rows."""
     x, t = rows(seed, noise=3.0)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.exact import exact
 from tests.support.records import Truth, log_softmax, make_record, top, truths
+from tests.support.slow import examples
 
 from hemostat_calibration.divergence.per_token import calibrated, divergence
 from hemostat_calibration.errors import InvalidRecordError
@@ -103,7 +104,7 @@ def test_what_is_no_linear_map_of_the_reference_s_embedding_is_observed(world, o
     assert found.usable.mean() < 0.1
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(truths(max_vocabulary=40), st.sampled_from([2, 5, 20]), st.booleans())
 def test_figures_and_the_observed_error_by_definition(truth, k, chat):
     """`compressed` plays ĉ; the candidates are of the reference's side, as a model of another distribution c."""
@@ -117,7 +118,7 @@ def test_figures_and_the_observed_error_by_definition(truth, k, chat):
     assert (found.observed <= whole + 1e-6 * (1.0 + whole)).all(), "a lower bound"
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(truths(rows=1, max_vocabulary=30), st.sampled_from([2, 5, 20]), st.booleans())
 def test_whether_it_is_used_does_not_depend_on_what_was_emitted(truth, k, chat):
     vocabulary = truth.compressed.shape[1]

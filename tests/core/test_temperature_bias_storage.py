@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.records import make_record
+from tests.support.slow import examples
 from tests.support.world import V, World
 
 from hemostat_calibration.errors import InvalidArgumentError
@@ -54,7 +55,7 @@ def test_another_learner_or_other_models_are_refused():
             load(data, learner, about)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(data=st.data())
 def test_damaged_bytes_are_refused_and_nothing_else_is_raised(data):
     good = bytearray(save({"": learned(2)}, LEARNER, "m"))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tests.support.slow import examples
 
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.statistics.two_arms import TwoArms, log_e_value
@@ -52,7 +53,7 @@ def best_under_the_hypothesis(arms, margin):
     return best
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(counts, counts, margins)
 @example((0, 0), (0, 0), 0.05)
 @example((0, 7), (7, 7), 0.05)
@@ -66,14 +67,14 @@ def test_the_e_value_is_the_brute_force_one(treated, control, margin):
     assert arms.log_e(margin) == pytest.approx(expected, abs=2e-3)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(counts, counts, margins, margins)
 def test_a_wider_margin_is_harder_to_refute(treated, control, one, other):
     arms = TwoArms(*treated, *control)
     assert arms.log_e(max(one, other)) <= arms.log_e(min(one, other)) + 1e-9
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(counts, counts, st.sampled_from([0.2, 0.05, 0.001]))
 @example((1, 28), (1, 1), 0.001)
 @example((0, 3), (0, 1), 0.001)
@@ -96,7 +97,7 @@ def test_the_interval_and_the_test_agree(treated, control, alpha):
     assert (swapped.low, swapped.high) == pytest.approx((-found.high, -found.low), abs=1e-6)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=40), st.integers(0, 40))
 def test_parts_add_up(units, at):
     def counted(part):

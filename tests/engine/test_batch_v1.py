@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.support import oracle
 from tests.support.engine_profiles import VOCAB_SIZE, make_contextual, make_profile
+from tests.support.slow import examples
 from tests.support.taps import received
 
 from hemostat_calibration.profiles.contextual import probe_profile
@@ -59,7 +60,7 @@ def check(batch: BatchV1, rows: dict[int, str | None], seed: int, size: int) -> 
     assert got[untouched].tobytes() == z[untouched].tobytes()
 
 
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=examples(80), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_sequence_of_updates_equals_the_dict(make_core: Callable[..., Any], data: st.DataObject) -> None:
     core = make_core()

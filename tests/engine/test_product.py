@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.slow import examples
 
 torch = pytest.importorskip("torch")
 
@@ -22,7 +23,7 @@ def made(rng: np.random.Generator, vocab_size: int, rank: int, narrow: int, wide
     return up
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(100))
 @given(
     vocab_size=st.integers(1, 300),
     rank=st.integers(1, 12),

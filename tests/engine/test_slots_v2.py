@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support import oracle
 from tests.support.engine_profiles import VOCAB_SIZE, make_contextual, make_profile
+from tests.support.slow import examples
 from tests.support.taps import received
 
 pytest.importorskip("vllm.v1.worker.gpu.sample.logits_processor")
@@ -62,7 +63,7 @@ def test_vllm_loads_the_class_under_v2_and_validates_xargs() -> None:
         validate(params(None, "not a nonce"))
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=examples(80))
 @given(data=st.data())
 def test_recycled_slots_reordered_batches_and_several_rows_a_request(data: st.DataObject) -> None:
     processor, _ = load(FIRST, SECOND)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support import oracle
 from tests.support.engine_profiles import make_contextual, make_profile
+from tests.support.slow import examples
 
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.profiles.adapter import adapter_profile
@@ -97,7 +98,7 @@ def test_large_batch_is_processed_in_parts() -> None:
         np.testing.assert_allclose(z[row].double().numpy(), expected, atol=1e-4)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=examples(80))
 @given(
     rows=st.integers(1, 12),
     chosen=st.sets(st.integers(0, 11)),
@@ -197,7 +198,7 @@ def test_is_probe() -> None:
     assert not transform.HeldProfile(make_profile()).is_probe
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(
     seed=st.integers(0, 1000),
     masked=st.sampled_from([0.0, 0.05, 0.6]),

@@ -7,6 +7,7 @@ import json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.profile_bench import ANCHORS, BIASED, JUDGED, LEARNED, MODEL, Bench, contextual
+from tests.support.slow import examples
 from tests.support.world import V
 
 from hemostat.config.schema import Evidence
@@ -25,7 +26,7 @@ ACTIONS = (
 EVIDENCE = Evidence(kinds=2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.data())
 def test_after_any_sequence_of_actions_the_invariants_hold(data: st.DataObject) -> None:
     bench = Bench(scope="label", min_tokens=100, evidence=EVIDENCE)

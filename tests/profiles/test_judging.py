@@ -21,6 +21,7 @@ from tests.support.profile_bench import (
     helpful,
 )
 from tests.support.records import make_record, profiles, truths
+from tests.support.slow import examples
 
 from hemostat.ipc.messages import REST_KIND
 from hemostat.measurement.measurements import Measurements
@@ -80,7 +81,7 @@ def test_what_a_client_sends_beyond_its_share_is_noted_against_a_promotion(monke
     assert np.mean(noted) < 0.0
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.data())
 def test_every_gain_is_within_the_width_given_to_the_guard(data: st.DataObject) -> None:
     """For any two models, and however little of them is known. (The guard raises on a gain outside of the width.)"""

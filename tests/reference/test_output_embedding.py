@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.slow import examples
 
 from hemostat.learner.learner_process import special_ids
 from hemostat.models.output_embedding import EmbeddingError, load
@@ -59,7 +60,7 @@ def test_one_of_several_files_named_by_the_index(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load(tmp_path, 10), W)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.integers(0, 2**16 - 1))
 def test_bfloat16_is_the_upper_half_of_float32(tmp_path_factory: pytest.TempPathFactory, half: int) -> None:
     folder = tmp_path_factory.mktemp("bf16")

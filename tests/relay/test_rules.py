@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tests.support.relay import Request, answering, relaying
+from tests.support.slow import examples
 
 from hemostat.relay.http.errors import BadRequest, BadResponse, error_body
 from hemostat.relay.http.framing import CHUNKED, ChunkedReader, chunk
@@ -218,7 +219,7 @@ def ours(data: bytes) -> tuple[bytes, bytes, bytes, bytes] | None:
     return None if used < 0 else (request.method, request.target, b"".join(out), rest[used:])
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 @given(MESSAGES)
 @example(b"POST / HTTP/1.1\r\nHost: a\r\nConnection: content-length\r\nContent-Length: 3\r\n\r\nabc")
 @example(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 03\r\n\r\nabc")
@@ -249,7 +250,7 @@ def test_h11_and_llhttp_agree_on_every_accepted_request(data: bytes) -> None:
             assert (llhttp.body, llhttp.complete) == (body, True)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.lists(MESSAGES, min_size=1, max_size=3), cuts=st.lists(st.integers(1, 60), min_size=1, max_size=8))
 @example(data=[b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc"] * 3, cuts=[1])
 @example(
@@ -282,7 +283,7 @@ async def test_upstream_gets_the_same_requests_however_the_bytes_are_split(data:
     assert len(got) <= len(expected) + 1, "at most one more, cut off by the end of what was sent"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(
     payloads=st.lists(st.binary(min_size=1, max_size=50), max_size=5),
     trailers=st.lists(st.sampled_from(TRAILERS), max_size=4),
@@ -313,7 +314,7 @@ def test_chunks_are_decoded_however_they_are_split(
     assert reader.between_chunks
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(
     st.binary(max_size=60)
     | st.lists(st.sampled_from([b"3", b"\r\n", b"abc", b"0", b";", b"\n", b"x: y"])).map(b"".join)
@@ -337,7 +338,7 @@ def test_chunked_reader_agrees_with_h11(data: bytes) -> None:
     assert oracle.trailing_data[0] == data[used:]
 
 
-@settings(max_examples=500)
+@settings(max_examples=examples(500))
 @given(st.binary(max_size=200))
 def test_parsers_raise_only_their_own_errors(data: bytes) -> None:
     for prefix in (b"", b"GET / HTTP/1.1\r\nHost: a\r\n"):

@@ -6,6 +6,7 @@ import jsonschema
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tests.support.slow import examples
 
 from hemostat.relay.schema_check import MAX_SCHEMA_BYTES, MAX_SCHEMA_NODES, Schema, Steps
 
@@ -56,7 +57,7 @@ DEFINITIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(SCHEMAS, DEFINITIONS, VALUES)
 @example({"enum": [1, True]}, {"one": {}, "two": True}, 1.0)
 @example({"const": True}, {"one": {}, "two": True}, 1)

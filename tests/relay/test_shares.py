@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
+from tests.support.slow import examples
 
 from hemostat.relay.request_budget import MAX_EXAMINED_UPLOADS, UPLOAD_SHARE, RequestBudget
 from hemostat.relay.shares import Holding, Shares
@@ -150,7 +151,7 @@ class SharesMachine(RuleBasedStateMachine):
 
 
 TestShares = SharesMachine.TestCase
-TestShares.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestShares.settings = settings(max_examples=examples(60), stateful_step_count=60, deadline=None)
 
 
 class Keeper:
@@ -264,7 +265,7 @@ class BudgetMachine(RuleBasedStateMachine):
 
 
 TestBudget = BudgetMachine.TestCase
-TestBudget.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestBudget.settings = settings(max_examples=examples(60), stateful_step_count=60, deadline=None)
 
 
 class Uploading(Named):

@@ -1,4 +1,4 @@
-"""Cases of a test of which `make test` runs a part, and `make test-slow` the others."""
+"""Tests of which `make test` runs a part, and `make test-slow` the rest."""
 
 from __future__ import annotations
 
@@ -15,3 +15,20 @@ def slow_unless(quick: Collection[Any], cases: Sequence[Any]) -> list[Any]:
         pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=[] if case in quick else pytest.mark.slow)
         for case in cases
     ]
+
+
+PART = 3
+"""`make test` draws one in so many examples of a property: anew each time, and what was found once is pinned."""
+MIN_EXAMPLES = 20
+_whole = False
+
+
+def draw_all() -> None:
+    """From now on: `make test-slow`."""
+    global _whole  # noqa: PLW0603 - settings of hypothesis are made while test modules are imported
+    _whole = True
+
+
+def examples(count: int) -> int:
+    """For `max_examples` of hypothesis: how many of `count` this run draws."""
+    return count if _whole else max(count // PART, min(count, MIN_EXAMPLES))

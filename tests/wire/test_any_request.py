@@ -9,6 +9,7 @@ import httpx
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tests.support.slow import examples
 from tests.support.wire import TOOLS, VERSION, Wire, chat, completion, policy
 
 from hemostat.hooks import Refusal, Rewrite
@@ -87,7 +88,7 @@ def asked(name: str, path: str, body: bytes) -> Rewrite | Refusal | None:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(path=st.sampled_from(sorted(BODIES)), changes=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4))
 @example(path=CHAT, changes={"model": "[]"})
 @example(path=CHAT, changes={"vllm_xargs": "[]"})

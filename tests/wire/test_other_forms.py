@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import FakeVllm, render, serving
+from tests.support.slow import examples
 from tests.support.wire import VERSION, ThroughWire, Wire, httpx2_transport, policy, rows
 
 from hemostat.metrics.reasons import Unscored
@@ -256,7 +257,7 @@ _MEMBERS = st.sampled_from(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.sampled_from([RESPONSES, MESSAGES]), st.dictionaries(_MEMBERS, _VALUES))
 def test_reading_a_grammar_never_fails(path: str, more: dict[str, Any]) -> None:
     """Whatever vLLM refuses of it, it explains to the client."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.slow import examples
 
 from hemostat_calibration.allocation.knapsack import Options, allocate
 from hemostat_calibration.errors import InvalidArgumentError
@@ -31,7 +32,7 @@ def least(options: dict[str, Options], budget: int) -> float:
     )
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(st.lists(UNIT, min_size=1, max_size=5), st.integers(0, 50))
 def test_against_all_choices(units: list[list[tuple[int, int]]], spare: int) -> None:
     options = options_of(units)
@@ -48,7 +49,7 @@ def test_against_all_choices(units: list[list[tuple[int, int]]], spare: int) -> 
         allocate(options, smallest - 1)
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=4), min_size=2, max_size=5), st.integers(0, 12))
 def test_equal_steps_give_the_optimum(steps: list[list[int]], budget: int) -> None:
     """Convex losses on equal sizes: what is left is less than a step."""
