@@ -26,8 +26,8 @@ def shown_address(url: str) -> str:
     """
     if _FILE.fullmatch(url):
         return url
-    found = _SCHEME.match(url)
-    scheme = found.group() if found else ""
+    match = _SCHEME.match(url)
+    scheme = match.group() if match else ""
     _, at, place = url[len(scheme) :].rpartition("@")
     parts = _PLACE.fullmatch(place)
     if parts is None:

@@ -224,10 +224,10 @@ class Trial:
     def readings(self) -> list[Reading]:
         """Of the outcomes that applied to any unit, and of the length once it is compared. Evidence is 0 while the
         trial does not decide."""
-        found = [self._binary(outcome, counts) for outcome, counts in sorted(self._counts.items())]
+        result = [self._binary(outcome, counts) for outcome, counts in sorted(self._counts.items())]
         if self._cap is not None:
-            found.append(self._length(self._cap))
-        return found
+            result.append(self._length(self._cap))
+        return result
 
     def harm(self) -> Reading | None:
         """The first reading that proves harm. Much cheaper than `readings` where there is none."""

@@ -117,11 +117,11 @@ def _starts(ids: Ids, sequence: tuple[int, ...]) -> Ids:
 def _first(ids: Ids, sequences: Collection[tuple[int, ...]], start: int) -> tuple[int, int] | None:
     """Where the first of the sequences begins, from `start` on, and its length: of several that begin there, the
     longest."""
-    found = ((int(at[0]), len(one)) for one in sequences if len(at := _starts(ids[start:], one)))
-    best = min(found, key=lambda place: (place[0], -place[1]), default=None)
+    result = ((int(at[0]), len(sequence)) for sequence in sequences if len(at := _starts(ids[start:], sequence)))
+    best = min(result, key=lambda place: (place[0], -place[1]), default=None)
     return None if best is None else (best[0] + start, best[1])
 
 
 def _last(ids: Ids, sequences: Collection[tuple[int, ...]]) -> int:
     """Where the last of the sequences ends; −1 where there is none."""
-    return max((int(at[-1]) + len(one) for one in sequences if len(at := _starts(ids, one))), default=-1)
+    return max((int(at[-1]) + len(sequence) for sequence in sequences if len(at := _starts(ids, sequence))), default=-1)

@@ -382,8 +382,8 @@ def validate(record: TokenRecord) -> TokenRecord:
         0 <= record.thinking.begin <= record.thinking.answer_start <= record.position + tokens
     ):
         raise InvalidRecordError(InvalidReason.RANGE, "thinking lies outside of the output")
-    for version, found in record.distances.items():
-        _check_distances(f"distances[{version[:32]}]", found, tokens)
+    for version, distance in record.distances.items():
+        _check_distances(f"distances[{version[:32]}]", distance, tokens)
     if record.recovered is not None:
         _check_recovered(record.recovered, tokens)
     if record.features is not None:
@@ -406,8 +406,8 @@ def with_distances(record: TokenRecord, distances: Mapping[str, ExactDistances])
     >>> with_distances(record, {"identity": found}).distances["identity"].tv.tolist()
     [0.2]
     """
-    for version, found in distances.items():
-        _check_distances(f"distances[{version[:32]}]", found, record.tokens)
+    for version, distance in distances.items():
+        _check_distances(f"distances[{version[:32]}]", distance, record.tokens)
     return replace(record, distances=dict(distances))
 
 
@@ -426,25 +426,25 @@ def _check_support(record: TokenRecord) -> None:
         )
 
 
-def _check_distances(name: str, found: ExactDistances, tokens: int) -> None:
+def _check_distances(name: str, distances: ExactDistances, tokens: int) -> None:
     """Rounding may carry a KL a little below 0; a total variation is clipped by whoever computes it."""
-    for part, values in (("kl", found.kl), ("tv", found.tv)):
+    for part, values in (("kl", distances.kl), ("tv", distances.tv)):
         _array(f"{name}.{part}", values, np.float64, 1)
         _same_shape(f"{name}.{part}", values, (tokens,))
         if np.isnan(values).any():
             raise InvalidRecordError(InvalidReason.NAN, f"{name}.{part} holds NaN")
-    _array(f"{name}.top1", found.top1, np.bool_, 1)
-    _same_shape(f"{name}.top1", found.top1, (tokens,))
-    if found.kl.min() < -LOGPROB_TOLERANCE:
+    _array(f"{name}.top1", distances.top1, np.bool_, 1)
+    _same_shape(f"{name}.top1", distances.top1, (tokens,))
+    if distances.kl.min() < -LOGPROB_TOLERANCE:
         raise InvalidRecordError(InvalidReason.RANGE, f"{name}.kl holds a divergence below 0")
-    if found.tv.min() < 0.0 or found.tv.max() > 1.0:
+    if distances.tv.min() < 0.0 or distances.tv.max() > 1.0:
         raise InvalidRecordError(InvalidReason.RANGE, f"{name}.tv holds a value outside of 0 to 1")
 
 
-def _check_recovered(found: RecoveredDivergence, tokens: int) -> None:
-    unknown = np.isnan(found.kl_rc)
+def _check_recovered(divergence: RecoveredDivergence, tokens: int) -> None:
+    unknown = np.isnan(divergence.kl_rc)
     for name in ("kl_rc", "kl_cr", "js", "tv", "entropy", "predicted", "observed"):
-        values = getattr(found, name)
+        values = getattr(divergence, name)
         _array(f"recovered.{name}", values, np.float64, 1)
         _same_shape(f"recovered.{name}", values, (tokens,))
         if (np.isnan(values) != unknown).any():

@@ -53,20 +53,20 @@ def decode(kind: type[T], data: bytes, schema: int) -> T:
     """
     try:
         stored = json.loads(data)
-        found = stored["schema"]
+        result = stored["schema"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise InvalidArgumentError(f"not a stored {kind.__name__}: {data[:20]!r}") from None
-    if found != schema:
+    if result != schema:
         raise InvalidArgumentError(
-            f"the stored {kind.__name__} has schema {str(found)[:20]}, this version reads {schema}"
+            f"the stored {kind.__name__} has schema {str(result)[:20]}, this version reads {schema}"
         )
     value: T = _typed(stored.get("state"), kind, kind.__name__)
     return value
 
 
 def _field_types(kind: Any) -> Mapping[str, Any]:
-    found = typing.get_type_hints(kind)
-    return {field.name: found[field.name] for field in fields(kind)}
+    result = typing.get_type_hints(kind)
+    return {field.name: result[field.name] for field in fields(kind)}
 
 
 _hints: Callable[[Any], Mapping[str, Any]] = cache(_field_types)
@@ -116,7 +116,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
             return None
         if len(kinds) == 1:
             return _typed(value, kinds[0], where)
-        named = {one.__name__: one for one in kinds}
+        named = {kind.__name__: kind for kind in kinds}
         _require(isinstance(value, dict) and value.get("is") in named, value, where, f"one of {', '.join(named)}")
         return _typed({key: item for key, item in value.items() if key != "is"}, named[value["is"]], where)
     if is_dataclass(hint):
@@ -154,10 +154,10 @@ def _object(value: Any, kind: type[Any], where: str) -> Any:
     late = {field.name for field in fields(kind) if not field.init}
     if kind.__dataclass_params__.frozen:
         read = {name: frozen(item) if isinstance(item, np.ndarray) else item for name, item in read.items()}
-    found = kind(**{name: item for name, item in read.items() if name not in late})
+    result = kind(**{name: item for name, item in read.items() if name not in late})
     for name in late:
-        setattr(found, name, read[name])
-    return found
+        setattr(result, name, read[name])
+    return result
 
 
 def _array(value: Any, dtype: np.dtype[Any], where: str) -> Any:

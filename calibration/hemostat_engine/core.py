@@ -152,9 +152,9 @@ class Core:
         """
         parameters = [self._parameters(params) for params in admitted]
         named = [i for i, p in enumerate(parameters) if p.version is not None and self._bound(admitted[i]) is None]
-        found = [self.library.get(parameters[i].version or "") for i in named]
-        on_all_ranks = self._ranks.all_have([profile is not None for profile in found])
-        profiles = {i: profile for i, profile, all_have in zip(named, found, on_all_ranks, strict=True) if all_have}
+        result = [self.library.get(parameters[i].version or "") for i in named]
+        on_all_ranks = self._ranks.all_have([profile is not None for profile in result])
+        profiles = {i: profile for i, profile, all_have in zip(named, result, on_all_ranks, strict=True) if all_have}
         self.counters.add("requests_bound", len(profiles))
         self.counters.add("requests_unknown", len(named) - len(profiles))
         bindings: list[Binding | None] = []
@@ -287,10 +287,10 @@ class Core:
         self.taps.push(Step(reading, slots=taps, masks=allowed.words))
 
     def _allowed(self, rows: Sequence[int]) -> Masks:
-        found = self.masks.of(rows, self.taps.has_room)
-        if unknown := found.index.count(UNKNOWN):
+        result = self.masks.of(rows, self.taps.has_room)
+        if unknown := result.index.count(UNKNOWN):
             self.counters.add("sets_unknown", unknown)
-        return found
+        return result
 
     def read(
         self, bindings: Sequence[Binding], logits: torch.Tensor, where: Callable[[], tuple[torch.Tensor, ...]]

@@ -121,8 +121,8 @@ class GrammarMasks:
         holder: Any = importlib.import_module(place.module)  # the runner has imported it
         if place.owner is not None:
             holder = getattr(holder, place.owner)
-        found = getattr(holder, place.name)
-        apply = getattr(found, _WRAPPED, found)
+        result = getattr(holder, place.name)
+        apply = getattr(result, _WRAPPED, result)
         if tuple(inspect.signature(apply).parameters) != place.parameters:
             return False
 
@@ -157,14 +157,14 @@ class GrammarMasks:
         if step is None:
             return Masks([FREE] * len(rows))
         places = {request: place for place, request in enumerate(step.restricted)}
-        found = [places.get(step.requests[row], FREE) for row in rows]
-        chosen = [place for place in found if place != FREE]
+        result = [places.get(step.requests[row], FREE) for row in rows]
+        chosen = [place for place in result if place != FREE]
         if not chosen:
-            return Masks(found)
+            return Masks(result)
         if not step.plain or not has_room(len(chosen) * step.bitmask[0].nbytes):
-            return Masks([FREE if place == FREE else UNKNOWN for place in found])
+            return Masks([FREE if place == FREE else UNKNOWN for place in result])
         copied = iter(range(len(chosen)))
-        return Masks([FREE if place == FREE else next(copied) for place in found], step.bitmask[chosen])
+        return Masks([FREE if place == FREE else next(copied) for place in result], step.bitmask[chosen])
 
 
 masks = GrammarMasks()

@@ -66,10 +66,10 @@ class Peers:
             return [url]
         parts = split_admin_url(url)
         try:
-            found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)
+            result = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)
         except OSError:
             return self._resolved.get(url, [])
-        hosts = sorted({str(address[0]) for *_, address in found})
+        hosts = sorted({str(address[0]) for *_, address in result})
         self._resolved[url] = [f"http://{f'[{h}]' if ':' in h else h}:{parts.port or 80}" for h in hosts]
         return self._resolved[url]
 

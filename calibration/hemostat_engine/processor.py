@@ -32,7 +32,7 @@ _INTERFACES = ("vllm.v1.sample.logits_processor", "vllm.v1.worker.gpu.sample.log
 
 def _interfaces() -> tuple[type, ...]:
     """The abstract classes of the installed vLLM; only this function knows their modules."""
-    found = []
+    result = []
     for name in _INTERFACES:
         try:
             module = importlib.import_module(name)
@@ -41,12 +41,12 @@ def _interfaces() -> tuple[type, ...]:
                 raise
             continue
         if hasattr(module, "LogitsProcessor"):
-            found.append(module.LogitsProcessor)
-    if not found:
+            result.append(module.LogitsProcessor)
+    if not result:
         raise HemostatError(
             "this vLLM has no logits processor interface that Hemostat supports; use vLLM 0.32 or newer"
         )
-    return tuple(found)
+    return tuple(result)
 
 
 def _ranks() -> Ranks:

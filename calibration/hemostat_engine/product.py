@@ -37,10 +37,10 @@ def multiplies_bfloat16() -> bool:
 def packs_bfloat16() -> bool:
     """Whether oneDNN can multiply packed bfloat16 matrices here, at any speed."""
     try:
-        found = _times(torch.ones(2, 8), _packed(torch.ones(8, 8)))
+        result = _times(torch.ones(2, 8), _packed(torch.ones(8, 8)))
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
-    return bool((found == 8.0).all())
+    return bool((result == 8.0).all())
 
 
 class Product:
@@ -97,12 +97,12 @@ def upload(values: npt.NDArray[np.generic], device: torch.device) -> torch.Tenso
     host = torch.from_numpy(values)
     if device.type != "cuda":
         return host.to(device)
-    found = torch.empty_like(host, device=device)
+    result = torch.empty_like(host, device=device)
     # The memory may have been another profile's, which a kernel that is on its way still reads.
     torch.cuda.synchronize(device)
-    found.copy_(host)
+    result.copy_(host)
     torch.cuda.current_stream(device).synchronize()
-    return found
+    return result
 
 
 def packs(elements: int, device: torch.device) -> bool:
@@ -111,10 +111,10 @@ def packs(elements: int, device: torch.device) -> bool:
 
 
 def _packed(values: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(values.bfloat16())
-    return found
+    result: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(values.bfloat16())
+    return result
 
 
 def _times(y: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(y.bfloat16(), packed, None, "none", [], "")
-    return found.float()
+    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(y.bfloat16(), packed, None, "none", [], "")
+    return result.float()

@@ -97,14 +97,14 @@ class Step:
             self.reading.copied.synchronize()
         if self.reading.places is None:
             return [(row, row.position) for row in self.rows if row.position is not None]
-        found = []
+        result = []
         places = zip(*(values.tolist() for values in self.reading.places), strict=True)
         for row, (slot, pos, fed) in enumerate(places):
             tap = self.slots.get(slot)
             if tap is not None and (position := pos + 1 - tap.prompt_len) >= 0:
                 previous = fed if position else -1
-                found.append((TappedRow(row, tap.nonce, tap.applied, None, tap.child, previous, tap.mask), position))
-        return found
+                result.append((TappedRow(row, tap.nonce, tap.applied, None, tap.child, previous, tap.mask), position))
+        return result
 
 
 @dataclass(slots=True)

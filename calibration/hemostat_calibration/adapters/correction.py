@@ -115,13 +115,13 @@ def _root(gram: Gram | None, width: int) -> Floats | None:
     if isinstance(gram, DiagonalGram):
         diagonal: Floats = np.sqrt(np.maximum(mean, 0.0))
         return diagonal
-    found: Floats
+    result: Floats
     try:
-        found = np.asarray(np.linalg.cholesky(mean), dtype=np.float64)
+        result = np.asarray(np.linalg.cholesky(mean), dtype=np.float64)
     except np.linalg.LinAlgError:  # singular, as with fewer vectors than entries
         values, vectors = np.linalg.eigh(mean)
-        found = vectors * np.sqrt(np.maximum(values, 0.0))
-    return found
+        result = vectors * np.sqrt(np.maximum(values, 0.0))
+    return result
 
 
 def _times(matrix: Floats, gram: Gram | None) -> Floats:

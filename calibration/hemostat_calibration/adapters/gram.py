@@ -148,13 +148,13 @@ def metric_for_budget(widths: Mapping[str, int], budget_bytes: int) -> dict[str,
     {'attention': <Metric.FULL: 'full'>, 'mlp': <Metric.DIAGONAL: 'diagonal'>}
     """
     left = budget_bytes - sum(gram_bytes(Metric.DIAGONAL, width) for width in widths.values())
-    found = dict.fromkeys(widths, Metric.DIAGONAL)
+    result = dict.fromkeys(widths, Metric.DIAGONAL)
     for name, width in sorted(widths.items(), key=lambda item: (item[1], item[0])):
         left -= gram_bytes(Metric.FULL, width) - gram_bytes(Metric.DIAGONAL, width)
         if left < 0:
             break
-        found[name] = Metric.FULL
-    return found
+        result[name] = Metric.FULL
+    return result
 
 
 def _parts(rows: npt.NDArray[np.floating[Any]], width: int) -> list[npt.NDArray[np.floating[Any]]]:

@@ -330,8 +330,8 @@ def max_log_likelihood(counts: npt.NDArray[np.int64]) -> Floats:
     [-2.249, 0.0, 0.0]
     """
     shares = np.maximum(counts, 1) / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
-    found: Floats = (counts * np.log(shares)).sum(axis=-1)
-    return found
+    result: Floats = (counts * np.log(shares)).sum(axis=-1)
+    return result
 
 
 def _restart(test: EngineTest, first: int, now: float) -> EngineTest:

@@ -60,7 +60,7 @@ def allocate(options: Mapping[str, Options], budget: int) -> Allocation:
     >>> found.chosen, found.size, found.loss
     ({'q': 1, 'v': 1}, 8, 3.0)
     """
-    hulls = {name: _hull(one) for name, one in options.items()}
+    hulls = {name: _hull(option) for name, option in options.items()}
     chosen = {name: hull[0] for name, hull in hulls.items()}
     left = budget - sum(int(options[name].sizes[n]) for name, n in chosen.items())
     if left < 0:

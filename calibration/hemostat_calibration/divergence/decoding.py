@@ -107,8 +107,10 @@ def decoded_divergence(record: TokenRecord, min_ratio: float = MIN_RATIO) -> Dec
     if _cuts(sampling):
         return _cut(record)
     if sampling.temperature == 1.0:
-        found = bounds(record, min_ratio)
-        return DecodedDivergence(found.tv, found.js, found.kl_rc, found.kl_cr, np.ones(record.tokens, dtype=np.bool_))
+        result = bounds(record, min_ratio)
+        return DecodedDivergence(
+            result.tv, result.js, result.kl_rc, result.kl_cr, np.ones(record.tokens, dtype=np.bool_)
+        )
     return _tempered(record)
 
 
@@ -179,8 +181,8 @@ def _at(ids: Ids, others: Ids, values: Floats) -> Floats:
     wanted, given = (ids + offset).ravel(), (others + offset).ravel()
     order = np.argsort(given)
     place = order[np.minimum(np.searchsorted(given, wanted, sorter=order), len(given) - 1)]
-    found: Floats = np.where(given[place] == wanted, values.ravel()[place], -np.inf).reshape(ids.shape)
-    return np.where(ids >= 0, found, -np.inf)
+    result: Floats = np.where(given[place] == wanted, values.ravel()[place], -np.inf).reshape(ids.shape)
+    return np.where(ids >= 0, result, -np.inf)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.records import ExactDistances
 
 
-def of_distances(found: ExactDistances) -> TokenDivergence:
+def of_distances(distances: ExactDistances) -> TokenDivergence:
     """As the figures of a record; NaN is what was not computed. A KL a little below 0, from rounding, is 0.
 
     >>> one = ExactDistances(kl=np.array([0.3, np.inf]), tv=np.array([0.2, 1.0]), top1=np.array([True, False]))
@@ -17,7 +17,7 @@ def of_distances(found: ExactDistances) -> TokenDivergence:
     >>> figures.bound, figures.kl_rc.tolist(), figures.js.tolist()
     ('exact', [0.3, inf], [nan, nan])
     """
-    kl = np.maximum(found.kl, 0.0)
+    kl = np.maximum(distances.kl, 0.0)
     unknown = np.full(len(kl), np.nan)
     nothing = Interval(unknown, unknown)
     return TokenDivergence(
@@ -25,10 +25,10 @@ def of_distances(found: ExactDistances) -> TokenDivergence:
         kl_rc=kl,
         kl_cr=unknown,
         js=unknown,
-        tv=found.tv,
+        tv=distances.tv,
         covered_reference=unknown,
         covered_compressed=unknown,
-        top1_agreement=found.top1,
+        top1_agreement=distances.top1,
         delta_log_likelihood=unknown,
         delta_p=unknown,
         entropy_reference=unknown,
@@ -36,8 +36,8 @@ def of_distances(found: ExactDistances) -> TokenDivergence:
         estimate_rc=kl,
         estimate_cr=unknown,
         estimate_js=unknown,
-        estimate_tv=found.tv,
+        estimate_tv=distances.tv,
         recovered=np.zeros(len(kl), dtype=np.bool_),
-        bounds=Bounds(Interval(kl, kl), nothing, nothing, Interval(found.tv, found.tv), 0.0),
+        bounds=Bounds(Interval(kl, kl), nothing, nothing, Interval(distances.tv, distances.tv), 0.0),
         known=np.ones(len(kl), dtype=np.bool_),
     )

@@ -34,8 +34,8 @@ def profile_shift(record: TokenRecord, profile: CalibrationProfile, view: View) 
     values = record.features.values
     known = record.shifts.get(profile.version)
     row_codes = code(profile, values) if known is None or known.code is None else known.code
-    found = shift_at(profile, view.ids, view.log_candidates, row_codes)
-    return np.where(np.isnan(values).any(axis=1, keepdims=True), np.nan, found)
+    result = shift_at(profile, view.ids, view.log_candidates, row_codes)
+    return np.where(np.isnan(values).any(axis=1, keepdims=True), np.nan, result)
 
 
 def known_rows(delta: Floats) -> Bools:

@@ -83,9 +83,9 @@ class HarmSum:
         for run in self.runs:
             both = (log_evidence(by_client, self.clients, inflation) for by_client in self._since(run))
             terms += [math.log(0.5 * _part(run.number)) + one for one in both]
-        found = float(np.logaddexp.reduce(terms))
-        self.known = inflation, found
-        return found
+        result = float(np.logaddexp.reduce(terms))
+        self.known = inflation, result
+        return result
 
     def reaches(self, needed: float, inflation: float) -> bool:
         """Whether it is `needed` or more. Most units need no evaluation of it."""
@@ -93,8 +93,8 @@ class HarmSum:
         return not not_enough and self.log_e(inflation) >= needed
 
     def _since(self, run: Run) -> Floats:
-        found: Floats = (self.wealth - run.mark)[:, : self.clients]
-        return found
+        result: Floats = (self.wealth - run.mark)[:, : self.clients]
+        return result
 
     def _begin(self) -> None:
         self.runs.append(Run(self.units // STEP, self.units, self.wealth.copy()))

@@ -119,8 +119,8 @@ class KindTest:
         """v̂ of the gains, 1 or more; 1 where too few are known."""
         if self.role is Role.SERVING:
             return self.inherited
-        found = float(self.batches.inflation()[0])
-        return found if math.isfinite(found) else 1.0
+        result = float(self.batches.inflation()[0])
+        return result if math.isfinite(result) else 1.0
 
     def admit(self, unit: bytes, client: bytes, share: float) -> Admission:
         """Whether the unit may count. It looks at whose the unit is and not at what it showed.
@@ -215,10 +215,10 @@ class KindTest:
         if self.evidence is None or self.evidence[0] != v:
             by_client = self.wealth[: self.clients]
             if self.role is Role.CANDIDATE:
-                found = float(log_proof(by_client, self.clients, self.opposing, v))
+                result = float(log_proof(by_client, self.clients, self.opposing, v))
             else:
-                found = log_evidence(by_client, self.clients, v)
-            self.evidence = v, found
+                result = log_evidence(by_client, self.clients, v)
+            self.evidence = v, result
         return self.evidence[1]
 
     def reaches(self, needed: float, inflation: float, known: bool = False) -> bool:

@@ -85,11 +85,11 @@ def adapter_layers(profile: CalibrationProfile) -> dict[str, LowRank]:
     >>> adapter_layers(temperature_bias("m", 3, 2.0, np.zeros(3), clamp_nats=1.0))
     {}
     """
-    found = {}
+    result = {}
     for name in _layer_names(profile):
         a, a_scale, b, b_scale = (profile.parameters[f"{name}.{key}"] for key in FACTOR_PARAMETERS)
-        found[name] = LowRank(dequantize_rows(a, a_scale), dequantize_rows(b, b_scale))
-    return found
+        result[name] = LowRank(dequantize_rows(a, a_scale), dequantize_rows(b, b_scale))
+    return result
 
 
 def has_map(profile: CalibrationProfile) -> bool:
@@ -165,14 +165,14 @@ def layers_digest(profile: CalibrationProfile) -> str:
     >>> one == other, layers_digest(one) == layers_digest(other)
     (False, True)
     """
-    found = hashlib.sha256()
+    result = hashlib.sha256()
     names = _layer_names(profile)
     for name in names:
         for key in FACTOR_PARAMETERS:
             array = profile.parameters[f"{name}.{key}"]
-            found.update(f"{name}.{key} {array.shape}".encode())
-            found.update(np.ascontiguousarray(array).data)
-    return found.hexdigest()[:32] if names else ""
+            result.update(f"{name}.{key} {array.shape}".encode())
+            result.update(np.ascontiguousarray(array).data)
+    return result.hexdigest()[:32] if names else ""
 
 
 def max_rank(profile: CalibrationProfile) -> int:

@@ -171,7 +171,7 @@ def map_parameters(parameters: Parameters) -> Parameters:
 
 def _adapter_parameters(names: Iterable[str]) -> Mapping[str, Parameter]:
     names = list(names)
-    found = {
+    result = {
         f"{module}.{name}": Parameter(tuple(f"{letter} of {module}" for letter in shape), dtype)
         for module in layer_names(names)
         for name, (shape, dtype) in FACTOR_PARAMETERS.items()
@@ -179,8 +179,8 @@ def _adapter_parameters(names: Iterable[str]) -> Mapping[str, Parameter]:
     if any(name.startswith(MAP_PREFIX) for name in names):
         for name, parameter in _CONTEXTUAL_PARAMETERS.items():
             shape = tuple(d if d == VOCABULARY else MAP_PREFIX + d for d in parameter.shape)
-            found[MAP_PREFIX + name] = Parameter(shape, parameter.dtype)
-    return found
+            result[MAP_PREFIX + name] = Parameter(shape, parameter.dtype)
+    return result
 
 
 def _adapter_check(parameters: Parameters) -> str:
@@ -194,8 +194,8 @@ def _adapter_check(parameters: Parameters) -> str:
         for name in (f"{layer}.a_scale", f"{layer}.b_scale"):
             if not 0.0 <= parameters[name].min() <= parameters[name].max() <= MAX_SCALE:
                 return f"{name} has a value below 0 or above {MAX_SCALE:g}"
-    found = map_parameters(parameters)
-    problem = _contextual_check(found) if found else ""
+    result = map_parameters(parameters)
+    problem = _contextual_check(result) if result else ""
     return problem and MAP_PREFIX + problem
 
 
@@ -246,5 +246,5 @@ def logit_family(family: str, parameters: Parameters) -> tuple[FamilySpec, Param
     """
     if family != ADAPTER:
         return FAMILIES[family], parameters
-    found = map_parameters(parameters)
-    return (FAMILIES[CONTEXTUAL], found) if found else (_NO_MAP, found)
+    result = map_parameters(parameters)
+    return (FAMILIES[CONTEXTUAL], result) if result else (_NO_MAP, result)

@@ -63,8 +63,8 @@ def code(profile: CalibrationProfile, anchored: npt.NDArray[np.floating]) -> Flo
     if anchored.ndim < 1 or anchored.shape[-1] != len(ids):
         raise InvalidArgumentError(f"anchored has shape {anchored.shape}: its last axis must be {len(ids)}")
     finite = np.isfinite(anchored).all(axis=-1, keepdims=True)
-    found = read(parameters, np.where(finite, anchored, 0.0).astype(np.float64))
-    return np.where(finite, found, 0.0)
+    result = read(parameters, np.where(finite, anchored, 0.0).astype(np.float64))
+    return np.where(finite, result, 0.0)
 
 
 def shift_at(

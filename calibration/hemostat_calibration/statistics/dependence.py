@@ -110,16 +110,16 @@ class BatchMeans:
         # Of a unit, and without what the mean's own estimate takes away.
         each = squares / ((count - 1.0) * 2.0 ** np.array(usable)[:, None])
         scale = np.where(squares[:1] > 1e-18 * np.maximum(xx[:1], 1e-300), each[:1], np.nan)
-        found: Floats = each / scale
-        return found
+        result: Floats = each / scale
+        return result
 
     @property
     def variance(self) -> Floats:
         """Of single units, float64 [S]; of plain sums. 0 before the second unit."""
         x, _, xx, _, _ = self.sums[0]
         units = max(self.units, 2)
-        found: Floats = np.maximum(xx - x * x / units, 0.0) / (units - 1.0)
-        return found
+        result: Floats = np.maximum(xx - x * x / units, 0.0) / (units - 1.0)
+        return result
 
     def inflation(self) -> Floats:
         """v̂ of each series, float64 [S]; infinite before `MIN_UNITS` units, 1 where units did not differ."""
@@ -127,16 +127,16 @@ class BatchMeans:
         if self.units < MIN_UNITS:
             return np.full(series, np.inf)
         ratios = self.ratios()
-        found = np.ones(series)
+        result = np.ones(series)
         for level in range(1, len(ratios)):
             corrected = ratios[level] + np.maximum(ratios[level] - ratios[level - 1], 0.0)
-            found = np.fmax(found, corrected * float(upper_factor(self.units >> level)))
-        return found
+            result = np.fmax(result, corrected * float(upper_factor(self.units >> level)))
+        return result
 
     def effective(self) -> Floats:
         """n / v̂ of each series, float64 [S]; 0 before `MIN_UNITS` units."""
-        found: Floats = self.units / self.inflation()
-        return found
+        result: Floats = self.units / self.inflation()
+        return result
 
     def enough(self) -> npt.NDArray[np.bool_]:
         """Whether v̂ is to be believed, bool [S]."""
@@ -216,8 +216,8 @@ class ClientBatches:
         corrected = ratios[1:] + np.maximum(ratios[1:] - ratios[:-1], 0.0)
         usable = self.batches[1:] >= MIN_CLIENT_BATCHES
         limits = np.where(usable, corrected * upper_factor(np.maximum(self.batches[1:], MIN_CLIENT_BATCHES)), 1.0)
-        found: Floats = np.maximum(limits.max(axis=0), 1.0)
-        return found
+        result: Floats = np.maximum(limits.max(axis=0), 1.0)
+        return result
 
 
 def upper_factor(batches: npt.ArrayLike) -> Floats:

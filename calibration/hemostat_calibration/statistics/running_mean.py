@@ -85,13 +85,13 @@ class RunningMean:
         return ConfidenceInterval(self.mean, max(self.mean - reach, self.lo), min(self.mean + reach, self.hi))
 
 
-def enough(found: ConfidenceInterval, lo: float, hi: float) -> bool:
+def enough(interval: ConfidenceInterval, lo: float, hi: float) -> bool:
     """Whether the interval is at most half as wide as the range lo … hi.
 
     >>> enough(ConfidenceInterval(0.2, 0.1, 0.3), 0.0, 1.0), enough(ConfidenceInterval(0.2, 0.0, 0.8), 0.0, 1.0)
     (True, False)
     """
-    return found.high - found.low <= ENOUGH * (hi - lo)
+    return interval.high - interval.low <= ENOUGH * (hi - lo)
 
 
 def boundary(squares: Floats, alpha: float) -> Floats:

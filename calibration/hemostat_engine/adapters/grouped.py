@@ -136,8 +136,8 @@ class FactorCache:
 def true_rank(a: torch.Tensor, b: torch.Tensor) -> int:
     """The rank without the zeros at the end; a: [r, inputs], b: [outputs, r]."""
     used = (a != 0).any(dim=1) & (b != 0).any(dim=0)
-    found = used.nonzero()
-    return int(found[-1]) + 1 if len(found) else 0
+    result = used.nonzero()
+    return int(result[-1]) + 1 if len(result) else 0
 
 
 def read_factors(a: Any, b: Any, slot: int, output_slices: Sequence[int]) -> Factors:
@@ -168,8 +168,8 @@ def read_factors(a: Any, b: Any, slot: int, output_slices: Sequence[int]) -> Fac
 
 def matrix(slots: torch.Tensor, slot: int) -> torch.Tensor:
     """One slot of [slots, 1, m, n] or [slots, m, n]."""
-    found = slots[slot]
-    return found[0] if found.ndim == 3 else found
+    result = slots[slot]
+    return result[0] if result.ndim == 3 else result
 
 
 def add_product(y: torch.Tensor, x: torch.Tensor, group: Group, factors: Factors, scale: float) -> None:

@@ -145,5 +145,5 @@ def install(wrapper_class: Any) -> None:
 
 
 def _tokens(wrapper: Any) -> Plan:
-    found: Plan = getattr(wrapper, "_hemostat_tokens", _NO_ROWS)
-    return found
+    result: Plan = getattr(wrapper, "_hemostat_tokens", _NO_ROWS)
+    return result

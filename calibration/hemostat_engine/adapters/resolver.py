@@ -50,9 +50,9 @@ class Resolver:
         if not self._source.may_look_up(lora_name) or not self._room.acquire(blocking=False):
             return None
         try:
-            found = self._thread.submit(self._source.find, lora_name, base_model_name, engine)
-            found.add_done_callback(lambda _: self._room.release())
-            path = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(found)), RESOLVE_SECONDS)
+            result = self._thread.submit(self._source.find, lora_name, base_model_name, engine)
+            result.add_done_callback(lambda _: self._room.release())
+            path = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(result)), RESOLVE_SECONDS)
         except Exception as error:  # noqa: BLE001 - an unexpected error is answered as an unknown model
             log.warning("adapter %s is not loaded: %s: %s", lora_name, type(error).__name__, error)
             return None

@@ -91,10 +91,10 @@ def is_allowed_host(host: str, names: Collection[str]) -> bool:
 
     An address cannot be rebound; a name can, by its owner. Browsers always send the header.
     """
-    found = _HOST.fullmatch(host)
-    if found is None:
+    match = _HOST.fullmatch(host)
+    if match is None:
         return False
-    name = (found[1] or found[2]).rstrip(".").lower()
+    name = (match[1] or match[2]).rstrip(".").lower()
     if name == "localhost" or name in {one.lower() for one in names}:
         return True
     try:

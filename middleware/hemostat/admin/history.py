@@ -89,8 +89,8 @@ class History:
         before = self._buckets[0] if self._buckets else counts
         self._buckets.append(counts)
         recent = [max(0, now - then) for now, then in zip_longest(counts, before, fillvalue=0)]
-        found = quantile(recent, 0.99)
-        return None if found is None else min(found, OVERHEAD_BUCKETS[-1])
+        result = quantile(recent, 0.99)
+        return None if result is None else min(result, OVERHEAD_BUCKETS[-1])
 
     def _notice(self, status: Status) -> None:
         """Add an event for each change since the last point of what is wrong, of the models, and of the settings."""

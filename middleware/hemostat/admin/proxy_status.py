@@ -58,10 +58,10 @@ def quantile(counts: Sequence[int], q: float) -> float | None:
 
 
 def requests_by_outcome(stats: Stats) -> dict[str, int]:
-    found: dict[str, int] = {}
+    result: dict[str, int] = {}
     for (_, outcome), value in stats.counters.get(names.REQUESTS, {}).items():
-        found[outcome] = found.get(outcome, 0) + int(value)
-    return found
+        result[outcome] = result.get(outcome, 0) + int(value)
+    return result
 
 
 def proxy_status(stats: Stats) -> ProxyStatus:
@@ -87,10 +87,10 @@ def proxy_status(stats: Stats) -> ProxyStatus:
 
 
 def endings_by_arm(stats: Stats) -> dict[str, ArmEndings]:
-    found: dict[str, ArmEndings] = {}
+    result: dict[str, ArmEndings] = {}
 
     def of(arm: str) -> ArmEndings:
-        return found.setdefault(arm, ArmEndings())
+        return result.setdefault(arm, ArmEndings())
 
     for (arm, reason), value in stats.counters.get(names.RESPONSES_FINISHED, {}).items():
         of(arm).finished[reason] = int(value)
@@ -100,4 +100,4 @@ def endings_by_arm(stats: Stats) -> dict[str, ArmEndings]:
         of(arm).loops = int(value)
     for (arm, kind, outcome), value in stats.counters.get(names.STRUCTURED_OUTPUTS, {}).items():
         of(arm).structured.setdefault(kind, {})[outcome] = int(value)
-    return found
+    return result

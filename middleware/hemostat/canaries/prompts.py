@@ -53,11 +53,11 @@ def load(path: Path | None = None) -> Prompts:
 def _parse(data: bytes, where: str) -> Prompt:
     try:
         text = data.decode().rstrip("\r")
-        found = msgspec.json.decode(text, type=Prompt) if text.lstrip().startswith("{") else Prompt(text)
+        result = msgspec.json.decode(text, type=Prompt) if text.lstrip().startswith("{") else Prompt(text)
     except UnicodeDecodeError as error:
         raise PromptFileError(f"{where}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except msgspec.DecodeError as error:
         raise PromptFileError(f"{where}: no prompt ({error}); write {SHAPE}, or text without a brace first") from None
-    if not found.prompt.strip():
+    if not result.prompt.strip():
         raise PromptFileError(f"{where}: prompt is empty; fill it in or leave the line out")
-    return found
+    return result

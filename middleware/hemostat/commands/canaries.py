@@ -111,14 +111,14 @@ def _compare(options: argparse.Namespace) -> int:
     return _say(found, taken.origin, now)
 
 
-def _say(found: Comparison, then: Origin, now: Origin) -> int:
+def _say(comparison: Comparison, then: Origin, now: Origin) -> int:
     """The verdict, in one line, and what else is different."""
-    print(f"{'changed' if found.changed else 'equal'}: {found.summary}")  # noqa: T201
+    print(f"{'changed' if comparison.changed else 'equal'}: {comparison.summary}")  # noqa: T201
     names = {"model": "model", "root": "path", "version": "vLLM", "max_model_len": "max_model_len"}
     for field, name in names.items():
         if getattr(then, field) != getattr(now, field):
             print(f"  {name}: {getattr(then, field) or 'unknown'}, now {getattr(now, field) or 'unknown'}")  # noqa: T201
-    return CHANGED if found.changed else EQUAL
+    return CHANGED if comparison.changed else EQUAL
 
 
 def _described(origin: Origin) -> str:

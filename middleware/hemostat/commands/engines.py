@@ -31,14 +31,14 @@ def run(options: argparse.Namespace) -> int:
     else:
         status = admin_json(options, "GET", "/api/v1/status")
     try:
-        found = "\n".join(
+        result = "\n".join(
             [*problems(status["state"]["problems"]), table(status["upstream"]), *comparison(status["outlier_engine"])]
         )
     except (LookupError, TypeError, AttributeError):
         raise UsageError(
             f"{shown_address(options.admin)}: not the status of a hemostat serve of this version"
         ) from None
-    print(found)  # noqa: T201
+    print(result)  # noqa: T201
     return 0
 
 

@@ -186,8 +186,8 @@ async def _upstream(server: VllmServer, settings: Settings) -> list[Finding]:
     measured = settings.reference.backend != "none"
     findings += await probe_shadowing(server, card.id, settings.shadow.top_k, State.NO if measured else State.NOTE)
     if measured:
-        found = await find_markers(server, card.id, settings.reasoning)
-        findings.append(Finding("reasoning", State.OK if found.markers else State.NOTE, found.detail))
+        result = await find_markers(server, card.id, settings.reasoning)
+        findings.append(Finding("reasoning", State.OK if result.markers else State.NOTE, result.detail))
     findings.append(await _plugin(server, card.id, settings))
     if settings.adapter.enabled:
         findings += await probe_adapters(server, card.id, settings)
@@ -206,19 +206,19 @@ def _adapter_checkpoints(settings: Settings, root: str) -> Finding:
         compressed = find_compressed(given, root)
         if in_process and given.reference is None and not Path(reference.model or "").is_dir():
             return Finding(what, State.OK, f"{compressed}; the reference's is where {reference.model} is loaded from")
-        found = find_folders(given, reference.model if in_process else None, None, root)
+        result = find_folders(given, reference.model if in_process else None, None, root)
     except FolderError as error:
         return Finding(what, State.NO, str(error), "adapters are made from both folders, on this machine")
     from hemostat.adapters.building.pair import CheckpointPair  # noqa: PLC0415  torch
 
     try:
-        CheckpointPair.open(found.reference, found.compressed, given.device)
+        CheckpointPair.open(result.reference, result.compressed, given.device)
     except (HemostatError, ImportError) as error:
         fix = "REFERENCE is adapter.reference, COMPRESSED is adapter.compressed"
         if isinstance(error, ImportError):
             fix = "pip install 'hemostat[adapters]', where the control process runs"
         return Finding(what, State.NO, f"no adapter can be made of them: {' '.join(str(error).split())}", fix)
-    return Finding(what, State.OK, f"{found.reference} and {found.compressed}")
+    return Finding(what, State.OK, f"{result.reference} and {result.compressed}")
 
 
 async def _plugin(server: VllmServer, model: str, settings: Settings) -> Finding:
@@ -279,9 +279,9 @@ async def _models(references: References, server: VllmServer, settings: Settings
         if n:  # the first was probed as the upstream
             probed = await probe_shadowing(server, pair.name, settings.shadow.top_k)
             findings += [replace(f, what=f.what + of) for f in probed if f.state is State.NO]
-        found = await _reference(pair.scorer, settings, pair.name, of)
-        findings += found
-        if found[-1].what.startswith(SAME_TOKENS) and found[-1].state is State.OK:
+        result = await _reference(pair.scorer, settings, pair.name, of)
+        findings += result
+        if result[-1].what.startswith(SAME_TOKENS) and result[-1].state is State.OK:
             matched.append(pair.name)
             if calibrated in pair.names:
                 calibrated = pair.name

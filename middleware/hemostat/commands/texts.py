@@ -78,7 +78,7 @@ class Writer:
         from hemostat.models.copies import Copy  # noqa: PLC0415
         from hemostat.models.generation import generate  # noqa: PLC0415
 
-        found: dict[int, Ids] = {}
+        result: dict[int, Ids] = {}
         model: Copy | None = None
         for begin in range(0, len(numbers), GENERATION_BATCH):
             batch = numbers[begin : begin + GENERATION_BATCH]
@@ -100,9 +100,9 @@ class Writer:
                     )
                 data = json.dumps([text.tolist() for text in texts]).encode()
                 work.put(name, data)
-            found |= {n: np.array(ids, np.int32) for n, ids in zip(batch, json.loads(data), strict=True)}
+            result |= {n: np.array(ids, np.int32) for n, ids in zip(batch, json.loads(data), strict=True)}
             reporter.step(GENERATION_STAGE, min(begin + GENERATION_BATCH, len(numbers)), len(numbers))
-        return found
+        return result
 
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer  # noqa: PLC0415

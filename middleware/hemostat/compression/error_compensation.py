@@ -128,8 +128,8 @@ def refit_scales(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, steps:
     rows = max(1, REFIT_NUMBERS // groups**2)
     exact = hessian.float()
     parts = zip(weight.split(rows), steps.split(rows), strict=True)
-    found = torch.cat([_refit(w, exact, q, grid.group_size) for w, q in parts])
-    return torch.where(found.isfinite() & (found > 0), found, grid.scale)
+    result = torch.cat([_refit(w, exact, q, grid.group_size) for w, q in parts])
+    return torch.where(result.isfinite() & (result > 0), result, grid.scale)
 
 
 def _refit(weight: torch.Tensor, exact: torch.Tensor, steps: torch.Tensor, size: int) -> torch.Tensor:

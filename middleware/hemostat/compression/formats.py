@@ -53,10 +53,10 @@ class Quantized:
 def stored(quantized: Quantized) -> dict[str, torch.Tensor]:
     """The tensors of the layer by the last part of their names, such as `weight_packed`."""
     scheme, compressor = _scheme(quantized.format)
-    found: dict[str, torch.Tensor] = compressor.compress(
+    result: dict[str, torch.Tensor] = compressor.compress(
         {"weight": quantized.weight, "weight_scale": quantized.scale}, scheme
     )
-    return found
+    return result
 
 
 def restored(weight_format: WeightFormat, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

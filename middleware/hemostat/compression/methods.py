@@ -52,8 +52,8 @@ def _round_in_own_dtype(weight_format: WeightFormat) -> Change:
     are one off. The demo's checkpoints have always been made so; results on them stay comparable."""
 
     def change(name: str, weight: torch.Tensor) -> Quantized:
-        found = nearest(name, weight, weight_format)
-        return Quantized(weight_format, weight, found.scale)
+        result = nearest(name, weight, weight_format)
+        return Quantized(weight_format, weight, result.scale)
 
     return change
 

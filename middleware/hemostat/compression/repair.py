@@ -85,13 +85,13 @@ def write_repaired_copy(
     }
 
     def write(folder: Path, work: WorkFolder) -> None:
-        found = repair(
+        result = repair(
             reference, compressed, texts, Parts(work), device=environment.device, seed=seed, progress=environment.step
         )
-        write_repaired(compressed, folder, found.tensors)
+        write_repaired(compressed, folder, result.tensors)
         earlier = folder / REPORT
         report = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}
-        earlier.write_text(json.dumps(report | {REPAIR: found.report}, indent=1) + "\n", encoding="utf-8")
+        earlier.write_text(json.dumps(report | {REPAIR: result.report}, indent=1) + "\n", encoding="utf-8")
 
     build_with_work(destination, made_from, write, environment)
     written: dict[str, Any] = json.loads((destination / REPORT).read_text(encoding="utf-8"))[REPAIR]
@@ -122,7 +122,7 @@ def repair(
         Copy.load(folder, device, label=label) for folder, label in ((reference, "SOURCE"), (compressed, "COMPRESSED"))
     )
     vectors = Vectors(small)
-    found = train(
+    result = train(
         whole,
         small,
         vectors,
@@ -132,7 +132,7 @@ def repair(
         step_positions=step_positions,
         progress=lambda stage, done, total: progress(REPAIR, done, total),
     )
-    repaired = Repaired({} if found.tensors is None else vectors.stored(found.tensors), _report(found, vectors))
+    repaired = Repaired({} if result.tensors is None else vectors.stored(result.tensors), _report(result, vectors))
     parts.put(_PART, {**repaired.tensors, _REPORT_KEY: json_tensor(repaired.report)})
     return repaired
 
@@ -225,9 +225,9 @@ def _replace_values(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             file.write(data)
 
 
-def _report(found: Trained, vectors: Vectors) -> dict[str, Any]:
-    won_back = 1.0 - found.kl / found.kl_start if found.kl_start > 0.0 else None
-    return found.report() | {"won_back": won_back, "numbers": vectors.numbers}
+def _report(trained: Trained, vectors: Vectors) -> dict[str, Any]:
+    won_back = 1.0 - trained.kl / trained.kl_start if trained.kl_start > 0.0 else None
+    return trained.report() | {"won_back": won_back, "numbers": vectors.numbers}
 
 
 def _rms(tensor: torch.Tensor) -> float:

@@ -29,9 +29,9 @@ def measure_token_weights(run: Run) -> None:
     count = len(walk.names)
     for n in range(count - 1, -1, -1):
         if run.parts.get(_part(n)) is None:
-            found: dict[str, list[torch.Tensor]] = {}
-            walk.measure(n, partial(_seen, run, walk.names[n], found), backwards=True)
-            run.parts.put(_part(n), {f"{name}|{b}": w for name, ws in found.items() for b, w in enumerate(ws)})
+            result: dict[str, list[torch.Tensor]] = {}
+            walk.measure(n, partial(_seen, run, walk.names[n], result), backwards=True)
+            run.parts.put(_part(n), {f"{name}|{b}": w for name, ws in result.items() for b, w in enumerate(ws)})
             walk.leave(n, backwards=True)
         run.progress(STAGE, count - n, count)
     walk.drop()
@@ -41,12 +41,12 @@ def token_weights(layer: LayerData) -> Weights:
     """What `measure_token_weights` found for a decoder layer."""
     kept = layer.run.parts.get(_part(layer.index))
     assert kept is not None, layer.name
-    found: dict[str, list[torch.Tensor]] = {}
+    result: dict[str, list[torch.Tensor]] = {}
     for name in layer.linears:
         weights = [kept[f"{name}|{b}"] for b in range(len(layer.run.texts_walk.batches))]
         mean = float(torch.cat(weights).double().mean())
-        found[name] = [w / mean if mean > 0 else torch.ones_like(w) for w in weights]
-    return found
+        result[name] = [w / mean if mean > 0 else torch.ones_like(w) for w in weights]
+    return result
 
 
 class WeightedMoments:

@@ -36,7 +36,7 @@ class ControlSettings(Section):
             raise ValueError("cert and key: set both, or none of them")
         if (self.addresses or self.listen) and self.token is None:
             raise ValueError("token: required with addresses or listen; the same text on both sides, or a token_file")
-        far = next((one for one in self.addresses if not is_loopback(split_address(one)[0])), None)
+        far = next((address for address in self.addresses if not is_loopback(split_address(address)[0])), None)
         if far is not None and self.ca is None:
             raise ValueError(f"ca: required, as {far} is not loopback, and {_CAPTURES}; set the authority's PEM file")
         if self.listen is not None and not is_loopback(split_address(self.listen)[0]) and self.cert is None:

@@ -37,11 +37,11 @@ def postgres_parameters(url: str) -> dict[str, str]:
         from psycopg.conninfo import conninfo_to_dict  # noqa: PLC0415
     except ImportError:
         raise ValueError(MISSING_EXTRA) from None
-    found = _AUTHORITY.fullmatch(url)
+    match = _AUTHORITY.fullmatch(url)
     try:
         given = {name: str(value) for name, value in conninfo_to_dict(url).items()}
     except (Error, ValueError):  # their texts may have a part of the address
         raise ValueError(f"{shown_address(url)} is not an address, or has an unknown option; {ESCAPES}") from None
-    if found is None or "@" in found[2] or found[1].count("@") > 1 or not _PORTS.fullmatch(given.get("port", "")):
+    if match is None or "@" in match[2] or match[1].count("@") > 1 or not _PORTS.fullmatch(given.get("port", "")):
         raise ValueError(f"{shown_address(url)}: what is before the @ is not a user and a password; {ESCAPES}")
     return given

@@ -38,10 +38,10 @@ def cached_checkpoints(scheme: str = "w4a16", progress: Progress = lambda _: Non
     versions = required_versions(*DISTRIBUTIONS)
     folder = cache_folder() / "checkpoints" / f"smollm2-135m-instruct-{cache_key([RECIPE, versions])}"
     folder.mkdir(parents=True, exist_ok=True)
-    found = Checkpoints(folder / "reference", folder / scheme)
-    reference_checkpoint(found.reference, progress)
-    compress(found.reference, found.compressed, scheme, progress, overwrite=True)
-    return found
+    checkpoints = Checkpoints(folder / "reference", folder / scheme)
+    reference_checkpoint(checkpoints.reference, progress)
+    compress(checkpoints.reference, checkpoints.compressed, scheme, progress, overwrite=True)
+    return checkpoints
 
 
 def reference_checkpoint(destination: Path, progress: Progress = lambda _: None) -> None:

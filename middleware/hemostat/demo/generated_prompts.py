@@ -52,10 +52,10 @@ SUBJECTS = (
 def generated_prompts() -> list[Prompt]:
     """All of them, always the same ones in the same order."""
     drawn = random.Random(0)  # noqa: S311 - nothing secret
-    found = []
+    result = []
     for subject in SUBJECTS:
         for task in TASKS:
             *others, last = drawn.sample([other for other in SUBJECTS if other != subject], 5)
             text = f"{task.format(subject)} Bring in {', '.join(others)} and {last}."
-            found.append(Prompt([Message("user", text)], MAX_TOKENS, "varied"))
-    return found
+            result.append(Prompt([Message("user", text)], MAX_TOKENS, "varied"))
+    return result

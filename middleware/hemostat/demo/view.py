@@ -106,9 +106,9 @@ def decision_line(event: Mapping[str, Any]) -> str:
     evidence = event.get("evidence") or {}
     kind = f" for {event['kind']}" if event.get("kind") else ""
     decision = DECISION_WORDS.get(event["decision"], event["decision"])
-    found = f"{decision} {event['version'][:8]}{kind} ({event['reason']}): {event['why']}"
+    result = f"{decision} {event['version'][:8]}{kind} ({event['reason']}): {event['why']}"
     # The evidence of a proposal is the learner's own estimate, not that of the test; it is not shown.
-    return f"{found}; {_evidence(evidence)}" if "mean_gain_by_token" in evidence else found
+    return f"{result}; {_evidence(evidence)}" if "mean_gain_by_token" in evidence else result
 
 
 def kind_lines(scene: Scene) -> list[str]:

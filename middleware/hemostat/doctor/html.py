@@ -44,7 +44,7 @@ def render(report: Row) -> str:
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    sections = [found for section in SECTIONS if (found := section(report)) is not None]
+    sections = [result for section in SECTIONS if (result := section(report)) is not None]
     return environment.get_template(PAGE).render(
         title=title(report),
         version=report["hemostat"],

@@ -63,20 +63,20 @@ class KlMeter:
     def measure(self, model: Any) -> Floats:
         """KL(r‖model) in nats, float64 [N], of all tokens."""
         self.prepare()
-        found = [
+        result = [
             to_floats(kl(r, logits_of(model, text, self._device)))
             for text, r in zip(self.texts, self._logits, strict=True)
         ]
-        return np.concatenate(found)
+        return np.concatenate(result)
 
     def floor(self) -> Floats:
         """The reference's noise floor, float64 [N]; fewer where texts have a single id, none without a state."""
         self.prepare()
-        found = [
+        result = [
             noise_floor(self._reference, text.sequence(self._device), len(text.prompt) - 1, r)
             for text, r in zip(self.texts, self._logits, strict=True)
         ]
-        return np.concatenate([np.empty(0), *(values for values in found if values is not None)])
+        return np.concatenate([np.empty(0), *(values for values in result if values is not None)])
 
 
 def logits_of(model: Any, text: Text, device: torch.device) -> torch.Tensor:

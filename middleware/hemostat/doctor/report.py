@@ -313,8 +313,8 @@ def _trajectory(scored: Sequence[Scored], texts: Mapping[int, Decoding]) -> list
 
 def _curve(name: str, of: str, factors: Sequence[Floats]) -> Row:
     survival = Survival()
-    for one in factors:
-        survival = survival.update(np.clip(one, 0.0, 1.0))
+    for factor in factors:
+        survival = survival.update(np.clip(factor, 0.0, 1.0))
     curve = survival.get()
     return {
         "name": name,

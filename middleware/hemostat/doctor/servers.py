@@ -128,8 +128,8 @@ class ServerPair:
                 return (await self._server.post("/detokenize", {"model": self._name, "tokens": tokens}, _Text)).prompt
 
         start = await text(anchor)
-        found = await asyncio.gather(*(text([*anchor, token]) for token in ids))
-        self._texts = {token: whole.removeprefix(start) for token, whole in zip(ids, found, strict=True)}
+        result = await asyncio.gather(*(text([*anchor, token]) for token in ids))
+        self._texts = {token: whole.removeprefix(start) for token, whole in zip(ids, result, strict=True)}
         return self._texts
 
     def special(self) -> frozenset[int]:

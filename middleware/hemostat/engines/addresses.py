@@ -110,11 +110,11 @@ class EngineAddresses:
     def held(self, now: float) -> dict[str, frozenset[str]]:
         """By address, the versions that a request there may ask for."""
         names = self._names()
-        found = {name: boot for name in names if (boot := self.boot_at(name, now)) is not None}
-        unplaced = self._registry.boots(now) - set(found.values())
-        if len(unplaced) <= len(names) - len(found):
+        result = {name: boot for name in names if (boot := self.boot_at(name, now)) is not None}
+        unplaced = self._registry.boots(now) - set(result.values())
+        if len(unplaced) <= len(names) - len(result):
             unplaced = frozenset()
-        return {name: self._registry.held_by_all({boot} | unplaced, now) for name, boot in found.items()}
+        return {name: self._registry.held_by_all({boot} | unplaced, now) for name, boot in result.items()}
 
     def shown(self, now: float) -> dict[str, frozenset[str]]:
         """The same for operators: without an address while it is not known which engine is there. Where there is one

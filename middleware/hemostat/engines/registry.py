@@ -125,11 +125,11 @@ class EngineRegistry:
     def weights(self, models: Collection[str], now: float) -> Counter[str]:
         """Fingerprints of the weights that live engines serve under one of these names -> how many engines do."""
         self._expire(now)
-        found: Counter[str] = Counter()
+        result: Counter[str] = Counter()
         for ranks in self._engines.values():
             reports = [rank.report for rank in ranks.values()]
-            found.update({report.weights for report in reports if report.weights and report.model in models})
-        return found
+            result.update({report.weights for report in reports if report.weights and report.model in models})
+        return result
 
     def counters(self, now: float) -> dict[str, int]:
         """The sum of the engines' counters, those of former engines included, so that it never decreases.

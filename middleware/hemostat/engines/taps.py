@@ -133,8 +133,8 @@ class TapBuffer:
         output_ids: see `take`.
         """
         tap = self._taps.get(nonce)
-        found = None if tap is None else _find(tap, output_ids)
-        return 0 if tap is None or found is None else tap.children[found].covered
+        result = None if tap is None else _find(tap, output_ids)
+        return 0 if tap is None or result is None else tap.children[result].covered
 
     def take(self, nonce: str, tokens: int, output_ids: bytes | None = None) -> TapResult | None:
         """The numbers of the first `tokens` output positions of one choice, all of which are removed; None when there
@@ -145,10 +145,10 @@ class TapBuffer:
         the request has one choice.
         """
         tap = self._taps.get(nonce)
-        found = None if tap is None else _find(tap, output_ids)
-        if tap is None or found is None:
+        result = None if tap is None else _find(tap, output_ids)
+        if tap is None or result is None:
             return None
-        child = tap.children.pop(found)
+        child = tap.children.pop(result)
         self._removed(child)
         tap.tokens -= child.tokens
         tap.taken = True

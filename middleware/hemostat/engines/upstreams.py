@@ -46,17 +46,17 @@ class UpstreamEngines:
 
     def current(self) -> dict[str, UpstreamEngine]:
         """By name, in the order in which they are configured."""
-        found: dict[str, UpstreamEngine] = {}
+        result: dict[str, UpstreamEngine] = {}
         for report in self._reported():
             for one in report:
-                engine = found.setdefault(one.engine, UpstreamEngine())
+                engine = result.setdefault(one.engine, UpstreamEngine())
                 engine.relays += 1
                 engine.up += one.state == UP
                 engine.outstanding += one.outstanding
                 engine.requests += one.requests
                 engine.resent += one.resent
                 engine.ejections += one.ejections
-        return found
+        return result
 
     def drain(self, engine: str, *, ends: bool = False) -> None:
         """The engine gets no new requests from now on (or again some, with `ends`). HemostatError for an unknown one.

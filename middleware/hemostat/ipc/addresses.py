@@ -51,7 +51,7 @@ class ControlAddresses:
         """All addresses of all names, as they are now, in random order; and which names are not known, and why."""
         if self.path:
             return [Target(path=self.path)], []
-        found: dict[Target, None] = {}
+        result: dict[Target, None] = {}
         failures = []
         for host, port in self.hosts:
             try:
@@ -59,8 +59,8 @@ class ControlAddresses:
             except OSError as error:
                 failures.append(f"{host}: {error.strerror or error}")
                 continue
-            found |= {Target(str(info[4][0]), port, host): None for info in infos}
-        return random.sample(list(found), len(found)), failures
+            result |= {Target(str(info[4][0]), port, host): None for info in infos}
+        return random.sample(list(result), len(result)), failures
 
 
 async def connect(target: Target, protocol: Callable[[], asyncio.Protocol], context: ssl.SSLContext | None) -> None:

@@ -206,14 +206,14 @@ class ControlLink:
         """Every address once, and why its control process does not take this relay, "" where it does; and which names
         are not known, and why."""
         targets, failures = await self._addresses.targets()
-        found = {}
+        result = {}
         for target in targets:
             try:
                 (await self._answered(target)).abort()
-                found[str(target)] = ""
+                result[str(target)] = ""
             except (OSError, _RefusedError) as error:
-                found[str(target)] = _in_words(error)
-        return found, failures
+                result[str(target)] = _in_words(error)
+        return result, failures
 
     async def _answered(self, target: Target) -> _Connection:
         """A connection to a control process that takes this relay; OSError, _RefusedError."""

@@ -176,17 +176,17 @@ def eligible(weight: npt.NDArray[np.float32], special: set[int]) -> npt.NDArray[
 
 def special_ids(folder: Path) -> set[int]:
     """Ids of begin, end, padding and the like, as far as the checkpoint's files name them."""
-    found: set[int] = set()
+    result: set[int] = set()
     for name in ("config.json", "generation_config.json"):
         given = _json(folder / name)
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = given.get(key)
-            found.update(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int))
+            result.update(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int))
     added = _json(folder / "tokenizer.json").get("added_tokens")
     for token in added if isinstance(added, list) else []:
         if isinstance(token, dict) and token.get("special") and isinstance(token.get("id"), int):
-            found.add(token["id"])
-    return found
+            result.add(token["id"])
+    return result
 
 
 def _json(file: Path) -> dict[str, object]:
@@ -194,10 +194,10 @@ def _json(file: Path) -> dict[str, object]:
     try:
         if file.stat().st_size > MAX_TOKENIZER_BYTES:
             return {}
-        found = json.loads(file.read_bytes())
+        result = json.loads(file.read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return result if isinstance(result, dict) else {}
 
 
 class RequestLoop:

@@ -100,7 +100,9 @@ class ByEngine:
         return frozenset() if self.off else self._raised
 
     def _note(self) -> None:
-        raised = frozenset(one.engine for one in outlier_engine.readings(self._test) if one.raised is not None)
+        raised = frozenset(
+            reading.engine for reading in outlier_engine.readings(self._test) if reading.raised is not None
+        )
         for engine in sorted(raised ^ self._raised):
             state = "is an outlier" if engine in raised else "is no outlier any more"
             evidence = next((row for row in self.report() if row["engine"] == engine), {})
@@ -132,7 +134,9 @@ class ByEngine:
             self._record(f"the stored test of the engines cannot be continued: {error}", {})
             self.save()
             return
-        self._raised = frozenset(one.engine for one in outlier_engine.readings(self._test) if one.raised is not None)
+        self._raised = frozenset(
+            reading.engine for reading in outlier_engine.readings(self._test) if reading.raised is not None
+        )
         self._drawn_at = max((test.last for test in self._test.tests.values()), default=-math.inf)
 
     def forget(self) -> None:
@@ -147,13 +151,13 @@ class ByEngine:
         """By engine; JSON-ready. tokens, kl_nats: of what was scored since the start. requests: compared ones. farther:
         its divergence is higher than the others', where it is an outlier. evidence: in parts of what raises the alarm.
         on_tokens: of its own, on which it was raised."""
-        tests = {one.engine: one for one in self._readings()}
-        found = []
+        tests = {reading.engine: reading for reading in self._readings()}
+        result = []
         for engine in sorted(tests.keys() | self._totals.keys()):
             tokens, nats = self._totals.get(engine, (0, 0.0))
             test = tests.get(engine)
             raised = test.raised if test is not None else None
-            found.append(
+            result.append(
                 {
                     "engine": engine,
                     "tokens": tokens,
@@ -166,7 +170,7 @@ class ByEngine:
                     "on_tokens": raised.tokens if raised is not None else None,
                 }
             )
-        return found
+        return result
 
     def status(self) -> dict[str, Any]:
         """Whether engines are compared; JSON-ready."""

@@ -150,12 +150,12 @@ class ByKind:
     def report(self) -> list[dict[str, Any]]:
         """By kind, most requests first; JSON-ready. `profile`: the version that `gain_nats` and `recovered` are of, the
         last one that served the kind or, in `observe`, would have."""
-        found = []
+        result = []
         for name, kind in sorted(self._kinds.items(), key=lambda item: (-item[1].raw.requests, item[0])):
             version, gain = kind.latest()
             treated, control = kind.served[Arm.TREATED], kind.served[Arm.CONTROL]
             differences = {name: difference(treated, control, name) for name in DIFFERENCES}
-            found.append(
+            result.append(
                 {
                     "kind": name,
                     "requests": kind.raw.requests,
@@ -170,7 +170,7 @@ class ByKind:
                     "recovered": gain.recovered() if gain is not None else None,
                 }
             )
-        return found
+        return result
 
     def samples(self) -> Iterator[Sample]:
         for name, kind in self._kinds.items():

@@ -30,13 +30,13 @@ class OtherModels:
 
     def observe(self, model: str, record: TokenRecord, figures: TokenDivergence, *, fresh: bool) -> None:
         """Add a record of a whole output of the model, with its raw figures. fresh: see `Measurements.observe`."""
-        found = self._measurements(model)
+        result = self._measurements(model)
         if not record.constraint:
-            found.observe(record, None, None, figures=figures, fresh=fresh)
+            result.observe(record, None, None, figures=figures, fresh=fresh)
             return
         # Its kind may be one that is not followed; see the bound of `ByKind`.
         gains = RecordGains(record)
-        found.conditional.observe(record, None, None, held_out=False, gains=gains, figures=figures, fresh=fresh)
+        result.conditional.observe(record, None, None, held_out=False, gains=gains, figures=figures, fresh=fresh)
 
     def observe_noise_floor(self, model: str, side: str, record: TokenRecord) -> None:
         """Add a record of the model with `side`, of `figures.MODELS`, on both sides."""
@@ -44,17 +44,17 @@ class OtherModels:
 
     def report(self, model: str) -> dict[str, Any]:
         """JSON-ready: the raw figures, the noise floor, the excess over it, and what is conditional on a grammar."""
-        found = self._of.get(model) or Measurements(self._max_tokens, self._cycle)
+        result = self._of.get(model) or Measurements(self._max_tokens, self._cycle)
         return {
-            "raw": found.summary(None),
-            "noise_floor": found.noise_floor(),
-            "excess": found.excess(),
-            "conditional": found.conditional.report(),
+            "raw": result.summary(None),
+            "noise_floor": result.noise_floor(),
+            "excess": result.excess(),
+            "conditional": result.conditional.report(),
         }
 
     def _measurements(self, model: str) -> Measurements:
-        found = self._of.pop(model, None) or Measurements(self._max_tokens, self._cycle)
-        self._of[model] = found
+        result = self._of.pop(model, None) or Measurements(self._max_tokens, self._cycle)
+        self._of[model] = result
         while len(self._of) > MAX_MODELS:
             self._of.popitem(last=False)
-        return found
+        return result

@@ -59,7 +59,7 @@ class _Group:
 
     def report(self) -> list[dict[str, Any]]:
         """Those with a request, in their order."""
-        return [{"place": label, **one.summary()} for label, one in self._figures.items() if one.requests]
+        return [{"place": label, **figure.summary()} for label, figure in self._figures.items() if figure.requests]
 
     def samples(self, kl: str, tokens: str) -> Iterator[Sample]:
         for label, (count, nats) in self._totals.items():

@@ -72,14 +72,14 @@ class Dependence:
         """v̂ of each figure, float64 [S], 1 or more, in traffic like that of the hours seen, which are less than a cycle
         where `whole` is False. Infinite where it is not known: too few requests, or so dependent ones that they are too
         few effective ones."""
-        found = np.maximum(self._in_time.inflation(), self._by_client.inflation(self._mean.variance))
-        unknown = ~self._in_time.enough() | (self._in_time.units < MIN_EFFECTIVE * found)
-        return np.where(unknown, np.inf, found)
+        result = np.maximum(self._in_time.inflation(), self._by_client.inflation(self._mean.variance))
+        unknown = ~self._in_time.enough() | (self._in_time.units < MIN_EFFECTIVE * result)
+        return np.where(unknown, np.inf, result)
 
     def inflations(self) -> Floats:
         """The same, and infinite before a whole cycle was seen."""
-        found = self.inflations_seen()
-        return found if self.whole else np.full_like(found, np.inf)
+        result = self.inflations_seen()
+        return result if self.whole else np.full_like(result, np.inf)
 
     def inflation(self, series: int = 0) -> float:
         """v̂ of one figure; infinite before a whole cycle was seen."""

@@ -113,7 +113,9 @@ class StageFigures:
     def __init__(self, names: Collection[str] = tuple(FIGURES), cycle: Cycle = NO_CYCLE) -> None:
         self._figures = {name: FIGURES[name] for name in names}
         self._means = {name: ClippedMean(figure.lo, figure.cap) for name, figure in self._figures.items()}
-        self._by_request = {name: RunningMean(one.lo, one.cap) for name, one in self._means.items() if name in HEADLINE}
+        self._by_request = {
+            name: RunningMean(mean.lo, mean.cap) for name, mean in self._means.items() if name in HEADLINE
+        }
         self._dependence = Dependence(len(self._figures), cycle)
         self._inflations: dict[str, float] = dict.fromkeys(self._figures, math.inf)
         """v̂ by figure after `requests` of `_inflations_of`."""
@@ -157,8 +159,8 @@ class StageFigures:
     def _inflation_seen(self, name: str) -> float:
         """The same in traffic like that of the hours seen, also before they are a whole cycle."""
         if self._inflations_of != self.requests:
-            found = self._dependence.inflations_seen().tolist()
-            self._inflations, self._inflations_of = dict(zip(self._figures, found, strict=True)), self.requests
+            result = self._dependence.inflations_seen().tolist()
+            self._inflations, self._inflations_of = dict(zip(self._figures, result, strict=True)), self.requests
         return self._inflations[name]
 
     def interval(self, name: str, alpha: float) -> ConfidenceInterval:
@@ -177,20 +179,20 @@ class StageFigures:
         mean, seen, v = self._means[name], self._inflation_seen(name), self.inflation(name)
         interval = mean.get(inflation=seen)  # v is the same, or not known
         clipped = (mean.clipped + self._below[name]) / mean.tokens if mean.tokens else 0.0
-        found: dict[str, Any] = {
+        result: dict[str, Any] = {
             "estimate": finite(interval.mean),
             "ci95": _ends(interval, v),
             **told(mean.requests, v),
         }
         if name in self._by_request:
-            found["ci95_seen"] = _ends(interval, seen)
+            result["ci95_seen"] = _ends(interval, seen)
             by_request = self._by_request[name]
-            found["by_request"] = {
+            result["by_request"] = {
                 "estimate": finite(by_request.mean),
                 "ci95_finite": ends_or_none(by_request.get(), by_request.lo, by_request.hi),
             }
         return {
-            **found,
+            **result,
             "bound": "exact" if self._exact else FIGURES[name].kind,
             "cap": FIGURES[name].cap,
             "clipped_share": clipped,
@@ -222,39 +224,39 @@ class StageFigures:
         return dict(self._cached)
 
     def _to_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"requests": self.requests, "tokens": self.tokens}
-        found |= {"ci95": {}, "inflation": {}, "effective_requests": {}, "by_request": {}}
+        result: dict[str, Any] = {"requests": self.requests, "tokens": self.tokens}
+        result |= {"ci95": {}, "inflation": {}, "effective_requests": {}, "by_request": {}}
         for name, figure in self._figures.items():
             one = self.figure(name)
             if figure.plain:
-                found[name] = one["estimate"]
+                result[name] = one["estimate"]
                 for key in ("ci95", "inflation", "effective_requests"):
-                    found[key][name] = one[key]
+                    result[key][name] = one[key]
                 if "by_request" in one:
-                    found["by_request"][name] = one["by_request"]
+                    result["by_request"][name] = one["by_request"]
             else:
-                found[name] = one
+                result[name] = one
         for name, tokens in self._infinite.items():
-            found[name]["infinite_tokens"] = tokens
+            result[name]["infinite_tokens"] = tokens
         if self._figures.keys() >= DRAFT_ACCEPTANCE_OF:
-            found["draft_acceptance"] = self.draft_acceptance()
-        if "delta_log_likelihood_nats" not in found:
-            return found
+            result["draft_acceptance"] = self.draft_acceptance()
+        if "delta_log_likelihood_nats" not in result:
+            return result
         # The compressed model generated the text itself: a ratio below 1 does not mean that it is the better model.
-        shift = found["delta_log_likelihood_nats"]
-        found["perplexity_ratio"] = {
+        shift = result["delta_log_likelihood_nats"]
+        result["perplexity_ratio"] = {
             "estimate": None if shift["estimate"] is None else math.exp(-shift["estimate"]),
             "ci95": [None if end is None else math.exp(-end) for end in reversed(shift["ci95"])],
             "bound": "exact",
         }
-        squared = found["delta_p_squared"]["estimate"]
-        found["delta_p_rms"] = None if squared is None else math.sqrt(max(squared, 0.0))
-        return found
+        squared = result["delta_p_squared"]["estimate"]
+        result["delta_p_rms"] = None if squared is None else math.sqrt(max(squared, 0.0))
+        return result
 
 
-def ends_or_none(found: ConfidenceInterval, lo: float, hi: float) -> list[float] | None:
+def ends_or_none(interval: ConfidenceInterval, lo: float, hi: float) -> list[float] | None:
     """For JSON: the ends of a finite-sample interval of a figure between lo and hi; None: not enough requests."""
-    return [found.low, found.high] if enough(found, lo, hi) else None
+    return [interval.low, interval.high] if enough(interval, lo, hi) else None
 
 
 def finite(value: float) -> float | None:

@@ -24,15 +24,15 @@ BY_TOKEN, BY_REQUEST, SHARE, TV_BY_TOKEN, TV_BY_REQUEST = range(5)
 def interval(sequence: MeanSequence, inflation: float, lo: float = -math.inf, hi: float = math.inf) -> dict[str, Any]:
     """JSON-ready: None where nothing was measured, or the end is not known. inflation: v̂, infinite where it is not
     known. lo, hi: the figure's range by definition."""
-    found = interval_json(sequence.get(lo, hi, inflation=inflation), inflation)
-    return found | told(sequence.moments.requests, inflation)
+    result = interval_json(sequence.get(lo, hi, inflation=inflation), inflation)
+    return result | told(sequence.moments.requests, inflation)
 
 
-def interval_json(found: ConfidenceInterval, inflation: float) -> dict[str, Any]:
+def interval_json(confidence_interval: ConfidenceInterval, inflation: float) -> dict[str, Any]:
     """Without ends where v̂ is not known."""
     known = math.isfinite(inflation)
-    ends = [finite(found.low), finite(found.high)] if known else [None, None]
-    return {"estimate": finite(found.mean), "ci95": ends}
+    ends = [finite(confidence_interval.low), finite(confidence_interval.high)] if known else [None, None]
+    return {"estimate": finite(confidence_interval.mean), "ci95": ends}
 
 
 def difference(treated: StageFigures, control: StageFigures, name: str) -> dict[str, Any]:

@@ -278,21 +278,21 @@ class Outcomes:
             if state.trial is None:
                 continue
             for reading in self._readings(state, state.trial):
-                found = reading.difference
-                for edge, value in (("mean", found.mean), ("low", found.low), ("high", found.high)):
+                result = reading.difference
+                for edge, value in (("mean", result.mean), ("low", result.low), ("high", result.high)):
                     if math.isfinite(value):
                         yield Sample(names.OUTCOME_DIFFERENCE, (kind, reading.outcome, edge), value)
 
 
 def to_json(reading: Reading) -> dict[str, Any]:
     """JSON-ready: what is infinite or unknown is None."""
-    found = reading.difference
+    result = reading.difference
     return {
         "outcome": reading.outcome,
         "control": {"units": reading.control_units, "value": finite(reading.control)},
         "treated": {"units": reading.treated_units, "value": finite(reading.treated)},
-        "difference": finite(found.mean),
-        "interval": [finite(found.low), finite(found.high)],
+        "difference": finite(result.mean),
+        "interval": [finite(result.low), finite(result.high)],
         "evidence": reading.evidence,
     }
 

@@ -158,8 +158,8 @@ class Moments:
         total = self._totals[key].cpu().numpy()
         total.flags.writeable = False
         kind = FullGram if total.ndim == 2 else DiagonalGram
-        found: Gram = kind(self._count[key], total)
-        return found
+        result: Gram = kind(self._count[key], total)
+        return result
 
     def inputs(self, name: str) -> Gram:
         return self.gram(self.groups[name])

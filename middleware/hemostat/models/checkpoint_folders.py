@@ -168,17 +168,17 @@ def _locked(folder: Path, progress: Progress) -> Iterator[None]:
 
 def read_made_from(folder: Path) -> dict[str, Any] | None:
     """None where it is missing or damaged."""
-    found = _manifest(folder).get("made_from")
-    return found if isinstance(found, dict) else None
+    result = _manifest(folder).get("made_from")
+    return result if isinstance(result, dict) else None
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     """{} where it is missing or damaged."""
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        result = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else {}
+    return result if isinstance(result, dict) and isinstance(result.get("files"), dict) else {}
 
 
 def cache_key(made_from: Any) -> str:

@@ -28,8 +28,8 @@ def generate(
     texts: list[Ids] = [np.empty(0, np.int32)] * len(prompts)
     for rows in _batches(model, prompts):
         drawn = None if uniforms is None else [uniforms[row] for row in rows]
-        found = _generate(model, [prompts[row] for row in rows], [limits[row] for row in rows], drawn, ends)
-        for row, text in zip(rows, found, strict=True):
+        result = _generate(model, [prompts[row] for row in rows], [limits[row] for row in rows], drawn, ends)
+        for row, text in zip(rows, result, strict=True):
             texts[row] = text
     return texts
 

@@ -32,10 +32,10 @@ class Parts:
         if data is None:
             return None
         try:
-            found: dict[str, torch.Tensor] = load(data)
+            result: dict[str, torch.Tensor] = load(data)
         except SafetensorError:
             return None
-        return found
+        return result
 
     def put(self, part: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Replaces the part. Raises WorkFolderError where it cannot be written."""
@@ -52,8 +52,8 @@ class Parts:
 
     def get_list(self, part: str) -> list[torch.Tensor] | None:
         """What `put_list` stored."""
-        found = self.get(part)
-        return None if found is None else [found[str(n)] for n in range(len(found))]
+        result = self.get(part)
+        return None if result is None else [result[str(n)] for n in range(len(result))]
 
     def put_list(self, part: str, tensors: list[torch.Tensor]) -> None:
         self.put(part, {str(n): tensor for n, tensor in enumerate(tensors)})

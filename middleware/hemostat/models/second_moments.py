@@ -67,18 +67,18 @@ class LayerStatistics:
     def run(self, finish: Finish) -> dict[str, dict[str, torch.Tensor]]:
         """What `finish` makes of each decoder layer, by its name. AdaptError, WorkFolderError."""
         count = len(self._names)
-        found: dict[str, dict[str, torch.Tensor]] = {}
+        result: dict[str, dict[str, torch.Tensor]] = {}
         for n in range(count - 1, -1, -1) if self._gradients else range(count):
             kept = self._parts.get(_layer(n))
             if kept is None:
                 self._measure_layer(n, finish)
                 kept = self._parts.get(_layer(n))
                 assert kept is not None, n
-            found[self._names[n]] = kept
+            result[self._names[n]] = kept
             done = count - n if self._gradients else n + 1
             self._progress(STATISTICS, done + count * self._gradients, count * (1 + self._gradients))
         self._walk.drop()
-        return {name: found[name] for name in self._names}
+        return {name: result[name] for name in self._names}
 
     def drop(self) -> None:
         """Remove what is stored of the layers: the next run measures them again."""

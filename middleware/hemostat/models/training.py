@@ -151,15 +151,15 @@ def train(
     trials = []
     for rate in rates:
         tensors, steps, tokens = run.train(rate, TRIAL)
-        found = fold_kl(tensors)
-        complete = _mean(found) <= _mean(before)
+        result = fold_kl(tensors)
+        complete = _mean(result) <= _mean(before)
         if complete:
             tensors, more_steps, more_tokens = run.resume()
             steps, tokens = steps + more_steps, tokens + more_tokens
-            found = fold_kl(tensors)
-        trials.append(Trial(rate, tokens, steps, _mean(found) if np.isfinite(found).all() else None, complete))
-        if complete and _improves(before, found):
-            best, after = tensors, found
+            result = fold_kl(tensors)
+        trials.append(Trial(rate, tokens, steps, _mean(result) if np.isfinite(result).all() else None, complete))
+        if complete and _improves(before, result):
+            best, after = tensors, result
             break
     run.finish()
     return Trained(
@@ -236,9 +236,9 @@ class _Training:
 
     def _advance(self, count: int) -> tuple[Tensors, int, int]:
         steps = tokens = 0
-        for found in self._steps:
-            steps, tokens = steps + 1, tokens + found
-            self._done += found
+        for step in self._steps:
+            steps, tokens = steps + 1, tokens + step
+            self._done += step
             self._progress(DISTILLATION, self._done, self._total)
             if steps == count:
                 break
@@ -311,17 +311,17 @@ def _tokens(texts: Sequence[Text], batch: Batch) -> int:
 
 def _last_hidden(copy: Copy, batch: Batch) -> torch.Tensor:
     """What the last decoder layer returns, [texts, positions, d]."""
-    found: list[torch.Tensor] = []
+    result: list[torch.Tensor] = []
 
     def see(module: Any, arguments: Any, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
+        result.append(output[0] if isinstance(output, tuple) else output)
 
     handle = list(copy.skeleton.layers.values())[-1].register_forward_hook(see)
     try:
         copy.skeleton.base(input_ids=batch.ids, use_cache=False)
     finally:
         handle.remove()
-    return found[0]
+    return result[0]
 
 
 def _divergences(
@@ -346,14 +346,14 @@ def _fold_kl(
     reference: Copy, compressed: Copy, texts: Sequence[Text], batches: Sequence[Batch]
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """By text, float64 [texts, 2]: sum of the KL of its tokens, nats, and their number."""
-    found = np.zeros((len(texts), 2))
+    result = np.zeros((len(texts), 2))
     for batch in batches:
         wanted = _wanted(texts, batch)
         targets, hidden = _last_hidden(reference, batch), _last_hidden(compressed, batch)
         for kl, where in _divergences(reference, compressed, batch, targets, hidden, wanted):
             text = batch.texts[int(where[0]) // batch.ids.shape[1]]
-            found[text] += float(kl.double().sum()), len(kl)
-    return found
+            result[text] += float(kl.double().sum()), len(kl)
+    return result
 
 
 def _improves(before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) -> bool:

@@ -77,18 +77,18 @@ class LayerWalk:
 
     def gradient(self, n: int) -> list[torch.Tensor]:
         """At the hidden states before layer `n` (after the last one: at the model's end), by batch."""
-        found = self._parts.get_list(_gradient(n))
-        if found is not None:
-            return found
+        result = self._parts.get_list(_gradient(n))
+        if result is not None:
+            return result
         if n == len(self.names):
-            found = output_gradients(self.skeleton, self._source, self.batches, self.hidden(n), self._seed)
+            result = output_gradients(self.skeleton, self._source, self.batches, self.hidden(n), self._seed)
         else:
             later = self.gradient(n + 1)
             hidden = self.hidden(n)
             with self.loaded(n):
-                found = self.backward(n, hidden, later)
-        self._parts.put_list(_gradient(n), found)
-        return [gradient.cpu() for gradient in found]
+                result = self.backward(n, hidden, later)
+        self._parts.put_list(_gradient(n), result)
+        return [gradient.cpu() for gradient in result]
 
     def forward(self, n: int, hidden: Sequence[torch.Tensor], around: Around | None = None) -> list[torch.Tensor]:
         """The hidden states after layer `n`, which is loaded, by batch."""

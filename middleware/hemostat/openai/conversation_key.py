@@ -69,11 +69,11 @@ def conversation_key(body: bytes) -> int | None:
         content = _CONTENT.match(body, start, start + MAX_TEXT_BYTES)
         if content is not None:
             return _hash(body[messages : content.end()])
-    found = _find_value(body, _PROMPTS if messages < 0 else (_MESSAGES, *_PROMPTS))
-    if found is None:
+    result = _find_value(body, _PROMPTS if messages < 0 else (_MESSAGES, *_PROMPTS))
+    if result is None:
         return None
-    start = found.start(1)
-    if found[1] == b'"':
+    start = result.start(1)
+    if result[1] == b'"':
         text = _TEXT.match(body, start, start + MAX_TEXT_BYTES)
         return _hash(body[start : text.end() if text is not None else start + MAX_TEXT_BYTES])
     user = _find_user(body, start)
@@ -88,18 +88,18 @@ def _occurrences(body: bytes, sign: re.Pattern[bytes], start: int) -> Iterator[r
 def _find_value(body: bytes, names: tuple[re.Pattern[bytes], ...]) -> re.Match[bytes] | None:
     """Where the list of messages, or the prompt's text, begins: group 1 is its first byte."""
     for name in names:
-        for found in _occurrences(body, name, 0):
-            if (value := _VALUE.match(body, found.end())) is not None:
+        for occurrence in _occurrences(body, name, 0):
+            if (value := _VALUE.match(body, occurrence.end())) is not None:
                 return value
     return None
 
 
 def _find_user(body: bytes, start: int) -> int | None:
     """Where the role of the user's first message ends."""
-    for found in _occurrences(body, _USER, start):
-        user = found.start()
+    for occurrence in _occurrences(body, _USER, start):
+        user = occurrence.start()
         if _ROLE.search(body, max(start, user - _MAX_ROLE_BYTES), user) is not None:
-            return found.end()
+            return occurrence.end()
     return None
 
 

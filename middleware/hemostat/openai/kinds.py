@@ -204,8 +204,8 @@ def _script(text: bytes) -> str:
     for byte, count in Counter(upper).items():
         if byte in _SCRIPTS:
             counts[_SCRIPTS[byte]] += count
-    found = max(counts, key=lambda script: counts[script], default="")
-    return found if found and counts[found] >= MIN_SCRIPT_SHARE * len(upper) else ""
+    result = max(counts, key=lambda script: counts[script], default="")
+    return result if result and counts[result] >= MIN_SCRIPT_SHARE * len(upper) else ""
 
 
 def _is_long(texts: Iterable[memoryview]) -> bool:

@@ -136,8 +136,8 @@ class EventLog:
             "evidence": evidence,
         }
         place = kind or scope
-        found = f" {json.dumps(evidence)}" if evidence else ""
-        log.info("%s %s%s: %s%s", decision, version, f" for {place}" if place else "", why, found)
+        result = f" {json.dumps(evidence)}" if evidence else ""
+        log.info("%s %s%s: %s%s", decision, version, f" for {place}" if place else "", why, result)
         self._events.append(event)
         self._writes.append_event(event)
 
@@ -158,9 +158,9 @@ def evidence_json(evidence: Evidence | None) -> dict[str, Any]:
     """The evidence of a test in one kind, JSON-ready: what is infinite or unknown is None."""
     if evidence is None:
         return {}
-    found = asdict(evidence) | {"effective_units": evidence.effective_units}
+    result = asdict(evidence) | {"effective_units": evidence.effective_units}
     return {
-        name: value if not isinstance(value, float) or math.isfinite(value) else None for name, value in found.items()
+        name: value if not isinstance(value, float) or math.isfinite(value) else None for name, value in result.items()
     }
 
 

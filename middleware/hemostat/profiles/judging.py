@@ -102,9 +102,9 @@ class Judge:
     def _judge(self, unit: HeldOutUnit) -> None:
         watched = self._trials.admit(WATCH, unit) is Admission.ADMITTED
         admissions = {candidate: self._trials.admit(candidate.test, unit) for candidate in self._trials.tested}
-        met = [c for c, found in admissions.items() if found in (Admission.ADMITTED, Admission.CLIENT_SHARE)]
+        met = [c for c, admission in admissions.items() if admission in (Admission.ADMITTED, Admission.CLIENT_SHARE)]
         # A test may be full before it is known how much units depend on each other.
-        full = [c for c, found in admissions.items() if found is Admission.FULL]
+        full = [c for c, admission in admissions.items() if admission is Admission.FULL]
         selected = self._serving.kinds[unit.kind].version
         # All of them count the unit before anything is decided: a decision ends other tests of this kind.
         if watched and selected is not None:

@@ -167,14 +167,14 @@ class Lifecycle:
 
     def evidence(self, candidate: Candidate) -> dict[str, Any]:
         """JSON-ready, of all kinds together; {} where it is not under test."""
-        found = self._trials.evidence_by_kind(candidate)
-        if not found:
+        result = self._trials.evidence_by_kind(candidate)
+        if not result:
             return {}
         return {
-            "units": sum(each.units for each in found.values()),
-            "tokens": sum(each.tokens for each in found.values()),
-            **pooled_gain(found.values()),
-            "kinds": {kind: evidence_json(each) for kind, each in found.items()},
+            "units": sum(each.units for each in result.values()),
+            "tokens": sum(each.tokens for each in result.values()),
+            **pooled_gain(result.values()),
+            "kinds": {kind: evidence_json(each) for kind, each in result.items()},
         }
 
     # --- what serves -----------------------------------------------------------------------------------------------

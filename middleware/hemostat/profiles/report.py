@@ -72,12 +72,12 @@ class Report:
 
     def _candidate(self, candidate: Candidate) -> dict[str, Any]:
         """With what its tests in all kinds have shown together."""
-        found = self._trials.evidence_by_kind(candidate).values()
+        result = self._trials.evidence_by_kind(candidate).values()
         return {
             **asdict(candidate),
-            "requests": sum(evidence.units for evidence in found),
-            "tokens": sum(evidence.tokens for evidence in found),
-            **pooled_gain(found),
+            "requests": sum(evidence.units for evidence in result),
+            "tokens": sum(evidence.tokens for evidence in result),
+            **pooled_gain(result),
         }
 
     def _selected(self) -> dict[str, Any] | None:
@@ -198,10 +198,10 @@ class Report:
     def resolve(self, version: str) -> str:
         """The whole version of the profile whose version begins like this; HemostatError where several do. An unknown
         one is returned as it is."""
-        found = [held for held in self._catalogue if held.startswith(version)]
-        if len(found) > 1:
-            raise HemostatError(f"several versions begin with {version}: {', '.join(found)}")
-        return found[0] if found else version
+        result = [held for held in self._catalogue if held.startswith(version)]
+        if len(result) > 1:
+            raise HemostatError(f"several versions begin with {version}: {', '.join(result)}")
+        return result[0] if result else version
 
     def listing(self) -> dict[str, Any]:
         """All profiles and events, newest first."""
@@ -274,8 +274,8 @@ def _gain_samples(kind: str, watch: Evidence) -> Iterator[Sample]:
 
 def _kl_gains(evidence: Evidence) -> tuple[float, float]:
     """By unit and by token, nats, of a test whose gains are of the total variation; -inf where unknown."""
-    found = evidence.mean_kl_gain, evidence.mean_kl_gain_by_token
-    by_unit, by_token = (-math.inf if value is None else value for value in found)
+    result = evidence.mean_kl_gain, evidence.mean_kl_gain_by_token
+    by_unit, by_token = (-math.inf if value is None else value for value in result)
     return by_unit, by_token
 
 

@@ -20,11 +20,11 @@ def make_references(settings: Settings) -> References | None:
     if not wanted.models:
         return References(_make(settings, None))
     made: dict[ModelReference, Reference] = {}
-    for one in wanted.models.values():
+    for model in wanted.models.values():
         # Two served models of one reference (two quantizations, say) share its process or connection.
-        if one not in made:
-            made[one] = _make(settings, one)
-    return References(by_model={name: made[one] for name, one in wanted.models.items()})
+        if model not in made:
+            made[model] = _make(settings, model)
+    return References(by_model={name: made[model] for name, model in wanted.models.items()})
 
 
 def _make(settings: Settings, one: ModelReference | None) -> Reference:

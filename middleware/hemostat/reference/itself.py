@@ -41,7 +41,7 @@ def _same_address(one: str, other: str) -> bool:
 def _addresses(url: str) -> set[object]:
     parts = urlsplit(url)
     try:
-        found = socket.getaddrinfo(parts.hostname, parts.port or DEFAULT_PORTS[parts.scheme], type=socket.SOCK_STREAM)
+        result = socket.getaddrinfo(parts.hostname, parts.port or DEFAULT_PORTS[parts.scheme], type=socket.SOCK_STREAM)
     except OSError:
         return set()
-    return {address[:2] for *_, address in found}
+    return {address[:2] for *_, address in result}

@@ -29,20 +29,20 @@ async def served_pairs(
     before: what was known; it is kept for models that are the same.
     """
     cards, before = list(cards), list(before)
-    found: list[ModelPair] = []
+    result: list[ModelPair] = []
     for card in cards:
-        if card.parent is not None or any(card.id in pair.names for pair in found) or len(found) >= MAX_MODELS:
+        if card.parent is not None or any(card.id in pair.names for pair in result) or len(result) >= MAX_MODELS:
             continue
-        scorer = references.of(card.id, is_first=not found)
+        scorer = references.of(card.id, is_first=not result)
         known = next((pair for pair in before if card.id in pair.names), None)
-        if scorer is None and (other := await _same_as(server, card, found, known)) is not None:
-            found[found.index(other)] = replace(other, names=other.names | {card.id})
+        if scorer is None and (other := await _same_as(server, card, result, known)) is not None:
+            result[result.index(other)] = replace(other, names=other.names | {card.id})
             continue
         pair = ModelPair(card.id, frozenset({card.id}), card.root or "", scorer=scorer)
         if known is not None and (known.name, known.root, known.scorer) == (pair.name, pair.root, scorer):
             pair = replace(known, names=pair.names)
-        found.append(pair)
-    return with_adapters(found, cards)
+        result.append(pair)
+    return with_adapters(result, cards)
 
 
 async def _same_as(

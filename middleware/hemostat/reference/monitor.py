@@ -80,11 +80,11 @@ class ReferenceMonitor:
         if self._references is not None:
             yield Sample(names.REFERENCE_UP, (), float(self.ready))
         # Without a name yet there is one series all the same: dashboards join every figure with this metric.
-        found: dict[str, str] = {}
+        result: dict[str, str] = {}
         for pair in self.served.pairs:
             reference = Path(pair.reference.model).name if pair.reference is not None else ""
-            found |= dict.fromkeys(pair.names, reference)
-        for model, reference in sorted((found or {"": ""}).items()):
+            result |= dict.fromkeys(pair.names, reference)
+        for model, reference in sorted((result or {"": ""}).items()):
             yield Sample(names.MODEL_INFO, (model, reference), 1.0)
 
     async def run(self) -> None:
@@ -162,12 +162,12 @@ class ReferenceMonitor:
             return replace(pair, state=ReferenceState.DOWN, detail=str(failure))
         if not match.ok:
             return _unmatched(pair, match.detail, for_now=not match.compared)
-        found = await find_markers(server, pair.name, self._reasoning)
-        log.info("model %s: reasoning: %s", pair.name, found.detail)
+        result = await find_markers(server, pair.name, self._reasoning)
+        log.info("model %s: reasoning: %s", pair.name, result.detail)
         if await speculates(server):
             log.info("model %s: %s", pair.name, SPECULATES)
         detail = f"{info.model} ({info.dtype}), {info.figures_follow}"
-        return replace(pair, reference=info, state=ReferenceState.READY, detail=detail, markers=found.markers)
+        return replace(pair, reference=info, state=ReferenceState.READY, detail=detail, markers=result.markers)
 
     async def _wait_for_change(self, server: VllmServer) -> None:
         """Returns when models have to be compared (again): one is not ready, its scores failed, the upstream serves
@@ -262,8 +262,8 @@ class ReferenceMonitor:
             self._set_state(ReferenceState.STARTING, "the upstream serves no model yet")
             return
         if not any(pair.scorer is not None for pair in pairs):
-            found = ", ".join(sorted(self.served.models))
-            self._set_state(ReferenceState.MISMATCH, f"reference.models names none of the served models: {found}")
+            result = ", ".join(sorted(self.served.models))
+            self._set_state(ReferenceState.MISMATCH, f"reference.models names none of the served models: {result}")
             return
         concerned = [pair for pair in pairs if pair.scorer is not None]
         ready = [pair for pair in concerned if pair.state is ReferenceState.READY]

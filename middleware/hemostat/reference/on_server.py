@@ -65,12 +65,12 @@ class ServerReference:
         ids = await self._server.tokenize(card.id, TEXT)
         if len(ids) < MIN_PROBE_TOKENS:
             raise ReferenceFailure(FailureReason.BAD_ANSWER, f"{self._server.url} makes {len(ids)} tokens of a text")
-        found = await find_offer(self._server, card.id, ids)
+        result = await find_offer(self._server, card.id, ids)
         self._current, self._name = None, card.id
-        why_lists, exact_with = found.detail, f"start the reference with {POOLING_FLAGS}"
-        if found.states is not None:
+        why_lists, exact_with = result.detail, f"start the reference with {POOLING_FLAGS}"
+        if result.states is not None:
             try:
-                info = await self._by_states.start(card, self._folder, ids, found.states)
+                info = await self._by_states.start(card, self._folder, ids, result.states)
             except ReferenceFailure as failure:
                 why_lists = await self._without_head(card, failure)
                 exact_with = "correct reference.folder"

@@ -150,8 +150,8 @@ class VllmServer:
         try:
             await self.post("/v1/completions", body, dict[str, Any])
         except Refused as refused:
-            if found := _VOCABULARY_SIZE.search(refused.detail):
-                return int(found[1])
+            if match := _VOCABULARY_SIZE.search(refused.detail):
+                return int(match[1])
             if refused.status in NO_SUCH_ROUTE:
                 text = f"{self.url} does not generate: start vLLM there without --runner pooling"
                 raise ReferenceFailure(refused.reason, text) from None
@@ -171,8 +171,8 @@ class VllmServer:
         body = {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, **more}
         answer = await self.post("/v1/completions", body, _Completion)
         rows = (answer.choices[0].prompt_logprobs if answer.choices else None) or []
-        found = [row.get(str(token)) if row else None for row, token in zip(rows[1:], list(ids)[1:], strict=False)]
-        values = [entry.logprob for entry in found if entry is not None]
+        result = [row.get(str(token)) if row else None for row, token in zip(rows[1:], list(ids)[1:], strict=False)]
+        values = [entry.logprob for entry in result if entry is not None]
         if len(values) != len(ids) - 1:
             raise ReferenceFailure(
                 FailureReason.SHORT_ANSWER,

@@ -72,7 +72,7 @@ async def _sequences(server: Tokenizer, model: str, text: str) -> Sequences:
     alone = tuple(await server.tokenize(model, text))
     if len(alone) == 1:
         return (alone,)
-    found: dict[tuple[int, ...], int] = {}
+    result: dict[tuple[int, ...], int] = {}
     for before, after in CONTEXTS:
         first = await server.tokenize(model, before) if before else []
         last = await server.tokenize(model, after) if after else []
@@ -82,8 +82,8 @@ async def _sequences(server: Tokenizer, model: str, text: str) -> Sequences:
         end = len(whole) - _common(whole[begin:][::-1], last[::-1])
         ids = tuple(whole[begin:end])
         if 1 < len(ids) <= MAX_IDS:
-            found[ids] = len(found)
-    return tuple(sorted(found, key=lambda ids: (len(ids), found[ids])))[:MAX_SEQUENCES]
+            result[ids] = len(result)
+    return tuple(sorted(result, key=lambda ids: (len(ids), result[ids])))[:MAX_SEQUENCES]
 
 
 def _common(a: list[int], b: list[int]) -> int:

@@ -201,9 +201,9 @@ def _find(text: str) -> Any:
         block = rest.partition("```")[0]
         # The first line may name the language.
         for candidate in (block, block.partition("\n")[2]):
-            found = _decode(candidate)
-            if found is not _NOTHING:
-                return found
+            result = _decode(candidate)
+            if result is not _NOTHING:
+                return result
     at, read = -1, 0
     for _ in range(_MAX_STARTS):
         at = min((p for p in (text.find("{", at + 1), text.find("[", at + 1)) if p >= 0), default=-1)

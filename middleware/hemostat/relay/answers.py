@@ -149,8 +149,8 @@ def parse(data: bytes, form: Form, *, stream: bool) -> Response | None:
 def tail_of(data: bytes, form: Form) -> tuple[list[str], str]:
     """The finish reasons and the text in the last bytes of a stream."""
     if form is Form.MESSAGES:
-        found = _MESSAGE_FINISH.findall(data)[-1:]
-        reasons = [messages.FINISH_REASONS.get(reason.decode(), reason.decode()) for reason in found]
+        result = _MESSAGE_FINISH.findall(data)[-1:]
+        reasons = [messages.FINISH_REASONS.get(reason.decode(), reason.decode()) for reason in result]
         pattern = _MESSAGE_TEXT
     elif form is Form.RESPONSES:
         reasons = [responses.FINISH_REASONS[reason.decode()] for reason in _RESPONSE_FINISH.findall(data)[-1:]]

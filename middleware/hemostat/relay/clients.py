@@ -91,7 +91,7 @@ class Clients(Generic[Connection]):
 
     def _evict(self, candidates: Iterable[Connection], number: int, limit: str) -> bool:
         """Close some of the candidates that wait; False, and a connection is refused, where none does."""
-        waiting = sorted((one for one in candidates if one.evictable), key=lambda one: one.since)
+        waiting = sorted((candidate for candidate in candidates if candidate.evictable), key=lambda one: one.since)
         left = self._numbers.copy()
         ranked: list[tuple[int, int]] = []
         for index, one in enumerate(waiting):

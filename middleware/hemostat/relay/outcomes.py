@@ -142,8 +142,8 @@ class OutcomeObserver:
     @property
     def model(self) -> str | None:
         """The request's model, if the first piece of the body names it."""
-        found = _MODEL.search(self.body)
-        return None if found is None else found[1].decode("utf-8", "replace")
+        match = _MODEL.search(self.body)
+        return None if match is None else match[1].decode("utf-8", "replace")
 
     def begin_response(self, *, stream: bool) -> None:
         """stream: the response consists of server-sent events."""

@@ -75,11 +75,11 @@ class Group(Share):
 
     def group(self, name: bytes, order: int) -> Group:
         """The member of this name, or a new one."""
-        found = self.members.get(name)
-        if found is None:
-            found = Group(name)
-            self.join(found, order)
-        return cast("Group", found)
+        result = self.members.get(name)
+        if result is None:
+            result = Group(name)
+            self.join(result, order)
+        return cast("Group", result)
 
     def join(self, share: Share, order: int) -> None:
         share.parent = self
@@ -92,10 +92,10 @@ class Group(Share):
             share.ranked = share.size
         heapq.heappush(self._heap, (-share.ranked, share.order, share))
         if len(self._heap) > 2 * len(self.members) + _SPARE_ENTRIES:
-            for one in self.members.values():
-                if one.ranked != _WAITING:
-                    one.ranked = one.size
-            self._heap = [(-one.ranked, one.order, one) for one in self.members.values()]
+            for member in self.members.values():
+                if member.ranked != _WAITING:
+                    member.ranked = member.size
+            self._heap = [(-member.ranked, member.order, member) for member in self.members.values()]
             heapq.heapify(self._heap)
 
 
@@ -201,7 +201,7 @@ def _grow(holding: Holding, size: int) -> None:
 
 
 def _largest(share: Share) -> Holding | None:
-    found: Share | None = share
-    while isinstance(found, Group):
-        found = found.largest()
-    return cast("Holding | None", found)
+    result: Share | None = share
+    while isinstance(result, Group):
+        result = result.largest()
+    return cast("Holding | None", result)

@@ -62,14 +62,14 @@ def allowed_sets(runs: Sequence[TapRun], positions: slice, vocab_size: int) -> A
     last = int(positions.stop)
     width = words(vocab_size)
     rows = np.full(last, UNKNOWN, np.int32)
-    found: dict[bytes, int] = {}
+    result: dict[bytes, int] = {}
     for run in runs:
         given = np.full(run.tokens, FREE, np.int32)
         if run.set_rows:
             given = np.frombuffer(run.set_rows, "<i4").astype(np.int32)
             sets = _unpacked(run.sets, int(given.max()) + 1, 4 * width)
-            numbers = [found.setdefault(one, len(found)) for one in sets]
-            if len(found) * 4 * width > MAX_TABLE_BYTES:
+            numbers = [result.setdefault(one, len(result)) for one in sets]
+            if len(result) * 4 * width > MAX_TABLE_BYTES:
                 raise ConditioningFailure(Unscored.GRAMMAR_TOO_LARGE)
             # A place below 0 means no set.
             given = np.where(given >= 0, np.array([*numbers, 0], np.int32)[np.maximum(given, -1)], given)
@@ -82,11 +82,11 @@ def allowed_sets(runs: Sequence[TapRun], positions: slice, vocab_size: int) -> A
             Unscored.GRAMMAR_NOT_REPORTED, f"position {positions.start + int(np.argmax(rows < FREE))}"
         )
     # The set of all ids comes last.
-    table = np.frombuffer(b"".join(found) + b"\xff" * (4 * width), "<u4").astype(np.uint32).reshape(-1, width)
+    table = np.frombuffer(b"".join(result) + b"\xff" * (4 * width), "<u4").astype(np.uint32).reshape(-1, width)
     if used := vocab_size % WORD_BITS:
         table[:, -1] &= np.uint32((1 << used) - 1)
     try:
-        return AllowedSets(vocab_size, table, np.where(rows == FREE, np.int32(len(found)), rows))
+        return AllowedSets(vocab_size, table, np.where(rows == FREE, np.int32(len(result)), rows))
     except InvalidArgumentError as error:
         raise ConditioningFailure(Unscored.GRAMMAR_MISMATCH, str(error)) from error
 
@@ -113,8 +113,8 @@ def possible(candidates: Candidates) -> Bools:
     >>> possible(Candidates(np.array([[4, 7, -1]], np.int32), np.array([[-0.1, -9999.0, -np.inf]]))).tolist()
     [[True, False, False]]
     """
-    found: Bools = (candidates.ids >= 0) & (candidates.logprobs > IMPOSSIBLE_LOGPROB)
-    return found
+    result: Bools = (candidates.ids >= 0) & (candidates.logprobs > IMPOSSIBLE_LOGPROB)
+    return result
 
 
 def shows_mask(candidates: Candidates) -> bool:

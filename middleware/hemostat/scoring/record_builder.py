@@ -264,9 +264,9 @@ def align_features(features: Features | None, first: int, tokens: int, anchor_se
 
 def profile_codes(profiles: Iterable[CalibrationProfile], features: Features) -> dict[str, Floats]:
     """By version, the code of each position for the profiles that read these features' anchors: float64 [T, r]."""
-    found = {}
+    result = {}
     for profile in profiles:
         ids = anchors(profile)
         if ids is not None and anchors_digest(ids) == features.anchors:
-            found[profile.version] = code(profile, features.values)
-    return found
+            result[profile.version] = code(profile, features.values)
+    return result

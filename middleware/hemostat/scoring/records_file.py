@@ -78,7 +78,7 @@ class RecordsFile:
             "adapter": record.adapter,
             # With one, kl_nats and covered_mass are conditional on what it allows.
             "constraint": record.constraint,
-            "distances": {version: _means(found) for version, found in record.distances.items()},
+            "distances": {version: _means(distance) for version, distance in record.distances.items()},
         }
         try:
             self._append(json.dumps(line, allow_nan=False).encode() + b"\n")
@@ -122,11 +122,11 @@ class RecordsFile:
         os.close(self._descriptor)
 
 
-def _means(found: ExactDistances) -> dict[str, float | None]:
+def _means(distances: ExactDistances) -> dict[str, float | None]:
     """Over the tokens; KL is None where it is infinite at one."""
-    kl = float(found.kl.mean())
+    kl = float(distances.kl.mean())
     return {
         "kl_nats": kl if math.isfinite(kl) else None,
-        "total_variation": float(found.tv.mean()),
-        "top1_agreement": float(found.top1.mean()),
+        "total_variation": float(distances.tv.mean()),
+        "top1_agreement": float(distances.top1.mean()),
     }

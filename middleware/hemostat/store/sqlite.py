@@ -158,12 +158,12 @@ class SqliteStore:
 
     def _inode(self) -> tuple[int, int] | None:
         try:
-            found = self._path.stat()
+            result = self._path.stat()
         except FileNotFoundError:
             return None
         except OSError as error:
             raise StoreFailure(f"store {self._path}: {error.strerror}") from error
-        return found.st_dev, found.st_ino
+        return result.st_dev, result.st_ino
 
     def _head(self, connection: sqlite3.Connection) -> Head:
         """StoreIncompatible."""

@@ -114,7 +114,7 @@ def relay_config(settings: Settings, worker: int, control_socket: Path, role: Ro
     far = None
     if role is Role.RELAY:
         far = {
-            "hosts": [split_address(one) for one in control.addresses],
+            "hosts": [split_address(address) for address in control.addresses],
             "token": control.token.get_secret_value() if control.token else "",
             "ca": str(control.ca) if control.ca else None,
             "upstreams": list(upstream.addresses),

@@ -28,21 +28,21 @@ def passed_sockets(environment: MutableMapping[str, str], pid: int) -> dict[str,
     names = values["LISTEN_FDNAMES"].split(":") if values["LISTEN_FDNAMES"] else [""] * count
     if count == 1 and names[0] not in NAMES:
         names = [DATA]
-    found: dict[str, list[socket.socket]] = {}
+    result: dict[str, list[socket.socket]] = {}
     try:
         for fd, name in zip(range(FIRST_FD, FIRST_FD + count), names, strict=False):
             if name not in NAMES:
                 raise ConfigError(
                     f"systemd: a socket is named {name!r}; set FileDescriptorName=data, admin or control in its unit"
                 )
-            if name in found:
+            if name in result:
                 raise ConfigError(f"systemd: two sockets are named {name}; list one ListenStream= for each name")
-            found[name] = [_listening(fd, name)]
+            result[name] = [_listening(fd, name)]
     except ConfigError:
-        for sockets in found.values():
+        for sockets in result.values():
             sockets[0].close()
         raise
-    return found
+    return result
 
 
 def _listening(fd: int, name: str) -> socket.socket:

@@ -87,39 +87,39 @@ class Sockets:
 
 def addresses(settings: Settings, role: Role) -> dict[str, tuple[str, Address]]:
     """By name of the sockets that this role listens on: the setting of the port, and host and port."""
-    found = {ADMIN: ("admin.port", (settings.admin.host, settings.admin.port))}
+    result = {ADMIN: ("admin.port", (settings.admin.host, settings.admin.port))}
     if role.relays:
-        found[DATA] = ("listen.port", (settings.listen.host, settings.listen.port))
+        result[DATA] = ("listen.port", (settings.listen.host, settings.listen.port))
     if role.control and settings.control.listen is not None:
-        found[CONTROL] = ("control.listen", split_address(settings.control.listen))
-    return found
+        result[CONTROL] = ("control.listen", split_address(settings.control.listen))
+    return result
 
 
 def open_sockets(
     wanted: Mapping[str, tuple[str, Address]], passed: Mapping[str, list[socket.socket]], *, by_service: bool
 ) -> Sockets:
     """Bind what was not passed on. wanted: see `addresses`. passed: by name. ConfigError where a port is taken."""
-    found = {name: passed[name] for name in wanted if passed.get(name)}
+    result = {name: passed[name] for name in wanted if passed.get(name)}
     bound: list[socket.socket] = []
     try:
-        for name in wanted.keys() - found.keys():
+        for name in wanted.keys() - result.keys():
             bound.append(_bind(*wanted[name], reuse_port=name == DATA))
-            found[name] = [bound[-1]]
+            result[name] = [bound[-1]]
     except ConfigError:
         for one in bound:
             one.close()
         raise
-    return Sockets(found.get(DATA, []), found[ADMIN][0], next(iter(found.get(CONTROL, [])), None), by_service)
+    return Sockets(result.get(DATA, []), result[ADMIN][0], next(iter(result.get(CONTROL, [])), None), by_service)
 
 
 def serves(sock: socket.socket, host: str, port: int) -> bool:
     """Whether a socket that was passed on is bound to this address. port: 0 is any."""
     try:
         own = sock.getsockname()[:2]
-        found = {info[4][:2] for info in socket.getaddrinfo(host, own[1], sock.family, socket.SOCK_STREAM)}
+        result = {info[4][:2] for info in socket.getaddrinfo(host, own[1], sock.family, socket.SOCK_STREAM)}
     except OSError:
         return False
-    return own in found and port in {0, own[1]}
+    return own in result and port in {0, own[1]}
 
 
 def _bind(setting: str, address: Address, *, reuse_port: bool) -> socket.socket:

@@ -34,19 +34,19 @@ class LinearFitter:
         """
         progress("linear", 0.0)
         moments, priors = examples.moments, examples.priors
-        found = regression.choose(moments, self._ranks, priors)
-        if found is None or found.gain <= found.error:
+        result = regression.choose(moments, self._ranks, priors)
+        if result is None or result.gain <= result.error:
             return None
         if not examples.rows:
             return Candidate(
                 variant=Variant.LINEAR,
-                penalty=found.penalty,
-                gain=found.gain,
-                error=found.error,
-                refit=lambda: linear_map(found),
+                penalty=result.penalty,
+                gain=result.gain,
+                error=result.error,
+                refit=lambda: linear_map(result),
             )
-        whole, rank, out = regression.total(moments), len(found.read), examples.held_out_fold
-        penalties = [found.penalty * stronger for stronger in _STRONGER]
+        whole, rank, out = regression.total(moments), len(result.read), examples.held_out_fold
+        penalties = [result.penalty * stronger for stronger in _STRONGER]
         starts = regression.fitted(whole - moments[out], penalties, rank, priors[out] if priors else None)
         maps = [linear_map(start) for start in starts]
         gains = exact_gains(examples.basis, examples.held_out_rows, maps, self._limits)

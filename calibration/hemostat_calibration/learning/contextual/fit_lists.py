@@ -47,12 +47,12 @@ class ListFitter:
             moments_of_rows(examples.inputs, towards, np.where(examples.fold == k, examples.weight, 0.0))
             for k in range(FOLDS)
         ]
-        found = regression.choose(folds, self._ranks)
-        if found is None:
+        result = regression.choose(folds, self._ranks)
+        if result is None:
             return None
         out, held = examples.held_out_fold, examples.held_out
         others = np.flatnonzero(examples.fold != out)
-        start = regression.fitted(regression.total(folds) - folds[out], [found.penalty], len(found.read))[0]
+        start = regression.fitted(regression.total(folds) - folds[out], [result.penalty], len(result.read))[0]
         trials = self._descended(start, examples, others, lambda done: progress("trial", done), _STEPS)
         x = examples.inputs[held][:, :-1]
         gains = np.stack([examples.lists.gains(held, trial.image(x), SCALES) for trial in trials])
@@ -60,10 +60,10 @@ class ListFitter:
         gain, error = mean_by_prompt(gains[last, scale], examples.prompt[held])
 
         def refit() -> LinearMap:
-            maps = self._descended(found, examples, every_token, lambda done: progress("lists", done), last + 1)
+            maps = self._descended(result, examples, every_token, lambda done: progress("lists", done), last + 1)
             return scaled(maps[-1], float(SCALES[scale]))
 
-        return Candidate(variant=Variant.LIST, penalty=found.penalty, gain=gain, error=error, refit=refit)
+        return Candidate(variant=Variant.LIST, penalty=result.penalty, gain=gain, error=error, refit=refit)
 
     def _descended(
         self,

@@ -259,13 +259,13 @@ class ContextualLearner:
 
     def _map_of_all(self, folds: Sequence[Moments]) -> list[Floats] | None:
         """Bᵀ without each fold, and with all of them, at the penalty that is best for all; None where no map gains."""
-        found = regression.choose(folds, self._ranks)
-        if found is None:
+        result = regression.choose(folds, self._ranks)
+        if result is None:
             return None
         whole = regression.total(folds)
         return [
-            *(regression.full_rank(whole - fold, found.penalty) for fold in folds),
-            regression.full_rank(whole, found.penalty),
+            *(regression.full_rank(whole - fold, result.penalty) for fold in folds),
+            regression.full_rank(whole, result.penalty),
         ]
 
     def _fresh(self, state: ContextualState) -> list[TokenRows]:
@@ -277,5 +277,5 @@ class ContextualLearner:
             raise InvalidArgumentError(f"record has vocab_size {record.vocab_size}, not {state.vocab_size}")
         width = self.weight.shape[1]
         if record.reference_hidden is not None and record.reference_hidden.shape[1] != width:
-            found = record.reference_hidden.shape[1]
-            raise InvalidArgumentError(f"record has hidden states of {found}, the output embedding of {width} columns")
+            result = record.reference_hidden.shape[1]
+            raise InvalidArgumentError(f"record has hidden states of {result}, the output embedding of {width} columns")

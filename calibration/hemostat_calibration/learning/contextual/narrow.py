@@ -46,10 +46,10 @@ def narrow(
     inverse = (vectors / np.sqrt(values)) @ vectors.T
     sizes, directions = np.linalg.eigh(moment)
     left, lengths, _ = np.linalg.svd(root @ (directions * np.sqrt(np.maximum(sizes, 0.0))))
-    found = up.astype(np.float64) @ (inverse @ left)
+    result = up.astype(np.float64) @ (inverse @ left)
     # Of one size, so that they fit into float16.
-    scale = np.sqrt(np.square(found).mean(axis=0))
+    scale = np.sqrt(np.square(result).mean(axis=0))
     scale = np.where(scale > 1e-30, scale, 1.0)
-    found /= scale
-    found[tail, columns:] = 0.0
-    return found, scale[:, None] * (left.T @ root), 0.5 * float(np.square(lengths[columns:]).sum())
+    result /= scale
+    result[tail, columns:] = 0.0
+    return result, scale[:, None] * (left.T @ root), 0.5 * float(np.square(lengths[columns:]).sum())

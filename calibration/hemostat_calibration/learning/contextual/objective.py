@@ -38,17 +38,17 @@ class Lists:
 
     def slope(self, rows: Indices, image: Singles) -> Singles:
         """Derivative of each row's loss by its image, float32 [n, d]. rows: indices [n]; image: [n, d]."""
-        found = np.empty_like(image)
+        result = np.empty_like(image)
         for start in range(0, len(rows), _BLOCK):
             part = slice(start, start + _BLOCK)
             embedded, _, c = self._changed(rows[part], image[part])
             c = c / (c.sum(axis=1, keepdims=True) + self._behind[rows[part]])
-            found[part] = np.einsum("tk,tkd->td", c - self._r[rows[part]], embedded)
-        return found
+            result[part] = np.einsum("tk,tkd->td", c - self._r[rows[part]], embedded)
+        return result
 
     def gains(self, rows: Indices, image: Singles, scales: Floats) -> Floats:
         """KL before minus after `scale` × image, nats, [scales, n]."""
-        found = np.empty((len(scales), len(rows)))
+        result = np.empty((len(scales), len(rows)))
         for start in range(0, len(rows), _BLOCK):
             part = slice(start, start + _BLOCK)
             _, delta, _ = self._changed(rows[part], image[part])
@@ -56,8 +56,8 @@ class Lists:
             before = np.log(c.sum(axis=1) + behind)
             for i, scale in enumerate(scales):
                 after = np.log((c * np.exp(scale * delta)).sum(axis=1) + behind)
-                found[i, part] = scale * (r * delta).sum(axis=1) - after + before
-        return found
+                result[i, part] = scale * (r * delta).sum(axis=1) - after + before
+        return result
 
 
 def exact_gains(
@@ -77,16 +77,16 @@ def exact_gains(
     >>> exact_gains(embedding, h_r, h_c, [h_r - h_c], np.array([0.5, 1.0]), clamp_nats=5.0).round(4).tolist()
     [[[0.0846], [0.1109]]]
     """
-    found = np.empty((len(images), len(scales), len(reference)))
+    result = np.empty((len(images), len(scales), len(reference)))
     step = max(1, (1 << 23) // len(embedding))
     for start in range(0, len(reference), step):
         part = slice(start, start + step)
         r, c = softmax(reference[part] @ embedding.T), softmax(compressed[part] @ embedding.T)
-        for of_image, image in zip(found, images, strict=True):
+        for of_image, image in zip(result, images, strict=True):
             delta = image[part] @ embedding.T
             for of_scale, scale in zip(of_image, scales, strict=True):
                 shift = np.clip(np.float32(scale) * delta, -clamp_nats, clamp_nats)
                 of_scale[part] = np.einsum("tv,tv->t", r, shift)
                 np.exp(shift, out=shift)
                 of_scale[part] -= np.log(np.einsum("tv,tv->t", c, shift))
-    return found
+    return result

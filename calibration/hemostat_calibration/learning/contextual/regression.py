@@ -127,11 +127,11 @@ def fitted(moments: Moments, penalties: Sequence[float], rank: int, base: Floats
     """
     s = standardiser(moments)
     fit = _Fit(_standardised(moments, s), np.zeros_like(moments.xy) if base is None else _prior(s, base))
-    found = []
+    result = []
     for penalty in penalties:
         up, read = fit.low_rank(penalty, rank)
-        found.append(LowRank(up=up, read=read @ s, penalty=penalty, gain=math.nan, error=math.nan))
-    return found
+        result.append(LowRank(up=up, read=read @ s, penalty=penalty, gain=math.nan, error=math.nan))
+    return result
 
 
 def full_rank(moments: Moments, penalty: float) -> Floats:
@@ -159,10 +159,10 @@ def total(parts: Sequence[Moments]) -> Moments:
     >>> total([moments(slice(0, 3)), moments(slice(3, None))]).weight
     8.0
     """
-    found = parts[0]
+    result = parts[0]
     for part in parts[1:]:
-        found = found + part
-    return found
+        result = result + part
+    return result
 
 
 def _prior(s: Floats, base: Floats) -> Floats:
@@ -202,8 +202,8 @@ class _Fit:
         linear = (self._residual * (images - of_prior)).sum(axis=1)
         quadratic = xx * (self._residual @ self._residual.T)
         shrinks = [1.0 / self._ridge(penalty) for penalty in penalties]
-        found = [constant + d @ linear - 0.5 * d @ quadratic @ d for d in shrinks]
-        return np.array(found, dtype=np.float64) / max(held.weight, 1e-12)
+        result = [constant + d @ linear - 0.5 * d @ quadratic @ d for d in shrinks]
+        return np.array(result, dtype=np.float64) / max(held.weight, 1e-12)
 
     def _components(self, penalty: float) -> tuple[Floats, Floats, Floats, Floats]:
         """P, (XX + λ)^½, and of (XX + λ)^½ P = U S Vᵀ: U and S, largest first."""

@@ -163,6 +163,6 @@ def _listed(record: TokenRecord, kept: Bools, source: TokenSource) -> ListedToke
 
 
 def _halves(values: npt.NDArray[np.floating]) -> Halves:
-    found = np.clip(values, -_MAX_HALF, _MAX_HALF).astype(np.float16)
-    found.flags.writeable = False
-    return found
+    result = np.clip(values, -_MAX_HALF, _MAX_HALF).astype(np.float16)
+    result.flags.writeable = False
+    return result

@@ -51,10 +51,10 @@ def dependencies(learner: ContextualLearner, about: str) -> str:
     """
     weight = learner.weight
     step = max(1, -(-weight.size // _DIGEST_ELEMENTS))
-    found = hashlib.sha256(repr((FORMAT, about, weight.shape, learner.features, FOLDS, learner.forgetting)).encode())
-    found.update(learner.digest.encode())
-    found.update(np.ascontiguousarray(weight[::step]).astype("<f4", copy=False).data)
-    return found.hexdigest()[:32]
+    result = hashlib.sha256(repr((FORMAT, about, weight.shape, learner.features, FOLDS, learner.forgetting)).encode())
+    result.update(learner.digest.encode())
+    result.update(np.ascontiguousarray(weight[::step]).astype("<f4", copy=False).data)
+    return result.hexdigest()[:32]
 
 
 def save(states: Mapping[str, ContextualState], learner: ContextualLearner, about: str, max_bytes: int) -> bytes:

@@ -162,9 +162,9 @@ def judged(
     progress: Progress = lambda stage, done, total: None,
 ) -> tuple[Built, Judged]:
     """With the figures on held-out `texts` in the report."""
-    found = judge(pair, built.layers, texts, parts or Parts(None), progress)
-    report = built.report | {"held_out": found.summary(), "peak_mib": peak_mib()}
-    return Built(built.profile, report, built.layers), found
+    result = judge(pair, built.layers, texts, parts or Parts(None), progress)
+    report = built.report | {"held_out": result.summary(), "peak_mib": peak_mib()}
+    return Built(built.profile, report, built.layers), result
 
 
 def vocab_size_of(pair: CheckpointPair) -> int:
@@ -217,13 +217,13 @@ def _won(corrections: Sequence[Correction], ranks: Sequence[int]) -> float | Non
 
 def _kinds(corrections: Mapping[str, Correction], layers: Mapping[str, LowRank]) -> dict[str, Any]:
     """By the last part of the layers' names: mean rank, and what is won of the sum of their errors."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for kind in dict.fromkeys(name.rpartition(".")[2] for name in corrections):
         names = [name for name in corrections if name.rpartition(".")[2] == kind]
         ranks = [layers[name].rank for name in names]
-        found[kind] = {
+        result[kind] = {
             "layers": len(names),
             "rank": sum(ranks) / len(ranks),
             "won": _won([corrections[name] for name in names], ranks),
         }
-    return found
+    return result

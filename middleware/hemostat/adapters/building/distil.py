@@ -49,7 +49,7 @@ def distil(
     progress: Progress = lambda stage, done, total: None,
 ) -> Distilled:
     """Train `start` as `training.train` does, whose arguments and errors these are."""
-    found = train(
+    result = train(
         reference,
         compressed,
         TrainableAdapter(start, compressed),
@@ -59,8 +59,8 @@ def distil(
         step_positions=step_positions,
         progress=progress,
     )
-    layers = start if found.tensors is None else _layers(found.tensors)
-    return Distilled(**{field.name: getattr(found, field.name) for field in fields(found)}, layers=layers)
+    layers = start if result.tensors is None else _layers(result.tensors)
+    return Distilled(**{field.name: getattr(result, field.name) for field in fields(result)}, layers=layers)
 
 
 def distilled(
@@ -82,11 +82,11 @@ def distilled(
         device = str(pair.skeleton.device)
         reference, compressed = (Copy.load(c.folder, device, label=c.label) for c in (pair.reference, pair.compressed))
         try:
-            found = distil(reference, compressed, built.layers, texts, seed=seed, rates=rates, progress=progress)
+            result = distil(reference, compressed, built.layers, texts, seed=seed, rates=rates, progress=progress)
         except TooFewTextsError as error:
             notes = [*built.report["notes"], f"not distilled: {error}"]
             return replace(built, report=built.report | {"distilled": None, "notes": notes})
-        layers, report = found.layers, found.report()
+        layers, report = result.layers, result.report()
         kept = {"report": json_tensor(report)}
         for name, layer in layers.items():
             kept |= {f"{name}|a": torch.from_numpy(layer.a), f"{name}|b": torch.from_numpy(layer.b)}
@@ -125,13 +125,13 @@ class TrainableAdapter:
 
     def start(self) -> dict[str, torch.Tensor]:
         """As `LowRank.for_training`."""
-        found = {}
+        result = {}
         for name, layer in self._start.items():
             if layer.rank:
                 even = layer.for_training()
-                found[f"{name}|a"] = torch.from_numpy(even.a).to(self._copy.device, copy=True)
-                found[f"{name}|b"] = torch.from_numpy(even.b).to(self._copy.device, copy=True)
-        return found
+                result[f"{name}|a"] = torch.from_numpy(even.a).to(self._copy.device, copy=True)
+                result[f"{name}|b"] = torch.from_numpy(even.b).to(self._copy.device, copy=True)
+        return result
 
     @contextmanager
     def applied(self, tensors: Tensors) -> Iterator[None]:

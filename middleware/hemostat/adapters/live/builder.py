@@ -141,8 +141,8 @@ class Build:
     async def _watch(self, child: Child) -> None:
         """Until it has ended. BuildFailed as soon as it takes too much memory, or makes no progress."""
         while not child.exited.is_set():
-            self.peak_bytes = max(self.peak_bytes, found := memory_of(child.pid))
-            if found > self._memory_bytes:
+            self.peak_bytes = max(self.peak_bytes, result := memory_of(child.pid))
+            if result > self._memory_bytes:
                 limit = self._memory_bytes >> 20
                 raise BuildFailed(BuildFailure.MEMORY, f"it needs more than adapter.memory_mib, {limit} MiB: raise it")
             if time.monotonic() - self._heard_at > STALLED_SECONDS:
@@ -158,5 +158,5 @@ def memory_of(pid: int) -> int:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0
-    found = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
-    return sum(int(found[name][0]) << 10 for name in ("RssAnon", "VmSwap") if found.get(name))
+    result = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
+    return sum(int(result[name][0]) << 10 for name in ("RssAnon", "VmSwap") if result.get(name))

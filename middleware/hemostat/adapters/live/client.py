@@ -174,12 +174,12 @@ class AdapterLearner:
         """Of the last one that was made; what its report does not say is left out."""
         made = self._last_made
         rank = made.get("rank") if made.get("max_rank") is None else made["max_rank"]
-        found = [
+        result = [
             (names.ADAPTER_RANK, (), rank),
             (names.ADAPTER_HELD_OUT_RECOVERED_RATIO, (), (made.get("held_out") or {}).get("share")),
             *((names.ADAPTER_BYTES, (form,), made.get(member)) for form, member in ADAPTER_FORMS.items()),
         ]
-        for name, labels, value in found:
+        for name, labels, value in result:
             if isinstance(value, int | float):
                 yield Sample(name, labels, value)
 
@@ -205,9 +205,9 @@ class AdapterLearner:
 
     async def run(self) -> None:
         """Make an adapter whenever enough is known, until cancelled."""
-        found = await asyncio.to_thread(delete_left_behind)
-        if found:
-            log.info("deleted %d folders of builds that were killed", found)
+        result = await asyncio.to_thread(delete_left_behind)
+        if result:
+            log.info("deleted %d folders of builds that were killed", result)
         while True:
             target = self._target
             self._wake.clear()

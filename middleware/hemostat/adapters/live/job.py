@@ -90,7 +90,7 @@ def _write(folder: Path, job: Job) -> None:
 
 def delete_left_behind() -> int:
     """Delete the folders of builds whose process, and the one that started it, were killed; how many there were."""
-    found = 0
+    result = 0
     for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
             if path.stat().st_uid != os.getuid():
@@ -99,10 +99,10 @@ def delete_left_behind() -> int:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where another process uses it
                 shutil.rmtree(path, ignore_errors=True)
-                found += 1
+                result += 1
             finally:
                 os.close(lock)
-    return found
+    return result
 
 
 def read_result(folder: Path, job: Job) -> Result:
@@ -156,14 +156,14 @@ def _check(profile: CalibrationProfile, report: dict[str, Any], job: Job) -> Non
 def linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     """Outputs and inputs of the linear layers of a checkpoint that is not compressed, by module. OSError,
     InvalidResult."""
-    found: dict[str, tuple[int, int]] = {}
+    result: dict[str, tuple[int, int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safetensors.safe_open(file, framework="numpy") as opened:
                 for key in opened.keys():  # noqa: SIM118  not a mapping
                     shape = opened.get_slice(key).get_shape()
                     if key.endswith(".weight") and len(shape) == 2:
-                        found[key.removesuffix(".weight")] = (shape[0], shape[1])
+                        result[key.removesuffix(".weight")] = (shape[0], shape[1])
         except safetensors.SafetensorError as error:
             raise InvalidResult(f"{file}: {error}") from None
-    return found
+    return result

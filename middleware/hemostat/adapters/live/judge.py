@@ -206,8 +206,8 @@ class AdapterJudge:
         if answer is None:
             self.dropped[JudgeDropReason.ENDED] += 1
             return {}
-        found = decode_distances(answer, record.tokens) if isinstance(answer, judge_messages.Judged) else {}
-        if not found or not isinstance(answer, judge_messages.Judged):
+        result = decode_distances(answer, record.tokens) if isinstance(answer, judge_messages.Judged) else {}
+        if not result or not isinstance(answer, judge_messages.Judged):
             self.dropped[JudgeDropReason.FAILED] += 1
             log.warning("no distances of a record: %s", getattr(answer, "message", "its answer does not fit"))
             return {}
@@ -222,7 +222,7 @@ class AdapterJudge:
         self.judged += 1
         if self.state is JudgeState.READY:
             self._set_state(JudgeState.READY, "")
-        return found
+        return result
 
     async def logprobs(self, ids: Ids, version: str | None) -> npt.NDArray[np.float32]:
         """Of each token of `ids` [n] after the first, by a version (None: the compressed model): float32 [n - 1], nats.
@@ -246,10 +246,10 @@ class AdapterJudge:
             return judge_messages.Logprobs(number, data, name)
 
         self._queue(_Waiting((name,), request, answered, tokens=len(ids)))
-        found = await answer
-        if not isinstance(found, judge_messages.Scored):
-            raise JudgeUnavailable(getattr(found, "message", "") or "the copies' process ended")
-        return np.frombuffer(found.logprobs, "<f4").astype(np.float32)
+        result = await answer
+        if not isinstance(result, judge_messages.Scored):
+            raise JudgeUnavailable(getattr(result, "message", "") or "the copies' process ended")
+        return np.frombuffer(result.logprobs, "<f4").astype(np.float32)
 
     def need(self) -> None:
         """It will be asked soon: load the copies."""
@@ -407,11 +407,11 @@ def _call(waiting: _Waiting, answer: judge_messages.Answer | None) -> None:
 
 def decode_distances(answer: judge_messages.Judged, tokens: int) -> dict[str, ExactDistances]:
     """{} where an array does not have a value for each of the tokens."""
-    found = {}
+    result = {}
     for version, arrays in answer.distances.items():
         kl, tv = (np.frombuffer(data, "<f8").astype(np.float64) for data in (arrays.kl, arrays.tv))
         top1 = np.frombuffer(arrays.top1, np.uint8).astype(bool)
         if not len(kl) == len(tv) == len(top1) == tokens:
             return {}
-        found[version] = ExactDistances(kl, tv, top1)
-    return found
+        result[version] = ExactDistances(kl, tv, top1)
+    return result

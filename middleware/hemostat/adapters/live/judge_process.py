@@ -147,7 +147,7 @@ class Copies:
             reference = self._reference_rows(hidden)
         else:
             reference = self._rows(self._reference, ids, None, tokens)
-        found: dict[str, list[Any]] = {}
+        result: dict[str, list[Any]] = {}
         emitted = np.empty(tokens, np.float32)
         ways = {v: way for v in request.versions if (way := self._held(v)) is not None}
         # One forward pass for all versions that leave the weights alone.
@@ -170,7 +170,7 @@ class Copies:
                     # A distribution that does not exist is as far away as can be: leaving the record out would be a
                     # selection by the outcome.
                     distances.kl[broken], distances.tv[broken], distances.top1[broken] = np.inf, 1.0, False
-                    found.setdefault(version, []).append(distances)
+                    result.setdefault(version, []).append(distances)
         return judge_messages.Judged(
             request.id,
             {
@@ -179,7 +179,7 @@ class Copies:
                     np.concatenate([part.tv for part in parts]).astype("<f8").tobytes(),
                     np.concatenate([part.top1 for part in parts]).astype(np.uint8).tobytes(),
                 )
-                for version, parts in found.items()
+                for version, parts in result.items()
             },
             emitted.astype("<f4").tobytes(),
         )
@@ -192,10 +192,10 @@ class Copies:
             return judge_messages.Failed(request.id, f"profile {request.version} is not held")
         ids = _ids(request.ids)
         rows = self._rows(self._compressed, ids[:-1], way.layers, len(ids) - 1)
-        found = np.empty(len(ids) - 1, np.float32)
-        for part in self._chunks(len(found)):
-            found[part] = log_probability(rows(part), ids[1:][part])
-        return judge_messages.Scored(request.id, found.astype("<f4").tobytes())
+        result = np.empty(len(ids) - 1, np.float32)
+        for part in self._chunks(len(result)):
+            result[part] = log_probability(rows(part), ids[1:][part])
+        return judge_messages.Scored(request.id, result.astype("<f4").tobytes())
 
     def _chunks(self, tokens: int) -> Iterator[slice]:
         step = max(1, CHUNK_ELEMENTS // self._compressed.vocab_size)
@@ -224,8 +224,8 @@ def log_probability(logits: Logits, ids: Ids) -> Floats:
     """Of one id in each row, float64 [rows], from logits [rows, V]."""
     z = logits.astype(np.float64)
     z -= z.max(axis=1, keepdims=True)
-    found: Floats = z[np.arange(len(z)), ids] - np.log(np.exp(z).sum(axis=1))
-    return found
+    result: Floats = z[np.arange(len(z)), ids] - np.log(np.exp(z).sum(axis=1))
+    return result
 
 
 def model_bytes(model: Any) -> int:
@@ -270,9 +270,9 @@ def main(parent: int) -> int:
         return 1
     send(judge_messages.ANSWERS.encode(copies.ready))
     for body in bodies:
-        found = answer(copies, judge_messages.REQUESTS.decode(body))
-        if found is not None:
-            send(judge_messages.ANSWERS.encode(found))
+        result = answer(copies, judge_messages.REQUESTS.decode(body))
+        if result is not None:
+            send(judge_messages.ANSWERS.encode(result))
     return 0
 
 

@@ -46,8 +46,8 @@ def _has(target: Path, files: Mapping[str, bytes]) -> bool:
 def _remove_old(folder: Path, keep: Collection[str], names: set[str]) -> None:
     """names: the files of a version; a subfolder that holds others was not written here and stays."""
     with contextlib.suppress(OSError):  # another middleware may remove the same ones
-        found = [path for path in folder.iterdir() if VERSION_PATTERN.fullmatch(path.name)]
-        found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in found[MAX_VERSIONS:]:
+        result = [path for path in folder.iterdir() if VERSION_PATTERN.fullmatch(path.name)]
+        result.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in result[MAX_VERSIONS:]:
             if path.name not in keep and {file.name for file in path.iterdir()} <= names:
                 shutil.rmtree(path, ignore_errors=True)

@@ -222,7 +222,7 @@ class AdapterHost:
             self._set(HostState.IDLE, {}, self.capacity)
             return POLL_SECONDS
         try:
-            found = listed(await server.models())
+            result = listed(await server.models())
         except ReferenceFailure as failure:
             self._unreachable(failure)
             return POLL_SECONDS
@@ -231,10 +231,10 @@ class AdapterHost:
             self._set(HostState.WAITING, {}, self.capacity, "it is not known yet which engine answers here")
             return SOON_SECONDS
         reports = self._engines.live(self._clock())
-        self._notice_restart(found, reports, None if reports else await started(server))
-        if self._ready and not self._probes.passed(list(self._ready), found.ours | found.others):
+        self._notice_restart(result, reports, None if reports else await started(server))
+        if self._ready and not self._probes.passed(list(self._ready), result.ours | result.others):
             self._set(HostState.PROBING, {}, self.capacity)  # somebody has loaded or unloaded an adapter
-        base = self._base() or next(iter(found.base), "")
+        base = self._base() or next(iter(result.base), "")
         if not base or not slots.complete(reports):
             self._set(HostState.WAITING, {}, self.capacity, "" if base else "the upstream serves no model yet")
             return POLL_SECONDS
@@ -245,19 +245,19 @@ class AdapterHost:
                 self._set(HostState.UNUSABLE, {}, 0, without_lora(max(ranks, default=1)))
                 return POLL_SECONDS
             self._slots = await max_loras(server)
-        room = slots.room(reports, len(found.others), self._slots)
+        room = slots.room(reports, len(result.others), self._slots)
         self._set_limit(room.limit)
         if problem := room.problem or self._probes.problem:
             self._set(HostState.UNUSABLE, {}, 0, problem)
             return POLL_SECONDS
         target = self._target(wanted, room)
         self._set_hold(target)
-        if await self._unload(server, found.ours, target, room):
+        if await self._unload(server, result.ours, target, room):
             return SOON_SECONDS
-        present = slots.held_everywhere(reports, found.ours)
+        present = slots.held_everywhere(reports, result.ours)
         if await self._load_next(server, prober, base, [v for v in target if v not in present], room):
             return SOON_SECONDS
-        return await self._probe(prober, base, [v for v in target if v in present], found, room)
+        return await self._probe(prober, base, [v for v in target if v in present], result, room)
 
     def _set(self, state: HostState, ready: dict[str, bool], capacity: int | None, detail: str = "") -> None:
         if detail and detail != self.detail and state in {HostState.UNUSABLE, HostState.WAITING}:

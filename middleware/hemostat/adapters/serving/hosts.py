@@ -100,23 +100,23 @@ class AdapterHosts:
         """JSON-ready. Of several engines: of all together, and `by_engine`."""
         if ONLY in self.hosts:
             return self.hosts[ONLY].status()
-        found = {name: host.status() for name, host in self.hosts.items()}
+        result = {name: host.status() for name, host in self.hosts.items()}
         order = (HostState.READY, HostState.PROBING, HostState.LOADING, HostState.WAITING, HostState.UNUSABLE)
-        state = next((one.value for one in order if any(row["state"] == one for row in found.values())), "idle")
-        rows = list(found.values())
+        state = next((one.value for one in order if any(row["state"] == one for row in result.values())), "idle")
+        rows = list(result.values())
         return {
             "state": state,
-            "detail": "; ".join(f"{name}: {row['detail']}" for name, row in found.items() if row["detail"]),
+            "detail": "; ".join(f"{name}: {row['detail']}" for name, row in result.items() if row["detail"]),
             "way": next((row["way"] for row in rows if row["way"]), None),
             "capacity": self.capacity,
             "wanted": list(self._profiles.wanted()),
             "loaded": sorted({version for row in rows for version in row["loaded"]}),
             "ready": sorted(self.ready),
-            "failures": {f"{v} at {name}": why for name, row in found.items() for v, why in row["failures"].items()},
+            "failures": {f"{v} at {name}": why for name, row in result.items() for v, why in row["failures"].items()},
             "probes": _summed([row["probes"] for row in rows]),
             "probe_tokens": sum(row["probe_tokens"] for row in rows),
             "by_engine": {
-                name: {key: row[key] for key in ("state", "detail", "loaded", "ready")} for name, row in found.items()
+                name: {key: row[key] for key in ("state", "detail", "loaded", "ready")} for name, row in result.items()
             },
         }
 
@@ -195,10 +195,10 @@ class AdapterHosts:
 
 def _summed(probes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Of all engines: how many results of each kind, and the last detail that there is."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for report in probes:
         for probe, results in report.items():
-            row = found.setdefault(probe, {"detail": ""})
+            row = result.setdefault(probe, {"detail": ""})
             for key, value in results.items():
                 row[key] = (value or row[key]) if key == "detail" else row.get(key, 0) + value
-    return found
+    return result

@@ -107,10 +107,10 @@ class Prober:
         ids = [[*prompt, *one.tokens] for prompt, one in zip(await self.prompts(base), texts, strict=True)]
         ours = []
         for name in (None, version):
-            found = [await copy.logprobs(np.array(each, np.int32), name) for each in ids]
-            if any(len(one) != len(each) - 1 for one, each in zip(found, ids, strict=True)):
+            result = [await copy.logprobs(np.array(each, np.int32), name) for each in ids]
+            if any(len(one) != len(each) - 1 for one, each in zip(result, ids, strict=True)):
                 raise CopyUnavailable("the copy of the model sent log-probabilities of too few tokens")
-            ours.append(np.concatenate(found).astype(np.float64))
+            ours.append(np.concatenate(result).astype(np.float64))
         engine = [await self._scored(name, ids) for name in (base, version)]
         again = np.concatenate([one[-len(text.logprobs) :] for one, text in zip(engine[0], texts, strict=True)])
         noise = np.abs(again - np.concatenate([text.logprobs for text in texts])).mean()

@@ -97,28 +97,28 @@ async def unload(server: VllmServer, name: str) -> None:
 async def lora_enabled(server: VllmServer) -> bool | None:
     """Whether the server was started with --enable-lora, as its own metrics say; None where they do not."""
     try:
-        found = await server.text("GET", "/metrics")
+        result = await server.text("GET", "/metrics")
     except ReferenceFailure:
         return None
-    return "vllm:lora_requests_info" in found if "vllm:" in found else None
+    return "vllm:lora_requests_info" in result if "vllm:" in result else None
 
 
 async def max_loras(server: VllmServer) -> int | None:
     """--max-loras as the server's own metrics say, once it has answered a request; None where they do not."""
     try:
-        found = _MAX_LORAS.search(await server.text("GET", "/metrics"))
+        match = _MAX_LORAS.search(await server.text("GET", "/metrics"))
     except ReferenceFailure:
         return None
-    return int(found[1]) if found else None
+    return int(match[1]) if match else None
 
 
 async def started(server: VllmServer) -> str | None:
     """When the server's process began, by its own metrics, as it writes it; None where they do not say."""
     try:
-        found = _STARTED.search(await server.text("GET", "/metrics"))
+        match = _STARTED.search(await server.text("GET", "/metrics"))
     except ReferenceFailure:
         return None
-    return found[1] if found else None
+    return match[1] if match else None
 
 
 async def complete(server: VllmServer, name: str, ids: Sequence[int], tokens: int, salt: str) -> Completed:
@@ -134,15 +134,15 @@ async def complete(server: VllmServer, name: str, ids: Sequence[int], tokens: in
         "cache_salt": salt,
     }
     answer = await server.post("/v1/completions", body, _Completion)
-    found = answer.choices[0].logprobs if answer.choices else None
-    if found is None or not tokens == len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs):
+    result = answer.choices[0].logprobs if answer.choices else None
+    if result is None or not tokens == len(result.tokens) == len(result.token_logprobs) == len(result.top_logprobs):
         raise ReferenceFailure(FailureReason.SHORT_ANSWER, f"{server.url} sent log-probabilities of too few tokens")
     try:
         return Completed(
             answer.model,
-            [_token_id(token) for token in found.tokens],
-            [float("nan") if value is None else value for value in found.token_logprobs],
-            [{_token_id(token): value for token, value in (row or {}).items()} for row in found.top_logprobs],
+            [_token_id(token) for token in result.tokens],
+            [float("nan") if value is None else value for value in result.token_logprobs],
+            [{_token_id(token): value for token, value in (row or {}).items()} for row in result.top_logprobs],
         )
     except ValueError:
         raise ReferenceFailure(FailureReason.BAD_ANSWER, f"{server.url} sent tokens without their ids") from None

@@ -77,24 +77,24 @@ def moves(alone: Iterable[Completed], beside: Iterable[Completed]) -> Moves:
     >>> moves([one], [Completed("m", [7, 9], [-1.5, -0.5], [{7: -1.5}, {9: -0.5, 8: -2.0}])])
     Moves(mean=0.75, largest=1.0, worst=0.375, texts=1, rows=1)
     """
-    found: list[float] = []
+    result: list[float] = []
     worst = 0.0
     texts = rows = 0
     for one, other in zip(alone, beside, strict=True):
         rows += 1
-        first = len(found)
+        first = len(result)
         for t in range(len(other.tokens)):
             token = one.tokens[t]
             if other.tokens[t] == token:
-                found.append(abs(one.logprobs[t] - other.logprobs[t]))
+                result.append(abs(one.logprobs[t] - other.logprobs[t]))
                 continue
             texts += 1
             least = min(other.top[t].values(), default=-np.inf)
-            found.append(abs(one.logprobs[t] - other.top[t].get(token, least)))
+            result.append(abs(one.logprobs[t] - other.top[t].get(token, least)))
             break
-        row = np.nan_to_num(found[first:], nan=np.inf)
+        row = np.nan_to_num(result[first:], nan=np.inf)
         worst = max(worst, float(row.sum()) / max(len(row), MIN_ROW_TOKENS))
-    values = np.nan_to_num(np.array(found), nan=np.inf)
+    values = np.nan_to_num(np.array(result), nan=np.inf)
     if not len(values):
         return Moves(0.0, 0.0, 0.0, texts, rows)
     return Moves(float(values.mean()), float(values.max()), worst, texts, rows)

@@ -42,13 +42,13 @@ _GROUPS = (
 
 def findings(report: Row) -> list[Finding]:
     """topic, text, value, half_width (95 %, by request), unit, tokens, requests; in the order of the report."""
-    found = [*_groups(report)]
+    result = [*_groups(report)]
     layers, outliers = report["layers"], report["outliers"]
     if "skipped" not in layers:
-        found += [*_layers(layers), *_modules(layers)]
+        result += [*_layers(layers), *_modules(layers)]
     if "skipped" not in outliers:
-        found += [*_weights(outliers), *_activations(outliers), *_sinks(outliers)]
-    return found
+        result += [*_weights(outliers), *_activations(outliers), *_sinks(outliers)]
+    return result
 
 
 def _finding(

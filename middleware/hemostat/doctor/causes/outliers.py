@@ -147,7 +147,7 @@ def _sinks(norms: Sequence[Sequence[torch.Tensor]], attention: Sequence[Sequence
     over texts."""
     rows = []
     for n, texts in enumerate(norms):
-        ratios = np.array([float(one[0] / one[1:].median()) for one in texts if len(one) > 1])
+        ratios = np.array([float(text[0] / text[1:].median()) for text in texts if len(text) > 1])
         shares = np.array(attention[n]) if n < len(attention) else np.empty(0)
         rows.append({"layer": n, **_by_text("first_norm_ratio", ratios), **_by_text("first_attention", shares)})
     return rows
@@ -161,7 +161,7 @@ def _by_text(name: str, values: Any) -> dict[str, float | None]:
 def _first_attention(pair: CheckpointPair, texts: Sequence[Text]) -> list[list[float]]:
     """By layer and text: the attention that later positions give to the first one, a mean over heads and positions.
     Empty where the model has no attention, or does not return it."""
-    found: list[list[float]] = []
+    result: list[list[float]] = []
     with _plain_attention(pair.reference_model) as possible:
         for text in texts[:MAX_ATTENTION_TEXTS] if possible else ():
             sequence = text.sequence(pair.device)[None]
@@ -171,10 +171,10 @@ def _first_attention(pair: CheckpointPair, texts: Sequence[Text]) -> list[list[f
             layers = getattr(answer, "attentions", None) or ()
             if any(weights is None for weights in layers):
                 return []
-            found = found or [[] for _ in layers]
-            for values, weights in zip(found, layers, strict=True):
+            result = result or [[] for _ in layers]
+            for values, weights in zip(result, layers, strict=True):
                 values.append(float(weights[0, :, 1:, 0].float().mean()))
-    return found
+    return result
 
 
 @contextmanager

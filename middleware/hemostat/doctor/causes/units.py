@@ -80,15 +80,15 @@ def decoder_layers(model: Any) -> Any:
 def layer_list(model: Any) -> tuple[Any, str, Any]:
     """(the module that has the list of the model's layers, its attribute, the list). Raises Incomparable."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    found = [
+    result = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
         if isinstance(child, torch.nn.ModuleList) and len(child) == count
     ]
-    if not found:
+    if not result:
         raise Incomparable(f"{type(model).__name__} has no list of its {count} layers")
-    return max(found, key=lambda one: sum(p.numel() for p in one[2].parameters()))
+    return max(result, key=lambda one: sum(p.numel() for p in one[2].parameters()))
 
 
 def restored(unit: Unit) -> AbstractContextManager[None]:

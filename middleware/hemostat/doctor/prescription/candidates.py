@@ -54,8 +54,8 @@ def planned_weight(name: str, weight: Any, plan: LayerPlan, inputs: InputMoments
     if plan.bits == DENSE_BITS and not plan.sparsity:
         return weight.clone()
     if inputs is None:
-        found = pruned(weight, plan.sparsity) if plan.sparsity else weight.clone()
-        return found if plan.bits == DENSE_BITS else rounded(name, found, plan.bits, plan.group_size)
+        result = pruned(weight, plan.sparsity) if plan.sparsity else weight.clone()
+        return result if plan.bits == DENSE_BITS else rounded(name, result, plan.bits, plan.group_size)
     weight_format = None if plan.bits == DENSE_BITS else WeightFormat(plan.bits, plan.group_size)
     sparse = (plan.sparsity, Pattern(plan.pattern)) if plan.sparsity else None
     new = calibrated_weight(name, weight, inputs, weight_format, sparse, "gptq")

@@ -30,20 +30,20 @@ def section(report: Row) -> Section | None:
 
 
 def _map(prescription: Row) -> Iterator[Plot]:
-    found = widths(prescription)
-    if not found:
+    result = widths(prescription)
+    if not result:
         return
     title = "Bits of each linear layer"
-    rows = list(dict.fromkeys(module for module, _ in found))
-    columns = sorted({layer for _, layer in found}, key=int)
+    rows = list(dict.fromkeys(module for module, _ in result))
+    columns = sorted({layer for _, layer in result}, key=int)
     tooltips = {
         (module, layer): f"layer {layer} {module}: {bits} bits"
         + (f", groups of {group}" if group else "")
         + (f", {100 * sparsity:g} % zeros" if sparsity else "")
-        for (module, layer), (bits, group, sparsity) in found.items()
+        for (module, layer), (bits, group, sparsity) in result.items()
     }
-    values = {cell: float(bits) for cell, (bits, _, _) in found.items()}
-    texts = {cell: str(bits) for cell, (bits, _, _) in found.items()}
+    values = {cell: float(bits) for cell, (bits, _, _) in result.items()}
+    texts = {cell: str(bits) for cell, (bits, _, _) in result.items()}
     yield Plot(title, heat_map(title, rows, columns, values, "layer", "bits", tooltips, texts))
 
 

@@ -124,7 +124,7 @@ def predicted_losses(
 
     def losses(layer: str, moments: Moments) -> Mapping[str, torch.Tensor]:
         assert isinstance(moments, TokenRows)
-        found = {}
+        result = {}
         for name, module in skeleton.linears_of(layer).items():
             if moments.reached(name):
                 weight, inputs = checkpoint.weight(name), moments.input_moments(name, 2)
@@ -132,18 +132,18 @@ def predicted_losses(
                 for plan in candidates(target, module.in_features):
                     delta = weight.float() - planned_weight(name, weight, plan, inputs).float()
                     values.append(0.5 * moments.mean_square(name, delta, tokens))
-                found[name] = torch.tensor(values, dtype=torch.float64)
-        return found
+                result[name] = torch.tensor(values, dtype=torch.float64)
+        return result
 
     together: dict[str, torch.Tensor] = {}
     for kept in statistics.run(losses).values():
         together |= kept
-    found = {}
+    result = {}
     for name, module in skeleton.linears.items():
         plans = candidates(target, module.in_features)
         known = together[name].numpy() if name in together else np.full(len(plans), np.nan)
-        found[name] = LayerLosses(module.out_features, module.in_features, plans, known, name in together)
-    return with_unreached(found)
+        result[name] = LayerLosses(module.out_features, module.in_features, plans, known, name in together)
+    return with_unreached(result)
 
 
 def with_unreached(losses: Mapping[str, LayerLosses]) -> dict[str, LayerLosses]:
@@ -162,10 +162,10 @@ def with_unreached(losses: Mapping[str, LayerLosses]) -> dict[str, LayerLosses]:
     >>> found["0.experts.2.up"].losses.round(6).tolist()
     [0.4, 0.0]
     """
-    reached = {name: one for name, one in losses.items() if one.reached}
+    reached = {name: loss for name, loss in losses.items() if loss.reached}
     if not reached:
         raise AdaptError("no token of the texts reached a linear layer: give other prompts")
-    return {name: one if one.reached else _unknown(name, one, reached) for name, one in losses.items()}
+    return {name: loss if loss.reached else _unknown(name, loss, reached) for name, loss in losses.items()}
 
 
 def _unknown(name: str, layer: LayerLosses, reached: Mapping[str, LayerLosses]) -> LayerLosses:
@@ -182,7 +182,9 @@ def _unknown(name: str, layer: LayerLosses, reached: Mapping[str, LayerLosses]) 
 def _losses_per_weight(layers: Iterable[LayerLosses], plan: LayerPlan) -> list[float]:
     """Of the layers that have the candidate."""
     return [
-        float(one.losses[one.plans.index(plan)]) / (one.outputs * one.inputs) for one in layers if plan in one.plans
+        float(layer.losses[layer.plans.index(plan)]) / (layer.outputs * layer.inputs)
+        for layer in layers
+        if plan in layer.plans
     ]
 
 

@@ -25,7 +25,7 @@ class Mix:
 
 def dense_bytes(losses: Mapping[str, LayerLosses]) -> int:
     """Of all layers at 16 bits."""
-    return sum(stored_bytes(one.outputs, one.inputs, LayerPlan(DENSE_BITS)) for one in losses.values())
+    return sum(stored_bytes(loss.outputs, loss.inputs, LayerPlan(DENSE_BITS)) for loss in losses.values())
 
 
 def prescribe(losses: Mapping[str, LayerLosses], target: Target, budget: int) -> tuple[Mix, float]:
@@ -39,27 +39,29 @@ def prescribe(losses: Mapping[str, LayerLosses], target: Target, budget: int) ->
     options = {}
     for unit, names in units.items():
         members = [losses[name] for name in names]
-        sizes = [sum(stored_bytes(one.outputs, one.inputs, plan) for one in members) for plan in members[0].plans]
-        options[unit] = Options(np.array(sizes, np.int64), np.sum([one.losses for one in members], axis=0))
-    least = sum(int(one.sizes.min()) for one in options.values())
+        sizes = [
+            sum(stored_bytes(member.outputs, member.inputs, plan) for member in members) for plan in members[0].plans
+        ]
+        options[unit] = Options(np.array(sizes, np.int64), np.sum([member.losses for member in members], axis=0))
+    least = sum(int(option.sizes.min()) for option in options.values())
     if budget < least:
         raise DoctorError(
             f"--budget: {budget:,} bytes are too few: the smallest plan for {target} needs {least:,}"
             + ("" if target == "any" else "; give more, or --plan-for any")
         )
-    found = allocate(options, budget)
-    layers = {name: losses[name].plans[found.chosen[unit]] for unit, names in units.items() for name in names}
-    return Mix({name: layers[name] for name in losses}, found.size, found.loss), found.lower_bound
+    result = allocate(options, budget)
+    layers = {name: losses[name].plans[result.chosen[unit]] for unit, names in units.items() for name in names}
+    return Mix({name: layers[name] for name in losses}, result.size, result.loss), result.lower_bound
 
 
 def uniform_mixes(losses: Mapping[str, LayerLosses], budget: int) -> list[tuple[LayerPlan, Mix]]:
     """The same candidate for all layers, where all have it and it fits in `budget`; least predicted loss first."""
     mixes = []
     for plan in next(iter(losses.values())).plans:
-        if not all(plan in one.plans for one in losses.values()):
+        if not all(plan in loss.plans for loss in losses.values()):
             continue
-        size = sum(stored_bytes(one.outputs, one.inputs, plan) for one in losses.values())
-        predicted = sum(float(one.losses[one.plans.index(plan)]) for one in losses.values())
+        size = sum(stored_bytes(loss.outputs, loss.inputs, plan) for loss in losses.values())
+        predicted = sum(float(loss.losses[loss.plans.index(plan)]) for loss in losses.values())
         if size <= budget:
             mixes.append((plan, Mix(dict.fromkeys(losses, plan), size, predicted)))
     return sorted(mixes, key=lambda item: item[1].predicted)

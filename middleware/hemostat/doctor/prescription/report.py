@@ -96,8 +96,8 @@ def prescription_report(
         "predicted_lower_bound": json_number(bound),
         "learned_requests": len(learned),
         "learned_positions": sum(map(len, positions)),
-        "unreached": [name for name, one in losses.items() if not one.reached],
-        "counts": dict(Counter(one.name for one in mix.layers.values()).most_common()),
+        "unreached": [name for name, loss in losses.items() if not loss.reached],
+        "counts": dict(Counter(layer.name for layer in mix.layers.values()).most_common()),
         "plan": msgspec.to_builtins(plan),
         **measured,
     }
@@ -105,15 +105,15 @@ def prescription_report(
 
 def _positions(texts: Sequence[Text], limit: int) -> list[Ids]:
     """Prompts and outputs, `limit` tokens in all."""
-    found: list[Ids] = []
+    result: list[Ids] = []
     left = limit
     for text in texts:
         ids = np.concatenate([text.prompt, text.output])[:left]
         if len(ids) < 2:
             break
-        found.append(ids)
+        result.append(ids)
         left -= len(ids)
-    return found
+    return result
 
 
 def _measure(

@@ -41,14 +41,14 @@ class RoundedMixes:
 
         def store(layer: str, moments: Moments) -> Mapping[str, torch.Tensor]:
             assert isinstance(moments, TokenRows)
-            found = {}
+            result = {}
             for name in skeleton.linears_of(layer):
                 weight = checkpoint.weight(name)
                 inputs = moments.input_moments(name) if moments.reached(name) else None
                 for n, plan in enumerate(self._plans[name]):
-                    found[f"{name}|{n}"] = planned_weight(name, weight, plan, inputs)
+                    result[f"{name}|{n}"] = planned_weight(name, weight, plan, inputs)
             # Not what is returned, which is held in memory for all layers.
-            parts.put(_weights(layer), found)
+            parts.put(_weights(layer), result)
             return {}
 
         self._statistics.run(store)
@@ -61,10 +61,10 @@ class RoundedMixes:
         def weight(name: str, original: torch.Tensor) -> torch.Tensor:
             layer = self._layers[name]
             if layer not in loaded:
-                found = self._parts.get(_weights(layer))
-                assert found is not None, layer
+                result = self._parts.get(_weights(layer))
+                assert result is not None, layer
                 loaded.clear()
-                loaded[layer] = found
+                loaded[layer] = result
             return loaded[layer][f"{name}|{self._plans[name].index(mix.layers[name])}"].to(original)
 
         return altered_weights(modules, weight)

@@ -23,7 +23,7 @@ def sentences(prescription: Row) -> list[str]:
     own, *others = prescription["compared"]
     requests = prescription["requests"]
     size = f"{prescription['tokens']} tokens of {requests} prompts"
-    found = [
+    result = [
         f"Of {layers} linear layers: {parts}. That is {prescription['bytes']:,} of {prescription['budget']:,} bytes, "
         f"{prescription['bits_per_weight']:.2f} bits per weight; {FOR[prescription['target']]}.",
         *_by_module(prescription),
@@ -43,8 +43,8 @@ def sentences(prescription: Row) -> list[str]:
             verdict += ": take that instead"
         bytes_of = "" if row["bytes"] is None else f", {row['bytes']:,} bytes"
         mean = plus_minus(row["mean_kld"], row["mean_kld_se_by_request"], requests)
-        found.append(f"{row['name']}{bytes_of}: {mean} nats, {verdict}.")
-    return found
+        result.append(f"{row['name']}{bytes_of}: {mean} nats, {verdict}.")
+    return result
 
 
 def _by_module(prescription: Row) -> list[str]:
@@ -52,9 +52,9 @@ def _by_module(prescription: Row) -> list[str]:
     bits: dict[str, list[int]] = {}
     for (module, _), (width, _, _) in widths(prescription).items():
         bits.setdefault(module, []).append(width)
-    if len({width for found in bits.values() for width in found}) < 2:
+    if len({width for widths in bits.values() for width in widths}) < 2:
         return []
-    means = sorted(((sum(found) / len(found), module) for module, found in bits.items()), reverse=True)
+    means = sorted(((sum(bit) / len(bit), module) for module, bit in bits.items()), reverse=True)
     return ["Mean bits by module: " + ", ".join(f"{module} {mean:.1f}" for mean, module in means) + "."]
 
 
@@ -70,11 +70,11 @@ def _unreached(prescription: Row) -> list[str]:
 
 def widths(prescription: Row) -> dict[tuple[str, str], tuple[int, int | None, float]]:
     """(module, layer) -> bits, group size, sparsity of the plan, for layers whose names have a number."""
-    found = {}
+    result = {}
     for name, plan in prescription["plan"]["layers"].items():
         parts = name.split(".")
         number = next((n for n, part in enumerate(parts) if part.isdecimal()), None)
         if number is not None:
             cell = ".".join(parts[number + 1 :]), parts[number]
-            found[cell] = plan["bits"], plan["group_size"], plan["sparsity"]
-    return found
+            result[cell] = plan["bits"], plan["group_size"], plan["sparsity"]
+    return result

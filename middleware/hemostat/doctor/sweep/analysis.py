@@ -83,10 +83,10 @@ class Statement:
 
 def threshold(results: Results, line: Line, seed: int) -> Threshold | None:
     """None where too little has been measured."""
-    found = results.curve(line)
-    if found is None:
+    result = results.curve(line)
+    if result is None:
         return None
-    curve, points = found
+    curve, points = result
     first, doubled = (leaves_floor(results.excess(line, points, level)) for level in (0.0, math.log(2.0)))
     kink = find_break(curve, resamples(curve, seed)) if len(points) >= MIN_BREAK_POINTS else None
     return Threshold(line, points, first, doubled, kink)
@@ -118,14 +118,14 @@ def statements(
     results: Results, thresholds: Mapping[str, Threshold], lines: Sequence[Line], shares: Mapping[Point, float]
 ) -> list[Statement]:
     """The paper's four statements, the last one in three parts; those whose lines were swept."""
-    found = []
+    result = []
     for name, low, high, text in PAPER_BREAKS:
         if name in thresholds:
             one = thresholds[name]
             if one.found is None:
-                found.append(Statement(text, Verdict.UNDECIDED, "too few settings were measured"))
+                result.append(Statement(text, Verdict.UNDECIDED, "too few settings were measured"))
             else:
-                found.append(Statement(text, breaks_within(one.found, low, high), describe_break(one)))
+                result.append(Statement(text, breaks_within(one.found, low, high), describe_break(one)))
     by_name = {line.name: results.measured(line.points) for line in lines}
     for better, worse in pairwise(PAPER_ORDER):
         if better in by_name and worse in by_name:
@@ -140,8 +140,8 @@ def statements(
             verdict = always_better([(alone[a], alone[b]) for a, b in pairs], looks=RUNGS)
             count = "1 pair" if len(pairs) == 1 else f"{len(pairs)} pairs"
             evidence = f"{count} of equal size" if pairs else "no two points have equal size"
-            found.append(Statement(text, verdict, evidence, comparisons))
-    return found
+            result.append(Statement(text, verdict, evidence, comparisons))
+    return result
 
 
 def equal_size(

@@ -27,8 +27,8 @@ def rungs(texts: int, first: int = FIRST_TEXTS) -> list[tuple[int, int]]:
     [(0, 8), (8, 16), (16, 32)]
     """
     ends = [first * 2**n for n in range(RUNGS)]
-    found = [(begin, min(end, texts)) for begin, end in zip([0, *ends], ends, strict=False) if begin < texts]
-    return found
+    result = [(begin, min(end, texts)) for begin, end in zip([0, *ends], ends, strict=False) if begin < texts]
+    return result
 
 
 def promoted(
@@ -43,8 +43,8 @@ def promoted(
     for statement in statements:
         if statement.verdict is Verdict.UNDECIDED:
             wanted += [point for pair in statement.comparisons for point in (pair.better, pair.worse)]
-    for one in thresholds:
-        wanted += around(one)
+    for threshold in thresholds:
+        wanted += around(threshold)
     wanted += near_front(results, [point for point in points if point.drawing == PLAIN and point != UNCHANGED], shares)
     wanted += [point for point in points if point.drawing != PLAIN]
     chosen = [point for point in dict.fromkeys(wanted) if point in points][: max(len(points) // 2, 2)]

@@ -77,7 +77,7 @@ class SweptModel:
         """Let the reference write the texts, once for each drawing, and score them."""
         if drawing in block.logits:
             return
-        for other in [one for one in block.logits if one != PLAIN]:
+        for other in [strategy for strategy in block.logits if strategy != PLAIN]:
             del block.logits[other]
         with torch.inference_mode():
             if drawing not in block.outputs:
@@ -139,8 +139,8 @@ class SweptModel:
     def _floor(self, job: Job, output: Ids, r: torch.Tensor) -> Floats:
         """The reference's noise floor, [T]; NaN where the text cannot be split."""
         sequence = Text(job.prompt, output).sequence(self.pair.device)
-        found = noise_floor(self.model, sequence, len(job.prompt) - 1, r)
-        return np.full(len(output), np.nan) if found is None else found
+        result = noise_floor(self.model, sequence, len(job.prompt) - 1, r)
+        return np.full(len(output), np.nan) if result is None else result
 
 
 def _figures(r: torch.Tensor, c: torch.Tensor, output: Ids) -> dict[str, Floats]:

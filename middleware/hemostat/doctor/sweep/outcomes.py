@@ -36,8 +36,8 @@ class Outcome(msgspec.Struct, frozen=True):
 def tasks() -> list[Task]:
     """All packaged tasks, the two kinds in turn: a prefix has both."""
     lines = resources.files(__package__).joinpath("outcomes.jsonl").read_bytes().splitlines()
-    found = [msgspec.json.decode(line, type=Task) for line in lines]
-    kinds = [[task for task in found if task.kind == kind] for kind in ("json", "short")]
+    result = [msgspec.json.decode(line, type=Task) for line in lines]
+    kinds = [[task for task in result if task.kind == kind] for kind in ("json", "short")]
     return [task for both in zip(*kinds, strict=True) for task in both]
 
 
@@ -45,8 +45,8 @@ def judge(number: int, task: Task, text: str) -> Outcome:
     if task.fields is None:
         words = re.findall(r"[\w]+", text.lower())
         return Outcome(number, None, any(answer.lower() in words[:12] for answer in task.answers))
-    found = json_object(text)
-    return Outcome(number, found is not None, found == task.fields)
+    result = json_object(text)
+    return Outcome(number, result is not None, result == task.fields)
 
 
 def json_object(text: str) -> dict[str, Any] | None:

@@ -39,8 +39,12 @@ def sweep_section(report: Row) -> Section | None:
 
 def _statements(statements: Sequence[Row]) -> Table:
     rows = [
-        [one["statement"], one["verdict"], "; ".join([one["evidence"], *map(comparison, one["comparisons"])])]
-        for one in statements
+        [
+            statement["statement"],
+            statement["verdict"],
+            "; ".join([statement["evidence"], *map(comparison, statement["comparisons"])]),
+        ]
+        for statement in statements
     ]
     return Table("The statements of arXiv 2503.23924, on this model", ("statement", "verdict", "evidence"), rows, 1)
 

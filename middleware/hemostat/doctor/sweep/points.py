@@ -117,10 +117,10 @@ QUANTIZATION, UNSTRUCTURED_PRUNING, SEMI_STRUCTURED, STRUCTURED = (
 
 def lines(axes: Sequence[Axis], layers: int) -> list[Line]:
     """The curves of the chosen axes. layers: of the model."""
-    found = []
+    result = []
     if Axis.BITS in axes:
         points = [Point(bits=bits) for bits in BITS]
-        found.append(Line(QUANTIZATION, "bits", points, [float(FULL_BITS - bits) for bits in BITS], BITS))
+        result.append(Line(QUANTIZATION, "bits", points, [float(FULL_BITS - bits) for bits in BITS], BITS))
     if Axis.SPARSITY in axes:
         patterns: tuple[tuple[str, Pattern, tuple[float, ...]], ...] = (
             (UNSTRUCTURED_PRUNING, "unstructured", UNSTRUCTURED),
@@ -129,25 +129,25 @@ def lines(axes: Sequence[Axis], layers: int) -> list[Line]:
         )
         for name, pattern, shares in patterns:
             points = [Point(sparsity=share, pattern=pattern) for share in shares]
-            found.append(Line(name, "sparsity", points, shares, shares))
+            result.append(Line(name, "sparsity", points, shares, shares))
     if Axis.STRUCTURE in axes:
         counts = [n for n in (1, 2, 3, 4, 6, 8) if n <= layers // 2]
         for change in (Change.DROPPED, Change.DUPLICATED, Change.INSERTED):
             points = [Point(change=change, layers=n) for n in counts]
             shown = [float(n) for n in counts]
-            found.append(Line(f"layers {change.value}", "layers", points, shown, shown))
-    return found
+            result.append(Line(f"layers {change.value}", "layers", points, shown, shown))
+    return result
 
 
 def grid(axes: Sequence[Axis], layers: int) -> list[Point]:
     """Every point once, the unchanged model first."""
-    found = [UNCHANGED, *(point for line in lines(axes, layers) for point in line.points)]
+    result = [UNCHANGED, *(point for line in lines(axes, layers) for point in line.points)]
     if Axis.BITS in axes:
-        found += [Point(bits=bits, group=group) for bits in (4, 3) for group in (32, 128, None)]
+        result += [Point(bits=bits, group=group) for bits in (4, 3) for group in (32, 128, None)]
     if Axis.DECODING in axes:
-        found += [Point(drawing=drawing) for drawing in DRAWINGS]
+        result += [Point(drawing=drawing) for drawing in DRAWINGS]
     if Axis.COMBINATIONS in axes:
-        found += [Point(bits=bits, sparsity=share) for bits in (8, 4, 3) for share in (0.3, 0.5)]
+        result += [Point(bits=bits, sparsity=share) for bits in (8, 4, 3) for share in (0.3, 0.5)]
         chosen = (Drawing(0.0), Drawing(0.7), Drawing(top_p=0.9), Drawing(top_k=50))
-        found += [replace(at, drawing=d) for at in (Point(bits=4), Point(sparsity=0.3)) for d in chosen]
-    return list(dict.fromkeys(found))
+        result += [replace(at, drawing=d) for at in (Point(bits=4), Point(sparsity=0.3)) for d in chosen]
+    return list(dict.fromkeys(result))

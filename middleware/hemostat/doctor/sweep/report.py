@@ -27,17 +27,17 @@ def sweep_report(
     # Only what changes the weights or the layers has a size of its own.
     sized = [point for point in points if point.drawing.name == "" and point != UNCHANGED]
     front = pareto_front(results, sized, shares)
-    found = {
+    result = {
         "table": [_row(results, point, point.name, shares[point], point in front) for point in points],
-        "curves": [_curve(results, one, shares) for one in thresholds],
-        "statements": [_statement(one) for one in statements],
+        "curves": [_curve(results, threshold, shares) for threshold in thresholds],
+        "statements": [_statement(statement) for statement in statements],
         "front": [point.name for point in front],
         "floor": results.mean_floor(),
         "base_too_low": _weak_bases(outcomes(list(results.outcomes[UNCHANGED].values()))),
     }
     if given is not None:
-        found["given"] = _row(given[1], UNCHANGED, given[0], None, False)
-    return found
+        result["given"] = _row(given[1], UNCHANGED, given[0], None, False)
+    return result
 
 
 def _row(results: Results, point: Point, name: str, share: float | None, on_front: bool) -> dict[str, Any]:
@@ -76,11 +76,11 @@ def _curve(results: Results, one: Threshold, shares: Mapping[Point, float]) -> d
 def _break(one: Threshold) -> dict[str, Any] | None:
     if one.found is None:
         return None
-    found: dict[str, Any] = {"existence": one.found.existence.value, "text": describe_break(one)}
+    result: dict[str, Any] = {"existence": one.found.existence.value, "text": describe_break(one)}
     if one.found.existence is Existence.FOUND:
         at, low, high = (one.shown(value) for value in (one.found.at, one.found.low, one.found.high))
-        found |= {"at": at, "ci95": sorted((low, high))}
-    return found
+        result |= {"at": at, "ci95": sorted((low, high))}
+    return result
 
 
 def _statement(one: Statement) -> dict[str, Any]:

@@ -27,14 +27,14 @@ class Results:
     outcomes: dict[Point, dict[int, Outcome]] = field(default_factory=dict)
 
     def add(self, point: Point, texts: Sequence[Scored], outcomes: Sequence[Outcome]) -> None:
-        self.texts.setdefault(point, {}).update({one.index: one for one in texts})
-        self.outcomes.setdefault(point, {}).update({one.task: one for one in outcomes})
+        self.texts.setdefault(point, {}).update({text.index: text for text in texts})
+        self.outcomes.setdefault(point, {}).update({outcome.task: outcome for outcome in outcomes})
 
     @staticmethod
     def comparable(point: Point, texts: Sequence[Scored]) -> bool:
         """False where logits overflowed. A cut of the distribution alone makes KL infinite, but not TV unknown."""
-        whole = [one.figures[name] for one in texts for name in ("kl_rc", "kl_cr") if point.drawing == PLAIN]
-        return bool(np.isfinite(np.concatenate([*whole, *(one.figures["tv"] for one in texts)])).all())
+        whole = [text.figures[name] for text in texts for name in ("kl_rc", "kl_cr") if point.drawing == PLAIN]
+        return bool(np.isfinite(np.concatenate([*whole, *(text.figures["tv"] for text in texts)])).all())
 
     def measured(self, points: Sequence[Point]) -> list[Point]:
         """Those with at least two texts, which an interval needs."""
@@ -42,16 +42,16 @@ class Results:
 
     def curve(self, line: Line) -> tuple[Curve, list[Point]] | None:
         """KL(r‖c) by setting, the noise floor at 0; None with fewer than two points of the line."""
-        found = [(x, p) for x, p in zip(line.settings, line.points, strict=True) if self.measured([p])]
-        if len(found) < 2:
+        result = [(x, p) for x, p in zip(line.settings, line.points, strict=True) if self.measured([p])]
+        if len(result) < 2:
             return None
-        points = [point for _, point in found]
-        return self._curve([0.0, *(x for x, _ in found)], [self.floor(), *map(self.divergence, points)]), points
+        points = [point for _, point in result]
+        return self._curve([0.0, *(x for x, _ in result)], [self.floor(), *map(self.divergence, points)]), points
 
     def excess(self, line: Line, points: Sequence[Point], level: float = 0.0) -> Curve:
         """KL(r‖c) above the noise floor of the same text and `level` nats per token."""
         settings, floor = dict(zip(line.points, line.settings, strict=True)), self.floor()
-        least = {index: floor[index] + level * len(one.output) for index, one in self.texts[UNCHANGED].items()}
+        least = {index: floor[index] + level * len(text.output) for index, text in self.texts[UNCHANGED].items()}
         above = [{n: value - least[n] for n, value in self.divergence(point).items()} for point in points]
         return self._curve([settings[point] for point in points], above)
 
@@ -61,15 +61,15 @@ class Results:
 
     def divergence(self, point: Point) -> dict[int, float]:
         """Sum of KL(r‖c) over a text's tokens, by prompt."""
-        return {index: float(one.figures["kl_rc"].sum()) for index, one in self.texts[point].items()}
+        return {index: float(text.figures["kl_rc"].sum()) for index, text in self.texts[point].items()}
 
     def floor(self) -> dict[int, float]:
         """Sum of the noise floor, by prompt; 0 where it could not be measured."""
-        return {index: float(np.nan_to_num(one.figures[FLOOR]).sum()) for index, one in self.texts[UNCHANGED].items()}
+        return {index: float(np.nan_to_num(text.figures[FLOOR]).sum()) for index, text in self.texts[UNCHANGED].items()}
 
     def mean_floor(self) -> float | None:
         """Per token; None where it could not be measured."""
-        values = np.concatenate([one.figures[FLOOR] for one in self.texts[UNCHANGED].values()])
+        values = np.concatenate([text.figures[FLOOR] for text in self.texts[UNCHANGED].values()])
         return json_number(values.mean())
 
     def _curve(self, settings: Sequence[float], sums: Sequence[Mapping[int, float]]) -> Curve:
@@ -87,8 +87,8 @@ def figures(texts: Sequence[Scored]) -> dict[str, Any]:
     with np.errstate(invalid="ignore"):  # a text that neither of two cut distributions can give
         ratio = sample.mean(values["logp_r"] - values["logp_c"])
     survival = Survival()
-    for one in texts:
-        survival = survival.update(np.clip(1.0 - one.figures["tv"], 0.0, 1.0))
+    for text in texts:
+        survival = survival.update(np.clip(1.0 - text.figures["tv"], 0.0, 1.0))
     curve = survival.get()
     logarithm = _interval(ratio, len(texts))
     return {

@@ -100,23 +100,23 @@ class Sweep:
 
     def measure(self) -> None:
         """All rungs, or as many points as the budget allows."""
-        found = rungs(len(self._jobs))
+        result = rungs(len(self._jobs))
         points = self.points
-        for number, (begin, end) in enumerate(found):
+        for number, (begin, end) in enumerate(result):
             block = Block(self._jobs[begin:end], self._tasks[begin:end])
             self.planned.append(len(points))
-            stage = f"sweep, rung {number + 1} of {len(found)} ({end} texts)"
+            stage = f"sweep, rung {number + 1} of {len(result)} ({end} texts)"
             self._measure_given(number, block)
             for done, point in enumerate(points):
                 self._reporter.step(stage, done, len(points))
                 if not self._measure_point(number, point, block):
                     self.notes.append(
                         f"--sweep-budget: {self._options.sweep_budget:g} minutes ended in rung {number + 1} of "
-                        f"{len(found)}, at point {done + 1} of {len(points)}; the same command with --work continues"
+                        f"{len(result)}, at point {done + 1} of {len(points)}; the same command with --work continues"
                     )
                     return
             self._reporter.step(stage, len(points), len(points))
-            if number + 1 < len(found):
+            if number + 1 < len(result):
                 points = [point for point in points if point in self.results.texts]
                 thresholds = self.thresholds()
                 points = promoted(self.results, points, thresholds, self.statements(thresholds), self.shares)
@@ -155,8 +155,8 @@ class Sweep:
             self.notes.append(f"COMPRESSED: left out in rung {rung + 1}: logits or KL are not finite")
 
     def thresholds(self) -> list[Threshold]:
-        found = [threshold(self.results, line, self._options.seed) for line in self.lines]
-        return [one for one in found if one is not None]
+        result = [threshold(self.results, line, self._options.seed) for line in self.lines]
+        return [one for one in result if one is not None]
 
     def statements(self, thresholds: Sequence[Threshold]) -> list[Statement]:
         by_name = {one.line.name: one for one in thresholds}
@@ -205,11 +205,11 @@ def _given_report(pair: CheckpointPair, given: Sequence[Measured]) -> tuple[str,
 
 def _encoded_tasks(pair: CheckpointPair) -> list[tuple[int, Task, Ids]]:
     """With the chat template where there is one."""
-    found = []
+    result = []
     for number, task in enumerate(tasks()):
         try:
             ids = pair.tokenize(Prompt("outcomes", 0, messages=[{"role": "user", "content": task.prompt}]))
         except HemostatError:
             ids = pair.tokenize(Prompt("outcomes", 0, text=task.prompt + "\n"))
-        found.append((number, task, np.array(ids, np.int32)))
-    return found
+        result.append((number, task, np.array(ids, np.int32)))
+    return result

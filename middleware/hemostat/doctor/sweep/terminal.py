@@ -43,7 +43,7 @@ def summary(report: Row) -> list[tuple[str, str]]:
     reference, sweep = report["reference"], report["sweep"]
     most = max(row["requests"] for row in sweep["table"])
     texts = f"up to {most} of the reference ({report['prompt_file']}), at most {report['max_new_tokens']} tokens each"
-    found = [
+    result = [
         ("reference (r)", f"{reference['name']}  {reference['dtype']}  {reference['digest'][:12]}"),
         (
             "points",
@@ -57,8 +57,8 @@ def summary(report: Row) -> list[tuple[str, str]]:
     for name in sweep["base_too_low"]:
         base = sweep["table"][0]["outcomes"][name]
         text = f"the reference itself has {OUTCOME_NAMES[name]} in {base['count']} of {base['of']}"
-        found.append(("note", f"{text}: no loss can be read from it"))
-    return [*found, *(("note", note) for note in report["notes"])]
+        result.append(("note", f"{text}: no loss can be read from it"))
+    return [*result, *(("note", note) for note in report["notes"])]
 
 
 def _parts(report: Row) -> Iterator[RenderableType]:

@@ -104,16 +104,16 @@ def _neurons(model: Any, layer: Any, modules: Sequence[Any]) -> tuple[list[Any],
 
 def _removed_heads(layer: Any, config: Any, share: float) -> list[tuple[Any, torch.Tensor]]:
     """Only of attention with projections of the usual names; otherwise no head is removed."""
-    found = {name.rpartition(".")[2]: module for name, module in layer.named_modules()}
-    if not {"q_proj", "k_proj", "v_proj", "o_proj"} <= found.keys():
+    result = {name.rpartition(".")[2]: module for name, module in layer.named_modules()}
+    if not {"q_proj", "k_proj", "v_proj", "o_proj"} <= result.keys():
         return []
     heads, groups = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
-    q, o = found["q_proj"], found["o_proj"]
+    q, o = result["q_proj"], result["o_proj"]
     gone = _smallest([_sizes(q, 0, heads), _sizes(o, 1, heads)], share)
     unread = gone.view(groups, -1).all(-1)
     rows = gone.repeat_interleave(q.weight.shape[0] // heads)
-    keys = unread.repeat_interleave(found["k_proj"].weight.shape[0] // groups)
-    return [(q, rows[:, None]), (o, rows[None]), (found["k_proj"], keys[:, None]), (found["v_proj"], keys[:, None])]
+    keys = unread.repeat_interleave(result["k_proj"].weight.shape[0] // groups)
+    return [(q, rows[:, None]), (o, rows[None]), (result["k_proj"], keys[:, None]), (result["v_proj"], keys[:, None])]
 
 
 def _sizes(module: Any, dimension: int, parts: int) -> torch.Tensor:

@@ -44,9 +44,9 @@ def cut_logprobs(data: bytes) -> tuple[bytes, bytes] | None:
 def _has_object_before_member(value: bytes) -> bool:
     # Two comparisons of all characters at once rule it out, in a fifth of the time of a search.
     characters = np.frombuffer(value, np.uint8)
-    found = characters[:-2] == ord("}")
-    found &= characters[2:] == ord('"')
-    return bool(found.any()) and _OBJECT_BEFORE_MEMBER.search(value) is not None
+    result = characters[:-2] == ord("}")
+    result &= characters[2:] == ord('"')
+    return bool(result.any()) and _OBJECT_BEFORE_MEMBER.search(value) is not None
 
 
 class Cut(NamedTuple):
@@ -96,8 +96,8 @@ class EventCutter:
             return None
         value = delta.end()
         # A pattern finds these frequent bytes faster than `find`.
-        found = _OBJECT_BEFORE_MEMBER.search(event, value)
-        end = 0 if found is None else found.start() + 1
+        match = _OBJECT_BEFORE_MEMBER.search(event, value)
+        end = 0 if match is None else match.start() + 1
         rest = _CHAT_END.fullmatch(event, end) if end else None
         if rest is None:
             return None

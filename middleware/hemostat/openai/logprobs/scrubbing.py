@@ -44,15 +44,15 @@ class Scrubber:
             if self._depth:
                 at = self._skip(data, at)
                 continue
-            found = _MEMBER.search(data, at)
-            if found is None:
+            match = _MEMBER.search(data, at)
+            if match is None:
                 begun = _BEGUN.search(data, max(at, len(data) - 256))
                 keep = len(data) if begun is None else begun.start()
                 parts.append(data[at:keep])
                 self._held = data[keep:]
                 break
-            parts += (data[at : found.end()], _NULL)
-            at = found.end() + 1
+            parts += (data[at : match.end()], _NULL)
+            at = match.end() + 1
             self._depth = 1
         return b"".join(parts)
 
@@ -76,12 +76,12 @@ class Scrubber:
                     break
                 self._in_string = False
                 continue
-            found = _TOKEN.search(data, at, limit)
-            if found is None:
+            match = _TOKEN.search(data, at, limit)
+            if match is None:
                 at = limit
                 break
-            at = found.end()
-            sign = found[0]
+            at = match.end()
+            sign = match[0]
             if sign == b'"':
                 self._in_string = True
             elif sign in b"[{":

@@ -76,9 +76,9 @@ def read_field(line: bytes) -> tuple[bytes, bytes]:
     The class is the name in lower case if it is one that the parsers interpret; `proxy` and `x-hemostat` for every name
     with that prefix; b"" for all others, which are forwarded unchanged. ValueError says what is malformed.
     """
-    found = _lines.get(line)
-    if found is not None:
-        return found
+    result = _lines.get(line)
+    if result is not None:
+        return result
     name, colon, value = line.partition(b":")
     known = _names.get(name)
     special, recurs = _classify(name) if known is None else known

@@ -183,10 +183,10 @@ def _read_request_line(line: bytes) -> tuple[bytes, bytes, int]:
         if _other_version(line):
             raise BadRequest(505, "only HTTP/1.0 and HTTP/1.1 are supported")
         raise BadRequest(400, "the request line is malformed")
-    found = match[1], match[2], 1 if match[3] == b"1" else 0
-    if found[1][:1] == b"/" and b"?" not in line:
-        remember(_request_lines, line, found, _MAX_CACHED, _MAX_CACHED_BYTES)
-    return found
+    result = match[1], match[2], 1 if match[3] == b"1" else 0
+    if result[1][:1] == b"/" and b"?" not in line:
+        remember(_request_lines, line, result, _MAX_CACHED, _MAX_CACHED_BYTES)
+    return result
 
 
 def _valid_host(value: bytes) -> bool:

@@ -139,6 +139,6 @@ def _read_status_line(line: bytes) -> tuple[int, int]:
     match = _status_line(line)
     if match is None:
         raise BadResponse("the status line is malformed")
-    found = int(match[2]), 1 if match[1] == b"1" else 0
-    remember(_status_lines, line, found, _MAX_CACHED, _MAX_CACHED_BYTES)
-    return found
+    result = int(match[2]), 1 if match[1] == b"1" else 0
+    remember(_status_lines, line, result, _MAX_CACHED, _MAX_CACHED_BYTES)
+    return result

@@ -112,8 +112,8 @@ class Upstreams:
     def draw(self, number: float) -> Engine | None:
         """Each of the engines that get requests with the same probability, whatever their load; None where there is
         none, or one has no free connection: nobody waits for one because a request is sampled. number: in [0, 1)."""
-        engines = [one for one in self.engines if one.health.up and not one.drained]
-        if not engines or any(one.outstanding >= self._limit for one in engines):
+        engines = [engine for engine in self.engines if engine.health.up and not engine.drained]
+        if not engines or any(engine.outstanding >= self._limit for engine in engines):
             return None
         return engines[int(number * len(engines))]
 
@@ -218,15 +218,15 @@ class Upstreams:
     def report(self) -> list[EngineHealth]:
         return [
             EngineHealth(
-                engine=one.name,
-                state=one.health.state.value,
-                drained=one.drained,
-                outstanding=one.outstanding,
-                requests=one.requests,
-                resent=one.resent,
-                ejections=one.health.ejections,
+                engine=engine.name,
+                state=engine.health.state.value,
+                drained=engine.drained,
+                outstanding=engine.outstanding,
+                requests=engine.requests,
+                resent=engine.resent,
+                ejections=engine.health.ejections,
             )
-            for one in self.engines
+            for engine in self.engines
         ]
 
     def close(self) -> None:

@@ -49,5 +49,5 @@ class Resolver:
 
 async def addresses(origin: Origin) -> list[Origin]:
     """One origin for each address of the name, in the order of addresses; OSError where it has none."""
-    found = await asyncio.get_running_loop().getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
-    return [origin.at(address) for address in sorted({str(entry[4][0]) for entry in found})]
+    result = await asyncio.get_running_loop().getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
+    return [origin.at(address) for address in sorted({str(entry[4][0]) for entry in result})]
