@@ -157,11 +157,11 @@ def _values(
 def _comment_above(lines: list[str], line: int) -> str:
     """The comment directly above `line`, from its `# -- ` on; empty if there is none."""
     words: list[str] = []
-    while line > 0 and (found := re.match(r"\s*# ?(.*)", lines[line - 1])):
+    while line > 0 and (match := re.match(r"\s*# ?(.*)", lines[line - 1])):
         line -= 1
-        if found[1].startswith("-- "):
-            return " ".join([found[1][3:], *words])
-        words.insert(0, found[1])
+        if match[1].startswith("-- "):
+            return " ".join([match[1][3:], *words])
+        words.insert(0, match[1])
     return ""
 
 

@@ -135,11 +135,11 @@ def field_texts(kind: type) -> dict[str, str]:
     """Attribute -> the docstring below it."""
     (node,) = ast.parse(inspect.getsource(kind)).body
     assert isinstance(node, ast.ClassDef)
-    found = {}
+    result = {}
     for before, after in zip(node.body, node.body[1:], strict=False):
         if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            found[ast.unparse(before.target)] = inspect.cleandoc(str(after.value.value))
-    return found
+            result[ast.unparse(before.target)] = inspect.cleandoc(str(after.value.value))
+    return result
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -310,21 +310,21 @@ def constant(node: ast.expr, texts: dict[str, Any]) -> Any:
 
 def relay_errors() -> set[tuple[int, str, str]]:
     """(status, code, message) of what a relay itself answers."""
-    found = set()
+    result = set()
     for name, arguments in calls("relay", "interception", "openai"):
         if RELAY.get(name):
             status, code = RELAY[name]
-            found.add((status, code, " ".join(part for part in arguments if part)))
+            result.add((status, code, " ".join(part for part in arguments if part)))
         elif name in RELAY and len(arguments) > 1:
             status, message, *code = arguments
-            found.add((status, code[0] if code else "", message))
-    return {(s, c or "", m) for s, c, m in found if isinstance(s, int) and m}
+            result.add((status, code[0] if code else "", message))
+    return {(s, c or "", m) for s, c, m in result if isinstance(s, int) and m}
 
 
 def admin_errors() -> set[tuple[int, str]]:
     """(status, message) of what the admin port answers to a request that it refuses."""
-    found = [arguments[-2:] for name, arguments in calls("admin", "engines") if name in ("HTTPException", "_refuse")]
-    return {(status, message) for status, message in found if isinstance(message, str)}
+    result = [arguments[-2:] for name, arguments in calls("admin", "engines") if name in ("HTTPException", "_refuse")]
+    return {(status, message) for status, message in result if isinstance(message, str)}
 
 
 def errors() -> str:

@@ -36,7 +36,7 @@ def test_the_middleware_has_few_entries() -> None:
 def test_tests_import_shared_code_from_support_only() -> None:
     """`tests.characterization` and `tests.bench` have shared modules of their own. Only the program that records golden
     files (tests/characterization/record.py) imports test modules."""
-    found = {}
+    result = {}
     for path in sorted((ROOT / "tests").rglob("*.py")):
         if path == ROOT / "tests" / "characterization" / "record.py":
             continue
@@ -49,5 +49,5 @@ def test_tests_import_shared_code_from_support_only() -> None:
             if parts[1] not in allowed or parts[-1].startswith("test_")
         ]
         if shared:
-            found[str(path.relative_to(ROOT))] = shared
-    assert found == {}
+            result[str(path.relative_to(ROOT))] = shared
+    assert result == {}

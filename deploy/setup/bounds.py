@@ -93,7 +93,7 @@ def requirements(project: Mapping[str, object], extras: Iterable[str]) -> list[R
     """
     optional = project["optional-dependencies"]
     assert isinstance(optional, dict)
-    found: dict[str, Requirement] = {}
+    result: dict[str, Requirement] = {}
     waiting = [*map(Requirement, project["dependencies"])]  # type: ignore[call-overload]
     names = [*extras]
     while names or waiting:
@@ -102,11 +102,11 @@ def requirements(project: Mapping[str, object], extras: Iterable[str]) -> list[R
         one = waiting.pop(0)
         if one.name == project["name"]:
             names += one.extras
-        elif found.setdefault(one.name, one).specifier != one.specifier:
+        elif result.setdefault(one.name, one).specifier != one.specifier:
             raise SetupError(
-                f"pyproject.toml: {one.name} has the bounds {one.specifier} and {found[one.name].specifier}"
+                f"pyproject.toml: {one.name} has the bounds {one.specifier} and {result[one.name].specifier}"
             )
-    return [*found.values()]
+    return [*result.values()]
 
 
 def bound(one: Requirement, operator: str) -> str:
@@ -119,7 +119,7 @@ def bound(one: Requirement, operator: str) -> str:
 
 def beyond(outdated: str, wanted: Iterable[Requirement]) -> list[str]:
     """Which direct dependencies have a release that their upper bound excludes, by `pip list --outdated` as JSON."""
-    latest = {one["name"].lower().replace("_", "-"): one["latest_version"] for one in json.loads(outdated)}
+    latest = {load["name"].lower().replace("_", "-"): load["latest_version"] for load in json.loads(outdated)}
     return [
         f"{one.name} {latest[one.name]} is out, which pyproject.toml excludes (<{bound(one, '<')})"
         for one in wanted
@@ -149,11 +149,11 @@ def table(wanted: Iterable[Requirement], installed: Mapping[str, str], outcomes:
     lines = ["| package | lower bound | below | tested |", "|---|---|---|---|"]
     lines += [f"| {r.name} | {bound(r, '>=')} | {bound(r, '<')} | {installed.get(r.name, '–')} |" for r in wanted]
     lines += ["", "| tests | passed | failed | skipped | seconds |", "|---|---|---|---|---|"]
-    for name, one in outcomes.items():
-        counts = one.counts
-        lines.append(f"| {name} | {counts.passed} | {counts.failed} | {counts.skipped} | {one.seconds:.0f} |")
-    lines += [f"{name}: {one.reason}" for name, one in outcomes.items() if one.reason]
-    lines += [f"FAILED {test}: {text}" for one in outcomes.values() for test, text in one.failures]
+    for name, outcome in outcomes.items():
+        counts = outcome.counts
+        lines.append(f"| {name} | {counts.passed} | {counts.failed} | {counts.skipped} | {outcome.seconds:.0f} |")
+    lines += [f"{name}: {outcome.reason}" for name, outcome in outcomes.items() if outcome.reason]
+    lines += [f"FAILED {test}: {text}" for outcome in outcomes.values() for test, text in outcome.failures]
     return "\n".join(lines)
 
 
@@ -285,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"test-{options.end}: interrupted", file=sys.stderr)
         return 130
     print(table(runner.wanted, installed, outcomes))
-    if not all(one.good for one in outcomes.values()):
+    if not all(outcome.good for outcome in outcomes.values()):
         before = passed.read(passed.FOLDER / f"{options.end}.txt")
         for line in passed.newer(installed, before) if before else ["no run has passed yet: there is no list"]:
             print(f"newer: {line}")

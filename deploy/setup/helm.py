@@ -29,11 +29,11 @@ class HelmError(Exception):
 def find(python: str = sys.executable) -> Path:
     """The helm to use, downloaded by `python`'s pip where there is none. Raises HelmError."""
     if named := os.environ.get("HELM"):
-        if found := shutil.which(named):
-            return Path(found)
+        if result := shutil.which(named):
+            return Path(result)
         raise HelmError(f"HELM is {named}, and that is no program")
-    if found := shutil.which("helm"):
-        return Path(found)
+    if result := shutil.which("helm"):
+        return Path(result)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hemostat"
     helm = cache / f"helm-{WHEEL_SHA256[:12]}"
     if not helm.exists():

@@ -342,12 +342,12 @@ class Runner:
 
     def _unobtainable(self, version: str, log: Path) -> str:
         """Why this vLLM or its PyTorch cannot be had; empty if both can. Takes seconds and installs nothing."""
-        found = self._folder / f"{version}.metadata.json"
-        found.unlink(missing_ok=True)
+        result = self._folder / f"{version}.metadata.json"
+        result.unlink(missing_ok=True)
         look_up = ("install", "--dry-run", "--quiet", "--ignore-installed", "--no-deps")
-        if not self._pip(self._base, log, *look_up, "--report", str(found), _requirement(version)):
+        if not self._pip(self._base, log, *look_up, "--report", str(result), _requirement(version)):
             return pip_reason(log.read_text(encoding="utf-8", errors="replace"))
-        torch = torch_requirement(found.read_text(encoding="utf-8"))
+        torch = torch_requirement(result.read_text(encoding="utf-8"))
         if torch and torch not in self._has_torch:
             index = ("--extra-index-url", self._torch_index) if self._torch_index else ()
             self._has_torch[torch] = self._pip(self._base, log, *look_up, torch, *index)

@@ -72,8 +72,8 @@ async def test_metrics_may_need_the_operators_token(one: Control, token: str) ->
 async def test_without_a_token_of_their_own_engines_need_the_operators(one: Control, route: tuple[str, str]) -> None:
     """As before there was one; nobody is let in who was not."""
     async with admin_client(one, Tokens(TOKEN)) as client:
-        found = {token: (await request(client, route, token)).status_code in REFUSED for token in WITH}
-    assert found == {"no": True, "engine": True, "admin": False}
+        result = {token: (await request(client, route, token)).status_code in REFUSED for token in WITH}
+    assert result == {"no": True, "engine": True, "admin": False}
     async with admin_client(one, Tokens()) as client:
         for token in WITH:
             response = await request(client, route, token)

@@ -236,9 +236,9 @@ def test_links_lead_to_grafanas_panels(page: Page, one: Served, state: Callable[
     panels = {(board["uid"], panel["id"]) for board in load().values() for panel in board["panels"]}
     for path in PAGES:
         show(page, one, f"{path}?range=6h")
-        found = re.search(r"/d/([\w-]+)\?viewPanel=(\d+)&from=now-6h&to=now$", link.get_attribute("href") or "")
-        assert found is not None
-        assert (found[1], int(found[2])) in panels, path
+        match = re.search(r"/d/([\w-]+)\?viewPanel=(\d+)&from=now-6h&to=now$", link.get_attribute("href") or "")
+        assert match is not None
+        assert (match[1], int(match[2])) in panels, path
 
 
 @needs_chromium
@@ -265,7 +265,7 @@ def test_the_chart_has_ink_and_marks(page: Page, one: Served, state: Callable[[s
 
     def inked() -> list[int]:
         """Pixels in the colours of the last minute, and of the budget and the alarm."""
-        found: list[int] = page.evaluate(
+        result: list[int] = page.evaluate(
             """() => {
               const canvas = document.querySelector(".timeline canvas");
               const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
@@ -278,7 +278,7 @@ def test_the_chart_has_ink_and_marks(page: Page, one: Served, state: Callable[[s
               });
             }"""
         )
-        return found
+        return result
 
     line, marked = inked()
     assert line > 300

@@ -80,8 +80,8 @@ def closed(connection: socket.socket) -> bool:
 
 
 def mode(one: Served) -> str:
-    found: str = httpx.get(f"{one.url}/api/v1/status").json()["profile"]["mode"]
-    return found
+    result: str = httpx.get(f"{one.url}/api/v1/status").json()["profile"]["mode"]
+    return result
 
 
 # --- sizes and timeouts ---------------------------------------------------------------------------------------------
@@ -209,8 +209,8 @@ def test_without_a_word_it_is_on_loopback(one: Served) -> None:
     public = {"host": "0.0.0.0", "token": "t"}
     assert Settings.model_validate({"upstream": {"url": "http://127.0.0.1:1"}, "admin": public}).admin.names is None
     named = {**public, "allowed_hosts": ["hemostat"]}
-    found = Settings.model_validate({"upstream": {"url": "http://127.0.0.1:1"}, "admin": named}).admin.names
-    assert found == ["hemostat"]
+    result = Settings.model_validate({"upstream": {"url": "http://127.0.0.1:1"}, "admin": named}).admin.names
+    assert result == ["hemostat"]
 
 
 @pytest.mark.parametrize("method", ["OPTIONS", "GET", "POST"])

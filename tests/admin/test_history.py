@@ -72,9 +72,9 @@ def test_the_overhead_is_that_of_the_last_requests() -> None:
     for n in range(2 * RECENT_POINTS):
         counts = [50 * n, *slow[1:]]
         history.add(float(n), 1.0 + n, status(n, proxy=SimpleNamespace(requests=n, failed=0, overhead_counts=counts)))
-    found = history.report()["points"]["overhead_p99"]
-    assert found[0] is None, "nothing is known of before"
-    assert found[1:] == [OVERHEAD_BUCKETS[0]] * (2 * RECENT_POINTS - 1)
+    result = history.report()["points"]["overhead_p99"]
+    assert result[0] is None, "nothing is known of before"
+    assert result[1:] == [OVERHEAD_BUCKETS[0]] * (2 * RECENT_POINTS - 1)
     counts = [50 * n, *[0] * (buckets - 2), 300]
     history.add(99.0, 99.0, status(n, proxy=SimpleNamespace(requests=n, failed=0, overhead_counts=counts)))
     assert history.report()["points"]["overhead_p99"][-1] == OVERHEAD_BUCKETS[-1], "JSON has no infinity"

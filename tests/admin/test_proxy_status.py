@@ -23,8 +23,8 @@ def of(**counters: dict[tuple[str, ...], float]) -> Stats:
 @given(st.lists(st.floats(0.0, 0.5), min_size=1, max_size=60), st.sampled_from([0.5, 0.9, 0.99, 1.0]))
 def test_a_quantile_lies_in_the_bucket_that_is_told(seconds: list[float], q: float) -> None:
     buckets = [0] * (len(OVERHEAD_BUCKETS) + 1)
-    for one in seconds:
-        buckets[bisect_left(OVERHEAD_BUCKETS, one)] += 1
+    for second in seconds:
+        buckets[bisect_left(OVERHEAD_BUCKETS, second)] += 1
     told = quantile(buckets, q)
     true = sorted(seconds)[max(math.ceil(q * len(seconds)), 1) - 1]
     edges = [0.0, *OVERHEAD_BUCKETS, math.inf]

@@ -121,7 +121,7 @@ def measure(arguments: argparse.Namespace, model: Path, folder: Path) -> dict[in
     order = random.Random(1)
     adapted = (0, arguments.batch // 2, arguments.batch)
     arms = names()
-    found = {
+    result = {
         rank: np.zeros((arguments.starts, arguments.rounds, len(arms), arguments.steps)) for rank in arguments.ranks
     }
     for start in range(arguments.starts):
@@ -141,13 +141,13 @@ def measure(arguments: argparse.Namespace, model: Path, folder: Path) -> dict[in
                             which, rows = arms[arm]
                             seconds = engines[which].burst(arguments.steps, adapted[ROWS.index(rows)])
                             if number >= 0:
-                                found[rank][start, number, arm] = seconds
+                                result[rank][start, number, arm] = seconds
                 finally:
                     for engine in loaded:
                         engine.stop()
         finally:
             plain.stop()
-    return found
+    return result
 
 
 def names() -> list[tuple[str, str]]:
@@ -212,7 +212,7 @@ def operations_alone(ranks: list[int], batch: int) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     fused = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",)]
     fused += [("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)]
-    found = []
+    result = []
     for rank in ranks:
         layers = []
         for names_of in fused * LAYERS:
@@ -235,9 +235,9 @@ def operations_alone(ranks: list[int], batch: int) -> list[dict[str, Any]]:
                             wrapper.add_lora_linear(*layer)
                         spent.append(time.process_time() - started)
                 ms = 1e3 * sorted(spent)[len(spent) // 4]
-                found.append({"rank": rank, "rows": rows, "operations": which, "cpu_ms": ms})
+                result.append({"rank": rank, "rows": rows, "operations": which, "cpu_ms": ms})
                 print(f"{rank:4}  {which:18}{rows:6}{ms:9.2f} ms", flush=True)
-    return found
+    return result
 
 
 def progress(text: str) -> None:

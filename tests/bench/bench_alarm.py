@@ -103,11 +103,11 @@ def say(text: str) -> None:
 def collect(change: str) -> None:
     """Make the batches of a change that are missing. Raises CalledProcessError when vLLM does not serve it."""
     checkpoint, kv_cache, first, requests = PLAN[change]
-    found = cached_checkpoints("w4a16" if checkpoint == "reference" else checkpoint, say)
-    served = found.reference if checkpoint == "reference" else found.compressed
+    result = cached_checkpoints("w4a16" if checkpoint == "reference" else checkpoint, say)
+    served = result.reference if checkpoint == "reference" else result.compressed
     folder = DATA / change
     options = ["--first", str(first), "--requests", str(requests), "--kv-cache", kv_cache]
-    for step in (["decode", str(served), str(folder), *options], ["score", str(found.reference), str(folder)]):
+    for step in (["decode", str(served), str(folder), *options], ["score", str(result.reference), str(folder)]):
         subprocess.run([sys.executable, str(COLLECT), *step], check=True)
 
 
@@ -222,8 +222,8 @@ def tuned(
                 peaks.append(rolling(np.nan_to_num(values), window).max())
             threshold = float(np.quantile(peaks, 1.0 - ALPHA, method="higher"))
             detect = of_threshold(figure, window, threshold)
-            found = [detect(rng, draw(rng, null, 5) + draw(rng, changed, AFTER)) for _ in range(100)]
-            middle = float(np.median([alarm[1] if alarm is not None else math.inf for alarm in found]))
+            result = [detect(rng, draw(rng, null, 5) + draw(rng, changed, AFTER)) for _ in range(100)]
+            middle = float(np.median([alarm[1] if alarm is not None else math.inf for alarm in result]))
             if best is None or middle < best[0]:
                 best = middle, detect, {"figure": figure, "window": window, "threshold": threshold}
     assert best is not None
@@ -259,24 +259,24 @@ def change_rows(
         before = draw(rng, null, BEFORE)
         stream, tokens = before + draw(rng, changed, AFTER), sum(len(request.kl) for request in before)
         for name, detect in detectors.items():
-            found = detect(rng, stream)
-            if found is None:
+            result = detect(rng, stream)
+            if result is None:
                 delays[name].append((math.inf, math.inf))
-            elif found[0] <= BEFORE:
+            elif result[0] <= BEFORE:
                 early[name] += 1
             else:
-                delays[name].append((found[0] - BEFORE, found[1] - tokens))
+                delays[name].append((result[0] - BEFORE, result[1] - tokens))
     return [
         {
-            **{"change": change, "detector": name, "runs": len(found), "alarms_before_the_change": early[name]},
-            **{"alarming_runs": sum(math.isfinite(requests) for requests, _ in found)},
+            **{"change": change, "detector": name, "runs": len(delay), "alarms_before_the_change": early[name]},
+            **{"alarming_runs": sum(math.isfinite(requests) for requests, _ in delay)},
             **{
                 f"{share}_{unit}": number(float(np.quantile(values, q, method="higher")))
-                for unit, values in zip(("requests", "tokens"), np.array(found).T, strict=True)
+                for unit, values in zip(("requests", "tokens"), np.array(delay).T, strict=True)
                 for share, q in (("median", 0.5), ("p95", 0.95))
             },
         }
-        for name, found in delays.items()
+        for name, delay in delays.items()
     ]
 
 

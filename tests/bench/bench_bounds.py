@@ -67,8 +67,8 @@ class Request:
 
     @cached_property
     def entropy(self) -> np.ndarray:
-        found: np.ndarray = -(np.exp(self.reference) * self.reference).sum(1)
-        return found
+        result: np.ndarray = -(np.exp(self.reference) * self.reference).sum(1)
+        return result
 
 
 def say(text: str) -> None:
@@ -187,27 +187,27 @@ class Sweep:
         apart = np.abs(request.reference - request.compressed).max(1)
         self.add(("floor holds",), (apart <= -np.log(MIN_RATIO)).astype(np.float64))
         for k in (*LISTS, request.compressed.shape[1]):
-            found = divergence(record(request, k))
+            result = divergence(record(request, k))
             everything = k == request.compressed.shape[1]
             for name in FIGURES:
-                interval = getattr(found.bounds, name)
+                interval = getattr(result.bounds, name)
                 slack = 1e-5 * (1.0 + truth[name])
                 self.outside += int((interval.lower > truth[name] + slack).sum())
                 self.outside += int((interval.upper < truth[name] - slack).sum())
                 row = ("all" if everything else k, name)
                 self.add((*row, "exact"), truth[name])
-                self.add((*row, "coarse"), getattr(found, name))
+                self.add((*row, "coarse"), getattr(result, name))
                 self.add((*row, "lower"), interval.lower)
                 self.add((*row, "upper"), interval.upper)
                 self.add((*row, "width"), interval.upper - interval.lower)
-            for name, values in (("kl_rc", found.estimate_rc), ("kl_cr", found.estimate_cr)):
+            for name, values in (("kl_rc", result.estimate_rc), ("kl_cr", result.estimate_cr)):
                 self.add(("all" if everything else k, name, "estimate"), values)
                 self.add(("all" if everything else k, name, "error"), values - truth[name])
-            self.add(("all" if everything else k, "covered"), found.covered_compressed)
-            self.add(("all" if everything else k, "covered_reference"), found.covered_reference)
+            self.add(("all" if everything else k, "covered"), result.covered_compressed)
+            self.add(("all" if everything else k, "covered_reference"), result.covered_reference)
 
     def rows(self) -> list[dict[str, Any]]:
-        found = []
+        result = []
         for k in (*LISTS, "all"):
             row: dict[str, Any] = {
                 "k": k,
@@ -219,8 +219,8 @@ class Sweep:
                 if name.startswith("kl"):
                     columns += ["estimate", "error"]
                 row[name] = {column: self._told(k, name, column) for column in columns}
-            found.append(row)
-        return found
+            result.append(row)
+        return result
 
     def _told(self, *key: Any) -> dict[str, float]:
         ratio = self.means[key].get()
@@ -239,7 +239,7 @@ def synthetic(tokens: int, k: int, seed: int = 0) -> TokenRecord:
 
 def speed(k: int = 20, rounds: int = 15) -> dict[str, Any]:
     """Positions/s at one core, for requests of several lengths."""
-    found: dict[str, Any] = {"k": k}
+    result: dict[str, Any] = {"k": k}
     for tokens in (64, 256, 1024):
         one = synthetic(tokens, k)
         repeats = max(1, 4096 // tokens)
@@ -250,8 +250,8 @@ def speed(k: int = 20, rounds: int = 15) -> dict[str, Any]:
                 for _ in range(repeats):
                     function(one)
                 rates.append(repeats * tokens / (time.process_time() - start))
-            found[f"{function.__name__}_{tokens}"] = {"median": statistics.median(rates), "best": max(rates)}
-    return found
+            result[f"{function.__name__}_{tokens}"] = {"median": statistics.median(rates), "best": max(rates)}
+    return result
 
 
 def table(scheme: str, report: dict[str, Any]) -> str:

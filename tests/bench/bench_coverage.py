@@ -77,10 +77,10 @@ def measure(
 
     def status() -> dict[str, Any]:
         try:
-            found: dict[str, Any] = httpx.get(f"{admin}/api/v1/status", timeout=30).json()
+            result: dict[str, Any] = httpx.get(f"{admin}/api/v1/status", timeout=30).json()
         except httpx.TransportError:
             return {}
-        return found
+        return result
 
     with (folder / "hemostat.log").open("wb") as log:
         serving = subprocess.Popen(with_parent(serve_command(config)), stdout=log, stderr=log, stdin=subprocess.DEVNULL)

@@ -191,7 +191,7 @@ def plugin_counters() -> Any:
     from hemostat_engine.processor import LogitsProcessor
 
     gc.unfreeze()  # vLLM's start freezes what it made, and what is frozen is not listed
-    (processor,) = (found for found in gc.get_objects() if type(found) is LogitsProcessor)
+    (processor,) = (get_object for get_object in gc.get_objects() if type(get_object) is LogitsProcessor)
     return processor.core.counters
 
 
@@ -201,7 +201,7 @@ def measure(
     """Seconds of every decoding step, float64 [starts, rounds, arms, steps]."""
     admin = EngineAdmin()
     order = random.Random(1)
-    found = np.zeros((arguments.starts, arguments.rounds, len(ARMS), arguments.steps))
+    result = np.zeros((arguments.starts, arguments.rounds, len(ARMS), arguments.steps))
     admin.files[profile.version] = profile.to_bytes()
     admin.registry.set_wanted([profile.version])
     try:
@@ -218,14 +218,14 @@ def measure(
                         version = profile.version if treated else None
                         seconds = engine.burst(arguments.steps, version, ARMS[arm] == TAPPED)
                         if number >= 0:
-                            found[start, number, arm] = seconds
+                            result[start, number, arm] = seconds
             finally:
                 plain.stop()
                 loaded.stop()
             admin.now += SILENCE_SECONDS + 1.0  # the engine that has ended is to be forgotten
     finally:
         admin.close()
-    return found
+    return result
 
 
 def until_held(admin: EngineAdmin, version: str) -> None:
@@ -260,7 +260,7 @@ def transform_alone(
 
     from hemostat_engine.transform import HeldProfile, evaluate
 
-    found = []
+    result = []
     for vocab_size in vocabularies:
         held = HeldProfile(synthetic(vocab_size, **shapes))
         for batch in batches:
@@ -274,7 +274,7 @@ def transform_alone(
             def read(logits: torch.Tensor = logits, rows: torch.Tensor = rows, held: HeldProfile = held) -> None:
                 evaluate((held,), logits, rows)
 
-            found.append(
+            result.append(
                 {
                     "vocab_size": vocab_size,
                     "batch": batch,
@@ -282,7 +282,7 @@ def transform_alone(
                     "tap_ms": milliseconds(read),
                 }
             )
-    return found
+    return result
 
 
 def parts(profile: CalibrationProfile, batch: int) -> dict[str, float]:
@@ -312,13 +312,13 @@ def parts(profile: CalibrationProfile, batch: int) -> dict[str, float]:
             spent.append(time.perf_counter() - started)
         return 1e3 * sorted(spent)[len(spent) // 2]
 
-    found = {
+    result = {
         "all": cold(lambda: apply_to_all(held, logits)),
         "up": cold(lambda: up(y)),
         "clamp_and_add": cold(lambda: logits.add_(delta.clamp_(-4.0, 4.0))),
     }
     torch.set_num_threads(threads)
-    return found | {"code": found["all"] - found["up"] - found["clamp_and_add"]}
+    return result | {"code": result["all"] - result["up"] - result["clamp_and_add"]}
 
 
 def milliseconds(work: Any, times: int = 60) -> float:

@@ -53,11 +53,11 @@ def measure(family: str, scheme: str, prompts: Path, tokens: int, folder: Path) 
     )
     with contextlib.redirect_stdout(io.StringIO()):
         assert run(options) == 0
-    found = json.loads(report.read_text(encoding="utf-8"))
+    result = json.loads(report.read_text(encoding="utf-8"))
     rows = {row["name"]: row for key in ("perplexity", "kl_divergence", "divergence", "token_probability")
-            for row in found[key]}  # fmt: skip
+            for row in result[key]}  # fmt: skip
     figures = {name: {key: rows[name][key] for key in ("value", "se_by_request", "unit")} for name in FIGURES}
-    return {"family": family, "scheme": scheme, "requests": found["requests"], "tokens": found["tokens"], **figures}
+    return {"family": family, "scheme": scheme, "requests": result["requests"], "tokens": result["tokens"], **figures}
 
 
 def line(row: dict[str, Any]) -> str:

@@ -72,10 +72,10 @@ def measure(requests: int, at_once: int, folder: Path) -> dict[str, Any]:
 def _measured(requests: int, at_once: int, url: str, admin: str) -> dict[str, Any]:
     def status() -> dict[str, Any]:
         try:
-            found: dict[str, Any] = httpx.get(f"{admin}/api/v1/status", timeout=30).json()
+            result: dict[str, Any] = httpx.get(f"{admin}/api/v1/status", timeout=30).json()
         except httpx.TransportError:
             return {}
-        return found
+        return result
 
     until("the reference is ready", lambda: status().get("reference", {}).get("state") == "ready")
 
@@ -109,12 +109,12 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=4)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hemostat-floor-") as folder:
-        found = measure(given.requests, given.at_once, Path(folder))
-    rows = {"reference against compressed": found["raw"]} | {
-        f"{model} against itself": figures for model, figures in found["noise_floor"].items()
+        result = measure(given.requests, given.at_once, Path(folder))
+    rows = {"reference against compressed": result["raw"]} | {
+        f"{model} against itself": figures for model, figures in result["noise_floor"].items()
     }
     BUILD.mkdir(parents=True, exist_ok=True)
-    report = {"rows": rows, "excess": found["excess"]}
+    report = {"rows": rows, "excess": result["excess"]}
     (BUILD / "floor.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"{'':<30}{'requests':>9}{'tokens':>8}" + "".join(f"  {name:>32}" for name in FIGURES.values()))
     for name, figures in rows.items():

@@ -76,8 +76,8 @@ class ControlProcess:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(line + b"\n")
-        found: dict[str, Any] = json.loads(await self._process.stdout.readline())
-        return found
+        result: dict[str, Any] = json.loads(await self._process.stdout.readline())
+        return result
 
     @property
     def cpu_seconds(self) -> float:
@@ -140,7 +140,7 @@ async def reported(control: ControlProcess, relays: Sequence[Relay], reports: in
 
 
 async def work(sizes: Sizes) -> list[Row]:
-    found = []
+    result = []
     for number in RELAYS:
         async with control_process() as control:
             alone = control.memory()
@@ -157,7 +157,7 @@ async def work(sizes: Sizes) -> list[Row]:
                 reports = await reported(control, relays, sizes.reports)
                 with_work = control.memory()
         case = f"{number} relay{'s' if number > 1 else ''}: "
-        found += [
+        result += [
             Row(case + f"captures ({PROMPT} + {TOKENS} tokens) scored per CPU second", captures, "", True),
             Row(case + "tokens scored per CPU second", tokens, "", True),
             Row(case + "reports of outcomes per CPU second", reports, "", True),
@@ -165,12 +165,12 @@ async def work(sizes: Sizes) -> list[Row]:
             Row(case + "memory of the connections, MiB", connections, "", True),
             Row(case + "memory with all of this work, MiB", with_work, "", True),
         ]
-    return found
+    return result
 
 
 async def flood(sizes: Sizes) -> list[Row]:
     """Relays that send captures as fast as the connections take them."""
-    found = []
+    result = []
     for number in RELAYS:
         async with control_process(BUDGET) as control, connected(control.socket, number, control.version) as relays:
             await control.ask(b"score")
@@ -184,12 +184,12 @@ async def flood(sizes: Sizes) -> list[Row]:
             spent, grown = control.cpu_seconds - cpu, control.peak() - memory
         case = f"flood by {number} relay{'s' if number > 1 else ''}: "
         most = MAX_GROWN + number * MAX_GROWN_BY_RELAY
-        found += [
+        result += [
             Row(case + "captures taken per CPU second", (after["received"] - before["received"]) / spent, "", True),
             Row(case + "dropped by the relays, %", 100.0 * _share_dropped(relays), "", True),
             Row(case + "memory that it takes, MiB", grown, f"<= {most:.0f}", grown <= most),
         ]
-    return found
+    return result
 
 
 def _share_dropped(relays: Sequence[Relay]) -> float:
@@ -199,7 +199,7 @@ def _share_dropped(relays: Sequence[Relay]) -> float:
 
 async def rates(sizes: Sizes) -> list[Row]:
     """Relays that answer requests, all of them in an arm, and sample and report what the policy says."""
-    found = []
+    result = []
     for rate in RATES:
         number = RELAYS[-1]
         async with control_process(BUDGET) as control, connected(control.socket, number, control.version) as relays:
@@ -218,7 +218,7 @@ async def rates(sizes: Sizes) -> list[Row]:
         reports = (after["reports"] - before["reports"]) / passed
         case = f"{rate:,} requests/s from {number} relays: "
         limit = 1.5 * done + MAX_RECEIVED_BESIDE
-        found += [
+        result += [
             Row(
                 case + "captures received per second", received / passed, f"<= {limit / passed:.3g}", received <= limit
             ),
@@ -228,7 +228,7 @@ async def rates(sizes: Sizes) -> list[Row]:
             Row(case + "policies sent per minute", 60.0 * (after["policies"] - before["policies"]) / passed, "", True),
             Row(case + "memory, MiB", memory, "", True),
         ]
-    return found
+    return result
 
 
 def sum_reports(relays: Sequence[Relay]) -> int:

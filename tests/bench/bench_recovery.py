@@ -211,7 +211,7 @@ class Bench:
         """By label: the row's first fields, and what was learned."""
         clamp = self.options.clamp_nats
         key = [made_from, source_digest(), asdict(self.options) | {"plans": None, "runs": None}]
-        found: dict[str, tuple[dict[str, Any], Learned]] = {}
+        result: dict[str, tuple[dict[str, Any], Learned]] = {}
 
         def add(
             family: str,
@@ -225,7 +225,7 @@ class Bench:
             label = f"{family} {variant} r{rank} {tokens}"
             learned = self.stages.kept(f"profile-{scheme}", [key, label], make)
             fields = {"family": family, "variant": variant, "rank": rank, "tokens": tokens, "chosen": chosen}
-            found[label] = fields | {"reference": reference}, learned
+            result[label] = fields | {"reference": reference}, learned
 
         few_tokens = first_tokens(learning, plan.baselines)
         add(
@@ -261,8 +261,8 @@ class Bench:
         if plan.references:
             self.references(few_tokens, recovery, made_from, add)
         if plan.variants:
-            self.variants(few_tokens, recovery, found[label_of_last(found)], add)
-        return found
+            self.variants(few_tokens, recovery, result[label_of_last(result)], add)
+        return result
 
     def references(self, few: list[Written], recovery: Recovery, made_from: Any, add: Callable[..., None]) -> None:
         """The same texts and learner with a reference on vLLM."""
@@ -342,18 +342,18 @@ class Bench:
                     "learner": said,
                 }
             )
-        found: dict[str, Any] = {"rows": rows}
+        result: dict[str, Any] = {"rows": rows}
         serving = [label for label, (fields, _) in learned.items() if fields["chosen"] and label in profiles]
         if plan.outcomes and serving:
             profile = profiles[serving[-1]]
             # For bench-engine, which says what this very profile costs.
             (BUILD / f"{scheme}.profile").write_bytes(profile.to_bytes())
-            found |= self.stages.kept(
+            result |= self.stages.kept(
                 f"served-{scheme}",
                 [made_from, profile.version, self.options.outcome_prompts],
                 lambda: self.served(scheme, heldout, profile, recovery, figures, serving[-1]),
             )
-        return found
+        return result
 
     def never_worse(self, scheme: str) -> dict[str, Any]:
         learning, heldout, made_from = self.texts(scheme, self.options.plans[scheme])

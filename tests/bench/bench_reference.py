@@ -85,13 +85,13 @@ def head_child(vocab_size: int, width: int, library: str, tokens: int) -> None:
             began = time.process_time()
             products.scores(states, output, ids, {}, {}, None)
             seconds.append(time.process_time() - began)
-        found = {
+        result = {
             "tokens_per_core_second": tokens / sorted(seconds)[1],
             # Without the embedding, whose pages count once they are read.
             "mib_of_scores": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
             - head.weight.nbytes / (1 << 20),
         }
-    print(json.dumps(found))
+    print(json.dumps(result))
 
 
 def head(tokens: int) -> list[dict[str, Any]]:
@@ -105,8 +105,8 @@ def head(tokens: int) -> list[dict[str, Any]]:
                 **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
             }
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-            found = json.loads(done.stdout.splitlines()[-1])
-            rows.append({"library": library, "vocabulary": vocab_size, "width": width, "tokens": tokens, **found})
+            result = json.loads(done.stdout.splitlines()[-1])
+            rows.append({"library": library, "vocabulary": vocab_size, "width": width, "tokens": tokens, **result})
     return rows
 
 
@@ -191,8 +191,8 @@ def with_reference(record: TokenRecord, scores: ReferenceScores) -> TokenRecord:
 
 def figures(record: TokenRecord) -> np.ndarray:
     """Means over a request's tokens, in the order of FIGURES."""
-    found = divergence(record)
-    values = (found.kl_rc, found.estimate_rc, found.tv, found.top1_agreement, found.entropy_reference)
+    result = divergence(record)
+    values = (result.kl_rc, result.estimate_rc, result.tv, result.top1_agreement, result.entropy_reference)
     return np.array([np.mean(value) for value in values])
 
 
@@ -250,7 +250,7 @@ async def bytes_of_lists(url: str, texts: Sequence[Text]) -> float:
 
 def backends(requests: int, tokens: int) -> dict[str, Any]:
     checkpoints = cached_checkpoints("w4a16", say)
-    found: dict[str, dict[str, Any]] = {}
+    result: dict[str, dict[str, Any]] = {}
     width = 576
     with tempfile.TemporaryDirectory(prefix="hemostat-reference-") as name:
         folder = Path(name)
@@ -259,21 +259,21 @@ def backends(requests: int, tokens: int) -> dict[str, Any]:
         say(f"{sum(len(text.output) for text in texts)} tokens written")
         with server(checkpoints.reference, folder, POOLING_ARGUMENTS) as url:
             served = ServerReference(url, folder=checkpoints.reference, top_k=TOP_K)
-            found["vllm"] = asyncio.run(scored(served, texts, again=True)) | {"bytes_per_token": width * 2.0}
+            result["vllm"] = asyncio.run(scored(served, texts, again=True)) | {"bytes_per_token": width * 2.0}
         with server(checkpoints.reference, folder, ["--max-logprobs", str(TOP_K), "--no-enable-prefix-caching"]) as url:
             lists = ServerReference(url, top_k=TOP_K)
-            found["vllm_lists"] = asyncio.run(scored(lists, texts, again=False))
-            found["vllm_lists"]["bytes_per_token"] = asyncio.run(bytes_of_lists(url, texts))
+            result["vllm_lists"] = asyncio.run(scored(lists, texts, again=False))
+            result["vllm_lists"]["bytes_per_token"] = asyncio.run(bytes_of_lists(url, texts))
     local = TransformersReference(str(checkpoints.reference), vllm_process.dtype())
     # One backend in the place of the compressed model, the other in that of the reference.
     others = [
         self_record(record_of(text.compressed, ours, text.output), REFERENCE)
-        for text, ours in zip(texts, found["vllm"]["scores"], strict=True)
+        for text, ours in zip(texts, result["vllm"]["scores"], strict=True)
     ]
-    found["transformers"] = asyncio.run(scored(local, texts, again=True, others=others)) | {"bytes_per_token": 0.0}
+    result["transformers"] = asyncio.run(scored(local, texts, again=True, others=others)) | {"bytes_per_token": 0.0}
 
     rows = []
-    for backend, one in found.items():
+    for backend, one in result.items():
         row = {
             "reference": backend,
             "requests": len(texts),
@@ -286,10 +286,10 @@ def backends(requests: int, tokens: int) -> dict[str, Any]:
         if len(one["floor"]):
             row["floor"] = {FIGURES[i]: interval(one["floor"][:, i]) for i in columns}
         rows.append(row)
-    difference = found["vllm"]["figures"] - found["transformers"]["figures"]
-    between = found["transformers"]["between"]
+    difference = result["vllm"]["figures"] - result["transformers"]["figures"]
+    between = result["transformers"]["between"]
     floors = {
-        backend: float(found[backend]["floor"][:, FIGURES.index("kl_estimate")].mean())
+        backend: float(result[backend]["floor"][:, FIGURES.index("kl_estimate")].mean())
         for backend in ("vllm", "transformers")
     }
     return {

@@ -51,9 +51,9 @@ class Knowledge:
         given = (record.compressed.ids[:, :, None] == record.reference.ids[:, None, :]).any(-1)
         lists = replace(record, reference_at=np.where(given, record.reference_at, np.nan), reference_entropy=None)
         for name, one in (("lists", lists), ("whole r", record)):
-            found = bounds(one).kl_rc
-            self._add((name, "lower"), found.lower)
-            self._add((name, "upper"), found.upper)
+            result = bounds(one).kl_rc
+            self._add((name, "lower"), result.lower)
+            self._add((name, "upper"), result.upper)
         best = np.empty((2, record.tokens))
         for row in range(record.tokens):
             known = tail(record, log_r[row], row)
@@ -69,17 +69,17 @@ class Knowledge:
             z = (recovery.states(features) @ self._weight.T).astype(np.float64)
             z -= z.max(axis=1, keepdims=True)
             log_q = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
-            found = compare(log_r, log_q, variances, record.compressed.ids, record.compressed.logprobs)
+            result = compare(log_r, log_q, variances, record.compressed.ids, record.compressed.logprobs)
             error = (np.exp(log_c) * (log_c - log_q)).sum(axis=1)
             figures = {
-                "kl_rc": found.kl_rc,
-                "tv": found.tv,
-                "difference": found.kl_rc - truth["kl_rc"],
-                "absolute difference": np.abs(found.kl_rc - truth["kl_rc"]),
+                "kl_rc": result.kl_rc,
+                "tv": result.tv,
+                "difference": result.kl_rc - truth["kl_rc"],
+                "absolute difference": np.abs(result.kl_rc - truth["kl_rc"]),
                 "error": error,
-                "predicted": found.predicted,
-                "observed": found.observed,
-                "usable": found.usable.astype(np.float64),
+                "predicted": result.predicted,
+                "observed": result.observed,
+                "usable": result.usable.astype(np.float64),
             }
             for name, values in figures.items():
                 self._add((len(ids), name), values)

@@ -69,9 +69,9 @@ def test_a_set_is_taken_in_several_replays_and_says_what_of(
     path = tmp_path / "set.json"
     assert main(["canaries", "take", url, str(path), "--prompts", str(prompts)]) == EQUAL
     assert "taken: 16 sequences of fake on vLLM 0.32.0" in capsys.readouterr().out
-    found = CanarySet.from_bytes(path.read_bytes())
-    assert (found.origin.model, found.origin.version, found.origin.max_model_len) == ("fake", "0.32.0", 2048)
-    assert found.baseline.shape == (REPLAYS, found.scored)
+    result = CanarySet.from_bytes(path.read_bytes())
+    assert (result.origin.model, result.origin.version, result.origin.max_model_len) == ("fake", "0.32.0", 2048)
+    assert result.baseline.shape == (REPLAYS, result.scored)
     answers = [body for body in fake.requests if "prompt_logprobs" not in body]
     assert [body["temperature"] for body in answers] == [0.0, 1.0] * 8
     scored = [body for body in fake.requests if "prompt_logprobs" in body]
@@ -200,6 +200,6 @@ def test_prompts_that_are_too_long_are_cut_to_what_may_be_replayed(
     path = tmp_path / "prompts.txt"
     path.write_text("".join(f"{n}\n{n} {'x' * 900}\n" for n in range(10, 18)))
     assert main(["canaries", "take", url, str(tmp_path / "set"), "--prompts", str(path)]) == EQUAL
-    found = CanarySet.from_bytes((tmp_path / "set").read_bytes())
-    assert 224 <= found.tokens <= 240
-    assert sorted({len(one.prompt) for one in found.canaries}) == [2, 18]
+    result = CanarySet.from_bytes((tmp_path / "set").read_bytes())
+    assert 224 <= result.tokens <= 240
+    assert sorted({len(canary.prompt) for canary in result.canaries}) == [2, 18]

@@ -202,10 +202,10 @@ def compact(status: dict[str, Any]) -> dict[str, Any]:
 
     A golden file of the whole status would be twice as long.
     """
-    found = status | {name: _values(status[name]) for name in GROUPED}
+    result = status | {name: _values(status[name]) for name in GROUPED}
     for name in ("where", "decoding"):
-        found[name] = _without(found[name])
-    return found
+        result[name] = _without(result[name])
+    return result
 
 
 def _values(told: Any) -> Any:

@@ -40,12 +40,12 @@ def test_no_scale_of_the_grid_has_less_weighted_error(by_weight: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(6, 64, generator=generator)
     importance = torch.rand(6, 64, generator=generator).pow(6) if by_weight else torch.rand(64, generator=generator)
-    found = clipped_scale(weight_groups("layer", weight, 16), 4, importance, torch.float32)
+    result = clipped_scale(weight_groups("layer", weight, 16), 4, importance, torch.float32)
     spread = importance.expand(6, 64)
     for row in range(6):
         for group in range(4):
             inside = slice(16 * group, 16 * group + 16)
-            assert float(found[row, group]) == pytest.approx(best_scale(weight[row, inside], spread[row, inside]))
+            assert float(result[row, group]) == pytest.approx(best_scale(weight[row, inside], spread[row, inside]))
 
 
 def test_clip_kl_weighs_each_weight_by_its_fisher_information(tmp_path: Path) -> None:
@@ -73,11 +73,11 @@ def test_clip_kl_weighs_each_weight_by_its_fisher_information(tmp_path: Path) ->
     torch.autograd.backward(ended[0] if isinstance(ended[0], torch.Tensor) else ended[0][0], top)
     fisher = torch.einsum("to,ti->oi", seen["g"][0].square(), seen["x"][0].square())
     groups = weight_groups(NAME, module.weight.detach(), 32)
-    found = Checkpoint(tmp_path / "out", "OUT").tensor(f"{NAME}.weight_scale")
-    same = torch.isclose(found, clipped_scale(groups, 4, fisher, torch.float32))
+    result = Checkpoint(tmp_path / "out", "OUT").tensor(f"{NAME}.weight_scale")
+    same = torch.isclose(result, clipped_scale(groups, 4, fisher, torch.float32))
     assert float(same.float().mean()) > 0.99, "rounding decides where two scales are as good"
     by_inputs = clipped_scale(groups, 4, seen["x"][0].square().mean(0), torch.float32)
-    assert float(torch.isclose(found, by_inputs).float().mean()) < 0.9
+    assert float(torch.isclose(result, by_inputs).float().mean()) < 0.9
 
 
 def test_inputs_that_the_loss_is_not_sensitive_to_do_not_count() -> None:

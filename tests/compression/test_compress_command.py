@@ -44,8 +44,8 @@ def run(source: Path, tmp_path: Path, *options: str) -> Path:
 
 
 def quantization(folder: Path) -> dict[str, object]:
-    found: dict[str, object] = json.loads((folder / "config.json").read_text())["quantization_config"]
-    return found
+    result: dict[str, object] = json.loads((folder / "config.json").read_text())["quantization_config"]
+    return result
 
 
 def test_digest_bytes_and_settings_are_printed(

@@ -75,12 +75,12 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_after_descent_no_other_integer_is_better(seed: int) -> None:
     weight, hessian, grid = problem(4, 8, bits=2, seed=seed)
     start = gptq(weight, GptqFactor.of(hessian), grid)
-    found = descend(weight, hessian, grid, start, sweeps=20)
-    least = error(weight, hessian, grid, found)
+    result = descend(weight, hessian, grid, start, sweeps=20)
+    least = error(weight, hessian, grid, result)
     assert (least <= error(weight, hessian, grid, start) * (1 + 1e-5)).all()
     for j in range(weight.shape[1]):
         for step in range(-grid.highest - 1, grid.highest + 1):
-            other = found.clone()
+            other = result.clone()
             other[:, j] = step
             assert (error(weight, hessian, grid, other) >= least * (1 - 1e-4)).all()
 
@@ -98,12 +98,12 @@ def test_brute_force_over_all_integers_bounds_the_error() -> None:
     weight, hessian, grid = problem(1, 5, bits=2, group=5)
     choices = torch.cartesian_prod(*[torch.arange(-2.0, 2.0)] * 5)
     best = float(quadratic_error(weight.expand(len(choices), -1), hessian, choices * grid.scale[0, 0]).min())
-    found = float(
+    result = float(
         error(weight, hessian, grid, descend(weight, hessian, grid, gptq(weight, GptqFactor.of(hessian), grid), 9))
     )
     nearest = float(error(weight, hessian, grid, grid.steps(weight)))
-    assert best * (1 - 1e-5) <= found <= nearest
-    assert found < 1.5 * best
+    assert best * (1 - 1e-5) <= result <= nearest
+    assert result < 1.5 * best
 
 
 @pytest.mark.parametrize("numbers", [1 << 24, 20])
@@ -111,15 +111,15 @@ def test_refitted_scales_are_least_squares(numbers: int, monkeypatch: pytest.Mon
     monkeypatch.setattr(error_compensation, "REFIT_NUMBERS", numbers)
     weight, hessian, grid = problem(3, 12)
     steps = gptq(weight, GptqFactor.of(hessian), grid)
-    found = refit_scales(weight, hessian, grid, steps)
+    result = refit_scales(weight, hessian, grid, steps)
     root = torch.linalg.cholesky(hessian).T
     for row in range(len(weight)):
         design = torch.stack(
             [root[:, g * 4 : (g + 1) * 4] @ steps[row, g * 4 : (g + 1) * 4].double() for g in range(3)], dim=1
         )
         exact = torch.linalg.lstsq(design, (root @ weight[row].double())[:, None]).solution[:, 0]
-        assert torch.allclose(found[row].double(), exact, rtol=1e-3)
-    again = Grid(grid.bits, found, grid.group_size)
+        assert torch.allclose(result[row].double(), exact, rtol=1e-3)
+    again = Grid(grid.bits, result, grid.group_size)
     assert (error(weight, hessian, again, steps) <= error(weight, hessian, grid, steps) * (1 + 1e-5)).all()
 
 

@@ -105,12 +105,12 @@ def test_the_checkpoint_is_what_the_layers_computed(tmp_path: Path) -> None:
     assert written.is_quantized("model.layers.0.mlp.down_proj")
     assert hidden is None, "the last hidden states are deleted"
     before, after = Copy.load(source), Copy.load(tmp_path / "out")
-    found: list[Any] = []
-    after.skeleton.layers["model.layers.0"].register_forward_hook(lambda _, __, output: found.append(output))
+    result: list[Any] = []
+    after.skeleton.layers["model.layers.0"].register_forward_hook(lambda _, __, output: result.append(output))
     for batch, states in zip(run.texts_walk.batches, between, strict=True):
         with torch.no_grad():
             after.skeleton.base(input_ids=batch.ids, use_cache=False)
-        torch.testing.assert_close(found[-1][batch.valid], states[batch.valid], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result[-1][batch.valid], states[batch.valid], rtol=1e-4, atol=1e-4)
     for ids in TEXTS[:2]:
         assert np.abs(before.logits(ids) - after.logits(ids)).max() < 0.5 * np.abs(before.logits(ids)).max()
 
@@ -135,9 +135,9 @@ def test_token_weights_are_squared_gradients(tmp_path: Path) -> None:
     model(inputs_embeds=embedded, use_cache=False)
     torch.autograd.backward(ended[0] if isinstance(ended[0], torch.Tensor) else ended[0][0], top)
     measure_token_weights(run)
-    found = run.parts.get("token-weights-0000")
-    assert found is not None
-    assert torch.allclose(found[f"{name}|0"], seen[0][walk.batches[0].valid].square().mean(-1), rtol=1e-3)
+    result = run.parts.get("token-weights-0000")
+    assert result is not None
+    assert torch.allclose(result[f"{name}|0"], seen[0][walk.batches[0].valid].square().mean(-1), rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -152,11 +152,11 @@ def test_token_weights_are_squared_gradients(tmp_path: Path) -> None:
 )
 def test_stored_weights_are_restored(chosen: WeightFormat) -> None:
     weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    found: Quantized = nearest("layer", weight, chosen)
-    values = restored(chosen, stored(found))
-    assert torch.allclose(values, on_grid(found), rtol=1e-6)
+    result: Quantized = nearest("layer", weight, chosen)
+    values = restored(chosen, stored(result))
+    assert torch.allclose(values, on_grid(result), rtol=1e-6)
     assert float((values - weight.float()).norm() / weight.float().norm()) < (0.15 if chosen.bits == 4 else 0.04)
-    again = Quantized(chosen, values, found.scale)
+    again = Quantized(chosen, values, result.scale)
     assert torch.equal(restored(chosen, stored(again)), values), "what is on the grid stays"
 
 
@@ -183,12 +183,12 @@ def test_files_of_several_parts_are_read_by_safetensors(tmp_path: Path) -> None:
         files.close()
         paths = sorted(folder.glob("*.safetensors"))
         assert len(paths) == count
-        found = {}
+        result = {}
         for path in paths:
             with safe_open(path, "pt") as file:
-                found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        assert found.keys() == tensors.keys()
-        assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+                result |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        assert result.keys() == tensors.keys()
+        assert all(torch.equal(result[name], tensors[name]) for name in tensors)
         if count > 1:
             index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
             assert {folder / name for name in index.values()} == set(paths)

@@ -48,10 +48,10 @@ def compressed(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     vectors = Vectors(Copy.load(folder))
     generator = torch.Generator().manual_seed(0)
     changes = {name: 0.2 * torch.randn(start.shape, generator=generator) for name, start in vectors.start().items()}
-    found = folder.with_name("spoiled")
-    found.mkdir()
-    write_repaired(folder, found, vectors.stored(changes))
-    return found
+    result = folder.with_name("spoiled")
+    result.mkdir()
+    write_repaired(folder, result, vectors.stored(changes))
+    return result
 
 
 def texts(seed: int = 0) -> list[Text]:
@@ -69,31 +69,31 @@ def divergence(reference: Path, other: Path) -> float:
 
 
 def tensors(folder: Path) -> dict[str, Any]:
-    found = {}
+    result = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    return found
+            result |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    return result
 
 
 def test_it_wins_back_what_wrong_norms_lose(reference: Path, compressed: Path, tmp_path: Path) -> None:
     parts, seen = Parts(None), []
-    found = repair(
+    result = repair(
         reference, compressed, texts(), parts, rates=(3e-2,), step_positions=64, progress=lambda *s: seen.append(s)
     )
-    report = found.report
+    report = result.report
     assert report["improved"]
     assert report["kl"] < 0.8 * report["kl_start"]
     assert report["won_back"] == pytest.approx(1.0 - report["kl"] / report["kl_start"])
-    assert report["numbers"] == sum(tensor.numel() for tensor in found.tensors.values()) == 5 * 64
+    assert report["numbers"] == sum(tensor.numel() for tensor in result.tensors.values()) == 5 * 64
     assert seen[-1] == (REPAIR, report["tokens"], report["tokens"])
-    write_repaired(compressed, tmp_path, found.tensors)
+    write_repaired(compressed, tmp_path, result.tensors)
     # On texts that neither was trained on nor decided anything.
     assert divergence(reference, tmp_path) < 0.85 * divergence(reference, compressed)
     # The fold's figure is that of the written checkpoint: rounding is part of it.
     again = repair(reference, compressed, [], parts)
     assert again.report == report
-    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in found.tensors.items())
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in result.tensors.items())
     json.dumps(report, allow_nan=False)
 
 
@@ -148,9 +148,9 @@ def test_bfloat16_is_rounded_to(reference: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     value = torch.full((64,), 1.0 + 2.0**-9)
     write_repaired(folder, tmp_path / "out", {"model.norm.weight": value})
-    found = tensors(tmp_path / "out")["model.norm.weight"]
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, value.bfloat16())
+    result = tensors(tmp_path / "out")["model.norm.weight"]
+    assert result.dtype == torch.bfloat16
+    assert torch.equal(result, value.bfloat16())
 
 
 def test_a_tensor_of_another_shape_is_refused(compressed: Path, tmp_path: Path) -> None:
@@ -161,11 +161,11 @@ def test_a_tensor_of_another_shape_is_refused(compressed: Path, tmp_path: Path) 
 def test_no_improvement_changes_nothing(model: Any, reference: Path, tmp_path: Path) -> None:
     """A rate that only does harm."""
     folder = save(model, tmp_path / "rounded", rounded(model))
-    found = repair(reference, folder, texts()[:30], Parts(None), rates=(50.0,), step_positions=64)
-    assert not found.report["improved"]
-    assert found.tensors == {}
-    assert found.report["kl"] == found.report["kl_start"]
-    assert found.report["won_back"] == 0.0
+    result = repair(reference, folder, texts()[:30], Parts(None), rates=(50.0,), step_positions=64)
+    assert not result.report["improved"]
+    assert result.tensors == {}
+    assert result.report["kl"] == result.report["kl_start"]
+    assert result.report["won_back"] == 0.0
 
 
 def test_a_model_is_as_before_after_training(compressed: Path) -> None:

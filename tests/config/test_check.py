@@ -54,11 +54,11 @@ async def findings_of(
             }
             | sections
         )
-        found = await check(settings)
-    assert exit_code(found) == any(f.state is State.NO for f in found)
-    assert all("\n" not in f.detail + f.fix for f in found)
-    assert len({f.what for f in found}) == len(found)
-    return {f.what: f for f in found}
+        result = await check(settings)
+    assert exit_code(result) == any(f.state is State.NO for f in result)
+    assert all("\n" not in f.detail + f.fix for f in result)
+    assert len({f.what for f in result}) == len(result)
+    return {f.what: f for f in result}
 
 
 def states(found: dict[str, Finding]) -> dict[str, str]:
@@ -66,8 +66,8 @@ def states(found: dict[str, Finding]) -> dict[str, str]:
 
 
 async def test_everything_works() -> None:
-    found = await findings_of({}, {}, calibration={"mode": "auto"})
-    assert states(found) == {
+    result = await findings_of({}, {}, calibration={"mode": "auto"})
+    assert states(result) == {
         "store": "note",
         "evidence": "ok",
         "engine token": "note",
@@ -81,7 +81,7 @@ async def test_everything_works() -> None:
         "reference score": "ok",
         "same tokens": "ok",
     }
-    assert "serves fake, up to 2048 tokens (vLLM 0.32.0)" in found["upstream"].detail
+    assert "serves fake, up to 2048 tokens (vLLM 0.32.0)" in result["upstream"].detail
 
 
 @pytest.mark.parametrize(
@@ -93,37 +93,37 @@ async def test_everything_works() -> None:
     ],
 )
 async def test_what_engines_are_let_in_with(admin: dict[str, Any], state: str, said: str) -> None:
-    found = (await findings_of({}, None, admin=admin))["engine token"]
-    assert found.state.value == state
-    assert said in found.detail
-    assert ("HEMOSTAT_ENGINE_TOKEN" in found.fix) == (state == "note")
+    result = (await findings_of({}, None, admin=admin))["engine token"]
+    assert result.state.value == state
+    assert said in result.detail
+    assert ("HEMOSTAT_ENGINE_TOKEN" in result.fix) == (state == "note")
 
 
 async def test_each_served_model_is_matched_or_said_to_be_left_out() -> None:
     upstream = {"model": "a", "others": (FakeVllm(model="b"), FakeVllm(model="c", max_logprobs=3))}
-    found = await findings_of(upstream, {})
-    assert states(found)["same tokens of a"] == "ok"
-    assert states(found)["reference of b"] == states(found)["reference of c"] == "note"
-    assert "neither scored nor treated" in found["reference of b"].detail
-    assert "add it to reference.models, as b: REFERENCE, with the first model" in found["reference of b"].fix
+    result = await findings_of(upstream, {})
+    assert states(result)["same tokens of a"] == "ok"
+    assert states(result)["reference of b"] == states(result)["reference of c"] == "note"
+    assert "neither scored nor treated" in result["reference of b"].detail
+    assert "add it to reference.models, as b: REFERENCE, with the first model" in result["reference of b"].fix
 
     async with running(FakeVllm(model="small")) as other, running(FakeVllm(model="odd", vocab_size=99)) as odd:
         models = {"a": "fake", "b": {"model": "small", "url": other.url}, "c": {"model": "odd", "url": odd.url}}
-        found = await findings_of(upstream, {}, models={**models, "d": "gone"})
-    assert "vllm: small (server, 512 tokens)" in found["reference of b"].detail
-    assert states(found)["same tokens of b"] == states(found)["calibration.model"] == "ok"
-    assert found["calibration.model"].detail == "profiles are for a; the others are only measured"
-    assert states(found)["same tokens of c"] == states(found)["max_logprobs of c"] == "NO"
-    assert (states(found)["reference.models"], found["reference.models"].detail) == (
+        result = await findings_of(upstream, {}, models={**models, "d": "gone"})
+    assert "vllm: small (server, 512 tokens)" in result["reference of b"].detail
+    assert states(result)["same tokens of b"] == states(result)["calibration.model"] == "ok"
+    assert result["calibration.model"].detail == "profiles are for a; the others are only measured"
+    assert states(result)["same tokens of c"] == states(result)["max_logprobs of c"] == "NO"
+    assert (states(result)["reference.models"], result["reference.models"].detail) == (
         "note",
         "the upstream does not serve d",
     )
-    found = await findings_of(upstream, {}, models={"a": "fake"}, calibration={"model": "a"})
-    assert "calibration.model" not in found
-    found = await findings_of(upstream, {}, models={"a": "fake", "d": "fake"}, calibration={"model": "d"})
-    assert (states(found)["calibration.model"], found["calibration.model"].fix) == ("NO", "name one of a")
-    found = await findings_of(upstream, {}, models={"d": "fake"})
-    assert states(found)["reference.models"] == "NO"
+    result = await findings_of(upstream, {}, models={"a": "fake"}, calibration={"model": "a"})
+    assert "calibration.model" not in result
+    result = await findings_of(upstream, {}, models={"a": "fake", "d": "fake"}, calibration={"model": "d"})
+    assert (states(result)["calibration.model"], result["calibration.model"].fix) == ("NO", "name one of a")
+    result = await findings_of(upstream, {}, models={"d": "fake"})
+    assert states(result)["reference.models"] == "NO"
 
 
 async def test_a_store_in_postgresql_is_tried() -> None:
@@ -132,25 +132,25 @@ async def test_a_store_in_postgresql_is_tried() -> None:
 
     server = postgres.shared()
     database = server.new_database()
-    found = await store_at(server.url(database))
-    assert (found.state, found.fix) == (State.OK, "")
-    assert re.fullmatch(r"postgresql://\*\*\*@127\.0\.0\.1:\d+… \(PostgreSQL \d+\..*\)", found.detail)
+    result = await store_at(server.url(database))
+    assert (result.state, result.fix) == (State.OK, "")
+    assert re.fullmatch(r"postgresql://\*\*\*@127\.0\.0\.1:\d+… \(PostgreSQL \d+\..*\)", result.detail)
     for url, detail, fix in (
         (server.url(database, password="wr0ng"), "password authentication failed", "correct user, password and"),
         (server.url("absent"), 'database "absent" does not exist', "correct user, password and database in store.url"),
         (server.url(server.new_database("postgres")), "permission denied for schema", "its user has to own the"),
         (server.url(database, port="1"), "Connection refused", "start it, or change store.url"),
     ):
-        found = await store_at(url)
-        assert found.state is State.NO
-        assert detail in found.detail
-        assert found.fix.startswith(fix)
-        assert "wr0ng" not in found.detail
+        result = await store_at(url)
+        assert result.state is State.NO
+        assert detail in result.detail
+        assert result.fix.startswith(fix)
+        assert "wr0ng" not in result.detail
     with postgres.pooler(server) as address:
-        found = await store_at(f"{address}/{database}")
-    assert found.state is State.NO
-    assert "a pooler (such as pgbouncer) is between" in found.detail
-    assert found.fix == "name the PostgreSQL server itself in store.url"
+        result = await store_at(f"{address}/{database}")
+    assert result.state is State.NO
+    assert "a pooler (such as pgbouncer) is between" in result.detail
+    assert result.fix == "name the PostgreSQL server itself in store.url"
 
 
 @pytest.mark.parametrize(
@@ -188,9 +188,9 @@ async def test_a_problem_is_reported_with_its_fix(
     state: str,
     fix: str,
 ) -> None:
-    found = (await findings_of(upstream, reference, **sections))[what]
-    assert found.state.value == state
-    assert fix in found.fix
+    result = (await findings_of(upstream, reference, **sections))[what]
+    assert result.state.value == state
+    assert fix in result.fix
 
 
 @pytest.mark.parametrize(
@@ -215,22 +215,22 @@ async def test_what_adapters_need_is_reported_with_the_exact_flags(
     lora: dict[str, Any] | None, adapter: dict[str, Any], states_of: str, detail: str, fix: str
 ) -> None:
     upstream = {"lora": None if lora is None else FakeLora(**lora)}
-    found = await findings_of(upstream, None, adapter={"enabled": True, **adapter})
-    assert found["adapters"].state.value == states_of, found["adapters"]
-    assert detail in found["adapters"].detail
-    assert fix in found["adapters"].fix
+    result = await findings_of(upstream, None, adapter={"enabled": True, **adapter})
+    assert result["adapters"].state.value == states_of, result["adapters"]
+    assert detail in result["adapters"].detail
+    assert fix in result["adapters"].fix
     if states_of == "ok":
-        assert "needs --max-lora-rank 16 or more" in found["adapter rank"].detail
-        assert "refuses these routes with 403" in found["adapter routes"].detail
+        assert "needs --max-lora-rank 16 or more" in result["adapter rank"].detail
+        assert "refuses these routes with 403" in result["adapter routes"].detail
     assert "adapters" not in await findings_of(upstream, None)
 
 
 async def test_clients_adapters_take_slots_and_routes_that_are_allowed_are_said() -> None:
     async with running(FakeVllm(lora=FakeLora(resolves={"a" * 32: 16}), adapters=("theirs",))) as ours:
         given = {"upstream": {"url": ours.url, "allow_adapter_routes": True}, "adapter": {"enabled": True}}
-        found = {f.what: f for f in await check(Settings.model_validate(given))}
-    assert found["adapters"].fix == "start vLLM with --max-loras 3"
-    assert found["adapter routes"].fix == "set upstream.allow_adapter_routes: false"
+        result = {f.what: f for f in await check(Settings.model_validate(given))}
+    assert result["adapters"].fix == "start vLLM with --max-loras 3"
+    assert result["adapter routes"].fix == "set upstream.allow_adapter_routes: false"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
@@ -240,9 +240,9 @@ async def test_the_upstream_is_not_its_own_reference(host: str) -> None:
         settings = Settings.model_validate(
             {"upstream": {"url": ours.url}, "reference": {"backend": "vllm", "url": url}}
         )
-        found = await check(settings)
-    assert exit_code(found) == 1
-    assert [(f.what, f.detail) for f in found if f.state is State.NO] == [
+        result = await check(settings)
+    assert exit_code(result) == 1
+    assert [(f.what, f.detail) for f in result if f.state is State.NO] == [
         ("reference", f"it is the served model itself: {url} is the upstream, and serves the same model")
     ]
 
@@ -272,7 +272,7 @@ async def test_control_processes_are_tried_as_a_relay_does(tmp_path: Path) -> No
         listeners.append(RelayListener([socket.create_server(("127.0.0.1", 0))], security))
         listeners[-1].admit = admit
         listeners[-1].start()
-    ports = [one._sockets[0].getsockname()[1] for one in listeners]
+    ports = [listener._sockets[0].getsockname()[1] for listener in listeners]
     given = {"addresses": [f"127.0.0.1:{port}" for port in ports], "ca": str(made.cert), "token": "relay-token"}
 
     async def found(**changed: Any) -> Finding:
@@ -293,16 +293,16 @@ async def test_control_processes_are_tried_as_a_relay_does(tmp_path: Path) -> No
     assert "wrong token; control.token has to be the same on both sides" in wrong.detail
     other = await found(ca=str(certificate(tmp_path / "other").cert))
     assert "self-signed certificate" in other.detail
-    for one in listeners:
-        await one.close()
+    for listener in listeners:
+        await listener.close()
 
 
 async def test_how_evidence_is_divided_is_reported() -> None:
     sections = {"evidence": {"kinds": 5, "client_header": "x-team"}}
-    found = (await findings_of({}, {}, **sections))["evidence"]
-    assert found.state is State.OK
-    assert "up to 5 kinds" in found.detail
-    assert "header 'x-team', and one contributes at most 25% of a test (not limited below 4 clients)" in found.detail
+    result = (await findings_of({}, {}, **sections))["evidence"]
+    assert result.state is State.OK
+    assert "up to 5 kinds" in result.detail
+    assert "header 'x-team', and one contributes at most 25% of a test (not limited below 4 clients)" in result.detail
     assert "evidence" not in await findings_of({}, {}, calibration={"mode": "off"})
 
 
@@ -312,9 +312,9 @@ async def test_unreachable_servers_are_reported() -> None:
     settings = Settings.model_validate(
         {"upstream": {"url": gone.url}, "reference": {"backend": "vllm", "url": gone.url}}
     )
-    found = await check(settings)
-    assert [f.what for f in found if f.state is State.NO] == ["upstream", "reference"]
-    shown = " ".join(table(found).split())
+    result = await check(settings)
+    assert [f.what for f in result if f.state is State.NO] == ["upstream", "reference"]
+    shown = " ".join(table(result).split())
     assert f"NO upstream {gone.url}/v1/models" in shown
     assert "-> start vLLM, or change upstream.url" in shown
 
@@ -364,16 +364,16 @@ async def test_check_on_real_models(vllm_server: Any, checkpoints: Any) -> None:
             "calibration": {"mode": "auto"},
         }
     )
-    found = {f.what: f for f in await check(settings)}
-    assert {what for what, f in found.items() if f.state is State.OK} == {
+    result = {f.what: f for f in await check(settings)}
+    assert {what for what, f in result.items() if f.state is State.OK} == {
         *("upstream", "max_logprobs", "return_token_ids", "logprobs_mode", "engine plugin"),
         *("reference", "reference score", "same tokens", "evidence"),
     }
-    found = {
+    result = {
         f.what: f
         for f in await check(settings.model_copy(update={"shadow": settings.shadow.model_copy(update={"top_k": 65})}))
     }
-    assert found["max_logprobs"].state is State.NO
+    assert result["max_logprobs"].state is State.NO
     given = {"upstream": {"url": vllm_server.url}, "adapter": {"enabled": True}}
     (adapters,) = [f for f in await check(Settings.model_validate(given)) if f.what == "adapters"]
     assert adapters.detail.endswith("missing VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora, HEMOSTAT_ADAPTERS=1")
@@ -400,9 +400,9 @@ async def test_adapters_need_both_checkpoints_of_one_model_on_this_machine(tmp_p
             "no adapter can be made of .*num_hidden_layers",
         ),
     ):
-        found = (await findings_of(upstream, None, adapter=adapter))["adapter checkpoints"]
-        assert found.state.value == state, found
-        assert re.search(detail, found.detail), found
+        result = (await findings_of(upstream, None, adapter=adapter))["adapter checkpoints"]
+        assert result.state.value == state, result
+        assert re.search(detail, result.detail), result
 
 
 @pytest.mark.parametrize(

@@ -321,13 +321,13 @@ reference:
     org/large: {model: large-bf16, url: http://other:8000}
 """
     models = load(written(text), {}).reference.models
-    assert {name: (one.model, one.url) for name, one in models.items()} == {
+    assert {name: (model.model, model.url) for name, model in models.items()} == {
         "small": ("small-bf16", None),
         "org/large": ("large-bf16", "http://other:8000"),
     }
     env = {"HEMOSTAT_REFERENCE__BACKEND": "transformers", "HEMOSTAT_REFERENCE__MODELS": "a=/models/a, org/b=/models/b"}
     models = load(written("upstream: {url: http://a}"), env).reference.models
-    assert {name: one.model for name, one in models.items()} == {"a": "/models/a", "org/b": "/models/b"}
+    assert {name: model.model for name, model in models.items()} == {"a": "/models/a", "org/b": "/models/b"}
 
 
 @pytest.mark.parametrize(

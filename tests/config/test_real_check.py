@@ -18,9 +18,9 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 async def findings(server: RunningVllm, reference: dict[str, Any], **sections: Any) -> dict[str, Finding]:
     settings = Settings.model_validate({"upstream": {"url": server.url}, "reference": reference, **sections})
-    found = await check(settings)
-    print(table(found))
-    return {f.what: f for f in found}
+    result = await check(settings)
+    print(table(result))
+    return {f.what: f for f in result}
 
 
 async def test_every_probe_is_answered_without_a_traceback_in_vllms_log(
@@ -30,12 +30,12 @@ async def test_every_probe_is_answered_without_a_traceback_in_vllms_log(
     reference = {"backend": "transformers", "model": str(checkpoints.reference), "dtype": vllm_process.dtype()}
     adapter = {"enabled": True, "compressed": str(checkpoints.compressed)}
     # 64 is the server's --max-logprobs: a probe is refused.
-    found = await findings(lora_server, reference, adapter=adapter, shadow={"top_k": 65})
-    assert found["max_logprobs"].state is State.NO
-    found = await findings(lora_server, reference, adapter=adapter, shadow={"top_k": 64}, calibration={"mode": "auto"})
-    assert {what for what, f in found.items() if f.state is State.NO} == set()
-    assert found["engine plugin"].state is State.OK
-    assert found["adapters"].detail.endswith("1 of Hemostat's at a time (--max-loras 2)")
+    result = await findings(lora_server, reference, adapter=adapter, shadow={"top_k": 65})
+    assert result["max_logprobs"].state is State.NO
+    result = await findings(lora_server, reference, adapter=adapter, shadow={"top_k": 64}, calibration={"mode": "auto"})
+    assert {what for what, f in result.items() if f.state is State.NO} == set()
+    assert result["engine plugin"].state is State.OK
+    assert result["adapters"].detail.endswith("1 of Hemostat's at a time (--max-loras 2)")
     logged = lora_server.log.read_bytes()[began:].decode()
     assert "POST /v1/load_lora_adapter" in logged
     assert "Traceback" not in logged
@@ -52,7 +52,7 @@ async def test_the_upstream_is_refused_as_its_own_reference(lora_server: Running
         ({"backend": "vllm", "url": lora_server.url.replace("127.0.0.1", "localhost")}, "is the upstream"),
         ({"backend": "transformers", "model": folder, "dtype": vllm_process.dtype()}, f"the same files as {folder}"),
     ):
-        found = (await findings(lora_server, reference))["reference"]
-        assert found.state is State.NO
-        assert why in found.detail
-        assert found.fix.endswith("to the uncompressed model")
+        result = (await findings(lora_server, reference))["reference"]
+        assert result.state is State.NO
+        assert why in result.detail
+        assert result.fix.endswith("to the uncompressed model")

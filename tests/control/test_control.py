@@ -238,14 +238,14 @@ async def test_a_bug_in_calibration_costs_no_measurement(tmp_path: Path, monkeyp
 async def test_consumers_of_records_know_only_the_kinds_that_are_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: list[str] = []
+    result: list[str] = []
     async with control(tmp_path, settings(evidence={"kinds": 1})) as one:
         told: list[Policy] = []
         one.link.set_policy = told.append  # type: ignore[method-assign]
-        monkeypatch.setattr(one.profile_manager, "observe", lambda record, *_, **_how: found.append(record.kind))
+        monkeypatch.setattr(one.profile_manager, "observe", lambda record, *_, **_how: result.append(record.kind))
         for n, kind in enumerate(["chat text greedy", "chat json greedy", "", "chat text greedy"]):
             one.pipeline.use_record(*scored(str(n), prompt=n, kind=kind))
-        assert found == ["chat text greedy", "rest", "rest", "chat text greedy"]
+        assert result == ["chat text greedy", "rest", "rest", "chat text greedy"]
         assert told[-1].kinds == {"chat text greedy"}
 
 
@@ -278,9 +278,9 @@ async def test_a_store_that_refuses_is_counted_and_written_later(
             await until(lambda: one.store_errors.count > 2)
             assert one.ownership.active
         assert await one.writer.wait_until_written(30.0)
-        found = one.store.read()
-        assert [event["decision"] for event in found.events] == ["mode", "import", "import"]
-        assert (len(found.profiles), found.states["mode"]) == (2, "observe auto")
+        result = one.store.read()
+        assert [event["decision"] for event in result.events] == ["mode", "import", "import"]
+        assert (len(result.profiles), result.states["mode"]) == (2, "observe auto")
 
 
 async def test_a_store_that_cannot_be_read_is_unknown_and_not_empty(
@@ -355,9 +355,9 @@ async def test_an_action_that_cannot_be_kept_applies_is_not_answered_as_done_and
             assert answer.status_code == 507
             assert one.profile_manager.serving.mode == "off"
         assert await one.writer.wait_until_written(30.0)
-        found = one.store.read()
-        assert found.states["mode"] == "auto off"
-        decisions = [event["decision"] for event in found.events]
+        result = one.store.read()
+        assert result.states["mode"] == "auto off"
+        decisions = [event["decision"] for event in result.events]
         assert decisions == ["mode", "import", "roll_back", "pin", "promote", "import"]
 
 

@@ -28,8 +28,8 @@ async def test_what_relays_and_the_scorer_count_is_one_figure(tmp_path: Path) ->
         record, capture = scored(tokens=60, kind="chat text greedy")
         one.pipeline.use_record(record, capture)
         one.pipeline.endings.scored(capture)
-        found = status_json(one)["coverage"]
-        assert found["scored_share"] == {"tokens": 0.6, "requests": 0.5}
+        result = status_json(one)["coverage"]
+        assert result["scored_share"] == {"tokens": 0.6, "requests": 0.5}
         samples = values(one.pipeline.samples())
         assert samples[names.SAMPLED_TOKENS, "scored", ""] == 60
         assert samples[names.SAMPLED_TOKENS, "skipped", "invalid"] == 40
@@ -65,8 +65,8 @@ async def test_requests_under_a_grammar_are_scored_where_engines_say_what_is_all
         one.monitor.served = served_models(pair("m", info=replace(INFO, full_vocabulary=full)))
         assert not one.policy._policy(one._clock()).grammars, "no plugin reports"
         one.engines.report(EngineReport("boot", 0, 1, [], 512, {}, "v1", "0.32.0", sets=sets), one._clock())
-        found = one.policy._policy(one._clock())
-        assert (found.tap, found.grammars) == (True, sets and full)
+        result = one.policy._policy(one._clock())
+        assert (result.tap, result.grammars) == (True, sets and full)
 
 
 async def test_thinking_is_counted_where_the_markers_of_the_model_are_known(tmp_path: Path) -> None:

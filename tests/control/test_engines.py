@@ -39,9 +39,9 @@ async def test_the_status_sums_what_all_relays_know(tmp_path: Path) -> None:
     async with control(tmp_path) as one:
         first = await connect_relay(one, tmp_path, 1, reporting("up", "up"))
         second = await connect_relay(one, tmp_path, 2, reporting("up", "ejected", requests=7))
-        found = {row["engine"]: row for row in status_json(one)["upstream"]}
+        result = {row["engine"]: row for row in status_json(one)["upstream"]}
         assert {
-            name: (row["up"], row["relays"], row["outstanding"], row["requests"]) for name, row in found.items()
+            name: (row["up"], row["relays"], row["outstanding"], row["requests"]) for name, row in result.items()
         } == {
             A: (2, 2, 4, 12),
             B: (1, 2, 4, 12),

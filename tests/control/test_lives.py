@@ -164,5 +164,5 @@ async def test_killed_at_every_stage_of_a_life_the_successor_goes_on(
             shutil.copy(tmp_path / "store.db", folder)
             async with control(folder, at(folder)) as successor:
                 successor.profile_manager.set_model_pair(MODEL, V)
-                found = shown(successor.profile_manager)
-                assert found == expected, stage.__name__
+                result = shown(successor.profile_manager)
+                assert result == expected, stage.__name__

@@ -40,9 +40,9 @@ class Owner:
         return self.ownership.state
 
     async def begin(self) -> Snapshot:
-        found = await self.ownership.begin()
+        result = await self.ownership.begin()
         self.ownership.activate()
-        return found
+        return result
 
     async def write(self, value: str) -> None:
         self.writer.set_state("a", value)
@@ -98,8 +98,8 @@ async def test_a_call_that_fails_at_the_start_is_repeated(one: Owner, other: Own
     await one.write("kept")
     one.store.close()
     other.store.faults = [Fault.NONE] * (call == "read") + [fault]
-    found = await other.begin()
-    assert found.states == {"a": "kept"}, "what cannot be read does not count as absent"
+    result = await other.begin()
+    assert result.states == {"a": "kept"}, "what cannot be read does not count as absent"
     assert other.errors.count == 1
     await other.write("2")
     assert other.store.head().revision == 2

@@ -57,11 +57,11 @@ class Life:
     @property
     def known(self) -> tuple[bool, bool, bool]:
         """A profile serves, the alarm has evidence, something was learned."""
-        found = self.one.profile_manager
+        result = self.one.profile_manager
         return (
-            found.serving.version is not None,
+            result.serving.version is not None,
             bool(self.one.measured.alarms._state.kinds),
-            found.proposals.learned()[0] > 0,
+            result.proposals.learned()[0] > 0,
         )
 
 

@@ -88,11 +88,11 @@ def test_the_interval_of_a_difference_covers_at_every_look():
                     MeanSequence(RatioEstimate(int(t), *found[:5]), tuple(found[5:]))
                     for found in (arm[:, stream, at].tolist() for arm in arms)
                 )
-                found = confidence.difference(first, second)
-                good &= found.low <= truth <= found.high
+                result = confidence.difference(first, second)
+                good &= result.low <= truth <= result.high
             covered += good
             fixed = math.hypot(*((arm.moments.get().high - arm.moments.get().low) for arm in (first, second)))
-            wide = max(wide, (found.high - found.low) / fixed)
+            wide = max(wide, (result.high - result.low) / fixed)
     print(f"difference: {covered} of {STREAMS} streams covered at every look, width at most {wide:.2f} x fixed")
     assert covered >= NEEDED
     assert wide < 2.0
@@ -112,12 +112,12 @@ def test_the_interval_of_a_proportion_covers_at_every_look(share):
     looks = [t for t in range(1, REQUESTS + 1) if t < 20 or t % 7 == 0]
     covered = 0
     for row in (rng.random((STREAMS, REQUESTS)) < share).cumsum(1):
-        found = [interval(int(row[t - 1]), t) for t in looks]
-        covered += all(one.low <= share <= one.high for one in found)
+        result = [interval(int(row[t - 1]), t) for t in looks]
+        covered += all(one.low <= share <= one.high for one in result)
     print(f"proportion {share}: {covered} of {STREAMS} streams covered at every look")
     assert covered >= NEEDED
-    found = interval(round(share * REQUESTS), REQUESTS)
-    assert found.high - found.low < 2 * 2 * 1.96 * math.sqrt(max(share * (1 - share), 0.01) / REQUESTS)
+    result = interval(round(share * REQUESTS), REQUESTS)
+    assert result.high - result.low < 2 * 2 * 1.96 * math.sqrt(max(share * (1 - share), 0.01) / REQUESTS)
 
 
 def test_streaming_equals_the_moments_and_nan_is_left_out():
@@ -128,14 +128,14 @@ def test_streaming_equals_the_moments_and_nan_is_left_out():
         state = state.update(np.append(v, np.nan))
     state = state.update(np.array([np.nan]))
     clipped = [np.minimum(v, 1.0) for v in values]
-    found = state.get()
-    assert found.mean == pytest.approx(np.concatenate(clipped).mean())
+    result = state.get()
+    assert result.mean == pytest.approx(np.concatenate(clipped).mean())
     assert state.clipped_share == pytest.approx(np.mean(np.concatenate(values) > 1.0))
     x, n = np.array([v.sum() for v in clipped]), np.array([len(v) for v in clipped])
-    residual = x - found.mean * n
+    residual = x - result.mean * n
     skew = (residual**3).sum() / (residual**2).sum() ** 1.5
     assert skew > 0.0
-    for m, widening in ((found.low, 0.0), (found.high, skew)):  # the ends solve the inequality that defines them
+    for m, widening in ((result.low, 0.0), (result.high, skew)):  # the ends solve the inequality that defines them
         kappa = float(confidence._kappa(60, 0.05, widening))
         assert np.sum(x - m * n) ** 2 == pytest.approx(kappa * np.sum((x - m * n) ** 2))
 
@@ -155,9 +155,9 @@ def test_requests_that_are_all_alike_still_leave_doubt():
     state = ClippedMean(0.0, 1.0)
     for _ in range(1000):
         state = state.update(np.zeros(5))
-    found = state.get()
-    assert found.low == 0.0
-    assert 0.003 < found.high < 0.02
+    result = state.get()
+    assert result.low == 0.0
+    assert 0.003 < result.high < 0.02
 
 
 def test_arguments():

@@ -48,13 +48,13 @@ def test_with_every_allowed_id_known_the_figures_are_the_conditional_ones(
     k = mask.shape[1]
     record = make_record(truth, k, reference_k=None if reference_k is None else k, mask=mask)
     reference, compressed = condition(truth.reference, mask), condition(truth.compressed, mask)
-    found = divergence(record)
-    assert found.bound == "exact"
-    np.testing.assert_allclose(found.kl_rc, kl(reference, compressed), atol=1e-9)
-    np.testing.assert_allclose(found.kl_cr, kl(compressed, reference), atol=1e-9)
+    result = divergence(record)
+    assert result.bound == "exact"
+    np.testing.assert_allclose(result.kl_rc, kl(reference, compressed), atol=1e-9)
+    np.testing.assert_allclose(result.kl_cr, kl(compressed, reference), atol=1e-9)
     tv = 0.5 * np.abs(np.exp(reference) - np.exp(compressed)).sum(-1)
-    np.testing.assert_allclose(found.tv, tv, atol=1e-9)
-    np.testing.assert_array_equal(found.bounds.kl_rc.lower, found.bounds.kl_rc.upper)
+    np.testing.assert_allclose(result.tv, tv, atol=1e-9)
+    np.testing.assert_array_equal(result.bounds.kl_rc.lower, result.bounds.kl_rc.upper)
 
 
 def test_without_the_mask_on_both_sides_the_figure_is_another() -> None:
@@ -92,15 +92,15 @@ def test_lists_that_do_not_cover_the_set_give_bounds_of_the_conditional_figures(
     truth, mask = world
     record = make_record(truth, k, reference_k=reference_k, mask=mask)
     reference, compressed = condition(truth.reference, mask), condition(truth.compressed, mask)
-    found = divergence(record, min_ratio=0.0).bounds
+    result = divergence(record, min_ratio=0.0).bounds
     tv = 0.5 * np.abs(np.exp(reference) - np.exp(compressed)).sum(-1)
-    for interval, value in ((found.kl_rc, kl(reference, compressed)), (found.tv, tv)):
+    for interval, value in ((result.kl_rc, kl(reference, compressed)), (result.tv, tv)):
         assert (interval.lower <= value + 1e-5).all()
         assert (value <= interval.upper + 1e-5).all()
     # A row whose whole set is listed is exact, whatever the others are.
     whole = (record.compressed.ids >= 0).sum(1) == mask.sum(1)
     if reference_k is None:
-        np.testing.assert_allclose(found.kl_rc.upper[whole], kl(reference, compressed)[whole], atol=1e-5)
+        np.testing.assert_allclose(result.kl_rc.upper[whole], kl(reference, compressed)[whole], atol=1e-5)
 
 
 @given(masked(), st.data())
@@ -112,9 +112,9 @@ def test_a_profile_gains_what_it_gains_on_the_allowed_ids(world: tuple[Truth, np
     reference, compressed = condition(truth.reference, mask), condition(truth.compressed, mask)
     after = condition(compressed + shift(profile, compressed), mask)
     record = make_record(truth, vocabulary, mask=mask)
-    found = gain(record, profile)
-    assert found.exact.all()
-    np.testing.assert_allclose(found.lower, kl(reference, compressed) - kl(reference, after), atol=1e-8)
+    result = gain(record, profile)
+    assert result.exact.all()
+    np.testing.assert_allclose(result.lower, kl(reference, compressed) - kl(reference, after), atol=1e-8)
     np.testing.assert_allclose(calibrated(record, profile).kl_rc, np.maximum(kl(reference, after), 0.0), atol=1e-8)
 
 
@@ -125,7 +125,7 @@ def test_after_decoding_the_distance_is_of_what_was_drawn_from(
     truth, mask = world
     sampling = Sampling(temperature=temperature, top_k=top_k)
     record = make_record(truth, mask.shape[1], mask=mask, sampling=sampling)
-    found = decoded_divergence(record)
+    result = decoded_divergence(record)
     reference, compressed = condition(truth.reference, mask), condition(truth.compressed, mask)
     for t in range(record.tokens):
         drawn = []
@@ -136,8 +136,8 @@ def test_after_decoding_the_distance_is_of_what_was_drawn_from(
             weights = np.exp(scaled - scaled.max())
             drawn.append(weights / weights.sum())
         tv = 0.5 * np.abs(drawn[0] - drawn[1]).sum()
-        if found.available[t]:
-            assert found.tv.lower[t] - 1e-5 <= tv <= found.tv.upper[t] + 1e-5
+        if result.available[t]:
+            assert result.tv.lower[t] - 1e-5 <= tv <= result.tv.upper[t] + 1e-5
 
 
 @pytest.mark.parametrize(
@@ -165,8 +165,8 @@ def test_sets_are_what_their_bits_are(vocabulary: int, sets: int, seed: int) -> 
     padded = np.zeros((sets, words(vocabulary) * 32), np.uint8)
     padded[:, :vocabulary] = masks
     rows = rng.integers(0, sets, 7).astype(np.int32)
-    found = AllowedSets(vocabulary, np.packbits(padded, axis=1, bitorder="little").view(np.uint32), rows)
-    np.testing.assert_array_equal(found.mask(slice(0, 7)), masks[rows])
-    np.testing.assert_array_equal(found.support, masks[rows].sum(1))
+    allowed_sets = AllowedSets(vocabulary, np.packbits(padded, axis=1, bitorder="little").view(np.uint32), rows)
+    np.testing.assert_array_equal(allowed_sets.mask(slice(0, 7)), masks[rows])
+    np.testing.assert_array_equal(allowed_sets.support, masks[rows].sum(1))
     ids = rng.integers(-1, vocabulary, (7, 9)).astype(np.int32)
-    np.testing.assert_array_equal(found.contains(ids), (ids >= 0) & masks[rows[:, None], np.maximum(ids, 0)])
+    np.testing.assert_array_equal(allowed_sets.contains(ids), (ids >= 0) & masks[rows[:, None], np.maximum(ids, 0)])

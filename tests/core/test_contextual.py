@@ -194,16 +194,16 @@ def test_a_drifting_workload_is_followed():
     drifting = HiddenStateWorld(turns=150)
     after = range(2000, 2020)
     before = drifting.divergence(None, after)
-    found = {}
+    result = {}
     for name, half_life in (("forgets", 20 * T), ("keeps", None)):
         learner = drifting.learner(half_life_tokens=half_life)
         state = drifting.learn(range(150), learner)
         assert drifting.recovered(learner.propose(state)) > -10  # it can propose before the turn
         state = learner.update(state, [drifting.record(seed) for seed in range(150, 210)])
         profile = learner.propose(state)
-        found[name] = before if profile is None else drifting.divergence(profile, after)
-    assert found["forgets"] < 0.35 * before
-    assert found["keeps"] > 2.0 * found["forgets"]
+        result[name] = before if profile is None else drifting.divergence(profile, after)
+    assert result["forgets"] < 0.35 * before
+    assert result["keeps"] > 2.0 * result["forgets"]
 
 
 # --- sums
@@ -369,7 +369,7 @@ def test_anchors_are_chosen_among_those_allowed():
 
 
 def test_fewer_logits_than_the_state_has_numbers_say_less_and_cost_less():
-    found = {}
+    result = {}
     for features in (4, 7, A):
         learner = world().learner(features=features)
         state = world().learn(range(60), learner)
@@ -379,8 +379,8 @@ def test_fewer_logits_than_the_state_has_numbers_say_less_and_cost_less():
         assert basis.reads.shape == (min(features, D) + 1, features + 1)
         profile = learner.propose(state)
         assert profile.parameters["linear"].shape[1] == features
-        found[features] = world().recovered(profile)
-    assert 0.0 < found[4] < found[7] < found[A]
+        result[features] = world().recovered(profile)
+    assert 0.0 < result[4] < result[7] < result[A]
 
 
 @pytest.mark.parametrize("features", [5, A])

@@ -35,9 +35,9 @@ def test_ratios_are_those_of_all_batches(units):
     rng = np.random.default_rng(units)
     n = rng.integers(1, 50, (units, 2)).astype(float)
     x = n * rng.gamma(2.0, 0.2, (units, 2))
-    found = fed(x, n).ratios()
+    result = fed(x, n).ratios()
     mean = x.sum(axis=0) / n.sum(axis=0)
-    for level, row in enumerate(found):
+    for level, row in enumerate(result):
         count = units >> level
         residual = (x - mean * n)[: count << level].reshape(count, 1 << level, 2).sum(axis=1)
         first = (x - mean * n) ** 2
@@ -48,9 +48,9 @@ def test_ratios_are_those_of_all_batches(units):
 @pytest.mark.parametrize("length", [1, 3, 10, 20])
 def test_v_of_runs_is_their_length(length):
     """At 2,000 units; an upper limit in most series."""
-    found = fed(runs(np.random.default_rng(length), length, 2000)).inflation()
-    assert length <= np.median(found) <= 1.5 * length
-    assert (found >= 0.85 * length).mean() >= 0.9
+    result = fed(runs(np.random.default_rng(length), length, 2000)).inflation()
+    assert length <= np.median(result) <= 1.5 * length
+    assert (result >= 0.85 * length).mean() >= 0.9
 
 
 def test_dependence_over_more_units_than_were_seen_is_not_believed():

@@ -14,12 +14,12 @@ TEST, KIND = "candidate", "rest"
 
 def won(world, profile, prompts):
     """KL that a profile recovers, exactly, mean of each prompt's tokens."""
-    found = []
+    result = []
     for seed in prompts:
         truth = world.truth(seed)
         after = log_softmax(apply(profile, truth.compressed))
-        found.append(float((np.exp(truth.reference) * (after - truth.compressed)).sum(-1).mean()))
-    return found
+        result.append(float((np.exp(truth.reference) * (after - truth.compressed)).sum(-1).mean()))
+    return result
 
 
 def test_what_was_learned_from_too_little_with_a_weak_penalty_harms_and_identity_is_held():

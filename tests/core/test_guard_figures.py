@@ -36,10 +36,10 @@ def feed_variation(guard, values, kl_gain=0.5, tokens=20, first=0):
 def test_promotion_on_total_variation_needs_the_gain_in_kl_too():
     guard = adapter_guard()
     feed_variation(guard, [0.2] * 60, kl_gain=-0.01)
-    found = guard.evidence(TEST, "a")
-    assert found.figure is Figure.TOTAL_VARIATION
-    assert found.log_e_adjusted > found.needed
-    assert (found.mean_kl_gain, found.mean_kl_gain_by_token) == (pytest.approx(-0.01), pytest.approx(-0.01))
+    result = guard.evidence(TEST, "a")
+    assert result.figure is Figure.TOTAL_VARIATION
+    assert result.log_e_adjusted > result.needed
+    assert (result.mean_kl_gain, result.mean_kl_gain_by_token) == (pytest.approx(-0.01), pytest.approx(-0.01))
     assert guard.decide(TEST, "a").action is Action.WAIT
     feed_variation(guard, [0.2] * 60, kl_gain=0.05, first=60)
     assert guard.decide(TEST, "a").action is Action.PROMOTE
@@ -49,8 +49,8 @@ def test_one_unit_without_a_distribution_outweighs_all_gains():
     """Of a client beside whom there are others; one client alone can always be left out."""
     guard = adapter_guard()
     feed_variation(guard, [0.2] * 200, kl_gain=lambda n: -math.inf if n in (30, 31) else 5.0)
-    found = guard.evidence(TEST, "a")
-    assert found.mean_kl_gain == found.mean_kl_gain_by_token == -math.inf
+    result = guard.evidence(TEST, "a")
+    assert result.mean_kl_gain == result.mean_kl_gain_by_token == -math.inf
     assert guard.decide(TEST, "a").action is Action.WAIT
     one_client = adapter_guard()
     feed_variation(one_client, [0.2] * 200, kl_gain=lambda n: -math.inf if n % 7 == 3 else 5.0)
@@ -63,8 +63,8 @@ def test_the_gain_in_kl_is_needed_by_token_too():
         long = n % 10 == 0
         given = (-0.2, 2000) if long else (0.1, 5)
         guard.update(TEST, "a", key(n), b"client %d" % (n % 7), 0.2, 0.2, given[1], given[0])
-    found = guard.evidence(TEST, "a")
-    assert found.mean_kl_gain > 0.0 > found.mean_kl_gain_by_token
+    result = guard.evidence(TEST, "a")
+    assert result.mean_kl_gain > 0.0 > result.mean_kl_gain_by_token
     assert guard.decide(TEST, "a").action is Action.WAIT
 
 

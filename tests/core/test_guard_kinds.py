@@ -66,14 +66,14 @@ def test_what_helps_in_a_kind_is_promoted_there_with_its_evidence():
     guard = candidate()
     decision, n = count(guard, TEST, "a", gains(0, 0.06))
     assert decision.action is Action.PROMOTE
-    found = guard.evidence(TEST, "a")
-    assert (found.units, found.tokens, found.test, found.clients) == (n, 20 * n, 1, CLIENTS)
-    assert found.mean_gain == pytest.approx(gains(0, 0.06)[:n].mean())
-    assert found.mean_gain_by_token == pytest.approx(found.mean_gain)
-    assert found.low < found.mean_gain < found.high
-    assert found.alpha == 0.025
-    assert found.log_e_adjusted == found.log_e >= found.needed == pytest.approx(math.log(40))
-    assert found.progress == 1.0
+    result = guard.evidence(TEST, "a")
+    assert (result.units, result.tokens, result.test, result.clients) == (n, 20 * n, 1, CLIENTS)
+    assert result.mean_gain == pytest.approx(gains(0, 0.06)[:n].mean())
+    assert result.mean_gain_by_token == pytest.approx(result.mean_gain)
+    assert result.low < result.mean_gain < result.high
+    assert result.alpha == 0.025
+    assert result.log_e_adjusted == result.log_e >= result.needed == pytest.approx(math.log(40))
+    assert result.progress == 1.0
     assert n <= 200
 
 
@@ -107,9 +107,9 @@ def test_promotion_needs_the_gain_by_token_too():
             TEST, "a", key(n), b"client %d" % (n % 7), *([-0.3] * 2 if long else [0.1] * 2), 2000 if long else 5
         )
         assert guard.decide(TEST, "a").action is Action.WAIT
-    found = guard.evidence(TEST, "a")
-    assert found.log_e_adjusted > found.needed
-    assert found.mean_gain > 0.0 > found.mean_gain_by_token
+    result = guard.evidence(TEST, "a")
+    assert result.log_e_adjusted > result.needed
+    assert result.mean_gain > 0.0 > result.mean_gain_by_token
 
 
 def test_the_closed_test_holds_for_all_sets_of_kinds():
@@ -120,9 +120,9 @@ def test_the_closed_test_holds_for_all_sets_of_kinds():
         for j in range(6):
             sets = [[j, *(i for i in range(6) if mask >> i & 1 and i != j)] for mask in range(64)]
             means, products = [(e[s] * w[s]).sum() / w[s].sum() for s in sets], [e[s].prod() for s in sets]
-            found = math.exp(adjusted(np.log(e).tolist(), w.tolist(), j))
-            assert found == pytest.approx(0.5 * min(means) + 0.5 * min(products))
-            assert found <= min(0.5 * m + 0.5 * p for m, p in zip(means, products, strict=True)) + 1e-9
+            result = math.exp(adjusted(np.log(e).tolist(), w.tolist(), j))
+            assert result == pytest.approx(0.5 * min(means) + 0.5 * min(products))
+            assert result <= min(0.5 * m + 0.5 * p for m, p in zip(means, products, strict=True)) + 1e-9
 
 
 def test_kinds_that_all_gain_pay_little_for_their_number():
@@ -209,11 +209,11 @@ def test_no_client_has_more_than_its_share():
         client = b"busy" if n % 2 else b"client %d" % (n % 14)
         if guard.admit(TEST, "a", key(n), client) is Admission.ADMITTED:
             guard.update(TEST, "a", key(n), client, 0.0, 0.0, 5)
-    found = guard.evidence(TEST, "a")
-    busy = found.units - 500
-    assert busy <= math.ceil(0.25 * found.units)
-    assert found.refused == 500 - busy > 300
-    assert found.client_share_active
+    result = guard.evidence(TEST, "a")
+    busy = result.units - 500
+    assert busy <= math.ceil(0.25 * result.units)
+    assert result.refused == 500 - busy > 300
+    assert result.client_share_active
 
 
 def test_equal_clients_at_the_smallest_number_are_all_counted():
@@ -322,8 +322,8 @@ def test_what_is_not_evaluated_would_not_be_enough(role, mean, inflation):
                 harms = test.may_decide(False) and test.log_harm(inflation) >= needed
                 assert test.harm_reaches(needed, inflation) == harms
         exact = log_evidence if role is Role.SERVING else log_proof
-        found = float(exact(test.wealth[: test.clients], test.clients, inflation=v))
-        assert max(log_bound(test.wealth[: test.clients]), 0.0) >= found
+        result = float(exact(test.wealth[: test.clients], test.clients, inflation=v))
+        assert max(log_bound(test.wealth[: test.clients]), 0.0) >= result
 
 
 def test_further_clients_share_places():
@@ -332,10 +332,10 @@ def test_further_clients_share_places():
         client = key(n)
         if guard.admit(TEST, "a", key(n), client) is Admission.ADMITTED:
             guard.update(TEST, "a", key(n), client, 0.1, 0.1, 5)
-    found = guard.evidence(TEST, "a")
-    assert found.clients == MAX_CLIENTS
-    assert found.units == 1000
-    assert found.refused == 0
+    result = guard.evidence(TEST, "a")
+    assert result.clients == MAX_CLIENTS
+    assert result.units == 1000
+    assert result.refused == 0
 
 
 # --- serving profiles -----------------------------------------------------------------------------------------------
@@ -347,10 +347,10 @@ def test_what_turns_harmful_is_rolled_back_at_once():
     assert (decision.action, n) == (Action.HOLD, 400)
     decision, n = count(guard, WATCH, "a", gains(1, -0.06), first=400)
     assert (decision.action, decision.reason) == (Action.ROLL_BACK, Reason.HARM)
-    found = guard.evidence(WATCH, "a")
-    assert found.mean_gain < 0.0
-    assert (found.test, found.alpha) == (3, pytest.approx(0.05 / 2)), "one sum, over all windows"
-    assert found.needed == pytest.approx(-math.log(found.alpha))
+    result = guard.evidence(WATCH, "a")
+    assert result.mean_gain < 0.0
+    assert (result.test, result.alpha) == (3, pytest.approx(0.05 / 2)), "one sum, over all windows"
+    assert result.needed == pytest.approx(-math.log(result.alpha))
     assert n < 200, "before the window's end"
 
 
@@ -389,8 +389,8 @@ def test_a_window_ends_where_only_one_client_is_left():
     count(guard, WATCH, "a", gains(0, 0.06, n=40), clients=4)
     decision, n = count(guard, WATCH, "a", [0.0] * 400, first=1000, clients=1)
     assert (decision.reason, n) == (Reason.UNSUPPORTED, 2)
-    found = guard.evidence(WATCH, "a")
-    assert (found.units, found.units + found.refused) == (42, 400)
+    result = guard.evidence(WATCH, "a")
+    assert (result.units, result.units + result.refused) == (42, 400)
 
 
 def test_support_within_a_window_lasts_to_its_end():

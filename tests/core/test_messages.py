@@ -78,9 +78,9 @@ def test_what_is_shown(url: str, shown: str | None) -> None:
     ],
 )
 def test_errors_of_other_libraries_in_words(error: Exception, words: str) -> None:
-    found = in_words(error)
-    assert found == words
-    assert not re.search(r"\w+Error\(|\w+\(\d", found)
+    result = in_words(error)
+    assert result == words
+    assert not re.search(r"\w+Error\(|\w+\(\d", result)
 
 
 def test_no_message_has_the_representation_of_an_error() -> None:
@@ -88,5 +88,5 @@ def test_no_message_has_the_representation_of_an_error() -> None:
     error = r"(?:error|exc|exception|failure|cause|reason|problem|refused)"
     pattern = re.compile(rf"\{{{error}!r\}}|repr\({error}\)|%r.*\b{error}\b")
     sources = [path for folder in ("middleware", "calibration") for path in (ROOT / folder).rglob("*.py")]
-    found = [f"{path}: {text}" for path in sources for text in pattern.findall(path.read_text(encoding="utf-8"))]
-    assert found == []
+    result = [f"{path}: {text}" for path in sources for text in pattern.findall(path.read_text(encoding="utf-8"))]
+    assert result == []

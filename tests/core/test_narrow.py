@@ -44,13 +44,13 @@ def test_no_other_map_of_its_rank_leaves_less(columns, seed):
     moment = y.T @ y / len(y)
     cut, turn, lost = narrow(up, moment, mean, tail, columns)
     exact = y @ up.T
-    found = left_out(mean, tail, exact - y @ turn.T @ cut.T)
+    result = left_out(mean, tail, exact - y @ turn.T @ cut.T)
     weighted = np.sqrt(mean[tail])[:, None] * up[tail] @ np.linalg.cholesky(moment)
     least = 0.5 * np.square(np.linalg.svd(weighted)[1][columns:]).sum()
-    assert found == pytest.approx(least, rel=1e-3)
+    assert result == pytest.approx(least, rel=1e-3)
     assert lost == pytest.approx(least, rel=1e-3)
     largest = np.linalg.eigh(moment)[1][:, -columns:]
-    assert found < left_out(mean, tail, exact - y @ largest @ largest.T @ up.T)
+    assert result < left_out(mean, tail, exact - y @ largest @ largest.T @ up.T)
 
 
 def test_a_tail_that_nothing_is_known_of_is_no_error():

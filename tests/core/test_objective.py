@@ -23,11 +23,11 @@ def kl(log_r, log_c):
 
 
 def differences(loss, image, step=1e-3):
-    found = np.empty_like(image)
+    result = np.empty_like(image)
     for j in range(D):
         shift = step * np.eye(D)[j]
-        found[:, j] = (loss(image + shift) - loss(image - shift)) / (2.0 * step)
-    return found
+        result[:, j] = (loss(image + shift) - loss(image - shift)) / (2.0 * step)
+    return result
 
 
 def test_lists_against_their_definition():
@@ -61,8 +61,8 @@ def test_exact_gains_are_differences_of_kl(clamp):
     compressed = c.astype(np.float32)
     reference = compressed + t
     log_r, log_c = log_softmax(reference @ embedding.T), log_softmax(compressed @ embedding.T)
-    found = exact_gains(embedding, reference, compressed, [image, -image], np.array([1.0, 0.3]), clamp)
-    for of_image, sign in zip(found, (1.0, -1.0), strict=True):
+    result = exact_gains(embedding, reference, compressed, [image, -image], np.array([1.0, 0.3]), clamp)
+    for of_image, sign in zip(result, (1.0, -1.0), strict=True):
         for values, scale in zip(of_image, (1.0, 0.3), strict=True):
             delta = np.clip(sign * scale * image @ embedding.T, -clamp, clamp)
             np.testing.assert_allclose(values, kl(log_r, log_c) - kl(log_r, log_softmax(log_c + delta)), atol=1e-4)
@@ -77,10 +77,10 @@ def test_hidden_states_come_back_from_their_logits():
         rows = weight[:anchors]
         z = h @ rows.T + rng.normal(size=(400, 1))  # a constant of the row says nothing
         offset, gain = hidden_states.linear_recovery(rows, known)
-        found = offset + (z - z.mean(1, keepdims=True)) @ gain.T
-        assert np.sqrt(np.square(found - h).mean()) < error
+        result = offset + (z - z.mean(1, keepdims=True)) @ gain.T
+        assert np.sqrt(np.square(result - h).mean()) < error
         # Too few anchors leave the rest at its mean, not at nothing.
-        assert np.square(found - h).mean() < np.square(h - h.mean(0)).mean()
+        assert np.square(result - h).mean() < np.square(h - h.mean(0)).mean()
     offset, gain = hidden_states.linear_recovery(weight[:20], hidden_states.isotropic_prior(weight, 0.01))
     z = h @ weight[:20].T
     np.testing.assert_allclose(offset + (z - z.mean(1, keepdims=True)) @ gain.T, h, atol=0.1)

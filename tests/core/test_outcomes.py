@@ -35,12 +35,12 @@ def life(seed, units, treated_rate, control_rate, *, control_fraction=0.5, lengt
 
 def test_harm_is_proven_and_described():
     trial = life(1, 1500, 0.9, 0.625)
-    found = trial.harm()
-    assert found.outcome == "json"
-    assert found.harm
-    assert found.difference.low > 0.05
-    assert 0.15 < found.difference.mean < 0.45
-    assert trial.units == found.treated_units + found.control_units < 700
+    result = trial.harm()
+    assert result.outcome == "json"
+    assert result.harm
+    assert result.difference.low > 0.05
+    assert 0.15 < result.difference.mean < 0.45
+    assert trial.units == result.treated_units + result.control_units < 700
 
 
 def test_a_harmless_profile_is_not_harmful():
@@ -50,10 +50,10 @@ def test_a_harmless_profile_is_not_harmful():
 @pytest.mark.parametrize("lengths", [(100, 260), (260, 100)], ids=["longer", "shorter"])
 def test_a_changed_length_is_found(lengths):
     trial = life(1, 3000, 0.1, 0.1, lengths=lengths)
-    found = trial.harm()
-    assert found.outcome == LENGTH
+    result = trial.harm()
+    assert result.outcome == LENGTH
     assert trial.cap == pytest.approx(4.0 * 180, rel=0.5)
-    assert abs(found.difference.mean) > 0.5
+    assert abs(result.difference.mean) > 0.5
 
 
 def test_a_length_that_changes_within_the_margin_is_not():

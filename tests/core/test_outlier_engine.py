@@ -40,10 +40,10 @@ shares = st.floats(0.001, 0.999)
 def test_every_strategy_spreads_a_probability_of_1_over_the_gaps(labels: list[bool]) -> None:
     """Own and another's each: so that under exchangeable figures no strategy has an advantage, whatever the label."""
     both = np.array([labels, [not label for label in labels]], bool)
-    found = np.stack([placements(both, place) for place in range(len(labels) + 1)])
-    assert found.shape == (len(labels) + 1, 2, 2, len(LOG_WEIGHTS))
-    assert (found > 0.0).all()
-    assert np.allclose(found.sum(axis=0), 1.0)
+    result = np.stack([placements(both, place) for place in range(len(labels) + 1)])
+    assert result.shape == (len(labels) + 1, 2, 2, len(LOG_WEIGHTS))
+    assert (result > 0.0).all()
+    assert np.allclose(result.sum(axis=0), 1.0)
 
 
 @given(st.lists(st.booleans(), max_size=12), st.data())
@@ -62,9 +62,9 @@ def test_placements_are_the_mean_over_thresholds(labels: list[bool], data: st.Da
         total += likelihood
         own += likelihood * ((1.0 - noise) * below + noise * above)
         other += likelihood * (noise * below + (1.0 - noise) * above)
-    found = placements(np.array(labels, bool), place)
+    result = placements(np.array(labels, bool), place)
     mirrored = placements(np.array(labels[::-1], bool), units - place)
-    assert np.allclose([found[0][0], found[1][0]], [own / total, other / total])
+    assert np.allclose([result[0][0], result[1][0]], [own / total, other / total])
     assert np.allclose([mirrored[0][1], mirrored[1][1]], [own / total, other / total])
 
 
@@ -72,16 +72,16 @@ def test_placements_are_the_mean_over_thresholds(labels: list[bool], data: st.Da
 def test_no_constant_probability_makes_labels_more_likely(own: int, others: int) -> None:
     grid = np.linspace(0.0, 1.0, 2001)
     expected = math.log((grid**own * (1.0 - grid) ** others).max())
-    found = float(max_log_likelihood(np.array([own, others])))
-    assert expected - 1e-9 <= found <= expected + 0.01
+    result = float(max_log_likelihood(np.array([own, others])))
+    assert expected - 1e-9 <= result <= expected + 0.01
 
 
 def both_wealths(state: OutlierTest, engine: str) -> Floats:
     """Of bets on gaps and of bets on labels, what is held back included: float64 [2]."""
     test = state.tests[engine]
     held_back = (1.0 - FIRST_PART) * _held_back(test.restarts)
-    found: Floats = np.exp(test.wealth.log_wealth).reshape(2, -1).sum(axis=1) + held_back
-    return found
+    result: Floats = np.exp(test.wealth.log_wealth).reshape(2, -1).sum(axis=1) + held_back
+    return result
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_under_exchangeable_figures_the_mean_wealth_is_one_whatever_the_labels(l
 
 
 def named(state: OutlierTest) -> list[str]:
-    return [one.engine for one in readings(state) if one.raised is not None]
+    return [reading.engine for reading in readings(state) if reading.raised is not None]
 
 
 def lived(state: OutlierTest, units: int, odd: int | None, seed: int = 0) -> OutlierTest:
@@ -186,7 +186,7 @@ def test_of_two_engines_both_are_named_until_the_one_that_differs_is_repaired() 
             changes.append(named(state))
         if n == 799:
             assert named(state) == ["engine 0", "engine 1"]
-    assert len([found for found in changes if len(found) == 2]) == 1, "the alarm does not flap"
+    assert len([change for change in changes if len(change) == 2]) == 1, "the alarm does not flap"
     assert not named(state)
     assert state.begun == 4
 
@@ -228,7 +228,7 @@ def test_an_engine_that_joins_late_is_found_as_soon() -> None:
         engine = int(rng.integers(4))
         name, level = (f"engine {engine}", 0.6) if engine < 3 else ("new", 2.0)
         state = update(state, "chat", Unit(name, level * rng.lognormal(0.0, 0.8), 50))
-    assert [one.engine for one in readings(state) if one.raised] == ["new"]
+    assert [reading.engine for reading in readings(state) if reading.raised] == ["new"]
 
 
 def test_an_engine_that_is_farther_is_said_to_be() -> None:

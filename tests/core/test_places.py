@@ -34,9 +34,9 @@ RECORD = make_record(World(noise=0.3).truth(1), 8)
 @given(st.integers(0, 200_000), st.integers(0, 300), st.sampled_from([POSITION_EDGES, CONTEXT_EDGES, (1,)]))
 def test_every_value_is_in_the_bucket_whose_name_says_so(first: int, tokens: int, edges: tuple[int, ...]) -> None:
     names = bucket_labels(edges)
-    found = buckets(first, tokens, edges)
-    assert len(found) == tokens
-    for value, bucket in zip(range(first, first + tokens), found.tolist(), strict=True):
+    result = buckets(first, tokens, edges)
+    assert len(result) == tokens
+    for value, bucket in zip(range(first, first + tokens), result.tolist(), strict=True):
         low, _, high = names[bucket].partition("-")
         assert int(low.rstrip("+")) <= value
         assert not high or value <= int(high)
@@ -58,8 +58,8 @@ def test_a_records_tokens_are_in_one_bucket_each(position: int, context: int, da
             assert (np.sum(list(masks.values()), axis=0) == 1).all()
         assert all(mask.any() for mask in masks.values())
     assert bool(by_context(record)) == (context > 0)
-    found = by_phase(record).get(THINKING, np.zeros(RECORD.tokens, bool))
-    assert found.sum() == max(0, thinking.answer_start - max(begin, position))
+    result = by_phase(record).get(THINKING, np.zeros(RECORD.tokens, bool))
+    assert result.sum() == max(0, thinking.answer_start - max(begin, position))
 
 
 def test_without_thinking_there_are_no_phases() -> None:

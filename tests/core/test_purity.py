@@ -70,5 +70,5 @@ def test_importing_all_of_it_loads_nothing_heavy():
     code = (
         f"import {modules}, sys; print([m for m in ('torch', 'vllm', 'transformers', 'hemostat') if m in sys.modules])"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

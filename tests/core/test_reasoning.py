@@ -23,12 +23,19 @@ def oracle(prompt: list[int], output: list[int], markers: Markers) -> Thinking |
 
     def at(values: list[int], position: int, sequences: tuple[tuple[int, ...], ...]) -> int:
         """Length of the longest sequence that begins there; 0: none does."""
-        return max((len(one) for one in sequences if tuple(values[position : position + len(one)]) == one), default=0)
+        return max(
+            (len(sequence) for sequence in sequences if tuple(values[position : position + len(sequence)]) == sequence),
+            default=0,
+        )
 
     def ends(sequences: tuple[tuple[int, ...], ...]) -> int:
         places = [-1]
         for position in range(len(prompt)):
-            places += [position + len(one) for one in sequences if tuple(prompt[position : position + len(one)]) == one]
+            places += [
+                position + len(sequence)
+                for sequence in sequences
+                if tuple(prompt[position : position + len(sequence)]) == sequence
+            ]
         return max(places)
 
     started, ended = ends(markers.start), ends(markers.end)
@@ -49,22 +56,22 @@ def oracle(prompt: list[int], output: list[int], markers: Markers) -> Thinking |
 @given(IDS, IDS, SEQUENCES, SEQUENCES.filter(bool))
 def test_the_split_is_that_of_a_search_by_hand(prompt: list[int], output: list[int], start: tuple, end: tuple) -> None:
     markers = Markers(start, end)
-    found = find_thinking(ids(prompt), ids(output), markers)
-    assert found == oracle(prompt, output, markers)
-    if found is not None:
-        assert 0 <= found.begin <= found.answer_start <= len(output)
-        assert found.ended or found.answer_start == len(output)
-        assert int(thinking_mask(found, 0, len(output)).sum()) == found.tokens
+    result = find_thinking(ids(prompt), ids(output), markers)
+    assert result == oracle(prompt, output, markers)
+    if result is not None:
+        assert 0 <= result.begin <= result.answer_start <= len(output)
+        assert result.ended or result.answer_start == len(output)
+        assert int(thinking_mask(result, 0, len(output)).sum()) == result.tokens
 
 
 @given(IDS, IDS, SEQUENCES, SEQUENCES.filter(bool), st.data())
 def test_the_mask_of_a_part_is_a_part_of_the_mask(
     prompt: list[int], output: list[int], start: tuple, end: tuple, data: st.DataObject
 ) -> None:
-    found = find_thinking(ids(prompt), ids(output), Markers(start, end))
+    result = find_thinking(ids(prompt), ids(output), Markers(start, end))
     first = data.draw(st.integers(0, len(output)))
-    whole = thinking_mask(found, 0, len(output))
-    assert thinking_mask(found, first, len(output) - first).tolist() == whole[first:].tolist()
+    whole = thinking_mask(result, 0, len(output))
+    assert thinking_mask(result, first, len(output) - first).tolist() == whole[first:].tolist()
 
 
 START, END = 100, 101

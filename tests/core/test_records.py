@@ -39,8 +39,8 @@ def listed(record, **changes):
 
 
 def far(record, **changes):
-    found = ExactDistances(np.zeros(5), np.zeros(5), np.ones(5, np.bool_))
-    return replace(record, distances={"identity": replace(found, **changes)})
+    exact_distances = ExactDistances(np.zeros(5), np.zeros(5), np.ones(5, np.bool_))
+    return replace(record, distances={"identity": replace(exact_distances, **changes)})
 
 
 def constrained(record, support, **changes):

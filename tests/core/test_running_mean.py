@@ -27,17 +27,17 @@ def test_the_interval_of_a_mean_by_request_covers_at_every_look(name):
         for t, (value, want) in enumerate(zip(values, true, strict=True)):
             sequence = sequence.update(float(value))
             if t % 20 == 19:
-                found = sequence.get()
-                good &= found.low <= want <= found.high
+                result = sequence.get()
+                good &= result.low <= want <= result.high
         missed += not good
     assert missed <= MISSED
 
 
 @given(st.floats(0.0, 1e6), st.sampled_from([0.5, 0.05, 1e-4]))
 def test_the_boundary_solves_the_mixture_from_above_and_is_below_the_stitched_one(squares, alpha):
-    found = float(boundary(np.array(squares), alpha))
+    result = float(boundary(np.array(squares), alpha))
     fractions, weights, psi = running_mean._FRACTIONS, running_mean._WEIGHTS, running_mean._PSI
-    exponents = np.log(weights) + fractions * found - psi * squares
+    exponents = np.log(weights) + fractions * result - psi * squares
     evidence = exponents.max() + math.log(np.exp(exponents - exponents.max()).sum())
     assert -1e-9 <= evidence + math.log(alpha) < 1e-6
     # Howard et al., equation (10) at η = 2, s = 1.4, m = 1: what the mixture replaces.
@@ -46,7 +46,7 @@ def test_the_boundary_solves_the_mixture_from_above_and_is_below_the_stitched_on
     loss = s * math.log(math.log(eta * v) / math.log(eta)) + math.log(3.1055 / alpha)
     k1, k2 = (eta**0.25 + eta**-0.25) / math.sqrt(2.0), (math.sqrt(eta) + 1.0) / 2.0
     stitched = math.sqrt(k1**2 * v * loss + k2**2 * loss**2) + k2 * loss
-    assert found <= stitched
+    assert result <= stitched
 
 
 @given(st.lists(st.floats(-2.0, 3.0), min_size=1, max_size=60))
@@ -57,9 +57,9 @@ def test_a_mean_equals_its_batch_and_its_fields_are_its_state(values):
     before = [0.0, *(np.cumsum(values)[:-1] / np.arange(1, len(values)))]
     assert sequence.mean == pytest.approx(np.mean(values), abs=1e-9)
     assert sequence.squares == pytest.approx(np.sum((np.array(values) - before) ** 2) / 25.0, abs=1e-9)
-    found = RunningMean(**dataclasses.asdict(sequence)).get()
-    assert found == sequence.get()
-    assert -2.0 <= found.low <= found.mean <= found.high <= 3.0 or math.isclose(found.low, found.high)
+    result = RunningMean(**dataclasses.asdict(sequence)).get()
+    assert result == sequence.get()
+    assert -2.0 <= result.low <= result.mean <= result.high <= 3.0 or math.isclose(result.low, result.high)
 
 
 def test_a_higher_level_is_wider_and_more_observations_are_narrower():
@@ -75,12 +75,12 @@ def test_a_higher_level_is_wider_and_more_observations_are_narrower():
 
 
 def test_before_there_is_evidence_nothing_is_refuted():
-    found = RunningMean(0.0, 20.0).get()
-    assert math.isnan(found.mean)
-    assert (found.low, found.high) == (0.0, 20.0)
-    assert not enough(found, 0.0, 20.0)
-    found = RunningMean(0.0, 20.0).update(0.1).get()
-    assert (found.low, found.high) == (0.0, 20.0)
+    result = RunningMean(0.0, 20.0).get()
+    assert math.isnan(result.mean)
+    assert (result.low, result.high) == (0.0, 20.0)
+    assert not enough(result, 0.0, 20.0)
+    result = RunningMean(0.0, 20.0).update(0.1).get()
+    assert (result.low, result.high) == (0.0, 20.0)
 
 
 @pytest.mark.parametrize(

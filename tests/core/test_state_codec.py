@@ -50,14 +50,14 @@ def whole() -> Whole:
 
 
 def test_what_is_read_is_what_was_stored() -> None:
-    found = decode(Whole, encode(whole(), 1), 1)
-    assert (found.rows == whole().rows).all()
-    assert found.rows.dtype == np.float64
-    found.rows[0] = 0.0  # a mutable class changes its arrays
-    assert repr(found) == repr(decode(Whole, encode(found, 1), 1))
-    assert (found.part, found.none, found.colour, found.late) == (Other(2.0), None, Colour.RED, True)
-    assert (found.by_name, found.pairs) == ({"a": One(1.0)}, [(1, 0.5)])
-    assert (found.clients, found.digests) == ({b"\x01": 2}, {b"ab": None})
+    result = decode(Whole, encode(whole(), 1), 1)
+    assert (result.rows == whole().rows).all()
+    assert result.rows.dtype == np.float64
+    result.rows[0] = 0.0  # a mutable class changes its arrays
+    assert repr(result) == repr(decode(Whole, encode(result, 1), 1))
+    assert (result.part, result.none, result.colour, result.late) == (Other(2.0), None, Colour.RED, True)
+    assert (result.by_name, result.pairs) == ({"a": One(1.0)}, [(1, 0.5)])
+    assert (result.clients, result.digests) == ({b"\x01": 2}, {b"ab": None})
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ def test_it_undoes_a_bias(k):
     world = World(bias=0.4)
     learner, state = world.learn(200, k)
     profile = learner.propose(state)
-    found = profile.parameters["bias"]
-    assert np.corrcoef(found, -world.bias)[0, 1] > 0.95
+    result = profile.parameters["bias"]
+    assert np.corrcoef(result, -world.bias)[0, 1] > 0.95
     assert world.divergence(profile) < 0.2 * world.divergence()
 
 

@@ -22,11 +22,11 @@ def text(random: np.random.Generator, tokens: int) -> np.ndarray:
 
 def variants(random: np.random.Generator, count: int, tokens: int = 60, places: int = 4) -> list[np.ndarray]:
     base, where = text(random, tokens), random.choice(tokens, places, replace=False)
-    found = []
+    result = []
     for _ in range(count):
-        found.append(base.copy())
-        found[-1][where] = text(random, places)
-    return found
+        result.append(base.copy())
+        result[-1][where] = text(random, places)
+    return result
 
 
 def talk(random: np.random.Generator) -> bytes:
@@ -36,25 +36,25 @@ def talk(random: np.random.Generator) -> bytes:
 def test_variants_of_a_template_are_on_one_side_of_the_split() -> None:
     random, table = rng(), TemplateTable(KEY)
     every = [(n, prompt) for n in range(60) for prompt in variants(random, 24)]
-    found: dict[int, list[bytes]] = {}
+    result: dict[int, list[bytes]] = {}
     for at in random.permutation(len(every)):
         template, prompt = every[at]
-        found.setdefault(template, []).append(table.assign(prompt, talk(random)))
+        result.setdefault(template, []).append(table.assign(prompt, talk(random)))
     astray = sum(
         min(sum(held_out(one, 0.3) for one in ones), sum(not held_out(one, 0.3) for one in ones))
-        for ones in found.values()
+        for ones in result.values()
     )
     assert astray <= 0.01 * len(every)
-    first = {ones[0] for ones in found.values()}
-    assert len(first) > 0.95 * len(found), "different templates are different clusters"
+    first = {ones[0] for ones in result.values()}
+    assert len(first) > 0.95 * len(result), "different templates are different clusters"
 
 
 def test_questions_behind_one_system_prompt_are_told_from_each_other() -> None:
     random, table = rng(1), TemplateTable(KEY)
     system = text(random, 300)
-    found = [table.assign(np.concatenate([system, text(random, 15)]), talk(random)) for _ in range(200)]
-    assert len(set(found[:FRAME_PROMPTS])) == 1, "nobody knows yet that it is a frame"
-    assert len(set(found[FRAME_PROMPTS:])) > 0.98 * (200 - FRAME_PROMPTS)
+    result = [table.assign(np.concatenate([system, text(random, 15)]), talk(random)) for _ in range(200)]
+    assert len(set(result[:FRAME_PROMPTS])) == 1, "nobody knows yet that it is a frame"
+    assert len(set(result[FRAME_PROMPTS:])) > 0.98 * (200 - FRAME_PROMPTS)
 
 
 def test_a_template_that_is_a_small_part_of_much_traffic_is_no_frame() -> None:
@@ -100,9 +100,9 @@ def test_a_conversation_is_one_cluster_whatever_it_says() -> None:
 def test_without_shingles_the_prompt_or_the_conversation_is_the_cluster() -> None:
     table = TemplateTable(KEY)
     one, two, none = (np.array(ids, np.int32) for ids in ([1], [2], []))
-    found = [table.assign(one), table.assign(two), table.assign(none), table.assign(one, b"talk")]
-    assert len(set(found)) == 4
-    assert [table.assign(one), table.assign(two), table.assign(none), table.assign(one, b"talk")] == found
+    result = [table.assign(one), table.assign(two), table.assign(none), table.assign(one, b"talk")]
+    assert len(set(result)) == 4
+    assert [table.assign(one), table.assign(two), table.assign(none), table.assign(one, b"talk")] == result
     with pytest.raises(InvalidArgumentError, match=r"prompt has shape \(1, 1\)"):
         table.assign(one[None])
 

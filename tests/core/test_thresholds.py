@@ -38,9 +38,9 @@ def test_contrast_is_that_of_paired_differences():
     sums = rng.gamma(1.0, 1.0, (3, 12))
     curve = Curve(np.array([0.0, 1.0, 2.0]), sums, np.ones(12))
     value, low, high = curve.contrast(np.array([-1.0, 0.0, 1.0]), 0.05)
-    found = sums[2] - sums[0]
-    assert value == pytest.approx(found.mean())
-    assert high - low == pytest.approx(2 * 2.2010 * found.std(ddof=1) / np.sqrt(12), rel=1e-3)
+    result = sums[2] - sums[0]
+    assert value == pytest.approx(result.mean())
+    assert high - low == pytest.approx(2 * 2.2010 * result.std(ddof=1) / np.sqrt(12), rel=1e-3)
 
 
 def test_means_of_resamples_count_tokens_and_skip_what_is_not_measured():
@@ -163,13 +163,13 @@ def test_the_interval_is_in_whole_settings_around_the_break():
     x = np.arange(9.0)
     shape = np.maximum(x - 4.3, 0.0)[:, None] * (1.0 + 0.2 * rng.normal(size=(9, 24)))
     counts = rng.multinomial(24, np.full(24, 1 / 24), 300).astype(float)
-    found = find_break(Curve(x, shape, np.ones(24)), counts)
-    assert found.existence is Existence.FOUND
-    assert found.low <= found.raw_low <= found.at <= found.raw_high <= found.high
-    assert found.low in x
-    assert found.high in x
-    assert found.low <= 4.3 <= found.high
-    assert found.high - found.low <= 3.0
+    result = find_break(Curve(x, shape, np.ones(24)), counts)
+    assert result.existence is Existence.FOUND
+    assert result.low <= result.raw_low <= result.at <= result.raw_high <= result.high
+    assert result.low in x
+    assert result.high in x
+    assert result.low <= 4.3 <= result.high
+    assert result.high - result.low <= 3.0
 
 
 def test_looking_again_does_not_make_a_wrong_order_likelier():

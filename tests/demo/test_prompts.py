@@ -25,9 +25,9 @@ def words(prompt: Prompt) -> frozenset[str]:
 def test_default_prompts_are_many_and_of_every_kind() -> None:
     prompts = load()
     assert len(prompts) >= 160
-    found = Counter(prompt.kind for prompt in prompts)
-    assert found.keys() == KINDS.keys()
-    assert all(found[kind] >= least for kind, least in KINDS.items()), found
+    counter = Counter(prompt.kind for prompt in prompts)
+    assert counter.keys() == KINDS.keys()
+    assert all(counter[kind] >= least for kind, least in KINDS.items()), counter
 
 
 def test_default_prompts_are_well_formed() -> None:

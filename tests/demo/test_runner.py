@@ -43,7 +43,7 @@ sys.exit(runner.run(runner.DemoOptions(requests=REQUESTS, report=Path("report.js
 def started_by(tmp_path: Path) -> list[int]:
     """Every running process that inherited this test's environment variable."""
     mark = f"STAND_IN_RUN={tmp_path}\0".encode()
-    found = []
+    result = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -51,8 +51,8 @@ def started_by(tmp_path: Path) -> list[int]:
             except OSError:
                 continue
             if marked and alive(int(entry.name)):
-                found.append(int(entry.name))
-    return found
+                result.append(int(entry.name))
+    return result
 
 
 def alive(pid: int) -> bool:
@@ -180,15 +180,15 @@ def test_settings_are_a_valid_configuration(tmp_path: Path) -> None:
     profile = tmp_path / "p.safetensors"
     profile.touch()
     options = DemoOptions(keep=tmp_path, force_profile=profile, seed=-1)
-    found = Settings.model_validate(
+    result = Settings.model_validate(
         programs.serve_settings(options, Checkpoints(tmp_path, tmp_path), "http://127.0.0.1:9", 8080, 8081, "t" * 20)
     )
-    assert found.shadow.rate == 1.0
-    assert found.shadow.top_k == 64
-    assert found.calibration.mode == "auto"
-    assert found.calibration.alpha == 0.05, "the same error probability as in a deployment"
-    assert found.calibration.force == profile
-    assert found.records.path == tmp_path / "records.jsonl"
+    assert result.shadow.rate == 1.0
+    assert result.shadow.top_k == 64
+    assert result.calibration.mode == "auto"
+    assert result.calibration.alpha == 0.05, "the same error probability as in a deployment"
+    assert result.calibration.force == profile
+    assert result.records.path == tmp_path / "records.jsonl"
     assert "--max-logprobs" in programs.vllm_arguments()
     assert vllm_process.LOGITS_PROCESSOR in programs.vllm_arguments()
 

@@ -179,14 +179,14 @@ def test_the_documented_commands_start_in_this_environment() -> None:
     programs = set()
     for page in ("README.md", "docs/operations.md", "docs/configuration.md"):
         text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
-        found = {
+        result = {
             tuple(shlex.split(line)[: 2 if line.startswith("vllm") else 3])
             for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
             for line in map(str.strip, block.splitlines())
             if re.match(r"(vllm|python -m vllm\S*) ", line)
         }
-        assert found, page
-        programs |= found
+        assert result, page
+        programs |= result
     known = {"python": sys.executable, "vllm": str(Path(sys.executable).with_name("vllm"))}
     for name, *arguments in programs:
         run = subprocess.run([known[name], *arguments, "--help"], capture_output=True, text=True, check=False)

@@ -103,8 +103,8 @@ def test_nothing_is_left_in_the_source_tree(wheel: Path) -> None:
     """There it would be imported instead of the source next to it, whatever that has become since."""
     assert wheel.exists()
     for folder in ("middleware", "calibration", "deploy"):
-        found = [path for path in (ROOT / folder).rglob("*") if path.suffix in {".so", ".pyd", ".c"}]
-        assert found == []
+        result = [path for path in (ROOT / folder).rglob("*") if path.suffix in {".so", ".pyd", ".c"}]
+        assert result == []
 
 
 def test_compiled_modules_define_no_msgspec_structs() -> None:
@@ -126,9 +126,9 @@ def test_a_relay_imports_the_compiled_modules(unpacked: Path) -> None:
     said = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
     files = {name: Path(file) for name, file in json.loads(said.stdout).items()}
     assert all(file.is_file() and file.is_relative_to(unpacked) for file in files.values())
-    found = {name for name, file in files.items() if file.name.endswith(compiled.SUFFIXES)}
+    result = {name for name, file in files.items() if file.name.endswith(compiled.SUFFIXES)}
     modules = {path.removesuffix(".py").replace("/", ".") for path in compiled.modules()}
-    assert found == modules | {"hemostat_compiled__mypyc"}
+    assert result == modules | {"hemostat_compiled__mypyc"}
 
 
 def test_the_relay(unpacked: Path) -> None:

@@ -187,14 +187,14 @@ def test_drain_is_shorter_than_the_grace_period() -> None:
 
 
 def test_mounted_files_exist() -> None:
-    found = 0
+    result = 0
     for service in resolved("gpu")["services"].values():
         for volume in service.get("volumes", []):
             if volume["type"] == "bind":
                 assert Path(volume["source"]).exists(), volume
                 assert volume["read_only"], volume
-                found += 1
-    assert found >= 4
+                result += 1
+    assert result >= 4
 
 
 def test_ports_match_and_only_the_data_port_is_public() -> None:

@@ -105,9 +105,9 @@ def test_errors_that_clients_can_get_are_in_the_reference() -> None:
 
 def test_units_are_those_of_the_names() -> None:
     for name, metric in METRICS.items():
-        found = re.search(r"_(seconds|nats|tokens|ratio|info)(_total)?$", name)
-        if found and name != "hemostat_top1_agreement_tokens_total":
-            assert metric.unit.startswith({"info": "1"}.get(found[1], found[1])), name
+        match = re.search(r"_(seconds|nats|tokens|ratio|info)(_total)?$", name)
+        if match and name != "hemostat_top1_agreement_tokens_total":
+            assert metric.unit.startswith({"info": "1"}.get(match[1], match[1])), name
 
 
 def test_every_label_is_explained(reference: ModuleType) -> None:
@@ -148,13 +148,13 @@ def test_every_reason_of_an_arm_is_explained(reference: ModuleType) -> None:
 
 def test_every_event_of_the_engine_is_explained(reference: ModuleType) -> None:
     engine = ROOT / "calibration" / "hemostat_engine"
-    found = {
+    result = {
         text for path in engine.glob("*.py") for call in calls(path, "add") for text in texts(call.args[0]) if call.args
     }
     # What is counted on the device is named where the tally is made.
-    found |= {name.value for call in calls(engine / "core.py", "DeviceCounters") for name in call.args[1].elts}
-    found |= {call.args[0].value for path in engine.glob("adapters/*.py") for call in calls(path, "count")}
-    assert set(reference.ENGINE_EVENTS) == EVENTS == found
+    result |= {name.value for call in calls(engine / "core.py", "DeviceCounters") for name in call.args[1].elts}
+    result |= {call.args[0].value for path in engine.glob("adapters/*.py") for call in calls(path, "count")}
+    assert set(reference.ENGINE_EVENTS) == EVENTS == result
 
 
 # --- the runbook ------------------------------------------------------------------------------------------------------
@@ -233,16 +233,16 @@ def test_metrics_that_a_page_names_exist(path: Path) -> None:
 
 def anchors(path: Path) -> set[str]:
     """Of a page's headings, as GitHub makes them."""
-    found: set[str] = set()
+    result: set[str] = set()
     text = re.sub(r"^(```|~~~).*?^\1", "", text_of(path), flags=re.MULTILINE | re.DOTALL)
     for heading in re.findall(r"^#{1,6} +(.*?) *#*$", text, re.MULTILINE):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
         anchor = re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-")
         n = 0
-        while (anchor if not n else f"{anchor}-{n}") in found:
+        while (anchor if not n else f"{anchor}-{n}") in result:
             n += 1
-        found.add(anchor if not n else f"{anchor}-{n}")
-    return found
+        result.add(anchor if not n else f"{anchor}-{n}")
+    return result
 
 
 def links(path: Path) -> list[str]:
@@ -258,7 +258,7 @@ def links(path: Path) -> list[str]:
 
 
 def dead(path: Path, root: Path = ROOT) -> list[str]:
-    found = []
+    result = []
     for link in links(path):
         if re.match(r"[a-z]+:", link):
             continue
@@ -266,8 +266,8 @@ def dead(path: Path, root: Path = ROOT) -> list[str]:
         to = (path.parent / target).resolve() if target else path
         exists = to.exists() if to.parent.name != "reference" else to in generated()
         if not exists or not to.is_relative_to(root) or (anchor and anchor not in anchors(to)):
-            found.append(link)
-    return found
+            result.append(link)
+    return result
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

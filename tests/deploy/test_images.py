@@ -36,19 +36,19 @@ def stages(path: Path) -> tuple[dict[str, str], list[list[Step]]]:
     """The arguments before the first FROM, with their defaults, and each stage's steps."""
     parsed = DockerfileParser(fileobj=io.BytesIO(path.read_bytes()))
     arguments: dict[str, str] = {}
-    found: list[list[Step]] = []
+    result: list[list[Step]] = []
     for step in parsed.structure:
         instruction, value = step["instruction"], step["value"]
         if instruction == "COMMENT":
             continue
         if instruction == "FROM":
-            found.append([])
-        elif not found:
+            result.append([])
+        elif not result:
             name, _, default = value.partition("=")
             arguments[name] = default
             continue
-        found[-1].append((instruction, value))
-    return arguments, found
+        result[-1].append((instruction, value))
+    return arguments, result
 
 
 def values(stage: list[Step], instruction: str) -> list[str]:

@@ -26,8 +26,8 @@ CONFIG = ROOT / "deploy" / "hemostat.yaml"
 def instruction(name: str) -> str:
     """The Dockerfile's last instruction of that name."""
     parsed = DockerfileParser(path=str(ROOT / "deploy" / "Dockerfile"))
-    found: list[str] = [step["value"] for step in parsed.structure if step["instruction"] == name]
-    return found[-1]
+    result: list[str] = [step["value"] for step in parsed.structure if step["instruction"] == name]
+    return result[-1]
 
 
 def _reference(admin: httpx.Client) -> str:

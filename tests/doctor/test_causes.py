@@ -33,10 +33,10 @@ def report(tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     """The first two layers differ; the noise of the second is five times that of the first."""
     folder = tmp_path_factory.mktemp("causes")
     options = tiny.options(layer_tokens=40, budget="0.4", plan=folder / "plan.json", plan_for="any", html=folder / "h")
-    found = report_of(options, folder)
-    found["page"] = (folder / "h").read_text()
-    found["plan"] = read_plan(folder / "plan.json")
-    return found
+    result = report_of(options, folder)
+    result["page"] = (folder / "h").read_text()
+    result["plan"] = read_plan(folder / "plan.json")
+    return result
 
 
 def restored(report: dict[str, Any], name: str) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def test_prescription_is_a_plan_within_the_budget(report: dict[str, Any], tiny: 
     assert plan.layers.keys() == shapes.keys()
     assert plan.source == report["reference"]["digest"]
     check_plan(plan, Checkpoint(tiny.reference, "SOURCE").digest(), shapes)  # as compress --plan does
-    assert plan.bytes == sum(stored_bytes(*shapes[name], one) for name, one in plan.layers.items())
+    assert plan.bytes == sum(stored_bytes(*shapes[name], layer) for name, layer in plan.layers.items())
     dense = sum(stored_bytes(*shape, LayerPlan(16)) for shape in shapes.values())
     assert prescription["budget"] == round(0.4 * dense)
     assert plan.bytes <= prescription["budget"] < 1.02 * plan.bytes
@@ -119,7 +119,7 @@ def input_moments(model: Any, names: list[str], texts: list[Any]) -> dict[str, I
             model(torch.from_numpy(ids.astype(np.int64))[None])
     for handle in handles:
         handle.remove()
-    return {name: input_moments_of(torch.cat(found)) for name, found in rows.items()}
+    return {name: input_moments_of(torch.cat(row)) for name, row in rows.items()}
 
 
 def test_measured_mix_is_that_of_a_model_with_rounded_weights(report: dict[str, Any], tiny: TinyPair) -> None:
@@ -168,7 +168,7 @@ def test_sentences_of_figures_without_a_clear_cause(report: dict[str, Any]) -> N
         row["won_se_by_request"] = 100.0
     vague["layers"]["additivity"]["excess_se_by_request"] = 100.0
     vague["layers"]["noise_floor"] = 100.0
-    texts = [one["text"] for one in findings(vague)]
+    texts = [finding["text"] for finding in findings(vague)]
     assert sum("not clearly" in text for text in texts) >= 2
     assert any("no single layer stands out" in text for text in texts)
     assert any("The effects add up" in text for text in texts)
@@ -227,10 +227,10 @@ def test_predicted_loss_is_the_mean_square_of_the_change_of_log_likelihood(tiny:
     from hemostat.models.parts import Parts
 
     ids = np.array([5, 17, 200, 33, 90, 12], np.int32)
-    found = predicted_losses(tiny.reference, [ids], "any", "cpu", 3, Parts(None), lambda *_: None)
+    result = predicted_losses(tiny.reference, [ids], "any", "cpu", 3, Parts(None), lambda *_: None)
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny.reference).eval()
     name = "model.layers.1.mlp.down_proj"
-    change, one = mean_square_change(model, ids, name, 3), found[name]
+    change, one = mean_square_change(model, ids, name, 3), result[name]
     for plan, predicted in zip(one.plans, one.losses, strict=True):
         assert predicted == pytest.approx(0.5 * change(plan), rel=1e-3, abs=1e-12), plan
 

@@ -95,9 +95,9 @@ def test_sampled_text_follows_the_model(tiny: TinyPair, pair: module.CheckpointP
     likely = probability * draws >= 8
     counts = np.bincount(written, minlength=len(probability))
     expected = np.append(probability[likely], probability[~likely].sum()) * draws
-    found = np.append(counts[likely], counts[~likely].sum())
-    statistic = float(((found - expected) ** 2 / expected).sum())
-    degrees = len(found) - 1
+    result = np.append(counts[likely], counts[~likely].sum())
+    statistic = float(((result - expected) ** 2 / expected).sum())
+    degrees = len(result) - 1
     assert degrees > 10
     # Wilson and Hilferty's approximation of the 99.99 % quantile.
     assert statistic < degrees * (1 - 2 / (9 * degrees) + 3.72 * (2 / (9 * degrees)) ** 0.5) ** 3

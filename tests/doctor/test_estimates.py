@@ -18,15 +18,15 @@ from hemostat_calibration.statistics.streaming import RatioEstimate, student_975
 def test_mean_equals_the_ratio_estimate(lengths: list[int], seed: int) -> None:
     values = [np.random.default_rng([seed, n]).normal(size=length) for n, length in enumerate(lengths)]
     sample = Sample(np.repeat(np.arange(len(lengths)), lengths), len(lengths))
-    found = sample.mean(np.concatenate(values))
+    result = sample.mean(np.concatenate(values))
     oracle = RatioEstimate()
-    for one in values:
-        oracle = oracle.update(float(one.sum()), len(one))
+    for value in values:
+        oracle = oracle.update(float(value.sum()), len(value))
     ratio = oracle.get()
-    assert found.value == pytest.approx(ratio.mean, abs=1e-12)
-    assert found.by_request == pytest.approx((ratio.high - ratio.mean) / student_975(len(lengths) - 1), abs=1e-9)
+    assert result.value == pytest.approx(ratio.mean, abs=1e-12)
+    assert result.by_request == pytest.approx((ratio.high - ratio.mean) / student_975(len(lengths) - 1), abs=1e-9)
     every = np.concatenate(values)
-    assert found.by_token == pytest.approx(every.std(ddof=1) / math.sqrt(len(every)), abs=1e-12)
+    assert result.by_token == pytest.approx(every.std(ddof=1) / math.sqrt(len(every)), abs=1e-12)
 
 
 def test_standard_error_by_request_equals_the_spread_of_repeated_samples() -> None:
@@ -41,8 +41,8 @@ def test_standard_error_by_request_equals_the_spread_of_repeated_samples() -> No
         ratios.append(ratio)
         estimates.append(sample.function(lambda means: math.exp(means[0] - means[1]), [ratio, -ratio], a, b))
     spread = float(np.std(ratios))
-    assert np.mean([one.by_request for one in estimates]) == pytest.approx(spread, rel=0.12)
-    assert np.mean([one.by_token for one in estimates]) < 0.5 * spread
+    assert np.mean([estimate.by_request for estimate in estimates]) == pytest.approx(spread, rel=0.12)
+    assert np.mean([estimate.by_token for estimate in estimates]) < 0.5 * spread
 
 
 def test_too_few_requests_or_tokens_give_nan() -> None:
@@ -54,9 +54,9 @@ def test_too_few_requests_or_tokens_give_nan() -> None:
 
 
 def test_infinite_value_has_no_standard_error() -> None:
-    found = Sample(np.array([0, 1]), 2).mean(np.array([np.inf, 1.0]))
-    assert found.value == math.inf
-    assert math.isnan(found.by_request)
+    result = Sample(np.array([0, 1]), 2).mean(np.array([np.inf, 1.0]))
+    assert result.value == math.inf
+    assert math.isnan(result.by_request)
 
 
 def test_selection_counts_its_own_requests() -> None:

@@ -30,15 +30,15 @@ VOID = {"meta", "link", "br", "hr", "img", "input"}
 @pytest.fixture(scope="module")
 def scored() -> list[Scored]:
     rng = np.random.default_rng(0)
-    found = []
+    result = []
     for index, tokens in enumerate((1, 3, 40, 17, 70)):
         figures = {name: rng.gamma(1.0, 0.3, tokens) for name in EXACT}
         figures["tv"] = rng.random(tokens) * 0.5
         figures["logp_r"], figures["logp_c"] = -rng.gamma(2.0, 1.0, (2, tokens))
         figures["same_top"] = (rng.random(tokens) < 0.7).astype(float)
         figures[FLOOR] = np.full(tokens, 0.001)
-        found.append(Scored(index, rng.integers(0, 7, tokens).astype(np.int32), figures))
-    return found
+        result.append(Scored(index, rng.integers(0, 7, tokens).astype(np.int32), figures))
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -381,8 +381,8 @@ def test_missing_torch_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_html_without_jinja_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "jinja2" else found(name))
+    result = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "jinja2" else result(name))
     assert cli.main(["doctor", "http://x:1", "http://x:2", "--html", str(tmp_path / "page.html")]) == 2
     error = capsys.readouterr().err
     assert "hemostat[report]" in error

@@ -86,8 +86,8 @@ class Copy(FakeVllm):
 
     def logprobs(self, context: list[int], adapter: str | None = None) -> Any:
         rng = np.random.default_rng(context[-3:])
-        found = self.known.logprobs(context[-4:])[-1] + self.noise * rng.normal(size=self.vocab_size)
-        return (found - np.log(np.exp(found).sum())).astype(np.float32).astype(np.float64)
+        result = self.known.logprobs(context[-4:])[-1] + self.noise * rng.normal(size=self.vocab_size)
+        return (result - np.log(np.exp(result).sum())).astype(np.float32).astype(np.float64)
 
 
 def test_a_pooling_server_as_the_reference_gives_narrower_bounds(tmp_path: Path) -> None:

@@ -55,23 +55,23 @@ def test_layers_that_no_token_reached_have_the_median_loss_of_their_kind(mixture
     rng = np.random.default_rng(0)
     texts = [rng.integers(2, VOCAB, length).astype(np.int32) for length in (SHORT, LONG)]
     with WorkFolder(tmp_path / "work", {}, "test") as work:
-        found = predicted_losses(mixture, texts, "any", "cpu", 3, Parts(work), lambda *_: None)
+        result = predicted_losses(mixture, texts, "any", "cpu", 3, Parts(work), lambda *_: None)
         again = predicted_losses(mixture, texts, "any", "cpu", 3, Parts(work), lambda *_: None)
-    assert {name for name, one in found.items() if not one.reached} == {
+    assert {name for name, one in result.items() if not one.reached} == {
         named(layer, 2, kind) for layer in (0, 1) for kind in ("gate", "up", "down")
     }
-    for name, one in found.items():
+    for name, one in result.items():
         np.testing.assert_array_equal(one.losses, again[name].losses)
     for kind in ("gate", "up", "down"):
-        reached = [found[named(layer, expert, kind)].losses for layer in (0, 1) for expert in (0, 1)]
+        reached = [result[named(layer, expert, kind)].losses for layer in (0, 1) for expert in (0, 1)]
         assert all((losses[:-1] > 0).all() for losses in reached)
-        np.testing.assert_allclose(found[named(1, 2, kind)].losses, np.median(reached, axis=0))
+        np.testing.assert_allclose(result[named(1, 2, kind)].losses, np.median(reached, axis=0))
     # The mean is over all tokens: those of the other expert's text count as 0.
     name = named(1, 0, "down")
     model = transformers.AutoModelForCausalLM.from_pretrained(mixture).eval()
-    change = mean_square_change(model, texts[0], name, 3)(found[name].plans[0])
-    assert found[name].losses[0] == pytest.approx(0.5 * change * SHORT / (SHORT + LONG), rel=1e-3)
-    mix, _ = prescribe(found, "any", int(0.25 * dense_bytes(found)))
+    change = mean_square_change(model, texts[0], name, 3)(result[name].plans[0])
+    assert result[name].losses[0] == pytest.approx(0.5 * change * SHORT / (SHORT + LONG), rel=1e-3)
+    mix, _ = prescribe(result, "any", int(0.25 * dense_bytes(result)))
     least = min(mix.layers[named(layer, expert, "up")].bits for layer in (0, 1) for expert in (0, 1))
     assert min(mix.layers[named(layer, 2, "up")].bits for layer in (0, 1)) >= least
 
@@ -85,8 +85,8 @@ def losses(*values: float, reached: bool = True, size: int = 64) -> LayerLosses:
 
 def test_a_kind_of_which_no_layer_was_reached_has_the_largest_loss() -> None:
     unknown = losses(np.nan, np.nan, np.nan, reached=False, size=128)
-    found = with_unreached({"0.up": losses(0.1, 0.02, 0.0), "0.down": losses(0.3, 0.01, 0.0), "0.gate": unknown})
-    np.testing.assert_allclose(found["0.gate"].losses, [0.6, 0.04, 0.0])
+    result = with_unreached({"0.up": losses(0.1, 0.02, 0.0), "0.down": losses(0.3, 0.01, 0.0), "0.gate": unknown})
+    np.testing.assert_allclose(result["0.gate"].losses, [0.6, 0.04, 0.0])
     with pytest.raises(AdaptError, match="give other prompts"):
         with_unreached({"0.gate": unknown})
 

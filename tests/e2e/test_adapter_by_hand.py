@@ -93,8 +93,8 @@ def engine(lora_server: RunningVllm, by_hand: ByHand) -> Iterator[httpx.Client]:
 def post(client: httpx.Client, path: str, body: dict[str, Any], **headers: str) -> dict[str, Any]:
     answer = client.post(path, json=body, headers=headers)
     assert answer.status_code == 200, answer.text
-    found: dict[str, Any] = answer.json()
-    return found
+    result: dict[str, Any] = answer.json()
+    return result
 
 
 def complete(engine: httpx.Client, model: str, prompt: str) -> dict[str, Any]:

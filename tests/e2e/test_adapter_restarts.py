@@ -33,8 +33,8 @@ def text(url: str, model: str, prompt: str) -> str:
     body = {"model": model, "prompt": prompt, "max_tokens": 24, "temperature": 0, "ignore_eos": True}
     answer = httpx.post(f"{url}/v1/completions", json=body, timeout=LONG)
     assert answer.status_code == 200, answer.text
-    found: str = answer.json()["choices"][0]["text"]
-    return found
+    result: str = answer.json()["choices"][0]["text"]
+    return result
 
 
 @pytest.fixture

@@ -67,14 +67,14 @@ def test_figures_are_those_of_the_weights(tmp_path: Path, checkpoints: Checkpoin
     assert report["calibrated"] == raw, "identity serves"
     assert report["profile"] == {"version": "identity", "family": "identity", "mode": "auto"}
 
-    found = recompute(tmp_path / "kept", TOP_K)
-    assert len(found) == REQUESTS
-    assert report["tokens_scored"] == sum(len(f.exact) for f in found)
+    result = recompute(tmp_path / "kept", TOP_K)
+    assert len(result) == REQUESTS
+    assert report["tokens_scored"] == sum(len(f.exact) for f in result)
     # Prompts come again: a conversation is one observation in each kind.
-    found = observations(found)
-    assert raw["requests"] == len(found) < REQUESTS
-    exact, reported = (np.concatenate([getattr(f, name) for f in found]) for name in ("exact", "reported"))
-    top, covered = (np.concatenate([getattr(f, name) for f in found]) for name in ("compressed_top", "covered"))
+    result = observations(result)
+    assert raw["requests"] == len(result) < REQUESTS
+    exact, reported = (np.concatenate([getattr(f, name) for f in result]) for name in ("exact", "reported"))
+    top, covered = (np.concatenate([getattr(f, name) for f in result]) for name in ("compressed_top", "covered"))
     # The report is the mean of the records.
     assert raw["kl_nats"]["estimate"] == pytest.approx(reported.mean(), rel=1e-9)
     assert raw["covered_mass"] == pytest.approx(covered.mean(), rel=1e-9)
@@ -84,7 +84,7 @@ def test_figures_are_those_of_the_weights(tmp_path: Path, checkpoints: Checkpoin
     assert (reported > exact + 0.05).mean() < 0.05
     assert covered.mean() == pytest.approx(top.mean(), abs=0.01)
     # The estimate has no truncation bias; it speaks of the sampled requests only, greedy ones have none.
-    sampled = np.concatenate([f.exact for f in found if f.temperature == 1.0])
+    sampled = np.concatenate([f.exact for f in result if f.temperature == 1.0])
     assert raw["kl_nats_estimate"]["estimate"] == pytest.approx(sampled.mean(), rel=0.5)
 
 

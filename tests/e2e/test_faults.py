@@ -317,7 +317,7 @@ def stored_mode(store: Path) -> str | None:
         return None
     with closing(sqlite3.connect(store)) as connection:
         try:
-            found = connection.execute("SELECT value FROM state WHERE key = 'mode'").fetchone()
+            result = connection.execute("SELECT value FROM state WHERE key = 'mode'").fetchone()
         except sqlite3.OperationalError:
             return None  # not written yet
-    return str(found[0]).split()[-1] if found else None
+    return str(result[0]).split()[-1] if result else None

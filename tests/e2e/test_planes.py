@@ -25,13 +25,13 @@ async def arms(relay: Relay, upstream: FakeVllm) -> dict[str, str | None]:
     upstream.requests.clear()
     for prompt in PROMPTS:
         assert (await relay.ask(prompt)).status_code == 200
-    found: dict[str, str | None] = {}
+    result: dict[str, str | None] = {}
     for body in list(upstream.requests):
         text = (body.get("messages") or [{}])[-1].get("content")
         if text in PROMPTS:
-            found[text] = (body.get("vllm_xargs") or {}).get("hemostat")
-    assert found.keys() == set(PROMPTS)
-    return found
+            result[text] = (body.get("vllm_xargs") or {}).get("hemostat")
+    assert result.keys() == set(PROMPTS)
+    return result
 
 
 def none_failed(*loads: Load) -> None:

@@ -126,7 +126,7 @@ def test_vllm_that_lacks_a_name_is_left_as_it_is(
 
 def test_settings_come_from_the_environment() -> None:
     assert AdapterSettings.from_environment({}) == AdapterSettings(None, True)
-    found = AdapterSettings.from_environment({"HEMOSTAT_ADAPTERS_CPU_PRODUCT": "0", "HEMOSTAT_ADAPTER_DIR": "/x"})
-    assert (str(found.folder), found.cpu_product) == ("/x", False)
+    result = AdapterSettings.from_environment({"HEMOSTAT_ADAPTERS_CPU_PRODUCT": "0", "HEMOSTAT_ADAPTER_DIR": "/x"})
+    assert (str(result.folder), result.cpu_product) == ("/x", False)
     with pytest.raises(InvalidArgumentError, match="must be 0 or 1"):
         AdapterSettings.from_environment({"HEMOSTAT_ADAPTERS_CPU_PRODUCT": "yes"})

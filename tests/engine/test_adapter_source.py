@@ -270,9 +270,9 @@ async def test_resolver_answers_versions_only(admin: EngineAdmin, make_source: C
     with pytest.raises(ValueError, match="Hemostat's resolver"):
         await resolver.resolve_lora(BASE, PROBE)
     assert admin.seen == []
-    found = await resolver.resolve_lora(BASE, profile.version)
-    assert found.lora_name == profile.version
-    assert Path(found.lora_path).name == profile.version
+    result = await resolver.resolve_lora(BASE, profile.version)
+    assert result.lora_name == profile.version
+    assert Path(result.lora_path).name == profile.version
     assert await resolver.resolve_lora(BASE, "b" * 32) is None
 
 
@@ -316,8 +316,8 @@ async def test_slow_source_blocks_neither_the_event_loop_nor_more_than_a_few_req
     monkeypatch.setattr(resolvers, "RESOLVE_SECONDS", 0.05)
     resolver = Resolver(Slow(), Request)  # type: ignore[arg-type]
     names = [f"{i:032x}" for i in range(1, 30)]
-    found = await asyncio.gather(*(resolver.resolve_lora(BASE, name) for name in names))
-    assert found == [None] * len(names)
+    result = await asyncio.gather(*(resolver.resolve_lora(BASE, name) for name in names))
+    assert result == [None] * len(names)
     release.set()
     resolver._thread.shutdown()
     assert len(asked) <= resolvers.MAX_WAITING
@@ -355,9 +355,9 @@ async def test_unloading_frees_the_engines_slot(error: Exception | None, caplog:
     version = "a" * 32
     for ident, name in enumerate((version, "clients-own"), 1):
         models.lora_requests[name] = SimpleNamespace(lora_name=name, lora_int_id=ident)
-    found = serving.engine()
-    assert (found.vocab_size, found.max_rank, found.lora) == (8, 16, True)
-    assert set(found.listed()) == {version, "clients-own"}
+    result = serving.engine()
+    assert (result.vocab_size, result.max_rank, result.lora) == (8, 16, True)
+    assert set(result.listed()) == {version, "clients-own"}
     for name, answer in ((version, "removed"), (version, "not found"), ("clients-own", "removed")):
         assert await models.unload_lora_adapter(SimpleNamespace(lora_name=name)) == answer
     # Once, and only ours: vLLM's clients get what they know.

@@ -155,8 +155,8 @@ def test_every_choice_is_an_answer_and_a_second_generation_of_the_request_a_call
     server = Server(Engine([[[3], [4]], [[8]]]))
     server.serve(params(ASKS, n=2))
     server.serve(params(ASKS, n=2))
-    found = [(a["call"], a["choice"], a["choices"], arrays(a)[0]) for a in server.recorded()]
-    assert found == [(0, 0, 2, [3, 4]), (0, 1, 2, [8]), (1, 0, 2, [3, 4]), (1, 1, 2, [8])]
+    result = [(a["call"], a["choice"], a["choices"], arrays(a)[0]) for a in server.recorded()]
+    assert result == [(0, 0, 2, [3, 4]), (0, 1, 2, [8]), (1, 0, 2, [3, 4]), (1, 1, 2, [8])]
     assert server.starts == 1
 
 
@@ -405,10 +405,10 @@ def test_answers_go_to_the_middleware_of_the_request(admins: list[EngineAdmin]) 
     sizes = [len(admin.sizes["/api/v1/engine/answers"]) for admin in admins]
     # The first goes to both, since it is not known yet whose it is.
     assert sizes == [2, 2]
-    found = [
+    result = [
         [nonce for nonce in ("aa-1", "bb-1", "bb-2") if admin.registry.answers.complete(nonce, 1)] for admin in admins
     ]
-    assert found == [["aa-1"], ["bb-1", "bb-2"]]
+    assert result == [["aa-1"], ["bb-1", "bb-2"]]
     assert server.queue.dropped == 0
 
 

@@ -35,12 +35,12 @@ def both(ids: Sequence[int], prefill: bool = True, samples: Sequence[int] | None
     mapping = SimpleNamespace(
         index_mapping=tuple(ids), prompt_mapping=tuple(ids if samples is None else samples), is_prefill=prefill
     )
-    found = []
+    result = []
     for wrapper_class in (PunicaWrapperCPU, Grouped):
         wrapper = wrapper_class(256, 256, "cpu")
         wrapper.update_metadata(mapping, list(IDS), SLOTS + 1, VOCAB_SIZE)
-        found.append(wrapper)
-    return found
+        result.append(wrapper)
+    return result
 
 
 def weights(
@@ -139,13 +139,13 @@ def test_factors_are_read_again_when_vllm_loads_another_adapter_into_the_slot() 
         with torch.inference_mode():
             for buffer in a:
                 buffer[0] = buffer[0] * change
-        found = []
+        result = []
         for wrapper in (theirs, ours):
             y = base.clone()
             wrapper.add_lora_linear(y, x, a, b, 1.0, (8, 8))
-            found.append(y)
-        close(found[1], found[0], torch.float32)
-    assert not found[1].any()
+            result.append(y)
+        close(result[1], result[0], torch.float32)
+    assert not result[1].any()
 
 
 def test_layer_whose_middle_slice_has_no_adapter() -> None:
@@ -155,13 +155,13 @@ def test_layer_whose_middle_slice_has_no_adapter() -> None:
     for ids in ([7] * 3, [7, 0, 7]):
         x = torch.randn(3, 16, generator=generator).bfloat16()
         base = torch.randn(3, 20, generator=generator).bfloat16()
-        found = []
+        result = []
         for wrapper in both(ids):
             y = base.clone()
             wrapper.add_lora_linear(y, x, a, b, 1.0, (8, 4, 8))
-            found.append(y)
-        close(found[1], found[0], torch.bfloat16)
-        assert torch.equal(found[1][:, 8:12], base[:, 8:12])
+            result.append(y)
+        close(result[1], result[0], torch.bfloat16)
+        assert torch.equal(result[1][:, 8:12], base[:, 8:12])
 
 
 @pytest.mark.parametrize("ids", [[7] * 3, [0, 8, 0], [0, 0, 0], [7, 0, 7, 8]])
@@ -171,14 +171,14 @@ def test_shrink_and_expand_apart_equal_vllm(ids: list[int]) -> None:
     outputs = (8, 4)
     a, b = weights(generator, 16, outputs, 4, 2, torch.float32, True)
     x, base = torch.randn(len(ids), 16, generator=generator), torch.randn(len(ids), 12, generator=generator)
-    found = []
+    result = []
     for wrapper in both(ids):
         hidden = torch.zeros(2, len(ids), 4)
         wrapper.add_shrink(hidden, x, a, 1.0)
         y = base.clone()
         wrapper.add_expand(y, hidden, b, outputs, add_inputs=True)
-        found.append(y)
-    close(found[1], found[0], torch.float32)
+        result.append(y)
+    close(result[1], result[0], torch.float32)
 
 
 @pytest.mark.parametrize("ids", [[7] * 3, [0, 8, 0], [0, 0, 0], [7, 0, 7, 8]])
@@ -213,20 +213,20 @@ def test_three_dimensional_rows() -> None:
     generator = torch.Generator().manual_seed(7)
     a, b = weights(generator, 16, (8,), 4, 4, torch.float32, True)
     x = torch.randn(4, 16, generator=generator)
-    found = []
+    result = []
     for wrapper in both([7, 0, 7, 7]):
         y = torch.zeros(1, 4, 8)
         wrapper.add_lora_linear(y, x, a, b, 1.0, (8,))
-        found.append(y)
-    close(found[1], found[0], torch.float32)
+        result.append(y)
+    close(result[1], result[0], torch.float32)
 
 
 @given(st.lists(st.integers(-1, 4), max_size=30))
 def test_plan_covers_each_row_with_an_adapter_once(slots: list[int]) -> None:
-    found = grouped.plan(slots)
-    assert found.rows == len(slots)
+    result = grouped.plan(slots)
+    assert result.rows == len(slots)
     covered: dict[int, int] = {}
-    for group in found.groups:
+    for group in result.groups:
         rows = range(group.start, group.stop) if group.index is None else group.index.tolist()
         assert group.rows == len(rows)
         covered |= dict.fromkeys(rows, group.slot)

@@ -50,9 +50,9 @@ def allowed(run: Any) -> np.ndarray:
 @pytest.fixture
 def runner_v1(monkeypatch: pytest.MonkeyPatch) -> Any:
     """vLLM's module, whose function is as it was afterwards."""
-    found = pytest.importorskip(V1)
-    monkeypatch.setattr(found, "apply_grammar_bitmask", found.apply_grammar_bitmask)
-    return found
+    result = pytest.importorskip(V1)
+    monkeypatch.setattr(result, "apply_grammar_bitmask", result.apply_grammar_bitmask)
+    return result
 
 
 def batch_of(core: Core, *nonces: str, **more: Any) -> tuple[BatchV1, list[list[int]]]:

@@ -85,9 +85,9 @@ async def test_a_server_that_comes_back_without_enable_lora_is_asked_for_no_adap
                 assert (host.capacity, "\n" in host.unusable) == (0, False)
                 assert "--enable-lora" in host.unusable, host.unusable
                 assert any("--enable-lora" in record.getMessage() for record in caplog.records)
-                found = values(host.samples())
-                assert found[names.ADAPTER_LOADS, "refused"] == 0
-                assert found[names.ADAPTERS, "ready"] == 0
+                result = values(host.samples())
+                assert result[names.ADAPTER_LOADS, "refused"] == 0
+                assert result[names.ADAPTERS, "ready"] == 0
                 # A request that was under way is refused in a way after which the relay sends the client's own.
                 status, said = complete(again, adapter.version)
                 assert (status, "--enable-lora" in said, adapter.version in said) == (400, True, True), said

@@ -77,9 +77,9 @@ def test_the_response_is_the_same_and_the_answer_whole(vllm_server: Any, route: 
             entry = choice["logprobs"]["content"][position]
             top = {one["token"]: one["logprob"] for one in entry["top_logprobs"]}
         want = {int(token.removeprefix("token_id:")): value for token, value in top.items()}
-        found = {int(i): float(v) for i, v in zip(ids[position], logprobs[position], strict=True) if i >= 0}
-        assert found.keys() == want.keys()
-        assert found == pytest.approx(want, abs=1e-4)
+        result = {int(i): float(v) for i, v in zip(ids[position], logprobs[position], strict=True) if i >= 0}
+        assert result.keys() == want.keys()
+        assert result == pytest.approx(want, abs=1e-4)
 
 
 def test_logprobs_of_the_prompt_are_what_the_client_asked_for(vllm_server: Any) -> None:
@@ -96,8 +96,8 @@ def test_every_choice_of_a_request(vllm_server: Any) -> None:
     body = {"prompt": "Once", "max_tokens": 12, "n": 3, "temperature": 1.5, "seed": 7, "return_token_ids": True}
     given = json.loads(post(vllm_server, "/v1/completions", body | xargs("choices")))
     answers = answers_of(vllm_server, "choices", 3)
-    found = [np.frombuffer(answer.token_ids, "<i4").tolist() for answer in answers]
-    assert found == [choice["token_ids"] for choice in given["choices"]]
+    result = [np.frombuffer(answer.token_ids, "<i4").tolist() for answer in answers]
+    assert result == [choice["token_ids"] for choice in given["choices"]]
     assert [answer.choice for answer in answers] == [0, 1, 2]
     # The numbers of the logits processor, too, are found by the ids of each choice.
     give_up = time.monotonic() + 60

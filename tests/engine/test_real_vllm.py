@@ -129,8 +129,8 @@ def test_rows_without_a_profile_in_the_same_batch_are_unchanged(client: Client, 
     asked = [{"hemostat": forcing} if i % 2 else None for i in range(16)]
     lengths = [8 + (i * 5) % 24 for i in range(16)]
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda a, n: client.tokens(a, max_tokens=n, ignore_eos=True), asked, lengths))
-    for xargs, length, ids in zip(asked, lengths, found, strict=True):
+        result = list(pool.map(lambda a, n: client.tokens(a, max_tokens=n, ignore_eos=True), asked, lengths))
+    for xargs, length, ids in zip(asked, lengths, result, strict=True):
         assert len(ids) == length
         if xargs:
             assert set(ids) == {FORCED}
@@ -242,10 +242,10 @@ def test_contextual_profile_changes_only_treated_requests(
 ) -> None:
     asked = [{"hemostat": contextual.version} if i % 2 else None for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(client.tokens, asked))
+        result = list(pool.map(client.tokens, asked))
     treated = client.tokens({"hemostat": contextual.version})
     assert treated[:4] != plain[:4]
-    for xargs, ids in zip(asked, found, strict=True):
+    for xargs, ids in zip(asked, result, strict=True):
         assert ids[:4] == (treated if xargs else plain)[:4]
 
 
@@ -295,8 +295,8 @@ def test_a_profile_that_raises_is_off_and_the_server_goes_on(
     wait_for("the profile is held", held)
     asked = [{"hemostat": raising.version, "hemostat_tap": "raises"}, {"hemostat": forcing}, None]
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(client.tokens, asked))
-    assert (found[0][:4], found[1], found[2][:4]) == (plain[:4], [FORCED] * 8, plain[:4])
+        result = list(pool.map(client.tokens, asked))
+    assert (result[0][:4], result[1], result[2][:4]) == (plain[:4], [FORCED] * 8, plain[:4])
     wait_for("it is not held any more", lambda: not held())
     wait_for("its tap", lambda: registry.taps.covered("raises") == 8)
     with vllm_server.admin.lock:
@@ -375,8 +375,8 @@ def test_reports_carry_the_fingerprint_of_the_checkpoint(vllm_server: Any, check
     expected = {fingerprint(str(checkpoints.compressed)): 1}
     for _ in range(100):
         with vllm_server.admin.lock:
-            found = vllm_server.admin.registry.weights({vllm_server.model}, 0.0)
-        if found:
+            result = vllm_server.admin.registry.weights({vllm_server.model}, 0.0)
+        if result:
             break
         time.sleep(0.2)
-    assert found == expected
+    assert result == expected

@@ -132,10 +132,10 @@ def test_what_vllm_says_is_read_and_what_it_does_not_say_is_not_known() -> None:
     config = SimpleNamespace(
         served_model_name=["m", "other"], model="a/b", hf_config=SimpleNamespace(_commit_hash=COMMIT)
     )
-    found = LoadedWeights.of(config)
-    found.start()
-    found.wait()
-    assert found.report() == {"model": "m", "weights": fingerprint("a/b", COMMIT)}
+    result = LoadedWeights.of(config)
+    result.start()
+    result.wait()
+    assert result.report() == {"model": "m", "weights": fingerprint("a/b", COMMIT)}
     unknown: list[Any] = [
         None,
         SimpleNamespace(),
@@ -152,10 +152,10 @@ def test_what_vllm_says_is_read_and_what_it_does_not_say_is_not_known() -> None:
             raise RuntimeError("it needs the network")
 
     for one in [*unknown, Raises()]:
-        found = LoadedWeights.of(one)
-        found.start()
-        found.wait()
-        assert found.report() == {}
+        result = LoadedWeights.of(one)
+        result.start()
+        result.wait()
+        assert result.report() == {}
 
 
 def test_files_that_cannot_be_read_are_logged_once_and_nothing_fails(
@@ -165,11 +165,11 @@ def test_files_that_cannot_be_read_are_logged_once_and_nothing_fails(
         raise OSError("stale file handle")
 
     monkeypatch.setattr(weights, "_samples", refuse)
-    found = LoadedWeights("m", str(checkpoint(tmp_path / "a")))
+    loaded_weights = LoadedWeights("m", str(checkpoint(tmp_path / "a")))
     with caplog.at_level(logging.WARNING):
-        found.start()
-        found.wait()
-        assert found.report() == found.report() == {}
+        loaded_weights.start()
+        loaded_weights.wait()
+        assert loaded_weights.report() == loaded_weights.report() == {}
     assert [record.message for record in caplog.records] == [
         f"the weights in {tmp_path / 'a'} have no fingerprint: stale file handle"
     ]
@@ -178,7 +178,7 @@ def test_files_that_cannot_be_read_are_logged_once_and_nothing_fails(
 def test_the_registry_gets_it_once_it_is_known(tmp_path: Path) -> None:
     admin = EngineAdmin()
     try:
-        found = LoadedWeights("m", str(checkpoint(tmp_path / "a")))
+        loaded_weights = LoadedWeights("m", str(checkpoint(tmp_path / "a")))
         counters = Counters()
         agent = Agent(
             Identity("boot", 0, 1, VOCAB_SIZE, "v1", "test"),
@@ -186,14 +186,14 @@ def test_the_registry_gets_it_once_it_is_known(tmp_path: Path) -> None:
             Library(VOCAB_SIZE),
             counters,
             Taps(counters),
-            weights=found,
+            weights=loaded_weights,
             spawn=lambda run: run(),
         )
         agent.tick(0.0)
         assert admin.registry.live_engines(0.0) == 1
         assert not admin.registry.weights({"m"}, 0.0)
         agent.start()
-        found.wait()
+        loaded_weights.wait()
         agent.stop()
         agent.tick(1e9)
         assert admin.registry.weights({"m"}, 0.0) == {of(tmp_path / "a"): 1}

@@ -37,8 +37,8 @@ def test_both_keys_are_read_beside_other_keys() -> None:
 
 
 def test_number_of_candidates_of_an_answer() -> None:
-    found = [parse({"hemostat_tap": "n", "hemostat_tap_top": value}) for value in (20, "20", "1", 128)]
-    assert [request.top for request in found] == [20, 20, 1, 128]
+    result = [parse({"hemostat_tap": "n", "hemostat_tap_top": value}) for value in (20, "20", "1", 128)]
+    assert [request.top for request in result] == [20, 20, 1, 128]
     assert parse({"hemostat_tap": "n"}).top is None
     # Without a nonce there is nobody to send the answer to.
     assert parse({"hemostat_tap_top": "20"}) is NO_PARAMETERS

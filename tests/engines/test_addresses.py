@@ -45,8 +45,8 @@ class World:
         """At each address."""
         for engine in self.engines:
             engine.report()
-        found = self.addresses.held(time.monotonic())
-        return [set(found.get(engine.name, ())) for engine in self.engines]
+        result = self.addresses.held(time.monotonic())
+        return [set(result.get(engine.name, ())) for engine in self.engines]
 
     async def becomes(self, *expected: set[str]) -> None:
         """Steps until this is held."""
@@ -124,8 +124,8 @@ async def test_an_engine_that_is_silent_holds_nothing() -> None:
         await w.becomes({V}, {V})
         later = time.monotonic() + SILENCE_SECONDS + 1.0
         w.engines[1].report(later)
-        found = w.addresses.held(later)
-        assert w.engines[0].name not in found
+        result = w.addresses.held(later)
+        assert w.engines[0].name not in result
 
 
 async def test_of_several_engines_behind_an_address_all_have_to_hold_a_version() -> None:

@@ -181,8 +181,8 @@ def test_the_numbers_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(taps_module, "MAX_WAITING_NUMBER_BYTES", 10_000)
     for number in range(10):
         registry.taps.add(TapMessage("boot", [run(0, [1.0] * 200, f"n{number}")]), 0.0)
-    found = [registry.taps.take(f"n{number}", 99) is not None for number in range(10)]
-    assert found == [False] * 6 + [True] * 4
+    result = [registry.taps.take(f"n{number}", 99) is not None for number in range(10)]
+    assert result == [False] * 6 + [True] * 4
     assert registry.taps.runs_dropped == 6
     # What was taken makes room.
     registry.taps.add(TapMessage("boot", [run(0, [1.0] * 800, "large")]), 0.0)
@@ -302,8 +302,8 @@ def test_features_are_bounded_and_the_numbers_are_kept(monkeypatch: pytest.Monke
     registry = EngineRegistry()
     for nonce in ("a", "b", "c"):
         registry.taps.add(TapMessage("boot", [with_features(0, [[1.0, 2.0]], nonce)]), 0.0)
-    found = [registry.taps.take(nonce, 99) for nonce in ("a", "c")]
-    assert [taken.features is None if taken else None for taken in found] == [False, True]
+    result = [registry.taps.take(nonce, 99) for nonce in ("a", "c")]
+    assert [taken.features is None if taken else None for taken in result] == [False, True]
     # What was taken, or expired, makes room.
     registry.taps.add(TapMessage("boot", [with_features(0, [[1.0, 2.0]], "d")]), 121.0)
     registry.taps.add(TapMessage("boot", [with_features(0, [[1.0, 2.0]], "e")]), 121.0)
@@ -368,15 +368,15 @@ def test_each_choice_is_found_by_its_ids() -> None:
     assert registry.taps.covered("n", ids(5, 6, 8, 1)) == 3  # the best of those that fit so far
     registry.taps.add(TapMessage("boot", runs[1:2]), 0.0)
     assert registry.taps.covered("n", ids(9, 9)) == 1
-    found = {}
+    result = {}
     for output in ([9], [5, 6], [5, 6, 8], [5, 6, 7]):
         taken = registry.taps.take("n", 99, ids(*output))
         assert taken is not None
-        found[tuple(output)] = taken.log_normalizer[A].tolist()
+        result[tuple(output)] = taken.log_normalizer[A].tolist()
     # Two answers that differ in the last id only have the same numbers: either may be taken for the other.
-    assert found[9,] == [3.0]
-    assert found[5, 6] == [2.0, 2.0]
-    assert sorted((found[5, 6, 8][0], found[5, 6, 7][0])) == [0.0, 1.0]
+    assert result[9,] == [3.0]
+    assert result[5, 6] == [2.0, 2.0]
+    assert sorted((result[5, 6, 8][0], result[5, 6, 7][0])) == [0.0, 1.0]
     assert registry.taps.take("n", 99, ids(9)) is None
     assert registry.taps.runs_dropped == 0
 

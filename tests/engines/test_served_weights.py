@@ -27,78 +27,80 @@ class Deployment:
 
 
 def test_a_rolling_update_is_complete_once_no_engine_has_the_old_weights() -> None:
-    one = Deployment()
-    assert one.at(0.0) == ""
-    assert one.at(1.0, a="old", b="old") == "old"
-    assert one.at(5.0, a="old", new="new") == "old"
-    assert one.at(16.5, a="old", new="new") == "old", "b is gone"
-    assert one.at(30.0, new="new", newer="new") == "old", "a reported 13 s ago"
-    assert one.at(31.6, new="new", newer="new") == "new"
+    deployment = Deployment()
+    assert deployment.at(0.0) == ""
+    assert deployment.at(1.0, a="old", b="old") == "old"
+    assert deployment.at(5.0, a="old", new="new") == "old"
+    assert deployment.at(16.5, a="old", new="new") == "old", "b is gone"
+    assert deployment.at(30.0, new="new", newer="new") == "old", "a reported 13 s ago"
+    assert deployment.at(31.6, new="new", newer="new") == "new"
 
 
 def test_a_rolling_update_that_is_taken_back_changes_nothing() -> None:
-    one = Deployment()
-    assert [one.at(0.0, a="old"), one.at(1.0, a="old", b="new"), one.at(17.0, a="old")] == ["old"] * 3
+    deployment = Deployment()
+    assert [deployment.at(0.0, a="old"), deployment.at(1.0, a="old", b="new"), deployment.at(17.0, a="old")] == [
+        "old"
+    ] * 3
 
 
 def test_engines_that_say_nothing_change_nothing() -> None:
     """Of an older plugin, of one that reads the files meanwhile, and without a plugin."""
-    one = Deployment()
-    assert one.at(0.0, older="", a="old") == "old"
-    assert one.at(1.0 + SILENCE_SECONDS, older="") == "old"
-    assert one.at(2.0 + 2 * SILENCE_SECONDS) == "old", "all are silent: they start again"
-    assert one.at(60.0, again="") == "old"
-    assert one.at(61.0, again="new") == "new"
+    deployment = Deployment()
+    assert deployment.at(0.0, older="", a="old") == "old"
+    assert deployment.at(1.0 + SILENCE_SECONDS, older="") == "old"
+    assert deployment.at(2.0 + 2 * SILENCE_SECONDS) == "old", "all are silent: they start again"
+    assert deployment.at(60.0, again="") == "old"
+    assert deployment.at(61.0, again="new") == "new"
 
 
 def test_nothing_is_known_while_engines_differ_from_the_start() -> None:
-    one = Deployment()
-    assert one.at(0.0, a="old", b="new") == ""
-    assert one.at(16.0, b="new") == "new"
+    deployment = Deployment()
+    assert deployment.at(0.0, a="old", b="new") == ""
+    assert deployment.at(16.0, b="new") == "new"
 
 
 def test_of_several_others_most_engines_decide() -> None:
-    one = Deployment()
-    one.at(0.0, a="old")
-    assert one.at(17.0, b="x", c="y", d="y") == "y"
+    deployment = Deployment()
+    deployment.at(0.0, a="old")
+    assert deployment.at(17.0, b="x", c="y", d="y") == "y"
 
 
 def test_weights_of_another_model_do_not_count() -> None:
-    one = Deployment()
-    one.at(0.0, a="old")
+    deployment = Deployment()
+    deployment.at(0.0, a="old")
     for boot, model, now in (("y", "alias", 1.0), ("z", "other", 10.0)):
         report = EngineReport(boot, 0, 1, [], 100, {}, "v1", "0", model=model, weights=f"of {model}")
-        one.registry.report(report, now)
-    assert one.served.of("m", NAMES, 10.0) == "old"
-    assert one.served.of("m", NAMES, 15.5) == "of alias", "another of its names"
-    assert one.served.of("m", NAMES, 20.0) == "of alias", "z serves another model"
-    assert one.served.of("other", {"other"}, 20.0) == "of other"
+        deployment.registry.report(report, now)
+    assert deployment.served.of("m", NAMES, 10.0) == "old"
+    assert deployment.served.of("m", NAMES, 15.5) == "of alias", "another of its names"
+    assert deployment.served.of("m", NAMES, 20.0) == "of alias", "z serves another model"
+    assert deployment.served.of("other", {"other"}, 20.0) == "of other"
 
 
 def test_ranks_of_one_engine_count_once() -> None:
-    one = Deployment()
+    deployment = Deployment()
     for rank in range(2):
         report = EngineReport("a", rank, 2, [], 100, {}, "v1", "0", model="m", weights="w" if rank == 0 else "")
-        one.registry.report(report, 0.0)
-    assert one.registry.weights(NAMES, 0.0) == {"w": 1}
+        deployment.registry.report(report, 0.0)
+    assert deployment.registry.weights(NAMES, 0.0) == {"w": 1}
 
 
 def test_a_report_of_an_older_plugin_is_read() -> None:
     body = b'{"boot_id": "b", "rank": 0, "world_size": 1, "versions": [], "vocab_size": 8, "counters": {}, '
-    found = decode_report(body + b'"runner": "v1", "vllm": "0"}')
-    assert (found.model, found.weights) == ("", "")
+    result = decode_report(body + b'"runner": "v1", "vllm": "0"}')
+    assert (result.model, result.weights) == ("", "")
 
 
 def test_an_engine_cannot_change_its_weights_while_it_runs() -> None:
     """It loads them once. Else one that reports others each second would begin everything anew each second."""
-    one = Deployment()
-    assert one.at(0.0, a="old") == "old"
+    deployment = Deployment()
+    assert deployment.at(0.0, a="old") == "old"
     for now in (1.0, 2.0):
         with pytest.raises(InvalidEngineMessage, match="weights"):
-            one.at(now, a="new")
-        assert one.served.of("m", NAMES, now) == "old"
+            deployment.at(now, a="new")
+        assert deployment.served.of("m", NAMES, now) == "old"
     # Silent for long enough, it is another engine.
-    assert one.at(3.0 + SILENCE_SECONDS, a="new") == "new"
+    assert deployment.at(3.0 + SILENCE_SECONDS, a="new") == "new"
 
 
 @pytest.mark.parametrize("given", ["a\\nb", "a b", "\\u00e4", "a\\n", "0" * 65])

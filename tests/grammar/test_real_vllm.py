@@ -152,7 +152,7 @@ def test_the_sets_are_those_that_vllm_masked_by(
 def compare(capture: Capture, sets: AllowedSets, *, many: bool = False) -> None:
     """The sets are those of the capture's lists, id for id. many: everywhere more ids are allowed than listed."""
     arrays = decode_capture(capture)
-    found = restricted(arrays.candidates, arrays.output, capture.top_k, sets)
+    result = restricted(arrays.candidates, arrays.output, capture.top_k, sets)
     support = sets.support
     _, _, ids, logprobs, _ = rows(capture)
     small = np.nonzero(support <= TOP_K)[0]
@@ -163,7 +163,7 @@ def compare(capture: Capture, sets: AllowedSets, *, many: bool = False) -> None:
         listed = {int(i) for i, value in zip(ids[t], logprobs[t], strict=True) if i >= 0 and value > IMPOSSIBLE_LOGPROB}
         assert listed == set(np.nonzero(mask[t])[0].tolist())
         # Conditional on the set: it is all there is.
-        assert np.exp(found.logprobs[t][found.ids[t] >= 0]).sum() == pytest.approx(1.0, abs=1e-3)
+        assert np.exp(result.logprobs[t][result.ids[t] >= 0]).sum() == pytest.approx(1.0, abs=1e-3)
 
 
 def response(prompt: str, **more: Any) -> tuple[str, dict[str, Any]]:

@@ -57,12 +57,12 @@ class Request:
     def capture(self, **more: Any) -> Capture:
         """As vLLM answers: the likeliest K after the mask, and the emitted one behind them."""
         masked = condition(self.compressed, self.mask)
-        found = top(masked, K, self.output)
-        logprobs = np.where((found.ids >= 0) & np.isneginf(found.logprobs), MASKED, found.logprobs)
+        result = top(masked, K, self.output)
+        logprobs = np.where((result.ids >= 0) & np.isneginf(result.logprobs), MASKED, result.logprobs)
         made = capture(
             tokens=len(self.output),
             output_token_ids=self.output.astype("<i4").tobytes(),
-            candidate_ids=found.ids.astype("<i4").tobytes(),
+            candidate_ids=result.ids.astype("<i4").tobytes(),
             candidate_logprobs=logprobs.astype("<f4").tobytes(),
             emitted_logprobs=masked[np.arange(len(self.output)), self.output].astype("<f4").tobytes(),
             kind=KIND,
@@ -95,10 +95,10 @@ class WorldReference:
         mask = np.ones((len(output), V), np.bool_) if allowed is None else allowed.mask(slice(0, len(output)))
         log_r = condition(self.request.reference, mask)
         r = np.exp(log_r)
-        found = top(log_r, K + 1)
+        result = top(log_r, K + 1)
         return ReferenceScores(
             at=np.where(ids >= 0, np.take_along_axis(log_r, np.maximum(ids, 0), 1), np.nan),
-            top=replace(found, ids=np.where(np.isneginf(found.logprobs), -1, found.ids)),
+            top=replace(result, ids=np.where(np.isneginf(result.logprobs), -1, result.ids)),
             emitted=log_r[np.arange(len(output)), output],
             entropy=-np.where(r > 0, r * np.where(r > 0, log_r, 0.0), 0.0).sum(1),
         )
@@ -191,8 +191,8 @@ async def test_the_figures_are_the_conditional_ones_and_apart_from_all_others() 
     [record] = bench.records
     np.testing.assert_array_equal(record.support, request.mask.sum(1))
     assert record.constraint == "grammar"
-    found = bench.measured.conditional.report()
-    raw = found["raw"]
+    result = bench.measured.conditional.report()
+    raw = result["raw"]
     assert raw["kl_nats"]["bound"] == "lower", "one position allows everything"
     # What the lists prove contains the truth; where the whole set is listed both ends are the truth.
     from hemostat_calibration.divergence.per_token import divergence
@@ -203,8 +203,8 @@ async def test_the_figures_are_the_conditional_ones_and_apart_from_all_others() 
     assert whole.sum() > 1
     np.testing.assert_allclose(bounds.lower[whole], request.kl[whole], atol=1e-5)
     np.testing.assert_allclose(bounds.upper[whole], request.kl[whole], atol=1e-5)
-    assert found["exact_tokens_share"] == pytest.approx(whole.mean())
-    [kind] = found["kinds"]
+    assert result["exact_tokens_share"] == pytest.approx(whole.mean())
+    [kind] = result["kinds"]
     assert kind["kind"] == KIND
     # Nothing else has seen it but the judge.
     assert {name: len(records) for name, records in bench.noted.items()} == {
@@ -245,9 +245,9 @@ def changed(request: Request, t: int, token: int) -> np.ndarray:
 
 async def test_a_set_that_the_answer_contradicts_is_a_mismatch() -> None:
     request = Request(3)
-    found = request.capture()
-    ids = np.frombuffer(found.candidate_ids, "<i4").reshape(-1, K + 1)
-    logprobs = np.frombuffer(found.candidate_logprobs, "<f4").reshape(-1, K + 1)
+    result = request.capture()
+    ids = np.frombuffer(result.candidate_ids, "<i4").reshape(-1, K + 1)
+    logprobs = np.frombuffer(result.candidate_logprobs, "<f4").reshape(-1, K + 1)
     listed = next(
         (t, ids[t, j])
         for t in range(2, 12)
@@ -264,7 +264,7 @@ async def test_a_set_that_the_answer_contradicts_is_a_mismatch() -> None:
     }
     for what, mask in wrong.items():
         bench = Bench(request, runs=[restricted_run(NONCE, mask)])
-        await bench.score(found)
+        await bench.score(result)
         assert bench.skipped == {"grammar_mismatch": 1}, what
         assert bench.reference.asked == [], what
 
@@ -278,14 +278,14 @@ async def test_what_shows_a_mask_that_nothing_asked_for_is_not_scored() -> None:
 
 async def test_nor_where_only_the_plugin_says_so() -> None:
     """The mask may leave out ids only that the response does not list."""
-    found = capture(kind="chat text greedy", nonce=NONCE)
+    result = capture(kind="chat text greedy", nonce=NONCE)
     request = Request(4, tokens=3)
     request.mask[:] = np.arange(V) < V - 1
     bench = Bench(request)
-    await bench.score(found)
+    await bench.score(result)
     assert bench.skipped == {"grammar_unknown": 1}
     free = Bench(request, runs=[TapRun(NONCE, 0, 3, {}, None)])
-    await free.score(found)
+    await free.score(result)
     assert (free.skipped, free.reference.asked) == ({}, [None])
 
 
@@ -313,8 +313,8 @@ def test_sets_are_those_of_the_runs_whichever_they_come_in() -> None:
         [second, first],
         [restricted_run(NONCE, np.roll(request.mask, 1, axis=1)), first, second],
     ):
-        found = allowed_sets(runs, slice(0, 9), V)
-        np.testing.assert_array_equal(found.mask(slice(0, 9)), request.mask)
+        result = allowed_sets(runs, slice(0, 9), V)
+        np.testing.assert_array_equal(result.mask(slice(0, 9)), request.mask)
     # The engine may be ahead of the output's end, and only the end may be scored.
     np.testing.assert_array_equal(allowed_sets(runs, slice(3, 7), V).mask(slice(0, 4)), request.mask[3:7])
     same = restricted_run(NONCE, np.repeat(request.mask[2:3], 4, axis=0))
@@ -369,10 +369,10 @@ async def test_one_of_another_model_is_measured_by_itself_and_not_judged() -> No
     await bench.score(request.capture())
     assert bench.noted == {"alarms": [], "judged": [], "learned": [], "floor": []}
     assert bench.measured.conditional.tokens == 0, "the figures are of the calibrated model"
-    found = bench.pipeline.other_models.report("m")
-    assert found["raw"]["requests"] == 0
-    assert found["conditional"]["raw"]["requests"] == 1
-    assert [kind["kind"] for kind in found["conditional"]["kinds"]] == [KIND]
+    result = bench.pipeline.other_models.report("m")
+    assert result["raw"]["requests"] == 0
+    assert result["conditional"]["raw"]["requests"] == 1
+    assert [kind["kind"] for kind in result["conditional"]["kinds"]] == [KIND]
     assert bench.pipeline.other_models.report("other")["conditional"]["raw"]["requests"] == 0
 
 
@@ -388,13 +388,13 @@ async def test_a_part_of_an_output_counts_in_no_conditional_mean(of_another: boo
         monitor: Any = bench.pipeline._monitor
         monitor.served = served_models(pair("other", bench.reference, INFO), first)
     bench.pipeline.use_record(part, request.capture())
-    found = bench.measured.conditional
-    assert found.report()["raw"]["requests"] == 1
-    assert found.tokens == record.tokens * (1 if of_another else 2)
+    result = bench.measured.conditional
+    assert result.report()["raw"]["requests"] == 1
+    assert result.tokens == record.tokens * (1 if of_another else 2)
     assert len(bench.noted["judged"]) == 1
     assert bench.measured.by_place.report() == Measurements().by_place.report()
     assert bench.pipeline.other_models.report("m")["conditional"]["raw"]["requests"] == 0
     # Its conversation has no observation yet.
     bench.pipeline.use_record(replace(part, position=0), request.capture())
-    now = bench.pipeline.other_models.report("m")["conditional"] if of_another else found.report()
+    now = bench.pipeline.other_models.report("m")["conditional"] if of_another else result.report()
     assert now["raw"]["requests"] == (1 if of_another else 2)

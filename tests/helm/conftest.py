@@ -14,12 +14,12 @@ from tests.support.helm_chart import ROOT, Helm
 
 @pytest.fixture(scope="session")
 def helm(tmp_path_factory: pytest.TempPathFactory) -> Helm:
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, str(ROOT / "deploy" / "setup" / "helm.py")], check=False, capture_output=True, text=True
     )
-    if found.returncode:
-        pytest.skip(f"no helm here; install one: {found.stderr.strip()}")
-    return Helm(found.stdout.strip(), tmp_path_factory.mktemp("helm"))
+    if result.returncode:
+        pytest.skip(f"no helm here; install one: {result.stderr.strip()}")
+    return Helm(result.stdout.strip(), tmp_path_factory.mktemp("helm"))
 
 
 @pytest.fixture

@@ -56,11 +56,11 @@ def test_every_object_is_valid(helm: Helm, more: tuple[str, ...]) -> None:
 def test_both_commands_take_their_configuration(helm: Helm, tmp_path: Path) -> None:
     """With the certificate that the chart made: it is of the host that relays connect to."""
     rendered = helm.set(*PLANES)
-    found = {}
+    result = {}
     for which in ("control", "relay"):
         (tmp_path / which).mkdir()
-        found[which] = settings(rendered, which, tmp_path / which)
-    control, relay = found["control"].control, found["relay"].control
+        result[which] = settings(rendered, which, tmp_path / which)
+    control, relay = result["control"].control, result["relay"].control
     assert control.listen == "0.0.0.0:8082"
     assert relay.addresses == ["rel-hemostat-control.models.svc:8082"]
     assert relay.token is not None

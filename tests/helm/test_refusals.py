@@ -159,7 +159,7 @@ UNFIT = {
 
 @pytest.mark.parametrize("values", UNFIT, ids=" ".join)
 def test_values_that_do_not_go_together(helm: Helm, values: tuple[str, ...]) -> None:
-    said = helm.refusal("--set", UPSTREAM, *(f"--set={one}" for one in values))
+    said = helm.refusal("--set", UPSTREAM, *(f"--set={value}" for value in values))
     assert UNFIT[values] in said
 
 

@@ -89,7 +89,7 @@ def test_every_selector_finds_the_pods_and_nothing_else_of_the_release(helm: Hel
         assert found(deployment["spec"]["selector"]["matchLabels"]) == [deployment["metadata"]["name"]]
     for service in rendered.all("Service"):
         (name,) = found(service["spec"]["selector"])
-        ports = {port["name"] for one in containers(pods[name]) for port in one.get("ports", [])}
+        ports = {port["name"] for container in containers(pods[name]) for port in container.get("ports", [])}
         assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports
     others = [budget["spec"]["selector"]["matchLabels"] for budget in rendered.all("PodDisruptionBudget")]
     others += [policy["spec"]["podSelector"]["matchLabels"] for policy in rendered.all("NetworkPolicy")]
@@ -109,8 +109,8 @@ def test_what_a_pod_refers_to_exists(helm: Helm, values: Path) -> None:
     for pod in rendered.pods.values():
         volumes = {volume["name"] for volume in pod["spec"]["volumes"]}
         assert len(volumes) == len(pod["spec"]["volumes"])
-        for one in containers(pod):
-            assert {mount["name"] for mount in one.get("volumeMounts", [])} <= volumes
+        for container in containers(pod):
+            assert {mount["name"] for mount in container.get("volumeMounts", [])} <= volumes
     made = {m["metadata"]["name"] for m in rendered.all("ConfigMap")}
     assert {v["configMap"]["name"] for v in spec["volumes"] if "configMap" in v} <= made
     secret = _secret_of(rendered.hemostat)

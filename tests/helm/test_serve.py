@@ -40,9 +40,9 @@ def served(rendered: Rendered, folder: Path) -> Iterator[tuple[str, subprocess.P
     try:
         assert process.stdout is not None
         process.stdout.readline()
-        found = re.search(r"admin port (http://\S+)", process.stdout.readline())
-        assert found, (folder / "log").read_text()
-        yield found[1], process
+        match = re.search(r"admin port (http://\S+)", process.stdout.readline())
+        assert match, (folder / "log").read_text()
+        yield match[1], process
     finally:
         process.terminate()
         try:

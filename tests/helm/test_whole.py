@@ -201,8 +201,8 @@ def stream_module() -> str:
     built = subprocess.run(["nginx", "-V"], capture_output=True, text=True, check=False).stderr
     if re.search(r"--with-stream(\s|$)", built):
         return ""
-    found = re.search(r"--modules-path=(\S+)", built)
-    module = Path(os.environ.get("NGINX_STREAM_MODULE") or f"{found[1] if found else ''}/ngx_stream_module.so")
+    match = re.search(r"--modules-path=(\S+)", built)
+    module = Path(os.environ.get("NGINX_STREAM_MODULE") or f"{match[1] if match else ''}/ngx_stream_module.so")
     if not module.exists():
         pytest.skip("nginx has no stream module; on Debian: apt-get install libnginx-mod-stream")
     return f"load_module {module};\n"

@@ -17,8 +17,8 @@ def test_bodies_come_out_whole_wherever_the_stream_is_cut(bodies: list[bytes], c
     stream = b"".join(map(frame, bodies))
     edges = sorted({0, len(stream), *(cut for cut in cuts if cut < len(stream))})
     reader = FrameReader()
-    found = [body for start, end in itertools.pairwise(edges) for body in reader.feed(stream[start:end])]
-    assert found == bodies
+    result = [body for start, end in itertools.pairwise(edges) for body in reader.feed(stream[start:end])]
+    assert result == bodies
     assert list(read_frames(io.BytesIO(stream))) == bodies
 
 

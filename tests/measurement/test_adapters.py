@@ -53,10 +53,10 @@ def treated(seed: int, **more: Any) -> TokenRecord:
 
 def mean_kl(one: Any) -> float:
     """Over the whole vocabulary, of all requests."""
-    found = [
+    result = [
         (np.exp(t.reference) * (t.reference - t.compressed)).sum(-1) for t in (one(truth(n)) for n in range(REQUESTS))
     ]
-    return float(np.concatenate(found).mean())
+    return float(np.concatenate(result).mean())
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +93,8 @@ def test_the_world_would_show_it() -> None:
         lambda m: m.arms()["control"],
         lambda m: [sample for sample in m.samples() if sample.name in (names.KL_NATS, names.KL_TOKENS)],
         lambda m: [sample for sample in m.samples() if sample.name == names.DIVERGENCE],
-        lambda m: {series: found for series, found in histograms(m.samples()).items() if "raw" in series},
-        lambda m: {series: found for series, found in values(m.samples()).items() if "raw" in series},
+        lambda m: {series: histogram for series, histogram in histograms(m.samples()).items() if "raw" in series},
+        lambda m: {series: value for series, value in values(m.samples()).items() if "raw" in series},
     ],
     ids=["raw", "excess", "where", "decoding", "survival", "kinds", "control", "places", "metric", "kl", "top1"],
 )
@@ -122,8 +122,8 @@ def test_clients_of_the_treated_arm_got_the_adapted_model(both: tuple[Measuremen
     (kind,) = both[1].by_kind.report()
     assert kind["arms"]["treated"]["kl_nats"]["estimate"] == arms["treated"]["kl_nats"]["estimate"]
     assert kind["requests"] == REQUESTS
-    found = histograms(both[1].samples())
-    staged = {series[2:]: sum(one.counts) for series, one in found.items() if "reference_compressed" in series}
+    result = histograms(both[1].samples())
+    staged = {series[2:]: sum(one.counts) for series, one in result.items() if "reference_compressed" in series}
     assert staged["calibrated", "treated"] > 0
     assert staged["raw", "treated"] == 0
     # What a control request would have been with the adapter does not follow from its record.
@@ -169,12 +169,12 @@ def test_an_adapters_gain_is_exact_and_of_held_out_records() -> None:
 def test_infinite_divergences_are_counted_and_in_no_mean_of_the_kl() -> None:
     measured = Measurements()
     for seed in range(5):
-        found = distances_of(truth(seed), {ADAPTER.version: 0.6})
-        broken = found[ADAPTER.version]
+        result = distances_of(truth(seed), {ADAPTER.version: 0.6})
+        broken = result[ADAPTER.version]
         kl, tv = broken.kl.copy(), broken.tv.copy()
         kl[0], tv[0] = np.inf, 1.0
-        found[ADAPTER.version] = ExactDistances(kl, tv, broken.top1)
-        observe(measured, seed, found)
+        result[ADAPTER.version] = ExactDistances(kl, tv, broken.top1)
+        observe(measured, seed, result)
     gained = measured.gained(ADAPTER.version)
     assert gained is not None
     assert gained["infinite_tokens"] == 5
@@ -185,10 +185,10 @@ def test_infinite_divergences_are_counted_and_in_no_mean_of_the_kl() -> None:
 def test_other_families_are_measured_as_before_where_there_are_distances() -> None:
     """A candidate's test may have asked for them while another profile serves."""
     measured, profile = Measurements(), contextual()
-    found = distances_of(truth(0), {profile.version: 0.5})
-    measured.observe_distances(replace(control(0), distances=found), profile, fresh=True)
-    measured.observe_distances(replace(control(0), distances=found), None, fresh=True)
-    measured.observe_distances(replace(control(0), distances={IDENTITY: found[IDENTITY]}), ADAPTER, fresh=True)
+    result = distances_of(truth(0), {profile.version: 0.5})
+    measured.observe_distances(replace(control(0), distances=result), profile, fresh=True)
+    measured.observe_distances(replace(control(0), distances=result), None, fresh=True)
+    measured.observe_distances(replace(control(0), distances={IDENTITY: result[IDENTITY]}), ADAPTER, fresh=True)
     assert measured.recovered(profile.version) is None
     assert measured.recovered(ADAPTER.version) is None
 

@@ -34,11 +34,11 @@ def test_each_bucket_has_the_figures_of_its_tokens() -> None:
             nats[name] += kl
     report = {one["place"]: one for one in measured.report()["position"]}
     assert list(report) == [name for name in POSITIONS if tokens[name]]
-    found = values(measured.samples())
+    result = values(measured.samples())
     for name, one in report.items():
-        assert one["tokens"] == found[names.POSITION_KL_TOKENS, name] == tokens[name]
+        assert one["tokens"] == result[names.POSITION_KL_TOKENS, name] == tokens[name]
         assert one["kl_nats"]["estimate"] == pytest.approx(nats[name] / tokens[name])
-        assert found[names.POSITION_KL_NATS, name] == pytest.approx(nats[name])
+        assert result[names.POSITION_KL_NATS, name] == pytest.approx(nats[name])
         assert one["kl_nats"]["ci95"] == [None, None], "too few requests to know how much they depend on each other"
 
 
@@ -62,10 +62,10 @@ def test_later_turns_of_a_conversation_count_in_the_counters_only() -> None:
 
 
 def test_every_series_is_there_from_the_start() -> None:
-    found = values(ByPlace().samples())
-    assert {key[1] for key in found if key[0] == names.CONTEXT_KL_TOKENS} == set(CONTEXTS)
-    assert {key[1] for key in found if key[0] == names.PHASE_KL_NATS} == {"thinking", "answer"}
-    assert set(found.values()) == {0.0}
+    result = values(ByPlace().samples())
+    assert {key[1] for key in result if key[0] == names.CONTEXT_KL_TOKENS} == set(CONTEXTS)
+    assert {key[1] for key in result if key[0] == names.PHASE_KL_NATS} == {"thinking", "answer"}
+    assert set(result.values()) == {0.0}
 
 
 def test_the_phases_are_measured_apart() -> None:

@@ -18,10 +18,10 @@ RECORDS = [make_record(World(noise=noise).truth(seed), 8) for seed, noise in enu
 
 
 def fed(x: np.ndarray, clients: list[bytes]) -> Dependence:
-    found = Dependence()
+    dependence = Dependence()
     for value, client in zip(x, clients, strict=True):
-        found.add(np.array([value]), np.ones(1), client)
-    return found
+        dependence.add(np.array([value]), np.ones(1), client)
+    return dependence
 
 
 def test_runs_of_alike_requests_count_less_than_different_ones() -> None:

@@ -36,14 +36,14 @@ def profile_of(seed: int = 0) -> CalibrationProfile:
 
 
 def records(n: int, profile: CalibrationProfile | None = None) -> list[TokenRecord]:
-    found = []
+    result = []
     for seed in range(n):
         truth = WORLD.truth(seed)
         cut = 5 + seed % 30
         truth = Truth(truth.reference[:cut], truth.compressed[:cut], truth.emitted[:cut])
         sampling = Sampling(temperature=0.0 if seed % 3 == 0 else 1.0)
-        found.append(make_record(truth, 20, profile=profile, sampling=sampling))
-    return found
+        result.append(make_record(truth, 20, profile=profile, sampling=sampling))
+    return result
 
 
 def batch(values: list[np.ndarray]) -> tuple[float, float]:
@@ -71,7 +71,7 @@ def recovered(record: TokenRecord, number: int) -> TokenRecord:
     rng = np.random.default_rng(number)
     t = record.tokens
     error = np.where(rng.random(t) < 0.8, 0.001, 1.0)
-    found = RecoveredDivergence(
+    recovered_divergence = RecoveredDivergence(
         kl_rc=rng.uniform(0.0, 1.0, t),
         kl_cr=rng.uniform(0.0, 1.0, t),
         js=rng.uniform(0.0, 0.6, t),
@@ -80,7 +80,7 @@ def recovered(record: TokenRecord, number: int) -> TokenRecord:
         predicted=error,
         observed=error,
     )
-    return validate(replace(record, recovered=found)) if number % 3 else record
+    return validate(replace(record, recovered=recovered_divergence)) if number % 3 else record
 
 
 @pytest.mark.parametrize("stage", ["raw", "calibrated"])
@@ -134,14 +134,14 @@ def test_what_a_reference_would_accept_of_the_compressed_models_tokens(top_k: in
     r, c = (np.exp(np.concatenate([getattr(one, model) for one in truths])) for model in ("reference", "compressed"))
     accepted = (c * np.minimum(1.0, r / c)).sum(1).mean()
     summary = measured.summary(None)
-    found = summary["draft_acceptance"]
-    assert found["lower"] - 1e-9 <= accepted <= found["upper"] + 1e-9
+    result = summary["draft_acceptance"]
+    assert result["lower"] - 1e-9 <= accepted <= result["upper"] + 1e-9
     least = summary["total_variation_upper"]["ci95"] if top_k < V else summary["ci95"]["total_variation"]
-    assert found["ci95"] == [1.0 - least[1], 1.0 - summary["ci95"]["total_variation"][0]]
-    assert found["ci95"][0] < found["lower"]
-    assert found["upper"] < found["ci95"][1]
-    assert found["bound"] == ("exact" if top_k == V else "interval")
-    assert (found["upper"] - found["lower"] > 0.001) == (top_k < V)
+    assert result["ci95"] == [1.0 - least[1], 1.0 - summary["ci95"]["total_variation"][0]]
+    assert result["ci95"][0] < result["lower"]
+    assert result["upper"] < result["ci95"][1]
+    assert result["bound"] == ("exact" if top_k == V else "interval")
+    assert (result["upper"] - result["lower"] > 0.001) == (top_k < V)
 
 
 def test_whole_vocabularies_are_exact() -> None:
@@ -301,8 +301,8 @@ def test_a_record_counts_in_every_figure_or_in_none() -> None:
 
 
 def test_edges_are_those_of_the_dashboards() -> None:
-    found = histograms(Measurements().samples())
-    assert {series.edges for (name, *_), series in found.items() if name == "hemostat_token_kl_nats"} == {KL_EDGES}
+    result = histograms(Measurements().samples())
+    assert {series.edges for (name, *_), series in result.items() if name == "hemostat_token_kl_nats"} == {KL_EDGES}
 
 
 def test_trajectories_are_of_the_kind_of_text_that_was_written() -> None:
@@ -506,11 +506,11 @@ def test_divergence_adds_up_by_route_and_label() -> None:
     made = records(3)
     for record, label in zip(made, ("a", "b", "a"), strict=True):
         measured.observe(replace(record, route="/v1/completions", label=label), None, None)
-    found: dict[tuple[str, str], float] = {}
+    result: dict[tuple[str, str], float] = {}
     for series, value in values(measured.samples()).items():
         if "/v1/completions" in series:
-            found[series[0], series[2]] = found.get((series[0], series[2]), 0.0) + value
+            result[series[0], series[2]] = result.get((series[0], series[2]), 0.0) + value
     nats = [divergence(record).kl_rc.sum() for record in made]
-    assert found["hemostat_kl_nats_total", "a"] == pytest.approx(nats[0] + nats[2])
-    assert found["hemostat_kl_nats_total", "b"] == pytest.approx(nats[1])
-    assert found["hemostat_kl_tokens_total", "b"] == made[1].tokens
+    assert result["hemostat_kl_nats_total", "a"] == pytest.approx(nats[0] + nats[2])
+    assert result["hemostat_kl_nats_total", "b"] == pytest.approx(nats[1])
+    assert result["hemostat_kl_tokens_total", "b"] == made[1].tokens

@@ -40,9 +40,9 @@ CONTRACT = {
 
 def scrape(one: Control) -> dict[str, Metric]:
     text = generate_latest(one.registry).decode()
-    found = list(text_string_to_metric_families(text))
-    assert len({family.name for family in found}) == len(found), "no family twice"
-    return {family.name: family for family in found}
+    result = list(text_string_to_metric_families(text))
+    assert len({family.name for family in result}) == len(result), "no family twice"
+    return {family.name: family for family in result}
 
 
 def samples(families: dict[str, Metric]) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -83,9 +83,9 @@ async def test_every_family_is_there_before_anything_has_happened(tmp_path: Path
         for name in CONTRACT:
             if not name.endswith(("_divergence_ratio", "_covered_mass_ratio", "_recovered_distribution_ratio")):
                 assert name.removesuffix("_total") in families
-        found = samples(families)
-        assert not any(name.startswith("hemostat_proxy_overhead") for name, _ in found), "no relay, no figure"
-        assert found["hemostat_profile_kind_info", (("kind", "rest"), ("version", "identity"))] == 1
+        result = samples(families)
+        assert not any(name.startswith("hemostat_proxy_overhead") for name, _ in result), "no relay, no figure"
+        assert result["hemostat_profile_kind_info", (("kind", "rest"), ("version", "identity"))] == 1
 
 
 async def test_what_rates_are_taken_of_is_there_before_it_is_counted_but_not_before_its_relay(tmp_path: Path) -> None:
@@ -95,8 +95,8 @@ async def test_what_rates_are_taken_of_is_there_before_it_is_counted_but_not_bef
     async with control(tmp_path) as one:
         assert not {failed, loops, dropped} & samples(scrape(one)).keys(), "a relay may know of many"
         writer = await connect_relay(one, tmp_path, 1, relay_stats())
-        found = samples(scrape(one))
-        assert [found[key] for key in (failed, loops, dropped)] == [0, 0, 0]
+        result = samples(scrape(one))
+        assert [result[key] for key in (failed, loops, dropped)] == [0, 0, 0]
         writer.close()
 
 
@@ -140,38 +140,38 @@ async def test_decisions_and_clamps_that_bind_are_counted(tmp_path: Path) -> Non
         counted = {"rows_clamped": 3, "rows_kl_clamped": 2, "rows_masked": 5, "requests_declined": 1}
         for boot in ("a", "b"):
             one.engines.report(EngineReport(boot, 0, 1, [], 30, counted, "v1", "0"), time.monotonic())
-        found = samples(scrape(one))
-        assert found["hemostat_engine_events_total", (("reason", "profiles_failed"),)] == 0, (
+        result = samples(scrape(one))
+        assert result["hemostat_engine_events_total", (("reason", "profiles_failed"),)] == 0, (
             "the alert sees it increase"
         )
 
         def decided(decision: str, reason: str) -> float:
-            return found["hemostat_profile_decisions_total", (("decision", decision), ("reason", reason))]
+            return result["hemostat_profile_decisions_total", (("decision", decision), ("reason", reason))]
 
         made = [("import", "operator"), ("pin", "operator"), ("roll_back", "operator")]
         assert {pair: decided(*pair) for pair in DECISIONS} == {pair: float(pair in made) for pair in DECISIONS}
         for name, count in counted.items():
-            assert found["hemostat_engine_events_total", (("reason", name),)] == 2 * count
+            assert result["hemostat_engine_events_total", (("reason", name),)] == 2 * count
 
 
 async def test_histograms_are_cumulative_and_agree_with_the_counters(tmp_path: Path) -> None:
     async with control(tmp_path) as one:
         for n in range(4):
             one.pipeline.use_record(*scored(str(n), prompt=n, tokens=3 + n))
-        found = samples(scrape(one))
+        result = samples(scrape(one))
         decoded = [(("arm", "none"), ("decoding", decoding)) for decoding in ("greedy", "sampled")]
-        tokens = sum(found["hemostat_scored_tokens_total", labels] for labels in decoded)
+        tokens = sum(result["hemostat_scored_tokens_total", labels] for labels in decoded)
         assert tokens == 3 + 4 + 5 + 6
         labels = (("arm", "none"), ("direction", "reference_compressed"), ("stage", "raw"))
         buckets = {
             float(dict(of)["le"]): value
-            for (name, of), value in found.items()
+            for (name, of), value in result.items()
             if name == "hemostat_token_kl_nats_bucket" and {*labels} <= {*of}
         }
         values = [buckets[edge] for edge in sorted(buckets)]
         assert values == sorted(values)
-        assert values[-1] == tokens == found["hemostat_token_kl_nats_count", labels]
-        mass = found["hemostat_covered_mass_ratio", (("model", "compressed"),)]
+        assert values[-1] == tokens == result["hemostat_token_kl_nats_count", labels]
+        mass = result["hemostat_covered_mass_ratio", (("model", "compressed"),)]
         assert mass == pytest.approx(0.85, abs=1e-6)
 
 

@@ -28,13 +28,13 @@ def string_constants(path: Path) -> set[str]:
 def test_no_other_product_file_has_a_metric_name_as_a_string() -> None:
     files = product_files()
     assert len(files) > 100
-    found = {
+    result = {
         (str(path.relative_to(ROOT)), text)
         for path in files
         if path != NAMES_FILE
         for text in string_constants(path) & set(CONSTANTS.values())
     }
-    assert not found, "use the constant of hemostat.metrics.names"
+    assert not result, "use the constant of hemostat.metrics.names"
 
 
 def test_no_name_is_written_twice() -> None:

@@ -32,14 +32,14 @@ def named(path: Path, enumeration: str) -> set[str]:
 
 
 def test_each_is_counted_by_whom_the_table_says() -> None:
-    found = defaultdict(set)
+    result = defaultdict(set)
     for package, process in FINDS.items():
         for path in (ROOT / "middleware" / "hemostat" / package).rglob("*.py"):
             for name in named(path, "Unscored"):
-                found[name].add(process)
+                result[name].add(process)
     who = {"relay": REQUEST | RELAY, "control": CONTROL}
     said = {one.name: {process for process, by in who.items() if by & one.counted_by} for one in Unscored}
-    assert found == said
+    assert result == said
 
 
 def test_each_has_its_own_line() -> None:
@@ -66,9 +66,9 @@ def test_a_new_one_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_outcome_of_answers_is_a_line_and_where_it_is_found() -> None:
     """Its text is with it, and the guide explains it."""
-    found = named(ROOT / "middleware" / "hemostat" / "relay" / "outcomes.py", "Outcome")
-    assert found == set(AnswerOutcome.__members__)
-    elsewhere = [path for path in (ROOT / "middleware").rglob("*.py") if named(path, "Outcome") & found]
+    result = named(ROOT / "middleware" / "hemostat" / "relay" / "outcomes.py", "Outcome")
+    assert result == set(AnswerOutcome.__members__)
+    elsewhere = [path for path in (ROOT / "middleware").rglob("*.py") if named(path, "Outcome") & result]
     assert [path.name for path in elsewhere] == ["outcomes.py"]
     assert all(one.meaning for one in AnswerOutcome)
     guide = (ROOT / "docs" / "calibration.md").read_text()

@@ -24,14 +24,14 @@ TARGET = {"job", "instance", "namespace", "pod"}
 
 def exported() -> dict[str, set[str]]:
     """Labels by series name, the recording rules' included."""
-    found: dict[str, set[str]] = {}
+    result: dict[str, set[str]] = {}
     for name, metric in METRICS.items():
         labels = TARGET | set(metric.labels)
         if metric.kind == "histogram":
-            found |= {f"{name}_bucket": labels | {"le"}, f"{name}_sum": labels, f"{name}_count": labels}
+            result |= {f"{name}_bucket": labels | {"le"}, f"{name}_sum": labels, f"{name}_count": labels}
         else:
-            found[name] = labels
-    return found
+            result[name] = labels
+    return result
 
 
 @pytest.mark.parametrize("query", queries(), ids=str)

@@ -181,9 +181,9 @@ RARE = {
 
 
 def returns_data(run: Run, where: str) -> None:
-    found = [query for query in queries() if query.where == where]
-    assert found
-    for query in found:
+    result = [query for query in queries() if query.where == where]
+    assert result
+    for query in result:
         assert run.prometheus.query(query.with_values(VALUES)), query
 
 

@@ -99,5 +99,5 @@ def test_every_query_returns_data(scraped: Prometheus, query: Query) -> None:
 def test_the_values_of_a_query_that_is_empty_live(scraped: Prometheus, where: str) -> None:
     (query,) = [query for query in QUERIES if query.where == where]
     series = scraped.query(query.with_values(VALUES))
-    found = {tuple(one["metric"].values()): float(one["value"][1]) for one in series}
-    assert found == pytest.approx(EXPECTED[where])
+    result = {tuple(one["metric"].values()): float(one["value"][1]) for one in series}
+    assert result == pytest.approx(EXPECTED[where])

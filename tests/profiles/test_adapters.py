@@ -65,9 +65,9 @@ def test_of_two_that_are_proven_at_once_the_one_with_the_larger_gain_in_kl_serve
     version, other = judging.propose(1, TOKENS, 0.9), helpful()
     judging.profiles.operator.import_profile(other)
     judging.feed(5)
-    found = {candidate.version: judging.evidence(candidate.version) for candidate in judging.profiles.trials.tested}
-    assert found[other.version].mean_gain > found[version].mean_gain
-    assert found[other.version].gain_nats < found[version].gain_nats
+    result = {candidate.version: judging.evidence(candidate.version) for candidate in judging.profiles.trials.tested}
+    assert result[other.version].mean_gain > result[version].mean_gain
+    assert result[other.version].gain_nats < result[version].gain_nats
     monkeypatch.setattr(judging.profiles.trials, "promotes", lambda candidate, kind: True)
     judging.feed(1)
     assert judging.profiles.serving.version == version
@@ -165,9 +165,9 @@ def test_a_record_of_an_adapter_is_no_evidence_for_what_changes_logits() -> None
 def test_a_gain_is_that_of_the_whole_distributions() -> None:
     kl, tv, top1 = np.array([0.5, 0.1]), np.array([0.4, 0.2]), np.array([True, False])
     lost = ExactDistances(np.array([0.2, np.inf]), np.array([0.1, 1.0]), top1)
-    found = distance_gain(ExactDistances(kl, tv, top1), lost)
-    assert found.lower == found.upper == pytest.approx(-0.25)
-    assert found.kl == -np.inf
+    result = distance_gain(ExactDistances(kl, tv, top1), lost)
+    assert result.lower == result.upper == pytest.approx(-0.25)
+    assert result.kl == -np.inf
     assert distance_gain(lost, ExactDistances(kl, tv, top1)).kl == pytest.approx(-0.15), "nothing gained where it was"
 
 
@@ -467,9 +467,9 @@ def test_evidence_of_another_figure_is_dropped_where_what_served_was_lost() -> N
     again = Judging(judging.shares, judging.bench.restart(crash=True))
     again.profiles.set_model_pair("m", V)
     assert again.profiles.serving.version is None
-    found = again.evidence(other.version)
-    assert (found.units, found.figure) == (0, Figure.NATS)
-    assert found.test > begun
+    result = again.evidence(other.version)
+    assert (result.units, result.figure) == (0, Figure.NATS)
+    assert result.test > begun
     assert not again.profiles.trials.is_watched(REST_KIND)
     assert again.profiles.trials.guard.figure(WATCH, REST_KIND) is None
 
@@ -485,10 +485,10 @@ def test_what_is_shown_names_the_figure() -> None:
     assert described["family"] == ADAPTER
     assert described["adapter"] == {"rank": 1, "layers": 1, "bytes": described["bytes"], "map": False}
     assert described["clamp_nats"] is None
-    found = {sample.name: sample for sample in judging.profiles.samples() if sample.labels[-1:] == ("request",)}
+    result = {sample.name: sample for sample in judging.profiles.samples() if sample.labels[-1:] == ("request",)}
     gains = names.PROFILE_KIND_TOTAL_VARIATION_GAIN, names.PROFILE_KIND_GAIN_NATS
-    assert found[gains[0]].value == pytest.approx(kind["watch"]["mean_gain"])
-    assert found[gains[1]].value == pytest.approx(kind["watch"]["mean_kl_gain"])
+    assert result[gains[0]].value == pytest.approx(kind["watch"]["mean_gain"])
+    assert result[gains[1]].value == pytest.approx(kind["watch"]["mean_kl_gain"])
 
 
 def test_a_record_is_judged_with_the_gains_that_are_handed_over() -> None:

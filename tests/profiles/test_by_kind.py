@@ -235,9 +235,9 @@ def test_a_candidate_that_is_proven_waits_where_too_many_profiles_serve() -> Non
     version = bench.profiles.operator.import_profile(helpful())
     bench.feed(BIASED, JUDGED[:400], kind="new")
     assert bench.profiles.serving.kinds["new"].version is None
-    found = kind(bench, "new")["candidates"]
-    assert isinstance(found, list)
-    [summary] = [c["summary"] for c in found if c["version"] == version]
+    result = kind(bench, "new")["candidates"]
+    assert isinstance(result, list)
+    [summary] = [c["summary"] for c in result if c["version"] == version]
     assert summary == "proven, but 4 other profiles serve, as many as may at a time"
     bench.profiles.operator.roll_back("asked for", "k0")
     bench.feed(BIASED, JUDGED[400:401], kind="new")
@@ -254,13 +254,13 @@ def test_the_status_says_in_words_what_a_kind_lacks() -> None:
     assert str(kind(bench, "A")["summary"]).endswith("no held-out conversation of this kind yet")
     while True:
         bench.feed(BIASED, JUDGED[int(bench.time) : int(bench.time) + 1], kind="A")
-        found = kind(bench, "A")["candidates"]
-        assert isinstance(found, list)
-        if not found or found[0]["units_needed"] is not None:
+        result = kind(bench, "A")["candidates"]
+        assert isinstance(result, list)
+        if not result or result[0]["units_needed"] is not None:
             break
-    assert found, "it is not yet proven"
-    needed = found[0]["units_needed"]
-    assert f"needs about {needed} more with gains like these" in found[0]["summary"]
+    assert result, "it is not yet proven"
+    needed = result[0]["units_needed"]
+    assert f"needs about {needed} more with gains like these" in result[0]["summary"]
     more = bench.feed(BIASED, JUDGED[500:], lambda: bench.profiles.serving.kinds["A"].version == version, kind="A")
     assert 0.2 * needed < more < 5 * needed
     assert json.loads(json.dumps(bench.status(), allow_nan=False)) == bench.status()
@@ -272,9 +272,9 @@ def test_a_client_contributes_a_limited_part_of_a_test() -> None:
     bench.profiles.operator.import_profile(contextual(0.2))
     for n, key in enumerate(JUDGED[1:81]):
         bench.feed(BIASED, [key], kind="A", client=b"one" if n % 2 else b"client %d" % (n % 10))
-    found = kind(bench, "A")["candidates"]
-    assert isinstance(found, list)
-    [candidate] = found
+    result = kind(bench, "A")["candidates"]
+    assert isinstance(result, list)
+    [candidate] = result
     assert candidate["client_share_active"]
     assert kind(bench, "A")["client_share"] == f"active: 6 clients, at most 25% each, {candidate['refused']} refused"
     assert candidate["refused"] > 10

@@ -19,8 +19,8 @@ def made(
 
 def test_kinds_beyond_the_limit_and_requests_without_one_are_pooled() -> None:
     kinds = made(2)
-    found = [kinds.see(kind) for kind in ("chat", "", "code", "json", "chat", REST_KIND)]
-    assert found == ["chat", REST_KIND, "code", REST_KIND, "chat", REST_KIND]
+    result = [kinds.see(kind) for kind in ("chat", "", "code", "json", "chat", REST_KIND)]
+    assert result == ["chat", REST_KIND, "code", REST_KIND, "chat", REST_KIND]
     assert kinds.followed == {"chat", "code"}
 
 

@@ -54,10 +54,10 @@ def test_temperature_and_bias_stay_within_clamp_kl_nats(monkeypatch: pytest.Monk
     monkeypatch.setattr(Calibration, "clamp_kl_nats", 0.02)
     bench = Bench(clamp_nats=2.0)
     bench.feed(World(beta=0.6, bias=1.5), LEARNED[:40])
-    found = [bench.profiles.catalogue.get(version) for version in bench.profiles.trials.tested_versions]
-    assert found
+    result = [bench.profiles.catalogue.get(version) for version in bench.profiles.trials.tested_versions]
+    assert result
     worst = 0.0
-    for profile in found:
+    for profile in result:
         assert profile is not None
         for n in range(40):
             truth = World(bias=0.5, seed=n).truth(n)

@@ -103,8 +103,8 @@ def test_nothing_is_learned_or_judged_while_calibration_is_not_active(state: dic
 
 def test_records_of_another_base_model_are_not_used() -> None:
     made = serving(names=frozenset({"m", "adapter"}))
-    found = [made.uses(replace(of_kind("chat"), model=model)) for model in ("m", "adapter", "other")]
-    assert found == [True, True, False]
+    result = [made.uses(replace(of_kind("chat"), model=model)) for model in ("m", "adapter", "other")]
+    assert result == [True, True, False]
 
 
 def test_a_profile_must_be_for_the_model() -> None:

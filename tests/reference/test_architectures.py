@@ -37,11 +37,11 @@ def test_scores_are_those_of_one_plain_call(model: Any, reshaped: bool) -> None:
         logits = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits[0, PROMPT - 1 : -1]
     logprobs = torch.log_softmax(logits.double(), -1).numpy()
     at = np.random.default_rng(2).integers(0, VOCAB, (OUTPUT, TOP)).astype(np.int32)
-    found = score(model, prompt, output, at, {}, reshaped=reshaped)
-    np.testing.assert_allclose(found.at, np.take_along_axis(logprobs, at.astype(np.int64), 1), atol=1e-3)
-    np.testing.assert_allclose(found.emitted, logprobs[np.arange(OUTPUT), output], atol=1e-3)
-    np.testing.assert_allclose(found.entropy, -(np.exp(logprobs) * logprobs).sum(1), atol=1e-3)
-    np.testing.assert_allclose(found.top_logprobs, -np.sort(-logprobs, 1)[:, :TOP], atol=1e-3)
+    result = score(model, prompt, output, at, {}, reshaped=reshaped)
+    np.testing.assert_allclose(result.at, np.take_along_axis(logprobs, at.astype(np.int64), 1), atol=1e-3)
+    np.testing.assert_allclose(result.emitted, logprobs[np.arange(OUTPUT), output], atol=1e-3)
+    np.testing.assert_allclose(result.entropy, -(np.exp(logprobs) * logprobs).sum(1), atol=1e-3)
+    np.testing.assert_allclose(result.top_logprobs, -np.sort(-logprobs, 1)[:, :TOP], atol=1e-3)
 
 
 def test_hidden_states_give_the_logits_unless_these_are_capped(name: str, model: Any) -> None:
@@ -51,9 +51,9 @@ def test_hidden_states_give_the_logits_unless_these_are_capped(name: str, model:
         return
     assert problem == ""
     ids = np.arange(2, 14, dtype=np.int32)
-    found = score(model, ids[:4], ids[4:], np.zeros((8, 1), np.int32), {}, hidden=True)
+    result = score(model, ids[:4], ids[4:], np.zeros((8, 1), np.int32), {}, hidden=True)
     weight = model.get_output_embeddings().weight.detach().numpy()
-    assert found.hidden is not None
-    logits = torch.from_numpy(found.hidden @ weight.T).double()
+    assert result.hidden is not None
+    logits = torch.from_numpy(result.hidden @ weight.T).double()
     emitted = torch.log_softmax(logits, -1).numpy()[np.arange(8), ids[4:]]
-    np.testing.assert_allclose(found.emitted, emitted, atol=1e-3)
+    np.testing.assert_allclose(result.emitted, emitted, atol=1e-3)

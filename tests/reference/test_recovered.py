@@ -116,7 +116,7 @@ def test_torch_and_numpy_say_the_same(compressed: Compressed) -> None:
     log_r = log_softmax(log_r)
     for rows in (slice(0, 5), slice(5, TOKENS)):
         comparison.see(rows, torch.from_numpy(log_r[rows]).float())
-    found = comparison.result()
+    result = comparison.result()
     recovery = recover_states(compressed.weight[compressed.anchors])
     expected = compare(
         log_r,
@@ -126,6 +126,6 @@ def test_torch_and_numpy_say_the_same(compressed: Compressed) -> None:
         compressed.listed.logprobs,
     )
     assert np.isinf(expected.kl_cr[0])
-    for one, other in zip(astuple(found), astuple(expected), strict=True):
+    for one, other in zip(astuple(result), astuple(expected), strict=True):
         assert np.isnan(one[0])
         np.testing.assert_allclose(one[1:], other[1:], rtol=1e-4, atol=1e-5)

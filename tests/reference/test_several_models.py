@@ -44,8 +44,8 @@ class Bench:
             self.one.pipeline.receive(one)
         endings = self.one.pipeline.endings
         await until(lambda: sum(endings._counts.values()) >= self.total(before) + len(captures))
-        found: dict[str, Any] = status_json(self.one)["requests"]
-        return found
+        result: dict[str, Any] = status_json(self.one)["requests"]
+        return result
 
     @staticmethod
     def total(requests: dict[str, Any]) -> int:
@@ -82,9 +82,9 @@ async def test_each_model_is_scored_on_its_own_reference(tmp_path: Path, monkeyp
             emit = made.one.pipeline.use_record
             assert made.one.pipeline.scorer is not None
             monkeypatch.setattr(made.one.pipeline.scorer, "_emit", lambda *given: (records.append(given), emit(*given)))
-            found = await made.scored(capture(model="a"), capture(model="b"), capture(model="c"), capture(model="d"))
-            assert found["skipped"] == {"no_reference": 1, "unknown_model": 1}
-            assert found["scored"] == 2
+            result = await made.scored(capture(model="a"), capture(model="b"), capture(model="c"), capture(model="d"))
+            assert result["skipped"] == {"no_reference": 1, "unknown_model": 1}
+            assert result["scored"] == 2
             for record, one in records:
                 fake = {"a": first, "b": second}[one.model]
                 np.testing.assert_allclose(record.reference_emitted, emitted(fake, one))
@@ -145,8 +145,8 @@ async def test_without_a_mapping_the_reference_belongs_to_the_first_model(tmp_pa
         await until(lambda: made.told[-1].scorable_models == {"a"} and made.told[-1].scoring)
         assert made.state("b") == "none"
         assert (await made.scored(capture(model="b")))["skipped"] == {"no_reference": 1}
-        found = {tuple(s.labels): s.value for s in made.one.monitor.samples() if s.name == "hemostat_model_info"}
-        assert found == {("a", "fake"): 1.0, ("b", ""): 1.0}
+        result = {tuple(s.labels): s.value for s in made.one.monitor.samples() if s.name == "hemostat_model_info"}
+        assert result == {("a", "fake"): 1.0, ("b", ""): 1.0}
 
 
 async def test_two_names_of_one_model_share_its_reference_and_one_path_alone_does_not(tmp_path: Path) -> None:

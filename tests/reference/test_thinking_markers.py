@@ -40,18 +40,18 @@ def special(plain: Server) -> Server:
 
 
 async def test_auto_takes_markers_that_are_single_tokens(special: Server) -> None:
-    found = await find_markers(special, "m", Reasoning())
-    assert found.markers is not None
-    [[start]], [[end]] = found.markers.start, found.markers.end
+    result = await find_markers(special, "m", Reasoning())
+    assert result.markers is not None
+    [[start]], [[end]] = result.markers.start, result.markers.end
     assert special.tokenizer.id_to_token(start) == "<think>"
     assert special.tokenizer.id_to_token(end) == "</think>"
-    assert found.detail == f"<think> is id {start}, </think> is id {end}"
+    assert result.detail == f"<think> is id {start}, </think> is id {end}"
 
 
 async def test_auto_does_not_take_a_model_without_them_for_a_reasoning_model(plain: Server) -> None:
-    found = await find_markers(plain, "m", Reasoning())
-    assert found.markers is None
-    assert "not taken to be a reasoning model" in found.detail
+    result = await find_markers(plain, "m", Reasoning())
+    assert result.markers is None
+    assert "not taken to be a reasoning model" in result.detail
 
 
 TEXTS = [
@@ -69,11 +69,11 @@ TEXTS = [
 @pytest.mark.parametrize("text", TEXTS)
 async def test_markers_of_several_tokens_are_found_wherever_they_stand(plain: Server, parser: str, text: str) -> None:
     """The characters beside a marker share tokens with it: the split is right to the token."""
-    found = await find_markers(plain, "m", Reasoning(parser=parser))
-    assert found.markers is not None, found.detail
-    assert "sequences of ids" in found.detail
+    result = await find_markers(plain, "m", Reasoning(parser=parser))
+    assert result.markers is not None, result.detail
+    assert "sequences of ids" in result.detail
     ids = np.array(await plain.tokenize("m", text), np.int32)
-    thinking = find_thinking(np.zeros(0, np.int32), ids, found.markers)
+    thinking = find_thinking(np.zeros(0, np.int32), ids, result.markers)
     assert thinking is not None
     assert (thinking.begin, thinking.ended) == (0, True)
     written = plain.tokenizer.decode(ids[: thinking.answer_start].tolist(), skip_special_tokens=False)
@@ -82,30 +82,30 @@ async def test_markers_of_several_tokens_are_found_wherever_they_stand(plain: Se
 
 
 async def test_a_text_that_never_ends_its_thinking(plain: Server) -> None:
-    found = await find_markers(plain, "m", Reasoning(parser="olmo3"))
-    assert found.markers is not None
+    result = await find_markers(plain, "m", Reasoning(parser="olmo3"))
+    assert result.markers is not None
     ids = np.array(await plain.tokenize("m", "<think>\nFirst, a < b and c > d; then think of it"), np.int32)
-    assert find_thinking(np.zeros(0, np.int32), ids, found.markers) == Thinking(0, len(ids), ended=False)
+    assert find_thinking(np.zeros(0, np.int32), ids, result.markers) == Thinking(0, len(ids), ended=False)
 
 
 @pytest.mark.parametrize("parser", PARSERS)
 async def test_every_parser_that_can_be_named_has_markers(plain: Server, parser: str) -> None:
-    found = await find_markers(plain, "m", Reasoning(parser=parser))
-    assert found.markers is not None, found.detail
+    result = await find_markers(plain, "m", Reasoning(parser=parser))
+    assert result.markers is not None, result.detail
 
 
 async def test_ids_that_are_set_are_taken_as_they_are(special: Server) -> None:
-    found = await find_markers(special, "m", Reasoning(start=[5], end=[6, 7]))
-    assert found.markers is not None
-    assert (found.markers.start, found.markers.end) == (((5,),), ((6, 7),))
-    found = await find_markers(special, "m", Reasoning(end=[6]))
-    assert found.markers is not None
-    assert found.markers.start == ()
+    result = await find_markers(special, "m", Reasoning(start=[5], end=[6, 7]))
+    assert result.markers is not None
+    assert (result.markers.start, result.markers.end) == (((5,),), ((6, 7),))
+    result = await find_markers(special, "m", Reasoning(end=[6]))
+    assert result.markers is not None
+    assert result.markers.start == ()
 
 
 async def test_none_asks_nobody(plain: Server) -> None:
-    found = await find_markers(Broken(), "m", Reasoning(parser="none"))
-    assert found.markers is None
+    result = await find_markers(Broken(), "m", Reasoning(parser="none"))
+    assert result.markers is None
 
 
 class Broken:
@@ -115,9 +115,9 @@ class Broken:
 
 @pytest.mark.parametrize("parser", ["auto", "qwen3"])
 async def test_a_tokenizer_that_cannot_be_asked_is_one_without_markers(parser: str) -> None:
-    found = await find_markers(Broken(), "m", Reasoning(parser=parser))
-    assert found.markers is None
-    assert "no tokenizer here" in found.detail
+    result = await find_markers(Broken(), "m", Reasoning(parser=parser))
+    assert result.markers is None
+    assert "no tokenizer here" in result.detail
 
 
 @pytest.mark.parametrize(

@@ -89,13 +89,13 @@ async def test_models_have_processes_of_their_own_which_start_when_they_are_need
     references = make_references(Settings.model_validate({"upstream": {"url": "http://a"}, "reference": reference}))
     assert references is not None
     try:
-        found = {name: references.of(name, is_first=name == "a") for name in (*models, "c")}
-        assert found["c"] is None
-        assert found["a"] is found["a-int8"]
+        result = {name: references.of(name, is_first=name == "a") for name in (*models, "c")}
+        assert result["c"] is None
+        assert result["a"] is result["a-int8"]
         assert [one._worker._process for one in references if isinstance(one, TransformersReference)] == [None, None]
         asked = request_of(3, 6, 4, 3)
         for name, folder in (("a", tiny), ("b", other)):
-            one = found[name]
+            one = result[name]
             assert isinstance(one, TransformersReference)
             await one.start()
             check(await one.score(ScoreRequest(*asked)), direct(folder, *asked[:2]), asked[1], asked[2], 0.05)

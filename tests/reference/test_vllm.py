@@ -239,8 +239,8 @@ async def test_a_real_server_against_the_same_checkpoint_in_transformers(vllm_se
 async def test_a_real_server_that_generates_says_so(vllm_server: Any) -> None:
     server = VllmServer(vllm_server.url)
     try:
-        found = await find_offer(server, vllm_server.model, [1, 2, 3])
-        assert (found.offer, found.states) == (Offer.LISTS, None)
+        result = await find_offer(server, vllm_server.model, [1, 2, 3])
+        assert (result.offer, result.states) == (Offer.LISTS, None)
     finally:
         await server.close()
 

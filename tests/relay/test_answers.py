@@ -64,12 +64,12 @@ def observed(path: str, body: dict[str, Any], *, stream: bool) -> tuple[Counter[
     observer.compare(request, json_in_words=False)
     observer.begin_response(stream=stream)
     observer.feed_response(response(path, body, stream=stream))
-    found: Counter[Any] = Counter()
+    result: Counter[Any] = Counter()
 
     def add(name: str, labels: tuple[str, ...], by: float) -> None:
-        found[name, *labels] += by
+        result[name, *labels] += by
 
-    return found, observer.finish("treated", add).bad
+    return result, observer.finish("treated", add).bad
 
 
 @FORMS
@@ -122,8 +122,8 @@ def test_of_a_long_stream_the_end_is_enough(path: str, said: str, loops: bool, m
     observer.begin_response(stream=True)
     for event in response(path, body, stream=True).split(b"\n\n"):
         observer.feed_response(event + b"\n\n")
-    found: Counter[Any] = Counter()
-    ended = observer.finish("none", lambda name, labels, by: found.update({(name, *labels): by}))
+    result: Counter[Any] = Counter()
+    ended = observer.finish("none", lambda name, labels, by: result.update({(name, *labels): by}))
     assert ended.finish_reasons == ("stop",)
     assert ended.output_tokens == len(said.encode()) + 1
     assert ended.bad == {"loop": loops, "cut": False, "empty": False}

@@ -27,8 +27,8 @@ ANNA, BERT = b"Authorization: Bearer anna", b"Authorization: Bearer bert"
 
 
 def limited(relay: Any) -> dict[tuple[str, ...], float]:
-    found: dict[tuple[str, ...], float] = relay.counters.other.get(names.CLIENT_LIMITED_REQUESTS, {})
-    return found
+    result: dict[tuple[str, ...], float] = relay.counters.other.get(names.CLIENT_LIMITED_REQUESTS, {})
+    return result
 
 
 async def test_a_client_beyond_its_rate_gets_429_and_its_connection_stays_open() -> None:

@@ -72,9 +72,9 @@ def test_what_is_judged_of_a_stream() -> None:
 )
 def test_json(streamed: bool, text: str, request_: dict[str, Any], expected: bool) -> None:
     answer = stream({"content": text[:3]}, {"content": text[3:]}) if streamed else chat_json(text)
-    found = bad(answer, streamed=streamed, **request_)
-    assert found is not None
-    assert found["json"] is expected
+    result = bad(answer, streamed=streamed, **request_)
+    assert result is not None
+    assert result["json"] is expected
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -99,8 +99,8 @@ def test_an_answer_without_a_call_is_a_good_one_of_a_request_with_tools() -> Non
 
 def test_an_answer_that_is_too_long_to_be_parsed() -> None:
     pieces = [{"content": f"word{n} "} for n in range(6000)]
-    found = bad(stream(*pieces, reason="length"), streamed=True, in_words=True)
-    assert found == GOOD | {"cut": True, "json": True}
+    result = bad(stream(*pieces, reason="length"), streamed=True, in_words=True)
+    assert result == GOOD | {"cut": True, "json": True}
     assert bad(stream(*pieces), streamed=True, in_words=True) == GOOD, "it may be JSON"
 
 

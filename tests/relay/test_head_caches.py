@@ -61,14 +61,14 @@ def parsed(head: bytes) -> list[Any]:
         (lambda: parse_response(head, to_head=False), BadResponse),
     ):
         try:
-            found: RequestHead | ResponseHead = parse()
+            result: RequestHead | ResponseHead = parse()
         except error as refused:
             seen.append(str(refused))
         else:
             # Not by `__slots__`, which a compiled class does not have.
-            attributes = [name for name, kind in vars(type(found)).items() if inspect.isdatadescriptor(kind)]
+            attributes = [name for name, kind in vars(type(result)).items() if inspect.isdatadescriptor(kind)]
             assert {"lines", "length"} <= set(attributes)
-            seen.append([getattr(found, name) for name in attributes])
+            seen.append([getattr(result, name) for name in attributes])
     return seen
 
 

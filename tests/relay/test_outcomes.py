@@ -27,13 +27,13 @@ def observed(pieces: list[bytes], *, request: bytes = b"{}", stream: bool = Fals
     observer.begin_response(stream=stream)
     for piece in pieces:
         observer.feed_response(piece)
-    found: Counter[Any] = Counter()
+    result: Counter[Any] = Counter()
 
     def add(name: str, labels: tuple[str, ...], by: float) -> None:
-        found[name, *labels] += by
+        result[name, *labels] += by
 
     observer.finish(arm, add)
-    return found
+    return result
 
 
 def events(*deltas: dict[str, Any], reason: str = "stop") -> list[bytes]:
@@ -68,8 +68,8 @@ def test_a_response_in_pieces_and_one_that_is_not_json() -> None:
 
 def test_a_stream_is_evaluated_by_its_tail() -> None:
     deltas = [{"content": f"word{n} "} for n in range(200)]
-    found = observed(events(*deltas, reason="length"), stream=True)
-    assert found == {(RESPONSES_FINISHED, "none", "length"): 1, (OUTPUT_TOKENS, "none"): 201}
+    result = observed(events(*deltas, reason="length"), stream=True)
+    assert result == {(RESPONSES_FINISHED, "none", "length"): 1, (OUTPUT_TOKENS, "none"): 201}
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -88,8 +88,8 @@ def test_requested_json_is_parsed(stream: bool, text: str, reason: str, outcome:
     pieces = (
         events({"content": text[:4]}, {"content": text[4:]}, reason=reason) if stream else [chat_json(text, reason)]
     )
-    found = observed(pieces, request=SCHEMA, stream=stream)
-    judged = {key: n for key, n in found.items() if key[0] == STRUCTURED_OUTPUTS}
+    result = observed(pieces, request=SCHEMA, stream=stream)
+    judged = {key: n for key, n in result.items() if key[0] == STRUCTURED_OUTPUTS}
     assert judged == {(STRUCTURED_OUTPUTS, "none", "json", outcome): 1}
     assert not [key for key in observed(pieces, stream=stream) if key[0] == STRUCTURED_OUTPUTS]
 
@@ -113,9 +113,9 @@ def test_parts_of_tool_calls_are_joined_by_index(stream: bool) -> None:
     else:
         calls = [{"function": {"arguments": text}} for text in ('{"city": "Rome"}', '{"a": ')]
         pieces = [chat_json(None, "tool_calls", tool_calls=calls)]
-    found = observed(pieces, request=TOOLS, stream=stream)
-    assert found[STRUCTURED_OUTPUTS, "none", "tool_call", "valid"] == 1
-    assert found[STRUCTURED_OUTPUTS, "none", "tool_call", "invalid"] == 1
+    result = observed(pieces, request=TOOLS, stream=stream)
+    assert result[STRUCTURED_OUTPUTS, "none", "tool_call", "valid"] == 1
+    assert result[STRUCTURED_OUTPUTS, "none", "tool_call", "invalid"] == 1
 
 
 def test_kept_bytes_are_bounded() -> None:
@@ -129,13 +129,13 @@ def test_kept_bytes_are_bounded() -> None:
 
 @given(st.text(max_size=300))
 def test_text_without_four_copies_of_a_block_is_not_a_loop(text: str) -> None:
-    found = any(
+    result = any(
         len(text) >= max(4 * p, outcomes.MIN_LOOP_CHARACTERS)
         and text[-max(4 * p, outcomes.MIN_LOOP_CHARACTERS) : -p]
         == text[-max(4 * p, outcomes.MIN_LOOP_CHARACTERS) + p :]
         for p in range(1, len(text) // 4 + 1)
     )
-    assert found or not ends_in_loop(text)
+    assert result or not ends_in_loop(text)
 
 
 @given(st.text(min_size=2, max_size=40).filter(lambda s: len(set(s)) > 1), st.text(max_size=50))

@@ -98,7 +98,9 @@ async def test_a_body_that_arrives_too_slowly_is_refused() -> None:
         await fast.send(b"x" * 100_000)
 
         def received() -> list[int]:
-            return sorted(one.exchange.outgoing.unsent_bytes for one in relay.clients if one.exchange is not None)
+            return sorted(
+                client.exchange.outgoing.unsent_bytes for client in relay.clients if client.exchange is not None
+            )
 
         await until(lambda: received() == [1001, 100_001])
         for inside in relay.clients:
@@ -106,7 +108,7 @@ async def test_a_body_that_arrives_too_slowly_is_refused() -> None:
         response = await slow.response("POST")
         assert response.status == 408
         assert b"less than 100 bytes/s" in response.body
-        (inside,) = [one for one in relay.clients if one.state is ConnectionState.READING_BODY]
+        (inside,) = [client for client in relay.clients if client.state is ConnectionState.READING_BODY]
         # What was sent at once does not count again.
         inside.sweep(inside.since + 21.0)
         assert (await fast.response("POST")).status == 408
@@ -381,7 +383,9 @@ async def test_copies_for_the_case_of_a_failure_do_not_switch_sampling_off() -> 
         await until(lambda: hooks[-1].calls)
         assert [hook.calls for hook in hooks] == [[("request", b"x" * 300)]] * 9
         budget = relay._context.budget
-        await until(lambda: all(one.exchange.state is ExchangeState.FORWARDED for one in relay.clients if one.exchange))
+        await until(
+            lambda: all(client.exchange.state is ExchangeState.FORWARDED for client in relay.clients if client.exchange)
+        )
         assert 300 < budget.held_bytes <= 500, "the first one's copy"
 
 
@@ -471,7 +475,7 @@ async def test_a_connection_that_is_answered_is_not_closed_for_a_new_one() -> No
     async with relaying(script, limits=Limits(connections=1)) as (relay, _, connect):
         busy = await connect()
         await busy.send(GET)
-        await until(lambda: any(one.exchange is not None for one in relay.clients))
+        await until(lambda: any(client.exchange is not None for client in relay.clients))
         refused = await (await connect()).response()
         assert (refused.status, refused.get(b"retry-after"), refused.get(b"connection")) == (503, [b"1"], [b"close"])
         go.set()

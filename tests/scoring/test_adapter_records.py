@@ -180,36 +180,36 @@ def treated(number: int) -> TokenRecord:
 
 
 def test_a_record_of_an_adapter_is_no_noise_floor_and_nothing_is_learned_from_it() -> None:
-    one = Pipeline(None)
-    one.versions = ()
-    one.use(treated(1), traceparent="00-1-2-01")
-    assert (one.floor, one.learned) == ([], [])
-    assert one.traced[0]["adapter"] == one.traced[0]["profile"] == ADAPTER.version
-    one.use(base(2))
-    assert len(one.floor) == len(one.learned) == 1
-    assert len(one.observed) == one.changes == 2
-    assert one.pipeline.calibration.errors == 0
+    pipeline = Pipeline(None)
+    pipeline.versions = ()
+    pipeline.use(treated(1), traceparent="00-1-2-01")
+    assert (pipeline.floor, pipeline.learned) == ([], [])
+    assert pipeline.traced[0]["adapter"] == pipeline.traced[0]["profile"] == ADAPTER.version
+    pipeline.use(base(2))
+    assert len(pipeline.floor) == len(pipeline.learned) == 1
+    assert len(pipeline.observed) == pipeline.changes == 2
+    assert pipeline.pipeline.calibration.errors == 0
 
 
 def test_records_wait_for_their_distances_and_are_judged_in_their_order(tmp_path: Path) -> None:
     source = FakeDistances(found)
-    one = Pipeline(source, tmp_path)
+    pipeline = Pipeline(source, tmp_path)
     for number in range(4):
-        one.use(treated(number) if number % 2 else base(number))
-    assert (one.observed, one.changes) == ([], 0)
-    assert one.pipeline.distances.waiting == 4
+        pipeline.use(treated(number) if number % 2 else base(number))
+    assert (pipeline.observed, pipeline.changes) == ([], 0)
+    assert pipeline.pipeline.distances.waiting == 4
     assert source.offers[0][1:] == ([0, 1, 2], (IDENTITY, ADAPTER.version))
-    assert one.measured.tokens == 20, "measured at once"
+    assert pipeline.measured.tokens == 20, "measured at once"
     source.answer()
-    assert [record.request_id for record in one.observed] == ["0", "1", "2", "3"]
-    assert all(record.distances.keys() == {IDENTITY, ADAPTER.version} for record in one.observed)
-    assert one.outcomes() == {"computed": 4}
-    gained = one.measured.gained(ADAPTER.version)
+    assert [record.request_id for record in pipeline.observed] == ["0", "1", "2", "3"]
+    assert all(record.distances.keys() == {IDENTITY, ADAPTER.version} for record in pipeline.observed)
+    assert pipeline.outcomes() == {"computed": 4}
+    gained = pipeline.measured.gained(ADAPTER.version)
     assert gained is not None
     assert gained["requests"] == 4
-    assert values(one.pipeline.samples())[names.RECOVERED_DIVERGENCE_RATIO,] > 0.5
-    assert one.records is not None
-    one.records.close()
+    assert values(pipeline.pipeline.samples())[names.RECOVERED_DIVERGENCE_RATIO,] > 0.5
+    assert pipeline.records is not None
+    pipeline.records.close()
     lines = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     assert [line["adapter"] for line in lines] == [None, ADAPTER.version] * 2
     means = lines[1]["distances"][ADAPTER.version]
@@ -222,13 +222,13 @@ def test_a_refused_record_is_judged_at_once_without(refuses: bool, monkeypatch: 
     source = FakeDistances(found)
     source.takes = not refuses
     monkeypatch.setattr(distances_module, "MAX_WAITING", 1)
-    one = Pipeline(source)
-    one.use(base(0))
-    one.use(base(1))
-    assert [record.request_id for record in one.observed] == (["0", "1"] if refuses else ["1"])
+    pipeline = Pipeline(source)
+    pipeline.use(base(0))
+    pipeline.use(base(1))
+    assert [record.request_id for record in pipeline.observed] == (["0", "1"] if refuses else ["1"])
     source.answer()
-    assert [bool(record.distances) for record in one.observed] == ([False] * 2 if refuses else [False, True])
-    assert one.outcomes() == ({"refused": 2} if refuses else {"refused": 1, "computed": 1})
+    assert [bool(record.distances) for record in pipeline.observed] == ([False] * 2 if refuses else [False, True])
+    assert pipeline.outcomes() == ({"refused": 2} if refuses else {"refused": 1, "computed": 1})
 
 
 @pytest.mark.parametrize(
@@ -242,27 +242,27 @@ def test_a_refused_record_is_judged_at_once_without(refuses: bool, monkeypatch: 
 )
 def test_what_cannot_be_used_is_counted(answer: Callable[[TokenRecord], Any], outcome: str) -> None:
     source = FakeDistances(answer)
-    one = Pipeline(source)
-    one.use(base(0))
+    pipeline = Pipeline(source)
+    pipeline.use(base(0))
     source.answer()
-    assert [dict(record.distances) for record in one.observed] == [{}]
-    assert one.outcomes() == {outcome: 1}
+    assert [dict(record.distances) for record in pipeline.observed] == [{}]
+    assert pipeline.outcomes() == {outcome: 1}
 
 
 def test_at_the_end_what_waits_is_used_without_and_a_late_answer_is_ignored() -> None:
     source = FakeDistances(found)
-    one = Pipeline(source)
-    one.use(base(0))
-    one.use(base(1))
-    one.pipeline.distances.flush()
-    assert [record.request_id for record in one.observed] == ["0", "1"]
+    pipeline = Pipeline(source)
+    pipeline.use(base(0))
+    pipeline.use(base(1))
+    pipeline.pipeline.distances.flush()
+    assert [record.request_id for record in pipeline.observed] == ["0", "1"]
     source.answer()
-    assert len(one.observed) == 2
+    assert len(pipeline.observed) == 2
 
 
 def test_features_of_an_adapted_model_reach_no_learner() -> None:
-    one = Pipeline(None)
-    one.versions = ()
+    pipeline = Pipeline(None)
+    pipeline.versions = ()
     features = Features("0" * 32, np.zeros((5, 3), np.float32))
-    one.use(replace(treated(1), features=features))
-    assert one.learned == []
+    pipeline.use(replace(treated(1), features=features))
+    assert pipeline.learned == []

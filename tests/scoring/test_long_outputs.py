@@ -23,9 +23,9 @@ async def test_only_the_last_tokens_of_a_long_output_are_scored_and_the_rest_is_
         }
     assert made.reference.asked == [15, 8], "the reference reads all of it"
     assert [(record.tokens, record.position) for record in made.records] == [(4, 6), (3, 0)]
-    found = made.coverage.report()
-    assert found["scored_share"] == {"tokens": 7 / 13, "requests": 1.0}
-    assert [(one["reason"], one["tokens"], one["requests"]) for one in found["not_scored"]] == [
+    result = made.coverage.report()
+    assert result["scored_share"] == {"tokens": 7 / 13, "requests": 1.0}
+    assert [(one["reason"], one["tokens"], one["requests"]) for one in result["not_scored"]] == [
         ("outside_suffix", 6, 0.0)
     ]
 
@@ -45,9 +45,9 @@ async def test_every_ending_is_in_the_coverage(bench: Bench) -> None:
     await bench.ends(capture(tokens=3, kind="chat"))
     bench.info = INFO
     await bench.ends(capture(tokens=5, kind="chat"), capture(model="unknown", tokens=7, kind="chat"))
-    found = bench.coverage.report()
-    assert found["by_outcome"]["scored"]["tokens"] == 5
-    assert {(one["outcome"], one["reason"], one["tokens"]) for one in found["not_scored"]} == {
+    result = bench.coverage.report()
+    assert result["by_outcome"]["scored"]["tokens"] == 5
+    assert {(one["outcome"], one["reason"], one["tokens"]) for one in result["not_scored"]} == {
         ("dropped", "reference_not_ready", 3),
         ("skipped", "unknown_model", 7),
     }

@@ -73,8 +73,8 @@ def test_a_record_says_what_was_left_out() -> None:
 
 def test_the_engines_numbers_are_those_of_the_scored_positions() -> None:
     features = Features("0" * 32, np.arange(20, dtype=np.float32).reshape(10, 2))
-    found = align_features(features, 6, 4, {"0" * 32: np.array([1, 2])})
-    assert found.values.tolist() == features.values[6:].tolist()
+    result = align_features(features, 6, 4, {"0" * 32: np.array([1, 2])})
+    assert result.values.tolist() == features.values[6:].tolist()
     assert np.isnan(align_features(features, 8, 4, {"0" * 32: np.array([1, 2])}).values[2:]).all(), (
         "those that are missing"
     )

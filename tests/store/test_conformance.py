@@ -101,10 +101,10 @@ def test_later_writes_of_a_commit_replace_earlier_ones(store: Store) -> None:
         PutBlob("blob", b"2"),
     ]
     store.commit(writes, 1, "2")
-    found = store.read()
-    assert found.states == {"a": "2"}
-    assert found.profiles == [StoredProfile("q", b"2", 2.0)]
-    assert found.blobs == {"blob": b"2"}
+    result = store.read()
+    assert result.states == {"a": "2"}
+    assert result.profiles == [StoredProfile("q", b"2", 2.0)]
+    assert result.blobs == {"blob": b"2"}
 
 
 @each_store

@@ -296,10 +296,10 @@ def test_what_the_server_refuses_is_one_line(server: Postgres, database: str, op
     }
     for url, text in refused.items():
         for call in (opened(url).acquire, opened(url).read, opened(url).probe):
-            found = failure(call, StoreAccessDenied)
-            assert found.startswith(f"store postgresql://***@127.0.0.1:{server.port}…: ")
-            assert found.endswith(text)
-            assert "wr0ng" not in found
+            result = failure(call, StoreAccessDenied)
+            assert result.startswith(f"store postgresql://***@127.0.0.1:{server.port}…: ")
+            assert result.endswith(text)
+            assert "wr0ng" not in result
     url = server.url(database, port="1")
     assert failure(opened(url).acquire, StoreUnreachable).endswith("Connection refused")
     tls = f"{server.url(database)}?sslmode=verify-full&sslrootcert=system"
@@ -342,8 +342,8 @@ def test_a_user_without_rights_is_told_which_ones_it_needs(server: Postgres, dat
     """The schema `public` of a database of somebody else, then the tables of somebody else."""
     url = server.url(server.new_database("postgres"))
     for call in (opened(url).acquire, opened(url).probe):
-        found = failure(call, StoreAccessDenied)
-        assert "permission denied for schema public; its user has to own the database" in found
+        result = failure(call, StoreAccessDenied)
+        assert "permission denied for schema public; its user has to own the database" in result
     server.execute("CREATE TABLE hemostat_head (schema integer, revision bigint, commit_id text)", database)
     for call in (opened(server.url(database)).read, opened(server.url(database)).probe):
         assert "permission denied for table hemostat_head; its user" in failure(call, StoreAccessDenied)
@@ -395,7 +395,7 @@ def test_each_schema_of_a_database_is_a_store(server: Postgres, database: str, o
         owners.append(opened(f"{server.url(database)}?options={quote(f'-c search_path={name}')}"))
         assert owners[-1].acquire()
         owners[-1].commit([SetState("name", name)], 0, name)
-    assert [one.read().states["name"] for one in owners] == ["one", "two"]
+    assert [owner.read().states["name"] for owner in owners] == ["one", "two"]
 
 
 @pytest.mark.parametrize("settings", [{}, {"ignore_startup_parameters": "options"}])

@@ -88,18 +88,18 @@ async def test_a_waiting_process_takes_over() -> None:
             faults["network"] = network.drop
         for one in owners:
             assert one.next_state()[0] == "active"
-        found = await asyncio.gather(*(taken_over(urls[name], fault) for name, fault in faults.items()))
-        seconds = {name: active - at for name, (at, active, _) in zip(faults, found, strict=True)}
+        result = await asyncio.gather(*(taken_over(urls[name], fault) for name, fault in faults.items()))
+        seconds = {name: active - at for name, (at, active, _) in zip(faults, result, strict=True)}
         print(seconds)
         if network is not None:
             state, when = owners[2].next_state()
-            assert (state, when < found[2][1]) == ("suspended", True), "both have decided at the same time"
+            assert (state, when < result[2][1]) == ("suspended", True), "both have decided at the same time"
             network.restore()
         stopped.process.send_signal(signal.SIGCONT)
         for one in owners[1:]:
             while one.next_state()[0] != "ended":
                 pass
-        for name, (_, _, head) in zip(faults, found, strict=True):
+        for name, (_, _, head) in zip(faults, result, strict=True):
             store = PostgresStore(urls[name])
             assert store.head() == head, "who was superseded has written after it"
             store.close()

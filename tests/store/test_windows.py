@@ -20,10 +20,10 @@ def taken_back_after(url: str, *, kept: bool) -> int | None:
     for n in range(4 * WINDOW):
         if n and n % RESTART_EVERY == 0:
             put(url, SetState("tests", guard.save().decode()))
-            found = stored(url).states["tests"]
-            assert len(found) < 100_000
+            result = stored(url).states["tests"]
+            assert len(result) < 100_000
             if kept:
-                guard = Guard.load(found.encode(), 0.05, 0.25)
+                guard = Guard.load(result.encode(), 0.05, 0.25)
             else:
                 guard = Guard(0.05, 0.25)
                 guard.begin_watch("serving", "rest", width=1.0, window=WINDOW)

@@ -50,8 +50,8 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_what_waits_is_one_commit_of_the_newest_values() -> None:
-    one = Writing()
-    writer = one.writer
+    writing = Writing()
+    writer = writing.writer
     writer.put_profile(StoredProfile("a", b"1", 1.0))
     writer.put_profile(StoredProfile("b", b"2", 2.0))
     writer.delete_profile("a")
@@ -63,32 +63,32 @@ async def test_what_waits_is_one_commit_of_the_newest_values() -> None:
     writer.set_state("tests", "3")
     writer.set_state("gone", None)
     await writer.write()
-    found = one.store.read()
-    assert (found.head.revision, found.head) == (1, writer.head)
-    assert found.states == {"tests": "3", "mode": "auto"}
-    assert [event["n"] for event in found.events] == [2, 1, 0]
-    assert found.profiles == [StoredProfile("b", b"2", 2.0)]
-    assert found.blobs == {"learner": b"2"}
+    result = writing.store.read()
+    assert (result.head.revision, result.head) == (1, writer.head)
+    assert result.states == {"tests": "3", "mode": "auto"}
+    assert [event["n"] for event in result.events] == [2, 1, 0]
+    assert result.profiles == [StoredProfile("b", b"2", 2.0)]
+    assert result.blobs == {"learner": b"2"}
     await writer.write()
-    assert one.store.head().revision == 1, "nothing waits, and nothing is written"
+    assert writing.store.head().revision == 1, "nothing waits, and nothing is written"
 
 
 async def test_each_commit_happens_once_and_in_order() -> None:
     """Every fault but a lost session, at every commit; the store is read after each."""
     for faults in ([fault] * times for fault in list(Fault)[1:5] for times in (1, 3)):
-        one = Writing()
-        async with looping(one.writer.run()):
+        writing = Writing()
+        async with looping(writing.writer.run()):
             for n in range(3):
-                one.store.faults = list(faults)
-                one.writer.append_event({"n": n})
-                one.writer.set_state("n", str(n))
-                assert await one.writer.wait_until_written(30.0)
-                one.store.execute_late()
-                one.store.faults = []
-                found = one.store.read()
-                assert [event["n"] for event in found.events] == list(reversed(range(n + 1))), faults
-                assert found.states == {"n": str(n)}
-        assert one.lost == []
+                writing.store.faults = list(faults)
+                writing.writer.append_event({"n": n})
+                writing.writer.set_state("n", str(n))
+                assert await writing.writer.wait_until_written(30.0)
+                writing.store.execute_late()
+                writing.store.faults = []
+                result = writing.store.read()
+                assert [event["n"] for event in result.events] == list(reversed(range(n + 1))), faults
+                assert result.states == {"n": str(n)}
+        assert writing.lost == []
 
 
 @given(steps=st.lists(st.sampled_from([*Fault][1:5]) | st.booleans(), max_size=30))
@@ -126,31 +126,31 @@ async def test_what_is_queued_meanwhile_is_the_next_commit() -> None:
             assert go_on.wait(30.0)
             return super().commit(writes, expected, commit_id)
 
-    one = Writing(Slow())
-    async with looping(one.writer.run()):
-        one.writer.set_state("a", "1")
+    writing = Writing(Slow())
+    async with looping(writing.writer.run()):
+        writing.writer.set_state("a", "1")
         await until(started.is_set)
-        one.writer.set_state("a", "2")
-        assert not await one.writer.wait_until_written(0.01)
-        assert one.writer.is_own(Head(0, ""))
+        writing.writer.set_state("a", "2")
+        assert not await writing.writer.wait_until_written(0.01)
+        assert writing.writer.is_own(Head(0, ""))
         go_on.set()
-        assert await one.writer.wait_until_written(30.0)
-    assert one.store.read().states == {"a": "2"}
-    assert one.store.head().revision == 2
+        assert await writing.writer.wait_until_written(30.0)
+    assert writing.store.read().states == {"a": "2"}
+    assert writing.store.head().revision == 2
 
 
 async def test_a_store_that_is_away_costs_bounded_memory_and_one_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "hemostat.store")
-    one = Writing()
-    one.store.faults = [Fault.BEFORE] * 5
-    async with looping(one.writer.run()):
+    writing = Writing()
+    writing.store.faults = [Fault.BEFORE] * 5
+    async with looping(writing.writer.run()):
         for n in range(MAX_EVENTS + 3):
-            one.writer.append_event({"n": n})
-            one.writer.set_state("n", str(n))
-        assert await one.writer.wait_until_written(30.0)
-    events = one.store.read().events
+            writing.writer.append_event({"n": n})
+            writing.writer.set_state("n", str(n))
+        assert await writing.writer.wait_until_written(30.0)
+    events = writing.store.read().events
     assert (len(events), events[0], events[-1]) == (MAX_EVENTS, {"n": MAX_EVENTS + 2}, {"n": 3})
-    assert one.errors.count == 5
+    assert writing.errors.count == 5
     assert [record.message for record in caplog.records if record.name == "hemostat.store"] == [
         "store: it does not answer",
         "the store answers again",
@@ -158,38 +158,38 @@ async def test_a_store_that_is_away_costs_bounded_memory_and_one_line(caplog: py
 
 
 async def test_nothing_is_written_where_another_process_owns_the_store() -> None:
-    one = Writing()
-    one.writer.set_state("a", "1")
-    await one.writer.write()
-    one.store.store.commit([], 1, "another process's")
-    async with looping(one.writer.run()):
-        one.writer.set_state("a", "2")
-        await until(lambda: one.lost)
-        one.writer.set_state("a", "3")
-        assert not await one.writer.wait_until_written(0.01)
-    assert one.store.read().states == {"a": "1"}
-    assert not one.writer.is_own(one.store.head())
+    writing = Writing()
+    writing.writer.set_state("a", "1")
+    await writing.writer.write()
+    writing.store.store.commit([], 1, "another process's")
+    async with looping(writing.writer.run()):
+        writing.writer.set_state("a", "2")
+        await until(lambda: writing.lost)
+        writing.writer.set_state("a", "3")
+        assert not await writing.writer.wait_until_written(0.01)
+    assert writing.store.read().states == {"a": "1"}
+    assert not writing.writer.is_own(writing.store.head())
 
 
 async def test_after_a_lost_session_the_same_commit_is_made() -> None:
     for fault in (Fault.BEFORE, Fault.AFTER, Fault.LATE):
-        one = Writing()
-        one.store.faults = [fault, Fault.LOST]
-        async with looping(one.writer.run()):
-            one.writer.append_event({"n": 1})
-            await until(lambda one=one: one.lost)
-            assert one.writer.is_own(one.store.store.head())
-            one.active.set()
-            assert await one.writer.wait_until_written(30.0)
-            one.store.execute_late()
-        assert one.store.read().events == [{"n": 1}]
+        writing = Writing()
+        writing.store.faults = [fault, Fault.LOST]
+        async with looping(writing.writer.run()):
+            writing.writer.append_event({"n": 1})
+            await until(lambda writing=writing: writing.lost)
+            assert writing.writer.is_own(writing.store.store.head())
+            writing.active.set()
+            assert await writing.writer.wait_until_written(30.0)
+            writing.store.execute_late()
+        assert writing.store.read().events == [{"n": 1}]
 
 
 async def test_bytes_that_no_store_keeps_are_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module, "MAX_BLOB_BYTES", 10)
-    one = Writing()
-    one.writer.put_blob("learner", b"x" * 11)
-    one.writer.put_blob("other", b"x" * 10)
-    await one.writer.write()
-    assert one.store.read().blobs == {"other": b"x" * 10}
-    assert (one.errors.count, "11 bytes" in one.errors.last_message) == (1, False)
+    writing = Writing()
+    writing.writer.put_blob("learner", b"x" * 11)
+    writing.writer.put_blob("other", b"x" * 10)
+    await writing.writer.write()
+    assert writing.store.read().blobs == {"other": b"x" * 10}
+    assert (writing.errors.count, "11 bytes" in writing.errors.last_message) == (1, False)

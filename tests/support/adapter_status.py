@@ -62,7 +62,7 @@ def last_build() -> dict[str, Any]:
 
 
 def learner(**changes: Any) -> dict[str, Any]:
-    found = {
+    result = {
         "state": "collecting",
         "detail": "",
         "tokens": 3100,
@@ -73,13 +73,13 @@ def learner(**changes: Any) -> dict[str, Any]:
         "restarts": 2,
         "last_build": last_build(),
     }
-    return found | changes
+    return result | changes
 
 
 def judge(**changes: Any) -> dict[str, Any]:
     counts = {"judged": 57, "dropped": {"busy": 2}, "waiting": 1}
-    found = {"state": "ready", "detail": "", **counts, "max_tokens": 4096, "bytes": 325_000_000}
-    return found | changes
+    result = {"state": "ready", "detail": "", **counts, "max_tokens": 4096, "bytes": 325_000_000}
+    return result | changes
 
 
 def engine(**changes: Any) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def engine(**changes: Any) -> dict[str, Any]:
         "mean |Δ| to our copy 0.057 nats without it, 0.057 with it, 248 tokens; effect 0.310, correlation 0.996, "
         "factor 1.00"
     )
-    found = {
+    result = {
         "state": "ready",
         "detail": "",
         "way": "resolver",
@@ -106,7 +106,7 @@ def engine(**changes: Any) -> dict[str, Any]:
         },
         "probe_tokens": 2520,
     }
-    return found | changes
+    return result | changes
 
 
 def parts(one: Control) -> tuple[Any, Any, Any]:

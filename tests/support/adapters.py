@@ -51,14 +51,14 @@ def adapted_record(truth: Truth, version: str, share: float = 0.6, *, k: int = 2
 def distances_of(truth: Truth, shares: Mapping[str, float]) -> dict[str, ExactDistances]:
     """Of the compressed model, and by version of one that is moved by this share towards the reference."""
     models = {IDENTITY: truth} | {version: adapted(truth, share) for version, share in shares.items()}
-    return {version: exact_distances(one.reference, one.compressed) for version, one in models.items()}
+    return {version: exact_distances(model.reference, model.compressed) for version, model in models.items()}
 
 
 def exact_distances(log_r: np.ndarray[Any, Any], log_c: np.ndarray[Any, Any]) -> ExactDistances:
-    found = exact(log_r, log_c)
+    result = exact(log_r, log_c)
     return ExactDistances(
-        kl=np.maximum(found["kl_rc"], 0.0),
-        tv=np.clip(found["tv"], 0.0, 1.0),
+        kl=np.maximum(result["kl_rc"], 0.0),
+        tv=np.clip(result["tv"], 0.0, 1.0),
         top1=log_r.argmax(-1) == log_c.argmax(-1),
     )
 

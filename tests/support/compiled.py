@@ -31,8 +31,8 @@ class NoCompilerError(Exception):
 def modules(root: Path = ROOT) -> list[str]:
     """Paths of the modules that the wheel can have compiled, below middleware/; none in a tree of before there were."""
     targets = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]
-    found: list[str] = targets["wheel"].get("hooks", {}).get("custom", {}).get("modules", [])
-    return found
+    result: list[str] = targets["wheel"].get("hooks", {}).get("custom", {}).get("modules", [])
+    return result
 
 
 def check_compiler() -> None:
@@ -64,13 +64,13 @@ def build_wheel(folder: Path, *, root: Path = ROOT, opt_level: int = 3) -> Path:
 
 def digest(root: Path) -> str:
     """Of all that a wheel is made from."""
-    found = hashlib.sha256()
+    result = hashlib.sha256()
     files = [root / "pyproject.toml", root / "deploy" / "hatch_build.py"]
     for folder in ("middleware", "calibration"):
         files += sorted(path for path in (root / folder).rglob("*") if path.suffix != ".pyc" and path.is_file())
     for path in files:
-        found.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return found.hexdigest()
+        result.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return result.hexdigest()
 
 
 def up_to_date(folder: Path, *, root: Path = ROOT) -> Path:

@@ -22,8 +22,8 @@ expect.set_options(timeout=1000 * HANG_SECONDS)
 
 
 def get(one: Served, path: str) -> dict[str, Any]:
-    found: dict[str, Any] = httpx.get(f"{one.url}/api/v1/{path}").raise_for_status().json()
-    return found
+    result: dict[str, Any] = httpx.get(f"{one.url}/api/v1/{path}").raise_for_status().json()
+    return result
 
 
 def show(page: Page, one: Served, path: str = "", at: State | None = None) -> None:
@@ -42,5 +42,5 @@ def rows(page: Page, caption: str) -> list[str]:
 
 
 def assert_accessible(page: Page) -> None:
-    found = Axe().run(page)
-    assert found.violations_count == 0, found.generate_report()
+    result = Axe().run(page)
+    assert result.violations_count == 0, result.generate_report()

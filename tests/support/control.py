@@ -62,8 +62,8 @@ async def control(folder: Path, made: Settings | None = None, *, loops: bool = F
 
 def status_json(one: Control) -> dict[str, Any]:
     """As the admin port sends it."""
-    found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(one.status.current()))
-    return found
+    result: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(one.status.current()))
+    return result
 
 
 def profile(seed: int = 0, vocabulary: int = V) -> CalibrationProfile:

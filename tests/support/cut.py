@@ -57,10 +57,10 @@ class Cut:
 
 
 def _end(*ends: socket.socket) -> None:
-    for one in ends:
+    for end in ends:
         with contextlib.suppress(OSError):
-            one.shutdown(socket.SHUT_RDWR)
-        one.close()
+            end.shutdown(socket.SHUT_RDWR)
+        end.close()
 
 
 @contextmanager

@@ -72,9 +72,9 @@ def _of(name: str, dashboard: Mapping[str, Any]) -> Iterator[Query]:
             yield Query(name, f"{panel['title']} ({target['refId']})", target["expr"], legend)
     for variable in dashboard["templating"]["list"]:
         if variable["type"] == "query":
-            found = _LABEL_VALUES.fullmatch(variable["query"]["query"])
-            assert found, variable["query"]["query"]
-            yield Query(name, f"variable {variable['name']}", found[1], frozenset({found[2]}))
+            match = _LABEL_VALUES.fullmatch(variable["query"]["query"])
+            assert match, variable["query"]["query"]
+            yield Query(name, f"variable {variable['name']}", match[1], frozenset({match[2]}))
     for annotation in dashboard["annotations"]["list"]:
         yield Query(name, f"annotation {annotation['name']}", annotation["target"]["expr"], frozenset())
 
@@ -92,9 +92,9 @@ def used(expression: str, wanted: frozenset[str] = frozenset()) -> list[Used]:
 
     ValueError where it does not parse or its types do not fit: promql-parser checks both.
     """
-    found: list[Used] = []
-    _visit(promql_parser.parse(expression), wanted, found)
-    return found
+    result: list[Used] = []
+    _visit(promql_parser.parse(expression), wanted, result)
+    return result
 
 
 def _visit(node: Any, wanted: frozenset[str], found: list[Used]) -> None:

@@ -80,10 +80,10 @@ def running(folder: Path) -> Iterator[Cluster]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            found = cluster.answer(self.path.partition("?")[0])
+            result = cluster.answer(self.path.partition("?")[0])
             missing = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404}
-            body = json.dumps(missing if found is None else found).encode()
-            self.send_response(404 if found is None else 200)
+            body = json.dumps(missing if result is None else result).encode()
+            self.send_response(404 if result is None else 200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

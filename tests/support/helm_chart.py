@@ -95,7 +95,7 @@ class Helm:
         flags = ["--namespace", "models", "--dry-run=client", "--disable-openapi-validation"]
         flags += ["--kubeconfig", str(cluster.kubeconfig)]
         flags += ["--values", str(values)] if values else ["--set", UPSTREAM]
-        flags += [part for one in settings for part in ("--set", one)]
+        flags += [part for setting in settings for part in ("--set", setting)]
         return self.run("install", "rel", str(CHART), *flags).partition("NOTES:\n")[2]
 
 

@@ -52,8 +52,8 @@ class World:
 def logprobs(z: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     z = z.astype(np.float64)
     z = z - z.max(1, keepdims=True)
-    found: npt.NDArray[np.float64] = z - np.log(np.exp(z).sum(1, keepdims=True))
-    return found
+    result: npt.NDArray[np.float64] = z - np.log(np.exp(z).sum(1, keepdims=True))
+    return result
 
 
 def kl(log_r: npt.NDArray[np.floating], log_c: npt.NDArray[np.floating]) -> float:

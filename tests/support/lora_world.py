@@ -60,8 +60,8 @@ class FakeCopy:
         self.asked.append(version)
         if not self.answers:
             raise CopyUnavailable("the copy is being loaded")
-        found = [self.model.logprobs(ids[:t].tolist(), version)[ids[t]] for t in range(1, len(ids))]
-        return np.array(found, np.float32)
+        result = [self.model.logprobs(ids[:t].tolist(), version)[ids[t]] for t in range(1, len(ids))]
+        return np.array(result, np.float32)
 
 
 @dataclass

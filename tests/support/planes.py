@@ -45,13 +45,13 @@ class Instance:
 
     def pids(self) -> dict[int, str]:
         """Its processes -> their command lines, the supervisor first."""
-        found = {self.process.pid: "supervisor"}
+        result = {self.process.pid: "supervisor"}
         with suppress(OSError):
             children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
             for pid in map(int, children):
                 with suppress(OSError):
-                    found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-        return found
+                    result[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+        return result
 
     def children(self, module: str) -> list[int]:
         return [pid for pid, command in self.pids().items() if module in command]
@@ -163,7 +163,7 @@ class Planes:
                     return one
                 await asyncio.sleep(0.05)
 
-        looks = [asyncio.create_task(is_active(one)) for one in self.controls if one is not but]
+        looks = [asyncio.create_task(is_active(control)) for control in self.controls if control is not but]
         found, _ = await asyncio.wait(looks, timeout=HANG_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         for look in looks:
             look.cancel()

@@ -33,9 +33,9 @@ START_SECONDS = 120.0
 @cache
 def programs() -> Path | None:
     """The folder of the newest installed server; Debian keeps each version in one of its own, not on the PATH."""
-    found = shutil.which("postgres")
-    if found and shutil.which("initdb", path=str(Path(found).parent)):
-        return Path(found).resolve().parent
+    result = shutil.which("postgres")
+    if result and shutil.which("initdb", path=str(Path(result).parent)):
+        return Path(result).resolve().parent
     folders = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
     return folders[-1].parent if folders else None
 

@@ -63,8 +63,8 @@ class Bench:
         if not crash:
             self.profiles.writer.save()
         bench = Bench(self.store, known=False, **calibration)
-        found = self.store.read()
-        bench.profiles.restoring.restore(found.profiles, found.states, found.events)
+        result = self.store.read()
+        bench.profiles.restoring.restore(result.profiles, result.states, result.events)
         return bench
 
     def record(

@@ -79,23 +79,23 @@ class Prometheus:
         """Series of an instant vector: `metric`, and `value` as (time, text)."""
         data = self._get("query", query=expression)
         assert data["resultType"] == "vector", expression
-        found: list[dict[str, Any]] = data["result"]
-        return found
+        result: list[dict[str, Any]] = data["result"]
+        return result
 
     def labels(self) -> dict[str, set[str]]:
         """Label names by metric, of all that Hemostat exports."""
-        found: dict[str, set[str]] = {}
+        result: dict[str, set[str]] = {}
         for series in self._get("series", **{"match[]": '{__name__=~"hemostat.+"}'}):
-            found.setdefault(series["__name__"], set()).update(series)
-        return found
+            result.setdefault(series["__name__"], set()).update(series)
+        return result
 
     def firing(self) -> set[str]:
         """Names of the alerts."""
         return {alert["labels"]["alertname"] for alert in self.alerts() if alert["state"] == "firing"}
 
     def alerts(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self._get("alerts")["alerts"]
-        return found
+        result: list[dict[str, Any]] = self._get("alerts")["alerts"]
+        return result
 
     def close(self) -> None:
         self._client.close()

@@ -45,23 +45,23 @@ class Served:
     def __init__(self, process: subprocess.Popen[bytes], admin: str, upstream: FakeVllm, log: Path) -> None:
         self.process, self.admin, self.upstream, self.log = process, admin, upstream, log
         # A line for people, or one of the log where that is JSON.
-        while not (found := re.search(r"data port (http://[\w.:]+)", log.read_text())):
+        while not (match := re.search(r"data port (http://[\w.:]+)", log.read_text())):
             assert process.poll() is None, log.read_text()
             time.sleep(0.05)
-        self.data = found[1]
+        self.data = match[1]
 
     def pids(self, module: str) -> set[int]:
         """The process ids of the children that run this module, without the spare relay."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        found = set()
+        result = set()
         for pid in children:
             try:
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
                 if module.encode() in command and not (module == RELAY and is_spare(int(pid))):
-                    found.add(int(pid))
+                    result.add(int(pid))
             except OSError:
                 continue
-        return found
+        return result
 
     def spare(self) -> int:
         """The process id of the spare relay; 0 while it is not loaded."""

@@ -37,7 +37,7 @@ def wait_for(what: str, done: Callable[[], object], within: float = HANG_SECONDS
 
 def children(parent: int) -> dict[str, int]:
     """The processes that `parent` started, without the spare relay: pid by the module that each runs."""
-    found: dict[str, int] = {}
+    result: dict[str, int] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
@@ -46,8 +46,8 @@ def children(parent: int) -> dict[str, int]:
         except OSError:
             continue  # it ended meanwhile
         if int(ppid) == parent and state != "Z" and "-m" in command and not spare:
-            found[command[command.index("-m") + 1]] = int(folder.name)
-    return found
+            result[command[command.index("-m") + 1]] = int(folder.name)
+    return result
 
 
 class Stack:
@@ -109,8 +109,8 @@ class Stack:
 
     def requests(self) -> dict[str, Any]:
         """What became of the sampled requests so far."""
-        found: dict[str, Any] = self.status()["requests"]
-        return found
+        result: dict[str, Any] = self.status()["requests"]
+        return result
 
     def metric(self, name: str, **labels: str) -> float:
         """A sample's value; 0 where there is none yet."""

@@ -97,7 +97,7 @@ class DirectWrites:
         return self.read().states.get(key)
 
     def get_profile(self, version: str) -> StoredProfile | None:
-        return next((one for one in self.profiles() if one.version == version), None)
+        return next((profile for profile in self.profiles() if profile.version == version), None)
 
     def profiles(self) -> Sequence[StoredProfile]:
         return self.read().profiles

@@ -27,7 +27,7 @@ def loss(point: Point) -> float:
 
 def scored(point: Point, texts: int, seed: int = 0) -> list[Scored]:
     rng = np.random.default_rng(seed)
-    found = []
+    result = []
     for index in range(texts):
         tokens = 12 + index % 5
         factor = rng.gamma(8.0, 1.0 / 8.0)
@@ -44,8 +44,8 @@ def scored(point: Point, texts: int, seed: int = 0) -> list[Scored]:
         if point == UNCHANGED:
             figures |= {FLOOR: np.full(tokens, 0.002), "kl_rc": np.zeros(tokens), "kl_cr": np.zeros(tokens)}
             figures |= {"tv": np.zeros(tokens), "same_top": np.ones(tokens), "logp_c": figures["logp_r"]}
-        found.append(Scored(index, np.arange(tokens, dtype=np.int32), figures))
-    return found
+        result.append(Scored(index, np.arange(tokens, dtype=np.int32), figures))
+    return result
 
 
 def results(texts: int = 16, points: list[Point] | None = None) -> Results:
@@ -59,12 +59,12 @@ def results(texts: int = 16, points: list[Point] | None = None) -> Results:
 
 def shares(points: list[Point] = POINTS) -> dict[Point, float]:
     """As `weights.stored_share` counts, without scales."""
-    found = {}
+    result = {}
     for point in points:
         kept, index = 1.0 - point.sparsity, 0.0
         if point.sparsity and point.pattern == "n:4":
             index = min(1.0, 2.0 * kept)
         elif point.sparsity and point.pattern == "unstructured":
             index = 1.0
-        found[point] = (kept * point.bits + index) / FULL_BITS
-    return found
+        result[point] = (kept * point.bits + index) / FULL_BITS
+    return result

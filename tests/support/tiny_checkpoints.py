@@ -32,8 +32,8 @@ def make_pair(folder: Path, *, seed: int = 0, error: float = 0.5) -> CheckpointF
         dtype="float32",
     )
     model = transformers.LlamaForCausalLM(config)
-    found = CheckpointFolders(folder / "reference", folder / "compressed")
-    model.save_pretrained(found.reference)
+    checkpoint_folders = CheckpointFolders(folder / "reference", folder / "compressed")
+    model.save_pretrained(checkpoint_folders.reference)
     with torch.no_grad():
         for name, module in model.named_modules():
             if name.endswith("_proj"):
@@ -41,5 +41,5 @@ def make_pair(folder: Path, *, seed: int = 0, error: float = 0.5) -> CheckpointF
                 change = torch.randn(weight.shape[0], ERROR_RANK) @ torch.randn(ERROR_RANK, weight.shape[1])
                 change = change + 0.1 * torch.randn(weight.shape)
                 weight += error * weight.norm() / change.norm() * change
-    model.save_pretrained(found.compressed)
-    return found
+    model.save_pretrained(checkpoint_folders.compressed)
+    return checkpoint_folders

@@ -177,8 +177,8 @@ class Wire:
 
 def content_fields(fields: Headers) -> tuple[bytes, bytes]:
     """What the relay tells the hook of a response's fields: Content-Type and Content-Encoding."""
-    found = {name.lower(): value for name, value in fields}
-    return found.get(b"content-type", b""), found.get(b"content-encoding", b"identity")
+    result = {name.lower(): value for name, value in fields}
+    return result.get(b"content-type", b""), result.get(b"content-encoding", b"identity")
 
 
 class ThroughWire(httpx.BaseTransport):

@@ -110,7 +110,7 @@ def test_a_treated_answer_is_byte_for_byte_the_base_model_s(
         assert fake.headers[-1].get(b"accept-encoding") != b"gzip"
     assert wire.calibration("treated", "assigned") == 3
     assert wire.arms == 3 * ["treated"]
-    assert [(one.model, one.adapter, one.requested) for one in wire.captures] == (3 if rate else 0) * [
+    assert [(capture.model, capture.adapter, capture.requested) for capture in wire.captures] == (3 if rate else 0) * [
         ("fake", VERSION, VERSION)
     ]
 

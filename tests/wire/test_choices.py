@@ -83,7 +83,7 @@ class Recordings:
 
 @pytest.fixture(scope="module")
 def recorded() -> Recordings:
-    found = []
+    result = []
     with serving(FakeVllm(seed=5)) as url, httpx.Client(base_url=url, timeout=20) as client:
         for path, body, choices in CASES.values():
             for more in STREAMS.values():
@@ -96,8 +96,8 @@ def recorded() -> Recordings:
                 plain = client.post(path, json=body | more).content
                 asked = client.post(path, json=body | more | injected).content
                 # Every generation of the fake has another id.
-                found.append(Recorded(request, unnamed(plain), unnamed(asked)))
-    return Recordings(found)
+                result.append(Recorded(request, unnamed(plain), unnamed(asked)))
+    return Recordings(result)
 
 
 def unnamed(body: bytes) -> bytes:
@@ -350,9 +350,9 @@ def test_both_ways_tell_the_same_tokens(wire: Wire, fake: FakeVllm, case: str, o
     assert asked == body, "nothing else is added"
     [capture] = wire.captures
     assert (capture.from_tap, capture.also_in_response) == (True, True)
-    found = captures_from_tap(capture, fake.handed_out, 1024)
-    assert len(found) == len(in_response) == choices
-    for ours, theirs in zip(in_response, found, strict=True):
+    result = captures_from_tap(capture, fake.handed_out, 1024)
+    assert len(result) == len(in_response) == choices
+    for ours, theirs in zip(in_response, result, strict=True):
         assert_same_tokens(ours, theirs)
 
 
@@ -403,10 +403,10 @@ def test_an_observer_that_reads_only_what_says_something_finds_the_same(recorded
         events = [event + b"\n\n" for event in one.plain.split(b"\n\n") if event]
         if pieces == "two at a time":
             events = [b"".join(events[at : at + 2]) for at in range(0, len(events), 2)]
-        found = []
+        result = []
         for parts in (events, [one.plain[at : at + 17] for at in range(0, len(one.plain), 17)]):
             tokens = ResponseTokens(8, 2000, one.request.choices, one.request.prompts)
             observer = FORMATS[one.request.form].observer(one.request, tokens, stream=True)
             assert b"".join(map(observer.feed, parts)) + observer.finish() == one.plain
-            found.append(tokens)
-        assert found[0] == found[1]
+            result.append(tokens)
+        assert result[0] == result[1]

@@ -41,16 +41,16 @@ def compared(
 
 
 def test_both_arms_are_of_the_version_that_the_treated_one_gets() -> None:
-    found = [compared(f"Answer {n} in JSON.") for n in range(40)]
-    assert {(c.kind, c.version, c.json_in_words) for c in found if c is not None} == {(KIND, VERSION, True)}
-    assert 8 <= sum(c.treated for c in found if c is not None) <= 32
-    assert len({c.conversation for c in found if c is not None}) == 40
+    result = [compared(f"Answer {n} in JSON.") for n in range(40)]
+    assert {(c.kind, c.version, c.json_in_words) for c in result if c is not None} == {(KIND, VERSION, True)}
+    assert 8 <= sum(c.treated for c in result if c is not None) <= 32
+    assert len({c.conversation for c in result if c is not None}) == 40
 
 
 def test_a_kind_that_is_not_followed_belongs_to_the_rest() -> None:
-    found = compared("Hello")
-    assert found is not None
-    assert (found.kind, found.version, found.json_in_words) == (REST_KIND, OTHER_VERSION, False)
+    result = compared("Hello")
+    assert result is not None
+    assert (result.kind, result.version, result.json_in_words) == (REST_KIND, OTHER_VERSION, False)
 
 
 def test_the_client_is_named_by_a_digest() -> None:
@@ -91,7 +91,7 @@ def test_a_part_of_the_conversations_is_reported_in_every_turn_and_in_both_arms_
         return compared(text, msgspec.structs.replace(SERVED, outcome_fraction=fraction), messages=turns)
 
     talks = [f"talk {number}" for number in range(1200)]
-    drawn = {talk: found for talk in talks if (found := reported(talk, 0.25))}
+    drawn = {talk: result for talk in talks if (result := reported(talk, 0.25))}
     assert abs(len(drawn) - 300) < 5 * (1200 * 0.25 * 0.75) ** 0.5
     treated = sum(found.treated for found in drawn.values())
     assert abs(treated - len(drawn) / 2) < 5 * (len(drawn) / 4) ** 0.5

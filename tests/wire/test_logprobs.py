@@ -53,10 +53,10 @@ def entries(draw: st.DrawFn, positions: int) -> list[dict[str, Any]]:
 def outcome(read: Callable[[], Sequence[Any] | None]) -> list[bytes] | None:
     """The arrays' bytes; None: malformed."""
     try:
-        found = read()
+        result = read()
     except MALFORMED:
         return None
-    return None if found is None else [array.tobytes() for array in found]
+    return None if result is None else [array.tobytes() for array in result]
 
 
 @given(st.data())
@@ -65,9 +65,9 @@ def test_numbers_are_those_that_a_parser_reads(data: st.DataObject) -> None:
     output = [int(row["token"][9:]) for row in rows]
     # A stream has them in pieces.
     pieces = [encode({"content": [row]}) for row in rows] if data.draw(st.booleans()) else [encode({"content": rows})]
-    found = usual_rows(pieces, output, TOP_K)
-    assert found is not None
-    assert outcome(lambda: found) == outcome(lambda: parse_rows(Form.CHAT, pieces, output, TOP_K))
+    result = usual_rows(pieces, output, TOP_K)
+    assert result is not None
+    assert outcome(lambda: result) == outcome(lambda: parse_rows(Form.CHAT, pieces, output, TOP_K))
     assert usual_rows(pieces, [output[0] + 1, *output[1:]], TOP_K) is None
     assert usual_rows(pieces, output, TOP_K - 1) is None
 
@@ -274,9 +274,9 @@ def test_a_long_output_is_parsed_in_the_relay_and_held_as_arrays(monkeypatch: py
     [choice] = tokens.choices
     assert tokens.failure is None
     assert not choice.logprobs
-    found = [np.concatenate(arrays) for arrays in zip(*choice.parsed, strict=True)]
+    result = [np.concatenate(arrays) for arrays in zip(*choice.parsed, strict=True)]
     expected: Rows = parse_rows(Form.CHAT, 61 * [encode({"content": rows})], 61 * [5], TOP_K)
-    assert all((a == b).all() for a, b in zip(found, expected, strict=True))
+    assert all((a == b).all() for a, b in zip(result, expected, strict=True))
 
 
 @pytest.mark.parametrize("ids", [b"5000000000", b"5,%b" % (b"9" * 40), b"9" * 5000], ids=["array", "list", "int"])

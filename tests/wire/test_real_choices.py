@@ -51,8 +51,8 @@ def by_choice(body: bytes) -> list[bytes]:
         return [normal(body)]
 
     def choice(event: bytes) -> int:
-        found = re.search(rb'"choices":\[\{"index":(\d+)', event)
-        return 99 if found is None else int(found[1])
+        match = re.search(rb'"choices":\[\{"index":(\d+)', event)
+        return 99 if match is None else int(match[1])
 
     return sorted(normal(body).split(b"\n\n"), key=choice)
 
@@ -61,15 +61,15 @@ def joined(body: bytes) -> dict[int, Any]:
     """By choice (-1: events without one), a stream's events added up: how many tokens share an event is chance."""
     if not body.startswith(b"data:"):
         return {0: json.loads(normal(body))}
-    found: dict[int, Any] = {}
+    result: dict[int, Any] = {}
     for event in normal(body).split(b"\n\n"):
         data = event.removeprefix(b"data: ")
         if not data or data == b"[DONE]":
             continue
         parsed = json.loads(data)
         number = parsed["choices"][0]["index"] if parsed["choices"] else -1
-        found[number] = added(found[number], parsed) if number in found else parsed
-    return found
+        result[number] = added(result[number], parsed) if number in result else parsed
+    return result
 
 
 def added(one: Any, other: Any, name: str = "") -> Any:
@@ -217,18 +217,18 @@ def untied(value: Any, asked: int = 0) -> Any:
         return [untied(item, asked) for item in value]
     if not isinstance(value, dict):
         return value
-    found = {key: untied(item, asked) for key, item in value.items()}
-    top = found.get("top_logprobs")
-    if isinstance(top, list) and top and "token" in found:  # of a chat: one position's list, with the emitted token
-        emitted = found["token"]
+    result = {key: untied(item, asked) for key, item in value.items()}
+    top = result.get("top_logprobs")
+    if isinstance(top, list) and top and "token" in result:  # of a chat: one position's list, with the emitted token
+        emitted = result["token"]
         least = min((item["logprob"] for item in top if item["token"] != emitted), default=math.inf)
         rest = [item for item in top if item["token"] == emitted or item["logprob"] > least]
-        found["top_logprobs"] = sorted(rest, key=lambda item: (-item["logprob"], item["token"]))
+        result["top_logprobs"] = sorted(rest, key=lambda item: (-item["logprob"], item["token"]))
     elif isinstance(top, list):  # of a completion: one dictionary for each position
-        found["top_logprobs"] = [
-            untied_position(one, emitted, asked) for one, emitted in zip(top, found["tokens"], strict=True)
+        result["top_logprobs"] = [
+            untied_position(one, emitted, asked) for one, emitted in zip(top, result["tokens"], strict=True)
         ]
-    return found
+    return result
 
 
 def untied_position(one: dict[str, float], emitted: str, asked: int) -> dict[str, float]:
@@ -359,7 +359,7 @@ def test_both_ways_tell_the_same_tokens(wire: Wire, vllm_server: RunningVllm, ca
         assert joined(passed_on.body) == joined(read.body)
     [capture] = wire.captures
     assert (capture.from_tap, capture.also_in_response) == (True, True)
-    found = captures_from_tap(capture, answers_of(vllm_server, capture.nonce, capture.choices), 1024)
-    assert len(found) == len(in_response)
-    for ours, theirs in zip(in_response, found, strict=True):
+    result = captures_from_tap(capture, answers_of(vllm_server, capture.nonce, capture.choices), 1024)
+    assert len(result) == len(in_response)
+    for ours, theirs in zip(in_response, result, strict=True):
         assert_same_tokens(ours, theirs)

@@ -112,13 +112,13 @@ def shapes(data: bytes, *, stream: bool) -> dict[str, str]:
     if not stream:
         return {"": json.dumps(shape(json.loads(data)))}
     events = [line for line in data.split(b"\n\n") if line.strip()]
-    found = {}
+    result = {}
     for event in events:
         name, _, text = event.partition(b"\n")
         value = json.loads(text.removeprefix(b"data: "))
         assert name == b"event: " + value["type"].encode()
-        found.setdefault(value["type"], json.dumps(shape(value)))
-    return found
+        result.setdefault(value["type"], json.dumps(shape(value)))
+    return result
 
 
 @STREAMS

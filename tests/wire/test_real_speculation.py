@@ -70,8 +70,8 @@ def test_accepted_drafts_are_captured_with_their_own_logprobs(
     # The same tokens by prefill, which drafts nothing: as near as two ways to compute them are.
     asked = {"model": server.model, "prompt": prompt + output, "max_tokens": 1, "prompt_logprobs": 1}
     answer = httpx.post(f"{server.url}/v1/completions", json=asked, timeout=300).json()
-    found = answer["choices"][0]["prompt_logprobs"][len(prompt) :]
-    by_prefill = np.array([at[str(token)]["logprob"] for at, token in zip(found, output, strict=True)])
+    result = answer["choices"][0]["prompt_logprobs"][len(prompt) :]
+    by_prefill = np.array([at[str(token)]["logprob"] for at, token in zip(result, output, strict=True)])
     difference = np.abs(np.array(emitted) - by_prefill)
     assert np.median(difference) < 0.05
     assert difference.max() < 1.0
@@ -86,6 +86,6 @@ async def test_check_says_what_speculation_excludes(server: RunningVllm) -> None
                 "calibration": {"mode": "auto", "apply": apply},
             }
         )
-        found = {finding.what: finding for finding in await check(settings)}
-        assert found[what].state is State.NO
-        assert "decodes speculatively" in found[what].detail
+        result = {finding.what: finding for finding in await check(settings)}
+        assert result[what].state is State.NO
+        assert "decodes speculatively" in result[what].detail

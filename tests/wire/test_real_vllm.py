@@ -268,7 +268,7 @@ def test_captured_logprobs_belong_to_their_tokens(wire: Wire, vllm_server: Serve
 def shape(values: list[Any]) -> Any:
     """The types of values that stand in one place; of objects, their keys in the order of their first coming and what
     is in each; of lists, what is in their items."""
-    found: dict[str, Any] = {"types": sorted({type(value).__name__ for value in values})}
+    result: dict[str, Any] = {"types": sorted({type(value).__name__ for value in values})}
     keys: dict[str, list[Any]] = {}
     for value in values:
         if isinstance(value, dict):
@@ -276,11 +276,11 @@ def shape(values: list[Any]) -> Any:
             for key, inner in value.items():
                 keys.setdefault("N" if as_ids else key, []).append(inner)
     if keys:
-        found["keys"] = {key: shape(inner) for key, inner in keys.items()}
+        result["keys"] = {key: shape(inner) for key, inner in keys.items()}
     items = [item for value in values if isinstance(value, list) for item in value]
     if items:
-        found["items"] = shape(items)
-    return found
+        result["items"] = shape(items)
+    return result
 
 
 def shapes(body: bytes) -> str:

@@ -40,7 +40,9 @@ def digest(body: bytes, salt: bytes = SALT, *, is_chat: bool = True) -> bytes:
 
 
 def sampled(interceptor: Interceptor, request_ids: list[str]) -> list[bool]:
-    return [interceptor.begin("POST", CHAT.encode(), [], one) is not None for one in request_ids]
+    return [
+        interceptor.begin("POST", CHAT.encode(), [], request_token_id) is not None for request_token_id in request_ids
+    ]
 
 
 def interceptor(rate: float, draws: Any) -> Interceptor:
@@ -80,9 +82,9 @@ def test_every_turn_of_a_conversation_has_its_digest_and_its_arm(first: str, tur
 
 def test_the_arm_follows_from_the_salt_alone() -> None:
     talks = [digest(chat(f"talk {n}")) for n in range(2000)]
-    arms = [in_control_arm(one, 0.1, SALT) for one in talks]
+    arms = [in_control_arm(talk, 0.1, SALT) for talk in talks]
     assert abs(sum(arms) - 200) < 5 * (2000 * 0.09) ** 0.5
-    assert arms == [in_control_arm(one, 0.1, SALT) for one in talks]
+    assert arms == [in_control_arm(talk, 0.1, SALT) for talk in talks]
     again = [in_control_arm(digest(chat(f"talk {n}"), b"other"), 0.1, b"other") for n in range(2000)]
     both = sum(a and b for a, b in zip(arms, again, strict=True))
     assert both < 50, "another salt gives other arms: 20 agree by chance"

@@ -39,8 +39,8 @@ def body(model: str | None, **more: object) -> bytes:
 
 
 def profile_of(sent: bytes) -> str | None:
-    found: str | None = msgspec.json.decode(sent).get("vllm_xargs", {}).get("hemostat")
-    return found
+    result: str | None = msgspec.json.decode(sent).get("vllm_xargs", {}).get("hemostat")
+    return result
 
 
 def test_a_model_without_a_reference_is_passed_untouched(wire: Wire) -> None:
@@ -55,7 +55,7 @@ def test_a_model_that_profiles_are_not_for_is_measured_and_not_treated(wire: Wir
     wire.interceptor.policy = served()
     assert profile_of(wire.send("/v1/completions", body("b")).sent) is None
     assert wire.calibration("none", "other_model") == 1
-    assert [(one.model, one.arm) for one in wire.captures] == [("b", "none")]
+    assert [(capture.model, capture.arm) for capture in wire.captures] == [("b", "none")]
     wire.interceptor.policy = served(shadow_rate=0.0)
     assert wire.send("/v1/completions", body("b")).sent == body("b")
     assert profile_of(wire.send("/v1/completions", body("a")).sent) == VERSION

@@ -42,7 +42,7 @@ def layerwise_logits(pair: Any, texts: list[Any]) -> list[Any]:
     skeleton, source = pair.skeleton, pair.sources[0]
     batches = make_batches([text.ids for text in texts], skeleton.device)
     hidden, calls = embed(skeleton, source, batches)
-    found: list[Any] = [None] * len(texts)
+    result: list[Any] = [None] * len(texts)
     with torch.no_grad():
         for n, layer in enumerate(skeleton.layers):
             with skeleton.loaded(skeleton.parameters_of(layer), source):
@@ -51,8 +51,8 @@ def layerwise_logits(pair: Any, texts: list[Any]) -> list[Any]:
             for batch, states in zip(batches, hidden, strict=True):
                 rows = torch.cat([part for part, _ in logits(skeleton, batch, states, batch.valid)])
                 for n, part in zip(batch.texts, rows.split(batch.valid.sum(1).tolist()), strict=True):
-                    found[n] = part
-    return found
+                    result[n] = part
+    return result
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gemma3", "phi"])

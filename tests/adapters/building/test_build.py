@@ -183,18 +183,18 @@ def test_what_is_killed_at_any_write_goes_on(
 
     monkeypatch.setattr(solve.Solver, "_correct", counted)
     monkeypatch.setattr(KilledFolder, "after", after)
-    found = None
+    result = None
     kills = 0
-    while found is None:
+    while result is None:
         KilledFolder.left = 3
         try:
             with KilledFolder(tmp_path, {"a": 1}, "adapt") as work:
-                found = run(Parts(work))
+                result = run(Parts(work))
         except Killed:
             kills += 1
     assert kills >= LAYERS
-    assert found.profile.version == expected.profile.version
-    assert found.report["held_out"] == expected.report["held_out"]
+    assert result.profile.version == expected.profile.version
+    assert result.report["held_out"] == expected.report["held_out"]
     if after:
         assert solved <= 2 * len(linear_names(tiny.model))
 

@@ -57,9 +57,9 @@ def test_killed_worker_goes_on_and_a_finished_one_returns_at_once(
     assert main(folder) == 0
     said = lines(capsys.readouterr().out)
     assert said[0] == {"stage": "statistics", "done": 4, "total": 6} or said[0]["done"] > 4, "not from the start"
-    found = read_results(folder)
-    assert found is not None
-    profile, report = found
+    result = read_results(folder)
+    assert result is not None
+    profile, report = result
     assert said[-1] == {"done": True, "version": profile.version}
     assert report["held_out"]["prompts"] == 2
     assert report["tokens"] == sum(len(t) for n, t in enumerate(random_texts(10)) if n % 5 != 4)

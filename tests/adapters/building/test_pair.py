@@ -125,7 +125,7 @@ def test_other_norms_are_noted_and_not_taken_for_scales(tiny: TinyCheckpoints, t
     state["model.norm.weight"] = state["model.norm.weight"] * 0.9
     pair = opened(tiny.reference, save(tiny.model, tmp_path / "other", state))
     scales = [pair.scales(layer) for layer in pair.skeleton.layers]
-    assert not any(found.inputs or found.outputs for found in scales)
+    assert not any(scale.inputs or scale.outputs for scale in scales)
     assert len(pair.notes) == 2
     assert pair.notes[0].startswith("model.norm.weight differs")
     assert "model.layers.1.input_layernorm.weight differs between the checkpoints, not by scales" in pair.notes[1]

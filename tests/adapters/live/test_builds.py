@@ -214,12 +214,12 @@ async def test_an_adapter_is_made_of_enough_tokens_and_again_of_twice_as_many(fo
         texts(one, 40, 50)
         assert one.state == "collecting"
         assert one.status()["next_tokens"] == 1960
-        found = values(one.samples())
-        assert found[names.ADAPTER_BUILDS, "proposed"] == 2
-        assert found[names.ADAPTER_BUILDS, "ended"] == 0, "so that an alert sees the first one"
+        result = values(one.samples())
+        assert result[names.ADAPTER_BUILDS, "proposed"] == 2
+        assert result[names.ADAPTER_BUILDS, "ended"] == 0, "so that an alert sees the first one"
         assert one.failing == ""
-        assert found[names.ADAPTER_RANK,] == 2
-        assert (names.ADAPTER_HELD_OUT_RECOVERED_RATIO,) not in found, "nothing was held out"
+        assert result[names.ADAPTER_RANK,] == 2
+        assert (names.ADAPTER_HELD_OUT_RECOVERED_RATIO,) not in result, "nothing was held out"
         texts(one, 20, 90)
         await until(lambda: len(receiver.proposed) == 3)
         assert receiver.proposed[2][1]["made_from_tokens"] == 400, "of newer texts: as many as are kept"

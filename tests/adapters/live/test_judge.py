@@ -96,8 +96,8 @@ class Models:
     def hidden(self, record: TokenRecord, prompt: Any) -> Any:
         ids = torch.tensor(np.concatenate([prompt, record.output_ids[:-1]]))[None]
         with torch.no_grad():
-            found = self.reference.model(ids).last_hidden_state[0]
-        return found[-record.tokens :].numpy()
+            result = self.reference.model(ids).last_hidden_state[0]
+        return result[-record.tokens :].numpy()
 
     def distances(self, profile: CalibrationProfile | None, record: TokenRecord, prompt: Any) -> dict[str, Any]:
         ids = np.concatenate([prompt, record.output_ids[:-1]])
@@ -173,10 +173,10 @@ async def ready(one: AdapterJudge) -> None:
 async def distances(
     one: AdapterJudge, record: TokenRecord, prompt: Any, versions: tuple[str, ...]
 ) -> Mapping[str, ExactDistances]:
-    found: asyncio.Future[Mapping[str, ExactDistances]] = asyncio.get_running_loop().create_future()
-    assert one.offer(record, prompt, versions, found.set_result)
-    assert not found.done(), "never inside of the offer"
-    return await found
+    result: asyncio.Future[Mapping[str, ExactDistances]] = asyncio.get_running_loop().create_future()
+    assert one.offer(record, prompt, versions, result.set_result)
+    assert not result.done(), "never inside of the offer"
+    return await result
 
 
 @pytest.mark.parametrize("from_hidden", [False, True])
@@ -208,14 +208,14 @@ def test_distances_are_those_of_transformers_with_the_corrections_in_the_weights
     )
     assert isinstance(answer, judge_messages.Judged)
     assert answer.id == 7
-    found = judging.decode_distances(answer, TOKENS)
-    assert set(found) == {IDENTITY, *known}, "one that it does not hold is left out"
-    for version in found:
+    result = judging.decode_distances(answer, TOKENS)
+    assert set(result) == {IDENTITY, *known}, "one that it does not hold is left out"
+    for version in result:
         expected = models.distances(known.get(version), record, prompt)
-        np.testing.assert_allclose(found[version].kl, expected["kl_rc"], rtol=2e-3, atol=2e-4)
-        np.testing.assert_allclose(found[version].tv, expected["tv"], rtol=2e-3, atol=2e-4)
-        assert found[version].top1.dtype == bool
-    assert found[IDENTITY].kl.mean() > 0.1
+        np.testing.assert_allclose(result[version].kl, expected["kl_rc"], rtol=2e-3, atol=2e-4)
+        np.testing.assert_allclose(result[version].tv, expected["tv"], rtol=2e-3, atol=2e-4)
+        assert result[version].top1.dtype == bool
+    assert result[IDENTITY].kl.mean() > 0.1
     with torch.no_grad():
         theirs = models.reference(torch.tensor(np.concatenate([prompt, record.output_ids[:-1]]))[None]).logits[0]
     expected_z = logprobs(theirs[-TOKENS:].numpy())[np.arange(TOKENS), record.output_ids]
@@ -236,7 +236,9 @@ def test_distances_are_those_of_transformers_with_the_corrections_in_the_weights
 
 def test_a_distribution_that_does_not_exist_is_as_far_away_as_can_be(folders: CheckpointFolders) -> None:
     """Leaving the record out would be a selection by the outcome; a reference without one can judge nothing."""
-    huge = {name: LowRank(np.float32(1e14) * one.a, np.float32(1e14) * one.b) for name, one in layers(folders).items()}
+    huge = {
+        name: LowRank(np.float32(1e14) * layer.a, np.float32(1e14) * layer.b) for name, layer in layers(folders).items()
+    }
     broken = adapter_profile(model="m", vocab_size=V, layers=huge)
     copies = judge_process.Copies(judge_messages.Start(str(folders.compressed), str(folders.reference), V, D, "cpu"))
     judge_process.answer(copies, judge_messages.Hold(broken.version, broken.to_bytes(), True))
@@ -246,11 +248,11 @@ def test_a_distribution_that_does_not_exist_is_as_far_away_as_can_be(folders: Ch
     )
     answer = judge_process.answer(copies, msgspec.structs.replace(judge_one, hidden=hidden.tobytes()))
     assert isinstance(answer, judge_messages.Judged)
-    found = judging.decode_distances(answer, TOKENS)
-    assert np.isfinite(found[IDENTITY].kl).all()
-    assert np.isposinf(found[broken.version].kl).all()
-    assert (found[broken.version].tv == 1.0).all()
-    assert not found[broken.version].top1.any()
+    result = judging.decode_distances(answer, TOKENS)
+    assert np.isfinite(result[IDENTITY].kl).all()
+    assert np.isposinf(result[broken.version].kl).all()
+    assert (result[broken.version].tv == 1.0).all()
+    assert not result[broken.version].top1.any()
     hidden[3] = np.nan
     failed = judge_process.answer(copies, msgspec.structs.replace(judge_one, hidden=hidden.tobytes()))
     assert isinstance(failed, judge_messages.Failed)
@@ -301,9 +303,9 @@ async def test_records_that_wait_go_on_without_distances_where_the_process_is_ki
         with pytest.raises(JudgeUnavailable, match="ended"):
             await asking
         assert one.dropped["ended"] == offers
-        found = values(one.samples())
-        assert found[names.ADAPTER_JUDGE_DROPPED, "ended"] == offers
-        assert found[names.ADAPTER_JUDGE_DROPPED, "busy"] == 1
+        result = values(one.samples())
+        assert result[names.ADAPTER_JUDGE_DROPPED, "ended"] == offers
+        assert result[names.ADAPTER_JUDGE_DROPPED, "busy"] == 1
         await until(lambda: one.state == "ready")
         assert pid() != running
         scored = record_of(1, folders=folders)
@@ -417,13 +419,13 @@ async def test_another_checkpoint_than_the_one_that_serves_is_refused(folders: C
 
 
 async def test_how_fast_one_model_was_says_nothing_of_another(folders: CheckpointFolders) -> None:
-    one = AdapterJudge({}.get)
-    one.judge_about(JudgeTarget(folders, V, 0))
-    one._limit.late(100, 50.0)
-    one.judge_about(JudgeTarget(folders, V, 0))
-    assert one.status()["max_tokens"] is not None, "the same target"
-    one.judge_about(JudgeTarget(folders, V, D))
-    assert one.status()["max_tokens"] is None
+    adapter_judge = AdapterJudge({}.get)
+    adapter_judge.judge_about(JudgeTarget(folders, V, 0))
+    adapter_judge._limit.late(100, 50.0)
+    adapter_judge.judge_about(JudgeTarget(folders, V, 0))
+    assert adapter_judge.status()["max_tokens"] is not None, "the same target"
+    adapter_judge.judge_about(JudgeTarget(folders, V, D))
+    assert adapter_judge.status()["max_tokens"] is None
 
 
 async def test_without_a_target_nothing_is_started() -> None:

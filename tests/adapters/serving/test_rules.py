@@ -48,10 +48,10 @@ def lora(slots: int = 2, *, grouped: bool = False, was_full: bool = False, max_r
 def test_a_slot_is_left_free_and_the_clients_own_adapters_count(
     reports: list[EngineReport], others: int, slots: int | None, capacity: int | None, problem: str
 ) -> None:
-    found = room(reports, others, slots)
-    assert found.capacity == capacity
-    assert problem in found.problem
-    assert bool(problem) == bool(found.problem)
+    result = room(reports, others, slots)
+    assert result.capacity == capacity
+    assert problem in result.problem
+    assert bool(problem) == bool(result.problem)
 
 
 def test_the_limit_depends_on_how_the_server_was_started_not_on_what_clients_load() -> None:
@@ -108,12 +108,12 @@ def test_isolation_finds_one_row_of_four_that_gets_an_adapter(noise: float) -> N
     passed = {"left alone": 0, "one of four moved": 0}
     for _ in range(200):
         for name, rows in (("left alone", 0), ("one of four moved", 2)):
-            found = []
+            result = []
             for moved in range(-8, 8):
                 shift = drawn.laplace(0.0, noise, 16) if noise else np.zeros(16)
                 shift += drawn.laplace(0.0, 0.2, 16) * (0 <= moved < rows)
-                found.append(replace(alone[0], logprobs=(-1.0 + shift).tolist()))
-            passed[name] += verdicts.isolation(moves(alone, found[:8]), moves(alone, found[8:])).passed
+                result.append(replace(alone[0], logprobs=(-1.0 + shift).tolist()))
+            passed[name] += verdicts.isolation(moves(alone, result[:8]), moves(alone, result[8:])).passed
     assert passed["left alone"] >= 199
     assert passed["one of four moved"] <= 1
 

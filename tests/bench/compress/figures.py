@@ -34,8 +34,10 @@ class Meter:
         """By token."""
         small = Copy.load(checkpoint)
         pairs = zip(self._reference_logits, self._texts.heldout, strict=True)
-        found = [exact_distances(logits, _logits(small, text)) for logits, text in pairs]
-        return ExactDistances(*(np.concatenate([getattr(one, part) for one in found]) for part in ("kl", "tv", "top1")))
+        result = [exact_distances(logits, _logits(small, text)) for logits, text in pairs]
+        return ExactDistances(
+            *(np.concatenate([getattr(one, part) for one in result]) for part in ("kl", "tv", "top1"))
+        )
 
     @cached_property
     def _reference_logits(self) -> list[torch.Tensor]:
@@ -53,5 +55,5 @@ def _logits(copy: Copy, text: Text) -> torch.Tensor:
     ids = torch.from_numpy(text.ids.astype(np.int64))[None]
     positions = torch.arange(len(text.prompt) - 1, len(text) - 1)
     with torch.inference_mode():
-        found: torch.Tensor = copy.model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits[0]
-    return found
+        result: torch.Tensor = copy.model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits[0]
+    return result

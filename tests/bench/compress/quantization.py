@@ -37,16 +37,16 @@ LOSS_TOKENS = 6000
 
 def cases(bench: Bench) -> Sequence[Case]:
     size = bench.size(LayerPlan(4, GROUP_SIZE))
-    found = [Case("W4A16 nearest", size, lambda folder: bench.ours(without_texts(W4A16, packed=True), folder))]
-    found += [
+    result = [Case("W4A16 nearest", size, lambda folder: bench.ours(without_texts(W4A16, packed=True), folder))]
+    result += [
         Case(f"W4A16 {calibration}", size, partial(_uniform, bench, W4A16, calibration, True))
         for calibration in ("clip", "clip_kl", "awq", "gptq", "descent", "guided")
     ]
-    found += [
+    result += [
         Case(f"llmcompressor W4A16 {method}", size, partial(_peer, bench, method)) for method in ("rtn", "gptq", "awq")
     ]
     whole = bench.size(LayerPlan(8))
-    found += [
+    result += [
         Case("W8A8 nearest", whole, lambda folder: bench.ours(without_texts(W8A8, packed=True), folder)),
         Case("W8A8 smooth", whole, partial(_uniform, bench, W8A8, "smooth", True)),
         Case("llmcompressor W8A8 smoothquant", whole, partial(_peer, bench, "smoothquant")),
@@ -55,24 +55,24 @@ def cases(bench: Bench) -> Sequence[Case]:
         weight_format = WeightFormat(bits, GROUP_SIZE)
         size = bench.size(LayerPlan(bits, GROUP_SIZE))
         nearest = without_texts(weight_format, packed=False)
-        found += [
+        result += [
             Case(f"{bits} bits nearest", size, partial(bench.ours, nearest)),
             Case(f"{bits} bits {BEST}", size, partial(_uniform, bench, weight_format, BEST, False)),
         ]
     for bits, target in MIXED:
         size = bench.size(LayerPlan(bits, GROUP_SIZE))
-        found.append(Case(_mix(bits, target), size, partial(_mixed, bench, bits, target)))
-    return found
+        result.append(Case(_mix(bits, target), size, partial(_mixed, bench, bits, target)))
+    return result
 
 
 def musts() -> Sequence[Must]:
-    found = [Must(f"{bits} bits {BEST}", f"{bits} bits nearest") for bits in DENSE_BITS]
-    found += [Must(f"W4A16 {BEST}", "W4A16 nearest"), Must("W8A8 smooth", "W8A8 nearest")]
-    found += [
+    result = [Must(f"{bits} bits {BEST}", f"{bits} bits nearest") for bits in DENSE_BITS]
+    result += [Must(f"W4A16 {BEST}", "W4A16 nearest"), Must("W8A8 smooth", "W8A8 nearest")]
+    result += [
         Must(f"W4A16 {BEST}", f"llmcompressor W4A16 {method}", not_above=True) for method in ("rtn", "gptq", "awq")
     ]
     uniform = {4: f"W4A16 {BEST}"} | {bits: f"{bits} bits {BEST}" for bits in DENSE_BITS}
-    return [*found, *(Must(_mix(bits, target), uniform[bits]) for bits, target in MIXED)]
+    return [*result, *(Must(_mix(bits, target), uniform[bits]) for bits, target in MIXED)]
 
 
 def _mix(bits: int, target: Target) -> str:

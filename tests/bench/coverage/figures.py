@@ -62,8 +62,8 @@ def entry_of(kind: str) -> str:
     >>> entry_of("chat label tools-auto tools greedy"), entry_of("unread")
     ('tools-auto', 'unread')
     """
-    found = re.search(r" label (\S+)", kind)
-    return kind if found is None else found[1]
+    match = re.search(r" label (\S+)", kind)
+    return kind if match is None else match[1]
 
 
 _COUNTS = ("requests", "tokens", "requests_of_unknown_tokens")
@@ -83,9 +83,9 @@ def _add(into: dict[str, float], counts: dict[str, Any]) -> None:
 
 def _listed(what: str, counts: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
     return [
-        {what: name, "scored_share": _share(one, "requests"), "scored_share_tokens": _share(one, "tokens")}
-        | _shown(one)
-        for name, one in sorted(counts.items())
+        {what: name, "scored_share": _share(count, "requests"), "scored_share_tokens": _share(count, "tokens")}
+        | _shown(count)
+        for name, count in sorted(counts.items())
     ]
 
 
@@ -103,9 +103,9 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"{'request':24} {'requests':>8} {'scored':>8} {'tokens':>8} {'scored':>8}",
         *(
-            f"{one['entry'][:24]:24} {one['requests']:8.1f} {_percent(one['scored_share'])} {one['tokens']:8.0f} "
-            f"{_percent(one['scored_share_tokens'])}"
-            for one in rows
+            f"{row['entry'][:24]:24} {row['requests']:8.1f} {_percent(row['scored_share'])} {row['tokens']:8.0f} "
+            f"{_percent(row['scored_share_tokens'])}"
+            for row in rows
         ),
         *(
             f"not scored: {one['requests']:.1f} requests, {one['tokens']:.0f} known tokens, {one['reason']}: "

@@ -36,19 +36,19 @@ async def test_every_request_of_the_mix_is_counted_once_and_explained(tmp_path: 
             await served.until(lambda status: status["reference"]["state"] == "ready" and status["relays"] > 0)
             await asyncio.to_thread(send, served.data, planned, 4)
             status = await served.until(lambda s: round(s["coverage"]["requests"], 3) >= REQUESTS)
-    found = combine([status["coverage"]])
-    assert found["requests"] == REQUESTS
-    by_entry = {one["entry"]: one for one in found["by_entry"]}
+    result = combine([status["coverage"]])
+    assert result["requests"] == REQUESTS
+    by_entry = {one["entry"]: one for one in result["by_entry"]}
     assert sum(one["requests"] for one in by_entry.values()) == REQUESTS
-    assert sum(one["requests"] for one in found["by_kind"]) == REQUESTS
+    assert sum(one["requests"] for one in result["by_kind"]) == REQUESTS
     sent = Counter(one.name for one in planned)
     for name in SCORED:
         one = by_entry[name]
         assert (one["requests"], one["scored_share"], one["scored_share_tokens"]) == (sent[name], 1.0, 1.0)
-    assert sum(one["requests"] for one in found["not_scored"]) == REQUESTS - found["scored_requests"]
-    for one in found["not_scored"]:
+    assert sum(one["requests"] for one in result["not_scored"]) == REQUESTS - result["scored_requests"]
+    for one in result["not_scored"]:
         assert one["explanation"] != "not explained", one
-        assert one["reason"] in table(found)
+        assert one["reason"] in table(result)
 
 
 def test_the_plan_has_every_entry_by_its_weight_and_spread_evenly() -> None:

@@ -41,7 +41,7 @@ class Mix:
     def load(cls, path: Path = MIX) -> Mix:
         told = yaml.safe_load(path.read_text(encoding="utf-8"))
         entries = told["requests"]
-        return cls(told["servers"], [one["name"] for one in entries], entries, told["prompts"], told["defaults"])
+        return cls(told["servers"], [entry["name"] for entry in entries], entries, told["prompts"], told["defaults"])
 
     def plan(self, model: str) -> Iterator[Planned]:
         """For ever: entries by their weights, each evenly spread, prompts in turn, every other one a stream."""

@@ -32,6 +32,6 @@ class Row:
 
 def modules() -> list[ModuleType]:
     """All modules with rows, by name."""
-    names = sorted(found.name for found in pkgutil.iter_modules(__path__))
+    names = sorted(iter_module.name for iter_module in pkgutil.iter_modules(__path__))
     loaded = (importlib.import_module(f"{__name__}.{name}") for name in names if not name.startswith("test_"))
     return [module for module in loaded if hasattr(module, "rows")]

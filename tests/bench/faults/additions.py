@@ -143,42 +143,42 @@ async def answer_rows() -> list[Row]:
     full = await fake_answer(stream=False, asked_for=True)
     own = Answer(200, plain)
     for status, why in ((500, "NaN among the logprobs"), (413, "a limit of the body's size")):
-        found = await asked(Answer(status, b"{}"), own, stream=False)
-        measured = f"{found.errors} of {REQUESTS}, {found.upstream_requests - REQUESTS} asked twice"
+        result = await asked(Answer(status, b"{}"), own, stream=False)
+        measured = f"{result.errors} of {REQUESTS}, {result.upstream_requests - REQUESTS} asked twice"
         rows.append(
             Row(
                 f"{status} only because of what was added ({why}): clients with an error",
                 f"all {REQUESTS}",
                 measured,
                 "0",
-                found.errors == 0,
+                result.errors == 0,
             )
         )
-    found = await asked(Answer(500, b"{}"), Answer(500, b"{}"), stream=False)
-    twice = found.upstream_requests - REQUESTS
+    result = await asked(Answer(500, b"{}"), Answer(500, b"{}"), stream=False)
+    twice = result.upstream_requests - REQUESTS
     rows.append(Row("500 whatever is asked: requests that are asked twice", "0", float(twice), "<= 1", twice <= 1))
     for name, damage in DAMAGES.items():
         damaged = damage(full)
         assert damaged != full, name
-        found = await asked(Answer(200, damaged), own, stream=False)
+        result = await asked(Answer(200, damaged), own, stream=False)
         rows.append(
             Row(
                 f"{name}: bytes that hold what was injected, {REQUESTS} answers",
                 f"{REQUESTS * len(damaged)}",
-                float(found.leaked),
+                float(result.leaked),
                 "0",
-                found.leaked == 0,
+                result.leaked == 0,
             )
         )
     event = events(await fake_answer(stream=True, asked_for=True))[1]
     choice = json.loads(event[6:])
     choice["choices"] *= 2
     two = b"data: " + json.dumps(choice).encode() + b"\n\ndata: [DONE]\n\n"
-    found = await asked(Answer(200, two, STREAM_TYPE), own, stream=True)
-    rows.append(Row("an event with two choices: the same", "", float(found.leaked), "0", found.leaked == 0))
-    found = await asked(Answer(200, gzip.compress(full), coding=b"gzip"), own, stream=False)
-    equal = sum(a.content == plain for a in found.answers)
-    captured = found.counts[SHADOW_REQUESTS, "shadowed", ""]
+    result = await asked(Answer(200, two, STREAM_TYPE), own, stream=True)
+    rows.append(Row("an event with two choices: the same", "", float(result.leaked), "0", result.leaked == 0))
+    result = await asked(Answer(200, gzip.compress(full), coding=b"gzip"), own, stream=False)
+    equal = sum(a.content == plain for a in result.answers)
+    captured = result.counts[SHADOW_REQUESTS, "shadowed", ""]
     rows.append(
         Row(
             "gzip that nobody asked for: answers as without sampling, and captured",
@@ -188,9 +188,9 @@ async def answer_rows() -> list[Row]:
             equal == captured == REQUESTS,
         )
     )
-    found = await asked(Answer(200, b"\x00\x01", coding=b"br"), own, stream=False)
-    equal = sum(a.content == plain for a in found.answers)
-    repeated = found.counts[REPEATED_REQUESTS, "encoded"]
+    result = await asked(Answer(200, b"\x00\x01", coding=b"br"), own, stream=False)
+    equal = sum(a.content == plain for a in result.answers)
+    repeated = result.counts[REPEATED_REQUESTS, "encoded"]
     rows.append(
         Row(
             "a coding that cannot be read: answers as without sampling (asked twice until sampling pauses)",

@@ -231,8 +231,8 @@ def _poison() -> Iterator[Row]:
         with proxy(*[GOOD] * (ENGINES - 1), last) as (stack, _):
 
             def engines(stack: Stack = stack) -> list[dict[str, Any]]:
-                found: list[dict[str, Any]] = stack.admin.get("/api/v1/status").json()["upstream"]
-                return found
+                result: list[dict[str, Any]] = stack.admin.get("/api/v1/status").json()["upstream"]
+                return result
 
             if last == DEAD:
                 wait_for("the dead engine is ejected", lambda: engines() and not engines()[-1]["up"], 30.0)

@@ -188,7 +188,7 @@ class Streams:
 
 async def faults(folder: Path) -> list[Row]:
     fleet = Fleet()
-    found = []
+    result = []
     try:
         for engine in range(ENGINES):
             fleet.start(engine)
@@ -214,12 +214,12 @@ async def faults(folder: Path) -> list[Row]:
                 text = f"{len(streams.broken)} of {len(streams.broken) + streams.complete}, {others} of other engines"
                 holds = len(streams.broken) <= allowed and not others
                 limit = "0" if drained else f"<= {allowed}, all of the killed engines"
-                found.append(Row(f"{case}: streams broken", "", text, limit, holds))
+                result.append(Row(f"{case}: streams broken", "", text, limit, holds))
         finally:
             stack.stop()
     finally:
         fleet.close()
-    return found
+    return result
 
 
 def replace(fleet: Fleet, stack: Stack, engine: int, how: signal.Signals, drained: bool) -> None:

@@ -186,11 +186,11 @@ def _connections(pid: int, port: int) -> int:
         fields = line.split()
         if fields[1].endswith(f":{port:04X}") and fields[3] == "01":
             inodes.add(f"socket:[{fields[9]}]")
-    found = 0
+    result = 0
     for descriptor in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(OSError):
-            found += os.readlink(descriptor) in inodes
-    return found
+            result += os.readlink(descriptor) in inodes
+    return result
 
 
 async def _latencies(url: str, kill: Callable[[], None]) -> tuple[list[float], int]:

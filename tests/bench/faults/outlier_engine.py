@@ -111,7 +111,7 @@ def null_life(draw: Draw, seed: int, restarts: bool = True) -> bool:
 
 
 def named(state: OutlierTest) -> list[str]:
-    return [one.engine for one in readings(state) if one.raised is not None]
+    return [reading.engine for reading in readings(state) if reading.raised is not None]
 
 
 def real_draw(odd: str, others: str, begins: int) -> Draw:
@@ -136,8 +136,8 @@ def odd_life(odd: str, others: str, begins: int, seed: int) -> tuple[str, float]
         state = update(state, stratum, one)
         if one.engine == "engine 3" and n >= begins:
             tokens += one.tokens
-        if found := named(state):
-            return ", ".join(found), tokens
+        if result := named(state):
+            return ", ".join(result), tokens
     return "", math.inf
 
 
@@ -280,7 +280,7 @@ def results() -> Path:
         rng, state = np.random.default_rng(0), init(ALPHA)
         for n in range(100):
             state = update(state, *draw(rng, n))
-            evidence += [f"{one.log_evidence:.6f}" for one in readings(state)]
+            evidence += [f"{reading.log_evidence:.6f}" for reading in readings(state)]
     return RESULTS / hashlib.sha256(" ".join(evidence).encode()).hexdigest()[:12]
 
 
@@ -317,7 +317,7 @@ def kept_rows() -> Iterator[Row]:
 
 
 def _within(tokens: Sequence[float]) -> float:
-    return sum(one <= MAX_TOKENS for one in tokens) / len(tokens)
+    return sum(token <= MAX_TOKENS for token in tokens) / len(tokens)
 
 
 def _summary(tokens: Sequence[float]) -> str:

@@ -311,9 +311,9 @@ def _costly_bodies() -> Iterator[Row]:
         if name in BEFORE:
             yield _cost(f"a body of {name}: CPU to find that it is not read", BEFORE[name], [body])
     yield _cost(f"the worst of {len(WITHIN)} bodies that are read: CPU", "", list(WITHIN.values()))
-    found = 1e3 * costly_search.worst(SEARCHED, seed=1)
+    result = 1e3 * costly_search.worst(SEARCHED, seed=1)
     yield Row(
-        f"the worst that a search over {SEARCHED:,} bodies finds: CPU", "", f"{found:.2f} ms", LIMIT, found <= 5.0
+        f"the worst that a search over {SEARCHED:,} bodies finds: CPU", "", f"{result:.2f} ms", LIMIT, result <= 5.0
     )
     yield _cost(f"the worst of {len(BEYOND)} bodies that are not read: CPU", "", list(BEYOND.values()))
 

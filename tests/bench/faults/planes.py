@@ -152,8 +152,8 @@ def _has_event(decision: str, version: str | None = None) -> Kept:
     """A new one."""
 
     def number(snapshot: Snapshot) -> int:
-        found = (event for event in snapshot.events if event["decision"] == decision)
-        return sum(version in (None, event["version"]) for event in found)
+        result = (event for event in snapshot.events if event["decision"] == decision)
+        return sum(version in (None, event["version"]) for event in result)
 
     return lambda before, after: number(after) > number(before)
 
@@ -330,25 +330,25 @@ def rows(*, server: bool = False) -> Iterator[Row]:
     """server: the store is PostgreSQL."""
     runs, seed = int(os.environ.get(RUNS_VARIABLE, RUNS)), int(os.environ.get(SEED_VARIABLE, SEED))
     outcomes, after = asyncio.run(measured(runs, seed, server=server))
-    for name, one in outcomes.items():
+    for name, outcome in outcomes.items():
         limit = LIMITS.get((FAULTS | SERVER_FAULTS)[name], 0.0)
-        text = f"{one.runs} x: {len(one.failures)} requests failed"
-        text += f", {one.cut} that it had were cut" if one.cut else ""
-        text += f"; active after {min(one.seconds):.1f} to {max(one.seconds):.1f} s" if one.seconds else ""
-        text += "".join(f"; {what}" for what in [*one.failures[:3], *one.lost[:3]])
-        wanted = "none fails, nothing is lost" + (f", active within {limit:g} s" if one.seconds else "")
-        holds = not one.failures and not one.lost and max(one.seconds, default=0.0) <= limit
+        text = f"{outcome.runs} x: {len(outcome.failures)} requests failed"
+        text += f", {outcome.cut} that it had were cut" if outcome.cut else ""
+        text += f"; active after {min(outcome.seconds):.1f} to {max(outcome.seconds):.1f} s" if outcome.seconds else ""
+        text += "".join(f"; {what}" for what in [*outcome.failures[:3], *outcome.lost[:3]])
+        wanted = "none fails, nothing is lost" + (f", active within {limit:g} s" if outcome.seconds else "")
+        holds = not outcome.failures and not outcome.lost and max(outcome.seconds, default=0.0) <= limit
         yield Row(name, "", text, wanted, holds)
     yield from begun(after, runs)
 
 
 def begun(after: Snapshot, runs: int) -> Iterator[Row]:
     """What could have been lost."""
-    found = Counter[str]()
+    result = Counter[str]()
     for name, number in counts(after).items():
-        found["windows" if name.startswith("windows") else name] += number
-    found["events"] = len(after.events)
-    found["revisions"] = after.head.revision
-    text = ", ".join(f"{number} {name}" for name, number in found.items())
-    holds = runs < 20 or all(found[name] for name in ("tests", "windows", "alarms"))
+        result["windows" if name.startswith("windows") else name] += number
+    result["events"] = len(after.events)
+    result["revisions"] = after.head.revision
+    text = ", ".join(f"{number} {name}" for name, number in result.items())
+    holds = runs < 20 or all(result[name] for name in ("tests", "windows", "alarms"))
     yield Row("what the store has counted by then", "", text, "some of each", holds)

@@ -141,8 +141,8 @@ class Clients:
 
 
 def engine(stack: Stack, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = next(row for row in stack.status()["upstream"] if row["engine"] == name)
-    return found
+    result: dict[str, Any] = next(row for row in stack.status()["upstream"] if row["engine"] == name)
+    return result
 
 
 def named(stack: Stack) -> list[str]:
@@ -171,7 +171,7 @@ async def find_odd(stack: Stack, odd: str) -> list[Row]:
 
 
 async def roll(engines: Engines, stack: Stack, odd: str) -> list[Row]:
-    found = []
+    result = []
     authorized = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
     for case, drained in (("kill -9 of a real engine, and its restart", False), ("a drained real engine rolled", True)):
         clients = Clients(stack.url)
@@ -200,8 +200,8 @@ async def roll(engines: Engines, stack: Stack, odd: str) -> list[Row]:
         text = f"{len(clients.broken)} of {len(clients.broken) + clients.complete}, {late} begun after it"
         limit = "0" if drained else f"<= {allowed} that it had, 0 begun later"
         holds = len(clients.broken) <= allowed and not late
-        found.append(Row(f"{case}: streams broken", "", text, limit, holds))
-    return found
+        result.append(Row(f"{case}: streams broken", "", text, limit, holds))
+    return result
 
 
 async def measured(folder: Path) -> list[Row]:

@@ -58,7 +58,7 @@ def begun(kinds: Mapping[str, float]) -> Guard:
 
 def promotions(guard: Guard, stream: Sequence[Unit], kl: Sequence[float]) -> dict[str, int]:
     """Kinds that are promoted, with the units that counted there until then. kl: gain in KL of each unit."""
-    found = {}
+    result = {}
     for unit, in_kl in zip(stream, kl, strict=True):
         admission = guard.admit(TEST, unit.kind, unit.key, unit.client)
         if admission is Admission.CLIENT_SHARE:
@@ -67,9 +67,9 @@ def promotions(guard: Guard, stream: Sequence[Unit], kl: Sequence[float]) -> dic
             continue
         guard.update(TEST, unit.kind, unit.key, unit.client, unit.gain, unit.gain, unit.tokens, in_kl)
         if guard.decide(TEST, unit.kind).action is Action.PROMOTE:
-            found[unit.kind] = guard.evidence(TEST, unit.kind).units
+            result[unit.kind] = guard.evidence(TEST, unit.kind).units
             guard.freeze(TEST, unit.kind)
-    return found
+    return result
 
 
 def mixed(lives: int, rng: np.random.Generator) -> Iterator[Row]:
@@ -80,11 +80,11 @@ def mixed(lives: int, rng: np.random.Generator) -> Iterator[Row]:
         n = 600
         is_a = rng.random(n) < 0.9
         gains = np.where(is_a, normal(rng, GAIN, n), normal(rng, LOSS, n))
-        found = promotions(
+        result = promotions(
             begun({"A": 0.9, "B": 0.1}), units(rng, np.where(is_a, "A", "B").tolist(), gains), (2.0 * gains).tolist()
         )
-        in_a.append(float(found.get("A", np.inf)))
-        in_b += "B" in found
+        in_a.append(float(result.get("A", np.inf)))
+        in_b += "B" in result
     promoted = int(np.isfinite(in_a).sum())
     yield count_row(
         "an adapter helps 90 % of the traffic and harms one kind: promoted where it harms", in_b, lives, 0.05
@@ -115,12 +115,12 @@ def tails(lives: int, rng: np.random.Generator) -> Iterator[Row]:
     elsewhere), the total variation gains nothing, or loses 0.02. Judged by KL clipped to ±2 nats it would be another
     story: there its mean is above 0."""
     n, by_kl, guards = 400, 0, {"gains nothing": 0.0, "loses 0.02": -0.02}
-    found = dict.fromkeys(guards, 0)
+    result = dict.fromkeys(guards, 0)
     for _ in range(lives):
         kl = rng.pareto(1.2, n) - 0.5
         for name, mean in guards.items():
             stream = units(rng, ["A"] * n, normal(rng, mean, n))
-            found[name] += bool(promotions(begun({"A": 1.0}), stream, kl.tolist()))
+            result[name] += bool(promotions(begun({"A": 1.0}), stream, kl.tolist()))
         loses = np.where(rng.random(n) < 0.02, -50.0, 0.2)
         clipped = Guard()
         clipped.begin_candidate(TEST, {"A": (2.0, 1.0)})
@@ -128,7 +128,7 @@ def tails(lives: int, rng: np.random.Generator) -> Iterator[Row]:
             if clipped.admit(TEST, "A", unit.key, unit.client) is Admission.ADMITTED:
                 clipped.update(TEST, "A", unit.key, unit.client, unit.gain, unit.gain, unit.tokens)
         by_kl += clipped.decide(TEST, "A").action is Action.PROMOTE
-    for name, promoted in found.items():
+    for name, promoted in result.items():
         yield count_row(f"heavy-tailed gains in KL, the total variation {name}: promoted", promoted, lives, 0.05)
     yield Row(
         "98 % gain 0.2 nats, 2 % lose 50, judged by KL clipped to ±2 nats: promoted",
@@ -145,8 +145,8 @@ def kl_losses(lives: int, rng: np.random.Generator) -> Iterator[Row]:
     for _ in range(lives):
         stream = units(rng, ["A"] * n, normal(rng, GAIN, n))
         often += bool(promotions(begun({"A": 1.0}), stream, normal(rng, -0.2, n, 0.3).tolist()))
-        found = np.where(rng.random(n) < 0.005, -200.0, 0.5)
-        rare += bool(promotions(begun({"A": 1.0}), stream, found.tolist()))
+        result = np.where(rng.random(n) < 0.005, -200.0, 0.5)
+        rare += bool(promotions(begun({"A": 1.0}), stream, result.tolist()))
     yield count_row("TV gains 0.12, KL loses 0.2 (sd 0.3): promoted", often, lives, 0.05)
     yield Row(
         "TV gains 0.12, KL gains 0.5 but loses 200 nats once in 200 units: promoted",
@@ -252,8 +252,8 @@ def bursts(rng: np.random.Generator, gains: Floats) -> tuple[bool, float]:
             life.observe(record)
         else:
             free = max(free, at) + seconds
-            found = {IDENTITY: distances(0.5, 1.0), version: distances(0.5 - 0.49 * gain, 0.5)}
-            waiting.append((free, replace(record, distances=found)))
+            result = {IDENTITY: distances(0.5, 1.0), version: distances(0.5 - 0.49 * gain, 0.5)}
+            waiting.append((free, replace(record, distances=result)))
         if life.profiles.serving.selected is not None:
             return True, lost_units / len(gains)
     return False, lost_units / len(gains)
@@ -273,10 +273,10 @@ def switching(lives: int, rng: np.random.Generator) -> Row:
         life.profiles.lifecycle.hold(made)
         nats, variation = normal(rng, 0.3, n, 0.1).tolist(), rng.choice([-0.49, 0.49], n).tolist()
         for in_nats, gain in zip(nats, variation, strict=True):
-            found = {IDENTITY: distances(0.8, 1.0), made.version: distances(0.5, 0.5)}
-            found[other.version] = distances(0.5 - gain, 0.4)
+            result = {IDENTITY: distances(0.8, 1.0), made.version: distances(0.5, 0.5)}
+            result[other.version] = distances(0.5 - gain, 0.4)
             shifts = {other.version: Shift(np.full(2, in_nats), np.zeros(2))}
-            life.observe(life.record(found, shifts=shifts))
+            life.observe(life.record(result, shifts=shifts))
             if kind.version == other.version:
                 promoted += 1
                 break

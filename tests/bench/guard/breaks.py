@@ -75,15 +75,15 @@ def counts(rng: np.random.Generator, requests: int) -> np.ndarray:
 def rows(lives: int, seed: int) -> Iterator[Row]:
     for world in BROKEN:
         rng = np.random.default_rng(seed)
-        missed = found = 0
+        missed = result = 0
         for _ in range(lives):
             curve, at = life(rng, world)
             one = find_break(curve, counts(rng, REQUESTS))
             if one.existence is Existence.FOUND:
-                found += 1
+                result += 1
                 missed += not one.low <= at <= one.high
-        yield count_row(f"{world.name}: the interval misses the break", missed, found, 0.05)
-        share = found / lives
+        yield count_row(f"{world.name}: the interval misses the break", missed, result, 0.05)
+        share = result / lives
         yield Row(f"{world.name}: breaks that are found", f"{share:.0%}", "> 75 %", share > 0.75)
     for world in UNBROKEN:
         rng = np.random.default_rng(seed)

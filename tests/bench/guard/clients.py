@@ -75,9 +75,9 @@ def harmful_promoted(lives: int, rng: np.random.Generator) -> tuple[int, int, tu
             if decision is not None and decision.action is Action.PROMOTE:
                 promoted += 1
                 break
-        found = guard.evidence(TEST, "A")
-        above += counted > np.ceil(CAP * found.units)
-        largest = max(largest, (counted, found.units), key=lambda pair: pair[0] / pair[1])
+        result = guard.evidence(TEST, "A")
+        above += counted > np.ceil(CAP * result.units)
+        largest = max(largest, (counted, result.units), key=lambda pair: pair[0] / pair[1])
     return promoted, above, largest
 
 

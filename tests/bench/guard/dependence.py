@@ -69,7 +69,7 @@ def runs(length: int, share: float = 1.0, clients: str = "drawn") -> World:
 
     def world(rng: np.random.Generator, n: int, lives: int) -> Stream:
         count = -(-n // length)
-        found = [
+        result = [
             SPREAD
             * (
                 math.sqrt(share) * repeated(rng.normal(size=(count, lives)), length, n)
@@ -80,17 +80,17 @@ def runs(length: int, share: float = 1.0, clients: str = "drawn") -> World:
         who = drawn_clients(rng, n, lives)
         if clients == "run":
             who = repeated(who[:count], length, n)
-        return Stream(found[0], found[1], np.zeros_like(who) if clients == "one" else who)
+        return Stream(result[0], result[1], np.zeros_like(who) if clients == "one" else who)
 
     return world
 
 
 def autoregression(coefficient: float) -> World:
     def world(rng: np.random.Generator, n: int, lives: int) -> Stream:
-        found = rng.normal(0.0, SPREAD, (2, n, lives))
+        result = rng.normal(0.0, SPREAD, (2, n, lives))
         for at in range(1, n):
-            found[:, at] = coefficient * found[:, at - 1] + math.sqrt(1.0 - coefficient**2) * found[:, at]
-        return Stream(found[0], found[1], drawn_clients(rng, n, lives))
+            result[:, at] = coefficient * result[:, at - 1] + math.sqrt(1.0 - coefficient**2) * result[:, at]
+        return Stream(result[0], result[1], drawn_clients(rng, n, lives))
 
     return world
 
@@ -119,16 +119,16 @@ def day_and_night(size: float) -> World:
 
     def world(rng: np.random.Generator, n: int, lives: int) -> Stream:
         hour = 2.0 * math.pi * (np.arange(n)[:, None] / 480.0 + rng.random(lives))
-        found = rng.normal(0.0, SPREAD, (2, n, lives)) + size * np.sin(hour)
-        return Stream(found[0], found[1], drawn_clients(rng, n, lives))
+        result = rng.normal(0.0, SPREAD, (2, n, lives)) + size * np.sin(hour)
+        return Stream(result[0], result[1], drawn_clients(rng, n, lives))
 
     return world
 
 
 def independent(mean: float) -> World:
     def world(rng: np.random.Generator, n: int, lives: int) -> Stream:
-        found = rng.normal(0.0, SPREAD, (2, n, lives))
-        return Stream(found[0] + mean, found[1], drawn_clients(rng, n, lives))
+        result = rng.normal(0.0, SPREAD, (2, n, lives))
+        return Stream(result[0] + mean, result[1], drawn_clients(rng, n, lives))
 
     return world
 
@@ -137,8 +137,8 @@ def gains_alone(world: World) -> World:
     """The other figure does not depend on anything, so that only the gains tell."""
 
     def with_noise(rng: np.random.Generator, n: int, lives: int) -> Stream:
-        found = world(rng, n, lives)
-        return Stream(found.gains, rng.normal(size=(n, lives)), found.clients)
+        result = world(rng, n, lives)
+        return Stream(result.gains, rng.normal(size=(n, lives)), result.clients)
 
     return with_noise
 
@@ -207,8 +207,8 @@ def promoted_at(
 
 def lives_of(world: World, lives: int, rng: np.random.Generator, history: int = HISTORY, **rule: bool) -> Floats:
     sizes = [min(LIVES_AT_A_TIME, lives - first) for first in range(0, lives, LIVES_AT_A_TIME)]
-    found = [promoted_at(world(rng, history + UNITS, size), history=history, **rule) for size in sizes]
-    return np.concatenate(found)
+    result = [promoted_at(world(rng, history + UNITS, size), history=history, **rule) for size in sizes]
+    return np.concatenate(result)
 
 
 def mixed_first(lives: int, rng: np.random.Generator, length: int = 10, units: int = 4000) -> tuple[int, int]:
@@ -235,14 +235,14 @@ def log_optimal(mean: float, lives: int, rng: np.random.Generator, needed: float
 def rows(lives: int, seed: int) -> Iterator[Row]:
     lives = max(lives // 4, 10)
     for number, (name, (world, v)) in enumerate(NULLS.items()):
-        found = lives_of(world, lives, np.random.default_rng([seed, 71, number]))
+        result = lives_of(world, lives, np.random.default_rng([seed, 71, number]))
         told = "" if math.isnan(v) else f" (v = {v:.3g})"
-        yield count_row(f"gain 0, {name}{told}: promoted", int(np.isfinite(found).sum()), lives, 0.05)
+        yield count_row(f"gain 0, {name}{told}: promoted", int(np.isfinite(result).sum()), lives, 0.05)
     for number, name in enumerate(WITHOUT_A_CYCLE):
-        found = lives_of(NULLS[name][0], lives, np.random.default_rng([seed, 73, number]), FEW)
+        result = lives_of(NULLS[name][0], lives, np.random.default_rng([seed, 73, number]), FEW)
         yield Row(
             f"{name}, after {FEW} units in place of {HISTORY}: promoted",
-            f"{np.isfinite(found).sum()} of {lives}",
+            f"{np.isfinite(result).sum()} of {lives}",
             "for comparison: longer dependence than was seen is not covered",
             True,
         )
@@ -250,11 +250,11 @@ def rows(lives: int, seed: int) -> Iterator[Row]:
     yield count_row("runs of 10, v known, each bet to the power 1/v: a false proof at 5 %", each, lives, 0.05)
     yield Row("the same, the mixture of bets to the power 1/v", f"{mixture} of {lives}", "for comparison", True)
     for mean, allowed in PROVEN.items():
-        found = lives_of(independent(mean), lives, np.random.default_rng([seed, 72, round(100 * mean)]))
+        result = lives_of(independent(mean), lives, np.random.default_rng([seed, 72, round(100 * mean)]))
         before = lives_of(
             independent(mean), lives, np.random.default_rng([seed, 72, round(100 * mean)]), dependence=False
         )
-        middle = median(found.tolist())
+        middle = median(result.tolist())
         best = median(log_optimal(mean, lives, np.random.default_rng([seed, 75, round(100 * mean)])).tolist())
         yield Row(
             f"independent, gain {mean}: median units until promotion",

@@ -44,10 +44,10 @@ def runs(length: int) -> Effects:
 
 def autoregression(coefficient: float) -> Effects:
     def effects(rng: np.random.Generator, streams: int) -> Array:
-        found = rng.standard_normal((REQUESTS, streams))
+        result = rng.standard_normal((REQUESTS, streams))
         for at in range(1, REQUESTS):
-            found[at] = coefficient * found[at - 1] + math.sqrt(1.0 - coefficient**2) * found[at]
-        return found
+            result[at] = coefficient * result[at - 1] + math.sqrt(1.0 - coefficient**2) * result[at]
+        return result
 
     return effects
 

@@ -62,20 +62,20 @@ def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 def rows(lives: int, seed: int) -> Iterator[Row]:
     """For each figure: what is true, what is told (mean over lives), and what subtracting both floors would tell."""
-    found = [life(seed + n) for n in range(max(lives // 10, 5))]
+    result = [life(seed + n) for n in range(max(lives // 10, 5))]
     for name in NAMES:
-        true = float(np.mean([one[0][name] for one in found]))
-        told = [one[1][name]["estimate"] for one in found]
-        floors = [one[2][name] - 2.0 * one[1][name]["floor"] for one in found]
-        covered = sum(one[1][name]["ci95"][0] <= one[0][name] <= one[1][name]["ci95"][1] for one in found)
+        true = float(np.mean([one[0][name] for one in result]))
+        told = [one[1][name]["estimate"] for one in result]
+        floors = [one[2][name] - 2.0 * one[1][name]["floor"] for one in result]
+        covered = sum(one[1][name]["ci95"][0] <= one[0][name] <= one[1][name]["ci95"][1] for one in result)
         spread = RatioEstimate()
         for one in told:
             spread = spread.update(one, 1.0)
         mean = spread.get()
         yield Row(
-            f"excess of {name}: {len(found)} runs of {REQUESTS} requests",
+            f"excess of {name}: {len(result)} runs of {REQUESTS} requests",
             f"true {true:.4f}, told {mean.mean:.4f}; with both floors subtracted whole {np.mean(floors):.4f}; "
-            f"true value within the interval in {covered} of {len(found)}",
+            f"true value within the interval in {covered} of {len(result)}",
             "told within 5 % of the true value; within the interval in all",
-            abs(mean.mean / true - 1.0) <= 0.05 and covered == len(found),
+            abs(mean.mean / true - 1.0) <= 0.05 and covered == len(result),
         )

@@ -46,16 +46,16 @@ def proven(v: int, lives: int, rng: np.random.Generator) -> tuple[int, ...]:
     for first in range(0, lives, AT_A_TIME):
         gains = np.clip(rng.normal(0.0, SPREAD, (RUNS, min(AT_A_TIME, lives - first))), -1.0, 1.0)
         wealth = v * np.log1p(gains[..., None, None] * FRACTIONS).cumsum(axis=0)
-        found = log_proof(wealth, 1), log_proof(wealth, 1, inflation=float(v)), log_proof(wealth, 1) / v
-        counts += [int((log_e >= -np.log(ALPHA)).any(axis=0).sum()) for log_e in found]
+        result = log_proof(wealth, 1), log_proof(wealth, 1, inflation=float(v)), log_proof(wealth, 1) / v
+        counts += [int((log_e >= -np.log(ALPHA)).any(axis=0).sum()) for log_e in result]
     return tuple(counts.tolist())
 
 
 def rows(lives: int, seed: int) -> Iterator[Row]:
     for v in INFLATIONS:
-        found = proven(v, lives, np.random.default_rng([seed, 91, v]))
+        result = proven(v, lives, np.random.default_rng([seed, 91, v]))
         one_bet = ALPHA ** (1.0 / v)
-        for rule, count, bound in zip(RULES, found, bounds(v), strict=True):
+        for rule, count, bound in zip(RULES, result, bounds(v), strict=True):
             limit = most(lives, bound) if bound < 1.0 else lives
             beside = f" (one bet: {one_bet:.3f})" if rule == RULES[0] else ""
             yield Row(

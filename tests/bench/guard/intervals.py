@@ -49,8 +49,8 @@ def least_covered(lives: int, share: float) -> int:
 
 
 def _coverage(name: str, world: World, lives: int, seed: int) -> Iterator[Row]:
-    found: dict[str, list[Any]] = {"mean": [], "asymptotic": []}
-    covered = dict.fromkeys(found, 0)
+    result: dict[str, list[Any]] = {"mean": [], "asymptotic": []}
+    covered = dict.fromkeys(result, 0)
     rng = np.random.default_rng([seed, *name.encode()])
     for first in range(0, lives, CHUNK):
         x, n, mean_x, mean_n, mean = world(rng, min(CHUNK, lives - first), REQUESTS)
@@ -59,17 +59,17 @@ def _coverage(name: str, world: World, lives: int, seed: int) -> Iterator[Row]:
         ratio = x.cumsum(-1)[:, LOOKS - 1] / n.cumsum(-1)[:, LOOKS - 1]
         low, high = np.maximum(ratio - below, 0.0), np.minimum(ratio + above, RANGE)
         covered["asymptotic"] += int(((low <= true) & (true <= high)).all(-1).sum())
-        found["asymptotic"].extend(high[:, -1] - low[:, -1])
+        result["asymptotic"].extend(high[:, -1] - low[:, -1])
         wanted = mean.cumsum(-1) / np.arange(1, REQUESTS + 1)
         for values, line in zip(x / n, wanted, strict=True):
             hit, width = _covers(values, line)
             covered["mean"] += hit
-            found["mean"].append(width)
+            result["mean"].append(width)
     least = least_covered(lives, 0.937)
     yield Row(
         f"{name}, by request",
-        f"{covered['mean']} of {lives}, width {np.median(found['mean']):.2f} nats; asymptotic, by token "
-        f"{covered['asymptotic']}, width {np.median(found['asymptotic']):.2f}",
+        f"{covered['mean']} of {lives}, width {np.median(result['mean']):.2f} nats; asymptotic, by token "
+        f"{covered['asymptotic']}, width {np.median(result['asymptotic']):.2f}",
         f">= {least} of {lives}",
         covered["mean"] >= least,
     )
@@ -80,9 +80,9 @@ def _covers(values: Any, line: Any) -> tuple[bool, float]:
     for t, (value, true) in enumerate(zip(values.tolist(), line.tolist(), strict=True), 1):
         sequence = sequence.update(value)
         if t in at:
-            found = sequence.get()
-            good = good and found.low <= true <= found.high
-    return good, found.high - found.low
+            result = sequence.get()
+            good = good and result.low <= true <= result.high
+    return good, result.high - result.low
 
 
 def _conversations(rate: float, lives: int, seed: int) -> Row:
@@ -105,8 +105,8 @@ def _conversations(rate: float, lives: int, seed: int) -> Row:
                     sequences["fresh"] = sequences["fresh"].update(*one)
             if conversation % 10 == 9:
                 for name, sequence in sequences.items():
-                    found = sequence.get(0.0, RANGE)
-                    good[name] = good[name] and found.low <= true <= found.high
+                    result = sequence.get(0.0, RANGE)
+                    good[name] = good[name] and result.low <= true <= result.high
         for name, hit in good.items():
             covered[name] += hit
     least = least_covered(lives, 0.94)

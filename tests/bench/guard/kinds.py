@@ -49,9 +49,9 @@ def mixed(lives: int, rng: np.random.Generator) -> Iterator[Row]:
         guard = Guard()
         guard.begin_candidate(TEST, {"A": (WIDTH, 0.9), "B": (WIDTH, 0.1)})
         stream = mix(rng, 1000)
-        found = promotions(guard, TEST, stream)
-        in_a += "A" in found
-        in_b += "B" in found
+        result = promotions(guard, TEST, stream)
+        in_a += "A" in result
+        in_b += "B" in result
         pooled += bool(
             promotions(as_one_kind(), TEST, [replace(unit, kind="all", client=b"") for unit in stream[:500]])
         )
@@ -140,8 +140,8 @@ def power(lives: int, rng: np.random.Generator) -> Iterator[Row]:
         stream = units(rng, rng.choice(names, n).tolist(), normal(rng, GAIN, n))
         guard = Guard()
         guard.begin_candidate(TEST, dict.fromkeys(names, (WIDTH, 0.2)))
-        found = promotions(guard, TEST, stream)
-        by_kind += [float(found.get(name, np.inf)) for name in names]
+        result = promotions(guard, TEST, stream)
+        by_kind += [float(result.get(name, np.inf)) for name in names]
         as_one = [replace(unit, kind="all", client=b"") for unit in stream[:600]]
         pooled.append(float(promotions(as_one_kind(), TEST, as_one).get("all", np.inf)))
     best = median(log_optimal(GAIN, 5 * lives, rng, NEEDED + math.log(len(names))).tolist())
@@ -192,8 +192,8 @@ def stopping(lives: int, rng: np.random.Generator) -> Iterator[Row]:
                 rolled_back += 1
                 break
             if at % 40 == 39:
-                found = guard.evidence(TEST, unit.kind)
-                if found.units > 30 and found.log_e < -1.0:
+                result = guard.evidence(TEST, unit.kind)
+                if result.units > 30 and result.log_e < -1.0:
                     guard.add_kind(TEST, unit.kind, WIDTH)
             if at % 300 == 299:
                 guard = Guard.load(guard.save(), 0.05, 0.25)

@@ -94,8 +94,8 @@ def rows(lives: int, seed: int) -> Iterator[Row]:
         "at the margin, half of the reports dropped": World(BAD + SETTINGS.margin, BAD, 0.5, dropped=0.5),
     }
     for number, (case, world) in enumerate(nulls.items()):
-        found = harmed_after(world, lives, np.random.default_rng([seed, 1, number]), whole)
-        yield count_row(f"harmless, {case}: taken back", int(np.isfinite(found).sum()), lives, 0.05)
+        result = harmed_after(world, lives, np.random.default_rng([seed, 1, number]), whole)
+        yield count_row(f"harmless, {case}: taken back", int(np.isfinite(result).sum()), lives, 0.05)
     first = Trial(SETTINGS, "v", 1).alpha
     for fraction, limit in MAX_MEDIAN_UNITS.items():
         rng = np.random.default_rng([seed, 2, round(10 * fraction)])
@@ -118,16 +118,16 @@ def attacked(lives: int, rng: np.random.Generator) -> Row:
     attacker = rng.random(shape) < SETTINGS.client_share
     bad = np.where(attacker, treated, rng.random(shape) < BAD)
     group = np.where(attacker, 0, rng.integers(1, GROUPS, shape))
-    found = decided(treated, bad, group, np.ones(shape, bool), SETTINGS.alpha)
+    result = decided(treated, bad, group, np.ones(shape, bool), SETTINGS.alpha)
     return count_row(
-        "harmless, one client with 25 % against it: taken back", int(np.isfinite(found).sum()), lives, 0.05
+        "harmless, one client with 25 % against it: taken back", int(np.isfinite(result).sum()), lives, 0.05
     )
 
 
 def lengths(lives: int, rng: np.random.Generator) -> Iterator[Row]:
     """Gamma distributed lengths, whose spread is 0.7 of their mean; 50 % control."""
     for change, harmful in ((1.5, False), (2.5, True)):
-        found: list[float] = []
+        result: list[float] = []
         for _ in range(lives):
             trial = Trial(SETTINGS, "v", 1)
             after = math.inf
@@ -139,12 +139,12 @@ def lengths(lives: int, rng: np.random.Generator) -> Iterator[Row]:
                 if harm is not None and harm.outcome == LENGTH:
                     after = n + 1.0
                     break
-            found.append(after)
+            result.append(after)
         case = f"mean length x {change}"
         if harmful:
-            yield Row(f"{case}: median units until it is found", median(found), "<= 1100", median(found) <= 1100)
+            yield Row(f"{case}: median units until it is found", median(result), "<= 1100", median(result) <= 1100)
         else:
-            yield count_row(f"harmless, {case}: taken back", sum(map(math.isfinite, found)), lives, 0.05)
+            yield count_row(f"harmless, {case}: taken back", sum(map(math.isfinite, result)), lives, 0.05)
 
 
 def agreement(lives: int, rng: np.random.Generator) -> Row:

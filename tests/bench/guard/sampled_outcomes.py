@@ -162,11 +162,11 @@ def rows(lives: int, seed: int) -> Iterator[Row]:
     }
     most = 0.0
     for number, (case, world) in enumerate(worlds.items()):
-        found = [live(world, np.random.default_rng([seed, number, n]), OutcomeSampling()) for n in range(lives)]
-        yield count_row(f"harmless, {case}: taken back", sum(life.harmed for life in found), lives, 0.05)
-        units = median([float(life.units) for life in found])
+        result = [live(world, np.random.default_rng([seed, number, n]), OutcomeSampling()) for n in range(lives)]
+        yield count_row(f"harmless, {case}: taken back", sum(life.harmed for life in result), lives, 0.05)
+        units = median([float(life.units) for life in result])
         yield Row("the same: median units", units, ">= 300", units >= 300)
-        most = max(most, *(life.most for life in found))
+        most = max(most, *(life.most for life in result))
     limit = MAX_REPORTS_PER_SECOND
     yield Row("most reports per second at any look", most, f"<= {limit:.0f}", most <= limit)
     wrong = [live(World(falling), np.random.default_rng([seed, 3, n]), EarlyCounting()) for n in range(lives)]

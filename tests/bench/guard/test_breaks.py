@@ -13,8 +13,8 @@ def test_the_interval_would_miss_if_it_ended_between_settings():
     """The bootstrap says nothing about the shape of a curve between two settings."""
     rng = np.random.default_rng(0)
     lives = [breaks.life(rng, breaks.BROKEN[0]) for _ in range(LIVES)]
-    found = [(find_break(curve, breaks.counts(rng, breaks.REQUESTS)), at) for curve, at in lives]
-    broken = [(one, at) for one, at in found if one.existence is Existence.FOUND]
+    result = [(find_break(curve, breaks.counts(rng, breaks.REQUESTS)), at) for curve, at in lives]
+    broken = [(one, at) for one, at in result if one.existence is Existence.FOUND]
     assert sum(not one.low <= at <= one.high for one, at in broken) <= most(len(broken), 0.05)
     assert sum(not one.raw_low <= at <= one.raw_high for one, at in broken) > most(len(broken), 0.05)
 

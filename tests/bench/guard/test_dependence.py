@@ -22,8 +22,8 @@ def test_units_taken_for_independent_would_promote_what_does_not_help(name):
     world, _ = worlds.NULLS[name]
     taken = worlds.lives_of(world, LIVES, np.random.default_rng(0), dependence=False)
     assert np.isfinite(taken).sum() > 2 * most(LIVES, 0.05)
-    found = worlds.lives_of(world, LIVES, np.random.default_rng(0))
-    assert np.isfinite(found).sum() <= most(LIVES, 0.05)
+    result = worlds.lives_of(world, LIVES, np.random.default_rng(0))
+    assert np.isfinite(result).sum() <= most(LIVES, 0.05)
 
 
 def test_the_power_of_the_mixture_is_not_enough():
@@ -36,7 +36,7 @@ def test_the_power_of_the_mixture_is_not_enough():
 @pytest.mark.parametrize("mean", [0.08, 0.3])
 def test_the_worlds_decide_as_the_guard_does(mean):
     stream = worlds.independent(mean)(np.random.default_rng(5), worlds.HISTORY + 300, 3)
-    found = worlds.promoted_at(stream)
+    result = worlds.promoted_at(stream)
     for life in range(3):
         guard, promoted = Guard(client_share=1.0), np.inf
         guard.begin_candidate("test", {"kind": (1.0, 1.0)})
@@ -50,4 +50,4 @@ def test_the_worlds_decide_as_the_guard_does(mean):
             if guard.decide("test", "kind").action is Action.PROMOTE:
                 promoted = guard.evidence("test", "kind").units
                 break
-        assert promoted == found[life]
+        assert promoted == result[life]

@@ -80,9 +80,9 @@ def decided(guard: Guard, name: str, unit: Unit) -> Decision | None:
 
 def promotions(guard: Guard, name: str, stream: Sequence[Unit]) -> dict[str, int]:
     """Kinds that are promoted, with the units that counted there until then."""
-    found = {}
+    result = {}
     for unit in stream:
         if decided(guard, name, unit) is not None:
-            found[unit.kind] = guard.evidence(name, unit.kind).units
+            result[unit.kind] = guard.evidence(name, unit.kind).units
             guard.freeze(name, unit.kind)
-    return found
+    return result

@@ -46,10 +46,13 @@ def serve(rng: np.random.Generator, gains: Floats, keep: bool = True) -> tuple[i
 
 
 def useless(lives: int, rng: np.random.Generator) -> Iterator[Row]:
-    found = [serve(rng, normal(rng, 0.0, WINDOW + 20)) for _ in range(lives)]
-    ended = [counted for _, counted, reason in found if reason is Reason.UNSUPPORTED]
+    result = [serve(rng, normal(rng, 0.0, WINDOW + 20)) for _ in range(lives)]
+    ended = [counted for _, counted, reason in result if reason is Reason.UNSUPPORTED]
     yield count_row(
-        f"gain 0, restarts every {RESTART_EVERY}: outlasts its window", sum(r is None for _, _, r in found), lives, 0.05
+        f"gain 0, restarts every {RESTART_EVERY}: outlasts its window",
+        sum(r is None for _, _, r in result),
+        lives,
+        0.05,
     )
     yield Row(
         "the same: taken back after so many units",

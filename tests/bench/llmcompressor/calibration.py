@@ -17,7 +17,7 @@ def apply(recipe: list[Any], reference: str, out: str, texts: str, *, packed: bo
     """Apply the recipe to the checkpoint `reference`, calibrated on the token ids of the file `texts`, and write
     `out`."""
     ids = json.loads(Path(texts).read_text(encoding="utf-8"))
-    data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(one) for one in ids]})
+    data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(token_id) for token_id in ids]})
     model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.bfloat16)
     oneshot(
         model=model,

@@ -80,7 +80,7 @@ def ask(server: RunningVllm, client: httpx.Client, way: str, number: int, *, str
 def measure(server: RunningVllm, requests: int, *, stream: bool) -> dict[str, tuple[list[float], list[float]]]:
     """By way: milliseconds per request of the API server and of the engine's core, of each round."""
     pids = processes(server.url.rpartition(":")[2])
-    found: dict[str, tuple[list[float], list[float]]] = {way: ([], []) for way in WAYS}
+    result: dict[str, tuple[list[float], list[float]]] = {way: ([], []) for way in WAYS}
     with httpx.Client(base_url=server.url, timeout=600) as client:
         for way in WAYS:
             ask(server, client, way, 0, stream=stream)
@@ -90,9 +90,9 @@ def measure(server: RunningVllm, requests: int, *, stream: bool) -> dict[str, tu
                 before = [cpu_ms(pid) for pid in pids]
                 for number in numbers:
                     ask(server, client, way, number, stream=stream)
-                for spent, pid, start in zip(found[way], pids, before, strict=True):
+                for spent, pid, start in zip(result[way], pids, before, strict=True):
                     spent.append((cpu_ms(pid) - start) / len(numbers))
-    return found
+    return result
 
 
 def main() -> None:

@@ -86,9 +86,9 @@ def counted(requests: int, engines: int, code: Path | None, answer: Path) -> int
     paths = [str(path) for path in (code, ROOT) if path is not None]
     environment = os.environ | {"PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(paths)}
     ran = subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True)
-    found = re.search(r"I *refs: *([\d,]+)", ran.stderr)
-    assert found is not None, ran.stderr
-    return int(found[1].replace(",", ""))
+    match = re.search(r"I *refs: *([\d,]+)", ran.stderr)
+    assert match is not None, ran.stderr
+    return int(match[1].replace(",", ""))
 
 
 def main() -> int:

@@ -160,12 +160,12 @@ async def measure_both(rounds: int = ROUNDS) -> dict[str, Cost]:
 
 def lines(costs: dict[str, Cost], message: float) -> list[str]:
     """costs: by the kind of answer. message: `message_ms`."""
-    found = [
+    result = [
         f"CPU of one sampled answer by the plugin, {name}, {TOKENS} tokens × {TOP_K} logprobs: relay {cost.relay:.3f} "
         f"ms, control {cost.queued:.3f} ms until queued and {cost.parsed:.3f} ms if scored: {cost.total:.3f} ms in all "
         f"(aim: {LIMIT_MS})"
         for name, cost in costs.items()
     ]
     a_second = 1 / COLLECT_SECONDS
-    found.append(f"a message to the admin port: {message:.3f} ms, at most {a_second:.0f} a second of each API server")
-    return found
+    result.append(f"a message to the admin port: {message:.3f} ms, at most {a_second:.0f} a second of each API server")
+    return result

@@ -202,17 +202,17 @@ def measure(answers: Answers, *, stream: bool, rounds: int = ROUNDS) -> Cost:
 
 def lines(costs: dict[str, Cost]) -> list[str]:
     """Of a table. costs: by the kind of answer."""
-    found = []
+    result = []
     for name, cost in costs.items():
         floor = cost.floor
-        found += [
+        result += [
             f"CPU of one sampled answer, {name}, {TOKENS} tokens × {TOP_K} logprobs: relay {cost.relay:.3f} ms, "
             f"control {cost.queued:.3f} ms until queued (together {cost.until_queued:.3f}) and {cost.parsed:.3f} ms if "
             f"scored: {cost.total:.3f} ms in all (aim: {LIMIT_MS})",
             f"the least for its bytes, {name}: {floor.copied:.3f} ms to search and copy them once, {floor.sent:.3f} ms "
             f"to another process, {floor.skipped:.3f} ms for msgspec to check them, {floor.decoded:.3f} ms to decode",
         ]
-    return found
+    return result
 
 
 async def measure_both(rounds: int = ROUNDS) -> dict[str, Cost]:

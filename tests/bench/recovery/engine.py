@@ -161,30 +161,30 @@ class Engine:
     async def write(self, asks: Sequence[Ask], name: str, model: str = "bench") -> list[Written]:
         """All answers, in the order of the asks. model: "bench", or an adapter's version."""
         turns = iter(enumerate(asks))
-        found: dict[int, Written] = {}
+        result: dict[int, Written] = {}
         began = said = time.monotonic()
         tokens = 0
 
         async def stream(http: httpx.AsyncClient) -> None:
             nonlocal tokens, said
             for number, ask in turns:
-                found[number] = written = await self._write(http, ask, model)
+                result[number] = written = await self._write(http, ask, model)
                 tokens += len(written.output)
                 if time.monotonic() - said > 15:
                     said = time.monotonic()
-                    say(f"{name}: {len(found)} of {len(asks)} texts, {tokens / (said - began):.0f} tokens/s")
+                    say(f"{name}: {len(result)} of {len(asks)} texts, {tokens / (said - began):.0f} tokens/s")
 
         async with self._client() as http:
             await asyncio.gather(*(stream(http) for _ in range(STREAMS)))
         say(f"{name}: {len(asks)} texts, {tokens} tokens in {time.monotonic() - began:.0f} s")
-        return [found[number] for number in range(len(asks))]
+        return [result[number] for number in range(len(asks))]
 
     async def logprobs(self, texts: Sequence[Written], model: str = "bench") -> list[npt.NDArray[np.float64]]:
         """Log-probabilities of every text's output by the engine's prefill, float64 [T] each, nats.
 
         Some texts at a time: a prompt's log-probabilities take a copy of its logits each."""
         turns = iter(enumerate(texts))
-        found: dict[int, npt.NDArray[np.float64]] = {}
+        result: dict[int, npt.NDArray[np.float64]] = {}
 
         async def stream(http: httpx.AsyncClient) -> None:
             for number, text in turns:
@@ -194,11 +194,11 @@ class Engine:
                 answer.raise_for_status()
                 given = answer.json()["choices"][0]["prompt_logprobs"]
                 last = range(len(text.prompt), len(ids))
-                found[number] = np.array([given[at][str(ids[at])]["logprob"] for at in last])
+                result[number] = np.array([given[at][str(ids[at])]["logprob"] for at in last])
 
         async with self._client() as http:
             await asyncio.gather(*(stream(http) for _ in range(PREFILLS)))
-        return [found[number] for number in range(len(texts))]
+        return [result[number] for number in range(len(texts))]
 
     def _client(self) -> httpx.AsyncClient:
         # The server closes what is idle for 5 s: sooner than that, so that no request is sent on such a connection.
@@ -268,7 +268,7 @@ def with_hidden(reference: Path, texts: Sequence[Written], name: str) -> list[Wr
     began = said = time.monotonic()
     model: Any = AutoModelForCausalLM.from_pretrained(str(reference), dtype=vllm_process.dtype()).eval()
     by_length = sorted(range(len(texts)), key=lambda i: len(texts[i].prompt) + len(texts[i].output))
-    found: dict[int, Written] = {}
+    result: dict[int, Written] = {}
 
     def part(start: int) -> dict[int, Written]:
         numbers = by_length[start : start + TEXTS_AT_ONCE]
@@ -284,11 +284,11 @@ def with_hidden(reference: Path, texts: Sequence[Written], name: str) -> list[Wr
 
     with one_thread_each() as pool:
         for some in pool.map(part, range(0, len(by_length), TEXTS_AT_ONCE)):
-            found |= some
+            result |= some
             if time.monotonic() - said > 15:
                 said = time.monotonic()
-                say(f"{name}: {len(found)} of {len(texts)} scored by the reference")
-    scored = [found[number] for number in range(len(texts))]
+                say(f"{name}: {len(result)} of {len(texts)} scored by the reference")
+    scored = [result[number] for number in range(len(texts))]
     asyncio.run(_compare(reference, scored[:COMPARED]))
     say(f"{name}: scored by the reference in {time.monotonic() - began:.0f} s")
     return scored

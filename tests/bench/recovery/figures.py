@@ -94,7 +94,7 @@ def measure(
 def _compared(held: Mapping[str, HeldProfile], log_r: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """The figures of identity and of every profile on a few rows, [1 + P, 4, T]."""
     r, best = log_r.exp(), log_r.argmax(-1)
-    found = []
+    result = []
     for profile in (None, *held.values()):
         shifted = z
         if profile is not None:
@@ -105,8 +105,8 @@ def _compared(held: Mapping[str, HeldProfile], log_r: torch.Tensor, z: torch.Ten
         c = log_c.exp()
         difference = torch.sub(log_r, log_c, out=log_c)
         kl, reverse = torch.linalg.vecdot(r, difference), -torch.linalg.vecdot(c, difference)
-        found.append(torch.stack([kl, reverse, 0.5 * c.sub_(r).abs_().sum(-1), (top == best).float()]))
-    return torch.stack(found)
+        result.append(torch.stack([kl, reverse, 0.5 * c.sub_(r).abs_().sum(-1), (top == best).float()]))
+    return torch.stack(result)
 
 
 def stacked(texts: Sequence[Written], recovery: Recovery) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:

@@ -55,13 +55,13 @@ def contextual_records(texts: Sequence[Written], anchors: npt.NDArray[np.int32],
     """What the contextual family reads. It is told no candidates (NaN): beside features and hidden states it needs
     none."""
     digest = anchors_digest(anchors)
-    found = []
+    result = []
     for text in texts:
         assert text.features is not None
         assert text.hidden is not None
         unknown = np.full(len(text.output), np.nan)
         candidates = Candidates(text.output[:, None], unknown[:, None])
-        found.append(
+        result.append(
             TokenRecord(
                 vocab_size=vocabulary,
                 prompt_key=prompt_key(text.prompt),
@@ -75,7 +75,7 @@ def contextual_records(texts: Sequence[Written], anchors: npt.NDArray[np.int32],
                 reference_hidden=text.hidden.astype(np.float32),
             )
         )
-    return found
+    return result
 
 
 def listed_records(weight: Singles, recovery: Recovery, texts: Sequence[Written]) -> Iterator[TokenRecord]:

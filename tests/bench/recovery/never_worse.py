@@ -126,17 +126,17 @@ def run(w: World, seed: int) -> Run:
 def simulate(w: World, runs: int, name: str) -> dict[str, Any]:
     """Every run, in two processes."""
     began = time.monotonic()
-    found: list[Run] = []
+    result: list[Run] = []
     # New processes, as numpy's threads are counted once: two times two of them would wait for each other.
     context = multiprocessing.get_context("spawn")
     with _one_thread_each(), concurrent.futures.ProcessPoolExecutor(CORES, context, _begin, (w,)) as pool:
         for one in pool.map(_numbered, range(runs), chunksize=10):
-            found.append(one)
-            if len(found) % 100 == 0:
-                say(f"{name}: {len(found)} of {runs} runs, {time.monotonic() - began:.0f} s")
-    promoted = [r for r in found if r.promoted]
+            result.append(one)
+            if len(result) % 100 == 0:
+                say(f"{name}: {len(result)} of {runs} runs, {time.monotonic() - began:.0f} s")
+    promoted = [r for r in result if r.promoted]
     harmful = [r for r in promoted if r.true_gain < 0.0]
-    proposed = [r for r in found if r.proposed]
+    proposed = [r for r in result if r.proposed]
     return {
         "runs": runs,
         "alpha": ALPHA,
@@ -210,15 +210,15 @@ def _propose(w: World, drawn: Sequence[int]) -> CalibrationProfile | None:
 
 def _gains(w: World, profile: CalibrationProfile, rows: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
     """E_r[Δz] − log E_c[e^Δz] of each row, nats."""
-    found = np.empty(len(rows))
+    result = np.empty(len(rows))
     up = profile.parameters["up"].astype(np.float32).T
     for start in range(0, len(rows), 4096):
         part = rows[start : start + 4096]
         said = code(profile, w.log_c[np.ix_(part, w.anchors)]).astype(np.float32)
         delta = np.clip(said @ up, -w.clamp_nats, w.clamp_nats)
         log_c = w.log_c[part]
-        found[start : start + 4096] = (np.exp(w.log_r[part]) * delta).sum(1) - np.log(np.exp(log_c + delta).sum(1))
-    return found
+        result[start : start + 4096] = (np.exp(w.log_r[part]) * delta).sum(1) - np.log(np.exp(log_c + delta).sum(1))
+    return result
 
 
 def _log_softmax(z: Singles) -> Singles:

@@ -81,7 +81,7 @@ def compare(
     def valid(texts: Sequence[Written], is_valid: Callable[[str], bool] = is_json_object) -> list[float]:
         return [float(is_valid(t.text)) for t in of("json", texts)]
 
-    found = {
+    result = {
         "common_prefix_tokens": paired(prefixes("open", plain), prefixes("open", treated), "prefix"),
         "common_prefix_tokens_all": paired(
             [p for kind in ("open", "short", "json") for p in prefixes(kind, plain)],
@@ -93,9 +93,9 @@ def compare(
         "json_valid": paired(valid(plain), valid(treated), "json"),
         "json_inside": paired(valid(plain, holds_json_object), valid(treated, holds_json_object), "json inside"),
     }
-    found["json_valid"]["reference"] = float(np.mean(valid(reference)))
-    found["json_inside"]["reference"] = float(np.mean(valid(reference, holds_json_object)))
-    return found
+    result["json_valid"]["reference"] = float(np.mean(valid(reference)))
+    result["json_inside"]["reference"] = float(np.mean(valid(reference, holds_json_object)))
+    return result
 
 
 def on_policy(

@@ -45,8 +45,8 @@ async def _scored(url: str, folder: Path, texts: Sequence[Written]) -> list[Writ
                 assert scores.hidden is not None
                 return replace(text, hidden=scores.hidden.astype(np.float16))
 
-        found = await asyncio.gather(*(one(text) for text in texts))
+        result = await asyncio.gather(*(one(text) for text in texts))
     finally:
         await scorer.close()
-    say(f"{len(found)} texts scored by a pooling server in {time.monotonic() - began:.0f} s")
-    return list(found)
+    say(f"{len(result)} texts scored by a pooling server in {time.monotonic() - began:.0f} s")
+    return list(result)

@@ -28,8 +28,8 @@ class Stages:
         file = self.file(stage, made_from)
         if file.exists():
             with file.open("rb") as stream:
-                found: T = pickle.load(stream)
-            return found
+                result: T = pickle.load(stream)
+            return result
         made = make()
         partial = file.with_suffix(".part")
         with partial.open("wb") as stream:

@@ -70,7 +70,7 @@ def test_figures_are_those_of_the_full_distributions() -> None:
     weight, anchors, texts, h_c = world(4, 25)
     recovery = Recovery(weight, anchors, texts)
     profile = temperature_bias("", V, 1.25, np.linspace(-0.5, 0.5, V).astype(np.float32), 2.0)
-    found = measure(weight, recovery, texts, {"it": profile})
+    result = measure(weight, recovery, texts, {"it": profile})
     h_r = np.concatenate([t.hidden for t in texts if t.hidden is not None]).astype(np.float64)
 
     def log_softmax(z: np.ndarray) -> np.ndarray:
@@ -79,14 +79,14 @@ def test_figures_are_those_of_the_full_distributions() -> None:
     log_r, z = log_softmax(h_r @ weight.T), h_c @ weight.T
     for label, log_c in ((IDENTITY, log_softmax(z)), ("it", log_softmax(z + oracle.shift(profile, z)))):
         kl = (np.exp(log_r) * (log_r - log_c)).sum(1)
-        assert found[label].kl == pytest.approx(kl, abs=0.05)
-        assert found[label].reverse_kl.mean() == pytest.approx(
+        assert result[label].kl == pytest.approx(kl, abs=0.05)
+        assert result[label].reverse_kl.mean() == pytest.approx(
             (np.exp(log_c) * (log_c - log_r)).sum(1).mean(), rel=0.02
         )
-        assert found[label].tv.mean() == pytest.approx(
+        assert result[label].tv.mean() == pytest.approx(
             0.5 * np.abs(np.exp(log_c) - np.exp(log_r)).sum(1).mean(), rel=0.02
         )
-        assert found[label].top1.mean() == pytest.approx((log_c.argmax(1) == log_r.argmax(1)).mean(), abs=0.03)
+        assert result[label].top1.mean() == pytest.approx((log_c.argmax(1) == log_r.argmax(1)).mean(), abs=0.03)
 
 
 def test_the_contextual_family_wins_back_what_a_linear_map_can() -> None:
@@ -98,18 +98,18 @@ def test_the_contextual_family_wins_back_what_a_linear_map_can() -> None:
     assert few.profile is not None
     assert all_.profile is not None
     recovery = Recovery(weight, anchors, learning)
-    found = measure(weight, recovery, heldout, {"few": few.profile, "all": all_.profile})
+    result = measure(weight, recovery, heldout, {"few": few.profile, "all": all_.profile})
     prompt = np.repeat(np.arange(40), 25)
-    said = row(found, "all", prompt, prompt // 2)
+    said = row(result, "all", prompt, prompt // 2)
     assert said["kl_won_back"] > 0.8
     assert said["ci95"][0] < said["kl_won_back"] < said["ci95"][1]
     assert said["heldout_topics"] == 20
-    assert row(found, IDENTITY, prompt, prompt)["kl_won_back"] == 0.0
+    assert row(result, IDENTITY, prompt, prompt)["kl_won_back"] == 0.0
     harmful = contextual_profile(
         model="", anchors=anchors, linear=np.zeros((1, 1)), offset=np.ones(1), up=np.arange(V)[:, None], clamp_nats=5.0
     )
-    found |= {"bad": measure(weight, recovery, heldout, {"bad": harmful})["bad"]}
-    assert not judged(harmful, found["bad"], found[IDENTITY], prompt)["promoted"]
+    result |= {"bad": measure(weight, recovery, heldout, {"bad": harmful})["bad"]}
+    assert not judged(harmful, result["bad"], result[IDENTITY], prompt)["promoted"]
 
 
 def test_the_guard_promotes_what_helps_every_prompt_and_says_after_how_many() -> None:

@@ -27,8 +27,8 @@ def update_cost() -> dict[str, Any]:
     one_core = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     command = [sys.executable, "-m", "tests.bench.recovery.update_cost"]
     done = subprocess.run(command, cwd=root, env=os.environ | one_core, check=True, capture_output=True, text=True)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
 def main() -> None:

@@ -36,8 +36,8 @@ def written(method: str, *args: Any) -> dict[str, Any]:
     """One write of the store in its golden form; the one place that knows how the product hands writes over."""
     match method, args:
         case "put_profile", [StoredProfile() as profile]:
-            found = {"write": method, "version": profile.version, "created": profile.created}
-            return found | {"sha256": sha256(profile.data)}
+            result = {"write": method, "version": profile.version, "created": profile.created}
+            return result | {"sha256": sha256(profile.data)}
         case "delete_profile", [version]:
             return {"write": method, "version": version}
         case "append_event", [event]:
@@ -53,11 +53,11 @@ def stored_state(key: str, value: Any) -> Any:
         tests = json.loads(value)["state"]
         return {name: {kind: test["units"] for kind, test in kinds.items()} for name, kinds in tests["tests"].items()}
     if key == "kinds":
-        found = json.loads(value)
+        result = json.loads(value)
         return {
-            "scope": found["scope"],
-            "serving": {name: [kind["version"], kind["window"]] for name, kind in found["kinds"].items()},
-            "queue": found["queue"],
+            "scope": result["scope"],
+            "serving": {name: [kind["version"], kind["window"]] for name, kind in result["kinds"].items()},
+            "queue": result["queue"],
         }
     return value
 
@@ -256,7 +256,7 @@ class Life:
         one, told = self._profiles, self._profiles.report.status()
         candidates = [f"{c['version']} {c['scope']!r} {c['source']} {c['requests']}" for c in told["candidates"]]
         evaluated = [profile.version for profile in one.evaluated_profiles()]
-        found = {
+        result = {
             "mode": told["mode"],
             "pinned": told["pinned"],
             "forced": one.serving.forced,
@@ -273,7 +273,7 @@ class Life:
             "promotions": sum(n for (decision, _), n in one.events.counts.items() if decision == "promote"),
             "rollbacks": one.lifecycle.rollbacks,
         }
-        return {name: value for name, value in found.items() if value not in (None, [], {}, False, 0)}
+        return {name: value for name, value in result.items() if value not in (None, [], {}, False, 0)}
 
     def decisions(self) -> dict[str, int]:
         """Counted by decision and reason, those that happened."""

@@ -135,9 +135,9 @@ class Relay:
         with suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 head = await self._reader.readexactly(4)
-                found = head + await self._reader.readexactly(int.from_bytes(head, "big"))
-                if found != encode(Alive()):
-                    self.frames.append(found)
+                result = head + await self._reader.readexactly(int.from_bytes(head, "big"))
+                if result != encode(Alive()):
+                    self.frames.append(result)
 
     def close(self) -> None:
         self._writer.close()
@@ -222,8 +222,8 @@ class Pipeline:
 
     async def captures(self, relay: Relay, *captures: Capture) -> None:
         """Sent one after the other, each once the one before has come to its end."""
-        for one in captures:
-            self.send(relay, one)
+        for capture in captures:
+            self.send(relay, capture)
             await self.settled()
 
     def send(self, relay: Relay, capture: Capture) -> None:
@@ -434,8 +434,8 @@ def with_sorted_sets(frame: bytes) -> bytes:
     """The frame of a policy in which every set is sorted: the order depends on the process."""
     policy: dict[str, Any] = msgspec.msgpack.decode(frame[4:])
     sets = ("acknowledged", "calibrated_models", "kinds", "labels", "scorable_models", "unscorable_models")
-    found = {name: sorted(value) if name in sets and value else value for name, value in policy.items()}
-    return frame[:4] + msgspec.msgpack.encode(found)
+    result = {name: sorted(value) if name in sets and value else value for name, value in policy.items()}
+    return frame[:4] + msgspec.msgpack.encode(result)
 
 
 def stored(path: Path) -> dict[str, Any]:

@@ -91,11 +91,11 @@ def test_round_trip(map: CalibrationProfile | None) -> None:
     assert pickle.loads(pickle.dumps(profile)) == profile
     assert dict(again.metadata) == {"tokens": "2100"}
     assert json.loads(data[8 : 8 + struct.unpack_from("<Q", data)[0]])["__metadata__"]["format"] == "3"
-    found = adapter_layers(again)
-    assert list(found) == [Q, UP]
+    result = adapter_layers(again)
+    assert list(result) == [Q, UP]
     for name, layer in layers().items():
-        np.testing.assert_allclose(found[name].a, layer.a, atol=np.abs(layer.a).max() / 250)
-        np.testing.assert_allclose(found[name].b, layer.b, atol=np.abs(layer.b).max() / 250)
+        np.testing.assert_allclose(result[name].a, layer.a, atol=np.abs(layer.a).max() / 250)
+        np.testing.assert_allclose(result[name].b, layer.b, atol=np.abs(layer.b).max() / 250)
     assert max_rank(again) == 3
     assert adapter_bytes(again) == (2 * (5 + 4) + 4 * (2 + 4)) + (3 * (4 + 7) + 4 * (3 + 7))
 
@@ -127,10 +127,10 @@ def test_without_a_map_no_logit_changes() -> None:
 def test_with_a_map_it_changes_logits_as_the_map_does() -> None:
     contextual = make_map()
     profile = make(contextual)
-    found = map_of(profile)
+    result = map_of(profile)
     assert has_map(profile)
-    assert found is not None
-    assert found.version not in {profile.version, contextual.version}, "the map's metadata are not kept"
+    assert result is not None
+    assert result.version not in {profile.version, contextual.version}, "the map's metadata are not kept"
     assert profile.clamp_nats == contextual.clamp_nats
     logprobs = np.log(np.random.default_rng(0).dirichlet(np.ones(V), size=3))
     ids = np.tile(np.arange(V), (3, 1))
@@ -142,7 +142,7 @@ def test_with_a_map_it_changes_logits_as_the_map_does() -> None:
     expected = transform.shift_at(contextual, ids, logprobs, codes)
     assert expected.any()
     np.testing.assert_array_equal(transform.shift_at(profile, ids, logprobs, codes), expected)
-    np.testing.assert_array_equal(transform.shift_at(found, ids, logprobs, codes), expected)
+    np.testing.assert_array_equal(transform.shift_at(result, ids, logprobs, codes), expected)
     assert transform.shift_range(profile) == transform.shift_range(contextual)
     with pytest.raises(InvalidArgumentError, match="row_code is missing"):
         transform.shift_at(profile, ids, logprobs)
@@ -267,8 +267,10 @@ def test_malformed_files(change: Callable[[dict[str, Any]], None], message: str)
 
 def test_a_model_with_many_layers() -> None:
     """80 blocks of 7 layers, with long names: the header is longer than that of the other families may be."""
-    one = LowRank(np.ones((1, 2), np.float32), np.ones((2, 1), np.float32))
-    many = {f"language_model.model.layers.{i}.some_long_block.projection_{j}": one for i in range(80) for j in range(7)}
+    low_rank = LowRank(np.ones((1, 2), np.float32), np.ones((2, 1), np.float32))
+    many = {
+        f"language_model.model.layers.{i}.some_long_block.projection_{j}": low_rank for i in range(80) for j in range(7)
+    }
     profile = adapter_profile(model="m", vocab_size=V, layers=many)
     data = profile.to_bytes()
     assert struct.unpack_from("<Q", data)[0] > profile_module.MAX_HEADER_BYTES

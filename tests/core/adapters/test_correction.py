@@ -239,10 +239,10 @@ def test_other_lengths_of_the_components_are_the_same_correction(way: str) -> No
     a, b = rng.normal(size=(3, 5)) * np.array([[1e-3], [1.0], [50.0]]), rng.normal(size=(4, 3))
     b[:, 1] = 0.0
     given_layer = LowRank(a.astype(np.float32), b.astype(np.float32))
-    found = getattr(given_layer, way)()
-    np.testing.assert_allclose(found.product(), given_layer.product(), rtol=1e-5, atol=1e-5)
+    result = getattr(given_layer, way)()
+    np.testing.assert_allclose(result.product(), given_layer.product(), rtol=1e-5, atol=1e-5)
     empty = LowRank(np.zeros((0, 5), np.float32), np.zeros((4, 0), np.float32))
     assert getattr(empty, way)().rank == 0
     if way == "for_training":
-        lengths = np.linalg.norm(found.a, axis=1), np.linalg.norm(found.b, axis=0)
+        lengths = np.linalg.norm(result.a, axis=1), np.linalg.norm(result.b, axis=0)
         np.testing.assert_allclose(lengths[0][[0, 2]], lengths[1][[0, 2]], rtol=1e-5)

@@ -99,7 +99,7 @@ def test_a_budget_of_memory() -> None:
 
 @given(st.dictionaries(st.text(max_size=3), st.integers(1, 300), max_size=6), st.integers(0, 10**6))
 def test_the_budget_is_kept(widths: dict[str, int], budget: int) -> None:
-    found = metric_for_budget(widths, budget)
-    used = sum(gram_bytes(metric, widths[name]) for name, metric in found.items())
+    result = metric_for_budget(widths, budget)
+    used = sum(gram_bytes(metric, widths[name]) for name, metric in result.items())
     diagonals = sum(gram_bytes(Metric.DIAGONAL, width) for width in widths.values())
     assert used <= max(budget, diagonals)

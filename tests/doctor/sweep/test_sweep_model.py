@@ -131,8 +131,8 @@ def test_layers(model: Any) -> None:
 def test_decoding_against_numpy(drawing: Drawing) -> None:
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(20, 30)) * 3.0
-    found = torch.softmax(decode(torch.from_numpy(rows), drawing), -1).numpy()
-    for row, p in zip(rows, found, strict=True):
+    result = torch.softmax(decode(torch.from_numpy(rows), drawing), -1).numpy()
+    for row, p in zip(rows, result, strict=True):
         if drawing.temperature == 0.0:
             expected = (np.arange(30) == row.argmax()).astype(float)
         else:
@@ -193,9 +193,9 @@ def test_figures_against_an_independent_computation(options: DoctorOptions) -> N
 
 def report_of(options: DoctorOptions, tmp_path: Path) -> dict[str, Any]:
     assert run(replace(options, json=tmp_path / "sweep.json", html=tmp_path / "sweep.html")) == 0
-    found: dict[str, Any] = json.loads((tmp_path / "sweep.json").read_text())
-    return {name: value for name, value in found["sweep"].items() if not name.endswith("seconds")} | {
-        "notes": found["notes"]
+    result: dict[str, Any] = json.loads((tmp_path / "sweep.json").read_text())
+    return {name: value for name, value in result["sweep"].items() if not name.endswith("seconds")} | {
+        "notes": result["notes"]
     }
 
 
@@ -231,9 +231,9 @@ def test_an_interrupted_sweep_goes_on(
 
 
 def test_a_budget_ends_a_sweep_with_what_it_has(short: DoctorOptions, tmp_path: Path) -> None:
-    found = report_of(replace(short, sweep_budget=0.0), tmp_path)
-    assert [row["name"] for row in found["table"]] == ["unchanged"]
-    assert "minutes ended in rung 1 of 1, at point 2 of 15" in found["notes"][-1]
+    result = report_of(replace(short, sweep_budget=0.0), tmp_path)
+    assert [row["name"] for row in result["table"]] == ["unchanged"]
+    assert "minutes ended in rung 1 of 1, at point 2 of 15" in result["notes"][-1]
 
 
 def test_points_whose_logits_overflow_are_left_out_and_named(
@@ -243,13 +243,13 @@ def test_points_whose_logits_overflow_are_left_out_and_named(
     logits, overflow = measuring.SweptModel._logits, [2]
 
     def overflowing(swept: Any, model: Any, job: Any, output: Any) -> Any:
-        found = logits(swept, model, job, output)
-        return found * torch.nan if model.config.num_hidden_layers in overflow else found
+        result = logits(swept, model, job, output)
+        return result * torch.nan if model.config.num_hidden_layers in overflow else result
 
     monkeypatch.setattr(measuring.SweptModel, "_logits", overflowing)
-    found = report_of(short, tmp_path)
-    assert "2 layers dropped: left out in rung 1: logits or KL are not finite" in found["notes"]
-    names = [row["name"] for row in found["table"]]
+    result = report_of(short, tmp_path)
+    assert "2 layers dropped: left out in rung 1: logits or KL are not finite" in result["notes"]
+    names = [row["name"] for row in result["table"]]
     assert "1 layer dropped" in names
     assert "2 layers dropped" not in names
     overflow.append(4)
@@ -262,13 +262,13 @@ def test_points_that_do_not_fit_are_left_out_and_named(options: DoctorOptions, t
     changed = replace(
         options, reference=str(tiny.reference), compressed=str(tiny.compressed), max_prompts=3, sweep=(Axis.BITS,)
     )
-    found = report_of(changed, tmp_path)
-    assert any("8 bits: left out: " in note and "not a multiple of 64" in note for note in found["notes"])
-    assert [row["name"] for row in found["table"]] == [
+    result = report_of(changed, tmp_path)
+    assert any("8 bits: left out: " in note and "not a multiple of 64" in note for note in result["notes"])
+    assert [row["name"] for row in result["table"]] == [
         "unchanged", "4 bits, groups of 32", "4 bits, by row", "3 bits, groups of 32", "3 bits, by row",
     ]  # fmt: skip
-    assert found["given"]["name"] == "compressed"
-    assert found["given"]["kl_rc"]["value"] > 0.0
+    assert result["given"]["name"] == "compressed"
+    assert result["given"]["kl_rc"]["value"] > 0.0
 
 
 def test_one_prompt_is_not_enough(options: DoctorOptions) -> None:

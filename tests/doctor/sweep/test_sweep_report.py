@@ -70,17 +70,17 @@ def report() -> dict[str, Any]:
 
 
 def test_known_breaks_are_found() -> None:
-    found = {one.line.name: one for one in THRESHOLDS}
+    result = {one.line.name: one for one in THRESHOLDS}
     for name, at in (("quantization", 12.0), (UNSTRUCTURED_PRUNING, 0.65), (STRUCTURED, 0.45)):
-        interval = found[name].found
+        interval = result[name].found
         assert interval is not None
         assert interval.low <= at <= interval.high, name
-        assert found[name].leaves_floor == 0
+        assert result[name].leaves_floor == 0
     # 70 % unstructured loses 1.14 nats, 60 % loses 0.12; ln 2 is 0.69.
-    assert found[UNSTRUCTURED_PRUNING].doubles == 6
-    assert found["layers dropped"].doubles == 1
+    assert result[UNSTRUCTURED_PRUNING].doubles == 6
+    assert result["layers dropped"].doubles == 1
     # A loss in proportion has no break.
-    dropped = found["layers dropped"].found
+    dropped = result["layers dropped"].found
     assert dropped is not None
     assert dropped.existence.value == "none"
 
@@ -97,8 +97,8 @@ def test_the_papers_statements_are_tested() -> None:
             results(8, [twin]).texts[twin] if point.sparsity and point.bits == 16 else results(8, [point]).texts[point]
         )
         exchanged.add(point, list(source.values()), [])
-    found = statements(exchanged, {}, LINES, SHARES)
-    assert (found[-1].text, found[-1].verdict.value) == (
+    result = statements(exchanged, {}, LINES, SHARES)
+    assert (result[-1].text, result[-1].verdict.value) == (
         "at equal size semi-structured pruning loses less than structured pruning",
         "not confirmed",
     )
@@ -125,15 +125,15 @@ def test_front_against_brute_force() -> None:
 
 
 def test_at_most_half_of_the_points_go_on() -> None:
-    found = promoted(MEASURED, POINTS, THRESHOLDS, STATEMENTS, SHARES)
-    assert found[0] == UNCHANGED
-    assert len(found) <= len(POINTS) // 2
+    result = promoted(MEASURED, POINTS, THRESHOLDS, STATEMENTS, SHARES)
+    assert result[0] == UNCHANGED
+    assert len(result) <= len(POINTS) // 2
     breaking = next(one for one in THRESHOLDS if one.line.name == UNSTRUCTURED_PRUNING)
     around = [p for p in breaking.points if breaking.found and breaking.found.low <= p.sparsity <= breaking.found.high]
-    assert set(around) <= set(found)
+    assert set(around) <= set(result)
     # Far from the break, the floor and the front.
-    assert Point(sparsity=0.9, pattern="rows") not in found
-    assert Point(change=Change.DROPPED, layers=8) not in found
+    assert Point(sparsity=0.9, pattern="rows") not in result
+    assert Point(change=Change.DROPPED, layers=8) not in result
 
 
 def test_rungs() -> None:
@@ -148,10 +148,10 @@ def test_later_rungs_add_texts_to_some_settings_only() -> None:
     later = results(16, chosen)
     for point in chosen:
         some.add(point, list(later.texts[point].values())[8:], [])
-    found = threshold(some, LINES[0], 0)
-    assert found is not None
-    assert found.found is not None
-    assert found.found.low <= 12.0 <= found.found.high
+    result = threshold(some, LINES[0], 0)
+    assert result is not None
+    assert result.found is not None
+    assert result.found.low <= 12.0 <= result.found.high
 
 
 def test_grid_has_every_point_once_and_names_differ() -> None:
@@ -242,8 +242,8 @@ def test_plots_of_extreme_values(y: list[tuple[float, float | None, float | None
     ],
 )
 def test_json_outcome(text: str, expected: tuple[bool, bool]) -> None:
-    found = judge(0, Task("p", fields={"name": "Anna", "age": 21, "city": "Lisbon"}), text)
-    assert (found.parses, found.correct) == expected
+    result = judge(0, Task("p", fields={"name": "Anna", "age": 21, "city": "Lisbon"}), text)
+    assert (result.parses, result.correct) == expected
 
 
 def test_short_outcome() -> None:
@@ -254,10 +254,10 @@ def test_short_outcome() -> None:
 
 
 def test_packaged_tasks() -> None:
-    found = tasks()
-    assert [task.kind for task in found[:4]] == ["json", "short"] * 2
-    assert len({task.prompt for task in found}) == len(found) == 32
-    assert all(task.answers or task.fields for task in found)
+    result = tasks()
+    assert [task.kind for task in result[:4]] == ["json", "short"] * 2
+    assert len({task.prompt for task in result}) == len(result) == 32
+    assert all(task.answers or task.fields for task in result)
     assert json_object("") is None
 
 

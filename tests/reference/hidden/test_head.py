@@ -58,8 +58,8 @@ def test_what_the_configuration_leaves_out_is_found_by_the_probe(name: str, tmp_
     def fit() -> str:
         head = open_head(folder)
         nothing = np.full((len(ids) - 1, 1), -1, np.int32)
-        found = numpy_scores.scores_of(lambda rows: head.logits(as_float(states[rows])), 512, ids[1:], nothing, {}, {})
-        return fit_of_head(found.emitted, found.entropy, 512)
+        result = numpy_scores.scores_of(lambda rows: head.logits(as_float(states[rows])), 512, ids[1:], nothing, {}, {})
+        return fit_of_head(result.emitted, result.entropy, 512)
 
     assert fit() == ""
     assert head_scale(folder) != 1.0
@@ -82,8 +82,8 @@ def test_another_models_head_is_found_by_the_probe(tmp_path: Path) -> None:
     for other in (rng.permutation(fake.weight.reshape(-1)).reshape(fake.weight.shape), fake.weight[::-1]):
         fake_states = as_float(fake.states(ids[:-1].tolist()))
         z = fake_states @ np.ascontiguousarray(other).T
-        found = numpy_scores.scores_of(lambda rows, z=z: z[rows].copy(), 512, ids[1:], nothing, {}, {})
-        assert "another model" in fit_of_head(found.emitted, found.entropy, 512)
+        result = numpy_scores.scores_of(lambda rows, z=z: z[rows].copy(), 512, ids[1:], nothing, {}, {})
+        assert "another model" in fit_of_head(result.emitted, result.entropy, 512)
 
 
 @pytest.mark.parametrize(

@@ -86,9 +86,9 @@ def test_scores_states_and_the_distance_from_the_recovered_side(
         ids,
         given.logprobs,
     )
-    found = np.frombuffer(answer.recovered).reshape(7, T)
-    np.testing.assert_allclose(found[0], wanted.kl_rc, atol=2e-3)
-    np.testing.assert_allclose(found[0], (np.exp(reference) * (reference - truth)).sum(1), atol=5e-3)
+    result = np.frombuffer(answer.recovered).reshape(7, T)
+    np.testing.assert_allclose(result[0], wanted.kl_rc, atol=2e-3)
+    np.testing.assert_allclose(result[0], (np.exp(reference) * (reference - truth)).sum(1), atol=5e-3)
 
 
 def test_what_does_not_fit_the_head_is_refused(weight: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

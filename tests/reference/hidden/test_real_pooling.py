@@ -95,13 +95,13 @@ async def test_a_pooling_server_says_so_and_does_not_generate(pooling_url: str) 
     server = VllmServer(pooling_url)
     try:
         ids = await server.tokenize("reference", TEXT)
-        found = await find_offer(server, "reference", ids)
-        assert found.offer is Offer.STATES
+        result = await find_offer(server, "reference", ids)
+        assert result.offer is Offer.STATES
         again = await hidden_states(server, "reference", ids, 576)
-        assert found.states is not None
-        assert distance(again, found.states) < MAX_SAME_DISTANCE / 4
+        assert result.states is not None
+        assert distance(again, result.states) < MAX_SAME_DISTANCE / 4
         beside = await hidden_states(server, "reference", ids, 576, first=7, reshaped=True)
-        assert distance(beside, found.states[7:]) < MAX_SAME_DISTANCE / 2
+        assert distance(beside, result.states[7:]) < MAX_SAME_DISTANCE / 2
         with pytest.raises(Refused) as refused:
             await server.post("/v1/completions", {"model": "reference", "prompt": [1, 2], "max_tokens": 1}, dict)
         assert refused.value.status in {400, 404}

@@ -16,10 +16,10 @@ async def test_engines_are_the_addresses_of_the_name(monkeypatch: pytest.MonkeyP
 
     async def getaddrinfo(host: str, port: int, **_: Any) -> list[Any]:
         assert (host, port) == ("vllm.models.svc", 8000)
-        found = answers.pop(0)
-        if found is None:
+        result = answers.pop(0)
+        if result is None:
             raise OSError("no answer")
-        return [(None, None, None, "", (address, port)) for address in found]
+        return [(None, None, None, "", (address, port)) for address in result]
 
     loop = asyncio.get_running_loop()
     upstreams = Upstreams(loop, [], limit=8, queue_seconds=60.0)

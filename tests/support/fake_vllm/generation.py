@@ -92,7 +92,7 @@ class Generation:
         rows = prompt_logprobs(self.fake, prompt, self.body)
         if self.fake.last_prompt_logprob != 0:
             rows[-1] = {
-                name: one | {"logprob": self.fake.last_prompt_logprob} for name, one in (rows[-1] or {}).items()
+                name: row | {"logprob": self.fake.last_prompt_logprob} for name, row in (rows[-1] or {}).items()
             }
         return rows[: len(rows) - self.fake.short_prompt_logprobs]
 

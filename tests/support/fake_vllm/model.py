@@ -141,9 +141,9 @@ class FakeModel:
                 finish = "stop"
             else:
                 text += decoder.decode(token_bytes(token))
-                found = [(text.find(stop), stop) for stop in stops if stop in text]
-                if found:
-                    end, stop_reason = min(found)
+                result = [(text.find(stop), stop) for stop in stops if stop in text]
+                if result:
+                    end, stop_reason = min(result)
                     text, finish = text[:end], "stop"
                 elif position == limit:
                     finish = "length"

@@ -17,13 +17,13 @@ def answers_of(generation: Generation, top: int) -> list[TapAnswer]:
     """One for each choice that has ended. top: candidates at each position, beside the emitted one."""
     nonce = generation.body["vllm_xargs"]["hemostat_tap"]
     each = len(generation.choices) // len(generation.prompts)
-    found = []
+    result = []
     for choice, steps in zip(generation.choices, generation.steps, strict=True):
         if not steps or steps[-1].finish is None:
             continue
         rows = [_row(step, top) for step in steps]
         call, index = divmod(choice.index, each)
-        found.append(
+        result.append(
             TapAnswer(
                 nonce,
                 call,
@@ -38,7 +38,7 @@ def answers_of(generation: Generation, top: int) -> list[TapAnswer]:
                 steps[-1].finish,
             )
         )
-    return found
+    return result
 
 
 def _row(step: Step, top: int) -> tuple[list[int], list[float]]:

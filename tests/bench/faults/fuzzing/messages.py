@@ -258,6 +258,6 @@ def answer(random: Random, token: bytes, method: bytes) -> Answer:
         return Answer(data, (status, body), False, closes, _cuts(random, len(data)), len(data))
     for _ in range(random.choice((1, 1, 2)) if not odd else 0):
         data = _change(random, data) or b"\r\n"
-    found = h11_response(data, method)
-    shown, end = (None, len(data)) if found is None else (found[:2], found[2])
+    result = h11_response(data, method)
+    shown, end = (None, len(data)) if result is None else (result[:2], result[2])
     return Answer(data, shown, True, True, _cuts(random, len(data)), end)

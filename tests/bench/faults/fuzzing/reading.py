@@ -75,10 +75,10 @@ def read(
     if response and (bodyless(message) or message.status < 200 or message.status in {204, 304}):
         pass
     elif codings:
-        found = _chunks(data, at)
-        if found is None:
+        result = _chunks(data, at)
+        if result is None:
             return None
-        message.body, at, message.odd = found
+        message.body, at, message.odd = result
     elif lengths:
         size = int(lengths[0])
         if len(data) < at + size:
@@ -144,20 +144,20 @@ class _Found:
 
 def llhttp_agrees(message: Message, *, response: bool) -> bool:
     """Whether llhttp finds exactly this message, which has a framing, in its bytes."""
-    found = _Found()
+    result = _Found()
     raw = message.raw.translate(LATIN)
     if message.odd or message.get(b"upgrade"):
         return True  # llhttp does not know what follows a switch of protocols
     if response:
-        parser = httptools.HttpResponseParser(found)
+        parser = httptools.HttpResponseParser(result)
     else:
-        parser = httptools.HttpRequestParser(found)
+        parser = httptools.HttpRequestParser(result)
         raw = b"POST" + raw[len(message.start[0]) :]  # it knows only some methods
     try:
         parser.feed_data(raw)
     except (httptools.HttpParserUpgrade, httptools.HttpParserError):
         return False
-    return found.body == message.body.translate(LATIN) and found.complete == 1
+    return result.body == message.body.translate(LATIN) and result.complete == 1
 
 
 def origin_form(target: bytes) -> bytes:
@@ -178,7 +178,7 @@ def _plain(data: bytes) -> bytes:
 
 
 def _h11_requests(data: bytes) -> list[tuple[bytes, bytes, bytes]]:
-    found: list[tuple[bytes, bytes, bytes]] = []
+    result: list[tuple[bytes, bytes, bytes]] = []
     while data:
         while data.startswith(b"\r\n"):  # h11 ignores no empty line, Hemostat all of them
             data = data[2:]
@@ -193,13 +193,13 @@ def _h11_requests(data: bytes) -> list[tuple[bytes, bytes, bytes]]:
                 elif isinstance(event, h11.Data):
                     body.append(bytes(event.data))
                 else:
-                    return found
+                    return result
         except h11.RemoteProtocolError:
-            return found
+            return result
         assert head is not None
-        found.append((head.method, origin_form(head.target), b"".join(body)))
+        result.append((head.method, origin_form(head.target), b"".join(body)))
         data = parser.trailing_data[0]
-    return found
+    return result
 
 
 def h11_response(data: bytes, method: bytes) -> tuple[int, bytes, int] | None:
@@ -207,11 +207,11 @@ def h11_response(data: bytes, method: bytes) -> tuple[int, bytes, int] | None:
 
     It is shown the response without trailers and without white space before extensions where it refuses the whole.
     """
-    found = _h11_response(data, method)
-    if found is None and (shorter := _plain(data)) != data:
-        found = _h11_response(shorter, method)
-        return None if found is None else (*found[:2], len(data))
-    return found
+    result = _h11_response(data, method)
+    if result is None and (shorter := _plain(data)) != data:
+        result = _h11_response(shorter, method)
+        return None if result is None else (*result[:2], len(data))
+    return result
 
 
 def _h11_response(data: bytes, method: bytes) -> tuple[int, bytes, int] | None:

@@ -62,13 +62,13 @@ class World:
 
     def answer(self, token: bytes, method: bytes) -> Answer:
         """The same for the same request, also if it comes once more."""
-        found = self._answers.get(token)
-        if found is None:
-            found = answer(Random(self.seed ^ int(token[1:] or b"0", 16)), token, method)
+        result = self._answers.get(token)
+        if result is None:
+            result = answer(Random(self.seed ^ int(token[1:] or b"0", 16)), token, method)
             if not self.stray:
-                found.data = found.data[: found.end]
-            self._answers[token] = found
-        return found
+                result.data = result.data[: result.end]
+            self._answers[token] = result
+        return result
 
 
 class Upstream(asyncio.Protocol):
@@ -106,13 +106,13 @@ class Upstream(asyncio.Protocol):
             findings.add("llhttp reads another request at the upstream", message.raw)
         token = self._check(message)
         findings.counts["requests that reached the upstream"] += 1
-        found = self._world.answer(token, message.start[0])
+        result = self._world.answer(token, message.start[0])
         self._busy = True
-        cuts = [0, *(cut for cut in found.cuts if cut < len(found.data)), len(found.data)]
-        self._left = [found.data[a:b] for a, b in pairwise(cuts)]
+        cuts = [0, *(cut for cut in result.cuts if cut < len(result.data)), len(result.data)]
+        self._left = [result.data[a:b] for a, b in pairwise(cuts)]
         findings.counts["responses"] += 1
-        findings.counts["responses that were changed"] += found.changed
-        self._send(closes=found.closes)
+        findings.counts["responses that were changed"] += result.changed
+        self._send(closes=result.closes)
 
     def _send(self, *, closes: bool) -> None:
         if self._transport.is_closing():
@@ -226,7 +226,7 @@ class Client(asyncio.Protocol):
         findings, conversation = self._world.findings, self._conversation
         if self._changed:
             findings.counts["refused by the relay"] += any(one.get(b"x-token") == b"" for one in self._responses)
-        own = [one.token for one in self._requests]
+        own = [request.token for request in self._requests]
         at = -1
         for response in self._responses:
             for token in TOKEN.findall(response.raw):
@@ -245,7 +245,7 @@ class Client(asyncio.Protocol):
         """What the upstream got is what the client has sent: by h11 where that was changed."""
         findings, conversation = self._world.findings, self._conversation
         got = [one for n, one in enumerate(conversation.forwarded) if n == 0 or one != conversation.forwarded[n - 1]]
-        sent = [(one.method, one.target, one.body) for one in self._requests]
+        sent = [(request.method, request.target, request.body) for request in self._requests]
         if self._changed:
             got = [(method, target.translate(LATIN), body.translate(LATIN)) for method, target, body in got]
             sent = h11_requests(conversation.data)

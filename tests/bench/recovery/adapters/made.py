@@ -112,16 +112,16 @@ def _distilled(stages: Stages, it: Pair, learning: Sequence[Written], variant: V
     def make() -> Made:
         copies = LoadedCopies(it)
         texts = [Text(text.prompt, text.output) for text in some]
-        found = distil(
+        result = distil(
             copies.reference,
             copies.compressed,
             adapter_layers(start.profile),
             texts,
             progress=Progress(f"{it.scheme}, {variant.label}"),
         )
-        profile = adapter_profile(model="bench", vocab_size=copies.compressed.vocab_size, layers=found.layers)
-        seconds, cpu_seconds = start.seconds + found.seconds, start.cpu_seconds + found.cpu_seconds
-        report = start.report | {"distillation": found.report()}
+        profile = adapter_profile(model="bench", vocab_size=copies.compressed.vocab_size, layers=result.layers)
+        seconds, cpu_seconds = start.seconds + result.seconds, start.cpu_seconds + result.cpu_seconds
+        report = start.report | {"distillation": result.report()}
         return Made(profile, report, sum(map(len, texts)), seconds, cpu_seconds)
 
     return stages.kept("adapter-distilled", [it.digests(), start.profile.version, Tokens.of(some).digest], make)

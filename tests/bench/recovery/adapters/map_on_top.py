@@ -31,12 +31,12 @@ def with_states(
     """The texts as an engine with the adapter would have reported them: centred logits at the anchors, float16; with
     the reference's hidden states. reference, adapted: [T, d] of all texts."""
     ends = np.cumsum([len(text.output) for text in texts])[:-1]
-    found = []
+    result = []
     for text, h_r, h_c in zip(texts, np.split(reference, ends), np.split(adapted, ends), strict=True):
         z = h_c @ weight[anchors].T
         centred = (z - z.mean(1, keepdims=True)).astype(np.float16)
-        found.append(replace(text, features=centred, hidden=h_r.astype(np.float16)))
-    return found
+        result.append(replace(text, features=centred, hidden=h_r.astype(np.float16)))
+    return result
 
 
 def learn_map(

@@ -62,25 +62,25 @@ class AdapterBench:
         labels: only the adapters whose label contains one of these, for the rows and at the engine; empty: all.
         """
         rows: list[dict[str, Any]] = []
-        found: dict[str, Any] = {"rows": rows}
+        result: dict[str, Any] = {"rows": rows}
         if Part.ROWS in parts:
             for scheme, variants in self.plan.variants.items():
                 if chosen := labelled(variants, labels):
                     rows += self.compression(scheme, chosen)
-            found["rank_16_at_width_4096"] = {
+            result["rank_16_at_width_4096"] = {
                 "bfloat16": bytes_at_width_4096(16, 2.0),
                 "int8": bytes_at_width_4096(16, 1.0),
             }
         if Part.BITS in parts and self.plan.pareto:
-            found["more_bits"] = self.more_bits()
+            result["more_bits"] = self.more_bits()
         if self.plan.best is not None:
             if Part.MAP in parts:
                 rows.append(self.map_on_top(self.plan.best))
             if Part.SHRUNK in parts:
-                found["shrunk_map"] = self.shrunk_map()
+                result["shrunk_map"] = self.shrunk_map()
         if Part.SERVED in parts:
-            found["served"] = {v.label: self.at_the_engine(v) for v in labelled(self.plan.served, labels)}
-        return found
+            result["served"] = {v.label: self.at_the_engine(v) for v in labelled(self.plan.served, labels)}
+        return result
 
     # --- what is measured ---------------------------------------------------------------------------------------
 
@@ -143,16 +143,16 @@ class AdapterBench:
         heldout, _ = self.texts(FIRST, 0)
         base, tokens = self.pair(FIRST), Tokens.of(heldout)
         before = self.scorer(base).figures(tokens, {IDENTITY: None})[IDENTITY]
-        found = []
+        result = []
         for other in OTHERS:
             folder = rounded_checkpoint(base.reference, self.stages.folder, other, other.label)
             it = Pair(other.label, base.reference, folder)
             figures = {IDENTITY: before, other.label: self.scorer(it).figures(tokens, {IDENTITY: None})[IDENTITY]}
-            found.append(
+            result.append(
                 {"rounding": other.label, "bytes_of_quantized": more_bytes(other)}
                 | row(figures, other.label, *groups(heldout))
             )
-        return found
+        return result
 
     def map_on_top(self, variant: Variant) -> dict[str, Any]:
         """The row of an adapter with a contextual map that was learned on its distribution."""

@@ -59,7 +59,7 @@ class Tokens:
 def hidden_states(copy: RunsTexts, adapter: Adapter | None, texts: Sequence[Written], name: str) -> Singles:
     """After the final norm, where the output is predicted, float32 [T, d]; tokens in the order of the texts."""
     by_length = sorted(range(len(texts)), key=lambda i: len(texts[i].prompt) + len(texts[i].output))
-    found: dict[int, Singles] = {}
+    result: dict[int, Singles] = {}
     began = said = time.monotonic()
     with torch.inference_mode(), copy.adapted(adapter):
         for start in range(0, len(by_length), TEXTS_AT_ONCE):
@@ -69,12 +69,12 @@ def hidden_states(copy: RunsTexts, adapter: Adapter | None, texts: Sequence[Writ
             padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
             states = copy.model.get_decoder()(input_ids=padded, use_cache=False).last_hidden_state.float().numpy()
             for i, ids, state in zip(numbers, rows, states, strict=True):
-                found[i] = state[: len(ids)][-len(texts[i].output) :].copy()
+                result[i] = state[: len(ids)][-len(texts[i].output) :].copy()
             if time.monotonic() - said > 30:
                 said = time.monotonic()
-                say(f"{name}: {len(found)} of {len(texts)} texts run")
+                say(f"{name}: {len(result)} of {len(texts)} texts run")
     say(f"{name}: {len(texts)} texts run in {time.monotonic() - began:.0f} s")
-    return np.concatenate([found[i] for i in range(len(texts))])
+    return np.concatenate([result[i] for i in range(len(texts))])
 
 
 def figures_of(
@@ -99,7 +99,7 @@ def figures_of(
                 if label in held:
                     apply_to_all(held[label], z)
                 parts[label].append(distances(log_r, z))
-    return {label: Figures(*torch.cat(found, -1).double().numpy()) for label, found in parts.items()}
+    return {label: Figures(*torch.cat(part, -1).double().numpy()) for label, part in parts.items()}
 
 
 def distances(log_r: torch.Tensor, z: torch.Tensor) -> torch.Tensor:

@@ -123,14 +123,14 @@ def served(
     else:
         plain = answers(stages, pair.compressed, None, [], [], f"{pair.scheme}-greedy")
     treated = answers(stages, pair.compressed, adapter, own, scored, f"{pair.scheme}-treated-{name}")
-    found = {"outcomes": compare(reference.greedy, plain.greedy, treated.greedy)}
+    result = {"outcomes": compare(reference.greedy, plain.greedy, treated.greedy)}
     if not heldout:
-        return found
+        return result
     layers = adapter_layers(adapter)
     on_heldout = scorer.figures(Tokens.of(heldout), {"without": None})["without"]
     on_own = scorer.figures(Tokens.of(treated.own), {name: layers})[name]
     ours = [_copied(scorer, scored, one, name) for one in (None, layers)]
-    return found | {
+    return result | {
         "other_kinds": other_kinds(scorer, plain.sampled, layers, name),
         "agreement": agreement(plain.logprobs, treated.logprobs, *ours),
         "own_texts": on_policy(on_heldout.kl, groups(heldout)[1], on_own.kl, groups(treated.own)[1]),
@@ -199,17 +199,17 @@ def compare(reference: Texts, plain: Texts, treated: Texts) -> dict[str, Any]:
 
 def other_kinds(scorer: Scorer, texts: Texts, layers: Any, name: str) -> dict[str, Any]:
     """KL won back on texts of kinds that nothing was learned from, intervals by prompt."""
-    found = {}
+    result = {}
     for kind, some in texts.items():
         figures = scorer.figures(Tokens.of(some), {"without": None, name: layers})
         before, after = figures["without"], figures[name]
         prompt = np.repeat(np.arange(len(some)), [len(text.output) for text in some])
         won, low, high = interval(prompt, before.kl - after.kl, before.kl, kind)
-        found[kind] = {
+        result[kind] = {
             "tokens": len(before.kl),
             "kl_before": float(before.kl.mean()),
             "kl_after": float(after.kl.mean()),
             "kl_won_back": won,
             "ci95": [low, high],
         }
-    return found
+    return result

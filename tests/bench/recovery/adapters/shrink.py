@@ -44,18 +44,18 @@ class Region:
         covariance = np.cov(states, rowvar=False)
         covariance += RIDGE * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
         root = np.linalg.inv(np.linalg.cholesky(covariance)).astype(np.float32)
-        found = cls(mean, root, 1.0)
-        return cls(mean, root, float(np.quantile(found.distance(states), QUANTILE)))
+        result = cls(mean, root, 1.0)
+        return cls(mean, root, float(np.quantile(result.distance(states), QUANTILE)))
 
     def distance(self, states: Singles) -> npt.NDArray[np.floating]:
         """Mahalanobis distance of every token, [T]."""
-        found: npt.NDArray[np.floating] = np.linalg.norm((states - self.mean) @ self.root.T, axis=1)
-        return found
+        result: npt.NDArray[np.floating] = np.linalg.norm((states - self.mean) @ self.root.T, axis=1)
+        return result
 
     def weight(self, states: Singles) -> npt.NDArray[np.floating]:
         """Of Δz, in (0, 1], [T]."""
-        found: npt.NDArray[np.floating] = np.minimum(1.0, self.limit / self.distance(states))
-        return found
+        result: npt.NDArray[np.floating] = np.minimum(1.0, self.limit / self.distance(states))
+        return result
 
 
 def shrunk_figures(
@@ -88,7 +88,7 @@ def compare(
     learning: what the profile was learned from. texts: by kind, "open" being of the same kind as those.
     """
     region = Region.of(scorer.states(Tokens.of(learning), None, "learned from"))
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for kind, some in texts.items():
         tokens = Tokens.of(some)
         h_r, h_c = scorer.reference_states(tokens), scorer.states(tokens, None, kind)
@@ -101,5 +101,5 @@ def compare(
             after = shrunk_figures(weight, h_r, h_c, profile, used).kl
             won, low, high = interval(cluster, before - after, before, kind)
             said[name] = {"kl_won_back": won, "ci95": [low, high]}
-        found[kind] = said
-    return found
+        result[kind] = said
+    return result

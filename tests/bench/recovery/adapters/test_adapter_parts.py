@@ -70,23 +70,23 @@ def written(lengths: list[tuple[int, int]]) -> list[Written]:
 
 
 def test_prompts_of_other_kinds_are_distinct_and_enough() -> None:
-    found = kinds.by_kind()
-    assert len(found["json"]) == kinds.EXTRACTIONS >= 200
-    for asked in found.values():
+    result = kinds.by_kind()
+    assert len(result["json"]) == kinds.EXTRACTIONS >= 200
+    for asked in result.values():
         assert len(set(asked)) == len(asked)
 
 
 def test_prompts_of_all_kinds_to_learn_from_are_none_of_those_that_are_answered() -> None:
     open_questions = [ask.text for ask in texts.open_asks(heldout=False)]
-    found = kinds.to_learn_from(open_questions, plan.FULL.mixed)
+    result = kinds.to_learn_from(open_questions, plan.FULL.mixed)
     answered = {text for asked in kinds.by_kind().values() for text in asked}
-    assert len(set(found)) == len(found) == plan.FULL.mixed >= 40
-    assert not answered & set(found)
-    first = found[:20]
+    assert len(set(result)) == len(result) == plan.FULL.mixed >= 40
+    assert not answered & set(result)
+    first = result[:20]
     for start in ("Extract", "What is", "Write a Python function that"):
         assert sum(text.startswith(start) for text in first) >= 4
     assert sum(text in open_questions for text in first) == 5
-    assert not any(f"{name} is" in text for name in texts.prompts.PEOPLE for text in found)
+    assert not any(f"{name} is" in text for name in texts.prompts.PEOPLE for text in result)
 
 
 def test_adapters_are_chosen_by_words_of_their_labels() -> None:
@@ -141,10 +141,10 @@ def test_log_probabilities_are_split_by_text(tmp_path: Path) -> None:
     weight = np.random.default_rng(2).normal(size=(V, D)).astype(np.float32)
     scorer = Scorer(Stages(tmp_path), ["r", "c"], copies, weight, "small")
     states = hidden_states(copies.compressed, None, some, "small")
-    found = scorer.logprobs(states, some)
-    assert [len(one) for one in found] == [6, 5]
+    result = scorer.logprobs(states, some)
+    assert [len(one) for one in result] == [6, 5]
     z = torch.from_numpy(states[6]) @ torch.from_numpy(weight).T
-    assert found[1][0] == pytest.approx(float(torch.log_softmax(z, -1)[int(some[1].output[0])]), abs=1e-5)
+    assert result[1][0] == pytest.approx(float(torch.log_softmax(z, -1)[int(some[1].output[0])]), abs=1e-5)
 
 
 def test_agreement_sees_an_adapter_that_the_engine_did_not_apply() -> None:
@@ -169,10 +169,14 @@ def test_outcomes_compare_both_arms_with_the_reference() -> None:
         }
         return made
 
-    found = compare(arm('{"a": 1}', "Paris", [1, 2, 3]), arm("{", "paris.", [1, 9, 3]), arm("{}", "Rome", [1, 2, 9]))
-    assert (found["json_valid"]["without"], found["json_valid"]["with"], found["json_valid"]["reference"]) == (0, 1, 1)
-    assert (found["short_exact_match"]["without"], found["short_exact_match"]["with"]) == (1, 0)
-    assert (found["common_prefix_tokens"]["without"], found["common_prefix_tokens"]["with"]) == (1, 2)
+    result = compare(arm('{"a": 1}', "Paris", [1, 2, 3]), arm("{", "paris.", [1, 9, 3]), arm("{}", "Rome", [1, 2, 9]))
+    assert (result["json_valid"]["without"], result["json_valid"]["with"], result["json_valid"]["reference"]) == (
+        0,
+        1,
+        1,
+    )
+    assert (result["short_exact_match"]["without"], result["short_exact_match"]["with"]) == (1, 0)
+    assert (result["common_prefix_tokens"]["without"], result["common_prefix_tokens"]["with"]) == (1, 2)
 
 
 def test_a_shift_is_shrunk_by_its_distance_from_what_was_learned() -> None:
