@@ -74,8 +74,8 @@ class _Together(LoadScopeScheduling):
 @cache
 def _shared_server(file: Path) -> str | None:
     """The server that a test or fixture of the file has as parameter (the module `vllm_server` is another)."""
-    found = re.search(r"\b(vllm_server|lora_server)\s*[:,)]", file.read_text(encoding="utf-8"))
-    return found and found[1]
+    match = re.search(r"\b(vllm_server|lora_server)\s*[:,)]", file.read_text(encoding="utf-8"))
+    return match and match[1]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

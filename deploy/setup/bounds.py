@@ -109,11 +109,11 @@ def requirements(project: Mapping[str, object], extras: Iterable[str]) -> list[R
     return [*result.values()]
 
 
-def bound(one: Requirement, operator: str) -> str:
+def bound(requirement: Requirement, operator: str) -> str:
     """The version of its lower (>=) or upper (<) bound. SetupError where it has none."""
-    version = next((part.version for part in one.specifier if part.operator == operator), None)
+    version = next((part.version for part in requirement.specifier if part.operator == operator), None)
     if version is None:
-        raise SetupError(f"pyproject.toml: {one} has no bound with {operator}")
+        raise SetupError(f"pyproject.toml: {requirement} has no bound with {operator}")
     return version
 
 

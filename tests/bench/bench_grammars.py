@@ -137,7 +137,7 @@ def measure(arguments: argparse.Namespace, model: Path, folder: Path) -> npt.NDA
     """Seconds of processor time a token, float64 [bursts, 3]: of the engine's thread without the plugin, of the plugin
     on it, and on other threads."""
     admin = EngineAdmin()
-    found = np.zeros((arguments.bursts, 3))
+    result = np.zeros((arguments.bursts, 3))
     engine = EngineChild(
         Path(__file__).resolve(),
         ["--child", str(model), "--batch", str(arguments.batch)],
@@ -154,11 +154,11 @@ def measure(arguments: argparse.Namespace, model: Path, folder: Path) -> npt.NDA
             answer = engine.ask({"nonces": nonces, "tokens": arguments.tokens})
             until_sent(admin, nonces, arguments.tokens)
             if number >= 0:
-                found[number] = [answer[name] / answer["tokens"] for name in ("engine", "plugin", "sending")]
+                result[number] = [answer[name] / answer["tokens"] for name in ("engine", "plugin", "sending")]
     finally:
         engine.stop()
         admin.close()
-    return found
+    return result
 
 
 def until_sent(admin: EngineAdmin, nonces: list[str], tokens: int) -> None:
@@ -223,9 +223,9 @@ def alone(vocab_size: int, batch: int, steps: int = 48) -> dict[str, float]:
             masks.begin()
             if restricted:
                 masks.note(lambda step=step: step)  # type: ignore[misc]
-            found = masks.of(range(batch), taps.has_room)
-            rows = [TappedRow(i, name, None, t, mask=found.index[i]) for i, name in enumerate(names)]
-            taps.push(Tapped(reading, rows=rows, masks=found.words))
+            result = masks.of(range(batch), taps.has_room)
+            rows = [TappedRow(i, name, None, t, mask=result.index[i]) for i, name in enumerate(names)]
+            taps.push(Tapped(reading, rows=rows, masks=result.words))
             engine += time.process_time() - began
             if t % 6 == 5:  # about as often as the agent does at 24 steps a second
                 sent += sum(len(run.get("sets", b"")) for run in taps.drain(steps, 8 << 20))
@@ -233,8 +233,8 @@ def alone(vocab_size: int, batch: int, steps: int = 48) -> dict[str, float]:
 
     def medians(*, restricted: bool) -> npt.NDArray[np.float64]:
         runs = [run(restricted=restricted) for _ in range(11)]
-        found: npt.NDArray[np.float64] = np.median(np.array(runs[2:], np.float64), axis=0) / (batch * steps)
-        return found
+        result: npt.NDArray[np.float64] = np.median(np.array(runs[2:], np.float64), axis=0) / (batch * steps)
+        return result
 
     total, engine, sent = (medians(restricted=True) - medians(restricted=False)).tolist()
     return {

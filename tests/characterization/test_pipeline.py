@@ -42,7 +42,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def usual(one: Pipeline, n: int, world: World = USUAL, **more: Any) -> Any:
+def usual(pipeline: Pipeline, n: int, world: World = USUAL, **more: Any) -> Any:
     """The n-th request of an ordinary mix of routes, labels, lengths and ways of decoding."""
     mixed = {
         "route": CHAT if n % 4 == 3 else COMPLETIONS,
@@ -50,100 +50,101 @@ def usual(one: Pipeline, n: int, world: World = USUAL, **more: Any) -> Any:
         "tokens": 3 + n % 7,
         "sampling": SAMPLINGS[n % 4],
     }
-    return one.capture(n, world, **(mixed | more))
+    return pipeline.capture(n, world, **(mixed | more))
 
 
-async def before_scoring(one: Pipeline, relay: Relay) -> None:
+async def before_scoring(pipeline: Pipeline, relay: Relay) -> None:
     """The reference is not ready; then the queue runs full while nobody scores."""
-    one.send(relay, usual(one, 300))
-    await one.received()
-    one.models_are_known()
+    pipeline.send(relay, usual(pipeline, 300))
+    await pipeline.received()
+    pipeline.models_are_known()
     for n in range(10):
-        one.send(relay, usual(one, n))
-    await one.received()
-    one.start_scoring()
-    await one.settled()
+        pipeline.send(relay, usual(pipeline, n))
+    await pipeline.received()
+    pipeline.start_scoring()
+    await pipeline.settled()
 
 
-async def identity(one: Pipeline, relay: Relay) -> None:
+async def identity(pipeline: Pipeline, relay: Relay) -> None:
     """No profile: measuring, the noise floor, the alarm's baselines."""
     for n in range(10, 50):
-        await one.captures(relay, usual(one, n))
-        one.housekeeping(1.0)
+        await pipeline.captures(relay, usual(pipeline, n))
+        pipeline.housekeeping(1.0)
 
 
-async def skipped_and_dropped(one: Pipeline, relay: Relay) -> None:
+async def skipped_and_dropped(pipeline: Pipeline, relay: Relay) -> None:
     """Captures that come to nothing, each for a reason of its own."""
     version = "ab" * 16
-    wrong_shape = one.capture(200, USUAL, top_k=driver.K + 1)
-    foreign = one.capture(201, USUAL, output_token_ids=b"\xff\xff\xff\x7f" * 6)
-    unordered = one.capture(202, USUAL, candidate_logprobs=b"\x00" * 4 * 6 * (driver.K + 1))
-    await one.captures(relay, wrong_shape, foreign, unordered)
+    wrong_shape = pipeline.capture(200, USUAL, top_k=driver.K + 1)
+    foreign = pipeline.capture(201, USUAL, output_token_ids=b"\xff\xff\xff\x7f" * 6)
+    unordered = pipeline.capture(202, USUAL, candidate_logprobs=b"\x00" * 4 * 6 * (driver.K + 1))
+    await pipeline.captures(relay, wrong_shape, foreign, unordered)
     # Some that are scored with an adapter, one that the reference lacks, one that nobody serves.
     for n, model in ((203, "sql"), *((n, "sql") for n in range(230, 236)), (205, "lora"), (206, "unknown")):
-        await one.captures(relay, one.capture(n, USUAL, model=model))
+        await pipeline.captures(relay, pipeline.capture(n, USUAL, model=model))
     # Asked for is not applied; the engine changed its mind; it has spoken about a part only, and not within its time.
-    await one.captures(relay, one.capture(207, USUAL, requested=version, arm="treated"))
-    mixed = one.capture(208, USUAL, requested=version, arm="treated")
-    await one.tap(208, mixed, None, rows=slice(0, 3))
-    await one.captures(relay, await one.tap(208, mixed, version, rows=slice(3, 6)))
-    part = await one.tap(204, one.capture(204, USUAL), None, rows=slice(0, 4))
-    one.send(relay, part)
-    await one.received()
-    one.housekeeping(10.0)
-    await one.settled()
+    await pipeline.captures(relay, pipeline.capture(207, USUAL, requested=version, arm="treated"))
+    mixed = pipeline.capture(208, USUAL, requested=version, arm="treated")
+    await pipeline.tap(208, mixed, None, rows=slice(0, 3))
+    await pipeline.captures(relay, await pipeline.tap(208, mixed, version, rows=slice(3, 6)))
+    part = await pipeline.tap(204, pipeline.capture(204, USUAL), None, rows=slice(0, 4))
+    pipeline.send(relay, part)
+    await pipeline.received()
+    pipeline.housekeeping(10.0)
+    await pipeline.settled()
     # The reference refuses, has a bug, is away until the breaker opens, and comes back.
     for reason, times in (("too_long", 1), ("no_adapter", 1), ("bug", 1), ("down", 6)):
-        one.reference.fails = reason
+        pipeline.reference.fails = reason
         for n in range(times):
-            await one.captures(relay, one.capture(210 + n, USUAL))
-    one.reference.fails = ""
-    one.housekeeping(1.0)
-    one.housekeeping(20.0)
-    await one.captures(relay, one.capture(220, USUAL))
+            await pipeline.captures(relay, pipeline.capture(210 + n, USUAL))
+    pipeline.reference.fails = ""
+    pipeline.housekeeping(1.0)
+    pipeline.housekeeping(20.0)
+    await pipeline.captures(relay, pipeline.capture(220, USUAL))
 
 
-async def promoted_by_evidence(one: Pipeline, relay: Relay) -> None:
+async def promoted_by_evidence(pipeline: Pipeline, relay: Relay) -> None:
     """A profile is imported, held by the engine, proven and served; one for a label, by the operator."""
-    await one.import_profile(driver.helpful())
+    await pipeline.import_profile(driver.helpful())
     for n in range(60, 660):
-        if one.selected is not None:
+        if pipeline.selected is not None:
             break
-        await one.captures(relay, await one.tap(n, usual(one, 1000 + n), None))
-        one.housekeeping(0.1)
-    assert one.selected is not None
-    hold = await one.engine_reports([one.selected], {"rows_clamped": 3, "rows_masked": 1})
-    assert hold["hold"][0] == one.selected
+        await pipeline.captures(relay, await pipeline.tap(n, usual(pipeline, 1000 + n), None))
+        pipeline.housekeeping(0.1)
+    assert pipeline.selected is not None
+    hold = await pipeline.engine_reports([pipeline.selected], {"rows_clamped": 3, "rows_masked": 1})
+    assert hold["hold"][0] == pipeline.selected
     for n in range(60, 80):
         served = n % 3 != 0
         arm = "treated" if served else "control"
-        made = usual(one, n, arm=arm, requested=one.selected if served else None)
-        await one.captures(relay, await one.tap(n, made, one.selected if served else None))
+        made = usual(pipeline, n, arm=arm, requested=pipeline.selected if served else None)
+        await pipeline.captures(relay, await pipeline.tap(n, made, pipeline.selected if served else None))
     # The engine applied something else than was asked for: of neither arm.
-    made = usual(one, 90, arm="treated", requested=one.selected)
-    await one.captures(relay, await one.tap(90, made, None))
-    await one.captures(relay, usual(one, 98, label="gold", kind="chat label gold"))
-    own = await one.import_profile(driver.reading(), "gold")
-    await one.post("/api/v1/profiles/promote", {"version": own, "kind": "chat label gold"})
+    made = usual(pipeline, 90, arm="treated", requested=pipeline.selected)
+    await pipeline.captures(relay, await pipeline.tap(90, made, None))
+    await pipeline.captures(relay, usual(pipeline, 98, label="gold", kind="chat label gold"))
+    own = await pipeline.import_profile(driver.reading(), "gold")
+    await pipeline.post("/api/v1/profiles/promote", {"version": own, "kind": "chat label gold"})
     for n, features in ((91, "given"), (92, "other"), (93, "masked"), (94, ""), (95, "given"), (96, "given")):
-        await one.captures(
-            relay, await one.tap(n, usual(one, n, label="gold", kind="chat label gold"), None, features=features)
+        await pipeline.captures(
+            relay,
+            await pipeline.tap(n, usual(pipeline, n, label="gold", kind="chat label gold"), None, features=features),
         )
-    await one.captures(relay, usual(one, 97))
+    await pipeline.captures(relay, usual(pipeline, 97))
 
 
-async def broken(one: Pipeline, relay: Relay) -> None:
+async def broken(pipeline: Pipeline, relay: Relay) -> None:
     """The chat route's model changes: the alarm. Its baseline is set anew in the end."""
     for n in range(110, 145):
-        await one.captures(relay, usual(one, n, BROKEN, route=CHAT, tokens=10))
-        one.housekeeping(1.0)
+        await pipeline.captures(relay, usual(pipeline, n, BROKEN, route=CHAT, tokens=10))
+        pipeline.housekeeping(1.0)
 
 
-async def operators(one: Pipeline) -> list[Any]:
+async def operators(pipeline: Pipeline) -> list[Any]:
     """What the admin port answers to operators, refusals included."""
     calls = [
-        ("/api/v1/profiles/pin", {"version": one.selected}),
-        ("/api/v1/profiles/promote", {"version": one.selected}),
+        ("/api/v1/profiles/pin", {"version": pipeline.selected}),
+        ("/api/v1/profiles/promote", {"version": pipeline.selected}),
         ("/api/v1/profiles/pin", {"version": None}),
         ("/api/v1/profiles/rollback", {"kind": "chat label gold"}),
         ("/api/v1/profiles/rollback", {"kind": "nobody"}),
@@ -154,7 +155,7 @@ async def operators(one: Pipeline) -> list[Any]:
     ]
     answers = []
     for path, body in calls:
-        answer = await one.post(path, body)
+        answer = await pipeline.post(path, body)
         answers.append([path, answer if isinstance(answer, str) else sorted(answer)])
     return answers
 
@@ -180,15 +181,15 @@ FIGURES: dict[str, dict[tuple[str, ...], float]] = {
 }
 
 
-async def relays_come_and_go(one: Pipeline) -> None:
+async def relays_come_and_go(pipeline: Pipeline) -> None:
     """Of three links two processes: one leaves for good, one comes back with more."""
-    first, second = await one.relay(2, 1), await one.relay(3, 2)
-    await one.stats(first, FIGURES, [0, 5, 100])
-    await one.stats(second, {"hemostat_requests_total": {(CHAT, "ok"): 10.0}}, [10])
-    await one.relay_leaves(first)
-    await one.relay_leaves(second)
-    second = await one.relay(3, 2)
-    await one.stats(second, {"hemostat_requests_total": {(CHAT, "ok"): 25.0}}, [20, 5])
+    first, second = await pipeline.relay(2, 1), await pipeline.relay(3, 2)
+    await pipeline.stats(first, FIGURES, [0, 5, 100])
+    await pipeline.stats(second, {"hemostat_requests_total": {(CHAT, "ok"): 10.0}}, [10])
+    await pipeline.relay_leaves(first)
+    await pipeline.relay_leaves(second)
+    second = await pipeline.relay(3, 2)
+    await pipeline.stats(second, {"hemostat_requests_total": {(CHAT, "ok"): 25.0}}, [20, 5])
 
 
 GROUPED = ("arms", "noise_floor", "where", "decoding")

@@ -44,16 +44,16 @@ def written(key: str, address: str) -> dict[str, Any]:
     """The configuration with `address` at `key`."""
     if key == "upstream.urls":
         return {"upstream": {"urls": [address]}}
-    found: dict[str, Any] = {"upstream": {"url": UPSTREAM}, "reference": {"backend": "vllm"}}
+    result: dict[str, Any] = {"upstream": {"url": UPSTREAM}, "reference": {"backend": "vllm"}}
     if key == "reference.models.m.url":
-        found["reference"]["models"] = {"m": {"model": "m", "url": address}}
-        return found
+        result["reference"]["models"] = {"m": {"model": "m", "url": address}}
+        return result
     *parents, last = key.split(".")
-    section = found
+    section = result
     for name in parents:
         section = section.setdefault(name, {}) if isinstance(section.get(name, {}), dict) else {}
     section[last] = address
-    return found
+    return result
 
 
 @settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

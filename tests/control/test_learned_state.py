@@ -17,14 +17,14 @@ from hemostat.control.model_identity import ModelIdentity
 from hemostat_calibration.profiles.families import TEMPERATURE_BIAS
 
 
-def know_models(one: Control, digest: str = INFO.digest) -> None:
-    one.monitor.served = served_models(pair(support.MODEL, info=replace(INFO, digest=digest)))
-    one._models_changed()
+def know_models(control: Control, digest: str = INFO.digest) -> None:
+    control.monitor.served = served_models(pair(support.MODEL, info=replace(INFO, digest=digest)))
+    control._models_changed()
 
 
-def learn(one: Control, prompts: range) -> None:
+def learn(control: Control, prompts: range) -> None:
     for prompt in prompts:
-        one.pipeline.use_record(*support.scored(f"r{prompt}", prompt))
+        control.pipeline.use_record(*support.scored(f"r{prompt}", prompt))
 
 
 async def test_what_was_learned_and_proposed_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -34,12 +34,12 @@ def settings(tmp_path: Path) -> Settings:
 class Life:
     """One control process, on a clock of its own. Its model is known before any engine reports, as at a real start."""
 
-    def __init__(self, one: Control) -> None:
-        self.one = one
+    def __init__(self, control: Control) -> None:
+        self.one = control
         self.now = 1000.0
-        one._clock = one.problems._clock = lambda: self.now
-        one.monitor.served = served_models(pair(support.MODEL, info=INFO))
-        one._models_changed()
+        control._clock = control.problems._clock = lambda: self.now
+        control.monitor.served = served_models(pair(support.MODEL, info=INFO))
+        control._models_changed()
 
     def reports(self, **engines: str) -> None:
         """By boot id, the weights that each live engine reports; others have been silent for long enough."""

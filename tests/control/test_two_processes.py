@@ -302,9 +302,9 @@ class Lives(RuleBasedStateMachine):
 
     @invariant()
     def nothing_that_was_stored_is_gone(self) -> None:
-        found = self.stored()
-        check(self.before, found)
-        self.before = found
+        result = self.stored()
+        check(self.before, result)
+        self.before = result
 
 
 @pytest.mark.parametrize("kind", slow_unless(["sqlite"], KEPT))
@@ -330,6 +330,6 @@ class FailedReadIsEmpty(LastWriteWins):
 @pytest.mark.parametrize("machine", [LastWriteWins, FailedReadIsEmpty])
 def test_the_defects_of_the_former_store_are_found(machine: type[Lives]) -> None:
     """A test of the test."""
-    found = settings(SETTINGS, derandomize=True, database=None, phases=[Phase.generate])
+    result = settings(SETTINGS, derandomize=True, database=None, phases=[Phase.generate])
     with pytest.raises(AssertionError):
-        run_state_machine_as_test(machine, settings=found)
+        run_state_machine_as_test(machine, settings=result)

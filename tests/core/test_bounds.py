@@ -88,10 +88,10 @@ def views():
 def test_the_truth_is_always_inside(truth, view):
     floor = largest_ratio(truth)
     record = make_record(truth, **view)
-    found = bounds(record, floor)
-    np.testing.assert_array_equal(divergence(record, min_ratio=floor).bounds.kl_rc.upper, found.kl_rc.upper)
+    result = bounds(record, floor)
+    np.testing.assert_array_equal(divergence(record, min_ratio=floor).bounds.kl_rc.upper, result.kl_rc.upper)
     for name, value in exact(truth.reference, truth.compressed).items():
-        interval = getattr(found, name)
+        interval = getattr(result, name)
         slack = ROUNDING * (1.0 + np.abs(value))
         assert (interval.lower <= value + slack).all(), (name, interval.lower, value)
         assert (interval.upper >= value - slack).all(), (name, interval.upper, value)
@@ -100,16 +100,16 @@ def test_the_truth_is_always_inside(truth, view):
         assert np.isfinite(interval.upper).all()
     if view["k"] >= truth.compressed.shape[1] and view["reference_k"] is None:
         for name in FIGURES:
-            np.testing.assert_array_equal(getattr(found, name).lower, getattr(found, name).upper)
+            np.testing.assert_array_equal(getattr(result, name).lower, getattr(result, name).upper)
 
 
 @settings(max_examples=examples(400))
 @given(pairs(zeros=True), views())
 def test_zeros_need_no_floor(truth, view):
     """JS and TV hold without an assumption, KL's upper ends without a floor are infinite where anything is open."""
-    found = bounds(make_record(truth, **view), 0.0)
+    result = bounds(make_record(truth, **view), 0.0)
     for name, value in exact(truth.reference, truth.compressed).items():
-        interval = getattr(found, name)
+        interval = getattr(result, name)
         with np.errstate(invalid="ignore"):
             assert (interval.lower <= value * (1 + ROUNDING) + ROUNDING).all(), name
             assert (interval.upper >= value * (1 - ROUNDING) - ROUNDING).all(), name
@@ -126,12 +126,12 @@ def test_the_estimates_mean_is_the_truth(truth, view):
     least, told = np.full(len(truth.emitted), np.inf), set()
     for token in range(vocabulary):
         record = make_record(replace(truth, emitted=np.full(len(truth.emitted), token)), **view)
-        found = divergence(record, min_ratio=largest_ratio(truth))
-        for name, estimate in (("kl_rc", found.estimate_rc), ("kl_cr", found.estimate_cr)):
+        result = divergence(record, min_ratio=largest_ratio(truth))
+        for name, estimate in (("kl_rc", result.estimate_rc), ("kl_cr", result.estimate_cr)):
             means[name] = means[name] + np.exp(truth.compressed[:, token]) * estimate
-        told.add(found.bound)
-        if found.bound == "lower":
-            least = np.minimum(least, 1.0 - np.maximum(found.covered_reference, found.covered_compressed))
+        told.add(result.bound)
+        if result.bound == "lower":
+            least = np.minimum(least, 1.0 - np.maximum(result.covered_reference, result.covered_compressed))
     # In a tiny vocabulary the emitted token may be what makes all of it known: no estimate is made then.
     assume(len(told) == 1)
     # Where next to nothing is outside, the mass in a denominator is rounding, and floored.
@@ -158,7 +158,7 @@ def test_the_sharper_bound_is_the_least_that_the_caps_allow():
     for _ in range(200):
         log_r, log_c = log_softmax(2.0 * rng.normal(size=(1, 6))), log_softmax(2.0 * rng.normal(size=(1, 6)))
         record = make_record(Truth(log_r, log_c, log_c.argmax(1)), 2)
-        found = bounds(record)
+        result = bounds(record)
         listed = record.compressed.ids[0, :2]
         free = np.setdiff1d(np.arange(6), listed)
         mass, most = 1.0 - np.exp(log_c[0, listed]).sum(), np.exp(cap(record.compressed, record.output_ids))[0]
@@ -172,8 +172,8 @@ def test_the_sharper_bound_is_the_least_that_the_caps_allow():
             other[:, free] = np.log(allowed)
         for name, values in exact(np.tile(log_r, (len(allowed), 1)), other).items():
             least = values.min()
-            assert getattr(found, name).lower[0] <= least + 1e-6
-            gained += least - getattr(found, name).lower[0] < 0.02
+            assert getattr(result, name).lower[0] <= least + 1e-6
+            gained += least - getattr(result, name).lower[0] < 0.02
     assert gained > 500
 
 
@@ -240,9 +240,9 @@ def test_the_truth_is_inside_after_a_profile(data, truth, view, log_normalizer):
     profile = data.draw(profiles(truth.compressed.shape[1]))
     record = make_record(truth, **view, profile=profile, log_normalizer=log_normalizer)
     after = Truth(truth.reference, log_softmax(apply(profile, truth.compressed)), truth.emitted)
-    found = calibrated(record, profile, min_ratio=largest_ratio(after)).bounds
+    result = calibrated(record, profile, min_ratio=largest_ratio(after)).bounds
     for name, value in exact(after.reference, after.compressed).items():
-        interval = getattr(found, name)
+        interval = getattr(result, name)
         available = ~np.isnan(interval.upper)
         np.testing.assert_array_equal(available, ~np.isnan(interval.lower))
         assert available.all() or not log_normalizer

@@ -89,8 +89,8 @@ def clipped_batch(observations):
 
 
 def interval_read(state, *more):
-    found = state.get()
-    return [found.mean, found.low, found.high, *more]
+    result = state.get()
+    return [result.mean, result.low, result.high, *more]
 
 
 def proportion_batch(observations):
@@ -285,13 +285,13 @@ def test_updates_take_no_more_memory(name):
 
 def test_every_estimator_is_registered():
     """Every class that has `update`, `merge` and `get`, in whatever subpackage, is one of `CASES`."""
-    found = {
+    result = {
         member
         for module in pkgutil.walk_packages(hemostat_calibration.__path__, "hemostat_calibration.")
         for _, member in inspect.getmembers(importlib.import_module(module.name), inspect.isclass)
         if member is not Estimator and all(callable(getattr(member, name, None)) for name in ("update", "merge", "get"))
     }
-    assert found == {type(case.empty()) for case in CASES.values()}
+    assert result == {type(case.empty()) for case in CASES.values()}
 
 
 @pytest.mark.parametrize("name", CASES)

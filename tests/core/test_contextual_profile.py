@@ -104,9 +104,9 @@ def test_the_top_k_view_agrees_with_the_whole_row(seed):
     ids = np.argsort(-logprobs, axis=-1)[:, :4]
     ids[0, 3] = -1
     values = np.where(ids >= 0, np.take_along_axis(logprobs, ids, -1), -np.inf)
-    found = shift_at(profile, ids, values, code(profile, logprobs[:, anchors(profile)]))
+    result = shift_at(profile, ids, values, code(profile, logprobs[:, anchors(profile)]))
     expected = np.take_along_axis(shift(profile, logprobs), ids, -1)
-    np.testing.assert_allclose(found, np.where(ids >= 0, expected, 0.0), atol=1e-9)
+    np.testing.assert_allclose(result, np.where(ids >= 0, expected, 0.0), atol=1e-9)
 
 
 @pytest.mark.parametrize("value", [-np.inf, np.inf, np.nan])
@@ -236,11 +236,11 @@ def test_a_record_with_features_knows_the_gain(truth, k, reference_k, log_normal
     before, after = exact(truth.reference, truth.compressed), exact(truth.reference, log_c)
     won = before["kl_rc"] - after["kl_rc"]
     rounding = 2e-5 * (1.0 + np.abs(before["kl_rc"]))  # the features are float32
-    found = gain(record, profile)
-    assert (found.lower <= won + rounding).all()
-    assert (found.upper >= won - rounding).all()
+    result = gain(record, profile)
+    assert (result.lower <= won + rounding).all()
+    assert (result.upper >= won - rounding).all()
     if log_normalizer and reference_k is None:
-        assert found.exact.all()
+        assert result.exact.all()
     figures = calibrated(record, profile)
     assert figures.known.all()
     # Where next to nothing is behind the candidates, its logarithm is that of their rounding.

@@ -69,11 +69,11 @@ def test_what_is_read_is_what_was_written(kinds, half_life):
     states = {f"scope {n}": learned(each, learner) for n, each in enumerate(kinds)}
     data = save(states, learner, "models", ALL_BYTES)
     assert data == save(states, learner, "models", ALL_BYTES)
-    found = load(data, learner, "models")
-    assert list(found) == list(states)
+    result = load(data, learner, "models")
+    assert list(result) == list(states)
     for name, state in states.items():
-        same(found[name], state, learner)
-        same_rows(found[name].recent, state.recent)
+        same(result[name], state, learner)
+        same_rows(result[name].recent, state.recent)
 
 
 @pytest.mark.parametrize("kind", range(3))
@@ -100,10 +100,10 @@ def test_a_limit_keeps_the_sums_and_the_newest_rows():
         data = save({"": state}, learner, "m", limit)
         assert len(data) <= limit + 2048
         if data:
-            found = load(data, learner, "m")[""]
-            same(found, state, learner)
-            same_rows(found.recent, state.recent[len(state.recent) - len(found.recent) :])
-            kept.append(len(found.recent))
+            result = load(data, learner, "m")[""]
+            same(result, state, learner)
+            same_rows(result.recent, state.recent[len(state.recent) - len(result.recent) :])
+            kept.append(len(result.recent))
     assert kept[0] < kept[-1] < 40
     assert kept == sorted(kept)
     assert save({"": state}, learner, "m", 100) == b""
@@ -113,9 +113,9 @@ def test_of_many_scopes_the_first_is_kept():
     learner = world().learner()
     states = {name: learned((0,) * 10, learner) for name in ("", "a", "b")}
     one = len(save({"": states[""]}, learner, "m", ALL_BYTES))
-    found = load(save(states, learner, "m", one + 1000), learner, "m")
-    assert "" in found
-    assert found[""].tokens == states[""].tokens
+    result = load(save(states, learner, "m", one + 1000), learner, "m")
+    assert "" in result
+    assert result[""].tokens == states[""].tokens
 
 
 def test_another_learner_or_other_models_are_refused():
@@ -144,10 +144,10 @@ def test_damaged_bytes_are_refused_and_nothing_else_is_raised(data):
         good[at] = data.draw(st.integers(0, 255))
     cut = data.draw(st.sampled_from([len(good), len(good) - 1, header, 9, 3, 0]))
     try:
-        found = load(bytes(good[:cut]), learner, "m")
+        result = load(bytes(good[:cut]), learner, "m")
     except InvalidArgumentError:
         return
-    assert list(found)  # a changed mantissa cannot be noticed
+    assert list(result)  # a changed mantissa cannot be noticed
 
 
 @pytest.mark.parametrize(

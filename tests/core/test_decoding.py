@@ -65,27 +65,27 @@ def test_what_is_said_is_true_of_the_whole_vocabulary(truth, sampling, k, refere
         rounded = (log_softmax(np.round(z, 0)) for z in (truth.reference, truth.compressed))
         truth = Truth(*rounded, truth.emitted)
     record = make_record(truth, k, reference_k=reference_k, chat=chat, sampling=sampling)
-    found = decoded_divergence(record, largest_ratio(truth))
+    result = decoded_divergence(record, largest_ratio(truth))
     vocabulary = truth.compressed.shape[1]
     cuts = sampling.top_p < 1.0 or sampling.top_k > 0 or sampling.min_p > 0.0
-    assert found.available.all() or cuts
+    assert result.available.all() or cuts
     distinct = all(len(np.unique(row)) == vocabulary for row in (*truth.reference, *truth.compressed))
     if k >= vocabulary and reference_k is None and distinct and vocabulary <= 8:
-        assert found.available.all()
+        assert result.available.all()
     # Whatever the engine does where ids tie, the figure is the same, or not given.
     for order in (np.arange(vocabulary), np.arange(vocabulary)[::-1]):
         q_r, q_c = (engine(z, sampling, order) for z in (truth.reference, truth.compressed))
         for name, value in exact(q_r, q_c).items():
-            interval = getattr(found, name)
-            given_at = found.available & ~np.isnan(interval.lower)
-            assert (given_at == found.available).all() or name.startswith("kl")
+            interval = getattr(result, name)
+            given_at = result.available & ~np.isnan(interval.lower)
+            assert (given_at == result.available).all() or name.startswith("kl")
             infinite = np.isinf(value)
             np.testing.assert_array_less(interval.lower[given_at & ~infinite], value[given_at & ~infinite] + 1e-5)
             assert (interval.upper >= value * (1 - 1e-5) - 1e-5)[given_at & ~infinite].all(), name
             assert np.isinf(interval.upper[given_at & infinite]).all()
             if cuts and distinct:
                 np.testing.assert_array_equal(interval.lower, interval.upper)
-        assert np.isnan(found.tv.lower[~found.available]).all()
+        assert np.isnan(result.tv.lower[~result.available]).all()
 
 
 def test_half_of_the_smallest_number_is_nothing():
@@ -96,9 +96,9 @@ def test_half_of_the_smallest_number_is_nothing():
     for sampling in (Sampling(temperature=0.4), Sampling(temperature=0.4, top_k=3), Sampling(temperature=0.4, top_k=2)):
         q_r, q_c = (engine(log, sampling, np.arange(3)) for log in (truth.reference, truth.compressed))
         assert np.exp(q_r).max(initial=0.0, where=np.exp(q_r) < 0.5) == 5e-324
-        found = decoded_divergence(make_record(truth, 3, sampling=sampling))
-        assert found.js.lower == pytest.approx(0.0, abs=1e-9)
-        assert 0.0 <= found.js.upper[0] < 1e-5
+        result = decoded_divergence(make_record(truth, 3, sampling=sampling))
+        assert result.js.lower == pytest.approx(0.0, abs=1e-9)
+        assert 0.0 <= result.js.upper[0] < 1e-5
         assert exact(q_r, q_c)["js"] == pytest.approx(0.0, abs=1e-9)
 
 
@@ -122,22 +122,22 @@ def test_the_interval_at_a_temperature_is_narrow_where_the_lists_hold_most(tempe
 def test_greedy_is_one_id():
     log_r = np.log([[0.6, 0.3, 0.1], [0.3, 0.6, 0.1]])
     log_c = np.log([[0.5, 0.4, 0.1], [0.5, 0.4, 0.1]])
-    found = decoded_divergence(
+    result = decoded_divergence(
         make_record(Truth(log_r, log_c, np.array([0, 0])), 2, sampling=Sampling(temperature=0.0))
     )
-    np.testing.assert_array_equal(found.tv.upper, [0.0, 1.0])
-    np.testing.assert_allclose(found.js.lower, [0.0, np.log(2.0)])
-    np.testing.assert_array_equal(found.kl_rc.lower, [0.0, np.inf])
-    assert found.available.all()
+    np.testing.assert_array_equal(result.tv.upper, [0.0, 1.0])
+    np.testing.assert_allclose(result.js.lower, [0.0, np.log(2.0)])
+    np.testing.assert_array_equal(result.kl_rc.lower, [0.0, np.inf])
+    assert result.available.all()
 
 
 def test_a_nucleus_by_hand():
     """top_p 0.7 keeps {0, 1} of c (0.5 + 0.3) and {0, 2} of r: they share id 0."""
     log_c, log_r = np.log([[0.5, 0.3, 0.15, 0.05]]), np.log([[0.45, 0.1, 0.35, 0.1]])
     record = make_record(Truth(log_r, log_c, np.array([0])), 3, sampling=Sampling(top_p=0.7))
-    found = decoded_divergence(record)
-    assert found.tv.lower[0] == pytest.approx(1.0 - min(0.5 / 0.8, 0.45 / 0.8))
-    assert np.isinf(found.kl_rc.lower[0])
+    result = decoded_divergence(record)
+    assert result.tv.lower[0] == pytest.approx(1.0 - min(0.5 / 0.8, 0.45 / 0.8))
+    assert np.isinf(result.kl_rc.lower[0])
     # A cut behind the list is not known.
     assert not decoded_divergence(
         make_record(Truth(log_r, log_c, np.array([0])), 3, sampling=Sampling(top_p=0.97))
@@ -152,14 +152,14 @@ def test_a_treated_request_was_drawn_from_something_else():
 
 
 def test_labels_are_bounded():
-    found = {
+    result = {
         decoding_label(Sampling(temperature, top_p, top_k, min_p))
         for temperature in (0.0, 1e-6, 0.3, 0.5, 0.99, 1.0, 1.2, 2.0)
         for top_p in (1.0, 0.9)
         for top_k in (0, 40)
         for min_p in (0.0, 0.05)
     }
-    assert found == set(DECODING_LABELS)
+    assert result == set(DECODING_LABELS)
     assert decoding_label(Sampling(0.0, top_p=0.5)) == "greedy"
     assert decoding_label(Sampling(0.5)) == "t0.5-1"
     assert decoding_label(Sampling(1.0, min_p=0.1)) == "t1 cut"

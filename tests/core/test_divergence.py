@@ -39,12 +39,12 @@ def after(truth, profile):
 
 def check_bounds(figures, truth_figures):
     for name, value in truth_figures.items():
-        found = getattr(figures, name)
-        assert np.isfinite(found).all(), name
-        assert (found <= value + ROUNDING * (1.0 + np.abs(value))).all(), (name, found, value)
-        assert (found >= 0.0).all(), name
+        result = getattr(figures, name)
+        assert np.isfinite(result).all(), name
+        assert (result <= value + ROUNDING * (1.0 + np.abs(value))).all(), (name, result, value)
+        assert (result >= 0.0).all(), name
         if figures.bound == "exact":
-            np.testing.assert_allclose(found, value, atol=ROUNDING, rtol=ROUNDING, err_msg=name)
+            np.testing.assert_allclose(result, value, atol=ROUNDING, rtol=ROUNDING, err_msg=name)
 
 
 @settings(max_examples=examples(400))
@@ -90,18 +90,18 @@ def test_the_gain_lies_in_its_interval(data, truth, k, reference_k, log_normaliz
     record = make_record(truth, k, reference_k=reference_k, profile=profile, log_normalizer=log_normalizer)
     before = exact(truth.reference, truth.compressed)["kl_rc"]
     won = before - exact(truth.reference, after(truth, profile))["kl_rc"]
-    found = gain(record, profile)
+    result = gain(record, profile)
     rounding = 1e-7 + 1e-9 * np.abs(before)
-    assert (found.lower <= won + rounding).all()
-    assert (found.upper >= won - rounding).all()
+    assert (result.lower <= won + rounding).all()
+    assert (result.upper >= won - rounding).all()
     low, high = shift_range(profile)
-    assert (found.lower >= low - high).all()
-    assert (found.upper <= high - low).all()
-    np.testing.assert_allclose(found.lower[found.exact], won[found.exact], atol=1e-7 + 1e-9 * np.abs(before).max())
+    assert (result.lower >= low - high).all()
+    assert (result.upper <= high - low).all()
+    np.testing.assert_allclose(result.lower[result.exact], won[result.exact], atol=1e-7 + 1e-9 * np.abs(before).max())
     if log_normalizer and reference_k is None:
-        assert found.exact.all()
+        assert result.exact.all()
     if k >= truth.compressed.shape[1] and reference_k is None:
-        assert found.exact.all()
+        assert result.exact.all()
 
 
 def test_identity_wins_nothing():
@@ -258,9 +258,9 @@ def test_more_candidates_never_loosen_the_bound():
     log_r, log_c = simulate(rng, 40, 30)
     last = np.zeros(40)
     for k in (2, 5, 10, 20, 30):
-        found = divergence(make_record(Truth(log_r, log_c, log_c.argmax(-1)), k)).kl_rc
-        assert (found >= last - 1e-9).all()
-        last = found
+        result = divergence(make_record(Truth(log_r, log_c, log_c.argmax(-1)), k)).kl_rc
+        assert (result >= last - 1e-9).all()
+        last = result
 
 
 def test_one_request_is_cheap():

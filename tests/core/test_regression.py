@@ -75,14 +75,14 @@ def test_the_gain_is_what_held_out_rows_say(seed, based):
     parts = [moments(x[k::4], t[k::4]) for k in range(4)]
     whole = total(parts)
     bases = [*(full_rank(whole - part, 1.0) for part in parts), full_rank(whole, 1.0)] if based else None
-    found = choose(parts, (1, 2, 3), bases)
-    rank, gain = len(found.read), 0.0
+    result = choose(parts, (1, 2, 3), bases)
+    rank, gain = len(result.read), 0.0
     for k, part in enumerate(parts):
-        (low,) = fitted(whole - part, [found.penalty], rank, bases[k] if bases else None)
+        (low,) = fitted(whole - part, [result.penalty], rank, bases[k] if bases else None)
         # `choose` standardises by all rows, `fitted` by those that it is given.
         gain += (loss(x[k::4], t[k::4], np.zeros((A + 1, D))) - loss(x[k::4], t[k::4], low.coefficients)) / 4
-    assert found.gain == pytest.approx(gain, rel=0.02, abs=1e-3)
-    assert found.error >= 0.0
+    assert result.gain == pytest.approx(gain, rel=0.02, abs=1e-3)
+    assert result.error >= 0.0
 
 
 def test_noise_teaches_nothing():
@@ -91,9 +91,9 @@ def test_noise_teaches_nothing():
     for _ in range(40):
         x = np.column_stack([rng.normal(size=(60, A)), np.ones(60)])
         t = rng.normal(size=(60, D))
-        found = choose([moments(x[k::4], t[k::4]) for k in range(4)], (1, 2, 5))
-        chosen += found is not None and found.gain > found.error
-        assert found is None or found.penalty >= 0.1
+        result = choose([moments(x[k::4], t[k::4]) for k in range(4)], (1, 2, 5))
+        chosen += result is not None and result.gain > result.error
+        assert result is None or result.penalty >= 0.1
     assert chosen < 20
 
 
@@ -103,7 +103,7 @@ def test_the_true_rank_suffices_and_a_base_is_kept_where_nothing_speaks_against_
     assert len(choose(parts, (1, 2, 3, 4, 5)).read) in {2, 3}
     base = full_rank(total(parts), 1e-4)
     few = [moments(x[k : 12 + k : 4], t[k : 12 + k : 4]) for k in range(4)]
-    found = choose(few, (5,), [base] * 5)
-    assert loss(x, t, found.coefficients) < 1.2 * loss(x, t, base)
+    result = choose(few, (5,), [base] * 5)
+    assert loss(x, t, result.coefficients) < 1.2 * loss(x, t, base)
     alone = choose(few, (5,))
     assert loss(x, t, alone.coefficients) > 1.5 * loss(x, t, base)

@@ -110,25 +110,25 @@ def test_figures_and_the_observed_error_by_definition(truth, k, chat):
     """`compressed` plays ĉ; the candidates are of the reference's side, as a model of another distribution c."""
     listed = top(truth.reference, k, truth.emitted, chat=chat)
     vocabulary = truth.reference.shape[1]
-    found = compare(truth.reference, truth.compressed, np.ones(vocabulary), listed.ids, listed.logprobs)
+    result = compare(truth.reference, truth.compressed, np.ones(vocabulary), listed.ids, listed.logprobs)
     for name, value in exact(truth.reference, truth.compressed).items():
-        np.testing.assert_allclose(getattr(found, name), value, rtol=1e-9, atol=1e-9, err_msg=name)
-    np.testing.assert_allclose(found.predicted, 0.5)
+        np.testing.assert_allclose(getattr(result, name), value, rtol=1e-9, atol=1e-9, err_msg=name)
+    np.testing.assert_allclose(result.predicted, 0.5)
     whole = exact(truth.reference, truth.compressed)["kl_rc"]
-    assert (found.observed <= whole + 1e-6 * (1.0 + whole)).all(), "a lower bound"
+    assert (result.observed <= whole + 1e-6 * (1.0 + whole)).all(), "a lower bound"
 
 
 @settings(max_examples=examples(100))
 @given(truths(rows=1, max_vocabulary=30), st.sampled_from([2, 5, 20]), st.booleans())
 def test_whether_it_is_used_does_not_depend_on_what_was_emitted(truth, k, chat):
     vocabulary = truth.compressed.shape[1]
-    found = []
+    result = []
     for token in range(vocabulary):
         listed = top(truth.compressed, k, np.array([token]), chat=chat)
         at = np.take_along_axis(truth.reference, np.maximum(listed.ids, 0), -1)
         checked = checked_ids(listed.ids, listed.logprobs)
-        found.append((frozenset(listed.ids[checked].tolist()), *observed_error(listed.ids, listed.logprobs, at)))
-    assert len(set(found)) == 1
+        result.append((frozenset(listed.ids[checked].tolist()), *observed_error(listed.ids, listed.logprobs, at)))
+    assert len(set(result)) == 1
 
 
 def test_estimates_take_it_where_it_is_usable_and_stay_unbiased(world):

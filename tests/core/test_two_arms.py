@@ -80,21 +80,21 @@ def test_a_wider_margin_is_harder_to_refute(treated, control, one, other):
 @example((0, 3), (0, 1), 0.001)
 def test_the_interval_and_the_test_agree(treated, control, alpha):
     arms = TwoArms(*treated, *control)
-    found = arms.get(alpha)
-    assert -1.0 <= found.low <= found.high <= 1.0
-    if math.isnan(found.mean):
-        assert (found.low, found.high) == (-1.0, 1.0)
+    result = arms.get(alpha)
+    assert -1.0 <= result.low <= result.high <= 1.0
+    if math.isnan(result.mean):
+        assert (result.low, result.high) == (-1.0, 1.0)
         return
-    assert found.low <= found.mean <= found.high
+    assert result.low <= result.mean <= result.high
     needed = -math.log(alpha)
     # log e is steep near -1, so that no tolerance in it fits: the points are a hundredth of the way outside and inside.
-    if found.low > -1.0 + 1e-9:
-        assert arms.log_e(found.low - 0.01 * (found.low + 1.0)) >= needed - 1e-6
-    inside = found.low + 0.01 * (found.mean - found.low)
+    if result.low > -1.0 + 1e-9:
+        assert arms.log_e(result.low - 0.01 * (result.low + 1.0)) >= needed - 1e-6
+    inside = result.low + 0.01 * (result.mean - result.low)
     if -1.0 < inside < 1.0:
         assert arms.log_e(inside) <= needed + 1e-6
     swapped = TwoArms(*control, *treated).get(alpha)
-    assert (swapped.low, swapped.high) == pytest.approx((-found.high, -found.low), abs=1e-6)
+    assert (swapped.low, swapped.high) == pytest.approx((-result.high, -result.low), abs=1e-6)
 
 
 @settings(max_examples=examples(50), deadline=None)
@@ -187,8 +187,8 @@ def test_power():
     medians = {}
     for fraction in (0.1, 0.5):
         log_e = log_e_value(*simulated_counts(3, 0.9, 0.625, fraction, lives=200, units=2000), 0.05)
-        found = log_e >= math.log(240)
-        units = np.where(found.any(axis=1), found.argmax(axis=1) + 1, np.inf)
+        result = log_e >= math.log(240)
+        units = np.where(result.any(axis=1), result.argmax(axis=1) + 1, np.inf)
         medians[fraction] = float(np.median(units))
     print(medians)
     assert medians[0.1] < 1100

@@ -31,8 +31,8 @@ def whole(helm: Helm) -> Rendered:
     return helm.values(set_of("whole"))
 
 
-def flags(one: Manifest) -> dict[str, str]:
-    args = one["args"][1:]
+def flags(manifest: Manifest) -> dict[str, str]:
+    args = manifest["args"][1:]
     return {name: value for name, value in itertools.pairwise(args) if name.startswith("--")}
 
 

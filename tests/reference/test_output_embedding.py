@@ -30,9 +30,9 @@ def save(folder: Path, tensors: dict[str, Any], name: str = "model.safetensors",
 def test_an_output_embedding_of_its_own(tmp_path: Path, dtype: Any) -> None:
     other = {"model.embed_tokens.weight": -W, "model.norm.weight": W[0]}
     save(tmp_path, {"lm_head.weight": W.astype(dtype), **other}, config={"tie_word_embeddings": False})
-    found = load(tmp_path, 10)
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, W.astype(dtype).astype(np.float32))
+    result = load(tmp_path, 10)
+    assert result.dtype == np.float32
+    np.testing.assert_array_equal(result, W.astype(dtype).astype(np.float32))
 
 
 @pytest.mark.parametrize("config", [None, {}, {"tie_word_embeddings": True}])
@@ -122,7 +122,7 @@ def test_the_real_checkpoint(checkpoints: Any) -> None:
     torch = pytest.importorskip("torch")
     from safetensors.torch import load_file
 
-    found = load(checkpoints.reference, 49152)
+    result = load(checkpoints.reference, 49152)
     wanted = load_file(checkpoints.reference / "model.safetensors")["model.embed_tokens.weight"]
     assert wanted.dtype == torch.bfloat16
-    np.testing.assert_array_equal(found, wanted.float().numpy())
+    np.testing.assert_array_equal(result, wanted.float().numpy())

@@ -68,7 +68,7 @@ class Model:
             return []
         most = max(self.of(held.holding.network) for held in here)
         here = [held for held in here if self.of(held.holding.network) == most]
-        found = []
+        result = []
         for network in {held.holding.network for held in here}:
             own = [held for held in here if held.holding.network == network]
             top = max(self.of(network, held.credential) for held in own)
@@ -77,10 +77,10 @@ class Model:
                     of_it = [held for held in own if held.credential == credential]
                     incomplete = [held for held in of_it if not held.holding.waiting]
                     if incomplete:
-                        found.append(max(incomplete, key=lambda held: (held.size, -held.order)))
+                        result.append(max(incomplete, key=lambda held: (held.size, -held.order)))
                     else:
-                        found.append(max(of_it, key=lambda held: held.order))
-        return found
+                        result.append(max(of_it, key=lambda held: held.order))
+        return result
 
 
 class SharesMachine(RuleBasedStateMachine):
@@ -129,20 +129,20 @@ class SharesMachine(RuleBasedStateMachine):
     @rule(network=NAMES, credential=NAMES)
     def one_more_is_asked_for(self, network: bytes, credential: bytes) -> None:
         """Who gives it holds more than the client would then; nobody does, where nobody is found."""
-        found = self.shares.larger(network, credential)
+        result = self.shares.larger(network, credential)
         most = max((self.model.of(held.holding.network) for held in self.model.all), default=0)
         own = [held for held in self.model.all if held.holding.network == network]
         top = max((self.model.of(network, held.credential) for held in own), default=0)
-        if found is None:
+        if result is None:
             assert most <= self.model.of(network) + 1
             assert top <= self.model.of(network, credential) + 1
-        elif found.network != network:
-            assert self.model.of(found.network) == most > self.model.of(network) + 1
+        elif result.network != network:
+            assert self.model.of(result.network) == most > self.model.of(network) + 1
         else:
-            assert found.owner is not None
-            assert self.model.of(network, found.owner.credential()) == top > self.model.of(network, credential) + 1 or (
-                self.model.of(network) == most > self.model.of(network) + 1
-            )
+            assert result.owner is not None
+            assert self.model.of(network, result.owner.credential()) == top > self.model.of(
+                network, credential
+            ) + 1 or (self.model.of(network) == most > self.model.of(network) + 1)
 
     @invariant()
     def sums_are_what_is_held(self) -> None:

@@ -135,9 +135,9 @@ def test_two_processes_that_begin_at_once(server: Postgres, database: str, opene
     stores = [opened(server.url(database)) for _ in range(4)]
     together, owns = threading.Barrier(len(stores)), []
 
-    def acquire(one: PostgresStore) -> None:
+    def acquire(postgres_store: PostgresStore) -> None:
         together.wait()
-        owns.append(one.acquire())
+        owns.append(postgres_store.acquire())
 
     threads = [threading.Thread(target=acquire, args=(one,)) for one in stores]
     for thread in threads:

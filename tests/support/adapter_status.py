@@ -109,12 +109,12 @@ def engine(**changes: Any) -> dict[str, Any]:
     return result | changes
 
 
-def parts(one: Control) -> tuple[Any, Any, Any]:
-    return one.adapters.learner, one.adapters.judge, one.adapters.hosts
+def parts(control: Control) -> tuple[Any, Any, Any]:
+    return control.adapters.learner, control.adapters.judge, control.adapters.hosts
 
 
-def report(one: Control, learner: dict[str, Any], judge: dict[str, Any], engine: dict[str, Any]) -> None:
+def report(control: Control, learner: dict[str, Any], judge: dict[str, Any], engine: dict[str, Any]) -> None:
     """Have the live parts say this from now on. AssertionError where they say other things than the real ones."""
-    for part, said in zip(parts(one), (learner, judge, engine), strict=True):
+    for part, said in zip(parts(control), (learner, judge, engine), strict=True):
         assert said.keys() == part.status().keys()
         part.status = lambda said=said: said

@@ -21,16 +21,16 @@ PAGES = ("", "divergence", "kinds", f"kinds/{KINDS[0]}", "profiles", f"profiles/
 expect.set_options(timeout=1000 * HANG_SECONDS)
 
 
-def get(one: Served, path: str) -> dict[str, Any]:
-    result: dict[str, Any] = httpx.get(f"{one.url}/api/v1/{path}").raise_for_status().json()
+def get(served: Served, path: str) -> dict[str, Any]:
+    result: dict[str, Any] = httpx.get(f"{served.url}/api/v1/{path}").raise_for_status().json()
     return result
 
 
-def show(page: Page, one: Served, path: str = "", at: State | None = None) -> None:
+def show(page: Page, served: Served, path: str = "", at: State | None = None) -> None:
     """Open a page of the console, of a made state or of the real one, and wait until it shows it."""
     if at is not None:
         at.answer(page)
-    page.goto(f"{one.url}/#/{path}")
+    page.goto(f"{served.url}/#/{path}")
     expect(page.locator("main")).to_have_attribute("data-page", path.partition("/")[0].partition("?")[0] or "overview")
     expect(page.locator("main section").first).to_be_visible(timeout=15_000)
 

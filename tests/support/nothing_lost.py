@@ -17,42 +17,42 @@ TESTS = ("import", "propose", "drop", "promote", "pin")
 """Decisions that change who is a candidate."""
 
 
-def check(before: Snapshot, found: Snapshot) -> None:
+def check(before: Snapshot, snapshot: Snapshot) -> None:
     """AssertionError where something that had happened has not."""
-    assert found.head.revision >= before.head.revision
-    new = list(found.events)[: len(found.events) - len(before.events)]
-    assert [*new, *before.events] == list(found.events), "an event is gone"
-    assert all(list(found.events).count(event) == 1 for event in new), "an event was written twice"
+    assert snapshot.head.revision >= before.head.revision
+    new = list(snapshot.events)[: len(snapshot.events) - len(before.events)]
+    assert [*new, *before.events] == list(snapshot.events), "an event is gone"
+    assert all(list(snapshot.events).count(event) == 1 for event in new), "an event was written twice"
     for name, count in counts(before).items():
-        assert counts(found).get(name, 0) >= count, name
+        assert counts(snapshot).get(name, 0) >= count, name
     if SALT_KEY in before.states:
-        assert found.states.get(SALT_KEY) == before.states[SALT_KEY]
+        assert snapshot.states.get(SALT_KEY) == before.states[SALT_KEY]
     decided = {(event["decision"], event.get("version"), event.get("kind")) for event in new}
-    was, now = serving(before), serving(found)
+    was, now = serving(before), serving(snapshot)
     for kind in was.keys() | now.keys():
         # A new kind begins with what serves the rest of the traffic.
         where = {kind} if kind in was else {kind, rest_of(kind)}
         if now.get(kind) != was.get(kind, was.get(rest_of(kind))):
             assert any(what in SERVES and named in where for what, _, named in decided), kind
-    for version in candidates(before) ^ candidates(found):
+    for version in candidates(before) ^ candidates(snapshot):
         assert any(what in TESTS and which == version for what, which, _ in decided), version
-    held = {profile.version for profile in found.profiles}
-    assert candidates(found) | set(now.values()) - {None} <= held
+    held = {profile.version for profile in snapshot.profiles}
+    assert candidates(snapshot) | set(now.values()) - {None} <= held
 
 
-def counts(found: Snapshot) -> dict[str, int]:
+def counts(snapshot: Snapshot) -> dict[str, int]:
     """What has been begun, by what it is counted by."""
-    windows = json.loads(found.states.get(TESTS_KEY, '{"state": {"windows": {}}}'))["state"]["windows"]
-    begun = int(found.states.get(TESTS_BEGUN_KEY, 0))
-    alarms = begun_tests(found.states.get(ALARM_KEY, "").encode())
+    windows = json.loads(snapshot.states.get(TESTS_KEY, '{"state": {"windows": {}}}'))["state"]["windows"]
+    begun = int(snapshot.states.get(TESTS_BEGUN_KEY, 0))
+    alarms = begun_tests(snapshot.states.get(ALARM_KEY, "").encode())
     return {"tests": begun, "alarms": alarms} | {f"windows of {kind}": number for kind, number in windows.items()}
 
 
-def serving(found: Snapshot) -> dict[str, str | None]:
+def serving(snapshot: Snapshot) -> dict[str, str | None]:
     """Versions by kind; None: identity."""
-    kinds = json.loads(found.states.get(SERVING_KEY, '{"kinds": {}}'))["kinds"]
+    kinds = json.loads(snapshot.states.get(SERVING_KEY, '{"kinds": {}}'))["kinds"]
     return {name: kind["version"] for name, kind in kinds.items()}
 
 
-def candidates(found: Snapshot) -> set[str]:
-    return {version for version, _, _ in json.loads(found.states.get(SERVING_KEY, '{"queue": []}'))["queue"]}
+def candidates(snapshot: Snapshot) -> set[str]:
+    return {version for version, _, _ in json.loads(snapshot.states.get(SERVING_KEY, '{"queue": []}'))["queue"]}

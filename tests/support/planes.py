@@ -142,25 +142,25 @@ class Planes:
         return [*self.controls, *self.relays]
 
     async def until(
-        self, one: Instance, condition: Callable[[dict[str, Any]], bool], seconds: float = HANG_SECONDS
+        self, instance: Instance, condition: Callable[[dict[str, Any]], bool], seconds: float = HANG_SECONDS
     ) -> dict[str, Any]:
         """Wait for a status of this one that fulfils the condition."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if (status := await one.status()) and condition(status):
+            if (status := await instance.status()) and condition(status):
                 return status
             await asyncio.sleep(0.05)
-        raise AssertionError(f"{await one.status()}\n{self._logs()}")
+        raise AssertionError(f"{await instance.status()}\n{self._logs()}")
 
     async def active(self, *, but: Instance | None = None, with_relays: bool = True) -> Instance:
         """The control process that is active, once one is. with_relays: and all relays are connected to it."""
 
-        async def is_active(one: Instance) -> Instance:
+        async def is_active(instance: Instance) -> Instance:
             while True:
-                status = await one.status()
+                status = await instance.status()
                 connected = not with_relays or status.get("relays") == len(self.relays)
                 if connected and status.get("control", {}).get("state") == "active":
-                    return one
+                    return instance
                 await asyncio.sleep(0.05)
 
         looks = [asyncio.create_task(is_active(control)) for control in self.controls if control is not but]
@@ -191,16 +191,16 @@ async def planes(
             each.stop()
 
 
-async def ready(one: Instance) -> None:
+async def ready(instance: Instance) -> None:
     """Wait until it says that it is."""
     end = time.monotonic() + HANG_SECONDS
     while time.monotonic() < end:
         with suppress(httpx.TransportError):
-            if (await one.get("/readyz")).status_code == 200:
+            if (await instance.get("/readyz")).status_code == 200:
                 return
-        assert one.process.poll() is None, one.log.read_text()
+        assert instance.process.poll() is None, instance.log.read_text()
         await asyncio.sleep(0.05)
-    raise AssertionError(one.log.read_text())
+    raise AssertionError(instance.log.read_text())
 
 
 @asynccontextmanager

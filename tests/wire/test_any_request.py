@@ -80,11 +80,11 @@ def asked(name: str, path: str, body: bytes) -> Rewrite | Refusal | None:
     exchange = wire.interceptor.begin("POST", path.encode(), [], "r")
     assert exchange is not None
     assert not isinstance(exchange, Refusal)
-    found = exchange.request(body)
+    result = exchange.request(body)
     assert exchange.arm
     assert exchange.comparison is None or exchange.comparison.kind
     exchange.closed(complete=False)
-    return found
+    return result
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -98,10 +98,10 @@ def asked(name: str, path: str, body: bytes) -> Rewrite | Refusal | None:
 @example(path=CHAT, changes={"model": "[]", "repetition_penalty": "0.1e3081"})
 def test_no_request_makes_the_hook_fail(name: str, path: str, changes: dict[str, str]) -> None:
     body = written(BODIES[path], changes)
-    found = asked(name, path, body)
-    if isinstance(found, Rewrite):
+    result = asked(name, path, body)
+    if isinstance(result, Rewrite):
         # What was added is in an object of which every other member is as it was.
-        before, after = JsonObject(body), JsonObject(found.body)
+        before, after = JsonObject(body), JsonObject(result.body)
         added = {"logprobs", "top_logprobs", "return_token_ids", "return_tokens_as_token_ids", "stream_options"}
         for key in (
             json.loads(body, parse_int=str, parse_float=str).keys()

@@ -279,9 +279,9 @@ def test_calls_that_the_model_is_free_to_make_have_no_grammar(path: str) -> None
         {"tools": [TOOLS[path][0] | {"strict": False}]},
     ]
     for more in cases:
-        found = read_request(json_splice.encode(ask(path) | more), form=FORM[path])
-        assert found.from_tap
-        assert not found.grammar, more
+        result = read_request(json_splice.encode(ask(path) | more), form=FORM[path])
+        assert result.from_tap
+        assert not result.grammar, more
 
 
 def test_turns_of_one_conversation_are_recognized() -> None:

@@ -165,9 +165,9 @@ def _parts(rows: npt.NDArray[np.floating[Any]], width: int) -> list[npt.NDArray[
     return [rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS)]
 
 
-def _same_width(one: Gram, other: Gram) -> None:
-    if one.width != other.width:
-        raise InvalidArgumentError(f"statistics of {one.width} and of {other.width} entries cannot be merged")
+def _same_width(gram: Gram, other: Gram) -> None:
+    if gram.width != other.width:
+        raise InvalidArgumentError(f"statistics of {gram.width} and of {other.width} entries cannot be merged")
 
 
 def _check(count: int, total: Floats, dimensions: int) -> None:

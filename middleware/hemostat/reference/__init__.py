@@ -27,11 +27,11 @@ def make_references(settings: Settings) -> References | None:
     return References(by_model={name: made[model] for name, model in wanted.models.items()})
 
 
-def _make(settings: Settings, one: ModelReference | None) -> Reference:
+def _make(settings: Settings, reference: ModelReference | None) -> Reference:
     """one: None for `reference.model`."""
     wanted = settings.reference
-    model = one.model if one is not None else wanted.model
-    device = (one.device if one is not None else None) or wanted.device
+    model = reference.model if reference is not None else wanted.model
+    device = (reference.device if reference is not None else None) or wanted.device
     if wanted.backend == "transformers":
         from hemostat.reference.transformers import TransformersReference  # noqa: PLC0415  only what is used
 
@@ -39,8 +39,8 @@ def _make(settings: Settings, one: ModelReference | None) -> Reference:
         return TransformersReference(model, wanted.dtype, device, wanted.threads)
     from hemostat.reference.on_server import ServerReference  # noqa: PLC0415
 
-    url = (one.url if one is not None else None) or wanted.url
-    folder = (one.folder if one is not None else None) or wanted.folder
+    url = (reference.url if reference is not None else None) or wanted.url
+    folder = (reference.folder if reference is not None else None) or wanted.folder
     assert url is not None
     return ServerReference(
         url,

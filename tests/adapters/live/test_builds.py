@@ -93,11 +93,11 @@ async def learner(receiver: Receiver, command: Sequence[str] = FAKE, **settings:
         await asyncio.gather(running, return_exceptions=True)
 
 
-def texts(one: AdapterLearner, count: int, first: int = 0) -> None:
+def texts(adapter_learner: AdapterLearner, count: int, first: int = 0) -> None:
     """Of 20 tokens each."""
     for n in range(first, first + count):
         ids = np.random.default_rng(n).integers(0, SECRET, 20).astype(np.int32)
-        one.offer(n.to_bytes(16, "little"), ids[:8], ids[8:])
+        adapter_learner.offer(n.to_bytes(16, "little"), ids[:8], ids[8:])
 
 
 def no_process_is_left() -> bool:

@@ -162,19 +162,19 @@ def pid() -> int | None:
     return None
 
 
-async def ready(one: AdapterJudge) -> None:
+async def ready(adapter_judge: AdapterJudge) -> None:
     """It is started by what is asked first, which is refused."""
     assert pid() is None
-    assert one.state == "idle"
-    assert not one.offer(record_of(0), prompt_of(0), (IDENTITY,), lambda _: None)
-    await until(lambda: one.state == "ready")
+    assert adapter_judge.state == "idle"
+    assert not adapter_judge.offer(record_of(0), prompt_of(0), (IDENTITY,), lambda _: None)
+    await until(lambda: adapter_judge.state == "ready")
 
 
 async def distances(
-    one: AdapterJudge, record: TokenRecord, prompt: Any, versions: tuple[str, ...]
+    adapter_judge: AdapterJudge, record: TokenRecord, prompt: Any, versions: tuple[str, ...]
 ) -> Mapping[str, ExactDistances]:
     result: asyncio.Future[Mapping[str, ExactDistances]] = asyncio.get_running_loop().create_future()
-    assert one.offer(record, prompt, versions, result.set_result)
+    assert adapter_judge.offer(record, prompt, versions, result.set_result)
     assert not result.done(), "never inside of the offer"
     return await result
 

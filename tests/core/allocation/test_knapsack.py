@@ -27,7 +27,7 @@ def least(options: dict[str, Options], budget: int) -> float:
     """The optimum, of all choices."""
     return min(
         sum(float(one.losses[n]) for one, n in zip(options.values(), choice, strict=True))
-        for choice in itertools.product(*(range(len(one.sizes)) for one in options.values()))
+        for choice in itertools.product(*(range(len(option.sizes)) for option in options.values()))
         if sum(int(one.sizes[n]) for one, n in zip(options.values(), choice, strict=True)) <= budget
     )
 
@@ -36,15 +36,15 @@ def least(options: dict[str, Options], budget: int) -> float:
 @given(st.lists(UNIT, min_size=1, max_size=5), st.integers(0, 50))
 def test_against_all_choices(units: list[list[tuple[int, int]]], spare: int) -> None:
     options = options_of(units)
-    smallest = sum(int(one.sizes.min()) for one in options.values())
+    smallest = sum(int(option.sizes.min()) for option in options.values())
     budget = smallest + spare
-    found = allocate(options, budget)
+    result = allocate(options, budget)
     optimum = least(options, budget)
-    assert found.size == sum(int(options[name].sizes[n]) for name, n in found.chosen.items()) <= budget
-    assert found.loss == pytest.approx(sum(float(options[name].losses[n]) for name, n in found.chosen.items()))
-    assert found.lower_bound <= optimum + 1e-9
+    assert result.size == sum(int(options[name].sizes[n]) for name, n in result.chosen.items()) <= budget
+    assert result.loss == pytest.approx(sum(float(options[name].losses[n]) for name, n in result.chosen.items()))
+    assert result.lower_bound <= optimum + 1e-9
     # No worse than the optimum by more than one unit's largest step.
-    assert optimum <= found.loss <= optimum + max(float(np.ptp(one.losses)) for one in options.values()) + 1e-9
+    assert optimum <= result.loss <= optimum + max(float(np.ptp(option.losses)) for option in options.values()) + 1e-9
     with pytest.raises(InvalidArgumentError, match=f"the smallest options need {smallest}"):
         allocate(options, smallest - 1)
 
@@ -57,8 +57,8 @@ def test_equal_steps_give_the_optimum(steps: list[list[int]], budget: int) -> No
         str(n): Options(np.arange(5), np.append(np.cumsum(sorted(unit))[::-1], 0).astype(float))
         for n, unit in enumerate(steps)
     }
-    found = allocate(options, budget)
-    assert found.loss == pytest.approx(least(options, budget)) == pytest.approx(found.lower_bound)
+    result = allocate(options, budget)
+    assert result.loss == pytest.approx(least(options, budget)) == pytest.approx(result.lower_bound)
 
 
 def test_an_option_off_the_hull_fills_the_rest() -> None:
@@ -66,8 +66,8 @@ def test_an_option_off_the_hull_fills_the_rest() -> None:
         "a": Options(np.array([0, 2, 10]), np.array([10.0, 9.0, 0.0])),
         "b": Options(np.array([0, 10]), np.array([10.0, 1.0])),
     }
-    found = allocate(options, 12)
-    assert found.chosen == {"a": 2, "b": 0}
+    result = allocate(options, 12)
+    assert result.chosen == {"a": 2, "b": 0}
     assert allocate(options, 2).chosen == {"a": 1, "b": 0}
 
 
@@ -78,10 +78,10 @@ def test_many_units_come_close_to_the_bound() -> None:
         str(n): Options(sizes * int(rng.integers(100, 900)), rng.gamma(1.0, 1.0) * 4.0 ** -sizes.astype(float))
         for n in range(200)
     }
-    budget = sum(int(one.sizes[2]) for one in options.values())
-    found = allocate(options, budget)
-    uniform = sum(float(one.losses[2]) for one in options.values())
-    assert found.lower_bound <= found.loss < found.lower_bound * 1.01 < 0.8 * uniform
+    budget = sum(int(option.sizes[2]) for option in options.values())
+    result = allocate(options, budget)
+    uniform = sum(float(option.losses[2]) for option in options.values())
+    assert result.lower_bound <= result.loss < result.lower_bound * 1.01 < 0.8 * uniform
 
 
 @pytest.mark.parametrize(

@@ -51,19 +51,19 @@ def promoted(
     return [point for point in points if point in chosen]
 
 
-def around(one: Threshold) -> list[Point]:
+def around(threshold: Threshold) -> list[Point]:
     """The settings that decide where the line leaves its floor and where it breaks; all where it is undecided."""
-    if one.found is None:
-        return list(one.points)
-    if one.found.existence is Existence.UNDECIDED:
-        return list(one.points)
+    if threshold.found is None:
+        return list(threshold.points)
+    if threshold.found.existence is Existence.UNDECIDED:
+        return list(threshold.points)
     near: set[int] = set()
-    if one.leaves_floor is not None:
-        near |= {one.leaves_floor - 1, one.leaves_floor}
-    if one.found.existence is Existence.FOUND:
-        settings = dict(zip(one.line.points, one.line.settings, strict=True))
-        measured = [settings[point] for point in one.points]
-        first = int(np.searchsorted(measured, one.found.low))
-        last = int(np.searchsorted(measured, one.found.high))
+    if threshold.leaves_floor is not None:
+        near |= {threshold.leaves_floor - 1, threshold.leaves_floor}
+    if threshold.found.existence is Existence.FOUND:
+        settings = dict(zip(threshold.line.points, threshold.line.settings, strict=True))
+        measured = [settings[point] for point in threshold.points]
+        first = int(np.searchsorted(measured, threshold.found.low))
+        last = int(np.searchsorted(measured, threshold.found.high))
         near |= set(range(first - 1, last + 1))
-    return [point for n, point in enumerate(one.points) if n in near]
+    return [point for n, point in enumerate(threshold.points) if n in near]

@@ -56,38 +56,40 @@ def _weak_bases(base: Mapping[str, Any]) -> list[str]:
     return [name for name, one in base.items() if one["value"] is not None and one["value"] < ENOUGH_BASE]
 
 
-def _curve(results: Results, one: Threshold, shares: Mapping[Point, float]) -> dict[str, Any]:
-    shown = dict(zip(one.line.points, one.line.shown, strict=True))
+def _curve(results: Results, threshold: Threshold, shares: Mapping[Point, float]) -> dict[str, Any]:
+    shown = dict(zip(threshold.line.points, threshold.line.shown, strict=True))
     rows = []
-    for point in one.points:
+    for point in threshold.points:
         interval = kl_rc(list(results.texts[point].values()))
         rows.append({"name": point.name, "setting": shown[point], "bytes_share": shares[point], "kl_rc": interval})
     return {
-        "name": one.line.name,
-        "unit": one.line.unit,
+        "name": threshold.line.name,
+        "unit": threshold.line.unit,
         "points": rows,
-        "leaves_floor": None if one.leaves_floor is None else shown[one.points[one.leaves_floor]],
-        "doubles": None if one.doubles is None else shown[one.points[one.doubles]],
-        "below": None if not one.leaves_floor else shown[one.points[one.leaves_floor - 1]],
-        "break": _break(one),
+        "leaves_floor": None if threshold.leaves_floor is None else shown[threshold.points[threshold.leaves_floor]],
+        "doubles": None if threshold.doubles is None else shown[threshold.points[threshold.doubles]],
+        "below": None if not threshold.leaves_floor else shown[threshold.points[threshold.leaves_floor - 1]],
+        "break": _break(threshold),
     }
 
 
-def _break(one: Threshold) -> dict[str, Any] | None:
-    if one.found is None:
+def _break(threshold: Threshold) -> dict[str, Any] | None:
+    if threshold.found is None:
         return None
-    result: dict[str, Any] = {"existence": one.found.existence.value, "text": describe_break(one)}
-    if one.found.existence is Existence.FOUND:
-        at, low, high = (one.shown(value) for value in (one.found.at, one.found.low, one.found.high))
+    result: dict[str, Any] = {"existence": threshold.found.existence.value, "text": describe_break(threshold)}
+    if threshold.found.existence is Existence.FOUND:
+        at, low, high = (
+            threshold.shown(value) for value in (threshold.found.at, threshold.found.low, threshold.found.high)
+        )
         result |= {"at": at, "ci95": sorted((low, high))}
     return result
 
 
-def _statement(one: Statement) -> dict[str, Any]:
+def _statement(statement: Statement) -> dict[str, Any]:
     return {
-        "statement": one.text,
-        "verdict": one.verdict.value,
-        "evidence": one.evidence,
+        "statement": statement.text,
+        "verdict": statement.verdict.value,
+        "evidence": statement.evidence,
         "comparisons": [
             {
                 "better": pair.better.name,
@@ -95,6 +97,6 @@ def _statement(one: Statement) -> dict[str, Any]:
                 "difference": json_number(pair.found.value),
                 "ci95": [json_number(pair.found.low), json_number(pair.found.high)],
             }
-            for pair in one.comparisons
+            for pair in statement.comparisons
         ],
     }

@@ -147,7 +147,7 @@ def _interval(interval: Row, form: str, scale: float = 1.0, unknown: str = UNKNO
     return f"{value} [{low.removesuffix(' %')}, {high.removesuffix(' %')}]"
 
 
-def _count(one: Row) -> str:
-    if one["value"] is None:
+def _count(row: Row) -> str:
+    if row["value"] is None:
         return UNKNOWN
-    return f"{one['count']} of {one['of']} [{100 * one['low']:.0f}, {100 * one['high']:.0f}] %"
+    return f"{row['count']} of {row['of']} [{100 * row['low']:.0f}, {100 * row['high']:.0f}] %"
