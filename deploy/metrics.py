@@ -10,6 +10,9 @@ from hemostat.adapters.live.builder import BuildFailure
 from hemostat.adapters.live.client import BuildOutcome
 from hemostat.adapters.live.judge import JudgeDropReason
 from hemostat.adapters.serving.probes import AGREEMENT, ERROR, FAILED, ISOLATION, PASSED, WAITING
+from hemostat.canaries.engine import BASELINE, ENGINES
+from hemostat.canaries.keeper import EQUAL, EXCEEDED
+from hemostat.canaries.keeper import FAILED as COULD_NOT_TELL
 from hemostat.ipc import ends
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, REST_GRAMMAR_KIND, REST_KIND
 from hemostat.measurement import figures
@@ -149,6 +152,12 @@ LABELS: dict[str, dict[str, Values | str]] = {
     "direction": {
         "": dict(zip(DIRECTIONS, ("KL(reference‖compressed)", "KL(compressed‖reference)"), strict=True)),
     },
+    "against": {
+        "": {
+            BASELINE: "what the engine computed when the set was taken",
+            ENGINES: "the last replays of the other engines that serve the same path",
+        }
+    },
     "edge": {"": EDGES, names.OUTCOME_DIFFERENCE: {"mean": "the estimate", "low": "lower end", "high": "upper end"}},
     "context": {"": f"tokens before the scored one, of prompt and output: {', '.join(f'`{one}`' for one in CONTEXTS)}"},
     "position": {"": f"of the token in the output, from 0: {', '.join(f'`{one}`' for one in POSITIONS)}"},
@@ -219,6 +228,11 @@ LABELS: dict[str, dict[str, Values | str]] = {
         names.NOISE_FLOOR_REQUESTS: {name: f"the {name} model" for name in MODELS},
     },
     "outcome": {
+        names.CANARY_REPLAYS: {
+            EQUAL: "of a model at an engine: not too far from anything",
+            EXCEEDED: "too far; a statement only where the next one is, too",
+            COULD_NOT_TELL: "the engine could not be asked, or no set is usable: `canaries` of the status says why",
+        },
         names.REQUESTS: {
             ends.OK: "complete, status below 400",
             ends.CLIENT_ERROR: "complete, the upstream's status is 4xx",

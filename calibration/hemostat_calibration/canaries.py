@@ -177,21 +177,23 @@ class CanarySet:
         return Comparison(distances, np.maximum(np.max(own, axis=0), tolerance), self.needed)
 
     def compare_engines(self, now: Mapping[str, Floats], tolerance: float = TOLERANCE_NATS) -> dict[str, Comparison]:
-        """Engine against engine: the replay of each, from the median of the others', token by token. Of two, both
-        differ. Which requests an engine gets is of no consequence: all were asked the same.
+        """Engine against engine: of each sequence the median of an engine's distances from the others, the lower one of
+        two. So one that is like most others is not far away, whatever the rest does; of two engines both differ. Which
+        requests an engine gets is of no consequence: all were asked the same.
 
         now: by engine, float64 [N]. Empty for a single one.
 
-        A bound is the largest distance between two baseline replays: none of these two is a mean.
+        A bound is the largest distance between two baseline replays.
         """
         replays = self.baseline
         pairs = [self._distances(replays[a], replays[b]) for a in range(len(replays)) for b in range(a)]
         bounds = np.maximum(np.max(pairs, axis=0), tolerance)
-        return {
-            engine: Comparison(self._distances(values, np.median(others, axis=0)), bounds, self.needed)
-            for engine, values in now.items()
-            if (others := [one for name, one in now.items() if name != engine])
-        }
+        found = {}
+        for engine, values in now.items():
+            others = np.array([self._distances(values, one) for name, one in now.items() if name != engine])
+            if len(others):
+                found[engine] = Comparison(np.sort(others, axis=0)[(len(others) - 1) // 2], bounds, self.needed)
+        return found
 
     def from_reference(self, now: Floats) -> tuple[float, float] | None:
         """Distance from the reference, the mean over all scored tokens, then and now; None without a reference."""

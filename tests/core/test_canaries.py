@@ -83,10 +83,11 @@ def test_differences_within_the_tolerance_are_none() -> None:
     assert world.taken.compare(now, 0.01).votes == 0
 
 
-def test_the_engine_that_differs_from_the_others_is_named_whatever_all_were_before() -> None:
+@pytest.mark.parametrize("engines", [3, 4, 5])
+def test_the_engine_that_differs_from_the_others_is_named_whatever_all_were_before(engines: int) -> None:
     world = World()
     moved = world.true + 0.5 * world.rng.choice([-1.0, 1.0], len(world.true))  # all run another version than then
-    replays = {f"engine {n}": moved + world.rng.standard_t(3, len(moved)) * NOISE for n in range(4)}
+    replays = {f"engine {n}": moved + world.rng.standard_t(3, len(moved)) * NOISE for n in range(engines)}
     replays["engine 2"] = replays["engine 2"] + world.rng.choice([-0.08, 0.08], len(moved))
     found = world.taken.compare_engines(replays)
     assert [name for name, one in found.items() if one.changed] == ["engine 2"]

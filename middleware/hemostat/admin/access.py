@@ -46,6 +46,7 @@ ACCESS: Mapping[tuple[str, str], Access] = {
     ("POST", "/api/v1/profiles/release"): Access.ADMIN,
     ("POST", "/api/v1/calibration"): Access.ADMIN,
     ("POST", "/api/v1/alarm/rebase"): Access.ADMIN,
+    ("POST", "/api/v1/canaries/accept"): Access.ADMIN,
     ("POST", "/api/v1/engines/drain"): Access.ADMIN,
     ("POST", "/api/v1/engines/undrain"): Access.ADMIN,
     ("POST", "/api/v1/engine/report"): Access.ENGINE,

@@ -33,7 +33,10 @@ MAX_PROFILE_BYTES = 256 * 1024 * 1024
 MAX_SMALL_BYTES = 4096
 SCRIPT = "text/javascript; charset=utf-8"
 TYPES = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": SCRIPT, "mjs": SCRIPT}
-MODULES = ("alarm", "app", "divergence", "engines", "events", "format", "kinds", "measurement", "overview", "parts")
+MODULES = (
+    *("alarm", "app", "canaries", "divergence", "engines", "events", "format", "kinds", "measurement", "overview"),
+    "parts",
+)
 ASSETS = {
     name: TYPES[name.rpartition(".")[2]]
     for name in (
@@ -93,6 +96,8 @@ class Actions(Protocol):
     async def drain(self, engine: str, *, ends: bool) -> None: ...
 
     async def rebase(self, kind: str | None) -> dict[str, Any]: ...
+
+    async def accept_canaries(self) -> dict[str, Any]: ...
 
 
 class AdminBackend(Protocol):
@@ -337,6 +342,11 @@ def create_app(
         `{"kind": "…"}`."""
         wanted = await _read(request, RebaseRequest, '{"kind": "chat text sampled"}', RebaseRequest())
         return await backend.actions.rebase(wanted.kind)
+
+    @app.post("/api/v1/canaries/accept")
+    async def accept_canaries() -> dict[str, Any]:
+        """Accept what the engines compute now: a new set of canaries is taken from them. Body: none."""
+        return await backend.actions.accept_canaries()
 
     @app.post("/api/v1/engines/drain")
     async def drain(request: Request) -> Response:

@@ -12,6 +12,7 @@ import msgspec
 from hemostat.adapters.live.client import AdapterLearner
 from hemostat.admin.configuration import Configuration
 from hemostat.admin.recent import LOST_SECONDS, Growth, RelayGrowth
+from hemostat.canaries.keeper import Canaries
 from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.upstreams import UpstreamEngine, UpstreamEngines
 from hemostat.ipc.control_end import RelayLink
@@ -36,6 +37,7 @@ SEVERITIES: dict[str, Severity] = {
     "HemostatProxyErrors": "critical",
     "HemostatHemorrhage": "critical",
     "HemostatModelChanged": "warning",
+    "HemostatCanaryChanged": "warning",
     "HemostatEngineEjected": "warning",
     "HemostatProfileFailed": "warning",
     "HemostatReferenceDown": "warning",
@@ -123,6 +125,7 @@ class Problems:
         upstreams: UpstreamEngines,
         monitor: ReferenceMonitor,
         alarms: Alarms,
+        canaries: Canaries,
         pipeline: ScoringPipeline,
         adapters: AdapterLearner,
         store_errors: StoreErrorLog,
@@ -137,6 +140,7 @@ class Problems:
         self._upstreams = upstreams
         self._monitor = monitor
         self._alarms = alarms
+        self._canaries = canaries
         self._pipeline = pipeline
         self._adapters = adapters
         self._store_errors = store_errors
@@ -202,6 +206,10 @@ class Problems:
                 kinds = ", ".join(one.kind for one in ours if one.kind)
                 since = min(one.raised.since for one in ours if one.raised is not None)
                 yield Found(alert, f"{text} in {kinds}" if kinds else text, since)
+
+        if stated := list(self._canaries.statements()):
+            more = f" (and {len(stated) - 1} more)" if len(stated) > 1 else ""
+            yield Found("HemostatCanaryChanged", stated[0][0] + more, min(since for _, since in stated))
 
     def _of_measuring(self, now: float) -> Iterator[Found]:
         """What only the figures and the profiles miss."""

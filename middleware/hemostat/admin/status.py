@@ -91,6 +91,8 @@ class Status(msgspec.Struct, frozen=True):
     """The engines that requests go to."""
     outlier_engine: Report
     """Whether engines are compared, and why not: `measurement.by_engine`."""
+    canaries: Report
+    """The same sequences on every engine again: `canaries.keeper`; docs/engines.md#canaries."""
     records_written: int
     relays: int
     data_port: int
@@ -189,6 +191,7 @@ class StatusSource:
             engines=engines.engines(now),
             upstream=engines.upstream(measured.by_engine.report(), now),
             outlier_engine=measured.by_engine.status(),
+            canaries=engines.canaries.report(),
             records_written=scoring.records_written,
             relays=process.link.relays,
             data_port=process.data_port,

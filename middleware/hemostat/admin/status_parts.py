@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from hemostat.canaries.keeper import Canaries
 from hemostat.config.schema import Shadow
 from hemostat.engines.addresses import EngineAddresses
 from hemostat.engines.registry import EngineRegistry
@@ -200,6 +201,7 @@ class EngineParts:
     registry: EngineRegistry
     upstreams: UpstreamEngines
     addresses: EngineAddresses
+    canaries: Canaries
 
     def engines(self, now: float) -> EnginesStatus:
         return EnginesStatus(

@@ -35,7 +35,7 @@ PRIORITY = 1_000
 """Later than clients' requests, whose default is 0, where the engine schedules by priority."""
 
 Gate = Callable[[int], Awaitable[None]]
-"""Awaited before each sequence of a replay, with its tokens: returns when it may be sent."""
+"""Awaited before each request, with its tokens: returns when it may be sent."""
 
 
 class _Choice(msgspec.Struct, frozen=True):
@@ -53,9 +53,10 @@ async def _at_once(tokens: int) -> None:
 class CanaryClient:
     """Of one model that a server serves. Every method raises ReferenceFailure, its text is one line."""
 
-    def __init__(self, server: VllmServer, model: str) -> None:
+    def __init__(self, server: VllmServer, model: str, gate: Gate = _at_once) -> None:
         self._server = server
         self.model = model
+        self._gate = gate
         self._priority: dict[str, int] = {"priority": PRIORITY}
 
     @classmethod
@@ -93,13 +94,9 @@ class CanaryClient:
         assert len(replays) == REPLAYS
         return CanarySet(tuple(canaries), np.stack(replays), origin)
 
-    async def replay(self, canaries: Sequence[Canary], gate: Gate = _at_once) -> Floats:
+    async def replay(self, canaries: Sequence[Canary]) -> Floats:
         """Log-probabilities of all scored tokens, float64 [N], one sequence after the other."""
-        found = []
-        for one in canaries:
-            await gate(one.tokens)
-            found.append(await self._score(one))
-        return np.concatenate(found)
+        return np.concatenate([await self._score(one) for one in canaries])
 
     async def compare(self, taken: CanarySet, tolerance: float) -> Comparison:
         """Now against then: of the second replay, where the first one says that the engine has changed."""
@@ -120,6 +117,8 @@ class CanaryClient:
         return np.concatenate(found)
 
     async def _score(self, canary: Canary) -> Floats:
+        await self._gate(canary.tokens)
+
         async def ask() -> list[float]:
             return await self._server.prompt_logprobs(self.model, canary.ids, cache_salt=_salt(), **self._priority)
 
@@ -143,6 +142,7 @@ class CanaryClient:
             "return_token_ids": True,
             "cache_salt": _salt(),
         }
+        await self._gate(len(ids) + ANSWER_TOKENS)
         answer = await self._server.post("/v1/completions", body, _Completion)
         found = answer.choices[0].token_ids if answer.choices else None
         if not found:

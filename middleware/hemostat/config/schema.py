@@ -410,6 +410,18 @@ class Alarm(Section):
     """Probability that an engine is ever named an outlier although it is none, in addition to `alpha`: the same."""
 
 
+class Canaries(Section):
+    """The same token sequences on every engine again, each hour: docs/engines.md#canaries."""
+
+    enabled: bool = True
+    """A replay costs an engine about 4,700 tokens of prompts, one sequence at a time, in moments of low load."""
+    file: ExistingFile | None = None
+    """Prompts in place of those that come with Hemostat: 16 to 256, one per line, as text or {"prompt": "..."}."""
+    tolerance_nats: float = Field(default=0.01, gt=0, lt=5)
+    """Distance of a sequence, the mean |difference of log-probabilities| of its tokens, that is no change: larger for
+    engines on different GPUs."""
+
+
 class Settings(Section):
     """The configuration of `hemostat serve`, `relay` and `control`; only `upstream.url` (or `urls`) has no default."""
 
@@ -439,6 +451,7 @@ class Settings(Section):
     limits: Limits = Limits()
     client_limits: ClientLimits = ClientLimits()
     alarm: Alarm = Alarm()
+    canaries: Canaries = Canaries()
     log: Log = Log()
     tracing: Tracing = Tracing()
 

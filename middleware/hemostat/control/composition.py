@@ -18,6 +18,8 @@ from hemostat.admin.history import History
 from hemostat.admin.problems import Problems
 from hemostat.admin.status import ProcessParts, StatusSource
 from hemostat.admin.status_parts import CalibrationParts, EngineParts, ScoringParts
+from hemostat.canaries import sets as canary_sets
+from hemostat.canaries.keeper import Canaries
 from hemostat.config.schema import Settings
 from hemostat.control import learned_state
 from hemostat.control.changes import Changes
@@ -170,6 +172,17 @@ class Control:
         pipeline = self.pipeline
         self.link = RelayLink(pipeline.receive, self._receive_outcome, pipeline.coverage.relayed, self._clock)
         self.upstreams = UpstreamEngines(self.link.engines, self.writer)
+        self.canaries = Canaries(
+            settings,
+            self.addresses,
+            self.engines,
+            self.upstreams,
+            self.monitor,
+            self.writer,
+            active=lambda: self.ownership.active,
+            clock=self._clock,
+            wall=self._wall,
+        )
         self.stored_state = StoredState(self.writer, self.profile_manager, self.measured, self.upstreams)
         self.policy = PolicyPublisher(
             settings,
@@ -193,7 +206,13 @@ class Control:
         """What the admin port shows and does."""
         clock, wall, profiles = self._clock, self._wall, self.profile_manager
         self.actions = OperatorActions(
-            profiles, self.measured.alarms, self.subject, self.upstreams, self.ownership, self.changes.notify
+            profiles,
+            self.measured.alarms,
+            self.canaries,
+            self.subject,
+            self.upstreams,
+            self.ownership,
+            self.changes.notify,
         )
         self.problems = Problems(
             ownership=self.ownership,
@@ -202,6 +221,7 @@ class Control:
             upstreams=self.upstreams,
             monitor=self.monitor,
             alarms=self.measured.alarms,
+            canaries=self.canaries,
             pipeline=self.pipeline,
             adapters=self.adapters.learner,
             store_errors=self.store_errors,
@@ -214,7 +234,7 @@ class Control:
             settings,
             ProcessParts(self.problems, self.ownership, self.link, self.configuration, data_port),
             ScoringParts(self.monitor, self.pipeline, self.records),
-            EngineParts(self.engines, self.upstreams, self.addresses),
+            EngineParts(self.engines, self.upstreams, self.addresses, self.canaries),
             self.measured,
             CalibrationParts(profiles, self.learner, self.adapters.status),
             clock,
@@ -257,6 +277,7 @@ class Control:
             self.monitor.samples,
             self.measured.samples,
             self.upstreams.samples,
+            self.canaries.samples,
             self.profile_manager.samples,
             self.learner.samples,
             self.adapters.samples,
@@ -288,6 +309,7 @@ class Control:
         self.stored_state.restore(snapshot)
         self.learned.restore(snapshot.blobs.get(learned_state.BLOB_KEY))
         self.templates.restore(snapshot.blobs.get(prompt_templates.BLOB_KEY), self.stored_state.salt)
+        self.canaries.restore(snapshot.blobs.get(canary_sets.BLOB_KEY))
         self._stored_learning.restore(snapshot.blobs.get(stored.BLOB_KEY))
         self.ownership.activate()
 
@@ -306,6 +328,7 @@ class Control:
             self.writer.run(),
             self.learned.run(),
             self.addresses.run(),
+            self.canaries.run(),
         ]
         if self.references is not None:
             loops += [self.monitor.run(), self.learner.run(), *self.pipeline.loops(), *self.adapters.loops()]

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from hemostat.canaries.keeper import Canaries
 from hemostat.control.learning import LearningSubject
 from hemostat.control.ownership import Ownership
 from hemostat.engines.upstreams import UpstreamEngines
@@ -33,6 +34,7 @@ class OperatorActions:
         self,
         profiles: ProfileManager,
         alarms: Alarms,
+        canaries: Canaries,
         subject: LearningSubject,
         upstreams: UpstreamEngines,
         ownership: Ownership,
@@ -40,6 +42,7 @@ class OperatorActions:
     ) -> None:
         self._profiles = profiles
         self._alarms = alarms
+        self._canaries = canaries
         self._subject = subject
         self._upstreams = upstreams
         self._ownership = ownership
@@ -74,6 +77,11 @@ class OperatorActions:
         """The kind (None: each) learns a new baseline. The alarms' report."""
         await self._execute(lambda: self._alarms.rebase(kind))
         return self._alarms.report()
+
+    async def accept_canaries(self) -> dict[str, Any]:
+        """What the engines compute now is right: a new set is taken. The canaries' report."""
+        await self._execute(self._canaries.accept)
+        return self._canaries.report()
 
     async def set_mode(self, mode: str) -> None:
         def change() -> None:

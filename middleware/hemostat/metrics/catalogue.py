@@ -477,6 +477,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         ),
     ),
     "The engines": engines.UPSTREAM_METRICS,
+    "Canaries": engines.CANARY_METRICS,
     "The engine's plugin": engines.PLUGIN_METRICS,
     "What clients got, of all generations": (
         Metric(

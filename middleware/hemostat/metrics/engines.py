@@ -41,6 +41,25 @@ UPSTREAM_METRICS = (
     ),
 )
 
+CANARY_METRICS = (
+    Metric(
+        names.CANARY_CHANGED,
+        "gauge",
+        "0 or 1",
+        "1 while two replays of the canaries in a row were too far away; of an engine that has not changed, by "
+        "chance in less than 1 % of all years. Absent before the first replay.",
+        ("engine", "model", "against"),
+    ),
+    Metric(
+        names.CANARY_DISTANCE_NATS,
+        "gauge",
+        "nats",
+        "Of the last replay: mean |difference of log-probabilities| of a sequence's tokens, median over sequences.",
+        ("engine", "model", "against"),
+    ),
+    Metric(names.CANARY_REPLAYS, "counter", "replays", "Replays of canaries, by what they said.", ("outcome",)),
+)
+
 PLUGIN_METRICS = (
     Metric(names.ENGINE_EVENTS, "counter", "events", "Events counted by the engine plugins.", ("reason",)),
     Metric(

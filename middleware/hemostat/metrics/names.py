@@ -99,6 +99,11 @@ ENGINE_KL_TOKENS = "hemostat_engine_kl_tokens_total"
 ENGINE_OUTLIER = "hemostat_engine_outlier"
 ENGINE_OUTLIER_EVIDENCE_RATIO = "hemostat_engine_outlier_evidence_ratio"
 
+# Canaries
+CANARY_CHANGED = "hemostat_canary_changed"
+CANARY_DISTANCE_NATS = "hemostat_canary_distance_nats"
+CANARY_REPLAYS = "hemostat_canary_replays_total"
+
 # The engine's plugin
 ENGINE_EVENTS = "hemostat_engine_events_total"
 ENGINE_TAPS_DROPPED = "hemostat_engine_taps_dropped_total"

@@ -1,6 +1,7 @@
 // The engines that requests go to, and the proxy in front of them.
 import { counts, fixed, known, lasted, ms, nats, NONE, percent, perSecond, plural, when, whole } from "./format.js";
 import { Action, Bar, Chart, Coloured, Explain, Facts, html, Link, Section, Table, Version } from "./parts.js";
+import { Canaries } from "./canaries.js";
 import { marks } from "./events.js";
 
 const stateOf = (e) => (e.drained ? "drained" : !e.up ? html`<${Coloured} as="bad">failing<//>` : e.up === e.relays ? "up" : html`<${Coloured} as="wait">up for ${e.up} of ${plural(e.relays, "relay")}<//>`);
@@ -16,6 +17,7 @@ export function Engines(data) {
       ["ejections", (e) => whole(e.ejections), (e) => e.ejections], ["KL, nats per token", (e) => nats(e.figures.kl_nats), (e) => e.figures.kl_nats],
       ["outlier", (e) => outlier(e.figures), (e) => e.figures.evidence], ["holds", holds]]} />
     <${Explain} asks="Which engine is an outlier?" not="that the engine is broken: another checkpoint, flag or GPU can be the cause.">Of one kind of traffic and one profile, each engine is compared with the others, by request. ${s.outlier_engine.state === "off" && html`Off: ${s.outlier_engine.detail}.`}<//>
+    <${Canaries} s=${s} />
     <h2>All traffic</h2>
     <${Chart} label="Requests per second over time" height=${170} time=${past.time} show=${(x) => fixed(x, 2)} marks=${marks(data)}
       series=${[["requests/s", "--accent", perSecond(past, "requests")], ["failed/s", "--bad", perSecond(past, "failed")]]} />

@@ -1,0 +1,112 @@
+"""One engine's canaries: which models it serves, and what its last replays say."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from hemostat.canaries.client import CanaryClient
+from hemostat.canaries.pace import Pace
+from hemostat.reference.server import VllmServer
+from hemostat_calibration.arrays import Floats
+from hemostat_calibration.canaries import Comparison, Origin
+
+MAX_ADAPTERS = 8
+"""Of an engine, by name; further ones are not asked."""
+BASELINE, ENGINES = "baseline", "engines"
+"""What a replay is compared with: then, and the other engines."""
+
+
+@dataclass(slots=True)
+class Reading:
+    """Of one served model. Replays of all engines are numbered, in the order in which they end."""
+
+    due: float = 0.0
+    """Of the next replay, monotonic seconds."""
+    at: float = 0.0
+    """Of the last one, Unix time."""
+    number: int = 0
+    """Of the last one."""
+    values: Floats | None = None
+    """Of the last one."""
+    found: dict[str, Comparison] = field(default_factory=dict)
+    """By what it was compared with."""
+    suspected: dict[str, int] = field(default_factory=dict)
+    """From what it was too far, and after which replay."""
+    since: dict[str, float] = field(default_factory=dict)
+    """The statements: from what it is too far, and since when, Unix time."""
+    reference: tuple[float, float] | None = None
+    """Distance from the reference, nats: then, now."""
+
+    def judge(self, against: str, found: Comparison, numbers: Collection[int], now: float) -> None:
+        """One comparison. numbers: of the replays that are part of it.
+
+        The first one that is too far is a suspicion; the first one of replays that are all later is a statement.
+        """
+        self.found[against] = found
+        if not found.changed:
+            self.suspected.pop(against, None)
+            self.since.pop(against, None)
+        elif min(numbers) > self.suspected.setdefault(against, max(numbers)):
+            self.since.setdefault(against, now)
+
+    @property
+    def awaited(self) -> dict[str, int]:
+        """The suspicions without a statement."""
+        return {against: number for against, number in self.suspected.items() if against not in self.since}
+
+
+class EngineCanaries:
+    """Owns what is known of one engine."""
+
+    def __init__(self, name: str, server: VllmServer, pace: Pace) -> None:
+        self.name = name
+        self.pace = pace
+        self._server = server
+        self.readings: dict[str, Reading] = {}
+        """By served name, the base model's first."""
+        self.now = Origin("")
+        """What it serves, as `list_models` has found."""
+        self.failure = ""
+        """Why the last attempt could not tell, one line."""
+
+    @property
+    def base(self) -> Reading | None:
+        return next(iter(self.readings.values()), None)
+
+    async def list_models(self, wanted: str | None, weights: str) -> None:
+        """Ask which models it serves. wanted: the base model; None: the first. ReferenceFailure."""
+        base = await self._server.model(wanted)
+        adapters = sorted(card.id for card in await self._server.models() if card.parent is not None)
+        served = (base.id, *adapters[:MAX_ADAPTERS])
+        self.readings = {name: self.readings.get(name, Reading()) for name in served}
+        self.now = await self.client(base.id, taking=False).origin(weights=weights, engine=self.name)
+
+    def client(self, model: str, *, taking: bool) -> CanaryClient:
+        """taking: a set, once, which is not limited by the budget."""
+        return CanaryClient(self._server, model, self.pace.wait if taking else self.pace.spend)
+
+    def forget(self) -> None:
+        """The set is replaced."""
+        self.readings = {name: Reading() for name in self.readings}
+
+    async def close(self) -> None:
+        await self._server.close()
+
+
+def statement(engine: str, model: str, reading: Reading, then: Origin, now: Origin) -> str:
+    """What is wrong at an engine, in one line with its figures; "" where nothing is."""
+    if not reading.since:
+        return ""
+    against = BASELINE if BASELINE in reading.since else ENGINES
+    what = "changed" if against == BASELINE else "is not like the other engines"
+    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(reading.since[against]))
+    parts = [f"{engine} ({model}) {what} by the canaries, since {since}: {reading.found[against].summary}"]
+    for name, text in (("root", "path"), ("version", "vLLM"), ("weights", "fingerprint of the weights")):
+        before, after = getattr(then, name), getattr(now, name)
+        if before and after and before != after:
+            parts.append(f"{text} {before} then, {after} now")
+    if reading.reference is not None:
+        parts.append("{:.3f} nats from the reference then, {:.3f} now".format(*reading.reference))
+    return "; ".join(parts)

@@ -1,0 +1,389 @@
+"""The canaries of the engines behind the relays: takes the sets, replays them, and says which engine has changed.
+
+A set is taken once, at an engine that is up, and kept in the store. Each engine replays it every hour, and at once when
+it comes back or was started again, within its budget of tokens. A replay that is too far away is repeated at once, and
+only two in a row are a statement. Beside the base model, each LoRA adapter that an engine lists is asked the shortest
+sequences, against a baseline of its own.
+
+A set is taken anew only where an operator accepts what is served, or announces it: another served name, another path of
+the model, or another file of prompts. Other weights under the same path are a change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from hemostat.canaries.engine import BASELINE, ENGINES, EngineCanaries, Reading, statement
+from hemostat.canaries.pace import HOUR_SECONDS, Pace
+from hemostat.canaries.prompts import PromptFileError, Prompts, load
+from hemostat.canaries.sets import Sets
+from hemostat.config.schema import Settings
+from hemostat.engines.addresses import EngineAddresses
+from hemostat.engines.registry import EngineRegistry
+from hemostat.engines.upstreams import UpstreamEngines
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
+from hemostat.reference.monitor import ReferenceMonitor
+from hemostat.reference.pair import ReferenceState
+from hemostat.reference.protocol import ReferenceFailure, ScoreRequest
+from hemostat.store.protocol import StoreWrites
+from hemostat_calibration.canaries import REPLAYS, CanarySet, Origin, shortest
+from hemostat_calibration.errors import HemostatError, InvalidArgumentError
+
+log = logging.getLogger("hemostat.canaries")
+
+TICK_SECONDS = 1.0
+FIRST_SECONDS = 600.0
+"""After the start, before a set is taken where the store has none: engines have served for a while then."""
+RETRY_SECONDS = 300.0
+"""After an attempt that could not tell."""
+REQUEST_SECONDS = 60.0
+RECENT_SECONDS = 2 * HOUR_SECONDS
+"""Replays of other engines that are older are not compared with."""
+EQUAL, EXCEEDED, FAILED = "equal", "exceeded", "failed"
+
+
+class Canaries:
+    """Lives in the control process's event loop, and touches no client's request.
+
+    active: this process owns the store. clock: monotonic seconds. wall: Unix time.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        addresses: EngineAddresses,
+        registry: EngineRegistry,
+        upstreams: UpstreamEngines,
+        monitor: ReferenceMonitor,
+        writes: StoreWrites,
+        *,
+        active: Callable[[], bool],
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+    ) -> None:
+        self._settings = settings.canaries
+        self._model = settings.calibration.model
+        self._addresses = addresses
+        self._registry = registry
+        self._upstreams = upstreams
+        self._monitor = monitor
+        self._writes = writes
+        self._active = active
+        self._clock, self._wall = clock, wall
+        self._sets = Sets(writes)
+        self._engines: dict[str, _Engine] = {}
+        self._prompts: Prompts | None = None
+        self._take_at = clock() + FIRST_SECONDS
+        self._taking = asyncio.Lock()
+        self._count = 0
+        """Replays so far."""
+        self._outcomes: Counter[str] = Counter({EQUAL: 0, EXCEEDED: 0, FAILED: 0})
+        self.problem = "" if settings.canaries.enabled else "canaries.enabled is false"
+        """Why nothing is replayed; "" where something is."""
+
+    def restore(self, stored: bytes | None) -> None:
+        """What an earlier run stored."""
+        if stored is None or not self._settings.enabled:
+            return
+        try:
+            self._sets.restore(stored)
+        except InvalidArgumentError as error:
+            self._outcomes[FAILED] += 1
+            log.error("canaries: what is stored cannot be used, a new set is taken: %s", error)
+
+    def accept(self) -> None:
+        """What the engines compute now is right: a new set is taken, at once. HemostatError where none can be."""
+        if self.problem:
+            raise HemostatError(f"there are no canaries: {self.problem}")
+        self._forget("accepted by the operator")
+
+    def _forget(self, why: str) -> None:
+        self._record(f"a new set of canaries is taken: {why}", {})
+        self._sets.clear()
+        for engine in self._engines.values():
+            engine.canaries.forget()
+        self._take_at = self._clock()
+
+    # --- when ------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        if not self._settings.enabled:
+            return
+        try:
+            self._prompts = await asyncio.to_thread(load, self._settings.file)
+        except PromptFileError as error:
+            self.problem = f"canaries.file: {error}"
+            self._outcomes[FAILED] += 1
+            log.error("no canaries: %s", self.problem)
+            return
+        try:
+            while True:
+                await self.step()
+                await asyncio.sleep(TICK_SECONDS)
+        finally:
+            for name in list(self._engines):
+                await self._drop(name)
+
+    async def step(self) -> None:
+        """Look at the engines, and begin what is due there."""
+        current = self._upstreams.current()
+        for gone in self._engines.keys() - current.keys():
+            await self._drop(gone)
+        for name, seen in current.items():
+            if name not in self._engines:
+                server = self._addresses.server(name, REQUEST_SECONDS)
+                self._engines[name] = _Engine(EngineCanaries(name, server, Pace(self._clock)))
+            engine = self._engines[name]
+            engine.canaries.pace.look(seen.outstanding)
+            engine.look(seen.up > 0, self._boot(name))
+            serves = engine.up and name not in self._upstreams.drained
+            if serves and engine.idle and self._active() and self._clock() >= engine.not_before:
+                engine.task = asyncio.create_task(self._work(engine), name=f"canaries of {name}")
+
+    def _boot(self, name: str) -> str:
+        """The boot id that its plugin reports; "" where it is not known."""
+        now = self._clock()
+        if self._addresses.several:
+            return self._addresses.boot_at(name, now) or ""
+        boots = self._registry.boots(now)
+        return next(iter(boots)) if len(boots) == 1 else ""
+
+    def _weights(self, name: str) -> str:
+        boot = self._boot(name)
+        live = self._registry.live(self._clock()) if boot else []
+        return next((one.weights for one in live if one.boot_id == boot), "")
+
+    async def _drop(self, name: str) -> None:
+        engine = self._engines.pop(name)
+        if engine.task is not None:
+            engine.task.cancel()
+            await asyncio.gather(engine.task, return_exceptions=True)
+        await engine.canaries.close()
+
+    # --- what ------------------------------------------------------------------------------------------------------
+
+    async def _work(self, engine: _Engine) -> None:
+        """What is due at this engine now. Failures are data."""
+        canaries, now = engine.canaries, self._clock()
+        try:
+            if now - engine.listed_at >= HOUR_SECONDS:
+                await canaries.list_models(self._model, self._weights(canaries.name))
+                engine.listed_at = now
+            if why := self._announced():
+                self._forget(why)
+            if (base := self._sets.base) is None:
+                await self._take(canaries)
+                return
+            if _served(canaries.now) != _served(base.origin):
+                return  # a rolling update to another path: not compared until all engines have it
+            await self._score_reference(base)
+            for model in list(canaries.readings):
+                if now >= canaries.readings[model].due:
+                    await self._replay(canaries, model)
+        except (ReferenceFailure, InvalidArgumentError) as failure:
+            self._outcomes[FAILED] += 1
+            if str(failure) != canaries.failure:
+                log.warning("canaries: %s could not be asked: %s", canaries.name, failure)
+            canaries.failure, engine.not_before = str(failure), now + RETRY_SECONDS
+            engine.listed_at = -np.inf
+        else:
+            canaries.failure = ""
+
+    def _announced(self) -> str:
+        """What says that another model is served on purpose, at all engines; "" where nothing does."""
+        base = self._sets.base
+        if base is None or self._prompts is None:
+            return ""
+        if base.origin.prompts != self._prompts.digest:
+            return "canaries.file has other prompts"
+        served = {_served(one.canaries.now) for one in self._engines.values() if one.up}
+        if len(served) != 1 or served == {_served(base.origin)} or served == {_served(Origin(""))}:
+            return ""
+        return "{} from {} is served".format(*served.pop())
+
+    async def _take(self, canaries: EngineCanaries) -> None:
+        assert self._prompts is not None
+        async with self._taking:
+            if self._sets.base is not None or self._clock() < self._take_at:
+                return
+            client = canaries.client(canaries.now.model, taking=True)
+            taken = await client.take(self._prompts, weights=canaries.now.weights, engine=canaries.name)
+            self._sets.put(taken)
+        log.info("canaries: a set of %d sequences was taken at %s", len(taken.canaries), canaries.name)
+
+    async def _score_reference(self, base: CanarySet) -> None:
+        """Once, when there is a reference: its scores of the same tokens."""
+        pair = self._monitor.served.calibrated
+        if len(base.reference) or pair is None or pair.scorer is None or pair.state is not ReferenceState.READY:
+            return
+        scored = []
+        for one in base.canaries:
+            ids = np.array(one.ids, np.int32)
+            request = ScoreRequest(ids[:1], ids[1:], np.full((one.scored, 1), -1, np.int32))
+            scored.append((await pair.scorer.score(request)).emitted)
+        if self._sets.base is base:
+            self._sets.put(replace(base, reference=np.concatenate(scored)))
+
+    async def _replay(self, canaries: EngineCanaries, model: str) -> None:
+        base, taken, reading = self._sets.base, self._sets.of(model), canaries.readings[model]
+        if base is None:
+            return
+        if taken is None:
+            sequences = shortest(base.canaries)
+            if canaries.pace.left() < REPLAYS * sum(one.tokens for one in sequences):
+                return
+            origin = replace(canaries.now, model=model, prompts=base.origin.prompts, at=self._wall())
+            self._sets.put(await canaries.client(model, taking=False).baseline(sequences, origin))
+            reading.due = self._clock() + HOUR_SECONDS
+            return
+        if canaries.pace.left() < taken.tokens:
+            return  # due as before: once the budget allows it
+        values = await canaries.client(model, taking=False).replay(taken.canaries)
+        if self._sets.of(model) is not taken:
+            return  # replaced meanwhile
+        self._count += 1
+        reading.values, reading.number, reading.at = values, self._count, self._wall()
+        reading.reference = taken.from_reference(values)
+        self._judge(canaries, model, taken)
+
+    def _judge(self, canaries: EngineCanaries, model: str, taken: CanarySet) -> None:
+        """After a replay there: against then, and all engines that serve the same against each other."""
+        tolerance, now = self._settings.tolerance_nats, self._wall()
+        reading, alike = canaries.readings[model], self._alike(canaries, model)
+        before = {name: dict(one.since) for name, one in alike.items()}
+        values = {name: one.values for name, one in alike.items() if one.values is not None}
+        reading.judge(BASELINE, taken.compare(values[canaries.name], tolerance), [reading.number], now)
+        numbers = [one.number for one in alike.values()]
+        for name, found in taken.compare_engines(values, tolerance).items():
+            alike[name].judge(ENGINES, found, numbers, now)
+        self._outcomes[EXCEEDED if reading.suspected else EQUAL] += 1
+        awaited = max((one.awaited.get(ENGINES, 0) for one in alike.values()), default=0)
+        for name, one in alike.items():
+            if one.number <= max(awaited, one.awaited.get(BASELINE, 0)):
+                one.due = 0.0
+            elif name == canaries.name:
+                one.due = self._clock() + HOUR_SECONDS
+            if one.since.keys() != before[name].keys():
+                text = statement(name, model, one, taken.origin, self._engines[name].canaries.now)
+                self._record(text or f"{name} ({model}) is as it was by the canaries", self._figures(one))
+
+    def _alike(self, canaries: EngineCanaries, model: str) -> dict[str, Reading]:
+        """By engine, the readings of those that serve the same, this one and those of the last hours."""
+        found = {}
+        for name, other in self._engines.items():
+            reading = other.canaries.readings.get(model)
+            if reading is None or reading.values is None or _served(other.canaries.now) != _served(canaries.now):
+                continue
+            if self._wall() - reading.at < RECENT_SECONDS:
+                found[name] = reading
+        return found
+
+    def _record(self, why: str, evidence: dict[str, Any]) -> None:
+        log.warning("%s", why)
+        event = {"at": self._wall(), "decision": "alarm", "version": "", "why": why, "evidence": evidence}
+        self._writes.append_event(event)
+
+    # --- what is shown ---------------------------------------------------------------------------------------------
+
+    def _all(self) -> Iterator[tuple[EngineCanaries, str, Reading]]:
+        """Engines, their models and readings, those that were replayed."""
+        for engine in self._engines.values():
+            for model, reading in engine.canaries.readings.items():
+                if reading.found:
+                    yield engine.canaries, model, reading
+
+    def statements(self) -> Iterator[tuple[str, float]]:
+        """What is wrong now, one line each, and since when (Unix time)."""
+        for canaries, model, reading in self._all():
+            taken = self._sets.of(model)
+            if taken is not None and reading.since:
+                text = statement(canaries.name, model, reading, taken.origin, canaries.now)
+                yield text, min(reading.since.values())
+
+    def report(self) -> dict[str, Any]:
+        """JSON-ready. set: what is replayed; None before one was taken. engines: the last replay of each model of each
+        engine; distance_nats: the median distance of its sequences."""
+        base = self._sets.base
+        return {
+            "detail": self.problem or ("" if base is not None else "no set was taken yet"),
+            "set": None
+            if base is None
+            else {
+                "model": base.origin.model,
+                "root": base.origin.root,
+                "vllm": base.origin.version,
+                "weights": base.origin.weights,
+                "engine": base.origin.engine,
+                "taken": base.origin.at,
+                "sequences": len(base.canaries),
+                "tokens": base.tokens,
+            },
+            "failures": {name: one.canaries.failure for name, one in self._engines.items() if one.canaries.failure},
+            "engines": [
+                {
+                    "engine": canaries.name,
+                    "model": model,
+                    "at": reading.at,
+                    "since": min(reading.since.values(), default=None),
+                    "changed": BASELINE in reading.since,
+                    "outlier": ENGINES in reading.since,
+                    **self._figures(reading),
+                }
+                for canaries, model, reading in self._all()
+            ],
+        }
+
+    def _figures(self, reading: Reading) -> dict[str, Any]:
+        figures = {
+            against: {"votes": one.votes, "needed": one.needed, "sequences": len(one.bounds), "distance_nats": one.nats}
+            for against, one in reading.found.items()
+        }
+        return {**figures, "reference_nats": reading.reference}
+
+    def samples(self) -> Iterator[Sample]:
+        for outcome, count in self._outcomes.items():
+            yield Sample(names.CANARY_REPLAYS, (outcome,), count)
+        for canaries, model, reading in self._all():
+            for against, one in reading.found.items():
+                labels = (canaries.name, model, against)
+                yield Sample(names.CANARY_DISTANCE_NATS, labels, one.nats)
+                yield Sample(names.CANARY_CHANGED, labels, float(against in reading.since))
+
+
+def _served(origin: Origin) -> tuple[str, str]:
+    """Name and path."""
+    return origin.model, origin.root
+
+
+class _Engine:
+    """When one engine is asked."""
+
+    def __init__(self, canaries: EngineCanaries) -> None:
+        self.canaries = canaries
+        self.up = False
+        self._boot = ""
+        self.listed_at = -np.inf
+        """When its models were listed, monotonic seconds."""
+        self.not_before = 0.0
+        self.task: asyncio.Task[None] | None = None
+
+    @property
+    def idle(self) -> bool:
+        return self.task is None or self.task.done()
+
+    def look(self, up: bool, boot: str) -> None:
+        """An engine that comes back, or whose plugin reports another boot id, is asked at once."""
+        if (up and not self.up) or (boot and self._boot and boot != self._boot):
+            self.listed_at, self.not_before = -np.inf, 0.0
+            for reading in self.canaries.readings.values():
+                reading.due = 0.0
+        self.up, self._boot = up, boot or self._boot

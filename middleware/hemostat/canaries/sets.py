@@ -1,0 +1,50 @@
+"""The sets of canaries that are in force, and in the store: the base model's, and one of each adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from hemostat.store.protocol import StoreWrites
+from hemostat_calibration import state_codec
+from hemostat_calibration.canaries import CanarySet
+
+BLOB_KEY = "canaries"
+"""Of the blob in the store."""
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    sets: Mapping[str, CanarySet] = field(default_factory=dict)
+    """By served name, in the order in which they were taken: the base model's is the first."""
+
+
+class Sets:
+    """Owns them."""
+
+    def __init__(self, writes: StoreWrites) -> None:
+        self._writes = writes
+        self._sets: dict[str, CanarySet] = {}
+
+    @property
+    def base(self) -> CanarySet | None:
+        return next(iter(self._sets.values()), None)
+
+    def of(self, model: str) -> CanarySet | None:
+        return self._sets.get(model)
+
+    def put(self, taken: CanarySet) -> None:
+        self._sets[taken.origin.model] = taken
+        self._save()
+
+    def clear(self) -> None:
+        self._sets.clear()
+        self._save()
+
+    def restore(self, stored: bytes) -> None:
+        """What an earlier run stored. InvalidArgumentError."""
+        self._sets = dict(state_codec.decode(_Stored, stored, SCHEMA).sets)
+
+    def _save(self) -> None:
+        self._writes.put_blob(BLOB_KEY, state_codec.encode(_Stored(self._sets), SCHEMA))

@@ -1,0 +1,351 @@
+"""The canaries of the control process, against fake engines: when they are asked, what is said, who accepts it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.control import settings
+from tests.support.fake_vllm import FakeVllm, running
+from tests.support.stores import DirectWrites
+from tests.support.waiting import until
+
+from hemostat.canaries import client
+from hemostat.canaries.keeper import FIRST_SECONDS, RETRY_SECONDS, Canaries
+from hemostat.canaries.pace import BUDGET_TOKENS, HOUR_SECONDS
+from hemostat.canaries.sets import BLOB_KEY
+from hemostat.engines.addresses import EngineAddresses
+from hemostat.engines.messages import EngineReport
+from hemostat.engines.registry import EngineRegistry
+from hemostat.engines.upstreams import UpstreamEngines
+from hemostat.ipc.messages import EngineHealth
+from hemostat.metrics import names
+from hemostat.reference.monitor import ReferenceMonitor
+from hemostat_calibration.errors import HemostatError
+
+SEQUENCES = 20
+
+
+class World:
+    """Engines that relays report, and the canaries that are kept of them."""
+
+    def __init__(
+        self, fakes: Sequence[FakeVllm], folder: Path, more: dict[str, Any], stored: DirectWrites | None
+    ) -> None:
+        self.fakes = fakes
+        self.now = 1000.0
+        self.names = [fake.url.removeprefix("http://") for fake in fakes]
+        self.up = dict.fromkeys(self.names, True)
+        self.outstanding = dict.fromkeys(self.names, 0)
+        self.written = stored or DirectWrites()
+        made = settings(canaries={"file": folder / "prompts.txt"} | more, upstream={"urls": [f.url for f in fakes]})
+        self.upstreams = UpstreamEngines(lambda: [self._health()], self.written)
+        self.registry = EngineRegistry()
+        self.canaries = Canaries(
+            made,
+            EngineAddresses(made.upstream, self.registry, lambda: self.names, self.clock, lambda: None),
+            self.registry,
+            self.upstreams,
+            ReferenceMonitor(
+                None,
+                made,
+                compressed_scorer=None,
+                scores_fail=lambda _: False,
+                refused=lambda: 0.0,
+                on_change=lambda: None,
+            ),
+            self.written,
+            active=lambda: True,
+            clock=self.clock,
+            wall=self.clock,
+        )
+        self.canaries.restore(self.written.get_blob(BLOB_KEY))
+
+    def clock(self) -> float:
+        return self.now
+
+    def _health(self) -> list[EngineHealth]:
+        return [
+            EngineHealth(name, "up" if self.up[name] else "ejected", False, self.outstanding[name], 0, 0, 0)
+            for name in self.names
+        ]
+
+    async def settle(self, seconds: float = 0.0) -> None:
+        """Time passes, and all that is due then is done."""
+        self.now += seconds
+        for _ in range(4):  # what is due, what follows at once, and twice more
+            await self.canaries.step()
+            await until(lambda: all(engine.idle for engine in self.canaries._engines.values()))
+
+    def asked(self) -> list[int]:
+        """Replayed sequences by engine, since the last time."""
+        counts = [sum("prompt_logprobs" in body for body in fake.requests) for fake in self.fakes]
+        for fake in self.fakes:
+            fake.requests.clear()
+        return counts
+
+    def statements(self) -> list[str]:
+        return [text for text, _ in self.canaries.statements()]
+
+    def sample(self, name: str) -> dict[tuple[str, ...], float]:
+        return {tuple(one.labels): one.value for one in self.canaries.samples() if one.name == name}
+
+
+@asynccontextmanager
+async def world(
+    folder: Path, *fakes: FakeVllm, stored: DirectWrites | None = None, prompts: str = "", **more: Any
+) -> AsyncIterator[World]:
+    (folder / "prompts.txt").write_text(prompts or "".join(f"p{n}\n" for n in range(SEQUENCES)))
+    async with AsyncExitStack() as stack:
+        for fake in fakes:
+            await stack.enter_async_context(running(fake))
+        one = World(fakes, folder, more, stored)
+        task = asyncio.create_task(one.canaries.run())  # reads the prompts; looks at the engines once
+        await until(lambda: one.canaries._prompts is not None or task.done())
+        try:
+            yield one
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "ANSWER_TOKENS", 4)
+    monkeypatch.setattr("hemostat.canaries.keeper.TICK_SECONDS", 3600.0)
+
+
+async def test_a_set_is_taken_when_engines_have_served_a_while_and_replayed_every_hour(tmp_path: Path) -> None:
+    async with world(tmp_path, FakeVllm()) as one:
+        await one.settle()
+        assert one.asked() == [0]
+        assert one.canaries.report()["detail"] == "no set was taken yet"
+        await one.settle(FIRST_SECONDS)
+        assert one.asked() == [SEQUENCES * 5]  # four replays of the baseline, and the first one
+        await one.settle(HOUR_SECONDS - 1)
+        assert one.asked() == [0]
+        await one.settle(1)
+        assert one.asked() == [SEQUENCES]
+        assert one.statements() == []
+        report = one.canaries.report()
+        assert (report["detail"], report["set"]["sequences"], report["failures"]) == ("", SEQUENCES, {})
+        assert one.sample(names.CANARY_CHANGED) == {(one.names[0], "fake", "baseline"): 0.0}
+
+
+async def test_another_model_under_the_same_name_is_stated_after_two_replays_and_until_it_is_back(
+    tmp_path: Path,
+) -> None:
+    fake = FakeVllm()
+    async with world(tmp_path, fake) as one:
+        await one.settle(FIRST_SECONDS)
+        one.asked()
+        fake.noise = 0.3
+        await one.settle(HOUR_SECONDS)
+        assert one.asked() == [2 * SEQUENCES]
+        (text,) = one.statements()
+        assert f"{one.names[0]} (fake) changed by the canaries" in text
+        assert f"{SEQUENCES} of {SEQUENCES} sequences differ" in text
+        assert one.sample(names.CANARY_CHANGED) == {(one.names[0], "fake", "baseline"): 1.0}
+        assert one.written.events(1)[0]["why"] == text
+        fake.noise = 0.0
+        await one.settle(HOUR_SECONDS)
+        assert one.statements() == []
+        assert "is as it was" in one.written.events(1)[0]["why"]
+
+
+async def test_one_replay_that_is_far_away_is_no_statement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeVllm()
+    async with world(tmp_path, fake) as one:
+        await one.settle(FIRST_SECONDS)
+        one.asked()
+        fake.noise, seen = 0.3, []
+        plain = client.CanaryClient.replay
+
+        async def heal_after(self: client.CanaryClient, canaries: Any) -> Any:
+            values = await plain(self, canaries)
+            seen.append(values)
+            fake.noise = 0.0
+            return values
+
+        monkeypatch.setattr(client.CanaryClient, "replay", heal_after)
+        await one.settle(HOUR_SECONDS)
+        assert len(seen) == 2
+        assert one.statements() == []
+        assert one.sample(names.CANARY_REPLAYS) == {("equal",): 2.0, ("exceeded",): 1.0, ("failed",): 0.0}
+
+
+async def test_an_engine_that_comes_back_or_is_started_again_is_asked_at_once(tmp_path: Path) -> None:
+    async with world(tmp_path, FakeVllm()) as one:
+        await one.settle(FIRST_SECONDS)
+        one.asked()
+        one.up[one.names[0]] = False
+        await one.settle(1)
+        assert one.asked() == [0]
+        one.up[one.names[0]] = True
+        await one.settle(1)
+        assert one.asked() == [SEQUENCES]
+
+        def report(boot: str, weights: str) -> None:
+            one.registry.report(EngineReport(boot, 0, 1, [], 512, {}, "v1", "0.32.0", weights=weights), one.now)
+
+        report("a", "1" * 32)
+        await one.settle(1)
+        assert one.asked() == [0]
+        one.now += 60  # the former process is silent
+        report("b", "2" * 32)
+        await one.settle()
+        assert one.asked() == [SEQUENCES]
+
+
+async def test_a_replay_waits_for_low_load_and_for_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with world(tmp_path, FakeVllm()) as one:
+        await one.settle(FIRST_SECONDS)
+        one.asked()
+        one.now += HOUR_SECONDS
+        one.outstanding[one.names[0]] = 40
+        # The average of an hour, in which there was nothing until now, is taken as it was before.
+        one.canaries._engines[one.names[0]].canaries.pace.look(0)
+        await one.canaries.step()
+        engine = one.canaries._engines[one.names[0]]
+        await asyncio.sleep(0.1)
+        assert not engine.idle
+        assert one.asked() == [0]
+        one.outstanding[one.names[0]] = 0
+        await one.settle()
+        assert one.asked() == [SEQUENCES]
+
+        assert engine.canaries.base is not None
+        spent = engine.canaries.pace._spent
+        spent.append((one.now, BUDGET_TOKENS))
+        engine.canaries.base.due = 0.0
+        await one.settle()
+        assert one.asked() == [0]
+        await one.settle(HOUR_SECONDS)
+        assert one.asked() == [SEQUENCES]
+
+
+async def test_the_outlier_engine_is_named_at_its_first_replay_whoever_gets_which_requests(tmp_path: Path) -> None:
+    fakes = [FakeVllm(), FakeVllm(), FakeVllm()]
+    async with world(tmp_path, *fakes) as one:
+        await one.settle(FIRST_SECONDS)
+        for fake in fakes:
+            fake.seed = 7  # all run another model than then
+        fakes[1].noise = 0.3
+        await one.settle(HOUR_SECONDS)
+        changed = {labels: value for labels, value in one.sample(names.CANARY_CHANGED).items() if value}
+        assert {(name, "fake", "baseline") for name in one.names} | {(one.names[1], "fake", "engines")} == set(changed)
+
+
+async def test_what_an_operator_accepts_is_the_new_set(tmp_path: Path) -> None:
+    fake = FakeVllm()
+    async with world(tmp_path, fake) as one:
+        await one.settle(FIRST_SECONDS)
+        fake.noise = 0.3
+        await one.settle(HOUR_SECONDS)
+        assert one.statements()
+        one.canaries.accept()
+        assert one.statements() == []
+        await one.settle()
+        await one.settle(HOUR_SECONDS)
+        assert one.statements() == []
+        assert any("accepted by the operator" in event["why"] for event in one.written.events(9))
+
+
+async def test_a_path_that_all_engines_announce_makes_a_new_set_and_one_of_a_rolling_update_does_not(
+    tmp_path: Path,
+) -> None:
+    fakes = [FakeVllm(root="/models/a"), FakeVllm(root="/models/a")]
+    async with world(tmp_path, *fakes) as one:
+        await one.settle(FIRST_SECONDS)
+        fakes[0].root, fakes[0].noise = "/models/b", 0.3
+        await one.settle(HOUR_SECONDS)
+        assert one.canaries.report()["set"]["root"] == "/models/a"
+        fakes[1].root, fakes[1].noise = "/models/b", 0.3
+        await one.settle(HOUR_SECONDS)
+        await one.settle(HOUR_SECONDS)
+        assert one.canaries.report()["set"]["root"] == "/models/b"
+        assert one.statements() == []
+
+
+async def test_a_set_outlasts_the_process_and_other_prompts_replace_it(tmp_path: Path) -> None:
+    fake = FakeVllm()
+    async with world(tmp_path, fake) as one:
+        await one.settle(FIRST_SECONDS)
+        written = one.written
+    fake.noise = 0.3
+    async with world(tmp_path, fake, stored=written) as one:
+        await one.settle()
+        assert len(one.statements()) == 1
+    async with world(tmp_path, fake, stored=written, prompts="".join(f"q{n}\n" for n in range(SEQUENCES))) as one:
+        await one.settle()
+        await one.settle(HOUR_SECONDS)
+        assert one.statements() == []
+
+
+async def test_an_adapter_has_a_baseline_of_its_own_so_that_a_wrong_one_after_a_restart_is_seen(
+    tmp_path: Path,
+) -> None:
+    fake = FakeVllm(adapters=("summaries",))
+    async with world(tmp_path, fake) as one:
+        await one.settle(FIRST_SECONDS)
+        await one.settle(HOUR_SECONDS)
+        assert one.statements() == []
+        assert {row["model"] for row in one.canaries.report()["engines"]} == {"fake", "summaries"}
+        plain = fake.row_logprobs
+
+        def wrong(context: list[int], body: dict[str, Any]) -> Any:
+            return FakeVllm(seed=3).logprobs(context) if body.get("model") == "summaries" else plain(context, body)
+
+        fake.row_logprobs = wrong  # type: ignore[method-assign]
+        one.up[one.names[0]] = False
+        await one.settle(1)
+        one.up[one.names[0]] = True
+        await one.settle(1)
+        (text,) = one.statements()
+        assert "(summaries) changed" in text
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [({"status": 500}, "answered 500"), ({"max_logprobs": -1}, "greater than max")],
+)
+async def test_an_engine_that_cannot_be_asked_is_counted_and_asked_again_later(
+    fault: dict[str, Any], text: str, tmp_path: Path
+) -> None:
+    fake = FakeVllm()
+    async with world(tmp_path, fake) as one:
+        await one.settle(FIRST_SECONDS)
+        for name, value in fault.items():
+            setattr(fake, name, value)
+        await one.settle(HOUR_SECONDS)
+        assert text in one.canaries.report()["failures"][one.names[0]]
+        assert one.sample(names.CANARY_REPLAYS)["failed",] == 1.0
+        assert one.statements() == []
+        fake.status, fake.max_logprobs = None, 64
+        await one.settle(RETRY_SECONDS)
+        assert one.canaries.report()["failures"] == {}
+
+
+async def test_what_cannot_be_used_is_one_line_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    damaged = DirectWrites()
+    damaged.put_blob(BLOB_KEY, b"{")
+    async with world(tmp_path, FakeVllm(), stored=damaged) as one:
+        assert one.sample(names.CANARY_REPLAYS)["failed",] == 1.0
+        await one.settle(FIRST_SECONDS)
+        assert one.canaries.report()["set"] is not None
+    async with world(tmp_path, FakeVllm(), prompts="too few") as one:
+        assert "1 prompts; give 16 to 256" in one.canaries.problem
+        with pytest.raises(HemostatError, match="there are no canaries"):
+            one.canaries.accept()
+    assert all("\n" not in record.getMessage() for record in caplog.records)
+
+
+async def test_without_canaries_nothing_is_asked(tmp_path: Path) -> None:
+    async with world(tmp_path, FakeVllm(), enabled=False) as one:
+        await one.settle(FIRST_SECONDS)
+        assert one.asked() == [0]
+        assert one.canaries.report()["detail"] == "canaries.enabled is false"
