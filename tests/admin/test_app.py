@@ -29,6 +29,7 @@ GUARDED = [
     ("POST", "/api/v1/profiles/pin"),
     ("POST", "/api/v1/profiles/release"),
     ("POST", "/api/v1/alarm/rebase"),
+    ("POST", "/api/v1/canaries/accept"),
     ("POST", "/api/v1/engines/drain"),
     ("POST", "/api/v1/engines/undrain"),
 ]
@@ -313,3 +314,13 @@ async def test_status_has_the_reports_shape_and_is_json(one: Control, client: ht
         assert status["calibrated"] == status["raw"]
         one.pipeline.use_record(*scored(str(n), prompt=n))
     assert status["tokens_scored"] == 6
+
+
+async def test_an_operator_accepts_what_the_canaries_find(tmp_path: Path) -> None:
+    async with control(tmp_path, loops=True) as one, admin_client(one) as client:
+        answer = await client.post("/api/v1/canaries/accept", headers=AUTHORIZED)
+        assert (answer.status_code, answer.json()["set"]) == (200, None)  # one is taken anew
+        assert one.store.read().events[0]["why"] == "a new set of canaries is taken: accepted by the operator"
+        one.canaries.problem = "canaries.enabled is false"
+        answer = await client.post("/api/v1/canaries/accept", headers=AUTHORIZED)
+        assert (answer.status_code, detail(answer)) == (400, "there are no canaries: canaries.enabled is false")

@@ -300,3 +300,15 @@ async def test_captures_and_records_that_are_lost(tmp_path: Path) -> None:
         )
         one.now += LOST_SECONDS
         assert one.found() == []
+
+
+async def test_an_engine_that_computes_something_else_is_a_problem_with_its_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bench(tmp_path) as one:
+        stated = [(f"{A} (m) changed by the canaries", 900.0), (f"{B} (m) changed by the canaries", 800.0)]
+        monkeypatch.setattr(one.one.canaries, "statements", lambda: iter(stated))
+        assert one.found() == [("HemostatCanaryChanged", f"{A} (m) changed by the canaries (and 1 more)")]
+        assert one.since() == {"HemostatCanaryChanged": 800.0}
+        monkeypatch.setattr(one.one.canaries, "statements", lambda: iter(()))
+        assert one.found() == []
