@@ -283,8 +283,8 @@ def many_engines(state: State) -> None:
     row = {"at": state.at - 900, "since": None, "changed": False, "outlier": False, "baseline": found,
            "engines": found, "reference_nats": [0.291, 0.293], "model": "qwen3-8b-w4a16"}  # fmt: skip
     changed = {"changed": True, "since": state.at - 4000, "baseline": found | {"votes": 50, "distance_nats": 0.19}}
-    taken = {"model": "qwen3-8b-w4a16", "root": "/models/qwen3-8b-w4a16", "vllm": "0.32.0", "weights": "", "tokens": 4740,
-             "engine": named[0], "taken": state.at - 90_000, "sequences": 50}  # fmt: skip
+    taken = {"model": "qwen3-8b-w4a16", "root": "/models/qwen3-8b-w4a16", "vllm": "0.32.0", "weights": "",
+             "tokens": 4740, "engine": named[0], "taken": state.at - 90_000, "sequences": 50}  # fmt: skip
     rows = [row | {"engine": name} | (changed if n == 5 else {}) for n, name in enumerate(named)]
     failures = {named[2]: f"http://{named[2]}/v1/completions: Connection refused"}
     state.status["canaries"] = {"detail": "", "set": taken, "failures": failures, "engines": rows}

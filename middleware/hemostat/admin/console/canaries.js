@@ -17,7 +17,7 @@ export function Canaries({ s }) {
     ${Object.entries(c.failures).map(([engine, why]) => html`<p class="wait-text">${engine} could not be asked: ${why}</p>`)}
     ${set && html`<${Table} caption="Last replay" rows=${c.engines} empty="no replay yet" columns=${[
       ["engine", (r) => r.engine, (r) => r.engine], ["model", (r) => r.model, (r) => r.model],
-      ["as when taken", (r) => verdict(r, "baseline", r.changed), (r) => r.baseline?.votes], ["like the other engines", (r) => verdict(r, "engines", r.outlier), (r) => r.engines?.votes],
+      ["as when taken", (r) => verdict(r, "baseline", r.changed), (r) => r.baseline?.votes], ["as the other engines", (r) => verdict(r, "engines", r.outlier), (r) => r.engines?.votes],
       ["distance, nats", (r) => nats(r.baseline?.distance_nats), (r) => r.baseline?.distance_nats],
       ["from the reference, then and now", (r) => (known(r.reference_nats) ? `${nats(r.reference_nats[0])}, ${nats(r.reference_nats[1])}` : NONE), (r) => r.reference_nats?.[1]],
       ["at", (r) => when(r.at), (r) => r.at]]} />
