@@ -131,7 +131,7 @@ def test_the_schema_knows_the_keys_that_serve_knows() -> None:
 
 
 FILES = {
-    *(("upstream", "ca"), ("calibration", "force")),
+    *(("upstream", "ca"), ("calibration", "force"), ("canaries", "file")),
     *(("reference", "folder"), ("run_dir",)),
     *(
         ("admin", "token_file"),

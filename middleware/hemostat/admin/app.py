@@ -344,8 +344,9 @@ def create_app(
         return await backend.actions.rebase(wanted.kind)
 
     @app.post("/api/v1/canaries/accept")
-    async def accept_canaries() -> dict[str, Any]:
+    async def accept_canaries(request: Request) -> dict[str, Any]:
         """Accept what the engines compute now: a new set of canaries is taken from them. Body: none."""
+        await read_body(request, MAX_SMALL_BYTES)
         return await backend.actions.accept_canaries()
 
     @app.post("/api/v1/engines/drain")

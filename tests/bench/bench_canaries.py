@@ -1,0 +1,292 @@
+"""What canaries find on a real vLLM, and what not: `make bench-canaries`, a table and build/bench/canaries.json.
+
+vLLM with SmolLM2-135M-Instruct on this machine. Of each base a set is taken by `hemostat.canaries.client`; then servers
+with a change are started, each as often as --restarts says, and replay the set until the test has a verdict. Replays
+are kept in build/bench/canaries/, and those that are there are not made again.
+
+restart     the same server, started again: has to be equal
+loaded      the same server, idle and with clients that keep LOAD requests in progress, --null replays: has to be equal.
+            10,000 replays are resampled from them, sequence by sequence, against baselines that are resampled, too
+kv fp8      --kv-cache-dtype fp8
+layer 1.02  the scales of one linear layer of 210, a down_proj in the middle, times 1.02
+checkpoint  the uncompressed model under the same name
+texts       W4A16 by GPTQ, of other calibration texts than those of its base
+int8        activations rounded to 8 bits in vLLM's int4 kernels (VLLM_CPU_INT4_W4A8)
+attention   another path of the attention (VLLM_CPU_ATTN_SPLIT_KV=0)
+float32     --dtype float32, of the uncompressed model, whose base is bfloat16
+
+--simulate needs no vLLM: engines whose replays differ by noise with heavy tails (Student's t, 3 degrees of freedom), of
+the size that kernels of GPUs have, and changes that shift each token's log-probability by ± a size. Beside the test, an
+oracle that knows the noise and the shift of each token: the likelihood ratio of normal noise, with a threshold of the
+same false-alarm probability, from its null runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+
+from hemostat.canaries.client import CanaryClient
+from hemostat.canaries.prompts import load
+from hemostat.demo import prompts as demo_prompts
+from hemostat.demo.checkpoints import cached_checkpoints
+from hemostat.demo.vllm_server import VllmServer as VllmProcess
+from hemostat.demo.vllm_server import dtype
+from hemostat.reference.server import VllmServer
+from hemostat_calibration.arrays import Floats
+from hemostat_calibration.canaries import REPLAYS, Canary, CanarySet, Comparison, Origin
+
+BUILD = Path(__file__).resolve().parents[2] / "build" / "bench"
+WORK = BUILD / "canaries"
+NAME = "m"
+LOAD = 4
+RESAMPLED = 10_000
+SCALED = "model.layers.15.mlp.down_proj.weight_scale"
+TEXTS = ("a", "b")
+"""Halves of the demo's prompts that GPTQ calibrates on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A vLLM. base: whose set it replays; "" of one whose set is taken."""
+
+    checkpoint: str
+    base: str = ""
+    arguments: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    changed: bool = True
+
+
+BASES = {
+    "w4a16": Server("w4a16"),
+    "gptq": Server("gptq a"),
+    "uncompressed": Server("reference"),
+}
+SERVERS = {
+    "restart": Server("w4a16", "w4a16", changed=False),
+    "kv fp8": Server("w4a16", "w4a16", ("--kv-cache-dtype", "fp8")),
+    "layer 1.02": Server("scaled", "w4a16"),
+    "checkpoint": Server("reference", "w4a16"),
+    "int8": Server("w4a16", "w4a16", environment={"VLLM_CPU_INT4_W4A8": "1"}),
+    "attention": Server("w4a16", "w4a16", environment={"VLLM_CPU_ATTN_SPLIT_KV": "0"}),
+    "texts": Server("gptq b", "gptq"),
+    "float32": Server("reference", "uncompressed", ("--dtype", "float32")),
+}
+
+
+def checkpoint(name: str) -> Path:
+    """Made where it is not there."""
+    made = cached_checkpoints("w4a16", lambda line: print(line, file=sys.stderr))
+    if name in ("w4a16", "reference"):
+        return made.compressed if name == "w4a16" else made.reference
+    folder = WORK / name.replace(" ", "-")
+    if folder.exists():
+        return folder
+    if name == "scaled":
+        folder.mkdir(parents=True)
+        for file in made.compressed.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        tensors = load_file(folder / "model.safetensors")
+        tensors[SCALED] = (tensors[SCALED].float() * 1.02).to(tensors[SCALED].dtype)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    half = TEXTS.index(name[-1])
+    lines = [
+        json.dumps({"messages": [{"role": one.role, "content": one.content} for one in prompt.messages]})
+        for prompt in demo_prompts.load()[half::2]
+    ]
+    (WORK / f"texts-{half}.jsonl").write_text("\n".join(lines))
+    command = [sys.executable, "-m", "hemostat", "compress", str(made.reference), str(folder), "--scheme", "w4a16"]
+    more = ["--calibrate", "gptq", "--tokens", "3000", "--max-new-tokens", "24"]
+    subprocess.run([*command, *more, "--prompts", str(WORK / f"texts-{half}.jsonl")], check=True)
+    return folder
+
+
+@contextmanager
+def running(name: str, server: Server) -> Iterator[str]:
+    """The URL of a vLLM that was started now."""
+    arguments = ["--enforce-eager", "--max-model-len", "2048", *server.arguments]
+    if "--dtype" not in arguments:
+        arguments += ["--dtype", dtype()]
+    log = WORK / f"{name.replace(' ', '-')}.log"
+    process = VllmProcess(checkpoint(server.checkpoint), NAME, log, arguments, server.environment)
+    process.start()
+    try:
+        process.wait_ready(600.0)
+        yield process.url
+    finally:
+        process.stop()
+
+
+async def take(url: str) -> CanarySet:
+    server = VllmServer(url)
+    try:
+        return await CanaryClient(server, NAME).take(load())
+    finally:
+        await server.close()
+
+
+async def replays(url: str, taken: CanarySet, count: int, load_requests: int = 0) -> list[Floats]:
+    """With so many requests of clients in progress."""
+    server, rng = VllmServer(url, timeout=300.0), random.Random(0)
+    words = " ".join(one.prompt for one in load().prompts).split()
+
+    async def clients() -> None:
+        while True:
+            body = {"model": NAME, "prompt": " ".join(rng.sample(words, rng.randint(5, 60))), "temperature": 1.0}
+            await server.post("/v1/completions", body | {"max_tokens": rng.randint(4, 48)}, dict[str, Any])
+
+    tasks = [asyncio.create_task(clients()) for _ in range(load_requests)]
+    try:
+        return [await CanaryClient(server, NAME).replay(taken.canaries) for _ in range(count)]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await server.close()
+
+
+def base_set(name: str) -> CanarySet:
+    path = WORK / f"{name}.json"
+    if not path.exists():
+        with running(name, BASES[name]) as url:
+            path.write_bytes(asyncio.run(take(url)).to_bytes())
+    return CanarySet.from_bytes(path.read_bytes())
+
+
+def kept(name: str) -> list[Floats]:
+    path = WORK / f"{name.replace(' ', '-')}.npy"
+    return list(np.load(path)) if path.exists() else []
+
+
+def keep(name: str, found: list[Floats]) -> None:
+    np.save(WORK / f"{name.replace(' ', '-')}.npy", np.stack(found))
+
+
+def measure(name: str, restarts: int) -> dict[str, Any]:
+    """Start the server as often, and replay the base's set twice each time."""
+    server = SERVERS[name]
+    taken, found = base_set(server.base), kept(name)
+    while len(found) < 2 * restarts:
+        with running(name, server) as url:
+            found += asyncio.run(replays(url, taken, 2))
+        keep(name, found)
+    verdicts = [taken.compare(one) for one in found[: 2 * restarts]]
+    return {
+        "restarts": restarts,
+        "has_to_change": server.changed,
+        "changed": sum(a.changed and b.changed for a, b in zip(verdicts[::2], verdicts[1::2], strict=True)),
+        **_figures(verdicts),
+    }
+
+
+def _figures(verdicts: list[Comparison]) -> dict[str, Any]:
+    votes, nats = [one.votes for one in verdicts], [one.nats for one in verdicts]
+    return {"votes": [min(votes), max(votes)], "needed": verdicts[0].needed, "nats": [min(nats), max(nats)]}
+
+
+def null(count: int) -> dict[str, Any]:
+    """Replays of the unchanged server, half of them idle and half beside clients, and what is resampled from them."""
+    taken, found = base_set("w4a16"), kept("loaded")
+    if len(found) < count:
+        with running("loaded", BASES["w4a16"]) as url:
+            while len(found) < count:
+                found += asyncio.run(replays(url, taken, min(5, count - len(found)), LOAD * (len(found) // 5 % 2)))
+                keep("loaded", found)
+    verdicts = [taken.compare(one) for one in found[:count]]
+    same = sum(bool((one == taken.baseline[0]).all()) for one in found[:count])
+    return {
+        "replays": count,
+        "to_the_last_bit": same,
+        "changed": sum(one.changed for one in verdicts),
+        **_figures(verdicts),
+        "resampled": resampled(taken, np.stack(found[:count])),
+    }
+
+
+def resampled(taken: CanarySet, found: Floats) -> dict[str, Any]:
+    """Each sequence of a replay, and of the baseline's replays, is drawn by itself from the real ones. Tolerance 0: the
+    noise alone decides."""
+    rng, lengths = np.random.default_rng(0), [one.scored for one in taken.canaries]
+    changed, votes = 0, []
+    for begin in range(0, RESAMPLED, 100):
+        of = [rng.integers(0, len(found), (REPLAYS, len(lengths))) for _ in range(2)]
+        baseline = np.stack([_drawn(found, of[0][n], lengths) for n in range(REPLAYS)])
+        drawn = CanarySet(taken.canaries, baseline, taken.origin)
+        for _ in range(min(100, RESAMPLED - begin)):
+            verdict = drawn.compare(_drawn(found, rng.integers(0, len(found), len(lengths)), lengths), 0.0)
+            votes.append(verdict.votes)
+            changed += verdict.changed
+    return {"replays": RESAMPLED, "changed": changed, "most_votes": max(votes)}
+
+
+def _drawn(found: Floats, which: np.ndarray[Any, Any], lengths: list[int]) -> Floats:
+    ends = np.cumsum(lengths)
+    return np.concatenate([found[n, end - length : end] for n, length, end in zip(which, lengths, ends, strict=True)])
+
+
+def simulate(runs: int) -> list[dict[str, Any]]:
+    """Simulated engines: by noise and shift, nats a token, how many of the replays exceed, and the oracle's."""
+    lengths = [54, 60, 72, 80] * 12 + [570, 915]
+    canaries = tuple(Canary("", np.zeros(n - 8, np.int32), np.zeros(8, np.int32)) for n in lengths)
+    size, rng, rows = sum(one.scored for one in canaries), np.random.default_rng(0), []
+    for noise in (0.005, 0.02):
+
+        def replay(noise: float = noise) -> Floats:
+            jitter: Floats = rng.standard_t(3, size) * (noise / np.sqrt(3.0))
+            return jitter
+
+        signs = rng.choice([-1.0, 1.0], size)
+        null_scores = [float(signs @ replay()) for _ in range(runs)]
+        # The oracle's threshold: as many standard deviations as the false-alarm probability asks of normal noise.
+        threshold = 4.73 * float(np.std(null_scores))
+        for times in (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0):
+            shift, ours, oracle = times * noise, 0, 0
+            for _ in range(runs):
+                if _ % 20 == 0:
+                    taken = CanarySet(canaries, np.stack([replay() for _ in range(REPLAYS)]), Origin(""))
+                now = replay() + shift * signs
+                ours += taken.compare(now, 0.0).changed
+                oracle += float(signs @ now) > threshold
+            rows.append({"noise": noise, "shift": shift, "runs": runs, "found": ours / runs, "oracle": oracle / runs})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="what canaries find on a real vLLM")
+    parser.add_argument("--only", action="append", choices=[*SERVERS, "loaded"], help="this row only")
+    parser.add_argument("--restarts", type=int, default=20, help="of each server (20)")
+    parser.add_argument("--null", type=int, default=200, help="replays of the unchanged server (200)")
+    parser.add_argument("--simulate", type=int, metavar="RUNS", help="the simulation alone, so many replays a row")
+    arguments = parser.parse_args()
+    WORK.mkdir(parents=True, exist_ok=True)
+    path = BUILD / "canaries.json"
+    report = json.loads(path.read_text()) if path.exists() else {}
+    if arguments.simulate:
+        report["simulated"] = simulate(arguments.simulate)
+        for row in report["simulated"]:
+            print("noise {noise:.3f}, shift {shift:.4f}: {found:7.2%}, the oracle {oracle:7.2%}".format(**row))
+    else:
+        for name in arguments.only or [*SERVERS, "loaded"]:
+            row = null(arguments.null) if name == "loaded" else measure(name, arguments.restarts)
+            report[name] = row
+            print(f"{name:12} {json.dumps(row)}", flush=True)
+    path.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main()
