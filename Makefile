@@ -9,7 +9,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-versions test-newest test-oldest passed lint bench-proxy bench-alarm bench-floor bench-families bench-bounds bench-engine bench-recovery bench-reference bench-guard bench-coverage bench-faults bench-load bench-compress chart docs site screenshot clean
+.PHONY: help setup demo test test-slow test-versions test-newest test-oldest passed lint bench-proxy bench-alarm bench-floor bench-families bench-bounds bench-engine bench-recovery bench-reference bench-guard bench-coverage bench-faults bench-load bench-canaries bench-compress chart docs site screenshot clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -86,6 +86,9 @@ bench-faults: setup ## attacks, faults and restarts under load, on real processe
 
 bench-load: setup ## what one control process takes from its relays, and its load at 10 to 10^6 requests/s; writes build/bench/load.json
 	@exec $(BIN)/python tests/bench/bench_load.py $(ARGS)
+
+bench-canaries: setup ## what canaries find on a real vLLM: changed weights, caches, kernels, and nothing (hours); writes build/bench/canaries.json
+	@exec $(BIN)/python tests/bench/bench_canaries.py $(ARGS)
 
 bench-compress: setup ## compressed checkpoints of equal bytes, ours and llmcompressor's (hours); writes build/bench/compress.json
 	@exec $(BIN)/python tests/bench/bench_compress.py $(ARGS)
