@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.support.control import settings
 from tests.support.fake_vllm import FakeVllm, running
@@ -17,7 +18,7 @@ from tests.support.waiting import until
 from hemostat.canaries import client
 from hemostat.canaries.keeper import FIRST_SECONDS, RETRY_SECONDS, Canaries
 from hemostat.canaries.pace import BUDGET_TOKENS, HOUR_SECONDS
-from hemostat.canaries.sets import BLOB_KEY
+from hemostat.canaries.sets import BLOB_KEY, MAX_SETS, Sets
 from hemostat.engines.addresses import EngineAddresses
 from hemostat.engines.messages import EngineReport
 from hemostat.engines.registry import EngineRegistry
@@ -25,6 +26,7 @@ from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.ipc.messages import EngineHealth
 from hemostat.metrics import names
 from hemostat.reference.monitor import ReferenceMonitor
+from hemostat_calibration.canaries import Canary, CanarySet, Origin
 from hemostat_calibration.errors import HemostatError
 
 SEQUENCES = 20
@@ -344,8 +346,18 @@ async def test_what_cannot_be_used_is_one_line_and_counted(tmp_path: Path, caplo
     assert all("\n" not in record.getMessage() for record in caplog.records)
 
 
+def test_sets_of_adapters_that_come_and_go_are_bounded_and_the_base_models_stays() -> None:
+    sequences = tuple(Canary("", np.zeros(2, np.int32), np.zeros(2, np.int32)) for _ in range(16))
+    sets = Sets(DirectWrites())
+    for n in range(MAX_SETS + 10):
+        sets.put(CanarySet(sequences, np.zeros((2, 48)), Origin(f"m{n}")))
+    assert sets.base is sets.of("m0")
+    kept = [n for n in range(MAX_SETS + 10) if sets.of(f"m{n}") is not None]
+    assert kept == [0, *range(11, MAX_SETS + 10)]
+
+
 async def test_without_canaries_nothing_is_asked(tmp_path: Path) -> None:
     async with world(tmp_path, FakeVllm(), enabled=False) as one:
-        await one.settle(FIRST_SECONDS)
-        assert one.asked() == [0]
+        await one.canaries.run()  # returns at once
+        assert one.fakes[0].seen == []
         assert one.canaries.report()["detail"] == "canaries.enabled is false"

@@ -12,6 +12,8 @@ from hemostat_calibration.canaries import CanarySet
 BLOB_KEY = "canaries"
 """Of the blob in the store."""
 SCHEMA = 1
+MAX_SETS = 33
+"""The base model's, and those of adapters: beyond it the one that was taken first is forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,8 @@ class Sets:
 
     def put(self, taken: CanarySet) -> None:
         self._sets[taken.origin.model] = taken
+        if len(self._sets) > MAX_SETS:
+            del self._sets[list(self._sets)[1]]
         self._save()
 
     def clear(self) -> None:
