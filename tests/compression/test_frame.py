@@ -222,18 +222,6 @@ def test_an_unknown_architecture(tmp_path: Path) -> None:
     assert "abacus" in one_line(source, tmp_path / "out")
 
 
-def test_experts_are_not_supported(tmp_path: Path) -> None:
-    """transformers computes with all experts of a layer in one tensor, and stores each by itself."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    config = MixtralConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=2, eos_token_id=1,
-    )  # fmt: skip
-    source = save(MixtralForCausalLM(config), tmp_path / "source")
-    assert "such as experts, which is not supported" in one_line(source, tmp_path / "out")
-
-
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = small(tmp_path / "source")
 

@@ -44,13 +44,29 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 RECURRENT = ("mamba", "falcon_mamba", "mamba2")
 
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}
+MIXTURES: dict[str, Callable[[], Any]] = {
+    "mixtral": lambda: transformers.MixtralConfig(**_SHARED, **_ATTENTION, num_local_experts=6, num_experts_per_tok=2),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        **_SHARED, **_ATTENTION, **_EXPERTS, moe_intermediate_size=64, shared_expert_intermediate_size=64
+    ),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **_SHARED, **_ATTENTION, **_EXPERTS, moe_intermediate_size=64, norm_topk_prob=True
+    ),
+    "olmoe": lambda: transformers.OlmoeConfig(**_SHARED, **_ATTENTION, **_EXPERTS),
+}
+"""Mixtures of experts; the second has an expert that all tokens share."""
+
 
 def tiny_model(name: str, seed: int = 0) -> Any:
-    """In float32; weights of different layers are different, norms' too."""
+    """In float32; weights of different layers are different, norms' and routers' too."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32).eval()
+    config = (CONFIGS | MIXTURES)[name]()
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "norm" in key:
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
+            if key.endswith("mlp.gate.weight"):
+                parameter.normal_(0.0, 0.3)
     return model

@@ -112,14 +112,13 @@ class Calibrated:
             weights |= scale_layer(layer, self._formats, find)
         guide = token_weights(layer) if self._calibration.guided else {}
         fisher = stored_totals(layer.run, layer.index) if self._calibration.clip == "kl" else {}
-        tokens = sum(int(batch.valid.sum()) for batch in layer.run.texts_walk.batches)
         for names in _input_groups(layer):
             # Layers that follow see what the rounded ones before them compute.
             wanted = [name for name in names if name in self._formats or name in self._sparse]
             if not wanted:
                 continue
             moments = weighted_moments(layer, wanted if guide else wanted[:1], guide)
-            inputs = {key: InputMoments(total, tokens) for key, total in moments.totals.items()}
+            inputs = {key: InputMoments(total, moments.tokens[key]) for key, total in moments.totals.items()}
             for name in wanted:
                 own = inputs[name if guide else wanted[0]]
                 hessian = own.total

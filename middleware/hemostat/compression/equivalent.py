@@ -85,7 +85,8 @@ def scale_layer(layer: LayerData, formats: Mapping[str, WeightFormat], find: Fin
     changed: dict[str, torch.Tensor] = {}
     for site in sites(layer):
         readers = {name for name, group in layer.groups.items() if group == layer.groups.get(site.after[0])}
-        if not all(name in formats for name in site.after) or not readers <= set(site.after):
+        reached = site.after[0] in layer.groups  # not an expert that no text reaches
+        if not reached or not all(name in formats for name in site.after) or not readers <= set(site.after):
             continue
         inputs = _inputs(layer, site.after[0])
         scale = find({name: layer.weight(name) for name in site.after}, inputs, formats)

@@ -22,6 +22,7 @@ from hemostat.models.activations import Moments, measured, run_layer
 from hemostat.models.checkpoint import Checkpoint
 from hemostat.models.checkpoint_folders import CompressError
 from hemostat.models.copies import device_of, dtype_of, weights_of
+from hemostat.models.experts import routers
 from hemostat.models.parts import Parts, json_tensor, json_value
 from hemostat.models.second_moments import Progress
 from hemostat.models.skeleton import CopyLinear, Skeleton
@@ -54,7 +55,7 @@ class Source:
         if missing:
             raise CompressError(
                 f"{folder} has no tensor {missing[0]}: it is incomplete, or its architecture stores weights in another "
-                "form than transformers computes with, such as experts, which is not supported"
+                "form than transformers computes with, which is not supported"
             )
         if not skeleton.linears:
             raise CompressError(f"{folder} has no linear layers besides its head: nothing to compress")
@@ -78,10 +79,12 @@ class Source:
         return [name for name, module in self.skeleton.model.named_modules() if module is head]
 
     def dense_layers(self, quantized: Collection[str]) -> list[str]:
-        """The linear layers that are not `quantized`, without the heads; also those that no method compresses."""
+        """The linear layers that are not `quantized`, without the heads; also those that no method compresses, and
+        routers, which engines compute as linear layers."""
         heads = self.heads()
         linears = [name for name, module in self.skeleton.model.named_modules() if isinstance(module, torch.nn.Linear)]
-        return [name for name in linears if name not in quantized and name not in heads]
+        named = [*linears, *routers(self.skeleton.model)]
+        return [name for name in named if name not in quantized and name not in heads]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ second moments can be taken of inputs as the compressed model sees them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,7 @@ import torch
 
 from hemostat.compression.frame import LayerData, Run
 from hemostat.models.activations import GRAM_ROWS, Batch, valid_rows
+from hemostat.models.experts import is_expert
 
 STAGE = "gradients"
 Weights = Mapping[str, list[torch.Tensor]]
@@ -38,11 +40,14 @@ def measure_token_weights(run: Run) -> None:
 
 
 def token_weights(layer: LayerData) -> Weights:
-    """What `measure_token_weights` found for a decoder layer."""
+    """What `measure_token_weights` found for a decoder layer. Nothing for experts: which tokens a router sends to one
+    changes with what the layers before it compute."""
     kept = layer.run.parts.get(_part(layer.index))
     assert kept is not None, layer.name
     result: dict[str, list[torch.Tensor]] = {}
     for name in layer.linears:
+        if is_expert(name):
+            continue
         weights = [kept[f"{name}|{b}"] for b in range(len(layer.run.texts_walk.batches))]
         mean = float(torch.cat(weights).double().mean())
         result[name] = [w / mean if mean > 0 else torch.ones_like(w) for w in weights]
@@ -50,14 +55,16 @@ def token_weights(layer: LayerData) -> Weights:
 
 
 class WeightedMoments:
-    """Σ w_t x_t x_tᵀ over the valid tokens, float64 [inputs, inputs], of linear layers."""
+    """Σ w_t x_t x_tᵀ over the valid tokens, float64 [inputs, inputs], of linear layers, and the number of tokens."""
 
     def __init__(self) -> None:
         self.totals: dict[str, torch.Tensor] = {}
+        self.tokens: Counter[str] = Counter()
 
     def add(self, name: str, rows: torch.Tensor, weights: torch.Tensor | None) -> None:
         """rows: [n, inputs]. weights: [n]; None: each 1."""
         exact = rows.float()
+        self.tokens[name] += len(rows)
         if name not in self.totals:
             self.totals[name] = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
         parts = (None,) * -(-len(exact) // GRAM_ROWS) if weights is None else weights.split(GRAM_ROWS)
@@ -67,7 +74,7 @@ class WeightedMoments:
 
 
 def weighted_moments(layer: LayerData, names: Sequence[str], guide: Weights) -> WeightedMoments:
-    """Of what the linear layers `names` read; guide: weights of the tokens, by layer; empty: each token counts 1."""
+    """Of what the linear layers `names` read; guide: weights of the tokens, by layer; else each token counts 1."""
     moments = WeightedMoments()
     batches = layer.run.texts_walk.batches
     numbers = {id(batch): number for number, batch in enumerate(batches)}
@@ -76,7 +83,7 @@ def weighted_moments(layer: LayerData, names: Sequence[str], guide: Weights) -> 
     def around(batch: Batch) -> Iterator[None]:
         handles = [
             layer.linears[name].register_forward_hook(
-                partial(_add, moments, name, batch, guide[name][numbers[id(batch)]] if guide else None)
+                partial(_add, moments, name, batch, guide[name][numbers[id(batch)]] if name in guide else None)
             )
             for name in names
         ]
@@ -106,6 +113,8 @@ def _add(
 def _seen(run: Run, layer: str, found: dict[str, list[torch.Tensor]], batch: Batch) -> Iterator[None]:
     handles = []
     for name, module in run.skeleton.linears_of(layer).items():
+        if is_expert(name):
+            continue
 
         def hook(_: Any, __: tuple[Any, ...], output: torch.Tensor, name: str = name) -> None:
             output.register_hook(

@@ -18,6 +18,7 @@ from hemostat.models.architectures import UnsupportedModelError, check_causal, h
 from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat.models.copies import Copy
 from hemostat.models.errors import AdaptError
+from hemostat.models.experts import has_experts, split_experts
 from hemostat.models.generation import generate
 from hemostat.models.piecewise import PiecewiseReader, StatelessModelError
 from hemostat.models.quiet import quiet_transformers as quiet
@@ -280,13 +281,15 @@ def _load(name: str, model: str, device: str, options: DoctorOptions) -> tuple[S
             if quantized and quantized.get("quant_method") == "compressed-tensors":
                 packages.require("adapters")
             tokenizer = AutoTokenizer.from_pretrained(model)
-            if quantized and (not has_attention(config) or (_has_zero_points(quantized) and Path(model).is_dir())):
+            own = has_experts(config) or _has_zero_points(quantized) if quantized and Path(model).is_dir() else False
+            if quantized and (own or not has_attention(config)):
                 # transformers initializes weights of layers without attention, which a quantized checkpoint does not
-                # have, and 5.24 does not load packed zero points (5.19 does).
+                # have, and 5.24 does not load packed zero points (5.19 does). It holds experts in another form.
                 loaded = Copy.load(Path(model), device, options.dtype, name).model
                 loaded.generation_config = GenerationConfig.from_pretrained(model)
             else:
                 loaded = _load_by_transformers(model, options.dtype).to(device).eval()
+                split_experts(loaded)
     except (UnsupportedModelError, AdaptError, packages.MissingPackageError) as error:
         raise DoctorError(f"{name}: {model}: {error}") from None
     except Exception as error:  # noqa: BLE001  any library may fail here

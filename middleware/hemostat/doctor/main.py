@@ -177,12 +177,13 @@ def _layers(
     pair: Pair, jobs: Sequence[Job], scored: Sequence[Scored], options: DoctorOptions, work: WorkFolder,
     reporter: Reporter,
 ) -> dict[str, Any]:  # fmt: skip
-    """The report's `layers` and `outliers`."""
+    """The report's `layers`, `outliers` and `routing`."""
     if options.servers or not options.layer_tokens:
         skipped = {"skipped": NO_LAYERS if options.servers else "--layer-tokens 0"}
-        return {"layers": skipped, "outliers": skipped}
+        return {"layers": skipped, "outliers": skipped, "routing": skipped}
     from hemostat.doctor.causes.layers import layer_report  # noqa: PLC0415
     from hemostat.doctor.causes.outliers import outlier_report  # noqa: PLC0415
+    from hemostat.doctor.causes.routing import routing_report  # noqa: PLC0415
     from hemostat.doctor.causes.units import Incomparable  # noqa: PLC0415
     from hemostat.doctor.checkpoints import CheckpointPair  # noqa: PLC0415
     from hemostat.doctor.kl_meter import Text, choose  # noqa: PLC0415
@@ -191,9 +192,9 @@ def _layers(
     texts = choose([Text(jobs[one.index].prompt, one.output) for one in scored], options.layer_tokens)
     try:
         layers = layer_report(pair, texts, work, lambda done, total: reporter.step(LAYER_STAGE, done, total))
-        return {"layers": layers, "outliers": outlier_report(pair, texts)}
+        return {"layers": layers, "outliers": outlier_report(pair, texts), "routing": routing_report(pair, texts)}
     except Incomparable as reason:
-        return {"layers": {"skipped": str(reason)}, "outliers": {"skipped": str(reason)}}
+        return {name: {"skipped": str(reason)} for name in ("layers", "outliers", "routing")}
 
 
 def _prescription(

@@ -12,6 +12,7 @@ import torch
 
 from hemostat.models.architectures import UnsupportedModelError, check_causal
 from hemostat.models.errors import AdaptError
+from hemostat.models.experts import is_expert, split_experts
 from hemostat.models.quiet import quiet_transformers
 
 WeightSource = Callable[[str], torch.Tensor]
@@ -20,6 +21,8 @@ WeightSource = Callable[[str], torch.Tensor]
 USED_BY_WEIGHT = ("dt_proj",)
 """Linear layers that are not called: the model's code multiplies by their weight, as Mamba's does for its time steps. A
 packed weight would not be found there, and an adapter would have no effect, so they stay as they are."""
+LEFT_DENSE = ("shared_expert_gate",)
+"""Linear layers that engines do not quantize, nor adapt: one output, the weight of the shared expert."""
 
 InputRounding = Literal["exact", "int8", "fp8"]
 """What an engine does with a linear layer's inputs before the product, by token, at run time: nothing, or round them to
@@ -72,7 +75,8 @@ class Skeleton:
     """A causal language model of transformers whose parameters are on torch's meta device until they are loaded.
 
     model: the transformers model. layers: its decoder layers, by name. linears: the `CopyLinear` layers inside the
-    decoder layers, by name, without USED_BY_WEIGHT: those that can be compressed, and that an adapter can change.
+    decoder layers, by name, without USED_BY_WEIGHT and LEFT_DENSE: those that can be compressed, and, but for experts
+    (`adaptable`), that an adapter can change.
     base: `model` without the output embedding.
     can_select_logits: logits can be computed at some of the positions only.
     most_loaded: the largest number of decoder layers that were loaded at the same time.
@@ -88,6 +92,7 @@ class Skeleton:
             # Buffers, such as the frequencies of rotary embeddings, are not stored in a checkpoint: they are computed.
             with quiet_transformers(), init_empty_weights(include_buffers=False):
                 self.model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+                split_experts(self.model)
             self.model.tie_weights()
         except UnsupportedModelError as error:
             raise AdaptError(f"{label}: {error}") from None
@@ -102,7 +107,8 @@ class Skeleton:
         self.linears: dict[str, CopyLinear] = {}
         for layer in self.layers:
             for name, module in list(self.layers[layer].named_modules()):
-                if type(module) is torch.nn.Linear and name.rpartition(".")[2] not in USED_BY_WEIGHT:
+                left = name.rpartition(".")[2] in (*USED_BY_WEIGHT, *LEFT_DENSE)
+                if type(module) is torch.nn.Linear and not left:
                     self.linears[f"{layer}.{name}"] = _replace(self.model, f"{layer}.{name}", module)
         for module in self.model.modules():
             for key, buffer in module._buffers.items():
@@ -124,6 +130,12 @@ class Skeleton:
 
     def linears_of(self, layer: str) -> dict[str, CopyLinear]:
         return {name: module for name, module in self.linears.items() if name.startswith(f"{layer}.")}
+
+    @property
+    def adaptable(self) -> dict[str, CopyLinear]:
+        """The linear layers that an adapter corrects: not those of experts that a router chooses, each of which would
+        need factors of its own."""
+        return {name: module for name, module in self.linears.items() if not is_expert(name)}
 
     @contextmanager
     def loaded(self, names: list[str], source: WeightSource) -> Iterator[None]:
@@ -200,7 +212,8 @@ def consumers(norm: str, names: list[str]) -> list[str]:
     of_mlp = "pre_feedforward_layernorm" if any(n.endswith("pre_feedforward_layernorm") for n in inside) else ""
     if kind == "input_layernorm":
         kinds: tuple[str, ...] = _ATTENTION_INPUTS
-    elif kind == (of_mlp or "post_attention_layernorm"):
+    elif kind == (of_mlp or "post_attention_layernorm") and not any(map(is_expert, inside)):
+        # With experts the router reads it, too, and is not scaled.
         kinds = _MLP_INPUTS
     else:
         return []

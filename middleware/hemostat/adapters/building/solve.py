@@ -44,12 +44,13 @@ class Solver:
         for layer, kept in statistics.run(self._solve_layer).items():
             self._pair.restore_notes(layer, _notes(kept))
             together |= _unpack(kept)
-        return {name: together[name] for name in self._pair.skeleton.linears}
+        return {name: together[name] for name in self._pair.skeleton.adaptable}
 
     def _solve_layer(self, layer: str, moments: Moments) -> Mapping[str, torch.Tensor]:
         corrections = {
             name: self._correct(name, moments, self._pair.scales(layer))
             for name in self._pair.skeleton.linears_of(layer)
+            if name in self._pair.skeleton.adaptable
         }
         return _pack(corrections, self._pair.notes_of(layer))
 

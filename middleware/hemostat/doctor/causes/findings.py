@@ -43,11 +43,13 @@ _GROUPS = (
 def findings(report: Row) -> list[Finding]:
     """topic, text, value, half_width (95 %, by request), unit, tokens, requests; in the order of the report."""
     result = [*_groups(report)]
-    layers, outliers = report["layers"], report["outliers"]
+    layers, outliers, routing = report["layers"], report["outliers"], report["routing"]
     if "skipped" not in layers:
         result += [*_layers(layers), *_modules(layers)]
     if "skipped" not in outliers:
         result += [*_weights(outliers), *_activations(outliers), *_sinks(outliers)]
+    if "skipped" not in routing and routing["layers"]:
+        result += [*_routing(routing)]
     return result
 
 
@@ -157,6 +159,31 @@ def _layers(layers: Row) -> Iterator[Finding]:
             f"{plus_minus(best['won_nats'], best['won_se_by_request'], requests)} nats."
         )
         yield _finding("kind of module", text, best["won_nats"], best["won_se_by_request"], **size)
+
+
+def _routing(routing: Row) -> Iterator[Finding]:
+    rows, tokens, requests, base = routing["layers"], routing["tokens"], routing["requests"], routing["mean_kld"]
+    won, error = routing["won_nats"], routing["won_se_by_request"]
+    least = min(rows, key=lambda row: row["same"])
+    text = (
+        f"Routing: layer {least['layer']} of those with experts chooses the same {least['per_token']} of "
+        f"{least['experts']} experts at {100 * least['same']:.1f} % of {least['positions']} positions, the fewest of "
+        f"{len(rows)} layers."
+    )
+    if won is not None and base is not None:
+        unclear = "" if clear(won, error, requests) else ": not clearly"
+        text += (
+            f" With the reference's choices in all layers, the mean KLD of {base:.4f} nats falls by "
+            f"{plus_minus(won, error, requests)}{unclear}."
+        )
+        yield _finding("routing", text, won, error, "nats", tokens, requests)
+    unreached = sum(row["unreached"]["reference"]["experts"] for row in rows)
+    if unreached:
+        text = (
+            f"No token of these texts reached {unreached} of {sum(row['experts'] for row in rows)} experts in the "
+            "reference: nothing here is about them, and a method that measures inputs knows nothing of theirs."
+        )
+        yield _finding("routing", text, float(unreached), None, "experts", tokens, requests)
 
 
 def _additivity(row: Row, base: float, size: dict[str, Any]) -> Finding:
