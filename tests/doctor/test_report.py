@@ -78,6 +78,12 @@ def report(scored: list[Scored]) -> dict[str, Any]:
         "sinks": [{"layer": n, "first_norm_ratio": 50.0, "first_norm_ratio_se_by_request": 2.0,
                    "first_attention": 0.4, "first_attention_se_by_request": 0.1} for n in range(4)],
     }  # fmt: skip
+    chosen = {"reference": {"experts": 3, "first": [0, 4, 5]}, "compressed": {"experts": 0, "first": []}}
+    routing = {
+        "tokens": 20, "requests": 5, "mean_kld": 0.4, "won_nats": 0.1, "won_se_by_request": 0.01,
+        "layers": [{"layer": 0, "experts": 8, "per_token": 2, "positions": 40, "same": 0.75, "shared": 0.8, "loads": {},
+                    "unreached": chosen}],
+    }  # fmt: skip
     compared = {"bytes": 90, "predicted": 0.1, "mean_kld": 0.2, "mean_kld_se_by_request": 0.01,
                 "more_than_prescribed": 0.05, "more_se_by_request": 0.01}  # fmt: skip
     prescription = {
@@ -105,6 +111,7 @@ def report(scored: list[Scored]) -> dict[str, Any]:
         **tables(scored, classes, [3, 4, 5, 6, 7], 4, dict.fromkeys(range(5), "sampled"), kinds),
         "layers": layers,
         "outliers": outliers,
+        "routing": routing,
         "prescription": prescription,
     }
     return report | {"findings": findings(report)}
