@@ -103,7 +103,7 @@ docs: setup ## generate docs/reference/ from the code, and the console's runbook
 site: setup ## the documentation as a site, in build/site; a broken link is an error
 	@exec $(BIN)/python deploy/site.py
 
-screenshot: setup ## write docs/console.png and pictures of the console in every tested state to build/console; ARGS="--dark --width 400 --page kinds"
+screenshot: setup ## write pictures of the console in every tested state to docs/console; other ones to build/console: ARGS="--dark --width 400 --page kinds"
 	@exec $(BIN)/python deploy/screenshot.py $(ARGS)
 
 clean: ## remove .venv and everything that was built here (checkpoints stay in the user's cache)

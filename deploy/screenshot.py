@@ -1,5 +1,5 @@
 """`make screenshot`: writes a picture of the console's overview in each state of `tests/support/console_states.py` to
-build/console/, and docs/console.png, the overview while an alarm is raised.
+docs/console/; with options, other pictures to build/console/.
 
 The pages are the real ones and the answers of the API are made, so that a picture takes a second and needs no model.
 """
@@ -23,8 +23,7 @@ sys.path.insert(0, str(ROOT))
 from tests.support.admin_server import everything, served  # noqa: E402
 from tests.support.console_states import CHANGES, State, make  # noqa: E402
 
-PICTURE = ROOT / "docs" / "console.png"
-SHOWN = "alarm"
+PICTURES = ROOT / "docs" / "console"
 COLOURS = 64
 MAX_BYTES = 100_000
 
@@ -34,29 +33,27 @@ def main() -> int:
     parser.add_argument("--dark", action="store_true")
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--page", default="", help="address of a page, such as kinds or divergence?by=route")
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "console", help="folder")
     options = parser.parse_args()
+    plain = not options.page and not options.dark and options.width == parser.get_default("width")
+    folder = PICTURES if plain else ROOT / "build" / "console"
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         print("screenshot: chromium is not installed: apt-get install chromium", file=sys.stderr)
         return 2
-    options.out.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with (
-        tempfile.TemporaryDirectory() as folder,
-        served(Path(folder), everything) as one,
+        tempfile.TemporaryDirectory() as temporary,
+        served(Path(temporary), everything) as admin,
         sync_playwright() as playwright,
     ):
-        answers = [httpx.get(f"{one.url}/api/v1/{name}", trust_env=False).json() for name in ("status", "profiles")]
+        answers = [httpx.get(f"{admin.url}/api/v1/{name}", trust_env=False).json() for name in ("status", "profiles")]
         browser = playwright.chromium.launch(executable_path=chromium)
         for name in CHANGES:
-            out = options.out / f"{name.replace(' ', '-')}.png"
-            take(browser, make(name, *answers), f"{one.url}/#/{options.page}", out, options.width, dark=options.dark)
+            out = folder / f"{name.lower().replace(' ', '-')}.png"
+            take(browser, make(name, *answers), f"{admin.url}/#/{options.page}", out, options.width, dark=options.dark)
             print(f"{out}: {out.stat().st_size:,} bytes")
         browser.close()
-    if options.page or options.dark or options.width != 1280:
-        return 0
-    shutil.copyfile(options.out / f"{SHOWN}.png", PICTURE)
-    return 0 if PICTURE.stat().st_size <= MAX_BYTES else 1
+    return int(plain and any(path.stat().st_size > MAX_BYTES for path in folder.glob("*.png")))
 
 
 def take(browser: Browser, state: State, url: str, out: Path, width: int, *, dark: bool) -> None:

@@ -31,9 +31,12 @@ from tests.support.console_page import (
 from tests.support.console_states import CHANGES, SERVING, State, make
 from tests.support.console_text import nats
 from tests.support.dashboards import load
+from tests.support.paths import ROOT
 
 from hemostat.admin.app import ASSETS
 
+GUIDE = ROOT / "docs" / "console.md"
+"""Has a picture of each state, and what it says."""
 MAX_WORDS = 320
 """On the overview. The page that it replaced had 3,000."""
 
@@ -54,6 +57,7 @@ def test_the_first_screen_says_what_is_wrong(page: Page, one: Served, state: Cal
     at = state(name)
     show(page, one, at=at)
     expect(page.get_by_role("status")).to_have_text(at.says)
+    assert f"\n| {name} | {at.says} | ![{name}](console/{name.lower().replace(' ', '-')}.png) |" in GUIDE.read_text()
     if at.status["requests"]["scored"]:
         expect(page.locator(".timeline canvas")).to_be_visible()
     text = page.locator("body").inner_text()

@@ -313,7 +313,7 @@ def test_the_readme_is_short_and_shows_the_two_commands_and_the_console() -> Non
     assert max(map(len, text.splitlines())) <= 120
     assert re.search(r"^make demo\b", text, re.MULTILINE)
     assert re.search(r"^make test\b", text, re.MULTILINE)
-    assert "docs/console.png" in links(ROOT / "README.md")
+    assert "docs/console/alarm.png" in links(ROOT / "README.md")
 
 
 # --- examples ---------------------------------------------------------------------------------------------------------
