@@ -9,7 +9,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-versions test-newest test-oldest passed lint bench-proxy bench-alarm bench-floor bench-families bench-bounds bench-engine bench-recovery bench-reference bench-guard bench-coverage bench-faults bench-load bench-canaries bench-compress chart docs site screenshot clean
+.PHONY: help setup demo test test-slow test-versions test-newest test-oldest passed lint bench-proxy bench-alarm bench-floor bench-families bench-bounds bench-engine bench-recovery bench-reference bench-guard bench-coverage bench-faults bench-load bench-canaries bench-compress chart dist docs site screenshot clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -95,6 +95,9 @@ bench-compress: setup ## compressed checkpoints of equal bytes, ours and llmcomp
 
 chart: setup ## generate the versions, the README and the values schema of helm/hemostat
 	@$(BIN)/python deploy/chart.py
+
+dist: setup ## sources, wheels, chart, images, SBOM and checksums, in build/dist; ARGS="--build-arg BASE=...": of the images
+	@exec $(BIN)/python deploy/setup/dist.py $(ARGS)
 
 docs: setup ## generate docs/reference/ from the code, and the console's runbook page from docs/runbook.md
 	@$(BIN)/python deploy/reference.py
