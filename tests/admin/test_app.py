@@ -107,7 +107,7 @@ async def test_bodies_are_bounded_and_unread_without_the_token(
     assert read < 20_000_000
 
 
-async def test_the_mode_is_switched_at_once_and_relays_are_told(one: Control, client: httpx.AsyncClient) -> None:
+async def test_the_mode_is_switched_at_once_and_relays_are_informed(one: Control, client: httpx.AsyncClient) -> None:
     one.profile_manager.set_model_pair("m", 30)
     version = one.profile_manager.operator.import_profile(profile())
     one.profile_manager.operator.promote(version)

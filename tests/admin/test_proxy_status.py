@@ -21,7 +21,7 @@ def of(**counters: dict[tuple[str, ...], float]) -> Stats:
 
 
 @given(st.lists(st.floats(0.0, 0.5), min_size=1, max_size=60), st.sampled_from([0.5, 0.9, 0.99, 1.0]))
-def test_a_quantile_lies_in_the_bucket_that_is_told(seconds: list[float], q: float) -> None:
+def test_a_quantile_lies_in_the_bucket_that_is_reported(seconds: list[float], q: float) -> None:
     buckets = [0] * (len(OVERHEAD_BUCKETS) + 1)
     for second in seconds:
         buckets[bisect_left(OVERHEAD_BUCKETS, second)] += 1

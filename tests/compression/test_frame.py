@@ -236,7 +236,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_complete(tmp_path / "out")
 
 
-def test_a_method_that_needs_texts_says_so(tmp_path: Path) -> None:
+def test_a_method_that_needs_texts_is_refused_without(tmp_path: Path) -> None:
     source = small(tmp_path / "source")
     with pytest.raises(CompressError, match="give --prompts or --records"):
         compress_with(source, tmp_path / "out", everything(source), environment=BuildEnvironment(tmp_path / "work"))

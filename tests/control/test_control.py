@@ -143,7 +143,7 @@ async def test_an_upstream_that_is_not_there_yet_is_waited_for(
         assert set(while_compared) == {"the upstream answers; its model is compared with the reference"}
 
 
-async def test_adapters_are_told_to_relays_as_they_come_and_go(
+async def test_relays_are_informed_of_adapters_as_they_come_and_go(
     upstream: tuple[FakeVllm, str], reference: tuple[FakeVllm, str], tmp_path: Path
 ) -> None:
     fake, url = upstream
@@ -361,7 +361,7 @@ async def test_an_action_that_cannot_be_kept_applies_is_not_answered_as_done_and
         assert decisions == ["mode", "import", "roll_back", "pin", "promote", "import"]
 
 
-async def test_one_of_two_with_the_same_store_is_active_and_the_other_goes_on_from_it(tmp_path: Path) -> None:
+async def test_one_of_two_with_the_same_store_is_active_and_the_other_continues_from_it(tmp_path: Path) -> None:
     made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"}, calibration={"mode": "auto"})
     folders = [tmp_path / name for name in ("a", "b")]
     for folder in folders:
@@ -501,7 +501,7 @@ async def test_refused_logprobs_make_it_look_again_and_relays_sample_under_a_new
         assert not told[-1].scoring
 
 
-async def test_relays_are_told_whether_the_server_has_openais_sampling_defaults(tmp_path: Path) -> None:
+async def test_relays_know_whether_the_server_has_openais_sampling_defaults(tmp_path: Path) -> None:
     for given in (False, True):
         made = settings(upstream={"url": "http://127.0.0.1:9", "openai_sampling_defaults": given})
         async with watched(tmp_path, made) as (_, told):

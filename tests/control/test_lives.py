@@ -146,7 +146,7 @@ class Life:
 @pytest.mark.parametrize(
     "profile", [helpful(), contextual(), adapter(1)], ids=["temperature_bias", "contextual", "adapter"]
 )
-async def test_killed_at_every_stage_of_a_life_the_successor_goes_on(
+async def test_killed_at_every_stage_of_a_life_the_successor_continues(
     tmp_path: Path, profile: CalibrationProfile
 ) -> None:
     async with control(tmp_path, at(tmp_path), loops=True) as one:

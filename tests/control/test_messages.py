@@ -21,7 +21,7 @@ def assert_in_words(text: str) -> None:
     assert [line for line in text.splitlines() if REPRESENTATION.search(line)] == []
 
 
-async def test_a_run_in_which_everything_is_dead_says_so_in_words(
+async def test_a_run_in_which_everything_is_dead_is_reported_in_words(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     upstream, reference = (f"http://127.0.0.1:{free_port()}" for _ in range(2))

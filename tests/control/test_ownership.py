@@ -134,7 +134,7 @@ async def test_a_store_of_a_newer_version_ends_the_process(one: Owner, monkeypat
 
 
 @pytest.mark.parametrize("lost_at", ["verify", "commit"])
-async def test_it_goes_on_after_a_lost_session_where_nobody_else_wrote(one: Owner, lost_at: str) -> None:
+async def test_it_continues_after_a_lost_session_where_nobody_else_wrote(one: Owner, lost_at: str) -> None:
     await one.begin()
     await one.write("1")
     one.store.faults = [Fault.LOST, Fault.BEFORE, Fault.AFTER, Fault.BEFORE]

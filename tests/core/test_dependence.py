@@ -53,7 +53,7 @@ def test_v_of_runs_is_their_length(length):
     assert (result >= 0.85 * length).mean() >= 0.9
 
 
-def test_dependence_over_more_units_than_were_seen_is_not_believed():
+def test_dependence_over_more_units_than_were_seen_is_not_estimated():
     rng = np.random.default_rng(0)
     few, many = fed(runs(rng, 100, 400)), fed(runs(rng, 3, 400))
     assert not few.enough().any()
@@ -113,7 +113,7 @@ def test_a_kind_is_known_after_enough_units_that_are_not_all_alike():
     assert 1.0 <= different.inflation < 3.0
 
 
-def test_units_of_less_than_a_cycle_are_not_believed_and_a_new_kind_borrows_what_all_have():
+def test_units_of_less_than_a_cycle_give_no_estimate_and_a_new_kind_borrows_what_all_have():
     rng = np.random.default_rng(0)
     day, guard = 24.0, Guard(cycle=24.0)
     for at in range(240):

@@ -223,7 +223,7 @@ def test_where_both_are_certain_rounding_makes_no_divergence_negative(off):
         assert not (upper < 0.0).any()
 
 
-def test_a_normalizer_of_another_distribution_is_not_believed():
+def test_a_normalizer_of_another_distribution_is_refused():
     rng = np.random.default_rng(5)
     log_r, log_c = simulate(rng)
     profile = temperature_bias("m", 12, 1.2, np.zeros(12), 1.0)

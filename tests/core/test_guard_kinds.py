@@ -444,7 +444,7 @@ def busy_guard():
     return guard
 
 
-def test_a_saved_guard_goes_on_as_if_nothing_had_been():
+def test_a_saved_guard_continues_as_before():
     guard = busy_guard()
     other = Guard.load(guard.save(), 0.05, 0.25)
     assert other.save() == guard.save()

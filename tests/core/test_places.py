@@ -32,7 +32,7 @@ RECORD = make_record(World(noise=0.3).truth(1), 8)
 
 
 @given(st.integers(0, 200_000), st.integers(0, 300), st.sampled_from([POSITION_EDGES, CONTEXT_EDGES, (1,)]))
-def test_every_value_is_in_the_bucket_whose_name_says_so(first: int, tokens: int, edges: tuple[int, ...]) -> None:
+def test_every_value_is_in_the_bucket_of_its_name(first: int, tokens: int, edges: tuple[int, ...]) -> None:
     names = bucket_labels(edges)
     result = buckets(first, tokens, edges)
     assert len(result) == tokens

@@ -7,7 +7,7 @@ from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.statistics.streaming import Histogram, RatioEstimate, student_975
 
 
-def test_too_little_says_so():
+def test_too_few_values_give_no_figure():
     nothing = RatioEstimate().get()
     assert math.isnan(nothing.mean)
     assert (nothing.low, nothing.high, nothing.requests) == (-math.inf, math.inf, 0)

@@ -49,7 +49,7 @@ def test_variants_of_a_template_are_on_one_side_of_the_split() -> None:
     assert len(first) > 0.95 * len(result), "different templates are different clusters"
 
 
-def test_questions_behind_one_system_prompt_are_told_from_each_other() -> None:
+def test_questions_behind_one_system_prompt_are_distinguished() -> None:
     random, table = rng(1), TemplateTable(KEY)
     system = text(random, 300)
     result = [table.assign(np.concatenate([system, text(random, 15)]), talk(random)) for _ in range(200)]

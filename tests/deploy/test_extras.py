@@ -70,7 +70,9 @@ sys.exit(main(sys.argv[1:]))
         ("compressed_tensors", "doctor {quantized} {quantized}", "adapters"),
     ],
 )
-def test_a_command_without_a_package_says_so_in_one_line(absent: str, command: str, extra: str, tmp_path: Path) -> None:
+def test_a_command_without_a_package_names_it_in_one_line(
+    absent: str, command: str, extra: str, tmp_path: Path
+) -> None:
     dense, quantized = tmp_path / "dense", tmp_path / "quantized"
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 8}
     quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}

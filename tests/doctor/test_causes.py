@@ -235,7 +235,7 @@ def test_predicted_loss_is_the_mean_square_of_the_change_of_log_likelihood(tiny:
         assert predicted == pytest.approx(0.5 * change(plan), rel=1e-3, abs=1e-12), plan
 
 
-def test_prescription_goes_on_after_an_interruption(
+def test_prescription_continues_after_an_interruption(
     tiny: TinyPair, report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hemostat.doctor import run

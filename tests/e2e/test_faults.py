@@ -268,7 +268,9 @@ def read_only(store: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("harm", [removed, a_folder, locked, read_only])
-def test_a_store_that_breaks_hurts_nobody(faked: Faked, harm: Callable[[Path], AbstractContextManager[None]]) -> None:
+def test_a_store_that_breaks_affects_no_client(
+    faked: Faked, harm: Callable[[Path], AbstractContextManager[None]]
+) -> None:
     stack, store = faked.stack, faked.store
     set_mode(stack, "observe")
     wait_for("a whole store", lambda: stored_mode(store) == "observe")

@@ -278,7 +278,7 @@ def test_grammar_is_obeyed_and_rows_with_masked_anchors_are_unchanged(
     assert np.abs(tap.log_normalizer[contextual.version]).max() < 1e-5
 
 
-def test_a_profile_that_raises_is_off_and_the_server_goes_on(
+def test_a_profile_that_raises_is_off_and_the_server_continues(
     vllm_server: Any, client: Client, plain: list[int], forcing: str
 ) -> None:
     raising = temperature_bias("", VOCAB_SIZE, 0.5, np.ones(VOCAB_SIZE, dtype=np.float32), RAISING_CLAMP, {})

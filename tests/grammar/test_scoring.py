@@ -276,7 +276,7 @@ async def test_what_shows_a_mask_that_nothing_asked_for_is_not_scored() -> None:
     assert bench.skipped == {"grammar_unknown": 1}
 
 
-async def test_nor_where_only_the_plugin_says_so() -> None:
+async def test_nor_where_only_the_plugin_reports_it() -> None:
     """The mask may leave out ids only that the response does not list."""
     result = capture(kind="chat text greedy", nonce=NONCE)
     request = Request(4, tokens=3)

@@ -66,7 +66,7 @@ def test_pods_pass_the_restricted_standard(helm: Helm, name: str) -> None:
     assert restricted(helm.values(set_of(name)).pod) == []
 
 
-def test_the_engine_does_not_without_being_told(helm: Helm) -> None:
+def test_the_engine_does_not_without_a_setting(helm: Helm) -> None:
     """As the README says; it also shows that `restricted` above can object."""
     pod = helm.render("--set", "engine.enabled=true", "--set", "engine.model=m").pod
     assert restricted(pod) == ["engine: runAsNonRoot", "engine: allowPrivilegeEscalation", "engine: capabilities"]

@@ -136,7 +136,7 @@ def test_pieces_of_any_size_give_the_same_body(pieces: list[bytes], limit: int, 
     assert (body.bytes, body.length) == (whole[skip:], len(whole))
 
 
-def test_what_the_server_announces_is_believed_only_where_it_is_too_much() -> None:
+def test_what_the_server_announces_is_used_only_where_it_is_too_much() -> None:
     for announced in ("7", "9" * 30):
         with pytest.raises(AnswerTooLarge):
             AnswerBody(httpx.Headers({"content-length": announced}), 6)

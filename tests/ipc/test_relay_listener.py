@@ -171,7 +171,7 @@ async def test_a_certificate_has_to_name_the_host(tmp_path: Path, caplog: pytest
     assert relay.policies == []
 
 
-async def test_nobody_without_tls_gets_in_where_there_is_tls(made: Certificate) -> None:
+async def test_a_peer_without_tls_is_refused_where_there_is_tls(made: Certificate) -> None:
     async with end(made) as one:
         assert await said(one.port, encode(known())) == []
         relay = Relay(replace(one.addresses(made), ca=None))

@@ -270,7 +270,7 @@ async def test_another_model_restarts_the_learner_and_stop_ends_it(bench: Bench)
     assert not bench.learner.dropped, "records are ignored while there is no target"
 
 
-async def test_after_a_refused_proposal_learning_goes_on(bench: Bench) -> None:
+async def test_after_a_refused_proposal_learning_continues(bench: Bench) -> None:
     await bench.ready()
     bench.receiver.refuses = True
     bench.teach(range(60))

@@ -64,7 +64,7 @@ def test_a_kind_has_its_own_figures_arms_and_gain() -> None:
     assert tokens == long["tokens"]
 
 
-def test_both_weightings_are_told() -> None:
+def test_both_weightings_are_reported() -> None:
     """A long request moves the mean by token more than the mean by request."""
     good = profile_of()
     measured = Measurements()

@@ -55,7 +55,7 @@ def batch(values: list[np.ndarray]) -> tuple[float, float]:
     return mean, student_975(m - 1) * deviation
 
 
-def test_what_was_told_before_does_not_stay() -> None:
+def test_what_was_reported_before_does_not_stay() -> None:
     one, asked = Measurements(), Measurements()
     for record in records(6):
         one.observe(record, None, None)
@@ -265,7 +265,7 @@ def test_labels_are_bounded() -> None:
     assert sum(tokens.values()) == measured.tokens
 
 
-def test_same_top1_is_told_for_greedy_and_sampled_requests_apart() -> None:
+def test_same_top1_is_reported_for_greedy_and_sampled_requests_apart() -> None:
     profile = profile_of()
     given = records(12, profile)
     measured = Measurements()
@@ -423,7 +423,7 @@ def test_records_are_lines_that_any_json_reader_takes(tmp_path: Path) -> None:
     assert file.written == 2
 
 
-def test_a_full_disk_leaves_whole_lines_and_writing_goes_on_when_there_is_space(
+def test_a_full_disk_leaves_whole_lines_and_writing_continues_when_there_is_space(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level("WARNING")

@@ -175,7 +175,7 @@ def test_an_operator_releases_the_kind() -> None:
     assert (world.shown[KIND]["trial"], world.shown[KIND]["units"]) == (2, 1), "in a trial of its own"
 
 
-def test_a_restart_goes_on() -> None:
+def test_a_restart_continues() -> None:
     world = World()
     world.traffic(200, 0.8, 0.6)
     world.report(True, True, conversation=b"one")
@@ -269,7 +269,7 @@ def test_who_has_answers_while_it_does_not_count_never_counts() -> None:
     assert world.shown[KIND]["units"] == 1
 
 
-def test_a_conversation_that_goes_on_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversation_that_continues_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outcomes, "MAX_SEEN", 10)
     world = World()
     for _ in range(20):

@@ -54,7 +54,7 @@ def test_waiting_for_another_process_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_what_somebody_writes_there_meanwhile_stays(tmp_path: Path, overwrite: bool) -> None:
+def test_what_another_process_writes_there_meanwhile_stays(tmp_path: Path, overwrite: bool) -> None:
     out = tmp_path / "out"
     if overwrite:
         build_folder(out, {"a": 1}, write, lambda _: None)

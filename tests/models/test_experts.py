@@ -122,7 +122,7 @@ def rerouted(architecture: str, source: Path, tmp_path_factory: pytest.TempPathF
     return report_of(pair.options(layer_tokens=24), pair.prompts.parent)
 
 
-def test_the_doctor_tells_what_other_choices_of_experts_cost(rerouted: dict[str, Any]) -> None:
+def test_the_doctor_reports_what_other_choices_of_experts_cost(rerouted: dict[str, Any]) -> None:
     routing = rerouted["routing"]
     assert routing["mean_kld"] > 0.0
     # Only routers differ: with the reference's choices it is the reference.

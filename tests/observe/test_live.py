@@ -221,13 +221,13 @@ def test_nothing_fires_while_all_is_well(run: Run) -> None:
     assert run.prometheus.firing() == set()
 
 
-def test_a_profile_that_is_taken_back_is_told(run: Run) -> None:
+def test_a_profile_that_is_rolled_back_is_reported(run: Run) -> None:
     run.post("/api/v1/profiles/rollback", "")
     wait_for("the alert", lambda: "HemostatCalibrationRolledBack" in run.prometheus.firing(), every=0.5)
     returns_data(run, "annotation Rollbacks")  # which is of the last two minutes
 
 
-def test_a_worse_model_in_its_place_is_told(run: Run) -> None:
+def test_a_worse_model_in_its_place_is_reported(run: Run) -> None:
     """Half of the weights gone, the same port and name: the change test goes off.
 
     The budget test waits for the other model's noise floor, which takes minutes; its alert is promtool's.

@@ -311,7 +311,7 @@ def test_the_next_map_is_learned_from_twice_as_much_and_none_without_its_adapter
 # --- what engines, the reference and relays are told -----------------------------------------------------------------
 
 
-def test_engines_hold_adapters_last_and_nobody_evaluates_them_on_lists() -> None:
+def test_engines_hold_adapters_last_and_they_are_not_evaluated_on_lists() -> None:
     judging, version = serving()
     other = contextual()
     judging.profiles.operator.import_profile(other)
@@ -437,7 +437,7 @@ def test_operators_import_promote_pin_and_roll_back_adapters() -> None:
     assert profiles.lifecycle.adapter_versions() == [made.version]
 
 
-def test_a_restart_goes_on_with_tests_of_the_same_figure() -> None:
+def test_a_restart_continues_with_tests_of_the_same_figure() -> None:
     judging, version = serving(0.4)
     other = contextual(1.0)
     judging.profiles.operator.import_profile(other)

@@ -69,7 +69,7 @@ def test_what_harms_it_does_not_serve_it_though_it_helps_the_others() -> None:
     assert bench.profiles.serving.version_by_kind == {FREE: version}
 
 
-def test_one_that_harms_it_leaves_it_and_goes_on_serving_the_others() -> None:
+def test_one_that_harms_it_is_rolled_back_there_and_serves_the_others() -> None:
     bench = Bench()
     bench.feed(BIASED, JUDGED[:10], kind=FREE)
     feed(bench, BIASED, JUDGED[10:20])

@@ -125,7 +125,7 @@ def test_off_ends_serving_learning_and_judging_at_once() -> None:
     assert bench.last("mode")["why"] == "set to off by the operator"
 
 
-def test_a_forced_profile_goes_on_every_request_and_nothing_is_learned() -> None:
+def test_a_forced_profile_is_applied_to_every_request_and_nothing_is_learned() -> None:
     bench = Bench(known=False)
     profile = harmful()
     bench.profiles.operator.force(profile)

@@ -103,7 +103,7 @@ async def test_ids_that_are_set_are_taken_as_they_are(special: Server) -> None:
     assert result.markers.start == ()
 
 
-async def test_none_asks_nobody(plain: Server) -> None:
+async def test_none_sends_no_request(plain: Server) -> None:
     result = await find_markers(Broken(), "m", Reasoning(parser="none"))
     assert result.markers is None
 

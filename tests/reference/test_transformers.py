@@ -327,7 +327,7 @@ def test_logits_that_are_no_linear_map_are_found_out(tiny: Path) -> None:
     assert "no output embedding" in nonlinearity(model)
 
 
-async def test_what_cannot_be_scored_is_refused_by_name_and_the_worker_goes_on(
+async def test_what_cannot_be_scored_is_refused_by_name_and_the_worker_continues(
     reference: TransformersReference,
 ) -> None:
     nothing = np.zeros(0, np.int32)
@@ -395,7 +395,7 @@ async def test_a_killed_worker_fails_what_is_under_way_and_comes_back(reference:
     assert children() != [pid]
 
 
-async def test_a_caller_that_gives_up_disturbs_nobody(tiny: Path, reference: TransformersReference) -> None:
+async def test_a_caller_that_gives_up_affects_no_other(tiny: Path, reference: TransformersReference) -> None:
     tokens, emitted, ids = request_of(0, 50, 50, 2)
     for _ in range(3):
         with pytest.raises(TimeoutError):
@@ -431,7 +431,7 @@ async def test_a_model_that_does_not_load_says_why_in_one_line(tmp_path: Path) -
     assert children() == []
 
 
-async def test_a_hub_name_is_read_from_the_cache_and_its_folder_told(
+async def test_a_hub_name_is_read_from_the_cache_and_its_folder_reported(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"

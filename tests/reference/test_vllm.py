@@ -146,7 +146,7 @@ async def test_a_server_that_is_not_there_is_down() -> None:
     await reference.close()
 
 
-async def test_wrong_names_and_older_servers_are_told() -> None:
+async def test_wrong_names_and_older_servers_are_reported() -> None:
     async with running(FakeVllm(adapters=("adapter",))) as fake:
         reference = VllmReference(fake.url, model="nope")
         with pytest.raises(ReferenceFailure, match="serves fake, adapter, not nope"):
@@ -236,7 +236,7 @@ async def test_a_real_server_against_the_same_checkpoint_in_transformers(vllm_se
 
 
 @pytest.mark.vllm
-async def test_a_real_server_that_generates_says_so(vllm_server: Any) -> None:
+async def test_a_real_server_that_generates_is_recognized(vllm_server: Any) -> None:
     server = VllmServer(vllm_server.url)
     try:
         result = await find_offer(server, vllm_server.model, [1, 2, 3])

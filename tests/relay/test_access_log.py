@@ -200,5 +200,5 @@ asyncio.run(run())
 """
 
 
-def test_a_pipe_that_nobody_reads_does_not_keep_the_process_from_its_end() -> None:
+def test_a_pipe_without_a_reader_does_not_keep_the_process_from_its_end() -> None:
     assert subprocess.run([sys.executable, "-c", BLOCKED], timeout=60, check=False).returncode == 0

@@ -99,7 +99,7 @@ async def test_more_anchors_than_a_hidden_state_has_numbers_go_to_the_reference(
     assert record.recovered is bench.reference.recovered
 
 
-async def test_without_a_tap_there_are_no_features_and_nobody_misses_them_who_reads_none(bench: Bench) -> None:
+async def test_without_a_tap_there_are_no_features_and_profiles_that_read_none_are_learned(bench: Bench) -> None:
     assert await bench.ends(capture()) == SCORED
     assert not bench.scorer.features_dropped
     bench.profiles = (contextual(),)

@@ -43,7 +43,7 @@ async def test_a_record_holds_what_all_three_said(bench: Bench) -> None:
     assert bench.scorer.reference_tokens == 8
 
 
-async def test_a_full_queue_drops_and_says_so() -> None:
+async def test_a_full_queue_drops_and_counts_it() -> None:
     bench = Bench(max_queue=2)
     for _ in range(5):
         bench.scorer.offer(capture())
@@ -437,7 +437,7 @@ async def test_no_more_are_scored_at_a_time_than_workers() -> None:
     assert bench.reference.most == 3
 
 
-async def test_what_waits_for_its_tap_holds_nobody_up_and_is_bounded() -> None:
+async def test_what_waits_for_its_tap_delays_no_other_and_is_bounded() -> None:
     bench = Bench(max_queue=5)
     async with running(bench, workers=1):
         for n in range(6):

@@ -107,7 +107,7 @@ def test_requirements_follow_extras_and_refuse_two_bounds(bounds: ModuleType) ->
         bounds.bound(bounds.requirements(project, ["w"])[-1], "<")
 
 
-def test_releases_beyond_the_upper_bound_are_told(bounds: ModuleType) -> None:
+def test_releases_beyond_the_upper_bound_are_reported(bounds: ModuleType) -> None:
     wanted = [Requirement("py_yaml>=1,<2"), Requirement("b>=1,<2"), Requirement("c>=1,<2")]
     wanted[0].name = "py-yaml"
     outdated = [{"name": "Py_Yaml", "latest_version": "2.0"}, {"name": "b", "latest_version": "1.9"}]

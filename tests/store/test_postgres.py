@@ -170,7 +170,7 @@ def unsteady(server: Postgres) -> Iterator[Postgres]:
     server.start()
 
 
-def test_an_owner_goes_on_after_its_server_was_killed_and_stopped(unsteady: Postgres, store: PostgresStore) -> None:
+def test_an_owner_continues_after_its_server_was_killed_and_stopped(unsteady: Postgres, store: PostgresStore) -> None:
     revision = 1
     for end in (unsteady.kill, unsteady.stop):
         revision = store.commit([AppendEvent({"n": revision})], revision, str(revision))
@@ -259,7 +259,7 @@ def test_tables_that_were_made_anew_have_another_owner(
     assert other.read() == Snapshot()
 
 
-def test_a_table_that_somebody_locks_is_written_later(
+def test_a_locked_table_is_written_later(
     server: Postgres, database: str, store: PostgresStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert store._session is not None
@@ -338,7 +338,9 @@ def test_tls_is_as_the_address_asks(unsteady: Postgres, database: str, opened: O
     assert "certificate verify failed" in failure(opened(f"{url}{other.cert}").acquire, StoreUnreachable)
 
 
-def test_a_user_without_rights_is_told_which_ones_it_needs(server: Postgres, database: str, opened: Opener) -> None:
+def test_a_user_without_rights_gets_a_message_which_ones_it_needs(
+    server: Postgres, database: str, opened: Opener
+) -> None:
     """The schema `public` of a database of somebody else, then the tables of somebody else."""
     url = server.url(server.new_database("postgres"))
     for call in (opened(url).acquire, opened(url).probe):

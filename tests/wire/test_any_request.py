@@ -115,5 +115,5 @@ def test_no_request_makes_the_hook_fail(name: str, path: str, changes: dict[str,
     ("member", "value"), [("model", "[]"), ("vllm_xargs", "[]"), ("vllm_xargs", '""'), ("min_p", "0.1e3081")]
 )
 @pytest.mark.parametrize("name", POLICIES)
-def test_what_the_engine_refuses_in_any_case_goes_on_untouched(name: str, member: str, value: str) -> None:
+def test_what_the_engine_refuses_in_any_case_is_forwarded_unchanged(name: str, member: str, value: str) -> None:
     assert asked(name, CHAT, written(chat(), {member: value})) is None

@@ -395,7 +395,7 @@ def test_a_server_that_allows_fewer_logprobs_hands_out_fewer(wire: Wire, fake: F
 
 
 @pytest.mark.parametrize("pieces", ["events", "two at a time"])
-def test_an_observer_that_reads_only_what_says_something_finds_the_same(recorded: Recordings, pieces: str) -> None:
+def test_an_observer_that_skips_empty_events_finds_the_same(recorded: Recordings, pieces: str) -> None:
     """The oracle gets no whole event at a time."""
     for one in recorded.all_of_them:
         if not one.request.stream:

@@ -126,7 +126,7 @@ def test_treated_minus_control_is_the_effect_of_the_profile_and_not_of_the_engin
     assert confounded > 4 * error, "the profile seems to harm: treated requests are at the worse engine"
 
 
-def test_the_engine_of_sampled_requests_alone_is_drawn_and_the_capture_says_so(wire: Wire) -> None:
+def test_the_engine_of_sampled_requests_alone_is_drawn_and_the_capture_records_it(wire: Wire) -> None:
     wire.engine = HOLDER
     wire.send(CHAT, chat())
     assert [(capture.engine, capture.engine_drawn) for capture in wire.captures] == [(HOLDER, True)]

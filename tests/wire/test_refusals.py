@@ -248,7 +248,7 @@ def test_an_error_that_what_was_added_causes_does_not_reach_the_client(status: i
 
 
 @pytest.mark.parametrize("status", [500, 413])
-def test_nothing_that_could_fail_is_added_where_the_plugin_tells_the_tokens(status: int) -> None:
+def test_nothing_that_could_fail_is_added_where_the_plugin_reports_the_tokens(status: int) -> None:
     wire, upstream = scripted((status, JSON, b'{"error":{"code":500}}'))
     wire.interceptor.policy = policy(tap=True, tap_tokens=True, prefer_plugin=True)
     assert (wire.send(CHAT, chat()).body, upstream.asked) == (OWN[2], [False])

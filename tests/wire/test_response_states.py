@@ -80,7 +80,7 @@ def test_every_state_is_in_the_table_and_every_path_but_one_is_taken() -> None:
     assert taken <= known
 
 
-def test_a_second_answer_passes_unchanged_and_tells_what_was_refused() -> None:
+def test_a_second_answer_passes_unchanged_and_shows_what_was_refused() -> None:
     response, tokens = begun()
     response.begin(400, JSON, PLAIN)
     assert response.repeat() is not None

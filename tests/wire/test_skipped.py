@@ -136,7 +136,7 @@ def test_every_reason_known_from_the_request_is_tested_with_a_profile() -> None:
     ("changes", "headers", "reason"),
     [({}, {"X-Hemostat-Calibration": VERSION}, "pinned"), ({"forced": VERSION}, {}, "forced")],
 )
-def test_a_named_or_forced_version_goes_on_unjudged_requests_too(
+def test_a_named_or_forced_version_is_applied_to_unjudged_requests_too(
     wire: Wire, fake: FakeVllm, case: str, changes: dict[str, Any], headers: dict[str, str], reason: str
 ) -> None:
     wire.interceptor.policy = policy(**changes)

@@ -71,7 +71,7 @@ class Interceptor:
             if shadow:
                 self._reports.skipped(Unscored.ROUTE)
             return None
-        unjudged = _own_wish(options, policy)
+        unjudged = _skipped_by_header(options, policy)
         if unjudged is not None and shadow:
             self._reports.skipped(unjudged)
         elif unjudged is Unscored.ON_NOT_ALLOWED:
@@ -107,7 +107,7 @@ class Interceptor:
 _NO_OPTIONS: Final = ClientOptions()
 
 
-def _own_wish(options: ClientOptions, policy: Policy) -> Unscored | None:
+def _skipped_by_header(options: ClientOptions, policy: Policy) -> Unscored | None:
     """Why the request is not to be sampled by its headers, whatever is drawn."""
     if options.shadow is False:
         return Unscored.OPTED_OUT

@@ -90,7 +90,7 @@ def choose_profile(
     one of engines, too.
 
     Treated is what is judged: a request that cannot be scored gets no profile, since nobody would see it harm there.
-    Exceptions are the client's own wish for a version, `calibration.force` and `calibration.treat_unjudged`.
+    Exceptions are a version that the client names, `calibration.force` and `calibration.treat_unjudged`.
 
     unjudged: why the request is never scored, None where it can be. kind: full name. conversation: digest, by which
     the arm is assigned. engine: that the request goes to, "" where it is not known.

@@ -75,7 +75,7 @@ def read_request(
         min_prompt_tokens=details.min_prompt_tokens,
         choices=details.choices,
         prompts=details.prompts,
-        wish=details.wish,
+        requested=details.requested,
         grammar=grammar,
     )
 

@@ -77,8 +77,8 @@ class Message(msgspec.Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class LogprobWish:
-    """What the client itself wants to be told of the tokens. It gets exactly that."""
+class RequestedLogprobs:
+    """What the client itself asks for about the tokens. It gets exactly that."""
 
     token_ids: bool = False
     logprobs: bool = False
@@ -88,7 +88,7 @@ class LogprobWish:
     """Tokens are named by their ids (`token_id:5`), not by their texts."""
 
 
-NO_WISH = LogprobWish()
+NO_LOGPROBS = RequestedLogprobs()
 """The client asks for no logprobs and no ids."""
 
 
@@ -122,7 +122,7 @@ class Request:
     choices: int = 1
     """Of all prompts together."""
     prompts: int = 1
-    wish: LogprobWish = NO_WISH
+    requested: RequestedLogprobs = NO_LOGPROBS
     grammar: bool = False
     """A grammar restricts the tokens."""
 

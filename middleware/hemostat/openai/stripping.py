@@ -22,7 +22,7 @@ from hemostat.openai import sse
 from hemostat.openai.json_splice import MALFORMED, NULL, JsonObject
 from hemostat.openai.logprobs.cutting import EventCutter, cut_logprobs
 from hemostat.openai.logprobs.scrubbing import Scrubber, scrub
-from hemostat.openai.requests import NO_WISH, LogprobWish, Request
+from hemostat.openai.requests import NO_LOGPROBS, Request, RequestedLogprobs
 from hemostat.openai.tokens import ResponseTokens, error_reason, usage_decoder
 
 MAX_BODY: Final = 128 * 1024 * 1024
@@ -44,7 +44,7 @@ class LogprobForm(Protocol):
     def is_held_back(self, choice: JsonObject) -> bool:
         """The stream's event has nothing for the client."""
 
-    def restore(self, logprobs: bytes, wish: LogprobWish) -> bytes:
+    def restore(self, logprobs: bytes, requested: RequestedLogprobs) -> bytes:
         """The JSON of `logprobs` as the client asked for it. One of MALFORMED where that is not possible."""
 
 
@@ -127,14 +127,14 @@ class ChoiceStripper(ResponseBody):
     def __init__(self, form: LogprobForm, request: Request, tokens: ResponseTokens, *, stream: bool) -> None:
         super().__init__(request, tokens, stream=stream)
         self._form = form
-        self._wish = request.wish
-        self._all_events = request.wish.logprobs or request.wish.token_ids
+        self._requested = request.requested
+        self._all_events = request.requested.logprobs or request.requested.token_ids
         """The client itself asked for what makes vLLM send an event for each step."""
         self._keep_usage = request.usage_requested or request.choices > 1
         tokens.usage_expected = not stream or request.usage_requested or request.choices == 1
         self._finishing: tuple[sse.Event, bytes] | None = None
         """The finishing event and its stripped data, held until the usage event brings the fingerprint."""
-        self._cutter = EventCutter() if stream and request.wish == NO_WISH and request.choices == 1 else None
+        self._cutter = EventCutter() if stream and request.requested == NO_LOGPROBS and request.choices == 1 else None
         self._scrubber = Scrubber(stream=stream)
         """For what cannot be parsed because it is too large."""
 
@@ -156,7 +156,7 @@ class ChoiceStripper(ResponseBody):
         return super().feed(data)
 
     def _on_body(self, data: bytes) -> bytes:
-        cut = cut_logprobs(data) if self._wish == NO_WISH else None
+        cut = cut_logprobs(data) if self._requested == NO_LOGPROBS else None
         if cut is not None:
             rest, logprobs = cut
             with contextlib.suppress(*MALFORMED):
@@ -232,16 +232,16 @@ class ChoiceStripper(ResponseBody):
         if any(edits):
             stripped = [choice.edit(edit) for choice, edit in zip(parsed.choices, edits, strict=True)]
             changes["choices"] = b"[" + b",".join(stripped) + b"]"
-        if not self._wish.token_ids and parsed.body.has("prompt_token_ids"):
+        if not self._requested.token_ids and parsed.body.has("prompt_token_ids"):
             changes["prompt_token_ids"] = NULL
         return parsed.body.edit(changes) if changes else parsed.body.data
 
     def _changes(self, choice: JsonObject) -> dict[str, bytes]:
         changes = {}
         if choice.has("logprobs"):
-            wish = self._wish
-            changes["logprobs"] = self._form.restore(choice.raw("logprobs"), wish) if wish.logprobs else NULL
-        if not self._wish.token_ids:
+            requested = self._requested
+            changes["logprobs"] = self._form.restore(choice.raw("logprobs"), requested) if requested.logprobs else NULL
+        if not self._requested.token_ids:
             changes |= {key: NULL for key in ("token_ids", "prompt_token_ids") if choice.has(key)}
         return changes
 

@@ -156,7 +156,7 @@ class KilledFolder(WorkFolder):
 
 @pytest.mark.parametrize("metric", ["auto", "full"])
 @pytest.mark.parametrize("after", [False, True])
-def test_what_is_killed_at_any_write_goes_on(
+def test_what_is_killed_at_any_write_continues(
     metric: str, after: bool, tiny: TinyCheckpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed at its third write, started again and killed at its third one, and so on: the result is the same, and

@@ -38,7 +38,7 @@ def lines(output: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in output.splitlines()]
 
 
-def test_killed_worker_goes_on_and_a_finished_one_returns_at_once(
+def test_killed_worker_continues_and_a_finished_one_returns_at_once(
     tiny: TinyCheckpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from hemostat.adapters.building.build_process import main, read_results

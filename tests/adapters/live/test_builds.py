@@ -241,7 +241,7 @@ async def test_nothing_is_made_that_would_not_be_tested(folders: CheckpointFolde
 
 
 @pytest.mark.parametrize("stage", [0, 2, len(fake_builder.STAGES) - 1])
-async def test_killed_at_any_moment_it_is_started_again_and_goes_on(
+async def test_killed_at_any_moment_it_is_started_again_and_continues(
     folders: CheckpointFolders, monkeypatch: pytest.MonkeyPatch, stage: int
 ) -> None:
     monkeypatch.setattr(client, "BACKOFF", (0.01,))
@@ -344,7 +344,7 @@ async def test_what_cannot_be_used_is_never_proposed_and_counted(
     assert no_process_is_left()
 
 
-async def test_without_a_package_that_it_needs_a_build_is_refused_once_and_says_so(tmp_path: Path) -> None:
+async def test_without_a_package_that_it_needs_a_build_is_refused_once_and_reported(tmp_path: Path) -> None:
     """Not tried again and again: that a package is missing does not pass."""
     pair = tiny_checkpoints.make_pair(tmp_path)
     config = json.loads((pair.compressed / "config.json").read_text())

@@ -204,7 +204,7 @@ def short(options: DoctorOptions) -> DoctorOptions:
     return replace(options, tokens=4, max_prompts=4, sweep=(Axis.STRUCTURE, Axis.DECODING))
 
 
-def test_an_interrupted_sweep_goes_on(
+def test_an_interrupted_sweep_continues(
     short: DoctorOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     straight = report_of(short, tmp_path)

@@ -104,7 +104,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         ({"hang": True}, "timeout"),
     ],
 )
-def test_a_failing_reference_is_counted_and_hurts_no_client(bench: Bench, fault: dict[str, Any], reason: str) -> None:
+def test_a_failing_reference_is_counted_and_affects_no_client(bench: Bench, fault: dict[str, Any], reason: str) -> None:
     label, had = f"reference_{reason}", bench.memory()
     before = bench.endings("dropped", label)
     for name, value in fault.items():

@@ -79,7 +79,7 @@ async def test_check_says_which_figures_follow(tmp_path: Path) -> None:
         assert "reference.folder" in line
 
 
-async def test_the_monitor_is_ready_with_one_line_that_says_so(tmp_path: Path) -> None:
+async def test_the_monitor_is_ready_with_one_line_in_the_log(tmp_path: Path) -> None:
     folder = FakePooling(TEXT).save(tmp_path)
     pooling = FakeVllm(model="reference", pooling=FakePooling(TEXT))
     async with running(Compressed()) as upstream, running(pooling) as reference:

@@ -91,7 +91,7 @@ async def test_figures_are_those_of_the_model_in_process(pooling_url: str, check
         await local.close()
 
 
-async def test_a_pooling_server_says_so_and_does_not_generate(pooling_url: str) -> None:
+async def test_a_pooling_server_is_recognized_and_does_not_generate(pooling_url: str) -> None:
     server = VllmServer(pooling_url)
     try:
         ids = await server.tokenize("reference", TEXT)

@@ -359,7 +359,7 @@ async def test_engines_rolled_under_load_cost_no_request_that_was_not_theirs(kil
 
 
 @pytest.mark.parametrize("reached", [True, False])
-async def test_the_hook_is_told_which_engine_it_is_before_the_request_and_when_another_answers(reached: bool) -> None:
+async def test_the_hook_learns_the_engine_before_the_request_and_when_another_answers(reached: bool) -> None:
     """`hooks.ExchangeHook.sent_to`: what may be asked for depends on the engine."""
     engines = [FakeEngine(status(503)), FakeEngine()]
     spies = [SpyHook() for _ in range(10)]
@@ -412,7 +412,7 @@ async def test_an_engine_that_replaces_one_that_was_drawn_is_not() -> None:
     assert all(spy.drawn in ([True], [True, False]) for spy in spies)
 
 
-async def test_a_hook_that_fails_when_it_is_told_is_ignored() -> None:
+async def test_a_hook_that_fails_when_it_learns_the_engine_is_ignored() -> None:
     engines = [FakeEngine(), FakeEngine()]
     async with balancing(engines, hook=HookSequence([SpyHook(fails="sent_to")])) as (_, connect):
         assert await ask(await connect(), chat("hello")) == 200

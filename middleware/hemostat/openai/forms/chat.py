@@ -23,7 +23,7 @@ from hemostat.openai.forms.shared import (
 )
 from hemostat.openai.json_splice import JsonObject, encode
 from hemostat.openai.observing import EndingObserver
-from hemostat.openai.requests import NO_WISH, LogprobWish, Message, Request
+from hemostat.openai.requests import NO_LOGPROBS, Message, Request, RequestedLogprobs
 from hemostat.openai.restrictions import restricts_chat
 from hemostat.openai.stripping import ChoiceStripper, choices_go_on, record_ending
 from hemostat.openai.tokens import ResponseTokens
@@ -51,16 +51,16 @@ class Chat:
         messages: list[Message] | None = decode_or_none(_messages, body.raw("messages"))
         check_messages(len(messages or ()))
         usage, choices = usage_requested(body), choices_per_prompt(body)
-        wish = _wish(body)
+        requested = _requested(body)
         return Details(
             unscorable=unscorable_parameters(body, choices=choices, usage=usage, prompt=_unscorable_messages(messages))
-            or (Unscored.CLIENT_LOGPROBS if wish is None else None)
+            or (Unscored.CLIENT_LOGPROBS if requested is None else None)
             or (Unscored.HIDDEN_REASONING if body.value("include_reasoning") is False else None),
             messages=messages,
             conversation=_conversation(body, messages),
             usage_requested=bool(usage),
             choices=choices or 1,
-            wish=wish or NO_WISH,
+            requested=requested or NO_LOGPROBS,
         )
 
     def restricts_tokens(self, body: JsonObject) -> bool:
@@ -84,13 +84,15 @@ class Chat:
     def is_held_back(self, choice: JsonObject) -> bool:
         return choice.raw("delta") == b"{}"
 
-    def restore(self, logprobs: bytes, wish: LogprobWish) -> bytes:
+    def restore(self, logprobs: bytes, requested: RequestedLogprobs) -> bytes:
         body = JsonObject(logprobs)
-        entries = [_restore_entry(JsonObject(bytes(entry)), wish) for entry in _elements.decode(body.raw("content"))]
+        entries = [
+            _restore_entry(JsonObject(bytes(entry)), requested) for entry in _elements.decode(body.raw("content"))
+        ]
         return body.edit({"content": b"[" + b",".join(entries) + b"]"})
 
 
-def _wish(body: JsonObject) -> LogprobWish | None:
+def _requested(body: JsonObject) -> RequestedLogprobs | None:
     """What the client asks for; None where it could not be given that."""
     logprobs, top = body.value("logprobs"), body.value("top_logprobs")
     as_ids, token_ids = body.value("return_tokens_as_token_ids"), body.value("return_token_ids")
@@ -99,13 +101,13 @@ def _wish(body: JsonObject) -> LogprobWish | None:
     ):
         return None
     if not logprobs:
-        return None if top else LogprobWish(token_ids=bool(token_ids))
+        return None if top else RequestedLogprobs(token_ids=bool(token_ids))
     if top is None and "top_logprobs" in body:
         return None
     top = 0 if top is None else top
     if not isinstance(top, int) or isinstance(top, bool) or not 0 <= top <= MAX_ALTERNATIVES:
         return None
-    return LogprobWish(bool(token_ids), logprobs=True, top=top, as_ids=bool(as_ids))
+    return RequestedLogprobs(bool(token_ids), logprobs=True, top=top, as_ids=bool(as_ids))
 
 
 def _conversation(body: JsonObject, messages: list[Message] | None) -> bytes | None:
@@ -130,11 +132,11 @@ def _unscorable_messages(messages: list[Message] | None) -> Unscored | None:
     return Unscored.MULTIMODAL if any(part.type != "text" for part in parts) else None
 
 
-def _restore_entry(entry: JsonObject, wish: LogprobWish) -> bytes:
+def _restore_entry(entry: JsonObject, requested: RequestedLogprobs) -> bytes:
     """One position as the client asked for it."""
-    top = [bytes(item) for item in _elements.decode(entry.raw("top_logprobs"))][: wish.top]
+    top = [bytes(item) for item in _elements.decode(entry.raw("top_logprobs"))][: requested.top]
     changes = {}
-    if not wish.as_ids:
+    if not requested.as_ids:
         text = bytes(_byte_values.decode(entry.raw("bytes"))).decode()
         changes["token"] = encode(text)
         for item in map(JsonObject, top):

@@ -22,7 +22,7 @@ from hemostat.openai.forms.shared import (
 )
 from hemostat.openai.json_splice import NULL, JsonObject, encode
 from hemostat.openai.observing import EndingObserver
-from hemostat.openai.requests import NO_WISH, LogprobWish, Request
+from hemostat.openai.requests import NO_LOGPROBS, Request, RequestedLogprobs
 from hemostat.openai.restrictions import restricts_chat
 from hemostat.openai.stripping import ChoiceStripper, choices_go_on, record_ending
 from hemostat.openai.tokens import ResponseTokens
@@ -45,20 +45,20 @@ class Completions:
         prompts = _prompts(body)
         usage, each = usage_requested(body), choices_per_prompt(body)
         choices = None if each is None else each * max(1, len(prompts or ()))
-        wish = _wish(body)
+        requested = _requested(body)
         raw = body.raw("prompt")
         return Details(
             unscorable=unscorable_parameters(
                 body, choices=choices, usage=usage, prompt=_unscorable_prompts(body, prompts)
             )
-            or (Unscored.CLIENT_LOGPROBS if wish is None else None),
+            or (Unscored.CLIENT_LOGPROBS if requested is None else None),
             messages=None,
             conversation=None if raw == NULL else raw,
             usage_requested=bool(usage),
             choices=choices or 1,
             prompts=max(1, len(prompts or ())),
             min_prompt_tokens=max((len(prompt) for prompt in prompts or () if isinstance(prompt, list)), default=0),
-            wish=wish or NO_WISH,
+            requested=requested or NO_LOGPROBS,
         )
 
     def restricts_tokens(self, body: JsonObject) -> bool:
@@ -82,7 +82,7 @@ class Completions:
     def is_held_back(self, choice: JsonObject) -> bool:
         return False
 
-    def restore(self, logprobs: bytes, wish: LogprobWish) -> bytes:
+    def restore(self, logprobs: bytes, requested: RequestedLogprobs) -> bytes:
         body = JsonObject(logprobs)
         rows = [_restore_row(row) for row in _rows.decode(body.raw("top_logprobs"))]
         return body.edit({"top_logprobs": b"[" + b",".join(rows) + b"]"})
@@ -105,17 +105,17 @@ def _unscorable_prompts(body: JsonObject, prompts: list[str | list[int]] | None)
     return None if prompts else Unscored.INVALID
 
 
-def _wish(body: JsonObject) -> LogprobWish | None:
+def _requested(body: JsonObject) -> RequestedLogprobs | None:
     """What the client asks for; None where it could not be given that."""
     top = body.value("logprobs")
     as_ids, token_ids = body.value("return_tokens_as_token_ids"), body.value("return_token_ids")
     if not all(value in (None, True, False) for value in (as_ids, token_ids)) or body.value("logprob_token_ids"):
         return None
     if top is None:
-        return LogprobWish(token_ids=bool(token_ids))
+        return RequestedLogprobs(token_ids=bool(token_ids))
     if not as_ids or isinstance(top, bool) or top != 0:
         return None
-    return LogprobWish(bool(token_ids), logprobs=True, as_ids=True)
+    return RequestedLogprobs(bool(token_ids), logprobs=True, as_ids=True)
 
 
 def _restore_row(row: dict[str, msgspec.Raw] | None) -> bytes:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from hemostat.metrics.reasons import Unscored
 from hemostat.openai.json_splice import JsonObject
-from hemostat.openai.requests import NO_WISH, LogprobWish, Message, Request
+from hemostat.openai.requests import NO_LOGPROBS, Message, Request, RequestedLogprobs
 from hemostat.openai.tokens import ResponseTokens
 
 
@@ -24,7 +24,7 @@ class Details:
     choices: int = 1
     prompts: int = 1
     min_prompt_tokens: int = 0
-    wish: LogprobWish = NO_WISH
+    requested: RequestedLogprobs = NO_LOGPROBS
 
 
 class Stripper(Protocol):
