@@ -9,7 +9,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-versions test-newest test-oldest passed lint bench-proxy bench-alarm bench-floor bench-families bench-bounds bench-engine bench-recovery bench-reference bench-guard bench-coverage bench-faults bench-load bench-canaries bench-compress chart dist docs site screenshot clean
+.PHONY: help setup demo test test-slow test-versions test-newest test-oldest passed lint bench-proxy bench-alarm bench-floor bench-families bench-bounds bench-engine bench-recovery bench-reference bench-guard bench-coverage bench-faults bench-load bench-canaries bench-compress bench-growth bench-gpu chart dist docs site screenshot clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -92,6 +92,12 @@ bench-canaries: setup ## what canaries find on a real vLLM: changed weights, cac
 
 bench-compress: setup ## compressed checkpoints of equal bytes, ours and llmcompressor's (hours); writes build/bench/compress.json
 	@exec $(BIN)/python tests/bench/bench_compress.py $(ARGS)
+
+bench-growth: setup ## how time and memory of each part grow, with fitted exponents; writes build/bench/growth.json
+	@exec $(BIN)/python tests/bench/bench_growth.py $(ARGS)
+
+bench-gpu: setup ## on a machine with a GPU and vLLM: what only that can tell, in ten minutes; writes build/bench/gpu.json
+	@exec $(BIN)/python tests/bench/bench_gpu.py $(ARGS)
 
 chart: setup ## generate the versions, the README and the values schema of helm/hemostat
 	@$(BIN)/python deploy/chart.py

@@ -1,0 +1,120 @@
+"""What only a GPU can tell: `make bench-gpu`, at most ten minutes, one file to send back: build/bench/gpu.json.
+
+For a machine with a GPU, with vLLM installed in this environment. Nobody has run it yet. Each step is a process with a
+time limit; one that fails or runs out of time leaves the end of its output in the file, and the next one runs.
+
+versions      GPUs, vLLM, torch, and which model runner vLLM chooses
+plugin        the plugin's tests on a real server (profiles, taps, failures): on a GPU with model runner V2
+answers       tokens that the plugin hands out, against those of the response
+adapters      adapters by version, slots, isolation of rows
+speculation   ngram drafts with the plugin (V2 takes both): a profile is applied to drafted tokens, taps have every one
+parallel      tensor parallelism of two: profiles, taps, sets and adapters are the same on both ranks (two GPUs)
+lora cost     tokens/s without --enable-lora, and with it: no row, half of the rows, all rows with an adapter
+formats       FP8 of `hemostat compress`, served, against our own copy of it
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "bench"
+MAX_SECONDS = 600.0
+TAIL = 4000
+"""Characters of a step's output that are kept."""
+VERSIONS = """
+import json, torch, vllm
+gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+print(json.dumps({"vllm": vllm.__version__, "torch": torch.__version__, "gpus": gpus}))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """command: of python. seconds: its limit. gpus: how many it needs."""
+
+    name: str
+    command: Sequence[str]
+    seconds: float
+    gpus: int = 1
+
+
+def pytest(*arguments: str) -> list[str]:
+    return ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-rA", "--tb=short", *arguments]
+
+
+STEPS = (
+    Step("versions", ["-c", VERSIONS], 60),
+    Step("plugin", pytest("tests/engine/test_real_vllm.py"), 150),
+    Step("answers", pytest("tests/engine/test_real_answers.py"), 90),
+    Step("adapters", pytest("tests/engine/test_real_adapters.py"), 120),
+    Step("speculation", pytest("--slow", "tests/engine/test_real_speculation_v2.py"), 120),
+    Step("parallel", pytest("--slow", "tests/engine/test_real_ranks.py"), 120, gpus=2),
+    Step("lora cost", ["tests/bench/bench_adapters.py", "--starts", "1", "--rounds", "4", "--ranks", "16"], 150),
+    Step("formats", pytest("--slow", "-k", "fp8", "tests/compression/test_in_vllm.py"), 120),
+)
+"""In the order of what is known least."""
+
+
+def run(steps: Sequence[Step], gpus: int, budget: float = MAX_SECONDS) -> dict[str, Any]:
+    """What each step said, by its name. gpus: of this machine. budget: seconds of all together."""
+    began = time.monotonic()
+    found: dict[str, Any] = {}
+    for step in steps:
+        left = budget - (time.monotonic() - began)
+        if step.gpus > gpus or left < 1.0:
+            why = f"needs {step.gpus} GPUs" if step.gpus > gpus else "no time left"
+            found[step.name] = {"outcome": f"not run: {why}"}
+        else:
+            found[step.name] = _outcome(step, min(step.seconds, left))
+        print(f"{step.name}: {found[step.name]['outcome']}", flush=True)
+    return found
+
+
+def _outcome(step: Step, seconds: float) -> Mapping[str, Any]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    began = time.monotonic()
+    try:
+        done = subprocess.run(
+            [sys.executable, *step.command],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=seconds,
+            check=False,
+        )
+        outcome, output = "passed" if done.returncode == 0 else f"failed ({done.returncode})", done.stdout
+    except subprocess.TimeoutExpired as late:
+        outcome, output = f"not finished within {seconds:.0f} s", late.stdout or b""
+    text = output.decode(errors="replace")
+    return {"outcome": outcome, "seconds": round(time.monotonic() - began, 1), "output": text[-TAIL:]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="steps whose name has this in it")
+    given = parser.parse_args()
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        raise SystemExit("bench-gpu: torch sees no GPU here")
+    found = run([step for step in STEPS if given.only in step.name], gpus)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    path = BUILD / "gpu.json"
+    path.write_text(json.dumps({"steps": found}, indent=1) + "\n")
+    print(f"\n{path}: the file to send back")
+
+
+if __name__ == "__main__":
+    main()

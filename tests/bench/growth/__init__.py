@@ -1,0 +1,1 @@
+"""How time and memory of each part grow: `make bench-growth`."""
