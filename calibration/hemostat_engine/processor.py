@@ -85,7 +85,7 @@ def _core(vllm_config: Any, device: torch.device, vocab_size: int, runner: str) 
         tap_on_every_rank=bool(getattr(vllm_config.parallel_config, "enable_batch_sharded_sampling", False)),
         masks=masks,
         answers=_hands_out_answers(),
-        # Of a draft that was rejected, nothing tells which mask the token in its place was sampled from.
+        # Of a draft that was rejected, it is not known which mask the token in its place was sampled from.
         sets=watched and getattr(vllm_config, "speculative_config", None) is None,
         weights=LoadedWeights.of(getattr(vllm_config, "model_config", None)),
     )

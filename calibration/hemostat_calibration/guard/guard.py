@@ -41,7 +41,7 @@ the mean of such a variable is valid and ever rejects (Bahadur & Savage, Annals 
 profile that helps is rolled back as unsupported with a chance that depends on the window's length. To show a mean gain
 of g takes about (width/g)(log(1/alpha) + 0.5) units, more where gains spread, where kinds differ, and where one client
 has a large part of them; a window of `WINDOWS_PER_PROOF` times what the promotion took leaves room for chance. Units
-that are copies of each other, sent by several clients, count as different ones where the unit's key does not tell.
+that are copies of each other, sent by several clients, count as different ones where the unit's key does not show it.
 
 A wide range has a cost that no method avoids: a loss of `width` once in n units cannot be excluded by fewer than n of
 them, so every valid bound needs in the order of width/gain units. A smaller clamp makes proofs shorter.
@@ -113,7 +113,7 @@ class Guard:
         """A unit of a kind, whether it is judged by or not: its client's digest, a figure of it that no profile has
         changed, and its time, seconds. How much these depend on each other (v̂ of `statistics.dependence`) is the least
         that is taken for the gains. Nothing is promoted in a kind before v̂ is known there, or for all kinds; without
-        any note units count as independent but for what their gains tell. InvalidArgumentError unless the figure is
+        any note units count as independent unless their gains show otherwise. InvalidArgumentError unless the figure is
         finite."""
         if not math.isfinite(figure):
             raise InvalidArgumentError(f"figure is {figure}: it must be finite")

@@ -81,7 +81,7 @@ class AdapterFolder:
 
     def _make(self) -> Path:
         if self._own is not None and not (self._own / LOCK).exists():
-            self.close()  # somebody cleaned the folder for temporary files
+            self.close()  # the folder for temporary files was cleaned
         if self._own is None:
             self._parent.mkdir(parents=True, exist_ok=True)
             self._remove_stale()

@@ -126,7 +126,7 @@ class FactorCache:
             return entry.factors
         factors = read_factors(a, b, slot, output_slices)
         first = a[0]
-        # vLLM writes every slice of a slot at once, so the first one's counter tells of all. Without a counter
+        # vLLM writes every slice of a slot at once, so the first one's counter is that of all. Without a counter
         # (tensors made in inference mode) nothing is kept.
         if not first.is_inference():
             self._entries[id(a), slot] = _Entry(a, first, first._version, factors)

@@ -158,7 +158,7 @@ def _confirm(options: argparse.Namespace, question: str) -> None:
     if options.yes:
         return
     if not sys.stdin.isatty():
-        raise UsageError("standard input is not a terminal, so nobody can confirm: give --yes")
+        raise UsageError("standard input is not a terminal, so it cannot be confirmed: give --yes")
     if input(f"{question} [y/N] ").strip().lower() not in {"y", "yes"}:
         raise UsageError("nothing was changed")
 

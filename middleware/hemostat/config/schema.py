@@ -1,7 +1,7 @@
 """The sections of the configuration: keys, types, defaults, and what must fit together.
 
 The text below a field is that of docs/reference/settings.md, which `make docs` writes. A `ClassVar` is no setting: a
-constant of the section, with the reason why nobody has to set it.
+constant of the section, with the reason why it need not be set.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ class Control:
         )
 
     def _connect_relays(self, settings: Settings) -> None:
-        """What relays send, what they are told, and what is stored."""
+        """What relays send and receive, and what is stored."""
         pipeline = self.pipeline
         self.link = RelayLink(pipeline.receive, self._receive_outcome, pipeline.coverage.relayed, self._clock)
         self.upstreams = UpstreamEngines(self.link.engines, self.writer)

@@ -6,7 +6,7 @@
     READING     the store may be another process's                       STANDBY
     ACTIVE      the store may be another process's, or was replaced      SUSPENDED
     SUSPENDED   it is this process's, and holds what it wrote last       ACTIVE
-    SUSPENDED   somebody else has written                                ENDED
+    SUSPENDED   another process has written                              ENDED
 
 - STANDBY: it waits, and holds nothing of what is stored. It refuses relays, engines and what would change state, and
   loads no reference model: two of them at once would need twice the memory, and a reference is there a minute later.
@@ -194,7 +194,7 @@ class Ownership:
         try:
             await self._require_own_head()
             if await asyncio.to_thread(self._store.acquire):
-                await self._require_own_head()  # nobody else can have written from now on
+                await self._require_own_head()  # no other process can have written from now on
                 self._move(_Event.REGAINED, "")
                 return True
         except (StoreIncompatible, StoreConflict) as failure:

@@ -1,4 +1,4 @@
-"""Builds the policy, which tells relays what to do from now on, and sends it when anything in it has changed."""
+"""Builds the policy, by which relays act from then on, and sends it when anything in it has changed."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ MAX_WAITING_BYTES = 256 << 20
 MAX_ANSWERS_PER_REQUEST = 64
 """Further ones of the same nonce are dropped: a client may have set one of its own for all of its requests."""
 ANSWER_SECONDS = 120.0
-"""After the last new answer of a request, its answers are dropped when nobody has taken them."""
+"""After the last new answer of a request, its answers are dropped when they were not used."""
 MAX_SENDERS = 256
 """API servers whose counts of dropped answers are kept."""
 
@@ -43,7 +43,7 @@ class AnswerBuffer:
         self._bytes = 0
         self.received = 0
         self.dropped = 0
-        """Answers that nobody took in time, or that there was no room for here."""
+        """Answers that were not used in time, or that there was no room for here."""
         self._dropped_by_sender: OrderedDict[str, int] = OrderedDict()
         self._dropped_at_senders = 0
 

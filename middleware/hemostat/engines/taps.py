@@ -23,7 +23,7 @@ from hemostat_calibration.records import Features
 MAX_TAPPED_REQUESTS = 4096
 """Tapped requests whose numbers wait to be taken; the oldest are dropped."""
 TAP_SECONDS = 120.0
-"""After the last run of a request, its numbers are dropped when nobody has taken them."""
+"""After the last run of a request, its numbers are dropped when they were not used."""
 MAX_WAITING_NUMBER_BYTES = 256 << 20
 """Numbers that wait to be taken, of all requests; above it the requests that have waited longest are dropped."""
 MAX_WAITING_FEATURE_BYTES = 256 << 20
@@ -100,7 +100,7 @@ class TapBuffer:
     def __init__(self) -> None:
         self._taps: OrderedDict[str, _Tap] = OrderedDict()
         self.runs_dropped = 0
-        """Runs that nobody took in time, or that there was no room for."""
+        """Runs that were not used in time, or that there was no room for."""
         self._number_bytes = 0
         self._feature_bytes = 0
 

@@ -1,6 +1,6 @@
 """Which requests are sampled, and which are in the control arm; how conversations and clients are named.
 
-Nobody can choose to be sampled, or the arm of a conversation: whether a request is sampled is drawn, and arms follow
+No client can choose to be sampled, or the arm of a conversation: whether a request is sampled is drawn, and arms follow
 from a keyed hash (BLAKE2b) of the conversation with a secret of the store (`salt`). Every relay thus puts the
 turns of a conversation into the same arm. The hashes' purposes make them independent of each other.
 """
@@ -33,7 +33,7 @@ def _draws() -> Iterator[float]:
 
 
 draw: Final[Callable[[], float]] = _draws().__next__
-"""A uniform number in [0, 1) from the operating system's generator, which nobody can predict."""
+"""A uniform number in [0, 1) from the operating system's generator, which cannot be predicted."""
 
 
 def uniform(key: bytes, salt: bytes, purpose: bytes) -> float:

@@ -186,7 +186,7 @@ class InterceptedExchange:
         return Rewrite(request.body.edit(changes), _DROPPED_HEADERS if is_read else frozenset())
 
     def _prefers_plugin(self, request: Request) -> bool:
-        """Whether the engine's plugin is asked for tokens that the response could tell."""
+        """Whether the engine's plugin is asked for tokens that the response could contain."""
         policy = self._policy
         if policy.prefer_plugin:
             return policy.shadow_top_k <= MAX_TOP
@@ -226,8 +226,8 @@ class InterceptedExchange:
         )
 
     def _unreported(self, request: Request, version: str) -> bool:
-        """Whether only the engine's plugin could tell that the version was applied, and will not: one that reports no
-        ids cannot tell apart the choices of one request. Of an adapter without a map the answer tells."""
+        """Whether only the engine's plugin could report that the version was applied, and will not: one that reports no
+        ids cannot distinguish the choices of one request. Of an adapter without a map the answer shows it."""
         policy = self._policy
         by_plugin = policy.apply == "engine" and policy.adapters.get(version, True)
         return by_plugin and policy.tap and not policy.tap_tokens and request.choices > 1

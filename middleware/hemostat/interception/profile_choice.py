@@ -89,7 +89,7 @@ def choose_profile(
     control requests at all engines and treated ones at those that hold the profile, the comparison of the arms would be
     one of engines, too.
 
-    Treated is what is judged: a request that cannot be scored gets no profile, since nobody would see it harm there.
+    Treated is what is judged: a request that cannot be scored gets no profile, since harm is not measured there.
     Exceptions are a version that the client names, `calibration.force` and `calibration.treat_unjudged`.
 
     unjudged: why the request is never scored, None where it can be. kind: full name. conversation: digest, by which
@@ -112,7 +112,7 @@ def choose_profile(
     if unjudged is not None and not policy.treat_unjudged:
         return Choice(None, Arm.NONE, unjudged)
     if request.client_tap and not policy.treat_unjudged:
-        # The engine tells the client's tap what was applied, and not Hemostat: only the control arm could be scored.
+        # The engine reports to the client's tap, not to Hemostat, what was applied: only control could be scored.
         return Choice(None, Arm.NONE, Uncalibrated.OWN_XARGS)
     if request.model and policy.calibrated_models is not None and request.model not in policy.calibrated_models:
         return Choice(None, Arm.NONE, ArmReason.OTHER_MODEL)

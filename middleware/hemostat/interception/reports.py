@@ -23,7 +23,7 @@ class SampledCounter(Protocol):
 
 
 def uncounted(kind: str, outcome: str, reason: str, tokens: int | None, requests: float = 1.0) -> None:
-    """A `SampledCounter` for where nobody asks for the coverage."""
+    """A `SampledCounter` where the coverage is not measured."""
 
 
 class Reports:

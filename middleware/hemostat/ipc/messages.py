@@ -59,7 +59,7 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
     why: str
     """One line."""
     fault: bool = True
-    """Somebody has to correct something. Otherwise the relay finds another control process, or this one later."""
+    """The configuration has to be corrected. Otherwise the relay finds another control process, or this one later."""
 
 
 NOT_ACTIVE = Refused("not active", fault=False)
@@ -270,7 +270,7 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     tap_tokens: bool = False
     """Every engine's plugin reports token ids and the most likely tokens, by choice, where `hemostat_tap_top` asks."""
     prefer_plugin: bool = False
-    """With `tap_tokens`: the plugin is asked for the tokens of a request also where its response could tell them."""
+    """With `tap_tokens`: the plugin is asked for the tokens of a request also where its response could contain them."""
     default_model: str = ""
     """The served name that answers a request without one; "" while it is not known."""
     grammars: bool = False

@@ -275,7 +275,7 @@ class ControlLink:
 
 
 class _RefusedError(Exception):
-    """The text is the control process's. fault: somebody has to correct something."""
+    """The text is the control process's. fault: the configuration has to be corrected."""
 
     def __init__(self, refused: Refused) -> None:
         super().__init__(refused.why)
@@ -329,7 +329,7 @@ class _Connection(asyncio.Protocol):
             self.lost.set_result(why)
         if not self.answered.done():
             self.answered.set_exception(OSError(why))
-            self.answered.exception()  # nobody may be waiting for it
+            self.answered.exception()  # it may have no waiter
 
 
 def _in_words(error: Exception) -> str:

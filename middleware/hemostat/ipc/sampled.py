@@ -1,4 +1,4 @@
-"""What a relay counts of the sampled requests that never became a capture, until the control process is told."""
+"""What a relay counts of the sampled requests that never became a capture, until it sends them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def counted(capture: Capture) -> tuple[float, int | None]:
 
 
 class SampledTally:
-    """Counts by kind, outcome and reason. Nothing is lost while the control process is not there: it is told later."""
+    """Counts by kind, outcome and reason. Nothing is lost while there is no control process: it is sent later."""
 
     def __init__(self, limit: int = MAX_COUNTS) -> None:
         self._limit = limit

@@ -109,7 +109,7 @@ class Supervisor(Generic[Target, Ready]):
         """The process said that it cannot."""
         if self._first is not None and not self._first.done():
             self._first.set_exception(ChildRefused(why))
-            self._first.exception()  # nobody may be waiting for it
+            self._first.exception()  # it may have no waiter
 
     async def run(self) -> None:
         """Keep a process running for the target while it is wanted, until cancelled."""
@@ -163,6 +163,6 @@ class Supervisor(Generic[Target, Ready]):
         why = ChildExited(child.exit_summary())
         if self._first is not None and not self._first.done():
             self._first.set_exception(why)
-            self._first.exception()  # nobody may be waiting for it
+            self._first.exception()  # it may have no waiter
         self._owner.exited(why)
         self.wake()

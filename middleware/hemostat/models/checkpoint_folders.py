@@ -118,7 +118,7 @@ def build_folder(
             files = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
             manifest = json.dumps({"made_from": made_from, "files": files}, indent=2)
             (folder / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
-            if not is_free(destination):  # somebody may have written there meanwhile
+            if not is_free(destination):  # another process may have written there meanwhile
                 require_replaceable(destination, made_from, overwrite=overwrite)
             old = destination.rename(Path(scratch) / "old") if destination.exists() else None
             try:

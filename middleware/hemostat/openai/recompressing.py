@@ -1,4 +1,4 @@
-"""Responses that the upstream compresses though nobody asked it to: read, and compressed again for the client."""
+"""Responses that the upstream compresses without being asked to: read, and compressed again for the client."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ class ResponseTokens:
     model: str = ""
     usage: Usage | None = None
     usage_expected: bool = True
-    """False: the response says nothing of it, since nobody asked."""
+    """False: the response does not contain it, since it was not requested."""
 
     def __post_init__(self) -> None:
         self.choices = [ChoiceTokens() for _ in range(self.expected)]

@@ -266,7 +266,7 @@ class ProfileManager:
         yield from self.events.samples()
         yield from self.report.samples()
 
-    # --- what engines, the reference and relays are told -----------------------------------------------------------
+    # --- what engines, the reference and relays get ----------------------------------------------------------------
 
     def engine_versions(self) -> list[str]:
         """Versions that engines should hold, most important first."""

@@ -1,6 +1,6 @@
 """The ids by which a reasoning model's thinking is recognized: from the settings, or from the server's tokenizer.
 
-vLLM's `--reasoning-parser` is not told to clients, and each parser knows its markers as texts. Here they are by the
+Clients cannot see vLLM's `--reasoning-parser`, and each parser has its markers as texts. Here they are by the
 parsers' names (vLLM 0.32, `vllm/reasoning`), and the server's /tokenize says which ids they are. `auto` takes the first
 markers that are single tokens in the vocabulary: only a model that was made to think has such. Markers that are several
 tokens depend on what stands around them; they are tokenized in several contexts, and every way is a marker.

@@ -1,7 +1,7 @@
 """The access log: one line for each request on the data port, refused ones too. It has nothing that a client or a model
 has written but the request's id.
 
-Lines are buffered and written by a thread, so that a slow disk or a pipe that nobody reads delays no request; what does
+Lines are buffered and written by a thread, so that a slow disk or a pipe without a reader delays no request; what does
 not fit into the buffer, or cannot be written, is dropped and counted.
 """
 
@@ -85,7 +85,7 @@ class AccessLog:
         """Bytes of one write. Relays share the descriptor: a longer write to a pipe may be mixed with another's."""
         self._torn = False
         """The last line in the file lacks its end."""
-        # A daemon, unlike the threads of an executor: a pipe that nobody reads must not keep the process from its end.
+        # A daemon, unlike the threads of an executor: a pipe without a reader must not keep the process from ending.
         threading.Thread(target=self._run, name="access-log", daemon=True).start()
 
     def request(
@@ -142,7 +142,7 @@ class AccessLog:
         """The thread."""
         while (data := self._handed_over.get()) is not None:
             lost = self._write(data)
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed: there is no waiter any more
                 self._loop.call_soon_threadsafe(self._written, lost)
 
     def _write(self, data: bytes) -> int:

@@ -18,7 +18,7 @@ def client_key(request: RequestHead, network: bytes) -> bytes:
     """The client that sends a request: a digest of its credential, without one its network (see `client_network`).
 
     A client without a valid credential can send another one with each request; what has to hold against those goes by
-    the network too. Other fields, such as X-Api-Key, name nobody: vLLM does not check them.
+    the network too. Other fields, such as X-Api-Key, name no client: vLLM does not check them.
     """
     return credential_digest(request) or network
 

@@ -67,7 +67,7 @@ class OutgoingRequest:
         self._started = started
         self._engine: Engine | None = None
         self.hook: FailOpenHook | None = None
-        """Is told which engine it is."""
+        """Called with the engine that the request goes to."""
         self._context = context
         self._tried: tuple[Engine, ...] = ()
         """Engines that failed to answer it."""

@@ -136,7 +136,7 @@ class Relay:
         return bool(self._servers) and not self._context.draining
 
     def stats(self) -> Stats:
-        """What the control process is told once a second."""
+        """What is sent to the control process once a second."""
         return self.counters.stats(ready=self.ready, engines=self.upstreams.report())
 
     async def drain(self, timeout: float, *, idle: bool = False) -> bool:  # noqa: ASYNC109  not a cancellation

@@ -116,7 +116,7 @@ class Holding(Share):
 
 class Shares:
     """Owns what everybody holds. All in constant time, or logarithmic in the number of holdings, amortized: while there
-    is enough for all, it is only added up; a holding is ranked among the others, once, when somebody has to give way.
+    is enough for all, it is only added up; a holding is ranked among the others, once, when a request has to be ended.
 
     >>> shares, small, large = Shares(), Holding(None, b"a"), Holding(None, b"b")
     >>> shares.add(small, 3); shares.add(large, 5)
@@ -152,7 +152,7 @@ class Shares:
 
     def larger(self, network: bytes, credential: bytes) -> Holding | None:
         """The one to take from, so that this client can have one more: of who holds more than the client would then.
-        None where nobody does."""
+        None where there is none."""
         self._rank()
         group = self._all
         for name in (network, credential):

@@ -50,11 +50,11 @@ class Outcome(StrEnum):
     INVALID = "invalid"
     """They do not fit the record."""
     REFUSED = "refused"
-    """There is nobody to compute them, or the queue is full."""
+    """There is no process to compute them, or the queue is full."""
 
 
 class DistanceWaits:
-    """Owns the records between the offer and the answer. source: None, nobody computes distances."""
+    """Owns the records between the offer and the answer. source: None, no distances are computed."""
 
     def __init__(self, source: DistanceSource | None = None) -> None:
         self.source = source

@@ -12,7 +12,7 @@ from hemostat.metrics.samples import Sample
 
 
 class EndingCounts:
-    """Counts by outcome and reason, since the start. on_ending: is told of every capture that ends."""
+    """Counts by outcome and reason, since the start. on_ending: called for every capture that ends."""
 
     def __init__(self, on_ending: Callable[[Capture, str, str, int], None] | None = None) -> None:
         self._counts: Counter[tuple[Outcome, str]] = Counter()

@@ -101,11 +101,11 @@ class ServedModelsSource(Protocol):
 class Scorer:
     """Owns the captures between the queue and their ending. Each is scored on the reference of its own model.
 
-    emit: is handed every record with its capture. clock: monotonic seconds. taken: is told how many seconds a worker
+    emit: is handed every record with its capture. clock: monotonic seconds. taken: gets the seconds that a worker
         took for a capture.
     template_of: (prompt, conversation) -> `TokenRecord.template`.
     profile_in_request: see `build_record`. max_scored: see `decode_capture`.
-    max_tokens: of prompt and output, where only the engine's plugin tells them.
+    max_tokens: of prompt and output, where only the engine's plugin reports them.
     """
 
     def __init__(
@@ -347,7 +347,7 @@ class Scorer:
         return None
 
     def _plugin_applies(self, capture: Capture) -> bool:
-        """Whether only the engine's plugin knows if what was requested was applied. Of an adapter the answer tells."""
+        """Whether only the engine's plugin knows if what was requested was applied. Of an adapter: the answer."""
         if capture.requested is None or self._profile_in_request:
             return False
         return self._needs.adapter_maps().get(capture.requested, True)
@@ -395,5 +395,5 @@ def _output_tokens(capture: Capture) -> int:
 
 
 def _ids_among_choices(capture: Capture) -> bytes | None:
-    """What tells the choice's numbers from those of the request's other choices; None: it is the only one."""
+    """What distinguishes the choice's numbers from those of the request's other choices; None: it is the only one."""
     return capture.output_token_ids if capture.choices > 1 else None

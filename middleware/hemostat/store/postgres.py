@@ -66,7 +66,7 @@ _SESSION = {
     "lock_timeout": f"{STATEMENT_SECONDS}s",
     "tcp_user_timeout": f"{IDLE_SECONDS}s",
 }
-"""Settings of the server for this session. tcp_user_timeout: for an answer that nobody receives."""
+"""Settings of the server for this session. tcp_user_timeout: for an answer that is not received."""
 _SOCKET = {
     "keepalives": 1,
     "keepalives_idle": 2,
@@ -285,7 +285,7 @@ class PostgresStore:
         return self._session
 
     def _refusal(self, text: str) -> StoreFailure:
-        """Of a session that did not begin. The server's words are all there is: libpq tells no code."""
+        """Of a session that did not begin. The server's words are all there is: libpq has no code."""
         if "unsupported startup parameter" in text:
             return StoreIncompatible(f"store {self._shown}: {_POOLER}")
         if "unrecognized configuration parameter" in text:

@@ -8,7 +8,7 @@ only written from then on: every commit is one transaction, and names the one th
     ├── StoreAccessDenied   wrong user or password; retrying does not help
     ├── StoreIncompatible   another version of hemostat wrote it; retrying does not help
     ├── ExclusionLost       another process may own the store by now
-    └── StoreConflict       somebody else has written, or the file was replaced; nothing was written
+    └── StoreConflict       another process has written, or the file was replaced; nothing was written
 
 A store raises StoreFailure and nothing else. A read that fails says nothing about what is stored. The store is never
 needed to serve a request.
@@ -36,7 +36,7 @@ class StoreFailure(HemostatError):
 
 
 def has_happened(head: Head, expected: int, commit_id: str, store: str) -> bool:
-    """Whether the commit is stored already, as `Store.commit` says. StoreConflict where somebody else has written."""
+    """Whether the commit is stored already, as `Store.commit` says. StoreConflict where another process has written."""
     if head == Head(expected + 1, commit_id):
         return True
     if head.revision != expected:
@@ -62,7 +62,7 @@ class ExclusionLost(StoreFailure):
 
 
 class StoreConflict(StoreFailure):
-    """Somebody else has written, or the file was replaced; nothing was written. What this process holds in memory may
+    """Another process has written, or the file was replaced; nothing was written. What this process holds in memory may
     not be what is stored."""
 
 

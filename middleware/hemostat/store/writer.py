@@ -112,7 +112,7 @@ class StoreWriter:
         self._work.set()
 
     def is_own(self, head: Head) -> bool:
-        """Nobody else has written: it is the head of the last commit, or of the one whose outcome is not known."""
+        """No other process has written: it is the head of the last commit, or of the one whose outcome is not known."""
         begun = self._commit
         return head == self.head or (begun is not None and head == Head(self.head.revision + 1, begun.commit_id))
 

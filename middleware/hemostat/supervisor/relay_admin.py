@@ -1,8 +1,8 @@
 """The admin port of `hemostat relay`: health, and the counters of this machine's relays.
 
 `python -m hemostat.supervisor.relay_admin` is started in place of a control process, and reads the same lines from its
-standard input (`hemostat.control.process`). Relays tell it their figures by a Unix socket, as they tell the control
-process. When it dies, the relays go on, and it is started again.
+standard input (`hemostat.control.process`). Relays send it their figures by a Unix socket, as to the control process.
+When it dies, the relays continue, and it is started again.
 """
 
 from __future__ import annotations

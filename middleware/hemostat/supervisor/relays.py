@@ -20,7 +20,7 @@ log = logging.getLogger("hemostat.serve")
 
 MODULE = "hemostat.relay.main"
 DRAIN = signal.SIGUSR1
-"""What tells a relay that another one has taken its place: it lets its requests end, and idle connections a moment for
+"""By this a relay learns that it was replaced: it lets its requests end, and leaves idle connections a moment for
 one more. SIGTERM closes idle connections at once."""
 KILL_AFTER_SECONDS = 5.0
 """Between the end of a relay's own time to drain and the kill."""

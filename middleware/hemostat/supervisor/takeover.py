@@ -106,7 +106,7 @@ def connect_to_predecessor(run_dir: Path | None) -> Channel | None:
     try:
         sock.connect(str(_path(run_dir)))
     except OSError:
-        sock.close()  # nobody listens there
+        sock.close()  # it has no listener
         return None
     return Channel(sock)
 

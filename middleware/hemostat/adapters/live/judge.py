@@ -317,7 +317,7 @@ class AdapterJudge:
     def exited(self, why: ChildExited) -> None:
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(why)
-            self._answer.exception()  # nobody may be waiting for it
+            self._answer.exception()  # it may have no waiter
 
     async def closed(self) -> None:
         return

@@ -22,7 +22,7 @@ def write(folder: Path, version: str, files: Mapping[str, bytes], in_use: Collec
     """Write a version's files and remove what is too old. OSError."""
     target, made = folder / version, folder / f"{_TEMPORARY}{version}"
     if not _has(target, files):
-        for path in (made, target):  # what an earlier process left half-written, or somebody changed
+        for path in (made, target):  # what an earlier process left half-written, or another one changed
             if path.exists():
                 shutil.rmtree(path)
         made.mkdir(parents=True)

@@ -233,7 +233,7 @@ class AdapterHost:
         reports = self._engines.live(self._clock())
         self._notice_restart(result, reports, None if reports else await started(server))
         if self._ready and not self._probes.passed(list(self._ready), result.ours | result.others):
-            self._set(HostState.PROBING, {}, self.capacity)  # somebody has loaded or unloaded an adapter
+            self._set(HostState.PROBING, {}, self.capacity)  # an adapter was loaded or unloaded by another client
         base = self._base() or next(iter(result.base), "")
         if not base or not slots.complete(reports):
             self._set(HostState.WAITING, {}, self.capacity, "" if base else "the upstream serves no model yet")
@@ -330,7 +330,7 @@ class AdapterHost:
     async def _unload(
         self, server: VllmServer, present: frozenset[str], target: Sequence[str], room: slots.Room
     ) -> bool:
-        """Unload what is not wanted; adapters of nobody known only where there is no room. True if something was."""
+        """Unload what is not wanted; adapters of unknown origin only where there is no room. True if something was."""
         unwanted = present - set(target)
         mine = self._own(unwanted)
         if room.capacity is not None and len(unwanted - mine) + len(target) > room.capacity:

@@ -1,7 +1,7 @@
 """`/v1/responses`. Checked against vLLM 0.32 (`entrypoints/openai/responses`).
 
 Such a response can name the ids that were emitted (`enable_response_messages`), but other candidates only by their
-texts, which do not tell ids apart. So it is scored from what the engine's plugin hands out, and is passed on as it is.
+texts, which do not identify ids. So it is scored from what the engine's plugin reports, and is passed on as it is.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class BadResponse(Exception):
 
 
 RETRY_AFTER_SECONDS: Final = 1
-"""What a client is told that was refused because a limit of the relay is reached, or that the upstream failed."""
+"""For a client that was refused because a limit of the relay is reached, or that the upstream failed."""
 
 
 _REASONS: Final = {

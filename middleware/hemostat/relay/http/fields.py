@@ -137,7 +137,7 @@ def split_fields(lines: list[bytes]) -> list[tuple[bytes, bytes]]:
 
 
 class Fields(Sequence[tuple[bytes, bytes]]):
-    """Field lines as (name, value), in order. Of most requests nobody looks at them, so they are split when one is."""
+    """Field lines as (name, value), in order. Of most requests none is read, so they are split on first use."""
 
     __slots__ = ("_lines", "_split")
 

@@ -18,7 +18,7 @@ class Engine:
         self.pool = pool
         self.health = health
         self.drained = False
-        """It gets no new requests, because an operator wants so."""
+        """It gets no new requests, because an operator drains it."""
         self.outstanding = 0
         """Requests in progress, those that wait for a connection included."""
         self.failing = False

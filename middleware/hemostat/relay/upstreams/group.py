@@ -111,7 +111,7 @@ class Upstreams:
 
     def draw(self, number: float) -> Engine | None:
         """Each of the engines that get requests with the same probability, whatever their load; None where there is
-        none, or one has no free connection: nobody waits for one because a request is sampled. number: in [0, 1)."""
+        none, or one has no free connection: no request waits for one because it is sampled. number: in [0, 1)."""
         engines = [engine for engine in self.engines if engine.health.up and not engine.drained]
         if not engines or any(engine.outstanding >= self._limit for engine in engines):
             return None

@@ -1,4 +1,4 @@
-"""What a relay is told of the engines."""
+"""A relay's settings of the engines."""
 
 from __future__ import annotations
 
