@@ -445,7 +445,7 @@ proven, much to win and the clamp that is the default."""
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
-        f"{'':8} {'family':12} {'variant':22} {'rank':>4} {'tokens':>7}  {'won back':>8} {'95 %':>16}"
+        f"{'':8} {'family':12} {'variant':22} {'rank':>4} {'tokens':>7}  {'recovered':>8} {'95 %':>16}"
         f"  {'KL(r|c)':>7} {'KL(c|r)':>7} {'TV':>6} {'top-1':>6}  {'s':>5}  guard"
     ]
     for r in rows:

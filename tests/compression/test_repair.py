@@ -43,7 +43,7 @@ def reference(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def compressed(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Packed, with norms that are wrong: there is something to win back."""
+    """Packed, with norms that are wrong: there is something to recover."""
     folder = packed(model, tmp_path_factory.mktemp("repair") / "compressed", group=64)
     vectors = Vectors(Copy.load(folder))
     generator = torch.Generator().manual_seed(0)

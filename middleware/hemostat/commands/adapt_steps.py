@@ -66,7 +66,7 @@ class AdaptOptions:
 
 
 def run(options: AdaptOptions) -> int:
-    """Write the adapter and print what it wins back. Returns the exit code. Raises HemostatError."""
+    """Write the adapter and print what it recovers. Returns the exit code. Raises HemostatError."""
     packages.require("adapters")
     if options.max_rank is not None and not options.shared_out:
         raise UsageError("--max-rank is for shared-out ranks: add --shared-out, or leave it out")
@@ -194,7 +194,7 @@ def summary(report: dict[str, Any], out: Path) -> list[str]:
         lines.append("not judged: no text was held out")
     else:
         interval = "" if held["share_low"] is None else f" [{held['share_low']:.1%}, {held['share_high']:.1%}]"
-        share = "nothing to win back" if held["share"] is None else f"{held['share']:.1%}{interval} won back"
+        share = "nothing to recover" if held["share"] is None else f"{held['share']:.1%}{interval} recovered"
         lines += [
             f"held-out prompts: {held['tokens']} tokens of {held['prompts']} prompts, full vocabulary",
             f"  KL(r‖c)          {held['kl_before']:.4f} -> {held['kl_after']:.4f} nats; {share}",

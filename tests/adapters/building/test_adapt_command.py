@@ -60,7 +60,7 @@ def test_records_become_an_adapter(tiny: TinyCheckpoints, tmp_path: Path, capsys
     assert profile.model == "served"
     held = report["held_out"]
     assert held["share"] > 0.2
-    assert f"{held['share']:.1%} [{held['share_low']:.1%}, {held['share_high']:.1%}] won back" in printed
+    assert f"{held['share']:.1%} [{held['share_low']:.1%}, {held['share_high']:.1%}] recovered" in printed
     assert "down_proj" in printed
     assert "--max-lora-rank 32" in printed
     assert "hint: " in printed, "rank 32 of 256 is more than a quarter of 4 bits"

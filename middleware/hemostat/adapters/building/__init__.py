@@ -3,7 +3,7 @@
     pair           both checkpoints: checks, scales that were moved between layers, differences of the weights
     solve          the corrections of all linear layers
     build          the adapter, and the report on it
-    held_out       what it wins back on held-out texts, layer by layer
+    held_out       what it recovers on held-out texts, layer by layer
     distil         an adapter that is trained further
     build_process  `build` in a process of its own, from a job folder
 

@@ -1,4 +1,4 @@
-"""What an adapter wins back on texts that it was not made from, layer by layer: exact, at full vocabulary."""
+"""What an adapter recovers on texts that it was not made from, layer by layer: exact, at full vocabulary."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Judged:
     after: ExactDistances
 
     def summary(self, seed: int = 0) -> dict[str, Any]:
-        """Means, and the part of KL(reference‖compressed) that is won back, with a 95 % interval by prompt (percentiles
+        """Means, and the recovered part of KL(reference‖compressed), with a 95 % interval by prompt (percentiles
         of a bootstrap over prompts; of one prompt there is none)."""
         prompts = int(self.units.max()) + 1 if len(self.units) else 0
         before, after = (np.bincount(self.units, weights=d.kl, minlength=prompts) for d in (self.before, self.after))

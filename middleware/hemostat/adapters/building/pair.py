@@ -94,7 +94,7 @@ class CheckpointPair:
         if rounded:
             pair.notes.append(
                 f"{rounded} layers of COMPRESSED round their inputs to 8 bits: an adapter corrects weights "
-                "only, and wins back little of such a loss"
+                "only, and recovers little of such a loss"
             )
         return pair
 

@@ -198,7 +198,7 @@ def compare(reference: Texts, plain: Texts, treated: Texts) -> dict[str, Any]:
 
 
 def other_kinds(scorer: Scorer, texts: Texts, layers: Any, name: str) -> dict[str, Any]:
-    """KL won back on texts of kinds that nothing was learned from, intervals by prompt."""
+    """KL recovered on texts of kinds that nothing was learned from, intervals by prompt."""
     result = {}
     for kind, some in texts.items():
         figures = scorer.figures(Tokens.of(some), {"without": None, name: layers})

@@ -83,7 +83,7 @@ def compare(
     learning: Sequence[Written],
     texts: Mapping[str, Sequence[Written]],
 ) -> dict[str, Any]:
-    """By kind of text, KL won back without and with shrinking, intervals by topic, or by prompt for other kinds.
+    """By kind of text, KL recovered without and with shrinking, intervals by topic, or by prompt for other kinds.
 
     learning: what the profile was learned from. texts: by kind, "open" being of the same kind as those.
     """
