@@ -28,9 +28,13 @@ class Row:
 
 
 def timed_rows(name: str, found: Iterable[Any]) -> tuple[Rows, float]:
-    """Rows (dataclasses) of one module for the file, and the seconds that they took."""
-    started = time.monotonic()
-    rows = [{"module": name} | asdict(row) | {"holds": bool(row.holds)} for row in found]
+    """Rows (dataclasses) of one module for the file, each of which is told when it is there, and the seconds that they
+    took."""
+    started, rows = time.monotonic(), []
+    for row in found:
+        rows.append({"module": name} | asdict(row) | {"holds": bool(row.holds)})
+        holds = "" if row.holds else " DOES NOT HOLD"
+        print(f"{name}, {time.monotonic() - started:.0f} s: {row.case}: {row.measured}{holds}", file=sys.stderr)
     return rows, time.monotonic() - started
 
 

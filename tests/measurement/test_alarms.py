@@ -141,6 +141,7 @@ def test_a_state_that_cannot_be_read_is_logged_and_begun_anew(kept: str, caplog:
     bench = Bench(baseline_requests=40)
     bench.alarms.restore(kept, [])
     assert "stored alarm" in caplog.text
+    assert ["cannot be continued" in one["why"] for one in bench.events()] == [True]
     bench.feed(range(3), 0.1)
     assert bench.raised() == {"change": False}
 

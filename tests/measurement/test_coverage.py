@@ -15,8 +15,12 @@ from hemostat.metrics import names
 from hemostat.metrics.reasons import Unscored
 
 
+def no_time() -> float:
+    return 0.0
+
+
 def test_the_share_is_of_known_tokens_and_unknown_ones_are_stated() -> None:
-    coverage = Coverage(kinds=4)
+    coverage = Coverage(kinds=4, clock=no_time)
     coverage.ended(capture(tokens=30, kind="chat text greedy"), SCORED, "")
     coverage.relayed(SampledCount("chat structured greedy", SKIPPED, "structured_output", 2.0, 1.0, 10))
     coverage.relayed(SampledCount("", SKIPPED, "route", 1.0, 1.0, 0))
@@ -34,11 +38,11 @@ def test_the_share_is_of_known_tokens_and_unknown_ones_are_stated() -> None:
 
 
 def test_nothing_sampled_has_no_share() -> None:
-    assert Coverage(4).report()["scored_share"] == {"tokens": None, "requests": None}
+    assert Coverage(kinds=4, clock=no_time).report()["scored_share"] == {"tokens": None, "requests": None}
 
 
 def test_the_choices_of_one_request_are_one_request() -> None:
-    coverage = Coverage(kinds=4)
+    coverage = Coverage(kinds=4, clock=no_time)
     for _ in range(2):
         coverage.ended(capture(tokens=6, kind="chat", choices=3), SCORED, "")
     coverage.relayed(SampledCount("chat", SKIPPED, "token_count_mismatch", 1 / 3, 1 / 3, 0))
@@ -48,7 +52,7 @@ def test_the_choices_of_one_request_are_one_request() -> None:
 
 
 def test_positions_outside_the_scored_suffix_are_not_covered() -> None:
-    coverage = Coverage(kinds=4)
+    coverage = Coverage(kinds=4, clock=no_time)
     coverage.ended(capture(tokens=100, kind="chat"), SCORED, "", left_out=60)
     found = coverage.report()
     assert found["scored_share"] == {"tokens": 0.4, "requests": 1.0}
@@ -64,7 +68,7 @@ def test_positions_outside_the_scored_suffix_are_not_covered() -> None:
 
 
 def test_kinds_are_bounded_and_totals_stay_right() -> None:
-    coverage = Coverage(kinds=3)
+    coverage = Coverage(kinds=3, clock=no_time)
     for n in range(5_000):
         coverage.relayed(SampledCount(f"kind {n % 400}", SKIPPED, "n", 1.0, 0.0, 2))
     kinds = {sample.labels[0] for sample in coverage.samples() if sample.name == names.KIND_SAMPLED_TOKENS}
@@ -73,8 +77,25 @@ def test_kinds_are_bounded_and_totals_stay_right() -> None:
     assert coverage.report()["tokens"] == 10_000
 
 
+def test_a_new_kind_gets_a_place_within_two_days_after_three_months_of_others() -> None:
+    now = 0.0
+    coverage = Coverage(kinds=2, clock=lambda: now)
+
+    def hour(*kinds: str) -> None:
+        nonlocal now
+        now += 3600.0
+        for kind in kinds:
+            coverage.ended(capture(tokens=1, kind=kind), SCORED, "")
+
+    for _ in range(90 * 24):
+        hour("chat", "code")
+    for _ in range(48):
+        hour("chat", *["json"] * 4)
+    assert "json" in {one["kind"] for one in coverage.report()["by_kind"]}
+
+
 def test_an_outcome_of_another_version_neither_raises_nor_grows() -> None:
-    coverage = Coverage(kinds=3)
+    coverage = Coverage(kinds=3, clock=no_time)
     for n in range(5_000):
         coverage.relayed(SampledCount("chat", "odd", f"reason {n}", 1.0, 0.0, 2))
     assert len(list(coverage.samples())) < 2_000
@@ -93,7 +114,7 @@ ENDINGS = st.tuples(
 @given(st.lists(ENDINGS, max_size=60), st.integers(1, 12), st.randoms(use_true_random=False))
 def test_what_relays_count_arrives_whole(endings: list[tuple], limit: int, chance: random.Random) -> None:
     """Whatever the bound on combinations, and whenever the control process is told."""
-    tally, coverage = SampledTally(limit), Coverage(kinds=2)
+    tally, coverage = SampledTally(limit), Coverage(kinds=2, clock=no_time)
 
     def tell() -> None:
         if (counts := tally.take()) is not None:

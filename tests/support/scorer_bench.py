@@ -100,7 +100,7 @@ class Bench:
         max_scored: int | None = None,
     ) -> None:
         self.now = 0.0
-        self.coverage = Coverage(kinds=4)
+        self.coverage = Coverage(kinds=4, clock=lambda: 0.0)
         self.endings = EndingCounts(self.coverage.ended)
         self.markers: Markers | None = None
         self.records: list[TokenRecord] = []

@@ -47,7 +47,7 @@ MAX_KINDS = 128
 
 MAX_LEARNING = 4096
 """Requests of a kind's baseline that are kept; of more, every second one, every fourth one, …"""
-EFFECTIVE_SHARE = 0.6
+EFFECTIVE_SHARE = 0.7
 """Of `Settings.baseline_requests`: so many have to be effective ones before a baseline is complete."""
 CHECK_EVERY = 10
 """Requests, from `Settings.baseline_requests` on, between two looks at whether it is."""

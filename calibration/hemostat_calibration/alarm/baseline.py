@@ -5,15 +5,19 @@ tokens is the noisier the fewer they are, so what is compared is a *score*, (lev
 number of tokens at which the noise within a request is as large as the differences between requests, scores of short
 and long requests are about equally wide, and other lengths of the answers do not look like another model.
 
-The first fifth of a baseline fixes centre and h. The scores of the other m requests are then independent of that
-choice, and their order statistics give limits without any assumption on the distribution: a new score of the same
-distribution is above the (j+1)-th largest of m with a probability of more than g in no more than a part P(Binomial(m,
-g) ≤ j) of all baselines (Clopper & Pearson, 1934; Wilks, 1941). `Baseline.limits` are such g.
+The first eighth of a baseline fixes centre, h and the scores' *scale* (their median absolute deviation, as that of a
+normal distribution). What is bet on are *ramps*: r(s) rises from 0 to 1 between two scores, in units of the scale. They
+are independent of the other requests of the baseline, whose mean of r gives a limit of E[r] without any assumption on
+the distribution, by betting (Waudby-Smith & Ramdas, JRSS-B 2024): if g is the mean, Π (1 + λ (g − r_i)) reaches 1/α
+with a probability of at most α; it grows with g, and `Baseline.limits` are the g at which it does. λ is the best one
+for the variance in the first eighth. A ramp says more than whether a score is in the tail: a doubled spread of requests
+that depend on each other (log-sd 0.3, v = 10 to 25) is found with about half of the requests that bets on tails with
+Clopper-Pearson limits took.
 
-Requests that depend on each other say less: limits are of m/v̂ scores, of which j/v̂ are above, with v̂ the variance
-inflation of sums of levels (`statistics.dependence`; of one in s requests v̂/s is enough; for proportions so Korn &
-Graubard, Survey Methodology 1998), and every bet is raised to the power 1/v̂ before strategies are mixed. v̂ is frozen
-with the baseline: afterwards a change of the model would look like dependence.
+Requests that depend on each other say less: with v̂ the variance inflation of sums of levels
+(`statistics.dependence`; of one in s requests v̂/s is enough), the product is raised to the power 1/v̂, and so is every
+bet, before strategies are mixed. v̂ is frozen with the baseline: afterwards a change of the model would look like
+dependence.
 
 The *tolerance* c ≥ 1: a score bets upwards as if every spread had been smaller by the factor c, and downwards as if it
 had been larger. So whatever multiplies the spreads of a kind by something between 1/c and c is no evidence.
@@ -21,7 +25,6 @@ had been larger. So whatever multiplies the spreads of a kind by something betwe
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -33,31 +36,41 @@ from hemostat_calibration.errors import InvalidArgumentError
 MIN_SPREAD = 1e-3
 """Nats; smaller differences of logits count as this large: they are rounding."""
 
-FIRST_PART = 5
-"""One in so many requests of a baseline fixes the score."""
+FIRST_PART, MIN_FIRST = 8, 20
+"""One in so many requests of a baseline fixes the score, at least so many requests, but not more than a third."""
 
 MAX_HALF_TOKENS = 512.0
 
-UPPER_SHARES = (0.0, 0.05, 0.2)
-"""Ranges that are bet on: above the score that this part of the baseline is above."""
+MIN_SCALE = 0.02
+"""Of scores: a change of two percent is none."""
 
-LOWER_SHARES = (0.0, 0.1)
-"""Likewise: below the score that this part of the baseline is below."""
+UPWARD_RAMPS = ((-0.5, 3.0), (1.5, 3.0))
+"""Scores between which they rise, in units of the scale: a flat one for changes of the size of the differences between
+requests, a steep one for larger ones."""
+
+DOWNWARD_RAMPS = ((-0.5, 3.0),)
+"""Likewise, of scores with the other sign."""
 
 MIN_LIMIT = 0.05
 """No limit is taken to be smaller, so that one request multiplies the wealth by at most 1/MIN_LIMIT."""
 
 MIN_BASELINE_REQUESTS = 30
-"""With fewer, no range has a limit that a bet could gain with."""
+"""With fewer, no ramp has a limit that a bet could gain with."""
 
-BETS = (0.9, 0.6, 0.3, 0.1)
-"""Parts of the wealth that strategies of the change test stake; each on each range."""
+STAKES = (0.85, 0.2)
+"""Parts of the wealth that strategies stake on each ramp: the small one finds what only some of the requests show, such
+as a change of one engine of four."""
 
-STRATEGIES = len(BETS) * (len(UPPER_SHARES) + len(LOWER_SHARES))
+LOG_WEIGHTS = np.log([0.45, 0.2, 0.1, 0.05, 0.1, 0.1])
+"""ln of the parts of what is funded, by stake and ramp: most is for a large stake on the flat ramp upwards, as requests
+that depend on each other leave few effective ones to find a change with."""
 
-LOG_WEIGHTS = np.log([0.5] + [0.5 / (STRATEGIES - 1)] * (STRATEGIES - 1))
-"""ln of the parts of what is funded: half is for the largest bet on what is above all of the baseline, which finds a
-large change soonest."""
+MAX_STAKE, MIN_DEVIATION = 0.95, 0.02
+"""Of the bets that a limit is found with: part of the wealth, and of the standard deviation that they suppose."""
+_ROUNDS = 40
+"""Of bisection, for a limit."""
+_DEVIATION = 0.6745
+"""Median absolute deviation of a normal distribution, in units of its standard deviation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,48 +108,47 @@ def request_spread(spreads: Floats) -> RequestSpread | None:
 class Baseline:
     """Of one kind, frozen.
 
-    level: mean level of its requests. centre, half_tokens: of the score. edges: float64 [B], scores: first the ranges
-    above an edge (`UPPER_SHARES`), then those below one (`LOWER_SHARES`). limits: float64 [B], of the probability that
-    a score falls into each range. requests: in the baseline. inflation: v̂ of its levels.
+    level: mean level of its requests. centre, half_tokens, scale: of the score. limits: float64 [B], of the means of
+    the ramps (`UPWARD_RAMPS`, then `DOWNWARD_RAMPS`). requests: in the baseline. inflation: v̂ of its levels.
     """
 
     level: float
     centre: float
     half_tokens: float
-    edges: Floats
+    scale: float
     limits: Floats
     requests: int
     inflation: float = 1.0
 
     def log_factors(self, levels: Floats, tokens: Floats, tolerance: float) -> Floats:
         """ln of what each strategy's wealth is multiplied by, to the power 1/v̂: levels, tokens float64 [R] ->
-        [R, `STRATEGIES`].
+        [R, S].
 
         >>> baseline = fit_baseline(np.array([[math.sin(n), 50, 0.0] for n in range(150)]), alpha=0.0025)
         >>> baseline.log_factors(np.array([0.0, 9.0]), np.array([50.0, 50.0]), 1.25).max(axis=1).round(1).tolist()
-        [-0.1, 2.7]
+        [-0.9, 2.8]
         """
-        width = np.sqrt(1.0 + self.half_tokens / tokens)[:, None]
-        upper, allowed = len(UPPER_SHARES), math.log(tolerance)
-        distance = levels[:, None] - self.centre
-        inside = np.concatenate(
-            [
-                (distance - allowed) / width > self.edges[:upper],
-                (distance + allowed) / width < self.edges[upper:],
-            ],
-            axis=1,
-        )
-        stakes = np.array(BETS)[:, None]
-        factors = 1.0 - stakes + stakes * (inside / self.limits)[:, None, :]
-        result: Floats = np.log(factors).reshape(len(levels), STRATEGIES) / self.inflation
+        width, allowed = self.scale * np.sqrt(1.0 + self.half_tokens / tokens), math.log(tolerance)
+        distance = levels - self.centre
+        gains = _ramps((distance - allowed) / width, (distance + allowed) / width) / self.limits
+        factors = [np.log(1.0 - stake + stake * gains) for stake in STAKES]
+        result: Floats = np.concatenate(factors, axis=1) / self.inflation
         return result
+
+
+def _ramps(upward: Floats, downward: Floats) -> Floats:
+    """Of scores [R] as the bets in either direction take them: [R, B], between 0 and 1."""
+    ramps = [(upward - low) / (high - low) for low, high in UPWARD_RAMPS]
+    ramps += [(-downward - low) / (high - low) for low, high in DOWNWARD_RAMPS]
+    found: Floats = np.clip(np.stack(ramps, axis=1), 0.0, 1.0)
+    return found
 
 
 def fit_baseline(requests: Floats, alpha: float, inflation: float = 1.0, stride: int = 1) -> Baseline:
     """The baseline of a kind from its first requests, in their order: float64 [R, 3], rows of `RequestSpread.row`.
     inflation: v̂ of the levels of all of them, 1 or more. stride: one in so many is given.
 
-    With a probability of at least 1 − alpha no limit is below the true probability of its range, if the requests are
+    With a probability of at least 1 − alpha no limit is below the true mean of its ramp, if the requests are
     independent and of one distribution, whatever it is. InvalidArgumentError for fewer than `MIN_BASELINE_REQUESTS`
     effective ones.
 
@@ -149,17 +161,23 @@ def fit_baseline(requests: Floats, alpha: float, inflation: float = 1.0, stride:
             f"the baseline has {effective:.0f} effective requests: at least {MIN_BASELINE_REQUESTS} are needed"
         )
     levels, tokens, _ = requests.T
-    first = len(requests) // FIRST_PART
+    first = max(len(requests) // FIRST_PART, min(MIN_FIRST, len(requests) // 3))
     centre = float(np.median(levels[:first]))
     half_tokens = _half_tokens(requests[:first], centre)
-    scores = np.sort((levels[first:] - centre) / np.sqrt(1.0 + half_tokens / tokens[first:]))
-    m = len(scores)
-    above, below = ([int(share * m) for share in shares] for shares in (UPPER_SHARES, LOWER_SHARES))
-    edges = np.array([scores[m - 1 - j] for j in above] + [scores[j] for j in below])
-    part = alpha / len(edges)
-    counts = [(math.ceil(j / v), int(m / v)) for j in (*above, *below)]
-    limits = np.array([max(upper_limit(hits, trials, part), MIN_LIMIT) for hits, trials in counts])
-    return Baseline(float(levels.mean()), centre, half_tokens, edges, limits, len(requests) * stride, inflation)
+    scores = (levels - centre) / np.sqrt(1.0 + half_tokens / tokens)
+    scale = max(float(np.median(np.abs(scores[:first]))) / _DEVIATION, MIN_SCALE)
+    ramps = _ramps(scores / scale, scores / scale)
+    part, deviations = alpha / ramps.shape[1], ramps[:first].std(axis=0)
+    limits = [upper_limit(ramp[first:], part, sd, v) for ramp, sd in zip(ramps.T, deviations.tolist(), strict=True)]
+    return Baseline(
+        level=float(levels.mean()),
+        centre=centre,
+        half_tokens=half_tokens,
+        scale=scale,
+        limits=np.maximum(limits, MIN_LIMIT),
+        requests=len(requests) * stride,
+        inflation=inflation,
+    )
 
 
 def _half_tokens(requests: Floats, centre: float) -> float:
@@ -171,29 +189,28 @@ def _half_tokens(requests: Floats, centre: float) -> float:
     halves = np.floor(tokens / 2.0)
     within = float(np.mean(contrasts**2 / (1.0 / halves + 1.0 / (tokens - halves))))
     # By the median absolute deviation: one odd request must not decide.
-    total = float(np.median(np.abs(levels - centre)) / 0.6745) ** 2
+    total = float(np.median(np.abs(levels - centre)) / _DEVIATION) ** 2
     between = total - within * float(np.mean(1.0 / tokens))
     return min(within / between, MAX_HALF_TOKENS) if between > 0.0 else MAX_HALF_TOKENS
 
 
-@functools.lru_cache(maxsize=1024)
-def upper_limit(hits: int, trials: int, alpha: float) -> float:
-    """Upper limit of a probability, at least 1 − alpha certain: the g with P(Binomial(trials, g) ≤ hits) = alpha.
+def upper_limit(values: Floats, alpha: float, deviation: float, inflation: float = 1.0) -> float:
+    """Upper limit of the mean of values between 0 and 1, float64 [m], at least 1 − alpha certain.
 
-    >>> round(upper_limit(0, 100, 0.05), 4), round(upper_limit(5, 100, 0.05), 4)
-    (0.0295, 0.1023)
+    deviation: about their standard deviation, from other data; limits are narrowest where it is right. inflation: v̂ of
+    their sums, 1 or more.
+
+    >>> values = np.tile([0.0, 0.5, 1.0, 0.5], 50)
+    >>> round(upper_limit(values, 0.05, 0.35), 3), round(upper_limit(values, 0.05, 0.35, inflation=4.0), 3)
+    (0.561, 0.622)
     """
-    low, high = hits / trials, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _binomial_at_most(hits, trials, middle) > alpha else (low, middle)
+    needed = inflation * -math.log(alpha)
+    best = math.sqrt(2.0 * needed / len(values)) / max(deviation, MIN_DEVIATION)
+    low, high = float(values.mean()), 1.0
+    for _ in range(_ROUNDS):
+        mean = (low + high) / 2.0
+        # Capital that is left is at least 1 − MAX_STAKE where a value is 1; 1 − mean may round to 0.
+        stake = min(best, MAX_STAKE / max(1.0 - mean, 1e-9))
+        evidence = float(np.log1p(stake * (mean - values)).sum())
+        low, high = (low, mean) if evidence >= needed else (mean, high)
     return high
-
-
-def _binomial_at_most(hits: int, trials: int, probability: float) -> float:
-    if probability >= 1.0:
-        return 0.0 if hits < trials else 1.0
-    counts = np.arange(hits + 1.0)
-    ways = np.array([math.lgamma(trials + 1) - math.lgamma(n + 1) - math.lgamma(trials - n + 1) for n in counts])
-    terms = ways + counts * math.log(probability) + (trials - counts) * math.log1p(-probability)
-    return float(np.exp(terms).sum())

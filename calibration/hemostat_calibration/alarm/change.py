@@ -1,9 +1,9 @@
 """The change test: are the requests of each kind still distributed as in the frozen baseline of that kind?
 
 Every request is one bounded bet against its own kind's baseline (`baseline`), and all kinds feed one wealth: a change
-of the model concerns all of them. Under the null hypothesis that, given the past, the score of a request of any kind
-falls into a range with no more than the range's limit, even after its spreads were multiplied by something within the
-tolerance, every factor has an expected value of at most 1, whatever the mix of kinds. So a shift of the mix alone is no
+of the model concerns all of them. Under the null hypothesis that, given the past, the ramps of a request of any kind
+have no larger means than their limits, even after its spreads were multiplied by something within the tolerance, every
+factor has an expected value of at most 1, whatever the mix of kinds. So a shift of the mix alone is no
 evidence, and a kind without a complete baseline takes no part.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from hemostat_calibration.alarm.baseline import LOG_WEIGHTS, STRATEGIES, Baseline, RequestSpread
+from hemostat_calibration.alarm.baseline import LOG_WEIGHTS, Baseline, RequestSpread
 from hemostat_calibration.alarm.betting import Crossing, WealthState, bet, initial_wealth
 from hemostat_calibration.arrays import Floats
 
@@ -32,7 +32,7 @@ class ChangeTest:
     ...     test = test.update(usual, RequestSpread(math.sin(n), 50))
     >>> test.crossing is None
     True
-    >>> for n in range(8):
+    >>> for n in range(15):
     ...     test = test.update(usual, RequestSpread(2.0 + math.sin(n), 50))
     >>> test.crossing is None
     False
@@ -40,7 +40,7 @@ class ChangeTest:
 
     alpha: float
     tolerance: float
-    wealth: WealthState = field(default_factory=lambda: initial_wealth(STRATEGIES))
+    wealth: WealthState = field(default_factory=lambda: initial_wealth(len(LOG_WEIGHTS)))
     crossing: Crossing | None = None
 
     def log_factors(self, baseline: Baseline, request: RequestSpread) -> Floats:

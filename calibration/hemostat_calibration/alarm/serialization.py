@@ -1,18 +1,30 @@
-"""The alarm's state as JSON, for restarts (`state_codec`). Renaming a field changes the schema."""
+"""The alarm's state as JSON, for restarts (`state_codec`). Renaming a field changes the schema.
+
+What the types of the fields do not say is checked here: the shapes of arrays, and that counts are not negative. Nothing
+that was read can make a later update fail.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TypeVar
 
-from hemostat_calibration.alarm.alarm import Alarm, Settings
-from hemostat_calibration.alarm.outlier_engine import OutlierTest
+import numpy as np
+import numpy.typing as npt
+
+from hemostat_calibration.alarm.alarm import Alarm, KindState, RunningTest, Settings
+from hemostat_calibration.alarm.baseline import LOG_WEIGHTS
+from hemostat_calibration.alarm.betting import BET_FRACTIONS, WealthState
+from hemostat_calibration.alarm.budget import BudgetTest
+from hemostat_calibration.alarm.change import ChangeTest
+from hemostat_calibration.alarm.outlier_engine import OutlierTest, Unit, init, update
 from hemostat_calibration.alarm.workload import Workload
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.state_codec import decode, encode
 
-SCHEMA = 5
+SCHEMA = 6
 ENGINES_SCHEMA = 5
 
 T = TypeVar("T")
@@ -39,6 +51,8 @@ def load(data: bytes, settings: Settings) -> Alarm:
     0.05
     """
     alarm = _decode(Alarm, data, SCHEMA)
+    _require_shapes(_arrays(alarm))
+    _require_counts(alarm.budget_tests, alarm.change_tests, alarm.baselines, *alarm.workload.baseline.values())
     if alarm.workload.size != settings.baseline_requests:
         alarm = replace(alarm, workload=Workload(settings.baseline_requests))
     return replace(alarm, settings=settings)
@@ -80,7 +94,13 @@ def load_engines(data: bytes, alpha: float) -> OutlierTest:
     >>> load_engines(save_engines(OutlierTest(0.05)), 0.01).alpha
     0.01
     """
-    return replace(_decode(OutlierTest, data, ENGINES_SCHEMA), alpha=alpha)
+    state = _decode(OutlierTest, data, ENGINES_SCHEMA)
+    _require_shapes(_engine_arrays(state))
+    _require_counts(state.begun, state.units)
+    for name, stratum in state.strata.items():
+        if not len(stratum.figures) == len(stratum.engines) == len(stratum.numbers):
+            raise InvalidArgumentError(f"the units of stratum {name[:40]!r} do not belong together; begin anew")
+    return replace(state, alpha=alpha)
 
 
 def _decode(kind: type[T], data: bytes, schema: int) -> T:
@@ -88,3 +108,66 @@ def _decode(kind: type[T], data: bytes, schema: int) -> T:
         return decode(kind, data, schema)
     except InvalidArgumentError as error:
         raise InvalidArgumentError(f"{error}; begin anew") from None
+
+
+Array = npt.NDArray[np.generic]
+Checks = Iterator[tuple[str, Array, tuple[int | None, ...]]]
+"""Of arrays: name, what was read, and the shape that it must have; None: any size."""
+
+
+def _arrays(alarm: Alarm) -> Checks:
+    fresh = KindState()
+    yield from _like(alarm.levels, fresh.levels, "levels")
+    if alarm.change is not None:
+        yield from _test_arrays(alarm.change, ChangeTest, len(LOG_WEIGHTS))
+    for state in alarm.kinds.values():
+        yield "learning", state.learning, (None, 3)
+        yield from _like(state.levels, fresh.levels, "levels")
+        yield from _like(state.divergences, fresh.divergences, "divergences")
+        if state.baseline is not None:
+            yield "limits", state.baseline.limits, (len(LOG_WEIGHTS) // 2,)
+        if state.budget is not None:
+            yield from _test_arrays(state.budget, BudgetTest, len(BET_FRACTIONS))
+
+
+def _test_arrays(running: RunningTest, kind: type[BudgetTest | ChangeTest], strategies: int) -> Checks:
+    if not isinstance(running.test, kind):
+        raise InvalidArgumentError(f"a {type(running.test).__name__} in place of a {kind.__name__}; begin anew")
+    yield from _wealth_arrays(running.test.wealth, strategies)
+    if running.recovery_log_wealth is not None:
+        yield "recovery_log_wealth", running.recovery_log_wealth, (strategies,)
+
+
+def _wealth_arrays(wealth: WealthState, strategies: int) -> Checks:
+    for name in ("log_wealth", "since", "first_request", "first_token"):
+        yield name, getattr(wealth, name), (strategies,)
+
+
+def _like(found: object, fresh: object, where: str) -> Checks:
+    """Of batch means."""
+    for name in ("open", "sums"):
+        yield f"{where}.{name}", getattr(found, name), getattr(fresh, name).shape
+
+
+def _engine_arrays(state: OutlierTest) -> Checks:
+    fresh = update(init(0.5), "", Unit("", 0.0, 1)).tests[""]
+    for test in state.tests.values():
+        yield from _wealth_arrays(test.wealth, len(fresh.wealth.log_wealth))
+        yield "begun", test.begun, fresh.begun.shape
+        yield "windows", test.windows, fresh.windows.shape
+        if test.recovery is not None:
+            yield "recovery", test.recovery, (len(fresh.wealth.log_wealth) // len(fresh.begun),)
+
+
+def _require_shapes(arrays: Checks) -> None:
+    for name, found, shape in arrays:
+        fits = len(shape) == found.ndim and all(
+            one in {None, size} for one, size in zip(shape, found.shape, strict=False)
+        )
+        if not fits:
+            raise InvalidArgumentError(f"{name} has another shape, {list(found.shape)}; begin anew")
+
+
+def _require_counts(*counts: int) -> None:
+    if min(counts) < 0:
+        raise InvalidArgumentError("a count is below 0; begin anew")

@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -41,12 +42,14 @@ COUNTERS = 1 << 18
 FRAME_PROMPTS, FRAME_SHARE = 32, 0.02
 RECENT_PROMPTS = 8192
 """All counts are halved after so many prompts."""
-MAX_SHINGLES = 192
+MAX_SHINGLES = 136
 """The first ones of a prompt that are no frames."""
-BLOCK, MAX_BLOCKS = 512, 16
-"""Tokens that are looked at together; more where these are frames but for few."""
-_LENGTHS = np.array([0, 12, 17, 24, 34, 48, 68, 96, 136, 192])
+BLOCKS = (0, 512, 2048, 8192)
+"""Tokens are looked at from one of these to the next; no more of them where there are enough that are no frames."""
+_LENGTHS = np.array([0, 12, 17, 24, 34, 48, 68, 96, 136])
 """Shingles of the beginnings that are compared. Of two neighbours the shorter one is 0.7 of the longer one."""
+_BEGINNINGS = [_LENGTHS[: np.searchsorted(_LENGTHS, count)] for count in range(MAX_SHINGLES + 1)]
+"""By the number of shingles: where `np.minimum.reduceat` cuts them."""
 _FIELDS = {
     "counters": (COUNTERS, np.uint16),
     "tags": (SLOTS, np.uint32),
@@ -54,8 +57,8 @@ _FIELDS = {
     "digests": (MAX_PROMPTS, np.uint64),
     "clusters": (MAX_PROMPTS, np.uint32),
 }
-_SLOT_BITS, _COUNTER_MASK = np.uint32(32 - 17), np.uint32(COUNTERS - 1)
-_ONE, _HALF, _COUNT, _FULL = np.uint32(1), np.uint32(16), np.uint16(1), np.uint16(0xFFFF)
+_SLOT_BITS, _COUNTER_BITS = np.uint32(32 - 17), np.uint32(32 - 18)
+_ONE, _HALF, _COUNT = np.uint32(1), np.uint32(16), np.uint16(1)
 _MAX_HEADER_BYTES = 1 << 16
 _MAX_COUNT = (1 << 32) - 1
 
@@ -76,10 +79,10 @@ class TemplateTable:
 
     def __init__(self, key: bytes) -> None:
         self._key = key
-        seed = hashlib.shake_128(b"hemostat templates" + key).digest(4 * (3 + 4 * HASHES))
+        seed = hashlib.shake_128(b"hemostat templates" + key).digest(4 * (3 + 3 * HASHES))
         words = np.frombuffer(seed, "<u4").astype(np.uint32)
         self._fold = words[:3] | _ONE
-        factors, self._offsets, spread, self._turns = words[3:].reshape(4, HASHES, 1)
+        factors, spread, self._turns = words[3:].reshape(3, HASHES, 1)
         self._factors, self._spread = factors | _ONE, spread | _ONE
         self.counted = 0
         """Different prompts so far, in the units of the counters."""
@@ -122,12 +125,15 @@ class TemplateTable:
         found: list[Words] = []
         left = MAX_SHINGLES
         least = max(FRAME_PROMPTS, FRAME_SHARE * self.counted)
-        for start in range(0, min(len(prompt), BLOCK * MAX_BLOCKS), BLOCK):
-            hashes = self._shingles(prompt[start : start + BLOCK + SHINGLE - 1])
-            slots = (hashes & _COUNTER_MASK).astype(np.intp)
+        for start, end in pairwise(BLOCKS):
+            if start >= len(prompt):
+                break
+            hashes = self._shingles(prompt[start : end + SHINGLE - 1])
+            slots = (hashes >> _COUNTER_BITS).astype(np.intp)
             counts = self._counters.take(slots)
-            self._counters[slots] = counts + (counts < _FULL)  # once, however often it is in these tokens
-            found.append(hashes.compress(counts < least)[:left])
+            # Once, however often it is in these tokens; far below 2¹⁶ since all are halved (`RECENT_PROMPTS`).
+            self._counters[slots] = counts + _COUNT
+            found.append((hashes if counts.max(initial=0) < least else hashes.compress(counts < least))[:left])
             left -= len(found[-1])
             if left <= MAX_SHINGLES // 2:
                 break
@@ -147,7 +153,6 @@ class TemplateTable:
         hashes += words[2:]
         hashes ^= hashes >> _HALF
         hashes *= third
-        hashes ^= hashes >> _HALF
         return hashes
 
     def _add(self, shingles: Words, own: int) -> int:
@@ -156,8 +161,7 @@ class TemplateTable:
         number, cluster, digest = self.prompts, self.prompts, np.uint64(own)
         if len(shingles):
             hashes = self._factors * shingles
-            hashes += self._offsets
-            ends = _LENGTHS[: int(np.searchsorted(_LENGTHS, len(shingles)))]
+            ends = _BEGINNINGS[len(shingles)]
             # uint32 [HASHES, L]: the first shingle under each order, of all beginnings.
             minima = np.minimum.accumulate(np.minimum.reduceat(hashes, ends, axis=1), axis=1)
             slots = ((minima * self._spread + self._turns) >> _SLOT_BITS).astype(np.intp)
@@ -166,7 +170,7 @@ class TemplateTable:
             if like:
                 cluster, digest = self._clusters[like % MAX_PROMPTS], self._digests[like % MAX_PROMPTS]
             else:
-                digest = np.uint64(minima[0, -1]) << np.uint64(32) | np.uint64(minima[1, -1])
+                digest = np.uint64(int(minima[0, -1]) << 32 | int(minima[1, -1]))
             new = found[:, -1] <= self._forgotten  # what is known stays with its first prompt
             at = slots[new, -1]
             self._tags[at], self._owners[at] = minima[new, -1], number

@@ -12,7 +12,7 @@ among those of unknown tokens, and the share of tokens is of the known ones.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,9 +48,11 @@ class Tally:
 
 
 class Coverage:
-    """Owns the counts of sampled requests and their tokens, since this process started. kinds: followed at a time."""
+    """Owns the counts of sampled requests and their tokens, since this process started. kinds: followed at a time, the
+    most frequent ones of the last days (`KindTable`). clock: monotonic seconds."""
 
-    def __init__(self, kinds: int) -> None:
+    def __init__(self, kinds: int, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._table = KindTable(min(kinds, MAX_KINDS - 4))
         self._by_kind: OrderedDict[str, dict[str, Tally]] = OrderedDict()
         self._by_reason: dict[tuple[str, str], Tally] = {(SCORED, ""): Tally()}
@@ -62,7 +64,7 @@ class Coverage:
         self._by_reason.setdefault((outcome, reason), Tally()).add(requests, unknown, tokens)
         name = UNREAD_KIND
         if kind:
-            self._table = self._table.see(kind)
+            self._table = self._table.see(kind, now=self._clock())
             name = kind if kind in self._table else REST_KIND
         tallies = self._by_kind.pop(name, None) or {one: Tally() for one in OUTCOMES}
         self._by_kind[name] = tallies

@@ -86,7 +86,7 @@ class ScoringPipeline:
         self.rate = settings.shadow.rate if scores else None
         """Fraction that is sampled at most; None without a reference."""
         self._workers = WORKERS.get(settings.reference.backend, 1)
-        self.coverage = Coverage(settings.evidence.kinds)
+        self.coverage = Coverage(settings.evidence.kinds, clock)
         self.endings = EndingCounts(self.coverage.ended)
         self.received = 0
         """Captures from relays."""

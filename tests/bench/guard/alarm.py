@@ -1,6 +1,6 @@
 """The alarm's false-alarm probability, workload shifts, and how soon a change is found.
 
-Each life has a baseline of `Settings.baseline_requests` of each kind, then `REQUESTS` requests that are tested; it
+Each life has `LEARNED` requests of each kind, more than a baseline takes, then `REQUESTS` requests that may differ; it
 counts when an alarm is raised in them. Simulated requests: the logarithm of a token's spread has a standard deviation
 of 0.3, neighbouring tokens are correlated, and the whole request is off by a normal effect (log-sd of its *spread*; a
 divergence is about the square of a spread, so its log-sd is twice as large). Real requests: `alarm_levels.csv`, what
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from hemostat_calibration.alarm import BudgetTest, Settings, Workload, fit_baseline
 from hemostat_calibration.alarm.alarm import CHECK_EVERY, baseline_inflation
-from hemostat_calibration.alarm.baseline import LOG_WEIGHTS, STRATEGIES
+from hemostat_calibration.alarm.baseline import LOG_WEIGHTS
 from hemostat_calibration.alarm.betting import log_sum_exp
 from hemostat_calibration.statistics.confidence import ClippedMean
 from hemostat_calibration.statistics.dependence import LEVELS, BatchMeans
@@ -30,6 +30,7 @@ NAME = "alarm"
 TAKES = "5 minutes on one core"
 
 SETTINGS = Settings()
+LEARNED = 2 * SETTINGS.baseline_requests
 REQUESTS = 500
 EFFECTS = (0.05, 0.1, 0.15, 0.2, 0.3)
 SHORT, LONG = (40, 200), (300, 900)
@@ -144,7 +145,7 @@ def baselines(
 
 def crossing(kinds: npt.NDArray[np.int64], rows: Array, settings: Settings = SETTINGS) -> int | None:
     """Position of the request with which the first change test alarms; kinds [R], rows [R, 3] in order of arrival."""
-    factors, inflation = np.full((len(rows), STRATEGIES), np.nan), np.ones(len(rows))
+    factors, inflation = np.full((len(rows), len(LOG_WEIGHTS)), np.nan), np.ones(len(rows))
     for count, (kind, later, v) in enumerate(baselines(kinds, rows, settings), 1):
         learned = np.setdiff1d(np.flatnonzero(kinds == kind), later)
         baseline = fit_baseline(rows[learned], settings.half_share / (count * (count + 1)), v)
@@ -178,7 +179,7 @@ def false_alarms(case: str, lives: int, found: int) -> Row:
 
 
 def rows(lives: int, seed: int) -> Iterator[Row]:
-    baseline = SETTINGS.baseline_requests
+    baseline = LEARNED
     for lengths in (SHORT, LONG):
         for effect in EFFECTS:
 
@@ -237,7 +238,7 @@ def real_shifts(lives: int, seed: int) -> Iterator[Row]:
                 rng: np.random.Generator, one: str = one, other: str = other, apart: bool = apart
             ) -> tuple[npt.NDArray[np.int64], Array]:
                 # Kinds that the relay knows apart have baselines of their own; then the mix turns.
-                begin = SETTINGS.baseline_requests
+                begin = LEARNED
                 later = rng.random(REQUESTS) < np.linspace(0.0, 1.0, REQUESTS)
                 forms = np.concatenate([np.repeat([0, 1], [begin, begin if apart else 0]), later.astype(np.int64)])
                 values = mixed(rng, [pools[one], pools[other]], forms)
@@ -253,7 +254,7 @@ def delays(lives: int, seed: int) -> Iterator[Row]:
     change."""
     pools = real()
     forms = list(pools["null"])
-    begin = 2 * len(forms) * SETTINGS.baseline_requests
+    begin = len(forms) * LEARNED
     for change, most in CHANGES.items():
         for before in (20, 500):
             found: list[tuple[float, float]] = []
@@ -281,7 +282,7 @@ def delays(lives: int, seed: int) -> Iterator[Row]:
 
 def simulated_delays(lives: int, seed: int) -> Iterator[Row]:
     """Changes of the spread above the tolerance, after 320 requests."""
-    begin = 2 * SETTINGS.baseline_requests + 20
+    begin = LEARNED + 20
     for factor in (1.5, 2.0, 4.0):
         found = []
         for number in range(max(lives // 2, 20)):

@@ -39,6 +39,7 @@ from hemostat_calibration.statistics.two_arms import TwoArms
 
 NAME = "real"
 TAKES = "about 25 minutes, as it starts vLLM and sends some 900 requests"
+ONLY_BY_NAME = True
 TEST_LIVES = 0
 """It needs a vLLM: not among the tests of worlds."""
 

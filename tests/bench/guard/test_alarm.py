@@ -9,18 +9,19 @@ from tests.bench.guard import alarm_dependence as dependent
 from tests.bench.guard import most
 
 from hemostat_calibration.alarm import ChangeTest, RequestSpread, baseline, fit_baseline
+from hemostat_calibration.alarm.alarm import baseline_inflation
 from hemostat_calibration.statistics.dependence import BatchMeans
 
 LIVES = 50
 
 
 def null(rng, effect=0.2):
-    count = worlds.SETTINGS.baseline_requests + worlds.REQUESTS
+    count = worlds.LEARNED + worlds.REQUESTS
     return worlds.one_kind(worlds.simulated(rng, count, worlds.normal_effects(rng, count, effect), worlds.SHORT))
 
 
 def shifted(rng, factor=1.2):
-    n = worlds.SETTINGS.baseline_requests
+    n = worlds.LEARNED
     before, after = (worlds.normal_effects(rng, count, 0.1) for count in (n, worlds.REQUESTS))
     return worlds.one_kind(
         worlds.simulated(rng, n, before, worlds.SHORT),
@@ -28,11 +29,11 @@ def shifted(rng, factor=1.2):
     )
 
 
-def test_shares_in_place_of_limits_would_alarm_without_a_change(monkeypatch):
-    """The simulations can fail: the baseline's own shares are too small as probabilities; the tolerance hides that."""
-    exact = replace(worlds.SETTINGS, tolerance=1.0)
+def test_means_in_place_of_limits_would_alarm_without_a_change(monkeypatch):
+    """The simulations can fail: the baseline's own means of ramps are too small as limits; the tolerance hides that."""
+    exact = replace(worlds.SETTINGS, tolerance=1.0, baseline_requests=30)
     assert worlds.alarms(LIVES, 0, null, exact) <= most(LIVES, exact.alpha)
-    monkeypatch.setattr(baseline, "upper_limit", lambda hits, trials, alpha: (hits + 0.2) / trials)
+    monkeypatch.setattr(baseline, "upper_limit", lambda values, *_: values.mean())
     monkeypatch.setattr(baseline, "MIN_LIMIT", 1e-3)
     assert worlds.alarms(LIVES, 0, null, exact) >= 6
 
@@ -43,7 +44,7 @@ def test_without_a_tolerance_a_workload_shift_would_alarm():
 
 def test_levels_without_regard_to_length_would_alarm_on_short_answers(monkeypatch):
     def shorter(rng):
-        n = worlds.SETTINGS.baseline_requests
+        n = worlds.LEARNED
         before, after = (worlds.normal_effects(rng, count, 0.02) for count in (n, worlds.REQUESTS))
         return worlds.one_kind(
             worlds.simulated(rng, n, before, worlds.LONG), worlds.simulated(rng, worlds.REQUESTS, after, (2, 6))
@@ -52,7 +53,7 @@ def test_levels_without_regard_to_length_would_alarm_on_short_answers(monkeypatc
     settings = replace(worlds.SETTINGS, tolerance=1.1)
     assert worlds.alarms(LIVES, 0, shorter, settings) <= most(LIVES, 0.01)
     monkeypatch.setattr(baseline, "_half_tokens", lambda *_: 0.0)
-    assert worlds.alarms(LIVES, 0, shorter, settings) >= 25
+    assert worlds.alarms(LIVES, 0, shorter, settings) >= 10
 
 
 def test_the_simulations_bet_as_the_test_does():
@@ -77,9 +78,21 @@ def test_batches_are_those_of_the_alarm():
     assert found.sums == pytest.approx(means.sums)
 
 
+def test_v_is_that_of_the_alarm():
+    levels = np.random.default_rng(0).normal(size=1000)
+    looks = np.array([48, 200, 777, 1000])
+    expected = [worlds.batch_means(levels[:look]).inflation()[0] for look in looks]
+    assert dependent.inflations(levels, looks) == pytest.approx(expected)
+    begun, v = dependent.begins(np.repeat(levels, 2), 150)
+    own = worlds.batch_means(np.repeat(levels, 2)[:begun])
+    assert baseline_inflation(own, own, worlds.SETTINGS.baseline_requests) == pytest.approx(v)
+    earlier = worlds.batch_means(np.repeat(levels, 2)[: begun - 10])
+    assert baseline_inflation(earlier, earlier, worlds.SETTINGS.baseline_requests) == np.inf
+
+
 @pytest.mark.parametrize("name", ["runs of 10, effects 0.3", "20 clients that come with 20 requests at a time"])
 def test_requests_taken_for_independent_would_alarm_without_a_change(name):
-    world, _ = dependent.WORLDS[name]
+    world, *_ = dependent.WORLDS[name]
     taken = dependent.lives_of(world, 20, 0, dependent.WEEK, dependence=False)
     assert sum(np.isfinite(life.alarm) for life in taken) >= 10
     found = dependent.lives_of(world, 20, 0, dependent.WEEK)
