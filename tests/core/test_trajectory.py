@@ -160,3 +160,20 @@ def test_nonsense_is_refused(factors):
 def test_a_horizon_is_a_number_of_tokens():
     with pytest.raises(InvalidArgumentError, match="horizon"):
         Survival().get(0)
+
+
+def test_intervals_of_runs_of_alike_texts_cover_with_their_inflation_and_not_without():
+    """Runs of 5 equal texts of 20 tokens, 60 of them, each of which keeps a token with a probability of its own."""
+    rng, lives, covered = np.random.default_rng(3), 150, {1.0: 0, 5.0: 0}
+    for _ in range(lives):
+        survival = Survival()
+        for keep in rng.uniform(0.9, 1.0, 60):
+            factors = np.full(20, keep)
+            for _ in range(5):
+                survival = survival.update(factors)
+        for v in covered:
+            curve = survival.get(inflation=v)
+            truth = (1.0 - 0.9 ** (curve.positions + 1.0)) / (0.1 * (curve.positions + 1.0))
+            covered[v] += curve.low[11] <= truth[11] <= curve.high[11]
+    assert covered[5.0] >= 0.9 * lives
+    assert covered[1.0] < 0.8 * lives

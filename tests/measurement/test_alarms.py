@@ -24,6 +24,8 @@ from hemostat_calibration.alarm.serialization import begun_tests
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.records import TokenRecord
+from hemostat_calibration.statistics.confidence import ClippedMean
+from hemostat_calibration.statistics.dependence import BatchMeans
 
 KIND = "chat text sampled"
 V = 50
@@ -208,12 +210,19 @@ def test_rare_kinds_together_are_in_the_mix_and_not_in_the_change_test() -> None
 
 
 def test_half_of_the_noise_floors_is_what_noise_adds() -> None:
-    bench = Bench(budget_nats=0.05, floors=MODELS)
-    for seed in range(200):
+    """Runs of five equal requests: the limit is that of the effective ones, and there is none before v̂ is known."""
+    bench, mean, batches = Bench(budget_nats=0.05, floors=MODELS), ClippedMean(0.0, 5.0), BatchMeans.of(1)
+    for seed in range(400):
+        floor = divergence(record(seed // 5, 0.02)).kl_rc
         for model in MODELS:
-            bench.alarms.observe_noise_floor(model, divergence(record(seed, 0.02)).kl_rc)
-    limits = [floor.get(0.01 / 8).high for floor in bench.alarms._noise_floors.values()]
-    assert bench.alarms.report()["floor_upper_nats"] == pytest.approx(sum(limits) / 2)
+            bench.alarms.observe_noise_floor(model, floor)
+        if seed == 40:
+            assert bench.alarms.report()["floor_upper_nats"] is None
+        mean, batches = mean.update(floor), batches.update(np.array([floor.sum()]), np.array([float(len(floor))]))
+    v = float(batches.inflation()[0])
+    assert v > 3.0
+    # Both floors are the same, so that half of their sum is one of them.
+    assert bench.alarms.report()["floor_upper_nats"] == pytest.approx(mean.get(0.01 / 8, v).high)
 
 
 def test_an_older_state_is_refused_by_name_and_its_alpha_stays_spent(caplog: pytest.LogCaptureFixture) -> None:

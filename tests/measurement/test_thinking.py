@@ -33,7 +33,7 @@ def filled(control: float, treated: float, requests: int = 400) -> ThinkingFigur
 def test_an_arm_that_ends_its_thinking_less_often_is_seen_with_its_interval() -> None:
     report = filled(0.05, 0.4).report()
     never = report["treated_minus_control"]["never_ended"]
-    assert never["ci95"][0] > 0.2
+    assert never["ci95"][0] > 0.1
     assert never["ci95"][0] < never["estimate"] < never["ci95"][1]
     assert report["treated_minus_control"]["tokens"]["ci95"][0] > 0.0
     treated = report["arms"]["treated"]
@@ -47,6 +47,28 @@ def test_an_arm_that_ends_its_thinking_less_often_is_seen_with_its_interval() ->
 def test_no_difference_is_found_between_arms_that_are_alike() -> None:
     never = filled(0.1, 0.1).report()["treated_minus_control"]["never_ended"]
     assert never["ci95"][0] < 0.0 < never["ci95"][1]
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_intervals_are_of_the_effective_requests(length: int) -> None:
+    """Runs of alike requests."""
+    figures, rng, covered = [ThinkingFigures(1000) for _ in range(30)], np.random.default_rng(1), 0
+    for one in figures:
+        for _ in range(400 // length):
+            endless = bool(rng.random() < 0.3)
+            for _ in range(length):
+                one.add("none", Thinking(0, 100, ended=not endless), "length" if endless else "stop", fresh=True)
+        found = one.report()["arms"]["none"]["never_ended"]
+        assert 0.8 * length <= found["inflation"] <= 3.0 * length
+        assert found["effective_requests"] == pytest.approx(400 / found["inflation"])
+        covered += found["ci95"][0] <= 0.3 <= found["ci95"][1]
+    assert covered >= 29
+
+
+def test_too_few_requests_have_no_interval() -> None:
+    found = filled(0.1, 0.1, requests=20).report()
+    assert found["arms"]["treated"]["never_ended"]["ci95"] == [None, None]
+    assert found["treated_minus_control"]["never_ended"]["ci95"] == [None, None]
 
 
 def test_requests_without_thinking_count_beside_the_figures() -> None:

@@ -227,7 +227,7 @@ def init(settings: Settings, tests: int = 0) -> Alarm:
     >>> kind_readings(init(Settings(budget=0.1)))
     []
     """
-    return Alarm(settings, tests, tests, tests, workload=Workload(settings.baseline_requests))
+    return Alarm(settings, tests, tests, tests, workload=Workload(settings.baseline_requests, settings.cycle))
 
 
 def update(alarm: Alarm, kind: str, observation: Observation, noise_floor: float = 0.0) -> Alarm:
@@ -247,20 +247,21 @@ def update(alarm: Alarm, kind: str, observation: Observation, noise_floor: float
     alarm, state = _update_budget(alarm, state, observation, noise_floor)
     request = request_spread(observation.spreads) if alarm.settings.baseline_requests else None
     if request is not None:
-        alarm = replace(alarm, workload=alarm.workload.update(kind))
+        alarm = replace(alarm, workload=alarm.workload.update(kind, observation.now))
         if not observation.pooled:
             alarm, state = _update_change(alarm, state, request, observation.now)
     return replace(alarm, kinds={**kinds, kind: state})
 
 
-def count(alarm: Alarm, kind: str) -> Alarm:
+def count(alarm: Alarm, kind: str, now: float) -> Alarm:
     """Add a scored request of another model, such as an adapter: to the mix of kinds, and to no test.
+    now: seconds.
 
-    >>> alarm = count(init(Settings(baseline_requests=30)), "chat")
+    >>> alarm = count(init(Settings(baseline_requests=30)), "chat", now=0.0)
     >>> dict(alarm.workload.baseline), alarm.kinds
     ({'chat': 1}, {})
     """
-    return replace(alarm, workload=alarm.workload.update(kind)) if alarm.settings.baseline_requests else alarm
+    return replace(alarm, workload=alarm.workload.update(kind, now)) if alarm.settings.baseline_requests else alarm
 
 
 def _update_budget(
@@ -402,7 +403,7 @@ def rebase(alarm: Alarm, kind: str | None = None) -> Alarm:
     change = None if raised else alarm.change
     if kind is not None:
         return replace(alarm, kinds=kinds, change=change)
-    workload = Workload(alarm.settings.baseline_requests)
+    workload = Workload(alarm.settings.baseline_requests, alarm.settings.cycle)
     return replace(alarm, kinds=kinds, change=change, workload=workload, levels=BatchMeans.of(1))
 
 

@@ -53,8 +53,8 @@ def load(data: bytes, settings: Settings) -> Alarm:
     alarm = _decode(Alarm, data, SCHEMA)
     _require_shapes(_arrays(alarm))
     _require_counts(alarm.budget_tests, alarm.change_tests, alarm.baselines, *alarm.workload.baseline.values())
-    if alarm.workload.size != settings.baseline_requests:
-        alarm = replace(alarm, workload=Workload(settings.baseline_requests))
+    if (alarm.workload.size, alarm.workload.cycle) != (settings.baseline_requests, settings.cycle):
+        alarm = replace(alarm, workload=Workload(settings.baseline_requests, settings.cycle))
     return replace(alarm, settings=settings)
 
 

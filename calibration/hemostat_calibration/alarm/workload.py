@@ -1,10 +1,12 @@
 """The mix of kinds: is it still what it was? Information about the traffic, never an alarm.
 
-Counts of requests by kind: of a baseline, then of the window since. The evidence against "one and the same mix" is
+Counts of requests by kind: of a baseline, then of one window after the other, each of `size` requests or more that span
+a `cycle` of the traffic, so that a night is not compared with a day. The evidence against "one and the same mix" is
 universal inference (Wasserman, Ramdas & Balakrishnan, 2020): the probability of both counts under two Dirichlet(1/2)
-mixtures, divided by the largest that one common mix gives them. Its expected value is at most 1 at every time under
-that hypothesis, for independent requests and given the baseline's kinds, so by Ville's inequality it reaches 1/α within
-a window with a probability of at most α.
+mixtures, divided by the largest that one common mix gives them. Its expected value is at most 1 under that hypothesis,
+given the baseline's kinds, so it reaches 1/α in a window with a probability of at most α, for requests whose kinds are
+drawn independently of each other, with probabilities that may follow the cycle. A batch of requests of one kind is not
+counted as fewer.
 """
 
 from __future__ import annotations
@@ -19,60 +21,67 @@ OTHER = ""
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Workload:
-    """size: requests of the baseline and of each window. baseline, window: requests by kind. windows: begun so far.
-    previous: the last complete window.
+    """size: requests of the baseline and of each window, at least. cycle: seconds that they span, at least. baseline,
+    window: requests by kind. previous: the last complete window. windows: begun so far. since: time of the first
+    request of what is being counted; last: of the last one, seconds.
 
     >>> mix = Workload(size=40)
-    >>> for kind in ["a", "b"] * 20 + ["b"] * 30:
+    >>> for kind in ["a", "b"] * 20 + ["b"] * 41:
     ...     mix = mix.update(kind)
-    >>> mix.distance, mix.log_evidence > 2.0
+    >>> mix.distance, mix.changed(0.01)
     (0.5, True)
     """
 
     size: int
+    cycle: float = 0.0
     baseline: Mapping[str, int] = field(default_factory=dict)
     window: Mapping[str, int] = field(default_factory=dict)
     previous: Mapping[str, int] = field(default_factory=dict)
     windows: int = 0
+    since: float = 0.0
+    last: float = 0.0
 
     @property
     def complete(self) -> bool:
         """Whether the baseline is."""
-        return sum(self.baseline.values()) >= self.size
+        return self.windows > 0 or self._is_whole(self.baseline)
 
-    def update(self, kind: str) -> Workload:
-        """Add one request."""
+    def update(self, kind: str, now: float = 0.0) -> Workload:
+        """Add one request. now: seconds, of any clock that does not go back."""
         if not self.complete:
-            return replace(self, baseline=_plus(self.baseline, kind))
+            since = self.since if self.baseline else now
+            return replace(self, baseline=_plus(self.baseline, kind), since=since, last=now)
         kind = kind if kind in self.baseline else OTHER
-        if self.windows and sum(self.window.values()) < self.size:
-            return replace(self, window=_plus(self.window, kind))
-        return replace(self, previous=self.window, window={kind: 1}, windows=self.windows + 1)
+        if self.windows and not self._is_whole(self.window):
+            return replace(self, window=_plus(self.window, kind), last=now)
+        return replace(self, previous=self.window, window={kind: 1}, windows=self.windows + 1, since=now, last=now)
+
+    def _is_whole(self, counts: Mapping[str, int]) -> bool:
+        """Of what is being counted: enough requests, over a cycle."""
+        return sum(counts.values()) >= self.size and self.last - self.since >= self.cycle
 
     def share(self, kind: str) -> float:
         """Of the requests of the baseline; 0 before it is complete."""
-        return self.baseline.get(kind, 0) / self.size if self.complete else 0.0
+        return self.baseline.get(kind, 0) / max(sum(self.baseline.values()), 1) if self.complete else 0.0
+
+    @property
+    def _judged(self) -> Mapping[str, int]:
+        """The last window that is complete."""
+        return self.window if self.windows and self._is_whole(self.window) else self.previous
 
     @property
     def distance(self) -> float | None:
-        """Total variation between the mix of the baseline and that of the window, the previous one while this one is
-        less than half full; None before there is one."""
-        counts = self.window if sum(self.window.values()) >= self.size / 2 or not self.previous else self.previous
-        total = sum(counts.values())
-        if not self.complete or not total:
+        """Total variation between the mix of the baseline and that of the last complete window; None before it."""
+        counts, total = self._judged, sum(self._judged.values())
+        if not total:
             return None
         kinds = self.baseline.keys() | counts.keys()
         return sum(abs(self.share(kind) - counts.get(kind, 0) / total) for kind in kinds) / 2
 
-    @property
-    def log_evidence(self) -> float:
-        """ln of the evidence of this window that the mix is another one."""
-        return self._log_evidence(self.window)
-
     def changed(self, alpha: float) -> bool:
-        """Whether the mix of this window, or of the last one, is proven to be another; wrong for a part of at most
-        alpha of the windows."""
-        return any(self._log_evidence(counts) >= -math.log(alpha) for counts in (self.window, self.previous))
+        """Whether the mix of the last complete window is proven to be another; wrong for a part of at most alpha of the
+        windows."""
+        return self._log_evidence(self._judged) >= -math.log(alpha)
 
     def _log_evidence(self, window: Mapping[str, int]) -> float:
         if not self.complete or not window:

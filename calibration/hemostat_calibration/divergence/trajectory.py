@@ -30,7 +30,8 @@ The unit is the request. log S is a sum of ratios; with A_s and B_s the two sums
 ψ_i(t) = Σ_s (W_{i,s}/A_s − W_{i,s−1}/B_s) over the steps that it reached, and the variance of log S is
 m/(m − 1) Σ_i ψ_i² over m requests. Intervals are Student's on the scale log(−log S), which keeps them between 0 and 1;
 while nothing at all was lost in m requests, S is at least 0.025^(1/m) with the same confidence, since E[W] ≥ P(W = 1).
-They are valid for one look at a fixed time.
+They are valid for one look at a fixed time. Of requests that depend on each other, variances are v̂ times as large, and
+m/v̂ requests are effective.
 
 Constant memory: W is kept at `POSITIONS` only, every token up to 16, then at growing distances; second moments of these
 numbers give all variances, and everything merges by addition.
@@ -138,8 +139,9 @@ class Survival:
             moments=self.moments + other.moments,
         )
 
-    def get(self, horizon: int | None = None) -> SurvivalCurve:
-        """`horizon`: tokens that `prefix` counts; as far as there are data when None or larger than that.
+    def get(self, horizon: int | None = None, inflation: float = 1.0) -> SurvivalCurve:
+        """`horizon`: tokens that `prefix` counts; as far as there are data when None or larger than that. inflation:
+        v̂ of the requests (`statistics.dependence`), finite, 1 or more: intervals are those of the effective ones.
 
         InvalidArgumentError when it is less than 1.
         """
@@ -153,14 +155,14 @@ class Survival:
         survival = np.cumprod(steps)
         parts = _parts(after, before)
         moments = self.moments[:, :reached, :, :reached].reshape(2 * reached, 2 * reached)
-        variance = np.maximum(((parts @ moments) * parts).sum(axis=1), 0.0)
-        low, high = _interval(survival, variance, at_risk)
+        variance = inflation * np.maximum(((parts @ moments) * parts).sum(axis=1), 0.0)
+        low, high = _interval(survival, variance, at_risk / inflation)
         end = int(positions[-1]) if reached else 0
         horizon = min(horizon or end, end)
         weights = _weights(positions, horizon)
         prefix = float(weights[0] + weights[1:] @ survival)
         spread = (weights[1:] * survival) @ parts
-        half = _half_width(float(spread @ moments @ spread), self.requests)
+        half = _half_width(inflation * float(spread @ moments @ spread), self.requests / inflation)
         return SurvivalCurve(
             positions=positions,
             survival=survival,
@@ -186,13 +188,15 @@ def _parts(after: Floats, before: Floats) -> Floats:
     return np.concatenate([steps * one_by_after, -steps * one_by_before], axis=1)
 
 
-def _half_width(variance: float, requests: int) -> float:
-    if requests < 2:
+def _half_width(variance: float, requests: float) -> float:
+    """requests: effective ones."""
+    if requests < 2.0:
         return math.inf
-    return student_975(requests - 1) * math.sqrt(max(variance, 0.0) * requests / (requests - 1))
+    return student_975(int(requests) - 1) * math.sqrt(max(variance, 0.0) * requests / (requests - 1.0))
 
 
-def _interval(survival: Floats, variance: Floats, at_risk: npt.NDArray[np.int64]) -> tuple[Floats, Floats]:
+def _interval(survival: Floats, variance: Floats, at_risk: Floats) -> tuple[Floats, Floats]:
+    """at_risk: effective requests."""
     low, high = np.zeros_like(survival), np.ones_like(survival)
     for t, (s, v, m) in enumerate(zip(survival.tolist(), variance.tolist(), at_risk.tolist(), strict=True)):
         if m < 2:

@@ -27,7 +27,8 @@ Differences between two randomised arms: both arms' requests are one stream of t
 to one side or the other, with the same κ_t.
 
 Proportions, one answer for each request: exact for any t. The likelihood ratio of a Beta(½, ½) mixture against p is a
-martingale when p is true, so p belongs to the interval while it is below 1/α (Robbins 1970; Ville's inequality).
+martingale when p is true, so p belongs to the interval while it is below 1/α (Robbins 1970; Ville's inequality). With
+v̂ both counts are divided by it: the interval is that of the effective requests, and asymptotic.
 
 Heavy tails: a mean is of the values clipped at a stated cap, and the clipped share is given with it.
 """
@@ -188,33 +189,45 @@ class Proportion:
     def merge(self, other: Proportion) -> Proportion:
         return Proportion(self.hits + other.hits, self.requests + other.requests)
 
-    def get(self, alpha: float = 0.05) -> ConfidenceInterval:
-        """Valid at every look with a probability of at least 1 − alpha, exactly: no approximation is involved."""
+    def get(self, alpha: float = 0.05, inflation: float = 1.0) -> ConfidenceInterval:
+        """Valid at every look with a probability of at least 1 − alpha, exactly: no approximation is involved.
+        inflation: v̂, 1 or more: asymptotic where it is above 1, the whole range where it is infinite.
+
+        >>> runs_of_ten = Proportion(40, 400)
+        >>> found = runs_of_ten.get(inflation=10.0)
+        >>> found.mean, (round(found.low, 2), round(found.high, 2)), round(runs_of_ten.get().high, 2)
+        (0.1, (0.01, 0.31), 0.16)
+        """
         _check_alpha(alpha)
         if not self.requests:
             return ConfidenceInterval(math.nan, 0.0, 1.0)
         share = self.hits / self.requests
-        return ConfidenceInterval(share, self._end(0.0, share, alpha), self._end(1.0, share, alpha))
+        if math.isinf(inflation):
+            return ConfidenceInterval(share, 0.0, 1.0)
+        hits, misses = self.hits / inflation, (self.requests - self.hits) / inflation
+        ends = (_proportion_end(hits, misses, outside, share, alpha) for outside in (0.0, 1.0))
+        return ConfidenceInterval(share, *ends)
 
-    def _end(self, outside: float, inside: float, alpha: float) -> float:
-        """The p between `outside`, which is refuted, and `inside` where the evidence against it falls to 1/alpha."""
-        if self._log_evidence(outside) < -math.log(alpha):
-            return outside
-        for _ in range(60):
-            middle = 0.5 * (outside + inside)
-            if self._log_evidence(middle) < -math.log(alpha):
-                inside = middle
-            else:
-                outside = middle
+
+def _proportion_end(hits: float, misses: float, outside: float, inside: float, alpha: float) -> float:
+    """The p between `outside`, which is refuted, and `inside` where the evidence against it falls to 1/alpha."""
+    if _log_proportion(hits, misses, outside) < -math.log(alpha):
         return outside
+    for _ in range(60):
+        middle = 0.5 * (outside + inside)
+        if _log_proportion(hits, misses, middle) < -math.log(alpha):
+            inside = middle
+        else:
+            outside = middle
+    return outside
 
-    def _log_evidence(self, p: float) -> float:
-        misses = self.requests - self.hits
-        if (p <= 0.0 and self.hits) or (p >= 1.0 and misses):
-            return math.inf
-        mixture = math.lgamma(self.hits + 0.5) + math.lgamma(misses + 0.5) - math.lgamma(self.requests + 1.0)
-        likelihood = (self.hits * math.log(p) if self.hits else 0.0) + (misses * math.log1p(-p) if misses else 0.0)
-        return mixture - math.log(math.pi) - likelihood
+
+def _log_proportion(hits: float, misses: float, p: float) -> float:
+    if (p <= 0.0 and hits) or (p >= 1.0 and misses):
+        return math.inf
+    mixture = math.lgamma(hits + 0.5) + math.lgamma(misses + 0.5) - math.lgamma(hits + misses + 1.0)
+    likelihood = (hits * math.log(p) if hits else 0.0) + (misses * math.log1p(-p) if misses else 0.0)
+    return mixture - math.log(math.pi) - likelihood
 
 
 def difference(a: MeanSequence, b: MeanSequence, alpha: float = 0.05, inflation: float = 1.0) -> ConfidenceInterval:

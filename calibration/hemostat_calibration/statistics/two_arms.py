@@ -94,8 +94,10 @@ class TwoArms:
         """
         return float(log_e_value(self.treated_bad, self.treated, self.control_bad, self.control, margin))
 
-    def get(self, alpha: float = 0.05) -> ConfidenceInterval:
+    def get(self, alpha: float = 0.05, inflation: float = 1.0) -> ConfidenceInterval:
         """Treated rate minus control rate, with the differences that the test does not refute at level alpha.
+        inflation: v̂ of the arms, the larger one, 1 or more: all counts are divided by it, and where it is above 1 the
+        interval is asymptotic; infinite: −1 to 1.
 
         Valid at every look with a probability of at least 1 − alpha, for both ends together: the true difference is
         outside only if the e-value against that one difference reaches 1/alpha. `low` is above a margin exactly where
@@ -106,9 +108,12 @@ class TwoArms:
             raise InvalidArgumentError(f"alpha is {alpha}: it must be between 0 and 1")
         if not (self.treated and self.control):
             return ConfidenceInterval(math.nan, -1.0, 1.0)
-        counts = self.treated_bad, self.treated, self.control_bad, self.control
-        numerator = float(_log_mixture(*counts[:2]) + _log_mixture(*counts[2:]))
         difference = self.treated_bad / self.treated - self.control_bad / self.control
+        if math.isinf(inflation):
+            return ConfidenceInterval(difference, -1.0, 1.0)
+        bad, units = self.treated_bad / inflation, self.treated / inflation
+        counts = bad, units, self.control_bad / inflation, self.control / inflation
+        numerator = float(_log_mixture(*counts[:2]) + _log_mixture(*counts[2:]))
         # Of the lower and the upper end. -1 and 1 themselves are left out: nothing lies beyond them.
         accepted, refuted = np.full(2, difference), np.array([-1.0, 1.0])
         for _ in range(_ROUNDS):

@@ -14,9 +14,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from hemostat.config import schema as config
 from hemostat.ipc.messages import REST_KIND
-from hemostat.measurement.dependence import inflation_samples, told
+from hemostat.measurement.dependence import Cycle, Dependence, inflation_samples, told
 from hemostat.measurement.figures import finite
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
@@ -38,6 +40,26 @@ STATE_KEY = "alarm"
 SAVE_SECONDS = 60.0
 """Longest pause between writes of the state. After a restart, evidence since the last one is lost. A test that begins
 is written at once: no alpha is spent twice."""
+
+
+class FloorLimit:
+    """Of one model's divergence from itself, and of how much the requests that it was measured on depend on each other.
+    cap: nats, where divergences are clipped."""
+
+    def __init__(self, cap: float, cycle: Cycle) -> None:
+        self._mean = ClippedMean(0.0, cap)
+        self._dependence = Dependence(1, cycle)
+
+    def add(self, divergences: Floats, client: bytes) -> None:
+        """KL by token of one request, nats. client: the digest of whom it is from."""
+        values = np.clip(divergences[~np.isnan(divergences)], 0.0, self._mean.cap)
+        self._mean = self._mean.update(values)
+        self._dependence.add(np.array([values.sum()]), np.array([float(len(values))]), client)
+
+    def limit(self, alpha: float) -> float:
+        """Upper end of its interval, asymptotic; infinite while it is not known, or v̂ is not."""
+        high = self._mean.get(alpha, self._dependence.inflation()).high
+        return high if high < self._mean.cap else math.inf
 
 
 class Alarms:
@@ -65,7 +87,7 @@ class Alarms:
             clear_after=settings.clear_after,
         )
         self._state = alarm.init(self._settings)
-        self._noise_floors = {model: ClippedMean(0.0, self._settings.cap) for model in noise_floors}
+        self._noise_floors = {model: FloorLimit(self._settings.cap, Cycle(cycle, wall)) for model in noise_floors}
         self._writes = writes
         self._wall = wall
         self._saved_at = wall()
@@ -79,7 +101,7 @@ class Alarms:
         """
         now, kind = self._wall(), record.kind or REST_KIND
         if record.adapter is not None:
-            self._state = alarm.count(self._state, kind)
+            self._state = alarm.count(self._state, kind, now)
             return
         observation = alarm.Observation(now, figures.kl_rc, alarm.spread(record), pooled=kind == REST_KIND)
         begun = _begun(self._state)
@@ -88,19 +110,20 @@ class Alarms:
         if any(changed) or _begun(self._state) > begun or now - self._saved_at >= SAVE_SECONDS:
             self.save()
 
-    def observe_noise_floor(self, model: str, divergences: Floats) -> None:
-        """KL by token, nats, of a record with `model` on both sides."""
+    def observe_noise_floor(self, model: str, divergences: Floats, client: bytes = b"") -> None:
+        """KL by token, nats, of a record with `model` on both sides. client: the digest of whom it is from."""
         if model in self._noise_floors:
-            self._noise_floors[model] = self._noise_floors[model].update(divergences)
+            self._noise_floors[model].add(divergences, client)
 
     def _noise_floor(self) -> float:
         """Upper end of what noise adds to the divergence, half of the sum of the noise floors (two noisy computations
-        are compared in each), nats; infinite while one is unknown: the budget test then waits."""
+        are compared in each), nats; infinite while one is unknown: the budget test then waits.
+
+        It is asymptotic: a limit that holds for any noise would have to allow for bursts that no request has met yet,
+        log(1/alpha)/n of the requests at the cap: with 50 requests 0.7 nats, more than any budget."""
         # Each has its part of what the budget test spends on limits; see `alarm`.
         part = self._settings.half_share / max(len(self._noise_floors), 1)
-        highs = [floor.get(part).high if floor.requests else math.inf for floor in self._noise_floors.values()]
-        unknown = any(high >= floor.cap for high, floor in zip(highs, self._noise_floors.values(), strict=False))
-        return math.inf if unknown else 0.5 * sum(highs)
+        return 0.5 * sum(floor.limit(part) for floor in self._noise_floors.values())
 
     def _note(self, reading: alarm.Reading) -> bool:
         """Whether the alarm was raised or cleared: then an event was stored, and the state is to be."""

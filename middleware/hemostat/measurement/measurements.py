@@ -118,7 +118,7 @@ class Measurements:
     def __init__(self, max_tokens: int = MAX_TOKENS, cycle: Cycle = NO_CYCLE) -> None:
         self._cycle = cycle
         self._raw = self._figures()
-        self.survival = SurvivalFigures()
+        self.survival = SurvivalFigures(cycle)
         self._after: OrderedDict[str, _After] = OrderedDict()
         # Every series exists from the start: PromQL's rate() ignores the value that a series begins with.
         arms = [str(arm) for arm in Arm]
@@ -358,10 +358,8 @@ class Measurements:
         yield from self.by_place.samples()
         yield from self.thinking.samples()
         yield from self.conditional.samples()
-        half_life = self.survival.half_life()
-        if half_life is not None:
-            for edge, value in zip(("mean", "low", "high"), half_life, strict=True):
-                yield Sample(names.SURVIVAL_HALF_LIFE_TOKENS, (edge,), value)
+        for edge, value in self.survival.half_life().items():
+            yield Sample(names.SURVIVAL_HALF_LIFE_TOKENS, (edge,), value)
         for model, floor in self._noise_floor.items():
             for direction, name in zip(DIRECTIONS, ("kl_nats", "reverse_kl_nats"), strict=True):
                 mean = floor.mean(name)

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from hemostat.measurement.dependence import NO_CYCLE, Cycle, Dependence
-from hemostat.measurement.figures import MAX_TOKENS, ends_or_none, finite
+from hemostat.measurement.dependence import NO_CYCLE, Cycle, Dependence, told
+from hemostat.measurement.figures import MAX_TOKENS, ends_or_none
 from hemostat.measurement.gains import interval, interval_json
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
@@ -56,7 +56,7 @@ class _Arm:
     bounded: RunningMean = field(init=False)
     """The same, for an interval that holds for any number of requests."""
     dependence: Dependence = field(init=False)
-    """Of the length."""
+    """Of the length, and of whether it ends."""
     endless: Proportion = field(default_factory=Proportion)
     """Requests that think and do not end it, of those that think."""
     endings: Counter[str] = field(default_factory=Counter)
@@ -65,17 +65,18 @@ class _Arm:
     """Of thinking, of all records."""
 
     def __post_init__(self) -> None:
-        self.dependence = Dependence(1, self.cycle)
+        self.dependence = Dependence(2, self.cycle)
         self.bounded = RunningMean(0.0, float(self.max_tokens))
 
     def report(self) -> dict[str, Any]:
-        v, endless = self.dependence.inflation(), self.endless.get()
+        v, v_endless = self.dependence.inflations().tolist()
         return {
             "requests": self.endless.requests,
             "endings": {name: self.endings[name] for name in ENDINGS},
             "tokens": interval(self.length, v, 0.0, float(self.max_tokens))
             | {"ci95_finite": ends_or_none(self.bounded.get(), 0.0, float(self.max_tokens))},
-            "never_ended": _shown(endless, known=bool(self.endless.requests)),
+            "never_ended": _shown(self.endless.get(inflation=v_endless), v_endless)
+            | told(self.endless.requests, v_endless),
         }
 
 
@@ -86,8 +87,9 @@ class ThinkingFigures:
         self._max_tokens = max_tokens
         self._arms = {str(arm): _Arm(max_tokens, cycle) for arm in Arm}
 
-    def add(self, arm: str, thinking: Thinking | None, finish_reason: str, *, fresh: bool) -> None:
-        """A scored request. thinking: None where its output has none. fresh: it is an observation of its own."""
+    def add(self, arm: str, thinking: Thinking | None, finish_reason: str, client: bytes = b"", *, fresh: bool) -> None:
+        """A scored request. thinking: None where its output has none. client: the digest of whom it is from. fresh: it
+        is an observation of its own."""
         into = self._arms[arm]
         how = ending(thinking, finish_reason)
         into.endings[how] += 1
@@ -97,22 +99,21 @@ class ThinkingFigures:
         if fresh:
             tokens = float(min(thinking.tokens, self._max_tokens))
             into.length = into.length.update(tokens, 1.0)
-            into.dependence.add(np.array([tokens]), np.ones(1))
+            into.dependence.add(np.array([tokens, float(how != ENDED)]), np.ones(2), client)
             into.bounded = into.bounded.update(tokens)
             into.endless = into.endless.update(how != ENDED)
 
     def report(self) -> dict[str, Any]:
-        """JSON-ready; arms with a request that thinks, and treated minus control: exact for the share (anytime-valid),
-        asymptotic for the mean length."""
+        """JSON-ready; arms with a request that thinks, and treated minus control, with the larger v̂ of both arms: its
+        intervals hold at every look, and are asymptotic where requests depend on each other."""
         treated, control = self._arms[Arm.TREATED], self._arms[Arm.CONTROL]
         shares = TwoArms(treated.endless.hits, treated.endless.requests, control.endless.hits, control.endless.requests)
-        both = bool(treated.endless.requests and control.endless.requests)
-        v = max(treated.dependence.inflation(), control.dependence.inflation())
+        v, v_endless = np.maximum(treated.dependence.inflations(), control.dependence.inflations()).tolist()
         longer = confidence.difference(treated.length, control.length, inflation=v)
         return {
             "arms": {arm: one.report() for arm, one in self._arms.items() if sum(one.endings.values())},
             "treated_minus_control": {
-                "never_ended": _shown(shares.get(), known=both),
+                "never_ended": _shown(shares.get(inflation=v_endless), v_endless),
                 "tokens": interval_json(longer, v),
             },
         }
@@ -124,7 +125,6 @@ class ThinkingFigures:
                 yield Sample(names.THINKING_REQUESTS, (arm, name), one.endings[name])
 
 
-def _shown(found: ConfidenceInterval, *, known: bool) -> dict[str, Any]:
-    if not known or math.isnan(found.mean):
-        return {"estimate": None, "ci95": [None, None]}
-    return {"estimate": finite(found.mean), "ci95": [finite(found.low), finite(found.high)]}
+def _shown(found: ConfidenceInterval, inflation: float) -> dict[str, Any]:
+    """Of a share, or of a difference of shares, which is NaN before both arms have a request."""
+    return interval_json(found, inflation if math.isfinite(found.mean) else math.inf)

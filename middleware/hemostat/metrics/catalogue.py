@@ -359,7 +359,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             names.WORKLOAD_DISTANCE_RATIO,
             "gauge",
             "ratio",
-            "Total variation between the mix of kinds now and that of the baseline, 0 to 1.",
+            "Total variation between the mix of kinds in the last complete window and that of the baseline, 0 to 1.",
         ),
     ),
     "Calibration": (

@@ -91,7 +91,7 @@ class ThinkingLengths:
         known = scored.pair is not None and scored.pair.markers is not None
         if known and scored.uses & (Use.FIGURES | Use.PART_FIGURES):
             record, reason = scored.record, scored.capture.finish_reason
-            self.figures.add(record.arm, record.thinking, reason, fresh=scored.fresh)
+            self.figures.add(record.arm, record.thinking, reason, record.client, fresh=scored.fresh)
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,4 +208,4 @@ class ScoringPipeline:
             self.other_models.observe_noise_floor(pair.name, model, record)
             return
         figures = self._parts.measurements.observe_noise_floor(model, record)
-        self._parts.alarms.observe_noise_floor(model, figures.kl_rc)
+        self._parts.alarms.observe_noise_floor(model, figures.kl_rc, record.client)

@@ -17,11 +17,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from hemostat.measurement.alarms import FloorLimit
+from hemostat.measurement.dependence import NO_CYCLE
+from hemostat.measurement.figures import MODELS
 from hemostat_calibration.alarm import BudgetTest, Settings, Workload, fit_baseline
 from hemostat_calibration.alarm.alarm import CHECK_EVERY, baseline_inflation
 from hemostat_calibration.alarm.baseline import LOG_WEIGHTS
-from hemostat_calibration.alarm.betting import log_sum_exp
-from hemostat_calibration.statistics.confidence import ClippedMean
+from hemostat_calibration.alarm.betting import BET_FRACTIONS, equal_weights, log_sum_exp
+from hemostat_calibration.statistics.confidence import MeanSequence
 from hemostat_calibration.statistics.dependence import LEVELS, BatchMeans
 
 from . import Row, count_row
@@ -32,6 +35,7 @@ TAKES = "5 minutes on one core"
 SETTINGS = Settings()
 LEARNED = 2 * SETTINGS.baseline_requests
 REQUESTS = 500
+FEW_FLOORS = 40
 EFFECTS = (0.05, 0.1, 0.15, 0.2, 0.3)
 SHORT, LONG = (40, 200), (300, 900)
 SHIFTS = (1.03, 1.1, 1.2)
@@ -86,10 +90,10 @@ def real(path: Path = LEVELS_FILE) -> dict[str, dict[str, Array]]:
 # --- a life of the change test -------------------------------------------------------------------------------------
 
 
-def log_evidence(factors: Array, inflation: float | Array = 1.0) -> Array:
+def log_evidence(factors: Array, inflation: float | Array = 1.0, log_weights: Array = LOG_WEIGHTS) -> Array:
     """What `ChangeTest` has after each request: factors [R, S], ln -> [R]. The same as one `bet` after the other.
 
-    inflation: v̂ of each request's kind.
+    inflation: v̂ of each request's kind. log_weights: [S], of the strategies.
     """
     before = np.concatenate([np.zeros((1, factors.shape[1])), factors.cumsum(axis=0)])
     effective, funded = 0.0, np.zeros(len(factors), np.int64)
@@ -100,7 +104,7 @@ def log_evidence(factors: Array, inflation: float | Array = 1.0) -> Array:
     k = funded.astype(np.float64)
     is_funded = np.diff(funded, prepend=0) > 0
     amounts = np.where(is_funded, -np.log(k * (k + 1.0)), -np.inf)
-    wealth = np.logaddexp.accumulate(LOG_WEIGHTS + amounts[:, None] - before[:-1], axis=0) + before[1:]
+    wealth = np.logaddexp.accumulate(log_weights + amounts[:, None] - before[:-1], axis=0) + before[1:]
     return np.logaddexp(log_sum_exp(wealth.T), -np.log(k + 1.0))
 
 
@@ -223,9 +227,9 @@ def rows(lives: int, seed: int) -> Iterator[Row]:
     yield from real_shifts(lives, seed)
     yield from delays(lives, seed)
     yield from simulated_delays(lives, seed)
-    yield mix_row(lives, seed)
+    yield from mix_rows(lives, seed)
     yield budget_row(lives, seed)
-    yield bursts_row(lives, seed)
+    yield from floor_rows(lives, seed)
 
 
 def real_shifts(lives: int, seed: int) -> Iterator[Row]:
@@ -309,19 +313,36 @@ def mixed(rng: np.random.Generator, pools: list[Array], kinds: npt.NDArray[np.in
     return rows
 
 
-def mix_row(lives: int, seed: int) -> Row:
-    """Whether a mix of five kinds that stays is called another one."""
+def mix_rows(lives: int, seed: int) -> Iterator[Row]:
+    """Whether a mix of five kinds that stays, or that is another one at night, is called another one."""
+    day, night = np.array([0.5, 0.3, 0.15, 0.04, 0.01]), np.array([0.1, 0.1, 0.3, 0.4, 0.1])
+    steady = changes_of_mix(lives, seed, np.tile(day, (SETTINGS.baseline_requests + REQUESTS, 1)), 0.0)
+    yield false_alarms("workload: the mix of kinds stays", lives, steady)
+    lives = max(lives // 4, 10)
+    hours = (np.arange(8 * 480) % 480)[:, None]
+    by_hour = np.where(hours < 240, day, night)
+    yield false_alarms(
+        "workload: another mix at night, 20 requests an hour, a week after a cycle of a day",
+        lives,
+        changes_of_mix(lives, seed, by_hour, 86_400.0),
+    )
+    found = changes_of_mix(lives, seed, by_hour, 0.0)
+    told = f"{found} of {lives}"
+    yield Row("the same, no cycle is set", told, "for comparison: nights are compared with a day", True)
+
+
+def changes_of_mix(lives: int, seed: int, chances: Array, cycle: float) -> int:
+    """Lives in which the mix is ever called another one. chances: [R, K], of a request's kinds, one every 180 s."""
     found = 0
     for number in range(lives):
-        rng = np.random.default_rng((seed, number))
-        mix = Workload(SETTINGS.baseline_requests)
-        wrong = False
-        kinds = rng.choice(5, p=[0.5, 0.3, 0.15, 0.04, 0.01], size=SETTINGS.baseline_requests + REQUESTS)
-        for count, kind in enumerate(kinds):
-            mix = mix.update(str(kind))
-            wrong = wrong or (count % 5 == 0 and mix.changed(SETTINGS.alpha))
+        draws = np.random.default_rng((seed, number)).random((len(chances), 1))
+        kinds = (draws > chances.cumsum(axis=1)[:, :-1]).sum(axis=1)
+        mix, wrong = Workload(SETTINGS.baseline_requests, cycle), False
+        for at, kind in enumerate(kinds.tolist()):
+            windows, mix = mix.windows, mix.update(str(kind), 180.0 * at)
+            wrong = wrong or (mix.windows > windows and mix.changed(SETTINGS.alpha))
         found += wrong
-    return false_alarms("workload: the mix of kinds stays", lives, found)
+    return found
 
 
 def budget_row(lives: int, seed: int) -> Row:
@@ -338,24 +359,51 @@ def budget_row(lives: int, seed: int) -> Row:
     return false_alarms("budget: the divergence is exactly what is allowed", lives, found)
 
 
-def bursts_row(lives: int, seed: int) -> Row:
-    """Noise that comes in bursts: 1 % of the requests, of 5 nats at every token, in the figure and in both floors. The
-    floor's limit is the one of `Alarms`, an asymptotic interval, of 30 requests."""
-    lives = max(lives // 10, 20)
-    found, part = 0, SETTINGS.half_share / 4.0
-    rng = np.random.default_rng((seed, 17))
+def floor_rows(lives: int, seed: int) -> Iterator[Row]:
+    """The divergence is the budget of 0.02 nats and noise, which is also what both floors are: log-normal, equal in
+    runs of 20 requests; or bursts, 1 % of the requests, of 5 nats at every token. Budget tests know v."""
+    lives = max(lives // 10, 4)
 
-    def noise() -> Array:
-        return np.full(64, 5.0) if rng.random() < 0.01 else rng.exponential(0.002, 64)
+    def runs(rng: np.random.Generator, count: int) -> Array:
+        return np.repeat(0.05 * np.exp(rng.normal(-0.32, 0.8, count // 20 + 1)), 20)[:count]
 
-    for _ in range(lives):
-        floors = [ClippedMean(0.0, 5.0), ClippedMean(0.0, 5.0)]
-        for _ in range(30):
-            floors = [floor.update(noise()) for floor in floors]
-        limit = 0.5 * sum(floor.get(part).high for floor in floors)
-        test = BudgetTest(budget=0.02, cap=5.0, max_tokens=64, alpha=SETTINGS.half_share / 4.0)
-        for _ in range(4 * REQUESTS):
-            test = test.update(noise(), noise_floor=limit)
-        found += test.crossing is not None
-    case = "budget: bursts of noise, 1 % of requests of 5 nats, a budget of 0.02: false alarms"
-    return Row(case, f"{found} of {lives}", "for comparison: the floor's limit is asymptotic", holds=True)
+    def bursts(rng: np.random.Generator, count: int) -> Array:
+        return np.where(rng.random(count) < 0.01, 5.0, rng.exponential(0.002, count))
+
+    case = "budget: exactly met, noise in runs of 20 requests"
+    found = [over_budget(np.random.default_rng((seed, 18, life)), runs, 20.0) for life in range(lives)]
+    yield count_row(case, sum(with_v for with_v, _ in found), lives, SETTINGS.alpha)
+    told = f"{sum(without for _, without in found)} of {lives}"
+    yield Row(f"the same, {FEW_FLOORS} requests of the floor taken for independent", told, "for comparison", True)
+    found = [over_budget(np.random.default_rng((seed, 17, life)), bursts, 1.0) for life in range(lives)]
+    yield Row(
+        "budget: exactly met, bursts of noise, 1 % of the requests of 5 nats",
+        f"{sum(with_v for with_v, _ in found)} of {lives}",
+        "for comparison: bursts that the floor's requests have not met are not covered",
+        True,
+    )
+
+
+def over_budget(
+    rng: np.random.Generator, noise: Callable[[np.random.Generator, int], Array], v: float
+) -> tuple[bool, bool]:
+    """Whether a budget test alarms that begins when the floor's limit is known, and one that takes the first requests
+    of the floor for independent. v: of the requests that are tested."""
+    settings, weights = Settings(budget=0.02), equal_weights(len(BET_FRACTIONS))
+    floors, limits = [FloorLimit(settings.cap, NO_CYCLE) for _ in MODELS], []
+    part, streams = settings.half_share / len(MODELS), [noise(rng, 2000) for _ in MODELS]
+    for count, values in enumerate(zip(*streams, strict=True)):
+        for floor, value in zip(floors, values, strict=True):
+            floor.add(np.array([value]), b"")
+        limits = [floor.limit(part) for floor in floors] if count % CHECK_EVERY == 0 else limits
+        if limits and math.isfinite(sum(limits)):
+            break
+    few = [MeanSequence() for _ in MODELS]
+    for values in zip(*(stream[:FEW_FLOORS] for stream in streams), strict=True):
+        few = [mean.update(value, 1.0) for mean, value in zip(few, values, strict=True)]
+    figures, alarms = settings.budget + noise(rng, 4 * REQUESTS), []
+    for highs in (limits, [mean.get(0.0, settings.cap, part).high for mean in few]):
+        test = BudgetTest(settings.budget, settings.cap, 1, settings.half_share / 2.0, v)
+        factors = np.stack([test.log_factors(np.array([figure]), 0.5 * sum(highs)) for figure in figures])
+        alarms.append(bool((log_evidence(factors, v, weights) >= -math.log(test.alpha)).any()))
+    return alarms[0], alarms[1]
