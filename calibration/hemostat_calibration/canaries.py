@@ -219,7 +219,10 @@ class CanarySet:
 
 
 def require_sequences(canaries: Sequence[Canary]) -> None:
-    """InvalidArgumentError where they make no set: too few, too many, or too long ones."""
+    """InvalidArgumentError where they make no set: too few, too many, or too long ones.
+
+    >>> require_sequences([Canary("text", np.ones(3, np.int32), np.ones(2, np.int32))] * MIN_SEQUENCES)
+    """
     if not MIN_SEQUENCES <= len(canaries) <= MAX_SEQUENCES:
         raise InvalidArgumentError(f"{len(canaries)} canaries: {MIN_SEQUENCES} to {MAX_SEQUENCES} are needed")
     if any(not len(one.prompt) or not len(one.answer) for one in canaries):
@@ -229,7 +232,11 @@ def require_sequences(canaries: Sequence[Canary]) -> None:
 
 
 def shortest(canaries: Sequence[Canary]) -> tuple[Canary, ...]:
-    """Those that an adapter is asked."""
+    """Those that an adapter is asked.
+
+    >>> [one.tokens for one in shortest([Canary("text", np.ones(n, np.int32), np.ones(2, np.int32)) for n in (9, 3)])]
+    [6, 12]
+    """
     return tuple(sorted(canaries, key=lambda one: one.tokens)[:ADAPTER_SEQUENCES])
 
 
