@@ -25,7 +25,7 @@ from hemostat.compression.frame import LayerData
 from hemostat.compression.rounding import highest_integer, round_to_steps, weight_groups
 from hemostat.compression.token_weights import WeightedMoments
 from hemostat.models.activations import Batch, valid_rows
-from hemostat.models.skeleton import consumers, norm_offset, rounded_inputs
+from hemostat.models.skeleton import Inputs, consumers, norm_offset, rounded_inputs
 
 AWQ_ALPHAS = tuple(n / 20 for n in range(1, 21))
 SMOOTH_ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -134,7 +134,7 @@ def smooth_scale(
 
     def loss(scale: torch.Tensor | None) -> float:
         rows = inputs.rows if scale is None else inputs.rows / scale
-        steps, of_token = rounded_inputs(rows, "int8")
+        steps, of_token = rounded_inputs(rows, Inputs("int8"))
         rounded = steps * of_token
         total = 0.0
         for name, weight in weights.items():

@@ -25,7 +25,7 @@ from hemostat.models.copies import device_of, dtype_of, weights_of
 from hemostat.models.experts import routers
 from hemostat.models.parts import Parts, json_tensor, json_value
 from hemostat.models.second_moments import Progress
-from hemostat.models.skeleton import CopyLinear, Skeleton
+from hemostat.models.skeleton import EXACT, CopyLinear, Inputs, Skeleton
 from hemostat.models.walk import Around, LayerWalk, nearest_stored
 from hemostat_calibration.adapters.gram import Metric
 
@@ -277,12 +277,12 @@ def _outputs(data: LayerData, part: Mapping[str, torch.Tensor]) -> list[torch.Te
         else:
             data.set_parameter(name, part[name] if name in part else data.run.source.parameter(name))
     for name, module in data.linears.items():
-        module.input_rounding = formats[name].inputs if name in formats else "exact"
+        module.inputs = Inputs(formats[name].inputs) if name in formats else EXACT
     try:
         return data.forward()
     finally:
         for module in data.linears.values():
-            module.input_rounding = "exact"
+            module.inputs = EXACT
 
 
 def _hidden_before(run: Run, index: int) -> list[torch.Tensor]:

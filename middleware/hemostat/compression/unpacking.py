@@ -50,6 +50,7 @@ def unpacked_copy(checkpoint: Path, progress: Progress = lambda _: None) -> Path
 def _write_unpacked(source: Path, folder: Path, progress: Progress) -> None:
     from hemostat.compression.tensor_files import TensorFiles
     from hemostat.models.checkpoint import Checkpoint
+    from hemostat.models.skeleton import EXACT
 
     progress(f"{source.name}: written as a dense copy")
     checkpoint = Checkpoint(source, "checkpoint")
@@ -58,14 +59,13 @@ def _write_unpacked(source: Path, folder: Path, progress: Progress) -> None:
     files = TensorFiles(folder)
     quantized = checkpoint.quantized
     for name in sorted(checkpoint.names):
-        module, _, part = name.rpartition(".")
-        if module not in quantized or not part.startswith("weight"):
+        if not checkpoint.is_part_of_weight(name):
             files.add(name, checkpoint.tensor(name))
     for module in sorted(quantized):
         # In float32, which represents every product of an integer and a scale exactly.
         files.add(f"{module}.weight", checkpoint.weight(module))
     files.close()
-    rounded = sum(checkpoint.input_rounding(module) != "exact" for module in quantized)
+    rounded = sum(checkpoint.inputs(module) != EXACT for module in quantized)
     if rounded:
         progress(f"{source.name}: {rounded} layers round their inputs at run time; the dense copy does not")
     copy_all_but_weights(source, folder)

@@ -22,6 +22,7 @@ from hemostat.models.experts import has_experts, split_experts
 from hemostat.models.generation import generate
 from hemostat.models.piecewise import PiecewiseReader, StatelessModelError
 from hemostat.models.quiet import quiet_transformers as quiet
+from hemostat.models.stored_formats.reading import quantization_of
 from hemostat.reference.match import PROBE_CHAT, PROBE_TEXT
 
 MAX_PIECE_ELEMENTS = 1 << 26
@@ -277,14 +278,15 @@ def _load(name: str, model: str, device: str, options: DoctorOptions) -> tuple[S
         with quiet():
             config = AutoConfig.from_pretrained(model)
             check_causal(config)
-            quantized = getattr(config, "quantization_config", None)
+            found = quantization_of(Path(model), config.to_dict())
+            quantized = None if found is None else found[0]
             if quantized and quantized.get("quant_method") == "compressed-tensors":
                 packages.require("adapters")
             tokenizer = AutoTokenizer.from_pretrained(model)
-            own = has_experts(config) or _has_zero_points(quantized) if quantized and Path(model).is_dir() else False
+            own = has_experts(config) or not _loads(quantized) if quantized and Path(model).is_dir() else False
             if quantized and (own or not has_attention(config)):
                 # transformers initializes weights of layers without attention, which a quantized checkpoint does not
-                # have, and 5.24 does not load packed zero points (5.19 does). It holds experts in another form.
+                # have. It holds experts in another form.
                 loaded = Copy.load(Path(model), device, options.dtype, name).model
                 loaded.generation_config = GenerationConfig.from_pretrained(model)
             else:
@@ -302,9 +304,13 @@ def _load(name: str, model: str, device: str, options: DoctorOptions) -> tuple[S
     )
 
 
-def _has_zero_points(quantization: dict[str, Any]) -> bool:
-    groups = (quantization.get("config_groups") or {}).values()
-    return any((group.get("weights") or {}).get("symmetric") is False for group in groups)
+def _loads(quantization: dict[str, Any]) -> bool:
+    """Whether transformers loads such a checkpoint without packages that Hemostat does not need, or a GPU: of
+    compressed-tensors symmetric integers and E4M3 (5.24 does not load packed zero points, 5.19 does)."""
+    weights = [group.get("weights") or {} for group in (quantization.get("config_groups") or {}).values()]
+    return quantization.get("quant_method") == "compressed-tensors" and all(
+        one.get("symmetric") is not False and (one.get("type"), one.get("num_bits")) != ("float", 4) for one in weights
+    )
 
 
 def _load_by_transformers(model: str, dtype: str) -> Any:

@@ -11,18 +11,23 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hemostat.models import packages
 from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat.models.errors import AdaptError
 from hemostat.models.quiet import quiet_transformers
-from hemostat.models.skeleton import InputRounding
+from hemostat.models.skeleton import EXACT, Inputs
+from hemostat.models.stored_formats.reading import (
+    check_names,
+    has_quantized_kv_cache,
+    quantization_of,
+    stored_format,
+)
+from hemostat.models.stored_formats.stored_layer import StoredFormat, StoredLayer
 
-FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
-"""Of compressed-tensors. A checkpoint of `mixed-precision` names one for each group of layers."""
 INDEX = "model.safetensors.index.json"
 _BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I16": 16}
 """Of safetensors' types; of the others 8."""
-_QUANTIZED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+NOT_COUNTED = ("weight_shape",)
+"""Of the parts of a weight: it is no number that an engine reads."""
 
 
 class Checkpoint:
@@ -38,14 +43,23 @@ class Checkpoint:
         self.label = label
         self._digest = ""
         self.config = _read_config(folder, label)
-        quantization = self.config.__dict__.pop("quantization_config", None)
-        self._schemes = _schemes(quantization, folder, label)
-        self.quantized_kv_cache = bool(quantization and quantization.get("kv_cache_scheme"))
+        self.config.__dict__.pop("quantization_config", None)
+        self._format: StoredFormat | None = None
+        self.quantized_kv_cache = False
+        try:
+            found = quantization_of(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        except AdaptError as error:
+            raise AdaptError(f"{label}: {error}") from None
+        if found is not None:
+            quantization, file = found
+            self._format = stored_format(quantization, f"{label}: quantization_config of {folder}/{file}")
+            self.quantized_kv_cache = has_quantized_kv_cache(quantization)
         self._files = _index(folder, label)
         self._parts: dict[str, dict[str, str]] = defaultdict(dict)
         for name in self._files:
             module, _, part = name.rpartition(".")
             self._parts[module][part] = name
+        check_names(self._parts, self._format, f"{label}: {folder}")
 
     @property
     def names(self) -> frozenset[str]:
@@ -67,7 +81,9 @@ class Checkpoint:
             with safe_open(path, "pt") as file:
                 tensor: torch.Tensor = file.get_tensor(name).clone()
         except (OSError, SafetensorError) as error:
-            raise AdaptError(f"{self.label}: {path} cannot be read ({_one_line(error)}); copy it again") from None
+            raise AdaptError(
+                f"{self.label}: {path}, with {name}, cannot be read ({_one_line(error)}); copy it again"
+            ) from None
         return tensor
 
     @property
@@ -76,63 +92,47 @@ class Checkpoint:
         return frozenset(module for module in self._parts if self.is_quantized(module))
 
     def is_quantized(self, module: str) -> bool:
-        return "weight_scale" in self._parts.get(module, {})
+        known = self._format
+        return known is not None and not known.marks.isdisjoint(self._parts.get(module, {}))
+
+    def is_part_of_weight(self, name: str) -> bool:
+        """Whether a stored tensor is what the weight of a quantized layer is made of, or a scale of its inputs."""
+        module, _, part = name.rpartition(".")
+        return self._format is not None and self.is_quantized(module) and part in self._format.parts
 
     def stored_bytes(self, module: str) -> int:
         """Of the weight of a module, scales included."""
         total = 0
         for part, name in self._parts.get(module, {}).items():
-            if part == "weight" or (part in _QUANTIZED and part != "weight_shape"):
+            if (part == "weight" or self.is_part_of_weight(name)) and part not in NOT_COUNTED:
                 with safe_open(self._files[name], "pt") as file:
                     found = file.get_slice(name)
                     total += math.prod(found.get_shape()) * _BITS.get(found.get_dtype(), 8) // 8
         return total
 
     def weight(self, module: str) -> torch.Tensor:
-        """The weight of a module: [outputs, inputs] for a linear layer. Float32 where it was quantized: the exact
-        products of integers, or E4M3 numbers, and scales; otherwise as it is stored. AdaptError."""
-        if not self.is_quantized(module):
-            return self.tensor(f"{module}.weight")
-        from compressed_tensors.compressors import BaseCompressor  # noqa: PLC0415  slow, and not always needed
-
-        scheme = self._scheme(module)
-        parts = {
-            part: self.tensor(name)
-            for part, name in self._parts[module].items()
-            if part == "weight" or part in _QUANTIZED
-        }
-        parts["weight_scale"] = parts["weight_scale"].float()
-        try:
-            compressor = BaseCompressor.get_value_from_registry(scheme.format)
-            weight: torch.Tensor = compressor.decompress(parts, scheme)["weight"]
-        except (KeyError, ValueError, RuntimeError, AssertionError, TypeError) as error:
+        """The weight of a module: [outputs, inputs] for a linear layer. Float32 where it was quantized: the products of
+        what is stored and its scales; otherwise as it is stored. AdaptError."""
+        if self._format is not None and self.is_quantized(module):
+            return self._format.weight(self._layer(module))
+        weight = self.tensor(f"{module}.weight")
+        if weight.element_size() < 2:
+            kind = str(weight.dtype).removeprefix("torch.")
             raise AdaptError(
-                f"{self.label}: layer {module} of {self.folder} cannot be dequantized ({_one_line(error)}); its stored "
-                f"parts are {', '.join(sorted(parts))}"
-            ) from None
-        return weight.float().contiguous()
-
-    def input_rounding(self, module: str) -> InputRounding:
-        """Of the layer's inputs at the engine."""
-        inputs = self._scheme(module).input_activations if self.is_quantized(module) else None
-        if inputs is None:
-            return "exact"
-        return "int8" if inputs.type == "int" else "fp8"
-
-    def _scheme(self, module: str) -> Any:
-        from compressed_tensors.utils.match import match_name  # noqa: PLC0415
-
-        # A name is more specific than a class of modules, such as Linear.
-        for scheme in self._schemes:
-            if any(match_name(module, target) for target in scheme.targets):
-                return scheme
-        by_class = [scheme for scheme in self._schemes if "Linear" in scheme.targets]
-        if len(by_class) != 1:
-            raise AdaptError(
-                f"{self.label}: quantization_config of {self.folder}/config.json does not say how layer {module} is "
-                "quantized"
+                f"{self.label}: {self.folder}: {module}.weight is stored as {kind} and has no scale beside it: the "
+                "checkpoint is incomplete; copy it again"
             )
-        return by_class[0]
+        return weight
+
+    def inputs(self, module: str) -> Inputs:
+        """What the engine does with the layer's inputs."""
+        if self._format is None or not self.is_quantized(module):
+            return EXACT
+        return self._format.inputs(self._layer(module))
+
+    def _layer(self, module: str) -> StoredLayer:
+        names = self._parts[module]
+        return StoredLayer(module, names, lambda part: self.tensor(names[part]), f"{self.label}: {self.folder}")
 
 
 def _read_config(folder: Path, label: str) -> Any:
@@ -149,9 +149,6 @@ def _read_config(folder: Path, label: str) -> Any:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # noqa: BLE001  any content of the file, and code of any architecture
         raise AdaptError(f"{label}: {folder}/config.json cannot be used: {_one_line(error)}") from None
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None and not isinstance(quantization, dict):
-        config.quantization_config = quantization.to_dict()
     return config
 
 
@@ -186,52 +183,6 @@ def _index(folder: Path, label: str) -> dict[str, Path]:
         detail = f"only .{', .'.join(kinds)} files; save it with save_pretrained" if kinds else "copy it again"
         raise AdaptError(f"{label}: {folder} has no .safetensors file: {detail}")
     return found
-
-
-def _schemes(quantization: dict[str, Any] | None, folder: Path, label: str) -> list[Any]:
-    """The `QuantizationScheme`s of the groups of layers, each with a format of FORMATS. AdaptError for others."""
-    if quantization is None:
-        return []
-    where = f"{label}: quantization_config of {folder}/config.json"
-    supported = f"supported are compressed-tensors with {', '.join(FORMATS)}, and dense checkpoints"
-    method = quantization.get("quant_method")
-    if method != "compressed-tensors":
-        raise AdaptError(f"{where} has the method {method}, which is not supported: {supported}")
-    if quantization.get("transform_config"):
-        raise AdaptError(f"{where} has a transform_config (rotated weights), which is not supported: {supported}")
-    if (quantization.get("sparsity_config") or {}).get("format", "dense") != "dense":
-        raise AdaptError(f"{where} has the sparse format {quantization['sparsity_config']['format']}: {supported}")
-    if problem := packages.missing("adapters"):
-        raise AdaptError(f"{label}: {folder} is quantized; {problem}")
-    from compressed_tensors.quantization import QuantizationConfig  # noqa: PLC0415
-
-    try:
-        known = {key: quantization[key] for key in QuantizationConfig.model_fields if key in quantization}
-        parsed = QuantizationConfig.model_validate(known)
-    except ValueError as error:
-        raise AdaptError(f"{where} cannot be read: {_one_line(error)}") from None
-    schemes = list(parsed.config_groups.values())
-    for scheme in schemes:
-        written = getattr(scheme.format, "value", scheme.format) or parsed.format
-        if written not in FORMATS:
-            raise AdaptError(f"{where} has the format {written}, which is not supported: {supported}")
-        scheme.format = written
-        weights, inputs = scheme.weights, scheme.input_activations
-        if weights is None or (weights.type == "float" and weights.num_bits != 8):
-            kind = "no" if weights is None else f"{weights.num_bits}-bit float"
-            raise AdaptError(f"{where} has {kind} weights in {written}, which is not supported: {supported}")
-        if inputs is not None and not _by_token(inputs):
-            raise AdaptError(
-                f"{where} rounds inputs in another way than to int8 or FP8 by token at run time, which is not supported"
-            )
-        if scheme.output_activations is not None:
-            raise AdaptError(f"{where} rounds outputs, which is not supported: {supported}")
-    return schemes
-
-
-def _by_token(inputs: Any) -> bool:
-    """8 bits, by token, at run time."""
-    return bool(inputs.num_bits == 8 and inputs.strategy == "token" and inputs.symmetric and inputs.dynamic is True)
 
 
 def _one_line(error: BaseException) -> str:

@@ -48,7 +48,7 @@ class Copy:
         skeleton = Skeleton(checkpoint.config, dtype_of(checkpoint, dtype), device_of(device), label)
         skeleton.load(list(skeleton.places), weights_of(checkpoint))
         for name, module in skeleton.linears.items():
-            module.input_rounding = checkpoint.input_rounding(name)
+            module.inputs = checkpoint.inputs(name)
         return cls(skeleton, checkpoint.digest())
 
     def logits(self, ids: Ids, adapter: Adapter | None = None) -> Floats:

@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,45 +25,85 @@ packed weight would not be found there, and an adapter would have no effect, so 
 LEFT_DENSE = ("shared_expert_gate",)
 """Linear layers that engines do not quantize, nor adapt: one output, the weight of the shared expert."""
 
-InputRounding = Literal["exact", "int8", "fp8"]
-"""What an engine does with a linear layer's inputs before the product, by token, at run time: nothing, or round them to
-8-bit integers or to E4M3."""
+InputRounding = Literal["exact", "int8", "fp8", "fp8_groups", "nvfp4", "mxfp4"]
+"""What an engine does with a linear layer's inputs before the product: nothing, or round them to 8-bit integers, to
+E4M3 or to E2M1. Scales are found by token at run time, of `fp8_groups`, `nvfp4` and `mxfp4` by group of inputs."""
 
-_LARGEST = {"int8": 127.0, "fp8": 448.0}
-_LEAST_MAXIMUM = {"int8": 1e-7, "fp8": 1 / 512}
-"""Tokens whose inputs are all smaller have the scale of this; of FP8 as in vLLM."""
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """How an engine rounds the inputs of a layer. scale: where the checkpoint stores it, and it is not found at run
+    time: that of 8-bit numbers, and of NVFP4 what the scales of groups are multiples of."""
+
+    rounding: InputRounding = "exact"
+    scale: float | None = None
+
+
+EXACT = Inputs()
+_LARGEST = {"int8": 127.0, "fp8": 448.0, "fp8_groups": 448.0, "nvfp4": 6.0, "mxfp4": 6.0}
+_GROUPS = {"fp8_groups": 128, "nvfp4": 16, "mxfp4": 32}
+"""Inputs that share a scale; of the others all of a token."""
+_LEAST_MAXIMUM = {"int8": 1e-7, "fp8": 1 / 512, "fp8_groups": 1e-10, "nvfp4": 0.0, "mxfp4": 2.0**-100}
+"""Tokens, or groups, whose inputs are all smaller have the scale of this; of FP8 as in vLLM."""
 _ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj")
 _MLP_INPUTS = ("gate_proj", "up_proj", "gate_up_proj")
 
 
-def rounded_inputs(inputs: torch.Tensor, rounding: Literal["int8", "fp8"]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the inputs [..., d], float32, are rounded to, in units of the scale [..., 1] of each token."""
-    largest = inputs.abs().amax(-1, keepdim=True).clamp_min(_LEAST_MAXIMUM[rounding])
-    scale = largest / _LARGEST[rounding]
-    steps = inputs / scale
-    return (steps.round() if rounding == "int8" else steps.to(torch.float8_e4m3fn).float()), scale
+def rounded_inputs(inputs: torch.Tensor, how: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the inputs [..., d], float32, are rounded to, in units of the scale, [..., 1] or [..., d]."""
+    rounding, width = how.rounding, inputs.shape[-1]
+    highest = _LARGEST[rounding]
+    if how.scale is not None and rounding != "nvfp4":
+        scale = torch.full_like(inputs[..., :1], how.scale)
+    else:
+        size = _GROUPS.get(rounding, width)
+        groups = torch.nn.functional.pad(inputs.abs(), (0, -width % size)).unflatten(-1, (-1, size))
+        largest = groups.amax(-1).clamp_min(_LEAST_MAXIMUM[rounding])
+        scale = largest / highest
+        if rounding == "nvfp4":
+            unit = 1.0 if how.scale is None else how.scale
+            scale = (scale / unit).clamp(max=_LARGEST["fp8"]).to(torch.float8_e4m3fn).float() * unit
+        elif rounding == "mxfp4":
+            scale = torch.exp2(torch.log2(largest).floor() - 2.0)
+        if rounding in _GROUPS:
+            scale = scale.repeat_interleave(size, -1)[..., :width]
+    steps = torch.where(scale > 0, inputs / scale, 0.0).clamp(-highest - (rounding == "int8"), highest)
+    if rounding == "int8":
+        return steps.round(), scale
+    return (steps.to(torch.float8_e4m3fn).float() if rounding.startswith("fp8") else round_to_e2m1(steps)), scale
+
+
+def round_to_e2m1(numbers: torch.Tensor) -> torch.Tensor:
+    """The nearest of E2M1's numbers, of two equally near ones that whose last bit is 0; at most 6."""
+    size = numbers.abs().clamp(max=6.0)
+    step = torch.where(size < 2.0, 0.5, torch.where(size < 4.0, 1.0, 2.0))
+    return (size / step).round() * step * numbers.sign()
 
 
 class CopyLinear(torch.nn.Linear):  # type: ignore[misc]  # torch is not analyzed
     """A linear layer with dense weights, as a vLLM engine computes a quantized one, with an adapter on top.
 
-    input_rounding: of the inputs before the product. The adapter reads the inputs before that.
+    inputs: how they are rounded before the product. The adapter reads them before that.
     factors: (A [r, inputs], B [outputs, r]); B A is added to the weight. None: no adapter.
     """
 
-    input_rounding: InputRounding = "exact"
+    inputs: Inputs = EXACT
     factors: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        if self.input_rounding == "exact":
+        if self.inputs.rounding == "exact":
             outputs = torch.nn.functional.linear(inputs, self.weight, self.bias)
         else:
-            # As in vLLM: 8 bits times 8 bits, scaled afterwards.
-            rounded, scale = rounded_inputs(inputs.float(), self.input_rounding)
-            exact = inputs.float() / scale
-            # In value the rounded steps; their gradient is that of the exact ones (straight through).
-            steps = (exact + (rounded - exact).detach()).to(inputs.dtype)
-            outputs = (torch.nn.functional.linear(steps, self.weight).float() * scale).to(inputs.dtype)
+            rounded, scale = rounded_inputs(inputs.float(), self.inputs)
+            if scale.shape[-1] > 1:
+                value = inputs.float() + (rounded * scale - inputs.float()).detach()
+                outputs = torch.nn.functional.linear(value.to(inputs.dtype), self.weight)
+            else:
+                # As in vLLM: 8 bits times 8 bits, scaled afterwards.
+                exact = inputs.float() / scale
+                # In value the rounded steps; their gradient is that of the exact ones (straight through).
+                steps = (exact + (rounded - exact).detach()).to(inputs.dtype)
+                outputs = (torch.nn.functional.linear(steps, self.weight).float() * scale).to(inputs.dtype)
             if self.bias is not None:
                 outputs = outputs + self.bias
         if self.factors is not None:

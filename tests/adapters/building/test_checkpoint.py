@@ -83,7 +83,7 @@ def test_w8a8_rounds_the_inputs_as_the_engine_does(tiny: TinyCheckpoints, tmp_pa
     checkpoint = Checkpoint(tmp_path / "w8a8", "COMPRESSED")
     name = linear_names(tiny.model)[0]
     assert checkpoint.is_quantized(name)
-    assert checkpoint.input_rounding(name) == "int8"
+    assert checkpoint.inputs(name).rounding == "int8"
     stored = checkpoint.tensor(f"{name}.weight")
     assert stored.dtype == torch.int8
     scale = checkpoint.tensor(f"{name}.weight_scale").float()
@@ -123,7 +123,7 @@ def test_fp8_is_read_as_the_engine_reads_it(tiny: TinyCheckpoints, tmp_path: Pat
         assert stored.dtype == torch.float8_e4m3fn
         expected = e4m3(stored.view(torch.uint8).numpy().astype(np.int64)) * scale.double().numpy()
         np.testing.assert_array_equal(checkpoint.weight(name).numpy(), expected.astype(np.float32))
-        assert checkpoint.input_rounding(name) == "fp8"
+        assert checkpoint.inputs(name).rounding == "fp8"
         assert checkpoint.stored_bytes(name) == stored.numel() + len(stored) * scale.element_size()
     dense = sum(tensor.numel() * 4 for name, tensor in tiny.model.named_parameters() if name[:-7] not in names)
     assert report["bytes"] == sum(map(checkpoint.stored_bytes, names)) + dense
@@ -221,11 +221,15 @@ def config(folder: Path, **quantization: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quant_method": "awq"}, "method awq, which is not supported"),
-        ({"quant_method": "gptq"}, "method gptq"),
+        ({"quant_method": "aqlm"}, "quant_method aqlm, which is not supported"),
+        ({"quant_method": "gptq"}, "the checkpoint_format pack-quantized"),
         ({"transform_config": {"a": {}}}, "transform_config"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
-        ({"config_groups": {"g": {"targets": ["Linear"], "format": "nvfp4-pack-quantized"}}}, "nvfp4-pack-quantized"),
+        (
+            {"config_groups": {"g": {"targets": ["Linear"], "format": "nvfp4-pack-quantized"}}},
+            "no weights in nvfp4-pack",
+        ),
+        ({"config_groups": {"g": {"targets": ["Linear"], "format": "marlin-24"}}}, "format marlin-24|cannot be read"),
         (
             {
                 "format": "naive-quantized",
@@ -241,7 +245,13 @@ def config(folder: Path, **quantization: Any) -> None:
                     "g": {
                         "targets": ["Linear"],
                         "weights": {"num_bits": 8, "type": "int", "strategy": "channel"},
-                        "input_activations": {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False},
+                        "input_activations": {
+                            "num_bits": 8,
+                            "type": "int",
+                            "symmetric": False,
+                            "strategy": "token",
+                            "dynamic": True,
+                        },
                     }
                 },
             },

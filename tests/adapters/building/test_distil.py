@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from hemostat.models.activations import make_batches  # noqa: E402
 from hemostat.models.copies import Copy  # noqa: E402
 from hemostat.models.errors import AdaptError  # noqa: E402
 from hemostat.models.parts import Parts  # noqa: E402
-from hemostat.models.skeleton import CopyLinear  # noqa: E402
+from hemostat.models.skeleton import CopyLinear, InputRounding, Inputs  # noqa: E402
 from hemostat.models.texts import Text  # noqa: E402
 from hemostat_calibration.adapters.correction import low_rank  # noqa: E402
 from hemostat_calibration.adapters.factors import LowRank  # noqa: E402
@@ -249,11 +249,11 @@ def test_not_a_number_is_no_improvement() -> None:
     assert not training._improves(np.ones((3, 2)), np.array([[np.nan, 1.0]] * 3))
 
 
-@pytest.mark.parametrize(("rounding", "off"), [("int8", 0.1), ("fp8", 0.3)])
-def test_the_gradient_passes_through_rounded_inputs(rounding: Literal["int8", "fp8"], off: float) -> None:
+@pytest.mark.parametrize(("rounding", "off"), [("int8", 0.1), ("fp8", 0.3), ("nvfp4", 1.2), ("mxfp4", 1.2)])
+def test_the_gradient_passes_through_rounded_inputs(rounding: InputRounding, off: float) -> None:
     """Rounding has no gradient of its own, the layer must have one all the same."""
     layer = CopyLinear(6, 4, bias=False)
-    layer.input_rounding = rounding
+    layer.inputs = Inputs(rounding)
     layer.requires_grad_(False)
     x = torch.randn(3, 6, requires_grad=True)
     output = layer(x)

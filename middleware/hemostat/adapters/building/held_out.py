@@ -16,7 +16,7 @@ from hemostat.adapters.distances import exact_distances
 from hemostat.models.activations import Batch, Calls, embed, logits, make_batches, run_layer
 from hemostat.models.copies import factor_tensors
 from hemostat.models.parts import Parts
-from hemostat.models.skeleton import WeightSource, set_factors
+from hemostat.models.skeleton import EXACT, WeightSource, set_factors
 from hemostat.models.texts import Text
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.records import ExactDistances
@@ -115,7 +115,7 @@ def _to(pair: CheckpointPair, factors: tuple[torch.Tensor, torch.Tensor]) -> tup
 
 def _round_inputs(pair: CheckpointPair, linears: Mapping[str, Any], of_compressed: bool) -> None:
     for name, module in linears.items():
-        module.input_rounding = pair.compressed.input_rounding(name) if of_compressed else "exact"
+        module.inputs = pair.compressed.inputs(name) if of_compressed else EXACT
 
 
 def _through(

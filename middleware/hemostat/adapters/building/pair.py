@@ -28,7 +28,7 @@ from hemostat.models.architectures import UnsupportedModelError, check_serves_ad
 from hemostat.models.checkpoint import Checkpoint
 from hemostat.models.copies import device_of, dtype_of, weights_of
 from hemostat.models.errors import AdaptError
-from hemostat.models.skeleton import Skeleton, WeightSource, consumers, norm_offset
+from hemostat.models.skeleton import EXACT, Skeleton, WeightSource, consumers, norm_offset
 
 MAX_RELATIVE_ERROR = 0.9
 """|ΔW| / |W|: unrelated weights have 1.4, weights of 2 bits about 0.5."""
@@ -90,11 +90,11 @@ class CheckpointPair:
         pair._note_ends()
         if small.quantized_kv_cache:
             pair.notes.append("the KV cache of COMPRESSED is quantized, too: not corrected")
-        rounded = sum(small.input_rounding(name) != "exact" for name in skeleton.linears)
+        rounded = sum(small.inputs(name) != EXACT for name in skeleton.linears)
         if rounded:
             pair.notes.append(
-                f"{rounded} layers of COMPRESSED round their inputs to 8 bits: an adapter corrects weights "
-                "only, and recovers little of such a loss"
+                f"{rounded} layers of COMPRESSED round their inputs: an adapter corrects weights only, and recovers "
+                "little of such a loss"
             )
         return pair
 
