@@ -56,12 +56,13 @@ def test_steps_on_a_gpu_end_within_the_budget():
     steps = [
         step("good", ["-c", "print('x')"], 60),
         step("bad", ["-c", "raise SystemExit(3)"], 60),
-        step("hangs", ["-c", hanging], 10),
+        step("hangs", ["-c", hanging], 1),
         step("two", [], 9, gpus=2),
     ]
     found = bench_gpu.run(steps, gpus=1)
     assert [one["outcome"] for one in found.values()] == [
-        "passed", "failed (3)", "not finished within 10 s", "not run: needs 2 GPUs",
+        "passed", "failed (3)", "not finished within 1 s", "not run: needs 2 GPUs",
     ]  # fmt: skip
-    assert (found["good"]["output"], found["hangs"]["output"]) == ("x\n", "y\n")
+    assert found["good"]["output"] == "x\n"
+    assert found["hangs"]["output"] in {"", "y\n"}, "as far as it came"
     assert bench_gpu.run(steps, gpus=1, budget=0.0)["good"]["outcome"] == "not run: no time left"
