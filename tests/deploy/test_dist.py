@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -18,35 +17,17 @@ from types import ModuleType
 
 import pytest
 from tests.support.adapter_models import random_texts, save, tiny_model
+from tests.support.dist_module import dist_module
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.paths import ROOT
 
 from hemostat import __version__
 
-SETUP = ROOT / "deploy" / "setup"
-
-
-def module(folder: Path) -> ModuleType:
-    """deploy/setup/dist.py, with `folder` in place of build/."""
-    sys.path.insert(0, str(SETUP))
-    try:
-        spec = importlib.util.spec_from_file_location("hemostat_dist", SETUP / "dist.py")
-        assert spec is not None
-        assert spec.loader is not None
-        made = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = made  # dataclasses look their module up
-        spec.loader.exec_module(made)
-    finally:
-        sys.path.remove(str(SETUP))
-    made.BUILD, made.DIST = folder, folder / "dist"
-    made.LOG, made.TOOLS = folder / "dist.log", folder / "tools"
-    return made
-
 
 @pytest.fixture
 def dist(tmp_path: Path) -> ModuleType:
     (tmp_path / "dist").mkdir()
-    return module(tmp_path)
+    return dist_module(tmp_path)
 
 
 def program(folder: Path, name: str, text: str) -> None:
@@ -117,7 +98,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MYPYC_OPT_LEVEL", "0")
         patch.delenv("PYTHONPATH", raising=False)
-        assert module(folder).main([]) == 0
+        assert dist_module(folder).main([]) == 0
     return folder / "dist"
 
 

@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 from dockerfile_parse import DockerfileParser
 from tests.support import compiled, rootfs
+from tests.support.dist_module import dist_module
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.paths import ROOT
 
@@ -266,3 +268,22 @@ def test_engine_image_adds_only_the_plugin(buildah: Buildah) -> None:
     assert after - before == {f"hemostat-{__version__}.dist-info"}
     assert before <= after
     assert len(before) > 1
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.slow
+def test_make_dist_writes_both_images(buildah: Buildah, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = {"driver": "vfs", "graphroot": str(buildah.folder / "root"), "runroot": str(buildah.folder / "run")}
+    lines = [f'{key} = "{value}"' for key, value in storage.items()]
+    (tmp_path / "storage.conf").write_text("\n".join(["[storage]", *lines]))
+    monkeypatch.setenv("CONTAINERS_STORAGE_CONF", str(tmp_path / "storage.conf"))
+    (tmp_path / "dist").mkdir()
+    mount = f"--volume={buildah.wheelhouse}:{rootfs.WHEELHOUSE}:ro"
+    bases = ["BASE=localhost/base", "VLLM=localhost/base", "COMPILE=0"]
+    dist_module(tmp_path).Distribution(bases, ["--isolation=chroot", mount, *buildah.limits]).images()
+    for name in ("hemostat", "hemostat-engine"):
+        with tarfile.open(tmp_path / "dist" / f"{name}-{__version__}.image.tar") as archive:
+            manifest = archive.extractfile("manifest.json")
+            assert manifest is not None
+            (image,) = json.load(manifest)
+        assert f"docker.io/library/{name}:{__version__}" in image["RepoTags"]
