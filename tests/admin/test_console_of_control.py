@@ -64,7 +64,8 @@ def test_the_divergence_by_each_group_is_the_apis(page: Page, one: Served) -> No
     thinking = {row.partition(" | ")[0]: row for row in rows(page, "Thinking, by arm")}
     assert thinking.keys() == {*status["thinking"]["arms"], "treated minus control"}
     for arm, found in status["thinking"]["arms"].items():
-        assert f"{percent(found['never_ended']['estimate'])} [" in thinking[arm]
+        never = found["never_ended"]
+        assert f"{percent(never['estimate'])} {interval(never['ci95'], percent)}" in thinking[arm]
         assert f"ended {found['endings']['ended']}" in thinking[arm]
 
 

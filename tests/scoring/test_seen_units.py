@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 from tests.support.records import make_record
 from tests.support.world import World
 
@@ -10,6 +11,7 @@ from hemostat.metrics import names
 from hemostat.scoring.seen_units import SeenUnits
 
 RECORD = make_record(World().truth(0), 20)
+PROMPT = np.arange(40, dtype=np.int32)
 
 
 def turn(conversation: bytes, kind: str = "chat text greedy"):
@@ -18,24 +20,24 @@ def turn(conversation: bytes, kind: str = "chat text greedy"):
 
 def test_the_first_record_of_a_conversation_and_kind_is_fresh() -> None:
     seen = SeenUnits()
-    assert seen.add(turn(b"a"))
-    assert not seen.add(turn(b"a"))
-    assert seen.add(turn(b"a", "chat text greedy reply"))
-    assert seen.add(turn(b"b"))
-    assert not seen.add(turn(b"b"))
+    assert seen.add(turn(b"a"), PROMPT)
+    assert not seen.add(turn(b"a"), PROMPT)
+    assert seen.add(turn(b"a", "chat text greedy reply"), PROMPT)
+    assert seen.add(turn(b"b"), PROMPT)
+    assert not seen.add(turn(b"b"), PROMPT)
 
 
 def test_a_record_without_a_conversation_is_always_fresh() -> None:
     seen = SeenUnits()
-    assert all(seen.add(turn(b"")) for _ in range(3))
+    assert all(seen.add(turn(b""), PROMPT) for _ in range(3))
 
 
 def test_the_oldest_is_forgotten_first() -> None:
     seen = SeenUnits(limit=2)
-    assert [seen.add(turn(name)) for name in (b"a", b"b", b"c")] == [True, True, True]
-    assert not seen.add(turn(b"b"))
-    assert not seen.add(turn(b"c"))
-    assert seen.add(turn(b"a"))
+    assert [seen.add(turn(name), PROMPT) for name in (b"a", b"b", b"c")] == [True, True, True]
+    assert not seen.add(turn(b"b"), PROMPT)
+    assert not seen.add(turn(b"c"), PROMPT)
+    assert seen.add(turn(b"a"), PROMPT)
 
 
 def test_a_later_turn_counts_in_tokens_and_histograms_only() -> None:

@@ -74,7 +74,12 @@ class ScoredRecord:
     @property
     def prompt(self) -> Ids:
         """int32 [P]."""
-        return np.frombuffer(self.capture.prompt_token_ids, "<i4").astype(np.int32)
+        return prompt_ids(self.capture)
+
+
+def prompt_ids(capture: Capture) -> Ids:
+    """int32 [P]."""
+    return np.frombuffer(capture.prompt_token_ids, "<i4").astype(np.int32)
 
 
 class RecordConsumer(Protocol):
@@ -113,7 +118,7 @@ class RecordReader:
             pair=pair,
             uses=uses,
             # A part that counts in no mean takes no place of an observation.
-            fresh=uses not in (NO_USE, Use.CONDITIONAL_FIGURES) and self._seen.add(record),
+            fresh=uses not in (NO_USE, Use.CONDITIONAL_FIGURES) and self._seen.add(record, prompt_ids(capture)),
             held_out=calibrated and profiles.is_held_out(record),
             profile=profile,
             applied=applied,

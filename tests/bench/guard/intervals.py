@@ -34,6 +34,8 @@ CHUNK = 25
 """Streams at a time: the intervals of all their looks take 200 MB."""
 CONVERSATIONS, TURNS = 300, 10
 RATES = (0.05, 0.25, 1.0)
+NO_PROMPT = np.zeros(0, np.int32)
+"""Conversations are known by their names here."""
 
 
 def rows(lives: int, seed: int) -> Iterator[Row]:
@@ -97,11 +99,16 @@ def _conversations(rate: float, lives: int, seed: int) -> Row:
         good = dict.fromkeys(covered, True)
         seen, sequences = SeenUnits(), {"fresh": MeanSequence(), "all": MeanSequence()}
         for conversation in range(CONVERSATIONS):
-            record = SimpleNamespace(conversation=conversation.to_bytes(8, "big"), kind="chat text sampled reply")
+            record = SimpleNamespace(
+                conversation=conversation.to_bytes(8, "big"),
+                kind="chat text sampled reply",
+                output_ids=NO_PROMPT,
+                partial=False,
+            )
             for turn in np.flatnonzero(scored[conversation]):
                 one = float(x[conversation, turn]), float(n[conversation, turn])
                 sequences["all"] = sequences["all"].update(*one)
-                if seen.add(cast(TokenRecord, record)):
+                if seen.add(cast(TokenRecord, record), NO_PROMPT):
                     sequences["fresh"] = sequences["fresh"].update(*one)
             if conversation % 10 == 9:
                 for name, sequence in sequences.items():

@@ -1,0 +1,69 @@
+"""Turns of a conversation whose beginning changes are known by what they repeat; variants of a template are not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tests.support.records import make_record
+from tests.support.world import World
+
+from hemostat.scoring.seen_units import SeenUnits
+from hemostat_calibration.arrays import Ids
+from hemostat_calibration.statistics import continuations
+from hemostat_calibration.statistics.continuations import ANSWER, WINDOW, Continuations
+
+
+def text(random: np.random.Generator, tokens: int) -> Ids:
+    return random.integers(0, 40_000, tokens).astype(np.int32)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("answer_tokens", [4, 60])
+def test_turns_whose_beginning_changes_are_one_conversation(answer_tokens: int, dropped: bool) -> None:
+    """A date in the system prompt, or a first message that the application drops."""
+    random, known = np.random.default_rng(0), Continuations(b"key")
+    history, found = [text(random, 30)], []
+    for turn in range(5):
+        prompt = np.concatenate([text(random, 6), *history[max(turn - 1, 0) if dropped else 0 :]])
+        found.append(known.conversation(prompt, b"%d" % turn))
+        answer = text(random, answer_tokens)
+        known.add(prompt, answer, found[-1])
+        history += [np.concatenate([answer, text(random, 40)])]
+    assert set(found) == {b"0"}
+
+
+def test_variants_of_a_template_are_conversations_of_their_own() -> None:
+    """They end alike, and are answered alike."""
+    random, known = np.random.default_rng(1), Continuations(b"key")
+    beginning, end, answer = text(random, 50), text(random, 40), text(random, 40)
+    for number in range(20):
+        prompt = np.concatenate([beginning, text(random, 3), end])
+        assert known.conversation(prompt, b"%d" % number) == b"%d" % number
+        known.add(prompt, answer, b"%d" % number)
+
+
+def test_less_than_a_window_is_not_remembered_and_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(continuations, "MAX_REQUESTS", 8)
+    random, known = np.random.default_rng(2), Continuations(b"key")
+    short, answer = text(random, WINDOW - ANSWER - 1), text(random, ANSWER)
+    known.add(short, answer, b"short")
+    assert known.conversation(np.concatenate([short, answer, short]), b"own") == b"own"
+    asked = [(text(random, 40), text(random, 20)) for _ in range(12)]
+    for number, (prompt, output) in enumerate(asked):
+        known.add(prompt, output, b"%d" % number)
+    found = [known.conversation(np.concatenate(both), b"own") for both in asked]
+    assert found[0] == b"own"
+    assert found[-1] == b"11"
+    assert len(known._conversations) <= 8
+    assert known._filter.sum() <= 8
+
+
+def test_a_later_turn_is_no_observation_of_its_own() -> None:
+    random, seen, record = np.random.default_rng(3), SeenUnits(), make_record(World().truth(0), 20)
+    prompt = text(random, 40)
+    later = np.concatenate([text(random, 3), prompt[3:], record.output_ids, text(random, 10)])
+    assert seen.add(replace(record, conversation=b"one"), prompt)
+    assert not seen.add(replace(record, conversation=b"another"), later)
+    assert seen.add(replace(record, conversation=b"third"), text(random, 60))
