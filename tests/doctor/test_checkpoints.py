@@ -105,10 +105,10 @@ def test_sampled_text_follows_the_model(tiny: TinyPair, pair: module.CheckpointP
 
 def test_generated_text_does_not_depend_on_other_prompts(pair: module.CheckpointPair, jobs: list[Job]) -> None:
     own = [job for job in jobs if job.output is None]
-    together = pair._outputs(own, 3, False)
+    in_one_batch = pair._outputs(own, 3, False)
     alone = [pair._outputs([job], 3, False)[0] for job in own]
-    assert [text.tolist() for text in together] == [text.tolist() for text in alone]
-    assert [text.tolist() for text in pair._outputs(own, 4, False)] != [text.tolist() for text in together]
+    assert [text.tolist() for text in in_one_batch] == [text.tolist() for text in alone]
+    assert [text.tolist() for text in pair._outputs(own, 4, False)] != [text.tolist() for text in in_one_batch]
 
 
 def test_generation_stops_at_an_end_token(pair: module.CheckpointPair, monkeypatch: pytest.MonkeyPatch) -> None:

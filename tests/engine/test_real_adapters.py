@@ -127,8 +127,8 @@ def test_base_rows_beside_adapter_rows_are_untouched(client: Client, offered: li
     assert [client.answer(prompt) for prompt in PROMPTS] == alone
     asked = [(prompt, model) for prompt in PROMPTS for model in (None, version)]
     with ThreadPoolExecutor(len(asked)) as pool:
-        together = list(pool.map(lambda pair: client.answer(*pair), asked))
-    assert [answer for (_, model), answer in zip(asked, together, strict=True) if model is None] == alone
+        in_one_batch = list(pool.map(lambda pair: client.answer(*pair), asked))
+    assert [answer for (_, model), answer in zip(asked, in_one_batch, strict=True) if model is None] == alone
 
 
 def test_unwanted_adapter_gives_way_so_that_a_slot_stays_free(client: Client, offered: list[str]) -> None:

@@ -76,8 +76,8 @@ def test_generated_text_is_that_of_one_prompt_at_a_time(model: Any, greedy: bool
     limits = [12, 5, 12, 1, 8]
     uniforms = None if greedy else [np.random.default_rng(n).random(12) for n in range(len(prompts))]
     with torch.inference_mode():
-        together = generate(model, prompts, limits, uniforms, frozenset())
-        for n, text in enumerate(together):
+        in_one_batch = generate(model, prompts, limits, uniforms, frozenset())
+        for n, text in enumerate(in_one_batch):
             own = None if uniforms is None else [uniforms[n]]
             alone = generate(model, [prompts[n]], [limits[n]], own, frozenset())[0]
             assert text.tolist() == alone.tolist()

@@ -133,10 +133,10 @@ def test_a_commit_whose_answer_was_lost_happens_once(
 def test_two_processes_that_begin_at_once(server: Postgres, database: str, opened: Opener) -> None:
     """Both make the tables."""
     stores = [opened(server.url(database)) for _ in range(4)]
-    together, owns = threading.Barrier(len(stores)), []
+    all_started, owns = threading.Barrier(len(stores)), []
 
     def acquire(postgres_store: PostgresStore) -> None:
-        together.wait()
+        all_started.wait()
         owns.append(postgres_store.acquire())
 
     threads = [threading.Thread(target=acquire, args=(one,)) for one in stores]

@@ -121,10 +121,10 @@ class StateWriter:
         self._begun = False
         """A test or a window has begun since the tests were written."""
         self._held = False
-        """See `together`."""
+        """See `one_commit`."""
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def one_commit(self) -> Iterator[None]:
         """What serves and the tests are written once, at the end of several changes: a process that is killed before
         that has changed none of it."""
         self._held = True

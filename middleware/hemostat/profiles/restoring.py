@@ -75,7 +75,7 @@ class Restoring:
         if not (damage or kinds or queue or evicted):
             return
         # Only now that everything was read. The events first: what is withdrawn is not in the state any more.
-        with self._writer.together():
+        with self._writer.one_commit():
             if damage:
                 self._events.record(Decision.ROLL_BACK, Reason.LOST, IDENTITY, ALL, damage, {})
             for name, cause in kinds.items():

@@ -40,11 +40,11 @@ class Solver:
 
     def run(self, statistics: LayerStatistics) -> dict[str, Correction]:
         """By linear layer, from the reference's statistics. AdaptError, WorkFolderError."""
-        together: dict[str, Correction] = {}
+        corrections: dict[str, Correction] = {}
         for layer, kept in statistics.run(self._solve_layer).items():
             self._pair.restore_notes(layer, _notes(kept))
-            together |= _unpack(kept)
-        return {name: together[name] for name in self._pair.skeleton.adaptable}
+            corrections |= _unpack(kept)
+        return {name: corrections[name] for name in self._pair.skeleton.adaptable}
 
     def _solve_layer(self, layer: str, moments: Moments) -> Mapping[str, torch.Tensor]:
         corrections = {

@@ -126,8 +126,8 @@ class AdapterHosts:
         for host in self.hosts.values():
             for sample in host.samples():
                 key = (sample.name, sample.labels)
-                together = max if sample.name == names.ADAPTERS else int.__add__
-                totals[key] = together(totals[key], int(sample.value))
+                combine = max if sample.name == names.ADAPTERS else int.__add__
+                totals[key] = combine(totals[key], int(sample.value))
         for (name, labels), value in totals.items():
             yield Sample(name, labels, value)
 

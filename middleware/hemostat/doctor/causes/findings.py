@@ -189,9 +189,9 @@ def _routing(routing: Row) -> Iterator[Finding]:
 def _additivity(row: Row, base: float, size: dict[str, Any]) -> Finding:
     excess, error = row["excess"], row["excess_se_by_request"]
     requests = size["requests"]
-    together = plus_minus(row["sum_alone"], row["sum_alone_se_by_request"], requests)
+    total = plus_minus(row["sum_alone"], row["sum_alone_se_by_request"], requests)
     parts = (
-        f"Compressed one at a time, the {row['parts']} parts cost {together} nats together; compressed all at once "
+        f"Compressed one at a time, the {row['parts']} parts cost {total} nats together; compressed all at once "
         f"{base:.4f}. "
     )
     if not clear(excess, error, requests):

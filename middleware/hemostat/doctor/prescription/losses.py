@@ -135,14 +135,14 @@ def predicted_losses(
                 result[name] = torch.tensor(values, dtype=torch.float64)
         return result
 
-    together: dict[str, torch.Tensor] = {}
+    by_layer: dict[str, torch.Tensor] = {}
     for kept in statistics.run(losses).values():
-        together |= kept
+        by_layer |= kept
     result = {}
     for name, module in skeleton.linears.items():
         plans = candidates(target, module.in_features)
-        known = together[name].numpy() if name in together else np.full(len(plans), np.nan)
-        result[name] = LayerLosses(module.out_features, module.in_features, plans, known, name in together)
+        known = by_layer[name].numpy() if name in by_layer else np.full(len(plans), np.nan)
+        result[name] = LayerLosses(module.out_features, module.in_features, plans, known, name in by_layer)
     return with_unreached(result)
 
 

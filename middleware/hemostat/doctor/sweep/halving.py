@@ -44,14 +44,14 @@ def promoted(
         if statement.verdict is Verdict.UNDECIDED:
             wanted += [point for pair in statement.comparisons for point in (pair.better, pair.worse)]
     for threshold in thresholds:
-        wanted += around(threshold)
+        wanted += points_near(threshold)
     wanted += near_front(results, [point for point in points if point.drawing == PLAIN and point != UNCHANGED], shares)
     wanted += [point for point in points if point.drawing != PLAIN]
     chosen = [point for point in dict.fromkeys(wanted) if point in points][: max(len(points) // 2, 2)]
     return [point for point in points if point in chosen]
 
 
-def around(threshold: Threshold) -> list[Point]:
+def points_near(threshold: Threshold) -> list[Point]:
     """The settings that decide where the line leaves its floor and where it breaks; all where it is undecided."""
     if threshold.found is None:
         return list(threshold.points)
