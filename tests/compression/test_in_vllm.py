@@ -33,6 +33,8 @@ FORMATS = {
     "w4a16, groups of 32": WeightFormat(4, 32),
     "w4a16, groups of 64": WeightFormat(4, 64),
     "w4a16, channels": WeightFormat(4),
+    "w4a16_gptq": WeightFormat(4, 64, layout="gptq"),
+    "w4a16_awq": WeightFormat(4, 64, layout="awq"),
     "w8a8": WeightFormat(8, inputs="int8"),
     "fp8": WeightFormat(8, None, "float", "fp8"),
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 from hemostat.commands.arguments import WITHOUT_DATA, add_overwrite, add_texts, non_negative_integer, positive_integer
 
 HELP = "quantize or prune a checkpoint"
-PACKED = ("w4a16", "w8a16", "w8a8", "fp8")
+PACKED = ("w4a16", "w4a16_gptq", "w8a16_gptq", "w4a16_awq", "w8a16", "w8a8", "fp8", "nvfp4", "mxfp4")
 DENSE = ("int2", "int3", "int5", "int6", "int7")
 SCHEMES = (*PACKED, *DENSE, "prune", *WITHOUT_DATA)
 CALIBRATIONS = ("none", "clip", "clip_kl", "awq", "smooth", "gptq", "descent", "guided")
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--scheme",
         choices=SCHEMES,
-        help="w4a16 to fp8: packed, for vLLM; intN: N bits, written dense; prune: --sparsity of the weights become 0; "
+        help="w4a16 to mxfp4: packed; intN: N bits, written dense; prune: --sparsity of the weights become 0; "
         "pruneNN: NN %% by magnitude, without data",
     )
     what.add_argument("--plan", type=Path, metavar="FILE", help="bits of each layer, as doctor --plan writes it")

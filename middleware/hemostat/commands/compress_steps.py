@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hemostat import __version__
 from hemostat.commands.arguments import EXIT_INTERRUPTED, WITHOUT_DATA, UsageError
@@ -72,6 +72,8 @@ class CompressOptions:
                 raise UsageError(f"--{name} is for --scheme prune: leave it out")
         if self.scheme == "prune" and self.sparsity is None:
             raise UsageError("--scheme prune needs --sparsity, such as --sparsity 0.5")
+        if self.scheme in ("nvfp4", "mxfp4") and self.group_size is not None:
+            raise UsageError(f"--scheme {self.scheme} has groups of its own size: leave --group-size out")
         if self.scheme in ("w8a8", "fp8") and self.group_size not in (None, "channel"):
             raise UsageError(f"--scheme {self.scheme} has one scale per output channel: leave --group-size out")
         if self.group_size is not None and (self.plan is not None or _is_prune(self)):
@@ -220,16 +222,20 @@ def _method(options: CompressOptions, reporter: Reporter) -> Method:
 
 def _format(scheme: str, group_size: int | str | None) -> tuple[WeightFormat, bool]:
     """The format of every layer, and whether it is packed."""
-    from hemostat.compression.formats import WeightFormat  # noqa: PLC0415
+    from hemostat.compression.formats import FP4, WeightFormat  # noqa: PLC0415
     from hemostat.compression.rounding import GROUP_SIZE  # noqa: PLC0415
 
     if scheme == "w8a8":
         return WeightFormat(8, inputs="int8"), True
     if scheme == "fp8":
         return WeightFormat(8, kind="float", inputs="fp8"), True
+    if scheme in FP4:
+        return WeightFormat(4, FP4[scheme], "nvfp4" if scheme == "nvfp4" else "mxfp4"), True
+    layout: Literal["compressed-tensors", "gptq", "awq"]
+    layout = "gptq" if scheme.endswith("_gptq") else "awq" if scheme.endswith("_awq") else "compressed-tensors"
     bits = int(scheme.removeprefix("int")) if scheme.startswith("int") else int(scheme[1])
     size = None if group_size == "channel" else int(group_size or GROUP_SIZE)
-    return WeightFormat(bits, size), not scheme.startswith("int")
+    return WeightFormat(bits, size, layout=layout), not scheme.startswith("int")
 
 
 def _pruning(options: CompressOptions) -> Method:

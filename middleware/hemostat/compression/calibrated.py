@@ -11,14 +11,14 @@ import torch
 
 from hemostat.compression.equivalent import awq_scale, scale_layer, smooth_scale
 from hemostat.compression.error_compensation import Grid, descend, gptq, quadratic_error, refit_scales
-from hemostat.compression.formats import Quantized, WeightFormat, on_grid
+from hemostat.compression.formats import FP4, Quantized, WeightFormat, on_grid, snapped_scale
 from hemostat.compression.frame import LayerData, LayerResult, Run
 from hemostat.compression.input_moments import InputMoments
 from hemostat.compression.methods import nearest
 from hemostat.compression.pruning.masks import Pattern, Score
 from hemostat.compression.pruning.totals import measure_totals, stored_totals
 from hemostat.compression.pruning.weights import prune_weight
-from hemostat.compression.rounding import clipped_scale, weight_groups
+from hemostat.compression.rounding import clipped_scale, e2m1_scale, weight_groups
 from hemostat.compression.token_weights import (
     measure_token_weights,
     token_weights,
@@ -175,14 +175,18 @@ def calibrated_weight(
     weight, exact = stored.float(), inputs.damped
     groups = weight_groups(name, weight, weight_format.group_size)
     importance = exact.diagonal().float() if fisher is None else fisher
-    scale = clipped_scale(groups, weight_format.bits, importance, stored.dtype)
-    grid = Grid(weight_format.bits, scale.float(), groups.shape[-1])
+    of_fp4 = weight_format.kind in FP4
+    if of_fp4:
+        scale = e2m1_scale(groups, snapped_scale(weight_format), importance)
+    else:
+        scale = clipped_scale(groups, weight_format.bits, importance, stored.dtype)
+    grid = Grid(weight_format.bits, scale.float(), groups.shape[-1], of_fp4)
     if rounding == "nearest":
         return Quantized(weight_format, grid.steps(weight) * grid.columns(), scale)
     steps = gptq(weight, inputs.factor, grid)
     if rounding == "descent":
         steps = descend(weight, exact, grid, steps, SWEEPS)
-        for _ in range(REFITS):
+        for _ in range(0 if of_fp4 else REFITS):  # FP4's scales cannot be any numbers
             scale = refit_scales(weight, exact, grid, steps).to(stored.dtype)
             grid = Grid(grid.bits, scale.float(), grid.group_size)
             steps = descend(weight, exact, grid, steps)

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from hemostat.compression.formats import WeightFormat
+from hemostat.compression.formats import FP4, WeightFormat, snapped_scale
 from hemostat.compression.frame import LayerData
-from hemostat.compression.rounding import highest_integer, round_to_steps, weight_groups
+from hemostat.compression.rounding import E2M1_LARGEST, highest_integer, round_to_steps, weight_groups
 from hemostat.compression.token_weights import WeightedMoments
 from hemostat.models.activations import Batch, valid_rows
-from hemostat.models.skeleton import Inputs, consumers, norm_offset, rounded_inputs
+from hemostat.models.skeleton import Inputs, consumers, norm_offset, round_to_e2m1, rounded_inputs
 
 AWQ_ALPHAS = tuple(n / 20 for n in range(1, 21))
 SMOOTH_ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -153,6 +153,10 @@ def _through_grid(
     """The weight after its columns are multiplied by `scale`, rounded, and divided again."""
     moved = weight if scale is None else weight * scale
     groups = weight_groups(name, moved, weight_format.group_size)
+    if weight_format.kind in FP4:
+        scales = snapped_scale(weight_format)(groups.abs().amax(-1, keepdim=True) / E2M1_LARGEST)
+        in_fp4 = (round_to_e2m1(groups / scales) * scales).flatten(1)
+        return in_fp4 if scale is None else in_fp4 / scale
     highest = highest_integer(weight_format.bits)
     steps = groups.abs().amax(-1, keepdim=True).clamp_min(1e-12) / (highest + 0.5)
     rounded = (round_to_steps(groups, steps, highest) * steps).flatten(1)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from hemostat.compression.rounding import highest_integer, round_to_steps
+from hemostat.models.skeleton import round_to_e2m1
 
 BLOCK = 128
 """Columns that are compensated among themselves before the rest of the weight is updated."""
@@ -31,14 +32,16 @@ DAMPING = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Integers of `bits` bits times a scale: scale[:, j // group_size] for column j.
+    """Integers of `bits` bits, or E2M1's numbers, times a scale: scale[:, j // group_size] for column j.
 
-    scale: float32 [outputs, groups], the values that are stored. group_size: inputs of a group.
+    scale: float32 [outputs, groups], the values that are stored. group_size: inputs of a group. e2m1: instead of
+    integers.
     """
 
     bits: int
     scale: torch.Tensor
     group_size: int
+    e2m1: bool = False
 
     @property
     def highest(self) -> int:
@@ -49,8 +52,14 @@ class Grid:
         return self.scale.repeat_interleave(self.group_size, dim=1)
 
     def steps(self, weight: torch.Tensor) -> torch.Tensor:
-        """The nearest integers [outputs, inputs], as floats."""
-        return round_to_steps(weight, self.columns(), self.highest)
+        """The nearest integers, or E2M1 numbers, [outputs, inputs], as floats."""
+        return self.nearest(weight, self.columns())
+
+    def nearest(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """As `steps`, of some of the weights, with the scale of each."""
+        if self.e2m1:
+            return round_to_e2m1(weight / scale)
+        return round_to_steps(weight, scale, self.highest)
 
 
 def damped(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
@@ -89,7 +98,7 @@ def gptq(weight: torch.Tensor, known: GptqFactor, grid: Grid) -> torch.Tensor:
         end = min(begin + BLOCK, count)
         errors = torch.empty_like(left[begin:end])
         for j in range(begin, end):
-            steps[j] = round_to_steps(left[j], scales[j], grid.highest)
+            steps[j] = grid.nearest(left[j], scales[j])
             errors[j - begin] = (left[j] - steps[j] * scales[j]) / factor[j, j]
             left[j + 1 : end].addr_(factor[j, j + 1 : end], errors[j - begin], alpha=-1)
         left[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
@@ -113,7 +122,7 @@ def descend(
             changes = torch.empty_like(now[begin:end])
             for j in range(begin, end):
                 target = now[j] * scales[j] + gradient[j] / exact[j, j]
-                new = round_to_steps(target, scales[j], grid.highest)
+                new = grid.nearest(target, scales[j])
                 changes[j - begin] = (now[j] - new) * scales[j]
                 gradient[begin:end].addr_(exact[j, begin:end], changes[j - begin])
                 now[j] = new

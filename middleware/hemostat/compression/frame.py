@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hemostat.compression.formats import Quantized, WeightFormat, restored, stored
+from hemostat.compression.formats import PARTS, Quantized, WeightFormat, restored, stored
 from hemostat.models.activations import Moments, measured, run_layer
 from hemostat.models.checkpoint import Checkpoint
 from hemostat.models.checkpoint_folders import CompressError
@@ -271,8 +271,7 @@ def _outputs(data: LayerData, part: Mapping[str, torch.Tensor]) -> list[torch.Te
     for name in data.run.skeleton.parameters_of(data.name):
         module = name.removesuffix(".weight")
         if module in formats:
-            prefix = f"{module}.weight"
-            tensors = {key.removeprefix(f"{module}."): part[key] for key in part if key.startswith(prefix)}
+            tensors = {own: part[f"{module}.{own}"] for own in (*PARTS, "weight") if f"{module}.{own}" in part}
             data.set_parameter(name, restored(formats[module], tensors))
         else:
             data.set_parameter(name, part[name] if name in part else data.run.source.parameter(name))
@@ -307,7 +306,7 @@ def _formats(part: Mapping[str, torch.Tensor]) -> dict[str, WeightFormat]:
 def _parameter(name: str) -> str:
     """`a.weight` for `a.weight_packed`."""
     module, _, part = name.rpartition(".")
-    return f"{module}.weight" if part.startswith("weight_") else name
+    return f"{module}.weight" if part in PARTS else name
 
 
 def _layer(index: int) -> str:

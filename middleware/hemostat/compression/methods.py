@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 import torch
 
-from hemostat.compression.formats import Quantized, WeightFormat
+from hemostat.compression.formats import FP4, Quantized, WeightFormat, snapped_scale
 from hemostat.compression.frame import LayerData, LayerResult, Run
-from hemostat.compression.rounding import GROUP_SIZE, fitted_scale, pruned, rounded, weight_groups
+from hemostat.compression.rounding import GROUP_SIZE, e2m1_scale, fitted_scale, pruned, rounded, weight_groups
 
 Change = Callable[[str, torch.Tensor], "torch.Tensor | Quantized"]
 """What becomes of the weight [outputs, inputs] of the linear layer of this name, as it is stored."""
@@ -44,6 +44,8 @@ def nearest(name: str, weight: torch.Tensor, weight_format: WeightFormat) -> Qua
         largest = weight.abs().amax(1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
         return Quantized(weight_format, weight.float(), largest / torch.finfo(torch.float8_e4m3fn).max)
     groups = weight_groups(name, weight, weight_format.group_size)
+    if weight_format.kind in FP4:
+        return Quantized(weight_format, weight.float(), e2m1_scale(groups, snapped_scale(weight_format)))
     return Quantized(weight_format, weight.float(), fitted_scale(groups, weight_format.bits))
 
 

@@ -7,8 +7,10 @@ from collections.abc import Callable
 import torch
 
 from hemostat.models.checkpoint_folders import CompressError
+from hemostat.models.skeleton import round_to_e2m1
 
 GROUP_SIZE = 64
+E2M1_LARGEST = 6.0
 
 
 def pruned(weight: torch.Tensor, sparsity: float) -> torch.Tensor:
@@ -65,6 +67,28 @@ def clipped_scale(groups: torch.Tensor, bits: int, importance: torch.Tensor, dty
     each input, or [out, inputs], of each weight. dtype: of the scales."""
     weights = importance.unflatten(-1, groups.shape[1:])
     return _searched(groups, bits, lambda error: error.square() * weights, dtype)
+
+
+def e2m1_scale(
+    groups: torch.Tensor, snapped: Callable[[torch.Tensor], torch.Tensor], importance: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Float32 scales [out, groups] of E2M1 numbers, by search over how far to clip.
+
+    snapped: the nearest scales that can be stored. importance: as of `clipped_scale`; None: the loss of `fitted_scale`.
+    """
+    exact = groups.float()
+    largest = exact.abs().amax(-1) / E2M1_LARGEST
+    best = torch.full_like(largest, torch.inf)
+    fitted = torch.zeros_like(largest)
+    weights = None if importance is None else importance.unflatten(-1, groups.shape[1:])
+    for factor in torch.linspace(1.5, 0.6, 19):
+        scale = snapped(largest * factor)
+        error = round_to_e2m1(exact / scale.unsqueeze(-1)) * scale.unsqueeze(-1) - exact
+        total = (error.abs().pow(2.4) if weights is None else error.square() * weights).sum(-1)
+        better = total < best
+        best = torch.where(better, total, best)
+        fitted = torch.where(better, scale, fitted)
+    return fitted
 
 
 def _searched(
