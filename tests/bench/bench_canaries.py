@@ -11,9 +11,10 @@ kv fp8      --kv-cache-dtype fp8
 layer 1.02  the scales of one linear layer of 210, a down_proj in the middle, times 1.02
 checkpoint  the uncompressed model under the same name
 texts       W4A16 by GPTQ, of other calibration texts than those of its base
-int8        activations rounded to 8 bits in vLLM's int4 kernels (VLLM_CPU_INT4_W4A8)
-attention   another path of the attention (VLLM_CPU_ATTN_SPLIT_KV=0)
+attention   another path of the attention (VLLM_CPU_ATTN_SPLIT_KV=0), which computes the same in a prefill
 float32     --dtype float32, of the uncompressed model, whose base is bfloat16
+outlier     three engines, one of which is further from the uncompressed model: its divergence times a factor, in the
+            same direction (log-probabilities c + (√factor − 1) (c − r) of the real c and r). Computed, of `checkpoint`
 
 --simulate needs no vLLM: engines whose replays differ by noise with heavy tails (Student's t, 3 degrees of freedom), of
 the size that kernels of GPUs have, and changes that shift each token's log-probability by ± a size. Beside the test, an
@@ -80,11 +81,11 @@ SERVERS = {
     "kv fp8": Server("w4a16", "w4a16", ("--kv-cache-dtype", "fp8")),
     "layer 1.02": Server("scaled", "w4a16"),
     "checkpoint": Server("reference", "w4a16"),
-    "int8": Server("w4a16", "w4a16", environment={"VLLM_CPU_INT4_W4A8": "1"}),
-    "attention": Server("w4a16", "w4a16", environment={"VLLM_CPU_ATTN_SPLIT_KV": "0"}),
+    "attention": Server("w4a16", "w4a16", environment={"VLLM_CPU_ATTN_SPLIT_KV": "0"}, changed=False),
     "texts": Server("gptq b", "gptq"),
     "float32": Server("reference", "uncompressed", ("--dtype", "float32")),
 }
+ROWS = [*SERVERS, "loaded", "outlier"]
 
 
 def checkpoint(name: str) -> Path:
@@ -238,6 +239,19 @@ def _drawn(found: Floats, which: np.ndarray[Any, Any], lengths: list[int]) -> Fl
     return np.concatenate([found[n, end - length : end] for n, length, end in zip(which, lengths, ends, strict=True)])
 
 
+def outlier() -> list[dict[str, Any]]:
+    """By factor of the divergence: who is named, and the median distance of the one that differs."""
+    taken, reference = base_set("w4a16"), kept("checkpoint")[0]
+    compressed = taken.baseline[0]
+    rows = []
+    for factor in (1.0, 1.05, 1.1, 1.2, 1.5):
+        further = compressed + (factor**0.5 - 1.0) * (compressed - reference)
+        found = taken.compare_engines({"a": compressed, "b": further, "c": compressed})
+        named = [name for name, one in found.items() if one.changed]
+        rows.append({"factor": factor, "named": named, "votes": found["b"].votes, "nats": found["b"].nats})
+    return rows
+
+
 def simulate(runs: int) -> list[dict[str, Any]]:
     """Simulated engines: by noise and shift, nats a token, how many of the replays exceed, and the oracle's."""
     lengths = [54, 60, 72, 80] * 12 + [570, 915]
@@ -255,19 +269,21 @@ def simulate(runs: int) -> list[dict[str, Any]]:
         threshold = 4.73 * float(np.std(null_scores))
         for times in (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0):
             shift, ours, oracle = times * noise, 0, 0
-            for _ in range(runs):
-                if _ % 20 == 0:
+            count = runs if times else max(runs, RESAMPLED)
+            for n in range(count):
+                if n % 20 == 0:
                     taken = CanarySet(canaries, np.stack([replay() for _ in range(REPLAYS)]), Origin(""))
                 now = replay() + shift * signs
                 ours += taken.compare(now, 0.0).changed
                 oracle += float(signs @ now) > threshold
-            rows.append({"noise": noise, "shift": shift, "runs": runs, "found": ours / runs, "oracle": oracle / runs})
+            found = {"found": ours / count, "oracle": oracle / count}
+            rows.append({"noise": noise, "shift": shift, "runs": count, **found})
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="what canaries find on a real vLLM")
-    parser.add_argument("--only", action="append", choices=[*SERVERS, "loaded"], help="this row only")
+    parser.add_argument("--only", action="append", choices=ROWS, help="this row only")
     parser.add_argument("--restarts", type=int, default=20, help="of each server (20)")
     parser.add_argument("--null", type=int, default=200, help="replays of the unchanged server (200)")
     parser.add_argument("--simulate", type=int, metavar="RUNS", help="the simulation alone, so many replays a row")
@@ -278,10 +294,14 @@ def main() -> None:
     if arguments.simulate:
         report["simulated"] = simulate(arguments.simulate)
         for row in report["simulated"]:
-            print("noise {noise:.3f}, shift {shift:.4f}: {found:7.2%}, the oracle {oracle:7.2%}".format(**row))
+            text = "noise {noise:.3f}, shift {shift:.4f}, {runs} replays: {found:.2%}, the oracle {oracle:.2%}"
+            print(text.format(**row))
     else:
-        for name in arguments.only or [*SERVERS, "loaded"]:
-            row = null(arguments.null) if name == "loaded" else measure(name, arguments.restarts)
+        for name in arguments.only or ROWS:
+            if name == "outlier":
+                row: Any = outlier()
+            else:
+                row = null(arguments.null) if name == "loaded" else measure(name, arguments.restarts)
             report[name] = row
             print(f"{name:12} {json.dumps(row)}", flush=True)
     path.write_text(json.dumps(report, indent=1))

@@ -333,6 +333,9 @@ async def test_an_engine_that_cannot_be_asked_is_counted_and_asked_again_later(
 
 
 async def test_what_cannot_be_used_is_one_line_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "hemostat.canaries")
+    async with world(tmp_path, FakeVllm()):
+        assert caplog.messages == ["canaries: the store has no set; one is taken in 10 minutes"]
     damaged = DirectWrites()
     damaged.put_blob(BLOB_KEY, b"{")
     async with world(tmp_path, FakeVllm(), stored=damaged) as one:

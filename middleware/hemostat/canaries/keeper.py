@@ -91,7 +91,10 @@ class Canaries:
 
     def restore(self, stored: bytes | None) -> None:
         """What an earlier run stored."""
-        if stored is None or not self._settings.enabled:
+        if not self._settings.enabled:
+            return
+        if stored is None:
+            log.info("canaries: the store has no set; one is taken in %.0f minutes", FIRST_SECONDS / 60.0)
             return
         try:
             self._sets.restore(stored)
