@@ -149,20 +149,20 @@ def _build(
             limit,
         )
         texts = writer.texts(prompts, work, reporter)
-    parted = split(within_positions(texts, limit, reporter), options.held_out, options.tokens, MAX_HELD_OUT_TOKENS)
-    tokens = sum(map(len, parted.learn))
-    reporter.log(f"learning from {tokens} tokens of {len(parted.learn)} texts")
+    split_texts = split(within_positions(texts, limit, reporter), options.held_out, options.tokens, MAX_HELD_OUT_TOKENS)
+    tokens = sum(map(len, split_texts.learn))
+    reporter.log(f"learning from {tokens} tokens of {len(split_texts.learn)} texts")
     parts = Parts(work)
-    built = build(pair, parted.learn, build_options, parts, reporter.step)
+    built = build(pair, split_texts.learn, build_options, parts, reporter.step)
     if options.distil:
         from hemostat.adapters.building.distil import distilled  # noqa: PLC0415
         from hemostat.models.training import summary_line  # noqa: PLC0415
 
-        built = distilled(pair, built, parted.learn, parts, seed=options.seed, progress=reporter.step)
+        built = distilled(pair, built, split_texts.learn, parts, seed=options.seed, progress=reporter.step)
         if built.report["distilled"] is not None:
             reporter.log(summary_line(built.report["distilled"]))
-    if parted.held_out:
-        built, _ = judged(pair, built, parted.held_out, parts, reporter.step)
+    if split_texts.held_out:
+        built, _ = judged(pair, built, split_texts.held_out, parts, reporter.step)
     return built
 
 

@@ -1,4 +1,4 @@
-"""What a sampled answer costs vLLM, by who tells its tokens: CPU time of the API server and the engine's core process.
+"""What a sampled answer costs vLLM, by the source of its tokens: CPU time of API server and engine core.
 
     python -m tests.bench.proxy.engine_cost [--requests 40]
 

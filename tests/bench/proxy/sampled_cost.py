@@ -4,7 +4,7 @@ Without an event loop, so that only the work for sampling is in it: the relay's 
 capture, the bytes on the Unix socket, and the control process from these bytes to the queue and to the arrays that the
 reference is asked with. What the same request costs the hook when it is not sampled is subtracted.
 
-In the same rounds: what parts of this cost that nothing can do without (`Floor`), by the fastest means that Python has.
+In the same rounds: the unavoidable parts of this cost (`Floor`), by the fastest means that Python has.
 """
 
 from __future__ import annotations
