@@ -46,8 +46,8 @@ def stats(
 class Bench:
     """A control process whose reference is ready, with a relay."""
 
-    def __init__(self, one: Control, folder: Path) -> None:
-        self.one, self.folder = one, folder
+    def __init__(self, plane: Control, folder: Path) -> None:
+        self.one, self.folder = plane, folder
         self.now = 1000.0
         self.reports = 0
         self.relays: list[asyncio.StreamWriter] = []
@@ -78,10 +78,10 @@ class Bench:
 
 @asynccontextmanager
 async def bench(folder: Path, **more: Any) -> AsyncIterator[Bench]:
-    async with control(folder, settings(**more)) as one:
-        made = Bench(one, folder)
-        one.problems._clock = one.problems._wall = lambda: made.now
-        one.monitor.state = ReferenceState.READY
+    async with control(folder, settings(**more)) as plane:
+        made = Bench(plane, folder)
+        plane.problems._clock = plane.problems._wall = lambda: made.now
+        plane.monitor.state = ReferenceState.READY
         await made.connect()
         made.found()  # as once a second
         try:
@@ -102,24 +102,24 @@ async def test_a_dead_engine_is_the_state_with_the_share_of_failures_until_it_an
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "hemostat.control")
-    async with bench(tmp_path) as one:
-        await one.report(stats(ok=10))
-        assert one.found() == []
-        one.now += 5
-        await one.report(stats(engine(A, "ejected"), ok=10, failed=0))
-        assert one.found() == [("HemostatUpstreamDown", "vLLM does not answer")]
-        one.now += 5
-        await one.report(stats(engine(A, "ejected"), ok=10, failed=30))
+    async with bench(tmp_path) as plane:
+        await plane.report(stats(ok=10))
+        assert plane.found() == []
+        plane.now += 5
+        await plane.report(stats(engine(A, "ejected"), ok=10, failed=0))
+        assert plane.found() == [("HemostatUpstreamDown", "vLLM does not answer")]
+        plane.now += 5
+        await plane.report(stats(engine(A, "ejected"), ok=10, failed=30))
         share = "vLLM does not answer: 75 % of the requests of the last minute failed"
-        assert one.found() == [("HemostatUpstreamDown", share)]
-        assert one.since() == {"HemostatUpstreamDown": 1005.0}
-        await one.report(stats(engine(A), ok=20, failed=30))
-        assert one.found() == [
+        assert plane.found() == [("HemostatUpstreamDown", share)]
+        assert plane.since() == {"HemostatUpstreamDown": 1005.0}
+        await plane.report(stats(engine(A), ok=20, failed=30))
+        assert plane.found() == [
             ("HemostatProxyErrors", "60 % of the requests of the last minute failed, in vLLM or on the way to it")
         ]
-        one.now += MINUTE_SECONDS
-        await one.report(stats(engine(A), ok=30, failed=30))
-        assert one.found() == []
+        plane.now += MINUTE_SECONDS
+        await plane.report(stats(engine(A), ok=30, failed=30))
+        assert plane.found() == []
         said = [record.getMessage() for record in caplog.records if "vLLM" in record.getMessage()]
         assert said == ["vLLM does not answer", "vLLM answers again"]
 
@@ -128,23 +128,23 @@ async def test_of_several_engines_one_is_no_outage_and_all_are(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "hemostat.control")
-    async with bench(tmp_path) as one:
-        await one.connect(stats(engine(A), engine(B), engine(C)))
-        await one.report(stats(engine(A), engine(B, "ejected"), engine(C, "returning")))
-        assert one.found() == [
+    async with bench(tmp_path) as plane:
+        await plane.connect(stats(engine(A), engine(B), engine(C)))
+        await plane.report(stats(engine(A), engine(B, "ejected"), engine(C, "returning")))
+        assert plane.found() == [
             (
                 "HemostatEngineEjected",
                 f"2 of 3 engines get no requests: {B} (for 1 of 2 relays), {C} (for 1 of 2 relays)",
             )
         ]
-        await one.report(stats(engine(A), engine(B, "ejected"), engine(C)), 0)
-        await one.report(stats(engine(A), engine(B, "ejected"), engine(C)), 1)
-        assert one.found() == [("HemostatEngineEjected", f"1 of 3 engines gets no requests: {B}")]
-        one.one.upstreams.drained = frozenset([B])
-        assert one.found() == []
+        await plane.report(stats(engine(A), engine(B, "ejected"), engine(C)), 0)
+        await plane.report(stats(engine(A), engine(B, "ejected"), engine(C)), 1)
+        assert plane.found() == [("HemostatEngineEjected", f"1 of 3 engines gets no requests: {B}")]
+        plane.one.upstreams.drained = frozenset([B])
+        assert plane.found() == []
         for relay in range(2):
-            await one.report(stats(engine(A, "ejected"), engine(B), engine(C, "ejected")), relay)
-        assert one.found() == [("HemostatUpstreamDown", "None of the 2 engines answers")], (
+            await plane.report(stats(engine(A, "ejected"), engine(B), engine(C, "ejected")), relay)
+        assert plane.found() == [("HemostatUpstreamDown", "None of the 2 engines answers")], (
             "one that is drained is no help"
         )
         assert [record.getMessage() for record in caplog.records if "engine" in record.getMessage()] == [
@@ -155,30 +155,30 @@ async def test_of_several_engines_one_is_no_outage_and_all_are(
 
 
 async def test_what_a_relay_counted_before_it_connected_is_not_of_the_last_minute(tmp_path: Path) -> None:
-    async with bench(tmp_path) as one:
-        await one.connect(stats(ok=10, failed=90, captured=10, lost=90))
-        assert one.found() == []
-        await one.report(stats(ok=105, failed=95, captured=10, lost=90), 1)
-        assert one.found() == [], "5 % is within the limit"
-        await one.report(stats(ok=105, failed=105, captured=10, lost=90), 1)
-        assert [text.partition(" of ")[0] for _, text in one.found()] == ["14 %"]
+    async with bench(tmp_path) as plane:
+        await plane.connect(stats(ok=10, failed=90, captured=10, lost=90))
+        assert plane.found() == []
+        await plane.report(stats(ok=105, failed=95, captured=10, lost=90), 1)
+        assert plane.found() == [], "5 % is within the limit"
+        await plane.report(stats(ok=105, failed=105, captured=10, lost=90), 1)
+        assert [text.partition(" of ")[0] for _, text in plane.found()] == ["14 %"]
 
 
 async def test_a_few_failures_are_no_problem_of_the_deployment(tmp_path: Path) -> None:
-    async with bench(tmp_path) as one:
-        await one.report(stats(failed=4))
-        assert one.found() == []
-        await one.report(stats(failed=5))
-        assert [alert for alert, _ in one.found()] == ["HemostatProxyErrors"]
+    async with bench(tmp_path) as plane:
+        await plane.report(stats(failed=4))
+        assert plane.found() == []
+        await plane.report(stats(failed=5))
+        assert [alert for alert, _ in plane.found()] == ["HemostatProxyErrors"]
 
 
 async def test_without_a_relay_it_is_not_known_what_is_served(tmp_path: Path) -> None:
-    async with bench(tmp_path) as one:
-        one.relays[0].close()
-        await until(lambda: one.one.link.relays == 0)
-        assert [alert for alert, _ in one.found()] == ["HemostatNoRelays"]
-        await one.connect()
-        assert one.found() == []
+    async with bench(tmp_path) as plane:
+        plane.relays[0].close()
+        await until(lambda: plane.one.link.relays == 0)
+        assert [alert for alert, _ in plane.found()] == ["HemostatNoRelays"]
+        await plane.connect()
+        assert plane.found() == []
 
 
 @pytest.mark.parametrize(
@@ -195,56 +195,56 @@ async def test_without_a_relay_it_is_not_known_what_is_served(tmp_path: Path) ->
 async def test_a_reference_that_is_not_ready_is_a_problem_and_none_at_all_is_not(
     state: ReferenceState, text: str, tmp_path: Path
 ) -> None:
-    async with bench(tmp_path) as one:
-        one.one.monitor.state, one.one.monitor.detail = state, "why"
-        assert one.found() == [("HemostatReferenceDown", text)]
-        one.one.monitor.state = ReferenceState.NONE
-        assert one.found() == []
+    async with bench(tmp_path) as plane:
+        plane.one.monitor.state, plane.one.monitor.detail = state, "why"
+        assert plane.found() == [("HemostatReferenceDown", text)]
+        plane.one.monitor.state = ReferenceState.NONE
+        assert plane.found() == []
 
 
 async def test_the_worst_is_first_and_each_has_its_own_since(tmp_path: Path) -> None:
-    async with bench(tmp_path) as one:
-        configuration = one.one.configuration
+    async with bench(tmp_path) as plane:
+        configuration = plane.one.configuration
         configuration.report = msgspec.structs.replace(configuration.report, error="shadow.rate: not a number")
-        assert one.found()[0][1].endswith("the former one serves: shadow.rate: not a number")
-        one.now += 7
-        await one.report(stats(engine(A, "ejected")))
-        assert [alert for alert, _ in one.found()] == ["HemostatUpstreamDown", "HemostatReloadFailed"]
-        assert one.since() == {"HemostatUpstreamDown": 1007.0, "HemostatReloadFailed": 1000.0}
+        assert plane.found()[0][1].endswith("the former one serves: shadow.rate: not a number")
+        plane.now += 7
+        await plane.report(stats(engine(A, "ejected")))
+        assert [alert for alert, _ in plane.found()] == ["HemostatUpstreamDown", "HemostatReloadFailed"]
+        assert plane.since() == {"HemostatUpstreamDown": 1007.0, "HemostatReloadFailed": 1000.0}
 
 
 async def test_a_store_that_refuses_is_a_problem_for_a_quarter_of_an_hour(tmp_path: Path) -> None:
-    async with bench(tmp_path) as one:
-        one.one.store_errors.record(StoreFailure("disk full"))
-        assert one.found() == [
+    async with bench(tmp_path) as plane:
+        plane.one.store_errors.record(StoreFailure("disk full"))
+        assert plane.found() == [
             (
                 "HemostatStoreErrors",
                 "Reads and writes that the store refused in the last 15 minutes: 1; "
                 "a restart may lose something (disk full)",
             )
         ]
-        one.now += LOST_SECONDS - 1
-        assert one.found() != []
-        one.now += 2
-        assert one.found() == []
+        plane.now += LOST_SECONDS - 1
+        assert plane.found() != []
+        plane.now += 2
+        assert plane.found() == []
 
 
 async def test_a_store_that_is_not_known_is_a_problem_for_as_long_as_it_is(tmp_path: Path) -> None:
-    async with bench(tmp_path) as one:
-        one.one.ownership._lose(ExclusionLost("the session has ended"))
-        assert one.found() == [("HemostatStoreErrors", "Nothing is decided or stored: the session has ended")]
-        one.now += 2 * LOST_SECONDS
-        assert [alert for alert, _ in one.found()] == ["HemostatStoreErrors"]
+    async with bench(tmp_path) as plane:
+        plane.one.ownership._lose(ExclusionLost("the session has ended"))
+        assert plane.found() == [("HemostatStoreErrors", "Nothing is decided or stored: the session has ended")]
+        plane.now += 2 * LOST_SECONDS
+        assert [alert for alert, _ in plane.found()] == ["HemostatStoreErrors"]
 
 
-def fail_floor(one: Control) -> None:
-    meter = one.pipeline.noise_floor
+def fail_floor(plane: Control) -> None:
+    meter = plane.pipeline.noise_floor
     assert meter is not None
     meter.failing["reference"] = "no cache"
 
 
-def fail_adapters(one: Control) -> None:
-    one.adapters.learner.stop("compressed-tensors is missing", unavailable=True)
+def fail_adapters(plane: Control) -> None:
+    plane.adapters.learner.stop("compressed-tensors is missing", unavailable=True)
 
 
 @pytest.mark.parametrize(
@@ -257,21 +257,21 @@ def fail_adapters(one: Control) -> None:
 async def test_what_measuring_and_learning_cannot_do(
     harm: Callable[[Control], None], alert: str, said: str, tmp_path: Path
 ) -> None:
-    async with bench(tmp_path, reference={"backend": "vllm", "url": "http://127.0.0.1:1"}) as one:
-        harm(one.one)
-        [(found, text)] = one.found()
+    async with bench(tmp_path, reference={"backend": "vllm", "url": "http://127.0.0.1:1"}) as plane:
+        harm(plane.one)
+        [(found, text)] = plane.found()
         assert found == alert
         assert said in text
 
 
 async def test_a_profile_that_failed_is_a_problem_until_its_engine_is_started_again(tmp_path: Path) -> None:
-    async with bench(tmp_path) as one:
+    async with bench(tmp_path) as plane:
 
         def found() -> list[tuple[str, str]]:
-            return [(problem.alert, problem.text) for problem in one.one.problems.look().problems]
+            return [(problem.alert, problem.text) for problem in plane.one.problems.look().problems]
 
         def report(boot: str, **counters: int) -> None:
-            one.one.engines.report(EngineReport(boot, 0, 1, [], 30, counters, "v1", "0"), one.now)
+            plane.one.engines.report(EngineReport(boot, 0, 1, [], 30, counters, "v1", "0"), plane.now)
 
         report("a", profiles_failed=0, profiles_refused=2)
         report("b")
@@ -279,36 +279,36 @@ async def test_a_profile_that_failed_is_a_problem_until_its_engine_is_started_ag
         report("a", profiles_failed=1)
         text = "A profile failed in 1 of 2 engines, and is off there until vLLM restarts: see vLLM's log"
         assert found() == [("HemostatProfileFailed", text)]
-        one.now += SILENCE_SECONDS + 1
+        plane.now += SILENCE_SECONDS + 1
         report("anew", profiles_failed=0)
         assert found() == []
 
 
 async def test_captures_and_records_that_are_lost(tmp_path: Path) -> None:
-    async with bench(tmp_path, records={"path": str(tmp_path / "records.jsonl")}) as one:
-        await one.report(stats(captured=990, lost=10))
-        assert one.found() == [], "a restart of the control process loses a few"
-        await one.report(stats(captured=980, lost=20))
-        assert [alert for alert, _ in one.found()] == ["HemostatCapturesLost"]
-        assert one.found()[0][1].startswith("20 of 1000 captures of the last 15 minutes were lost")
-        records = one.one.records
+    async with bench(tmp_path, records={"path": str(tmp_path / "records.jsonl")}) as plane:
+        await plane.report(stats(captured=990, lost=10))
+        assert plane.found() == [], "a restart of the control process loses a few"
+        await plane.report(stats(captured=980, lost=20))
+        assert [alert for alert, _ in plane.found()] == ["HemostatCapturesLost"]
+        assert plane.found()[0][1].startswith("20 of 1000 captures of the last 15 minutes were lost")
+        records = plane.one.records
         assert records is not None
         records.lost += 3
-        assert one.found()[1] == (
+        assert plane.found()[1] == (
             "HemostatRecordsLost",
             "Records that could not be written to records.path in the last 15 minutes: 3",
         )
-        one.now += LOST_SECONDS
-        assert one.found() == []
+        plane.now += LOST_SECONDS
+        assert plane.found() == []
 
 
 async def test_an_engine_that_computes_something_else_is_a_problem_with_its_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with bench(tmp_path) as one:
+    async with bench(tmp_path) as plane:
         stated = [(f"{A} (m) changed by the canaries", 900.0), (f"{B} (m) changed by the canaries", 800.0)]
-        monkeypatch.setattr(one.one.canaries, "statements", lambda: iter(stated))
-        assert one.found() == [("HemostatCanaryChanged", f"{A} (m) changed by the canaries (and 1 more)")]
-        assert one.since() == {"HemostatCanaryChanged": 800.0}
-        monkeypatch.setattr(one.one.canaries, "statements", lambda: iter(()))
-        assert one.found() == []
+        monkeypatch.setattr(plane.one.canaries, "statements", lambda: iter(stated))
+        assert plane.found() == [("HemostatCanaryChanged", f"{A} (m) changed by the canaries (and 1 more)")]
+        assert plane.since() == {"HemostatCanaryChanged": 800.0}
+        monkeypatch.setattr(plane.one.canaries, "statements", lambda: iter(()))
+        assert plane.found() == []

@@ -37,13 +37,13 @@ async def hosting(folder: Path, lora: FakeLora, mode: str = "auto") -> AsyncIter
     """An imported adapter is tested; the copies answer as a correct engine does."""
     async with running(FakeVllm(lora=lora)) as fake:
         given = settings(fake.url, calibration={"mode": mode}, adapter={"enabled": True})
-        async with control(folder, given) as one:
-            one.profile_manager.set_model_pair("fake", VOCAB)
-            one.profile_manager.operator.import_profile(ADAPTER)
-            one.adapters.judge.logprobs = FakeCopy().logprobs  # type: ignore[method-assign]
-            task = asyncio.create_task(one.adapters.hosts.run())
+        async with control(folder, given) as plane:
+            plane.profile_manager.set_model_pair("fake", VOCAB)
+            plane.profile_manager.operator.import_profile(ADAPTER)
+            plane.adapters.judge.logprobs = FakeCopy().logprobs  # type: ignore[method-assign]
+            task = asyncio.create_task(plane.adapters.hosts.run())
             try:
-                yield one
+                yield plane
             finally:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -51,37 +51,37 @@ async def hosting(folder: Path, lora: FakeLora, mode: str = "auto") -> AsyncIter
 
 async def test_relays_may_ask_for_an_adapter_once_it_is_loaded_and_probed(tmp_path: Path) -> None:
     lora = FakeLora(resolves={ADAPTER.version: 2})
-    async with hosting(tmp_path, lora) as one:
-        assert one.profile_manager.serving.max_adapters is None
-        await until(lambda: one.adapters.hosts.ready)
-        one.policy.publish()
-        policy = one.policy._last
+    async with hosting(tmp_path, lora) as plane:
+        assert plane.profile_manager.serving.max_adapters is None
+        await until(lambda: plane.adapters.hosts.ready)
+        plane.policy.publish()
+        policy = plane.policy._last
         assert policy is not None
         assert policy.adapters == {ADAPTER.version: False}
         assert ADAPTER.version in policy.acknowledged
-        assert one.profile_manager.serving.max_adapters == 1
-        assert ADAPTER.version in one.engines._wanted, "engines keep it"
-        engine = status_json(one)["adapter"]["engine"]
+        assert plane.profile_manager.serving.max_adapters == 1
+        assert ADAPTER.version in plane.engines._wanted, "engines keep it"
+        engine = status_json(plane)["adapter"]["engine"]
         assert (engine["state"], engine["ready"]) == ("ready", [ADAPTER.version])
 
 
 async def test_a_version_that_the_engine_applies_wrongly_is_not_tested_any_more(tmp_path: Path) -> None:
     lora = FakeLora(resolves={ADAPTER.version: 2}, scale={ADAPTER.version: 2.0})
-    async with hosting(tmp_path, lora) as one:
-        await until(lambda: not one.profile_manager.trials.queue)
-        event = one.profile_manager.events.newest_first()[0]
+    async with hosting(tmp_path, lora) as plane:
+        await until(lambda: not plane.profile_manager.trials.queue)
+        event = plane.profile_manager.events.newest_first()[0]
         assert (event["decision"], event["reason"]) == (Decision.DROP, Reason.PROBE)
         await until(lambda: lora.names == {})
-        assert one.adapters.hosts.ready == {}
+        assert plane.adapters.hosts.ready == {}
 
 
 async def test_nothing_is_loaded_while_profiles_are_only_observed(tmp_path: Path) -> None:
     lora = FakeLora(resolves={ADAPTER.version: 2})
-    async with hosting(tmp_path, lora, "observe") as one:
+    async with hosting(tmp_path, lora, "observe") as plane:
         await asyncio.sleep(0.2)
-        assert (lora.names, one.adapters.hosts.ready) == ({}, {})
-        one.profile_manager.operator.set_mode("auto")
-        await until(lambda: one.adapters.hosts.ready)
+        assert (lora.names, plane.adapters.hosts.ready) == ({}, {})
+        plane.profile_manager.operator.set_mode("auto")
+        await until(lambda: plane.adapters.hosts.ready)
 
 
 # --- over restarts of the control process ----------------------------------------------------------------------------
@@ -95,19 +95,19 @@ async def successor(
     async with running(FakeVllm(lora=lora)) as fake:
         store = {"url": f"sqlite:///{folder / 'store.db'}"}
         given = settings(fake.url, calibration={"mode": "auto"}, adapter={"enabled": enabled}, store=store)
-        async with control(folder, given) as one:
-            one.profile_manager.set_model_pair("fake", VOCAB)
-            one.adapters.judge.logprobs = FakeCopy().logprobs  # type: ignore[method-assign]
+        async with control(folder, given) as plane:
+            plane.profile_manager.set_model_pair("fake", VOCAB)
+            plane.adapters.judge.logprobs = FakeCopy().logprobs  # type: ignore[method-assign]
 
             async def reports() -> None:
                 while True:
                     state = LoraState(lora.slots, lora.max_rank, lora.grouped, len(lora.loaded), lora.was_full)
                     report = EngineReport(boot, 0, 1, [], VOCAB, {}, "v1", "0.32.0", adapters=lora.loaded, lora=state)
-                    one.engines.report(report, time.monotonic())
+                    plane.engines.report(report, time.monotonic())
                     await asyncio.sleep(0.01)
 
-            async with looping(one.adapters.hosts.run(), one.writer.run(), reports()):
-                yield one
+            async with looping(plane.adapters.hosts.run(), plane.writer.run(), reports()):
+                yield plane
 
 
 KINDS = ("chat text greedy", "chat text sampled")
@@ -116,15 +116,15 @@ KINDS = ("chat text greedy", "chat text sampled")
 async def two_serve(folder: Path, lora: FakeLora) -> None:
     """An operator has promoted ADAPTER and pinned OTHER, each for a kind; then the control process is killed: it writes
     nothing more."""
-    async with successor(folder, lora) as one:
+    async with successor(folder, lora) as plane:
         for name in KINDS:
-            one.profile_manager.kinds.see(name)
+            plane.profile_manager.kinds.see(name)
         for profile in (ADAPTER, OTHER):
-            await one.actions.import_profile(profile.to_bytes(), "")
-        await until(lambda: one.adapters.hosts.capacity == 2)
-        await one.actions.promote(ADAPTER.version, KINDS[0])
-        await one.actions.pin(OTHER.version, KINDS[1])
-        await until(lambda: set(one.adapters.hosts.ready) == {ADAPTER.version, OTHER.version})
+            await plane.actions.import_profile(profile.to_bytes(), "")
+        await until(lambda: plane.adapters.hosts.capacity == 2)
+        await plane.actions.promote(ADAPTER.version, KINDS[0])
+        await plane.actions.pin(OTHER.version, KINDS[1])
+        await until(lambda: set(plane.adapters.hosts.ready) == {ADAPTER.version, OTHER.version})
         shutil.copy(folder / "store.db", folder / "killed.db")
     (folder / "killed.db").rename(folder / "store.db")
 
@@ -136,28 +136,28 @@ def resolving(slots: int) -> FakeLora:
 async def test_what_served_serves_again_once_it_is_probed_and_no_place_is_given_away_before(tmp_path: Path) -> None:
     lora = resolving(3)
     await two_serve(tmp_path, lora)
-    async with successor(tmp_path, lora) as one:
-        serving = one.profile_manager.serving
+    async with successor(tmp_path, lora) as plane:
+        serving = plane.profile_manager.serving
         assert serving.version_by_kind == {KINDS[0]: ADAPTER.version, KINDS[1]: OTHER.version}
-        third = one.profile_manager.operator.import_profile(adapter(3))
+        third = plane.profile_manager.operator.import_profile(adapter(3))
         with pytest.raises(
             HemostatError, match=r"it is not known yet how many adapters the engines have slots for: adapter.engine"
         ):
-            one.profile_manager.operator.promote(third, REST_KIND)
-        await until(lambda: set(one.adapters.hosts.ready) == {ADAPTER.version, OTHER.version})
-        one.policy.publish()
-        policy = one.policy._last
+            plane.profile_manager.operator.promote(third, REST_KIND)
+        await until(lambda: set(plane.adapters.hosts.ready) == {ADAPTER.version, OTHER.version})
+        plane.policy.publish()
+        policy = plane.policy._last
         assert policy is not None
         assert policy.serving_by_kind == serving.version_by_kind
         assert set(policy.serving_by_kind.values()) <= set(policy.acknowledged)
         with pytest.raises(HemostatError, match="2 other adapters serve, as many as engines have slots for: roll one"):
-            one.profile_manager.operator.promote(third, REST_KIND)
+            plane.profile_manager.operator.promote(third, REST_KIND)
         # Slots that clients take for a while withdraw nothing.
         lora.names |= {"theirs": "/theirs", "more": "/more"}
-        await until(lambda: one.adapters.hosts.capacity == 0)
+        await until(lambda: plane.adapters.hosts.capacity == 0)
         del lora.names["theirs"], lora.names["more"]
-        await until(lambda: len(one.adapters.hosts.ready) == 2)
-        assert [e["decision"] for e in one.profile_manager.events.newest_first()][:2] == ["import", "pin"]
+        await until(lambda: len(plane.adapters.hosts.ready) == 2)
+        assert [e["decision"] for e in plane.profile_manager.events.newest_first()][:2] == ["import", "pin"]
 
 
 @pytest.mark.parametrize(("slots", "stays"), [(2, {KINDS[1]: OTHER.version}), (1, {})])
@@ -167,11 +167,11 @@ async def test_what_an_engine_that_was_started_with_fewer_slots_cannot_hold_is_w
     """Of two the pinned one stays."""
     await two_serve(tmp_path, resolving(3))
     caplog.set_level("INFO", "hemostat.calibration")
-    async with successor(tmp_path, resolving(slots), boot="again") as one:
-        serving = one.profile_manager.serving
+    async with successor(tmp_path, resolving(slots), boot="again") as plane:
+        serving = plane.profile_manager.serving
         assert len(serving.version_by_kind) == 2, "not before the slots are known"
         await until(lambda: serving.version_by_kind == stays)
-        events = [e for e in one.profile_manager.events.newest_first() if e["decision"] == Decision.ROLL_BACK]
+        events = [e for e in plane.profile_manager.events.newest_first() if e["decision"] == Decision.ROLL_BACK]
         assert {(e["version"], e["kind"], e["reason"]) for e in events} == {
             (version, kind, Reason.SLOT)
             for kind, version in zip(KINDS, (ADAPTER.version, OTHER.version), strict=True)
@@ -184,29 +184,29 @@ async def test_what_an_engine_that_was_started_with_fewer_slots_cannot_hold_is_w
 
 async def test_where_adapters_are_switched_off_they_are_withdrawn_with_the_reason(tmp_path: Path) -> None:
     await two_serve(tmp_path, resolving(3))
-    async with successor(tmp_path, resolving(3), enabled=False) as one:
-        one.adapters.update()
-        assert one.profile_manager.serving.version_by_kind == {}
-        events = one.profile_manager.events.newest_first()[:2]
+    async with successor(tmp_path, resolving(3), enabled=False) as plane:
+        plane.adapters.update()
+        assert plane.profile_manager.serving.version_by_kind == {}
+        events = plane.profile_manager.events.newest_first()[:2]
         assert {(e["decision"], e["reason"], e["why"]) for e in events} == {
             (Decision.ROLL_BACK, Reason.SETTINGS, "adapter.enabled is false")
         }
         with pytest.raises(HemostatError, match="no engine can load an adapter now"):
-            one.profile_manager.operator.promote(ADAPTER.version)
+            plane.profile_manager.operator.promote(ADAPTER.version)
 
 
 async def test_an_operators_action_is_in_the_store_when_it_is_answered(tmp_path: Path) -> None:
-    async with successor(tmp_path, resolving(3)) as one:
+    async with successor(tmp_path, resolving(3)) as plane:
 
         def stored() -> StoredServing:
-            return StoredServing.decode(one.store.read().states.get(SERVING_KEY))
+            return StoredServing.decode(plane.store.read().states.get(SERVING_KEY))
 
-        await one.actions.import_profile(ADAPTER.to_bytes(), "")
+        await plane.actions.import_profile(ADAPTER.to_bytes(), "")
         assert stored().versions() == {ADAPTER.version}
-        await until(lambda: one.adapters.hosts.capacity == 2)
-        await one.actions.promote(ADAPTER.version, None)
+        await until(lambda: plane.adapters.hosts.capacity == 2)
+        await plane.actions.promote(ADAPTER.version, None)
         assert stored().kinds[REST_KIND].version == ADAPTER.version
-        await one.actions.pin(ADAPTER.version, None)
+        await plane.actions.pin(ADAPTER.version, None)
         assert stored().kinds[REST_KIND].pinned
-        await one.actions.rollback("a test", None)
+        await plane.actions.rollback("a test", None)
         assert stored().kinds[REST_KIND].version is None

@@ -81,14 +81,14 @@ class CopyVllm(FakeVllm):
 
 
 class World:
-    def __init__(self, one: Control, engine: CopyVllm, reference: CopyReference) -> None:
-        self.one = one
+    def __init__(self, plane: Control, engine: CopyVllm, reference: CopyReference) -> None:
+        self.one = plane
         self.engine = engine
         self.reference = reference
         self.told: list[Policy] = []
         self.boot = "boot"
         self._seed = 0
-        one.link.set_policy = self.told.append  # type: ignore[method-assign]
+        plane.link.set_policy = self.told.append  # type: ignore[method-assign]
 
     async def reports(self) -> None:
         """As the engine's agent does; its resolver finds every adapter that is known."""
@@ -197,11 +197,11 @@ async def world(
             },
             adapter={"enabled": True, "rank": 4, "max_tokens": 600, **adapter},
         )
-        async with control(folder, made, loops=True) as one:
-            made_world = World(one, fake, reference)
-            async with looping(*one.adapters.loops(), one.learner.run(), made_world.reports()):
-                await until(lambda: one.monitor.state == "ready", LONG)
-                one.policy.publish()
+        async with control(folder, made, loops=True) as plane:
+            made_world = World(plane, fake, reference)
+            async with looping(*plane.adapters.loops(), plane.learner.run(), made_world.reports()):
+                await until(lambda: plane.monitor.state == "ready", LONG)
+                plane.policy.publish()
                 yield made_world
 
 
@@ -210,13 +210,13 @@ async def test_an_adapter_is_collected_for_built_tested_promoted_and_asked_for(
 ) -> None:
     monkeypatch.setattr(Adapter, "min_tokens", 600)
     async with world(tmp_path, monkeypatch) as w:
-        one, adapters, profiles = w.one, w.one.adapters, w.one.profile_manager
-        assert status_json(one)["adapter"]["state"] == "collecting"
+        plane, adapters, profiles = w.one, w.one.adapters, w.one.profile_manager
+        assert status_json(plane)["adapter"]["state"] == "collecting"
         await w.until(lambda: adapters.learner.tokens >= 600, 200)
         await until(lambda: bool(profiles.lifecycle.adapter_versions()), LONG)
         (version,) = profiles.lifecycle.adapter_versions()
         await until(lambda: adapters.judge.state == "ready" and version in adapters.hosts.ready, LONG)
-        built = status_json(one)["adapter"]["last_build"]
+        built = status_json(plane)["adapter"]["last_build"]
         assert built["outcome"] == "proposed"
         assert built["version"] == version
         assert built["held_out"]["share"] > 0.3
@@ -228,11 +228,11 @@ async def test_an_adapter_is_collected_for_built_tested_promoted_and_asked_for(
         assert version in w.told[-1].acknowledged
         # Clients of the treated arm get what is closer to the reference.
         await w.requests(40)
-        arms = status_json(one)["arms"]
+        arms = status_json(plane)["arms"]
         assert arms["treated"]["requests"] >= 10
         assert arms["treated"]["total_variation"] < 0.8 * arms["control"]["total_variation"]
         # Only held-out units were judged: the other hidden states are for what is learned.
-        judged = [ids for ids in w.reference.hidden_for if held_out(one.templates.assign(ids, b""), HELD_OUT)]
+        judged = [ids for ids in w.reference.hidden_for if held_out(plane.templates.assign(ids, b""), HELD_OUT)]
         # On a busy machine some went on without distances, so that no queue grows.
         assert 0 < adapters.judge.judged <= len(judged)
         # The engine starts again: nothing is asked for before it is loaded and probed again.
@@ -240,14 +240,14 @@ async def test_an_adapter_is_collected_for_built_tested_promoted_and_asked_for(
         w.boot = "again"
         w.engine.lora.restart()
         await until(lambda: version not in adapters.hosts.ready, LONG)
-        one.policy.publish()
+        plane.policy.publish()
         assert version not in w.told[-1].acknowledged
         await until(lambda: version in adapters.hosts.ready, LONG)
         # Turned off, both processes end, and nothing is asked for.
-        await one.actions.set_mode("off")
+        await plane.actions.set_mode("off")
         await until(lambda: adapters.judge.loaded is None and adapters.learner.builder_pid is None, LONG)
-        assert status_json(one)["adapter"]["state"] == "off"
-        assert status_json(one)["adapter"]["judge"]["state"] == "off"
+        assert status_json(plane)["adapter"]["state"] == "off"
+        assert status_json(plane)["adapter"]["judge"]["state"] == "off"
         assert REST_KIND not in w.told[-1].serving_by_kind
 
 
@@ -271,37 +271,37 @@ async def test_a_map_is_learned_on_top_of_the_adapter_that_serves_and_both_toget
     monkeypatch.setattr(Calibration, "clamp_kl_nats", 20.0)
     monkeypatch.setattr(Adapter, "min_tokens", 10**6)
     async with world(tmp_path, monkeypatch, learned, max_tokens=10**6) as w:
-        one, profiles = w.one, w.one.profile_manager
+        plane, profiles = w.one, w.one.profile_manager
         adapter = low_rank(CheckpointFolders(tmp_path / "reference", tmp_path / "compressed"), 1)
         profiles.operator.import_profile(adapter)
-        await until(lambda: bool(one.adapters.hosts.capacity), LONG)
+        await until(lambda: bool(plane.adapters.hosts.capacity), LONG)
         profiles.operator.promote(adapter.version)
-        await until(lambda: adapter.version in one.adapters.hosts.ready, LONG)
-        await until(lambda: one.learner.state == "learning", LONG)
-        one.policy.publish()
+        await until(lambda: adapter.version in plane.adapters.hosts.ready, LONG)
+        await until(lambda: plane.learner.state == "learning", LONG)
+        plane.policy.publish()
 
         def proposed() -> list[str]:
             return [c.version for c in profiles.trials.queue if c.source == "adapter_map"]
 
         await w.until(lambda: bool(proposed()), 600)
         (both,) = proposed()
-        assert catalogued(one, both) == (layers_digest(adapter), True)
+        assert catalogued(plane, both) == (layers_digest(adapter), True)
         await w.until(lambda: profiles.serving.version_by_kind.get(REST_KIND) == both, 1500)
         promoted = [e for e in profiles.report.listing()["events"] if e["decision"] == "promote"]
         assert promoted[0]["version"] == both
         assert promoted[0]["evidence"]["figure"] == "total_variation"
         # The engine holds the map and has loaded the adapter: treated requests ask for both.
-        await until(lambda: both in one.adapters.hosts.ready, LONG)
-        one.policy.publish()
+        await until(lambda: both in plane.adapters.hosts.ready, LONG)
+        plane.policy.publish()
         assert w.told[-1].adapters[both]
         assert both in w.told[-1].acknowledged
         await w.requests(20)
-        status = status_json(one)
+        status = status_json(plane)
         assert status["learner"]["scopes"][map_scope(layers_digest(adapter))] > 1500
 
 
-def catalogued(one: Control, version: str) -> tuple[str, bool]:
-    catalogue = one.profile_manager.catalogue
+def catalogued(plane: Control, version: str) -> tuple[str, bool]:
+    catalogue = plane.profile_manager.catalogue
     return catalogue.layers(version), catalogue.has_map(version)
 
 

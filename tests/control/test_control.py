@@ -64,26 +64,26 @@ def pair(ours: str, theirs: str, **more: Any) -> Settings:
 @asynccontextmanager
 async def watched(folder: Path, made: Settings) -> AsyncIterator[tuple[Control, list[Policy]]]:
     """With every loop running, and the policies that relays are told."""
-    async with control(folder, made, loops=True) as one:
+    async with control(folder, made, loops=True) as plane:
         told: list[Policy] = []
-        pass_on = one.link.set_policy
+        pass_on = plane.link.set_policy
 
         def note(policy: Policy) -> None:
             told.append(policy)
             pass_on(policy)
 
-        one.link.set_policy = note  # type: ignore[method-assign]
-        yield one, told
+        plane.link.set_policy = note  # type: ignore[method-assign]
+        yield plane, told
 
 
 async def test_two_models_that_fit_are_scored(
     upstream: tuple[FakeVllm, str], reference: tuple[FakeVllm, str], tmp_path: Path
 ) -> None:
-    async with watched(tmp_path, pair(upstream[1], reference[1])) as (one, told):
-        await until(lambda: one.monitor.state == "ready")
+    async with watched(tmp_path, pair(upstream[1], reference[1])) as (plane, told):
+        await until(lambda: plane.monitor.state == "ready")
         assert told[-1].scoring
-        assert one.monitor.served.models == {"fake"}
-        assert one.profile_manager.serving.model == ServedModel("fake", VOCAB)
+        assert plane.monitor.served.models == {"fake"}
+        assert plane.profile_manager.serving.model == ServedModel("fake", VOCAB)
 
 
 async def test_an_upstream_that_gives_fewer_logprobs_is_a_mismatch_that_says_what_to_set(
@@ -91,15 +91,15 @@ async def test_an_upstream_that_gives_fewer_logprobs_is_a_mismatch_that_says_wha
 ) -> None:
     fake, url = upstream
     fake.max_logprobs = 3
-    async with watched(tmp_path, pair(url, reference[1])) as (one, told):
-        await until(lambda: one.monitor.state == "mismatch")
-        assert "--max-logprobs 4" in one.monitor.detail
-        assert "shadow.top_k" in one.monitor.detail
+    async with watched(tmp_path, pair(url, reference[1])) as (plane, told):
+        await until(lambda: plane.monitor.state == "mismatch")
+        assert "--max-logprobs 4" in plane.monitor.detail
+        assert "shadow.top_k" in plane.monitor.detail
         assert not told[-1].scoring
-        one.pipeline.receive(capture())
-        assert status_json(one)["requests"]["dropped"] == {"reference_not_ready": 1}
+        plane.pipeline.receive(capture())
+        assert status_json(plane)["requests"]["dropped"] == {"reference_not_ready": 1}
         fake.max_logprobs = 4
-        await until(lambda: one.monitor.state == "ready")
+        await until(lambda: plane.monitor.state == "ready")
         assert told[-1].scoring
 
 
@@ -115,9 +115,9 @@ async def test_another_vocabulary_is_a_mismatch(
         return status, value
 
     monkeypatch.setattr(FakeVllm, "_other", other_ids)
-    async with watched(tmp_path, pair(upstream[1], reference[1])) as (one, told):
-        await until(lambda: one.monitor.state == "mismatch")
-        assert "token ids of a probe text" in one.monitor.detail
+    async with watched(tmp_path, pair(upstream[1], reference[1])) as (plane, told):
+        await until(lambda: plane.monitor.state == "mismatch")
+        assert "token ids of a probe text" in plane.monitor.detail
         assert not told[-1].scoring
 
 
@@ -126,19 +126,19 @@ async def test_an_upstream_that_is_not_there_yet_is_waited_for(
 ) -> None:
     with serving(FakeVllm()) as url:
         pass
-    async with watched(tmp_path, pair(url, reference[1])) as (one, _):
-        await until(lambda: "does not answer" in one.monitor.detail)
-        assert one.monitor.state == "starting"
+    async with watched(tmp_path, pair(url, reference[1])) as (plane, _):
+        await until(lambda: "does not answer" in plane.monitor.detail)
+        assert plane.monitor.state == "starting"
         while_compared = []
         compare = monitor.compare
 
         async def noted(*given: Any) -> Match:
-            while_compared.append(one.monitor.detail)
+            while_compared.append(plane.monitor.detail)
             return await compare(*given)
 
         monkeypatch.setattr(monitor, "compare", noted)
         with serving(FakeVllm(), int(url.rpartition(":")[2])):
-            await until(lambda: one.monitor.state == "ready")
+            await until(lambda: plane.monitor.state == "ready")
         # A busy server takes a while for it.
         assert set(while_compared) == {"the upstream answers; its model is compared with the reference"}
 
@@ -148,16 +148,16 @@ async def test_relays_are_informed_of_adapters_as_they_come_and_go(
 ) -> None:
     fake, url = upstream
     fake.adapters = ("lora",)
-    async with watched(tmp_path, pair(url, reference[1])) as (one, told):
-        await until(lambda: one.monitor.state == "ready")
+    async with watched(tmp_path, pair(url, reference[1])) as (plane, told):
+        await until(lambda: plane.monitor.state == "ready")
         assert told[-1].unscorable_models == {"lora"}
         fake.adapters = ("lora", "sql")
         await until(lambda: told[-1].unscorable_models == {"lora", "sql"})
-        one.pipeline.receive(capture(model="loaded-since"))
-        await until(lambda: status_json(one)["requests"]["skipped"] == {"unknown_model": 1})
+        plane.pipeline.receive(capture(model="loaded-since"))
+        await until(lambda: status_json(plane)["requests"]["skipped"] == {"unknown_model": 1})
         fake.adapters = ()
         await until(lambda: told[-1].unscorable_models == frozenset())
-        assert one.monitor.state == "ready"
+        assert plane.monitor.state == "ready"
 
 
 async def test_an_adapter_that_the_reference_serves_too_is_scored_with_it_and_may_have_a_profile_of_its_own(
@@ -168,59 +168,60 @@ async def test_an_adapter_that_the_reference_serves_too_is_scored_with_it_and_ma
     made = pair(
         url, other_url, calibration={"mode": "auto", "scope": "model"}, shadow={"top_k": 4, "floor_fraction": 1}
     )
-    async with watched(tmp_path, made) as (one, told):
-        await until(lambda: one.monitor.state == "ready")
+    async with watched(tmp_path, made) as (plane, told):
+        await until(lambda: plane.monitor.state == "ready")
         assert told[-1].unscorable_models == {"chat"}
-        assert status_json(one)["compressed"] == {"models": ["fake"], "adapters": ["sql"]}
+        assert status_json(plane)["compressed"] == {"models": ["fake"], "adapters": ["sql"]}
         for model in ("sql", "fake", "chat"):
-            one.pipeline.receive(capture(model=model))
-        await until(lambda: one.pipeline.scorer is not None and one.pipeline.scorer.pending == 0)
-        assert status_json(one)["requests"]["scored"] == 2
-        assert status_json(one)["requests"]["skipped"] == {"unknown_model": 1}
+            plane.pipeline.receive(capture(model=model))
+        await until(lambda: plane.pipeline.scorer is not None and plane.pipeline.scorer.pending == 0)
+        assert status_json(plane)["requests"]["scored"] == 2
+        assert status_json(plane)["requests"]["skipped"] == {"unknown_model": 1}
         assert {r["model"] for r in other.requests if "prompt_logprobs" in r} == {"sql", "fake"}
-        assert set(one.profile_manager.report.status()["scopes"]) == {"sql", "fake"}
-        assert one.pipeline.noise_floor is not None
-        assert one.pipeline.noise_floor.queued == 1, "the noise floor is of the model itself"
+        assert set(plane.profile_manager.report.status()["scopes"]) == {"sql", "fake"}
+        assert plane.pipeline.noise_floor is not None
+        assert plane.pipeline.noise_floor.queued == 1, "the noise floor is of the model itself"
         own = temperature_bias("fake", VOCAB, 1.0, np.linspace(-0.5, 0.5, VOCAB), 1.0)
-        version = one.profile_manager.operator.import_profile(own, "sql")
-        one.profile_manager.operator.promote(version, "rest")
-        one.policy.publish()
+        version = plane.profile_manager.operator.import_profile(own, "sql")
+        plane.profile_manager.operator.promote(version, "rest")
+        plane.policy.publish()
         assert told[-1].serving_by_kind == {"rest": version}
         other.adapters = ()
         await until(lambda: told[-1].unscorable_models == {"sql", "chat"})
-        assert one.monitor.state == "ready"
+        assert plane.monitor.state == "ready"
 
 
 async def test_another_model_behind_the_same_address_is_matched_anew(
     upstream: tuple[FakeVllm, str], reference: tuple[FakeVllm, str], tmp_path: Path
 ) -> None:
     fake, url = upstream
-    async with watched(tmp_path, pair(url, reference[1])) as (one, _):
-        await until(lambda: one.monitor.state == "ready")
+    async with watched(tmp_path, pair(url, reference[1])) as (plane, _):
+        await until(lambda: plane.monitor.state == "ready")
         fake.model = "another"
         await until(
             lambda: (
-                one.profile_manager.serving.model is not None and one.profile_manager.serving.model.name == "another"
+                plane.profile_manager.serving.model is not None
+                and plane.profile_manager.serving.model.name == "another"
             )
         )
-        assert one.monitor.served.models == {"another"}
+        assert plane.monitor.served.models == {"another"}
 
 
 async def test_a_reference_that_dies_stops_the_sampling_and_comes_back(
     upstream: tuple[FakeVllm, str], reference: tuple[FakeVllm, str], tmp_path: Path
 ) -> None:
     fake, url = reference
-    async with watched(tmp_path, pair(upstream[1], url)) as (one, told):
-        one.breakers.of("fake").cooldown = 0.2
-        await until(lambda: one.monitor.state == "ready")
+    async with watched(tmp_path, pair(upstream[1], url)) as (plane, told):
+        plane.breakers.of("fake").cooldown = 0.2
+        await until(lambda: plane.monitor.state == "ready")
         fake.status = 500
-        for _ in range(one.breakers.of("fake").threshold):
-            one.pipeline.receive(capture(model="fake"))
-        await until(lambda: one.monitor.state == "down")
-        assert status_json(one)["requests"]["dropped"]["reference_http_error"] == one.breakers.of("fake").threshold
+        for _ in range(plane.breakers.of("fake").threshold):
+            plane.pipeline.receive(capture(model="fake"))
+        await until(lambda: plane.monitor.state == "down")
+        assert status_json(plane)["requests"]["dropped"]["reference_http_error"] == plane.breakers.of("fake").threshold
         assert not told[-1].scoring
         fake.status = None
-        await until(lambda: one.monitor.state == "ready")
+        await until(lambda: plane.monitor.state == "ready")
         assert told[-1].scoring
 
 
@@ -228,36 +229,36 @@ async def test_a_bug_in_calibration_costs_no_measurement(tmp_path: Path, monkeyp
     def bug(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    async with control(tmp_path) as one:
-        monkeypatch.setattr(one.profile_manager, "observe", bug)
-        one.pipeline.use_record(*scored())
-        assert one.measured.measurements.tokens == 3
-        assert one.registry.get_sample_value("hemostat_calibration_errors_total") == 1
+    async with control(tmp_path) as plane:
+        monkeypatch.setattr(plane.profile_manager, "observe", bug)
+        plane.pipeline.use_record(*scored())
+        assert plane.measured.measurements.tokens == 3
+        assert plane.registry.get_sample_value("hemostat_calibration_errors_total") == 1
 
 
 async def test_consumers_of_records_know_only_the_kinds_that_are_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result: list[str] = []
-    async with control(tmp_path, settings(evidence={"kinds": 1})) as one:
+    async with control(tmp_path, settings(evidence={"kinds": 1})) as plane:
         told: list[Policy] = []
-        one.link.set_policy = told.append  # type: ignore[method-assign]
-        monkeypatch.setattr(one.profile_manager, "observe", lambda record, *_, **_how: result.append(record.kind))
+        plane.link.set_policy = told.append  # type: ignore[method-assign]
+        monkeypatch.setattr(plane.profile_manager, "observe", lambda record, *_, **_how: result.append(record.kind))
         for n, kind in enumerate(["chat text greedy", "chat json greedy", "", "chat text greedy"]):
-            one.pipeline.use_record(*scored(str(n), prompt=n, kind=kind))
+            plane.pipeline.use_record(*scored(str(n), prompt=n, kind=kind))
         assert result == ["chat text greedy", "rest", "rest", "chat text greedy"]
         assert told[-1].kinds == {"chat text greedy"}
 
 
 async def test_policies_are_sent_when_something_changed_and_only_then(tmp_path: Path) -> None:
-    async with control(tmp_path) as one:
+    async with control(tmp_path) as plane:
         told: list[Policy] = []
-        one.link.set_policy = told.append  # type: ignore[method-assign]
+        plane.link.set_policy = told.append  # type: ignore[method-assign]
         for _ in range(5):
-            one.policy.publish()
+            plane.policy.publish()
         assert len(told) == 1
-        one.profile_manager.operator.set_mode("auto")
-        one.policy.publish()
+        plane.profile_manager.operator.set_mode("auto")
+        plane.policy.publish()
         assert [policy.generation for policy in told] == [1, 2]
         assert msgspec.structs.replace(told[0], generation=2, mode="auto") == told[1]
 
@@ -267,18 +268,18 @@ async def test_a_store_that_refuses_is_counted_and_written_later(
 ) -> None:
     monkeypatch.setattr(writer_module, "RETRY_SECONDS", (0.01,))
     made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"})
-    async with control(tmp_path, made, loops=True) as one:
-        one.profile_manager.set_model_pair("m", 30)
-        one.profile_manager.operator.import_profile(profile())
-        assert await one.writer.wait_until_written(10.0)
+    async with control(tmp_path, made, loops=True) as plane:
+        plane.profile_manager.set_model_pair("m", 30)
+        plane.profile_manager.operator.import_profile(profile())
+        assert await plane.writer.wait_until_written(10.0)
         with monkeypatch.context() as full_disk:
-            full_disk.setattr(one.store, "commit", full)
-            one.profile_manager.operator.import_profile(profile(1))
-            one.profile_manager.operator.set_mode("auto")
-            await until(lambda: one.store_errors.count > 2)
-            assert one.ownership.active
-        assert await one.writer.wait_until_written(30.0)
-        result = one.store.read()
+            full_disk.setattr(plane.store, "commit", full)
+            plane.profile_manager.operator.import_profile(profile(1))
+            plane.profile_manager.operator.set_mode("auto")
+            await until(lambda: plane.store_errors.count > 2)
+            assert plane.ownership.active
+        assert await plane.writer.wait_until_written(30.0)
+        result = plane.store.read()
         assert [event["decision"] for event in result.events] == ["mode", "import", "import"]
         assert (len(result.profiles), result.states["mode"]) == (2, "observe auto")
 
@@ -290,9 +291,9 @@ async def test_a_store_that_cannot_be_read_is_unknown_and_not_empty(
     monkeypatch.setattr(ownership, "RETRY_SECONDS", (0.01,))
     path = tmp_path / "store.db"
     made = settings(store={"url": f"sqlite:///{path}"}, calibration={"mode": "auto"})
-    async with control(tmp_path, made) as one:
-        one.profile_manager.set_model_pair("m", 30)
-        one.profile_manager.operator.promote(one.profile_manager.operator.import_profile(profile()))
+    async with control(tmp_path, made) as plane:
+        plane.profile_manager.set_model_pair("m", 30)
+        plane.profile_manager.operator.promote(plane.profile_manager.operator.import_profile(profile()))
     intact = path.read_bytes()
     path.write_bytes(b"no database " * 1000)
     other = Control(made, 1234)
@@ -322,11 +323,11 @@ async def test_a_store_that_cannot_be_read_is_unknown_and_not_empty(
 
 async def test_what_was_decided_is_written_before_it_ends(tmp_path: Path) -> None:
     made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"})
-    async with control(tmp_path, made) as one:
-        one.profile_manager.operator.set_mode("off")
-    async with control(tmp_path, made) as one:
-        assert one.profile_manager.serving.mode == "off"
-        assert [event["decision"] for event in one.profiles.listing()["events"]] == ["mode"]
+    async with control(tmp_path, made) as plane:
+        plane.profile_manager.operator.set_mode("off")
+    async with control(tmp_path, made) as plane:
+        assert plane.profile_manager.serving.mode == "off"
+        assert [event["decision"] for event in plane.profiles.listing()["events"]] == ["mode"]
 
 
 def full(*_: object) -> NoReturn:
@@ -339,23 +340,23 @@ async def test_an_action_that_cannot_be_kept_applies_is_not_answered_as_done_and
     monkeypatch.setattr(operator_actions, "MAX_WRITE_SECONDS", 0.05)
     monkeypatch.setattr(writer_module, "RETRY_SECONDS", (0.01,))
     made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"}, calibration={"mode": "auto"})
-    async with control(tmp_path, made) as one, admin_client(one) as client:
-        version = one.profile_manager.operator.import_profile(profile())
-        assert await one.writer.wait_until_written(30.0)
+    async with control(tmp_path, made) as plane, admin_client(plane) as client:
+        version = plane.profile_manager.operator.import_profile(profile())
+        assert await plane.writer.wait_until_written(30.0)
         with monkeypatch.context() as full_disk:
-            full_disk.setattr(one.store, "commit", full)
+            full_disk.setattr(plane.store, "commit", full)
             for action, body in (("promote", {"version": version}), ("pin", {"version": version}), ("rollback", {})):
                 answer = await client.post(f"/api/v1/profiles/{action}", headers=AUTHORIZED, json=body)
                 assert answer.status_code == 507, answer.text
                 assert "the store does not answer: it is kept as soon as that answers" in answer.json()["detail"]
-                assert (one.profile_manager.serving.selected == version) is (action != "rollback"), action
+                assert (plane.profile_manager.serving.selected == version) is (action != "rollback"), action
             answer = await client.post("/api/v1/profiles", headers=AUTHORIZED, content=profile(1).to_bytes())
             assert answer.status_code == 507
             answer = await client.post("/api/v1/calibration", headers=AUTHORIZED, json={"mode": "off"})
             assert answer.status_code == 507
-            assert one.profile_manager.serving.mode == "off"
-        assert await one.writer.wait_until_written(30.0)
-        result = one.store.read()
+            assert plane.profile_manager.serving.mode == "off"
+        assert await plane.writer.wait_until_written(30.0)
+        result = plane.store.read()
         assert result.states["mode"] == "auto off"
         decisions = [event["decision"] for event in result.events]
         assert decisions == ["mode", "import", "roll_back", "pin", "promote", "import"]
@@ -367,9 +368,9 @@ async def test_one_of_two_with_the_same_store_is_active_and_the_other_continues_
     for folder in folders:
         folder.mkdir()
     other = Control(made, 1234)
-    async with control(folders[0], made) as one:
-        one.profile_manager.set_model_pair("m", 30)
-        one.profile_manager.operator.promote(one.profile_manager.operator.import_profile(profile()))
+    async with control(folders[0], made) as plane:
+        plane.profile_manager.set_model_pair("m", 30)
+        plane.profile_manager.operator.promote(plane.profile_manager.operator.import_profile(profile()))
         starting = asyncio.create_task(other.start(None))
         await other.ownership.settled.wait()
         async with admin_client(other) as client:
@@ -402,22 +403,22 @@ async def test_while_it_is_suspended_records_decide_nothing_and_off_applies(
 ) -> None:
     monkeypatch.setattr(operator_actions, "MAX_WRITE_SECONDS", 0.05)
     made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"}, calibration={"mode": "auto"})
-    async with control(tmp_path, made) as one, admin_client(one) as client:
+    async with control(tmp_path, made) as plane, admin_client(plane) as client:
         told: list[Policy] = []
-        one.link.set_policy = told.append  # type: ignore[method-assign]
-        one.ownership._lose(ExclusionLost("the session has ended"))
-        one.pipeline.use_record(*scored())
-        assert one.measured.measurements.tokens == 0
+        plane.link.set_policy = told.append  # type: ignore[method-assign]
+        plane.ownership._lose(ExclusionLost("the session has ended"))
+        plane.pipeline.use_record(*scored())
+        assert plane.measured.measurements.tokens == 0
         for mode, code in (("observe", 503), ("off", 507)):
             answer = await client.post("/api/v1/calibration", headers=AUTHORIZED, json={"mode": mode})
             assert answer.status_code == code
         assert told[-1].mode == "off"
-        assert [alert["alert"] for alert in status_json(one)["state"]["problems"]][-1] == "HemostatStoreErrors"
-        one.ownership._move(ownership._Event.REGAINED, "")
-        assert await one.writer.wait_until_written(30.0)
-        assert one.store.read().states["mode"] == "auto off"
-        one.pipeline.use_record(*scored())
-        assert one.measured.measurements.tokens > 0
+        assert [alert["alert"] for alert in status_json(plane)["state"]["problems"]][-1] == "HemostatStoreErrors"
+        plane.ownership._move(ownership._Event.REGAINED, "")
+        assert await plane.writer.wait_until_written(30.0)
+        assert plane.store.read().states["mode"] == "auto off"
+        plane.pipeline.use_record(*scored())
+        assert plane.measured.measurements.tokens > 0
 
 
 async def test_a_forced_profile_that_is_none_is_named(tmp_path: Path) -> None:
@@ -427,32 +428,32 @@ async def test_a_forced_profile_that_is_none_is_named(tmp_path: Path) -> None:
         async with control(tmp_path, settings(calibration={"force": str(path)})):
             pass
     path.write_bytes(profile().to_bytes())
-    async with control(tmp_path, settings(calibration={"force": str(path)})) as one:
-        assert one.profile_manager.serving.forced == profile().version
+    async with control(tmp_path, settings(calibration={"force": str(path)})) as plane:
+        assert plane.profile_manager.serving.forced == profile().version
 
 
 async def test_closing_writes_what_was_queued(tmp_path: Path) -> None:
-    async with control(tmp_path) as one:
-        one.writer.set_state("a", "b")
-    assert one.store.read().states["a"] == "b"
+    async with control(tmp_path) as plane:
+        plane.writer.set_state("a", "b")
+    assert plane.store.read().states["a"] == "b"
 
 
 async def test_the_cost_of_a_status_and_of_a_scrape_does_not_grow_with_the_records(tmp_path: Path) -> None:
     """Counted in Python calls, which do not depend on how busy the machine is."""
-    async with control(tmp_path) as one:
-        one.profile_manager.set_model_pair("m", 30)
+    async with control(tmp_path) as plane:
+        plane.profile_manager.set_model_pair("m", 30)
         for seed in range(4):
-            one.profile_manager.operator.import_profile(profile(seed))
+            plane.profile_manager.operator.import_profile(profile(seed))
 
         def calls() -> tuple[int, int]:
-            return count_calls(one.status.current), count_calls(lambda: list(one.registry.collect()))
+            return count_calls(plane.status.current), count_calls(lambda: list(plane.registry.collect()))
 
         for n in range(60):
-            one.pipeline.use_record(*scored(str(n), prompt=n))
+            plane.pipeline.use_record(*scored(str(n), prompt=n))
         calls()  # fills caches
         few = calls()
         for n in range(60, 180):
-            one.pipeline.use_record(*scored(str(n), prompt=n))
+            plane.pipeline.use_record(*scored(str(n), prompt=n))
         calls()
         many = calls()
         # Of three times the records; more figures have an interval then.
@@ -481,12 +482,12 @@ def count_calls(function: Callable[[], object]) -> int:
 async def test_refused_logprobs_make_it_look_again_and_relays_sample_under_a_new_policy(
     upstream: tuple[FakeVllm, str], reference: tuple[FakeVllm, str], tmp_path: Path
 ) -> None:
-    async with watched(tmp_path, pair(upstream[1], reference[1])) as (one, told):
-        await until(lambda: one.monitor.state == "ready")
+    async with watched(tmp_path, pair(upstream[1], reference[1])) as (plane, told):
+        await until(lambda: plane.monitor.state == "ready")
         generation = told[-1].generation
         refused = {"hemostat_shadow_requests_total": {("skipped", "logprobs_refused"): 1.0}}
         totals = Stats(counters=refused, overhead_buckets=[], overhead_sum=0.0, ready=True)
-        one.link.total = lambda: totals  # type: ignore[method-assign]
+        plane.link.total = lambda: totals  # type: ignore[method-assign]
         await until(lambda: not told[-1].scoring)
         await until(lambda: told[-1].scoring)
         assert told[-1].generation > generation
@@ -496,8 +497,8 @@ async def test_refused_logprobs_make_it_look_again_and_relays_sample_under_a_new
         assert told[-1].generation == generation
         upstream[0].max_logprobs = 3
         refused["hemostat_shadow_requests_total"][("skipped", "logprobs_refused")] = 2.0
-        await until(lambda: one.monitor.state == "mismatch")
-        assert "--max-logprobs" in one.monitor.detail
+        await until(lambda: plane.monitor.state == "mismatch")
+        assert "--max-logprobs" in plane.monitor.detail
         assert not told[-1].scoring
 
 
@@ -513,26 +514,26 @@ async def test_relays_know_whether_the_server_has_openais_sampling_defaults(tmp_
 async def test_relays_ask_for_adapters_only_once_every_engine_can_serve_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_map: bool
 ) -> None:
-    async with control(tmp_path, settings(calibration={"mode": "auto"}, adapter={"enabled": True})) as one:
+    async with control(tmp_path, settings(calibration={"mode": "auto"}, adapter={"enabled": True})) as plane:
         told: list[Policy] = []
-        one.link.set_policy = told.append  # type: ignore[method-assign]
-        one.profile_manager.set_model_pair("m", 30)
-        one.profile_manager.serving.max_adapters = 1  # the engine has a slot
+        plane.link.set_policy = told.append  # type: ignore[method-assign]
+        plane.profile_manager.set_model_pair("m", 30)
+        plane.profile_manager.serving.max_adapters = 1  # the engine has a slot
         logit_map = make_contextual(0, 30) if has_map else None
-        version = one.profile_manager.operator.import_profile(adapter(vocabulary=30, logit_map=logit_map))
-        one.profile_manager.operator.promote(version)
+        version = plane.profile_manager.operator.import_profile(adapter(vocabulary=30, logit_map=logit_map))
+        plane.profile_manager.operator.promote(version)
         report = EngineReport("boot", 0, 1, [version], 30, {}, "v1", "0")
-        one.engines.report(report, time.monotonic())
-        one.policy.publish()
+        plane.engines.report(report, time.monotonic())
+        plane.policy.publish()
         # The logits processor holds it, which alone would apply its map without its weights.
         assert told[-1].acknowledged == frozenset()
         assert told[-1].adapters == {}
         assert set(told[-1].serving_by_kind.values()) == {version}
-        monkeypatch.setattr(type(one.adapters.hosts.hosts[""]), "ready", {version: has_map})
-        one.policy.publish()
+        monkeypatch.setattr(type(plane.adapters.hosts.hosts[""]), "ready", {version: has_map})
+        plane.policy.publish()
         assert told[-1].adapters == {version: has_map}
         assert told[-1].acknowledged == {version}
         assert set(told[-1].serving_by_kind.values()) == {version}
-        one.engines.report(EngineReport("anew", 0, 1, [], 30, {}, "v1", "0"), time.monotonic())
-        one.policy.publish()
+        plane.engines.report(EngineReport("anew", 0, 1, [], 30, {}, "v1", "0"), time.monotonic())
+        plane.policy.publish()
         assert told[-1].adapters == ({} if has_map else {version: False})

@@ -19,18 +19,18 @@ from hemostat_calibration.reasoning import Markers, Thinking
 
 
 async def test_what_relays_and_the_scorer_count_is_one_figure(tmp_path: Path) -> None:
-    async with control(tmp_path) as one:
-        writer = await connect_relay(one, tmp_path, 1, relay_stats())
+    async with control(tmp_path) as plane:
+        writer = await connect_relay(plane, tmp_path, 1, relay_stats())
         writer.write(
             encode(SampledCounts([SampledCount("chat structured greedy", "skipped", "invalid", 1.0, 0.0, 40)]))
         )
-        await until(lambda: one.pipeline.coverage.report()["requests"] == 1.0)
+        await until(lambda: plane.pipeline.coverage.report()["requests"] == 1.0)
         record, capture = scored(tokens=60, kind="chat text greedy")
-        one.pipeline.use_record(record, capture)
-        one.pipeline.endings.scored(capture)
-        result = status_json(one)["coverage"]
+        plane.pipeline.use_record(record, capture)
+        plane.pipeline.endings.scored(capture)
+        result = status_json(plane)["coverage"]
         assert result["scored_share"] == {"tokens": 0.6, "requests": 0.5}
-        samples = values(one.pipeline.samples())
+        samples = values(plane.pipeline.samples())
         assert samples[names.SAMPLED_TOKENS, "scored", ""] == 60
         assert samples[names.SAMPLED_TOKENS, "skipped", "invalid"] == 40
         assert samples[names.KIND_SAMPLED_TOKENS, "chat structured greedy", "skipped"] == 40
@@ -39,20 +39,20 @@ async def test_what_relays_and_the_scorer_count_is_one_figure(tmp_path: Path) ->
 
 async def test_a_part_of_an_output_is_in_no_figure_but_those_by_place(tmp_path: Path) -> None:
     """Not by kind, not in the alarm, and nothing is learned from or judged by it: it is a biased sample."""
-    async with control(tmp_path, settings(records={"path": str(tmp_path / "records")})) as one:
-        one.monitor.served = served_models(pair("m", info=INFO))
-        before = status_json(one)
+    async with control(tmp_path, settings(records={"path": str(tmp_path / "records")})) as plane:
+        plane.monitor.served = served_models(pair("m", info=INFO))
+        before = status_json(plane)
         record, capture = scored(tokens=8, kind="chat text greedy")
-        one.pipeline.use_record(replace(record, position=100, context_tokens=105), capture)
-        after = status_json(one)
+        plane.pipeline.use_record(replace(record, position=100, context_tokens=105), capture)
+        after = status_json(plane)
         assert [place["place"] for place in after["places"]["position"]] == ["64-255"]
         changed = {key for key, value in after.items() if before[key] != value} - {"at", "shadow", "queue"}
         assert changed == {"places", "records_written", "calibration"}
         # The kind is followed from now on, with nothing known of it.
         [kind] = [kind for kind in after["calibration"]["kinds"] if kind["kind"] == "chat text greedy"]
         assert not kind["candidates"]
-        one.pipeline.use_record(*scored("whole", prompt=1, tokens=8, kind="chat text greedy"))
-        assert status_json(one)["raw"]["requests"] == 1
+        plane.pipeline.use_record(*scored("whole", prompt=1, tokens=8, kind="chat text greedy"))
+        assert status_json(plane)["raw"]["requests"] == 1
 
 
 @pytest.mark.parametrize("sets", [True, False])
@@ -61,22 +61,22 @@ async def test_requests_under_a_grammar_are_scored_where_engines_say_what_is_all
     tmp_path: Path, sets: bool, full: bool
 ) -> None:
     """And the reference knows more than a list of ids."""
-    async with control(tmp_path) as one:
-        one.monitor.served = served_models(pair("m", info=replace(INFO, full_vocabulary=full)))
-        assert not one.policy._policy(one._clock()).grammars, "no plugin reports"
-        one.engines.report(EngineReport("boot", 0, 1, [], 512, {}, "v1", "0.32.0", sets=sets), one._clock())
-        result = one.policy._policy(one._clock())
+    async with control(tmp_path) as plane:
+        plane.monitor.served = served_models(pair("m", info=replace(INFO, full_vocabulary=full)))
+        assert not plane.policy._policy(plane._clock()).grammars, "no plugin reports"
+        plane.engines.report(EngineReport("boot", 0, 1, [], 512, {}, "v1", "0.32.0", sets=sets), plane._clock())
+        result = plane.policy._policy(plane._clock())
         assert (result.tap, result.grammars) == (True, sets and full)
 
 
 async def test_thinking_is_counted_where_the_markers_of_the_model_are_known(tmp_path: Path) -> None:
-    async with control(tmp_path) as one:
+    async with control(tmp_path) as plane:
         record, capture = scored(tokens=8, finish_reason="length")
         record = replace(record, thinking=Thinking(0, 8, ended=False))
-        one.monitor.served = served_models(pair("m", info=INFO))
-        one.pipeline.use_record(record, capture)
-        assert status_json(one)["thinking"]["arms"] == {}
-        one.monitor.served = served_models(replace(pair("m", info=INFO), markers=Markers((), ((1,),))))
-        one.pipeline.use_record(replace(record, conversation=b"another"), capture)
-        [arm] = status_json(one)["thinking"]["arms"].values()
+        plane.monitor.served = served_models(pair("m", info=INFO))
+        plane.pipeline.use_record(record, capture)
+        assert status_json(plane)["thinking"]["arms"] == {}
+        plane.monitor.served = served_models(replace(pair("m", info=INFO), markers=Markers((), ((1,),))))
+        plane.pipeline.use_record(replace(record, conversation=b"another"), capture)
+        [arm] = status_json(plane)["thinking"]["arms"].values()
         assert (arm["requests"], arm["endings"]["cut"], arm["never_ended"]["estimate"]) == (1, 1, 1.0)

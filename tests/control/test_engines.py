@@ -31,53 +31,53 @@ def reporting(*states: str, requests: int = 5) -> Stats:
     return msgspec.structs.replace(relay_stats(), engines=engines)
 
 
-def value(one: Control, metric: str, engine: str) -> float | None:
-    return one.registry.get_sample_value(metric, {"engine": engine})
+def value(plane: Control, metric: str, engine: str) -> float | None:
+    return plane.registry.get_sample_value(metric, {"engine": engine})
 
 
 async def test_the_status_sums_what_all_relays_know(tmp_path: Path) -> None:
-    async with control(tmp_path) as one:
-        first = await connect_relay(one, tmp_path, 1, reporting("up", "up"))
-        second = await connect_relay(one, tmp_path, 2, reporting("up", "ejected", requests=7))
-        result = {row["engine"]: row for row in status_json(one)["upstream"]}
+    async with control(tmp_path) as plane:
+        first = await connect_relay(plane, tmp_path, 1, reporting("up", "up"))
+        second = await connect_relay(plane, tmp_path, 2, reporting("up", "ejected", requests=7))
+        result = {row["engine"]: row for row in status_json(plane)["upstream"]}
         assert {
             name: (row["up"], row["relays"], row["outstanding"], row["requests"]) for name, row in result.items()
         } == {
             A: (2, 2, 4, 12),
             B: (1, 2, 4, 12),
         }
-        assert value(one, "hemostat_upstream_up_ratio", B) == 0.5
+        assert value(plane, "hemostat_upstream_up_ratio", B) == 0.5
         first.close()
         second.close()
 
 
 async def test_a_drain_reaches_relays_and_survives_a_restart(tmp_path: Path) -> None:
     made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"})
-    async with control(tmp_path, made) as one:
-        relay = await connect_relay(one, tmp_path, 1, reporting("up", "up"))
-        async with admin_client(one) as client:
+    async with control(tmp_path, made) as plane:
+        relay = await connect_relay(plane, tmp_path, 1, reporting("up", "up"))
+        async with admin_client(plane) as client:
             refused = await client.post("/api/v1/engines/drain", json={"engine": "other:1"}, headers=AUTHORIZED)
             assert refused.status_code == 400
             assert A in refused.json()["detail"], "it names the engines"
             drained = await client.post("/api/v1/engines/drain", json={"engine": B}, headers=AUTHORIZED)
         assert [row["drained"] for row in drained.json()["upstream"]] == [False, True]
-        assert policy_drains(one) == {B}
+        assert policy_drains(plane) == {B}
         relay.close()
-    async with control(tmp_path, made) as one:
-        one.policy.publish()
-        assert policy_drains(one) == {B}
-        async with admin_client(one) as client:
+    async with control(tmp_path, made) as plane:
+        plane.policy.publish()
+        assert policy_drains(plane) == {B}
+        async with admin_client(plane) as client:
             ended = await client.post("/api/v1/engines/undrain", json={"engine": B}, headers=AUTHORIZED)
         assert ended.status_code == 200
-        assert policy_drains(one) == set()
+        assert policy_drains(plane) == set()
 
 
-def policy_drains(one: Control) -> frozenset[str]:
-    assert one.link._policy is not None
-    return one.link._policy.drained
+def policy_drains(plane: Control) -> frozenset[str]:
+    assert plane.link._policy is not None
+    return plane.link._policy.drained
 
 
-def observe(one: Control, count: int, outlier: str | None, first: int = 0, *, drawn: bool = True) -> None:
+def observe(plane: Control, count: int, outlier: str | None, first: int = 0, *, drawn: bool = True) -> None:
     rng = np.random.default_rng(first)
     for n in range(first, first + count):
         engine = (A, B, C, D)[n % 4]
@@ -85,7 +85,7 @@ def observe(one: Control, count: int, outlier: str | None, first: int = 0, *, dr
         row = np.log([top, (1 - top) / 2, (1 - top) / 4, (1 - top) / 8, 1e-300]).astype("<f4")
         row[K] = -np.inf
         rows = np.tile(row, (3, 1))
-        one.pipeline.use_record(
+        plane.pipeline.use_record(
             *scored(
                 f"r{n}",
                 n,
@@ -99,55 +99,55 @@ def observe(one: Control, count: int, outlier: str | None, first: int = 0, *, dr
 
 async def test_the_engine_that_differs_is_named_and_that_survives_a_restart(tmp_path: Path) -> None:
     made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"})
-    async with control(tmp_path, made) as one:
-        observe(one, 120, outlier=C)
-        assert one.measured.by_engine.outliers == {C}
-        (row,) = [row for row in one.measured.by_engine.report() if row["outlier"]]
+    async with control(tmp_path, made) as plane:
+        observe(plane, 120, outlier=C)
+        assert plane.measured.by_engine.outliers == {C}
+        (row,) = [row for row in plane.measured.by_engine.report() if row["outlier"]]
         assert row["farther"] is False
         assert row["on_tokens"] <= 90
-        assert value(one, "hemostat_engine_outlier", C) == 1.0
-        assert value(one, "hemostat_engine_outlier", A) == 0.0
-        per_token = {row["engine"]: row["kl_nats"] for row in one.measured.by_engine.report()}
+        assert value(plane, "hemostat_engine_outlier", C) == 1.0
+        assert value(plane, "hemostat_engine_outlier", A) == 0.0
+        per_token = {row["engine"]: row["kl_nats"] for row in plane.measured.by_engine.report()}
         assert per_token[C] < min(per_token[A], per_token[B], per_token[D])
-        await one.writer.write()
-        assert f"engine {C} is an outlier" in {event["why"] for event in one.store.read().events}
-    async with control(tmp_path, made) as one:
-        assert one.measured.by_engine.outliers == {C}
+        await plane.writer.write()
+        assert f"engine {C} is an outlier" in {event["why"] for event in plane.store.read().events}
+    async with control(tmp_path, made) as plane:
+        assert plane.measured.by_engine.outliers == {C}
 
 
 async def test_engines_of_one_model_are_not_named(tmp_path: Path) -> None:
-    async with control(tmp_path) as one:
-        observe(one, 100, outlier=None)
-        assert not one.measured.by_engine.outliers
+    async with control(tmp_path) as plane:
+        observe(plane, 100, outlier=None)
+        assert not plane.measured.by_engine.outliers
 
 
 @pytest.mark.parametrize("affinity", [True, False])
 async def test_engines_that_were_not_drawn_are_not_compared(tmp_path: Path, affinity: bool) -> None:
     made = settings(upstream={"url": "http://127.0.0.1:1", "affinity": affinity})
-    async with control(tmp_path, made) as one:
-        observe(one, 120, outlier=C, drawn=False)
-        assert not one.measured.by_engine.outliers
-        assert not [row for row in one.measured.by_engine.report() if row["outlier"] or row["requests"]]
-        status = one.status.current().outlier_engine
+    async with control(tmp_path, made) as plane:
+        observe(plane, 120, outlier=C, drawn=False)
+        assert not plane.measured.by_engine.outliers
+        assert not [row for row in plane.measured.by_engine.report() if row["outlier"] or row["requests"]]
+        status = plane.status.current().outlier_engine
         assert status["state"] == "off"
         assert ("upstream.affinity: false" if affinity else "a router behind its address") in status["detail"]
-        observe(one, 1, outlier=None, first=120)
-        assert one.status.current().outlier_engine == {"state": "on", "detail": None}
+        observe(plane, 1, outlier=None, first=120)
+        assert plane.status.current().outlier_engine == {"state": "on", "detail": None}
 
 
 async def test_an_engine_that_was_named_is_not_shown_when_none_was_drawn_for_a_day(tmp_path: Path) -> None:
-    async with control(tmp_path) as one:
-        observe(one, 120, outlier=C)
-        assert one.measured.by_engine.outliers == {C}
-        one.measured.by_engine._drawn_at -= ACTIVE_SECONDS
-        assert not one.measured.by_engine.outliers
-        assert not [row for row in one.measured.by_engine.report() if row["outlier"]]
+    async with control(tmp_path) as plane:
+        observe(plane, 120, outlier=C)
+        assert plane.measured.by_engine.outliers == {C}
+        plane.measured.by_engine._drawn_at -= ACTIVE_SECONDS
+        assert not plane.measured.by_engine.outliers
+        assert not [row for row in plane.measured.by_engine.report() if row["outlier"]]
 
 
 async def test_records_without_an_engine_count_nowhere(tmp_path: Path) -> None:
-    async with control(tmp_path) as one:
-        one.pipeline.use_record(*scored())
-        assert one.measured.by_engine.report() == []
+    async with control(tmp_path) as plane:
+        plane.pipeline.use_record(*scored())
+        assert plane.measured.by_engine.report() == []
 
 
 async def test_each_engine_is_asked_for_the_versions_that_it_holds_itself(tmp_path: Path) -> None:
@@ -157,25 +157,25 @@ async def test_each_engine_is_asked_for_the_versions_that_it_holds_itself(tmp_pa
         await engine.start()
     names = [engine.name for engine in engines]
     made = settings(upstream={"urls": [f"http://{name}" for name in names]})
-    async with control(tmp_path, made) as one:
+    async with control(tmp_path, made) as plane:
         for engine in engines:
-            engine.registry = one.engines
+            engine.registry = plane.engines
         health = [EngineHealth(name, "up", False, 0, 0, 0, 0) for name in names]
-        relay = await connect_relay(one, tmp_path, 1, msgspec.structs.replace(relay_stats(), engines=health))
+        relay = await connect_relay(plane, tmp_path, 1, msgspec.structs.replace(relay_stats(), engines=health))
         engines[0].versions = {"one": ["a" * 32]}
-        task = asyncio.create_task(one.addresses.run())
+        task = asyncio.create_task(plane.addresses.run())
 
         def held() -> dict[str, frozenset[str]] | None:
             for engine in engines:
                 engine.report()
-            one.policy.publish()
-            assert one.link._policy is not None
-            assert one.link._policy.acknowledged == frozenset()
-            return one.link._policy.held_by_engine
+            plane.policy.publish()
+            assert plane.link._policy is not None
+            assert plane.link._policy.acknowledged == frozenset()
+            return plane.link._policy.held_by_engine
 
         assert held() == {}
         await until(lambda: held() == {names[0]: {"a" * 32}})
-        assert [row["holds"] for row in status_json(one)["upstream"]] == [["a" * 32], []]
+        assert [row["holds"] for row in status_json(plane)["upstream"]] == [["a" * 32], []]
         engines[1].versions = {"two": ["a" * 32]}
         assert held() == dict.fromkeys(names, frozenset({"a" * 32}))
         task.cancel()

@@ -30,39 +30,39 @@ def learn(control: Control, prompts: range) -> None:
 async def test_what_was_learned_and_proposed_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     url = f"sqlite:///{tmp_path}/h.db"
     made = support.settings(store={"url": url}, calibration={"mode": "observe", "held_out_fraction": 0.1})
-    async with support.control(tmp_path, made) as one:
-        know_models(one)
-        learn(one, range(100))
-        before = one.profile_manager.proposals.learned()
+    async with support.control(tmp_path, made) as plane:
+        know_models(plane)
+        learn(plane, range(100))
+        before = plane.profile_manager.proposals.learned()
         assert before[0] >= 40
-        one.profile_manager.proposals._scope("").proposed_at[TEMPERATURE_BIAS] = 77
+        plane.profile_manager.proposals._scope("").proposed_at[TEMPERATURE_BIAS] = 77
     assert BLOB_KEY in stored(url).blobs
-    async with support.control(tmp_path, made) as one:
-        assert one.profile_manager.proposals.learned() == (0, 0)
-        know_models(one)
-        assert one.profile_manager.proposals.learned() == before
-        assert one.profile_manager.proposals._scope("").proposed_at == {TEMPERATURE_BIAS: 77}
-        know_models(one)
-        learn(one, range(100, 120))
-        assert one.profile_manager.proposals.learned() > before
-    async with support.control(tmp_path, made) as one:
-        know_models(one, "another")
-        assert one.profile_manager.proposals.learned() == (0, 0)
+    async with support.control(tmp_path, made) as plane:
+        assert plane.profile_manager.proposals.learned() == (0, 0)
+        know_models(plane)
+        assert plane.profile_manager.proposals.learned() == before
+        assert plane.profile_manager.proposals._scope("").proposed_at == {TEMPERATURE_BIAS: 77}
+        know_models(plane)
+        learn(plane, range(100, 120))
+        assert plane.profile_manager.proposals.learned() > before
+    async with support.control(tmp_path, made) as plane:
+        know_models(plane, "another")
+        assert plane.profile_manager.proposals.learned() == (0, 0)
     assert "temperature and bias are learned anew" in caplog.text
-    async with support.control(tmp_path, made) as one:
-        one.learned.restore(b"damaged")
-        know_models(one, "another")
-        assert one.profile_manager.proposals.learned() == (0, 0)
+    async with support.control(tmp_path, made) as plane:
+        plane.learned.restore(b"damaged")
+        know_models(plane, "another")
+        assert plane.profile_manager.proposals.learned() == (0, 0)
 
 
 async def test_what_is_learned_of_other_weights_is_forgotten_without_the_stored_evidence(tmp_path: Path) -> None:
-    async with support.control(tmp_path) as one:
-        know_models(one)
-        learn(one, range(100))
-        about = one.learned.models or ModelIdentity()
-        before = one.profile_manager.proposals.learned()
+    async with support.control(tmp_path) as plane:
+        know_models(plane)
+        learn(plane, range(100))
+        about = plane.learned.models or ModelIdentity()
+        before = plane.profile_manager.proposals.learned()
         for known in (replace(about, weights="old"), about, replace(about, weights="old")):
-            one.learned.set_models(known)
-            assert one.profile_manager.proposals.learned() == before > (0, 0)
-        one.learned.set_models(replace(about, weights="new"))
-        assert one.profile_manager.proposals.learned() == (0, 0)
+            plane.learned.set_models(known)
+            assert plane.profile_manager.proposals.learned() == before > (0, 0)
+        plane.learned.set_models(replace(about, weights="new"))
+        assert plane.profile_manager.proposals.learned() == (0, 0)

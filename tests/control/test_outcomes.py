@@ -27,9 +27,9 @@ def reports(version: str, kind: str, units: int, treated_rate: float, control_ra
     return OutcomeReports(made)
 
 
-def serve(one: Control) -> str:
+def serve(plane: Control) -> str:
     """A profile that serves KIND and the rest."""
-    profiles = one.profile_manager
+    profiles = plane.profile_manager
     profiles.set_model_pair(MODEL, V)
     for _ in range(60):
         profiles.kinds.see(KIND)
@@ -41,18 +41,18 @@ def serve(one: Control) -> str:
 
 async def test_harm_takes_the_profile_from_its_kind_until_an_operator_releases_it(tmp_path: Path) -> None:
     made = settings(calibration={"mode": "auto"}, store={"url": f"sqlite:///{tmp_path}/h.db"})
-    async with control(tmp_path, made) as one:
-        version = serve(one)
-        relay = await connect_relay(one, tmp_path, 1, relay_stats())
+    async with control(tmp_path, made) as plane:
+        version = serve(plane)
+        relay = await connect_relay(plane, tmp_path, 1, relay_stats())
         relay.write(encode(reports(version, KIND, 700, 0.95, 0.5)) + encode(reports(version, REST_KIND, 100, 0.5, 0.5)))
-        await until(lambda: len(status_json(one)["outcomes"]["kinds"]) == 2)
-        one.do_periodic()
-        serving = one.profile_manager.serving
+        await until(lambda: len(status_json(plane)["outcomes"]["kinds"]) == 2)
+        plane.do_periodic()
+        serving = plane.profile_manager.serving
         assert serving.version_by_kind == {REST_KIND: version}
         assert serving.kinds[KIND].held
-        counts = one.profile_manager.events.counts
+        counts = plane.profile_manager.events.counts
         assert counts[Decision.ROLL_BACK, Reason.OUTCOMES] == 1
-        shown = {kind["kind"]: kind for kind in status_json(one)["outcomes"]["kinds"]}
+        shown = {kind["kind"]: kind for kind in status_json(plane)["outcomes"]["kinds"]}
         assert shown[KIND]["harmed"]["interval"][0] > 0.05
         assert shown[REST_KIND]["harmed"] is None
         assert shown[REST_KIND]["units"] == 100
@@ -71,19 +71,19 @@ async def test_harm_takes_the_profile_from_its_kind_until_an_operator_releases_i
 async def test_the_part_that_relays_report_follows_from_the_requests_of_all(tmp_path: Path) -> None:
     """What a relay had answered before it connected is not known to be recent: it does not count."""
     reference = {"backend": "vllm", "url": "http://127.0.0.1:1"}
-    async with control(tmp_path, settings(reference=reference)) as one:
-        relays = [await connect_relay(one, tmp_path, pid, relay_stats(1e9)) for pid in (1, 2)]
-        one.do_periodic()
-        assert one.link.requests == 0.0
+    async with control(tmp_path, settings(reference=reference)) as plane:
+        relays = [await connect_relay(plane, tmp_path, pid, relay_stats(1e9)) for pid in (1, 2)]
+        plane.do_periodic()
+        assert plane.link.requests == 0.0
         for relay in relays:
             relay.write(encode(relay_stats(1e9 + 1e6)))
-        await until(lambda: one.link.requests == 2e6)
-        one.do_periodic()
-        assert one.policy._last is not None
-        fraction = one.policy._last.outcome_fraction
+        await until(lambda: plane.link.requests == 2e6)
+        plane.do_periodic()
+        assert plane.policy._last is not None
+        fraction = plane.policy._last.outcome_fraction
         assert fraction < 1.0
-        assert fraction * one.requests.per_second <= MAX_REPORTS_PER_SECOND
-        assert one.policy._last.shadow_rate * one.requests.per_second < 100.0, (
+        assert fraction * plane.requests.per_second <= MAX_REPORTS_PER_SECOND
+        assert plane.policy._last.shadow_rate * plane.requests.per_second < 100.0, (
             "of captures, too, as long as none is scored"
         )
         for relay in relays:

@@ -55,7 +55,7 @@ def open_one(request: pytest.FixtureRequest, tmp_path: Path) -> Opener:
 
 
 @pytest.fixture
-def one(open_one: Opener) -> Iterator[Owner]:
+def process(open_one: Opener) -> Iterator[Owner]:
     owner = Owner(open_one)
     yield owner
     owner.store.close()
@@ -68,22 +68,22 @@ def other(open_one: Opener) -> Iterator[Owner]:
     owner.store.close()
 
 
-async def test_a_new_store_is_owned_and_written(one: Owner) -> None:
-    assert one.state == OwnershipState.STANDBY
-    assert await one.begin() == Snapshot()
-    assert (one.state, one.ownership.why) == (OwnershipState.ACTIVE, "")
-    await one.write("1")
-    assert one.store.read().states == {"a": "1"}
+async def test_a_new_store_is_owned_and_written(process: Owner) -> None:
+    assert process.state == OwnershipState.STANDBY
+    assert await process.begin() == Snapshot()
+    assert (process.state, process.ownership.why) == (OwnershipState.ACTIVE, "")
+    await process.write("1")
+    assert process.store.read().states == {"a": "1"}
 
 
-async def test_the_other_waits_and_takes_over_what_was_written(one: Owner, other: Owner) -> None:
-    await one.begin()
+async def test_the_other_waits_and_takes_over_what_was_written(process: Owner, other: Owner) -> None:
+    await process.begin()
     waiting = asyncio.create_task(other.ownership.begin())
     await other.ownership.settled.wait()
     assert (other.state, other.ownership.why) == (OwnershipState.STANDBY, "another process owns the store")
-    await one.write("1")
+    await process.write("1")
     assert not waiting.done()
-    one.store.close()
+    process.store.close()
     assert (await waiting).states == {"a": "1"}
     assert other.state == OwnershipState.READING
     assert not other.ownership.active
@@ -93,10 +93,12 @@ async def test_the_other_waits_and_takes_over_what_was_written(one: Owner, other
 
 @pytest.mark.parametrize("fault", [Fault.BEFORE, Fault.AFTER, Fault.LATE])
 @pytest.mark.parametrize("call", ["acquire", "read"])
-async def test_a_call_that_fails_at_the_start_is_repeated(one: Owner, other: Owner, fault: Fault, call: str) -> None:
-    await one.begin()
-    await one.write("kept")
-    one.store.close()
+async def test_a_call_that_fails_at_the_start_is_repeated(
+    process: Owner, other: Owner, fault: Fault, call: str
+) -> None:
+    await process.begin()
+    await process.write("kept")
+    process.store.close()
     other.store.faults = [Fault.NONE] * (call == "read") + [fault]
     result = await other.begin()
     assert result.states == {"a": "kept"}, "what cannot be read does not count as absent"
@@ -105,80 +107,84 @@ async def test_a_call_that_fails_at_the_start_is_repeated(one: Owner, other: Own
     assert other.store.head().revision == 2
 
 
-async def test_while_reading_fails_nothing_is_decided_and_the_reason_is_shown(one: Owner) -> None:
-    one.store.faults = [Fault.NONE, *[Fault.BEFORE] * 100_000]
-    async with looping(one.writer.run()):
-        reading = asyncio.create_task(one.ownership.begin())
-        one.writer.set_state("a", "must not be written")
-        await until(lambda: one.store.calls.count("read") > 5)
-        assert (one.state, one.ownership.active, one.ownership.knows) == (OwnershipState.READING, False, False)
-        assert one.ownership.why == "what is stored is not known: store: it does not answer"
-        assert "commit" not in one.store.calls
-        one.store.faults.clear()
+async def test_while_reading_fails_nothing_is_decided_and_the_reason_is_shown(process: Owner) -> None:
+    process.store.faults = [Fault.NONE, *[Fault.BEFORE] * 100_000]
+    async with looping(process.writer.run()):
+        reading = asyncio.create_task(process.ownership.begin())
+        process.writer.set_state("a", "must not be written")
+        await until(lambda: process.store.calls.count("read") > 5)
+        assert (process.state, process.ownership.active, process.ownership.knows) == (
+            OwnershipState.READING,
+            False,
+            False,
+        )
+        assert process.ownership.why == "what is stored is not known: store: it does not answer"
+        assert "commit" not in process.store.calls
+        process.store.faults.clear()
         await reading
 
 
-async def test_a_store_that_was_lost_while_it_is_read_is_acquired_again(one: Owner) -> None:
-    one.store.faults = [Fault.NONE, Fault.LOST]
-    await one.begin()
-    assert one.store.calls == ["acquire", "read", "acquire", "read"]
+async def test_a_store_that_was_lost_while_it_is_read_is_acquired_again(process: Owner) -> None:
+    process.store.faults = [Fault.NONE, Fault.LOST]
+    await process.begin()
+    assert process.store.calls == ["acquire", "read", "acquire", "read"]
 
 
-async def test_a_store_of_a_newer_version_ends_the_process(one: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_store_of_a_newer_version_ends_the_process(process: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> Snapshot:
         raise StoreIncompatible("store: schema 9")
 
-    monkeypatch.setattr(one.store.store, "read", refuse)
+    monkeypatch.setattr(process.store.store, "read", refuse)
     with pytest.raises(StoreIncompatible):
-        await one.begin()
+        await process.begin()
 
 
 @pytest.mark.parametrize("lost_at", ["verify", "commit"])
-async def test_it_continues_after_a_lost_session_where_nobody_else_wrote(one: Owner, lost_at: str) -> None:
-    await one.begin()
-    await one.write("1")
-    one.store.faults = [Fault.LOST, Fault.BEFORE, Fault.AFTER, Fault.BEFORE]
+async def test_it_continues_after_a_lost_session_where_nobody_else_wrote(process: Owner, lost_at: str) -> None:
+    await process.begin()
+    await process.write("1")
+    process.store.faults = [Fault.LOST, Fault.BEFORE, Fault.AFTER, Fault.BEFORE]
     if lost_at == "commit":
-        one.writer.set_state("a", "2")
+        process.writer.set_state("a", "2")
     seen = []
-    moved = one.ownership._move
-    one.ownership._move = lambda *args: (moved(*args), seen.append(one.state))[0]  # type: ignore[method-assign]
-    async with looping(one.writer.run(), one.ownership.watch()):
+    moved = process.ownership._move
+    process.ownership._move = lambda *args: (moved(*args), seen.append(process.state))[0]  # type: ignore[method-assign]
+    async with looping(process.writer.run(), process.ownership.watch()):
         await until(lambda: len(seen) == 2)
         assert seen == [OwnershipState.SUSPENDED, OwnershipState.ACTIVE]
-        one.writer.set_state("b", "3")
-        assert await one.writer.wait_until_written(30.0)
-    assert one.store.read().states == {"a": "2" if lost_at == "commit" else "1", "b": "3"}
+        process.writer.set_state("b", "3")
+        assert await process.writer.wait_until_written(30.0)
+    assert process.store.read().states == {"a": "2" if lost_at == "commit" else "1", "b": "3"}
 
 
-async def test_the_process_ends_where_another_one_wrote(one: Owner, other: Owner) -> None:
-    await one.begin()
-    await one.write("1")
-    one.store.store.close()  # as a server that has ended its session
+async def test_the_process_ends_where_another_one_wrote(process: Owner, other: Owner) -> None:
+    await process.begin()
+    await process.write("1")
+    process.store.store.close()  # as a server that has ended its session
     await other.begin()
-    one.writer.set_state("a", "former")
-    writing = asyncio.create_task(one.writer.run())
-    watching = asyncio.create_task(one.ownership.watch())
-    await until(lambda: one.state is OwnershipState.SUSPENDED)
-    assert not one.ownership.active
-    assert one.ownership.knows
+    process.writer.set_state("a", "former")
+    writing = asyncio.create_task(process.writer.run())
+    watching = asyncio.create_task(process.ownership.watch())
+    await until(lambda: process.state is OwnershipState.SUSPENDED)
+    assert not process.ownership.active
+    assert process.ownership.knows
     assert not watching.done(), "nobody has written yet"
     await other.write("2")
     with pytest.raises(Superseded, match="another process has written to the store: the store is at revision 2"):
         await watching
-    assert one.state == OwnershipState.ENDED
+    assert process.state == OwnershipState.ENDED
     writing.cancel()
     assert other.store.read().states == {"a": "2"}
 
 
-async def test_a_write_that_fails_leaves_it_active(one: Owner) -> None:
-    await one.begin()
-    async with looping(one.writer.run(), one.ownership.watch()):
-        one.store.faults = [Fault.BEFORE, Fault.AFTER] * 20
-        one.writer.set_state("a", "1")
-        assert await one.writer.wait_until_written(30.0)
-        assert one.ownership.active
-    assert one.errors.count
+async def test_a_write_that_fails_leaves_it_active(process: Owner) -> None:
+    await process.begin()
+    async with looping(process.writer.run(), process.ownership.watch()):
+        process.store.faults = [Fault.BEFORE, Fault.AFTER] * 20
+        process.writer.set_state("a", "1")
+        assert await process.writer.wait_until_written(30.0)
+        assert process.ownership.active
+    assert process.errors.count
 
 
 def test_no_other_moves_exist() -> None:

@@ -67,8 +67,8 @@ class Life:
 
 @asynccontextmanager
 async def life(folder: Path, made: Settings) -> AsyncIterator[Life]:
-    async with support.control(folder, made) as one:
-        yield Life(one)
+    async with support.control(folder, made) as plane:
+        yield Life(plane)
 
 
 async def first_life(folder: Path, made: Settings, **engines: str) -> None:
@@ -85,21 +85,21 @@ KNOWN, NOTHING = (True, True, True), (False, False, False)
 
 async def test_while_it_runs(settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     await first_life(tmp_path, settings, a="old")
-    async with life(tmp_path, settings) as one:
-        one.reports(a="old")
-        assert one.known == KNOWN
-        one.reports(a="old", b="new")
-        assert one.known == KNOWN, "a rolling update has begun"
-        one.reports(old_plugin="")
-        one.reports()
-        assert one.known == KNOWN, "nothing is known of what serves"
+    async with life(tmp_path, settings) as plane:
+        plane.reports(a="old")
+        assert plane.known == KNOWN
+        plane.reports(a="old", b="new")
+        assert plane.known == KNOWN, "a rolling update has begun"
+        plane.reports(old_plugin="")
+        plane.reports()
+        assert plane.known == KNOWN, "nothing is known of what serves"
         with caplog.at_level(logging.WARNING):
-            one.reports(b="new")
-        assert one.known == NOTHING
+            plane.reports(b="new")
+        assert plane.known == NOTHING
         assert "the stored evidence is about other models" in caplog.text
-        one.use(range(40, 80))
-        one.reports(b="new", c="new")
-        assert one.known == (False, True, True)
+        plane.use(range(40, 80))
+        plane.reports(b="new", c="new")
+        assert plane.known == (False, True, True)
 
 
 async def test_while_it_did_not_run(settings: Settings, tmp_path: Path) -> None:
@@ -107,18 +107,18 @@ async def test_while_it_did_not_run(settings: Settings, tmp_path: Path) -> None:
     in which none does."""
     await first_life(tmp_path, settings, a="old")
     for _ in range(2):
-        async with life(tmp_path, settings) as one:
-            assert one.known == KNOWN
-            one.use(range(100, 120))
-            await one.one.learned.save()
-    async with life(tmp_path, settings) as one:
-        one.reports(a="old")
-        assert one.known == KNOWN
-    async with life(tmp_path, settings) as one:
-        one.reports(b="new")
-        assert one.known == NOTHING
-    async with life(tmp_path, settings) as one:
-        assert one.known == NOTHING
+        async with life(tmp_path, settings) as plane:
+            assert plane.known == KNOWN
+            plane.use(range(100, 120))
+            await plane.one.learned.save()
+    async with life(tmp_path, settings) as plane:
+        plane.reports(a="old")
+        assert plane.known == KNOWN
+    async with life(tmp_path, settings) as plane:
+        plane.reports(b="new")
+        assert plane.known == NOTHING
+    async with life(tmp_path, settings) as plane:
+        assert plane.known == NOTHING
 
 
 async def test_what_was_stored_before_weights_were_known_is_used(settings: Settings, tmp_path: Path) -> None:
@@ -127,9 +127,9 @@ async def test_what_was_stored_before_weights_were_known_is_used(settings: Setti
     models = json.loads(stored(settings.store.url).states[MODELS_KEY])
     assert models.pop("weights") == ""
     put(settings.store.url, SetState(MODELS_KEY, json.dumps(models)))
-    async with life(tmp_path, settings) as one:
-        one.reports(a="x")
-        assert one.known == KNOWN
+    async with life(tmp_path, settings) as plane:
+        plane.reports(a="x")
+        assert plane.known == KNOWN
     assert json.loads(stored(settings.store.url).states[MODELS_KEY])["weights"] == "x"
 
 
@@ -137,13 +137,13 @@ async def test_what_was_stored_before_weights_were_known_is_used(settings: Setti
 async def test_evidence_about_unreadable_models_is_forgotten(settings: Settings, tmp_path: Path, damaged: str) -> None:
     await first_life(tmp_path, settings)
     put(settings.store.url, SetState(MODELS_KEY, damaged))
-    async with life(tmp_path, settings) as one:
-        one.reports(a="x")
-        assert one.known[:2] == (False, False)
+    async with life(tmp_path, settings) as plane:
+        plane.reports(a="x")
+        assert plane.known[:2] == (False, False)
 
 
 async def test_copies_at_two_engines_are_one_checkpoint(settings: Settings, tmp_path: Path) -> None:
     await first_life(tmp_path, settings, a="same", b="same")
-    async with life(tmp_path, settings) as one:
-        one.reports(c="same", d="same")
-        assert one.known == KNOWN
+    async with life(tmp_path, settings) as plane:
+        plane.reports(c="same", d="same")
+        assert plane.known == KNOWN

@@ -64,15 +64,15 @@ class End:
 
 @asynccontextmanager
 async def end(made: Certificate | None = None, *, active: bool = True) -> AsyncIterator[End]:
-    one = End(made)
+    listening = End(made)
     if active:
-        one.listener.admit = one.link.serve
-    one.listener.start()
+        listening.listener.admit = listening.link.serve
+    listening.listener.start()
     try:
-        async with looping(one.link.run()):
-            yield one
+        async with looping(listening.link.run()):
+            yield listening
     finally:
-        await one.listener.close()
+        await listening.listener.close()
 
 
 class Relay:
@@ -118,27 +118,27 @@ def known(**more: object) -> Hello:
 @pytest.mark.parametrize("tls", [True, False])
 async def test_captures_figures_and_policies_by_tcp(made: Certificate, tls: bool) -> None:
     used = made if tls else None
-    async with end(used) as one:
-        relay = Relay(one.addresses(used))
+    async with end(used) as listening:
+        relay = Relay(listening.addresses(used))
         async with relay.running():
-            await until(lambda: relay.policies == [policy()] and one.link.ready)
+            await until(lambda: relay.policies == [policy()] and listening.link.ready)
             assert relay.link.emit(sized_capture("far away", size=1_000_000))
-            await until(lambda: [capture.request_id for capture in one.captures] == ["far away"])
-            one.link.set_policy(policy(generation=9))
+            await until(lambda: [capture.request_id for capture in listening.captures] == ["far away"])
+            listening.link.set_policy(policy(generation=9))
             await until(lambda: relay.policies == [policy(), policy(generation=9)])
 
 
 async def test_captures_are_dropped_while_the_link_is_full_with_tls(made: Certificate) -> None:
     """The bytes that TLS holds back count, too."""
-    async with end(made) as one:
+    async with end(made) as listening:
         hold = asyncio.Event()
 
         async def admit(_: Hello, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             writer.write(encode(Alive()))
             await hold.wait()
 
-        one.listener.admit = admit
-        relay = Relay(one.addresses(made))
+        listening.listener.admit = admit
+        relay = Relay(listening.addresses(made))
         async with relay.running():
             size = 1 << 20
             await until(lambda: relay.link.emit(sized_capture(size=size)))
@@ -154,8 +154,8 @@ async def test_captures_are_dropped_while_the_link_is_full_with_tls(made: Certif
 async def test_a_certificate_of_another_authority_is_not_trusted(
     made: Certificate, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with end(certificate(tmp_path)) as one:
-        relay = Relay(one.addresses(made))
+    async with end(certificate(tmp_path)) as listening:
+        relay = Relay(listening.addresses(made))
         async with relay.running():
             await until(lambda: "relay 0: the control process at 127.0.0.1" in caplog.text)
     assert "cannot be used: self-signed certificate" in caplog.text
@@ -164,20 +164,20 @@ async def test_a_certificate_of_another_authority_is_not_trusted(
 
 async def test_a_certificate_has_to_name_the_host(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     other = certificate(tmp_path, "control.example")
-    async with end(other) as one:
-        relay = Relay(one.addresses(other))
+    async with end(other) as listening:
+        relay = Relay(listening.addresses(other))
         async with relay.running():
             await until(lambda: "Hostname mismatch" in caplog.text)
     assert relay.policies == []
 
 
 async def test_a_peer_without_tls_is_refused_where_there_is_tls(made: Certificate) -> None:
-    async with end(made) as one:
-        assert await said(one.port, encode(known())) == []
-        relay = Relay(replace(one.addresses(made), ca=None))
+    async with end(made) as listening:
+        assert await said(listening.port, encode(known())) == []
+        relay = Relay(replace(listening.addresses(made), ca=None))
         async with relay.running():
-            assert await said(one.port, encode(known(token="x")), client_context(made.cert)), "the port answers"
-        assert one.link.relays == 0
+            assert await said(listening.port, encode(known(token="x")), client_context(made.cert)), "the port answers"
+        assert listening.link.relays == 0
         assert relay.policies == []
 
 
@@ -197,54 +197,54 @@ async def test_a_peer_without_tls_is_refused_where_there_is_tls(made: Certificat
 async def test_refusals_are_a_line_at_both_ends(
     first: Hello, why: str, fault: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with end() as one:
+    async with end() as listening:
         for _ in range(3):
-            (refused,) = await said(one.port, encode(first))
+            (refused,) = await said(listening.port, encode(first))
             assert isinstance(refused, Refused)
             assert why in refused.why
             assert "\n" not in refused.why
             assert refused.fault is fault
         lines = [record.message for record in caplog.records if record.name == "hemostat.control"]
         assert lines == [f"a relay from 127.0.0.1 is refused: {refused.why}"], "once, however often it comes"
-        assert one.link.relays == 0
+        assert listening.link.relays == 0
 
 
 async def test_the_hello_of_any_other_version_is_read_as_far_as_its_protocol() -> None:
-    async with end() as one:
+    async with end() as listening:
         body = msgspec.msgpack.encode({"type": "hello", "protocol": 7, "token": ["of", "another", "form"], "new": {}})
-        (refused,) = await said(one.port, frame(body))
+        (refused,) = await said(listening.port, frame(body))
         assert isinstance(refused, Refused)
         assert "protocol 7" in refused.why
 
 
 async def test_a_standby_refuses_until_it_is_active(caplog: pytest.LogCaptureFixture) -> None:
-    async with end(active=False) as one:
-        assert await said(one.port, encode(known())) == [Refused("not active", fault=False)]
-        relay = Relay(one.addresses(None))
+    async with end(active=False) as listening:
+        assert await said(listening.port, encode(known())) == [Refused("not active", fault=False)]
+        relay = Relay(listening.addresses(None))
         async with relay.running():
             await until(lambda: "relay 0: no control process (127.0.0.1" in caplog.text)
-            one.listener.admit = one.link.serve
+            listening.listener.admit = listening.link.serve
             await until(lambda: relay.policies == [policy()])
     warnings = [record.message.partition(" (")[0] for record in caplog.records if record.levelno >= logging.WARNING]
     assert warnings == ["relay 0: no control process"]
 
 
 async def test_a_relay_says_once_why_it_is_refused(caplog: pytest.LogCaptureFixture) -> None:
-    async with end() as one:
+    async with end() as listening:
         tries = 0
-        refuse = one.listener._greeted
+        refuse = listening.listener._greeted
 
         def counted(body: bytes, *, local: bool) -> Hello | Refused:
             nonlocal tries
             tries += 1
             return refuse(body, local=local)
 
-        one.listener._greeted = counted  # type: ignore[method-assign]
-        relay = Relay(replace(one.addresses(None), token="old"))
+        listening.listener._greeted = counted  # type: ignore[method-assign]
+        relay = Relay(replace(listening.addresses(None), token="old"))
         async with relay.running():
             await until(lambda: tries >= 3)
     lines = [record.message for record in caplog.records if record.name == "hemostat.relay"]
-    at = f"127.0.0.1:{one.port}"
+    at = f"127.0.0.1:{listening.port}"
     why = "wrong token; control.token has to be the same on both sides"
     assert lines == [f"relay 0: the control process at {at} cannot be used: {why}"]
 
@@ -292,40 +292,40 @@ async def test_a_control_process_that_is_silent_is_left(monkeypatch: pytest.Monk
     """Stopped (SIGSTOP) it keeps its connections: the kernel still takes what is sent."""
     monkeypatch.setattr(relay_end, "SILENCE_SECONDS", 0.2)
     monkeypatch.setattr(relay_end, "STATS_SECONDS", 0.05)
-    async with end() as one:
+    async with end() as listening:
         hold = asyncio.Event()
 
         async def stopped(_: Hello, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             writer.write(encode(Alive()))
             await hold.wait()
 
-        one.listener.admit = stopped
-        relay = Relay(one.addresses(None))
+        listening.listener.admit = stopped
+        relay = Relay(listening.addresses(None))
         async with relay.running():
             await until(lambda: relay.link._transport is not None)
-            one.listener.admit = one.link.serve
+            listening.listener.admit = listening.link.serve
             await until(lambda: relay.policies == [policy()])
         hold.set()
 
 
 async def test_a_control_process_that_does_not_answer_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relay_end, "ATTEMPT_SECONDS", 0.2)
-    async with end() as one:
+    async with end() as listening:
         with socket.create_server(("127.0.0.1", 0)) as mute:
-            hosts = [("127.0.0.1", mute.getsockname()[1]), ("127.0.0.1", one.port)]
-            relay = Relay(replace(one.addresses(None), hosts=hosts))
+            hosts = [("127.0.0.1", mute.getsockname()[1]), ("127.0.0.1", listening.port)]
+            relay = Relay(replace(listening.addresses(None), hosts=hosts))
             async with relay.running():
                 await until(lambda: relay.policies == [policy()])
 
 
 async def test_a_relay_that_is_silent_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control_end, "SILENCE_SECONDS", 0.1)
-    async with end() as one:
-        reader, writer = await asyncio.open_connection("127.0.0.1", one.port)
+    async with end() as listening:
+        reader, writer = await asyncio.open_connection("127.0.0.1", listening.port)
         writer.write(encode(known()))
         await asyncio.wait_for(reader.read(), HANG_SECONDS)
         writer.close()
-        assert one.link.relays == 0
+        assert listening.link.relays == 0
 
 
 # --- the last policy --------------------------------------------------------------------------------------------------
@@ -359,11 +359,11 @@ def test_the_last_policy_is_in_force_for_30_seconds_after_the_last_word() -> Non
 async def test_a_relay_without_a_control_process_drops_its_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relay_end, "STATS_SECONDS", 0.01)
     now = 5.0
-    async with end() as one:
-        relay = Relay(one.addresses(None), lambda: now)
+    async with end() as listening:
+        relay = Relay(listening.addresses(None), lambda: now)
         async with relay.running():
             await until(lambda: relay.policies == [policy()])
-            await one.listener.close()
+            await listening.listener.close()
             await until(lambda: relay.link._transport is None)
             now += POLICY_SECONDS
             await until(lambda: relay.policies == [policy(), None])
@@ -374,33 +374,33 @@ async def test_a_relay_without_a_control_process_drops_its_policy(monkeypatch: p
 
 @pytest.mark.parametrize("first", [b"GET / HTTP/1.1\r\n\r\n", frame(b"x"), encode(STATS), encode(policy())])
 async def test_what_is_no_hello_is_not_answered(first: bytes) -> None:
-    async with end() as one:
-        assert await said(one.port, first) == []
-        assert one.link.relays == 0
+    async with end() as listening:
+        assert await said(listening.port, first) == []
+        assert listening.link.relays == 0
 
 
 async def test_a_frame_that_is_longer_than_any_hello_is_not_waited_for() -> None:
-    async with end() as one:
-        assert await said(one.port, (MAX_HELLO_BYTES + 1).to_bytes(4, "big")) == []
+    async with end() as listening:
+        assert await said(listening.port, (MAX_HELLO_BYTES + 1).to_bytes(4, "big")) == []
 
 
 async def test_slow_peers_are_left(monkeypatch: pytest.MonkeyPatch, made: Certificate) -> None:
     monkeypatch.setattr(relay_listener, "HANDSHAKE_SECONDS", 0.1)
     for used in (None, made):
-        async with end(used) as one:
-            assert await said(one.port, b"\0\0") == []
+        async with end(used) as listening:
+            assert await said(listening.port, b"\0\0") == []
 
 
 async def test_many_peers_without_a_hello_do_not_keep_a_relay_out(made: Certificate) -> None:
     """Without a limit each of them would hold the buffers of a TLS connection for five seconds."""
-    async with end(made) as one:
-        idle = [await asyncio.open_connection("127.0.0.1", one.port) for _ in range(2 * MAX_HANDSHAKES)]
-        await until(lambda: one.listener._handshakes)
-        relay = Relay(one.addresses(made))
+    async with end(made) as listening:
+        idle = [await asyncio.open_connection("127.0.0.1", listening.port) for _ in range(2 * MAX_HANDSHAKES)]
+        await until(lambda: listening.listener._handshakes)
+        relay = Relay(listening.addresses(made))
         async with relay.running():
             await until(lambda: relay.policies == [policy()])
-        assert len(one.listener._handshakes) <= MAX_HANDSHAKES
-        await until(lambda: len(one.listener._connections) <= MAX_HANDSHAKES + 1)  # the listener's own, too
+        assert len(listening.listener._handshakes) <= MAX_HANDSHAKES
+        await until(lambda: len(listening.listener._connections) <= MAX_HANDSHAKES + 1)  # the listener's own, too
         await until(
             lambda: sum(reader.at_eof() or reader.exception() is not None for reader, _ in idle) >= MAX_HANDSHAKES
         )
@@ -422,12 +422,12 @@ async def test_failed_handshakes_are_paced(monkeypatch: pytest.MonkeyPatch) -> N
             pauses.append(seconds)
             await asyncio.sleep(0)
 
-    async with end() as one:
+    async with end() as listening:
         monkeypatch.setattr(relay_listener, "asyncio", Asyncio())
         for _ in range(3):
-            await said(one.port, encode(known(token="guess")))
+            await said(listening.port, encode(known(token="guess")))
         for _ in range(2):
-            reader, writer = await asyncio.open_connection("127.0.0.1", one.port)
+            reader, writer = await asyncio.open_connection("127.0.0.1", listening.port)
             writer.write(encode(known()))
             await read_frame(reader)
             writer.close()

@@ -90,13 +90,13 @@ class Life:
 
 @asynccontextmanager
 async def life(store: DirectWrites, tmp_path: Path, weights: str = "", **settings: Any) -> AsyncIterator[Life]:
-    one = Life(store, save(make(), tmp_path / "checkpoint"), **settings)
-    one.learner.set_weights(weights)
-    running = asyncio.create_task(one.learner.run())
-    one.learner.learn_about(one.target)
-    await until(lambda: one.learner.state == "learning")
+    current = Life(store, save(make(), tmp_path / "checkpoint"), **settings)
+    current.learner.set_weights(weights)
+    running = asyncio.create_task(current.learner.run())
+    current.learner.learn_about(current.target)
+    await until(lambda: current.learner.state == "learning")
     try:
-        yield one
+        yield current
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -112,117 +112,117 @@ def won(profile: CalibrationProfile) -> float:
 
 
 async def test_after_restarts_the_proposal_is_the_one_without(tmp_path: Path) -> None:
-    async with life(DirectWrites(), tmp_path) as one:
-        one.teach(range(60))
-        await one.taught(960)
-        without = await one.propose()
+    async with life(DirectWrites(), tmp_path) as current:
+        current.teach(range(60))
+        await current.taught(960)
+        without = await current.propose()
     store = DirectWrites()
     for n in range(3):
-        async with life(store, tmp_path) as one:
-            assert one.receiver.restored is (n > 0)
-            assert one.tokens == n * 320
-            assert one.learner.tokens_by_source().get("hidden", 0) == 0, "counters are of this process"
-            one.teach(range(20 * n, 20 * n + 20))
-            await one.taught(320 * n + 320)
+        async with life(store, tmp_path) as current:
+            assert current.receiver.restored is (n > 0)
+            assert current.tokens == n * 320
+            assert current.learner.tokens_by_source().get("hidden", 0) == 0, "counters are of this process"
+            current.teach(range(20 * n, 20 * n + 20))
+            await current.taught(320 * n + 320)
             if n == 2:
-                after = await one.propose()
-                assert one.learner.tokens_by_source()["hidden"] == 320
+                after = await current.propose()
+                assert current.learner.tokens_by_source()["hidden"] == 320
     assert won(after) == pytest.approx(won(without), rel=0.02)
     assert after.metadata["tokens"] == without.metadata["tokens"]
 
 
 async def test_a_killed_process_loses_what_came_after_the_last_export(tmp_path: Path) -> None:
     store = DirectWrites()
-    async with life(store, tmp_path) as one:
-        one.teach(range(20))
-        await one.taught(320)
+    async with life(store, tmp_path) as current:
+        current.teach(range(20))
+        await current.taught(320)
         assert store.get_blob(BLOB_KEY) is None
-        one.now = client.EXPORT_SECONDS
-        one.teach(range(20, 21))
+        current.now = client.EXPORT_SECONDS
+        current.teach(range(20, 21))
         await until(lambda: store.get_blob(BLOB_KEY) is not None)
-        stored = one.learner._exported_tokens
+        stored = current.learner._exported_tokens
         assert stored >= 320
-        one.teach(range(30, 40))
-        await one.taught(496)
+        current.teach(range(30, 40))
+        await current.taught(496)
         (pid,) = children()
         os.kill(pid, signal.SIGKILL)
-        await until(lambda: one.learner.state == "down")
-        assert "since it was stored is lost" in one.learner.detail
-        await until(lambda: one.learner.state == "learning")
-        assert one.tokens == stored
-        assert one.learner.tokens_by_source()["hidden"] == 496, "counters do not decrease"
-        one.teach(range(50, 51))
-        await one.taught(stored + 16)
-        assert one.learner.tokens_by_source()["hidden"] == 512
+        await until(lambda: current.learner.state == "down")
+        assert "since it was stored is lost" in current.learner.detail
+        await until(lambda: current.learner.state == "learning")
+        assert current.tokens == stored
+        assert current.learner.tokens_by_source()["hidden"] == 496, "counters do not decrease"
+        current.teach(range(50, 51))
+        await current.taught(stored + 16)
+        assert current.learner.tokens_by_source()["hidden"] == 512
 
 
 async def test_what_is_about_another_reference_or_damaged_is_not_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = DirectWrites()
-    async with life(store, tmp_path) as one:
-        one.teach(range(5))
-        await one.taught(80)
+    async with life(store, tmp_path) as current:
+        current.teach(range(5))
+        await current.taught(80)
     whole = store.get_blob(BLOB_KEY)
     assert whole is not None
     for changes, damaged in (({"half_life_tokens": 77.0}, whole), ({}, whole[:-1]), ({}, b"x"), ({}, b"")):
         store.put_blob(BLOB_KEY, damaged)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            async with life(store, tmp_path, **changes) as one:
-                assert one.tokens == 0
-                assert one.receiver.restored is False
+            async with life(store, tmp_path, **changes) as current:
+                assert current.tokens == 0
+                assert current.receiver.restored is False
         assert ("learning begins anew" in caplog.text) is bool(damaged)
 
 
 async def test_scopes_are_kept_and_the_limit_holds(tmp_path: Path) -> None:
     store = DirectWrites()
-    async with life(store, tmp_path, stored_learner_mib=1) as one:
-        one.teach(range(30), "a")
-        one.teach(range(30, 500))
-        await one.taught(500 * 16)
+    async with life(store, tmp_path, stored_learner_mib=1) as current:
+        current.teach(range(30), "a")
+        current.teach(range(30, 500))
+        await current.taught(500 * 16)
     data = store.get_blob(BLOB_KEY)
     assert data is not None
     assert len(data) <= 1 << 20
-    async with life(store, tmp_path, stored_learner_mib=1) as one:
-        assert one.tokens == 500 * 16
-        assert one.learner.status()["scopes"] == {"a": 480}
+    async with life(store, tmp_path, stored_learner_mib=1) as current:
+        assert current.tokens == 500 * 16
+        assert current.learner.status()["scopes"] == {"a": 480}
 
 
 async def test_what_is_of_other_weights_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = DirectWrites()
-    async with life(store, tmp_path) as one:
-        one.learner.set_weights("old")
-        one.teach(range(5))
-        await one.taught(80)
-    async with life(store, tmp_path) as one:
-        assert one.tokens == 80
-        one.learner.set_weights("")
-        one.learner.set_weights("old")
-        one.teach(range(5, 7))
-        await one.taught(112)
+    async with life(store, tmp_path) as current:
+        current.learner.set_weights("old")
+        current.teach(range(5))
+        await current.taught(80)
+    async with life(store, tmp_path) as current:
+        assert current.tokens == 80
+        current.learner.set_weights("")
+        current.learner.set_weights("old")
+        current.teach(range(5, 7))
+        await current.taught(112)
         (before,) = children()
         # What the process has learned is exported at its end, and is not to be stored as of the new weights.
-        one.learner.set_weights("new")
-        await until(lambda: children() not in ([], [before]) and one.learner.state == "learning")
-        assert one.tokens == 0
-        one.teach(range(10, 11))
-        await one.taught(16)
+        current.learner.set_weights("new")
+        await until(lambda: children() not in ([], [before]) and current.learner.state == "learning")
+        assert current.tokens == 0
+        current.teach(range(10, 11))
+        await current.taught(16)
     assert "the engines have loaded other weights" in caplog.text
-    async with life(store, tmp_path) as one:
-        assert one.tokens == 16
-        one.learner.set_weights("new")
+    async with life(store, tmp_path) as current:
+        assert current.tokens == 16
+        current.learner.set_weights("new")
         await asyncio.sleep(0.1)
-        assert one.tokens == 16
+        assert current.tokens == 16
 
 
 async def test_what_was_stored_of_other_weights_is_not_read(tmp_path: Path) -> None:
     """They are known before the process starts."""
     store = DirectWrites()
-    async with life(store, tmp_path) as one:
-        one.learner.set_weights("old")
-        one.teach(range(5))
-        await one.taught(80)
+    async with life(store, tmp_path) as current:
+        current.learner.set_weights("old")
+        current.teach(range(5))
+        await current.taught(80)
     for weights, tokens in (("new", 0), ("old", 80)):
-        async with life(store, tmp_path, weights=weights) as one:
-            assert one.tokens == tokens
+        async with life(store, tmp_path, weights=weights) as current:
+            assert current.tokens == tokens

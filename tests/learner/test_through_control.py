@@ -67,9 +67,9 @@ class WorldReference(StateReference):
 class WorldEngine:
     """The compressed model with the plugin: it holds what it is told, and taps."""
 
-    def __init__(self, world: World, one: Control) -> None:
+    def __init__(self, world: World, plane: Control) -> None:
         self.world = world
-        self.one = one
+        self.one = plane
         self.held: list[str] = []
 
     def reports(self) -> None:
@@ -128,21 +128,21 @@ def idle(learner: Learner) -> bool:
 
 
 class Bench:
-    def __init__(self, one: Control, reference: WorldReference) -> None:
-        self.one = one
+    def __init__(self, plane: Control, reference: WorldReference) -> None:
+        self.one = plane
         self.reference = reference
-        self.engine = WorldEngine(reference.world, one)
+        self.engine = WorldEngine(reference.world, plane)
         self.told: list[Policy] = []
         self.learned_from: list[bytes] = []
         self._seed = 0
-        one.link.set_policy = self.told.append  # type: ignore[method-assign]
-        offer = one.learner.offer
+        plane.link.set_policy = self.told.append  # type: ignore[method-assign]
+        offer = plane.learner.offer
 
         def note(record: TokenRecord, scope: str = "") -> None:
             self.learned_from.append(record.unit)
             offer(record, scope)
 
-        one.learner.offer = note  # type: ignore[method-assign]
+        plane.learner.offer = note  # type: ignore[method-assign]
 
     async def ready(self) -> None:
         await until(lambda: self.one.monitor.state == "ready")
@@ -190,10 +190,10 @@ async def bench(folder: Path, monkeypatch: pytest.MonkeyPatch, **constants: Any)
     }
     with serving(FakeVllm()) as url:
         made = settings(url, reference={"backend": "transformers", "model": "world"}, calibration=calibration)
-        async with control(folder, made, loops=True) as one:
-            learning = asyncio.create_task(one.learner.run())
+        async with control(folder, made, loops=True) as plane:
+            learning = asyncio.create_task(plane.learner.run())
             try:
-                started = Bench(one, reference)
+                started = Bench(plane, reference)
                 await started.ready()
                 yield started
             finally:

@@ -38,8 +38,8 @@ CONTRACT = {
 """The names and labels that dashboards rely on."""
 
 
-def scrape(one: Control) -> dict[str, Metric]:
-    text = generate_latest(one.registry).decode()
+def scrape(plane: Control) -> dict[str, Metric]:
+    text = generate_latest(plane.registry).decode()
     result = list(text_string_to_metric_families(text))
     assert len({family.name for family in result}) == len(result), "no family twice"
     return {family.name: family for family in result}
@@ -53,13 +53,13 @@ def samples(families: dict[str, Metric]) -> dict[tuple[str, tuple[tuple[str, str
 
 
 async def test_names_and_labels_are_those_of_the_contract(tmp_path: Path) -> None:
-    async with control(tmp_path) as one:
-        writer = await connect_relay(one, tmp_path, 1, relay_stats())
-        one.profile_manager.set_model_pair("m", 30)
-        version = one.profile_manager.operator.import_profile(profile())
-        one.profile_manager.operator.promote(version)
-        one.pipeline.use_record(*scored(arm="treated"))
-        families = scrape(one)
+    async with control(tmp_path) as plane:
+        writer = await connect_relay(plane, tmp_path, 1, relay_stats())
+        plane.profile_manager.set_model_pair("m", 30)
+        version = plane.profile_manager.operator.import_profile(profile())
+        plane.profile_manager.operator.promote(version)
+        plane.pipeline.use_record(*scored(arm="treated"))
+        families = scrape(plane)
         series = {name: set(dict(labels)) - {"le"} for name, labels in samples(families)}
         for name, labels in CONTRACT.items():
             if name == "hemostat_recovered_divergence_ratio":
@@ -78,8 +78,8 @@ async def test_names_and_labels_are_those_of_the_contract(tmp_path: Path) -> Non
 
 
 async def test_every_family_is_there_before_anything_has_happened(tmp_path: Path) -> None:
-    async with control(tmp_path) as one:
-        families = scrape(one)
+    async with control(tmp_path) as plane:
+        families = scrape(plane)
         for name in CONTRACT:
             if not name.endswith(("_divergence_ratio", "_covered_mass_ratio", "_recovered_distribution_ratio")):
                 assert name.removesuffix("_total") in families
@@ -92,22 +92,22 @@ async def test_what_rates_are_taken_of_is_there_before_it_is_counted_but_not_bef
     failed = ("hemostat_requests_total", (("outcome", "upstream_failed"), ("route", "/v1/completions")))
     loops = ("hemostat_repetition_loops_total", (("arm", "treated"),))
     dropped = ("hemostat_shadow_requests_total", (("outcome", "dropped"), ("reason", "queue_full")))
-    async with control(tmp_path) as one:
-        assert not {failed, loops, dropped} & samples(scrape(one)).keys(), "a relay may know of many"
-        writer = await connect_relay(one, tmp_path, 1, relay_stats())
-        result = samples(scrape(one))
+    async with control(tmp_path) as plane:
+        assert not {failed, loops, dropped} & samples(scrape(plane)).keys(), "a relay may know of many"
+        writer = await connect_relay(plane, tmp_path, 1, relay_stats())
+        result = samples(scrape(plane))
         assert [result[key] for key in (failed, loops, dropped)] == [0, 0, 0]
         writer.close()
 
 
 async def test_relays_and_control_count_into_the_same_family_and_restarts_take_nothing_away(tmp_path: Path) -> None:
-    async with control(tmp_path) as one:
+    async with control(tmp_path) as plane:
         first, second = (
-            await connect_relay(one, tmp_path, 1, relay_stats(3)),
-            await connect_relay(one, tmp_path, 2, relay_stats(4)),
+            await connect_relay(plane, tmp_path, 1, relay_stats(3)),
+            await connect_relay(plane, tmp_path, 2, relay_stats(4)),
         )
-        one.pipeline.endings.unscored(Unscored.QUEUE_FULL, scored()[1])
-        before = samples(scrape(one))
+        plane.pipeline.endings.unscored(Unscored.QUEUE_FULL, scored()[1])
+        before = samples(scrape(plane))
         ok = ("hemostat_requests_total", (("outcome", "ok"), ("route", "/v1/completions")))
         assert before[ok] == 7
         assert before["hemostat_shadow_requests_total", (("outcome", "dropped"), ("reason", "queue_full"))] == 1
@@ -115,15 +115,15 @@ async def test_relays_and_control_count_into_the_same_family_and_restarts_take_n
         assert before["hemostat_proxy_overhead_seconds_count", ()] == 7 * (len(OVERHEAD_BUCKETS) + 1)
         assert before["hemostat_proxy_overhead_seconds_sum", ()] == pytest.approx(0.007)
         first.close()
-        await until(lambda: one.link.relays == 1)
-        assert samples(scrape(one))[ok] == 7, "a relay that died counts on"
-        third = await connect_relay(one, tmp_path, 3, relay_stats(1))
-        assert samples(scrape(one))[ok] == 8
+        await until(lambda: plane.link.relays == 1)
+        assert samples(scrape(plane))[ok] == 7, "a relay that died counts on"
+        third = await connect_relay(plane, tmp_path, 3, relay_stats(1))
+        assert samples(scrape(plane))[ok] == 8
         second.close()
-        await until(lambda: one.link.relays == 1)
-        again = await connect_relay(one, tmp_path, 2, relay_stats(5))
-        assert samples(scrape(one))[ok] == 9, "a link that came back is the same relay"
-        after = samples(scrape(one))
+        await until(lambda: plane.link.relays == 1)
+        again = await connect_relay(plane, tmp_path, 2, relay_stats(5))
+        assert samples(scrape(plane))[ok] == 9, "a link that came back is the same relay"
+        after = samples(scrape(plane))
         for key, value in before.items():
             if key[0].endswith(("_total", "_count", "_bucket")):
                 assert after[key] >= value, key
@@ -132,15 +132,15 @@ async def test_relays_and_control_count_into_the_same_family_and_restarts_take_n
 
 
 async def test_decisions_and_clamps_that_bind_are_counted(tmp_path: Path) -> None:
-    async with control(tmp_path) as one:
-        one.profile_manager.set_model_pair("m", 30)
-        version = one.profile_manager.operator.import_profile(profile())
-        one.profile_manager.operator.pin(version)
-        one.profile_manager.operator.roll_back("asked for")
+    async with control(tmp_path) as plane:
+        plane.profile_manager.set_model_pair("m", 30)
+        version = plane.profile_manager.operator.import_profile(profile())
+        plane.profile_manager.operator.pin(version)
+        plane.profile_manager.operator.roll_back("asked for")
         counted = {"rows_clamped": 3, "rows_kl_clamped": 2, "rows_masked": 5, "requests_declined": 1}
         for boot in ("a", "b"):
-            one.engines.report(EngineReport(boot, 0, 1, [], 30, counted, "v1", "0"), time.monotonic())
-        result = samples(scrape(one))
+            plane.engines.report(EngineReport(boot, 0, 1, [], 30, counted, "v1", "0"), time.monotonic())
+        result = samples(scrape(plane))
         assert result["hemostat_engine_events_total", (("reason", "profiles_failed"),)] == 0, (
             "the alert sees it increase"
         )
@@ -155,10 +155,10 @@ async def test_decisions_and_clamps_that_bind_are_counted(tmp_path: Path) -> Non
 
 
 async def test_histograms_are_cumulative_and_agree_with_the_counters(tmp_path: Path) -> None:
-    async with control(tmp_path) as one:
+    async with control(tmp_path) as plane:
         for n in range(4):
-            one.pipeline.use_record(*scored(str(n), prompt=n, tokens=3 + n))
-        result = samples(scrape(one))
+            plane.pipeline.use_record(*scored(str(n), prompt=n, tokens=3 + n))
+        result = samples(scrape(plane))
         decoded = [(("arm", "none"), ("decoding", decoding)) for decoding in ("greedy", "sampled")]
         tokens = sum(result["hemostat_scored_tokens_total", labels] for labels in decoded)
         assert tokens == 3 + 4 + 5 + 6
@@ -177,18 +177,18 @@ async def test_histograms_are_cumulative_and_agree_with_the_counters(tmp_path: P
 
 async def test_scrapes_between_any_two_changes(tmp_path: Path) -> None:
     """A scrape sees whole states: it runs in the loop, and what changes state does not await in between."""
-    async with control(tmp_path) as one:
+    async with control(tmp_path) as plane:
 
         async def change() -> None:
             for n in range(40):
-                one.pipeline.use_record(*scored(str(n), prompt=n, arm=("none", "treated", "control")[n % 3]))
-                one.pipeline.endings.unscored(Unscored.INVALID_RECORD, scored()[1], f"reason{n % 5}")
+                plane.pipeline.use_record(*scored(str(n), prompt=n, arm=("none", "treated", "control")[n % 3]))
+                plane.pipeline.endings.unscored(Unscored.INVALID_RECORD, scored()[1], f"reason{n % 5}")
                 await asyncio.sleep(0)
 
         async def look() -> None:
             before: dict[object, float] = {}
             while not changing.done():
-                now = samples(scrape(one))
+                now = samples(scrape(plane))
                 assert all(now[key] >= value for key, value in before.items() if str(key[0]).endswith("_total"))  # type: ignore[index,call-overload]
                 before = dict(now)
                 await asyncio.sleep(0)

@@ -80,8 +80,8 @@ class Bench:
 
 
 async def test_each_model_stands_on_both_sides_of_its_record() -> None:
-    bench = Bench(one := record())
-    await bench.run(one)
+    bench = Bench(scored := record())
+    await bench.run(scored)
     assert [model for model, _ in bench.found] == list(MODELS)
     for _, found in bench.found:
         validate(found)
@@ -89,16 +89,16 @@ async def test_each_model_stands_on_both_sides_of_its_record() -> None:
         np.testing.assert_allclose(divergence(found).tv, 0.0, atol=1e-9)
     assert bench.by["compressed"].asked == [False]
     assert bench.by["reference"].asked == [True]
-    np.testing.assert_array_equal(bench.found[1][1].compressed.ids, one.reference.ids)
+    np.testing.assert_array_equal(bench.found[1][1].compressed.ids, scored.reference.ids)
 
 
 async def test_a_token_stands_for_the_tail_where_it_is_known_what_it_was_drawn_from() -> None:
-    bench = Bench(one := record())
+    bench = Bench(scored := record())
     bench.by["compressed"].noise = 0.01
-    await bench.run(one)
+    await bench.run(scored)
     assert all(np.isfinite(divergence(found).estimate_rc).all() for _, found in bench.found)
-    treated = Bench(one := replace(one, applied="a" * 32))
-    await treated.run(one)
+    treated = Bench(scored := replace(scored, applied="a" * 32))
+    await treated.run(scored)
     assert all(np.isnan(divergence(found).estimate_rc).all() for _, found in treated.found)
 
 
@@ -110,12 +110,12 @@ def test_the_references_estimate_is_right_on_tokens_that_the_compressed_model_dr
     mean = np.zeros(6)
     for token in range(30):
         emitted = np.full(6, token)
-        one = self_record(make_record(Truth(r, c, emitted), 8), "reference")
-        ids = one.compressed.ids
+        scored = self_record(make_record(Truth(r, c, emitted), 8), "reference")
+        ids = scored.compressed.ids
         at = np.where(ids >= 0, np.take_along_axis(again, np.maximum(ids, 0), 1), np.nan)
         result = validate(
             replace(
-                one,
+                scored,
                 reference_at=at,
                 reference=make_record(Truth(again, c, emitted), 8).reference,
                 reference_emitted=again[:, token],
@@ -135,19 +135,19 @@ async def test_a_failure_of_one_model_does_not_keep_the_other() -> None:
 
 
 async def test_a_floor_is_failing_while_no_attempt_succeeds() -> None:
-    bench = Bench(one := record(), reference=RuntimeError("bug"))
-    await bench.run(one, one)
+    bench = Bench(scored := record(), reference=RuntimeError("bug"))
+    await bench.run(scored, scored)
     assert bench.floor.failing == {}, "it may pass"
     bench.floor.outcomes.clear()
-    await bench.run(one)
+    await bench.run(scored)
     assert bench.floor.failing == {"reference": "RuntimeError; see the log"}
     bench.by["reference"].fails = ReferenceFailure("busy", "the server answered 503")
     bench.floor.outcomes.clear()
-    await bench.run(one)
+    await bench.run(scored)
     assert bench.floor.failing == {"reference": "the server answered 503"}
     bench.by["reference"].fails = None
     bench.floor.outcomes.clear()
-    await bench.run(one)
+    await bench.run(scored)
     assert bench.floor.failing == {}
 
 

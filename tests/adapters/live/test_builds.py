@@ -128,11 +128,11 @@ def test_of_a_long_text_the_newest_tokens_are_kept() -> None:
     kept = Texts(10_000)
     kept.add(b"a", np.arange(3000, dtype=np.int32), np.arange(3000, 3010, dtype=np.int32))
     kept.add(b"b", np.arange(5, dtype=np.int32), np.arange(3000, dtype=np.int32))
-    one, other = kept.all()
-    assert len(one) == MAX_TEXT_TOKENS
+    learning, other = kept.all()
+    assert len(learning) == MAX_TEXT_TOKENS
     assert len(other) == MAX_TEXT_TOKENS
-    assert one.prompt[-1] == 2999
-    assert one.output.tolist() == list(range(3000, 3010))
+    assert learning.prompt[-1] == 2999
+    assert learning.output.tolist() == list(range(3000, 3010))
     assert len(other.prompt) == 1
     assert other.output[-1] == 2999
 
@@ -187,40 +187,40 @@ def test_the_folder_of_a_job_is_private_and_deleted_at_the_next_start_unless_it_
 
 async def test_an_adapter_is_made_of_enough_tokens_and_again_of_twice_as_many(folders: CheckpointFolders) -> None:
     receiver = Receiver()
-    async with learner(receiver) as one:
-        texts(one, 10)
-        assert one.tokens == 0, "nothing is collected before it is known for what"
-        one.learn_about(target(folders, reference_digest=checkpoint_digest(str(folders.reference), None)))
-        texts(one, 4)
+    async with learner(receiver) as learning:
+        texts(learning, 10)
+        assert learning.tokens == 0, "nothing is collected before it is known for what"
+        learning.learn_about(target(folders, reference_digest=checkpoint_digest(str(folders.reference), None)))
+        texts(learning, 4)
         await asyncio.sleep(0.1)
-        assert one.state == "collecting"
-        texts(one, 1, 4)
+        assert learning.state == "collecting"
+        texts(learning, 1, 4)
         await until(lambda: len(receiver.proposed) == 1)
-        assert one.state == "collecting"
+        assert learning.state == "collecting"
         profile, report = receiver.proposed[0]
         assert report["tokens"] == 100
-        assert one.status()["next_tokens"] == 200
-        assert one.last_build is not None
-        assert one.last_build["version"] == profile.version
+        assert learning.status()["next_tokens"] == 200
+        assert learning.last_build is not None
+        assert learning.last_build["version"] == profile.version
         assert set(adapter_layers(profile)) == {n for n in linear_shapes(folders.reference) if n.endswith("_proj")}
-        texts(one, 4, 5)
+        texts(learning, 4, 5)
         await asyncio.sleep(0.1)
         assert len(receiver.proposed) == 1
-        texts(one, 40, 9)
+        texts(learning, 40, 9)
         await until(lambda: len(receiver.proposed) == 2)
-        assert one.tokens == 400, "bounded"
+        assert learning.tokens == 400, "bounded"
         assert receiver.proposed[1][1] | {"tokens": 980, "made_from_tokens": 400} == receiver.proposed[1][1]
         await asyncio.sleep(0.1)
-        texts(one, 40, 50)
-        assert one.state == "collecting"
-        assert one.status()["next_tokens"] == 1960
-        result = values(one.samples())
+        texts(learning, 40, 50)
+        assert learning.state == "collecting"
+        assert learning.status()["next_tokens"] == 1960
+        result = values(learning.samples())
         assert result[names.ADAPTER_BUILDS, "proposed"] == 2
         assert result[names.ADAPTER_BUILDS, "ended"] == 0, "so that an alert sees the first one"
-        assert one.failing == ""
+        assert learning.failing == ""
         assert result[names.ADAPTER_RANK,] == 2
         assert (names.ADAPTER_HELD_OUT_RECOVERED_RATIO,) not in result, "nothing was held out"
-        texts(one, 20, 90)
+        texts(learning, 20, 90)
         await until(lambda: len(receiver.proposed) == 3)
         assert receiver.proposed[2][1]["made_from_tokens"] == 400, "of newer texts: as many as are kept"
     assert job_folders() == []
@@ -230,12 +230,12 @@ async def test_nothing_is_made_that_would_not_be_tested(folders: CheckpointFolde
     """As after a restart: what serves was made from more."""
     receiver = Receiver()
     receiver.last = 150
-    async with learner(receiver) as one:
-        one.learn_about(target(folders))
-        texts(one, 14)
+    async with learner(receiver) as learning:
+        learning.learn_about(target(folders))
+        texts(learning, 14)
         await asyncio.sleep(0.2)
-        assert one.state == "collecting"
-        texts(one, 1, 14)
+        assert learning.state == "collecting"
+        texts(learning, 1, 14)
         await until(lambda: len(receiver.proposed) == 1)
         assert receiver.proposed[0][1]["tokens"] == 300
 
@@ -247,29 +247,29 @@ async def test_killed_at_any_moment_it_is_started_again_and_continues(
     monkeypatch.setattr(client, "BACKOFF", (0.01,))
     monkeypatch.setenv(fake_builder.ENVIRONMENT, f"killed:{stage}")
     receiver = Receiver()
-    async with learner(receiver) as one:
-        one.learn_about(target(folders))
-        texts(one, 5)
+    async with learner(receiver) as learning:
+        learning.learn_about(target(folders))
+        texts(learning, 5)
         await until(lambda: len(receiver.proposed) == 1)
-        assert one.restarts == 1
-        assert one.outcomes == {"proposed": 1}
+        assert learning.restarts == 1
+        assert learning.outcomes == {"proposed": 1}
 
 
 async def test_killed_again_and_again_it_waits(folders: CheckpointFolders, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "BACKOFF", (0.01,))
     monkeypatch.setenv(fake_builder.ENVIRONMENT, "killed_always")
     receiver = Receiver()
-    async with learner(receiver) as one:
-        one.learn_about(target(folders))
-        texts(one, 5)
-        await until(lambda: one.outcomes == {"ended": 1})
-        assert one.restarts == client.MAX_ATTEMPTS - 1
-        assert one.state == "collecting"
-        assert "code -9" in one.detail
-        assert one.failing == one.detail
-        texts(one, 20, 5)
+    async with learner(receiver) as learning:
+        learning.learn_about(target(folders))
+        texts(learning, 5)
+        await until(lambda: learning.outcomes == {"ended": 1})
+        assert learning.restarts == client.MAX_ATTEMPTS - 1
+        assert learning.state == "collecting"
+        assert "code -9" in learning.detail
+        assert learning.failing == learning.detail
+        texts(learning, 20, 5)
         await asyncio.sleep(0.1)
-        assert one.state == "collecting", "not at once"
+        assert learning.state == "collecting", "not at once"
     assert receiver.proposed == []
     assert job_folders() == []
 
@@ -328,17 +328,17 @@ async def test_what_cannot_be_used_is_never_proposed_and_counted(
     monkeypatch.setattr(client, "MAX_ATTEMPTS", 1)
     monkeypatch.setenv(fake_builder.ENVIRONMENT, fault)
     receiver = Receiver()
-    async with learner(receiver) as one:
-        one.learn_about(target(folders))
-        texts(one, 5)
-        await until(lambda: bool(one.outcomes))
-        assert one.outcomes == {outcome: 1}
-        assert says in one.detail
+    async with learner(receiver) as learning:
+        learning.learn_about(target(folders))
+        texts(learning, 5)
+        await until(lambda: bool(learning.outcomes))
+        assert learning.outcomes == {outcome: 1}
+        assert says in learning.detail
         errors = [record.getMessage() for record in caplog.records if "no adapter was made" in record.getMessage()]
         assert len(errors) == 1
         assert says in errors[0]
         assert "\n" not in errors[0]
-        assert values(one.samples())[names.ADAPTER_BUILDS, outcome] == 1
+        assert values(learning.samples())[names.ADAPTER_BUILDS, outcome] == 1
     assert receiver.proposed == []
     assert job_folders() == []
     assert no_process_is_left()
@@ -351,28 +351,28 @@ async def test_without_a_package_that_it_needs_a_build_is_refused_once_and_repor
     quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
     (pair.compressed / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     command = (sys.executable, "-c", WITHOUT_COMPRESSED_TENSORS, builder.COMMAND[-1])
-    async with learner(Receiver(), command=command, memory_mib=4096) as one:
-        one.learn_about(target(pair))
-        texts(one, 5)
-        await until(lambda: one.outcomes == {"refused": 1}, 120)
-        assert one.state == "unavailable"
-        assert one.detail.endswith("not installed: compressed-tensors; pip install 'hemostat[adapters]'")
-        assert one.restarts == 0
+    async with learner(Receiver(), command=command, memory_mib=4096) as learning:
+        learning.learn_about(target(pair))
+        texts(learning, 5)
+        await until(lambda: learning.outcomes == {"refused": 1}, 120)
+        assert learning.state == "unavailable"
+        assert learning.detail.endswith("not installed: compressed-tensors; pip install 'hemostat[adapters]'")
+        assert learning.restarts == 0
 
 
 async def test_a_folder_that_is_not_what_the_reference_serves_is_refused(folders: CheckpointFolders) -> None:
     receiver = Receiver()
-    async with learner(receiver) as one:
-        one.learn_about(target(folders, reference_digest="0" * 32))
-        texts(one, 5)
-        await until(lambda: one.outcomes == {"refused": 1})
-        assert one.state == "unavailable"
-        assert one.failing.startswith("adapter.reference: ")
-        one.stop("no folder", unavailable=True)
-        one.stop("no folder", unavailable=True)
-        assert (one.outcomes, one.failing) == ({"refused": 2}, "no folder"), "a build that cannot begin, once"
-        one.learn_about(target(folders))
-        assert one.failing == ""
+    async with learner(receiver) as learning:
+        learning.learn_about(target(folders, reference_digest="0" * 32))
+        texts(learning, 5)
+        await until(lambda: learning.outcomes == {"refused": 1})
+        assert learning.state == "unavailable"
+        assert learning.failing.startswith("adapter.reference: ")
+        learning.stop("no folder", unavailable=True)
+        learning.stop("no folder", unavailable=True)
+        assert (learning.outcomes, learning.failing) == ({"refused": 2}, "no folder"), "a build that cannot begin, once"
+        learning.learn_about(target(folders))
+        assert learning.failing == ""
     assert receiver.proposed == []
 
 
@@ -391,15 +391,15 @@ async def test_a_job_that_cannot_be_written_is_tried_again_later(
     monkeypatch.setattr(np, "savez", save)
     now = 0.0
     receiver = Receiver()
-    async with learner(receiver) as one:
-        one._clock = lambda: now
-        one.learn_about(target(folders))
-        texts(one, 5)
-        await until(lambda: one.outcomes == {"disk": 1})
-        assert "No space left on device" in one.detail
+    async with learner(receiver) as learning:
+        learning._clock = lambda: now
+        learning.learn_about(target(folders))
+        texts(learning, 5)
+        await until(lambda: learning.outcomes == {"disk": 1})
+        assert "No space left on device" in learning.detail
         assert job_folders() == []
         full, now = False, client.RETRY_SECONDS
-        texts(one, 1, 5)
+        texts(learning, 1, 5)
         await until(lambda: len(receiver.proposed) == 1)
 
 
@@ -409,22 +409,22 @@ async def test_stopped_the_process_ends_and_the_texts_are_deleted(
 ) -> None:
     monkeypatch.setenv(fake_builder.ENVIRONMENT, "hangs")
     receiver = Receiver()
-    async with learner(receiver) as one:
-        one.learn_about(target(folders))
-        texts(one, 5)
-        await until(lambda: one.builder_pid is not None and "0/" in one.detail)
+    async with learner(receiver) as learning:
+        learning.learn_about(target(folders))
+        texts(learning, 5)
+        await until(lambda: learning.builder_pid is not None and "0/" in learning.detail)
         assert os.getpriority(os.PRIO_PROCESS, 0) <= 19
         (folder,) = job_folders()
         if how == "stop":
-            one.stop("calibration is off")
+            learning.stop("calibration is off")
         elif how == "target":
-            one.learn_about(AdapterTarget("another", tiny_checkpoints.VOCAB, folders))
+            learning.learn_about(AdapterTarget("another", tiny_checkpoints.VOCAB, folders))
         if how != "cancel":
             await until(no_process_is_left)
             await until(lambda: not folder.exists())
-            assert one.tokens == 0
-            assert one.state == ("off" if how == "stop" else "collecting")
-            assert one.outcomes == {}
+            assert learning.tokens == 0
+            assert learning.state == ("off" if how == "stop" else "collecting")
+            assert learning.outcomes == {}
     assert no_process_is_left()
     assert job_folders() == []
 
@@ -433,8 +433,8 @@ async def test_a_process_without_progress_is_ended(folders: CheckpointFolders, m
     monkeypatch.setenv(fake_builder.ENVIRONMENT, "hangs")
     monkeypatch.setattr(builder, "STALLED_SECONDS", 2.0)
     monkeypatch.setattr(client, "MAX_ATTEMPTS", 1)
-    async with learner(Receiver()) as one:
-        one.learn_about(target(folders))
-        texts(one, 5)
-        await until(lambda: one.outcomes == {"stalled": 1})
+    async with learner(Receiver()) as learning:
+        learning.learn_about(target(folders))
+        texts(learning, 5)
+        await until(lambda: learning.outcomes == {"stalled": 1})
     assert no_process_is_left()
