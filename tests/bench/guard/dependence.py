@@ -30,7 +30,7 @@ TAKES = "3 minutes on one core (a quarter of the lives)"
 TEST_LIVES = 40
 
 UNITS = 1920
-HISTORY = 480
+DAY = HISTORY = 480
 FEW = 100
 """Units that are known where `evidence.cycle_hours` is 0."""
 NEEDED = math.log(2.0 / 0.05)
@@ -123,6 +123,19 @@ def day_and_night(size: float) -> World:
         return Stream(result[0], result[1], drawn_clients(rng, n, lives))
 
     return world
+
+
+def daily_templates(rng: np.random.Generator, n: int, lives: int) -> Stream:
+    """8 templates in turn, each of which is all traffic for a day and gains something of its own; -0.02 on average.
+    Variants of a template are that frequent that they are units of their own (`statistics.templates`, frames)."""
+
+    def effects() -> Floats:
+        drawn = rng.normal(size=(8, lives))
+        drawn = 0.1 * (drawn - drawn.mean(axis=0)) / drawn.std(axis=0)
+        rounds = np.concatenate([drawn] * -(-n // (8 * DAY)))
+        return repeated(rounds, DAY, n) + rng.normal(0.0, SPREAD, (n, lives))
+
+    return Stream(effects() - 0.02, effects(), drawn_clients(rng, n, lives))
 
 
 def independent(mean: float) -> World:
@@ -246,6 +259,16 @@ def rows(lives: int, seed: int) -> Iterator[Row]:
             "for comparison: longer dependence than was seen is not covered",
             True,
         )
+    found = lives_of(daily_templates, lives, np.random.default_rng([seed, 76]))
+    case = "mean gain -0.02, 8 templates in turn, each for a day"
+    yield Row(
+        f"{case}: promoted",
+        f"{np.isfinite(found).sum()} of {lives}",
+        "for comparison: evidence.cycle_hours of a day is shorter than what the traffic goes through",
+        True,
+    )
+    found = lives_of(daily_templates, lives, np.random.default_rng([seed, 77]), 8 * DAY)
+    yield count_row(f"{case}, evidence.cycle_hours: 192: promoted", int(np.isfinite(found).sum()), lives, 0.05)
     each, mixture = mixed_first(lives, np.random.default_rng([seed, 74]))
     yield count_row("runs of 10, v known, each bet to the power 1/v: a false proof at 5 %", each, lives, 0.05)
     yield Row("the same, the mixture of bets to the power 1/v", f"{mixture} of {lives}", "for comparison", True)
