@@ -34,14 +34,13 @@ def test_prune_and_repair(given: list[str], tmp_path: Path, capsys: pytest.Captu
     source, records = given
     out, work = tmp_path / "out", str(tmp_path / "work")
     common = ["--records", records, "--work", work]
-    pruning = ["--scheme", "prune", "--sparsity", "0.5", "--pattern", "2:4", "--score", "wanda", "--no-compensate"]
+    pruning = ["--scheme", "prune", "--sparsity", "0.5", "--pattern", "2:4"]
     assert main(["compress", source, str(out), *pruning, *common]) == 0
     printed = capsys.readouterr().out
     assert "score kept" in printed
     assert "model.layers.1 " in printed
     report = json.loads((out / REPORT).read_text())
     assert report["settings"]["pattern"] == "2:4"
-    assert report["settings"]["compensate"] is False
     repaired = tmp_path / "repaired"
     assert main(["compress", source, str(repaired), "--compressed", str(out), *common]) == 0
     assert "repair: " in capsys.readouterr().out
@@ -57,7 +56,7 @@ def test_prune_and_repair(given: list[str], tmp_path: Path, capsys: pytest.Captu
         (["--scheme", "prune", "--sparsity", "1.2"], "--sparsity 1.2: it is the part of the weights that is dropped"),
         (["--scheme", "prune", "--sparsity", "0.4", "--pattern", "2:4"], "--sparsity 0.4: the pattern 2:4 drops one"),
         (["--scheme", "prune"], "--scheme prune needs --sparsity"),
-        (["--scheme", "w4a16", "--no-compensate"], "--compensate is for --scheme prune"),
+        (["--scheme", "w4a16", "--pattern", "2:4"], "--pattern is for --scheme prune"),
     ],
 )
 def test_one_line_names_what_is_wrong(

@@ -10,16 +10,14 @@ from tests.support.slow import examples
 torch = pytest.importorskip("torch")
 
 from hemostat.compression.error_compensation import BLOCK, damped  # noqa: E402
-from hemostat.compression.pruning.compensation import least_squares, pruned_in_blocks, shrunk  # noqa: E402
+from hemostat.compression.pruning.compensation import compensated, pruned_in_blocks, shrunk  # noqa: E402
 from hemostat.compression.pruning.masks import (  # noqa: E402
     Pattern,
-    Score,
-    comparable_scores,
     kept_share,
     kept_two_of_four,
     kept_weights,
 )
-from hemostat.compression.pruning.weights import check_sparsity, prune_weight  # noqa: E402
+from hemostat.compression.pruning.weights import ROW_FLOOR, check_sparsity, prune_weight  # noqa: E402
 from hemostat.models.checkpoint_folders import CompressError  # noqa: E402
 
 
@@ -58,13 +56,14 @@ def test_exactly_as_many_zeros_as_asked_for(outputs: int, inputs: int, data: st.
     assert int((~kept).sum()) == zeros
     if 0 < zeros < scores.numel():
         assert scores[~kept].max() <= scores[kept].min()
-    by_row = kept_weights(scores, zeros, by_row=True)
-    lost = (~by_row).sum(1)
-    assert int(lost.sum()) == zeros
-    assert int(lost.max() - lost.min()) <= 1
+    floor = data.draw(st.integers(0, inputs))
+    zeros = min(zeros, outputs * (inputs - floor))
+    kept = kept_weights(scores, zeros, floor)
+    assert int((~kept).sum()) == zeros
+    assert int(kept.sum(1).min()) >= floor
     for row in range(outputs):
-        if 0 < lost[row] < inputs:
-            assert scores[row][~by_row[row]].max() <= scores[row][by_row[row]].min()
+        if 0 < int(kept[row].sum()) < inputs:
+            assert scores[row][~kept[row]].max() <= scores[row][kept[row]].min()
 
 
 def test_two_of_each_four() -> None:
@@ -76,13 +75,9 @@ def test_two_of_each_four() -> None:
             assert sorted(kept[row, first : first + 4].nonzero()[:, 0].tolist()) == sorted(best.tolist())
 
 
-@pytest.mark.parametrize("score", list(Score))
-def test_the_share_that_is_kept(score: Score) -> None:
-    weight, factor = torch.tensor([[3.0, -4.0]]), torch.tensor([[4.0, 9.0]])
-    scores = comparable_scores(weight, factor, score)
-    expected = (36.0, 144.0) if score is Score.FISHER else (6.0, 12.0)
-    assert scores.tolist() == [list(expected)]
-    assert kept_share(scores, torch.tensor([[False, True]])) == pytest.approx(expected[1] / sum(expected))
+def test_the_share_that_is_kept() -> None:
+    scores = torch.tensor([[36.0, 144.0]])
+    assert kept_share(scores, torch.tensor([[False, True]])) == pytest.approx(0.8)
     assert kept_share(torch.zeros(1, 2), torch.tensor([[False, True]])) == 1.0
 
 
@@ -91,7 +86,7 @@ def test_least_squares_finds_the_optimum_of_the_mask() -> None:
     kept = torch.rand(weight.shape, generator=torch.Generator().manual_seed(2)) < 0.5
     kept[0] = False
     expected = best_given(weight, moments, kept)
-    found = least_squares(weight, moments, kept, weight * kept, steps=200)
+    found = compensated(weight, moments, kept, weight * kept, steps=200)
     assert (found[~kept] == 0).all()
     assert error(found, weight, moments) == pytest.approx(error(expected, weight, moments), rel=1e-3)
     assert error(found, weight, moments) < 0.5 * error(weight * kept, weight, moments)
@@ -101,9 +96,47 @@ def test_least_squares_never_makes_it_worse() -> None:
     """After each number of steps."""
     weight, moments = world(seed=3)
     kept = torch.rand(weight.shape, generator=torch.Generator().manual_seed(4)) < 0.4
-    errors = [error(least_squares(weight, moments, kept, weight * kept, steps), weight, moments) for steps in range(8)]
+    errors = [
+        error(compensated(weight, moments, kept, weight * kept, steps=steps), weight, moments) for steps in range(8)
+    ]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < errors[0]
+
+
+def test_with_gradients_it_finds_the_optimum_of_all_rows_together() -> None:
+    """By the normal equations of the Kronecker product, float64: rows are no problems of their own any more."""
+    weight, moments = world(4, 7, seed=13)
+    gradients = damped(world(4, 4, seed=14)[1])
+    kept = torch.rand(weight.shape, generator=torch.Generator().manual_seed(15)) < 0.5
+    inside = kept.flatten()
+    matrix = torch.kron(gradients, moments.double())
+    expected = torch.zeros(weight.numel(), dtype=torch.float64)
+    expected[inside] = torch.linalg.solve(matrix[inside][:, inside], matrix[inside] @ weight.flatten().double())
+
+    def loss(new: torch.Tensor) -> float:
+        delta = (new - weight).double().flatten()
+        return float(delta @ matrix @ delta)
+
+    start = best_given(weight, moments, kept)
+    found = compensated(weight, moments, kept, start, gradients, steps=300)
+    assert (found[~kept] == 0).all()
+    least = loss(expected.view_as(weight))
+    assert loss(found) == pytest.approx(least, rel=5e-3)
+    assert least < 0.95 * loss(start)
+    losses = [loss(compensated(weight, moments, kept, start, gradients, steps=steps)) for steps in range(8)]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_a_row_without_gradients_keeps_a_part() -> None:
+    """The model is not sensitive to a small change of it: not to none of it, either, which was found on saturated
+    attention."""
+    weight, moments = world(6, BLOCK, seed=16)
+    gradients = torch.eye(6).double()
+    gradients[0] *= 1e-9
+    _, kept = prune_weight(weight, 0.5, Pattern.UNSTRUCTURED, moments, gradients)
+    assert int((~kept).sum()) == weight.numel() // 2
+    assert int(kept[0].sum()) == int(ROW_FLOOR * 0.5 * BLOCK)
+    assert int(kept[1:].sum(1).min()) > int(kept[0].sum())
 
 
 def test_the_update_is_that_of_optimal_brain_surgeon() -> None:
@@ -160,8 +193,8 @@ def test_a_pruned_weight(pattern: Pattern) -> None:
 @pytest.mark.parametrize("pattern", [Pattern.UNSTRUCTURED, Pattern.TWO_OF_FOUR])
 def test_weights_that_stay_make_up_for_the_others(pattern: Pattern) -> None:
     weight, moments = world(8, 24, seed=9)
-    plain, _ = prune_weight(weight, 0.5, pattern, moments.diagonal())
-    new, kept = prune_weight(weight, 0.5, pattern, moments.diagonal(), moments)
+    plain, _ = prune_weight(weight, 0.5, pattern)
+    new, kept = prune_weight(weight, 0.5, pattern, moments)
     assert error(new, weight, moments) < 0.3 * error(plain, weight, moments)
     least = error(best_given(weight, damped(moments), kept), weight, moments)
     assert error(new, weight, moments) == pytest.approx(least, rel=0.05)
@@ -179,7 +212,7 @@ def test_few_tokens_are_not_fitted_to() -> None:
     kept = kept_weights(weight.square() * moments.diagonal(), weight.numel() // 2)
 
     def left(second: torch.Tensor) -> float:
-        return error(least_squares(weight, damped(second), kept, weight * kept), weight, everywhere)
+        return error(compensated(weight, damped(second), kept, weight * kept), weight, everywhere)
 
     none = error(weight * kept, weight, everywhere)
     assert left(shrunk(moments, tokens)) < 0.98 * none < none < left(moments)
@@ -189,14 +222,15 @@ def test_few_tokens_are_not_fitted_to() -> None:
 
 def test_the_exact_number_over_blocks() -> None:
     weight, moments = world(3, 2 * BLOCK + 7, seed=10)
-    _, kept = prune_weight(weight, 0.5, Pattern.UNSTRUCTURED, moments=moments, zeros=301)
-    assert int((~kept).sum()) == 301
+    for gradients in (None, torch.diag(torch.tensor([1.0, 1e-6, 1e6]))):
+        _, kept = prune_weight(weight, 301 / weight.numel(), Pattern.UNSTRUCTURED, moments, gradients)
+        assert int((~kept).sum()) == 301
 
 
 def test_an_input_that_is_always_zero() -> None:
     weight, moments = world(3, 8, seed=11)
     moments[2] = moments[:, 2] = 0.0
-    new, kept = prune_weight(weight, 0.5, Pattern.UNSTRUCTURED, moments.diagonal(), moments)
+    new, kept = prune_weight(weight, 0.5, Pattern.UNSTRUCTURED, moments)
     assert new.isfinite().all()
     assert not kept[:, 2].any()
 

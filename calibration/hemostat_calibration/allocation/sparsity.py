@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Mapping
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,50 +10,52 @@ import numpy.typing as npt
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.errors import InvalidArgumentError
 
+GROWTH = 7.5
+"""A layer's loss is taken to grow as exp(GROWTH · sparsity)."""
+LEAST_LOST = 0.4
+"""A layer loses at least this part of what it would lose if all had the same sparsity, …"""
+LEAST_KEPT = 0.5
+"""… and keeps at least this part of what it would keep."""
+_BISECTIONS = 60
 
-def share_zeros(
-    quantiles: Mapping[str, Floats], sizes: Mapping[str, int], sparsity: float, max_sparsity: float
-) -> dict[str, int]:
-    """The number of weights that each layer loses, together exactly `round(sparsity · Σ sizes)`, or, if `max_sparsity`
-    does not allow as many, as many as it allows.
 
-    quantiles: by layer the scores of its weights in ascending order; or fewer of them at equal steps, each of which
-        stands for as many weights. Scores must mean the same in all layers, such as a rise of the loss.
-    sizes: number of weights by layer. max_sparsity: at most this part of a layer's weights is lost.
+def share_zeros(losses: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, int]:
+    """The number of weights that each layer loses, together exactly `round(sparsity · Σ sizes)`.
 
-    One threshold for all layers: of all choices with that many zeros, the sum of the scores that are lost is the least
-    (exactly so with all scores given). What has the score of the threshold is lost in each layer in proportion to how
-    much of it there is.
+    losses: by layer, what it is predicted to lose at one sparsity, which is the same for all layers; at least 0. sizes:
+    by layer, its number of weights.
 
-    InvalidArgumentError where sparsity is above `max_sparsity`, or quantiles are missing, unsorted or not finite.
+    With a loss of a layer of n weights that grows with its sparsity s as L · exp(GROWTH · s), the sum of all losses is
+    the least where another weight costs the same everywhere: s = (log(n / L) + c) / GROWTH, with one c for all layers;
+    here between the bounds that `LEAST_LOST` and `LEAST_KEPT` set.
 
-    >>> share_zeros({"a": np.array([1.0, 2.0, 3.0]), "b": np.array([2.5, 4.0, 5.0])}, {"a": 3, "b": 3}, 0.5, 1.0)
-    {'a': 2, 'b': 1}
+    InvalidArgumentError where sparsity is not between 0 and 1, losses are not finite, or sizes are missing.
+
+    >>> share_zeros({"a": 1.0, "b": 2.0}, {"a": 1000, "b": 1000}, 0.5)
+    {'a': 546, 'b': 454}
     """
-    if not 0.0 <= sparsity <= max_sparsity <= 1.0:
-        raise InvalidArgumentError(f"sparsity is {sparsity}: it must be from 0 to max_sparsity, {max_sparsity}")
-    for name, values in quantiles.items():
-        if values.ndim != 1 or not len(values) or not np.isfinite(values).all() or (np.diff(values) < 0.0).any():
-            raise InvalidArgumentError(f"quantiles of {name} must be finite numbers in ascending order")
-        if sizes.get(name, 0) <= 0:
-            raise InvalidArgumentError(f"sizes has no positive number for {name}")
-    wanted = round(sparsity * sum(sizes[name] for name in quantiles))
-    most = np.array([int(max_sparsity * sizes[name] + 1e-9) for name in quantiles], np.float64)
-    wanted = min(wanted, int(most.sum()))
-    if wanted == 0:
-        return dict.fromkeys(quantiles, 0)
+    if not 0.0 < sparsity < 1.0:
+        raise InvalidArgumentError(f"sparsity is {sparsity}: it must be above 0 and below 1")
+    predicted = np.array(list(losses.values()), np.float64)
+    if not (np.isfinite(predicted).all() and (predicted >= 0.0).all()):
+        raise InvalidArgumentError("losses must be finite numbers of at least 0")
+    if any(sizes.get(name, 0) <= 0 for name in losses):
+        raise InvalidArgumentError("sizes has no positive number for some layer of losses")
+    weights = np.array([sizes[name] for name in losses], np.float64)
+    least, most = LEAST_LOST * sparsity, 1.0 - LEAST_KEPT * (1.0 - sparsity)
+    # Up to the constant c: where the loss is 0, as much as is allowed.
+    wanted = (np.log(weights) - np.log(np.maximum(predicted, np.finfo(np.float64).tiny))) / GROWTH
 
-    def lost(threshold: float, side: Literal["left", "right"]) -> Floats:
-        """By layer, with all scores below the threshold lost (`left`), or also those that are equal to it."""
-        parts = [np.searchsorted(values, threshold, side) / len(values) for values in quantiles.values()]
-        return np.minimum(np.array(parts) * [sizes[name] for name in quantiles], most)
+    def shared(offset: float) -> Floats:
+        found: Floats = np.clip(wanted + offset, least, most) * weights
+        return found
 
-    candidates = np.unique(np.concatenate(list(quantiles.values())))
-    found = bisect.bisect_left(candidates, wanted, hi=len(candidates) - 1, key=lambda c: lost(c, "right").sum())
-    least, largest = lost(candidates[found], "left"), lost(candidates[found], "right")
-    part = (wanted - least.sum()) / max(float((largest - least).sum()), 1e-9)
-    exact = least + np.clip(part, 0.0, 1.0) * (largest - least)
-    return dict(zip(quantiles, _rounded(exact, most, wanted), strict=True))
+    total = round(sparsity * float(weights.sum()))
+    low, high = least - wanted.max(initial=0.0), most - wanted.min(initial=0.0)
+    for _ in range(_BISECTIONS):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if shared(middle).sum() < total else (low, middle)
+    return dict(zip(losses, _rounded(shared(high), weights, total), strict=True))
 
 
 def _rounded(exact: Floats, most: Floats, total: int) -> list[int]:
@@ -69,39 +69,25 @@ def _rounded(exact: Floats, most: Floats, total: int) -> list[int]:
 
 
 def share_units(
-    scores: Mapping[str, Floats], weights: Mapping[str, npt.NDArray[np.integer]], sparsity: float, max_sparsity: float
-) -> dict[str, npt.NDArray[np.bool_]]:
-    """The units, such as neurons and heads, that each layer loses, so that the part `sparsity` of all weights is lost.
+    scores: npt.NDArray[np.floating], weights: npt.NDArray[np.integer], sparsity: float
+) -> npt.NDArray[np.bool_]:
+    """The units of a layer, such as neurons and heads, that are lost, so that the part `sparsity` of all weights is.
 
-    scores: by layer the score of each unit, [units]; they must mean the same in all layers. weights: by layer the
-        number of weights of each unit, [units], above 0. max_sparsity: at most this part of a layer's weights is lost.
+    scores: of each unit, [units]. weights: the number of weights of each unit, [units], above 0.
 
-    Units with the least score for each weight go first, until the part is reached: at most one unit too much; less
-    than the part where `max_sparsity` leaves no room for another unit.
+    Units with the least score for each weight go first, until the part is reached: at most one unit too much.
 
-    InvalidArgumentError where sparsity is above `max_sparsity`, or scores are not finite.
+    InvalidArgumentError where sparsity is not from 0 to 1, or scores are not finite.
 
-    >>> share_units({"a": np.array([1.0, 6.0, 4.0])}, {"a": np.array([1, 1, 2])}, 0.7, 0.8)
-    {'a': array([ True, False,  True])}
+    >>> share_units(np.array([1.0, 6.0, 4.0]), np.array([1, 1, 2]), 0.7)
+    array([ True, False,  True])
     """
-    if not 0.0 <= sparsity <= max_sparsity <= 1.0:
-        raise InvalidArgumentError(f"sparsity is {sparsity}: it must be from 0 to max_sparsity, {max_sparsity}")
-    if not all(np.isfinite(values).all() for values in scores.values()):
+    if not 0.0 <= sparsity <= 1.0:
+        raise InvalidArgumentError(f"sparsity is {sparsity}: it must be from 0 to 1")
+    if not np.isfinite(scores).all():
         raise InvalidArgumentError("scores are not finite")
-    lost = {name: np.zeros(len(values), np.bool_) for name, values in scores.items()}
-    room = {name: max_sparsity * float(weights[name].sum()) for name in scores}
-    left = sparsity * sum(float(weights[name].sum()) for name in scores)
-    order = sorted(
-        (float(score) / int(weights[name][n]), position, name, n)
-        for position, (name, values) in enumerate(scores.items())
-        for n, score in enumerate(values)
-    )
-    for _, _, name, n in order:
-        if left <= 0.0:
-            break
-        size = int(weights[name][n])
-        if size <= room[name]:
-            lost[name][n] = True
-            room[name] -= size
-            left -= size
+    order = np.argsort(scores / weights, kind="stable")
+    before = np.concatenate([[0], np.cumsum(weights[order])[:-1]])
+    lost = np.zeros(len(scores), np.bool_)
+    lost[order] = before < sparsity * float(weights.sum())
     return lost

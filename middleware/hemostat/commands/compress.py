@@ -38,14 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     pruning = parser.add_argument_group("of --scheme prune")
     pruning.add_argument("--sparsity", type=float, metavar="FRACTION", help="of the weights that become 0")
-    pruning.add_argument("--score", choices=("magnitude", "wanda", "taylor", "fisher"))
     pruning.add_argument("--pattern", choices=("unstructured", "2:4", "rows"))
-    pruning.add_argument("--budget", choices=("layer", "global"), help="where the sparsity holds")
-    pruning.add_argument(
-        "--compensate",
-        action=argparse.BooleanOptionalAction,
-        help="let the weights that stay make up for the others (default: yes)",
-    )
     add_texts(parser, "SOURCE")
     parser.add_argument(
         "--tokens", type=positive_integer, default=16_000, metavar="N", help="at most N of them (16000)"

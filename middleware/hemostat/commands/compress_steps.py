@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 BEST = {"w8a8": "smooth", "fp8": "none"}
 """`--calibrate` where it is not given; of the other schemes `descent`. See docs/compress.md."""
-_PRUNING = ("sparsity", "score", "pattern", "budget", "compensate")
+_PRUNING = ("sparsity", "pattern")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +51,7 @@ class CompressOptions:
     group_size: int | str | None = None
     calibrate: str | None = None
     sparsity: float | None = None
-    score: str | None = None
     pattern: str | None = None
-    budget: str | None = None
-    compensate: bool | None = None
     prompts: Path | None = None
     records: Path | None = None
     tokens: int = 16_000
@@ -79,7 +76,7 @@ class CompressOptions:
         if self.group_size is not None and (self.plan is not None or _is_prune(self)):
             raise UsageError("--group-size is for --scheme w4a16, w8a16 and intN: leave it out")
         if self.calibrate is not None and _is_prune(self):
-            raise UsageError("--calibrate is for quantization: leave it out; --score says how --scheme prune chooses")
+            raise UsageError("--calibrate is for quantization: leave it out")
         if self.plan is not None and self.calibration == "none":
             raise UsageError(
                 "--calibrate none: a plan needs texts; use clip, which rounds to nearest with fitted scales"
@@ -239,20 +236,11 @@ def _format(scheme: str, group_size: int | str | None) -> tuple[WeightFormat, bo
 
 
 def _pruning(options: CompressOptions) -> Method:
-    from hemostat.compression.pruning.masks import Pattern, Score  # noqa: PLC0415
-    from hemostat.compression.pruning.method import Budget, PruneMethod, PruneOptions  # noqa: PLC0415
+    from hemostat.compression.pruning.masks import Pattern  # noqa: PLC0415
+    from hemostat.compression.pruning.method import PruneMethod, PruneOptions  # noqa: PLC0415
 
     assert options.sparsity is not None
-    found = PruneOptions(options.sparsity)
-    return PruneMethod(
-        replace(
-            found,
-            score=Score(options.score or found.score),
-            pattern=Pattern(options.pattern or found.pattern),
-            budget=Budget(options.budget or found.budget),
-            compensate=found.compensate if options.compensate is None else options.compensate,
-        )
-    )
+    return PruneMethod(PruneOptions(options.sparsity, Pattern(options.pattern or Pattern.UNSTRUCTURED)))
 
 
 def _texts(options: CompressOptions, folder: Path, reporter: Reporter) -> list[Text]:

@@ -11,12 +11,12 @@ import torch
 
 from hemostat.compression.equivalent import awq_scale, scale_layer, smooth_scale
 from hemostat.compression.error_compensation import Grid, descend, gptq, quadratic_error, refit_scales
+from hemostat.compression.fisher_information import measure_totals, stored_totals
 from hemostat.compression.formats import FP4, Quantized, WeightFormat, on_grid, snapped_scale
 from hemostat.compression.frame import LayerData, LayerResult, Run
 from hemostat.compression.input_moments import InputMoments
 from hemostat.compression.methods import nearest
-from hemostat.compression.pruning.masks import Pattern, Score
-from hemostat.compression.pruning.totals import measure_totals, stored_totals
+from hemostat.compression.pruning.masks import Pattern
 from hemostat.compression.pruning.weights import prune_weight
 from hemostat.compression.rounding import clipped_scale, e2m1_scale, weight_groups
 from hemostat.compression.token_weights import (
@@ -102,7 +102,7 @@ class Calibrated:
         if self._calibration.guided:
             measure_token_weights(run)
         if self._calibration.clip == "kl":
-            measure_totals(run, Score.FISHER)
+            measure_totals(run)
 
     def compress_layer(self, layer: LayerData) -> LayerResult:
         weights: dict[str, torch.Tensor | Quantized] = {}
@@ -166,8 +166,7 @@ def calibrated_weight(
     """
     if sparse is not None:
         sparsity, pattern = sparse
-        factor = inputs.total.diagonal().float()[None]
-        pruned, _ = prune_weight(stored.float(), sparsity, pattern, factor, inputs.shrunk)
+        pruned, _ = prune_weight(stored.float(), sparsity, pattern, inputs.shrunk)
         return pruned if weight_format is None else on_grid(nearest(name, pruned, weight_format))
     assert weight_format is not None, name
     if weight_format.kind == "float":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -18,24 +18,28 @@ from hemostat.compression.frame import Method, Source
 from hemostat.compression.plan import LayerPlan, stored_bytes
 from hemostat.models.texts import Text
 
+from .texts import calibration
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
     """A compressed checkpoint. size: bytes of its linear layers' weights and scales, in a format made for them.
-    make: writes the folder, which does not exist yet."""
+    make: writes the folder, which does not exist yet. limit: of the mean KL(r‖c)."""
 
     name: str
     size: int
     make: Callable[[Path], None]
+    limit: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Must:
     """The mean KL(r‖c) of the case `better` is below that of `worse`, with an interval of the difference that does not
-    reach 0. not_above: or it may be equal: only an interval above 0 breaks it."""
+    reach 0. by: and by at least so much. not_above: or it may be equal: only an interval above 0 breaks it."""
 
     better: str
     worse: str
+    by: float = 0.0
     not_above: bool = False
 
 
@@ -70,6 +74,10 @@ class Bench:
     def size(self, plan: LayerPlan) -> int:
         """Of all linear layers with the same plan."""
         return sum(stored_bytes(*shape, plan) for shape in self.shapes.values())
+
+    def with_texts(self, seed: int) -> Bench:
+        """The same, with other texts of the same prompts to calibrate on."""
+        return replace(self, learn=calibration(self.reference, self.folder / f"texts-{seed}", len(self.learn), seed))
 
     def ours(self, method: Method, folder: Path) -> None:
         """By `hemostat compress`; what is interrupted goes on."""

@@ -1,22 +1,25 @@
-"""Pruned and repaired checkpoints: ours, and llmcompressor's SparseGPT and Wanda."""
+"""Pruned and repaired checkpoints: ours, what they replaced, and llmcompressor's SparseGPT and Wanda."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from tests.bench.llmcompressor import PRUNE
 from tests.bench.recovery.log import say
 
+from hemostat.compression.calibrated import CALIBRATIONS, Calibrated
 from hemostat.compression.checkpoint_writer import BuildEnvironment
 from hemostat.compression.formats import WeightFormat
-from hemostat.compression.methods import without_texts
+from hemostat.compression.frame import LayerData, LayerResult, Run
+from hemostat.compression.methods import EachWeight, prune_by_magnitude, without_texts
 from hemostat.compression.other_files import REPAIR
 from hemostat.compression.plan import LayerPlan
-from hemostat.compression.pruning.masks import Pattern, Score
-from hemostat.compression.pruning.method import Budget, PruneOptions, prune_method
+from hemostat.compression.pruning.gradients import measure_gradients
+from hemostat.compression.pruning.masks import Pattern
+from hemostat.compression.pruning.method import PruneMethod, PruneOptions
 from hemostat.compression.repair import write_repaired_copy
 from hemostat.models.training import summary_line
 
@@ -25,67 +28,110 @@ from .cases import Bench, Case, Must
 NAME = "pruning"
 SPARSITIES = (0.3, 0.5, 0.6)
 SPARSITIES_OF_ROWS = (0.2, 0.3)
+SEEDS = (1, 2)
+"""Of other texts to calibrate on, besides the benchmark's own."""
 PEERS = ("sparsegpt", "wanda")
+PEERS_AT = ((0.5, Pattern.UNSTRUCTURED), (0.6, Pattern.UNSTRUCTURED), (0.5, Pattern.TWO_OF_FOUR))
 W4A16 = "W4A16 nearest"
 GROUP_SIZE = 64
+HALF = PruneOptions(0.5)
+TWO_OF_FOUR = PruneOptions(0.5, Pattern.TWO_OF_FOUR)
+UNIFORM, QUERIES = "50 % unstructured, in every layer", "50 % unstructured, q_proj only"
+KL_AT_HALF, KL_OF_QUERIES = 0.62, 0.03
+"""At most."""
+GAIN_AT_HALF = 0.10
+"""At least, of gradients."""
+
+
+class Uniform(PruneMethod):
+    """Every layer whose name ends with `kinds` has the sparsity; the others stay as they are."""
+
+    kinds: tuple[str, ...] = ("",)
+
+    def prepare(self, run: Run) -> None:
+        measure_gradients(run)
+
+    def compress_layer(self, layer: LayerData) -> LayerResult:
+        linears = layer.linears
+        layer.linears = {name: module for name, module in linears.items() if name.endswith(self.kinds)}
+        try:
+            return super().compress_layer(layer)
+        finally:
+            layer.linears = linears
+
+
+class Queries(Uniform):
+    """Layer 18 has two heads whose attention is saturated: their rows have no gradients."""
+
+    kinds = ("q_proj",)
 
 
 def cases(bench: Bench) -> Sequence[Case]:
-    found = [_case(bench, options) for options in _options()]
-    for method, pattern in itertools.product(PEERS, (Pattern.UNSTRUCTURED, Pattern.TWO_OF_FOUR)):
-        size = bench.size(LayerPlan(16, None, 0.5, pattern.value))
-        found.append(Case(_peer(method, pattern), size, partial(_by_peer, bench, method, pattern)))
+    found = []
+    for options in (*map(PruneOptions, SPARSITIES), TWO_OF_FOUR):
+        found += [_case(bench, options), _case(bench, options, by_inputs=True)]
+    found += [_case(bench, PruneOptions(sparsity, Pattern.ROWS)) for sparsity in SPARSITIES_OF_ROWS]
+    for seed, by_inputs in itertools.product(SEEDS, (False, True)):
+        found.append(_case(bench, HALF, by_inputs, seed))
+    half = bench.size(LayerPlan(16, None, 0.5))
+    found.append(Case(UNIFORM, half, lambda folder: bench.ours(Uniform(HALF), folder)))
+    found.append(Case(QUERIES, half, lambda folder: bench.ours(Queries(HALF), folder), KL_OF_QUERIES))
+    for sparsity in SPARSITIES:
+        magnitude = EachWeight({"magnitude": sparsity}, prune_by_magnitude(sparsity))
+        size = bench.size(LayerPlan(16, None, sparsity))
+        found.append(Case(_magnitude(sparsity), size, partial(bench.ours, magnitude)))
+    for peer, (sparsity, pattern) in itertools.product(PEERS, PEERS_AT):
+        size = bench.size(LayerPlan(16, None, sparsity, pattern.value))
+        found.append(Case(_peer(peer, sparsity, pattern), size, partial(_by_peer, bench, peer, sparsity, pattern)))
     rounded = without_texts(WeightFormat(4, GROUP_SIZE), packed=True)
     w4a16 = Case(W4A16, bench.size(LayerPlan(4, GROUP_SIZE)), lambda folder: bench.ours(rounded, folder))
-    pruned = _case(bench, PruneOptions(0.5))
-    repaired = [Case(f"{case.name}, repaired", case.size, partial(_repaired, bench, case)) for case in (w4a16, pruned)]
+    repaired = [
+        Case(f"{case.name}, repaired", case.size, partial(_repaired, bench, case))
+        for case in (w4a16, _case(bench, HALF))
+    ]
     return [*found, w4a16, *repaired]
 
 
 def musts() -> Sequence[Must]:
-    """The default is below magnitude, and at 50 % not above the best of the peers; repaired is below what it was."""
-    best = {sparsity: _name(PruneOptions(sparsity)) for sparsity in SPARSITIES}
-    found = [Must(best[s], _name(PruneOptions(s, Score.MAGNITUDE, compensate=False))) for s in SPARSITIES]
-    found += [Must(best[0.5], _peer(method, Pattern.UNSTRUCTURED), not_above=True) for method in PEERS]
-    return [*found, *(Must(f"{name}, repaired", name) for name in (W4A16, best[0.5]))]
+    """Gradients are below inputs alone, and those below magnitude; ours below the peers; repaired below what it was."""
+    found = [Must(_name(HALF, seed=seed), _name(HALF, by_inputs=True, seed=seed), GAIN_AT_HALF) for seed in (0, *SEEDS)]
+    others = (PruneOptions(0.3), PruneOptions(0.6), TWO_OF_FOUR)
+    found += [Must(_name(options), _name(options, by_inputs=True)) for options in others]
+    found.append(Must(UNIFORM, _name(HALF, by_inputs=True)))
+    found += [Must(_name(PruneOptions(s), by_inputs=True), _magnitude(s)) for s in SPARSITIES]
+    for peer, (sparsity, pattern) in itertools.product(PEERS, PEERS_AT):
+        found.append(Must(_name(PruneOptions(sparsity, pattern)), _peer(peer, sparsity, pattern)))
+    return [*found, *(Must(f"{name}, repaired", name) for name in (W4A16, _name(HALF)))]
 
 
-def _options() -> Iterator[PruneOptions]:
-    """At 50 % every score with and without compensation; elsewhere magnitude as it is, and compensated scores."""
-    for score, compensate in itertools.product(Score, (False, True)):
-        yield PruneOptions(0.5, score, compensate=compensate)
-    for sparsity in (sparsity for sparsity in SPARSITIES if sparsity != 0.5):
-        yield PruneOptions(sparsity, Score.MAGNITUDE, compensate=False)
-        yield PruneOptions(sparsity)
-    for score in (Score.MAGNITUDE, Score.TAYLOR, Score.FISHER):
-        yield PruneOptions(0.5, score, budget=Budget.GLOBAL)
-    for pattern, sparsity in (
-        (Pattern.TWO_OF_FOUR, 0.5),
-        *((Pattern.ROWS, sparsity) for sparsity in SPARSITIES_OF_ROWS),
-    ):
-        yield PruneOptions(sparsity, Score.MAGNITUDE, pattern, compensate=False)
-        for score in Score:
-            yield PruneOptions(sparsity, score, pattern)
-
-
-def _case(bench: Bench, options: PruneOptions) -> Case:
+def _case(bench: Bench, options: PruneOptions, by_inputs: bool = False, seed: int = 0) -> Case:
+    """by_inputs: without gradients, as `--plan` prunes. seed: not 0: of other texts to calibrate on."""
     size = bench.size(LayerPlan(16, None, options.sparsity, options.pattern.value))
-    return Case(_name(options), size, lambda folder: bench.ours(prune_method(options), folder))
+    limit = KL_AT_HALF if options == HALF and not by_inputs else None
+
+    def make(folder: Path) -> None:
+        found = bench if seed == 0 else bench.with_texts(seed)
+        sparse = dict.fromkeys(bench.shapes, (options.sparsity, options.pattern))
+        found.ours(Calibrated({}, CALIBRATIONS["clip"], sparse=sparse) if by_inputs else PruneMethod(options), folder)
+
+    return Case(_name(options, by_inputs, seed), size, make, limit)
 
 
-def _name(options: PruneOptions) -> str:
-    parts = [f"{100 * options.sparsity:.0f} % {options.pattern}", options.score.value]
-    if options.budget is Budget.GLOBAL:
-        parts.append("global")
-    return ", ".join([*parts, "compensated"] if options.compensate else parts)
+def _name(options: PruneOptions, by_inputs: bool = False, seed: int = 0) -> str:
+    parts = [f"{100 * options.sparsity:.0f} % {options.pattern}"]
+    return ", ".join([*parts, *["inputs alone"] * by_inputs, *[f"other texts {seed}"] * (seed != 0)])
 
 
-def _peer(method: str, pattern: Pattern) -> str:
-    return f"llmcompressor 50 % {pattern}, {method}"
+def _magnitude(sparsity: float) -> str:
+    return f"{100 * sparsity:.0f} % unstructured, magnitude"
 
 
-def _by_peer(bench: Bench, method: str, pattern: Pattern, folder: Path) -> None:
-    bench.peer(PRUNE, folder, method, "0.5", pattern.value)
+def _peer(peer: str, sparsity: float, pattern: Pattern) -> str:
+    return f"llmcompressor {100 * sparsity:.0f} % {pattern}, {peer}"
+
+
+def _by_peer(bench: Bench, peer: str, sparsity: float, pattern: Pattern, folder: Path) -> None:
+    bench.peer(PRUNE, folder, peer, str(sparsity), pattern.value)
 
 
 def _repaired(bench: Bench, case: Case, folder: Path) -> None:

@@ -31,12 +31,16 @@ class Texts:
 
 def written(reference: Path, folder: Path, learn: int, heldout: int, seed: int) -> Texts:
     """learn, heldout: numbers of texts. Kept in `folder`; topics are mixed, so that fewer are a fair sample."""
-    found = {False: _written(reference, folder / "learn", learn, False, seed)}
-    found[True] = _written(reference, folder / "heldout", heldout, True, seed + 1)
+    found = _written(reference, folder / "heldout", heldout, True, seed + 1)
     asked = [p.topic for p in prompts.open_ended() if p.heldout][:heldout]
     number = {topic: n for n, topic in enumerate(dict.fromkeys(asked))}
-    topics = [np.full(len(t.output), number[topic]) for t, topic in zip(found[True], asked, strict=True)]
-    return Texts(found[False], found[True], np.concatenate(topics))
+    topics = [np.full(len(t.output), number[topic]) for t, topic in zip(found, asked, strict=True)]
+    return Texts(calibration(reference, folder, learn, seed), found, np.concatenate(topics))
+
+
+def calibration(reference: Path, folder: Path, count: int, seed: int) -> list[Text]:
+    """Texts to calibrate on, kept in `folder`."""
+    return _written(reference, folder / "learn", count, False, seed)
 
 
 def _written(reference: Path, folder: Path, count: int, heldout: bool, seed: int) -> list[Text]:

@@ -1,9 +1,13 @@
 """The weights that stay take over what the dropped ones did, as far as the layer's inputs allow it.
 
-Minimised is E‖(W' − W) x‖² = tr((W' − W) S (W' − W)ᵀ) with the second moments S = Σ x xᵀ of the layer's inputs, over
-the weights that are kept. `pruned_in_blocks` chooses the mask and updates meanwhile (optimal brain surgeon by blocks of
-columns: SparseGPT, Frantar & Alistarh 2023, arXiv 2301.00774): an update only reaches columns to the right.
-`least_squares` then finds the optimum for the mask, by conjugate gradients (as Meng et al. 2024, arXiv 2406.07831, do).
+`pruned_in_blocks` chooses the mask and updates meanwhile (optimal brain surgeon by blocks of columns: SparseGPT,
+Frantar & Alistarh 2023, arXiv 2301.00774): an update only reaches columns to the right, and its error is
+E‖(W' − W) x‖² = tr((W' − W) S (W' − W)ᵀ) with the second moments S = Σ x xᵀ of the layer's inputs.
+
+`compensated` then reduces the error for the mask, by conjugate gradients (as Meng et al. 2024, arXiv 2406.07831, do).
+With the second moments G = Σ g gᵀ of the gradients at the layer's outputs that error is tr(G (W' − W) S (W' − W)ᵀ),
+which is to second order twice the divergence from the dense model, where x and g are independent (K-FAC, Martens &
+Grosse 2015, arXiv 1503.05671): outputs to which the model is not sensitive may then change.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import torch
 
 from hemostat.compression.error_compensation import BLOCK
 
-STEPS = 30
+STEPS = 10
 """Of conjugate gradients."""
 TOLERANCE = 3e-3
 """Relative size of a residual at which they end."""
@@ -67,29 +71,49 @@ def pruned_in_blocks(
     return left.T, kept.T
 
 
-def least_squares(
-    weight: torch.Tensor, moments: torch.Tensor, kept: torch.Tensor, start: torch.Tensor, steps: int = STEPS
+def compensated(
+    weight: torch.Tensor,
+    moments: torch.Tensor,
+    kept: torch.Tensor,
+    start: torch.Tensor,
+    gradients: torch.Tensor | None = None,
+    steps: int = STEPS,
 ) -> torch.Tensor:
-    """The W', float32 [out, in], zero outside of `kept`, with the least tr((W' − W) S (W' − W)ᵀ), from `start`.
+    """The W', float32 [out, in], zero outside of `kept`, with a small tr(G (W' − W) S (W' − W)ᵀ), from `start`.
 
-    moments: S, `damped`. Conjugate gradients for all rows at the same time, each row a problem of its own, with the
-    diagonal as preconditioner; the error never rises, whatever the number of steps.
+    moments: S, `damped`. gradients: G, `damped`; None: the identity, so that each row is a problem of its own.
+
+    Conjugate gradients with S⁻¹ and the diagonal of G as preconditioner; the error never rises, whatever the number of
+    steps.
     """
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments.double())).float()
     moments = moments.float()
+    outputs = None if gradients is None else gradients.float()
+    scale = torch.ones(1, 1) if outputs is None else outputs.diagonal()[:, None]
+
+    def image(change: torch.Tensor) -> torch.Tensor:
+        found = change @ moments
+        return (found if outputs is None else outputs @ found) * kept
+
+    def product(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """Of each problem: [out, 1], with gradients one number."""
+        found = torch.linalg.vecdot(one, other)
+        return found[:, None] if outputs is None else found.sum()
+
     current = start.float() * kept
-    scale = 1.0 / moments.diagonal()
-    residual = ((weight.float() - current) @ moments) * kept
-    direction = residual * scale
-    size = first = (residual * direction).sum(1)
+    residual = image(weight.float() - current)
+    preconditioned = (residual / scale) @ inverse * kept
+    direction = preconditioned
+    size = first = product(residual, preconditioned)
     for _ in range(steps):
         if bool((size <= TOLERANCE**2 * first).all()):
             break
-        image = (direction @ moments) * kept
-        step = size / (direction * image).sum(1).clamp_min(_TINY)
-        current += step[:, None] * direction
-        residual -= step[:, None] * image
-        preconditioned = residual * scale
-        following = (residual * preconditioned).sum(1)
-        direction = preconditioned + (following / size.clamp_min(_TINY))[:, None] * direction
+        imaged = image(direction)
+        step = size / product(direction, imaged).clamp_min(_TINY)
+        current += step * direction
+        residual -= step * imaged
+        preconditioned = (residual / scale) @ inverse * kept
+        following = product(residual, preconditioned)
+        direction = preconditioned + (following / size.clamp_min(_TINY)) * direction
         size = following
     return current

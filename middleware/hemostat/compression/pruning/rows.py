@@ -7,15 +7,15 @@ The shapes stay: what is dropped is 0, since vLLM builds all layers of a model w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from hemostat.compression.pruning.masks import Score
-from hemostat.compression.pruning.totals import Totals
 from hemostat.models.checkpoint_folders import CompressError
 from hemostat.models.skeleton import CopyLinear, Skeleton
+from hemostat_calibration.allocation.sparsity import share_units
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +83,21 @@ def _check(reader: str, wanted: int, found: list[int]) -> None:
         raise CompressError(f"--pattern rows: {reader} does not read each row of the layers before it: not supported")
 
 
-def unit_scores(units: Units, score: Score, totals: Totals, weight: Callable[[str], torch.Tensor]) -> torch.Tensor:
-    """Float32 [count]: by unit the sum of w² of its weights (magnitude), of w² Σ x² of its columns (Wanda), or what
-    `observed` added up of its gates. weight: of a linear layer, by name."""
-    if score in (Score.TAYLOR, Score.FISHER):
-        return totals[units.reader][0]
-    columns = weight(units.reader).float().square()
-    if score is Score.WANDA:
-        return (columns * totals[units.reader]).sum(0).unflatten(0, (units.count, units.width)).sum(1)
-    rows = sum(weight(name).float().square().sum(1) for name in units.writers)
-    return (columns.sum(0) + rows).unflatten(0, (units.count, units.width)).sum(1)
+def unit_scores(units: Units, weight: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    """Float32 [count]: by unit the sum of w² Σ x² of its columns (Wanda, Sun et al. 2023, arXiv 2306.11695). weight: of
+    the reader, [out, in]. squares: Σ x² of its inputs, [in]."""
+    by_input = (weight.square() * squares.float()).sum(0)
+    found: torch.Tensor = by_input.unflatten(0, (units.count, units.width)).sum(1)
+    return found
+
+
+def dropped_units(units: Sequence[Units], scores: Sequence[torch.Tensor], sparsity: float) -> Sequence[torch.Tensor]:
+    """By kind which units of a decoder layer are dropped, bool [count], so that the part `sparsity` of its weights is.
+    scores: by kind."""
+    sizes = np.concatenate([np.full(kind.count, kind.weights, np.int64) for kind in units])
+    lost = share_units(torch.cat(list(scores)).double().numpy(), sizes, sparsity)
+    found: Sequence[torch.Tensor] = torch.from_numpy(lost).split([kind.count for kind in units])
+    return found
 
 
 def dropped_weights(

@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 
 from hemostat.compression.error_compensation import BLOCK, damped
-from hemostat.compression.pruning.compensation import least_squares, pruned_in_blocks
+from hemostat.compression.pruning.compensation import compensated, pruned_in_blocks
 from hemostat.compression.pruning.masks import Pattern, kept_rows, kept_two_of_four, kept_weights
 from hemostat.models.checkpoint_folders import CompressError
+
+ROW_FLOOR = 0.3
+"""Each row keeps, in each block, at least this part of what its layer keeps. Without it a row whose gradients vanish
+would lose everything, and removing it changes the model: a head whose attention is saturated has no gradient."""
 
 
 def check_sparsity(sparsity: float, pattern: Pattern) -> None:
@@ -22,21 +26,16 @@ def prune_weight(
     weight: torch.Tensor,
     sparsity: float,
     pattern: Pattern,
-    factor: torch.Tensor | None = None,
     moments: torch.Tensor | None = None,
-    *,
-    zeros: int | None = None,
-    by_row: bool = False,
+    gradients: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pruned weight, float32 [out, in], and which entries are kept, bool. The score of a weight is w² · factor.
+    """The pruned weight, float32 [out, in], and which entries are kept, bool.
 
-    factor: [out, in] or what broadcasts to it; None: 1, which is magnitude. moments: second moments of the layer's
-    inputs [in, in], `shrunk`: the weights that stay make up for those that are dropped. zeros: their number, in place
-    of `sparsity`. by_row: without moments, the same number in each row. With the pattern `rows`, whole rows are
+    moments: second moments S of the layer's inputs [in, in], `shrunk`: the score of a weight is w² / [S⁻¹]_jj, as in
+    SparseGPT, and the weights that stay make up for those that are dropped. None: the score is w², and they do not.
+    gradients: G, of the gradients at the layer's outputs [out, out]: the weights that stay are fitted to what the model
+    is sensitive to, and without a pattern the score is multiplied by G_ii. With the pattern `rows`, whole rows are
     dropped: nothing can make up for them in this layer.
-
-    With moments, a score is multiplied by the part of its input that the other inputs cannot make up for,
-    1 / (S_jj [S⁻¹]_jj): Wanda's score then is that of SparseGPT, w² / [S⁻¹]_jj.
 
     CompressError where the pattern does not fit the shape.
 
@@ -44,29 +43,40 @@ def prune_weight(
     >>> kept.tolist()
     [[True, False], [False, True]]
     """
-    count = round(sparsity * weight.numel()) if zeros is None else zeros
-    factor = torch.ones(1, 1) if factor is None else factor
-    scores = weight.float().square() * factor
-    if pattern is Pattern.ROWS:
-        kept = kept_rows(scores, round(sparsity * len(weight)))
-        return weight.float() * kept, kept
     if pattern is Pattern.TWO_OF_FOUR and weight.shape[1] % 4:
         raise CompressError(
             f"--pattern 2:4: a layer has {weight.shape[1]} inputs, not a multiple of 4: use another one"
         )
-    if moments is None:
-        kept = kept_two_of_four(scores) if pattern is Pattern.TWO_OF_FOUR else kept_weights(scores, count, by_row)
+    if moments is None or pattern is Pattern.ROWS:
+        scores = weight.float().square()
+        if pattern is Pattern.ROWS:
+            found = scores if moments is None else scores * moments.diagonal().float()
+            kept = kept_rows(found, round(sparsity * len(weight)))
+        elif pattern is Pattern.TWO_OF_FOUR:
+            kept = kept_two_of_four(scores)
+        else:
+            kept = kept_weights(scores, round(sparsity * weight.numel()))
         return weight.float() * kept, kept
     second = damped(moments)
-    factors = factor.expand_as(weight) / second.diagonal().float()
+    outputs = None if gradients is None else damped(gradients)
+    start, kept = pruned_by_blocks(weight, sparsity, pattern, second, outputs)
+    return compensated(weight, second, kept, start, outputs), kept
+
+
+def pruned_by_blocks(
+    weight: torch.Tensor, sparsity: float, pattern: Pattern, moments: torch.Tensor, gradients: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`prune_weight` without the last step: updates from left to right only. moments, gradients: `damped`."""
+    count = round(sparsity * weight.numel())
+    factor, floor = torch.ones(1, 1), 0.0
+    if gradients is not None:
+        factor, floor = gradients.diagonal().float()[:, None], ROW_FLOOR * (1.0 - sparsity)
 
     def choose(values: torch.Tensor, own: torch.Tensor, columns: slice) -> torch.Tensor:
-        found = values.square() * factors[:, columns] / own
         if pattern is Pattern.TWO_OF_FOUR:
-            return kept_two_of_four(found)
+            return kept_two_of_four(values.square() / own)
         # The blocks' numbers add up to `count`.
-        ends = [count * column // weight.shape[1] for column in (columns.start, columns.stop)]
-        return kept_weights(found, ends[1] - ends[0])
+        first, last = (count * column // weight.shape[1] for column in (columns.start, columns.stop))
+        return kept_weights(values.square() * factor / own, last - first, int(floor * len(own)))
 
-    start, kept = pruned_in_blocks(weight, second, choose, 4 if pattern is Pattern.TWO_OF_FOUR else BLOCK)
-    return least_squares(weight, second, kept, start), kept
+    return pruned_in_blocks(weight, moments, choose, 4 if pattern is Pattern.TWO_OF_FOUR else BLOCK)

@@ -1,0 +1,74 @@
+"""The Fisher information of each weight, its diagonal: Σ (g_i x_j)² over tokens.
+
+With each token drawn from the model's own prediction, as `output_gradients` does, the expected square of the gradient
+of −log p is the second derivative of the divergence from the model. The gradient of one token with respect to the
+weight is g xᵀ, so that a sum over tokens is one product of two matrices. Tokens count as independent.
+
+One walk backwards through the model: the memory is that of one layer. Finished layers are stored in the run's parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from hemostat.compression.frame import Run
+from hemostat.models.activations import GRAM_ROWS, Batch, valid_rows
+from hemostat.models.skeleton import Skeleton
+
+STAGE = "gradients"
+Totals = dict[str, torch.Tensor]
+"""Float32 [out, in] by linear layer; a layer that no text reached is left out."""
+
+
+def measure_totals(run: Run) -> None:
+    """Store them of every decoder layer that is not stored yet."""
+    walk, count = run.texts_walk, len(run.skeleton.layers)
+    for n in reversed(range(count)):
+        if run.parts.get(_part(n)) is None:
+            totals: Totals = {}
+            walk.measure(n, partial(observed, run.skeleton, walk.names[n], totals), backwards=True)
+            run.parts.put(_part(n), totals)
+            walk.leave(n, backwards=True)
+        run.progress(STAGE, count - n, count)
+    walk.drop()
+
+
+def stored_totals(run: Run, index: int) -> Totals:
+    """Of the decoder layer `index`; empty where nothing was measured."""
+    return run.parts.get(_part(index)) or {}
+
+
+@contextmanager
+def observed(skeleton: Skeleton, layer: str, totals: Totals, batch: Batch) -> Iterator[None]:
+    """Inside of the context, passes backwards through the decoder layer `layer` add to `totals`."""
+
+    def hook(name: str) -> Callable[[Any, tuple[Any, ...], torch.Tensor], None]:
+        def see(module: Any, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
+            inputs = valid_rows(arguments[0], batch.valid)
+
+            def see_gradient(gradient: torch.Tensor) -> None:
+                rows = valid_rows(gradient, batch.valid)
+                for x, g in zip(inputs.split(GRAM_ROWS), rows.split(GRAM_ROWS), strict=True):
+                    found = g.float().square().T @ x.float().square()
+                    totals[name] = totals[name] + found if name in totals else found
+
+            if output.requires_grad:
+                output.register_hook(see_gradient)
+
+        return see
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in skeleton.linears_of(layer).items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _part(index: int) -> str:
+    return f"fisher-{index:04d}"
