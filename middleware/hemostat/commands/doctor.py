@@ -92,9 +92,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     prescription.add_argument(
         "--plan-for",
-        choices=("vllm", "vllm-cpu", "any"),
+        choices=("vllm", "vllm-amd", "vllm-intel", "vllm-cpu", "any"),
         default="vllm",
-        help="what serves the result: vLLM's packed kernels on GPUs (vllm) or CPUs (vllm-cpu), or dense weights (any)",
+        help="what serves the result: vLLM's packed kernels on NVIDIA's GPUs (vllm), others, CPUs; any: dense weights",
     )
     parser.add_argument("--show-text", action="store_true", help="show texts of the worst prompts and tokens")
     parser.add_argument(

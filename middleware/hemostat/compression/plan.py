@@ -23,7 +23,9 @@ BITS = (2, 3, 4, 5, 6, 7, 8, DENSE_BITS)
 PACKED_BITS = (4, 8)
 """What vLLM serves packed; layers of other widths are written dense, rounded."""
 SCALE_BYTES = 2
-"""Of one scale: bfloat16 or float16, as the source."""
+"""Of one scale: bfloat16 or float16, as the source; of 4-bit floats 1."""
+FP4_GROUPS = {"nvfp4": 16, "mxfp4": 32}
+"""Inputs that share a scale."""
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -32,6 +34,7 @@ class LayerPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of one linear layer.
 
     bits: 2 to 8, or 16: not quantized. group_size: inputs that share a scale; None: one scale per output channel.
+    kind: integers, or 4-bit floats in groups of 16 (`nvfp4`) or 32 (`mxfp4`).
     sparsity: part of the weights that is set to zero, 0 to below 1. pattern: of the zeros; `2:4` has sparsity 0.5.
     """
 
@@ -39,10 +42,13 @@ class LayerPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     group_size: int | None = None
     sparsity: float = 0.0
     pattern: Pattern = "unstructured"
+    kind: Literal["int", "nvfp4", "mxfp4"] = "int"
 
     @property
     def name(self) -> str:
         """Such as `4 bits, groups of 64`."""
+        if self.kind != "int":
+            return self.kind.upper()
         grouping = "by channel" if self.group_size is None else f"groups of {self.group_size}"
         parts = ["16 bits" if self.bits == DENSE_BITS else f"{self.bits} bits, {grouping}"]
         if self.sparsity:
@@ -139,7 +145,7 @@ def stored_bytes(outputs: int, inputs: int, layer: LayerPlan) -> int:
     if layer.sparsity and layer.pattern != "rows":
         bits = (weights - int(weights * layer.sparsity)) * layer.bits + weights
     groups = 0 if layer.bits == DENSE_BITS else 1 if layer.group_size is None else inputs // layer.group_size
-    return math.ceil(bits / 8) + rows * groups * SCALE_BYTES
+    return math.ceil(bits / 8) + rows * groups * (SCALE_BYTES if layer.kind == "int" else 1)
 
 
 def fused_name(layer: str) -> str:
@@ -162,6 +168,10 @@ def _read_layer(raw: msgspec.Raw, where: str) -> LayerPlan:
     if layer.group_size is not None and (layer.group_size < 1 or layer.bits == DENSE_BITS):
         problem = "with 16 bits there are no groups" if layer.bits == DENSE_BITS else "it must be positive, or null"
         raise CompressError(f"{where}: group_size is {layer.group_size}: {problem}")
+    if layer.kind != "int" and (layer.bits, layer.group_size, layer.sparsity) != (4, FP4_GROUPS[layer.kind], 0.0):
+        raise CompressError(
+            f"{where}: kind is {layer.kind}: it has 4 bits, group_size {FP4_GROUPS[layer.kind]} and no sparsity"
+        )
     if not 0.0 <= layer.sparsity < 1.0:
         raise CompressError(f"{where}: sparsity is {layer.sparsity:g}: it must be from 0 to below 1")
     if layer.pattern == "2:4" and layer.sparsity not in (0.0, 0.5):

@@ -15,7 +15,7 @@ def planned(plan: Plan, source: Source, calibration: Calibration) -> tuple[Calib
     """The method, and notes for people: what is written dense, and why. CompressError unless it is for `source`."""
     check_plan(plan, source.checkpoint.digest(), source.shapes)
     layers = {name: plan.layers[name] for name in source.shapes}
-    rounded = {n: WeightFormat(p.bits, p.group_size) for n, p in layers.items() if p.bits != DENSE_BITS}
+    rounded = {n: WeightFormat(p.bits, p.group_size, p.kind) for n, p in layers.items() if p.bits != DENSE_BITS}
     sparse = {n: (p.sparsity, Pattern(p.pattern)) for n, p in layers.items() if p.sparsity}
     mixed = mixed_fused(layers)
     widths = sorted({p.bits for p in layers.values()} - {*PACKED_BITS, DENSE_BITS})

@@ -7,19 +7,25 @@ from typing import Any
 from hemostat.compression.calibrated import calibrated_weight
 from hemostat.compression.formats import Quantized, WeightFormat, on_grid
 from hemostat.compression.input_moments import InputMoments
+from hemostat.compression.methods import nearest
 from hemostat.compression.plan import DENSE_BITS, LayerPlan, fused_name
 from hemostat.compression.pruning.masks import Pattern
 from hemostat.compression.rounding import pruned, rounded
 from hemostat.doctor.options import Target
 
 KERNEL_GROUPS = (None, 128, 64, 32)
-"""Of Marlin's kernels (`MARLIN_SUPPORTED_GROUP_SIZES` of vLLM 0.32), coarsest first."""
+"""Of Marlin's kernels (`MARLIN_SUPPORTED_GROUP_SIZES` of vLLM 0.32), coarsest first; of Triton's and Intel's, too."""
 
 _DENSE = LayerPlan(DENSE_BITS)
+_INT4 = tuple(LayerPlan(4, group) for group in KERNEL_GROUPS)
+_FP4 = (LayerPlan(4, 16, kind="nvfp4"), LayerPlan(4, 32, kind="mxfp4"))
 _CANDIDATES: dict[Target, tuple[LayerPlan, ...]] = {
-    "vllm": (*(LayerPlan(4, group) for group in KERNEL_GROUPS), LayerPlan(8), LayerPlan(8, 64), _DENSE),
-    # vLLM 0.32 has no kernel for 8-bit weights alone on a CPU.
-    "vllm-cpu": (*(LayerPlan(4, group) for group in KERNEL_GROUPS), _DENSE),
+    # From compute capability 7.5 on Marlin has them all; other kernels for newer GPUs have some.
+    "vllm": (*_INT4, *_FP4, LayerPlan(8), LayerPlan(8, 64), _DENSE),
+    # vLLM 0.32 has no kernel for 8-bit weights alone there, and FP4 only with inputs that are rounded, or emulated.
+    "vllm-amd": (*_INT4, _DENSE),
+    "vllm-intel": (*_INT4, _DENSE),
+    "vllm-cpu": (*_INT4, _DENSE),
     # Half of the weights at 8 bits need the bytes of 5 bits, at 4 bits those of 3.
     "any": (
         *(LayerPlan(bits, 64) for bits in range(2, 9)),
@@ -55,8 +61,10 @@ def planned_weight(name: str, weight: Any, plan: LayerPlan, inputs: InputMoments
         return weight.clone()
     if inputs is None:
         result = pruned(weight, plan.sparsity) if plan.sparsity else weight.clone()
+        if plan.kind != "int":
+            return on_grid(nearest(name, weight, WeightFormat(plan.bits, plan.group_size, plan.kind))).to(weight.dtype)
         return result if plan.bits == DENSE_BITS else rounded(name, result, plan.bits, plan.group_size)
-    weight_format = None if plan.bits == DENSE_BITS else WeightFormat(plan.bits, plan.group_size)
+    weight_format = None if plan.bits == DENSE_BITS else WeightFormat(plan.bits, plan.group_size, plan.kind)
     sparse = (plan.sparsity, Pattern(plan.pattern)) if plan.sparsity else None
     new = calibrated_weight(name, weight, inputs, weight_format, sparse, "gptq")
     return (on_grid(new) if isinstance(new, Quantized) else new).to(weight.dtype)

@@ -8,7 +8,9 @@ from typing import Any
 from hemostat.doctor.causes.findings import clear, plus_minus
 
 FOR = {
-    "vllm": "vLLM serves it packed on GPUs",
+    "vllm": "vLLM serves it packed on NVIDIA's GPUs",
+    "vllm-amd": "vLLM serves it packed on AMD's GPUs",
+    "vllm-intel": "vLLM serves it packed on Intel's GPUs",
     "vllm-cpu": "vLLM serves it packed on CPUs",
     "any": "only its 4- and 8-bit layers can be served packed, the others are written dense",
 }
