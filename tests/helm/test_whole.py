@@ -163,6 +163,7 @@ def test_notes(helm: Helm, cluster: Cluster) -> None:
     notes = helm.notes(cluster, values=set_of("whole"))
     for said in (
         "https://rel-hemostat.models.svc:443/v1",
+        "llm.example.com at the Gateway",
         "(or https://console.example.com/ )",
         "logs deploy/rel-hemostat-engine -f",
         "helm -n models test rel",
