@@ -48,6 +48,7 @@ def test_the_chart_and_the_images_have_hemostats_version() -> None:
     assert {str(yaml.safe_load(text)[key]) for key in ("version", "appVersion")} == {__version__}
     named = re.findall(r"hemostat(?:-engine)?:(\d+\.\d+\.\d+)", (ROOT / "docs" / "operations.md").read_text())
     assert set(named) == {__version__}
+    assert f"\n## [{__version__}] - " in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_the_readme_is_current() -> None:
