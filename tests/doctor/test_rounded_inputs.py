@@ -47,11 +47,16 @@ def rounding_model(tiny: TinyPair, kind: str) -> Any:
     return model
 
 
-def test_packed_zero_points_are_read_whatever_transformers_loads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["zero points", "GPTQ", "NVFP4"])
+def test_a_format_is_read_whatever_transformers_loads(kind: str, tmp_path: Path) -> None:
     tiny = TinyPair.in_folder(tmp_path)
     model = tiny_model("llama")
     model.save_pretrained(tiny.reference)
-    packed(model, tiny.compressed, symmetric=False, group=64)
+    if kind == "zero points":
+        packed(model, tiny.compressed, symmetric=False, group=64)
+    else:
+        written = WeightFormat(4, 64, layout="gptq") if kind == "GPTQ" else WeightFormat(4, 16, "nvfp4")
+        compress_with(tiny.reference, tiny.compressed, without_texts(written, packed=True))
     for folder in (tiny.reference, tiny.compressed):
         write_tokenizer(folder)
     pair = CheckpointPair(tiny.options(max_prompts=1))

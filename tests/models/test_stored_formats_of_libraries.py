@@ -161,3 +161,37 @@ def test_as_vllm_dequantizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         folder = tmp_path / str(n)
         folder.mkdir()
         assert torch.equal(read(layer, folder), oracle(layer).contiguous()), name
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(not vllm_server.installed(), reason="vLLM is not installed")
+def test_what_vllms_cpu_build_serves_and_refuses() -> None:
+    """The lines of docs/lab/formats.md, by its own code."""
+    from vllm.model_executor.kernels import linear
+    from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
+    from vllm.scalar_type import scalar_types
+
+    def kernel(kind: Any, zero_points: bool) -> str:
+        shape = (576, 576)
+        config = linear.MPLinearLayerConfig(shape, shape, kind, torch.bfloat16, 64, zero_points)
+        return str(linear.choose_mp_linear_kernel(config).__name__)
+
+    def gptq_config(**changed: Any) -> Any:
+        return AutoGPTQConfig.from_config({**gptq().quantization, **changed})
+
+    gptq_config()
+    assert kernel(scalar_types.uint4b8, False) == "CPUWNA16LinearKernel"
+    assert kernel(scalar_types.uint4, True) == "CPUWNA16LinearKernel"
+    with pytest.raises(ValueError, match="Unsupported quantization config: bits=4, sym=False"):
+        gptq_config(sym=False)
+    with pytest.raises(ValueError, match="Unsupported quantization config: bits=3, sym=True"):
+        gptq_config(bits=3)
+    with pytest.raises(ValueError, match=r"activation ordering \(desc_act=True\) is no longer supported"):
+        gptq_config(desc_act=True)
+    for kind, start in (
+        ("WNA16", lambda: kernel(scalar_types.uint8b128, False)),
+        ("NVFP4", linear.init_nvfp4_linear_kernel),
+        ("MXFP4", linear.init_mxfp4_linear_kernel),
+    ):
+        with pytest.raises(ValueError, match=f"Failed to find a kernel that can implement the {kind} linear layer"):
+            start()
