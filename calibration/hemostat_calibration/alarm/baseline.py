@@ -126,7 +126,7 @@ class Baseline:
 
         >>> baseline = fit_baseline(np.array([[math.sin(n), 50, 0.0] for n in range(150)]), alpha=0.0025)
         >>> baseline.log_factors(np.array([0.0, 9.0]), np.array([50.0, 50.0]), 1.25).max(axis=1).round(1).tolist()
-        [-0.9, 2.8]
+        [-0.1, 2.7]
         """
         width, allowed = self.scale * np.sqrt(1.0 + self.half_tokens / tokens), math.log(tolerance)
         distance = levels - self.centre
