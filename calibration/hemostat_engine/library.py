@@ -171,10 +171,9 @@ class Library:
             return tuple(self._held)
 
     def candidates(self) -> tuple[HeldProfile, ...]:
-        """Held profiles that `hold` names, in its order, to be evaluated on any row: no adapters."""
+        """Held profiles that `hold` names, in its order."""
         with self._lock:
-            profiles = (self._held.get(version) for version in self._hold)
-            return tuple(held for held in profiles if held is not None and not held.is_adapter)
+            return tuple(self._held[version] for version in self._hold if version in self._held)
 
 
 def free_bytes(device: torch.device) -> int | None:

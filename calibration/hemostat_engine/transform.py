@@ -21,7 +21,7 @@ import torch
 
 from hemostat_calibration.errors import InvalidProfileError
 from hemostat_calibration.profiles import transform as numpy_transform
-from hemostat_calibration.profiles.families import ADAPTER, CONTEXTUAL, TEMPERATURE_BIAS, map_parameters
+from hemostat_calibration.profiles.families import ADAPTER, CONTEXTUAL, TEMPERATURE_BIAS
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_engine.product import Matrix, Product, upload
 
@@ -95,7 +95,6 @@ def _nothing(parameters: Parameters, logits: torch.Tensor, rows: torch.Tensor | 
 FAMILIES: Mapping[str, Family] = {
     TEMPERATURE_BIAS: Family(_temperature_bias),
     CONTEXTUAL: Family(_contextual, frozenset({"linear"}), frozenset({"up"})),
-    # Of an adapter without a map; one with a map is contextual here.
     ADAPTER: Family(_nothing),
 }
 
@@ -107,8 +106,7 @@ class HeldProfile:
     is decoded. It raises what PyTorch raises.
 
     failed: it is not applied any more, since that failed. anchors: digest of its `anchor_count` anchor ids; None for a
-    family without anchors. is_probe: it changes no row (`up` is zero, or it is an adapter without a map). is_adapter:
-    its Δz is of the logits that the model has with the adapter, and means nothing on other rows.
+    family without anchors. is_probe: it changes no row: its `up` is zero, or it is an adapter.
     """
 
     def __init__(self, profile: CalibrationProfile, device: torch.device = CPU) -> None:
@@ -123,10 +121,9 @@ class HeldProfile:
         anchors = numpy_transform.anchors(profile)
         self.anchors = None if anchors is None else numpy_transform.anchors_digest(anchors)
         self.anchor_count = 0 if anchors is None else len(anchors)
-        self.is_adapter = profile.family == ADAPTER
         parameters = applied_parameters(profile)
-        self._family = FAMILIES[CONTEXTUAL if self.is_adapter and parameters else profile.family]
-        self.is_probe = not parameters["up"].any() if "up" in parameters else self.is_adapter
+        self._family = FAMILIES[profile.family]
+        self.is_probe = profile.family == ADAPTER or ("up" in parameters and not parameters["up"].any())
         self.parameters = Parameters(
             {
                 name: upload(_array(value, name in self._family.transposed), device)
@@ -142,8 +139,8 @@ class HeldProfile:
 
 
 def applied_parameters(profile: CalibrationProfile) -> Mapping[str, npt.NDArray[Any]]:
-    """Those that are applied to logits: of an adapter its map's, if it has one."""
-    return map_parameters(profile.parameters) if profile.family == ADAPTER else profile.parameters
+    """Those that are applied to logits: none of an adapter's."""
+    return {} if profile.family == ADAPTER else profile.parameters
 
 
 def _array(value: npt.NDArray[Any], transposed: bool) -> npt.NDArray[Any]:

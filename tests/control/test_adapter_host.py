@@ -57,7 +57,7 @@ async def test_relays_may_ask_for_an_adapter_once_it_is_loaded_and_probed(tmp_pa
         plane.policy.publish()
         policy = plane.policy._last
         assert policy is not None
-        assert policy.adapters == {ADAPTER.version: False}
+        assert policy.adapters == {ADAPTER.version}
         assert ADAPTER.version in policy.acknowledged
         assert plane.profile_manager.serving.max_adapters == 1
         assert ADAPTER.version in plane.engines._wanted, "engines keep it"
@@ -72,14 +72,14 @@ async def test_a_version_that_the_engine_applies_wrongly_is_not_tested_any_more(
         event = plane.profile_manager.events.newest_first()[0]
         assert (event["decision"], event["reason"]) == (Decision.DROP, Reason.PROBE)
         await until(lambda: lora.names == {})
-        assert plane.adapters.hosts.ready == {}
+        assert plane.adapters.hosts.ready == frozenset()
 
 
 async def test_nothing_is_loaded_while_profiles_are_only_observed(tmp_path: Path) -> None:
     lora = FakeLora(resolves={ADAPTER.version: 2})
     async with hosting(tmp_path, lora, "observe") as plane:
         await asyncio.sleep(0.2)
-        assert (lora.names, plane.adapters.hosts.ready) == ({}, {})
+        assert (lora.names, plane.adapters.hosts.ready) == ({}, frozenset())
         plane.profile_manager.operator.set_mode("auto")
         await until(lambda: plane.adapters.hosts.ready)
 
@@ -124,7 +124,7 @@ async def two_serve(folder: Path, lora: FakeLora) -> None:
         await until(lambda: plane.adapters.hosts.capacity == 2)
         await plane.actions.promote(ADAPTER.version, KINDS[0])
         await plane.actions.pin(OTHER.version, KINDS[1])
-        await until(lambda: set(plane.adapters.hosts.ready) == {ADAPTER.version, OTHER.version})
+        await until(lambda: plane.adapters.hosts.ready == {ADAPTER.version, OTHER.version})
         shutil.copy(folder / "store.db", folder / "killed.db")
     (folder / "killed.db").rename(folder / "store.db")
 
@@ -144,7 +144,7 @@ async def test_what_served_serves_again_once_it_is_probed_and_no_place_is_given_
             HemostatError, match=r"it is not known yet how many adapters the engines have slots for: adapter.engine"
         ):
             plane.profile_manager.operator.promote(third, REST_KIND)
-        await until(lambda: set(plane.adapters.hosts.ready) == {ADAPTER.version, OTHER.version})
+        await until(lambda: plane.adapters.hosts.ready == {ADAPTER.version, OTHER.version})
         plane.policy.publish()
         policy = plane.policy._last
         assert policy is not None

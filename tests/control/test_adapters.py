@@ -28,20 +28,17 @@ from tests.support.waiting import until
 from hemostat.adapters.live import client
 from hemostat.adapters.live.folders import CheckpointFolders
 from hemostat.adapters.serving import host
-from hemostat.config.schema import Adapter, Calibration
+from hemostat.config.schema import Adapter
 from hemostat.control import composition
 from hemostat.control.composition import Control
-from hemostat.engines.messages import EngineReport, LoraState, TapMessage, TapRun
+from hemostat.engines.messages import EngineReport, LoraState
 from hemostat.ipc.messages import REST_KIND, Capture, Policy
 from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat.models.copies import Copy
-from hemostat.profiles.scopes import map_scope
 from hemostat.reference.references import References
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.arrays import Floats, Ids
-from hemostat_calibration.profiles import transform
-from hemostat_calibration.profiles.adapter import adapter_layers, adapter_profile, layers_digest, max_rank
-from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.adapter import adapter_layers, max_rank
 from hemostat_calibration.statistics.split import held_out
 
 pytestmark = pytest.mark.timeout(900)
@@ -119,7 +116,6 @@ class World:
         assert self.engine.copy is not None
         layers = None if adapter is None else self.engine.layers[adapter]
         z = self.engine.copy.logits(ids[:-1], layers)[-TOKENS:]
-        self._tap(z, adapter if adapter is not None and policy.adapters[adapter] else None)
         log_c = logprobs(z)
         output, rows = ids[PROMPT:], np.arange(TOKENS)
         best = np.full((TOKENS, K + 1), -1, "<i4")
@@ -143,17 +139,6 @@ class World:
             emitted_logprobs=log_c[rows, output].astype("<f4").tobytes(),
             captured_at=time.monotonic(),
         )
-
-    def _tap(self, z: Floats, applied: str | None) -> None:
-        """What the plugin reports of the request: the logits at the anchors, before any map."""
-        known = self.one.profile_manager
-        reading = transform.anchors(known.catalogue[known.catalogue.probe]) if known.catalogue.probe else None
-        run: dict[str, Any] = {"versions": {}, "applied": applied}
-        if reading is not None:
-            features = z[:, reading] - z[:, reading].mean(1, keepdims=True)
-            run |= {"anchors": transform.anchors_digest(reading), "features": features.astype("<f2").tobytes()}
-        tapped = TapRun(nonce=f"n{self._seed}", start=0, tokens=TOKENS, **run)
-        self.one.engines.taps.add(TapMessage(self.boot, [tapped]), time.monotonic())
 
     async def requests(self, count: int) -> None:
         """That many more, all of them to their end."""
@@ -224,7 +209,7 @@ async def test_an_adapter_is_collected_for_built_tested_promoted_and_asked_for(
         (promoted,) = [e for e in profiles.report.listing()["events"] if e["decision"] == "promote"]
         assert promoted["version"] == version
         assert promoted["evidence"]["figure"] == "total_variation"
-        assert w.told[-1].adapters == {version: False}
+        assert w.told[-1].adapters == {version}
         assert version in w.told[-1].acknowledged
         # Clients of the treated arm get what is closer to the reference.
         await w.requests(40)
@@ -249,60 +234,6 @@ async def test_an_adapter_is_collected_for_built_tested_promoted_and_asked_for(
         assert status_json(plane)["adapter"]["state"] == "off"
         assert status_json(plane)["adapter"]["judge"]["state"] == "off"
         assert REST_KIND not in w.told[-1].serving_by_kind
-
-
-def low_rank(folders: CheckpointFolders, rank: int) -> CalibrationProfile:
-    """The largest part of every layer's error: an adapter that leaves a rest."""
-    reference, compressed = (Copy.load(f).model.state_dict() for f in (folders.reference, folders.compressed))
-    layers = {}
-    for name, weight in reference.items():
-        if name.endswith("_proj.weight"):
-            u, s, vt = np.linalg.svd((weight - compressed[name]).float().numpy(), full_matrices=False)
-            layers[name.removesuffix(".weight")] = LowRank(vt[:rank], u[:, :rank] * s[:rank])
-    return adapter_profile(model="fake", vocab_size=V, layers=layers)
-
-
-@pytest.mark.slow
-async def test_a_map_is_learned_on_top_of_the_adapter_that_serves_and_both_together_are_promoted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    learned = {"min_tokens": 1500, "anchors": 48, "clamp_nats": 5.0}
-    monkeypatch.setattr(Calibration, "rank", 16)
-    monkeypatch.setattr(Calibration, "clamp_kl_nats", 20.0)
-    monkeypatch.setattr(Adapter, "min_tokens", 10**6)
-    async with world(tmp_path, monkeypatch, learned, max_tokens=10**6) as w:
-        plane, profiles = w.one, w.one.profile_manager
-        adapter = low_rank(CheckpointFolders(tmp_path / "reference", tmp_path / "compressed"), 1)
-        profiles.operator.import_profile(adapter)
-        await until(lambda: bool(plane.adapters.hosts.capacity), LONG)
-        profiles.operator.promote(adapter.version)
-        await until(lambda: adapter.version in plane.adapters.hosts.ready, LONG)
-        await until(lambda: plane.learner.state == "learning", LONG)
-        plane.policy.publish()
-
-        def proposed() -> list[str]:
-            return [c.version for c in profiles.trials.queue if c.source == "adapter_map"]
-
-        await w.until(lambda: bool(proposed()), 600)
-        (both,) = proposed()
-        assert catalogued(plane, both) == (layers_digest(adapter), True)
-        await w.until(lambda: profiles.serving.version_by_kind.get(REST_KIND) == both, 1500)
-        promoted = [e for e in profiles.report.listing()["events"] if e["decision"] == "promote"]
-        assert promoted[0]["version"] == both
-        assert promoted[0]["evidence"]["figure"] == "total_variation"
-        # The engine holds the map and has loaded the adapter: treated requests ask for both.
-        await until(lambda: both in plane.adapters.hosts.ready, LONG)
-        plane.policy.publish()
-        assert w.told[-1].adapters[both]
-        assert both in w.told[-1].acknowledged
-        await w.requests(20)
-        status = status_json(plane)
-        assert status["learner"]["scopes"][map_scope(layers_digest(adapter))] > 1500
-
-
-def catalogued(plane: Control, version: str) -> tuple[str, bool]:
-    catalogue = plane.profile_manager.catalogue
-    return catalogue.layers(version), catalogue.has_map(version)
 
 
 def test_the_pair_is_worth_correcting(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from tests.support.adapters import adapter
 from tests.support.admin_server import admin_client
 from tests.support.captures import capture
 from tests.support.control import AUTHORIZED, control, profile, scored, settings, status_json
-from tests.support.engine_profiles import make_contextual
 from tests.support.fake_vllm import VOCAB, FakeVllm, serving
 from tests.support.waiting import HANG_SECONDS, until
 
@@ -510,30 +509,28 @@ async def test_relays_know_whether_the_server_has_openais_sampling_defaults(tmp_
             assert told[-1].openai_sampling_defaults is given
 
 
-@pytest.mark.parametrize("has_map", [False, True])
 async def test_relays_ask_for_adapters_only_once_every_engine_can_serve_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_map: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with control(tmp_path, settings(calibration={"mode": "auto"}, adapter={"enabled": True})) as plane:
         told: list[Policy] = []
         plane.link.set_policy = told.append  # type: ignore[method-assign]
         plane.profile_manager.set_model_pair("m", 30)
         plane.profile_manager.serving.max_adapters = 1  # the engine has a slot
-        logit_map = make_contextual(0, 30) if has_map else None
-        version = plane.profile_manager.operator.import_profile(adapter(vocabulary=30, logit_map=logit_map))
+        version = plane.profile_manager.operator.import_profile(adapter(vocabulary=30))
         plane.profile_manager.operator.promote(version)
         report = EngineReport("boot", 0, 1, [version], 30, {}, "v1", "0")
         plane.engines.report(report, time.monotonic())
         plane.policy.publish()
-        # The logits processor holds it, which alone would apply its map without its weights.
+        # The logits processor holds it, which says nothing of its weights.
         assert told[-1].acknowledged == frozenset()
-        assert told[-1].adapters == {}
+        assert told[-1].adapters == frozenset()
         assert set(told[-1].serving_by_kind.values()) == {version}
-        monkeypatch.setattr(type(plane.adapters.hosts.hosts[""]), "ready", {version: has_map})
+        monkeypatch.setattr(type(plane.adapters.hosts.hosts[""]), "ready", frozenset({version}))
         plane.policy.publish()
-        assert told[-1].adapters == {version: has_map}
+        assert told[-1].adapters == {version}
         assert told[-1].acknowledged == {version}
         assert set(told[-1].serving_by_kind.values()) == {version}
         plane.engines.report(EngineReport("anew", 0, 1, [], 30, {}, "v1", "0"), time.monotonic())
         plane.policy.publish()
-        assert told[-1].adapters == ({} if has_map else {version: False})
+        assert told[-1].adapters == {version}

@@ -107,7 +107,7 @@ def test_an_adapter_from_a_file_and_back(one: Served, command: Command, tmp_path
     assert command("import", file) == made.version
     [listed] = command("list")["profiles"]
     assert (listed["version"], listed["family"]) == (made.version, "adapter")
-    assert listed["adapter"] == {"rank": 2, "layers": 4, "bytes": adapter_bytes(made), "map": False}
+    assert listed["adapter"] == {"rank": 2, "layers": 4, "bytes": adapter_bytes(made)}
     shown = command("show", made.version)
     assert shown["metadata"] == {"method": "training-free"}
     assert [event["decision"] for event in shown["evidence"]] == ["import"]

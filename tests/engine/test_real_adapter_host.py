@@ -35,15 +35,15 @@ async def test_loaded_isolated_in_agreement_replaced_and_a_wrong_one_rejected(
     profiles = Profiles(corrections)
     async with hosting(lora_server, profiles, copy) as host:
         profiles.versions = [one.version]
-        await until(lambda: host.ready == {one.version: False} or host.unusable or profiles.rejected, SECONDS)
+        await until(lambda: host.ready == {one.version} or host.unusable or profiles.rejected, SECONDS)
         status = host.status()
-        assert host.ready == {one.version: False}, status
+        assert host.ready == {one.version}, status
         assert (status["way"], status["capacity"]) == ("resolver", 1)
         assert "0 of 8 texts" in status["probes"]["isolation"]["detail"]
         profiles.versions = [half.version, one.version]
         await until(lambda: half.version in profiles.rejected, SECONDS)
         assert "does not apply it as our copy does" in profiles.rejected[half.version]
-        await until(lambda: host.ready == {one.version: False}, SECONDS)
+        await until(lambda: host.ready == {one.version}, SECONDS)
         (report,) = Engines(lora_server).live(0.0)
         assert report.lora is not None
         assert not report.lora.was_full

@@ -75,7 +75,7 @@ async def test_a_server_that_comes_back_without_enable_lora_is_asked_for_no_adap
         async with hosting(server, profiles, copy) as host:
             profiles.versions = [adapter.version]
             await settled(host, profiles)
-            assert host.ready == {adapter.version: False}, host.status()
+            assert host.ready == {adapter.version}, host.status()
             first.close()
             admin.now += 3600.0  # what the first one reported is too old to count
             with running_vllm(checkpoints, tmp_path, VLLM_ARGUMENTS, LORA_ENVIRONMENT, port=port, given=admin) as again:
@@ -113,7 +113,7 @@ async def test_without_the_plugin_adapters_are_loaded_from_the_shared_folder(
             profiles.versions = [adapter.version]
             await settled(host, profiles)
             status = host.status()
-            assert host.ready == {adapter.version: False}, status
+            assert host.ready == {adapter.version}, status
             assert (status["way"], status["capacity"]) == ("folder", 1)
             assert "0 of 8 texts" in status["probes"]["isolation"]["detail"]
             assert (shared / adapter.version / "adapter_model.safetensors").is_file()

@@ -21,7 +21,6 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 torch = pytest.importorskip("torch")
 
 from hemostat_engine import product, transform  # noqa: E402
-from hemostat_engine.library import Library  # noqa: E402
 
 Make = Callable[..., CalibrationProfile]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}
@@ -231,16 +230,11 @@ def test_log_normalizer_is_log_of_the_mean_of_the_exponential(
             assert clamped[k].tolist() == (np.abs(delta).max(-1) >= profile.clamp_nats).tolist()
 
 
-def make_adapter(map_: CalibrationProfile | None) -> CalibrationProfile:
+def test_an_adapter_changes_no_row() -> None:
     layers = {"model.layers.0.mlp.up_proj": LowRank(np.ones((1, 3), np.float32), np.ones((2, 1), np.float32))}
-    size = make_contextual().vocab_size if map_ is None else map_.vocab_size
-    return adapter_profile(model="m", vocab_size=size, layers=layers, map=map_)
-
-
-def test_an_adapter_without_a_map_changes_no_row() -> None:
-    profile = make_adapter(None)
+    profile = adapter_profile(model="m", vocab_size=make_contextual().vocab_size, layers=layers)
     held = transform.HeldProfile(profile)
-    assert (held.is_adapter, held.is_probe, held.anchors, held.version) == (True, True, None, profile.version)
+    assert (held.is_probe, held.anchors, held.version) == (True, None, profile.version)
     z = torch.from_numpy(logits(3, profile.vocab_size, 1))
     got = z.clone()
     assert apply_to_rows(held, got, torch.tensor([2, 0])).tolist() == [0, 0]
@@ -248,28 +242,3 @@ def test_an_adapter_without_a_map_changes_no_row() -> None:
     assert torch.equal(got, z)
     values, clamped = transform.evaluate((held,), z, torch.tensor([1]))
     assert (values.tolist(), clamped.tolist()) == ([[0.0]], [[False]])
-
-
-def test_an_adapter_with_a_map_changes_rows_as_the_map_does() -> None:
-    contextual = make_contextual()
-    profile = make_adapter(contextual)
-    held, map_alone = transform.HeldProfile(profile), transform.HeldProfile(contextual)
-    assert (held.is_adapter, held.is_probe, held.version) == (True, False, profile.version)
-    assert (held.anchors, held.clamp_nats) == (map_alone.anchors, map_alone.clamp_nats)
-    z = torch.from_numpy(logits(3, profile.vocab_size, 1))
-    got, expected = z.clone(), z.clone()
-    apply_to_rows(held, got, None)
-    apply_to_rows(map_alone, expected, None)
-    assert torch.equal(got, expected)
-    assert not torch.equal(got, z)
-
-
-def test_adapters_are_no_candidates_for_other_rows() -> None:
-    contextual = make_contextual()
-    library = Library(contextual.vocab_size)
-    profiles = [make_adapter(contextual), make_adapter(None), contextual]
-    for profile in profiles:
-        assert library.put(profile)
-    library.hold([profile.version for profile in profiles])
-    assert [held.version for held in library.candidates()] == [contextual.version]
-    assert library.get(profiles[0].version) is not None

@@ -146,7 +146,7 @@ class Bench:
         self.records: list[TokenRecord] = []
         needs: Any = SimpleNamespace(
             evaluated_profiles=tuple,
-            adapter_maps=dict,
+            adapters=frozenset,
             anchor_sets=dict,
             needs_hidden_states=lambda unit: True,
         )

@@ -22,7 +22,6 @@ from hemostat.config.schema import Calibration
 from hemostat.learner import client, learner_messages, record_queue
 from hemostat.learner.client import Learner, LearningTarget
 from hemostat.learner.learner_process import RequestLoop
-from hemostat.profiles.scopes import map_scope
 from hemostat_calibration.errors import InvalidProfileError
 from hemostat_calibration.profiles import transform
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -179,27 +178,6 @@ async def test_scopes_are_learned_apart_and_together(bench: Bench) -> None:
         bench.teach(range(100, 101), f"x{n}")
     await bench.taught(70 * 16 + 20 * 16 + 11 * 16)
     assert len(bench.learner.status()["scopes"]) == 8, "bounded"
-
-
-async def test_an_adapter_is_learned_about_apart_and_the_newest_two_are_kept(bench: Bench) -> None:
-    await bench.ready()
-    one, other, third = (map_scope(letter * 32) for letter in "abc")
-    bench.teach(range(60), one)
-    await until(lambda: len(bench.receiver.proposed) == 1)
-    ((scope, profile, report),) = bench.receiver.proposed
-    assert (scope, report["tokens"]) == (one, 960)
-    assert profile.family == "contextual"
-    assert bench.learner.status()["tokens"] == 0, "it says nothing of the compressed model itself"
-    assert sum(bench.learner.tokens_by_source().values()) == 0
-    bench.teach(range(3), other)
-    bench.teach(range(60, 62), one)
-    bench.teach(range(4), third)
-    unfit = replace(bench.world.record(9, bench.receiver.anchors, bench.digest), reference_hidden=np.zeros((16, D + 1)))
-    bench.learner.offer(unfit, third)
-    bench.teach(range(5))
-    await bench.taught(80)
-    assert bench.learner.status()["scopes"] == {one: 62 * 16, third: 64}
-    assert sum(bench.learner.status()["failed"].values()) == 1
 
 
 async def test_without_a_store_a_killed_learner_begins_anew(bench: Bench) -> None:

@@ -24,7 +24,7 @@ from hemostat.measurement.figures import MODELS
 from hemostat.measurement.measurements import Measurements
 from hemostat.metrics import names
 from hemostat_calibration.divergence.per_token import divergence
-from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
+from hemostat_calibration.profiles.profile import IDENTITY
 from hemostat_calibration.records import Arm, ExactDistances, Sampling, TokenRecord
 
 WORLD = World(bias=1.5)
@@ -191,18 +191,6 @@ def test_other_families_are_measured_as_before_where_there_are_distances() -> No
     measured.observe_distances(replace(control(0), distances={IDENTITY: result[IDENTITY]}), ADAPTER, fresh=True)
     assert measured.recovered(profile.version) is None
     assert measured.recovered(ADAPTER.version) is None
-
-
-@pytest.mark.parametrize("map_applied", [True, False])
-def test_an_adapter_with_a_map_is_measured_as_it_was_served(map_applied: bool) -> None:
-    """The record's lists are of the adapted model before the map."""
-    profile: CalibrationProfile = adapter(logit_map=contextual())
-    record = treated(0, adapter=profile.version, applied=profile.version if map_applied else None)
-    measured = Measurements()
-    served = measured.observe(record, profile, profile if map_applied else None)
-    raw = divergence(record)
-    assert (served.kl_rc != raw.kl_rc).any() == map_applied
-    assert measured.summary(None)["requests"] == 0
 
 
 def test_no_alarm_is_raised_by_an_adapter_and_none_is_missed_because_of_it() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +17,10 @@ from hemostat.ipc.messages import REST_KIND
 from hemostat.metrics import names
 from hemostat.profiles import lifecycle
 from hemostat.profiles.judging import distance_gain
-from hemostat.profiles.scopes import map_scope
-from hemostat.profiles.trials import ADAPTER_MAP, WATCH
+from hemostat.profiles.trials import WATCH
 from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError, InvalidProfileError
 from hemostat_calibration.guard.decisions import Figure
-from hemostat_calibration.profiles.adapter import has_map, map_of, with_map
 from hemostat_calibration.profiles.families import ADAPTER
 from hemostat_calibration.profiles.profile import IDENTITY
 from hemostat_calibration.records import ExactDistances, Features
@@ -220,92 +217,11 @@ def test_an_adapter_is_tested_before_all_others() -> None:
     assert bench.profiles.trials.tested_versions[0] == made.version
 
 
-# --- a map on top ----------------------------------------------------------------------------------------------------
-
-
-def scope_of_map(judging: Judging, version: str) -> str:
-    return map_scope(judging.profiles.catalogue.layers(version))
-
-
-def mapped(judging: Judging, known: int, share: float, bias: float = 1.0, **more: Any) -> str | None:
-    """The map that the contextual learner proposes for the adapter that serves: the version of both, None where it is
-    not accepted. share: that both together have."""
-    serves = judging.profiles.serving.selected
-    assert serves is not None
-    scope = scope_of_map(judging, serves)
-    judging.shares["next"] = share
-    accepted = judging.profiles.proposals.propose(contextual(bias, **more), "learned", {"tokens": known}, scope)
-    if not accepted:
-        return None
-    version = next(c.version for c in judging.profiles.trials.queue if c.source == ADAPTER_MAP)
-    judging.shares[version] = share
-    return version
-
-
-def test_a_map_on_top_of_the_adapter_that_serves_is_tested_over_it_and_serves_with_it() -> None:
-    judging, version = serving(0.6)
-    both = mapped(judging, 3 * TOKENS, 0.9)
-    assert both is not None
-    profile = judging.profiles.catalogue[both]
-    assert (profile.family, has_map(profile)) == (ADAPTER, True)
-    assert map_of(profile) == map_of(with_map(profile, contextual()))
-    event = judging.bench.last("propose")
-    assert event["version"] == both
-    assert event["why"].startswith(f"a map on top of the adapter {version[:8]}, learned")
-    judging.feed(400)
-    assert judging.profiles.serving.version == both
-    proof = judging.bench.last("promote")["evidence"]
-    assert proof["figure"] == "total_variation"
-    assert proof["mean_gain"] == pytest.approx(0.1, abs=0.08), "over the adapter, not over identity"
-    assert judging.profiles.engine_versions()[-1] == both
-    # What is learned of the adapter goes on, under the same name.
-    record = adapted_record(WORLD.truth(0), both, prompt_key=LEARNED[0], features=FEATURES)
-    assert judging.profiles.learning_scope(record) == scope_of_map(judging, version)
-
-
-def test_a_map_that_does_not_help_over_the_adapter_is_not_promoted() -> None:
-    judging, version = serving(0.6)
-    assert mapped(judging, 3 * TOKENS, 0.55) is not None
-    judging.feed(200)
-    assert judging.profiles.serving.version == version
-
-
-def test_what_is_learned_for_a_map_are_records_of_the_adapter_that_serves_with_features() -> None:
+def test_nothing_that_changes_logits_is_learned_from_records_of_an_adapter() -> None:
     judging, version = serving()
-    profiles, scope = judging.profiles, scope_of_map(judging, version)
-    truth = WORLD.truth(0)
-    record = adapted_record(truth, version, prompt_key=LEARNED[0], features=FEATURES)
-    assert profiles.learning_scope(record) == scope
-    assert profiles.learning_scope(replace(record, features=None)) is None, "no plugin: no map could be applied"
-    assert profiles.learning_scope(replace(record, prompt_key=JUDGED[0])) is None
-    assert profiles.learning_scope(replace(record, adapter="f" * 32)) is None
-    assert profiles.learning_scope(judging.bench.record(truth, LEARNED[0])) == ""
-    profiles.operator.roll_back("a test")
-    assert profiles.learning_scope(record) is None
-
-
-def test_the_next_map_is_learned_from_twice_as_much_and_none_without_its_adapter() -> None:
-    judging, version = serving(0.6)
-    proposals, scope = judging.profiles.proposals, scope_of_map(judging, version)
-    assert proposals.accepts(1, scope), "when enough was learned is the learner's to say"
-    first = mapped(judging, 1000, 0.65)
-    assert first is not None
-    assert not proposals.accepts(3999, scope)
-    assert proposals.accepts(4000, scope), "four times, while the last one is tested"
-    second = mapped(judging, 4000, 0.9, 1.1, tokens=4000)
-    assert second not in (None, first)
-    assert judging.bench.last("drop")["version"] == first
-    assert first not in judging.profiles.catalogue
-    judging.feed(400)
-    assert judging.profiles.serving.version == second
-    assert not proposals.accepts(7999, scope)
-    assert proposals.accepts(8000, scope)
-    # A restart does not make it test the same again.
-    proposals.restart()
-    assert not proposals.accepts(7999, scope)
-    judging.profiles.operator.roll_back("a test")
-    assert not proposals.accepts(10**9, scope)
-    assert not proposals.propose(contextual(), "learned", {"tokens": 10**9}, scope)
+    record = adapted_record(WORLD.truth(0), version, prompt_key=LEARNED[0], features=FEATURES)
+    assert judging.profiles.learning_scope(record) is None
+    assert judging.profiles.learning_scope(judging.bench.record(WORLD.truth(0), LEARNED[0])) == ""
 
 
 # --- what engines, the reference and relays are told -----------------------------------------------------------------
@@ -323,13 +239,10 @@ def test_engines_hold_adapters_last_and_they_are_not_evaluated_on_lists() -> Non
     assert not judging.profiles.may_need_distances(LEARNED[0])
     assert not Bench().profiles.may_need_distances(JUDGED[0])
     catalogue = judging.profiles.catalogue
-    mapped = adapter(6, logit_map=contextual())
-    judging.profiles.operator.import_profile(mapped)
-    assert catalogue.adapter_maps == {version: False, newer: False, mapped.version: True}
-    assert (catalogue.has_map(version), catalogue.has_map(mapped.version)) == (False, True)
+    assert catalogue.adapters == {version, newer}
     assert (catalogue.is_adapter(other.version), catalogue.is_adapter(None)) == (False, False)
-    catalogue.remove(mapped.version)
-    assert not catalogue.is_adapter(mapped.version)
+    catalogue.remove(newer)
+    assert not catalogue.is_adapter(newer)
 
 
 def test_no_more_adapters_serve_than_engines_have_slots_for() -> None:
@@ -483,7 +396,7 @@ def test_what_is_shown_names_the_figure() -> None:
     described = judging.profiles.report.describe(version)
     assert described is not None
     assert described["family"] == ADAPTER
-    assert described["adapter"] == {"rank": 1, "layers": 1, "bytes": described["bytes"], "map": False}
+    assert described["adapter"] == {"rank": 1, "layers": 1, "bytes": described["bytes"]}
     assert described["clamp_nats"] is None
     result = {sample.name: sample for sample in judging.profiles.samples() if sample.labels[-1:] == ("request",)}
     gains = names.PROFILE_KIND_TOTAL_VARIATION_GAIN, names.PROFILE_KIND_GAIN_NATS

@@ -25,14 +25,13 @@ def adapter(
     *,
     vocabulary: int = V,
     tokens: int | None = None,
-    logit_map: CalibrationProfile | None = None,
     model: str = MODEL,
 ) -> CalibrationProfile:
     """One layer of rank 1; another one for each seed. tokens: that it says it was learned from."""
     rng = np.random.default_rng(seed)
     layer = LowRank(rng.normal(size=(1, 3)).astype(np.float32), rng.normal(size=(2, 1)).astype(np.float32))
     metadata = {} if tokens is None else {"tokens": str(tokens)}
-    return adapter_profile(model=model, vocab_size=vocabulary, layers={"mlp": layer}, map=logit_map, metadata=metadata)
+    return adapter_profile(model=model, vocab_size=vocabulary, layers={"mlp": layer}, metadata=metadata)
 
 
 def adapted(truth: Truth, share: float = 0.6) -> Truth:

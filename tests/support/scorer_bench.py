@@ -113,7 +113,7 @@ class Bench:
         self.sinks_fail = False
         self.profiles: tuple[CalibrationProfile, ...] = ()
         self.learning = b""
-        self.maps: dict[str, bool] = {}
+        self.known_adapters: frozenset[str] = frozenset()
         self.answer_losses = AnswerLosses()
         self.scorer = Scorer(
             self,
@@ -138,8 +138,8 @@ class Bench:
     def evaluated_profiles(self) -> tuple[CalibrationProfile, ...]:
         return self.profiles
 
-    def adapter_maps(self) -> dict[str, bool]:
-        return self.maps
+    def adapters(self) -> frozenset[str]:
+        return self.known_adapters
 
     def anchor_sets(self) -> dict[str, Ids]:
         return {anchors_digest(i): i for p in self.profiles if (i := anchors(p)) is not None}

@@ -34,14 +34,14 @@ def wire(fake: FakeVllm) -> Iterator[Wire]:
         yield Wire(client)
 
 
-def served(*, version: str = VERSION, has_map: bool = False, **more: Any) -> Policy:
+def served(*, version: str = VERSION, **more: Any) -> Policy:
     """The adapter serves all traffic."""
     values: dict[str, Any] = {
         "mode": "auto",
         "control_fraction": 0.0,
         "serving_by_kind": {REST_KIND: version},
         "acknowledged": frozenset({version}),
-        "adapters": {version: has_map},
+        "adapters": frozenset({version}),
         "base_models": NAMES,
         "answered_name": "fake",
         "default_model": "fake",
@@ -121,14 +121,6 @@ def test_only_the_named_members_of_the_request_change(wire: Wire) -> None:
     assert wire.send(CHAT, body).sent == body.replace(b'"fake"', b'"%b"' % VERSION.encode())
     body = b'{"prompt":"a","max_tokens":1 }'
     assert wire.send(COMPLETIONS, body).sent == body[:-2] + b',"model":"%b" }' % VERSION.encode()
-
-
-def test_an_adapter_with_a_map_is_also_asked_for_as_a_profile(wire: Wire) -> None:
-    wire.interceptor.policy = served(has_map=True)
-    answer = wire.send(CHAT, ask(vllm_xargs={"mine": "kept"}))
-    assert sent(answer)["model"] == VERSION
-    assert sent(answer)["vllm_xargs"] == {"mine": "kept", "hemostat": VERSION}
-    assert json.loads(answer.body)["model"] == "fake"
 
 
 @pytest.mark.parametrize("how", ["serving", "forced", "pinned"])

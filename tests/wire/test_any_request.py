@@ -25,7 +25,7 @@ POLICIES = {
     "from the plugin": policy(served=VERSION, tap=True, tap_tokens=True, grammars=True),
     "an adapter": policy(
         served=VERSION,
-        adapters={VERSION: True},
+        adapters=frozenset({VERSION}),
         base_models=frozenset({"fake"}),
         scorable_models=frozenset({"fake", "b"}),
         calibrated_models=frozenset({"fake"}),

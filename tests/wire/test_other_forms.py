@@ -359,7 +359,7 @@ def test_an_adapters_name_is_replaced_by_the_models(wire: Wire, fake: FakeVllm, 
     wire.interceptor.policy = tapping(
         served=VERSION,
         control_fraction=0.0,
-        adapters={VERSION: False},
+        adapters=frozenset({VERSION}),
         base_models=names,
         answered_name="fake",
         scorable_models=names,

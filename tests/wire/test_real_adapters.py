@@ -67,7 +67,7 @@ def served(version: str, model: str, **more: Any) -> Policy:
         control_fraction=0.0,
         serving_by_kind={REST_KIND: version},
         acknowledged=frozenset({version}),
-        adapters={version: False},
+        adapters=frozenset({version}),
         base_models=names,
         answered_name=model,
         default_model=model,

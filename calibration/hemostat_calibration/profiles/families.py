@@ -133,8 +133,6 @@ _CONTEXTUAL_PARAMETERS: Mapping[str, Parameter] = {
     "up": Parameter((VOCABULARY, "r"), "F16"),
 }
 
-MAP_PREFIX = "map."
-"""Names of an adapter's parameters that are those of a contextual profile."""
 FACTOR_PARAMETERS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "a": (("rank", "inputs"), "I8"),
     "a_scale": (("rank",), "F32"),
@@ -143,8 +141,8 @@ FACTOR_PARAMETERS: Mapping[str, tuple[tuple[str, ...], str]] = {
 }
 """An adapter's parameters for each layer, `<module>.<name>`: dimensions and type. The layer's factors are
 a × a_scale (by row) and b × b_scale (by row)."""
-MODULE_PATTERN = re.compile(r"(?!map\.)\w{1,64}(?:\.\w{1,64}){0,31}", re.ASCII)
-"""Names of layers that an adapter may change: names of modules in Python. `map.` is taken."""
+MODULE_PATTERN = re.compile(r"\w{1,64}(?:\.\w{1,64}){0,31}", re.ASCII)
+"""Names of layers that an adapter may change: names of modules in Python."""
 
 MAX_SCALE = 1e15
 """Of an adapter's factors: the product of two factors is within float32 and bfloat16."""
@@ -153,34 +151,19 @@ MAX_SCALE = 1e15
 def layer_names(names: Iterable[str]) -> list[str]:
     """The layers, sorted, some parameter of which is among the names of an adapter's parameters.
 
-    >>> layer_names(["model.layers.0.mlp.up_proj.a", "model.layers.0.mlp.up_proj.b", "map.up", "stray"])
+    >>> layer_names(["model.layers.0.mlp.up_proj.a", "model.layers.0.mlp.up_proj.b", "stray"])
     ['model.layers.0.mlp.up_proj']
     """
     parts = (name.rpartition(".") for name in names)
     return sorted({m for m, _, last in parts if last in FACTOR_PARAMETERS and MODULE_PATTERN.fullmatch(m)})
 
 
-def map_parameters(parameters: Parameters) -> Parameters:
-    """Parameters of an adapter's map by their names in the contextual family; empty where it has none.
-
-    >>> map_parameters({"map.kl_limit": np.array(1.0)})
-    {'kl_limit': array(1.)}
-    """
-    return {n.removeprefix(MAP_PREFIX): value for n, value in parameters.items() if n.startswith(MAP_PREFIX)}
-
-
 def _adapter_parameters(names: Iterable[str]) -> Mapping[str, Parameter]:
-    names = list(names)
-    result = {
+    return {
         f"{module}.{name}": Parameter(tuple(f"{letter} of {module}" for letter in shape), dtype)
         for module in layer_names(names)
         for name, (shape, dtype) in FACTOR_PARAMETERS.items()
     }
-    if any(name.startswith(MAP_PREFIX) for name in names):
-        for name, parameter in _CONTEXTUAL_PARAMETERS.items():
-            shape = tuple(d if d == VOCABULARY else MAP_PREFIX + d for d in parameter.shape)
-            result[MAP_PREFIX + name] = Parameter(shape, parameter.dtype)
-    return result
 
 
 def _adapter_check(parameters: Parameters) -> str:
@@ -194,9 +177,7 @@ def _adapter_check(parameters: Parameters) -> str:
         for name in (f"{layer}.a_scale", f"{layer}.b_scale"):
             if not 0.0 <= parameters[name].min() <= parameters[name].max() <= MAX_SCALE:
                 return f"{name} has a value below 0 or above {MAX_SCALE:g}"
-    result = map_parameters(parameters)
-    problem = _contextual_check(result) if result else ""
-    return problem and MAP_PREFIX + problem
+    return ""
 
 
 def _no_shift(parameters: Parameters, relative: Floats, ids: Indices | None, code: Floats | None) -> Floats:
@@ -221,7 +202,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
         check=_contextual_check,
         code=_contextual_code,
     ),
-    # An adapter changes weights. What it does to the logits beyond that is its map, see `logit_family`.
+    # An adapter changes weights: to the logits that the model has with it, it adds nothing.
     ADAPTER: FamilySpec(
         parameters={},
         shift=_no_shift,
@@ -230,21 +211,3 @@ FAMILIES: Mapping[str, FamilySpec] = {
         named=_adapter_parameters,
     ),
 }
-
-_NO_MAP = FamilySpec(parameters={}, shift=_no_shift, range=_no_range, check=lambda parameters: "")
-
-
-def logit_family(family: str, parameters: Parameters) -> tuple[FamilySpec, Parameters]:
-    """The family that says what a profile adds to logits, with the parameters of it.
-
-    For an adapter it is the contextual family with the parameters of its map, or a family that adds 0 where it has no
-    map. For others it is their own.
-
-    >>> spec, parameters = logit_family(ADAPTER, {"model.layers.0.mlp.up_proj.a": np.zeros((1, 2), np.int8)})
-    >>> spec.code is None, dict(parameters)
-    (True, {})
-    """
-    if family != ADAPTER:
-        return FAMILIES[family], parameters
-    result = map_parameters(parameters)
-    return (FAMILIES[CONTEXTUAL], result) if result else (_NO_MAP, result)

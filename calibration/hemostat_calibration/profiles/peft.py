@@ -26,7 +26,7 @@ _LENGTH = struct.Struct("<Q")
 def peft_files(profile: CalibrationProfile, base_model_name: str) -> dict[str, bytes]:
     """The contents of `adapter_config.json` and `adapter_model.safetensors` (bfloat16) by name.
 
-    The same profile gives the same bytes. Its map is not in them; its version is among the metadata of the weights.
+    The same profile gives the same bytes. Its version is among the metadata of the weights.
 
     base_model_name: name or folder of the model that the adapter belongs to; `peft` reads it, vLLM does not.
     Every layer's scale (alpha / rank) is 1: where ranks differ, `rank_pattern` and `alpha_pattern` say so.

@@ -5,7 +5,7 @@ the distribution alone: adding a constant to every logit of a row (as turning lo
 changes nothing. The maximum runs over finite entries. Entries that are not finite get Δz = 0 and stay as they are:
 -inf is a mask and stays one, a NaN is passed on for the caller to see.
 
-An adapter adds what its map adds, Δz of the logits that the model has with the adapter; without a map it adds nothing.
+An adapter adds nothing to the logits that the model has with it.
 
 A family with anchors depends on a row's logits at those ids alone. They give the row's code, of which Δz
 at every id is a function. A row any of whose anchors is not finite has the code 0, identity.
@@ -20,20 +20,19 @@ import numpy.typing as npt
 
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.profiles.families import ANCHORS, logit_family
+from hemostat_calibration.profiles.families import ANCHORS, FAMILIES
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 
 def anchors(profile: CalibrationProfile) -> npt.NDArray[np.int32] | None:
-    """The ids whose logits the profile reads, int32 [N]; None for a family without, and an adapter without a map.
+    """The ids whose logits the profile reads, int32 [N]; None for a family without.
 
     >>> from hemostat_calibration.profiles.contextual import probe_profile
     >>> profile = probe_profile("m", 4, np.array([1, 3]), clamp_nats=1.0)
     >>> anchors(profile).tolist()
     [1, 3]
     """
-    family, parameters = logit_family(profile.family, profile.parameters)
-    return parameters[ANCHORS] if family.code is not None else None
+    return profile.parameters[ANCHORS] if FAMILIES[profile.family].code is not None else None
 
 
 def anchors_digest(ids: npt.NDArray[np.integer]) -> str:
@@ -56,14 +55,13 @@ def code(profile: CalibrationProfile, anchored: npt.NDArray[np.floating]) -> Flo
     >>> code(profile, np.array([0.5, 1.5])).tolist()
     [0.0]
     """
-    family, parameters = logit_family(profile.family, profile.parameters)
-    read, ids = family.code, anchors(profile)
+    read, ids = FAMILIES[profile.family].code, anchors(profile)
     if read is None or ids is None:
         raise InvalidArgumentError(f"profile is of the family {profile.family}, which reads no anchors")
     if anchored.ndim < 1 or anchored.shape[-1] != len(ids):
         raise InvalidArgumentError(f"anchored has shape {anchored.shape}: its last axis must be {len(ids)}")
     finite = np.isfinite(anchored).all(axis=-1, keepdims=True)
-    result = read(parameters, np.where(finite, anchored, 0.0).astype(np.float64))
+    result = read(profile.parameters, np.where(finite, anchored, 0.0).astype(np.float64))
     return np.where(finite, result, 0.0)
 
 
@@ -88,13 +86,13 @@ def shift_at(
         raise InvalidArgumentError(f"ids has shape {ids.shape}, logprobs {logprobs.shape}: they must be the same")
     if ids.size and (ids.max() >= profile.vocab_size or ids.min() < -1):
         raise InvalidArgumentError(f"ids run from {ids.min()} to {ids.max()}: the vocabulary has {profile.vocab_size}")
-    family, parameters = logit_family(profile.family, profile.parameters)
+    family = FAMILIES[profile.family]
     if family.code is not None and row_code is None:
         raise InvalidArgumentError(f"row_code is missing: a profile of the family {profile.family} requires it")
     finite = np.isfinite(logprobs) & (ids >= 0)
     relative = relative_logits(logprobs, finite)
     codes = None if row_code is None else row_code.astype(np.float64)
-    raw = family.shift(parameters, relative, np.where(finite, ids, 0), codes)
+    raw = family.shift(profile.parameters, relative, np.where(finite, ids, 0), codes)
     return np.where(finite, np.clip(raw, -profile.clamp_nats, profile.clamp_nats), 0.0)
 
 
@@ -107,8 +105,7 @@ def shift_range(profile: CalibrationProfile, most: Floats | float = 0.0) -> tupl
     >>> low.round(6).item(), high.round(6).item()
     (0.0, 1.0)
     """
-    family, parameters = logit_family(profile.family, profile.parameters)
-    low, high = family.range(parameters, np.asarray(most, dtype=np.float64))
+    low, high = FAMILIES[profile.family].range(profile.parameters, np.asarray(most, dtype=np.float64))
     clamp = profile.clamp_nats
     return np.clip(low, -clamp, clamp), np.clip(high, -clamp, clamp)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from hemostat.adapters.live.assembly import Adapters
 from hemostat.config.schema import Calibration
@@ -69,14 +69,11 @@ class CalibrationNeeds:
     def evaluated_profiles(self) -> tuple[CalibrationProfile, ...]:
         return self._profiles.evaluated_profiles()
 
-    def adapter_maps(self) -> Mapping[str, bool]:
-        return self._profiles.catalogue.adapter_maps
+    def adapters(self) -> Collection[str]:
+        return self._profiles.catalogue.adapters
 
     def anchor_sets(self) -> Mapping[str, Ids]:
-        """Of an adapter's map, too: what it changed in an answer follows from the features."""
-        catalogue, serving = self._profiles.catalogue, self._profiles.serving
-        maps = [catalogue[version] for version in serving.versions if catalogue.has_map(version)]
-        evaluated = (anchors(profile) for profile in (*self._profiles.evaluated_profiles(), *maps))
+        evaluated = (anchors(profile) for profile in self._profiles.evaluated_profiles())
         return {anchors_digest(ids): ids for ids in evaluated if ids is not None} | self._learner.anchor_sets
 
     def needs_hidden_states(self, unit: bytes) -> bool:

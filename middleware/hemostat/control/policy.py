@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -18,7 +18,6 @@ from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.scoring.answer_losses import AnswerLosses
 from hemostat.scoring.limits import Breakers, CaptureSampling
-from hemostat_calibration.profiles.families import ADAPTER
 
 SETTLE_SECONDS = 30.0
 """Engines report once a second, a reference on a server answers soon; one in process is loaded first."""
@@ -28,11 +27,11 @@ class LoadedAdapters(Protocol):
     """Of `hemostat.adapters.serving.hosts.AdapterHosts`."""
 
     @property
-    def ready(self) -> Mapping[str, bool]:
-        """Versions of the family `adapter` that some engine can serve now -> whether they have a map of the logits."""
+    def ready(self) -> frozenset[str]:
+        """Versions of the family `adapter` that some engine can serve now."""
         ...
 
-    def ready_at(self, name: str) -> Mapping[str, bool]:
+    def ready_at(self, name: str) -> frozenset[str]:
         """The same of the engine at one address; "": of the only address."""
         ...
 
@@ -147,7 +146,7 @@ class PolicyPublisher:
             unscorable_models=served.unscorable_adapters,
             scorable_models=served.scorable,
             calibrated_models=None if base is None else base.scorable,
-            adapters={v: has_map for v, has_map in self._adapters.ready.items() if v in available},
+            adapters=self._adapters.ready & available,
             base_models=None if base is None else base.names,
             answered_name="" if base is None else base.name,
             adapter_names=self.settings.adapter.enabled,
@@ -170,12 +169,6 @@ class PolicyPublisher:
         return {name: versions for name, versions in usable.items() if versions}
 
     def _usable(self, held: frozenset[str], name: str) -> frozenset[str]:
-        """What a request may ask for at one address. held: by its logits processors, which have to hold the map of an
-        adapter, too."""
-        adapters = {v for v, has_map in self._adapters.ready_at(name).items() if not has_map or v in held}
-        return frozenset(v for v in held if not self._is_adapter(v)) | adapters
-
-    def _is_adapter(self, version: str) -> bool:
-        """By its map alone an adapter must not be asked for."""
-        profile = self._profiles.catalogue.get(version)
-        return profile is not None and profile.family == ADAPTER
+        """What a request may ask for at one address. held: by its logits processors, adapters among them."""
+        is_adapter = self._profiles.catalogue.is_adapter
+        return frozenset(version for version in held if not is_adapter(version)) | self._adapters.ready_at(name)

@@ -206,13 +206,11 @@ class InterceptedExchange:
         if choice.version is None:
             return
         self._version = choice.version
-        has_map = policy.adapters.get(choice.version)
-        if has_map is not None:
+        if choice.version in policy.adapters:
             self._adapter = choice.version
             changes["model"] = encode(choice.version)
-            if not has_map:
-                return
-        if has_map or policy.apply == "engine":
+            return
+        if policy.apply == "engine":
             xargs[requests.PROFILE_XARG] = choice.version
             return
         if policy.request_temperature is not None:
@@ -227,9 +225,9 @@ class InterceptedExchange:
 
     def _unreported(self, request: Request, version: str) -> bool:
         """Whether only the engine's plugin could report that the version was applied, and will not: one that reports no
-        ids cannot distinguish the choices of one request. Of an adapter without a map the answer shows it."""
+        ids cannot distinguish the choices of one request. Of an adapter the answer shows it."""
         policy = self._policy
-        by_plugin = policy.apply == "engine" and policy.adapters.get(version, True)
+        by_plugin = policy.apply == "engine" and version not in policy.adapters
         return by_plugin and policy.tap and not policy.tap_tokens and request.choices > 1
 
     def _add_token_details(self, request: Request, changes: dict[str, bytes], xargs: dict[str, str]) -> None:

@@ -256,9 +256,8 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     """Served names whose records are compared with a matched reference; None: not known yet, nothing is excluded."""
     calibrated_models: frozenset[str] | None = None
     """Served names of the model that profiles are for, and of its adapters; None: not known yet, none is excluded."""
-    adapters: dict[str, bool] = {}
-    """Versions of the family `adapter`, asked for as the request's `model` -> whether the version has a map of the
-    logits, too, and is also asked for as a profile of the engine's plugin."""
+    adapters: frozenset[str] = frozenset()
+    """Versions of the family `adapter`, asked for as the request's `model`."""
     base_models: frozenset[str] | None = None
     """Served names of the model that profiles are for, without its adapters; None: not known yet. A request for any
     other model, such as a client's own adapter, never gets an adapter of Hemostat's."""

@@ -23,12 +23,11 @@ import numpy.typing as npt
 from hemostat.ipc import child_process as child
 from hemostat.learner import learner_messages
 from hemostat.models.output_embedding import load
-from hemostat.profiles.scopes import ALL, layers_of_map_scope
+from hemostat.profiles.scopes import ALL
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError
 from hemostat_calibration.learning.contextual import storage
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
 from hemostat_calibration.learning.contextual.learner import ContextualLearner, ContextualState
-from hemostat_calibration.records import TokenRecord
 
 NICENESS = 15
 """Lower priority than all other processes, the reference included."""
@@ -36,8 +35,6 @@ MAX_QUEUED_MESSAGES = 16
 """Messages read ahead of the one that is being worked on."""
 MAX_SCOPES = 8
 """Scopes with statistics of their own: each costs as much memory as those of all traffic."""
-MAX_ADAPTERS = 2
-"""Adapters with statistics of their own, for the maps on top of them; those that were learned from last stay."""
 MAX_ANCHOR_ELEMENTS = 1 << 26
 """Elements of the output embedding that anchors are chosen from: enough rows, and seconds instead of minutes."""
 MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
@@ -120,9 +117,6 @@ class ScopedLearner:
         record = learner_messages.from_row(row, self._vocab_size)
         if record.features is not None and record.features.values.shape[1] != self._anchors:
             raise InvalidArgumentError(f"features of {record.features.values.shape[1]} anchors, not {self._anchors}")
-        if layers_of_map_scope(row.scope):
-            self._learn_of_adapter(row.scope, record)
-            return
         for scope in dict.fromkeys((ALL, row.scope)):
             if self._follows(scope):
                 self._states[scope] = self._family.update(self._states[scope], [record])
@@ -130,30 +124,16 @@ class ScopedLearner:
     def _follows(self, scope: str) -> bool:
         """The scope has statistics of its own, from now on where there is room."""
         if scope not in self._states:
-            if len(self._states) - len(self._adapters) > MAX_SCOPES:
+            if len(self._states) > MAX_SCOPES:
                 return False
             self._states[scope] = self._new()
         return True
-
-    @property
-    def _adapters(self) -> list[str]:
-        """Scopes of adapters, the one that was learned from last at the end."""
-        return [scope for scope in self._states if layers_of_map_scope(scope)]
-
-    def _learn_of_adapter(self, scope: str, record: TokenRecord) -> None:
-        """Another model than that of all other scopes: what is learned of it is kept apart."""
-        updated = self._family.update(self._states.get(scope) or self._new(), [record])
-        if scope in self._states:  # to its end
-            del self._states[scope]
-        self._states[scope] = updated
-        for old in self._adapters[:-MAX_ADAPTERS]:
-            del self._states[old]
 
     def propose(self, scope: str, progress: Callable[[str, float], None]) -> learner_messages.Proposed:
         state = self._states.get(scope)
         if state is None:
             return learner_messages.Proposed(scope, 0, b"", {"problem": "nothing has been learned of this scope"})
-        base = self._states[ALL] if scope != ALL and not layers_of_map_scope(scope) else None
+        base = self._states[ALL] if scope != ALL else None
         try:
             proposal = self._family.fit(state, base, progress)
         except (HemostatError, ValueError, np.linalg.LinAlgError, MemoryError) as error:

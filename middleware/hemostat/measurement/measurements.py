@@ -30,7 +30,6 @@ from hemostat_calibration.divergence.per_token import TokenDivergence, calibrate
 from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.families import ADAPTER
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
-from hemostat_calibration.profiles.transform import anchors
 from hemostat_calibration.records import Arm, TokenRecord
 from hemostat_calibration.statistics.confidence import MeanSequence
 from hemostat_calibration.statistics.streaming import Histogram
@@ -54,16 +53,6 @@ FLOOR_SHARE = 0.5
 """Of a model's floor, in its divergence from the other model: a self-comparison compares two noisy computations of one
 model, and the raw figure has one noisy computation of each model."""
 ARM_DIFFERENCES = ("kl_nats_estimate", "total_variation", "top1_agreement")
-
-
-def raw_figures(record: TokenRecord, served: CalibrationProfile | None) -> TokenDivergence:
-    """The raw figures of a whole output; of a record of an adapter, those of what was served.
-
-    served: what was applied; None where that is not known, or an adapter's map was not applied.
-    """
-    if record.adapter is not None and served is not None and anchors(served) is not None:
-        return calibrated(record, served, served)
-    return divergence(record, served)
 
 
 @dataclass(slots=True)
@@ -154,12 +143,12 @@ class Measurements:
 
         held_out: nothing is learned from the prompt. Gains are measured on those only: on requests that a profile
             learned from, it looks better than it is.
-        gains, figures: the record's (`raw_figures`), where others need them too.
+        gains, figures: the record's, where others need them too. figures: `divergence(record, served)`.
         fresh: the record is an observation of its own: the first of its conversation and kind. Others count in tokens
             and histograms, not in figures with intervals.
-        Returns `raw_figures`.
+        Returns the figures.
         """
-        raw = raw_figures(record, served) if figures is None else figures
+        raw = divergence(record, served) if figures is None else figures
         if record.adapter is not None:
             self._observe_adapted(record, raw, fresh=fresh)
             return raw

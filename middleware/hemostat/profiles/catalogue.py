@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterator
 
 from hemostat.profiles.families import anchor_set
 from hemostat.store.protocol import StoredProfile
-from hemostat_calibration.profiles.adapter import has_map, layers_digest
 from hemostat_calibration.profiles.families import ADAPTER
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import shift_range
@@ -33,10 +32,8 @@ class Catalogue:
         self._wall = wall
         self._profiles: OrderedDict[str, CalibrationProfile] = OrderedDict()
         self._created: dict[str, float] = {}
-        self.adapter_maps: dict[str, bool] = {}
-        """Versions of the family `adapter` -> whether the version has a map of the logits, too."""
-        self._layers: dict[str, str] = {}
-        """Of the same versions -> digest of the layers."""
+        self.adapters: set[str] = set()
+        """Versions of the family `adapter`."""
         self.probe: str | None = None
         """The contextual learner's probe: a profile that does nothing, held by engines so that they report the logits
         of its anchors. Never tested, never serves."""
@@ -87,26 +84,16 @@ class Catalogue:
         if version == self.probe:
             self.probe = None
         self._profiles.pop(version, None)
-        self.adapter_maps.pop(version, None)
-        self._layers.pop(version, None)
+        self.adapters.discard(version)
         self._created.pop(version, None)
 
     def _put(self, profile: CalibrationProfile) -> None:
         self._profiles[profile.version] = profile
         if profile.family == ADAPTER:
-            self.adapter_maps[profile.version] = has_map(profile)
-            self._layers[profile.version] = layers_digest(profile)
+            self.adapters.add(profile.version)
 
     def is_adapter(self, version: str | None) -> bool:
-        return version in self.adapter_maps
-
-    def has_map(self, version: str | None) -> bool:
-        """Whether it is an adapter that changes logits, too."""
-        return version is not None and self.adapter_maps.get(version, False)
-
-    def layers(self, version: str | None) -> str:
-        """Digest of an adapter's layers, which it shares with those that differ in their map alone; "" for others."""
-        return self._layers.get(version, "") if version is not None else ""
+        return version in self.adapters
 
     def stored(self, version: str) -> StoredProfile:
         """The profile as the store holds it."""

@@ -185,16 +185,9 @@ class ProfileManager:
         return is_held_out(record, self._held_out_fraction)
 
     def learning_scope(self, record: TokenRecord) -> str | None:
-        """The scope in which profiles that change logits are learned from the record now; None: in none.
-
-        A record of an adapter that serves is learned from for the map on top of it, where the engine has reported
-        features: without the plugin no map could be applied.
-        """
-        if record.constraint or not self.serving.uses(record) or self.is_held_out(record):
-            return None
-        if record.adapter is None:
-            return self.scope_of(record)
-        return self.proposals.map_scope(record.adapter) if record.features is not None else None
+        """The scope in which profiles that change logits are learned from the record now; None: in none."""
+        learned = record.adapter is None and not record.constraint and self.serving.uses(record)
+        return self.scope_of(record) if learned and not self.is_held_out(record) else None
 
     def distance_versions(self, record: TokenRecord) -> tuple[str, ...]:
         """The versions whose exact distances judging this record takes, `IDENTITY` first; none where it takes none."""
@@ -276,7 +269,7 @@ class ProfileManager:
         """Profiles whose effect the reference computes for every scored request: those that change logits alone."""
         if self.serving.mode == "off":
             return ()
-        not_evaluated = {self.catalogue.probe, *self.catalogue.adapter_maps}
+        not_evaluated = {self.catalogue.probe, *self.catalogue.adapters}
         versions = (version for version in self.engine_versions() if version not in not_evaluated)
         return tuple(self.catalogue[version] for version in versions)
 

@@ -1,5 +1,5 @@
 """Which profiles are proposed, and when: temperature and bias learned here, by scope; contextual ones by the learner;
-adapters by whoever makes them; maps on top of an adapter that serves by the contextual learner, too.
+adapters by whoever makes them.
 
 A new family that is learned in this process goes beside `TemperatureBiasLearner` here; one that is learned elsewhere
 uses `accepts` and `propose`, as the contextual learner does, or `accepts_adapter` and `propose_adapter`.
@@ -20,13 +20,12 @@ from hemostat.profiles.families import anchor_set
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.persistence import whole_number
 from hemostat.profiles.request_parameters import RequestParameters
-from hemostat.profiles.scopes import ALL, layers_of_map_scope, map_scope
+from hemostat.profiles.scopes import ALL
 from hemostat.profiles.serving import ServingState
-from hemostat.profiles.trials import ADAPTER_MAP, Trials
+from hemostat.profiles.trials import Trials
 from hemostat_calibration.errors import InvalidArgumentError, InvalidProfileError
 from hemostat_calibration.learning import temperature_bias_storage as storage
 from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner, TemperatureBiasState
-from hemostat_calibration.profiles.adapter import with_map
 from hemostat_calibration.profiles.families import ADAPTER, CONTEXTUAL, TEMPERATURE_BIAS
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import TokenRecord
@@ -76,8 +75,6 @@ class Proposals:
         adapter_min_tokens: int = 0,
     ) -> None:
         """adapter_min_tokens: `Adapter.min_tokens`."""
-        self._maps_proposed_at: dict[str, int] = {}
-        """Of the adapter whose map was proposed last: digest of its layers -> tokens that the map was learned from."""
         self._settings = settings
         self._min_tokens = {ADAPTER: adapter_min_tokens}
         self._catalogue = catalogue
@@ -142,7 +139,6 @@ class Proposals:
         while: only more than that is worth a test.
         """
         self._scopes.clear()
-        self._maps_proposed_at.clear()
         self.count_serving()
 
     def count_serving(self) -> None:
@@ -153,8 +149,6 @@ class Proposals:
                 proposed_at = self._scope(state.learned_of).proposed_at
                 tokens = whole_number(selected.metadata.get("tokens"))
                 proposed_at[selected.family] = max(tokens, proposed_at.get(selected.family, 0))
-                if map_tokens := whole_number(selected.metadata.get("map_tokens")):
-                    self._maps_proposed_at = {self._catalogue.layers(selected.version): map_tokens}
 
     def discard_batches(self) -> None:
         """Forget records that wait for an update: the mode has changed."""
@@ -208,23 +202,17 @@ class Proposals:
 
     def accepts(self, tokens: int, scope: str = ALL) -> bool:
         """Whether a contextual proposal that was learned from `tokens` tokens in all would be tested now."""
-        if not self._serving.active or self._requests.enabled:
-            return False
-        layers = layers_of_map_scope(scope)
-        return self._map_is_due(layers, tokens) if layers else self._due(scope, CONTEXTUAL, tokens)
+        return self._serving.active and not self._requests.enabled and self._due(scope, CONTEXTUAL, tokens)
 
     def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any], scope: str = ALL) -> bool:
         """Test a contextual profile in place of the scope's last one; False when it is not accepted now.
 
-        Of the scope of an adapter (`scopes.map_scope`), what is tested is the adapter that serves with the profile as
-        its map. report: JSON-ready, shown as the event's evidence; `tokens` is the number of tokens learned from in
-        all. InvalidProfileError for another model's profile.
+        report: JSON-ready, shown as the event's evidence; `tokens` is the number of tokens learned from in all.
+        InvalidProfileError for another model's profile.
         """
         tokens = int(report["tokens"])
         if not self.accepts(tokens, scope):
             return False
-        if layers := layers_of_map_scope(scope):
-            return self._propose_map(layers, profile, why, report)
         self._lifecycle.require_fit(profile)
         self._scope(scope).proposed_at[profile.family] = tokens
         return self._lifecycle.replace_proposals(scope, [profile], why, dict(report))
@@ -250,37 +238,6 @@ class Proposals:
         self._lifecycle.require_fit(profile)
         self._scope(ALL).proposed_at[ADAPTER] = tokens
         return self._lifecycle.replace_proposals(ALL, [profile], why, dict(report))
-
-    # --- a map on top of an adapter --------------------------------------------------------------------------------
-
-    def map_scope(self, version: str) -> str | None:
-        """The scope in which the map on top of this adapter is learned; None where it does not serve."""
-        layers = self._catalogue.layers(version)
-        if not layers or self._serves_layers(layers) is None:
-            return None
-        return map_scope(layers)
-
-    def _serves_layers(self, layers: str) -> str | None:
-        """The version with these layers that serves most traffic."""
-        return next((v for v in self._serving.versions if self._catalogue.layers(v) == layers), None)
-
-    def _map_is_due(self, layers: str, tokens: int) -> bool:
-        if self._serves_layers(layers) is None:
-            return False
-        last = self._maps_proposed_at.get(layers, 0)
-        growth = MIN_TOKEN_GROWTH_UNDER_TEST if self._trials.has_proposal(ALL, ADAPTER_MAP) else MIN_TOKEN_GROWTH
-        return tokens >= min(growth * last, last + MAX_TOKENS_BETWEEN_PROPOSALS)
-
-    def _propose_map(self, layers: str, map: CalibrationProfile, why: str, report: Mapping[str, Any]) -> bool:
-        adapter = self._catalogue.get(self._serves_layers(layers))
-        if adapter is None:
-            return False
-        metadata = {f"map_{name}": map.metadata[name] for name in ("tokens", "variant", "rank") if name in map.metadata}
-        both = with_map(adapter, map, metadata)
-        self._lifecycle.require_fit(both)
-        self._maps_proposed_at = {layers: int(report["tokens"])}
-        text = f"a map on top of the adapter {adapter.version[:8]}, {why}"
-        return self._lifecycle.replace_proposals(ALL, [both], text, dict(report), ADAPTER_MAP)
 
     # --- the probe -------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from hemostat.profiles.trials import Candidate, Trials
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.guard.decisions import Evidence, Figure
 from hemostat_calibration.guard.wealth import MIN_CLIENTS
-from hemostat_calibration.profiles.adapter import adapter_bytes, has_map, max_rank
+from hemostat_calibration.profiles.adapter import adapter_bytes, max_rank
 from hemostat_calibration.profiles.families import ADAPTER, layer_names
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
 
@@ -252,12 +252,11 @@ class Report:
 
 
 def _adapter_json(profile: CalibrationProfile) -> dict[str, Any]:
-    """rank: the largest of a layer. bytes: of the factors, without the map."""
+    """rank: the largest of a layer. bytes: of the factors."""
     return {
         "rank": max_rank(profile),
         "layers": len(layer_names(profile.parameters)),
         "bytes": adapter_bytes(profile),
-        "map": has_map(profile),
     }
 
 

@@ -16,24 +16,6 @@ ALL = ""
 MAX_SCOPES = 16
 """Scopes beside the pooled one; the first ones seen. Requests of further ones count as pooled only."""
 
-_MAP_SCOPE = "adapter "
-"""A group of requests has no name that begins with this."""
-
-
-def map_scope(layers: str) -> str:
-    """The learner's name of what it learns of one adapter: the map on top of it. layers: `adapter.layers_digest`.
-
-    >>> layers_of_map_scope(map_scope("0" * 32)) == "0" * 32
-    True
-    """
-    return _MAP_SCOPE + layers
-
-
-def layers_of_map_scope(scope: str) -> str:
-    """ "" for the name of a group of requests."""
-    return scope.removeprefix(_MAP_SCOPE) if scope.startswith(_MAP_SCOPE) else ""
-
-
 SCOPE_KEYS: Mapping[str, Callable[[TokenRecord], str]] = {
     "pooled": lambda record: ALL,
     "label": lambda record: record.label,
@@ -60,8 +42,7 @@ class Scopes:
 
     def follow(self, scope: str) -> bool:
         """Whether the scope is learned from separately; a new one is, unless there are too many, or all is pooled."""
-        named = self.kind != "pooled" and not scope.startswith(_MAP_SCOPE)
-        if scope not in self._seen and named and len(self._seen) <= MAX_SCOPES:
+        if scope not in self._seen and self.kind != "pooled" and len(self._seen) <= MAX_SCOPES:
             self._seen[scope] = None
         return scope in self._seen
 

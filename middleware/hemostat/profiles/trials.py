@@ -41,8 +41,6 @@ TOTAL_VARIATION_WIDTH = 1.0
 MAX_NOTED_NATS = 5.0
 """Of a token's divergence, where only how much units depend on each other is asked."""
 IMPORT = "import"
-ADAPTER_MAP = "adapter_map"
-"""An adapter that serves, with a map on top of it."""
 SERVING = "serving"
 WATCH = "serving"
 """The guard's name for the tests of what serves."""
@@ -69,7 +67,7 @@ class UnitGain:
 class Candidate:
     """A profile that is to be tested in the kinds of one scope.
 
-    source: the family that proposed it, `ADAPTER_MAP`, `IMPORT`, or `SERVING`: it serves other kinds already.
+    source: the family that proposed it, `IMPORT`, or `SERVING`: it serves other kinds already.
     """
 
     version: str

@@ -114,7 +114,6 @@ def build_record(
     *,
     allowed: AllowedSets | None = None,
     profile_in_request: bool = False,
-    adapter_maps: Mapping[str, bool] = MappingProxyType({}),
     markers: Markers | None = None,
     template: bytes = b"",
 ) -> TokenRecord:
@@ -126,21 +125,16 @@ def build_record(
     profile_in_request: a requested profile was applied through the request's own sampling parameters
         (`calibration.apply: request`), of which the engine's plugin knows nothing.
     allowed: the ids that the request's grammar allows, which both models' log-probabilities are conditional on.
-    adapter_maps: the known adapters -> whether each has a map of the logits, too.
     markers: of the model's thinking; None where it has none, or they are not known.
     template: see `TokenRecord.template`.
     """
     tokens = len(arrays.output)
     unknown = np.full(tokens, np.nan)
-    applied = capture.requested if profile_in_request else applied_version(capture, tap, adapter_maps)
-    whole = capture.requested not in adapter_maps or capture.adapter == capture.requested
+    applied = capture.requested if profile_in_request else applied_version(capture, tap)
     names = set(versions) | (set(tap.log_normalizer) if tap else set()) | set(scores.expected_shift)
-    if capture.adapter is None:
-        # The map of an adapter says nothing of the model without the adapter.
-        names -= adapter_maps.keys()
-    else:
-        # Neither do other profiles' numbers, computed from the adapted model's logits, of the compressed model.
-        names &= {capture.adapter}
+    if capture.adapter is not None:
+        # Numbers of profiles, computed from the adapted model's logits, say nothing of the compressed model.
+        names.clear()
     shifts = {
         version: Shift(
             expected=scores.expected_shift.get(version, unknown),
@@ -161,9 +155,8 @@ def build_record(
             reference_emitted=scores.emitted,
             reference_entropy=scores.entropy,
             sampling=Sampling(capture.temperature, capture.top_p, capture.sampling_top_k, capture.min_p),
-            # A request whose profile the engine did not apply (it may just have lost it) belongs to neither arm; nor
-            # does one to which it applied an adapter's map without the adapter.
-            arm=Arm(capture.arm) if applied == capture.requested and whole else Arm.NONE,
+            # A request whose profile the engine did not apply (it may just have lost it) belongs to neither arm.
+            arm=Arm(capture.arm) if applied == capture.requested else Arm.NONE,
             support=None if allowed is None else allowed.support,
             constraint="" if allowed is None else GRAMMAR,
             requested=capture.requested,
@@ -194,17 +187,13 @@ def build_record(
     )
 
 
-def applied_version(capture: Capture, tap: TapResult | None, adapter_maps: Mapping[str, bool]) -> str | None:
-    """The profile that the answer was generated with, as a whole; None is identity, or only a part of one.
+def applied_version(capture: Capture, tap: TapResult | None) -> str | None:
+    """The profile that the answer was generated with; None is identity.
 
-    An adapter is applied where the answer names it. One with a map only where the engine's plugin reports that it
-    applied the map, too.
+    An adapter is applied where the answer names it; of another profile the engine's plugin tells.
     """
     by_plugin = tap.applied if tap else None
-    if capture.adapter is None or by_plugin not in (None, capture.adapter):
-        return by_plugin
-    has_map = adapter_maps.get(capture.adapter, False)
-    return capture.adapter if by_plugin == capture.adapter or not has_map else None
+    return by_plugin if capture.adapter is None or by_plugin is not None else capture.adapter
 
 
 def _align(values: Floats | None, first: int, tokens: int) -> Floats:

@@ -9,7 +9,6 @@ from typing import Protocol
 import numpy as np
 
 from hemostat.ipc.messages import Capture
-from hemostat.measurement.measurements import raw_figures
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.pair import ModelPair, ServedModels
 from hemostat.scoring.seen_units import SeenUnits
@@ -122,6 +121,6 @@ class RecordReader:
             held_out=calibrated and profiles.is_held_out(record),
             profile=profile,
             applied=applied,
-            figures=(raw_figures if Use.FIGURES in uses else divergence)(record, applied),
+            figures=divergence(record, applied),
             gains=RecordGains(record),
         )

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -81,8 +81,8 @@ class ScoringNeeds(Protocol):
     def evaluated_profiles(self) -> tuple[CalibrationProfile, ...]:
         """Profiles whose effect on the distributions the reference computes."""
 
-    def adapter_maps(self) -> Mapping[str, bool]:
-        """The known versions of the family `adapter` -> whether the version has a map of the logits, too."""
+    def adapters(self) -> Collection[str]:
+        """The known versions of the family `adapter`."""
 
     def anchor_sets(self) -> Mapping[str, Ids]:
         """The sets of anchors whose features are of use: digest -> the ids. Empty: no features."""
@@ -298,7 +298,6 @@ class Scorer:
             codes,
             allowed=allowed,
             profile_in_request=self._profile_in_request,
-            adapter_maps=self._needs.adapter_maps(),
             markers=pair.markers,
             template=template,
         )
@@ -348,9 +347,8 @@ class Scorer:
 
     def _plugin_applies(self, capture: Capture) -> bool:
         """Whether only the engine's plugin knows if what was requested was applied. Of an adapter: the answer."""
-        if capture.requested is None or self._profile_in_request:
-            return False
-        return self._needs.adapter_maps().get(capture.requested, True)
+        by_plugin = capture.requested is not None and not self._profile_in_request
+        return by_plugin and capture.requested not in self._needs.adapters()
 
     def _features(self, tap: TapResult | None, arrays: CaptureArrays) -> Features | None:
         anchor_sets = self._needs.anchor_sets()

@@ -34,7 +34,7 @@ from hemostat.models.copies import Copy
 from hemostat.models.output_embedding import load as load_embedding
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.errors import HemostatError
-from hemostat_calibration.profiles.adapter import adapter_layers, adapter_profile, map_of
+from hemostat_calibration.profiles.adapter import adapter_layers, adapter_profile
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile, temperature_bias
 from hemostat_calibration.records import Candidates, ExactDistances, TokenRecord
@@ -86,12 +86,12 @@ class Models:
                 model.get_submodule(name).weight += torch.from_numpy(factors.product())
         return model
 
-    def logits(self, profile: CalibrationProfile | None, ids: Any, *, mapped: bool = True) -> Any:
+    def logits(self, profile: CalibrationProfile | None, ids: Any, *, processed: bool = True) -> Any:
         corrections = {} if profile is None or profile.family != "adapter" else adapter_layers(profile)
         with torch.no_grad():
             z = self.compressed(corrections)(torch.tensor(ids)[None]).logits[0].double().numpy()
-        given = None if profile is None else map_of(profile) if profile.family == "adapter" else profile
-        return oracle.apply(given, z) if mapped and given is not None else z
+        given = None if profile is None or profile.family == "adapter" else profile
+        return oracle.apply(given, z) if processed and given is not None else z
 
     def hidden(self, record: TokenRecord, prompt: Any) -> Any:
         ids = torch.tensor(np.concatenate([prompt, record.output_ids[:-1]]))[None]
@@ -185,11 +185,10 @@ def test_distances_are_those_of_transformers_with_the_corrections_in_the_weights
 ) -> None:
     monkeypatch.setattr(judge_process, "CHUNK_ELEMENTS", 4 * V)
     models = Models(folders)
-    given = contextual()
     profiles = [
         adapter_profile(model="m", vocab_size=V, layers=layers(folders)),
-        adapter_profile(model="m", vocab_size=V, layers=layers(folders, 1), map=given),
-        given,
+        adapter_profile(model="m", vocab_size=V, layers=layers(folders, 1)),
+        contextual(),
         temperature_bias("m", V, 1.5, np.random.default_rng(2).normal(0, 0.3, V), 1.0),
     ]
     known = {profile.version: profile for profile in profiles}
@@ -224,8 +223,8 @@ def test_distances_are_those_of_transformers_with_the_corrections_in_the_weights
     for version in (IDENTITY, *known):
         scored = judge_process.answer(copies, judge_messages.Logprobs(8, ids.tobytes(), version))
         assert isinstance(scored, judge_messages.Scored)
-        # As vLLM's prompt_logprobs, before what a map adds to the logits.
-        expected_z = logprobs(models.logits(known.get(version), ids[:-1], mapped=False))
+        # As vLLM's prompt_logprobs, before any logits processor.
+        expected_z = logprobs(models.logits(known.get(version), ids[:-1], processed=False))
         values_found = np.frombuffer(scored.logprobs, "<f4")
         np.testing.assert_allclose(values_found, expected_z[np.arange(len(ids) - 1), ids[1:]], rtol=2e-3, atol=2e-3)
     judge_process.answer(copies, judge_messages.Evict(list(known)))

@@ -30,14 +30,14 @@ def server(*profiles: CalibrationProfile, **more: Any) -> FakeLora:
 
 
 async def ready(world: LoraWorld, *profiles: CalibrationProfile) -> None:
-    expected = {profile.version: False for profile in profiles}
+    expected = {profile.version for profile in profiles}
     await until(lambda: world.host.ready == expected)
 
 
 async def unusable(world: LoraWorld, text: str) -> None:
     await until(lambda: text in world.host.unusable)
     assert "\n" not in world.host.unusable
-    assert world.host.ready == {}
+    assert world.host.ready == frozenset()
     assert world.host.capacity == 0
 
 
@@ -97,7 +97,7 @@ async def test_a_restarted_engine_is_not_ready_until_it_is_loaded_and_probed_aga
         world.lora.resolves.clear()
         world.restart()
         world.report()
-        assert world.host.ready == {}, "at once, from the report alone"
+        assert world.host.ready == frozenset(), "at once, from the report alone"
         await unusable(world, "loads no adapters")
         world.lora.resolves[ONE.version] = 2
         await ready(world, ONE)
@@ -131,7 +131,7 @@ async def test_a_rank_that_lost_it_from_its_slots_ends_it_at_once() -> None:
         await ready(world, ONE)
         world.lora.in_slots = [None, None]
         world.report()
-        assert world.host.ready == {}
+        assert world.host.ready == frozenset()
         await ready(world, ONE)
 
 
@@ -144,7 +144,7 @@ async def test_loading_is_repeated_until_every_engine_behind_the_address_has_it(
         assert "0 of 16 texts" in world.host.status()["probes"]["isolation"]["detail"], "twice as many rows"
         world.second_after = 1_000_000
         world.report()
-        assert world.host.ready == {}
+        assert world.host.ready == frozenset()
 
 
 @pytest.mark.parametrize("metrics", [True, False])
@@ -199,7 +199,7 @@ async def test_a_server_that_was_full_is_not_used_until_it_restarts() -> None:
         await ready(world, ONE)
         world.lora.was_full = True
         world.report()
-        assert world.host.ready == {}
+        assert world.host.ready == frozenset()
         world.lora.grouped = True
         await ready(world, ONE)
 
@@ -239,7 +239,7 @@ async def test_an_adapter_that_is_applied_wrongly_is_rejected(wrong: str) -> Non
         world.profiles.want(ONE)
         await until(lambda: ONE.version in world.profiles.rejected)
         assert "does not apply it as our copy does" in world.profiles.rejected[ONE.version]
-        assert world.host.ready == {}
+        assert world.host.ready == frozenset()
         world.profiles.want(TWO)
         await ready(world, TWO)
 
@@ -273,7 +273,7 @@ async def test_without_a_copy_only_isolation_is_probed_and_a_copy_that_starts_is
         world.copy.answers = False
         world.profiles.want(ONE)
         await until(lambda: world.host.status()["probes"]["agreement"]["waiting"] > 1)
-        assert world.host.ready == {}
+        assert world.host.ready == frozenset()
         assert world.host.unusable == ""
         world.copy.answers = True
         await ready(world, ONE)
@@ -284,7 +284,7 @@ async def test_a_version_that_makes_the_engine_fail_is_rejected() -> None:
         world.lora.broken.add(ONE.version)
         world.profiles.want(ONE, TWO)
         await until(lambda: bool(world.host.status()["failures"]))
-        assert world.host.ready == {}
+        assert world.host.ready == frozenset()
 
 
 async def test_from_a_shared_folder(tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ async def test_an_upstream_that_refuses_or_sends_half_answers(fault: dict[str, A
         if text:
             await unusable(world, text)
         await until(lambda: world.host.state in {HostState.WAITING, HostState.UNUSABLE})
-        assert world.host.ready == {}
+        assert world.host.ready == frozenset()
         world.fake.api_key = world.fake.replace_body = None
         await ready(world, ONE)
 
@@ -341,7 +341,7 @@ async def test_an_upstream_that_is_gone_is_not_ready_and_comes_back() -> None:
         world.profiles.want(ONE)
         await ready(world, ONE)
         world.fake.replace_body = "gone"
-        await until(lambda: world.host.ready == {})
+        await until(lambda: world.host.ready == frozenset())
         world.fake.replace_body = None
         await ready(world, ONE)
         assert world.host.status()["probes"]["isolation"]["passed"] == 1, "it was not restarted"

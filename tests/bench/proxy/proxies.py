@@ -257,7 +257,7 @@ async def control(path: Path, rate: float, proxy: Proxy) -> AsyncIterator[None]:
         **TAPPED if proxy.name == BY_PLUGIN else {},
         acknowledged=frozenset({ADAPTER}),
         serving_by_kind={REST_KIND: ADAPTER} if treats else {},
-        adapters={ADAPTER: False} if proxy.name == "adapter" else {},
+        adapters=frozenset({ADAPTER} if proxy.name == "adapter" else ()),
         base_models=frozenset({"fake"}),
         answered_name="fake",
     )

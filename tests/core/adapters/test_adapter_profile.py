@@ -1,4 +1,4 @@
-"""The family adapter: its file, what is refused, and that it changes logits by its map alone."""
+"""The family adapter: its file, what is refused, and that it changes no logits."""
 
 import json
 import pickle
@@ -17,13 +17,8 @@ from hemostat_calibration.profiles.adapter import (
     adapter_bytes,
     adapter_layers,
     adapter_profile,
-    has_map,
-    layers_digest,
-    map_of,
     max_rank,
-    with_map,
 )
-from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 
 V = 9
@@ -41,21 +36,8 @@ def layers(seed: int = 0, ranks: tuple[int, int] = (2, 3)) -> dict[str, LowRank]
     }
 
 
-def make_map(seed: int = 0) -> CalibrationProfile:
-    rng = np.random.default_rng(seed)
-    return contextual_profile(
-        model="w4a16",
-        anchors=np.array([5, 1, 3]),
-        linear=rng.normal(size=(2, 3)),
-        offset=rng.normal(size=2),
-        up=rng.normal(size=(V, 2)),
-        clamp_nats=2.5,
-        metadata={"tokens": "9"},
-    )
-
-
-def make(map: CalibrationProfile | None = None, **metadata: str) -> CalibrationProfile:
-    return adapter_profile(model="w4a16", vocab_size=V, layers=layers(), map=map, metadata=metadata)
+def make(**metadata: str) -> CalibrationProfile:
+    return adapter_profile(model="w4a16", vocab_size=V, layers=layers(), metadata=metadata)
 
 
 def rewritten(profile: CalibrationProfile, change: Callable[[dict[str, Any]], None]) -> bytes:
@@ -82,9 +64,8 @@ def with_parameters(profile: CalibrationProfile, **changes: Any) -> CalibrationP
     )
 
 
-@pytest.mark.parametrize("map", [None, make_map()])
-def test_round_trip(map: CalibrationProfile | None) -> None:
-    profile = make(map, tokens="2100")
+def test_round_trip() -> None:
+    profile = make(tokens="2100")
     data = profile.to_bytes()
     again = CalibrationProfile.from_bytes(data, profile.version)
     assert again.to_bytes() == data
@@ -111,10 +92,8 @@ def test_the_order_of_layers_is_not_part_of_it() -> None:
     assert adapter_profile(model="w4a16", vocab_size=V, layers=backwards) == make()
 
 
-def test_without_a_map_no_logit_changes() -> None:
+def test_no_logit_changes() -> None:
     profile = make()
-    assert not has_map(profile)
-    assert map_of(profile) is None
     assert transform.anchors(profile) is None
     logprobs = np.log(np.random.default_rng(0).dirichlet(np.ones(V), size=3))
     ids = np.tile(np.arange(V), (3, 1))
@@ -122,30 +101,6 @@ def test_without_a_map_no_logit_changes() -> None:
     assert [end.tolist() for end in transform.shift_range(profile, np.zeros(2))] == [[0.0, 0.0], [0.0, 0.0]]
     with pytest.raises(InvalidArgumentError, match="reads no anchors"):
         transform.code(profile, np.zeros(3))
-
-
-def test_with_a_map_it_changes_logits_as_the_map_does() -> None:
-    contextual = make_map()
-    profile = make(contextual)
-    result = map_of(profile)
-    assert has_map(profile)
-    assert result is not None
-    assert result.version not in {profile.version, contextual.version}, "the map's metadata are not kept"
-    assert profile.clamp_nats == contextual.clamp_nats
-    logprobs = np.log(np.random.default_rng(0).dirichlet(np.ones(V), size=3))
-    ids = np.tile(np.arange(V), (3, 1))
-    anchors = transform.anchors(profile)
-    assert anchors is not None
-    np.testing.assert_array_equal(anchors, transform.anchors(contextual))
-    codes = transform.code(contextual, logprobs[:, anchors])
-    np.testing.assert_array_equal(transform.code(profile, logprobs[:, anchors]), codes)
-    expected = transform.shift_at(contextual, ids, logprobs, codes)
-    assert expected.any()
-    np.testing.assert_array_equal(transform.shift_at(profile, ids, logprobs, codes), expected)
-    np.testing.assert_array_equal(transform.shift_at(result, ids, logprobs, codes), expected)
-    assert transform.shift_range(profile) == transform.shift_range(contextual)
-    with pytest.raises(InvalidArgumentError, match="row_code is missing"):
-        transform.shift_at(profile, ids, logprobs)
 
 
 def test_layers_of_rank_0_are_left_out() -> None:
@@ -167,7 +122,7 @@ def test_factors_must_be_finite(value: float, factor: str) -> None:
         adapter_profile(model="m", vocab_size=V, layers=given | {UP: LowRank(a, b)})
 
 
-@pytest.mark.parametrize("name", ["", "map.x", ".q", "q.", "a b", "q/../x", "q" * 65, "ü", 'q"'])
+@pytest.mark.parametrize("name", ["", ".q", "q.", "a b", "q/../x", "q" * 65, "ü", 'q"'])
 def test_names_must_be_modules(name: str) -> None:
     with pytest.raises(InvalidProfileError, match="cannot be the name of a module"):
         adapter_profile(model="m", vocab_size=V, layers={name: layers()[Q]})
@@ -183,7 +138,6 @@ QA, QB = "model__layers__0__self_attn__q_proj__a", "model__layers__0__self_attn_
         ({QB: None, f"{QB}_scale": None}, rf"missing \({Q}.b, {Q}.b_scale\)"),
         ({"stray": np.zeros(1, np.float32)}, r"unknown \(stray\)"),
         ({"other__c": np.zeros(1, np.float32)}, r"unknown \(other.c\)"),
-        ({"map__up": np.zeros((V, 1), np.float16)}, r"missing \(map.anchors, map.fisher, …\)"),
         ({QA: np.zeros((2, 5), np.float32)}, rf"{Q}.a is float32: it must be int8"),
         ({QA: np.zeros((3, 5), np.int8)}, rf"{Q}.a_scale has shape \(2,\)"),
         ({QA: np.zeros(5, np.int8)}, rf"{Q}.a has shape \(5,\)"),
@@ -206,48 +160,6 @@ def test_malformed(changes: dict[str, Any], message: str) -> None:
 def test_no_layer() -> None:
     with pytest.raises(InvalidProfileError, match="one or more"):
         with_parameters(make(), **{name.replace(".", "__"): None for name in make().parameters})
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"map__up": np.zeros((V + 1, 2), np.float16)}, "map.up has shape"),
-        ({"map__up": np.full((V, 2), np.nan, np.float16)}, "map.up holds NaN"),
-        ({"map__kl_limit": np.array(0.0, np.float32)}, "parameter map.kl_limit is 0.0"),
-        ({"map__anchors": np.array([1, 1, 3], np.int32)}, "parameter map.anchors must be distinct"),
-        ({"map__offset": None}, r"missing \(map.offset\)"),
-    ],
-)
-def test_malformed_maps(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(InvalidProfileError, match=message):
-        with_parameters(make(make_map()), **changes)
-
-
-def test_a_map_that_is_put_on_top_leaves_the_layers_to_the_bit() -> None:
-    plain, contextual = make(), make_map()
-    both = with_map(plain, contextual, {"map_tokens": "7"})
-    assert map_of(both) == map_of(make(contextual))
-    assert {k: v for k, v in both.metadata.items() if k != "map_tokens"} == dict(plain.metadata)
-    for name, value in plain.parameters.items():
-        np.testing.assert_array_equal(both.parameters[name], value)
-    other = with_map(both, make_map())
-    assert len(other.parameters) == len(both.parameters), "the map is replaced"
-    digests = {layers_digest(one) for one in (plain, both, other)}
-    assert len(digests) == 1
-    changed = layers() | {UP: LowRank(2.0 * layers()[UP].a, layers()[UP].b)}
-    assert layers_digest(adapter_profile(model="w4a16", vocab_size=V, layers=changed)) not in digests
-    assert layers_digest(contextual) == ""
-    with pytest.raises(InvalidProfileError, match="of the family contextual, not an adapter"):
-        with_map(contextual, contextual)
-
-
-def test_a_map_of_another_family_or_vocabulary() -> None:
-    with pytest.raises(InvalidProfileError, match="map is of the family adapter"):
-        with_map(make(), make())
-    with pytest.raises(InvalidProfileError, match="map is of the family temperature_bias"):
-        make(temperature_bias("m", V, 1.0, np.zeros(V), 1.0))
-    with pytest.raises(InvalidProfileError, match="for a vocabulary of 9"):
-        adapter_profile(model="m", vocab_size=V + 1, layers=layers(), map=make_map())
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from hemostat.ipc import child_process as child
 from hemostat.models.output_embedding import load as load_embedding
 from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.errors import HemostatError
-from hemostat_calibration.profiles import adapter as adapters
+from hemostat_calibration.profiles.adapter import adapter_layers
 from hemostat_calibration.profiles.families import ADAPTER, FAMILIES
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors, code, relative_logits
@@ -44,16 +44,16 @@ Rows = Callable[[slice], Logits]
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a profile does. layers: None for a family without. map: what is added to the logits; None: nothing."""
+    """What a profile does. layers: of an adapter, else None. logits: the profile of another family, else None."""
 
-    layers: Any
-    map: CalibrationProfile | None
+    layers: Any = None
+    logits: CalibrationProfile | None = None
 
 
 def held(profile: CalibrationProfile) -> Held:
     if profile.family == ADAPTER:
-        return Held(adapters.adapter_layers(profile), adapters.map_of(profile))
-    return Held(None, profile)
+        return Held(layers=adapter_layers(profile))
+    return Held(logits=profile)
 
 
 def shift(profile: CalibrationProfile, logits: Logits) -> Floats:
@@ -131,7 +131,7 @@ class Copies:
             self._profiles.pop(version, None)
 
     def _held(self, version: str) -> Held | None:
-        return Held(None, None) if version == IDENTITY else self._profiles.get(version)
+        return Held() if version == IDENTITY else self._profiles.get(version)
 
     # --- requests --------------------------------------------------------------------------------------------------
 
@@ -164,7 +164,7 @@ class Copies:
                 broken = ~np.isfinite(ours).all(axis=1)
                 ours[broken] = 0.0
                 for version in versions:
-                    given = ways[version].map
+                    given = ways[version].logits
                     logits = ours if given is None else (ours + shift(given, ours)).astype(np.float32)
                     distances = exact_distances(theirs, logits)
                     # A distribution that does not exist is as far away as can be: leaving the record out would be a
@@ -185,8 +185,6 @@ class Copies:
         )
 
     def logprobs(self, request: judge_messages.Logprobs) -> judge_messages.Scored | judge_messages.Failed:
-        """Without the profile's map: vLLM's `prompt_logprobs`, which these are compared with, are computed before any
-        logits processor."""
         way = self._held(request.version)
         if way is None:
             return judge_messages.Failed(request.id, f"profile {request.version} is not held")

@@ -33,7 +33,7 @@ from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat.reference.server import Refused, VllmServer
-from hemostat_calibration.profiles.adapter import has_map, max_rank
+from hemostat_calibration.profiles.adapter import max_rank
 from hemostat_calibration.profiles.peft import peft_files
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
@@ -124,7 +124,7 @@ class AdapterHost:
         self._on_change = on_change
         self._probes = Probes(copy, clock)
         self._prober: Prober | None = None
-        self._ready: dict[str, bool] = {}
+        self._ready: frozenset[str] = frozenset()
         self._boots: frozenset[str] = frozenset()
         """Engines that have reported since the last start that was noticed."""
         self._loaded: frozenset[str] = frozenset()
@@ -157,16 +157,15 @@ class AdapterHost:
     # --- what others read ------------------------------------------------------------------------------------------
 
     @property
-    def ready(self) -> dict[str, bool]:
-        """The versions that requests may ask for now -> whether the version has a map of the logits, too."""
+    def ready(self) -> frozenset[str]:
+        """The versions that requests may ask for now."""
         now = self._clock()
         if not self._ready or not self._engines.known(now):
-            return {}
+            return frozenset()
         reports = self._engines.live(now)
         if slots.boots(reports) - self._boots or not slots.complete(reports) or slots.room(reports, 0).problem:
-            return {}
-        held = slots.held_everywhere(reports, frozenset(self._ready))
-        return {version: mapped for version, mapped in self._ready.items() if version in held}
+            return frozenset()
+        return self._ready & slots.held_everywhere(reports, self._ready)
 
     @property
     def unusable(self) -> str:
@@ -219,7 +218,7 @@ class AdapterHost:
         wanted = list(dict.fromkeys(self._profiles.wanted()))
         if not wanted and not self._loaded:
             self._set_hold(())
-            self._set(HostState.IDLE, {}, self.capacity)
+            self._set(HostState.IDLE, frozenset(), self.capacity)
             return POLL_SECONDS
         try:
             result = listed(await server.models())
@@ -228,27 +227,27 @@ class AdapterHost:
             return POLL_SECONDS
         self._timeouts = 0
         if not self._engines.known(self._clock()):
-            self._set(HostState.WAITING, {}, self.capacity, "it is not known yet which engine answers here")
+            self._set(HostState.WAITING, frozenset(), self.capacity, "it is not known yet which engine answers here")
             return SOON_SECONDS
         reports = self._engines.live(self._clock())
         self._notice_restart(result, reports, None if reports else await started(server))
         if self._ready and not self._probes.passed(list(self._ready), result.ours | result.others):
-            self._set(HostState.PROBING, {}, self.capacity)  # an adapter was loaded or unloaded by another client
+            self._set(HostState.PROBING, frozenset(), self.capacity)  # an adapter was loaded or unloaded by another client
         base = self._base() or next(iter(result.base), "")
         if not base or not slots.complete(reports):
-            self._set(HostState.WAITING, {}, self.capacity, "" if base else "the upstream serves no model yet")
+            self._set(HostState.WAITING, frozenset(), self.capacity, "" if base else "the upstream serves no model yet")
             return POLL_SECONDS
         if self._slots is None and not any(report.lora for report in reports):
             if await lora_enabled(server) is False:
                 # To be asked for one, vLLM logs a traceback of its engine each time.
                 ranks = [max_rank(one) for version in wanted if (one := self._profiles.get(version)) is not None]
-                self._set(HostState.UNUSABLE, {}, 0, without_lora(max(ranks, default=1)))
+                self._set(HostState.UNUSABLE, frozenset(), 0, without_lora(max(ranks, default=1)))
                 return POLL_SECONDS
             self._slots = await max_loras(server)
         room = slots.room(reports, len(result.others), self._slots)
         self._set_limit(room.limit)
         if problem := room.problem or self._probes.problem:
-            self._set(HostState.UNUSABLE, {}, 0, problem)
+            self._set(HostState.UNUSABLE, frozenset(), 0, problem)
             return POLL_SECONDS
         target = self._target(wanted, room)
         self._set_hold(target)
@@ -259,7 +258,7 @@ class AdapterHost:
             return SOON_SECONDS
         return await self._probe(prober, base, [v for v in target if v in present], result, room)
 
-    def _set(self, state: HostState, ready: dict[str, bool], capacity: int | None, detail: str = "") -> None:
+    def _set(self, state: HostState, ready: frozenset[str], capacity: int | None, detail: str = "") -> None:
         if detail and detail != self.detail and state in {HostState.UNUSABLE, HostState.WAITING}:
             log.log(
                 logging.ERROR if state is HostState.UNUSABLE else logging.WARNING, "adapters: %s: %s", state, detail
@@ -282,9 +281,9 @@ class AdapterHost:
     def _unreachable(self, failure: ReferenceFailure) -> None:
         self._timeouts += failure.reason is FailureReason.TIMEOUT
         if failure.reason is FailureReason.UNAUTHORIZED:
-            self._set(HostState.UNUSABLE, {}, 0, f"{failure}; set upstream.api_key")
+            self._set(HostState.UNUSABLE, frozenset(), 0, f"{failure}; set upstream.api_key")
         elif failure.reason is not FailureReason.TIMEOUT or self._timeouts >= MAX_TIMEOUTS:
-            self._set(HostState.WAITING, {}, self.capacity, str(failure))
+            self._set(HostState.WAITING, frozenset(), self.capacity, str(failure))
 
     def _notice_restart(self, found: Listed, reports: Sequence[EngineReport], began: str | None) -> None:
         """Forget what was found about an earlier start of the server.
@@ -297,7 +296,7 @@ class AdapterHost:
         if again or self._loaded - found.ours or (self._boots and boots - self._boots):
             if self._loaded:
                 log.warning("adapters: the upstream was restarted or has lost one; they are loaded and probed again")
-            self._set(HostState.LOADING, {}, self.capacity)
+            self._set(HostState.LOADING, frozenset(), self.capacity)
             self._boots, self._slots, self._way = frozenset(), None, None
             for forgotten in (self._backoffs, self._not_before, self._failures, self._rejected):
                 forgotten.clear()
@@ -337,7 +336,7 @@ class AdapterHost:
             mine = unwanted
         unloaded = False
         for version in sorted(mine):
-            self._set(HostState.LOADING, {}, self.capacity)
+            self._set(HostState.LOADING, frozenset(), self.capacity)
             try:
                 await unload(server, version)
             except ReferenceFailure as failure:
@@ -364,7 +363,7 @@ class AdapterHost:
         if room.capacity is not None and max(map(len, occupied), default=0) >= room.capacity:
             return False
         if self.state is not HostState.UNUSABLE:  # a version that could not be loaded is tried again
-            self._set(HostState.LOADING, {}, self.capacity)
+            self._set(HostState.LOADING, frozenset(), self.capacity)
         isolated, self._probes.isolated_with = self._probes.isolated_with, None
         # Also after it was loaded: where several engines share the address, another request reaches the next one.
         self._not_before[version] = now + self._backoffs.setdefault(version, Backoff(BACKOFF)).pause()
@@ -419,7 +418,7 @@ class AdapterHost:
         loaded = found.ours | found.others
         if self._probes.due(present, loaded):
             if not self._probes.passed(present, loaded):
-                self._set(HostState.PROBING, {}, self.capacity)
+                self._set(HostState.PROBING, frozenset(), self.capacity)
             rejected = await self._probes.run(prober, base, present, loaded, len(self._boots))
             for version, why in rejected.items():
                 log.error("adapter %s is not used: %s", version, why)
@@ -427,15 +426,15 @@ class AdapterHost:
                 self._profiles.reject(version, why)
             return 0.0
         passed = self._probes.passed(present, loaded)
-        ready = {v: has_map(profile) for v in passed if (profile := self._profiles.get(v)) is not None}
+        ready = frozenset(version for version in passed if self._profiles.get(version) is not None)
         capacity = 1 if room.capacity is None else room.capacity
         if ready:
             self._set(HostState.READY, ready, capacity)
         elif present:
-            self._set(HostState.WAITING, {}, self.capacity, f"a probe has not passed yet: {self._probes.last}")
+            self._set(HostState.WAITING, frozenset(), self.capacity, f"a probe has not passed yet: {self._probes.last}")
         else:
             why = next(iter((self._failures | self._rejected).values()), "")
-            self._set(HostState.UNUSABLE if why else HostState.LOADING, {}, 0 if why else self.capacity, why)
+            self._set(HostState.UNUSABLE if why else HostState.LOADING, frozenset(), 0 if why else self.capacity, why)
         return POLL_SECONDS
 
 

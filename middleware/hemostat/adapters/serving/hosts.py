@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from hemostat.adapters.serving.host import REQUEST_SECONDS, AdapterHost, AdapterProfiles, HostState
@@ -70,13 +70,13 @@ class AdapterHosts:
     # --- what others read ------------------------------------------------------------------------------------------
 
     @property
-    def ready(self) -> dict[str, bool]:
-        """The versions that requests may ask for at some engine -> whether the version has a map of the logits, too."""
-        return {version: mapped for host in self.hosts.values() for version, mapped in host.ready.items()}
+    def ready(self) -> frozenset[str]:
+        """The versions that requests may ask for at some engine."""
+        return frozenset[str]().union(*(host.ready for host in self.hosts.values()))
 
-    def ready_at(self, name: str) -> Mapping[str, bool]:
+    def ready_at(self, name: str) -> frozenset[str]:
         """The same at one address, or at the only one."""
-        return self.hosts[name].ready if name in self.hosts else {}
+        return self.hosts[name].ready if name in self.hosts else frozenset()
 
     @property
     def hold(self) -> list[str]:

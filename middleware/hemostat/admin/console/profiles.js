@@ -14,7 +14,7 @@ const partOf = (s, version) => {
   return own.length ? `${own.length} of ${plural(all.length, "kind")}, ${percent(own.reduce((sum, k) => sum + (k.share || 0), 0), 0)} of the traffic` : "none";
 };
 
-const sizeOf = (f) => (f.adapter ? `rank ${whole(f.adapter.rank)}, ${bytes(f.adapter.bytes)}${f.adapter.map ? ", and a map of the logits" : ""}` : bytes(f.bytes));
+const sizeOf = (f) => (f.adapter ? `rank ${whole(f.adapter.rank)}, ${bytes(f.adapter.bytes)}` : bytes(f.bytes));
 
 /** A mean gain of a test. Adapters are judged by total variation, whose gain has no unit; the gain in KL stands beside it. */
 export function proof(e) {
