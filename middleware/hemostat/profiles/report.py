@@ -230,7 +230,7 @@ class Report:
             "state": self._state(version),
             "kinds": [kind for kind, state in self._serving.kinds.items() if state.version == version],
             "created": self._catalogue.created(version),
-            "clamp_nats": profile.clamp_nats if not adapter or adapter["map"] else None,
+            "clamp_nats": profile.clamp_nats if adapter is None else None,
             "clamp_kl_nats": FAMILY_RULES[profile.family].kl_limit(profile),
             "vocab_size": profile.vocab_size,
             "bytes": parameter_bytes(profile),
