@@ -232,7 +232,9 @@ class AdapterHost:
         reports = self._engines.live(self._clock())
         self._notice_restart(result, reports, None if reports else await started(server))
         if self._ready and not self._probes.passed(list(self._ready), result.ours | result.others):
-            self._set(HostState.PROBING, frozenset(), self.capacity)  # an adapter was loaded or unloaded by another client
+            self._set(
+                HostState.PROBING, frozenset(), self.capacity
+            )  # an adapter was loaded or unloaded by another client
         base = self._base() or next(iter(result.base), "")
         if not base or not slots.complete(reports):
             self._set(HostState.WAITING, frozenset(), self.capacity, "" if base else "the upstream serves no model yet")
