@@ -11,7 +11,7 @@ import msgspec
 from hemostat.ipc.framing import FrameReader, MessageCodec, frame
 from hemostat.openai.kinds import is_conditional
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Which messages both ends understand. It is raised where an older version could not read these, or would misread them;
 a new field with a default value is ignored by it."""
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
