@@ -142,6 +142,6 @@ def test_from_an_empty_environment_to_the_first_interval(checkpoints: Checkpoint
             )  # fmt: skip
             vllm.start()
             vllm.wait_ready(600.0)
-            until(lambda: shell.status()["engines"], log)
+            until(lambda: shell.status()["engines"]["live"], log)
     finally:
         vllm.stop()
