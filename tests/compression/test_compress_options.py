@@ -16,6 +16,7 @@ from hemostat.commands.compress_steps import CompressOptions
     ("given", "message"),
     [
         ({"scheme": "fp8", "calibrate": "gptq"}, "takes none or awq"),
+        ({"scheme": "nvfp4", "group_size": 32}, "has groups of its own size: leave --group-size out"),
         ({"compressed": Path("other"), "calibrate": "gptq"}, "--calibrate is for --scheme"),
         ({"compressed": Path("other"), "group_size": 32}, "--group-size is for --scheme"),
     ],

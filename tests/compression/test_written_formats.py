@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")
 
+from hemostat.cli import main  # noqa: E402
 from hemostat.compression.calibrated import (  # noqa: E402
     CALIBRATIONS,
     Calibrated,
@@ -100,3 +101,14 @@ def test_without_texts(tmp_path: Path) -> None:
     source = save(tiny_model(num_hidden_layers=1), tmp_path / "source")
     compress_with(source, tmp_path / "out", without_texts(FORMATS["nvfp4"], packed=True))
     assert len(Checkpoint(tmp_path / "out", "COMPRESSED").quantized) == 7
+
+
+def test_outputs_that_do_not_fill_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save(tiny_model(num_hidden_layers=1, intermediate_size=388), tmp_path / "source")
+    arguments = ["--scheme", "w4a16_gptq", "--calibrate", "none", "--group-size", "channel"]
+    assert main(["compress", str(source), str(tmp_path / "out"), *arguments]) == 1
+    assert (
+        "has 256 inputs and 388 outputs, which 4 bits do not pack into whole words: use w4a16"
+        in capsys.readouterr().err
+    )
+    assert main(["compress", str(source), str(tmp_path / "out"), "--scheme", "w4a16", *arguments[2:]]) == 0

@@ -210,8 +210,13 @@ def _method(options: CompressOptions, reporter: Reporter) -> Method:
     assert options.scheme is not None
     chosen, packed = _format(options.scheme, options.group_size)
     shapes = Source.open(options.source).shapes
-    for name, (_, inputs) in shapes.items():
+    for name, (outputs, inputs) in shapes.items():
         check_groups(name, inputs, chosen.group_size)
+        if chosen.layout != "compressed-tensors" and (outputs * chosen.bits % 32 or inputs * chosen.bits % 32):
+            raise CompressError(
+                f"layer {name} has {inputs} inputs and {outputs} outputs, which {chosen.bits} bits do not pack into "
+                f"whole words: use w{chosen.bits}a16"
+            )
     if options.calibration == "none":
         return without_texts(chosen, packed)
     return Calibrated(dict.fromkeys(shapes, chosen), CALIBRATIONS[options.calibration], None if packed else frozenset())

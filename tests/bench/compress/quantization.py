@@ -27,10 +27,11 @@ GROUP_SIZE = 64
 """The width of SmolLM2, 576, is not a multiple of 128."""
 W4A16 = WeightFormat(4, GROUP_SIZE)
 W8A8 = WeightFormat(8, inputs="int8")
+FP4 = {"NVFP4": LayerPlan(4, 16, kind="nvfp4"), "MXFP4": LayerPlan(4, 32, kind="mxfp4")}
 DENSE_BITS = (3, 5, 6)
 """Written dense: vLLM packs 4 and 8 bits only."""
 BEST = "descent"
-MIXED: Sequence[tuple[int, Target]] = ((4, "vllm-cpu"), (4, "any"), (5, "any"), (6, "any"))
+MIXED: Sequence[tuple[int, Target]] = ((4, "vllm-cpu"), (4, "vllm"), (4, "any"), (5, "any"), (6, "any"))
 """Bits of the uniform mix of equal bytes, and what the mix is for: `doctor --plan-for`."""
 LOSS_TOKENS = 6000
 
@@ -51,6 +52,14 @@ def cases(bench: Bench) -> Sequence[Case]:
         Case("W8A8 smooth", whole, partial(_uniform, bench, W8A8, "smooth", True)),
         Case("llmcompressor W8A8 smoothquant", whole, partial(_peer, bench, "smoothquant")),
     ]
+    for name, plan in FP4.items():
+        weight_format = WeightFormat(plan.bits, plan.group_size, plan.kind)
+        nearest = without_texts(weight_format, packed=True)
+        result += [
+            Case(f"{name} nearest", bench.size(plan), partial(bench.ours, nearest)),
+            Case(f"{name} gptq", bench.size(plan), partial(_uniform, bench, weight_format, "gptq", True)),
+            Case(f"{name} {BEST}", bench.size(plan), partial(_uniform, bench, weight_format, BEST, True)),
+        ]
     for bits in DENSE_BITS:
         weight_format = WeightFormat(bits, GROUP_SIZE)
         size = bench.size(LayerPlan(bits, GROUP_SIZE))
@@ -67,6 +76,7 @@ def cases(bench: Bench) -> Sequence[Case]:
 
 def musts() -> Sequence[Must]:
     result = [Must(f"{bits} bits {BEST}", f"{bits} bits nearest") for bits in DENSE_BITS]
+    result += [Must(f"{name} {BEST}", f"{name} nearest") for name in FP4]
     result += [Must(f"W4A16 {BEST}", "W4A16 nearest"), Must("W8A8 smooth", "W8A8 nearest")]
     result += [
         Must(f"W4A16 {BEST}", f"llmcompressor W4A16 {method}", not_above=True) for method in ("rtn", "gptq", "awq")
