@@ -106,9 +106,7 @@ def test_without_texts(tmp_path: Path) -> None:
 def test_outputs_that_do_not_fill_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = save(tiny_model(num_hidden_layers=1, intermediate_size=388), tmp_path / "source")
     arguments = ["--scheme", "w4a16_gptq", "--calibrate", "none", "--group-size", "channel"]
-    assert main(["compress", str(source), str(tmp_path / "out"), *arguments]) == 1
-    assert (
-        "has 256 inputs and 388 outputs, which 4 bits do not pack into whole words: use w4a16"
-        in capsys.readouterr().err
-    )
+    assert main(["compress", str(source), str(tmp_path / "out"), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert "has 256 inputs and 388 outputs, which 4 bits do not pack into whole words: use w4a16" in said
     assert main(["compress", str(source), str(tmp_path / "out"), "--scheme", "w4a16", *arguments[2:]]) == 0
