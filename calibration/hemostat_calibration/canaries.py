@@ -5,9 +5,9 @@ was then: R baseline replays, one alone and the others beside other requests, so
 and chunks of a prefill do. The distance between two replays of a sequence is the mean over its tokens of
 |difference of log-probabilities|, in nats.
 
-**The test.** A sequence votes "changed" if its distance now, from the mean of the baseline replays, exceeds each
-baseline replay's distance from the mean of the other ones, and the tolerance. An engine has changed if at least
-`votes_needed` sequences vote so.
+**The test.** Of the present replay of a sequence and its R baseline replays, each one has a distance from the mean of
+the other R. The sequence votes "changed" if the present one's exceeds all others', and the tolerance. An engine has
+changed if at least `votes_needed` sequences vote so.
 
 Of an unchanged engine all R + 1 replays of a sequence are exchangeable, and the present one is the farthest of them
 with a probability of 1 / (R + 1), whatever the distribution of the noise. Sequences are replayed one at a time, each in
@@ -16,6 +16,10 @@ number that is reached with a probability of at most ALPHA_PER_YEAR / REPLAYS_PE
 a whole replay (such as a load that the baseline has not seen) is no part of that: so a replay that exceeds is repeated,
 and only two in a row are a statement; the probability above is that of the first one alone. A vote counts once however
 far the sequence is away, so that no single one decides.
+
+Engine against engine, a sequence votes if the distance of two engines exceeds that of each two baseline replays. Of
+R + 2 exchangeable replays no two disjoint pairs can both exceed what is disjoint from them, so that at most R + 1 of
+the (R + 2) (R + 1) / 2 pairs do, and a vote has a probability of at most 2 / (R + 2): more votes are needed there.
 
 >>> rng = np.random.default_rng(0)
 >>> canaries = tuple(Canary("chat", np.arange(8, dtype=np.int32), np.arange(32, dtype=np.int32)) for _ in range(20))
@@ -48,7 +52,7 @@ REPLAYS_PER_YEAR = 24 * 365
 ALPHA_PER_YEAR = 0.01
 """Probability that an unchanged engine is ever called changed in a year of hourly replays."""
 MIN_SEQUENCES = 16
-MAX_SEQUENCES = 256
+MAX_SEQUENCES = 100
 MAX_TOKENS = 5_000
 """Of all sequences of a set: a replay and its repetition are 10,000."""
 TOLERANCE_NATS = 0.01
@@ -171,10 +175,10 @@ class CanarySet:
 
     def compare(self, now: Floats, tolerance: float = TOLERANCE_NATS) -> Comparison:
         """Now against then. now: float64 [N], one replay. tolerance: nats."""
-        replays = self.baseline
-        own = [self._distances(one, np.delete(replays, n, axis=0).mean(axis=0)) for n, one in enumerate(replays)]
-        distances = self._distances(now, replays.mean(axis=0))
-        return Comparison(distances, np.maximum(np.max(own, axis=0), tolerance), self.needed)
+        replays = np.vstack([self.baseline, now])
+        total = replays.sum(axis=0)
+        *then, distances = [self._distances(one, (total - one) / len(self.baseline)) for one in replays]
+        return Comparison(distances, np.maximum(np.max(then, axis=0), tolerance), self.needed)
 
     def compare_engines(self, now: Mapping[str, Floats], tolerance: float = TOLERANCE_NATS) -> dict[str, Comparison]:
         """Engine against engine: of each sequence the median of an engine's distances from the others, the lower one of
@@ -188,11 +192,12 @@ class CanarySet:
         replays = self.baseline
         pairs = [self._distances(replays[a], replays[b]) for a in range(len(replays)) for b in range(a)]
         bounds = np.maximum(np.max(pairs, axis=0), tolerance)
+        needed = votes_needed(len(self.canaries), len(replays) // 2)
         found = {}
         for engine, values in now.items():
             others = np.array([self._distances(values, one) for name, one in now.items() if name != engine])
             if len(others):
-                found[engine] = Comparison(np.sort(others, axis=0)[(len(others) - 1) // 2], bounds, self.needed)
+                found[engine] = Comparison(np.sort(others, axis=0)[(len(others) - 1) // 2], bounds, needed)
         return found
 
     def from_reference(self, now: Floats) -> tuple[float, float] | None:

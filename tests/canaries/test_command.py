@@ -162,8 +162,8 @@ def test_a_server_that_cannot_be_asked_is_one_line(
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        (b"", "0 prompts; give 16 to 256"),
-        (b"one prompt\n", "1 prompts; give 16 to 256"),
+        (b"", "0 prompts; give 16 to 100"),
+        (b"one prompt\n", "1 prompts; give 16 to 100"),
         (b"\xff\xfe", "1: not UTF-8"),
         (b'{"prompt": 3}', "1: no prompt"),
         (b'{"prompt": ""}', "1: prompt is empty"),
