@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,9 @@ from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.ipc.messages import EngineHealth
 from hemostat.metrics import names
 from hemostat.reference.monitor import ReferenceMonitor
-from hemostat_calibration.canaries import Canary, CanarySet, Origin
+from hemostat.reference.pair import ReferenceState
+from hemostat.reference.protocol import FailureReason, ReferenceFailure, ScoreRequest
+from hemostat_calibration.canaries import MIN_SEQUENCES, Canary, CanarySet, Origin
 from hemostat_calibration.errors import HemostatError
 
 SEQUENCES = 20
@@ -127,7 +130,7 @@ async def test_a_set_is_taken_when_engines_have_served_a_while_and_replayed_ever
         assert one.asked() == [0]
         assert one.canaries.report()["detail"] == "no set was taken yet"
         await one.settle(FIRST_SECONDS)
-        assert one.asked() == [SEQUENCES * 5]  # four replays of the baseline, and the first one
+        assert one.asked() == [1 + SEQUENCES * 5]  # one before the answers, four replays of the baseline, the first one
         await one.settle(HOUR_SECONDS - 1)
         assert one.asked() == [0]
         await one.settle(1)
@@ -332,6 +335,103 @@ async def test_an_engine_that_cannot_be_asked_is_counted_and_asked_again_later(
         assert one.canaries.report()["failures"] == {}
 
 
+async def test_no_answers_are_generated_by_an_engine_that_does_not_score(tmp_path: Path) -> None:
+    fake = FakeVllm(max_logprobs=-1)
+    async with world(tmp_path, fake) as one:
+        await one.settle(FIRST_SECONDS)
+        await one.settle(RETRY_SECONDS)
+        assert "greater than max" in one.canaries.report()["failures"][one.names[0]]
+        assert one.sample(names.CANARY_REPLAYS)["failed",] == 2.0
+        assert fake.requests == []  # of those that were answered
+
+
+async def test_a_fault_of_our_own_is_counted_and_not_repeated_each_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path, FakeVllm()) as one:
+        await one.settle(FIRST_SECONDS)
+        one.asked()
+
+        def fails(*_: Any) -> None:
+            raise RuntimeError("no such thing")
+
+        monkeypatch.setattr(CanarySet, "compare", fails)
+        await one.settle(HOUR_SECONDS)
+        await one.settle(1)
+        assert one.asked() == [SEQUENCES]
+        assert one.canaries.report()["failures"] == {one.names[0]: "no such thing"}
+        assert one.sample(names.CANARY_REPLAYS)["failed",] == 1.0
+
+
+async def test_a_reference_that_does_not_score_stops_no_replay_and_is_asked_again_in_an_hour(tmp_path: Path) -> None:
+    async with world(tmp_path, FakeVllm()) as one:
+        asked = []
+
+        async def score(request: ScoreRequest) -> None:
+            asked.append(request)
+            raise ReferenceFailure(FailureReason.REFUSED, "too long")
+
+        pair = SimpleNamespace(scorer=SimpleNamespace(score=score), state=ReferenceState.READY)
+        one.canaries._monitor = SimpleNamespace(served=SimpleNamespace(calibrated=pair))  # type: ignore[assignment]
+        await one.settle(FIRST_SECONDS)
+        one.asked()
+        await one.settle(HOUR_SECONDS)
+        assert one.asked() == [SEQUENCES]
+        assert len(asked) == 2
+        assert one.canaries.report()["failures"] == {}
+
+
+async def test_every_adapter_has_its_turn_where_the_budget_is_not_enough_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = "".join(f"p{n}\n" for n in range(MIN_SEQUENCES))
+    async with world(tmp_path, FakeVllm(adapters=("a", "b")), prompts=prompts) as one:
+        await one.settle(FIRST_SECONDS)
+        assert one.canaries._sets.base is not None
+        enough = 5 * one.canaries._sets.base.tokens  # of the base model's replay and one adapter's baseline
+        for budget, asked in ((enough - 1, {"fake"}), (enough, {"fake", "a", "b"})):
+            for module in ("pace", "keeper"):
+                monkeypatch.setattr(f"hemostat.canaries.{module}.BUDGET_TOKENS", budget)
+            one.canaries.accept()
+            for _ in range(3):
+                await one.settle(HOUR_SECONDS)
+            rows = {row["model"]: row["at"] for row in one.canaries.report()["engines"]}
+            assert rows.keys() == asked
+            assert rows["fake"] == one.now
+
+
+async def test_a_set_that_is_forgotten_while_an_adapters_is_taken_is_not_replaced_by_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path, FakeVllm(adapters=("a",))) as one:
+        plain, accepted = client.CanaryClient.baseline, []
+
+        async def accept_meanwhile(self: client.CanaryClient, canaries: Sequence[Canary], origin: Origin) -> CanarySet:
+            taken = await plain(self, canaries, origin)
+            if self.model == "a" and not accepted:
+                one.canaries.accept()
+                accepted.append(taken)
+            return taken
+
+        monkeypatch.setattr(client.CanaryClient, "baseline", accept_meanwhile)
+        await one.settle(FIRST_SECONDS)
+        await one.settle(HOUR_SECONDS)
+        assert accepted
+        assert one.canaries.report()["set"]["model"] == "fake"
+        assert len([event for event in one.written.events(9) if "new set" in event["why"]]) == 1
+
+
+async def test_a_drained_engine_does_not_keep_the_others_from_another_path(tmp_path: Path) -> None:
+    fakes = [FakeVllm(root="/models/a"), FakeVllm(root="/models/a")]
+    async with world(tmp_path, *fakes) as one:
+        await one.settle(FIRST_SECONDS)
+        one.upstreams.drain(one.names[0], ends=False)
+        fakes[1].root = "/models/b"
+        await one.settle(HOUR_SECONDS)
+        await one.settle(1)
+        assert one.canaries.report()["set"]["root"] == "/models/b"
+
+
 async def test_what_cannot_be_used_is_one_line_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "hemostat.canaries")
     async with world(tmp_path, FakeVllm()):
@@ -343,7 +443,7 @@ async def test_what_cannot_be_used_is_one_line_and_counted(tmp_path: Path, caplo
         await one.settle(FIRST_SECONDS)
         assert one.canaries.report()["set"] is not None
     async with world(tmp_path, FakeVllm(), prompts="too few") as one:
-        assert "1 prompts; give 16 to 256" in one.canaries.problem
+        assert "1 prompts; give 16 to 100" in one.canaries.problem
         with pytest.raises(HemostatError, match="there are no canaries"):
             one.canaries.accept()
     assert all("\n" not in record.getMessage() for record in caplog.records)

@@ -81,6 +81,8 @@ class CanaryClient:
         origin = await self.origin(prompts=prompts.digest, weights=weights, engine=engine)
         texts = [await self._server.tokenize(self.model, one.prompt, special=True) for one in prompts.prompts]
         texts = cut_to_fit(texts, MAX_TOKENS - len(texts) * (ANSWER_TOKENS + 1), origin.max_model_len)
+        # Before 50 answers are generated for nothing: does it score at all?
+        await self._score(Canary("", _ids(texts[0]), _ids(texts[0][-1:])))
         canaries = [
             Canary(one.kind, _ids(text), _ids(await self._answer(text, sampled=number % 2 == 1, seed=number)))
             for number, (one, text) in enumerate(zip(prompts.prompts, texts, strict=True))
@@ -159,7 +161,7 @@ def cut_to_fit(prompts: Sequence[Sequence[int]], tokens: int, max_model_len: int
     >>> [len(one) for one in cut_to_fit([[1] * 3, [2] * 50, [3] * 90], 63)]
     [3, 30, 30]
     """
-    limit = max(map(len, prompts), default=0)
+    limit = min(max(map(len, prompts), default=0), max(tokens, 1))
     if max_model_len:
         limit = min(limit, max_model_len - ANSWER_TOKENS - 1)
     while limit > 1 and sum(min(len(one), limit) for one in prompts) > tokens:

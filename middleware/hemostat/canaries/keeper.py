@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from hemostat.canaries.engine import BASELINE, ENGINES, EngineCanaries, Reading, statement
-from hemostat.canaries.pace import HOUR_SECONDS, Pace
+from hemostat.canaries.pace import BUDGET_TOKENS, HOUR_SECONDS, Pace
 from hemostat.canaries.prompts import PromptFileError, Prompts, load
 from hemostat.canaries.sets import Sets
 from hemostat.config.schema import Settings
@@ -36,6 +36,7 @@ from hemostat.reference.protocol import ReferenceFailure, ScoreRequest
 from hemostat.store.protocol import StoreWrites
 from hemostat_calibration.canaries import REPLAYS, CanarySet, Origin, shortest
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError
+from hemostat_calibration.messages import in_words
 
 log = logging.getLogger("hemostat.canaries")
 
@@ -83,6 +84,8 @@ class Canaries:
         self._prompts: Prompts | None = None
         self._take_at = clock() + FIRST_SECONDS
         self._taking = asyncio.Lock()
+        self._reference_at = -np.inf
+        """When the reference was last asked to score a set, monotonic seconds."""
         self._count = 0
         """Replays so far."""
         self._outcomes: Counter[str] = Counter({EQUAL: 0, EXCEEDED: 0, FAILED: 0})
@@ -113,7 +116,7 @@ class Canaries:
         self._sets.clear()
         for engine in self._engines.values():
             engine.canaries.forget()
-        self._take_at = self._clock()
+        self._take_at, self._reference_at = self._clock(), -np.inf
 
     # --- when ------------------------------------------------------------------------------------------------------
 
@@ -189,17 +192,25 @@ class Canaries:
             if _served(canaries.now) != _served(base.origin):
                 return  # a rolling update to another path: not compared until all engines have it
             await self._score_reference(base)
-            for model in list(canaries.readings):
-                if now >= canaries.readings[model].due:
-                    await self._replay(canaries, model)
+            first, *adapters = canaries.readings
+            # None overtakes one that waits longer for the budget, so that each adapter has its turn.
+            for model in (first, *sorted(adapters, key=lambda name: canaries.readings[name].due)):
+                if now >= canaries.readings[model].due and not await self._replay(canaries, model):
+                    break
         except (ReferenceFailure, InvalidArgumentError) as failure:
-            self._outcomes[FAILED] += 1
-            if str(failure) != canaries.failure:
-                log.warning("canaries: %s could not be asked: %s", canaries.name, failure)
-            canaries.failure, engine.not_before = str(failure), now + RETRY_SECONDS
-            engine.listed_at = -np.inf
+            self._fail(engine, str(failure))
+        except Exception as error:
+            log.exception("canaries: %s could not be asked", canaries.name)
+            self._fail(engine, in_words(error))
         else:
             canaries.failure = ""
+
+    def _fail(self, engine: _Engine, why: str) -> None:
+        self._outcomes[FAILED] += 1
+        if why != engine.canaries.failure:
+            log.warning("canaries: %s could not be asked: %s", engine.canaries.name, why)
+        engine.canaries.failure, engine.not_before = why, self._clock() + RETRY_SECONDS
+        engine.listed_at = -np.inf
 
     def _announced(self) -> str:
         """What says that another model is served on purpose, at all engines; "" where nothing does."""
@@ -208,7 +219,8 @@ class Canaries:
             return ""
         if base.origin.prompts != self._prompts.digest:
             return "canaries.file has other prompts"
-        served = {_served(one.canaries.now) for one in self._engines.values() if one.up}
+        drained = self._upstreams.drained
+        served = {_served(one.canaries.now) for name, one in self._engines.items() if one.up and name not in drained}
         if len(served) != 1 or served == {_served(base.origin)} or served == {_served(Origin(""))}:
             return ""
         return "{} from {} is served".format(*served.pop())
@@ -224,39 +236,57 @@ class Canaries:
         log.info("canaries: a set of %d sequences was taken at %s", len(taken.canaries), canaries.name)
 
     async def _score_reference(self, base: CanarySet) -> None:
-        """Once, when there is a reference: its scores of the same tokens."""
-        pair = self._monitor.served.calibrated
+        """Once, when there is a reference: its scores of the same tokens. Engines are replayed without them, too."""
+        pair, now = self._monitor.served.calibrated, self._clock()
         if len(base.reference) or pair is None or pair.scorer is None or pair.state is not ReferenceState.READY:
             return
+        if now - self._reference_at < HOUR_SECONDS:
+            return
+        self._reference_at = now
         scored = []
-        for one in base.canaries:
-            ids = np.array(one.ids, np.int32)
-            request = ScoreRequest(ids[:1], ids[1:], np.full((one.scored, 1), -1, np.int32))
-            scored.append((await pair.scorer.score(request)).emitted)
+        try:
+            for one in base.canaries:
+                ids = np.array(one.ids, np.int32)
+                request = ScoreRequest(ids[:1], ids[1:], np.full((one.scored, 1), -1, np.int32))
+                scored.append((await pair.scorer.score(request)).emitted)
+        except ReferenceFailure as failure:
+            log.warning("canaries: the reference did not score them, and is asked again in an hour: %s", failure)
+            return
         if self._sets.base is base:
             self._sets.put(replace(base, reference=np.concatenate(scored)))
 
-    async def _replay(self, canaries: EngineCanaries, model: str) -> None:
+    async def _replay(self, canaries: EngineCanaries, model: str) -> bool:
+        """False where it has to wait: for the budget, or as the set was replaced meanwhile."""
         base, taken, reading = self._sets.base, self._sets.of(model), canaries.readings[model]
         if base is None:
-            return
+            return False
         if taken is None:
             sequences = shortest(base.canaries)
-            if canaries.pace.left() < REPLAYS * sum(one.tokens for one in sequences):
-                return
+            needed = REPLAYS * sum(one.tokens for one in sequences)
+            if needed > BUDGET_TOKENS - base.tokens:
+                log.warning("canaries: %s is not asked: %d tokens of its baseline exceed the budget", model, needed)
+                reading.due = np.inf
+                return True
+            if canaries.pace.left() < needed:
+                return False
             origin = replace(canaries.now, model=model, prompts=base.origin.prompts, at=self._wall())
-            self._sets.put(await canaries.client(model, taking=False).baseline(sequences, origin))
+            of_adapter = await canaries.client(model, taking=False).baseline(sequences, origin)
+            if self._sets.base is None or self._sets.base.canaries is not base.canaries:
+                return False
+            self._sets.put(of_adapter)
             reading.due = self._clock() + HOUR_SECONDS
-            return
+            return True
         if canaries.pace.left() < taken.tokens:
-            return  # due as before: once the budget allows it
+            return False
         values = await canaries.client(model, taking=False).replay(taken.canaries)
-        if self._sets.of(model) is not taken:
-            return  # replaced meanwhile
+        current = self._sets.of(model)
+        if current is None or current.canaries is not taken.canaries:
+            return False
         self._count += 1
         reading.values, reading.number, reading.at = values, self._count, self._wall()
         reading.reference = taken.from_reference(values)
         self._judge(canaries, model, taken)
+        return True
 
     def _judge(self, canaries: EngineCanaries, model: str, taken: CanarySet) -> None:
         """After a replay there: against then, and all engines that serve the same against each other."""
