@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,11 @@ from hemostat.compression.calibrated import Calibrated, Calibration  # noqa: E40
 from hemostat.compression.checkpoint_writer import compress, compress_with  # noqa: E402
 from hemostat.compression.formats import WeightFormat  # noqa: E402
 from hemostat.compression.frame import Source  # noqa: E402
+from hemostat.doctor.causes.routing import routing_report  # noqa: E402
 from hemostat.models.checkpoint import Checkpoint  # noqa: E402
 from hemostat.models.copies import Copy  # noqa: E402
 from hemostat.models.errors import AdaptError  # noqa: E402
-from hemostat.models.experts import is_expert, routers  # noqa: E402
+from hemostat.models.experts import Experts, is_expert, routers  # noqa: E402
 from hemostat.models.skeleton import Skeleton  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
@@ -138,6 +140,15 @@ def test_the_doctor_reports_what_other_choices_of_experts_cost(rerouted: dict[st
             assert row["unreached"][model] == {"experts": len(unreached), "first": unreached}
     (text,) = [one["text"] for one in rerouted["findings"] if one["unit"] == "nats" and one["topic"] == "routing"]
     assert "chooses the same 2 of 6 experts" in text
+
+
+def test_models_that_have_not_as_many_experts_have_no_routing_to_compare() -> None:
+    def model(experts: int) -> Any:
+        stored = SimpleNamespace(gate_up_proj=torch.zeros(experts, 4, 4), down_proj=torch.zeros(experts, 4, 2))
+        return torch.nn.Sequential(Experts(stored, ("gate_proj", "up_proj", "down_proj")))
+
+    pair: Any = SimpleNamespace(reference_model=model(4), compressed_model=model(3))
+    assert routing_report(pair, []) == {"layers": []}
 
 
 def test_experts_of_another_form_are_refused_in_one_line() -> None:

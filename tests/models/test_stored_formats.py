@@ -91,6 +91,26 @@ def test_gptq_layers_that_differ_are_read_by_their_own_configuration(tmp_path: P
     extra = {NAME: {"bits": 8, "group_size": 64}, "lm_head": {"bits": 16}}
     checkpoint = written(tmp_path, layer, bits=4, group_size=32, extra_config=extra, **rounded)
     np.testing.assert_array_equal(checkpoint.weight(NAME).numpy(), layer.weight.numpy())
+    # AutoRound names only the members that differ.
+    checkpoint = written(tmp_path, layer, bits=8, group_size=32, extra_config={NAME: {"group_size": 64}}, **rounded)
+    np.testing.assert_array_equal(checkpoint.weight(NAME).numpy(), layer.weight.numpy())
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_packed_integers_of_compressed_tensors_of_any_bits(bits: int, tmp_path: Path) -> None:
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    numbers = torch.arange(OUTPUTS * INPUTS).reshape(OUTPUTS, INPUTS) % (1 << bits) - (1 << (bits - 1))
+    parts = {
+        "weight_packed": pack_to_int32(numbers.to(torch.int8), bits),
+        "weight_scale": torch.full((OUTPUTS, 1), 0.5),
+        "weight_shape": torch.tensor([OUTPUTS, INPUTS]),
+    }
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "channel"}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+    checkpoint = written(tmp_path, Layer(quantization, parts, numbers * 0.5))
+    np.testing.assert_array_equal(checkpoint.weight(NAME).numpy(), (numbers * 0.5).numpy())
 
 
 def test_a_tool_that_writes_its_configuration_into_another_file(tmp_path: Path) -> None:
@@ -119,6 +139,9 @@ WRONG: dict[str, tuple[Layer, dict[str, Any], dict[str, Any], str]] = {
     "other groups of GPTQ": (gptq(), {}, {"group_size": 64}, r"scales has the shape \[4, 64\], and not \[2, 64"),
     "zero points of the other version": (
         gptq(), {}, {"checkpoint_format": "gptq_v2"}, "up_proj.qzeros holds the zero point 7, and symmetric weights"
+    ),
+    "layers by a wrong expression": (
+        gptq(), {}, {"dynamic": {"+:(": {"bits": 8}}}, r"names layers by '\(', which is no regular expression"
     ),
     "group out of range": (
         gptq(), {"g_idx": torch.full((INPUTS,), 4, dtype=torch.int32)}, {}, "up_proj.g_idx names groups from 4 to 4"

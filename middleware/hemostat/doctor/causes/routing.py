@@ -22,10 +22,13 @@ MAX_NAMED = 16
 
 
 def routing_report(pair: CheckpointPair, texts: Sequence[Text]) -> dict[str, Any]:
-    """The report's `routing`, at all positions of `texts`; `layers` is empty where a model has no experts."""
-    experts = [module for module in pair.reference_model.modules() if isinstance(module, Experts)]
-    others = sum(isinstance(module, Experts) for module in pair.compressed_model.modules())
-    if not experts or others != len(experts):
+    """The report's `routing`, at all positions of `texts`; `layers` is empty where a model has no experts, or not as
+    many as the other."""
+    experts, others = (
+        [module for module in model.modules() if isinstance(module, Experts)]
+        for model in (pair.reference_model, pair.compressed_model)
+    )
+    if not experts or list(map(len, experts)) != list(map(len, others)):
         return {"layers": []}
     with torch.inference_mode():
         meter = KlMeter(pair.reference_model, texts, pair.device)

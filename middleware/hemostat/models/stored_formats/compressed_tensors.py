@@ -108,6 +108,8 @@ def _check(scheme: Any, where: str) -> None:
             f"{where} has {weights.num_bits} bits in groups of {weights.group_size} in {scheme.format}, whose groups "
             f"are {groups[scheme.format]} numbers of 4 bits: correct it"
         )
+    if scheme.format == "pack-quantized" and not 1 <= weights.num_bits <= 8:
+        raise AdaptError(f"{where} has {weights.num_bits}-bit weights in pack-quantized: supported are 1 to 8 bits")
     if inputs is not None and not _is_supported(inputs):
         raise AdaptError(
             f"{where} rounds inputs in another way than to int8 or FP8 by token, group or tensor, or to FP4, which is "
@@ -152,7 +154,7 @@ def _check_shapes(layer: StoredLayer, weights: Any, stored: Mapping[str, torch.T
         layer.tensor(part, _ANY)
     if part == "weight_packed":
         shape = tuple(int(n) for n in layer.tensor("weight_shape", (torch.int32, torch.int64), (2,)))
-        words = -(-shape[1] * weights.num_bits // 32)
+        words = -(-shape[1] // (32 // weights.num_bits))  # no number goes on in the next word
         layer.tensor(part, (torch.int32,), (shape[0], words))
     else:
         shape = tuple(layer.tensor(part, _ANY, (None, None)).shape)

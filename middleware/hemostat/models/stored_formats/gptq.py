@@ -64,7 +64,13 @@ class Gptq:
         }
         found = cls(quantization, VERSIONS[written], where, changed)
         found._layer({})
-        for values in changed.values():
+        for pattern, values in changed.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise AdaptError(
+                    f"{where} names layers by {pattern!r}, which is no regular expression ({error}): correct it"
+                ) from None
             found._layer(values)
         return found
 

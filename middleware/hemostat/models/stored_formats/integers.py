@@ -14,6 +14,9 @@ def unpack_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
     >>> unpack_rows(torch.tensor([[0x76543210]], dtype=torch.int32), 4)[:, 0].tolist()
     [0, 1, 2, 3, 4, 5, 6, 7]
     """
+    if WORD_BITS % bits == 0:
+        shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32)[:, None]
+        return (words.to(torch.int32)[:, None] >> shifts).bitwise_and_((1 << bits) - 1).flatten(0, 1)
     rows = words.to(torch.int64) & 0xFFFFFFFF
     first = torch.arange(len(words) * WORD_BITS // bits) * bits
     row, shift = first // WORD_BITS, first % WORD_BITS

@@ -29,8 +29,9 @@ def _auto_round(quantization: Mapping[str, Any], where: str) -> StoredFormat:
     if packing not in _AUTO_ROUND_GPTQ:
         supported = ", ".join((*_AUTO_ROUND_GPTQ, "auto_round:auto_awq", "auto_round:fp8"))
         raise AdaptError(f"{where} has the packing_format {packing}, which is not supported: use {supported}")
-    layers = {name: values for name, values in (quantization.get("extra_config") or {}).items() if "bits" in values}
-    kept = {name: values for name, values in layers.items() if int(values["bits"]) < 16}
+    # A layer's members are those that differ, and one of 16 bits is dense.
+    layers = (quantization.get("extra_config") or {}).items()
+    kept = {name: values for name, values in layers if str(values.get("bits")) not in ("16", "32")}
     return Gptq.of({**quantization, "format": _AUTO_ROUND_GPTQ[packing], "dynamic": kept}, where)
 
 
