@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
@@ -18,10 +19,12 @@ from tests.support.waiting import HANG_SECONDS
 
 from hemostat import cli
 from hemostat.cli import _parser
-from hemostat.commands.first_start import settings_with_tokens
+from hemostat.commands import first_start
+from hemostat.commands.first_start import introduce, settings_with_tokens
 from hemostat.config.loading import load
 from hemostat.config.schema import Settings
 from hemostat.demo.vllm_server import free_port
+from hemostat.reference.probes import Finding
 
 MODELS = ["--upstream", "http://127.0.0.1:8000", "--reference", "http://127.0.0.1:8001"]
 
@@ -37,7 +40,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def of_serve(*arguments: str) -> Settings:
     """The settings that `hemostat serve` has with these arguments."""
     command = ["serve", *arguments]
-    return settings_with_tokens(_parser(command).parse_args(command))
+    return settings_with_tokens(_parser(command).parse_args(command))[0]
 
 
 def test_init_writes_a_short_file_with_comments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,6 +101,21 @@ def test_a_file_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture
     assert load(path, {}).reference.url == "http://127.0.0.1:8001"
 
 
+def test_a_file_that_cannot_be_replaced_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "hemostat.yaml"
+    path.write_text("mine")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert cli.main(["init", str(path), *MODELS, "--overwrite"]) == 2
+    assert capsys.readouterr().err == f"hemostat: {path}: cannot be written (No space left on device)\n"
+    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("hemostat.yaml", "mine")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -145,6 +163,29 @@ def serve(folder: Path, upstream: str, reference: str, admin: int) -> Iterator[t
         finally:
             process.kill()
             process.wait()
+
+
+def test_only_tokens_that_were_made_here_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that the operator has set may be in force elsewhere, and what is printed is in a log."""
+    monkeypatch.setenv("HEMOSTAT_ADMIN__TOKEN", "from-the-environment")
+
+    async def nothing(settings: Settings) -> list[Finding]:
+        return []
+
+    monkeypatch.setattr(first_start, "check", nothing)
+    command = ["serve", *MODELS]
+    settings, made = settings_with_tokens(_parser(command).parse_args(command))
+    assert made == {"engine_token"}
+    assert settings.admin.engine_token is not None
+    said = introduce(settings, made)
+    assert "token of the console: as you have set admin.token" in said
+    assert f"HEMOSTAT_ENGINE_TOKEN={settings.admin.engine_token.get_secret_value()}" in said
+    command += ["--set", "admin.engine_token=of-a-flag"]
+    monkeypatch.delenv("HEMOSTAT_ADMIN__ENGINE_TOKEN")
+    said = introduce(*settings_with_tokens(_parser(command).parse_args(command)))
+    assert "HEMOSTAT_ENGINE_TOKEN=…  # as you have set admin.engine_token" in said
+    assert "from-the-environment" not in said
+    assert "of-a-flag" not in said
 
 
 async def test_two_models_are_enough(tmp_path: Path) -> None:

@@ -8,8 +8,6 @@ import os
 import secrets
 import socket
 
-from pydantic import SecretStr
-
 from hemostat.commands.arguments import UsageError, load_settings
 from hemostat.commands.setup_check import PLUGIN_FLAG, check, exit_code, table
 from hemostat.config.schema import Settings
@@ -17,37 +15,37 @@ from hemostat.config.schema import Settings
 TOKENS = ("token", "engine_token")
 
 
-def settings_with_tokens(options: argparse.Namespace) -> Settings:
-    """The configuration of these options, with random tokens where the environment has none; ConfigError, UsageError.
+def settings_with_tokens(options: argparse.Namespace) -> tuple[Settings, frozenset[str]]:
+    """The configuration of these options, with random tokens where there are none, and which tokens these are;
+    ConfigError, UsageError.
 
     They are put into the environment of this process, so that a reload and a successor have the same ones.
     """
     flags = {text.partition("=")[0].strip() for text in options.set}
+    made = set()
     for name in TOKENS:
         variable = f"HEMOSTAT_ADMIN__{name.upper()}"
-        if f"{variable}_FILE" not in os.environ and f"admin.{name}_file" not in flags:
-            os.environ.setdefault(variable, secrets.token_hex(12))
+        given = {variable, f"{variable}_FILE"} & os.environ.keys() or {f"admin.{name}", f"admin.{name}_file"} & flags
+        if not given:
+            os.environ[variable] = secrets.token_hex(12)
+            made.add(name)
     settings = load_settings(options)
     if settings.reference.backend == "none":
         raise UsageError("--reference: name the uncompressed model: a folder, a hub name, or the URL of a vLLM")
-    return settings
+    return settings, frozenset(made)
 
 
-def introduce(settings: Settings) -> str:
-    """Probe both models; what will be measured, and how vLLM is started with the plugin. UsageError where either model
-    will not do."""
+def introduce(settings: Settings, made: frozenset[str]) -> str:
+    """Probe both models; what will be measured, and how vLLM is started with the plugin. made: tokens that are random,
+    and therefore shown: of others only the names are. UsageError where either model will not do."""
     findings = asyncio.run(check(settings))
     print(table(findings), flush=True)  # noqa: T201
     if exit_code(findings):
         raise UsageError("not started: correct what is marked NO above")
-    return "\n".join(
-        [_measured(settings), _plugin(settings), f"hemostat: token of the console: {_shown(settings.admin.token)}"]
-    )
-
-
-def _shown(token: SecretStr | None) -> str:
-    """It was made here, or is the operator's own on their own terminal."""
-    return token.get_secret_value() if token is not None else "not set"
+    admin = settings.admin
+    console = admin.token.get_secret_value() if admin.token and "token" in made else "as you have set admin.token"
+    engines = admin.engine_token.get_secret_value() if admin.engine_token and "engine_token" in made else ""
+    return "\n".join([_measured(settings), _plugin(settings, engines), f"hemostat: token of the console: {console}"])
 
 
 def _measured(settings: Settings) -> str:
@@ -64,12 +62,14 @@ def _measured(settings: Settings) -> str:
     )
 
 
-def _plugin(settings: Settings) -> str:
+def _plugin(settings: Settings, token: str) -> str:
+    """token: of engines; empty where it is not shown."""
     admin = settings.admin
     host = socket.gethostname() if admin.host in {"0.0.0.0", "::"} else admin.host  # noqa: S104
     host = f"[{host}]" if ":" in host else host
+    shown = token or "…  # as you have set admin.engine_token"
     return (
         "hemostat: to calibrate, and to score requests under a grammar, start vLLM with the plugin:\n"
-        f"  export HEMOSTAT_ADMIN_URL=http://{host}:{admin.port} HEMOSTAT_ENGINE_TOKEN={_shown(admin.engine_token)}\n"
+        f"  export HEMOSTAT_ADMIN_URL=http://{host}:{admin.port} HEMOSTAT_ENGINE_TOKEN={shown}\n"
         f"  vllm serve … --max-logprobs {settings.shadow.top_k} {PLUGIN_FLAG}"
     )

@@ -30,13 +30,20 @@ def _run(options: argparse.Namespace) -> int:
     from hemostat.config.rendering import render  # noqa: PLC0415
 
     path: Path = options.file
-    text = render(settings_with_tokens(options), str(path))
+    settings, _ = settings_with_tokens(options)
+    # An earlier file stays until this one is complete.
+    written = path.with_name(f".{path.name}-{os.getpid()}") if options.overwrite else path
     try:
-        if options.overwrite:
-            path.unlink(missing_ok=True)
         # It has tokens: readable by its owner only.
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(os.open(written, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            try:
+                file.write(render(settings, str(path)))
+                file.flush()
+                if options.overwrite:
+                    written.replace(path)
+            except OSError:
+                written.unlink()
+                raise
     except FileExistsError:
         raise UsageError(f"{path} exists: give another name, or --overwrite") from None
     except OSError as error:
