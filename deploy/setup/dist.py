@@ -80,6 +80,11 @@ def interpreters() -> Iterator[Interpreter]:
                 break
 
 
+def arguments_of(file: str) -> dict[str, str]:
+    """The build arguments of a file in deploy/, with their defaults."""
+    return dict(re.findall(r"^ARG (\w+)=(\S+)", (ROOT / "deploy" / file).read_text(), re.MULTILINE))
+
+
 def checksums(folder: Path) -> str:
     lines = []
     for path in sorted(folder.iterdir()):
@@ -94,6 +99,9 @@ class Distribution:
     def __init__(self, build_arguments: Sequence[str], buildah_arguments: Sequence[str]) -> None:
         self.version = version()
         self._given = dict(one.partition("=")[::2] for one in build_arguments)
+        known = {name for file, _ in IMAGES.values() for name in arguments_of(file)}
+        if unknown := sorted(self._given.keys() - known):
+            raise SetupError(f"--build-arg {unknown[0]}: no Dockerfile has it: they have {', '.join(sorted(known))}")
         self._buildah = [*buildah_arguments]
         self._missing: list[str] = []
 
@@ -153,8 +161,7 @@ class Distribution:
             self._miss("the images: buildah is not installed")
             return
         for name, (file, bases) in IMAGES.items():
-            path = ROOT / "deploy" / file
-            defaults = dict(re.findall(r"^ARG (\w+)=(\S+)", path.read_text(), re.MULTILINE))
+            path, defaults = ROOT / "deploy" / file, arguments_of(file)
             why = next(filter(None, (cannot_pull((defaults | self._given)[base]) for base in bases)), "")
             if why:
                 self._miss(f"the image {name}: its base image cannot be had: {why}")
@@ -167,13 +174,12 @@ class Distribution:
 
     def sbom(self) -> None:
         """The list of what the image installs (SBOM)."""
-        extras = re.search(r"^ARG EXTRAS=(\S+)", (ROOT / "deploy" / "Dockerfile").read_text(), re.MULTILINE)
-        assert extras is not None
+        extras = (arguments_of("Dockerfile") | self._given)["EXTRAS"]
         installed = BUILD / "dist-installed"
         environment.create(installed)
         wheel = DIST / f"hemostat-{self.version}-py3-none-any.whl"
         pip = (self._tool("pip"), "--python", str(installed / "bin" / "python"))
-        self._run("the wheel cannot be installed", *pip, "install", f"{wheel}[{extras[1]}]")
+        self._run("the wheel cannot be installed", *pip, "install", f"{wheel}[{extras}]" if extras else str(wheel))
         self._run("pip cannot be removed", *pip, "uninstall", "--yes", "pip", "setuptools")
         for path in installed.glob("lib/python*/site-packages/hemostat-*.dist-info/direct_url.json"):
             path.unlink()  # where the wheel was on this machine

@@ -76,6 +76,24 @@ def test_an_image_whose_base_cannot_be_had_is_said_to_be_missing(
     assert "the image hemostat-engine: its base image cannot be had: Error: no such host" in capsys.readouterr().out
 
 
+def test_the_sbom_is_of_the_extras_that_the_image_is_built_with(
+    dist: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[tuple[str, ...]] = []
+    monkeypatch.setattr(dist.environment, "create", lambda folder: folder.mkdir())
+    monkeypatch.setattr(dist.environment, "run", lambda command, *_, **__: commands.append(command) or True)
+    for given, extras in (([], "tracing,postgres"), (["EXTRAS=transformers"], "transformers")):
+        dist.Distribution(given, []).sbom()
+        assert commands[-3][-1].endswith(f"py3-none-any.whl[{extras}]")
+
+
+def test_a_build_argument_that_no_file_has_is_refused(dist: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dist.main(["--build-arg", "BAES=here"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("dist: --build-arg BAES: no Dockerfile has it: they have BASE, ")
+    assert said.count("\n") == 1
+
+
 def test_checksums(dist: ModuleType, tmp_path: Path) -> None:
     for name in ("b", "a"):
         (tmp_path / "dist" / name).write_text(name)
