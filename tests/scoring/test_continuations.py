@@ -44,6 +44,19 @@ def test_variants_of_a_template_are_conversations_of_their_own() -> None:
         known.add(prompt, answer, b"%d" % number)
 
 
+def test_what_several_conversations_have_in_common_names_none_of_them() -> None:
+    """Agents: every tool's result ends alike, and every next call begins alike."""
+    random, known = np.random.default_rng(4), Continuations(b"key")
+    end, call = text(random, WINDOW), text(random, ANSWER)
+    for number in range(5):
+        history, own = [text(random, 50)], b"%d" % number
+        for _ in range(3):
+            prompt, answer = np.concatenate([*history, end]), np.concatenate([call, text(random, 9)])
+            assert known.conversation(prompt, own) == own
+            known.add(prompt, answer, own)
+            history += [end, answer, text(random, 30)]
+
+
 def test_less_than_a_window_is_not_remembered_and_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(continuations, "MAX_REQUESTS", 8)
     random, known = np.random.default_rng(2), Continuations(b"key")

@@ -4,7 +4,8 @@ system prompt or a first message that is dropped, so that no hash of the beginni
 A request that goes on with another one contains the end of its prompt, followed by the beginning of its answer. Of each
 request the hash of these `WINDOW` tokens, `ANSWER` of them of the answer (of a shorter one all), is remembered with the
 name of its conversation; a prompt that contains them belongs to that conversation. Variants of a template do not: they
-have the prompt's end in common, and no answer follows it. Hashes are keyed; no token id is kept.
+have the prompt's end in common, and no answer follows it. What several conversations have in common, such as the end of
+a tool's result and the beginning of the next call, names none of them. Hashes are keyed; no token id is kept.
 
 Not recognized: turns whose answer the client changed, whose thinking was left out, or that are tokenized in another way
 than they were generated.
@@ -22,6 +23,8 @@ from hemostat_calibration.arrays import Ids
 WINDOW, ANSWER = 32, 16
 MAX_REQUESTS = 50_000
 """Remembered; of more, the older half is forgotten."""
+SEVERAL = b""
+"""In place of the name of a conversation."""
 _BITS = 20
 """Of the filter in front of the table of hashes: 5 % of the places are taken at `MAX_REQUESTS`."""
 _SHIFT = np.uint64(64 - _BITS)
@@ -50,16 +53,17 @@ class Continuations:
         """Of the earlier request that this one goes on with; `own` where none is known. prompt: int32 [P]."""
         hashes = self._hashes(prompt)
         for at in np.flatnonzero(self._filter.take((hashes >> _SHIFT).astype(np.intp))).tolist():
-            if (known := self._conversations.get(int(hashes[at]))) is not None:
+            if known := self._conversations.get(int(hashes[at])):
                 return known
         return own
 
     def add(self, prompt: Ids, output: Ids, conversation: bytes) -> None:
-        """A request of this conversation. prompt, output: int32 [P], [T]. One whose window is known stays with its
-        first conversation; nothing is remembered of less than a window."""
+        """A request of this conversation, not empty. prompt, output: int32 [P], [T]. Nothing is remembered of less than
+        a window."""
         window = np.concatenate([prompt[-WINDOW:], output[:ANSWER]])[-WINDOW:]
         for found in self._hashes(window).tolist():
-            self._conversations.setdefault(found, conversation)
+            if self._conversations.setdefault(found, conversation) != conversation:
+                self._conversations[found] = SEVERAL
             self._filter[found >> 64 - _BITS] = True
         if len(self._conversations) > MAX_REQUESTS:
             kept = list(self._conversations.items())[MAX_REQUESTS // 2 :]
