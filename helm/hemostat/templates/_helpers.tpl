@@ -174,6 +174,11 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- if .Values.reference.enabled -}}
 {{- $_ := set $fixed "reference" (dict "backend" "vllm" "url" (printf "http://%s:8000" (include "hemostat.host" (dict "root" . "name" "reference")))) -}}
 {{- end -}}
+{{- if .Values.tls.enabled -}}
+{{- /* All clients have the sidecar's address: the limit of one address is that of all. */ -}}
+{{- $limits := default dict $config.limits -}}
+{{- $_ := set $config "limits" (merge $limits (dict "connections_per_client" ($limits.connections | default 16384 | int64))) -}}
+{{- end -}}
 {{- $config = mustMergeOverwrite $config $fixed -}}
 {{- with $config.admin.allowed_hosts -}}
 {{- /* If the port accepts listed host names only, add those of its Service. */ -}}
