@@ -38,7 +38,7 @@ with safe_open(Path(__file__).parent / "golden" / "tools.safetensors", "pt") as 
     MADE_BY_TOOLS = {json.loads(text)["made_by"]: (number, text) for number, text in golden.metadata().items()}
 
 
-@pytest.mark.parametrize("made_by", MADE_BY_TOOLS)
+@pytest.mark.parametrize("made_by", sorted(MADE_BY_TOOLS))
 def test_as_the_tool_that_wrote_it(made_by: str, tmp_path: Path) -> None:
     """The first outputs of a layer as real tools wrote it, and the digest of the weights that they dequantize it to
     (`tests/bench/formats/tools.py`). The sum with 0 makes every zero positive."""
