@@ -23,13 +23,13 @@ the (R + 2) (R + 1) / 2 pairs do, and a vote has a probability of at most 2 / (R
 
 >>> rng = np.random.default_rng(0)
 >>> canaries = tuple(Canary("chat", np.arange(8, dtype=np.int32), np.arange(32, dtype=np.int32)) for _ in range(20))
->>> true = rng.normal(-2.0, 1.0, sum(one.scored for one in canaries))
+>>> true = rng.normal(-2.0, 1.0, sum(canary.scored for canary in canaries))
 >>> replays = true + rng.normal(0.0, 0.02, (4, len(true)))
 >>> taken = CanarySet(canaries, replays, Origin("smollm2"))
 >>> taken.compare(true + rng.normal(0.0, 0.02, len(true))).changed
 False
->>> found = taken.compare(true + rng.normal(0.0, 0.05, len(true)))
->>> found.changed, found.votes, found.needed
+>>> comparison = taken.compare(true + rng.normal(0.0, 0.05, len(true)))
+>>> comparison.changed, comparison.votes, comparison.needed
 (True, 20, 15)
 """
 
@@ -162,12 +162,12 @@ class CanarySet:
     @property
     def tokens(self) -> int:
         """Of one replay, with those that the engine generates."""
-        return sum(one.tokens for one in self.canaries)
+        return sum(canary.tokens for canary in self.canaries)
 
     @property
     def scored(self) -> int:
         """N"""
-        return sum(one.scored for one in self.canaries)
+        return sum(canary.scored for canary in self.canaries)
 
     @property
     def needed(self) -> int:
@@ -177,7 +177,7 @@ class CanarySet:
         """Now against then. now: float64 [N], one replay. tolerance: nats."""
         replays = np.vstack([self.baseline, now])
         total = replays.sum(axis=0)
-        *then, distances = [self._distances(one, (total - one) / len(self.baseline)) for one in replays]
+        *then, distances = [self._distances(replay, (total - replay) / len(self.baseline)) for replay in replays]
         return Comparison(distances, np.maximum(np.max(then, axis=0), tolerance), self.needed)
 
     def compare_engines(self, now: Mapping[str, Floats], tolerance: float = TOLERANCE_NATS) -> dict[str, Comparison]:
@@ -193,12 +193,12 @@ class CanarySet:
         pairs = [self._distances(replays[a], replays[b]) for a in range(len(replays)) for b in range(a)]
         bounds = np.maximum(np.max(pairs, axis=0), tolerance)
         needed = votes_needed(len(self.canaries), len(replays) // 2)
-        found = {}
+        result = {}
         for engine, values in now.items():
-            others = np.array([self._distances(values, one) for name, one in now.items() if name != engine])
+            others = np.array([self._distances(values, replay) for name, replay in now.items() if name != engine])
             if len(others):
-                found[engine] = Comparison(np.sort(others, axis=0)[(len(others) - 1) // 2], bounds, needed)
-        return found
+                result[engine] = Comparison(np.sort(others, axis=0)[(len(others) - 1) // 2], bounds, needed)
+        return result
 
     def from_reference(self, now: Floats) -> tuple[float, float] | None:
         """Distance from the reference, the mean over all scored tokens, then and now; None without a reference."""
@@ -209,7 +209,7 @@ class CanarySet:
 
     def _distances(self, a: Floats, b: Floats) -> Floats:
         """Of each sequence, float64 [S]."""
-        scored = np.array([one.scored for one in self.canaries])
+        scored = np.array([canary.scored for canary in self.canaries])
         sums: Floats = np.add.reduceat(np.abs(a - b), np.cumsum(scored) - scored)
         distances: Floats = sums / scored
         return distances
@@ -230,19 +230,20 @@ def require_sequences(canaries: Sequence[Canary]) -> None:
     """
     if not MIN_SEQUENCES <= len(canaries) <= MAX_SEQUENCES:
         raise InvalidArgumentError(f"{len(canaries)} canaries: {MIN_SEQUENCES} to {MAX_SEQUENCES} are needed")
-    if any(not len(one.prompt) or not len(one.answer) for one in canaries):
+    if any(not len(canary.prompt) or not len(canary.answer) for canary in canaries):
         raise InvalidArgumentError("a canary has an empty prompt or an empty answer")
-    if (tokens := sum(one.tokens for one in canaries)) > MAX_TOKENS:
+    if (tokens := sum(canary.tokens for canary in canaries)) > MAX_TOKENS:
         raise InvalidArgumentError(f"the canaries have {tokens} tokens, more than {MAX_TOKENS}: give shorter prompts")
 
 
 def shortest(canaries: Sequence[Canary]) -> tuple[Canary, ...]:
     """Those that an adapter is asked.
 
-    >>> [one.tokens for one in shortest([Canary("text", np.ones(n, np.int32), np.ones(2, np.int32)) for n in (9, 3)])]
+    >>> canaries = [Canary("text", np.ones(n, np.int32), np.ones(2, np.int32)) for n in (9, 3)]
+    >>> [canary.tokens for canary in shortest(canaries)]
     [6, 12]
     """
-    return tuple(sorted(canaries, key=lambda one: one.tokens)[:ADAPTER_SEQUENCES])
+    return tuple(sorted(canaries, key=lambda canary: canary.tokens)[:ADAPTER_SEQUENCES])
 
 
 @cache

@@ -402,8 +402,8 @@ def with_distances(record: TokenRecord, distances: Mapping[str, ExactDistances])
     >>> record = TokenRecord(
     ...     3, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
     ... )
-    >>> found = ExactDistances(kl=np.array([0.11]), tv=np.array([0.2]), top1=np.array([True]))
-    >>> with_distances(record, {"identity": found}).distances["identity"].tv.tolist()
+    >>> distances = ExactDistances(kl=np.array([0.11]), tv=np.array([0.2]), top1=np.array([True]))
+    >>> with_distances(record, {"identity": distances}).distances["identity"].tv.tolist()
     [0.2]
     """
     for version, distance in distances.items():

@@ -80,19 +80,19 @@ def _plain(value: Any, hint: Any) -> Any:
         return [value.dtype.str, list(value.shape), data]
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in {Union, types.UnionType}:
-        kinds = [one for one in inner if one is not type(None)]
+        kinds = [kind for kind in inner if kind is not type(None)]
         if len(kinds) == 1:
             return _plain(value, kinds[0])
         return {"is": type(value).__name__, **_plain(value, type(value))}
     if is_dataclass(value):
-        return {name: _plain(getattr(value, name), one) for name, one in _hints(type(value)).items()}
+        return {name: _plain(getattr(value, name), hint) for name, hint in _hints(type(value)).items()}
     if isinstance(value, Mapping):
         if inner[1] is None:
             size = len(next(iter(value), b""))
             return [size, base64.b64encode(b"".join(value)).decode()]
         return {_key(key): _plain(item, inner[1]) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(item, one) for item, one in zip(value, _items(inner, len(value)), strict=True)]
+        return [_plain(item, hint) for item, hint in zip(value, _items(inner, len(value)), strict=True)]
     if isinstance(value, Enum):
         return value.value
     raise TypeError(f"{hint} cannot be stored")
@@ -111,7 +111,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     """InvalidArgumentError. where: the field, as messages name it."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in {Union, types.UnionType}:
-        kinds = [one for one in inner if one is not type(None)]
+        kinds = [kind for kind in inner if kind is not type(None)]
         if value is None and len(kinds) < len(inner):
             return None
         if len(kinds) == 1:
@@ -128,7 +128,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         kinds = list(_items(inner, len(value)))
         _require(len(kinds) == len(value), value, where, f"a list of {len(kinds)}")
         return origin(
-            _typed(item, one, f"{where}[{n}]") for n, (item, one) in enumerate(zip(value, kinds, strict=True))
+            _typed(item, kind, f"{where}[{n}]") for n, (item, kind) in enumerate(zip(value, kinds, strict=True))
         )
     if origin is not None and issubclass(origin, Mapping):
         if inner[1] is None:

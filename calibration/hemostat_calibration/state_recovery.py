@@ -106,8 +106,8 @@ def compare(log_r: Floats, log_c: Floats, variances: Singles, ids: Ids, logprobs
 
     >>> log_r, log_c = np.log([[0.5, 0.4, 0.1]]), np.log([[0.7, 0.2, 0.1]])
     >>> ids = np.array([[0, 1, -1]])
-    >>> found = compare(log_r, log_c, np.zeros(3, np.float32), ids, np.array([[*log_c[0, :2], -np.inf]]))
-    >>> found.kl_rc.round(6).tolist(), found.tv.round(6).tolist(), found.usable.tolist()
+    >>> recovered = compare(log_r, log_c, np.zeros(3, np.float32), ids, np.array([[*log_c[0, :2], -np.inf]]))
+    >>> recovered.kl_rc.round(6).tolist(), recovered.tv.round(6).tolist(), recovered.usable.tolist()
     ([0.109023], [0.2], [True])
     """
     r, c = np.exp(log_r), np.exp(log_c)

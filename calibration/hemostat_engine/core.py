@@ -344,7 +344,7 @@ class Core:
             return profiles, *transform.evaluate(profiles, logits, rows)
         except Exception:
             alone = {p: self._attempt(p, functools.partial(transform.evaluate, (p,), logits, rows)) for p in profiles}
-            working = tuple(profile for profile, found in alone.items() if found is not None)
+            working = tuple(profile for profile, result in alone.items() if result is not None)
             if len(working) == len(profiles):
                 raise  # none of them is to blame
             return self._evaluate(working, logits, rows)

@@ -260,7 +260,7 @@ def evaluate(
     """For the unmodified `rows` of `logits`, by profile: log E_c[e^Δz] with c = softmax(z), float32 [P, R] in nats, and
     whether the clamp binds anywhere in the row, bool [P, R]."""
     pieces = [_evaluate(profiles, logits, part) for part in rows.split(_step(logits))]
-    return torch.cat([found for found, _ in pieces], dim=1), torch.cat([clamped for _, clamped in pieces], dim=1)
+    return torch.cat([values for values, _ in pieces], dim=1), torch.cat([clamped for _, clamped in pieces], dim=1)
 
 
 def _evaluate(
@@ -269,13 +269,13 @@ def _evaluate(
     z = logits.index_select(0, rows).float()
     weights = (z - z.amax(dim=-1, keepdim=True)).exp_()
     total = weights.sum(dim=-1)
-    found, clamped = [], []
+    normalizers, clamped = [], []
     for profile in profiles:
         delta = profile.shift(logits, rows).delta
         clamped.append(delta.abs().amax(dim=-1) > profile.clamp_nats)
         changed = delta.clamp_(-profile.clamp_nats, profile.clamp_nats).exp_().mul_(weights).sum(dim=-1)
-        found.append(torch.log(changed / total))
-    return torch.stack(found), torch.stack(clamped)
+        normalizers.append(torch.log(changed / total))
+    return torch.stack(normalizers), torch.stack(clamped)
 
 
 def _step(logits: torch.Tensor) -> int:

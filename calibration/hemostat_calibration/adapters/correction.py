@@ -58,8 +58,8 @@ def low_rank(
     InvalidArgumentError on shapes that do not fit, a negative rank, or values that are not finite.
 
     >>> delta = np.array([[3.0, 0.0], [0.0, 4.0]])
-    >>> found, errors = low_rank(delta, 1, DiagonalGram(1, np.array([4.0, 1.0])))
-    >>> found.product().round(6).tolist(), errors.tolist()
+    >>> factors, errors = low_rank(delta, 1, DiagonalGram(1, np.array([4.0, 1.0])))
+    >>> factors.product().round(6).tolist(), errors.tolist()
     ([[3.0, 0.0], [0.0, 0.0]], [52.0, 16.0])
     """
     if delta.ndim != 2 or rank < 0 or not np.isfinite(delta).all():

@@ -17,8 +17,8 @@ class LowRank:
     a: float32 [r, inputs]. b: float32 [outputs, r]. The components are sorted, the most important first: the first k
     rows of a and columns of b are the correction of rank k. InvalidArgumentError where shapes or types do not fit.
 
-    >>> found = LowRank(np.ones((2, 3), np.float32), np.ones((5, 2), np.float32))
-    >>> found.rank, found.first(1).product().shape
+    >>> factors = LowRank(np.ones((2, 3), np.float32), np.ones((5, 2), np.float32))
+    >>> factors.rank, factors.first(1).product().shape
     (2, (5, 3))
     """
 

@@ -348,12 +348,14 @@ def baseline_inflation(levels: BatchMeans, all_levels: BatchMeans, needed: int) 
     """
     if levels.units < needed or (levels.units - needed) % CHECK_EVERY:
         return math.inf
-    found = max(float(one.inflation()[0]) for one in (levels, all_levels) if one.units >= MIN_UNITS or one is levels)
+    inflation = max(
+        float(means.inflation()[0]) for means in (levels, all_levels) if means.units >= MIN_UNITS or means is levels
+    )
     least = max(EFFECTIVE_SHARE * needed, MIN_BASELINE_REQUESTS)
     # A baseline of so few requests that nothing can be estimated is the operator's choice.
     if levels.units < MIN_UNITS:
         return 1.0
-    return found if levels.units / found >= least else math.inf
+    return inflation if levels.units / inflation >= least else math.inf
 
 
 def _begin_change(alarm: Alarm) -> tuple[Alarm, RunningTest]:
@@ -416,9 +418,9 @@ def readings(alarm: Alarm) -> list[Reading]:
     >>> [(reading.test.value, reading.kind, reading.number) for reading in readings(alarm)]
     [('change', '', 0), ('budget', 'chat', 1)]
     """
-    found = [_reading(AlarmTest.CHANGE, "", alarm.change)] if alarm.settings.baseline_requests else []
+    result = [_reading(AlarmTest.CHANGE, "", alarm.change)] if alarm.settings.baseline_requests else []
     budgets = [(kind, alarm.kinds[kind].budget) for kind in sorted(alarm.kinds)]
-    return found + [_reading(AlarmTest.BUDGET, kind, running) for kind, running in budgets if running is not None]
+    return result + [_reading(AlarmTest.BUDGET, kind, running) for kind, running in budgets if running is not None]
 
 
 def _reading(test: AlarmTest, kind: str, running: RunningTest | None) -> Reading:

@@ -140,8 +140,8 @@ def _ramps(upward: Floats, downward: Floats) -> Floats:
     """Of scores [R] as the bets in either direction take them: [R, B], between 0 and 1."""
     ramps = [(upward - low) / (high - low) for low, high in UPWARD_RAMPS]
     ramps += [(-downward - low) / (high - low) for low, high in DOWNWARD_RAMPS]
-    found: Floats = np.clip(np.stack(ramps, axis=1), 0.0, 1.0)
-    return found
+    clipped: Floats = np.clip(np.stack(ramps, axis=1), 0.0, 1.0)
+    return clipped
 
 
 def fit_baseline(requests: Floats, alpha: float, inflation: float = 1.0, stride: int = 1) -> Baseline:

@@ -192,7 +192,7 @@ def update(state: OutlierTest, stratum: str, unit: Unit, now: float = 0.0) -> Ou
 def _with_unit(
     state: OutlierTest, name: str, before: Stratum, place: int, unit: Unit, now: float
 ) -> Mapping[str, Stratum]:
-    others = {other: one for other, one in state.strata.items() if other != name}
+    others = {other: stratum for other, stratum in state.strata.items() if other != name}
     while len(others) >= MAX_STRATA:
         del others[min(others, key=lambda other: others[other].last)]
     if len(before.figures) + 1 >= MAX_STRATUM_UNITS:

@@ -143,10 +143,10 @@ def _wealth_arrays(wealth: WealthState, strategies: int) -> Checks:
         yield name, getattr(wealth, name), (strategies,)
 
 
-def _like(found: object, fresh: object, where: str) -> Checks:
+def _like(stored: object, fresh: object, where: str) -> Checks:
     """Of batch means."""
     for name in ("open", "sums"):
-        yield f"{where}.{name}", getattr(found, name), getattr(fresh, name).shape
+        yield f"{where}.{name}", getattr(stored, name), getattr(fresh, name).shape
 
 
 def _engine_arrays(state: OutlierTest) -> Checks:
@@ -160,12 +160,12 @@ def _engine_arrays(state: OutlierTest) -> Checks:
 
 
 def _require_shapes(arrays: Checks) -> None:
-    for name, found, shape in arrays:
-        fits = len(shape) == found.ndim and all(
-            one in {None, size} for one, size in zip(shape, found.shape, strict=False)
+    for name, array, shape in arrays:
+        fits = len(shape) == array.ndim and all(
+            expected in {None, size} for expected, size in zip(shape, array.shape, strict=False)
         )
         if not fits:
-            raise InvalidArgumentError(f"{name} has another shape, {list(found.shape)}; begin anew")
+            raise InvalidArgumentError(f"{name} has another shape, {list(array.shape)}; begin anew")
 
 
 def _require_counts(*counts: int) -> None:

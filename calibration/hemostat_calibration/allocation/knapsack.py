@@ -56,8 +56,8 @@ def allocate(options: Mapping[str, Options], budget: int) -> Allocation:
 
     >>> bits = np.array([2, 4, 8])
     >>> q, v = Options(bits, np.array([9.0, 1.0, 0.0])), Options(bits, np.array([3.0, 2.0, 0.0]))
-    >>> found = allocate({"q": q, "v": v}, 8)
-    >>> found.chosen, found.size, found.loss
+    >>> result = allocate({"q": q, "v": v}, 8)
+    >>> result.chosen, result.size, result.loss
     ({'q': 1, 'v': 1}, 8, 3.0)
     """
     hulls = {name: _hull(option) for name, option in options.items()}
@@ -71,24 +71,24 @@ def allocate(options: Mapping[str, Options], budget: int) -> Allocation:
     at = dict.fromkeys(options, 0)
 
     def offer(name: str) -> None:
-        hull, one = hulls[name], options[name]
+        hull, option = hulls[name], options[name]
         if at[name] + 1 < len(hull):
             before, after = hull[at[name]], hull[at[name] + 1]
-            gain = float(one.losses[before] - one.losses[after])
-            heapq.heappush(waiting, (-gain / int(one.sizes[after] - one.sizes[before]), order[name], name))
+            gain = float(option.losses[before] - option.losses[after])
+            heapq.heappush(waiting, (-gain / int(option.sizes[after] - option.sizes[before]), order[name], name))
 
     for name in options:
         offer(name)
     bound: float | None = None
     while waiting:
         slope, _, name = heapq.heappop(waiting)
-        one, before, after = options[name], hulls[name][at[name]], hulls[name][at[name] + 1]
-        size = int(one.sizes[after] - one.sizes[before])
+        option, before, after = options[name], hulls[name][at[name]], hulls[name][at[name] + 1]
+        size = int(option.sizes[after] - option.sizes[before])
         if size > left:  # the unit stays where it is
             bound = loss + slope * left if bound is None else bound
             continue
         left -= size
-        loss += float(one.losses[after] - one.losses[before])
+        loss += float(option.losses[after] - option.losses[before])
         at[name] += 1
         chosen[name] = after
         offer(name)
@@ -120,8 +120,8 @@ def _fill(options: Mapping[str, Options], chosen: dict[str, int], left: int) -> 
     while True:
         best, gain = None, 0.0
         for name, now in chosen.items():
-            one = options[name]
-            gains = np.where(one.sizes - one.sizes[now] <= left, one.losses[now] - one.losses, 0.0)
+            option = options[name]
+            gains = np.where(option.sizes - option.sizes[now] <= left, option.losses[now] - option.losses, 0.0)
             other = int(gains.argmax())
             if gains[other] > gain:
                 best, gain = (name, other), float(gains[other])

@@ -47,8 +47,8 @@ def share_zeros(losses: Mapping[str, float], sizes: Mapping[str, int], sparsity:
     wanted = (np.log(weights) - np.log(np.maximum(predicted, np.finfo(np.float64).tiny))) / GROWTH
 
     def shared(offset: float) -> Floats:
-        found: Floats = np.clip(wanted + offset, least, most) * weights
-        return found
+        shares: Floats = np.clip(wanted + offset, least, most) * weights
+        return shares
 
     total = round(sparsity * float(weights.sum()))
     low, high = least - wanted.max(initial=0.0), most - wanted.min(initial=0.0)
@@ -60,12 +60,12 @@ def share_zeros(losses: Mapping[str, float], sizes: Mapping[str, int], sparsity:
 
 def _rounded(exact: Floats, most: Floats, total: int) -> list[int]:
     """Integers near `exact`, at most `most`, whose sum is `total`: the largest remainders are rounded up."""
-    found = np.floor(exact + 1e-6)
-    order = np.argsort(found - exact, kind="stable")
-    while (missing := int(total - found.sum())) > 0:
-        room = [n for n in order if found[n] < most[n]]
-        found[room[:missing]] += 1.0
-    return [int(value) for value in found]
+    rounded = np.floor(exact + 1e-6)
+    order = np.argsort(rounded - exact, kind="stable")
+    while (missing := int(total - rounded.sum())) > 0:
+        room = [n for n in order if rounded[n] < most[n]]
+        rounded[room[:missing]] += 1.0
+    return [int(value) for value in rounded]
 
 
 def share_units(

@@ -125,8 +125,8 @@ def bounds(record: TokenRecord, min_ratio: float = MIN_RATIO) -> Bounds:
     >>> record = TokenRecord(
     ...     9, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
     ... )
-    >>> found = bounds(record).tv
-    >>> found.lower.round(6).tolist(), found.upper.round(3).tolist()
+    >>> ends = bounds(record).tv
+    >>> ends.lower.round(6).tolist(), ends.upper.round(3).tolist()
     ([0.2], [0.3])
     """
     view = view_of(record)
@@ -183,8 +183,8 @@ def bounds_of(
     ... )
     >>> view = view_of(record)
     >>> known = coarse(view, view.c, view.log_c)
-    >>> found = bounds_of(record, view, known, view.log_candidates, cap(record.compressed, record.output_ids))
-    >>> bool((found.js.lower <= found.js.upper).all())
+    >>> ends = bounds_of(record, view, known, view.log_candidates, cap(record.compressed, record.output_ids))
+    >>> bool((ends.js.lower <= ends.js.upper).all())
     True
     """
     if view.exact:

@@ -12,8 +12,8 @@ from hemostat_calibration.records import ExactDistances
 def of_distances(distances: ExactDistances) -> TokenDivergence:
     """As the figures of a record; NaN is what was not computed. A KL a little below 0, from rounding, is 0.
 
-    >>> one = ExactDistances(kl=np.array([0.3, np.inf]), tv=np.array([0.2, 1.0]), top1=np.array([True, False]))
-    >>> figures = of_distances(one)
+    >>> distances = ExactDistances(kl=np.array([0.3, np.inf]), tv=np.array([0.2, 1.0]), top1=np.array([True, False]))
+    >>> figures = of_distances(distances)
     >>> figures.bound, figures.kl_rc.tolist(), figures.js.tolist()
     ('exact', [0.3, inf], [nan, nan])
     """

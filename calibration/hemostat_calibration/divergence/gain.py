@@ -44,8 +44,8 @@ def gain(record: TokenRecord, profile: CalibrationProfile) -> Gain:
     ...     3, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
     ... )
     >>> towards_r = temperature_bias("", 3, 1.0, (log_r - log_c)[0], clamp_nats=1.0)
-    >>> found = gain(record, towards_r)
-    >>> found.lower.round(6).tolist(), found.exact.tolist()
+    >>> result = gain(record, towards_r)
+    >>> result.lower.round(6).tolist(), result.exact.tolist()
     ([0.109023], [True])
     """
     view = view_of(record)

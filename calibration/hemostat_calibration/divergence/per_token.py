@@ -120,8 +120,8 @@ def divergence(
     >>> record = TokenRecord(
     ...     3, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
     ... )
-    >>> found = divergence(record)
-    >>> found.bound, found.kl_rc.round(6).tolist(), found.tv.round(6).tolist()
+    >>> figures = divergence(record)
+    >>> figures.bound, figures.kl_rc.round(6).tolist(), figures.tv.round(6).tolist()
     ('exact', [0.109023], [0.2])
     """
     view = view_of(record)

@@ -86,8 +86,8 @@ def by_phase(record: TokenRecord) -> dict[str, Bools]:
     >>> record = TokenRecord(
     ...     2, b"", ids[:, 0], Candidates(ids, logs), logs, Candidates(ids, logs), logs[:, 0], logs[:, 0]
     ... )
-    >>> found = by_phase(replace(record, thinking=Thinking(0, 1, ended=True)))
-    >>> {name: at.tolist() for name, at in found.items()}
+    >>> phases = by_phase(replace(record, thinking=Thinking(0, 1, ended=True)))
+    >>> {name: at.tolist() for name, at in phases.items()}
     {'thinking': [True, False], 'answer': [False, True]}
     """
     if record.thinking is None:
@@ -97,8 +97,8 @@ def by_phase(record: TokenRecord) -> dict[str, Bools]:
 
 
 def _masks(first: int, tokens: int, edges: tuple[int, ...]) -> dict[str, Bools]:
-    found, names = buckets(first, tokens, edges), bucket_labels(edges)
-    return {names[n]: found == n for n in np.unique(found).tolist()}
+    numbers, names = buckets(first, tokens, edges), bucket_labels(edges)
+    return {names[n]: numbers == n for n in np.unique(numbers).tolist()}
 
 
 def select(figures: TokenDivergence, at: Bools) -> TokenDivergence:

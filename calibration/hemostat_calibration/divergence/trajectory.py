@@ -68,8 +68,8 @@ def agreement(record: TokenRecord) -> Floats:
     >>> agreement(record).round(6).tolist()
     [0.714286]
     """
-    found: Floats = np.exp(np.minimum(record.reference_emitted - record.compressed_emitted, 0.0))
-    return found
+    probabilities: Floats = np.exp(np.minimum(record.reference_emitted - record.compressed_emitted, 0.0))
+    return probabilities
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,10 +140,10 @@ class Guard:
 
     def is_known(self, kind: str) -> bool:
         """Whether v̂ is known for this kind; also where nothing was noted of it."""
-        found, pooled = self._state.dependence.get(kind), self._state.dependence.get(ALL_KINDS)
-        if pooled is None or (found is not None and found.known_for(self._cycle)):
+        own, pooled = self._state.dependence.get(kind), self._state.dependence.get(ALL_KINDS)
+        if pooled is None or (own is not None and own.known_for(self._cycle)):
             return True
-        return pooled.known_for(self._cycle) and (found is None or not found.too_dependent)
+        return pooled.known_for(self._cycle) and (own is None or not own.too_dependent)
 
     # --- begin and end -----------------------------------------------------------------------------------------------
 
@@ -427,10 +427,10 @@ class Guard:
 
     def _inflation(self, kind: str) -> float:
         """v̂, as far as it is known."""
-        found, pooled = self._state.dependence.get(kind), self._state.dependence.get(ALL_KINDS)
-        if found is not None and (pooled is None or found.known_for(self._cycle)):
-            return found.inflation
-        return max(1.0 if one is None else one.inflation for one in (found, pooled))
+        own, pooled = self._state.dependence.get(kind), self._state.dependence.get(ALL_KINDS)
+        if own is not None and (pooled is None or own.known_for(self._cycle)):
+            return own.inflation
+        return max(1.0 if dependence is None else dependence.inflation for dependence in (own, pooled))
 
     def _log_e(self, kind: str, test: KindTest) -> float:
         return test.log_e(self._inflation(kind))

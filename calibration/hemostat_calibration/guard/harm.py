@@ -82,7 +82,7 @@ class HarmSum:
         terms = [math.log(_unspent(begun))]
         for run in self.runs:
             both = (log_evidence(by_client, self.clients, inflation) for by_client in self._since(run))
-            terms += [math.log(0.5 * _part(run.number)) + one for one in both]
+            terms += [math.log(0.5 * _part(run.number)) + term for term in both]
         result = float(np.logaddexp.reduce(terms))
         self.known = inflation, result
         return result

@@ -56,9 +56,9 @@ def decode(data: bytes) -> State:
     """
     state = read(State, data, SCHEMA)
     _require(min(state.candidate_tests, *state.windows.values(), 0) >= 0, "a count is below 0")
-    for kind, found in state.dependence.items():
-        _require_like(found, KindDependence(), kind)
-        _require_rows(found.clients, kind)
+    for kind, dependence in state.dependence.items():
+        _require_like(dependence, KindDependence(), kind)
+        _require_rows(dependence.clients, kind)
     for kinds in state.tests.values():
         for kind, test in kinds.items():
             _require_test(test, kind)
@@ -89,10 +89,10 @@ def _require_rows(rows: Any, kind: str, count: int | None = None) -> None:
     )
 
 
-def _require_like(found: Any, fresh: Any, kind: str) -> None:
+def _require_like(stored: Any, fresh: Any, kind: str) -> None:
     """Arrays have the shapes of those of an object that has just begun, and are finite."""
-    for name in (one.name for one in fields(found)):
-        value, expected = getattr(found, name), getattr(fresh, name)
+    for name in (attribute.name for attribute in fields(stored)):
+        value, expected = getattr(stored, name), getattr(fresh, name)
         if is_dataclass(value) and is_dataclass(expected):
             _require_like(value, expected, kind)
         elif isinstance(value, np.ndarray):

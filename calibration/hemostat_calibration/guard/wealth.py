@@ -95,9 +95,9 @@ def log_proof(
     by_client: float64 [..., C, F], as for `log_evidence`, of any number of tests at a time. clients: C. refused:
     float64 [..., F], the sum of `log_factors` of what was refused. inflation: [...], v̂, 1 or more.
 
-    >>> one = np.tile(log_factors(0.25), (8, 1)) * 5
-    >>> one[0] = log_factors(-0.5) * 20
-    >>> bool(log_proof(one[1:], 7) > 3.0 > 0.0 > log_proof(one, 8)), bool(log_proof(one[1:], 7, inflation=3.0) > 3.0)
+    >>> logs = np.tile(log_factors(0.25), (8, 1)) * 5
+    >>> logs[0] = log_factors(-0.5) * 20
+    >>> bool(log_proof(logs[1:], 7) > 3.0 > 0.0 > log_proof(logs, 8)), bool(log_proof(logs[1:], 7, inflation=3.0) > 3.0)
     (True, False)
     """
     total = by_client.sum(axis=-2, keepdims=True)
@@ -116,8 +116,8 @@ def log_evidence(by_client: Floats, clients: int, inflation: float = 1.0) -> flo
 
     by_client: float64 [C, F], the sum of `log_factors` of each place. clients: C. inflation: v̂, 1 or more.
 
-    >>> one = np.tile(log_factors(0.25), (4, 1)) * 10
-    >>> 2.0 < log_evidence(one[:3], 3) < log_evidence(one, 4) + 0.5
+    >>> logs = np.tile(log_factors(0.25), (4, 1)) * 10
+    >>> 2.0 < log_evidence(logs[:3], 3) < log_evidence(logs, 4) + 0.5
     True
     """
     if not clients:
@@ -126,18 +126,18 @@ def log_evidence(by_client: Floats, clients: int, inflation: float = 1.0) -> flo
     total = by_client.sum(axis=0)
     # Factors that leaving a client out gives, in units of the largest of each fraction (or 1), so that none overflows.
     log_unit = np.maximum(-by_client.min(axis=0), 0.0)
-    left_out, one = np.exp(-by_client - log_unit), np.exp(-log_unit)
+    left_out, unit = np.exp(-by_client - log_unit), np.exp(-log_unit)
     seen = SLOTS[:clients]
     unseen = 1.0 - seen.sum()
     if clients < MIN_CLIENTS:
-        mean = seen @ left_out + unseen * one
+        mean = seen @ left_out + unseen * unit
         log_k = total[None, :]
     else:
         # For each client a: the mean over b of the factors; b = a and clients not seen yet give 1.
-        mean = _OTHERS[:clients, :clients] @ left_out + (unseen + seen[:, None]) * one
+        mean = _OTHERS[:clients, :clients] @ left_out + (unseen + seen[:, None]) * unit
         log_k = total - by_client
     # At least 1/2 where both parts are too small to tell in these units.
-    log_k = log_k + np.maximum(np.log(0.5 * (one + mean) + _TINY) + log_unit, -math.log(2.0))
+    log_k = log_k + np.maximum(np.log(0.5 * (unit + mean) + _TINY) + log_unit, -math.log(2.0))
     top = log_k.max(axis=1)
     return float((top + np.log(np.exp(log_k - top[:, None]) @ PRIOR)).min())
 
@@ -146,8 +146,8 @@ def log_bound(by_client: Floats) -> float:
     """Never below `log_proof` and `log_evidence` of the same [C, F] where these are above 0, with any v̂, and cheaper:
     without the two clients that it is the largest without.
 
-    >>> one = np.tile(log_factors(0.25), (4, 1)) * 10
-    >>> log_bound(one) >= log_evidence(one, 4)
+    >>> logs = np.tile(log_factors(0.25), (4, 1)) * 10
+    >>> log_bound(logs) >= log_evidence(logs, 4)
     True
     """
     if not len(by_client):

@@ -64,25 +64,25 @@ def load(data: bytes, learner: TemperatureBiasLearner, about: str) -> tuple[dict
     if not isinstance(described, list) or len(described) > MAX_STATES:
         raise InvalidArgumentError("what was learned describes no states")
     try:
-        return {str(one["name"]): _state(one, arrays[f"{n}.masses"]) for n, one in enumerate(described)}, notes
+        return {str(entry["name"]): _state(entry, arrays[f"{n}.masses"]) for n, entry in enumerate(described)}, notes
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise InvalidArgumentError(f"what was learned is damaged: {str(error)[:100]}") from None
 
 
-def _state(one: Mapping[str, Any], masses: npt.NDArray[Any]) -> TemperatureBiasState:
-    vocab_size = one["vocab_size"]
+def _state(entry: Mapping[str, Any], masses: npt.NDArray[Any]) -> TemperatureBiasState:
+    vocab_size = entry["vocab_size"]
     if masses.dtype != np.float32 or masses.shape != (2, vocab_size) or not np.isfinite(masses).all():
         raise ValueError(f"masses are {masses.dtype} {masses.shape}, or not finite")
-    tokens, requests = one["tokens"], one["requests"]
+    tokens, requests = entry["tokens"], entry["requests"]
     if not all(type(count) is int and 0 <= count < 1 << 62 for count in (vocab_size, tokens, requests)):
         raise ValueError(f"counts are {tokens} and {requests}")
-    sums = {name: float(one[name]) for name in _SUMS}
+    sums = {name: float(entry[name]) for name in _SUMS}
     negative = min(sums["information"], sums["depth"], sums["deep_tokens"], sums["weight"], float(masses.min())) < 0.0
     if negative or not all(map(math.isfinite, sums.values())):
         raise ValueError(f"sums are {sums}")
     reference, compressed = masses.astype(np.float64)
     return TemperatureBiasState(
-        model=str(one["model"]),
+        model=str(entry["model"]),
         vocab_size=vocab_size,
         reference_mass=_own(reference),
         compressed_mass=_own(compressed),

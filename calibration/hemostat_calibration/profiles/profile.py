@@ -265,9 +265,9 @@ def _check_fields(profile: CalibrationProfile) -> None:
         raise InvalidProfileError(f"model and metadata must be strings, {MAX_HEADER_BYTES // 16} characters in all")
 
 
-def _name_difference(found: Iterable[str], needed: Iterable[str]) -> str:
+def _name_difference(given: Iterable[str], needed: Iterable[str]) -> str:
     """ "parameters are missing (a, b) and unknown (c)": at most two names of each."""
-    missing, unknown = sorted(set(needed) - set(found)), sorted(set(found) - set(needed))
+    missing, unknown = sorted(set(needed) - set(given)), sorted(set(given) - set(needed))
     parts = [
         f"{what} ({_short(', '.join(names[:2]))}{', …' if len(names) > 2 else ''})"
         for what, names in (("missing", missing), ("unknown", unknown))

@@ -70,8 +70,8 @@ class MeanSequence:
     >>> sequence = MeanSequence()
     >>> for n in range(100):
     ...     sequence = sequence.update(2.0 + n % 3, 1.0)
-    >>> found = sequence.get()
-    >>> round(found.mean, 6), found.low < 3.0 < found.high
+    >>> interval = sequence.get()
+    >>> round(interval.mean, 6), interval.low < 3.0 < interval.high
     (2.99, True)
     """
 
@@ -174,8 +174,8 @@ class Proportion:
     >>> share = Proportion()
     >>> for hit in (True, False, True, True):
     ...     share = share.update(hit)
-    >>> found = share.get()
-    >>> found.mean, round(found.low, 3), round(found.high, 3)
+    >>> interval = share.get()
+    >>> interval.mean, round(interval.low, 3), round(interval.high, 3)
     (0.75, 0.131, 0.998)
     """
 
@@ -194,8 +194,8 @@ class Proportion:
         inflation: v̂, 1 or more: asymptotic where it is above 1, the whole range where it is infinite.
 
         >>> runs_of_ten = Proportion(40, 400)
-        >>> found = runs_of_ten.get(inflation=10.0)
-        >>> found.mean, (round(found.low, 2), round(found.high, 2)), round(runs_of_ten.get().high, 2)
+        >>> interval = runs_of_ten.get(inflation=10.0)
+        >>> interval.mean, (round(interval.low, 2), round(interval.high, 2)), round(runs_of_ten.get().high, 2)
         (0.1, (0.01, 0.31), 0.16)
         """
         _check_alpha(alpha)
@@ -240,8 +240,8 @@ def difference(a: MeanSequence, b: MeanSequence, alpha: float = 0.05, inflation:
     >>> a = b = MeanSequence()
     >>> for n in range(100):
     ...     a, b = a.update(2.0 + n % 3, 1.0), b.update(1.0 + n % 3, 1.0)
-    >>> found = difference(a, b)
-    >>> round(found.mean, 6), found.low > 0.0
+    >>> interval = difference(a, b)
+    >>> round(interval.mean, 6), interval.low > 0.0
     (1.0, True)
     """
     _check_alpha(alpha)

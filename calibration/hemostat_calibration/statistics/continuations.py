@@ -61,15 +61,15 @@ class Continuations:
         """A request of this conversation, not empty. prompt, output: int32 [P], [T]. Nothing is remembered of less than
         a window."""
         window = np.concatenate([prompt[-WINDOW:], output[:ANSWER]])[-WINDOW:]
-        for found in self._hashes(window).tolist():
-            if self._conversations.setdefault(found, conversation) != conversation:
-                self._conversations[found] = SEVERAL
-            self._filter[found >> 64 - _BITS] = True
+        for hashed in self._hashes(window).tolist():
+            if self._conversations.setdefault(hashed, conversation) != conversation:
+                self._conversations[hashed] = SEVERAL
+            self._filter[hashed >> 64 - _BITS] = True
         if len(self._conversations) > MAX_REQUESTS:
             kept = list(self._conversations.items())[MAX_REQUESTS // 2 :]
             self._conversations = dict(kept)
             self._filter[:] = False
-            self._filter[[found >> 64 - _BITS for found, _ in kept]] = True
+            self._filter[[hashed >> 64 - _BITS for hashed, _ in kept]] = True
 
     def _hashes(self, ids: Ids) -> npt.NDArray[np.uint64]:
         """Of every window, uint64 [max(N − WINDOW + 1, 0)]: polynomials, of twice as many tokens at a time."""

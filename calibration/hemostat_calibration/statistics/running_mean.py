@@ -48,8 +48,8 @@ class RunningMean:
     >>> running = RunningMean(0.0, 1.0)
     >>> for n in range(400):
     ...     running = running.update(0.2 + 0.1 * (n % 2))
-    >>> found = running.get()
-    >>> round(found.mean, 6), found.low < 0.25 < found.high, enough(found, 0.0, 1.0)
+    >>> interval = running.get()
+    >>> round(interval.mean, 6), interval.low < 0.25 < interval.high, enough(interval, 0.0, 1.0)
     (0.25, True, True)
     """
 

@@ -122,7 +122,7 @@ class TemplateTable:
 
     def _count(self, prompt: Ids) -> Words:
         """The hashes of the first shingles that are no frames; all that were looked at are counted."""
-        found: list[Words] = []
+        parts: list[Words] = []
         left = MAX_SHINGLES
         least = max(FRAME_PROMPTS, FRAME_SHARE * self.counted)
         for start, end in pairwise(BLOCKS):
@@ -133,15 +133,15 @@ class TemplateTable:
             counts = self._counters.take(slots)
             # Once, however often it is in these tokens; far below 2¹⁶ since all are halved (`RECENT_PROMPTS`).
             self._counters[slots] = counts + _COUNT
-            found.append((hashes if counts.max(initial=0) < least else hashes.compress(counts < least))[:left])
-            left -= len(found[-1])
+            parts.append((hashes if counts.max(initial=0) < least else hashes.compress(counts < least))[:left])
+            left -= len(parts[-1])
             if left <= MAX_SHINGLES // 2:
                 break
         self.counted += 1
         if self.counted >= RECENT_PROMPTS:
             self._counters >>= _COUNT
             self.counted //= 2
-        return np.concatenate(found) if len(found) > 1 else found[0] if found else np.zeros(0, np.uint32)
+        return np.concatenate(parts) if len(parts) > 1 else parts[0] if parts else np.zeros(0, np.uint32)
 
     def _shingles(self, ids: Ids) -> Words:
         """uint32 [P - 2]."""
@@ -165,28 +165,28 @@ class TemplateTable:
             # uint32 [HASHES, L]: the first shingle under each order, of all beginnings.
             minima = np.minimum.accumulate(np.minimum.reduceat(hashes, ends, axis=1), axis=1)
             slots = ((minima * self._spread + self._turns) >> _SLOT_BITS).astype(np.intp)
-            found = self._owners.take(slots) * (self._tags.take(slots) == minima)
-            like = self._find(found)
+            owners = self._owners.take(slots) * (self._tags.take(slots) == minima)
+            like = self._find(owners)
             if like:
                 cluster, digest = self._clusters[like % MAX_PROMPTS], self._digests[like % MAX_PROMPTS]
             else:
                 digest = np.uint64(int(minima[0, -1]) << 32 | int(minima[1, -1]))
-            new = found[:, -1] <= self._forgotten  # what is known stays with its first prompt
+            new = owners[:, -1] <= self._forgotten  # what is known stays with its first prompt
             at = slots[new, -1]
             self._tags[at], self._owners[at] = minima[new, -1], number
         self._clusters[number % MAX_PROMPTS], self._digests[number % MAX_PROMPTS] = cluster, digest
         return number
 
-    def _find(self, found: Words) -> int:
+    def _find(self, owners: Words) -> int:
         """A prompt of the oldest of the clusters that have enough in common with one of the beginnings; 0 where none
         has. found: uint32 [HASHES, L], the first prompt that had each of the first shingles, or 0.
 
         Only prompts with a part of it count: else what is made of phrases that are common, each in another prompt,
         would be like all of them."""
-        if np.count_nonzero(found) < MIN_COMMON:
+        if np.count_nonzero(owners) < MIN_COMMON:
             return 0
         like: list[int] = []
-        for column in found[:, np.count_nonzero(found, axis=0) >= MIN_COMMON].T.tolist():
+        for column in owners[:, np.count_nonzero(owners, axis=0) >= MIN_COMMON].T.tolist():
             common = {n: count for n, count in Counter(column).items() if n > self._forgotten and count >= MIN_PART}
             if sum(common.values()) >= MIN_COMMON:
                 like += common
@@ -214,11 +214,11 @@ class TemplateTable:
             table.prompts, table.counted = (
                 min(max(int(counts[name]), 0), _MAX_COUNT) for name in ("prompts", "counted")
             )
-            found = {name: arrays[name] for name in _FIELDS}
+            stored = {name: arrays[name] for name in _FIELDS}
         except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InvalidArgumentError(f"templates cannot be read: {str(error)[:100]}") from None
         for name, (shape, kind) in _FIELDS.items():
-            if found[name].shape != (shape,) or found[name].dtype != kind:
-                raise InvalidArgumentError(f"templates: {name} is {found[name].dtype} {found[name].shape}")
-            setattr(table, f"_{name}", found[name].copy())
+            if stored[name].shape != (shape,) or stored[name].dtype != kind:
+                raise InvalidArgumentError(f"templates: {name} is {stored[name].dtype} {stored[name].shape}")
+            setattr(table, f"_{name}", stored[name].copy())
         return table

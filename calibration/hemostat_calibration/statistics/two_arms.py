@@ -50,8 +50,8 @@ class TwoArms:
     >>> arms = TwoArms(treated_bad=36, treated=40, control_bad=5, control=40)
     >>> arms.log_e(margin=0.05) > 10.0
     True
-    >>> found = arms.get()
-    >>> round(found.mean, 3), 0.4 < found.low < found.high < 1.0
+    >>> interval = arms.get()
+    >>> round(interval.mean, 3), 0.4 < interval.low < interval.high < 1.0
     (0.775, True)
     """
 
@@ -118,10 +118,10 @@ class TwoArms:
         accepted, refuted = np.full(2, difference), np.array([-1.0, 1.0])
         for _ in range(_ROUNDS):
             points = np.clip(np.linspace(accepted, refuted, _POINTS, axis=1), -1.0 + 1e-12, 1.0 - 1e-12)
-            found = numerator - _log_likelihood_on_line(*counts, points) >= -math.log(alpha)
+            exceeds = numerator - _log_likelihood_on_line(*counts, points) >= -math.log(alpha)
             # The likelihood falls with the distance from the estimate, so what is refuted lies beyond some point.
-            first = np.where(found.any(axis=1), np.maximum(found.argmax(axis=1), 1), _POINTS - 1)
-            accepted, refuted = points[[0, 1], first - 1], np.where(found.any(axis=1), points[[0, 1], first], refuted)
+            first = np.where(exceeds.any(axis=1), np.maximum(exceeds.argmax(axis=1), 1), _POINTS - 1)
+            accepted, refuted = points[[0, 1], first - 1], np.where(exceeds.any(axis=1), points[[0, 1], first], refuted)
         return ConfidenceInterval(difference, float(refuted[0]), float(refuted[1]))
 
 
@@ -189,6 +189,6 @@ def _log_likelihood_on_line(
     low, high = np.maximum(0.0, -d), np.minimum(1.0, 1.0 - d)
     # The ends too: there the root is known exactly, and rounding would cost most.
     rates = (np.clip(q, low, high), low, high)
-    found = [_log_likelihood(a, n, rate + d) + _log_likelihood(b, m, rate) for rate in rates]
-    best: Floats = np.maximum(np.maximum(found[0], found[1]), found[2])
+    likelihoods = [_log_likelihood(a, n, rate + d) + _log_likelihood(b, m, rate) for rate in rates]
+    best: Floats = np.maximum(np.maximum(likelihoods[0], likelihoods[1]), likelihoods[2])
     return best

@@ -63,8 +63,8 @@ def find_break(curve: Curve, counts: Floats) -> Break:
     >>> x = np.arange(6.0)
     >>> rise = np.maximum(x - 2.5, 0.0) * 4.0 + 0.1 * x
     >>> noise = 0.01 * np.sin(np.arange(60.0)).reshape(6, 10)
-    >>> found = find_break(Curve(x, rise[:, None] + noise, np.ones(10)), np.ones((1, 10)))
-    >>> found.existence.value, round(found.at, 1), found.low, found.high
+    >>> result = find_break(Curve(x, rise[:, None] + noise, np.ones(10)), np.ones((1, 10)))
+    >>> result.existence.value, round(result.at, 1), result.low, result.high
     ('found', 2.5, 2.0, 3.0)
     """
     if len(curve.settings) < 4:

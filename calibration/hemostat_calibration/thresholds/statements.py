@@ -18,17 +18,17 @@ class Verdict(StrEnum):
     UNDECIDED = "undecided"
 
 
-def breaks_within(found: Break, low: float, high: float) -> Verdict:
+def breaks_within(estimate: Break, low: float, high: float) -> Verdict:
     """Whether the break lies between `low` and `high`: its whole interval does, or none of it.
 
     >>> breaks_within(Break(Existence.FOUND, 0.45, 0.4, 0.5), 0.4, 0.6).value
     'confirmed'
     """
-    if found.existence is Existence.UNDECIDED:
+    if estimate.existence is Existence.UNDECIDED:
         return Verdict.UNDECIDED
-    if found.existence is Existence.NONE or found.high <= low or found.low >= high:
+    if estimate.existence is Existence.NONE or estimate.high <= low or estimate.low >= high:
         return Verdict.NOT_CONFIRMED
-    return Verdict.CONFIRMED if low <= found.low and found.high <= high else Verdict.UNDECIDED
+    return Verdict.CONFIRMED if low <= estimate.low and estimate.high <= high else Verdict.UNDECIDED
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,8 @@ class Difference:
 def difference(better: Curve, worse: Curve, alpha: float = ALPHA) -> Difference:
     """Each curve has one setting, on the same requests; only requests that both have scored count.
 
-    >>> one = np.array([0.0])
-    >>> better, worse = (Curve(one, np.array([x]), np.ones(3)) for x in ([0.1, 0.2, 0.3], [1.1, 1.2, 1.3]))
+    >>> setting = np.array([0.0])
+    >>> better, worse = (Curve(setting, np.array([x]), np.ones(3)) for x in ([0.1, 0.2, 0.3], [1.1, 1.2, 1.3]))
     >>> round(difference(better, worse).value, 6)
     1.0
     """
@@ -63,8 +63,8 @@ def always_better(pairs: Sequence[tuple[Curve, Curve]], looks: int = 1) -> Verdi
     (intersection–union test; Berger 1982). Not confirmed where the opposite is, for any of them, with Bonferroni's
     correction.
 
-    >>> one = np.array([0.0])
-    >>> better, worse = (Curve(one, np.array([x]), np.ones(3)) for x in ([0.1, 0.2, 0.3], [1.1, 1.2, 1.3]))
+    >>> setting = np.array([0.0])
+    >>> better, worse = (Curve(setting, np.array([x]), np.ones(3)) for x in ([0.1, 0.2, 0.3], [1.1, 1.2, 1.3]))
     >>> always_better([(better, worse)]).value
     'confirmed'
     """

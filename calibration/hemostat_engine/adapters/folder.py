@@ -95,16 +95,16 @@ class AdapterFolder:
 
     def _remove_stale(self) -> None:
         """Remove folders of this user whose processes have ended: their locks are free."""
-        for found in self._parent.glob(f"{PREFIX}*"):
+        for folder in self._parent.glob(f"{PREFIX}*"):
             try:
-                if found.is_symlink() or found.stat().st_uid != os.getuid():
+                if folder.is_symlink() or folder.stat().st_uid != os.getuid():
                     continue
-                lock = os.open(found / LOCK, os.O_RDWR)
+                lock = os.open(folder / LOCK, os.O_RDWR)
             except OSError:
                 continue
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(found, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
             except OSError:
                 pass
             finally:

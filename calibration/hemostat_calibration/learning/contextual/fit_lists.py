@@ -77,19 +77,19 @@ class ListFitter:
         some = evenly_spread(chosen, MAX_HELD_OUT)
         x = examples.inputs[:, :-1]
         step = linear_map(start)
-        map_, best, found = scaled(step, 0.0), -np.inf, list[LinearMap]()
+        map_, best, maps = scaled(step, 0.0), -np.inf, list[LinearMap]()
         for number in range(steps):
             tried = [_plus(map_, scaled(step, float(scale))) for scale in _STEP_SCALES]
-            gains = [float(examples.lists.gains(some, one.image(x[some]), np.ones(1)).mean()) for one in tried]
+            gains = [float(examples.lists.gains(some, trial.image(x[some]), np.ones(1)).mean()) for trial in tried]
             if max(gains) <= best:
                 break
             best, map_ = max(gains), tried[int(np.argmax(gains))]
-            found.append(map_)
+            maps.append(map_)
             progress((number + 1) / steps)
             left = moments_of_rows(examples.inputs[chosen], _towards(examples, chosen, map_), examples.weight[chosen])
             read = (regression.full_rank(left, start.penalty) @ start.up).T.astype(np.float32)
             step = replace(map_, linear=read[:, :-1], offset=read[:, -1])
-        return found
+        return maps
 
 
 def _towards(examples: ListExamples, chosen: Indices, map_: LinearMap | None) -> Singles:

@@ -35,8 +35,8 @@ class LinearMap:
 def linear_map(rank: LowRank) -> LinearMap:
     """The map that was found.
 
-    >>> found = LowRank(np.eye(2), np.array([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]]), penalty=0.0, gain=0.0, error=0.0)
-    >>> linear_map(found).image(np.array([[1.0, 2.0]], np.float32)).tolist()
+    >>> low_rank = LowRank(np.eye(2), np.array([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]]), penalty=0.0, gain=0.0, error=0.0)
+    >>> linear_map(low_rank).image(np.array([[1.0, 2.0]], np.float32)).tolist()
     [[1.5, 4.0]]
     """
     read = rank.read.astype(np.float32)
@@ -46,10 +46,10 @@ def linear_map(rank: LowRank) -> LinearMap:
 def for_features(map_: LinearMap, reads: Floats) -> LinearMap:
     """The map that computes from features x what `map_` computes from the inputs `reads` x̃ (`basis.Basis`).
 
-    >>> found = LowRank(np.eye(2), np.array([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]]), penalty=0.0, gain=0.0, error=0.0)
+    >>> low_rank = LowRank(np.eye(2), np.array([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]]), penalty=0.0, gain=0.0, error=0.0)
     >>> x = np.array([[1.0, 2.0]], np.float32)
     >>> reads = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
-    >>> for_features(linear_map(found), reads).image(x).tolist()
+    >>> for_features(linear_map(low_rank), reads).image(x).tolist()
     [[2.5, 4.0]]
     """
     by, constant = reads[:-1, :-1], reads[:-1, -1]
@@ -63,9 +63,9 @@ def for_features(map_: LinearMap, reads: Floats) -> LinearMap:
 def scaled(map_: LinearMap, scale: float) -> LinearMap:
     """`scale` times the map.
 
-    >>> found = LowRank(np.eye(2), np.array([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]]), penalty=0.0, gain=0.0, error=0.0)
+    >>> low_rank = LowRank(np.eye(2), np.array([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]]), penalty=0.0, gain=0.0, error=0.0)
     >>> x = np.array([[1.0, 2.0]], np.float32)
-    >>> scaled(linear_map(found), 0.5).image(x).tolist()
+    >>> scaled(linear_map(low_rank), 0.5).image(x).tolist()
     [[0.75, 2.0]]
     """
     by = np.float32(scale)
@@ -75,9 +75,9 @@ def scaled(map_: LinearMap, scale: float) -> LinearMap:
 def with_code(map_: LinearMap, transform: Floats) -> LinearMap:
     """The map with the code `transform` y in place of y, [r, r]; its `up` is no longer that of the code.
 
-    >>> found = LowRank(np.eye(2), np.array([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]]), penalty=0.0, gain=0.0, error=0.0)
+    >>> low_rank = LowRank(np.eye(2), np.array([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]]), penalty=0.0, gain=0.0, error=0.0)
     >>> x = np.array([[1.0, 2.0]], np.float32)
-    >>> with_code(linear_map(found), np.array([[0.0, 1.0], [1.0, 0.0]])).code(x).tolist()
+    >>> with_code(linear_map(low_rank), np.array([[0.0, 1.0], [1.0, 0.0]])).code(x).tolist()
     [[4.0, 1.5]]
     """
     return replace(
@@ -90,9 +90,9 @@ def with_code(map_: LinearMap, transform: Floats) -> LinearMap:
 def orthonormal(map_: LinearMap) -> LinearMap:
     """The same map with VᵀV = 1 (V its `up`), so that the length of the code y is that of the image.
 
-    >>> found = LowRank(np.eye(2), np.array([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]]), penalty=0.0, gain=0.0, error=0.0)
+    >>> low_rank = LowRank(np.eye(2), np.array([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]]), penalty=0.0, gain=0.0, error=0.0)
     >>> x = np.array([[1.0, 2.0]], np.float32)
-    >>> map_ = orthonormal(scaled(linear_map(found), 2.0))
+    >>> map_ = orthonormal(scaled(linear_map(low_rank), 2.0))
     >>> np.abs(map_.up.T @ map_.up).round(4).tolist(), map_.image(x).round(4).tolist()
     ([[1.0, 0.0], [0.0, 1.0]], [[3.0, 8.0]])
     """

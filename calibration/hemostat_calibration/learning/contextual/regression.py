@@ -88,8 +88,8 @@ def choose(folds: Sequence[Moments], ranks: Sequence[int], bases: Sequence[Float
     >>> x, t = np.column_stack([np.arange(8.0), np.ones(8)]), 2.0 * np.arange(8.0)[:, None] + 1.0
     >>> def moments(rows):
     ...     return Moments(x[rows].T @ x[rows], x[rows].T @ t[rows], float(len(x[rows])))
-    >>> found = choose([moments(slice(0, None, 2)), moments(slice(1, None, 2))], ranks=[1])
-    >>> found.coefficients.round(2).tolist()
+    >>> solution = choose([moments(slice(0, None, 2)), moments(slice(1, None, 2))], ranks=[1])
+    >>> solution.coefficients.round(2).tolist()
     [[2.0], [1.0]]
     """
     if min(fold.weight for fold in folds) <= 0.0:
@@ -122,7 +122,7 @@ def fitted(moments: Moments, penalties: Sequence[float], rank: int, base: Floats
     >>> x, t = np.column_stack([np.arange(8.0), np.ones(8)]), 2.0 * np.arange(8.0)[:, None] + 1.0
     >>> def moments(rows):
     ...     return Moments(x[rows].T @ x[rows], x[rows].T @ t[rows], float(len(x[rows])))
-    >>> [found.coefficients.round(2).tolist() for found in fitted(moments(slice(None)), [1e-6, 1.0], rank=1)]
+    >>> [solution.coefficients.round(2).tolist() for solution in fitted(moments(slice(None)), [1e-6, 1.0], rank=1)]
     [[[2.0], [1.0]], [[1.0], [0.5]]]
     """
     s = standardiser(moments)

@@ -112,7 +112,7 @@ def load(data: bytes, learner: ContextualLearner, about: str) -> dict[str, Conte
     if not isinstance(described, list) or not 1 <= len(described) <= MAX_STATES:
         raise InvalidArgumentError("what was learned describes no states")
     try:
-        return {str(one["name"]): _state(one, _Part(arrays, n), learner) for n, one in enumerate(described)}
+        return {str(entry["name"]): _state(entry, _Part(arrays, n), learner) for n, entry in enumerate(described)}
     except (ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
         raise InvalidArgumentError(f"what was learned is damaged: {str(error)[:100]}") from None
 
