@@ -284,10 +284,10 @@ def create_app(
     async def profile(version: str) -> dict[str, Any]:
         """One profile with its evidence; the first 8 digits of the version are enough."""
         profiles = backend.profiles
-        found = profiles.describe(profiles.resolve(version)) if VERSION_DIGITS.fullmatch(version) else None
-        if found is None:
+        description = profiles.describe(profiles.resolve(version)) if VERSION_DIGITS.fullmatch(version) else None
+        if description is None:
             raise HTTPException(404, "no such profile; GET /api/v1/profiles lists them")
-        return found
+        return description
 
     @app.post("/api/v1/profiles")
     async def import_profile(request: Request) -> dict[str, str]:

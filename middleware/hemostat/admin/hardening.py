@@ -95,7 +95,7 @@ def is_allowed_host(host: str, names: Collection[str]) -> bool:
     if match is None:
         return False
     name = (match[1] or match[2]).rstrip(".").lower()
-    if name == "localhost" or name in {one.lower() for one in names}:
+    if name == "localhost" or name in {allowed.lower() for allowed in names}:
         return True
     try:
         ipaddress.ip_address(name)
@@ -114,7 +114,7 @@ class Waiting:
     def add(self, connection: HeadTimeoutProtocol, address: str) -> None:
         """It begins to wait. May abort another one."""
         self._addresses.setdefault(connection, address)
-        own = [one for one, its in self._addresses.items() if its == address]
+        own = [connection for connection, its in self._addresses.items() if its == address]
         if len(own) > MAX_WAITING_PER_ADDRESS:
             own[0].transport.abort()
             self.remove(own[0])

@@ -101,12 +101,12 @@ class History:
         def event(decision: str, why: str) -> None:
             self._events.append({"at": status.at, "decision": decision, "why": why})
 
-        problems, were = ({p.alert: p.text for p in one.state.problems} for one in (status, before))
+        problems, were = ({p.alert: p.text for p in report.state.problems} for report in (status, before))
         for alert in problems.keys() - were.keys():
             event("problem", problems[alert])
         for alert in were.keys() - problems.keys():
             event("solved", were[alert])
-        models, earlier = ({name: m for m in one.models for name in m.names} for one in (status, before))
+        models, earlier = ({name: m for m in report.models for name in m.names} for report in (status, before))
         for name, model in models.items():
             known = earlier.get(name)
             if known is not None and (known.root, known.reference) != (model.root, model.reference):

@@ -157,17 +157,20 @@ class Problems:
     def look(self) -> DeploymentState:
         """The present state. Called about once a second: what relays count is compared with a minute ago."""
         now, wall = self._clock(), self._wall()
-        found = {one.alert: one for one in (*self._of_serving(now), *self._of_the_model(), *self._of_measuring(now))}
+        raised = {
+            problem.alert: problem
+            for problem in (*self._of_serving(now), *self._of_the_model(), *self._of_measuring(now))
+        }
         for alert, over in LOGGED.items():
-            if alert in found and alert not in self._since:
-                log.log(logging.ERROR if SEVERITIES[alert] == "critical" else logging.WARNING, "%s", found[alert].text)
-            elif alert in self._since and self._ownership.knows and not LOGGED.keys() & found.keys():
+            if alert in raised and alert not in self._since:
+                log.log(logging.ERROR if SEVERITIES[alert] == "critical" else logging.WARNING, "%s", raised[alert].text)
+            elif alert in self._since and self._ownership.knows and not LOGGED.keys() & raised.keys():
                 log.info("%s", over)
-        self._since = {alert: one.since or self._since.get(alert, wall) for alert, one in found.items()}
+        self._since = {alert: problem.since or self._since.get(alert, wall) for alert, problem in raised.items()}
         problems = [
-            Problem(alert, severity, self._since[alert], found[alert].text, f"runbook#{alert.lower()}")
+            Problem(alert, severity, self._since[alert], raised[alert].text, f"runbook#{alert.lower()}")
             for alert, severity in SEVERITIES.items()
-            if alert in found
+            if alert in raised
         ]
         return DeploymentState(problems[0].severity if problems else "ok", problems)
 
@@ -180,19 +183,21 @@ class Problems:
         failed = f"{100.0 * relays.failed_ratio:.0f} % of the requests of the last minute failed"
         if not self._link.relays:
             yield Found("HemostatNoRelays", "No relay process is connected: whether requests are served is not known")
-        engines = {name: one for name, one in self._upstreams.current().items() if name not in self._upstreams.drained}
-        down = {name: one for name, one in engines.items() if one.up < one.relays}
-        if engines and not any(one.up for one in engines.values()):
+        engines = {
+            name: engine for name, engine in self._upstreams.current().items() if name not in self._upstreams.drained
+        }
+        down = {name: engine for name, engine in engines.items() if engine.up < engine.relays}
+        if engines and not any(engine.up for engine in engines.values()):
             who = "vLLM does not answer" if len(engines) == 1 else f"None of the {len(engines)} engines answers"
             yield Found("HemostatUpstreamDown", f"{who}: {failed}" if relays.failed else who)
             return
         if relays.failed_ratio > MAX_FAILED_RATIO and relays.failed >= MIN_FAILED:
             yield Found("HemostatProxyErrors", f"{failed}, in vLLM or on the way to it")
         if down:
-            which = ", ".join(_down(name, one) for name, one in down.items())
+            which = ", ".join(_down(name, engine) for name, engine in down.items())
             verb = "gets" if len(down) == 1 else "get"
             yield Found("HemostatEngineEjected", f"{len(down)} of {len(engines)} engines {verb} no requests: {which}")
-        failing = {one.boot_id for one in self._engines.live(now) if one.counters.get("profiles_failed")}
+        failing = {engine.boot_id for engine in self._engines.live(now) if engine.counters.get("profiles_failed")}
         if failing:
             which = f"{len(failing)} of {self._engines.live_engines(now)} engines"
             text = f"A profile failed in {which}, and is off there until vLLM restarts: see vLLM's log"
@@ -201,10 +206,10 @@ class Problems:
     def _of_the_model(self) -> Iterator[Found]:
         raised = self._alarms.raised()
         for test, (alert, text) in ALARMS.items():
-            ours = [one for one in raised if one.test == test and one.raised is not None]
+            ours = [reading for reading in raised if reading.test == test and reading.raised is not None]
             if ours:
-                kinds = ", ".join(one.kind for one in ours if one.kind)
-                since = min(one.raised.since for one in ours if one.raised is not None)
+                kinds = ", ".join(reading.kind for reading in ours if reading.kind)
+                since = min(reading.raised.since for reading in ours if reading.raised is not None)
                 yield Found(alert, f"{text} in {kinds}" if kinds else text, since)
 
         if stated := list(self._canaries.statements()):

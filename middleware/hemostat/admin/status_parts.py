@@ -139,13 +139,13 @@ class ScoringParts:
         endings = self.pipeline.endings
         by_outcome = {}
         for outcome in (Outcome.SKIPPED, Outcome.DROPPED):
-            found: dict[str, int] = {}
+            by_reason: dict[str, int] = {}
             for (which, reason), value in totals.counters.get(names.SHADOW_REQUESTS, {}).items():
                 if which == outcome:
-                    found[reason] = found.get(reason, 0) + int(value)
+                    by_reason[reason] = by_reason.get(reason, 0) + int(value)
             for reason, count in endings.by_reason(outcome).items():
-                found[reason] = found.get(reason, 0) + count
-            by_outcome[outcome] = found
+                by_reason[reason] = by_reason.get(reason, 0) + count
+            by_outcome[outcome] = by_reason
         return RequestsStatus(
             shadowed=self.pipeline.received,
             scored=endings.scored_captures,

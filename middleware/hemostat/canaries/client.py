@@ -79,13 +79,13 @@ class CanaryClient:
         InvalidArgumentError where the prompts make no set.
         """
         origin = await self.origin(prompts=prompts.digest, weights=weights, engine=engine)
-        texts = [await self._server.tokenize(self.model, one.prompt, special=True) for one in prompts.prompts]
+        texts = [await self._server.tokenize(self.model, prompt.prompt, special=True) for prompt in prompts.prompts]
         texts = cut_to_fit(texts, MAX_TOKENS - len(texts) * (ANSWER_TOKENS + 1), origin.max_model_len)
         # Before 50 answers are generated for nothing: does it score at all?
         await self._score(Canary("", _ids(texts[0]), _ids(texts[0][-1:])))
         canaries = [
-            Canary(one.kind, _ids(text), _ids(await self._answer(text, sampled=number % 2 == 1, seed=number)))
-            for number, (one, text) in enumerate(zip(prompts.prompts, texts, strict=True))
+            Canary(prompt.kind, _ids(text), _ids(await self._answer(text, sampled=number % 2 == 1, seed=number)))
+            for number, (prompt, text) in enumerate(zip(prompts.prompts, texts, strict=True))
         ]
         require_sequences(canaries)
         return await self.baseline(canaries, origin)
@@ -98,25 +98,25 @@ class CanaryClient:
 
     async def replay(self, canaries: Sequence[Canary]) -> Floats:
         """Log-probabilities of all scored tokens, float64 [N], one sequence after the other."""
-        return np.concatenate([await self._score(one) for one in canaries])
+        return np.concatenate([await self._score(canary) for canary in canaries])
 
     async def compare(self, taken: CanarySet, tolerance: float) -> Comparison:
         """Now against then: of the second replay, where the first one says that the engine has changed."""
-        found = taken.compare(await self.replay(taken.canaries), tolerance)
-        return taken.compare(await self.replay(taken.canaries), tolerance) if found.changed else found
+        comparison = taken.compare(await self.replay(taken.canaries), tolerance)
+        return taken.compare(await self.replay(taken.canaries), tolerance) if comparison.changed else comparison
 
     async def _replay_beside(self, canaries: Sequence[Canary], at_once: int) -> Floats:
         """The same with so many at once."""
-        found: list[Floats] = []
+        values: list[Floats] = []
         for begin in range(0, len(canaries), at_once):
-            group = [asyncio.create_task(self._score(one)) for one in canaries[begin : begin + at_once]]
+            group = [asyncio.create_task(self._score(canary)) for canary in canaries[begin : begin + at_once]]
             try:
-                found += await asyncio.gather(*group)
+                values += await asyncio.gather(*group)
             finally:
                 for task in group:
                     task.cancel()
                 await asyncio.gather(*group, return_exceptions=True)
-        return np.concatenate(found)
+        return np.concatenate(values)
 
     async def _score(self, canary: Canary) -> Floats:
         await self._gate(canary.tokens)
@@ -146,27 +146,27 @@ class CanaryClient:
         }
         await self._gate(len(ids) + ANSWER_TOKENS)
         answer = await self._server.post("/v1/completions", body, _Completion)
-        found = answer.choices[0].token_ids if answer.choices else None
-        if not found:
+        token_ids = answer.choices[0].token_ids if answer.choices else None
+        if not token_ids:
             raise ReferenceFailure(
                 FailureReason.SHORT_ANSWER, f"{self._server.url} sent no token_ids; a newer vLLM does"
             )
-        return found
+        return token_ids
 
 
 def cut_to_fit(prompts: Sequence[Sequence[int]], tokens: int, max_model_len: int = 0) -> list[list[int]]:
     """The prompts, of which the longest are cut to one length, so that all together have at most `tokens`, and each
     one leaves room for its answer. max_model_len: 0 where it is not known.
 
-    >>> [len(one) for one in cut_to_fit([[1] * 3, [2] * 50, [3] * 90], 63)]
+    >>> [len(prompt) for prompt in cut_to_fit([[1] * 3, [2] * 50, [3] * 90], 63)]
     [3, 30, 30]
     """
     limit = min(max(map(len, prompts), default=0), max(tokens, 1))
     if max_model_len:
         limit = min(limit, max_model_len - ANSWER_TOKENS - 1)
-    while limit > 1 and sum(min(len(one), limit) for one in prompts) > tokens:
+    while limit > 1 and sum(min(len(prompt), limit) for prompt in prompts) > tokens:
         limit -= 1
-    return [list(one)[: max(limit, 1)] for one in prompts]
+    return [list(prompt)[: max(limit, 1)] for prompt in prompts]
 
 
 def _ids(tokens: Sequence[int]) -> Ids:

@@ -39,13 +39,13 @@ class Reading:
     reference: tuple[float, float] | None = None
     """Distance from the reference, nats: then, now."""
 
-    def judge(self, against: str, found: Comparison, numbers: Collection[int], now: float) -> None:
+    def judge(self, against: str, comparison: Comparison, numbers: Collection[int], now: float) -> None:
         """One comparison. numbers: of the replays that are part of it.
 
         The first one that is too far is a suspicion; the first one of replays that are all later is a statement.
         """
-        self.found[against] = found
-        if not found.changed:
+        self.found[against] = comparison
+        if not comparison.changed:
             self.suspected.pop(against, None)
             self.since.pop(against, None)
         elif min(numbers) > self.suspected.setdefault(against, max(numbers)):

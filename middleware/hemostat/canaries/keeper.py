@@ -166,7 +166,7 @@ class Canaries:
     def _weights(self, name: str) -> str:
         boot = self._boot(name)
         live = self._registry.live(self._clock()) if boot else []
-        return next((one.weights for one in live if one.boot_id == boot), "")
+        return next((report.weights for report in live if report.boot_id == boot), "")
 
     async def _drop(self, name: str) -> None:
         engine = self._engines.pop(name)
@@ -220,7 +220,9 @@ class Canaries:
         if base.origin.prompts != self._prompts.digest:
             return "canaries.file has other prompts"
         drained = self._upstreams.drained
-        served = {_served(one.canaries.now) for name, one in self._engines.items() if one.up and name not in drained}
+        served = {
+            _served(engine.canaries.now) for name, engine in self._engines.items() if engine.up and name not in drained
+        }
         if len(served) != 1 or served == {_served(base.origin)} or served == {_served(Origin(""))}:
             return ""
         return "{} from {} is served".format(*served.pop())
@@ -245,9 +247,9 @@ class Canaries:
         self._reference_at = now
         scored = []
         try:
-            for one in base.canaries:
-                ids = np.array(one.ids, np.int32)
-                request = ScoreRequest(ids[:1], ids[1:], np.full((one.scored, 1), -1, np.int32))
+            for canary in base.canaries:
+                ids = np.array(canary.ids, np.int32)
+                request = ScoreRequest(ids[:1], ids[1:], np.full((canary.scored, 1), -1, np.int32))
                 scored.append((await pair.scorer.score(request)).emitted)
         except ReferenceFailure as failure:
             log.warning("canaries: the reference did not score them, and is asked again in an hour: %s", failure)
@@ -262,7 +264,7 @@ class Canaries:
             return False
         if taken is None:
             sequences = shortest(base.canaries)
-            needed = REPLAYS * sum(one.tokens for one in sequences)
+            needed = REPLAYS * sum(canary.tokens for canary in sequences)
             if needed > BUDGET_TOKENS - base.tokens:
                 log.warning("canaries: %s is not asked: %d tokens of its baseline exceed the budget", model, needed)
                 reading.due = np.inf
@@ -292,33 +294,33 @@ class Canaries:
         """After a replay there: against then, and all engines that serve the same against each other."""
         tolerance, now = self._settings.tolerance_nats, self._wall()
         reading, alike = canaries.readings[model], self._alike(canaries, model)
-        before = {name: dict(one.since) for name, one in alike.items()}
-        values = {name: one.values for name, one in alike.items() if one.values is not None}
+        before = {name: dict(reading.since) for name, reading in alike.items()}
+        values = {name: reading.values for name, reading in alike.items() if reading.values is not None}
         reading.judge(BASELINE, taken.compare(values[canaries.name], tolerance), [reading.number], now)
-        numbers = [one.number for one in alike.values()]
-        for name, found in taken.compare_engines(values, tolerance).items():
-            alike[name].judge(ENGINES, found, numbers, now)
+        numbers = [reading.number for reading in alike.values()]
+        for name, comparison in taken.compare_engines(values, tolerance).items():
+            alike[name].judge(ENGINES, comparison, numbers, now)
         self._outcomes[EXCEEDED if reading.suspected else EQUAL] += 1
-        awaited = max((one.awaited.get(ENGINES, 0) for one in alike.values()), default=0)
-        for name, one in alike.items():
-            if one.number <= max(awaited, one.awaited.get(BASELINE, 0)):
-                one.due = 0.0
+        awaited = max((reading.awaited.get(ENGINES, 0) for reading in alike.values()), default=0)
+        for name, current in alike.items():
+            if current.number <= max(awaited, current.awaited.get(BASELINE, 0)):
+                current.due = 0.0
             elif name == canaries.name:
-                one.due = self._clock() + HOUR_SECONDS
-            if one.since.keys() != before[name].keys():
-                text = statement(name, model, one, taken.origin, self._engines[name].canaries.now)
-                self._record(text or f"{name} ({model}) is as it was by the canaries", self._figures(one))
+                current.due = self._clock() + HOUR_SECONDS
+            if current.since.keys() != before[name].keys():
+                text = statement(name, model, current, taken.origin, self._engines[name].canaries.now)
+                self._record(text or f"{name} ({model}) is as it was by the canaries", self._figures(current))
 
     def _alike(self, canaries: EngineCanaries, model: str) -> dict[str, Reading]:
         """By engine, the readings of those that serve the same, this one and those of the last hours."""
-        found = {}
+        readings = {}
         for name, other in self._engines.items():
             reading = other.canaries.readings.get(model)
             if reading is None or reading.values is None or _served(other.canaries.now) != _served(canaries.now):
                 continue
             if self._wall() - reading.at < RECENT_SECONDS:
-                found[name] = reading
-        return found
+                readings[name] = reading
+        return readings
 
     def _record(self, why: str, evidence: dict[str, Any]) -> None:
         log.warning("%s", why)
@@ -360,7 +362,9 @@ class Canaries:
                 "sequences": len(base.canaries),
                 "tokens": base.tokens,
             },
-            "failures": {name: one.canaries.failure for name, one in self._engines.items() if one.canaries.failure},
+            "failures": {
+                name: engine.canaries.failure for name, engine in self._engines.items() if engine.canaries.failure
+            },
             "engines": [
                 {
                     "engine": canaries.name,
@@ -377,8 +381,13 @@ class Canaries:
 
     def _figures(self, reading: Reading) -> dict[str, Any]:
         figures = {
-            against: {"votes": one.votes, "needed": one.needed, "sequences": len(one.bounds), "distance_nats": one.nats}
-            for against, one in reading.found.items()
+            against: {
+                "votes": comparison.votes,
+                "needed": comparison.needed,
+                "sequences": len(comparison.bounds),
+                "distance_nats": comparison.nats,
+            }
+            for against, comparison in reading.found.items()
         }
         return {**figures, "reference_nats": reading.reference}
 
@@ -386,9 +395,9 @@ class Canaries:
         for outcome, count in self._outcomes.items():
             yield Sample(names.CANARY_REPLAYS, (outcome,), count)
         for canaries, model, reading in self._all():
-            for against, one in reading.found.items():
+            for against, comparison in reading.found.items():
                 labels = (canaries.name, model, against)
-                yield Sample(names.CANARY_DISTANCE_NATS, labels, one.nats)
+                yield Sample(names.CANARY_DISTANCE_NATS, labels, comparison.nats)
                 yield Sample(names.CANARY_CHANGED, labels, float(against in reading.since))
 
 

@@ -97,8 +97,8 @@ def _replay(options: argparse.Namespace) -> int:
         async with _client(options.server, taken.origin.model) as client:
             return await client.compare(taken, options.tolerance), await client.origin()
 
-    found, now = _run(replay())
-    return _say(found, taken.origin, now)
+    comparison, now = _run(replay())
+    return _say(comparison, taken.origin, now)
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -107,8 +107,8 @@ def _compare(options: argparse.Namespace) -> int:
         async with _client(options.other, None) as client:
             return taken, await client.compare(taken, options.tolerance), await client.origin()
 
-    taken, found, now = _run(compare())
-    return _say(found, taken.origin, now)
+    taken, comparison, now = _run(compare())
+    return _say(comparison, taken.origin, now)
 
 
 def _say(comparison: Comparison, then: Origin, now: Origin) -> int:

@@ -259,7 +259,7 @@ def _texts(options: CompressOptions, folder: Path, reporter: Reporter) -> list[T
     vocab_size = int(source.skeleton.model.get_output_embeddings().weight.shape[0])
     limit = max_positions(source.checkpoint.config)
     if options.records is not None:
-        found = read_records(options.records, vocab_size)
+        texts = read_records(options.records, vocab_size)
     else:
         key = {
             "hemostat": __version__,
@@ -273,8 +273,8 @@ def _texts(options: CompressOptions, folder: Path, reporter: Reporter) -> list[T
             options.source, "SOURCE", vocab_size, options.device, options.max_new_tokens, options.seed, limit
         )
         with WorkFolder(folder, key, "compress") as work:
-            found = writer.texts(prompts, work, reporter)
-    learn = split(within_positions(found, limit, reporter), 0.0, options.tokens, 0).learn
+            texts = writer.texts(prompts, work, reporter)
+    learn = split(within_positions(texts, limit, reporter), 0.0, options.tokens, 0).learn
     reporter.log(f"calibrating on {sum(map(len, learn))} tokens of {len(learn)} texts")
     return learn
 

@@ -42,12 +42,12 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def problems(found: Sequence[dict[str, Any]]) -> list[str]:
+def problems(reported: Sequence[dict[str, Any]]) -> list[str]:
     """One line for each problem of the status block `state`, worst first."""
     return [
-        f"{one['severity']}: {one['text']} (since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(one['since']))}; "
-        f"{one['alert']} in the runbook)"
-        for one in found
+        f"{row['severity']}: {row['text']} (since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(row['since']))}; "
+        f"{row['alert']} in the runbook)"
+        for row in reported
     ]
 
 

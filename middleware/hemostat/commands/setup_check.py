@@ -135,13 +135,13 @@ async def _control_processes(settings: Settings) -> Finding:
     what, fix = "control processes", "start hemostat control there, or correct control.*: the same token on both sides"
     addresses = ControlAddresses.from_json(relay_config(settings, 0, Path(), Role.RELAY)["control"])
     try:
-        found, failures = await ControlLink(addresses, 0, lambda _: None, _no_stats).probe()
+        states, failures = await ControlLink(addresses, 0, lambda _: None, _no_stats).probe()
     except OSError as error:
         return Finding(what, State.NO, f"control.ca: {error}", "name the authority's PEM file")
-    detail = "; ".join([f"{address}: {why or 'active'}" for address, why in found.items()] + failures)
-    if "" not in found.values():
+    detail = "; ".join([f"{address}: {why or 'active'}" for address, why in states.items()] + failures)
+    if "" not in states.values():
         return Finding(what, State.NO, detail, fix)
-    if failures or not {"", NOT_ACTIVE.why}.issuperset(found.values()):
+    if failures or not {"", NOT_ACTIVE.why}.issuperset(states.values()):
         return Finding(what, State.NOTE, detail, fix)
     return Finding(what, State.OK, detail)
 

@@ -123,7 +123,7 @@ class Calibrated:
                 own = inputs[name if guide else wanted[0]]
                 hessian = own.total
                 measured = [hessian, fisher[name]] if name in fisher else [hessian]
-                if not all(bool(one.isfinite().all()) for one in measured):
+                if not all(bool(tensor.isfinite().all()) for tensor in measured):
                     raise CompressError(
                         f"layer {name}: its inputs on the texts, or its gradients, are not finite: SOURCE is damaged; "
                         "copy it again"

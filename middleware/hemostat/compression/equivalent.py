@@ -61,19 +61,19 @@ FindScale = Callable[[Mapping[str, torch.Tensor], SiteInputs, Mapping[str, Weigh
 def sites(layer: LayerData) -> list[Site]:
     """Where scales can be moved, by the names that decoder models of transformers share."""
     modules = [f"{layer.name}.{name}" for name, _ in layer.run.skeleton.layers[layer.name].named_modules() if name]
-    found = []
+    result = []
     for module in modules:
         after = tuple(name for name in consumers(module, modules) if name in layer.linears)
         if after:
-            found.append(Site(module, after, True))
+            result.append(Site(module, after, True))
     for before, after_kind in _BETWEEN:
         for name in layer.linears:
             other = name.removesuffix(before) + after_kind
             if not name.endswith(f".{before}") or other not in layer.linears:
                 continue
             if layer.linears[name].out_features == layer.linears[other].in_features:  # not with grouped heads
-                found.append(Site(name, (other,), False))
-    return found
+                result.append(Site(name, (other,), False))
+    return result
 
 
 def scale_layer(layer: LayerData, formats: Mapping[str, WeightFormat], find: FindScale) -> dict[str, torch.Tensor]:
@@ -172,9 +172,9 @@ def _best(candidates: Sequence[torch.Tensor], loss: Callable[[torch.Tensor | Non
     best: torch.Tensor | None = None
     least = loss(None)
     for scale in candidates:
-        found = loss(scale)
-        if found < least:
-            best, least = scale, found
+        value = loss(scale)
+        if value < least:
+            best, least = scale, value
     return best
 
 
@@ -205,7 +205,7 @@ def _inputs(layer: LayerData, name: str) -> SiteInputs:
     each = -(-SAMPLE_ROWS // len(layer.run.texts_walk.batches))
 
     @contextmanager
-    def around(batch: Batch) -> Iterator[None]:
+    def measuring(batch: Batch) -> Iterator[None]:
         def see(module: Any, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
             given = valid_rows(arguments[0], batch.valid)
             moments.add(name, given, None)
@@ -218,5 +218,5 @@ def _inputs(layer: LayerData, name: str) -> SiteInputs:
         finally:
             handle.remove()
 
-    layer.forward(around)
+    layer.forward(measuring)
     return SiteInputs(moments.totals[name], torch.stack(largest).amax(0), torch.cat(rows))

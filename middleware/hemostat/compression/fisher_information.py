@@ -54,8 +54,8 @@ def observed(skeleton: Skeleton, layer: str, totals: Totals, batch: Batch) -> It
             def see_gradient(gradient: torch.Tensor) -> None:
                 rows = valid_rows(gradient, batch.valid)
                 for x, g in zip(inputs.split(GRAM_ROWS), rows.split(GRAM_ROWS), strict=True):
-                    found = g.float().square().T @ x.float().square()
-                    totals[name] = totals[name] + found if name in totals else found
+                    products = g.float().square().T @ x.float().square()
+                    totals[name] = totals[name] + products if name in totals else products
 
             if output.requires_grad:
                 output.register_hook(see_gradient)

@@ -68,10 +68,10 @@ class Source:
 
     def parameter(self, name: str) -> torch.Tensor:
         """By its name. CompressError where it is not finite: no method could make a useful layer of it."""
-        found = weights_of(self.checkpoint)(name)
-        if not bool(found.isfinite().all()):
+        weight = weights_of(self.checkpoint)(name)
+        if not bool(weight.isfinite().all()):
             raise CompressError(f"{name} holds values that are not finite: SOURCE is damaged; copy it again")
-        return found
+        return weight
 
     def heads(self) -> list[str]:
         """Names of the output embeddings."""
@@ -136,8 +136,8 @@ class LayerData:
 
     def parameter(self, name: str) -> torch.Tensor:
         """As it is loaded: in the source's dtype."""
-        found: torch.Tensor = self.run.skeleton.model.get_parameter(name).detach()
-        return found
+        weight: torch.Tensor = self.run.skeleton.model.get_parameter(name).detach()
+        return weight
 
     def weight(self, name: str) -> torch.Tensor:
         """A float32 copy [outputs, inputs] of the weight of the linear layer `name`."""
@@ -147,11 +147,11 @@ class LayerData:
         """For this layer, while it is loaded: later calls of `forward` see it."""
         self.run.skeleton.load([name], lambda _: value)
 
-    def forward(self, around: Around | None = None) -> list[torch.Tensor]:
-        """The layer's outputs for the texts, by batch; `around` each batch, such as hooks."""
+    def forward(self, context: Around | None = None) -> list[torch.Tensor]:
+        """The layer's outputs for the texts, by batch; `context` around each batch, such as hooks."""
         if self._hidden is None:
             raise CompressError(NEEDS_TEXTS)
-        return self.run.texts_walk.forward(self.index, self._hidden, around)
+        return self.run.texts_walk.forward(self.index, self._hidden, context)
 
     def first_outputs(self) -> torch.Tensor:
         """The layer's outputs for the first batch."""
@@ -225,18 +225,18 @@ def compress_layers(run: Run, method: Method) -> Compressed:
     """Every decoder layer, in order. Raises HemostatError; what is finished then is in `run.parts`."""
     skeleton = run.skeleton
     method.prepare(run)
-    found = Compressed(run.source, run.parts)
+    result = Compressed(run.source, run.parts)
     count = len(skeleton.layers)
     for index, name in enumerate(skeleton.layers):
         kept = run.parts.get(_layer(index))
         if kept is None:
             kept = _compress_layer(run, method, index, last=index + 1 == count)
             run.parts.put(_layer(index), kept)
-        found.formats |= _formats(kept)
-        found.reports[name] = json_value(kept[_REPORT])
+        result.formats |= _formats(kept)
+        result.reports[name] = json_value(kept[_REPORT])
         run.parts.drop(_hidden(index))
         run.progress(STAGE, index + 1, count)
-    return found
+    return result
 
 
 def _compress_layer(run: Run, method: Method, index: int, last: bool) -> dict[str, torch.Tensor]:

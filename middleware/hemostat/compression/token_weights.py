@@ -80,7 +80,7 @@ def weighted_moments(layer: LayerData, names: Sequence[str], guide: Weights) -> 
     numbers = {id(batch): number for number, batch in enumerate(batches)}
 
     @contextmanager
-    def around(batch: Batch) -> Iterator[None]:
+    def measuring(batch: Batch) -> Iterator[None]:
         handles = [
             layer.linears[name].register_forward_hook(
                 partial(_add, moments, name, batch, guide[name][numbers[id(batch)]] if name in guide else None)
@@ -93,7 +93,7 @@ def weighted_moments(layer: LayerData, names: Sequence[str], guide: Weights) -> 
             for handle in handles:
                 handle.remove()
 
-    layer.forward(around)
+    layer.forward(measuring)
     return moments
 
 
@@ -110,7 +110,7 @@ def _add(
 
 
 @contextmanager
-def _seen(run: Run, layer: str, found: dict[str, list[torch.Tensor]], batch: Batch) -> Iterator[None]:
+def _seen(run: Run, layer: str, gradients: dict[str, list[torch.Tensor]], batch: Batch) -> Iterator[None]:
     handles = []
     for name, module in run.skeleton.linears_of(layer).items():
         if is_expert(name):
@@ -118,7 +118,7 @@ def _seen(run: Run, layer: str, found: dict[str, list[torch.Tensor]], batch: Bat
 
         def hook(_: Any, __: tuple[Any, ...], output: torch.Tensor, name: str = name) -> None:
             output.register_hook(
-                lambda gradient: found.setdefault(name, []).append(
+                lambda gradient: gradients.setdefault(name, []).append(
                     valid_rows(gradient, batch.valid).float().square().mean(-1).cpu()
                 )
             )

@@ -498,10 +498,10 @@ class Settings(Section):
             raise ValueError("reference.models: has no effect with reference.backend: none; set vllm or transformers")
         if reference.model is not None:
             raise ValueError("reference.model: does not go with reference.models; name the first model there too")
-        for name, one in models.items():
-            if one.url is not None and reference.backend != "vllm":
+        for name, model in models.items():
+            if model.url is not None and reference.backend != "vllm":
                 raise ValueError(f"reference.models.{name}.url: only with reference.backend: vllm; leave it out")
-            if one.folder is not None and reference.backend != "vllm":
+            if model.folder is not None and reference.backend != "vllm":
                 raise ValueError(f"reference.models.{name}.folder: only with reference.backend: vllm; leave it out")
         if wanted is not None and wanted not in models:
             raise ValueError(
@@ -521,13 +521,13 @@ class Settings(Section):
 
 def _lacks_url(models: Mapping[str, ModelReference]) -> str:
     """The first name whose reference has no address of its own; "" when all have one."""
-    return next((name for name, one in models.items() if one.url is None), "")
+    return next((name for name, model in models.items() if model.url is None), "")
 
 
 def _with_secrets(value: object) -> Any:
     match value:
         case dict():
-            return {name: _with_secrets(one) for name, one in value.items()}
+            return {name: _with_secrets(item) for name, item in value.items()}
         case BaseModel():
             return {name: _with_secrets(getattr(value, name)) for name in type(value).model_fields}
         case SecretStr():

@@ -14,7 +14,7 @@ Key = tuple[str | int, ...]
 
 def dotted_key(key: Sequence[str | int]) -> str:
     """The key as it is written in messages and flags: `shadow.rate`."""
-    return ".".join(shown_address(part) if "@" in (part := str(one)) else part for one in key)
+    return ".".join(shown_address(part) if "@" in (part := str(element)) else part for element in key)
 
 
 def short_repr(value: object) -> str:

@@ -278,8 +278,8 @@ def _load(name: str, model: str, device: str, options: DoctorOptions) -> tuple[S
         with quiet():
             config = AutoConfig.from_pretrained(model)
             check_causal(config)
-            found = quantization_of(Path(model), config.to_dict())
-            quantized = None if found is None else found[0]
+            described = quantization_of(Path(model), config.to_dict())
+            quantized = None if described is None else described[0]
             if quantized and quantized.get("quant_method") == "compressed-tensors":
                 packages.require("adapters")
             tokenizer = AutoTokenizer.from_pretrained(model)
@@ -309,14 +309,17 @@ def _loads(quantization: dict[str, Any]) -> bool:
     compressed-tensors symmetric integers and E4M3 (5.24 does not load packed zero points, 5.19 does)."""
     weights = [group.get("weights") or {} for group in (quantization.get("config_groups") or {}).values()]
     return quantization.get("quant_method") == "compressed-tensors" and all(
-        one.get("symmetric") is not False and (one.get("type"), one.get("num_bits")) != ("float", 4) for one in weights
+        scheme.get("symmetric") is not False and (scheme.get("type"), scheme.get("num_bits")) != ("float", 4)
+        for scheme in weights
     )
 
 
 def _load_by_transformers(model: str, dtype: str) -> Any:
     """UnsupportedModelError where a tensor is missing: transformers would use random weights in its place."""
     named = dtype if dtype == "auto" else getattr(torch, dtype)
-    loaded, found = AutoModelForCausalLM.from_pretrained(model, dtype=named, output_loading_info=True)
-    if found["missing_keys"]:
-        raise UnsupportedModelError(f"there is no tensor {min(found['missing_keys'])}; copy the checkpoint again")
+    loaded, loading_info = AutoModelForCausalLM.from_pretrained(model, dtype=named, output_loading_info=True)
+    if loading_info["missing_keys"]:
+        raise UnsupportedModelError(
+            f"there is no tensor {min(loading_info['missing_keys'])}; copy the checkpoint again"
+        )
     return loaded

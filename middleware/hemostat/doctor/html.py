@@ -48,7 +48,7 @@ def render(report: Row) -> str:
     return environment.get_template(PAGE).render(
         title=title(report),
         version=report["hemostat"],
-        sections=[environment.get_template(one.template).render(one.values) for one in sections],
+        sections=[environment.get_template(section.template).render(section.values) for section in sections],
     )
 
 

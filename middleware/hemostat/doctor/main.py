@@ -189,7 +189,7 @@ def _layers(
     from hemostat.doctor.kl_meter import Text, choose  # noqa: PLC0415
 
     assert isinstance(pair, CheckpointPair)
-    texts = choose([Text(jobs[one.index].prompt, one.output) for one in scored], options.layer_tokens)
+    texts = choose([Text(jobs[text.index].prompt, text.output) for text in scored], options.layer_tokens)
     try:
         layers = layer_report(pair, texts, work, lambda done, total: reporter.step(LAYER_STAGE, done, total))
         return {"layers": layers, "outliers": outlier_report(pair, texts), "routing": routing_report(pair, texts)}
@@ -208,7 +208,7 @@ def _prescription(
     from hemostat.doctor.prescription.report import prescription_report  # noqa: PLC0415
 
     assert isinstance(pair, CheckpointPair)
-    texts = [Text(jobs[one.index].prompt, one.output) for one in scored]
+    texts = [Text(jobs[text.index].prompt, text.output) for text in scored]
     return prescription_report(
         pair, texts, options, work, lambda done, total: reporter.step(PRESCRIPTION_STAGE, done, total)
     )
@@ -219,7 +219,7 @@ def _assemble(
     options: DoctorOptions,
 ) -> dict[str, Any]:  # fmt: skip
     """inside: `layers`, `outliers`, `prescription`."""
-    texts = pair.texts(sorted({int(token) for one in scored for token in one.output}))
+    texts = pair.texts(sorted({int(token) for text in scored for token in text.output}))
     classes = classify_all(texts, pair.special())
     report = {
         "schema": SCHEMA,
@@ -258,7 +258,7 @@ def _add_text(
     report: dict[str, Any], prompts: Sequence[Prompt], scored: Sequence[Scored], texts: Mapping[int, str]
 ) -> None:
     """For `--show-text`: `text`, and the text before a worst token."""
-    outputs = {one.index: one.output.tolist() for one in scored}
+    outputs = {text.index: text.output.tolist() for text in scored}
     for row in report["worst_tokens"]:
         before = outputs[row["prompt"]][max(0, row["position"] - 12) : row["position"]]
         row["text"] = texts[row["token_id"]]

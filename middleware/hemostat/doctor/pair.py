@@ -147,11 +147,11 @@ def pack(scored: Sequence[Scored]) -> bytes:
     return msgspec.msgpack.encode(
         [
             _Stored(
-                one.index,
-                one.output.astype("<i4").tobytes(),
-                {name: values.astype("<f8").tobytes() for name, values in one.figures.items()},
+                text.index,
+                text.output.astype("<i4").tobytes(),
+                {name: values.astype("<f8").tobytes() for name, values in text.figures.items()},
             )
-            for one in scored
+            for text in scored
         ]
     )
 
@@ -159,11 +159,11 @@ def pack(scored: Sequence[Scored]) -> bytes:
 def unpack(data: bytes) -> list[Scored]:
     return [
         Scored(
-            one.index,
-            np.frombuffer(one.output, "<i4").astype(np.int32),
-            {name: np.frombuffer(values, "<f8").astype(np.float64) for name, values in one.figures.items()},
+            text.index,
+            np.frombuffer(text.output, "<i4").astype(np.int32),
+            {name: np.frombuffer(values, "<f8").astype(np.float64) for name, values in text.figures.items()},
         )
-        for one in msgspec.msgpack.decode(data, type=list[_Stored])
+        for text in msgspec.msgpack.decode(data, type=list[_Stored])
     ]
 
 

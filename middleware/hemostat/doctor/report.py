@@ -58,14 +58,14 @@ class Tokens:
 
     @classmethod
     def of(cls, scored: Sequence[Scored]) -> Tokens:
-        lengths = [len(one.output) for one in scored]
+        lengths = [len(text.output) for text in scored]
         names = scored[0].figures.keys()
         return cls(
             sample=Sample(np.repeat(np.arange(len(scored)), lengths), len(scored)),
-            figures={name: np.concatenate([one.figures[name] for one in scored]) for name in names},
-            ids=np.concatenate([one.output for one in scored]).astype(np.int64),
+            figures={name: np.concatenate([text.figures[name] for text in scored]) for name in names},
+            ids=np.concatenate([text.output for text in scored]).astype(np.int64),
             position=np.concatenate([np.arange(length) for length in lengths]),
-            index=np.repeat([one.index for one in scored], lengths),
+            index=np.repeat([text.index for text in scored], lengths),
         )
 
 
@@ -87,12 +87,12 @@ def tables(
     entropy = np.digitize(figures["entropy_c"], ENTROPY_EDGES[1:-1])
     kind = np.array([CLASSES.index(classes[token]) for token in tokens.ids.tolist()])
     doubling = np.where(tokens.position == 0, 0, np.floor(np.log2(np.maximum(tokens.position, 1))).astype(int) + 1)
-    forms = [f"{'chat' if prompts[one.index].chat else 'plain text'}, {texts[one.index]}" for one in scored]
+    forms = [f"{'chat' if prompts[text.index].chat else 'plain text'}, {texts[text.index]}" for text in scored]
     form_names = sorted(set(forms))
-    form = np.repeat([form_names.index(name) for name in forms], [len(one.output) for one in scored])
+    form = np.repeat([form_names.index(name) for name in forms], [len(text.output) for text in scored])
     length = np.repeat(
-        np.digitize([prompts[one.index].tokens for one in scored], PROMPT_LENGTH_EDGES[1:]),
-        [len(one.output) for one in scored],
+        np.digitize([prompts[text.index].tokens for text in scored], PROMPT_LENGTH_EDGES[1:]),
+        [len(text.output) for text in scored],
     )
     return {
         "requests": len(scored),
@@ -297,16 +297,16 @@ def _trajectory(scored: Sequence[Scored], texts: Mapping[int, Decoding]) -> list
     whole = UPPER not in "".join(scored[0].figures)
     # An upper bound of TV gives a lower bound of survival.
     for of, name in (("exact", "tv"),) if whole else (("at least", "tv" + UPPER), ("at most", "tv")):
-        curves.append(_curve("coupled, from TV", of, [1.0 - one.figures[name] for one in scored]))
-    sampled = [one.figures for one in scored if texts[one.index] == "sampled"]
+        curves.append(_curve("coupled, from TV", of, [1.0 - text.figures[name] for text in scored]))
+    sampled = [text.figures for text in scored if texts[text.index] == "sampled"]
     if sampled:
         ratios = [np.exp(np.minimum(figures["logp_r"] - figures["logp_c"], 0.0)) for figures in sampled]
         curves.append(_curve("coupled, from the sampled tokens", "exact", ratios))
-    greedy = [one.figures["same_top"] for one in scored if texts[one.index] == "greedy"]
+    greedy = [text.figures["same_top"] for text in scored if texts[text.index] == "greedy"]
     if greedy:
         curves.append(_curve("greedy", "exact", greedy))
     if len(greedy) < len(scored):
-        others = [one.figures["same_top"] for one in scored if texts[one.index] != "greedy"]
+        others = [text.figures["same_top"] for text in scored if texts[text.index] != "greedy"]
         curves.append(_curve("greedy, from same top p", "estimate", others))
     return curves
 
@@ -352,7 +352,7 @@ def _worst_tokens(tokens: Tokens, classes: Mapping[int, str], lines: Sequence[in
 
 
 def _worst_prompts(scored: Sequence[Scored], lines: Sequence[int], limit: int) -> list[Row]:
-    means = np.array([one.figures["kl_rc"].mean() for one in scored])
+    means = np.array([text.figures["kl_rc"].mean() for text in scored])
     return [
         {
             "mean_kld": json_number(means[n]),

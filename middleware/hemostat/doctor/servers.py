@@ -140,12 +140,12 @@ class ServerPair:
         async def score_all() -> list[Scored]:
             limit = asyncio.Semaphore(MAX_CONCURRENT_REQUESTS)
 
-            async def one(job: Job) -> Scored:
+            async def score_job(job: Job) -> Scored:
                 async with limit:
                     return await self._score(job, seed, greedy)
 
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(job)) for job in jobs]
+                tasks = [group.create_task(score_job(job)) for job in jobs]
             return [task.result() for task in tasks]
 
         return self._run(score_all())

@@ -84,20 +84,20 @@ def horizontal_bar_chart(
 def line_chart(title: str, series: Sequence[Series], x_name: str, y_name: str, y_top: float | None = None) -> str:
     """Lines that differ by dashes as well as by colour."""
     height = HEIGHT + 18 * len(series)
-    high = y_top if y_top is not None else max(v for one in series for v in (*one.y, *one.high))
+    high = y_top if y_top is not None else max(v for curve in series for v in (*curve.y, *curve.high))
     ticks, y = _axis(0.0, high, HEIGHT - BOTTOM, TOP)
-    x_ticks, x = _axis(0.0, max(v for one in series for v in one.x), LEFT, WIDTH - RIGHT, ends_at_high=True)
+    x_ticks, x = _axis(0.0, max(v for curve in series for v in curve.x), LEFT, WIDTH - RIGHT, ends_at_high=True)
     parts = list(_y_grid(ticks, y))
     parts += [text(x(tick), HEIGHT - BOTTOM + 16, _number(tick), "middle") for tick in x_ticks]
-    for n, one in enumerate(series):
-        if len(one.low):
-            parts.append(band([x(a) for a in one.x], [y(b) for b in one.low], [y(b) for b in one.high], n))
-        parts.append(polyline([x(a) for a in one.x], [y(b) for b in one.y], n))
+    for n, curve in enumerate(series):
+        if len(curve.low):
+            parts.append(band([x(a) for a in curve.x], [y(b) for b in curve.low], [y(b) for b in curve.high], n))
+        parts.append(polyline([x(a) for a in curve.x], [y(b) for b in curve.y], n))
         at = HEIGHT + 18 * n + 4
         parts.append(polyline([LEFT, LEFT + 36], [at, at], n))
-        parts.append(text(LEFT + 44, at + 4, one.name, "start"))
+        parts.append(text(LEFT + 44, at + 4, curve.name, "start"))
     parts += axis_names(x_name, y_name)
-    ranges = "; ".join(f"{one.name}: from {one.y[0]:.3g} to {one.y[-1]:.3g}" for one in series)
+    ranges = "; ".join(f"{curve.name}: from {curve.y[0]:.3g} to {curve.y[-1]:.3g}" for curve in series)
     return plot(title, f"{y_name} by {x_name}. {ranges}.", parts, height)
 
 

@@ -211,7 +211,7 @@ def _layers(layers: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 def _causes(report: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield Text(NOTE)
-    yield named([(one["topic"], one["text"]) for one in report["findings"]], 22)
+    yield named([(finding["topic"], finding["text"]) for finding in report["findings"]], 22)
     if "skipped" in report["outliers"]:
         yield Text(f"layers, modules and outliers were not measured: {report['outliers']['skipped']}")
 

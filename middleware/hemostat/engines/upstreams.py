@@ -48,14 +48,14 @@ class UpstreamEngines:
         """By name, in the order in which they are configured."""
         result: dict[str, UpstreamEngine] = {}
         for report in self._reported():
-            for one in report:
-                engine = result.setdefault(one.engine, UpstreamEngine())
+            for entry in report:
+                engine = result.setdefault(entry.engine, UpstreamEngine())
                 engine.relays += 1
-                engine.up += one.state == UP
-                engine.outstanding += one.outstanding
-                engine.requests += one.requests
-                engine.resent += one.resent
-                engine.ejections += one.ejections
+                engine.up += entry.state == UP
+                engine.outstanding += entry.outstanding
+                engine.requests += entry.requests
+                engine.resent += entry.resent
+                engine.ejections += entry.ejections
         return result
 
     def drain(self, engine: str, *, ends: bool = False) -> None:

@@ -81,9 +81,9 @@ class RelayListener:
         self._said: dict[str, float] = {}
 
     def start(self) -> None:
-        for one in self._sockets:
-            one.setblocking(False)
-            self._keep(self._accept(one))
+        for sock in self._sockets:
+            sock.setblocking(False)
+            self._keep(self._accept(sock))
 
     def dismiss(self) -> None:
         """Refuse relays from now on, those that were admitted, too: they look for another control process."""
@@ -98,8 +98,8 @@ class RelayListener:
         for task in connections:
             task.cancel()
         await asyncio.gather(*connections, return_exceptions=True)
-        for one in self._sockets:
-            one.close()
+        for sock in self._sockets:
+            sock.close()
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name="relays' connections")

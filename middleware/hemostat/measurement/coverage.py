@@ -66,7 +66,7 @@ class Coverage:
         if kind:
             self._table = self._table.see(kind, now=self._clock())
             name = kind if kind in self._table else REST_KIND
-        tallies = self._by_kind.pop(name, None) or {one: Tally() for one in OUTCOMES}
+        tallies = self._by_kind.pop(name, None) or {outcome: Tally() for outcome in OUTCOMES}
         self._by_kind[name] = tallies
         if outcome in tallies:
             tallies[outcome].add(requests, unknown, tokens)
@@ -90,7 +90,7 @@ class Coverage:
         kinds = [
             {"kind": name, **_shares(tallies)}
             for name, tallies in sorted(
-                self._by_kind.items(), key=lambda item: (-sum(one.requests for one in item[1].values()), item[0])
+                self._by_kind.items(), key=lambda item: (-sum(tally.requests for tally in item[1].values()), item[0])
             )
         ]
         totals = {outcome: Tally() for outcome in OUTCOMES}
@@ -125,8 +125,8 @@ def _to_json(tally: Tally) -> dict[str, Any]:
 
 
 def _shares(by_outcome: dict[str, Tally]) -> dict[str, Any]:
-    requests = sum(one.requests for one in by_outcome.values())
-    tokens = sum(one.tokens for one in by_outcome.values())
+    requests = sum(tally.requests for tally in by_outcome.values())
+    tokens = sum(tally.tokens for tally in by_outcome.values())
     scored = by_outcome[SCORED]
     return {
         "scored_share": {
@@ -135,6 +135,6 @@ def _shares(by_outcome: dict[str, Tally]) -> dict[str, Any]:
         },
         "requests": round(requests, 6),
         "tokens": tokens,
-        "requests_of_unknown_tokens": round(sum(one.unknown for one in by_outcome.values()), 6),
+        "requests_of_unknown_tokens": round(sum(tally.unknown for tally in by_outcome.values()), 6),
         "by_outcome": {outcome: _to_json(tally) for outcome, tally in by_outcome.items()},
     }

@@ -227,15 +227,15 @@ class StageFigures:
         result: dict[str, Any] = {"requests": self.requests, "tokens": self.tokens}
         result |= {"ci95": {}, "inflation": {}, "effective_requests": {}, "by_request": {}}
         for name, figure in self._figures.items():
-            one = self.figure(name)
+            row = self.figure(name)
             if figure.plain:
-                result[name] = one["estimate"]
+                result[name] = row["estimate"]
                 for key in ("ci95", "inflation", "effective_requests"):
-                    result[key][name] = one[key]
-                if "by_request" in one:
-                    result["by_request"][name] = one["by_request"]
+                    result[key][name] = row[key]
+                if "by_request" in row:
+                    result["by_request"][name] = row["by_request"]
             else:
-                result[name] = one
+                result[name] = row
         for name, tokens in self._infinite.items():
             result[name]["infinite_tokens"] = tokens
         if self._figures.keys() >= DRAFT_ACCEPTANCE_OF:

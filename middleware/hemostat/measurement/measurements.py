@@ -258,22 +258,22 @@ class Measurements:
         noise adds to it, to second order. A figure is absent until it and both floors are known."""
         # Three intervals that hold simultaneously with 95 %: each has a third of the error probability.
         part = 0.05 / (1 + len(self._noise_floor))
-        found: dict[str, Any] = {}
+        result: dict[str, Any] = {}
         for name in EXCESS:
             parts = self._raw, *self._noise_floor.values()
-            raw, *floors = (one.interval(name, part) for one in parts)
-            known = all(math.isfinite(one.inflation(name)) for one in parts)
+            raw, *floors = (figures.interval(name, part) for figures in parts)
+            known = all(math.isfinite(figures.inflation(name)) for figures in parts)
             noise = FLOOR_SHARE * sum(floor.mean for floor in floors)
             if math.isnan(raw.mean - noise):
                 continue
             low = raw.low - FLOOR_SHARE * sum(floor.high for floor in floors)
             high = raw.high - FLOOR_SHARE * sum(floor.low for floor in floors)
-            found[name] = {
+            result[name] = {
                 "estimate": raw.mean - noise,
                 "ci95": [low, high] if known else [None, None],
                 "floor": noise,
             }
-        return found
+        return result
 
     def summary(self, version: str | None) -> dict[str, Any]:
         """The report's `raw` (None) or `calibrated` part; the raw one while a profile has not been measured."""

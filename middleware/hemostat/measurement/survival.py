@@ -71,13 +71,13 @@ class SurvivalFigures:
     def report(self) -> dict[str, Any]:
         """JSON-ready; intervals are 95 %, for one look, of the effective requests, and without ends where v̂ is not
         known. A half-life beyond the data is None, and so is such an end."""
-        found: dict[str, Any] = {}
+        result: dict[str, Any] = {}
         for name, texts in (("sampled", self._sampled), ("greedy", self._greedy)):
             if texts.survival.requests:
-                found[name] = _to_json(texts)
+                result[name] = _to_json(texts)
         if self._upper.requests:
             upper, lower = self._upper.get(), self._lower.get()
-            found["total_variation"] = {
+            result["total_variation"] = {
                 "requests": upper.requests,
                 "half_life_tokens": {"lower": finite(lower.half_life), "upper": finite(upper.half_life)},
                 "survival": [
@@ -86,7 +86,7 @@ class SurvivalFigures:
                     if t in REPORTED_TOKENS
                 ],
             }
-        return found
+        return result
 
     def half_life(self) -> dict[str, float]:
         """Of sampled text, in tokens: "mean", and "low" and "high" of its 95 % interval where v̂ is known; infinite

@@ -111,7 +111,7 @@ class ThinkingFigures:
         v, v_endless = np.maximum(treated.dependence.inflations(), control.dependence.inflations()).tolist()
         longer = confidence.difference(treated.length, control.length, inflation=v)
         return {
-            "arms": {arm: one.report() for arm, one in self._arms.items() if sum(one.endings.values())},
+            "arms": {arm: figures.report() for arm, figures in self._arms.items() if sum(figures.endings.values())},
             "treated_minus_control": {
                 "never_ended": _shown(shares.get(inflation=v_endless), v_endless),
                 "tokens": interval_json(longer, v),
@@ -119,12 +119,12 @@ class ThinkingFigures:
         }
 
     def samples(self) -> Iterator[Sample]:
-        for arm, one in self._arms.items():
-            yield Sample(names.THINKING_TOKENS, (arm,), one.tokens)
+        for arm, figures in self._arms.items():
+            yield Sample(names.THINKING_TOKENS, (arm,), figures.tokens)
             for name in ENDINGS:
-                yield Sample(names.THINKING_REQUESTS, (arm, name), one.endings[name])
+                yield Sample(names.THINKING_REQUESTS, (arm, name), figures.endings[name])
 
 
-def _shown(found: ConfidenceInterval, inflation: float) -> dict[str, Any]:
+def _shown(bounds: ConfidenceInterval, inflation: float) -> dict[str, Any]:
     """Of a share, or of a difference of shares, which is NaN before both arms have a request."""
-    return interval_json(found, inflation if math.isfinite(found.mean) else math.inf)
+    return interval_json(bounds, inflation if math.isfinite(bounds.mean) else math.inf)

@@ -47,11 +47,11 @@ class Checkpoint:
         self._format: StoredFormat | None = None
         self.quantized_kv_cache = False
         try:
-            found = quantization_of(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+            described = quantization_of(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")))
         except AdaptError as error:
             raise AdaptError(f"{label}: {error}") from None
-        if found is not None:
-            quantization, file = found
+        if described is not None:
+            quantization, file = described
             self._format = stored_format(quantization, f"{label}: quantization_config of {folder}/{file}")
             self.quantized_kv_cache = has_quantized_kv_cache(quantization)
         self._files = _index(folder, label)
@@ -106,8 +106,8 @@ class Checkpoint:
         for part, name in self._parts.get(module, {}).items():
             if (part == "weight" or self.is_part_of_weight(name)) and part not in NOT_COUNTED:
                 with safe_open(self._files[name], "pt") as file:
-                    found = file.get_slice(name)
-                    total += math.prod(found.get_shape()) * _BITS.get(found.get_dtype(), 8) // 8
+                    stored = file.get_slice(name)
+                    total += math.prod(stored.get_shape()) * _BITS.get(stored.get_dtype(), 8) // 8
         return total
 
     def weight(self, module: str) -> torch.Tensor:
@@ -169,20 +169,20 @@ def _index(folder: Path, label: str) -> dict[str, Path]:
         if missing:
             raise AdaptError(f"{label}: {folder} is incomplete: {', '.join(missing)} missing; copy it again")
         return files
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         if path.name.startswith("adapter_"):
             continue
         try:
             with safe_open(path, "pt") as file:
-                found |= dict.fromkeys(file.keys(), path)
+                paths |= dict.fromkeys(file.keys(), path)
         except (OSError, SafetensorError) as error:
             raise AdaptError(f"{label}: {path} cannot be read ({_one_line(error)}); copy it again") from None
-    if not found:
+    if not paths:
         kinds = [name for name in ("bin", "pt", "pth", "gguf") if any(folder.glob(f"*.{name}"))]
         detail = f"only .{', .'.join(kinds)} files; save it with save_pretrained" if kinds else "copy it again"
         raise AdaptError(f"{label}: {folder} has no .safetensors file: {detail}")
-    return found
+    return paths
 
 
 def _one_line(error: BaseException) -> str:

@@ -100,14 +100,14 @@ class Copy:
 
     def _factors(self, adapter: Adapter) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         # By identity: the mapping is kept with its tensors, so its id is not used again meanwhile.
-        found = self._prepared.get(id(adapter))
-        if found is None:
-            found = (adapter, factor_tensors(adapter, self.linears, self.device, self.skeleton.dtype))
-            self._prepared[id(adapter)] = found
+        prepared = self._prepared.get(id(adapter))
+        if prepared is None:
+            prepared = (adapter, factor_tensors(adapter, self.linears, self.device, self.skeleton.dtype))
+            self._prepared[id(adapter)] = prepared
             if len(self._prepared) > MAX_PREPARED:
                 self._prepared.popitem(last=False)
         self._prepared.move_to_end(id(adapter))
-        return found[1]
+        return prepared[1]
 
     def _tensor(self, ids: Ids) -> torch.Tensor:
         return torch.from_numpy(np.asarray(ids, np.int64))[None].to(self.device)
@@ -123,9 +123,9 @@ def factor_tensors(
         if module is None:
             raise AdaptError(f"the adapter has a layer {name}, which the model does not have: it is for another model")
         wanted = (module.in_features, module.out_features)
-        found = (factors.a.shape[1], factors.b.shape[0])
-        if wanted != found:
-            raise AdaptError(f"the adapter's layer {name} has {found} inputs and outputs, the model's has {wanted}")
+        actual = (factors.a.shape[1], factors.b.shape[0])
+        if wanted != actual:
+            raise AdaptError(f"the adapter's layer {name} has {actual} inputs and outputs, the model's has {wanted}")
         tensors[name] = (
             torch.from_numpy(np.ascontiguousarray(factors.a)).to(device, dtype),
             torch.from_numpy(np.ascontiguousarray(factors.b)).to(device, dtype),
@@ -146,12 +146,12 @@ def weights_of(checkpoint: Checkpoint) -> WeightSource:
 def dtype_of(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
     """The torch dtype of this name; for `auto` that of the checkpoint, bfloat16 if it names none."""
     named = getattr(checkpoint.config.get_text_config(), "dtype", None) if dtype == "auto" else dtype
-    found = getattr(torch, named, None) if isinstance(named, str) else named
-    if found is None:
-        found = torch.bfloat16
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    result = getattr(torch, named, None) if isinstance(named, str) else named
+    if result is None:
+        result = torch.bfloat16
+    if not isinstance(result, torch.dtype) or not result.is_floating_point:
         raise AdaptError(f"{named!r} is not a dtype of weights: use bfloat16, float16 or float32")
-    return found
+    return result
 
 
 def device_of(name: str) -> torch.device:

@@ -46,7 +46,7 @@ class Experts(torch.nn.ModuleList):  # type: ignore[misc]  # torch is not analyz
 
     def forward(self, hidden: torch.Tensor, chosen: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """hidden [tokens, d]; chosen, scores [tokens, experts per token]."""
-        found = torch.zeros_like(hidden)
+        output = torch.zeros_like(hidden)
         for number, expert in enumerate(self):
             tokens, place = torch.where(chosen == number)
             if not len(tokens):
@@ -54,8 +54,8 @@ class Experts(torch.nn.ModuleList):  # type: ignore[misc]  # torch is not analyz
             gate, up, down = (expert.get_submodule(part) for part in self._parts)
             inputs = hidden[tokens]
             inner = self._original._apply_gate(torch.cat((gate(inputs), up(inputs)), dim=-1))
-            found = found.index_add(0, tokens, (down(inner) * scores[tokens, place, None]).to(found.dtype))
-        return found
+            output = output.index_add(0, tokens, (down(inner) * scores[tokens, place, None]).to(output.dtype))
+        return output
 
 
 def split_experts(model: Any) -> None:
@@ -95,15 +95,15 @@ def is_expert(name: str) -> bool:
 
 def routers(model: Any) -> list[str]:
     """Names of the modules that choose among the experts. Their weight is a parameter, not a linear layer."""
-    found = []
+    names = []
     for name, module in model.named_modules():
         if isinstance(module, Experts):
             block = name.rpartition(".")[0]
             for child, other in model.get_submodule(block).named_children():
                 weight = getattr(other, "weight", None)
                 if weight is not None and weight.ndim == 2 and len(weight) == len(module) and other is not module:
-                    found.append(f"{block}.{child}")
-    return found
+                    names.append(f"{block}.{child}")
+    return names
 
 
 @contextmanager

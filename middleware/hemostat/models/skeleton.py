@@ -221,7 +221,7 @@ def _decoder_layers(model: Any, label: str) -> dict[str, Any]:
     ]
     if not lists:
         raise AdaptError(f"{label}: {type(model).__name__} has no list of its {count} layers: it is not supported")
-    name, layers = max(lists, key=lambda found: sum(p.numel() for p in found[1].parameters()))
+    name, layers = max(lists, key=lambda entry: sum(p.numel() for p in entry[1].parameters()))
     return {f"{name}.{n}": layer for n, layer in enumerate(layers)}
 
 

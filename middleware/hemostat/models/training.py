@@ -365,5 +365,5 @@ def _improves(before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) -> bool
     return bool(np.isfinite(mean) and mean > error)
 
 
-def _mean(found: np.ndarray[Any, Any]) -> float:
-    return float(found[:, 0].sum() / found[:, 1].sum())
+def _mean(sums: np.ndarray[Any, Any]) -> float:
+    return float(sums[:, 0].sum() / sums[:, 1].sum())

@@ -90,26 +90,26 @@ class LayerWalk:
         self._parts.put_list(_gradient(n), result)
         return [gradient.cpu() for gradient in result]
 
-    def forward(self, n: int, hidden: Sequence[torch.Tensor], around: Around | None = None) -> list[torch.Tensor]:
+    def forward(self, n: int, hidden: Sequence[torch.Tensor], context: Around | None = None) -> list[torch.Tensor]:
         """The hidden states after layer `n`, which is loaded, by batch."""
         after = []
         _, calls = self.embeddings()
         for batch, states, call in zip(self.batches, hidden, calls, strict=True):
             on_device = states.to(self.skeleton.device)
-            with torch.no_grad(), nullcontext() if around is None else around(batch):
+            with torch.no_grad(), nullcontext() if context is None else context(batch):
                 output = run_layer(self.skeleton, n, on_device, call)
             after.append(output.cpu())
         return after
 
     def backward(
-        self, n: int, hidden: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], around: Around | None = None
+        self, n: int, hidden: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], context: Around | None = None
     ) -> list[torch.Tensor]:
         """The gradient at the inputs of layer `n`, which is loaded, of that at its outputs, by batch."""
         before = []
         _, calls = self.embeddings()
         for batch, states, gradient, call in zip(self.batches, hidden, gradients, calls, strict=True):
             leaf = states.to(self.skeleton.device).requires_grad_(True)
-            with nullcontext() if around is None else around(batch):
+            with nullcontext() if context is None else context(batch):
                 output = run_layer(self.skeleton, n, leaf, call)
                 torch.autograd.backward(output, gradient.to(output.device))
             assert leaf.grad is not None
@@ -119,7 +119,7 @@ class LayerWalk:
     def measure(
         self,
         n: int,
-        around: Around,
+        context: Around,
         *,
         backwards: bool,
         prepare: Callable[[Sequence[torch.Tensor]], None] = lambda hidden: None,
@@ -132,9 +132,9 @@ class LayerWalk:
         with self.loaded(n):
             prepare(hidden)
             if gradients is not None:
-                self._parts.put_list(_gradient(n), self.backward(n, hidden, gradients, around))
+                self._parts.put_list(_gradient(n), self.backward(n, hidden, gradients, context))
             else:
-                after = self.forward(n, hidden, around)
+                after = self.forward(n, hidden, context)
                 if n + 1 < len(self.names):
                     self._parts.put_list(_hidden(n + 1), after)
 

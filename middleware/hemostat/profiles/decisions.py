@@ -164,10 +164,10 @@ def evidence_json(evidence: Evidence | None) -> dict[str, Any]:
     }
 
 
-def pooled_gain(found: Collection[Evidence]) -> dict[str, Any]:
+def pooled_gain(parts: Collection[Evidence]) -> dict[str, Any]:
     """Of the tests of one profile in several kinds together, JSON-ready: the mean gain by unit, and the figure that it
     is of. Gains of different figures have no mean: then both are None."""
-    counted = [evidence for evidence in found if evidence.units]
+    counted = [evidence for evidence in parts if evidence.units]
     if len({evidence.figure for evidence in counted}) != 1:
         return {"mean_gain": None, "figure": None}
     units = sum(evidence.units for evidence in counted)

@@ -72,8 +72,8 @@ def distance_gain(before: ExactDistances, after: ExactDistances) -> UnitGain:
 
     >>> base = ExactDistances(np.array([0.6, 0.4]), np.array([0.3, 0.2]), np.array([False, True]))
     >>> adapted = ExactDistances(np.array([0.2, 0.2]), np.array([0.1, 0.1]), np.array([True, True]))
-    >>> found = distance_gain(base, adapted)
-    >>> round(found.lower, 6), round(found.kl, 6)
+    >>> figures = distance_gain(base, adapted)
+    >>> round(figures.lower, 6), round(figures.kl, 6)
     (0.15, 0.3)
     """
     gain = float((before.tv - after.tv).mean())

@@ -29,12 +29,12 @@ async def other_engines(first: VllmServer, settings: Settings) -> list[Finding]:
 async def _compared(first: VllmServer, server: VllmServer, settings: Settings) -> Finding:
     what = f"engine {server.url}"
     try:
-        expected, found = await _base_models(first), await _base_models(server)
-        if found != expected:
+        expected, served = await _base_models(first), await _base_models(server)
+        if served != expected:
             fix = "start all engines with one model and one --served-model-name"
-            text = f"serves {', '.join(found) or 'nothing'}; {first.url} serves {', '.join(expected)}"
+            text = f"serves {', '.join(served) or 'nothing'}; {first.url} serves {', '.join(expected)}"
             return Finding(what, State.NO, text, fix)
-        for name in found:
+        for name in served:
             sizes = await first.vocab_size(name), await server.vocab_size(name)
             if sizes[0] != sizes[1]:
                 text = f"{name} has {sizes[1]} tokens there, {sizes[0]} at {first.url}"
@@ -47,7 +47,7 @@ async def _compared(first: VllmServer, server: VllmServer, settings: Settings) -
                     return Finding(what, State.NO, f"{probe.what}: {probe.detail}", probe.fix)
     except ReferenceFailure as failure:
         return Finding(what, State.NO, str(failure), "start it, or take it out of upstream.urls")
-    return Finding(what, State.OK, f"serves {', '.join(found)}, with the same vocabulary as {first.url}")
+    return Finding(what, State.OK, f"serves {', '.join(served)}, with the same vocabulary as {first.url}")
 
 
 async def _base_models(server: VllmServer) -> list[str]:

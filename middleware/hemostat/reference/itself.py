@@ -27,15 +27,15 @@ async def same_model(info: ReferenceInfo, url: str | None, server: VllmServer, s
     return f"the upstream loaded {served} from {root}, which has the same files as {info.folder}"
 
 
-def _same_files(one: str, other: str) -> bool:
+def _same_files(first: str, other: str) -> bool:
     """False where one is no folder on this machine."""
-    if not (os.path.isdir(one) and os.path.isdir(other)):
+    if not (os.path.isdir(first) and os.path.isdir(other)):
         return False
-    return os.path.samefile(one, other) or checkpoint_digest(one, None) == checkpoint_digest(other, None)
+    return os.path.samefile(first, other) or checkpoint_digest(first, None) == checkpoint_digest(other, None)
 
 
-def _same_address(one: str, other: str) -> bool:
-    return one == other or bool(_addresses(one) & _addresses(other))
+def _same_address(first: str, other: str) -> bool:
+    return first == other or bool(_addresses(first) & _addresses(other))
 
 
 def _addresses(url: str) -> set[object]:

@@ -46,10 +46,10 @@ async def served_pairs(
 
 
 async def _same_as(
-    server: VllmServer, card: ModelCard, found: Iterable[ModelPair], known: ModelPair | None
+    server: VllmServer, card: ModelCard, pairs: Iterable[ModelPair], known: ModelPair | None
 ) -> ModelPair | None:
     """The model of which the card's name is another name."""
-    for pair in found:
+    for pair in pairs:
         if card.root and card.root == pair.root:
             was_found = known is not None and known.name == pair.name and known.root == pair.root
             if was_found or await same_model(server, pair.name, card.id):

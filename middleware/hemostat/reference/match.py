@@ -109,16 +109,16 @@ async def _less_likely(server: VllmServer, name: str, reference: Reference, info
     )
 
 
-async def same_model(server: VllmServer, one: str, other: str) -> bool:
+async def same_model(server: VllmServer, name: str, other: str) -> bool:
     """Whether two served names are one model: it gives the tokens of a text the same log-probabilities under both.
 
     Equal paths in the server's list do not say so: behind a router, every server may have loaded its own model from
     /models. ReferenceFailure where the server could not be asked.
     """
-    ids = await server.tokenize(one, PROBE_TEXT)
+    ids = await server.tokenize(name, PROBE_TEXT)
     if await server.tokenize(other, PROBE_TEXT) != ids:
         return False
-    ours, theirs = await server.prompt_logprobs(one, ids), await server.prompt_logprobs(other, ids)
+    ours, theirs = await server.prompt_logprobs(name, ids), await server.prompt_logprobs(other, ids)
     differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
     return sum(differences) <= MAX_SAME_NATS * len(differences)
 

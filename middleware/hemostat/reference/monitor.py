@@ -231,12 +231,12 @@ class ReferenceMonitor:
 
     def _update(self, pair: ModelPair) -> None:
         """Put a pair in the place of the one with its name."""
-        old = next(one for one in self.served.pairs if one.name == pair.name)
+        old = next(known for known in self.served.pairs if known.name == pair.name)
         if (old.state, old.detail) != (pair.state, pair.detail):
             failed = pair.state in {ReferenceState.MISMATCH, ReferenceState.DOWN}
             text = "model %s: reference %s: %s"
             log.log(logging.ERROR if failed else logging.INFO, text, pair.name, pair.state, pair.detail)
-        self._set_served([pair if one.name == pair.name else one for one in self.served.pairs])
+        self._set_served([pair if known.name == pair.name else known for known in self.served.pairs])
 
     def _set_served(self, pairs: list[ModelPair]) -> None:
         self.served = ServedModels(tuple(pairs), self._calibrated_of(pairs))

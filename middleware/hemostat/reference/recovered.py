@@ -77,8 +77,8 @@ class Comparison:
             0.5 * (c @ self._variances),
         )
         unknown = torch.isnan(self._states[rows, 0])
-        for found, values in zip(self._sums, figures, strict=True):
-            found[rows] = torch.where(unknown, torch.nan, values).double().cpu().numpy()
+        for column, values in zip(self._sums, figures, strict=True):
+            column[rows] = torch.where(unknown, torch.nan, values).double().cpu().numpy()
         ids = torch.from_numpy(np.maximum(self._ids[rows], 0).astype(np.int64)).to(log_c.device)
         self._at[rows] = log_c.gather(1, ids).double().cpu().numpy()
 

@@ -27,8 +27,10 @@ class References:
 
     def __iter__(self) -> Iterator[Reference]:
         """Each one once."""
-        yield from {id(one): one for one in (self.first, *self.by_model.values()) if one is not None}.values()
+        yield from {
+            id(reference): reference for reference in (self.first, *self.by_model.values()) if reference is not None
+        }.values()
 
     async def close(self) -> None:
-        for one in self:
-            await one.close()
+        for reference in self:
+            await reference.close()

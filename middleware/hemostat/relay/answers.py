@@ -140,7 +140,7 @@ def parse(data: bytes, form: Form, *, stream: bool) -> Response | None:
         if form is _CHAT or form is _COMPLETIONS:
             return _merge_events(data) if stream else _response.decode(data)
         if form is _MESSAGES:
-            return _message([_message_event.decode(one) for one in (_events(data) if stream else (data,))])
+            return _message([_message_event.decode(event) for event in (_events(data) if stream else (data,))])
         return _items(_last_response(data) if stream else _item_response.decode(data))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None

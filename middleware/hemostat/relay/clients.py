@@ -64,7 +64,7 @@ class Clients(Generic[Connection]):
         address = connection.holding.network
         number = self._numbers.get(address, 0)
         if number >= self._limits.connections_per_client:
-            own = (one for one, its in self._addresses.items() if its == address)
+            own = (candidate for candidate, its in self._addresses.items() if its == address)
             if not self._evict(own, number, "connections_per_client"):
                 return False
         elif len(self) >= self._limits.connections and not self._evict(self._addresses, len(self), "connections"):
@@ -91,16 +91,18 @@ class Clients(Generic[Connection]):
 
     def _evict(self, candidates: Iterable[Connection], number: int, limit: str) -> bool:
         """Close some of the candidates that wait; False, and a connection is refused, where none does."""
-        waiting = sorted((candidate for candidate in candidates if candidate.evictable), key=lambda one: one.since)
+        waiting = sorted(
+            (candidate for candidate in candidates if candidate.evictable), key=lambda client: client.since
+        )
         left = self._numbers.copy()
         ranked: list[tuple[int, int]] = []
-        for index, one in enumerate(waiting):
-            address = self._addresses[one]
+        for index, connection in enumerate(waiting):
+            address = self._addresses[connection]
             left[address] -= 1
             ranked.append((-left[address], index))
         evicted = [waiting[index] for _, index in heapq.nsmallest(number // EVICTED_SHARE + 1, ranked)]
         self._counters.add(names.CLOSED_CONNECTIONS, (limit,), float(len(evicted) or 1))
-        for one in evicted:
-            self.closed(one)
-            one.transport.abort()
+        for connection in evicted:
+            self.closed(connection)
+            connection.transport.abort()
         return bool(evicted)

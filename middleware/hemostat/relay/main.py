@@ -162,14 +162,14 @@ async def run(config: dict[str, Any]) -> None:
         os.close(fd)
     sockets = [socket.socket(fileno=fd) for fd in config["fds"]]
     await relay.serve(*sockets)
-    linking = [loop.create_task(one.run()) for one in links]
+    linking = [loop.create_task(link.run()) for link in links]
     # Objects that exist now are kept until the end: the garbage collector need not traverse them again.
     gc.collect()
     gc.freeze()
     _print({"listening": sockets[0].getsockname()[1]})
     await end.asked.wait()
-    for one in links:
-        one.report()
+    for linked in links:
+        linked.report()
     if not await drain(relay, end, config["shutdown_seconds"], config.get("drain_seconds", 0.0)):
         log.warning(
             "relay %d: %d connections still had a request in progress when the time to drain was over",
@@ -178,7 +178,7 @@ async def run(config: dict[str, Any]) -> None:
         )
     for task in linking:
         task.cancel()
-    await asyncio.gather(*(one.close() for one in links))
+    await asyncio.gather(*(link.close() for link in links))
     await relay.close()
     if relay.tracing is not None:
         await asyncio.to_thread(relay.tracing.close)

@@ -68,7 +68,7 @@ def allowed_sets(runs: Sequence[TapRun], positions: slice, vocab_size: int) -> A
         if run.set_rows:
             given = np.frombuffer(run.set_rows, "<i4").astype(np.int32)
             sets = _unpacked(run.sets, int(given.max()) + 1, 4 * width)
-            numbers = [result.setdefault(one, len(result)) for one in sets]
+            numbers = [result.setdefault(ids, len(result)) for ids in sets]
             if len(result) * 4 * width > MAX_TABLE_BYTES:
                 raise ConditioningFailure(Unscored.GRAMMAR_TOO_LARGE)
             # A place below 0 means no set.

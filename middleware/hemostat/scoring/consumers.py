@@ -70,15 +70,15 @@ class Figures:
     other_models: OtherModels
 
     def use(self, scored: ScoredRecord) -> None:
-        one, figures, fresh = scored, scored.figures, scored.fresh
-        if Use.OTHER_FIGURES in one.uses and one.pair is not None:
-            self.other_models.observe(one.pair.name, one.record, figures, fresh=fresh)
-        elif Use.PART_FIGURES in one.uses:
-            self.measurements.observe_part(one.record, figures, fresh=fresh)
-        elif one.uses & (Use.FIGURES | Use.CONDITIONAL_FIGURES):
-            observe = self.measurements.observe if Use.FIGURES in one.uses else self.measurements.conditional.observe
-            shown = (one.record, one.profile, one.applied)
-            observe(*shown, held_out=one.held_out, gains=one.gains, figures=figures, fresh=fresh)
+        entry, figures, fresh = scored, scored.figures, scored.fresh
+        if Use.OTHER_FIGURES in entry.uses and entry.pair is not None:
+            self.other_models.observe(entry.pair.name, entry.record, figures, fresh=fresh)
+        elif Use.PART_FIGURES in entry.uses:
+            self.measurements.observe_part(entry.record, figures, fresh=fresh)
+        elif entry.uses & (Use.FIGURES | Use.CONDITIONAL_FIGURES):
+            observe = self.measurements.observe if Use.FIGURES in entry.uses else self.measurements.conditional.observe
+            shown = (entry.record, entry.profile, entry.applied)
+            observe(*shown, held_out=entry.held_out, gains=entry.gains, figures=figures, fresh=fresh)
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,9 +72,9 @@ class DistanceWaits:
         """Hand the record to `then`, with its distances where they can be had; at once where they are refused."""
         number = self._offered = self._offered + 1
 
-        def done(found: Mapping[str, ExactDistances]) -> None:
+        def done(distances: Mapping[str, ExactDistances]) -> None:
             if self._waiting.pop(number, None) is not None:
-                then(self._with(record, found))
+                then(self._with(record, distances))
 
         if self.source is not None and len(self._waiting) < MAX_WAITING:
             self._waiting[number] = done
@@ -84,12 +84,12 @@ class DistanceWaits:
         self.outcomes[Outcome.REFUSED] += 1
         then(record)
 
-    def _with(self, record: TokenRecord, found: Mapping[str, ExactDistances]) -> TokenRecord:
-        if not found:
+    def _with(self, record: TokenRecord, distances: Mapping[str, ExactDistances]) -> TokenRecord:
+        if not distances:
             self.outcomes[Outcome.FAILED] += 1
             return record
         try:
-            checked = with_distances(record, found)
+            checked = with_distances(record, distances)
         except InvalidRecordError as error:
             self.outcomes[Outcome.INVALID] += 1
             log.warning("distances of %s refused: %s", record.request_id, error)

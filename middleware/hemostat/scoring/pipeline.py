@@ -147,12 +147,12 @@ class ScoringPipeline:
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         """What has to run, until cancelled; nothing without a reference."""
-        found = []
+        coroutines = []
         if self.scorer is not None:
-            found.append(self.scorer.run(self._workers))
+            coroutines.append(self.scorer.run(self._workers))
         if self.noise_floor is not None:
-            found.append(self.noise_floor.run())
-        return found
+            coroutines.append(self.noise_floor.run())
+        return coroutines
 
     @property
     def pending(self) -> int:

@@ -292,7 +292,7 @@ class PostgresStore:
             return StoreIncompatible(f"store {self._shown}: PostgreSQL 14 or newer is needed ({text})")
         if "session is read-only" in text:
             return StoreUnreachable(f"store {self._shown}: {_READ_ONLY}")
-        if any(one in text for one in _REFUSALS):
+        if any(refusal in text for refusal in _REFUSALS):
             return StoreAccessDenied(f"store {self._shown}: {text}")
         return StoreUnreachable(f"store {self._shown}: {text}")
 

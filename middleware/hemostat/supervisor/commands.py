@@ -50,9 +50,9 @@ class Commands:
         if self._listener is not None:
             asyncio.get_running_loop().remove_reader(self._listener)
             self._listener.close()
-        for one in self._waiting:
-            if isinstance(one, Channel):
-                one.close()
+        for waiter in self._waiting:
+            if isinstance(waiter, Channel):
+                waiter.close()
 
     async def next(self) -> Command | Channel:
         while not self._waiting:

@@ -65,7 +65,9 @@ async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
     relays.start()
     app = create_app(link, settings)
     server = AdminServer(app, socket.socket(fileno=given["admin_fd"]))
-    tasks = [asyncio.create_task(one) for one in (stop.wait(), server.run(), link.run(), follow(lines, app))]
+    tasks = [
+        asyncio.create_task(coroutine) for coroutine in (stop.wait(), server.run(), link.run(), follow(lines, app))
+    ]
     tell_supervisor({"listening": True})
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     server.stop()

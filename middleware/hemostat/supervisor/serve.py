@@ -118,8 +118,8 @@ def _select(
         if own and name in wanted and name not in passed and (any_address or serves(own[0], *wanted[name][1])):
             passed[name] = own
         else:
-            for one in own:
-                one.close()
+            for sock in own:
+                sock.close()
 
 
 class Supervisor:

@@ -78,11 +78,11 @@ class Sockets:
         return {DATA: self.data, ADMIN: [self.admin], CONTROL: [self.control] if self.control is not None else []}
 
     def all(self) -> list[socket.socket]:
-        return [one for sockets in self.by_name().values() for one in sockets]
+        return [sock for sockets in self.by_name().values() for sock in sockets]
 
     def close(self) -> None:
-        for one in self.all():
-            one.close()
+        for sock in self.all():
+            sock.close()
 
 
 def addresses(settings: Settings, role: Role) -> dict[str, tuple[str, Address]]:
@@ -106,8 +106,8 @@ def open_sockets(
             bound.append(_bind(*wanted[name], reuse_port=name == DATA))
             result[name] = [bound[-1]]
     except ConfigError:
-        for one in bound:
-            one.close()
+        for sock in bound:
+            sock.close()
         raise
     return Sockets(result.get(DATA, []), result[ADMIN][0], next(iter(result.get(CONTROL, [])), None), by_service)
 

@@ -53,7 +53,7 @@ class Channel:
 
     def send(self, message: dict[str, Any], sockets: list[socket.socket] | None = None) -> None:
         try:
-            socket.send_fds(self._sock, [json.dumps(message).encode()], [one.fileno() for one in sockets or []])
+            socket.send_fds(self._sock, [json.dumps(message).encode()], [sock.fileno() for sock in sockets or []])
         except OSError as error:
             raise TakeoverFailed(f"the other supervisor is gone ({error.strerror})") from error
 
@@ -66,8 +66,8 @@ class Channel:
             await asyncio.wait_for(readable.wait(), STEP_SECONDS)
             data, fds, _, _ = socket.recv_fds(self._sock, MAX_MESSAGE_BYTES, MAX_FDS)
             sockets = [socket.socket(fileno=fd) for fd in fds]
-            for one in sockets:
-                one.set_inheritable(False)
+            for sock in sockets:
+                sock.set_inheritable(False)
             message: dict[str, Any] = json.loads(data) if data else {}
         except TimeoutError:
             raise TakeoverFailed(f"the other supervisor did not answer within {STEP_SECONDS:g} s") from None

@@ -102,10 +102,10 @@ def judge(
         parts.put(_part(n + 1), {f"{s}|{b}": states for s in _STREAMS for b, states in enumerate(hidden[s])})
         parts.drop(_part(n))
         progress(HELD_OUT, n + 1, count + 1)
-    found = _compare(pair, texts, batches, hidden, sources)
+    distances = _compare(pair, texts, batches, hidden, sources)
     parts.drop(_part(count))
     progress(HELD_OUT, count + 1, count + 1)
-    return found
+    return distances
 
 
 def _to(pair: CheckpointPair, factors: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,7 +137,7 @@ def _compare(
 ) -> Judged:
     """At the positions that predict an output's token, in the order of the texts."""
     skeleton = pair.skeleton
-    found: dict[tuple[int, str], list[ExactDistances]] = {}
+    distances: dict[tuple[int, str], list[ExactDistances]] = {}
 
     def ends(stream: str) -> AbstractContextManager[None]:
         return nullcontext() if pair.same_ends else skeleton.loaded(skeleton.ends(), sources[stream])
@@ -156,15 +156,15 @@ def _compare(
                 theirs = (logits(skeleton, batch, own[stream], wanted) for stream in _STREAMS[1:])
                 for r, (c, where), (a, _) in zip(ours, *theirs, strict=True):
                     text = batch.texts[int(where[0]) // batch.ids.shape[1]]
-                    found.setdefault((text, "before"), []).append(exact_distances(r.to(c.device), c))
-                    found.setdefault((text, "after"), []).append(exact_distances(r.to(a.device), a))
+                    distances.setdefault((text, "before"), []).append(exact_distances(r.to(c.device), c))
+                    distances.setdefault((text, "after"), []).append(exact_distances(r.to(a.device), a))
     keys = {key: n for n, key in enumerate(dict.fromkeys(text.key for text in texts))}
     units = [np.full(len(text.output), keys[text.key], np.int64) for text in texts]
     order = range(len(texts))
     return Judged(
         np.concatenate(units),
-        _joined([part for n in order for part in found.get((n, "before"), [])]),
-        _joined([part for n in order for part in found.get((n, "after"), [])]),
+        _joined([part for n in order for part in distances.get((n, "before"), [])]),
+        _joined([part for n in order for part in distances.get((n, "after"), [])]),
     )
 
 

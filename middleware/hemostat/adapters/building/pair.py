@@ -293,14 +293,14 @@ def _same_architecture(reference: Checkpoint, compressed: Checkpoint) -> None:
 
 def _same_vocabulary(reference: Checkpoint, compressed: Checkpoint) -> None:
     """Equal ids mean equal texts, where both folders bring a tokenizer.json."""
-    found = []
+    vocabularies = []
     for checkpoint in (reference, compressed):
         try:
             tokenizer = json.loads((checkpoint.folder / "tokenizer.json").read_text(encoding="utf-8"))
-            found.append(tokenizer["model"]["vocab"])
+            vocabularies.append(tokenizer["model"]["vocab"])
         except (OSError, ValueError, KeyError, TypeError):
             return
-    if found[0] != found[1]:
+    if vocabularies[0] != vocabularies[1]:
         raise AdaptError(
             "vocabulary: REFERENCE and COMPRESSED have different tokens in tokenizer.json; REFERENCE must be the model "
             "that COMPRESSED was made from"

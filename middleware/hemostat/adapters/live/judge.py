@@ -238,9 +238,9 @@ class AdapterJudge:
         name = version or IDENTITY
         data = ids.astype("<i4").tobytes()
 
-        def answered(found: judge_messages.Answer | None) -> None:
+        def answered(reply: judge_messages.Answer | None) -> None:
             if not answer.done():
-                answer.set_result(found)
+                answer.set_result(reply)
 
         def request(number: int) -> judge_messages.Logprobs:
             return judge_messages.Logprobs(number, data, name)

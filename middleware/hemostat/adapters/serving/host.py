@@ -242,7 +242,9 @@ class AdapterHost:
         if self._slots is None and not any(report.lora for report in reports):
             if await lora_enabled(server) is False:
                 # To be asked for one, vLLM logs a traceback of its engine each time.
-                ranks = [max_rank(one) for version in wanted if (one := self._profiles.get(version)) is not None]
+                ranks = [
+                    max_rank(profile) for version in wanted if (profile := self._profiles.get(version)) is not None
+                ]
                 self._set(HostState.UNUSABLE, frozenset(), 0, without_lora(max(ranks, default=1)))
                 return POLL_SECONDS
             self._slots = await max_loras(server)
@@ -287,7 +289,7 @@ class AdapterHost:
         elif failure.reason is not FailureReason.TIMEOUT or self._timeouts >= MAX_TIMEOUTS:
             self._set(HostState.WAITING, frozenset(), self.capacity, str(failure))
 
-    def _notice_restart(self, found: Listed, reports: Sequence[EngineReport], began: str | None) -> None:
+    def _notice_restart(self, adapters: Listed, reports: Sequence[EngineReport], began: str | None) -> None:
         """Forget what was found about an earlier start of the server.
 
         began: where no engine reports. By the names alone a restart may go unnoticed: the first request for a version
@@ -295,7 +297,7 @@ class AdapterHost:
         """
         boots = slots.boots(reports)
         again = None not in (began, self._started) and began != self._started
-        if again or self._loaded - found.ours or (self._boots and boots - self._boots):
+        if again or self._loaded - adapters.ours or (self._boots and boots - self._boots):
             if self._loaded:
                 log.warning("adapters: the upstream was restarted or has lost one; they are loaded and probed again")
             self._set(HostState.LOADING, frozenset(), self.capacity)
@@ -305,7 +307,7 @@ class AdapterHost:
             self._probes.begin_anew()
         self._started = began or self._started
         self._boots |= boots
-        self._loaded = self._own(found.ours)
+        self._loaded = self._own(adapters.ours)
 
     def _own(self, versions: Iterable[str]) -> frozenset[str]:
         """Without those of another Hemostat that shares the server."""
@@ -415,9 +417,11 @@ class AdapterHost:
 
     # --- probes ----------------------------------------------------------------------------------------------------
 
-    async def _probe(self, prober: Prober, base: str, present: Sequence[str], found: Listed, room: slots.Room) -> float:
+    async def _probe(
+        self, prober: Prober, base: str, present: Sequence[str], adapters: Listed, room: slots.Room
+    ) -> float:
         """Do the next probe that is due, then set what may be asked for."""
-        loaded = found.ours | found.others
+        loaded = adapters.ours | adapters.others
         if self._probes.due(present, loaded):
             if not self._probes.passed(present, loaded):
                 self._set(HostState.PROBING, frozenset(), self.capacity)

@@ -102,7 +102,10 @@ class AdapterHosts:
             return self.hosts[ONLY].status()
         result = {name: host.status() for name, host in self.hosts.items()}
         order = (HostState.READY, HostState.PROBING, HostState.LOADING, HostState.WAITING, HostState.UNUSABLE)
-        state = next((one.value for one in order if any(row["state"] == one for row in result.values())), "idle")
+        state = next(
+            (candidate.value for candidate in order if any(row["state"] == candidate for row in result.values())),
+            "idle",
+        )
         rows = list(result.values())
         return {
             "state": state,

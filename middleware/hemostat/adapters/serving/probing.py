@@ -104,15 +104,17 @@ class Prober:
             prompts = await self.prompts(base)
             self._texts = {base: [await self._row(base, ids, SEQUENCE - len(ids)) for ids in prompts]}
         texts = self._texts[base]
-        ids = [[*prompt, *one.tokens] for prompt, one in zip(await self.prompts(base), texts, strict=True)]
+        ids = [[*prompt, *text.tokens] for prompt, text in zip(await self.prompts(base), texts, strict=True)]
         ours = []
         for name in (None, version):
             result = [await copy.logprobs(np.array(each, np.int32), name) for each in ids]
-            if any(len(one) != len(each) - 1 for one, each in zip(result, ids, strict=True)):
+            if any(len(logprobs) != len(each) - 1 for logprobs, each in zip(result, ids, strict=True)):
                 raise CopyUnavailable("the copy of the model sent log-probabilities of too few tokens")
             ours.append(np.concatenate(result).astype(np.float64))
         engine = [await self._scored(name, ids) for name in (base, version)]
-        again = np.concatenate([one[-len(text.logprobs) :] for one, text in zip(engine[0], texts, strict=True)])
+        again = np.concatenate(
+            [logprobs[-len(text.logprobs) :] for logprobs, text in zip(engine[0], texts, strict=True)]
+        )
         noise = np.abs(again - np.concatenate([text.logprobs for text in texts])).mean()
         theirs = [np.concatenate(rows) for rows in engine]
         return verdicts.agreement((theirs[0], theirs[1]), (ours[0], ours[1]), float(noise))

@@ -73,24 +73,24 @@ def moves(alone: Iterable[Completed], beside: Iterable[Completed]) -> Moves:
     Where the token chosen alone is not among the other's most likely ones, the difference is at least that to the last
     of these.
 
-    >>> one = Completed("m", [7, 8], [-1.0, -1.0], [{7: -1.0}, {8: -1.0}])
-    >>> moves([one], [Completed("m", [7, 9], [-1.5, -0.5], [{7: -1.5}, {9: -0.5, 8: -2.0}])])
+    >>> text = Completed("m", [7, 8], [-1.0, -1.0], [{7: -1.0}, {8: -1.0}])
+    >>> moves([text], [Completed("m", [7, 9], [-1.5, -0.5], [{7: -1.5}, {9: -0.5, 8: -2.0}])])
     Moves(mean=0.75, largest=1.0, worst=0.375, texts=1, rows=1)
     """
     result: list[float] = []
     worst = 0.0
     texts = rows = 0
-    for one, other in zip(alone, beside, strict=True):
+    for text, other in zip(alone, beside, strict=True):
         rows += 1
         first = len(result)
         for t in range(len(other.tokens)):
-            token = one.tokens[t]
+            token = text.tokens[t]
             if other.tokens[t] == token:
-                result.append(abs(one.logprobs[t] - other.logprobs[t]))
+                result.append(abs(text.logprobs[t] - other.logprobs[t]))
                 continue
             texts += 1
             least = min(other.top[t].values(), default=-np.inf)
-            result.append(abs(one.logprobs[t] - other.top[t].get(token, least)))
+            result.append(abs(text.logprobs[t] - other.top[t].get(token, least)))
             break
         row = np.nan_to_num(result[first:], nan=np.inf)
         worst = max(worst, float(row.sum()) / max(len(row), MIN_ROW_TOKENS))

@@ -92,13 +92,13 @@ def compensated(
     scale = torch.ones(1, 1) if outputs is None else outputs.diagonal()[:, None]
 
     def image(change: torch.Tensor) -> torch.Tensor:
-        found = change @ moments
-        return (found if outputs is None else outputs @ found) * kept
+        product = change @ moments
+        return (product if outputs is None else outputs @ product) * kept
 
-    def product(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    def product(vector: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """Of each problem: [out, 1], with gradients one number."""
-        found = torch.linalg.vecdot(one, other)
-        return found[:, None] if outputs is None else found.sum()
+        products = torch.linalg.vecdot(vector, other)
+        return products[:, None] if outputs is None else products.sum()
 
     current = start.float() * kept
     residual = image(weight.float() - current)

@@ -37,12 +37,12 @@ def measure_gradients(run: Run) -> dict[str, float]:
     walk, count = run.texts_walk, len(run.skeleton.layers)
     losses: dict[str, float] = {}
     for n in reversed(range(count)):
-        found = run.parts.get(_losses(n))
-        if found is None:
-            found = {"": json_tensor(_measure_layer(run, n))}
-            run.parts.put(_losses(n), found)
+        part = run.parts.get(_losses(n))
+        if part is None:
+            part = {"": json_tensor(_measure_layer(run, n))}
+            run.parts.put(_losses(n), part)
             walk.leave(n, backwards=True)
-        losses |= json_value(found[""])
+        losses |= json_value(part[""])
         run.progress(STAGE, count - n, count)
     walk.drop()
     return losses

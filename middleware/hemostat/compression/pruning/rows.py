@@ -39,21 +39,21 @@ class Units:
 def find_units(skeleton: Skeleton, layer: str) -> list[Units]:
     """Those of a decoder layer. CompressError where its linear layers have no known names."""
     linears = skeleton.linears_of(layer)
-    found: list[Units] = []
+    all_units: list[Units] = []
     for name in linears:
         parent, _, kind = name.rpartition(".")
         if kind == "down_proj":
-            found.append(_neurons(linears, parent))
+            all_units.append(_neurons(linears, parent))
         elif kind == "o_proj":
-            found.append(_heads(skeleton, linears, parent))
-    covered = {name for units in found for name in (*units.writers, units.reader, *units.shared)}
+            all_units.append(_heads(skeleton, linears, parent))
+    covered = {name for units in all_units for name in (*units.writers, units.reader, *units.shared)}
     if covered != set(linears):
         other = sorted(set(linears) - covered) or [layer]
         raise CompressError(
             f"--pattern rows: what reads the rows of {other[0]} is not known; it works with gate_proj, up_proj, "
             "down_proj and q_proj, k_proj, v_proj, o_proj: use another pattern"
         )
-    return found
+    return all_units
 
 
 def _neurons(linears: Mapping[str, CopyLinear], parent: str) -> Units:
@@ -78,8 +78,8 @@ def _heads(skeleton: Skeleton, linears: Mapping[str, CopyLinear], parent: str) -
     return Units((query,), reader, width, count, weights, shared, count // groups)
 
 
-def _check(reader: str, wanted: int, found: list[int]) -> None:
-    if not found or any(outputs != wanted for outputs in found):
+def _check(reader: str, wanted: int, output_counts: list[int]) -> None:
+    if not output_counts or any(outputs != wanted for outputs in output_counts):
         raise CompressError(f"--pattern rows: {reader} does not read each row of the layers before it: not supported")
 
 
@@ -87,8 +87,8 @@ def unit_scores(units: Units, weight: torch.Tensor, squares: torch.Tensor) -> to
     """Float32 [count]: by unit the sum of w² Σ x² of its columns (Wanda, Sun et al. 2023, arXiv 2306.11695). weight: of
     the reader, [out, in]. squares: Σ x² of its inputs, [in]."""
     by_input = (weight.square() * squares.float()).sum(0)
-    found: torch.Tensor = by_input.unflatten(0, (units.count, units.width)).sum(1)
-    return found
+    scores: torch.Tensor = by_input.unflatten(0, (units.count, units.width)).sum(1)
+    return scores
 
 
 def dropped_units(units: Sequence[Units], scores: Sequence[torch.Tensor], sparsity: float) -> Sequence[torch.Tensor]:
@@ -96,8 +96,8 @@ def dropped_units(units: Sequence[Units], scores: Sequence[torch.Tensor], sparsi
     scores: by kind."""
     sizes = np.concatenate([np.full(kind.count, kind.weights, np.int64) for kind in units])
     lost = share_units(torch.cat(list(scores)).double().numpy(), sizes, sparsity)
-    found: Sequence[torch.Tensor] = torch.from_numpy(lost).split([kind.count for kind in units])
-    return found
+    by_kind: Sequence[torch.Tensor] = torch.from_numpy(lost).split([kind.count for kind in units])
+    return by_kind
 
 
 def dropped_weights(

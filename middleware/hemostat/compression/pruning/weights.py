@@ -50,8 +50,8 @@ def prune_weight(
     if moments is None or pattern is Pattern.ROWS:
         scores = weight.float().square()
         if pattern is Pattern.ROWS:
-            found = scores if moments is None else scores * moments.diagonal().float()
-            kept = kept_rows(found, round(sparsity * len(weight)))
+            weighted = scores if moments is None else scores * moments.diagonal().float()
+            kept = kept_rows(weighted, round(sparsity * len(weight)))
         elif pattern is Pattern.TWO_OF_FOUR:
             kept = kept_two_of_four(scores)
         else:

@@ -25,7 +25,7 @@ def section(report: Row) -> Section | None:
         "causes/section.html.jinja",
         {
             "note": NOTE,
-            "findings": [(one["topic"], one["text"]) for one in report["findings"]],
+            "findings": [(finding["topic"], finding["text"]) for finding in report["findings"]],
             "skipped": report["layers"].get("skipped"),
             "plots_shown": [*_layer_plots(report["layers"]), *_sink_plots(outliers)],
             "tables": [] if "skipped" in outliers else [_activations(outliers), _weights(outliers)],

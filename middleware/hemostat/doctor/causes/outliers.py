@@ -42,9 +42,9 @@ def outlier_report(pair: CheckpointPair, texts: Sequence[Text]) -> dict[str, Any
             "requests": len(texts),
             "positions": sum(len(text.prompt) + len(text.output) - 1 for text in texts),
             "modules": [
-                _module_row(n, name, one, dict(r.named_modules())[name], dict(c.named_modules()).get(name))
+                _module_row(n, name, seen, dict(r.named_modules())[name], dict(c.named_modules()).get(name))
                 for n, (r, c) in enumerate(zip(r_layers, c_layers, strict=True))
-                for name, one in inputs[n].items()
+                for name, seen in inputs[n].items()
             ],
             "sinks": _sinks(norms, _first_attention(pair, texts)),
         }
@@ -81,8 +81,8 @@ def _observe(
     ]
     norms: list[list[torch.Tensor]] = [[] for _ in r_layers]
 
-    def reads(one: _Inputs) -> Callable[..., None]:
-        return lambda module, arguments, output: one.add(arguments[0])
+    def reads(seen: _Inputs) -> Callable[..., None]:
+        return lambda module, arguments, output: seen.add(arguments[0])
 
     def writes(n: int) -> Callable[..., None]:
         def see(module: Any, arguments: Any, output: Any) -> None:
@@ -93,8 +93,8 @@ def _observe(
     with ExitStack() as stack:
         for n, layer in enumerate(r_layers):
             stack.callback(layer.register_forward_hook(writes(n)).remove)
-            for name, one in inputs[n].items():
-                stack.callback(layer.get_submodule(name).register_forward_hook(reads(one)).remove)
+            for name, seen in inputs[n].items():
+                stack.callback(layer.get_submodule(name).register_forward_hook(reads(seen)).remove)
         for text in texts:
             pair.reference_model(input_ids=text.sequence(pair.device)[None], use_cache=False)
     return inputs, norms
@@ -107,7 +107,7 @@ def _module_row(layer: int, name: str, seen: _Inputs, r: Any, c: Any) -> dict[st
     squares = seen.squares / seen.tokens
     rms = squares.sqrt()
     crests = np.concatenate(seen.crests)
-    sample = Sample(np.repeat(np.arange(len(seen.crests)), [len(one) for one in seen.crests]), len(seen.crests))
+    sample = Sample(np.repeat(np.arange(len(seen.crests)), [len(crest) for crest in seen.crests]), len(seen.crests))
     crest = sample.mean(crests)
     # Uniform rounding error of a step absmax / 127: variance step² / 12.
     int8 = sample.mean(crests**2 / (INT8_STEPS**2 * 12))

@@ -63,9 +63,9 @@ def _layer_row(layer: int, experts: int, ours: Sequence[Routing], theirs: Sequen
     """
     chosen = [torch.cat([made for made, _ in of_model]).cpu().numpy() for of_model in (ours, theirs)]
     per_token = chosen[0].shape[1]
-    hits = [np.zeros((len(one), experts), bool) for one in chosen]
-    for one, hit in zip(chosen, hits, strict=True):
-        np.put_along_axis(hit, one, True, axis=1)
+    hits = [np.zeros((len(choice), experts), bool) for choice in chosen]
+    for choice, hit in zip(chosen, hits, strict=True):
+        np.put_along_axis(hit, choice, True, axis=1)
     common = (hits[0] & hits[1]).sum(1)
     loads = [hit.sum(0) / hit.sum() for hit in hits]
     unreached = [np.nonzero(load == 0.0)[0] for load in loads]
@@ -80,7 +80,7 @@ def _layer_row(layer: int, experts: int, ours: Sequence[Routing], theirs: Sequen
             name: [json_number(x) for x in load] for name, load in zip(("reference", "compressed"), loads, strict=True)
         },
         "unreached": {
-            name: {"experts": len(one), "first": one[:MAX_NAMED].tolist()}
-            for name, one in zip(("reference", "compressed"), unreached, strict=True)
+            name: {"experts": len(numbers), "first": numbers[:MAX_NAMED].tolist()}
+            for name, numbers in zip(("reference", "compressed"), unreached, strict=True)
         },
     }

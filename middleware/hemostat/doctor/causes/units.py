@@ -88,7 +88,7 @@ def layer_list(model: Any) -> tuple[Any, str, Any]:
     ]
     if not result:
         raise Incomparable(f"{type(model).__name__} has no list of its {count} layers")
-    return max(result, key=lambda one: sum(p.numel() for p in one[2].parameters()))
+    return max(result, key=lambda entry: sum(p.numel() for p in entry[2].parameters()))
 
 
 def restored(unit: Unit) -> AbstractContextManager[None]:

@@ -154,12 +154,12 @@ def with_unreached(losses: Mapping[str, LayerLosses]) -> dict[str, LayerLosses]:
 
     >>> import numpy as np
     >>> plans = [LayerPlan(4), LayerPlan(16)]
-    >>> found = with_unreached({
+    >>> result = with_unreached({
     ...     "0.experts.0.up": LayerLosses(2, 8, plans, np.array([0.1, 0.0])),
     ...     "0.experts.1.up": LayerLosses(2, 8, plans, np.array([0.3, 0.0])),
     ...     "0.experts.2.up": LayerLosses(4, 8, plans, np.full(2, np.nan), reached=False),
     ... })
-    >>> found["0.experts.2.up"].losses.round(6).tolist()
+    >>> result["0.experts.2.up"].losses.round(6).tolist()
     [0.4, 0.0]
     """
     reached = {name: loss for name, loss in losses.items() if loss.reached}
@@ -169,8 +169,8 @@ def with_unreached(losses: Mapping[str, LayerLosses]) -> dict[str, LayerLosses]:
 
 
 def _unknown(name: str, layer: LayerLosses, reached: Mapping[str, LayerLosses]) -> LayerLosses:
-    same_kind = [one for other, one in reached.items() if _kind(other) == _kind(name)]
-    highest = max(float(one.losses.max()) / (one.outputs * one.inputs) for one in reached.values())
+    same_kind = [layer for other, layer in reached.items() if _kind(other) == _kind(name)]
+    highest = max(float(layer.losses.max()) / (layer.outputs * layer.inputs) for layer in reached.values())
     by_weight = []
     for plan in layer.plans:
         known = _losses_per_weight(same_kind, plan)

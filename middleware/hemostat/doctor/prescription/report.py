@@ -62,7 +62,7 @@ def prescription_report(
         budget = budget_bytes(options.budget, dense, Path(options.compressed), list(losses))
         mix, bound = prescribe(losses, target, budget)
         uniform = uniform_mixes(losses, budget)[:MAX_UNIFORM]
-        mixes = [mix, *(one for _, one in uniform)]
+        mixes = [mix, *(uniform_mix for _, uniform_mix in uniform)]
         parts = Parts(work, f"rounded-{target}-{budget}-")
         rounded = RoundedMixes(
             reference, positions, mixes, device, parts, lambda done, total: steps(2 * total + done, 3 * total)
@@ -129,8 +129,8 @@ def _measure(
     meter.prepare()
     compressed = meter.measure(pair.compressed_model)
 
-    def measure(one: Mix) -> Floats:
-        with rounded.carried_out(model, one):
+    def measure(mix: Mix) -> Floats:
+        with rounded.carried_out(model, mix):
             return meter.measure(model)
 
     prescribed = measure(mix)
@@ -148,7 +148,7 @@ def _measure(
         }
 
     own = row("prescribed", mix.size, mix.predicted, prescribed)
-    others = [row(f"uniform {plan.name}", one.size, one.predicted, measure(one)) for plan, one in uniform]
+    others = [row(f"uniform {plan.name}", mix.size, mix.predicted, measure(mix)) for plan, mix in uniform]
     return {
         "tokens": len(prescribed),
         "requests": len(texts),

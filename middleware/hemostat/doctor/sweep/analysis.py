@@ -121,11 +121,11 @@ def statements(
     result = []
     for name, low, high, text in PAPER_BREAKS:
         if name in thresholds:
-            one = thresholds[name]
-            if one.found is None:
+            limit = thresholds[name]
+            if limit.found is None:
                 result.append(Statement(text, Verdict.UNDECIDED, "too few settings were measured"))
             else:
-                result.append(Statement(text, breaks_within(one.found, low, high), describe_break(one)))
+                result.append(Statement(text, breaks_within(limit.found, low, high), describe_break(limit)))
     by_name = {line.name: results.measured(line.points) for line in lines}
     for better, worse in pairwise(PAPER_ORDER):
         if better in by_name and worse in by_name:
@@ -150,22 +150,26 @@ def equal_size(
     """For each of `worse` the point of `better` with the most bytes that has no more than it."""
     pairs = []
     for point in worse:
-        fitting = [one for one in better if MIN_RELATIVE_BYTES * shares[point] <= shares[one] <= shares[point] + 1e-9]
+        fitting = [
+            candidate
+            for candidate in better
+            if MIN_RELATIVE_BYTES * shares[point] <= shares[candidate] <= shares[point] + 1e-9
+        ]
         if fitting:
-            pairs.append((max(fitting, key=lambda one: shares[one]), point))
+            pairs.append((max(fitting, key=lambda candidate: shares[candidate]), point))
     return pairs
 
 
-def describe_break(one: Threshold) -> str:
-    assert one.found is not None
-    if one.found.existence is Existence.UNDECIDED:
+def describe_break(limit: Threshold) -> str:
+    assert limit.found is not None
+    if limit.found.existence is Existence.UNDECIDED:
         return "whether there is a break is undecided"
-    if one.found.existence is Existence.NONE:
+    if limit.found.existence is Existence.NONE:
         return "no break: the loss never rises more than twice as fast as before"
-    at, low, high = (one.shown(value) for value in (one.found.at, one.found.low, one.found.high))
-    if one.line.unit == "sparsity":
+    at, low, high = (limit.shown(value) for value in (limit.found.at, limit.found.low, limit.found.high))
+    if limit.line.unit == "sparsity":
         return f"at {100 * at:.0f} % [{100 * low:g}, {100 * high:g}]"
-    return f"at {at:.1f} {one.line.unit} [{low:g}, {high:g}]"
+    return f"at {at:.1f} {limit.line.unit} [{low:g}, {high:g}]"
 
 
 def pareto_front(results: Results, points: Sequence[Point], shares: Mapping[Point, float]) -> list[Point]:
@@ -173,7 +177,7 @@ def pareto_front(results: Results, points: Sequence[Point], shares: Mapping[Poin
     front: list[Point] = []
     least = math.inf
     values = {point: results.alone(point).means()[0] for point in points}
-    for point in sorted(points, key=lambda one: (shares[one], values[one])):
+    for point in sorted(points, key=lambda candidate: (shares[candidate], values[candidate])):
         if values[point] < least:
             front.append(point)
             least = values[point]

@@ -53,7 +53,7 @@ def _row(results: Results, point: Point, name: str, share: float | None, on_fron
 
 def _weak_bases(base: Mapping[str, Any]) -> list[str]:
     """Outcomes that the reference itself mostly fails."""
-    return [name for name, one in base.items() if one["value"] is not None and one["value"] < ENOUGH_BASE]
+    return [name for name, outcome in base.items() if outcome["value"] is not None and outcome["value"] < ENOUGH_BASE]
 
 
 def _curve(results: Results, threshold: Threshold, shares: Mapping[Point, float]) -> dict[str, Any]:

@@ -121,30 +121,30 @@ def kl_interval(texts: Sequence[Scored]) -> tuple[float, float]:
     return (0.0 if low is None else low, math.inf if high is None else high)
 
 
-def outcomes(found: Sequence[Outcome]) -> dict[str, Any]:
+def outcomes(answers: Sequence[Outcome]) -> dict[str, Any]:
     """Shares of responses with Wilson's 95 % interval: JSON that parses, JSON with the right fields, right answers."""
-    json = [one for one in found if one.parses is not None]
-    short = [one for one in found if one.parses is None]
+    json = [outcome for outcome in answers if outcome.parses is not None]
+    short = [outcome for outcome in answers if outcome.parses is None]
     return {
-        "json_parses": share([bool(one.parses) for one in json]),
-        "json_correct": share([one.correct for one in json]),
-        "short_correct": share([one.correct for one in short]),
+        "json_parses": share([bool(outcome.parses) for outcome in json]),
+        "json_correct": share([outcome.correct for outcome in json]),
+        "short_correct": share([outcome.correct for outcome in short]),
     }
 
 
-def share(found: Sequence[bool]) -> dict[str, Any]:
+def share(successes: Sequence[bool]) -> dict[str, Any]:
     """Wilson's interval (1927)."""
-    n = len(found)
+    n = len(successes)
     if not n:
         return {"value": None, "low": None, "high": None, "count": 0, "of": 0}
-    p, z = sum(found) / n, 1.959963984540054
+    p, z = sum(successes) / n, 1.959963984540054
     middle, half = (p + z * z / (2 * n)), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     return {
         "value": p,
         "low": max((middle - half) / scale, 0.0),
         "high": min((middle + half) / scale, 1.0),
-        "count": sum(found),
+        "count": sum(successes),
         "of": n,
     }
 

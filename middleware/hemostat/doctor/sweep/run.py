@@ -156,10 +156,10 @@ class Sweep:
 
     def thresholds(self) -> list[Threshold]:
         result = [threshold(self.results, line, self._options.seed) for line in self.lines]
-        return [one for one in result if one is not None]
+        return [limit for limit in result if limit is not None]
 
     def statements(self, thresholds: Sequence[Threshold]) -> list[Statement]:
-        by_name = {one.line.name: one for one in thresholds}
+        by_name = {limit.line.name: limit for limit in thresholds}
         return statements(self.results, by_name, self.lines, self.shares)
 
     def report(self) -> dict[str, Any]:
@@ -198,8 +198,8 @@ def _given_report(pair: CheckpointPair, given: Sequence[Measured]) -> tuple[str,
     if not given:
         return None
     results = Results()
-    for one in given:
-        results.add(UNCHANGED, one.texts(), one.outcomes)
+    for measured in given:
+        results.add(UNCHANGED, measured.texts(), measured.outcomes)
     return pair.compressed.name, results
 
 

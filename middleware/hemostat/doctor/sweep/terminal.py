@@ -65,9 +65,9 @@ def _parts(report: Row) -> Iterator[RenderableType]:
     sweep = report["sweep"]
     yield named(summary(report))
     yield heading("The paper's statements, on this model")
-    for one in sweep["statements"]:
-        yield Text(f"{one['verdict']}: {one['statement']}; {one['evidence']}")
-        for pair in one["comparisons"]:
+    for statement in sweep["statements"]:
+        yield Text(f"{statement['verdict']}: {statement['statement']}; {statement['evidence']}")
+        for pair in statement["comparisons"]:
             yield Text(f"    {comparison(pair)}")
     yield heading("Thresholds")
     yield _table(THRESHOLD_HEADS, threshold_rows(sweep))

@@ -62,9 +62,9 @@ class Awq:
 def unpack_outputs(words: torch.Tensor) -> torch.Tensor:
     """Int32 [rows, 8 n] of words int32 [rows, n]."""
     numbers = unpack_rows(words.reshape(1, -1), BITS).T.reshape(*words.shape, PER_WORD)
-    found = torch.empty_like(numbers)
-    found[..., list(ORDER)] = numbers
-    return found.flatten(1)
+    unpacked = torch.empty_like(numbers)
+    unpacked[..., list(ORDER)] = numbers
+    return unpacked.flatten(1)
 
 
 def pack_outputs(numbers: torch.Tensor) -> torch.Tensor:

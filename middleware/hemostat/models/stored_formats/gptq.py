@@ -62,8 +62,8 @@ class Gptq:
             for pattern, values in (quantization.get("dynamic") or {}).items()
             if not pattern.startswith("-:")
         }
-        found = cls(quantization, VERSIONS[written], where, changed)
-        found._layer({})
+        result = cls(quantization, VERSIONS[written], where, changed)
+        result._layer({})
         for pattern, values in changed.items():
             try:
                 re.compile(pattern)
@@ -71,8 +71,8 @@ class Gptq:
                 raise AdaptError(
                     f"{where} names layers by {pattern!r}, which is no regular expression ({error}): correct it"
                 ) from None
-            found._layer(values)
-        return found
+            result._layer(values)
+        return result
 
     def _layer(self, changed: Mapping[str, Any]) -> GptqLayer:
         values = {**self.base, **changed}

@@ -46,10 +46,10 @@ class ModelOpt:
             name: str(layer.get("quant_algo", "none")).upper()
             for name, layer in (values.get("quantized_layers") or {}).items()
         }
-        for found in layers.values() if algorithm == MIXED else (algorithm,):
-            if found not in ALGORITHMS:
+        for name in layers.values() if algorithm == MIXED else (algorithm,):
+            if name not in ALGORITHMS:
                 raise AdaptError(
-                    f"{where} has the quant_algo {found}, which is not supported: use {', '.join(ALGORITHMS)}"
+                    f"{where} has the quant_algo {name}, which is not supported: use {', '.join(ALGORITHMS)}"
                 )
         groups = [group for group in (quantization.get("config_groups") or {}).values() if isinstance(group, dict)]
         weights_only = bool(groups) and all(group.get("input_activations") is None for group in groups)
@@ -58,12 +58,12 @@ class ModelOpt:
     def algorithm_of(self, layer: StoredLayer) -> str:
         if self.algorithm != MIXED:
             return self.algorithm
-        found = self.layers.get(layer.name)
-        if found is None:
-            found = next((a for pattern, a in self.layers.items() if fnmatch(layer.name, pattern)), None)
-        if found is None:
+        algorithm = self.layers.get(layer.name)
+        if algorithm is None:
+            algorithm = next((a for pattern, a in self.layers.items() if fnmatch(layer.name, pattern)), None)
+        if algorithm is None:
             layer.refuse("weight_scale", "is of a layer that quantized_layers does not name")
-        return found
+        return algorithm
 
     def weight(self, layer: StoredLayer) -> torch.Tensor:
         if "pre_quant_scale" in layer.parts:

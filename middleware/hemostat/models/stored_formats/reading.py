@@ -64,11 +64,11 @@ def quantization_of(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, 
 
     config: content of config.json. AdaptError where it cannot be read.
     """
-    found = config.get("quantization_config")
-    if found:
-        if not isinstance(found, dict):
+    quantization = config.get("quantization_config")
+    if quantization:
+        if not isinstance(quantization, dict):
             raise AdaptError(f"quantization_config of {folder}/config.json is no object; copy the checkpoint again")
-        return dict(found), "config.json"
+        return dict(quantization), "config.json"
     for name, method in FILES.items():
         if (folder / name).is_file():
             try:

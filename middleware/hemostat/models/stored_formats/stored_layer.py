@@ -33,30 +33,30 @@ class StoredLayer:
         """AdaptError unless there is such a tensor, with one of the types and this shape; None: any length."""
         if part not in self.parts:
             raise AdaptError(f"{self._where} has no tensor {self.name}.{part}: it is incomplete; {COPY_AGAIN}")
-        found = self._read(part)
-        if found.dtype not in types:
-            wanted = " or ".join(_type_name(one) for one in types)
-            self.refuse(part, f"is {_type_name(found.dtype)}, and not {wanted}")
+        values = self._read(part)
+        if values.dtype not in types:
+            wanted = " or ".join(_type_name(dtype) for dtype in types)
+            self.refuse(part, f"is {_type_name(values.dtype)}, and not {wanted}")
         if shape is not None and (
-            found.ndim != len(shape) or any(n not in (None, have) for n, have in zip(shape, found.shape, strict=True))
+            values.ndim != len(shape) or any(n not in (None, have) for n, have in zip(shape, values.shape, strict=True))
         ):
             expected = ", ".join("any" if n is None else str(n) for n in shape)
-            self.refuse(part, f"has the shape {list(found.shape)}, and not [{expected}]")
-        return found
+            self.refuse(part, f"has the shape {list(values.shape)}, and not [{expected}]")
+        return values
 
     def scales(self, part: str, shape: tuple[int | None, ...] | None = None) -> torch.Tensor:
         """Float32; AdaptError where one is not finite. AutoRound writes negative ones, too."""
-        found = self.tensor(part, _FLOATS, shape).float()
-        if not bool(found.isfinite().all()):
+        values = self.tensor(part, _FLOATS, shape).float()
+        if not bool(values.isfinite().all()):
             self.refuse(part, "holds scales that are not finite", COPY_AGAIN)
-        return found
+        return values
 
     def number(self, part: str) -> float:
         """A scale that is the only element of its tensor."""
-        found = self.scales(part)
-        if found.numel() != 1 or float(found) <= 0.0:
-            self.refuse(part, f"holds {found.numel()} numbers, and not one that is positive")
-        return float(found)
+        value = self.scales(part)
+        if value.numel() != 1 or float(value) <= 0.0:
+            self.refuse(part, f"holds {value.numel()} numbers, and not one that is positive")
+        return float(value)
 
     def refuse(self, part: str, problem: str, fix: str = WRONG_CONFIG) -> NoReturn:
         raise AdaptError(f"{self._where}: {self.name}.{part} {problem}: {fix}")

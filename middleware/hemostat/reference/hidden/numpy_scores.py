@@ -27,10 +27,10 @@ def scores_of(
 
     >>> z = np.log(np.array([[1, 2, 5]], np.float32))
     >>> output, ids = np.array([1], np.int32), np.array([[2, -1]], np.int32)
-    >>> found = scores_of(lambda rows: z[rows].copy(), 3, output, ids, {}, {})
-    >>> found.emitted.round(3).tolist(), found.at.round(3).tolist(), found.top_ids.tolist()
+    >>> scores = scores_of(lambda rows: z[rows].copy(), 3, output, ids, {}, {})
+    >>> scores.emitted.round(3).tolist(), scores.at.round(3).tolist(), scores.top_ids.tolist()
     ([-1.386], [[-0.47, nan]], [[2, 1]])
-    >>> found.entropy.round(3).tolist()
+    >>> scores.entropy.round(3).tolist()
     [0.9]
     """
     tokens, width = ids.shape

@@ -48,14 +48,14 @@ def fit_of_head(emitted: Floats, entropy: Floats, vocab_size: int) -> str:
     return ""
 
 
-def distance(one: States, other: States) -> float:
+def distance(first: States, other: States) -> float:
     """Mean over positions of the Euclidean distance, relative to the length of `other`; infinite for other shapes.
 
     >>> distance(np.array([[0x3F80, 0]], np.uint16), np.array([[0x3F80, 0x3F80]], np.uint16)).__round__(3)
     0.707
     """
-    if one.shape != other.shape:
+    if first.shape != other.shape:
         return float("inf")
-    a, b = (floats(states).astype(np.float64) for states in (one, other))
+    a, b = (floats(states).astype(np.float64) for states in (first, other))
     lengths = np.maximum(np.linalg.norm(b, axis=1), np.finfo(np.float64).tiny)
     return float((np.linalg.norm(a - b, axis=1) / lengths).mean())

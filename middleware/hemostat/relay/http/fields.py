@@ -59,7 +59,7 @@ _names: Final[dict[bytes, tuple[bytes, bool]]] = {}
 _lines: Final[dict[bytes, tuple[bytes, bytes]]] = {}
 
 
-def remember(cache: dict[bytes, _Found], key: bytes, found: _Found, max_entries: int, max_bytes: int) -> None:
+def remember(cache: dict[bytes, _Found], key: bytes, value: _Found, max_entries: int, max_bytes: int) -> None:
     """Cache what was found for a key of at most `max_bytes`.
 
     A cache that is full is emptied: what one client sent once does not slow down the others for good.
@@ -67,7 +67,7 @@ def remember(cache: dict[bytes, _Found], key: bytes, found: _Found, max_entries:
     if len(key) <= max_bytes:
         if len(cache) >= max_entries:
             cache.clear()
-        cache[key] = found
+        cache[key] = value
 
 
 def read_field(line: bytes) -> tuple[bytes, bytes]:

@@ -124,11 +124,11 @@ class Upstreams:
         can be reached and are not drained, without such to all that are not drained, and where all are drained, to all.
         """
         engines = self.engines
-        loads = [one.outstanding if one.health.up and not one.drained else UNAVAILABLE for one in engines]
+        loads = [engine.outstanding if engine.health.up and not engine.drained else UNAVAILABLE for engine in engines]
         if self._failing:
             self._raise_loads(loads)
         if tried:
-            loads = [UNAVAILABLE if one in tried else load for one, load in zip(engines, loads, strict=True)]
+            loads = [UNAVAILABLE if engine in tried else load for engine, load in zip(engines, loads, strict=True)]
         index = self._balancer.choose(loads, key)
         if index < 0:
             left = [engine for engine in engines if engine not in tried]
@@ -189,8 +189,8 @@ class Upstreams:
             health = engine.health
             if not health.up or engine not in self.engines:
                 continue
-            index, requests = self.engines.index(engine), [one.requests for one in self.engines]
-            available = sum(one.health.up and not one.drained for one in self.engines)
+            index, requests = self.engines.index(engine), [other.requests for other in self.engines]
+            available = sum(candidate.health.up and not candidate.drained for candidate in self.engines)
             accused = self.comparison.failed(
                 client, network, index, requests, available, started=started, now=now, proven=answered
             )

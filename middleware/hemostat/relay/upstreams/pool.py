@@ -112,7 +112,7 @@ class Pool:
         """Close connections that have been idle for too long, and end waits that are. now: event-loop time."""
         while self._idle and now - self._idle[0].idle_since > IDLE_SECONDS:
             self._idle.popleft().close()
-        for receiver in [one for one, since in self._waiters.items() if now - since > self._queue_seconds]:
+        for receiver in [waiter for waiter, since in self._waiters.items() if now - since > self._queue_seconds]:
             if self._waiters.pop(receiver, None) is not None:
                 receiver.wait_expired()
 
