@@ -159,8 +159,10 @@ LABELS: dict[str, dict[str, Values | str]] = {
         }
     },
     "edge": {"": EDGES, names.OUTCOME_DIFFERENCE: {"mean": "the estimate", "low": "lower end", "high": "upper end"}},
-    "context": {"": f"tokens before the scored one, of prompt and output: {', '.join(f'`{one}`' for one in CONTEXTS)}"},
-    "position": {"": f"of the token in the output, from 0: {', '.join(f'`{one}`' for one in POSITIONS)}"},
+    "context": {
+        "": f"tokens before the scored one, of prompt and output: {', '.join(f'`{bucket}`' for bucket in CONTEXTS)}"
+    },
+    "position": {"": f"of the token in the output, from 0: {', '.join(f'`{bucket}`' for bucket in POSITIONS)}"},
     "phase": {
         "": {
             THINKING: "what the model writes before its answer, with the markers that enclose it",
@@ -269,7 +271,10 @@ LABELS: dict[str, dict[str, Values | str]] = {
             BuildFailure.REFUSED: "no adapter can be made of these checkpoints or texts; the status says why",
             BuildFailure.INVALID: "the result is damaged, or is not about the checkpoints that serve",
         },
-        names.OUTCOME_DIFFERENCE: {**{one: one.meaning for one in Outcome}, LENGTH: "the mean number of output tokens"},
+        names.OUTCOME_DIFFERENCE: {
+            **{outcome: outcome.meaning for outcome in Outcome},
+            LENGTH: "the mean number of output tokens",
+        },
     },
     "reason": {
         names.REPEATED_REQUESTS: {

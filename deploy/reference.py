@@ -244,7 +244,7 @@ def readable(summary: str) -> str:
     >>> readable("The store of {{ $labels.instance }} refuses, in {{ $value | humanizePercentage }}")
     'The store of INSTANCE refuses, in VALUE'
     """
-    return re.sub(r"\{\{ \$(?:labels\.)?(\w+)[^}]*\}\}", lambda found: found[1].upper(), summary)
+    return re.sub(r"\{\{ \$(?:labels\.)?(\w+)[^}]*\}\}", lambda match: match[1].upper(), summary)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

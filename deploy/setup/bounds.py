@@ -99,12 +99,12 @@ def requirements(project: Mapping[str, object], extras: Iterable[str]) -> list[R
     while names or waiting:
         if not waiting:
             waiting = [*map(Requirement, optional[names.pop(0)])]
-        one = waiting.pop(0)
-        if one.name == project["name"]:
-            names += one.extras
-        elif result.setdefault(one.name, one).specifier != one.specifier:
+        needed = waiting.pop(0)
+        if needed.name == project["name"]:
+            names += needed.extras
+        elif result.setdefault(needed.name, needed).specifier != needed.specifier:
             raise SetupError(
-                f"pyproject.toml: {one.name} has the bounds {one.specifier} and {result[one.name].specifier}"
+                f"pyproject.toml: {needed.name} has the bounds {needed.specifier} and {result[needed.name].specifier}"
             )
     return [*result.values()]
 
@@ -121,9 +121,9 @@ def beyond(outdated: str, wanted: Iterable[Requirement]) -> list[str]:
     """Which direct dependencies have a release that their upper bound excludes, by `pip list --outdated` as JSON."""
     latest = {load["name"].lower().replace("_", "-"): load["latest_version"] for load in json.loads(outdated)}
     return [
-        f"{one.name} {latest[one.name]} is out, which pyproject.toml excludes (<{bound(one, '<')})"
-        for one in wanted
-        if one.name in latest and Version(latest[one.name]) >= Version(bound(one, "<"))
+        f"{package.name} {latest[package.name]} is out, which pyproject.toml excludes (<{bound(package, '<')})"
+        for package in wanted
+        if package.name in latest and Version(latest[package.name]) >= Version(bound(package, "<"))
     ]
 
 

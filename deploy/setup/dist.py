@@ -50,9 +50,9 @@ class Interpreter:
 
 
 def version() -> str:
-    found = re.search(r'^__version__ = "(.+)"$', (ROOT / "middleware/hemostat/__init__.py").read_text(), re.MULTILINE)
-    assert found is not None
-    return found[1]
+    match = re.search(r'^__version__ = "(.+)"$', (ROOT / "middleware/hemostat/__init__.py").read_text(), re.MULTILINE)
+    assert match is not None
+    return match[1]
 
 
 def supported() -> list[str]:
@@ -98,7 +98,7 @@ class Distribution:
 
     def __init__(self, build_arguments: Sequence[str], buildah_arguments: Sequence[str]) -> None:
         self.version = version()
-        self._given = dict(one.partition("=")[::2] for one in build_arguments)
+        self._given = dict(argument.partition("=")[::2] for argument in build_arguments)
         known = {name for file, _ in IMAGES.values() for name in arguments_of(file)}
         if unknown := sorted(self._given.keys() - known):
             raise SetupError(f"--build-arg {unknown[0]}: no Dockerfile has it: they have {', '.join(sorted(known))}")
@@ -134,15 +134,15 @@ class Distribution:
             archive.extractall(unpacked, filter="data")
         command = ["wheel", "--no-deps", "--wheel-dir", str(DIST), str(unpacked / f"hemostat-{self.version}")]
         self._run("no wheel", self._tool("pip"), *command)
-        found = {one.version: one for one in interpreters()}
+        available = {interpreter.version: interpreter for interpreter in interpreters()}
         for wanted in supported():
-            one = found.get(wanted)
-            why = "it is not on this machine" if one is None else one.lacks
-            if one is None or why:
+            interpreter = available.get(wanted)
+            why = "it is not on this machine" if interpreter is None else interpreter.lacks
+            if interpreter is None or why:
                 self._miss(f"a wheel for CPython {wanted} with the compiled relay: {why}")
                 continue
-            report(f"      compiling for CPython {wanted}: {one.path}")
-            pip = (self._tool("pip"), "--python", one.path)
+            report(f"      compiling for CPython {wanted}: {interpreter.path}")
+            pip = (self._tool("pip"), "--python", interpreter.path)
             self._run(f"not compiled for CPython {wanted}", *pip, *command, variables=COMPILE)
         shutil.rmtree(unpacked)
 

@@ -25,7 +25,7 @@ def installed(python: str = sys.executable) -> dict[str, str]:
     """Name -> version of every distribution of an environment."""
     command = [python, "-m", "pip", "list", "--format=json", "--disable-pip-version-check"]
     result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    versions = {str(one["name"]).lower().replace("_", "-"): str(one["version"]) for one in result}
+    versions = {str(package["name"]).lower().replace("_", "-"): str(package["version"]) for package in result}
     return {name: versions[name] for name in sorted(versions.keys() - NOT_LISTED)}
 
 

@@ -230,11 +230,11 @@ def copy_environment(source: Path, destination: Path) -> None:
     pip replaces files and never writes into them, so the source stays as it is.
     """
 
-    def link(found: str, to: str) -> None:
+    def link(source: str, to: str) -> None:
         try:
-            os.link(found, to)
+            os.link(source, to)
         except OSError:  # another file system, or one without hard links
-            shutil.copy2(found, to)
+            shutil.copy2(source, to)
 
     ignored = shutil.ignore_patterns(".hemostat-setup", ".hemostat-installing")
     shutil.copytree(source, destination, symlinks=True, copy_function=link, ignore=ignored)
@@ -250,9 +250,9 @@ def torch_requirement(pip_report: str) -> str:
         wanted = [Requirement(text) for text in metadata.get("requires_dist", [])]
     except (ValueError, LookupError, TypeError) as error:
         raise SetupError(f"pip's report cannot be read ({error!r})") from error
-    for one in wanted:
-        if one.name == "torch" and (one.marker is None or one.marker.evaluate({"extra": ""})):
-            return f"torch{one.specifier}"
+    for requirement in wanted:
+        if requirement.name == "torch" and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            return f"torch{requirement.specifier}"
     return ""
 
 
