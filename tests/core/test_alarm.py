@@ -36,14 +36,14 @@ ALPHA = 0.05
 
 def requests(rng, count, *, scale=1.0, effect=0.15, lengths=(8, 96)):
     """Spreads of requests: log-normal around 0.07, tokens autocorrelated, requests with a level of their own."""
-    found = []
+    levels = []
     for _ in range(count):
         n = int(rng.integers(*lengths))
         noise = rng.normal(size=n)
         for t in range(1, n):
             noise[t] = 0.3 * noise[t - 1] + 0.95 * noise[t]
-        found.append(scale * 0.07 * np.exp(0.3 * noise + effect * rng.normal()))
-    return found
+        levels.append(scale * 0.07 * np.exp(0.3 * noise + effect * rng.normal()))
+    return levels
 
 
 def test_a_limit_is_exceeded_no_more_often_than_stated():
@@ -224,14 +224,14 @@ def test_rebase_learns_anew():
         alarm = play(learned(alarm, kind, rng), kind, requests(rng, 10))
     alarm = play(alarm, "b", requests(rng, 20, scale=6.0))
     assert reading(alarm, AlarmTest.CHANGE).raised is not None
-    one = rebase(alarm, "b")
-    assert (of_kind(one, "a").watched, of_kind(one, "b").baseline_requests) == (True, 0)
-    assert reading(one, AlarmTest.CHANGE).raised is None
-    one = play(learned(one, "b", rng, scale=6.0), "b", requests(rng, 20, scale=6.0))
-    again = reading(one, AlarmTest.CHANGE)
-    assert (again.raised, again.number, one.baselines) == (None, 2, 3)
+    rebased = rebase(alarm, "b")
+    assert (of_kind(rebased, "a").watched, of_kind(rebased, "b").baseline_requests) == (True, 0)
+    assert reading(rebased, AlarmTest.CHANGE).raised is None
+    rebased = play(learned(rebased, "b", rng, scale=6.0), "b", requests(rng, 20, scale=6.0))
+    again = reading(rebased, AlarmTest.CHANGE)
+    assert (again.raised, again.number, rebased.baselines) == (None, 2, 3)
     everything = rebase(alarm)
-    assert not any(found.watched for found in kind_readings(everything))
+    assert not any(each.watched for each in kind_readings(everything))
 
 
 def test_the_mix_of_kinds_is_compared_and_weighted_back():
@@ -291,14 +291,14 @@ def test_memory_and_work_are_bounded():
     rng = np.random.default_rng(0)
     alarm = play(init(SETTINGS), "chat", requests(rng, 150))
     before = len(save(alarm))
-    one = requests(rng, 1)
-    work = instructions(lambda: play(alarm, "chat", one))
+    levels = requests(rng, 1)
+    work = instructions(lambda: play(alarm, "chat", levels))
     later = play(alarm, "chat", requests(rng, 2000))
     assert len(save(later)) < before + 500
-    assert instructions(lambda: play(later, "chat", one)) <= 1.1 * work < 10_000
+    assert instructions(lambda: play(later, "chat", levels)) <= 1.1 * work < 10_000
     many = init(SETTINGS)
     for number in range(300):
-        many = play(many, str(number), one, now=float(number))
+        many = play(many, str(number), levels, now=float(number))
     assert len(kind_readings(many)) == 128
     assert of_kind(many, "299").baseline_requests == 1
 
@@ -339,7 +339,7 @@ def test_runs_of_alike_requests_make_a_baseline_longer_and_evidence_slower():
     settings = replace(SETTINGS, budget=None)
 
     def run(length):
-        return [one for one in requests(rng, 400 // length) for _ in range(length)]
+        return [level for level in requests(rng, 400 // length) for _ in range(length)]
 
     alone, alike = (play(init(settings), "chat", run(length)) for length in (1, 5))
     assert of_kind(alone, "chat").baseline_requests < of_kind(alike, "chat").baseline_requests
@@ -352,14 +352,14 @@ def test_a_baseline_that_takes_long_keeps_every_second_request(monkeypatch):
     monkeypatch.setattr(alarm_module, "MAX_LEARNING", 200)
     given = [requests(np.random.default_rng(n // 40), 1)[0] for n in range(250)]
     state = play(init(replace(SETTINGS, budget=None)), "chat", given)
-    found = of_kind(state, "chat")
-    assert (found.watched, found.baseline_requests) == (False, 250)
+    of_chat = of_kind(state, "chat")
+    assert (of_chat.watched, of_chat.baseline_requests) == (False, 250)
     assert (state.kinds["chat"].stride, len(state.kinds["chat"].learning)) == (2, 125)
 
 
 def test_a_baseline_spans_a_cycle():
     settings = replace(SETTINGS, budget=None, baseline_requests=30, cycle=99.0)
     state = init(settings)
-    for now, one in enumerate(requests(np.random.default_rng(0), 101)):
-        state = update(state, "chat", Observation(float(now), np.full(len(one), 0.1), one))
+    for now, levels in enumerate(requests(np.random.default_rng(0), 101)):
+        state = update(state, "chat", Observation(float(now), np.full(len(levels), 0.1), levels))
         assert of_kind(state, "chat").watched == (now >= 99)

@@ -146,9 +146,9 @@ def test_the_estimates_mean_is_the_truth(truth, view):
 def test_sharper_than_one_bucket(truth, view):
     """The capped lower bound is never below the coarse one."""
     record = make_record(truth, **view)
-    found, coarse = bounds(record), divergence(record)
+    bounded, coarse = bounds(record), divergence(record)
     for name in FIGURES:
-        assert (getattr(found, name).lower >= getattr(coarse, name) - 1e-12).all(), name
+        assert (getattr(bounded, name).lower >= getattr(coarse, name) - 1e-12).all(), name
 
 
 def test_the_sharper_bound_is_the_least_that_the_caps_allow():
@@ -183,7 +183,7 @@ def test_with_the_whole_reference_the_ends_are_the_best_possible(truth, k, chat,
     """What all of r could add to them: nothing below unless an id behind its list is at the cap, and above no more than
     the mass that r gives to the ids which c prefers. Where both have mass left, so that it is no matter of rounding."""
     record = make_record(truth, k, chat=chat)
-    found, free = bounds(record, floor), bounds(record, 0.0)
+    bounded, free = bounds(record, floor), bounds(record, 0.0)
     for row in range(record.tokens):
         log_r = truth.reference[row]
         known = tail(record, log_r, row)
@@ -196,7 +196,7 @@ def test_with_the_whole_reference_the_ends_are_the_best_possible(truth, k, chat,
         rest = np.setdiff1d(np.flatnonzero(known.open), capped)
         whole = np.isin(capped, record.reference.ids[row]).all() and (known.r[rest].sum() > ENOUGH or not len(rest))
         for name, best in exact(log_r[None], log_c[None]).items():
-            end = getattr(found, name).lower[row]
+            end = getattr(bounded, name).lower[row]
             assert end <= best[0] + ROUNDING * (1.0 + best[0]), name
             assert not whole or end >= best[0] - 10 * ROUNDING * (1.0 + best[0]), name
 
@@ -206,7 +206,7 @@ def test_with_the_whole_reference_the_ends_are_the_best_possible(truth, k, chat,
         if not contradicted and abs(np.exp(log_c).sum() - 1.0) < 1e-9:
             worst, most = exact(log_r[None], log_c[None])["kl_rc"][0], -np.log(floor)
             slack = ROUNDING * (1.0 + most)
-            assert worst - slack <= found.kl_rc.upper[row] <= worst + 2.0 * most * at + slack
+            assert worst - slack <= bounded.kl_rc.upper[row] <= worst + 2.0 * most * at + slack
         log_c, at = far(known, 0.0)
         if abs(np.exp(log_c).sum() - 1.0) < 1e-9:
             worst = exact(log_r[None], log_c[None])
@@ -228,9 +228,9 @@ def test_the_upper_ends_are_attained(reference_k):
     r, c = r / r.sum(), c / c.sum()
     truth = Truth(np.log(r)[None], np.log(c)[None], np.array([0]))
     record = make_record(truth, k, reference_k=reference_k)
-    found, value = bounds(record, floor), exact(truth.reference, truth.compressed)
+    bounded, value = bounds(record, floor), exact(truth.reference, truth.compressed)
     for name in ("kl_rc", "js", "tv"):
-        assert value[name] <= getattr(found, name).upper <= value[name] * 1.01, name
+        assert value[name] <= getattr(bounded, name).upper <= value[name] * 1.01, name
 
 
 @settings(max_examples=examples(300))

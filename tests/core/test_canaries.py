@@ -34,7 +34,7 @@ class World:
     def __init__(self, seed: int = 0, noise: float = NOISE) -> None:
         self.rng = np.random.default_rng(seed)
         self.noise = noise
-        self.true = -self.rng.exponential(2.0, sum(one.scored for one in canaries()))
+        self.true = -self.rng.exponential(2.0, sum(canary.scored for canary in canaries()))
         self.taken = CanarySet(canaries(), np.stack([self.replay() for _ in range(4)]), Origin("m"))
 
     def replay(self, shift: float | Floats = 0.0, noise: float | None = None) -> Floats:
@@ -73,9 +73,9 @@ def test_two_equal_engines_differ_in_at_most_a_third_of_sequences_and_the_votes_
     rng = np.random.default_rng(0)
     shares = []
     for replays, taken in same_token_sets(400, lambda shape: np.exp(3.0 * rng.standard_normal(shape))):
-        found = taken.compare_engines({"a": replays[4], "b": replays[5]}, 0.0)["a"]
-        assert found.needed == votes_needed(100, 2) > taken.needed
-        shares.append(found.votes / 100)
+        comparison = taken.compare_engines({"a": replays[4], "b": replays[5]}, 0.0)["a"]
+        assert comparison.needed == votes_needed(100, 2) > taken.needed
+        shares.append(comparison.votes / 100)
     assert 0.28 < np.mean(shares) < 1 / 3 + 0.01
 
 
@@ -98,9 +98,9 @@ def test_a_few_sequences_that_are_far_away_are_no_change() -> None:
     world = World()
     shift = np.zeros(len(world.true))
     shift[:200] = 5.0
-    found = world.taken.compare(world.replay(shift), 0.0)
-    assert 3 <= found.votes < found.needed
-    assert found.nats < 2 * NOISE
+    comparison = world.taken.compare(world.replay(shift), 0.0)
+    assert 3 <= comparison.votes < comparison.needed
+    assert comparison.nats < 2 * NOISE
 
 
 def test_differences_within_the_tolerance_are_none() -> None:
@@ -116,17 +116,17 @@ def test_the_engine_that_differs_from_the_others_is_named_whatever_all_were_befo
     moved = world.true + 0.5 * world.rng.choice([-1.0, 1.0], len(world.true))  # all run another version than then
     replays = {f"engine {n}": moved + world.rng.standard_t(3, len(moved)) * NOISE for n in range(engines)}
     replays["engine 2"] = replays["engine 2"] + world.rng.choice([-0.08, 0.08], len(moved))
-    found = world.taken.compare_engines(replays)
-    assert [name for name, one in found.items() if one.changed] == ["engine 2"]
+    comparisons = world.taken.compare_engines(replays)
+    assert [name for name, comparison in comparisons.items() if comparison.changed] == ["engine 2"]
 
 
 def test_of_two_engines_that_differ_both_are_named_and_one_alone_is_not_compared() -> None:
     world = World()
-    found = world.taken.compare_engines({"a": world.replay(), "b": world.replay(0.2)})
-    assert [one.changed for one in found.values()] == [True, True]
+    comparisons = world.taken.compare_engines({"a": world.replay(), "b": world.replay(0.2)})
+    assert [comparison.changed for comparison in comparisons.values()] == [True, True]
     assert world.taken.compare_engines({"a": world.replay(0.2)}) == {}
     alike = world.taken.compare_engines({"a": world.replay(), "b": world.replay()})
-    assert not any(one.changed for one in alike.values())
+    assert not any(comparison.changed for comparison in alike.values())
 
 
 def test_the_distance_from_the_reference_is_that_of_then_and_of_now() -> None:
@@ -139,14 +139,14 @@ def test_the_distance_from_the_reference_is_that_of_then_and_of_now() -> None:
 def test_an_adapter_gets_the_shortest_sequences() -> None:
     chosen = shortest(canaries())
     assert len(chosen) == 20
-    assert max(one.tokens for one in chosen) <= 31
+    assert max(canary.tokens for canary in chosen) <= 31
 
 
 def test_a_set_is_read_as_it_was_written() -> None:
     world = World()
     read = CanarySet.from_bytes(world.taken.to_bytes())
     assert read.origin == world.taken.origin
-    assert [one.ids for one in read.canaries] == [one.ids for one in world.taken.canaries]
+    assert [canary.ids for canary in read.canaries] == [canary.ids for canary in world.taken.canaries]
     assert np.array_equal(read.baseline, world.taken.baseline)
 
 
@@ -169,7 +169,7 @@ def test_sets_that_can_say_nothing_are_refused() -> None:
     few, long = canaries([30] * 15), canaries([300] * 17)
     for sequences, text in ((few, "15 canaries"), (long, "5117 tokens")):
         with pytest.raises(InvalidArgumentError, match=text):
-            CanarySet(sequences, np.zeros((4, sum(one.scored for one in sequences))), Origin("m"))
+            CanarySet(sequences, np.zeros((4, sum(canary.scored for canary in sequences))), Origin("m"))
     good = canaries([30] * 16)
     for baseline in (np.zeros((4, 7)), np.full((4, 464), np.nan), np.zeros((1, 464))):
         with pytest.raises(InvalidArgumentError, match="baseline is no table of 464"):

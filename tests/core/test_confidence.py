@@ -85,8 +85,8 @@ def test_the_interval_of_a_difference_covers_at_every_look():
             good = True
             for at, t in enumerate(looks + 1):
                 first, second = (
-                    MeanSequence(RatioEstimate(int(t), *found[:5]), tuple(found[5:]))
-                    for found in (arm[:, stream, at].tolist() for arm in arms)
+                    MeanSequence(RatioEstimate(int(t), *sums[:5]), tuple(sums[5:]))
+                    for sums in (arm[:, stream, at].tolist() for arm in arms)
                 )
                 result = confidence.difference(first, second)
                 good &= result.low <= truth <= result.high
@@ -113,7 +113,7 @@ def test_the_interval_of_a_proportion_covers_at_every_look(share):
     covered = 0
     for row in (rng.random((STREAMS, REQUESTS)) < share).cumsum(1):
         result = [interval(int(row[t - 1]), t) for t in looks]
-        covered += all(one.low <= share <= one.high for one in result)
+        covered += all(interval.low <= share <= interval.high for interval in result)
     print(f"proportion {share}: {covered} of {STREAMS} streams covered at every look")
     assert covered >= NEEDED
     result = interval(round(share * REQUESTS), REQUESTS)

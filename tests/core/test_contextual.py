@@ -132,8 +132,8 @@ def test_the_tail_is_narrow_and_little_is_lost(kinds, monkeypatch):
     assert whole.parameters["up"].any(axis=1).all()
     monkeypatch.setattr(export, "MAX_LOST_PART", 0.0)
     assert learner.propose(state) == whole, "what would lose more than is allowed is served whole"
-    none, exact, found = (world().divergence(p) for p in (None, whole, cut))
-    assert none - found > 0.9 * (none - exact)
+    none, exact, trimmed = (world().divergence(p) for p in (None, whole, cut))
+    assert none - trimmed > 0.9 * (none - exact)
     seen = world().truth(5).compressed[:, world().anchors]
     lengths = [np.einsum("tr,rs,ts->t", y, p.parameters["fisher"], y) for p in (whole, cut) for y in [code(p, seen)]]
     np.testing.assert_allclose(*lengths, rtol=1e-3)

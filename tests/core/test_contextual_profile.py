@@ -271,15 +271,15 @@ def test_without_features_nothing_is_guessed(how, log_normalizer, truth, k, seed
     record = make_record(truth, k, reference_k=3, profile=profile, log_normalizer=log_normalizer)
     record = unlike(record, truth, profile, how)
     unknown = np.ones(record.tokens, bool) if how != "masked" else np.arange(record.tokens) == 0
-    found, figures = gain(record, profile), calibrated(record, profile)
+    bounded, figures = gain(record, profile), calibrated(record, profile)
     log_c = log_softmax(apply(profile, truth.compressed))
     before = exact(truth.reference, truth.compressed)["kl_rc"]
     won = before - exact(truth.reference, log_c)["kl_rc"]
     rounding = 2e-5 * (1.0 + np.abs(before))
-    assert (found.lower <= won + rounding).all()
-    assert (found.upper >= won - rounding).all()
-    assert not found.exact[unknown].any()
-    width = (found.upper - found.lower)[unknown]
+    assert (bounded.lower <= won + rounding).all()
+    assert (bounded.upper >= won - rounding).all()
+    assert not bounded.exact[unknown].any()
+    width = (bounded.upper - bounded.lower)[unknown]
     clamp = profile.clamp_nats
     np.testing.assert_allclose(width, 2.0 * clamp if log_normalizer else 4.0 * clamp, atol=1e-9)
     np.testing.assert_array_equal(figures.known, ~unknown)

@@ -112,8 +112,8 @@ def test_a_limit_keeps_the_sums_and_the_newest_rows():
 def test_of_many_scopes_the_first_is_kept():
     learner = world().learner()
     states = {name: learned((0,) * 10, learner) for name in ("", "a", "b")}
-    one = len(save({"": states[""]}, learner, "m", ALL_BYTES))
-    result = load(save(states, learner, "m", one + 1000), learner, "m")
+    size = len(save({"": states[""]}, learner, "m", ALL_BYTES))
+    result = load(save(states, learner, "m", size + 1000), learner, "m")
     assert "" in result
     assert result[""].tokens == states[""].tokens
 

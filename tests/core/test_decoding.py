@@ -112,8 +112,8 @@ def test_the_interval_at_a_temperature_is_narrow_where_the_lists_hold_most(tempe
         make_record(Truth(log_r, log_c, emitted), 64, sampling=Sampling(temperature=temperature))
     )
     wide = decoded_divergence(make_record(Truth(log_r, log_c, emitted), 8, sampling=Sampling(temperature=temperature)))
-    for found in (narrow, wide):
-        assert np.isnan(found.kl_rc.lower).all()
+    for bounded in (narrow, wide):
+        assert np.isnan(bounded.kl_rc.lower).all()
     width = (narrow.tv.upper - narrow.tv.lower).mean()
     assert width < 0.5 * (wide.tv.upper - wide.tv.lower).mean()
     assert width < {0.3: 0.01, 0.7: 0.1, 1.3: 0.5}[temperature]

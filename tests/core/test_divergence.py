@@ -246,11 +246,11 @@ def test_infinite_only_where_it_is_true():
     np.testing.assert_allclose(figures.kl_cr, [np.log(2.0), np.inf])
     np.testing.assert_allclose(figures.tv, 0.5)
     np.testing.assert_array_equal(figures.delta_log_likelihood, [np.log(2.0), np.inf])
-    for one in (record, partial):
-        for found in (divergence(one), calibrated(one, profile)):
+    for each in (record, partial):
+        for bounded in (divergence(each), calibrated(each, profile)):
             for name in ("js", "tv", "covered_reference", "entropy_compressed"):
-                assert np.isfinite(getattr(found, name)).all()
-        assert np.isfinite(gain(one, profile).lower).all()
+                assert np.isfinite(getattr(bounded, name)).all()
+        assert np.isfinite(gain(each, profile).lower).all()
 
 
 def test_more_candidates_never_loosen_the_bound():

@@ -281,12 +281,12 @@ def test_what_is_refused_for_its_share_can_prevent_a_promotion():
         busy = n % 10 < 6
         client = b"busy" if busy else b"client %d" % (n % 14)
         gain = float(np.clip(rng.normal(-0.1 if busy else 0.1, 0.1), -1.0, 1.0))
-        for one in (guard, blind):
-            admission = one.admit(TEST, "a", key(n), client)
+        for each in (guard, blind):
+            admission = each.admit(TEST, "a", key(n), client)
             if admission is Admission.ADMITTED:
-                one.update(TEST, "a", key(n), client, gain, gain, 5)
-            elif one is guard:
-                one.oppose(TEST, "a", gain)
+                each.update(TEST, "a", key(n), client, gain, gain, 5)
+            elif each is guard:
+                each.oppose(TEST, "a", gain)
     assert blind.decide(TEST, "a").action is Action.PROMOTE
     assert guard.decide(TEST, "a").action is Action.WAIT
     assert guard.evidence(TEST, "a").units == blind.evidence(TEST, "a").units

@@ -137,7 +137,7 @@ def lived(state: OutlierTest, units: int, odd: int | None, seed: int = 0) -> Out
 
 def test_the_alarm_says_in_which_direction_and_clears_when_the_engine_is_repaired() -> None:
     state = lived(init(ALPHA), 200, odd=2)
-    (reading,) = [one for one in readings(state) if one.raised]
+    (reading,) = [reading for reading in readings(state) if reading.raised]
     assert (reading.engine, reading.farther) == ("engine 2", False)
     assert reading.raised is not None
     assert reading.raised.tokens <= 1000
@@ -214,7 +214,7 @@ def test_a_change_that_comes_late_is_found() -> None:
     state = lived(init(ALPHA), 1000, odd=None)
     assert not named(state)
     state = lived(state, 120, odd=2, seed=1)
-    (reading,) = [one for one in readings(state) if one.raised]
+    (reading,) = [reading for reading in readings(state) if reading.raised]
     assert (reading.engine, reading.farther) == ("engine 2", False)
 
 
@@ -236,6 +236,6 @@ def test_an_engine_that_is_farther_is_said_to_be() -> None:
     for n in range(100):
         level = 3.0 if n % 4 == 1 else 0.6
         state = update(state, "chat", Unit(f"engine {n % 4}", level * rng.lognormal(0.0, 0.3), 50), float(n))
-    (reading,) = [one for one in readings(state) if one.raised]
+    (reading,) = [reading for reading in readings(state) if reading.raised]
     assert (reading.engine, reading.farther) == ("engine 1", True)
     assert FARTHER.shape == LOG_WEIGHTS.shape

@@ -49,10 +49,10 @@ def constrained(record, support, **changes):
 
 def test_distances_are_checked_where_they_are_added():
     """A model that gives no distribution at a token is infinitely far from the reference."""
-    record, found = good(), ExactDistances(np.array([0.1, np.inf, 0, 0, -1e-4]), np.ones(5), np.zeros(5, np.bool_))
-    assert validate(with_distances(record, {"v": found})).distances == {"v": found}
+    record, distances = good(), ExactDistances(np.array([0.1, np.inf, 0, 0, -1e-4]), np.ones(5), np.zeros(5, np.bool_))
+    assert validate(with_distances(record, {"v": distances})).distances == {"v": distances}
     with pytest.raises(InvalidRecordError, match=r"distances\[v\].tv"):
-        with_distances(record, {"v": replace(found, tv=np.full(5, 2.0))})
+        with_distances(record, {"v": replace(distances, tv=np.full(5, 2.0))})
 
 
 @given(truths(), st.integers(2, 30), st.sampled_from([None, 1, 3]))

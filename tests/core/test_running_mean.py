@@ -69,7 +69,7 @@ def test_a_higher_level_is_wider_and_more_observations_are_narrower():
         many = many.update(value)
         if at < 400:
             few = few.update(value)
-    widths = [one.get(alpha).high - one.get(alpha).low for one, alpha in ((few, 0.05), (few, 0.5), (many, 0.05))]
+    widths = [mean.get(alpha).high - mean.get(alpha).low for mean, alpha in ((few, 0.05), (few, 0.5), (many, 0.05))]
     assert widths[1] < widths[0] > 4 * widths[2]
     assert many.get().low > 0.0
 

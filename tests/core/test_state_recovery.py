@@ -45,8 +45,8 @@ class World:
         variances = recovery.variances(weight, weight.mean(0))
         return log_c, compare(self.reference, log_c, variances, listed.ids, listed.logprobs)
 
-    def record(self, found, **options):
-        return validate(replace(make_record(self.truth, K, **options), recovered=found))
+    def record(self, recovered, **options):
+        return validate(replace(make_record(self.truth, K, **options), recovered=recovered))
 
 
 @pytest.fixture(scope="module")
@@ -55,25 +55,25 @@ def world():
 
 
 def test_with_more_anchors_than_numbers_the_distribution_is_whole(world):
-    log_c, found = world.recovered(D + 8)
+    log_c, recovered = world.recovered(D + 8)
     error = exact(world.compressed, log_c)["kl_rc"]
     assert error.max() < 1e-3
-    assert found.usable.all()
+    assert recovered.usable.all()
     truth = exact(world.reference, world.compressed)
     for name, value in truth.items():
-        np.testing.assert_allclose(getattr(found, name), value, atol=0.01, err_msg=name)
-        assert abs(getattr(found, name).mean() - value.mean()) < 0.02 * value.mean(), name
+        np.testing.assert_allclose(getattr(recovered, name), value, atol=0.01, err_msg=name)
+        assert abs(getattr(recovered, name).mean() - value.mean()) < 0.02 * value.mean(), name
     entropy = -(np.exp(world.compressed) * world.compressed).sum(1)
-    np.testing.assert_allclose(found.entropy, entropy, atol=0.02)
+    np.testing.assert_allclose(recovered.entropy, entropy, atol=0.02)
 
 
 @pytest.mark.parametrize("anchors", [8, D // 2, D - 1])
 def test_with_fewer_anchors_it_is_known_to_be_wrong(world, anchors):
-    log_c, found = world.recovered(anchors)
+    log_c, recovered = world.recovered(anchors)
     error = exact(world.compressed, log_c)["kl_rc"]
     assert error.mean() > 0.02
-    assert error[found.usable].max(initial=0.0) < 10 * MAX_RECOVERY_ERROR
-    assert found.usable.mean() < 0.2
+    assert error[recovered.usable].max(initial=0.0) < 10 * MAX_RECOVERY_ERROR
+    assert recovered.usable.mean() < 0.2
 
 
 def test_the_predicted_error_is_of_the_error_s_size(world):
@@ -81,9 +81,9 @@ def test_the_predicted_error_is_of_the_error_s_size(world):
     rng = np.random.default_rng(1)
     for anchors in (D + 8, 2 * D, 200):
         noisy = world.logits + 0.03 * rng.normal(size=world.logits.shape)
-        log_c, found = world.recovered(anchors, logits=noisy)
+        log_c, recovered = world.recovered(anchors, logits=noisy)
         error = exact(world.compressed, log_c)["kl_rc"].mean()
-        assert 0.5 * found.predicted.mean() < error < 1.5 * found.predicted.mean(), anchors
+        assert 0.5 * recovered.predicted.mean() < error < 1.5 * recovered.predicted.mean(), anchors
 
 
 @pytest.mark.parametrize("other", ["weight", "capped", "scaled"])
@@ -98,10 +98,10 @@ def test_what_is_no_linear_map_of_the_reference_s_embedding_is_observed(world, o
     else:
         # One row in two is scaled: of all of them it would only scale the hidden states.
         logits = world.logits * np.where(np.arange(VOCAB) % 2, 1.0, 1.2)
-    log_c, found = world.recovered(D + 8, weight, logits)
+    log_c, recovered = world.recovered(D + 8, weight, logits)
     error = exact(log_softmax(logits), log_c)["kl_rc"]
-    assert found.predicted.max() < MAX_RECOVERY_ERROR < error.mean()
-    assert found.usable.mean() < 0.1
+    assert recovered.predicted.max() < MAX_RECOVERY_ERROR < error.mean()
+    assert recovered.usable.mean() < 0.1
 
 
 @settings(max_examples=examples(200))
@@ -132,9 +132,9 @@ def test_whether_it_is_used_does_not_depend_on_what_was_emitted(truth, k, chat):
 
 
 def test_estimates_take_it_where_it_is_usable_and_stay_unbiased(world):
-    _, found = world.recovered(D + 8)
+    _, recovered = world.recovered(D + 8)
     unusable = np.arange(TOKENS) % 2 == 0
-    mixed = replace(found, observed=np.where(unusable, 1.0, found.observed))
+    mixed = replace(recovered, observed=np.where(unusable, 1.0, recovered.observed))
     figures, plain = divergence(world.record(mixed)), divergence(world.record(None))
     np.testing.assert_array_equal(figures.recovered, ~unusable)
     truth = exact(world.reference, world.compressed)
@@ -155,8 +155,8 @@ def test_estimates_take_it_where_it_is_usable_and_stay_unbiased(world):
 
 
 def test_a_greedy_request_has_an_estimate_too(world):
-    _, found = world.recovered(D + 8)
-    record = world.record(found, sampling=Sampling(temperature=0.0))
+    _, recovered = world.recovered(D + 8)
+    record = world.record(recovered, sampling=Sampling(temperature=0.0))
     assert np.isnan(divergence(replace(record, recovered=None)).estimate_rc).all()
     truth = exact(world.reference, world.compressed)["kl_rc"]
     np.testing.assert_allclose(divergence(record).estimate_rc, truth, atol=0.01)
@@ -164,9 +164,9 @@ def test_a_greedy_request_has_an_estimate_too(world):
 
 @pytest.mark.parametrize("log_normalizer", [True, False])
 def test_after_a_profile_the_gain_is_subtracted_where_it_is_exact(world, log_normalizer):
-    _, found = world.recovered(D + 8)
+    _, recovered = world.recovered(D + 8)
     profile = temperature_bias("m", VOCAB, 1.0, np.linspace(-0.5, 0.5, VOCAB), clamp_nats=1.0)
-    record = world.record(found, profile=profile, log_normalizer=log_normalizer, applied="other")
+    record = world.record(recovered, profile=profile, log_normalizer=log_normalizer, applied="other")
     after = calibrated(record, profile)
     assert after.recovered.all() == log_normalizer
     if not log_normalizer:
@@ -178,11 +178,11 @@ def test_after_a_profile_the_gain_is_subtracted_where_it_is_exact(world, log_nor
 
 
 def test_it_is_nothing_where_everything_is_known_or_conditional(world):
-    _, found = world.recovered(D + 8)
-    everything = validate(replace(make_record(world.truth, VOCAB), recovered=found))
+    _, recovered = world.recovered(D + 8)
+    everything = validate(replace(make_record(world.truth, VOCAB), recovered=recovered))
     assert not divergence(everything).recovered.any()
     some = np.arange(TOKENS, dtype=np.int32) + 100
-    constrained = validate(replace(world.record(found), support=some, constraint="grammar"))
+    constrained = validate(replace(world.record(recovered), support=some, constraint="grammar"))
     assert not divergence(constrained).recovered.any()
 
 
@@ -191,17 +191,17 @@ def test_rows_without_features_are_unknown_as_a_whole(world):
     features = np.zeros((2, D + 8), np.float32)
     features[1] = np.nan
     assert np.isnan(recovery.states(features)).any(axis=1).tolist() == [False, True]
-    _, found = world.recovered(D + 8)
+    _, recovered = world.recovered(D + 8)
     names = RecoveredDivergence.__slots__
-    gone = {name: np.where(np.arange(TOKENS) == 3, np.nan, getattr(found, name)) for name in names}
+    gone = {name: np.where(np.arange(TOKENS) == 3, np.nan, getattr(recovered, name)) for name in names}
     record = world.record(RecoveredDivergence(**gone))
     assert np.flatnonzero(~divergence(record).recovered).tolist() == [3]
     with pytest.raises(InvalidRecordError, match=r"recovered\.tv is NaN"):
-        world.record(replace(found, tv=gone["tv"]))
+        world.record(replace(recovered, tv=gone["tv"]))
     with pytest.raises(InvalidRecordError, match=r"recovered\.kl_rc has shape"):
-        world.record(replace(found, kl_rc=found.kl_rc[1:]))
+        world.record(replace(recovered, kl_rc=recovered.kl_rc[1:]))
     with pytest.raises(InvalidRecordError, match=r"recovered\.kl_cr is infinite"):
-        world.record(replace(found, kl_cr=np.full(TOKENS, np.inf)))
+        world.record(replace(recovered, kl_cr=np.full(TOKENS, np.inf)))
 
 
 def test_candidates_that_are_all_of_the_list_are_checked_but_for_the_last_places():

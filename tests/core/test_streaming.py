@@ -11,8 +11,14 @@ def test_too_few_values_give_no_figure():
     nothing = RatioEstimate().get()
     assert math.isnan(nothing.mean)
     assert (nothing.low, nothing.high, nothing.requests) == (-math.inf, math.inf, 0)
-    one = RatioEstimate().update(3.0, 6.0).get()
-    assert (one.mean, one.low, one.high, one.requests, one.tokens) == (0.5, -math.inf, math.inf, 1, 6.0)
+    estimate = RatioEstimate().update(3.0, 6.0).get()
+    assert (estimate.mean, estimate.low, estimate.high, estimate.requests, estimate.tokens) == (
+        0.5,
+        -math.inf,
+        math.inf,
+        1,
+        6.0,
+    )
     empty = RatioEstimate().update(0.0, 0.0).update(0.0, 0.0).get()
     assert math.isnan(empty.mean)
 

@@ -120,12 +120,12 @@ def test_sums_are_discounted_by_age_whatever_the_batches():
     world = World(bias=0.4)
     learner = TemperatureBiasLearner(half_life_tokens=100.0)
     records = [make_record(world.truth(seed), 20) for seed in range(6)]
-    one = learner.update(learner.init("m", V), records[:1])
-    assert one.weight == T
-    aged = learner.update(one, [replace(records[1], reference_at=np.full_like(records[1].reference_at, np.nan))])
+    state = learner.update(learner.init("m", V), records[:1])
+    assert state.weight == T
+    aged = learner.update(state, [replace(records[1], reference_at=np.full_like(records[1].reference_at, np.nan))])
     kept = 0.5 ** (T / 100.0)
-    np.testing.assert_allclose(aged.reference_mass, kept * one.reference_mass)
-    np.testing.assert_allclose(aged.compressed_mass, kept * one.compressed_mass)
+    np.testing.assert_allclose(aged.reference_mass, kept * state.reference_mass)
+    np.testing.assert_allclose(aged.compressed_mass, kept * state.compressed_mass)
     assert aged.weight == pytest.approx(T + kept * T)
     pooled = learner.update(learner.init("m", V), records)
     in_two = learner.update(learner.update(learner.init("m", V), records[:4]), records[4:])

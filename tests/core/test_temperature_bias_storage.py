@@ -31,17 +31,17 @@ def record(seed):
 @given(requests=st.lists(st.integers(0, 6), max_size=3))
 def test_what_is_read_is_what_was_written(requests):
     states = {f"scope {n}": learned(count, 10 * n) for n, count in enumerate(requests)}
-    found, notes = load(save(states, LEARNER, "models", "notes"), LEARNER, "models")
-    assert (list(found), notes) == (list(states), "notes")
+    loaded, notes = load(save(states, LEARNER, "models", "notes"), LEARNER, "models")
+    assert (list(loaded), notes) == (list(states), "notes")
     for name, state in states.items():
         for field in fields(state):
-            one, two = getattr(found[name], field.name), getattr(state, field.name)
+            one, two = getattr(loaded[name], field.name), getattr(state, field.name)
             if isinstance(two, np.ndarray):
                 np.testing.assert_allclose(one, two, rtol=1e-6)
                 assert not one.flags.writeable
             else:
                 assert one == two
-        mine, theirs = LEARNER.propose(found[name]), LEARNER.propose(state)
+        mine, theirs = LEARNER.propose(loaded[name]), LEARNER.propose(state)
         assert (mine is None) == (theirs is None)
         if mine is not None:
             for parameter, value in theirs.parameters.items():
@@ -63,7 +63,7 @@ def test_damaged_bytes_are_refused_and_nothing_else_is_raised(data):
         good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
     cut = data.draw(st.sampled_from([len(good), len(good) - 1, 9, 3, 0]))
     try:
-        found, _ = load(bytes(good[:cut]), LEARNER, "m")
+        loaded, _ = load(bytes(good[:cut]), LEARNER, "m")
     except InvalidArgumentError:
         return
-    assert all(np.isfinite(state.reference_mass).all() for state in found.values())
+    assert all(np.isfinite(state.reference_mass).all() for state in loaded.values())

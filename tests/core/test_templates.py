@@ -41,7 +41,7 @@ def test_variants_of_a_template_are_on_one_side_of_the_split() -> None:
         template, prompt = every[at]
         result.setdefault(template, []).append(table.assign(prompt, talk(random)))
     astray = sum(
-        min(sum(held_out(one, 0.3) for one in ones), sum(not held_out(one, 0.3) for one in ones))
+        min(sum(held_out(prompt, 0.3) for prompt in ones), sum(not held_out(prompt, 0.3) for prompt in ones))
         for ones in result.values()
     )
     assert astray <= 0.01 * len(every)
@@ -80,15 +80,15 @@ def test_turns_whose_beginning_changes_are_one(turn_tokens: int) -> None:
 
     for _ in range(FRAME_PROMPTS):
         ask(text(random, 20))
-    found, total = [], 100
+    conversations, total = [], 100
     for _ in range(total):
         body, turns = text(random, turn_tokens), set()
         for _ in range(5):
             turns.add(ask(body))
             body = np.concatenate([body, text(random, random.integers(turn_tokens, 3 * turn_tokens))])
-        found.append(turns)
-    assert sum(len(turns) > 1 for turns in found) <= 0.05 * total
-    assert len(set().union(*found)) > 0.95 * total
+        conversations.append(turns)
+    assert sum(len(turns) > 1 for turns in conversations) <= 0.05 * total
+    assert len(set().union(*conversations)) > 0.95 * total
 
 
 def test_a_conversation_is_one_cluster_whatever_it_says() -> None:
@@ -116,8 +116,8 @@ def test_a_restart_changes_nothing() -> None:
     saved = table.save()
     restored = TemplateTable.load(saved, KEY)
     names = [talk(other) for _ in alike]
-    assert [restored.assign(*one) for one in zip(alike, names, strict=True)] == [
-        table.assign(*one) for one in zip(alike, names, strict=True)
+    assert [restored.assign(*pair) for pair in zip(alike, names, strict=True)] == [
+        table.assign(*pair) for pair in zip(alike, names, strict=True)
     ]
     assert len(restored.save()) - len(saved) < 100
     assert alike[0].tobytes()[:12] not in saved

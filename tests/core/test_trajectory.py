@@ -63,9 +63,9 @@ def test_agreement_is_read_from_a_record():
     rng = np.random.default_rng(1)
     log_r, log_c = log_softmax(rng.normal(size=(6, 9))), log_softmax(rng.normal(size=(6, 9)))
     emitted = rng.integers(0, 9, size=6)
-    found = agreement(make_record(Truth(log_r, log_c, emitted), 2))
+    probabilities = agreement(make_record(Truth(log_r, log_c, emitted), 2))
     at = np.arange(6), emitted
-    np.testing.assert_allclose(found, np.minimum(1.0, np.exp(log_r[at] - log_c[at])))
+    np.testing.assert_allclose(probabilities, np.minimum(1.0, np.exp(log_r[at] - log_c[at])))
 
 
 def test_a_request_that_ended_says_nothing_about_later():
@@ -136,10 +136,10 @@ def test_too_little_says_so():
     assert len(nothing.positions) == 0
     assert math.isnan(nothing.prefix)
     assert nothing.half_life == math.inf
-    one = observed([[0.9, 0.8]]).get()
-    np.testing.assert_array_equal(one.low, 0.0)
-    np.testing.assert_array_equal(one.high, 1.0)
-    assert (one.prefix_low, one.prefix_high) == (0.0, 2.0)
+    curve = observed([[0.9, 0.8]]).get()
+    np.testing.assert_array_equal(curve.low, 0.0)
+    np.testing.assert_array_equal(curve.high, 1.0)
+    assert (curve.prefix_low, curve.prefix_high) == (0.0, 2.0)
     # Twenty requests without a loss do not prove that there is none.
     lossless = observed([[1.0, 1.0]] * 20).get()
     np.testing.assert_allclose(lossless.low, 0.025 ** (1 / 20))

@@ -22,10 +22,10 @@ def gram(rng: np.random.Generator, width: int, kind: str) -> Gram | None:
     return (DiagonalGram if kind == "diagonal" else FullGram).init(width).update(rows)
 
 
-def matrix(found: Gram | None, width: int) -> np.ndarray:
-    if found is None:
+def matrix(statistics: Gram | None, width: int) -> np.ndarray:
+    if statistics is None:
         return np.eye(width)
-    return np.diag(found.mean()) if isinstance(found, DiagonalGram) else found.mean()
+    return np.diag(statistics.mean()) if isinstance(statistics, DiagonalGram) else statistics.mean()
 
 
 def symmetric_root(s: np.ndarray, power: float = 0.5) -> np.ndarray:
@@ -67,8 +67,8 @@ def test_no_optimiser_finds_a_smaller_error(shape: tuple[int, int], inputs: str,
     given_i, given_o = gram(rng, shape[1], inputs), gram(rng, shape[0], outputs)
     s_i, s_o = matrix(given_i, shape[1]), matrix(given_o, shape[0])
     for rank in (1, 2):
-        found, errors = low_rank(delta, rank, given_i, given_o)
-        mine = weighted_error(delta - exact(found), given_i, given_o)
+        factors, errors = low_rank(delta, rank, given_i, given_o)
+        mine = weighted_error(delta - exact(factors), given_i, given_o)
         total = weighted_error(delta, given_i, given_o)
         assert mine == pytest.approx(errors[rank], rel=1e-4, abs=1e-5 * total)  # float32 factors
         assert errors[0] == pytest.approx(total)
@@ -89,7 +89,7 @@ def test_it_is_the_textbook_formula_where_that_one_is_defined(
     s_i, s_o = matrix(given_i, n), matrix(given_o, m)
     u, sigma, vt = np.linalg.svd(symmetric_root(s_o) @ delta @ symmetric_root(s_i))
     rank = int(rng.integers(1, 10))
-    found, errors = low_rank(delta, rank, given_i, given_o)
+    factors, errors = low_rank(delta, rank, given_i, given_o)
     most = min(rank, m, n)
     squares = np.append(sigma**2, 0.0)
     tail = [squares[k:].sum() for k in range(most + 1)]
@@ -99,7 +99,7 @@ def test_it_is_the_textbook_formula_where_that_one_is_defined(
     if most < len(sigma) and sigma[most - 1] - sigma[most] < 1e-2 * sigma[0]:
         return  # the minimiser is not unique
     expected = symmetric_root(s_o, -0.5) @ (u[:, :most] * sigma[:most]) @ vt[:most] @ symmetric_root(s_i, -0.5)
-    np.testing.assert_allclose(exact(found), expected, atol=2e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(exact(factors), expected, atol=2e-4 * np.abs(expected).max())
 
 
 @given(st.integers(0, 10_000))
@@ -107,9 +107,9 @@ def test_the_first_components_are_the_smaller_correction(seed: int) -> None:
     rng = np.random.default_rng(seed)
     delta = rng.normal(size=(6, 8))
     given_i, given_o = gram(rng, 8, "full"), gram(rng, 6, "full")
-    found, errors = low_rank(delta, 5, given_i, given_o)
+    factors, errors = low_rank(delta, 5, given_i, given_o)
     for rank in range(6):
-        left = weighted_error(delta - exact(found.first(rank)), given_i, given_o)
+        left = weighted_error(delta - exact(factors.first(rank)), given_i, given_o)
         assert left == pytest.approx(errors[rank], rel=1e-3, abs=1e-4 * errors[0])
 
 
@@ -137,10 +137,10 @@ def test_singular_statistics(seed: int, what: str) -> None:
     else:
         g[:, 1] = 0.0
     given_i, given_o = FullGram.init(8).update(x), FullGram.init(6).update(g)
-    found, errors = low_rank(delta, 2, given_i, given_o)
-    left = delta - exact(found)
-    assert np.isfinite(found.a).all()
-    assert np.isfinite(found.b).all()
+    factors, errors = low_rank(delta, 2, given_i, given_o)
+    left = delta - exact(factors)
+    assert np.isfinite(factors.a).all()
+    assert np.isfinite(factors.b).all()
     assert weighted_error(left, given_i, given_o) == pytest.approx(errors[2], rel=1e-3, abs=1e-4 * errors[0])
     before, after = np.square(x @ delta.T).mean(axis=0), np.square(x @ left.T).mean(axis=0)
     assert (after <= before * (1.0 + 1e-4)).all()
@@ -152,11 +152,11 @@ def test_a_condition_of_1e12(shape: tuple[int, int]) -> None:
     basis, _ = np.linalg.qr(rng.normal(size=(shape[1], shape[1])))
     s = (basis * np.logspace(0, -12, shape[1])) @ basis.T
     delta = rng.normal(size=shape)
-    found, errors = low_rank(delta, 2, FullGram(1, 0.5 * (s + s.T)))
+    factors, errors = low_rank(delta, 2, FullGram(1, 0.5 * (s + s.T)))
     sigma = np.linalg.svd(delta @ (basis * np.logspace(0, -6, shape[1])), compute_uv=False)
     np.testing.assert_allclose(errors, [np.square(sigma[k:]).sum() for k in range(3)], rtol=1e-9)
-    assert np.isfinite(exact(found)).all()
-    assert np.abs(exact(found)).max() < 100.0
+    assert np.isfinite(exact(factors)).all()
+    assert np.abs(exact(factors)).max() < 100.0
 
 
 def test_outlier_inputs_in_float32() -> None:
@@ -173,8 +173,8 @@ def test_outlier_inputs_in_float32() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_to_correct(kind: str) -> None:
-    found, errors = low_rank(np.zeros((3, 5)), 2, gram(np.random.default_rng(0), 5, kind))
-    assert (found.rank, errors.tolist()) == (0, [0.0, 0.0, 0.0])
+    factors, errors = low_rank(np.zeros((3, 5)), 2, gram(np.random.default_rng(0), 5, kind))
+    assert (factors.rank, errors.tolist()) == (0, [0.0, 0.0, 0.0])
     empty, errors = low_rank(np.ones((3, 5)), 2, FullGram.init(5))
     assert (empty.rank, errors.tolist()) == (0, [0.0, 0.0, 0.0])
     none, errors = low_rank(np.ones((3, 5)), 0)
@@ -185,24 +185,24 @@ def test_nothing_to_correct(kind: str) -> None:
 def test_a_rank_of_the_whole_matrix_leaves_nothing(shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(3)
     delta = rng.normal(size=shape)
-    found, errors = low_rank(delta, 10, gram(rng, shape[1], "full"), gram(rng, shape[0], "full"))
+    factors, errors = low_rank(delta, 10, gram(rng, shape[1], "full"), gram(rng, shape[0], "full"))
     assert len(errors) == 4
     assert errors[-1] == 0.0
-    np.testing.assert_allclose(found.product(), delta, atol=1e-5)
+    np.testing.assert_allclose(factors.product(), delta, atol=1e-5)
 
 
 def test_a_weight_error_of_rank_1_needs_one_component() -> None:
-    found, errors = low_rank(np.outer([1.0, 2.0, 3.0], [1.0, -1.0]), 2)
-    assert found.rank == 1
+    factors, errors = low_rank(np.outer([1.0, 2.0, 3.0], [1.0, -1.0]), 2)
+    assert factors.rank == 1
     assert errors[1:].max() < 1e-12
 
 
 def test_the_factors_are_balanced() -> None:
     rng = np.random.default_rng(4)
-    found, _ = low_rank(rng.normal(size=(20, 30)) * np.exp(2.0 * rng.normal(size=30)), 5, gram(rng, 30, "full"))
-    lengths = np.linalg.norm(found.b, axis=0)
+    factors, _ = low_rank(rng.normal(size=(20, 30)) * np.exp(2.0 * rng.normal(size=30)), 5, gram(rng, 30, "full"))
+    lengths = np.linalg.norm(factors.b, axis=0)
     np.testing.assert_allclose(lengths, lengths[0], rtol=1e-5)
-    assert np.linalg.norm(found.a) == pytest.approx(np.linalg.norm(found.b), rel=1e-5)
+    assert np.linalg.norm(factors.a) == pytest.approx(np.linalg.norm(factors.b), rel=1e-5)
 
 
 def test_twice_the_same_is_the_same_bits() -> None:

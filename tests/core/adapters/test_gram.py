@@ -31,10 +31,10 @@ def test_streaming_merging_and_any_order_are_the_batch(kind, seed, cuts, dtype) 
         streamed = streamed.update(part)
     for i in rng.permutation(len(parts)):
         merged = merged.merge(kind.init(5).update(parts[i]))
-    for found in (streamed, merged):
-        assert found.count == 50
-        assert (np.abs(found.total - exact) <= tolerance * scale).all()
-        np.testing.assert_allclose(found.mean(), found.total / 50)
+    for statistics in (streamed, merged):
+        assert statistics.count == 50
+        assert (np.abs(statistics.total - exact) <= tolerance * scale).all()
+        np.testing.assert_allclose(statistics.mean(), statistics.total / 50)
 
 
 def test_more_rows_than_one_product() -> None:

@@ -37,8 +37,8 @@ def test_a_correction_loses_little() -> None:
     rng = np.random.default_rng(1)
     rows = rng.normal(size=(400, 48)) * np.logspace(0, 2, 48)
     delta, inputs = rng.normal(size=(64, 48)), FullGram.init(48).update(rows)
-    found, errors = low_rank(delta, 16, inputs)
-    rounded = dequantize_rows(*quantize_rows(found.b)) @ dequantize_rows(*quantize_rows(found.a))
+    factors, errors = low_rank(delta, 16, inputs)
+    rounded = dequantize_rows(*quantize_rows(factors.b)) @ dequantize_rows(*quantize_rows(factors.a))
     won, kept = errors[0] - errors[16], errors[0] - weighted_error(delta - rounded, inputs)
     assert kept > 0.999 * won
 

@@ -26,9 +26,9 @@ def options_of(units: list[list[tuple[int, int]]]) -> dict[str, Options]:
 def least(options: dict[str, Options], budget: int) -> float:
     """The optimum, of all choices."""
     return min(
-        sum(float(one.losses[n]) for one, n in zip(options.values(), choice, strict=True))
+        sum(float(option.losses[n]) for option, n in zip(options.values(), choice, strict=True))
         for choice in itertools.product(*(range(len(option.sizes)) for option in options.values()))
-        if sum(int(one.sizes[n]) for one, n in zip(options.values(), choice, strict=True)) <= budget
+        if sum(int(option.sizes[n]) for option, n in zip(options.values(), choice, strict=True)) <= budget
     )
 
 

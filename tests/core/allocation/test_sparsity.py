@@ -35,10 +35,10 @@ def test_no_exchange_of_zeros_between_two_layers_lowers_the_loss() -> None:
     zeros = share_zeros(losses, sizes, 0.5)
     assert zeros != {name: round(0.5 * size) for name, size in sizes.items()}
     least = expected_loss(losses, sizes, zeros, 0.5)
-    for one in names:
+    for name in names:
         for other in names:
-            if one != other:
-                moved = zeros | {one: zeros[one] + 20, other: zeros[other] - 20}
+            if name != other:
+                moved = zeros | {name: zeros[name] + 20, other: zeros[other] - 20}
                 assert expected_loss(losses, sizes, moved, 0.5) > least
 
 
