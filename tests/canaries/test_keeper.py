@@ -97,7 +97,7 @@ class World:
         return [text for text, _ in self.canaries.statements()]
 
     def sample(self, name: str) -> dict[tuple[str, ...], float]:
-        return {tuple(one.labels): one.value for one in self.canaries.samples() if one.name == name}
+        return {tuple(exported.labels): exported.value for exported in self.canaries.samples() if exported.name == name}
 
 
 @asynccontextmanager
@@ -108,11 +108,11 @@ async def world(
     async with AsyncExitStack() as stack:
         for fake in fakes:
             await stack.enter_async_context(running(fake))
-        one = World(fakes, folder, more, stored)
-        task = asyncio.create_task(one.canaries.run())  # reads the prompts; looks at the engines once
-        await until(lambda: one.canaries._prompts is not None or task.done())
+        bench = World(fakes, folder, more, stored)
+        task = asyncio.create_task(bench.canaries.run())  # reads the prompts; looks at the engines once
+        await until(lambda: bench.canaries._prompts is not None or task.done())
         try:
-            yield one
+            yield bench
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -125,48 +125,50 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_a_set_is_taken_when_engines_have_served_a_while_and_replayed_every_hour(tmp_path: Path) -> None:
-    async with world(tmp_path, FakeVllm()) as one:
-        await one.settle()
-        assert one.asked() == [0]
-        assert one.canaries.report()["detail"] == "no set was taken yet"
-        await one.settle(FIRST_SECONDS)
-        assert one.asked() == [1 + SEQUENCES * 5]  # one before the answers, four replays of the baseline, the first one
-        await one.settle(HOUR_SECONDS - 1)
-        assert one.asked() == [0]
-        await one.settle(1)
-        assert one.asked() == [SEQUENCES]
-        assert one.statements() == []
-        report = one.canaries.report()
+    async with world(tmp_path, FakeVllm()) as bench:
+        await bench.settle()
+        assert bench.asked() == [0]
+        assert bench.canaries.report()["detail"] == "no set was taken yet"
+        await bench.settle(FIRST_SECONDS)
+        assert bench.asked() == [
+            1 + SEQUENCES * 5
+        ]  # one before the answers, four replays of the baseline, the first one
+        await bench.settle(HOUR_SECONDS - 1)
+        assert bench.asked() == [0]
+        await bench.settle(1)
+        assert bench.asked() == [SEQUENCES]
+        assert bench.statements() == []
+        report = bench.canaries.report()
         assert (report["detail"], report["set"]["sequences"], report["failures"]) == ("", SEQUENCES, {})
-        assert one.sample(names.CANARY_CHANGED) == {(one.names[0], "fake", "baseline"): 0.0}
+        assert bench.sample(names.CANARY_CHANGED) == {(bench.names[0], "fake", "baseline"): 0.0}
 
 
 async def test_another_model_under_the_same_name_is_stated_after_two_replays_and_until_it_is_back(
     tmp_path: Path,
 ) -> None:
     fake = FakeVllm()
-    async with world(tmp_path, fake) as one:
-        await one.settle(FIRST_SECONDS)
-        one.asked()
+    async with world(tmp_path, fake) as bench:
+        await bench.settle(FIRST_SECONDS)
+        bench.asked()
         fake.noise = 0.3
-        await one.settle(HOUR_SECONDS)
-        assert one.asked() == [2 * SEQUENCES]
-        (text,) = one.statements()
-        assert f"{one.names[0]} (fake) changed by the canaries" in text
+        await bench.settle(HOUR_SECONDS)
+        assert bench.asked() == [2 * SEQUENCES]
+        (text,) = bench.statements()
+        assert f"{bench.names[0]} (fake) changed by the canaries" in text
         assert f"{SEQUENCES} of {SEQUENCES} sequences differ" in text
-        assert one.sample(names.CANARY_CHANGED) == {(one.names[0], "fake", "baseline"): 1.0}
-        assert one.written.events(1)[0]["why"] == text
+        assert bench.sample(names.CANARY_CHANGED) == {(bench.names[0], "fake", "baseline"): 1.0}
+        assert bench.written.events(1)[0]["why"] == text
         fake.noise = 0.0
-        await one.settle(HOUR_SECONDS)
-        assert one.statements() == []
-        assert "is as it was" in one.written.events(1)[0]["why"]
+        await bench.settle(HOUR_SECONDS)
+        assert bench.statements() == []
+        assert "is as it was" in bench.written.events(1)[0]["why"]
 
 
 async def test_one_replay_that_is_far_away_is_no_statement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeVllm()
-    async with world(tmp_path, fake) as one:
-        await one.settle(FIRST_SECONDS)
-        one.asked()
+    async with world(tmp_path, fake) as bench:
+        await bench.settle(FIRST_SECONDS)
+        bench.asked()
         fake.noise, seen = 0.3, []
         plain = client.CanaryClient.replay
 
@@ -177,140 +179,142 @@ async def test_one_replay_that_is_far_away_is_no_statement(tmp_path: Path, monke
             return values
 
         monkeypatch.setattr(client.CanaryClient, "replay", heal_after)
-        await one.settle(HOUR_SECONDS)
+        await bench.settle(HOUR_SECONDS)
         assert len(seen) == 2
-        assert one.statements() == []
-        assert one.sample(names.CANARY_REPLAYS) == {("equal",): 2.0, ("exceeded",): 1.0, ("failed",): 0.0}
+        assert bench.statements() == []
+        assert bench.sample(names.CANARY_REPLAYS) == {("equal",): 2.0, ("exceeded",): 1.0, ("failed",): 0.0}
 
 
 async def test_an_engine_that_comes_back_or_is_started_again_is_asked_at_once(tmp_path: Path) -> None:
-    async with world(tmp_path, FakeVllm()) as one:
-        await one.settle(FIRST_SECONDS)
-        one.asked()
-        one.up[one.names[0]] = False
-        await one.settle(1)
-        assert one.asked() == [0]
-        one.up[one.names[0]] = True
-        await one.settle(1)
-        assert one.asked() == [SEQUENCES]
+    async with world(tmp_path, FakeVllm()) as bench:
+        await bench.settle(FIRST_SECONDS)
+        bench.asked()
+        bench.up[bench.names[0]] = False
+        await bench.settle(1)
+        assert bench.asked() == [0]
+        bench.up[bench.names[0]] = True
+        await bench.settle(1)
+        assert bench.asked() == [SEQUENCES]
 
         def report(boot: str, weights: str) -> None:
-            one.registry.report(EngineReport(boot, 0, 1, [], 512, {}, "v1", "0.32.0", weights=weights), one.now)
+            bench.registry.report(EngineReport(boot, 0, 1, [], 512, {}, "v1", "0.32.0", weights=weights), bench.now)
 
         report("a", "1" * 32)
-        await one.settle(1)
-        assert one.asked() == [0]
-        one.now += 60  # the former process is silent
+        await bench.settle(1)
+        assert bench.asked() == [0]
+        bench.now += 60  # the former process is silent
         report("b", "2" * 32)
-        await one.settle()
-        assert one.asked() == [SEQUENCES]
+        await bench.settle()
+        assert bench.asked() == [SEQUENCES]
 
 
 async def test_a_replay_waits_for_low_load_and_for_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with world(tmp_path, FakeVllm()) as one:
-        await one.settle(FIRST_SECONDS)
-        one.asked()
-        one.now += HOUR_SECONDS
-        one.outstanding[one.names[0]] = 40
+    async with world(tmp_path, FakeVllm()) as bench:
+        await bench.settle(FIRST_SECONDS)
+        bench.asked()
+        bench.now += HOUR_SECONDS
+        bench.outstanding[bench.names[0]] = 40
         # The average of an hour, in which there was nothing until now, is taken as it was before.
-        one.canaries._engines[one.names[0]].canaries.pace.look(0)
-        await one.canaries.step()
-        engine = one.canaries._engines[one.names[0]]
+        bench.canaries._engines[bench.names[0]].canaries.pace.look(0)
+        await bench.canaries.step()
+        engine = bench.canaries._engines[bench.names[0]]
         await asyncio.sleep(0.1)
         assert not engine.idle
-        assert one.asked() == [0]
-        one.outstanding[one.names[0]] = 0
-        await one.settle()
-        assert one.asked() == [SEQUENCES]
+        assert bench.asked() == [0]
+        bench.outstanding[bench.names[0]] = 0
+        await bench.settle()
+        assert bench.asked() == [SEQUENCES]
 
         assert engine.canaries.base is not None
         spent = engine.canaries.pace._spent
-        spent.append((one.now, BUDGET_TOKENS))
+        spent.append((bench.now, BUDGET_TOKENS))
         engine.canaries.base.due = 0.0
-        await one.settle()
-        assert one.asked() == [0]
-        await one.settle(HOUR_SECONDS)
-        assert one.asked() == [SEQUENCES]
+        await bench.settle()
+        assert bench.asked() == [0]
+        await bench.settle(HOUR_SECONDS)
+        assert bench.asked() == [SEQUENCES]
 
 
 async def test_the_outlier_engine_is_named_at_its_first_replay_whoever_gets_which_requests(tmp_path: Path) -> None:
     fakes = [FakeVllm(), FakeVllm(), FakeVllm()]
-    async with world(tmp_path, *fakes) as one:
-        await one.settle(FIRST_SECONDS)
+    async with world(tmp_path, *fakes) as bench:
+        await bench.settle(FIRST_SECONDS)
         for fake in fakes:
             fake.seed = 7  # all run another model than then
         fakes[1].noise = 0.3
-        await one.settle(HOUR_SECONDS)
-        changed = {labels: value for labels, value in one.sample(names.CANARY_CHANGED).items() if value}
-        assert {(name, "fake", "baseline") for name in one.names} | {(one.names[1], "fake", "engines")} == set(changed)
+        await bench.settle(HOUR_SECONDS)
+        changed = {labels: value for labels, value in bench.sample(names.CANARY_CHANGED).items() if value}
+        assert {(name, "fake", "baseline") for name in bench.names} | {(bench.names[1], "fake", "engines")} == set(
+            changed
+        )
 
 
 async def test_what_an_operator_accepts_is_the_new_set(tmp_path: Path) -> None:
     fake = FakeVllm()
-    async with world(tmp_path, fake) as one:
-        await one.settle(FIRST_SECONDS)
+    async with world(tmp_path, fake) as bench:
+        await bench.settle(FIRST_SECONDS)
         fake.noise = 0.3
-        await one.settle(HOUR_SECONDS)
-        assert one.statements()
-        one.canaries.accept()
-        assert one.statements() == []
-        await one.settle()
-        await one.settle(HOUR_SECONDS)
-        assert one.statements() == []
-        assert any("accepted by the operator" in event["why"] for event in one.written.events(9))
+        await bench.settle(HOUR_SECONDS)
+        assert bench.statements()
+        bench.canaries.accept()
+        assert bench.statements() == []
+        await bench.settle()
+        await bench.settle(HOUR_SECONDS)
+        assert bench.statements() == []
+        assert any("accepted by the operator" in event["why"] for event in bench.written.events(9))
 
 
 async def test_a_path_that_all_engines_announce_makes_a_new_set_and_one_of_a_rolling_update_does_not(
     tmp_path: Path,
 ) -> None:
     fakes = [FakeVllm(root="/models/a"), FakeVllm(root="/models/a")]
-    async with world(tmp_path, *fakes) as one:
-        await one.settle(FIRST_SECONDS)
+    async with world(tmp_path, *fakes) as bench:
+        await bench.settle(FIRST_SECONDS)
         fakes[0].root, fakes[0].noise = "/models/b", 0.3
-        await one.settle(HOUR_SECONDS)
-        assert one.canaries.report()["set"]["root"] == "/models/a"
+        await bench.settle(HOUR_SECONDS)
+        assert bench.canaries.report()["set"]["root"] == "/models/a"
         fakes[1].root, fakes[1].noise = "/models/b", 0.3
-        await one.settle(HOUR_SECONDS)
-        await one.settle(HOUR_SECONDS)
-        assert one.canaries.report()["set"]["root"] == "/models/b"
-        assert one.statements() == []
+        await bench.settle(HOUR_SECONDS)
+        await bench.settle(HOUR_SECONDS)
+        assert bench.canaries.report()["set"]["root"] == "/models/b"
+        assert bench.statements() == []
 
 
 async def test_a_set_outlasts_the_process_and_other_prompts_replace_it(tmp_path: Path) -> None:
     fake = FakeVllm()
-    async with world(tmp_path, fake) as one:
-        await one.settle(FIRST_SECONDS)
-        written = one.written
+    async with world(tmp_path, fake) as bench:
+        await bench.settle(FIRST_SECONDS)
+        written = bench.written
     fake.noise = 0.3
-    async with world(tmp_path, fake, stored=written) as one:
-        await one.settle()
-        assert len(one.statements()) == 1
-    async with world(tmp_path, fake, stored=written, prompts="".join(f"q{n}\n" for n in range(SEQUENCES))) as one:
-        await one.settle()
-        await one.settle(HOUR_SECONDS)
-        assert one.statements() == []
+    async with world(tmp_path, fake, stored=written) as bench:
+        await bench.settle()
+        assert len(bench.statements()) == 1
+    async with world(tmp_path, fake, stored=written, prompts="".join(f"q{n}\n" for n in range(SEQUENCES))) as bench:
+        await bench.settle()
+        await bench.settle(HOUR_SECONDS)
+        assert bench.statements() == []
 
 
 async def test_an_adapter_has_a_baseline_of_its_own_so_that_a_wrong_one_after_a_restart_is_seen(
     tmp_path: Path,
 ) -> None:
     fake = FakeVllm(adapters=("summaries",))
-    async with world(tmp_path, fake) as one:
-        await one.settle(FIRST_SECONDS)
-        await one.settle(HOUR_SECONDS)
-        assert one.statements() == []
-        assert {row["model"] for row in one.canaries.report()["engines"]} == {"fake", "summaries"}
+    async with world(tmp_path, fake) as bench:
+        await bench.settle(FIRST_SECONDS)
+        await bench.settle(HOUR_SECONDS)
+        assert bench.statements() == []
+        assert {row["model"] for row in bench.canaries.report()["engines"]} == {"fake", "summaries"}
         plain = fake.row_logprobs
 
         def wrong(context: list[int], body: dict[str, Any]) -> Any:
             return FakeVllm(seed=3).logprobs(context) if body.get("model") == "summaries" else plain(context, body)
 
         fake.row_logprobs = wrong  # type: ignore[method-assign]
-        one.up[one.names[0]] = False
-        await one.settle(1)
-        one.up[one.names[0]] = True
-        await one.settle(1)
-        (text,) = one.statements()
+        bench.up[bench.names[0]] = False
+        await bench.settle(1)
+        bench.up[bench.names[0]] = True
+        await bench.settle(1)
+        (text,) = bench.statements()
         assert "(summaries) changed" in text
 
 
@@ -322,49 +326,49 @@ async def test_an_engine_that_cannot_be_asked_is_counted_and_asked_again_later(
     fault: dict[str, Any], text: str, tmp_path: Path
 ) -> None:
     fake = FakeVllm()
-    async with world(tmp_path, fake) as one:
-        await one.settle(FIRST_SECONDS)
+    async with world(tmp_path, fake) as bench:
+        await bench.settle(FIRST_SECONDS)
         for name, value in fault.items():
             setattr(fake, name, value)
-        await one.settle(HOUR_SECONDS)
-        assert text in one.canaries.report()["failures"][one.names[0]]
-        assert one.sample(names.CANARY_REPLAYS)["failed",] == 1.0
-        assert one.statements() == []
+        await bench.settle(HOUR_SECONDS)
+        assert text in bench.canaries.report()["failures"][bench.names[0]]
+        assert bench.sample(names.CANARY_REPLAYS)["failed",] == 1.0
+        assert bench.statements() == []
         fake.status, fake.max_logprobs = None, 64
-        await one.settle(RETRY_SECONDS)
-        assert one.canaries.report()["failures"] == {}
+        await bench.settle(RETRY_SECONDS)
+        assert bench.canaries.report()["failures"] == {}
 
 
 async def test_no_answers_are_generated_by_an_engine_that_does_not_score(tmp_path: Path) -> None:
     fake = FakeVllm(max_logprobs=-1)
-    async with world(tmp_path, fake) as one:
-        await one.settle(FIRST_SECONDS)
-        await one.settle(RETRY_SECONDS)
-        assert "greater than max" in one.canaries.report()["failures"][one.names[0]]
-        assert one.sample(names.CANARY_REPLAYS)["failed",] == 2.0
+    async with world(tmp_path, fake) as bench:
+        await bench.settle(FIRST_SECONDS)
+        await bench.settle(RETRY_SECONDS)
+        assert "greater than max" in bench.canaries.report()["failures"][bench.names[0]]
+        assert bench.sample(names.CANARY_REPLAYS)["failed",] == 2.0
         assert fake.requests == []  # of those that were answered
 
 
 async def test_a_fault_of_our_own_is_counted_and_not_repeated_each_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with world(tmp_path, FakeVllm()) as one:
-        await one.settle(FIRST_SECONDS)
-        one.asked()
+    async with world(tmp_path, FakeVllm()) as bench:
+        await bench.settle(FIRST_SECONDS)
+        bench.asked()
 
         def fails(*_: Any) -> None:
             raise RuntimeError("no such thing")
 
         monkeypatch.setattr(CanarySet, "compare", fails)
-        await one.settle(HOUR_SECONDS)
-        await one.settle(1)
-        assert one.asked() == [SEQUENCES]
-        assert one.canaries.report()["failures"] == {one.names[0]: "no such thing"}
-        assert one.sample(names.CANARY_REPLAYS)["failed",] == 1.0
+        await bench.settle(HOUR_SECONDS)
+        await bench.settle(1)
+        assert bench.asked() == [SEQUENCES]
+        assert bench.canaries.report()["failures"] == {bench.names[0]: "no such thing"}
+        assert bench.sample(names.CANARY_REPLAYS)["failed",] == 1.0
 
 
 async def test_a_reference_that_does_not_score_stops_no_replay_and_is_asked_again_in_an_hour(tmp_path: Path) -> None:
-    async with world(tmp_path, FakeVllm()) as one:
+    async with world(tmp_path, FakeVllm()) as bench:
         asked = []
 
         async def score(request: ScoreRequest) -> None:
@@ -372,64 +376,64 @@ async def test_a_reference_that_does_not_score_stops_no_replay_and_is_asked_agai
             raise ReferenceFailure(FailureReason.REFUSED, "too long")
 
         pair = SimpleNamespace(scorer=SimpleNamespace(score=score), state=ReferenceState.READY)
-        one.canaries._monitor = SimpleNamespace(served=SimpleNamespace(calibrated=pair))  # type: ignore[assignment]
-        await one.settle(FIRST_SECONDS)
-        one.asked()
-        await one.settle(HOUR_SECONDS)
-        assert one.asked() == [SEQUENCES]
+        bench.canaries._monitor = SimpleNamespace(served=SimpleNamespace(calibrated=pair))  # type: ignore[assignment]
+        await bench.settle(FIRST_SECONDS)
+        bench.asked()
+        await bench.settle(HOUR_SECONDS)
+        assert bench.asked() == [SEQUENCES]
         assert len(asked) == 2
-        assert one.canaries.report()["failures"] == {}
+        assert bench.canaries.report()["failures"] == {}
 
 
 async def test_every_adapter_has_its_turn_where_the_budget_is_not_enough_for_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = "".join(f"p{n}\n" for n in range(MIN_SEQUENCES))
-    async with world(tmp_path, FakeVllm(adapters=("a", "b")), prompts=prompts) as one:
-        await one.settle(FIRST_SECONDS)
-        assert one.canaries._sets.base is not None
-        enough = 5 * one.canaries._sets.base.tokens  # of the base model's replay and one adapter's baseline
+    async with world(tmp_path, FakeVllm(adapters=("a", "b")), prompts=prompts) as bench:
+        await bench.settle(FIRST_SECONDS)
+        assert bench.canaries._sets.base is not None
+        enough = 5 * bench.canaries._sets.base.tokens  # of the base model's replay and one adapter's baseline
         for budget, asked in ((enough - 1, {"fake"}), (enough, {"fake", "a", "b"})):
             for module in ("pace", "keeper"):
                 monkeypatch.setattr(f"hemostat.canaries.{module}.BUDGET_TOKENS", budget)
-            one.canaries.accept()
+            bench.canaries.accept()
             for _ in range(3):
-                await one.settle(HOUR_SECONDS)
-            rows = {row["model"]: row["at"] for row in one.canaries.report()["engines"]}
+                await bench.settle(HOUR_SECONDS)
+            rows = {row["model"]: row["at"] for row in bench.canaries.report()["engines"]}
             assert rows.keys() == asked
-            assert rows["fake"] == one.now
+            assert rows["fake"] == bench.now
 
 
 async def test_a_set_that_is_forgotten_while_an_adapters_is_taken_is_not_replaced_by_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with world(tmp_path, FakeVllm(adapters=("a",))) as one:
+    async with world(tmp_path, FakeVllm(adapters=("a",))) as bench:
         plain, accepted = client.CanaryClient.baseline, []
 
         async def accept_meanwhile(self: client.CanaryClient, canaries: Sequence[Canary], origin: Origin) -> CanarySet:
             taken = await plain(self, canaries, origin)
             if self.model == "a" and not accepted:
-                one.canaries.accept()
+                bench.canaries.accept()
                 accepted.append(taken)
             return taken
 
         monkeypatch.setattr(client.CanaryClient, "baseline", accept_meanwhile)
-        await one.settle(FIRST_SECONDS)
-        await one.settle(HOUR_SECONDS)
+        await bench.settle(FIRST_SECONDS)
+        await bench.settle(HOUR_SECONDS)
         assert accepted
-        assert one.canaries.report()["set"]["model"] == "fake"
-        assert len([event for event in one.written.events(9) if "new set" in event["why"]]) == 1
+        assert bench.canaries.report()["set"]["model"] == "fake"
+        assert len([event for event in bench.written.events(9) if "new set" in event["why"]]) == 1
 
 
 async def test_a_drained_engine_does_not_keep_the_others_from_another_path(tmp_path: Path) -> None:
     fakes = [FakeVllm(root="/models/a"), FakeVllm(root="/models/a")]
-    async with world(tmp_path, *fakes) as one:
-        await one.settle(FIRST_SECONDS)
-        one.upstreams.drain(one.names[0], ends=False)
+    async with world(tmp_path, *fakes) as bench:
+        await bench.settle(FIRST_SECONDS)
+        bench.upstreams.drain(bench.names[0], ends=False)
         fakes[1].root = "/models/b"
-        await one.settle(HOUR_SECONDS)
-        await one.settle(1)
-        assert one.canaries.report()["set"]["root"] == "/models/b"
+        await bench.settle(HOUR_SECONDS)
+        await bench.settle(1)
+        assert bench.canaries.report()["set"]["root"] == "/models/b"
 
 
 async def test_what_cannot_be_used_is_one_line_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -438,14 +442,14 @@ async def test_what_cannot_be_used_is_one_line_and_counted(tmp_path: Path, caplo
         assert caplog.messages == ["canaries: the store has no set; one is taken in 10 minutes"]
     damaged = DirectWrites()
     damaged.put_blob(BLOB_KEY, b"{")
-    async with world(tmp_path, FakeVllm(), stored=damaged) as one:
-        assert one.sample(names.CANARY_REPLAYS)["failed",] == 1.0
-        await one.settle(FIRST_SECONDS)
-        assert one.canaries.report()["set"] is not None
-    async with world(tmp_path, FakeVllm(), prompts="too few") as one:
-        assert "1 prompts; give 16 to 100" in one.canaries.problem
+    async with world(tmp_path, FakeVllm(), stored=damaged) as bench:
+        assert bench.sample(names.CANARY_REPLAYS)["failed",] == 1.0
+        await bench.settle(FIRST_SECONDS)
+        assert bench.canaries.report()["set"] is not None
+    async with world(tmp_path, FakeVllm(), prompts="too few") as bench:
+        assert "1 prompts; give 16 to 100" in bench.canaries.problem
         with pytest.raises(HemostatError, match="there are no canaries"):
-            one.canaries.accept()
+            bench.canaries.accept()
     assert all("\n" not in record.getMessage() for record in caplog.records)
 
 
@@ -460,7 +464,7 @@ def test_sets_of_adapters_that_come_and_go_are_bounded_and_the_base_models_stays
 
 
 async def test_without_canaries_nothing_is_asked(tmp_path: Path) -> None:
-    async with world(tmp_path, FakeVllm(), enabled=False) as one:
-        await one.canaries.run()  # returns at once
-        assert one.fakes[0].seen == []
-        assert one.canaries.report()["detail"] == "canaries.enabled is false"
+    async with world(tmp_path, FakeVllm(), enabled=False) as bench:
+        await bench.canaries.run()  # returns at once
+        assert bench.fakes[0].seen == []
+        assert bench.canaries.report()["detail"] == "canaries.enabled is false"
