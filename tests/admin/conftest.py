@@ -13,7 +13,7 @@ from tests.support.console_page import SCREEN
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     settings: dict[str, Any] = {"alarm": {"baseline_requests": 30, "budget_nats": 0.5}, "labels": ["batch"]}
     with served(tmp_path_factory.mktemp("served"), everything, **settings) as made:
         yield made

@@ -24,20 +24,20 @@ STREAM = ("GET", "/api/v1/stream")
 
 
 @pytest.fixture
-async def one(tmp_path: Path) -> AsyncIterator[Control]:
+async def plane(tmp_path: Path) -> AsyncIterator[Control]:
     async with control(tmp_path) as made:
         yield made
 
 
-def test_every_route_is_in_the_table_and_the_table_has_no_other(one: Control) -> None:
-    routes = create_app(one, BOTH, lambda: 0.0).routes
+def test_every_route_is_in_the_table_and_the_table_has_no_other(plane: Control) -> None:
+    routes = create_app(plane, BOTH, lambda: 0.0).routes
     assert {(method, route.path) for route in routes for method in route.methods} == set(ACCESS)  # type: ignore[attr-defined]
     changing = {(method, path) for method, path in ACCESS if method != "GET"}
     assert not {route for route in changing if ACCESS[route] not in {Access.ADMIN, Access.ENGINE}}
 
 
-async def test_a_route_that_is_not_in_the_table_is_refused(one: Control) -> None:
-    app: FastAPI = create_app(one, BOTH, lambda: 0.0)
+async def test_a_route_that_is_not_in_the_table_is_refused(plane: Control) -> None:
+    app: FastAPI = create_app(plane, BOTH, lambda: 0.0)
     app.add_api_route("/api/v1/new", lambda: "secret")
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://admin") as client:
         assert (await client.get("/api/v1/new", headers=WITH["admin"])).status_code == 403
@@ -51,35 +51,35 @@ async def request(client: httpx.AsyncClient, route: tuple[str, str], token: str)
 
 @pytest.mark.parametrize("token", WITH)
 @pytest.mark.parametrize("route", sorted(ACCESS.keys() - {STREAM}), ids=" ".join)
-async def test_each_route_with_each_token(one: Control, route: tuple[str, str], token: str) -> None:
+async def test_each_route_with_each_token(plane: Control, route: tuple[str, str], token: str) -> None:
     allowed = {Access.ADMIN: {"admin"}, Access.ENGINE: {"engine"}}.get(ACCESS[route], set(WITH))
-    async with admin_client(one, BOTH) as client:
+    async with admin_client(plane, BOTH) as client:
         response = await request(client, route, token)
     assert (response.status_code not in REFUSED) == (token in allowed), response.text
     if token not in allowed:
         setting = "admin.engine_token" if ACCESS[route] is Access.ENGINE else "admin.token"
         assert f"<{setting}>" in response.json()["detail"]
-    assert one.profile_manager.serving.mode == "observe", "nothing was changed"
+    assert plane.profile_manager.serving.mode == "observe", "nothing was changed"
 
 
 @pytest.mark.parametrize("token", WITH)
-async def test_metrics_may_need_the_operators_token(one: Control, token: str) -> None:
-    async with admin_client(one, Tokens(TOKEN, ENGINE_TOKEN, metrics_need_token=True)) as client:
+async def test_metrics_may_need_the_operators_token(plane: Control, token: str) -> None:
+    async with admin_client(plane, Tokens(TOKEN, ENGINE_TOKEN, metrics_need_token=True)) as client:
         assert ((await request(client, ("GET", "/metrics"), token)).status_code == 200) == (token == "admin")
 
 
 @pytest.mark.parametrize("route", [route for route, access in ACCESS.items() if access is Access.ENGINE], ids=" ".join)
-async def test_without_a_token_of_their_own_engines_need_the_operators(one: Control, route: tuple[str, str]) -> None:
+async def test_without_a_token_of_their_own_engines_need_the_operators(plane: Control, route: tuple[str, str]) -> None:
     """As before there was one; nobody is let in who was not."""
-    async with admin_client(one, Tokens(TOKEN)) as client:
+    async with admin_client(plane, Tokens(TOKEN)) as client:
         result = {token: (await request(client, route, token)).status_code in REFUSED for token in WITH}
     assert result == {"no": True, "engine": True, "admin": False}
-    async with admin_client(one, Tokens()) as client:
+    async with admin_client(plane, Tokens()) as client:
         for token in WITH:
             response = await request(client, route, token)
             assert response.status_code == 403
             assert "set admin.engine_token (HEMOSTAT_ADMIN__ENGINE_TOKEN)" in response.json()["detail"]
-    async with admin_client(one, Tokens(None, ENGINE_TOKEN)) as client:
+    async with admin_client(plane, Tokens(None, ENGINE_TOKEN)) as client:
         assert (await request(client, route, "engine")).status_code not in REFUSED
         assert (await request(client, ("POST", "/api/v1/calibration"), "engine")).status_code == 403
 

@@ -37,14 +37,14 @@ ENGINES = [("POST", f"/api/v1/engine/{name}") for name in ("report", "answers", 
 
 
 @pytest.fixture
-async def one(tmp_path: Path) -> AsyncIterator[Control]:
+async def plane(tmp_path: Path) -> AsyncIterator[Control]:
     async with control(tmp_path) as made:
         yield made
 
 
 @pytest.fixture
-async def client(one: Control) -> AsyncIterator[httpx.AsyncClient]:
-    async with admin_client(one) as made:
+async def client(plane: Control) -> AsyncIterator[httpx.AsyncClient]:
+    async with admin_client(plane) as made:
         yield made
 
 
@@ -55,19 +55,19 @@ def detail(response: httpx.Response) -> str:
 
 
 @pytest.mark.parametrize(("method", "path"), GUARDED)
-async def test_what_changes_state_needs_the_token(one: Control, method: str, path: str) -> None:
-    async with admin_client(one) as client:
+async def test_what_changes_state_needs_the_token(plane: Control, method: str, path: str) -> None:
+    async with admin_client(plane) as client:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}, {"Authorization": "Bearer é"}):
             sent = {name: value.encode() for name, value in headers.items()}
             response = await client.request(method, path, headers=sent, content=b'{"mode":"off"}')  # type: ignore[arg-type]
             assert response.status_code == 401, headers
             assert "admin.token" in detail(response)
         assert (await client.request(method, path, headers=AUTHORIZED)).status_code not in {401, 403}
-    async with admin_client(one, Tokens()) as client:
+    async with admin_client(plane, Tokens()) as client:
         response = await client.request(method, path, headers=AUTHORIZED)
         assert response.status_code == 403
         assert "HEMOSTAT_ADMIN__TOKEN" in detail(response)
-    assert one.profile_manager.serving.mode == "observe", "nothing was changed"
+    assert plane.profile_manager.serving.mode == "observe", "nothing was changed"
 
 
 async def test_the_token_is_compared_in_constant_time(
@@ -86,7 +86,7 @@ async def test_the_token_is_compared_in_constant_time(
 
 @pytest.mark.parametrize(("method", "path"), [g for g in (*GUARDED, *ENGINES) if "rollback" not in g[1]])
 async def test_bodies_are_bounded_and_unread_without_the_token(
-    one: Control, monkeypatch: pytest.MonkeyPatch, method: str, path: str
+    plane: Control, monkeypatch: pytest.MonkeyPatch, method: str, path: str
 ) -> None:
     monkeypatch.setattr(admin, "MAX_PROFILE_BYTES", 100_000)
     read = 0
@@ -97,7 +97,7 @@ async def test_bodies_are_bounded_and_unread_without_the_token(
             read += 100_000
             yield b" " * 100_000
 
-    async with admin_client(one) as client:
+    async with admin_client(plane) as client:
         assert (await client.request(method, path, content=endless())).status_code == 401
         unread, read = read, 0
         response = await client.request(method, path, content=endless(), headers=AUTHORIZED)
@@ -107,12 +107,12 @@ async def test_bodies_are_bounded_and_unread_without_the_token(
     assert read < 20_000_000
 
 
-async def test_the_mode_is_switched_at_once_and_relays_are_informed(one: Control, client: httpx.AsyncClient) -> None:
-    one.profile_manager.set_model_pair("m", 30)
-    version = one.profile_manager.operator.import_profile(profile())
-    one.profile_manager.operator.promote(version)
+async def test_the_mode_is_switched_at_once_and_relays_are_informed(plane: Control, client: httpx.AsyncClient) -> None:
+    plane.profile_manager.set_model_pair("m", 30)
+    version = plane.profile_manager.operator.import_profile(profile())
+    plane.profile_manager.operator.promote(version)
     told: list[Policy] = []
-    one.link.set_policy = told.append  # type: ignore[method-assign]
+    plane.link.set_policy = told.append  # type: ignore[method-assign]
     for mode, serving in (("auto", version), ("off", None), ("observe", None)):
         response = await client.post("/api/v1/calibration", headers=AUTHORIZED, json={"mode": mode})
         assert response.json() == {"mode": mode}
@@ -128,8 +128,8 @@ async def test_a_mode_that_there_is_not(client: httpx.AsyncClient, body: bytes) 
     assert '"off"' in detail(response)
 
 
-async def test_a_profile_is_imported_shown_fetched_and_taken_back(one: Control, client: httpx.AsyncClient) -> None:
-    one.profile_manager.set_model_pair("m", 30)
+async def test_a_profile_is_imported_shown_fetched_and_taken_back(plane: Control, client: httpx.AsyncClient) -> None:
+    plane.profile_manager.set_model_pair("m", 30)
     given = profile()
     response = await client.post("/api/v1/profiles", headers=AUTHORIZED, content=given.to_bytes())
     version = response.json()["version"]
@@ -141,29 +141,29 @@ async def test_a_profile_is_imported_shown_fetched_and_taken_back(one: Control, 
     assert fetched.content == given.to_bytes()
     held = {"boot_id": "b", "rank": 0, "world_size": 1, "versions": [], "vocab_size": 30}
     report = held | {"counters": {}, "runner": "v1", "vllm": "0"}
-    one.policy.publish()
+    plane.policy.publish()
     answer = await client.post("/api/v1/engine/report", headers=AUTHORIZED, json=report)
-    assert answer.json() == {"hold": [version], "nonce_prefix": one.engines.nonce_prefix}
+    assert answer.json() == {"hold": [version], "nonce_prefix": plane.engines.nonce_prefix}
 
     nothing = await client.post("/api/v1/profiles/rollback", headers=AUTHORIZED)
     assert nothing.status_code == 400
     assert "identity serves" in detail(nothing)
-    one.profile_manager.operator.promote(version)
+    plane.profile_manager.operator.promote(version)
     listing = (await client.post("/api/v1/profiles/rollback", headers=AUTHORIZED)).json()
     assert listing["serving"] == "identity"
     assert listing["events"][0]["decision"] == "roll_back"
-    assert one.profile_manager.serving.selected is None
+    assert plane.profile_manager.serving.selected is None
 
 
-async def test_the_operators_word_goes_before_the_guards(one: Control, client: httpx.AsyncClient) -> None:
-    one.profile_manager.set_model_pair("m", 30)
-    one.profile_manager.operator.set_mode("auto")
+async def test_the_operators_word_goes_before_the_guards(plane: Control, client: httpx.AsyncClient) -> None:
+    plane.profile_manager.set_model_pair("m", 30)
+    plane.profile_manager.operator.set_mode("auto")
     version, other = (
-        one.profile_manager.operator.import_profile(profile()),
-        one.profile_manager.operator.import_profile(profile(1)),
+        plane.profile_manager.operator.import_profile(profile()),
+        plane.profile_manager.operator.import_profile(profile(1)),
     )
     told: list[Policy] = []
-    one.link.set_policy = told.append  # type: ignore[method-assign]
+    plane.link.set_policy = told.append  # type: ignore[method-assign]
 
     async def post(action: str, **body: Any) -> httpx.Response:
         return await client.post(f"/api/v1/profiles/{action}", headers=AUTHORIZED, json=body)
@@ -203,10 +203,10 @@ async def test_the_operators_word_goes_before_the_guards(one: Control, client: h
     assert told[-1].serving_by_kind.get(REST_KIND) is None
 
 
-async def test_digits_that_several_versions_begin_with_name_none(one: Control, client: httpx.AsyncClient) -> None:
-    one.profile_manager.set_model_pair("m", 30)
-    held = [one.profile_manager.operator.import_profile(profile(seed)) for seed in range(2)]
-    one.profile_manager.catalogue._profiles[held[0][:8] + "0" * 24] = one.profile_manager.catalogue[held[1]]
+async def test_digits_that_several_versions_begin_with_name_none(plane: Control, client: httpx.AsyncClient) -> None:
+    plane.profile_manager.set_model_pair("m", 30)
+    held = [plane.profile_manager.operator.import_profile(profile(seed)) for seed in range(2)]
+    plane.profile_manager.catalogue._profiles[held[0][:8] + "0" * 24] = plane.profile_manager.catalogue[held[1]]
     refused = await client.get(f"/api/v1/profiles/{held[0][:8]}")
     assert refused.status_code == 400
     assert f"several versions begin with {held[0][:8]}: {held[0]}" in detail(refused)
@@ -216,40 +216,40 @@ async def test_digits_that_several_versions_begin_with_name_none(one: Control, c
 async def test_a_mode_that_was_not_kept_is_an_error_that_says_that_it_applies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with control(tmp_path, settings()) as one, admin_client(one) as client:
+    async with control(tmp_path, settings()) as plane, admin_client(plane) as client:
         kept = True
 
         async def set_mode(mode: str) -> None:
             if not kept:
                 raise NotKeptError("this applies now, but the store could not keep it")
 
-        monkeypatch.setattr(one.actions, "set_mode", set_mode)
+        monkeypatch.setattr(plane.actions, "set_mode", set_mode)
         off = {"headers": AUTHORIZED, "json": {"mode": "off"}}
-        found = await client.post("/api/v1/calibration", **off)
-        assert (found.status_code, found.json()) == (200, {"mode": "off"})
+        response = await client.post("/api/v1/calibration", **off)
+        assert (response.status_code, response.json()) == (200, {"mode": "off"})
         kept = False
-        found = await client.post("/api/v1/calibration", **off)
-        assert found.status_code == 507
-        assert detail(found).startswith("this applies now, but the store could not keep it")
+        response = await client.post("/api/v1/calibration", **off)
+        assert response.status_code == 507
+        assert detail(response).startswith("this applies now, but the store could not keep it")
 
 
 async def test_an_import_may_be_for_a_scope(tmp_path: Path) -> None:
     made = settings(calibration={"scope": "label"}, labels=["batch"])
-    async with control(tmp_path, made) as one, admin_client(one) as client:
-        one.profile_manager.set_model_pair("m", 30)
+    async with control(tmp_path, made) as plane, admin_client(plane) as client:
+        plane.profile_manager.set_model_pair("m", 30)
         path = "/api/v1/profiles?scope=batch"
         refused = await client.post(path, headers=AUTHORIZED, content=profile().to_bytes())
         assert (refused.status_code, "no scored request was of the label" in detail(refused)) == (400, True)
-        one.pipeline.use_record(*scored(label="batch"))
+        plane.pipeline.use_record(*scored(label="batch"))
         version = (await client.post(path, headers=AUTHORIZED, content=profile().to_bytes())).json()["version"]
         [candidate] = (await client.get("/api/v1/status")).json()["calibration"]["candidates"]
         assert (candidate["version"], candidate["scope"]) == (version, "batch")
         told: list[Policy] = []
-        one.link.set_policy = told.append  # type: ignore[method-assign]
-        one.profile_manager.operator.set_mode("auto")
-        one.pipeline.use_record(*scored(label="batch", kind="chat label batch"))
-        one.profile_manager.operator.promote(version, "chat label batch")
-        one.policy.publish()
+        plane.link.set_policy = told.append  # type: ignore[method-assign]
+        plane.profile_manager.operator.set_mode("auto")
+        plane.pipeline.use_record(*scored(label="batch", kind="chat label batch"))
+        plane.profile_manager.operator.promote(version, "chat label batch")
+        plane.policy.publish()
         assert told[-1].serving_by_kind == {"chat label batch": version}
         metrics = (await client.get("/metrics")).text
         labels = f'kind="chat label batch",version="{version}"'
@@ -259,13 +259,13 @@ async def test_an_import_may_be_for_a_scope(tmp_path: Path) -> None:
         assert (kind["kind"], kind["chosen"], kind["requests"]) == ("chat label batch", True, 1)
 
 
-async def test_profiles_that_are_none(one: Control, client: httpx.AsyncClient) -> None:
-    one.profile_manager.set_model_pair("m", 30)
+async def test_profiles_that_are_none(plane: Control, client: httpx.AsyncClient) -> None:
+    plane.profile_manager.set_model_pair("m", 30)
     for body, said in ((b"", "profile"), (b"junk" * 100, "profile"), (profile(vocabulary=31).to_bytes(), "31 ids")):
         response = await client.post("/api/v1/profiles", headers=AUTHORIZED, content=body)
         assert response.status_code == 400
         assert said in detail(response)
-    assert one.profile_manager.report.listing()["profiles"] == []
+    assert plane.profile_manager.report.listing()["profiles"] == []
 
 
 @pytest.mark.parametrize("name", ["a" * 32, "A" * 32, "latest", "..%2f..%2fetc", "a" * 33])
@@ -274,13 +274,13 @@ async def test_names_that_are_no_version(client: httpx.AsyncClient, name: str) -
     assert (await client.get(f"/api/v1/engine/profiles/{name}", headers=AUTHORIZED)).status_code == 404
 
 
-async def test_health_depends_on_relays_only(one: Control, client: httpx.AsyncClient, tmp_path: Path) -> None:
+async def test_health_depends_on_relays_only(plane: Control, client: httpx.AsyncClient, tmp_path: Path) -> None:
     assert (await client.get("/livez")).status_code == 200
     assert (await client.get("/readyz")).status_code == 503
-    writer = await connect_relay(one, tmp_path, 1, relay_stats())
-    assert one.monitor.state == "none"
+    writer = await connect_relay(plane, tmp_path, 1, relay_stats())
+    assert plane.monitor.state == "none"
     assert (await client.get("/readyz")).status_code == 200
-    draining = await connect_relay(one, tmp_path, 2, relay_stats(ready=False))
+    draining = await connect_relay(plane, tmp_path, 2, relay_stats(ready=False))
     assert (await client.get("/readyz")).status_code == 200, "one still takes requests"
     writer.close()
     draining.close()
@@ -300,7 +300,7 @@ async def test_metrics_are_metrics(client: httpx.AsyncClient) -> None:
     assert "hemostat_requests" in {family.name for family in text_string_to_metric_families(response.text)}
 
 
-async def test_status_has_the_reports_shape_and_is_json(one: Control, client: httpx.AsyncClient) -> None:
+async def test_status_has_the_reports_shape_and_is_json(plane: Control, client: httpx.AsyncClient) -> None:
     def figures(status: dict[str, Any]) -> set[str]:
         return {name for name in status["raw"] if name in status["calibrated"]}
 
@@ -312,15 +312,15 @@ async def test_status_has_the_reports_shape_and_is_json(one: Control, client: ht
         assert wanted <= figures(status)
         assert status["profile"] == {"version": "identity", "family": "identity", "mode": "observe"}
         assert status["calibrated"] == status["raw"]
-        one.pipeline.use_record(*scored(str(n), prompt=n))
+        plane.pipeline.use_record(*scored(str(n), prompt=n))
     assert status["tokens_scored"] == 6
 
 
 async def test_an_operator_accepts_what_the_canaries_find(tmp_path: Path) -> None:
-    async with control(tmp_path, loops=True) as one, admin_client(one) as client:
+    async with control(tmp_path, loops=True) as plane, admin_client(plane) as client:
         answer = await client.post("/api/v1/canaries/accept", headers=AUTHORIZED)
         assert (answer.status_code, answer.json()["set"]) == (200, None)  # one is taken anew
-        assert one.store.read().events[0]["why"] == "a new set of canaries is taken: accepted by the operator"
-        one.canaries.problem = "canaries.enabled is false"
+        assert plane.store.read().events[0]["why"] == "a new set of canaries is taken: accepted by the operator"
+        plane.canaries.problem = "canaries.enabled is false"
         answer = await client.post("/api/v1/canaries/accept", headers=AUTHORIZED)
         assert (answer.status_code, detail(answer)) == (400, "there are no canaries: canaries.enabled is false")

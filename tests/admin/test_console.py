@@ -42,9 +42,9 @@ MAX_WORDS = 320
 
 
 @pytest.fixture(scope="module")
-def state(one: Served) -> Callable[[str], State]:
+def state(instance: Served) -> Callable[[str], State]:
     """Makes a state of `console_states` from what the real one says."""
-    status, profiles = get(one, "status"), get(one, "profiles")
+    status, profiles = get(instance, "status"), get(instance, "profiles")
     return lambda name: make(name, copy.deepcopy(status), copy.deepcopy(profiles))
 
 
@@ -53,9 +53,11 @@ def state(one: Served) -> Callable[[str], State]:
 
 @needs_chromium
 @pytest.mark.parametrize("name", CHANGES)
-def test_the_first_screen_says_what_is_wrong(page: Page, one: Served, state: Callable[[str], State], name: str) -> None:
+def test_the_first_screen_says_what_is_wrong(
+    page: Page, instance: Served, state: Callable[[str], State], name: str
+) -> None:
     at = state(name)
-    show(page, one, at=at)
+    show(page, instance, at=at)
     expect(page.get_by_role("status")).to_have_text(at.says)
     assert f"\n| {name} | {at.says} | ![{name}](console/{name.lower().replace(' ', '-')}.png) |" in GUIDE.read_text()
     if at.status["requests"]["scored"]:
@@ -83,10 +85,10 @@ def test_the_first_screen_says_what_is_wrong(page: Page, one: Served, state: Cal
 
 @needs_chromium
 def test_what_compression_costs_what_serves_since_when_and_what_is_measured(
-    page: Page, one: Served, state: Callable[[str], State]
+    page: Page, instance: Served, state: Callable[[str], State]
 ) -> None:
     at = state("promoted")
-    show(page, one, at=at)
+    show(page, instance, at=at)
     expect(page.locator(".tile").nth(3)).to_contain_text("Last score")
     traffic, cost, profile, measured = (tile.inner_text() for tile in page.locator(".tile").all())
     assert "12.0 requests/s" in traffic
@@ -105,12 +107,12 @@ def test_what_compression_costs_what_serves_since_when_and_what_is_measured(
 
 @needs_chromium
 def test_more_problems_than_fit_are_counted_and_the_worst_is_first(
-    page: Page, one: Served, state: Callable[[str], State]
+    page: Page, instance: Served, state: Callable[[str], State]
 ) -> None:
     at = state("alarm")
     for alert in ("HemostatRecordsLost", "HemostatStoreErrors", "HemostatReferenceDown", "HemostatUpstreamDown"):
         at.problem(alert, f"text of {alert}", 60.0)
-    show(page, one, at=at)
+    show(page, instance, at=at)
     expect(page.get_by_role("status")).to_have_text("text of HemostatUpstreamDown")
     also = page.locator(".also").all_inner_texts()
     assert also[0].startswith("ALARM: the compressed model no longer matches its baseline")
@@ -126,15 +128,15 @@ def test_more_problems_than_fit_are_counted_and_the_worst_is_first(
 
 @needs_chromium
 def test_after_a_restart_there_is_no_history_and_everything_else(
-    page: Page, one: Served, state: Callable[[str], State]
+    page: Page, instance: Served, state: Callable[[str], State]
 ) -> None:
     at = state("promoted")
     at.history = {"points": {name: [] for name in at.history["points"]}, "events": []}
-    show(page, one, at=at)
+    show(page, instance, at=at)
     expect(page.locator(".timeline")).to_contain_text("No history yet")
     assert "Since " in page.locator(".tile").nth(2).inner_text(), "events are kept in the store"
     assert "≥ 0.082" in page.locator(".tile").nth(1).inner_text()
-    show(page, one, "divergence")
+    show(page, instance, "divergence")
     expect(page.locator("main")).to_contain_text("No history yet")
     assert len(rows(page, "By kind of traffic")) == len(KINDS)
 
@@ -145,7 +147,7 @@ def test_after_a_restart_there_is_no_history_and_everything_else(
 @needs_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_page_is_accessible_and_fits_a_phone(
-    page: Page, one: Served, state: Callable[[str], State], scheme: Any
+    page: Page, instance: Served, state: Callable[[str], State], scheme: Any
 ) -> None:
     page.emulate_media(color_scheme=scheme)
     at = state("alarm")
@@ -155,7 +157,7 @@ def test_every_page_is_accessible_and_fits_a_phone(
     at.answer(page)
     for path in PAGES:
         page.set_viewport_size(SCREEN)  # type: ignore[arg-type]
-        show(page, one, path)
+        show(page, instance, path)
         page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
         assert_accessible(page)
         page.set_viewport_size(PHONE)  # type: ignore[arg-type]
@@ -170,18 +172,18 @@ def test_every_page_is_accessible_and_fits_a_phone(
 
 @needs_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_runbook_is_a_page_that_phones_can_show(page: Page, one: Served, scheme: Any) -> None:
+def test_the_runbook_is_a_page_that_phones_can_show(page: Page, instance: Served, scheme: Any) -> None:
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size(PHONE)  # type: ignore[arg-type]
-    page.goto(f"{one.url}/runbook#hemostatreferencedown")
+    page.goto(f"{instance.url}/runbook#hemostatreferencedown")
     expect(page.get_by_role("heading", name="HemostatReferenceDown")).to_be_in_viewport()
     page.wait_for_function(FITS_PHONE)
     assert_accessible(page)
 
 
 @needs_chromium
-def test_everything_is_reached_by_the_keyboard(page: Page, one: Served, state: Callable[[str], State]) -> None:
-    show(page, one, "profiles", state("healthy"))
+def test_everything_is_reached_by_the_keyboard(page: Page, instance: Served, state: Callable[[str], State]) -> None:
+    show(page, instance, "profiles", state("healthy"))
     reached = []
     for _ in range(40):
         page.keyboard.press("Tab")
@@ -211,8 +213,10 @@ def test_everything_is_reached_by_the_keyboard(page: Page, one: Served, state: C
 
 
 @needs_chromium
-def test_addresses_name_the_page_the_group_and_the_time(page: Page, one: Served, state: Callable[[str], State]) -> None:
-    show(page, one, "divergence?by=decoding&range=15m", state("alarm"))
+def test_addresses_name_the_page_the_group_and_the_time(
+    page: Page, instance: Served, state: Callable[[str], State]
+) -> None:
+    show(page, instance, "divergence?by=decoding&range=15m", state("alarm"))
     expect(page.get_by_role("region", name="By decoding strategy")).to_be_visible()
     page.get_by_label("Group by").select_option("position")
     expect(page).to_have_url(re.compile(r"#/divergence\?by=position&range=15m$"))
@@ -223,13 +227,13 @@ def test_addresses_name_the_page_the_group_and_the_time(page: Page, one: Served,
     expect(page).to_have_url(re.compile(r"range=6h$"))
     page.get_by_role("link", name="Events").click()
     expect(page).to_have_url(re.compile(r"#/events\?range=6h$")), "the time is kept"
-    page.goto(f"{one.url}/#/nothing-of-this-name")
+    page.goto(f"{instance.url}/#/nothing-of-this-name")
     expect(page.get_by_role("status")).to_be_visible()
 
 
 @needs_chromium
-def test_links_lead_to_grafanas_panels(page: Page, one: Served, state: Callable[[str], State]) -> None:
-    show(page, one, at=state("healthy"))
+def test_links_lead_to_grafanas_panels(page: Page, instance: Served, state: Callable[[str], State]) -> None:
+    show(page, instance, at=state("healthy"))
     asked = ["javascript:alert(1)", "https://grafana.example/x/"]
     page.on("dialog", lambda dialog: dialog.accept(asked.pop(0)))
     page.get_by_role("button", name="Grafana").click()
@@ -239,15 +243,15 @@ def test_links_lead_to_grafanas_panels(page: Page, one: Served, state: Callable[
     expect(link).to_have_attribute("href", re.compile("^https://grafana.example/x/d/hemostat-overview"))
     panels = {(board["uid"], panel["id"]) for board in load().values() for panel in board["panels"]}
     for path in PAGES:
-        show(page, one, f"{path}?range=6h")
+        show(page, instance, f"{path}?range=6h")
         match = re.search(r"/d/([\w-]+)\?viewPanel=(\d+)&from=now-6h&to=now$", link.get_attribute("href") or "")
         assert match is not None
         assert (match[1], int(match[2])) in panels, path
 
 
 @needs_chromium
-def test_tables_sort_and_fold(page: Page, one: Served, state: Callable[[str], State]) -> None:
-    show(page, one, "kinds", state("25 kinds"))
+def test_tables_sort_and_fold(page: Page, instance: Served, state: Callable[[str], State]) -> None:
+    show(page, instance, "kinds", state("25 kinds"))
     caption = "By part of the traffic"
     assert len(rows(page, caption)) == 10
     page.get_by_role("button", name="Show all 25").click()
@@ -261,9 +265,9 @@ def test_tables_sort_and_fold(page: Page, one: Served, state: Callable[[str], St
 
 
 @needs_chromium
-def test_the_chart_has_ink_and_marks(page: Page, one: Served, state: Callable[[str], State]) -> None:
+def test_the_chart_has_ink_and_marks(page: Page, instance: Served, state: Callable[[str], State]) -> None:
     at = state("alarm")
-    show(page, one, at=at)
+    show(page, instance, at=at)
     expect(page.locator(".timeline .u-legend")).to_contain_text(nats(at.history["points"]["kl_recent"][-1]))
     assert [mark.partition(" ")[0] for mark in page.locator(".marks li").all_inner_texts()] == ["A", "C", "L"]
 

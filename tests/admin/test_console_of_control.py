@@ -22,9 +22,9 @@ from hemostat.reference.pair import ReferenceState
 
 
 @needs_chromium
-def test_the_divergence_by_each_group_is_the_apis(page: Page, one: Served) -> None:
-    status = get(one, "status")
-    show(page, one, "divergence")
+def test_the_divergence_by_each_group_is_the_apis(page: Page, instance: Served) -> None:
+    status = get(instance, "status")
+    show(page, instance, "divergence")
     groups = {
         "route": [(f"{w['route']}, {w['label']}" if w["label"] else w["route"], w) for w in status["where"]],
         "decoding": [(d["strategy"], d) for d in status["decoding"]],
@@ -41,16 +41,16 @@ def test_the_divergence_by_each_group_is_the_apis(page: Page, one: Served) -> No
         expect(page).to_have_url(re.compile(f"by={by}$"))
         heading = page.get_by_label("Group by").locator("option:checked").inner_text()
         shown = rows(page, f"By {heading}")
-        for (name, found), row in zip(expected, shown, strict=False):
-            kl = found["kl_nats"]
-            start = " | ".join([name, str(found["requests"]), nats(kl["estimate"]), divergence_interval(kl)])
+        for (name, figures), row in zip(expected, shown, strict=False):
+            kl = figures["kl_nats"]
+            start = " | ".join([name, str(figures["requests"]), nats(kl["estimate"]), divergence_interval(kl)])
             assert row.startswith(start), by
         assert len(shown) == len(expected) + (by == "grammar")
     # The wider interval is drawn wider, on one scale.
     page.get_by_label("Group by").select_option("route")
     boxes = [box.bounding_box() for box in page.locator("rect.span").all()]
     widths = [box["width"] for box in boxes if box is not None]
-    ends = [found["kl_nats"]["ci95"] for _, found in groups["route"]]
+    ends = [figures["kl_nats"]["ci95"] for _, figures in groups["route"]]
     spans = [np.inf if high is None else high - low for low, high in ends]  # without an interval: the whole scale
     assert [*np.argsort(widths, kind="stable")] == [*np.argsort(spans, kind="stable")]
     facts = page.locator(".facts").inner_text()
@@ -63,16 +63,16 @@ def test_the_divergence_by_each_group_is_the_apis(page: Page, one: Served) -> No
     page.get_by_label("Group by").select_option("phase")
     thinking = {row.partition(" | ")[0]: row for row in rows(page, "Thinking, by arm")}
     assert thinking.keys() == {*status["thinking"]["arms"], "treated minus control"}
-    for arm, found in status["thinking"]["arms"].items():
-        never = found["never_ended"]
+    for arm, figures in status["thinking"]["arms"].items():
+        never = figures["never_ended"]
         assert f"{percent(never['estimate'])} {interval(never['ci95'], percent)}" in thinking[arm]
-        assert f"ended {found['endings']['ended']}" in thinking[arm]
+        assert f"ended {figures['endings']['ended']}" in thinking[arm]
 
 
 @needs_chromium
-def test_what_serves_each_kind_on_what_evidence_and_with_what_outcomes(page: Page, one: Served) -> None:
-    status = get(one, "status")
-    show(page, one, "kinds")
+def test_what_serves_each_kind_on_what_evidence_and_with_what_outcomes(page: Page, instance: Served) -> None:
+    status = get(instance, "status")
+    show(page, instance, "kinds")
     shown = {row.partition(" | ")[0]: row for row in rows(page, "By part of the traffic")}
     kinds = {kind["kind"]: kind for kind in status["calibration"]["kinds"]}
     assert shown.keys() == kinds.keys()
@@ -94,7 +94,7 @@ def test_what_serves_each_kind_on_what_evidence_and_with_what_outcomes(page: Pag
     outcomes = rows(page, "Outcomes of answers, treated minus control")
     assert outcomes[0].startswith("cut | 0.0 % of 60 | 0.0 % of 60 | 0.0 % | [")
     assert "0.0 % with" not in page.locator("main").inner_text()
-    page.goto(f"{one.url}/#/kinds/{KINDS[1]}")
+    page.goto(f"{instance.url}/#/kinds/{KINDS[1]}")
     expect(page.get_by_role("region", name="Outcomes of answers")).to_contain_text(
         "harmed: cut, 100.0 % with the profile and 0.0 % without"
     )
@@ -102,10 +102,10 @@ def test_what_serves_each_kind_on_what_evidence_and_with_what_outcomes(page: Pag
 
 
 @needs_chromium
-def test_which_profiles_there_are_and_what_each_has_shown(page: Page, one: Served) -> None:
-    status, profiles = get(one, "status"), get(one, "profiles")
+def test_which_profiles_there_are_and_what_each_has_shown(page: Page, instance: Served) -> None:
+    status, profiles = get(instance, "status"), get(instance, "profiles")
     version = profiles["serving"][:8]
-    show(page, one, "profiles")
+    show(page, instance, "profiles")
     assert "treated | 89 | 10.1 % | 38.2 | 1 | json: valid 7" in rows(page, "How answers end, all traffic, by arm")
     [row] = [row for row in rows(page, "Versions, newest first") if row.startswith(version)]
     selected = status["calibration"]["selected"]
@@ -123,13 +123,13 @@ def test_which_profiles_there_are_and_what_each_has_shown(page: Page, one: Serve
 
 
 @needs_chromium
-def test_what_adapters_correct_and_why_none_serves(page: Page, one: Served) -> None:
+def test_what_adapters_correct_and_why_none_serves(page: Page, instance: Served) -> None:
     say = adapter_status
-    show(page, one, "profiles")
+    show(page, instance, "profiles")
     expect(page.locator("main")).to_contain_text("Adapters are off")
-    before = [(part, part.status) for part in say.parts(one.control)]
+    before = [(part, part.status) for part in say.parts(instance.control)]
     try:
-        one.do(lambda control: say.report(control, say.learner(), say.judge(), say.engine()))
+        instance.do(lambda control: say.report(control, say.learner(), say.judge(), say.engine()))
         expect(page.locator("main")).to_contain_text("1 adapter can be used by requests: 943966cb.")
         text = page.locator("main").inner_text()
         for told in (
@@ -156,19 +156,19 @@ def test_what_adapters_correct_and_why_none_serves(page: Page, one: Served) -> N
         failed = {"outcome": "memory", "detail": "more than adapter.memory_mib", "tokens": 2000}
         out = say.engine(state="unusable", detail="vLLM runs without --enable-lora", ready=[], loaded=[], capacity=0)
         building = say.learner(state="building", detail="layer 4 of 30", last_build=failed)
-        one.do(lambda control: say.report(control, building, say.judge(), out))
+        instance.do(lambda control: say.report(control, building, say.judge(), out))
         main = page.locator("main")
         expect(main).to_contain_text("No request uses an adapter: vLLM runs without --enable-lora.")
         expect(main).to_contain_text("building: layer 4 of 30")
         expect(main).to_contain_text("the last build failed (memory): more than adapter.memory_mib")
     finally:
-        one.do(lambda _: [setattr(part, "status", status) for part, status in before])
+        instance.do(lambda _: [setattr(part, "status", status) for part, status in before])
 
 
 @needs_chromium
-def test_what_is_measured_and_what_waits(page: Page, one: Served) -> None:
-    status = get(one, "status")
-    show(page, one, "measurement")
+def test_what_is_measured_and_what_waits(page: Page, instance: Served) -> None:
+    status = get(instance, "status")
+    show(page, instance, "measurement")
     coverage = status["coverage"]
     text = page.locator("main").inner_text()
     assert f"{percent(coverage['scored_share']['tokens'])} of 1,180 known tokens" in text
@@ -179,8 +179,8 @@ def test_what_is_measured_and_what_waits(page: Page, one: Served) -> None:
     shown = rows(page, "Coverage by kind")
     assert "chat structured | 12 | 0.0 % | 700 | 0.0 % | 5" in shown
     assert rows(page, "What is not scored, by reason")[0] == "structured_output | skipped | 12 | 700 | 5"
-    show(page, one, "alarm")
-    alarm = get(one, "status")["alarm"]
+    show(page, instance, "alarm")
+    alarm = get(instance, "status")["alarm"]
     [raised] = [test for test in alarm["tests"] if test["raised"]]
     [row] = [row for row in rows(page, "Tests") if "raised" in row]
     assert row.startswith(f"change | {raised['kind']} | raised")
@@ -192,7 +192,7 @@ def test_what_is_measured_and_what_waits(page: Page, one: Served) -> None:
         assert ("complete" if kind["watched"] else f"{kind['baseline_requests']} of 30") in baselines[kind["kind"]]
     expect(page.get_by_text("Do not accept in order to silence an alarm")).to_be_visible()
     for path in PAGES[:-3]:
-        page.goto(f"{one.url}/#/{path}")
+        page.goto(f"{instance.url}/#/{path}")
         assert page.get_by_role("button", name=re.compile("Accept")).count() == 0, "only where it is explained"
 
 
@@ -200,9 +200,9 @@ def test_what_is_measured_and_what_waits(page: Page, one: Served) -> None:
 
 
 @needs_chromium
-def test_the_operators_actions(page: Page, one: Served) -> None:
-    version = get(one, "profiles")["serving"]
-    other = next(p["version"] for p in get(one, "profiles")["profiles"] if p["version"] != version)
+def test_the_operators_actions(page: Page, instance: Served) -> None:
+    version = get(instance, "profiles")["serving"]
+    other = next(p["version"] for p in get(instance, "profiles")["profiles"] if p["version"] != version)
 
     def confirm(asks: str) -> None:
         expect(page.get_by_role("dialog")).to_contain_text(asks)
@@ -211,34 +211,34 @@ def test_the_operators_actions(page: Page, one: Served) -> None:
         expect(page.get_by_role("dialog")).to_be_hidden()
 
     def press(path: str, button: str, asks: str) -> None:
-        show(page, one, path)
+        show(page, instance, path)
         page.get_by_role("button", name=button).click()
         confirm(asks)
 
-    show(page, one, f"profiles/{other[:8]}")
+    show(page, instance, f"profiles/{other[:8]}")
     page.get_by_role("button", name=f"Pin {other[:8]}").click()
     page.keyboard.press("Escape")
-    assert get(one, "profiles")["pinned"] is False, "nothing without a confirmation"
+    assert get(instance, "profiles")["pinned"] is False, "nothing without a confirmation"
     press(f"kinds/{KINDS[0]}", f"Roll back {KINDS[0]}", "Roll back this kind?")
-    assert get(one, "profiles")["by_kind"] == {}
+    assert get(instance, "profiles")["by_kind"] == {}
     press(f"kinds/{KINDS[1]}", f"Release {KINDS[1]}", "Release this kind?")
-    assert get(one, "profiles")["held"] == []
+    assert get(instance, "profiles")["held"] == []
     press(f"profiles/{other[:8]}", f"Pin {other[:8]}", "Pin this profile?")
-    assert get(one, "profiles")["pinned"] is True
+    assert get(instance, "profiles")["pinned"] is True
     press("profiles", "Unpin", "Unpin?")
     expect(page.get_by_role("button", name="Unpin")).to_be_hidden()
     press(f"profiles/{version[:8]}", f"Promote {version[:8]}", "Promote this profile?")
-    assert set(get(one, "profiles")["by_kind"].values()) == {version}
+    assert set(get(instance, "profiles")["by_kind"].values()) == {version}
     press("profiles", "Roll back all kinds to identity", "Roll back?")
-    assert get(one, "profiles")["by_kind"] == {}
+    assert get(instance, "profiles")["by_kind"] == {}
     press("profiles", "observe", "Set calibration to observe?")
     expect(page.locator("#mode")).to_have_text("observe")
-    show(page, one, "alarm")
+    show(page, instance, "alarm")
     page.get_by_text("accept the present state").click()
     page.get_by_role("button", name=f"Accept {KINDS[0]} as baseline").click()
     confirm("Accept as the new baseline?")
-    assert not get(one, "status")["alarm"]["raised"]
-    show(page, one)
+    assert not get(instance, "status")["alarm"]["raised"]
+    show(page, instance)
     expect(page.get_by_role("status")).to_have_text("No problem found")
     assert page.title() == "Hemostat"
     assert TOKEN not in page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])")

@@ -36,15 +36,15 @@ SWITCH = "/api/v1/calibration"
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with served(
         tmp_path_factory.mktemp("served"), everything, alarm={"baseline_requests": 30}, labels=["batch"]
     ) as made:
         yield made
 
 
-def connect(one: Served) -> socket.socket:
-    made = socket.create_connection(("127.0.0.1", one.port))
+def connect(instance: Served) -> socket.socket:
+    made = socket.create_connection(("127.0.0.1", instance.port))
     made.settimeout(10)
     return made
 
@@ -79,67 +79,67 @@ def closed(connection: socket.socket) -> bool:
         return True
 
 
-def mode(one: Served) -> str:
-    result: str = httpx.get(f"{one.url}/api/v1/status").json()["profile"]["mode"]
+def mode(instance: Served) -> str:
+    result: str = httpx.get(f"{instance.url}/api/v1/status").json()["profile"]["mode"]
     return result
 
 
 # --- sizes and timeouts ---------------------------------------------------------------------------------------------
 
 
-def test_heads_without_end_are_cut_off_before_they_fill_the_memory(one: Served) -> None:
+def test_heads_without_end_are_cut_off_before_they_fill_the_memory(instance: Served) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     line = b"x-filler: " + b"y" * 1000 + b"\r\n"
-    with connect(one) as connection:
+    with connect(instance) as connection:
         connection.sendall(b"GET /livez HTTP/1.1\r\nhost: 127.0.0.1\r\n")
         assert cut_off(connection, line)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000, "kilobytes"
-    assert httpx.get(f"{one.url}/livez").status_code == 200
+    assert httpx.get(f"{instance.url}/livez").status_code == 200
 
 
 @pytest.mark.parametrize("count", [50, 20_000])
-def test_many_headers(one: Served, count: int) -> None:
+def test_many_headers(instance: Served, count: int) -> None:
     head = b"".join(b"x-%d: yyyyyyyyyy\r\n" % n for n in range(count))
-    with connect(one) as connection:
+    with connect(instance) as connection:
         connection.sendall(b"GET /livez HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n" + head + b"\r\n")
         assert answer(connection).startswith(b"HTTP/1.1 200" if count == 50 else b"HTTP/1.1 400")
 
 
 @pytest.mark.parametrize(("per_address", "total"), [(32, 256), (64, 32)])
 def test_those_who_never_finish_a_head_do_not_stay(
-    one: Served, monkeypatch: pytest.MonkeyPatch, per_address: int, total: int
+    instance: Served, monkeypatch: pytest.MonkeyPatch, per_address: int, total: int
 ) -> None:
     monkeypatch.setattr(hardening, "HEAD_SECONDS", 2.0)
     monkeypatch.setattr(hardening, "MAX_WAITING_PER_ADDRESS", per_address)
     monkeypatch.setattr(hardening, "MAX_WAITING", total)
-    crowd = [connect(one) for _ in range(80)]
+    crowd = [connect(instance) for _ in range(80)]
     try:
         for connection in crowd:
             connection.sendall(b"GET /livez HTTP/1.1\r\n")
-        assert httpx.get(f"{one.url}/livez").status_code == 200, "probes are answered whatever others do"
-        assert one.connections <= 32
+        assert httpx.get(f"{instance.url}/livez").status_code == 200, "probes are answered whatever others do"
+        assert instance.connections <= 32
         assert [closed(connection) for connection in crowd] == [True] * len(crowd)
-        assert httpx.get(f"{one.url}/livez").status_code == 200
+        assert httpx.get(f"{instance.url}/livez").status_code == 200
     finally:
         for connection in crowd:
             connection.close()
 
 
-def test_probes_are_answered_beyond_the_limit_of_requests(one: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probes_are_answered_beyond_the_limit_of_requests(instance: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardening, "MAX_REQUESTS", 0)
-    assert httpx.get(f"{one.url}/api/v1/status").status_code == 503
-    assert httpx.get(f"{one.url}/livez").status_code == 200
+    assert httpx.get(f"{instance.url}/api/v1/status").status_code == 503
+    assert httpx.get(f"{instance.url}/livez").status_code == 200
     monkeypatch.undo()
-    assert httpx.get(f"{one.url}/api/v1/status").status_code == 200
+    assert httpx.get(f"{instance.url}/api/v1/status").status_code == 200
 
 
-def test_idle_connections_give_way_to_new_ones(one: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_connections_give_way_to_new_ones(instance: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardening, "MAX_WAITING", 2)
     request = b"GET /livez HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
     connections = []
     try:
         for _ in range(3):
-            connections.append(connect(one))
+            connections.append(connect(instance))
             connections[-1].sendall(request)
             while b"\r\n\r\n" not in connections[-1].recv(65536, socket.MSG_PEEK):
                 pass
@@ -149,19 +149,19 @@ def test_idle_connections_give_way_to_new_ones(one: Served, monkeypatch: pytest.
             connection.close()
 
 
-def test_a_second_head_is_not_waited_for_without_end(one: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_head_is_not_waited_for_without_end(instance: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardening, "HEAD_SECONDS", 0.5)
-    with connect(one) as connection:
+    with connect(instance) as connection:
         connection.sendall(b"GET /livez HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
         assert connection.recv(65536).startswith(b"HTTP/1.1 200")
         assert cut_off(connection, b"G", pause=0.1)
 
 
 @pytest.mark.parametrize("headers", ["", f"authorization: Bearer {TOKEN}\r\n"])
-def test_a_body_that_never_comes(one: Served, monkeypatch: pytest.MonkeyPatch, headers: str) -> None:
+def test_a_body_that_never_comes(instance: Served, monkeypatch: pytest.MonkeyPatch, headers: str) -> None:
     """Without the token it is not waited for at all."""
     monkeypatch.setattr(engine_api, "BODY_SECONDS", 0.5)
-    with connect(one) as connection:
+    with connect(instance) as connection:
         head = (
             f"POST {SWITCH} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 15\r\nconnection: close\r\n{headers}\r\n{{"
         )
@@ -170,18 +170,18 @@ def test_a_body_that_never_comes(one: Served, monkeypatch: pytest.MonkeyPatch, h
 
 
 def test_a_body_without_end_and_without_the_token_is_not_read_for_long(
-    one: Served, monkeypatch: pytest.MonkeyPatch
+    instance: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hardening, "HEAD_SECONDS", 0.5)
-    with connect(one) as connection:
+    with connect(instance) as connection:
         head = f"POST /api/v1/profiles HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {1 << 40}\r\n\r\n"
         connection.sendall(head.encode())
         assert cut_off(connection, b" " * 10_000, pause=0.005)
 
 
 @pytest.mark.parametrize(("path", "length"), [(SWITCH, 5000), ("/api/v1/engine/report", 100_000)])
-def test_a_body_that_is_too_long(one: Served, path: str, length: int) -> None:
-    response = httpx.post(f"{one.url}{path}", headers=AUTHORIZED, content=b" " * length)
+def test_a_body_that_is_too_long(instance: Served, path: str, length: int) -> None:
+    response = httpx.post(f"{instance.url}{path}", headers=AUTHORIZED, content=b" " * length)
     assert response.status_code == 413
 
 
@@ -201,7 +201,7 @@ def test_a_public_address_is_not_bound_without_a_token(tmp_path: Path, host: str
     assert "admin.token: required" in ended.stderr
 
 
-def test_without_a_word_it_is_on_loopback(one: Served) -> None:
+def test_without_a_word_it_is_on_loopback(instance: Served) -> None:
     from hemostat.config.schema import Settings
 
     made = Settings.model_validate({"upstream": {"url": "http://127.0.0.1:1"}})
@@ -215,13 +215,13 @@ def test_without_a_word_it_is_on_loopback(one: Served) -> None:
 
 @pytest.mark.parametrize("method", ["OPTIONS", "GET", "POST"])
 @pytest.mark.parametrize("path", ["/", "/api/v1/status", SWITCH, "/metrics", "/api/v1/history"])
-def test_no_other_origin_is_allowed_anything(one: Served, method: str, path: str) -> None:
+def test_no_other_origin_is_allowed_anything(instance: Served, method: str, path: str) -> None:
     asked = {
         "Origin": "https://evil.example",
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization",
     }
-    response = httpx.request(method, f"{one.url}{path}", headers=asked)
+    response = httpx.request(method, f"{instance.url}{path}", headers=asked)
     assert not [name for name in response.headers if name.startswith("access-control-")]
     assert response.headers["cross-origin-resource-policy"] == "same-origin"
     if method == "OPTIONS":
@@ -233,17 +233,17 @@ def test_no_other_origin_is_allowed_anything(one: Served, method: str, path: str
     ["evil.example", "evil.example:8081", "127.0.0.1.evil.example", "localhost.evil.example", "[::1", "evil.example."],
 )
 @pytest.mark.parametrize("path", ["/", "/api/v1/status", "/metrics", "/livez", "/console/app.js"])
-def test_a_rebound_name_is_refused(one: Served, host: str, path: str) -> None:
+def test_a_rebound_name_is_refused(instance: Served, host: str, path: str) -> None:
     """The browser sends the name that the page was loaded from, whatever address that has now."""
-    response = httpx.get(f"{one.url}{path}", headers={"Host": host})
+    response = httpx.get(f"{instance.url}{path}", headers={"Host": host})
     assert response.status_code == 421
     assert "admin.allowed_hosts" in response.json()["detail"]
     assert HEADERS.items() <= dict(response.headers).items()
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:9", "[::1]:80", "10.1.2.3", "localhost."])
-def test_addresses_and_localhost_are_answered(one: Served, host: str) -> None:
-    assert httpx.get(f"{one.url}/livez", headers={"Host": host}).status_code == 200
+def test_addresses_and_localhost_are_answered(instance: Served, host: str) -> None:
+    assert httpx.get(f"{instance.url}/livez", headers={"Host": host}).status_code == 200
 
 
 def test_names_that_are_allowed(tmp_path: Path) -> None:
@@ -278,8 +278,8 @@ def test_no_other_name_gets_through_whatever_stands_around_it(ours: str, other: 
         "vendor/LICENSE-uPlot.txt%00",
     ],
 )
-def test_nothing_but_the_consoles_files_is_served(one: Served, path: str) -> None:
-    with connect(one) as connection:  # as it stands: clients tidy paths up
+def test_nothing_but_the_consoles_files_is_served(instance: Served, path: str) -> None:
+    with connect(instance) as connection:  # as it stands: clients tidy paths up
         connection.sendall(f"GET /console/{path} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n".encode())
         said = answer(connection)
     assert said.startswith(b"HTTP/1.1 404"), said
@@ -327,12 +327,12 @@ const attempt = async (name, how) => {
 
 
 @needs_chromium
-def test_a_page_of_another_site_can_neither_read_nor_change(one: Served, browser: Browser) -> None:
+def test_a_page_of_another_site_can_neither_read_nor_change(instance: Served, browser: Browser) -> None:
     """It even knows the token: without CORS the browser does not send it."""
 
     class Evil(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            body = EVIL.replace("TARGET", one.url).encode()
+            body = EVIL.replace("TARGET", instance.url).encode()
             self.send_response(200)
             self.send_header("content-type", "text/html")
             self.end_headers()
@@ -341,7 +341,7 @@ def test_a_page_of_another_site_can_neither_read_nor_change(one: Served, browser
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    before = mode(one)
+    before = mode(instance)
     assert before == "auto"
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Evil)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -364,7 +364,7 @@ def test_a_page_of_another_site_can_neither_read_nor_change(one: Served, browser
     finally:
         server.shutdown()
         server.server_close()
-    assert mode(one) == before
+    assert mode(instance) == before
 
 
 @needs_chromium
@@ -409,9 +409,9 @@ def test_nothing_that_is_shown_becomes_markup(tmp_path: Path, browser: Browser) 
 # --- the stream -----------------------------------------------------------------------------------------------------
 
 
-def test_the_stream_says_what_the_api_says_and_streams_are_few(one: Served) -> None:
+def test_the_stream_says_what_the_api_says_and_streams_are_few(instance: Served) -> None:
     with ExitStack() as stack:
-        client = stack.enter_context(httpx.Client(base_url=one.url, limits=httpx.Limits(max_connections=100)))
+        client = stack.enter_context(httpx.Client(base_url=instance.url, limits=httpx.Limits(max_connections=100)))
         opened = [stack.enter_context(client.stream("GET", "/api/v1/stream")) for _ in range(33)]
         assert [r.status_code for r in opened] == [200] * 32 + [503]
         lines = opened[0].iter_lines()
@@ -427,7 +427,7 @@ def test_the_stream_says_what_the_api_says_and_streams_are_few(one: Served) -> N
     code = 503
     while code == 503:
         assert time.monotonic() < ends, "those that went leave room"
-        with httpx.stream("GET", f"{one.url}/api/v1/stream") as again:
+        with httpx.stream("GET", f"{instance.url}/api/v1/stream") as again:
             code = again.status_code
     assert code == 200
 
@@ -443,12 +443,12 @@ def test_open_streams_do_not_hold_up_the_end(tmp_path: Path, capfd: pytest.Captu
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_history_comes_in_columns_and_from_where_it_is_asked_for(one: Served) -> None:
-    whole = httpx.get(f"{one.url}/api/v1/history").json()["points"]
+def test_history_comes_in_columns_and_from_where_it_is_asked_for(instance: Served) -> None:
+    whole = httpx.get(f"{instance.url}/api/v1/history").json()["points"]
     assert len({len(column) for column in whole.values()}) == 1
     assert len(whole["time"]) == 32
-    part = httpx.get(f"{one.url}/api/v1/history", params={"after": whole["time"][29]}).json()["points"]
+    part = httpx.get(f"{instance.url}/api/v1/history", params={"after": whole["time"][29]}).json()["points"]
     assert part == {name: column[30:] for name, column in whole.items()}
     assert part["kl_recent"][-1] > 2 * whole["kl_recent"][10], "the model changed"
     assert whole["kl_low"][-1] <= whole["kl_nats"][-1] <= whole["kl_high"][-1]
-    assert httpx.get(f"{one.url}/api/v1/history?after=x").status_code == 422
+    assert httpx.get(f"{instance.url}/api/v1/history?after=x").status_code == 422

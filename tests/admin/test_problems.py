@@ -259,8 +259,8 @@ async def test_what_measuring_and_learning_cannot_do(
 ) -> None:
     async with bench(tmp_path, reference={"backend": "vllm", "url": "http://127.0.0.1:1"}) as plane:
         harm(plane.one)
-        [(found, text)] = plane.found()
-        assert found == alert
+        [(raised, text)] = plane.found()
+        assert raised == alert
         assert said in text
 
 
