@@ -298,8 +298,8 @@ def main() -> None:
         try:
             if not given.collected:
                 collect(change)
-            if found := read(sorted((DATA / change).glob("*.scored.npz"))):
-                requests[change] = found
+            if records := read(sorted((DATA / change).glob("*.scored.npz"))):
+                requests[change] = records
             else:
                 unavailable[change] = "nothing is collected"
         except subprocess.CalledProcessError as error:
@@ -331,10 +331,10 @@ def main() -> None:
     for name, detect in detectors.items():
         say(f"null runs: {name}")
         rows.append(null_row(name, detect, null, RUN_REQUESTS if name in {"change", "budget"} else TUNING_REQUESTS))
-    for change, found in requests.items():
+    for change, records in requests.items():
         if change != "null":
             say(f"detecting {change}")
-            rows += change_rows(change, detectors, null, found)
+            rows += change_rows(change, detectors, null, records)
     report = {
         "rows": rows,
         "alpha": ALPHA,
@@ -349,18 +349,18 @@ def main() -> None:
         "null_requests_before_a_change": BEFORE,
         "collected": {
             name: {
-                "requests": len(found),
-                "tokens": sum(len(r.kl) for r in found),
-                "mean_kl_nats": float(np.concatenate([r.kl for r in found]).mean()),
+                "requests": len(records),
+                "tokens": sum(len(r.kl) for r in records),
+                "mean_kl_nats": float(np.concatenate([r.kl for r in records]).mean()),
                 "spread_nats_by_form": {
                     form: {
-                        "geometric_mean": math.exp(float(np.mean([r.level.level for r in found if r.form == form]))),
-                        "log_sd_of_requests": float(np.std([r.level.level for r in found if r.form == form])),
+                        "geometric_mean": math.exp(float(np.mean([r.level.level for r in records if r.form == form]))),
+                        "log_sd_of_requests": float(np.std([r.level.level for r in records if r.form == form])),
                     }
-                    for form in sorted({r.form for r in found})
+                    for form in sorted({r.form for r in records})
                 },
             }
-            for name, found in requests.items()
+            for name, records in requests.items()
         },
         "unavailable": unavailable,
         "model": f"SmolLM2-135M-Instruct, {vllm_process.dtype()}, vLLM on a CPU against transformers",
@@ -375,8 +375,8 @@ def write_levels(requests: dict[str, list[Request]]) -> None:
     with LEVELS.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["change", "form", "tokens", "level", "contrast"])
-        for change, found in requests.items():
-            for request in found:
+        for change, records in requests.items():
+            for request in records:
                 level = request.level
                 writer.writerow([change, request.form, level.tokens, f"{level.level:.4f}", f"{level.contrast:.4f}"])
 

@@ -241,14 +241,14 @@ def speed(k: int = 20, rounds: int = 15) -> dict[str, Any]:
     """Positions/s at one core, for requests of several lengths."""
     result: dict[str, Any] = {"k": k}
     for tokens in (64, 256, 1024):
-        one = synthetic(tokens, k)
+        made = synthetic(tokens, k)
         repeats = max(1, 4096 // tokens)
         for function in (bounds, divergence):
             rates = []
             for _ in range(rounds):
                 start = time.process_time()
                 for _ in range(repeats):
-                    function(one)
+                    function(made)
                 rates.append(repeats * tokens / (time.process_time() - start))
             result[f"{function.__name__}_{tokens}"] = {"median": statistics.median(rates), "best": max(rates)}
     return result

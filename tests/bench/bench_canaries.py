@@ -106,7 +106,7 @@ def checkpoint(name: str) -> Path:
         return folder
     half = TEXTS.index(name[-1])
     lines = [
-        json.dumps({"messages": [{"role": one.role, "content": one.content} for one in prompt.messages]})
+        json.dumps({"messages": [{"role": message.role, "content": message.content} for message in prompt.messages]})
         for prompt in demo_prompts.load()[half::2]
     ]
     (WORK / f"texts-{half}.jsonl").write_text("\n".join(lines))
@@ -143,7 +143,7 @@ async def take(url: str) -> CanarySet:
 async def replays(url: str, taken: CanarySet, count: int, load_requests: int = 0) -> list[Floats]:
     """With so many requests of clients in progress."""
     server, rng = VllmServer(url, timeout=300.0), random.Random(0)
-    words = " ".join(one.prompt for one in load().prompts).split()
+    words = " ".join(prompt.prompt for prompt in load().prompts).split()
 
     async def clients() -> None:
         while True:
@@ -173,19 +173,19 @@ def kept(name: str) -> list[Floats]:
     return list(np.load(path)) if path.exists() else []
 
 
-def keep(name: str, found: list[Floats]) -> None:
-    np.save(WORK / f"{name.replace(' ', '-')}.npy", np.stack(found))
+def keep(name: str, replayed: list[Floats]) -> None:
+    np.save(WORK / f"{name.replace(' ', '-')}.npy", np.stack(replayed))
 
 
 def measure(name: str, restarts: int) -> dict[str, Any]:
     """Start the server as often, and replay the base's set twice each time."""
     server = SERVERS[name]
-    taken, found = base_set(server.base), kept(name)
-    while len(found) < 2 * restarts:
+    taken, replayed = base_set(server.base), kept(name)
+    while len(replayed) < 2 * restarts:
         with running(name, server) as url:
-            found += asyncio.run(replays(url, taken, 2))
-        keep(name, found)
-    verdicts = [taken.compare(one) for one in found[: 2 * restarts]]
+            replayed += asyncio.run(replays(url, taken, 2))
+        keep(name, replayed)
+    verdicts = [taken.compare(replay) for replay in replayed[: 2 * restarts]]
     return {
         "restarts": restarts,
         "has_to_change": server.changed,
@@ -195,48 +195,52 @@ def measure(name: str, restarts: int) -> dict[str, Any]:
 
 
 def _figures(verdicts: list[Comparison]) -> dict[str, Any]:
-    votes, nats = [one.votes for one in verdicts], [one.nats for one in verdicts]
+    votes, nats = [verdict.votes for verdict in verdicts], [verdict.nats for verdict in verdicts]
     return {"votes": [min(votes), max(votes)], "needed": verdicts[0].needed, "nats": [min(nats), max(nats)]}
 
 
 def null(count: int) -> dict[str, Any]:
     """Replays of the unchanged server, half of them idle and half beside clients, and what is resampled from them."""
-    taken, found = base_set("w4a16"), kept("loaded")
-    if len(found) < count:
+    taken, replayed = base_set("w4a16"), kept("loaded")
+    if len(replayed) < count:
         with running("loaded", BASES["w4a16"]) as url:
-            while len(found) < count:
-                found += asyncio.run(replays(url, taken, min(5, count - len(found)), LOAD * (len(found) // 5 % 2)))
-                keep("loaded", found)
-    verdicts = [taken.compare(one) for one in found[:count]]
-    same = sum(bool((one == taken.baseline[0]).all()) for one in found[:count])
+            while len(replayed) < count:
+                replayed += asyncio.run(
+                    replays(url, taken, min(5, count - len(replayed)), LOAD * (len(replayed) // 5 % 2))
+                )
+                keep("loaded", replayed)
+    verdicts = [taken.compare(replay) for replay in replayed[:count]]
+    same = sum(bool((replay == taken.baseline[0]).all()) for replay in replayed[:count])
     return {
         "replays": count,
         "to_the_last_bit": same,
-        "changed": sum(one.changed for one in verdicts),
+        "changed": sum(verdict.changed for verdict in verdicts),
         **_figures(verdicts),
-        "resampled": resampled(taken, np.stack(found[:count])),
+        "resampled": resampled(taken, np.stack(replayed[:count])),
     }
 
 
-def resampled(taken: CanarySet, found: Floats) -> dict[str, Any]:
+def resampled(taken: CanarySet, replayed: Floats) -> dict[str, Any]:
     """Each sequence of a replay, and of the baseline's replays, is drawn by itself from the real ones. Tolerance 0: the
     noise alone decides."""
-    rng, lengths = np.random.default_rng(0), [one.scored for one in taken.canaries]
+    rng, lengths = np.random.default_rng(0), [canary.scored for canary in taken.canaries]
     changed, votes = 0, []
     for begin in range(0, RESAMPLED, 100):
-        of = [rng.integers(0, len(found), (REPLAYS, len(lengths))) for _ in range(2)]
-        baseline = np.stack([_drawn(found, of[0][n], lengths) for n in range(REPLAYS)])
+        of = [rng.integers(0, len(replayed), (REPLAYS, len(lengths))) for _ in range(2)]
+        baseline = np.stack([_drawn(replayed, of[0][n], lengths) for n in range(REPLAYS)])
         drawn = CanarySet(taken.canaries, baseline, taken.origin)
         for _ in range(min(100, RESAMPLED - begin)):
-            verdict = drawn.compare(_drawn(found, rng.integers(0, len(found), len(lengths)), lengths), 0.0)
+            verdict = drawn.compare(_drawn(replayed, rng.integers(0, len(replayed), len(lengths)), lengths), 0.0)
             votes.append(verdict.votes)
             changed += verdict.changed
     return {"replays": RESAMPLED, "changed": changed, "most_votes": max(votes)}
 
 
-def _drawn(found: Floats, which: np.ndarray[Any, Any], lengths: list[int]) -> Floats:
+def _drawn(replayed: Floats, which: np.ndarray[Any, Any], lengths: list[int]) -> Floats:
     ends = np.cumsum(lengths)
-    return np.concatenate([found[n, end - length : end] for n, length, end in zip(which, lengths, ends, strict=True)])
+    return np.concatenate(
+        [replayed[n, end - length : end] for n, length, end in zip(which, lengths, ends, strict=True)]
+    )
 
 
 def outlier() -> list[dict[str, Any]]:
@@ -246,9 +250,9 @@ def outlier() -> list[dict[str, Any]]:
     rows = []
     for factor in (1.0, 1.05, 1.1, 1.2, 1.5):
         further = compressed + (factor**0.5 - 1.0) * (compressed - reference)
-        found = taken.compare_engines({"a": compressed, "b": further, "c": compressed})
-        named = [name for name, one in found.items() if one.changed]
-        rows.append({"factor": factor, "named": named, "votes": found["b"].votes, "nats": found["b"].nats})
+        comparisons = taken.compare_engines({"a": compressed, "b": further, "c": compressed})
+        named = [name for name, comparison in comparisons.items() if comparison.changed]
+        rows.append({"factor": factor, "named": named, "votes": comparisons["b"].votes, "nats": comparisons["b"].nats})
     return rows
 
 
@@ -256,7 +260,7 @@ def simulate(runs: int) -> list[dict[str, Any]]:
     """Simulated engines: by noise and shift, nats a token, how many of the replays exceed, and the oracle's."""
     lengths = [54, 60, 72, 80] * 12 + [570, 915]
     canaries = tuple(Canary("", np.zeros(n - 8, np.int32), np.zeros(8, np.int32)) for n in lengths)
-    size, rng, rows = sum(one.scored for one in canaries), np.random.default_rng(0), []
+    size, rng, rows = sum(canary.scored for canary in canaries), np.random.default_rng(0), []
     for noise in (0.005, 0.02):
 
         def replay(noise: float = noise) -> Floats:
@@ -276,8 +280,8 @@ def simulate(runs: int) -> list[dict[str, Any]]:
                 now = replay() + shift * signs
                 ours += taken.compare(now, 0.0).changed
                 oracle += float(signs @ now) > threshold
-            found = {"found": ours / count, "oracle": oracle / count}
-            rows.append({"noise": noise, "shift": shift, "runs": count, **found})
+            shares = {"found": ours / count, "oracle": oracle / count}
+            rows.append({"noise": noise, "shift": shift, "runs": count, **shares})
     return rows
 
 

@@ -105,10 +105,10 @@ def _measured(case: Case, bench: Bench, meter: Meter, keep: bool) -> ExactDistan
         return meter.distances(folder)
 
     made_from = [case.name, bench.seed, [ids.tolist() for ids in bench.ids], meter.key]
-    found = Stages(bench.folder / "figures").kept("case", made_from, measure)
+    figures = Stages(bench.folder / "figures").kept("case", made_from, measure)
     if not keep:
         shutil.rmtree(folder, ignore_errors=True)
-    return found
+    return figures
 
 
 def _judged(module: str, must: Must, meter: Meter, kl: dict[str, Floats]) -> dict[str, object]:

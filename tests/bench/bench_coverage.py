@@ -112,7 +112,7 @@ def main() -> None:
     began = time.monotonic()
     mix = Mix.load()
     checkpoints = cached_checkpoints("w4a16", say)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, plugin in (("with_plugin", True), ("without_plugin", False)):
         if not plugin and given.only_with_plugin:
             continue
@@ -125,16 +125,16 @@ def main() -> None:
                 )
             coverages.append(coverage)
             refused |= failed
-        found[name] = {**combine(coverages), "refused_by_vllm": refused}
-        print(f"\n{name.replace('_', ' ')}\n{table(found[name])}", flush=True)
+        results[name] = {**combine(coverages), "refused_by_vllm": refused}
+        print(f"\n{name.replace('_', ' ')}\n{table(results[name])}", flush=True)
         for request, errors in refused.items():
             print(f"answered with an error: {request}, {len(errors)} times, {errors[0]}")
-    first_one = found["with_plugin"]
+    first_one = results["with_plugin"]
     result = {
         "scored_share": first_one["scored_share"],
         "by_kind": first_one["by_kind"],
         "not_scored": first_one["not_scored"],
-        **found,
+        **results,
         "seconds": round(time.monotonic() - began, 1),
     }
     BUILD.mkdir(parents=True, exist_ok=True)

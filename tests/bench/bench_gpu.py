@@ -68,16 +68,16 @@ STEPS = (
 def run(steps: Sequence[Step], gpus: int, budget: float = MAX_SECONDS) -> dict[str, Any]:
     """What each step said, by its name. gpus: of this machine. budget: seconds of all together."""
     began = time.monotonic()
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for step in steps:
         left = budget - (time.monotonic() - began)
         if step.gpus > gpus or left < 1.0:
             why = f"needs {step.gpus} GPUs" if step.gpus > gpus else "no time left"
-            found[step.name] = {"outcome": f"not run: {why}"}
+            results[step.name] = {"outcome": f"not run: {why}"}
         else:
-            found[step.name] = _outcome(step, min(step.seconds, left))
-        print(f"{step.name}: {found[step.name]['outcome']}", flush=True)
-    return found
+            results[step.name] = _outcome(step, min(step.seconds, left))
+        print(f"{step.name}: {results[step.name]['outcome']}", flush=True)
+    return results
 
 
 def _outcome(step: Step, seconds: float) -> Mapping[str, Any]:
@@ -109,10 +109,10 @@ def main() -> None:
     gpus = torch.cuda.device_count()
     if not gpus:
         raise SystemExit("bench-gpu: torch sees no GPU here")
-    found = run([step for step in STEPS if given.only in step.name], gpus)
+    results = run([step for step in STEPS if given.only in step.name], gpus)
     BUILD.mkdir(parents=True, exist_ok=True)
     path = BUILD / "gpu.json"
-    path.write_text(json.dumps({"steps": found}, indent=1) + "\n")
+    path.write_text(json.dumps({"steps": results}, indent=1) + "\n")
     print(f"\n{path}: the file to send back")
 
 

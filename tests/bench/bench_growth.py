@@ -63,12 +63,12 @@ def point(part: Part, size: int) -> tuple[float, int]:
     process.start()
     theirs.close()
     try:
-        found: tuple[float, int] = ours.recv()
+        result: tuple[float, int] = ours.recv()
     except EOFError:
         raise SystemExit(f"{part.name}, {part.grows} {size}: the process ended without a result") from None
     finally:
         process.join()
-    return found
+    return result
 
 
 def row(part: Part) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def main() -> None:
     began = time.monotonic()
     rows = [row(part) for part in parts(given.largest) if given.only in part.name]
     result: dict[str, Any] = {"rows": rows, "seconds": round(time.monotonic() - began, 1)}
-    solves = [one for one in rows if (one["part"], one["grows"]) == ("a correction (adapter)", "width")]
+    solves = [item for item in rows if (item["part"], item["grows"]) == ("a correction (adapter)", "width")]
     if solves:
         assumed = Assumed()
         result |= {"assumed": asdict(assumed), "computed": dict(computed(assumed, Law(**solves[0]["law"])))}

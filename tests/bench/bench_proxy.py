@@ -332,27 +332,29 @@ def table(result: dict[str, Any]) -> str:
     )
     lines += result["sampled_answer_by_plugin"]
     chunk = ratio["cpu_per_chunk"]["hemostat 0"]
-    for what, found in (
+    for what, interval in (
         ("CPU per streamed chunk / vllm-router (aim: the interval reaches 1.0)", chunk),
         ("requests/s / vllm-router (aim: 2.5)", ratio["requests_per_second"]["hemostat 0"]),
         ("requests/s / nginx (aim: 0.45)", result["to_nginx"]["requests_per_second"]["hemostat 0"]),
         *(
-            (f"requests/s of {name} / of hemostat 0 (aim: 0.7)", found)
-            for name, found in result["sampled_rate_to_unsampled"].items()
+            (f"requests/s of {name} / of hemostat 0 (aim: 0.7)", ratio)
+            for name, ratio in result["sampled_rate_to_unsampled"].items()
         ),
     ):
-        if found is not None:
-            lines.append(f"{what}: {found['median']:.2f}, 95 % interval [{found['low']:.2f}, {found['high']:.2f}]")
+        if interval is not None:
+            lines.append(
+                f"{what}: {interval['median']:.2f}, 95 % interval [{interval['low']:.2f}, {interval['high']:.2f}]"
+            )
     for name in BARE_RELAYS:
         of_router, of_nginx = ratio["requests_per_second"][name], result["to_nginx"]["requests_per_second"][name]
         lines.append(f"{name}: requests/s {cell(of_router, '.2f')} × vllm-router, {cell(of_nginx, '.2f')} × nginx")
         shown = ", ".join(f"{figure} {cell(values, '.2f')}" for figure, values in result["to_bare_relay"][name].items())
         lines.append(f"hemostat 0 / {name}: {shown}")
-    for name, found in result["to_beside"].items():
-        shown = ", ".join(f"{figure} {cell(values, '.3f')}" for figure, values in found.items())
+    for name, interval in result["to_beside"].items():
+        shown = ", ".join(f"{figure} {cell(values, '.3f')}" for figure, values in interval.items())
         lines.append(f"{name} / the same of the other checkout: {shown}")
-    for name, found in result["treated"].items():
-        lines.append(f"{name}: " + ", ".join(f"{figure} {cell(values, '.3f')}" for figure, values in found.items()))
+    for name, interval in result["treated"].items():
+        lines.append(f"{name}: " + ", ".join(f"{figure} {cell(values, '.3f')}" for figure, values in interval.items()))
     return "\n".join(lines)
 
 

@@ -273,11 +273,11 @@ class Bench:
             [made_from, tokens],
             lambda: with_states_of_server(self.reference, few, self.stages.folder / "reference.log"),
         )
-        one = partial(GrowingRun(self.family(rank)).learn, served, name)
-        add("contextual", name, rank, tokens, one, False, "vllm")
+        learning = partial(GrowingRun(self.family(rank)).learn, served, name)
+        add("contextual", name, rank, tokens, learning, False, "vllm")
         name = "reference's top 20"
-        one = partial(learn_from_lists, self.family(rank, 512), self.weight, recovery, few, tapped=True, name=name)
-        add("contextual", name, rank, tokens, one, False, "vllm_lists")
+        learning = partial(learn_from_lists, self.family(rank, 512), self.weight, recovery, few, tapped=True, name=name)
+        add("contextual", name, rank, tokens, learning, False, "vllm_lists")
 
     def variants(
         self,
@@ -291,11 +291,13 @@ class Bench:
         tokens = sum(len(t.output) for t in few)
         for features in (128, 256):
             name = f"linear, {features} anchors"
-            one = partial(GrowingRun(self.family(rank, features)).learn, few, name)
-            add("contextual", name, rank, tokens, one, False)
+            learning = partial(GrowingRun(self.family(rank, features)).learn, few, name)
+            add("contextual", name, rank, tokens, learning, False)
         name = "no tap: top 20"
-        one = partial(learn_from_lists, self.family(rank, 512), self.weight, recovery, few, tapped=False, name=name)
-        add("contextual", name, rank, tokens, one, False)
+        learning = partial(
+            learn_from_lists, self.family(rank, 512), self.weight, recovery, few, tapped=False, name=name
+        )
+        add("contextual", name, rank, tokens, learning, False)
         fields, learned = last
         if learned.profile is not None:
             for clamp in (1.0, 8.0):
@@ -312,7 +314,7 @@ class Bench:
         learning, heldout, made_from = self.texts(scheme, plan)
         recovery = Recovery(self.weight, self.anchors, learning)
         learned = self.learned(scheme, plan, learning, recovery, made_from)
-        profiles = {label: one.profile for label, (_, one) in learned.items() if one.profile is not None}
+        profiles = {label: made.profile for label, (_, made) in learned.items() if made.profile is not None}
         figures = self.stages.kept(
             f"figures-{scheme}",
             [made_from, {label: profile.version for label, profile in profiles.items()}],
@@ -486,22 +488,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen.only = list(REFERENCES.plans)
     began = time.monotonic()
     bench = Bench(options, Stages(BUILD / "recovery"))
-    found = {scheme: bench.run(scheme) for scheme in options.plans if not chosen.only or scheme in chosen.only}
+    results = {scheme: bench.run(scheme) for scheme in options.plans if not chosen.only or scheme in chosen.only}
     adapters: dict[str, Any] = {}
     if ADAPTERS in (chosen.only or [ADAPTERS]):
         adapter_bench = AdapterBench(bench.stages, bench.weight, QUICK_PLAN if chosen.quick else FULL_PLAN)
         adapters = adapter_bench.run([Part(part) for part in chosen.part or Part], chosen.adapter)
-    rows = [r for result in found.values() for r in result["rows"]] + adapters.pop("rows", [])
+    rows = [r for result in results.values() for r in result["rows"]] + adapters.pop("rows", [])
     report = {
         "rows": rows,
         **{
-            part: {scheme: result[part] for scheme, result in found.items() if part in result}
+            part: {scheme: result[part] for scheme, result in results.items() if part in result}
             for part in ("on_policy", "outcomes", "engine_check")
         },
         "never_worse": {
-            scheme: bench.never_worse(scheme) for scheme in found if scheme in NEVER_WORSE and options.runs
+            scheme: bench.never_worse(scheme) for scheme in results if scheme in NEVER_WORSE and options.runs
         },
-        "update": update_cost() if found and options.runs else {},
+        "update": update_cost() if results and options.runs else {},
         "adapters": adapters,
         "model": "SmolLM2-135M-Instruct",
         "dtype": vllm_process.dtype(),

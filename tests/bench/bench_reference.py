@@ -142,7 +142,7 @@ async def write(url: str, requests: int, tokens: int) -> list[Text]:
 
     async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False) as client:
 
-        async def one(number: int) -> Text:
+        async def answer_prompt(number: int) -> Text:
             async with limit:
                 messages = [{"role": m.role, "content": m.content} for m in chats[number % len(chats)]]
                 prompt = await own.render(messages)
@@ -155,7 +155,7 @@ async def write(url: str, requests: int, tokens: int) -> list[Text]:
                 scores = await own.score(ScoreRequest(ids, output, output[:, None]))
                 return Text(ids, output, scores)
 
-        texts = await asyncio.gather(*(one(number) for number in range(requests)))
+        texts = await asyncio.gather(*(answer_prompt(number) for number in range(requests)))
     await own.close()
     return list(texts)
 
@@ -273,18 +273,18 @@ def backends(requests: int, tokens: int) -> dict[str, Any]:
     result["transformers"] = asyncio.run(scored(local, texts, again=True, others=others)) | {"bytes_per_token": 0.0}
 
     rows = []
-    for backend, one in result.items():
+    for backend, measured in result.items():
         row = {
             "reference": backend,
             "requests": len(texts),
             "tokens": int(sum(len(text.output) for text in texts)),
-            "bytes_per_token": one["bytes_per_token"],
-            "reference_seconds_per_token": one["seconds_per_token"],
+            "bytes_per_token": measured["bytes_per_token"],
+            "reference_seconds_per_token": measured["seconds_per_token"],
         }
         columns = range(len(FIGURES))
-        row["figures"] = {FIGURES[i]: interval(one["figures"][:, i]) for i in columns}
-        if len(one["floor"]):
-            row["floor"] = {FIGURES[i]: interval(one["floor"][:, i]) for i in columns}
+        row["figures"] = {FIGURES[i]: interval(measured["figures"][:, i]) for i in columns}
+        if len(measured["floor"]):
+            row["floor"] = {FIGURES[i]: interval(measured["floor"][:, i]) for i in columns}
         rows.append(row)
     difference = result["vllm"]["figures"] - result["transformers"]["figures"]
     between = result["transformers"]["between"]

@@ -50,8 +50,8 @@ class Knowledge:
         self.requests, self.positions = self.requests + 1, self.positions + record.tokens
         given = (record.compressed.ids[:, :, None] == record.reference.ids[:, None, :]).any(-1)
         lists = replace(record, reference_at=np.where(given, record.reference_at, np.nan), reference_entropy=None)
-        for name, one in (("lists", lists), ("whole r", record)):
-            result = bounds(one).kl_rc
+        for name, source in (("lists", lists), ("whole r", record)):
+            result = bounds(source).kl_rc
             self._add((name, "lower"), result.lower)
             self._add((name, "upper"), result.upper)
         best = np.empty((2, record.tokens))
@@ -86,8 +86,8 @@ class Knowledge:
 
     def report(self) -> dict[str, Any]:
         def told(*key: Any) -> dict[str, float]:
-            one = self._means[key].get()
-            return {"mean": one.mean, "low": one.low, "high": one.high}
+            interval = self._means[key].get()
+            return {"mean": interval.mean, "low": interval.low, "high": interval.high}
 
         return {
             "requests": self.requests,

@@ -27,11 +27,11 @@ class Row:
     holds: bool
 
 
-def timed_rows(name: str, found: Iterable[Any]) -> tuple[Rows, float]:
+def timed_rows(name: str, given: Iterable[Any]) -> tuple[Rows, float]:
     """Rows (dataclasses) of one module for the file, each of which is told when it is there, and the seconds that they
     took."""
     started, rows = time.monotonic(), []
-    for row in found:
+    for row in given:
         rows.append({"module": name} | asdict(row) | {"holds": bool(row.holds)})
         holds = "" if row.holds else " DOES NOT HOLD"
         print(f"{name}, {time.monotonic() - started:.0f} s: {row.case}: {row.measured}{holds}", file=sys.stderr)
@@ -40,16 +40,16 @@ def timed_rows(name: str, found: Iterable[Any]) -> tuple[Rows, float]:
 
 def run_modules(run: Callable[..., tuple[Rows, float]], names: Sequence[str], jobs: int, *arguments: Any) -> Rows:
     """Rows of all modules in their order. run: of a module by its name and the arguments; `jobs` at a time."""
-    found: dict[str, Rows] = {}
+    results: dict[str, Rows] = {}
     # Processes of their own, begun anew: no state is shared, and numpy's threads are not forked.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         running = {pool.submit(run, name, *arguments): name for name in names}
         for future in as_completed(running):
             name = running[future]
-            found[name], seconds = future.result()
-            print(f"{name}: {len(found[name])} rows, {seconds:.0f} s", file=sys.stderr, flush=True)
-    return [row for name in names for row in found[name]]
+            results[name], seconds = future.result()
+            print(f"{name}: {len(results[name])} rows, {seconds:.0f} s", file=sys.stderr, flush=True)
+    return [row for name in names for row in results[name]]
 
 
 def publish(path: Path, names: Sequence[str], rows: Rows, columns: Sequence[str], more: Mapping[str, Any]) -> int:

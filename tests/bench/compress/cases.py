@@ -81,8 +81,8 @@ class Bench:
 
     def ours(self, method: Method, folder: Path) -> None:
         """By `hemostat compress`; what is interrupted goes on."""
-        around = BuildEnvironment(work=folder.with_name(f"{folder.name}.work"), log=say, overwrite=True)
-        compress_with(self.reference, folder, method, self.ids, seed=self.seed, environment=around)
+        environment = BuildEnvironment(work=folder.with_name(f"{folder.name}.work"), log=say, overwrite=True)
+        compress_with(self.reference, folder, method, self.ids, seed=self.seed, environment=environment)
 
     def peer(self, script: Path, folder: Path, method: str, *arguments: str) -> None:
         """By llmcompressor, with a script of tests/bench/llmcompressor."""

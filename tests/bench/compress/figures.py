@@ -36,7 +36,7 @@ class Meter:
         pairs = zip(self._reference_logits, self._texts.heldout, strict=True)
         result = [exact_distances(logits, _logits(small, text)) for logits, text in pairs]
         return ExactDistances(
-            *(np.concatenate([getattr(one, part) for one in result]) for part in ("kl", "tv", "top1"))
+            *(np.concatenate([getattr(measured, part) for measured in result]) for part in ("kl", "tv", "top1"))
         )
 
     @cached_property

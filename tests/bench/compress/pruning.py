@@ -67,41 +67,43 @@ class Queries(Uniform):
 
 
 def cases(bench: Bench) -> Sequence[Case]:
-    found = []
+    result = []
     for options in (*map(PruneOptions, SPARSITIES), TWO_OF_FOUR):
-        found += [_case(bench, options), _case(bench, options, by_inputs=True)]
-    found += [_case(bench, PruneOptions(sparsity, Pattern.ROWS)) for sparsity in SPARSITIES_OF_ROWS]
+        result += [_case(bench, options), _case(bench, options, by_inputs=True)]
+    result += [_case(bench, PruneOptions(sparsity, Pattern.ROWS)) for sparsity in SPARSITIES_OF_ROWS]
     for seed, by_inputs in itertools.product(SEEDS, (False, True)):
-        found.append(_case(bench, HALF, by_inputs, seed))
+        result.append(_case(bench, HALF, by_inputs, seed))
     half = bench.size(LayerPlan(16, None, 0.5))
-    found.append(Case(UNIFORM, half, lambda folder: bench.ours(Uniform(HALF), folder)))
-    found.append(Case(QUERIES, half, lambda folder: bench.ours(Queries(HALF), folder), KL_OF_QUERIES))
+    result.append(Case(UNIFORM, half, lambda folder: bench.ours(Uniform(HALF), folder)))
+    result.append(Case(QUERIES, half, lambda folder: bench.ours(Queries(HALF), folder), KL_OF_QUERIES))
     for sparsity in SPARSITIES:
         magnitude = EachWeight({"magnitude": sparsity}, prune_by_magnitude(sparsity))
         size = bench.size(LayerPlan(16, None, sparsity))
-        found.append(Case(_magnitude(sparsity), size, partial(bench.ours, magnitude)))
+        result.append(Case(_magnitude(sparsity), size, partial(bench.ours, magnitude)))
     for peer, (sparsity, pattern) in itertools.product(PEERS, PEERS_AT):
         size = bench.size(LayerPlan(16, None, sparsity, pattern.value))
-        found.append(Case(_peer(peer, sparsity, pattern), size, partial(_by_peer, bench, peer, sparsity, pattern)))
+        result.append(Case(_peer(peer, sparsity, pattern), size, partial(_by_peer, bench, peer, sparsity, pattern)))
     rounded = without_texts(WeightFormat(4, GROUP_SIZE), packed=True)
     w4a16 = Case(W4A16, bench.size(LayerPlan(4, GROUP_SIZE)), lambda folder: bench.ours(rounded, folder))
     repaired = [
         Case(f"{case.name}, repaired", case.size, partial(_repaired, bench, case))
         for case in (w4a16, _case(bench, HALF))
     ]
-    return [*found, w4a16, *repaired]
+    return [*result, w4a16, *repaired]
 
 
 def musts() -> Sequence[Must]:
     """Gradients are below inputs alone, and those below magnitude; ours below the peers; repaired below what it was."""
-    found = [Must(_name(HALF, seed=seed), _name(HALF, by_inputs=True, seed=seed), GAIN_AT_HALF) for seed in (0, *SEEDS)]
+    result = [
+        Must(_name(HALF, seed=seed), _name(HALF, by_inputs=True, seed=seed), GAIN_AT_HALF) for seed in (0, *SEEDS)
+    ]
     others = (PruneOptions(0.3), PruneOptions(0.6), TWO_OF_FOUR)
-    found += [Must(_name(options), _name(options, by_inputs=True)) for options in others]
-    found.append(Must(UNIFORM, _name(HALF, by_inputs=True)))
-    found += [Must(_name(PruneOptions(s), by_inputs=True), _magnitude(s)) for s in SPARSITIES]
+    result += [Must(_name(options), _name(options, by_inputs=True)) for options in others]
+    result.append(Must(UNIFORM, _name(HALF, by_inputs=True)))
+    result += [Must(_name(PruneOptions(s), by_inputs=True), _magnitude(s)) for s in SPARSITIES]
     for peer, (sparsity, pattern) in itertools.product(PEERS, PEERS_AT):
-        found.append(Must(_name(PruneOptions(sparsity, pattern)), _peer(peer, sparsity, pattern)))
-    return [*found, *(Must(f"{name}, repaired", name) for name in (W4A16, _name(HALF)))]
+        result.append(Must(_name(PruneOptions(sparsity, pattern)), _peer(peer, sparsity, pattern)))
+    return [*result, *(Must(f"{name}, repaired", name) for name in (W4A16, _name(HALF)))]
 
 
 def _case(bench: Bench, options: PruneOptions, by_inputs: bool = False, seed: int = 0) -> Case:
@@ -110,9 +112,9 @@ def _case(bench: Bench, options: PruneOptions, by_inputs: bool = False, seed: in
     limit = KL_AT_HALF if options == HALF and not by_inputs else None
 
     def make(folder: Path) -> None:
-        found = bench if seed == 0 else bench.with_texts(seed)
+        seeded = bench if seed == 0 else bench.with_texts(seed)
         sparse = dict.fromkeys(bench.shapes, (options.sparsity, options.pattern))
-        found.ours(Calibrated({}, CALIBRATIONS["clip"], sparse=sparse) if by_inputs else PruneMethod(options), folder)
+        seeded.ours(Calibrated({}, CALIBRATIONS["clip"], sparse=sparse) if by_inputs else PruneMethod(options), folder)
 
     return Case(_name(options, by_inputs, seed), size, make, limit)
 
@@ -139,5 +141,5 @@ def _repaired(bench: Bench, case: Case, folder: Path) -> None:
     start = folder.with_name(f"{folder.name}.start")
     if not start.exists():
         case.make(start)
-    around = BuildEnvironment(work=folder.with_name(f"{folder.name}.work"), log=say, overwrite=True)
-    say(summary_line(write_repaired_copy(bench.reference, start, folder, bench.learn, environment=around), REPAIR))
+    environment = BuildEnvironment(work=folder.with_name(f"{folder.name}.work"), log=say, overwrite=True)
+    say(summary_line(write_repaired_copy(bench.reference, start, folder, bench.learn, environment=environment), REPAIR))

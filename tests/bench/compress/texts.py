@@ -31,11 +31,11 @@ class Texts:
 
 def written(reference: Path, folder: Path, learn: int, heldout: int, seed: int) -> Texts:
     """learn, heldout: numbers of texts. Kept in `folder`; topics are mixed, so that fewer are a fair sample."""
-    found = _written(reference, folder / "heldout", heldout, True, seed + 1)
+    texts = _written(reference, folder / "heldout", heldout, True, seed + 1)
     asked = [p.topic for p in prompts.open_ended() if p.heldout][:heldout]
     number = {topic: n for n, topic in enumerate(dict.fromkeys(asked))}
-    topics = [np.full(len(t.output), number[topic]) for t, topic in zip(found, asked, strict=True)]
-    return Texts(calibration(reference, folder, learn, seed), found, np.concatenate(topics))
+    topics = [np.full(len(t.output), number[topic]) for t, topic in zip(texts, asked, strict=True)]
+    return Texts(calibration(reference, folder, learn, seed), texts, np.concatenate(topics))
 
 
 def calibration(reference: Path, folder: Path, count: int, seed: int) -> list[Text]:

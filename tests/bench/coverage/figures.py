@@ -38,10 +38,10 @@ def combine(coverages: Iterable[dict[str, Any]]) -> dict[str, Any]:
         for kind in coverage["by_kind"]:
             _add(kinds.setdefault(kind["kind"], _empty()), kind)
             _add(entries.setdefault(entry_of(kind["kind"]), _empty()), kind)
-        for one in coverage["not_scored"]:
-            into = unscored.setdefault((one["outcome"], one["reason"]), dict.fromkeys(_COUNTS, 0.0))
+        for row in coverage["not_scored"]:
+            into = unscored.setdefault((row["outcome"], row["reason"]), dict.fromkeys(_COUNTS, 0.0))
             for name in _COUNTS:
-                into[name] += one[name]
+                into[name] += row[name]
     texts = reasons()
     return {
         "scored_share": _share(total, "requests"),
@@ -50,8 +50,8 @@ def combine(coverages: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "by_entry": _listed("entry", entries),
         "by_kind": _listed("kind", kinds),
         "not_scored": [
-            {"outcome": outcome, "reason": reason, "explanation": explained(reason, texts), **_shown(one)}
-            for (outcome, reason), one in sorted(unscored.items(), key=lambda item: -item[1]["requests"])
+            {"outcome": outcome, "reason": reason, "explanation": explained(reason, texts), **_shown(counts)}
+            for (outcome, reason), counts in sorted(unscored.items(), key=lambda item: -item[1]["requests"])
         ],
     }
 
@@ -97,9 +97,9 @@ def _shown(counts: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in counts.items()}
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """For people."""
-    rows = [*found["by_entry"], {"entry": "all", **found}]
+    rows = [*result["by_entry"], {"entry": "all", **result}]
     lines = [
         f"{'request':24} {'requests':>8} {'scored':>8} {'tokens':>8} {'scored':>8}",
         *(
@@ -108,9 +108,9 @@ def table(found: dict[str, Any]) -> str:
             for row in rows
         ),
         *(
-            f"not scored: {one['requests']:.1f} requests, {one['tokens']:.0f} known tokens, {one['reason']}: "
-            f"{one['explanation']}"
-            for one in found["not_scored"]
+            f"not scored: {row['requests']:.1f} requests, {row['tokens']:.0f} known tokens, {row['reason']}: "
+            f"{row['explanation']}"
+            for row in result["not_scored"]
         ),
     ]
     return "\n".join(lines)

@@ -38,17 +38,17 @@ async def test_every_request_of_the_mix_is_counted_once_and_explained(tmp_path: 
             status = await served.until(lambda s: round(s["coverage"]["requests"], 3) >= REQUESTS)
     result = combine([status["coverage"]])
     assert result["requests"] == REQUESTS
-    by_entry = {one["entry"]: one for one in result["by_entry"]}
-    assert sum(one["requests"] for one in by_entry.values()) == REQUESTS
-    assert sum(one["requests"] for one in result["by_kind"]) == REQUESTS
-    sent = Counter(one.name for one in planned)
+    by_entry = {row["entry"]: row for row in result["by_entry"]}
+    assert sum(row["requests"] for row in by_entry.values()) == REQUESTS
+    assert sum(row["requests"] for row in result["by_kind"]) == REQUESTS
+    sent = Counter(request.name for request in planned)
     for name in SCORED:
-        one = by_entry[name]
-        assert (one["requests"], one["scored_share"], one["scored_share_tokens"]) == (sent[name], 1.0, 1.0)
-    assert sum(one["requests"] for one in result["not_scored"]) == REQUESTS - result["scored_requests"]
-    for one in result["not_scored"]:
-        assert one["explanation"] != "not explained", one
-        assert one["reason"] in table(result)
+        row = by_entry[name]
+        assert (row["requests"], row["scored_share"], row["scored_share_tokens"]) == (sent[name], 1.0, 1.0)
+    assert sum(row["requests"] for row in result["not_scored"]) == REQUESTS - result["scored_requests"]
+    for row in result["not_scored"]:
+        assert row["explanation"] != "not explained", row
+        assert row["reason"] in table(result)
 
 
 def test_the_plan_has_every_entry_by_its_weight_and_spread_evenly() -> None:
@@ -56,15 +56,17 @@ def test_the_plan_has_every_entry_by_its_weight_and_spread_evenly() -> None:
     weights = {entry["name"]: entry["weight"] for entry in mix.entries}
     assert len(set(mix.names)) == len(mix.entries)
     total = sum(weights.values())
-    assert Counter(one.name for one in islice(mix.plan("m"), 2 * total)) == {name: 2 * n for name, n in weights.items()}
-    assert len({one.name for one in islice(mix.plan("m"), 20)}) > 12
-    streams = [one.body.get("stream") for one in islice(mix.plan("m"), 2 * total) if one.name == "chat"]
+    assert Counter(request.name for request in islice(mix.plan("m"), 2 * total)) == {
+        name: 2 * n for name, n in weights.items()
+    }
+    assert len({request.name for request in islice(mix.plan("m"), 20)}) > 12
+    streams = [request.body.get("stream") for request in islice(mix.plan("m"), 2 * total) if request.name == "chat"]
     assert streams.count(True) == streams.count(False) == weights["chat"]
 
 
 def test_each_request_is_a_conversation_of_its_own() -> None:
     planned = list(islice(Mix.load().plan("m"), 200))
-    assert len({str(one.body.get("messages") or one.body.get("prompt") or one.body["input"]) for one in planned}) == 200
+    assert len({str(r.body.get("messages") or r.body.get("prompt") or r.body["input"]) for r in planned}) == 200
     assert filled({"a": ["{prompt}!", {"b": 3}]}, "Hi") == {"a": ["Hi!", {"b": 3}]}
 
 

@@ -48,7 +48,10 @@ class Mix:
         sent = dict.fromkeys(self.names, 0)
         number = 0
         while True:
-            entry = min(self.entries, key=lambda one: ((sent[one["name"]] + 0.5) / one["weight"], one["name"]))
+            entry = min(
+                self.entries,
+                key=lambda candidate: ((sent[candidate["name"]] + 0.5) / candidate["weight"], candidate["name"]),
+            )
             turn = sent[entry["name"]]
             sent[entry["name"]] += 1
             body = {"model": model, **self.defaults[entry["route"]], **entry["body"]}
@@ -66,9 +69,9 @@ def filled(value: Any, prompt: str) -> Any:
         case str():
             return value.replace("{prompt}", prompt)
         case dict():
-            return {key: filled(one, prompt) for key, one in value.items()}
+            return {key: filled(item, prompt) for key, item in value.items()}
         case list():
-            return [filled(one, prompt) for one in value]
+            return [filled(item, prompt) for item in value]
     return value
 
 
@@ -76,17 +79,17 @@ def send(url: str, planned: Sequence[Planned], at_once: int, *, labelled: bool =
     """Send them all; by name, what was answered with an error: status and the body's beginning."""
     failed: dict[str, list[str]] = {}
 
-    def one(request: Planned) -> None:
+    def send_request(request: Planned) -> None:
         headers = {LABEL: request.name} if labelled else {}
         answer = httpx.post(url + request.route, json=request.body, headers=headers, timeout=SECONDS)
         if answer.status_code != 200 or b'"error":{' in answer.content:
             failed.setdefault(request.name, []).append(f"{answer.status_code}: {answer.text[:200]}")
 
     with ThreadPoolExecutor(at_once) as pool:
-        list(pool.map(one, planned))
+        list(pool.map(send_request, planned))
     return failed
 
 
 def first(mix: Mix, model: str, requests: int, server: str | None = None) -> list[Planned]:
     """Of the first `requests` of the plan, those for this server (None: all)."""
-    return [one for one in islice(mix.plan(model), requests) if server in (None, one.server)]
+    return [request for request in islice(mix.plan(model), requests) if server in (None, request.server)]

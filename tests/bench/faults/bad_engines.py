@@ -59,9 +59,9 @@ class Engine(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
-        head, found, body = self._buffer.partition(b"\r\n\r\n")
+        head, separator, body = self._buffer.partition(b"\r\n\r\n")
         _, _, rest = head.lower().partition(b"content-length:")
-        if not found or len(body) < int(rest.split(b"\r\n")[0] or 0):
+        if not separator or len(body) < int(rest.split(b"\r\n")[0] or 0):
             return
         self._buffer = b""
         if head.startswith(b"GET"):  # /health, or what Hemostat asks for itself

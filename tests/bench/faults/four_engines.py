@@ -100,7 +100,7 @@ async def cost(folder: Path) -> Row:
                     load = await run_wrk(port, WRK_SECONDS, script)
                     rates[engines].append(load.per_second)
                     cpu[engines].append((cpu_seconds(pids[engines]) - before) / load.requests * 1e6)
-    ratio = statistics.median(many / one for many, one in zip(rates[ENGINES], rates[1], strict=True))
+    ratio = statistics.median(many / single for many, single in zip(rates[ENGINES], rates[1], strict=True))
     micro = {engines: statistics.median(values) for engines, values in cpu.items()}
     text = f"{ratio:.2f} ({micro[ENGINES]:.1f} against {micro[1]:.1f} us of CPU a request)"
     limit = f">= {MIN_RATIO}, median of rounds"

@@ -144,8 +144,8 @@ def main() -> int:
     print(f"seed {options.seed}, {build()}, {seconds:.0f} s, {sum(findings.found.values())} findings")
     for name, count in findings.found.items():
         print(f"{count:>10} {name}")
-    for one in findings.shown:
-        print(one)
+    for finding in findings.shown:
+        print(finding)
     return 1 if findings.found else 0
 
 

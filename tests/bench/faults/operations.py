@@ -94,8 +94,8 @@ async def reload(served: Served, load: Load) -> int:
 
 def successor(served: Served) -> int:
     """The process id of the last supervisor that took over; 0: none did."""
-    _, found, rest = served.log.read_text().rpartition(MARKER)
-    return int(rest.split()[0]) if found else 0
+    _, separator, rest = served.log.read_text().rpartition(MARKER)
+    return int(rest.split()[0]) if separator else 0
 
 
 async def upgrade(served: Served, load: Load) -> int:
@@ -135,11 +135,11 @@ def _served() -> Iterator[Served]:
         path = Path(folder)
         (path / "run").mkdir()
         settings = {"run_dir": str(path / "run"), "store": {"url": f"sqlite:///{path / 'store.db'}"}}
-        with hemostat(path, upstream, url, workers=WORKERS, shadow={"rate": 0.0}, **settings) as one:
+        with hemostat(path, upstream, url, workers=WORKERS, shadow={"rate": 0.0}, **settings) as served:
             try:
-                yield one
+                yield served
             finally:
-                if pid := successor(one):
+                if pid := successor(served):
                     os.kill(pid, signal.SIGTERM)
                     _wait_for_end(pid)
 

@@ -132,10 +132,10 @@ def odd_life(odd: str, others: str, begins: int, seed: int) -> tuple[str, float]
     """Which engine is named first, and after how many tokens of its own since it began to differ."""
     draw, rng, state, tokens = real_draw(odd, others, begins), np.random.default_rng(seed), init(ALPHA), 0
     for n in range(begins + 2000):
-        stratum, one = draw(rng, n)
-        state = update(state, stratum, one)
-        if one.engine == "engine 3" and n >= begins:
-            tokens += one.tokens
+        stratum, drawn = draw(rng, n)
+        state = update(state, stratum, drawn)
+        if drawn.engine == "engine 3" and n >= begins:
+            tokens += drawn.tokens
         if result := named(state):
             return ", ".join(result), tokens
     return "", math.inf
@@ -166,8 +166,8 @@ def knows_figures(odd: str, others: str) -> Gain:
     """The likelihood-ratio test of the engine's figures."""
     density = densities(odd, others)
 
-    def gain(stratum: str, one: Unit, is_own: bool) -> float:
-        own, other = density(stratum, one.figure)
+    def gain(stratum: str, drawn: Unit, is_own: bool) -> float:
+        own, other = density(stratum, drawn.figure)
         return math.log(own / other) if is_own else 0.0
 
     return gain
@@ -178,8 +178,8 @@ def knows_labels(odd: str, others: str) -> Gain:
     as it likes."""
     density, share = densities(odd, others), 0.25
 
-    def gain(stratum: str, one: Unit, is_own: bool) -> float:
-        own, other = density(stratum, one.figure)
+    def gain(stratum: str, drawn: Unit, is_own: bool) -> float:
+        own, other = density(stratum, drawn.figure)
         return math.log((own if is_own else other) / (share * own + (1.0 - share) * other))
 
     return gain
@@ -192,13 +192,13 @@ def knows_threshold(odd: str, others: str) -> Gain:
     levels, share, noise = real(), 0.25, 1e-3
     before: dict[str, list[float]] = {}
 
-    def gain(stratum: str, one: Unit, is_own: bool) -> float:
+    def gain(stratum: str, drawn: Unit, is_own: bool) -> float:
         threshold = (levels[odd][stratum][:, 0].max() + levels[others][stratum][:, 0].min()) / 2.0
         figures = before.setdefault(stratum, [])
-        below, place = sum(figure < threshold for figure in figures), sum(figure < one.figure for figure in figures)
+        below, place = sum(figure < threshold for figure in figures), sum(figure < drawn.figure for figure in figures)
         lower, higher = (place <= below) / (below + 1), (place >= below) / (len(figures) - below + 1)
         own, other = ((1.0 - wrong) * lower + wrong * higher for wrong in (noise, 1.0 - noise))
-        figures.append(one.figure)
+        figures.append(drawn.figure)
         return math.log((own if is_own else other) / (share * own + (1.0 - share) * other))
 
     return gain
@@ -217,9 +217,9 @@ def bound_life(bound: Callable[[str, str], Gain], odd: str, others: str, seed: i
     evidence, tokens = 0.0, 0
     target = -math.log(ALPHA * FIRST_COHORT / COHORT)
     for n in range(2000):
-        stratum, one = draw(rng, n)
-        is_own = one.engine == "engine 3"
-        evidence, tokens = evidence + gain(stratum, one, is_own), tokens + one.tokens * is_own
+        stratum, drawn = draw(rng, n)
+        is_own = drawn.engine == "engine 3"
+        evidence, tokens = evidence + gain(stratum, drawn, is_own), tokens + drawn.tokens * is_own
         if evidence >= target:
             return tokens
     return math.inf
@@ -297,9 +297,9 @@ def kept_rows() -> Iterator[Row]:
     folder = results()
     for world, case in NULL_CASES.items():
         lived = case.kept(folder)
-        found, limit = sum(bool(engines) for engines, _ in lived.values()), most(len(lived), ALPHA)
-        text = f"{found} of {len(lived)}"
-        yield Row(f"no engine differs: {world}", "", text, f"<= {limit} of {len(lived)}", found <= limit)
+        count, limit = sum(bool(engines) for engines, _ in lived.values()), most(len(lived), ALPHA)
+        text = f"{count} of {len(lived)}"
+        yield Row(f"no engine differs: {world}", "", text, f"<= {limit} of {len(lived)}", count <= limit)
     for (odd, others, begins), case in ODD_CASES.items():
         if not (lived := case.kept(folder)):
             continue

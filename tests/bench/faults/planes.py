@@ -252,15 +252,15 @@ async def deployed(*, server: bool) -> AsyncIterator[World]:
     """server: the store is PostgreSQL."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        one = stack.enter_context(postgres.running()) if server else None
-        url = one.url(one.new_database()) if one is not None else f"sqlite:///{folder / 'store.db'}"
+        database = stack.enter_context(postgres.running()) if server else None
+        url = database.url(database.new_database()) if database is not None else f"sqlite:///{folder / 'store.db'}"
         upstream = stack.enter_context(serving(FakeVllm(noise=0.5, token_delay=TOKEN_SECONDS)))
         reference = {"backend": "vllm", "url": stack.enter_context(serving(FakeVllm()))}
         made = await stack.enter_async_context(planes(folder, upstream, store=url, reference=reference, **SETTINGS))
         versions: list[str] = []
         await stack.enter_async_context(engine(made.controls, versions, VOCAB))
         await made.until(await made.active(), lambda status: status["reference"]["state"] == "ready")
-        yield World(made, url, one, versions)
+        yield World(made, url, database, versions)
 
 
 async def measured(runs: int, seed: int, *, server: bool) -> tuple[dict[str, Outcome], Snapshot]:
@@ -309,7 +309,7 @@ async def one_run(
         outcome.cut += len([text for text in failed if text.startswith("cut")])
         failed = [text for text in failed if not text.startswith("cut")]
     outcome.failures += failed
-    outcome.lost += [f"{one.name} was answered with 200" for one in done if not one.is_kept(before, after)]
+    outcome.lost += [f"{request.name} was answered with 200" for request in done if not request.is_kept(before, after)]
     try:
         check(before, after)
     except AssertionError as error:

@@ -159,13 +159,13 @@ async def find_odd(stack: Stack, odd: str) -> list[Row]:
         await asyncio.sleep(0.5)
     clients.ended = True
     await asking
-    found, figures = await asyncio.to_thread(named, stack), (await asyncio.to_thread(engine, stack, odd))["figures"]
+    outliers, figures = await asyncio.to_thread(named, stack), (await asyncio.to_thread(engine, stack, odd))["figures"]
     others = [row["figures"].get("kl_nats") for row in stack.status()["upstream"] if row["engine"] != odd]
     kl = f"KL {figures.get('kl_nats', 0.0):.3f} nats a token, the others {min(filter(None, others), default=0.0):.3f}"
     tokens = figures.get("on_tokens") or float("inf")
     case = f"real vLLM, one {ODD} among three {OTHERS}"
     return [
-        Row(f"{case}: named, and no other", "", f"{', '.join(found) or 'none'} ({kl})", odd, found == [odd]),
+        Row(f"{case}: named, and no other", "", f"{', '.join(outliers) or 'none'} ({kl})", odd, outliers == [odd]),
         Row(f"{case}: own tokens until it is named", "", tokens, f"<= {MAX_TOKENS}", tokens <= MAX_TOKENS),
     ]
 

@@ -50,9 +50,9 @@ def router(stack: ExitStack, workers: Sequence[str]) -> str:
 
 
 def served(stack: ExitStack, folder: Path, urls: Sequence[str]) -> Stack:
-    one = Stack({"upstream": {"urls": list(urls)}}, folder)
-    stack.callback(one.stop)
-    return one
+    made = Stack({"upstream": {"urls": list(urls)}}, folder)
+    stack.callback(made.stop)
+    return made
 
 
 async def load(url: str) -> Streams:

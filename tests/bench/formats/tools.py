@@ -82,7 +82,7 @@ def modelopt(model: str, out: Path) -> None:
     for name, (config, kind, sizes) in cases.items():
         whole = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
         with torch.inference_mode():
-            made = mtq.quantize(whole, config, lambda one: [one(ids) for ids in TOKENS])
+            made = mtq.quantize(whole, config, lambda model: [model(ids) for ids in TOKENS])
             export_hf_checkpoint(made, export_dir=str(out / name))
         stored, weights = load_file(out / name / "model.safetensors"), {}
         for module in sorted(key.removesuffix(".weight_scale") for key in stored if key.endswith(".weight_scale")):

@@ -12,22 +12,22 @@ from tests.bench.growth.parts import parameters_of, parts
 def test_the_interval_of_an_exponent_holds_it():
     rng, sizes, held = np.random.default_rng(0), np.array([1.0, 2.0, 4.0, 8.0, 16.0]), 0
     for _ in range(400):
-        found = Law.through(sizes, 3.0 * sizes**1.5 * np.exp(0.1 * rng.standard_normal(5)))
-        held += abs(found.exponent - 1.5) <= found.half_width
+        law = Law.through(sizes, 3.0 * sizes**1.5 * np.exp(0.1 * rng.standard_normal(5)))
+        held += abs(law.exponent - 1.5) <= law.half_width
     assert 368 <= held <= 392
 
 
 def test_what_is_computed_of_a_large_model():
     given = Assumed(parameters=1e9, peak_flops=1e12, utilization=0.5, requests_per_second=1.0, prompt_tokens=9,
                     output_tokens=1, share=0.1, adapter_tokens=100, layers=2, linears_by_layer=3, width=10)  # fmt: skip
-    found = computed(given, Law(0.5, 2.0, 0.0))
-    assert found["scored tokens a day, prompts included"] == pytest.approx(86_400)
-    assert found["GPU seconds a day to measure"] == pytest.approx(2e9 * 86_400 / 5e11)
-    assert found["GPU seconds for the statistics of an adapter"] == pytest.approx(8e9 * 100 / 5e11)
-    assert found["CPU seconds for the corrections of an adapter"] == pytest.approx(2 * 3 * 0.5 * 100)
+    result = computed(given, Law(0.5, 2.0, 0.0))
+    assert result["scored tokens a day, prompts included"] == pytest.approx(86_400)
+    assert result["GPU seconds a day to measure"] == pytest.approx(2e9 * 86_400 / 5e11)
+    assert result["GPU seconds for the statistics of an adapter"] == pytest.approx(8e9 * 100 / 5e11)
+    assert result["CPU seconds for the corrections of an adapter"] == pytest.approx(2 * 3 * 0.5 * 100)
 
 
-CHEAP = [one for one in parts(256) if one.name != "a decoder layer, forwards"]
+CHEAP = [part for part in parts(256) if part.name != "a decoder layer, forwards"]
 
 
 @pytest.mark.parametrize("part", CHEAP, ids=lambda part: f"{part.name}, {part.grows}")
@@ -59,10 +59,10 @@ def test_steps_on_a_gpu_end_within_the_budget():
         step("hangs", ["-c", hanging], 1),
         step("two", [], 9, gpus=2),
     ]
-    found = bench_gpu.run(steps, gpus=1)
-    assert [one["outcome"] for one in found.values()] == [
+    results = bench_gpu.run(steps, gpus=1)
+    assert [result["outcome"] for result in results.values()] == [
         "passed", "failed (3)", "not finished within 1 s", "not run: needs 2 GPUs",
     ]  # fmt: skip
-    assert found["good"]["output"] == "x\n"
-    assert found["hangs"]["output"] in {"", "y\n"}, "as far as it came"
+    assert results["good"]["output"] == "x\n"
+    assert results["hangs"]["output"] in {"", "y\n"}, "as far as it came"
     assert bench_gpu.run(steps, gpus=1, budget=0.0)["good"]["outcome"] == "not run: no time left"

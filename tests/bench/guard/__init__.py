@@ -21,21 +21,21 @@ from types import ModuleType
 from tests.bench.rows import Row as Row
 
 
-def count_row(case: str, found: int, lives: int, share: float) -> Row:
+def count_row(case: str, count: int, lives: int, share: float) -> Row:
     """A row for what may happen in at most `share` of all lives; see `most`."""
     limit = most(lives, share)
-    return Row(case, f"{found} of {lives}", f"<= {limit} of {lives}", found <= limit)
+    return Row(case, f"{count} of {lives}", f"<= {limit} of {lives}", count <= limit)
 
 
 def most(lives: int, share: float) -> int:
     """The largest number of lives that is compatible with a probability of `share`: the 97.5 % quantile of the binomial
     distribution. 64 of 1,000 at 5 %, 17 at 1 %."""
     total, probability = 0.0, (1.0 - share) ** lives
-    for found in range(lives + 1):
+    for count in range(lives + 1):
         total += probability
         if total >= 0.975:
-            return found
-        probability *= (lives - found) / (found + 1) * share / (1.0 - share)
+            return count
+        probability *= (lives - count) / (count + 1) * share / (1.0 - share)
     return lives
 
 
@@ -47,6 +47,6 @@ def median(values: list[float]) -> float:
 
 def modules() -> list[ModuleType]:
     """All modules with rows, by name."""
-    names = sorted(found.name for found in pkgutil.iter_modules(__path__))
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
     loaded = (importlib.import_module(f"{__name__}.{name}") for name in names if not name.startswith("test_"))
     return [module for module in loaded if hasattr(module, "rows")]

@@ -193,10 +193,10 @@ class Life:
         self._clients = draw_clients(rng, n)
         self._next = 0
 
-    def record(self, found: Mapping[str, ExactDistances], **more: Any) -> TokenRecord:
+    def record(self, measured: Mapping[str, ExactDistances], **more: Any) -> TokenRecord:
         key, client = JUDGED[self._next], self._clients[self._next]
         self._next += 1
-        return replace(RECORD, prompt_key=key, client=client, kind=REST_KIND, distances=found, **more)
+        return replace(RECORD, prompt_key=key, client=client, kind=REST_KIND, distances=measured, **more)
 
     def observe(self, record: TokenRecord) -> None:
         self.bench.time += 1.0

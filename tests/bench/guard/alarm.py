@@ -77,13 +77,14 @@ def heavy_effects(rng: np.random.Generator, count: int, size: float) -> Array:
 
 def real(path: Path = LEVELS_FILE) -> dict[str, dict[str, Array]]:
     """Change -> form of the answer -> float64 [R, 3]."""
-    found: dict[str, dict[str, list[list[float]]]] = {}
+    by_change: dict[str, dict[str, list[list[float]]]] = {}
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             values = [float(row["level"]), float(row["tokens"]), float(row["contrast"])]
-            found.setdefault(row["change"], {}).setdefault(row["form"], []).append(values)
+            by_change.setdefault(row["change"], {}).setdefault(row["form"], []).append(values)
     return {
-        change: {form: np.array(values) for form, values in sorted(forms.items())} for change, forms in found.items()
+        change: {form: np.array(values) for form, values in sorted(forms.items())}
+        for change, forms in by_change.items()
     }
 
 
@@ -124,7 +125,7 @@ def baselines(
 ) -> list[tuple[int, npt.NDArray[np.int64], float]]:
     """Of each kind whose baseline is complete, in the order in which they are: its number, where its requests are that
     come after the baseline, and v̂."""
-    learning, found = {kind: np.flatnonzero(kinds == kind) for kind in range(int(kinds.max()) + 1)}, []
+    learning, result = {kind: np.flatnonzero(kinds == kind) for kind in range(int(kinds.max()) + 1)}, []
     relative = np.empty(len(rows))
     for at in learning.values():
         relative[at] = rows[at, 0] - rows[at, 0].cumsum() / np.arange(1.0, len(at) + 1.0)
@@ -141,10 +142,10 @@ def baselines(
         if math.isfinite(v):
             later = learning.pop(kind)[count:]
             is_learned[later] = False
-            found.append((kind, later, v))
+            result.append((kind, later, v))
         if not learning:
             break
-    return found
+    return result
 
 
 def crossing(kinds: npt.NDArray[np.int64], rows: Array, settings: Settings = SETTINGS) -> int | None:
@@ -178,8 +179,8 @@ def one_kind(*parts: Array) -> tuple[npt.NDArray[np.int64], Array]:
     return np.zeros(len(rows), np.int64), rows
 
 
-def false_alarms(case: str, lives: int, found: int) -> Row:
-    return count_row(case, found, lives, SETTINGS.alpha)
+def false_alarms(case: str, lives: int, count: int) -> Row:
+    return count_row(case, count, lives, SETTINGS.alpha)
 
 
 def rows(lives: int, seed: int) -> Iterator[Row]:
@@ -235,22 +236,22 @@ def rows(lives: int, seed: int) -> Iterator[Row]:
 def real_shifts(lives: int, seed: int) -> Iterator[Row]:
     """W4A16 is served all the time; from request to request the traffic turns from one form of answers into another."""
     pools = real()["w4a16"]
-    for one, other in (("prose", "code"), ("code", "json"), ("json", "prose")):
+    for first, other in (("prose", "code"), ("code", "json"), ("json", "prose")):
         for apart in (True, False):
 
             def turning(
-                rng: np.random.Generator, one: str = one, other: str = other, apart: bool = apart
+                rng: np.random.Generator, first: str = first, other: str = other, apart: bool = apart
             ) -> tuple[npt.NDArray[np.int64], Array]:
                 # Kinds that the relay knows apart have baselines of their own; then the mix turns.
                 begin = LEARNED
                 later = rng.random(REQUESTS) < np.linspace(0.0, 1.0, REQUESTS)
                 forms = np.concatenate([np.repeat([0, 1], [begin, begin if apart else 0]), later.astype(np.int64)])
-                values = mixed(rng, [pools[one], pools[other]], forms)
+                values = mixed(rng, [pools[first], pools[other]], forms)
                 return (forms if apart else np.zeros(len(forms), np.int64)), values
 
-            found = alarms(lives, seed, turning)
-            name = f"real W4A16, {one} turns into {other}" + ("" if apart else ", both in one kind")
-            yield false_alarms(name, lives, found)
+            alarmed = alarms(lives, seed, turning)
+            name = f"real W4A16, {first} turns into {other}" + ("" if apart else ", both in one kind")
+            yield false_alarms(name, lives, alarmed)
 
 
 def delays(lives: int, seed: int) -> Iterator[Row]:
@@ -261,7 +262,7 @@ def delays(lives: int, seed: int) -> Iterator[Row]:
     begin = len(forms) * LEARNED
     for change, most in CHANGES.items():
         for before in (20, 500):
-            found: list[tuple[float, float]] = []
+            waits: list[tuple[float, float]] = []
             for number in range(max(lives // 2, 20)):
                 rng = np.random.default_rng((seed, number))
                 kinds = np.concatenate([np.arange(begin) % len(forms), rng.integers(len(forms), size=before + 150)])
@@ -270,11 +271,11 @@ def delays(lives: int, seed: int) -> Iterator[Row]:
                 requests[later:] = mixed(rng, [pools[change][form] for form in forms], kinds[later:])
                 at = crossing(kinds, requests)
                 if at is None:
-                    found.append((math.inf, math.inf))
+                    waits.append((math.inf, math.inf))
                 elif at >= later:
-                    found.append((at + 1 - later, requests[later : at + 1, 1].sum()))
-            middle, tokens = np.quantile(found, 0.5, axis=0, method="higher")
-            late, _ = np.quantile(found, 0.95, axis=0, method="higher")
+                    waits.append((at + 1 - later, requests[later : at + 1, 1].sum()))
+            middle, tokens = np.quantile(waits, 0.5, axis=0, method="higher")
+            late, _ = np.quantile(waits, 0.95, axis=0, method="higher")
             limited = most is not None and before == 20
             yield Row(
                 f"{change} instead of the reference, after {before} tested requests",
@@ -288,7 +289,7 @@ def simulated_delays(lives: int, seed: int) -> Iterator[Row]:
     """Changes of the spread above the tolerance, of all requests or of a quarter, after 320 requests."""
     begin = LEARNED + 20
     for factor, share in ((1.5, 1.0), (2.0, 1.0), (4.0, 1.0), (4.0, 0.25)):
-        found = []
+        waits = []
         for number in range(max(lives // 2, 20)):
             rng = np.random.default_rng((seed, number))
             effects = normal_effects(rng, begin + REQUESTS, 0.15)
@@ -297,8 +298,8 @@ def simulated_delays(lives: int, seed: int) -> Iterator[Row]:
             requests[begin:, 0] += math.log(factor) * changed
             at = crossing(kinds, requests)
             if at is None or at >= begin:
-                found.append(math.inf if at is None else at + 1.0 - begin)
-        middle, late = np.quantile(found, [0.5, 0.95], method="higher")
+                waits.append(math.inf if at is None else at + 1.0 - begin)
+        middle, late = np.quantile(waits, [0.5, 0.95], method="higher")
         told = f"median {middle:.0f} requests (95 %: {late:.0f})"
         of = "" if share == 1.0 else f" of {share:.0%} of the requests"
         yield Row(f"a change of the spread ×{factor}{of}, request effects 0.15", told, "reported", True)
@@ -326,14 +327,14 @@ def mix_rows(lives: int, seed: int) -> Iterator[Row]:
         lives,
         changes_of_mix(lives, seed, by_hour, 86_400.0),
     )
-    found = changes_of_mix(lives, seed, by_hour, 0.0)
-    told = f"{found} of {lives}"
+    alarmed = changes_of_mix(lives, seed, by_hour, 0.0)
+    told = f"{alarmed} of {lives}"
     yield Row("the same, no cycle is set", told, "for comparison: nights are compared with a day", True)
 
 
 def changes_of_mix(lives: int, seed: int, chances: Array, cycle: float) -> int:
     """Lives in which the mix is ever called another one. chances: [R, K], of a request's kinds, one every 180 s."""
-    found = 0
+    count = 0
     for number in range(lives):
         draws = np.random.default_rng((seed, number)).random((len(chances), 1))
         kinds = (draws > chances.cumsum(axis=1)[:, :-1]).sum(axis=1)
@@ -341,13 +342,13 @@ def changes_of_mix(lives: int, seed: int, chances: Array, cycle: float) -> int:
         for at, kind in enumerate(kinds.tolist()):
             windows, mix = mix.windows, mix.update(str(kind), 180.0 * at)
             wrong = wrong or (mix.windows > windows and mix.changed(SETTINGS.alpha))
-        found += wrong
-    return found
+        count += wrong
+    return count
 
 
 def budget_row(lives: int, seed: int) -> Row:
     """The mean is exactly what is allowed; long requests are the good ones; a heavy tail."""
-    found = 0
+    count = 0
     for number in range(lives):
         rng = np.random.default_rng((seed, number))
         test = BudgetTest(budget=0.2, cap=5.0, max_tokens=64, alpha=SETTINGS.alpha / 2)
@@ -355,8 +356,8 @@ def budget_row(lives: int, seed: int) -> Row:
             level = rng.choice([0.1, 0.4])
             size = 48 if level == 0.1 else 24
             test = test.update(level * rng.lognormal(-0.5, 1.0) * rng.exponential(1.0, size), noise_floor=0.0)
-        found += test.crossing is not None
-    return false_alarms("budget: the divergence is exactly what is allowed", lives, found)
+        count += test.crossing is not None
+    return false_alarms("budget: the divergence is exactly what is allowed", lives, count)
 
 
 def floor_rows(lives: int, seed: int) -> Iterator[Row]:
@@ -371,14 +372,14 @@ def floor_rows(lives: int, seed: int) -> Iterator[Row]:
         return np.where(rng.random(count) < 0.01, 5.0, rng.exponential(0.002, count))
 
     case = "budget: exactly met, noise in runs of 20 requests"
-    found = [over_budget(np.random.default_rng((seed, 18, life)), runs, 20.0) for life in range(lives)]
-    yield count_row(case, sum(with_v for with_v, _ in found), lives, SETTINGS.alpha)
-    told = f"{sum(without for _, without in found)} of {lives}"
+    results = [over_budget(np.random.default_rng((seed, 18, life)), runs, 20.0) for life in range(lives)]
+    yield count_row(case, sum(with_v for with_v, _ in results), lives, SETTINGS.alpha)
+    told = f"{sum(without for _, without in results)} of {lives}"
     yield Row(f"the same, {FEW_FLOORS} requests of the floor taken for independent", told, "for comparison", True)
-    found = [over_budget(np.random.default_rng((seed, 17, life)), bursts, 1.0) for life in range(lives)]
+    results = [over_budget(np.random.default_rng((seed, 17, life)), bursts, 1.0) for life in range(lives)]
     yield Row(
         "budget: exactly met, bursts of noise, 1 % of the requests of 5 nats",
-        f"{sum(with_v for with_v, _ in found)} of {lives}",
+        f"{sum(with_v for with_v, _ in results)} of {lives}",
         "for comparison: bursts that the floor's requests have not met are not covered",
         True,
     )

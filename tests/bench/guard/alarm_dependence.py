@@ -48,10 +48,10 @@ def runs(length: int, size: float) -> Callable[[np.random.Generator, int], Array
 
 def autoregression(coefficient: float, size: float) -> Callable[[np.random.Generator, int], Array]:
     def draw(rng: np.random.Generator, n: int) -> Array:
-        found = normal_effects(rng, n, size)
+        values = normal_effects(rng, n, size)
         for at in range(1, n):
-            found[at] = coefficient * found[at - 1] + math.sqrt(1.0 - coefficient**2) * found[at]
-        return found
+            values[at] = coefficient * values[at - 1] + math.sqrt(1.0 - coefficient**2) * values[at]
+        return values
 
     return draw
 
@@ -121,7 +121,7 @@ class Life:
 
 def inflations(levels: Array, looks: npt.NDArray[np.int64]) -> Array:
     """`BatchMeans.inflation` after each of so many requests: levels [R], looks [L] -> [L]."""
-    found, before, single = np.ones(len(looks)), np.ones(len(looks)), np.ones(len(looks))
+    ratios, before, single = np.ones(len(looks)), np.ones(len(looks)), np.ones(len(looks))
     for level in range(LEVELS):
         size, count = float(1 << level), looks >> level
         usable = count >= MIN_BATCHES
@@ -135,8 +135,8 @@ def inflations(levels: Array, looks: npt.NDArray[np.int64]) -> Array:
         single = single if level else each
         ratio = each / single
         corrected = (ratio + np.maximum(ratio - before, 0.0)) * upper_factor(np.maximum(count, MIN_BATCHES))
-        found, before = np.where(usable & (level > 0), np.fmax(found, corrected), found), ratio
-    return found
+        ratios, before = np.where(usable & (level > 0), np.fmax(ratios, corrected), ratios), ratio
+    return ratios
 
 
 def begins(levels: Array, least: int) -> tuple[int, float] | None:
@@ -162,12 +162,12 @@ def lives_of(
 ) -> list[Life]:
     """factor: of the spread, after so many tested requests; alarms are counted from there. dependence: False: the rule
     before. cycle: requests that a baseline has at least."""
-    found = []
+    result = []
     for life in range(lives):
         rows = world(np.random.default_rng([seed, life]), learned + after + tested)
         known = begins(rows[:learned, 0], cycle) if dependence else (SETTINGS.baseline_requests, 1.0)
         if known is None:
-            found.append(Life(math.inf, math.inf))
+            result.append(Life(math.inf, math.inf))
             continue
         begun, v = known
         usual = fit_baseline(rows[:begun], SETTINGS.half_share / 2.0, v)
@@ -175,8 +175,8 @@ def lives_of(
         later[after:, 0] += math.log(factor)
         factors = usual.log_factors(later[:, 0], later[:, 1], SETTINGS.tolerance)
         over = np.flatnonzero(log_evidence(factors, v) >= math.log(2.0 / SETTINGS.half_share))
-        found.append(Life(begun, over[0] + 1.0 - after if len(over) else math.inf))
-    return found
+        result.append(Life(begun, over[0] + 1.0 - after if len(over) else math.inf))
+    return result
 
 
 def cusum(world: World, lives: int, seed: int, factor: float) -> float:
@@ -187,11 +187,11 @@ def cusum(world: World, lives: int, seed: int, factor: float) -> float:
     shift, mean, variance = math.log(factor), rows.mean(), rows.var()
 
     def sums(levels: Array) -> Array:
-        found, total = np.empty_like(levels), np.zeros(len(levels))
+        result, total = np.empty_like(levels), np.zeros(len(levels))
         for at in range(levels.shape[1]):
             total = np.maximum(total + shift * (levels[:, at] - mean - 0.5 * shift) / variance, 0.0)
-            found[:, at] = total
-        return found
+            result[:, at] = total
+        return result
 
     threshold = float(np.quantile(sums(rows).max(axis=1), 1.0 - SETTINGS.alpha, method="higher"))
     over = sums(rows[:, : 60 * HOUR] + shift) > threshold
@@ -202,22 +202,22 @@ def rows(lives: int, seed: int) -> Iterator[Row]:
     lives = max(lives // 5, 20)
     for name, (world, weeks, v) in WORLDS.items():
         told = "" if math.isnan(v) else f" (v = {v:g})"
-        found = lives_of(world, lives, seed, weeks * WEEK)
-        begun = median([life.begun for life in found])
+        lived = lives_of(world, lives, seed, weeks * WEEK)
+        begun = median([life.begun for life in lived])
         period = f"{weeks} week{'s' * (weeks > 1)} after a baseline of {begun:.0f} requests (median)"
-        yield count_row(f"no change, {name}{told}, {period}", alarms(found), lives, SETTINGS.alpha)
+        yield count_row(f"no change, {name}{told}, {period}", alarms(lived), lives, SETTINGS.alpha)
         within = lives_of(world, lives, seed + 3, weeks * WEEK, WITHIN_TOLERANCE)
         case = f"the spread grows by {WITHIN_TOLERANCE}, within the tolerance, {name}"
         yield count_row(case, alarms(within), lives, SETTINGS.alpha)
         yield found_row(name, world, lives, seed, FOUND_INDEPENDENT if v == 1.0 else FOUND_DEPENDENT)
     cycle = effects(day_and_night(STRONG_CYCLE))
-    found = lives_of(cycle, lives, seed, 4 * WEEK)
-    begun = median([life.begun for life in found])
+    lived = lives_of(cycle, lives, seed, 4 * WEEK)
+    begun = median([life.begun for life in lived])
     told = f"{begun:.0f} requests (median)" if math.isfinite(begun) else f"more than {LEARNED} requests"
     case = f"no change, day and night ± {STRONG_CYCLE}, four weeks after a baseline of {told}"
-    yield count_row(case, alarms(found), lives, SETTINGS.alpha)
-    found = lives_of(cycle, lives, seed, 4 * WEEK, cycle=0)
-    begun, alarmed = (sum(math.isfinite(value) for value in part) for part in zip(*map(astuple, found), strict=True))
+    yield count_row(case, alarms(lived), lives, SETTINGS.alpha)
+    lived = lives_of(cycle, lives, seed, 4 * WEEK, cycle=0)
+    begun, alarmed = (sum(math.isfinite(value) for value in part) for part in zip(*map(astuple, lived), strict=True))
     yield Row(
         f"the same ± {STRONG_CYCLE}, no cycle is set: alarms; baselines that were complete, in flat hours",
         f"{alarmed} and {begun} of {lives}",
@@ -226,8 +226,8 @@ def rows(lives: int, seed: int) -> Iterator[Row]:
     )
 
 
-def alarms(found: list[Life]) -> int:
-    return sum(math.isfinite(life.alarm) for life in found)
+def alarms(lived: list[Life]) -> int:
+    return sum(math.isfinite(life.alarm) for life in lived)
 
 
 def found_row(name: str, world: World, lives: int, seed: int, allowed: int) -> Row:

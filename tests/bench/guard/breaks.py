@@ -78,10 +78,10 @@ def rows(lives: int, seed: int) -> Iterator[Row]:
         missed = result = 0
         for _ in range(lives):
             curve, at = life(rng, world)
-            one = find_break(curve, counts(rng, REQUESTS))
-            if one.existence is Existence.FOUND:
+            estimate = find_break(curve, counts(rng, REQUESTS))
+            if estimate.existence is Existence.FOUND:
                 result += 1
-                missed += not one.low <= at <= one.high
+                missed += not estimate.low <= at <= estimate.high
         yield count_row(f"{world.name}: the interval misses the break", missed, result, 0.05)
         share = result / lives
         yield Row(f"{world.name}: breaks that are found", f"{share:.0%}", "> 75 %", share > 0.75)

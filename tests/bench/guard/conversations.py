@@ -58,8 +58,8 @@ def peculiar(lives: int, rng: np.random.Generator) -> Iterator[Row]:
         # As it once was: something of every conversation was learned.
         leaked = np.full(60, LEARNED_GAIN) + rng.normal(0.0, 0.05, 60)
         guard, old = Guard(), Guard()
-        for one in (guard, old):
-            one.begin_candidate(TEST, {"A": (WIDTH, 1.0)})
+        for each in (guard, old):
+            each.begin_candidate(TEST, {"A": (WIDTH, 1.0)})
         stream = [unit for c, unit in turns(rng, effects, 24, 0.05, 1.0) if judged[c]]
         promoted += bool(promotions(guard, TEST, stream))
         as_turns = [
@@ -82,8 +82,8 @@ def alike(rate: float, lives: int, rng: np.random.Generator) -> Iterator[Row]:
     for _ in range(lives):
         effects = rng.normal(0.0, 0.2, conversations)
         guard, old = Guard(), Guard()
-        for one in (guard, old):
-            one.begin_candidate(TEST, {"A": (WIDTH, 1.0)})
+        for each in (guard, old):
+            each.begin_candidate(TEST, {"A": (WIDTH, 1.0)})
         stream = [unit for _, unit in turns(rng, effects, 10, 0.02, rate)]
         promoted += bool(promotions(guard, TEST, stream))
         by_turn += bool(promotions(old, TEST, [replace(unit, key=b"%d" % at) for at, unit in enumerate(stream)]))
@@ -95,9 +95,9 @@ def alike(rate: float, lives: int, rng: np.random.Generator) -> Iterator[Row]:
     yield Row(
         f"{words}, counted by turn: null promoted", f"{by_turn} of {lives}", "for comparison: the rule before", True
     )
-    for name, found in (("asymptotic", covered), ("finite-sample", wide)):
+    for name, count in (("asymptotic", covered), ("finite-sample", wide)):
         yield Row(
-            f"{words}: {name} interval holds at every look", f"{found} of {lives}", ">= 94 %", found >= 0.94 * lives
+            f"{words}: {name} interval holds at every look", f"{count} of {lives}", ">= 94 %", count >= 0.94 * lives
         )
 
 
@@ -111,6 +111,6 @@ def coverage(stream: list[Unit]) -> tuple[bool, bool]:
         seen.add(unit.key)
         sequence, running = sequence.update(unit.gain, 1.0), running.update(unit.gain)
         if len(seen) % 10 == 0:
-            for at, found in enumerate((sequence.get(), running.get())):
-                both[at] &= found.low <= 0.0 <= found.high
+            for at, interval in enumerate((sequence.get(), running.get())):
+                both[at] &= interval.low <= 0.0 <= interval.high
     return both[0], both[1]

@@ -100,7 +100,7 @@ def interleaved(length: int) -> World:
 
     def world(rng: np.random.Generator, n: int, lives: int) -> Stream:
         who = drawn_clients(rng, n, lives)
-        found, effects = np.empty((2, n, lives)), np.empty((2, CLIENTS, lives))
+        values, effects = np.empty((2, n, lives)), np.empty((2, CLIENTS, lives))
         seen, all_lives = np.zeros((CLIENTS, lives), np.int64), np.arange(lives)
         for at in range(n):
             place = who[at], all_lives
@@ -108,8 +108,8 @@ def interleaved(length: int) -> World:
             drawn = rng.normal(0.0, SPREAD, (2, lives))
             effects[:, who[at], all_lives] = np.where(begins, drawn, effects[:, who[at], all_lives])
             seen[place] += 1
-            found[:, at] = effects[:, who[at], all_lives]
-        return Stream(found[0], found[1], who)
+            values[:, at] = effects[:, who[at], all_lives]
+        return Stream(values[0], values[1], who)
 
     return world
 
@@ -186,7 +186,7 @@ def promoted_at(
     n, lives = stream.gains.shape
     known, by_client = BatchMeans.of(lives), ClientBatches.of(CLIENTS, lives)
     own, wealth = BatchMeans.of(lives), np.zeros((lives, CLIENTS, len(FRACTIONS)))
-    found, all_lives = np.full(lives, np.inf), np.arange(lives)
+    at_unit, all_lives = np.full(lives, np.inf), np.arange(lives)
     few = int(stream.clients.max()) + 1 < MIN_CLIENTS
     clients = 1 if few else CLIENTS
     for at in range(n):
@@ -199,7 +199,7 @@ def promoted_at(
         wealth[all_lives, stream.clients[at]] += np.log1p(gains[:, None] * FRACTIONS)
         own = own.update(gains) if dependence else own
         units = at + 1 - history
-        suspects = np.isinf(found) & (wealth.sum(axis=1).max(axis=-1) >= NEEDED)
+        suspects = np.isinf(at_unit) & (wealth.sum(axis=1).max(axis=-1) >= NEEDED)
         if units < MIN_UNITS_OF_FEW_CLIENTS:
             suspects &= (wealth[:, :, 0] != 0.0).sum(axis=1) >= MIN_CLIENTS
         if not suspects.any():
@@ -212,10 +212,10 @@ def promoted_at(
                 enough &= own.enough()
                 v = np.maximum(v, own.inflation())
         log_e = log_proof(wealth, clients) / v if after_mixing else log_proof(wealth, clients, inflation=v)
-        found[suspects & enough & (log_e >= NEEDED)] = units
-        if np.isfinite(found).all():
+        at_unit[suspects & enough & (log_e >= NEEDED)] = units
+        if np.isfinite(at_unit).all():
             break
-    return found
+    return at_unit
 
 
 def lives_of(world: World, lives: int, rng: np.random.Generator, history: int = HISTORY, **rule: bool) -> Floats:
@@ -259,16 +259,16 @@ def rows(lives: int, seed: int) -> Iterator[Row]:
             "for comparison: longer dependence than was seen is not covered",
             True,
         )
-    found = lives_of(daily_templates, lives, np.random.default_rng([seed, 76]))
+    promoted = lives_of(daily_templates, lives, np.random.default_rng([seed, 76]))
     case = "mean gain -0.02, 8 templates in turn, each for a day"
     yield Row(
         f"{case}: promoted",
-        f"{np.isfinite(found).sum()} of {lives}",
+        f"{np.isfinite(promoted).sum()} of {lives}",
         "for comparison: evidence.cycle_hours of a day is shorter than what the traffic goes through",
         True,
     )
-    found = lives_of(daily_templates, lives, np.random.default_rng([seed, 77]), 8 * DAY)
-    yield count_row(f"{case}, evidence.cycle_hours: 192: promoted", int(np.isfinite(found).sum()), lives, 0.05)
+    promoted = lives_of(daily_templates, lives, np.random.default_rng([seed, 77]), 8 * DAY)
+    yield count_row(f"{case}, evidence.cycle_hours: 192: promoted", int(np.isfinite(promoted).sum()), lives, 0.05)
     each, mixture = mixed_first(lives, np.random.default_rng([seed, 74]))
     yield count_row("runs of 10, v known, each bet to the power 1/v: a false proof at 5 %", each, lives, 0.05)
     yield Row("the same, the mixture of bets to the power 1/v", f"{mixture} of {lives}", "for comparison", True)

@@ -64,13 +64,13 @@ def rows(lives: int, seed: int) -> Iterator[Row]:
     """For each figure: what is true, what is told (mean over lives), and what subtracting both floors would tell."""
     result = [life(seed + n) for n in range(max(lives // 10, 5))]
     for name in NAMES:
-        true = float(np.mean([one[0][name] for one in result]))
-        told = [one[1][name]["estimate"] for one in result]
-        floors = [one[2][name] - 2.0 * one[1][name]["floor"] for one in result]
-        covered = sum(one[1][name]["ci95"][0] <= one[0][name] <= one[1][name]["ci95"][1] for one in result)
+        true = float(np.mean([run[0][name] for run in result]))
+        told = [run[1][name]["estimate"] for run in result]
+        floors = [run[2][name] - 2.0 * run[1][name]["floor"] for run in result]
+        covered = sum(run[1][name]["ci95"][0] <= run[0][name] <= run[1][name]["ci95"][1] for run in result)
         spread = RatioEstimate()
-        for one in told:
-            spread = spread.update(one, 1.0)
+        for estimate in told:
+            spread = spread.update(estimate, 1.0)
         mean = spread.get()
         yield Row(
             f"excess of {name}: {len(result)} runs of {REQUESTS} requests",

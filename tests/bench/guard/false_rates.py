@@ -37,7 +37,7 @@ RULES = ("taken for independent", "each bet to the power 1/v", "the mixture to t
 def bounds(v: float) -> tuple[float, ...]:
     """Of the false rate, by rule."""
     taken, mixture = float(((ALPHA * PRIOR) ** (1.0 / v)).sum()), ALPHA * float((PRIOR ** (1.0 / v)).sum())
-    return tuple(min(found, 1.0) for found in (taken, ALPHA, mixture))
+    return tuple(min(rate, 1.0) for rate in (taken, ALPHA, mixture))
 
 
 def proven(v: int, lives: int, rng: np.random.Generator) -> tuple[int, ...]:

@@ -106,10 +106,10 @@ def _conversations(rate: float, lives: int, seed: int) -> Row:
                 partial=False,
             )
             for turn in np.flatnonzero(scored[conversation]):
-                one = float(x[conversation, turn]), float(n[conversation, turn])
-                sequences["all"] = sequences["all"].update(*one)
+                sums = float(x[conversation, turn]), float(n[conversation, turn])
+                sequences["all"] = sequences["all"].update(*sums)
                 if seen.add(cast(TokenRecord, record), NO_PROMPT):
-                    sequences["fresh"] = sequences["fresh"].update(*one)
+                    sequences["fresh"] = sequences["fresh"].update(*sums)
             if conversation % 10 == 9:
                 for name, sequence in sequences.items():
                     result = sequence.get(0.0, RANGE)

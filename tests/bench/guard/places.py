@@ -26,11 +26,11 @@ MONTHS = 90
 def rows(lives: int, seed: int) -> Iterator[Row]:
     lives = max(lives // 20, 1)
     for share, days in ((0.05, 2.0), (0.2, 0.5)):
-        found = [days_until_followed(share, np.random.default_rng([seed, 35, life])) for life in range(lives)]
-        late = sum(one > days for one in found)
+        waits = [days_until_followed(share, np.random.default_rng([seed, 35, life])) for life in range(lives)]
+        late = sum(wait > days for wait in waits)
         yield Row(
             f"after three months, a new kind of {100 * share:g} %: days until it has a place, 95 % quantile",
-            f"{np.quantile(found, 0.95):.2f}",
+            f"{np.quantile(waits, 0.95):.2f}",
             f"<= {days:g}",
             late <= max(0.05 * lives, 0),
         )

@@ -79,13 +79,13 @@ def open_questions() -> Iterator[str]:
 
 def extractions() -> list[str]:
     """`EXTRACTIONS` different ones."""
-    found = []
+    prompts = []
     for n in range(EXTRACTIONS):
         sentence = SENTENCES[n % 2].format(
             name=NAMES[n // 2 % 10], city=CITIES[n // 20 % 10], month=MONTHS[n % 6], year=1990 + n % 30
         )
-        found.append(f'Extract the data as a JSON object with the keys "name", "city" and "year". Text: "{sentence}"')
-    return found
+        prompts.append(f'Extract the data as a JSON object with the keys "name", "city" and "year". Text: "{sentence}"')
+    return prompts
 
 
 class Run:
@@ -97,18 +97,18 @@ class Run:
         self._kept = kept
 
     def status(self) -> dict[str, Any]:
-        found: dict[str, Any] = self._admin.get("/api/v1/status").raise_for_status().json()
-        return found
+        result: dict[str, Any] = self._admin.get("/api/v1/status").raise_for_status().json()
+        return result
 
     def counted(self, metric: str) -> Counter[tuple[str, ...]]:
         """By (arm, reason)."""
         text = self._admin.get("/metrics").raise_for_status().text
-        found: Counter[tuple[str, ...]] = Counter()
+        counts: Counter[tuple[str, ...]] = Counter()
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 if sample.name == metric:
-                    found[sample.labels["arm"], sample.labels["reason"]] += int(sample.value)
-        return found
+                    counts[sample.labels["arm"], sample.labels["reason"]] += int(sample.value)
+        return counts
 
     def wait(self, what: str, done: Callable[[], bool], seconds: float) -> None:
         ends = time.monotonic() + seconds
@@ -131,12 +131,12 @@ class Run:
     def ask_all(self, requests: Sequence[tuple[str, str]], **parameters: Any) -> dict[str, Answer]:
         """By request id; `CLIENTS` at a time."""
 
-        def one(request: tuple[str, str]) -> Answer:
+        def send_request(request: tuple[str, str]) -> Answer:
             self.wait("captures are scored", lambda: self.status()["queue"]["depth"] < QUEUE_LIMIT, 300.0)
             return self.ask(*request, **parameters)
 
         with ThreadPoolExecutor(CLIENTS) as pool:
-            return dict(zip((request_id for request_id, _ in requests), pool.map(one, requests), strict=True))
+            return dict(zip((request_id for request_id, _ in requests), pool.map(send_request, requests), strict=True))
 
     def drain(self) -> None:
         def idle() -> bool:
@@ -276,9 +276,9 @@ def _json_rows(run: Run, answers: Mapping[str, Answer]) -> Iterator[Row]:
 
 def _gains(run: Run, served: Mapping[str, str]) -> dict[str, float]:
     """Mean gain by request over identity, of what still serves, from the watch."""
-    found = {}
+    gains = {}
     for kind in run.status()["profiles"]["kinds"]:
         watch = kind.get("watch")
         if kind["kind"] in served and watch and watch.get("mean_gain") is not None:
-            found[kind["kind"]] = float(watch["mean_gain"])
-    return found
+            gains[kind["kind"]] = float(watch["mean_gain"])
+    return gains

@@ -39,8 +39,8 @@ def rows(lives: int, seed: int) -> Iterator[Row]:
         rng = np.random.default_rng([seed, 33, life])
         prompts = traffic(rng)
         by_template = Clusters(rng)
-        found = promoted(rng, prompts, by_template, learns_by_heart=True)
-        leaked += found is not None
+        at_unit = promoted(rng, prompts, by_template, learns_by_heart=True)
+        leaked += at_unit is not None
         by_conversation += promoted(rng, prompts, lambda _, __, talk: talk, learns_by_heart=True) is not None
         proof = promoted(rng, prompts, Clusters(rng), learns_by_heart=False)
         helps += proof is not None
@@ -67,12 +67,12 @@ def traffic(rng: np.random.Generator) -> list[tuple[int, Ids]]:
     bases = rng.integers(0, VOCABULARY, (TEMPLATES, LENGTH))
     places = [rng.choice(LENGTH, PLACES, replace=False) for _ in range(TEMPLATES)]
     order = rng.permutation(np.repeat(np.arange(TEMPLATES), VARIANTS))
-    found = []
+    result = []
     for template in order.tolist():
         text = bases[template].copy()
         text[places[template]] = rng.integers(0, VOCABULARY, PLACES)
-        found.append((template, np.concatenate([frame, text]).astype(np.int32)))
-    return found
+        result.append((template, np.concatenate([frame, text]).astype(np.int32)))
+    return result
 
 
 class Clusters:

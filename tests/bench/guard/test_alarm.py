@@ -73,9 +73,9 @@ def test_batches_are_those_of_the_alarm():
     means = BatchMeans.of(1)
     for level in levels:
         means = means.update(np.array([level]))
-    found = worlds.batch_means(levels)
-    assert found.units == means.units
-    assert found.sums == pytest.approx(means.sums)
+    result = worlds.batch_means(levels)
+    assert result.units == means.units
+    assert result.sums == pytest.approx(means.sums)
 
 
 def test_v_is_that_of_the_alarm():
@@ -95,6 +95,6 @@ def test_requests_taken_for_independent_would_alarm_without_a_change(name):
     world, *_ = dependent.WORLDS[name]
     taken = dependent.lives_of(world, 20, 0, dependent.WEEK, dependence=False)
     assert sum(np.isfinite(life.alarm) for life in taken) >= 10
-    found = dependent.lives_of(world, 20, 0, dependent.WEEK)
-    assert sum(np.isfinite(life.alarm) for life in found) <= most(20, worlds.SETTINGS.alpha)
-    assert all(np.isfinite(life.begun) for life in found)
+    lived = dependent.lives_of(world, 20, 0, dependent.WEEK)
+    assert sum(np.isfinite(life.alarm) for life in lived) <= most(20, worlds.SETTINGS.alpha)
+    assert all(np.isfinite(life.begun) for life in lived)

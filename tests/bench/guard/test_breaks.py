@@ -14,9 +14,9 @@ def test_the_interval_would_miss_if_it_ended_between_settings():
     rng = np.random.default_rng(0)
     lives = [breaks.life(rng, breaks.BROKEN[0]) for _ in range(LIVES)]
     result = [(find_break(curve, breaks.counts(rng, breaks.REQUESTS)), at) for curve, at in lives]
-    broken = [(one, at) for one, at in result if one.existence is Existence.FOUND]
-    assert sum(not one.low <= at <= one.high for one, at in broken) <= most(len(broken), 0.05)
-    assert sum(not one.raw_low <= at <= one.raw_high for one, at in broken) > most(len(broken), 0.05)
+    broken = [(estimate, at) for estimate, at in result if estimate.existence is Existence.FOUND]
+    assert sum(not estimate.low <= at <= estimate.high for estimate, at in broken) <= most(len(broken), 0.05)
+    assert sum(not estimate.raw_low <= at <= estimate.raw_high for estimate, at in broken) > most(len(broken), 0.05)
 
 
 def test_any_rise_would_be_taken_for_a_break_in_a_line(monkeypatch):

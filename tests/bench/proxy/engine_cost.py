@@ -39,14 +39,14 @@ def cpu_ms(pid: int) -> float:
 def processes(port: str) -> tuple[int, int]:
     """The API server that listens on the port, and its engine's core."""
     server = next(
-        int(found.name)
-        for found in Path("/proc").glob("[0-9]*")
-        if {b"--port", port.encode(), b"vllm.entrypoints.openai.api_server"} <= set(_words(found))
+        int(folder.name)
+        for folder in Path("/proc").glob("[0-9]*")
+        if {b"--port", port.encode(), b"vllm.entrypoints.openai.api_server"} <= set(_words(folder))
     )
     core = next(
-        int(found.name)
-        for found in Path("/proc").glob("[0-9]*")
-        if b"EngineCore" in b"".join(_words(found)) and f"\nPPid:\t{server}\n" in (found / "status").read_text()
+        int(folder.name)
+        for folder in Path("/proc").glob("[0-9]*")
+        if b"EngineCore" in b"".join(_words(folder)) and f"\nPPid:\t{server}\n" in (folder / "status").read_text()
     )
     return server, core
 

@@ -52,19 +52,19 @@ class Transport:
 
 async def relay(requests: int, engines: int, answer: bytes) -> None:
     settings = UpstreamSettings(tuple(f"http://127.0.0.1:{port + 1}" for port in range(engines)), health_seconds=0.0)
-    one = Relay(settings)
-    one.hook = Interceptor(observing(0.0), lambda capture: True, one.counters.add)
+    instance = Relay(settings)
+    instance.hook = Interceptor(observing(0.0), lambda capture: True, instance.counters.add)
     socks = socket.socketpair()
     transport = cast("asyncio.Transport", Transport(socks[0]))
-    client = ClientConnection(one._context, one.clients)
+    client = ClientConnection(instance._context, instance.clients)
     client.connection_made(transport)
     upstreams = {}
-    for engine in one.upstreams.engines:
+    for engine in instance.upstreams.engines:
         upstreams[engine.name] = connection = UpstreamConnection(engine.pool)
         connection.connection_made(transport)
         engine.pool.offer(connection)
     body = json.dumps(request_body(stream=False)).encode()
-    chosen = one.upstreams.choose(conversation_key(body))
+    chosen = instance.upstreams.choose(conversation_key(body))
     assert chosen is not None
     fields = f"Host: a:1\r\nContent-Type: application/json\r\nAuthorization: Bearer k\r\nContent-Length: {len(body)}"
     request = f"POST {PATH} HTTP/1.1\r\n{fields}\r\n\r\n".encode() + body
@@ -75,7 +75,7 @@ async def relay(requests: int, engines: int, answer: bytes) -> None:
     for _ in range(requests):
         client.data_received(request)
         upstreams[chosen.name].data_received(response)
-    answered = one.counters.requests[PATH, "ok"]
+    answered = instance.counters.requests[PATH, "ok"]
     print(answered, flush=True)
     os._exit(0 if answered == requests else 1)  # without the end of the process, which takes instructions, too
 

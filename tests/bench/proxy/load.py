@@ -174,7 +174,7 @@ async def run_streams(port: int) -> None:
     ).encode() + body
     loop = asyncio.get_running_loop()
 
-    async def one(n: int) -> None:
+    async def stream_once(n: int) -> None:
         await asyncio.sleep(n * CHUNK_SECONDS / STREAMS_AT_ONCE)
         done: asyncio.Future[int] = loop.create_future()
         transport, _ = await loop.create_connection(lambda: StreamClient(request, done), "127.0.0.1", port)
@@ -183,7 +183,7 @@ async def run_streams(port: int) -> None:
         finally:
             transport.close()
 
-    await asyncio.gather(*(one(n) for n in range(STREAMS_AT_ONCE)))
+    await asyncio.gather(*(stream_once(n) for n in range(STREAMS_AT_ONCE)))
 
 
 class Load(NamedTuple):
@@ -271,6 +271,6 @@ def upstream_config(folder: Path, port: int, answers: Answers, *lengths: int) ->
     location / {{ return 200 '{{}}'; }}"""
     profile = length + len(f',"vllm_xargs":{{"hemostat":"{ADAPTER}"}}')
     adapter = length - len("fake") + len(ADAPTER)
-    plain = "".join(f"{one} /plain.json; " for one in (*lengths, profile))
+    plain = "".join(f"{name} /plain.json; " for name in (*lengths, profile))
     by_length = f"{plain}{adapter} /adapter.json; default /asked.json;"
     return nginx_config(folder, server, f"map $content_length $answer {{ {by_length} }}")

@@ -105,8 +105,8 @@ def measure(answers: Answers, given: TapAnswer, *, stream: bool, rounds: int = R
             for message in reader.feed(receiving.recv(len(frames.pop()))):
                 assert isinstance(message, Capture)
                 assert awaited.add(message)
-            for capture, found in awaited.take(time.monotonic()):
-                for choice in captures_from_tap(capture, found, 8192):
+            for capture, reported in awaited.take(time.monotonic()):
+                for choice in captures_from_tap(capture, reported, 8192):
                     assert queue.offer(choice)
 
         def parse() -> None:

@@ -130,8 +130,8 @@ def simulate(w: World, runs: int, name: str) -> dict[str, Any]:
     # New processes, as numpy's threads are counted once: two times two of them would wait for each other.
     context = multiprocessing.get_context("spawn")
     with _one_thread_each(), concurrent.futures.ProcessPoolExecutor(CORES, context, _begin, (w,)) as pool:
-        for one in pool.map(_numbered, range(runs), chunksize=10):
-            result.append(one)
+        for outcome in pool.map(_numbered, range(runs), chunksize=10):
+            result.append(outcome)
             if len(result) % 100 == 0:
                 say(f"{name}: {len(result)} of {runs} runs, {time.monotonic() - began:.0f} s")
     promoted = [r for r in result if r.promoted]

@@ -39,13 +39,13 @@ async def _scored(url: str, folder: Path, texts: Sequence[Written]) -> list[Writ
     try:
         await scorer.start()
 
-        async def one(text: Written) -> Written:
+        async def score_text(text: Written) -> Written:
             async with limit:
                 scores = await scorer.score(ScoreRequest(text.prompt, text.output, text.output[:, None], hidden=True))
                 assert scores.hidden is not None
                 return replace(text, hidden=scores.hidden.astype(np.float16))
 
-        result = await asyncio.gather(*(one(text) for text in texts))
+        result = await asyncio.gather(*(score_text(text) for text in texts))
     finally:
         await scorer.close()
     say(f"{len(result)} texts scored by a pooling server in {time.monotonic() - began:.0f} s")

@@ -211,11 +211,11 @@ def conversation(random: Random) -> Conversation:
     # Where a response is to HEAD cannot be told once the requests before it are changed.
     methods = METHODS[:-1] if changes else METHODS
     requests = [request(random, methods) for _ in range(random.randrange(1, 7))]
-    for number, one in enumerate(requests):
-        if one.closes:
+    for number, sent in enumerate(requests):
+        if sent.closes:
             del requests[number + 1 :]
             break
-    raws = [one.raw for one in requests]
+    raws = [sent.raw for sent in requests]
     changed = len(requests)
     if changes:
         changed = random.randrange(len(requests))

@@ -52,13 +52,13 @@ class World:
         """Of both ends' connections."""
 
     def conversation(self) -> Conversation:
-        one = conversation(self.random)
+        made = conversation(self.random)
         while len(self.tokens) > 6 * KEPT:
             oldest = next(iter(self.tokens))
             del self.tokens[oldest]
             self._answers.pop(oldest, None)
-        self.tokens.update((each.token, one) for each in one.requests)
-        return one
+        self.tokens.update((each.token, made) for each in made.requests)
+        return made
 
     def answer(self, token: bytes, method: bytes) -> Answer:
         """The same for the same request, also if it comes once more."""
@@ -130,7 +130,7 @@ class Upstream(asyncio.Protocol):
         """Whom the request is from; its token."""
         world = self._world
         named = [*TOKEN.findall(message.start[1]), *TOKEN.findall(message.get(b"x-token"))]
-        token = next((one for one in named if one in world.tokens), b"")
+        token = next((candidate for candidate in named if candidate in world.tokens), b"")
         if not token:
             world.findings.counts["requests whose token was changed"] += 1
             return b"t"
@@ -225,7 +225,9 @@ class Client(asyncio.Protocol):
     def _check(self) -> None:
         findings, conversation = self._world.findings, self._conversation
         if self._changed:
-            findings.counts["refused by the relay"] += any(one.get(b"x-token") == b"" for one in self._responses)
+            findings.counts["refused by the relay"] += any(
+                response.get(b"x-token") == b"" for response in self._responses
+            )
         own = [request.token for request in self._requests]
         at = -1
         for response in self._responses:
@@ -244,12 +246,16 @@ class Client(asyncio.Protocol):
     def _check_requests(self) -> None:
         """What the upstream got is what the client has sent: by h11 where that was changed."""
         findings, conversation = self._world.findings, self._conversation
-        got = [one for n, one in enumerate(conversation.forwarded) if n == 0 or one != conversation.forwarded[n - 1]]
+        got = [
+            request
+            for n, request in enumerate(conversation.forwarded)
+            if n == 0 or request != conversation.forwarded[n - 1]
+        ]
         sent = [(request.method, request.target, request.body) for request in self._requests]
         if self._changed:
             got = [(method, target.translate(LATIN), body.translate(LATIN)) for method, target, body in got]
             sent = h11_requests(conversation.data)
-        if not all(any(same(one, other) for other in sent) for one in got):
+        if not all(any(same(request, other) for other in sent) for request in got):
             findings.add("the upstream got another request than h11 finds", (conversation.data, got, sent))
 
     def _check_responses(self) -> None:

@@ -131,9 +131,9 @@ class AdapterBench:
         # Those of the same statistics together: the reference's distributions are computed once for all of them.
         for _, alike in groupby(variants, lambda variant: (variant.tokens, variant.metric, variant.distilled)):
             ones = {variant: self.made(it, learning, variant) for variant in alike}
-            figures |= scorer.figures(tokens, {v.label: adapter_layers(one.profile) for v, one in ones.items()})
-            for variant, one in ones.items():
-                rows.append(self._row(scheme, heldout, figures, variant.label, self._fields(variant, one)))
+            figures |= scorer.figures(tokens, {v.label: adapter_layers(built.profile) for v, built in ones.items()})
+            for variant, built in ones.items():
+                rows.append(self._row(scheme, heldout, figures, variant.label, self._fields(variant, built)))
                 low, high = rows[-1]["ci95"]
                 say(f"{scheme}, {variant.label}: {rows[-1]['kl_won_back']:.1%} [{low:.1%}, {high:.1%}]")
         return rows
@@ -158,14 +158,14 @@ class AdapterBench:
         """The row of an adapter with a contextual map that was learned on its distribution."""
         heldout, learning = self.texts(FIRST, 2 * self.plan.map_tokens)
         it, some = self.pair(FIRST), first_tokens(learning, self.plan.map_tokens)
-        one = self.made(it, learning, variant)
-        layers, scorer, tokens = adapter_layers(one.profile), self.scorer(it), Tokens.of(heldout)
+        built = self.made(it, learning, variant)
+        layers, scorer, tokens = adapter_layers(built.profile), self.scorer(it), Tokens.of(heldout)
         label = f"{variant.label}, map on top"
         learned = learn_map(self.stages, it, scorer, self.weight, some, layers, label)
         figures = scorer.figures(tokens, {IDENTITY: None})
         mapped = figures_with_map(self.weight, scorer, tokens, layers, learned, label)
         figures[label] = mapped or scorer.figures(tokens, {label: layers})[label]
-        fields = self._fields(variant, one) | {
+        fields = self._fields(variant, built) | {
             "method": f"{variant.method}, map on top",
             "variant": f"{variant.method}, map on top",
             "tokens_of_map": token_count(some),
@@ -189,26 +189,26 @@ class AdapterBench:
     def at_the_engine(self, variant: Variant) -> dict[str, Any]:
         """The adapter served by vLLM; of all but the first, only what people see."""
         it = self.pair(FIRST)
-        one = self.made(it, self.learning(FIRST, variant), variant)
+        built = self.made(it, self.learning(FIRST, variant), variant)
         heldout = self.texts(FIRST, 0)[0] if variant == self.plan.served[0] else []
-        return served(self.stages, it, self.scorer(it), one.profile, heldout, variant.label)
+        return served(self.stages, it, self.scorer(it), built.profile, heldout, variant.label)
 
-    def _fields(self, variant: Variant, one: Made) -> dict[str, Any]:
+    def _fields(self, variant: Variant, built: Made) -> dict[str, Any]:
         return {
             "family": "adapter",
             "variant": variant.method,
             "method": variant.method,
             "rank": variant.rank,
-            "max_rank": max_rank(one.profile),
-            "tokens": one.tokens,
+            "max_rank": max_rank(built.profile),
+            "tokens": built.tokens,
             "tokens_distilled": variant.distilled,
-            "distillation": one.report.get("distillation"),
-            "bytes": adapter_bytes(one.profile),
-            "bytes_of_quantized": adapter_bytes(one.profile) / one.report["quantized_bytes"],
-            "engine_bytes_of_quantized": one.report["engine_bytes_share"],
+            "distillation": built.report.get("distillation"),
+            "bytes": adapter_bytes(built.profile),
+            "bytes_of_quantized": adapter_bytes(built.profile) / built.report["quantized_bytes"],
+            "engine_bytes_of_quantized": built.report["engine_bytes_share"],
             "reference": REFERENCE,
-            "seconds": one.seconds,
-            "cpu_seconds": one.cpu_seconds,
+            "seconds": built.seconds,
+            "cpu_seconds": built.cpu_seconds,
         }
 
     def _row(

@@ -129,7 +129,7 @@ def served(
     layers = adapter_layers(adapter)
     on_heldout = scorer.figures(Tokens.of(heldout), {"without": None})["without"]
     on_own = scorer.figures(Tokens.of(treated.own), {name: layers})[name]
-    ours = [_copied(scorer, scored, one, name) for one in (None, layers)]
+    ours = [_copied(scorer, scored, adapter, name) for adapter in (None, layers)]
     return result | {
         "other_kinds": other_kinds(scorer, plain.sampled, layers, name),
         "agreement": agreement(plain.logprobs, treated.logprobs, *ours),
@@ -153,7 +153,7 @@ def agreement(
 ) -> dict[str, float]:
     """Of engine and copy on the emitted tokens' log-probabilities, nats: mean |Δ| without and with the adapter, and the
     correlation of what the adapter changes."""
-    c, t, oc, ot = (np.concatenate(list(one)) for one in (plain, treated, our_plain, our_treated))
+    c, t, oc, ot = (np.concatenate(list(part)) for part in (plain, treated, our_plain, our_treated))
     return {
         "tokens": float(len(c)),
         "mean_difference_without": float(np.mean(c - oc)),

@@ -142,7 +142,7 @@ def test_log_probabilities_are_split_by_text(tmp_path: Path) -> None:
     scorer = Scorer(Stages(tmp_path), ["r", "c"], copies, weight, "small")
     states = hidden_states(copies.compressed, None, some, "small")
     result = scorer.logprobs(states, some)
-    assert [len(one) for one in result] == [6, 5]
+    assert [len(part) for part in result] == [6, 5]
     z = torch.from_numpy(states[6]) @ torch.from_numpy(weight).T
     assert result[1][0] == pytest.approx(float(torch.log_softmax(z, -1)[int(some[1].output[0])]), abs=1e-5)
 
@@ -162,9 +162,9 @@ def test_agreement_sees_an_adapter_that_the_engine_did_not_apply() -> None:
 def test_outcomes_compare_both_arms_with_the_reference() -> None:
     def arm(json_text: str, answer: str, output: list[int]) -> dict[str, list[Written]]:
         ids = np.array(output, np.int32)
-        (one,) = written([(2, 2)])
+        (template,) = written([(2, 2)])
         made = {
-            kind: [Written(one.ask, one.prompt, ids, text)] * 3
+            kind: [Written(template.ask, template.prompt, ids, text)] * 3
             for kind, text in (("json", json_text), ("short", answer), ("arithmetic", answer), ("code", "x"))
         }
         return made
