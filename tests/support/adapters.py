@@ -65,8 +65,8 @@ def exact_distances(log_r: np.ndarray[Any, Any], log_c: np.ndarray[Any, Any]) ->
 class FakeDistances:
     """A `DistanceSource` that answers when it is told to. found: of a record. takes: whether it accepts offers."""
 
-    def __init__(self, found: Callable[[TokenRecord], Mapping[str, ExactDistances]]) -> None:
-        self.found = found
+    def __init__(self, compute: Callable[[TokenRecord], Mapping[str, ExactDistances]]) -> None:
+        self.found = compute
         self.takes = True
         self.offers: list[tuple[TokenRecord, list[int], tuple[str, ...]]] = []
         self._waiting: list[tuple[TokenRecord, Callable[[Mapping[str, ExactDistances]], None]]] = []

@@ -54,8 +54,8 @@ T = TypeVar("T")
 class Served:
     """`url` answers; `do` runs something in the control process's loop."""
 
-    def __init__(self, one: Control, server: uvicorn.Server, port: int, stop: Callable[[], None]) -> None:
-        self.control, self.port, self._server, self.stop = one, port, server, stop
+    def __init__(self, plane: Control, server: uvicorn.Server, port: int, stop: Callable[[], None]) -> None:
+        self.control, self.port, self._server, self.stop = plane, port, server, stop
         self._loop = asyncio.get_running_loop()
         self.url = f"http://127.0.0.1:{port}"
 
@@ -77,10 +77,10 @@ class Served:
 
 
 @asynccontextmanager
-async def admin_client(one: Control, tokens: Tokens = Tokens(TOKEN)) -> AsyncIterator[httpx.AsyncClient]:  # noqa: B008
+async def admin_client(plane: Control, tokens: Tokens = Tokens(TOKEN)) -> AsyncIterator[httpx.AsyncClient]:  # noqa: B008
     """Of the admin port, without a server. The store is written to meanwhile."""
-    transport = httpx.ASGITransport(create_app(one, tokens, lambda: 0.0))
-    writing = asyncio.create_task(one.writer.run())
+    transport = httpx.ASGITransport(create_app(plane, tokens, lambda: 0.0))
+    writing = asyncio.create_task(plane.writer.run())
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://admin") as client:
             yield client
@@ -102,16 +102,16 @@ def served(
     async def run() -> None:
         more.setdefault("reference", {"backend": "vllm", "url": "http://127.0.0.1:1"})
         made = settings(admin={"port": 0, "token": TOKEN, **more.pop("admin", {})}, **more)
-        async with control(folder, made) as one:
-            kept = await fill(one, folder) if fill is not None else None
-            writing = asyncio.create_task(one.writer.run())
-            app = create_app(one, Tokens.of(made.admin), time.monotonic, names=made.admin.names)
+        async with control(folder, made) as plane:
+            kept = await fill(plane, folder) if fill is not None else None
+            writing = asyncio.create_task(plane.writer.run())
+            app = create_app(plane, Tokens.of(made.admin), time.monotonic, names=made.admin.names)
             server = uvicorn.Server(uvicorn.Config(app, **server_settings()))
             server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             while not server.started:
                 await asyncio.sleep(0.01)
-            ready.append(Served(one, server, number, end))
+            ready.append(Served(plane, server, number, end))
             started.set()
             while not stop.is_set():
                 await asyncio.sleep(0.02)
@@ -202,49 +202,49 @@ def stats(requests: int) -> Stats:
     )
 
 
-async def everything(one: Control, folder: Path) -> asyncio.StreamWriter:
+async def everything(plane: Control, folder: Path) -> asyncio.StreamWriter:
     """Two routes, three kinds, three ways of decoding, two models, an alarm, drops. One profile serves the first kind,
     is taken from the second for harm to an outcome and is tested in the third; another one is tested."""
-    writer = await connect_relay(one, folder, 1, stats(120))
-    one.monitor.served = served_models(pair("m", info=INFO), pair("unmatched"))
-    one.monitor.state, one.monitor.detail = ReferenceState.READY, "made-up/reference (float32)"
-    one.profile_manager.set_model_pair("m", VOCABULARY)
-    one.profile_manager.operator.set_mode("auto")
-    serving = one.profile_manager.operator.import_profile(profile())
+    writer = await connect_relay(plane, folder, 1, stats(120))
+    plane.monitor.served = served_models(pair("m", info=INFO), pair("unmatched"))
+    plane.monitor.state, plane.monitor.detail = ReferenceState.READY, "made-up/reference (float32)"
+    plane.profile_manager.set_model_pair("m", VOCABULARY)
+    plane.profile_manager.operator.set_mode("auto")
+    serving = plane.profile_manager.operator.import_profile(profile())
     held = None
     for n in range(160):
         if n == WARM_UP:
-            one.profile_manager.operator.promote(serving, KINDS[0])
-            one.profile_manager.operator.promote(serving, KINDS[1])
-            one.profile_manager.operator.import_profile(profile(1))
-            held = one.profile_manager.catalogue.get(serving)
+            plane.profile_manager.operator.promote(serving, KINDS[0])
+            plane.profile_manager.operator.promote(serving, KINDS[1])
+            plane.profile_manager.operator.import_profile(profile(1))
+            held = plane.profile_manager.catalogue.get(serving)
         made = replace(with_kind(record(n, held), n), context_tokens=300 * (1 + n % 4), thinking=thinking(n))
-        one.pipeline.use_record(made, scored(str(n))[1])
-        one.pipeline.received += 1
-        one.pipeline.endings.scored(scored(str(n))[1])
+        plane.pipeline.use_record(made, scored(str(n))[1])
+        plane.pipeline.received += 1
+        plane.pipeline.endings.scored(scored(str(n))[1])
         arm = ("control", "treated", "none")[n % 3]
-        one.measured.measurements.thinking.add(arm, made.thinking, "stop" if n % 10 else "length", fresh=True)
+        plane.measured.measurements.thinking.add(arm, made.thinking, "stop" if n % 10 else "length", fresh=True)
         if n % 4 == 0:
             truth = WORLD.truth(n)
             for model in ("compressed", "reference"):
                 near = log_softmax(truth.reference + 0.01 * World(seed=n).truth(n).reference)
-                one.pipeline.use_self_record(model, make_record(Truth(truth.reference, near, truth.emitted), 20))
+                plane.pipeline.use_self_record(model, make_record(Truth(truth.reference, near, truth.emitted), 20))
         if n % 5 == 0:
             at = n - 160
-            status = one.status.current()
+            status = plane.status.current()
             proxy = msgspec.structs.replace(status.proxy, requests=7 * n)
             shadow = msgspec.structs.replace(status.shadow, reference_tokens=300 * n)
             status = msgspec.structs.replace(status, proxy=proxy, shadow=shadow)
-            one.history.add(time.monotonic() + 10 * at, time.time() + 10 * at, status)
-    one.pipeline.coverage.relayed(SampledCount("chat structured", "skipped", "structured_output", 12.0, 5.0, 700))
+            plane.history.add(time.monotonic() + 10 * at, time.time() + 10 * at, status)
+    plane.pipeline.coverage.relayed(SampledCount("chat structured", "skipped", "structured_output", 12.0, 5.0, 700))
     for n in range(GRAMMAR_REQUESTS):
         restricted = under_grammar(n)
         known: Any = {"gains": RecordGains(restricted), "figures": divergence(restricted)}
-        one.measured.measurements.conditional.observe(restricted, None, None, held_out=False, fresh=True, **known)
+        plane.measured.measurements.conditional.observe(restricted, None, None, held_out=False, fresh=True, **known)
     for kind, harmful in zip(KINDS[:2], (False, True), strict=True):
         for report in outcome_reports(kind, serving, harmful):
-            one.measured.outcomes.receive(report)
-        one.measured.outcomes.check()
+            plane.measured.outcomes.receive(report)
+        plane.measured.outcomes.check()
     return writer
 
 

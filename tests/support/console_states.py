@@ -111,13 +111,13 @@ def history(at: float, kl: float = 0.08, points: int = MAX_POINTS, jump: float =
     return {"points": {name: column.tolist() for name, column in known.items()}, "events": []}
 
 
-def figure(found: Json, kl: float, requests: int) -> None:
+def figure(part: Json, kl: float, requests: int) -> None:
     """Scale the figures of a group."""
-    found["requests"] = requests
-    found["kl_nats"] |= {"estimate": kl, "ci95": [kl * 0.93, kl * 1.07]}
-    found["kl_nats_estimate"] |= {"estimate": kl * 1.06, "ci95": [kl * 0.9, kl * 1.2]}
-    found["total_variation"], found["top1_agreement"] = 1.6 * kl, 1.0 - 1.1 * kl
-    found["draft_acceptance"] |= {
+    part["requests"] = requests
+    part["kl_nats"] |= {"estimate": kl, "ci95": [kl * 0.93, kl * 1.07]}
+    part["kl_nats_estimate"] |= {"estimate": kl * 1.06, "ci95": [kl * 0.9, kl * 1.2]}
+    part["total_variation"], part["top1_agreement"] = 1.6 * kl, 1.0 - 1.1 * kl
+    part["draft_acceptance"] |= {
         "lower": 1.0 - 1.9 * kl,
         "upper": 1.0 - 1.6 * kl,
         "ci95": [1.0 - 2.0 * kl, 1.0 - 1.5 * kl],
@@ -128,7 +128,7 @@ def healthy(status: Json, profiles: Json) -> State:
     """A day of traffic, one profile that serves the most frequent kind; nothing is wrong."""
     status, profiles, at = copy.deepcopy(status), copy.deepcopy(profiles), time.time()
     old = profiles["serving"]
-    status, profiles = (json.loads(json.dumps(one).replace(old, SERVING)) for one in (status, profiles))
+    status, profiles = (json.loads(json.dumps(body).replace(old, SERVING)) for body in (status, profiles))
     state = State(status, profiles, history(at), "No problem found")
     status |= {"at": at, "state": {"level": "ok", "problems": []}, "tokens_scored": 1_240_000, "relays": 2}
     status["compressed"]["models"] = ["qwen3-8b-w4a16"]
@@ -160,7 +160,7 @@ def healthy(status: Json, profiles: Json) -> State:
         for kind in KINDS
     ]
     alarm["kinds"] = [kind | {"watched": True, "spread_ratio": 1.02} for kind in alarm["kinds"]]
-    status["outcomes"]["kinds"] = [one for one in status["outcomes"]["kinds"] if one["harmed"] is None]
+    status["outcomes"]["kinds"] = [row for row in status["outcomes"]["kinds"] if row["harmed"] is None]
     for kind in status["calibration"]["kinds"]:
         kind["held"] = None
     state.kind(KINDS[1])["summary"] = "identity; no profile is under test here"
@@ -196,7 +196,7 @@ def no_data(state: State) -> None:
 def vllm_dead(state: State) -> None:
     text = "None of the 2 engines answers: 100 % of the requests of the last minute failed"
     state.problem("HemostatUpstreamDown", text, 130)
-    state.status["upstream"] = [engine(one["engine"], up=0, ejections=1) for one in state.status["upstream"]]
+    state.status["upstream"] = [engine(row["engine"], up=0, ejections=1) for row in state.status["upstream"]]
     state.says, state.shows = text, ["Repair vLLM. Hemostat needs no action", "for 2 min", "vLLM: problem"]
 
 
@@ -279,10 +279,10 @@ def many_engines(state: State) -> None:
         engine(name, **{"up": 0, "ejections": 2} if n == 2 else {}, **{"figures": outlier} if n == 5 else {})
         for n, name in enumerate(named)
     ]
-    found = {"votes": 0, "needed": 26, "sequences": 50, "distance_nats": 0.002}
-    row = {"at": state.at - 900, "since": None, "changed": False, "outlier": False, "baseline": found,
-           "engines": found, "reference_nats": [0.291, 0.293], "model": "qwen3-8b-w4a16"}  # fmt: skip
-    changed = {"changed": True, "since": state.at - 4000, "baseline": found | {"votes": 50, "distance_nats": 0.19}}
+    comparison = {"votes": 0, "needed": 26, "sequences": 50, "distance_nats": 0.002}
+    row = {"at": state.at - 900, "since": None, "changed": False, "outlier": False, "baseline": comparison,
+           "engines": comparison, "reference_nats": [0.291, 0.293], "model": "qwen3-8b-w4a16"}  # fmt: skip
+    changed = {"changed": True, "since": state.at - 4000, "baseline": comparison | {"votes": 50, "distance_nats": 0.19}}
     taken = {"model": "qwen3-8b-w4a16", "root": "/models/qwen3-8b-w4a16", "vllm": "0.32.0", "weights": "",
              "tokens": 4740, "engine": named[0], "taken": state.at - 90_000, "sequences": 50}  # fmt: skip
     rows = [row | {"engine": name} | (changed if n == 5 else {}) for n, name in enumerate(named)]

@@ -40,29 +40,29 @@ def settings(url: str = "http://127.0.0.1:1", **more: Any) -> Settings:
 @asynccontextmanager
 async def control(folder: Path, made: Settings | None = None, *, loops: bool = False) -> AsyncIterator[Control]:
     """Listening to relays; with `loops` it looks after house, store and reference as the process does."""
-    one = Control(made or settings(), 1234)
-    await one.start((made or settings()).calibration.force)
-    relays = listen(one.link, folder / "control.sock")
+    plane = Control(made or settings(), 1234)
+    await plane.start((made or settings()).calibration.force)
+    relays = listen(plane.link, folder / "control.sock")
     tasks = []
     if loops:
-        running = [one.run_periodic(), one.writer.run()]
-        if one.pipeline.scorer is not None:
-            running += [one.monitor.run(), one.pipeline.scorer.run(1)]
+        running = [plane.run_periodic(), plane.writer.run()]
+        if plane.pipeline.scorer is not None:
+            running += [plane.monitor.run(), plane.pipeline.scorer.run(1)]
         tasks = [asyncio.create_task(loop) for loop in running]
     try:
-        yield one
+        yield plane
         assert not any(task.done() and not task.cancelled() and task.exception() for task in tasks)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await relays.close()
-        await one.close()
+        await plane.close()
 
 
-def status_json(one: Control) -> dict[str, Any]:
+def status_json(plane: Control) -> dict[str, Any]:
     """As the admin port sends it."""
-    result: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(one.status.current()))
+    result: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(plane.status.current()))
     return result
 
 
@@ -73,15 +73,15 @@ def profile(seed: int = 0, vocabulary: int = V) -> CalibrationProfile:
 def scored(request_id: str = "r", prompt: int = 0, **more: Any) -> tuple[TokenRecord, Capture]:
     """A record and its capture, as the scorer hands them on."""
     prompt_ids = np.array([prompt % V, prompt // V % V], "<i4").tobytes()
-    one = capture(request_id, prompt_token_ids=prompt_ids, **more)
-    arrays = decode_capture(one)
+    captured = capture(request_id, prompt_token_ids=prompt_ids, **more)
+    arrays = decode_capture(captured)
     tokens = len(arrays.output)
     flat = -np.log(V)
     ids = arrays.candidates.ids
     top = Candidates(np.tile(np.arange(3, dtype=np.int32), (tokens, 1)), np.full((tokens, 3), flat))
     at = np.where(ids >= 0, flat, np.nan)
     scores = ReferenceScores(at=at, top=top, emitted=np.full(tokens, flat), entropy=np.full(tokens, -flat))
-    return build_record(one, arrays, scores, INFO, None, ()), one
+    return build_record(captured, arrays, scores, INFO, None, ()), captured
 
 
 def relay_stats(requests: float = 1.0, *, ready: bool = True) -> Stats:
@@ -98,10 +98,10 @@ def relay_stats(requests: float = 1.0, *, ready: bool = True) -> Stats:
     )
 
 
-async def connect_relay(one: Control, folder: Path, pid: int, figures: Stats) -> asyncio.StreamWriter:
+async def connect_relay(plane: Control, folder: Path, pid: int, figures: Stats) -> asyncio.StreamWriter:
     """The connection of a relay that has sent these figures."""
-    before = one.link.relays
+    before = plane.link.relays
     _, writer = await asyncio.open_unix_connection(str(folder / "control.sock"))
     writer.write(encode(hello(str(pid), pid=pid)) + encode(figures))
-    await until(lambda: one.link.relays > before and figures in one.link._live.values())
+    await until(lambda: plane.link.relays > before and figures in plane.link._live.values())
     return writer

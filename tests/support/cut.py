@@ -66,8 +66,8 @@ def _end(*ends: socket.socket) -> None:
 @contextmanager
 def cut(server: int) -> Iterator[Cut]:
     """server: its port on loopback."""
-    one = Cut(server)
+    instance = Cut(server)
     try:
-        yield one
+        yield instance
     finally:
-        one.close()
+        instance.close()

@@ -41,7 +41,7 @@ class Query:
 
     def with_values(self, values: Mapping[str, str]) -> str:
         """As Grafana sends it."""
-        return _VARIABLE.sub(lambda found: values[found[1] or found[2]], self.expression)
+        return _VARIABLE.sub(lambda match: values[match[1] or match[2]], self.expression)
 
 
 def load() -> dict[str, dict[str, Any]]:
@@ -97,32 +97,32 @@ def used(expression: str, wanted: frozenset[str] = frozenset()) -> list[Used]:
     return result
 
 
-def _visit(node: Any, wanted: frozenset[str], found: list[Used]) -> None:
+def _visit(node: Any, wanted: frozenset[str], uses: list[Used]) -> None:
     """wanted: labels that what stands above this node needs from it."""
     match node:
         case promql_parser.VectorSelector():
             matched = {matcher.name for matcher in node.matchers.matchers}
-            found.append(Used(str(node.name), wanted | matched))
+            uses.append(Used(str(node.name), wanted | matched))
         case promql_parser.MatrixSelector():
-            _visit(node.vector_selector, wanted, found)
+            _visit(node.vector_selector, wanted, uses)
         case promql_parser.AggregateExpr():
             grouped = node.modifier.labels if node.modifier is not None else []
             # What is above sees the grouped labels alone: it may want no others.
-            _visit(node.expr, frozenset(grouped), found)
+            _visit(node.expr, frozenset(grouped), uses)
             without = node.modifier is not None and node.modifier.type == promql_parser.AggModifierType.Without
             assert without or wanted <= set(grouped), f"{sorted(wanted)} are gone after {node}"
         case promql_parser.BinaryExpr():
             matching = node.modifier.matching if node.modifier is not None else None
             on = frozenset(matching.labels) if matching is not None else frozenset()
             # A scalar or vector(…) has no labels.
-            _visit(node.lhs, wanted | on, found)
-            _visit(node.rhs, on, found)
+            _visit(node.lhs, wanted | on, uses)
+            _visit(node.rhs, on, uses)
         case promql_parser.Call():
             inner = wanted | {"le"} if node.func.name == "histogram_quantile" else wanted
             for argument in node.args:
-                _visit(argument, frozenset(inner), found)
+                _visit(argument, frozenset(inner), uses)
         case promql_parser.ParenExpr() | promql_parser.UnaryExpr() | promql_parser.SubqueryExpr():
-            _visit(node.expr, wanted, found)
+            _visit(node.expr, wanted, uses)
         case promql_parser.NumberLiteral() | promql_parser.StringLiteral():
             pass
         case _:

@@ -80,7 +80,7 @@ class Helm:
 
     def set(self, *settings: str) -> Rendered:
         """With an upstream, and these as `--set`."""
-        return self.render(*(part for one in (UPSTREAM, *settings) for part in ("--set", one)))
+        return self.render(*(part for setting in (UPSTREAM, *settings) for part in ("--set", setting)))
 
     def refusal(self, *arguments: str) -> str:
         """What helm says instead of rendering."""
@@ -109,8 +109,8 @@ class Rendered:
         return [m for m in self.manifests if m["kind"] == kind]
 
     def one(self, kind: str, suffix: str = "") -> Manifest:
-        (found,) = (m for m in self.all(kind) if m["metadata"]["name"].endswith(suffix))
-        return found
+        (result,) = (m for m in self.all(kind) if m["metadata"]["name"].endswith(suffix))
+        return result
 
     @property
     def kinds(self) -> set[str]:
@@ -119,13 +119,13 @@ class Rendered:
     @property
     def pod(self) -> Manifest:
         """The pod template of the Deployment with the middleware."""
-        (found,) = (pod for pod in self.pods.values() if any(one["name"] == "hemostat" for one in containers(pod)))
-        return found
+        (result,) = (pod for pod in self.pods.values() if any(spec["name"] == "hemostat" for spec in containers(pod)))
+        return result
 
     @property
     def pods(self) -> dict[str, Manifest]:
         """Deployment -> its pod template."""
-        return {one["metadata"]["name"]: one["spec"]["template"] for one in self.all("Deployment")}
+        return {deployment["metadata"]["name"]: deployment["spec"]["template"] for deployment in self.all("Deployment")}
 
     @property
     def hemostat(self) -> Manifest:
@@ -167,8 +167,8 @@ class Rendered:
 
 
 def container(pod: Manifest, name: str) -> Manifest:
-    (found,) = (c for c in containers(pod) if c["name"] == name)
-    return found
+    (result,) = (c for c in containers(pod) if c["name"] == name)
+    return result
 
 
 def containers(pod: Manifest) -> list[Manifest]:

@@ -86,7 +86,7 @@ def _moving(rng: np.random.Generator, streams: int, mean: Any, mean_n: Any) -> S
     shape = (streams, len(mean))
     n = np.clip(rng.poisson(mean_n, shape), 1, LONG).astype(np.float64)
     x = mean * rng.gamma(2.0, 0.5, shape) * n
-    return np.minimum(x, RANGE * n), n, *(np.broadcast_to(one, shape) for one in (mean * mean_n, mean_n, mean))
+    return np.minimum(x, RANGE * n), n, *(np.broadcast_to(array, shape) for array in (mean * mean_n, mean_n, mean))
 
 
 WORLDS: dict[str, World] = {

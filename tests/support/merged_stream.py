@@ -27,7 +27,7 @@ def merged(body: bytes) -> tuple[str, list[str]]:
 
 def _form(value: Any, texts: list[str]) -> Any:
     if isinstance(value, list):
-        return [_form(one, texts) for one in value]
+        return [_form(item, texts) for item in value]
     if not isinstance(value, dict):
         return value
     form = {}

@@ -38,20 +38,20 @@ def namespace() -> Iterator[Namespace]:
     name = f"hemostat{os.getpid()}"
     subnet = f"169.254.{1 + os.getpid() // 63 % 254}.{4 * (os.getpid() % 63)}"
     address, inside = (f"{subnet.rpartition('.')[0]}.{int(subnet.rpartition('.')[2]) + n}" for n in (1, 2))
-    one = Namespace(name, address, f"he{os.getpid()}")
+    created = Namespace(name, address, f"he{os.getpid()}")
     if shutil.which("ip") is None:
         pytest.skip("no program `ip` here: apt-get install iproute2")
     if _ip("netns", "add", name, check=False):
         pytest.skip("no network namespaces here: they need root")
     try:
-        _ip("link", "add", one.link, "type", "veth", "peer", "name", "inside", "netns", name)
-        _ip("addr", "add", f"{address}/30", "dev", one.link)
-        _ip("link", "set", one.link, "up")
+        _ip("link", "add", created.link, "type", "veth", "peer", "name", "inside", "netns", name)
+        _ip("addr", "add", f"{address}/30", "dev", created.link)
+        _ip("link", "set", created.link, "up")
         for arguments in (["addr", "add", f"{inside}/30", "dev", "inside"], ["link", "set", "inside", "up"]):
             _ip("-n", name, *arguments)
-        yield one
+        yield created
     finally:
-        _ip("link", "del", one.link, check=False)
+        _ip("link", "del", created.link, check=False)
         _ip("netns", "del", name)
 
 

@@ -164,13 +164,13 @@ class Planes:
                 await asyncio.sleep(0.05)
 
         looks = [asyncio.create_task(is_active(control)) for control in self.controls if control is not but]
-        found, _ = await asyncio.wait(looks, timeout=HANG_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(looks, timeout=HANG_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         for look in looks:
             look.cancel()
         await asyncio.gather(*looks, return_exceptions=True)
-        if not found:
+        if not done:
             raise AssertionError(f"none is active, with {len(self.relays)} relays\n{self._logs()}")
-        return found.pop().result()
+        return done.pop().result()
 
     def _logs(self) -> str:
         return "\n".join(f"--- {each.name}\n{each.log.read_text()[-5000:]}" for each in self.instances)
@@ -181,13 +181,13 @@ async def planes(
     folder: Path, upstream: str, *, controls: int = 2, relays: int = 2, store: str | None = None, **shared: Any
 ) -> AsyncIterator[Planes]:
     """store: the address; None: one SQLite file."""
-    one = Planes(folder, upstream, controls, relays, shared, store or f"sqlite:///{folder / 'store.db'}")
+    created = Planes(folder, upstream, controls, relays, shared, store or f"sqlite:///{folder / 'store.db'}")
     try:
-        for relay in one.relays:
+        for relay in created.relays:
             await ready(relay)
-        yield one
+        yield created
     finally:
-        for each in one.instances:
+        for each in created.instances:
             each.stop()
 
 
@@ -215,7 +215,7 @@ async def engine(controls: list[Instance], versions: list[str], vocabulary: int)
                 await control.post("/api/v1/engine/report", json=body)
             await asyncio.sleep(0.3)
 
-    tasks = [asyncio.create_task(report(one)) for one in controls]
+    tasks = [asyncio.create_task(report(process)) for process in controls]
     try:
         yield
     finally:

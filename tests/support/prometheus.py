@@ -116,15 +116,15 @@ def prometheus(configuration: Mapping[str, Any], folder: Path) -> Iterator[Prome
             stdout=out,
             stderr=out,
         )
-    one = Prometheus(f"http://127.0.0.1:{port}")
+    server = Prometheus(f"http://127.0.0.1:{port}")
     try:
         ends = time.monotonic() + HANG_SECONDS
-        while not one.ready():
+        while not server.ready():
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < ends, log.read_text()
             time.sleep(0.1)
-        yield one
+        yield server
     finally:
-        one.close()
+        server.close()
         process.terminate()
         process.wait(HANG_SECONDS)

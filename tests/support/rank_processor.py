@@ -18,8 +18,8 @@ FOLDER = "RANKS_FOLDER"
 
 class LogitsProcessor(Processor):
     def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
-        found = super().apply(logits, ctx)
+        result = super().apply(logits, ctx)
         rank = parallel_state.get_tp_group().rank_in_group
         with Path(os.environ[FOLDER], f"rank{rank}").open("a") as file:
-            file.write(f"{found.shape[0]} {hashlib.sha256(found.float().numpy().tobytes()).hexdigest()}\n")
-        return found
+            file.write(f"{result.shape[0]} {hashlib.sha256(result.float().numpy().tobytes()).hexdigest()}\n")
+        return result

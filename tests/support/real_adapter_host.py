@@ -88,8 +88,8 @@ def corrections_of(checkpoints: Checkpoints) -> list[CalibrationProfile]:
         layers[name] = low_rank(delta, RANK, None, None)[0]
     half = {name: LowRank(factors.a, 0.5 * factors.b) for name, factors in layers.items()}
     return [
-        adapter_profile(model="smollm2", vocab_size=compressed.config.vocab_size, layers=found)
-        for found in (layers, half)
+        adapter_profile(model="smollm2", vocab_size=compressed.config.vocab_size, layers=factors)
+        for factors in (layers, half)
     ]
 
 

@@ -36,11 +36,11 @@ class Recomputed:
     """Conversation and kind: the first record of each counts in figures with intervals."""
 
 
-def observations(found: list[Recomputed]) -> list[Recomputed]:
+def observations(records: list[Recomputed]) -> list[Recomputed]:
     """The first record of each unit, in order."""
     first: dict[tuple[str, str], Recomputed] = {}
-    for one in found:
-        first.setdefault(one.unit, one)
+    for record in records:
+        first.setdefault(record.unit, record)
     return list(first.values())
 
 

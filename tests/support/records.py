@@ -42,11 +42,11 @@ def top(logprobs: np.ndarray, k: int, emitted: np.ndarray | None = None, *, chat
     outside = ~(order == emitted[:, None]).any(1)
     last_id = np.where(outside, emitted, -1).astype(np.int32)
     last = np.where(outside, logprobs[np.arange(rows), emitted], -np.inf)
-    ids, found = np.column_stack([order, last_id]), np.column_stack([values, last])
+    ids, listed = np.column_stack([order, last_id]), np.column_stack([values, last])
     if chat:
-        ids[outside, k - 1], found[outside, k - 1] = emitted[outside], last[outside]
-        ids[:, k], found[:, k] = -1, -np.inf
-    return Candidates(ids, found)
+        ids[outside, k - 1], listed[outside, k - 1] = emitted[outside], last[outside]
+        ids[:, k], listed[:, k] = -1, -np.inf
+    return Candidates(ids, listed)
 
 
 def condition(logprobs: np.ndarray, mask: np.ndarray) -> np.ndarray:

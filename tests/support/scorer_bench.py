@@ -169,8 +169,8 @@ class Bench:
     async def ends(self, *captures: Capture) -> Counter[tuple[str, str]]:
         """What these captures came to; every one comes to something."""
         before = self.counts
-        for one in captures:
-            self.scorer.offer(one)
+        for item in captures:
+            self.scorer.offer(item)
         await until(lambda: self.counts.total() - before.total() >= len(captures) and self.scorer.pending == 0)
         return self.counts - before
 

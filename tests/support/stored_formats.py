@@ -30,8 +30,8 @@ class Layer:
 def words(numbers: Integers, bits: int) -> list[int]:
     """32-bit words, signed, of numbers that follow one another from the lowest bit on."""
     whole = sum(int(number) << (bits * n) for n, number in enumerate(numbers))
-    found = [(whole >> (32 * n)) & 0xFFFFFFFF for n in range(len(numbers) * bits // 32)]
-    return [word - (1 << 32) if word >> 31 else word for word in found]
+    parts = [(whole >> (32 * n)) & 0xFFFFFFFF for n in range(len(numbers) * bits // 32)]
+    return [word - (1 << 32) if word >> 31 else word for word in parts]
 
 
 def gptq(
@@ -90,7 +90,7 @@ def awq(group: int = 32, seed: int = 0) -> Layer:
         ordered = numbers.reshape(len(numbers), -1, 8)[:, :, [0, 2, 4, 6, 1, 3, 5, 7]].reshape(numbers.shape)
         return torch.tensor([words(row, 4) for row in ordered], dtype=torch.int32)
 
-    spread = [np.repeat(one, group, 0) for one in (zeros, scales.double().numpy())]
+    spread = [np.repeat(array, group, 0) for array in (zeros, scales.double().numpy())]
     weight = (steps - spread[0]).astype(np.float64) * spread[1]
     parts = {"qweight": packed(steps), "qzeros": packed(zeros), "scales": scales}
     config = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}

@@ -229,14 +229,14 @@ def assert_same_tokens(in_response: Capture, by_plugin: Capture) -> None:
 
     A chat's response leaves out the last of the most likely ids where the emitted one is not among them.
     """
-    given, found = decode_capture(in_response), decode_capture(by_plugin)
+    given, reported = decode_capture(in_response), decode_capture(by_plugin)
     for name in ("prompt", "context", "output", "emitted"):
-        np.testing.assert_array_equal(getattr(given, name), getattr(found, name), err_msg=name)
+        np.testing.assert_array_equal(getattr(given, name), getattr(reported, name), err_msg=name)
     top_k = in_response.top_k
     assert by_plugin.top_k == top_k
     for position, emitted in enumerate(given.output.tolist()):
         rows = []
-        for candidates in (given.candidates, found.candidates):
+        for candidates in (given.candidates, reported.candidates):
             ids, logprobs = candidates.ids[position].tolist(), candidates.logprobs[position].tolist()
             rows.append({i: value for i, value in zip(ids, logprobs, strict=True) if i >= 0})
         if in_response.route == CHAT and emitted not in list(rows[1])[:top_k]:
