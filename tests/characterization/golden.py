@@ -50,7 +50,7 @@ def metrics(text: str) -> str:
     """A metrics exposition with its values rounded, and the buckets of one histogram series on one line."""
     lines: list[str] = []
     series = ""
-    for line in _NUMBER.sub(lambda found: f"{rounded(float(found[0])):.12g}", text).splitlines():
+    for line in _NUMBER.sub(lambda match: f"{rounded(float(match[0])):.12g}", text).splitlines():
         bucket = _BUCKET.fullmatch(line)
         name = f"{bucket[1]}{bucket[3]}" if bucket else ""
         if bucket and name == series:
@@ -69,7 +69,7 @@ def with_named_versions(steps: Any) -> str:
     The versions themselves are listed once, in `profiles`.
     """
     names: dict[str, str] = {}
-    text = _VERSION.sub(lambda found: names.setdefault(found[0], f"profile-{len(names) + 1}"), dumps(steps))
+    text = _VERSION.sub(lambda match: names.setdefault(match[0], f"profile-{len(names) + 1}"), dumps(steps))
     return dumps({"profiles": {name: version for version, name in names.items()}, "steps": json.loads(text)})
 
 

@@ -211,7 +211,7 @@ def compact(status: dict[str, Any]) -> dict[str, Any]:
 
 def _values(told: Any) -> Any:
     if isinstance(told, list):
-        return [_values(one) for one in told]
+        return [_values(item) for item in told]
     if not isinstance(told, dict):
         return told
     if "estimate" in told:
@@ -221,7 +221,7 @@ def _values(told: Any) -> Any:
 
 def _without(told: Any) -> Any:
     if isinstance(told, list):
-        return [_without(one) for one in told]
+        return [_without(item) for item in told]
     if not isinstance(told, dict):
         return told
     return {key: _without(value) for key, value in told.items() if not key.startswith(LEFT_OUT)}
@@ -245,40 +245,42 @@ async def day(folder: Path) -> dict[str, str]:
     settings = SETTINGS | {"records": {"path": str(folder / "records.jsonl")}, "store": {"url": f"sqlite:///{store}"}}
     clock = Clock()
     status: dict[str, Any] = {}
-    async with driver.pipeline(folder, clock, **settings) as one:
-        relay = await one.relay(1, 0)
-        await before_scoring(one, relay)
+    async with driver.pipeline(folder, clock, **settings) as bench:
+        relay = await bench.relay(1, 0)
+        await before_scoring(bench, relay)
         status["of the first requests"] = {
-            name: part for name, part in (await one.get("/api/v1/status")).items() if name in {"requests", "reference"}
+            name: part
+            for name, part in (await bench.get("/api/v1/status")).items()
+            if name in {"requests", "reference"}
         }
-        await identity(one, relay)
-        await skipped_and_dropped(one, relay)
-        await promoted_by_evidence(one, relay)
-        await broken(one, relay)
-        await relays_come_and_go(one)
-        status["in the end"] = compact(await one.get("/api/v1/status"))
-        metrics = await one.get("/metrics")
-        profiles = await one.get("/api/v1/profiles")
-        history = await one.get("/api/v1/history")
+        await identity(bench, relay)
+        await skipped_and_dropped(bench, relay)
+        await promoted_by_evidence(bench, relay)
+        await broken(bench, relay)
+        await relays_come_and_go(bench)
+        status["in the end"] = compact(await bench.get("/api/v1/status"))
+        metrics = await bench.get("/metrics")
+        profiles = await bench.get("/api/v1/profiles")
+        history = await bench.get("/api/v1/history")
         status["history"] = {name: column[-3:] for name, column in history["points"].items()}
-        status["operators"] = await operators(one)
-        await one.post("/api/v1/alarm/rebase", {"kind": None})
-        status["alarm set anew"] = (await one.get("/api/v1/status"))["alarm"]["tests"]
-        records = {name: one.record(name) for name in SHOWN_RECORDS}
-        await one.relay_leaves(relay)
+        status["operators"] = await operators(bench)
+        await bench.post("/api/v1/alarm/rebase", {"kind": None})
+        status["alarm set anew"] = (await bench.get("/api/v1/status"))["alarm"]["tests"]
+        records = {name: bench.record(name) for name in SHOWN_RECORDS}
+        await bench.relay_leaves(relay)
     kept = driver.stored(store)
     kept["state"]["alarm"] = driver.alarm_shape(kept["state"]["alarm"])
     lines = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
-    async with driver.pipeline(folder, clock, **settings) as one:
-        restarted = await one.relay(1, 0)
-        one.models_are_known()
-        after = await one.get("/api/v1/status")
+    async with driver.pipeline(folder, clock, **settings) as bench:
+        restarted = await bench.relay(1, 0)
+        bench.models_are_known()
+        after = await bench.get("/api/v1/status")
         status["after a restart"] = {name: after[name] for name in ("calibration", "profile", "reference")}
         status["after a restart"]["alarm"] = [
             [test[name] for name in ("test", "kind", "raised", "evidence", "requests", "tokens")]
             for test in after["alarm"]["tests"]
         ]
-        await one.relay_leaves(restarted)
+        await bench.relay_leaves(restarted)
     policies = {
         "the day": told_policies(relay),
         "after a restart": told_policies(restarted),
@@ -300,12 +302,12 @@ async def by_request(folder: Path, clock: Clock) -> dict[str, Any]:
         "calibration": {"mode": "auto", "apply": "request"},
         "upstream": {"url": "http://127.0.0.1:1", "openai_sampling_defaults": True},
     }
-    async with driver.pipeline(folder, clock, **settings) as one:
-        relay = await one.relay(1, 0)
-        one.models_are_known()
-        version = await one.import_profile(driver.tempered(0.8))
-        await one.post("/api/v1/profiles/promote", {"version": version})
-        await one.relay_leaves(relay)
+    async with driver.pipeline(folder, clock, **settings) as bench:
+        relay = await bench.relay(1, 0)
+        bench.models_are_known()
+        version = await bench.import_profile(driver.tempered(0.8))
+        await bench.post("/api/v1/profiles/promote", {"version": version})
+        await bench.relay_leaves(relay)
     return told_policies(relay)
 
 

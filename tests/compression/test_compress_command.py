@@ -139,8 +139,8 @@ def test_a_plan_is_carried_out(source: Path, tmp_path: Path, capsys: pytest.Capt
     ]
     written, original = Checkpoint(out, "OUT"), Checkpoint(source, "SOURCE")
     for name, error in (("0.self_attn.q_proj", 0.25), ("0.mlp.up_proj", 0.02), ("1.mlp.up_proj", 0.1)):
-        exact, found = original.weight(f"model.layers.{name}").float(), written.weight(f"model.layers.{name}").float()
-        relative = float((found - exact).norm() / exact.norm())
+        exact, rounded = original.weight(f"model.layers.{name}").float(), written.weight(f"model.layers.{name}").float()
+        relative = float((rounded - exact).norm() / exact.norm())
         assert 0.1 * error < relative < error, name
 
 

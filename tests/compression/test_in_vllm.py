@@ -62,9 +62,9 @@ def method(name: str, source: Source) -> Method:
 
     layers = {layer: chosen(layer) for layer in source.shapes}
     size = sum(stored_bytes(*shape, layers[layer]) for layer, shape in source.shapes.items())
-    found, notes = planned(Plan(source.checkpoint.digest(), layers, size, {}), source, CALIBRATIONS["gptq"])
+    result, notes = planned(Plan(source.checkpoint.digest(), layers, size, {}), source, CALIBRATIONS["gptq"])
     assert notes == [], "everything is packed, or 16 bits"
-    return found
+    return result
 
 
 @pytest.mark.parametrize("name", [*FORMATS, MIXED])

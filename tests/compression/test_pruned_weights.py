@@ -37,12 +37,12 @@ def error(new: torch.Tensor, weight: torch.Tensor, moments: torch.Tensor) -> flo
 
 def best_given(weight: torch.Tensor, moments: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """By the normal equations of each row, float64."""
-    found = torch.zeros(weight.shape, dtype=torch.float64)
+    result = torch.zeros(weight.shape, dtype=torch.float64)
     second = moments.double()
     for row, mask in enumerate(kept):
         wanted = weight[row].double() @ second[:, mask]
-        found[row, mask] = torch.linalg.solve(second[mask][:, mask], wanted)
-    return found
+        result[row, mask] = torch.linalg.solve(second[mask][:, mask], wanted)
+    return result
 
 
 @settings(max_examples=examples(40), deadline=None)
@@ -86,10 +86,10 @@ def test_least_squares_finds_the_optimum_of_the_mask() -> None:
     kept = torch.rand(weight.shape, generator=torch.Generator().manual_seed(2)) < 0.5
     kept[0] = False
     expected = best_given(weight, moments, kept)
-    found = compensated(weight, moments, kept, weight * kept, steps=200)
-    assert (found[~kept] == 0).all()
-    assert error(found, weight, moments) == pytest.approx(error(expected, weight, moments), rel=1e-3)
-    assert error(found, weight, moments) < 0.5 * error(weight * kept, weight, moments)
+    updated = compensated(weight, moments, kept, weight * kept, steps=200)
+    assert (updated[~kept] == 0).all()
+    assert error(updated, weight, moments) == pytest.approx(error(expected, weight, moments), rel=1e-3)
+    assert error(updated, weight, moments) < 0.5 * error(weight * kept, weight, moments)
 
 
 def test_least_squares_never_makes_it_worse() -> None:
@@ -118,10 +118,10 @@ def test_with_gradients_it_finds_the_optimum_of_all_rows_together() -> None:
         return float(delta @ matrix @ delta)
 
     start = best_given(weight, moments, kept)
-    found = compensated(weight, moments, kept, start, gradients, steps=300)
-    assert (found[~kept] == 0).all()
+    updated = compensated(weight, moments, kept, start, gradients, steps=300)
+    assert (updated[~kept] == 0).all()
     least = loss(expected.view_as(weight))
-    assert loss(found) == pytest.approx(least, rel=5e-3)
+    assert loss(updated) == pytest.approx(least, rel=5e-3)
     assert least < 0.95 * loss(start)
     losses = [loss(compensated(weight, moments, kept, start, gradients, steps=steps)) for steps in range(8)]
     assert losses == sorted(losses, reverse=True)
@@ -145,7 +145,7 @@ def test_the_update_is_that_of_optimal_brain_surgeon() -> None:
     weight, moments = world(4, BLOCK + 5, seed=5)
     second = damped(moments)
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(6)) < 0.6
-    found, kept = pruned_in_blocks(weight, second, lambda values, inverse, columns: mask[:, columns])
+    updated, kept = pruned_in_blocks(weight, second, lambda values, inverse, columns: mask[:, columns])
     assert torch.equal(kept, mask)
     expected = weight.double()
     for j in range(weight.shape[1]):
@@ -154,8 +154,8 @@ def test_the_update_is_that_of_optimal_brain_surgeon() -> None:
             if not mask[row, j]:
                 expected[row, j:] -= expected[row, j] / inverse[0, 0] * inverse[0]
                 expected[row, j] = 0.0
-    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
-    assert (found[~mask] == 0).all()
+    torch.testing.assert_close(updated.double(), expected, rtol=1e-3, atol=1e-3)
+    assert (updated[~mask] == 0).all()
 
 
 def test_what_is_chosen_by_is_the_inverse_of_what_is_left() -> None:

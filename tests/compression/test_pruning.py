@@ -42,8 +42,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(source: Path, folder: Path, method: Method, **environment: Any) -> tuple[Copy, dict[str, Any]]:
-    around = BuildEnvironment(folder.parent / "work", **environment)
-    report = compress_with(source, folder, method, TEXTS, environment=around)
+    build = BuildEnvironment(folder.parent / "work", **environment)
+    report = compress_with(source, folder, method, TEXTS, environment=build)
     return Copy.load(folder), report
 
 
@@ -88,9 +88,9 @@ def test_gradients_beat_the_inputs_alone_and_those_beat_magnitude(source: Path, 
         "inputs": Calibrated({}, CALIBRATIONS["clip"], sparse=half),
         "gradients": PruneMethod(PruneOptions(0.5)),
     }
-    found = {name: divergence(dense, made(source, tmp_path / name / "out", m)[0]) for name, m in methods.items()}
-    assert found["inputs"] < 0.9 * found["magnitude"]
-    assert found["gradients"] < 0.9 * found["inputs"]
+    divergences = {name: divergence(dense, made(source, tmp_path / name / "out", m)[0]) for name, m in methods.items()}
+    assert divergences["inputs"] < 0.9 * divergences["magnitude"]
+    assert divergences["gradients"] < 0.9 * divergences["inputs"]
 
 
 def test_two_of_four(source: Path, tmp_path: Path) -> None:
@@ -162,19 +162,19 @@ def test_it_goes_on_where_it_was_interrupted(source: Path, tmp_path: Path) -> No
     expected, _ = pruned(source, tmp_path / "a" / "out", options)
     for stage, stop in (("gradients", 1), ("compressed layers", 1)):
 
-        def interrupt(found: str, done: int, total: int, stage: str = stage, stop: int = stop) -> None:
-            if (found, done) == (stage, stop):
+        def interrupt(name: str, done: int, total: int, stage: str = stage, stop: int = stop) -> None:
+            if (name, done) == (stage, stop):
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
             pruned(source, tmp_path / "b" / "out", options, step=interrupt)
         assert not (tmp_path / "b" / "out").exists()
     seen: list[tuple[str, int]] = []
-    found, _ = pruned(
+    result, _ = pruned(
         source, tmp_path / "b" / "out", options, step=lambda stage, done, total: seen.append((stage, done))
     )
     for name, module in expected.linears.items():
-        assert torch.equal(module.weight, found.linears[name].weight)
+        assert torch.equal(module.weight, result.linears[name].weight)
     assert seen[-1] == ("compressed layers", 2)
 
 

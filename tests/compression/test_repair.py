@@ -117,8 +117,8 @@ def test_only_the_values_of_the_vectors_change(compressed: Path, tmp_path: Path)
 
 def test_a_repaired_copy_has_its_report_and_is_made_once(reference: Path, compressed: Path, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    around = BuildEnvironment(tmp_path / "work", step=lambda *step: seen.append(step))
-    report = write_repaired_copy(reference, compressed, tmp_path / "out", texts()[:40], environment=around)
+    environment = BuildEnvironment(tmp_path / "work", step=lambda *step: seen.append(step))
+    report = write_repaired_copy(reference, compressed, tmp_path / "out", texts()[:40], environment=environment)
     assert json.loads((tmp_path / "out" / REPORT).read_text())["repair"] == report
     assert is_complete(tmp_path / "out")
     assert (tmp_path / "out" / "config.json").read_bytes() == (compressed / "config.json").read_bytes()
@@ -126,12 +126,12 @@ def test_a_repaired_copy_has_its_report_and_is_made_once(reference: Path, compre
     assert bool(changed) == report["improved"]
     assert all("norm" in name for name in changed)
     steps = len(seen)
-    again = write_repaired_copy(reference, compressed, tmp_path / "out", texts()[:40], environment=around)
+    again = write_repaired_copy(reference, compressed, tmp_path / "out", texts()[:40], environment=environment)
     assert again == report
     assert len(seen) == steps, "it was made again"
     # The finished training is in the work folder: a copy that was lost is written without training.
     shutil.rmtree(tmp_path / "out")
-    assert write_repaired_copy(reference, compressed, tmp_path / "out", texts()[:40], environment=around) == report
+    assert write_repaired_copy(reference, compressed, tmp_path / "out", texts()[:40], environment=environment) == report
     assert len(seen) == steps
 
 

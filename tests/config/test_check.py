@@ -61,8 +61,8 @@ async def findings_of(
     return {f.what: f for f in result}
 
 
-def states(found: dict[str, Finding]) -> dict[str, str]:
-    return {what: f.state.value for what, f in found.items()}
+def states(findings: dict[str, Finding]) -> dict[str, str]:
+    return {what: f.state.value for what, f in findings.items()}
 
 
 async def test_everything_works() -> None:

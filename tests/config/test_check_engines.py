@@ -13,8 +13,8 @@ from hemostat.config.schema import Settings
 
 async def finding(**second: Any) -> Finding:
     """What is said of the second engine."""
-    async with running(FakeVllm()) as one, running(FakeVllm(**second)) as other:
-        result = await check(Settings.model_validate({"upstream": {"urls": [one.url, other.url]}}))
+    async with running(FakeVllm()) as engine, running(FakeVllm(**second)) as other:
+        result = await check(Settings.model_validate({"upstream": {"urls": [engine.url, other.url]}}))
         (said,) = [finding for finding in result if finding.what == f"engine {other.url}"]
         return said
 
@@ -40,8 +40,8 @@ async def test_an_engine_that_differs_is_named(second: dict[str, Any], words: st
 
 
 async def test_an_engine_that_does_not_answer_is_named() -> None:
-    async with running(FakeVllm()) as one:
-        result = await check(Settings.model_validate({"upstream": {"urls": [one.url, "http://127.0.0.1:9"]}}))
+    async with running(FakeVllm()) as engine:
+        result = await check(Settings.model_validate({"upstream": {"urls": [engine.url, "http://127.0.0.1:9"]}}))
     (said,) = [finding for finding in result if finding.what == "engine http://127.0.0.1:9"]
     assert said.state is State.NO
     assert "upstream.urls" in said.fix

@@ -113,7 +113,7 @@ def test_a_file_that_cannot_be_replaced_stays(
     monkeypatch.setattr(Path, "replace", full)
     assert cli.main(["init", str(path), *MODELS, "--overwrite"]) == 2
     assert capsys.readouterr().err == f"hemostat: {path}: cannot be written (No space left on device)\n"
-    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("hemostat.yaml", "mine")]
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("hemostat.yaml", "mine")]
 
 
 @pytest.mark.parametrize(

@@ -74,8 +74,8 @@ async def test_both_routes_are_scored_from_the_answers(tmp_path: Path) -> None:
                     (await client.post(path, json=body | {"stream": stream})).raise_for_status()
             status = await served.until(lambda status: status["requests"]["scored"] == 5)
             assert status["requests"]["skipped"] == ({"no_token_ids": sent - 1} if sent > 1 else {})
-            assert {one["route"] for one in status["where"]} == {"/v1/responses", "/v1/messages"}
-            kinds = {one["kind"] for one in status["coverage"]["by_kind"]}
+            assert {row["route"] for row in status["where"]} == {"/v1/responses", "/v1/messages"}
+            kinds = {row["kind"] for row in status["coverage"]["by_kind"]}
             assert kinds == {"responses text sampled brief", "messages text sampled brief"}
             assert await served.metric("hemostat_engine_answers_total", reason="received") == 5
 

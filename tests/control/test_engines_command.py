@@ -21,7 +21,7 @@ A, B = "10.0.0.1:8000", "10.0.0.2:8000"
 
 
 @pytest.fixture
-def one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+def instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     async def fill(control: Control, folder: Path) -> StreamWriter:
         control.monitor.state = ReferenceState.READY
         engines = {A: UpstreamEngine(relays=2, up=2, outstanding=3, requests=70), B: UpstreamEngine(relays=2, up=1)}
@@ -47,21 +47,21 @@ def states(capsys: pytest.CaptureFixture[str], *arguments: str, problem: str = "
     return {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
 
 
-def test_it_shows_drains_and_resumes(one: Served, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_shows_drains_and_resumes(instance: Served, capsys: pytest.CaptureFixture[str]) -> None:
     ejected = f"warning: 1 of 2 engines gets no requests: {B} (for 1 of 2 relays) (since 20"
     assert states(capsys, problem=ejected) == {
         A: "up 3 70 - - not known",
         B: "up for 1 of 2 relays 0 0 - - not known",
     }
     assert states(capsys, "--drain", B)[B].startswith("drained")
-    assert one.do(lambda control: control.upstreams.drained) == {B}
+    assert instance.do(lambda control: control.upstreams.drained) == {B}
     assert states(capsys, "--resume", B, problem=ejected)[B].startswith("up")
-    assert one.do(lambda control: control.upstreams.drained) == frozenset()
+    assert instance.do(lambda control: control.upstreams.drained) == frozenset()
 
 
-def test_engines_that_do_not_answer_are_named(one: Served, capsys: pytest.CaptureFixture[str]) -> None:
+def test_engines_that_do_not_answer_are_named(instance: Served, capsys: pytest.CaptureFixture[str]) -> None:
     dead = {A: UpstreamEngine(relays=2)}
-    one.do(lambda control: setattr(control.upstreams, "current", lambda: dead))
+    instance.do(lambda control: setattr(control.upstreams, "current", lambda: dead))
     assert states(capsys, problem="critical: vLLM does not answer (since 20") == {A: "failing 0 0 - - 0"}
 
 
@@ -76,7 +76,7 @@ def test_engines_that_do_not_answer_are_named(one: Served, capsys: pytest.Captur
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(
-    one: Served, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    instance: Served, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["engines", *arguments]) == 2
     out, err = capsys.readouterr()

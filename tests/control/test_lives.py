@@ -51,8 +51,8 @@ def shown(profiles: ProfileManager) -> dict[str, Any]:
 class Life:
     """What happens to a profile in the world of `Judging`, in a control process that is killed after each step."""
 
-    def __init__(self, one: Control, profile: CalibrationProfile) -> None:
-        self.profiles, self.version = one.profile_manager, profile.version
+    def __init__(self, plane: Control, profile: CalibrationProfile) -> None:
+        self.profiles, self.version = plane.profile_manager, profile.version
         bench = Bench()
         bench.profiles = self.profiles
         self._judging = Judging({profile.version: SHARE}, bench)
@@ -76,7 +76,7 @@ class Life:
         self.profiles.operator.import_profile(self._profile)
         self.feed(4)
         (candidate,) = self.profiles.trials.queue
-        assert all(found.units for found in self.profiles.trials.evidence_by_kind(candidate).values())
+        assert all(evidence.units for evidence in self.profiles.trials.evidence_by_kind(candidate).values())
         assert not self.serves()
 
     def promoted_on_evidence(self) -> None:
@@ -149,16 +149,16 @@ class Life:
 async def test_killed_at_every_stage_of_a_life_the_successor_continues(
     tmp_path: Path, profile: CalibrationProfile
 ) -> None:
-    async with control(tmp_path, at(tmp_path), loops=True) as one:
-        one.profile_manager.set_model_pair(MODEL, V)
-        one.profile_manager.serving.max_adapters = 1  # the engine has a slot
-        life = Life(one, profile)
+    async with control(tmp_path, at(tmp_path), loops=True) as plane:
+        plane.profile_manager.set_model_pair(MODEL, V)
+        plane.profile_manager.serving.max_adapters = 1  # the engine has a slot
+        life = Life(plane, profile)
         for number, stage in enumerate(life.stages):
             stage()
             life.profiles.writer.save()
             expected = shown(life.profiles)
             life.feed(2)  # records since the last save are lost; none of them decides
-            assert await one.writer.wait_until_written(60.0)
+            assert await plane.writer.wait_until_written(60.0)
             folder = tmp_path / f"{number}"  # short: the path of a socket is limited
             folder.mkdir()
             shutil.copy(tmp_path / "store.db", folder)

@@ -21,10 +21,10 @@ CONTROL = "hemostat.control.process"
 
 @pytest.fixture
 def server() -> Iterator[Postgres]:
-    one = postgres.shared()
-    yield one
-    one.kill()
-    one.start()
+    database = postgres.shared()
+    yield database
+    database.kill()
+    database.start()
 
 
 async def until(served: Served, state: str, mode: str) -> dict[str, Any]:

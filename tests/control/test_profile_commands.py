@@ -25,7 +25,7 @@ Command = Callable[..., Any]
 
 
 @pytest.fixture
-def one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+def instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     async def fill(control: Control, folder: Path) -> None:
         control.profile_manager.set_model_pair("m", 60)
 
@@ -51,22 +51,22 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
     return run
 
 
-def proven(one: Served, candidate: CalibrationProfile) -> None:
+def proven(instance: Served, candidate: CalibrationProfile) -> None:
     """Feed records that contain the candidate's gain until it is promoted."""
     for n in range(2000):
         made = replace(record(n, None), shifts=record(n, candidate).shifts)
-        one.do(lambda control, made=made: control.profile_manager.observe(made, RecordGains(made)))  # type: ignore[misc]
-        if one.do(lambda control: control.profile_manager.serving.selected) is not None:
+        instance.do(lambda control, made=made: control.profile_manager.observe(made, RecordGains(made)))  # type: ignore[misc]
+        if instance.do(lambda control: control.profile_manager.serving.selected) is not None:
             return
     raise AssertionError("nothing was promoted")
 
 
-def test_from_a_file_to_serving_and_back_with_the_evidence(one: Served, command: Command, tmp_path: Path) -> None:
+def test_from_a_file_to_serving_and_back_with_the_evidence(instance: Served, command: Command, tmp_path: Path) -> None:
     good, other = profile(0), profile(1)
     file = tmp_path / "good.safetensors"
     file.write_bytes(good.to_bytes())
     assert command("import", file) == good.version
-    proven(one, good)
+    proven(instance, good)
     listed = command("list")
     (promoted,) = [event for event in listed["events"] if event["decision"] == "promote"]
     assert (promoted["version"], promoted["reason"]) == (good.version, "evidence")
@@ -94,7 +94,7 @@ def test_from_a_file_to_serving_and_back_with_the_evidence(one: Served, command:
     assert decided == ["import", "promote", "mode", "import", "pin", "unpin", "promote", "roll_back"]
 
 
-def test_an_adapter_from_a_file_and_back(one: Served, command: Command, tmp_path: Path) -> None:
+def test_an_adapter_from_a_file_and_back(instance: Served, command: Command, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     names = [f"model.layers.{n}.mlp.{kind}_proj" for n in range(2) for kind in ("up", "down")]
     layers = {
@@ -116,7 +116,9 @@ def test_an_adapter_from_a_file_and_back(one: Served, command: Command, tmp_path
     assert CalibrationProfile.from_bytes(copy.read_bytes(), made.version).version == made.version
 
 
-def test_a_peft_folder_is_refused_with_the_file_that_is_meant(one: Served, command: Command, tmp_path: Path) -> None:
+def test_a_peft_folder_is_refused_with_the_file_that_is_meant(
+    instance: Served, command: Command, tmp_path: Path
+) -> None:
     layers = {"model.layers.0.mlp.up_proj": LowRank(np.ones((2, 8), np.float32), np.ones((8, 2), np.float32))}
     made = adapter_profile(model="m", vocab_size=60, layers=layers)
     folder = tmp_path / "adapter"
@@ -137,7 +139,7 @@ def test_a_peft_folder_is_refused_with_the_file_that_is_meant(one: Served, comma
 
 
 def test_failures_are_one_line_with_the_reason(
-    one: Served, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    instance: Served, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = profile(0).to_bytes()
     bias = profile(0).parameters["bias"]

@@ -31,15 +31,15 @@ CLIENTS = 6
 def running(folder: Path, **more: Any) -> Iterator[Served]:
     upstream = FakeVllm(token_delay=0.01)
     settings = {"shadow": {"rate": 0.0}, "store": {"url": f"sqlite:///{folder / 'store.db'}"}}
-    with serving(upstream) as url, hemostat(folder, upstream, url, workers=2, **settings | more) as one:
-        yield one
+    with serving(upstream) as url, hemostat(folder, upstream, url, workers=2, **settings | more) as process:
+        yield process
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Shared by the tests that leave the same supervisor working."""
-    with running(tmp_path_factory.mktemp("restarts")) as one:
-        yield one
+    with running(tmp_path_factory.mktemp("restarts")) as process:
+        yield process
 
 
 async def until_status(served: Served, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
@@ -209,9 +209,9 @@ async def successor_of(served: Served) -> AsyncIterator[None]:
     finally:
         served.process.kill()
         for line in served.log.read_text().splitlines():
-            _, found, rest = line.partition("hemostat.serve: process ")
-            pid = int(rest.split()[0]) if found else 0
-            if found and lives(pid):
+            _, separator, rest = line.partition("hemostat.serve: process ")
+            pid = int(rest.split()[0]) if separator else 0
+            if separator and lives(pid):
                 os.kill(pid, signal.SIGTERM)
                 await until(lambda pid=pid: not lives(pid))  # type: ignore[misc]
 
@@ -277,8 +277,8 @@ async def test_a_successor_that_fails_leaves_the_former_one_serving(tmp_path: Pa
             assert channel is not None
             message, sockets = await channel.receive()
             assert message["sockets"] == {"data": 2, "admin": 1, "control": 0}
-            for one in sockets:
-                one.close()
+            for sock in sockets:
+                sock.close()
             channel.send({"step": takeover.RELEASE_CONTROL})
             await channel.expect(takeover.RELEASED)
             assert served.pids(CONTROL) == set()
@@ -305,7 +305,7 @@ def started(command: list[str], log: Path, *sockets: socket.socket) -> Iterator[
     """A process that inherits the sockets; it ends in order at the end of the block."""
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=file, text=True, pass_fds=[one.fileno() for one in sockets]
+            command, stdout=subprocess.PIPE, stderr=file, text=True, pass_fds=[sock.fileno() for sock in sockets]
         )
     try:
         yield process

@@ -16,10 +16,10 @@ async def test_restarts_have_the_same_salt_and_relays_get_it_with_their_policy(t
     url = f"sqlite:///{tmp_path}/h.db"
     salts = set()
     for _ in range(3):
-        async with control(tmp_path, settings(store={"url": url})) as one:
-            one.policy.publish()
-            assert one.link._policy is not None
-            salts.add(one.link._policy.salt)
+        async with control(tmp_path, settings(store={"url": url})) as plane:
+            plane.policy.publish()
+            assert plane.link._policy is not None
+            salts.add(plane.link._policy.salt)
     [salt] = salts
     assert len(salt) == SALT_BYTES
     assert stored(url).states[SALT_KEY] == salt.hex()
@@ -28,8 +28,8 @@ async def test_restarts_have_the_same_salt_and_relays_get_it_with_their_policy(t
 async def test_stores_in_memory_differ(tmp_path: Path) -> None:
     salts = set()
     for _ in range(2):
-        async with control(tmp_path) as one:
-            salts.add(one.stored_state.salt)
+        async with control(tmp_path) as plane:
+            salts.add(plane.stored_state.salt)
     assert len(salts) == 2
 
 
@@ -37,8 +37,8 @@ async def test_stores_in_memory_differ(tmp_path: Path) -> None:
 async def test_a_damaged_salt_is_replaced(damaged: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     url = f"sqlite:///{tmp_path}/h.db"
     put(url, SetState(SALT_KEY, damaged))
-    async with control(tmp_path, settings(store={"url": url})) as one:
-        salt = one.stored_state.salt
+    async with control(tmp_path, settings(store={"url": url})) as plane:
+        salt = plane.stored_state.salt
     assert len(salt) == SALT_BYTES
     assert stored(url).states[SALT_KEY] == salt.hex()
     assert "conversations count as new" in caplog.text

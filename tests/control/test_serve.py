@@ -60,9 +60,9 @@ def served(tmp_path_factory: pytest.TempPathFactory, reference: Switch) -> Itera
             workers=2,
             reference={"backend": "vllm", "url": f"http://127.0.0.1:{reference.port}"},
             store={"url": f"sqlite:///{folder / 'store.db'}"},
-        ) as one,
+        ) as process,
     ):
-        yield one
+        yield process
 
 
 @asynccontextmanager

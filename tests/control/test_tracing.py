@@ -78,9 +78,9 @@ def said(attributes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
-    one = Receiver()
-    yield one
-    one.close()
+    instance = Receiver()
+    yield instance
+    instance.close()
 
 
 def asking(headers: bytes = b"", target: bytes = b"/v1/chat/completions") -> bytes:
@@ -166,12 +166,12 @@ async def test_a_tracing_failure_does_not_affect_requests() -> None:
 
 async def test_a_shadow_score_is_linked_to_its_request(receiver: Receiver, tmp_path: Path) -> None:
     made = settings(tracing={"endpoint": receiver.url})
-    async with control(tmp_path, made) as one:
+    async with control(tmp_path, made) as plane:
         captured = time.monotonic() - 0.5
-        one.pipeline.use_record(*scored("traced", traceparent=f"00-{TRACE}-{PARENT}-01", captured_at=captured))
-        one.pipeline.use_record(*scored("unsampled", traceparent=f"00-{TRACE}-{PARENT}-00"))
-        one.pipeline.use_record(*scored("untraced"))
-        one.pipeline.use_record(*scored("nonsense", traceparent="00-xyz"))
+        plane.pipeline.use_record(*scored("traced", traceparent=f"00-{TRACE}-{PARENT}-01", captured_at=captured))
+        plane.pipeline.use_record(*scored("unsampled", traceparent=f"00-{TRACE}-{PARENT}-00"))
+        plane.pipeline.use_record(*scored("untraced"))
+        plane.pipeline.use_record(*scored("nonsense", traceparent="00-xyz"))
     (span,) = receiver.spans()
     assert span.trace_id.hex() == TRACE
     assert [(link.trace_id.hex(), link.span_id.hex()) for link in span.links] == [(TRACE, PARENT)]
@@ -190,17 +190,17 @@ async def test_served_each_request_has_its_span_its_score_and_its_line(receiver:
         hemostat(
             tmp_path, upstream, url, workers=2, reference={"backend": "vllm", "url": url},
             tracing={"endpoint": receiver.url, "ratio": 1.0}, log={"format": "json", "requests": True},
-        ) as one,
+        ) as process,
     ):  # fmt: skip
-        await one.until(lambda status: status["reference"]["state"] == "ready" and status["relays"] == 2)
+        await process.until(lambda status: status["reference"]["state"] == "ready" and status["relays"] == 2)
         end = time.monotonic() + HANG_SECONDS
         while time.monotonic() < end:  # a relay hears of the reference a moment later than the status says it
-            answer = await one.ask(f"say: {SECRET}", max_tokens=40)
+            answer = await process.ask(f"say: {SECRET}", max_tokens=40)
             assert SECRET in answer.json()["choices"][0]["message"]["content"]
             await asyncio.sleep(0.1)
-            if (await one.status())["requests"]["scored"] >= 3:
+            if (await process.status())["requests"]["scored"] >= 3:
                 break
-        await one.until(lambda status: status["requests"]["scored"] >= 3)
+        await process.until(lambda status: status["requests"]["scored"] >= 3)
     spans = receiver.spans()
     asked = {span.span_id: span for span in spans if span.name == "chat fake"}
     scores = [span for span in spans if span.name == "shadow_score fake"]

@@ -116,7 +116,7 @@ def test_compiled_modules_define_no_msgspec_structs() -> None:
         for node in ast.walk(ast.parse((MIDDLEWARE / path).read_text()))
         if isinstance(node, ast.ClassDef)
     }
-    assert {name: found for name, found in bases.items() if found & {"msgspec.Struct", "Struct"}} == {}
+    assert {name: parents for name, parents in bases.items() if parents & {"msgspec.Struct", "Struct"}} == {}
 
 
 def test_a_relay_imports_the_compiled_modules(unpacked: Path) -> None:

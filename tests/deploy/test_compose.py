@@ -268,10 +268,10 @@ def test_prometheus_accepts_its_configuration(tmp_path: Path) -> None:
 def test_the_second_engine_is_started_as_the_first(kind: str) -> None:
     """But for its name and its GPU; and Hemostat looks up the name that both have."""
     first, second = yaml.safe_load(COMPOSE.read_text()), yaml.safe_load(ENGINES.read_text())
-    one, other = first["services"][f"compressed-{kind}"], second["services"][f"compressed-2-{kind}"]
-    assert one.keys() == other.keys()
-    for key in one.keys() - {"deploy"}:
-        assert one[key] == other[key], key
+    service, other = first["services"][f"compressed-{kind}"], second["services"][f"compressed-2-{kind}"]
+    assert service.keys() == other.keys()
+    for key in service.keys() - {"deploy"}:
+        assert service[key] == other[key], key
     (alias,) = other["networks"]["default"]["aliases"]
     url = second["services"]["hemostat"]["environment"]["HEMOSTAT_UPSTREAM__URL"]
     assert Settings.model_validate({"upstream": {"url": url}}).upstream.addresses == (f"dns+http://{alias}:8000",)

@@ -48,11 +48,11 @@ def test_each_supported_python_is_compiled_for_or_said_to_be_missing(
     answer = r"printf 'cpython\n{}\n/usr/bin/python{}\n{}\n'".format
     program(tmp_path / "pyenv" / "versions" / "3.11.9" / "bin", "python3.11", answer("3.11", "3.11", "True"))
     program(tmp_path / "bin", "python3.12", answer("3.12", "3.12", "False"))
-    found = [(one.version, one.lacks) for one in dist.interpreters()]
-    assert found == [("3.11", ""), ("3.12", "it has no Python.h")]
+    versions = [(interpreter.version, interpreter.lacks) for interpreter in dist.interpreters()]
+    assert versions == [("3.11", ""), ("3.12", "it has no Python.h")]
     assert dist.supported() == ["3.11", "3.12", "3.13"]
     (tmp_path / "bin" / "cc").unlink()
-    assert {one.lacks for one in dist.interpreters()} == {"there is no C compiler"}
+    assert {interpreter.lacks for interpreter in dist.interpreters()} == {"there is no C compiler"}
 
 
 BUILDAH = """
@@ -143,10 +143,15 @@ def test_what_make_dist_makes(made: Path) -> None:
         assert f"version: {__version__}\n" in chart.read().decode()
     listed = json.loads((made / f"hemostat-{__version__}.cdx.json").read_text())
     assert (listed["bomFormat"], listed["specVersion"]) == ("CycloneDX", "1.6")
-    components = {one["name"].lower().replace("_", "-"): one["version"] for one in listed["components"]}
+    components = {
+        component["name"].lower().replace("_", "-"): component["version"] for component in listed["components"]
+    }
     assert components["hemostat"] == __version__
     required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert {re.split("[>=<]", one)[0] for one in required} | {"psycopg", "opentelemetry-sdk"} <= components.keys()
+    assert {re.split("[>=<]", requirement)[0] for requirement in required} | {
+        "psycopg",
+        "opentelemetry-sdk",
+    } <= components.keys()
     assert not {"pip", "torch", "pytest"} & components.keys()
     assert "file://" not in json.dumps(listed), "a path of the machine that made it"
 
@@ -199,7 +204,7 @@ def test_the_first_commands_without_an_extra(wheel: Path, servers: list[str], tm
         "postgres": "store.url=postgresql://127.0.0.1:1/h",
         "transformers": "reference.backend=transformers,reference.model=org/m",
     }.items():
-        flags = [part for one in given.split(",") for part in ("--set", one)]
+        flags = [part for setting in given.split(",") for part in ("--set", setting)]
         refused = run("hemostat", "check", *servers[:2], *flags, code=1 if extra == "transformers" else 2)
         assert f"hemostat[{extra}]" in refused
     assert "hemostat[report]" in run("hemostat", "doctor", servers[3], servers[1], "--html", "report.html", code=2)
@@ -244,7 +249,8 @@ def test_the_first_command_with_transformers(wheel: Path, servers: list[str], tm
 def test_the_first_command_with_adapters(wheel: Path, tmp_path: Path) -> None:
     save(tiny_model(num_hidden_layers=2), tmp_path / "model")
     texts = (
-        {"prompt_token_ids": one.prompt.tolist(), "output_token_ids": one.output.tolist()} for one in random_texts(12)
+        {"prompt_token_ids": text.prompt.tolist(), "output_token_ids": text.output.tolist()}
+        for text in random_texts(12)
     )
     (tmp_path / "records").write_text("".join(json.dumps(text) + "\n" for text in texts))
     run = Installed(tmp_path, wheel, "adapters")

@@ -142,7 +142,7 @@ def texts(node: ast.AST) -> Iterator[str]:
 
 
 def test_every_reason_of_an_arm_is_explained(reference: ModuleType) -> None:
-    explained = {one for name in reference.CALIBRATION_REASONS for one in name.split(", ")}
+    explained = {reason for name in reference.CALIBRATION_REASONS for reason in name.split(", ")}
     assert explained == {*ArmReason, *Uncalibrated, *UNJUDGED}
 
 

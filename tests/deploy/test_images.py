@@ -179,20 +179,22 @@ def buildah(wheelhouse: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     if shutil.which("buildah") is None:
         pytest.skip("buildah is not here; on Debian or Ubuntu: apt-get install buildah netavark")
     folder = tmp_path_factory.mktemp("buildah")
-    one = Buildah(folder, wheelhouse)
+    builder = Buildah(folder, wheelhouse)
     rootfs.make(folder / "tree", wheelhouse, ["click", "h11"])
     try:
-        container = one("from", *one.limits, "scratch")
-        one("add", "--quiet", container, str(folder / "tree"), "/")
-        one("config", "--env", "PATH=/usr/local/bin:/usr/bin", container)
-        one("run", "--isolation", "chroot", container, "--", "python", "-c", "import ssl, sqlite3, ctypes, venv, pip")
+        container = builder("from", *builder.limits, "scratch")
+        builder("add", "--quiet", container, str(folder / "tree"), "/")
+        builder("config", "--env", "PATH=/usr/local/bin:/usr/bin", container)
+        builder(
+            "run", "--isolation", "chroot", container, "--", "python", "-c", "import ssl, sqlite3, ctypes, venv, pip"
+        )
     except BuildahError as error:
         if re.search("mount|unshare|chroot|clone|_map", str(error)) and "permitted" in str(error):
             pytest.skip(f"no image is built: this machine does not let buildah mount or unshare ({error})")
         raise
-    one("commit", "--quiet", "--rm", container, "localhost/base")
-    yield one
-    one("rmi", "--all", "--force")
+    builder("commit", "--quiet", "--rm", container, "localhost/base")
+    yield builder
+    builder("rmi", "--all", "--force")
 
 
 @pytest.fixture(scope="module")

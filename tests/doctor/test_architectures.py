@@ -90,13 +90,13 @@ def test_figures_and_generated_texts(tiny: TinyPair) -> None:
     jobs = encode(pair, load(tiny.prompts, None), tiny.options())
     scored = pair.score(jobs, 0, False)
     models = plain_models(tiny)
-    for job, one in zip(jobs, scored, strict=True):
-        assert pair.score([job], 0, False)[0].output.tolist() == one.output.tolist()
-        r, c = (logprobs(model, job.prompt.tolist(), one.output.tolist()) for model in models)
-        np.testing.assert_allclose(one.figures["kl_rc"], (np.exp(r) * (r - c)).sum(1), rtol=1e-3, atol=1e-5)
-        assert one.figures["same_top"].tolist() == (r.argmax(1) == c.argmax(1)).tolist()
-        assert one.figures["floor_kl"].max() < 1e-6
-    assert np.concatenate([one.figures["kl_rc"] for one in scored]).mean() > 1e-4
+    for job, text in zip(jobs, scored, strict=True):
+        assert pair.score([job], 0, False)[0].output.tolist() == text.output.tolist()
+        r, c = (logprobs(model, job.prompt.tolist(), text.output.tolist()) for model in models)
+        np.testing.assert_allclose(text.figures["kl_rc"], (np.exp(r) * (r - c)).sum(1), rtol=1e-3, atol=1e-5)
+        assert text.figures["same_top"].tolist() == (r.argmax(1) == c.argmax(1)).tolist()
+        assert text.figures["floor_kl"].max() < 1e-6
+    assert np.concatenate([text.figures["kl_rc"] for text in scored]).mean() > 1e-4
 
 
 def test_report(tiny: TinyPair, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_every_linear_layer_that_differs_is_measured(report: dict[str, Any]) -> 
 
 
 def test_findings_name_the_layer_and_carry_their_evidence(report: dict[str, Any]) -> None:
-    by_topic = {one["topic"]: one for one in reversed(report["findings"])}
+    by_topic = {finding["topic"]: finding for finding in reversed(report["findings"])}
     assert {"position", "token class", "layer", "additivity", "kind of module", "module",
             "outliers of weights", "outliers of activations", "attention sink"} == by_topic.keys()  # fmt: skip
     layer = by_topic["layer"]
@@ -80,10 +80,10 @@ def test_findings_name_the_layer_and_carry_their_evidence(report: dict[str, Any]
         in (layer["text"])
     )
     assert "layer 1 " in by_topic["module"]["text"]
-    for one in report["findings"]:
-        assert one["tokens"] > 0 < one["requests"], one
-        assert one["text"].endswith("."), one
-        assert "nan" not in one["text"], one
+    for finding in report["findings"]:
+        assert finding["tokens"] > 0 < finding["requests"], finding
+        assert finding["text"].endswith("."), finding
+        assert "nan" not in finding["text"], finding
 
 
 def test_prescription_is_a_plan_within_the_budget(report: dict[str, Any], tiny: TinyPair) -> None:
@@ -132,9 +132,11 @@ def test_measured_mix_is_that_of_a_model_with_rounded_weights(report: dict[str, 
     options = tiny.options()
     pair = CheckpointPair(options)
     jobs = encode(pair, load(tiny.prompts, None), options)
-    outputs = [one.output for begin in range(0, len(jobs), 2) for one in pair.score(jobs[begin : begin + 2], 0, False)]
+    outputs = [
+        text.output for begin in range(0, len(jobs), 2) for text in pair.score(jobs[begin : begin + 2], 0, False)
+    ]
     rounded = transformers.AutoModelForCausalLM.from_pretrained(tiny.reference).eval()
-    found, weights = [], {}
+    divergences, weights = [], {}
     learned = [np.concatenate([job.prompt, output]) for job, output in zip(jobs, outputs, strict=True)][0::2]
     inputs = input_moments(rounded, list(report["plan"].layers), learned)
     with torch.inference_mode():
@@ -146,9 +148,9 @@ def test_measured_mix_is_that_of_a_model_with_rounded_weights(report: dict[str, 
         for job, output in list(zip(jobs, outputs, strict=True))[1::2]:
             ids = torch.tensor([[*job.prompt.tolist(), *output.tolist()]])
             r, c = (model(ids).logits[0, len(job.prompt) - 1 : -1] for model in (pair.reference_model, rounded))
-            found += kl(r, c).tolist()
-    assert report["prescription"]["tokens"] == len(found)
-    assert report["prescription"]["mean_kld"] == pytest.approx(np.mean(found), rel=1e-3)
+            divergences += kl(r, c).tolist()
+    assert report["prescription"]["tokens"] == len(divergences)
+    assert report["prescription"]["mean_kld"] == pytest.approx(np.mean(divergences), rel=1e-3)
 
 
 def test_page_shows_causes_and_prescription(report: dict[str, Any]) -> None:
@@ -194,7 +196,7 @@ def test_figures_that_are_infinite_are_left_out(report: dict[str, Any]) -> None:
         row["won_nats"] = row["won_se_by_request"] = row["won_share"] = None
     layers["modules"]["rows"][0]["alone_nats"] = None
     infinite["findings"] = findings(infinite)
-    assert {"layer", "kind of module", "additivity"}.isdisjoint(one["topic"] for one in infinite["findings"])
+    assert {"layer", "kind of module", "additivity"}.isdisjoint(finding["topic"] for finding in infinite["findings"])
     Console(file=io.StringIO()).print(terminal.render(infinite))
     assert "Causes" in html.render(infinite)
 
@@ -230,8 +232,8 @@ def test_predicted_loss_is_the_mean_square_of_the_change_of_log_likelihood(tiny:
     result = predicted_losses(tiny.reference, [ids], "any", "cpu", 3, Parts(None), lambda *_: None)
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny.reference).eval()
     name = "model.layers.1.mlp.down_proj"
-    change, one = mean_square_change(model, ids, name, 3), result[name]
-    for plan, predicted in zip(one.plans, one.losses, strict=True):
+    change, layer = mean_square_change(model, ids, name, 3), result[name]
+    for plan, predicted in zip(layer.plans, layer.losses, strict=True):
         assert predicted == pytest.approx(0.5 * change(plan), rel=1e-3, abs=1e-12), plan
 
 

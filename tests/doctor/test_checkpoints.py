@@ -51,8 +51,8 @@ def test_every_figure_at_full_vocabulary(
     """Also with several pieces of a text and chunks of the vocabulary."""
     monkeypatch.setattr(module, "MAX_PIECE_ELEMENTS", piece)
     monkeypatch.setattr(module, "MAX_CHUNK_ELEMENTS", 2 * 320 if piece < 1 << 20 else 1 << 24)
-    for job, one in zip(jobs, pair.score(jobs, 0, False), strict=True):
-        output = one.output.tolist()
+    for job, text in zip(jobs, pair.score(jobs, 0, False), strict=True):
+        output = text.output.tolist()
         r, c = (logprobs(folder, job.prompt.tolist(), output) for folder in (tiny.reference, tiny.compressed))
         p, q, rows = np.exp(r), np.exp(c), np.arange(len(output))
         mean = np.log((p + q) / 2)
@@ -68,19 +68,19 @@ def test_every_figure_at_full_vocabulary(
             "same_top": (r.argmax(1) == c.argmax(1)).astype(float),
         }
         for name, values in expected.items():
-            np.testing.assert_allclose(one.figures[name], values, atol=2e-5, err_msg=name)
+            np.testing.assert_allclose(text.figures[name], values, atol=2e-5, err_msg=name)
         if piece == 1 << 26 and len(job.prompt) + len(output) > 2:
-            assert (one.figures["floor_kl"] < 1e-5).all()
+            assert (text.figures["floor_kl"] < 1e-5).all()
 
 
 def test_greedy_text_is_that_of_transformers(pair: module.CheckpointPair, jobs: list[Job]) -> None:
     """Prompts of several lengths in one batch: padding has no effect."""
     own = [job for job in jobs if job.output is None]
-    for job, one in zip(own, pair.score(own, 0, True), strict=True):
+    for job, text in zip(own, pair.score(own, 0, True), strict=True):
         whole = pair.compressed_model.generate(
             torch.from_numpy(job.prompt.astype(np.int64))[None], max_new_tokens=job.tokens, do_sample=False
         )
-        assert one.output.tolist() == whole[0, len(job.prompt) :].tolist()
+        assert text.output.tolist() == whole[0, len(job.prompt) :].tolist()
 
 
 def test_sampled_text_follows_the_model(tiny: TinyPair, pair: module.CheckpointPair) -> None:

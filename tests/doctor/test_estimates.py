@@ -46,10 +46,10 @@ def test_standard_error_by_request_equals_the_spread_of_repeated_samples() -> No
 
 
 def test_too_few_requests_or_tokens_give_nan() -> None:
-    one = Sample(np.zeros(3, np.int64), 1).mean(np.array([1.0, 2.0, 3.0]))
-    assert one.value == 2.0
-    assert math.isnan(one.by_request)
-    assert one.by_token == pytest.approx(1.0 / math.sqrt(3.0))
+    estimate = Sample(np.zeros(3, np.int64), 1).mean(np.array([1.0, 2.0, 3.0]))
+    assert estimate.value == 2.0
+    assert math.isnan(estimate.by_request)
+    assert estimate.by_token == pytest.approx(1.0 / math.sqrt(3.0))
     assert math.isnan(Sample(np.zeros(0, np.int64), 0).mean(np.zeros(0)).value)
 
 

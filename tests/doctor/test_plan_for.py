@@ -43,7 +43,7 @@ def test_every_candidate_has_a_kernel_in_vllms_tables() -> None:
         "vllm-cpu": (PlatformEnum.CPU, "CPUWNA16LinearKernel", cpu._CPUWNA16_SUPPORTED_QUANT_TYPES),
     }
     for target, (platform, kernel, types) in of_family.items():
-        assert kernel in {one.__name__ for one in linear._POSSIBLE_KERNELS[platform]}
+        assert kernel in {listed.__name__ for listed in linear._POSSIBLE_KERNELS[platform]}
         assert int4 in types
         assert int8 not in types
         assert kinds(target) == {("int", 4)}  # type: ignore[arg-type]
@@ -51,7 +51,7 @@ def test_every_candidate_has_a_kernel_in_vllms_tables() -> None:
     tables = {"": linear._POSSIBLE_KERNELS, "NvFp4": linear._POSSIBLE_NVFP4_KERNELS}
     tables["MxFp4"] = linear._POSSIBLE_MXFP4_KERNELS
     for infix, table in tables.items():
-        assert f"Marlin{infix}LinearKernel" in {one.__name__ for one in table[cuda]}
+        assert f"Marlin{infix}LinearKernel" in {listed.__name__ for listed in table[cuda]}
     assert PlatformEnum.CPU not in linear._POSSIBLE_NVFP4_KERNELS
     assert kinds("vllm") == {("int", 4), ("int", 8), ("nvfp4", 4), ("mxfp4", 4)}
     groups = {plan.group_size or -1 for target in get_args(Target)[:4] for plan in candidates(target, 512)}

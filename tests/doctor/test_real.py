@@ -44,7 +44,7 @@ def test_table_of_the_real_pair(checkpoints: Checkpoints, tmp_path: Path) -> Non
         work=work,
     )
     report = report_of(options, tmp_path)
-    outputs = [one.output.tolist() for one in unpack((work / "prompts-000000.part").read_bytes()[32:])]
+    outputs = [text.output.tolist() for text in unpack((work / "prompts-000000.part").read_bytes()[32:])]
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoints.compressed)
     models = [

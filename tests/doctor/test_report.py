@@ -122,7 +122,7 @@ def value(report: dict[str, Any], table: str, name: str) -> float:
 
 
 def test_table_matches_llama_cpp(scored: list[Scored], report: dict[str, Any]) -> None:
-    whole = {name: np.concatenate([one.figures[name] for one in scored]) for name in (*EXACT, *ALWAYS)}
+    whole = {name: np.concatenate([text.figures[name] for text in scored]) for name in (*EXACT, *ALWAYS)}
     q, base, kld = -whole["logp_c"], -whole["logp_r"], whole["kl_rc"]
     delta = 100 * (np.exp(-q) - np.exp(-base))
     for table, name, expected in (
@@ -159,19 +159,19 @@ def test_table_matches_llama_cpp(scored: list[Scored], report: dict[str, Any]) -
 def test_groups_and_worst_lists(scored: list[Scored], report: dict[str, Any]) -> None:
     by_position = {row["name"]: row for row in report["by_position"]}
     assert list(by_position) == ["0", "1", "2–3", "4–7", "8–15", "16–31", "32–63", "64–127"]
-    chosen = np.concatenate([one.figures["kl_rc"][4:8] for one in scored])
+    chosen = np.concatenate([text.figures["kl_rc"][4:8] for text in scored])
     assert by_position["4–7"]["kld"]["value"] == pytest.approx(chosen.mean())
     assert by_position["4–7"]["requests"] == 3
-    others = np.concatenate([np.delete(one.figures["kl_rc"], slice(4, 8)) for one in scored])
+    others = np.concatenate([np.delete(text.figures["kl_rc"], slice(4, 8)) for text in scored])
     assert by_position["4–7"]["excess"]["value"] == pytest.approx(chosen.mean() - others.mean())
     assert {row["name"] for row in report["by_form"]} == {"chat, sampled", "plain text, sampled"}
     assert [row["name"] for row in report["by_prompt_length"]] == ["1–31 tokens", "32–127 tokens", "128–511 tokens"]
     assert sum(report["histogram"]["share"]) == pytest.approx(1.0)
     worst = report["worst_tokens"][0]
-    one = scored[worst["prompt"]]
+    text = scored[worst["prompt"]]
     assert worst["kld"] == max(float(o.figures["kl_rc"].max()) for o in scored)
-    assert one.figures["kl_rc"][worst["position"]] == worst["kld"]
-    assert (worst["line"], worst["token_id"]) == (worst["prompt"] + 3, int(one.output[worst["position"]]))
+    assert text.figures["kl_rc"][worst["position"]] == worst["kld"]
+    assert (worst["line"], worst["token_id"]) == (worst["prompt"] + 3, int(text.output[worst["position"]]))
     assert len(report["worst_tokens"]) == len(report["worst_prompts"]) == 4
     assert report["worst_prompts"][0]["mean_kld"] == max(float(o.figures["kl_rc"].mean()) for o in scored)
 
@@ -306,8 +306,8 @@ def test_contrast_in_both_schemes(report: dict[str, Any]) -> None:
 
 def test_contrast_of_groups_against_a_jackknife(scored: list[Scored], report: dict[str, Any]) -> None:
     """The standard error by request of a difference of means, without the linearisation."""
-    inside = [np.isin(np.arange(len(one.output)), range(4, 8)) for one in scored]
-    values = [one.figures["kl_rc"] for one in scored]
+    inside = [np.isin(np.arange(len(text.output)), range(4, 8)) for text in scored]
+    values = [text.figures["kl_rc"] for text in scored]
 
     def difference(kept: list[int]) -> float:
         x, chosen = np.concatenate([values[n] for n in kept]), np.concatenate([inside[n] for n in kept])

@@ -77,18 +77,18 @@ def test_the_report_is_of_rounded_inputs(kind: str, tmp_path: Path) -> None:
     options = tiny.options(prescribe=True, max_prompts=4)
     pair = CheckpointPair(options)
     jobs = encode(pair, load(tiny.prompts, 4), options)
-    scored = [one for begin in (0, 2) for one in pair.score(jobs[begin : begin + 2], 0, False)]
+    scored = [text for begin in (0, 2) for text in pair.score(jobs[begin : begin + 2], 0, False)]
     expected = rounding_model(tiny, kind)
     values, exact = [], []
-    for job, one in zip(jobs, scored, strict=True):
-        ids = torch.tensor([[*job.prompt.tolist(), *one.output.tolist()]])
+    for job, text in zip(jobs, scored, strict=True):
+        ids = torch.tensor([[*job.prompt.tolist(), *text.output.tolist()]])
         with torch.inference_mode():
             r, c = (model(ids).logits[0, len(job.prompt) - 1 : -1] for model in (pair.reference_model, expected))
         values.append(kl(r, c).numpy())
-        exact.append(one.figures["kl_rc"])
+        exact.append(text.figures["kl_rc"])
     # Token by token they differ: what is close to the middle of two steps is rounded to either.
-    found, mean = float(np.concatenate(exact).mean()), float(np.concatenate(values).mean())
-    assert found == pytest.approx(mean, rel=0.2)
+    exact_mean, mean = float(np.concatenate(exact).mean()), float(np.concatenate(values).mean())
+    assert exact_mean == pytest.approx(mean, rel=0.2)
     report = report_of(options, tmp_path)
     assert report["layers"]["mean_kld"] > 0
     stored = Checkpoint(tiny.compressed, "COMPRESSED")

@@ -56,9 +56,9 @@ def test_bounds_and_estimates(fakes: tuple[FakeVllm, FakeVllm], options: DoctorO
     assert (pair.vocab_size, pair.max_length) == (512, 2047)
     assert pair.compressed.name.startswith("small at http://127.0.0.1:")
     estimated, true = [], []
-    for job, one in zip(jobs, scored, strict=True):
-        r, c = exact(fakes, job, one.output)
-        p, q, rows = np.exp(r), np.exp(c), np.arange(len(one.output))
+    for job, text in zip(jobs, scored, strict=True):
+        r, c = exact(fakes, job, text.output)
+        p, q, rows = np.exp(r), np.exp(c), np.arange(len(text.output))
         mean = np.log((p + q) / 2)
         values = {
             "kl_rc": (p * (r - c)).sum(1),
@@ -67,12 +67,12 @@ def test_bounds_and_estimates(fakes: tuple[FakeVllm, FakeVllm], options: DoctorO
             "tv": abs(p - q).sum(1) / 2,
         }
         for name, value in values.items():
-            assert (one.figures[name] <= value + 1e-5).all(), name
-            assert (one.figures[name + "_upper"] >= value - 1e-5).all(), name
-        np.testing.assert_allclose(one.figures["logp_r"], r[rows, one.output])
-        np.testing.assert_allclose(one.figures["logp_c"], c[rows, one.output])
-        np.testing.assert_array_equal(one.figures["same_top"], r.argmax(1) == c.argmax(1))
-        estimated.append(one.figures["kl_rc_estimate"].mean())
+            assert (text.figures[name] <= value + 1e-5).all(), name
+            assert (text.figures[name + "_upper"] >= value - 1e-5).all(), name
+        np.testing.assert_allclose(text.figures["logp_r"], r[rows, text.output])
+        np.testing.assert_allclose(text.figures["logp_c"], c[rows, text.output])
+        np.testing.assert_array_equal(text.figures["same_top"], r.argmax(1) == c.argmax(1))
+        estimated.append(text.figures["kl_rc_estimate"].mean())
         true.append(values["kl_rc"].mean())
     error = np.std(np.array(estimated) - true) / np.sqrt(len(true))
     assert np.mean(estimated) == pytest.approx(np.mean(true), abs=4 * error)
@@ -107,15 +107,15 @@ def test_a_pooling_server_as_the_reference_gives_narrower_bounds(tmp_path: Path)
                 scored = pair.score(jobs, 0, False)
             finally:
                 pair.close()
-            for job, one in zip(jobs, scored, strict=True):
-                whole = [*job.prompt.tolist(), *one.output.tolist()]
-                contexts = [whole[: len(job.prompt) + t] for t in range(len(one.output))]
+            for job, text in zip(jobs, scored, strict=True):
+                whole = [*job.prompt.tolist(), *text.output.tolist()]
+                contexts = [whole[: len(job.prompt) + t] for t in range(len(text.output))]
                 r = np.stack([Copy.known.logprobs(context[-4:])[-1] for context in contexts])
                 c = np.stack([compressed.logprobs(context) for context in contexts])
                 kl = (np.exp(r) * (r - c)).sum(1)
-                assert (one.figures["kl_rc"] <= kl + 2e-3).all()
-                assert (one.figures["kl_rc_upper"] >= kl - 2e-3).all()
-            width = [one.figures["kl_rc_upper"] - one.figures["kl_rc"] for one in scored]
+                assert (text.figures["kl_rc"] <= kl + 2e-3).all()
+                assert (text.figures["kl_rc_upper"] >= kl - 2e-3).all()
+            width = [text.figures["kl_rc_upper"] - text.figures["kl_rc"] for text in scored]
             widths[name] = float(np.concatenate(width).mean())
         assert widths["pooling"] < 0.98 * widths["lists"]
         with pytest.raises(DoctorError, match="is no folder on this machine") as error:

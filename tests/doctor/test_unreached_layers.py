@@ -57,11 +57,11 @@ def test_layers_that_no_token_reached_have_the_median_loss_of_their_kind(mixture
     with WorkFolder(tmp_path / "work", {}, "test") as work:
         result = predicted_losses(mixture, texts, "any", "cpu", 3, Parts(work), lambda *_: None)
         again = predicted_losses(mixture, texts, "any", "cpu", 3, Parts(work), lambda *_: None)
-    assert {name for name, one in result.items() if not one.reached} == {
+    assert {name for name, layer in result.items() if not layer.reached} == {
         named(layer, 2, kind) for layer in (0, 1) for kind in ("gate", "up", "down")
     }
-    for name, one in result.items():
-        np.testing.assert_array_equal(one.losses, again[name].losses)
+    for name, layer in result.items():
+        np.testing.assert_array_equal(layer.losses, again[name].losses)
     for kind in ("gate", "up", "down"):
         reached = [result[named(layer, expert, kind)].losses for layer in (0, 1) for expert in (0, 1)]
         assert all((losses[:-1] > 0).all() for losses in reached)

@@ -112,8 +112,8 @@ def prompt_logprobs(engine: httpx.Client, model: str, ids: list[int], count: int
     return np.array([row[str(token)]["logprob"] for row, token in zip(rows, ids, strict=True) if row][-count:])
 
 
-def far(one: np.ndarray, other: np.ndarray) -> float:
-    return float(np.abs(one - other).mean())
+def far(values: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(values - other).mean())
 
 
 def test_the_engine_is_the_checkpoint_with_the_folder(

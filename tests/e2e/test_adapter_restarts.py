@@ -57,8 +57,8 @@ def served(lora_server: RunningVllm, checkpoints: Checkpoints, tmp_path: Path) -
         "adapter": {"enabled": True, "compressed": str(checkpoints.compressed), "folder": str(shared)},
         "store": {"url": f"sqlite:///{tmp_path / 'store.db'}"},
     }
-    with hemostat(tmp_path, FakeVllm(), lora_server.url, **settings) as one:
-        yield one
+    with hemostat(tmp_path, FakeVllm(), lora_server.url, **settings) as process:
+        yield process
 
 
 async def test_a_promoted_adapter_serves_again_after_kill_9_and_after_sighup(

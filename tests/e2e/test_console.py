@@ -39,43 +39,43 @@ def stack(vllm_server: Any, checkpoints: Any, tmp_path_factory: pytest.TempPathF
     )
     settings["shadow"]["floor_fraction"] = 0.5
     settings["upstream"]["openai_sampling_defaults"] = True
-    with hemostat(settings, tmp_path_factory.mktemp("console")) as one:
-        one.wait_scoring()  # by requests to the other route
+    with hemostat(settings, tmp_path_factory.mktemp("console")) as running:
+        running.wait_scoring()  # by requests to the other route
 
         def send(n: int) -> None:
             message = {"role": "user", "content": f"Tell me fact {n} about the sea."}
             body = {"messages": [message], "max_tokens": 12, "temperature": n % 2}
-            httpx.post(f"{one.url}/v1/chat/completions", json=body, timeout=120).raise_for_status()
+            httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=120).raise_for_status()
 
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(send, range(REQUESTS)))
-        one.wait_settled(REQUESTS)
-        wait_for("both noise floors", lambda: len(one.status()["noise_floor"]) == 2)
-        yield one
+        running.wait_settled(REQUESTS)
+        wait_for("both noise floors", lambda: len(running.status()["noise_floor"]) == 2)
+        yield running
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with chromium() as one:
-        yield one
+    with chromium() as opened:
+        yield opened
 
 
 @pytest.fixture
 def page(browser: Any, stack: Stack) -> Iterator[Page]:
     complaints: list[str] = []
-    one: Page = browser.new_page()
+    opened: Page = browser.new_page()
 
     def said(message: ConsoleMessage) -> None:
         # The browser's own remarks on what tests do on purpose: a restarting server, a wrong token.
         if message.type in {"error", "warning"} and not re.search(r"ERR_|status of 401", message.text):
             complaints.append(message.text)
 
-    one.on("console", said)
-    one.on("pageerror", lambda error: complaints.append(str(error)))
-    one.goto(f"{stack.admin.base_url}/")
-    expect(one.locator(".chips")).to_contain_text("reference: ready", timeout=15_000)
-    yield one
-    one.close()
+    opened.on("console", said)
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    opened.goto(f"{stack.admin.base_url}/")
+    expect(opened.locator(".chips")).to_contain_text("reference: ready", timeout=15_000)
+    yield opened
+    opened.close()
     assert not complaints
 
 

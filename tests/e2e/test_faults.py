@@ -282,7 +282,7 @@ def test_a_store_that_breaks_affects_no_client(
             assert set_mode(stack, "off") == 507, "it applies, but is not kept"
             whole = [*begun, *stream]
             wait_for("the failure's count", lambda: stack.metric("hemostat_store_errors_total") > errors)
-            assert "HemostatStoreErrors" in {one["alert"] for one in stack.status()["state"]["problems"]}
+            assert "HemostatStoreErrors" in {problem["alert"] for problem in stack.status()["state"]["problems"]}
             assert httpx.post(stack.url + CHAT, json=asks("Hi", 4), timeout=20).status_code == 200
     assert whole[-1]["choices"][0]["finish_reason"] == "length"
     if store.exists():

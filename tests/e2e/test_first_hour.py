@@ -97,10 +97,10 @@ def interval(status: Any) -> tuple[float, float] | None:
 
 def until(condition: Any, log: Path) -> Any:
     give_up = time.monotonic() + 5 * HANG_SECONDS
-    while not (found := condition()):
+    while not (value := condition()):
         assert time.monotonic() < give_up, log.read_text()
         time.sleep(0.5)
-    return found
+    return value
 
 
 def test_from_an_empty_environment_to_the_first_interval(checkpoints: Checkpoints, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_from_an_empty_environment_to_the_first_interval(checkpoints: Checkpoint
 
             # To calibrate: vLLM anew, with the lines that `serve` has printed.
             exported, started = re.findall(r"^  (export|vllm serve …) (.+)$", log.read_text(), re.MULTILINE)
-            variables = dict(one.partition("=")[::2] for one in shlex.split(exported[1]))
+            variables = dict(assignment.partition("=")[::2] for assignment in shlex.split(exported[1]))
             vllm.stop()
             vllm = VllmServer(
                 checkpoints.compressed, vllm.model, tmp_path / "again.log", [*STARTED, *shlex.split(started[1])],

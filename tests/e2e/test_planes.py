@@ -39,10 +39,10 @@ def none_failed(*loads: Load) -> None:
         assert (load.refused, load.cut, load.failed) == (0, 0, 0), load.failures
 
 
-async def served(one: Planes, versions: list[str], more: dict[str, Any]) -> str:
+async def served(processes: Planes, versions: list[str], more: dict[str, Any]) -> str:
     """A profile that an operator has promoted; its version."""
-    active = await one.active()
-    await one.until(active, lambda s: s["reference"]["state"] == "ready")
+    active = await processes.active()
+    await processes.until(active, lambda s: s["reference"]["state"] == "ready")
     bias = np.random.default_rng(0).normal(0, 0.5, VOCAB)
     profile = temperature_bias("fake", VOCAB, 1.0, bias, 1.0)
     answer = await active.post("/api/v1/profiles", content=profile.to_bytes())
@@ -60,24 +60,24 @@ async def test_the_active_control_process_is_killed_under_load(tmp_path: Path) -
     versions: list[str] = []
     with serving(upstream) as url, serving(reference) as reference_url:
         settings["reference"] = {"backend": "vllm", "url": reference_url}
-        async with planes(tmp_path, url, **settings) as one, engine(one.controls, versions, VOCAB):
-            first, second = one.relays
-            version = await served(one, versions, {})
+        async with planes(tmp_path, url, **settings) as processes, engine(processes.controls, versions, VOCAB):
+            first, second = processes.relays
+            version = await served(processes, versions, {})
             before: dict[str, str | None] = {}
             end = time.monotonic() + 60
             while version not in before.values() or await arms(second, upstream) != before:
                 assert time.monotonic() < end, "the profile is served, and both relays choose the same arms"
                 before = await arms(first, upstream)
-            active = await one.active()
-            (standby,) = (each for each in one.controls if each is not active)
+            active = await processes.active()
+            (standby,) = (each for each in processes.controls if each is not active)
             assert (await standby.get("/readyz")).status_code == 200, "so that updates can go on"
             async with streaming_load(first.data, 4) as load, streaming_load(second.data, 4) as other:
                 active.kill()
                 assert await arms(first, upstream) == before, "a loss changes no arm"
                 killed = time.monotonic()
-                assert await one.active(but=active) is standby
+                assert await processes.active(but=active) is standby
                 print(f"active after {time.monotonic() - killed:.2f} s")
-                await one.until(standby, lambda s: s["engines"]["live"] == 1)
+                await processes.until(standby, lambda s: s["engines"]["live"] == 1)
                 await load.until_more(20)
                 await other.until_more(20)
             none_failed(load, other)
@@ -85,20 +85,20 @@ async def test_the_active_control_process_is_killed_under_load(tmp_path: Path) -
             while (after := await arms(first, upstream)) != before:
                 assert time.monotonic() < end, (before, after)
             active.start()  # it waits now
-            assert await one.active() is standby
+            assert await processes.active() is standby
 
 
 async def test_relays_find_their_control_process_again(tmp_path: Path) -> None:
     """The process alone ends; its supervisor starts it anew."""
     with serving(FakeVllm()) as url:
-        async with planes(tmp_path, url, controls=1, relays=1) as one:
-            (relay,) = one.relays
-            active = await one.active()
+        async with planes(tmp_path, url, controls=1, relays=1) as processes:
+            (relay,) = processes.relays
+            active = await processes.active()
             (pid,) = active.children(CONTROL)
             async with streaming_load(relay.data, 4) as load:
                 os.kill(pid, signal.SIGKILL)
                 await load.until_more(20)
-                assert await one.active() is active
+                assert await processes.active() is active
                 await load.until_more(20)
             none_failed(load)
             log = relay.log.read_text()

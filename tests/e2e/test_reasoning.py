@@ -84,7 +84,7 @@ def test_thinking_is_split_from_the_answer_and_counted_by_how_it_ended(stack: St
     endings = status["thinking"]["arms"]["none"]["endings"]
     assert {name: endings[name] - before[name] for name in endings} == {"ended": 1, "cut": 2, "stopped": 0, "none": 1}
     # The end marker is thinking, what follows it is the answer; nothing of a thinking that is cut is an answer.
-    phases = {one["place"]: one for one in status["places"]["phase"]}
+    phases = {row["place"]: row for row in status["places"]["phase"]}
     assert phases["thinking"]["tokens"] == TOKENS + 1 + TOKENS
     assert phases["answer"]["tokens"] == TOKENS - 1
     assert stack.metric("hemostat_phase_kl_tokens_total", phase="answer") == TOKENS - 1

@@ -384,8 +384,8 @@ def test_taps_go_to_the_middleware_of_the_request(admins: list[EngineAdmin]) -> 
     rank = Rank(at_all(admins))
     rank.tick(0.0)
     for nonce, value in (("aa-1", 0.25), ("bb-1", 0.5), ("cc-1", 0.75)):
-        one = step(0, [value])
-        rank.taps.push(Step(one.reading, [TappedRow(0, nonce, None, 0)]))
+        made = step(0, [value])
+        rank.taps.push(Step(made.reading, [TappedRow(0, nonce, None, 0)]))
     rank.tick(0.25)
     for admin, nonce, value in zip(admins, ("aa-1", "bb-1"), (0.25, 0.5), strict=True):
         taken = admin.registry.taps.take(nonce, 99)

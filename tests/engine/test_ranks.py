@@ -38,16 +38,16 @@ def rank_main(rank: int, folder: str) -> None:
         masks=GrammarMasks(watched=True),
     )
     core.agent.stop()
-    both, one = make_profile(1), make_profile(2)
+    both, single = make_profile(1), make_profile(2)
     core.library.put(both)
     if rank == 0:
-        core.library.put(one)
-    asked = [None, one.version, both.version, "0" * 32]
+        core.library.put(single)
+    asked = [None, single.version, both.version, "0" * 32]
     requests = [SamplingParams(extra_args={"hemostat": v, "hemostat_tap": "n"} if v else None) for v in asked]
     first = core.bind(requests)
     # Rank 1 has it a step later: running requests keep their binding, new ones are bound on both ranks.
-    core.library.put(one)
-    later = core.bind([*requests, SamplingParams(extra_args={"hemostat": one.version})])
+    core.library.put(single)
+    later = core.bind([*requests, SamplingParams(extra_args={"hemostat": single.version})])
     first_applied, later_applied = ([b and b.applied for b in bound] for bound in (first, later))
     # It fails on one rank, in the second of three parts: on both ranks that part and the next one stay as they are.
     transform.CHUNK_ELEMENTS = VOCAB_SIZE
@@ -95,13 +95,13 @@ def test_what_one_rank_cannot_apply_no_rank_applies(tmp_path: Path) -> None:
         for process in ranks:
             process.kill()
             process.wait()
-    both, one = make_profile(1).version, make_profile(2).version
+    both, single = make_profile(1).version, make_profile(2).version
     answers = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
     for answer in answers:
         assert answer["first"] == [None, None, both, None]
-        assert answer["later"] == [None, None, both, None, one]
+        assert answer["later"] == [None, None, both, None, single]
         assert answer["boot_id"] == "boot-of-0"
         assert answer["changed"] == [True, False, False, False]
-        assert (answer["applied"], answer["held"], answer["failed"]) == (None, [one], 1)
+        assert (answer["applied"], answer["held"], answer["failed"]) == (None, [single], 1)
     assert answers[0]["taps"] == [None, "n", "n", "n"]
     assert answers[1]["taps"] == [None] * 4

@@ -29,21 +29,21 @@ async def test_loaded_isolated_in_agreement_replaced_and_a_wrong_one_rejected(
 ) -> None:
     """With 2 slots one adapter is loaded at a time. The copy of the second one has twice the factors, as if the engine
     applied it by half."""
-    one, half = corrections
-    full = adapter_layers(one)
-    copy = CopyInProcess(Copy.load(checkpoints.compressed), {one.version: full, half.version: full})
+    whole, half = corrections
+    full = adapter_layers(whole)
+    copy = CopyInProcess(Copy.load(checkpoints.compressed), {whole.version: full, half.version: full})
     profiles = Profiles(corrections)
     async with hosting(lora_server, profiles, copy) as host:
-        profiles.versions = [one.version]
-        await until(lambda: host.ready == {one.version} or host.unusable or profiles.rejected, SECONDS)
+        profiles.versions = [whole.version]
+        await until(lambda: host.ready == {whole.version} or host.unusable or profiles.rejected, SECONDS)
         status = host.status()
-        assert host.ready == {one.version}, status
+        assert host.ready == {whole.version}, status
         assert (status["way"], status["capacity"]) == ("resolver", 1)
         assert "0 of 8 texts" in status["probes"]["isolation"]["detail"]
-        profiles.versions = [half.version, one.version]
+        profiles.versions = [half.version, whole.version]
         await until(lambda: half.version in profiles.rejected, SECONDS)
         assert "does not apply it as our copy does" in profiles.rejected[half.version]
-        await until(lambda: host.ready == {one.version}, SECONDS)
+        await until(lambda: host.ready == {whole.version}, SECONDS)
         (report,) = Engines(lora_server).live(0.0)
         assert report.lora is not None
         assert not report.lora.was_full

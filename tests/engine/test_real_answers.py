@@ -75,7 +75,7 @@ def test_the_response_is_the_same_and_the_answer_whole(vllm_server: Any, route: 
             top = choice["logprobs"]["top_logprobs"][position]
         else:
             entry = choice["logprobs"]["content"][position]
-            top = {one["token"]: one["logprob"] for one in entry["top_logprobs"]}
+            top = {token["token"]: token["logprob"] for token in entry["top_logprobs"]}
         want = {int(token.removeprefix("token_id:")): value for token, value in top.items()}
         result = {int(i): float(v) for i, v in zip(ids[position], logprobs[position], strict=True) if i >= 0}
         assert result.keys() == want.keys()

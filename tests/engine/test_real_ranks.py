@@ -73,8 +73,8 @@ def correction(vocab_size: int) -> CalibrationProfile:
 def until(what: str, condition: Callable[[], Any], server: RunningVllm) -> Any:
     end = time.monotonic() + 120
     while time.monotonic() < end:
-        if found := condition():
-            return found
+        if value := condition():
+            return value
         time.sleep(0.1)
     pytest.fail(f"{what}: {server.log.read_text()[-3000:]}")
 
@@ -113,10 +113,10 @@ def test_both_ranks_apply_the_same(tmp_path: Path) -> None:
         taps = server.admin.registry.taps
         until("a tap", lambda: taps.covered("treated") >= TOKENS, server)
         with server.admin.lock:
-            found = taps.take("treated", TOKENS)
+            tapped = taps.take("treated", TOKENS)
             reports = server.admin.registry.live(server.admin.now)
-        assert found is not None
-        assert (found.applied, sum(run.tokens for run in found.runs)) == (profile.version, TOKENS)
+        assert tapped is not None
+        assert (tapped.applied, sum(run.tokens for run in tapped.runs)) == (profile.version, TOKENS)
         assert {(report.rank, report.world_size) for report in reports} == {(0, 2), (1, 2)}
         assert len({report.boot_id for report in reports}) == 1
 

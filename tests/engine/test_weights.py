@@ -151,8 +151,8 @@ def test_what_vllm_says_is_read_and_what_it_does_not_say_is_not_known() -> None:
         def hf_config(self) -> Any:
             raise RuntimeError("it needs the network")
 
-    for one in [*unknown, Raises()]:
-        result = LoadedWeights.of(one)
+    for model in [*unknown, Raises()]:
+        result = LoadedWeights.of(model)
         result.start()
         result.wait()
         assert result.report() == {}

@@ -34,7 +34,9 @@ class World:
         self.engines = engines
         self.registry = registry
         self.changes = 0
-        upstream = Settings.model_validate({"upstream": {"urls": [f"http://{one.name}" for one in engines]}}).upstream
+        upstream = Settings.model_validate(
+            {"upstream": {"urls": [f"http://{engine.name}" for engine in engines]}}
+        ).upstream
         self.names = [engine.name for engine in engines]
         self.addresses = EngineAddresses(upstream, registry, lambda: self.names, time.monotonic, self._changed)
 
@@ -60,7 +62,7 @@ class World:
 async def world(*boots: tuple[str, ...]) -> AsyncIterator[World]:
     """An address for each; boots: of the engines behind it."""
     registry = EngineRegistry()
-    engines = [PluginEngine(registry, *one) for one in boots]
+    engines = [PluginEngine(registry, *boot) for boot in boots]
     for engine in engines:
         await engine.start()
         engine.versions = {boot: [V] for boot in engine.boots}

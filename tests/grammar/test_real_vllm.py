@@ -210,8 +210,8 @@ def test_and_those_of_the_other_forms(
     assert wire.captures, (wire.counts, answer.body)
     [capture] = wire.captures
     assert " grammar " in capture.kind
-    [found] = captures_from_tap(capture, answers_of(vllm_server, capture.nonce), 1024)
-    compare(found, handed_out(vllm_server, found, vocab_size))
+    [completed] = captures_from_tap(capture, answers_of(vllm_server, capture.nonce), 1024)
+    compare(completed, handed_out(vllm_server, completed, vocab_size))
 
 
 @pytest.mark.parametrize(

@@ -172,8 +172,8 @@ class Bench:
     async def score(self, *captures: Capture) -> None:
         self.engines.taps.add(TapMessage("boot", self.runs), 0.0)
         task = asyncio.create_task(self.scorer.run(1))
-        for one in captures:
-            self.scorer.offer(one)
+        for item in captures:
+            self.scorer.offer(item)
         while self.scorer.pending:
             await asyncio.sleep(0)
         task.cancel()

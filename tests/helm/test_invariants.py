@@ -87,7 +87,7 @@ def test_the_middleware_is_confined(helm: Helm, values: Path) -> None:
     assert "/tmp" in {mount["mountPath"] for mount in rendered.hemostat["volumeMounts"]}
 
 
-@pytest.mark.parametrize("values", [one for one in VALUE_SETS if one.stem != "whole"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("values", [path for path in VALUE_SETS if path.stem != "whole"], ids=lambda path: path.stem)
 def test_the_admin_port_stays_in_the_cluster(helm: Helm, values: Path) -> None:
     """Without adminIngress."""
     rendered = helm.values(values)

@@ -24,8 +24,10 @@ SQLITE = ("config.store.url=sqlite:////data/hemostat.db", "persistence.enabled=t
 
 
 def deployment(rendered: Rendered, which: str) -> dict[str, Any]:
-    (found,) = (one for one in rendered.all("Deployment") if one["metadata"]["name"].endswith(f"-{which}"))
-    return found
+    (result,) = (
+        manifest for manifest in rendered.all("Deployment") if manifest["metadata"]["name"].endswith(f"-{which}")
+    )
+    return result
 
 
 def settings(rendered: Rendered, which: str, folder: Path) -> Settings:
@@ -33,16 +35,18 @@ def settings(rendered: Rendered, which: str, folder: Path) -> Settings:
     spec = deployment(rendered, which)["spec"]["template"]["spec"]
     (container,) = spec["containers"]
     assert container["args"] == [which, "--config", "/etc/hemostat/hemostat.yaml"]
-    secrets = {name: value for one in rendered.all("Secret") for name, value in one["data"].items()}
+    secrets = {name: value for manifest in rendered.all("Secret") for name, value in manifest["data"].items()}
     (tls,) = (volume["secret"] for volume in spec["volumes"] if volume["name"] == "tls")
     for key in [item["key"] for item in tls.get("items", [])] or ["ca.crt", "tls.crt", "tls.key"]:
         (folder / key).write_bytes(base64.b64decode(secrets[key]))
     text = rendered.one("ConfigMap")["data"]["hemostat.yaml"].replace("/etc/hemostat-tls", str(folder))
     (folder / "hemostat.yaml").write_text(text)
     environment = {}
-    for one in container["env"]:
-        reference = one.get("valueFrom", {}).get("secretKeyRef")
-        environment[one["name"]] = base64.b64decode(secrets[reference["key"]]).decode() if reference else one["value"]
+    for variable in container["env"]:
+        reference = variable.get("valueFrom", {}).get("secretKeyRef")
+        environment[variable["name"]] = (
+            base64.b64decode(secrets[reference["key"]]).decode() if reference else variable["value"]
+        )
     return with_role(lambda: load(folder / "hemostat.yaml", environment), Role(which))
 
 
@@ -67,7 +71,9 @@ def test_both_commands_take_their_configuration(helm: Helm, tmp_path: Path) -> N
     assert relay.token == control.token
     assert (relay.listen, relay.cert, relay.key) == (None, None, None), "the key is not in the relays' pods"
     assert not (tmp_path / "relay" / "tls.key").exists()
-    (service,) = (one for one in rendered.all("Service") if one["metadata"]["name"] == "rel-hemostat-control")
+    (service,) = (
+        manifest for manifest in rendered.all("Service") if manifest["metadata"]["name"] == "rel-hemostat-control"
+    )
     assert service["spec"]["clusterIP"] == "None", "a name for all control processes"
 
 
@@ -80,7 +86,9 @@ def test_selectors_tell_the_pods_apart(helm: Helm) -> None:
 
     for which in labels:
         assert selects(deployment(rendered, which)["spec"]["selector"]["matchLabels"]) == [which]
-    by_name = {one["metadata"]["name"]: selects(one["spec"]["selector"]) for one in rendered.all("Service")}
+    by_name = {
+        manifest["metadata"]["name"]: selects(manifest["spec"]["selector"]) for manifest in rendered.all("Service")
+    }
     assert by_name == {
         "rel-hemostat": ["relay"],
         "rel-hemostat-admin": ["control"],
@@ -114,7 +122,7 @@ def test_the_number_of_relays_is_a_value_or_the_autoscalers(helm: Helm) -> None:
 
 def test_the_certificate_may_come_from_elsewhere(helm: Helm) -> None:
     rendered = helm.set(*PLANES, "relays.tlsSecret=from-cert-manager")
-    assert not [one for one in rendered.all("Secret") if one["metadata"]["name"].endswith("-tls")]
+    assert not [manifest for manifest in rendered.all("Secret") if manifest["metadata"]["name"].endswith("-tls")]
     for which in ("control", "relay"):
         assert '"from-cert-manager"' in json.dumps(deployment(rendered, which))
 

@@ -97,7 +97,7 @@ WRONG = {
 
 @pytest.mark.parametrize("values", WRONG)
 def test_a_wrong_value_is_named(helm: Helm, values: str) -> None:
-    said = helm.refusal("--set", UPSTREAM, *(f"--set={one}" for one in values.split(",")))
+    said = helm.refusal("--set", UPSTREAM, *(f"--set={setting}" for setting in values.split(",")))
     assert names(said, WRONG[values])
 
 

@@ -78,7 +78,7 @@ def test_names_and_labels_fit(helm: Helm, values: Path) -> None:
 def test_every_selector_finds_the_pods_and_nothing_else_of_the_release(helm: Helm, values: Path) -> None:
     """Of each Deployment its own, of a Service those with its port, and never the pod of `helm test`."""
     rendered = helm.values(values)
-    pods = rendered.pods | {one["metadata"]["name"]: one for one in rendered.all("Pod")}
+    pods = rendered.pods | {manifest["metadata"]["name"]: manifest for manifest in rendered.all("Pod")}
     (ours,) = (name for name, pod in pods.items() if pod is rendered.pod)
 
     def found(selector: dict[str, str]) -> list[str]:

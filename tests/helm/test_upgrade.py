@@ -15,7 +15,7 @@ def token(helm: Helm, cluster: Cluster, *settings: str, key: str = "admin-token"
     text = helm.run(
         *("template", "rel", str(CHART), "--namespace", "models", "--show-only", "templates/secret.yaml"),
         *("--dry-run=server", "--disable-openapi-validation", "--kubeconfig", str(cluster.kubeconfig)),
-        *(part for one in (UPSTREAM, *settings) for part in ("--set", one)),
+        *(part for setting in (UPSTREAM, *settings) for part in ("--set", setting)),
     )
     assert SECRET in cluster.asked
     data = yaml.safe_load(text)["data"]

@@ -45,7 +45,7 @@ def test_the_engine_has_pods_of_its_own(whole: Rendered, tmp_path: Path) -> None
     assert (engine["command"], engine["args"][0]) == (["vllm", "serve"], "/models/my-model-W4A16")
     assert flags(engine)["--logits-processors"] == "hemostat_engine:LogitsProcessor"
     assert (flags(engine)["--max-logprobs"], flags(engine)["--max-model-len"]) == ("64", "8192")
-    variables = {one["name"]: one for one in engine["env"]}
+    variables = {variable["name"]: variable for variable in engine["env"]}
     assert variables["HEMOSTAT_ADMIN_URL"]["value"] == "http://rel-hemostat-admin.models.svc:8081"
     assert variables["HEMOSTAT_ENGINE_TOKEN"]["valueFrom"]["secretKeyRef"]["key"] == "engine-token"
     assert "admin-token" not in str(deployment)
@@ -54,7 +54,7 @@ def test_the_engine_has_pods_of_its_own(whole: Rendered, tmp_path: Path) -> None
     assert whole.settings(tmp_path).upstream.url == "dns+http://rel-hemostat-engine.models.svc:8000"
     service = whole.one("Service", "-engine")["spec"]
     assert (service["clusterIP"], service["ports"][0]["port"]) == ("None", 8000)
-    assert [one["name"] for one in whole.pod["spec"]["initContainers"]] == ["tls"], "and none is in its pod"
+    assert [spec["name"] for spec in whole.pod["spec"]["initContainers"]] == ["tls"], "and none is in its pod"
 
 
 def test_the_reference_has_pods_of_its_own(whole: Rendered, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_what_does_not_go_together_is_refused(helm: Helm) -> None:
         ),
     ):
         engine = ("engine.enabled=true", "engine.model=m")
-        assert said in helm.refusal(*(part for one in (*engine, *given) for part in ("--set", one))), given
+        assert said in helm.refusal(*(part for setting in (*engine, *given) for part in ("--set", setting))), given
 
 
 def test_notes(helm: Helm, cluster: Cluster) -> None:
@@ -187,13 +187,13 @@ def test_notes(helm: Helm, cluster: Cluster) -> None:
 
 
 def helm_test(whole: Rendered, *urls: str) -> subprocess.CompletedProcess[str]:
-    (one,) = whole.one("Pod")["spec"]["containers"]
-    assert one["args"][1:] == [
+    (spec,) = whole.one("Pod")["spec"]["containers"]
+    assert spec["args"][1:] == [
         "http://rel-hemostat-admin.models.svc:8081/readyz",
         "https://rel-hemostat.models.svc:443/v1/models",
     ]
-    assert one["command"] == ["python", "-c"]
-    return subprocess.run(["python3", "-c", one["args"][0], *urls], capture_output=True, text=True, check=False)
+    assert spec["command"] == ["python", "-c"]
+    return subprocess.run(["python3", "-c", spec["args"][0], *urls], capture_output=True, text=True, check=False)
 
 
 def test_helm_test_fails_where_a_port_does_not_answer(whole: Rendered) -> None:

@@ -198,10 +198,10 @@ async def test_policy_reaches_relays_that_are_there_and_those_that_come(link: Li
     link.link.set_policy(POLICY)
     late, late_writer = await link.relay()
     assert MessageReader().feed(await late.read(100_000)) == [POLICY]
-    frames, found = MessageReader(), list[object]()
-    while len(found) < 2:
-        found += frames.feed(await reader.read(100_000))
-    assert found == [Alive(), POLICY]
+    frames, received = MessageReader(), list[object]()
+    while len(received) < 2:
+        received += frames.feed(await reader.read(100_000))
+    assert received == [Alive(), POLICY]
     writer.close()
     late_writer.close()
 
@@ -221,12 +221,12 @@ async def test_nonsense_ends_that_link_only(link: Link, junk: bytes) -> None:
 def test_frames_at_any_split(cuts: list[int]) -> None:
     messages = [hello(pid=1, worker=2), stats(1), sized_capture("x"), POLICY]
     data = b"".join(map(encode, messages))
-    reader, found, at = MessageReader(), [], 0
+    reader, received, at = MessageReader(), [], 0
     for cut in cuts:
-        found += reader.feed(data[at : at + cut])
+        received += reader.feed(data[at : at + cut])
         at += cut
-    found += reader.feed(data[at:])
-    assert found == messages
+    received += reader.feed(data[at:])
+    assert received == messages
 
 
 def test_add_keeps_what_only_one_side_has() -> None:

@@ -266,8 +266,8 @@ async def test_a_relay_tries_every_address_and_finds_the_active_one_again(caplog
             second.listener.admit = second.link.serve
             await until(lambda: second.link.reporting == 1)
     lines = [record.message.partition(" (")[0] for record in caplog.records if record.name == "hemostat.relay"]
-    at = [f"127.0.0.1:{one.port}" for one in (first, second)]
-    result = [f"relay 0: found the control process at {one}" for one in at]
+    at = [f"127.0.0.1:{listener.port}" for listener in (first, second)]
+    result = [f"relay 0: found the control process at {address}" for address in at]
     ours = [line for line in lines if not line.startswith("relay 0: no control process")]
     assert ours == [result[0], f"relay 0: lost the control process at {at[0]}", result[1]]
     assert relay.policies[0] == policy()

@@ -306,17 +306,17 @@ async def test_with_a_vllm_reference_the_folder_of_its_checkpoint_must_be_config
                 reference={"backend": "vllm", "url": theirs, "folder": named},
                 calibration={"mode": "observe", "anchors": 48},
             )
-            async with control(tmp_path, made, loops=True) as one:
-                learning = asyncio.create_task(one.learner.run())
-                await until(lambda one=one: one.monitor.state == "ready")  # type: ignore[misc]
+            async with control(tmp_path, made, loops=True) as plane:
+                learning = asyncio.create_task(plane.learner.run())
+                await until(lambda plane=plane: plane.monitor.state == "ready")  # type: ignore[misc]
                 if named != str(folder):
-                    assert one.learner.state == "unavailable"
-                    said = status_json(one)["learner"]["detail"]
+                    assert plane.learner.state == "unavailable"
+                    said = status_json(plane)["learner"]["detail"]
                     assert "name the reference's checkpoint in reference.folder" in said
                     assert named is None or "empty has no config.json" in said
                 else:
-                    await until(lambda one=one: one.learner.state == "learning")  # type: ignore[misc]
-                    assert not one.learner.wants_hidden_states, "there are no hidden states to ask for"
-                    assert status_json(one)["learner"]["anchors"] == 48
+                    await until(lambda plane=plane: plane.learner.state == "learning")  # type: ignore[misc]
+                    assert not plane.learner.wants_hidden_states, "there are no hidden states to ask for"
+                    assert status_json(plane)["learner"]["anchors"] == 48
                 learning.cancel()
                 await asyncio.gather(learning, return_exceptions=True)

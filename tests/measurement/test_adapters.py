@@ -51,10 +51,10 @@ def treated(seed: int, **more: Any) -> TokenRecord:
     return adapted_record(truth(seed), ADAPTER.version, **(place(seed) | more))
 
 
-def mean_kl(one: Any) -> float:
+def mean_kl(make: Any) -> float:
     """Over the whole vocabulary, of all requests."""
     result = [
-        (np.exp(t.reference) * (t.reference - t.compressed)).sum(-1) for t in (one(truth(n)) for n in range(REQUESTS))
+        (np.exp(t.reference) * (t.reference - t.compressed)).sum(-1) for t in (make(truth(n)) for n in range(REQUESTS))
     ]
     return float(np.concatenate(result).mean())
 
@@ -123,15 +123,15 @@ def test_clients_of_the_treated_arm_got_the_adapted_model(both: tuple[Measuremen
     assert kind["arms"]["treated"]["kl_nats"]["estimate"] == arms["treated"]["kl_nats"]["estimate"]
     assert kind["requests"] == REQUESTS
     result = histograms(both[1].samples())
-    staged = {series[2:]: sum(one.counts) for series, one in result.items() if "reference_compressed" in series}
+    staged = {series[2:]: sum(cell.counts) for series, cell in result.items() if "reference_compressed" in series}
     assert staged["calibrated", "treated"] > 0
     assert staged["raw", "treated"] == 0
     # What a control request would have been with the adapter does not follow from its record.
     assert staged["calibrated", "control"] == 0
 
 
-def observe(measured: Measurements, seed: int, found: dict[str, ExactDistances], **more: Any) -> None:
-    record = replace(control(seed), distances=found)
+def observe(measured: Measurements, seed: int, distances: dict[str, ExactDistances], **more: Any) -> None:
+    record = replace(control(seed), distances=distances)
     measured.observe(record, ADAPTER, None)
     measured.observe_distances(record, ADAPTER, **({"fresh": True} | more))
 
@@ -200,8 +200,8 @@ def test_no_alarm_is_raised_by_an_adapter_and_none_is_missed_because_of_it() -> 
     alone = Alarms(config.Alarm(baseline_requests=40, budget_nats=1.5), (), store, lambda: 0.0)
     for seed in range(200):
         if seed < 60 or seed % 10 == 0:
-            for one in (alarms, alone):
-                one.observe(control(seed), divergence(control(seed)))
+            for each in (alarms, alone):
+                each.observe(control(seed), divergence(control(seed)))
         else:
             alarms.observe(treated(seed), divergence(treated(seed)))
     report, without = alarms.report(), alone.report()

@@ -51,8 +51,8 @@ class Bench:
     def feed(self, seeds: range, noise: float) -> None:
         for seed in seeds:
             self.now += 1.0
-            one = record(seed, noise)
-            self.alarms.observe(one, divergence(one))
+            made = record(seed, noise)
+            self.alarms.observe(made, divergence(made))
 
     def raised(self) -> dict[str, bool]:
         return {test["test"]: test["raised"] for test in self.alarms.report()["tests"]}
@@ -143,7 +143,7 @@ def test_a_state_that_cannot_be_read_is_logged_and_begun_anew(kept: str, caplog:
     bench = Bench(baseline_requests=40)
     bench.alarms.restore(kept, [])
     assert "stored alarm" in caplog.text
-    assert ["cannot be continued" in one["why"] for one in bench.events()] == [True]
+    assert ["cannot be continued" in event["why"] for event in bench.events()] == [True]
     bench.feed(range(3), 0.1)
     assert bench.raised() == {"change": False}
 
@@ -162,10 +162,10 @@ def test_rebase_learns_what_is_from_now_on() -> None:
 
 
 async def test_over_the_admin_port(tmp_path: Path) -> None:
-    async with control(tmp_path, settings(alarm={"baseline_requests": 30})) as one, admin_client(one) as http:
+    async with control(tmp_path, settings(alarm={"baseline_requests": 30})) as plane, admin_client(plane) as http:
         for seed in range(60):
             given = record(seed, 0.1 if seed < 40 else 0.8)
-            one.measured.alarms.observe(given, divergence(given))
+            plane.measured.alarms.observe(given, divergence(given))
         status = (await http.get("/api/v1/status")).json()
         assert status["alarm"]["raised"] is True
         metrics = (await http.get("/metrics")).text
@@ -178,9 +178,9 @@ async def test_over_the_admin_port(tmp_path: Path) -> None:
 
 def test_values_that_are_not_numbers_reach_no_test() -> None:
     bench = Bench(baseline_requests=30, budget_nats=0.1)
-    one = record(0, 0.1)
-    nothing = replace(divergence(one), kl_rc=np.full(one.tokens, math.nan))
-    blind = replace(one, reference_at=np.full_like(one.reference_at, math.nan))
+    made = record(0, 0.1)
+    nothing = replace(divergence(made), kl_rc=np.full(made.tokens, math.nan))
+    blind = replace(made, reference_at=np.full_like(made.reference_at, math.nan))
     for _ in range(30):
         bench.alarms.observe(blind, nothing)
     assert not any(bench.raised().values())
@@ -201,8 +201,8 @@ def test_the_report_says_what_the_alarm_waits_for() -> None:
 def test_rare_kinds_together_are_in_the_mix_and_not_in_the_change_test() -> None:
     bench = Bench(baseline_requests=40)
     for seed in range(80):
-        one = replace(record(seed, 0.1), kind="" if seed % 2 else "rest")
-        bench.alarms.observe(one, divergence(one))
+        made = replace(record(seed, 0.1), kind="" if seed % 2 else "rest")
+        bench.alarms.observe(made, divergence(made))
     report = bench.alarms.report()
     assert [(kind["kind"], kind["watched"]) for kind in report["kinds"]] == [("rest", False)]
     assert report["waits_for"] == []
@@ -245,7 +245,7 @@ def test_other_models_begin_anew_and_their_alpha_too() -> None:
     assert bench.alarms.report()["kinds"] == []
     again = Bench(baseline_requests=40)
     again.alarms.restore(json.dumps({"schema": 1, "state": {"budget_tests": 2, "change_tests": 2, "baselines": 2}}), [])
-    for one in (bench, again):
-        one.feed(range(60), 0.6)
-    alphas = [one.alarms.report()["tests"][0]["alpha"] for one in (bench, again)]
+    for each in (bench, again):
+        each.feed(range(60), 0.6)
+    alphas = [each.alarms.report()["tests"][0]["alpha"] for each in (bench, again)]
     assert alphas == pytest.approx([0.01 / 2 / 6, 0.01 / 2 / 12])

@@ -38,13 +38,13 @@ def test_a_kind_has_its_own_figures_arms_and_gain() -> None:
         record(n, 4 + n % 7, profile, SHORT if n % 3 else LONG, Arm.TREATED if n % 2 else Arm.CONTROL)
         for n in range(120)
     ]
-    for one in given:
-        measured.observe(one, profile, profile if one.arm is Arm.TREATED else None)
+    for item in given:
+        measured.observe(item, profile, profile if item.arm is Arm.TREATED else None)
     short, long = measured.by_kind.report()
     assert (short["kind"], short["requests"]) == (SHORT, 80)
     assert (long["kind"], long["requests"]) == (LONG, 40)
     told = np.concatenate(
-        [divergence(one, profile if one.applied else None).kl_rc for one in given if one.kind == LONG]
+        [divergence(item, profile if item.applied else None).kl_rc for item in given if item.kind == LONG]
     )
     assert long["tokens"] == len(told)
     assert long["raw"]["kl_nats"]["estimate"] == pytest.approx(told.mean())
@@ -117,8 +117,8 @@ def test_kinds_are_bounded_and_later_turns_only_count() -> None:
         measured.observe(record(0, 5, profile, f"kind {n}"), None, None)
     assert len(measured.by_kind.report()) == MAX_KINDS
     measured.observe(record(0, 5, profile, "kind 70"), None, None, fresh=False)
-    (found,) = (kind for kind in measured.by_kind.report() if kind["kind"] == "kind 70")
-    assert found["requests"] == 1
+    (result,) = (kind for kind in measured.by_kind.report() if kind["kind"] == "kind 70")
+    assert result["requests"] == 1
     assert values(measured.samples())["hemostat_kind_kl_tokens_total", "kind 70", "none"] == 10
     measured.observe(record(0, 5, profile, ""), None, None)
     assert "rest" in {kind["kind"] for kind in measured.by_kind.report()}

@@ -32,7 +32,7 @@ def test_each_bucket_has_the_figures_of_its_tokens() -> None:
             name = next(label for label in POSITIONS if at <= float(label.partition("-")[2] or "inf"))
             tokens[name] += 1
             nats[name] += kl
-    report = {one["place"]: one for one in measured.report()["position"]}
+    report = {row["place"]: row for row in measured.report()["position"]}
     assert list(report) == [name for name in POSITIONS if tokens[name]]
     result = values(measured.samples())
     for name, one in report.items():
@@ -49,7 +49,7 @@ def test_errors_that_grow_with_the_context_are_seen() -> None:
         noise = 0.1 + 0.4 * (n % 3)
         record = replace(make_record(World(noise=noise).truth(n), 20), context_tokens=(100, 5_000, 50_000)[n % 3])
         measured.add(record, divergence(record), fresh=True)
-    kl = {one["place"]: one["kl_nats"]["estimate"] for one in measured.report()["context"]}
+    kl = {row["place"]: row["kl_nats"]["estimate"] for row in measured.report()["context"]}
     assert list(kl) == ["0-511", "2048-8191", "32768-131071"]
     assert kl["0-511"] < kl["2048-8191"] < kl["32768-131071"]
 
@@ -70,13 +70,13 @@ def test_every_series_is_there_from_the_start() -> None:
 
 def test_the_phases_are_measured_apart() -> None:
     measured = Measurements()
-    for n, one in enumerate(RECORDS):
-        measured.observe(replace(one, thinking=Thinking(0, n, ended=True)), None, None)
-    phases = {one["place"]: one for one in measured.by_place.report()["phase"]}
+    for n, record in enumerate(RECORDS):
+        measured.observe(replace(record, thinking=Thinking(0, n, ended=True)), None, None)
+    phases = {row["place"]: row for row in measured.by_place.report()["phase"]}
     assert phases["thinking"]["tokens"] == sum(range(30))
     assert phases["thinking"]["tokens"] + phases["answer"]["tokens"] == 30 * T
     assert phases["answer"]["requests"] == 30
-    raws = [divergence(one).kl_rc[:n] for n, one in enumerate(RECORDS)]
+    raws = [divergence(record).kl_rc[:n] for n, record in enumerate(RECORDS)]
     assert phases["thinking"]["kl_nats"]["estimate"] == pytest.approx(np.concatenate(raws).mean())
 
 

@@ -24,14 +24,14 @@ def test_the_share_is_of_known_tokens_and_unknown_ones_are_stated() -> None:
     coverage.ended(capture(tokens=30, kind="chat text greedy"), SCORED, "")
     coverage.relayed(SampledCount("chat structured greedy", SKIPPED, "structured_output", 2.0, 1.0, 10))
     coverage.relayed(SampledCount("", SKIPPED, "route", 1.0, 1.0, 0))
-    found = coverage.report()
-    assert found["scored_share"] == {"tokens": 30 / 40, "requests": 1 / 4}
-    assert (found["requests"], found["tokens"], found["requests_of_unknown_tokens"]) == (4.0, 40, 2.0)
-    by_kind = {one["kind"]: one for one in found["by_kind"]}
+    report = coverage.report()
+    assert report["scored_share"] == {"tokens": 30 / 40, "requests": 1 / 4}
+    assert (report["requests"], report["tokens"], report["requests_of_unknown_tokens"]) == (4.0, 40, 2.0)
+    by_kind = {row["kind"]: row for row in report["by_kind"]}
     assert by_kind["chat text greedy"]["scored_share"] == {"tokens": 1.0, "requests": 1.0}
     assert by_kind["chat structured greedy"]["scored_share"] == {"tokens": 0.0, "requests": 0.0}
     assert by_kind[UNREAD_KIND]["scored_share"] == {"tokens": None, "requests": 0.0}
-    assert found["not_scored"][0] == {
+    assert report["not_scored"][0] == {
         **{"outcome": SKIPPED, "reason": "structured_output"},
         **{"requests": 2.0, "requests_of_unknown_tokens": 1.0, "tokens": 10},
     }
@@ -46,17 +46,17 @@ def test_the_choices_of_one_request_are_one_request() -> None:
     for _ in range(2):
         coverage.ended(capture(tokens=6, kind="chat", choices=3), SCORED, "")
     coverage.relayed(SampledCount("chat", SKIPPED, "token_count_mismatch", 1 / 3, 1 / 3, 0))
-    found = coverage.report()
-    assert found["requests"] == 1.0
-    assert round(found["scored_share"]["requests"], 6) == round(2 / 3, 6)
+    report = coverage.report()
+    assert report["requests"] == 1.0
+    assert round(report["scored_share"]["requests"], 6) == round(2 / 3, 6)
 
 
 def test_positions_outside_the_scored_suffix_are_not_covered() -> None:
     coverage = Coverage(kinds=4, clock=no_time)
     coverage.ended(capture(tokens=100, kind="chat"), SCORED, "", left_out=60)
-    found = coverage.report()
-    assert found["scored_share"] == {"tokens": 0.4, "requests": 1.0}
-    assert found["not_scored"] == [
+    report = coverage.report()
+    assert report["scored_share"] == {"tokens": 0.4, "requests": 1.0}
+    assert report["not_scored"] == [
         {
             "outcome": SKIPPED,
             "reason": Unscored.OUTSIDE_SUFFIX,
@@ -91,7 +91,7 @@ def test_a_new_kind_gets_a_place_within_two_days_after_three_months_of_others() 
         hour("chat", "code")
     for _ in range(48):
         hour("chat", *["json"] * 4)
-    assert "json" in {one["kind"] for one in coverage.report()["by_kind"]}
+    assert "json" in {row["kind"] for row in coverage.report()["by_kind"]}
 
 
 def test_an_outcome_of_another_version_neither_raises_nor_grows() -> None:
@@ -127,10 +127,10 @@ def test_what_relays_count_arrives_whole(endings: list[tuple], limit: int, chanc
         if chance.random() < 0.2:
             tell()
     tell()
-    found = coverage.report()
-    assert found["requests"] == sum(requests for *_, requests in endings)
-    assert found["tokens"] == sum(tokens or 0 for *_, tokens, _ in endings)
-    assert found["requests_of_unknown_tokens"] == sum(r for *_, tokens, r in endings if tokens is None)
-    by_reason = {(one["outcome"], one["reason"]): one["tokens"] for one in found["not_scored"]}
+    report = coverage.report()
+    assert report["requests"] == sum(requests for *_, requests in endings)
+    assert report["tokens"] == sum(tokens or 0 for *_, tokens, _ in endings)
+    assert report["requests_of_unknown_tokens"] == sum(r for *_, tokens, r in endings if tokens is None)
+    by_reason = {(row["outcome"], row["reason"]): row["tokens"] for row in report["not_scored"]}
     for ending, counted in by_reason.items():
         assert counted == sum(tokens or 0 for _, outcome, reason, tokens, _ in endings if (outcome, reason) == ending)

@@ -28,10 +28,10 @@ def test_runs_of_alike_requests_count_less_than_different_ones() -> None:
     alike, different = Measurements(), Measurements()
     rng = np.random.default_rng(0)
     order = np.repeat(rng.integers(12, size=36), 3)
-    for one, other in zip(order, rng.permutation(order), strict=True):
-        alike.observe(RECORDS[one], None, None)
+    for index, other in zip(order, rng.permutation(order), strict=True):
+        alike.observe(RECORDS[index], None, None)
         different.observe(RECORDS[other], None, None)
-    few, many = (one.summary(None)["kl_nats"] for one in (alike, different))
+    few, many = (measured.summary(None)["kl_nats"] for measured in (alike, different))
     assert few["estimate"] == pytest.approx(many["estimate"])
     assert few["inflation"] > 1.3 * many["inflation"]
     assert few["effective_requests"] == pytest.approx(108 / few["inflation"])

@@ -56,14 +56,14 @@ def batch(values: list[np.ndarray]) -> tuple[float, float]:
 
 
 def test_what_was_reported_before_does_not_stay() -> None:
-    one, asked = Measurements(), Measurements()
+    unasked, asked = Measurements(), Measurements()
     for record in records(6):
-        one.observe(record, None, None)
+        unasked.observe(record, None, None)
         asked.observe(record, None, None)
         told = asked.summary(None)
         told["kl_nats"] = "scribbled over"
-    assert asked.summary(None) == one.summary(None)
-    assert asked.where() == one.where()
+    assert asked.summary(None) == unasked.summary(None)
+    assert asked.where() == unasked.where()
 
 
 def recovered(record: TokenRecord, number: int) -> TokenRecord:
@@ -131,7 +131,9 @@ def test_what_a_reference_would_accept_of_the_compressed_models_tokens(top_k: in
     measured = Measurements()
     for truth in truths:
         measured.observe(make_record(truth, top_k), None, None)
-    r, c = (np.exp(np.concatenate([getattr(one, model) for one in truths])) for model in ("reference", "compressed"))
+    r, c = (
+        np.exp(np.concatenate([getattr(truth, model) for truth in truths])) for model in ("reference", "compressed")
+    )
     accepted = (c * np.minimum(1.0, r / c)).sum(1).mean()
     summary = measured.summary(None)
     result = summary["draft_acceptance"]

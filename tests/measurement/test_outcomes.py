@@ -120,9 +120,9 @@ def test_a_harmless_profile_stays() -> None:
     world = World()
     world.traffic(400, 0.4, 0.4)
     assert not world.served.left
-    (found,) = (o for o in world.shown[KIND]["outcomes"] if o["outcome"] == "json")
-    assert found["control"]["units"] + found["treated"]["units"] == 400
-    assert found["interval"][0] < 0.0 < found["interval"][1]
+    (outcome,) = (o for o in world.shown[KIND]["outcomes"] if o["outcome"] == "json")
+    assert outcome["control"]["units"] + outcome["treated"]["units"] == 400
+    assert outcome["interval"][0] < 0.0 < outcome["interval"][1]
     gauges = world.gauges()
     assert (
         gauges[names.OUTCOME_DIFFERENCE, KIND, "json", "low"]

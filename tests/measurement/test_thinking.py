@@ -53,22 +53,22 @@ def test_no_difference_is_found_between_arms_that_are_alike() -> None:
 def test_intervals_are_of_the_effective_requests(length: int) -> None:
     """Runs of alike requests."""
     figures, rng, covered = [ThinkingFigures(1000) for _ in range(30)], np.random.default_rng(1), 0
-    for one in figures:
+    for measured in figures:
         for _ in range(400 // length):
             endless = bool(rng.random() < 0.3)
             for _ in range(length):
-                one.add("none", Thinking(0, 100, ended=not endless), "length" if endless else "stop", fresh=True)
-        found = one.report()["arms"]["none"]["never_ended"]
-        assert 0.8 * length <= found["inflation"] <= 3.0 * length
-        assert found["effective_requests"] == pytest.approx(400 / found["inflation"])
-        covered += found["ci95"][0] <= 0.3 <= found["ci95"][1]
+                measured.add("none", Thinking(0, 100, ended=not endless), "length" if endless else "stop", fresh=True)
+        share = measured.report()["arms"]["none"]["never_ended"]
+        assert 0.8 * length <= share["inflation"] <= 3.0 * length
+        assert share["effective_requests"] == pytest.approx(400 / share["inflation"])
+        covered += share["ci95"][0] <= 0.3 <= share["ci95"][1]
     assert covered >= 29
 
 
 def test_too_few_requests_have_no_interval() -> None:
-    found = filled(0.1, 0.1, requests=20).report()
-    assert found["arms"]["treated"]["never_ended"]["ci95"] == [None, None]
-    assert found["treated_minus_control"]["never_ended"]["ci95"] == [None, None]
+    report = filled(0.1, 0.1, requests=20).report()
+    assert report["arms"]["treated"]["never_ended"]["ci95"] == [None, None]
+    assert report["treated_minus_control"]["never_ended"]["ci95"] == [None, None]
 
 
 def test_requests_without_thinking_count_beside_the_figures() -> None:
@@ -81,10 +81,10 @@ def test_requests_without_thinking_count_beside_the_figures() -> None:
     assert (none["requests"], none["tokens"]["estimate"], none["never_ended"]["estimate"]) == (1, 10.0, 0.0)
     assert none["endings"] == {ENDED: 2, CUT: 0, STOPPED: 0, NONE: 1}
     assert report["treated_minus_control"]["never_ended"] == {"estimate": None, "ci95": [None, None]}
-    found = values(figures.samples())
-    assert found[names.THINKING_TOKENS, "none"] == 40.0
-    assert found[names.THINKING_REQUESTS, "none", ENDED] == 2.0
-    assert found[names.THINKING_REQUESTS, "treated", CUT] == 0.0
+    exported = values(figures.samples())
+    assert exported[names.THINKING_TOKENS, "none"] == 40.0
+    assert exported[names.THINKING_REQUESTS, "none", ENDED] == 2.0
+    assert exported[names.THINKING_REQUESTS, "treated", CUT] == 0.0
 
 
 def test_nothing_yet() -> None:

@@ -38,15 +38,15 @@ def test_each_is_counted_by_whom_the_table_says() -> None:
             for name in named(path, "Unscored"):
                 result[name].add(process)
     who = {"relay": REQUEST | RELAY, "control": CONTROL}
-    said = {one.name: {process for process, by in who.items() if by & one.counted_by} for one in Unscored}
+    said = {reason.name: {process for process, by in who.items() if by & reason.counted_by} for reason in Unscored}
     assert result == said
 
 
 def test_each_has_its_own_line() -> None:
     assert len(Unscored.__members__) == len(Unscored) > 50, "equal values are aliases"
-    assert {one.outcome for one in Unscored} == {Outcome.SKIPPED, Outcome.DROPPED}
-    assert all(one.meaning for one in Unscored)
-    assert {Unscored.INVALID_RECORD.label(one) for one in InvalidReason}.isdisjoint(Unscored)
+    assert {reason.outcome for reason in Unscored} == {Outcome.SKIPPED, Outcome.DROPPED}
+    assert all(reason.meaning for reason in Unscored)
+    assert {Unscored.INVALID_RECORD.label(reason) for reason in InvalidReason}.isdisjoint(Unscored)
 
 
 def test_a_new_one_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,6 +70,6 @@ def test_an_outcome_of_answers_is_a_line_and_where_it_is_found() -> None:
     assert result == set(AnswerOutcome.__members__)
     elsewhere = [path for path in (ROOT / "middleware").rglob("*.py") if named(path, "Outcome") & result]
     assert [path.name for path in elsewhere] == ["outcomes.py"]
-    assert all(one.meaning for one in AnswerOutcome)
+    assert all(outcome.meaning for outcome in AnswerOutcome)
     guide = (ROOT / "docs" / "calibration.md").read_text()
-    assert [one for one in AnswerOutcome if f"\n| `{one}` |" not in guide] == []
+    assert [outcome for outcome in AnswerOutcome if f"\n| `{outcome}` |" not in guide] == []

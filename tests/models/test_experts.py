@@ -68,14 +68,14 @@ def test_each_expert_is_read_as_it_is_stored_and_computes_the_same(name: str, tm
 def test_compressed_experts_are_packed_and_routers_stay_dense(architecture: str, source: Path, tmp_path: Path) -> None:
     compress(source, tmp_path / "out", "w4a16")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    found = Checkpoint(tmp_path / "out", "x")
-    assert sum(map(is_expert, found.quantized)) == 2 * 6 * 3
+    written = Checkpoint(tmp_path / "out", "x")
+    assert sum(map(is_expert, written.quantized)) == 2 * 6 * 3
     skeleton = Source.open(source).skeleton
     assert set(routers(skeleton.model)) <= set(config["ignore"])
     assert ("model.layers.0.mlp.shared_expert_gate" in config["ignore"]) == (architecture == "qwen2_moe")
     # As transformers computes with the same weights, stored dense.
     weights = load_file(source / "model.safetensors")
-    weights |= {f"{name}.weight": found.weight(name) for name in found.quantized}
+    weights |= {f"{name}.weight": written.weight(name) for name in written.quantized}
     shutil.copytree(source, tmp_path / "dense")
     save_file(weights, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
     dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
@@ -138,7 +138,11 @@ def test_the_doctor_reports_what_other_choices_of_experts_cost(rerouted: dict[st
             assert sum(row["loads"][model]) == pytest.approx(1.0)
             unreached = [n for n, load in enumerate(row["loads"][model]) if load == 0.0]
             assert row["unreached"][model] == {"experts": len(unreached), "first": unreached}
-    (text,) = [one["text"] for one in rerouted["findings"] if one["unit"] == "nats" and one["topic"] == "routing"]
+    (text,) = [
+        finding["text"]
+        for finding in rerouted["findings"]
+        if finding["unit"] == "nats" and finding["topic"] == "routing"
+    ]
     assert "chooses the same 2 of 6 experts" in text
 
 

@@ -47,9 +47,9 @@ def test_weights_are_those_of_the_format(name: str, tmp_path: Path) -> None:
         layer = LAYERS[name](seed)
         checkpoint = written(tmp_path / str(seed), layer)
         assert checkpoint.quantized == {NAME}
-        found = checkpoint.weight(NAME)
-        assert found.dtype == torch.float32
-        np.testing.assert_array_equal(found.numpy(), layer.weight.numpy())
+        weight = checkpoint.weight(NAME)
+        assert weight.dtype == torch.float32
+        np.testing.assert_array_equal(weight.numpy(), layer.weight.numpy())
         expected = sum(t.numel() * t.element_size() for p, t in layer.parts.items())
         assert checkpoint.stored_bytes(NAME) == expected
 
@@ -238,9 +238,9 @@ def test_any_words_are_some_numbers(found: list[int]) -> None:
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=20))
 def test_rounding_to_e2m1(numbers: list[float]) -> None:
-    found = round_to_e2m1(torch.tensor(numbers))
+    result = round_to_e2m1(torch.tensor(numbers))
     values = sorted({sign * value for value in fp4_format.E2M1 for sign in (1, -1)})
-    for number, rounded in zip(numbers, found.tolist(), strict=True):
+    for number, rounded in zip(numbers, result.tolist(), strict=True):
         assert rounded in values
         assert abs(rounded - number) == min(abs(value - number) for value in values)
 

@@ -46,8 +46,8 @@ def test_as_the_tool_that_wrote_it(made_by: str, tmp_path: Path) -> None:
     known = json.loads(text)
     with safe_open(Path(__file__).parent / "golden" / "tools.safetensors", "pt") as file:
         parts = {n.partition(".")[2]: file.get_tensor(n) for n in file.keys() if n.startswith(f"{number}.")}  # noqa: SIM118
-    found = read(Layer(known["quantization"], parts, torch.empty(0)), tmp_path)
-    same = (found.to(getattr(torch, known["dtype"])) + 0.0).view(torch.uint8).numpy().tobytes()
+    weight = read(Layer(known["quantization"], parts, torch.empty(0)), tmp_path)
+    same = (weight.to(getattr(torch, known["dtype"])) + 0.0).view(torch.uint8).numpy().tobytes()
     assert hashlib.sha256(same).hexdigest() == known["sha256"]
 
 
@@ -92,9 +92,9 @@ OF_LIBRARIES: Mapping[str, tuple[Layer, Callable[[Layer], Any]]] = {
 def test_as_the_library_dequantizes(name: str, tmp_path: Path) -> None:
     layer, oracle = OF_LIBRARIES[name]
     expected = oracle(layer)
-    found = read(layer, tmp_path)
-    assert found.dtype == torch.float32
-    assert torch.equal(found.to(expected.dtype), expected)
+    weight = read(layer, tmp_path)
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight.to(expected.dtype), expected)
 
 
 def by_vllm_gptq(layer: Layer) -> Any:

@@ -138,15 +138,15 @@ def test_the_overview_begins_like_the_consoles() -> None:
 
 def test_no_two_panels_overlap() -> None:
     for name, dashboard in load().items():
-        for one, other in itertools.combinations(dashboard["panels"], 2):
-            a, b = one["gridPos"], other["gridPos"]
+        for panel, other in itertools.combinations(dashboard["panels"], 2):
+            a, b = panel["gridPos"], other["gridPos"]
             apart = (
                 a["x"] + a["w"] <= b["x"]
                 or b["x"] + b["w"] <= a["x"]
                 or a["y"] + a["h"] <= b["y"]
                 or b["y"] + b["h"] <= a["y"]
             )
-            assert apart, f"{name}: {one['title']} and {other['title']}"
+            assert apart, f"{name}: {panel['title']} and {other['title']}"
             assert a["x"] + a["w"] <= 24
 
 

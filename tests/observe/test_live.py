@@ -85,7 +85,7 @@ class Run:
     def send(self, count: int, **more: Any) -> None:
         """So many chats that nobody has sent yet, greedy and sampled in turn."""
 
-        def one(n: int) -> None:
+        def send_number(n: int) -> None:
             body = {
                 "model": MODEL,
                 "messages": [
@@ -99,7 +99,7 @@ class Run:
             httpx.post(f"{self.stack.url}{CHAT}", json=body, headers=headers, timeout=300).raise_for_status()
 
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(one, itertools.islice(self._numbers, count)))
+            list(pool.map(send_number, itertools.islice(self._numbers, count)))
 
     def post(self, path: str, content: str | bytes) -> Any:
         headers = {"authorization": f"Bearer {ADMIN_TOKEN}"}
@@ -124,10 +124,10 @@ class Run:
 @pytest.fixture(scope="module")
 def run(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     folder = tmp_path_factory.mktemp("observe")
-    one = Run(folder)
-    host, port = one.admin.split(":")
+    running = Run(folder)
+    host, port = running.admin.split(":")
     settings = sampling_settings(
-        one.url,
+        running.url,
         {"backend": "transformers", "model": str(checkpoints.reference), "dtype": vllm_process.dtype()},
         admin={"host": host, "port": int(port), "token": ADMIN_TOKEN},
         calibration={"mode": "auto", "control_fraction": 0.5, "held_out_fraction": 0.5},
@@ -138,30 +138,30 @@ def run(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> I
     settings["shadow"] |= {"floor_fraction": 1.0, "top_k": 64}
     settings["upstream"]["openai_sampling_defaults"] = True
     try:
-        one.serve(checkpoints.compressed)
-        with hemostat(settings, folder / "hemostat") as one.stack:
-            targets = {"hemostat:8081": one.admin, "compressed:8000": f"127.0.0.1:{one.port}"}
-            with prometheus(config(targets), folder / "prometheus") as one.prometheus:
-                one.wait_served()
-                one.stack.wait_scoring(300)
-                one.send(HEALTHY)
+        running.serve(checkpoints.compressed)
+        with hemostat(settings, folder / "hemostat") as running.stack:
+            targets = {"hemostat:8081": running.admin, "compressed:8000": f"127.0.0.1:{running.port}"}
+            with prometheus(config(targets), folder / "prometheus") as running.prometheus:
+                running.wait_served()
+                running.stack.wait_scoring(300)
+                running.send(HEALTHY)
                 # Of what comes after it rates are taken, over minutes.
-                wait_for("an upper limit of the noise floor", one.floor_known, 600)
+                wait_for("an upper limit of the noise floor", running.floor_known, 600)
                 asked = {"type": "json_schema", "json_schema": {"name": "sea", "schema": {"enum": ["deep", "wide"]}}}
-                one.send(KINDS, response_format=asked)
-                one.send(UNSCORABLE, n=MAX_CHOICES + 1, temperature=1, max_tokens=2)
+                running.send(KINDS, response_format=asked)
+                running.send(UNSCORABLE, n=MAX_CHOICES + 1, temperature=1, max_tokens=2)
                 # A profile serves what a grammar restricts only in kinds that are followed when it is promoted.
-                one.stack.wait_settled(within=300)
-                one.promote(json.loads((checkpoints.compressed / "config.json").read_text())["vocab_size"])
-                one.send(RESTRICTED, response_format=asked)
-                one.send(COMPARED)
-                one.stack.wait_settled(HEALTHY + COMPARED, 600)
-                scored = one.stack.requests()["scored"]
+                running.stack.wait_settled(within=300)
+                running.promote(json.loads((checkpoints.compressed / "config.json").read_text())["vocab_size"])
+                running.send(RESTRICTED, response_format=asked)
+                running.send(COMPARED)
+                running.stack.wait_settled(HEALTHY + COMPARED, 600)
+                scored = running.stack.requests()["scored"]
                 counted = 'sum(hemostat_shadow_requests_total{outcome="scored"})'
-                wait_for("the last scrape", lambda: _value(one.prometheus.query(counted)) == scored)
-                yield one
+                wait_for("the last scrape", lambda: _value(running.prometheus.query(counted)) == scored)
+                yield running
     finally:
-        one.stop()
+        running.stop()
 
 
 def _value(series: list[dict[str, Any]]) -> float:
@@ -169,7 +169,7 @@ def _value(series: list[dict[str, Any]]) -> float:
 
 
 def numbers(series: list[dict[str, Any]]) -> list[float]:
-    return [value for one in series if not math.isnan(value := float(one["value"][1]))]
+    return [value for sample in series if not math.isnan(value := float(sample["value"][1]))]
 
 
 RARE = {
@@ -201,7 +201,9 @@ def test_every_query_returns_data(run: Run, query: Query) -> None:
     for expression in (query.with_values(ALL), chosen):
         series = run.prometheus.query(expression)
         assert numbers(series) or query.where in RARE | EMPTY_LIVE, f"no data: {expression}"
-        assert not series or any(query.legend <= set(one["metric"]) for one in series), f"no {query.legend}: {series}"
+        assert not series or any(query.legend <= set(sample["metric"]) for sample in series), (
+            f"no {query.legend}: {series}"
+        )
     for variable in ("namespace", "model", "route"):
         if f"${variable}" in query.expression:
             assert run.prometheus.query(query.with_values(VALUES | {variable: "other"})) == [], variable

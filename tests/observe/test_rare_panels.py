@@ -67,10 +67,10 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     server, thread = start_http_server(port, "127.0.0.1", registry)
     try:
         targets = {"hemostat:8081": f"127.0.0.1:{port}"}
-        with prometheus(config(targets), tmp_path_factory.mktemp("panels") / "prometheus") as one:
+        with prometheus(config(targets), tmp_path_factory.mktemp("panels") / "prometheus") as started:
             rate = f"rate({names.ADAPTER_JUDGED}[1m])"  # known from two scrapes
-            wait_for("two scrapes", lambda: bool(one.query(rate)))
-            yield one
+            wait_for("two scrapes", lambda: bool(started.query(rate)))
+            yield started
     finally:
         server.shutdown()
         server.server_close()
@@ -88,7 +88,7 @@ def test_every_query_returns_data(scraped: Prometheus, query: Query) -> None:
     for expression in (query.with_values(ALL), query.with_values(VALUES)):
         series = scraped.query(expression)
         assert series, f"no data: {expression}"
-        assert any(query.legend <= set(one["metric"]) for one in series)
+        assert any(query.legend <= set(sample["metric"]) for sample in series)
     for variable in ("namespace", "model"):
         if f"${variable}" in query.expression:
             assert scraped.query(query.with_values(VALUES | {variable: "other"})) == [], variable
@@ -99,5 +99,5 @@ def test_every_query_returns_data(scraped: Prometheus, query: Query) -> None:
 def test_the_values_of_a_query_that_is_empty_live(scraped: Prometheus, where: str) -> None:
     (query,) = [query for query in QUERIES if query.where == where]
     series = scraped.query(query.with_values(VALUES))
-    result = {tuple(one["metric"].values()): float(one["value"][1]) for one in series}
+    result = {tuple(sample["metric"].values()): float(sample["value"][1]) for sample in series}
     assert result == pytest.approx(EXPECTED[where])

@@ -34,8 +34,8 @@ class Mix:
 
 
 def kind(bench: Bench, name: str) -> dict[str, object]:
-    [found] = [each for each in bench.status()["kinds"] if each["kind"] == name]
-    return found  # type: ignore[no-any-return]
+    [result] = [each for each in bench.status()["kinds"] if each["kind"] == name]
+    return result  # type: ignore[no-any-return]
 
 
 def test_a_profile_that_helps_one_kind_and_harms_another_serves_only_the_first() -> None:

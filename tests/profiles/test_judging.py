@@ -76,8 +76,8 @@ def test_what_a_client_sends_beyond_its_share_is_noted_against_a_promotion(monke
     for n, key in enumerate(JUDGED[:60]):
         client = b"most" if n % 10 < 6 else b"%d" % (n % 14)
         bench.observe(bench.record(BIASED.truth(n), key, client=client))
-    (found,) = trials.evidence_by_kind(trials.tested[0]).values()
-    assert len(noted) == found.refused == 60 - found.units > 10
+    (evidence,) = trials.evidence_by_kind(trials.tested[0]).values()
+    assert len(noted) == evidence.refused == 60 - evidence.units > 10
     assert np.mean(noted) < 0.0
 
 

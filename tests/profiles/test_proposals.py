@@ -126,12 +126,12 @@ def test_after_a_learner_restart_only_what_serves_must_be_surpassed(caplog: pyte
     bench.profiles.proposals.set_probe(probe_profile(MODEL, V, ANCHORS, 1.0))
     assert not bench.profiles.proposals.accepts(150_000), "it is under test"
     bench.feed(BIASED, JUDGED, bench.serves)
-    for one in (bench, bench.restart()):
-        one.profiles.set_model_pair(MODEL, V)
-        one.profiles.proposals.set_probe(probe_profile(MODEL, V, ANCHORS, 1.0))
-        assert one.profiles.serving.selected == profile.version
-        assert not one.profiles.proposals.accepts(150_000)
-        assert one.profiles.proposals.accepts(10**6)
+    for each in (bench, bench.restart()):
+        each.profiles.set_model_pair(MODEL, V)
+        each.profiles.proposals.set_probe(probe_profile(MODEL, V, ANCHORS, 1.0))
+        assert each.profiles.serving.selected == profile.version
+        assert not each.profiles.proposals.accepts(150_000)
+        assert each.profiles.proposals.accepts(10**6)
     assert "other anchors" not in caplog.text
     bench.profiles.proposals.set_probe(probe_profile(MODEL, V, ANCHORS[:4], 1.0))
     assert "other anchors" in caplog.text

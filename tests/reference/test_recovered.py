@@ -91,18 +91,18 @@ async def test_the_worker_compares_with_the_whole_distribution(tiny: Path, compr
         assert (await reference.score(request)).recovered is not None
     finally:
         await reference.close()
-    found, known = scores.recovered, np.arange(TOKENS) != 5
-    assert found is not None
+    recovered, known = scores.recovered, np.arange(TOKENS) != 5
+    assert recovered is not None
     assert without.recovered is None
     assert conditional.recovered is None
     np.testing.assert_array_equal(scores.entropy, without.entropy)
-    np.testing.assert_array_equal(found.usable, known)
+    np.testing.assert_array_equal(recovered.usable, known)
     for name, value in exact(compressed.reference, compressed.truth).items():
-        np.testing.assert_allclose(getattr(found, name)[known], value[known], rtol=0.05, atol=0.01, err_msg=name)
+        np.testing.assert_allclose(getattr(recovered, name)[known], value[known], rtol=0.05, atol=0.01, err_msg=name)
     assert again.recovered is not None
-    for one, other in zip(astuple(found), astuple(again.recovered), strict=True):
-        assert np.isnan(one[5])
-        np.testing.assert_allclose(one[known], other[known], rtol=1e-6, atol=1e-9)
+    for figure, other in zip(astuple(recovered), astuple(again.recovered), strict=True):
+        assert np.isnan(figure[5])
+        np.testing.assert_allclose(figure[known], other[known], rtol=1e-6, atol=1e-9)
 
 
 def test_torch_and_numpy_say_the_same(compressed: Compressed) -> None:
@@ -126,6 +126,6 @@ def test_torch_and_numpy_say_the_same(compressed: Compressed) -> None:
         compressed.listed.logprobs,
     )
     assert np.isinf(expected.kl_cr[0])
-    for one, other in zip(astuple(result), astuple(expected), strict=True):
-        assert np.isnan(one[0])
-        np.testing.assert_allclose(one[1:], other[1:], rtol=1e-4, atol=1e-5)
+    for figure, other in zip(astuple(result), astuple(expected), strict=True):
+        assert np.isnan(figure[0])
+        np.testing.assert_allclose(figure[1:], other[1:], rtol=1e-4, atol=1e-5)

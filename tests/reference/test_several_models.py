@@ -32,16 +32,16 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Bench:
-    def __init__(self, one: Control) -> None:
-        self.one = one
+    def __init__(self, plane: Control) -> None:
+        self.one = plane
         self.told: list[Policy] = []
-        one.link.set_policy = self.told.append  # type: ignore[method-assign]
+        plane.link.set_policy = self.told.append  # type: ignore[method-assign]
 
     async def scored(self, *captures: Capture) -> dict[str, Any]:
         """What became of all captures so far, after these."""
         before = status_json(self.one)["requests"]
-        for one in captures:
-            self.one.pipeline.receive(one)
+        for item in captures:
+            self.one.pipeline.receive(item)
         endings = self.one.pipeline.endings
         await until(lambda: sum(endings._counts.values()) >= self.total(before) + len(captures))
         result: dict[str, Any] = status_json(self.one)["requests"]
@@ -60,8 +60,8 @@ class Bench:
 async def bench(folder: Path, upstream: FakeVllm, reference: dict[str, Any], **more: Any) -> AsyncIterator[Bench]:
     async with running(upstream):
         made = settings(upstream.url, reference={"backend": "vllm"} | reference, **more)
-        async with control(folder, made, loops=True) as one:
-            yield Bench(one)
+        async with control(folder, made, loops=True) as plane:
+            yield Bench(plane)
 
 
 def emitted(fake: FakeVllm, made: Capture) -> list[float]:
@@ -85,9 +85,9 @@ async def test_each_model_is_scored_on_its_own_reference(tmp_path: Path, monkeyp
             result = await made.scored(capture(model="a"), capture(model="b"), capture(model="c"), capture(model="d"))
             assert result["skipped"] == {"no_reference": 1, "unknown_model": 1}
             assert result["scored"] == 2
-            for record, one in records:
-                fake = {"a": first, "b": second}[one.model]
-                np.testing.assert_allclose(record.reference_emitted, emitted(fake, one))
+            for record, item in records:
+                fake = {"a": first, "b": second}[item.model]
+                np.testing.assert_allclose(record.reference_emitted, emitted(fake, item))
             assert {record.reference_model for record, _ in records} == {
                 pair.reference.digest for pair in made.one.monitor.served.pairs if pair.reference is not None
             }
@@ -129,12 +129,12 @@ async def test_the_noise_floor_is_measured_where_the_first_engine_is_down(tmp_pa
             reference={"backend": "vllm", "url": first.url},
             shadow={"rate": 1.0, "top_k": 4, "floor_fraction": 1.0},
         )
-        async with control(tmp_path, made, loops=True) as one:
-            await until(lambda: one.monitor.ready or "does not answer" in one.monitor.detail)
-            assert one.monitor.ready, one.monitor.detail
-            assert one.compressed_scorer is not None
+        async with control(tmp_path, made, loops=True) as plane:
+            await until(lambda: plane.monitor.ready or "does not answer" in plane.monitor.detail)
+            assert plane.monitor.ready, plane.monitor.detail
+            assert plane.compressed_scorer is not None
             tokens = np.arange(3, dtype=np.int32)
-            scores = await one.compressed_scorer.score(ScoreRequest(tokens, tokens, tokens[:, None]))
+            scores = await plane.compressed_scorer.score(ScoreRequest(tokens, tokens, tokens[:, None]))
             assert len(scores.emitted) == 3
 
 

@@ -92,13 +92,16 @@ async def test_models_have_processes_of_their_own_which_start_when_they_are_need
         result = {name: references.of(name, is_first=name == "a") for name in (*models, "c")}
         assert result["c"] is None
         assert result["a"] is result["a-int8"]
-        assert [one._worker._process for one in references if isinstance(one, TransformersReference)] == [None, None]
+        assert [built._worker._process for built in references if isinstance(built, TransformersReference)] == [
+            None,
+            None,
+        ]
         asked = request_of(3, 6, 4, 3)
         for name, folder in (("a", tiny), ("b", other)):
-            one = result[name]
-            assert isinstance(one, TransformersReference)
-            await one.start()
-            check(await one.score(ScoreRequest(*asked)), direct(folder, *asked[:2]), asked[1], asked[2], 0.05)
+            built = result[name]
+            assert isinstance(built, TransformersReference)
+            await built.start()
+            check(await built.score(ScoreRequest(*asked)), direct(folder, *asked[:2]), asked[1], asked[2], 0.05)
     finally:
         await references.close()
 
@@ -307,8 +310,8 @@ async def test_another_shape_gives_nearly_the_same_and_forgets_nothing(
     after = await reference.score(ScoreRequest(prompt, output, ids, (bias,)))
     np.testing.assert_array_equal(after.expected_shift[bias.version], before.expected_shift[bias.version])
     # One token after one: there is nothing to cut in two.
-    one = await reference.score(ScoreRequest(prompt[:1], output[:1], ids[:1], reshaped=True))
-    check(one, direct(tiny, prompt[:1], output[:1]), output[:1], ids[:1], atol=0.05)
+    scores = await reference.score(ScoreRequest(prompt[:1], output[:1], ids[:1], reshaped=True))
+    check(scores, direct(tiny, prompt[:1], output[:1]), output[:1], ids[:1], atol=0.05)
 
 
 def test_logits_that_are_no_linear_map_are_found_out(tiny: Path) -> None:

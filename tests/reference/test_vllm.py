@@ -116,9 +116,9 @@ async def test_logits_in_place_of_logprobs_are_refused() -> None:
         reference = VllmReference(fake.url, top_k=1)
         await reference.start()
         fake.replace_body = '{"choices": [{"prompt_logprobs": [null, {"3": {"logprob": 12.5, "rank": 1}}]}]}'
-        one = np.array([3], np.int32)
+        ids = np.array([3], np.int32)
         with pytest.raises(ReferenceFailure, match="raw_logprobs"):
-            await reference.score(ScoreRequest(one, one, one[:, None]))
+            await reference.score(ScoreRequest(ids, ids, ids[:, None]))
         await reference.close()
 
 

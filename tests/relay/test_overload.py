@@ -38,7 +38,7 @@ async def begin(relay: Relay, connect: Connect, data: bytes, address: str = "127
     known = set(relay.clients)
     client = await connect(address)
     await client.send(data)
-    await until(lambda: any(one.state is not ConnectionState.READING_HEAD for one in set(relay.clients) - known))
+    await until(lambda: any(client.state is not ConnectionState.READING_HEAD for client in set(relay.clients) - known))
     return client
 
 
@@ -64,7 +64,7 @@ async def test_a_chunked_body_is_collected_until_it_is_too_long() -> None:
         await client.send(b"0\r\n\r\n")
         assert (await client.response("POST")).status == 200
         client = await begin(relay, connect, head + b"9\r\nhello you\r\n")
-        await until(lambda: any(one.exchange and one.exchange.upstream for one in relay.clients))
+        await until(lambda: any(client.exchange and client.exchange.upstream for client in relay.clients))
         await client.send(b"1\r\n!\r\n0\r\n\r\n")
         assert (await client.response("POST")).status == 200
     assert [request.body for request in seen] == [b"hello", b"hello you!"]
@@ -358,7 +358,9 @@ async def test_what_is_kept_to_be_sent_again_is_counted_and_given_up_first() -> 
     async with relaying(script, limits=Limits(buffered_bytes=1700), hook=HookSequence([*hooks])) as (relay, _, connect):
         first, second = await connect(), await connect()
         await first.send(post(b"x" * 900))
-        await until(lambda: [one.exchange.state for one in relay.clients if one.exchange] == [ExchangeState.FORWARDED])
+        await until(
+            lambda: [client.exchange.state for client in relay.clients if client.exchange] == [ExchangeState.FORWARDED]
+        )
         budget = relay._context.budget
         assert budget.held_bytes == 900, "the client's own body; no copy of what was sent"
         await second.send(post(b"y" * 100))
@@ -399,7 +401,7 @@ async def test_a_client_that_does_not_read_frees_its_upstream_connection() -> No
         client = await connect()
         client.writer.transport.pause_reading()  # type: ignore[attr-defined]
         await client.send(GET)
-        await until(lambda: any(one.write_paused for one in relay.clients))
+        await until(lambda: any(client.write_paused for client in relay.clients))
         (inside,) = relay.clients
         now = relay._context.loop.time()
         inside._stalled = 1, now - 1000.0

@@ -67,20 +67,20 @@ def tap(applied: str | None) -> TapResult:
 def test_what_was_applied_follows_from_the_answer_and_the_tap(
     requested: str | None, answered: str | None, tapped: TapResult | None, applied: str | None
 ) -> None:
-    one = capture(requested=requested, adapter=answered, arm="treated")
-    assert applied_version(one, tapped) == applied
-    record = build(one, tapped)
+    captured = capture(requested=requested, adapter=answered, arm="treated")
+    assert applied_version(captured, tapped) == applied
+    record = build(captured, tapped)
     assert (record.applied, record.adapter) == (applied, answered)
     assert record.arm == (Arm.TREATED if applied == requested else Arm.NONE)
 
 
-def build(one: Any, tapped: TapResult | None) -> TokenRecord:
-    arrays = decode_capture(one)
+def build(captured: Any, tapped: TapResult | None) -> TokenRecord:
+    arrays = decode_capture(captured)
     flat = -np.log(30)
     at = np.where(arrays.candidates.ids >= 0, flat, np.nan)
     top = Candidates(np.tile(np.arange(3, dtype=np.int32), (3, 1)), np.full((3, 3), flat))
     scores = ReferenceScores(at=at, top=top, emitted=np.full(3, flat), entropy=np.full(3, -flat))
-    return build_record(one, arrays, scores, INFO, tapped, ())
+    return build_record(captured, arrays, scores, INFO, tapped, ())
 
 
 def test_numbers_of_the_adapted_model_are_not_taken_for_the_compressed_models() -> None:
@@ -151,8 +151,8 @@ class Pipeline:
 
 
 def _fields(record: TokenRecord, given: dict[str, Any]) -> dict[str, Any]:
-    one = sized_capture(record.request_id)
-    return {name: getattr(one, name) for name in one.__struct_fields__} | given
+    template = sized_capture(record.request_id)
+    return {name: getattr(template, name) for name in template.__struct_fields__} | given
 
 
 def found(record: TokenRecord) -> dict[str, ExactDistances]:

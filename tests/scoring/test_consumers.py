@@ -61,13 +61,13 @@ def test_what_a_record_may_be_used_for(name: str) -> None:
 
 
 async def test_a_new_consumer_gets_every_record_once(tmp_path: Path) -> None:
-    async with control(tmp_path) as one:
-        one.monitor.served = served_models(pair(MODEL, info=INFO), pair("another", info=INFO))
+    async with control(tmp_path) as plane:
+        plane.monitor.served = served_models(pair(MODEL, info=INFO), pair("another", info=INFO))
         consumer = Noting()
-        one.pipeline.consumers.append(consumer)
+        plane.pipeline.consumers.append(consumer)
         for number, name in enumerate(USES):
             record, capture = scored(str(number), prompt=number)
-            one.pipeline.use_record(variant(record, name), capture)
+            plane.pipeline.use_record(variant(record, name), capture)
         assert [each.uses for each in consumer.seen] == list(USES.values())
         assert [each.capture.request_id for each in consumer.seen] == [str(number) for number in range(len(USES))]
         with pytest.raises(FrozenInstanceError):
@@ -75,15 +75,15 @@ async def test_a_new_consumer_gets_every_record_once(tmp_path: Path) -> None:
 
 
 async def test_a_consumer_that_fails_costs_the_others_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async with control(tmp_path) as one:
+    async with control(tmp_path) as plane:
         after = Noting()
-        one.pipeline.consumers.insert(0, Noting(fails=True))
-        one.pipeline.consumers.append(after)
+        plane.pipeline.consumers.insert(0, Noting(fails=True))
+        plane.pipeline.consumers.append(after)
         with pytest.raises(RuntimeError, match="Noting"):  # counted by the scorer
-            one.pipeline.use_record(*scored())
+            plane.pipeline.use_record(*scored())
         assert len(after.seen) == 1
-        assert one.measured.measurements.tokens == 3
-        assert one.registry.get_sample_value(names.CALIBRATION_ERRORS) == 0
+        assert plane.measured.measurements.tokens == 3
+        assert plane.registry.get_sample_value(names.CALIBRATION_ERRORS) == 0
         assert "Noting could not use the record of r" in caplog.text
 
 

@@ -24,14 +24,14 @@ def text(random: np.random.Generator, tokens: int) -> Ids:
 def test_turns_whose_beginning_changes_are_one_conversation(answer_tokens: int, dropped: bool) -> None:
     """A date in the system prompt, or a first message that the application drops."""
     random, known = np.random.default_rng(0), Continuations(b"key")
-    history, found = [text(random, 30)], []
+    history, conversations = [text(random, 30)], []
     for turn in range(5):
         prompt = np.concatenate([text(random, 6), *history[max(turn - 1, 0) if dropped else 0 :]])
-        found.append(known.conversation(prompt, b"%d" % turn))
+        conversations.append(known.conversation(prompt, b"%d" % turn))
         answer = text(random, answer_tokens)
-        known.add(prompt, answer, found[-1])
+        known.add(prompt, answer, conversations[-1])
         history += [np.concatenate([answer, text(random, 40)])]
-    assert set(found) == {b"0"}
+    assert set(conversations) == {b"0"}
 
 
 def test_variants_of_a_template_are_conversations_of_their_own() -> None:
@@ -66,9 +66,9 @@ def test_less_than_a_window_is_not_remembered_and_memory_is_bounded(monkeypatch:
     asked = [(text(random, 40), text(random, 20)) for _ in range(12)]
     for number, (prompt, output) in enumerate(asked):
         known.add(prompt, output, b"%d" % number)
-    found = [known.conversation(np.concatenate(both), b"own") for both in asked]
-    assert found[0] == b"own"
-    assert found[-1] == b"11"
+    conversations = [known.conversation(np.concatenate(both), b"own") for both in asked]
+    assert conversations[0] == b"own"
+    assert conversations[-1] == b"11"
     assert len(known._conversations) <= 8
     assert known._filter.sum() <= 8
 

@@ -25,7 +25,7 @@ async def test_only_the_last_tokens_of_a_long_output_are_scored_and_the_rest_is_
     assert [(record.tokens, record.position) for record in made.records] == [(4, 6), (3, 0)]
     result = made.coverage.report()
     assert result["scored_share"] == {"tokens": 7 / 13, "requests": 1.0}
-    assert [(one["reason"], one["tokens"], one["requests"]) for one in result["not_scored"]] == [
+    assert [(row["reason"], row["tokens"], row["requests"]) for row in result["not_scored"]] == [
         ("outside_suffix", 6, 0.0)
     ]
 
@@ -47,7 +47,7 @@ async def test_every_ending_is_in_the_coverage(bench: Bench) -> None:
     await bench.ends(capture(tokens=5, kind="chat"), capture(model="unknown", tokens=7, kind="chat"))
     result = bench.coverage.report()
     assert result["by_outcome"]["scored"]["tokens"] == 5
-    assert {(one["outcome"], one["reason"], one["tokens"]) for one in result["not_scored"]} == {
+    assert {(row["outcome"], row["reason"], row["tokens"]) for row in result["not_scored"]} == {
         ("dropped", "reference_not_ready", 3),
         ("skipped", "unknown_model", 7),
     }

@@ -61,7 +61,7 @@ class Bench:
             draw=lambda: next(self.drawn),
             budget=TokenBudget(0.0, 1.0),
             compressed=self.by["compressed"],
-            emit=lambda model, one: self.found.append((model, one)),
+            emit=lambda model, scored: self.found.append((model, scored)),
             clock=lambda: 0.0,
         )
 
@@ -70,8 +70,8 @@ class Bench:
         return self.floor.outcomes
 
     async def run(self, *given: TokenRecord) -> None:
-        for one in given:
-            self.floor.offer(PROMPT, one, self.by["reference"])
+        for output in given:
+            self.floor.offer(PROMPT, output, self.by["reference"])
         task = asyncio.create_task(self.floor.run())
         while sum(self.counts.values()) < len(MODELS) * len(given):
             await asyncio.sleep(0)
@@ -83,10 +83,10 @@ async def test_each_model_stands_on_both_sides_of_its_record() -> None:
     bench = Bench(scored := record())
     await bench.run(scored)
     assert [model for model, _ in bench.found] == list(MODELS)
-    for _, found in bench.found:
-        validate(found)
-        np.testing.assert_allclose(divergence(found).kl_rc, 0.0, atol=1e-9)
-        np.testing.assert_allclose(divergence(found).tv, 0.0, atol=1e-9)
+    for _, given in bench.found:
+        validate(given)
+        np.testing.assert_allclose(divergence(given).kl_rc, 0.0, atol=1e-9)
+        np.testing.assert_allclose(divergence(given).tv, 0.0, atol=1e-9)
     assert bench.by["compressed"].asked == [False]
     assert bench.by["reference"].asked == [True]
     np.testing.assert_array_equal(bench.found[1][1].compressed.ids, scored.reference.ids)
@@ -96,10 +96,10 @@ async def test_a_token_stands_for_the_tail_where_it_is_known_what_it_was_drawn_f
     bench = Bench(scored := record())
     bench.by["compressed"].noise = 0.01
     await bench.run(scored)
-    assert all(np.isfinite(divergence(found).estimate_rc).all() for _, found in bench.found)
+    assert all(np.isfinite(divergence(scored).estimate_rc).all() for _, scored in bench.found)
     treated = Bench(scored := replace(scored, applied="a" * 32))
     await treated.run(scored)
-    assert all(np.isnan(divergence(found).estimate_rc).all() for _, found in treated.found)
+    assert all(np.isnan(divergence(scored).estimate_rc).all() for _, scored in treated.found)
 
 
 def test_the_references_estimate_is_right_on_tokens_that_the_compressed_model_drew() -> None:

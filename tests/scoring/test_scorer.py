@@ -167,8 +167,11 @@ async def test_logprobs_that_are_not_of_the_answers_tokens_are_skipped(bench: Be
 
 def listed(ids: list[int], *values: float) -> dict[str, object]:
     """A capture's list in which the first of the three rows is this."""
-    found, logprobs = capture().candidate_ids, capture().candidate_logprobs
-    rows = np.frombuffer(found, "<i4").reshape(3, K + 1).copy(), np.frombuffer(logprobs, "<f4").reshape(3, K + 1).copy()
+    raw_ids, logprobs = capture().candidate_ids, capture().candidate_logprobs
+    rows = (
+        np.frombuffer(raw_ids, "<i4").reshape(3, K + 1).copy(),
+        np.frombuffer(logprobs, "<f4").reshape(3, K + 1).copy(),
+    )
     rows[0][0, : len(ids)], rows[1][0, : len(values)] = ids, values
     return {"candidate_ids": rows[0].tobytes(), "candidate_logprobs": rows[1].tobytes()}
 

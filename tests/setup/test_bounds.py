@@ -43,7 +43,7 @@ def all_requirements() -> list[Requirement]:
     result = [
         Requirement(text) for text in [*PROJECT["dependencies"], *extras, *hook, *PYPROJECT["build-system"]["requires"]]
     ]
-    return [one for one in result if one.name != "hemostat"]
+    return [requirement for requirement in result if requirement.name != "hemostat"]
 
 
 def next_versions(version: str) -> set[Version]:
@@ -134,8 +134,8 @@ def runner(bounds: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(bounds.environment, "create", lambda folder, python: None)
 
     def made(end: str) -> Any:
-        one = bounds.Runner(end, tmp_path, sys.executable, print)
-        return one, commands
+        instance = bounds.Runner(end, tmp_path, sys.executable, print)
+        return instance, commands
 
     return made
 

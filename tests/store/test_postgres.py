@@ -53,17 +53,17 @@ def opened() -> Iterator[Opener]:
         return stores[-1]
 
     yield open_at
-    for one in stores:
-        one.close()
+    for each in stores:
+        each.close()
 
 
 @pytest.fixture
 def store(server: Postgres, database: str, opened: Opener) -> PostgresStore:
     """Owned, at revision 1."""
-    one = opened(server.url(database))
-    assert one.acquire()
-    one.commit([SetState("a", "1")], 0, "1")
-    return one
+    made = opened(server.url(database))
+    assert made.acquire()
+    made.commit([SetState("a", "1")], 0, "1")
+    return made
 
 
 def end_sessions(server: Postgres, database: str) -> None:
@@ -139,7 +139,7 @@ def test_two_processes_that_begin_at_once(server: Postgres, database: str, opene
         all_started.wait()
         owns.append(postgres_store.acquire())
 
-    threads = [threading.Thread(target=acquire, args=(one,)) for one in stores]
+    threads = [threading.Thread(target=acquire, args=(each,)) for each in stores]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -86,8 +86,8 @@ async def test_a_waiting_process_takes_over() -> None:
             cut_off = urls["network"].replace("127.0.0.1", network.address)
             owners.append(stack.enter_context(owner(network.command(program(cut_off)))))
             faults["network"] = network.drop
-        for one in owners:
-            assert one.next_state()[0] == "active"
+        for process in owners:
+            assert process.next_state()[0] == "active"
         result = await asyncio.gather(*(taken_over(urls[name], fault) for name, fault in faults.items()))
         seconds = {name: active - at for name, (at, active, _) in zip(faults, result, strict=True)}
         print(seconds)
@@ -96,8 +96,8 @@ async def test_a_waiting_process_takes_over() -> None:
             assert (state, when < result[2][1]) == ("suspended", True), "both have decided at the same time"
             network.restore()
         stopped.process.send_signal(signal.SIGCONT)
-        for one in owners[1:]:
-            while one.next_state()[0] != "ended":
+        for process in owners[1:]:
+            while process.next_state()[0] != "ended":
                 pass
         for name, (_, _, head) in zip(faults, result, strict=True):
             store = PostgresStore(urls[name])

@@ -94,27 +94,27 @@ async def test_each_commit_happens_once_and_in_order() -> None:
 @given(steps=st.lists(st.sampled_from([*Fault][1:5]) | st.booleans(), max_size=30))
 async def test_any_order_of_faults_writes_and_late_calls(steps: list[Fault | bool]) -> None:
     """A fault is one of the next call; True queues an event, False executes what is late."""
-    one, queued = Writing(), 0
+    writing, queued = Writing(), 0
     for step in steps:
         if isinstance(step, Fault):
-            one.store.faults.append(step)
+            writing.store.faults.append(step)
         elif step:
-            one.writer.append_event({"n": queued})
+            writing.writer.append_event({"n": queued})
             queued += 1
         else:
-            one.store.execute_late()
+            writing.store.execute_late()
         try:
-            await one.writer.write()
+            await writing.writer.write()
         except StoreConflict:
             raise
         except StoreFailure:
             pass
-        events = [event["n"] for event in one.store.store.read().events]
+        events = [event["n"] for event in writing.store.store.read().events]
         assert events == list(range(len(events)))[::-1]
-    one.store.faults = []
-    await one.writer.write()
-    one.store.execute_late()
-    assert [event["n"] for event in one.store.read().events] == list(range(queued))[::-1]
+    writing.store.faults = []
+    await writing.writer.write()
+    writing.store.execute_late()
+    assert [event["n"] for event in writing.store.read().events] == list(range(queued))[::-1]
 
 
 async def test_what_is_queued_meanwhile_is_the_next_commit() -> None:

@@ -112,27 +112,27 @@ def unnamed(body: bytes) -> bytes:
 def test_at_any_chunk_boundaries_the_client_gets_what_it_would_without_hemostat(
     recorded: Recordings, which: int, seed: int
 ) -> None:
-    one = recorded.pick(which)
-    stream = one.request.stream
-    tokens = ResponseTokens(8, 2000, one.request.choices, one.request.prompts)
-    stripper = FORMATS[one.request.form].stripper(one.request, tokens, stream=stream)
-    pieces = cut(one.asked, random.Random(seed))
-    assert b"".join(map(stripper.feed, pieces)) + stripper.finish() == one.plain
+    recording = recorded.pick(which)
+    stream = recording.request.stream
+    tokens = ResponseTokens(8, 2000, recording.request.choices, recording.request.prompts)
+    stripper = FORMATS[recording.request.form].stripper(recording.request, tokens, stream=stream)
+    pieces = cut(recording.asked, random.Random(seed))
+    assert b"".join(map(stripper.feed, pieces)) + stripper.finish() == recording.plain
     assert tokens.failure is None
-    assert len(tokens.choices) == one.request.choices
+    assert len(tokens.choices) == recording.request.choices
     for choice in tokens.choices:
         assert choice.prompt_ids
-        rows = read_rows(one.request.form, choice.logprobs, choice.output_ids, 8)
+        rows = read_rows(recording.request.form, choice.logprobs, choice.output_ids, 8)
         assert len(rows.ids) == len(choice.output_ids) == len(rows.emitted)
 
 
 @given(st.integers(0, 2**20), st.integers(0, 2**32))
 def test_an_observer_passes_on_every_byte(recorded: Recordings, which: int, seed: int) -> None:
-    one = recorded.pick(which)
-    tokens = ResponseTokens(8, 2000, one.request.choices, one.request.prompts)
-    observer = FORMATS[one.request.form].observer(one.request, tokens, stream=one.request.stream)
-    pieces = cut(one.plain, random.Random(seed))
-    assert b"".join(map(observer.feed, pieces)) + observer.finish() == one.plain
+    recording = recorded.pick(which)
+    tokens = ResponseTokens(8, 2000, recording.request.choices, recording.request.prompts)
+    observer = FORMATS[recording.request.form].observer(recording.request, tokens, stream=recording.request.stream)
+    pieces = cut(recording.plain, random.Random(seed))
+    assert b"".join(map(observer.feed, pieces)) + observer.finish() == recording.plain
     assert tokens.failure is None
     assert tokens.model == "fake"
     assert all(choice.finish_reason for choice in tokens.choices)
@@ -140,12 +140,12 @@ def test_an_observer_passes_on_every_byte(recorded: Recordings, which: int, seed
 
 @given(st.data())
 def test_a_damaged_response_is_passed_on_and_never_raises(recorded: Recordings, data: st.DataObject) -> None:
-    one = recorded.pick(data.draw(st.integers(0, 2**20)))
-    damaged = bytearray(one.asked)
+    recording = recorded.pick(data.draw(st.integers(0, 2**20)))
+    damaged = bytearray(recording.asked)
     for place in data.draw(st.lists(st.integers(0, len(damaged) - 1), min_size=1, max_size=4)):
         damaged[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
-    tokens = ResponseTokens(8, 2000, one.request.choices, one.request.prompts)
-    stripper = FORMATS[one.request.form].stripper(one.request, tokens, stream=one.request.stream)
+    tokens = ResponseTokens(8, 2000, recording.request.choices, recording.request.prompts)
+    stripper = FORMATS[recording.request.form].stripper(recording.request, tokens, stream=recording.request.stream)
     cut = data.draw(st.integers(0, len(damaged)))
     for piece in (damaged[:cut], damaged[cut:]):
         stripper.feed(bytes(piece))
@@ -377,8 +377,8 @@ def test_a_client_does_not_choose_how_many_candidates_are_measured(wire: Wire, f
         wire.interceptor.policy = policy(tap=True, tap_tokens=True, prefer_plugin=prefer_plugin)
         assert wire.send(CHAT, body).status == 200
         assert fake.requests[-1]["vllm_xargs"] == {"hemostat_tap": "nonce"} | top
-    [found] = captures_from_tap(wire.captures[0], fake.handed_out, 1024)
-    assert decode_capture(found).candidates.ids.shape == (12, 9)
+    [completed] = captures_from_tap(wire.captures[0], fake.handed_out, 1024)
+    assert decode_capture(completed).candidates.ids.shape == (12, 9)
     # Where Hemostat adds no tap, these are the client's own.
     own_tap = {"hemostat_tap": "mine", "hemostat_tap_top": "2"}
     wire.send(CHAT, chat(vllm_xargs=own_tap))
@@ -390,23 +390,23 @@ def test_a_server_that_allows_fewer_logprobs_hands_out_fewer(wire: Wire, fake: F
     wire.interceptor.policy = policy(tap=True, tap_tokens=True, prefer_plugin=True)
     answer = wire.send(CHAT, chat())
     assert (answer.status, answer.replayed, wire.shadow("shadowed")) == (200, False, 1)
-    [found] = captures_from_tap(wire.captures[0], fake.handed_out, 1024)
-    assert decode_capture(found).candidates.ids.shape == (12, 6)
+    [completed] = captures_from_tap(wire.captures[0], fake.handed_out, 1024)
+    assert decode_capture(completed).candidates.ids.shape == (12, 6)
 
 
 @pytest.mark.parametrize("pieces", ["events", "two at a time"])
 def test_an_observer_that_skips_empty_events_finds_the_same(recorded: Recordings, pieces: str) -> None:
     """The oracle gets no whole event at a time."""
-    for one in recorded.all_of_them:
-        if not one.request.stream:
+    for recording in recorded.all_of_them:
+        if not recording.request.stream:
             continue
-        events = [event + b"\n\n" for event in one.plain.split(b"\n\n") if event]
+        events = [event + b"\n\n" for event in recording.plain.split(b"\n\n") if event]
         if pieces == "two at a time":
             events = [b"".join(events[at : at + 2]) for at in range(0, len(events), 2)]
         result = []
-        for parts in (events, [one.plain[at : at + 17] for at in range(0, len(one.plain), 17)]):
-            tokens = ResponseTokens(8, 2000, one.request.choices, one.request.prompts)
-            observer = FORMATS[one.request.form].observer(one.request, tokens, stream=True)
-            assert b"".join(map(observer.feed, parts)) + observer.finish() == one.plain
+        for parts in (events, [recording.plain[at : at + 17] for at in range(0, len(recording.plain), 17)]):
+            tokens = ResponseTokens(8, 2000, recording.request.choices, recording.request.prompts)
+            observer = FORMATS[recording.request.form].observer(recording.request, tokens, stream=True)
+            assert b"".join(map(observer.feed, parts)) + observer.finish() == recording.plain
             result.append(tokens)
         assert result[0] == result[1]

@@ -54,13 +54,13 @@ def test_a_kind_that_is_not_followed_belongs_to_the_rest() -> None:
 
 
 def test_the_client_is_named_by_a_digest() -> None:
-    one = compared("Hello", headers={"authorization": "Bearer one"})
+    comparison = compared("Hello", headers={"authorization": "Bearer one"})
     other = compared("Hello", headers={"authorization": "Bearer other"})
-    assert one is not None
+    assert comparison is not None
     assert other is not None
-    assert one.client != other.client
-    assert one.conversation == other.conversation
-    assert len(one.client) == 8
+    assert comparison.client != other.client
+    assert comparison.conversation == other.conversation
+    assert len(comparison.client) == 8
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_part_of_the_conversations_is_reported_in_every_turn_and_in_both_arms_
     talks = [f"talk {number}" for number in range(1200)]
     drawn = {talk: result for talk in talks if (result := reported(talk, 0.25))}
     assert abs(len(drawn) - 300) < 5 * (1200 * 0.25 * 0.75) ** 0.5
-    treated = sum(found.treated for found in drawn.values())
+    treated = sum(comparison.treated for comparison in drawn.values())
     assert abs(treated - len(drawn) / 2) < 5 * (len(drawn) / 4) ** 0.5
     for talk in talks[:60]:
         later = reported(talk, 0.25, "Yes?", "And then?")

@@ -40,10 +40,10 @@ def begin(wire: Wire, number: int, engine: str) -> Begun:
 def test_both_arms_are_at_the_engines_that_hold_the_profile_and_nowhere_else(wire: Wire) -> None:
     wire.interceptor.policy = ONE_HOLDS
     at_holder = [begin(wire, n, HOLDER) for n in range(60)]
-    assert {one.exchange.arm for one in at_holder} == {"control", "treated"}
-    assert all(one.asked == (one.exchange.arm == "treated") for one in at_holder)
-    for one in (begin(wire, n, OTHER) for n in range(60)):
-        assert (one.exchange.arm, one.exchange.comparison, one.asked) == ("none", None, False)
+    assert {begun.exchange.arm for begun in at_holder} == {"control", "treated"}
+    assert all(begun.asked == (begun.exchange.arm == "treated") for begun in at_holder)
+    for begun in (begin(wire, n, OTHER) for n in range(60)):
+        assert (begun.exchange.arm, begun.exchange.comparison, begun.asked) == ("none", None, False)
 
 
 @pytest.mark.parametrize(("fraction", "arm"), [(0.0, "treated"), (1.0, "control")])
@@ -107,9 +107,9 @@ def test_treated_minus_control_is_the_effect_of_the_profile_and_not_of_the_engin
     for n in range(REQUESTS):
         engine, noise = (HOLDER, OTHER)[rng.integers(2)], 0.1 * rng.standard_normal()
         wire.interceptor.policy = ONE_HOLDS
-        one = begin(wire, n, engine)
-        applied = EFFECT if one.asked else 0.0
-        right[one.exchange.arm].append(LEVELS[engine] + applied + noise)
+        begun = begin(wire, n, engine)
+        applied = EFFECT if begun.asked else 0.0
+        right[begun.exchange.arm].append(LEVELS[engine] + applied + noise)
         # Two wrong rules, by the arm that a relay which takes both engines for holders gives the same request.
         wire.interceptor.policy = ALL_HOLD
         arm = begin(wire, n, engine).exchange.arm
@@ -117,8 +117,8 @@ def test_treated_minus_control_is_the_effect_of_the_profile_and_not_of_the_engin
         asked_anyway[arm].append(figure)
         if arm == "control" or engine == HOLDER:
             control_anywhere[arm].append(figure)
-    found, error = estimate(right)
-    assert abs(found - EFFECT) < 4 * error
+    difference, error = estimate(right)
+    assert abs(difference - EFFECT) < 4 * error
     assert error < abs(EFFECT) / 5
     diluted, error = estimate(asked_anyway)
     assert diluted > EFFECT / 2 - 4 * error, "identity counts as treated"

@@ -118,11 +118,11 @@ def test_a_capture_names_its_conversation_and_client_by_salted_digests(wire: Wir
         wire.interceptor.policy = policy(salt=salt)
         for name, value in (("Authorization", "Bearer a"), ("authorization", "bearer a"), ("authorization", "b")):
             wire.send(CHAT, chat(), headers={name: value})
-    one, same, other, *salted = wire.captures
-    assert one.client == same.client != other.client
-    assert len(one.client) == 8
-    assert one.conversation == same.conversation == other.conversation, "another client is no new observation"
-    assert {one.client, other.client, one.conversation}.isdisjoint(
+    first, same, other, *salted = wire.captures
+    assert first.client == same.client != other.client
+    assert len(first.client) == 8
+    assert first.conversation == same.conversation == other.conversation, "another client is no new observation"
+    assert {first.client, other.client, first.conversation}.isdisjoint(
         {salted[0].client, salted[2].client, salted[0].conversation}
     )
     wire.interceptor.policy = policy(client_header="x-tenant")

@@ -97,11 +97,11 @@ def test_the_response_is_byte_for_byte_the_same_and_the_tokens_are_those_of_the_
     capture, answer = wire.captures[-1], fake.handed_out[-1]
     assert (capture.from_tap, capture.choices, capture.nonce, capture.model) == (True, 1, "nonce", "fake")
     assert capture.generated == answer.tokens
-    (found,) = captures_from_tap(capture, [answer], 1024)
+    (completed,) = captures_from_tap(capture, [answer], 1024)
     chat = {"model": "fake", "messages": body.get("messages") or body["input"], "max_tokens": body[LIMIT[path]]}
     wire.interceptor.policy = policy()
     wire.send(CHAT, chat | {"temperature": body["temperature"]})
-    prompt, output, ids, logprobs, emitted = rows(found)
+    prompt, output, ids, logprobs, emitted = rows(completed)
     expected = rows(wire.captures[-1])
     assert (prompt, output) == expected[:2] == (render(chat["messages"]), expected[1])
     np.testing.assert_array_equal(emitted, expected[4])
@@ -110,7 +110,7 @@ def test_the_response_is_byte_for_byte_the_same_and_the_tokens_are_those_of_the_
         most_likely = np.argsort(-truth, kind="stable")[:8].tolist()
         assert ids[position].tolist() == [*most_likely, -1 if token in most_likely else token]
         np.testing.assert_array_equal(logprobs[position][:8], truth[most_likely])
-    assert (found.from_tap, found.choice, found.conversation) == (False, 0, capture.conversation)
+    assert (completed.from_tap, completed.choice, completed.conversation) == (False, 0, capture.conversation)
 
 
 @BOTH
@@ -292,11 +292,11 @@ def test_turns_of_one_conversation_are_recognized() -> None:
     later = [first, {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "And now?"}]
     called = [first, {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}]
     for path, name in ((RESPONSES, "input"), (MESSAGES, "messages")):
-        one = key(path, ask(path))
-        assert one is not None
-        assert one == key(path, ask(path) | {name: later})
-        assert one != key(path, ask(path, "Bye"))
-        assert one != key(path, ask(path) | {"instructions" if path == RESPONSES else "system": "Be brief"})
+        expected = key(path, ask(path))
+        assert expected is not None
+        assert expected == key(path, ask(path) | {name: later})
+        assert expected != key(path, ask(path, "Bye"))
+        assert expected != key(path, ask(path) | {"instructions" if path == RESPONSES else "system": "Be brief"})
     assert key(RESPONSES, ask(RESPONSES)) == key(RESPONSES, ask(RESPONSES) | {"input": called})
     assert key(RESPONSES, ask(RESPONSES) | {"input": "Hello"}) == key(RESPONSES, ask(RESPONSES) | {"input": "Hello"})
 

@@ -83,7 +83,7 @@ def normal(body: bytes) -> bytes:
     """Without the time, and with the choices' events in order: which row of a step comes first is by chance."""
     events = re.sub(rb'"created":\d+', b'"created":0', body).split(b"\n\n")
     index = [re.search(rb'"index":(\d+)', event) for event in events]
-    keys = [int(found[1]) if found else len(events) for found in index]
+    keys = [int(match[1]) if match else len(events) for match in index]
     return b"\n\n".join(events[n] for n in sorted(range(len(events)), key=keys.__getitem__))
 
 
@@ -183,7 +183,7 @@ def test_the_list_of_models_and_the_fake_server_s(
     with serving(FakeVllm(model=lora_server.model, lora=lora)) as url, httpx.Client(base_url=url) as other:
         asked = {"prompt": "a", "max_tokens": 1}
         for name, status in ((version, 200), (VERSION, 404), (None, 200)):
-            real, fake = (one.post(COMPLETIONS, json=asked | {"model": name}) for one in (client, other))
+            real, fake = (connection.post(COMPLETIONS, json=asked | {"model": name}) for connection in (client, other))
             assert real.status_code == fake.status_code == status
             if status == 200:
                 assert real.json()["model"] == fake.json()["model"] == (name or lora_server.model)

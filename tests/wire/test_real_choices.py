@@ -72,17 +72,17 @@ def joined(body: bytes) -> dict[int, Any]:
     return result
 
 
-def added(one: Any, other: Any, name: str = "") -> Any:
+def added(value: Any, other: Any, name: str = "") -> Any:
     """Lists of tokens and pieces of text one after the other; of anything else, what came last."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        return {key: added(one.get(key), other.get(key), key) for key in one | other}
+    if isinstance(value, dict) and isinstance(other, dict):
+        return {key: added(value.get(key), other.get(key), key) for key in value | other}
     if name == "choices":
-        return [added(one[0], other[0])]
-    if isinstance(one, list) and isinstance(other, list):
-        return one + other
-    if isinstance(one, str) and isinstance(other, str) and name in {"content", "text"}:
-        return one + other
-    return one if other is None else other
+        return [added(value[0], other[0])]
+    if isinstance(value, list) and isinstance(other, list):
+        return value + other
+    if isinstance(value, str) and isinstance(other, str) and name in {"content", "text"}:
+        return value + other
+    return value if other is None else other
 
 
 def compared(wire: Wire, path: str, body: dict[str, Any]) -> Answer:
@@ -226,17 +226,18 @@ def untied(value: Any, asked: int = 0) -> Any:
         result["top_logprobs"] = sorted(rest, key=lambda item: (-item["logprob"], item["token"]))
     elif isinstance(top, list):  # of a completion: one dictionary for each position
         result["top_logprobs"] = [
-            untied_position(one, emitted, asked) for one, emitted in zip(top, result["tokens"], strict=True)
+            untied_position(alternatives, emitted, asked)
+            for alternatives, emitted in zip(top, result["tokens"], strict=True)
         ]
     return result
 
 
-def untied_position(one: dict[str, float], emitted: str, asked: int) -> dict[str, float]:
+def untied_position(alternatives: dict[str, float], emitted: str, asked: int) -> dict[str, float]:
     """The emitted token is in the dictionary in any case: where it is none of the `asked` most likely ones, as one
     more. Where it ties for their last place, that it has the place or is one more depends on the list's length."""
-    listed = [own for token, own in one.items() if token != emitted or len(one) <= asked]
+    listed = [own for token, own in alternatives.items() if token != emitted or len(alternatives) <= asked]
     least = min(listed, default=math.inf)
-    return {token: own for token, own in one.items() if token == emitted or own > least}
+    return {token: own for token, own in alternatives.items() if token == emitted or own > least}
 
 
 @pytest.mark.parametrize(
@@ -299,14 +300,14 @@ def test_alternatives_of_the_clients_own_are_as_vllm_names_them(
             answers = [answers_of(vllm_server, capture.nonce) for capture in wire.captures]
             if by_choice(sampled.body) == by_choice(plain.body):
                 break
-        one, other = joined(sampled.body), joined(plain.body)
+        first, other = joined(sampled.body), joined(plain.body)
         if by_choice(sampled.body) != by_choice(plain.body) and sampled_by.tap:
-            one, other = untied(one, wish.get("logprobs", 0)), untied(other, wish.get("logprobs", 0))
+            first, other = untied(first, wish.get("logprobs", 0)), untied(other, wish.get("logprobs", 0))
         if by_choice(sampled.body) != by_choice(plain.body):
-            assert one == other
+            assert first == other
     [capture], [answer] = wire.captures, answers
-    [found] = captures_from_tap(capture, answer, 1024)
-    _, output, ids, _, _ = rows(found)
+    [completed] = captures_from_tap(capture, answer, 1024)
+    _, output, ids, _, _ = rows(completed)
     assert ids.shape == (len(output), 21)
 
 

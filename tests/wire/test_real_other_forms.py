@@ -64,7 +64,7 @@ FEATURES: dict[str, dict[str, Any]] = {"plain": {}, "sampled": {"temperature": 0
 
 
 @pytest.mark.parametrize(
-    "feature", ["plain", *(pytest.param(one, marks=pytest.mark.slow) for one in FEATURES if one != "plain")]
+    "feature", ["plain", *(pytest.param(name, marks=pytest.mark.slow) for name in FEATURES if name != "plain")]
 )
 @STREAMS
 @BOTH
@@ -79,8 +79,8 @@ def test_the_response_is_the_same_and_the_tokens_are_those_of_the_chat(
     sampled = wire.send(path, body)
     assert sampled.status == plain.status == 200
     (capture,) = wire.captures
-    (found,) = captures_from_tap(capture, answers_of(vllm_server, capture.nonce), 1024)
-    prompt, output, ids, _, emitted = rows(found)
+    (completed,) = captures_from_tap(capture, answers_of(vllm_server, capture.nonce), 1024)
+    prompt, output, ids, _, emitted = rows(completed)
     assert capture.generated == len(output) == 9
     assert all(token in row for token, row in zip(output, ids.tolist(), strict=True))
     if feature == "sampled":
@@ -103,7 +103,7 @@ def shape(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: shape(inner) for name, inner in value.items()}
     if isinstance(value, list):
-        return [shape(one) for one in value[:1] if isinstance(one, dict)]
+        return [shape(item) for item in value[:1] if isinstance(item, dict)]
     return type(value).__name__
 
 

@@ -68,7 +68,7 @@ def test_a_chosen_request_id_changes_nothing_about_what_is_sampled() -> None:
 
 def test_by_default_the_operating_system_draws() -> None:
     two = [Interceptor(policy(shadow_rate=0.5), lambda _: True, lambda *_: None) for _ in range(2)]
-    first, second = (sampled(one, ["r"] * 200) for one in two)
+    first, second = (sampled(sampler, ["r"] * 200) for sampler in two)
     assert first != second
 
 

@@ -97,10 +97,10 @@ def test_layer_by_layer_is_the_whole_model(kind: str, tiny: TinyCheckpoints, tmp
     assert len(pair.skeleton.layers) == (LAYERS if kind == "llama" else 4)
     texts = random_texts()
     assert len({len(text) for text in texts}) > 3, "of different lengths"
-    for text, found in zip(texts, layerwise_logits(pair, texts), strict=True):
+    for text, logits in zip(texts, layerwise_logits(pair, texts), strict=True):
         with torch.no_grad():
             expected = model(torch.from_numpy(text.ids.astype(np.int64))[None]).logits[0]
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert pair.skeleton.most_loaded == 1
     assert all(parameter.is_meta for parameter in pair.skeleton.model.parameters())
 

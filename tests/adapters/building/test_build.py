@@ -57,10 +57,10 @@ def test_held_out_texts_are_won_back(metric: str, tiny: TinyCheckpoints) -> None
         logits = reference.logits(text.ids)[rows]
         here = slice(done, done + len(text.output))
         done += len(text.output)
-        for layers, found in ((None, distances.before), (built.layers, distances.after)):
+        for layers, measured in ((None, distances.before), (built.layers, distances.after)):
             expected = exact_distances(logits, compressed.logits(text.ids, layers)[rows])
-            np.testing.assert_allclose(found.kl[here], expected.kl, rtol=1e-3, atol=1e-5)
-            np.testing.assert_allclose(found.tv[here], expected.tv, rtol=1e-3, atol=1e-5)
+            np.testing.assert_allclose(measured.kl[here], expected.kl, rtol=1e-3, atol=1e-5)
+            np.testing.assert_allclose(measured.tv[here], expected.tv, rtol=1e-3, atol=1e-5)
     assert done == held["tokens"] == len(distances.units)
     assert pair.skeleton.most_loaded == 1, "never two layers in memory, and no model"
 

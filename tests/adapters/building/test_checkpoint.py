@@ -177,9 +177,9 @@ def test_copy_has_what_the_judge_needs(tiny: TinyCheckpoints) -> None:
     # More adapters than are kept as tensors, in turns.
     for _ in range(2):
         for adapter, expected in zip(adapters, merged, strict=True):
-            found = copy.logits(IDS, adapter)
-            np.testing.assert_allclose(found, expected, atol=1e-4)
-            assert np.abs(found - plain).max() > 1e-3
+            logits = copy.logits(IDS, adapter)
+            np.testing.assert_allclose(logits, expected, atol=1e-4)
+            assert np.abs(logits - plain).max() > 1e-3
     np.testing.assert_array_equal(copy.logits(IDS), plain)
 
 

@@ -45,14 +45,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         tie_word_embeddings=True,
     )
     model = transformers.LlamaForCausalLM(config)
-    found = [tmp_path_factory.mktemp(name) for name in ("reference", "compressed")]
-    model.save_pretrained(found[0])
+    paths = [tmp_path_factory.mktemp(name) for name in ("reference", "compressed")]
+    model.save_pretrained(paths[0])
     with torch.no_grad():
         for linear in model.modules():
             if isinstance(linear, torch.nn.Linear) and linear is not model.lm_head:
                 linear.weight += 0.15 * torch.randn_like(linear.weight)
-    model.save_pretrained(found[1])
-    return found
+    model.save_pretrained(paths[1])
+    return paths
 
 
 @pytest.fixture(scope="module")
@@ -98,18 +98,18 @@ def distilled(pair: Pair, *arguments: Any, **keywords: Any) -> module.Distilled:
 def test_it_improves_the_fold_and_texts_that_it_has_not_seen(pair: Pair) -> None:
     start, seen = plain_start(pair), []
     before = {name: module.weight.clone() for name, module in pair[1].linears.items()}
-    found = distilled(pair, start, texts(), rates=(3e-2,), progress=lambda *step: seen.append(step))
-    assert found.improved
-    assert found.kl < 0.9 * found.kl_start
-    assert [trial.complete for trial in found.trials] == [True]
-    assert {name: (layer.a.shape, layer.b.shape) for name, layer in found.layers.items()} == {
+    result = distilled(pair, start, texts(), rates=(3e-2,), progress=lambda *step: seen.append(step))
+    assert result.improved
+    assert result.kl < 0.9 * result.kl_start
+    assert [trial.complete for trial in result.trials] == [True]
+    assert {name: (layer.a.shape, layer.b.shape) for name, layer in result.layers.items()} == {
         name: (layer.a.shape, layer.b.shape) for name, layer in start.items()
     }
     unseen = texts(seed=1)
-    assert mean_kl(pair, unseen, dict(found.layers)) < 0.95 * mean_kl(pair, unseen, start)
-    assert seen[-1] == (training.DISTILLATION, found.tokens, found.tokens)
+    assert mean_kl(pair, unseen, dict(result.layers)) < 0.95 * mean_kl(pair, unseen, start)
+    assert seen[-1] == (training.DISTILLATION, result.tokens, result.tokens)
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
-    report = found.report()
+    report = result.report()
     assert report["trials"][0]["rate"] == 3e-2
     assert report["fold_tokens"] > 0
     assert report["cpu_seconds"] > 0.0
@@ -124,9 +124,9 @@ def test_the_figures_of_the_fold_are_those_of_the_models(pair: Pair) -> None:
     _, fold = training._split(texts())
     batches = make_batches([text.ids for text in fold], torch.device("cpu"), 32)
     with torch.no_grad(), module.TrainableAdapter(start, pair[1]).served(None):
-        found = training._fold_kl(*pair, fold, batches)
+        figures = training._fold_kl(*pair, fold, batches)
     served = {name: module._rounded(layer) for name, layer in start.items()}
-    for text, (kl, tokens) in zip(fold, found, strict=True):
+    for text, (kl, tokens) in zip(fold, figures, strict=True):
         assert tokens == len(text.output)
         assert kl / tokens == pytest.approx(mean_kl(pair, [text], served), rel=1e-4)
 
@@ -154,34 +154,34 @@ def test_the_gradients_are_those_of_the_mean_divergence(pair: Pair) -> None:
 
 def test_a_rate_that_is_too_high_leaves_the_start(pair: Pair) -> None:
     start = plain_start(pair)
-    found = distilled(pair, start, texts(), rates=(30.0, 10.0))
-    assert not found.improved
-    assert found.layers is start
-    assert found.kl == found.kl_start
-    assert [trial.complete for trial in found.trials] == [False, False]
-    assert all(trial.kl is None or trial.kl > found.kl_start for trial in found.trials)
+    result = distilled(pair, start, texts(), rates=(30.0, 10.0))
+    assert not result.improved
+    assert result.layers is start
+    assert result.kl == result.kl_start
+    assert [trial.complete for trial in result.trials] == [False, False]
+    assert all(trial.kl is None or trial.kl > result.kl_start for trial in result.trials)
 
 
 def test_factors_that_are_no_longer_finite_leave_the_start(pair: Pair) -> None:
     start = plain_start(pair)
-    found = distilled(pair, start, texts(20), rates=(1e30,))
-    assert found.layers is start
-    assert [trial.kl for trial in found.trials] == [None]
-    json.dumps(found.report(), allow_nan=False)
+    result = distilled(pair, start, texts(20), rates=(1e30,))
+    assert result.layers is start
+    assert [trial.kl for trial in result.trials] == [None]
+    json.dumps(result.report(), allow_nan=False)
 
 
 def test_the_next_rate_is_tried_after_a_part_of_the_pass(pair: Pair) -> None:
-    found = distilled(pair, plain_start(pair), texts(), rates=(30.0, 1e-2, 1e-3))
-    assert found.improved
-    assert [(trial.rate, trial.complete) for trial in found.trials] == [(30.0, False), (1e-2, True)]
-    assert found.trials[0].tokens < 0.5 * found.trials[1].tokens
+    result = distilled(pair, plain_start(pair), texts(), rates=(30.0, 1e-2, 1e-3))
+    assert result.improved
+    assert [(trial.rate, trial.complete) for trial in result.trials] == [(30.0, False), (1e-2, True)]
+    assert result.trials[0].tokens < 0.5 * result.trials[1].tokens
 
 
 def test_an_exact_start_is_kept(pair: Pair) -> None:
     start = plain_start(pair, rank=16)
-    found = distilled(pair, start, texts(20), rates=(1e-2,))
-    assert found.kl_start < 1e-3
-    assert found.kl <= found.kl_start
+    result = distilled(pair, start, texts(20), rates=(1e-2,))
+    assert result.kl_start < 1e-3
+    assert result.kl <= result.kl_start
 
 
 def test_twice_the_same_is_the_same(pair: Pair) -> None:
@@ -196,17 +196,17 @@ def test_the_profile_of_the_distilled_adapter(pair: Pair, folders: list[Path]) -
     checkpoints = CheckpointPair.open(*folders, dtype="float32")
     given, parts = texts(300, length=20), Parts(None)
     built = build(checkpoints, given, BuildOptions(rank=1, metric="diagonal"))
-    found = module.distilled(checkpoints, built, given, parts, rates=(3e-2,))
-    report = found.report["distilled"]
+    result = module.distilled(checkpoints, built, given, parts, rates=(3e-2,))
+    report = result.report["distilled"]
     assert report["improved"]
-    assert found.report["version"] == found.profile.version != built.profile.version
-    assert found.report["method"].startswith(f"distilled on {report['tokens']} tokens; start: training-free")
-    assert found.profile.metadata["method"] == found.report["method"]
-    assert {n: layer.rank for n, layer in found.layers.items()} == {n: layer.rank for n, layer in built.layers.items()}
-    assert found.report["seconds"] > built.report["seconds"]
+    assert result.report["version"] == result.profile.version != built.profile.version
+    assert result.report["method"].startswith(f"distilled on {report['tokens']} tokens; start: training-free")
+    assert result.profile.metadata["method"] == result.report["method"]
+    assert {n: layer.rank for n, layer in result.layers.items()} == {n: layer.rank for n, layer in built.layers.items()}
+    assert result.report["seconds"] > built.report["seconds"]
     seen: list[int] = []
     again = module.distilled(checkpoints, built, given, parts, progress=lambda stage, done, total: seen.append(done))
-    assert again.profile == found.profile
+    assert again.profile == result.profile
     assert seen == []
     assert "CPU-seconds" in training.summary_line(report)
 
@@ -215,10 +215,10 @@ def test_too_few_texts_are_a_note(pair: Pair, folders: list[Path]) -> None:
     checkpoints = CheckpointPair.open(*folders, dtype="float32")
     given = texts(7, length=30)
     built = build(checkpoints, given, BuildOptions(rank=1, metric="diagonal"))
-    found = module.distilled(checkpoints, built, given, Parts(None))
-    assert found.profile == built.profile
-    assert found.report["distilled"] is None
-    assert found.report["notes"][-1].startswith("not distilled: 7 different prompts")
+    result = module.distilled(checkpoints, built, given, Parts(None))
+    assert result.profile == built.profile
+    assert result.report["distilled"] is None
+    assert result.report["notes"][-1].startswith("not distilled: 7 different prompts")
 
 
 def test_the_fold_is_of_other_prompts() -> None:

@@ -156,9 +156,9 @@ async def judge(target: JudgeTarget | None, profiles: Mapping[str, CalibrationPr
 def pid() -> int | None:
     """Of the judge's process."""
     own = os.getpid()
-    for found in Path(f"/proc/{own}/task/{own}/children").read_text().split():
-        if b"adapters.live.judge_process" in Path(f"/proc/{found}/cmdline").read_bytes():
-            return int(found)
+    for child in Path(f"/proc/{own}/task/{own}/children").read_text().split():
+        if b"adapters.live.judge_process" in Path(f"/proc/{child}/cmdline").read_bytes():
+            return int(child)
     return None
 
 
@@ -280,20 +280,20 @@ async def test_records_that_wait_go_on_without_distances_where_the_process_is_ki
     folders: CheckpointFolders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(judging, "BACKOFF", (0.01,))
-    async with judge(JudgeTarget(folders, V, 0), {}) as one:
-        await ready(one)
+    async with judge(JudgeTarget(folders, V, 0), {}) as live_judge:
+        await ready(live_judge)
         order: list[tuple[int, bool]] = []
         running = pid()
         assert running is not None
         os.kill(running, signal.SIGSTOP)
         offers = 0
-        while one.offer(
-            record_of(offers), prompt_of(offers), (IDENTITY,), lambda found, n=offers: order.append((n, bool(found)))
+        while live_judge.offer(
+            record_of(offers), prompt_of(offers), (IDENTITY,), lambda judged, n=offers: order.append((n, bool(judged)))
         ):
             offers += 1
         assert offers == judging.MAX_WAITING
-        assert one.dropped == {"not_ready": 1, "busy": 1}
-        asking = asyncio.create_task(one.logprobs(np.arange(4, dtype=np.int32), None))
+        assert live_judge.dropped == {"not_ready": 1, "busy": 1}
+        asking = asyncio.create_task(live_judge.logprobs(np.arange(4, dtype=np.int32), None))
         await asyncio.sleep(0.05)
         assert order == []
         os.kill(running, signal.SIGKILL)
@@ -301,52 +301,52 @@ async def test_records_that_wait_go_on_without_distances_where_the_process_is_ki
         assert order == [(n, False) for n in range(offers)], "each once, in the order of the offers"
         with pytest.raises(JudgeUnavailable, match="ended"):
             await asking
-        assert one.dropped["ended"] == offers
-        result = values(one.samples())
+        assert live_judge.dropped["ended"] == offers
+        result = values(live_judge.samples())
         assert result[names.ADAPTER_JUDGE_DROPPED, "ended"] == offers
         assert result[names.ADAPTER_JUDGE_DROPPED, "busy"] == 1
-        await until(lambda: one.state == "ready")
+        await until(lambda: live_judge.state == "ready")
         assert pid() != running
         scored = record_of(1, folders=folders)
-        assert set(await distances(one, scored, prompt_of(1), (IDENTITY,))) == {IDENTITY}
-        assert one.detail == ""
+        assert set(await distances(live_judge, scored, prompt_of(1), (IDENTITY,))) == {IDENTITY}
+        assert live_judge.detail == ""
         # Scored by another reference than the copy.
-        assert await distances(one, record_of(1, folders=folders, apart=0.5), prompt_of(1), (IDENTITY,)) == {}
-        assert one.dropped["other_reference"] == 1
-        assert "adapter.reference is not the model that the reference serves" in one.status()["detail"]
-        assert "judged" in one.status()
+        assert await distances(live_judge, record_of(1, folders=folders, apart=0.5), prompt_of(1), (IDENTITY,)) == {}
+        assert live_judge.dropped["other_reference"] == 1
+        assert "adapter.reference is not the model that the reference serves" in live_judge.status()["detail"]
+        assert "judged" in live_judge.status()
         # One that does not answer is ended.
         monkeypatch.setattr(judging, "MAX_ANSWER_SECONDS", 0.3)
         monkeypatch.setattr(judging, "BACKOFF", (60.0,))
         running = pid()
         assert running is not None
         os.kill(running, signal.SIGSTOP)
-        assert await distances(one, record_of(1), prompt_of(1), (IDENTITY,)) == {}
-        await until(lambda: one.state == "down" and pid() is None)
-        assert "did not answer" in one.detail
+        assert await distances(live_judge, record_of(1), prompt_of(1), (IDENTITY,)) == {}
+        await until(lambda: live_judge.state == "down" and pid() is None)
+        assert "did not answer" in live_judge.detail
         # The next one has to be shorter.
-        assert one.status()["max_tokens"] is not None
+        assert live_judge.status()["max_tokens"] is not None
 
 
 async def test_a_record_whose_answer_would_take_too_long_is_counted_and_not_asked_for(
     folders: CheckpointFolders,
 ) -> None:
-    async with judge(JudgeTarget(folders, V, 0), {}) as one:
-        await ready(one)
-        assert one.status()["max_tokens"] is None
+    async with judge(JudgeTarget(folders, V, 0), {}) as live_judge:
+        await ready(live_judge)
+        assert live_judge.status()["max_tokens"] is None
         scored = record_of(1, folders=folders)
         tokens = 2 * (len(prompt_of(1)) + TOKENS)  # both models are run
-        one._limit.late(tokens, TARGET_SECONDS / 2)
-        assert one.status()["max_tokens"] == tokens // 2
-        assert not one.offer(scored, prompt_of(1), (IDENTITY,), lambda _: None)
-        assert one.dropped["too_long"] == 1
-        assert values(one.samples())[names.ADAPTER_JUDGE_DROPPED, "too_long"] == 1
+        live_judge._limit.late(tokens, TARGET_SECONDS / 2)
+        assert live_judge.status()["max_tokens"] == tokens // 2
+        assert not live_judge.offer(scored, prompt_of(1), (IDENTITY,), lambda _: None)
+        assert live_judge.dropped["too_long"] == 1
+        assert values(live_judge.samples())[names.ADAPTER_JUDGE_DROPPED, "too_long"] == 1
         # A machine that was busy for a while is tried again.
         for _ in range(100):
-            if one.offer(scored, prompt_of(1), (IDENTITY,), lambda _: None):
+            if live_judge.offer(scored, prompt_of(1), (IDENTITY,), lambda _: None):
                 break
-        assert one.dropped["too_long"] > 50
-        await until(lambda: one.judged == 1)
+        assert live_judge.dropped["too_long"] > 50
+        await until(lambda: live_judge.judged == 1)
 
 
 def test_the_limit_follows_the_speed_of_answers_and_recovers() -> None:
@@ -374,47 +374,47 @@ async def test_they_come_back_in_the_order_of_the_offers_and_one_that_fails_keep
     adapters = [adapter_profile(model="m", vocab_size=V, layers=layers(folders, seed)) for seed in range(2)]
     known = {profile.version: profile for profile in adapters}
     digest = checkpoint_digest(str(folders.reference), None)
-    async with judge(JudgeTarget(folders, V, D, digest), known) as one:
-        await ready(one)
-        assert one.wants_hidden_states
+    async with judge(JudgeTarget(folders, V, D, digest), known) as live_judge:
+        await ready(live_judge)
+        assert live_judge.wants_hidden_states
         order: list[tuple[int, int]] = []
         hidden = np.random.default_rng(0).normal(0, 1, (TOKENS, D)).astype(np.float32)
         for n in range(6):
             broken = np.where(n == 3, np.nan, hidden).astype(np.float32)
-            assert one.offer(
+            assert live_judge.offer(
                 record_of(n, broken, folders),
                 prompt_of(n),
                 (IDENTITY, adapters[0].version, "f" * 32)[: 1 + n % 3],
-                lambda found, n=n: order.append((n, len(found))),
+                lambda judged, n=n: order.append((n, len(judged))),
             )
         assert order == [], "never inside of the offer"
-        assert not one.offer(record_of(9), prompt_of(9), (IDENTITY,), lambda _: None), "without hidden states"
+        assert not live_judge.offer(record_of(9), prompt_of(9), (IDENTITY,), lambda _: None), "without hidden states"
         await until(lambda: len(order) == 6)
         assert order == [(0, 1), (1, 2), (2, 2), (3, 0), (4, 2), (5, 2)]
-        assert one.dropped == {"not_ready": 1, "failed": 1, "no_hidden_states": 1}
-        assert one.judged == 5
-        assert one.status()["bytes"] > 1000
+        assert live_judge.dropped == {"not_ready": 1, "failed": 1, "no_hidden_states": 1}
+        assert live_judge.judged == 5
+        assert live_judge.status()["bytes"] > 1000
         # What the process holds is bounded, and sent again where it is needed again.
         monkeypatch.setattr(judging, "MAX_HELD", 1)
         for version in (*known, *known):
-            assert len(await one.logprobs(np.arange(4, dtype=np.int32), version)) == 3
-            assert list(one._held) == [version]
+            assert len(await live_judge.logprobs(np.arange(4, dtype=np.int32), version)) == 3
+            assert list(live_judge._held) == [version]
         with pytest.raises(JudgeUnavailable, match="not known"):
-            await one.logprobs(np.arange(4, dtype=np.int32), "f" * 32)
-        one.stop("calibration is off")
-        await until(lambda: pid() is None and one.loaded is None)
-        assert one.status()["state"] == "off"
-        assert not one.wants_hidden_states
-        assert not one.offer(record_of(1), prompt_of(1), (IDENTITY,), lambda _: None)
+            await live_judge.logprobs(np.arange(4, dtype=np.int32), "f" * 32)
+        live_judge.stop("calibration is off")
+        await until(lambda: pid() is None and live_judge.loaded is None)
+        assert live_judge.status()["state"] == "off"
+        assert not live_judge.wants_hidden_states
+        assert not live_judge.offer(record_of(1), prompt_of(1), (IDENTITY,), lambda _: None)
 
 
 async def test_another_checkpoint_than_the_one_that_serves_is_refused(folders: CheckpointFolders) -> None:
-    async with judge(JudgeTarget(folders, V, 0, "0" * 32), {}) as one:
+    async with judge(JudgeTarget(folders, V, 0, "0" * 32), {}) as live_judge:
         with pytest.raises(JudgeUnavailable, match="idle"):
-            await one.logprobs(np.arange(4, dtype=np.int32), None)
-        await until(lambda: one.state == "unavailable")
-        assert one.detail.startswith("adapter.reference: ")
-        assert not one.offer(record_of(1), prompt_of(1), (IDENTITY,), lambda _: None)
+            await live_judge.logprobs(np.arange(4, dtype=np.int32), None)
+        await until(lambda: live_judge.state == "unavailable")
+        assert live_judge.detail.startswith("adapter.reference: ")
+        assert not live_judge.offer(record_of(1), prompt_of(1), (IDENTITY,), lambda _: None)
 
 
 async def test_how_fast_one_model_was_says_nothing_of_another(folders: CheckpointFolders) -> None:
@@ -428,9 +428,9 @@ async def test_how_fast_one_model_was_says_nothing_of_another(folders: Checkpoin
 
 
 async def test_without_a_target_nothing_is_started() -> None:
-    async with judge(None, {}) as one:
-        assert one.state == "off"
-        assert not one.wants_hidden_states
-        assert not one.offer(record_of(1), prompt_of(1), (IDENTITY,), lambda _: None)
+    async with judge(None, {}) as live_judge:
+        assert live_judge.state == "off"
+        assert not live_judge.wants_hidden_states
+        assert not live_judge.offer(record_of(1), prompt_of(1), (IDENTITY,), lambda _: None)
         with pytest.raises(JudgeUnavailable):
-            await one.logprobs(np.arange(4, dtype=np.int32), None)
+            await live_judge.logprobs(np.arange(4, dtype=np.int32), None)

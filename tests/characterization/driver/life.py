@@ -253,25 +253,25 @@ class Life:
 
     def state(self) -> dict[str, Any]:
         """What relays, engines and the console are told."""
-        one, told = self._profiles, self._profiles.report.status()
+        manager, told = self._profiles, self._profiles.report.status()
         candidates = [f"{c['version']} {c['scope']!r} {c['source']} {c['requests']}" for c in told["candidates"]]
-        evaluated = [profile.version for profile in one.evaluated_profiles()]
+        evaluated = [profile.version for profile in manager.evaluated_profiles()]
         result = {
             "mode": told["mode"],
             "pinned": told["pinned"],
-            "forced": one.serving.forced,
-            "serving": one.serving.version,
-            "shown": one.serving.reported,
-            "by_kind": one.serving.version_by_kind,
-            "wanted": one.engine_versions(),
-            "evaluated": "as wanted" if evaluated == one.engine_versions() else evaluated,
+            "forced": manager.serving.forced,
+            "serving": manager.serving.version,
+            "shown": manager.serving.reported,
+            "by_kind": manager.serving.version_by_kind,
+            "wanted": manager.engine_versions(),
+            "evaluated": "as wanted" if evaluated == manager.engine_versions() else evaluated,
             "candidates": candidates,
             "waiting": [f"{c['version']} {c['scope']!r} {c['source']}" for c in told["waiting"]],
             "learned": [told["learned_requests"], told["learned_tokens"]],
             "tests_begun": told["tests_begun"],
             "scopes": sorted(told["scopes"]),
-            "promotions": sum(n for (decision, _), n in one.events.counts.items() if decision == "promote"),
-            "rollbacks": one.lifecycle.rollbacks,
+            "promotions": sum(n for (decision, _), n in manager.events.counts.items() if decision == "promote"),
+            "rollbacks": manager.lifecycle.rollbacks,
         }
         return {name: value for name, value in result.items() if value not in (None, [], {}, False, 0)}
 

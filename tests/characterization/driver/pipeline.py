@@ -174,9 +174,9 @@ class Pipeline:
 
     def models_are_known(self) -> None:
         """As once the reference has started and both models were compared."""
-        one = self._control
-        one.monitor.served = served_models(pair(MODEL, self.reference, INFO, {"sql", "lora"}, {"sql"}))
-        one.monitor._set_state(ReferenceState.READY, "made-up/reference (float32)")
+        plane = self._control
+        plane.monitor.served = served_models(pair(MODEL, self.reference, INFO, {"sql", "lora"}, {"sql"}))
+        plane.monitor._set_state(ReferenceState.READY, "made-up/reference (float32)")
 
     def start_scoring(self) -> None:
         """The loops that take captures off the queue, and score some again for the noise floor."""
@@ -232,9 +232,9 @@ class Pipeline:
 
     async def settled(self) -> None:
         """All that was sent has come to an end, the noise floor included."""
-        one = self._control.pipeline
-        floor = one.noise_floor
-        await until(lambda: one.received == self._sent and not one.pending and not (floor and floor.queued))
+        current = self._control.pipeline
+        floor = current.noise_floor
+        await until(lambda: current.received == self._sent and not current.pending and not (floor and floor.queued))
 
     async def received(self) -> None:
         await until(lambda: self._control.pipeline.received == self._sent)
@@ -393,11 +393,11 @@ async def pipeline(folder: Path, clock: Clock, **settings: Any) -> AsyncIterator
         await control.start(made.calibration.force)
         relays = listen(control.link, folder / "control.sock")
         control.policy.publish()
-        one = Pipeline(control, clock, references, folder / "control.sock")
+        driving = Pipeline(control, clock, references, folder / "control.sock")
         try:
-            yield one
+            yield driving
         finally:
-            await one.close()
+            await driving.close()
             await relays.close()
             await control.close()
 

@@ -174,8 +174,8 @@ def test_figures_against_an_independent_computation(options: DoctorOptions) -> N
     for point in (Point(bits=3), Point(bits=3, drawing=drawing), other, Point(drawing=drawing)):
         measured = swept.measure(point, block).texts()
         assert len(block.logits) <= 2
-        for job, one in zip(jobs, measured if point != other else [], strict=point != other):
-            ids = torch.from_numpy(np.concatenate([job.prompt, one.output]).astype(np.int64))[None]
+        for job, text in zip(jobs, measured if point != other else [], strict=point != other):
+            ids = torch.from_numpy(np.concatenate([job.prompt, text.output]).astype(np.int64))[None]
             with torch.inference_mode():
                 r = pair.reference_model(ids).logits[0, len(job.prompt) - 1 : -1].double()
                 with measuring.applied(pair.reference_model, point):
@@ -183,12 +183,12 @@ def test_figures_against_an_independent_computation(options: DoctorOptions) -> N
             r = r / (1.0 if point.only_decoding else point.drawing.temperature)
             log_r, log_c = torch.log_softmax(r, -1), torch.log_softmax(c / point.drawing.temperature, -1)
             kl = (log_r.exp() * (log_r - log_c)).sum(-1).numpy()
-            np.testing.assert_allclose(one.figures["kl_rc"], kl, atol=2e-5)
+            np.testing.assert_allclose(text.figures["kl_rc"], kl, atol=2e-5)
             tv = (log_r.exp() - log_c.exp()).abs().sum(-1).numpy() / 2
-            np.testing.assert_allclose(one.figures["tv"], tv, atol=2e-5)
+            np.testing.assert_allclose(text.figures["tv"], tv, atol=2e-5)
     unchanged = swept.measure(UNCHANGED, block).texts()
-    assert all((one.figures["kl_rc"] == 0.0).all() for one in unchanged)
-    assert all((one.figures["floor_kl"] < 1e-4).all() for one in unchanged)
+    assert all((text.figures["kl_rc"] == 0.0).all() for text in unchanged)
+    assert all((text.figures["floor_kl"] < 1e-4).all() for text in unchanged)
 
 
 def report_of(options: DoctorOptions, tmp_path: Path) -> dict[str, Any]:

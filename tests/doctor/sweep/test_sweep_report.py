@@ -50,7 +50,7 @@ from hemostat.doctor.sweep.results import Results, share
 MEASURED = results()
 SHARES = shares()
 THRESHOLDS = [one for line in LINES if (one := threshold(MEASURED, line, 0)) is not None]
-STATEMENTS = statements(MEASURED, {one.line.name: one for one in THRESHOLDS}, LINES, SHARES)
+STATEMENTS = statements(MEASURED, {broken.line.name: broken for broken in THRESHOLDS}, LINES, SHARES)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def report() -> dict[str, Any]:
 
 
 def test_known_breaks_are_found() -> None:
-    result = {one.line.name: one for one in THRESHOLDS}
+    result = {broken.line.name: broken for broken in THRESHOLDS}
     for name, at in (("quantization", 12.0), (UNSTRUCTURED_PRUNING, 0.65), (STRUCTURED, 0.45)):
         interval = result[name].found
         assert interval is not None
@@ -86,7 +86,7 @@ def test_known_breaks_are_found() -> None:
 
 
 def test_the_papers_statements_are_tested() -> None:
-    verdicts = {one.text: one.verdict.value for one in STATEMENTS}
+    verdicts = {statement.text: statement.verdict.value for statement in STATEMENTS}
     assert len(verdicts) == 6
     assert set(verdicts.values()) == {"confirmed"}
     # In a world where rows lose least, the last statement is refuted.
@@ -128,9 +128,9 @@ def test_at_most_half_of_the_points_go_on() -> None:
     result = promoted(MEASURED, POINTS, THRESHOLDS, STATEMENTS, SHARES)
     assert result[0] == UNCHANGED
     assert len(result) <= len(POINTS) // 2
-    breaking = next(one for one in THRESHOLDS if one.line.name == UNSTRUCTURED_PRUNING)
-    around = [p for p in breaking.points if breaking.found and breaking.found.low <= p.sparsity <= breaking.found.high]
-    assert set(around) <= set(result)
+    breaking = next(broken for broken in THRESHOLDS if broken.line.name == UNSTRUCTURED_PRUNING)
+    between = [p for p in breaking.points if breaking.found and breaking.found.low <= p.sparsity <= breaking.found.high]
+    assert set(between) <= set(result)
     # Far from the break, the floor and the front.
     assert Point(sparsity=0.9, pattern="rows") not in result
     assert Point(change=Change.DROPPED, layers=8) not in result

@@ -406,7 +406,7 @@ async def test_requests_at_once_get_their_own_answers(folder: Path) -> None:
     async with started(folder, pooling_server()) as (fake, reference):
         await reference.start()
         asked = [request_of(n, 3 + n, 4 + n, 2) for n in range(6)]
-        result = await asyncio.gather(*(reference.score(ScoreRequest(*one)) for one in asked))
+        result = await asyncio.gather(*(reference.score(ScoreRequest(*arguments)) for arguments in asked))
         for (prompt, output, _), scores in zip(asked, result, strict=True):
             rows = fake.pooling.logprobs([*prompt.tolist(), *output[:-1].tolist()])[len(prompt) - 1 :]
             np.testing.assert_allclose(scores.emitted, rows[np.arange(len(output)), output], atol=1e-4)

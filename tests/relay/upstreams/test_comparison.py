@@ -54,7 +54,7 @@ class World:
         if not fails(engine):
             return
         if retried and self.comparison.may_retry(client, self.now):
-            other = self.random.choice([one for one in range(self.engines) if one != engine])
+            other = self.random.choice([candidate for candidate in range(self.engines) if candidate != engine])
             self.requests[other] += 1
             if fails(other):
                 self.comparison.put_down(client, self.now)

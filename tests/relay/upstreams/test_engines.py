@@ -385,7 +385,7 @@ async def test_the_engine_of_a_sampled_request_is_drawn_where_none_is_preferred(
         client = await connect()
         for _ in spies:
             assert await ask(client, chat("the same question")) == 200
-    chosen, drawn = [spy.engines[0] for spy in spies], {one for spy in spies for one in spy.drawn}
+    chosen, drawn = [spy.engines[0] for spy in spies], {index for spy in spies for index in spy.drawn}
     in_turn = [here != there for here, there in itertools.pairwise(chosen)]
     assert drawn == {draws and not affinity}
     assert (len(set(chosen)) == 1) == affinity

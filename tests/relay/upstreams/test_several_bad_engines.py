@@ -55,7 +55,7 @@ def test_two_engines_of_four_that_answer_500_at_once_are_ejected(affinity: bool,
     failures = answers = 0
 
     def ask(number: int, failed: tuple[tuple[Engine, int], ...], key: int | None) -> None:
-        engine = upstreams.choose(key, [one for one, _ in failed])
+        engine = upstreams.choose(key, [tried for tried, _ in failed])
         assert engine is not None
         engine.requests += 1
         engine.outstanding += 1
@@ -64,20 +64,20 @@ def test_two_engines_of_four_that_answer_500_at_once_are_ejected(affinity: bool,
 
     for number in itertools.count():
         while asked and asked[0].ends <= number / RATE:
-            one = heapq.heappop(asked)
-            loop.now, engine, failed, good = one.ends, one.engine, one.failed, one.engine not in bad
+            request = heapq.heappop(asked)
+            loop.now, engine, failed, good = request.ends, request.engine, request.failed, request.engine not in bad
             engine.outstanding -= 1
             if not good:
                 failed = (*failed, (engine, 500))
                 if len(failed) == 1 and upstreams.take_retry():
                     engine.resent += 1
-                    ask(one.number, failed, None)
+                    ask(request.number, failed, None)
                     continue
             if failed:
-                client = b"%d" % (one.number % clients)
+                client = b"%d" % (request.number % clients)
                 now = began + loop.now
                 upstreams.request_failed(client, client, failed, now - 0.002, now, answered=good)
-            if one.number > 5 * RATE:
+            if request.number > 5 * RATE:
                 answers += 1
                 failures += not good
         if number > 10 * RATE:
