@@ -409,7 +409,7 @@ async def test_adapters_need_both_checkpoints_of_one_model_on_this_machine(tmp_p
     ("absent", "broken", "message"),
     [
         ("transformers", "", "not installed: transformers -> pip install 'hemostat[transformers]'"),
-        ("compressed_tensors", "", "quantized; not installed: compressed-tensors; pip install 'hemostat[adapters]'"),
+        ("compressed_tensors", "", "not installed: compressed-tensors; pip install 'hemostat[adapters]'"),
         ("", "compressed_tensors.quantization", "-> pip install 'hemostat[adapters]'"),
     ],
 )

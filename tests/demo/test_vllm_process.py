@@ -177,7 +177,7 @@ def test_the_compressed_model_answers(vllm_server: Any) -> None:
 def test_the_documented_commands_start_in_this_environment() -> None:
     """Also in that of `make demo`, whose vLLM is another distribution."""
     programs = set()
-    for page in ("README.md", "docs/operations.md", "docs/configuration.md"):
+    for page in ("docs/operations.md", "docs/configuration.md"):
         text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
         result = {
             tuple(shlex.split(line)[: 2 if line.startswith("vllm") else 3])
