@@ -309,14 +309,14 @@ def test_edges_are_those_of_the_dashboards() -> None:
 
 def test_trajectories_are_of_the_kind_of_text_that_was_written() -> None:
     measured = Measurements()
-    given = records(40)
+    given = records(400)
     for record in given:
         measured.observe(record, None, None)
     report = measured.survival.report()
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     greedy = sum(record.sampling.greedy for record in given)
     assert report["greedy"]["requests"] == greedy
-    assert report["sampled"]["requests"] == 40 - greedy
+    assert report["sampled"]["requests"] == 400 - greedy
     first = report["sampled"]["survival"][0]
     kept = [np.exp(min(r.reference_emitted[0] - r.compressed_emitted[0], 0.0)) for r in given if not r.sampling.greedy]
     assert first["tokens"] == 1
