@@ -230,4 +230,4 @@ async def test_adapters_of_hemostat_s_own_are_no_models(tmp_path: Path) -> None:
             await until(lambda: made.told[-1].base_models == {"a", "also-a"})
             told = made.told[-1]
             assert told.unscorable_models == unscorable
-            assert (told.answered_name, told.adapter_names, told.adapters) == ("a", enabled, {})
+            assert (told.answered_name, told.adapter_names, told.adapters) == ("a", enabled, frozenset())
