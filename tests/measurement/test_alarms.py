@@ -19,6 +19,7 @@ from tests.support.stores import DirectWrites
 
 from hemostat.config import schema as config
 from hemostat.measurement.alarms import STATE_KEY, Alarms
+from hemostat.measurement.dependence import Dependence
 from hemostat.measurement.figures import MODELS
 from hemostat_calibration.alarm.serialization import begun_tests
 from hemostat_calibration.divergence.per_token import divergence
@@ -223,6 +224,21 @@ def test_half_of_the_noise_floors_is_what_noise_adds() -> None:
     assert v > 3.0
     # Both floors are the same, so that half of their sum is one of them.
     assert bench.alarms.report()["floor_upper_nats"] == pytest.approx(mean.get(0.01 / 8, v).high)
+
+
+def test_a_scored_record_does_not_compute_how_much_requests_of_the_floors_depend_on_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench(budget_nats=0.05, baseline_requests=None, floors=MODELS)
+    for seed in range(60):
+        for model in MODELS:
+            bench.alarms.observe_noise_floor(model, divergence(record(seed, 0.02)).kl_rc)
+
+    def computed(_: Dependence, series: int = 0) -> float:
+        raise AssertionError(series)
+
+    monkeypatch.setattr(Dependence, "inflation", computed)
+    bench.feed(range(60, 62), 0.1)
 
 
 def test_an_older_state_is_refused_by_name_and_its_alpha_stays_spent(caplog: pytest.LogCaptureFixture) -> None:

@@ -49,16 +49,19 @@ class FloorLimit:
     def __init__(self, cap: float, cycle: Cycle) -> None:
         self._mean = ClippedMean(0.0, cap)
         self._dependence = Dependence(1, cycle)
+        self._inflation = math.inf
+        """v̂ after the last request: its computation takes too long for every scored record that needs a limit."""
 
     def add(self, divergences: Floats, client: bytes) -> None:
         """KL by token of one request, nats. client: the digest of whom it is from."""
         values = np.clip(divergences[~np.isnan(divergences)], 0.0, self._mean.cap)
         self._mean = self._mean.update(values)
         self._dependence.add(np.array([values.sum()]), np.array([float(len(values))]), client)
+        self._inflation = self._dependence.inflation()
 
     def limit(self, alpha: float) -> float:
         """Upper end of its interval, asymptotic; infinite while it is not known, or v̂ is not."""
-        high = self._mean.get(alpha, self._dependence.inflation()).high
+        high = self._mean.get(alpha, self._inflation).high
         return high if high < self._mean.cap else math.inf
 
 
