@@ -179,10 +179,11 @@ class ByKind:
                 yield Sample(self._metrics.kl_tokens, (name, arm), tokens)
             if kind.raw.requests:
                 yield from inflation_samples(name, "kl_nats", kind.raw.requests, kind.raw.inflation("kl_nats"))
-                accepted = kind.raw.draft_acceptance()
-                for edge in ("lower", "upper"):
-                    if self._metrics.draft_acceptance is not None and accepted[edge] is not None:
-                        yield Sample(self._metrics.draft_acceptance, (name, edge), accepted[edge])
+                if (ratio := self._metrics.draft_acceptance) is not None:
+                    accepted = kind.raw.draft_acceptance()
+                    for edge in ("lower", "upper"):
+                        if accepted[edge] is not None:
+                            yield Sample(ratio, (name, edge), accepted[edge])
             _, gain = kind.latest()
             if gain is None or not gain.requests:
                 continue
