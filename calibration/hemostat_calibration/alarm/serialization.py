@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat_calibration.alarm.alarm import Alarm, KindState, RunningTest, Settings
-from hemostat_calibration.alarm.baseline import LOG_WEIGHTS
+from hemostat_calibration.alarm.baseline import LOG_WEIGHTS, STAKES
 from hemostat_calibration.alarm.betting import BET_FRACTIONS, WealthState
 from hemostat_calibration.alarm.budget import BudgetTest
 from hemostat_calibration.alarm.change import ChangeTest
@@ -125,7 +125,7 @@ def _arrays(alarm: Alarm) -> Checks:
         yield from _like(state.levels, fresh.levels, "levels")
         yield from _like(state.divergences, fresh.divergences, "divergences")
         if state.baseline is not None:
-            yield "limits", state.baseline.limits, (len(LOG_WEIGHTS) // 2,)
+            yield "limits", state.baseline.limits, (len(LOG_WEIGHTS) // len(STAKES),)
         if state.budget is not None:
             yield from _test_arrays(state.budget, BudgetTest, len(BET_FRACTIONS))
 
