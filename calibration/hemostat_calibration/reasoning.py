@@ -117,8 +117,8 @@ def _starts(ids: Ids, sequence: tuple[int, ...]) -> Ids:
 def _first(ids: Ids, sequences: Collection[tuple[int, ...]], start: int) -> tuple[int, int] | None:
     """Where the first of the sequences begins, from `start` on, and its length: of several that begin there, the
     longest."""
-    result = ((int(at[0]), len(sequence)) for sequence in sequences if len(at := _starts(ids[start:], sequence)))
-    best = min(result, key=lambda place: (place[0], -place[1]), default=None)
+    places = ((int(at[0]), len(sequence)) for sequence in sequences if len(at := _starts(ids[start:], sequence)))
+    best = min(places, key=lambda place: (place[0], -place[1]), default=None)
     return None if best is None else (best[0] + start, best[1])
 
 

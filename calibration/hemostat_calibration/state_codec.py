@@ -53,20 +53,20 @@ def decode(kind: type[T], data: bytes, schema: int) -> T:
     """
     try:
         stored = json.loads(data)
-        result = stored["schema"]
+        stored_schema = stored["schema"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise InvalidArgumentError(f"not a stored {kind.__name__}: {data[:20]!r}") from None
-    if result != schema:
+    if stored_schema != schema:
         raise InvalidArgumentError(
-            f"the stored {kind.__name__} has schema {str(result)[:20]}, this version reads {schema}"
+            f"the stored {kind.__name__} has schema {str(stored_schema)[:20]}, this version reads {schema}"
         )
     value: T = _typed(stored.get("state"), kind, kind.__name__)
     return value
 
 
 def _field_types(kind: Any) -> Mapping[str, Any]:
-    result = typing.get_type_hints(kind)
-    return {field.name: result[field.name] for field in fields(kind)}
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
 
 
 _hints: Callable[[Any], Mapping[str, Any]] = cache(_field_types)

@@ -179,7 +179,7 @@ class TemplateTable:
 
     def _find(self, owners: Words) -> int:
         """A prompt of the oldest of the clusters that have enough in common with one of the beginnings; 0 where none
-        has. found: uint32 [HASHES, L], the first prompt that had each of the first shingles, or 0.
+        has. owners: uint32 [HASHES, L], the first prompt that had each of the first shingles, or 0.
 
         Only prompts with a part of it count: else what is made of phrases that are common, each in another prompt,
         would be like all of them."""

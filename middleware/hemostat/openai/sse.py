@@ -76,8 +76,8 @@ def _blank_lines(buffer: bytearray, start: int) -> list[int]:
         return [match.end() for match in _BLANK_LINE.finditer(buffer, start)]
     # The usual case, and many times faster than the pattern.
     ends = []
-    while (result := buffer.find(b"\n\n", start)) >= 0:
-        start = result + 2
+    while (at := buffer.find(b"\n\n", start)) >= 0:
+        start = at + 2
         ends.append(start)
     return ends
 

@@ -136,8 +136,8 @@ class EventLog:
             "evidence": evidence,
         }
         place = kind or scope
-        result = f" {json.dumps(evidence)}" if evidence else ""
-        log.info("%s %s%s: %s%s", decision, version, f" for {place}" if place else "", why, result)
+        shown = f" {json.dumps(evidence)}" if evidence else ""
+        log.info("%s %s%s: %s%s", decision, version, f" for {place}" if place else "", why, shown)
         self._events.append(event)
         self._writes.append_event(event)
 

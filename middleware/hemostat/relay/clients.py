@@ -91,9 +91,8 @@ class Clients(Generic[Connection]):
 
     def _evict(self, candidates: Iterable[Connection], number: int, limit: str) -> bool:
         """Close some of the candidates that wait; False, and a connection is refused, where none does."""
-        waiting = sorted(
-            (candidate for candidate in candidates if candidate.evictable), key=lambda client: client.since
-        )
+        evictable = (candidate for candidate in candidates if candidate.evictable)
+        waiting = sorted(evictable, key=lambda candidate: candidate.since)
         left = self._numbers.copy()
         ranked: list[tuple[int, int]] = []
         for index, connection in enumerate(waiting):

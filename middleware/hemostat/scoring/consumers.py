@@ -70,15 +70,15 @@ class Figures:
     other_models: OtherModels
 
     def use(self, scored: ScoredRecord) -> None:
-        entry, figures, fresh = scored, scored.figures, scored.fresh
-        if Use.OTHER_FIGURES in entry.uses and entry.pair is not None:
-            self.other_models.observe(entry.pair.name, entry.record, figures, fresh=fresh)
-        elif Use.PART_FIGURES in entry.uses:
-            self.measurements.observe_part(entry.record, figures, fresh=fresh)
-        elif entry.uses & (Use.FIGURES | Use.CONDITIONAL_FIGURES):
-            observe = self.measurements.observe if Use.FIGURES in entry.uses else self.measurements.conditional.observe
-            shown = (entry.record, entry.profile, entry.applied)
-            observe(*shown, held_out=entry.held_out, gains=entry.gains, figures=figures, fresh=fresh)
+        figures, fresh = scored.figures, scored.fresh
+        if Use.OTHER_FIGURES in scored.uses and scored.pair is not None:
+            self.other_models.observe(scored.pair.name, scored.record, figures, fresh=fresh)
+        elif Use.PART_FIGURES in scored.uses:
+            self.measurements.observe_part(scored.record, figures, fresh=fresh)
+        elif scored.uses & (Use.FIGURES | Use.CONDITIONAL_FIGURES):
+            observe = self.measurements.observe if Use.FIGURES in scored.uses else self.measurements.conditional.observe
+            shown = (scored.record, scored.profile, scored.applied)
+            observe(*shown, held_out=scored.held_out, gains=scored.gains, figures=figures, fresh=fresh)
 
 
 @dataclass(frozen=True, slots=True)

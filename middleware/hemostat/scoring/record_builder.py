@@ -190,7 +190,7 @@ def build_record(
 def applied_version(capture: Capture, tap: TapResult | None) -> str | None:
     """The profile that the answer was generated with; None is identity.
 
-    An adapter is applied where the answer names it; of another profile the engine's plugin tells.
+    An adapter is applied where the answer names it; for another profile the engine's plugin reports it.
     """
     by_plugin = tap.applied if tap else None
     return by_plugin if capture.adapter is None or by_plugin is not None else capture.adapter

@@ -232,8 +232,8 @@ class Scorer:
 
     async def _score(self, capture: Capture) -> None:
         """Emit one record and count it, or count why there is none."""
-        result = (capture.nonce, _output_tokens(capture), _ids_among_choices(capture))
-        tap = self._taps.take(*result) if capture.nonce else None
+        answer = (capture.nonce, _output_tokens(capture), _ids_among_choices(capture))
+        tap = self._taps.take(*answer) if capture.nonce else None
         pair = self._models.served.of(capture.model)
         if (unusable := self._unusable(capture, pair, tap)) is not None:
             self._endings.unscored(unusable, capture)

@@ -277,5 +277,5 @@ class ContextualLearner:
             raise InvalidArgumentError(f"record has vocab_size {record.vocab_size}, not {state.vocab_size}")
         width = self.weight.shape[1]
         if record.reference_hidden is not None and record.reference_hidden.shape[1] != width:
-            result = record.reference_hidden.shape[1]
-            raise InvalidArgumentError(f"record has hidden states of {result}, the output embedding of {width} columns")
+            given = record.reference_hidden.shape[1]
+            raise InvalidArgumentError(f"record has hidden states of {given}, the output embedding of {width} columns")

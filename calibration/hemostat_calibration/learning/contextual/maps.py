@@ -32,15 +32,15 @@ class LinearMap:
         return image
 
 
-def linear_map(rank: LowRank) -> LinearMap:
+def linear_map(low_rank: LowRank) -> LinearMap:
     """The map that was found.
 
     >>> low_rank = LowRank(np.eye(2), np.array([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]]), penalty=0.0, gain=0.0, error=0.0)
     >>> linear_map(low_rank).image(np.array([[1.0, 2.0]], np.float32)).tolist()
     [[1.5, 4.0]]
     """
-    read = rank.read.astype(np.float32)
-    return LinearMap(linear=read[:, :-1], offset=read[:, -1], up=rank.up.astype(np.float32))
+    read = low_rank.read.astype(np.float32)
+    return LinearMap(linear=read[:, :-1], offset=read[:, -1], up=low_rank.up.astype(np.float32))
 
 
 def for_features(map_: LinearMap, reads: Floats) -> LinearMap:
