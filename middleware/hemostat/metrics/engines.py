@@ -57,7 +57,7 @@ CANARY_METRICS = (
         "Of the last replay: mean |difference of log-probabilities| of a sequence's tokens, median over sequences.",
         ("engine", "model", "against"),
     ),
-    Metric(names.CANARY_REPLAYS, "counter", "replays", "Replays of canaries, by what they said.", ("outcome",)),
+    Metric(names.CANARY_REPLAYS, "counter", "replays", "Replays of canaries, by outcome.", ("outcome",)),
 )
 
 PLUGIN_METRICS = (
