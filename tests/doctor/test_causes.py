@@ -259,7 +259,7 @@ def test_prescription_continues_after_an_interruption(
     stop = 150  # in the second of three layers
     assert run(options) == 130
     assert not (tmp_path / "plan.json").exists()
-    assert len(list((tmp_path / "w").glob("prescription-any-layer-*.part"))) == 1
+    assert len(list((tmp_path / "w").glob("prescription-*-layer-*.part"))) == 1
     stop = -1
     assert run(options) == 0
     assert read_plan(tmp_path / "plan.json").layers == report["plan"].layers
@@ -267,6 +267,21 @@ def test_prescription_continues_after_an_interruption(
     assert not list((tmp_path / "w").glob("rounded-*weights*")), "copies of the weights are not left behind"
     assert run(options) == 0
     assert read_plan(tmp_path / "plan.json").layers == report["plan"].layers
+
+
+def test_losses_of_other_candidates_in_the_work_folder_are_not_used(
+    tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hemostat.doctor import run
+    from hemostat.doctor.prescription import candidates
+
+    options = tiny.options(
+        layer_tokens=0, budget="0.4", plan=tmp_path / "plan.json", plan_for="any", work=tmp_path / "w"
+    )
+    for plans in ((LayerPlan(2, 32), LayerPlan(16)), (LayerPlan(3, 32), LayerPlan(4, 32), LayerPlan(16))):
+        monkeypatch.setitem(candidates._CANDIDATES, "any", plans)
+        assert run(options) == 0
+        assert set(read_plan(tmp_path / "plan.json").layers.values()) <= set(plans)
 
 
 @pytest.mark.parametrize(

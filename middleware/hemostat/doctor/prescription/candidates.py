@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from hemostat.compression.calibrated import calibrated_weight
 from hemostat.compression.formats import Quantized, WeightFormat, on_grid
 from hemostat.compression.input_moments import InputMoments
@@ -12,6 +14,7 @@ from hemostat.compression.plan import DENSE_BITS, LayerPlan, fused_name
 from hemostat.compression.pruning.masks import Pattern
 from hemostat.compression.rounding import pruned, rounded
 from hemostat.doctor.options import Target
+from hemostat.models.checkpoint_folders import cache_key
 
 KERNEL_GROUPS = (None, 128, 64, 32)
 """Of Marlin's kernels (`MARLIN_SUPPORTED_GROUP_SIZES` of vLLM 0.32), coarsest first; of Triton's and Intel's, too."""
@@ -44,6 +47,11 @@ def candidates(target: Target, inputs: int) -> list[LayerPlan]:
         for plan in _CANDIDATES[target]
     )
     return list(dict.fromkeys(fitting))
+
+
+def candidates_key(target: Target) -> str:
+    """Of the target's list: losses that are stored by candidate are of no use for another list."""
+    return cache_key(msgspec.to_builtins(_CANDIDATES[target]))
 
 
 def unit_name(target: Target, layer: str) -> str:

@@ -21,10 +21,12 @@ from hemostat.doctor.checkpoints import CheckpointPair
 from hemostat.doctor.kl_meter import KlMeter, Text, choose
 from hemostat.doctor.options import DoctorError, DoctorOptions, parse_budget
 from hemostat.doctor.pair import Floats, Ids, json_number
+from hemostat.doctor.prescription.candidates import candidates_key
 from hemostat.doctor.prescription.losses import predicted_losses
 from hemostat.doctor.prescription.mixes import Mix, dense_bytes, prescribe, uniform_mixes
 from hemostat.doctor.prescription.rounded_mixes import RoundedMixes
 from hemostat.models.checkpoint import Checkpoint
+from hemostat.models.checkpoint_folders import cache_key
 from hemostat.models.errors import AdaptError
 from hemostat.models.parts import Parts
 from hemostat.models.work_folder import WorkFolder
@@ -55,7 +57,7 @@ def prescription_report(
             target,
             device,
             options.seed,
-            Parts(work, f"prescription-{target}-"),
+            Parts(work, f"prescription-{candidates_key(target)}-"),
             lambda done, total: steps(done, total + total // 2),
         )
         dense = dense_bytes(losses)
@@ -63,7 +65,7 @@ def prescription_report(
         mix, bound = prescribe(losses, target, budget)
         uniform = uniform_mixes(losses, budget)[:MAX_UNIFORM]
         mixes = [mix, *(uniform_mix for _, uniform_mix in uniform)]
-        parts = Parts(work, f"rounded-{target}-{budget}-")
+        parts = Parts(work, f"rounded-{cache_key(msgspec.to_builtins([mix.layers for mix in mixes]))}-")
         rounded = RoundedMixes(
             reference, positions, mixes, device, parts, lambda done, total: steps(2 * total + done, 3 * total)
         )
