@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -110,7 +111,10 @@ def test_packed_integers_of_compressed_tensors_of_any_bits(bits: int, tmp_path: 
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
     checkpoint = written(tmp_path, Layer(quantization, parts, numbers * 0.5))
-    np.testing.assert_array_equal(checkpoint.weight(NAME).numpy(), (numbers * 0.5).numpy())
+    tensor = checkpoint.tensor
+    with patch.object(checkpoint, "tensor", side_effect=tensor) as read:
+        np.testing.assert_array_equal(checkpoint.weight(NAME).numpy(), (numbers * 0.5).numpy())
+    assert read.call_count == len(parts), "each file is opened once for each tensor"
 
 
 def test_a_tool_that_writes_its_configuration_into_another_file(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import cache
 from typing import NoReturn, Protocol
 
 import torch
@@ -15,7 +16,7 @@ WRONG_CONFIG = "its quantization_config is of another checkpoint, or the file is
 
 
 class StoredLayer:
-    """One linear layer of a checkpoint.
+    """One linear layer of a checkpoint. Each of its tensors is read once.
 
     name: of the module. parts: the last parts of the names of its tensors, such as `qweight`.
     """
@@ -24,7 +25,7 @@ class StoredLayer:
         """read: a tensor by its last part. where: label and folder, for errors."""
         self.name = name
         self.parts = frozenset(parts)
-        self._read = read
+        self._read = cache(read)
         self._where = where
 
     def tensor(
