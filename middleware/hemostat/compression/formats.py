@@ -20,7 +20,7 @@ from hemostat.models.stored_formats.compressed_tensors import MXFP4, NVFP4
 from hemostat.models.stored_formats.fp4 import E8M0_BIAS, MXFP4_GROUP, NVFP4_GROUP, pack_e2m1
 from hemostat.models.stored_formats.integers import pack_rows
 from hemostat.models.stored_formats.reading import stored_format
-from hemostat.models.stored_formats.stored_layer import StoredLayer
+from hemostat.models.stored_formats.stored_layer import StoredFormat, StoredLayer
 
 FP4 = {"nvfp4": NVFP4_GROUP, "mxfp4": MXFP4_GROUP}
 """Kinds of E2M1 numbers, and the inputs that share a scale."""
@@ -102,16 +102,8 @@ def stored(quantized: Quantized) -> dict[str, torch.Tensor]:
 
 def restored(weight_format: WeightFormat, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Float32 [outputs, inputs]: exact products of what `stored` stores."""
-    if weight_format.kind in FP4 or weight_format.layout != "compressed-tensors":
-        config = quantization_config({"layer": weight_format}, [], [])
-        assert config is not None
-        layer = StoredLayer("layer", tensors, lambda part: tensors[part], "compress")
-        return stored_format(config, "compress").weight(layer)
-    scheme, compressor = _scheme(weight_format)
-    # In float32, which represents every product of an integer and a scale exactly.
-    parts = dict(tensors) | {"weight_scale": tensors["weight_scale"].float()}
-    weight: torch.Tensor = compressor.decompress(parts, scheme)["weight"]
-    return weight.float().contiguous()
+    layer = StoredLayer("layer", tensors, lambda part: tensors[part], "compress")
+    return _stored_format(weight_format).weight(layer)
 
 
 def on_grid(quantized: Quantized) -> torch.Tensor:
@@ -216,3 +208,10 @@ def _scheme(weight_format: WeightFormat) -> tuple[Any, Any]:
     container = weight_format.container
     scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs, format=container)
     return scheme, BaseCompressor.get_value_from_registry(container)
+
+
+@cache
+def _stored_format(weight_format: WeightFormat) -> StoredFormat:
+    config = quantization_config({"layer": weight_format}, [], [])
+    assert config is not None
+    return stored_format(config, "compress")
