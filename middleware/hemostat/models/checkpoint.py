@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hemostat.models.checkpoint_digest import checkpoint_digest
-from hemostat.models.errors import AdaptError
+from hemostat.models.errors import AdaptError, one_line
 from hemostat.models.quiet import quiet_transformers
 from hemostat.models.skeleton import EXACT, Inputs
 from hemostat.models.stored_formats.reading import (
@@ -82,7 +82,7 @@ class Checkpoint:
                 tensor: torch.Tensor = file.get_tensor(name).clone()
         except (OSError, SafetensorError) as error:
             raise AdaptError(
-                f"{self.label}: {path}, with {name}, cannot be read ({_one_line(error)}); copy it again"
+                f"{self.label}: {path}, with {name}, cannot be read ({one_line(error)}); copy it again"
             ) from None
         return tensor
 
@@ -148,7 +148,7 @@ def _read_config(folder: Path, label: str) -> Any:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # noqa: BLE001  any content of the file, and code of any architecture
-        raise AdaptError(f"{label}: {folder}/config.json cannot be used: {_one_line(error)}") from None
+        raise AdaptError(f"{label}: {folder}/config.json cannot be used: {one_line(error)}") from None
     return config
 
 
@@ -177,13 +177,9 @@ def _index(folder: Path, label: str) -> dict[str, Path]:
             with safe_open(path, "pt") as file:
                 paths |= dict.fromkeys(file.keys(), path)
         except (OSError, SafetensorError) as error:
-            raise AdaptError(f"{label}: {path} cannot be read ({_one_line(error)}); copy it again") from None
+            raise AdaptError(f"{label}: {path} cannot be read ({one_line(error)}); copy it again") from None
     if not paths:
         kinds = [name for name in ("bin", "pt", "pth", "gguf") if any(folder.glob(f"*.{name}"))]
         detail = f"only .{', .'.join(kinds)} files; save it with save_pretrained" if kinds else "copy it again"
         raise AdaptError(f"{label}: {folder} has no .safetensors file: {detail}")
     return paths
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 
+from hemostat.models.errors import one_line
 from hemostat_calibration.errors import HemostatError
 
 EXTRAS = {
@@ -47,8 +48,7 @@ def problem(extra: str) -> str:
         try:
             importlib.import_module(name)
         except Exception as error:  # noqa: BLE001  any package's own code
-            text = " ".join(str(error).split())[:300]
-            return f"{DISTRIBUTIONS.get(name, name)} cannot be imported ({text}); {_install(extra)}"
+            return f"{DISTRIBUTIONS.get(name, name)} cannot be imported ({one_line(error)}); {_install(extra)}"
     return ""
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from hemostat.models.architectures import UnsupportedModelError, check_causal
-from hemostat.models.errors import AdaptError
+from hemostat.models.errors import AdaptError, one_line
 from hemostat.models.experts import is_expert, split_experts
 from hemostat.models.quiet import quiet_transformers
 
@@ -138,8 +138,7 @@ class Skeleton:
         except UnsupportedModelError as error:
             raise AdaptError(f"{label}: {error}") from None
         except Exception as error:  # noqa: BLE001  code of any architecture
-            text = " ".join(str(error).split())[:300]
-            raise AdaptError(f"{label}: transformers cannot build its architecture: {text}") from None
+            raise AdaptError(f"{label}: transformers cannot build its architecture: {one_line(error)}") from None
         self.dtype = dtype
         self.device = device
         self.model.eval().requires_grad_(False)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from hemostat.models import packages
-from hemostat.models.errors import AdaptError
+from hemostat.models.errors import AdaptError, one_line
 from hemostat.models.skeleton import EXACT, Inputs
 from hemostat.models.stored_formats.fp4 import MXFP4_GROUP, NVFP4_GROUP, mxfp4_weight, nvfp4_weight
 from hemostat.models.stored_formats.stored_layer import StoredLayer
@@ -50,7 +50,7 @@ class CompressedTensors:
             known = {key: quantization[key] for key in QuantizationConfig.model_fields if key in quantization}
             parsed = QuantizationConfig.model_validate(known)
         except ValueError as error:
-            raise AdaptError(f"{where} cannot be read: {' '.join(str(error).split())[:300]}") from None
+            raise AdaptError(f"{where} cannot be read: {one_line(error)}") from None
         schemes = tuple(parsed.config_groups.values())
         for scheme in schemes:
             scheme.format = getattr(scheme.format, "value", scheme.format) or parsed.format
@@ -100,7 +100,7 @@ def _check(scheme: Any, where: str) -> None:
     weights, inputs = scheme.weights, scheme.input_activations
     groups = {NVFP4: NVFP4_GROUP, MXFP4: MXFP4_GROUP}
     of_fp4 = scheme.format in groups
-    if weights is None or (weights.type == "float") != (of_fp4 or (weights.num_bits == 8 and weights.type == "float")):
+    if weights is None or not ((of_fp4 or weights.num_bits == 8) if weights.type == "float" else not of_fp4):
         kind = "no" if weights is None else f"{weights.num_bits}-bit {weights.type}"
         raise AdaptError(f"{where} has {kind} weights in {scheme.format}, which is not supported: {SUPPORTED}")
     if of_fp4 and (weights.num_bits, weights.group_size) != (4, groups[scheme.format]):
@@ -143,15 +143,13 @@ def _by_library(layer: StoredLayer, scheme: Any) -> torch.Tensor:
         compressor = BaseCompressor.get_value_from_registry(scheme.format)
         weight: torch.Tensor = compressor.decompress(stored, scheme)["weight"]
     except (KeyError, ValueError, RuntimeError, AssertionError, TypeError) as error:
-        text = " ".join(str(error).split())[:300] or type(error).__name__
-        layer.refuse("weight_scale", f"and {', '.join(sorted(stored))} beside it cannot be dequantized ({text})")
+        problem = f"and {', '.join(sorted(stored))} beside it cannot be dequantized ({one_line(error)})"
+        layer.refuse("weight_scale", problem)
     return weight.float().contiguous()
 
 
 def _check_shapes(layer: StoredLayer, weights: Any, stored: Mapping[str, torch.Tensor]) -> None:
     part = "weight_packed" if "weight_packed" in stored else "weight"
-    if part not in stored:
-        layer.tensor(part, _ANY)
     if part == "weight_packed":
         shape = tuple(int(n) for n in layer.tensor("weight_shape", (torch.int32, torch.int64), (2,)))
         words = -(-shape[1] // (32 // weights.num_bits))  # no number goes on in the next word
