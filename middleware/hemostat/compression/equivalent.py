@@ -13,8 +13,8 @@ column i of their weights is multiplied by s_i. The function stays the same. Two
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from hemostat.compression.formats import FP4, WeightFormat, snapped_scale
 from hemostat.compression.frame import LayerData
 from hemostat.compression.rounding import E2M1_LARGEST, highest_integer, round_to_steps, weight_groups
 from hemostat.compression.token_weights import WeightedMoments
-from hemostat.models.activations import Batch, valid_rows
+from hemostat.models.activations import Batch, forward_hooks, valid_rows
 from hemostat.models.skeleton import Inputs, consumers, norm_offset, round_to_e2m1, rounded_inputs
 
 AWQ_ALPHAS = tuple(n / 20 for n in range(1, 21))
@@ -204,19 +204,14 @@ def _inputs(layer: LayerData, name: str) -> SiteInputs:
     rows: list[torch.Tensor] = []
     each = -(-SAMPLE_ROWS // len(layer.run.texts_walk.batches))
 
-    @contextmanager
-    def measuring(batch: Batch) -> Iterator[None]:
+    def measuring(batch: Batch) -> AbstractContextManager[None]:
         def see(module: Any, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
             given = valid_rows(arguments[0], batch.valid)
             moments.add(name, given, None)
             largest.append(given.float().abs().amax(0))
             rows.append(given[:: -(-len(given) // each)].float())
 
-        handle = layer.linears[name].register_forward_hook(see)
-        try:
-            yield
-        finally:
-            handle.remove()
+        return forward_hooks([(layer.linears[name], see)])
 
     layer.forward(measuring)
     return SiteInputs(moments.totals[name], torch.stack(largest).amax(0), torch.cat(rows))

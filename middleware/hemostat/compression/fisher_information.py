@@ -9,33 +9,30 @@ One walk backwards through the model: the memory is that of one layer. Finished 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 
 from hemostat.compression.frame import Run
-from hemostat.models.activations import GRAM_ROWS, Batch, valid_rows
+from hemostat.models.activations import GRAM_ROWS, Batch, Hook, forward_hooks, valid_rows
 from hemostat.models.skeleton import Skeleton
 
-STAGE = "gradients"
 Totals = dict[str, torch.Tensor]
 """Float32 [out, in] by linear layer; a layer that no text reached is left out."""
 
 
 def measure_totals(run: Run) -> None:
     """Store them of every decoder layer that is not stored yet."""
-    walk, count = run.texts_walk, len(run.skeleton.layers)
-    for n in reversed(range(count)):
-        if run.parts.get(_part(n)) is None:
-            totals: Totals = {}
-            walk.measure(n, partial(observed, run.skeleton, walk.names[n], totals), backwards=True)
-            run.parts.put(_part(n), totals)
-            walk.leave(n, backwards=True)
-        run.progress(STAGE, count - n, count)
-    walk.drop()
+
+    def measure(n: int) -> Totals:
+        totals: Totals = {}
+        layer = run.texts_walk.names[n]
+        run.texts_walk.measure(n, partial(_observed, run.skeleton, layer, totals), backwards=True)
+        return totals
+
+    run.measure_backwards(_part, measure)
 
 
 def stored_totals(run: Run, index: int) -> Totals:
@@ -43,11 +40,10 @@ def stored_totals(run: Run, index: int) -> Totals:
     return run.parts.get(_part(index)) or {}
 
 
-@contextmanager
-def observed(skeleton: Skeleton, layer: str, totals: Totals, batch: Batch) -> Iterator[None]:
+def _observed(skeleton: Skeleton, layer: str, totals: Totals, batch: Batch) -> AbstractContextManager[None]:
     """Inside of the context, passes backwards through the decoder layer `layer` add to `totals`."""
 
-    def hook(name: str) -> Callable[[Any, tuple[Any, ...], torch.Tensor], None]:
+    def hook(name: str) -> Hook:
         def see(module: Any, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
             inputs = valid_rows(arguments[0], batch.valid)
 
@@ -62,12 +58,7 @@ def observed(skeleton: Skeleton, layer: str, totals: Totals, batch: Batch) -> It
 
         return see
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in skeleton.linears_of(layer).items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return forward_hooks((module, hook(name)) for name, module in skeleton.linears_of(layer).items())
 
 
 def _part(index: int) -> str:

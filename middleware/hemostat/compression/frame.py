@@ -6,7 +6,7 @@ where the method needs them, and stores each finished layer, from which an inter
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ from hemostat_calibration.adapters.gram import Metric
 Ids = npt.NDArray[np.int32]
 
 STAGE = "compressed layers"
+GRADIENTS = "gradients"
 NEEDS_TEXTS = "this method needs texts: give --prompts or --records"
 _REPORT = "|report"
 _FORMATS = "|formats"
@@ -118,6 +119,22 @@ class Run:
         if self.walk is None:
             raise CompressError(NEEDS_TEXTS)
         return self.walk
+
+    def measure_backwards(
+        self, part: Callable[[int], str], measure: Callable[[int], Mapping[str, torch.Tensor]]
+    ) -> None:
+        """Store what `measure` finds about each decoder layer, from the last to the first; what is stored is kept.
+
+        part: the name under which that of a layer is stored, by its index. measure: passes the texts through the layer
+        backwards (`LayerWalk.measure`).
+        """
+        walk, count = self.texts_walk, len(self.skeleton.layers)
+        for n in reversed(range(count)):
+            if self.parts.get(part(n)) is None:
+                self.parts.put(part(n), measure(n))
+                walk.leave(n, backwards=True)
+            self.progress(GRADIENTS, count - n, count)
+        walk.drop()
 
 
 class LayerData:

@@ -9,34 +9,30 @@ second moments can be taken of inputs as the compressed model sees them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 
 from hemostat.compression.frame import LayerData, Run
-from hemostat.models.activations import GRAM_ROWS, Batch, valid_rows
+from hemostat.models.activations import GRAM_ROWS, Batch, Hook, forward_hooks, valid_rows
 from hemostat.models.experts import is_expert
 
-STAGE = "gradients"
 Weights = Mapping[str, list[torch.Tensor]]
 """By linear layer, for each batch: float32 [valid tokens], mean 1 over all tokens."""
 
 
 def measure_token_weights(run: Run) -> None:
     """Of every linear layer, by one walk backwards; stored in the run's parts. What is there already is kept."""
-    walk = run.texts_walk
-    count = len(walk.names)
-    for n in range(count - 1, -1, -1):
-        if run.parts.get(_part(n)) is None:
-            result: dict[str, list[torch.Tensor]] = {}
-            walk.measure(n, partial(_seen, run, walk.names[n], result), backwards=True)
-            run.parts.put(_part(n), {f"{name}|{b}": w for name, ws in result.items() for b, w in enumerate(ws)})
-            walk.leave(n, backwards=True)
-        run.progress(STAGE, count - n, count)
-    walk.drop()
+
+    def measure(n: int) -> Mapping[str, torch.Tensor]:
+        result: dict[str, list[torch.Tensor]] = {}
+        run.texts_walk.measure(n, partial(_seen, run, run.texts_walk.names[n], result), backwards=True)
+        return {f"{name}|{b}": weights for name, batches in result.items() for b, weights in enumerate(batches)}
+
+    run.measure_backwards(_part, measure)
 
 
 def token_weights(layer: LayerData) -> Weights:
@@ -79,56 +75,30 @@ def weighted_moments(layer: LayerData, names: Sequence[str], guide: Weights) -> 
     batches = layer.run.texts_walk.batches
     numbers = {id(batch): number for number, batch in enumerate(batches)}
 
-    @contextmanager
-    def measuring(batch: Batch) -> Iterator[None]:
-        handles = [
-            layer.linears[name].register_forward_hook(
-                partial(_add, moments, name, batch, guide[name][numbers[id(batch)]] if name in guide else None)
-            )
-            for name in names
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def measuring(batch: Batch) -> AbstractContextManager[None]:
+        def hook(name: str) -> Hook:
+            weights = guide[name][numbers[id(batch)]] if name in guide else None
+            return lambda module, arguments, output: moments.add(name, valid_rows(arguments[0], batch.valid), weights)
+
+        return forward_hooks((layer.linears[name], hook(name)) for name in names)
 
     layer.forward(measuring)
     return moments
 
 
-def _add(
-    moments: WeightedMoments,
-    name: str,
-    batch: Batch,
-    weights: torch.Tensor | None,
-    module: Any,
-    arguments: tuple[Any, ...],
-    output: torch.Tensor,
-) -> None:
-    moments.add(name, valid_rows(arguments[0], batch.valid), weights)
+def _seen(run: Run, layer: str, gradients: dict[str, list[torch.Tensor]], batch: Batch) -> AbstractContextManager[None]:
+    def hook(name: str) -> Hook:
+        def see_gradient(gradient: torch.Tensor) -> None:
+            rows = valid_rows(gradient, batch.valid)
+            gradients.setdefault(name, []).append(rows.float().square().mean(-1).cpu())
 
+        def see(module: Any, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
+            output.register_hook(see_gradient)
 
-@contextmanager
-def _seen(run: Run, layer: str, gradients: dict[str, list[torch.Tensor]], batch: Batch) -> Iterator[None]:
-    handles = []
-    for name, module in run.skeleton.linears_of(layer).items():
-        if is_expert(name):
-            continue
+        return see
 
-        def hook(_: Any, __: tuple[Any, ...], output: torch.Tensor, name: str = name) -> None:
-            output.register_hook(
-                lambda gradient: gradients.setdefault(name, []).append(
-                    valid_rows(gradient, batch.valid).float().square().mean(-1).cpu()
-                )
-            )
-
-        handles.append(module.register_forward_hook(hook))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    linears = run.skeleton.linears_of(layer).items()
+    return forward_hooks((module, hook(name)) for name, module in linears if not is_expert(name))
 
 
 def _part(n: int) -> str:

@@ -6,8 +6,8 @@ leaves it out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from hemostat.models.skeleton import Skeleton, WeightSource
 from hemostat_calibration.adapters.gram import DiagonalGram, FullGram, Gram, Metric
 
 Ids = npt.NDArray[np.int32]
+Hook = Callable[[Any, tuple[Any, ...], torch.Tensor], None]
+"""Called after a module's forward pass with the module, its arguments and its output."""
 
 MAX_BATCH_POSITIONS = 1024
 """Positions of one batch, padding included; a longer text is a batch of its own."""
@@ -194,6 +196,15 @@ def valid_rows(tensor: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
+def forward_hooks(hooks: Iterable[tuple[Any, Hook]]) -> Iterator[None]:
+    """Inside of the context, each of the modules calls its hook."""
+    with ExitStack() as stack:
+        for module, hook in hooks:
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
+@contextmanager
 def measured(
     skeleton: Skeleton,
     layer: str,
@@ -204,11 +215,10 @@ def measured(
 ) -> Iterator[None]:
     """Inside of the context, forward passes through the decoder layer `layer` add to `moments`, and, with `gradients`,
     backward passes too. valid: bool [texts, positions]. metrics: by key; for a key without one nothing is kept."""
-    handles = []
     # Tensors that were read meanwhile: kept, so that another one does not get the same identity.
     read: dict[int, tuple[str, torch.Tensor]] = {}
 
-    def hook(name: str) -> Callable[[Any, tuple[Any, ...], torch.Tensor], None]:
+    def hook(name: str) -> Hook:
         def see(module: Any, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
             given = arguments[0]
             group, _ = read.setdefault(id(given), (name, given))
@@ -221,13 +231,10 @@ def measured(
 
         return see
 
-    for name, module in skeleton.linears_of(layer).items():
-        handles.append(module.register_forward_hook(hook(name)))
     try:
-        yield
+        with forward_hooks((module, hook(name)) for name, module in skeleton.linears_of(layer).items()):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         read.clear()
 
 

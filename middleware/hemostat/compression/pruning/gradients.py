@@ -20,7 +20,6 @@ from hemostat.models.activations import Batch, Moments, measured, output_key
 from hemostat.models.parts import json_tensor, json_value
 from hemostat_calibration.adapters.gram import Metric
 
-STAGE = "gradients"
 PROBED = 0.5
 """The sparsity at which losses are predicted."""
 Gradients = Mapping[str, torch.Tensor]
@@ -34,17 +33,12 @@ def measure_gradients(run: Run) -> dict[str, float]:
     The loss is of tokens behind the first of each text: the first one's inputs may be hundreds of times as large, and
     the model is hardly sensitive to them (attention sinks), which a product of S and G does not show.
     """
-    walk, count = run.texts_walk, len(run.skeleton.layers)
+    run.measure_backwards(_losses, partial(_measure_layer, run))
     losses: dict[str, float] = {}
-    for n in reversed(range(count)):
+    for n in reversed(range(len(run.skeleton.layers))):
         part = run.parts.get(_losses(n))
-        if part is None:
-            part = {"": json_tensor(_measure_layer(run, n))}
-            run.parts.put(_losses(n), part)
-            walk.leave(n, backwards=True)
+        assert part is not None, n
         losses |= json_value(part[""])
-        run.progress(STAGE, count - n, count)
-    walk.drop()
     return losses
 
 
@@ -53,7 +47,8 @@ def stored_gradients(run: Run, index: int) -> Gradients:
     return run.parts.get(_gradients(index)) or {}
 
 
-def _measure_layer(run: Run, n: int) -> dict[str, float]:
+def _measure_layer(run: Run, n: int) -> Mapping[str, torch.Tensor]:
+    """The losses of a decoder layer, for JSON; its gradients are stored."""
     walk = run.texts_walk
     layer, tokens = walk.names[n], sum(int(batch.valid.sum()) for batch in walk.batches)
     moments, first = Moments(), Moments()
@@ -74,7 +69,7 @@ def _measure_layer(run: Run, n: int) -> dict[str, float]:
         losses[name] = 0.5 * error / (inputs.count * tokens)
         gradients[name] = own.float()
     run.parts.put(_gradients(n), gradients)
-    return losses
+    return {"": json_tensor(losses)}
 
 
 @contextmanager
