@@ -59,14 +59,13 @@ def fitted_scale(groups: torch.Tensor, bits: int) -> torch.Tensor:
     Of the scales from the group's largest magnitude down to 0.6 of it, the one with the least sum of |error|^2.4: for
     few bits, clipping the largest weights a little costs less than rounding all the others coarsely.
     """
-    return _searched(groups, bits, lambda error: error.abs().pow(2.4), groups.dtype)
+    return _integer_scale(groups, bits, None, groups.dtype)
 
 
 def clipped_scale(groups: torch.Tensor, bits: int, importance: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """As `fitted_scale`, with the least weighted squared error. importance: float [inputs], such as the mean square of
     each input, or [out, inputs], of each weight. dtype: of the scales."""
-    weights = importance.unflatten(-1, groups.shape[1:])
-    return _searched(groups, bits, lambda error: error.square() * weights, dtype)
+    return _integer_scale(groups, bits, importance, dtype)
 
 
 def e2m1_scale(
@@ -76,34 +75,46 @@ def e2m1_scale(
 
     snapped: the nearest scales that can be stored. importance: as of `clipped_scale`; None: the loss of `fitted_scale`.
     """
-    exact = groups.float()
-    largest = exact.abs().amax(-1) / E2M1_LARGEST
-    best = torch.full_like(largest, torch.inf)
-    fitted = torch.zeros_like(largest)
-    weights = None if importance is None else importance.unflatten(-1, groups.shape[1:])
-    for factor in torch.linspace(1.5, 0.6, 19):
-        scale = snapped(largest * factor)
-        error = round_to_e2m1(exact / scale.unsqueeze(-1)) * scale.unsqueeze(-1) - exact
-        total = (error.abs().pow(2.4) if weights is None else error.square() * weights).sum(-1)
-        better = total < best
-        best = torch.where(better, total, best)
-        fitted = torch.where(better, scale, fitted)
-    return fitted
+    factors = torch.linspace(1.5, 0.6, 19)
+    return _searched(groups, importance, E2M1_LARGEST, factors, snapped, lambda w, scale: round_to_e2m1(w / scale))
+
+
+def _integer_scale(
+    groups: torch.Tensor, bits: int, importance: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    highest, tiny = highest_integer(bits), torch.finfo(dtype).tiny
+    return _searched(
+        groups,
+        importance,
+        highest + 0.5,
+        torch.linspace(1.0, 0.6, 21),
+        lambda scale: scale.to(dtype).clamp(min=tiny),
+        lambda w, scale: round_to_steps(w, scale, highest),
+    )
 
 
 def _searched(
-    groups: torch.Tensor, bits: int, loss: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype
+    groups: torch.Tensor,
+    importance: torch.Tensor | None,
+    highest: float,
+    factors: torch.Tensor,
+    snapped: Callable[[torch.Tensor], torch.Tensor],
+    steps: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
+    """Of the scales `factors` · largest magnitude / `highest`, `snapped`, the best one of each group.
+
+    steps: what weights, given with their scales, are rounded to, in units of the scales.
+    """
     exact = groups.float()
-    highest = highest_integer(bits)
-    largest = exact.abs().amax(-1) / (highest + 0.5)
+    weights = None if importance is None else importance.unflatten(-1, groups.shape[1:])
+    largest = exact.abs().amax(-1) / highest
     best = torch.full_like(largest, torch.inf)
-    fitted = torch.zeros_like(groups[..., 0], dtype=dtype)
-    for shrink in torch.linspace(1.0, 0.6, 21):
-        scale = (largest * shrink).to(dtype).clamp(min=torch.finfo(dtype).tiny)
-        steps = scale.float().unsqueeze(-1)
-        rounded = round_to_steps(exact, steps, highest) * steps
-        total = loss(rounded - exact).sum(-1)
+    fitted = torch.zeros_like(snapped(largest))
+    for factor in factors:
+        scale = snapped(largest * factor)
+        wide = scale.float().unsqueeze(-1)
+        error = steps(exact, wide) * wide - exact
+        total = (error.abs().pow(2.4) if weights is None else error.square() * weights).sum(-1)
         better = total < best
         best = torch.where(better, total, best)
         fitted = torch.where(better, scale, fitted)
