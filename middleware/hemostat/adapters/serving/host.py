@@ -218,7 +218,7 @@ class AdapterHost:
         wanted = list(dict.fromkeys(self._profiles.wanted()))
         if not wanted and not self._loaded:
             self._set_hold(())
-            self._set(HostState.IDLE, frozenset(), self.capacity)
+            self._set(HostState.IDLE, self.capacity)
             return POLL_SECONDS
         try:
             result = listed(await server.models())
@@ -227,17 +227,15 @@ class AdapterHost:
             return POLL_SECONDS
         self._timeouts = 0
         if not self._engines.known(self._clock()):
-            self._set(HostState.WAITING, frozenset(), self.capacity, "it is not known yet which engine answers here")
+            self._set(HostState.WAITING, self.capacity, "it is not known yet which engine answers here")
             return SOON_SECONDS
         reports = self._engines.live(self._clock())
         self._notice_restart(result, reports, None if reports else await started(server))
         if self._ready and not self._probes.passed(list(self._ready), result.ours | result.others):
-            self._set(
-                HostState.PROBING, frozenset(), self.capacity
-            )  # an adapter was loaded or unloaded by another client
+            self._set(HostState.PROBING, self.capacity)  # another client has loaded or unloaded an adapter
         base = self._base() or next(iter(result.base), "")
         if not base or not slots.complete(reports):
-            self._set(HostState.WAITING, frozenset(), self.capacity, "" if base else "the upstream serves no model yet")
+            self._set(HostState.WAITING, self.capacity, "" if base else "the upstream serves no model yet")
             return POLL_SECONDS
         if self._slots is None and not any(report.lora for report in reports):
             if await lora_enabled(server) is False:
@@ -245,13 +243,13 @@ class AdapterHost:
                 ranks = [
                     max_rank(profile) for version in wanted if (profile := self._profiles.get(version)) is not None
                 ]
-                self._set(HostState.UNUSABLE, frozenset(), 0, without_lora(max(ranks, default=1)))
+                self._set(HostState.UNUSABLE, 0, without_lora(max(ranks, default=1)))
                 return POLL_SECONDS
             self._slots = await max_loras(server)
         room = slots.room(reports, len(result.others), self._slots)
         self._set_limit(room.limit)
         if problem := room.problem or self._probes.problem:
-            self._set(HostState.UNUSABLE, frozenset(), 0, problem)
+            self._set(HostState.UNUSABLE, 0, problem)
             return POLL_SECONDS
         target = self._target(wanted, room)
         self._set_hold(target)
@@ -262,7 +260,9 @@ class AdapterHost:
             return SOON_SECONDS
         return await self._probe(prober, base, [v for v in target if v in present], result, room)
 
-    def _set(self, state: HostState, ready: frozenset[str], capacity: int | None, detail: str = "") -> None:
+    def _set(
+        self, state: HostState, capacity: int | None, detail: str = "", *, ready: frozenset[str] = frozenset()
+    ) -> None:
         if detail and detail != self.detail and state in {HostState.UNUSABLE, HostState.WAITING}:
             log.log(
                 logging.ERROR if state is HostState.UNUSABLE else logging.WARNING, "adapters: %s: %s", state, detail
@@ -285,9 +285,9 @@ class AdapterHost:
     def _unreachable(self, failure: ReferenceFailure) -> None:
         self._timeouts += failure.reason is FailureReason.TIMEOUT
         if failure.reason is FailureReason.UNAUTHORIZED:
-            self._set(HostState.UNUSABLE, frozenset(), 0, f"{failure}; set upstream.api_key")
+            self._set(HostState.UNUSABLE, 0, f"{failure}; set upstream.api_key")
         elif failure.reason is not FailureReason.TIMEOUT or self._timeouts >= MAX_TIMEOUTS:
-            self._set(HostState.WAITING, frozenset(), self.capacity, str(failure))
+            self._set(HostState.WAITING, self.capacity, str(failure))
 
     def _notice_restart(self, adapters: Listed, reports: Sequence[EngineReport], began: str | None) -> None:
         """Forget what was found about an earlier start of the server.
@@ -300,7 +300,7 @@ class AdapterHost:
         if again or self._loaded - adapters.ours or (self._boots and boots - self._boots):
             if self._loaded:
                 log.warning("adapters: the upstream was restarted or has lost one; they are loaded and probed again")
-            self._set(HostState.LOADING, frozenset(), self.capacity)
+            self._set(HostState.LOADING, self.capacity)
             self._boots, self._slots, self._way = frozenset(), None, None
             for forgotten in (self._backoffs, self._not_before, self._failures, self._rejected):
                 forgotten.clear()
@@ -340,7 +340,7 @@ class AdapterHost:
             mine = unwanted
         unloaded = False
         for version in sorted(mine):
-            self._set(HostState.LOADING, frozenset(), self.capacity)
+            self._set(HostState.LOADING, self.capacity)
             try:
                 await unload(server, version)
             except ReferenceFailure as failure:
@@ -367,7 +367,7 @@ class AdapterHost:
         if room.capacity is not None and max(map(len, occupied), default=0) >= room.capacity:
             return False
         if self.state is not HostState.UNUSABLE:  # a version that could not be loaded is tried again
-            self._set(HostState.LOADING, frozenset(), self.capacity)
+            self._set(HostState.LOADING, self.capacity)
         isolated, self._probes.isolated_with = self._probes.isolated_with, None
         # Also after it was loaded: where several engines share the address, another request reaches the next one.
         self._not_before[version] = now + self._backoffs.setdefault(version, Backoff(BACKOFF)).pause()
@@ -424,7 +424,7 @@ class AdapterHost:
         loaded = adapters.ours | adapters.others
         if self._probes.due(present, loaded):
             if not self._probes.passed(present, loaded):
-                self._set(HostState.PROBING, frozenset(), self.capacity)
+                self._set(HostState.PROBING, self.capacity)
             rejected = await self._probes.run(prober, base, present, loaded, len(self._boots))
             for version, why in rejected.items():
                 log.error("adapter %s is not used: %s", version, why)
@@ -435,12 +435,12 @@ class AdapterHost:
         ready = frozenset(version for version in passed if self._profiles.get(version) is not None)
         capacity = 1 if room.capacity is None else room.capacity
         if ready:
-            self._set(HostState.READY, ready, capacity)
+            self._set(HostState.READY, capacity, ready=ready)
         elif present:
-            self._set(HostState.WAITING, frozenset(), self.capacity, f"a probe has not passed yet: {self._probes.last}")
+            self._set(HostState.WAITING, self.capacity, f"a probe has not passed yet: {self._probes.last}")
         else:
             why = next(iter((self._failures | self._rejected).values()), "")
-            self._set(HostState.UNUSABLE if why else HostState.LOADING, frozenset(), 0 if why else self.capacity, why)
+            self._set(HostState.UNUSABLE if why else HostState.LOADING, 0 if why else self.capacity, why)
         return POLL_SECONDS
 
 
