@@ -283,10 +283,12 @@ def _load(name: str, model: str, device: str, options: DoctorOptions) -> tuple[S
             if quantized and quantized.get("quant_method") == "compressed-tensors":
                 packages.require("adapters")
             tokenizer = AutoTokenizer.from_pretrained(model)
-            own = has_experts(config) or not _loads(quantized) if quantized and Path(model).is_dir() else False
-            if quantized and (own or not has_attention(config)):
-                # transformers initializes weights of layers without attention, which a quantized checkpoint does not
-                # have. It holds experts in another form.
+            in_folder = Path(model).is_dir()
+            if quantized and (
+                not has_attention(config) or (in_folder and (has_experts(config) or not _loads(quantized)))
+            ):
+                # transformers does not load these: in models without attention it initializes weights that a quantized
+                # checkpoint does not have, and it holds experts in another form. The rest: `_loads`.
                 loaded = Copy.load(Path(model), device, options.dtype, name).model
                 loaded.generation_config = GenerationConfig.from_pretrained(model)
             else:

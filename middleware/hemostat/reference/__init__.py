@@ -28,7 +28,7 @@ def make_references(settings: Settings) -> References | None:
 
 
 def _make(settings: Settings, reference: ModelReference | None) -> Reference:
-    """one: None for `reference.model`."""
+    """reference: None for `reference.model`."""
     wanted = settings.reference
     model = reference.model if reference is not None else wanted.model
     device = (reference.device if reference is not None else None) or wanted.device
