@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from hemostat.models.activations import Batch, logits, make_batches
+from hemostat.models.activations import Batch, forward_hooks, logits, make_batches
 from hemostat.models.copies import Copy
 from hemostat.models.errors import AdaptError
 from hemostat.models.second_moments import Progress
@@ -316,11 +316,8 @@ def _last_hidden(copy: Copy, batch: Batch) -> torch.Tensor:
     def see(module: Any, arguments: Any, output: Any) -> None:
         result.append(output[0] if isinstance(output, tuple) else output)
 
-    handle = list(copy.skeleton.layers.values())[-1].register_forward_hook(see)
-    try:
+    with forward_hooks([(list(copy.skeleton.layers.values())[-1], see)]):
         copy.skeleton.base(input_ids=batch.ids, use_cache=False)
-    finally:
-        handle.remove()
     return result[0]
 
 
