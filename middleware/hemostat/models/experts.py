@@ -93,6 +93,11 @@ def is_expert(name: str) -> bool:
     return _EXPERT in name
 
 
+def experts_of(model: Any) -> list[Experts]:
+    """Of each decoder layer that has some, in the order of the layers."""
+    return [module for module in model.modules() if isinstance(module, Experts)]
+
+
 def routers(model: Any) -> list[str]:
     """Names of the modules that choose among the experts. Their weight is a parameter, not a linear layer."""
     names = []
@@ -108,14 +113,13 @@ def routers(model: Any) -> list[str]:
 
 @contextmanager
 def routed(model: Any, see: Callable[[int, Routing], Routing]) -> Iterator[None]:
-    """Inside of the context, the experts of each decoder layer that has some compute with what `see` makes of the
-    layer's number among these and of its router's choice."""
+    """Inside of the context, the experts of a decoder layer compute with what `see` makes of their number in
+    `experts_of` and of the router's choice."""
 
     def hook(number: int) -> Callable[[Any, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
         return lambda _, given: (given[0], *see(number, (given[1], given[2])))
 
-    experts = [module for module in model.modules() if isinstance(module, Experts)]
-    handles = [module.register_forward_pre_hook(hook(number)) for number, module in enumerate(experts)]
+    handles = [module.register_forward_pre_hook(hook(number)) for number, module in enumerate(experts_of(model))]
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ import torch
 from hemostat.doctor.checkpoints import CheckpointPair
 from hemostat.doctor.kl_meter import KlMeter, Text
 from hemostat.doctor.pair import json_number
-from hemostat.models.experts import Experts, Routing, routed
+from hemostat.models.experts import Routing, experts_of, routed
 
 MAX_NAMED = 16
 """Experts that no token reached are named up to so many, by layer."""
@@ -24,10 +24,7 @@ MAX_NAMED = 16
 def routing_report(pair: CheckpointPair, texts: Sequence[Text]) -> dict[str, Any]:
     """The report's `routing`, at all positions of `texts`; `layers` is empty where a model has no experts, or not as
     many as the other."""
-    experts, others = (
-        [module for module in model.modules() if isinstance(module, Experts)]
-        for model in (pair.reference_model, pair.compressed_model)
-    )
+    experts, others = experts_of(pair.reference_model), experts_of(pair.compressed_model)
     if not experts or list(map(len, experts)) != list(map(len, others)):
         return {"layers": []}
     with torch.inference_mode():
