@@ -67,7 +67,7 @@ def test_the_first_screen_says_what_is_wrong(
         assert sentence in text
     if at.status["state"]["problems"]:
         assert f"Since {time.strftime('%H:%M', time.localtime(at.status['state']['problems'][0]['since']))}" in text
-        expect(page.locator(".verdict").get_by_role("link", name="Runbook")).to_have_attribute(
+        expect(page.locator(".verdict > .sub").get_by_role("link", name="Runbook")).to_have_attribute(
             "href", at.status["state"]["problems"][0]["runbook"]
         )
     assert page.evaluate("document.documentElement.scrollHeight") <= SCREEN["height"], "everything without scrolling"

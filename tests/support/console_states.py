@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +82,19 @@ def engine(name: str, **more: Any) -> Json:
     return made
 
 
+def canaries(state: State, engines: Sequence[str]) -> Json:
+    """Make the canaries' part of the status: taken yesterday, and equal at all engines."""
+    comparison = {"votes": 0, "needed": 26, "sequences": 50, "distance_nats": 0.002}
+    row = {"at": state.at - 900, "since": None, "changed": False, "outlier": False, "baseline": comparison,
+           "engines": comparison, "reference_nats": [0.291, 0.293], "model": "qwen3-8b-w4a16"}  # fmt: skip
+    taken = {"model": "qwen3-8b-w4a16", "root": "/models/qwen3-8b-w4a16", "vllm": "0.32.0", "weights": "",
+             "tokens": 4740, "engine": engines[0], "taken": state.at - 90_000, "sequences": 50}  # fmt: skip
+    rows = [row | {"engine": name} for name in engines]
+    made: Json = {"detail": "", "set": taken, "failures": {}, "engines": rows}
+    state.status["canaries"] = made
+    return made
+
+
 def history(at: float, kl: float = 0.08, points: int = MAX_POINTS, jump: float = 1.0, jump_points: int = 0) -> Json:
     """Hours of quiet traffic; the divergence is multiplied by `jump` in the last `jump_points`."""
     draw = np.random.default_rng(7)
@@ -129,12 +142,13 @@ def healthy(status: Json, profiles: Json) -> State:
     status, profiles, at = copy.deepcopy(status), copy.deepcopy(profiles), time.time()
     old = profiles["serving"]
     status, profiles = (json.loads(json.dumps(body).replace(old, SERVING)) for body in (status, profiles))
-    state = State(status, profiles, history(at), "No problem found")
+    state = State(status, profiles, history(at), "No problem found", ["canaries: unchanged"])
     status |= {"at": at, "state": {"level": "ok", "problems": []}, "tokens_scored": 1_240_000, "relays": 2}
     status["compressed"]["models"] = ["qwen3-8b-w4a16"]
     status["reference"] = {"state": "ready", "detail": "Qwen/Qwen3-8B (bfloat16)"}
     status["models"] = [status["models"][0] | {"names": ["qwen3-8b-w4a16"], "root": "/models/qwen3-8b-w4a16"}]
     status["upstream"] = [engine("10.0.0.1:8000"), engine("10.0.0.2:8000")]
+    canaries(state, [row["engine"] for row in status["upstream"]])
     status["outlier_engine"] = {"state": "on", "detail": None}
     scored = int(state.history["points"]["scored"][-1])
     status["requests"] |= {"shadowed": scored + 89, "scored": scored, "pending": 2, "dropped": {"queue_full": 87}}
@@ -188,9 +202,11 @@ def no_data(state: State) -> None:
     status["coverage"]["scored_share"] = {"tokens": None, "requests": None}
     status["raw"]["kl_nats"] |= {"estimate": None, "ci95": [None, None]}
     status["raw"]["total_variation"] = None
+    status["canaries"] = {"detail": "no set was taken yet", "set": None, "failures": {}, "engines": []}
     state.history = history(state.at, points=1)
     state.says = "The reference is not ready yet: nothing is measured (loading weights)"
-    state.shows = ["✓ vLLM answers", "✗ The reference is ready", "✗ First request", "✗ First score"]
+    state.shows = ["✓ vLLM answers", "✗ The reference is ready", "✗ First request", "✗ First score",
+                   "canaries: no set"]  # fmt: skip
 
 
 def vllm_dead(state: State) -> None:
@@ -271,7 +287,7 @@ def many_kinds(state: State) -> None:
 
 
 def many_engines(state: State) -> None:
-    """8 engines, one of them failing and one that is an outlier."""
+    """8 engines, one of them failing and one that has changed and is an outlier."""
     named = [f"10.0.0.{n}:8000" for n in range(1, 9)]
     outlier = engine("x")["figures"] | {"outlier": True, "farther": True, "evidence": 1.2, "kl_nats": 0.29,
                                     "since": state.at - 4000, "on_tokens": 4100}  # fmt: skip
@@ -279,21 +295,17 @@ def many_engines(state: State) -> None:
         engine(name, **{"up": 0, "ejections": 2} if n == 2 else {}, **{"figures": outlier} if n == 5 else {})
         for n, name in enumerate(named)
     ]
-    comparison = {"votes": 0, "needed": 26, "sequences": 50, "distance_nats": 0.002}
-    row = {"at": state.at - 900, "since": None, "changed": False, "outlier": False, "baseline": comparison,
-           "engines": comparison, "reference_nats": [0.291, 0.293], "model": "qwen3-8b-w4a16"}  # fmt: skip
-    changed = {"changed": True, "since": state.at - 4000, "baseline": comparison | {"votes": 50, "distance_nats": 0.19}}
-    taken = {"model": "qwen3-8b-w4a16", "root": "/models/qwen3-8b-w4a16", "vllm": "0.32.0", "weights": "",
-             "tokens": 4740, "engine": named[0], "taken": state.at - 90_000, "sequences": 50}  # fmt: skip
-    rows = [row | {"engine": name} | (changed if n == 5 else {}) for n, name in enumerate(named)]
-    failures = {named[2]: f"http://{named[2]}/v1/completions: Connection refused"}
-    state.status["canaries"] = {"detail": "", "set": taken, "failures": failures, "engines": rows}
-    text = "1 of 8 engines gets no requests: 10.0.0.3:8000"
-    state.problem("HemostatEngineEjected", text, 700)
-    state.says, state.shows = (
-        text,
-        ["Repair the engine that gets no requests", "10.0.0.6:8000 differs from the other engines"],
-    )
+    told = canaries(state, named)
+    told["failures"] = {named[2]: f"http://{named[2]}/v1/completions: Connection refused"}
+    row = told["engines"][5]
+    far = row["baseline"] | {"votes": 50, "distance_nats": 0.19}
+    row |= {"changed": True, "since": state.at - 4000, "baseline": far}
+    state.says = f"{named[5]} (qwen3-8b-w4a16) changed by the canaries: 50 of 50 sequences differ"
+    state.problem("HemostatCanaryChanged", state.says, 4000)
+    ejected = "1 of 8 engines gets no requests: 10.0.0.3:8000"
+    state.problem("HemostatEngineEjected", ejected, 700)
+    state.shows = [ejected, "Repair the engine that gets no requests", "10.0.0.6:8000 differs from the other engines",
+                   "canaries: problem"]  # fmt: skip
 
 
 CHANGES: dict[str, Callable[[State], None]] = {
