@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hemostat.commands.arguments import add_overwrite, add_texts, non_negative_integer, positive_integer
+from hemostat.commands.arguments import (
+    add_overwrite,
+    add_texts,
+    non_negative_integer,
+    number_from_zero,
+    positive_integer,
+)
 
 HELP = "make an adapter (LoRA) that compensates a compressed checkpoint's weight error"
 
@@ -41,8 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=positive_integer, default=16_000, metavar="N", help="at most N to learn from (16000)"
     )
+    fraction = number_from_zero(1.0, "not a fraction: give 0 up to less than 1")
     parser.add_argument(
-        "--held-out", type=_fraction, default=0.25, metavar="FRACTION", help="of the prompts, to judge on (0.25)"
+        "--held-out", type=fraction, default=0.25, metavar="FRACTION", help="of the prompts, to judge on (0.25)"
     )
     parser.add_argument(
         "--max-new-tokens", type=positive_integer, default=128, metavar="N", help="generated per prompt (128)"
@@ -61,16 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_overwrite(parser, "DIR of --out")
     parser.set_defaults(command=_run)
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value < 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction: give 0 up to less than 1")
-    return value
 
 
 def _run(options: argparse.Namespace) -> int:

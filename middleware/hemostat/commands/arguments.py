@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -54,6 +55,21 @@ def positive_integer(text: str) -> int:
 
 def non_negative_integer(text: str) -> int:
     return 0 if text == "0" else positive_integer(text)
+
+
+def number_from_zero(below: float, text: str) -> Callable[[str], float]:
+    """The type of an argument that is 0 or more and less than `below`. text: of the error, after the wrong value."""
+
+    def parse(value: str) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1.0
+        if not 0.0 <= number < below:
+            raise argparse.ArgumentTypeError(f"{value!r} is {text}")
+        return number
+
+    return parse
 
 
 def add_overwrite(parser: argparse.ArgumentParser, destination: str) -> None:

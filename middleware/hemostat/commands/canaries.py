@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from hemostat.commands.arguments import UsageError
+from hemostat.commands.arguments import UsageError, number_from_zero
 from hemostat_calibration.errors import HemostatError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def tolerance(child: argparse.ArgumentParser) -> None:
         child.add_argument(
             "--tolerance",
-            type=_nats,
+            type=number_from_zero(100.0, "no distance in nats; give a number from 0 on, like 0.02"),
             default=TOLERANCE,
             metavar="NATS",
             help=f"mean |difference of log-probabilities| of a sequence that is no change ({TOLERANCE})",
@@ -69,16 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare.add_argument("other", metavar="URL", help="the server that is compared with the first one")
     prompts(compare)
     tolerance(compare)
-
-
-def _nats(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value < 100.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no distance in nats; give a number from 0 on, like 0.02")
-    return value
 
 
 def _take(options: argparse.Namespace) -> int:
