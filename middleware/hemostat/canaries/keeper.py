@@ -26,6 +26,7 @@ from hemostat.canaries.prompts import PromptFileError, Prompts, load
 from hemostat.canaries.sets import Sets
 from hemostat.config.schema import Settings
 from hemostat.engines.addresses import EngineAddresses
+from hemostat.engines.messages import EngineReport
 from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.metrics import names
@@ -150,23 +151,17 @@ class Canaries:
                 self._engines[name] = _Engine(EngineCanaries(name, server, Pace(self._clock)))
             engine = self._engines[name]
             engine.canaries.pace.look(seen.outstanding)
-            engine.look(seen.up > 0, self._boot(name))
+            report = self._report(name)
+            engine.look(seen.up > 0, "" if report is None else report.boot_id)
             serves = engine.up and name not in self._upstreams.drained
             if serves and engine.idle and self._active() and self._clock() >= engine.not_before:
                 engine.task = asyncio.create_task(self._work(engine), name=f"canaries of {name}")
 
-    def _boot(self, name: str) -> str:
-        """The boot id that its plugin reports; "" where it is not known."""
-        now = self._clock()
-        if self._addresses.several:
-            return self._addresses.boot_at(name, now) or ""
-        boots = self._registry.boots(now)
-        return next(iter(boots)) if len(boots) == 1 else ""
-
-    def _weights(self, name: str) -> str:
-        boot = self._boot(name)
-        live = self._registry.live(self._clock()) if boot else []
-        return next((report.weights for report in live if report.boot_id == boot), "")
+    def _report(self, name: str) -> EngineReport | None:
+        """What its plugin reports; None where it is not known which engine that is."""
+        engines = self._addresses.at(name) if self._addresses.several else self._registry
+        live = engines.live(self._clock())
+        return live[0] if len({report.boot_id for report in live}) == 1 else None
 
     async def _drop(self, name: str) -> None:
         engine = self._engines.pop(name)
@@ -182,7 +177,8 @@ class Canaries:
         canaries, now = engine.canaries, self._clock()
         try:
             if now - engine.listed_at >= HOUR_SECONDS:
-                await canaries.list_models(self._model, self._weights(canaries.name))
+                report = self._report(canaries.name)
+                await canaries.list_models(self._model, "" if report is None else report.weights)
                 engine.listed_at = now
             if why := self._announced():
                 self._forget(why)
