@@ -119,7 +119,7 @@ def bound(requirement: Requirement, operator: str) -> str:
 
 def beyond(outdated: str, wanted: Iterable[Requirement]) -> list[str]:
     """Which direct dependencies have a release that their upper bound excludes, by `pip list --outdated` as JSON."""
-    latest = {load["name"].lower().replace("_", "-"): load["latest_version"] for load in json.loads(outdated)}
+    latest = {row["name"].lower().replace("_", "-"): row["latest_version"] for row in json.loads(outdated)}
     return [
         f"{package.name} {latest[package.name]} is out, which pyproject.toml excludes (<{bound(package, '<')})"
         for package in wanted
