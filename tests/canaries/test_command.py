@@ -12,6 +12,7 @@ from tests.support.fake_vllm import FakeVllm, serving
 from hemostat.canaries import client
 from hemostat.cli import main
 from hemostat.commands.canaries import CHANGED, EQUAL, TOLERANCE
+from hemostat.config.schema import Canaries
 from hemostat.reference import server as server_module
 from hemostat_calibration.canaries import REPLAYS, TOLERANCE_NATS, CanarySet
 
@@ -60,7 +61,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_the_tolerance_is_the_cores() -> None:
-    assert TOLERANCE == TOLERANCE_NATS
+    assert TOLERANCE == TOLERANCE_NATS == Canaries().tolerance_nats
 
 
 def test_a_set_is_taken_in_several_replays_and_says_what_of(

@@ -416,7 +416,7 @@ class Canaries(Section):
     enabled: bool = True
     """A replay costs an engine about 4,700 tokens of prompts, one sequence at a time, in moments of low load."""
     file: ExistingFile | None = None
-    """Prompts in place of those that come with Hemostat: 16 to 256, one per line, as text or {"prompt": "..."}."""
+    """Prompts in place of those that come with Hemostat: 16 to 100, one per line, as text or {"prompt": "..."}."""
     tolerance_nats: float = Field(default=0.01, gt=0, lt=5)
     """Distance of a sequence, the mean |difference of log-probabilities| of its tokens, that is no change: larger for
     engines on different GPUs."""
