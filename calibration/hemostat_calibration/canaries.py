@@ -141,7 +141,7 @@ class Comparison:
 class CanarySet:
     """S sequences, and what one served model, a base model or an adapter, scored them.
 
-    baseline: float64 [R, N], log-probabilities in nats of all scored tokens of all sequences, one behind the other,
+    baseline: float64 [R, N], log-probabilities in nats of all scored tokens of all sequences, one after the other,
     N = Σ (P + A − 1), of R replays. reference: float64 [N], of the reference; empty where there is none.
     InvalidArgumentError where they do not fit together.
     """
@@ -183,7 +183,7 @@ class CanarySet:
     def compare_engines(self, now: Mapping[str, Floats], tolerance: float = TOLERANCE_NATS) -> dict[str, Comparison]:
         """Engine against engine: of each sequence the median of an engine's distances from the others, the lower one of
         two. So one that is like most others is not far away, whatever the rest does; of two engines both differ. Which
-        requests an engine gets is of no consequence: all were asked the same.
+        requests an engine gets has no influence: all were asked the same.
 
         now: by engine, float64 [N]. Empty for a single one.
 

@@ -306,9 +306,9 @@ async def test_an_engine_that_computes_something_else_is_a_problem_with_its_figu
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with bench(tmp_path) as plane:
-        stated = [(f"{A} (m) changed by the canaries", 900.0), (f"{B} (m) changed by the canaries", 800.0)]
+        stated = [(f"Canaries: {A} (m) has changed", 900.0), (f"Canaries: {B} (m) has changed", 800.0)]
         monkeypatch.setattr(plane.one.canaries, "statements", lambda: iter(stated))
-        assert plane.found() == [("HemostatCanaryChanged", f"{A} (m) changed by the canaries (and 1 more)")]
+        assert plane.found() == [("HemostatCanaryChanged", f"Canaries: {A} (m) has changed (and 1 more)")]
         assert plane.since() == {"HemostatCanaryChanged": 800.0}
         monkeypatch.setattr(plane.one.canaries, "statements", lambda: iter(()))
         assert plane.found() == []

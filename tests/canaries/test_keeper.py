@@ -154,7 +154,7 @@ async def test_another_model_under_the_same_name_is_stated_after_two_replays_and
         await bench.settle(HOUR_SECONDS)
         assert bench.asked() == [2 * SEQUENCES]
         (text,) = bench.statements()
-        assert f"{bench.names[0]} (fake) changed by the canaries" in text
+        assert f"Canaries: {bench.names[0]} (fake) has changed, since" in text
         assert f"{SEQUENCES} of {SEQUENCES} sequences differ" in text
         assert bench.sample(names.CANARY_CHANGED) == {(bench.names[0], "fake", "baseline"): 1.0}
         assert bench.written.events(1)[0]["why"] == text
@@ -315,7 +315,7 @@ async def test_an_adapter_has_a_baseline_of_its_own_so_that_a_wrong_one_after_a_
         bench.up[bench.names[0]] = True
         await bench.settle(1)
         (text,) = bench.statements()
-        assert "(summaries) changed" in text
+        assert "(summaries) has changed" in text
 
 
 @pytest.mark.parametrize(

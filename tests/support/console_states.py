@@ -300,7 +300,7 @@ def many_engines(state: State) -> None:
     row = told["engines"][5]
     far = row["baseline"] | {"votes": 50, "distance_nats": 0.19}
     row |= {"changed": True, "since": state.at - 4000, "baseline": far}
-    state.says = f"{named[5]} (qwen3-8b-w4a16) changed by the canaries: 50 of 50 sequences differ"
+    state.says = f"Canaries: {named[5]} (qwen3-8b-w4a16) has changed: 50 of 50 sequences differ"
     state.problem("HemostatCanaryChanged", state.says, 4000)
     ejected = "1 of 8 engines gets no requests: 10.0.0.3:8000"
     state.problem("HemostatEngineEjected", ejected, 700)

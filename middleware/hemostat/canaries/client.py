@@ -1,6 +1,6 @@
-"""Canaries at one vLLM server: takes a set of them, and replays it. Any vLLM does; nothing of Hemostat is needed there.
+"""Canaries at one vLLM server: takes a set of them, and replays it. With any vLLM; nothing of Hemostat is needed there.
 
-A replay asks for `prompt_logprobs`, for which vLLM computes all tokens of a prompt and leaves its prefix cache aside.
+A replay asks for `prompt_logprobs`, for which vLLM computes all tokens of a prompt, without its prefix cache.
 Each request has a salt of its own all the same, so that what it leaves in the cache is used by nobody else.
 """
 
@@ -81,7 +81,7 @@ class CanaryClient:
         origin = await self.origin(prompts=prompts.digest, weights=weights, engine=engine)
         texts = [await self._server.tokenize(self.model, prompt.prompt, special=True) for prompt in prompts.prompts]
         texts = cut_to_fit(texts, MAX_TOKENS - len(texts) * (ANSWER_TOKENS + 1), origin.max_model_len)
-        # Before 50 answers are generated for nothing: does it score at all?
+        # Whether the server scores at all, before it generates 50 answers.
         await self._score(Canary("", _ids(texts[0]), _ids(texts[0][-1:])))
         canaries = [
             Canary(prompt.kind, _ids(text), _ids(await self._answer(text, sampled=number % 2 == 1, seed=number)))

@@ -100,9 +100,9 @@ def statement(engine: str, model: str, reading: Reading, then: Origin, now: Orig
     if not reading.since:
         return ""
     against = BASELINE if BASELINE in reading.since else ENGINES
-    what = "changed" if against == BASELINE else "differs from the other engines"
+    what = "has changed" if against == BASELINE else "differs from the other engines"
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(reading.since[against]))
-    parts = [f"{engine} ({model}) {what} by the canaries, since {since}: {reading.found[against].summary}"]
+    parts = [f"Canaries: {engine} ({model}) {what}, since {since}: {reading.found[against].summary}"]
     for name, text in (("root", "path"), ("version", "vLLM"), ("weights", "fingerprint of the weights")):
         before, after = getattr(then, name), getattr(now, name)
         if before and after and before != after:

@@ -173,7 +173,7 @@ class Canaries:
     # --- what ------------------------------------------------------------------------------------------------------
 
     async def _work(self, engine: _Engine) -> None:
-        """What is due at this engine now. Failures are data."""
+        """What is due at this engine now. A failure is counted and shown, not raised."""
         canaries, now = engine.canaries, self._clock()
         try:
             if now - engine.listed_at >= HOUR_SECONDS:
@@ -189,7 +189,7 @@ class Canaries:
                 return  # a rolling update to another path: not compared until all engines have it
             await self._score_reference(base)
             first, *adapters = canaries.readings
-            # None overtakes one that waits longer for the budget, so that each adapter has its turn.
+            # The one that has been due for longest comes first, and none is replayed while it waits for the budget.
             for model in (first, *sorted(adapters, key=lambda name: canaries.readings[name].due)):
                 if now >= canaries.readings[model].due and not await self._replay(canaries, model):
                     break
@@ -305,7 +305,7 @@ class Canaries:
                 current.due = self._clock() + HOUR_SECONDS
             if current.since.keys() != before[name].keys():
                 text = statement(name, model, current, taken.origin, self._engines[name].canaries.now)
-                self._record(text or f"{name} ({model}) is as it was by the canaries", self._figures(current))
+                self._record(text or f"Canaries: {name} ({model}) is as it was", self._figures(current))
 
     def _alike(self, canaries: EngineCanaries, model: str) -> dict[str, Reading]:
         """By engine, the readings of those that serve the same, this one and those of the last hours."""

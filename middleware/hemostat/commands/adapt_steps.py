@@ -216,7 +216,7 @@ def summary(report: dict[str, Any], out: Path) -> list[str]:
     ]
     if report["engine_bytes_share"] > MORE_BITS_SHARE:
         lines.append(
-            f"hint: at {report['engine_bytes_share']:.0%} more bytes, more bits may be the better buy: on the model in "
+            f"hint: at {report['engine_bytes_share']:.0%} more bytes, more bits may recover more: on the model in "
             "docs/results.md 5 and 6 bits (+24 and +47 % bytes) left a KL of 0.187 and 0.044, an adapter of +69 % 0.096"
         )
     lines += [f"note: {note}" for note in report["notes"]]

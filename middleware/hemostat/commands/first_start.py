@@ -37,7 +37,7 @@ def settings_with_tokens(options: argparse.Namespace) -> tuple[Settings, frozens
 
 def introduce(settings: Settings, made: frozenset[str]) -> str:
     """Probe both models; what will be measured, and how vLLM is started with the plugin. made: tokens that are random,
-    and therefore shown: of others only the names are. UsageError where either model will not do."""
+    and therefore shown: of others only the names are. UsageError where either model cannot be used."""
     findings = asyncio.run(check(settings))
     print(table(findings), flush=True)  # noqa: T201
     if exit_code(findings):
