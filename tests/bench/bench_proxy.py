@@ -223,6 +223,9 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
                 chunk_cpu[proxy.name].append((cpu_seconds(proxy.pids["stream"]) - before) / chunks * 1e6)
         await asyncio.sleep(1.5)  # the relays report once a second
         sampled = next(p for p in proxies if p.name == "hemostat 0.05").stats
+        received = {proxy.name: proxy.received for proxy in proxies}
+    if arguments.beside is not None and received["beside 0.05"] < 2 * received["beside 0"]:
+        raise SystemExit("the relay of the other checkout sampled nothing, so that no comparison at rate 0.05 is one")
     to_beside = {
         name: {
             "requests_per_second": ratios(rate[name], rate[other]),

@@ -47,7 +47,11 @@ class Proxy:
     ports: dict[str, int]
     """By upstream: `json` and `stream`."""
     pids: dict[str, int]
+    checkout: Path | None = None
+    """Of another revision, whose relay this is."""
     stats: Stats | None = None
+    received: int = 0
+    """Bytes that its relays sent to the control process: figures and what they sampled."""
 
 
 @dataclass
@@ -164,7 +168,7 @@ class Bench:
         """checkout: of another revision, whose relay is run instead of this one's. compiled: the relay is taken from
         there (`compiled_build`). treated: what every request gets, `profile` or `adapter`."""
         named = name or treated or f"{'hemostat' if checkout is None else 'beside'} {rate:g}"
-        proxy = Proxy(named, {}, {})
+        proxy = Proxy(named, {}, {}, checkout)
         paths = [str(checkout / folder) for folder in ("middleware", "calibration")] if checkout is not None else []
         if compiled is not None:
             paths = [str(compiled)]
@@ -247,19 +251,38 @@ def tapped_length(body: bytes) -> int:
     return len(rewrite.body)
 
 
+def _policy(rate: float, name: str) -> Policy:
+    treats = name in {"profile", "adapter"}
+    return observing(
+        rate,
+        mode="auto" if treats else "observe",
+        **TAPPED if name == BY_PLUGIN else {},
+        acknowledged=frozenset({ADAPTER}),
+        serving_by_kind={REST_KIND: ADAPTER} if treats else {},
+        adapters=frozenset({ADAPTER} if name == "adapter" else ()),
+        base_models=frozenset({"fake"}),
+        answered_name="fake",
+    )
+
+
+def _policy_of_another(checkout: Path, rate: float) -> bytes:
+    """Encoded by that checkout: a relay that cannot read its policy samples nothing, and looks fast."""
+    program = "import sys; from tests.bench.proxy.proxies import encode, observing; sys.stdout.buffer.write"
+    folders = [str(checkout / folder) for folder in ("middleware", "calibration", ".")]
+    return subprocess.run(
+        [sys.executable, "-c", f"{program}(encode(observing({rate})))"],
+        cwd=checkout,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(folders)},
+        stdout=subprocess.PIPE,
+        check=True,
+    ).stdout
+
+
 @contextlib.asynccontextmanager
 async def control(path: Path, rate: float, proxy: Proxy) -> AsyncIterator[None]:
     """Stands in for the control process: gives the policy, takes captures and figures."""
-    treats = proxy.name in {"profile", "adapter"}
-    policy = observing(
-        rate,
-        mode="auto" if treats else "observe",
-        **TAPPED if proxy.name == BY_PLUGIN else {},
-        acknowledged=frozenset({ADAPTER}),
-        serving_by_kind={REST_KIND: ADAPTER} if treats else {},
-        adapters=frozenset({ADAPTER} if proxy.name == "adapter" else ()),
-        base_models=frozenset({"fake"}),
-        answered_name="fake",
+    policy = (
+        _policy_of_another(proxy.checkout, rate) if proxy.checkout is not None else encode(_policy(rate, proxy.name))
     )
     writers: set[asyncio.StreamWriter] = set()
 
@@ -271,15 +294,16 @@ async def control(path: Path, rate: float, proxy: Proxy) -> AsyncIterator[None]:
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writers.add(writer)
-        writer.write(encode(policy))
+        writer.write(policy)
         # What another revision reports, and takes, may have another form.
-        other = proxy.name.startswith("beside")
-        alive = None if other else asyncio.create_task(stay_alive(writer))
+        alive = None if proxy.checkout is not None else asyncio.create_task(stay_alive(writer))
         frames = MessageReader()
-        while data := await reader.read(1 << 20):
-            for message in frames.feed(data) if proxy.name.startswith("hemostat") else ():
-                if isinstance(message, Stats):
-                    proxy.stats = message
+        with contextlib.suppress(ConnectionError):  # a relay that is stopped
+            while data := await reader.read(1 << 20):
+                proxy.received += len(data)
+                for message in frames.feed(data) if proxy.name.startswith("hemostat") else ():
+                    if isinstance(message, Stats):
+                        proxy.stats = message
         if alive is not None:
             alive.cancel()
         writer.close()
