@@ -86,12 +86,26 @@ class Canary:
         return len(self.prompt) + len(self.answer) + 1
 
 
+_SERVED = {
+    "model": "model",
+    "root": "path",
+    "version": "vLLM",
+    "max_model_len": "max_model_len",
+    "weights": "fingerprint of the weights",
+    "tokenizer": "tokenizer",
+}
+"""Fields of an origin that say what is served, and their names in texts."""
+
+
 @dataclass(frozen=True, slots=True)
 class Origin:
     """What a set was taken from; "" or 0 where it is not known.
 
     model: served name. root: the path that the server names. version: vLLM's. weights: the plugin's fingerprint.
-    engine: its address. prompts: digest of the prompts. at: Unix time.
+    tokenizer: digest of a text's token ids. engine: its address. prompts: digest of the prompts. at: Unix time.
+
+    >>> Origin("m", "/models/a", "0.31.0").changes(Origin("m", "/models/a", "0.32.0"))
+    ['vLLM: 0.31.0, now 0.32.0']
     """
 
     model: str
@@ -99,9 +113,15 @@ class Origin:
     version: str = ""
     max_model_len: int = 0
     weights: str = ""
+    tokenizer: str = ""
     engine: str = ""
     prompts: str = ""
     at: float = 0.0
+
+    def changes(self, now: Origin) -> list[str]:
+        """What is known then and now, and different, as text."""
+        pairs = [(name, getattr(self, field), getattr(now, field)) for field, name in _SERVED.items()]
+        return [f"{name}: {then}, now {value}" for name, then, value in pairs if then and value and then != value]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -112,6 +112,21 @@ def test_two_servers_are_compared(url: str, prompts: Path, capsys: pytest.Captur
     assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["equal", "changed"]
 
 
+def test_the_ids_of_another_tokenizer_are_not_compared(
+    taken: Path,
+    url: str,
+    fake: FakeVllm,
+    prompts: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fake, "encode", lambda text: [byte ^ 1 for byte in text.encode()])
+    assert f"could not tell: {url} has another tokenizer" in refused(["replay", url, str(taken)], capsys)
+    with serving(FakeVllm()) as other:
+        text = f"could not tell: {url} has another tokenizer"
+        assert text in refused(["compare", other, url, "--prompts", str(prompts)], capsys)
+
+
 def test_an_adapter_is_asked_for_by_its_name(
     prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], url: str, fake: FakeVllm
 ) -> None:

@@ -17,6 +17,7 @@ from tests.support.stores import DirectWrites
 from tests.support.waiting import until
 
 from hemostat.canaries import client
+from hemostat.canaries.engine import STATES_KEY
 from hemostat.canaries.keeper import FIRST_SECONDS, RETRY_SECONDS, Canaries
 from hemostat.canaries.pace import BUDGET_TOKENS, HOUR_SECONDS
 from hemostat.canaries.sets import BLOB_KEY, MAX_SETS, Sets
@@ -32,7 +33,7 @@ from hemostat.reference.protocol import FailureReason, ReferenceFailure, ScoreRe
 from hemostat_calibration.canaries import MIN_SEQUENCES, Canary, CanarySet, Origin
 from hemostat_calibration.errors import HemostatError
 
-SEQUENCES = 20
+SEQUENCES = MIN_SEQUENCES
 
 
 class World:
@@ -41,7 +42,7 @@ class World:
     def __init__(
         self, fakes: Sequence[FakeVllm], folder: Path, more: dict[str, Any], stored: DirectWrites | None
     ) -> None:
-        self.fakes = fakes
+        self.fakes, self._folder, self._more = fakes, folder, more
         self.now = 1000.0
         self.names = [fake.url.removeprefix("http://") for fake in fakes]
         self.up = dict.fromkeys(self.names, True)
@@ -68,7 +69,12 @@ class World:
             clock=self.clock,
             wall=self.clock,
         )
-        self.canaries.restore(self.written.get_blob(BLOB_KEY))
+        blobs = {key: data for key in (BLOB_KEY, STATES_KEY) if (data := self.written.get_blob(key)) is not None}
+        self.canaries.restore(blobs)
+
+    def again(self) -> World:
+        """The control process after a restart."""
+        return World(self.fakes, self._folder, self._more, self.written)
 
     def clock(self) -> float:
         return self.now
@@ -108,14 +114,20 @@ async def world(
     async with AsyncExitStack() as stack:
         for fake in fakes:
             await stack.enter_async_context(running(fake))
-        bench = World(fakes, folder, more, stored)
-        task = asyncio.create_task(bench.canaries.run())  # reads the prompts; looks at the engines once
-        await until(lambda: bench.canaries._prompts is not None or task.done())
-        try:
+        async with control_process(World(fakes, folder, more, stored)) as bench:
             yield bench
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+
+
+@asynccontextmanager
+async def control_process(bench: World, now: float = 1000.0) -> AsyncIterator[World]:
+    bench.now = now
+    task = asyncio.create_task(bench.canaries.run())  # reads the prompts; looks at the engines once
+    await until(lambda: bench.canaries._prompts is not None or task.done())
+    try:
+        yield bench
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 @pytest.fixture(autouse=True)
@@ -265,7 +277,7 @@ async def test_what_an_operator_accepts_is_the_new_set(tmp_path: Path) -> None:
 
 
 async def test_a_path_that_all_engines_announce_makes_a_new_set_and_one_of_a_rolling_update_does_not(
-    tmp_path: Path,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fakes = [FakeVllm(root="/models/a"), FakeVllm(root="/models/a")]
     async with world(tmp_path, *fakes) as bench:
@@ -273,11 +285,17 @@ async def test_a_path_that_all_engines_announce_makes_a_new_set_and_one_of_a_rol
         fakes[0].root, fakes[0].noise = "/models/b", 0.3
         await bench.settle(HOUR_SECONDS)
         assert bench.canaries.report()["set"]["root"] == "/models/a"
+        text = "serves fake from /models/b, the set is of fake from /models/a"
+        assert bench.canaries.report()["failures"] == {bench.names[0]: text}
+        assert [message for message in caplog.messages if text in message] == [
+            f"canaries: {bench.names[0]} {text}: it is not compared until all engines serve the same"
+        ]
         fakes[1].root, fakes[1].noise = "/models/b", 0.3
         await bench.settle(HOUR_SECONDS)
         await bench.settle(HOUR_SECONDS)
         assert bench.canaries.report()["set"]["root"] == "/models/b"
         assert bench.statements() == []
+        assert bench.canaries.report()["failures"] == {}
 
 
 async def test_a_set_outlasts_the_process_and_other_prompts_replace_it(tmp_path: Path) -> None:
@@ -293,6 +311,90 @@ async def test_a_set_outlasts_the_process_and_other_prompts_replace_it(tmp_path:
         await bench.settle()
         await bench.settle(HOUR_SECONDS)
         assert bench.statements() == []
+
+
+async def test_a_restart_loop_of_the_control_process_replays_no_more_than_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path, FakeVllm()) as first:
+        await first.settle(FIRST_SECONDS)
+        first.asked()
+        assert first.canaries._sets.base is not None
+        for module in ("pace", "keeper"):
+            monkeypatch.setattr(f"hemostat.canaries.{module}.BUDGET_TOKENS", 2 * first.canaries._sets.base.tokens)
+        asked = []
+        for minute in (1, 2, 3, 61):
+            async with control_process(first.again(), first.now + 60 * minute) as bench:
+                await bench.settle()
+                asked += bench.asked()
+        # Beside the one before, which is an hour ago at last.
+        assert asked == [SEQUENCES, 0, 0, SEQUENCES]
+
+
+async def test_a_restart_of_the_control_process_neither_ends_a_statement_nor_forgets_the_load(tmp_path: Path) -> None:
+    fake = FakeVllm()
+    async with world(tmp_path, fake) as first:
+        await first.settle(FIRST_SECONDS)
+        fake.noise = 0.3
+        await first.settle(HOUR_SECONDS)
+        (before,) = first.statements()
+        first.asked()
+        second = first.again()
+        second.outstanding[second.names[0]] = 40
+        async with control_process(second, first.now + 1) as bench:
+            assert bench.statements() == [before]
+            await asyncio.sleep(0.1)
+            assert bench.asked() == [0]  # until the load is low again
+            fake.noise, bench.outstanding[bench.names[0]] = 0.0, 0
+            await bench.settle()
+            assert bench.asked() == [SEQUENCES]
+            assert bench.statements() == []
+
+
+async def test_a_replay_that_fails_costs_what_was_sent(tmp_path: Path) -> None:
+    fake = FakeVllm()
+    async with world(tmp_path, fake) as bench:
+        await bench.settle(FIRST_SECONDS)
+        pace, base = bench.canaries._engines[bench.names[0]].canaries.pace, bench.canaries._sets.base
+        assert base is not None
+        bench.now += HOUR_SECONDS
+        assert pace.left() == BUDGET_TOKENS
+        fake.status = 500
+        await bench.settle()
+        assert BUDGET_TOKENS - pace.left() == base.canaries[0].tokens
+
+
+@pytest.mark.parametrize("what", ["root", "weights"])
+async def test_a_baseline_of_two_models_is_dropped(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake, plain, replaced = FakeVllm(root="/models/a"), client.CanaryClient.replay, []
+    async with world(tmp_path, fake) as bench:
+
+        def report(boot: str) -> None:
+            bench.now += 60  # the former process is silent
+            bench.registry.report(EngineReport(boot, 0, 1, [], 512, {}, "v1", "0.32.0", weights=boot * 32), bench.now)
+
+        async def replace_after(self: client.CanaryClient, canaries: Any) -> Any:
+            values = await plain(self, canaries)
+            if not replaced:
+                replaced.append(what)
+                if what == "root":
+                    fake.root = "/models/b"
+                else:
+                    report("2")
+            return values
+
+        monkeypatch.setattr(client.CanaryClient, "replay", replace_after)
+        bench.now += FIRST_SECONDS
+        report("1")
+        await bench.settle()
+        (text,) = (message for message in caplog.messages if "was changed while the canaries were taken" in message)
+        assert {"root": "path: /models/a, now /models/b", "weights": f"{'1' * 32}, now {'2' * 32}"}[what] in text
+        assert bench.sample(names.CANARY_REPLAYS)["failed",] == 1.0
+        await bench.settle(RETRY_SECONDS)
+        taken = bench.canaries.report()["set"]
+        assert (taken["root"], taken["weights"]) == (fake.root, "2" * 32 if what == "weights" else "")
 
 
 async def test_an_adapter_has_a_baseline_of_its_own_so_that_a_wrong_one_after_a_restart_is_seen(

@@ -7,9 +7,11 @@ Each request has a salt of its own all the same, so that what it leaves in the c
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 
 import msgspec
 import numpy as np
@@ -31,11 +33,13 @@ from hemostat_calibration.canaries import (
 ANSWER_TOKENS = 40
 BESIDE = (3, 6, 12)
 """Sequences that are asked for at once in the baseline's replays, but for the first one: batches of several shapes."""
+TOKENIZER_TEXT = "Hemostat 1,024 ≤ x; größer 温度 température\n\tif (a != b) { return [0x1f]; } // 😀"
+"""Tokenizers differ in its token ids."""
 PRIORITY = 1_000
 """Later than clients' requests, whose default is 0, where the engine schedules by priority."""
 
-Gate = Callable[[int], Awaitable[None]]
-"""Awaited before each request, with its tokens: returns when it may be sent."""
+Gate = Callable[[], Awaitable[None]]
+"""Awaited before each request: returns when it may be sent."""
 
 
 class _Choice(msgspec.Struct, frozen=True):
@@ -46,39 +50,57 @@ class _Completion(msgspec.Struct, frozen=True):
     choices: list[_Choice]
 
 
-async def _at_once(tokens: int) -> None:
+async def _at_once() -> None:
     """A gate that is open."""
 
 
 class CanaryClient:
-    """Of one model that a server serves. Every method raises ReferenceFailure, its text is one line."""
+    """Of one model that a server serves. Every method raises ReferenceFailure, its text is one line.
 
-    def __init__(self, server: VllmServer, model: str, gate: Gate = _at_once) -> None:
+    weights: the fingerprint that the engine's plugin reports now.
+    """
+
+    def __init__(
+        self, server: VllmServer, model: str, gate: Gate = _at_once, weights: Callable[[], str] = lambda: ""
+    ) -> None:
         self._server = server
         self.model = model
         self._gate = gate
+        self._weights = weights
         self._priority: dict[str, int] = {"priority": PRIORITY}
+        self.sent = 0
+        """Tokens of all sequences that the server was asked to score."""
 
     @classmethod
     async def of(cls, server: VllmServer, model: str | None = None) -> CanaryClient:
         """model: a served name; None: the first base model."""
         return cls(server, (await server.model(model)).id)
 
-    async def origin(self, *, prompts: str = "", weights: str = "", engine: str = "") -> Origin:
+    async def origin(self, *, prompts: str = "", engine: str = "") -> Origin:
         card = await self._server.model(self.model)
-        try:
+        version, tokenizer = "", ""
+        with suppress(ReferenceFailure):  # a router in front of vLLM may not have these routes
             version = await self._server.version()
-        except ReferenceFailure:
-            version = ""  # a router in front of vLLM may not have the route
-        length = card.max_model_len or 0
-        return Origin(self.model, card.root or "", version, length, weights, engine, prompts, time.time())
+            ids = await self._server.tokenize(self.model, TOKENIZER_TEXT)
+            tokenizer = hashlib.sha256(_ids(ids).tobytes()).hexdigest()[:16]
+        return Origin(
+            model=self.model,
+            root=card.root or "",
+            version=version,
+            max_model_len=card.max_model_len or 0,
+            weights=self._weights(),
+            tokenizer=tokenizer,
+            engine=engine,
+            prompts=prompts,
+            at=time.time(),
+        )
 
-    async def take(self, prompts: Prompts, *, weights: str = "", engine: str = "") -> CanarySet:
+    async def take(self, prompts: Prompts, *, engine: str = "") -> CanarySet:
         """Have the model write the answers, and score them: about 24,000 tokens with the prompts of this package.
 
         InvalidArgumentError where the prompts make no set.
         """
-        origin = await self.origin(prompts=prompts.digest, weights=weights, engine=engine)
+        origin = await self.origin(prompts=prompts.digest, engine=engine)
         texts = [await self._server.tokenize(self.model, prompt.prompt, special=True) for prompt in prompts.prompts]
         texts = cut_to_fit(texts, MAX_TOKENS - len(texts) * (ANSWER_TOKENS + 1), origin.max_model_len)
         # Whether the server scores at all, before it generates 50 answers.
@@ -91,9 +113,14 @@ class CanaryClient:
         return await self.baseline(canaries, origin)
 
     async def baseline(self, canaries: Sequence[Canary], origin: Origin) -> CanarySet:
-        """The set of these sequences: replayed alone, and beside each other."""
+        """The set of these sequences: replayed alone, and beside each other. REVISION where another model is served at
+        the end than at the beginning."""
+        before = await self.origin()
         replays = [await self.replay(canaries), *[await self._replay_beside(canaries, n) for n in BESIDE]]
         assert len(replays) == REPLAYS
+        if changes := before.changes(await self.origin()):
+            text = f"{self._server.url} was changed while the canaries were taken, and these are dropped"
+            raise ReferenceFailure(FailureReason.REVISION, f"{text}: {'; '.join(changes)}")
         return CanarySet(tuple(canaries), np.stack(replays), origin)
 
     async def replay(self, canaries: Sequence[Canary]) -> Floats:
@@ -119,7 +146,8 @@ class CanaryClient:
         return np.concatenate(values)
 
     async def _score(self, canary: Canary) -> Floats:
-        await self._gate(canary.tokens)
+        await self._gate()
+        self.sent += canary.tokens
 
         async def ask() -> list[float]:
             return await self._server.prompt_logprobs(self.model, canary.ids, cache_salt=_salt(), **self._priority)
@@ -144,7 +172,7 @@ class CanaryClient:
             "return_token_ids": True,
             "cache_salt": _salt(),
         }
-        await self._gate(len(ids) + ANSWER_TOKENS)
+        await self._gate()
         answer = await self._server.post("/v1/completions", body, _Completion)
         token_ids = answer.choices[0].token_ids if answer.choices else None
         if not token_ids:

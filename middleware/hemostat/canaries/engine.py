@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from hemostat.canaries.client import CanaryClient
-from hemostat.canaries.pace import Pace
+from hemostat.canaries.pace import Pace, PaceState
 from hemostat.reference.server import VllmServer
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.canaries import Comparison, Origin
 
+STATES_KEY = "canary_engines"
+"""Of the blob in the store."""
 MAX_ADAPTERS = 8
 """Of an engine, by name; further ones are not asked."""
 BASELINE, ENGINES = "baseline", "engines"
@@ -51,41 +54,73 @@ class Reading:
         elif min(numbers) > self.suspected.setdefault(against, max(numbers)):
             self.since.setdefault(against, now)
 
+    def to_store(self) -> Reading:
+        """A suspicion comes before all replays of a later process."""
+        return replace(self, due=0.0, number=0, values=None, suspected=dict.fromkeys(self.suspected, 0))
+
     @property
     def awaited(self) -> dict[str, int]:
         """The suspicions without a statement."""
         return {against: number for against, number in self.suspected.items() if against not in self.since}
 
 
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    """What outlasts the control process, so that its restart neither repeats replays beyond the budget nor forgets what
+    they have found. readings: the suspicions and statements, by served name."""
+
+    pace: PaceState
+    readings: Mapping[str, Reading]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStates:
+    engines: Mapping[str, EngineState]
+
+
 class EngineCanaries:
     """Owns what is known of one engine."""
 
-    def __init__(self, name: str, server: VllmServer, pace: Pace) -> None:
+    def __init__(
+        self,
+        name: str,
+        server: VllmServer,
+        pace: Pace,
+        weights: Callable[[], str],
+        readings: Mapping[str, Reading] = MappingProxyType({}),
+    ) -> None:
+        """weights: the fingerprint that its plugin reports now. readings: of an earlier `state`."""
         self.name = name
         self.pace = pace
         self._server = server
-        self.readings: dict[str, Reading] = {}
+        self._weights = weights
+        self.readings = dict(readings)
         """By served name, the base model's first."""
         self.now = Origin("")
         """What it serves, as `list_models` has found."""
         self.failure = ""
         """Why the last attempt could not tell, one line."""
+        self.differs = ""
+        """Why its replays are not compared, one line."""
 
     @property
     def base(self) -> Reading | None:
         return next(iter(self.readings.values()), None)
 
-    async def list_models(self, wanted: str | None, weights: str) -> None:
+    async def list_models(self, wanted: str | None) -> None:
         """Ask which models it serves. wanted: the base model; None: the first. ReferenceFailure."""
         base = await self._server.model(wanted)
         adapters = sorted(card.id for card in await self._server.models() if card.parent is not None)
         served = (base.id, *adapters[:MAX_ADAPTERS])
         self.readings = {name: self.readings.get(name, Reading()) for name in served}
-        self.now = await self.client(base.id, taking=False).origin(weights=weights, engine=self.name)
+        self.now = await self.client(base.id).origin(engine=self.name)
 
-    def client(self, model: str, *, taking: bool) -> CanaryClient:
-        """taking: a set, once, which is not limited by the budget."""
-        return CanaryClient(self._server, model, self.pace.wait if taking else self.pace.spend)
+    def client(self, model: str) -> CanaryClient:
+        return CanaryClient(self._server, model, self.pace.wait, self._weights)
+
+    def state(self) -> EngineState:
+        suspected = {name: reading.to_store() for name, reading in self.readings.items() if reading.suspected}
+        return EngineState(self.pace.state(), suspected)
 
     def forget(self) -> None:
         """The set is replaced."""
@@ -103,10 +138,7 @@ def statement(engine: str, model: str, reading: Reading, then: Origin, now: Orig
     what = "has changed" if against == BASELINE else "differs from the other engines"
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(reading.since[against]))
     parts = [f"Canaries: {engine} ({model}) {what}, since {since}: {reading.found[against].summary}"]
-    for name, text in (("root", "path"), ("version", "vLLM"), ("weights", "fingerprint of the weights")):
-        before, after = getattr(then, name), getattr(now, name)
-        if before and after and before != after:
-            parts.append(f"{text} {before} then, {after} now")
+    parts += replace(then, model=now.model).changes(now)  # an adapter's name is another one
     if reading.reference is not None:
         parts.append("{:.3f} nats from the reference then, {:.3f} now".format(*reading.reference))
     return "; ".join(parts)

@@ -14,16 +14,27 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from hemostat.canaries.engine import BASELINE, ENGINES, EngineCanaries, Reading, statement
-from hemostat.canaries.pace import BUDGET_TOKENS, HOUR_SECONDS, Pace
+from hemostat.canaries.client import CanaryClient
+from hemostat.canaries.engine import (
+    BASELINE,
+    ENGINES,
+    STATES_KEY,
+    EngineCanaries,
+    EngineState,
+    EngineStates,
+    Reading,
+    statement,
+)
+from hemostat.canaries.pace import BUDGET_TOKENS, HOUR_SECONDS, Pace, PaceState
 from hemostat.canaries.prompts import PromptFileError, Prompts, load
-from hemostat.canaries.sets import Sets
+from hemostat.canaries.sets import BLOB_KEY, SCHEMA, Sets
 from hemostat.config.schema import Settings
 from hemostat.engines.addresses import EngineAddresses
 from hemostat.engines.messages import EngineReport
@@ -35,6 +46,7 @@ from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ReferenceState
 from hemostat.reference.protocol import ReferenceFailure, ScoreRequest
 from hemostat.store.protocol import StoreWrites
+from hemostat_calibration import state_codec
 from hemostat_calibration.canaries import REPLAYS, CanarySet, Origin, shortest
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError
 from hemostat_calibration.messages import in_words
@@ -82,6 +94,8 @@ class Canaries:
         self._clock, self._wall = clock, wall
         self._sets = Sets(writes)
         self._engines: dict[str, _Engine] = {}
+        self._gone: dict[str, EngineState] = {}
+        """What was known of engines that are not reported now, for an hour."""
         self._prompts: Prompts | None = None
         self._take_at = clock() + FIRST_SECONDS
         self._taking = asyncio.Lock()
@@ -93,18 +107,29 @@ class Canaries:
         self.problem = "" if settings.canaries.enabled else "canaries.enabled is false"
         """Why nothing is replayed; "" where something is."""
 
-    def restore(self, stored: bytes | None) -> None:
+    def restore(self, blobs: Mapping[str, bytes]) -> None:
         """What an earlier run stored."""
         if not self._settings.enabled:
             return
-        if stored is None:
+        sets, engines = blobs.get(BLOB_KEY), blobs.get(STATES_KEY)
+        if sets is None:
             log.info("canaries: the store has no set; one is taken in %.0f minutes", FIRST_SECONDS / 60.0)
             return
         try:
-            self._sets.restore(stored)
+            self._sets.restore(sets)
+            if engines is not None:
+                self._gone = dict(state_codec.decode(EngineStates, engines, SCHEMA).engines)
         except InvalidArgumentError as error:
             self._outcomes[FAILED] += 1
             log.error("canaries: what is stored cannot be used, a new set is taken: %s", error)
+            self._sets.clear()
+
+    def _save(self) -> None:
+        """Of all engines, and those that were reported within the last hour."""
+        since = self._wall() - HOUR_SECONDS
+        self._gone = {name: state for name, state in self._gone.items() if state.pace.looked_at > since}
+        states = {name: engine.canaries.state() for name, engine in self._engines.items()}
+        self._writes.put_blob(STATES_KEY, state_codec.encode(EngineStates(self._gone | states), SCHEMA))
 
     def accept(self) -> None:
         """What the engines compute now is right: a new set is taken, at once. HemostatError where none can be."""
@@ -117,6 +142,8 @@ class Canaries:
         self._sets.clear()
         for engine in self._engines.values():
             engine.canaries.forget()
+        self._gone = {name: replace(state, readings={}) for name, state in self._gone.items()}
+        self._save()
         self._take_at, self._reference_at = self._clock(), -np.inf
 
     # --- when ------------------------------------------------------------------------------------------------------
@@ -147,8 +174,7 @@ class Canaries:
             await self._drop(gone)
         for name, seen in current.items():
             if name not in self._engines:
-                server = self._addresses.server(name, REQUEST_SECONDS)
-                self._engines[name] = _Engine(EngineCanaries(name, server, Pace(self._clock)))
+                self._engines[name] = self._begin(name)
             engine = self._engines[name]
             engine.canaries.pace.look(seen.outstanding)
             report = self._report(name)
@@ -163,8 +189,18 @@ class Canaries:
         live = engines.live(self._clock())
         return live[0] if len({report.boot_id for report in live}) == 1 else None
 
+    def _begin(self, name: str) -> _Engine:
+        known = self._gone.pop(name, EngineState(PaceState(), {}))
+        server, pace = self._addresses.server(name, REQUEST_SECONDS), Pace(self._clock, self._wall, known.pace)
+        return _Engine(EngineCanaries(name, server, pace, lambda: self._weights(name), known.readings))
+
+    def _weights(self, name: str) -> str:
+        report = self._report(name)
+        return "" if report is None else report.weights
+
     async def _drop(self, name: str) -> None:
         engine = self._engines.pop(name)
+        self._gone[name] = engine.canaries.state()
         if engine.task is not None:
             engine.task.cancel()
             await asyncio.gather(engine.task, return_exceptions=True)
@@ -177,8 +213,7 @@ class Canaries:
         canaries, now = engine.canaries, self._clock()
         try:
             if now - engine.listed_at >= HOUR_SECONDS:
-                report = self._report(canaries.name)
-                await canaries.list_models(self._model, "" if report is None else report.weights)
+                await canaries.list_models(self._model)
                 engine.listed_at = now
             if why := self._announced():
                 self._forget(why)
@@ -186,7 +221,9 @@ class Canaries:
                 await self._take(canaries)
                 return
             if _served(canaries.now) != _served(base.origin):
-                return  # a rolling update to another path: not compared until all engines have it
+                self._wait_for_others(canaries, base.origin)
+                return
+            canaries.differs = ""
             await self._score_reference(base)
             first, *adapters = canaries.readings
             # The one that has been due for longest comes first, and none is replayed while it waits for the budget.
@@ -208,6 +245,13 @@ class Canaries:
         engine.canaries.failure, engine.not_before = why, self._clock() + RETRY_SECONDS
         engine.listed_at = -np.inf
 
+    def _wait_for_others(self, canaries: EngineCanaries, then: Origin) -> None:
+        """A rolling update to another path, perhaps: not compared until all engines have it."""
+        why = "serves {} from {}, the set is of {} from {}".format(*_served(canaries.now), *_served(then))
+        if why != canaries.differs:
+            log.warning("canaries: %s %s: it is not compared until all engines serve the same", canaries.name, why)
+        canaries.differs = why
+
     def _announced(self) -> str:
         """What says that another model is served on purpose, at all engines; "" where nothing does."""
         base = self._sets.base
@@ -228,8 +272,8 @@ class Canaries:
         async with self._taking:
             if self._sets.base is not None or self._clock() < self._take_at:
                 return
-            client = canaries.client(canaries.now.model, taking=True)
-            taken = await client.take(self._prompts, weights=canaries.now.weights, engine=canaries.name)
+            client = canaries.client(canaries.now.model)
+            taken = await client.take(self._prompts, engine=canaries.name)
             self._sets.put(taken)
         log.info("canaries: a set of %d sequences was taken at %s", len(taken.canaries), canaries.name)
 
@@ -268,7 +312,8 @@ class Canaries:
             if canaries.pace.left() < needed:
                 return False
             origin = replace(canaries.now, model=model, prompts=base.origin.prompts, at=self._wall())
-            of_adapter = await canaries.client(model, taking=False).baseline(sequences, origin)
+            with self._spending(canaries, model, needed) as client:
+                of_adapter = await client.baseline(sequences, origin)
             if self._sets.base is None or self._sets.base.canaries is not base.canaries:
                 return False
             self._sets.put(of_adapter)
@@ -276,7 +321,8 @@ class Canaries:
             return True
         if canaries.pace.left() < taken.tokens:
             return False
-        values = await canaries.client(model, taking=False).replay(taken.canaries)
+        with self._spending(canaries, model, taken.tokens) as client:
+            values = await client.replay(taken.canaries)
         current = self._sets.of(model)
         if current is None or current.canaries is not taken.canaries:
             return False
@@ -285,6 +331,17 @@ class Canaries:
         reading.reference = taken.from_reference(values)
         self._judge(canaries, model, taken)
         return True
+
+    @contextmanager
+    def _spending(self, canaries: EngineCanaries, model: str, tokens: int) -> Iterator[CanaryClient]:
+        """Of the budget. Stored before they are sent: this process may end meanwhile."""
+        client = canaries.client(model)
+        canaries.pace.spend(tokens)
+        self._save()
+        try:
+            yield client
+        finally:
+            canaries.pace.give_back(tokens - client.sent)
 
     def _judge(self, canaries: EngineCanaries, model: str, taken: CanarySet) -> None:
         """After a replay there: against then, and all engines that serve the same against each other."""
@@ -306,6 +363,7 @@ class Canaries:
             if current.since.keys() != before[name].keys():
                 text = statement(name, model, current, taken.origin, self._engines[name].canaries.now)
                 self._record(text or f"Canaries: {name} ({model}) is as it was", self._figures(current))
+        self._save()
 
     def _alike(self, canaries: EngineCanaries, model: str) -> dict[str, Reading]:
         """By engine, the readings of those that serve the same, this one and those of the last hours."""
@@ -341,8 +399,8 @@ class Canaries:
                 yield text, min(reading.since.values())
 
     def report(self) -> dict[str, Any]:
-        """JSON-ready. set: what is replayed; None before one was taken. engines: the last replay of each model of each
-        engine; distance_nats: the median distance of its sequences."""
+        """JSON-ready. set: what is replayed; None before one was taken. failures: why an engine is not compared.
+        engines: the last replay of each model of each engine; distance_nats: the median distance of its sequences."""
         base = self._sets.base
         return {
             "detail": self.problem or ("" if base is not None else "no set was taken yet"),
@@ -359,7 +417,9 @@ class Canaries:
                 "tokens": base.tokens,
             },
             "failures": {
-                name: engine.canaries.failure for name, engine in self._engines.items() if engine.canaries.failure
+                name: text
+                for name, engine in self._engines.items()
+                if (text := engine.canaries.failure or engine.canaries.differs)
             },
             "engines": [
                 {

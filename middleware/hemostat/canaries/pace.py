@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 BUDGET_TOKENS = 10_000
 """Of replays, an engine and hour."""
 HOUR_SECONDS = 3600.0
 
 
-class Pace:
-    """Of one engine. clock: monotonic seconds."""
+@dataclass(frozen=True, slots=True)
+class PaceState:
+    """What outlasts the control process. Times are Unix times."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._average: float | None = None
-        """Of requests in progress, over about an hour."""
-        self._looked_at = clock()
-        self._spent: deque[tuple[float, int]] = deque()
+    looked_at: float = 0.0
+    average: float | None = None
+    """Of requests in progress, over about an hour, at that time."""
+    spent: tuple[tuple[float, int], ...] = ()
+    """When, and how many tokens."""
+
+
+class Pace:
+    """Of one engine. clock: monotonic seconds. wall: Unix time, of what is stored."""
+
+    def __init__(self, clock: Callable[[], float], wall: Callable[[], float], stored: PaceState) -> None:
+        now, ahead = clock(), clock() - wall()
+        self._clock, self._wall = clock, wall
+        self._average = stored.average
+        # Where the wall clock was set back meanwhile, what is stored is in the future: now at the latest.
+        self._looked_at = min(stored.looked_at + ahead, now)
+        self._spent = [(min(at + ahead, now), tokens) for at, tokens in stored.spent]
         self._low = asyncio.Event()
         """Not more than one request above the average of the last hour is in progress."""
 
@@ -35,15 +47,24 @@ class Pace:
     def left(self) -> int:
         """Tokens of the budget."""
         now = self._clock()
-        while self._spent and now - self._spent[0][0] >= HOUR_SECONDS:
-            self._spent.popleft()
+        self._spent = [(at, tokens) for at, tokens in self._spent if now - at < HOUR_SECONDS]
         return BUDGET_TOKENS - sum(tokens for _, tokens in self._spent)
 
-    async def wait(self, _: int) -> None:
-        """Returns when the load is low. Of a set that is taken, once."""
+    def spend(self, tokens: int) -> None:
+        """Of the budget, before they are sent."""
+        self._spent.append((self._clock(), tokens))
+
+    def give_back(self, tokens: int) -> None:
+        """Of those that were spent last, what was not sent."""
+        if self._spent:
+            at, last = self._spent.pop()
+            self._spent.append((at, last - tokens))
+
+    async def wait(self) -> None:
+        """Returns when the load is low."""
         await self._low.wait()
 
-    async def spend(self, tokens: int) -> None:
-        """The same, of a replay, whose tokens are of the budget."""
-        await self._low.wait()
-        self._spent.append((self._clock(), tokens))
+    def state(self) -> PaceState:
+        behind = self._wall() - self._clock()
+        spent = tuple((at + behind, tokens) for at, tokens in self._spent)
+        return PaceState(self._looked_at + behind, self._average, spent)

@@ -83,19 +83,14 @@ def _take(options: argparse.Namespace) -> int:
 def _replay(options: argparse.Namespace) -> int:
     taken = _read(options.file)
 
-    async def replay() -> tuple[Comparison, Origin]:
-        async with _client(options.server, taken.origin.model) as client:
-            return await client.compare(taken, options.tolerance), await client.origin()
-
-    comparison, now = _run(replay())
+    comparison, now = _run(_compare_at(options.server, taken.origin.model, taken, options.tolerance))
     return _say(comparison, taken.origin, now)
 
 
 def _compare(options: argparse.Namespace) -> int:
     async def compare() -> tuple[CanarySet, Comparison, Origin]:
         taken = await _take_at(options.server, options.prompts)
-        async with _client(options.other, None) as client:
-            return taken, await client.compare(taken, options.tolerance), await client.origin()
+        return taken, *await _compare_at(options.other, None, taken, options.tolerance)
 
     taken, comparison, now = _run(compare())
     return _say(comparison, taken.origin, now)
@@ -104,10 +99,8 @@ def _compare(options: argparse.Namespace) -> int:
 def _say(comparison: Comparison, then: Origin, now: Origin) -> int:
     """The verdict, in one line, and what else is different."""
     print(f"{'changed' if comparison.changed else 'equal'}: {comparison.summary}")  # noqa: T201
-    names = {"model": "model", "root": "path", "version": "vLLM", "max_model_len": "max_model_len"}
-    for field, name in names.items():
-        if getattr(then, field) != getattr(now, field):
-            print(f"  {name}: {getattr(then, field) or 'unknown'}, now {getattr(now, field) or 'unknown'}")  # noqa: T201
+    for change in then.changes(now):
+        print(f"  {change}")  # noqa: T201
     return CHANGED if comparison.changed else EQUAL
 
 
@@ -144,6 +137,19 @@ async def _take_at(server: str, prompts: Path | None) -> CanarySet:
     loaded = load(prompts)
     async with _client(server, None) as client:
         return await client.take(loaded)
+
+
+async def _compare_at(
+    server: str, default: str | None, taken: CanarySet, tolerance: float
+) -> tuple[Comparison, Origin]:
+    async with _client(server, default) as client:
+        then, now = taken.origin, await client.origin()
+        if then.tokenizer and now.tokenizer and then.tokenizer != now.tokenizer:
+            raise UsageError(
+                f"could not tell: {server} has another tokenizer than the server of the canaries, to which the same "
+                "token ids are another text; take a set there"
+            )
+        return await client.compare(taken, tolerance), now
 
 
 def _run(work: Coroutine[None, None, T]) -> T:

@@ -18,7 +18,6 @@ from hemostat.admin.history import History
 from hemostat.admin.problems import Problems
 from hemostat.admin.status import ProcessParts, StatusSource
 from hemostat.admin.status_parts import CalibrationParts, EngineParts, ScoringParts
-from hemostat.canaries import sets as canary_sets
 from hemostat.canaries.keeper import Canaries
 from hemostat.config.schema import Settings
 from hemostat.control import learned_state
@@ -309,7 +308,7 @@ class Control:
         self.stored_state.restore(snapshot)
         self.learned.restore(snapshot.blobs.get(learned_state.BLOB_KEY))
         self.templates.restore(snapshot.blobs.get(prompt_templates.BLOB_KEY), self.stored_state.salt)
-        self.canaries.restore(snapshot.blobs.get(canary_sets.BLOB_KEY))
+        self.canaries.restore(snapshot.blobs)
         self._stored_learning.restore(snapshot.blobs.get(stored.BLOB_KEY))
         self.ownership.activate()
 

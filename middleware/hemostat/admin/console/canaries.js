@@ -14,7 +14,7 @@ export function Canaries({ s }) {
   const c = s.canaries, set = c.set;
   const taken = set && `${plural(set.sequences, "sequence")} of ${set.model}, taken at ${set.engine} on vLLM ${set.vllm || "of an unknown version"}, ${when(set.taken)}.`;
   return html`<h2>Canaries</h2><p>${set ? taken : `No canaries are replayed: ${c.detail}.`}</p>
-    ${Object.entries(c.failures).map(([engine, why]) => html`<p class="wait-text">${engine} could not be asked: ${why}</p>`)}
+    ${Object.entries(c.failures).map(([engine, why]) => html`<p class="wait-text">${engine} is not compared: ${why}</p>`)}
     ${set && html`<${Table} caption="Last replay" rows=${c.engines} empty="no replay yet" columns=${[
       ["engine", (r) => r.engine, (r) => r.engine], ["model", (r) => r.model, (r) => r.model],
       ["as when taken", (r) => verdict(r, "baseline", r.changed), (r) => r.baseline?.votes], ["as the other engines", (r) => verdict(r, "engines", r.outlier), (r) => r.engines?.votes],
