@@ -2,7 +2,7 @@
 
 vLLM with SmolLM2-135M-Instruct on this machine. Of each base a set is taken by `hemostat.canaries.client`; then servers
 with a change are started, each as often as --restarts says, and replay the set until the test has a verdict. Replays
-are kept in build/bench/canaries/, and those that are there are not made again.
+are kept in build/bench/canaries/, and those that are there are not made again: with --minutes it can be run in pieces.
 
 restart     the same server, started again: has to be equal
 loaded      the same server, idle and with clients that keep LOAD requests in progress, --null replays: has to be equal.
@@ -31,7 +31,8 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +54,9 @@ from hemostat_calibration.canaries import REPLAYS, Canary, CanarySet, Comparison
 BUILD = Path(__file__).resolve().parents[2] / "build" / "bench"
 WORK = BUILD / "canaries"
 NAME = "m"
-LOAD = 4
+LOAD = 8
+AT_ONCE = 5
+"""Replays between two changes of the load."""
 RESAMPLED = 10_000
 SCALED = "model.layers.15.mlp.down_proj.weight_scale"
 TEXTS = ("a", "b")
@@ -140,7 +143,7 @@ async def take(url: str) -> CanarySet:
         await server.close()
 
 
-async def replays(url: str, taken: CanarySet, count: int, load_requests: int = 0) -> list[Floats]:
+async def replays(url: str, taken: CanarySet, count: int, load_requests: int) -> list[Floats]:
     """With so many requests of clients in progress."""
     server, rng = VllmServer(url, timeout=300.0), random.Random(0)
     words = " ".join(prompt.prompt for prompt in load().prompts).split()
@@ -168,55 +171,63 @@ def base_set(name: str) -> CanarySet:
     return CanarySet.from_bytes(path.read_bytes())
 
 
-def kept(name: str) -> list[Floats]:
-    path = WORK / f"{name.replace(' ', '-')}.npy"
-    return list(np.load(path)) if path.exists() else []
+async def until_a_verdict(url: str, taken: CanarySet) -> list[Floats]:
+    """One replay, and a second one where the first exceeds: what `hemostat canaries replay` does."""
+    server = VllmServer(url, timeout=300.0)
+    try:
+        client = CanaryClient(server, NAME)
+        first = await client.replay(taken.canaries)
+        return [first, await client.replay(taken.canaries)] if taken.compare(first).changed else [first]
+    finally:
+        await server.close()
 
 
-def keep(name: str, replayed: list[Floats]) -> None:
-    np.save(WORK / f"{name.replace(' ', '-')}.npy", np.stack(replayed))
-
-
-def measure(name: str, restarts: int) -> dict[str, Any]:
-    """Start the server as often, and replay the base's set twice each time."""
-    server = SERVERS[name]
-    taken, replayed = base_set(server.base), kept(name)
-    while len(replayed) < 2 * restarts:
-        with running(name, server) as url:
-            replayed += asyncio.run(replays(url, taken, 2))
-        keep(name, replayed)
-    verdicts = [taken.compare(replay) for replay in replayed[: 2 * restarts]]
+def measure(name: str, restarts: int, out_of_time: Callable[[], bool]) -> dict[str, Any]:
+    """Start the server as often, less those whose replays are there."""
+    server, folder = SERVERS[name], WORK / name.replace(" ", "-")
+    taken, verdicts = base_set(server.base), []
+    folder.mkdir(exist_ok=True)
+    for number in range(restarts):
+        path = folder / f"{number}.npy"
+        if not path.exists():
+            if out_of_time():
+                break
+            with running(name, server) as url:
+                np.save(path, np.stack(asyncio.run(until_a_verdict(url, taken))))
+        verdicts.append([taken.compare(replay) for replay in np.load(path)])
     return {
-        "restarts": restarts,
+        "restarts": len(verdicts),
         "has_to_change": server.changed,
-        "changed": sum(a.changed and b.changed for a, b in zip(verdicts[::2], verdicts[1::2], strict=True)),
-        **_figures(verdicts),
+        "first_exceeds": sum(replays[0].changed for replays in verdicts),
+        "changed": sum(replays[-1].changed for replays in verdicts),
+        **_figures([verdict for replays in verdicts for verdict in replays]),
     }
 
 
 def _figures(verdicts: list[Comparison]) -> dict[str, Any]:
+    if not verdicts:
+        return {}
     votes, nats = [verdict.votes for verdict in verdicts], [verdict.nats for verdict in verdicts]
     return {"votes": [min(votes), max(votes)], "needed": verdicts[0].needed, "nats": [min(nats), max(nats)]}
 
 
-def null(count: int) -> dict[str, Any]:
+def null(count: int, out_of_time: Callable[[], bool]) -> dict[str, Any]:
     """Replays of the unchanged server, half of them idle and half beside clients, and what is resampled from them."""
-    taken, replayed = base_set("w4a16"), kept("loaded")
-    if len(replayed) < count:
+    taken, path = base_set("w4a16"), WORK / "loaded.npy"
+    replayed = list(np.load(path)) if path.exists() else []
+    if len(replayed) < count and not out_of_time():
         with running("loaded", BASES["w4a16"]) as url:
-            while len(replayed) < count:
-                replayed += asyncio.run(
-                    replays(url, taken, min(5, count - len(replayed)), LOAD * (len(replayed) // 5 % 2))
-                )
-                keep("loaded", replayed)
+            while len(replayed) < count and not out_of_time():
+                requests = LOAD * (len(replayed) // AT_ONCE % 2)
+                replayed += asyncio.run(replays(url, taken, min(AT_ONCE, count - len(replayed)), requests))
+                np.save(path, np.stack(replayed))
     verdicts = [taken.compare(replay) for replay in replayed[:count]]
-    same = sum(bool((replay == taken.baseline[0]).all()) for replay in replayed[:count])
     return {
-        "replays": count,
-        "to_the_last_bit": same,
+        "replays": len(verdicts),
+        "to_the_last_bit": sum(bool((replay == taken.baseline[0]).all()) for replay in replayed[:count]),
         "changed": sum(verdict.changed for verdict in verdicts),
         **_figures(verdicts),
-        "resampled": resampled(taken, np.stack(replayed[:count])),
+        "resampled": resampled(taken, np.stack(replayed[:count])) if replayed else {},
     }
 
 
@@ -245,7 +256,7 @@ def _drawn(replayed: Floats, which: np.ndarray[Any, Any], lengths: list[int]) ->
 
 def outlier() -> list[dict[str, Any]]:
     """By factor of the divergence: who is named, and the median distance of the one that differs."""
-    taken, reference = base_set("w4a16"), kept("checkpoint")[0]
+    taken, reference = base_set("w4a16"), np.load(WORK / "checkpoint" / "0.npy")[0]
     compressed = taken.baseline[0]
     rows = []
     for factor in (1.0, 1.05, 1.1, 1.2, 1.5):
@@ -291,7 +302,13 @@ def main() -> None:
     parser.add_argument("--restarts", type=int, default=20, help="of each server (20)")
     parser.add_argument("--null", type=int, default=200, help="replays of the unchanged server (200)")
     parser.add_argument("--simulate", type=int, metavar="RUNS", help="the simulation alone, so many replays a row")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing later; what is there is kept")
     arguments = parser.parse_args()
+    ends = time.monotonic() + 60.0 * arguments.minutes
+
+    def out_of_time() -> bool:
+        return time.monotonic() >= ends
+
     WORK.mkdir(parents=True, exist_ok=True)
     path = BUILD / "canaries.json"
     report = json.loads(path.read_text()) if path.exists() else {}
@@ -305,7 +322,11 @@ def main() -> None:
             if name == "outlier":
                 row: Any = outlier()
             else:
-                row = null(arguments.null) if name == "loaded" else measure(name, arguments.restarts)
+                row = (
+                    null(arguments.null, out_of_time)
+                    if name == "loaded"
+                    else measure(name, arguments.restarts, out_of_time)
+                )
             report[name] = row
             print(f"{name:12} {json.dumps(row)}", flush=True)
     path.write_text(json.dumps(report, indent=1))
