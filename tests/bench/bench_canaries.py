@@ -1,8 +1,9 @@
 """What canaries find on a real vLLM, and what not: `make bench-canaries`, a table and build/bench/canaries.json.
 
-vLLM with SmolLM2-135M-Instruct on this machine. Of each base a set is taken by `hemostat.canaries.client`; then servers
-with a change are started, each as often as --restarts says, and replay the set until the test has a verdict. Replays
-are kept in build/bench/canaries/, and those that are there are not made again: with --minutes it can be run in pieces.
+vLLM with SmolLM2-135M-Instruct on this machine. A set is taken by `hemostat.canaries.client`; then servers with a
+change are started, each as often as --restarts says, and replay it until the test has a verdict: all 50 sequences in
+the first restarts, and the 20 shortest ones, those that adapters are asked, in all. Replays are kept in
+build/bench/canaries/, and those that are there are not made again: with --minutes it can be run in pieces.
 
 restart     the same server, started again: has to be equal
 loaded      the same server, idle and with clients that keep LOAD requests in progress, --null replays: has to be equal.
@@ -32,33 +33,46 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file, save_file
+from tests.bench.forked_vllm import ForkedVllm, Imported
 
 from hemostat.canaries.client import CanaryClient
 from hemostat.canaries.prompts import load
 from hemostat.demo import prompts as demo_prompts
 from hemostat.demo.checkpoints import cached_checkpoints
-from hemostat.demo.vllm_server import VllmServer as VllmProcess
 from hemostat.demo.vllm_server import dtype
 from hemostat.reference.server import VllmServer
 from hemostat_calibration.arrays import Floats
-from hemostat_calibration.canaries import REPLAYS, Canary, CanarySet, Comparison, Origin
+from hemostat_calibration.canaries import (
+    ADAPTER_SEQUENCES,
+    REPLAYS,
+    Canary,
+    CanarySet,
+    Comparison,
+    Origin,
+    shortest,
+)
 
 BUILD = Path(__file__).resolve().parents[2] / "build" / "bench"
 WORK = BUILD / "canaries"
 NAME = "m"
-LOAD = 8
+LOAD = 4
 AT_ONCE = 5
 """Replays between two changes of the load."""
 RESAMPLED = 10_000
 SCALED = "model.layers.15.mlp.down_proj.weight_scale"
+WHOLE = "w4a16"
+"""The base whose set is taken."""
+WITH_ALL = 2
+"""Restarts in which all 50 sequences are replayed; the 20 shortest ones in all."""
 TEXTS = ("a", "b")
 """Halves of the demo's prompts that GPTQ calibrates on."""
 
@@ -119,6 +133,11 @@ def checkpoint(name: str) -> Path:
     return folder
 
 
+@cache
+def imported() -> Imported:
+    return Imported()
+
+
 @contextmanager
 def running(name: str, server: Server) -> Iterator[str]:
     """The URL of a vLLM that was started now."""
@@ -126,7 +145,7 @@ def running(name: str, server: Server) -> Iterator[str]:
     if "--dtype" not in arguments:
         arguments += ["--dtype", dtype()]
     log = WORK / f"{name.replace(' ', '-')}.log"
-    process = VllmProcess(checkpoint(server.checkpoint), NAME, log, arguments, server.environment)
+    process = ForkedVllm(imported(), checkpoint(server.checkpoint), NAME, log, arguments, server.environment)
     process.start()
     try:
         process.wait_ready(600.0)
@@ -135,12 +154,30 @@ def running(name: str, server: Server) -> Iterator[str]:
         process.stop()
 
 
-async def take(url: str) -> CanarySet:
-    server = VllmServer(url)
+@asynccontextmanager
+async def client_of(url: str) -> AsyncIterator[CanaryClient]:
+    server = VllmServer(url, timeout=300.0)
     try:
-        return await CanaryClient(server, NAME).take(load())
+        yield CanaryClient(server, NAME)
     finally:
         await server.close()
+
+
+async def take(url: str) -> CanarySet:
+    async with client_of(url) as client:
+        return await client.take(load())
+
+
+async def baseline(url: str, canaries: Sequence[Canary]) -> CanarySet:
+    async with client_of(url) as client:
+        return await client.baseline(canaries, await client.origin())
+
+
+async def until_a_verdict(url: str, taken: CanarySet) -> list[Floats]:
+    """One replay, and a second one where the first exceeds: what `hemostat canaries replay` does."""
+    async with client_of(url) as client:
+        first = await client.replay(taken.canaries)
+        return [first, await client.replay(taken.canaries)] if taken.compare(first).changed else [first]
 
 
 async def replays(url: str, taken: CanarySet, count: int, load_requests: int) -> list[Floats]:
@@ -164,42 +201,61 @@ async def replays(url: str, taken: CanarySet, count: int, load_requests: int) ->
 
 
 def base_set(name: str) -> CanarySet:
+    """Of the first one all sequences, of the others its shortest ones: an answer is a text like another."""
     path = WORK / f"{name}.json"
     if not path.exists():
+        first = None if name == WHOLE else shortest(base_set(WHOLE).canaries)
         with running(name, BASES[name]) as url:
-            path.write_bytes(asyncio.run(take(url)).to_bytes())
+            taken = asyncio.run(take(url) if first is None else baseline(url, first))
+        path.write_bytes(taken.to_bytes())
     return CanarySet.from_bytes(path.read_bytes())
 
 
-async def until_a_verdict(url: str, taken: CanarySet) -> list[Floats]:
-    """One replay, and a second one where the first exceeds: what `hemostat canaries replay` does."""
-    server = VllmServer(url, timeout=300.0)
-    try:
-        client = CanaryClient(server, NAME)
-        first = await client.replay(taken.canaries)
-        return [first, await client.replay(taken.canaries)] if taken.compare(first).changed else [first]
-    finally:
-        await server.close()
+def of_shortest(taken: CanarySet, replay: Floats) -> Floats:
+    """The part of a replay of all sequences that is of the shortest ones."""
+    if len(taken.canaries) <= ADAPTER_SEQUENCES:
+        return replay
+    ends = np.cumsum([canary.scored for canary in taken.canaries])
+    parts = {id(canary): replay[end - canary.scored : end] for canary, end in zip(taken.canaries, ends, strict=True)}
+    return np.concatenate([parts[id(canary)] for canary in shortest(taken.canaries)])
+
+
+def short_set(taken: CanarySet) -> CanarySet:
+    values = np.stack([of_shortest(taken, replay) for replay in taken.baseline])
+    return CanarySet(shortest(taken.canaries), values, taken.origin)
 
 
 def measure(name: str, restarts: int, out_of_time: Callable[[], bool]) -> dict[str, Any]:
     """Start the server as often, less those whose replays are there."""
     server, folder = SERVERS[name], WORK / name.replace(" ", "-")
-    taken, verdicts = base_set(server.base), []
+    taken, verdicts, of_all = base_set(server.base), [], []
+    short = short_set(taken)
     folder.mkdir(exist_ok=True)
     for number in range(restarts):
-        path = folder / f"{number}.npy"
+        path, asked = folder / f"{number}.npy", taken if number < WITH_ALL else short
         if not path.exists():
             if out_of_time():
                 break
             with running(name, server) as url:
-                np.save(path, np.stack(asyncio.run(until_a_verdict(url, taken))))
-        verdicts.append([taken.compare(replay) for replay in np.load(path)])
+                np.save(path, np.stack(asyncio.run(until_a_verdict(url, asked))))
+        replayed = np.load(path)
+        if asked is taken:
+            of_all.append([taken.compare(replay) for replay in replayed])
+            replayed = [of_shortest(taken, replay) for replay in replayed]
+        verdicts.append([short.compare(replay) for replay in replayed])
+    return {
+        "has_to_change": server.changed,
+        **_of_restarts(verdicts),
+        "all_sequences": _of_restarts(of_all),
+    }
+
+
+def _of_restarts(verdicts: list[list[Comparison]]) -> dict[str, Any]:
+    """Those that the first replay exceeds, and those that all replays do."""
     return {
         "restarts": len(verdicts),
-        "has_to_change": server.changed,
         "first_exceeds": sum(replays[0].changed for replays in verdicts),
-        "changed": sum(replays[-1].changed for replays in verdicts),
+        "changed": sum(all(replay.changed for replay in replays) for replays in verdicts),
         **_figures([verdict for replays in verdicts for verdict in replays]),
     }
 
@@ -213,10 +269,10 @@ def _figures(verdicts: list[Comparison]) -> dict[str, Any]:
 
 def null(count: int, out_of_time: Callable[[], bool]) -> dict[str, Any]:
     """Replays of the unchanged server, half of them idle and half beside clients, and what is resampled from them."""
-    taken, path = base_set("w4a16"), WORK / "loaded.npy"
+    taken, path = short_set(base_set(WHOLE)), WORK / "loaded.npy"
     replayed = list(np.load(path)) if path.exists() else []
     if len(replayed) < count and not out_of_time():
-        with running("loaded", BASES["w4a16"]) as url:
+        with running("loaded", BASES[WHOLE]) as url:
             while len(replayed) < count and not out_of_time():
                 requests = LOAD * (len(replayed) // AT_ONCE % 2)
                 replayed += asyncio.run(replays(url, taken, min(AT_ONCE, count - len(replayed)), requests))
@@ -256,7 +312,7 @@ def _drawn(replayed: Floats, which: np.ndarray[Any, Any], lengths: list[int]) ->
 
 def outlier() -> list[dict[str, Any]]:
     """By factor of the divergence: who is named, and the median distance of the one that differs."""
-    taken, reference = base_set("w4a16"), np.load(WORK / "checkpoint" / "0.npy")[0]
+    taken, reference = base_set(WHOLE), np.load(WORK / "checkpoint" / "0.npy")[0]
     compressed = taken.baseline[0]
     rows = []
     for factor in (1.0, 1.05, 1.1, 1.2, 1.5):

@@ -66,9 +66,9 @@ class ForkedVllm(VllmServer):
 
 
 class Imported:
-    """The process that has imported vLLM. A context manager."""
+    """The process that has imported vLLM. It ends when its parent ends."""
 
-    def __enter__(self) -> Imported:
+    def __init__(self) -> None:
         self._process = subprocess.Popen(
             with_parent([sys.executable, __file__]),
             stdin=subprocess.PIPE,
@@ -76,11 +76,6 @@ class Imported:
             env=os.environ | quiet_environment() | ONE_THREAD,
             text=True,
         )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait()
 
     def fork(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
         """Process id of a server."""
