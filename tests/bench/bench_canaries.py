@@ -146,12 +146,15 @@ def running(name: str, server: Server) -> Iterator[str]:
         arguments += ["--dtype", dtype()]
     log = WORK / f"{name.replace(' ', '-')}.log"
     process = ForkedVllm(imported(), checkpoint(server.checkpoint), NAME, log, arguments, server.environment)
+    begun = time.monotonic()
     process.start()
     try:
         process.wait_ready(600.0)
+        print(f"{name}: ready after {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
         yield process.url
     finally:
         process.stop()
+        print(f"{name}: ended after {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -420,25 +421,35 @@ async def test_an_adapter_has_a_baseline_of_its_own_so_that_a_wrong_one_after_a_
         assert "(summaries) has changed" in text
 
 
-@pytest.mark.parametrize(
-    ("fault", "text"),
-    [({"status": 500}, "answered 500"), ({"max_logprobs": -1}, "greater than max")],
-)
-async def test_an_engine_that_cannot_be_asked_is_counted_and_asked_again_later(
-    fault: dict[str, Any], text: str, tmp_path: Path
+async def test_an_engine_that_cannot_be_asked_is_counted_and_asked_again_later_and_no_other_waits(
+    tmp_path: Path,
 ) -> None:
-    fake = FakeVllm()
-    async with world(tmp_path, fake) as bench:
+    faults: dict[str, tuple[Any, str]] = {
+        "status": (500, "answered 500"),
+        "max_logprobs": (-1, "greater than max"),
+        "last_prompt_logprob": (math.nan, "sent an invalid answer"),
+        "short_prompt_logprobs": (True, "sent prompt_logprobs of"),
+        "hang": (True, "no answer in time"),
+    }
+    fakes = [FakeVllm(), FakeVllm()]
+    async with world(tmp_path, *fakes) as bench:
         await bench.settle(FIRST_SECONDS)
-        for name, value in fault.items():
-            setattr(fake, name, value)
-        await bench.settle(HOUR_SECONDS)
-        assert text in bench.canaries.report()["failures"][bench.names[0]]
-        assert bench.sample(names.CANARY_REPLAYS)["failed",] == 1.0
-        assert bench.statements() == []
-        fake.status, fake.max_logprobs = None, 64
-        await bench.settle(RETRY_SECONDS)
-        assert bench.canaries.report()["failures"] == {}
+        for number, (name, (value, text)) in enumerate(faults.items(), 1):
+            bench.asked()
+            http = bench.canaries._engines[bench.names[0]].canaries._server._client
+            if name == "hang":
+                http.timeout = 0.2  # type: ignore[assignment]
+            setattr(fakes[0], name, value)
+            await bench.settle(HOUR_SECONDS)
+            assert text in bench.canaries.report()["failures"][bench.names[0]]
+            assert bench.sample(names.CANARY_REPLAYS)["failed",] == number
+            assert bench.asked()[1] == SEQUENCES
+            assert bench.statements() == []
+            setattr(fakes[0], name, getattr(FakeVllm(), name))
+            http.timeout = 60.0  # type: ignore[assignment]
+            await bench.settle(RETRY_SECONDS)
+            assert bench.canaries.report()["failures"] == {}
+            assert bench.asked()[0] == SEQUENCES
 
 
 async def test_no_answers_are_generated_by_an_engine_that_does_not_score(tmp_path: Path) -> None:
