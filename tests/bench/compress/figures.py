@@ -14,11 +14,16 @@ from hemostat.adapters.distances import exact_distances
 from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat.models.copies import Copy
 from hemostat.models.texts import Text
+from hemostat_calibration.profiles.adapter import adapter_layers
+from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import ExactDistances
 
 from .texts import Texts
 
 Floats = npt.NDArray[np.float64]
+
+ADAPTER_FILE = "adapter.profile"
+"""Beside a checkpoint: what it is measured with."""
 
 
 class Meter:
@@ -32,9 +37,11 @@ class Meter:
 
     def distances(self, checkpoint: Path) -> ExactDistances:
         """By token."""
-        small = Copy.load(checkpoint)
+        small, adapter = Copy.load(checkpoint), checkpoint / ADAPTER_FILE
+        layers = adapter_layers(CalibrationProfile.from_bytes(adapter.read_bytes())) if adapter.exists() else None
         pairs = zip(self._reference_logits, self._texts.heldout, strict=True)
-        result = [exact_distances(logits, _logits(small, text)) for logits, text in pairs]
+        with small.adapted(layers):
+            result = [exact_distances(logits, _logits(small, text)) for logits, text in pairs]
         return ExactDistances(
             *(np.concatenate([getattr(measured, part) for measured in result]) for part in ("kl", "tv", "top1"))
         )

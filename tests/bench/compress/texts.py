@@ -10,9 +10,9 @@ import numpy.typing as npt
 from tests.bench.recovery import prompts
 
 from hemostat.commands.texts import Writer
-from hemostat.compression.frame import Source
 from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import Prompt
+from hemostat.models.checkpoint import Checkpoint
 from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat.models.texts import Text
 from hemostat.models.work_folder import WorkFolder
@@ -31,7 +31,7 @@ class Texts:
 
 def written(reference: Path, folder: Path, learn: int, heldout: int, seed: int) -> Texts:
     """learn, heldout: numbers of texts. Kept in `folder`; topics are mixed, so that fewer are a fair sample."""
-    texts = _written(reference, folder / "heldout", heldout, True, seed + 1)
+    texts = _written(reference, folder / "heldout", range(heldout), True, seed + 1)
     asked = [p.topic for p in prompts.open_ended() if p.heldout][:heldout]
     number = {topic: n for n, topic in enumerate(dict.fromkeys(asked))}
     topics = [np.full(len(t.output), number[topic]) for t, topic in zip(texts, asked, strict=True)]
@@ -40,14 +40,24 @@ def written(reference: Path, folder: Path, learn: int, heldout: int, seed: int) 
 
 def calibration(reference: Path, folder: Path, count: int, seed: int) -> list[Text]:
     """Texts to calibrate on, kept in `folder`."""
-    return _written(reference, folder / "learn", count, False, seed)
+    return _written(reference, folder / "learn", range(count), False, seed)
 
 
-def _written(reference: Path, folder: Path, count: int, heldout: bool, seed: int) -> list[Text]:
-    asked = [p for p in prompts.open_ended() if p.heldout == heldout][:count]
+def live(compressed: Path, folder: Path, first: int, count: int, seed: int) -> list[Text]:
+    """What a compressed checkpoint itself answers to prompts that nothing was calibrated on, from number `first` on."""
+    return _written(compressed, folder, range(first, first + count), False, seed + 2)
+
+
+def _written(checkpoint: Path, folder: Path, numbers: range, heldout: bool, seed: int) -> list[Text]:
+    asked = [p for p in prompts.open_ended() if p.heldout == heldout][numbers.start : numbers.stop]
     given = [Prompt(f"{n}", n, messages=[{"role": "user", "content": p.text}]) for n, p in enumerate(asked)]
-    vocab_size = int(Source.open(reference).checkpoint.config.get_text_config().vocab_size)
-    writer = Writer(reference, "reference", vocab_size, "cpu", MAX_NEW_TOKENS, seed)
-    key = {"reference": checkpoint_digest(str(reference), None), "seed": seed, "heldout": heldout, "count": count}
+    vocab_size = int(Checkpoint(checkpoint, "checkpoint").config.get_text_config().vocab_size)
+    writer = Writer(checkpoint, "checkpoint", vocab_size, "cpu", MAX_NEW_TOKENS, seed)
+    key = {
+        "writer": checkpoint_digest(str(checkpoint), None),
+        "seed": seed,
+        "heldout": heldout,
+        "numbers": str(numbers),
+    }
     with WorkFolder(folder, key, "bench") as work, Reporter() as reporter:
         return writer.texts(given, work, reporter)

@@ -112,7 +112,7 @@ function Adapters({ s }) {
     <${Table} caption="Probes of the engine" rows=${Object.entries(engine.probes)} columns=${[["probe", ([name]) => name], ["passed", ([, x]) => whole(x.passed)],
       ["failed", ([, x]) => (x.failed ? html`<${Coloured} as="bad">${whole(x.failed)}<//>` : "0")], ["no answer", ([, x]) => whole(x.error)], ["waits for the copy", ([, x]) => whole(x.waiting)], ["last result", ([, x]) => briefly(x.detail) || "not probed yet"]]} />
     ${built?.version && html`<${Layers} built=${built} />`}
-    <${Explain} asks="What is an adapter?" not="that it serves, or helps every compression: where the loss is in rounded activations (W8A8), little is recovered.">A profile that corrects the error of the compressed weights by a product
+    <${Explain} asks="What is an adapter?" not="that it serves, or helps every compression: where the loss is in rounded activations (W8A8), little is recovered; nor that it is the best use of its bytes: where the checkpoint can be replaced, better compression (hemostat compress) recovers more.">A profile that corrects the error of the compressed weights by a product
       of two small matrices for each linear layer; vLLM serves it as LoRA, by request. Requests use it only at an engine that has it loaded, and where it passed both probes since the engine's last start.<//><//>`;
 }
 
