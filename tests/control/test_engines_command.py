@@ -65,6 +65,15 @@ def test_engines_that_do_not_answer_are_named(instance: Served, capsys: pytest.C
     assert states(capsys, problem="critical: vLLM does not answer (since 20") == {A: "failing 0 0 - - 0"}
 
 
+def test_an_engine_whose_canaries_are_not_compared_is_named(
+    instance: Served, capsys: pytest.CaptureFixture[str]
+) -> None:
+    why = "serves m from /b, the set is of m from /a"
+    instance.do(lambda control: setattr(control.canaries, "report", lambda: {"failures": {A: why}}))
+    assert cli.main(["engines"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"canaries: {A} is not compared: {why}"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

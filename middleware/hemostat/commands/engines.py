@@ -31,14 +31,13 @@ def run(options: argparse.Namespace) -> int:
     else:
         status = admin_json(options, "GET", "/api/v1/status")
     try:
-        result = "\n".join(
-            [*problems(status["state"]["problems"]), table(status["upstream"]), *comparison(status["outlier_engine"])]
-        )
+        lines = [*problems(status["state"]["problems"]), table(status["upstream"])]
+        lines += [*comparison(status["outlier_engine"]), *not_compared(status["canaries"]["failures"])]
     except (LookupError, TypeError, AttributeError):
         raise UsageError(
             f"{shown_address(options.admin)}: not the status of a hemostat serve of this version"
         ) from None
-    print(result)  # noqa: T201
+    print("\n".join(lines))  # noqa: T201
     return 0
 
 
@@ -54,6 +53,11 @@ def problems(reported: Sequence[dict[str, Any]]) -> list[str]:
 def comparison(outlier_engine: dict[str, Any]) -> list[str]:
     """One line where engines are not compared, of the status block `outlier_engine`."""
     return [f"outlier engine: off: {outlier_engine['detail']}"] if outlier_engine["state"] == "off" else []
+
+
+def not_compared(failures: dict[str, str]) -> list[str]:
+    """One line for each engine whose canaries are not compared, of the status block `canaries`."""
+    return [f"canaries: {engine} is not compared: {why}" for engine, why in failures.items()]
 
 
 def table(engines: Sequence[dict[str, Any]]) -> str:
