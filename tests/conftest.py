@@ -64,17 +64,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 
 class _Together(LoadScopeScheduling):
-    """With `-n`, all tests of a file run in one process, and so do all files that share the server."""
+    """With `-n`, all tests of a file run in one process, and so do all files that share a server or wheels."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return _shared_server(self.config.rootpath / file) or file
+        return _shared_fixture(self.config.rootpath / file) or file
 
 
 @cache
-def _shared_server(file: Path) -> str | None:
-    """The server that a test or fixture of the file has as parameter (the module `vllm_server` is another)."""
-    match = re.search(r"\b(vllm_server|lora_server)\s*[:,)]", file.read_text(encoding="utf-8"))
+def _shared_fixture(file: Path) -> str | None:
+    """What a test or fixture of the file has as parameter that takes long to make (the module `vllm_server` is
+    another)."""
+    match = re.search(r"\b(vllm_server|lora_server|wheelhouse)\s*[:,)]", file.read_text(encoding="utf-8"))
     return match and match[1]
 
 
@@ -100,7 +101,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if chosen in _runs(item)]
     if "PYTEST_XDIST_WORKER" in os.environ:
         # What takes longest in one process begins first, so that no process waits for it in the end.
-        items.sort(key=lambda item: _shared_server(item.path) is None)
+        items.sort(key=lambda item: _shared_fixture(item.path) is None)
     if config.getoption("--compiled") and (interpreted := compiled.not_compiled()):
         raise pytest.UsageError(f"not compiled: {', '.join(interpreted)}")
     if compiled.is_compiled("hemostat.relay.exchange"):

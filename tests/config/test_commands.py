@@ -98,7 +98,7 @@ class Admin(BaseHTTPRequestHandler):
 def admin(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Admin]]:
     handler = type("Handler", (Admin,), {"calls": []})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         monkeypatch.setenv("HEMOSTAT_ADMIN_URL", f"http://127.0.0.1:{server.server_port}")
         yield handler
