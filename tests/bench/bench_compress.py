@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tests.bench.compress import adapters, pruning, quantization  # noqa: E402  the root is no package
+from tests.bench.compress import adapters, domain, pruning, quantization  # noqa: E402  the root is no package
 from tests.bench.compress.cases import Bench, Case, Must  # noqa: E402
 from tests.bench.compress.figures import Floats, Meter  # noqa: E402
 from tests.bench.compress.texts import Texts, written  # noqa: E402
@@ -39,7 +39,7 @@ from hemostat_calibration.records import ExactDistances  # noqa: E402
 
 RESULT = ROOT / "build" / "bench" / "compress.json"
 FOLDER = ROOT / "build" / "bench" / "compress"
-MODULES: dict[str, ModuleType] = {module.NAME: module for module in (quantization, pruning, adapters)}
+MODULES: dict[str, ModuleType] = {module.NAME: module for module in (quantization, pruning, adapters, domain)}
 COLUMNS = ("bytes", "kl", "low", "high", "top1")
 
 
@@ -49,11 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", action="append", default=[], help="run only cases with this text in their names")
     parser.add_argument("--learn", type=int, default=120, help="texts to calibrate on")
     parser.add_argument("--heldout", type=int, default=150, help="texts to judge on")
+    parser.add_argument("--judge-code", action="store_true", help="judge on prompts for code only")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints once they are measured")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     reference = cached_checkpoints("w4a16", say).reference
-    texts = written(reference, FOLDER / "texts", arguments.learn, arguments.heldout, arguments.seed)
+    texts = written(
+        reference, FOLDER / "texts", arguments.learn, arguments.heldout, arguments.seed, arguments.judge_code
+    )
     bench = Bench(reference, FOLDER, texts.learn, arguments.seed)
     meter = Meter(reference, texts)
     chosen = arguments.only or list(MODULES)

@@ -2,7 +2,8 @@
 
 An adapter is made as `hemostat adapt --shared-out` does, from the texts that the checkpoint was calibrated on. Those
 that are trained (`--distil`) go on with live texts: of other prompts, written by the compressed checkpoint itself.
-Bytes are those of the profile (int8); an engine keeps bfloat16, twice as many, and more where ranks differ.
+Bytes are those of the profile (int8); an engine keeps bfloat16, twice as many, and more where ranks differ. Repair
+(norms and biases) adds none.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from hemostat.adapters.building.build import BuildOptions, build
 from hemostat.adapters.building.distil import distilled
 from hemostat.adapters.building.pair import CheckpointPair
 from hemostat.models.parts import Parts
+from hemostat.models.texts import Text
 from hemostat.models.work_folder import WorkFolder
 
 from . import pruning, quantization
@@ -44,10 +46,10 @@ def cases(bench: Bench) -> Sequence[Case]:
     result = [known[name] for name in MORE_BITS]
     for name in STARTS:
         start = known[name]
-        result.append(start)
+        result += [start, Case(f"{name}, repaired", start.size, partial(pruning.repaired_copy, bench, start))]
         for rank, trained in (*((rank, False) for rank in RANKS), (TRAINED_RANK, True)):
-            size = start.size + _profile_bytes(bench, rank)
-            result.append(Case(_name(name, rank, trained), size, partial(_adapted, bench, start, rank, trained)))
+            size = start.size + profile_bytes(bench, rank)
+            result.append(Case(_name(name, rank, trained), size, partial(adapted, bench, start, rank, trained)))
     return result
 
 
@@ -59,13 +61,17 @@ def _name(start: str, rank: int, trained: bool) -> str:
     return f"{start}, rank {rank}" + (", trained" if trained else "")
 
 
-def _profile_bytes(bench: Bench, rank: int) -> int:
-    """At most: of `rank` everywhere, which is the budget where ranks are shared out."""
-    return sum(rank * (inputs + _SCALE_BYTES + outputs) for outputs, inputs in bench.shapes.values())
+def profile_bytes(bench: Bench, rank: int) -> int:
+    """At most: of `rank` everywhere, which is the budget where ranks are shared out. A row of either factor has a
+    scale."""
+    one_rank = [inputs + _SCALE_BYTES + outputs for outputs, inputs in bench.shapes.values()]
+    return rank * sum(one_rank) + _SCALE_BYTES * sum(outputs for outputs, _ in bench.shapes.values())
 
 
-def _adapted(bench: Bench, start: Case, rank: int, trained: bool, folder: Path) -> None:
-    """The checkpoint with an adapter beside it. `start` is made once for all."""
+def adapted(
+    bench: Bench, start: Case, rank: int, trained: bool, folder: Path, learn: Sequence[Text] | None = None
+) -> None:
+    """The checkpoint with an adapter beside it. `start` is made once for all. learn: of the adapter; None: the same."""
     base = bench.folder / "adapters" / start.name
     if not base.exists():
         base.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +79,7 @@ def _adapted(bench: Bench, start: Case, rank: int, trained: bool, folder: Path) 
     pair = CheckpointPair.open(bench.reference, base)
     options = BuildOptions(rank=rank, shared_out=True, metric="kfac", seed=bench.seed)
     with WorkFolder(folder.with_name(f"{folder.name}.work"), {"rank": rank, "base": start.name}, "bench") as work:
-        built = build(pair, bench.learn, options, Parts(work))
+        built = build(pair, learn or bench.learn, options, Parts(work))
         if trained:
             texts = live(base, bench.folder / "texts-live" / start.name, len(bench.learn), LIVE_TEXTS, bench.seed)
             built = distilled(pair, built, texts, Parts(work), bench.seed)

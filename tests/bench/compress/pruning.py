@@ -86,7 +86,7 @@ def cases(bench: Bench) -> Sequence[Case]:
     rounded = without_texts(WeightFormat(4, GROUP_SIZE), packed=True)
     w4a16 = Case(W4A16, bench.size(LayerPlan(4, GROUP_SIZE)), lambda folder: bench.ours(rounded, folder))
     repaired = [
-        Case(f"{case.name}, repaired", case.size, partial(_repaired, bench, case))
+        Case(f"{case.name}, repaired", case.size, partial(repaired_copy, bench, case))
         for case in (w4a16, _case(bench, HALF))
     ]
     return [*result, w4a16, *repaired]
@@ -136,7 +136,7 @@ def _by_peer(bench: Bench, peer: str, sparsity: float, pattern: Pattern, folder:
     bench.peer(PRUNE, folder, peer, str(sparsity), pattern.value)
 
 
-def _repaired(bench: Bench, case: Case, folder: Path) -> None:
+def repaired_copy(bench: Bench, case: Case, folder: Path) -> None:
     """Of a checkpoint that is made for it, from the same texts."""
     start = folder.with_name(f"{folder.name}.start")
     if not start.exists():

@@ -31,7 +31,7 @@ def test_a_checkpoint_is_measured_with_the_adapter_beside_it(tmp_path: Path) -> 
     texts = random_texts(8)
     bench = Bench(reference, tmp_path / "bench", texts, 0)
     start = Case("start", 0, lambda folder: model.save_pretrained(folder, state_dict=rounded(model)))
-    adapters._adapted(bench, start, 64, False, tmp_path / "adapted")
+    adapters.adapted(bench, start, 64, False, tmp_path / "adapted")
     meter = Meter(reference, Texts([], texts, np.zeros(sum(len(text.output) for text in texts), np.int64)))
     without, with_adapter = (
         meter.distances(folder).kl.mean() for folder in (bench.folder / "adapters" / "start", tmp_path / "adapted")
