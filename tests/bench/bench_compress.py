@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tests.bench.compress import adapters, domain, pruning, quantization  # noqa: E402  the root is no package
+from tests.bench.compress import adapters, domain, families, pruning, quantization  # noqa: E402  the root is no package
 from tests.bench.compress.cases import Bench, Case, Must  # noqa: E402
 from tests.bench.compress.figures import Floats, Meter  # noqa: E402
 from tests.bench.compress.texts import Texts, written  # noqa: E402
@@ -39,7 +39,7 @@ from hemostat_calibration.records import ExactDistances  # noqa: E402
 
 RESULT = ROOT / "build" / "bench" / "compress.json"
 FOLDER = ROOT / "build" / "bench" / "compress"
-MODULES: dict[str, ModuleType] = {module.NAME: module for module in (quantization, pruning, adapters, domain)}
+MODULES: dict[str, ModuleType] = {module.NAME: module for module in (quantization, families, pruning, adapters, domain)}
 COLUMNS = ("bytes", "kl", "low", "high", "top1")
 
 

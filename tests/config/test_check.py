@@ -21,6 +21,7 @@ from tests.support.fake_vllm import FakeVllm, running
 from tests.support.tiny_checkpoints import make_pair
 
 from hemostat.commands.setup_check import Finding, State, check, exit_code, table
+from hemostat.compression.checkpoint_writer import compress
 from hemostat.config.schema import Settings
 from hemostat.demo import vllm_server as vllm_process
 from hemostat.demo.vllm_server import free_port
@@ -403,6 +404,18 @@ async def test_adapters_need_both_checkpoints_of_one_model_on_this_machine(tmp_p
         result = (await findings_of(upstream, None, adapter=adapter))["adapter checkpoints"]
         assert result.state.value == state, result
         assert re.search(detail, result.detail), result
+
+
+async def test_what_adapters_do_not_correct_is_said(tmp_path: Path) -> None:
+    from tests.support.tiny_models import tiny_model
+
+    whole, compressed = tmp_path / "whole", tmp_path / "compressed"
+    tiny_model("olmoe").save_pretrained(whole)
+    compress(whole, compressed, "w4a16")
+    given = {"enabled": True, "reference": str(whole), "compressed": str(compressed)}
+    finding = (await findings_of({}, None, adapter=given))["adapter checkpoints"]
+    assert finding.state is State.OK
+    assert "; 36 layers of experts that a router chooses are not corrected; vLLM's CPU build ends" in finding.detail
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,17 @@ def test_a_tool_that_writes_its_configuration_into_another_file(tmp_path: Path) 
             Checkpoint(folder, "COMPRESSED")
 
 
+def small_integers(**weights: Any) -> Layer:
+    """Compressed-tensors' integers of 4 bits, one in each byte, with zero points."""
+    weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "channel"} | weights
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    quantization = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": groups}
+    zeros = torch.full((OUTPUTS, 1), 3, dtype=torch.int8)
+    numbers = torch.arange(OUTPUTS * INPUTS).reshape(OUTPUTS, INPUTS) % 16 - 8
+    parts = {"weight": numbers.to(torch.int8), "weight_scale": torch.full((OUTPUTS, 1), 0.5)}
+    return Layer(quantization, parts | {"weight_zero_point": zeros}, (numbers - 3) * 0.5)
+
+
 WRONG: dict[str, tuple[Layer, dict[str, Any], dict[str, Any], str]] = {
     "unknown method": (gptq(), {}, {"quant_method": "marlin24"}, "the quant_method marlin24, which is not supported"),
     "version of GPTQ": (gptq(), {}, {"checkpoint_format": "bitblas"}, "the checkpoint_format bitblas"),
@@ -183,6 +194,18 @@ WRONG: dict[str, tuple[Layer, dict[str, Any], dict[str, Any], str]] = {
     "not a power of two": (
         fp4("mxfp4", "modelopt"), {"weight_scale": torch.full((OUTPUTS, 4), 255, dtype=torch.uint8)}, {}, "holds 255"
     ),
+    "zero points out of range": (
+        small_integers(), {"weight_zero_point": torch.full((OUTPUTS, 1), 8, dtype=torch.int8)}, {},
+        "up_proj.weight_zero_point holds zero points outside of -8 to 7",
+    ),
+    "groups of compressed-tensors": (
+        small_integers(strategy="group", group_size=48), {}, {}, "up_proj.weight has 128 inputs, which groups of 48 do"
+    ),
+    "NVFP4 called integers": (
+        fp4("nvfp4", "compressed-tensors"), {},
+        {"format": "pack-quantized", "config_groups": small_integers(symmetric=True).quantization["config_groups"]},
+        "up_proj.weight_shape: it is incomplete",
+    ),
     "two formats": (
         fp4("mxfp4", "modelopt"), {"qweight": torch.zeros(1)}, {}, "up_proj.qweight is of GPTQ or AWQ, and its config"
     ),
@@ -205,6 +228,28 @@ def test_what_is_wrong_is_one_line_that_names_it(what: str, tmp_path: Path) -> N
     assert "\n" not in text
     assert text.startswith("COMPRESSED: ")
     assert str(tmp_path) in text
+
+
+def test_zero_points_of_compressed_tensors(tmp_path: Path) -> None:
+    layer = small_integers()
+    np.testing.assert_array_equal(written(tmp_path, layer).weight(NAME).numpy(), layer.weight.numpy())
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_file_that_ends_early(indexed: bool, tmp_path: Path) -> None:
+    """Without an index, it is found when the folder is opened."""
+    written(tmp_path, gptq())
+    file = tmp_path / "a.safetensors"
+    if indexed:
+        index = {"weight_map": {f"{NAME}.{part}": file.name for part in gptq().parts}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(AdaptError, match=r"cannot be read \(.*\); copy it again$") as refused:
+        Checkpoint(tmp_path, "COMPRESSED").weight(NAME)
+    text = str(refused.value)
+    assert "\n" not in text
+    assert str(file) in text
+    assert (f"with {NAME}.q" in text) == indexed
 
 
 def test_quantized_weights_without_a_configuration(tmp_path: Path) -> None:

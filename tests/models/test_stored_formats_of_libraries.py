@@ -195,3 +195,22 @@ def test_what_vllms_cpu_build_serves_and_refuses() -> None:
     ):
         with pytest.raises(ValueError, match=f"Failed to find a kernel that can implement the {kind} linear layer"):
             start()
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(not vllm_server.installed(), reason="vLLM is not installed")
+def test_with_lora_vllms_cpu_build_has_no_kernel_for_experts() -> None:
+    """Why adapters leave experts out: with LoRA, vLLM chooses a kernel in Triton, whatever the platform, and then ends
+    at the first request (`tests/compression/test_in_vllm.py`)."""
+    from vllm.model_executor.layers.fused_moe.oracle.unquantized import select_unquantized_moe_backend
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
+
+    config: Any = SimpleNamespace(is_lora_enabled=True, intermediate_size_per_partition=128)
+    backend, kernel = select_unquantized_moe_backend(config)
+    assert current_platform.is_cpu()
+    assert not HAS_TRITON
+    assert backend.name == "TRITON"
+    assert kernel is not None
+    assert kernel.supports_lora()
+    assert not kernel._supports_current_device()

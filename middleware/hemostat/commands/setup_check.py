@@ -212,13 +212,13 @@ def _adapter_checkpoints(settings: Settings, root: str) -> Finding:
     from hemostat.adapters.building.pair import CheckpointPair  # noqa: PLC0415  torch
 
     try:
-        CheckpointPair.open(result.reference, result.compressed, given.device)
+        pair = CheckpointPair.open(result.reference, result.compressed, given.device)
     except (HemostatError, ImportError) as error:
         fix = "REFERENCE is adapter.reference, COMPRESSED is adapter.compressed"
         if isinstance(error, ImportError):
             fix = "pip install 'hemostat[adapters]', where the control process runs"
         return Finding(what, State.NO, f"no adapter can be made of them: {' '.join(str(error).split())}", fix)
-    return Finding(what, State.OK, f"{result.reference} and {result.compressed}")
+    return Finding(what, State.OK, "; ".join([f"{result.reference} and {result.compressed}", *pair.notes]))
 
 
 async def _plugin(server: VllmServer, model: str, settings: Settings) -> Finding:

@@ -90,6 +90,12 @@ class CheckpointPair:
         pair._note_ends()
         if small.quantized_kv_cache:
             pair.notes.append("the KV cache of COMPRESSED is quantized, too: not corrected")
+        experts = len(skeleton.linears) - len(skeleton.adaptable)
+        if experts:
+            pair.notes.append(
+                f"{experts} layers of experts that a router chooses are not corrected; vLLM's CPU build ends at the "
+                "first request of such a model where it has --enable-lora"
+            )
         rounded = sum(small.inputs(name) != EXACT for name in skeleton.linears)
         if rounded:
             pair.notes.append(
