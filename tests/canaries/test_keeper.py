@@ -559,6 +559,10 @@ async def test_what_cannot_be_used_is_one_line_and_counted(tmp_path: Path, caplo
         assert bench.sample(names.CANARY_REPLAYS)["failed",] == 1.0
         await bench.settle(FIRST_SECONDS)
         assert bench.canaries.report()["set"] is not None
+    damaged.put_blob(STATES_KEY, b"{")
+    async with world(tmp_path, FakeVllm(), stored=damaged) as bench:
+        assert bench.sample(names.CANARY_REPLAYS)["failed",] == 1.0
+        assert bench.canaries.report()["set"] is not None
     async with world(tmp_path, FakeVllm(), prompts="too few") as bench:
         assert "1 prompts; give 16 to 100" in bench.canaries.problem
         with pytest.raises(HemostatError, match="there are no canaries"):

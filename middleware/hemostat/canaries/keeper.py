@@ -111,18 +111,18 @@ class Canaries:
         """What an earlier run stored."""
         if not self._settings.enabled:
             return
-        sets, engines = blobs.get(BLOB_KEY), blobs.get(STATES_KEY)
-        if sets is None:
+        if BLOB_KEY not in blobs:
             log.info("canaries: the store has no set; one is taken in %.0f minutes", FIRST_SECONDS / 60.0)
-            return
-        try:
-            self._sets.restore(sets)
-            if engines is not None:
-                self._gone = dict(state_codec.decode(EngineStates, engines, SCHEMA).engines)
-        except InvalidArgumentError as error:
-            self._outcomes[FAILED] += 1
-            log.error("canaries: what is stored cannot be used, a new set is taken: %s", error)
-            self._sets.clear()
+        for key, read in ((BLOB_KEY, self._sets.restore), (STATES_KEY, self._restore_engines)):
+            try:
+                if key in blobs:
+                    read(blobs[key])
+            except InvalidArgumentError as error:
+                self._outcomes[FAILED] += 1
+                log.error("canaries: what is stored as %s cannot be used, and is taken anew: %s", key, error)
+
+    def _restore_engines(self, stored: bytes) -> None:
+        self._gone = dict(state_codec.decode(EngineStates, stored, SCHEMA).engines)
 
     def _save(self) -> None:
         """Of all engines, and those that were reported within the last hour."""
