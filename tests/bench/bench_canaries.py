@@ -6,8 +6,9 @@ shortest ones, those that adapters are asked, in all; a replay that exceeds is r
 kept in build/bench/canaries/, and those that are there are not made again: with --minutes it can be run in pieces.
 
 restart     the same server, started again: has to be equal
-loaded      the same server, idle and with clients that keep LOAD requests in progress, --null replays: has to be equal.
-            10,000 replays are resampled from them, sequence by sequence, against baselines that are resampled, too
+loaded      the same server, --null replays: in turns idle, and beside each other and clients that keep LOAD requests in
+            progress: has to be equal. 10,000 replays are resampled from them, sequence by sequence, against baselines
+            that are resampled, too
 kv fp8      --kv-cache-dtype fp8
 layer 1.02  the scales of one linear layer of 210, a down_proj in the middle, times 1.02
 checkpoint  the uncompressed model under the same name
@@ -65,8 +66,10 @@ BUILD = Path(__file__).resolve().parents[2] / "build" / "bench"
 WORK = BUILD / "canaries"
 NAME = "m"
 LOAD = 4
-AT_ONCE = 5
-"""Replays between two changes of the load."""
+AT_ONCE = 8
+"""Replays between two changes of the load; beside clients, also of each other."""
+IDLE_EVERY = 4
+"""Of so many changes, one is to an idle engine."""
 RESAMPLED = 10_000
 SCALED = "model.layers.15.mlp.down_proj.weight_scale"
 WHOLE = "w4a16"
@@ -186,8 +189,8 @@ async def one_or_two(url: str, taken: CanarySet, repeat: bool) -> list[Floats]:
         return [first, await client.replay(taken.canaries)] if twice else [first]
 
 
-async def replays(url: str, taken: CanarySet, count: int, load_requests: int) -> list[Floats]:
-    """With so many requests of clients in progress."""
+async def replays(url: str, taken: CanarySet, count: int, idle: bool) -> list[Floats]:
+    """One after the other, or all at once beside LOAD requests of clients."""
     server, rng = VllmServer(url, timeout=300.0), random.Random(0)
     words = " ".join(prompt.prompt for prompt in load().prompts).split()
 
@@ -196,9 +199,11 @@ async def replays(url: str, taken: CanarySet, count: int, load_requests: int) ->
             body = {"model": NAME, "prompt": " ".join(rng.sample(words, rng.randint(5, 60))), "temperature": 1.0}
             await server.post("/v1/completions", body | {"max_tokens": rng.randint(4, 48)}, dict[str, Any])
 
-    tasks = [asyncio.create_task(clients()) for _ in range(load_requests)]
+    tasks = [asyncio.create_task(clients()) for _ in range(0 if idle else LOAD)]
     try:
-        return [await CanaryClient(server, NAME).replay(taken.canaries) for _ in range(count)]
+        if idle:
+            return [await CanaryClient(server, NAME).replay(taken.canaries) for _ in range(count)]
+        return await asyncio.gather(*[CanaryClient(server, NAME).replay(taken.canaries) for _ in range(count)])
     finally:
         for task in tasks:
             task.cancel()
@@ -275,14 +280,14 @@ def _figures(verdicts: list[Comparison]) -> dict[str, Any]:
 
 
 def null(count: int, out_of_time: Callable[[], bool]) -> dict[str, Any]:
-    """Replays of the unchanged server, half of them idle and half beside clients, and what is resampled from them."""
+    """Replays of the unchanged server, idle and beside clients, and what is resampled from them."""
     taken, path = short_set(base_set(WHOLE)), WORK / "loaded.npy"
     replayed = list(np.load(path)) if path.exists() else []
     if len(replayed) < count and not out_of_time():
         with running("loaded", BASES[WHOLE]) as url:
             while len(replayed) < count and not out_of_time():
-                requests = LOAD * (len(replayed) // AT_ONCE % 2)
-                replayed += asyncio.run(replays(url, taken, min(AT_ONCE, count - len(replayed)), requests))
+                idle = len(replayed) // AT_ONCE % IDLE_EVERY == 0
+                replayed += asyncio.run(replays(url, taken, min(AT_ONCE, count - len(replayed)), idle))
                 np.save(path, np.stack(replayed))
     verdicts = [taken.compare(replay) for replay in replayed[:count]]
     return {
