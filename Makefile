@@ -30,12 +30,13 @@ lint: setup ## run ruff, mypy (strict) and the import contracts
 # One thread per process: with more threads than processors, the threads wait for each other in every small
 # matrix product (a test of five seconds took two minutes). Three processes on two processors: a third of the time of
 # tests that start processes is spent waiting for them.
+# Without byte code on disk, each of the some hundred processes that tests start would compile all of its modules again.
 test: lint ## lint, then all tests but the slow ones, also on a real vLLM; ARGS="...": options of pytest (-n 0: not in parallel)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n 3 --no-loadscope-reorder $(ARGS) || \
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n 3 --no-loadscope-reorder $(ARGS) || \
 		{ code=$$?; $(BIN)/python deploy/setup/passed.py; exit $$code; }
 
 test-slow: setup ## only the tests that take minutes each (a promotion on a real vLLM, ...); run them before a release
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n 0 --slow $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n 0 --slow $(ARGS)
 
 test-versions: setup ## the tests that use vLLM, with other versions of it (up to an hour each); writes build/versions.json
 	@exec $(BIN)/python deploy/setup/versions.py $(ARGS)

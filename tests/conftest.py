@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from httpx._transports import default as httpx_transports
 from tests.support import compiled, slow
 from tests.support.running_vllm import LORA_ARGUMENTS, LORA_ENVIRONMENT, RAISING_ARGUMENTS, RunningVllm, running_vllm
 from xdist.scheduler.loadscope import LoadScopeScheduling
@@ -41,7 +43,21 @@ def lora_server(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFacto
         yield server
 
 
+def _reuse_authorities() -> None:
+    """Clients of httpx share what it makes of the list of public authorities: to read it takes 10 to 20 ms, and tests
+    make some ten thousand clients."""
+    create = httpx_transports.create_ssl_context
+    by_default = cache(create)
+
+    def shared(**given: Any) -> ssl.SSLContext:
+        own = {"verify": True, "cert": None} != {name: given[name] for name in ("verify", "cert")}
+        return (create if own or os.environ.keys() & {"SSL_CERT_FILE", "SSL_CERT_DIR"} else by_default)(**given)
+
+    httpx_transports.create_ssl_context = shared  # type: ignore[assignment]
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    _reuse_authorities()
     if config.getoption("--slow"):
         slow.draw_all()
     # How long an example takes, and how fast examples are drawn, depend on what else the machine does.

@@ -44,9 +44,9 @@ def test_a_useless_profile_would_serve_on_if_restarts_began_its_window_anew():
 
 
 def test_a_loss_would_be_hidden_by_an_earlier_gain_if_the_evidence_did_not_begin_anew(monkeypatch):
-    assert watch.turned(8, np.random.default_rng(0)).holds
+    assert watch.turned(4, np.random.default_rng(0)).holds
     monkeypatch.setattr(harm, "STEP", 10**9)
-    assert not watch.turned(8, np.random.default_rng(0)).holds
+    assert not watch.turned(4, np.random.default_rng(0)).holds
 
 
 def test_an_adapter_would_be_replaced_on_gains_over_identity_if_tests_went_on(monkeypatch):

@@ -13,7 +13,7 @@ from hemostat_calibration.guard.guard import MIN_WINDOW, Guard
 
 NAME = "watch"
 TAKES = "2 minutes on one core"
-TEST_LIVES = 40
+TEST_LIVES = 24
 
 WATCH = "serving"
 WINDOW = 1000

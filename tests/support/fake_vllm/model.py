@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
@@ -51,6 +52,21 @@ class Step:
     stop_reason: str | None
 
 
+@lru_cache(4096)
+def drawn_logits(seed: int, noise: float, vocab_size: int, key: bytes) -> npt.NDArray[np.float64]:
+    """float64 [vocab_size]: for the key of a context. noise: see `FakeModel`."""
+
+    def normal(purpose: bytes) -> npt.NDArray[np.float64]:
+        digest = blake2b(key, digest_size=16, key=seed.to_bytes(8, "little"), person=purpose).digest()
+        return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little"))).standard_normal(vocab_size)
+
+    logits = 3.0 * normal(b"model")
+    logits[:IM_START] -= 4.0
+    if noise:
+        logits += noise * normal(b"noise")
+    return logits
+
+
 @dataclass
 class FakeModel:
     """seed: the model. noise: how far this model's logits stand off those of the same seed without noise."""
@@ -75,18 +91,7 @@ class FakeModel:
 
     def logprobs(self, context: list[int], adapter: str | None = None) -> npt.NDArray[np.float64]:
         """float64 [VOCAB], nats: what comes after these tokens. adapter: one of `lora`."""
-        key = np.asarray(context[-4:], "<i4").tobytes()
-
-        def normal(purpose: bytes) -> npt.NDArray[np.float64]:
-            digest = blake2b(key, digest_size=16, key=self.seed.to_bytes(8, "little"), person=purpose).digest()
-            return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little"))).standard_normal(
-                self.vocab_size
-            )
-
-        logits = 3.0 * normal(b"model")
-        logits[:IM_START] -= 4.0
-        if self.noise:
-            logits += self.noise * normal(b"noise")
+        logits = drawn_logits(self.seed, self.noise, self.vocab_size, np.asarray(context[-4:], "<i4").tobytes()).copy()
         if adapter is not None and self.lora is not None:
             logits += self.lora.effect(adapter, context, self.vocab_size)
         # float32 as in the engine, so that JSON carries what was computed.
