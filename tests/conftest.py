@@ -50,7 +50,7 @@ def _reuse_authorities() -> None:
     by_default = cache(create)
 
     def shared(**given: Any) -> ssl.SSLContext:
-        own = {"verify": True, "cert": None} != {name: given[name] for name in ("verify", "cert")}
+        own = {name: given[name] for name in ("verify", "cert")} != {"verify": True, "cert": None}
         return (create if own or os.environ.keys() & {"SSL_CERT_FILE", "SSL_CERT_DIR"} else by_default)(**given)
 
     httpx_transports.create_ssl_context = shared  # type: ignore[assignment]

@@ -34,7 +34,10 @@ async def test_every_probe_is_answered_without_a_traceback_in_vllms_log(
     assert result["max_logprobs"].state is State.NO
     result = await findings(lora_server, reference, adapter=adapter, shadow={"top_k": 64}, calibration={"mode": "auto"})
     assert {what for what, f in result.items() if f.state is State.NO} == set()
-    assert result["engine plugin"].state is State.OK
+    assert {what for what, f in result.items() if f.state is State.OK} >= {
+        *("upstream", "max_logprobs", "return_token_ids", "logprobs_mode", "engine plugin"),
+        *("reference", "reference score", "same tokens", "evidence"),
+    }
     assert result["adapters"].detail.endswith("1 of Hemostat's at a time (--max-loras 2)")
     logged = lora_server.log.read_bytes()[began:].decode()
     assert "POST /v1/load_lora_adapter" in logged

@@ -18,10 +18,7 @@ import httpx
 import openai
 import pytest
 from tests.support.slow import slow_unless
-from tests.support.stack import Stack, hemostat, sampling_settings
-
-from hemostat.demo import vllm_server as vllm_process
-from hemostat.demo.checkpoints import Checkpoints
+from tests.support.stack import Stack, hemostat
 
 pytestmark = [
     pytest.mark.vllm,
@@ -311,18 +308,10 @@ class Proxies:
 
 
 @pytest.fixture(scope="module")
-def proxies(
-    vllm_server: Engine, checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Proxies]:
-    folder = tmp_path_factory.mktemp("clients")
-    reference = {"backend": "transformers", "model": str(checkpoints.reference), "dtype": vllm_process.dtype()}
+def proxies(vllm_server: Engine, sampled: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxies]:
     plain_settings = {"upstream": {"url": vllm_server.url}, "shadow": {"rate": 0}}
-    with (
-        hemostat(sampling_settings(vllm_server.url, reference), folder / "1") as always,
-        hemostat(plain_settings, folder / "0") as never,
-    ):
-        always.wait_scoring()
-        yield Proxies({0: never, 1: always})
+    with hemostat(plain_settings, tmp_path_factory.mktemp("clients")) as never:
+        yield Proxies({0: never, 1: sampled})
     import litellm
 
     for name, client in litellm.in_memory_llm_clients_cache.cache_dict.items():

@@ -21,6 +21,7 @@ from hemostat.demo import vllm_server as vllm_process
 
 pytestmark = [
     pytest.mark.vllm,
+    pytest.mark.slow,  # the same of a control process without a vLLM: tests/admin/test_console_of_control.py
     pytest.mark.timeout(900),  # the first test starts a vLLM: half a minute, or five where other work has the cores
     needs_chromium,
 ]

@@ -31,9 +31,6 @@ from tests.support.stack import (
     wait_for,
 )
 
-from hemostat.demo import vllm_server as vllm_process
-from hemostat.demo.checkpoints import Checkpoints
-
 pytestmark = pytest.mark.timeout(300)
 
 CHAT = "/v1/chat/completions"
@@ -61,25 +58,17 @@ def ended(requests: dict[str, Any]) -> int:
 # --- with the real engine ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def stack(vllm_server: Engine, checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    reference = {"backend": "transformers", "model": str(checkpoints.reference), "dtype": vllm_process.dtype()}
-    with hemostat(sampling_settings(vllm_server.url, reference), tmp_path_factory.mktemp("faults")) as stack:
-        stack.wait_scoring()
-        yield stack
-
-
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_the_reference_killed_in_the_middle_of_a_stream(stack: Stack, vllm_server: Engine) -> None:
+def test_the_reference_killed_in_the_middle_of_a_stream(sampled: Stack, vllm_server: Engine) -> None:
     long = asks("Tell a long story about the sea.", 120, stream=True)
     short = asks("Hi", 4)
     direct = httpx.post(vllm_server.url + CHAT, json=long, timeout=120)
     expected = text_of(events(iter(direct.text.splitlines())))
-    before = stack.wait_settled()
-    worker = stack.process("hemostat.reference.worker")
+    before = sampled.wait_settled()
+    worker = sampled.process("hemostat.reference.worker")
 
-    with httpx.stream("POST", stack.url + CHAT, json=long, timeout=120) as response:
+    with httpx.stream("POST", sampled.url + CHAT, json=long, timeout=120) as response:
         stream = events(response.iter_lines())
         begun = [next(stream) for _ in range(20)]
         kill(worker)
@@ -87,34 +76,34 @@ def test_the_reference_killed_in_the_middle_of_a_stream(stack: Stack, vllm_serve
     assert text_of(iter(whole)) == expected
     assert whole[-1]["choices"][0]["finish_reason"] == "length"
     for _ in range(2):
-        answer = httpx.post(stack.url + CHAT, json=short, timeout=120)
+        answer = httpx.post(sampled.url + CHAT, json=short, timeout=120)
         assert answer.json()["usage"]["completion_tokens"] == 4
 
-    after = stack.wait_settled(before["shadowed"] + 3)
+    after = sampled.wait_settled(before["shadowed"] + 3)
     # How many of the three were lost depends on how quickly torch was loaded again; each has its ending.
     assert ended(after) - ended(before) == 3
     assert after["skipped"] == before["skipped"]
     assert set(after["dropped"]) - set(before["dropped"]) <= {"reference_down"}
-    stack.wait_scoring()
-    assert stack.process("hemostat.reference.worker") != worker
-    assert stack.status()["reference"]["state"] == "ready"
+    sampled.wait_scoring()
+    assert sampled.process("hemostat.reference.worker") != worker
+    assert sampled.status()["reference"]["state"] == "ready"
 
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_what_the_reference_was_scoring_when_it_was_killed_is_dropped_by_reason(stack: Stack) -> None:
-    before = stack.wait_settled()
-    worker = stack.process("hemostat.reference.worker")
+def test_what_the_reference_was_scoring_when_it_was_killed_is_dropped_by_reason(sampled: Stack) -> None:
+    before = sampled.wait_settled()
+    worker = sampled.process("hemostat.reference.worker")
     with ThreadPoolExecutor(3) as clients:
-        answers = clients.map(lambda n: httpx.post(stack.url + CHAT, json=asks(f"Say {n}", 4), timeout=120), range(3))
+        answers = clients.map(lambda n: httpx.post(sampled.url + CHAT, json=asks(f"Say {n}", 4), timeout=120), range(3))
         kill(worker)
         assert [answer.status_code for answer in answers] == [200, 200, 200]
-    after = stack.wait_settled(before["shadowed"] + 3)
+    after = sampled.wait_settled(before["shadowed"] + 3)
     assert ended(after) - ended(before) == 3
     lost = after["dropped"]["reference_down"] - before["dropped"].get("reference_down", 0)
     assert lost >= 1
-    assert stack.metric("hemostat_shadow_requests_total", outcome="dropped", reason="reference_down") >= lost
-    stack.wait_scoring()
+    assert sampled.metric("hemostat_shadow_requests_total", outcome="dropped", reason="reference_down") >= lost
+    sampled.wait_scoring()
 
 
 LEAVES = ("in the stream", "before the first token", "before the whole answer")
@@ -129,7 +118,7 @@ LEAVES = ("in the stream", "before the first token", "before the whole answer")
     ),
 )
 def test_a_client_that_leaves_ends_its_request_in_vllm(
-    stack: Stack, vllm_server: Engine, shadow: str, leaves: str
+    sampled: Stack, vllm_server: Engine, shadow: str, leaves: str
 ) -> None:
     headers = {} if shadow == "sampled" else {"X-Hemostat-Shadow": "off"}
     if leaves == "before the first token":
@@ -140,7 +129,7 @@ def test_a_client_that_leaves_ends_its_request_in_vllm(
         read_timeout = 2.0
     wait_for("vLLM to be idle", lambda: at_work(vllm_server) == 0)
     written = tokens_written(vllm_server)
-    with httpx.Client(base_url=stack.url, timeout=120) as client:
+    with httpx.Client(base_url=sampled.url, timeout=120) as client:
         if leaves == "in the stream":
             with client.stream("POST", CHAT, json=body, headers=headers) as response:
                 stream = events(response.iter_lines())
