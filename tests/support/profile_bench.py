@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,11 @@ LEARNED = [b"%d" % n for n in range(20_000) if not held_out(b"%d" % n, FRACTION)
 """Prompt keys of the side that is learned from."""
 JUDGED = [b"%d" % n for n in range(20_000) if held_out(b"%d" % n, FRACTION)]
 """Prompt keys of the held-out side."""
+
+
+@lru_cache(1024)
+def unmasked(truth: Truth) -> TokenRecord:
+    return make_record(truth, 20)
 
 
 class Bench:
@@ -80,7 +86,8 @@ class Bench:
             delta = shift(profile, truth.compressed)
             expected = (np.exp(truth.reference) * delta).sum(-1)
             shifts[profile.version] = Shift(expected, np.log((np.exp(truth.compressed + delta)).sum(-1)))
-        return replace(make_record(truth, 20, key=key, mask=mask), shifts=shifts, **more)
+        record = unmasked(truth) if mask is None else make_record(truth, 20, mask=mask)
+        return replace(record, prompt_key=key, shifts=shifts, **more)
 
     def observe(self, record: TokenRecord) -> None:
         record = replace(record, kind=self.profiles.kinds.see(record.kind))

@@ -12,7 +12,7 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import GRAMMAR, Candidates, Sampling, Shift, TokenRecord, validate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Truth:
     """Both models' log-probabilities over the whole vocabulary, float64 [T, V], and the emitted ids [T]."""
 

@@ -1,5 +1,7 @@
 """A reference and a compressed model over a small vocabulary, whose difference is known."""
 
+from functools import lru_cache
+
 import numpy as np
 from tests.support.oracle import apply
 from tests.support.records import Truth, log_softmax, make_record
@@ -19,6 +21,7 @@ class World:
         self.bias = bias * rng.normal(size=V)
         self.beta, self.noise = beta, noise
 
+    @lru_cache(1024)  # noqa: B019 - tests feed the same requests of a few worlds
     def truth(self, seed):
         rng = np.random.default_rng(seed)
         h = rng.normal(size=(1, D)) + rng.normal(size=(T, D))
