@@ -59,7 +59,9 @@ def _reuse_authorities() -> None:
 def pytest_configure(config: pytest.Config) -> None:
     _reuse_authorities()
     if config.getoption("--slow"):
-        slow.draw_all()
+        slow.draw(1)
+    elif config.getoption("--compiled"):
+        slow.draw(10)  # the same properties are drawn from the sources, too
     # How long an example takes, and how fast examples are drawn, depend on what else the machine does.
     hypothesis.settings.register_profile(
         "hemostat",

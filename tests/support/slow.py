@@ -17,18 +17,17 @@ def slow_unless(quick: Collection[Any], cases: Sequence[Any]) -> list[Any]:
     ]
 
 
-PART = 3
-"""`make test` draws one in so many examples of a property: anew each time, and what was found once is pinned."""
 MIN_EXAMPLES = 20
-_whole = False
+_part = 3
+"""`make test` draws one in so many examples of a property: anew each time, and what was found once is pinned."""
 
 
-def draw_all() -> None:
-    """From now on: `make test-slow`."""
-    global _whole  # noqa: PLW0603 - settings of hypothesis are made while test modules are imported
-    _whole = True
+def draw(part: int) -> None:
+    """From now on: one example in so many, at least MIN_EXAMPLES. 1, all: `make test-slow`."""
+    global _part  # noqa: PLW0603 - settings of hypothesis are made while test modules are imported
+    _part = part
 
 
 def examples(count: int) -> int:
     """For `max_examples` of hypothesis: how many of `count` this run draws."""
-    return count if _whole else max(count // PART, min(count, MIN_EXAMPLES))
+    return max(count // _part, min(count, MIN_EXAMPLES))
