@@ -137,18 +137,12 @@ OPENAI: dict[str, Case] = {
     ),
     "JSON mode": Case(with_openai("chat", messages=[user("A city, as JSON.")], max_tokens=12, **JSON), GRAMMAR, "{"),
     "JSON mode, stream": Case(with_openai("chat", messages=[user("A city, as JSON.")], **JSON, **STREAM), GRAMMAR, "{"),
-    "own logprobs": Case(
-        with_openai("chat", messages=CAPITAL, logprobs=True, top_logprobs=5), "client_logprobs", "top_logprobs"
-    ),
+    "own logprobs": Case(with_openai("chat", messages=CAPITAL, logprobs=True, top_logprobs=5), shows="top_logprobs"),
     "own logprobs, stream": Case(
-        with_openai("chat", messages=CAPITAL, logprobs=True, top_logprobs=5, **STREAM),
-        "client_logprobs",
-        "top_logprobs",
+        with_openai("chat", messages=CAPITAL, logprobs=True, top_logprobs=5, **STREAM), shows="top_logprobs"
     ),
     "completions, own logprobs, stream": Case(
-        with_openai("text", prompt="The capital of France is", logprobs=5, **STREAM),
-        "client_logprobs",
-        "token_logprobs",
+        with_openai("text", prompt="The capital of France is", logprobs=5, **STREAM), shows="token_logprobs"
     ),
     "stop": Case(
         with_openai("chat", messages=[user("Count from 1 to 10.")], max_tokens=24, stop=["3", "three"]), shows="'stop'"
@@ -181,7 +175,7 @@ LITELLM: dict[str, Case] = {
     ),
     "JSON mode": Case(with_litellm("openai", messages=[user("A city, as JSON.")], **JSON), GRAMMAR, "{"),
     "own logprobs": Case(
-        with_litellm("hosted_vllm", messages=CAPITAL, logprobs=True, top_logprobs=5), "client_logprobs", "top_logprobs"
+        with_litellm("hosted_vllm", messages=CAPITAL, logprobs=True, top_logprobs=5), shows="top_logprobs"
     ),
     "unknown model": Case(with_litellm("openai", messages=CAPITAL, model="nope"), "no_reference", "404"),
     "too long, stream": Case(
@@ -198,7 +192,7 @@ LANGCHAIN: dict[str, Case] = {
     ),
     "JSON mode, stream": Case(with_langchain([user("A city, as JSON.")], JSON, stream=True), GRAMMAR, "{"),
     "own logprobs, stream": Case(
-        with_langchain(CAPITAL, stream=True, logprobs=True, top_logprobs=5), "client_logprobs", "top_logprobs"
+        with_langchain(CAPITAL, stream=True, logprobs=True, top_logprobs=5), shows="top_logprobs"
     ),
     "stop": Case(
         with_langchain([user("Count from 1 to 10.")], {"stop": ["3", "three"]}, max_tokens=24), shows="'stop'"

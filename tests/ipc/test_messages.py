@@ -11,7 +11,7 @@ import msgspec
 
 from hemostat.ipc import messages
 
-RECORDED = (2, "a1a7b1f0530f5c1e")
+RECORDED = (2, "2f1b830545b5424b")
 """`PROTOCOL`, and the digest of its messages. Where they change, raise `PROTOCOL`, unless all that an older version
 would not understand is a new field with a default value, and record both anew."""
 

@@ -7,6 +7,7 @@ import inspect
 from dataclasses import FrozenInstanceError, dataclass, field, replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from tests.support.captures import INFO
 from tests.support.control import MODEL, control, scored
@@ -45,6 +46,7 @@ def variant(record: TokenRecord, name: str) -> TokenRecord:
 USES = {
     "whole": Use.FIGURES | Use.PROFILES | Use.NOISE_FLOOR,
     "part": Use.PART_FIGURES,
+    "scored again": Use.FIGURES | Use.PROFILES,
     "adapter": Use.FIGURES | Use.PROFILES,
     "grammar": Use.CONDITIONAL_FIGURES | Use.PROFILES,
     "grammar, part": Use.CONDITIONAL_FIGURES,
@@ -57,7 +59,8 @@ USES = {
 
 @pytest.mark.parametrize("name", USES)
 def test_what_a_record_may_be_used_for(name: str) -> None:
-    assert uses_of(variant(scored()[0], name), calibrated="other" not in name) == USES[name]
+    made = uses_of(variant(scored()[0], name), calibrated="other" not in name, scored_again="again" in name)
+    assert made == USES[name]
 
 
 async def test_a_new_consumer_gets_every_record_once(tmp_path: Path) -> None:
@@ -67,6 +70,7 @@ async def test_a_new_consumer_gets_every_record_once(tmp_path: Path) -> None:
         plane.pipeline.consumers.append(consumer)
         for number, name in enumerate(USES):
             record, capture = scored(str(number), prompt=number)
+            capture = msgspec.structs.replace(capture, ids_only="again" in name)
             plane.pipeline.use_record(variant(record, name), capture)
         assert [each.uses for each in consumer.seen] == list(USES.values())
         assert [each.capture.request_id for each in consumer.seen] == [str(number) for number in range(len(USES))]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
+
+from tests.support.wire import normal
 
 TEXTS = ("delta", "content", "text")
 """Members that hold a piece of the text, where they are strings."""
@@ -40,3 +43,46 @@ def _form(value: Any, texts: list[str]) -> Any:
         else:
             form[name] = _form(inner, texts)
     return form
+
+
+def by_choice(body: bytes) -> list[bytes]:
+    """The body; of a stream, the events of the first choice, then those of the second, and so on.
+
+    In which order vLLM sends the events of different prompts is up to chance, with and without Hemostat.
+    """
+    if not body.startswith(b"data:"):
+        return [normal(body)]
+
+    def choice(event: bytes) -> int:
+        match = re.search(rb'"choices":\[\{"index":(\d+)', event)
+        return 99 if match is None else int(match[1])
+
+    return sorted(normal(body).split(b"\n\n"), key=choice)
+
+
+def joined(body: bytes) -> dict[int, Any]:
+    """By choice (-1: events without one), a stream's events added up: how many tokens share an event is chance."""
+    if not body.startswith(b"data:"):
+        return {0: json.loads(normal(body))}
+    result: dict[int, Any] = {}
+    for event in normal(body).split(b"\n\n"):
+        data = event.removeprefix(b"data: ")
+        if not data or data == b"[DONE]":
+            continue
+        parsed = json.loads(data)
+        number = parsed["choices"][0]["index"] if parsed["choices"] else -1
+        result[number] = added(result[number], parsed) if number in result else parsed
+    return result
+
+
+def added(value: Any, other: Any, name: str = "") -> Any:
+    """Lists of tokens and pieces of text one after the other; of anything else, what came last."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        return {key: added(value.get(key), other.get(key), key) for key in value | other}
+    if name == "choices":
+        return [added(value[0], other[0])]
+    if isinstance(value, list) and isinstance(other, list):
+        return value + other
+    if isinstance(value, str) and isinstance(other, str) and name in {"content", "text"}:
+        return value + other
+    return value if other is None else other

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import re
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -13,9 +12,10 @@ import httpx
 import msgspec
 import numpy as np
 import pytest
+from tests.support.merged_stream import by_choice, joined
 from tests.support.running_vllm import RunningVllm, answers_of
 from tests.support.slow import slow_unless
-from tests.support.wire import Answer, Wire, assert_same_tokens, normal, policy, rows, user
+from tests.support.wire import Answer, Wire, assert_same_tokens, policy, rows, user
 
 from hemostat.openai.routes import CHAT, COMPLETIONS
 from hemostat.scoring.tapped_answers import captures_from_tap
@@ -40,49 +40,6 @@ class Server(Protocol):
 def wire(vllm_server: Server) -> Iterator[Wire]:
     with httpx.Client(base_url=vllm_server.url, timeout=300) as client:
         yield Wire(client)
-
-
-def by_choice(body: bytes) -> list[bytes]:
-    """The body; of a stream, the events of the first choice, then those of the second, and so on.
-
-    In which order vLLM sends the events of different prompts is up to chance, with and without Hemostat.
-    """
-    if not body.startswith(b"data:"):
-        return [normal(body)]
-
-    def choice(event: bytes) -> int:
-        match = re.search(rb'"choices":\[\{"index":(\d+)', event)
-        return 99 if match is None else int(match[1])
-
-    return sorted(normal(body).split(b"\n\n"), key=choice)
-
-
-def joined(body: bytes) -> dict[int, Any]:
-    """By choice (-1: events without one), a stream's events added up: how many tokens share an event is chance."""
-    if not body.startswith(b"data:"):
-        return {0: json.loads(normal(body))}
-    result: dict[int, Any] = {}
-    for event in normal(body).split(b"\n\n"):
-        data = event.removeprefix(b"data: ")
-        if not data or data == b"[DONE]":
-            continue
-        parsed = json.loads(data)
-        number = parsed["choices"][0]["index"] if parsed["choices"] else -1
-        result[number] = added(result[number], parsed) if number in result else parsed
-    return result
-
-
-def added(value: Any, other: Any, name: str = "") -> Any:
-    """Lists of tokens and pieces of text one after the other; of anything else, what came last."""
-    if isinstance(value, dict) and isinstance(other, dict):
-        return {key: added(value.get(key), other.get(key), key) for key in value | other}
-    if name == "choices":
-        return [added(value[0], other[0])]
-    if isinstance(value, list) and isinstance(other, list):
-        return value + other
-    if isinstance(value, str) and isinstance(other, str) and name in {"content", "text"}:
-        return value + other
-    return value if other is None else other
 
 
 def compared(wire: Wire, path: str, body: dict[str, Any]) -> Answer:

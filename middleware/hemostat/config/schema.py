@@ -245,7 +245,8 @@ class Shadow(Section):
     estimates would be biased, because its last place is for an emitted token that is not among the likeliest."""
     floor_fraction: float = Field(default=0.02, ge=0, le=1)
     """Fraction of the scored requests that each model also scores against itself, to measure the noise floor. Each
-    costs the compressed model's server a prefill of its tokens."""
+    costs the compressed model's server a prefill of its tokens. 0: it prefills none, nor those of which a response can
+    name only the ids."""
 
 
 class Calibration(Section):

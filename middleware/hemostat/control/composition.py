@@ -54,6 +54,7 @@ from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ModelPair
 from hemostat.scoring import prompt_templates
 from hemostat.scoring.consumers import ConsumerParts
+from hemostat.scoring.engine_scores import EngineScorer
 from hemostat.scoring.limits import Breakers
 from hemostat.scoring.pipeline import ScoringPipeline
 from hemostat.scoring.prompt_templates import PromptTemplates
@@ -120,6 +121,9 @@ class Control:
         )
         self.references = make_references(settings)
         self.compressed_scorer = make_compressed_scorer(settings)
+        self.engine_scorer = (
+            None if self.compressed_scorer is None else EngineScorer(self.addresses, settings.shadow.top_k)
+        )
         self.monitor = ReferenceMonitor(
             self.references,
             settings,
@@ -157,6 +161,7 @@ class Control:
             ),
             scores=self.references is not None,
             compressed_scorer=self.compressed_scorer,
+            engine_scorer=self.engine_scorer,
             breakers=self.breakers,
             clock=self._clock,
             draw=draw,
@@ -357,7 +362,7 @@ class Control:
     async def close(self) -> None:
         """Write what is queued for the store, and release all resources."""
         self.pipeline.distances.flush()
-        for scorer in (self.references, self.compressed_scorer):
+        for scorer in (self.references, self.compressed_scorer, self.engine_scorer):
             if scorer is not None:
                 await scorer.close()
         if self.ownership.active:

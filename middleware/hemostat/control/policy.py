@@ -154,6 +154,7 @@ class PolicyPublisher:
             nonce_prefix=self._engines.nonce_prefix,
             salt=self._salt(),
             client_header=self.settings.evidence.client_header,
+            scored_again=self._monitor.scored_again,
             grammars=full and self._engines.tells_sets(now),
             treat_unjudged=calibration.treat_unjudged,
             drained=self._upstreams.drained,

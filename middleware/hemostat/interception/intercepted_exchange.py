@@ -85,6 +85,8 @@ class InterceptedExchange:
         self._sampling = Sampling()
         self._from_tap = False
         """The response stays as it is: the tokens are what the engine's plugin reports."""
+        self._ids_only = False
+        """The response is asked for ids only: the engine computes their log-probabilities again."""
         self._request: Request | None = None
         self._tokens: ResponseTokens | None = None
         self._response: InterceptedResponse | None = None
@@ -158,7 +160,9 @@ class InterceptedExchange:
         by_plugin = policy.tap and policy.tap_tokens and not request.client_tap
         in_response = request.unscorable is None
         self._from_tap = by_plugin and (request.from_tap or (in_response and self._prefers_plugin(request)))
-        self._unjudged = self._unjudged or (None if self._from_tap else request.unscorable)
+        self._ids_only = request.ids_only and not self._from_tap and request.form in policy.scored_again
+        judged = self._from_tap or self._ids_only
+        self._unjudged = self._unjudged or (None if judged else request.unscorable)
         if self._unjudged is None and request.min_prompt_tokens > policy.shadow_max_tokens:
             self._unjudged = Unscored.TOO_LONG
         changes: dict[str, bytes] = {}
@@ -237,11 +241,10 @@ class InterceptedExchange:
             self._skip(self._unjudged)
             return
         self._request = request
-        self._tokens = ResponseTokens(
-            policy.shadow_top_k, policy.shadow_max_tokens, request.choices, request.prompts, request.form
-        )
+        top_k = 0 if self._ids_only else policy.shadow_top_k
+        self._tokens = ResponseTokens(top_k, policy.shadow_max_tokens, request.choices, request.prompts, request.form)
         if not self._from_tap:
-            changes |= FORMATS[request.form].injected_members(request, policy.shadow_top_k)
+            changes |= FORMATS[request.form].injected_members(request, top_k)
         # For several choices see `_unreported`.
         if policy.tap and not request.client_tap and (request.choices == 1 or policy.tap_tokens):
             self._nonce = xargs[requests.TAP_XARG] = self._reports.tap_name(policy)
@@ -350,6 +353,7 @@ class InterceptedExchange:
             reasoning=choice.reasoning,
             from_tap=self._from_tap,
             also_in_response=self._from_tap and request.unscorable is None,
+            ids_only=self._ids_only,
             grammar=request.grammar,
             engine=engine,
             engine_drawn=self._engine_drawn and engine == self._engine,

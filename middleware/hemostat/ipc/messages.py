@@ -137,6 +137,8 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     where the candidates are here as arrays."""
     grammar: bool = False
     """A grammar restricted the tokens: then the log-probabilities are conditional on what it allows."""
+    ids_only: bool = False
+    """The response named ids only, and `top_k` is 0: the candidates are what the engine computes again, by prefill."""
 
 
 class OutcomeReport(msgspec.Struct, frozen=True, array_like=True):
@@ -272,6 +274,9 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     """With `tap_tokens`: the plugin is asked for the tokens of a request also where its response could contain them."""
     default_model: str = ""
     """The served name that answers a request without one; "" while it is not known."""
+    scored_again: frozenset[str] = frozenset()
+    """Forms (`openai.form.Form`) whose responses are asked for ids only where logprobs cannot be: the engine computes
+    them again."""
     grammars: bool = False
     """Requests whose tokens a grammar restricts can be scored: every engine's plugin says which ids it allows."""
     drained: frozenset[str] = frozenset()

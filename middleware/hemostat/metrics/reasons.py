@@ -91,13 +91,15 @@ class Unscored(StrEnum):
     ECHO = "echo", SKIPPED, REQUEST, "the prompt would be in the answer"
     CLIENT_LOGPROBS = "client_logprobs", SKIPPED, REQUEST, (
         "the client asks for alternatives of its own, or for a completion's logprobs as texts: these cannot be "
-        "restored byte for byte from what Hemostat asks for"
+        "restored byte for byte from what Hemostat asks for. Without the engines' plugin such a request is scored "
+        "from the ids of its tokens, unless `shadow.floor_fraction` is 0 or a grammar restricts it"
     )
     HIDDEN_REASONING = "hidden_reasoning", SKIPPED, REQUEST, "vLLM hides the reasoning's token ids"
     MULTIMODAL = "multimodal", SKIPPED, REQUEST, "images, audio or embeddings in the prompt"
-    NO_TOKEN_IDS = "no_token_ids", SKIPPED, REQUEST, (
-        "a response of `/v1/responses` or `/v1/messages` has no ids of tokens, and the engine's plugin does not report "
-        "them"
+    NO_TOKEN_IDS = "no_token_ids", SKIPPED, REQUEST | RELAY, (
+        "the engine's plugin does not report the tokens, and the response does not name them: that of `/v1/messages` "
+        "never does, that of `/v1/responses` does not for gpt-oss, and is not asked to where `shadow.floor_fraction` "
+        "is 0, a grammar restricts the tokens, or vLLM keeps responses (`VLLM_ENABLE_RESPONSES_API_STORE`)"
     )
     BACKGROUND = "background", SKIPPED, REQUEST, (
         "the answer of `/v1/responses` is computed in the background and fetched later"
@@ -166,6 +168,10 @@ class Unscored(StrEnum):
     )
     INVALID_RECORD = "invalid_…", SKIPPED, CONTROL, (
         "the record failed validation (`ids`, `mass`, …): a bug here or in vLLM, see the log"
+    )
+    ENGINE_FAILED = "engine_…", DROPPED, CONTROL, (
+        "the response named the ids of its tokens only, and the engine that answered could not compute their "
+        "log-probabilities again: `down`, `timeout`, `refused`, `too_long`, …, see the log"
     )
     QUEUE_FULL = "queue_full", DROPPED, CONTROL, (
         "more came at once than the queue holds; relays then sample less, unless clients force it"

@@ -77,6 +77,7 @@ def read_request(
         prompts=details.prompts,
         requested=details.requested,
         grammar=grammar,
+        ids_only=details.ids_only and unscorable is details.unscorable and not grammar,
     )
 
 

@@ -86,6 +86,8 @@ class RequestedLogprobs:
     """Alternatives at each position: 0, or 1, which is the emitted token."""
     as_ids: bool = False
     """Tokens are named by their ids (`token_id:5`), not by their texts."""
+    restorable: bool = True
+    """False: a response with other logprobs cannot be turned back into that."""
 
 
 NO_LOGPROBS = RequestedLogprobs()
@@ -125,6 +127,9 @@ class Request:
     requested: RequestedLogprobs = NO_LOGPROBS
     grammar: bool = False
     """A grammar restricts the tokens."""
+    ids_only: bool = False
+    """It cannot be scored from its response alone, but that can name the ids of its tokens: the engine then computes
+    their log-probabilities again."""
 
     @property
     def from_tap(self) -> bool:

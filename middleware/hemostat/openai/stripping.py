@@ -238,10 +238,10 @@ class ChoiceStripper(ResponseBody):
 
     def _changes(self, choice: JsonObject) -> dict[str, bytes]:
         changes = {}
-        if choice.has("logprobs"):
-            requested = self._requested
+        requested = self._requested
+        if choice.has("logprobs") and requested.restorable:
             changes["logprobs"] = self._form.restore(choice.raw("logprobs"), requested) if requested.logprobs else NULL
-        if not self._requested.token_ids:
+        if not requested.token_ids:
             changes |= {key: NULL for key in ("token_ids", "prompt_token_ids") if choice.has(key)}
         return changes
 
@@ -259,9 +259,11 @@ class ChoiceStripper(ResponseBody):
                 if choice.has("prompt_token_ids"):
                     tokens.add_prompt(index, choice.raw("prompt_token_ids"))
                 output = _ids.decode(choice.raw("token_ids")) if choice.has("token_ids") else []
-                if output and cut is None and not choice.has("logprobs"):
+                if output and not tokens.top_k:
+                    tokens.add(index, output)
+                elif output and cut is None and not choice.has("logprobs"):
                     raise ValueError("token ids without logprobs")
-                if output:
+                elif output:
                     tokens.add(index, output, cut or choice.raw("logprobs"))
         except MALFORMED:
             tokens.fail(Unscored.NO_LOGPROBS)

@@ -86,6 +86,7 @@ class ResponseTokens:
     """The tokens of one response. No choice is left after a failure: one that is incomplete fails them all."""
 
     top_k: int
+    """0: the response names ids only."""
     limit: int
     """The largest number of prompt and output tokens together, of one choice."""
     expected: int = 1
@@ -122,12 +123,13 @@ class ResponseTokens:
         if self._is_too_long(choice):
             self.fail(Unscored.TOO_LONG)
 
-    def add(self, index: Any, ids: list[int], logprobs: bytes) -> None:
-        """Append the positions of one event or response: their ids, and the JSON of their `logprobs`. ValueError or
-        OverflowError where there is no such choice or id."""
+    def add(self, index: Any, ids: list[int], logprobs: bytes = b"") -> None:
+        """Append the positions of one event or response: their ids, and the JSON of their `logprobs`, if it has any.
+        ValueError or OverflowError where there is no such choice or id."""
         choice = self.choice(index)
         choice.output_ids.extend(ids)
-        choice.logprobs.append(logprobs)
+        if logprobs:
+            choice.logprobs.append(logprobs)
         choice.unparsed_bytes += len(logprobs)
         if choice.unparsed_bytes > MAX_UNPARSED_BYTES:
             self._parse(choice)

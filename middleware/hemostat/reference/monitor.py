@@ -13,10 +13,11 @@ from pathlib import Path
 from hemostat.config.schema import Settings
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
+from hemostat.openai.form import Form
 from hemostat.reference.listing import served_pairs, with_adapters, without_own
 from hemostat.reference.match import compare
 from hemostat.reference.pair import ModelPair, ReferenceState, ServedModels
-from hemostat.reference.probes import SPECULATES, State, probe_shadowing, speculates
+from hemostat.reference.probes import SPECULATES, State, keeps_responses, probe_shadowing, speculates
 from hemostat.reference.protocol import ReferenceFailure
 from hemostat.reference.references import References
 from hemostat.reference.server import ModelCard, VllmServer
@@ -68,6 +69,8 @@ class ReferenceMonitor:
         self._refused = refused
         self._on_change = on_change
         self.served = ServedModels()
+        self.scored_again: frozenset[str] = frozenset()
+        """See `Policy.scored_again`."""
         self.state = ReferenceState.NONE if references is None else ReferenceState.STARTING
         self.detail = "reference.backend is none: nothing is scored" if references is None else ""
 
@@ -128,7 +131,11 @@ class ReferenceMonitor:
                     self._update(await self._compared(pair, server))
             if self._compressed_scorer is not None:
                 self._compressed_scorer.use(server)
-                await self._compressed_scorer.start()
+                info = await self._compressed_scorer.start()
+                forms = {Form.CHAT, Form.COMPLETIONS}
+                if not await keeps_responses(server, info.model):
+                    forms.add(Form.RESPONSES)
+                self.scored_again = frozenset(forms)
         except ReferenceFailure as failure:
             self._set_state(ReferenceState.STARTING, f"the upstream does not answer: {failure}")
             return

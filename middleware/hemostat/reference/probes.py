@@ -44,6 +44,10 @@ class Finding:
 SPECULATES = "vLLM decodes speculatively; model runner V1 takes no plugin then, so no profile can serve"
 
 
+KEEPS_RESPONSES = "VLLM_ENABLE_RESPONSES_API_STORE"
+"""What a vLLM that keeps no responses says is missing."""
+
+
 class _TopLogprobs(msgspec.Struct, frozen=True):
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
@@ -101,6 +105,23 @@ async def probe_shadowing(server: VllmServer, model: str, top_k: int, severity: 
     if top and choice.token_ids:
         findings.append(await _probe_logprobs_mode(server, body, choice.token_ids[0], top, severity))
     return findings
+
+
+async def keeps_responses(server: VllmServer, model: str) -> bool:
+    """Whether vLLM keeps the responses of `/v1/responses`, which a client can then fetch later. True where that is not
+    known.
+
+    Asked by a request that it refuses in any case, before it generates: in the background, after a response that there
+    is none of.
+    """
+    body = {"model": model, "input": PROBE, "background": True, "store": True, "previous_response_id": "resp_none"}
+    try:
+        await server.post("/v1/responses", body, dict[str, Any])
+    except Refused as refused:
+        return KEEPS_RESPONSES not in refused.detail
+    except ReferenceFailure:
+        return True
+    return True
 
 
 async def speculates(server: VllmServer) -> bool:

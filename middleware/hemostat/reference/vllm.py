@@ -7,7 +7,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 from pydantic import SecretStr
 
 from hemostat.reference.protocol import (
@@ -18,7 +17,6 @@ from hemostat.reference.protocol import (
     ScoreRequest,
 )
 from hemostat.reference.server import MAX_ANSWER_BYTES, ModelCard, Refused, VllmServer
-from hemostat_calibration.arrays import Ids
 from hemostat_calibration.records import Candidates
 
 MAX_ENTRY_BYTES = 512
@@ -87,61 +85,19 @@ class VllmReference:
             raise ReferenceFailure(
                 FailureReason.GRAMMAR_NEEDS_FULL_VOCABULARY, "a list of top ids cannot be conditioned on a grammar"
             )
-        adapter, prompt, output, length = request.adapter, request.prompt, request.output, request.tokens
-        if not len(prompt) or not len(output):
+        adapter, length = request.adapter, request.tokens
+        if not len(request.prompt) or not len(request.output):
             raise ReferenceFailure(FailureReason.EMPTY, "a prompt and an output of at least one token are needed")
         if card.max_model_len is not None and length + 1 > card.max_model_len:
             raise ReferenceFailure(
                 FailureReason.TOO_LONG, f"{length} tokens and one more: the reference takes {card.max_model_len}"
             )
-        body = {
-            "model": adapter or card.id,
-            "prompt": [*prompt.tolist(), *output.tolist()],
-            "max_tokens": 1,
-            "temperature": 0.0,
-            "prompt_logprobs": self._top_k,
-        }
         try:
-            limit = MAX_ANSWER_BYTES + length * (self._top_k + 1) * MAX_ENTRY_BYTES
-            completion = await self._server.post("/v1/completions", body, _Completion, limit=limit)
+            return await top_ids(self._server, adapter or card.id, request, self._top_k)
         except Refused as refused:
             if adapter and refused.status == 404:
                 raise ReferenceFailure(FailureReason.NO_ADAPTER, str(refused)) from None
             raise
-        rows = completion.choices[0].prompt_logprobs if completion.choices else None
-        if rows is None or len(rows) != length:
-            got = "none" if rows is None else str(len(rows))
-            raise ReferenceFailure(FailureReason.SHORT_ANSWER, f"prompt_logprobs for {got} of {length} positions")
-        return self._scores(rows[len(prompt) :], output, request.ids)
-
-    def _scores(self, rows: list[msgspec.Raw], output: npt.NDArray[np.int32], ids: Ids) -> ReferenceScores:
-        tokens = len(output)
-        at = np.full(ids.shape, np.nan)
-        top = Candidates(np.full((tokens, self._top_k), -1, np.int32), np.full((tokens, self._top_k), -np.inf))
-        emitted = np.empty(tokens)
-        for t, raw in enumerate(rows):
-            try:
-                row = _row.decode(raw)
-            except msgspec.DecodeError as error:
-                raise ReferenceFailure(
-                    FailureReason.BAD_ANSWER, f"prompt_logprobs at output position {t}: {error}"
-                ) from error
-            given = row.get(int(output[t]))
-            if given is None or len(row) < self._top_k:
-                raise ReferenceFailure(
-                    FailureReason.SHORT_ANSWER, f"{len(row)} ids at output position {t}, or not the emitted one"
-                )
-            best = sorted(row.items(), key=lambda item: -item[1].logprob)[: self._top_k]
-            if best[0][1].logprob > MAX_LOGPROB:
-                raise ReferenceFailure(
-                    FailureReason.LOGPROBS_MODE,
-                    "the reference returns no log-probabilities; start it with --logprobs-mode raw_logprobs",
-                )
-            emitted[t] = given.logprob
-            top.ids[t] = [token for token, _ in best]
-            top.logprobs[t] = [entry.logprob for _, entry in best]
-            at[t] = [row[token].logprob if token in row else np.nan for token in ids[t].tolist()]
-        return ReferenceScores(at=at, top=top, emitted=emitted)
 
     async def adapters(self) -> frozenset[str]:
         return frozenset(card.id for card in await self._server.models() if card.parent is not None)
@@ -159,3 +115,44 @@ class VllmReference:
         if self._card is None:
             raise ReferenceFailure(FailureReason.DOWN, "the reference has not been started")
         return self._card
+
+
+async def top_ids(server: VllmServer, model: str, request: ScoreRequest, top_k: int) -> ReferenceScores:
+    """What a served model says of the request's output: its `top_k` most likely ids at each position. ReferenceFailure;
+    Refused where the server does not serve it, or the tokens are too many."""
+    prompt, output, length = request.prompt, request.output, request.tokens
+    body = {
+        "model": model,
+        "prompt": [*prompt.tolist(), *output.tolist()],
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "prompt_logprobs": top_k,
+    }
+    limit = MAX_ANSWER_BYTES + length * (top_k + 1) * MAX_ENTRY_BYTES
+    completion = await server.post("/v1/completions", body, _Completion, limit=limit)
+    rows = completion.choices[0].prompt_logprobs if completion.choices else None
+    if rows is None or len(rows) != length:
+        got = "none" if rows is None else str(len(rows))
+        raise ReferenceFailure(FailureReason.SHORT_ANSWER, f"prompt_logprobs for {got} of {length} positions")
+    at = np.full(request.ids.shape, np.nan)
+    top = Candidates(np.full((len(output), top_k), -1, np.int32), np.full((len(output), top_k), -np.inf))
+    emitted = np.empty(len(output))
+    for t, raw in enumerate(rows[len(prompt) :]):
+        try:
+            row = _row.decode(raw)
+        except msgspec.DecodeError as error:
+            text = f"prompt_logprobs at output position {t}: {error}"
+            raise ReferenceFailure(FailureReason.BAD_ANSWER, text) from error
+        given = row.get(int(output[t]))
+        if given is None or len(row) < top_k:
+            text = f"{len(row)} ids at output position {t}, or not the emitted one"
+            raise ReferenceFailure(FailureReason.SHORT_ANSWER, text)
+        best = sorted(row.items(), key=lambda item: -item[1].logprob)[:top_k]
+        if best[0][1].logprob > MAX_LOGPROB:
+            text = f"{server.url} returns no log-probabilities; start it with --logprobs-mode raw_logprobs"
+            raise ReferenceFailure(FailureReason.LOGPROBS_MODE, text)
+        emitted[t] = given.logprob
+        top.ids[t] = [token for token, _ in best]
+        top.logprobs[t] = [entry.logprob for _, entry in best]
+        at[t] = [row[token].logprob if token in row else np.nan for token in request.ids[t].tolist()]
+    return ReferenceScores(at=at, top=top, emitted=emitted)

@@ -32,6 +32,7 @@ from hemostat.scoring.answer_losses import AnswerLosses
 from hemostat.scoring.consumers import Calibration, ConsumerParts, Each, record_consumers
 from hemostat.scoring.distances import DistanceSource, DistanceWaits
 from hemostat.scoring.endings import EndingCounts
+from hemostat.scoring.engine_scores import EngineScorer
 from hemostat.scoring.limits import Breakers, CaptureSampling, ShadowQueue, TokenBudget
 from hemostat.scoring.noise_floor import NoiseFloorMeter
 from hemostat.scoring.scored_record import RecordReader
@@ -52,6 +53,7 @@ class ScoringPipeline:
 
     scores: False with `reference.backend: none`; then every capture is dropped.
     compressed_scorer: the upstream, asked to score its own tokens; None without `shadow.floor_fraction`.
+    engine_scorer: see `Scorer`.
     distances: who computes exact distances; None: nobody, and no adapter is judged.
     template_of: see `Scorer`.
     decides: False while what records say is to change nothing.
@@ -69,6 +71,7 @@ class ScoringPipeline:
         *,
         scores: bool,
         compressed_scorer: Reference | None,
+        engine_scorer: EngineScorer | None = None,
         breakers: Breakers,
         clock: Callable[[], float],
         draw: Callable[[], float],
@@ -100,7 +103,7 @@ class ScoringPipeline:
         self.noise_floor: NoiseFloorMeter | None = None
         self.calibration = Calibration(parts.profiles, parts.learner)
         if scores:
-            self._make_scorer(settings, engines, needs, compressed_scorer, breakers, draw)
+            self._make_scorer(settings, engines, needs, compressed_scorer, engine_scorer, breakers, draw)
         self.consumers = record_consumers(
             parts, self.calibration, self.other_models, self.distances, self.noise_floor, clock, on_change
         )
@@ -112,6 +115,7 @@ class ScoringPipeline:
         engines: EngineRegistry,
         needs: ScoringNeeds,
         compressed_scorer: Reference | None,
+        engine_scorer: EngineScorer | None,
         breakers: Breakers,
         draw: Callable[[], float],
     ) -> None:
@@ -143,6 +147,7 @@ class ScoringPipeline:
             profile_in_request=settings.calibration.apply == "request",
             max_scored=shadow.max_scored_tokens,
             max_tokens=shadow.max_tokens,
+            engine_scorer=engine_scorer,
         )
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:

@@ -31,7 +31,8 @@ class Use(Flag):
     OTHER_FIGURES = auto()
     """Figures of another served model than the calibrated one, apart from all others."""
     NOISE_FLOOR = auto()
-    """The noise floor, which is of a model itself: without adapters and ours, and of whole outputs."""
+    """The noise floor, which is of a model itself: without adapters and ours, and of whole outputs; not of what its
+    engine has scored again already."""
     PROFILES = auto()
     """Judging profiles and learning them."""
 
@@ -39,9 +40,10 @@ class Use(Flag):
 NO_USE = Use(0)
 
 
-def uses_of(record: TokenRecord, *, calibrated: bool) -> Use:
-    """calibrated: of the model that profiles are for, or of an adapter on it."""
-    floor = Use.NOISE_FLOOR if record.adapter is None else NO_USE
+def uses_of(record: TokenRecord, *, calibrated: bool, scored_again: bool = False) -> Use:
+    """calibrated: of the model that profiles are for, or of an adapter on it. scored_again: its log-probabilities are
+    those of prefill (`Capture.ids_only`)."""
+    floor = NO_USE if record.adapter is not None or scored_again else Use.NOISE_FLOOR
     if not calibrated:
         if record.partial:
             return NO_USE
@@ -106,7 +108,7 @@ class RecordReader:
         served, profiles = self._models.served, self._profiles
         pair = served.of(record.model) or served.calibrated
         calibrated = pair is served.calibrated
-        uses = uses_of(record, calibrated=calibrated)
+        uses = uses_of(record, calibrated=calibrated, scored_again=capture.ids_only)
         profile = applied = None
         if calibrated:
             record = replace(record, kind=profiles.kinds.see(record.kind))

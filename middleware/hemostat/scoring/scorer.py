@@ -36,6 +36,7 @@ from hemostat.reference.protocol import (
 from hemostat.scoring.answer_losses import AnswerLosses
 from hemostat.scoring.conditioning import ConditioningFailure, condition
 from hemostat.scoring.endings import EndingCounts
+from hemostat.scoring.engine_scores import EngineScorer
 from hemostat.scoring.limits import Breaker, Breakers, BreakerState, ShadowQueue, TokenBudget
 from hemostat.scoring.record_builder import (
     CaptureArrays,
@@ -106,6 +107,7 @@ class Scorer:
     template_of: (prompt, conversation) -> `TokenRecord.template`.
     profile_in_request: see `build_record`. max_scored: see `decode_capture`.
     max_tokens: of prompt and output, where only the engine's plugin reports them.
+    engine_scorer: of captures that have ids only; None where relays capture none.
     """
 
     def __init__(
@@ -126,7 +128,9 @@ class Scorer:
         profile_in_request: bool = False,
         max_scored: int | None = None,
         max_tokens: int = 0,
+        engine_scorer: EngineScorer | None = None,
     ) -> None:
+        self._engine_scorer = engine_scorer
         self._max_scored = max_scored
         self._models = models
         self._taps = engines.taps
@@ -245,6 +249,11 @@ class Scorer:
         if breaker.state(self._clock()) is BreakerState.OPEN:
             self._endings.unscored(Unscored.BREAKER_OPEN, capture)
             return
+        if capture.ids_only:
+            scored_again = await self._scored_again(capture)
+            if scored_again is None:
+                return
+            capture = scored_again
         arrays = decode_capture(capture, self._max_scored)
         check_vocabulary(arrays, info.vocab_size)
         given = (capture, arrays, info, tap)
@@ -303,6 +312,20 @@ class Scorer:
         )
         self._emit(record, capture)
         self._endings.scored(capture, left_out=record.position)
+
+    async def _scored_again(self, capture: Capture) -> Capture | None:
+        """The capture with its candidates; None, and counted, where the engine does not say them."""
+        if self._engine_scorer is None:
+            self._endings.unscored(Unscored.NO_LOGPROBS, capture)
+            return None
+        tokens = (len(capture.prompt_token_ids) + len(capture.output_token_ids)) // ID_BYTES
+        await self._budget.take(tokens, self._clock)
+        try:
+            return await self._engine_scorer.with_candidates(capture)
+        except ReferenceFailure as failure:
+            self._endings.unscored(Unscored.ENGINE_FAILED, capture, failure.reason)
+            log.warning("log-probabilities of %s: %s", capture.request_id, failure)
+            return None
 
     def _compressed_logits(
         self, features: Features | None, arrays: CaptureArrays, info: ReferenceInfo

@@ -18,8 +18,8 @@ RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
-def as_chat(path: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The chat request that vLLM makes of it."""
+def as_chat(path: str, body: dict[str, Any], *, kept: bool) -> dict[str, Any]:
+    """The chat request that vLLM makes of it. kept: responses are."""
     if path == MESSAGES:
         if "messages" not in body or "max_tokens" not in body:
             raise RefusedError("1 validation error:\n  Field required", None)
@@ -29,6 +29,10 @@ def as_chat(path: str, body: dict[str, Any]) -> dict[str, Any]:
             more["tool_choice"] = {"any": "required"}.get(choice := body["tool_choice"]["type"], choice)
         return {key: value for key, value in body.items() if key != "system"} | more
     given = body.get("input")
+    if body.get("background") and body.get("previous_response_id"):
+        # The two refusals of which one says whether responses are kept.
+        text, code = ("not found", 404) if kept else ("set `VLLM_ENABLE_RESPONSES_API_STORE=1`", 400)
+        raise RefusedError(text, "background", code=code)
     if given is None:
         raise RefusedError("1 validation error:\n  Field required", "body.input", "Bad Request")
     messages = [{"role": "user", "content": given}] if isinstance(given, str) else [*given]
@@ -209,9 +213,14 @@ class OtherForm:
             "frequency_penalty": 0.0,
             "kv_transfer_params": None,
             "ec_transfer_params": None,
-            "input_messages": None,
-            "output_messages": None,
+            "input_messages": self._tokens(self._prompt) if ended else None,
+            "output_messages": self._tokens([step.token for step in self.steps]) if ended else None,
         }
+
+    def _tokens(self, ids: list[int]) -> list[dict[str, Any]] | None:
+        if not self._body.get("enable_response_messages"):
+            return None
+        return [{"message": "raw", "tokens": ids, "type": "raw_message_tokens"}]
 
     def _item(self, status: str) -> dict[str, Any]:
         call = self._call

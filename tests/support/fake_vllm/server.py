@@ -77,6 +77,8 @@ class FakeVllm(FakeModel):
     """Leave out the last position of `prompt_logprobs`."""
     last_prompt_logprob: Any = 0
     """In the place of the last one of `prompt_logprobs`; 0: none."""
+    keeps_responses: bool = False
+    """Those of /v1/responses, so that they can be fetched later."""
     refuses_priority: bool = False
     """It does not schedule by priority, and says so."""
     replace_body: str | None = None
@@ -288,7 +290,9 @@ class FakeVllm(FakeModel):
         if self.hang:
             await disconnected(receive)
             return
-        body, prompts, limit = self._check(chat, data if own is None else dumps(as_chat(path, own)))
+        if own is not None:
+            data = dumps(as_chat(path, own, kept=self.keeps_responses))
+        body, prompts, limit = self._check(chat, data)
         self.requests.append(body if own is None else own)
         asked = (body.get("top_logprobs") if chat else body.get("logprobs")) or 0
         if asked > self.max_logprobs:

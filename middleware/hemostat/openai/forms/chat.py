@@ -4,7 +4,8 @@ vLLM names the emitted token first among a position's `top_logprobs`, whatever i
 that was asked for. With `return_tokens_as_token_ids` every `token` is an id, and so is the text in the `bytes` of an
 alternative; the `bytes` of the emitted token stay those of its text. So the client's own logprobs can be given back
 where it asks for at most one alternative, which is the emitted token. Further ones cannot: which of equally likely
-tokens vLLM names, and in which order, depends on how many it is asked for.
+tokens vLLM names, and in which order, depends on how many it is asked for. Such a response is asked for ids only, and
+keeps its logprobs.
 """
 
 from __future__ import annotations
@@ -52,22 +53,26 @@ class Chat:
         check_messages(len(messages or ()))
         usage, choices = usage_requested(body), choices_per_prompt(body)
         requested = _requested(body)
+        unscorable = (
+            unscorable_parameters(body, choices=choices, usage=usage, prompt=_unscorable_messages(messages))
+            or (Unscored.HIDDEN_REASONING if body.value("include_reasoning") is False else None)
+            or (Unscored.CLIENT_LOGPROBS if requested is None or not requested.restorable else None)
+        )
         return Details(
-            unscorable=unscorable_parameters(body, choices=choices, usage=usage, prompt=_unscorable_messages(messages))
-            or (Unscored.CLIENT_LOGPROBS if requested is None else None)
-            or (Unscored.HIDDEN_REASONING if body.value("include_reasoning") is False else None),
+            unscorable=unscorable,
             messages=messages,
             conversation=_conversation(body, messages),
             usage_requested=bool(usage),
             choices=choices or 1,
             requested=requested or NO_LOGPROBS,
+            ids_only=unscorable is Unscored.CLIENT_LOGPROBS and requested is not None,
         )
 
     def restricts_tokens(self, body: JsonObject) -> bool:
         return restricts_chat(body)
 
     def injected_members(self, request: Request, top_k: int) -> dict[str, bytes]:
-        return injected_members(request) | {"logprobs": b"true", "top_logprobs": encode(top_k)}
+        return injected_members(request, {"logprobs": b"true", "top_logprobs": encode(top_k)} if top_k else {})
 
     def stripper(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
         return ChoiceStripper(self, request, tokens, stream=stream)
@@ -93,20 +98,19 @@ class Chat:
 
 
 def _requested(body: JsonObject) -> RequestedLogprobs | None:
-    """What the client asks for; None where it could not be given that."""
+    """What the client asks for; None where that is not known."""
     logprobs, top = body.value("logprobs"), body.value("top_logprobs")
     as_ids, token_ids = body.value("return_tokens_as_token_ids"), body.value("return_token_ids")
-    if not all(value in (None, True, False) for value in (logprobs, as_ids, token_ids)) or body.value(
-        "logprob_token_ids"
-    ):
+    if not all(value in (None, True, False) for value in (logprobs, as_ids, token_ids)):
         return None
+    chosen = body.value("logprob_token_ids")
     if not logprobs:
-        return None if top else RequestedLogprobs(token_ids=bool(token_ids))
+        return None if top or chosen else RequestedLogprobs(token_ids=bool(token_ids))
     if top is None and "top_logprobs" in body:
         return None
     top = 0 if top is None else top
-    if not isinstance(top, int) or isinstance(top, bool) or not 0 <= top <= MAX_ALTERNATIVES:
-        return None
+    if chosen or not isinstance(top, int) or isinstance(top, bool) or not 0 <= top <= MAX_ALTERNATIVES:
+        return RequestedLogprobs(bool(token_ids), logprobs=True, restorable=False)
     return RequestedLogprobs(bool(token_ids), logprobs=True, top=top, as_ids=bool(as_ids))
 
 

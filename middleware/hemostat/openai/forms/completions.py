@@ -3,7 +3,8 @@
 The choices of the first prompt come first, then those of the second, and so on. A position's `top_logprobs` name the
 emitted token first and have one member more than was asked for where that token is not among the most likely ones. With
 `return_tokens_as_token_ids` no text is left in `logprobs`, so the client's own logprobs can be given back only where it
-asks for ids itself, and for the emitted token's alone (`logprobs: 0`): see `chat` for why not for alternatives.
+asks for ids itself, and for the emitted token's alone (`logprobs: 0`). Any other response is asked for ids only, and
+keeps its logprobs: see `chat` for why.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ class Completions:
         choices = None if each is None else each * max(1, len(prompts or ()))
         requested = _requested(body)
         raw = body.raw("prompt")
+        unscorable = unscorable_parameters(
+            body, choices=choices, usage=usage, prompt=_unscorable_prompts(body, prompts)
+        ) or (Unscored.CLIENT_LOGPROBS if requested is None or not requested.restorable else None)
         return Details(
-            unscorable=unscorable_parameters(
-                body, choices=choices, usage=usage, prompt=_unscorable_prompts(body, prompts)
-            )
-            or (Unscored.CLIENT_LOGPROBS if requested is None else None),
+            unscorable=unscorable,
             messages=None,
             conversation=None if raw == NULL else raw,
             usage_requested=bool(usage),
@@ -59,13 +60,14 @@ class Completions:
             prompts=max(1, len(prompts or ())),
             min_prompt_tokens=max((len(prompt) for prompt in prompts or () if isinstance(prompt, list)), default=0),
             requested=requested or NO_LOGPROBS,
+            ids_only=unscorable is Unscored.CLIENT_LOGPROBS and requested is not None,
         )
 
     def restricts_tokens(self, body: JsonObject) -> bool:
         return restricts_chat(body, tools=False)
 
     def injected_members(self, request: Request, top_k: int) -> dict[str, bytes]:
-        return injected_members(request) | {"logprobs": encode(top_k)}
+        return injected_members(request, {"logprobs": encode(top_k)} if top_k else {})
 
     def stripper(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
         return ChoiceStripper(self, request, tokens, stream=stream)
@@ -106,15 +108,16 @@ def _unscorable_prompts(body: JsonObject, prompts: list[str | list[int]] | None)
 
 
 def _requested(body: JsonObject) -> RequestedLogprobs | None:
-    """What the client asks for; None where it could not be given that."""
+    """What the client asks for; None where that is not known."""
     top = body.value("logprobs")
     as_ids, token_ids = body.value("return_tokens_as_token_ids"), body.value("return_token_ids")
-    if not all(value in (None, True, False) for value in (as_ids, token_ids)) or body.value("logprob_token_ids"):
+    if not all(value in (None, True, False) for value in (as_ids, token_ids)):
         return None
+    chosen = body.value("logprob_token_ids")
     if top is None:
-        return RequestedLogprobs(token_ids=bool(token_ids))
-    if not as_ids or isinstance(top, bool) or top != 0:
-        return None
+        return None if chosen else RequestedLogprobs(token_ids=bool(token_ids))
+    if chosen or not as_ids or isinstance(top, bool) or top != 0:
+        return RequestedLogprobs(bool(token_ids), logprobs=True, restorable=False)
     return RequestedLogprobs(bool(token_ids), logprobs=True, as_ids=True)
 
 

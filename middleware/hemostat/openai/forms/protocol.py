@@ -25,6 +25,7 @@ class Details:
     prompts: int = 1
     min_prompt_tokens: int = 0
     requested: RequestedLogprobs = NO_LOGPROBS
+    ids_only: bool = False
 
 
 class Stripper(Protocol):
@@ -51,7 +52,7 @@ class Format(Protocol):
 
     def injected_members(self, request: Request, top_k: int) -> dict[str, bytes]:
         """The members (JSON) that make the engine return token ids, the `top_k` most likely ids with logprobs, and the
-        usage."""
+        usage. top_k: 0 for ids only."""
 
     def stripper(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
         """Of the response to a request with the injected members. stream: it is an event stream by its content type,

@@ -69,9 +69,11 @@ def unscorable_parameters(
     return Unscored.ECHO if value("echo") else None
 
 
-def injected_members(request: Request) -> dict[str, bytes]:
-    """Those that are the same in both forms."""
-    changes = {"return_token_ids": b"true", "return_tokens_as_token_ids": b"true"}
+def injected_members(request: Request, logprobs: dict[str, bytes]) -> dict[str, bytes]:
+    """logprobs: what asks for them in this form; empty for ids only."""
+    changes = {"return_token_ids": b"true"}
+    if logprobs:
+        changes |= {"return_tokens_as_token_ids": b"true", **logprobs}
     if request.stream and not request.usage_requested and request.choices == 1:
         # Not merged with the client's: its other options have no effect without `include_usage`, but would with it.
         # Of several choices, each finishing event would lose its fingerprint until the last one has finished.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-_NAMES = rb"logprobs|token_ids|prompt_token_ids"
+_NAMES = rb"logprobs|token_ids|prompt_token_ids|input_messages|output_messages"
 _MEMBER = re.compile(rb'(?<!\\)"(?:' + _NAMES + rb')"[ \t\r\n]*:[ \t\r\n]*(?=[\[{])')
 """A quote inside a string is escaped: the second one would be, if this were part of a text."""
 _BEGUN = re.compile(rb'(?<!\\)"(?:[a-z_]{0,20}|(?:' + _NAMES + rb')"[ \t\r\n]*:?[ \t\r\n]*)\Z')
