@@ -1,10 +1,13 @@
-"""What only a GPU can tell: `make bench-gpu`, at most ten minutes, one file to send back: build/bench/gpu.json.
+"""What only a GPU can tell: `HEMOSTAT_VLLM=vllm make bench-gpu`, one file to send back: build/bench/gpu.json.
 
-For a machine with a GPU, with vLLM installed in this environment. Nobody has run it yet. Each step is a process with a
-time limit; one that fails or runs out of time leaves the end of its output in the file, and the next one runs.
+On a machine with a CUDA GPU and nothing else on it. HEMOSTAT_VLLM makes `make` install vLLM's CUDA build in .venv, in
+place of the CPU build. After that, and after the demo's checkpoints have been made (their weights come with a package),
+it takes at most ten minutes. Nobody has run it yet. Each step is a process with a time limit; one that fails or runs
+out of time leaves the end of its output in the file, and the next one runs. The file has names of GPUs, versions,
+results of tests, and paths of the machine where a test failed.
 
 versions      GPUs, vLLM, torch, and which model runner vLLM chooses
-plugin        the plugin's tests on a real server (profiles, taps, failures): on a GPU with model runner V2
+plugin        the plugin's tests on a real server (profiles, taps, failures), with model runner V2
 answers       tokens that the plugin hands out, against those of the response
 adapters      adapters by version, slots, isolation of rows
 speculation   ngram drafts with the plugin (V2 takes both): a profile is applied to drafted tokens, taps have every one
@@ -18,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -29,12 +33,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "bench"
 MAX_SECONDS = 600.0
+STOP_SECONDS = 30.0
+"""For a step that ran out of time to stop its servers, whose memory the next one needs."""
 TAIL = 4000
 """Characters of a step's output that are kept."""
 VERSIONS = """
 import json, torch, vllm
+from hemostat.demo.checkpoints import cached_checkpoints
+from vllm.engine.arg_utils import EngineArgs
+config = EngineArgs(model=str(cached_checkpoints("w4a16").compressed), max_model_len=2048).create_engine_config()
 gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
-print(json.dumps({"vllm": vllm.__version__, "torch": torch.__version__, "gpus": gpus}))
+runner = "v2" if config.use_v2_model_runner else "v1"
+print(json.dumps({"vllm": vllm.__version__, "torch": torch.__version__, "gpus": gpus, "runner": runner}))
 """
 
 
@@ -53,7 +63,7 @@ def pytest(*arguments: str) -> list[str]:
 
 
 STEPS = (
-    Step("versions", ["-c", VERSIONS], 60),
+    Step("versions", ["-c", VERSIONS], 90),
     Step("plugin", pytest("tests/engine/test_real_vllm.py"), 150),
     Step("answers", pytest("tests/engine/test_real_answers.py"), 90),
     Step("adapters", pytest("tests/engine/test_real_adapters.py"), 120),
@@ -83,19 +93,21 @@ def run(steps: Sequence[Step], gpus: int, budget: float = MAX_SECONDS) -> dict[s
 def _outcome(step: Step, seconds: float) -> Mapping[str, Any]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     began = time.monotonic()
-    try:
-        done = subprocess.run(
-            [sys.executable, *step.command],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=seconds,
-            check=False,
-        )
-        outcome, output = "passed" if done.returncode == 0 else f"failed ({done.returncode})", done.stdout
-    except subprocess.TimeoutExpired as late:
-        outcome, output = f"not finished within {seconds:.0f} s", late.stdout or b""
+    command = [sys.executable, *step.command]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=seconds)
+            outcome = "passed" if process.returncode == 0 else f"failed ({process.returncode})"
+        except subprocess.TimeoutExpired:
+            outcome = f"not finished within {seconds:.0f} s"
+            process.send_signal(signal.SIGINT)
+            try:
+                output, _ = process.communicate(timeout=STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                output, _ = process.communicate()
     text = output.decode(errors="replace")
     return {"outcome": outcome, "seconds": round(time.monotonic() - began, 1), "output": text[-TAIL:]}
 
@@ -106,14 +118,18 @@ def main() -> None:
     given = parser.parse_args()
     import torch
 
+    from hemostat.demo.checkpoints import cached_checkpoints
+
     gpus = torch.cuda.device_count()
     if not gpus:
-        raise SystemExit("bench-gpu: torch sees no GPU here")
+        raise SystemExit("bench-gpu: torch sees no GPU here; on a machine with one: HEMOSTAT_VLLM=vllm make bench-gpu")
+    print("the demo's checkpoints are made, or checked", flush=True)
+    cached_checkpoints("w4a16", print)
     results = run([step for step in STEPS if given.only in step.name], gpus)
     BUILD.mkdir(parents=True, exist_ok=True)
     path = BUILD / "gpu.json"
     path.write_text(json.dumps({"steps": results}, indent=1) + "\n")
-    print(f"\n{path}: the file to send back")
+    print(f"\nthe file to send back: {path}")
 
 
 if __name__ == "__main__":

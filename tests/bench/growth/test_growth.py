@@ -50,19 +50,27 @@ def test_parameters_are_those_of_a_layer():
     assert parameters_of("70B") == matrices
 
 
+def test_steps_on_a_gpu_name_files_that_exist():
+    files = [argument for step in bench_gpu.STEPS for argument in step.command if argument.endswith(".py")]
+    assert len(files) == len(bench_gpu.STEPS) - 1
+    assert [name for name in files if not (bench_gpu.ROOT / name).is_file()] == []
+
+
 def test_steps_on_a_gpu_end_within_the_budget():
     step = bench_gpu.Step
     hanging = "import time; print('y', flush=True); time.sleep(600)"
     steps = [
         step("good", ["-c", "print('x')"], 60),
         step("bad", ["-c", "raise SystemExit(3)"], 60),
-        step("hangs", ["-c", hanging], 1),
+        step("hangs", ["-c", hanging], 3),
         step("two", [], 9, gpus=2),
     ]
     results = bench_gpu.run(steps, gpus=1)
     assert [result["outcome"] for result in results.values()] == [
-        "passed", "failed (3)", "not finished within 1 s", "not run: needs 2 GPUs",
+        "passed", "failed (3)", "not finished within 3 s", "not run: needs 2 GPUs",
     ]  # fmt: skip
     assert results["good"]["output"] == "x\n"
-    assert results["hangs"]["output"] in {"", "y\n"}, "as far as it came"
+    output = results["hangs"]["output"]
+    # A busy machine may not have started it by then.
+    assert not output.startswith("y\n") or "KeyboardInterrupt" in output, "it can stop its servers"
     assert bench_gpu.run(steps, gpus=1, budget=0.0)["good"]["outcome"] == "not run: no time left"
