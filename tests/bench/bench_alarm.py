@@ -68,6 +68,8 @@ TUNING_REQUESTS = 60
 BASELINE = Settings().baseline_requests
 BEFORE = 20
 AFTER = 150
+SECONDS = 180.0
+"""From one request to the next."""
 SPLIT = 4
 """Every fourth prompt is for calibration; their number is a multiple of it, so that a prompt is on one side only."""
 WINDOWS = (1, 4, 16, 64, 256)
@@ -159,14 +161,12 @@ def of_change(null: Sequence[Request]) -> Detector:
 
     def detect(rng: np.random.Generator, stream: list[Request]) -> tuple[int, int] | None:
         baselines = {
-            form: fit_baseline(
-                rows[form][rng.integers(len(rows[form]), size=BASELINE)], settings.half_share / (n * (n + 1))
-            )
+            form: fit_baseline(rows[form][rng.integers(len(rows[form]), size=BASELINE)], 1.0 / (n * (n + 1)))
             for n, form in enumerate(forms, 1)
         }
-        test = ChangeTest(settings.half_share / 2.0, settings.tolerance)
-        for request in stream:
-            test = test.update(baselines[request.form], request.level)
+        test = ChangeTest(settings.change_alpha, settings.tolerance)
+        for at, request in enumerate(stream):
+            test = test.update(baselines[request.form], request.level, SECONDS * at)
             if test.crossing is not None:
                 return test.wealth.requests, test.wealth.tokens
         return None

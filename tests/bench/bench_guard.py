@@ -6,12 +6,15 @@ lives take, all of them 30 minutes on one core at the default of 500. Counts hav
 "at most 5 %" is at most 35 of 500.
 
 `--only NAME` runs one module (may be given several times), also one that needs more than a processor (`real`: a vLLM);
-rows of the others stay in the file as they were. The exit status is 1 where a row does not hold.
+rows of the others stay in the file as they were. Rows of a module are written as soon as it is done; `--resume` goes on
+after an interruption, without the modules whose rows are of the same code, lives and seed. The exit status is 1 where a
+row does not hold.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -24,15 +27,25 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from tests.bench.guard import modules  # noqa: E402  the root is no package
-from tests.bench.rows import Rows, publish, run_modules, timed_rows  # noqa: E402
+from tests.bench.rows import Rows, earlier_rows, publish, run_modules, timed_rows, write_rows  # noqa: E402
 
 RESULT = ROOT / "build" / "bench" / "guard.json"
+CODE = ("calibration/hemostat_calibration", "middleware/hemostat", "tests/bench/guard", "tests/support")
+
+
+def digest() -> str:
+    """Of the code that the rows are of."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for path in sorted(path for folder in CODE for path in (ROOT / folder).rglob("*.py")):
+        hashed.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return hashed.hexdigest()
 
 
 def run(name: str, lives: int, seed: int) -> tuple[Rows, float]:
     """Rows of one module, and seconds."""
     module = next(module for module in modules() if name == module.NAME)
-    return timed_rows(name, module.rows(lives, seed))
+    rows, seconds = timed_rows(name, module.rows(lives, seed))
+    return [row | {"lives": lives, "seed": seed, "code": digest()} for row in rows], seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,11 +56,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lives", type=int, default=500, help="simulated runs of each case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="modules that run at a time")
+    parser.add_argument("--resume", action="store_true", help="skip modules with rows of this code, lives and seed")
     arguments = parser.parse_args(argv)
     chosen = arguments.only or simulated
-    rows = run_modules(run, chosen, arguments.jobs, arguments.lives, arguments.seed)
+    same = {"lives": arguments.lives, "seed": arguments.seed, "code": digest()}
+    kept = [row for row in earlier_rows(RESULT) if row["module"] in chosen and row.items() >= same.items()]
+    kept = kept if arguments.resume else []
+    names = [name for name in chosen if name not in {row["module"] for row in kept}]
     more = {"lives": arguments.lives, "seed": arguments.seed, "numpy": np.__version__}
-    return publish(RESULT, chosen, rows, ("measured", "limit"), more)
+
+    def write(name: str, rows: Rows) -> None:
+        write_rows(RESULT, [name], rows, more)
+
+    rows = run_modules(run, names, arguments.jobs, arguments.lives, arguments.seed, done=write)
+    return publish(RESULT, chosen, kept + rows, ("measured", "limit"), more)
 
 
 if __name__ == "__main__":

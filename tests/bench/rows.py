@@ -38,8 +38,15 @@ def timed_rows(name: str, given: Iterable[Any]) -> tuple[Rows, float]:
     return rows, time.monotonic() - started
 
 
-def run_modules(run: Callable[..., tuple[Rows, float]], names: Sequence[str], jobs: int, *arguments: Any) -> Rows:
-    """Rows of all modules in their order. run: of a module by its name and the arguments; `jobs` at a time."""
+def run_modules(
+    run: Callable[..., tuple[Rows, float]],
+    names: Sequence[str],
+    jobs: int,
+    *arguments: Any,
+    done: Callable[[str, Rows], None] | None = None,
+) -> Rows:
+    """Rows of all modules in their order. run: of a module by its name and the arguments; `jobs` at a time. done: is
+    told the rows of each as soon as they are there."""
     results: dict[str, Rows] = {}
     # Processes of their own, begun anew: no state is shared, and numpy's threads are not forked.
     context = multiprocessing.get_context("spawn")
@@ -49,6 +56,8 @@ def run_modules(run: Callable[..., tuple[Rows, float]], names: Sequence[str], jo
             name = running[future]
             results[name], seconds = future.result()
             print(f"{name}: {len(results[name])} rows, {seconds:.0f} s", file=sys.stderr, flush=True)
+            if done is not None:
+                done(name, results[name])
     return [row for name in names for row in results[name]]
 
 
@@ -57,21 +66,26 @@ def publish(path: Path, names: Sequence[str], rows: Rows, columns: Sequence[str]
 
     columns: between `case` and `holds`. Returns the exit status: 1 where a row does not hold.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    result = {**more, **machine, "rows": _earlier_rows(path, names) + rows}
-    path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_rows(path, names, rows, more)
     print(_table(rows, columns))
     return 0 if all(row["holds"] for row in rows) else 1
 
 
-def _earlier_rows(path: Path, without: Sequence[str]) -> Rows:
-    """Rows of a file that was written before, but those of some modules; none where it cannot be read."""
+def write_rows(path: Path, names: Sequence[str], rows: Rows, more: Mapping[str, Any]) -> None:
+    """The file with the rows of these modules; those of others stay as they were."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    others = [row for row in earlier_rows(path) if row["module"] not in names]
+    path.write_text(json.dumps({**more, **machine, "rows": others + rows}, indent=1, allow_nan=False) + "\n")
+
+
+def earlier_rows(path: Path) -> Rows:
+    """Of a file that was written before; none where it cannot be read."""
     try:
-        rows = json.loads(path.read_text())["rows"]
+        rows: Rows = json.loads(path.read_text())["rows"]
     except (OSError, ValueError, KeyError):
         return []
-    return [row for row in rows if row["module"] not in without]
+    return rows
 
 
 def _table(rows: Rows, columns: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard.decisions import Action
-from hemostat_calibration.guard.guard import Guard
+from hemostat_calibration.guard.guard import MIN_CYCLES, Guard
 from hemostat_calibration.statistics.dependence import (
     MIN_HISTORY,
     MIN_UNITS,
@@ -58,6 +58,20 @@ def test_dependence_over_more_units_than_were_seen_is_not_estimated():
     few, many = fed(runs(rng, 100, 400)), fed(runs(rng, 3, 400))
     assert not few.enough().any()
     assert many.enough().all()
+
+
+def test_what_the_units_of_a_day_have_in_common_is_seen_in_a_few_days():
+    """Three days of 256 units: 100 units of one day have 100 times the variance of the days in common."""
+    rng = np.random.default_rng(0)
+    days = fed(np.repeat(rng.normal(0.0, 0.5, (3, SERIES)), 256, axis=0) + rng.normal(size=(768, SERIES)))
+    true = (1.0 + 100 * 0.25) / 1.25
+    assert (days.inflation() >= true).mean() < 0.3
+    assert (days.inflation_of_sums(100) >= true).mean() > 0.8
+    alone = fed(rng.normal(size=(768, SERIES)))
+    short, long = alone.inflation_of_sums(30), alone.inflation_of_sums(768)
+    assert np.median(short) < 2.0
+    assert (alone.inflation() <= short).all()
+    assert (short <= long).all()
 
 
 def test_nothing_is_known_of_few_units():
@@ -115,22 +129,23 @@ def test_a_kind_is_known_after_enough_units_that_are_not_all_alike():
 
 def test_units_of_less_than_a_cycle_give_no_estimate_and_a_new_kind_borrows_what_all_have():
     rng = np.random.default_rng(0)
-    day, guard = 24.0, Guard(cycle=24.0)
+    guard = Guard(cycle=24.0)
+    day = MIN_CYCLES * 24.0
     for at in range(240):
-        guard.note("old", b"client %d" % (at % 8), float(rng.normal()), now=0.1 * at)
+        guard.note("old", b"client %d" % (at % 8), float(rng.normal()), now=0.2 * at)
         assert not guard.is_known("old")
-        assert not guard.has_seen_cycle
+        assert not guard.has_seen_cycles
     guard.note("old", b"client", float(rng.normal()), now=day)
     assert guard.is_known("old")
-    assert guard.has_seen_cycle
+    assert guard.has_seen_cycles
     guard.note("new", b"client", 5.0, now=day)
     assert guard.is_known("new")
-    alike = Guard(cycle=day)
+    alike = Guard(cycle=24.0)
     for at in range(2 * MIN_HISTORY):
         alike.note("alike", b"client", float(at // 20), now=float(at))
     assert not alike.is_known("alike")
     assert Guard(cycle=day).is_known("never noted")
-    assert Guard(cycle=day).has_seen_cycle
+    assert Guard(cycle=day).has_seen_cycles
 
 
 def test_a_guard_promotes_where_it_knows_how_much_units_depend_on_each_other():

@@ -243,25 +243,25 @@ def test_a_scored_record_does_not_compute_how_much_requests_of_the_floors_depend
 
 def test_an_older_state_is_refused_by_name_and_its_alpha_stays_spent(caplog: pytest.LogCaptureFixture) -> None:
     old = json.dumps({"schema": 1, "state": {"budget_tests": 3}})
-    bench = Bench(baseline_requests=40)
+    bench = Bench(budget_nats=1.0, baseline_requests=None)
     bench.alarms.restore(old, [])
     assert "schema 1" in caplog.text
     (event,) = bench.events()
     assert "schema 1" in event["why"]
     assert event == bench.alarms.report()["events"][-1]
-    bench.feed(range(60), 0.1)
+    bench.feed(range(100), 0.1)
     (test,) = bench.alarms.report()["tests"]
     assert test["alpha"] == pytest.approx(0.01 / 2 / (4 * 5))
 
 
 def test_other_models_begin_anew_and_their_alpha_too() -> None:
-    bench = Bench(baseline_requests=40)
-    bench.feed(range(60), 0.1)
+    bench = Bench(budget_nats=1.0, baseline_requests=None)
+    bench.feed(range(100), 0.1)
     bench.alarms.forget()
-    assert bench.alarms.report()["kinds"] == []
-    again = Bench(baseline_requests=40)
+    assert bench.alarms.report()["tests"] == []
+    again = Bench(budget_nats=1.0, baseline_requests=None)
     again.alarms.restore(json.dumps({"schema": 1, "state": {"budget_tests": 2, "change_tests": 2, "baselines": 2}}), [])
     for each in (bench, again):
-        each.feed(range(60), 0.6)
+        each.feed(range(100), 0.6)
     alphas = [each.alarms.report()["tests"][0]["alpha"] for each in (bench, again)]
     assert alphas == pytest.approx([0.01 / 2 / 6, 0.01 / 2 / 12])

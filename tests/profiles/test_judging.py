@@ -143,12 +143,12 @@ def test_an_unproven_candidate_is_dropped_where_others_wait(monkeypatch: pytest.
 
 def test_no_candidate_gives_way_before_a_cycle_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging, "MAX_UNPROVEN_UNITS", 30)
-    monkeypatch.setattr(Trials, "has_seen_cycle", False)
+    monkeypatch.setattr(Trials, "has_seen_cycles", False)
     bench = Bench()
     first, second, third = (bench.profiles.operator.import_profile(harmful(seed=seed)) for seed in range(3))
     bench.feed(EVEN, JUDGED[:60])
     assert bench.profiles.trials.tested_versions == [first, second]
-    monkeypatch.setattr(Trials, "has_seen_cycle", True)
+    monkeypatch.setattr(Trials, "has_seen_cycles", True)
     bench.feed(EVEN, JUDGED[60:61])
     assert bench.profiles.trials.tested_versions == [second, third]
 

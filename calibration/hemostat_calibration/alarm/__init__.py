@@ -1,4 +1,4 @@
-"""The hemorrhage alarm: two tests over all kinds of traffic, with one false-alarm probability over the whole run.
+"""The hemorrhage alarm: two tests over all kinds of traffic, with one false-alarm probability a week.
 
 `budget`  the divergence per token of a kind exceeds the noise floor by more than the operator allows (`budget`).
 `change`  the requests of the kinds are no longer what the frozen baselines of these kinds were: another checkpoint, a

@@ -1,9 +1,10 @@
-"""The alarm over all kinds of traffic: one false-alarm probability for all tests and the whole run.
+"""The alarm over all kinds of traffic: one false-alarm probability a week for all tests.
 
 `alpha` is shared out equally between the tests that are in use. Of its share the budget test gives half to the limit of
-the noise floor and half to the bets: the k-th budget test that was ever begun (one for each kind, begun anew after an
-alarm) has the part 1/(k(k+1)) of that. The change test gives half to the limits of baselines, of which the i-th ever
-completed has the part 1/(i(i+1)), and half to the bets: its k-th test has the part 1/(k(k+1)).
+the noise floor, for the whole run, and half to the bets: the k-th budget test that was ever begun (one for each kind,
+begun anew after an alarm) has the part 1/(k(k+1)) of that. Of the evidence of baselines against the means that the
+change test bets on, the i-th that was ever completed has the part 1/(i(i+1)). A false alarm within the first m weeks of
+a test has a probability of at most m alpha (`betting`); after an alarm, a new test begins.
 
 Requests that depend on each other (`statistics.dependence`): a baseline is complete after `baseline_requests` over a
 `cycle` of the traffic, and as soon as `EFFECTIVE_SHARE` of that are effective ones: where requests come in runs of
@@ -29,7 +30,9 @@ from enum import StrEnum
 import numpy as np
 
 from hemostat_calibration.alarm.baseline import (
+    MEAN_FACTOR,
     MIN_BASELINE_REQUESTS,
+    TAIL,
     Baseline,
     RequestSpread,
     fit_baseline,
@@ -66,7 +69,7 @@ class AlarmTest(StrEnum):
 class Settings:
     """Raises InvalidArgumentError on a bad value.
 
-    alpha: probability of any false alarm, over all kinds, both tests and the whole run.
+    alpha: probability of any false alarm in a week, over all kinds and both tests.
     budget: allowed divergence above the noise floor, nats per token; None: no budget tests.
     cap: nats, where divergences are clipped. max_tokens: weight of a request in the budget test is that of at most so
         many tokens. baseline_requests: of each kind that the change test learns from before it tests; 0: no change
@@ -101,9 +104,19 @@ class Settings:
             raise InvalidArgumentError(f"tolerance is {self.tolerance}: it must be a factor of 1 or more")
 
     @property
+    def share(self) -> float:
+        """Of alpha, what each test in use has."""
+        return self.alpha / (2.0 if self.budget is not None and self.baseline_requests else 1.0)
+
+    @property
     def half_share(self) -> float:
-        """Half of the alpha that each test in use has: for its bets, and as much for its limits."""
-        return self.alpha / (4.0 if self.budget is not None and self.baseline_requests else 2.0)
+        """For the bets of budget tests, and as much for the limit of the noise floor."""
+        return 0.5 * self.share
+
+    @property
+    def change_alpha(self) -> float:
+        """For the bets of the change test (at least half of its share: with an alpha below 5e-6, `TAIL` is more)."""
+        return max(self.share - TAIL, 0.5 * self.share) / MEAN_FACTOR
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -308,7 +321,7 @@ def _update_change(alarm: Alarm, state: KindState, request: RequestSpread, now: 
         if math.isinf(inflation) or now - state.since < settings.cycle:
             return alarm, state
         number = alarm.baselines + 1
-        fitted = fit_baseline(state.learning, settings.half_share / (number * (number + 1)), inflation, state.stride)
+        fitted = fit_baseline(state.learning, 1.0 / (number * (number + 1)), inflation, state.stride)
         learned = replace(state, learning=KindState().learning, levels=KindState().levels, baseline=fitted)
         return replace(alarm, baselines=number), learned
     count = state.recent_requests + 1
@@ -322,7 +335,7 @@ def _update_change(alarm: Alarm, state: KindState, request: RequestSpread, now: 
     if test.crossing is None:
         running = replace(running, test=test.update(baseline, request, now))
     else:
-        running = _observe_recovery(running, test.log_factors(baseline, request), settings.clear_after)
+        running = _observe_recovery(running, test.clearing_factors(baseline, request), settings.clear_after)
     return replace(alarm, change=running), state
 
 
@@ -359,9 +372,8 @@ def baseline_inflation(levels: BatchMeans, all_levels: BatchMeans, needed: int) 
 
 
 def _begin_change(alarm: Alarm) -> tuple[Alarm, RunningTest]:
-    settings, number = alarm.settings, alarm.change_tests + 1
-    alpha = settings.half_share / (number * (number + 1))
-    return replace(alarm, change_tests=number), RunningTest(ChangeTest(alpha, settings.tolerance), number)
+    number, test = alarm.change_tests + 1, ChangeTest(alarm.settings.change_alpha, alarm.settings.tolerance)
+    return replace(alarm, change_tests=number), RunningTest(test, number)
 
 
 def _observe_recovery(running: RunningTest, log_factors: Floats, window: int) -> RunningTest:

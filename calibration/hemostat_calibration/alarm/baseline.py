@@ -7,12 +7,18 @@ and long requests are about equally wide, and other lengths of the answers do no
 
 The first eighth of a baseline fixes centre, h and the scores' *scale* (their median absolute deviation, as that of a
 normal distribution). What is bet on are *ramps*: r(s) rises from 0 to 1 between two scores, in units of the scale. They
-are independent of the other requests of the baseline, whose mean of r gives a limit of E[r] without any assumption on
-the distribution, by betting (Waudby-Smith & Ramdas, JRSS-B 2024): if g is the mean, Π (1 + λ (g − r_i)) reaches 1/α
-with a probability of at most α; it grows with g, and `Baseline.limits` are the g at which it does. λ is the best one
-for the variance in the first eighth. A ramp says more than whether a score is in the tail: a doubled spread of requests
-that depend on each other (log-sd 0.3, v = 10 to 25) is found with about half of the requests that bets on tails with
-Clopper-Pearson limits took.
+are independent of the other requests of the baseline, whose ramps say what E[r] is without any assumption on the
+distribution, by betting (Waudby-Smith & Ramdas, JRSS-B 2024): if g is the mean, e(g) = Π (1 + λ (g − r_i)) has an
+expected value of 1; it grows with g. λ is the best one for the variance in the first eighth. A ramp says more than
+whether a score is in the tail: a doubled spread of requests that depend on each other (log-sd 0.3, v = 10 to 25) is
+found with about half of the requests that bets on tails with Clopper-Pearson limits took.
+
+What E[r] is, is not fixed at one limit: wealth is kept for several g, those at which ln e(g) is one of `LEVELS`, and
+multiplied by e(g) of the level below; of these the least counts. At the true g the product has an expected value of
+at most 1 (1 + exp(`LEVELS[0]`), as lower ones count as that), so the least has, too. A larger g makes later bets lose
+and the baseline's own evidence against it grow: what counts is the g that explains both best. With one limit, that
+holds with a probability of 1 − α/2, a doubled spread took 1.3 to 1.5 times as many requests. Beyond the last level
+nothing is known: `TAIL` is the probability that any g is there.
 
 Requests that depend on each other say less: with v̂ the variance inflation of sums of levels
 (`statistics.dependence`; of one in s requests v̂/s is enough), the product is raised to the power 1/v̂, and so is every
@@ -44,11 +50,11 @@ MAX_HALF_TOKENS = 512.0
 MIN_SCALE = 0.02
 """Of scores: a change of two percent is none."""
 
-UPWARD_RAMPS = ((-0.5, 3.0), (1.5, 3.0))
+UPWARD_RAMPS = ((0.0, 3.0), (1.5, 3.0))
 """Scores between which they rise, in units of the scale: a flat one for changes of the size of the differences between
 requests, a steep one for larger ones."""
 
-DOWNWARD_RAMPS = ((-0.5, 3.0),)
+DOWNWARD_RAMPS = ((0.0, 3.0),)
 """Likewise, of scores with the other sign."""
 
 MIN_LIMIT = 0.05
@@ -65,10 +71,21 @@ LOG_WEIGHTS = np.log([0.45, 0.2, 0.1, 0.05, 0.1, 0.1])
 """ln of the parts of what is funded, by stake and ramp: most is for a large stake on the flat ramp upwards, as requests
 that depend on each other leave few effective ones to find a change with."""
 
-MAX_STAKE, MIN_DEVIATION = 0.95, 0.02
-"""Of the bets that a limit is found with: part of the wealth, and of the standard deviation that they suppose."""
-_ROUNDS = 40
-"""Of bisection, for a limit."""
+LEVELS = np.array([-2.0, -1.0, *np.arange(0.0, 4.5, 0.5), 5.0, 6.0, 8.0, 10.0, 14.0])
+"""ln of the evidence of a baseline against a mean, J of them."""
+LEVEL_WEIGHTS = np.concatenate([LEVELS[:1], LEVELS[:-1]])[:, None] + LOG_WEIGHTS
+"""ln of the parts of what is funded, [J, S], with what the baseline's evidence multiplies wealth by: of the level
+below, as the true mean may be anywhere above that."""
+MEAN_FACTOR = 1.0 + math.exp(LEVELS[0])
+"""The largest expected value of the least wealth, as a multiple of what was funded."""
+TAIL = (len(UPWARD_RAMPS) + len(DOWNWARD_RAMPS)) * math.exp(-LEVELS[-1])
+CLEARING = LEVELS.tolist().index(4.0)
+"""The level whose bets say whether an alarm is over."""
+
+MAX_STAKE, MIN_DEVIATION, SUPPOSED = 0.95, 0.02, 2.0
+"""Of the bets on a baseline's means: part of the wealth, the least standard deviation, and the evidence that they are
+best for."""
+_MEANS = np.linspace(0.0, 1.0, 65)
 _DEVIATION = 0.6745
 """Median absolute deviation of a normal distribution, in units of its standard deviation."""
 
@@ -108,8 +125,9 @@ def request_spread(spreads: Floats) -> RequestSpread | None:
 class Baseline:
     """Of one kind, frozen.
 
-    level: mean level of its requests. centre, half_tokens, scale: of the score. limits: float64 [B], of the means of
-    the ramps (`UPWARD_RAMPS`, then `DOWNWARD_RAMPS`). requests: in the baseline. inflation: v̂ of its levels.
+    level: mean level of its requests. centre, half_tokens, scale: of the score. limits: float64 [J, B], the means of
+    the ramps (`UPWARD_RAMPS`, then `DOWNWARD_RAMPS`) at each of `LEVELS`. requests: in the baseline. inflation: v̂ of
+    its levels.
     """
 
     level: float
@@ -122,17 +140,18 @@ class Baseline:
 
     def log_factors(self, levels: Floats, tokens: Floats, tolerance: float) -> Floats:
         """ln of what each strategy's wealth is multiplied by, to the power 1/v̂: levels, tokens float64 [R] ->
-        [R, S].
+        [R, J, S].
 
-        >>> baseline = fit_baseline(np.array([[math.sin(n), 50, 0.0] for n in range(150)]), alpha=0.0025)
-        >>> baseline.log_factors(np.array([0.0, 9.0]), np.array([50.0, 50.0]), 1.25).max(axis=1).round(1).tolist()
-        [-0.1, 2.7]
+        >>> baseline = fit_baseline(np.array([[math.sin(n), 50, 0.0] for n in range(150)]))
+        >>> factors = baseline.log_factors(np.array([0.0, 9.0]), np.array([50.0, 50.0]), 1.25)
+        >>> factors[:, CLEARING].max(axis=1).round(1).tolist()
+        [-0.2, 2.8]
         """
         width, allowed = self.scale * np.sqrt(1.0 + self.half_tokens / tokens), math.log(tolerance)
         distance = levels - self.centre
-        gains = _ramps((distance - allowed) / width, (distance + allowed) / width) / self.limits
+        gains = _ramps((distance - allowed) / width, (distance + allowed) / width)[:, None, :] / self.limits
         factors = [np.log(1.0 - stake + stake * gains) for stake in STAKES]
-        result: Floats = np.concatenate(factors, axis=1) / self.inflation
+        result: Floats = np.concatenate(factors, axis=2) / self.inflation
         return result
 
 
@@ -144,15 +163,16 @@ def _ramps(upward: Floats, downward: Floats) -> Floats:
     return clipped
 
 
-def fit_baseline(requests: Floats, alpha: float, inflation: float = 1.0, stride: int = 1) -> Baseline:
+def fit_baseline(requests: Floats, part: float = 1.0, inflation: float = 1.0, stride: int = 1) -> Baseline:
     """The baseline of a kind from its first requests, in their order: float64 [R, 3], rows of `RequestSpread.row`.
-    inflation: v̂ of the levels of all of them, 1 or more. stride: one in so many is given.
+    part: of the evidence against means of all baselines; together they are at most 1. inflation: v̂ of the levels of
+    all of them, 1 or more. stride: one in so many is given.
 
-    With a probability of at least 1 − alpha no limit is below the true mean of its ramp, if the requests are
-    independent and of one distribution, whatever it is. InvalidArgumentError for fewer than `MIN_BASELINE_REQUESTS`
+    The true mean of a ramp is above its limit at level ℓ with a probability of at most part · exp(−ℓ), if the requests
+    are independent and of one distribution, whatever it is. InvalidArgumentError for fewer than `MIN_BASELINE_REQUESTS`
     effective ones.
 
-    >>> fit_baseline(np.array([[math.sin(n), 50, 0.0] for n in range(150)]), alpha=0.0025).requests
+    >>> fit_baseline(np.array([[math.sin(n), 50, 0.0] for n in range(150)])).requests
     150
     """
     v = max(inflation / stride, 1.0)
@@ -167,14 +187,14 @@ def fit_baseline(requests: Floats, alpha: float, inflation: float = 1.0, stride:
     scores = (levels - centre) / np.sqrt(1.0 + half_tokens / tokens)
     scale = max(float(np.median(np.abs(scores[:first]))) / _DEVIATION, MIN_SCALE)
     ramps = _ramps(scores / scale, scores / scale)
-    part, deviations = alpha / ramps.shape[1], ramps[:first].std(axis=0)
-    limits = [upper_limit(ramp[first:], part, sd, v) for ramp, sd in zip(ramps.T, deviations.tolist(), strict=True)]
+    deviations = ramps[:first].std(axis=0).tolist()
+    limits = [level_means(ramp[first:], part, sd, v) for ramp, sd in zip(ramps.T, deviations, strict=True)]
     return Baseline(
         level=float(levels.mean()),
         centre=centre,
         half_tokens=half_tokens,
         scale=scale,
-        limits=np.maximum(limits, MIN_LIMIT),
+        limits=np.maximum(np.stack(limits, axis=1), MIN_LIMIT),
         requests=len(requests) * stride,
         inflation=inflation,
     )
@@ -194,23 +214,20 @@ def _half_tokens(requests: Floats, centre: float) -> float:
     return min(within / between, MAX_HALF_TOKENS) if between > 0.0 else MAX_HALF_TOKENS
 
 
-def upper_limit(values: Floats, alpha: float, deviation: float, inflation: float = 1.0) -> float:
-    """Upper limit of the mean of values between 0 and 1, float64 [m], at least 1 − alpha certain.
+def level_means(values: Floats, part: float, deviation: float, inflation: float = 1.0) -> Floats:
+    """The means g against which values between 0 and 1, float64 [m], are so much evidence that ln(part · e(g)) = ℓ, for
+    each ℓ of `LEVELS`: [J]; 1 where there is none.
 
-    deviation: about their standard deviation, from other data; limits are narrowest where it is right. inflation: v̂ of
+    deviation: about their standard deviation, from other data; means are nearest where it is right. inflation: v̂ of
     their sums, 1 or more.
 
     >>> values = np.tile([0.0, 0.5, 1.0, 0.5], 50)
-    >>> round(upper_limit(values, 0.05, 0.35), 3), round(upper_limit(values, 0.05, 0.35, inflation=4.0), 3)
-    (0.561, 0.622)
+    >>> [level_means(values, 1.0, 0.35, inflation=v)[CLEARING].round(3).tolist() for v in (1.0, 4.0)]
+    [0.575, 0.65]
     """
-    needed = inflation * -math.log(alpha)
-    best = math.sqrt(2.0 * needed / len(values)) / max(deviation, MIN_DEVIATION)
-    low, high = float(values.mean()), 1.0
-    for _ in range(_ROUNDS):
-        mean = (low + high) / 2.0
-        # Capital that is left is at least 1 − MAX_STAKE where a value is 1; 1 − mean may round to 0.
-        stake = min(best, MAX_STAKE / max(1.0 - mean, 1e-9))
-        evidence = float(np.log1p(stake * (mean - values)).sum())
-        low, high = (low, mean) if evidence >= needed else (mean, high)
-    return high
+    best = math.sqrt(2.0 * SUPPOSED * inflation / len(values)) / max(deviation, MIN_DEVIATION)
+    # Capital that is left is at least 1 − MAX_STAKE where a value is 1; 1 − mean may round to 0.
+    stakes = np.minimum(best, MAX_STAKE / np.maximum(1.0 - _MEANS, 1e-9))[:, None]
+    evidence = np.log1p(stakes * (_MEANS[:, None] - values)).sum(axis=1) / inflation + math.log(part)
+    result: Floats = np.interp(LEVELS, evidence, _MEANS, right=1.0)
+    return result

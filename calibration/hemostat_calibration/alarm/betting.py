@@ -1,11 +1,20 @@
 """Betting against "nothing is wrong": the wealth of several strategies, funded anew with every request.
 
 A strategy multiplies its wealth by factors whose expected value, given the past, is at most 1 under the null
-hypothesis. Then the sum over all strategies reaches 1/α with a probability of at most α (Ville's inequality), however
-often one looks (Shafer, "Testing by betting", 2021; Waudby-Smith & Ramdas, "Estimating means of bounded random
-variables by betting", 2024). Wealth that was lost before something went wrong would delay the alarm, so strategies are
-funded anew: of the whole, 1, the k-th effective request gets 1/(k(k+1)), the rest is held back. That costs 2 log k of
-evidence, whenever the change begins. (A request is 1/v̂ effective ones, see `statistics.dependence`.)
+hypothesis. Then the sum over all strategies reaches 1/α with a probability of at most α times what they were funded
+with (Ville's inequality), however often one looks (Shafer, "Testing by betting", 2021; Waudby-Smith & Ramdas,
+"Estimating means of bounded random variables by betting", 2024). Wealth that was lost before something went wrong would
+delay the alarm, so strategies are funded anew with every effective request. (A request is 1/v̂ effective ones, see
+`statistics.dependence`.) The amounts are `FIRST` for the beginning, of which the k-th effective request gets
+1/(k(k+1)), and 1 − `FIRST` for each week, in proportion to the time that has passed. So within m weeks, m ≥ 1, they are
+m or less: **a false alarm within m weeks has a probability of at most m α**. A change costs the same evidence whenever
+it begins: the logarithm of the number of effective requests in a week. (Shin, Ramdas & Rinaldo, "E-detectors", New
+England Journal of Statistics in Data Science 2024: the sum is theirs of the Shiryaev-Roberts type. Amounts that decay,
+so that one probability holds for ever, cost twice that logarithm of the whole time: at v = 25 a doubled spread took two
+and a half times as many requests after a quiet week as at once.)
+
+Where a factor depends on something that is known within limits only, wealth has *levels*: it is kept for several values
+of what is not known, one for each row, and of a strategy the least counts. See `baseline`.
 """
 
 from __future__ import annotations
@@ -17,6 +26,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat_calibration.arrays import Floats
+
+WEEK = 7 * 86_400.0
+FIRST = 0.25
+"""Of what is funded in the first week."""
 
 BET_FRACTIONS = (0.9, 0.6, 0.3, 0.1, 0.03)
 """Parts of the wealth that strategies of the budget test stake."""
@@ -39,12 +52,12 @@ class Crossing:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WealthState:
-    """Wealth of S strategies, before the next request is funded.
+    """Wealth of S strategies, at each of J levels where there are any, before the next request is funded.
 
-    log_wealth: float64 [S], natural logarithms.
-    since: float64 [S]; first_request, first_token: int64 [S]: time, and the numbers of requests and tokens seen before,
-        when the larger part of each strategy's wealth was funded.
-    requests, tokens: seen so far. effective: of the requests. funded: how often.
+    log_wealth: float64 [S] or [J, S], natural logarithms.
+    since: float64; first_request, first_token: int64, of the same shape: time, and the numbers of requests and tokens
+        seen before, when the larger part of each strategy's wealth was funded.
+    requests, tokens: seen so far. effective: of the requests. funded: how often. funded_at: time of the last one.
     """
 
     log_wealth: Floats
@@ -55,25 +68,30 @@ class WealthState:
     tokens: int = 0
     effective: float = 0.0
     funded: int = 0
+    funded_at: float = 0.0
 
     @property
     def log_evidence(self) -> float:
-        """ln of the whole wealth, what is held back included; 0 before the first request."""
-        if not self.requests:
-            return 0.0
-        held_back = -math.log(self.funded + 1.0)
-        return float(np.logaddexp(log_sum_exp(self.log_wealth[:, None])[0], held_back))
+        """ln of the whole wealth, of each strategy at its least level; 0 before the first request."""
+        return float(log_sum_exp(self._least()[:, None])[0]) if self.requests else 0.0
 
     def crossing(self, at: float, log_wealth: float) -> Crossing:
-        """The evidence of an alarm now. at: seconds. log_wealth: of all strategies, what is held back included."""
-        best = int(self.log_wealth.argmax())
+        """The evidence of an alarm now. at: seconds. log_wealth: of all strategies."""
+        best = int(self._least().argmax())
+        # In rows, the position of this strategy at its least level.
+        where = int(np.atleast_2d(self.log_wealth)[:, best].argmin()) * self.log_wealth.shape[-1] + best
         return Crossing(
-            since=float(self.since[best]),
+            since=float(self.since.flat[where]),
             at=at,
-            requests=self.requests - int(self.first_request[best]),
-            tokens=self.tokens - int(self.first_token[best]),
+            requests=self.requests - int(self.first_request.flat[where]),
+            tokens=self.tokens - int(self.first_token.flat[where]),
             log_wealth=log_wealth,
         )
+
+    def _least(self) -> Floats:
+        """Over levels, [S]."""
+        least: Floats = np.atleast_2d(self.log_wealth).min(axis=0)
+        return least
 
 
 def equal_weights(strategies: int) -> Floats:
@@ -85,14 +103,14 @@ def equal_weights(strategies: int) -> Floats:
     return np.full(strategies, -math.log(strategies)) + 0.0
 
 
-def initial_wealth(strategies: int) -> WealthState:
-    """Of S strategies, before the first request.
+def initial_wealth(*shape: int) -> WealthState:
+    """Of S strategies, or of J levels and S strategies, before the first request.
 
     >>> initial_wealth(2).log_wealth.tolist()
     [-inf, -inf]
     """
-    nothing = np.zeros(strategies, np.int64)
-    return WealthState(np.full(strategies, -np.inf), np.full(strategies, np.nan), nothing, nothing)
+    nothing = np.zeros(shape, np.int64)
+    return WealthState(np.full(shape, -np.inf), np.full(shape, np.nan), nothing, nothing)
 
 
 def bet(
@@ -106,26 +124,37 @@ def bet(
 ) -> tuple[WealthState, Crossing | None]:
     """The wealth after one request, and a `Crossing` if the wealth reached the threshold, else None.
 
-    log_factors: float64 [S], ln of each strategy's factor. log_weights: float64 [S], ln of the part that each gets of
-    what is funded; the parts sum to 1. tokens: of the request. now: its time, seconds. log_target: ln of the threshold.
+    log_factors: float64 [S] or [J, S], ln of each strategy's factor. log_weights: of the same shape, ln of the part
+    that each gets of what is funded. tokens: of the request. now: its time, seconds. log_target: ln of the threshold.
     inflation: v̂, by which log_factors are divided already.
 
     >>> wealth = initial_wealth(1)
     >>> for now in range(8):
-    ...     wealth, crossing = bet(wealth, np.log([2.0]), np.zeros(1), tokens=10, now=now, log_target=4.0)
+    ...     wealth, crossing = bet(wealth, np.log([2.0]), np.zeros(1), tokens=10, now=now, log_target=3.5)
     >>> crossing.since, crossing.requests, crossing.tokens
     (0.0, 8, 80)
     """
     if wealth.effective >= wealth.funded:
         k = wealth.funded + 1
-        wealth = replace(fund(wealth, log_weights - math.log(k * (k + 1.0)), now), funded=k)
+        passed = max(now - wealth.funded_at, 0.0) if wealth.funded else 0.0
+        wealth = fund(wealth, log_weights + math.log(amount(k, passed)), now)
+        wealth = replace(wealth, funded=k, funded_at=now)
     moved = multiply(wealth, log_factors, tokens)
     moved = replace(moved, effective=moved.effective + 1.0 / inflation)
     return moved, None if moved.log_evidence < log_target else moved.crossing(now, moved.log_evidence)
 
 
+def amount(k: int, passed: float) -> float:
+    """What the k-th effective request is funded with. passed: seconds since the one before.
+
+    >>> amount(1, 0.0), round(sum(amount(k, 3600.0) for k in range(1, 169)), 2)
+    (0.125, 1.0)
+    """
+    return FIRST / (k * (k + 1.0)) + (1.0 - FIRST) * passed / WEEK
+
+
 def fund(wealth: WealthState, log_amounts: Floats, now: float) -> WealthState:
-    """Add to what each strategy has. log_amounts: float64 [S], natural logarithms. now: seconds.
+    """Add to what each strategy has. log_amounts: float64, of its shape, natural logarithms. now: seconds.
 
     >>> fund(initial_wealth(1), np.log([0.5]), now=3.0).log_wealth.round(6).tolist()
     [-0.693147]
@@ -141,7 +170,7 @@ def fund(wealth: WealthState, log_amounts: Floats, now: float) -> WealthState:
 
 
 def multiply(wealth: WealthState, log_factors: Floats, tokens: int) -> WealthState:
-    """One more request. log_factors: float64 [S], ln of each strategy's factor. tokens: of the request.
+    """One more request. log_factors: float64, of its shape, ln of each strategy's factor. tokens: of the request.
 
     >>> wealth = multiply(fund(initial_wealth(1), np.zeros(1), now=0.0), np.log([2.0]), tokens=10)
     >>> wealth.log_wealth.round(6).tolist(), wealth.requests, wealth.tokens

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat_calibration.alarm.alarm import Alarm, KindState, RunningTest, Settings
-from hemostat_calibration.alarm.baseline import LOG_WEIGHTS, STAKES
+from hemostat_calibration.alarm.baseline import LEVEL_WEIGHTS, LEVELS, LOG_WEIGHTS, STAKES
 from hemostat_calibration.alarm.betting import BET_FRACTIONS, WealthState
 from hemostat_calibration.alarm.budget import BudgetTest
 from hemostat_calibration.alarm.change import ChangeTest
@@ -24,8 +24,8 @@ from hemostat_calibration.alarm.workload import Workload
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.state_codec import decode, encode
 
-SCHEMA = 6
-ENGINES_SCHEMA = 5
+SCHEMA = 7
+ENGINES_SCHEMA = 6
 
 T = TypeVar("T")
 
@@ -119,28 +119,28 @@ def _arrays(alarm: Alarm) -> Checks:
     fresh = KindState()
     yield from _like(alarm.levels, fresh.levels, "levels")
     if alarm.change is not None:
-        yield from _test_arrays(alarm.change, ChangeTest, len(LOG_WEIGHTS))
+        yield from _test_arrays(alarm.change, ChangeTest, LEVEL_WEIGHTS.shape)
     for state in alarm.kinds.values():
         yield "learning", state.learning, (None, 3)
         yield from _like(state.levels, fresh.levels, "levels")
         yield from _like(state.divergences, fresh.divergences, "divergences")
         if state.baseline is not None:
-            yield "limits", state.baseline.limits, (len(LOG_WEIGHTS) // len(STAKES),)
+            yield "limits", state.baseline.limits, (len(LEVELS), len(LOG_WEIGHTS) // len(STAKES))
         if state.budget is not None:
-            yield from _test_arrays(state.budget, BudgetTest, len(BET_FRACTIONS))
+            yield from _test_arrays(state.budget, BudgetTest, (len(BET_FRACTIONS),))
 
 
-def _test_arrays(running: RunningTest, kind: type[BudgetTest | ChangeTest], strategies: int) -> Checks:
+def _test_arrays(running: RunningTest, kind: type[BudgetTest | ChangeTest], shape: tuple[int, ...]) -> Checks:
     if not isinstance(running.test, kind):
         raise InvalidArgumentError(f"a {type(running.test).__name__} in place of a {kind.__name__}; begin anew")
-    yield from _wealth_arrays(running.test.wealth, strategies)
+    yield from _wealth_arrays(running.test.wealth, shape)
     if running.recovery_log_wealth is not None:
-        yield "recovery_log_wealth", running.recovery_log_wealth, (strategies,)
+        yield "recovery_log_wealth", running.recovery_log_wealth, shape[-1:]
 
 
-def _wealth_arrays(wealth: WealthState, strategies: int) -> Checks:
+def _wealth_arrays(wealth: WealthState, shape: tuple[int, ...]) -> Checks:
     for name in ("log_wealth", "since", "first_request", "first_token"):
-        yield name, getattr(wealth, name), (strategies,)
+        yield name, getattr(wealth, name), shape
 
 
 def _like(stored: object, fresh: object, where: str) -> Checks:
@@ -152,7 +152,7 @@ def _like(stored: object, fresh: object, where: str) -> Checks:
 def _engine_arrays(state: OutlierTest) -> Checks:
     fresh = update(init(0.5), "", Unit("", 0.0, 1)).tests[""]
     for test in state.tests.values():
-        yield from _wealth_arrays(test.wealth, len(fresh.wealth.log_wealth))
+        yield from _wealth_arrays(test.wealth, fresh.wealth.log_wealth.shape)
         yield "begun", test.begun, fresh.begun.shape
         yield "windows", test.windows, fresh.windows.shape
         if test.recovery is not None:

@@ -14,9 +14,9 @@ end. Units must be of the held-out side of the split.
   its gain is above 0 has reached 1/alpha.
 - Units may depend on each other: all evidence is raised to the power 1/v̂, with the variance inflation v̂ of their
   sums, which comes from what is known of the kind beside the tests (`Guard.note`), and for a candidate from
-  its gains, too: the larger one. A candidate is not promoted before there are enough units to know it, over a cycle of
-  the traffic (`statistics.dependence`): of the kind, or of all kinds together. Then the larger v̂ of both counts, until
-  that of the kind is known.
+  its gains, too: the larger one. A candidate is not promoted before there are enough units to know it, over
+  `MIN_CYCLES` of the traffic (`statistics.dependence`): of the kind, or of all kinds together. Then the larger v̂ of
+  both counts, until that of the kind is known.
 
 The evidence is described, with its sources, in `wealth`; the closed test in `closing`. What is bounded, whatever the
 gains' distribution and however often one looks, as long as no gain is below −width, exactly where no expected gain
@@ -71,6 +71,9 @@ DEFAULT_WINDOW = 1000
 MAX_WINDOW = 2000
 SHOWN_ALPHA = 0.05
 """Of the interval of the mean gain in `Evidence`."""
+MIN_CYCLES = 2
+"""That have to be seen before anything is promoted: of one cycle no method can tell what a profile gains from what
+all units of that cycle have in common, such as a template that is all traffic for a day."""
 MAX_COUNTED_KINDS = 256
 """Kinds whose windows are counted each by itself; further ones share one count, so that no alpha is spent twice."""
 
@@ -84,7 +87,8 @@ class Guard:
     """All tests and the alpha that they spent. Every test has a name, the caller's, and under it one or more kinds.
 
     alpha: probability of each kind of error over the whole run. client_share: of a test's units, at most of one client.
-    cycle: seconds over which units have to be noted before v̂ of their kind, or of all kinds, is believed.
+    cycle: of the traffic, seconds; units that span `MIN_CYCLES` have to be noted before v̂ of their kind, or of all
+        kinds, is believed.
 
     >>> guard = Guard(alpha=0.05)
     >>> guard.begin_candidate("a profile", {"chat text": (1.0, 0.7), "rest": (1.0, 0.3)})
@@ -133,17 +137,17 @@ class Guard:
         return self._state.dependence.get(kind)
 
     @property
-    def has_seen_cycle(self) -> bool:
-        """Whether what was noted spans a cycle, or nothing was noted: before that, nothing is promoted."""
+    def has_seen_cycles(self) -> bool:
+        """Whether what was noted spans `MIN_CYCLES`, or nothing was noted: before that, nothing is promoted."""
         pooled = self._state.dependence.get(ALL_KINDS)
-        return pooled is None or pooled.last - pooled.first >= self._cycle
+        return pooled is None or pooled.spans(self._needed_seconds)
 
     def is_known(self, kind: str) -> bool:
         """Whether v̂ is known for this kind; also where nothing was noted of it."""
         own, pooled = self._state.dependence.get(kind), self._state.dependence.get(ALL_KINDS)
-        if pooled is None or (own is not None and own.known_for(self._cycle)):
+        if pooled is None or (own is not None and own.known_for(self._needed_seconds)):
             return True
-        return pooled.known_for(self._cycle) and (own is None or not own.too_dependent)
+        return pooled.known_for(self._needed_seconds) and (own is None or not own.too_dependent)
 
     # --- begin and end -----------------------------------------------------------------------------------------------
 
@@ -275,7 +279,7 @@ class Guard:
             raise InvalidArgumentError(f"{name[:80]} is frozen in {kind[:80]}: ask `admit` first")
         test.update(unit, client, lower, upper, tokens, kl_gain)
         if test.role is Role.SERVING and not test.supported:
-            test.supported = test.reaches(-math.log(self._alpha), self._inflation(kind))
+            test.supported = test.reaches(-math.log(self._alpha), self._inflation(kind, test))
 
     def oppose(self, name: str, kind: str, lower: float, figure: Figure = Figure.NATS) -> None:
         """Note the gain (lower end) of a unit that a candidate's test has refused for its client's share. It does
@@ -298,13 +302,13 @@ class Guard:
             proven = (
                 not test.frozen
                 and self.is_known(kind)
-                and test.reaches(needed, self._inflation(kind), known=noted)
+                and test.reaches(needed, self._inflation(kind, test), known=noted)
                 and test.gains_by_token
                 and test.gains_in_kl
                 and self._adjusted(name, test) >= needed
             )
             return Decision(Action.PROMOTE if proven else Action.WAIT)
-        if test.harm_reaches(needed, self._inflation(kind)):
+        if test.harm_reaches(needed, self._inflation(kind, test)):
             return Decision(Action.ROLL_BACK, Reason.HARM)
         if test.window_is_over and not test.supported:
             return Decision(Action.ROLL_BACK, Reason.UNSUPPORTED)
@@ -315,7 +319,7 @@ class Guard:
         test = self._test(name, kind)
         candidate = test.role is Role.CANDIDATE
         interval = test.gain.get(SHOWN_ALPHA)
-        log_e = self._log_e(kind, test) if candidate else test.log_harm(self._inflation(kind))
+        log_e = self._log_e(kind, test) if candidate else test.log_harm(self._inflation(kind, test))
         return Evidence(
             kind=kind,
             role=test.role,
@@ -339,7 +343,7 @@ class Guard:
             figure=test.figure,
             mean_kl_gain=test.mean_kl_gain,
             mean_kl_gain_by_token=test.mean_kl_gain_by_token,
-            inflation=max(self._inflation(kind), test.own_inflation),
+            inflation=max(self._inflation(kind, test), test.own_inflation),
         )
 
     # --- what runs ---------------------------------------------------------------------------------------------------
@@ -425,15 +429,23 @@ class Guard:
         weights = [*(t.weight for _, t in family), *(weight for _, weight, _ in ended)]
         return adjusted(log_e, weights, 0)
 
-    def _inflation(self, kind: str) -> float:
-        """v̂, as far as it is known."""
+    @property
+    def _needed_seconds(self) -> float:
+        """That have to be seen before anything is promoted."""
+        return MIN_CYCLES * self._cycle
+
+    def _inflation(self, kind: str, test: KindTest) -> float:
+        """v̂ of sums as long as the test, as far as it is known. Where the traffic has no cycle, and for what serves,
+        whose harm has to be found soon, units depend on each other over no longer times than many of them fit in."""
         own, pooled = self._state.dependence.get(kind), self._state.dependence.get(ALL_KINDS)
-        if own is not None and (pooled is None or own.known_for(self._cycle)):
-            return own.inflation
-        return max(1.0 if dependence is None else dependence.inflation for dependence in (own, pooled))
+        if own is not None and (pooled is None or own.known_for(self._needed_seconds)):
+            pooled = None
+        in_cycles = self._cycle > 0.0 and test.role is Role.CANDIDATE
+        noted = [dependence for dependence in (own, pooled) if dependence is not None]
+        return max((d.inflation_of_sums(test.units) if in_cycles else d.inflation for d in noted), default=1.0)
 
     def _log_e(self, kind: str, test: KindTest) -> float:
-        return test.log_e(self._inflation(kind))
+        return test.log_e(self._inflation(kind, test))
 
     def _window(self, kind: str) -> int:
         """Number of the next window of a kind."""

@@ -45,6 +45,8 @@ MIN_BATCHES = 24
 """Fewer say little of a variance."""
 MIN_UNITS = 48
 """With fewer there is no batch length to estimate from."""
+FEW_BATCHES = 3
+"""With fewer, nothing is told of a batch length at all; see `BatchMeans.inflation_of_sums`."""
 MIN_EFFECTIVE = 20.0
 """Effective units with fewer of which v̂ is not believed."""
 LEVELS = 15
@@ -97,11 +99,11 @@ class BatchMeans:
             batch = opened[level] + batch
         return BatchMeans(self.units + 1, opened, sums)
 
-    def ratios(self) -> Floats:
-        """v(ℓ) of every batch length that has enough batches: float64 [J, S], the first row, of
+    def ratios(self, least: int = MIN_BATCHES) -> Floats:
+        """v(ℓ) of every batch length that has at least `least` batches: float64 [J, S], the first row, of
         single units, is 1. NaN where units did not differ."""
         batches = np.array([self.units >> level for level in range(LEVELS)])
-        usable = [level for level in range(LEVELS) if batches[level] >= MIN_BATCHES]
+        usable = [level for level in range(LEVELS) if batches[level] >= least]
         x, n, xx, xn, nn = np.moveaxis(self.sums[usable], 1, 0)
         total_n = np.where(n[:1] > 0.0, n[:1], 1.0)
         mean = x[:1] / total_n
@@ -131,6 +133,28 @@ class BatchMeans:
         for level in range(1, len(ratios)):
             corrected = ratios[level] + np.maximum(ratios[level] - ratios[level - 1], 0.0)
             result = np.fmax(result, corrected * float(upper_factor(self.units >> level)))
+        return result
+
+    def inflation_of_sums(self, units: int) -> Floats:
+        """v̂ of sums of up to so many further units, float64 [S]: never less than `inflation`.
+
+        Batch lengths ℓ with `FEW_BATCHES` count, too, with the larger factor of their upper limit: what units of a day
+        have in common is seen in the few days that there were. A sum of fewer units than ℓ has as large a part of what
+        v(ℓ) is above 1.
+
+        >>> means = BatchMeans.of(1)
+        >>> for unit in range(1200):
+        ...     means = means.update(np.array([np.sin(1e6 * unit * unit) + np.sin(9.0 * (unit // 300) ** 2)]))
+        >>> bool(means.inflation_of_sums(100)[0] > 2.0 * means.inflation()[0])
+        True
+        """
+        result = self.inflation()
+        if self.units < MIN_UNITS:
+            return result
+        for level, ratio in enumerate(self.ratios(FEW_BATCHES)):
+            if (batches := self.units >> level) < MIN_BATCHES:
+                excess = ratio * float(upper_factor(batches)) - 1.0
+                result = np.fmax(result, 1.0 + excess * min(units / 2.0**level, 1.0))
         return result
 
     def effective(self) -> Floats:
@@ -298,11 +322,20 @@ class KindDependence:
             return 1.0
         return float(np.maximum(self.in_time.inflation(), self.by_client.inflation(self.in_time.variance))[0])
 
-    def known_for(self, cycle: float) -> bool:
-        """Whether v̂ is to be believed: of `MIN_HISTORY` units that span `cycle` seconds, and of `MIN_EFFECTIVE`
+    def inflation_of_sums(self, units: int) -> float:
+        """v̂ of sums of up to so many further units; see `BatchMeans.inflation_of_sums`."""
+        if self.units < MIN_UNITS:
+            return 1.0
+        return max(self.inflation, float(self.in_time.inflation_of_sums(units)[0]))
+
+    def spans(self, seconds: float) -> bool:
+        """Whether the units do, from the first one to the last."""
+        return self.last - self.first >= seconds
+
+    def known_for(self, seconds: float) -> bool:
+        """Whether v̂ is to be believed: of `MIN_HISTORY` units that span so long a time, and of `MIN_EFFECTIVE`
         effective ones."""
-        enough = self.units >= MIN_HISTORY and not self.too_dependent
-        return enough and self.last - self.first >= cycle
+        return self.units >= MIN_HISTORY and not self.too_dependent and self.spans(seconds)
 
     @property
     def too_dependent(self) -> bool:

@@ -307,8 +307,9 @@ class Evidence(Section):
     """Number of kinds of traffic with evidence and a profile of their own; all other kinds are pooled as `rest`."""
     cycle_hours: float = Field(default=24.0, ge=0.0, le=24.0 * 14)
     """Length of the cycle of the traffic, such as day and night. Until this much time has been measured, it is not
-    known how much requests depend on each other: nothing is promoted, no baseline of the alarm is complete, and figures
-    have an interval of the hours measured so far only. 0 for a trial with prompts in random order."""
+    known how much requests depend on each other: no baseline of the alarm is complete, and figures have an interval of
+    the hours measured so far only. Nothing is promoted before two cycles. 0 for a trial with prompts in random order.
+    """
     client_share: ClassVar[float] = 0.25
     """Largest part of a test's units that one client may contribute, where at least four clients do: none of four can
     then have more than its part."""
@@ -398,7 +399,7 @@ class Alarm(Section):
     budget_nats: float | None = Field(default=None, gt=0, lt=5)
     """Allowed KL(reference‖compressed) above the noise floor, nats per token. none: no budget test."""
     alpha: Fraction = 0.01
-    """Probability of any false alarm, over all kinds of traffic, both tests and the whole run."""
+    """Probability of a false alarm in a week, over all kinds of traffic and both tests."""
     baseline_requests: int | None = Field(default=150, ge=30, le=10_000)
     """Number of the first requests of each kind of traffic that are its baseline for the change test; more where they
     depend on each other. With fewer, more requests are needed to prove a change. none: no change test."""

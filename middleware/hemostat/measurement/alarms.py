@@ -2,8 +2,8 @@
 
 Two tests (see `hemostat_calibration.alarm`): *budget*, in each kind of traffic, the divergence beyond the noise floor
 exceeds `alarm.budget_nats`; *change*, over all kinds, requests differ from the first `alarm.baseline_requests` of their
-kinds. `alarm.alpha` is the false-alarm probability of all of them together, over the whole run. Beside them the mix of
-kinds is compared with what it was: information about the traffic, and no alarm.
+kinds. `alarm.alpha` is the false-alarm probability of all of them together in a week. Beside them the mix of kinds is
+compared with what it was: information about the traffic, and no alarm.
 """
 
 from __future__ import annotations

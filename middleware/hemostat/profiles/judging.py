@@ -187,9 +187,9 @@ class Judge:
 
     def _give_way(self, candidate: Candidate) -> None:
         """Drop a candidate that is not proven anywhere after many units, where others wait. Units that were refused for
-        their client's share count, too: a test whose other clients are gone would else never end. Before a cycle of the
-        traffic was seen nothing can be proven, so nothing is dropped."""
-        if not self._trials.waiting or not self._trials.has_seen_cycle:
+        their client's share count, too: a test whose other clients are gone would else never end. Before
+        `guard.MIN_CYCLES` were seen nothing can be proven, so nothing is dropped."""
+        if not self._trials.waiting or not self._trials.has_seen_cycles:
             return
         running = self._trials.running_kinds(candidate)
         shown = [self._trials.evidence(candidate, kind) for kind in running]

@@ -141,9 +141,9 @@ class Trials:
         return self.guard.candidate_tests
 
     @property
-    def has_seen_cycle(self) -> bool:
-        """See `Guard.has_seen_cycle`."""
-        return self.guard.has_seen_cycle
+    def has_seen_cycles(self) -> bool:
+        """See `Guard.has_seen_cycles`."""
+        return self.guard.has_seen_cycles
 
     def is_known(self, kind: str) -> bool:
         """See `Guard.is_known`."""

@@ -22,8 +22,8 @@ from hemostat.measurement.dependence import NO_CYCLE
 from hemostat.measurement.figures import MODELS
 from hemostat_calibration.alarm import BudgetTest, Settings, Workload, fit_baseline
 from hemostat_calibration.alarm.alarm import CHECK_EVERY, baseline_inflation
-from hemostat_calibration.alarm.baseline import LOG_WEIGHTS
-from hemostat_calibration.alarm.betting import BET_FRACTIONS, equal_weights, log_sum_exp
+from hemostat_calibration.alarm.baseline import LEVEL_WEIGHTS
+from hemostat_calibration.alarm.betting import BET_FRACTIONS, amount, equal_weights, log_sum_exp
 from hemostat_calibration.statistics.confidence import MeanSequence
 from hemostat_calibration.statistics.dependence import LEVELS, BatchMeans
 
@@ -35,6 +35,8 @@ TAKES = "5 minutes on one core"
 SETTINGS = Settings()
 LEARNED = 2 * SETTINGS.baseline_requests
 REQUESTS = 500
+SECONDS = 180.0
+"""From one request to the next."""
 FEW_FLOORS = 40
 EFFECTS = (0.05, 0.1, 0.15, 0.2, 0.3)
 SHORT, LONG = (40, 200), (300, 900)
@@ -91,22 +93,24 @@ def real(path: Path = LEVELS_FILE) -> dict[str, dict[str, Array]]:
 # --- a life of the change test -------------------------------------------------------------------------------------
 
 
-def log_evidence(factors: Array, inflation: float | Array = 1.0, log_weights: Array = LOG_WEIGHTS) -> Array:
-    """What `ChangeTest` has after each request: factors [R, S], ln -> [R]. The same as one `bet` after the other.
+def log_evidence(factors: Array, inflation: float | Array = 1.0, log_weights: Array = LEVEL_WEIGHTS) -> Array:
+    """What `ChangeTest` has after each request: factors [R, J, S] or [R, S], ln -> [R]. The same as one `bet` after the
+    other, each `SECONDS` after the one before.
 
-    inflation: v̂ of each request's kind. log_weights: [S], of the strategies.
+    inflation: v̂ of each request's kind. log_weights: [J, S] or [S], of the strategies.
     """
-    before = np.concatenate([np.zeros((1, factors.shape[1])), factors.cumsum(axis=0)])
-    effective, funded = 0.0, np.zeros(len(factors), np.int64)
+    before = np.concatenate([np.zeros((1, *factors.shape[1:])), factors.cumsum(axis=0)])
+    amounts, effective, funded, last = np.full(len(factors), -np.inf), 0.0, 0, 0
     for at, part in enumerate((1.0 / np.broadcast_to(inflation, len(factors))).tolist()):
-        last = funded[at - 1] if at else 0
-        funded[at] = last + (effective >= last)
+        if effective >= funded:
+            funded += 1
+            amounts[at] = math.log(amount(funded, SECONDS * (at - last) if funded > 1 else 0.0))
+            last = at
         effective += part
-    k = funded.astype(np.float64)
-    is_funded = np.diff(funded, prepend=0) > 0
-    amounts = np.where(is_funded, -np.log(k * (k + 1.0)), -np.inf)
-    wealth = np.logaddexp.accumulate(log_weights + amounts[:, None] - before[:-1], axis=0) + before[1:]
-    return np.logaddexp(log_sum_exp(wealth.T), -np.log(k + 1.0))
+    given = log_weights + amounts.reshape(-1, *[1] * log_weights.ndim)
+    wealth = np.logaddexp.accumulate(given - before[:-1], axis=0) + before[1:]
+    least = wealth.min(axis=1) if log_weights.ndim > 1 else wealth
+    return log_sum_exp(least.T)
 
 
 def batch_means(levels: Array) -> BatchMeans:
@@ -150,16 +154,16 @@ def baselines(
 
 def crossing(kinds: npt.NDArray[np.int64], rows: Array, settings: Settings = SETTINGS) -> int | None:
     """Position of the request with which the first change test alarms; kinds [R], rows [R, 3] in order of arrival."""
-    factors, inflation = np.full((len(rows), len(LOG_WEIGHTS)), np.nan), np.ones(len(rows))
+    factors, inflation = np.full((len(rows), *LEVEL_WEIGHTS.shape), np.nan), np.ones(len(rows))
     for count, (kind, later, v) in enumerate(baselines(kinds, rows, settings), 1):
         learned = np.setdiff1d(np.flatnonzero(kinds == kind), later)
-        baseline = fit_baseline(rows[learned], settings.half_share / (count * (count + 1)), v)
+        baseline = fit_baseline(rows[learned], 1.0 / (count * (count + 1)), v)
         factors[later] = baseline.log_factors(rows[later, 0], rows[later, 1], settings.tolerance)
         inflation[later] = v
-    bets = np.flatnonzero(~np.isnan(factors[:, 0]))
+    bets = np.flatnonzero(~np.isnan(factors[:, 0, 0]))
     if not len(bets):
         return None
-    over = np.flatnonzero(log_evidence(factors[bets], inflation[bets]) >= math.log(2.0 / settings.half_share))
+    over = np.flatnonzero(log_evidence(factors[bets], inflation[bets]) >= -math.log(settings.change_alpha))
     return int(bets[over[0]]) if len(over) else None
 
 

@@ -170,11 +170,11 @@ def lives_of(
             result.append(Life(math.inf, math.inf))
             continue
         begun, v = known
-        usual = fit_baseline(rows[:begun], SETTINGS.half_share / 2.0, v)
+        usual = fit_baseline(rows[:begun], 0.5, v)
         later = rows[begun : begun + after + tested]
         later[after:, 0] += math.log(factor)
         factors = usual.log_factors(later[:, 0], later[:, 1], SETTINGS.tolerance)
-        over = np.flatnonzero(log_evidence(factors, v) >= math.log(2.0 / SETTINGS.half_share))
+        over = np.flatnonzero(log_evidence(factors, v) >= -math.log(SETTINGS.change_alpha))
         result.append(Life(begun, over[0] + 1.0 - after if len(over) else math.inf))
     return result
 
@@ -233,14 +233,14 @@ def alarms(lived: list[Life]) -> int:
 def found_row(name: str, world: World, lives: int, seed: int, allowed: int) -> Row:
     """How soon a doubled spread is found."""
     at_once, later = (
-        median([life.alarm for life in lives_of(world, max(lives, 100), seed + 1, 60 * HOUR, DOUBLED, after=after)])
+        median([life.alarm for life in lives_of(world, max(lives, 40), seed + 1, 60 * HOUR, DOUBLED, after=after)])
         for after in (0, WEEK)
     )
     best = cusum(world, lives, seed + 2, DOUBLED)
-    told = f"{at_once:.0f}, after a quiet week {later:.0f}" if math.isfinite(at_once) else "not in 60 hours"
     return Row(
         f"the spread doubles, {name}: median requests until the alarm",
-        f"{told}; CUSUM of the same false alarms {best:.0f}, ratio {at_once / best:.1f}",
+        f"{at_once:.0f}, after a quiet week {later:.0f}; CUSUM of the same false alarms {best:.0f}, "
+        f"ratio {later / best:.1f}",
         f"<= {allowed}",
-        at_once <= allowed,
+        max(at_once, later) <= allowed,
     )

@@ -2,7 +2,7 @@
 
 20 scored units an hour, all of them held out; a test goes on for `UNITS`, four days. Gains have a standard deviation of
 0.2 nats in a range of ±1, 20 clients where nothing else is said. The kind, or all kinds together, were met for
-`HISTORY` units, a day, before the test begins (`evidence.cycle_hours`); what is known of them beside the gains is
+`HISTORY` units, two days, before the test begins (`evidence.cycle_hours`); what is known of them beside the gains is
 another figure that depends in the same way (the divergence), or one that does not at all.
 
 All lives of a world are computed together, by the functions that decide in production; `test_dependence.py` compares
@@ -21,6 +21,7 @@ from tests.bench.guard import Row, count_row, median
 from tests.bench.guard.traffic import CLIENTS, SHARES, SPREAD
 
 from hemostat_calibration.arrays import Floats
+from hemostat_calibration.guard.guard import MIN_CYCLES
 from hemostat_calibration.guard.kind_test import MIN_UNITS_OF_FEW_CLIENTS
 from hemostat_calibration.guard.wealth import FRACTIONS, MIN_CLIENTS, log_proof
 from hemostat_calibration.statistics.dependence import MIN_EFFECTIVE, MIN_HISTORY, MIN_UNITS, BatchMeans, ClientBatches
@@ -30,7 +31,8 @@ TAKES = "3 minutes on one core (a quarter of the lives)"
 TEST_LIVES = 40
 
 UNITS = 1920
-DAY = HISTORY = 480
+DAY = 480
+HISTORY = MIN_CYCLES * DAY
 FEW = 100
 """Units that are known where `evidence.cycle_hours` is 0."""
 NEEDED = math.log(2.0 / 0.05)
@@ -125,17 +127,24 @@ def day_and_night(size: float) -> World:
     return world
 
 
-def daily_templates(rng: np.random.Generator, n: int, lives: int) -> Stream:
-    """8 templates in turn, each of which is all traffic for a day and gains something of its own; -0.02 on average.
-    Variants of a template are that frequent that they are units of their own (`statistics.templates`, frames)."""
+def templates(days: float) -> World:
+    """8 templates in turn, each of which is all traffic for so many days and gains something of its own; -0.02 on
+    average. The first one has begun at any time. Variants of a template are that frequent that they are units of their
+    own (`statistics.templates`, frames)."""
+    length = round(days * DAY)
 
-    def effects() -> Floats:
-        drawn = rng.normal(size=(8, lives))
-        drawn = 0.1 * (drawn - drawn.mean(axis=0)) / drawn.std(axis=0)
-        rounds = np.concatenate([drawn] * -(-n // (8 * DAY)))
-        return repeated(rounds, DAY, n) + rng.normal(0.0, SPREAD, (n, lives))
+    def world(rng: np.random.Generator, n: int, lives: int) -> Stream:
+        began = rng.integers(0, length, lives)
+        turn = (np.arange(n)[:, None] + began) // length % 8
 
-    return Stream(effects() - 0.02, effects(), drawn_clients(rng, n, lives))
+        def effects() -> Floats:
+            drawn = rng.normal(size=(8, lives))
+            drawn = 0.1 * (drawn - drawn.mean(axis=0)) / drawn.std(axis=0)
+            return drawn[turn, np.arange(lives)] + rng.normal(0.0, SPREAD, (n, lives))
+
+        return Stream(effects() - 0.02, effects(), drawn_clients(rng, n, lives))
+
+    return world
 
 
 def independent(mean: float) -> World:
@@ -173,15 +182,22 @@ NULLS: dict[str, tuple[World, float]] = {
 """Name -> world whose mean gain is 0, and its v."""
 WITHOUT_A_CYCLE = ("runs of 100 that are a fifth of the variance", "day and night ± 0.1")
 """Worlds in which `FEW` units do not tell how much they depend on each other."""
+TEMPLATE_DAYS = (0.25, 1.0, 2.0)
 
 
 def promoted_at(
-    stream: Stream, *, history: int = HISTORY, dependence: bool = True, after_mixing: bool = False
+    stream: Stream,
+    *,
+    history: int = HISTORY,
+    dependence: bool = True,
+    in_cycles: bool = True,
+    after_mixing: bool = False,
 ) -> Floats:
     """Units of the test until promotion in each life; inf where there is none.
 
-    dependence: False: the rule before, every unit is independent of the others. after_mixing: the wrong rule that
-    divides the logarithm of the mixture.
+    dependence: False: the rule before, every unit is independent of the others. in_cycles: False: v̂ of batches of which
+    there are many only, as where `evidence.cycle_hours` is 0. after_mixing: the wrong rule that divides the logarithm
+    of the mixture.
     """
     n, lives = stream.gains.shape
     known, by_client = BatchMeans.of(lives), ClientBatches.of(CLIENTS, lives)
@@ -208,6 +224,7 @@ def promoted_at(
         if dependence:
             v = np.maximum(known.inflation(), by_client.inflation(known.variance))
             enough = (at + 1 >= MIN_HISTORY) & ((at + 1) / v >= MIN_EFFECTIVE)
+            v = np.maximum(v, known.inflation_of_sums(units)) if in_cycles else v
             if units >= MIN_UNITS:
                 enough &= own.enough()
                 v = np.maximum(v, own.inflation())
@@ -252,23 +269,24 @@ def rows(lives: int, seed: int) -> Iterator[Row]:
         told = "" if math.isnan(v) else f" (v = {v:.3g})"
         yield count_row(f"gain 0, {name}{told}: promoted", int(np.isfinite(result).sum()), lives, 0.05)
     for number, name in enumerate(WITHOUT_A_CYCLE):
-        result = lives_of(NULLS[name][0], lives, np.random.default_rng([seed, 73, number]), FEW)
+        result = lives_of(NULLS[name][0], lives, np.random.default_rng([seed, 73, number]), FEW, in_cycles=False)
         yield Row(
             f"{name}, after {FEW} units in place of {HISTORY}: promoted",
             f"{np.isfinite(result).sum()} of {lives}",
             "for comparison: longer dependence than was seen is not covered",
             True,
         )
-    promoted = lives_of(daily_templates, lives, np.random.default_rng([seed, 76]))
-    case = "mean gain -0.02, 8 templates in turn, each for a day"
+    for number, days in enumerate(TEMPLATE_DAYS):
+        result = lives_of(templates(days), lives, np.random.default_rng([seed, 76, number]))
+        case = f"mean gain -0.02, 8 templates in turn, each for {24 * days:.0f} h: promoted"
+        yield count_row(case, int(np.isfinite(result).sum()), lives, 0.05)
+    result = lives_of(templates(2.0), lives, np.random.default_rng([seed, 77]), DAY)
     yield Row(
-        f"{case}: promoted",
-        f"{np.isfinite(promoted).sum()} of {lives}",
-        "for comparison: evidence.cycle_hours of a day is shorter than what the traffic goes through",
+        f"the same, each for 48 h, after {DAY} units in place of {HISTORY}",
+        f"{np.isfinite(result).sum()} of {lives}",
+        "for comparison: of one template nothing can tell how much templates differ",
         True,
     )
-    promoted = lives_of(daily_templates, lives, np.random.default_rng([seed, 77]), 8 * DAY)
-    yield count_row(f"{case}, evidence.cycle_hours: 192: promoted", int(np.isfinite(promoted).sum()), lives, 0.05)
     each, mixture = mixed_first(lives, np.random.default_rng([seed, 74]))
     yield count_row("runs of 10, v known, each bet to the power 1/v: a false proof at 5 %", each, lives, 0.05)
     yield Row("the same, the mixture of bets to the power 1/v", f"{mixture} of {lives}", "for comparison", True)

@@ -33,7 +33,7 @@ def test_means_in_place_of_limits_would_alarm_without_a_change(monkeypatch):
     """The simulations can fail: the baseline's own means of ramps are too small as limits; the tolerance hides that."""
     exact = replace(worlds.SETTINGS, tolerance=1.0, baseline_requests=30)
     assert worlds.alarms(LIVES, 0, null, exact) <= most(LIVES, exact.alpha)
-    monkeypatch.setattr(baseline, "upper_limit", lambda values, *_: values.mean())
+    monkeypatch.setattr(baseline, "level_means", lambda values, *_: np.full(len(baseline.LEVELS), values.mean()))
     monkeypatch.setattr(baseline, "MIN_LIMIT", 1e-3)
     assert worlds.alarms(LIVES, 0, null, exact) >= 6
 
@@ -60,10 +60,10 @@ def test_the_simulations_bet_as_the_test_does():
     kinds, rows = shifted(np.random.default_rng(3), factor=1.8)
     [(_, later, v)] = worlds.baselines(kinds, rows, worlds.SETTINGS)
     n = int(later[0])
-    usual = fit_baseline(rows[:n], worlds.SETTINGS.half_share / 2, v)
-    test = ChangeTest(worlds.SETTINGS.half_share / 2, worlds.SETTINGS.tolerance)
-    for level, tokens, contrast in rows[n:]:
-        test = test.update(usual, RequestSpread(level, int(tokens), contrast))
+    usual = fit_baseline(rows[:n], 0.5, v)
+    test = ChangeTest(worlds.SETTINGS.change_alpha, worlds.SETTINGS.tolerance)
+    for at, (level, tokens, contrast) in enumerate(rows[n:]):
+        test = test.update(usual, RequestSpread(level, int(tokens), contrast), worlds.SECONDS * at)
     assert test.crossing is not None
     assert worlds.crossing(kinds, rows) == n + test.wealth.requests - 1
 

@@ -12,7 +12,7 @@ function lead(s) {
     return html`<p><${Coloured} as="bad"><strong>${plural(raised.length, "test")} raised.</strong><//> ${raised.map((t) => html`${t.test} in ${kindOf(t.kind)} since ${when(t.since)}, for ${lasted(s.at - t.since)}; `)}
       an alarm clears after ${plural(a.clears_after_requests, "consecutive normal request")}.${waiting}</p>`;
   }
-  return html`<p>${begun ? `No alarm: ${plural(begun, "test")} active; the probability of any false alarm is at most ${percent(a.alpha)}.` : "No alarm yet: the baseline is being learned."}${waiting}</p>`;
+  return html`<p>${begun ? `No alarm: ${plural(begun, "test")} active; the probability of a false alarm in a week is at most ${percent(a.alpha)}.` : "No alarm yet: the baseline is being learned."}${waiting}</p>`;
 }
 
 /** The mix of kinds: information about the traffic, no alarm. */
@@ -45,6 +45,6 @@ export function Alarm({ s }) {
       ${a.kinds.length > 1 && html`<${Accept} needed=${needed} />`}</details>
     <${Explain} asks="When is an alarm raised?" not="that quality fell, only that the divergence is too large or has changed. No alarm does not mean no divergence: one that existed from the start is part of the baseline."><em>change</em>
       compares each request with the baseline of its kind, the first requests of that kind; <em>budget</em> compares the KL of a kind with <code>alarm.budget_nats</code>. <code>alarm.alpha</code> bounds the
-      probability of any false alarm. “Since” is the time at which the evidence begins. A change of the spread within a factor of ${fixed(a.tolerance, 2)} is no alarm, because different traffic could cause it.<//>
+      probability of a false alarm in a week. “Since” is the time at which the evidence begins. A change of the spread within a factor of ${fixed(a.tolerance, 2)} is no alarm, because different traffic could cause it.<//>
     <${EventTable} caption="Alarms so far" events=${a.events} /><//>`;
 }

@@ -28,7 +28,7 @@ export function headline({ s, p, lost }) {
     const red = s.state.level === "critical" || s.alarm.raised;
     return { as: red ? "bad" : "wait", text: worst.text, sub: `Since ${when(worst.since)}, for ${lasted(s.at - worst.since)}.`, runbook: worst.runbook };
   }
-  const sub = !s.requests.scored ? "No request has been scored yet." : begun ? `${plural(begun, "alarm test")} active; the probability of any false alarm is at most ${percent(s.alarm.alpha, 0)}.`
+  const sub = !s.requests.scored ? "No request has been scored yet." : begun ? `${plural(begun, "alarm test")} active; the probability of a false alarm in a week is at most ${percent(s.alarm.alpha, 0)}.`
     : `The alarm cannot be raised yet: it is learning its baseline (${s.alarm.waits_for[0] || "waits for requests"}).`;
   if (harmed.length) {
     const [{ kind, held: why }] = harmed, at = p.events.find((e) => e.decision === "roll_back" && e.kind === kind)?.at;
