@@ -56,7 +56,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_interval_of_a_mean_covers_at_every_look(name):
     rng = np.random.default_rng(1)
-    x, n = simulate(rng, 250, 20_000, **CASES[name])
+    x, n = simulate(rng, 250, 6_000, **CASES[name])
     truth = x.sum() / n.sum()
     covered, narrow = 0, []
     for _ in range(STREAMS // 250):
@@ -75,7 +75,7 @@ def test_the_interval_of_a_mean_covers_at_every_look(name):
 
 def test_the_interval_of_a_difference_covers_at_every_look():
     rng = np.random.default_rng(2)
-    x, n = simulate(rng, 500, 10_000)
+    x, n = simulate(rng, 500, 3_000)
     truth = float(x.sum() / n.sum()) * (1.0 - 1.25)
     looks = np.unique(np.geomspace(20, REQUESTS, 30).astype(int)) - 1
     covered = wide = 0
