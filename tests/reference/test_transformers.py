@@ -19,7 +19,7 @@ from tests.support.records import condition
 
 from hemostat.config.schema import Settings
 from hemostat.models.output_embedding import load as load_embedding
-from hemostat.reference import make_references
+from hemostat.reference.configured import make_references
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores, ScoreRequest
 from hemostat.reference.transformers import TransformersReference
 from hemostat_calibration.allowed_sets import AllowedSets

@@ -17,7 +17,7 @@ from hemostat.ipc.addresses import ControlAddresses
 from hemostat.ipc.messages import NOT_ACTIVE, Stats
 from hemostat.ipc.relay_end import ControlLink
 from hemostat.models import packages
-from hemostat.reference import make_references
+from hemostat.reference.configured import make_references
 from hemostat.reference.engines import other_engines
 from hemostat.reference.itself import same_model
 from hemostat.reference.listing import served_pairs, without_own

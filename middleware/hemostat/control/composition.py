@@ -49,7 +49,7 @@ from hemostat.metrics.collector import HemostatCollector
 from hemostat.metrics.reasons import Unscored
 from hemostat.metrics.samples import AnySample
 from hemostat.profiles.manager import ProfileManager
-from hemostat.reference import make_compressed_scorer, make_references
+from hemostat.reference.configured import make_compressed_scorer, make_references
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ModelPair
 from hemostat.scoring import prompt_templates

@@ -16,8 +16,8 @@ from tests.support.fake_vllm.pooling import FakePooling
 
 from hemostat.commands.setup_check import check, table
 from hemostat.config.schema import Settings, Upstream
-from hemostat.reference import make_references
 from hemostat.reference import match as match_module
+from hemostat.reference.configured import make_references
 from hemostat.reference.hidden.pooling import POOLING_FLAGS
 from hemostat.reference.hidden.probe import TEXT
 from hemostat.reference.match import compare

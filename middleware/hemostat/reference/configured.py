@@ -1,0 +1,63 @@
+"""The references that the configuration names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hemostat.config.schema import ModelReference, Settings
+from hemostat.reference.protocol import Reference
+from hemostat.reference.references import References
+
+if TYPE_CHECKING:
+    from hemostat.reference.vllm import VllmReference
+
+
+def make_references(settings: Settings) -> References | None:
+    """The configured references, none of them started; None with `reference.backend: none`."""
+    wanted = settings.reference
+    if wanted.backend == "none":
+        return None
+    if not wanted.models:
+        return References(_make(settings, None))
+    made: dict[ModelReference, Reference] = {}
+    for model in wanted.models.values():
+        # Two served models of one reference (two quantizations, say) share its process or connection.
+        if model not in made:
+            made[model] = _make(settings, model)
+    return References(by_model={name: made[model] for name, model in wanted.models.items()})
+
+
+def _make(settings: Settings, reference: ModelReference | None) -> Reference:
+    """reference: None for `reference.model`."""
+    wanted = settings.reference
+    model = reference.model if reference is not None else wanted.model
+    device = (reference.device if reference is not None else None) or wanted.device
+    if wanted.backend == "transformers":
+        from hemostat.reference.transformers import TransformersReference  # noqa: PLC0415  only what is used
+
+        assert model is not None
+        return TransformersReference(model, wanted.dtype, device, wanted.threads)
+    from hemostat.reference.on_server import ServerReference  # noqa: PLC0415
+
+    url = (reference.url if reference is not None else None) or wanted.url
+    folder = (reference.folder if reference is not None else None) or wanted.folder
+    assert url is not None
+    return ServerReference(
+        url,
+        wanted.api_key,
+        model,
+        settings.shadow.top_k,
+        folder=folder,
+        device=device,
+        threads=wanted.threads,
+    )
+
+
+def make_compressed_scorer(settings: Settings) -> VllmReference | None:
+    """The upstream as a scorer of its own tokens, for the noise floor; None where that is not measured."""
+    if settings.reference.backend == "none" or settings.shadow.floor_fraction <= 0.0:
+        return None
+    from hemostat.reference.vllm import VllmReference  # noqa: PLC0415
+
+    upstream = settings.upstream
+    return VllmReference(upstream.servers[0], upstream.api_key, top_k=settings.shadow.top_k, ca=upstream.ca)
