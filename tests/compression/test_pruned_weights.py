@@ -10,7 +10,12 @@ from tests.support.slow import examples
 torch = pytest.importorskip("torch")
 
 from hemostat.compression.error_compensation import BLOCK, damped  # noqa: E402
-from hemostat.compression.pruning.compensation import compensated, pruned_in_blocks, shrunk  # noqa: E402
+from hemostat.compression.pruning.compensation import (  # noqa: E402
+    compensated,
+    pruned_in_blocks,
+    shrunk,
+    towards_dense,
+)
 from hemostat.compression.pruning.masks import (  # noqa: E402
     Pattern,
     kept_share,
@@ -218,6 +223,22 @@ def test_few_tokens_are_not_fitted_to() -> None:
     assert left(shrunk(moments, tokens)) < 0.98 * none < none < left(moments)
     many = torch.randn(100 * inputs, inputs, generator=generator) @ mixed
     assert left(shrunk(many.T @ many, len(many))) == pytest.approx(left(everywhere), rel=0.05)
+
+
+def test_the_target_is_the_regression_of_the_dense_outputs() -> None:
+    """Of outputs W x on inputs x̂ that are x with some directions scaled, and noise."""
+    generator = torch.Generator().manual_seed(17)
+    inputs, tokens = 10, 4000
+    dense = torch.randn(tokens, inputs, generator=generator).double()
+    own = dense @ torch.diag(torch.linspace(0.5, 2.0, inputs)).double()
+    own += 0.3 * torch.randn(tokens, inputs, generator=generator)
+    weight = torch.randn(5, inputs, generator=generator)
+    change = towards_dense(damped(own.T @ own), (dense - own).T @ own)
+    target = weight + weight @ change
+    expected = torch.linalg.lstsq(own, dense @ weight.T.double()).solution.T
+    torch.testing.assert_close(target.double(), expected, rtol=0.05, atol=0.02)
+    none = towards_dense(damped(own.T @ own), torch.zeros(inputs, inputs, dtype=torch.float64))
+    assert not none.any()
 
 
 def test_the_exact_number_over_blocks() -> None:

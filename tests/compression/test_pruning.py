@@ -17,8 +17,9 @@ pytest.importorskip("compressed_tensors")
 from hemostat.compression.calibrated import CALIBRATIONS, Calibrated  # noqa: E402
 from hemostat.compression.checkpoint_writer import BuildEnvironment, compress_with  # noqa: E402
 from hemostat.compression.error_compensation import damped  # noqa: E402
-from hemostat.compression.frame import Method, Run, Source  # noqa: E402
+from hemostat.compression.frame import Method, Run, Source, compress_layers  # noqa: E402
 from hemostat.compression.methods import by_name  # noqa: E402
+from hemostat.compression.pruning import method  # noqa: E402
 from hemostat.compression.pruning.compensation import shrunk  # noqa: E402
 from hemostat.compression.pruning.gradients import measure_gradients, stored_gradients  # noqa: E402
 from hemostat.compression.pruning.masks import Pattern  # noqa: E402
@@ -91,6 +92,23 @@ def test_gradients_beat_the_inputs_alone_and_those_beat_magnitude(source: Path, 
     divergences = {name: divergence(dense, made(source, tmp_path / name / "out", m)[0]) for name, m in methods.items()}
     assert divergences["inputs"] < 0.9 * divergences["magnitude"]
     assert divergences["gradients"] < 0.9 * divergences["inputs"]
+
+
+def test_layers_make_up_for_what_those_before_them_lost(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, options = Copy.load(source), PruneOptions(0.5, Pattern.TWO_OF_FOUR)
+    fitted = divergence(dense, pruned(source, tmp_path / "a" / "out", options)[0])
+    monkeypatch.setattr(method, "towards_dense", lambda moments, gap: torch.zeros_like(gap, dtype=torch.float32))
+    plain = divergence(dense, pruned(source, tmp_path / "b" / "out", options)[0])
+    assert fitted < 0.95 * plain
+
+
+def test_one_layer_is_in_memory(source: Path) -> None:
+    opened = Source.open(source)
+    run = Run(opened, TEXTS, Parts(None), 0, lambda *_: None)
+    compress_layers(run, PruneMethod(PruneOptions(0.5)))
+    assert opened.skeleton.most_loaded == 1
 
 
 def test_two_of_four(source: Path, tmp_path: Path) -> None:

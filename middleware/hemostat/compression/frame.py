@@ -133,8 +133,9 @@ class Run:
             if self.parts.get(part(n)) is None:
                 self.parts.put(part(n), measure(n))
                 walk.leave(n, backwards=True)
+                if n == 0:
+                    walk.drop()
             self.progress(GRADIENTS, count - n, count)
-        walk.drop()
 
 
 class LayerData:

@@ -134,9 +134,16 @@ class LayerWalk:
             if gradients is not None:
                 self._parts.put_list(_gradient(n), self.backward(n, hidden, gradients, context))
             else:
-                after = self.forward(n, hidden, context)
-                if n + 1 < len(self.names):
-                    self._parts.put_list(_hidden(n + 1), after)
+                self._store(n, self.forward(n, hidden, context))
+
+    def pass_on(self, n: int, context: Around) -> None:
+        """As `measure` forwards, of a layer that is loaded already."""
+        self._store(n, self.forward(n, self.hidden(n), context))
+
+    def _store(self, n: int, outputs: list[torch.Tensor]) -> None:
+        """Of layer `n`, if another one follows it."""
+        if n + 1 < len(self.names):
+            self._parts.put_list(_hidden(n + 1), outputs)
 
     def leave(self, n: int, *, backwards: bool) -> None:
         """Drop what no other layer needs once the measurements of layer `n` are stored."""

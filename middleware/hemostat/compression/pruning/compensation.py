@@ -43,6 +43,14 @@ def shrunk(moments: torch.Tensor, tokens: int) -> torch.Tensor:
     return result
 
 
+def towards_dense(moments: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
+    """The M, float32 [in, in], with which (W + W M) x̂ is next to W x, of any W: (Σ (x − x̂) x̂ᵀ) S⁻¹.
+
+    moments: S = Σ x̂ x̂ᵀ, `damped` and `shrunk`, so that few tokens change little. gap: Σ (x − x̂) x̂ᵀ.
+    """
+    return torch.cholesky_solve(gap.T, torch.linalg.cholesky(moments)).T.float()
+
+
 def pruned_in_blocks(
     weight: torch.Tensor, moments: torch.Tensor, choose: Choose, columns_at_once: int = BLOCK
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,7 @@ after the other."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 
 from hemostat.compression.error_compensation import damped
 from hemostat.compression.frame import LayerData, LayerResult, Run
-from hemostat.compression.pruning.compensation import compensated, shrunk
+from hemostat.compression.pruning.compensation import compensated, shrunk, towards_dense
+from hemostat.compression.pruning.dense_inputs import DenseInputs
 from hemostat.compression.pruning.gradients import measure_gradients, stored_gradients
 from hemostat.compression.pruning.masks import Pattern, kept_share
 from hemostat.compression.pruning.rows import dropped_units, dropped_weights, find_units, unit_scores
@@ -37,7 +38,8 @@ class PruneMethod:
     """A `Method` of `frame`.
 
     Gradients are of the dense model, from one walk backwards through it; `rows` does without. The second moments of
-    inputs are of those that the pruned layers before produce.
+    inputs are of those that the pruned decoder layers before produce. 2:4, which loses more, is fitted to the dense
+    model's outputs, and reads what the pruned linear layers of its own decoder layer compute, too.
     """
 
     needs_texts = True
@@ -63,15 +65,13 @@ class PruneMethod:
         if self._options.pattern is Pattern.ROWS:
             return self._without_units(layer)
         gradients = stored_gradients(layer.run, layer.index)
-        moments = layer.moments(dict.fromkeys(layer.linears, Metric.FULL))
         weights, report = {}, {}
-        for name in layer.linears:
-            weight = layer.weight(name)
-            second = _second_moments(moments, name) if name in moments.groups else None
-            sparsity = self._zeros[name] / weight.numel() if name in self._zeros else self._options.sparsity
-            new, kept = prune_weight(weight, sparsity, self._options.pattern, second, gradients.get(name))
+        for name, target, second in _targets(layer, self._options.pattern):
+            sparsity = self._zeros[name] / target.numel() if name in self._zeros else self._options.sparsity
+            new, kept = prune_weight(target, sparsity, self._options.pattern, second, gradients.get(name))
             weights[f"{name}.weight"] = new
-            scores = weight.square() if second is None else weight.square() * second.diagonal().float()
+            layer.set_parameter(f"{name}.weight", new)
+            scores = target.square() if second is None else target.square() * second.diagonal().float()
             if name in gradients:
                 scores *= gradients[name].diagonal()[:, None]
             report[name] = _report(kept, kept_share(scores, kept))
@@ -105,6 +105,35 @@ def pathway_lines(layers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list
         short = least.removeprefix(f"{layer}.")
         lines.append(f"{layer:<24} {zeros / weights:>8.1%} {mean:>11.1%}  {shares[least]:.1%} {short}")
     return lines
+
+
+def _targets(layer: LayerData, pattern: Pattern) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
+    """By linear layer, the weight that it is pruned from and the second moments of its inputs, None if no text reached
+    it, such as an expert that is never chosen. Each is set before the next one is asked for."""
+    reached = set()
+    targets = _fitted_to_dense(layer) if pattern is Pattern.TWO_OF_FOUR else _as_stored(layer)
+    for name, target, second in targets:
+        reached.add(name)
+        yield name, target, second
+    for name in (name for name in layer.linears if name not in reached):
+        yield name, layer.weight(name), None
+
+
+def _fitted_to_dense(layer: LayerData) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    dense = DenseInputs(layer)
+    for groups in dense.stages:
+        for group, paired in dense.moments(groups).items():
+            second = shrunk(paired.second, paired.tokens)
+            change = towards_dense(damped(second), paired.gap)
+            for name in dense.groups[group]:
+                weight = layer.weight(name)
+                yield name, weight + weight @ change, second
+
+
+def _as_stored(layer: LayerData) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    moments = layer.moments(dict.fromkeys(layer.linears, Metric.FULL))
+    for name in moments.groups:
+        yield name, layer.weight(name), _second_moments(moments, name)
 
 
 def _second_moments(moments: Moments, name: str) -> torch.Tensor:
