@@ -67,7 +67,8 @@ def digest(root: Path) -> str:
     result = hashlib.sha256()
     files = [root / "pyproject.toml", root / "deploy" / "hatch_build.py"]
     for folder in ("middleware", "calibration"):
-        files += sorted(path for path in (root / folder).rglob("*") if path.suffix != ".pyc" and path.is_file())
+        found = (root / folder).rglob("*")
+        files += sorted(path for path in found if "__pycache__" not in path.parts and path.is_file())
     for path in files:
         result.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return result.hexdigest()
