@@ -53,7 +53,6 @@ from hemostat.demo.vllm_server import dtype
 from hemostat.reference.server import VllmServer
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.canaries import (
-    ADAPTER_SEQUENCES,
     REPLAYS,
     Canary,
     CanarySet,
@@ -224,8 +223,6 @@ def base_set(name: str) -> CanarySet:
 
 def of_shortest(taken: CanarySet, replay: Floats) -> Floats:
     """The part of a replay of all sequences that is of the shortest ones."""
-    if len(taken.canaries) <= ADAPTER_SEQUENCES:
-        return replay
     ends = np.cumsum([canary.scored for canary in taken.canaries])
     parts = {id(canary): replay[end - canary.scored : end] for canary, end in zip(taken.canaries, ends, strict=True)}
     return np.concatenate([parts[id(canary)] for canary in shortest(taken.canaries)])
@@ -243,7 +240,8 @@ def measure(name: str, restarts: int, out_of_time: Callable[[], bool]) -> dict[s
     short = short_set(taken)
     folder.mkdir(exist_ok=True)
     for number in range(restarts):
-        path, asked = folder / f"{number}.npy", taken if number < WITH_ALL else short
+        path = folder / f"{number}.npy"
+        asked = taken if number < WITH_ALL and server.base == WHOLE else short
         if not path.exists():
             if out_of_time():
                 break
