@@ -152,7 +152,7 @@ def test_the_state_survives_a_restart() -> None:
     assert readings(lived(again, 50, odd=2)) == readings(lived(state, 50, odd=2))
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"schema": 5}', b'{"schema": 5, "state": {"begun": 3}}'])
+@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"schema": 6}', b'{"schema": 6, "state": {"begun": 3}}'])
 def test_damaged_state_is_refused(data: bytes) -> None:
     with pytest.raises(InvalidArgumentError, match="begin anew"):
         load_engines(data, ALPHA)

@@ -85,3 +85,10 @@ def test_the_table_and_the_file(tmp_path, monkeypatch, capsys):
     assert status == (0 if all(row["holds"] for row in rows[1:]) else 1)
     assert (result["lives"], result["seed"]) == (2, 3)
     assert f"breaks: {rows[1]['case']}" in capsys.readouterr().out
+    given: list[str] = []
+    monkeypatch.setattr(bench_guard, "run_modules", lambda _, names, *more, done: given.extend(names) or [])
+    assert bench_guard.main(["--only", "breaks", "--lives", "2", "--seed", "3", "--resume"]) == status
+    assert json.loads(path.read_text()) == result
+    for other in (["--seed", "4", "--resume"], ["--seed", "3"]):
+        bench_guard.main(["--only", "breaks", "--lives", "2", *other])
+    assert given == ["breaks", "breaks"], "of another seed, and without --resume"
