@@ -30,6 +30,7 @@ from hemostat.openai import routes
 from hemostat.profiles.decisions import Decision, Reason
 from hemostat.relay import outcomes
 from hemostat_calibration.alarm import AlarmTest
+from hemostat_calibration.canary_cause import Cause
 from hemostat_calibration.divergence.places import ANSWER, THINKING
 from hemostat_calibration.outcomes import LENGTH, Outcome
 from hemostat_calibration.records import Arm
@@ -152,6 +153,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
     "direction": {
         "": dict(zip(DIRECTIONS, ("KL(reference‖compressed)", "KL(compressed‖reference)"), strict=True)),
     },
+    "cause": {"": {"": "not looked for, or not yet"} | {cause: cause.meaning for cause in Cause}},
     "against": {
         "": {
             BASELINE: "what the engine computed when the set was taken",

@@ -44,6 +44,7 @@ import numpy as np
 
 from hemostat_calibration import state_codec
 from hemostat_calibration.arrays import Floats, Ids
+from hemostat_calibration.canary_cause import CauseBaseline
 from hemostat_calibration.errors import InvalidArgumentError
 
 REPLAYS = 4
@@ -60,7 +61,7 @@ TOLERANCE_NATS = 0.01
 differently, far less than another quantization does."""
 ADAPTER_SEQUENCES = 20
 """Of an adapter: the shortest ones, so that those of several adapters fit beside the base model's."""
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,7 +163,8 @@ class CanarySet:
     """S sequences, and what one served model, a base model or an adapter, scored them.
 
     baseline: float64 [R, N], log-probabilities in nats of all scored tokens of all sequences, one after the other,
-    N = Σ (P + A − 1), of R replays. reference: float64 [N], of the reference; empty where there is none.
+    N = Σ (P + A − 1), of R replays. reference: float64 [N], of the reference; empty where there is none. cause: what
+    the cause of a change is found by; None of an adapter, and where the model's context is too short.
     InvalidArgumentError where they do not fit together.
     """
 
@@ -170,6 +172,7 @@ class CanarySet:
     baseline: Floats
     origin: Origin
     reference: Floats = field(default_factory=lambda: np.empty(0))
+    cause: CauseBaseline | None = None
 
     def __post_init__(self) -> None:
         require_sequences(self.canaries)

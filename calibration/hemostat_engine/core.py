@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -24,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed
 
-from hemostat_engine import transform, xargs
+from hemostat_engine import kv_precision, transform, xargs
 from hemostat_engine.agent import Agent, Identity
 from hemostat_engine.library import Counters, Library
 from hemostat_engine.masks import UNKNOWN, GrammarMasks, Masks
@@ -38,6 +40,8 @@ from hemostat_engine.weights import LoadedWeights
 log = logging.getLogger("hemostat.engine")
 
 T = TypeVar("T")
+MIN_PRECISION_SECONDS = 5.0
+"""Between two looks at the KV cache."""
 MAX_TAPPED_CANDIDATES = 2
 """Held profiles that are evaluated for a tapped row besides the applied one."""
 
@@ -47,12 +51,14 @@ _BINDING_ATTRIBUTE = "_hemostat_binding"
 @dataclass(frozen=True, slots=True)
 class Binding:
     """What one request is bound to. `profile` None: identity. `nonce` None: not tapped. child: number of the tapped
-    request among those with the same nonce: vLLM makes n requests of one with n > 1. measured: the tap has numbers."""
+    request among those with the same nonce: vLLM makes n requests of one with n > 1. measured: the tap has numbers.
+    forced: the first ids of its output; empty: none are."""
 
     profile: HeldProfile | None
     nonce: str | None
     child: int = 0
     measured: bool = True
+    forced: tuple[int, ...] = ()
 
     @property
     def applied(self) -> str | None:
@@ -122,9 +128,10 @@ class Core:
         answers: bool = False,
         sets: bool = False,
         weights: LoadedWeights | None = None,
+        kv_layers: Callable[[], Iterable[Any]] = tuple,
     ) -> None:
         """tap_on_every_rank: every rank samples other requests, so every rank taps; else only rank 0 does. answers,
-        sets: see `Identity`. weights: reported by rank 0."""
+        sets: see `Identity`. weights: reported by rank 0. kv_layers: vLLM's attention layers."""
         self.device = device
         self.counters = Counters()
         self.library = Library(vocab_size, device)
@@ -137,6 +144,8 @@ class Core:
         self._sampling = Ranks() if tap_on_every_rank else ranks
         """Those that sample the same rows."""
         self._tap_failed = False
+        self._kv_layers = kv_layers
+        self._precision, self._precision_at = 0, -math.inf
         self._children = Numbering()
         self._tapping = settings.admin_url is not None and (ranks.rank == 0 or tap_on_every_rank)
         boot_id = ranks.broadcast(boot_id)
@@ -160,15 +169,27 @@ class Core:
         bindings: list[Binding | None] = []
         for i, params in enumerate(admitted):
             binding = self._bound(params)
-            if binding is None and (
-                i in profiles or parameters[i].nonce is not None or parameters[i].version is not None
-            ):
+            if binding is None and parameters[i] is not xargs.NO_PARAMETERS:
                 nonce = parameters[i].nonce if self._tapping else None
                 child = 0 if nonce is None else self._children.next(nonce)
-                binding = Binding(profiles.get(i), nonce, child, not parameters[i].edited)
+                forced = (self._kv_precision(),) if parameters[i].precision else parameters[i].forced
+                if max(forced, default=0) >= self._vocab_size:
+                    forced = ()  # an id that the vocabulary does not have would end the engine
+                binding = Binding(profiles.get(i), nonce, child, not parameters[i].edited, forced)
                 setattr(params, _BINDING_ATTRIBUTE, binding)
-            bindings.append(binding if binding and (binding.profile or binding.nonce) else None)
+            bindings.append(binding if binding and (binding.profile or binding.nonce or binding.forced) else None)
         return bindings
+
+    def _kv_precision(self) -> int:
+        """As `kv_precision.code`, computed seldom: who asks often must not slow others down. The same on all ranks."""
+        now = time.monotonic()
+        if self._sampling.rank == 0 and now - self._precision_at >= MIN_PRECISION_SECONDS:
+            try:
+                self._precision = kv_precision.code(self._kv_layers())
+            except Exception as error:  # noqa: BLE001 - whatever a cache looks like, vLLM goes on
+                log.error("the KV cache cannot be read: %s: %s", type(error).__name__, first_line(str(error)))
+            self._precision_at = time.monotonic()
+        return int(self._sampling.broadcast(str(self._precision)))
 
     def _bound(self, params: Any) -> Binding | None:
         return getattr(params, _BINDING_ATTRIBUTE, None)

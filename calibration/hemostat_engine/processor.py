@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from hemostat_calibration.errors import HemostatError
-from hemostat_engine import answer_tap, xargs
+from hemostat_engine import answer_tap, forcing, xargs
 from hemostat_engine.core import Binding, Core, Ranks
 from hemostat_engine.masks import masks
 from hemostat_engine.settings import Settings
@@ -72,6 +72,10 @@ def _hands_out_answers() -> bool:
     return vllm.__file__ is not None and Path(vllm.__file__).with_name("v1").joinpath("engine", "async_llm.py").exists()
 
 
+def _attention_layers(vllm_config: Any) -> Iterable[Any]:
+    return list(vllm_config.compilation_config.static_forward_context.values())
+
+
 def _core(vllm_config: Any, device: torch.device, vocab_size: int, runner: str) -> Core:
     watched = masks.watch(runner)
     return Core(
@@ -88,6 +92,7 @@ def _core(vllm_config: Any, device: torch.device, vocab_size: int, runner: str) 
         # Of a draft that was rejected, it is not known which mask the token in its place was sampled from.
         sets=watched and getattr(vllm_config, "speculative_config", None) is None,
         weights=LoadedWeights.of(getattr(vllm_config, "model_config", None)),
+        kv_layers=functools.partial(_attention_layers, vllm_config),
     )
 
 
@@ -127,7 +132,16 @@ class BatchV1:
                 # The id at this position is sampled after this call. Of the last position it is never seen here.
                 ids = [self._rows[row][1] for row, _ in rows]
                 self._core.tap_rows(reading, rows, [(len(output), output[-1] if output else -1) for output in ids])
+        self._force(logits)
         return logits
+
+    def _force(self, logits: torch.Tensor) -> None:
+        ids = [-1] * logits.shape[0]
+        for row, (binding, output) in self._rows.items():
+            if len(output) < len(binding.forced):
+                ids[row] = binding.forced[len(output)]
+        if max(ids) >= 0:
+            forcing.force(logits, self._core.on_device(ids))
 
     def _read(self, logits: torch.Tensor, *, measured: bool) -> tuple[Reading | None, list[tuple[int, Binding]]]:
         """What is read of the tapped rows, and these."""
@@ -186,7 +200,17 @@ class SlotsV2:
             self._apply_plain(logits, bound, ctx)
         else:
             self._apply_expanded(logits, bound, ctx)
+        self._force(logits, [slot for _, slot in bound if self._slots[slot].forced], ctx)
         return logits
+
+    def _force(self, logits: torch.Tensor, slots: list[int], ctx: Any) -> None:
+        if not slots:
+            return
+        ids = torch.full_like(ctx.pos, -1, dtype=torch.int64)
+        for slot in slots:
+            tokens, positions = self._core.on_device(self._slots[slot].forced), ctx.pos + 1 - self._prompt_lens[slot]
+            ids = forcing.put(ids, tokens, positions, ctx.expanded_idx_mapping == slot)
+        forcing.force(logits, ids)
 
     def _tapped(self, bound: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
         """Those that are tapped, which are read in groups."""

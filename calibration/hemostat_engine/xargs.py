@@ -12,10 +12,15 @@ from hemostat_calibration.profiles.profile import VERSION_PATTERN
 VERSION_KEY = "hemostat"
 NONCE_KEY = "hemostat_tap"
 TOP_KEY = "hemostat_tap_top"
+FORCE_KEY = "hemostat_force"
+PRECISION_KEY = "hemostat_kv_precision"
+_KEYS = (VERSION_KEY, NONCE_KEY, FORCE_KEY, PRECISION_KEY)
 NONCE_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _DIGITS = re.compile(r"[0-9]{1,3}")
 MAX_TOP = 128
 """Ids at each position of an answer that is handed out."""
+MAX_FORCED = 64
+"""Tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,8 @@ class RequestParameters:
     nonce: str | None
     top: int | None = None
     edited: bool = False
+    forced: tuple[int, ...] = ()
+    precision: bool = False
 
 
 NO_PARAMETERS = RequestParameters(None, None)
@@ -40,7 +47,9 @@ def parse(extra_args: Mapping[str, Any] | None) -> RequestParameters:
         return NO_PARAMETERS
     version = extra_args.get(VERSION_KEY)
     nonce = extra_args.get(NONCE_KEY)
-    if version is None and nonce is None:
+    forced = _forced(extra_args.get(FORCE_KEY))
+    precision = extra_args.get(PRECISION_KEY) is not None
+    if version is None and nonce is None and not forced and not precision:
         return NO_PARAMETERS
     if version is not None and not (isinstance(version, str) and VERSION_PATTERN.fullmatch(version)):
         raise ValueError(
@@ -48,7 +57,17 @@ def parse(extra_args: Mapping[str, Any] | None) -> RequestParameters:
         )
     if nonce is not None and not (isinstance(nonce, str) and NONCE_PATTERN.fullmatch(nonce)):
         raise ValueError(f"vllm_xargs.{NONCE_KEY} must be 1 to 64 letters, digits, '_' or '-', not {_shorten(nonce)}")
-    return RequestParameters(version, nonce, None if nonce is None else _top(extra_args.get(TOP_KEY)))
+    top = None if nonce is None else _top(extra_args.get(TOP_KEY))
+    return RequestParameters(version, nonce, top, forced=forced, precision=precision)
+
+
+def _forced(value: object) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    ids = value if isinstance(value, list) and 1 <= len(value) <= MAX_FORCED else [None]
+    if any(not isinstance(token, int) or isinstance(token, bool) or token < 0 for token in ids):
+        raise ValueError(f"vllm_xargs.{FORCE_KEY} must be 1 to {MAX_FORCED} token ids, not {_shorten(value)}")
+    return tuple(ids)
 
 
 def _top(value: object) -> int | None:
@@ -62,7 +81,7 @@ def _top(value: object) -> int | None:
 
 def has_parameters(extra_args: Mapping[str, Any] | None) -> bool:
     """Whether a parameter of Hemostat is present, valid or not."""
-    return extra_args is not None and (VERSION_KEY in extra_args or NONCE_KEY in extra_args)
+    return extra_args is not None and not extra_args.keys().isdisjoint(_KEYS)
 
 
 def _shorten(value: object) -> str:

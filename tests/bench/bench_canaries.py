@@ -18,6 +18,8 @@ float32     --dtype float32, of the uncompressed model, whose base is bfloat16
 outlier     three engines, one of which is further from the uncompressed model: its divergence times a factor, in the
             same direction (log-probabilities c + (√factor − 1) (c − r) of the real c and r). Computed, of `checkpoint`
 
+cause       which cause is said for six faults: `tests/bench/canary_causes.py`
+
 --simulate needs no vLLM: engines whose replays differ by noise with heavy tails (Student's t, 3 degrees of freedom), of
 the size that kernels of GPUs have, and changes that shift each token's log-probability by ± a size. Beside the test, an
 oracle that knows the noise and the shift of each token: the likelihood ratio of normal noise, with a threshold of the
@@ -43,6 +45,7 @@ from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file, save_file
+from tests.bench import canary_causes
 from tests.bench.forked_vllm import ForkedVllm, Imported
 
 from hemostat.canaries.client import CanaryClient
@@ -106,7 +109,7 @@ SERVERS = {
     "texts": Server("gptq b", "gptq"),
     "float32": Server("reference", "uncompressed", ("--dtype", "float32")),
 }
-ROWS = [*SERVERS, "loaded", "outlier"]
+ROWS = [*SERVERS, "loaded", "outlier", "cause"]
 
 
 def checkpoint(name: str) -> Path:
@@ -385,14 +388,15 @@ def main() -> None:
             print(text.format(**row))
     else:
         for name in arguments.only or ROWS:
+            row: Any
             if name == "outlier":
-                row: Any = outlier()
+                row = outlier()
+            elif name == "cause":
+                row = canary_causes.report(out_of_time)
+            elif name == "loaded":
+                row = null(arguments.null, out_of_time)
             else:
-                row = (
-                    null(arguments.null, out_of_time)
-                    if name == "loaded"
-                    else measure(name, arguments.restarts, out_of_time)
-                )
+                row = measure(name, arguments.restarts, out_of_time)
             report[name] = row
             print(f"{name:12} {json.dumps(row)}", flush=True)
     path.write_text(json.dumps(report, indent=1))

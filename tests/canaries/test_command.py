@@ -200,7 +200,7 @@ def test_a_set_that_is_none_is_one_line(
 ) -> None:
     data = taken.read_bytes()
     broken = tmp_path / "broken"
-    for content in (b"", data[: len(data) // 2], b"[1]", b'{"schema": 1, "state": {}}'):
+    for content in (b"", data[: len(data) // 2], b"[1]", b'{"schema": 2, "state": {}}'):
         broken.write_bytes(content)
         assert "hemostat canaries take writes such a file" in refused(["replay", url, str(broken)], capsys)
     assert "cannot be read (No such file" in refused(["replay", url, str(tmp_path / "none")], capsys)

@@ -17,7 +17,7 @@ from tests.support.fake_vllm import FakeVllm, running
 from tests.support.stores import DirectWrites
 from tests.support.waiting import until
 
-from hemostat.canaries import client
+from hemostat.canaries import client, variants
 from hemostat.canaries.engine import STATES_KEY
 from hemostat.canaries.keeper import FIRST_SECONDS, RETRY_SECONDS, Canaries
 from hemostat.canaries.pace import BUDGET_TOKENS, HOUR_SECONDS
@@ -31,10 +31,17 @@ from hemostat.metrics import names
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ReferenceState
 from hemostat.reference.protocol import FailureReason, ReferenceFailure, ScoreRequest
+from hemostat_calibration import canary_cause
 from hemostat_calibration.canaries import MIN_SEQUENCES, Canary, CanarySet, Origin
 from hemostat_calibration.errors import HemostatError
 
 SEQUENCES = MIN_SEQUENCES
+
+
+@pytest.fixture(autouse=True)
+def without_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set whose text is too short for them: they are many requests."""
+    monkeypatch.setattr(canary_cause, "MIN_TEXT", 10_000)
 
 
 class World:
@@ -153,7 +160,7 @@ async def test_a_set_is_taken_when_engines_have_served_a_while_and_replayed_ever
         assert bench.statements() == []
         report = bench.canaries.report()
         assert (report["detail"], report["set"]["sequences"], report["failures"]) == ("", SEQUENCES, {})
-        assert bench.sample(names.CANARY_CHANGED) == {(bench.names[0], "fake", "baseline"): 0.0}
+        assert bench.sample(names.CANARY_CHANGED) == {(bench.names[0], "fake", "baseline", ""): 0.0}
 
 
 async def test_another_model_under_the_same_name_is_stated_after_two_replays_and_until_it_is_back(
@@ -169,7 +176,7 @@ async def test_another_model_under_the_same_name_is_stated_after_two_replays_and
         (text,) = bench.statements()
         assert f"Canaries: {bench.names[0]} (fake) has changed, since" in text
         assert f"{SEQUENCES} of {SEQUENCES} sequences differ" in text
-        assert bench.sample(names.CANARY_CHANGED) == {(bench.names[0], "fake", "baseline"): 1.0}
+        assert bench.sample(names.CANARY_CHANGED) == {(bench.names[0], "fake", "baseline", ""): 1.0}
         assert bench.written.events(1)[0]["why"] == text
         fake.noise = 0.0
         await bench.settle(HOUR_SECONDS)
@@ -256,7 +263,7 @@ async def test_the_outlier_engine_is_named_at_its_first_replay_whoever_gets_whic
             fake.seed = 7  # all run another model than then
         fakes[1].noise = 0.3
         await bench.settle(HOUR_SECONDS)
-        changed = {labels: value for labels, value in bench.sample(names.CANARY_CHANGED).items() if value}
+        changed = {labels[:3]: value for labels, value in bench.sample(names.CANARY_CHANGED).items() if value}
         assert {(name, "fake", "baseline") for name in bench.names} | {(bench.names[1], "fake", "engines")} == set(
             changed
         )
@@ -585,3 +592,48 @@ async def test_without_canaries_nothing_is_asked(tmp_path: Path) -> None:
         await bench.canaries.run()  # returns at once
         assert bench.fakes[0].seen == []
         assert bench.canaries.report()["detail"] == "canaries.enabled is false"
+
+
+async def test_the_cause_is_looked_for_once_within_the_budget_and_is_in_the_statement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(canary_cause, "MIN_TEXT", 256)
+    monkeypatch.setattr(canary_cause, "MAX_TEXT", 256)
+    fakes = [FakeVllm(plugin=True, hold_after=variants.COMPANION_TOKENS // 2) for _ in range(2)]
+
+    def looked_for() -> list[int]:
+        counts = [sum("hemostat_kv_precision" in (body.get("vllm_xargs") or {}) for body in f.requests) for f in fakes]
+        bench.asked()
+        return counts
+
+    prompts = "".join(f"a prompt, number {n}\n" for n in range(SEQUENCES))
+    async with world(tmp_path, *fakes, prompts=prompts) as bench:
+        await bench.settle(FIRST_SECONDS)
+        assert sorted(looked_for()) == [0, canary_cause.REPLAYS]
+        pace = bench.canaries._engines[bench.names[1]].canaries.pace
+        needed = 2 * bench.canaries._sets.base.tokens  # type: ignore[union-attr]
+        fakes[1].noise = 0.3
+        bench.now += HOUR_SECONDS
+        pace.spend(BUDGET_TOKENS - needed)
+        await bench.settle()
+        assert looked_for() == [1, 0]  # of two engines each differs from the other; at one, replays have spent the rest
+        texts = bench.statements()
+        assert ["cause: nothing" in texts[0], "cause:" in texts[1]] == [True, False]
+        row = bench.canaries.report()["engines"][1]
+        assert (row["changed"], row["cause"]) == (True, None)
+        await bench.settle(HOUR_SECONDS)
+        await bench.settle(HOUR_SECONDS)
+        assert looked_for() == [0, 1]
+        what = f"cause: one engine of several: {bench.names[1]} differs from then, 1 other does not; there weights: all"
+        assert all(what in text for text in bench.statements())
+        assert what in bench.written.events(1)[0]["why"]
+        assert {labels for labels, value in bench.sample(names.CANARY_CHANGED).items() if value} == {
+            (bench.names[0], "fake", "engines", "one_engine"),
+            (bench.names[1], "fake", "baseline", "one_engine"),
+            (bench.names[1], "fake", "engines", "one_engine"),
+        }
+        assert b"weights: all variants" in (bench.written.get_blob(STATES_KEY) or b"")  # it outlasts the process
+        fakes[1].noise = 0.0
+        await bench.settle(HOUR_SECONDS)
+        assert bench.statements() == []
+        assert all(row["cause"] is None for row in bench.canaries.report()["engines"])

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import httpx
+import numpy as np
 import pytest
 from tests.support.adapter_profiles import smollm_adapter
-from tests.support.running_vllm import RunningVllm
+from tests.support.running_vllm import (
+    FAULTS_ARGUMENTS,
+    FAULTS_ENVIRONMENT,
+    VLLM_ARGUMENTS,
+    RunningVllm,
+    running_vllm,
+)
 
 from hemostat.canaries import client
+from hemostat.canaries.variants import VariantClient
 from hemostat.cli import main
 from hemostat.commands.canaries import CHANGED, EQUAL
-from hemostat_calibration.canaries import CanarySet
+from hemostat.demo.checkpoints import Checkpoints
+from hemostat.reference.server import VllmServer
+from hemostat_calibration.canaries import TOLERANCE_NATS, Canary, CanarySet
+from hemostat_calibration.canary_cause import Cause, CauseBaseline
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
+T = TypeVar("T")
 PROMPTS = ("The capital of France is", "def add(a, b):", "Die Hauptstadt von Italien ist", "1, 2, 3,")
 STRENGTH = 0.01
 """Standard deviation of the weights' change."""
@@ -54,3 +69,72 @@ def test_a_set_is_equal_on_the_same_model_and_changed_on_another(
     assert lines[1].startswith("equal: ")
     assert lines[2].startswith("changed: ")
     assert f"  model: {lora_server.model}, now {adapter}" in lines
+
+
+async def _at_once() -> None:
+    """A gate that is open."""
+
+
+def asked(server: RunningVllm, ask: Callable[[VllmServer, VariantClient], Awaitable[T]]) -> T:
+    async def run() -> T:
+        vllm = VllmServer(server.url, timeout=300.0)
+        try:
+            return await ask(vllm, VariantClient(vllm, server.model, _at_once))
+        finally:
+            await vllm.close()
+
+    return asyncio.run(run())
+
+
+def test_forced_tokens_are_decoded_with_the_log_probabilities_of_before(lora_server: RunningVllm) -> None:
+    words = "The moon is a lamp of stone, and seven blue horses sang about the price of bread in Lisbon."
+
+    async def ask(vllm: VllmServer, _: VariantClient) -> tuple[list[int], Any, list[float]]:
+        ids = await vllm.tokenize(lora_server.model, words)
+        body = {
+            "model": lora_server.model,
+            "prompt": ids[:8],
+            "max_tokens": len(ids) - 8,
+            "temperature": 0.0,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "vllm_xargs": {"hemostat_force": ids[8:]},
+        }
+        answer = await vllm.post("/v1/completions", body, dict[str, Any])
+        return ids, answer["choices"][0], await vllm.prompt_logprobs(lora_server.model, ids)
+
+    ids, choice, scored = asked(lora_server, ask)
+    assert choice["token_ids"] == ids[8:]
+    decoded = np.array(choice["logprobs"]["token_logprobs"])
+    assert decoded.max() < -0.01  # of no token was the model that sure: it would have written other ones
+    assert np.abs(decoded - scored[7:]).mean() < 0.05  # kernels of another shape
+
+
+@pytest.mark.slow
+def test_faults_of_a_real_engine_have_their_causes(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    arguments = [argument for argument in VLLM_ARGUMENTS if argument != "--no-enable-prefix-caching"]
+    arguments += ["--max-num-batched-tokens", "512", "--block-size", "32", *FAULTS_ARGUMENTS]
+    faults: dict[Cause, Any] = {
+        Cause.NONE: [],
+        Cause.WEIGHTS: ["weights", {"layer": 9, "name": "down_proj", "scale": 1.02}],
+        Cause.KV_CACHE: ["kv_cast", {}],
+        Cause.PREFIX_CACHE: ["stale_prefix", {}],
+        Cause.BATCH: ["batch", {"layer": 7, "name": "down_proj"}],
+        Cause.CHUNK_BOUNDARY: ["chunk", {"layer": 11, "name": "down_proj"}],
+    }
+    found: dict[Cause, str] = {}
+
+    async def take(vllm: VllmServer, client: VariantClient) -> CauseBaseline | None:
+        text = " ".join(f"{n}. {prompt}" for n in range(20) for prompt in PROMPTS)
+        ids = np.array(await vllm.tokenize(server.model, text))
+        return await client.baseline([Canary("", ids.astype(np.int32), ids[:8].astype(np.int32))], 2048)
+
+    with running_vllm(checkpoints, tmp_path, arguments, FAULTS_ENVIRONMENT) as server:
+        baseline = asked(server, take)
+        assert baseline is not None
+        for cause, fault in faults.items():
+            body = {"method": "inject", "args": [json.dumps(fault)]}
+            asked(server, lambda vllm, _: vllm.post("/collective_rpc", body, dict[str, Any]))  # noqa: B023
+            verdict = baseline.explain(asked(server, lambda _, client: client.measure(baseline.text)), TOLERANCE_NATS)
+            found[cause] = verdict.text if verdict.cause is not cause else ""
+    assert found == dict.fromkeys(faults, "")

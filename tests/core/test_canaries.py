@@ -155,7 +155,7 @@ def test_a_set_is_read_as_it_was_written() -> None:
     [
         (lambda data: data[:-200], "not a stored CanarySet"),
         (lambda data: b"", "not a stored CanarySet"),
-        (lambda data: data.replace(b'"schema":1', b'"schema":9'), "has schema 9"),
+        (lambda data: data.replace(b'"schema":2', b'"schema":9'), "has schema 9"),
         (lambda data: data.replace(b'"model"', b'"modul"'), "CanarySet.origin.model is missing"),
     ],
 )

@@ -44,6 +44,11 @@ def test_number_of_candidates_of_an_answer() -> None:
     assert parse({"hemostat_tap_top": "20"}) is NO_PARAMETERS
 
 
+def test_forced_ids_are_read_alone_and_beside_others() -> None:
+    assert parse({"hemostat_force": [3, 0]}) == RequestParameters(None, None, forced=(3, 0))
+    assert parse({"hemostat_force": [3], "hemostat_tap": "n"}) == RequestParameters(None, "n", forced=(3,))
+
+
 @pytest.mark.parametrize(
     ("extra", "named"),
     [
@@ -58,6 +63,10 @@ def test_number_of_candidates_of_an_answer() -> None:
         ({"hemostat_tap": "a" * 65}, "vllm_xargs.hemostat_tap must"),
         ({"hemostat_tap": "a/b"}, "vllm_xargs.hemostat_tap must"),
         ({"hemostat_tap": 1.5}, "vllm_xargs.hemostat_tap must"),
+        *(
+            ({"hemostat_force": value}, "vllm_xargs.hemostat_force must be 1 to 64 token ids")
+            for value in ([], [-1], [True], [1.0], ["3"], 3, "3", [1] * 65)
+        ),
         *(
             ({"hemostat_tap": "n", "hemostat_tap_top": value}, "vllm_xargs.hemostat_tap_top must be an integer from 1")
             for value in (0, 129, -1, 1.5, "0", "1.5", "", "9" * 100, [3], "2\n")

@@ -86,7 +86,8 @@ def canaries(state: State, engines: Sequence[str]) -> Json:
     """Make the canaries' part of the status: taken yesterday, and equal at all engines."""
     comparison = {"votes": 0, "needed": 26, "sequences": 50, "distance_nats": 0.002}
     row = {"at": state.at - 900, "since": None, "changed": False, "outlier": False, "baseline": comparison,
-           "engines": comparison, "reference_nats": [0.291, 0.293], "model": "qwen3-8b-w4a16"}  # fmt: skip
+           "engines": comparison, "reference_nats": [0.291, 0.293], "model": "qwen3-8b-w4a16",
+           "cause": None}  # fmt: skip
     taken = {"model": "qwen3-8b-w4a16", "root": "/models/qwen3-8b-w4a16", "vllm": "0.32.0", "weights": "",
              "tokens": 4740, "engine": engines[0], "taken": state.at - 90_000, "sequences": 50}  # fmt: skip
     rows = [row | {"engine": name} for name in engines]
@@ -299,7 +300,8 @@ def many_engines(state: State) -> None:
     told["failures"] = {named[2]: f"http://{named[2]}/v1/completions: Connection refused"}
     row = told["engines"][5]
     far = row["baseline"] | {"votes": 50, "distance_nats": 0.19}
-    row |= {"changed": True, "since": state.at - 4000, "baseline": far}
+    cause = "one engine of several: 10.0.0.6:8000 differs from then, 7 others do not; there weights: all variants"
+    row |= {"changed": True, "since": state.at - 4000, "baseline": far, "cause": cause}
     state.says = f"Canaries: {named[5]} (qwen3-8b-w4a16) has changed: 50 of 50 sequences differ"
     state.problem("HemostatCanaryChanged", state.says, 4000)
     ejected = "1 of 8 engines gets no requests: 10.0.0.3:8000"

@@ -25,6 +25,9 @@ VLLM_ARGUMENTS = [
 RAISING_ARGUMENTS = [*VLLM_ARGUMENTS[:-1], "tests.support.raising_processor:LogitsProcessor"]
 """The same, but that a profile can be made to raise."""
 
+FAULTS_ARGUMENTS = ["--worker-extension-cls", "tests.support.engine_faults.Faults"]
+FAULTS_ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
+
 LORA_ARGUMENTS = [*VLLM_ARGUMENTS, "--enable-lora", "--max-lora-rank", "16", "--max-loras", "2"]
 LORA_ENVIRONMENT = {"HEMOSTAT_ADAPTERS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 

@@ -12,11 +12,13 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import msgspec
 import numpy as np
 
 from hemostat.canaries.prompts import Prompts
+from hemostat.canaries.variants import VariantClient
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat.reference.server import Refused, VllmServer
 from hemostat_calibration.arrays import Floats, Ids
@@ -96,7 +98,7 @@ class CanaryClient:
         )
 
     async def take(self, prompts: Prompts, *, engine: str = "") -> CanarySet:
-        """Have the model write the answers, and score them: about 24,000 tokens with the prompts of this package.
+        """Have the model write the answers, and score them: about 35,000 tokens with the prompts of this package.
 
         InvalidArgumentError where the prompts make no set.
         """
@@ -110,7 +112,11 @@ class CanaryClient:
             for number, (prompt, text) in enumerate(zip(prompts.prompts, texts, strict=True))
         ]
         require_sequences(canaries)
-        return await self.baseline(canaries, origin)
+        taken = await self.baseline(canaries, origin)
+        return replace(taken, cause=await self.variants().baseline(canaries, origin.max_model_len))
+
+    def variants(self) -> VariantClient:
+        return VariantClient(self._server, self.model, self._gate)
 
     async def baseline(self, canaries: Sequence[Canary], origin: Origin) -> CanarySet:
         """The set of these sequences: replayed alone, and beside each other. REVISION where another model is served at

@@ -12,6 +12,7 @@ from hemostat.canaries.pace import Pace, PaceState
 from hemostat.reference.server import VllmServer
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.canaries import Comparison, Origin
+from hemostat_calibration.canary_cause import Verdict
 
 STATES_KEY = "canary_engines"
 """Of the blob in the store."""
@@ -41,6 +42,8 @@ class Reading:
     """The statements: from what it is too far, and since when, Unix time."""
     reference: tuple[float, float] | None = None
     """Distance from the reference, nats: then, now."""
+    cause: Verdict | None = None
+    """Of the statements, once it was looked for."""
 
     def judge(self, against: str, comparison: Comparison, numbers: Collection[int], now: float) -> None:
         """One comparison. numbers: of the replays that are part of it.
@@ -51,6 +54,7 @@ class Reading:
         if not comparison.changed:
             self.suspected.pop(against, None)
             self.since.pop(against, None)
+            self.cause = self.cause if self.since else None
         elif min(numbers) > self.suspected.setdefault(against, max(numbers)):
             self.since.setdefault(against, now)
 
@@ -130,7 +134,9 @@ class EngineCanaries:
         await self._server.close()
 
 
-def statement(engine: str, model: str, reading: Reading, then: Origin, now: Origin) -> str:
+def statement(
+    engine: str, model: str, reading: Reading, then: Origin, now: Origin, cause: Verdict | None = None
+) -> str:
     """What is wrong at an engine, in one line with its figures; "" where nothing is."""
     if not reading.since:
         return ""
@@ -141,4 +147,6 @@ def statement(engine: str, model: str, reading: Reading, then: Origin, now: Orig
     parts += replace(then, model=now.model).changes(now)  # an adapter's name is another one
     if reading.reference is not None:
         parts.append("{:.3f} nats from the reference then, {:.3f} now".format(*reading.reference))
+    if cause is not None:
+        parts.append(f"cause: {cause.text}")
     return "; ".join(parts)

@@ -35,6 +35,7 @@ from hemostat.canaries.engine import (
 from hemostat.canaries.pace import BUDGET_TOKENS, HOUR_SECONDS, Pace, PaceState
 from hemostat.canaries.prompts import PromptFileError, Prompts, load
 from hemostat.canaries.sets import BLOB_KEY, SCHEMA, Sets
+from hemostat.canaries.variants import cost
 from hemostat.config.schema import Settings
 from hemostat.engines.addresses import EngineAddresses
 from hemostat.engines.messages import EngineReport
@@ -48,6 +49,7 @@ from hemostat.reference.protocol import ReferenceFailure, ScoreRequest
 from hemostat.store.protocol import StoreWrites
 from hemostat_calibration import state_codec
 from hemostat_calibration.canaries import REPLAYS, CanarySet, Origin, shortest
+from hemostat_calibration.canary_cause import UNCHANGED, Verdict, of_engines
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError
 from hemostat_calibration.messages import in_words
 
@@ -225,6 +227,8 @@ class Canaries:
                 return
             canaries.differs = ""
             await self._score_reference(base)
+            if not await self._explain(canaries, base):
+                return
             first, *adapters = canaries.readings
             # The one that has been due for longest comes first, and none is replayed while it waits for the budget.
             for model in (first, *sorted(adapters, key=lambda name: canaries.readings[name].due)):
@@ -332,6 +336,37 @@ class Canaries:
         self._judge(canaries, model, taken)
         return True
 
+    async def _explain(self, canaries: EngineCanaries, base: CanarySet) -> bool:
+        """The cause of what the base model's replays have found, once. False where it has to wait for the budget, for
+        which replays wait, too."""
+        reading = canaries.base
+        if reading is None or not reading.since or reading.cause is not None or base.cause is None:
+            return True
+        needed = cost(base.cause.text)
+        if canaries.pace.left() < needed:
+            return False
+        with self._spending(canaries, canaries.now.model, needed) as client:
+            client.sent = needed
+            measured = await client.variants().measure(base.cause.text)
+        if self._sets.base is None or self._sets.base.canaries is not base.canaries:
+            return False
+        changes = base.origin.changes(canaries.now)
+        reading.cause = base.cause.explain(measured, self._settings.tolerance_nats, changes)
+        self._record(self._statement(canaries, canaries.now.model, reading, base), self._figures(reading))
+        self._save()
+        return True
+
+    def _cause(self, canaries: EngineCanaries, model: str, reading: Reading) -> Verdict | None:
+        """Of what its replays have found, where it is known: one that all engines have, or of this one alone."""
+        alike = self._alike(canaries, model)
+        found = {name: other.cause if other.since else UNCHANGED for name, other in alike.items()}
+        known = {name: cause for name, cause in found.items() if cause is not None}
+        return of_engines(known) if reading.cause is not None and len(known) == len(found) > 1 else reading.cause
+
+    def _statement(self, canaries: EngineCanaries, model: str, reading: Reading, taken: CanarySet) -> str:
+        cause = self._cause(canaries, model, reading)
+        return statement(canaries.name, model, reading, taken.origin, canaries.now, cause)
+
     @contextmanager
     def _spending(self, canaries: EngineCanaries, model: str, tokens: int) -> Iterator[CanaryClient]:
         """Of the budget. Stored before they are sent: this process may end meanwhile."""
@@ -361,7 +396,7 @@ class Canaries:
             elif name == canaries.name:
                 current.due = self._clock() + HOUR_SECONDS
             if current.since.keys() != before[name].keys():
-                text = statement(name, model, current, taken.origin, self._engines[name].canaries.now)
+                text = self._statement(self._engines[name].canaries, model, current, taken)
                 self._record(text or f"Canaries: {name} ({model}) is as it was", self._figures(current))
         self._save()
 
@@ -395,12 +430,12 @@ class Canaries:
         for canaries, model, reading in self._all():
             taken = self._sets.of(model)
             if taken is not None and reading.since:
-                text = statement(canaries.name, model, reading, taken.origin, canaries.now)
-                yield text, min(reading.since.values())
+                yield self._statement(canaries, model, reading, taken), min(reading.since.values())
 
     def report(self) -> dict[str, Any]:
         """JSON-ready. set: what is replayed; None before one was taken. failures: why an engine is not compared.
-        engines: the last replay of each model of each engine; distance_nats: the median distance of its sequences."""
+        engines: the last replay of each model of each engine; distance_nats: the median distance of its sequences;
+        cause: of what is found there, in words."""
         base = self._sets.base
         return {
             "detail": self.problem or ("" if base is not None else "no set was taken yet"),
@@ -429,6 +464,7 @@ class Canaries:
                     "since": min(reading.since.values(), default=None),
                     "changed": BASELINE in reading.since,
                     "outlier": ENGINES in reading.since,
+                    "cause": None if (cause := self._cause(canaries, model, reading)) is None else cause.text,
                     **self._figures(reading),
                 }
                 for canaries, model, reading in self._all()
@@ -451,10 +487,12 @@ class Canaries:
         for outcome, count in self._outcomes.items():
             yield Sample(names.CANARY_REPLAYS, (outcome,), count)
         for canaries, model, reading in self._all():
+            cause = self._cause(canaries, model, reading)
             for against, comparison in reading.found.items():
                 labels = (canaries.name, model, against)
                 yield Sample(names.CANARY_DISTANCE_NATS, labels, comparison.nats)
-                yield Sample(names.CANARY_CHANGED, labels, float(against in reading.since))
+                found = "" if cause is None or against not in reading.since else cause.cause.value
+                yield Sample(names.CANARY_CHANGED, (*labels, found), float(against in reading.since))
 
 
 def _served(origin: Origin) -> tuple[str, str]:

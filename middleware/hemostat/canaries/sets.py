@@ -11,7 +11,7 @@ from hemostat_calibration.canaries import CanarySet
 
 BLOB_KEY = "canaries"
 """Of the blob in the store."""
-SCHEMA = 1
+SCHEMA = 2
 MAX_SETS = 33
 """The base model's, and those of adapters: beyond it the one that was taken first is forgotten."""
 

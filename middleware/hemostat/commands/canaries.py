@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 HELP = "score the same token sequences on a vLLM server again: has it changed?"
-EQUAL, CHANGED = 0, 1
+EQUAL, CHANGED, COULD_NOT_TELL = 0, 1, 2
 TOLERANCE = 0.01
 """As `hemostat_calibration.canaries.TOLERANCE_NATS`, which numpy comes with."""
 KEY = "HEMOSTAT_UPSTREAM__API_KEY"
@@ -65,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     replay = action("replay", "score a stored set again: exit code 0 equal, 1 changed, 2 could not tell", _replay)
     replay.add_argument("file", type=Path, metavar="FILE", help="the set that take has written")
     tolerance(replay)
+    cause = action("cause", "say why a server differs from a stored set; exit codes as of replay", _cause)
+    cause.add_argument("file", type=Path, metavar="FILE", help="the set that take has written")
+    cause.add_argument(
+        "others", nargs="*", metavar="URL", help="further servers of the same model: whether one alone has changed"
+    )
+    tolerance(cause)
     compare = action("compare", "compare two servers on the same sequences; exit codes as of replay", _compare)
     compare.add_argument("other", metavar="URL", help="the server that is compared with the first one")
     prompts(compare)
@@ -85,6 +91,30 @@ def _replay(options: argparse.Namespace) -> int:
 
     comparison, now = _run(_compare_at(options.server, taken.origin.model, taken, options.tolerance))
     return _say(comparison, taken.origin, now)
+
+
+def _cause(options: argparse.Namespace) -> int:
+    from hemostat_calibration.canary_cause import Cause, Verdict, of_engines  # noqa: PLC0415
+
+    taken = _read(options.file)
+    if taken.cause is None:
+        raise UsageError(f"{options.file} has no variants: the model's context, or the set, is too short for them")
+    baseline = taken.cause
+
+    async def explain() -> Verdict:
+        verdicts = {}
+        for server in (options.server, *options.others):
+            async with _client(server, taken.origin.model) as client:
+                changes = taken.origin.changes(await client.origin())
+                measured = await client.variants().measure(baseline.text)
+                verdicts[server] = baseline.explain(measured, options.tolerance, changes)
+        return of_engines(verdicts)
+
+    verdict = _run(explain())
+    print(verdict.text)  # noqa: T201
+    if verdict.cause is Cause.UNKNOWN:
+        return COULD_NOT_TELL
+    return EQUAL if verdict.cause is Cause.NONE else CHANGED
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -48,7 +48,7 @@ CANARY_METRICS = (
         "0 or 1",
         "1 while two replays of the canaries in a row were too far away; of an engine that has not changed, by "
         "chance in less than 1 % of all years. Absent before the first replay.",
-        ("engine", "model", "against"),
+        ("engine", "model", "against", "cause"),
     ),
     Metric(
         names.CANARY_DISTANCE_NATS,

@@ -56,13 +56,12 @@ def prompt_logprobs(model: FakeModel, prompt: list[int], body: dict[str, Any]) -
     for position in range(1, len(prompt)):
         logprobs = model.row_logprobs(prompt[:position], body)
         order = np.argsort(-logprobs, kind="stable")
-        ranks = {int(token): rank for rank, token in enumerate(order, 1)}
         chosen = dict.fromkeys([prompt[position], *(int(token) for token in order[:top_k])])
         rows.append(
             {
                 str(token): {
                     "logprob": float(logprobs[token]),
-                    "rank": ranks[token],
+                    "rank": int((logprobs > logprobs[token]).sum()) + 1,
                     "decoded_token": token_bytes(token).decode(errors="replace"),
                 }
                 for token in chosen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
@@ -81,6 +81,17 @@ class FakeModel:
     vocab_size: int = VOCAB
     raw_logprobs: bool = True
     """Off: logprobs are reported after logit_bias, as another --logprobs-mode does."""
+    plugin: bool = False
+    """Hemostat's logits processor is loaded: it refuses what is not a profile version, and forces tokens."""
+    kv_precision: int = 120
+    """What the plugin says of the KV cache."""
+    fault: str = ""
+    """Where 0.5 nats of noise are added: "prefix", to what is decoded behind a cached prompt; "batch", beside other
+    requests; "decoding", but not in a prefill."""
+    running: int = 0
+    """Generations in progress."""
+    salts: set[str] = field(default_factory=set)
+    """Of what was decoded so far: the prefix cache has its prompts."""
     chat_template: str | None = ""
     """Text in front of every rendered chat; None: the model has no chat template."""
 
@@ -89,9 +100,12 @@ class FakeModel:
         name = body.get("model") or self.model
         return self.model if name in self.aliases else str(name)
 
-    def logprobs(self, context: list[int], adapter: str | None = None) -> npt.NDArray[np.float64]:
-        """float64 [VOCAB], nats: what comes after these tokens. adapter: one of `lora`."""
-        logits = drawn_logits(self.seed, self.noise, self.vocab_size, np.asarray(context[-4:], "<i4").tobytes()).copy()
+    def logprobs(
+        self, context: list[int], adapter: str | None = None, noise: float | None = None
+    ) -> npt.NDArray[np.float64]:
+        """float64 [VOCAB], nats: what comes after these tokens. adapter: one of `lora`. noise: default the model's."""
+        noise = self.noise if noise is None else noise
+        logits = drawn_logits(self.seed, noise, self.vocab_size, np.asarray(context[-4:], "<i4").tobytes()).copy()
         if adapter is not None and self.lora is not None:
             logits += self.lora.effect(adapter, context, self.vocab_size)
         # float32 as in the engine, so that JSON carries what was computed.
@@ -100,7 +114,22 @@ class FakeModel:
     def row_logprobs(self, context: list[int], body: dict[str, Any]) -> npt.NDArray[np.float64]:
         """The same for a request: with the adapter that it names."""
         adapter = None if self.lora is None else self.lora.applied(self.answers_as(body))
-        return self.logprobs(context, adapter)
+        return self.logprobs(context, adapter, self.noise + 0.5 * self._fails(body))
+
+    def _fails(self, body: dict[str, Any]) -> bool:
+        """Whether `fault` is in this request's way now."""
+        decodes = "prompt_logprobs" not in body
+        return {
+            "": False,
+            "prefix": decodes and body.get("cache_salt") in self.salts,
+            "batch": self.running > 1,
+            "decoding": decodes,
+        }[self.fault]
+
+    def _forced(self, body: dict[str, Any]) -> list[int]:
+        """The first tokens of the output, as the plugin has them."""
+        xargs = (body.get("vllm_xargs") or {}) if self.plugin else {}
+        return [self.kv_precision] if "hemostat_kv_precision" in xargs else xargs.get("hemostat_force", [])
 
     def encode(self, text: str) -> list[int]:
         return encode(text)
@@ -135,10 +164,13 @@ class FakeModel:
         stops = [stops] if isinstance(stops, str) else stops
         hold = max((len(stop) for stop in stops), default=1) - 1
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        context, text, sent = list(prompt), "", 0
+        context, text, sent, forced = list(prompt), "", 0, self._forced(body)
         for position in range(1, limit + 1):
             logprobs = self.row_logprobs(context, body)
-            token = next(script) if script is not None else self._sample(logprobs, body, position)
+            if position <= len(forced):
+                token = forced[position - 1]
+            else:
+                token = next(script) if script is not None else self._sample(logprobs, body, position)
             context.append(token)
             finish: str | None = None
             stop_reason: str | None = None
@@ -154,6 +186,8 @@ class FakeModel:
                     finish = "length"
             end = len(text) if finish else max(sent, len(text) - hold)
             reported = logprobs if self.raw_logprobs else self.biased(logprobs, body)
+            if not self.raw_logprobs and position <= len(forced):
+                reported = np.where(np.arange(self.vocab_size) == token, 0.0, -np.inf)
             yield Step(token, reported, text[sent:end], finish, stop_reason)
             sent = end
             if finish:

@@ -64,8 +64,6 @@ class FakeVllm(FakeModel):
     """Answer every generation with this status."""
     api_key: str | None = None
     """Required as a bearer token on every route but /version."""
-    plugin: bool = False
-    """Hemostat's logits processor is loaded: it refuses what is not a profile version."""
     speculates: bool = False
     """It decodes speculatively: its metrics count drafts, and it refuses logit_bias."""
     returns_token_ids: bool = True
@@ -311,6 +309,7 @@ class FakeVllm(FakeModel):
         chosen = Generation(self, chat, body, prompts, limit, ("chatcmpl-" if chat else "cmpl-") + name)
         generation = chosen if own is None else OtherForm(chosen, path, own)
         gone = asyncio.ensure_future(disconnected(receive))
+        self.running += 1
         try:
             if body.get("stream"):
                 await start(send, 200, EVENT_STREAM)
@@ -332,6 +331,9 @@ class FakeVllm(FakeModel):
                 await self._answer(send, 200, work.result())
         finally:
             gone.cancel()
+            self.running -= 1
+            if "prompt_logprobs" not in body:
+                self.salts.add(body.get("cache_salt") or "")
 
     def _hand_out(self, generation: Generation) -> None:
         top = (generation.body.get("vllm_xargs") or {}).get("hemostat_tap_top")

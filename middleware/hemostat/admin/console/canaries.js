@@ -21,6 +21,7 @@ export function Canaries({ s }) {
       ["distance, nats", (r) => nats(r.baseline?.distance_nats), (r) => r.baseline?.distance_nats],
       ["from the reference, then and now", (r) => (known(r.reference_nats) ? `${nats(r.reference_nats[0])}, ${nats(r.reference_nats[1])}` : NONE), (r) => r.reference_nats?.[1]],
       ["at", (r) => when(r.at), (r) => r.at]]} />
+    ${c.engines.filter((r) => r.cause).map((r) => html`<p>Cause at ${r.engine} (${r.model}): ${r.cause}.</p>`)}
     <p><${Action} label="Accept the canaries' present scores" asks=${["Accept what the engines compute now?",
       "A new set is taken, and engines are compared with that. A change that is there now is not reported again.", "api/v1/canaries/accept", {}]}>Accept present scores<//></p>`}
     <${Explain} asks="Has an engine changed?" not="that answers are worse: it computes something else. A change that touches fewer than half of the sequences is not found.">Each hour, and when it comes back, each engine scores the
