@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
+from safetensors.torch import save_file
 from tests.support.adapter_models import VOCABULARY, random_texts, save, tiny_model
 
 from hemostat.compression.calibrated import CALIBRATIONS, Calibrated
@@ -20,7 +23,7 @@ from hemostat.compression.methods import without_texts
 from hemostat.compression.plan import LayerPlan, Plan, stored_bytes
 from hemostat.compression.planned import planned
 from hemostat.demo import vllm_server
-from hemostat.models.copies import Copy
+from hemostat.models.copies import Copy, Floats
 
 pytestmark = [
     pytest.mark.vllm,
@@ -67,25 +70,25 @@ def method(name: str, source: Source) -> Method:
     return result
 
 
-@pytest.mark.parametrize("name", [*FORMATS, MIXED])
-def test_vllm_computes_what_our_copy_computes(name: str, tmp_path: Path) -> None:
+def small_source(folder: Path, **changed: object) -> Path:
+    """A random model with a tokenizer."""
     import torch
 
-    source = save(
-        tiny_model(num_hidden_layers=2, vocab_size=HEAD, initializer_range=0.04, **WIDTHS).to(torch.bfloat16),
-        tmp_path / "source",
-    )
+    widths = WIDTHS | {"num_hidden_layers": 2, "vocab_size": HEAD, "initializer_range": 0.04} | changed
+    source = save(tiny_model(**widths).to(torch.bfloat16), folder)
+    return with_tokenizer(source)
+
+
+def with_tokenizer(source: Path) -> Path:
     words = tokenizers.models.WordLevel({str(n): n for n in range(VOCABULARY)}, unk_token="0")
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words)).save_pretrained(source)
-    out = tmp_path / "out"
-    texts = [text.ids for text in random_texts(8)]
-    compress_with(
-        source, out, method(name, Source.open(source)), texts, environment=BuildEnvironment(tmp_path / "work")
-    )
-    ids = np.concatenate(texts)[:100].tolist()
-    log = tmp_path / "vllm.log"
-    arguments = ["--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "128"]
-    server = vllm_server.VllmServer(out, "tiny", log, arguments)
+    return source
+
+
+def prompt_logprobs(checkpoint: Path, ids: list[int], log: Path, *more: str) -> Floats:
+    """Of the tokens after the first one, by a vLLM that serves the checkpoint. VllmFailure where it does not."""
+    arguments = ["--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "128", *more]
+    server = vllm_server.VllmServer(checkpoint, "tiny", log, arguments)
     try:
         server.start()
         server.wait_ready(800.0)
@@ -98,9 +101,117 @@ def test_vllm_computes_what_our_copy_computes(name: str, tmp_path: Path) -> None
             rows = json.loads(answer.read())["choices"][0]["prompt_logprobs"]
     finally:
         server.stop()
-    theirs = np.array([rows[n][str(ids[n])]["logprob"] for n in range(1, len(ids))])
+    return np.array([rows[n][str(ids[n])]["logprob"] for n in range(1, len(ids))])
+
+
+@pytest.mark.parametrize("name", [*FORMATS, MIXED])
+def test_vllm_computes_what_our_copy_computes(name: str, tmp_path: Path) -> None:
+    source = small_source(tmp_path / "source")
+    out = tmp_path / "out"
+    texts = [text.ids for text in random_texts(8)]
+    compress_with(
+        source, out, method(name, Source.open(source)), texts, environment=BuildEnvironment(tmp_path / "work")
+    )
+    ids = np.concatenate(texts)[:100].tolist()
+    theirs = prompt_logprobs(out, ids, tmp_path / "vllm.log")
     ours, dense = (Copy.load(folder).logprobs(ids) for folder in (out, source))
     # Where inputs are rounded at run time, a difference of one bit in bfloat16 may be rounded to another value.
     rounded_inputs = name in FORMATS and FORMATS[name].inputs != "exact"
     assert float(np.abs(theirs - ours).mean()) < (0.08 if rounded_inputs else TOLERANCE)
     assert float(np.abs(theirs - ours).mean()) < (0.8 if rounded_inputs else 0.5) * float(np.abs(dense - ours).mean())
+
+
+def fp8_checkpoint(source: Path, out: Path, kind: str) -> None:
+    """As other tools write E4M3. kind: `static`: one scale of the weight, one of the inputs; `block`: of 128 by 128;
+    `modelopt`: as static, in ModelOpt's spelling."""
+    import torch
+
+    opened = Source.open(source)
+    state = {}
+    for name in opened.checkpoint.names:
+        module = name.rpartition(".")[0]
+        weight = opened.checkpoint.tensor(name)
+        if module not in opened.shapes:
+            state[name] = weight
+            continue
+        size = 128 if kind == "block" else max(weight.shape)
+        blocks = torch.nn.functional.pad(weight.float(), [n for w in weight.shape[::-1] for n in (0, -w % size)])
+        blocks = blocks.unflatten(1, (-1, size)).unflatten(0, (-1, size))
+        scale = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+        spread = scale.repeat_interleave(size, 0).repeat_interleave(size, 1)[: len(weight), : weight.shape[1]]
+        state[name] = (weight.float() / spread).to(torch.float8_e4m3fn)
+        if kind == "block":
+            state[f"{module}.weight_scale_inv"] = scale
+        else:
+            state |= {f"{module}.weight_scale": scale.squeeze(), f"{module}.input_scale": torch.tensor(0.02)}
+    shutil.copytree(source, out)
+    save_file(state, out / "model.safetensors", {"format": "pt"})
+    quantization: dict[str, object] = {"quant_method": "fp8", "activation_scheme": "static"}
+    if kind == "block":
+        quantization |= {"activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    if kind == "modelopt":
+        quantization = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+
+
+@pytest.mark.parametrize("kind", ["static", "block", "modelopt"])
+def test_vllm_computes_what_our_copy_of_others_fp8_computes(kind: str, tmp_path: Path) -> None:
+    source = small_source(tmp_path / "source", hidden_size=512, num_attention_heads=8, num_key_value_heads=4)
+    fp8_checkpoint(source, tmp_path / "out", kind)
+    ids = np.concatenate([text.ids for text in random_texts(8)])[:100].tolist()
+    theirs = prompt_logprobs(tmp_path / "out", ids, tmp_path / "vllm.log")
+    ours, dense = (Copy.load(folder).logprobs(ids) for folder in (tmp_path / "out", source))
+    print(kind, float(np.abs(theirs - ours).mean()), float(np.abs(dense - ours).mean()))
+    assert float(np.abs(theirs - ours).mean()) < 0.8 * float(np.abs(dense - ours).mean())
+
+
+REFUSED = {
+    "nvfp4": (WeightFormat(4, 16, "nvfp4"), {}, "Failed to find a kernel that can implement the NVFP4 linear layer"),
+    "mxfp4": (WeightFormat(4, 32, "mxfp4"), {}, "Failed to find a kernel that can implement the MXFP4 linear layer"),
+    "w8a16": (WeightFormat(8, 64), {}, "Failed to find a kernel that can implement the WNA16 linear layer"),
+    "w8a16_gptq": (
+        WeightFormat(8, 64, layout="gptq"), {}, "Failed to find a kernel that can implement the WNA16 linear layer"
+    ),
+    "act-order": (
+        WeightFormat(4, 64, layout="gptq"), {"desc_act": True},
+        "GPTQ group activation ordering (desc_act=True) is no longer supported",
+    ),
+    "asymmetric": (
+        WeightFormat(4, 64, layout="gptq"), {"sym": False}, "Unsupported quantization config: bits=4, sym=False"
+    ),
+}  # fmt: skip
+"""What is written, members of its configuration that are changed, and vLLM's line."""
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_vllms_cpu_build_refuses(name: str, tmp_path: Path) -> None:
+    weight_format, changed, line = REFUSED[name]
+    source = small_source(tmp_path / "source", num_hidden_layers=1)
+    out, log = tmp_path / "out", tmp_path / "vllm.log"
+    compress_with(source, out, without_texts(weight_format, packed=True))
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"] |= changed
+    (out / "config.json").write_text(json.dumps(config))
+    assert Copy.load(out).logprobs([1, 2, 3]).shape == (2,), "we read it"
+    with pytest.raises(vllm_server.VllmFailure):
+        prompt_logprobs(out, [1, 2, 3], log)
+    assert line in log.read_text()
+
+
+MOE = {"hidden_size": 256, "num_hidden_layers": 1, "intermediate_size": 256, "moe_intermediate_size": 128}
+MOE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "num_experts": 6, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize("arguments", [[], ["--lora-target-modules", "q_proj", "k_proj", "v_proj", "o_proj"]])
+def test_vllms_cpu_build_serves_no_mixture_of_experts_with_lora(arguments: list[str], tmp_path: Path) -> None:
+    """Also where no adapter is loaded, and none may be on experts."""
+    import torch
+
+    config = transformers.Qwen3MoeConfig(**MOE, vocab_size=HEAD, max_position_embeddings=256)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    source, log = with_tokenizer(save(model, tmp_path / "source")), tmp_path / "vllm.log"
+    assert len(prompt_logprobs(source, [1, 2, 3], log)) == 2
+    with pytest.raises((urllib.error.HTTPError, OSError)):
+        prompt_logprobs(source, [1, 2, 3], log, "--enable-lora", *arguments)
+    assert "module 'triton.language' has no attribute 'bfloat16'" in log.read_text()
