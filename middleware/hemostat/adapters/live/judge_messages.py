@@ -59,7 +59,6 @@ class Logprobs(msgspec.Struct, tag="logprobs", frozen=True):
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
-    compressed_digest: str
     reference_digest: str
     bytes: int
     """Memory of the copies."""

@@ -106,9 +106,7 @@ class Copies:
         self._torch = torch
         self._profiles: OrderedDict[str, Held] = OrderedDict()
         self._parts: dict[str, list[bytes]] = {}
-        self.ready = judge_messages.Ready(
-            checkpoint_digest(start.compressed, None), checkpoint_digest(start.reference, None), size
-        )
+        self.ready = judge_messages.Ready(checkpoint_digest(start.reference, None), size)
 
     # --- profiles --------------------------------------------------------------------------------------------------
 
