@@ -111,7 +111,7 @@ async def test_companions_that_end_early_leave_the_variant_out(
     taken: tuple[CauseBaseline, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(variants, "COMPANION_TOKENS", 1)
-    now = await asked(model(), lambda client: client.measure(taken[0].text))
+    now = await asked(model(hold_after=None), lambda client: client.measure(taken[0].text))
     assert now.scores.keys() == {Variant.LONG, Variant.SHORT, Variant.DECODED, Variant.CACHED}
 
 
