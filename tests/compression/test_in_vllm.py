@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
-from safetensors.torch import save_file
 from tests.support.adapter_models import VOCABULARY, random_texts, save, tiny_model
 
 from hemostat.compression.calibrated import CALIBRATIONS, Calibrated
@@ -119,51 +117,6 @@ def test_vllm_computes_what_our_copy_computes(name: str, tmp_path: Path) -> None
     rounded_inputs = name in FORMATS and FORMATS[name].inputs != "exact"
     assert float(np.abs(theirs - ours).mean()) < (0.08 if rounded_inputs else TOLERANCE)
     assert float(np.abs(theirs - ours).mean()) < (0.8 if rounded_inputs else 0.5) * float(np.abs(dense - ours).mean())
-
-
-def fp8_checkpoint(source: Path, out: Path, kind: str) -> None:
-    """As other tools write E4M3. kind: `static`: one scale of the weight, one of the inputs; `block`: of 128 by 128;
-    `modelopt`: as static, in ModelOpt's spelling."""
-    import torch
-
-    opened = Source.open(source)
-    state = {}
-    for name in opened.checkpoint.names:
-        module = name.rpartition(".")[0]
-        weight = opened.checkpoint.tensor(name)
-        if module not in opened.shapes:
-            state[name] = weight
-            continue
-        size = 128 if kind == "block" else max(weight.shape)
-        blocks = torch.nn.functional.pad(weight.float(), [n for w in weight.shape[::-1] for n in (0, -w % size)])
-        blocks = blocks.unflatten(1, (-1, size)).unflatten(0, (-1, size))
-        scale = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
-        spread = scale.repeat_interleave(size, 0).repeat_interleave(size, 1)[: len(weight), : weight.shape[1]]
-        state[name] = (weight.float() / spread).to(torch.float8_e4m3fn)
-        if kind == "block":
-            state[f"{module}.weight_scale_inv"] = scale
-        else:
-            state |= {f"{module}.weight_scale": scale.squeeze(), f"{module}.input_scale": torch.tensor(0.02)}
-    shutil.copytree(source, out)
-    save_file(state, out / "model.safetensors", {"format": "pt"})
-    quantization: dict[str, object] = {"quant_method": "fp8", "activation_scheme": "static"}
-    if kind == "block":
-        quantization |= {"activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-    if kind == "modelopt":
-        quantization = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
-
-
-@pytest.mark.parametrize("kind", ["static", "block", "modelopt"])
-def test_vllm_computes_what_our_copy_of_others_fp8_computes(kind: str, tmp_path: Path) -> None:
-    source = small_source(tmp_path / "source", hidden_size=512, num_attention_heads=8, num_key_value_heads=4)
-    fp8_checkpoint(source, tmp_path / "out", kind)
-    ids = np.concatenate([text.ids for text in random_texts(8)])[:100].tolist()
-    theirs = prompt_logprobs(tmp_path / "out", ids, tmp_path / "vllm.log")
-    ours, dense = (Copy.load(folder).logprobs(ids) for folder in (tmp_path / "out", source))
-    print(kind, float(np.abs(theirs - ours).mean()), float(np.abs(dense - ours).mean()))
-    assert float(np.abs(theirs - ours).mean()) < 0.8 * float(np.abs(dense - ours).mean())
 
 
 REFUSED = {
