@@ -207,7 +207,11 @@ def shapes(length: int) -> dict[Variant, int]:
 
 
 def decoded_part(long: Floats, length: int) -> Floats:
-    """Of a prefill of the whole text, the tokens that are decoded, too. length: of the text, tokens."""
+    """Of a prefill of the whole text, the tokens that are decoded, too. length: of the text, tokens.
+
+    >>> decoded_part(np.arange(1.0, 256.0), 256)[[0, 15, 16]].tolist()
+    [144.0, 159.0, 184.0]
+    """
     assert len(long) == length - 1
     return np.concatenate([long[prompt - 1 : prompt - 1 + DECODED] for prompt in prompts()])
 

@@ -77,6 +77,8 @@ STEPS = (
 
 def run(steps: Sequence[Step], gpus: int, budget: float = MAX_SECONDS) -> dict[str, Any]:
     """What each step said, by its name. gpus: of this machine. budget: seconds of all together."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; steps would ignore it, too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     began = time.monotonic()
     results: dict[str, Any] = {}
     for step in steps:

@@ -114,7 +114,7 @@ class FakeModel:
     def row_logprobs(self, context: list[int], body: dict[str, Any]) -> npt.NDArray[np.float64]:
         """The same for a request: with the adapter that it names."""
         adapter = None if self.lora is None else self.lora.applied(self.answers_as(body))
-        return self.logprobs(context, adapter, self.noise + 0.5 * self._fails(body))
+        return self.logprobs(context, adapter, *([self.noise + 0.5] if self._fails(body) else []))
 
     def _fails(self, body: dict[str, Any]) -> bool:
         """Whether `fault` is in this request's way now."""

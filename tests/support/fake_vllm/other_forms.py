@@ -18,7 +18,7 @@ RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
-def as_chat(path: str, body: dict[str, Any], *, kept: bool) -> dict[str, Any]:
+def as_chat(path: str, body: dict[str, Any], *, kept: bool = False) -> dict[str, Any]:
     """The chat request that vLLM makes of it. kept: responses are."""
     if path == MESSAGES:
         if "messages" not in body or "max_tokens" not in body:
