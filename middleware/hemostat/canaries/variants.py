@@ -58,7 +58,7 @@ def cost(text: Ids) -> int:
     """Tokens of one measurement, with those that are generated, at most.
 
     >>> cost(np.zeros(1000, np.int32))
-    4737
+    4735
     """
     decoded = sum(length + DECODED for length in prompts())
     beside = 2 * COMPANIONS * (COMPANION_PROMPT + COMPANION_TOKENS) + 2
