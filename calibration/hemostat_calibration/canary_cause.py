@@ -16,15 +16,15 @@ A cause is said only where exactly one explains every variant; else it is unknow
 >>> true = {variant: rng.normal(-2.0, 1.0, shape) for variant, shape in shapes(len(text)).items()}
 >>> true[Variant.LONG_BESIDE] = true[Variant.LONG]
 >>> true |= dict.fromkeys(DECODING, decoded_part(true[Variant.LONG], len(text)))
->>> baseline = CauseBaseline(text, (Measured(true, 12.0), Measured(true, 12.0)))
->>> baseline.explain(Measured(true, 12.0), 0.01).cause.value
+>>> baseline = CauseBaseline(text, (Measured(true, 9.1), Measured(true, 9.1)))
+>>> baseline.explain(Measured(true, 9.1), 0.01).cause.value
 'none'
 >>> other = {variant: values + 0.1 for variant, values in true.items()}
->>> print(baseline.explain(Measured(other, 7.9), 0.01).text)
+>>> print(baseline.explain(Measured(other, 7.0), 0.01).text)
 KV cache: all variants have changed, with a context of at most 32 tokens by 0.100 nats and of up to 640 by 0.100 \
-(bound 0.010); the cache held 4,096 distinct values, and holds 239
+(bound 0.010); of 1,024 values that the cache held, 549 were distinct, now 128
 >>> stale = true | {Variant.CACHED: true[Variant.CACHED] + 0.3}
->>> print(baseline.explain(Measured(stale, 12.0), 0.01).text)
+>>> print(baseline.explain(Measured(stale, 9.1), 0.01).text)
 prefix cache: decoding after a cached prompt has changed by 0.300 nats (bound 0.010), nothing else has
 """
 
@@ -64,8 +64,8 @@ MOSTLY = 0.8
 """Share of the parts of a variant that have to differ where all of it has changed."""
 MAX_SHIFT = 32
 """Tokens by which requests beside move the end of a chunk: they take so many of its budget."""
-PRECISION_BITS = 2.0
-"""log2 of distinct values in the KV cache: a change; half of it is none."""
+PRECISION_BITS = 1.5
+"""log2 of distinct values in the KV cache: a change; half of it is none. A cast of bfloat16 to FP8 is 2.4 and more."""
 
 
 class Cause(StrEnum):
@@ -218,9 +218,9 @@ def decoded_part(long: Floats, length: int) -> Floats:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
-    """scores: float64, nats, of the variants that could be measured. precision: log2 of distinct values that the
-    engine's plugin found in the KV cache; 0.0 where it did not say. cache: the dtype of the KV cache that the server
-    names; "" where it does not."""
+    """scores: float64, nats, of the variants that could be measured. precision: log2 of the distinct ones of 1,024
+    values that the engine's plugin found in the KV cache; 0.0 where it did not say. cache: the dtype of the KV cache
+    that the server names; "" where it does not."""
 
     scores: Mapping[str, Floats]
     precision: float = 0.0
@@ -357,7 +357,8 @@ class CauseBaseline:
                 f"{figures}: weights or KV cache, which the engine's plugin would tell apart; it did not answer",
             )
         moved = abs(then - now.precision)
-        held = f"the cache held {round(2**then):,} distinct values, and holds {round(2**now.precision):,}{named}"
+        distinct, left = round(2**then), round(2**now.precision)
+        held = f"of 1,024 values that the cache held, {distinct} were distinct, now {left}{named}"
         if PRECISION_BITS / 2 < moved < PRECISION_BITS or (named and moved <= PRECISION_BITS / 2):
             return _verdict(Cause.UNKNOWN, f"{figures}; {held}, which says neither weights nor KV cache")
         if changes:

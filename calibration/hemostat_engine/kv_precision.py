@@ -8,17 +8,23 @@ from typing import Any
 
 import torch
 
-SAMPLE = 32_768
-"""Values of each layer that are looked at."""
-FIRST = 1 << 19
-PIECES, PIECE = 64, 4_096
-"""They are taken from the cache's first values, which an engine uses first, and from pieces all over it."""
+RUN = 1_024
+"""Values that lie behind each other in memory: keys or values, whatever the layout, which differs between backends."""
+REGION = 512
+"""Runs of each place that is looked at: the cache's beginning and its middle, where an engine begins to use it, and
+runs all over it."""
+USED = 0.75
+"""Share of the values of a run that are not 0, which small values are after a cast."""
+RUNS = 128
+"""Of each layer; with fewer than half of them that are in use it is left out."""
+LOWEST = 0.1
+"""Share of the runs that are below the one that counts: where keys alone were cast, half of them are."""
 STEPS_PER_BIT = 10
 
 
 def code(layers: Iterable[Any]) -> int:
-    """STEPS_PER_BIT · log2 of the number of distinct values among SAMPLE that are not 0, of the layer with the fewest;
-    0 where no layer holds so many. layers: vLLM's attention layers."""
+    """STEPS_PER_BIT · log2 of the number of distinct values in a run, of the layer with the fewest; 0 where no layer
+    holds enough. layers: vLLM's attention layers."""
     counts = [count for layer in layers if (count := _distinct(getattr(layer, "kv_cache", None)))]
     return round(STEPS_PER_BIT * math.log2(min(counts))) if counts else 0
 
@@ -26,14 +32,16 @@ def code(layers: Iterable[Any]) -> int:
 def _distinct(cache: Any) -> int:
     if isinstance(cache, list):
         cache = cache[0] if cache else None
-    if not isinstance(cache, torch.Tensor) or not cache.numel() or cache.device.type == "meta":
+    if not isinstance(cache, torch.Tensor) or cache.numel() < RUN or cache.device.type == "meta":
         return 0
-    # The memory as it is: layouts differ between attention backends.
     flat = torch.empty(0, dtype=cache.dtype, device=cache.device).set_(cache.untyped_storage())
     bits = flat.view({1: torch.uint8, 2: torch.int16}.get(flat.element_size(), torch.int32))
-    pieces = [bits[begin : begin + PIECE] for begin in range(0, len(bits), max(len(bits) // PIECES, PIECE))]
-    values = torch.cat([bits[:FIRST], *pieces])
-    values = values[values != 0]
-    if len(values) < SAMPLE:
+    every = bits[: len(bits) // RUN * RUN].view(-1, RUN)
+    middle = len(every) // 2
+    chosen = torch.cat([every[:REGION], every[middle : middle + REGION], every[:: max(len(every) // REGION, 1)]])
+    runs = chosen[(chosen != 0).float().mean(1) >= USED]
+    if len(runs) < RUNS // 2:
         return 0
-    return len(values[:: len(values) // SAMPLE][:SAMPLE].unique())
+    ordered = runs[:: max(len(runs) // RUNS, 1)].sort(1).values
+    distinct = (ordered[:, 1:] != ordered[:, :-1]).sum(1) + 1
+    return int(distinct.sort().values[int(LOWEST * len(distinct))])

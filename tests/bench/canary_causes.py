@@ -185,7 +185,7 @@ def measure(out_of_time: Callable[[], bool]) -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     begun, missing, imported = time.monotonic(), _missing(), Imported()
     taken = WORK / "baseline.json"
-    for number in sorted({case.server for _, _, case in missing}):
+    for number in dict.fromkeys(case.server for _, _, case in missing):
         here = [(fault, n, case) for fault, n, case in missing if case.server == number]
         with ExitStack() as stack:
             count = max(case.engines for _, _, case in here)

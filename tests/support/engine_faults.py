@@ -115,12 +115,18 @@ def weights(layer: int, name: str, scale: float = 1.0, noise: float = 0.0) -> No
 
 
 def kv_cast(dtype: str = "e4m3", parts: str = "kv", first: int = 0, last: int = 1000) -> None:
-    """What these layers write into the cache was cast before, as by an engine that was started so: it is emptied."""
-    for cache in _caches():
-        cache.zero_()
+    """What these layers write into the cache was cast before; also what it holds, as if the engine had begun so."""
 
     def cast(x: torch.Tensor) -> torch.Tensor:
         return x.to(FP8[dtype]).to(x.dtype)
+
+    held = [cache.clone() for cache in _caches()]
+    for cache in _caches()[first : last + 1]:
+        blocks, heads, size, _ = cache.shape
+        keys, values = cache.view(blocks, heads, 2 * size, -1).chunk(2, dim=2)
+        for part, name in ((keys, "k"), (values, "v")):
+            if name in parts:
+                part.copy_(cast(part))
 
     layers = {id(layer.self_attn.attn): n for n, layer in enumerate(_layers())}
 
@@ -134,8 +140,8 @@ def kv_cast(dtype: str = "e4m3", parts: str = "kv", first: int = 0, last: int = 
 
     def undo() -> None:
         CPUAttentionBackendImpl.do_kv_cache_update = _update
-        for cache in _caches():
-            cache.zero_()
+        for cache, before in zip(_caches(), held, strict=True):
+            cache.copy_(before)
 
     _state.undo.append(undo)
 

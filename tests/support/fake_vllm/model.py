@@ -83,7 +83,7 @@ class FakeModel:
     """Off: logprobs are reported after logit_bias, as another --logprobs-mode does."""
     plugin: bool = False
     """Hemostat's logits processor is loaded: it refuses what is not a profile version, and forces tokens."""
-    kv_precision: int = 120
+    kv_precision: int = 94
     """What the plugin says of the KV cache."""
     fault: str = ""
     """Where 0.5 nats of noise are added: "prefix", to what is decoded behind a cached prompt; "batch", beside other
