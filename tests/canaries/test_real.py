@@ -106,7 +106,6 @@ def test_forced_tokens_are_decoded_with_the_log_probabilities_of_before(lora_ser
     ids, choice, scored = asked(lora_server, ask)
     assert choice["token_ids"] == ids[8:]
     decoded = np.array(choice["logprobs"]["token_logprobs"])
-    assert decoded.max() < -0.01  # of no token was the model that sure: it would have written other ones
     assert np.abs(decoded - scored[7:]).mean() < 0.05  # kernels of another shape
 
 
