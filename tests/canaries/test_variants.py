@@ -107,10 +107,21 @@ async def test_what_was_not_decoded_as_asked_is_not_measured(
     assert now.scores.keys() == {Variant.LONG, Variant.LONG_BESIDE, Variant.SHORT}
 
 
+def once_companions_have_ended(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def waits(*arguments: Any) -> Any:
+        tasks = asyncio.all_tasks()
+        await asyncio.gather(*[task for task in tasks if getattr(task.get_coro(), "__name__", "") == "_complete"])
+        return await method(*arguments)
+
+    return waits
+
+
 async def test_companions_that_end_early_leave_the_variant_out(
     taken: tuple[CauseBaseline, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(variants, "COMPANION_TOKENS", 1)
+    for name in ("_score", "_decode"):
+        monkeypatch.setattr(VariantClient, name, once_companions_have_ended(getattr(VariantClient, name)))
     now = await asked(model(hold_after=None), lambda client: client.measure(taken[0].text))
     assert now.scores.keys() == {Variant.LONG, Variant.SHORT, Variant.DECODED, Variant.CACHED}
 
