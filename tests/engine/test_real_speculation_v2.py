@@ -1,4 +1,4 @@
-"""The plugin with speculative decoding, which only model runner V2 combines; on a CPU its kernels are interpreted."""
+"""The plugin with speculative decoding, which only model runner V2 combines: on a GPU. Run by `make bench-gpu`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.running_vllm import VLLM_ARGUMENTS, RunningVllm, runner_v2, running_vllm
+from tests.support.running_vllm import VLLM_ARGUMENTS, RunningVllm, running_vllm
 
+from hemostat.demo import vllm_server as vllm_process
 from hemostat.demo.checkpoints import Checkpoints
 from hemostat_calibration.profiles.profile import temperature_bias
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(vllm_process.on_cpu(), reason="a CPU has no model runner V2"),
+]
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 VOCAB_SIZE, FORCED, TOKENS = 49_152, 100, 32
@@ -37,7 +43,7 @@ def test_a_profile_is_applied_to_drafts_and_every_position_is_tapped(checkpoints
     bias[FORCED] = 20.0
     profile = temperature_bias("", VOCAB_SIZE, 1.0, bias, 20.0)
     arguments = [*VLLM_ARGUMENTS, "--speculative-config", json.dumps(NGRAM)]
-    with running_vllm(checkpoints, tmp_path, arguments, runner_v2()) as server:
+    with running_vllm(checkpoints, tmp_path, arguments) as server:
         (server.profile_dir / f"{profile.version}.safetensors").write_bytes(profile.to_bytes())
         end = time.monotonic() + 120
         while complete(server, {"hemostat": profile.version}, 1) != [FORCED]:

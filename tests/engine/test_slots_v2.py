@@ -1,4 +1,4 @@
-"""Model runner V2: its real loader, request states and contexts, with the batches built here."""
+"""Model runner V2: its real loader, request states and contexts, with the batches built here (a CPU has no V2)."""
 
 from __future__ import annotations
 

@@ -32,15 +32,6 @@ LORA_ARGUMENTS = [*VLLM_ARGUMENTS, "--enable-lora", "--max-lora-rank", "16", "--
 LORA_ENVIRONMENT = {"HEMOSTAT_ADAPTERS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 
 
-def runner_v2() -> dict[str, str]:
-    """The environment with which vLLM takes model runner V2: on a CPU its Triton kernels are interpreted."""
-    if not vllm_process.on_cpu():
-        return {}
-    folders = (str(ROOT / "tests" / "support" / "interpreted_triton"), str(ROOT), os.environ.get("PYTHONPATH"))
-    path = os.pathsep.join(filter(None, folders))
-    return {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-
-
 @dataclass(frozen=True, slots=True)
 class RunningVllm:
     """A real server with the W4A16 checkpoint and Hemostat's logits processor, profiles from `profile_dir`.
