@@ -120,7 +120,7 @@ def test_vllm_computes_what_our_copy_computes(name: str, tmp_path: Path) -> None
 
 
 REFUSED = {
-    "nvfp4": (WeightFormat(4, 16, "nvfp4"), {}, "Failed to find a kernel that can implement the NVFP4 linear layer"),
+    "nvfp4": (WeightFormat(4, 16, "nvfp4"), {}, "MarlinNvFp4LinearKernel is not supported: Marlin FP4 not available"),
     "mxfp4": (WeightFormat(4, 32, "mxfp4"), {}, "Failed to find a kernel that can implement the MXFP4 linear layer"),
     "w8a16": (WeightFormat(8, 64), {}, "Failed to find a kernel that can implement the WNA16 linear layer"),
     "w8a16_gptq": (
