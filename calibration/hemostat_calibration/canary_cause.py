@@ -3,7 +3,7 @@
 A variant changes one thing of how an engine computes: a prefill of the whole text or of short pieces, alone or beside
 other requests, or decoding of given tokens, after a prompt that is computed or that is in the prefix cache. Where
 variants have changed, and where not, says which part of the engine has. The table of causes is `_TABLE`. Of an engine
-in which everything has changed, weights and KV cache are told apart by how many distinct values the cache holds: the
+in which everything has changed, weights and KV cache are distinguished by how many distinct values the cache holds: the
 size of the differences does not (measured: docs/lab/notes.md#canaries).
 
 **Null.** Of an unchanged engine, all variants that score the same tokens give the same, but for what batch shapes and
@@ -33,11 +33,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Self
 
 import numpy as np
 
 from hemostat_calibration.arrays import Floats, Ids
+from hemostat_calibration.described_enum import DescribedEnum
 from hemostat_calibration.errors import InvalidArgumentError
 
 MAX_TEXT = 1_000
@@ -68,16 +68,8 @@ PRECISION_BITS = 1.5
 """log2 of distinct values in the KV cache: a change; half of it is none. A cast of bfloat16 to FP8 is 2.4 and more."""
 
 
-class Cause(StrEnum):
-    """Values of the label `cause`. meaning: for the reference."""
-
-    meaning: str
-
-    def __new__(cls, value: str, meaning: str = "") -> Self:
-        made = str.__new__(cls, value)
-        made._value_ = value
-        made.meaning = meaning
-        return made
+class Cause(DescribedEnum):
+    """Values of the label `cause`."""
 
     NONE = "none", "no variant differs from then"
     WEIGHTS = "weights", "what the model computes for each token: its weights, their scales, or kernels"
@@ -354,7 +346,7 @@ class CauseBaseline:
                 return _verdict(Cause.KV_CACHE, figures + named)
             return _verdict(
                 Cause.UNKNOWN,
-                f"{figures}: weights or KV cache, which the engine's plugin would tell apart; it did not answer",
+                f"{figures}: weights or KV cache, which the engine's plugin would distinguish; it did not answer",
             )
         moved = abs(then - now.precision)
         distinct, left = round(2**then), round(2**now.precision)

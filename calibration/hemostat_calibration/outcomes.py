@@ -24,9 +24,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any, Self
+from typing import Any
 
+from hemostat_calibration.described_enum import DescribedEnum
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard.kind_test import MIN_UNITS_OF_FEW_CLIENTS
 from hemostat_calibration.statistics.confidence import ConfidenceInterval
@@ -46,16 +46,8 @@ MIN_CAP = 16.0
 """Tokens."""
 
 
-class Outcome(StrEnum):
+class Outcome(DescribedEnum):
     """What is bad about an answer, each with its text in deploy/metrics.py."""
-
-    meaning: str
-
-    def __new__(cls, value: str, meaning: str = "") -> Self:
-        made = str.__new__(cls, value)
-        made._value_ = value
-        made.meaning = meaning
-        return made
 
     JSON = "json", "JSON was asked for in words or by a schema, and the answer has none, or does not fit the schema"
     TOOL_CALL = "tool_call", "tools were offered, and a call does not parse or fits none of them"

@@ -132,7 +132,7 @@ def test_without_the_plugin_less_is_said() -> None:
     assert none.cause is Cause.NONE
     assert "not measured: decoding, decoding after a cached prompt" in none.text
     whole = world.measured(*Variant)
-    assert "the engine's plugin would tell apart" in baseline.explain(without(whole), TOLERANCE_NATS).text
+    assert "the engine's plugin would distinguish" in baseline.explain(without(whole), TOLERANCE_NATS).text
     named = baseline.explain(without(whole, "fp8"), TOLERANCE_NATS)
     assert named.cause is Cause.KV_CACHE
     assert "the cache's dtype was auto, and is fp8" in named.text
