@@ -5,14 +5,13 @@ and the same top-1, at full vocabulary, are of texts on topics that no method ha
 A table, and build/bench/compress.json (`rows`). Modules are in tests/bench/compress/. A line "A < B" is the mean
 difference of KL, text by text; the exit status is 1 where one does not hold, or a case is above its limit.
 
-`--only NAME` runs one module, `--case TEXT` only the cases with this in their names; finished texts, checkpoints and
-figures are kept below build/bench/compress/, so that a run that is stopped goes on.
+`--only NAME` runs one module, `--case TEXT` only the cases with this in their names, and what they improve; finished
+texts, checkpoints and figures are kept below build/bench/compress/, so that a run that is stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -26,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tests.bench.compress import adapters, domain, families, pruning, quantization  # noqa: E402  the root is no package
-from tests.bench.compress.cases import Bench, Case, Must  # noqa: E402
+from tests.bench.compress import adapters, domain, families, profiles, pruning, quantization  # noqa: E402  the root is no package
+from tests.bench.compress.cases import Bench, Case, Must, slug  # noqa: E402
 from tests.bench.compress.figures import Floats, Meter  # noqa: E402
 from tests.bench.compress.texts import Texts, written  # noqa: E402
 from tests.bench.recovery.log import say  # noqa: E402
@@ -39,7 +38,8 @@ from hemostat_calibration.records import ExactDistances  # noqa: E402
 
 RESULT = ROOT / "build" / "bench" / "compress.json"
 FOLDER = ROOT / "build" / "bench" / "compress"
-MODULES: dict[str, ModuleType] = {module.NAME: module for module in (quantization, families, pruning, adapters, domain)}
+_MODULES = (quantization, families, pruning, adapters, profiles, domain)
+MODULES: dict[str, ModuleType] = {module.NAME: module for module in _MODULES}
 COLUMNS = ("bytes", "kl", "low", "high", "top1")
 
 
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", action="append", default=[], help="run only cases with this text in their names")
     parser.add_argument("--learn", type=int, default=120, help="texts to calibrate on")
     parser.add_argument("--heldout", type=int, default=150, help="texts to judge on")
+    parser.add_argument("--live", type=int, default=480, help="texts that each checkpoint writes to be trained on")
     parser.add_argument("--judge-code", action="store_true", help="judge on prompts for code only")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints once they are measured")
     parser.add_argument("--seed", type=int, default=0)
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     texts = written(
         reference, FOLDER / "texts", arguments.learn, arguments.heldout, arguments.seed, arguments.judge_code
     )
-    bench = Bench(reference, FOLDER, texts.learn, arguments.seed)
+    bench = Bench(reference, FOLDER, texts.learn, arguments.seed, arguments.live)
     meter = Meter(reference, texts)
     chosen = arguments.only or list(MODULES)
     rows: Rows = []
@@ -83,23 +84,33 @@ def _counts(texts: Texts) -> dict[str, int]:
 def _module(name: str, bench: Bench, meter: Meter, wanted: Sequence[str], keep: bool) -> Rows:
     rows: Rows = []
     kl: dict[str, Floats] = {}
-    for case in MODULES[name].cases(bench):
-        if wanted and not any(text in case.name for text in wanted):
-            continue
+    for case in _chosen(MODULES[name].cases(bench), wanted):
         distances = _measured(case, bench, meter, keep)
         mean, low, high = meter.mean(distances.kl, case.name)
         figures = {"kl": mean, "low": low, "high": high, "top1": float(distances.top1.mean())}
         holds = case.limit is None or mean <= case.limit
         rows.append({"module": name, "case": case.name, "bytes": case.size, **figures, "holds": holds})
         kl[case.name] = distances.kl
-        say(f"{case.name}: {case.size} bytes, KL {mean:.4f} [{low:.4f}, {high:.4f}], top-1 {figures['top1']:.1%}")
+        recovered = ""
+        if case.of in kl:
+            share = rows[-1]["recovered"] = meter.recovered(kl[case.of], distances.kl, case.name)
+            recovered = ", recovered {:.1%} [{:.1%}, {:.1%}]".format(*share)
+        top1 = f"top-1 {figures['top1']:.1%}"
+        say(f"{case.name}: {case.size} bytes, KL {mean:.4f} [{low:.4f}, {high:.4f}]{recovered}, {top1}")
     return rows + [
         _judged(name, must, meter, kl) for must in MODULES[name].musts() if {must.better, must.worse} <= kl.keys()
     ]
 
 
+def _chosen(cases: Sequence[Case], wanted: Sequence[str]) -> list[Case]:
+    """Those with one of the texts in their names, and what they improve; all without a text."""
+    named = [case for case in cases if any(text in case.name for text in wanted or [""])]
+    names = {case.name for case in named} | {case.of for case in named}
+    return [case for case in cases if case.name in names]
+
+
 def _measured(case: Case, bench: Bench, meter: Meter, keep: bool) -> ExactDistances:
-    folder = bench.folder / re.sub(r"[^a-z0-9]+", "-", case.name.lower()).strip("-")
+    folder = bench.folder / slug(case.name)
 
     def measure() -> ExactDistances:
         if not folder.exists():
@@ -107,7 +118,7 @@ def _measured(case: Case, bench: Bench, meter: Meter, keep: bool) -> ExactDistan
             case.make(folder)
         return meter.distances(folder)
 
-    made_from = [case.name, bench.seed, [ids.tolist() for ids in bench.ids], meter.key]
+    made_from = [case.name, bench.seed, [ids.tolist() for ids in bench.ids], meter.key, *[case.live] * (case.live > 0)]
     figures = Stages(bench.folder / "figures").kept("case", made_from, measure)
     if not keep:
         shutil.rmtree(folder, ignore_errors=True)

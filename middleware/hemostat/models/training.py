@@ -1,13 +1,13 @@
 """Training towards the reference's predictions over the whole vocabulary, of whatever part of a model can be trained.
 
 Minimised is the mean of KL(reference‖compressed model) over the learned tokens, by Adam, in one pass over the texts,
-with averaged tensors. Some texts are a fold that nothing is trained on. It decides at which rate, and the start is kept
-unless the fold improves.
+with averaged tensors. Some texts are a fold that nothing is trained on. It decides at which rate, after half of the
+pass at each, and the start is kept unless the fold improves.
 
 Cost: a token needs a forward pass of both models and a backward pass of the compressed one that gives gradients of what
-is trained only: about 6 floating point operations for each parameter of the model. Memory: both models with dense
-weights, what is trained five times in float32 (itself, its gradient, Adam's two moments, the average), and the
-activations of one batch.
+is trained only: about 6 floating point operations for each parameter of the model; with two rates half of the tokens
+need it twice. Memory: both models with dense weights, what is trained four times in float32 for each rate (itself,
+Adam's two moments, the average) and its gradient, and the activations of one batch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from hemostat.models.texts import Text
 DISTILLATION = "distillation"
 """Stage of `Progress`: tokens that were trained on, of all rates."""
 
-TRIAL = 0.25
+TRIAL = 0.5
+"""Part of the pass after which rates are compared: after a quarter a rate that is too large may still look better."""
 STEP_POSITIONS = 256
 """Of one step, padding included; a longer text is a step of its own."""
 WARM_UP = 0.1
@@ -42,7 +43,8 @@ MIN_FOLD_TEXTS = 4
 MAX_FOLD_TOKENS = 4096
 
 _FLOAT32_BYTES = 4
-_COPIES = 5
+_COPIES = 4
+"""For each rate, besides the gradient."""
 
 Tensors = Mapping[str, torch.Tensor]
 """Float32, by name."""
@@ -55,7 +57,7 @@ class TooFewTextsError(AdaptError):
 @dataclass(frozen=True, slots=True)
 class Trial:
     """What one rate reached. kl: mean of the fold's tokens after the last step, nats; None where factors are no longer
-    finite. complete: all of the pass."""
+    finite. complete: all of the pass; at most one trial is."""
 
     rate: float
     tokens: int
@@ -83,7 +85,7 @@ class Trainable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """tensors: of the last trial; None where the fold did not improve: the start is kept.
+    """tensors: of the complete trial; None where the fold did not improve: the start is kept.
 
     kl_start, kl: mean KL(reference‖·) of the fold's tokens, nats, with the start and with the result, both as they are
     served. fold_texts, fold_tokens: of the fold. tokens: trained on, of all trials. memory_mib: `memory_bytes`.
@@ -125,9 +127,9 @@ def train(
     """Train on the outputs' tokens of `texts`: all tokens but the first of a text that has no output or prompt.
 
     The fold is about `FOLD_FRACTION` of the texts by their unit, always the same ones. It improves where the mean gain
-    of its texts is above one standard error. seed: of the order of the texts. rates: of Adam; the next one is tried
-    where the fold is worse than with the start after `TRIAL` of the pass, or has not improved at its end.
-    step_positions: of one step of the optimiser. Deterministic on one machine.
+    of its texts is above one standard error. seed: of the order of the texts. rates: of Adam; all are tried for `TRIAL`
+    of the pass, and the one whose fold is best goes on, unless it is worse than with the start. step_positions: of one
+    step of the optimiser. Deterministic on one machine.
     TooFewTextsError; AdaptError where the models have other vocabularies.
     """
     if reference.vocab_size != compressed.vocab_size:
@@ -146,33 +148,34 @@ def train(
             return _fold_kl(reference, compressed, fold, judged)
 
     before = fold_kl(None)
-    best: Tensors | None = None
-    after = before
-    trials = []
-    for rate in rates:
-        tensors, steps, tokens = run.train(rate, TRIAL)
-        result = fold_kl(tensors)
-        complete = _mean(result) <= _mean(before)
-        if complete:
-            tensors, more_steps, more_tokens = run.resume()
-            steps, tokens = steps + more_steps, tokens + more_tokens
-            result = fold_kl(tensors)
-        trials.append(Trial(rate, tokens, steps, _mean(result) if np.isfinite(result).all() else None, complete))
-        if complete and _improves(before, result):
-            best, after = tensors, result
-            break
+    passes = [_Pass(run, rate) for rate in rates]
+    trial = max(1, round(TRIAL * run.steps))
+    run.expect(trial, len(rates))
+    results = []
+    for tried in passes:
+        tried.advance(trial)
+        results.append(fold_kl(tried.average))
+    best = min(range(len(rates)), key=lambda n: _mean(results[n]) if _finite(results[n]) else np.inf)
+    complete = _finite(results[best]) and _mean(results[best]) <= _mean(before)
+    if complete:
+        passes[best].advance(run.steps)
+        results[best] = fold_kl(passes[best].average)
     run.finish()
+    improved = complete and _improves(before, results[best])
     return Trained(
-        tensors=best,
+        tensors=passes[best].average if improved else None,
         kl_start=_mean(before),
-        kl=_mean(after),
+        kl=_mean(results[best] if improved else before),
         fold_texts=len(fold),
         fold_tokens=int(before[:, 1].sum()),
-        tokens=sum(trial.tokens for trial in trials),
-        trials=tuple(trials),
+        tokens=sum(tried.tokens for tried in passes),
+        trials=tuple(
+            Trial(p.rate, p.tokens, p.steps, _mean(result) if _finite(result) else None, complete and n == best)
+            for n, (p, result) in enumerate(zip(passes, results, strict=True))
+        ),
         seconds=time.monotonic() - clock,
         cpu_seconds=time.process_time() - processor,
-        memory_mib=memory_bytes(reference, compressed, trainable.numbers) / (1 << 20),
+        memory_mib=memory_bytes(reference, compressed, trainable.numbers, len(rates)) / (1 << 20),
     )
 
 
@@ -187,14 +190,14 @@ def summary_line(report: Mapping[str, Any], what: str = DISTILLATION) -> str:
     )
 
 
-def memory_bytes(reference: Copy, compressed: Copy, numbers: int) -> int:
-    """Of the models, of `numbers` that are trained, and of the optimiser, without activations."""
+def memory_bytes(reference: Copy, compressed: Copy, numbers: int, rates: int) -> int:
+    """Of the models, of `numbers` that are trained at so many rates, and of the optimiser, without activations."""
     models = sum(p.numel() * p.element_size() for copy in (reference, compressed) for p in copy.model.parameters())
-    return int(models + _COPIES * _FLOAT32_BYTES * numbers)
+    return int(models + (_COPIES * rates + 1) * _FLOAT32_BYTES * numbers)
 
 
 class _Training:
-    """One pass over the texts, in two parts."""
+    """The texts in batches, in one order for all rates. steps: of one pass."""
 
     def __init__(
         self,
@@ -214,52 +217,26 @@ class _Training:
         self._batches = make_batches([text.ids for text in texts], compressed.device, positions)
         # Batches are of texts of similar length: they come in a random order.
         np.random.default_rng(seed).shuffle(self._batches)
-        self._total = sum(_tokens(texts, batch) for batch in self._batches)
-        self._done = 0
-        self._steps: Iterator[int] = iter(())
-        self._average: dict[str, torch.Tensor] = {}
+        self.steps = len(self._batches)
+        self._total = self._done = 0
 
-    def train(self, rate: float, part: float) -> tuple[Tensors, int, int]:
-        """From the start for about `part` of the batches: the averaged tensors, steps and tokens."""
-        self._average = self._trainable.start()
-        self._steps = self._run(rate)
-        self._done = 0
-        return self._advance(max(1, round(part * len(self._batches))))
+    def expect(self, trial: int, rates: int) -> None:
+        """So many steps at each rate, then the others at one: for the progress."""
+        tokens = [_tokens(self._texts, batch) for batch in self._batches]
+        self._total = sum(tokens) + (rates - 1) * sum(tokens[:trial])
 
-    def resume(self) -> tuple[Tensors, int, int]:
-        """The rest of the pass: the averaged tensors, and the steps and tokens of this part."""
-        return self._advance(len(self._batches))
+    def start(self) -> dict[str, torch.Tensor]:
+        return self._trainable.start()
+
+    def step(self, n: int, tensors: Tensors) -> int:
+        """Adds the gradients of batch `n`; the number of its tokens."""
+        tokens = self._gradients(self._batches[n], tensors)
+        self._done += tokens
+        self._progress(DISTILLATION, self._done, self._total)
+        return tokens
 
     def finish(self) -> None:
-        self._steps = iter(())
         self._progress(DISTILLATION, self._total, self._total)
-
-    def _advance(self, count: int) -> tuple[Tensors, int, int]:
-        steps = tokens = 0
-        for step in self._steps:
-            steps, tokens = steps + 1, tokens + step
-            self._done += step
-            self._progress(DISTILLATION, self._done, self._total)
-            if steps == count:
-                break
-        return {name: tensor.clone() for name, tensor in self._average.items()}, steps, tokens
-
-    def _run(self, rate: float) -> Iterator[int]:
-        """One step for each time that it is advanced; the number of its tokens."""
-        tensors = {name: tensor.clone().requires_grad_(True) for name, tensor in self._average.items()}
-        optimiser = torch.optim.Adam(tensors.values(), lr=rate)
-        for step, batch in enumerate(self._batches, 1):
-            part = (step - 0.5) / len(self._batches)
-            optimiser.param_groups[0]["lr"] = rate * min(part / WARM_UP, (1.0 - part) / (1.0 - WARM_UP))
-            optimiser.zero_grad(set_to_none=True)
-            tokens = self._gradients(batch, tensors)
-            optimiser.step()
-            # Step t has the weight t: early steps, far from the end, count little (Lacoste-Julien, Schmidt & Bach 2012,
-            # arXiv 1212.2002).
-            with torch.no_grad():
-                for name, new in tensors.items():
-                    self._average[name].lerp_(new, 2.0 / (step + 1))
-            yield tokens
 
     def _gradients(self, batch: Batch, tensors: Tensors) -> int:
         """Adds those of the mean KL of the batch's tokens."""
@@ -275,6 +252,33 @@ class _Training:
             assert leaf.grad is not None
             hidden.backward(leaf.grad)
         return tokens
+
+
+class _Pass:
+    """One pass at one rate, in parts. average: of the tensors after each step."""
+
+    def __init__(self, training: _Training, rate: float) -> None:
+        self.rate = rate
+        self.steps = self.tokens = 0
+        self.average = training.start()
+        self._training = training
+        self._tensors = {name: tensor.clone().requires_grad_(True) for name, tensor in self.average.items()}
+        self._optimiser = torch.optim.Adam(self._tensors.values(), lr=rate)
+
+    def advance(self, steps: int) -> None:
+        """Until so many steps are done."""
+        while self.steps < steps:
+            part = (self.steps + 0.5) / self._training.steps
+            self._optimiser.param_groups[0]["lr"] = self.rate * min(part / WARM_UP, (1.0 - part) / (1.0 - WARM_UP))
+            self.tokens += self._training.step(self.steps, self._tensors)
+            self._optimiser.step()
+            self._optimiser.zero_grad(set_to_none=True)
+            self.steps += 1
+            # Step t has the weight t: early steps, far from the end, count little (Lacoste-Julien, Schmidt & Bach 2012,
+            # arXiv 1212.2002).
+            with torch.no_grad():
+                for name, new in self._tensors.items():
+                    self.average[name].lerp_(new, 2.0 / (self.steps + 1))
 
 
 def _split(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:
@@ -360,6 +364,10 @@ def _improves(before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) -> bool
     mean = gain.sum() / tokens.sum()
     error = np.sqrt(np.square(gain - mean * tokens).sum()) / tokens.sum()
     return bool(np.isfinite(mean) and mean > error)
+
+
+def _finite(sums: np.ndarray[Any, Any]) -> bool:
+    return bool(np.isfinite(sums).all())
 
 
 def _mean(sums: np.ndarray[Any, Any]) -> float:

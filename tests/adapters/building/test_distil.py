@@ -170,11 +170,25 @@ def test_factors_that_are_no_longer_finite_leave_the_start(pair: Pair) -> None:
     json.dumps(result.report(), allow_nan=False)
 
 
-def test_the_next_rate_is_tried_after_a_part_of_the_pass(pair: Pair) -> None:
-    result = distilled(pair, plain_start(pair), texts(), rates=(30.0, 1e-2, 1e-3))
+def test_the_rate_that_the_fold_prefers_is_completed(pair: Pair) -> None:
+    """0.1, which is tried first, improves the fold, too."""
+    rates, seen = (0.1, 1e-2, 1e-4), []
+    result = distilled(pair, plain_start(pair), texts(100), rates=rates, progress=lambda *step: seen.append(step))
     assert result.improved
-    assert [(trial.rate, trial.complete) for trial in result.trials] == [(30.0, False), (1e-2, True)]
-    assert result.trials[0].tokens < 0.5 * result.trials[1].tokens
+    kls = {trial.rate: trial.kl for trial in result.trials}
+    assert [trial.rate for trial in result.trials if trial.complete] == [1e-2]
+    assert result.kl == kls[1e-2] < kls[0.1] < result.kl_start
+    tokens = {trial.rate: trial.tokens for trial in result.trials}
+    assert list(tokens) == list(rates)
+    assert tokens[0.1] == tokens[1e-4] == pytest.approx(0.5 * tokens[1e-2], rel=0.1)
+    assert seen[-1] == (training.DISTILLATION, result.tokens, result.tokens)
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+
+
+def test_a_rate_that_is_completed_is_as_if_it_were_alone(pair: Pair) -> None:
+    alone, among = (distilled(pair, plain_start(pair), texts(20), rates=rates) for rates in ((1e-2,), (1e-2, 30.0)))
+    assert alone.kl == among.kl
+    assert [a.a.tobytes() for a in alone.layers.values()] == [a.a.tobytes() for a in among.layers.values()]
 
 
 def test_an_exact_start_is_kept(pair: Pair) -> None:
@@ -268,4 +282,5 @@ def test_memory_is_stated(pair: Pair, tmp_path: Path) -> None:
     start = plain_start(pair)
     numbers = sum(layer.a.size + layer.b.size for layer in start.values())
     models = sum(p.numel() * 4 for copy in pair for p in copy.model.parameters())
-    assert training.memory_bytes(*pair, numbers) == models + 20 * numbers
+    assert training.memory_bytes(*pair, numbers, 1) == models + 20 * numbers
+    assert training.memory_bytes(*pair, numbers, 2) == models + 36 * numbers

@@ -8,16 +8,20 @@ Bytes are those of the profile (int8); an engine keeps bfloat16, twice as many, 
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+from tests.bench.recovery.log import say
 
 from hemostat.adapters.building.build import BuildOptions, build
 from hemostat.adapters.building.distil import distilled
 from hemostat.adapters.building.pair import CheckpointPair
 from hemostat.models.parts import Parts
 from hemostat.models.texts import Text
+from hemostat.models.training import summary_line
 from hemostat.models.work_folder import WorkFolder
 
 from . import pruning, quantization
@@ -26,7 +30,7 @@ from .figures import ADAPTER_FILE
 from .texts import live
 
 NAME = "adapters"
-STARTS = (
+STARTS = (  # those that are trained, too
     "W4A16 nearest",
     "W4A16 descent",
     "llmcompressor W4A16 gptq",
@@ -34,22 +38,30 @@ STARTS = (
     "3 bits descent",
     "50 % unstructured",
 )
-MORE_BITS = ("5 bits descent", "prescribed mix for any, bytes of 4 bits", "prescribed mix for any, bytes of 5 bits")
+FIVE_BITS = "5 bits descent"
+MIXES = ("prescribed mix for any, bytes of 4 bits", "prescribed mix for any, bytes of 5 bits")
 RANKS = (16, 64)
 TRAINED_RANK = 16
-LIVE_TEXTS = 480
+LARGEST_RANK = 4 * max(RANKS)
+"""Solved for once; components are sorted, so that the first ones are those of less."""
 _SCALE_BYTES = 4
 
 
 def cases(bench: Bench) -> Sequence[Case]:
     known = {case.name: case for case in (*quantization.cases(bench), *pruning.cases(bench))}
-    result = [known[name] for name in MORE_BITS]
-    for name in STARTS:
+    result = [known[name] for name in MIXES]
+    for name in (*STARTS, FIVE_BITS):
         start = known[name]
-        result += [start, Case(f"{name}, repaired", start.size, partial(pruning.repaired_copy, bench, start))]
-        for rank, trained in (*((rank, False) for rank in RANKS), (TRAINED_RANK, True)):
+        repaired = f"{name}, repaired"
+        result += [
+            Case(name, start.size, partial(bench.copied, start)),
+            Case(repaired, start.size, partial(pruning.repaired_copy, bench, start), of=name),
+        ]
+        for rank, trained in (*((rank, False) for rank in RANKS), *[(TRAINED_RANK, True)] * (name in STARTS)):
+            make = partial(adapted, bench, start, rank, trained)
+            live_texts = bench.live if trained else 0
             size = start.size + profile_bytes(bench, rank)
-            result.append(Case(_name(name, rank, trained), size, partial(adapted, bench, start, rank, trained)))
+            result.append(Case(_name(name, rank, trained), size, make, of=name, live=live_texts))
     return result
 
 
@@ -71,18 +83,29 @@ def profile_bytes(bench: Bench, rank: int) -> int:
 def adapted(
     bench: Bench, start: Case, rank: int, trained: bool, folder: Path, learn: Sequence[Text] | None = None
 ) -> None:
-    """The checkpoint with an adapter beside it. `start` is made once for all. learn: of the adapter; None: the same."""
-    base = bench.folder / "adapters" / start.name
-    if not base.exists():
-        base.parent.mkdir(parents=True, exist_ok=True)
-        start.make(base)
+    """The checkpoint with an adapter beside it. learn: of the adapter; None: the same."""
+    base, learn = bench.made(start), learn or bench.learn
     pair = CheckpointPair.open(bench.reference, base)
-    options = BuildOptions(rank=rank, shared_out=True, metric="kfac", seed=bench.seed)
-    with WorkFolder(folder.with_name(f"{folder.name}.work"), {"rank": rank, "base": start.name}, "bench") as work:
-        built = build(pair, learn or bench.learn, options, Parts(work))
-        if trained:
-            texts = live(base, bench.folder / "texts-live" / start.name, len(bench.learn), LIVE_TEXTS, bench.seed)
-            built = distilled(pair, built, texts, Parts(work), bench.seed)
-        work.remove()
-    shutil.copytree(base, folder)
-    (folder / ADAPTER_FILE).write_bytes(built.profile.to_bytes())
+    options = BuildOptions(rank=rank, max_rank=4 * rank, shared_out=True, metric="kfac", seed=bench.seed)
+    with WorkFolder(bench.kept(f"{start.name} corrections", learn), {"largest": LARGEST_RANK}, "bench") as work:
+        parts = Parts(work)
+        # Of the largest rank, whichever is wanted now.
+        largest = build(pair, learn, replace(options, rank=LARGEST_RANK, max_rank=None, shared_out=False), parts)
+        built = build(pair, learn, options, parts)
+        say(f"{start.name}: corrections, {largest.report['tokens']} tokens, {_cost(largest.report)}")
+    if trained:
+        texts = live(base, bench.kept(f"{start.name} live", learn), len(bench.learn), bench.live, bench.seed)
+        built = distilled(pair, built, texts, Parts(None), bench.seed)
+        say(f"{start.name}: {summary_line(built.report['distilled'])}; {_trials(built.report['distilled'])}")
+    bench.copied(start, folder, {ADAPTER_FILE: built.profile.to_bytes()})
+
+
+def _cost(report: Mapping[str, Any]) -> str:
+    return f"{report['cpu_seconds']:.0f} CPU-seconds in this run, {report['peak_mib']:.0f} MiB at most"
+
+
+def _trials(report: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"rate {trial['rate']:g}: {trial['kl'] or float('nan'):.4f} after {trial['steps']} steps"
+        for trial in report["trials"]
+    )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 from tests.bench.llmcompressor import compress
 from tests.bench.recovery.log import say
+from tests.bench.recovery.stages import cache_name
 
 from hemostat.compression.checkpoint_writer import BuildEnvironment, compress_with
 from hemostat.compression.frame import Method, Source
@@ -24,12 +28,16 @@ from .texts import calibration
 @dataclass(frozen=True, slots=True)
 class Case:
     """A compressed checkpoint. size: bytes of its linear layers' weights and scales, in a format made for them.
-    make: writes the folder, which does not exist yet. limit: of the mean KL(r‖c)."""
+    make: writes the folder, which does not exist yet. limit: of the mean KL(r‖c). of: name of the case that it
+    improves: which part of its KL is recovered is said, too. live: texts of the compressed checkpoint that it learned
+    from, besides the texts to calibrate on."""
 
     name: str
     size: int
     make: Callable[[Path], None]
     limit: float | None = None
+    of: str | None = None
+    live: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +49,11 @@ class Must:
     worse: str
     by: float = 0.0
     not_above: bool = False
+
+
+def slug(name: str) -> str:
+    """For the name of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 class Module(Protocol):
@@ -55,12 +68,14 @@ class Module(Protocol):
 
 @dataclass(frozen=True)
 class Bench:
-    """reference: the checkpoint that is compressed. folder: where results are kept. learn: texts to calibrate on."""
+    """reference: the checkpoint that is compressed. folder: where results are kept. learn: texts to calibrate on. live:
+    number of the texts that compressed checkpoints write to be trained on."""
 
     reference: Path
     folder: Path
     learn: Sequence[Text]
     seed: int
+    live: int = 480
 
     @property
     def ids(self) -> list[npt.NDArray[np.int32]]:
@@ -78,6 +93,28 @@ class Bench:
     def with_texts(self, seed: int) -> Bench:
         """The same, with other texts of the same prompts to calibrate on."""
         return replace(self, learn=calibration(self.reference, self.folder / f"texts-{seed}", len(self.learn), seed))
+
+    def made(self, case: Case) -> Path:
+        """The case's checkpoint, which is made once and kept."""
+        folder = self.kept(case.name, self.learn)
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            case.make(folder)
+        return folder
+
+    def copied(self, case: Case, folder: Path, beside: Mapping[str, bytes] = MappingProxyType({})) -> None:
+        """As the case's `make`, from what was made before. beside: more files, by name. Nothing is half-written."""
+        partial = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(self.made(case), partial)
+        for name, data in beside.items():
+            (partial / name).write_bytes(data)
+        partial.rename(folder)
+
+    def kept(self, name: str, learn: Sequence[Text]) -> Path:
+        """Where something is kept that was made from texts."""
+        made_from = [self.seed, [text.ids.tolist() for text in learn]]
+        return self.folder / "made" / Path(cache_name(slug(name), made_from)).stem
 
     def ours(self, method: Method, folder: Path) -> None:
         """By `hemostat compress`; what is interrupted goes on."""

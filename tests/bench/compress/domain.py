@@ -1,4 +1,5 @@
-"""Traffic of one domain, code: an adapter from it, the compression calibrated on it, and more bits.
+"""Traffic of one domain, code: an adapter from it, one from all traffic, the compression calibrated on it, and more
+bits.
 
 `--judge-code` measures there; without it the same checkpoints are measured elsewhere, on open questions.
 """
@@ -22,13 +23,14 @@ RANK = 16
 
 def cases(bench: Bench) -> Sequence[Case]:
     known = {case.name: case for case in (*quantization.cases(bench), *adapters.cases(bench))}
-    start = known[START]
+    start, general = known[START], known[f"{START}, rank {RANK}"]
     return [
-        start,
+        Case(START, start.size, partial(bench.copied, start)),
         known[MORE_BITS],
         Case(f"{START}, calibrated on code", start.size, partial(_calibrated, bench)),
-        known[f"{START}, rank {RANK}"],
-        Case(f"{START}, rank {RANK} from code", known[f"{START}, rank {RANK}"].size, partial(_adapted, bench, start)),
+        general,
+        Case(f"{START}, rank {RANK} from code", general.size, partial(_adapted, bench, start, 1), of=START),
+        Case(f"{START}, rank {RANK} from both", general.size, partial(_adapted, bench, start, 2), of=START),
     ]
 
 
@@ -47,5 +49,7 @@ def _calibrated(bench: Bench, folder: Path) -> None:
     known[START].make(folder)
 
 
-def _adapted(bench: Bench, start: Case, folder: Path) -> None:
-    adapters.adapted(bench, start, RANK, False, folder, _of_code(bench).learn)
+def _adapted(bench: Bench, start: Case, kinds: int, folder: Path) -> None:
+    """kinds: 1: from code alone; 2: from as many texts, of which half are those that the start was calibrated on."""
+    half = len(bench.learn) // kinds
+    adapters.adapted(bench, start, RANK, False, folder, [*_of_code(bench).learn[:half], *bench.learn[half:]])

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from tests.bench.recovery.figures import interval
+from tests.support.transform import apply_to_all
 
 from hemostat.adapters.distances import exact_distances
 from hemostat.models.checkpoint_digest import checkpoint_digest
@@ -17,12 +18,13 @@ from hemostat.models.texts import Text
 from hemostat_calibration.profiles.adapter import adapter_layers
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import ExactDistances
+from hemostat_engine.transform import HeldProfile
 
 from .texts import Texts
 
 Floats = npt.NDArray[np.float64]
 
-ADAPTER_FILE = "adapter.profile"
+ADAPTER_FILE, LOGITS_FILE = "adapter.profile", "logits.profile"
 """Beside a checkpoint: what it is measured with."""
 
 
@@ -37,11 +39,17 @@ class Meter:
 
     def distances(self, checkpoint: Path) -> ExactDistances:
         """By token."""
-        small, adapter = Copy.load(checkpoint), checkpoint / ADAPTER_FILE
-        layers = adapter_layers(CalibrationProfile.from_bytes(adapter.read_bytes())) if adapter.exists() else None
-        pairs = zip(self._reference_logits, self._texts.heldout, strict=True)
-        with small.adapted(layers):
-            result = [exact_distances(logits, _logits(small, text)) for logits, text in pairs]
+        small = Copy.load(checkpoint)
+        adapter, change = (_profile(checkpoint / name) for name in (ADAPTER_FILE, LOGITS_FILE))
+        held = None if change is None else HeldProfile(change)
+        result = []
+        with torch.inference_mode(), small.adapted(None if adapter is None else adapter_layers(adapter)):
+            for theirs, text in zip(self._reference_logits, self._texts.heldout, strict=True):
+                ours = _logits(small, text)
+                if held is not None:
+                    ours = ours.float()
+                    apply_to_all(held, ours)
+                result.append(exact_distances(theirs, ours))
         return ExactDistances(
             *(np.concatenate([getattr(measured, part) for measured in result]) for part in ("kl", "tv", "top1"))
         )
@@ -55,6 +63,14 @@ class Meter:
     def mean(self, values: Floats, label: str) -> tuple[float, float, float]:
         """With a 95 % interval by topic."""
         return interval(self._texts.topics, values, np.ones_like(values), label)
+
+    def recovered(self, before: Floats, after: Floats, label: str) -> tuple[float, float, float]:
+        """The part of the KL before, with a 95 % interval by topic."""
+        return interval(self._texts.topics, before - after, before, label)
+
+
+def _profile(file: Path) -> CalibrationProfile | None:
+    return CalibrationProfile.from_bytes(file.read_bytes()) if file.exists() else None
 
 
 def _logits(copy: Copy, text: Text) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,15 @@ from tests.support.adapter_models import random_texts, rounded, save, tiny_model
 
 pytest.importorskip("torch")
 
-from tests.bench.bench_compress import MODULES
+import torch
+from tests.bench.bench_compress import MODULES, _chosen
 from tests.bench.compress import adapters
 from tests.bench.compress.cases import Bench, Case
-from tests.bench.compress.figures import Meter
+from tests.bench.compress.figures import LOGITS_FILE, Meter
 from tests.bench.compress.texts import Texts
+
+from hemostat.models.copies import Copy
+from hemostat_calibration.profiles.profile import temperature_bias
 
 
 @pytest.mark.parametrize("name", list(MODULES))
@@ -23,6 +29,13 @@ def test_comparisons_are_of_cases_of_the_same_size(name: str, tmp_path: Path) ->
     cases = {case.name: case for case in MODULES[name].cases(Bench(reference, tmp_path, random_texts(2), 0))}
     for must in MODULES[name].musts():
         assert cases[must.better].size == cases[must.worse].size, must
+    assert {case.of for case in cases.values()} <= {*cases, None}
+
+
+def test_what_a_chosen_case_improves_is_measured_too() -> None:
+    cases = [Case(name, 0, lambda folder: None, of=of) for name, of in (("a", None), ("b", None), ("b, x", "b"))]
+    assert [case.name for case in _chosen(cases, ["x"])] == ["b", "b, x"]
+    assert [case.name for case in _chosen(cases, [])] == ["a", "b", "b, x"]
 
 
 def test_a_checkpoint_is_measured_with_the_adapter_beside_it(tmp_path: Path) -> None:
@@ -33,7 +46,25 @@ def test_a_checkpoint_is_measured_with_the_adapter_beside_it(tmp_path: Path) -> 
     start = Case("start", 0, lambda folder: model.save_pretrained(folder, state_dict=rounded(model)))
     adapters.adapted(bench, start, 64, False, tmp_path / "adapted")
     meter = Meter(reference, Texts([], texts, np.zeros(sum(len(text.output) for text in texts), np.int64)))
-    without, with_adapter = (
-        meter.distances(folder).kl.mean() for folder in (bench.folder / "adapters" / "start", tmp_path / "adapted")
-    )
+    without, with_adapter = (meter.distances(folder).kl.mean() for folder in (bench.made(start), tmp_path / "adapted"))
     assert with_adapter < 0.5 * without
+    before = np.ones(len(meter.distances(tmp_path / "adapted").kl))
+    assert meter.recovered(before, 0.25 * before, "") == (0.75, 0.75, 0.75)
+
+
+def test_a_checkpoint_is_measured_with_the_profile_beside_it(tmp_path: Path) -> None:
+    """Logits twice as large, of the reference itself."""
+    reference, texts = save(tiny_model(num_hidden_layers=1), tmp_path / "reference"), random_texts(3)
+    topics = np.zeros(sum(len(text.output) for text in texts), np.int64)
+    meter = Meter(reference, Texts([], texts, topics))
+    whole = Copy.load(reference)
+    profile = temperature_bias("", whole.vocab_size, 0.5, np.zeros(whole.vocab_size, np.float32), 20.0)
+    start = Case("start", 0, partial(shutil.copytree, reference))
+    Bench(reference, tmp_path / "bench", texts, 0).copied(start, tmp_path / "hot", {LOGITS_FILE: profile.to_bytes()})
+    wanted = []
+    for text in texts:
+        z = torch.from_numpy(whole.logits(text.ids))[len(text.prompt) - 1 : -1]
+        log_r, log_c = z.log_softmax(-1), (2.0 * z).log_softmax(-1)
+        wanted.append((log_r.exp() * (log_r - log_c)).sum(-1).numpy())
+    np.testing.assert_allclose(meter.distances(tmp_path / "hot").kl, np.concatenate(wanted), rtol=0.02, atol=1e-4)
+    assert np.concatenate(wanted).mean() > 0.01

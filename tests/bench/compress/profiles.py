@@ -1,0 +1,98 @@
+"""What changes logits only, on our compensated weights: temperature and bias, and a contextual profile.
+
+Learned as by `make bench-recovery`, from live texts: of other prompts than those of the calibration, written by the
+compressed checkpoint itself; with copies of both models in place of an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tests.bench.bench_recovery import FULL, RECENT_TOKENS, VOCABULARY
+from tests.bench.recovery.engine import Ask, Written
+from tests.bench.recovery.figures import Recovery
+from tests.bench.recovery.learning import GrowingRun, Learned, learn_bias
+from tests.bench.recovery.log import say
+from tests.bench.recovery.stages import Stages
+
+from hemostat.learner.learner_process import eligible, special_ids
+from hemostat.models.copies import Copy
+from hemostat.models.output_embedding import load as load_embedding
+from hemostat.models.texts import Text
+from hemostat_calibration.learning.contextual.anchors import choose_anchors
+from hemostat_calibration.learning.contextual.learner import ContextualLearner
+
+from . import quantization
+from .cases import Bench, Case, Must
+from .figures import LOGITS_FILE
+from .texts import live
+
+NAME = "profiles"
+START = f"W4A16 {quantization.BEST}"
+
+Learn = Callable[[ContextualLearner, Sequence[Written]], Learned]
+
+
+def cases(bench: Bench) -> Sequence[Case]:
+    start = {case.name: case for case in quantization.cases(bench)}[START]
+    learners: dict[str, Learn] = {"temperature and bias": _bias, "contextual profile": _contextual}
+    return [
+        Case(START, start.size, partial(bench.copied, start)),
+        *(
+            Case(f"{START}, {name}", start.size, partial(_profiled, bench, start, learn), of=START, live=bench.live)
+            for name, learn in learners.items()
+        ),
+    ]
+
+
+def musts() -> Sequence[Must]:
+    """None: how much is the question."""
+    return []
+
+
+def _profiled(bench: Bench, start: Case, learn: Learn, folder: Path) -> None:
+    """The checkpoint with a profile beside it, where one is proposed."""
+    base = bench.made(start)
+    texts = live(base, bench.kept(f"{START} live", bench.learn), len(bench.learn), bench.live, bench.seed)
+    weight = load_embedding(bench.reference, VOCABULARY)
+    family = ContextualLearner(
+        weight,
+        choose_anchors(weight, FULL.anchors, among=eligible(weight, special_ids(bench.reference))),
+        features=FULL.features,
+        rank=FULL.rank,
+        clamp_nats=FULL.clamp_nats,
+        recent_tokens=RECENT_TOKENS,
+    )
+    tapped = Stages(base.parent).kept(
+        "tapped",
+        [base.name, [text.ids.tolist() for text in texts]],
+        lambda: _tapped(Copy.load(bench.reference), Copy.load(base), family, texts),
+    )
+    learned = learn(family, tapped)
+    tokens = sum(len(text.output) for text in texts)
+    say(f"{folder.name}: from {tokens} tokens of {len(texts)} texts, {learned.seconds:.0f} s: {learned.said}")
+    profile = learned.profile
+    bench.copied(start, folder, {} if profile is None else {LOGITS_FILE: profile.to_bytes()})
+
+
+def _tapped(reference: Copy, compressed: Copy, family: ContextualLearner, texts: Sequence[Text]) -> list[Written]:
+    """As an engine and the reference would have reported the texts' outputs."""
+    result = []
+    for text in texts:
+        h_r, h_c = (copy.hidden(text.ids[:-1])[len(text.prompt) - 1 :] for copy in (reference, compressed))
+        z = h_c @ family.weight[family.anchors].T
+        features = (z - z.mean(1, keepdims=True)).astype(np.float16)
+        ask = Ask("", len(text.output), 1.0, 0)
+        result.append(Written(ask, text.prompt, text.output, "", features, hidden=h_r.astype(np.float16)))
+    return result
+
+
+def _bias(family: ContextualLearner, texts: Sequence[Written]) -> Learned:
+    return learn_bias(family.weight, Recovery(family.weight, family.anchors, texts), texts, FULL.clamp_nats)
+
+
+def _contextual(family: ContextualLearner, texts: Sequence[Written]) -> Learned:
+    return GrowingRun(family).learn(texts, "contextual")
