@@ -71,8 +71,8 @@ def cases(bench: Bench) -> Sequence[Case]:
     for options in (*map(PruneOptions, SPARSITIES), TWO_OF_FOUR):
         result += [_case(bench, options), _case(bench, options, by_inputs=True)]
     result += [_case(bench, PruneOptions(sparsity, Pattern.ROWS)) for sparsity in SPARSITIES_OF_ROWS]
-    for seed, by_inputs in itertools.product(SEEDS, (False, True)):
-        result.append(_case(bench, HALF, by_inputs, seed))
+    for seed, options, by_inputs in itertools.product(SEEDS, (HALF, TWO_OF_FOUR), (False, True)):
+        result.append(_case(bench, options, by_inputs, seed))
     half = bench.size(LayerPlan(16, None, 0.5))
     result.append(Case(UNIFORM, half, lambda folder: bench.ours(Uniform(HALF), folder)))
     result.append(Case(QUERIES, half, lambda folder: bench.ours(Queries(HALF), folder), KL_OF_QUERIES))
@@ -93,13 +93,14 @@ def cases(bench: Bench) -> Sequence[Case]:
 
 
 def musts() -> Sequence[Must]:
-    """Gradients are below inputs alone, and those below magnitude; ours below the peers; repaired below what it was."""
-    result = [
-        Must(_name(HALF, seed=seed), _name(HALF, by_inputs=True, seed=seed), GAIN_AT_HALF) for seed in (0, *SEEDS)
-    ]
-    others = (PruneOptions(0.3), PruneOptions(0.6), TWO_OF_FOUR)
+    """Gradients are below inputs alone, and those below magnitude; zeros that are shared out are below as many in every
+    layer; ours below the peers; repaired below what it was."""
+    result = []
+    for seed, (options, gain) in itertools.product((0, *SEEDS), ((HALF, GAIN_AT_HALF), (TWO_OF_FOUR, 0.0))):
+        result.append(Must(_name(options, seed=seed), _name(options, by_inputs=True, seed=seed), gain))
+    others = (PruneOptions(0.3), PruneOptions(0.6))
     result += [Must(_name(options), _name(options, by_inputs=True)) for options in others]
-    result.append(Must(UNIFORM, _name(HALF, by_inputs=True)))
+    result += [Must(UNIFORM, _name(HALF, by_inputs=True)), Must(_name(HALF), UNIFORM)]
     result += [Must(_name(PruneOptions(s), by_inputs=True), _magnitude(s)) for s in SPARSITIES]
     for peer, (sparsity, pattern) in itertools.product(PEERS, PEERS_AT):
         result.append(Must(_name(PruneOptions(sparsity, pattern)), _peer(peer, sparsity, pattern)))
