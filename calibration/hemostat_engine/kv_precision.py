@@ -38,10 +38,17 @@ def _distinct(cache: Any) -> int:
     bits = flat.view({1: torch.uint8, 2: torch.int16}.get(flat.element_size(), torch.int32))
     every = bits[: len(bits) // RUN * RUN].view(-1, RUN)
     middle = len(every) // 2
-    chosen = torch.cat([every[:REGION], every[middle : middle + REGION], every[:: max(len(every) // REGION, 1)]])
+    chosen = torch.cat([every[:REGION], every[middle : middle + REGION], _drawn(every, REGION)])
     runs = chosen[(chosen != 0).float().mean(1) >= USED]
     if len(runs) < RUNS // 2:
         return 0
-    ordered = runs[:: max(len(runs) // RUNS, 1)].sort(1).values
+    ordered = _drawn(runs, RUNS).sort(1).values
     distinct = (ordered[:, 1:] != ordered[:, :-1]).sum(1) + 1
     return int(distinct.sort().values[int(LOWEST * len(distinct))])
+
+
+def _drawn(runs: torch.Tensor, count: int) -> torch.Tensor:
+    """At random, the same ones for the same number of runs. At regular steps they could be of keys alone, which lie
+    between values at regular steps."""
+    places = torch.randint(len(runs), (count,), generator=torch.Generator().manual_seed(0))
+    return runs[places.to(runs.device)]

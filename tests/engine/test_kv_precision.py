@@ -24,6 +24,16 @@ def layer(
     return SimpleNamespace(kv_cache=values)
 
 
+@pytest.mark.parametrize("tokens", [16, 32])
+@pytest.mark.parametrize("heads", [1, 8])
+def test_a_cast_of_values_alone_is_seen_however_much_of_the_cache_is_in_use(heads: int, tokens: int) -> None:
+    values = torch.randn(96, heads, 2, tokens, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    values[:, :, 1] = values[:, :, 1].to(FP8).to(torch.bfloat16)
+    for used in (96, 72, 48):
+        values[used:] = 0
+        assert bits(SimpleNamespace(kv_cache=values)) < 7.1
+
+
 def bits(*layers: object) -> float:
     return code(layers) / STEPS_PER_BIT
 
