@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
+from safetensors.torch import save_file
 from tests.support.adapter_models import VOCABULARY, random_texts, save, tiny_model
 
 from hemostat.compression.calibrated import CALIBRATIONS, Calibrated
@@ -117,6 +119,64 @@ def test_vllm_computes_what_our_copy_computes(name: str, tmp_path: Path) -> None
     rounded_inputs = name in FORMATS and FORMATS[name].inputs != "exact"
     assert float(np.abs(theirs - ours).mean()) < (0.08 if rounded_inputs else TOLERANCE)
     assert float(np.abs(theirs - ours).mean()) < (0.8 if rounded_inputs else 0.5) * float(np.abs(dense - ours).mean())
+
+
+def fp8_checkpoint(source: Path, out: Path, kind: str) -> None:
+    """As other tools write E4M3. kind: `static`: a scale of the weight and one of the inputs; `modelopt`: the same in
+    ModelOpt's spelling; `block`: a scale of each 128 by 128 weights.
+
+    One scale for all layers: of layers that vLLM fuses, it rounds those with a smaller scale again.
+    """
+    import torch
+
+    opened = Source.open(source)
+    weights = {name: opened.checkpoint.tensor(f"{name}.weight").float() for name in opened.shapes}
+    scale = max(weight.abs().max() for weight in weights.values()) / torch.finfo(torch.float8_e4m3fn).max
+    state = {name: opened.checkpoint.tensor(name) for name in opened.checkpoint.names}
+    for name, weight in weights.items():
+        state[f"{name}.weight"] = (weight / scale).to(torch.float8_e4m3fn)
+        if kind == "block":
+            state[f"{name}.weight_scale_inv"] = scale.repeat(*(-(-width // 128) for width in weight.shape))
+        else:
+            state |= {f"{name}.weight_scale": scale.clone(), f"{name}.input_scale": torch.tensor(0.02)}
+    shutil.copytree(source, out)
+    save_file(state, out / "model.safetensors", {"format": "pt"})
+    quantization: dict[str, object] = {"quant_method": "fp8", "activation_scheme": "static"}
+    if kind == "block":
+        quantization |= {"activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    if kind == "modelopt":
+        quantization = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+
+
+BLOCK_WIDTHS = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
+"""Multiples of 128."""
+without_amx = pytest.mark.skipif(
+    "amx_tile" in Path("/proc/cpuinfo").read_text(), reason="with AMX, vLLM does not round the inputs of FP8 layers"
+)
+
+
+@without_amx
+@pytest.mark.parametrize("kind", ["static", "modelopt"])
+def test_vllm_computes_what_our_copy_of_others_fp8_computes(kind: str, tmp_path: Path) -> None:
+    source = small_source(tmp_path / "source", **BLOCK_WIDTHS)
+    fp8_checkpoint(source, tmp_path / "out", kind)
+    ids = np.concatenate([text.ids for text in random_texts(8)])[:100].tolist()
+    theirs = prompt_logprobs(tmp_path / "out", ids, tmp_path / "vllm.log")
+    ours, dense = (Copy.load(folder).logprobs(ids) for folder in (tmp_path / "out", source))
+    print(f"{kind}: {np.abs(theirs - ours).mean():.4f}, dense {np.abs(dense - ours).mean():.4f}")
+    assert float(np.abs(theirs - ours).mean()) < min(0.08, 0.8 * float(np.abs(dense - ours).mean()))
+
+
+@without_amx
+def test_without_amx_vllms_cpu_build_refuses_block_fp8(tmp_path: Path) -> None:
+    source, log = small_source(tmp_path / "source", num_hidden_layers=1, **BLOCK_WIDTHS), tmp_path / "vllm.log"
+    fp8_checkpoint(source, tmp_path / "out", "block")
+    assert Copy.load(tmp_path / "out").logprobs([1, 2, 3]).shape == (2,), "we read it"
+    with pytest.raises(vllm_server.VllmFailure):
+        prompt_logprobs(tmp_path / "out", [1, 2, 3], log)
+    assert "CPUFp8BlockScaledMMKernel requires AMX tile support" in log.read_text()
 
 
 REFUSED = {

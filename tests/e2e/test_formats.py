@@ -1,0 +1,153 @@
+"""The whole loop on a real vLLM with a checkpoint of each format that its CPU build serves: measured, adapted,
+promoted, vLLM restarted, rolled back. `-s` prints the figures.
+
+The adapter is made by `hemostat adapt`: to learn one live takes 2,000 tokens of traffic, and does not depend on the
+format (`test_adapters.py` in tests/control; a profile that is learned live in a real engine: `test_demo.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import transformers
+from tests.support.fake_vllm import FakeVllm
+from tests.support.running_vllm import LORA_ARGUMENTS, LORA_ENVIRONMENT
+from tests.support.served import AUTHORIZED, TOKEN, Served, hemostat
+
+from hemostat.demo.checkpoints import Checkpoints
+from hemostat.demo.vllm_server import VllmServer, dtype, free_port
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+LAYERS = 4
+"""Of SmolLM2-135M's 30: probes and scores of the whole model take minutes more."""
+SCHEMES = ("w4a16", "w4a16_gptq", "w4a16_awq", "w8a8", "fp8")
+LONG = 300.0
+"""Seconds that only a hang takes: reference and copies are loaded, vLLM starts."""
+PROMPTS = ("The three states of matter are", "Dear Sir or Madam, I am writing", "Here is a story about a fox:")
+TOKENS = 16
+SAME_NATS = 0.01
+"""Two computations of the same are this near. An adapter on 8-bit weights may leave greedy texts as they are: it is
+recognized by the tokens' log-probabilities, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Greedy completions of `PROMPTS`."""
+
+    texts: list[str]
+    logprobs: list[float]
+
+    def same(self, other: Answers) -> bool:
+        return self.texts == other.texts and np.allclose(self.logprobs, other.logprobs, rtol=0.0, atol=SAME_NATS)
+
+
+def answers(url: str, model: str) -> Answers:
+    result = Answers([], [])
+    for prompt in PROMPTS:
+        body = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "logprobs": 1}
+        answer = httpx.post(f"{url}/v1/completions", json=body | {"ignore_eos": True}, timeout=LONG)
+        assert answer.status_code == 200, answer.text
+        choice = answer.json()["choices"][0]
+        result.texts.append(choice["text"])
+        result.logprobs.extend(choice["logprobs"]["token_logprobs"])
+    return result
+
+
+def command(*arguments: str | Path) -> None:
+    subprocess.run([sys.executable, "-m", "hemostat", *map(str, arguments)], check=True)
+
+
+async def divergence(served: Served, stage: str, arm: str) -> float:
+    """KL(r‖c) in nats a token, once something was scored."""
+    labels = {"direction": "reference_compressed", "stage": stage, "arm": arm}
+    async with asyncio.timeout(LONG):
+        while not (tokens := await served.metric("hemostat_token_kl_nats_count", **labels)):
+            await asyncio.sleep(0.5)
+    return await served.metric("hemostat_token_kl_nats_sum", **labels) / tokens
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first layers of the demo's reference."""
+    whole, folder = checkpoints.reference, tmp_path_factory.mktemp("reference")
+    model = transformers.AutoModelForCausalLM.from_pretrained(whole, dtype="auto", num_hidden_layers=LAYERS)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(whole).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+async def test_the_whole_loop(scheme: str, reference: Path, tmp_path: Path) -> None:
+    compressed, adapter = tmp_path / scheme, tmp_path / "adapter"
+    command("compress", reference, compressed, "--scheme", scheme, "--calibrate", "none")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{prompt} {n}"}) + "\n" for prompt in PROMPTS for n in range(5)))
+    command(
+        "adapt", reference, compressed, "--out", adapter, "--prompts", prompts, "--metric", "diagonal",
+        "--max-new-tokens", f"{TOKENS}",
+    )  # fmt: skip
+    report = json.loads((adapter / "report.json").read_text())
+    version, port = report["version"], free_port()
+    settings: dict[str, Any] = {
+        "reference": {"backend": "transformers", "model": str(reference), "dtype": dtype()},
+        # vLLM answers only clients and probes: nothing is computed in a batch with the answers that are compared.
+        "shadow": {"rate": 1.0, "top_k": 8, "floor_fraction": 0.0},
+        "calibration": {"mode": "auto", "control_fraction": 1e-9},
+        "adapter": {"enabled": True, "compressed": str(compressed), "rank": report["rank"]},
+        "store": {"url": f"sqlite:///{tmp_path / 'store.db'}"},
+    }
+    with hemostat(tmp_path, FakeVllm(), f"http://127.0.0.1:{port}", **settings) as served:
+        environment = {"HEMOSTAT_ADMIN_URL": served.admin, "HEMOSTAT_ENGINE_TOKEN": TOKEN, **LORA_ENVIRONMENT}
+
+        def started(log: str) -> VllmServer:
+            server = VllmServer(compressed, "smollm2", tmp_path / log, LORA_ARGUMENTS, environment, port)
+            server.start()
+            server.wait_ready(600.0)
+            return server
+
+        async def answered(expected: Answers) -> None:
+            """Wait until clients get these answers: relays learn what serves a moment later."""
+            await served.until(lambda _: answers(served.data, vllm.model).same(expected), LONG)
+
+        vllm = started("vllm.log")
+        try:
+            # Measured.
+            await served.until(lambda s: s["reference"]["state"] == "ready", LONG)
+            plain = answers(vllm.url, vllm.model)
+            await answered(plain)
+            before = await divergence(served, "raw", "none")
+            assert before > 0.0
+
+            # Adapted and promoted. An adapter is ready once the engine computes with it what our copy computes.
+            async with httpx.AsyncClient(base_url=served.admin, headers=AUTHORIZED, timeout=LONG) as admin:
+                profile = (adapter / "profile.safetensors").read_bytes()
+                assert (await admin.post("/api/v1/profiles", content=profile)).status_code == 200
+                await served.until(lambda s: s["adapter"]["engine"]["ready"] == [version], LONG)
+                adapted = answers(vllm.url, version)
+                assert not adapted.same(plain)
+                answer = await admin.post("/api/v1/profiles/promote", json={"version": version})
+                assert answer.status_code == 200, answer.text
+                await answered(adapted)
+                after = await divergence(served, "calibrated", "treated")
+
+                # Restarted.
+                vllm.stop()
+                vllm = started("again.log")
+                await answered(adapted)
+
+                # Rolled back.
+                assert (await admin.post("/api/v1/profiles/rollback")).status_code == 200
+                await answered(plain)
+        finally:
+            vllm.stop()
+    print(f"{scheme}: KL {before:.4f} → {after:.4f} nats a token; adapt's held-out {json.dumps(report['held_out'])}")
