@@ -149,6 +149,9 @@ def fp8_checkpoint(source: Path, out: Path, kind: str) -> None:
 
 BLOCK_WIDTHS = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
 """Multiples of 128."""
+without_amx = pytest.mark.skipif(
+    "amx_tile" in Path("/proc/cpuinfo").read_text(), reason="with AMX vLLM has other kernels for 8 bits"
+)
 OTHERS_FP8 = {
     "static": "_C::static_scaled_fp8_quant() expected at most 0 argument(s) but received 4",
     "modelopt": "'_OpNamespace' '_C' object has no attribute 'silu_and_mul_quant'",
@@ -157,7 +160,7 @@ OTHERS_FP8 = {
 """vLLM's lines: with `modelopt` it starts, and ends at the first request."""
 
 
-@pytest.mark.skipif("amx_tile" in Path("/proc/cpuinfo").read_text(), reason="with AMX vLLM has other kernels for FP8")
+@without_amx
 @pytest.mark.parametrize("kind", OTHERS_FP8)
 def test_without_amx_vllms_cpu_build_refuses_others_fp8(kind: str, tmp_path: Path) -> None:
     source, log = small_source(tmp_path / "source", num_hidden_layers=1, **BLOCK_WIDTHS), tmp_path / "vllm.log"
@@ -197,6 +200,16 @@ def test_vllms_cpu_build_refuses(name: str, tmp_path: Path) -> None:
     with pytest.raises(vllm_server.VllmFailure):
         prompt_logprobs(out, [1, 2, 3], log)
     assert line in log.read_text()
+
+
+@without_amx
+def test_vllms_cpu_build_serves_no_w8a8_with_lora(tmp_path: Path) -> None:
+    """oneDNN keeps the weights, and LoRA asks on which device they are. With AMX another kernel does not."""
+    source, log = small_source(tmp_path / "source", num_hidden_layers=1), tmp_path / "vllm.log"
+    compress_with(source, tmp_path / "out", without_texts(FORMATS["w8a8"], packed=True))
+    with pytest.raises(vllm_server.VllmFailure):
+        prompt_logprobs(tmp_path / "out", [1, 2, 3], log, "--enable-lora")
+    assert "'NoneType' object has no attribute 'device'" in log.read_text()
 
 
 MOE = {"hidden_size": 256, "num_hidden_layers": 1, "intermediate_size": 256, "moe_intermediate_size": 128}

@@ -20,17 +20,21 @@ import numpy as np
 import pytest
 import transformers
 from tests.support.fake_vllm import FakeVllm
-from tests.support.running_vllm import LORA_ARGUMENTS, LORA_ENVIRONMENT
+from tests.support.running_vllm import LORA_ARGUMENTS, LORA_ENVIRONMENT, VLLM_ARGUMENTS
 from tests.support.served import AUTHORIZED, TOKEN, Served, hemostat
 
 from hemostat.demo.checkpoints import Checkpoints
 from hemostat.demo.vllm_server import VllmServer, dtype, free_port
+from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
+MODEL, VOCABULARY = "smollm2", 49_152
 LAYERS = 4
 """Of SmolLM2-135M's 30: probes and scores of the whole model take minutes more."""
 SCHEMES = ("w4a16", "w4a16_gptq", "w4a16_awq", "w8a8", "fp8")
+WITHOUT_LORA = ("w8a8",)
+"""With --enable-lora the server ends at the start (`tests/compression/test_in_vllm.py`): the plugin adds to logits."""
 LONG = 300.0
 """Seconds that only a hang takes: reference and copies are loaded, vLLM starts."""
 PROMPTS = ("The three states of matter are", "Dear Sir or Madam, I am writing", "Here is a story about a fox:")
@@ -51,10 +55,11 @@ class Answers:
         return self.texts == other.texts and np.allclose(self.logprobs, other.logprobs, rtol=0.0, atol=SAME_NATS)
 
 
-def answers(url: str, model: str) -> Answers:
+def answers(url: str, **more: Any) -> Answers:
+    """more: members of the request."""
     result = Answers([], [])
     for prompt in PROMPTS:
-        body = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "logprobs": 1}
+        body = {"model": MODEL, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "logprobs": 1} | more
         answer = httpx.post(f"{url}/v1/completions", json=body | {"ignore_eos": True}, timeout=LONG)
         assert answer.status_code == 200, answer.text
         choice = answer.json()["choices"][0]
@@ -86,56 +91,67 @@ def reference(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-async def test_the_whole_loop(scheme: str, reference: Path, tmp_path: Path) -> None:
-    compressed, adapter = tmp_path / scheme, tmp_path / "adapter"
-    command("compress", reference, compressed, "--scheme", scheme, "--calibrate", "none")
-    prompts = tmp_path / "prompts.jsonl"
+def adapter(reference: Path, compressed: Path, folder: Path) -> CalibrationProfile:
+    prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"{prompt} {n}"}) + "\n" for prompt in PROMPTS for n in range(5)))
     command(
-        "adapt", reference, compressed, "--out", adapter, "--prompts", prompts, "--metric", "diagonal",
+        "adapt", reference, compressed, "--out", folder / "adapter", "--prompts", prompts, "--metric", "diagonal",
         "--max-new-tokens", f"{TOKENS}",
     )  # fmt: skip
-    report = json.loads((adapter / "report.json").read_text())
-    version, port = report["version"], free_port()
+    return CalibrationProfile.from_bytes((folder / "adapter" / "profile.safetensors").read_bytes())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+async def test_the_whole_loop(scheme: str, reference: Path, tmp_path: Path) -> None:
+    compressed, lora, port = tmp_path / scheme, scheme not in WITHOUT_LORA, free_port()
+    command("compress", reference, compressed, "--scheme", scheme, "--calibrate", "none")
+    if lora:
+        profile = adapter(reference, compressed, tmp_path)
+        asked: dict[str, Any] = {"model": profile.version}
+    else:
+        bias = np.random.default_rng(0).normal(0.0, 1.0, VOCABULARY)
+        profile = temperature_bias(MODEL, VOCABULARY, 1.0, bias, 1.0)
+        asked = {"vllm_xargs": {"hemostat": profile.version}}
     settings: dict[str, Any] = {
         "reference": {"backend": "transformers", "model": str(reference), "dtype": dtype()},
         # vLLM answers only clients and probes: nothing is computed in a batch with the answers that are compared.
         "shadow": {"rate": 1.0, "top_k": 8, "floor_fraction": 0.0},
         "calibration": {"mode": "auto", "control_fraction": 1e-9},
-        "adapter": {"enabled": True, "compressed": str(compressed), "rank": report["rank"]},
+        "adapter": {"enabled": lora, "compressed": str(compressed)},
         "store": {"url": f"sqlite:///{tmp_path / 'store.db'}"},
     }
     with hemostat(tmp_path, FakeVllm(), f"http://127.0.0.1:{port}", **settings) as served:
-        environment = {"HEMOSTAT_ADMIN_URL": served.admin, "HEMOSTAT_ENGINE_TOKEN": TOKEN, **LORA_ENVIRONMENT}
+        arguments = LORA_ARGUMENTS if lora else VLLM_ARGUMENTS
+        environment = {"HEMOSTAT_ADMIN_URL": served.admin, "HEMOSTAT_ENGINE_TOKEN": TOKEN}
+        environment |= LORA_ENVIRONMENT if lora else {}
 
         def started(log: str) -> VllmServer:
-            server = VllmServer(compressed, "smollm2", tmp_path / log, LORA_ARGUMENTS, environment, port)
+            server = VllmServer(compressed, MODEL, tmp_path / log, arguments, environment, port)
             server.start()
             server.wait_ready(600.0)
             return server
 
         async def answered(expected: Answers) -> None:
             """Wait until clients get these answers: relays learn what serves a moment later."""
-            await served.until(lambda _: answers(served.data, vllm.model).same(expected), LONG)
+            await served.until(lambda _: answers(served.data).same(expected), LONG)
 
         vllm = started("vllm.log")
         try:
             # Measured.
             await served.until(lambda s: s["reference"]["state"] == "ready", LONG)
-            plain = answers(vllm.url, vllm.model)
+            plain = answers(vllm.url)
             await answered(plain)
             before = await divergence(served, "raw", "none")
             assert before > 0.0
 
             # Adapted and promoted. An adapter is ready once the engine computes with it what our copy computes.
             async with httpx.AsyncClient(base_url=served.admin, headers=AUTHORIZED, timeout=LONG) as admin:
-                profile = (adapter / "profile.safetensors").read_bytes()
-                assert (await admin.post("/api/v1/profiles", content=profile)).status_code == 200
-                await served.until(lambda s: s["adapter"]["engine"]["ready"] == [version], LONG)
-                adapted = answers(vllm.url, version)
-                assert not adapted.same(plain)
-                answer = await admin.post("/api/v1/profiles/promote", json={"version": version})
+                assert (await admin.post("/api/v1/profiles", content=profile.to_bytes())).status_code == 200
+                if lora:
+                    await served.until(lambda s: s["adapter"]["engine"]["ready"] == [profile.version], LONG)
+                await served.until(lambda _: not answers(vllm.url, **asked).same(plain), LONG)
+                adapted = answers(vllm.url, **asked)
+                answer = await admin.post("/api/v1/profiles/promote", json={"version": profile.version})
                 assert answer.status_code == 200, answer.text
                 await answered(adapted)
                 after = await divergence(served, "calibrated", "treated")
@@ -150,4 +166,4 @@ async def test_the_whole_loop(scheme: str, reference: Path, tmp_path: Path) -> N
                 await answered(plain)
         finally:
             vllm.stop()
-    print(f"{scheme}: KL {before:.4f} → {after:.4f} nats a token; adapt's held-out {json.dumps(report['held_out'])}")
+    print(f"{scheme}: KL {before:.4f} → {after:.4f} nats a token")
