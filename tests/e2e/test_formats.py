@@ -33,8 +33,10 @@ MODEL, VOCABULARY = "smollm2", 49_152
 LAYERS = 4
 """Of SmolLM2-135M's 30: probes and scores of the whole model take minutes more."""
 SCHEMES = ("w4a16", "w4a16_gptq", "w4a16_awq", "w8a8", "fp8")
-WITHOUT_LORA = ("w8a8",)
-"""With --enable-lora the server ends at the start (`tests/compression/test_in_vllm.py`): the plugin adds to logits."""
+WITHOUT_ADAPTER = ("w8a8", "fp8")
+"""What is promoted adds to logits, by the plugin. W8A8: with --enable-lora the server ends at the start
+(`tests/compression/test_in_vllm.py`). FP8: rounded inputs differ between engine and copy by as much as an adapter
+changes, so that the probe cannot confirm it, and it is refused."""
 LONG = 300.0
 """Seconds that only a hang takes: reference and copies are loaded, vLLM starts."""
 PROMPTS = ("The three states of matter are", "Dear Sir or Madam, I am writing", "Here is a story about a fox:")
@@ -103,7 +105,7 @@ def adapter(reference: Path, compressed: Path, folder: Path) -> CalibrationProfi
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 async def test_the_whole_loop(scheme: str, reference: Path, tmp_path: Path) -> None:
-    compressed, lora, port = tmp_path / scheme, scheme not in WITHOUT_LORA, free_port()
+    compressed, lora, port = tmp_path / scheme, scheme not in WITHOUT_ADAPTER, free_port()
     command("compress", reference, compressed, "--scheme", scheme, "--calibrate", "none")
     if lora:
         profile = adapter(reference, compressed, tmp_path)
