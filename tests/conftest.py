@@ -20,6 +20,15 @@ from xdist.scheduler.loadscope import LoadScopeScheduling
 from hemostat.demo import vllm_server as vllm_process
 from hemostat.demo.checkpoints import Checkpoints, cached_checkpoints
 
+_LONGEST = (
+    "e2e/test_demo.py",
+    "control/test_adapters.py",
+    "control/test_restarts.py",
+    "e2e/test_adapter_by_hand.py",
+    "adapters/live/test_judge.py",
+    "reference/test_transformers.py",
+)
+"""Files of a minute or more each, apart from those that share a server or wheels."""
 _missed: list[str] = []
 """Tests that were skipped for want of something that could be installed: their reason says how."""
 
@@ -97,6 +106,14 @@ def _shared_fixture(file: Path) -> str | None:
     return match and match[1]
 
 
+@cache
+def _order(file: Path) -> int:
+    name = file.relative_to(Path(__file__).parent).as_posix()
+    if _shared_fixture(file) is not None:
+        return 0
+    return 1 + _LONGEST.index(name) if name in _LONGEST else 1 + len(_LONGEST)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--slow", action="store_true", help="run the tests marked slow and those of properties, and only these"
@@ -119,7 +136,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if chosen in _runs(item)]
     if "PYTEST_XDIST_WORKER" in os.environ:
         # What takes longest in one process begins first, so that no process waits for it in the end.
-        items.sort(key=lambda item: _shared_fixture(item.path) is None)
+        items.sort(key=lambda item: _order(item.path))
     if config.getoption("--compiled") and (interpreted := compiled.not_compiled()):
         raise pytest.UsageError(f"not compiled: {', '.join(interpreted)}")
     if compiled.is_compiled("hemostat.relay.exchange"):

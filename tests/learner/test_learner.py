@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tests.support import oracle
 from tests.support.constants import with_constants
-from tests.support.learner_world import D, V, World, children, kl, logprobs, make, save
+from tests.support.learner_world import D, V, World, kl, learners, logprobs, make, save
 from tests.support.waiting import until
 
 from hemostat.config.schema import Calibration
@@ -100,7 +100,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     assert not made.task.done()
     made.task.cancel()
     await asyncio.gather(made.task, return_exceptions=True)
-    assert children() == [], "no process is left"
+    assert learners() == [], "no process is left"
 
 
 async def test_a_proposal_improves_texts_that_it_was_not_learned_from(bench: Bench) -> None:
@@ -184,7 +184,7 @@ async def test_without_a_store_a_killed_learner_begins_anew(bench: Bench) -> Non
     await bench.ready()
     bench.teach(range(10))
     await bench.taught(160)
-    (pid,) = children()
+    (pid,) = learners()
     os.kill(pid, signal.SIGKILL)
     await until(lambda: bench.learner.state == "down")
     assert "lost" in bench.learner.detail
@@ -192,7 +192,7 @@ async def test_without_a_store_a_killed_learner_begins_anew(bench: Bench) -> Non
     bench.teach(range(1))
     assert bench.learner.dropped == {"not_ready": 1}
     await until(lambda: bench.learner.state == "learning")
-    assert children() != [pid]
+    assert learners() != [pid]
     assert bench.learner.status()["tokens"] == 0
     bench.teach(range(5))
     await bench.taught(80)
@@ -203,7 +203,7 @@ async def test_a_learner_that_hangs_costs_bounded_memory_and_no_waiting(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await bench.ready()
-    (pid,) = children()
+    (pid,) = learners()
     monkeypatch.setattr(record_queue, "MAX_QUEUED_BYTES", 100_000)
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -242,7 +242,7 @@ async def test_another_model_restarts_the_learner_and_stop_ends_it(bench: Bench)
     assert bench.receiver.probes[1].model == "other"
     assert bench.learner.status()["tokens"] == 0
     bench.learner.stop("calibration is off")
-    await until(lambda: not children())
+    await until(lambda: not learners())
     assert (bench.learner.state, bench.learner.detail) == ("off", "calibration is off")
     bench.teach(range(3))
     assert not bench.learner.dropped, "records are ignored while there is no target"

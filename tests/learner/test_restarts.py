@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tests.support import oracle
 from tests.support.constants import with_constants
-from tests.support.learner_world import D, V, World, children, kl, logprobs, make, save
+from tests.support.learner_world import D, V, World, kl, learners, logprobs, make, save
 from tests.support.stores import DirectWrites
 from tests.support.waiting import until
 
@@ -100,7 +100,7 @@ async def life(store: DirectWrites, tmp_path: Path, weights: str = "", **setting
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
-        assert children() == []
+        assert learners() == []
 
 
 def won(profile: CalibrationProfile) -> float:
@@ -144,7 +144,7 @@ async def test_a_killed_process_loses_what_came_after_the_last_export(tmp_path: 
         assert stored >= 320
         current.teach(range(30, 40))
         await current.taught(496)
-        (pid,) = children()
+        (pid,) = learners()
         os.kill(pid, signal.SIGKILL)
         await until(lambda: current.learner.state == "down")
         assert "since it was stored is lost" in current.learner.detail
@@ -201,10 +201,10 @@ async def test_what_is_of_other_weights_is_not_used(tmp_path: Path, caplog: pyte
         current.learner.set_weights("old")
         current.teach(range(5, 7))
         await current.taught(112)
-        (before,) = children()
+        (before,) = learners()
         # What the process has learned is exported at its end, and is not to be stored as of the new weights.
         current.learner.set_weights("new")
-        await until(lambda: children() not in ([], [before]) and current.learner.state == "learning")
+        await until(lambda: learners() not in ([], [before]) and current.learner.state == "learning")
         assert current.tokens == 0
         current.teach(range(10, 11))
         await current.taught(16)

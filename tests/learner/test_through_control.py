@@ -19,7 +19,7 @@ from tests.support import oracle
 from tests.support.captures import capture
 from tests.support.control import control, settings, status_json
 from tests.support.fake_vllm import VOCAB, FakeVllm, serving
-from tests.support.learner_world import D, K, World, children, logprobs, make, save
+from tests.support.learner_world import D, K, World, learners, logprobs, make, save
 from tests.support.samples import values
 from tests.support.state_reference import Singles, StateReference, in_process
 from tests.support.waiting import until
@@ -199,7 +199,7 @@ async def bench(folder: Path, monkeypatch: pytest.MonkeyPatch, **constants: Any)
             finally:
                 learning.cancel()
                 await asyncio.gather(learning, return_exceptions=True)
-    assert children() == []
+    assert learners() == []
 
 
 async def test_a_contextual_profile_is_learned_evaluated_judged_and_serves(
@@ -282,7 +282,7 @@ async def test_off_ends_the_learner_and_observe_starts_it_again(
 ) -> None:
     async with bench(tmp_path, monkeypatch) as b:
         await b.one.actions.set_mode("off")
-        await until(lambda: not children())
+        await until(lambda: not learners())
         assert status_json(b.one)["learner"]["state"] == "off"
         assert status_json(b.one)["learner"]["detail"] == "calibration is off"
         await b.requests(4)

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytest_asyncio
+from tests.support.children import children
 from tests.support.records import condition
 
 from hemostat.config.schema import Settings
@@ -51,8 +53,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+shared = pytest.mark.asyncio(loop_scope="module")
+"""Of a test that asks `reference`: in one event loop, since a worker belongs to one."""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def reference(tiny: Path) -> AsyncIterator[TransformersReference]:
+    """One worker, since to start one takes longer than what each test asks of it."""
     reference = TransformersReference(str(tiny), threads=1)
     await reference.start()
     yield reference
@@ -119,6 +126,7 @@ def check(scores: ReferenceScores, logprobs: Any, output: Any, ids: Any, atol: f
 
 
 @pytest.mark.parametrize(("prompt", "output", "width"), [(1, 1, 1), (5, 9, 21), (40, 100, 6), (156, 101, 3)])
+@shared
 async def test_scores_are_those_of_the_model(
     tiny: Path, reference: TransformersReference, prompt: int, output: int, width: int
 ) -> None:
@@ -129,6 +137,7 @@ async def test_scores_are_those_of_the_model(
 
 
 @pytest.mark.parametrize("chunk", [1 << 24, 7 * VOCAB])
+@shared
 async def test_given_a_set_of_ids_everything_is_conditional_on_it(
     tiny: Path, reference: TransformersReference, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +221,7 @@ def output_embedding(folder: Path) -> Any:
     return model.get_output_embeddings().weight.detach().float().numpy()
 
 
+@shared
 async def test_expected_shift_is_exact_for_a_bias_and_unknown_otherwise(
     tiny: Path, reference: TransformersReference
 ) -> None:
@@ -250,6 +260,7 @@ def contextual(seed: int, rank: int, clamp: float, vocab_size: int = VOCAB) -> C
     )
 
 
+@shared
 async def test_expected_shift_of_a_contextual_profile_is_exact_where_its_code_is_known(
     tiny: Path, reference: TransformersReference
 ) -> None:
@@ -279,6 +290,7 @@ async def test_expected_shift_of_a_contextual_profile_is_exact_where_its_code_is
         assert failure.value.reason == "code"
 
 
+@shared
 async def test_hidden_states_are_what_the_logits_are_made_of(tiny: Path, reference: TransformersReference) -> None:
     info = await reference.start()
     assert (info.hidden_size, info.hidden_detail, info.folder) == (32, "", tiny)
@@ -297,6 +309,7 @@ async def test_hidden_states_are_what_the_logits_are_made_of(tiny: Path, referen
     np.testing.assert_allclose(logprobs[np.arange(12), emitted], scores.emitted, atol=0.05)
 
 
+@shared
 async def test_another_shape_gives_nearly_the_same_and_forgets_nothing(
     tiny: Path, reference: TransformersReference
 ) -> None:
@@ -330,6 +343,7 @@ def test_logits_that_are_no_linear_map_are_found_out(tiny: Path) -> None:
     assert "no output embedding" in nonlinearity(model)
 
 
+@shared
 async def test_what_cannot_be_scored_is_refused_by_name_and_the_worker_continues(
     reference: TransformersReference,
 ) -> None:
@@ -359,6 +373,7 @@ async def test_what_cannot_be_scored_is_refused_by_name_and_the_worker_continues
     await reference.score(ScoreRequest(tokens, emitted, ids))
 
 
+@shared
 async def test_a_prompt_id_outside_of_the_vocabulary_is_a_failure_not_a_crash(reference: TransformersReference) -> None:
     tokens, emitted, ids = request_of(0, 4, 2, 2)
     tokens[1] = VOCAB + 5
@@ -368,16 +383,14 @@ async def test_a_prompt_id_outside_of_the_vocabulary_is_a_failure_not_a_crash(re
     await reference.score(ScoreRequest(tokens, emitted, ids))
 
 
-def children(parent: int | None = None) -> list[int]:
-    """The reference workers of a process."""
-    parent = parent or os.getpid()
-    text = Path(f"/proc/{parent}/task/{parent}/children").read_text()
-    return [int(p) for p in text.split() if b"hemostat.reference.worker" in Path(f"/proc/{p}/cmdline").read_bytes()]
+def workers(parent: int | None = None) -> list[int]:
+    return children("hemostat.reference.worker", parent)
 
 
+@shared
 async def test_a_killed_worker_fails_what_is_under_way_and_comes_back(reference: TransformersReference) -> None:
     tokens, emitted, ids = request_of(0, 5, 5, 2)
-    (pid,) = children()
+    (pid,) = workers()
     os.kill(pid, signal.SIGSTOP)  # so that the requests are certainly under way
     scoring = [asyncio.create_task(reference.score(ScoreRequest(tokens, emitted, ids))) for _ in range(3)]
     await asyncio.sleep(0.1)
@@ -395,9 +408,10 @@ async def test_a_killed_worker_fails_what_is_under_way_and_comes_back(reference:
                 break
             except ReferenceFailure:
                 await asyncio.sleep(0.1)
-    assert children() != [pid]
+    assert workers() != [pid]
 
 
+@shared
 async def test_a_caller_that_gives_up_affects_no_other(tiny: Path, reference: TransformersReference) -> None:
     tokens, emitted, ids = request_of(0, 50, 50, 2)
     for _ in range(3):
@@ -408,6 +422,7 @@ async def test_a_caller_that_gives_up_affects_no_other(tiny: Path, reference: Tr
 
 
 async def test_closing_leaves_no_process_and_no_hope(tiny: Path) -> None:
+    before = workers()
     reference = TransformersReference(str(tiny), threads=1)
     first = await reference.start()
     assert await reference.start() == first
@@ -415,7 +430,7 @@ async def test_closing_leaves_no_process_and_no_hope(tiny: Path) -> None:
     assert first.full_vocabulary
     assert first.dtype == "bfloat16"
     await reference.close()
-    assert children() == []
+    assert workers() == before
     tokens, emitted, ids = request_of(0, 5, 5, 2)
     with pytest.raises(ReferenceFailure):
         await reference.score(ScoreRequest(tokens, emitted, ids))
@@ -424,6 +439,7 @@ async def test_closing_leaves_no_process_and_no_hope(tiny: Path) -> None:
 
 
 async def test_a_model_that_does_not_load_says_why_in_one_line(tmp_path: Path) -> None:
+    before = workers()
     reference = TransformersReference(str(tmp_path), threads=1)
     for _ in range(2):
         with pytest.raises(ReferenceFailure, match="does not load") as failure:
@@ -431,7 +447,7 @@ async def test_a_model_that_does_not_load_says_why_in_one_line(tmp_path: Path) -
         assert str(tmp_path) in str(failure.value)
         assert "\n" not in str(failure.value)
     await reference.close()
-    assert children() == []
+    assert workers() == before
 
 
 async def test_a_hub_name_is_read_from_the_cache_and_its_folder_reported(
@@ -483,7 +499,7 @@ def test_the_worker_ends_with_its_parent(tiny: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"started\n"
-        (worker,) = children(parent.pid)
+        (worker,) = workers(parent.pid)
         os.kill(worker, signal.SIGSTOP)  # so that it cannot end by itself, at the end of its input
         parent.kill()
     deadline = time.monotonic() + 60

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
+from tests.support.children import children
 
 from hemostat_calibration.records import Candidates, Features, TokenRecord
 
@@ -73,7 +73,6 @@ def save(world: World, folder: Path) -> Path:
     return folder
 
 
-def children() -> list[int]:
+def learners() -> list[int]:
     """Ids of the learner processes that this process has started."""
-    text = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text()
-    return [int(p) for p in text.split() if b"hemostat.learner" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    return children("hemostat.learner")

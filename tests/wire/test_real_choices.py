@@ -248,7 +248,7 @@ def test_alternatives_of_the_clients_own_are_as_vllm_names_them(
     asked = {"messages": [UNICODE]} if path == CHAT else {"prompt": "🎉🌍 日本語 été ☃ 🎉🌍 日本"}
     common = {"model": vllm_server.model, "temperature": 0, "max_tokens": 24} | STREAMS[option]
     for sampled_by in (policy(shadow_top_k=20), policy(tap=True, tap_tokens=True, shadow_top_k=20)):
-        for _ in range(ATTEMPTS):
+        for _ in range(1 if sampled_by.tap else ATTEMPTS):
             wire.interceptor.policy = policy(scoring=False)
             plain = wire.send(path, common | asked | wish)
             wire.captures.clear()

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support import fake_builder, tiny_checkpoints
+from tests.support.children import children
 from tests.support.constants import with_constants
 from tests.support.samples import values
 from tests.support.waiting import until
@@ -101,9 +102,7 @@ def texts(adapter_learner: AdapterLearner, count: int, first: int = 0) -> None:
 
 
 def no_process_is_left() -> bool:
-    own = os.getpid()
-    text = Path(f"/proc/{own}/task/{own}/children").read_text()
-    return not any(b"fake_builder" in Path(f"/proc/{p}/cmdline").read_bytes() for p in text.split())
+    return not children("fake_builder")
 
 
 def job_folders() -> list[Path]:

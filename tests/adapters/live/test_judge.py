@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from tests.support import oracle, tiny_checkpoints
+from tests.support.children import children
 from tests.support.exact import exact
 from tests.support.learner_world import logprobs
 from tests.support.samples import values
@@ -155,11 +156,7 @@ async def judge(target: JudgeTarget | None, profiles: Mapping[str, CalibrationPr
 
 def pid() -> int | None:
     """Of the judge's process."""
-    own = os.getpid()
-    for child in Path(f"/proc/{own}/task/{own}/children").read_text().split():
-        if b"adapters.live.judge_process" in Path(f"/proc/{child}/cmdline").read_bytes():
-            return int(child)
-    return None
+    return next(iter(children("adapters.live.judge_process")), None)
 
 
 async def ready(adapter_judge: AdapterJudge) -> None:

@@ -8,7 +8,8 @@ Every module here has
     rows    (lives, seed) -> its rows of the table; a life is one simulated run of what is tested
 
 and ONLY_BY_NAME where it needs more than a processor. It calls the code that decides in production, never a copy of it.
-`test_worlds.py` runs every module with 10 lives (`TEST_LIVES`, where a module has one: another number, 0 for none).
+`test_worlds.py` runs every module with 10 lives (`TEST_LIVES`, where a module has one: another number, 0 for none), the
+longest in `make test-slow`.
 """
 
 from __future__ import annotations

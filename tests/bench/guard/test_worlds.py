@@ -8,6 +8,7 @@ import pytest
 from tests.bench import bench_guard
 from tests.bench.guard import Row, adapters, clients, count_row, dependence, median, modules, most, watch
 from tests.bench.guard.traffic import normal
+from tests.support.slow import slow_unless
 
 from hemostat_calibration.guard import harm, wealth
 from hemostat_calibration.guard.decisions import Reason
@@ -20,7 +21,11 @@ MODULES = {module.NAME: module for module in modules() if getattr(module, "TEST_
 """Those that are fast enough for a test; `make bench-guard` runs the others, too."""
 
 
-@pytest.mark.parametrize("name", MODULES)
+QUICK = set(MODULES) - {"clients", "conversations", "excess", "kinds", "sampled_outcomes", "templates", "watch"}
+"""Those simulate for five to twenty seconds each."""
+
+
+@pytest.mark.parametrize("name", slow_unless(QUICK, list(MODULES)))
 def test_every_row_holds(name, monkeypatch):
     monkeypatch.setattr(dependence, "UNITS", 1000)  # all lives are computed together: its time is that of the units
     lives = getattr(MODULES[name], "TEST_LIVES", LIVES)
