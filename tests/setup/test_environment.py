@@ -48,6 +48,7 @@ def pips(environment: ModuleType, empty: Path, monkeypatch: pytest.MonkeyPatch) 
         return True
 
     monkeypatch.setattr(environment, "run", run)
+    monkeypatch.setattr(environment, "write_byte_code", lambda _: None)
     monkeypatch.setattr(environment, "check", lambda _: None)
     monkeypatch.setattr(environment, "create", lambda folder: shutil.copytree(empty, folder, symlinks=True))
     return asked
