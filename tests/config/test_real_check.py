@@ -44,6 +44,7 @@ async def test_every_probe_is_answered_without_a_traceback_in_vllms_log(
     assert "Traceback" not in logged
 
 
+@pytest.mark.slow
 async def test_the_upstream_is_refused_as_its_own_reference(lora_server: RunningVllm) -> None:
     server = VllmServer(lora_server.url)
     try:
