@@ -100,6 +100,7 @@ class Bench:
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             case.make(folder)
+            shutil.rmtree(folder.with_name(f"{folder.name}.work"), ignore_errors=True)
         return folder
 
     def copied(self, case: Case, folder: Path, beside: Mapping[str, bytes] = MappingProxyType({})) -> None:
