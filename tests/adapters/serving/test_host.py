@@ -13,6 +13,7 @@ from tests.support.lora_world import LoraWorld, adapter, hurry, lora_world
 from tests.support.waiting import until
 
 from hemostat.adapters.serving.host import HostState
+from hemostat.adapters.serving.probes import ROUNDED_INPUTS
 from hemostat.metrics import names
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
@@ -239,6 +240,7 @@ async def test_an_adapter_that_is_applied_wrongly_is_rejected(wrong: str) -> Non
         world.profiles.want(ONE)
         await until(lambda: ONE.version in world.profiles.rejected)
         assert "does not apply it as our copy does" in world.profiles.rejected[ONE.version]
+        assert world.profiles.rejected[ONE.version].endswith(f"({ROUNDED_INPUTS})")
         assert world.host.ready == frozenset()
         world.profiles.want(TWO)
         await ready(world, TWO)

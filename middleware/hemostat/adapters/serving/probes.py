@@ -26,6 +26,8 @@ MAX_FAILURES = 2
 MAX_ERRORS = 3
 """Agreement probes of a version in a row that the engine does not answer, after which the version is rejected."""
 
+ROUNDED_INPUTS = "where activations are quantized, their rounding alone may differ as much"
+
 
 class Probes:
     """Owns the verdicts. copy: None where there is no copy of the model: then only isolation is probed. clock:
@@ -131,10 +133,10 @@ class Probes:
         if verdict.base_differs:
             self.problem = (
                 f"without an adapter, the engine is not the model of adapter.compressed: {verdict.detail}; set the "
-                "folder that vLLM serves (where activations are quantized, their rounding alone may differ as much)"
+                f"folder that vLLM serves ({ROUNDED_INPUTS})"
             )
             return {}
-        return {version: f"the engine does not apply it as our copy does: {verdict.detail}"}
+        return {version: f"the engine does not apply it as our copy does: {verdict.detail} ({ROUNDED_INPUTS})"}
 
     def _wait(self) -> None:
         self._not_before = self._clock() + self._backoff.pause()
