@@ -21,6 +21,7 @@ from tests.support.running_vllm import (
 )
 
 from hemostat.canaries import client
+from hemostat.canaries.prompts import load
 from hemostat.canaries.variants import VariantClient
 from hemostat.cli import main
 from hemostat.commands.canaries import CHANGED, EQUAL
@@ -116,7 +117,7 @@ def test_faults_of_a_real_engine_have_their_causes(checkpoints: Checkpoints, tmp
     faults: dict[Cause, Any] = {
         Cause.NONE: [],
         Cause.WEIGHTS: ["weights", {"layer": 9, "name": "down_proj", "scale": 1.02}],
-        Cause.KV_CACHE: ["kv_cast", {}],
+        Cause.KV_CACHE: ["kv_cast", {"parts": "v"}],
         Cause.PREFIX_CACHE: ["stale_prefix", {}],
         Cause.BATCH: ["batch", {"layer": 7, "name": "down_proj"}],
         Cause.CHUNK_BOUNDARY: ["chunk", {"layer": 11, "name": "down_proj"}],
@@ -124,9 +125,10 @@ def test_faults_of_a_real_engine_have_their_causes(checkpoints: Checkpoints, tmp
     found: dict[Cause, str] = {}
 
     async def take(vllm: VllmServer, client: VariantClient) -> CauseBaseline | None:
-        text = " ".join(f"{n}. {prompt}" for n in range(20) for prompt in PROMPTS)
-        ids = np.array(await vllm.tokenize(server.model, text))
-        return await client.baseline([Canary("", ids.astype(np.int32), ids[:8].astype(np.int32))], 2048)
+        # A text that the model predicts with certainty, such as a repeated one, hardly changes.
+        texts = [await vllm.tokenize(server.model, prompt.prompt) for prompt in load().prompts]
+        canaries = [Canary("", np.array(ids[:-1], np.int32), np.array(ids[-1:], np.int32)) for ids in texts]
+        return await client.baseline(canaries, 578)
 
     with running_vllm(checkpoints, tmp_path, arguments, FAULTS_ENVIRONMENT) as server:
         baseline = asked(server, take)
