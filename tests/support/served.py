@@ -82,9 +82,13 @@ class Served:
 
     async def metric(self, name: str, **labels: str) -> float:
         """Sum over the series with these labels."""
+        return (await self.metrics(name, **labels))[0]
+
+    async def metrics(self, *names: str, **labels: str) -> list[float]:
+        """Sums of several, at one time."""
         families = text_string_to_metric_families((await self.get("/metrics")).text)
-        samples = [s for family in families for s in family.samples if s.name == name]
-        return sum(s.value for s in samples if labels.items() <= s.labels.items())
+        samples = [s for family in families for s in family.samples if labels.items() <= s.labels.items()]
+        return [sum(s.value for s in samples if s.name == name) for name in names]
 
     async def until(self, condition: Callable[[dict[str, Any]], bool], seconds: float = HANG_SECONDS) -> dict[str, Any]:
         """Wait for a status that fulfils the condition; an admin port that does not answer is retried."""

@@ -1,7 +1,7 @@
 """Repair of a compressed checkpoint without overhead: the weights of its norms, and its biases, are trained.
 
 A linear layer's error is not undone, but scaling the channels that it reads reduces its effect. Trained towards the
-reference's predictions (`adapters.training`); the checkpoint that is written differs from COMPRESSED in the values of
+reference's predictions (`models.training`); the checkpoint that is written differs from COMPRESSED in the values of
 these tensors alone: every other byte of its files is the same, so that it is served as before, by the same kernels.
 """
 
@@ -31,7 +31,7 @@ from hemostat.models.copies import Copy
 from hemostat.models.parts import Parts, json_tensor, json_value
 from hemostat.models.second_moments import Progress
 from hemostat.models.texts import Text
-from hemostat.models.training import STEP_POSITIONS, Tensors, Trained, train
+from hemostat.models.training import STEP_POSITIONS, TRIAL, Tensors, Trained, train
 from hemostat.models.work_folder import WorkFolder
 
 RATES = (1e-2, 3e-3)
@@ -76,7 +76,7 @@ def write_repaired_copy(
         tokens.update(json.dumps([text.prompt.tolist(), text.output.tolist()]).encode())
     made_from = {
         "recipe": RECIPE,
-        "settings": {"scheme": REPAIR, "rates": list(RATES)},
+        "settings": {"scheme": REPAIR, "rates": list(RATES), "trial": TRIAL},
         "seed": seed,
         "texts": tokens.hexdigest(),
         "source": folder_digest(reference),

@@ -57,7 +57,7 @@ class TooFewTextsError(AdaptError):
 @dataclass(frozen=True, slots=True)
 class Trial:
     """What one rate reached. kl: mean of the fold's tokens after the last step, nats; None where factors are no longer
-    finite. complete: all of the pass; at most one trial is."""
+    finite. complete: it was chosen, and did all of the pass; at most one is."""
 
     rate: float
     tokens: int

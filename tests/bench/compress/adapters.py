@@ -43,7 +43,7 @@ MIXES = ("prescribed mix for any, bytes of 4 bits", "prescribed mix for any, byt
 RANKS = (16, 64)
 TRAINED_RANK = 16
 LARGEST_RANK = 4 * max(RANKS)
-"""Solved for once; components are sorted, so that the first ones are those of less."""
+"""Solved for once; components are sorted, so that the first ones are those of a smaller rank."""
 _SCALE_BYTES = 4
 
 
@@ -94,7 +94,9 @@ def adapted(
         built = build(pair, learn, options, parts)
         say(f"{start.name}: corrections, {largest.report['tokens']} tokens, {_cost(largest.report)}")
     if trained:
-        texts = live(base, bench.kept(f"{start.name} live", learn), len(bench.learn), bench.live, bench.seed)
+        texts = live(
+            base, bench.kept(f"{start.name} live {bench.live}", learn), len(bench.learn), bench.live, bench.seed
+        )
         built = distilled(pair, built, texts, Parts(None), bench.seed)
         say(f"{start.name}: {summary_line(built.report['distilled'])}; {_trials(built.report['distilled'])}")
     bench.copied(start, folder, {ADAPTER_FILE: built.profile.to_bytes()})

@@ -22,7 +22,8 @@ RANK = 16
 
 
 def cases(bench: Bench) -> Sequence[Case]:
-    known = {case.name: case for case in (*quantization.cases(bench), *adapters.cases(bench))}
+    # Of two by one name the one that makes the checkpoint, and not a copy of it: a copy would be made of the copy.
+    known = {case.name: case for case in (*adapters.cases(bench), *quantization.cases(bench))}
     start, general = known[START], known[f"{START}, rank {RANK}"]
     return [
         Case(START, start.size, partial(bench.copied, start)),

@@ -56,7 +56,7 @@ def musts() -> Sequence[Must]:
 def _profiled(bench: Bench, start: Case, learn: Learn, folder: Path) -> None:
     """The checkpoint with a profile beside it, where one is proposed."""
     base = bench.made(start)
-    texts = live(base, bench.kept(f"{START} live", bench.learn), len(bench.learn), bench.live, bench.seed)
+    texts = live(base, bench.kept(f"{START} live {bench.live}", bench.learn), len(bench.learn), bench.live, bench.seed)
     weight = load_embedding(bench.reference, VOCABULARY)
     family = ContextualLearner(
         weight,

@@ -32,6 +32,15 @@ def test_comparisons_are_of_cases_of_the_same_size(name: str, tmp_path: Path) ->
     assert {case.of for case in cases.values()} <= {*cases, None}
 
 
+@pytest.mark.parametrize("name", ["adapters", "domain", "profiles"])
+def test_a_start_is_made_on_an_empty_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bench, "ours", lambda bench, method, folder: folder.mkdir())
+    reference = save(tiny_model(num_hidden_layers=1), tmp_path / "reference")
+    cases = {case.name: case for case in MODULES[name].cases(Bench(reference, tmp_path, random_texts(2), 0))}
+    cases["W4A16 descent"].make(tmp_path / "start")
+    assert (tmp_path / "start").is_dir()
+
+
 def test_what_a_chosen_case_improves_is_measured_too() -> None:
     cases = [Case(name, 0, lambda folder: None, of=of) for name, of in (("a", None), ("b", None), ("b, x", "b"))]
     assert [case.name for case in _chosen(cases, ["x"])] == ["b", "b, x"]

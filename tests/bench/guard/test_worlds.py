@@ -22,7 +22,7 @@ MODULES = {module.NAME: module for module in modules() if getattr(module, "TEST_
 
 
 QUICK = set(MODULES) - {"clients", "conversations", "excess", "kinds", "sampled_outcomes", "templates", "watch"}
-"""Those simulate for five to twenty seconds each."""
+"""The modules left out simulate for five to twenty seconds each."""
 
 
 @pytest.mark.parametrize("name", slow_unless(QUICK, list(MODULES)))
