@@ -142,7 +142,7 @@ def install(
 
 
 def write_byte_code(environment: Path, log: Path, report: Callable[[str], None]) -> None:
-    """Of all packages, on all processors: pip would do it on one. Files that this Python cannot compile are left out."""
+    """Of all packages, on all processors: pip would use one. Files that this Python cannot compile are left out."""
     command = [str(environment / "bin" / "python"), "-m", "compileall", "-q", "-j", "0", str(environment / "lib")]
     run(command, environment, log, report)
 

@@ -31,8 +31,8 @@ _PART = "distilled"
 
 @dataclass(frozen=True, slots=True)
 class Distilled(Trained):
-    """layers: what is to be served: of the complete trial, or the start itself where the fold did not improve. The figures
-    are of adapters rounded to int8."""
+    """layers: what is to be served: of the complete trial, or the start itself where the fold did not improve. The
+    figures are of adapters rounded to int8."""
 
     layers: Adapter
 
