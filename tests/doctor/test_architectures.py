@@ -23,6 +23,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")
 
+from tests.support.slow import slow_unless  # noqa: E402
 from tests.support.tiny_models import tiny_model  # noqa: E402
 
 from hemostat.doctor.checkpoints import CheckpointPair  # noqa: E402
@@ -35,7 +36,7 @@ DENSE_LAYERS = {"mamba": ("dt_proj",), "falcon_mamba": ("dt_proj",)}
 """Linear layers whose weight the model's code uses without calling them."""
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=slow_unless({"gemma2", "falcon_mamba"}, ARCHITECTURES))
 def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -256,7 +256,7 @@ def read_only(store: Path) -> Iterator[None]:
         store.chmod(0o600)
 
 
-@pytest.mark.parametrize("harm", [removed, a_folder, locked, read_only])
+@pytest.mark.parametrize("harm", slow_unless([removed, read_only], [removed, a_folder, locked, read_only]))
 def test_a_store_that_breaks_affects_no_client(
     faked: Faked, harm: Callable[[Path], AbstractContextManager[None]]
 ) -> None:

@@ -510,6 +510,7 @@ def test_the_worker_ends_with_its_parent(tiny: Path) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow  # the demo's figures are those of a real model, too
 @pytest.mark.vllm
 async def test_a_real_model(checkpoints: Any) -> None:
     reference = TransformersReference(str(checkpoints.reference), threads=2)

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 from tests.support.fake_vllm import FakeVllm, serving
+from tests.support.slow import slow_unless
 from tests.support.wire import VERSION, Wire, normal, policy, rows, user
 
 from hemostat.openai.routes import CHAT, COMPLETIONS
@@ -169,8 +170,11 @@ UNJUDGED: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("case", UNJUDGED)
+@pytest.mark.parametrize(
+    ("case", "stream"),
+    # Every case, with a fake: test_skipped.py.
+    slow_unless({("a schema", True), ("many choices", True)}, [(case, s) for case in UNJUDGED for s in (False, True)]),
+)
 def test_what_cannot_be_scored_is_not_changed_while_a_profile_serves(
     wire: Wire, vllm_server: Server, case: str, stream: bool
 ) -> None:
