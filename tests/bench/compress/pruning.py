@@ -52,12 +52,10 @@ class Uniform(PruneMethod):
         measure_gradients(run)
 
     def compress_layer(self, layer: LayerData) -> LayerResult:
-        linears = layer.linears
-        layer.linears = {name: module for name, module in linears.items() if name.endswith(self.kinds)}
-        try:
-            return super().compress_layer(layer)
-        finally:
-            layer.linears = linears
+        result = super().compress_layer(layer)
+        names = [name for name in layer.linears if name.endswith(self.kinds)]
+        weights = {f"{name}.weight": result.weights[f"{name}.weight"] for name in names}
+        return LayerResult(weights, {name: result.report[name] for name in names})
 
 
 class Queries(Uniform):

@@ -13,8 +13,9 @@ from tests.support.adapter_models import random_texts, rounded, save, tiny_model
 pytest.importorskip("torch")
 
 import torch
+from safetensors.torch import load_file
 from tests.bench.bench_compress import MODULES, _chosen
-from tests.bench.compress import adapters
+from tests.bench.compress import adapters, pruning
 from tests.bench.compress.cases import Bench, Case
 from tests.bench.compress.figures import LOGITS_FILE, Meter
 from tests.bench.compress.texts import Texts
@@ -45,6 +46,16 @@ def test_what_a_chosen_case_improves_is_measured_too() -> None:
     cases = [Case(name, 0, lambda folder: None, of=of) for name, of in (("a", None), ("b", None), ("b, x", "b"))]
     assert [case.name for case in _chosen(cases, ["x"])] == ["b", "b, x"]
     assert [case.name for case in _chosen(cases, [])] == ["a", "b", "b, x"]
+
+
+def test_one_kind_of_layers_is_pruned_and_the_others_stay(tmp_path: Path) -> None:
+    reference = save(tiny_model(num_hidden_layers=1), tmp_path / "reference")
+    cases = {case.name: case for case in pruning.cases(Bench(reference, tmp_path, random_texts(8), 0))}
+    cases[pruning.QUERIES].make(tmp_path / "made")
+    dense, made = (load_file(folder / "model.safetensors") for folder in (reference, tmp_path / "made"))
+    assert [name for name in dense if not torch.equal(dense[name], made[name])] == [
+        "model.layers.0.self_attn.q_proj.weight"
+    ]
 
 
 def test_a_checkpoint_is_measured_with_the_adapter_beside_it(tmp_path: Path) -> None:
