@@ -50,5 +50,5 @@ def _distinct(cache: Any) -> int:
 def _drawn(runs: torch.Tensor, count: int) -> torch.Tensor:
     """At random, the same ones for the same number of runs. At regular steps they could be of keys alone, which lie
     between values at regular steps."""
-    places = torch.randint(len(runs), (count,), generator=torch.Generator().manual_seed(0))
+    places = torch.randint(len(runs), (count,), generator=torch.Generator().manual_seed(0), device="cpu")
     return runs[places.to(runs.device)]
