@@ -121,9 +121,7 @@ def _measured(case: Case, bench: Bench, meter: Meter, keep: bool) -> ExactDistan
     made_from = [case.name, bench.seed, [ids.tolist() for ids in bench.ids], meter.key, *[case.live] * (case.live > 0)]
     figures = Stages(bench.folder / "figures").kept("case", made_from, measure)
     if not keep:
-        # Also work folders, which have a gigabyte of gradients.
-        for made in (folder, *folder.parent.glob(f"{folder.name}.*")):
-            shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     return figures
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -100,7 +101,6 @@ class Bench:
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             case.make(folder)
-            shutil.rmtree(folder.with_name(f"{folder.name}.work"), ignore_errors=True)
         return folder
 
     def copied(self, case: Case, folder: Path, beside: Mapping[str, bytes] = MappingProxyType({})) -> None:
@@ -119,8 +119,15 @@ class Bench:
 
     def ours(self, method: Method, folder: Path) -> None:
         """By `hemostat compress`; what is interrupted goes on."""
-        environment = BuildEnvironment(work=folder.with_name(f"{folder.name}.work"), log=say, overwrite=True)
-        compress_with(self.reference, folder, method, self.ids, seed=self.seed, environment=environment)
+        with self.environment(folder) as environment:
+            compress_with(self.reference, folder, method, self.ids, seed=self.seed, environment=environment)
+
+    @contextmanager
+    def environment(self, folder: Path) -> Iterator[BuildEnvironment]:
+        """With finished work beside the folder, a gigabyte of gradients, which is removed once the folder is made."""
+        work = folder.with_name(f"{folder.name}.work")
+        yield BuildEnvironment(work=work, log=say, overwrite=True)
+        shutil.rmtree(work, ignore_errors=True)  # not there where the folder was up to date
 
     def peer(self, script: Path, folder: Path, method: str, *arguments: str) -> None:
         """By llmcompressor, with a script of tests/bench/llmcompressor."""

@@ -11,7 +11,6 @@ from tests.bench.llmcompressor import PRUNE
 from tests.bench.recovery.log import say
 
 from hemostat.compression.calibrated import CALIBRATIONS, Calibrated
-from hemostat.compression.checkpoint_writer import BuildEnvironment
 from hemostat.compression.formats import WeightFormat
 from hemostat.compression.frame import LayerData, LayerResult, Run
 from hemostat.compression.methods import EachWeight, prune_by_magnitude, without_texts
@@ -136,9 +135,8 @@ def _by_peer(bench: Bench, peer: str, sparsity: float, pattern: Pattern, folder:
 
 
 def repaired_copy(bench: Bench, case: Case, folder: Path) -> None:
-    """Of a checkpoint that is made for it, from the same texts."""
-    start = folder.with_name(f"{folder.name}.start")
-    if not start.exists():
-        case.make(start)
-    environment = BuildEnvironment(work=folder.with_name(f"{folder.name}.work"), log=say, overwrite=True)
-    say(summary_line(write_repaired_copy(bench.reference, start, folder, bench.learn, environment=environment), REPAIR))
+    """Of the case's checkpoint, from the texts that it was calibrated on."""
+    start = bench.made(case)
+    with bench.environment(folder) as environment:
+        report = write_repaired_copy(bench.reference, start, folder, bench.learn, environment=environment)
+    say(summary_line(report, REPAIR))

@@ -56,6 +56,7 @@ def test_one_kind_of_layers_is_pruned_and_the_others_stay(tmp_path: Path) -> Non
     assert [name for name in dense if not torch.equal(dense[name], made[name])] == [
         "model.layers.0.self_attn.q_proj.weight"
     ]
+    assert not (tmp_path / "made.work").exists()
 
 
 def test_a_checkpoint_is_measured_with_the_adapter_beside_it(tmp_path: Path) -> None:
