@@ -82,10 +82,10 @@ def set_up(root: Path, vllm: str, torch_index: str | None, report: Callable[[str
     log.parent.mkdir(exist_ok=True)
     log.write_text("")
 
-    def pip(*arguments: str) -> bool:
-        command, *rest = arguments
-        later = ["--no-compile"] if command == "install" else []
-        return run([str(environment / "bin" / "python"), "-m", "pip", command, *later, *rest], root, log, report)
+    def pip(command: str, *arguments: str) -> bool:
+        options = ["--no-compile"] if command == "install" else []  # see `write_byte_code`
+        python = str(environment / "bin" / "python")
+        return run([python, "-m", "pip", command, *options, *arguments], root, log, report)
 
     report(f"[2/4] {vllm}, PyTorch and the other packages; a few minutes, about 5 GB of disk")
     install(pip, vllm, torch_index, log, report)
