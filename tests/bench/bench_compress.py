@@ -28,7 +28,7 @@ if str(ROOT) not in sys.path:
 from tests.bench.compress import adapters, domain, families, profiles, pruning, quantization  # noqa: E402  the root is no package
 from tests.bench.compress.cases import Bench, Case, Must, slug  # noqa: E402
 from tests.bench.compress.figures import Floats, Meter  # noqa: E402
-from tests.bench.compress.texts import Texts, written  # noqa: E402
+from tests.bench.compress.texts import Domain, Texts, written  # noqa: E402
 from tests.bench.recovery.log import say  # noqa: E402
 from tests.bench.recovery.stages import Stages  # noqa: E402
 from tests.bench.rows import Rows, publish  # noqa: E402
@@ -50,14 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--learn", type=int, default=120, help="texts to calibrate on")
     parser.add_argument("--heldout", type=int, default=150, help="texts to judge on")
     parser.add_argument("--live", type=int, default=480, help="texts that each checkpoint writes to be trained on")
-    parser.add_argument("--judge-code", action="store_true", help="judge on prompts for code only")
+    judge = Domain.OPEN
+    parser.add_argument("--judge", type=Domain, choices=list(Domain), default=judge, help="prompts to judge on")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints once they are measured")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     reference = cached_checkpoints("w4a16", say).reference
-    texts = written(
-        reference, FOLDER / "texts", arguments.learn, arguments.heldout, arguments.seed, arguments.judge_code
-    )
+    texts = written(reference, FOLDER / "texts", arguments.learn, arguments.heldout, arguments.seed, arguments.judge)
     bench = Bench(reference, FOLDER, texts.learn, arguments.seed, arguments.live)
     meter = Meter(reference, texts)
     chosen = arguments.only or list(MODULES)
@@ -128,7 +127,7 @@ def _measured(case: Case, bench: Bench, meter: Meter, keep: bool) -> ExactDistan
 def _judged(module: str, must: Must, meter: Meter, kl: dict[str, Floats]) -> dict[str, object]:
     case = f"{must.better} {'<=' if must.not_above else '<'} {must.worse}" + (f" - {must.by}" if must.by else "")
     mean, low, high = meter.mean(kl[must.better] - kl[must.worse], case)
-    holds = low <= 0.0 if must.not_above else high < 0.0 and mean <= -must.by
+    holds = must.asked or (low <= 0.0 if must.not_above else high < 0.0 and mean <= -must.by)
     figures = {"bytes": "", "kl": mean, "low": low, "high": high, "top1": ""}
     return {"module": module, "case": case, **figures, "holds": holds}
 

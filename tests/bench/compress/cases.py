@@ -44,12 +44,14 @@ class Case:
 @dataclass(frozen=True, slots=True)
 class Must:
     """The mean KL(r‖c) of the case `better` is below that of `worse`, with an interval of the difference that does not
-    reach 0. by: and by at least so much. not_above: or it may be equal: only an interval above 0 breaks it."""
+    reach 0. by: and by at least so much. not_above: or it may be equal: only an interval above 0 breaks it. asked:
+    which is below is the question: the difference is printed and not judged."""
 
     better: str
     worse: str
     by: float = 0.0
     not_above: bool = False
+    asked: bool = False
 
 
 def slug(name: str) -> str:

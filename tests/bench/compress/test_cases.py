@@ -18,7 +18,7 @@ from tests.bench.bench_compress import MODULES, _chosen
 from tests.bench.compress import adapters, pruning
 from tests.bench.compress.cases import Bench, Case
 from tests.bench.compress.figures import LOGITS_FILE, Meter
-from tests.bench.compress.texts import Texts
+from tests.bench.compress.texts import Domain, Texts, _asked
 
 from hemostat.models.copies import Copy
 from hemostat_calibration.profiles.profile import temperature_bias
@@ -40,6 +40,15 @@ def test_a_start_is_made_on_an_empty_folder(name: str, tmp_path: Path, monkeypat
     cases = {case.name: case for case in MODULES[name].cases(Bench(reference, tmp_path, random_texts(2), 0))}
     cases["W4A16 descent"].make(tmp_path / "start")
     assert (tmp_path / "start").is_dir()
+
+
+@pytest.mark.parametrize("domain", list(Domain))
+def test_no_prompt_to_judge_on_is_one_to_calibrate_on(domain: Domain) -> None:
+    judged, learned = ({(prompt.text, prompt.topic) for prompt in _asked(heldout, domain)} for heldout in (True, False))
+    assert len(judged) >= 30
+    assert len(learned) >= 48
+    assert {text for text, _ in judged}.isdisjoint(text for text, _ in learned)
+    assert {topic for _, topic in judged}.isdisjoint(topic for _, topic in learned)
 
 
 def test_what_a_chosen_case_improves_is_measured_too() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from tests.bench.recovery import prompts
+from tests.bench.recovery.adapters import kinds
 
 from hemostat.commands.texts import Writer
 from hemostat.doctor.progress import Reporter
@@ -19,8 +21,18 @@ from hemostat.models.texts import Text
 from hemostat.models.work_folder import WorkFolder
 
 MAX_NEW_TOKENS = 96
-CODE = "Write a Python function"
-"""Prompts that begin so: traffic of one domain."""
+_CODE = "Write a Python function"
+_SPREAD = 7
+"""Has no divisor in common with the number of extractions: each seventh in turn mixes their forms."""
+
+
+class Domain(StrEnum):
+    """Traffic. Prompts to judge on have other topics, or ask for other keys, than those to calibrate on."""
+
+    OPEN = "open"
+    """Open questions, one in 24 for code."""
+    CODE = "code"
+    JSON = "json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,21 +44,21 @@ class Texts:
     topics: npt.NDArray[np.int64]
 
 
-def written(reference: Path, folder: Path, learn: int, heldout: int, seed: int, of_code: bool = False) -> Texts:
+def written(reference: Path, folder: Path, learn: int, heldout: int, seed: int, judge: Domain = Domain.OPEN) -> Texts:
     """learn, heldout: numbers of texts. Kept in `folder`; topics are mixed, so that fewer are a fair sample.
 
-    of_code: only those to judge on.
+    judge: of the texts to judge on; those to calibrate on are of open questions.
     """
-    asked = _asked(True, of_code)[:heldout]
-    texts = _written(reference, folder / ("heldout-code" if of_code else "heldout"), asked, seed + 1)
+    asked = _asked(True, judge)[:heldout]
+    texts = _written(reference, folder / _name("heldout", judge), asked, seed + 1)
     number = {topic: n for n, topic in enumerate(dict.fromkeys(p.topic for p in asked))}
     topics = [np.full(len(t.output), number[p.topic]) for t, p in zip(texts, asked, strict=True)]
     return Texts(calibration(reference, folder, learn, seed), texts, np.concatenate(topics))
 
 
-def calibration(reference: Path, folder: Path, count: int, seed: int, of_code: bool = False) -> list[Text]:
-    """Texts to calibrate on, kept in `folder`."""
-    return _written(reference, folder / ("learn-code" if of_code else "learn"), _asked(False, of_code)[:count], seed)
+def calibration(reference: Path, folder: Path, count: int, seed: int, domain: Domain = Domain.OPEN) -> list[Text]:
+    """Texts to calibrate on, kept in `folder`: at most `count`."""
+    return _written(reference, folder / _name("learn", domain), _asked(False, domain)[:count], seed)
 
 
 def live(compressed: Path, folder: Path, first: int, count: int, seed: int) -> list[Text]:
@@ -54,9 +66,17 @@ def live(compressed: Path, folder: Path, first: int, count: int, seed: int) -> l
     return _written(compressed, folder, _asked(False)[first : first + count], seed + 2)
 
 
-def _asked(heldout: bool, of_code: bool = False) -> list[prompts.Prompt]:
+def _name(what: str, domain: Domain) -> str:
+    return what if domain is Domain.OPEN else f"{what}-{domain}"
+
+
+def _asked(heldout: bool, domain: Domain = Domain.OPEN) -> list[prompts.Prompt]:
+    if domain is Domain.JSON:
+        made = kinds.extraction() if heldout else kinds.other_extractions()
+        mixed = [made[_SPREAD * n % len(made)] for n in range(len(made))]
+        return [prompts.Prompt(text, text.rpartition("\n\n")[2], heldout) for text in mixed]
     asked = [p for p in prompts.open_ended() if p.heldout == heldout]
-    return [p for p in asked if p.text.startswith(CODE)] if of_code else asked
+    return [p for p in asked if p.text.startswith(_CODE)] if domain is Domain.CODE else asked
 
 
 def _written(checkpoint: Path, folder: Path, asked: Sequence[prompts.Prompt], seed: int) -> list[Text]:

@@ -126,22 +126,26 @@ _OTHER_CODE = (
 )  # fmt: skip
 
 
-def to_learn_from(open_questions: Sequence[str], count: int) -> list[str]:
-    """Prompts of all kinds in turn, of which none is answered at the engine; extractions ask for other keys.
-
-    open_questions: those that are learned from.
-    """
-    extractions = [
+def other_extractions() -> list[str]:
+    """48 distinct prompts that ask for JSON with other keys."""
+    return [
         f'Extract the {a}, the {b} and the {c} as JSON with the keys "{a}", "{b}" and "{c}". '
         f"Answer with JSON only.\n\n{sentence.format(*row)}"
         for turn in range(12)
         for (a, b, c), sentence, rows in _OTHER_EXTRACTIONS
         for row in (rows[turn],)
     ]
+
+
+def to_learn_from(open_questions: Sequence[str], count: int) -> list[str]:
+    """Prompts of all kinds in turn, of which none is answered at the engine; extractions ask for other keys.
+
+    open_questions: those that are learned from.
+    """
     short = [f"{question} Answer in one or two words." for question in _OTHER_QUESTIONS]
     sums = [f"What is {a} {sign} {b}? Answer with the number only." for a, b, sign in _sums(len(short))]
     small = [f"Write a Python function that {what}." for what in _OTHER_CODE]
-    several = [extractions, [*(p for pair in zip(short, sums, strict=True) for p in pair)], small]
+    several = [other_extractions(), [*(p for pair in zip(short, sums, strict=True) for p in pair)], small]
     # Open questions take the places of the kinds whose prompts are all taken.
     rest = iter(open_questions)
     made: list[str] = []
