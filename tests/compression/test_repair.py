@@ -19,11 +19,13 @@ from safetensors import safe_open  # noqa: E402
 from hemostat.compression.checkpoint_writer import BuildEnvironment  # noqa: E402
 from hemostat.compression.other_files import REPAIR, REPORT  # noqa: E402
 from hemostat.compression.repair import (  # noqa: E402
-    Vectors,
+    Repairable,
+    pruned_weights,
     repair,
     write_repaired,
     write_repaired_copy,
 )
+from hemostat.models.checkpoint import Checkpoint  # noqa: E402
 from hemostat.models.checkpoint_folders import CompressError, is_complete  # noqa: E402
 from hemostat.models.copies import Copy  # noqa: E402
 from hemostat.models.errors import AdaptError  # noqa: E402
@@ -45,7 +47,7 @@ def reference(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compressed(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Packed, with norms that are wrong: there is something to recover."""
     folder = packed(model, tmp_path_factory.mktemp("repair") / "compressed", group=64)
-    vectors = Vectors(Copy.load(folder))
+    vectors = Repairable(Copy.load(folder))
     generator = torch.Generator().manual_seed(0)
     changes = {name: 0.2 * torch.randn(start.shape, generator=generator) for name, start in vectors.start().items()}
     result = folder.with_name("spoiled")
@@ -168,9 +170,37 @@ def test_no_improvement_changes_nothing(model: Any, reference: Path, tmp_path: P
     assert result.report["won_back"] == 0.0
 
 
+def test_weights_that_pruning_left_are_trained_and_zeros_stay(tmp_path: Path) -> None:
+    """Of one layer, without compensation; the other layer, which is dense, stays as it is."""
+    model = tiny_model(hidden_size=64, intermediate_size=128, num_hidden_layers=2, initializer_range=0.15)
+    reference, state = save(model, tmp_path / "reference"), dict(model.state_dict())
+    linears = [name for name in state if "layers.1." in name and name.endswith("proj.weight")]
+    for name in linears:
+        state[name] = torch.where(state[name].abs() > state[name].abs().median(), state[name], 0.0)
+    folder = save(model, tmp_path / "pruned", state)
+    result = repair(reference, folder, random_texts(400), Parts(None), rates=(1e-2,), step_positions=64)
+    assert result.report["kl"] < 0.9 * result.report["kl_start"]
+    (tmp_path / "out").mkdir()
+    write_repaired(folder, tmp_path / "out", result.tensors)
+    before, after = tensors(folder), tensors(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name for name in changed if "norm" not in name} == set(linears)
+    for name in linears:
+        assert torch.equal(after[name] == 0, before[name] == 0), name
+    # On texts that neither was trained on nor decided anything.
+    assert divergence(reference, tmp_path / "out") < 0.95 * divergence(reference, folder)
+
+
+def test_only_pruned_weights_that_are_stored_as_they_are_count(model: Any, tmp_path: Path) -> None:
+    """Of packed weights many are zero, too."""
+    dense, packed_folder = save(model, tmp_path / "dense"), packed(model, tmp_path / "packed", group=64, bits=4)
+    for folder in (dense, packed_folder):
+        assert pruned_weights(Copy.load(folder), Checkpoint(folder, "COMPRESSED")) == []
+
+
 def test_a_model_is_as_before_after_training(compressed: Path) -> None:
     copy = Copy.load(compressed)
-    vectors = Vectors(copy)
+    vectors = Repairable(copy)
     before = copy.logits([1, 2, 3])
     with vectors.applied({name: tensor + 0.5 for name, tensor in vectors.start().items()}):
         assert abs(copy.logits([1, 2, 3]) - before).max() > 1e-3

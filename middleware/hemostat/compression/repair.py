@@ -1,8 +1,11 @@
-"""Repair of a compressed checkpoint without overhead: the weights of its norms, and its biases, are trained.
+"""Repair of a compressed checkpoint without overhead: the weights of its norms, its biases, and the weights that
+pruning left of its linear layers are trained.
 
-A linear layer's error is not undone, but scaling the channels that it reads reduces its effect. Trained towards the
-reference's predictions (`models.training`); the checkpoint that is written differs from COMPRESSED in the values of
-these tensors alone: every other byte of its files is the same, so that it is served as before, by the same kernels.
+A quantized layer's error is not undone, but scaling the channels that it reads reduces its effect. Weights that were
+not pruned change by a product of low rank (PERP, arXiv 2312.15230): that learns more from few tokens than training each
+of them, with less memory. Trained towards the reference's predictions (`models.training`); the checkpoint that is
+written differs from COMPRESSED in the values of these tensors alone: every other byte of its files is the same, so that
+it is served as before, by the same kernels.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch
 
 from hemostat.compression.checkpoint_writer import BuildEnvironment, build_with_work
 from hemostat.compression.other_files import REPAIR, REPORT
+from hemostat.models.checkpoint import Checkpoint
 from hemostat.models.checkpoint_folders import (
     MANIFEST,
     RECIPE,
@@ -34,8 +38,16 @@ from hemostat.models.texts import Text
 from hemostat.models.training import STEP_POSITIONS, TRIAL, Tensors, Trained, train
 from hemostat.models.work_folder import WorkFolder
 
-RATES = (1e-2, 3e-3)
-"""Of Adam, relative to the size of a tensor's entries: weights of norms are about 1, and some about 0.1."""
+RATES = (1e-3, 3e-4)
+"""Of Adam, relative to the size of a tensor's entries."""
+RANK = 16
+"""Of the change of a pruned layer."""
+PRUNED = 0.05
+"""Least part of zeros of a layer that is pruned."""
+_VECTOR_STEP = 10.0
+"""Vectors change so many times as fast: weights of norms are about 1, and some about 0.1."""
+_FACTOR_SIZE = 0.05
+"""Of the entries of the first factor, at the start; the second one is zero."""
 _PART = "repaired"
 _REPORT_KEY = "report"
 """Beside the tensors of the part."""
@@ -76,7 +88,7 @@ def write_repaired_copy(
         tokens.update(json.dumps([text.prompt.tolist(), text.output.tolist()]).encode())
     made_from = {
         "recipe": RECIPE,
-        "settings": {"scheme": REPAIR, "rates": list(RATES), "trial": TRIAL},
+        "settings": {"scheme": REPAIR, "rates": list(RATES), "trial": TRIAL, "rank": RANK},
         "seed": seed,
         "texts": tokens.hexdigest(),
         "source": folder_digest(reference),
@@ -110,9 +122,11 @@ def repair(
     step_positions: int = STEP_POSITIONS,
     progress: Progress = lambda stage, done, total: None,
 ) -> Repaired:
-    """Train COMPRESSED's vectors on `texts`, some of which decide whether it helped. Kept in `parts` when it is done.
+    """Train what is `Repairable` of COMPRESSED on `texts`, some of which decide whether it helped. Kept in `parts` when
+    it is done.
 
-    Both models are loaded whole, with dense weights. AdaptError, WorkFolderError.
+    Both models are loaded whole, with dense weights; pruned ones twice more, as they are trained, and their gradients.
+    AdaptError, WorkFolderError.
     """
     kept = parts.get(_PART)
     if kept is not None:
@@ -121,47 +135,64 @@ def repair(
     whole, small = (
         Copy.load(folder, device, label=label) for folder, label in ((reference, "SOURCE"), (compressed, "COMPRESSED"))
     )
-    vectors = Vectors(small)
+    trained = Repairable(small, pruned_weights(small, Checkpoint(compressed, "COMPRESSED")), seed)
     result = train(
         whole,
         small,
-        vectors,
+        trained,
         texts,
         seed=seed,
         rates=rates,
         step_positions=step_positions,
         progress=lambda stage, done, total: progress(REPAIR, done, total),
     )
-    repaired = Repaired({} if result.tensors is None else vectors.stored(result.tensors), _report(result, vectors))
+    repaired = Repaired({} if result.tensors is None else trained.stored(result.tensors), _report(result, trained))
     parts.put(_PART, {**repaired.tensors, _REPORT_KEY: json_tensor(repaired.report)})
     return repaired
 
 
-class Vectors:
-    """The weights of a model's norms and its biases: all parameters with one dimension.
+class Repairable:
+    """What is trained of a compressed model: vectors, which are the weights of its norms and its biases (all parameters
+    with one dimension), by name, and factors of the change of pruned weights, by `name|a` [rank, inputs] and `name|b`
+    [outputs, rank].
 
-    Trained is the relative change: a tensor is its start + the trained one · the root mean square of the start, so that
-    a step of Adam changes small tensors little.
+    Trained are relative changes, so that a step of Adam changes small tensors little: a vector is its start + the
+    trained one · `_VECTOR_STEP` · the root mean square of the start; a weight that is not zero is its start + its entry
+    of the product of the factors, in units of the root mean square of those weights.
     """
 
-    def __init__(self, copy: Copy) -> None:
+    def __init__(self, copy: Copy, pruned: Sequence[str] = (), seed: int = 0) -> None:
+        """pruned: names of weights whose zeros stay, of `pruned_weights`. CompressError where nothing is trained."""
         self._copy = copy
-        self._start = {
-            name: copy.model.get_parameter(name).detach()
-            for name in copy.skeleton.places
-            if copy.model.get_parameter(name).ndim == 1
-        }
-        if not self._start:
+        self._seed = seed
+        parameter = copy.model.get_parameter
+        vectors = [name for name in copy.skeleton.places if parameter(name).ndim == 1]
+        if not vectors and not pruned:
             raise CompressError("--repair: COMPRESSED has no norms with weights and no biases: nothing to train")
-        self._size = {name: max(_rms(tensor), _LEAST_SIZE) for name, tensor in self._start.items()}
-        self.numbers = sum(tensor.numel() for tensor in self._start.values())
+        self._start = {name: parameter(name).detach() for name in (*vectors, *pruned)}
+        self._kept = {name: self._start[name] != 0 for name in pruned}
+        self._unit = {name: _VECTOR_STEP * max(_rms(self._start[name]), _LEAST_SIZE) for name in vectors}
+        for name, kept in self._kept.items():
+            self._unit[name] = _rms(self._start[name][kept]) / (_FACTOR_SIZE * RANK**0.5)
+        self.numbers = sum(self._start[name].numel() for name in vectors)
+        self.numbers += sum(RANK * sum(kept.shape) for kept in self._kept.values())
 
     def start(self) -> dict[str, torch.Tensor]:
-        return {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in self._start.items()}
+        generator = torch.Generator().manual_seed(self._seed)
+        result = {}
+        for name, tensor in self._start.items():
+            if name in self._kept:
+                outputs, inputs = tensor.shape
+                a = torch.randn(RANK, inputs, generator=generator) * _FACTOR_SIZE
+                result[f"{name}|a"] = a.to(tensor.device)
+                result[f"{name}|b"] = torch.zeros(outputs, RANK, device=tensor.device)
+            else:
+                result[name] = torch.zeros_like(tensor, dtype=torch.float32)
+        return result
 
     @contextmanager
     def applied(self, tensors: Tensors) -> Iterator[None]:
-        values = {name: self._value(name, change) for name, change in tensors.items()}
+        values = self._values(tensors)
         # Leaves: the final norm is passed through backwards several times, once for each part of the logits.
         leaves = {name: value.detach().requires_grad_(value.requires_grad) for name, value in values.items()}
         try:
@@ -181,16 +212,29 @@ class Vectors:
             yield
 
     def stored(self, tensors: Tensors) -> dict[str, torch.Tensor]:
-        """The tensors in the model's dtype."""
-        return {name: self._value(name, tensor.detach()).cpu() for name, tensor in tensors.items()}
+        """The parameters in the model's dtype."""
+        with torch.no_grad():
+            return {name: value.cpu() for name, value in self._values(tensors).items()}
 
-    def _value(self, name: str, change: torch.Tensor) -> torch.Tensor:
+    def _values(self, tensors: Tensors) -> dict[str, torch.Tensor]:
+        return {name: self._value(name, tensors) for name in self._start if {name, f"{name}|a"} & tensors.keys()}
+
+    def _value(self, name: str, tensors: Tensors) -> torch.Tensor:
         start = self._start[name]
-        return (start.float() + change * self._size[name]).to(start.dtype)
+        kept = self._kept.get(name)
+        change = tensors[name] if kept is None else (tensors[f"{name}|b"] @ tensors[f"{name}|a"]) * kept
+        return (start.float() + change * self._unit[name]).to(start.dtype)
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         for module, key in self._copy.skeleton.places[name]:
             module._parameters[key] = tensor
+
+
+def pruned_weights(copy: Copy, checkpoint: Checkpoint) -> list[str]:
+    """Names of the weights of linear layers of which `PRUNED` or more are zero, and that are stored as they are."""
+    names = [f"{name}.weight" for name in copy.linears if not checkpoint.is_quantized(name)]
+    weights = {name: copy.model.get_parameter(name) for name in names if name in checkpoint.names}
+    return [name for name, weight in weights.items() if float((weight == 0).float().mean()) >= PRUNED]
 
 
 def write_repaired(compressed: Path, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -225,9 +269,9 @@ def _replace_values(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             file.write(data)
 
 
-def _report(trained: Trained, vectors: Vectors) -> dict[str, Any]:
-    won_back = 1.0 - trained.kl / trained.kl_start if trained.kl_start > 0.0 else None
-    return trained.report() | {"won_back": won_back, "numbers": vectors.numbers}
+def _report(result: Trained, trained: Repairable) -> dict[str, Any]:
+    won_back = 1.0 - result.kl / result.kl_start if result.kl_start > 0.0 else None
+    return result.report() | {"won_back": won_back, "numbers": trained.numbers}
 
 
 def _rms(tensor: torch.Tensor) -> float:

@@ -23,6 +23,7 @@ from hemostat.compression.repair import write_repaired_copy
 from hemostat.models.training import summary_line
 
 from .cases import Bench, Case, Must
+from .texts import live
 
 NAME = "pruning"
 SPARSITIES = (0.3, 0.5, 0.6)
@@ -36,6 +37,7 @@ GROUP_SIZE = 64
 HALF = PruneOptions(0.5)
 TWO_OF_FOUR = PruneOptions(0.5, Pattern.TWO_OF_FOUR)
 UNIFORM, QUERIES = "50 % unstructured, in every layer", "50 % unstructured, q_proj only"
+MORE_TEXTS = "50 % unstructured, repaired, more texts"
 KL_AT_HALF, KL_OF_QUERIES = 0.62, 0.03
 """At most."""
 GAIN_AT_HALF = 0.10
@@ -70,9 +72,9 @@ def cases(bench: Bench) -> Sequence[Case]:
     result += [_case(bench, PruneOptions(sparsity, Pattern.ROWS)) for sparsity in SPARSITIES_OF_ROWS]
     for seed, options, by_inputs in itertools.product(SEEDS, (HALF, TWO_OF_FOUR), (False, True)):
         result.append(_case(bench, options, by_inputs, seed))
-    half = bench.size(LayerPlan(16, None, 0.5))
-    result.append(Case(UNIFORM, half, lambda folder: bench.ours(Uniform(HALF), folder)))
-    result.append(Case(QUERIES, half, lambda folder: bench.ours(Queries(HALF), folder), KL_OF_QUERIES))
+    size = bench.size(LayerPlan(16, None, 0.5))
+    result.append(Case(UNIFORM, size, lambda folder: bench.ours(Uniform(HALF), folder)))
+    result.append(Case(QUERIES, size, lambda folder: bench.ours(Queries(HALF), folder), KL_OF_QUERIES))
     for sparsity in SPARSITIES:
         magnitude = EachWeight({"magnitude": sparsity}, prune_by_magnitude(sparsity))
         size = bench.size(LayerPlan(16, None, sparsity))
@@ -82,11 +84,13 @@ def cases(bench: Bench) -> Sequence[Case]:
         result.append(Case(_peer(peer, sparsity, pattern), size, partial(_by_peer, bench, peer, sparsity, pattern)))
     rounded = without_texts(WeightFormat(4, GROUP_SIZE), packed=True)
     w4a16 = Case(W4A16, bench.size(LayerPlan(4, GROUP_SIZE)), lambda folder: bench.ours(rounded, folder))
+    half = _case(bench, HALF)
     repaired = [
-        Case(f"{case.name}, repaired", case.size, partial(repaired_copy, bench, case))
-        for case in (w4a16, _case(bench, HALF))
+        Case(f"{case.name}, repaired", case.size, partial(repaired_copy, bench, case), of=case.name)
+        for case in (w4a16, half)
     ]
-    return [*result, w4a16, *repaired]
+    more = Case(MORE_TEXTS, half.size, partial(repaired_copy, bench, half, more=bench.live), live=bench.live)
+    return [*result, w4a16, *repaired, more]
 
 
 def musts() -> Sequence[Must]:
@@ -101,7 +105,8 @@ def musts() -> Sequence[Must]:
     result += [Must(_name(PruneOptions(s), by_inputs=True), _magnitude(s)) for s in SPARSITIES]
     for peer, (sparsity, pattern) in itertools.product(PEERS, PEERS_AT):
         result.append(Must(_name(PruneOptions(sparsity, pattern)), _peer(peer, sparsity, pattern)))
-    return [*result, *(Must(f"{name}, repaired", name) for name in (W4A16, _name(HALF)))]
+    result += [Must(f"{name}, repaired", name) for name in (W4A16, _name(HALF))]
+    return [*result, Must(MORE_TEXTS, f"{_name(HALF)}, repaired")]
 
 
 def _case(bench: Bench, options: PruneOptions, by_inputs: bool = False, seed: int = 0) -> Case:
@@ -134,9 +139,13 @@ def _by_peer(bench: Bench, peer: str, sparsity: float, pattern: Pattern, folder:
     bench.peer(PRUNE, folder, peer, str(sparsity), pattern.value)
 
 
-def repaired_copy(bench: Bench, case: Case, folder: Path) -> None:
-    """Of the case's checkpoint, from the texts that it was calibrated on."""
-    start = bench.made(case)
+def repaired_copy(bench: Bench, case: Case, folder: Path, more: int = 0) -> None:
+    """Of the case's checkpoint, from the texts that it was calibrated on, and `more` that the reference wrote to other
+    prompts."""
+    start, learn = bench.made(case), list(bench.learn)
+    if more:
+        kept = bench.kept(f"live {more}", bench.learn)
+        learn += live(bench.reference, kept, len(bench.learn), more, bench.seed)
     with bench.environment(folder) as environment:
-        report = write_repaired_copy(bench.reference, start, folder, bench.learn, environment=environment)
+        report = write_repaired_copy(bench.reference, start, folder, learn, environment=environment)
     say(summary_line(report, REPAIR))

@@ -61,9 +61,9 @@ def calibration(reference: Path, folder: Path, count: int, seed: int, domain: Do
     return _written(reference, folder / _name("learn", domain), _asked(False, domain)[:count], seed)
 
 
-def live(compressed: Path, folder: Path, first: int, count: int, seed: int) -> list[Text]:
-    """What a compressed checkpoint itself answers to prompts that nothing was calibrated on, from number `first` on."""
-    return _written(compressed, folder, _asked(False)[first : first + count], seed + 2)
+def live(checkpoint: Path, folder: Path, first: int, count: int, seed: int) -> list[Text]:
+    """What a checkpoint answers to prompts that nothing was calibrated on, from number `first` on."""
+    return _written(checkpoint, folder, _asked(False)[first : first + count], seed + 2)
 
 
 def _name(what: str, domain: Domain) -> str:
