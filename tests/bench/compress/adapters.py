@@ -3,7 +3,7 @@
 An adapter is made as `hemostat adapt --shared-out` does, from the texts that the checkpoint was calibrated on. Those
 that are trained (`--distil`) go on with live texts: of other prompts, written by the compressed checkpoint itself.
 Bytes are those of the profile (int8); an engine keeps bfloat16, twice as many, and more where ranks differ. Repair
-(norms and biases) adds none.
+adds none.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ STARTS = (  # those that are trained, too
     "50 % unstructured",
 )
 FIVE_BITS = "5 bits descent"
+W8A8 = "W8A8 nearest"
 MIXES = ("prescribed mix for any, bytes of 4 bits", "prescribed mix for any, bytes of 5 bits")
 RANKS = (16, 64)
 TRAINED_RANK = 16
@@ -50,14 +51,15 @@ _SCALE_BYTES = 4
 def cases(bench: Bench) -> Sequence[Case]:
     known = {case.name: case for case in (*quantization.cases(bench), *pruning.cases(bench))}
     result = [known[name] for name in MIXES]
-    for name in (*STARTS, FIVE_BITS):
+    for name in (*STARTS, FIVE_BITS, W8A8):
         start = known[name]
         repaired = f"{name}, repaired"
         result += [
             Case(name, start.size, partial(bench.copied, start)),
             Case(repaired, start.size, partial(pruning.repaired_copy, bench, start), of=name),
         ]
-        for rank, trained in (*((rank, False) for rank in RANKS), *[(TRAINED_RANK, True)] * (name in STARTS)):
+        ranks = () if name == W8A8 else RANKS
+        for rank, trained in (*((rank, False) for rank in ranks), *[(TRAINED_RANK, True)] * (name in STARTS)):
             make = partial(adapted, bench, start, rank, trained)
             live_texts = bench.live if trained else 0
             size = start.size + profile_bytes(bench, rank)

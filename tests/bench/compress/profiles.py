@@ -1,4 +1,4 @@
-"""What changes logits only, on our compensated weights: temperature and bias, and a contextual profile.
+"""What changes logits only, on the checkpoints of `adapters`: temperature and bias, and a contextual profile.
 
 Learned as by `make bench-recovery`, from live texts: of other prompts than those of the calibration, written by the
 compressed checkpoint itself; with copies of both models in place of an engine.
@@ -25,27 +25,27 @@ from hemostat.models.texts import Text
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
 from hemostat_calibration.learning.contextual.learner import ContextualLearner
 
-from . import quantization
+from . import adapters, pruning, quantization
 from .cases import Bench, Case, Must
 from .figures import LOGITS_FILE
 from .texts import live
 
 NAME = "profiles"
-START = f"W4A16 {quantization.BEST}"
+STARTS = (*adapters.STARTS, adapters.FIVE_BITS)
 
 Learn = Callable[[ContextualLearner, Sequence[Written]], Learned]
 
 
 def cases(bench: Bench) -> Sequence[Case]:
-    start = {case.name: case for case in quantization.cases(bench)}[START]
+    known = {case.name: case for case in (*quantization.cases(bench), *pruning.cases(bench))}
     learners: dict[str, Learn] = {"temperature and bias": _bias, "contextual profile": _contextual}
-    return [
-        Case(START, start.size, partial(bench.copied, start)),
-        *(
-            Case(f"{START}, {name}", start.size, partial(_profiled, bench, start, learn), of=START, live=bench.live)
-            for name, learn in learners.items()
-        ),
-    ]
+    result = []
+    for start in (known[name] for name in STARTS):
+        result.append(Case(start.name, start.size, partial(bench.copied, start)))
+        for name, learn in learners.items():
+            make = partial(_profiled, bench, start, learn)
+            result.append(Case(f"{start.name}, {name}", start.size, make, of=start.name, live=bench.live))
+    return result
 
 
 def musts() -> Sequence[Must]:
@@ -56,7 +56,8 @@ def musts() -> Sequence[Must]:
 def _profiled(bench: Bench, start: Case, learn: Learn, folder: Path) -> None:
     """The checkpoint with a profile beside it, where one is proposed."""
     base = bench.made(start)
-    texts = live(base, bench.kept(f"{START} live {bench.live}", bench.learn), len(bench.learn), bench.live, bench.seed)
+    kept = bench.kept(f"{start.name} live {bench.live}", bench.learn)
+    texts = live(base, kept, len(bench.learn), bench.live, bench.seed)
     weight = load_embedding(bench.reference, VOCABULARY)
     family = ContextualLearner(
         weight,
