@@ -191,11 +191,17 @@ def test_weights_that_pruning_left_are_trained_and_zeros_stay(tmp_path: Path) ->
     assert divergence(reference, tmp_path / "out") < 0.95 * divergence(reference, folder)
 
 
-def test_only_pruned_weights_that_are_stored_as_they_are_count(model: Any, tmp_path: Path) -> None:
-    """Of packed weights many are zero, too."""
-    dense, packed_folder = save(model, tmp_path / "dense"), packed(model, tmp_path / "packed", group=64, bits=4)
-    for folder in (dense, packed_folder):
-        assert pruned_weights(Copy.load(folder), Checkpoint(folder, "COMPRESSED")) == []
+def test_only_pruned_weights_that_are_stored_as_they_are_count(tmp_path: Path) -> None:
+    """Of packed weights many are zero, too; of a layer without weights nothing is left to train."""
+    model = tiny_model(hidden_size=64, intermediate_size=128, num_hidden_layers=1)
+    state = dict(model.state_dict())
+    mlp = "model.layers.0.mlp"
+    state[f"{mlp}.up_proj.weight"] = torch.zeros_like(state[f"{mlp}.up_proj.weight"])
+    state[f"{mlp}.gate_proj.weight"] = state[f"{mlp}.gate_proj.weight"].clone()
+    state[f"{mlp}.gate_proj.weight"][:8] = 0.0
+    folders = save(model, tmp_path / "pruned", state), packed(model, tmp_path / "packed", group=64)
+    found = [pruned_weights(Copy.load(folder), Checkpoint(folder, "COMPRESSED")) for folder in folders]
+    assert found == [[f"{mlp}.gate_proj.weight"], []]
 
 
 def test_a_model_is_as_before_after_training(compressed: Path) -> None:

@@ -231,10 +231,11 @@ class Repairable:
 
 
 def pruned_weights(copy: Copy, checkpoint: Checkpoint) -> list[str]:
-    """Names of the weights of linear layers of which `PRUNED` or more are zero, and that are stored as they are."""
+    """Names of the weights of linear layers of which `PRUNED` or more, but not all, are zero, and that are stored as
+    they are."""
     names = [f"{name}.weight" for name in copy.linears if not checkpoint.is_quantized(name)]
     weights = {name: copy.model.get_parameter(name) for name in names if name in checkpoint.names}
-    return [name for name, weight in weights.items() if float((weight == 0).float().mean()) >= PRUNED]
+    return [name for name, weight in weights.items() if PRUNED <= float((weight == 0).float().mean()) < 1.0]
 
 
 def write_repaired(compressed: Path, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
