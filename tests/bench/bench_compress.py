@@ -3,7 +3,8 @@
 The demo's reference writes texts at temperature 1. All methods calibrate on the same ones; KL(r‖c) in nats per token
 and the same top-1, at full vocabulary, are of texts on topics that no method has seen, with 95 % intervals by topic.
 A table, and build/bench/compress.json (`rows`). Modules are in tests/bench/compress/. A line "A < B" is the mean
-difference of KL, text by text; the exit status is 1 where one does not hold, or a case is above its limit.
+difference of KL, text by text; the exit status is 1 where one does not hold, or a case is above its limit. Of a line
+"A - B" the difference is the result.
 
 `--only NAME` runs one module, `--case TEXT` only the cases with this in their names, and what they improve; finished
 texts, checkpoints and figures are kept below build/bench/compress/, so that a run that is stopped goes on.
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", action="append", default=[], help="run only cases with this text in their names")
     parser.add_argument("--learn", type=int, default=120, help="texts to calibrate on")
     parser.add_argument("--heldout", type=int, default=150, help="texts to judge on")
-    parser.add_argument("--live", type=int, default=480, help="texts that each checkpoint writes to be trained on")
+    parser.add_argument("--live", type=int, default=480, help="texts that a checkpoint writes to be trained on")
     judge = Domain.OPEN
     parser.add_argument("--judge", type=Domain, choices=list(Domain), default=judge, help="prompts to judge on")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints once they are measured")
@@ -125,7 +126,8 @@ def _measured(case: Case, bench: Bench, meter: Meter, keep: bool) -> ExactDistan
 
 
 def _judged(module: str, must: Must, meter: Meter, kl: dict[str, Floats]) -> dict[str, object]:
-    case = f"{must.better} {'<=' if must.not_above else '<'} {must.worse}" + (f" - {must.by}" if must.by else "")
+    sign = "-" if must.asked else "<=" if must.not_above else "<"
+    case = f"{must.better} {sign} {must.worse}" + (f" - {must.by}" if must.by else "")
     mean, low, high = meter.mean(kl[must.better] - kl[must.worse], case)
     holds = must.asked or (low <= 0.0 if must.not_above else high < 0.0 and mean <= -must.by)
     figures = {"bytes": "", "kl": mean, "low": low, "high": high, "top1": ""}

@@ -1,11 +1,11 @@
 """Repair of a compressed checkpoint without overhead: the weights of its norms, its biases, and the weights that
 pruning left of its linear layers are trained.
 
-A quantized layer's error is not undone, but scaling the channels that it reads reduces its effect. Weights that were
-not pruned change by a product of low rank (PERP, arXiv 2312.15230): that learns more from few tokens than training each
-of them, with less memory. Trained towards the reference's predictions (`models.training`); the checkpoint that is
-written differs from COMPRESSED in the values of these tensors alone: every other byte of its files is the same, so that
-it is served as before, by the same kernels.
+A quantized layer's error is not undone, but scaling the channels that it reads reduces its effect. Weights that pruning
+left change by a product of low rank (PERP, arXiv 2312.15230), which takes less memory than training each of them, and
+left a smaller divergence where both were measured (docs/lab/notes.md). Trained towards the reference's predictions
+(`models.training`); the checkpoint that is written differs from COMPRESSED in the values of these tensors alone: every
+other byte of its files is the same, so that it is served as before, by the same kernels.
 """
 
 from __future__ import annotations
@@ -39,15 +39,18 @@ from hemostat.models.training import STEP_POSITIONS, TRIAL, Tensors, Trained, tr
 from hemostat.models.work_folder import WorkFolder
 
 RATES = (1e-3, 3e-4)
-"""Of Adam, relative to the size of a tensor's entries."""
+"""Of Adam: the first step changes a pruned layer's weights by about so much of their root mean square."""
 RANK = 16
 """Of the change of a pruned layer."""
 PRUNED = 0.05
 """Least part of zeros of a layer that is pruned."""
 _VECTOR_STEP = 10.0
-"""Vectors change so many times as fast: weights of norms are about 1, and some about 0.1."""
+"""A vector changes so many times as fast, relative to its size."""
 _FACTOR_SIZE = 0.05
 """Of the entries of the first factor, at the start; the second one is zero."""
+_RUN, _RUNS, _DISTINCT = 16, 4096, 15.0
+"""Of 16 weights in turn that are not zero, the mean number of distinct magnitudes is 15.5 where they were rounded to
+bfloat16 alone, and at most 14.8 where they were rounded to 8 or fewer bits in groups (normal weights)."""
 _PART = "repaired"
 _REPORT_KEY = "report"
 """Beside the tensors of the part."""
@@ -88,7 +91,7 @@ def write_repaired_copy(
         tokens.update(json.dumps([text.prompt.tolist(), text.output.tolist()]).encode())
     made_from = {
         "recipe": RECIPE,
-        "settings": {"scheme": REPAIR, "rates": list(RATES), "trial": TRIAL, "rank": RANK},
+        "settings": {"scheme": REPAIR, "rates": list(RATES), "trial": TRIAL, "rank": RANK, "pruned": PRUNED},
         "seed": seed,
         "texts": tokens.hexdigest(),
         "source": folder_digest(reference),
@@ -125,8 +128,7 @@ def repair(
     """Train what is `Repairable` of COMPRESSED on `texts`, some of which decide whether it helped. Kept in `parts` when
     it is done.
 
-    Both models are loaded whole, with dense weights; pruned ones twice more, as they are trained, and their gradients.
-    AdaptError, WorkFolderError.
+    Both models are loaded whole, with dense weights. AdaptError, CompressError, WorkFolderError.
     """
     kept = parts.get(_PART)
     if kept is not None:
@@ -135,18 +137,20 @@ def repair(
     whole, small = (
         Copy.load(folder, device, label=label) for folder, label in ((reference, "SOURCE"), (compressed, "COMPRESSED"))
     )
-    trained = Repairable(small, pruned_weights(small, Checkpoint(compressed, "COMPRESSED")), seed)
+    repairable = Repairable(small, pruned_weights(small, Checkpoint(compressed, "COMPRESSED")), seed)
     result = train(
         whole,
         small,
-        trained,
+        repairable,
         texts,
         seed=seed,
         rates=rates,
         step_positions=step_positions,
         progress=lambda stage, done, total: progress(REPAIR, done, total),
     )
-    repaired = Repaired({} if result.tensors is None else trained.stored(result.tensors), _report(result, trained))
+    del whole  # before the weights are there twice
+    tensors = {} if result.tensors is None else repairable.stored(result.tensors)
+    repaired = Repaired(tensors, _report(result, repairable))
     parts.put(_PART, {**repaired.tensors, _REPORT_KEY: json_tensor(repaired.report)})
     return repaired
 
@@ -156,9 +160,11 @@ class Repairable:
     with one dimension), by name, and factors of the change of pruned weights, by `name|a` [rank, inputs] and `name|b`
     [outputs, rank].
 
-    Trained are relative changes, so that a step of Adam changes small tensors little: a vector is its start + the
-    trained one · `_VECTOR_STEP` · the root mean square of the start; a weight that is not zero is its start + its entry
-    of the product of the factors, in units of the root mean square of those weights.
+    Trained are relative changes, so that a step of Adam changes small tensors little. A vector is its start + change ·
+    `_VECTOR_STEP` · rms, the root mean square of its start; weights W, where they are not zero, are W + b a · rms /
+    (`_FACTOR_SIZE` · √`RANK`), with the rms of those that are not zero.
+
+    numbers: how many are trained. working_bytes: see `training.Trainable`.
     """
 
     def __init__(self, copy: Copy, pruned: Sequence[str] = (), seed: int = 0) -> None:
@@ -168,20 +174,27 @@ class Repairable:
         parameter = copy.model.get_parameter
         vectors = [name for name in copy.skeleton.places if parameter(name).ndim == 1]
         if not vectors and not pruned:
-            raise CompressError("--repair: COMPRESSED has no norms with weights and no biases: nothing to train")
+            raise CompressError(
+                "--repair: COMPRESSED has no norms with weights, no biases and no pruned weights: nothing to train"
+            )
         self._start = {name: parameter(name).detach() for name in (*vectors, *pruned)}
-        self._kept = {name: self._start[name] != 0 for name in pruned}
+        self._mask = {name: self._start[name] != 0 for name in pruned}
         self._unit = {name: _VECTOR_STEP * max(_rms(self._start[name]), _LEAST_SIZE) for name in vectors}
-        for name, kept in self._kept.items():
-            self._unit[name] = _rms(self._start[name][kept]) / (_FACTOR_SIZE * RANK**0.5)
+        for name, mask in self._mask.items():
+            self._unit[name] = _rms(self._start[name][mask]) / (_FACTOR_SIZE * RANK**0.5)
         self.numbers = sum(self._start[name].numel() for name in vectors)
-        self.numbers += sum(RANK * sum(kept.shape) for kept in self._kept.values())
+        self.numbers += sum(RANK * sum(mask.shape) for mask in self._mask.values())
+        # A mask, what the weights are changed to, and their gradients.
+        self.working_bytes = sum(
+            mask.numel() * (mask.element_size() + 2 * self._start[name].element_size())
+            for name, mask in self._mask.items()
+        )
 
     def start(self) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(self._seed)
         result = {}
         for name, tensor in self._start.items():
-            if name in self._kept:
+            if name in self._mask:
                 outputs, inputs = tensor.shape
                 a = torch.randn(RANK, inputs, generator=generator) * _FACTOR_SIZE
                 result[f"{name}|a"] = a.to(tensor.device)
@@ -202,6 +215,7 @@ class Repairable:
             for name, leaf in leaves.items():
                 if leaf.grad is not None:
                     values[name].backward(leaf.grad)
+                    leaf.grad = None
         finally:
             for name in leaves:
                 self._put(name, torch.nn.Parameter(self._start[name], requires_grad=False))
@@ -217,12 +231,12 @@ class Repairable:
             return {name: value.cpu() for name, value in self._values(tensors).items()}
 
     def _values(self, tensors: Tensors) -> dict[str, torch.Tensor]:
-        return {name: self._value(name, tensors) for name in self._start if {name, f"{name}|a"} & tensors.keys()}
+        return {name: self._value(name, tensors) for name in self._start} if tensors else {}
 
     def _value(self, name: str, tensors: Tensors) -> torch.Tensor:
         start = self._start[name]
-        kept = self._kept.get(name)
-        change = tensors[name] if kept is None else (tensors[f"{name}|b"] @ tensors[f"{name}|a"]) * kept
+        mask = self._mask.get(name)
+        change = tensors[name] if mask is None else (tensors[f"{name}|b"] @ tensors[f"{name}|a"]) * mask
         return (start.float() + change * self._unit[name]).to(start.dtype)
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
@@ -231,11 +245,20 @@ class Repairable:
 
 
 def pruned_weights(copy: Copy, checkpoint: Checkpoint) -> list[str]:
-    """Names of the weights of linear layers of which `PRUNED` or more, but not all, are zero, and that are stored as
-    they are."""
+    """Names of the weights of linear layers that are stored as they are, and of which `PRUNED` or more, not all, are
+    zero. Those that were rounded to a few bits have zeros, too: they stay on their grid."""
     names = [f"{name}.weight" for name in copy.linears if not checkpoint.is_quantized(name)]
-    weights = {name: copy.model.get_parameter(name) for name in names if name in checkpoint.names}
-    return [name for name, weight in weights.items() if PRUNED <= float((weight == 0).float().mean()) < 1.0]
+    known = [name for name in names if name in checkpoint.names and name in copy.skeleton.places]
+    return [name for name in known if _is_pruned(copy.model.get_parameter(name))]
+
+
+def _is_pruned(weight: torch.Tensor) -> bool:
+    if not PRUNED <= float((weight == 0).float().mean()) < 1.0:
+        return False
+    left = weight[weight != 0].abs()
+    run = min(_RUN, len(left))
+    runs = left[: len(left) // run * run].reshape(-1, run)[:_RUNS].sort(-1).values
+    return run < _RUN or 1.0 + float((runs.diff(dim=-1) != 0).float().sum(-1).mean()) >= _DISTINCT
 
 
 def write_repaired(compressed: Path, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -270,9 +293,9 @@ def _replace_values(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             file.write(data)
 
 
-def _report(result: Trained, trained: Repairable) -> dict[str, Any]:
+def _report(result: Trained, repairable: Repairable) -> dict[str, Any]:
     won_back = 1.0 - result.kl / result.kl_start if result.kl_start > 0.0 else None
-    return result.report() | {"won_back": won_back, "numbers": trained.numbers}
+    return result.report() | {"won_back": won_back, "numbers": repairable.numbers}
 
 
 def _rms(tensor: torch.Tensor) -> float:

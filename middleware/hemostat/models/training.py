@@ -5,9 +5,10 @@ with averaged tensors. Some texts are a fold that nothing is trained on. It deci
 pass at each, and the start is kept unless the fold improves.
 
 Cost: a token needs a forward pass of both models and a backward pass of the compressed one that gives gradients of what
-is trained only: about 6 floating point operations for each parameter of the model; with two rates half of the tokens
-need it twice. Memory: both models with dense weights, what is trained four times in float32 for each rate (itself,
-Adam's two moments, the average) and its gradient, and the activations of one batch.
+is trained only: about 6 floating point operations for each parameter of the model, and 2 more for each weight of layers
+whose weights are trained; with two rates half of the tokens need it twice. Memory: both models with dense weights, what
+is trained four times in float32 for each rate (itself, Adam's two moments, the average) and its gradient, the
+`working_bytes` of `Trainable`, and the activations of one batch.
 """
 
 from __future__ import annotations
@@ -72,6 +73,10 @@ class Trainable(Protocol):
     @property
     def numbers(self) -> int:
         """How many numbers are trained."""
+
+    @property
+    def working_bytes(self) -> int:
+        """Of changed copies of the model's own weights while it is trained, and of their gradients."""
 
     def start(self) -> dict[str, torch.Tensor]:
         """Copies of the tensors from which training starts, on the model's device."""
@@ -175,7 +180,7 @@ def train(
         ),
         seconds=time.monotonic() - clock,
         cpu_seconds=time.process_time() - processor,
-        memory_mib=memory_bytes(reference, compressed, trainable.numbers, len(rates)) / (1 << 20),
+        memory_mib=memory_bytes(reference, compressed, trainable, len(rates)) / (1 << 20),
     )
 
 
@@ -190,10 +195,10 @@ def summary_line(report: Mapping[str, Any], what: str = DISTILLATION) -> str:
     )
 
 
-def memory_bytes(reference: Copy, compressed: Copy, numbers: int, rates: int) -> int:
-    """Of the models, of `numbers` that are trained at so many rates, and of the optimiser, without activations."""
+def memory_bytes(reference: Copy, compressed: Copy, trainable: Trainable, rates: int) -> int:
+    """Of the models, of what is trained at so many rates, and of the optimiser, without activations."""
     models = sum(p.numel() * p.element_size() for copy in (reference, compressed) for p in copy.model.parameters())
-    return int(models + (_COPIES * rates + 1) * _FLOAT32_BYTES * numbers)
+    return int(models + trainable.working_bytes + (_COPIES * rates + 1) * _FLOAT32_BYTES * trainable.numbers)
 
 
 class _Training:

@@ -282,5 +282,6 @@ def test_memory_is_stated(pair: Pair, tmp_path: Path) -> None:
     start = plain_start(pair)
     numbers = sum(layer.a.size + layer.b.size for layer in start.values())
     models = sum(p.numel() * 4 for copy in pair for p in copy.model.parameters())
-    assert training.memory_bytes(*pair, numbers, 1) == models + 20 * numbers
-    assert training.memory_bytes(*pair, numbers, 2) == models + 36 * numbers
+    trainable = module.TrainableAdapter(start, pair[1])
+    assert training.memory_bytes(*pair, trainable, 1) == models + 20 * numbers
+    assert training.memory_bytes(*pair, trainable, 2) == models + 36 * numbers

@@ -30,7 +30,7 @@ from .texts import calibration
 class Case:
     """A compressed checkpoint. size: bytes of its linear layers' weights and scales, in a format made for them.
     make: writes the folder, which does not exist yet. limit: of the mean KL(r‖c). of: name of the case that it
-    improves: which part of its KL is recovered is said, too. live: texts of the compressed checkpoint that it learned
+    improves: which part of its KL is recovered is said, too. live: number of texts on other prompts that it learned
     from, besides the texts to calibrate on."""
 
     name: str
@@ -72,7 +72,7 @@ class Module(Protocol):
 @dataclass(frozen=True)
 class Bench:
     """reference: the checkpoint that is compressed. folder: where results are kept. learn: texts to calibrate on. live:
-    number of the texts that compressed checkpoints write to be trained on."""
+    number of the texts that checkpoints write to be trained on."""
 
     reference: Path
     folder: Path

@@ -38,7 +38,7 @@ def cases(bench: Bench) -> Sequence[Case]:
 
 
 def musts() -> Sequence[Must]:
-    """None: which is better is the question."""
+    """Which is better is the question: differences are printed."""
     own = [_adapter_from(domain) for domain in DOMAINS]
     pairs = [(name, other) for name in own for other in (GENERAL, ALL)]
     pairs += [(ALL, GENERAL), *((_calibrated_on(domain), START) for domain in DOMAINS)]

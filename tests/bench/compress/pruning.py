@@ -89,7 +89,9 @@ def cases(bench: Bench) -> Sequence[Case]:
         Case(f"{case.name}, repaired", case.size, partial(repaired_copy, bench, case), of=case.name)
         for case in (w4a16, half)
     ]
-    more = Case(MORE_TEXTS, half.size, partial(repaired_copy, bench, half, more=bench.live), live=bench.live)
+    more = Case(
+        MORE_TEXTS, half.size, partial(repaired_copy, bench, half, more=bench.live), of=half.name, live=bench.live
+    )
     return [*result, w4a16, *repaired, more]
 
 

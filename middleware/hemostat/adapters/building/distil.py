@@ -122,6 +122,7 @@ class TrainableAdapter:
         self._start = start
         self._copy = copy
         self.numbers = sum(layer.a.size + layer.b.size for layer in start.values())
+        self.working_bytes = 0  # the model's own weights stay
 
     def start(self) -> dict[str, torch.Tensor]:
         """As `LowRank.for_training`."""
