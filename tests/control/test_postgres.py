@@ -52,6 +52,7 @@ async def test_the_control_process_follows_its_server(server: Postgres, tmp_path
             assert await set_mode(served, "off") == 507, "it applies at once, and is not stored yet"
             await asyncio.to_thread(server.start)
             await until(served, "active", "off")
+            assert await set_mode(served, "off") == 200, "it is stored now, which `active` alone does not say"
             # A replica that lacks the last commits takes the server's place.
             await asyncio.to_thread(server.save)
             await until(served, "active", "off")
