@@ -51,13 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--learn", type=int, default=120, help="texts to calibrate on")
     parser.add_argument("--heldout", type=int, default=150, help="texts to judge on")
     parser.add_argument("--live", type=int, default=480, help="texts that a checkpoint writes to be trained on")
-    judge = Domain.OPEN
-    parser.add_argument("--judge", type=Domain, choices=list(Domain), default=judge, help="prompts to judge on")
+    parser.add_argument("--judge", choices=list(Domain), default=Domain.OPEN, help="prompts to judge on")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints once they are measured")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     reference = cached_checkpoints("w4a16", say).reference
-    texts = written(reference, FOLDER / "texts", arguments.learn, arguments.heldout, arguments.seed, arguments.judge)
+    judge = Domain(arguments.judge)
+    texts = written(reference, FOLDER / "texts", arguments.learn, arguments.heldout, arguments.seed, judge)
     bench = Bench(reference, FOLDER, texts.learn, arguments.seed, arguments.live)
     meter = Meter(reference, texts)
     chosen = arguments.only or list(MODULES)

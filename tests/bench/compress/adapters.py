@@ -27,7 +27,6 @@ from hemostat.models.work_folder import WorkFolder
 from . import pruning, quantization
 from .cases import Bench, Case, Must
 from .figures import ADAPTER_FILE
-from .texts import live
 
 NAME = "adapters"
 STARTS = (  # those that are trained, too
@@ -96,10 +95,7 @@ def adapted(
         built = build(pair, learn, options, parts)
         say(f"{start.name}: corrections, {largest.report['tokens']} tokens, {_cost(largest.report)}")
     if trained:
-        texts = live(
-            base, bench.kept(f"{start.name} live {bench.live}", learn), len(bench.learn), bench.live, bench.seed
-        )
-        built = distilled(pair, built, texts, Parts(None), bench.seed)
+        built = distilled(pair, built, bench.live_texts(start.name, base), Parts(None), bench.seed)
         say(f"{start.name}: {summary_line(built.report['distilled'])}; {_trials(built.report['distilled'])}")
     bench.copied(start, folder, {ADAPTER_FILE: built.profile.to_bytes()})
 

@@ -23,7 +23,7 @@ from hemostat.compression.frame import Method, Source
 from hemostat.compression.plan import LayerPlan, stored_bytes
 from hemostat.models.texts import Text
 
-from .texts import calibration
+from .texts import calibration, live
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +113,11 @@ class Bench:
         for name, data in beside.items():
             (partial / name).write_bytes(data)
         partial.rename(folder)
+
+    def live_texts(self, name: str, checkpoint: Path) -> list[Text]:
+        """`live` texts that the checkpoint of this name writes to other prompts than those of `learn`, kept."""
+        folder = self.kept(f"{name} live {self.live}", self.learn)
+        return live(checkpoint, folder, len(self.learn), self.live, self.seed)
 
     def kept(self, name: str, learn: Sequence[Text]) -> Path:
         """Where something is kept that was made from texts."""

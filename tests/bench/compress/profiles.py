@@ -28,7 +28,6 @@ from hemostat_calibration.learning.contextual.learner import ContextualLearner
 from . import adapters, pruning, quantization
 from .cases import Bench, Case, Must
 from .figures import LOGITS_FILE
-from .texts import live
 
 NAME = "profiles"
 STARTS = (*adapters.STARTS, adapters.FIVE_BITS)
@@ -56,8 +55,7 @@ def musts() -> Sequence[Must]:
 def _profiled(bench: Bench, start: Case, learn: Learn, folder: Path) -> None:
     """The checkpoint with a profile beside it, where one is proposed."""
     base = bench.made(start)
-    kept = bench.kept(f"{start.name} live {bench.live}", bench.learn)
-    texts = live(base, kept, len(bench.learn), bench.live, bench.seed)
+    texts = bench.live_texts(start.name, base)
     weight = load_embedding(bench.reference, VOCABULARY)
     family = ContextualLearner(
         weight,

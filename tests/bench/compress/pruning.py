@@ -23,7 +23,6 @@ from hemostat.compression.repair import write_repaired_copy
 from hemostat.models.training import summary_line
 
 from .cases import Bench, Case, Must
-from .texts import live
 
 NAME = "pruning"
 SPARSITIES = (0.3, 0.5, 0.6)
@@ -89,9 +88,8 @@ def cases(bench: Bench) -> Sequence[Case]:
         Case(f"{case.name}, repaired", case.size, partial(repaired_copy, bench, case), of=case.name)
         for case in (w4a16, half)
     ]
-    more = Case(
-        MORE_TEXTS, half.size, partial(repaired_copy, bench, half, more=bench.live), of=half.name, live=bench.live
-    )
+    make = partial(repaired_copy, bench, half, more_texts=True)
+    more = Case(MORE_TEXTS, half.size, make, of=half.name, live=bench.live)
     return [*result, w4a16, *repaired, more]
 
 
@@ -141,13 +139,10 @@ def _by_peer(bench: Bench, peer: str, sparsity: float, pattern: Pattern, folder:
     bench.peer(PRUNE, folder, peer, str(sparsity), pattern.value)
 
 
-def repaired_copy(bench: Bench, case: Case, folder: Path, more: int = 0) -> None:
-    """Of the case's checkpoint, from the texts that it was calibrated on, and `more` that the reference wrote to other
-    prompts."""
-    start, learn = bench.made(case), list(bench.learn)
-    if more:
-        kept = bench.kept(f"live {more}", bench.learn)
-        learn += live(bench.reference, kept, len(bench.learn), more, bench.seed)
+def repaired_copy(bench: Bench, case: Case, folder: Path, more_texts: bool = False) -> None:
+    """Of the case's checkpoint, from the texts that it was calibrated on. more_texts: and from live ones of the
+    reference."""
+    start, more = bench.made(case), bench.live_texts("reference", bench.reference) if more_texts else []
     with bench.environment(folder) as environment:
-        report = write_repaired_copy(bench.reference, start, folder, learn, environment=environment)
+        report = write_repaired_copy(bench.reference, start, folder, [*bench.learn, *more], environment=environment)
     say(summary_line(report, REPAIR))
