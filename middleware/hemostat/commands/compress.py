@@ -46,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=positive_integer, default=96, metavar="N", help="generated per prompt (96)"
     )
-    parser.add_argument("--repair", action="store_true", help="then train norms, biases and what pruning left")
+    parser.add_argument(
+        "--repair", action="store_true", help="then train norms, biases and what pruning left towards SOURCE"
+    )
     parser.add_argument("--seed", type=non_negative_integer, default=0, metavar="S", help="of random numbers (0)")
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="torch device (cpu)")
     parser.add_argument(

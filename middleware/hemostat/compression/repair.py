@@ -253,12 +253,11 @@ def pruned_weights(copy: Copy, checkpoint: Checkpoint) -> list[str]:
 
 
 def _is_pruned(weight: torch.Tensor) -> bool:
-    if not PRUNED <= float((weight == 0).float().mean()) < 1.0:
-        return False
     left = weight[weight != 0].abs()
-    run = min(_RUN, len(left))
-    runs = left[: len(left) // run * run].reshape(-1, run)[:_RUNS].sort(-1).values
-    return run < _RUN or 1.0 + float((runs.diff(dim=-1) != 0).float().sum(-1).mean()) >= _DISTINCT
+    if not 0 < len(left) <= (1.0 - PRUNED) * weight.numel():
+        return False
+    runs = left[: len(left) // _RUN * _RUN].reshape(-1, _RUN)[:_RUNS].sort(-1).values
+    return not len(runs) or 1.0 + float((runs.diff(dim=-1) != 0).float().sum(-1).mean()) >= _DISTINCT
 
 
 def write_repaired(compressed: Path, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
