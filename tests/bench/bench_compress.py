@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--learn", type=int, default=120, help="texts to calibrate on")
     parser.add_argument("--heldout", type=int, default=150, help="texts to judge on")
     parser.add_argument("--live", type=int, default=480, help="texts that a checkpoint writes to be trained on")
-    parser.add_argument("--judge", choices=list(Domain), default=Domain.OPEN, help="prompts to judge on")
+    parser.add_argument("--judge", choices=[str(d) for d in Domain], default="open", help="prompts to judge on")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints once they are measured")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
