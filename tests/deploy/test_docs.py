@@ -298,21 +298,12 @@ def test_every_page_of_the_documentation_is_linked_from_the_index() -> None:
     assert {link.partition("#")[0] for link in links(DOCS / "index.md")} >= pages - {"index.md"}
 
 
-def words(path: Path) -> int:
-    """Of a page, without the bars of its tables."""
-    return len(re.findall(r"\S*\w\S*", path.read_text()))
-
-
-def test_the_guides_are_short() -> None:
-    """Outside of the generated reference; the laboratory notes are not among the pages of the site."""
-    assert sum(map(words, DOCS.glob("*.md"))) <= 25_000
-    assert words(DOCS / "results.md") <= 4000
+def test_the_laboratory_notes_are_not_among_the_pages_of_the_site() -> None:
     assert "not_in_nav: /docs/lab/" in (ROOT / "mkdocs.yml").read_text()
 
 
-def test_the_readme_is_short_and_shows_the_two_commands_and_the_console() -> None:
+def test_the_readme_shows_the_two_commands_and_the_console() -> None:
     text = (ROOT / "README.md").read_text()
-    assert len(text.split()) <= 700
     assert max(map(len, text.splitlines())) <= 120
     assert re.search(r"^make demo\b", text, re.MULTILINE)
     assert re.search(r"^make test\b", text, re.MULTILINE)
