@@ -13,22 +13,23 @@ class ControlSettings(Section):
     """How relays and control processes on different machines find and trust each other."""
 
     addresses: list[HostPort] = Field(default=[], max_length=16)
-    """For `hemostat relay`: `host:port` of every control process; a name stands for all of its addresses."""
+    """For `hemostat relay`: `host:port` of every control process. A name stands for all of its addresses."""
     listen: HostPort | None = None
-    """For `hemostat control`, and `hemostat serve` if set: `host:port` that relays on other machines connect to."""
+    """The address `host:port` that relays on other machines connect to. `hemostat control` needs it; `hemostat serve`
+    listens there, too, if it is set."""
     token: Secret | None = None
-    """The relay token, the same on both sides. Whoever has it gets the policy, and its reports of what clients got are
-    accepted."""
+    """The relay token, which is the same on both sides. Whoever has it gets the policy, and Hemostat accepts its
+    reports of what clients got."""
     token_file: ExistingFile | None = None
-    """A file with the token alone, in place of `token`; read at the start and at SIGHUP."""
+    """A file that contains the token and nothing else, in place of `token`. It is read at the start and at SIGHUP."""
     ca: ExistingFile | None = None
-    """For relays: PEM file of the authority that signs the control processes' certificates. none: no TLS, only
-    loopback."""
+    """For relays: a PEM file of the authority that signs the control processes' certificates. With none there is no
+    TLS, and only loopback addresses are allowed."""
     cert: ExistingFile | None = None
-    """For control processes: PEM file of the certificate, which names the host of `addresses`. none: no TLS, only
-    loopback. Read at the start and at SIGHUP."""
+    """For control processes: a PEM file of the certificate, which names the host of `addresses`. With none there is no
+    TLS, and only loopback addresses are allowed. It is read at the start and at SIGHUP."""
     key: ExistingFile | None = None
-    """PEM file of the certificate's key. Read at the start and at SIGHUP."""
+    """A PEM file of the certificate's key. It is read at the start and at SIGHUP."""
 
     @model_validator(mode="after")
     def _secured(self) -> ControlSettings:

@@ -11,23 +11,23 @@ from hemostat.config.fields import Section, ServerUrl, yaml_off
 from hemostat.config.text import short_repr
 
 EXPORTER = "opentelemetry-exporter-otlp-proto-http"
-"""The distribution that sends traces; it brings the rest of `hemostat[tracing]`."""
+"""The distribution that sends traces. It brings everything else of `hemostat[tracing]`."""
 
 
 class Log(Section):
     """The log, on standard error, and the access log."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least severe lines that are written."""
+    """The least severe lines that are written."""
     format: Literal["text", "json"] = "text"
-    """json: one object for each line."""
+    """The format of the lines. With json each line is one object."""
     requests: bool = False
-    """One additional line for each generation: ids and outcomes, never prompts or answers."""
+    """If it is true, one more line is written for each generation: ids and outcomes, never prompts or answers."""
     access: Annotated[str, BeforeValidator(yaml_off)] = "off"
-    """The access log: off, stdout or a path. One line for each request on the data port, refused ones included, in the
-    form of `format`."""
+    """The access log: off, stdout or a path. It has one line for each request on the data port, refused ones included,
+    in the format that `format` names."""
     access_clients: bool = False
-    """The access log has the clients' addresses."""
+    """If it is true, the access log has the clients' addresses."""
 
     @field_validator("access")
     @classmethod
@@ -43,12 +43,12 @@ class Log(Section):
 
 
 class Tracing(Section):
-    """OpenTelemetry; needs the extra `hemostat[tracing]`."""
+    """OpenTelemetry. It needs the extra `hemostat[tracing]`."""
 
     endpoint: ServerUrl | None = None
-    """An OTLP/HTTP receiver, like `http://collector:4318`. none: no traces."""
+    """An OTLP/HTTP receiver, like `http://collector:4318`. With none there are no traces."""
     ratio: float = Field(default=0.05, ge=0, le=1)
-    """Fraction of the traces started by Hemostat that is sampled; a client's own decision is kept."""
+    """The fraction of the traces started by Hemostat that is sampled. A client's own decision is kept."""
 
     @field_validator("endpoint")
     @classmethod

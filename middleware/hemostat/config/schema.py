@@ -1,8 +1,7 @@
-"""The sections of the configuration: keys, types, defaults, and what must fit together.
+"""The sections of the configuration: their keys, types and defaults, and the checks of what fits together.
 
-The text below a field is that of docs/reference/settings.md, which `make docs` writes. A `ClassVar` is no setting: a
-constant of the section, with the reason why it need not be set.
-"""
+`make docs` writes the text below a field into docs/reference/settings.md. A `ClassVar` is not a setting: it is a
+constant of the section, with the reason why nobody has to set it."""
 
 from __future__ import annotations
 
@@ -52,8 +51,8 @@ from hemostat_calibration.messages import shown_address
 MAX_LABELS = 32
 MAX_ENGINES = 64
 MAX_MODELS = 16
-"""Served models with a reference of their own. With backend transformers each different one is a process and holds its
-weights in memory, from when its model is first seen on the server."""
+"""The largest number of served models with references of their own. With backend transformers each different reference
+is a process. It holds its weights in memory from the moment when its model is first seen on the server."""
 
 _LABEL = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -62,36 +61,37 @@ class Listen(Section):
     """The data port, which clients use."""
 
     host: Host = "0.0.0.0"  # noqa: S104  the proxy is what clients talk to
-    """Address that it listens on."""
+    """The address that the data port listens on."""
     port: Port = 8080
-    """Its TCP port; 0: any free one."""
+    """The TCP port. 0 takes any free one."""
 
 
 class Admin(Section):
     """The admin port: metrics, health, console, JSON."""
 
     host: Host = "127.0.0.1"
-    """Address that it listens on. An address other than loopback requires `token`."""
+    """The address that the admin port listens on. An address other than loopback requires `token`."""
     port: Port = 8081
-    """Its TCP port; 0: any free one."""
+    """The TCP port. 0 takes any free one."""
     token: Secret | None = None
-    """The admin token, which every request that changes state has to send. none: such requests are refused."""
+    """The admin token. Every request that changes state has to send it. If it is none, such requests are refused."""
     token_file: ExistingFile | None = None
-    """A file with the token alone, in place of `token`; read at the start and at SIGHUP."""
+    """A file that contains the token and nothing else, in place of `token`. It is read at the start and at SIGHUP."""
     engine_token: Secret | None = None
-    """The token of the plugin in vLLM, which can report and fetch profiles with it, and nothing else. none: the plugin
-    needs `token`."""
+    """The token of the plugin in vLLM. The plugin can report and fetch profiles with it, and do nothing else. If it is
+    none, the plugin needs `token`."""
     engine_token_file: ExistingFile | None = None
-    """A file with the engine token alone, in place of `engine_token`; read at the start and at SIGHUP."""
+    """A file that contains the engine token and nothing else, in place of `engine_token`. It is read at the start and
+    at SIGHUP."""
     metrics_need_token: bool = False
-    """`/metrics` requires the token, too."""
+    """If it is true, `/metrics` requires the admin token, too."""
     allowed_hosts: list[Host] = Field(default=[], max_length=64)
-    """Host names under which the port may be requested, besides IP addresses and localhost. Empty: on loopback no
-    others (against DNS rebinding), elsewhere any."""
+    """The host names under which the port may be requested, in addition to IP addresses and localhost. If the list is
+    empty, no other name is accepted on loopback (against DNS rebinding), and any name elsewhere."""
 
     @property
     def names(self) -> list[str] | None:
-        """The accepted host names; None: all."""
+        """The accepted host names. None means all."""
         return self.allowed_hosts if self.allowed_hosts or is_loopback(self.host) else None
 
 
@@ -99,45 +99,49 @@ class Upstream(Section):
     """The vLLM server, or several engines, with the compressed model. Exactly one of `url` and `urls` is required."""
 
     url: EnginesUrl | None = None
-    """`http(s)://host:port`, or `dns+http(s)://name:port`: an engine at each address of the name."""
+    """The address of the server: `http(s)://host:port`. With `dns+http(s)://name:port` there is an engine at each
+    address of the name."""
     urls: list[ServerUrl] = Field(default=[], max_length=MAX_ENGINES)
-    """In place of `url`: several engines that serve the same models, all by http or all by https."""
+    """The addresses of several engines that serve the same models, in place of `url`. All of them use http, or all of
+    them https."""
     api_key: Secret | None = None
-    """API key that Hemostat sends for a client without an Authorization header, and with its own probes."""
+    """The API key that Hemostat sends with its own probes, and for a client that sends no Authorization header."""
     api_key_file: ExistingFile | None = None
-    """A file with the key alone, in place of `api_key`; read at the start and at SIGHUP."""
+    """A file that contains the key and nothing else, in place of `api_key`. It is read at the start and at SIGHUP."""
     max_connections: int = Field(default=512, ge=1, le=65536)
-    """Connections of each relay process to each engine."""
+    """The largest number of connections from each relay process to each engine."""
     affinity: bool = True
-    """Requests of a conversation go to one engine, whose prefix cache has its beginning. false: the engine of a sampled
-    request is drawn at random, and the outlier engine is tested for."""
+    """If it is true, all requests of a conversation go to one engine, whose prefix cache has the beginning of the
+    conversation. If it is false, the engine of a sampled request is drawn at random, and Hemostat tests whether one
+    engine is an outlier."""
     ca: ExistingFile | None = None
-    """PEM file of the authority that signed the upstream's certificate."""
+    """A PEM file of the authority that signed the upstream's certificate."""
     openai_sampling_defaults: bool = False
-    """Set it to true where vLLM runs with `--generation-config vllm`, or the model's generation_config.json sets no
-    sampling parameter. Otherwise the sampling parameters of a request are known only where it sets them all, and other
-    requests do not count for the estimate without truncation bias."""
+    """Set this to true if vLLM runs with `--generation-config vllm`, or if the model's generation_config.json sets no
+    sampling parameter. Otherwise Hemostat knows the sampling parameters of a request only if the request sets all of
+    them. Other requests do not count for the estimate without truncation bias."""
     allow_adapter_routes: bool = False
-    """Relay requests that load and unload LoRA adapters (`/v1/load_lora_adapter`, `/v1/unload_lora_adapter`,
-    `/adapters`); otherwise they are answered with 403."""
+    """If it is true, requests that load and unload LoRA adapters are relayed (`/v1/load_lora_adapter`,
+    `/v1/unload_lora_adapter`, `/adapters`). Otherwise they are answered with 403."""
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Of the engines, as configured."""
+        """The addresses of the engines, as they are configured."""
         return (self.url,) if self.url is not None else tuple(self.urls)
 
     @property
     def servers(self) -> tuple[str, ...]:
-        """The same for requests of Hemostat's own; a name that stands for several engines reaches any of them."""
+        """The addresses for requests of Hemostat's own. A name that stands for several engines reaches any one of
+        them."""
         return tuple(address.removeprefix("dns+") for address in self.addresses)
 
     @property
     def resolves(self) -> bool:
-        """The engines are the addresses of a name."""
+        """True if the engines are the addresses of a name."""
         return self.url is not None and self.url.startswith("dns+")
 
     def at(self, server: str) -> Upstream:
-        """The same with one of `servers` alone."""
+        """Returns the same section with one of `servers` alone."""
         return self.model_copy(update={"url": server, "urls": []})
 
     @model_validator(mode="after")
@@ -152,60 +156,64 @@ class Upstream(Section):
 
 
 class ModelReference(Section):
-    """The reference of one served model; a string alone is its `model`."""
+    """The reference of one served model. A string alone is its `model`."""
 
     model: str = Field(min_length=1)
-    """As `reference.model`."""
+    """The reference, as in `reference.model`."""
     url: ServerUrl | None = None
-    """vllm: its server, in place of `reference.url`. `reference.api_key` is sent to it, too."""
+    """With backend vllm: the server of this reference, in place of `reference.url`. `reference.api_key` is sent to it,
+    too."""
     device: Device | None = None
-    """Its device, in place of `reference.device`."""
+    """The device of this reference, in place of `reference.device`."""
     folder: Path | None = None
-    """vllm: its folder, in place of `reference.folder`."""
+    """With backend vllm: the folder of this reference's checkpoint, in place of `reference.folder`."""
 
 
 class Reference(Section):
     """The uncompressed models."""
 
     backend: Backend = "none"
-    """transformers: in a process of Hemostat's, over the full vocabulary. vllm: another server; full vocabulary if it
-    is a pooling server, else lists of ids. none: nothing is measured, Hemostat is a relay only."""
+    """How the reference is computed. With transformers it runs in a process of Hemostat's and gives the full
+    vocabulary. With vllm it is another server, which gives the full vocabulary if it is a pooling server, and lists of
+    ids otherwise. With none nothing is measured, and Hemostat is a relay only."""
     model: str | None = Field(default=None, min_length=1)
-    """The reference of the upstream's first base model. transformers: a folder or a hub name, required. vllm: the
-    served name (none: the server's first)."""
+    """The reference of the upstream's first base model. With transformers it is a folder or a hub name, and is
+    required. With vllm it is the served name; none means the server's first one."""
     models: dict[ModelName, Annotated[ModelReference, BeforeValidator(text_is_model)]] = Field(
         default={}, max_length=MAX_MODELS
     )
-    """In place of `model`, for a server with several base models: served name → reference. A base model that is not
-    named is neither scored nor treated."""
+    """The references of a server with several base models, in place of `model`: served name → reference. A base model
+    that is not named is neither scored nor treated."""
     url: ServerUrl | None = None
-    """vllm: address of the reference's server, required."""
+    """With backend vllm: the address of the reference's server, which is required."""
     api_key: Secret | None = None
-    """vllm: API key that is sent to the reference's server."""
+    """With backend vllm: the API key that is sent to the reference's server."""
     api_key_file: ExistingFile | None = None
-    """A file with the key alone, in place of `api_key`; read at the start and at SIGHUP."""
+    """A file that contains the key and nothing else, in place of `api_key`. It is read at the start and at SIGHUP."""
     folder: Path | None = None
-    """vllm: folder of the reference's checkpoint (config.json and safetensors), or a hub cache that has it; only the
-    output embedding is read. Hidden states of a pooling server need it. none: the path that the server names, where it
-    exists on this machine. It may appear after the start."""
+    """With backend vllm: the folder of the reference's checkpoint (config.json and safetensors), or a hub cache that
+    has it. Only the output embedding is read. The hidden states of a pooling server need it. If it is none, Hemostat
+    uses the path that the server names, provided that it exists on this machine. The folder may appear after the
+    start."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """transformers: type of the weights; auto: that of the checkpoint."""
+    """With backend transformers: the type of the weights. auto takes the type of the checkpoint."""
     device: Device = "cpu"
-    """Torch device. transformers: of the model. vllm: of the products of hidden states with the output embedding."""
+    """The torch device. With transformers the model is on it. With vllm it computes the products of hidden states and
+    the output embedding."""
     threads: int | None = Field(default=None, ge=1, le=1024)
-    """CPU threads of each process that computes for a reference. none: half of the cores."""
+    """The number of CPU threads of each process that computes for a reference. none takes half of the cores."""
 
 
 class Reasoning(Section):
     """How the thinking of a reasoning model is recognized: by the ids of its start and end markers."""
 
     parser: str = "auto"
-    """vLLM's `--reasoning-parser`, whose markers the server's tokenizer turns into ids. auto: markers that are single
-    tokens of the vocabulary. none: thinking is not distinguished. `hemostat check` prints the markers."""
+    """vLLM's `--reasoning-parser`, whose markers the server's tokenizer turns into ids. auto takes markers that are
+    single tokens of the vocabulary. With none, thinking is not distinguished. `hemostat check` prints the markers."""
     start: list[TokenId] = Field(default=[], max_length=32)
-    """Ids of the start marker, in place of those of `parser`."""
+    """The ids of the start marker, in place of the marker of `parser`."""
     end: list[TokenId] = Field(default=[], max_length=32)
-    """Ids of the end marker; required with `start`."""
+    """The ids of the end marker. They are required with `start`."""
 
     @field_validator("parser")
     @classmethod
@@ -226,93 +234,99 @@ class Shadow(Section):
     """Which requests are measured, and the limits of what that may cost."""
 
     rate: float = Field(default=0.05, ge=0, le=1)
-    """Largest fraction of the requests that is sampled, drawn at random. Relays sample less where the reference cannot
-    score as many. No client can influence which ones."""
+    """The largest fraction of the requests that is sampled. They are drawn at random, and no client can influence
+    which ones. Relays sample less if the reference cannot score as many."""
     allow_on: bool = False
-    """Clients may have a request sampled with `X-Hemostat-Shadow: on`."""
+    """If it is true, clients may have a request sampled with `X-Hemostat-Shadow: on`."""
     max_queue: ClassVar[int] = 256
-    """Captures that may wait for the reference. A longer queue only makes figures older: what the reference cannot
-    score on average is dropped in any case."""
+    """The number of captures that may wait for the reference. A longer queue would only make figures older: captures
+    beyond what the reference can score on average are dropped in any case."""
     max_tokens: int = Field(default=4096, ge=2, le=1_000_000)
-    """Longest prompt and output, together, that is scored; longer requests are skipped."""
+    """The largest number of tokens, prompt and output together, that is scored. Longer requests are skipped."""
     max_scored_tokens: int | None = Field(default=None, ge=16, le=1_000_000)
-    """Of a longer output only this many last tokens are scored, and count only by position, context and phase; the
-    reference still reads the tokens before them. none: whole outputs are scored."""
+    """The number of last tokens that are scored of a longer output. They count only by position, context and phase.
+    The reference still reads the tokens before them. With none, whole outputs are scored."""
     reference_tokens_per_second: float = Field(default=0.0, ge=0)
-    """Token budget of the reference, prompts included. 0: no limit."""
+    """The token budget of the reference, prompts included. 0 means no limit."""
     top_k: int = Field(default=20, ge=2, le=1000)
-    """Number of logprobs that vLLM is asked for at each position; at most its `--max-logprobs`. From a list of one id
-    estimates would be biased, because its last place is for an emitted token that is not among the likeliest."""
+    """The number of logprobs that vLLM is asked for at each position. It is at most the server's `--max-logprobs`. A
+    list of one id would give biased estimates, because its last place is for an emitted token that is not among the
+    likeliest ones."""
     floor_fraction: float = Field(default=0.02, ge=0, le=1)
-    """Fraction of the scored requests that each model also scores against itself, to measure the noise floor. Each
-    costs the compressed model's server a prefill of its tokens. 0: it prefills none, nor those of which a response can
-    name only the ids."""
+    """The fraction of the scored requests that each model also scores against itself, which measures the noise floor.
+    Each of them costs the compressed model's server a prefill of its tokens. With 0 the server prefills none of them,
+    and also none of the responses that can name only ids."""
 
 
 class Calibration(Section):
     """Learning and serving of decoding profiles."""
 
     mode: Mode = "observe"
-    """off. observe: learn, judge, and report which profile would serve. auto: also serve profiles that are proven."""
+    """With off, nothing is learned. With observe, Hemostat learns, judges, and reports which profile would serve. With
+    auto, it also serves profiles that are proven."""
     control_fraction: Fraction = 0.1
-    """Fraction of the conversations that never gets a profile: the control arm."""
+    """The fraction of the conversations that never gets a profile: the control arm."""
     held_out_fraction: Fraction = 0.3
-    """Fraction of the prompts that judges profiles and that none is learned from."""
+    """The fraction of the prompts that judges profiles. No profile is learned from them."""
     scope: Literal["pooled", "label", "route", "model"] = "pooled"
-    """Learn profiles also for each label, route or model (a LoRA adapter is a model) separately, in addition to those
-    of all traffic. What serves is decided by kind of traffic in any case."""
+    """Learn profiles also for each label, route or model separately, in addition to the profiles of all traffic. A
+    LoRA adapter counts as a model. In any case each kind of traffic decides for itself which profile serves."""
     clamp_nats: float = Field(default=1.0, gt=0, le=20)
-    """Largest change of a logit. A smaller one allows less gain, and needs fewer held-out requests to prove it."""
+    """The largest change of a logit. A smaller one allows less gain, and needs fewer held-out requests to prove it."""
     clamp_kl_nats: ClassVar[float] = 2.0
-    """Largest KL divergence from identity that a profile may cause in one token's distribution (to second order, for a
-    contextual profile): with `clamp_nats` of 2 or less, that binds first."""
+    """The largest KL divergence from identity that a profile may cause in the distribution of one token (to second
+    order, for a contextual profile). If `clamp_nats` is 2 or less, that limit is reached first."""
     alpha: Fraction = 0.05
-    """Probability of ever promoting a profile that does not help, over the lifetime of the store."""
+    """The probability that a profile that does not help is ever promoted, over the lifetime of the store."""
     min_tokens: int = Field(default=20_000, ge=1)
-    """Tokens that are learned from before a profile is proposed."""
+    """The number of tokens that are learned from before a profile is proposed."""
     anchors: int = Field(default=512, ge=8, le=4096)
-    """Number of ids whose logits a contextual profile reads. With at least 16 more than the hidden state is wide, the
-    compressed model's whole distribution is recovered from them."""
+    """The number of ids whose logits a contextual profile reads. With at least 16 more than the width of the hidden
+    state, the compressed model's whole distribution is recovered from them."""
     rank: ClassVar[int] = 192
-    """Largest rank of a contextual profile, whose size is about 2 bytes × rank × vocabulary: a smaller one is chosen
-    where it does better, and 256 gained 0.1 points more."""
+    """The largest rank of a contextual profile. Its size is about 2 bytes × rank × vocabulary. A smaller rank is
+    chosen if it does better. Rank 256 gained 0.1 points more than rank 192."""
     half_life_tokens: ClassVar[float | None] = 2_000_000
-    """Number of learned tokens after which a token has half its weight; None: no decay. A hundred times what a profile
-    is learned from at first: slow changes are followed, and nothing is forgotten before it is used."""
+    """The number of learned tokens after which a token has half its weight. None means no decay. This is a hundred
+    times the number of tokens that the first profile is learned from: slow changes are followed, and nothing is
+    forgotten before it is used."""
     recent_tokens: ClassVar[int] = 65_536
-    """Number of the most recent tokens that are kept in memory, for fits that need more than sums; each takes 2 bytes ×
-    (anchors + width of the hidden state): 0.6 GB at a width of 4,096."""
+    """The number of the most recent tokens that are kept in memory, for fits that need more than sums. Each takes 2
+    bytes × (anchors + width of the hidden state), which is 0.6 GB at a width of 4,096."""
     stored_learner_mib: ClassVar[int] = 64
-    """Most MiB of the store for what the contextual learner knows, from which it goes on after a restart: its sums,
-    which fit up to a width of 4,096, then its newest tokens as far as they fit."""
+    """The largest part of the store, in MiB, for what the contextual learner knows. It continues from this after a
+    restart: first from its sums, which fit up to a width of 4,096, then from as many of its newest tokens as fit."""
     apply: Literal["engine", "request"] = "engine"
-    """engine: by the plugin in vLLM. request: without the plugin, by `logit_bias` (and `temperature`, where the
-    server's default is known to be 1), on requests in which the client sets neither."""
+    """With engine, the plugin in vLLM applies profiles. With request, Hemostat applies them without the plugin, by
+    `logit_bias` (and `temperature`, if the server's default is known to be 1), on requests in which the client sets
+    neither."""
     treat_unjudged: bool = False
-    """Requests that cannot be scored may get a profile, too, though nothing would show that it harms them."""
+    """If it is true, requests that cannot be scored may get a profile, too. Nothing would show if the profile harmed
+    them."""
     model: ModelName | None = None
-    """The served base model that profiles are learned and served for; all others are only measured. none: the first
-    one that is matched with its reference."""
+    """The served base model that profiles are learned and served for. All other models are only measured. With none,
+    it is the first model that is matched with its reference."""
     force: ExistingFile | None = None
-    """A profile's file that is applied to every request, without evidence: for tests."""
+    """The file of a profile that is applied to every request, without evidence. It is meant for tests."""
 
 
 class Evidence(Section):
     """What counts as evidence for and against a profile."""
 
     client_header: Annotated[str, AfterValidator(header_name)] = "authorization"
-    """The header that names a client. Choose one that clients cannot set freely: the API key where something checks it,
-    or a header that a gateway adds. Where a test has four clients or more, each contributes at most a quarter of it."""
+    """The header that names a client. Choose one that clients cannot set freely: the API key, if something checks it,
+    or a header that a gateway adds. If a test has four clients or more, each contributes at most a quarter of it."""
     kinds: int = Field(default=24, ge=1, le=100)
-    """Number of kinds of traffic with evidence and a profile of their own; all other kinds are pooled as `rest`."""
+    """The number of kinds of traffic that have evidence and a profile of their own. All other kinds are pooled as
+    `rest`."""
     cycle_hours: float = Field(default=24.0, ge=0.0, le=24.0 * 14)
-    """Length of the cycle of the traffic, such as day and night. Until this much time has been measured, it is not
-    known how much requests depend on each other: no baseline of the alarm is complete, and figures have an interval of
-    the hours measured so far only. Nothing is promoted before two cycles. 0 for a trial with prompts in random order.
-    """
+    """The length of the cycle of the traffic, such as day and night. Until this much time has been measured, Hemostat
+    does not know how much requests depend on each other: no baseline of the alarm is complete, and figures have an
+    interval for the measured hours only. Nothing is promoted before two cycles. Use 0 for a trial with prompts in
+    random order."""
     client_share: ClassVar[float] = 0.25
-    """Largest part of a test's units that one client may contribute, where at least four clients do: none of four can
-    then have more than its part."""
+    """The largest part of a test's units that one client may contribute, if at least four clients contribute. None of
+    four clients can then have more than its part."""
 
     @property
     def cycle_seconds(self) -> float:
@@ -320,43 +334,47 @@ class Evidence(Section):
 
 
 class Adapter(Section):
-    """Adapters that compensate the weights' error (family `adapter`): learned live, served by vLLM as LoRA."""
+    """Adapters that compensate the weights' error (family `adapter`). They are learned live, and vLLM serves them as
+    LoRA."""
 
     enabled: bool = False
-    """Whether adapters are learned and served."""
+    """If it is true, adapters are learned and served."""
     reference: Path | None = None
-    """Checkpoint folder of the uncompressed model. none: `reference.model`, where that is a folder on this machine."""
+    """The checkpoint folder of the uncompressed model. With none, it is `reference.model`, provided that this is a
+    folder on this machine."""
     compressed: Path | None = None
-    """Checkpoint folder of the compressed model. none: the path that the upstream names, where it exists on this
-    machine."""
+    """The checkpoint folder of the compressed model. With none, it is the path that the upstream names, provided that
+    it exists on this machine."""
     rank: int = Field(default=16, ge=1, le=512)
-    """Rank of every layer; with `shared_out`, the rank whose bytes are distributed."""
+    """The rank of every layer. With `shared_out` it is the rank whose bytes are distributed."""
     shared_out: bool = False
-    """Distribute the bytes to the layers where they gain most, up to 4 times `rank` (vLLM's `--max-lora-rank`)."""
+    """If it is true, the bytes are distributed to the layers that gain most, up to 4 times `rank` in one layer (vLLM's
+    `--max-lora-rank`)."""
     min_tokens: ClassVar[int] = 2_000
-    """Tokens of text, prompts included, from which the first adapter is made: it recovers most of what one from ten
-    times as many does, and better ones follow."""
+    """The number of tokens of text, prompts included, from which the first adapter is made. It recovers most of what
+    an adapter from ten times as many tokens does, and better ones follow."""
     max_tokens: int = Field(default=16_000, ge=100, le=1_000_000)
-    """Number of the newest tokens, prompts included, that are kept in memory for the next adapter."""
+    """The number of the newest tokens, prompts included, that are kept in memory for the next adapter."""
     memory_mib: int = Field(default=4_096, ge=64)
-    """Memory limit of the process that makes an adapter, MiB."""
+    """The memory limit, in MiB, of the process that makes an adapter."""
     distil: bool = False
-    """Train the adapter further on the reference's distributions; kept only where held-out texts improve."""
+    """If it is true, the adapter is trained further on the reference's distributions. The result is kept only if
+    held-out texts improve."""
     device: str = Field(default="cpu", min_length=1)
-    """Torch device of the process that makes an adapter, and of the copies of the models that judge adapters."""
+    """The torch device of the process that makes an adapter, and of the copies of the models that judge adapters."""
     folder: Path | None = None
-    """For engines without Hemostat's general plugin: a shared folder, at the same path here and for vLLM, from which
-    vLLM loads adapters."""
+    """A shared folder from which vLLM loads adapters, for engines without Hemostat's general plugin. It has the same
+    path here and for vLLM."""
 
 
 class StoreSettings(Section):
     """Where profiles, decisions and evidence are kept."""
 
     url: str = Field(default="memory://", repr=False)
-    """`memory://`, `sqlite:///path/hemostat.db`, or `postgresql://user:password@host:5432/database` with libpq's
-    options such as `?sslmode=verify-full`."""
+    """The address of the store: `memory://`, `sqlite:///path/hemostat.db`, or
+    `postgresql://user:password@host:5432/database` with libpq's options such as `?sslmode=verify-full`."""
     url_file: ExistingFile | None = None
-    """A file with the address alone, in place of `url`; read at the start and at SIGHUP."""
+    """A file that contains the address and nothing else, in place of `url`. It is read at the start and at SIGHUP."""
 
     @field_validator("url")
     @classmethod
@@ -373,59 +391,67 @@ class Records(Section):
     """Scored requests as JSON lines."""
 
     path: Path | None = None
-    """The file. **Token ids are text**, so none is written by default. On a full disk records are lost and counted, and
-    no half lines are left; writing is tried again after 1 s, then up to 60 s."""
+    """The file that scored requests are written to. **Token ids are text**, so none is written by default. If the disk
+    is full, records are lost and counted, and no half lines are left. Writing is tried again after 1 s, then up to 60
+    s."""
 
 
 class Limits(Section):
     """What clients may send, and how much of a relay process they may use."""
 
     buffered_bytes: int = Field(default=128 * 1024 * 1024, ge=1024 * 1024)
-    """Memory of one relay process for heads and bodies, for requests that wait for a connection, and (up to a quarter
-    of it) for copies that may have to be sent again. Beyond it requests of the client that holds most are answered with
-    503."""
+    """The memory of one relay process for heads and bodies, for requests that wait for a connection, and (up to a
+    quarter of it) for copies that may have to be sent again. Beyond it, requests of the client that holds most are
+    answered with 503."""
     connections: int = Field(default=16_384, ge=1, le=65_536)
-    """Connections of all clients to one relay process. Beyond it, connections that wait for a complete request are
-    closed: of the address that has most, the one that has waited longest; where there is none, a new connection gets
-    503. It is lowered to what `ulimit -n` allows: half of that, or what `upstream.max_connections` leaves."""
+    """The largest number of connections from all clients to one relay process. Beyond it, connections that wait for a
+    complete request are closed: among those of the address that has most, the one that has waited longest. If there is
+    none, a new connection gets 503. The number is lowered to what `ulimit -n` allows: half of it, or what
+    `upstream.max_connections` leaves."""
     connections_per_client: int = Field(default=8_192, ge=1, le=65_536)
-    """The same, of one address (IPv6: one /64 network). Behind a load balancer all clients have its address: set it to
-    the value of `connections` there."""
+    """The largest number of connections from one address (IPv6: one /64 network). Behind a load balancer all clients
+    have its address: set it to the value of `connections` there."""
 
 
 class Alarm(Section):
     """When the alarm fires."""
 
     budget_nats: float | None = Field(default=None, gt=0, lt=5)
-    """Allowed KL(reference‖compressed) above the noise floor, nats per token. none: no budget test."""
+    """The allowed KL(reference‖compressed) above the noise floor, in nats per token. With none there is no budget
+    test."""
     alpha: Fraction = 0.01
-    """Probability of a false alarm in a week, over all kinds of traffic and both tests."""
+    """The probability of a false alarm in a week, over all kinds of traffic and both tests."""
     baseline_requests: int | None = Field(default=150, ge=30, le=10_000)
-    """Number of the first requests of each kind of traffic that are its baseline for the change test; more where they
-    depend on each other. With fewer, more requests are needed to prove a change. none: no change test."""
+    """The number of the first requests of each kind of traffic that are its baseline for the change test. It takes
+    more if they depend on each other. With a smaller baseline, more requests are needed to prove a change. With none
+    there is no change test."""
     tolerance: ClassVar[float] = 1.25
-    """Factor by which the differences of the logits of a kind may grow or shrink without being a change: what different
-    traffic within a kind causes, less than what another scheme of quantization does (`make bench-guard`)."""
+    """The factor by which the differences of the logits of a kind may grow or shrink without being a change. Different
+    traffic within a kind causes as much, and another scheme of quantization causes more (`make bench-guard`)."""
     clear_after: ClassVar[int] = 30
-    """Consecutive requests without evidence of the change after which an alarm clears: the smallest baseline."""
+    """The number of consecutive requests without evidence of the change after which an alarm clears. It is the size of
+    the smallest baseline."""
     engine_alpha: ClassVar[float] = 0.01
-    """Probability that an engine is ever named an outlier although it is none, in addition to `alpha`: the same."""
+    """The probability that an engine is ever named an outlier although it is none, in addition to `alpha` and of the
+    same size."""
 
 
 class Canaries(Section):
-    """The same token sequences on every engine again, each hour: docs/engines.md#canaries."""
+    """The same token sequences are scored on every engine again, each hour: docs/engines.md#canaries."""
 
     enabled: bool = True
-    """A replay costs an engine about 4,700 tokens of prompts, one sequence at a time, in moments of low load."""
+    """If it is true, canaries are replayed. A replay costs an engine about 4,700 tokens of prompts, one sequence at a
+    time, in moments of low load."""
     file: ExistingFile | None = None
-    """Prompts in place of those that come with Hemostat: 16 to 100, one per line, as text or {"prompt": "..."}."""
+    """A file with prompts that replace Hemostat's own: 16 to 100 of them, one per line, as text or {"prompt": "..."}.
+    """
     tolerance_nats: float = Field(default=0.01, gt=0, lt=5)
-    """Distance of a sequence, the mean |difference of log-probabilities| of its tokens, that is no change: larger for
-    engines on different GPUs."""
+    """The distance of a sequence that is not a change yet. The distance is the mean |difference of log-probabilities|
+    of its tokens. Choose a larger one for engines on different GPUs."""
 
 
 class Settings(Section):
-    """The configuration of `hemostat serve`, `relay` and `control`; only `upstream.url` (or `urls`) has no default."""
+    """The configuration of `hemostat serve`, `relay` and `control`. Only `upstream.url` (or `urls`) has no default."""
 
     listen: Listen = Listen()
     admin: Admin = Admin()
@@ -438,18 +464,18 @@ class Settings(Section):
     evidence: Evidence = Evidence()
     adapter: Adapter = Adapter()
     labels: list[str] = Field(default=[], max_length=MAX_LABELS)
-    """Values that the header `X-Hemostat-Label` may have; figures are also given by label."""
+    """The values that the header `X-Hemostat-Label` may have. Figures are also given by label."""
     store: StoreSettings = StoreSettings()
     records: Records = Records()
     workers: int = Field(default=1, ge=1, le=256)
-    """Number of relay processes that serve; one more waits to replace one that ends."""
+    """The number of relay processes that serve. One more waits to replace a process that ends."""
     shutdown_seconds: float = Field(default=30.0, ge=0, le=3600)
-    """Longest drain after SIGTERM."""
+    """The longest time that requests in progress get to end after SIGTERM."""
     drain_seconds: float = Field(default=600.0, ge=0, le=86400)
-    """Longest drain of relays that were replaced, by a reload or an upgrade."""
+    """The longest time that requests in progress get to end in relays that were replaced by a reload or an upgrade."""
     run_dir: ExistingFolder | None = None
-    """Folder for Unix sockets, which only Hemostat's user may write to. A `hemostat serve` that is started with the
-    folder of a running one takes its place. none: a temporary folder."""
+    """A folder for Unix sockets, which only Hemostat's user may write to. A `hemostat serve` that is started with the
+    folder of a running one takes its place. With none it is a temporary folder."""
     limits: Limits = Limits()
     client_limits: ClientLimits = ClientLimits()
     alarm: Alarm = Alarm()
@@ -512,17 +538,18 @@ class Settings(Section):
             )
 
     def plain(self) -> dict[str, Any]:
-        """JSON-ready, with the secrets in clear: for Hemostat's own processes only. `model_validate` is the inverse."""
+        """Returns the settings JSON-ready, with the secrets in clear, for Hemostat's own processes only.
+        `model_validate` is the inverse."""
         plain: dict[str, Any] = _with_secrets(self)
         return plain
 
     def redacted(self) -> dict[str, Any]:
-        """JSON-ready, with masked secrets: for output."""
+        """Returns the settings JSON-ready, with masked secrets, for output."""
         return self.model_dump(mode="json")
 
 
 def _lacks_url(models: Mapping[str, ModelReference]) -> str:
-    """The first name whose reference has no address of its own; "" when all have one."""
+    """Returns the first name whose reference has no address of its own, or "" if all have one."""
     return next((name for name, model in models.items() if model.url is None), "")
 
 
@@ -540,7 +567,7 @@ def _with_secrets(value: object) -> Any:
 
 
 def section_at(key: Sequence[str | int]) -> type[Section]:
-    """The model at `key`, or the nearest one above it."""
+    """Returns the model at `key`, or the nearest one above it."""
     if tuple(key[:2]) == ("reference", "models") and len(key) > 2:
         return ModelReference
     section: type[Section] = Settings
@@ -561,5 +588,5 @@ def _leaves(section: type[Section], prefix: str = "") -> Iterator[tuple[str, obj
 
 
 LEAVES: dict[str, object] = dict(_leaves(Settings))
-"""Every key that holds a value -> its type."""
+"""Every key that holds a value, with its type."""
 SECTIONS = {leaf.partition(".")[0] for leaf in LEAVES if "." in leaf}
