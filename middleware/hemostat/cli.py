@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser(arguments: Sequence[str]) -> ArgumentParser:
     parser = Parser(
         prog="hemostat",
-        description="Measures live what compression costs a language model served by vLLM; calibrates its decoding.",
+        description="Measures live what compression costs a language model served by vLLM, and calibrates its "
+        "decoding.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"hemostat {__version__}")

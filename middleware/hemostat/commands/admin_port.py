@@ -23,7 +23,7 @@ def add_admin_options(parser: argparse.ArgumentParser) -> None:
         # For the engine plugin, the variable may name several (`a,b`, `dns+http://name`); any one will do.
         default=_of_one(os.environ.get("HEMOSTAT_ADMIN_URL") or DEFAULT_ADMIN),
         metavar="URL",
-        help=f"admin port (HEMOSTAT_ADMIN_URL; default {DEFAULT_ADMIN})",
+        help=f"Address of the admin port (HEMOSTAT_ADMIN_URL; default: {DEFAULT_ADMIN}).",
     )
     parser.add_argument("--token", metavar="TOKEN", help="admin.token (prefer HEMOSTAT_ADMIN_TOKEN)")
 

@@ -19,14 +19,14 @@ COMPRESSIONS = ("w4a16", "int3", "w8a8", *WITHOUT_DATA)
 EXIT_INTERRUPTED = 130
 
 SHORTHANDS = {
-    "upstream": ("upstream.url", "URL", "the vLLM server with the compressed model"),
-    "host": ("listen.host", "HOST", "address of the data port"),
-    "port": ("listen.port", "PORT", "data port"),
-    "admin-port": ("admin.port", "PORT", "admin port"),
-    "rate": ("shadow.rate", "FRACTION", "fraction of the requests that is measured"),
-    "mode": ("calibration.mode", "MODE", "off, observe or auto"),
-    "workers": ("workers", "N", "number of relay processes"),
-    "log-level": ("log.level", "LEVEL", "debug, info, warning or error"),
+    "upstream": ("upstream.url", "URL", "Address of the vLLM server with the compressed model"),
+    "host": ("listen.host", "HOST", "Address that the data port listens on"),
+    "port": ("listen.port", "PORT", "TCP port of the data port"),
+    "admin-port": ("admin.port", "PORT", "TCP port of the admin port"),
+    "rate": ("shadow.rate", "FRACTION", "Fraction of the requests that is measured"),
+    "mode": ("calibration.mode", "MODE", "Mode of the calibration: off, observe or auto"),
+    "workers": ("workers", "N", "Number of relay processes"),
+    "log-level": ("log.level", "LEVEL", "Level of the log: debug, info, warning or error"),
 }
 """Flag -> dotted key, placeholder, help."""
 
@@ -74,7 +74,9 @@ def number_from_zero(below: float, text: str) -> Callable[[str], float]:
 
 def add_overwrite(parser: argparse.ArgumentParser, destination: str) -> None:
     parser.add_argument(
-        "--overwrite", action="store_true", help=f"replace a result of Hemostat in {destination}; never other files"
+        "--overwrite",
+        action="store_true",
+        help=f"Replace a result of Hemostat in {destination}. Other files are never replaced.",
     )
 
 
@@ -85,10 +87,15 @@ def add_texts(parser: argparse.ArgumentParser, writer: str) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help=f'one prompt per line: text, {{"prompt": "..."}} or {{"messages": [...]}}; without a "completion", '
-        f"{writer} writes one (default: prompts that come with Hemostat)",
+        help=f'A file with one prompt per line: text, {{"prompt": "..."}} or {{"messages": [...]}}. If a line has no '
+        f'"completion", {writer} writes one (default: prompts that come with Hemostat).',
     )
-    texts.add_argument("--records", type=Path, metavar="FILE", help="texts that records.path wrote; generates nothing")
+    texts.add_argument(
+        "--records",
+        type=Path,
+        metavar="FILE",
+        help="A file with texts that records.path has written. Nothing is generated.",
+    )
 
 
 def add_settings(parser: argparse.ArgumentParser, *, file: bool = True) -> None:
@@ -96,18 +103,25 @@ def add_settings(parser: argparse.ArgumentParser, *, file: bool = True) -> None:
     parser.set_defaults(config=None)
     if file:
         parser.add_argument(
-            "--config", type=Path, metavar="FILE", help="YAML file (default: environment and flags only)"
+            "--config",
+            type=Path,
+            metavar="FILE",
+            help="YAML file with the configuration (default: environment and flags only).",
         )
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="any key, for example --set shadow.rate=0.1"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="Set any key of the configuration, for example --set shadow.rate=0.1.",
     )
     parser.add_argument(
         "--reference",
         metavar="MODEL",
-        help="the uncompressed model: a folder, a hub name, or the URL of a vLLM (reference.backend, .model, .url)",
+        help="The uncompressed model: a folder, a hub name, or the URL of a vLLM (reference.backend, .model, .url).",
     )
     for flag, (key, placeholder, text) in SHORTHANDS.items():
-        parser.add_argument(f"--{flag}", dest=key, metavar=placeholder, help=f"{text} ({key})")
+        parser.add_argument(f"--{flag}", dest=key, metavar=placeholder, help=f"{text} ({key}).")
 
 
 def load_settings(options: argparse.Namespace) -> Settings:

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-HELP = "score the same token sequences on a vLLM server again: has it changed?"
+HELP = "Score the same token sequences on a vLLM server again, and say if it has changed."
 EQUAL, CHANGED, COULD_NOT_TELL = 0, 1, 2
 TOLERANCE = 0.01
 """As `hemostat_calibration.canaries.TOLERANCE_NATS`, which numpy comes with."""
 KEY = "HEMOSTAT_UPSTREAM__API_KEY"
 ANSWER_SECONDS = 120.0
-SERVER = "URL[#NAME] of a vLLM server, and the served model or adapter (default: its first model)"
+SERVER = "URL[#NAME] of a vLLM server, and the name of the served model or adapter (default: its first model)."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--prompts",
             type=Path,
             metavar="FILE",
-            help='one prompt per line: text or {"prompt": "..."} (default: prompts that come with Hemostat)',
+            help='A file with one prompt per line: text or {"prompt": "..."} (default: prompts that come with '
+            "Hemostat).",
         )
 
     def tolerance(child: argparse.ArgumentParser) -> None:
@@ -55,24 +56,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             type=number_from_zero(100.0, "no distance in nats; give a number from 0 on, like 0.02"),
             default=TOLERANCE,
             metavar="NATS",
-            help=f"mean |difference of log-probabilities| of a sequence that is no change ({TOLERANCE})",
+            help="Mean |difference of log-probabilities| of a sequence that is not a change yet (default: "
+            f"{TOLERANCE}).",
         )
 
-    take = action("take", "have the server write and score a set of sequences, and store it", _take)
-    take.add_argument("file", type=Path, metavar="FILE", help="the set, to be written")
-    take.add_argument("--overwrite", action="store_true", help="replace FILE")
+    take = action("take", "Have the server write and score a set of sequences, and store it.", _take)
+    take.add_argument("file", type=Path, metavar="FILE", help="The file that the set is written to.")
+    take.add_argument("--overwrite", action="store_true", help="Replace FILE if it exists.")
     prompts(take)
-    replay = action("replay", "score a stored set again: exit code 0 equal, 1 changed, 2 could not tell", _replay)
-    replay.add_argument("file", type=Path, metavar="FILE", help="the set that take has written")
+    replay = action(
+        "replay",
+        "Score a stored set again. The exit code is 0 if the server is equal, 1 if it has changed, 2 if that is "
+        "unknown.",
+        _replay,
+    )
+    replay.add_argument("file", type=Path, metavar="FILE", help="The set that take has written.")
     tolerance(replay)
-    cause = action("cause", "say why a server differs from a stored set; exit codes as of replay", _cause)
-    cause.add_argument("file", type=Path, metavar="FILE", help="the set that take has written")
+    cause = action(
+        "cause", "Say why a server differs from a stored set. The exit codes are the same as with replay.", _cause
+    )
+    cause.add_argument("file", type=Path, metavar="FILE", help="The set that take has written.")
     cause.add_argument(
-        "others", nargs="*", metavar="URL", help="further servers of the same model: whether one alone has changed"
+        "others",
+        nargs="*",
+        metavar="URL",
+        help="Further servers of the same model, which show if one alone has changed.",
     )
     tolerance(cause)
-    compare = action("compare", "compare two servers on the same sequences; exit codes as of replay", _compare)
-    compare.add_argument("other", metavar="URL", help="the server that is compared with the first one")
+    compare = action(
+        "compare", "Compare two servers on the same sequences. The exit codes are the same as with replay.", _compare
+    )
+    compare.add_argument("other", metavar="URL", help="The server that is compared with the first one.")
     prompts(compare)
     tolerance(compare)
 

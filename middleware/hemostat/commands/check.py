@@ -6,13 +6,13 @@ import argparse
 
 from hemostat.commands.arguments import add_settings, load_settings
 
-HELP = "validate the configuration and probe both models"
+HELP = "Validate the configuration and probe both models."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
     parser.add_argument(
-        "--print-config", action="store_true", help="print the effective configuration with masked secrets, and exit"
+        "--print-config", action="store_true", help="Print the effective configuration with masked secrets, and exit."
     )
     parser.set_defaults(command=_run)
 

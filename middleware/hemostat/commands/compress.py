@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hemostat.commands.arguments import WITHOUT_DATA, add_overwrite, add_texts, non_negative_integer, positive_integer
 
-HELP = "quantize or prune a checkpoint"
+HELP = "Quantize or prune a checkpoint."
 PACKED = ("w4a16", "w4a16_gptq", "w8a16_gptq", "w4a16_awq", "w8a16", "w8a8", "fp8", "nvfp4", "mxfp4")
 DENSE = ("int2", "int3", "int5", "int6", "int7")
 SCHEMES = (*PACKED, *DENSE, "prune", *WITHOUT_DATA)
@@ -15,44 +15,64 @@ CALIBRATIONS = ("none", "clip", "clip_kl", "awq", "smooth", "gptq", "descent", "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder of a transformers checkpoint")
-    parser.add_argument("destination", type=Path, metavar="DEST", help="folder to write")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="Folder of a transformers checkpoint.")
+    parser.add_argument("destination", type=Path, metavar="DEST", help="Folder to write.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--scheme",
         choices=SCHEMES,
-        help="w4a16 to mxfp4: packed; intN: N bits, written dense; prune: --sparsity of the weights become 0; "
-        "pruneNN: NN %% by magnitude, without data",
+        help="Format of the result. w4a16 to mxfp4 are packed. intN has N bits and is written dense. With prune, the "
+        "fraction --sparsity of the weights becomes 0. pruneNN drops NN %% by magnitude, without data.",
     )
-    what.add_argument("--plan", type=Path, metavar="FILE", help="bits of each layer, as doctor --plan writes it")
     what.add_argument(
-        "--compressed", type=Path, metavar="DIR", help="repair this compressed copy of SOURCE, whatever made it"
+        "--plan", type=Path, metavar="FILE", help="A file with the bits of each layer, as doctor --plan writes it."
+    )
+    what.add_argument(
+        "--compressed",
+        type=Path,
+        metavar="DIR",
+        help="Repair this compressed copy of SOURCE, whatever program made it.",
     )
     parser.add_argument(
-        "--group-size", type=group_size, metavar="N", help="inputs that share a scale, or channel (64; w8a8: channel)"
+        "--group-size",
+        type=group_size,
+        metavar="N",
+        help="Number of inputs that share a scale, or channel (default: 64; for w8a8: channel).",
     )
     parser.add_argument(
         "--calibrate",
         choices=CALIBRATIONS,
-        help="how texts are used; none: rounding to nearest without texts (default: the best for the scheme)",
+        help="How texts are used. none rounds to nearest without texts (default: the best way for the scheme).",
     )
-    pruning = parser.add_argument_group("of --scheme prune")
-    pruning.add_argument("--sparsity", type=float, metavar="FRACTION", help="of the weights that become 0")
+    pruning = parser.add_argument_group("Options of --scheme prune")
+    pruning.add_argument("--sparsity", type=float, metavar="FRACTION", help="Fraction of the weights that becomes 0.")
     pruning.add_argument("--pattern", choices=("unstructured", "2:4", "rows"))
     add_texts(parser, "SOURCE")
     parser.add_argument(
-        "--tokens", type=positive_integer, default=16_000, metavar="N", help="at most N of them (16000)"
+        "--tokens",
+        type=positive_integer,
+        default=16_000,
+        metavar="N",
+        help="Use at most N tokens of text (default: 16000).",
     )
     parser.add_argument(
-        "--max-new-tokens", type=positive_integer, default=96, metavar="N", help="generated per prompt (96)"
+        "--max-new-tokens",
+        type=positive_integer,
+        default=96,
+        metavar="N",
+        help="Generate at most N tokens for each prompt (default: 96).",
     )
     parser.add_argument(
-        "--repair", action="store_true", help="then train norms, biases and what pruning left towards SOURCE"
+        "--repair",
+        action="store_true",
+        help="Afterwards, train norms, biases and the weights that pruning left towards SOURCE.",
     )
-    parser.add_argument("--seed", type=non_negative_integer, default=0, metavar="S", help="of random numbers (0)")
-    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="torch device (cpu)")
     parser.add_argument(
-        "--work", type=Path, metavar="DIR", help="keep finished work in this folder (default: until DEST is written)"
+        "--seed", type=non_negative_integer, default=0, metavar="S", help="Seed of the random numbers (default: 0)."
+    )
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="Torch device (default: cpu).")
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="Keep finished work in this folder (default: until DEST is written)."
     )
     add_overwrite(parser, "DEST")
     parser.set_defaults(command=_run)

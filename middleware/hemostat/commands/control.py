@@ -6,7 +6,7 @@ import argparse
 
 from hemostat.commands.arguments import add_settings, load_settings
 
-HELP = "run a control process whose relays are on other machines"
+HELP = "Run a control process whose relays are on other machines."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

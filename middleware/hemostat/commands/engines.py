@@ -11,15 +11,21 @@ from hemostat.commands.admin_port import add_admin_options, admin_json
 from hemostat.commands.arguments import UsageError
 from hemostat_calibration.messages import shown_address
 
-HELP = "show the engines behind a running hemostat serve; drain one, or end its drain"
+HELP = "Show the engines behind a running hemostat serve, drain one, or end its drain."
 COLUMNS = ("engine", "state", "in progress", "requests", "KL nats", "outlier", "profiles held")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_admin_options(parser)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--drain", metavar="NAME", help="host:port: it gets no new requests, and ends those that it has")
-    which.add_argument("--resume", metavar="NAME", help="host:port: it gets requests again")
+    which.add_argument(
+        "--drain",
+        metavar="NAME",
+        help="Drain the engine host:port: it gets no new requests, and finishes those in progress.",
+    )
+    which.add_argument(
+        "--resume", metavar="NAME", help="End the drain of the engine host:port: it gets requests again."
+    )
     parser.set_defaults(command=run)
 
 

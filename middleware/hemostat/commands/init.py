@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hemostat.commands.arguments import UsageError, add_settings
 
-HELP = "write hemostat.yaml for two models, with comments"
+HELP = "Write a commented hemostat.yaml for two models."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,9 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("hemostat.yaml"),
         metavar="FILE",
-        help="to write (default: hemostat.yaml)",
+        help="The file to write (default: hemostat.yaml).",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the file if there is one")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the file if it exists.")
     add_settings(parser, file=False)
     parser.set_defaults(command=_run)
 

@@ -12,11 +12,11 @@ from typing import Any
 from hemostat.commands.admin_port import add_admin_options, admin_json, admin_request
 from hemostat.commands.arguments import UsageError
 
-HELP = "show and control calibration profiles"
+HELP = "Show and control calibration profiles."
 MODES = ("off", "observe", "auto")
 WHOLE_VERSION = 32
 """Hex digits of a version; 8 or more of them are enough to name it."""
-VERSION_HELP = "version of a profile; its first 8 digits are enough"
+VERSION_HELP = "Version of a profile. Its first 8 digits are enough."
 PROFILE_MARKER = b'"clamp_nats"'
 """In the header of a profile's file."""
 PEFT_TENSOR = b".lora_A.weight"
@@ -32,36 +32,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         child.set_defaults(command=run)
         return child
 
-    action("list", "show all profiles", _profile_list)
-    action("show", "show one profile", _profile_show).add_argument("version", metavar="VERSION", help=VERSION_HELP)
-    export = action("export", "write a profile to a file", _profile_export)
+    action("list", "Show all profiles.", _profile_list)
+    action("show", "Show one profile.", _profile_show).add_argument("version", metavar="VERSION", help=VERSION_HELP)
+    export = action("export", "Write a profile to a file.", _profile_export)
     export.add_argument("version", metavar="VERSION", help=VERSION_HELP)
-    export.add_argument("file", type=Path, metavar="FILE", help="file to write")
-    imported = action("import", "import a profile from a file as a candidate", _profile_import)
-    imported.add_argument("file", type=Path, metavar="FILE", help="profile.safetensors, from export or hemostat adapt")
+    export.add_argument("file", type=Path, metavar="FILE", help="File to write.")
+    imported = action("import", "Import a profile from a file as a candidate.", _profile_import)
+    imported.add_argument(
+        "file", type=Path, metavar="FILE", help="The profile.safetensors that export or hemostat adapt has written."
+    )
     imported.add_argument(
         "--scope",
         metavar="NAME",
         default="",
-        help="test it only in the kinds of this label, route or model (calibration.scope)",
+        help="Test it only in the kinds of this label, route or model (calibration.scope).",
     )
     promote = action(
-        "promote", "serve a profile without statistical proof; it is monitored like any other", _profile_promote
+        "promote", "Serve a profile without statistical proof. It is monitored like any other.", _profile_promote
     )
     promote.add_argument("version", metavar="VERSION", help=VERSION_HELP)
-    promote.add_argument("--yes", action="store_true", help="do not ask for confirmation")
-    pin = action("pin", "serve a profile, whatever the evidence, until --off", _profile_pin)
+    promote.add_argument("--yes", action="store_true", help="Do not ask for confirmation.")
+    pin = action("pin", "Serve a profile, whatever the evidence, until --off.", _profile_pin)
     which = pin.add_mutually_exclusive_group(required=True)
     which.add_argument("version", metavar="VERSION", nargs="?", help=VERSION_HELP)
-    which.add_argument("--off", action="store_true", help="unpin: the profile continues to serve, and is judged again")
-    pin.add_argument("--yes", action="store_true", help="do not ask for confirmation")
-    rollback = action("rollback", "serve no profile until another one is promoted", _profile_rollback)
+    which.add_argument(
+        "--off", action="store_true", help="Unpin the profile: it continues to serve, and is judged again."
+    )
+    pin.add_argument("--yes", action="store_true", help="Do not ask for confirmation.")
+    rollback = action("rollback", "Serve no profile until another one is promoted.", _profile_rollback)
     release = action(
-        "release", "let profiles serve again where an outcome was harmed and identity is held", _profile_release
+        "release",
+        "Let profiles serve again in kinds that serve identity because an outcome was harmed.",
+        _profile_release,
     )
     for child in (promote, pin, rollback, release):
-        child.add_argument("--kind", metavar="KIND", help="only this kind of traffic (default: all); list shows them")
-    action("mode", "set calibration.mode", _profile_mode).add_argument("mode", choices=MODES)
+        child.add_argument(
+            "--kind", metavar="KIND", help="Only this kind of traffic (default: all). list shows the kinds."
+        )
+    action("mode", "Set calibration.mode.", _profile_mode).add_argument("mode", choices=MODES)
 
 
 def _profile_list(options: argparse.Namespace) -> int:

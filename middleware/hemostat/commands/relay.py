@@ -6,7 +6,7 @@ import argparse
 
 from hemostat.commands.arguments import add_settings, load_settings
 
-HELP = "run relays whose control process is on another machine"
+HELP = "Run relays whose control process is on another machine."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import argparse
 
 from hemostat.commands.arguments import add_settings, load_settings
 
-HELP = "run the proxy: relays and their control process"
+HELP = "Run the proxy: relays and their control process."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
