@@ -21,11 +21,12 @@ setup: ## create .venv with Hemostat, vLLM (CPU build), PyTorch and the tools
 demo: setup ## Hemostat in front of a real vLLM with a quantized model; ARGS="...": options of `hemostat demo`
 	@exec $(BIN)/hemostat demo $(ARGS)
 
-lint: setup ## run ruff, mypy (strict) and the import contracts
+lint: setup ## run ruff, mypy (strict), the import contracts and the check of the language
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python deploy/language.py
 
 # One thread per process: with more threads than processors, the threads wait for each other in every small
 # matrix product (a test of five seconds took two minutes). Three processes on two processors: a third of the time of
