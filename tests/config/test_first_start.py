@@ -7,12 +7,15 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
+from hypothesis import example, given, reject, settings
+from hypothesis import strategies as st
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.served import Served
 from tests.support.waiting import HANG_SECONDS
@@ -25,6 +28,7 @@ from hemostat.config.loading import load
 from hemostat.config.schema import Settings
 from hemostat.demo.vllm_server import free_port
 from hemostat.reference.probes import Finding
+from hemostat_calibration.errors import HemostatError
 
 MODELS = ["--upstream", "http://127.0.0.1:8000", "--reference", "http://127.0.0.1:8001"]
 
@@ -80,6 +84,69 @@ def test_a_file_of_init_is_what_serve_has_without_one(flags: list[str], tmp_path
     assert cli.main(["init", str(path), *flags]) == 0
     assert load(path, {}) == of_serve(*flags)
     assert "from-a-file" not in path.read_text()
+
+
+TEXTS = st.one_of(
+    st.text(min_size=1, max_size=60),
+    st.text("'\"#:,{}[]&*!|>%@` \t\n\\-?=~", min_size=1, max_size=30),
+    st.sampled_from(
+        ["1", "1.5", "1e3", "0x1f", "null", "~", "off", "yes", "2024-01-01", "<<", "=", "a #b", "- a", "x" * 200]
+    ),
+)
+"""Texts that YAML would read as something else, or that do not fit before a comment."""
+NAMES = st.text("abcXYZ019_.-", min_size=1, max_size=64)
+URLS = NAMES.map(lambda name: f"http://{name.strip('.-_') or 'v'}.models.svc:8000")
+FLAGS = {
+    "upstream.api_key": st.text([chr(n) for n in range(33, 127)], min_size=1, max_size=60),
+    "admin.token": st.text([chr(n) for n in range(33, 127)], min_size=1, max_size=60),
+    "reference.model": TEXTS,
+    "reference.models": st.dictionaries(TEXTS, TEXTS, max_size=3).map(
+        lambda models: ",".join(f"{name}={model}" for name, model in models.items())
+    ),
+    "calibration.mode": st.sampled_from(["off", "observe", "auto"]),
+    "calibration.alpha": st.floats(1e-9, 0.999).map(str),
+    "alarm.baseline_requests": st.sampled_from(["null", "30", "150"]),
+    "alarm.budget_nats": st.sampled_from(["null", "1e-05", "0.1"]),
+    "labels": st.lists(NAMES, max_size=4, unique=True).map(",".join),
+    "reasoning.end": st.lists(st.integers(0, 9), max_size=3).map(lambda ids: ",".join(map(str, ids))),
+    "store.url": TEXTS.map(lambda path: f"sqlite:////var/lib/{path}"),
+    "records.path": TEXTS,
+    "adapter.device": TEXTS,
+    "adapter.enabled": st.sampled_from(["yes", "no", "true", "0"]),
+    "log.access": TEXTS.map(lambda path: f"/{path}"),
+    "log.level": st.sampled_from(["INFO", "debug"]),
+    "tracing.ratio": st.floats(0, 1).map(str),
+    "workers": st.integers(1, 256).map(str),
+}
+
+
+@settings(max_examples=300, deadline=None)
+@given(values=st.fixed_dictionaries({"upstream.url": URLS}, optional=FLAGS))
+@example({"upstream.url": "http://vllm-compressed.models.svc:8000"})
+@example({"upstream.url": "http://v:8000", "store.url": "sqlite:////var/lib/hemostat/hemostat.db"})
+@example({"upstream.url": "http://v:8000", "admin.token": "t" * 40})
+@example({"upstream.url": "http://v:8000", "alarm.baseline_requests": "null"})
+@example({"upstream.url": "http://v:8000", "records.path": "/a\n b: 'c' # \udcff"})
+def test_check_reads_what_init_has_accepted(values: dict[str, str]) -> None:
+    reference = "" if "reference.models" in values else "http://10.0.0.7:8000"
+    flags = [flag for key, value in values.items() for flag in ("--set", f"{key}={value}")]
+    flags += ["--reference", reference] if reference else ["--set", "reference.backend=transformers"]
+    try:
+        expected = of_serve(*flags)
+    except HemostatError:
+        reject()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "hemostat.yaml")
+        assert cli.main(["init", str(path), *flags]) == 0
+        assert load(path, {}) == expected
+        for line in path.read_text().splitlines()[1:]:
+            assert re.match(r"#|\w+:|  \w+: ", line), "each setting is on a line of its own"
+
+
+def test_the_name_of_the_file_may_have_any_characters(tmp_path: Path) -> None:
+    path = tmp_path / "a\nb: 'c' # \udcff.yaml"
+    assert cli.main(["init", str(path), *MODELS]) == 0
+    assert load(path, {}) == of_serve(*MODELS)
 
 
 def test_tokens_are_random_and_stay_while_the_process_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,12 +241,12 @@ def test_only_tokens_that_were_made_here_are_printed(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(first_start, "check", nothing)
     command = ["serve", *MODELS]
-    settings, made = settings_with_tokens(_parser(command).parse_args(command))
+    configured, made = settings_with_tokens(_parser(command).parse_args(command))
     assert made == {"engine_token"}
-    assert settings.admin.engine_token is not None
-    said = introduce(settings, made)
+    assert configured.admin.engine_token is not None
+    said = introduce(configured, made)
     assert "token of the console: as you have set admin.token" in said
-    assert f"HEMOSTAT_ENGINE_TOKEN={settings.admin.engine_token.get_secret_value()}" in said
+    assert f"HEMOSTAT_ENGINE_TOKEN={configured.admin.engine_token.get_secret_value()}" in said
     command += ["--set", "admin.engine_token=of-a-flag"]
     monkeypatch.delenv("HEMOSTAT_ADMIN__ENGINE_TOKEN")
     said = introduce(*settings_with_tokens(_parser(command).parse_args(command)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from pathlib import Path
 
 from hemostat.commands.arguments import UsageError, add_settings
@@ -28,16 +29,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     from hemostat.commands.first_start import settings_with_tokens  # noqa: PLC0415
     from hemostat.config.rendering import render  # noqa: PLC0415
+    from hemostat.config.text import one_line  # noqa: PLC0415
 
     path: Path = options.file
     settings, _ = settings_with_tokens(options)
+    text = render(settings, str(path)).encode()
+    name = one_line(str(path))
     # An earlier file stays until this one is complete.
     written = path.with_name(f".{path.name}-{os.getpid()}") if options.overwrite else path
     try:
         # It has tokens: readable by its owner only.
-        with open(os.open(written, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        with open(os.open(written, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             try:
-                file.write(render(settings, str(path)))
+                file.write(text)
                 file.flush()
                 if options.overwrite:
                     written.replace(path)
@@ -48,5 +52,5 @@ def _run(options: argparse.Namespace) -> int:
         raise UsageError(f"{path} exists: give another name, or --overwrite") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
-    print(f"{path} is written; next: hemostat serve --config {path}")  # noqa: T201
+    print(f"{name} is written; next: hemostat serve --config {shlex.quote(name)}")  # noqa: T201
     return 0

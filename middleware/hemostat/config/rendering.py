@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 
 import yaml
 
 from hemostat.config.loading import SECRETS_IN_FILES
 from hemostat.config.schema import Settings
+from hemostat.config.text import one_line
 
 COMMENTS = {
     ("upstream", "url"): "vLLM with the compressed model",
@@ -25,12 +27,25 @@ COMMENTS = {
 default."""
 COMMENT_COLUMN = 42
 _DEFAULTS = Settings.model_validate({"upstream": {"url": "http://none"}}).plain()
+_DEFAULTS["upstream"]["url"] = None
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes every value on one line: a text with line ends or other unprintable characters gets escapes."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def render(settings: Settings, name: str) -> str:
-    """The text of the file. name: what it will be called."""
+    """Returns the text of the file, from which `load` makes equal settings. name: what the file will be called."""
     values = settings.plain()
-    lines = [f"# Start: hemostat serve --config {name}; try both models: hemostat check --config {name}"]
+    file = shlex.quote(one_line(name))
+    lines = [f"# Start: hemostat serve --config {file}; try both models: hemostat check --config {file}"]
     for section in dict.fromkeys([*(first for first, _ in COMMENTS), *values]):
         if not isinstance(_DEFAULTS[section], dict):
             if values[section] != _DEFAULTS[section]:
@@ -44,12 +59,14 @@ def _kept(section: str, values: dict[str, object]) -> Iterator[tuple[str, object
     for key, value in values.items():
         read_from_file = (section, key) in SECRETS_IN_FILES and values[f"{key}_file"] is not None
         changed = value != _DEFAULTS[section][key]
-        if value is not None and not read_from_file and (changed or (section, key) in COMMENTS):
+        # A null is written where the default is another value.
+        if not read_from_file and (changed or (value is not None and (section, key) in COMMENTS)):
             yield key, value
 
 
 def _line(key: tuple[str, ...], value: object) -> str:
     # Flow style: a mapping or a list on one line, too.
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6).removesuffix("...\n").strip()
-    line = f"{'  ' * (len(key) - 1)}{key[-1]}: {text}"
-    return f"{line:<{COMMENT_COLUMN}}# {COMMENTS[key]}" if key in COMMENTS else line
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**6, sort_keys=False)
+    line = f"{'  ' * (len(key) - 1)}{key[-1]}: {text.removesuffix(chr(10)).removesuffix(chr(10) + '...')}"
+    # YAML begins a comment only where a space is before the #.
+    return f"{line:<{COMMENT_COLUMN - 1}} # {COMMENTS[key]}" if key in COMMENTS else line
