@@ -1,15 +1,21 @@
 """What people notice of an answer, compared between the arms of one profile in one kind of traffic.
 
-A `Trial` belongs to one version of a profile in one kind. A unit is a conversation: its first complete answer in the
-kind. For each of `Outcome` a unit is bad or not; the test of `statistics.two_arms` says whether the treated units are
-bad more often than the control units, by more than `Settings.margin`. Mean lengths of the answers are compared by the
-intervals of `statistics.running_mean`.
+A `Trial` belongs to one version of a profile in one kind. A unit is a conversation: its first answer in the kind, also
+one that did not become complete. For each of `Outcome` a unit is bad or not; the test of `statistics.two_arms` says
+whether the treated units are bad more often than the control units, by more than `Settings.margin`. Mean lengths of the
+answers are compared by the intervals of `statistics.running_mean`.
 
 **Guarantee.** A profile that raises no outcome's rate by more than the margin, and changes the mean length by no more
 than the length margin, is found harmful in a kind with a probability of at most `Settings.alpha`, over all looks, all
 outcomes and all versions that ever serve in the kind: version number k spends alpha/(k(k+1)), in equal parts for each
 outcome and for the length. **Assumptions:** arms are assigned by conversation at random with a constant probability;
 rates are constant, or change alike in both arms (`two_arms`); whether a unit is counted does not depend on its outcome.
+
+**Answers that end early** are units for that reason. If only complete answers counted, a profile whose answers do not
+end would lose its bad units: clients give them up. Why a client gave up is not known, and some do for reasons of their
+own. Such reasons are alike in both arms, because these are randomized, so the difference of the arms is the profile's.
+All rates are shares of all conversations of an arm. If the other rates were shares of the complete answers, a profile
+that changes how many answers are given up would change which answers are judged.
 
 **No decision hangs on one client.** Clients are divided into GROUPS by their digest (salted, so a client cannot choose
 its group). Harm must be proven by all units and by the units without any one group: for a client that sends requests in
@@ -54,6 +60,8 @@ class Outcome(DescribedEnum):
     LOOP = "loop", "the answer ends in a repetition"
     CUT = "cut", "the answer ended at the length limit"
     EMPTY = "empty", "the answer has no text and no tool call"
+    GIVEN_UP = "given_up", "the client closed its connection before the answer was complete, as at a time limit"
+    BROKEN_OFF = "broken_off", "the answer ended without a finish reason: the engine or its connection failed meanwhile"
 
 
 LENGTH = "length"
@@ -84,7 +92,7 @@ class Settings:
 @dataclass(frozen=True, slots=True)
 class Unit:
     """One conversation's answer. client: digest, b"" where none is named. bad: of the outcomes that apply to the
-    request. tokens: of the output; None where it is not known."""
+    request. tokens: of the output, as far as the client got it; None where it is not known."""
 
     client: bytes
     treated: bool

@@ -52,6 +52,9 @@ class Comparison:
     """Digest; b"" where none is named."""
     json_in_words: bool
     """The prompt asks for JSON."""
+    streamed: bool
+    """The client has asked for a stream. An answer that is no stream is sent when it is complete, so a client that
+    gives it up has seen no token of it."""
     drawn: float
     """Of the conversation, in [0, 1), by chance: what is counted of the comparison is that of small numbers."""
 

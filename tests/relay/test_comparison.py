@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from tests.support.hooks import HookSequence, SpyHook
-from tests.support.relay import Request, answering, chat_json, post, relaying
+from tests.support.relay import Request, UpstreamConnection, answering, chat_json, post, relaying, reset
+from tests.support.waiting import HANG_SECONDS, until
 
 from hemostat.hooks import Comparison
 from hemostat.ipc.messages import OutcomeReport
@@ -18,7 +21,9 @@ from hemostat.relay.outcomes import OutcomeObserver
 
 PERSON = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
 FIND = {"type": "function", "function": {"name": "find", "parameters": PERSON}}
-COMPARISON = Comparison("chat json greedy", "v", True, b"c" * 16, b"k" * 8, json_in_words=True, drawn=0.25)
+COMPARISON = Comparison(
+    "chat json greedy", "v", True, b"c" * 16, b"k" * 8, json_in_words=True, streamed=False, drawn=0.25
+)
 
 
 def stream(*deltas: dict[str, Any], reason: str = "stop") -> bytes:
@@ -37,7 +42,7 @@ def bad(answer: bytes, *, streamed: bool = False, in_words: bool = False, **requ
     return observer.finish("treated", lambda *_: None).bad
 
 
-GOOD = {"loop": False, "cut": False, "empty": False}
+GOOD = {"loop": False, "cut": False, "empty": False, "given_up": False, "broken_off": False}
 
 
 def test_what_is_judged_of_any_answer() -> None:
@@ -145,6 +150,103 @@ async def test_an_error_is_no_outcome() -> None:
     hook = SpyHook(arm="treated", comparison=COMPARISON)
     reports, _, _ = await relayed(hook, answer(b"{}", b"500 Internal Server Error"))
     assert reports == []
+
+
+def head(content_type: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nTransfer-Encoding: chunked\r\n\r\n" % content_type
+
+
+def in_chunks(*pieces: bytes) -> bytes:
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+
+
+STREAMED = replace(COMPARISON, streamed=True)
+FIRST_TOKEN = head(b"text/event-stream") + in_chunks(stream({"content": "So "}).split(b"\n\n")[0] + b"\n\n")
+WHOLE_ANSWER = head(b"text/event-stream") + in_chunks(stream({"content": "So."}))
+LOOPING = stream(*[{"content": "and then again "}] * 12).split(b'data: {"choices": [{"index": 0, "delta": {}')[0]
+
+
+async def ended_early(
+    comparison: Comparison | None, start: bytes, *, by_engine: bool = False, status: int | None = None
+) -> list[OutcomeReport]:
+    """The reports of a request whose client closes the connection, or whose engine does, after `start` of the answer.
+    status: what the relay answers then."""
+    reports: list[OutcomeReport] = []
+
+    def take(report: OutcomeReport) -> bool:
+        reports.append(report)
+        return True
+
+    asked, ended = asyncio.Event(), asyncio.Event()
+
+    async def script(connection: UpstreamConnection) -> None:
+        await connection.request()
+        if start:
+            await connection.send(start)
+        asked.set()
+        if not by_engine:
+            await connection.reader.read()
+        ended.set()
+
+    hook = HookSequence([SpyHook(arm="treated", comparison=comparison)])
+    async with relaying(script, hook=hook, report_outcome=take) as (relay, _, connect):
+        client = await connect()
+        await client.send(post(b'{"messages": []}', path=b"/v1/chat/completions"))
+        await asyncio.wait_for(asked.wait(), HANG_SECONDS)
+        if by_engine:
+            await asyncio.wait_for(client.reader.read(), HANG_SECONDS)
+        elif start:
+            await asyncio.wait_for(client.reader.readuntil(start[-20:]), HANG_SECONDS)
+        reset(client.writer)
+        await asyncio.wait_for(ended.wait(), HANG_SECONDS)
+        await until(lambda: not relay.clients)
+    return reports
+
+
+EARLY = GOOD | {"given_up": True}
+
+
+@pytest.mark.parametrize(
+    ("comparison", "start", "expected", "tokens"),
+    [
+        (STREAMED, FIRST_TOKEN, EARLY, 1),
+        (STREAMED, head(b"text/event-stream") + in_chunks(LOOPING), EARLY | {"loop": True}, 12),
+        (COMPARISON, b"", EARLY, None),
+    ],
+    ids=["after the first token", "in a loop", "no stream: nothing is seen before the answer is complete"],
+)
+async def test_an_answer_that_the_client_gives_up(
+    comparison: Comparison, start: bytes, expected: dict[str, bool], tokens: int | None
+) -> None:
+    (report,) = await ended_early(comparison, start)
+    assert report.bad == expected | {"json": False}
+    assert (report.treated, report.output_tokens) == (True, tokens)
+
+
+async def test_a_stream_that_is_given_up_before_its_first_token_is_no_outcome() -> None:
+    assert await ended_early(STREAMED, b"") == []
+    assert await ended_early(STREAMED, head(b"text/event-stream") + in_chunks(b": wait\n\n")) == []
+
+
+async def test_an_answer_whose_last_event_was_sent_is_complete() -> None:
+    """A client may close its connection as soon as it has read it."""
+    (report,) = await ended_early(STREAMED, WHOLE_ANSWER)
+    assert report.bad == GOOD | {"json": True}
+
+
+async def test_an_answer_that_the_engine_breaks_off() -> None:
+    (report,) = await ended_early(STREAMED, FIRST_TOKEN, by_engine=True)
+    assert report.bad == GOOD | {"broken_off": True, "json": False}
+
+
+async def test_a_stream_without_a_finish_reason_broke_off() -> None:
+    """vLLM reports an error in the midst of a stream as an event, and ends the stream."""
+    said, _, _ = stream({"content": "So "}).partition(b"\n\n")
+    assert bad(said + b'\n\ndata: {"error": {}}\n\ndata: [DONE]\n\n', streamed=True) == GOOD | {"broken_off": True}
+
+
+async def test_nothing_that_ends_early_is_reported_without_a_comparison() -> None:
+    assert await ended_early(None, FIRST_TOKEN) == []
 
 
 async def test_no_report_without_a_comparison() -> None:

@@ -113,6 +113,7 @@ class InterceptedExchange:
             conversation=self._conversation,
             client=self._client,
             json_in_words=asks_json_in_words(self._kind),
+            streamed=self._request is not None and self._request.stream,
             drawn=self._drawn,
         )
 

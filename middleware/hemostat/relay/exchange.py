@@ -53,6 +53,7 @@ the first token of an answer may take seconds, and the client is to see the head
 _EXPECT: Final = frozenset((b"expect",))
 
 # Module globals, for the reason that `exchange_state` gives.
+_ASKED: Final = (FORWARDED, HEAD_HELD, STREAMING)
 _RAW: Final = BodyMode.RAW
 _CHUNKED: Final = BodyMode.CHUNKED
 _COLLECTED: Final = BodyMode.COLLECTED
@@ -585,6 +586,7 @@ class Exchange:
 
     def _finish(self, outcome: str, *, complete: bool = False, own_status: int = 0) -> None:
         """Count and report the exchange. complete: the whole response has been sent. own_status: of the relay's own."""
+        asked = self.request_complete and self.state in _ASKED
         self._enter(DONE)
         self.outgoing.end()
         self._stop_holding()
@@ -593,7 +595,7 @@ class Exchange:
         arm, comparison = ("none", None) if hook is None else (hook.arm, hook.comparison)
         status = 0 if self._response is None else self._response.status
         if self._report is not None:
-            generated = self._report.finish(arm, comparison, status, outcome, complete=complete)
+            generated = self._report.finish(arm, comparison, status, outcome, asked=asked, complete=complete)
         if self._watch is not None:
             self._watch.finish(own_status or status, outcome, arm)
         if hook is not None:

@@ -20,9 +20,14 @@ from hemostat.relay.http.fields import drop_fields, split_fields
 from hemostat.relay.http.request import RequestHead
 from hemostat.relay.http.response import ResponseHead
 from hemostat.relay.outcomes import NO_OUTCOME, OutcomeObserver, ResponseOutcome
+from hemostat_calibration.outcomes import Outcome
 
 if TYPE_CHECKING:
     from hemostat.tracing import RequestSpan, Tracing  # an extra; imported only where it is used
+
+_EARLY_ENDS: Final = {ends.CLIENT_GONE: Outcome.GIVEN_UP, ends.UPSTREAM_FAILED: Outcome.BROKEN_OFF}
+"""Ends of an exchange before its response is complete, of which the arms are compared. The others are answers
+of the relay's own, which it gives for reasons that do not depend on the arm."""
 
 _TRACE_FIELDS: Final = frozenset((b"traceparent", b"tracestate"))
 
@@ -77,19 +82,23 @@ class GenerationReport:
             self.observer.begin_response(stream=head.content_type.startswith(b"text/event-stream"))
 
     def finish(
-        self, arm: str, comparison: Comparison | None, status: int, outcome: str, *, complete: bool
+        self, arm: str, comparison: Comparison | None, status: int, outcome: str, *, asked: bool, complete: bool
     ) -> int | None:
         """The exchange has ended. Returns the generated tokens by the response's usage, None where it gave none.
 
-        status: of the response, 0 without one. outcome: of `counters`. complete: the whole response was sent.
+        status: of the response, 0 without one. outcome: of `counters`. asked: an engine had the whole request when the
+        exchange ended. complete: the whole response was sent.
         """
         context = self._context
         ended = NO_OUTCOME
         try:
             if complete and outcome is ends.OK:
                 ended = self.observer.finish(arm, context.counters.add)
-                if comparison is not None and ended.bad is not None:
-                    self._report_outcome(comparison, ended)
+            elif comparison is not None and asked and outcome in _EARLY_ENDS:
+                early, streamed = _EARLY_ENDS[outcome], comparison.streamed
+                ended = self.observer.end_early(early, streamed=streamed, arm=arm, count=context.counters.add)
+            if comparison is not None and ended.bad is not None:
+                self._report_outcome(comparison, ended)
         except Exception:  # noqa: BLE001  an error in the evaluation must not affect the connection
             context.counters.add(names.OUTCOME_ERRORS, ())
         try:

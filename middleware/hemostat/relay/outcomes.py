@@ -4,7 +4,8 @@ Observed for every generation, sampled or not, and counted by arm. A divergence 
 text is better (arXiv 2606.19558); these counters are a cheap indication of quality.
 
 Of a request in an arm of a comparison more is judged (`ResponseOutcome.bad`): whether JSON that was asked for in words,
-or by a schema, and tool calls are what was asked for.
+or by a schema, and tool calls are what was asked for. An answer that ends early, because the client gives it up or
+the engine fails, is an outcome of its arm, too.
 
 Memory is bounded: while a response passes, only its last bytes are kept (the whole of it, up to MAX_WHOLE_BYTES, where
 structured output was requested). They are evaluated when the response ends, and then discarded.
@@ -53,6 +54,9 @@ _JSON_REQUESTED: Final = re.compile(rb'json((?<="json)(?:_object"|_schema"|":)|(
 _TOOLS_REQUESTED: Final = re.compile(rb'tools"(?<="tools"):\s*\[')
 _CALLS: Final = re.compile(rb'"(?:tool_calls|function_call)":\s*[\[{]\s*[{"]|"type":\s*"(?:tool_use|function_call)"')
 _MODEL: Final = re.compile(rb'"model":\s*"((?:[^"\\]|\\.){1,200})"')
+
+_OF_ANY_ANSWER: Final = (Outcome.LOOP, Outcome.CUT, Outcome.EMPTY, Outcome.GIVEN_UP, Outcome.BROKEN_OFF)
+"""The outcomes that apply to the answer of any request."""
 
 Count = Callable[[str, tuple[str, ...], float], None]
 """(metric, label values, increment)"""
@@ -174,6 +178,32 @@ class OutcomeObserver:
             return NO_OUTCOME
         data = b"".join(self._pieces)
         self._pieces.clear()
+        return self._judge(data, arm, count)
+
+    def end_early(self, ended: Outcome, *, streamed: bool, arm: str, count: Count) -> ResponseOutcome:
+        """Evaluate the answer of a request in an arm whose exchange has ended before the response was complete.
+
+        ended: GIVEN_UP or BROKEN_OFF. streamed: the request asked for a stream; then nothing is known of the answer
+        before its first token. A client may close its connection at the answer's last event: the answer is complete.
+        """
+        if self.disabled or self._format is None or (streamed and not self.events):
+            return NO_OUTCOME
+        data = b"".join(self._pieces)
+        self._pieces.clear()
+        reasons, text = tail_of(data, self._form)
+        if reasons:
+            return self._judge(data, arm, count)
+        bad = {outcome.value: False for outcome in _OF_ANY_ANSWER}
+        bad[ended.value] = True
+        bad[Outcome.LOOP.value] = ends_in_loop(text)
+        if self._format.json:
+            bad[Outcome.JSON.value] = False
+        if self._format.tools:
+            bad[Outcome.TOOL_CALL.value] = False
+        return ResponseOutcome((), self.events or None, None, bad)
+
+    def _judge(self, data: bytes, arm: str, count: Count) -> ResponseOutcome:
+        """Evaluate a complete answer. data: the response, or its tail."""
         response = parse(data, self._form, stream=self.stream) if self._whole else None
         if response is None:
             reasons, text = tail_of(data, self._form)
@@ -207,7 +237,9 @@ class OutcomeObserver:
         loop: bool,
     ) -> dict[str, bool]:
         """Of several choices the first one is judged. response: None where only the tail `data` of it is known."""
-        bad = {Outcome.LOOP.value: loop, Outcome.CUT.value: "length" in reasons}
+        bad = {outcome.value: False for outcome in _OF_ANY_ANSWER}
+        bad[Outcome.LOOP.value], bad[Outcome.CUT.value] = loop, "length" in reasons
+        bad[Outcome.BROKEN_OFF.value] = not reasons
         if response is None:
             blank = all(text.isspace() or not text.replace("\\n", "").strip() for text in texts)
             bad[Outcome.EMPTY.value] = blank and _CALLS.search(data) is None

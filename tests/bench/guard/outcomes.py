@@ -1,7 +1,8 @@
 """Whether a profile that makes answers worse in a kind is found there, and a harmless one is left in peace.
 
 Valid JSON as in the published case: 37.5 % without the profile, 10 % with it. Sixteen clients alike, or one that
-tries to have a good profile taken back. Looked at every 10 units.
+tries to have a good profile taken back. Looked at every 10 units. A profile whose answers do not end: clients give most
+of these up, so that only answers that are given up show it.
 """
 
 from __future__ import annotations
@@ -107,8 +108,51 @@ def rows(lives: int, seed: int) -> Iterator[Row]:
     limit = 2.3 * MAX_MEDIAN_UNITS[0.5]
     yield Row("the same, 50 % control, half of the reports dropped", lost, f"<= {limit:.0f}", lost <= limit)
     yield attacked(lives, np.random.default_rng([seed, 4]))
+    yield from given_up(lives, seed)
     yield from lengths(max(lives // 5, 10), np.random.default_rng([seed, 5]))
     yield agreement(max(lives // 50, 5), np.random.default_rng([seed, 6]))
+
+
+ENDLESS, GIVEN_UP_OF_ENDLESS = 0.6, 0.95
+"""Share of the treated answers that do not end, and of these, the share that clients give up; the length limit ends the
+others."""
+GIVEN_UP_ANYWAY = 0.05
+"""Share of the answers that clients give up for reasons of their own, in both arms."""
+MAX_GIVEN_UP_UNITS = {0.1: 261, 0.5: 101}
+"""Limits on the median number of conversations until the profile is found."""
+MAX_OTHER_UNITS = 200
+"""The same for a profile of which 40 % of the answers end in loops, where nothing changes in what is given up."""
+
+
+def given_up(lives: int, seed: int) -> Iterator[Row]:
+    first = Trial(SETTINGS, "v", 1).alpha
+    for fraction, limit in MAX_GIVEN_UP_UNITS.items():
+        rng = np.random.default_rng([seed, 7, round(10 * fraction)])
+        treated, cut, gone, group = _endless(fraction, lives, rng)
+        needed = median(decided(treated, gone, group, np.ones_like(treated), first).tolist())
+        case = f"60 % endless answers, 95 % of them given up, {fraction:.0%} control: median units until it is found"
+        yield Row(case, needed, f"<= {limit}", needed <= limit)
+        blind = decided(treated, cut, group, ~gone, first)
+        found = int(np.isfinite(blind).sum())
+        case = f"the same, complete answers alone (wrong): taken back within {UNITS:,} conversations"
+        yield Row(case, f"{found} of {lives}", f"<= {lives // 10}", found <= lives // 10)
+    rng = np.random.default_rng([seed, 8])
+    for rate in (GIVEN_UP_ANYWAY, 0.4):
+        result = harmed_after(World(rate, rate, 0.5), lives, rng, SETTINGS.alpha)
+        case = f"harmless, {rate:.0%} of the answers given up in both arms: taken back"
+        yield count_row(case, int(np.isfinite(result).sum()), lives, 0.05)
+    loops = median(harmed_after(World(0.4, 0.02, 0.5), lives, np.random.default_rng([seed, 9]), first).tolist())
+    case = "loops 2 % -> 40 %, 50 % control: median units until it is found"
+    yield Row(case, loops, f"<= {MAX_OTHER_UNITS}", loops <= MAX_OTHER_UNITS)
+
+
+def _endless(fraction: float, lives: int, rng: np.random.Generator) -> tuple[npt.NDArray[Any], ...]:
+    """Whether each unit is treated, its answer is cut at the length limit, or given up, and its group of clients."""
+    shape = lives, UNITS
+    treated = rng.random(shape) >= fraction
+    endless = treated & (rng.random(shape) < ENDLESS)
+    gone = np.where(endless, rng.random(shape) < GIVEN_UP_OF_ENDLESS, rng.random(shape) < GIVEN_UP_ANYWAY)
+    return treated, endless & ~gone, gone, rng.integers(0, GROUPS, shape)
 
 
 def attacked(lives: int, rng: np.random.Generator) -> Row:
