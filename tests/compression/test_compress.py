@@ -204,7 +204,7 @@ def test_errors_say_what_to_do(tiny: Path, tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(CompressError, match="quantized already"):
         compress(tmp_path / "eight", tmp_path / "out", "prune50")
     monkeypatch.setattr("hemostat.models.checkpoint_folders.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(CompressError, match=r"compressed-tensors; pip install .hemostat.adapters"):
+    with pytest.raises(CompressError, match=r"compressed-tensors; pip install .*'compressed-tensors<"):
         compress(tiny, tmp_path / "out", "w4a16")
     assert not (tmp_path / "out").exists()
 

@@ -306,7 +306,7 @@ def test_the_stores_password_is_masked_but_reaches_hemostats_processes(written: 
 
 def test_a_postgresql_store_needs_the_client_library(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psycopg", None)
-    with pytest.raises(ConfigError, match=r"store\.url: needs .* pip install 'hemostat\[postgres\]'"):
+    with pytest.raises(ConfigError, match=r"store\.url: needs .* pip install 'psycopg\[binary\]<4,>=3"):
         load(written(UPSTREAM), {}, [("store.url", "postgresql://h/d")])
 
 

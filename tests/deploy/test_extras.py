@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,19 +61,17 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize(
-    ("absent", "command", "extra"),
+    ("absent", "command"),
     [
-        ("torch", "adapt {dense} {quantized} --out {out}", "adapters"),
-        ("torch", "compress {dense} {out} --scheme w4a16", "adapters"),
-        ("torch", "doctor {dense} {quantized}", "adapters"),
-        ("compressed_tensors", "adapt {dense} {quantized} --out {out}", "adapters"),
-        ("compressed_tensors", "compress {dense} {out} --scheme w4a16", "adapters"),
-        ("compressed_tensors", "doctor {quantized} {quantized}", "adapters"),
+        ("torch", "adapt {dense} {quantized} --out {out}"),
+        ("torch", "compress {dense} {out} --scheme w4a16"),
+        ("torch", "doctor {dense} {quantized}"),
+        ("compressed_tensors", "adapt {dense} {quantized} --out {out}"),
+        ("compressed_tensors", "compress {dense} {out} --scheme w4a16"),
+        ("compressed_tensors", "doctor {quantized} {quantized}"),
     ],
 )
-def test_a_command_without_a_package_names_it_in_one_line(
-    absent: str, command: str, extra: str, tmp_path: Path
-) -> None:
+def test_a_command_without_a_package_names_it_in_one_line(absent: str, command: str, tmp_path: Path) -> None:
     dense, quantized = tmp_path / "dense", tmp_path / "quantized"
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 8}
     quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
@@ -86,5 +85,6 @@ def test_a_command_without_a_package_names_it_in_one_line(
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert "not installed: " in last
-    assert absent.replace("_", "-") in last
-    assert f"pip install 'hemostat[{extra}]'" in last
+    name = absent.replace("_", "-")
+    assert name in last
+    assert re.search(rf"pip install .*'{name}<\S+,>=\S+'", last)

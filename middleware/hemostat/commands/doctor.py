@@ -135,7 +135,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--html",
         type=Path,
         metavar="FILE",
-        help="Write the report as one HTML page. It needs the extra hemostat[report].",
+        help="Write the report as one HTML page. It needs the extra `report`.",
     )
     parser.set_defaults(command=_run)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from hemostat.adapters.live.folders import FolderError, find_compressed, find_folders
 from hemostat.adapters.serving.check import probe_adapters
+from hemostat.config.install_command import install_command
 from hemostat.config.schema import Admin, Settings
 from hemostat.ipc.addresses import ControlAddresses
 from hemostat.ipc.messages import NOT_ACTIVE, Stats
@@ -216,7 +217,7 @@ def _adapter_checkpoints(settings: Settings, root: str) -> Finding:
     except (HemostatError, ImportError) as error:
         fix = "REFERENCE is adapter.reference, COMPRESSED is adapter.compressed"
         if isinstance(error, ImportError):
-            fix = "pip install 'hemostat[adapters]', where the control process runs"
+            fix = f"{install_command('adapters')}, where the control process runs"
         return Finding(what, State.NO, f"no adapter can be made of them: {' '.join(str(error).split())}", fix)
     return Finding(what, State.OK, "; ".join([f"{result.reference} and {result.compressed}", *pair.notes]))
 

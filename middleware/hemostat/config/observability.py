@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator
 
 from hemostat.config.fields import Section, ServerUrl, yaml_off
+from hemostat.config.install_command import install_command
 from hemostat.config.text import short_repr
 
 EXPORTER = "opentelemetry-exporter-otlp-proto-http"
-"""The distribution that sends traces. It brings everything else of `hemostat[tracing]`."""
+"""The distribution that sends traces. It brings everything else of the extra `tracing`."""
 
 
 class Log(Section):
@@ -43,7 +44,7 @@ class Log(Section):
 
 
 class Tracing(Section):
-    """OpenTelemetry. It needs the extra `hemostat[tracing]`."""
+    """OpenTelemetry. It needs the extra `tracing`."""
 
     endpoint: ServerUrl | None = None
     """An OTLP/HTTP receiver, like `http://collector:4318`. With none there are no traces."""
@@ -55,5 +56,5 @@ class Tracing(Section):
     def _installed(cls, value: str | None) -> str | None:
         # Another package may have installed its API alone.
         if value is not None and not any(importlib.metadata.distributions(name=EXPORTER)):
-            raise ValueError("needs OpenTelemetry: pip install 'hemostat[tracing]'")
+            raise ValueError(f"needs OpenTelemetry: {install_command('tracing')}")
         return value

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from urllib.parse import SplitResult, urlsplit
 
+from hemostat.config.install_command import install_command
 from hemostat_calibration.messages import shown_address
 
 POSTGRES = ("postgresql", "postgres")
-MISSING_EXTRA = "needs the client of PostgreSQL: pip install 'hemostat[postgres]'"
 ESCAPES = "write it like postgresql://user:password@host:5432/name, with %2F %3F %40 %25 for / ? @ % in the password"
 _AUTHORITY = re.compile(r"[a-z]+://([^/?]*)(.*)", re.DOTALL)
 _PORTS = re.compile(r"(\d{1,5})?(,(\d{1,5})?)*")
@@ -36,7 +36,7 @@ def postgres_parameters(url: str) -> dict[str, str]:
         from psycopg import Error  # noqa: PLC0415  an optional extra
         from psycopg.conninfo import conninfo_to_dict  # noqa: PLC0415
     except ImportError:
-        raise ValueError(MISSING_EXTRA) from None
+        raise ValueError(f"needs the client of PostgreSQL: {install_command('postgres')}") from None
     match = _AUTHORITY.fullmatch(url)
     try:
         given = {name: str(value) for name, value in conninfo_to_dict(url).items()}

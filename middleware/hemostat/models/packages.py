@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 
+from hemostat.config.install_command import install_command
 from hemostat.models.errors import one_line
 from hemostat_calibration.errors import HemostatError
 
@@ -31,7 +32,7 @@ def missing(extra: str) -> str:
     Without importing the packages, which takes seconds and memory.
     """
     absent = [DISTRIBUTIONS.get(name, name) for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
-    return f"not installed: {', '.join(absent)}; {_install(extra)}" if absent else ""
+    return f"not installed: {', '.join(absent)}; {install_command(extra, absent)}" if absent else ""
 
 
 def require(extra: str) -> None:
@@ -48,9 +49,5 @@ def problem(extra: str) -> str:
         try:
             importlib.import_module(name)
         except Exception as error:  # noqa: BLE001  any package's own code
-            return f"{DISTRIBUTIONS.get(name, name)} cannot be imported ({one_line(error)}); {_install(extra)}"
+            return f"{DISTRIBUTIONS.get(name, name)} cannot be imported ({one_line(error)}); {install_command(extra)}"
     return ""
-
-
-def _install(extra: str) -> str:
-    return f"pip install 'hemostat[{extra}]'"

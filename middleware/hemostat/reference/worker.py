@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from hemostat.config.install_command import install_command
 from hemostat.ipc import child_process as child
 from hemostat.models import packages
 from hemostat.models.architectures import check_causal, max_positions
@@ -38,7 +39,7 @@ class Model:
         except ImportError as error:
             raise RequestFailed(
                 FailureReason.NOT_INSTALLED,
-                packages.missing("transformers") or f"{error}; pip install 'hemostat[transformers]'",
+                packages.missing("transformers") or f"{error}; {install_command('transformers')}",
             ) from error
         torch.set_num_threads(load.threads)
         logging.disable_progress_bar()

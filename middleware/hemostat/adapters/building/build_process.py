@@ -25,6 +25,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from hemostat.config.install_command import install_command
 from hemostat.ipc.supervised import die_with_parent
 from hemostat.models.errors import AdaptError
 from hemostat.models.texts import Text
@@ -96,7 +97,7 @@ def main(folder: Path) -> int:
         _say({"error": " ".join(str(error).split())})
         return 1
     except ImportError as error:
-        _say({"error": f"{error}; adapters need pip install 'hemostat[adapters]'"})
+        _say({"error": f"{error}; adapters need: {install_command('adapters')}"})
         return 1
     except MemoryError:
         _say({"error": "out of memory: lower adapter.memory_mib, or the number of tokens"})

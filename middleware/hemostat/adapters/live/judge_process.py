@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat.adapters.live import judge_messages
+from hemostat.config.install_command import install_command
 from hemostat.ipc import child_process as child
 from hemostat.models.output_embedding import load as load_embedding
 from hemostat_calibration.arrays import Floats, Ids
@@ -75,7 +76,7 @@ class Copies:
             from hemostat.models.copies import Copy  # noqa: PLC0415
             from hemostat.reference.exact import nonlinearity  # noqa: PLC0415
         except ImportError as error:
-            raise HemostatError(f"{error}; adapters need pip install 'hemostat[adapters]'") from error
+            raise HemostatError(f"{error}; adapters need: {install_command('adapters')}") from error
         from hemostat.models.checkpoint_digest import checkpoint_digest  # noqa: PLC0415
 
         torch.set_num_threads(1)
