@@ -27,6 +27,7 @@ from hemostat_calibration.alarm import (
     spread,
     update,
     weighted_spread_ratio,
+    with_settings,
 )
 from hemostat_calibration.alarm import alarm as alarm_module
 from hemostat_calibration.errors import InvalidArgumentError
@@ -371,3 +372,17 @@ def test_a_baseline_spans_a_cycle():
     for now, levels in enumerate(requests(np.random.default_rng(0), 101)):
         state = update(state, "chat", Observation(float(now), np.full(len(levels), 0.1), levels))
         assert of_kind(state, "chat").watched == (now >= 99)
+
+
+def test_another_tolerance_reaches_a_test_that_has_begun():
+    rng = np.random.default_rng(0)
+    alarm = play(learned(init(SETTINGS), "chat", rng), "chat", requests(rng, 20))
+    wider = replace(SETTINGS, tolerance=4.0)
+    again = with_settings(alarm, wider)
+    assert reading(again, AlarmTest.CHANGE).requests == 0
+    again = play(again, "chat", requests(rng, 40, scale=2.0), now=1000.0)
+    assert reading(again, AlarmTest.CHANGE).raised is None
+    alarm = play(alarm, "chat", requests(rng, 40, scale=2.0), now=1000.0)
+    assert reading(alarm, AlarmTest.CHANGE).raised is not None
+    assert reading(with_settings(alarm, wider), AlarmTest.CHANGE).raised is None
+    assert not with_settings(alarm, replace(SETTINGS, baseline_requests=0)).change

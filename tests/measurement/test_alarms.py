@@ -265,3 +265,95 @@ def test_other_models_begin_anew_and_their_alpha_too() -> None:
         each.feed(range(100), 0.6)
     alphas = [each.alarms.report()["tests"][0]["alpha"] for each in (bench, again)]
     assert alphas == pytest.approx([0.01 / 2 / 6, 0.01 / 2 / 12])
+
+
+# --- other settings, and kinds that are gone ------------------------------------------------------------------------
+
+
+def over_budget(**given: Any) -> Bench:
+    """The alarm about a budget of 0.05 nats is raised: the divergence is about 0.5."""
+    bench = Bench(budget_nats=0.05, baseline_requests=None, **given)
+    bench.feed(range(160), 1.0)
+    assert bench.raised() == {"budget": True}
+    return bench
+
+
+def restarted(bench: Bench, **given: Any) -> Bench:
+    bench.alarms.save()
+    again = Bench(**given)
+    again.now = bench.now
+    again.alarms.restore(bench.store.get_state(STATE_KEY), bench.events())
+    return again
+
+
+def test_an_alarm_about_a_budget_that_is_no_longer_set_ends_with_the_restart() -> None:
+    for other in ({"budget_nats": 2.0, "baseline_requests": None}, {"budget_nats": None, "baseline_requests": None}):
+        again = restarted(over_budget(), **other)
+        assert not again.alarms.report()["raised"]
+        assert again.alarms.raised() == []
+        assert [event["why"].split(":")[0] for event in again.events()] == [f"budget alarm ended on {KIND}"]
+        assert not restarted(again, **other).events(), "it was told already"
+        again.feed(range(160, 190), 1.0)
+        assert not again.alarms.report()["raised"]
+        assert values(again.alarms.samples()).get(("hemostat_hemorrhage_alarm", "budget", KIND), 0.0) == 0.0
+
+
+def test_a_new_budget_reaches_a_test_that_has_begun_and_spends_no_further_alpha() -> None:
+    bench = Bench(budget_nats=2.0, baseline_requests=None)
+    bench.feed(range(160), 1.0)
+    assert bench.raised() == {"budget": False}
+    (before,) = bench.alarms.report()["tests"]
+    again = restarted(bench, budget_nats=0.05, baseline_requests=None)
+    (begun,) = again.alarms.report()["tests"]
+    assert (begun["alpha"], begun["evidence"], begun["requests"]) == (before["alpha"], 0.0, 0)
+    again.feed(range(160, 220), 1.0)
+    assert again.raised() == {"budget": True}
+
+
+def test_another_alpha_reaches_the_tests_that_have_begun() -> None:
+    bench = Bench(budget_nats=2.0, baseline_requests=40)
+    bench.feed(range(160), 1.0)
+    before = {test["test"]: test for test in bench.alarms.report()["tests"]}
+    again = restarted(bench, budget_nats=2.0, baseline_requests=40, alpha=0.001)
+    for test in again.alarms.report()["tests"]:
+        assert test["alpha"] == pytest.approx(before[test["test"]]["alpha"] / 10.0, rel=0.01)
+        assert test["requests"] == before[test["test"]]["requests"] > 0
+
+
+def test_a_budget_alarm_whose_kind_is_gone_ends() -> None:
+    bench = over_budget()
+    for passed in range(3):
+        bench.now += 86_400.0
+        made = replace(record(passed, 0.1), kind="other")
+        bench.alarms.observe(made, divergence(made))
+        assert bench.alarms.report()["raised"] == (passed < 1), "a kind that comes once a day is not gone"
+    (ended,) = (event["why"] for event in bench.events() if "ended" in event["why"])
+    assert KIND in ended
+    bench.feed(range(160, 220), 1.0)
+    assert bench.raised() == {"budget": True}, "its test begins anew"
+
+
+def test_a_budget_alarm_ends_with_the_place_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hemostat_calibration.alarm.alarm.MAX_KINDS", 2)
+    bench = over_budget()
+    for kind in ("a", "b", "c"):
+        bench.now += 1.0
+        made = replace(record(1, 0.1), kind=kind)
+        bench.alarms.observe(made, divergence(made))
+    assert not bench.alarms.report()["raised"]
+    assert "budget alarm ended" in bench.events()[-1]["why"]
+
+
+def test_an_operator_ends_a_budget_alarm() -> None:
+    bench = over_budget()
+    bench.alarms.rebase(KIND)
+    assert not bench.alarms.report()["raised"]
+    bench.feed(range(160, 260), 1.0)
+    assert bench.raised() == {"budget": True}, "the budget is still exceeded"
+
+
+def test_alarms_end_with_the_models_that_they_are_about() -> None:
+    bench = over_budget()
+    bench.alarms.forget()
+    assert not bench.alarms.report()["raised"]
+    assert "budget alarm ended" in bench.events()[-1]["why"]

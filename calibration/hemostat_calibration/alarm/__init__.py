@@ -29,13 +29,14 @@ from hemostat_calibration.alarm.alarm import (
     rebase,
     update,
     weighted_spread_ratio,
+    with_settings,
 )
 from hemostat_calibration.alarm.baseline import Baseline, RequestSpread, fit_baseline, request_spread
 from hemostat_calibration.alarm.betting import Crossing
 from hemostat_calibration.alarm.budget import BudgetTest
 from hemostat_calibration.alarm.change import ChangeTest
 from hemostat_calibration.alarm.logit_spread import spread
-from hemostat_calibration.alarm.serialization import begun_tests, load, save
+from hemostat_calibration.alarm.serialization import begun_tests, load, read, save
 from hemostat_calibration.alarm.workload import Workload
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "init",
     "kind_readings",
     "load",
+    "read",
     "readings",
     "rebase",
     "request_spread",
@@ -65,4 +67,5 @@ __all__ = [
     "spread",
     "update",
     "weighted_spread_ratio",
+    "with_settings",
 ]

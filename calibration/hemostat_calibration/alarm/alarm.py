@@ -13,7 +13,11 @@ that what moves several kinds together counts. A budget test begins when v̂ of 
 over a cycle. What neither knows is what takes longer than that: see `tests/bench/guard/alarm_dependence.py`.
 
 An alarm *clears* after `clear_after` requests on which freshly funded bets lost wealth; then a new test begins. A
-change that is meant to stay is made the new baseline by `rebase`.
+budget alarm also ends if no request of its kind comes any more (`gone_after`): nothing could clear it then. A change
+that is meant to stay is made the new baseline by `rebase`.
+
+Other settings reach the tests that run (`with_settings`). A test of another hypothesis, such as another budget, begins
+without wealth, and its funding goes on, so that its probability of a false alarm stays what it is.
 
 Kinds are the caller's, who bounds their number. Each takes 24 bytes for a request of its baseline until that is
 complete, of which at most `MAX_LEARNING` are kept (then every second one, and so on), and a kilobyte afterwards; beyond
@@ -56,6 +60,8 @@ CHECK_EVERY = 10
 """Requests, from `Settings.baseline_requests` on, between two looks at whether it is."""
 RECENT_REQUESTS = 30
 """About so many requests make up the recent level of a kind."""
+GONE_CYCLES, MIN_GONE_SECONDS = 2.0, 2 * 86_400.0
+"""A budget alarm ends if its kind has had no request for so many cycles of the traffic, and at least so long."""
 
 
 class AlarmTest(StrEnum):
@@ -104,6 +110,11 @@ class Settings:
             raise InvalidArgumentError(f"tolerance is {self.tolerance}: it must be a factor of 1 or more")
 
     @property
+    def gone_after(self) -> float:
+        """Seconds without a request of a kind after which its budget alarm ends."""
+        return max(GONE_CYCLES * self.cycle, MIN_GONE_SECONDS)
+
+    @property
     def share(self) -> float:
         """Of alpha, what each test in use has."""
         return self.alpha / (2.0 if self.budget is not None and self.baseline_requests else 1.0)
@@ -112,6 +123,10 @@ class Settings:
     def half_share(self) -> float:
         """For the bets of budget tests, and as much for the limit of the noise floor."""
         return 0.5 * self.share
+
+    def budget_alpha(self, number: int) -> float:
+        """Returns what the bets of the budget test with this number spend."""
+        return self.half_share / (number * (number + 1))
 
     @property
     def change_alpha(self) -> float:
@@ -186,6 +201,11 @@ class RunningTest:
     number: int
     recovery_log_wealth: Floats | None = None
     recovery_requests: int = 0
+
+    @property
+    def raised(self) -> bool:
+        """The test has raised the alarm."""
+        return self.test.crossing is not None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -263,7 +283,66 @@ def update(alarm: Alarm, kind: str, observation: Observation, noise_floor: float
         alarm = replace(alarm, workload=alarm.workload.update(kind, observation.now))
         if not observation.pooled:
             alarm, state = _update_change(alarm, state, request, observation.now)
-    return replace(alarm, kinds={**kinds, kind: state})
+    return replace(alarm, kinds=_without_gone_alarms({**kinds, kind: state}, observation.now, alarm.settings))
+
+
+def _without_gone_alarms(kinds: dict[str, KindState], now: float, settings: Settings) -> dict[str, KindState]:
+    """The same kinds, without the budget alarms of those that have had no request for `Settings.gone_after`."""
+    for kind, state in kinds.items():
+        if state.budget is not None and state.budget.raised and now - state.last >= settings.gone_after:
+            kinds[kind] = replace(state, budget=None)
+    return kinds
+
+
+def with_settings(alarm: Alarm, settings: Settings) -> Alarm:
+    """Go on with other settings.
+
+    The bets of running tests are spent at the new alpha. A raised alarm about a budget, or a tolerance, that is no
+    longer set ends; a test of it that has raised none begins anew. What the baselines learned stays.
+
+    >>> alarm = init(Settings(budget=0.1, baseline_requests=0))
+    >>> for now in range(150):
+    ...     alarm = update(alarm, "chat", Observation(float(now), np.full(256, 0.5), np.full(256, np.nan)))
+    >>> readings(alarm)[0].raised is None, readings(with_settings(alarm, Settings(budget=0.9, baseline_requests=0)))
+    (False, [])
+    """
+    workload = alarm.workload
+    if (workload.size, workload.cycle) != (settings.baseline_requests, settings.cycle):
+        workload = Workload(settings.baseline_requests, settings.cycle)
+    kinds = {kind: replace(state, budget=_budget_with(state.budget, settings)) for kind, state in alarm.kinds.items()}
+    change = _change_with(alarm.change, settings)
+    return replace(alarm, settings=settings, kinds=kinds, change=change, workload=workload)
+
+
+def _budget_with(running: RunningTest | None, settings: Settings) -> RunningTest | None:
+    if running is None or settings.budget is None:
+        return None
+    test = running.test
+    assert isinstance(test, BudgetTest)
+    is_same = (test.budget, test.cap, test.max_tokens) == (settings.budget, settings.cap, settings.max_tokens)
+    if running.raised:
+        return running if is_same else None
+    test = replace(
+        test,
+        budget=settings.budget,
+        cap=settings.cap,
+        max_tokens=settings.max_tokens,
+        alpha=settings.budget_alpha(running.number),
+        wealth=test.wealth if is_same else test.wealth.emptied(),
+    )
+    return replace(running, test=test)
+
+
+def _change_with(running: RunningTest | None, settings: Settings) -> RunningTest | None:
+    if running is None or not settings.baseline_requests:
+        return None
+    test = running.test
+    assert isinstance(test, ChangeTest)
+    is_same = test.tolerance == settings.tolerance
+    if running.raised:
+        return running if is_same else None
+    wealth = test.wealth if is_same else test.wealth.emptied()
+    return replace(running, test=ChangeTest(settings.change_alpha, settings.tolerance, wealth))
 
 
 def count(alarm: Alarm, kind: str, now: float) -> Alarm:
@@ -290,7 +369,7 @@ def _update_budget(
     if running is None or _cleared(running, settings):
         number = alarm.budget_tests + 1
         alarm = replace(alarm, budget_tests=number)
-        alpha = settings.half_share / (number * (number + 1))
+        alpha = settings.budget_alpha(number)
         begun = BudgetTest(settings.budget, settings.cap, settings.max_tokens, alpha, state.inflation)
         running = RunningTest(begun, number)
     test = running.test
@@ -395,7 +474,7 @@ def _cleared(running: RunningTest, settings: Settings) -> bool:
 
 def rebase(alarm: Alarm, kind: str | None = None) -> Alarm:
     """Begin a new baseline of `kind`, or of all kinds and of their mix, learned from the next requests. An alarm of the
-    change test is dropped, and its next test begins.
+    change test, and one about the budget of these kinds, is dropped, and the next test begins.
 
     >>> alarm = update(init(Settings()), "chat", Observation(0.0, np.full(8, 0.1), np.full(8, 0.1)))
     >>> kind_readings(alarm)[0].baseline_requests, kind_readings(rebase(alarm, "chat"))[0].baseline_requests
@@ -403,7 +482,7 @@ def rebase(alarm: Alarm, kind: str | None = None) -> Alarm:
     """
     kinds = {
         name: KindState(
-            budget=state.budget,
+            budget=None if state.budget is not None and state.budget.raised else state.budget,
             divergences=state.divergences,
             first=state.first,
             inflation=state.inflation,
@@ -413,8 +492,7 @@ def rebase(alarm: Alarm, kind: str | None = None) -> Alarm:
         else state
         for name, state in alarm.kinds.items()
     }
-    raised = alarm.change is not None and alarm.change.test.crossing is not None
-    change = None if raised else alarm.change
+    change = None if alarm.change is not None and alarm.change.raised else alarm.change
     if kind is not None:
         return replace(alarm, kinds=kinds, change=change)
     workload = Workload(alarm.settings.baseline_requests, alarm.settings.cycle)

@@ -75,6 +75,17 @@ class WealthState:
         """ln of the whole wealth, of each strategy at its least level; 0 before the first request."""
         return float(log_sum_exp(self._least()[:, None])[0]) if self.requests else 0.0
 
+    def emptied(self) -> WealthState:
+        """Returns the state without wealth and evidence, whose funding goes on where it was: what a test of another
+        hypothesis begins with, if it takes the place of this one at the same alpha.
+
+        >>> wealth, _ = bet(initial_wealth(1), np.log([2.0]), np.zeros(1), tokens=10, now=0.0, log_target=3.5)
+        >>> wealth.emptied().log_evidence, wealth.emptied().funded
+        (0.0, 1)
+        """
+        fresh = initial_wealth(*self.log_wealth.shape)
+        return replace(fresh, effective=float(self.funded), funded=self.funded, funded_at=self.funded_at)
+
     def crossing(self, at: float, log_wealth: float) -> Crossing:
         """The evidence of an alarm now. at: seconds. log_wealth: of all strategies."""
         best = int(self._least().argmax())

@@ -14,13 +14,12 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from hemostat_calibration.alarm.alarm import Alarm, KindState, RunningTest, Settings
+from hemostat_calibration.alarm.alarm import Alarm, KindState, RunningTest, Settings, with_settings
 from hemostat_calibration.alarm.baseline import LEVEL_WEIGHTS, LEVELS, LOG_WEIGHTS, STAKES
 from hemostat_calibration.alarm.betting import BET_FRACTIONS, WealthState
 from hemostat_calibration.alarm.budget import BudgetTest
 from hemostat_calibration.alarm.change import ChangeTest
 from hemostat_calibration.alarm.outlier_engine import OutlierTest, Unit, init, update
-from hemostat_calibration.alarm.workload import Workload
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.state_codec import decode, encode
 
@@ -41,7 +40,7 @@ def save(alarm: Alarm) -> bytes:
 
 
 def load(data: bytes, settings: Settings) -> Alarm:
-    """What `save` wrote, continued with `settings`; tests already begun keep the settings that they began with.
+    """What `save` wrote, continued with `settings` (`with_settings`).
 
     InvalidArgumentError where it cannot be read, or was written by a version that tested something else: begin anew
     with `init(settings, begun_tests(data))`.
@@ -50,12 +49,20 @@ def load(data: bytes, settings: Settings) -> Alarm:
     >>> load(save(init(Settings())), Settings(alpha=0.05)).settings.alpha
     0.05
     """
+    return with_settings(read(data), settings)
+
+
+def read(data: bytes) -> Alarm:
+    """What `save` wrote, with the settings of that time. InvalidArgumentError as `load`.
+
+    >>> from hemostat_calibration.alarm.alarm import init
+    >>> read(save(init(Settings(alpha=0.05)))).settings.alpha
+    0.05
+    """
     alarm = _decode(Alarm, data, SCHEMA)
     _require_shapes(_arrays(alarm))
     _require_counts(alarm.budget_tests, alarm.change_tests, alarm.baselines, *alarm.workload.baseline.values())
-    if (alarm.workload.size, alarm.workload.cycle) != (settings.baseline_requests, settings.cycle):
-        alarm = replace(alarm, workload=Workload(settings.baseline_requests, settings.cycle))
-    return replace(alarm, settings=settings)
+    return alarm
 
 
 def begun_tests(data: bytes) -> int:

@@ -94,7 +94,8 @@ class Alarms:
         self._writes = writes
         self._wall = wall
         self._saved_at = wall()
-        self._raised: dict[tuple[str, str], bool] = {}
+        self._raised: set[tuple[str, str]] = set()
+        """The tests that have raised the alarm: their names, and the kinds."""
         self.events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
 
     def observe(self, record: TokenRecord, figures: TokenDivergence) -> None:
@@ -109,8 +110,7 @@ class Alarms:
         observation = alarm.Observation(now, figures.kl_rc, alarm.spread(record), pooled=kind == REST_KIND)
         begun = _begun(self._state)
         self._state = alarm.update(self._state, kind, observation, self._noise_floor())
-        changed = [self._note(reading) for reading in alarm.readings(self._state)]
-        if any(changed) or _begun(self._state) > begun or now - self._saved_at >= SAVE_SECONDS:
+        if self._note_changes() or _begun(self._state) > begun or now - self._saved_at >= SAVE_SECONDS:
             self.save()
 
     def observe_noise_floor(self, model: str, divergences: Floats, client: bytes = b"") -> None:
@@ -128,17 +128,20 @@ class Alarms:
         part = self._settings.half_share / max(len(self._noise_floors), 1)
         return 0.5 * sum(floor.limit(part) for floor in self._noise_floors.values())
 
-    def _note(self, reading: alarm.Reading) -> bool:
-        """Whether the alarm was raised or cleared: then an event was stored, and the state is to be."""
-        key, raised = (str(reading.test), reading.kind), reading.raised is not None
-        changed = self._raised.get(key, False) != raised
-        if changed:
-            why = f"{reading.test} alarm {'raised' if raised else 'cleared'}"
-            if reading.kind:
-                why += f" on {reading.kind}"
+    def _note_changes(self) -> bool:
+        """Stores an event for each alarm that was raised, cleared, or ended with its test. True if there was any: then
+        the state has to be stored, too."""
+        now = {_key(reading): reading for reading in alarm.readings(self._state)}
+        before, self._raised = self._raised, {key for key, reading in now.items() if reading.raised is not None}
+        for test, kind in sorted(before ^ self._raised):
+            reading = now.get((test, kind))
+            state = "raised" if (test, kind) in self._raised else "cleared" if reading is not None else "ended"
+            why = f"{test} alarm {state}" + (f" on {kind}" if kind else "")
+            if reading is None:
+                why += ": nothing tests it any more (other settings, or no requests of this kind)"
+                reading = alarm.Reading(alarm.AlarmTest(test), kind, None, 0.0, math.nan, 0, 0, 0)
             self._record(why, to_json(reading))
-        self._raised[key] = raised
-        return changed
+        return before != self._raised
 
     def _record(self, why: str, evidence: dict[str, Any]) -> None:
         event = {"at": self._wall(), "decision": "alarm", "version": "", "why": why, "evidence": evidence}
@@ -149,23 +152,20 @@ class Alarms:
     # --- what operators do -----------------------------------------------------------------------------------------
 
     def rebase(self, kind: str | None = None) -> None:
-        """The kind, or each kind, learns a new baseline. HemostatError for a kind without a scored request."""
+        """The kind, or each kind, learns a new baseline, and its alarms end. HemostatError for a kind without a scored
+        request."""
         if kind is not None and kind not in self._state.kinds:
             known = ", ".join(sorted(self._state.kinds)) or "none yet"
             raise HemostatError(f"kind {kind[:100]!r} is not watched; watched: {known}")
         self._state = alarm.rebase(self._state, kind)
-        for reading in alarm.readings(self._state):
-            self._note(reading)
+        self._note_changes()
         self.save()
 
     def forget(self) -> None:
         """Other models are served or compared: nothing that was learned holds. Spent alpha stays spent."""
-        self._begin_anew(self._state.begun)
+        self._state = alarm.init(self._settings, self._state.begun)
+        self._note_changes()
         self.save()
-
-    def _begin_anew(self, tests: int) -> None:
-        self._state = alarm.init(self._settings, tests)
-        self._raised = {}
 
     # --- restarts --------------------------------------------------------------------------------------------------
 
@@ -181,20 +181,24 @@ class Alarms:
         if stored is None:
             return
         try:
-            self._state = alarm.load(stored.encode(), self._settings)
+            before = alarm.read(stored.encode())
         except InvalidArgumentError as error:
-            self._begin_anew(alarm.begun_tests(stored.encode()))
+            self._state = alarm.init(self._settings, alarm.begun_tests(stored.encode()))
+            self._raised = set()
             self._record(f"the stored alarm cannot be continued: {error}", {})
             self.save()
             return
-        self._raised = {(str(r.test), r.kind): r.raised is not None for r in alarm.readings(self._state)}
+        self._raised = {_key(reading) for reading in alarm.readings(before) if reading.raised is not None}
+        self._state = alarm.with_settings(before, self._settings)
+        if self._note_changes() or before.settings != self._settings:
+            self.save()
 
     # --- what is shown ---------------------------------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
-            "raised": any(self._raised.values()),
+            "raised": bool(self._raised),
             "alpha": self._settings.alpha,
             "budget_nats": self._settings.budget,
             "floor_upper_nats": finite(self._noise_floor()),
@@ -219,7 +223,7 @@ class Alarms:
 
     def raised(self) -> list[alarm.Reading]:
         """The tests that have raised the alarm."""
-        if not any(self._raised.values()):
+        if not self._raised:
             return []
         return [reading for reading in alarm.readings(self._state) if reading.raised is not None]
 
@@ -275,6 +279,10 @@ class Alarms:
         if (distance := self._state.workload.distance) is not None:
             yield Sample(names.WORKLOAD_CHANGED, (), float(self._state.workload.changed(self._settings.alpha)))
             yield Sample(names.WORKLOAD_DISTANCE_RATIO, (), distance)
+
+
+def _key(reading: alarm.Reading) -> tuple[str, str]:
+    return str(reading.test), reading.kind
 
 
 def _begun(state: alarm.Alarm) -> int:
