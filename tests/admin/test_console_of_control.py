@@ -239,8 +239,10 @@ def test_the_operators_actions(page: Page, instance: Served) -> None:
     confirm("Accept as the new baseline?")
     assert not get(instance, "status")["alarm"]["raised"]
     show(page, instance)
-    expect(page.get_by_role("status")).to_have_text("No problem found")
-    assert page.title() == "Hemostat"
+    expect(page.get_by_role("status")).to_have_text(
+        re.compile("A profile was rolled back in .+: asked for by the operator")
+    )
+    assert page.title() == "WARNING – Hemostat"
     assert TOKEN not in page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])")
 
 

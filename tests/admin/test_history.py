@@ -10,7 +10,7 @@ import pytest
 from hemostat.admin import history as overview
 from hemostat.admin.configuration import ConfigurationReport
 from hemostat.admin.history import MAX_POINTS, RECENT_POINTS, History
-from hemostat.admin.problems import DeploymentState, Problem
+from hemostat.admin.problems import DeploymentState, Found, problem
 from hemostat.ipc.messages import OVERHEAD_BUCKETS
 
 
@@ -94,7 +94,7 @@ def test_what_changed_is_an_event() -> None:
     def model(root: str, reference: str = "ref") -> Any:
         return SimpleNamespace(names=["m"], root=root, reference=reference)
 
-    down = DeploymentState("critical", [Problem("HemostatUpstreamDown", "critical", 0.0, "vLLM does not answer", "")])
+    down = DeploymentState("critical", [problem(Found("HemostatUpstreamDown", "vLLM does not answer"), 0.0)])
     history = History()
     steps = [
         {"state": down, "models": [model("/one")]},

@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
+import re
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
-from tests.support.control import connect_relay, control, relay_stats, settings, status_json
+from tests.support.admin_server import everything
+from tests.support.captures import V
+from tests.support.control import connect_relay, control, relay_stats, scored, settings, status_json
 from tests.support.prometheus import rules
 from tests.support.waiting import until
 
-from hemostat.admin.problems import SEVERITIES
-from hemostat.admin.recent import LOST_SECONDS, MINUTE_SECONDS
+from hemostat.admin import problems
+from hemostat.admin.alerts import ALERTS
+from hemostat.admin.recent import LONG_SECONDS, LOST_SECONDS, MINUTE_SECONDS
 from hemostat.control.composition import Control
 from hemostat.engines.messages import EngineReport
 from hemostat.engines.registry import SILENCE_SECONDS
-from hemostat.ipc.messages import EngineHealth, Stats, encode
+from hemostat.ipc.messages import OVERHEAD_BUCKETS, EngineHealth, Stats, encode
+from hemostat.metrics.reasons import Unscored
 from hemostat.reference.pair import ReferenceState
 from hemostat.store.protocol import ExclusionLost, StoreFailure
 
 REQUESTS, SHADOW = "hemostat_requests_total", "hemostat_shadow_requests_total"
+REPEATED = "hemostat_repeated_requests_total"
+AREAS = re.findall(
+    r"^  (\w+): \(", resources.files("hemostat.admin.console").joinpath("overview.js").read_text(), re.MULTILINE
+)
+"""The parts of the console's status line."""
 A, B, C = "10.0.0.1:8000", "10.0.0.2:8000", "10.0.0.3:8000"
 
 
@@ -33,14 +47,26 @@ def engine(name: str, state: str = "up") -> EngineHealth:
 
 
 def stats(
-    *engines: EngineHealth, ok: float = 0.0, failed: float = 0.0, captured: float = 0.0, lost: float = 0.0
+    *engines: EngineHealth,
+    ok: float = 0.0,
+    failed: float = 0.0,
+    captured: float = 0.0,
+    lost: float = 0.0,
+    repeated: float = 0.0,
+    slow: int = 0,
 ) -> Stats:
+    """slow: of the requests, those to which the relay added 20 ms."""
     route = "/v1/completions"
     counters = {
         REQUESTS: {(route, "ok"): ok, (route, "upstream_failed"): failed},
         SHADOW: {("shadowed", ""): captured, ("dropped", "link_full"): lost},
+        REPEATED: {("refused",): repeated},
     }
-    return msgspec.structs.replace(relay_stats(), counters=counters, engines=list(engines or [engine(A)]))
+    buckets = [0] * (len(OVERHEAD_BUCKETS) + 1)
+    buckets[0], buckets[OVERHEAD_BUCKETS.index(0.025)] = int(ok) - slow, slow
+    return msgspec.structs.replace(
+        relay_stats(), counters=counters, overhead_buckets=buckets, engines=list(engines or [engine(A)])
+    )
 
 
 class Bench:
@@ -67,10 +93,15 @@ class Bench:
         problems = state["problems"]
         assert state["level"] == (problems[0]["severity"] if problems else "ok")
         assert [problem["alert"] for problem in problems] == [
-            alert for alert in SEVERITIES if alert in {problem["alert"] for problem in problems}
+            alert for alert in ALERTS if alert in {problem["alert"] for problem in problems}
         ]
         assert all(problem["runbook"] == f"runbook#{problem['alert'].lower()}" for problem in problems)
         return [(problem["alert"], problem["text"]) for problem in problems]
+
+    def recent(self) -> tuple[int, int]:
+        """Requests of the last minute, and how many of them failed."""
+        recent = status_json(self.one)["proxy"]["recent"]
+        return recent["requests"], recent["failed"]
 
     def since(self) -> dict[str, float]:
         return {problem["alert"]: problem["since"] for problem in status_json(self.one)["state"]["problems"]}
@@ -91,11 +122,29 @@ async def bench(folder: Path, **more: Any) -> AsyncIterator[Bench]:
                 relay.close()
 
 
-def test_severities_are_those_of_the_alerts() -> None:
-    alerts = {rule["alert"]: rule["labels"]["severity"] for rule in rules() if "alert" in rule}
-    assert SEVERITIES.items() <= alerts.items()
-    order = list(SEVERITIES.values())
+def seconds(duration: str) -> float:
+    """A duration of Prometheus, such as 15m."""
+    return float(duration[:-1]) * {"s": 1, "m": 60, "h": 3600}[duration[-1]]
+
+
+def test_the_alerts_of_the_rules_are_those_of_the_table_with_their_severities() -> None:
+    alerts = {rule["alert"]: rule for rule in rules() if "alert" in rule}
+    assert {name: rule["labels"]["severity"] for name, rule in alerts.items()} == {
+        name: alert.severity for name, alert in ALERTS.items()
+    }
+    order = [alert.severity for alert in ALERTS.values()]
     assert order == sorted(order), "critical before warning"
+    for name, alert in ALERTS.items():
+        assert alert.lasting <= seconds(alerts[name].get("for", "0s")), f"{name}: shown no later than the alert fires"
+        assert alert.area in AREAS, f"{name}: the console's status line has a part for it"
+
+
+def test_every_alert_is_looked_for() -> None:
+    """By name in the code that looks; that each is found is what the other tests of this file show."""
+    source = inspect.getsource(problems)
+    assert set(re.findall(r'"(Hemostat[A-Z]\w+)"', source)) == ALERTS.keys()
+    cases = Path(__file__).read_text()
+    assert [name for name in ALERTS if name not in cases] == []
 
 
 async def test_a_dead_engine_is_the_state_with_the_share_of_failures_until_it_answers_again(
@@ -113,15 +162,32 @@ async def test_a_dead_engine_is_the_state_with_the_share_of_failures_until_it_an
         share = "vLLM does not answer: 75 % of the requests of the last minute failed"
         assert plane.found() == [("HemostatUpstreamDown", share)]
         assert plane.since() == {"HemostatUpstreamDown": 1005.0}
+        assert plane.recent() == (40, 30)
         await plane.report(stats(engine(A), ok=20, failed=30))
+        assert plane.found() == [], "what failed before was the outage, which is over"
+        assert plane.recent() == (0, 0)
+        await plane.report(stats(engine(A), ok=30, failed=45))
         assert plane.found() == [
             ("HemostatProxyErrors", "60 % of the requests of the last minute failed, in vLLM or on the way to it")
-        ]
+        ], "what fails now counts"
         plane.now += MINUTE_SECONDS
-        await plane.report(stats(engine(A), ok=30, failed=30))
+        await plane.report(stats(engine(A), ok=40, failed=45))
         assert plane.found() == []
         said = [record.getMessage() for record in caplog.records if "vLLM" in record.getMessage()]
         assert said == ["vLLM does not answer", "vLLM answers again"]
+
+
+async def test_an_outage_is_over_when_every_relay_reaches_an_engine_again(tmp_path: Path) -> None:
+    async with bench(tmp_path) as plane:
+        await plane.connect(stats())
+        await plane.report(stats(engine(A, "ejected"), ok=10), 0)
+        await plane.report(stats(engine(A, "ejected"), ok=10), 1)
+        assert [alert for alert, _ in plane.found()] == ["HemostatUpstreamDown"]
+        await plane.report(stats(engine(A), ok=10), 0)
+        await plane.report(stats(engine(A, "ejected"), ok=10, failed=20), 1)
+        assert [alert for alert, _ in plane.found()] == ["HemostatProxyErrors", "HemostatEngineEjected"]
+        await plane.report(stats(engine(A), ok=10, failed=20), 1)
+        assert plane.found() == []
 
 
 async def test_of_several_engines_one_is_no_outage_and_all_are(
@@ -312,3 +378,139 @@ async def test_an_engine_that_computes_something_else_is_a_problem_with_its_figu
         assert plane.since() == {"HemostatCanaryChanged": 800.0}
         monkeypatch.setattr(plane.one.canaries, "statements", lambda: iter(()))
         assert plane.found() == []
+
+
+# --- what measuring and calibrating does not do -----------------------------------------------------------------------
+
+
+async def test_captures_that_are_dropped_while_the_reference_is_ready(tmp_path: Path) -> None:
+    async with bench(tmp_path, reference={"backend": "vllm", "url": "http://127.0.0.1:1"}) as plane:
+        endings, [_, capture] = plane.one.pipeline.endings, scored()
+
+        def end(dropped: int, scores: int) -> None:
+            for _ in range(dropped):
+                endings.unscored(Unscored.QUEUE_FULL, capture)
+            for _ in range(scores):
+                endings.scored(capture)
+
+        end(dropped=20, scores=80)
+        assert plane.found() == []
+        plane.now += 300
+        assert plane.found() == [], "a fifth is within the limit"
+        end(dropped=1, scores=0)
+        assert plane.found() == [], "a burst is no problem"
+        plane.now += 300
+        text = "21 of 101 captures of the last 15 minutes were dropped (since the start most often for queue_full)"
+        assert plane.found() == [("HemostatShadowDrops", text)]
+        assert plane.since() == {"HemostatShadowDrops": 1300.0}
+        plane.one.monitor.state = ReferenceState.DOWN
+        end(dropped=50, scores=0)
+        assert [alert for alert, _ in plane.found()] == ["HemostatReferenceDown"]
+        plane.one.monitor.state = ReferenceState.READY
+        plane.found()
+        plane.now += 301
+        assert plane.found() == [], "what was dropped while the reference was down is a part of that"
+
+
+async def test_requests_of_which_none_is_scored(tmp_path: Path) -> None:
+    async with bench(tmp_path, reference={"backend": "vllm", "url": "http://127.0.0.1:1"}) as plane:
+        await plane.report(stats(ok=11))
+        assert plane.found() == [], "scoring takes a while"
+        plane.now += 300
+        text = "11 requests were answered in the last 30 minutes, and none was scored"
+        assert plane.found() == [("HemostatShadowStarving", text)]
+        plane.one.pipeline.endings.scored(scored()[1])
+        assert plane.found() == []
+        plane.now += LONG_SECONDS
+        await plane.report(stats(ok=21))
+        assert plane.found() == []
+        plane.now += 301
+        assert plane.found() == [], "too few requests to expect a score"
+
+
+async def test_requests_that_are_sent_twice(tmp_path: Path) -> None:
+    async with bench(tmp_path) as plane:
+        await plane.report(stats(ok=100, repeated=20))
+        assert plane.found() == []
+        await plane.report(stats(ok=4300, repeated=21))
+        assert plane.found() == [], "fewer than one in 200"
+        await plane.report(stats(ok=4300, repeated=22))
+        [(alert, text)] = plane.found()
+        assert alert == "HemostatRequestsRepeated"
+        assert text.startswith("22 of 4300 requests of the last 30 minutes were sent to the engine twice")
+        plane.now += LONG_SECONDS
+        assert plane.found() == []
+
+
+async def test_a_relay_that_is_slow(tmp_path: Path) -> None:
+    async with bench(tmp_path) as plane:
+        await plane.report(stats(ok=100, slow=50))
+        plane.found()
+        plane.now += 200
+        assert plane.found() == [], "fewer than 101 requests say nothing of the 99 % quantile"
+        await plane.report(stats(ok=1000, slow=60))
+        assert plane.found() == []
+        plane.now += 299
+        await plane.report(stats(ok=2000, slow=100))
+        assert plane.found() == []
+        plane.now += 1
+        text = "Hemostat adds 10 ms or more to one request in a hundred, of those of the last 5 minutes"
+        assert plane.found() == [("HemostatOverhead", text)]
+        plane.now += 300
+        assert plane.found() == []
+
+
+async def test_adapters_of_which_no_request_can_use_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with bench(tmp_path) as plane:
+        monkeypatch.setattr(plane.one.profile_manager.lifecycle, "adapter_versions", lambda: ["ab" * 16])
+        assert plane.found() == [], "in mode observe none is asked for"
+        plane.one.profile_manager.operator.set_mode("auto")
+        plane.one.profile_manager.set_model_pair("m", V)
+        assert plane.found() == [], "to load one takes a while"
+        plane.now += 600
+        [(alert, text)] = plane.found()
+        assert alert == "HemostatAdaptersUnusable"
+        assert text == "Adapters serve or are tested, but no request can use one: none is loaded yet"
+
+
+@pytest.mark.parametrize(("test", "alert"), [("budget", "HemostatHemorrhage"), ("change", "HemostatModelChanged")])
+async def test_an_alarm_that_is_raised(test: str, alert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with bench(tmp_path) as plane:
+        readings = [
+            SimpleNamespace(test=test, kind=kind, raised=SimpleNamespace(since=since))
+            for kind, since in (("chat", 900.0), ("text", 800.0))
+        ]
+        monkeypatch.setattr(plane.one.measured.alarms, "raised", lambda: readings)
+        [(found, text)] = plane.found()
+        assert found == alert
+        assert text.endswith(" in chat, text")
+        assert plane.since() == {alert: 800.0}
+
+
+async def test_an_engine_that_is_an_outlier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with bench(tmp_path) as plane:
+        row = {"engine": B, "outlier": True, "farther": True, "since": 700.0}
+        by_engine = plane.one.measured.by_engine
+        monkeypatch.setattr(type(by_engine), "outliers", frozenset([B]))
+        monkeypatch.setattr(by_engine, "report", lambda: [{"engine": A, "outlier": False}, row])
+        text = f"Engines differ on the same kinds of traffic: {B} is further from the reference than the others"
+        assert plane.found() == [("HemostatEngineOutlier", text)]
+        assert plane.since() == {"HemostatEngineOutlier": 700.0}
+        assert status_json(plane.one)["state"]["problems"][0]["page"] == ["engines", B]
+
+
+async def test_a_profile_that_harmed_is_a_problem_until_its_kind_is_released_and_its_rollback_for_half_an_hour(
+    tmp_path: Path,
+) -> None:
+    async with bench(tmp_path) as plane:
+        plane.relays.append(await everything(plane.one, tmp_path))
+        [released] = plane.one.measured.outcomes.harmed()
+        found = dict(plane.found())
+        assert found["HemostatOutcomeHarm"] == (
+            f"A profile made answers in {released} worse (cut 1 with it, 0 without), and was taken from this kind"
+        )
+        assert found["HemostatCalibrationRolledBack"].startswith(f"A profile was rolled back in {released}: cut is bad")
+        plane.one.profile_manager.operator.release(released)
+        assert "HemostatOutcomeHarm" not in dict(plane.found())
+        plane.one.problems._wall = lambda: time.time() + LONG_SECONDS + 60.0
+        assert "HemostatCalibrationRolledBack" not in dict(plane.found())

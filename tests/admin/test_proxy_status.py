@@ -10,10 +10,11 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hemostat.admin.proxy_status import endings_by_arm, proxy_status, quantile
+from hemostat.admin.proxy_status import RecentRequests, endings_by_arm, proxy_status, quantile
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, Stats
 
 NOTHING = Stats(counters={}, overhead_buckets=[0] * (len(OVERHEAD_BUCKETS) + 1), overhead_sum=0.0, ready=True)
+RECENT = RecentRequests(60.0, 0, 0)
 
 
 def of(**counters: dict[tuple[str, ...], float]) -> Stats:
@@ -39,7 +40,7 @@ def test_the_proxys_health() -> None:
         ("/v1/models", "server_error"): 3.0,
         ("other", "client_gone"): 5.0,
     }
-    told = proxy_status(of(hemostat_requests_total=requests))
+    told = proxy_status(of(hemostat_requests_total=requests), RECENT)
     assert (told.requests, told.generations, told.failed, told.failed_ratio) == (100, 92, 5, 0.05)
     assert told.by_outcome == {"ok": 90, "upstream_failed": 2, "server_error": 3, "client_gone": 5}
     assert told.by_route["/v1/models"] == 3
@@ -48,14 +49,14 @@ def test_the_proxys_health() -> None:
 
 def test_what_is_slower_than_every_bucket_is_json_still() -> None:
     buckets = [0] * len(OVERHEAD_BUCKETS) + [4]
-    told = proxy_status(Stats(counters={}, overhead_buckets=buckets, overhead_sum=9.0, ready=True))
+    told = proxy_status(Stats(counters={}, overhead_buckets=buckets, overhead_sum=9.0, ready=True), RECENT)
     assert told.overhead_seconds["p50"] == OVERHEAD_BUCKETS[-1]
     json.dumps(msgspec.to_builtins(told), allow_nan=False)
 
 
 def test_nothing_yet() -> None:
     assert endings_by_arm(NOTHING) == {}
-    told = proxy_status(NOTHING)
+    told = proxy_status(NOTHING, RECENT)
     assert (told.requests, told.failed_ratio, told.by_outcome) == (0, None, {})
 
 

@@ -79,7 +79,7 @@ def test_view_shows_every_figure(scene: view.Scene) -> None:
         "at least (from the top 64)",
         "0.412 [0.390, 0.430]",
         "0.399 [0.380, 0.420]",
-        "0.570 (no interval yet)",
+        "0.570 interval not known yet",
         "0.310",
         "57.6 %",
         "87.0 %",
@@ -280,8 +280,20 @@ def test_what_is_made_of_adapters_and_what_the_arms_received_are_one_line_each()
 
 
 @pytest.mark.parametrize(
-    ("ends", "shown"), [([0.0, 20.0], "0.412 (no interval yet)"), ([0.1, 19.9], "0.412 [0.100, 19.900]")]
+    ("ends", "shown"),
+    [
+        ([0.1, 19.9], "0.412 [0.100, 19.900]"),
+        ([0.0, 20.0], "0.412 interval not known yet"),
+        ([None, None], "0.412 interval not known yet"),
+        ([0.1, None], "0.412 at least 0.100"),
+        ([None, 0.5], "0.412 at most 0.500"),
+    ],
 )
-def test_an_interval_that_says_nothing_is_not_shown(ends: list[float], shown: str) -> None:
-    """After very few requests it is all that the figure can be."""
+def test_how_an_interval_is_shown(ends: list[float | None], shown: str) -> None:
+    """After very few requests it is all that the figure can be, which says nothing."""
     assert view.interval({"estimate": 0.41234, "ci95": ends, "cap": 20.0}) == shown
+
+
+def test_a_share_without_an_interval_says_so() -> None:
+    assert view.share({"estimate": 0.722, "ci95": [None, None]}) == "72.2 % interval not known yet"
+    assert view.share({"estimate": 0.241, "ci95": [0.203, 0.279]}) == "24.1 % [20.3, 27.9]"

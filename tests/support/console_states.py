@@ -16,8 +16,9 @@ import numpy as np
 from playwright.sync_api import Page
 from tests.support.admin_server import KINDS
 
+from hemostat.admin.alerts import ALERTS
 from hemostat.admin.history import MAX_POINTS, POINT_SECONDS, History
-from hemostat.admin.problems import SEVERITIES, Problem
+from hemostat.admin.problems import Found, problem
 from hemostat.admin.status_parts import UpstreamStatus
 
 Json = dict[str, Any]
@@ -54,11 +55,11 @@ class State:
         )
         page.route("**/api/v1/history*", lambda route: route.fulfill(json=self.history))
 
-    def problem(self, alert: str, text: str, seconds: float) -> None:
-        """Found so long ago; the worst one comes first."""
-        made = Problem(alert, SEVERITIES[alert], self.at - seconds, text, f"runbook#{alert.lower()}")
+    def problem(self, alert: str, text: str, seconds: float, page: tuple[str, ...] = ()) -> None:
+        """Add a problem that was found so long ago; the worst one comes first."""
+        made = problem(Found(alert, text, page=page), self.at - seconds)
         problems = [*self.status["state"]["problems"], msgspec.to_builtins(made)]
-        problems.sort(key=lambda problem: list(SEVERITIES).index(problem["alert"]))
+        problems.sort(key=lambda problem: list(ALERTS).index(problem["alert"]))
         self.status["state"] = {"level": problems[0]["severity"], "problems": problems}
 
     def kind(self, name: str) -> Json:
@@ -131,6 +132,7 @@ def figure(part: Json, kl: float, requests: int) -> None:
     part["kl_nats"] |= {"estimate": kl, "ci95": [kl * 0.93, kl * 1.07]}
     part["kl_nats_estimate"] |= {"estimate": kl * 1.06, "ci95": [kl * 0.9, kl * 1.2]}
     part["total_variation"], part["top1_agreement"] = 1.6 * kl, 1.0 - 1.1 * kl
+    part["total_variation_upper"] |= {"estimate": 1.9 * kl, "ci95": [1.8 * kl, 2.0 * kl]}
     part["draft_acceptance"] |= {
         "lower": 1.0 - 1.9 * kl,
         "upper": 1.0 - 1.6 * kl,
@@ -154,6 +156,7 @@ def healthy(status: Json, profiles: Json) -> State:
     scored = int(state.history["points"]["scored"][-1])
     status["requests"] |= {"shadowed": scored + 89, "scored": scored, "pending": 2, "dropped": {"queue_full": 87}}
     status["proxy"] |= {"requests": 259_200, "generations": 258_100, "failed": 31, "failed_ratio": 31 / 259_200}
+    status["proxy"]["recent"] = {"seconds": 60.0, "requests": 720, "failed": 0}
     status["proxy"]["by_outcome"] = {"ok": 259_000, "client_gone": 169, "upstream_failed": 31}
     status["shadow"] |= {"rate": 0.05, "reference_tokens": 19_440_000, "uptime_seconds": 6 * HOUR}
     status["coverage"] |= {"scored_share": {"tokens": 0.97, "requests": 0.98}, "not_scored": []}
@@ -198,6 +201,7 @@ def no_data(state: State) -> None:
     status["reference"] = {"state": "starting", "detail": "loading weights"}
     status["requests"] |= {"shadowed": 0, "scored": 0, "skipped": {}, "dropped": {}, "pending": 0}
     status["proxy"] |= {"requests": 0, "generations": 0, "failed": 0, "failed_ratio": None}
+    status["proxy"]["recent"] |= {"requests": 0, "failed": 0}
     status["alarm"] |= {"tests": [], "kinds": [], "waits_for": []}
     status["calibration"]["kinds"], status["kinds"], state.profiles["by_kind"] = [], [], {}
     status["coverage"]["scored_share"] = {"tokens": None, "requests": None}
@@ -214,7 +218,9 @@ def vllm_dead(state: State) -> None:
     text = "None of the 2 engines answers: 100 % of the requests of the last minute failed"
     state.problem("HemostatUpstreamDown", text, 130)
     state.status["upstream"] = [engine(row["engine"], up=0, ejections=1) for row in state.status["upstream"]]
-    state.says, state.shows = text, ["Repair vLLM. Hemostat needs no action", "for 2 min", "vLLM: problem"]
+    state.status["proxy"]["recent"] |= {"failed": 720}
+    state.says, state.shows = text, ["Repair vLLM. Hemostat needs no action", "for 2 min", "vLLM: problem",
+                                     "errors: 720 of 720 requests in the last minute", "Act now."]  # fmt: skip
 
 
 def reference_dead(state: State) -> None:
@@ -222,7 +228,8 @@ def reference_dead(state: State) -> None:
     state.status["reference"] = {"state": "down", "detail": detail}
     text = f"The reference does not answer: nothing is measured ({detail})"
     state.problem("HemostatReferenceDown", text, 1800)
-    state.says, state.shows = text, ["Start or repair the reference. Clients are not affected.", "for 30 min"]
+    state.says, state.shows = text, ["Start or repair the reference. Clients are not affected.", "for 30 min",
+                                     "Are clients affected? No:", "Act tomorrow."]  # fmt: skip
 
 
 def alarm(state: State) -> None:
@@ -261,12 +268,17 @@ def harmed(state: State) -> None:
     state.kind(KINDS[1])["summary"] = f"held at identity until an operator releases it: {why}"
     state.profiles["held"] = [KINDS[1]]
     state.profiles["events"].insert(0, decided(state.at - 600, "roll_back", why, KINDS[1]))
-    state.says = "No problem now, but profiles harmed 1 kind of traffic and were rolled back there"
+    text = (
+        f"A profile made answers in {KINDS[1]} worse (cut 0.091 with it, 0.012 without), and was taken from this kind"
+    )
+    state.problem("HemostatOutcomeHarm", text, 600, ("kinds", KINDS[1]))
+    state.says = text
     state.shows = [
-        f"{KINDS[1]}: find out why the profile harmed",
+        "Find out why the profile harmed, then release the kind.",
+        f"Open {KINDS[1]}",
         "rolled back",
         "1 kind held without a profile",
-        why,
+        "profiles: problem",
         "for 10 min",
     ]
 
@@ -306,7 +318,11 @@ def many_engines(state: State) -> None:
     state.problem("HemostatCanaryChanged", state.says, 4000)
     ejected = "1 of 8 engines gets no requests: 10.0.0.3:8000"
     state.problem("HemostatEngineEjected", ejected, 700)
-    state.shows = [ejected, "Repair the engine that gets no requests", "10.0.0.6:8000 differs from the other engines",
+    outlier_text = (
+        f"Engines differ on the same kinds of traffic: {named[5]} is further from the reference than the others"
+    )
+    state.problem("HemostatEngineOutlier", outlier_text, 4000, ("engines", named[5]))
+    state.shows = [ejected, "Repair the engine that gets no requests", outlier_text, f"Open {named[5]}",
                    "canaries: problem"]  # fmt: skip
 
 

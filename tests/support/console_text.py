@@ -25,12 +25,14 @@ def percent(x: float | None, digits: int = 1) -> str:
     return "–" if x is None else f"{fixed(100 * x, digits)} %"
 
 
-UNKNOWN = "not enough effective requests"
+UNKNOWN = "interval not known yet"
 
 
 def interval(ends: list[float] | list[None], show: Callable[[float], str] = nats) -> str:
     low, high = ends
-    return UNKNOWN if low is None or high is None else f"[{show(low)}, {show(high)}]"
+    if low is not None and high is not None:
+        return f"[{show(low)}, {show(high)}]"
+    return f"at least {show(low)}" if low is not None else f"at most {show(high)}" if high is not None else UNKNOWN
 
 
 def divergence_interval(figure: dict[str, Any]) -> str:

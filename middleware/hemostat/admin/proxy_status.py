@@ -13,8 +13,17 @@ from hemostat.metrics import names
 from hemostat.openai import routes
 
 
+class RecentRequests(msgspec.Struct, frozen=True):
+    """The requests of the last minute, or since the end of an outage of vLLM within it."""
+
+    seconds: float
+    requests: int
+    failed: int
+    """The part of them that the upstream answered with a server error, or not at all."""
+
+
 class ProxyStatus(msgspec.Struct, frozen=True):
-    """Requests by outcome and route, and the time that the relay adds, since the start."""
+    """Requests by outcome and route, and the time that the relay adds: since the start, except `recent`."""
 
     requests: int
     generations: int
@@ -28,6 +37,7 @@ class ProxyStatus(msgspec.Struct, frozen=True):
     """p50 and p99: upper end of the histogram's bucket, at most the last finite one (JSON has no infinity)."""
     overhead_counts: list[int]
     """Requests by bucket of the same histogram: `OVERHEAD_BUCKETS`, and above."""
+    recent: RecentRequests
 
 
 class ArmEndings(msgspec.Struct):
@@ -64,7 +74,7 @@ def requests_by_outcome(stats: Stats) -> dict[str, int]:
     return result
 
 
-def proxy_status(stats: Stats) -> ProxyStatus:
+def proxy_status(stats: Stats, recent: RecentRequests) -> ProxyStatus:
     by_outcome = requests_by_outcome(stats)
     by_route: dict[str, int] = {}
     for (route, _), value in stats.counters.get(names.REQUESTS, {}).items():
@@ -83,6 +93,7 @@ def proxy_status(stats: Stats) -> ProxyStatus:
             name: None if value is None else min(value, OVERHEAD_BUCKETS[-1]) for name, value in overhead.items()
         },
         overhead_counts=list(stats.overhead_buckets),
+        recent=recent,
     )
 
 

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 
-from hemostat.admin.proxy_status import requests_by_outcome
-from hemostat.ipc.ends import FAILED
-from hemostat.ipc.messages import Stats
+import msgspec
+
+from hemostat.admin.proxy_status import RecentRequests, quantile, requests_by_outcome
+from hemostat.ipc.ends import FAILED, OK
+from hemostat.ipc.messages import OVERHEAD_BUCKETS, Stats
 from hemostat.metrics import names
 from hemostat.metrics.reasons import Outcome, Unscored
+from hemostat.openai.routes import CHAT, COMPLETIONS
 
 MINUTE_SECONDS = 60.0
+OVERHEAD_SECONDS = 300.0
+"""How long the overhead of a request counts: as long as in the alert."""
 LOST_SECONDS = 900.0
 """How long something that was lost, or not stored, counts: as long as in the alerts."""
+LONG_SECONDS = 1800.0
+"""How long rare things count, such as a rollback: as long as in the alerts."""
+MAX_CHANGES = 120
+"""About how many values of a counter are remembered, however often it grows."""
 
 
 class Growth:
@@ -33,7 +43,10 @@ class Growth:
         """The growth up to now. now: monotonic seconds."""
         changes = self._changes
         if value != changes[-1][1]:
-            changes.append((now, value))
+            if now - changes[-1][0] < self._seconds / MAX_CHANGES:
+                changes[-1] = changes[-1][0], value
+            else:
+                changes.append((now, value))
         while len(changes) > 1 and changes[1][0] <= now - self._seconds:
             changes.popleft()
         return max(0.0, value - changes[0][1])
@@ -43,38 +56,25 @@ class Growth:
         self._changes = deque([(-math.inf, value)])
 
 
-class RelayGrowth:
-    """What relays have counted lately. One that connects has counted before, unseen: nothing before then counts."""
+class RelayFigures(msgspec.Struct, frozen=True):
+    """What relays have counted lately."""
 
-    def __init__(self) -> None:
-        self._relays = 0
-        self._requests, self._failed = Growth(MINUTE_SECONDS), Growth(MINUTE_SECONDS)
-        self._captured, self._lost = Growth(LOST_SECONDS), Growth(LOST_SECONDS)
-        self.requests = 0.0
-        """In the last minute."""
-        self.failed = 0.0
-        """Of them, those that the upstream answered with a server error, or not at all."""
-        self.captured = 0.0
-        """Requests in the last LOST_SECONDS that were captured in a relay."""
-        self.lost = 0.0
-        """Of them, those that did not reach the control process."""
-
-    def look(self, now: float, relays: int, total: Stats) -> None:
-        """Update the figures. relays: how many have reported. total: of all relays, since they started."""
-        by_outcome = requests_by_outcome(total)
-        shadow = total.counters.get(names.SHADOW_REQUESTS, {})
-        lost = shadow.get(Unscored.LINK_FULL.labels, 0.0)
-        counters = (
-            (self._requests, float(sum(by_outcome.values()))),
-            (self._failed, float(sum(by_outcome.get(outcome, 0) for outcome in FAILED))),
-            (self._captured, shadow.get((Outcome.SHADOWED.value, ""), 0.0) + lost),
-            (self._lost, lost),
-        )
-        if relays > self._relays:
-            for growth, value in counters:
-                growth.restart(value)
-        self._relays = relays
-        self.requests, self.failed, self.captured, self.lost = (growth.look(now, value) for growth, value in counters)
+    requests: float = 0.0
+    """Requests in the last minute."""
+    failed: float = 0.0
+    """The part of them that the upstream answered with a server error, or not at all."""
+    captured: float = 0.0
+    """Requests in the last LOST_SECONDS that were captured in a relay."""
+    lost: float = 0.0
+    """The part of them that did not reach the control process."""
+    dropped: float = 0.0
+    """Sampled requests in the last LOST_SECONDS that relays dropped, for whatever reason."""
+    answered: float = 0.0
+    """Requests in the last LONG_SECONDS."""
+    repeated: float = 0.0
+    """The part of them that was sent to the engine a second time."""
+    completions: float = 0.0
+    """Complete answers of the routes that are scored, in the last LONG_SECONDS."""
 
     @property
     def failed_ratio(self) -> float:
@@ -83,3 +83,75 @@ class RelayGrowth:
     @property
     def lost_ratio(self) -> float:
         return self.lost / self.captured if self.captured else 0.0
+
+    @property
+    def repeated_ratio(self) -> float:
+        return self.repeated / self.answered if self.answered else 0.0
+
+    @property
+    def minute(self) -> RecentRequests:
+        return RecentRequests(MINUTE_SECONDS, int(self.requests), int(self.failed))
+
+
+WINDOWS = {
+    **dict.fromkeys(("requests", "failed"), MINUTE_SECONDS),
+    **dict.fromkeys(("captured", "lost", "dropped"), LOST_SECONDS),
+    **dict.fromkeys(("answered", "repeated", "completions"), LONG_SECONDS),
+}
+"""By field of `RelayFigures`."""
+
+
+class RelayGrowth:
+    """What relays have counted lately. One that connects has counted before, unseen: nothing before then counts."""
+
+    def __init__(self) -> None:
+        self._relays = 0
+        self._growth = {name: Growth(seconds) for name, seconds in WINDOWS.items()}
+        self._overhead = [Growth(OVERHEAD_SECONDS) for _ in range(len(OVERHEAD_BUCKETS) + 1)]
+        self._counters: Mapping[str, float] = dict.fromkeys(WINDOWS, 0.0)
+        """The values at the last look."""
+        self.figures = RelayFigures()
+        self.overhead: list[int] = []
+        """Requests of the last OVERHEAD_SECONDS by bucket of their overhead: `OVERHEAD_BUCKETS`, and above."""
+
+    def look(self, now: float, relays: int, total: Stats) -> None:
+        """Update the figures. relays: how many have reported. total: of all relays, since they started."""
+        self._counters = _counters(total)
+        buckets = [*total.overhead_buckets, *[0] * (len(self._overhead) - len(total.overhead_buckets))]
+        if relays > self._relays:
+            self.restart(*WINDOWS)
+            for growth, value in zip(self._overhead, buckets, strict=True):
+                growth.restart(value)
+        self._relays = relays
+        self.figures = RelayFigures(**{name: self._growth[name].look(now, self._counters[name]) for name in WINDOWS})
+        self.overhead = [int(growth.look(now, value)) for growth, value in zip(self._overhead, buckets, strict=True)]
+
+    def restart(self, *fields: str) -> None:
+        """What these fields of `RelayFigures` have counted up to now does not count any more."""
+        for name in fields:
+            self._growth[name].restart(self._counters[name])
+        self.figures = msgspec.structs.replace(self.figures, **dict.fromkeys(fields, 0.0))
+
+    @property
+    def overhead_p99(self) -> float | None:
+        """The upper end of the bucket that holds the 99 % quantile, seconds; None without a request."""
+        return quantile(self.overhead, 0.99)
+
+
+def _counters(total: Stats) -> dict[str, float]:
+    """The counters of all relays that `RelayFigures` shows the growth of."""
+    by_outcome = requests_by_outcome(total)
+    requests = float(sum(by_outcome.values()))
+    shadow = total.counters.get(names.SHADOW_REQUESTS, {})
+    lost = shadow.get(Unscored.LINK_FULL.labels, 0.0)
+    by_route = total.counters.get(names.REQUESTS, {})
+    return {
+        "requests": requests,
+        "failed": float(sum(by_outcome.get(outcome, 0) for outcome in FAILED)),
+        "captured": shadow.get((Outcome.SHADOWED.value, ""), 0.0) + lost,
+        "lost": lost,
+        "dropped": sum(value for (outcome, _), value in shadow.items() if outcome == Outcome.DROPPED),
+        "answered": requests,
+        "repeated": sum(total.counters.get(names.REPEATED_REQUESTS, {}).values()),
+        "completions": sum(by_route.get((route, OK), 0.0) for route in (CHAT, COMPLETIONS)),
+    }

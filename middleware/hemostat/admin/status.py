@@ -155,9 +155,10 @@ class StatusSource:
         now, settings = self._clock(), self.settings.shadow
         process, scoring, engines, calibration = self._process, self._scoring, self._engines, self._calibration
         measured, measurements, totals = self._measured, self._measured.measurements, process.link.total()
+        state = process.problems.look()
         return Status(
             at=self._wall(),
-            state=process.problems.look(),
+            state=state,
             requests=scoring.requests(totals),
             coverage=scoring.pipeline.coverage.report(),
             tokens_scored=measurements.tokens,
@@ -181,7 +182,7 @@ class StatusSource:
             learner=calibration.learner.status(),
             adapter={**calibration.adapters(), "distances": dict(scoring.pipeline.distances.outcomes)},
             recovered=calibration.recovered(measurements),
-            proxy=proxy_status(totals),
+            proxy=proxy_status(totals, process.problems.recent),
             endings=endings_by_arm(totals),
             shadow=scoring.shadow(settings, now - self._started),
             queue=scoring.queue(now),

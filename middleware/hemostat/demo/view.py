@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,8 @@ from hemostat_calibration.guard.decisions import Figure
 from hemostat_calibration.messages import with_detail
 
 UNKNOWN = "–"
+UNKNOWN_INTERVAL = "interval not known yet"
+"""What stands in place of an interval without ends, as on the console."""
 DECISION_WORDS = {"drop": "end the tests of", "roll_back": "roll back"}
 """Of decisions whose names do not say to a reader what happens."""
 MAX_DECISIONS_SHOWN = 3
@@ -57,13 +59,26 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def interval(figure: Mapping[str, Any] | None) -> str:
-    """`0.412 [0.397, 0.428]`"""
+    """The estimate and its interval, such as `0.412 [0.397, 0.428]`."""
     if not figure or figure.get("estimate") is None:
         return UNKNOWN
     low, high = figure["ci95"]
-    if high is None or high >= figure.get("cap", math.inf):  # all that the figure can be: of very few requests
-        return f"{number(figure['estimate'])} (no interval yet)"
-    return f"{number(figure['estimate'])} [{number(low)}, {number(high)}]"
+    if high is not None and high >= figure.get("cap", math.inf):
+        low = high = None  # all that the figure can be, as after very few requests
+    return f"{number(figure['estimate'])} {_ends(low, high, number)}"
+
+
+def _ends(low: float | None, high: float | None, show: Callable[[float], str]) -> str:
+    """Both ends of an interval, the one that is known, or that none is."""
+    if low is not None and high is not None:
+        return f"[{show(low)}, {show(high)}]"
+    return (
+        f"at least {show(low)}"
+        if low is not None
+        else f"at most {show(high)}"
+        if high is not None
+        else UNKNOWN_INTERVAL
+    )
 
 
 def percent(value: float | None) -> str:
@@ -71,11 +86,11 @@ def percent(value: float | None) -> str:
 
 
 def share(figure: Mapping[str, Any] | None) -> str:
-    """`24.1 % [20.3, 27.9]`"""
+    """The same of a share, such as `24.1 % [20.3, 27.9]`."""
     if not figure or figure.get("estimate") is None:
         return UNKNOWN
-    low, high = (UNKNOWN if end is None else f"{100 * end:.1f}" for end in figure["ci95"])
-    return f"{percent(figure['estimate'])} [{low}, {high}]"
+    low, high = figure["ci95"]
+    return f"{percent(figure['estimate'])} {_ends(low, high, lambda end: f'{100 * end:.1f}')}"
 
 
 def counts(by_reason: Mapping[str, int]) -> str:

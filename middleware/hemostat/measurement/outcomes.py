@@ -239,6 +239,14 @@ class Outcomes:
 
     # --- what is shown ---------------------------------------------------------------------------------------------
 
+    def harmed(self) -> dict[str, dict[str, Any]]:
+        """The kinds that are held because an outcome was harmed -> what was proven there, JSON-ready."""
+        return {
+            kind: state.harmed
+            for kind, state in self._kinds.items()
+            if state.harmed is not None and self._served.is_operators(kind)
+        }
+
     def report(self) -> dict[str, Any]:
         """JSON-ready."""
         return {

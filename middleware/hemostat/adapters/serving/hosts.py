@@ -79,6 +79,13 @@ class AdapterHosts:
         return self.hosts[name].ready if name in self.hosts else frozenset()
 
     @property
+    def unusable(self) -> str | None:
+        """Why no request can use an adapter, though some serve or are tested; None where one can, or none is."""
+        if not self.hosts or not self._profiles.wanted() or self.ready:
+            return None
+        return str(self.status()["detail"]) or "none is loaded yet"
+
+    @property
     def hold(self) -> list[str]:
         """Versions that engines should keep loaded."""
         return list(dict.fromkeys(version for host in self.hosts.values() for version in host.hold))

@@ -1,5 +1,5 @@
 // How far the model is from its reference: one chart, one table, by whatever group is chosen.
-import { certain, endsOf, fixed, known, nats, NONE, percent, plural, range, counts, whole } from "./format.js";
+import { endsOf, fixed, known, nats, NONE, percent, plural, range, counts, whole } from "./format.js";
 import { Chart, Explain, Facts, html, Interval, Link, Section, Table } from "./parts.js";
 import { marks } from "./events.js";
 
@@ -45,7 +45,7 @@ function headlines(s) {
   const open = excess && known(kl.ci95[0]) && excess.ci95[0] <= kl.ci95[0] - kl.cap, ends = excess && [open ? null : excess.ci95[0], excess.ci95[1]];
   return [
     ["KL(reference‖compressed), nats per token", `≥ ${nats(kl.estimate)}, 95 % ${range(endsOf(kl))}; estimate ${nats(raw.kl_nats_estimate.estimate)}; ≤ ${nats(raw.kl_nats_upper.estimate)}`],
-    ["by request", `≥ ${nats(kl.by_request.estimate)}, finite-sample ${certain(kl.by_request.ci95_finite)}`],
+    ["by request", `≥ ${nats(kl.by_request.estimate)}, finite-sample ${range(kl.by_request.ci95_finite)}`],
     ["excess over the noise floor", excess ? `≥ ${nats(excess.estimate)}, 95 % ${range(ends)}; noise floor ${nats(excess.floor)}${open ? ", too few requests to bound it" : ""}` : "the noise floor is not known yet"],
     ["total variation", `≥ ${nats(raw.total_variation)}, 95 % ${range(raw.ci95.total_variation)}; ≤ ${nats(raw.total_variation_upper.estimate)}`],
     ["accepted as a draft of the reference", acceptance(raw.draft_acceptance)],
@@ -64,7 +64,7 @@ function thinking({ thinking: t }) {
     ["arm", (r) => r.arm],
     ["requests that think", (r) => whole(r.requests), (r) => r.requests],
     ["tokens of thinking, mean", (r) => `${tokens(r.tokens.estimate)} ${range(r.tokens.ci95, tokens)}`],
-    ["finite-sample", (r) => ("ci95_finite" in r.tokens ? certain(r.tokens.ci95_finite, tokens) : NONE)],
+    ["finite-sample", (r) => ("ci95_finite" in r.tokens ? range(r.tokens.ci95_finite, tokens) : NONE)],
     ["never ended", (r) => `${percent(r.never_ended.estimate)} ${range(r.never_ended.ci95, percent)}`],
     ["how it ended", (r) => (r.endings ? counts(r.endings) : NONE)],
   ]} />`;

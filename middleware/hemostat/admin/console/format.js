@@ -17,7 +17,13 @@ export function nats(x) {
   return Math.abs(x) < 1e-5 ? x.toExponential(1).replaceAll("-", "−") : fixed(x, 1 - Math.floor(Math.log10(Math.abs(x))));
 }
 
-export const range = (ends, show = nats) => (ends && (known(ends[0]) || known(ends[1])) ? `[${show(ends[0])}, ${show(ends[1])}]` : "not enough effective requests");
+export const UNKNOWN_INTERVAL = "interval not known yet";
+/** Of an interval: its two ends, the one that is known, or that none is. */
+export function range(ends, show = nats) {
+  const [low, high] = ends ?? [];
+  if (known(low) && known(high)) return `[${show(low)}, ${show(high)}]`;
+  return known(low) ? `at least ${show(low)}` : known(high) ? `at most ${show(high)}` : UNKNOWN_INTERVAL;
+}
 /** Of a divergence; none where the interval is all that the figure can be, as after very few requests. */
 export const endsOf = (figure) => (known(figure.ci95[1]) && figure.ci95[1] >= figure.cap ? [null, null] : figure.ci95);
 // Its interval in words; of the hours seen where these are no whole cycle of the traffic yet.
@@ -25,18 +31,18 @@ export const interval = (figure) => {
   const seen = figure.ci95_seen ?? figure.ci95, ends = endsOf(figure), early = endsOf({ ...figure, ci95: seen });
   return known(ends[1]) || !known(early[1]) ? range(ends) : `${range(early)} in the hours measured so far`;
 };
-/** A finite-sample interval; null is "wider than half of the figure's range". */
-export const certain = (ends, show = nats) => (ends ? range(ends, show) : "not enough requests");
-
 /** Versions are 32 hex digits; 8 of them are shown, and accepted by the command line and the API. */
 export const brief = (version) => (version && version.length === 32 ? version.slice(0, 8) : version || NONE);
 export const briefly = (text) => String(text ?? "").replace(/\b[0-9a-f]{32}\b/g, (version) => version.slice(0, 8));
 
-/** A share in words: "4 of 10", "3 of 100". */
-export function ofTokens(share) {
-  if (!known(share)) return null;
-  const scale = [10, 100, 1000].find((n) => share * n >= 0.95);
-  return scale ? `${Math.round(share * scale)} of ${whole(scale)}` : "fewer than 1 of 1,000";
+/** A share of the tokens in words, from its lower and upper bound: "About 4 of 10", "2 to 6 of 10". */
+export function ofTokens(lower, upper) {
+  if (!known(lower)) return null;
+  const scale = [10, 100, 1000].find((n) => lower * n >= 0.95), top = [10, 100, 1000].find((n) => upper * n >= 0.95);
+  if (!scale) return !known(upper) ? "At least 0 of 1,000" : top ? `At most ${Math.ceil(upper * top)} of ${whole(top)}` : "Fewer than 1 of 1,000";
+  const [from, to] = [Math.round(lower * scale), Math.round(upper * scale)];
+  if (!known(upper)) return `At least ${from} of ${whole(scale)}`;
+  return from === to ? `About ${from} of ${whole(scale)}` : `${from} to ${to} of ${whole(scale)}`;
 }
 
 const two = (n) => String(n).padStart(2, "0");

@@ -1,5 +1,5 @@
 // Kinds of traffic: what serves each, on what evidence, and what its outcomes are.
-import { briefly, certain, fixed, known, lasted, nats, NONE, percent, plural, range, when, whole } from "./format.js";
+import { briefly, fixed, known, lasted, nats, NONE, percent, plural, range, when, whole } from "./format.js";
 import { Action, Coloured, Explain, Facts, html, Link, Section, Table, Version } from "./parts.js";
 import { EventTable, happened, servedSince } from "./events.js";
 import { acceptance, figureColumns, scale } from "./divergence.js";
@@ -49,7 +49,7 @@ export function Kind({ s, p, noticed, name }) {
   const k = s.calibration.kinds.find((x) => x.kind === name), f = figuresOf(s, name), outcome = outcomesOf(s, name), baseline = s.alarm.kinds.find((x) => x.kind === name);
   if (!k && !f) return html`<${Section} title="Kind ${name}" id="kind"><p>This kind is not followed. <${Link} to="kinds">All kinds<//></p><//>`;
   const since = k?.version && servedSince(p, k.version, name), gain = f?.gain_nats, measured = gain?.requests > 0, rows = f ? [["raw", f.raw], ...["control", "treated"].filter((arm) => f.arms[arm]).map((arm) => [arm, f.arms[arm]])] : [];
-  const both = (figure) => (measured ? `${nats(figure.estimate)} ${range(figure.ci95)}${figure.ci95_finite === undefined || gain.total_variation ? "" : `; finite-sample ${certain(figure.ci95_finite)}`}` : NONE);
+  const both = (figure) => (measured ? `${nats(figure.estimate)} ${range(figure.ci95)}${figure.ci95_finite === undefined || gain.total_variation ? "" : `; finite-sample ${range(figure.ci95_finite)}`}` : NONE);
   return html`<${Section} title=${name} id="kind">
     ${k && html`<${Facts} of=${[
       ["part of the traffic", percent(k.share)],

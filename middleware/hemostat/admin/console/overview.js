@@ -1,39 +1,38 @@
 // The first page: what is wrong, what compression costs, what is served since when, what to do.
-import { brief, briefly, counts, fixed, known, lasted, ms, named, nats, ofTokens, percent, perSecond, plural, range, interval, total, when, whole } from "./format.js";
+import { brief, briefly, counts, fixed, known, lasted, ms, named, nats, ofTokens, percent, perSecond, plural, range, interval, when, whole } from "./format.js";
 import { Action, Chart, html, Link, Spark } from "./parts.js";
 import { marks, servedSince } from "./events.js";
 import { MODES } from "./profiles.js";
 
-/** Parts of the deployment, worst first, with the alerts of each. */
-const AREAS = [
-  ["vLLM", ["HemostatNoRelays", "HemostatUpstreamDown", "HemostatEngineEjected"], (s) => (s.upstream.length ? `${s.upstream.filter((e) => e.up).length} of ${plural(s.upstream.length, "engine")} up` : "not known yet")],
-  ["errors", ["HemostatProxyErrors"], (s) => (s.proxy.requests ? `${percent(s.proxy.failed_ratio, 2)} failed` : "no request yet")],
-  ["reference", ["HemostatReferenceDown"], (s) => s.reference.state],
-  ["store", ["HemostatStoreErrors"], (s) => s.control.state],
-  ["alarm", ["HemostatHemorrhage", "HemostatModelChanged"], (s) => (s.alarm.tests.some((t) => t.begun) ? "none" : "learning")],
-  ["canaries", ["HemostatCanaryChanged"], ({ canaries: c }) => (c.engines.length ? "unchanged" : c.set ? "no replay yet" : "no set")],
-  ["adapters", ["HemostatAdapterBuildsFail"], (s) => s.adapter.state],
-  ["profiles", ["HemostatProfileFailed"], () => null],
-  ["measurement", ["HemostatNoiseFloorUnknown", "HemostatCapturesLost", "HemostatRecordsLost"], (s) => (s.requests.scored ? "running" : "no score yet")],
-  ["configuration", ["HemostatReloadFailed"], (s) => (s.configuration.needs_restart.length ? "needs a restart" : "loaded")],
-];
+/** Parts of the deployment, as `area` of a problem names them, with what each says while it has none. What is said of a problem comes with it. */
+const AREAS = {
+  vLLM: (s) => (s.upstream.length ? `${s.upstream.filter((e) => e.up).length} of ${plural(s.upstream.length, "engine")} up` : "not known yet"),
+  relays: (s) => `${s.relays} connected`,
+  errors: ({ proxy: { recent } }) => `${whole(recent.failed)} of ${plural(recent.requests, "request")} in the last minute`,
+  reference: (s) => s.reference.state,
+  store: (s) => s.control.state,
+  alarm: (s) => (s.alarm.tests.some((t) => t.begun) ? "none" : "learning"),
+  canaries: ({ canaries: c }) => (c.engines.length ? "unchanged" : c.set ? "no replay yet" : "no set"),
+  adapters: (s) => s.adapter.state,
+  profiles: () => null,
+  measurement: (s) => (s.requests.scored ? "running" : "no score yet"),
+  configuration: (s) => (s.configuration.needs_restart.length ? "needs a restart" : "loaded"),
+};
 
 const held = (s) => s.calibration.kinds.filter((k) => k.held);
 
 /** The sentence that says whether something is wrong. */
 export function headline({ s, p, lost }) {
   if (lost) return { as: "wait", text: "Whether anything is wrong is not known: the admin port does not answer", sub: `The figures below are of ${when(s?.at)}.` };
-  const [worst] = s.state.problems, begun = s.alarm.tests.filter((t) => t.begun).length, harmed = held(s);
+  const [worst] = s.state.problems, begun = s.alarm.tests.filter((t) => t.begun).length;
   if (worst) {
-    const red = s.state.level === "critical" || s.alarm.raised;
-    return { as: red ? "bad" : "wait", text: worst.text, sub: `Since ${when(worst.since)}, for ${lasted(s.at - worst.since)}.`, runbook: worst.runbook };
+    return {
+      as: s.state.level === "critical" ? "bad" : "wait", text: worst.text, runbook: worst.runbook,
+      sub: `Since ${when(worst.since)}, for ${lasted(s.at - worst.since)}. Are clients affected? ${worst.clients} ${worst.act}`,
+    };
   }
   const sub = !s.requests.scored ? "No request has been scored yet." : begun ? `${plural(begun, "alarm test")} active; the probability of a false alarm in a week is at most ${percent(s.alarm.alpha, 0)}.`
     : `The alarm cannot be raised yet: it is learning its baseline (${s.alarm.waits_for[0] || "waits for requests"}).`;
-  if (harmed.length) {
-    const [{ kind, held: why }] = harmed, at = p.events.find((e) => e.decision === "roll_back" && e.kind === kind)?.at;
-    return { as: "wait", text: `No problem now, but profiles harmed ${plural(harmed.length, "kind")} of traffic and were rolled back there`, sub: `${known(at) ? `Since ${when(at)}, for ${lasted(s.at - at)}: ` : ""}${kind}: ${why}.` };
-  }
   return { as: "good", text: s.requests.scored ? "No problem found" : "No problem found, and nothing measured yet", sub };
 }
 
@@ -45,28 +44,28 @@ function howMuch(s, past) {
 
 function Status({ s, p, past, lost }) {
   const { as, text, sub, runbook } = headline({ s, p, lost }), others = s.state.problems.slice(1, 3), more = s.state.problems.length - 1 - others.length;
-  const chips = AREAS.map(([name, alerts, ok]) => [name, s.state.problems.find((p) => alerts.some((alert) => p.alert.startsWith(alert))), ok(s)])
+  const { failed, requests } = s.proxy.recent, failing = failed > 0.05 * requests ? "bad" : failed ? "wait" : "good";
+  const chips = Object.entries(AREAS).map(([name, ok]) => [name, s.state.problems.find((p) => p.area === name), ok(s)])
     .filter(([, problem, ok]) => problem || ok).sort((a, b) => Boolean(b[1]) - Boolean(a[1]));
+  const colour = (name, problem) => (problem ? (problem.severity === "critical" ? "bad" : "wait") : lost ? "" : name === "errors" ? failing : "good");
   return html`<section class="verdict ${as}" aria-label="Status">
     <p class="headline" role="status">${briefly(text)}</p>
     <p class="sub">${sub}${howMuch(s, past)} ${runbook && html`<a href=${runbook}>Runbook</a>`}</p>
     ${others.map((p) => html`<p class="also">${briefly(p.text)} <span class="sub">since ${when(p.since)}, for ${lasted(s.at - p.since)}</span> <a href=${p.runbook}>Runbook</a></p>`)}
     ${more > 0 && html`<p class="also">and ${plural(more, "more problem")}: <${Link} to="events">Events<//></p>`}
-    <ul class="chips">${chips.map(([name, problem, ok]) => html`<li class=${problem ? (problem.severity === "critical" || (name === "alarm" && s.alarm.raised) ? "bad" : "wait") : lost ? "" : "good"}>${name}: ${problem ? "problem" : lost ? "not known" : ok}</li>`)}</ul>
+    <ul class="chips">${chips.map(([name, problem, ok]) => html`<li class=${colour(name, problem)}>${name}: ${problem ? "problem" : lost ? "not known" : ok}</li>`)}</ul>
   </section>`;
 }
 
 // --- tiles --------------------------------------------------------------------------------------------------------------
 
 const Tile = ({ title, to, big, unit, children }) => html`<section class="tile"><h2><${Link} to=${to}>${title}<//></h2><p class="big">${big} <span class="unit">${unit}</span></p>${children}</section>`;
-/** Growth of a counter in the last minute of the history. */
-const lastMinute = (past, name) => (past[name]?.length > 6 ? past[name].at(-1) - past[name].at(-7) : null);
 
 function Traffic({ s, past, rate }) {
-  const failed = lastMinute(past, "failed"), all = lastMinute(past, "requests"), recent = known(failed) && failed >= 0;
+  const { failed, requests: all } = s.proxy.recent;
   const requests = rate((x) => x.proxy.requests), p99 = past.overhead_p99?.at(-1) ?? s.proxy.overhead_seconds.p99;
   return html`<${Tile} title="Traffic" to="engines" big=${fixed(requests, 1)} unit="requests/s">
-    <p class="sub">Overhead of the relay: 99 % of requests at most ${ms(p99)}. <span class=${(recent ? failed : s.proxy.failed) > 0 ? "bad-text" : ""}>${recent ? `Failed in the last minute: ${whole(failed)} of ${whole(all)}.` : `Failed so far: ${whole(s.proxy.failed)} of ${whole(s.proxy.requests)}.`}</span></p>
+    <p class="sub">Overhead of the relay: 99 % of requests at most ${ms(p99)}. <span class=${failed > 0 ? "bad-text" : ""}>Failed in the last minute: ${whole(failed)} of ${whole(all)}.</span></p>
     <div class="sparks"><${Spark} label="requests/s" values=${perSecond(past, "requests")} /><${Spark} label="overhead, 99 %" values=${past.overhead_p99 || []} /></div><//>`;
 }
 
@@ -78,10 +77,10 @@ function compared(s) {
 }
 
 function Cost({ s, past }) {
-  const differ = ofTokens(s.raw.total_variation), kl = s.raw.kl_nats, now = past.kl_recent?.at(-1);
+  const differ = ofTokens(s.raw.total_variation, s.raw.total_variation_upper?.estimate), over = s.alarm.tests.some((t) => t.test === "budget" && t.raised), kl = s.raw.kl_nats, now = past.kl_recent?.at(-1);
   return html`<${Tile} title="Cost of compression" to="divergence" big="≥ ${nats(kl.estimate)}" unit="nats per token">
-    <p><strong>${differ ? `About ${differ} tokens differ` : "not known yet"}</strong></p>
-    <p class="sub">95 % ${interval(kl)}; ${compared(s)}. ${known(now) && html`<span class=${now > s.alarm.budget_nats ? "bad-text" : ""}>Last minute ${nats(now)}.</span>`}</p>
+    <p><strong>${differ ? `${differ} tokens differ` : "not known yet"}</strong></p>
+    <p class="sub">95 % ${interval(kl)}; ${compared(s)}. ${known(now) && html`<span class=${over ? "bad-text" : ""}>Last minute ${nats(now)}.</span>`}</p>
     <${Spark} label="KL of the last minute" values=${past.kl_recent || []} level=${s.alarm.budget_nats} /><//>`;
 }
 
@@ -131,34 +130,13 @@ function Checklist({ s }) {
     <strong>${done ? "✓" : "✗"} ${name}</strong>${!done && html`<span class="sub"> – ${briefly(missing)}</span>`}</li>`)}</ol></section>`;
 }
 
-const ADVICE = {
-  HemostatNoRelays: "Test the data port; the supervisor's log says why relays ended.",
-  HemostatUpstreamDown: "Repair vLLM. Hemostat needs no action: it continues when vLLM answers.",
-  HemostatProxyErrors: "Read vLLM's log, and send one of the failing requests to vLLM directly.",
-  HemostatHemorrhage: ["Find the kind of traffic that is over the budget.", "alarm", "Open the alarm"],
-  HemostatModelChanged: ["Find the kind that changed, and whether a checkpoint or an engine was replaced then.", "alarm", "Open the alarm"],
-  HemostatCanaryChanged: ["Compare the engine's checkpoint, vLLM's version and its flags with before; accept the change if it is yours.", "engines", "Open the engines"],
-  HemostatEngineEjected: ["Repair the engine that gets no requests.", "engines", "Open the engines"],
-  HemostatProfileFailed: "Read vLLM's log for the reason; the profile is off in that engine until vLLM restarts.",
-  HemostatReferenceDown: "Start or repair the reference. Clients are not affected.",
-  HemostatStoreErrors: "Make room for the store, or correct its permissions.",
-  HemostatReloadFailed: "Correct the configuration file and send SIGHUP again.",
-};
-
 function steps(s) {
-  const found = s.state.problems.map((p) => {
-    const [text, to, label] = [].concat(ADVICE[p.alert] || "Follow the runbook.");
-    return [text, to ? html`<${Link} to=${to}>${label}<//>` : html`<a href=${p.runbook}>Runbook: ${p.alert}</a>`];
-  });
-  const outlier = s.upstream.find((e) => e.figures.outlier), proven = s.calibration.kinds.filter((k) => k.version);
-  const dropped = total(s.requests.dropped), [worst] = s.coverage.not_scored;
-  if (outlier) found.push([`${outlier.engine} differs from the other engines: compare its checkpoint and flags.`, html`<${Link} to=${["engines", outlier.engine]}>Open the engine<//>`]);
-  held(s).forEach((k) => found.push([`${k.kind}: find out why the profile harmed, then release the kind.`, html`<${Link} to=${["kinds", k.kind]}>Open the kind<//>`]));
+  const found = s.state.problems.map((p) => [p.advice, p.page.length ? html`<${Link} to=${p.page}>Open ${p.page.length > 1 ? p.page[1] : `the ${p.page[0]}`}<//>` : html`<a href=${p.runbook}>Runbook: ${p.alert}</a>`]);
+  const proven = s.calibration.kinds.filter((k) => k.version), [worst] = s.coverage.not_scored;
   if (s.profile.mode === "observe" && proven.length) {
     found.push([`A profile is proven in ${plural(proven.length, "kind")}: serve it.`, html`<${Action} label="Set calibration to auto" asks=${["Set calibration to auto?", MODES.auto, "api/v1/calibration", { mode: "auto" }]}>Set mode auto<//>`]);
   }
   if (s.configuration.needs_restart.length) found.push([`Restart Hemostat when convenient: ${s.configuration.needs_restart.join(", ")} take effect then.`, html`<${Link} to="events">Open the events<//>`]);
-  if (dropped > 0.05 * s.requests.shadowed) found.push([`${whole(dropped)} of ${plural(s.requests.shadowed, "capture")} were dropped: lower shadow.rate, or give the reference more capacity.`, html`<${Link} to="measurement">Open the measurement<//>`]);
   if (s.coverage.scored_share.tokens < 0.5 && worst) found.push([`Most sampled tokens are not scored, mainly ${worst.reason}: see whether the figures describe your traffic.`, html`<${Link} to="measurement">Open the measurement<//>`]);
   if (s.requests.scored && !known(s.alarm.budget_nats)) found.push(["Set alarm.budget_nats, so that an alarm says when compression costs too much.", html`<${Link} to="alarm">Open the alarm<//>`]);
   return found.slice(0, 5);
@@ -171,7 +149,7 @@ function Next({ s }) {
 
 function Timeline(data) {
   const { s, past } = data, time = past.time || [], from = time[0] ?? Infinity, shown = marks(data).filter((m) => m.at >= from), budget = s.alarm.budget_nats;
-  const height = 280 - 30 * Math.min(3, Math.max(0, s.state.problems.length - 1));  // so that everything fits on one screen
+  const height = 280 - 25 * Math.min(4, s.state.problems.length);  // so that everything fits on one screen
   return html`<section class="timeline"><h2>Divergence <span class="unit">KL in nats per token, lower bound</span></h2>
     <${Chart} key=${`${height} ${known(budget)}`} label="KL per token over time" height=${height} time=${past.time} show=${nats} marks=${shown} series=${[
       ["last minute", "--accent", past.kl_recent], ["since the start", "--soft", past.kl_nats], ["noise floor", "--good", past.floor],

@@ -98,6 +98,9 @@ export function Spark({ values, level, label }) {
     <polyline points=${points.map(at).join(" ")} /></svg><figcaption>${label}</figcaption></figure>`;
 }
 
+/** The labels of a time axis: with seconds if two ticks are within one minute, so that none is there twice. */
+export const clock = (ticks) => ticks.map((t) => new Date(1000 * t).toTimeString().slice(0, ticks.some((next, i) => i && next - ticks[i - 1] < 60) ? 8 : 5));
+
 /** A chart over time. series: [label, css variable, values, dashed]; band: fill between the second and third one. */
 export class Chart extends Component {
   room = createRef();
@@ -130,10 +133,9 @@ export class Chart extends Component {
   make() {
     const { time, series, band, show, height } = this.props, style = getComputedStyle(document.documentElement), colour = (key) => style.getPropertyValue(key).trim();
     const axis = { stroke: colour("--soft"), grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line") } };
-    const clock = (u, ticks) => ticks.map((t) => new Date(1000 * t).toTimeString().slice(0, u.scales.x.max - u.scales.x.min < 300 ? 8 : 5));
     this.plot = new uPlot({
       width: this.room.current.clientWidth, height,
-      axes: [{ ...axis, values: clock }, { ...axis, size: 62, values: (u, ticks) => ticks.map((t) => String(Number(t.toPrecision(3)))) }],
+      axes: [{ ...axis, values: (u, ticks) => clock(ticks) }, { ...axis, size: 62, values: (u, ticks) => ticks.map((t) => String(Number(t.toPrecision(3)))) }],
       series: [{ label: "at", value: (u, t) => when(t) }, ...series.map(([label, key, , dashed]) => ({
         label, stroke: colour(key), width: dashed ? 1 : 2, dash: dashed && [2, 4], spanGaps: false, value: (u, v) => show(v), points: { show: false },
       }))],
