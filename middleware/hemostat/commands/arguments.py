@@ -128,14 +128,18 @@ def load_settings(options: argparse.Namespace) -> Settings:
     """The configuration of these options; raises ConfigError and UsageError."""
     from hemostat.config.loading import load  # noqa: PLC0415
 
-    overrides = [(key, value) for key, _, _ in SHORTHANDS.values() if (value := getattr(options, key)) is not None]
+    overrides = [
+        (key, value, f"--{flag}")
+        for flag, (key, _, _) in SHORTHANDS.items()
+        if (value := getattr(options, key)) is not None
+    ]
     if options.reference is not None:
-        overrides += _reference(options.reference)
+        overrides += [(key, value, "--reference") for key, value in _reference(options.reference)]
     for text in options.set:
         key, equals, value = text.partition("=")
         if not equals or not _KEY.fullmatch(key.strip()):
             raise UsageError("--set: write it as KEY=VALUE, like --set shadow.rate=0.1")
-        overrides.append((key.strip(), value))
+        overrides.append((key.strip(), value, f"--set {key.strip()}"))
     return load(options.config, os.environ, overrides)
 
 

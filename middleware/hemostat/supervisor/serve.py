@@ -15,7 +15,7 @@ from typing import Any
 
 from hemostat import logs
 from hemostat.config.errors import ConfigError
-from hemostat.config.fields import split_address
+from hemostat.config.fields import is_loopback, split_address
 from hemostat.config.reloading import plan_reload
 from hemostat.config.schema import Settings
 from hemostat.ipc.addresses import client_context, server_context
@@ -180,11 +180,21 @@ class Supervisor:
         if sockets.data:
             engines = ", ".join(settings.upstream.addresses)
             self._announce(f"hemostat: data port http://{host}:{sockets.data_port} -> {engines}")
+            if not is_loopback(settings.listen.host):
+                self._announce(
+                    f"hemostat: the data port accepts clients from other machines, as listen.host is "
+                    f"{settings.listen.host}; for this machine alone: --host 127.0.0.1"
+                )
         if sockets.control is not None:
             listens = _url_host(split_address(settings.control.listen or "")[0])
             port = sockets.control.getsockname()[1]
             how = "TLS" if settings.control.cert is not None else "no TLS"
             self._announce(f"hemostat: relays connect to {listens}:{port} ({how})")
+        if self._role.control and settings.reference.backend == "none":
+            self._announce(
+                "hemostat: nothing is measured, as no reference is configured: requests are only relayed; name the "
+                "uncompressed model with --reference (reference.backend)"
+            )
         shows = "console, /metrics" if self._role.control else "/metrics of the relays"
         self._announce(f"hemostat: admin port http://{admin}:{sockets.admin_port} ({shows})")
 
