@@ -109,7 +109,8 @@ class Bench:
 
 @asynccontextmanager
 async def bench(folder: Path, **more: Any) -> AsyncIterator[Bench]:
-    async with control(folder, settings(**more)) as plane:
+    upstream = {"urls": [f"http://{name}" for name in (A, B, C)]}
+    async with control(folder, settings(**{"upstream": upstream} | more)) as plane:
         made = Bench(plane, folder)
         plane.problems._clock = plane.problems._wall = lambda: made.now
         plane.monitor.state = ReferenceState.READY

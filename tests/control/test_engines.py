@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,12 +15,18 @@ from tests.support.control import AUTHORIZED, connect_relay, control, relay_stat
 from tests.support.plugin_engines import PluginEngine
 from tests.support.waiting import until
 
+from hemostat.config.schema import Settings
 from hemostat.control.composition import Control
 from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.messages import EngineHealth, Stats
 from hemostat.measurement.by_engine import ACTIVE_SECONDS
 
 A, B, C, D = (f"10.0.0.{n}:8000" for n in range(4))
+
+
+def of_engines(**more: Any) -> Settings:
+    """Settings whose upstream are the engines."""
+    return settings(upstream={"urls": [f"http://{name}" for name in (A, B, C, D)]}, **more)
 
 
 def reporting(*states: str, requests: int = 5) -> Stats:
@@ -36,7 +43,7 @@ def value(plane: Control, metric: str, engine: str) -> float | None:
 
 
 async def test_the_status_sums_what_all_relays_know(tmp_path: Path) -> None:
-    async with control(tmp_path) as plane:
+    async with control(tmp_path, of_engines()) as plane:
         first = await connect_relay(plane, tmp_path, 1, reporting("up", "up"))
         second = await connect_relay(plane, tmp_path, 2, reporting("up", "ejected", requests=7))
         result = {row["engine"]: row for row in status_json(plane)["upstream"]}
@@ -52,7 +59,7 @@ async def test_the_status_sums_what_all_relays_know(tmp_path: Path) -> None:
 
 
 async def test_a_drain_reaches_relays_and_survives_a_restart(tmp_path: Path) -> None:
-    made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"})
+    made = of_engines(store={"url": f"sqlite:///{tmp_path / 'store.db'}"})
     async with control(tmp_path, made) as plane:
         relay = await connect_relay(plane, tmp_path, 1, reporting("up", "up"))
         async with admin_client(plane) as client:

@@ -14,6 +14,7 @@ from tests.support.waiting import HANG_SECONDS
 from hemostat.config.schema import Settings
 from hemostat.engines import addresses as module
 from hemostat.engines.addresses import EngineAddresses
+from hemostat.engines.configured import ConfiguredEngines
 from hemostat.engines.messages import TapMessage, TapRun
 from hemostat.engines.registry import SILENCE_SECONDS, EngineRegistry
 
@@ -38,7 +39,14 @@ class World:
             {"upstream": {"urls": [f"http://{engine.name}" for engine in engines]}}
         ).upstream
         self.names = [engine.name for engine in engines]
-        self.addresses = EngineAddresses(upstream, registry, lambda: self.names, time.monotonic, self._changed)
+        self.addresses = EngineAddresses(
+            upstream,
+            ConfiguredEngines(upstream, time.monotonic),
+            registry,
+            lambda: self.names,
+            time.monotonic,
+            self._changed,
+        )
 
     def _changed(self) -> None:
         self.changes += 1
@@ -156,7 +164,8 @@ async def test_one_address_is_not_asked() -> None:
     engine = PluginEngine(registry, "one")
     await engine.start()
     upstream = Settings.model_validate({"upstream": {"url": f"http://{engine.name}"}}).upstream
-    addresses = EngineAddresses(upstream, registry, lambda: [engine.name], time.monotonic, lambda: None)
+    configured = ConfiguredEngines(upstream, time.monotonic)
+    addresses = EngineAddresses(upstream, configured, registry, lambda: [engine.name], time.monotonic, lambda: None)
     engine.report()
     await addresses.step()
     assert (addresses.several, engine.asked) == (False, [])

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from tests.support.relay import Request, answering, relaying
 from tests.support.slow import examples
 
+from hemostat.ipc.origin import parse_origin
 from hemostat.relay.http.errors import BadRequest, BadResponse, error_body
 from hemostat.relay.http.framing import CHUNKED, ChunkedReader, chunk
 from hemostat.relay.http.request import parse_request
 from hemostat.relay.http.response import parse_response
-from hemostat.relay.upstreams.origin import parse_origin
 
 START = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"
 TRAILERS = [

@@ -17,6 +17,7 @@ from hemostat.canaries.engine import STATES_KEY
 from hemostat.canaries.keeper import Canaries
 from hemostat.canaries.sets import BLOB_KEY
 from hemostat.engines.addresses import EngineAddresses
+from hemostat.engines.configured import ConfiguredEngines
 from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.ipc.messages import EngineHealth
@@ -39,11 +40,12 @@ class World:
         self.outstanding = dict.fromkeys(self.names, 0)
         self.written = stored or DirectWrites()
         made = settings(canaries={"file": folder / "prompts.txt"} | more, upstream={"urls": [f.url for f in fakes]})
-        self.upstreams = UpstreamEngines(lambda: [self._health()], self.written)
+        configured = ConfiguredEngines(made.upstream, self.clock)
+        self.upstreams = UpstreamEngines(lambda: [self._health()], configured, self.written)
         self.registry = EngineRegistry()
         self.canaries = Canaries(
             made,
-            EngineAddresses(made.upstream, self.registry, lambda: self.names, self.clock, lambda: None),
+            EngineAddresses(made.upstream, configured, self.registry, lambda: self.names, self.clock, lambda: None),
             self.registry,
             self.upstreams,
             ReferenceMonitor(

@@ -105,6 +105,8 @@ class EnginesStatus(msgspec.Struct, frozen=True):
     acknowledged: list[str]
     """Profile versions that every rank of every engine holds."""
     counters: dict[str, int]
+    ignored_addresses: int
+    """The number of addresses that relays have reported as engines, and that are none of the upstream's."""
 
 
 class UpstreamStatus(msgspec.Struct, frozen=True):
@@ -208,6 +210,7 @@ class EngineParts:
             live=self.registry.live_engines(now),
             acknowledged=sorted(self.registry.acknowledged(now)),
             counters=self.registry.counters(now),
+            ignored_addresses=len(self.upstreams.configured.ignored),
         )
 
     def upstream(self, figures: list[Report], now: float) -> list[UpstreamStatus]:

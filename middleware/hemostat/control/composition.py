@@ -31,6 +31,7 @@ from hemostat.control.policy import PolicyPublisher
 from hemostat.control.served_kinds import ServedKinds
 from hemostat.control.stored_state import StoredState
 from hemostat.engines.addresses import EngineAddresses
+from hemostat.engines.configured import ConfiguredEngines
 from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.served_weights import ServedWeights
 from hemostat.engines.upstreams import UpstreamEngines
@@ -116,8 +117,14 @@ class Control:
         """The engines, and the references that their models are compared with."""
         self.engines = EngineRegistry(nonce_prefix=secrets.token_hex(8))
         self.weights = ServedWeights(self.engines)
+        self.configured_engines = ConfiguredEngines(settings.upstream, self._clock)
         self.addresses = EngineAddresses(
-            settings.upstream, self.engines, lambda: list(self.upstreams.current()), self._clock, self.changes.notify
+            settings.upstream,
+            self.configured_engines,
+            self.engines,
+            lambda: list(self.upstreams.current()),
+            self._clock,
+            self.changes.notify,
         )
         self.references = make_references(settings)
         self.compressed_scorer = make_compressed_scorer(settings)
@@ -175,7 +182,7 @@ class Control:
         """What relays send and receive, and what is stored."""
         pipeline = self.pipeline
         self.link = RelayLink(pipeline.receive, self._receive_outcome, pipeline.coverage.relayed, self._clock)
-        self.upstreams = UpstreamEngines(self.link.engines, self.writer)
+        self.upstreams = UpstreamEngines(self.link.engines, self.configured_engines, self.writer)
         self.canaries = Canaries(
             settings,
             self.addresses,
@@ -332,6 +339,7 @@ class Control:
             self.ownership.watch(),
             self.writer.run(),
             self.learned.run(),
+            self.configured_engines.run(),
             self.addresses.run(),
             self.canaries.run(),
         ]

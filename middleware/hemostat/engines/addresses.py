@@ -21,11 +21,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hemostat.config.schema import Upstream
+from hemostat.engines.configured import ConfiguredEngines
 from hemostat.engines.messages import EngineReport
 from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.backoff import Backoff
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat.reference.server import VllmServer
+from hemostat_calibration.messages import shown_address
 
 log = logging.getLogger("hemostat.engines")
 
@@ -72,19 +74,21 @@ class EngineAt:
 class EngineAddresses:
     """Lives in the control process's event loop.
 
-    names: host:port of the engines that relays send requests to, at present. clock: monotonic seconds. on_change:
-    called when an address was identified.
+    configured: the addresses that may be contacted. names: host:port of the engines that relays send requests to, at
+    present. clock: monotonic seconds. on_change: called when an address was identified.
     """
 
     def __init__(
         self,
         upstream: Upstream,
+        configured: ConfiguredEngines,
         registry: EngineRegistry,
         names: Callable[[], Sequence[str]],
         clock: Callable[[], float],
         on_change: Callable[[], None],
     ) -> None:
         self._upstream = upstream
+        self._configured = configured
         self._registry = registry
         self._names = names
         self._clock = clock
@@ -125,8 +129,14 @@ class EngineAddresses:
         return EngineAt(self, self._registry, name)
 
     def server(self, name: str, timeout: float) -> VllmServer:
-        """A client of the engine at this address; "": of the only address in the settings."""
+        """Returns a client of the engine at this address; "": of the only address in the settings.
+
+        Its requests carry the upstream's API key. So every contact with an address that a relay has named begins here,
+        and ReferenceFailure is raised where the address is not one of the configured upstream.
+        """
         upstream = self._upstream
+        if name and not self._configured.knows(name):
+            raise ReferenceFailure(FailureReason.DOWN, f"{shown_address(name)} is not an engine of the upstream")
         scheme, _, host = upstream.servers[0].partition("://")
         return VllmServer(
             f"{scheme}://{name or host}",

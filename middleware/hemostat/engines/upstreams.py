@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from hemostat.engines.configured import ConfiguredEngines
 from hemostat.ipc.messages import EngineHealth
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
@@ -36,19 +37,26 @@ class UpstreamEngine:
 
 
 class UpstreamEngines:
-    """Owns which engines are drained. reported: what each connected relay has last reported."""
+    """Owns which engines are drained. reported: what each connected relay has last reported. configured: the addresses
+    that relays are believed to send requests to."""
 
-    def __init__(self, reported: Callable[[], Iterable[list[EngineHealth]]], writes: StoreWrites) -> None:
+    def __init__(
+        self,
+        reported: Callable[[], Iterable[list[EngineHealth]]],
+        configured: ConfiguredEngines,
+        writes: StoreWrites,
+    ) -> None:
         self._reported = reported
+        self.configured = configured
         self._writes = writes
         self.drained: frozenset[str] = frozenset()
         """Names of the engines that get no new requests."""
 
     def current(self) -> dict[str, UpstreamEngine]:
-        """By name, in the order in which they are configured."""
+        """Returns the upstream's engines by name, in the order in which they are configured."""
         result: dict[str, UpstreamEngine] = {}
         for report in self._reported():
-            for entry in report:
+            for entry in self.configured.known(report):
                 engine = result.setdefault(entry.engine, UpstreamEngine())
                 engine.relays += 1
                 engine.up += entry.state == UP

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from typing import Final
 
+from hemostat.ipc.origin import Origin
 from hemostat.relay.http.request import RequestHead
-from hemostat.relay.upstreams.origin import Origin
 
 MAX_REQUEST_ID: Final = 200
 """Bytes of a client's X-Request-Id that are kept in logs, traces and records; all of it goes upstream."""

@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import Final
 
 from hemostat.hooks import Rewrite
+from hemostat.ipc.origin import Origin
 from hemostat.openai import routes
 from hemostat.openai.conversation_key import conversation_key
 from hemostat.relay.client_identity import client_key
@@ -24,7 +25,6 @@ from hemostat.relay.http.framing import CHUNKED, LAST_CHUNK, chunk, set_length
 from hemostat.relay.http.request import SAFE_METHODS, RequestHead
 from hemostat.relay.shares import Holding
 from hemostat.relay.upstreams.engine import Engine
-from hemostat.relay.upstreams.origin import Origin
 
 MAX_RESENDS: Final = 3
 FAILED_STATUSES: Final = frozenset({500, 502, 503, 504})

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from hemostat.hooks import Hook
 from hemostat.ipc.messages import OutcomeReport, Stats
+from hemostat.ipc.origin import DNS, parse_origin
 from hemostat.relay.access_log import AccessLog
 from hemostat.relay.client_connection import ClientConnection
 from hemostat.relay.client_limits import ClientLimits
@@ -21,7 +22,6 @@ from hemostat.relay.limits import Limits
 from hemostat.relay.request_budget import RequestBudget
 from hemostat.relay.upstreams.checker import HealthChecker
 from hemostat.relay.upstreams.group import Upstreams
-from hemostat.relay.upstreams.origin import DNS, parse_origin
 from hemostat.relay.upstreams.resolver import Resolver
 from hemostat.relay.upstreams.settings import UpstreamSettings
 

@@ -18,6 +18,7 @@ from hemostat.adapters.serving import hosts as hosts_module
 from hemostat.adapters.serving.hosts import AdapterHosts
 from hemostat.config.schema import Settings
 from hemostat.engines.addresses import EngineAddresses
+from hemostat.engines.configured import ConfiguredEngines
 from hemostat.engines.registry import EngineRegistry
 from hemostat.metrics import names
 
@@ -52,7 +53,10 @@ async def fleet(*loras: FakeLora) -> AsyncIterator[Fleet]:
         settings = Settings.model_validate({"upstream": {"urls": [server.url for server in servers]}})
         current = [server.url.removeprefix("http://") for server in servers]
         registry, profiles = EngineRegistry(), FakeProfiles()
-        addresses = EngineAddresses(settings.upstream, registry, lambda: current, time.monotonic, lambda: None)
+        configured = ConfiguredEngines(settings.upstream, time.monotonic)
+        addresses = EngineAddresses(
+            settings.upstream, configured, registry, lambda: current, time.monotonic, lambda: None
+        )
         hosts = AdapterHosts(
             settings,
             registry,

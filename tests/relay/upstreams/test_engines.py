@@ -18,9 +18,9 @@ from tests.support.hooks import HookSequence, SpyHook
 from tests.support.relay import OK, Client, Request, post
 from tests.support.waiting import until
 
+from hemostat.ipc.origin import parse_origin
 from hemostat.relay.upstreams.group import Upstreams
 from hemostat.relay.upstreams.health import FAILURES, MAX_HOLD_SECONDS, HealthState
-from hemostat.relay.upstreams.origin import parse_origin
 
 CHAT = b"/v1/chat/completions"
 

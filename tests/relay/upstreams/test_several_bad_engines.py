@@ -12,9 +12,9 @@ from typing import cast
 
 import pytest
 
+from hemostat.ipc.origin import parse_origin
 from hemostat.relay.upstreams.engine import Engine
 from hemostat.relay.upstreams.group import Upstreams
-from hemostat.relay.upstreams.origin import parse_origin
 
 RATE = 100
 """Requests per second."""

@@ -203,8 +203,12 @@ class AdapterHost:
     # --- the loop --------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Until cancelled."""
-        server = self._connect()
+        """Until cancelled, or until the address is no engine of the upstream any more."""
+        try:
+            server = self._connect()
+        except ReferenceFailure as failure:
+            self._unreachable(failure)
+            return
         self._prober = Prober(server)
         try:
             while True:

@@ -1,6 +1,5 @@
 """The engines behind one relay: their connections, which of them are healthy, and which one gets a request.
 
-origin       an engine's address
 connection   one connection, which carries one request at a time
 pool         the connections to one engine, and the requests that wait for one
 health       when an engine gets no requests, and when again (pure)

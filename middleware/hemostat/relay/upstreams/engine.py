@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from hemostat.ipc.origin import Origin
 from hemostat.relay.upstreams.health import Health
-from hemostat.relay.upstreams.origin import Origin
 from hemostat.relay.upstreams.pool import Pool
 
 

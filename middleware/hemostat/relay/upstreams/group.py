@@ -9,11 +9,11 @@ from collections.abc import Collection, Sequence
 from typing import Final
 
 from hemostat.ipc.messages import EngineHealth
+from hemostat.ipc.origin import Origin
 from hemostat.relay.upstreams.balancer import UNAVAILABLE, Balancer
 from hemostat.relay.upstreams.comparison import FailureComparison
 from hemostat.relay.upstreams.engine import Engine
 from hemostat.relay.upstreams.health import Health
-from hemostat.relay.upstreams.origin import Origin
 from hemostat.relay.upstreams.pool import Pool
 
 RETRY_RATIO: Final = 0.1

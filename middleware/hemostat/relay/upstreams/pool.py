@@ -9,8 +9,8 @@ import ssl
 from collections import OrderedDict, deque
 from typing import Final
 
+from hemostat.ipc.origin import Origin
 from hemostat.relay.upstreams.connection import Receiver, UpstreamConnection
-from hemostat.relay.upstreams.origin import Origin
 
 CONNECT_SECONDS: Final = 10.0
 IDLE_SECONDS: Final = 4.0

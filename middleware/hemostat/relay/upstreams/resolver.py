@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 
+from hemostat.ipc.origin import DNS, addresses, parse_origin
 from hemostat.relay.upstreams.group import Upstreams
-from hemostat.relay.upstreams.origin import DNS, Origin, parse_origin
 
 log = logging.getLogger("hemostat.relay")
 
@@ -45,9 +44,3 @@ class Resolver:
         if origins != [engine.origin for engine in self._upstreams.engines]:
             log.info("%s: engines are %s", self._origin.host, ", ".join(origin.name for origin in origins))
             self._upstreams.set_origins(origins)
-
-
-async def addresses(origin: Origin) -> list[Origin]:
-    """One origin for each address of the name, in the order of addresses; OSError where it has none."""
-    result = await asyncio.get_running_loop().getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
-    return [origin.at(address) for address in sorted({str(entry[4][0]) for entry in result})]

@@ -1,7 +1,9 @@
-"""The address of an engine."""
+"""The address of an engine, and the engines behind one name: relays send requests there, the control process probes."""
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
@@ -42,6 +44,12 @@ def parse_origin(url: str) -> Origin:
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     authority = host if port == (443 if tls else 80) else f"{host}:{port}"
     return Origin(parts.hostname, port, tls, authority.encode("ascii"), parts.hostname)
+
+
+async def addresses(origin: Origin) -> list[Origin]:
+    """Returns one origin for each address of the name, in the order of addresses; OSError where it has none."""
+    result = await asyncio.get_running_loop().getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
+    return [origin.at(address) for address in sorted({str(entry[4][0]) for entry in result})]
 
 
 def _joined(host: str, port: int) -> str:
