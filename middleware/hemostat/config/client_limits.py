@@ -10,12 +10,12 @@ from hemostat.config.fields import Section
 
 
 class ClientLimits(Section):
-    """What one client may ask of each relay process. Beyond it, requests get 429 with `Retry-After`. There are no
+    """Limits for each client of each relay process. Beyond them, requests get 429 with `Retry-After`. There are no
     limits by default. Requests other than GET and HEAD count."""
 
     key: Literal["authorization", "address"] = "authorization"
-    """What names a client. With authorization it is the credential in the Authorization header, and the address of a
-    client that sends none. With address it is the IP address (IPv6: the /64 network)."""
+    """The attribute that names a client. With authorization it is the credential in the Authorization header, and the
+    address of a client that sends none. With address it is the IP address (IPv6: the /64 network)."""
     requests_per_second: float | None = Field(default=None, gt=0, le=1_000_000)
     """The sustained rate of requests. none means no limit."""
     burst: int = Field(default=10, ge=1, le=1_000_000)

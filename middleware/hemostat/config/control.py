@@ -10,10 +10,11 @@ _CAPTURES = "on another machine than this one, captures travel with clients' tok
 
 
 class ControlSettings(Section):
-    """How relays and control processes on different machines find and trust each other."""
+    """The way in which relays and control processes on different machines find and trust each other."""
 
     addresses: list[HostPort] = Field(default=[], max_length=16)
-    """For `hemostat relay`: `host:port` of every control process. A name stands for all of its addresses."""
+    """The addresses `host:port` of all control processes, for `hemostat relay`. A name stands for all of its
+    addresses."""
     listen: HostPort | None = None
     """The address `host:port` that relays on other machines connect to. `hemostat control` needs it; `hemostat serve`
     listens there, too, if it is set."""
@@ -23,10 +24,10 @@ class ControlSettings(Section):
     token_file: ExistingFile | None = None
     """A file that contains the token and nothing else, in place of `token`. It is read at the start and at SIGHUP."""
     ca: ExistingFile | None = None
-    """For relays: a PEM file of the authority that signs the control processes' certificates. With none there is no
+    """A PEM file of the authority that signs the control processes' certificates, for relays. With none there is no
     TLS, and only loopback addresses are allowed."""
     cert: ExistingFile | None = None
-    """For control processes: a PEM file of the certificate, which names the host of `addresses`. With none there is no
+    """A PEM file of the certificate of a control process, which names the host of `addresses`. With none there is no
     TLS, and only loopback addresses are allowed. It is read at the start and at SIGHUP."""
     key: ExistingFile | None = None
     """A PEM file of the certificate's key. It is read at the start and at SIGHUP."""

@@ -161,21 +161,21 @@ class ModelReference(Section):
     model: str = Field(min_length=1)
     """The reference, as in `reference.model`."""
     url: ServerUrl | None = None
-    """With backend vllm: the server of this reference, in place of `reference.url`. `reference.api_key` is sent to it,
+    """The server of this reference with backend vllm, in place of `reference.url`. `reference.api_key` is sent to it,
     too."""
     device: Device | None = None
     """The device of this reference, in place of `reference.device`."""
     folder: Path | None = None
-    """With backend vllm: the folder of this reference's checkpoint, in place of `reference.folder`."""
+    """The folder of this reference's checkpoint with backend vllm, in place of `reference.folder`."""
 
 
 class Reference(Section):
     """The uncompressed models."""
 
     backend: Backend = "none"
-    """How the reference is computed. With transformers it runs in a process of Hemostat's and gives the full
-    vocabulary. With vllm it is another server, which gives the full vocabulary if it is a pooling server, and lists of
-    ids otherwise. With none nothing is measured, and Hemostat is a relay only."""
+    """The way in which the reference is computed. With transformers it runs in a process of Hemostat's and gives the
+    full vocabulary. With vllm it is another server, which gives the full vocabulary if it is a pooling server, and
+    lists of ids otherwise. With none nothing is measured, and Hemostat is a relay only."""
     model: str | None = Field(default=None, min_length=1)
     """The reference of the upstream's first base model. With transformers it is a folder or a hub name, and is
     required. With vllm it is the served name; none means the server's first one."""
@@ -185,18 +185,18 @@ class Reference(Section):
     """The references of a server with several base models, in place of `model`: served name → reference. A base model
     that is not named is neither scored nor treated."""
     url: ServerUrl | None = None
-    """With backend vllm: the address of the reference's server, which is required."""
+    """The address of the reference's server, which backend vllm requires."""
     api_key: Secret | None = None
-    """With backend vllm: the API key that is sent to the reference's server."""
+    """The API key that is sent to the reference's server with backend vllm."""
     api_key_file: ExistingFile | None = None
     """A file that contains the key and nothing else, in place of `api_key`. It is read at the start and at SIGHUP."""
     folder: Path | None = None
-    """With backend vllm: the folder of the reference's checkpoint (config.json and safetensors), or a hub cache that
+    """The folder of the reference's checkpoint (config.json and safetensors) with backend vllm, or a hub cache that
     has it. Only the output embedding is read. The hidden states of a pooling server need it. If it is none, Hemostat
     uses the path that the server names, provided that it exists on this machine. The folder may appear after the
     start."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """With backend transformers: the type of the weights. auto takes the type of the checkpoint."""
+    """The type of the weights with backend transformers. auto takes the type of the checkpoint."""
     device: Device = "cpu"
     """The torch device. With transformers the model is on it. With vllm it computes the products of hidden states and
     the output embedding."""
@@ -205,7 +205,7 @@ class Reference(Section):
 
 
 class Reasoning(Section):
-    """How the thinking of a reasoning model is recognized: by the ids of its start and end markers."""
+    """The recognition of a reasoning model's thinking: by the ids of its start and end markers."""
 
     parser: str = "auto"
     """vLLM's `--reasoning-parser`, whose markers the server's tokenizer turns into ids. auto takes markers that are
@@ -231,7 +231,7 @@ class Reasoning(Section):
 
 
 class Shadow(Section):
-    """Which requests are measured, and the limits of what that may cost."""
+    """The choice of the requests that are measured, and the limits of what that may cost."""
 
     rate: float = Field(default=0.05, ge=0, le=1)
     """The largest fraction of the requests that is sampled. They are drawn at random, and no client can influence
@@ -311,7 +311,7 @@ class Calibration(Section):
 
 
 class Evidence(Section):
-    """What counts as evidence for and against a profile."""
+    """The rules for what counts as evidence for and against a profile."""
 
     client_header: Annotated[str, AfterValidator(header_name)] = "authorization"
     """The header that names a client. Choose one that clients cannot set freely: the API key, if something checks it,
@@ -397,16 +397,16 @@ class Records(Section):
 
 
 class Limits(Section):
-    """What clients may send, and how much of a relay process they may use."""
+    """The limits of what clients may send, and of how much of a relay process they may use."""
 
     buffered_bytes: int = Field(default=128 * 1024 * 1024, ge=1024 * 1024)
     """The memory of one relay process for heads and bodies, for requests that wait for a connection, and (up to a
     quarter of it) for copies that may have to be sent again. Beyond it, requests of the client that holds most are
     answered with 503."""
     connections: int = Field(default=16_384, ge=1, le=65_536)
-    """The largest number of connections from all clients to one relay process. Beyond it, connections that wait for a
-    complete request are closed: among those of the address that has most, the one that has waited longest. If there is
-    none, a new connection gets 503. The number is lowered to what `ulimit -n` allows: half of it, or what
+    """The largest number of connections from all clients to one relay process. Beyond it, Hemostat closes connections
+    that wait for a complete request: the one that has waited longest, of the address that has most of them. If there
+    is none, a new connection gets 503. The number is lowered to what `ulimit -n` allows: half of it, or what
     `upstream.max_connections` leaves."""
     connections_per_client: int = Field(default=8_192, ge=1, le=65_536)
     """The largest number of connections from one address (IPv6: one /64 network). Behind a load balancer all clients
@@ -414,7 +414,7 @@ class Limits(Section):
 
 
 class Alarm(Section):
-    """When the alarm fires."""
+    """The conditions under which the alarm fires."""
 
     budget_nats: float | None = Field(default=None, gt=0, lt=5)
     """The allowed KL(reference‖compressed) above the noise floor, in nats per token. With none there is no budget
