@@ -1,7 +1,7 @@
 """OpenTelemetry traces, used where `tracing.endpoint` is set: a span for each relayed generation, and one for its
 shadow score, linked to the first. Needs the extra `tracing`.
 
-Attribute names are those of the GenAI semantic conventions (`gen_ai.*`), at the version in `SCHEMA_URL` because the
+Attribute names come from the GenAI semantic conventions (`gen_ai.*`), at the version in `SCHEMA_URL` because the
 conventions are still in development; attributes of our own are `hemostat.*`. Prompts and outputs are in no attribute.
 
 W3C trace context is propagated: the relay's span is the parent of the upstream's. Without tracing, the relay forwards a

@@ -13,6 +13,7 @@ from hemostat.canaries import client
 from hemostat.cli import main
 from hemostat.commands.canaries import CHANGED, EQUAL, TOLERANCE
 from hemostat.config.schema import Canaries
+from hemostat.doctor import progress
 from hemostat.reference import server as server_module
 from hemostat_calibration.canaries import REPLAYS, TOLERANCE_NATS, CanarySet
 
@@ -62,6 +63,23 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_the_tolerance_is_the_cores() -> None:
     assert TOLERANCE == TOLERANCE_NATS == Canaries().tolerance_nats
+
+
+def test_progress_is_shown_while_a_set_is_taken_and_compared(
+    url: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    path = tmp_path / "set.json"
+    assert main(["canaries", "take", url, str(path), "--prompts", str(prompts)]) == EQUAL
+    captured = capsys.readouterr()
+    assert captured.out.startswith("taken: ")
+    assert captured.out.count("\n") == 1, "the progress is on standard error"
+    lines = captured.err.splitlines()
+    assert lines[0].startswith("answers written: 1 of 16")
+    assert lines[15].startswith("answers written: 16 of 16")
+    assert f"sequences scored: {16 * REPLAYS} of {16 * REPLAYS}" in captured.err
+    assert main(["canaries", "replay", url, str(path)]) == EQUAL
+    assert "sequences scored: 16 of 16" in capsys.readouterr().err
 
 
 def test_a_set_is_taken_in_several_replays_and_says_what_of(

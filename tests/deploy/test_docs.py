@@ -267,7 +267,8 @@ def dead(path: Path, root: Path = ROOT) -> list[str]:
             continue
         target, _, anchor = link.partition("#")
         to = (path.parent / target).resolve() if target else path
-        exists = to.exists() if to.parent.name != "reference" else to in generated()
+        # A folder has no page on the site.
+        exists = to.is_file() if to.parent.name != "reference" else to in generated()
         if not exists or not to.is_relative_to(root) or (anchor and anchor not in anchors(to)):
             result.append(link)
     return result
@@ -289,6 +290,8 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
     )
     assert dead(page, tmp_path) == ["#b", "c.md"]
     assert anchors(page) == {"a-heading-with-code"}
+    page.write_text("[a folder](.)")
+    assert dead(page, tmp_path) == ["."]
 
 
 def test_every_page_of_the_documentation_is_linked_from_the_index() -> None:
@@ -296,6 +299,13 @@ def test_every_page_of_the_documentation_is_linked_from_the_index() -> None:
     assert {DOCS / name for name in pages} <= set(PAGES)
     assert "docs/index.md" in links(ROOT / "README.md")
     assert {link.partition("#")[0] for link in links(DOCS / "index.md")} >= pages - {"index.md"}
+
+
+def test_each_kind_of_broken_link_ends_the_build_of_the_site() -> None:
+    """MkDocs only logs some of them unless it is told to warn; with `--strict` a warning is an error."""
+    links = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["validation"]["links"]
+    assert links == dict.fromkeys(("not_found", "anchors", "absolute_links", "unrecognized_links"), "warn")
+    assert '"--strict"' in (ROOT / "deploy" / "site.py").read_text()
 
 
 def test_the_laboratory_notes_are_not_among_the_pages_of_the_site() -> None:

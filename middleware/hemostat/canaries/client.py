@@ -52,8 +52,16 @@ class _Completion(msgspec.Struct, frozen=True):
     choices: list[_Choice]
 
 
+Progress = Callable[[str, int, int], None]
+"""Called after each part of the work: what the parts are, how many are done, and how many there are."""
+
+
 async def _at_once() -> None:
     """A gate that is open."""
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Reports no progress."""
 
 
 class CanaryClient:
@@ -63,20 +71,27 @@ class CanaryClient:
     """
 
     def __init__(
-        self, server: VllmServer, model: str, gate: Gate = _at_once, weights: Callable[[], str] = lambda: ""
+        self,
+        server: VllmServer,
+        model: str,
+        gate: Gate = _at_once,
+        weights: Callable[[], str] = lambda: "",
+        progress: Progress = _silent,
     ) -> None:
         self._server = server
         self.model = model
         self._gate = gate
         self._weights = weights
+        self._progress = progress
+        self._scored, self._to_score = 0, 0
         self._priority: dict[str, int] = {"priority": PRIORITY}
         self.sent = 0
         """Tokens of all sequences that the server was asked to score."""
 
     @classmethod
-    async def of(cls, server: VllmServer, model: str | None = None) -> CanaryClient:
+    async def of(cls, server: VllmServer, model: str | None = None, progress: Progress = _silent) -> CanaryClient:
         """model: a served name; None: the first base model."""
-        return cls(server, (await server.model(model)).id)
+        return cls(server, (await server.model(model)).id, progress=progress)
 
     async def origin(self, *, prompts: str = "", engine: str = "") -> Origin:
         card = await self._server.model(self.model)
@@ -107,21 +122,23 @@ class CanaryClient:
         texts = cut_to_fit(texts, MAX_TOKENS - len(texts) * (ANSWER_TOKENS + 1), origin.max_model_len)
         # Whether the server scores at all, before it generates 50 answers.
         await self._score(Canary("", _ids(texts[0]), _ids(texts[0][-1:])))
-        canaries = [
-            Canary(prompt.kind, _ids(text), _ids(await self._answer(text, sampled=number % 2 == 1, seed=number)))
-            for number, (prompt, text) in enumerate(zip(prompts.prompts, texts, strict=True))
-        ]
+        canaries = []
+        for number, (prompt, text) in enumerate(zip(prompts.prompts, texts, strict=True)):
+            answer = await self._answer(text, sampled=number % 2 == 1, seed=number)
+            canaries.append(Canary(prompt.kind, _ids(text), _ids(answer)))
+            self._progress("answers written", len(canaries), len(texts))
         require_sequences(canaries)
         taken = await self.baseline(canaries, origin)
         return replace(taken, cause=await self.variants().baseline(canaries, origin.max_model_len))
 
     def variants(self) -> VariantClient:
-        return VariantClient(self._server, self.model, self._gate)
+        return VariantClient(self._server, self.model, self._gate, self._progress)
 
     async def baseline(self, canaries: Sequence[Canary], origin: Origin) -> CanarySet:
         """The set of these sequences: replayed alone, and beside each other. REVISION where another model is served at
         the end than at the beginning."""
         before = await self.origin()
+        self._expect(REPLAYS * len(canaries))
         replays = [await self.replay(canaries), *[await self._replay_beside(canaries, n) for n in BESIDE]]
         assert len(replays) == REPLAYS
         if changes := before.changes(await self.origin()):
@@ -135,7 +152,9 @@ class CanaryClient:
 
     async def compare(self, taken: CanarySet, tolerance: float) -> Comparison:
         """Now against then: of the second replay, where the first one says that the engine has changed."""
+        self._expect(len(taken.canaries))
         comparison = taken.compare(await self.replay(taken.canaries), tolerance)
+        self._expect(len(taken.canaries))
         return taken.compare(await self.replay(taken.canaries), tolerance) if comparison.changed else comparison
 
     async def _replay_beside(self, canaries: Sequence[Canary], at_once: int) -> Floats:
@@ -151,6 +170,10 @@ class CanaryClient:
                 await asyncio.gather(*group, return_exceptions=True)
         return np.concatenate(values)
 
+    def _expect(self, sequences: int) -> None:
+        """Begins to count the sequences that are scored, for the progress."""
+        self._scored, self._to_score = 0, sequences
+
     async def _score(self, canary: Canary) -> Floats:
         await self._gate()
         self.sent += canary.tokens
@@ -165,6 +188,9 @@ class CanaryClient:
                 raise
             self._priority = {}
             values = await ask()
+        if self._scored < self._to_score:
+            self._scored += 1
+            self._progress("sequences scored", self._scored, self._to_score)
         return np.array(values)
 
     async def _answer(self, ids: Sequence[int], *, sampled: bool, seed: int) -> list[int]:

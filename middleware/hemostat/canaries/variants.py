@@ -69,20 +69,32 @@ def cost(text: Ids) -> int:
 class VariantClient:
     """Of one model that a server serves. ReferenceFailure where it cannot be asked.
 
-    gate: awaited before each request: returns when it may be sent.
+    gate: awaited before each request: returns when it may be sent. progress: called after each measurement of a
+    baseline, see `hemostat.canaries.client.Progress`.
     """
 
-    def __init__(self, server: VllmServer, model: str, gate: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        server: VllmServer,
+        model: str,
+        gate: Callable[[], Awaitable[None]],
+        progress: Callable[[str, int, int], None] = lambda *_: None,
+    ) -> None:
         self._server = server
         self._model = model
         self._gate = gate
+        self._progress = progress
 
     async def baseline(self, canaries: Sequence[Canary], max_model_len: int) -> CauseBaseline | None:
         """None where the model's context is too short."""
         text = text_of([canary.ids for canary in canaries], max_model_len)
         if not len(text):
             return None
-        return CauseBaseline(text, tuple([await self.measure(text) for _ in range(REPLAYS)]))
+        measured = []
+        for _ in range(REPLAYS):
+            measured.append(await self.measure(text))
+            self._progress("variants measured", len(measured), REPLAYS)
+        return CauseBaseline(text, tuple(measured))
 
     async def measure(self, text: Ids) -> Measured:
         """All variants, once. What is to be alone comes first: the engine ends companions a while after they are."""

@@ -155,11 +155,12 @@ def _described(origin: Origin) -> str:
 
 @asynccontextmanager
 async def _client(server: str, default: str | None) -> AsyncIterator[CanaryClient]:
-    """A client of URL[#NAME]. default: the model where none is named."""
+    """A client of URL[#NAME], whose progress is shown. default: the model where none is named."""
     from pydantic import SecretStr  # noqa: PLC0415
 
     from hemostat.canaries.client import CanaryClient  # noqa: PLC0415
     from hemostat.config.fields import server_url  # noqa: PLC0415
+    from hemostat.doctor.progress import Reporter  # noqa: PLC0415
     from hemostat.reference.server import VllmServer  # noqa: PLC0415
 
     # A password, which is refused, may have a #.
@@ -170,7 +171,8 @@ async def _client(server: str, default: str | None) -> AsyncIterator[CanaryClien
     except ValueError as error:
         raise UsageError(f"URL: {str(error).replace('use api_key', f'set {KEY}')}") from None
     try:
-        yield await CanaryClient.of(vllm, name or default)
+        with Reporter() as reporter:
+            yield await CanaryClient.of(vllm, name or default, reporter.step)
     finally:
         await vllm.close()
 

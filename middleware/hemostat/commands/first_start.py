@@ -22,7 +22,7 @@ def settings_with_tokens(options: argparse.Namespace, *, keep: bool = False) -> 
     ConfigError, UsageError.
 
     They are put into the environment of this process, so that a reload and a successor have the same ones. keep: the
-    engine token is that of earlier starts without a file, so that vLLM need not be started again with another one.
+    engine token is the same as at earlier starts without a file, so that vLLM goes on with it.
     """
     flags = {text.partition("=")[0].strip() for text in options.set}
     made = set()

@@ -1,7 +1,7 @@
 """The commands that messages give for installing a package: from the requirements that Hemostat itself declares.
 
-Hemostat is on no package index, so that no message may name it as something that pip finds there. The requirements are
-those of the installed distribution, with the bounds that the tests were run with.
+Hemostat is on no package index, so that no message may name it as something that pip finds there. The installed
+distribution declares the requirements, with the bounds that the tests were run with.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def requirements(extra: str) -> dict[str, str]:
 
 
 def install_command(extra: str, only: Collection[str] = ()) -> str:
-    """Returns the pip command for the distributions of an extra. only: those of them that are missing, if not all."""
+    """Returns the pip command for the distributions of an extra. only: what is missing, if not all of them."""
     needed = [text for name, text in requirements(extra).items() if not only or name in only]
     if not needed:
         return f"pip install '.[{extra}]', in the folder of Hemostat's sources"
