@@ -185,6 +185,18 @@ def test_harm_to_an_outcome_holds_the_kind_at_identity_until_it_is_released() ->
     assert again.profiles.serving.kinds["A"].version == other
 
 
+def test_what_is_under_test_where_an_outcome_was_harmed_does_not_go_on_there() -> None:
+    """Its gains until then were over what served, and nothing may be promoted while the kind is held."""
+    bench = Bench()
+    bench.feed(BIASED, JUDGED[:1])
+    bench.profiles.operator.promote(bench.profiles.operator.import_profile(helpful()))
+    bench.profiles.operator.import_profile(helpful(1))
+    bench.feed(BIASED, JUDGED[1:20])
+    assert kind(bench, REST_KIND)["candidates"]
+    bench.profiles.lifecycle.roll_back(REST_KIND, Reason.OUTCOMES, "harm", {})
+    assert kind(bench, REST_KIND)["candidates"] == []
+
+
 def test_a_promotion_by_the_operator_ends_a_hold() -> None:
     bench = Bench()
     version = bench.profiles.operator.import_profile(helpful())

@@ -90,14 +90,16 @@ def check(bench: Bench) -> None:
         assert trials.is_watched(kind) is (state.version is not None)
         assert state.version is not None or not (state.pinned or state.chosen)
         assert not (state.held and state.version is not None), "a kind that is held is served by identity"
-        assert len([c for c in trials.queue if kind in trials.running_kinds(c)]) <= MAX_TESTED
         assert all(c.version != state.version for c in trials.queue if kind in trials.running_kinds(c))
         assert not (state.held and any(kind in trials.running_kinds(c) for c in trials.queue))
         for candidate in trials.queue:
             if kind in trials.running_kinds(candidate):
                 assert candidate.scope in ("", state.scope)
+    assert len(trials.tested) <= MAX_TESTED
+    begun = [candidate.test for candidate in trials.queue if trials.has_begun(candidate)]
+    assert len(begun) == len(set(begun))
     for candidate in trials.waiting:
-        assert trials.running_kinds(candidate) == []
+        assert not trials.has_begun(candidate) or len(trials.tested) == MAX_TESTED, "it goes on where a place is free"
     assert serving.version_by_kind.keys() <= serving.kinds.keys()
     shown = [profiles.report.status(), profiles.report.listing()]
     assert json.loads(json.dumps(shown, allow_nan=False)) == shown

@@ -25,7 +25,7 @@ from tests.support.slow import examples
 
 from hemostat.ipc.messages import REST_KIND
 from hemostat.measurement.measurements import Measurements
-from hemostat.profiles import judging
+from hemostat.profiles import futility
 from hemostat.profiles.judging import gain_interval
 from hemostat.profiles.trials import Trials
 from hemostat_calibration.divergence import record_gains
@@ -121,7 +121,7 @@ def test_a_prompt_counts_once_in_a_test() -> None:
 
 
 def test_an_unproven_candidate_is_dropped_where_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "MAX_UNPROVEN_UNITS", 30)
+    monkeypatch.setattr(futility, "MAX_UNPROVEN_UNITS", 30)
     bench = Bench()
     first, second, third = (bench.profiles.operator.import_profile(harmful(seed=seed)) for seed in range(3))
     bench.feed(EVEN, JUDGED[:29])
@@ -134,7 +134,7 @@ def test_an_unproven_candidate_is_dropped_where_others_wait(monkeypatch: pytest.
     assert bench.profiles.trials.tested_versions == [second, third], "no candidate waits any more"
     bench.feed(EVEN, LEARNED[:40])
     bias = bench.status()["waiting"][0]["version"]
-    monkeypatch.setattr(judging, "MAX_UNPROVEN_UNITS_BEFORE_LOWER", 110)
+    monkeypatch.setattr(futility, "MAX_UNPROVEN_UNITS_BEFORE_LOWER", 110)
     bench.feed(EVEN, JUDGED[80:109])
     assert bench.profiles.trials.tested_versions == [second, third], "temperature and bias wait longer"
     bench.feed(EVEN, JUDGED[109:112])
@@ -142,7 +142,7 @@ def test_an_unproven_candidate_is_dropped_where_others_wait(monkeypatch: pytest.
 
 
 def test_no_candidate_gives_way_before_a_cycle_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "MAX_UNPROVEN_UNITS", 30)
+    monkeypatch.setattr(futility, "MAX_UNPROVEN_UNITS", 30)
     monkeypatch.setattr(Trials, "has_seen_cycles", False)
     bench = Bench()
     first, second, third = (bench.profiles.operator.import_profile(harmful(seed=seed)) for seed in range(3))
@@ -154,7 +154,7 @@ def test_no_candidate_gives_way_before_a_cycle_was_seen(monkeypatch: pytest.Monk
 
 
 def test_a_candidate_that_is_tested_in_rare_kinds_only_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "MAX_SEEN_UNITS", 50)
+    monkeypatch.setattr(futility, "MAX_SEEN_UNITS", 50)
     bench = Bench()
     for kind in ("often", "rare"):
         bench.feed(BIASED, JUDGED[:1], kind=kind)

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support.oracle import shift
-from tests.support.profile_bench import ANCHORS, BIASED, JUDGED, LEARNED, MODEL, Bench, contextual
+from tests.support.profile_bench import ANCHORS, BIASED, EVEN, JUDGED, LEARNED, MODEL, Bench, contextual
 from tests.support.records import Truth, log_softmax, make_record
 from tests.support.world import V, World
 
 from hemostat.config.schema import Calibration
 from hemostat.ipc.messages import REST_KIND
+from hemostat.profiles import futility
+from hemostat.profiles.decisions import Reason
 from hemostat.profiles.proposals import (
     CONTEXTUAL_FIRST_FACTOR,
     MAX_TOKENS_BETWEEN_PROPOSALS,
@@ -92,15 +94,16 @@ def test_a_proposal_must_be_learned_from_more_tokens_and_still_more_while_one_is
     assert not bench.profiles.proposals.propose(second, "", {"tokens": MIN_TOKEN_GROWTH_UNDER_TEST * 10_000 - 1})
     assert bench.profiles.trials.tested_versions == [first.version]
     bench.feed(BIASED, JUDGED[:3])
-    assert bench.profiles.proposals.propose(second, "", {"tokens": MIN_TOKEN_GROWTH_UNDER_TEST * 10_000})
-    assert bench.profiles.trials.tested_versions == [second.version]
-    dropped = bench.last("drop")
-    assert (dropped["version"], dropped["reason"], dropped["evidence"]["units"]) == (first.version, "newer", 3)
-    bench.feed(BIASED, JUDGED, bench.serves)
     learned = MIN_TOKEN_GROWTH_UNDER_TEST * 10_000
+    assert bench.profiles.proposals.propose(second, "", {"tokens": learned})
+    assert bench.profiles.trials.tested_versions == [first.version], "its test is finished first"
+    bench.feed(BIASED, JUDGED[3:], bench.serves)
+    assert bench.profiles.serving.selected == first.version
+    assert bench.profiles.trials.tested_versions == [second.version], "it is compared with what serves now"
+    bench.profiles.lifecycle.drop(bench.profiles.trials.tested[0], Reason.UNPROVEN, "")
     assert not bench.profiles.proposals.accepts(MIN_TOKEN_GROWTH * learned - 1)
     assert bench.profiles.proposals.accepts(MIN_TOKEN_GROWTH * learned)
-    assert not bench.profiles.proposals.propose(second, "", {"tokens": MIN_TOKEN_GROWTH * learned}), "it serves"
+    assert not bench.profiles.proposals.propose(first, "", {"tokens": MIN_TOKEN_GROWTH * learned}), "it serves"
     assert bench.profiles.proposals.propose(
         third, "", {"tokens": MAX_TOKENS_BETWEEN_PROPOSALS + MIN_TOKEN_GROWTH * learned}
     )
@@ -108,6 +111,76 @@ def test_a_proposal_must_be_learned_from_more_tokens_and_still_more_while_one_is
     assert not bench.profiles.proposals.accepts(MAX_TOKENS_BETWEEN_PROPOSALS + MIN_TOKEN_GROWTH * learned + 1), (
         "one is under test"
     )
+
+
+def waiting(bench: Bench) -> list[str]:
+    return [candidate["version"] for candidate in bench.status()["waiting"]]
+
+
+def test_of_the_newer_proposals_that_wait_the_last_one_is_tested() -> None:
+    bench = Bench()
+    first, *later = (contextual(1.0 - 0.1 * n) for n in range(4))
+    bench.feed(EVEN, JUDGED[:1])
+    assert bench.profiles.proposals.propose(first, "", {"tokens": 1_000})
+    for n, profile in enumerate(later, start=1):
+        bench.feed(BIASED, JUDGED[2 * n : 2 * n + 2])
+        assert bench.profiles.proposals.propose(profile, "", {"tokens": 1_000 * MIN_TOKEN_GROWTH_UNDER_TEST**n})
+        assert bench.profiles.trials.tested_versions == [first.version]
+        assert waiting(bench) == [profile.version]
+    dropped = bench.last("drop")
+    assert (dropped["version"], dropped["reason"], dropped["evidence"]) == (later[1].version, "newer", {})
+    assert later[1].version not in bench.profiles.catalogue
+    [kind] = bench.status()["kinds"]
+    assert kind["candidates"][0]["summary"].endswith("; a newer build waits for the end of this test")
+    [shown] = bench.status()["waiting"]
+    assert shown["summary"] == f"waits until the test of {first.version[:8]}, an earlier build, has ended"
+    again = bench.restart()
+    again.profiles.set_model_pair(MODEL, V)
+    assert again.profiles.trials.tested_versions == [first.version]
+    assert waiting(again) == [later[2].version]
+    again.feed(BIASED, JUDGED[8:], again.serves)
+    assert again.profiles.serving.selected == first.version
+    assert again.profiles.trials.tested_versions == [later[2].version]
+
+
+def test_a_restart_does_not_let_a_build_from_fewer_tokens_replace_the_one_that_waits() -> None:
+    bench = Bench()
+    bench.feed(EVEN, JUDGED[:1])
+    bench.profiles.proposals.propose(contextual(tokens=1_000), "", {"tokens": 1_000})
+    bench.profiles.proposals.propose(contextual(0.9, tokens=10_000), "", {"tokens": 10_000})
+    again = bench.restart()
+    again.profiles.set_model_pair(MODEL, V)
+    assert not again.profiles.proposals.accepts(9_000)
+
+
+def test_a_hopeless_test_gives_way_to_the_newer_build() -> None:
+    """Without any evidence of a gain in 96 units; one that may still be proven is finished."""
+    bench = Bench()
+    bench.feed(EVEN, JUDGED[:1])
+    useless, newer = contextual(-0.3), contextual(0.9)
+    bench.profiles.proposals.propose(useless, "", {"tokens": 1_000})
+    bench.profiles.proposals.propose(newer, "", {"tokens": 10_000})
+    bench.feed(BIASED, JUDGED[1 : futility.MIN_FUTILE_UNITS])
+    assert bench.profiles.trials.tested_versions == [useless.version]
+    bench.feed(BIASED, JUDGED[futility.MIN_FUTILE_UNITS : futility.MIN_FUTILE_UNITS + 1])
+    assert bench.profiles.trials.tested_versions == [newer.version]
+    dropped = bench.last("drop")
+    assert (dropped["version"], dropped["reason"]) == (useless.version, "unproven")
+    assert dropped["why"] == "no evidence of a gain in 96 held-out requests of its most frequent kind, and others wait"
+
+
+def test_a_candidate_is_not_hopeless_while_one_of_its_kinds_can_decide() -> None:
+    bench = Bench()
+    kinds = [bench.profiles.kinds.see(kind) for kind in ("often", "rare")]
+    for kind in kinds:
+        bench.feed(EVEN, JUDGED[:1], kind=kind)
+    useless, newer = contextual(-0.3), contextual(0.9)
+    bench.profiles.proposals.propose(useless, "", {"tokens": 1_000})
+    bench.profiles.proposals.propose(newer, "", {"tokens": 10_000})
+    bench.feed(BIASED, JUDGED[1:800], kind="often")
+    assert bench.profiles.trials.tested_versions == [useless.version]
+    bench.feed(BIASED, JUDGED[800 : 800 + futility.MIN_FUTILE_UNITS], kind="rare")
+    assert bench.profiles.trials.tested_versions == [newer.version]
 
 
 def test_after_a_rollback_a_new_proposal_is_accepted_soon() -> None:
@@ -204,6 +277,7 @@ def test_the_probe_is_held_and_neither_tested_nor_served() -> None:
     other = contextual(anchors=ANCHORS[::-1])
     profiles.proposals.propose(other, "", {"tokens": 1})
     assert profiles.engine_versions() == [other.version, asked.version]
+    profiles.lifecycle.drop(profiles.trials.tested[0], Reason.UNPROVEN, "")
     profiles.proposals.propose(contextual(), "", {"tokens": 10})
     assert asked.version not in profiles.engine_versions(), "another one that is held has these anchors"
     profiles.operator.set_mode("off")

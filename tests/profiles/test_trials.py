@@ -16,7 +16,7 @@ from hemostat.profiles.serving import MAX_TRIED_VERSIONS, KindState, ServingStat
 from hemostat.profiles.trials import IMPORT, MAX_TESTED, SERVING, Candidate, Trials, UnitGain
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard.decisions import Admission
-from hemostat_calibration.profiles.families import CONTEXTUAL, TEMPERATURE_BIAS
+from hemostat_calibration.profiles.families import ADAPTER, CONTEXTUAL, TEMPERATURE_BIAS
 
 
 def test_a_test_begins_anew_when_its_baseline_changes() -> None:
@@ -74,9 +74,58 @@ def test_the_queue_is_ordered_by_priority_and_then_by_age() -> None:
         trials.add(Candidate(version, "", source))
     assert [candidate.version for candidate in trials.queue] == ["b", "c", "d", "a"]
     assert trials.tested_versions == ["b", "c"]
-    assert trials.has_waiting_equal(trials.tested[0])
-    trials.remove(lambda candidate: candidate.version == "d")
-    assert not trials.has_waiting_equal(trials.tested[0]), "only one of a lower priority waits"
+    assert [candidate.version for candidate in trials.successors(trials.tested[0])] == ["d", "a"]
+
+
+def test_a_newer_proposal_waits_for_the_earlier_one_of_its_family_and_scope_alone() -> None:
+    trials = Made().trials
+    earlier = [Candidate(version, "", CONTEXTUAL, 1) for version in ("a", "variant")]
+    for candidate in earlier:
+        trials.add(candidate)
+    assert trials.tested == earlier, "variants of one proposal are tested together"
+    newer, imported = Candidate("b", "", CONTEXTUAL, 2), Candidate("c", "", IMPORT, 3)
+    trials.add(newer)
+    trials.add(imported)
+    trials.remove(lambda candidate: candidate == earlier[0])
+    assert trials.tested == [earlier[1], imported], "the place is free, and not for the newer one"
+    assert trials.waiting == [newer]
+    assert trials.behind(newer) == ["variant"]
+    assert trials.successors(earlier[1]) == [newer]
+    assert trials.successors(imported) == [], "it would not help"
+    trials.remove(lambda candidate: candidate == earlier[1])
+    assert trials.tested == [newer, imported]
+
+
+def test_a_test_that_another_family_displaces_goes_on_with_its_evidence() -> None:
+    made = Made()
+    first, second = (Candidate(version, "", TEMPERATURE_BIAS, 1) for version in "vw")
+    for candidate in (first, second):
+        made.trials.add(candidate)
+    made.feed(second, REST_KIND, range(7))
+    contextual_one = Candidate("c", "", CONTEXTUAL, 2)
+    made.trials.add(contextual_one)
+    assert made.trials.tested == [contextual_one, first]
+    begun = made.trials.tests_begun
+    made.trials.resume(made.trials.guard.save(), begun, made.trials.queue)
+    made.trials.remove(lambda candidate: candidate == contextual_one)
+    assert made.trials.tested == [first, second]
+    assert made.trials.evidence(second, REST_KIND).units == 7
+    assert made.trials.tests_begun == begun, "it spends no further alpha"
+
+
+def test_a_test_that_is_displaced_begins_anew_where_what_serves_changes() -> None:
+    made = Made()
+    imports = [Candidate(version, "", IMPORT) for version in "vw"]
+    for candidate in imports:
+        made.trials.add(candidate)
+        made.feed(candidate, REST_KIND, range(7))
+    adapter = Candidate("a", "", ADAPTER, 1)
+    made.trials.add(adapter)
+    assert made.trials.waiting == imports[1:]
+    made.serving.kinds[REST_KIND].version = "a"
+    made.trials.begin_in(REST_KIND)
+    made.trials.remove(lambda candidate: candidate == adapter)
+    assert made.trials.evidence(imports[1], REST_KIND).units == 0
 
 
 def test_only_candidates_that_are_tested_spend_alpha() -> None:
@@ -130,9 +179,9 @@ def test_a_candidate_leaves_the_queue_when_its_last_test_ends() -> None:
     made = Made((REST_KIND, "a"))
     for version in "vw":
         made.trials.add(Candidate(version, "", CONTEXTUAL))
-    made.trials.end_in("a", lambda c: c.version == "v")
+    made.trials.begin_in("a", lambda c: c.version == "v")
     assert made.trials.tested_versions == ["v", "w"]
-    made.trials.end_in(REST_KIND, lambda c: c.version == "v")
+    made.trials.begin_in(REST_KIND, lambda c: c.version == "v")
     assert made.trials.tested_versions == ["w"]
     assert made.serving.kinds["a"].tried == ["v"]
     made.trials.add(Candidate("v", "", SERVING))

@@ -346,6 +346,12 @@ class Guard:
             inflation=max(self._inflation(kind, test), test.own_inflation),
         )
 
+    def units(self, name: str, kind: str) -> tuple[int, int]:
+        """Units that counted in a test, and those that were refused for their client's share. InvalidArgumentError for
+        what is not under test."""
+        test = self._test(name, kind)
+        return test.units, test.refused
+
     # --- what runs ---------------------------------------------------------------------------------------------------
 
     @property

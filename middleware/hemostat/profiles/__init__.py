@@ -6,6 +6,7 @@ What each module owns:
     proposals           what was learned, and when a profile is proposed
     units               what tests need of a held-out request
     judging             evidence of held-out requests: what counts, and what follows
+    futility            when a test is hopeless, so that another candidate may take its place
     trials              the queue of candidates and the state of the tests
     lifecycle           the steps: test, promote, roll back, drop
     serving             which version serves which kind of traffic

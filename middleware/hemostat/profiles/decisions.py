@@ -50,7 +50,7 @@ class Reason(StrEnum):
     NEWER = "newer"
     """A newer candidate takes its place."""
     UNPROVEN = "unproven"
-    """Not proven better within `judging.MAX_UNPROVEN_UNITS`, and others wait."""
+    """Its test was hopeless (`futility`), and others wait."""
     EVIDENCE = "evidence"
     """Proven better on held-out requests."""
     HARM = "harm"

@@ -16,6 +16,7 @@ import numpy as np
 
 from hemostat.profiles.decisions import Reason, evidence_json
 from hemostat.profiles.families import FAMILY_RULES
+from hemostat.profiles.futility import why_hopeless
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.serving import ServingState
 from hemostat.profiles.trials import WATCH, Candidate, Trials, UnitGain
@@ -26,16 +27,6 @@ from hemostat_calibration.guard.decisions import Admission, Figure
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
 from hemostat_calibration.records import ExactDistances, TokenRecord
 from hemostat_calibration.statistics.split import held_out
-
-MAX_UNPROVEN_UNITS = 500
-"""Held-out units of its most frequent kind after which an unproven candidate is dropped where one of its priority or a
-better one waits."""
-MAX_UNPROVEN_UNITS_BEFORE_LOWER = 4 * MAX_UNPROVEN_UNITS
-"""The same where only candidates of a lower priority wait."""
-
-MAX_SEEN_UNITS = 4 * MAX_UNPROVEN_UNITS
-"""Held-out units of any kind since its test began, or since it was promoted last, after which a candidate is dropped
-where others wait: the kinds in which it is still tested are rare."""
 
 ROLL_BACK_TEXTS = {
     guard_decisions.Reason.HARM: "its gain on held-out requests of this kind is below zero",
@@ -186,20 +177,17 @@ class Judge:
         return True
 
     def _give_way(self, candidate: Candidate) -> None:
-        """Drop a candidate that is not proven anywhere after many units, where others wait. Units that were refused for
-        their client's share count, too: a test whose other clients are gone would else never end. Before
-        `guard.MIN_CYCLES` were seen nothing can be proven, so nothing is dropped."""
-        if not self._trials.waiting or not self._trials.has_seen_cycles:
+        """Drop a candidate that is hopeless, where others wait for the end of its test; see `futility`."""
+        successors = self._trials.successors(candidate)
+        if not successors:
             return
         running = self._trials.running_kinds(candidate)
-        shown = [self._trials.evidence(candidate, kind) for kind in running]
-        units = max((evidence.units + evidence.refused for evidence in shown), default=0)
-        equal_waits = self._trials.has_waiting_equal(candidate)
-        if any(self._is_due(candidate, kind) for kind in running):
-            return
-        if units >= (MAX_UNPROVEN_UNITS if equal_waits else MAX_UNPROVEN_UNITS_BEFORE_LOWER):
-            why = f"not proven by {units} held-out requests of its most frequent kind, and others wait"
-            self._lifecycle.drop(candidate, Reason.UNPROVEN, why)
-        elif (seen := self._trials.seen(candidate)) >= MAX_SEEN_UNITS:
-            why = f"not proven in another kind during {seen} held-out requests, and others wait"
-            self._lifecycle.drop(candidate, Reason.UNPROVEN, why)
+        why = why_hopeless(
+            {kind: self._trials.units(candidate, kind) for kind in running},
+            lambda kind: self._trials.evidence(candidate, kind).log_e,
+            seen=self._trials.seen(candidate),
+            for_equal=any(other.priority <= candidate.priority for other in successors),
+            decides=self._trials.has_seen_cycles,
+        )
+        if why and not any(self._is_due(candidate, kind) for kind in running):
+            self._lifecycle.drop(candidate, Reason.UNPROVEN, f"{why}, and others wait")

@@ -7,7 +7,7 @@ What serves changes only here, in one kind of traffic at a time. `judging` (evid
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from hemostat.ipc.messages import rest_of
@@ -111,16 +111,20 @@ class Lifecycle:
 
     # --- candidates ------------------------------------------------------------------------------------------------
 
-    def test(self, profile: CalibrationProfile, scope: str, source: str) -> None:
-        """Make it a candidate. Where the queue is full, the first of those that wait is dropped.
+    def test(self, profiles: Sequence[CalibrationProfile], scope: str, source: str) -> None:
+        """Make them candidates; several are variants of one proposal. Where the queue is full, the first
+        of those that wait is dropped, if possible one whose test has not begun.
 
-        It is stored, so that its test goes on after a restart.
+        They are stored, so that their tests go on after a restart.
         """
-        if len(self._trials.queue) >= MAX_QUEUED_CANDIDATES:
-            self.drop(self._trials.waiting[0], Reason.NEWER, "the queue is full")
-        self.hold(profile)
-        self._trials.add(Candidate(profile.version, scope, source))
-        self._writer.put_profile(self._catalogue.stored(profile.version))
+        for _ in range(len(self._trials.queue) + len(profiles) - MAX_QUEUED_CANDIDATES):
+            first = min(self._trials.waiting, key=self._trials.has_begun)
+            self.drop(first, Reason.NEWER, "the queue is full")
+        proposal = 1 + max((candidate.proposal for candidate in self._trials.queue), default=0)
+        for profile in profiles:
+            self.hold(profile)
+            self._trials.add(Candidate(profile.version, scope, source, proposal))
+            self._writer.put_profile(self._catalogue.stored(profile.version))
         self._writer.write_serving()
 
     def replace_proposals(
@@ -131,7 +135,8 @@ class Lifecycle:
         evidence: dict[str, Any],
         source: str | None = None,
     ) -> bool:
-        """Test learned profiles of one source in place of its earlier candidates in this scope.
+        """Test learned profiles of one source in this scope. They wait until the tests of its earlier candidates have
+        ended, and take the place of those whose tests have not begun.
 
         source: None is the profiles' family. False where all of them are in use already: then nothing changes.
         """
@@ -139,14 +144,17 @@ class Lifecycle:
         if not fresh:
             return False
         source = source or fresh[0].family
-        for old in [c for c in self._trials.queue if c.scope == scope and c.source == source]:
+        earlier = [c for c in self._trials.queue if c.scope == scope and c.source == source]
+        for old in earlier:
+            if self._trials.has_begun(old):
+                continue
             self.drop(old, Reason.NEWER, "replaced by a proposal that was learned from more tokens")
             if old.version not in self.in_use():
                 self.forget(old.version)
                 self._writer.delete_profile(old.version)
         for profile in fresh:
             self._events.record(Decision.PROPOSE, Reason.LEARNED, profile.version, scope, why, evidence)
-            self.test(profile, scope, source)
+        self.test(fresh, scope, source)
         return True
 
     def drop(self, candidate: Candidate, reason: Reason, why: str) -> None:
@@ -200,7 +208,8 @@ class Lifecycle:
         event, and not what serves. `roll_back` records its event first.
 
         scope: that it was learned of. chosen: by an operator. The tests of other proposals in this kind end; those of
-        imports, which were compared with what served before, begin anew.
+        imports, which were compared with what served before, begin anew. A newer build of the profile waits on: it will
+        be compared with what serves from now on.
         """
         state = self._serving.kinds[kind]
         if state.version is not None and state.version != version:
@@ -209,8 +218,9 @@ class Lifecycle:
         self._serving.scopes.rolled_back.discard(scope)
         self._trials.watch(kind, like=version)
         self._trials.freeze(version, kind)
-        self._trials.end_in(kind, lambda c: c.version != version and c.source != IMPORT)
-        self._trials.begin_in(kind)
+        # Looked up first: what has begun is behind nothing.
+        newer = {c.version for c in self._trials.queue if version in self._trials.behind(c)}
+        self._trials.begin_in(kind, ends=lambda c: c.source != IMPORT and c.version not in {version, *newer})
         self._writer.put_profile(self._catalogue.stored(version))
         self._serving_changed()
 
@@ -228,9 +238,8 @@ class Lifecycle:
         self._serving.scopes.rolled_back.add(scope)
         if reason is Reason.OUTCOMES:
             state.held = why
-            self._trials.end_in(kind)
         self._events.record(Decision.ROLL_BACK, reason, version, scope, why, evidence, kind)
-        self._trials.begin_in(kind)
+        self._trials.begin_in(kind, ends=lambda _: reason is Reason.OUTCOMES)
         self._serving_changed()
 
     def limit_adapters(self, limit: int, reason: Reason, why: str) -> None:

@@ -74,7 +74,7 @@ class Operator:
         self._events.record(Decision.IMPORT, Reason.OPERATOR, version, scope, why, {})
         for state in (*self._serving.kinds.values(), *self._serving.former.values()):
             state.tried = [other for other in state.tried if other != version]
-        self._lifecycle.test(profile, scope, IMPORT)
+        self._lifecycle.test([profile], scope, IMPORT)
         return version
 
     def promote(self, version: str, kind: str | None = None) -> None:

@@ -51,13 +51,15 @@ class StoredKind(msgspec.Struct, frozen=True):
 
 class StoredServing(msgspec.Struct, frozen=True):
     """scope: `calibration.scope`. table: `KindTable.save`. kinds: by name. queue: version, scope and source of each.
-    former: `ServingState.former`, versions that were tried and why it was held."""
+    former: `ServingState.former`, versions that were tried and why it was held. proposals: of each in the queue, the
+    number of its proposal; empty in what versions before have stored."""
 
     scope: str = "pooled"
     table: str = ""
     kinds: dict[str, StoredKind] = {}
     queue: list[tuple[str, str, str]] = []
     former: dict[str, tuple[list[str], str]] = {}
+    proposals: list[int] = []
 
     @classmethod
     def decode(cls, text: str | None) -> StoredServing:
@@ -142,7 +144,9 @@ class StateWriter:
         kinds = {name: self._stored_kind(name, state) for name, state in self._serving.kinds.items()}
         queue = [(c.version, c.scope, c.source) for c in self._trials.queue]
         former = {name: (state.tried, state.held) for name, state in self._serving.former.items()}
-        stored = StoredServing(self._serving.scopes.kind, self._kinds.table.save().decode(), kinds, queue, former)
+        proposals = [candidate.proposal for candidate in self._trials.queue]
+        table = self._kinds.table.save().decode()
+        stored = StoredServing(self._serving.scopes.kind, table, kinds, queue, former, proposals)
         self._writes.set_state(SERVING_KEY, msgspec.json.encode(stored).decode())
 
     def _stored_kind(self, name: str, state: KindState) -> StoredKind:
@@ -202,4 +206,5 @@ class StateWriter:
 
 def candidates(stored: StoredServing) -> list[Candidate]:
     """Of the queue, in its order."""
-    return [Candidate(version, scope, source) for version, scope, source in stored.queue]
+    proposals = [*stored.proposals, *(0 for _ in stored.queue)]
+    return [Candidate(*candidate, proposal) for candidate, proposal in zip(stored.queue, proposals, strict=False)]

@@ -16,7 +16,7 @@ from typing import Any
 
 from hemostat.config.schema import Calibration
 from hemostat.profiles.catalogue import Catalogue
-from hemostat.profiles.families import anchor_set
+from hemostat.profiles.families import FAMILY_RULES, anchor_set
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.persistence import whole_number
 from hemostat.profiles.request_parameters import RequestParameters
@@ -35,7 +35,7 @@ log = logging.getLogger("hemostat.calibration")
 MIN_TOKEN_GROWTH = 2
 """A new proposal is made when this many times more tokens were learned from: each test spends some of alpha."""
 MIN_TOKEN_GROWTH_UNDER_TEST = 4
-"""The same while the last proposal is still in the queue: its test would have to begin anew."""
+"""The same while the last proposal is still in the queue: the new one would only wait for the end of its test."""
 MAX_TOKENS_BETWEEN_PROPOSALS = 500_000
 """More tokens than this are never waited for."""
 CONTEXTUAL_FIRST_FACTOR = 4
@@ -135,20 +135,25 @@ class Proposals:
     def restart(self) -> None:
         """The model is another: forget what was learned.
 
-        A profile that still serves was kept from an earlier run, which had learned more than this one will have for a
-        while: only more than that is worth a test.
+        A profile that still serves or is tested was kept from an earlier run, which had learned more than this one will
+        have for a while: only more than that is worth a test.
         """
         self._scopes.clear()
         self.count_serving()
 
     def count_serving(self) -> None:
-        """Count what serves as the last proposal of its family, learned from the tokens that its metadata says."""
-        for state in self._serving.kinds.values():
-            selected = self._catalogue.get(state.version)
-            if selected is not None:
-                proposed_at = self._scope(state.learned_of).proposed_at
-                tokens = whole_number(selected.metadata.get("tokens"))
-                proposed_at[selected.family] = max(tokens, proposed_at.get(selected.family, 0))
+        """Count what serves, and what was proposed and is tested or waits, as the last proposal of its family, learned
+        from the tokens that its metadata says."""
+        serving = [(state.version, state.learned_of) for state in self._serving.kinds.values()]
+        proposed = [
+            (candidate.version, candidate.scope) for candidate in self._trials.queue if candidate.source in FAMILY_RULES
+        ]
+        for version, scope in serving + proposed:
+            profile = self._catalogue.get(version)
+            if profile is not None:
+                proposed_at = self._scope(scope).proposed_at
+                tokens = whole_number(profile.metadata.get("tokens"))
+                proposed_at[profile.family] = max(tokens, proposed_at.get(profile.family, 0))
 
     def discard_batches(self) -> None:
         """Forget records that wait for an update: the mode has changed."""
@@ -205,7 +210,8 @@ class Proposals:
         return self._serving.active and not self._requests.enabled and self._due(scope, CONTEXTUAL, tokens)
 
     def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any], scope: str = ALL) -> bool:
-        """Test a contextual profile in place of the scope's last one; False when it is not accepted now.
+        """Test a contextual profile, as soon as the test of the scope's last one has ended; False when it is not
+        accepted now.
 
         report: JSON-ready, shown as the event's evidence; `tokens` is the number of tokens learned from in all.
         InvalidProfileError for another model's profile.
@@ -226,7 +232,7 @@ class Proposals:
         return enough and self._serving.active and not self._requests.enabled and self._due(ALL, ADAPTER, tokens)
 
     def propose_adapter(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any]) -> bool:
-        """Test an adapter in place of the last one that serves nowhere; False when it is not accepted now.
+        """Test an adapter, as soon as the test of the last one has ended; False when it is not accepted now.
 
         report: as for `propose`. InvalidProfileError for another model's profile, or one of another family.
         """

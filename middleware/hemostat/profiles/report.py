@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 from hemostat.ipc.messages import REST_KIND
@@ -55,7 +54,7 @@ class Report:
             "learned_requests": requests,
             "learned_tokens": tokens,
             "candidates": [self._candidate(candidate) for candidate in trials.tested],
-            "waiting": [asdict(candidate) for candidate in trials.waiting],
+            "waiting": [self._waiting(candidate) for candidate in trials.waiting],
             "selected": self._selected(),
             "scope": scopes.kind,
             "scopes": [scope for scope in scopes if scope],
@@ -74,11 +73,22 @@ class Report:
         """With what its tests in all kinds have shown together."""
         result = self._trials.evidence_by_kind(candidate).values()
         return {
-            **asdict(candidate),
+            **_names(candidate),
             "requests": sum(evidence.units for evidence in result),
             "tokens": sum(evidence.tokens for evidence in result),
             **pooled_gain(result),
         }
+
+    def _waiting(self, candidate: Candidate) -> dict[str, Any]:
+        """With what it waits for, in words."""
+        older = self._trials.behind(candidate)
+        if older:
+            why = f"waits until the test of {older[0][:8]}, an earlier build, has ended"
+        elif self._trials.has_begun(candidate):
+            why = "its test goes on when one of those that go first has ended"
+        else:
+            why = "waits until one of the tests has ended"
+        return _names(candidate) | {"summary": why}
 
     def _selected(self) -> dict[str, Any] | None:
         """The version that serves the largest part of what any serves, with the evidence of its watch there."""
@@ -138,7 +148,12 @@ class Report:
         return "identity; no profile is under test here" if state.units else "identity; no held-out conversation yet"
 
     def _summary(self, candidate: Candidate, kind: str, evidence: Evidence) -> str:
-        """What a candidate's test in one kind lacks."""
+        """What a candidate's test in one kind lacks, and whether a newer build waits for its end."""
+        lacks = self._lacks(candidate, kind, evidence)
+        newer = any(candidate.version in self._trials.behind(other) for other in self._trials.waiting)
+        return f"{lacks}; a newer build waits for the end of this test" if newer else lacks
+
+    def _lacks(self, candidate: Candidate, kind: str, evidence: Evidence) -> str:
         if not evidence.units:
             return "no held-out conversation of this kind yet"
         if evidence.log_e_adjusted >= evidence.needed:
@@ -249,6 +264,10 @@ class Report:
         if any(candidate.version == version for candidate in self._trials.waiting):
             return "waiting"
         return "probe" if version == self._catalogue.probe else "retired"
+
+
+def _names(candidate: Candidate) -> dict[str, str]:
+    return {"version": candidate.version, "scope": candidate.scope, "source": candidate.source}
 
 
 def _adapter_json(profile: CalibrationProfile) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 Invariants:
 - Engines evaluate two profiles beside the applied one, so two candidates are tested at a time and the rest wait: no
   candidate is judged without the engine's numbers, and no alpha is spent on waiting.
+- What is tested is finished before something newer takes its place: a proposal waits while an older one of its family
+  and scope is under test. A test that a family of a better priority displaces keeps its evidence, and goes on later.
+  (Which units are left out meanwhile does not depend on their gains, so the evidence stays valid.)
 - A candidate is tested in all kinds of its scope at once, in each against what serves there. When that changes, the
   test of this kind begins anew (an import) or ends (a proposal: the learner makes another one).
 - A kind that appears later gets a test of its own. So does a profile that serves elsewhere already.
@@ -15,7 +18,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
@@ -68,11 +71,13 @@ class Candidate:
     """A profile that is to be tested in the kinds of one scope.
 
     source: the family that proposed it, `IMPORT`, or `SERVING`: it serves other kinds already.
+    proposal: the number of its proposal, of which it may be one of several variants. A later one has a larger number.
     """
 
     version: str
     scope: str
     source: str
+    proposal: int = field(default=0, compare=False)
 
     @property
     def priority(self) -> int:
@@ -125,7 +130,7 @@ class Trials:
 
     @property
     def tested(self) -> list[Candidate]:
-        return self._queue[:MAX_TESTED]
+        return [candidate for candidate in self._queue if not self._older(candidate)][:MAX_TESTED]
 
     @property
     def tested_versions(self) -> list[str]:
@@ -133,7 +138,31 @@ class Trials:
 
     @property
     def waiting(self) -> list[Candidate]:
-        return self._queue[MAX_TESTED:]
+        tested = self.tested
+        return [candidate for candidate in self._queue if candidate not in tested]
+
+    def has_begun(self, candidate: Candidate) -> bool:
+        """Whether its test has begun: it is under test, or it was, and goes on when a place is free again."""
+        return candidate.test in self.guard.names
+
+    def _older(self, candidate: Candidate) -> list[Candidate]:
+        """The candidates that it waits for: of earlier proposals of its family and scope, if its own test has not
+        begun."""
+        if candidate.source not in FAMILY_RULES or self.has_begun(candidate):
+            return []
+        own = candidate.scope, candidate.source
+        alike = (other for other in self._queue if (other.scope, other.source) == own)
+        return [other for other in alike if other.proposal < candidate.proposal]
+
+    def behind(self, candidate: Candidate) -> list[str]:
+        """The versions of its family whose tests have to end before its own begins."""
+        return [other.version for other in self._older(candidate)]
+
+    def successors(self, candidate: Candidate) -> list[Candidate]:
+        """The candidates that wait for the end of this one's test: newer proposals of its family, and those for which
+        any free place is enough."""
+        waiting = {other: self._older(other) for other in self.waiting}
+        return [other for other, older in waiting.items() if not older or candidate in older]
 
     @property
     def tests_begun(self) -> int:
@@ -208,10 +237,6 @@ class Trials:
         self._queue.append(candidate)
         self._arrange()
 
-    def has_waiting_equal(self, candidate: Candidate) -> bool:
-        """Whether a candidate waits that has the same or a lower priority number."""
-        return any(other.priority <= candidate.priority for other in self.waiting)
-
     def remove(self, matches: Callable[[Candidate], bool]) -> None:
         """End the tests of these candidates."""
         for candidate in [c for c in self._queue if matches(c)]:
@@ -229,11 +254,10 @@ class Trials:
     def _arrange(self) -> None:
         while True:
             self._queue.sort(key=lambda candidate: candidate.priority)
-            for candidate in self.waiting:
-                self.guard.end(candidate.test)
-            for candidate in self.tested:
+            tested = self.tested
+            for candidate in tested:
                 self._begin(candidate)
-            over = [candidate for candidate in self.tested if self._is_over(candidate)]
+            over = [candidate for candidate in tested if self._is_over(candidate)]
             for candidate in over:
                 self._queue.remove(candidate)
                 self._give_up(candidate)
@@ -266,22 +290,22 @@ class Trials:
         new = candidate.version != state.version and candidate.version not in state.tried
         return new and _is_testable(candidate, state)
 
-    def begin_in(self, kind: str) -> None:
-        """Begin tests in a kind that appeared, changed what serves it, or may be served by a profile again."""
-        for candidate in self.tested:
-            if candidate.test in self.guard.names and self.is_wanted(candidate, kind):
-                state = self._serving.kinds[kind]
+    def begin_in(self, kind: str, ends: Callable[[Candidate], bool] = lambda _: False) -> None:
+        """Begin tests in a kind that appeared, changed what serves it, or may be served by a profile again.
+
+        ends: of a candidate whose test there ends, and does not begin there again. That of one that waits does not
+        begin there either.
+        """
+        state = self._serving.kinds[kind]
+        for candidate in self._queue:
+            if ends(candidate) and (kind in self.running_kinds(candidate) or self.is_wanted(candidate, kind)):
+                self.guard.end_kind(candidate.test, kind)
+                state.add_tried(candidate.version)
+        for candidate in self._queue:
+            if self.has_begun(candidate) and self.is_wanted(candidate, kind):
                 figure = self.figure(candidate.version, state.version)
                 self.guard.add_kind(candidate.test, kind, self._width(candidate.version, state.version), figure)
                 self._on_begun()
-        self._arrange()
-
-    def end_in(self, kind: str, matches: Callable[[Candidate], bool] = lambda _: True) -> None:
-        """End the tests of these candidates in one kind, and do not begin them there again; those that wait neither."""
-        for candidate in self._queue:
-            if matches(candidate) and self.is_wanted(candidate, kind):
-                self.guard.end_kind(candidate.test, kind)
-                self._serving.kinds[kind].add_tried(candidate.version)
         self._arrange()
 
     def count_seen(self, kind: str) -> None:
@@ -311,7 +335,7 @@ class Trials:
     def _begin(self, candidate: Candidate) -> None:
         """Where it has not begun: in all kinds that were seen, weighted by their share so far."""
         states = {kind: state for kind, state in self._serving.kinds.items() if self.is_wanted(candidate, kind)}
-        if candidate.test not in self.guard.names and states:
+        if not self.has_begun(candidate) and states:
             version = candidate.version
             self.guard.begin_candidate(
                 candidate.test,
@@ -399,12 +423,16 @@ class Trials:
     def evidence(self, candidate: Candidate, kind: str) -> Evidence:
         return self.guard.evidence(candidate.test, kind)
 
+    def units(self, candidate: Candidate, kind: str) -> tuple[int, int]:
+        """Units that counted in its test, and those that were refused for their client's share."""
+        return self.guard.units(candidate.test, kind)
+
     def serving_evidence(self, kind: str) -> Evidence | None:
         """None where no profile serves the kind."""
         return self.guard.evidence(WATCH, kind) if self.is_watched(kind) else None
 
     def evidence_by_kind(self, candidate: Candidate) -> Mapping[str, Evidence]:
-        """Of the kinds in which it is or was under test; {} while it waits."""
+        """Of the kinds in which it is or was under test; {} before its test has begun."""
         kinds = self.guard.kinds(candidate.test)
         return {kind: self.evidence(candidate, kind) for kind in kinds if kind in self._serving.kinds}
 

@@ -21,7 +21,16 @@ MODULES = {module.NAME: module for module in modules() if getattr(module, "TEST_
 """Those that are fast enough for a test; `make bench-guard` runs the others, too."""
 
 
-QUICK = set(MODULES) - {"clients", "conversations", "excess", "kinds", "sampled_outcomes", "templates", "watch"}
+QUICK = set(MODULES) - {
+    "clients",
+    "conversations",
+    "excess",
+    "kinds",
+    "sampled_outcomes",
+    "starvation",
+    "templates",
+    "watch",
+}
 """The modules left out simulate for five to twenty seconds each."""
 
 
