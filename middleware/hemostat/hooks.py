@@ -113,11 +113,14 @@ class ExchangeHook(Protocol):
     def response_end(self) -> bytes:
         """The upstream's body is complete; returns the rest of what the client gets."""
 
-    def closed(self, *, complete: bool, output_tokens: int | None = None, engine: str = "") -> None:
+    def closed(
+        self, *, complete: bool, output_tokens: int | None = None, engine: str = "", own_status: int = 0
+    ) -> None:
         """Called exactly once, last, in every case.
 
         complete: the whole response was sent to the client. output_tokens: what was generated, of all choices, by the
-        response's usage; None: not known. engine: address of the one that answered.
+        response's usage; None: not known. engine: address of the one that answered. own_status: of the relay's own
+        answer, such as 502 where the upstream cannot be reached; 0 where the upstream answered.
         """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import ipaddress
 import json
+import logging
 import re
 import resource
 import socket
@@ -27,6 +28,7 @@ from tests.support.chromium import needs_chromium
 from tests.support.control import AUTHORIZED, TOKEN, scored
 from tests.support.served_models import pair, served_models
 
+from hemostat.admin import app as admin_app
 from hemostat.admin import hardening
 from hemostat.admin.hardening import HEADERS, is_allowed_host
 from hemostat.engines import api as engine_api
@@ -155,6 +157,33 @@ def test_a_second_head_is_not_waited_for_without_end(instance: Served, monkeypat
         connection.sendall(b"GET /livez HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
         assert connection.recv(65536).startswith(b"HTTP/1.1 200")
         assert cut_off(connection, b"G", pause=0.1)
+
+
+@pytest.mark.parametrize("path", [SWITCH, "/api/v1/profiles", "/api/v1/canaries/accept"])
+def test_a_client_that_leaves_in_the_middle_of_a_body_is_no_traceback(
+    instance: Served, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = logged.append  # type: ignore[method-assign]
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "handlers", [handler])
+    left = threading.Event()
+    read_body = engine_api.read_body
+
+    async def noted(*arguments: Any) -> bytes:
+        try:
+            return await read_body(*arguments)
+        finally:
+            left.set()
+
+    for module in (admin_app, engine_api):
+        monkeypatch.setattr(module, "read_body", noted)
+    with connect(instance) as connection:
+        head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {TOKEN}\r\n"
+        connection.sendall(f"{head}content-length: 1000\r\n\r\n{{".encode())
+    assert left.wait(10)
+    assert httpx.get(f"{instance.url}/livez").text == "ok\n"
+    assert [record.getMessage() for record in logged] == []
 
 
 @pytest.mark.parametrize("headers", ["", f"authorization: Bearer {TOKEN}\r\n"])

@@ -64,7 +64,9 @@ class SpyHook:
         self._called("response_end", None)
         return self.tail
 
-    def closed(self, *, complete: bool, output_tokens: int | None = None, engine: str = "") -> None:
+    def closed(
+        self, *, complete: bool, output_tokens: int | None = None, engine: str = "", own_status: int = 0
+    ) -> None:
         self._called("closed", complete)
 
     @property

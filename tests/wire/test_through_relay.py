@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -42,16 +43,22 @@ class Bench:
         self.counts[(metric, *labels)] += 1
 
 
+@asynccontextmanager
+async def in_front_of(fake: FakeVllm, url: str) -> AsyncIterator[Bench]:
+    relay = Relay(url)
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    await relay.serve(sock)
+    yield Bench(fake, relay, f"http://127.0.0.1:{sock.getsockname()[1]}")
+    await relay.close()
+
+
 @pytest.fixture
 async def bench() -> AsyncIterator[Bench]:
     fake = FakeVllm(seed=2)
     with serving(fake) as url:
-        relay = Relay(url)
-        sock = socket.socket()
-        sock.bind(("127.0.0.1", 0))
-        await relay.serve(sock)
-        yield Bench(fake, relay, f"http://127.0.0.1:{sock.getsockname()[1]}")
-        await relay.close()
+        async with in_front_of(fake, url) as made:
+            yield made
 
 
 def body(**more: Any) -> dict[str, Any]:
@@ -139,6 +146,18 @@ async def test_an_engine_failure_in_a_sampled_stream_is_counted_as_incomplete(be
         with pytest.raises(httpx.RemoteProtocolError):
             await client.post(CHAT, json=body(stream=True))
     assert bench.counts == {(SHADOW_REQUESTS, "skipped", "incomplete"): 1}
+
+
+async def test_a_502_of_the_relay_is_counted_once_as_an_error_and_not_as_a_broken_answer() -> None:
+    async with in_front_of(FakeVllm(), "http://127.0.0.1:1") as bench, httpx.AsyncClient(base_url=bench.url) as client:
+        answers = [await client.post(CHAT, json=body(stream=stream)) for stream in (False, True)]
+        malformed = await client.post(CHAT, content=b"{")
+    assert [answer.status_code for answer in (*answers, malformed)] == [502, 502, 502]
+    assert bench.counts == {
+        (SHADOW_REQUESTS, "skipped", "upstream_error"): 2,
+        (SHADOW_REQUESTS, "skipped", "bad_json"): 1,
+    }
+    assert not bench.captures
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request, Response
+from starlette.requests import ClientDisconnect
 
 from hemostat.engines.messages import InvalidEngineMessage, decode_answers, decode_report, decode_tap
 from hemostat.engines.registry import EngineRegistry
@@ -70,7 +71,8 @@ def engine_router(
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The request's body; 413 when it is longer than `limit` bytes, 408 when it does not arrive within BODY_SECONDS."""
+    """The request's body; 413 when it is longer than `limit` bytes, 408 when it does not arrive within BODY_SECONDS or
+    the client leaves before its end."""
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -80,4 +82,6 @@ async def read_body(request: Request, limit: int) -> bytes:
                     raise HTTPException(413, f"body of more than {limit} bytes")
     except TimeoutError:
         raise HTTPException(408, f"the body took more than {BODY_SECONDS:g} s") from None
+    except ClientDisconnect:
+        raise HTTPException(408, "the client disconnected before the end of the body") from None
     return bytes(body)

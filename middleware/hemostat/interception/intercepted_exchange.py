@@ -27,7 +27,7 @@ from hemostat.openai.kinds import asks_json_in_words, kind_name
 from hemostat.openai.reading import read_request
 from hemostat.openai.requests import Request
 from hemostat.openai.routes import FORMS
-from hemostat.openai.tokens import ChoiceTokens, ResponseTokens, little_endian
+from hemostat.openai.tokens import ChoiceTokens, ResponseTokens, little_endian, status_failure
 from hemostat_calibration.records import Arm, Sampling
 
 MAX_TRACEPARENT: Final = 64
@@ -293,18 +293,21 @@ class InterceptedExchange:
             self._leave_arm(ArmReason.NOT_APPLIED)
         return rest
 
-    def closed(self, *, complete: bool, output_tokens: int | None = None, engine: str = "") -> None:
+    def closed(
+        self, *, complete: bool, output_tokens: int | None = None, engine: str = "", own_status: int = 0
+    ) -> None:
         if self._choice is not None:
             self._reports.calibrated(self._choice.arm, self._choice.reason)
         request, tokens = self._request, self._tokens
+        unanswered = status_failure(own_status) if own_status else Unscored.INCOMPLETE
         if request is None or tokens is None:
-            self._skip(Unscored.INCOMPLETE)
+            self._skip(unanswered)
         elif tokens.failure is not None:
             self._skip(tokens.failure)
             if tokens.failure is Unscored.TOOL_TOKENS_LOST:
                 self._reports.tool_tokens_lost(self._policy)
         elif self._response is None or self._response.state is not ENDED or not complete:
-            self._skip(Unscored.INCOMPLETE)
+            self._skip(unanswered)
         elif self._sampled and self._skipped is None:
             self._reports.pause.accepted(self._policy.shadow_top_k)
             # Of an answer that the plugin reports, one capture stands for all choices.

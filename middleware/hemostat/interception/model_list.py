@@ -56,5 +56,7 @@ class ModelList:
     def response_end(self) -> bytes:
         return b"" if self._too_long else without_versions(bytes(self._data))
 
-    def closed(self, *, complete: bool, output_tokens: int | None = None, engine: str = "") -> None:
+    def closed(
+        self, *, complete: bool, output_tokens: int | None = None, engine: str = "", own_status: int = 0
+    ) -> None:
         pass

@@ -123,7 +123,10 @@ class Unscored(StrEnum):
     ADAPTER_REFUSED = "adapter_refused", SKIPPED, RELAY, (
         "vLLM does not have the adapter that was asked for, or cannot load it"
     )
-    UPSTREAM_ERROR = "upstream_error", SKIPPED, RELAY, "the answer is an error of the server, or ends in an error"
+    UPSTREAM_ERROR = "upstream_error", SKIPPED, RELAY, (
+        "the answer is an error of the server or ends in one, or Hemostat answered with an error because vLLM could "
+        "not be reached or a limit was reached"
+    )
     REQUEST_REFUSED = "request_refused", SKIPPED, RELAY, (
         "vLLM refuses the client's own request (status 4xx, except 408, 425, 429)"
     )

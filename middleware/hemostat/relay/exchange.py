@@ -599,4 +599,9 @@ class Exchange:
         if self._watch is not None:
             self._watch.finish(own_status or status, outcome, arm)
         if hook is not None:
-            hook.closed(complete=complete, output_tokens=generated, engine=self.outgoing.engine_name)
+            hook.closed(
+                complete=complete,
+                output_tokens=generated,
+                engine=self.outgoing.engine_name,
+                own_status=own_status,
+            )

@@ -103,10 +103,10 @@ class FailOpenHook:
             self._fail()
             return b""
 
-    def closed(self, *, complete: bool, output_tokens: int | None, engine: str) -> None:
+    def closed(self, *, complete: bool, output_tokens: int | None, engine: str, own_status: int) -> None:
         """Called in every case, also after a failure."""
         try:
-            self._hook.closed(complete=complete, output_tokens=output_tokens, engine=engine)
+            self._hook.closed(complete=complete, output_tokens=output_tokens, engine=engine, own_status=own_status)
         except Exception:  # noqa: BLE001  fail open: a failing hook is ignored
             self._on_error()
 
