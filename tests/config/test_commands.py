@@ -123,7 +123,7 @@ def test_profile_commands(
 
     assert cli.main(["profile", "rollback"]) == 2
     assert "send the admin token" in capsys.readouterr().err
-    monkeypatch.setenv("HEMOSTAT_ADMIN_TOKEN", "t")
+    monkeypatch.setenv("HEMOSTAT_ADMIN__TOKEN", "t")
     assert cli.main(["profile", "list"]) == 0
     assert cli.main(["profile", "show", version]) == 0
     assert cli.main(["profile", "export", version, str(file)]) == 0
@@ -189,7 +189,7 @@ def test_profile_commands(
 def test_promote_and_pin_ask_for_confirmation(
     admin: type[Admin], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], answer: str, code: int
 ) -> None:
-    monkeypatch.setenv("HEMOSTAT_ADMIN_TOKEN", "t")
+    monkeypatch.setenv("HEMOSTAT_ADMIN__TOKEN", "t")
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("builtins.input", lambda question: answer)
     assert cli.main(["profile", "promote", "0" * 32]) == code

@@ -30,7 +30,7 @@ def instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served
 
     with served(tmp_path, fill) as running:
         monkeypatch.setenv("HEMOSTAT_ADMIN_URL", running.url)
-        monkeypatch.setenv("HEMOSTAT_ADMIN_TOKEN", TOKEN)
+        monkeypatch.setenv("HEMOSTAT_ADMIN__TOKEN", TOKEN)
         yield running
 
 

@@ -31,7 +31,7 @@ def instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served
 
     with served(tmp_path, fill) as running:
         monkeypatch.setenv("HEMOSTAT_ADMIN_URL", running.url)
-        monkeypatch.setenv("HEMOSTAT_ADMIN_TOKEN", TOKEN)
+        monkeypatch.setenv("HEMOSTAT_ADMIN__TOKEN", TOKEN)
         yield running
 
 
@@ -169,5 +169,5 @@ def test_failures_are_one_line_with_the_reason(
     assert "nothing is held" in command("release", fails=True)
     listed = command("list")
     assert (listed["profiles"], listed["events"]) == ([], []), "nothing was changed"
-    monkeypatch.setenv("HEMOSTAT_ADMIN_TOKEN", "wrong")
+    monkeypatch.setenv("HEMOSTAT_ADMIN__TOKEN", "wrong")
     assert "send the admin token" in command("rollback", fails=True)

@@ -51,12 +51,16 @@ def children(parent: int) -> dict[str, int]:
 
 
 class Stack:
-    """A running `hemostat serve`: `url` is the data port, `admin` a client of the admin port."""
+    """A running `hemostat serve`: `url` is the data port, `admin` a client of the admin port.
 
-    def __init__(self, settings: Mapping[str, Any], folder: Path) -> None:
+    environment: variables of Hemostat; the admin token is among them if there are any.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], folder: Path, environment: Mapping[str, str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        config = folder / "hemostat.yaml"
-        own = {"listen": {"host": "127.0.0.1", "port": 0}, "admin": {"port": 0, "token": ADMIN_TOKEN}}
+        self.config = config = folder / "hemostat.yaml"
+        token = {"token": ADMIN_TOKEN} if environment is None else {}
+        own = {"listen": {"host": "127.0.0.1", "port": 0}, "admin": {"port": 0} | token}
         config.write_text(
             yaml.safe_dump(own | {"shutdown_seconds": 5.0, "evidence": {"cycle_hours": 0.0}} | dict(settings))
         )
@@ -67,7 +71,7 @@ class Stack:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+                env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | dict(environment or {}),
                 start_new_session=True,
                 text=True,
             )
@@ -159,9 +163,11 @@ class Stack:
 
 
 @contextmanager
-def hemostat(settings: Mapping[str, Any], folder: Path) -> Iterator[Stack]:
+def hemostat(
+    settings: Mapping[str, Any], folder: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[Stack]:
     """Serve with these settings, and ask for an orderly stop at the end."""
-    stack = Stack(settings, folder)
+    stack = Stack(settings, folder, environment)
     try:
         yield stack
     except BaseException:

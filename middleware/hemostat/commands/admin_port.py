@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     import httpx
 
 DEFAULT_ADMIN = "http://127.0.0.1:8081"
+VARIABLE = "HEMOSTAT_ADMIN__TOKEN"
+"""The variable with `admin.token`, which chart and Compose set: the commands work where the process itself runs."""
+FORMER_VARIABLE = "HEMOSTAT_ADMIN_TOKEN"
+"""The name that only these commands read before; it still works."""
 ADMIN_SECONDS = 30.0
 """Timeout of a request."""
 
@@ -25,7 +29,11 @@ def add_admin_options(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help=f"Address of the admin port (HEMOSTAT_ADMIN_URL; default: {DEFAULT_ADMIN}).",
     )
-    parser.add_argument("--token", metavar="TOKEN", help="admin.token (prefer HEMOSTAT_ADMIN_TOKEN)")
+    parser.add_argument(
+        "--token",
+        metavar="TOKEN",
+        help=f"The admin token. Default: {VARIABLE}, or the file in {VARIABLE}_FILE.",
+    )
 
 
 def _of_one(urls: str) -> str:
@@ -33,15 +41,24 @@ def _of_one(urls: str) -> str:
     return (urls if "@" in urls else urls.split(",", maxsplit=1)[0]).removeprefix("dns+")
 
 
+def _token(options: argparse.Namespace) -> str | None:
+    """Returns the admin token of these options, or of the environment; ConfigError where its file does not hold it."""
+    from hemostat.config.loading import secret_from_environment  # noqa: PLC0415
+
+    if options.token:
+        return str(options.token)
+    return secret_from_environment("admin", "token", os.environ) or os.environ.get(FORMER_VARIABLE)
+
+
 def admin_request(options: argparse.Namespace, method: str, path: str, **body: Any) -> httpx.Response:
-    """A request to the admin port; UsageError where it cannot be reached or refuses."""
+    """Sends a request to the admin port; UsageError where it cannot be reached or refuses."""
     import httpx  # noqa: PLC0415
 
     from hemostat.ipc.http_bodies import IDENTITY, AnswerRefused, read_answer_now  # noqa: PLC0415
     from hemostat_calibration.profiles.profile import MAX_BYTES  # noqa: PLC0415
 
     shown = shown_address(options.admin)
-    token = options.token or os.environ.get("HEMOSTAT_ADMIN_TOKEN")
+    token = _token(options)
     headers = {"authorization": f"Bearer {token}"} if token else {}
     try:
         with (
@@ -50,7 +67,7 @@ def admin_request(options: argparse.Namespace, method: str, path: str, **body: A
         ):
             response = httpx.Response(answer.status_code, content=read_answer_now(answer, MAX_BYTES))
     except UnicodeEncodeError:
-        raise UsageError("--token (HEMOSTAT_ADMIN_TOKEN) is not ASCII; give the value of admin.token") from None
+        raise UsageError(f"--token ({VARIABLE}) is not ASCII; give the value of admin.token") from None
     except httpx.InvalidURL:  # its text has a part of the address
         raise UsageError(f"--admin: {shown} is not an address; write it like {DEFAULT_ADMIN}") from None
     except (httpx.HTTPError, AnswerRefused) as error:

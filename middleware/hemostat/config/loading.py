@@ -169,6 +169,24 @@ def _read_secret(data: dict[str, Any], places: dict[Key, str], key: tuple[str, s
     places[key] = f"{where}: {dotted}"
 
 
+def secret_from_environment(section: str, name: str, environment: Mapping[str, str]) -> str | None:
+    """Returns the secret that `HEMOSTAT_SECTION__NAME` holds, or the file that `…_FILE` names, as `load` reads them.
+
+    None where neither is set; ConfigError where both are, or the file does not hold it.
+    """
+    values: dict[str, Any] = {}
+    places: dict[Key, str] = {}
+    for field in (name, f"{name}_file"):
+        variable = f"{ENV_PREFIX}{section}__{field}".upper()
+        if text := environment.get(variable):
+            values[field], places[section, field] = text, variable
+    _read_secret({section: values}, places, (section, name))
+    file = values.get(f"{name}_file")
+    if file is not None and name not in values:
+        raise ConfigError(one_line(f"{places[section, f'{name}_file']}: {short_repr(file)}: there is no such file"))
+    return values.get(name)
+
+
 def _from_text(text: str, annotation: object) -> object:
     """Environment and flags are text: pydantic converts numbers and booleans, this function all else."""
     if text.strip().lower() in {"", "null"} and type(None) in get_args(annotation):
