@@ -149,6 +149,7 @@ def healthy(status: Json, profiles: Json) -> State:
     status |= {"at": at, "state": {"level": "ok", "problems": []}, "tokens_scored": 1_240_000, "relays": 2}
     status["compressed"]["models"] = ["qwen3-8b-w4a16"]
     status["reference"] = {"state": "ready", "detail": "Qwen/Qwen3-8B (bfloat16)"}
+    status["progress"] = [step | {"known": True} for step in status["progress"]]
     status["models"] = [status["models"][0] | {"names": ["qwen3-8b-w4a16"], "root": "/models/qwen3-8b-w4a16"}]
     status["upstream"] = [engine("10.0.0.1:8000"), engine("10.0.0.2:8000")]
     canaries(state, [row["engine"] for row in status["upstream"]])
@@ -202,6 +203,7 @@ def no_data(state: State) -> None:
     status["requests"] |= {"shadowed": 0, "scored": 0, "skipped": {}, "dropped": {}, "pending": 0}
     status["proxy"] |= {"requests": 0, "generations": 0, "failed": 0, "failed_ratio": None}
     status["proxy"]["recent"] |= {"requests": 0, "failed": 0}
+    status["progress"] = [step | {"known": False} for step in status["progress"]]
     status["alarm"] |= {"tests": [], "kinds": [], "waits_for": []}
     status["calibration"]["kinds"], status["kinds"], state.profiles["by_kind"] = [], [], {}
     status["coverage"]["scored_share"] = {"tokens": None, "requests": None}
@@ -211,7 +213,7 @@ def no_data(state: State) -> None:
     state.history = history(state.at, points=1)
     state.says = "The reference is not ready yet: nothing is measured (loading weights)"
     state.shows = ["✓ vLLM answers", "✗ The reference is ready", "✗ First request", "✗ First score",
-                   "canaries: no set"]  # fmt: skip
+                   "canaries: no set", "What comes when", "after about 50 scored requests"]  # fmt: skip
 
 
 def vllm_dead(state: State) -> None:

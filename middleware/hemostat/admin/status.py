@@ -9,6 +9,7 @@ import msgspec
 
 from hemostat.admin.configuration import Configuration, ConfigurationReport
 from hemostat.admin.problems import DeploymentState, OwnershipView, Problems
+from hemostat.admin.progress import StepStatus, progress
 from hemostat.admin.proxy_status import ArmEndings, ProxyStatus, endings_by_arm, proxy_status
 from hemostat.admin.status_parts import (
     CalibrationParts,
@@ -45,6 +46,8 @@ class Status(msgspec.Struct, frozen=True):
     """Unix time, seconds."""
     state: DeploymentState
     """What is wrong, worst first."""
+    progress: list[StepStatus]
+    """What is known now, and what comes when."""
     requests: RequestsStatus
     coverage: Report
     """Which part of what sampled requests generated is scored, by kind, and why the rest is not:
@@ -156,19 +159,29 @@ class StatusSource:
         process, scoring, engines, calibration = self._process, self._scoring, self._engines, self._calibration
         measured, measurements, totals = self._measured, self._measured.measurements, process.link.total()
         state = process.problems.look()
+        raw, alarm, canaries = measurements.summary(None), measured.alarms.report(), engines.canaries.report()
+        profiles = calibration.profiles.report.status()
         return Status(
             at=self._wall(),
             state=state,
+            progress=progress(
+                self.settings,
+                scored=scoring.pipeline.endings.scored_captures,
+                kl=raw["kl_nats"],
+                alarm=alarm,
+                canaries=canaries,
+                calibration=profiles,
+            ),
             requests=scoring.requests(totals),
             coverage=scoring.pipeline.coverage.report(),
             tokens_scored=measurements.tokens,
             top_k=settings.top_k,
-            raw=measurements.summary(None),
+            raw=raw,
             where=measurements.where(),
             kinds=measurements.by_kind.report(),
             conditional=measurements.conditional.report(),
             arms=measurements.arms(),
-            alarm=measured.alarms.report(),
+            alarm=alarm,
             outcomes=measured.outcomes.report(),
             decoding=measurements.by_decoding.report(),
             places=measurements.by_place.report(),
@@ -178,7 +191,7 @@ class StatusSource:
             excess=measurements.excess(),
             calibrated=measurements.summary(calibration.version),
             profile=calibration.profile(),
-            calibration=calibration.profiles.report.status(),
+            calibration=profiles,
             learner=calibration.learner.status(),
             adapter={**calibration.adapters(), "distances": dict(scoring.pipeline.distances.outcomes)},
             recovered=calibration.recovered(measurements),
@@ -192,7 +205,7 @@ class StatusSource:
             engines=engines.engines(now),
             upstream=engines.upstream(measured.by_engine.report(), now),
             outlier_engine=measured.by_engine.status(),
-            canaries=engines.canaries.report(),
+            canaries=canaries,
             records_written=scoring.records_written,
             relays=process.link.relays,
             data_port=process.data_port,

@@ -18,6 +18,7 @@ from hemostat.config.errors import ConfigError
 from hemostat.config.fields import is_loopback, split_address
 from hemostat.config.reloading import plan_reload
 from hemostat.config.schema import Settings
+from hemostat.config.waiting_times import waiting_times
 from hemostat.ipc.addresses import client_context, server_context
 from hemostat.supervisor import service, takeover
 from hemostat.supervisor.child import Launch, StartFailure
@@ -197,6 +198,16 @@ class Supervisor:
             )
         shows = "console, /metrics" if self._role.control else "/metrics of the relays"
         self._announce(f"hemostat: admin port http://{admin}:{sockets.admin_port} ({shows})")
+        if self._role.control:
+            self._announce_waiting_times(settings)
+
+    def _announce_waiting_times(self, settings: Settings) -> None:
+        """Say what is known when, so that nobody takes a day of silence for a fault."""
+        times = waiting_times(settings)
+        if times:
+            self._announce("hemostat: what is known when, at the earliest:")
+        for time_ in times:
+            self._announce(f"  {time_.line()}")
 
     def _relay_launches(self, settings: Settings, access_log: int | None) -> list[Launch]:
         return relay_launches(settings, self._sockets, self._folder.control_socket, access_log, self._role)

@@ -142,6 +142,13 @@ function steps(s) {
   return found.slice(0, 5);
 }
 
+/** What is known already, and what takes longer: nothing once all of it is there. */
+function Progress({ s }) {
+  const open = s.progress.filter((x) => !x.known), done = s.progress.filter((x) => x.known).map((x) => x.what);
+  return open.length > 0 && html`<section class="progress"><h2>What comes when</h2>${done.length > 0 && html`<p class="sub">Known now: ${done.join("; ")}.</p>`}
+    <ul>${open.map((x) => html`<li><strong>${x.what}</strong> <span class="sub">${x.when}</span></li>`)}</ul></section>`;
+}
+
 function Next({ s }) {
   const found = steps(s);
   return html`<section class="next"><h2>Next steps</h2>${found.length ? html`<ol>${found.map(([text, action]) => html`<li>${text} <span class="do">${action}</span></li>`)}</ol>` : html`<p>Nothing to do.</p>`}</section>`;
@@ -160,5 +167,5 @@ function Timeline(data) {
 
 export const Overview = (data) => html`<h1 class="quiet">Overview</h1><${Status} ...${data} />
   ${data.s.requests.scored ? html`<div class="four"><${Traffic} ...${data} /><${Cost} ...${data} /><${Served} ...${data} /><${Measured} ...${data} /></div>
-    <div class="below"><${Timeline} ...${data} /><${Next} ...${data} /></div>`
-    : html`<div class="below"><${Checklist} ...${data} /><${Next} ...${data} /></div>`}`;
+    <div class="below"><${Timeline} ...${data} /><div><${Next} ...${data} /><${Progress} ...${data} /></div></div>`
+    : html`<div class="below"><${Checklist} ...${data} /><div><${Next} ...${data} /><${Progress} ...${data} /></div></div>`}`;
