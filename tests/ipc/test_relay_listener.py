@@ -351,9 +351,26 @@ def test_the_last_policy_is_in_force_for_30_seconds_after_the_last_word() -> Non
     last.look()
     assert given == [policy(), None]
     last.heard()
-    assert given == [policy(), None, policy()], "the control process has not changed it"
+    now += 7200.0
+    last.heard()
+    last.look()
+    assert given == [policy(), None], "a policy that has expired is not revived by the word of a new control process"
     last.heard(policy(generation=2))
-    assert given[3:] == [policy(generation=2)]
+    last.heard()
+    assert given[2:] == [policy(generation=2)]
+
+
+def test_a_policy_expires_also_where_the_next_word_comes_before_anybody_looked() -> None:
+    """As in a relay that was stopped for hours."""
+    now, given = 1000.0, list[Policy | None]()
+    last = LastPolicy(given.append, lambda: now)
+    last.heard(policy())
+    now += POLICY_SECONDS
+    last.heard()
+    assert given == [policy(), None]
+    now += POLICY_SECONDS
+    last.heard(policy(generation=2))
+    assert given == [policy(), None, policy(generation=2)]
 
 
 async def test_a_relay_without_a_control_process_drops_its_policy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,6 +384,41 @@ async def test_a_relay_without_a_control_process_drops_its_policy(monkeypatch: p
             await until(lambda: relay.link._transport is None)
             now += POLICY_SECONDS
             await until(lambda: relay.policies == [policy(), None])
+
+
+async def test_a_new_control_process_that_has_no_policy_yet_does_not_revive_an_expired_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(relay_end, "STATS_SECONDS", 0.01)
+    now = 5.0
+    async with end() as listening:
+        relay = Relay(listening.addresses(None), lambda: now)
+        async with relay.running():
+            await until(lambda: relay.policies == [policy()])
+            listening.link._policy = None  # as of a new control process: who connects is told Alive
+            now += 7200.0
+            await until(lambda: relay.policies == [policy(), None] and relay.link._transport is None)
+            await until(lambda: relay.link._transport is not None)
+            await until(lambda: listening.link.relays == 1)
+            heard_at = now = now + 1.0
+            for writer in tuple(listening.link._writers):
+                writer.write(encode(Alive()))
+            await until(lambda: relay.link._policy.heard_at == heard_at)
+            assert relay.policies == [policy(), None]
+            listening.link.set_policy(policy(generation=2))
+            await until(lambda: relay.policies == [policy(), None, policy(generation=2)])
+
+
+async def test_a_relay_whose_policy_expired_asks_for_one_on_a_new_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay_end, "STATS_SECONDS", 0.01)
+    now = 5.0
+    async with end() as listening:
+        relay = Relay(listening.addresses(None), lambda: now)
+        async with relay.running():
+            await until(lambda: relay.policies == [policy()])
+            now += 7200.0
+            relay.link._policy.heard()  # Alive arrives before the relay looks at its clock
+            await until(lambda: relay.policies == [policy(), None, policy()])
 
 
 # --- peers without the token ------------------------------------------------------------------------------------------

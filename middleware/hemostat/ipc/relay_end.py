@@ -61,29 +61,33 @@ PROCESS = secrets.token_hex(8)
 class LastPolicy:
     """Owns the policy in force: the last one, until nothing was heard of the control process for POLICY_SECONDS.
 
+    A policy that has expired never comes back into force. Only one that is received afterwards does: in the meantime the
+    control process may have rolled back or forgotten what the old one names.
+
     on_policy: called with each policy, and with None when it is not in force any more. clock: monotonic seconds.
     """
 
     def __init__(self, on_policy: Callable[[Policy | None], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._on_policy = on_policy
         self._clock = clock
-        self._policy: Policy | None = None
         self._in_force = False
         self.heard_at = clock()
+        self.expired = 0
+        """The number of policies that have expired."""
 
     def heard(self, policy: Policy | None = None) -> None:
-        """The control process has said something. policy: the one that it sent; None: the last one is in force."""
+        """The control process has said something. policy: the one that it sent; None: the one in force stays so."""
+        self.look()
         self.heard_at = self._clock()
         if policy is not None:
-            self._policy = policy
-        if self._policy is not None and (policy is not None or not self._in_force):
             self._in_force = True
-            self._on_policy(self._policy)
+            self._on_policy(policy)
 
     def look(self) -> None:
-        """To be called every second."""
+        """Ends the policy if it has expired. To be called every second."""
         if self._in_force and self._clock() - self.heard_at >= POLICY_SECONDS:
             self._in_force = False
+            self.expired += 1
             self._on_policy(None)
 
 
@@ -233,16 +237,22 @@ class ControlLink:
             log.info("relay %d: found the control process at %s", self._worker, target)
         self._said.clear()
         self._used = connection
-        silent = False
+        expired, why = self._policy.expired, ""
         while not connection.lost.done():
             self.report()
             await asyncio.wait((connection.lost,), timeout=STATS_SECONDS)
-            silent = not connection.lost.done() and self._clock() - self._policy.heard_at > SILENCE_SECONDS
-            if silent:
+            if connection.lost.done():
+                break
+            if self._clock() - self._policy.heard_at > SILENCE_SECONDS:
+                why = f"silent for {SILENCE_SECONDS:g} s"
+            elif self._policy.expired != expired:
+                # This process was stopped, for example. The policy is sent to those that connect.
+                why = f"its policy expired, {POLICY_SECONDS:g} s after its last message"
+            if why:
                 connection.abort()
                 break
         self._used = None
-        why = f"silent for {SILENCE_SECONDS:g} s" if silent else connection.lost.result()
+        why = why or connection.lost.result()
         self._say(
             f"lost the control process at {target} ({why}); requests are forwarded, and for at most "
             f"{POLICY_SECONDS:g} s go on being treated by its last policy"
