@@ -61,8 +61,8 @@ PROCESS = secrets.token_hex(8)
 class LastPolicy:
     """Owns the policy in force: the last one, until nothing was heard of the control process for POLICY_SECONDS.
 
-    A policy that has expired never comes back into force. Only one that is received afterwards does: in the meantime the
-    control process may have rolled back or forgotten what the old one names.
+    A policy that has expired never comes back into force. Only one that is received afterwards acts: in the meantime
+    the control process may have rolled back or forgotten what the old one names.
 
     on_policy: called with each policy, and with None when it is not in force any more. clock: monotonic seconds.
     """
