@@ -320,6 +320,7 @@ async def _reference(reference: Reference, settings: Settings, served: str | Non
             fix = "install it where the control process runs, or change reference.backend"
         return [Finding(f"reference{of}", State.NO, str(failure), fix)]
     detail = f"{backend}: {info.model} ({info.dtype}, {info.vocab_size} tokens), {info.figures_follow}"
+    detail += f"; on {info.device}" if info.device else ""
     # A list of top ids is enough for what is asked for, and hidden states would give more.
     better = f"for exact figures, {info.exact_with}" if info.exact_with else ""
     findings = [Finding(f"reference{of}", State.OK, detail, better)]

@@ -23,7 +23,7 @@ from pydantic import (
 from hemostat.config.text import short_repr
 
 _HOST = re.compile(r"[A-Za-z0-9_.:%-]{1,255}")
-_DEVICE = re.compile(r"cpu|cuda(:\d+)?|xpu(:\d+)?|mps")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?|xpu(:\d+)?|mps")
 _HEADER = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SECRET = re.compile(r"[!-~]{1,4096}")
 
@@ -113,7 +113,7 @@ def _existing_folder(value: Path) -> Path:
 
 def _device(value: str) -> str:
     if not _DEVICE.fullmatch(value):
-        raise ValueError(f"{short_repr(value)} is not a device; use cpu, cuda, cuda:0 or mps")
+        raise ValueError(f"{short_repr(value)} is not a device; use auto, cpu, cuda, cuda:0 or mps")
     return value
 
 
@@ -138,6 +138,7 @@ Secret = Annotated[SecretStr, AfterValidator(_secret)]
 ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
 ExistingFolder = Annotated[Path, AfterValidator(_existing_folder)]
 Device = Annotated[str, AfterValidator(_device)]
+"""A torch device, or auto."""
 ModelName = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Port = Annotated[int, Field(ge=0, le=65535)]

@@ -197,9 +197,10 @@ class Reference(Section):
     start."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """The type of the weights with backend transformers. auto takes the type of the checkpoint."""
-    device: Device = "cpu"
+    device: Device = "auto"
     """The torch device. With transformers the model is on it. With vllm it computes the products of hidden states and
-    the output embedding."""
+    the output embedding. auto takes a CUDA device that has enough free memory and no other process, else the CPU; the
+    log and `hemostat check` say which one, and why."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """The number of CPU threads of each process that computes for a reference. none takes half of the cores."""
 

@@ -14,6 +14,7 @@ from hemostat.config.schema import Settings
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.openai.form import Form
+from hemostat.reference import device
 from hemostat.reference.listing import served_pairs, with_adapters, without_own
 from hemostat.reference.match import compare
 from hemostat.reference.pair import ModelPair, ReferenceState, ServedModels
@@ -65,6 +66,7 @@ class ReferenceMonitor:
         self._calibrated = settings.calibration.model
         self._adapter_names = settings.adapter.enabled
         self._compressed_scorer = compressed_scorer
+        self._waits = _waits_for_upstream(settings)
         self._scores_fail = scores_fail
         self._refused = refused
         self._on_change = on_change
@@ -116,7 +118,13 @@ class ReferenceMonitor:
     async def _match(self, references: References, server: VllmServer) -> None:
         """Compare every served base model that is not ready with its reference."""
         if references.first is not None:
-            # It loads while the server may still be starting.
+            # It loads while the server may still be starting, unless that may need the device.
+            if self._waits:
+                try:
+                    await self._cards(server)
+                except ReferenceFailure as failure:
+                    self._set_state(ReferenceState.STARTING, f"the upstream does not answer: {failure}")
+                    return
             try:
                 await references.first.start()
             except ReferenceFailure as failure:
@@ -288,6 +296,14 @@ class ReferenceMonitor:
             log.log(logging.ERROR if failed else logging.INFO, "reference %s: %s", state, detail)
         self.state, self.detail = state, detail
         self._on_change()
+
+
+def _waits_for_upstream(settings: Settings) -> bool:
+    """Returns True if the reference must not choose its device before the upstream answers: a device that is free until
+    then may be the one on which the upstream is being started."""
+    reference = settings.reference
+    devices = {reference.device, *(model.device or reference.device for model in reference.models.values())}
+    return device.AUTO in devices and device.has_gpu()
 
 
 async def _first_that_answers(servers: Sequence[VllmServer]) -> VllmServer:

@@ -45,6 +45,8 @@ class ReferenceInfo:
     """Why it returns none."""
     folder: Path | None = None
     """The checkpoint's folder on this machine."""
+    device: str = field(default="", compare=False)
+    """The device that was chosen for it, and why; "" if the configuration names one."""
     offer: Offer = Offer.MODEL
     figures: str = ""
     """Which figures follow, in a few words; "" for those of `full_vocabulary`."""

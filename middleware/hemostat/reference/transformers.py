@@ -39,6 +39,7 @@ class TransformersReference:
             hidden_size=loaded.hidden_size,
             hidden_detail=loaded.hidden_detail,
             folder=Path(loaded.folder),
+            device=self._worker.device,
         )
 
     async def score(self, request: ScoreRequest) -> ReferenceScores:

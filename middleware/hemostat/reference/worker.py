@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hemostat.ipc import child_process as child
 from hemostat.models import packages
 from hemostat.models.architectures import check_causal, max_positions
 from hemostat.models.checkpoint_digest import checkpoint_digest
-from hemostat.reference import worker_messages
+from hemostat.reference import device, worker_messages
 from hemostat.reference.hidden.products import Head
 from hemostat.reference.protocol import FailureReason
 from hemostat.reference.scoring import Comparisons, HeldFunctionals, RequestFailed, output_and_ids, scored
@@ -32,7 +33,8 @@ NICENESS = 10
 class Model:
     """The loaded checkpoint. RequestFailed."""
 
-    def __init__(self, load: worker_messages.Load) -> None:
+    def __init__(self, load: worker_messages.Load, tell: Callable[[device.Choice], None]) -> None:
+        """tell: called with the device before the weights are loaded, where it was chosen here."""
         try:
             import torch  # noqa: PLC0415  slow to import, and an extra
             from transformers import AutoConfig, AutoModelForCausalLM, logging  # noqa: PLC0415
@@ -46,8 +48,13 @@ class Model:
         dtype = load.dtype if load.dtype == "auto" else getattr(torch, load.dtype)
         self._name = load.model
         self._torch = torch
-        check_causal(AutoConfig.from_pretrained(load.model))
-        self._model: Any = AutoModelForCausalLM.from_pretrained(load.model, dtype=dtype).to(load.device).eval()
+        config = AutoConfig.from_pretrained(load.model)
+        check_causal(config)
+        choice = device.resolve(load.device, load.only, lambda: _weight_bytes(config, load.dtype))
+        if choice is not None:
+            tell(choice)
+        to = load.device if choice is None else choice.device
+        self._model: Any = AutoModelForCausalLM.from_pretrained(load.model, dtype=dtype).to(to).eval()
         self._tokenizer: Any = None
         self._functionals = HeldFunctionals(self._on_device)
         self._comparisons = Comparisons(self._output_embedding)
@@ -118,6 +125,22 @@ class Model:
         return self._torch.tensor(values).to(self._model.device)
 
 
+def _weight_bytes(config: Any, dtype: str) -> int | None:
+    """Returns the bytes of the model's weights, from a model without memory; None if it cannot be built so."""
+    import torch  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+
+    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    wanted = getattr(torch, dtype) if dtype != "auto" else stored or torch.float32
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        size: int = torch.empty(0, dtype=wanted).element_size()
+    except Exception:  # noqa: BLE001  whatever an unusual model raises: its size is then unknown
+        return None
+    return sum(int(parameter.numel()) for parameter in model.parameters()) * size
+
+
 def _nonlinearity(model: Any) -> str:
     from hemostat.reference.exact import nonlinearity  # noqa: PLC0415
 
@@ -148,13 +171,16 @@ def main(parent: int) -> int:
     def reply(answer: worker_messages.Answer) -> None:
         send(worker_messages.ANSWERS.encode(answer))
 
+    def tell(choice: device.Choice) -> None:
+        reply(worker_messages.Chosen(choice.device, choice.reason))
+
     model: Model | Head | None = None
     for body in bodies:
         request = worker_messages.REQUESTS.decode(body)
         number = getattr(request, "id", -1)
         try:
             if isinstance(request, worker_messages.Load | worker_messages.LoadHead):
-                model = Model(request) if isinstance(request, worker_messages.Load) else Head(request)
+                model = Model(request, tell) if isinstance(request, worker_messages.Load) else Head(request, tell)
                 reply(model.loaded)
             elif model is None:
                 raise RequestFailed(FailureReason.PROTOCOL, "the first request must be load")

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -51,10 +52,24 @@ class ReferenceWorker:
             if self._process is None or self._process.exited.is_set():
                 self._process = None
                 self._process, self._loaded = await _Process.start(self._load)
+                self._keep_device(self._process.chosen)
             if self._keeper is None:
                 self._keeper = asyncio.create_task(self._keep(), name="reference worker")
             assert self._loaded is not None
             return self._loaded
+
+    @property
+    def device(self) -> str:
+        """The device that the worker has chosen, with the reason; "" if the configuration names it."""
+        chosen = self._process.chosen if self._process is not None else None
+        return f"{chosen.device}: {chosen.reason}" if chosen is not None else ""
+
+    def _keep_device(self, chosen: worker_messages.Chosen | None) -> None:
+        """A worker that is started again is on the same device or on the CPU: another device may be free just because
+        the engine that serves clients is being started there."""
+        if chosen is None:
+            return
+        self._load = msgspec.structs.replace(self._load, only=chosen.device)
 
     async def _keep(self) -> None:
         backoff = Backoff(RESTART_SECONDS)
@@ -172,6 +187,8 @@ class _Process:
         self._first: asyncio.Future[worker_messages.Answer] = asyncio.get_running_loop().create_future()
         self._ending: asyncio.Task[None] | None = None
         self.exited = asyncio.Event()
+        self.chosen: worker_messages.Chosen | None = None
+        """The device, where the worker has chosen it."""
 
     @classmethod
     async def start(
@@ -268,6 +285,10 @@ class _Process:
 
     def _receive(self, body: bytes) -> None:
         answer = worker_messages.ANSWERS.decode(body)
+        if isinstance(answer, worker_messages.Chosen):
+            self.chosen = answer
+            log.info("the reference is loaded on %s: %s", answer.device, answer.reason)
+            return
         number = getattr(answer, "id", -1)
         future = self._first if number < 0 else self._pending.get(number)
         if future is not None and not future.done():

@@ -20,6 +20,8 @@ class Load(msgspec.Struct, tag="load", frozen=True):
     dtype: str
     device: str
     threads: int
+    only: str = ""
+    """The argument of `hemostat.reference.device.choose`, for the device auto."""
 
 
 class LoadHead(msgspec.Struct, tag="load_head", frozen=True):
@@ -28,6 +30,8 @@ class LoadHead(msgspec.Struct, tag="load_head", frozen=True):
     folder: str
     device: str
     threads: int
+    only: str = ""
+    """See `Load`."""
 
 
 class Basis(msgspec.Struct, frozen=True):
@@ -122,6 +126,13 @@ class Render(msgspec.Struct, tag="render", frozen=True):
     messages: list[dict[str, str]]
 
 
+class Chosen(msgspec.Struct, tag="chosen", frozen=True):
+    """The device on which the worker is about to load, and why; it is sent only if the configured one is auto."""
+
+    device: str
+    reason: str
+
+
 class Loaded(msgspec.Struct, tag="loaded", frozen=True):
     digest: str
     dtype: str
@@ -174,7 +185,7 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
 
 
 Request = Load | LoadHead | Score | Tokenize | Render
-Answer = Loaded | Scored | TokenIds | Failed
+Answer = Chosen | Loaded | Scored | TokenIds | Failed
 
 REQUESTS: MessageCodec[Request] = MessageCodec(Request)
 ANSWERS: MessageCodec[Answer] = MessageCodec(Answer)

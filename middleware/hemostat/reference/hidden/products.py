@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat.models.output_embedding import EmbeddingError, floats
-from hemostat.reference import worker_messages
+from hemostat.reference import device, worker_messages
 from hemostat.reference.full_scores import ExactScores
 from hemostat.reference.hidden import numpy_scores
 from hemostat.reference.hidden.head import OutputHead, TorchHead, open_head
@@ -31,19 +31,26 @@ See = Callable[[slice, Any], None]
 class Head:
     """The loaded output head; the counterpart of `hemostat.reference.worker.Model`. RequestFailed."""
 
-    def __init__(self, load: worker_messages.LoadHead) -> None:
+    def __init__(
+        self, load: worker_messages.LoadHead, tell: Callable[[device.Choice], None] = lambda choice: None
+    ) -> None:
+        """tell: called with the device, where it was chosen here."""
         try:
             self._head = open_head(Path(load.folder))
         except EmbeddingError as error:
             raise RequestFailed(FailureReason.HEAD, str(error)) from error
         self._torch = importlib.util.find_spec("torch") is not None
+        choice = device.resolve(load.device, load.only, lambda: self._head.weight.nbytes) if self._torch else None
+        if choice is not None:
+            tell(choice)
+        to = load.device if choice is None else choice.device
         self._products: NumpyProducts | TorchProducts
         self._comparisons: Comparisons | None = None
         if self._torch:
-            self._products = TorchProducts(self._head, load)
+            self._products = TorchProducts(self._head, to, load.threads)
             # Of the compressed model's hidden states, with the same scale: its logits are W h, too.
             self._comparisons = Comparisons(self._products.output_embedding)
-        elif load.device == "cpu":
+        elif load.device in {"cpu", device.AUTO}:
             self._products = NumpyProducts(self._head)
         else:
             raise RequestFailed(FailureReason.NOT_INSTALLED, f"reference.device: {load.device} needs torch")
@@ -110,12 +117,12 @@ class NumpyProducts:
 
 
 class TorchProducts:
-    def __init__(self, head: OutputHead, load: worker_messages.LoadHead) -> None:
+    def __init__(self, head: OutputHead, to: str, threads: int) -> None:
         import torch  # noqa: PLC0415  slow to import, and an extra
 
-        torch.set_num_threads(load.threads)
+        torch.set_num_threads(threads)
         self._torch = torch
-        self._head = TorchHead(head, load.device)
+        self._head = TorchHead(head, to)
 
     def output_embedding(self) -> Any:
         return self._head.weight
