@@ -82,7 +82,8 @@ def interpreters() -> Iterator[Interpreter]:
 
 def arguments_of(file: str) -> dict[str, str]:
     """The build arguments of a file in deploy/, with their defaults."""
-    return dict(re.findall(r"^ARG (\w+)=(\S+)", (ROOT / "deploy" / file).read_text(), re.MULTILINE))
+    found = re.findall(r'^ARG (\w+)="?([^"\s]*)"?$', (ROOT / "deploy" / file).read_text(), re.MULTILINE)
+    return dict(found)
 
 
 def checksums(folder: Path) -> str:
@@ -174,7 +175,8 @@ class Distribution:
 
     def sbom(self) -> None:
         """The list of what the image installs (SBOM)."""
-        extras = (arguments_of("Dockerfile") | self._given)["EXTRAS"]
+        arguments = arguments_of("Dockerfile") | self._given
+        extras = ",".join(filter(None, (arguments["BASIC_EXTRAS"], arguments["EXTRAS"])))
         installed = BUILD / "dist-installed"
         environment.create(installed)
         wheel = DIST / f"hemostat-{self.version}-py3-none-any.whl"

@@ -82,7 +82,7 @@ def test_the_sbom_is_of_the_extras_that_the_image_is_built_with(
     commands: list[tuple[str, ...]] = []
     monkeypatch.setattr(dist.environment, "create", lambda folder: folder.mkdir())
     monkeypatch.setattr(dist.environment, "run", lambda command, *_, **__: commands.append(command) or True)
-    for given, extras in (([], "tracing,postgres"), (["EXTRAS=transformers"], "transformers")):
+    for given, extras in (([], "tracing,postgres"), (["EXTRAS=transformers"], "tracing,postgres,transformers")):
         dist.Distribution(given, []).sbom()
         assert commands[-3][-1].endswith(f"py3-none-any.whl[{extras}]")
 

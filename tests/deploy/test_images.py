@@ -82,8 +82,8 @@ def test_middleware() -> None:
     assert re.fullmatch(r"python:3\.\d+-slim", arguments["BASE"])
     assert [stage[0][1] for stage in (build, final)] == ["${BASE} AS build", "${BASE}"]
     # No torch by default.
-    extras = dict(value.partition("=")[::2] for value in values(build, "ARG"))["EXTRAS"].strip('"').split(",")
-    assert not {"transformers", "adapters", "vllm"} & set(extras)
+    given = {name: value.strip('"') for name, _, value in (text.partition("=") for text in values(build, "ARG"))}
+    assert (given["BASIC_EXTRAS"], given["EXTRAS"]) == ("tracing,postgres", "")
     # What is documented to be added exists.
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = re.findall(r"EXTRAS=([\w,]+)", MIDDLEWARE.read_text())
@@ -95,6 +95,21 @@ def test_middleware() -> None:
     installs, makes = values(build, "RUN")
     assert re.search(r'^if \[ "\$\{COMPILE\}" = 1 \] .*gcc libc6-dev', installs)
     assert makes.startswith(f'{compiled.SWITCH}="${{COMPILE}}" python -m pip wheel ')
+    # What is added leaves in what the image always has.
+    (joined,) = re.findall(r"extras=\S+", makes)
+    for basic, added, expected in (
+        ("a,b", "", "a,b"),
+        ("a,b", "c", "a,b,c"),
+        ("", "c", "c"),
+        ("", "", ""),
+        ("a,b", "a,b,c", "a,b,a,b,c"),
+    ):
+        program = f'{joined}; printf %s "$extras"'
+        shell = subprocess.run(
+            ["sh", "-c", program], env={"BASIC_EXTRAS": basic, "EXTRAS": added}, capture_output=True, check=True
+        )
+        assert shell.stdout.decode() == expected
+    assert '"${wheel}[${extras}]"' in makes
     assert not re.search(r"apt|apk|gcc|build-essential|curl|wget", makes + " ".join(values(final, "RUN")))
     assert "pip" not in " ".join(values(final, "RUN"))
     # Not root, as a number: Kubernetes' runAsNonRoot needs a number.

@@ -455,7 +455,7 @@ def test_a_pod_that_makes_adapters_has_room_for_a_build(helm: Helm) -> None:
 
 
 def test_notes_say_what_adapters_need(helm: Helm, cluster: Cluster) -> None:
-    assert "--build-arg EXTRAS=tracing,adapters" in helm.notes(cluster, "config.adapter.enabled=true")
+    assert "--build-arg EXTRAS=adapters" in helm.notes(cluster, "config.adapter.enabled=true")
 
 
 def test_an_ipv6_cluster(helm: Helm, tmp_path: Path) -> None:
@@ -521,7 +521,7 @@ def test_notes_follow_the_values(helm: Helm, cluster: Cluster) -> None:
     assert "get secret mine " in notes
     assert "EXTRAS" not in notes
     torch = helm.notes(cluster, "config.reference.backend=transformers", "config.reference.model=/models/m")
-    assert "--build-arg EXTRAS=tracing,transformers" in torch
+    assert "--build-arg EXTRAS=transformers" in torch
     assert "8081:9000" in notes
     assert "--max-logprobs 50" in notes
     assert "NOTHING IS MEASURED" not in notes
