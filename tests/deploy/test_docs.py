@@ -22,6 +22,7 @@ import yaml
 from tests.support.paths import ROOT
 
 from hemostat.admin.access import ACCESS
+from hemostat.admin.alerts import ALERTS
 from hemostat.cli import COMMANDS
 from hemostat.config.schema import LEAVES
 from hemostat.engines.messages import EVENTS
@@ -176,7 +177,15 @@ def test_the_runbook_has_a_section_for_every_alert_and_no_other() -> None:
         assert rule["annotations"]["runbook_url"].partition("#")[2] == name.lower() in anchors(DOCS / "runbook.md")
         body = page.split(f"## {name}\n")[1].split("\n## ")[0]
         titles = re.findall(r"^\*\*(.+?)\*\*", body, re.MULTILINE)
-        assert titles == ["What it means.", "What to look at.", "What to do.", "What not to conclude."], name
+        assert titles == [
+            "Are clients affected? Act now or tomorrow?",
+            "What it means.",
+            "What to look at.",
+            "What to do.",
+            "What not to conclude.",
+        ], name
+        first = " ".join(body.strip().partition("\n\n")[0].split())
+        assert first == f"**{titles[0]}** {ALERTS[name].clients} {ALERTS[name].act}", name
 
 
 def test_the_console_serves_the_whole_runbook() -> None:

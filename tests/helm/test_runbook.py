@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.support.helm_chart import ROOT, VALUE_SETS, Helm
+from tests.support.helm_chart import ROOT, UPSTREAM, VALUE_SETS, Helm
 from tests.support.stack import FakeEngine, Stack, hemostat, wait_for
 
 RUNBOOK = ROOT / "docs" / "runbook.md"
-CONFIG = "/etc/hemostat/hemostat.yaml"
+DEFINITIONS = "## Before you begin"
+"""The section that defines, for each platform, what the commands use."""
 NEEDS_MODELS = {"hemostat doctor"}
 """Commands that load two checkpoints."""
 NAMES = {"hemostat check", "hemostat relay", "hemostat control", "hemostat serve"}
@@ -28,7 +29,8 @@ STATES = re.compile(r"answered 4(00|04|09): (?!.*token)")
 
 def commands() -> list[str]:
     """Every command of the runbook that an operator types, whether it is in a sentence or in a block."""
-    text = RUNBOOK.read_text()
+    before, _, rest = RUNBOOK.read_text().partition(f"\n{DEFINITIONS}\n")
+    text = before + rest[rest.index("\n## ") :]
     blocks = [line for block in re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S) for line in block.splitlines()]
     prose = re.sub(r"^```\w*\n.*?^```", "", text, flags=re.M | re.S)
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
@@ -66,15 +68,10 @@ def run(command: str, stack: Stack, engine: str, environment: dict[str, str]) ->
     """Runs a command in the container's environment, with its placeholders filled in."""
     admin = str(stack.admin.base_url).rstrip("/")
     filled = {
-        "http://ADMIN": admin,
-        "http://HOST:8080": stack.url,
         "HOST:PORT": engine,
         "http://ENGINE": f"http://{engine}",
         "VERSION": "0" * 32,
         '"NAME"': "rest",
-        "--config …": f"--config {stack.config}",
-        "--config hemostat.yaml": f"--config {stack.config}",
-        CONFIG: str(stack.config),
     }
     for placeholder, value in filled.items():
         command = command.replace(placeholder, value)
@@ -90,14 +87,80 @@ def run(command: str, stack: Stack, engine: str, environment: dict[str, str]) ->
         stdin=subprocess.DEVNULL,
         env={
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            # Elsewhere than in the container the console's port is another one, and the operator defines the token.
+            # What the section DEFINITIONS defines, with the addresses and the file of this test.
             "HEMOSTAT_ADMIN_URL": admin,
-            "TOKEN": environment["HEMOSTAT_ADMIN__TOKEN"],
+            "DATA_URL": stack.url,
+            "CONFIG": str(stack.config),
             **{name: value for name, value in os.environ.items() if name == "PYTHONPATH"},
             **environment,
         },
     )
     return done.returncode, done.stdout + done.stderr
+
+
+def definitions() -> dict[str, str]:
+    """Platform -> the shell lines that define what the commands use there."""
+    section = RUNBOOK.read_text().partition(f"\n{DEFINITIONS}\n")[2].partition("\n## ")[0]
+    found = re.findall(r"^If .*?\*\*(.+?)\*\*.*?\n\n```sh\n(.*?)^```", section, re.M | re.S)
+    return dict(found)
+
+
+PLATFORMS = ("a process on the machine", "with Compose", "on Kubernetes")
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_the_definitions_of_a_platform_define_what_the_commands_use(platform: str, tmp_path: Path) -> None:
+    """docker, kubectl and hemostat are stand-ins that print how they were called."""
+    assert tuple(definitions()) == PLATFORMS
+    for name in ("docker", "kubectl", "hemostat"):
+        stand_in = tmp_path / name
+        secret = 'case "$*" in *"get secret"*) printf Y2hhbmdlLW1l; exit;; esac\n' if name == "kubectl" else ""
+        stand_in.write_text(f'#!/bin/sh\n{secret}echo {name} "$@"\n')
+        stand_in.chmod(0o755)
+    (tmp_path / "deploy").mkdir()
+    (tmp_path / "deploy" / ".env").write_text("HEMOSTAT_ADMIN_TOKEN=change-me\n")
+    used = set(re.findall(r"\$(\w+)", " ".join(commands())))
+    assert used == {"HEMOSTAT_ADMIN_URL", "HEMOSTAT_ADMIN__TOKEN", "CONFIG", "DATA_URL"}
+    shown = "\n".join(f'echo "{name}=${name}"' for name in sorted(used))
+    script = f'set -eu\n{definitions()[platform]}\nwait\n{shown}\nhemostat check --config "$CONFIG"\n'
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    defined = dict(line.split("=", 1) for line in lines if re.match(r"[A-Z_]+=", line))
+    assert defined["HEMOSTAT_ADMIN_URL"] == "http://127.0.0.1:8081"
+    assert defined["DATA_URL"] == "http://127.0.0.1:8080"
+    assert defined["HEMOSTAT_ADMIN__TOKEN"] == "change-me"
+    check = f"hemostat check --config {defined['CONFIG']}"
+    assert (
+        lines[-1]
+        == {
+            "a process on the machine": check,
+            "with Compose": f"docker compose -f deploy/compose.yaml exec hemostat {check}",
+            "on Kubernetes": f"kubectl -n models exec -it deploy/hemostat -c hemostat -- {check}",
+        }[platform]
+    )
+
+
+def test_the_definitions_name_what_the_chart_makes(helm: Helm) -> None:
+    rendered = helm.render("--set", UPSTREAM, release="hemostat")
+    text = definitions()["on Kubernetes"]
+    assert rendered.one("Deployment")["metadata"]["name"] == "hemostat"
+    services = {service["metadata"]["name"]: service for service in rendered.all("Service")}
+    for name, port in re.findall(r"port-forward svc/(\S+) (\d+)", text):
+        assert int(port) in {row["port"] for row in services[name]["spec"]["ports"]}
+    secret = rendered.one("Secret")
+    assert "get secret hemostat -o jsonpath='{.data.admin-token}'" in text
+    assert (secret["metadata"]["name"], "admin-token" in (secret.get("data") or secret["stringData"])) == (
+        "hemostat",
+        True,
+    )
 
 
 def check_all(stack: Stack, engine: str, environment: dict[str, str]) -> None:
