@@ -341,6 +341,17 @@ def shown(name: str) -> list[str]:
     )
 
 
+def test_the_step_for_kubernetes_keeps_what_is_learned_and_has_the_references_checkpoint() -> None:
+    (values,) = (text for text in shown("docs/operations.md") if "claimName: models" in text)
+    given = yaml.safe_load(values)
+    assert given["persistence"]["enabled"]
+    assert given["config"]["store"]["url"].startswith("sqlite:////data/")
+    mounts = [mount["mountPath"] for mount in given["extraVolumeMounts"]]
+    assert any(given["config"]["reference"]["folder"].startswith(f"{mount}/") for mount in mounts)
+    (command,) = re.findall(r"^vllm serve /models/my-model .*\n.*$", text_of(DOCS / "operations.md"), re.MULTILINE)
+    assert "--runner pooling" in command
+
+
 def test_the_pages_values_are_valid() -> None:
     """Of the chart: as shown, with an upstream where the page leaves that to the reader."""
     schema = json.loads((ROOT / "helm" / "hemostat" / "values.schema.json").read_text())

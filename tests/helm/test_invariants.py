@@ -511,6 +511,15 @@ def test_notes_of_every_set_are_whole(helm: Helm, cluster: Cluster, values: Path
     assert not [line for line in notes.splitlines() if re.search(r"<no value>|<nil>|%!|\s$", line)]
 
 
+def test_notes_say_that_nothing_outlasts_a_restart_without_a_store(helm: Helm, cluster: Cluster) -> None:
+    lost = "NOTHING IS KEPT OVER A RESTART"
+    assert lost in helm.notes(cluster)
+    assert lost in helm.notes(cluster, "config.store.url=null")
+    file = ("persistence.enabled=true", "config.store.url=sqlite:////data/hemostat.db")
+    assert lost not in helm.notes(cluster, *file)
+    assert lost not in helm.notes(cluster, "config.store.url=postgresql://postgres.data.svc/hemostat")
+
+
 def test_notes_follow_the_values(helm: Helm, cluster: Cluster) -> None:
     notes = helm.notes(
         cluster, "existingSecret=mine", "config.reference.backend=vllm", "config.reference.url=http://r:8000",
