@@ -107,7 +107,9 @@ def observe(plane: Control, count: int, outlier: str | None, first: int = 0, *, 
 async def test_the_engine_that_differs_is_named_and_that_survives_a_restart(tmp_path: Path) -> None:
     made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"})
     async with control(tmp_path, made) as plane:
-        observe(plane, 120, outlier=C)
+        observe(plane, 20, outlier=C)
+        await plane.writer.write()  # the numbers of the tests
+        observe(plane, 100, outlier=C, first=20)
         assert plane.measured.by_engine.outliers == {C}
         (row,) = [row for row in plane.measured.by_engine.report() if row["outlier"]]
         assert row["farther"] is False
@@ -144,7 +146,9 @@ async def test_engines_that_were_not_drawn_are_not_compared(tmp_path: Path, affi
 
 async def test_an_engine_that_was_named_is_not_shown_when_none_was_drawn_for_a_day(tmp_path: Path) -> None:
     async with control(tmp_path) as plane:
-        observe(plane, 120, outlier=C)
+        observe(plane, 20, outlier=C)
+        await plane.writer.write()  # the numbers of the tests
+        observe(plane, 100, outlier=C, first=20)
         assert plane.measured.by_engine.outliers == {C}
         plane.measured.by_engine._drawn_at -= ACTIVE_SECONDS
         assert not plane.measured.by_engine.outliers

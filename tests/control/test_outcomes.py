@@ -46,6 +46,7 @@ async def test_harm_takes_the_profile_from_its_kind_until_an_operator_releases_i
         relay = await connect_relay(plane, tmp_path, 1, relay_stats())
         relay.write(encode(reports(version, KIND, 700, 0.95, 0.5)) + encode(reports(version, REST_KIND, 100, 0.5, 0.5)))
         await until(lambda: len(status_json(plane)["outcomes"]["kinds"]) == 2)
+        await plane.writer.write()  # the numbers of both trials
         plane.do_periodic()
         serving = plane.profile_manager.serving
         assert serving.version_by_kind == {REST_KIND: version}

@@ -16,9 +16,10 @@ from tests.support.control import AUTHORIZED, control, settings
 from tests.support.records import Truth, log_softmax, make_record
 from tests.support.samples import values
 from tests.support.stores import DirectWrites
+from tests.support.waiting import HANG_SECONDS
 
 from hemostat.config import schema as config
-from hemostat.measurement.alarms import STATE_KEY, Alarms
+from hemostat.measurement.alarms import SPENT_KEY, STATE_KEY, Alarms
 from hemostat.measurement.dependence import Dependence
 from hemostat.measurement.figures import MODELS
 from hemostat_calibration.alarm.serialization import begun_tests
@@ -139,6 +140,30 @@ def test_a_restart_goes_on_where_it_was() -> None:
     assert not again.events(), "it was told already"
 
 
+@pytest.mark.parametrize("kept", ['{"schema": 1, "state": {}}', '{"schema": 99}', "not JSON", None])
+def test_spent_alpha_is_recovered_from_every_format(kept: str | None) -> None:
+    bench = Bench(baseline_requests=40)
+    bench.feed(range(60), 0.1)
+    begun = bench.alarms._state.begun
+    assert begun > 0
+    again = Bench(baseline_requests=40)
+    again.alarms.restore(kept, [], bench.store.get_state(SPENT_KEY))
+    assert again.alarms._state.begun == begun
+    again.feed(range(60), 0.1)
+    assert again.alarms._state.change_tests == begun + 1
+
+
+def test_no_alarm_is_raised_before_the_number_of_its_test_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(baseline_requests=40, clear_after=50)
+    with monkeypatch.context() as away:
+        away.setattr(DirectWrites, "has_written", lambda *_: False)
+        bench.feed(range(60), 0.1)
+        bench.feed(range(60, 90), 0.6)
+        assert not bench.events()
+    bench.feed(range(90, 92), 0.6)
+    assert [event["why"] for event in bench.events()] == ["change alarm raised"]
+
+
 @pytest.mark.parametrize("kept", ["", "{}", '{"is": "Settings", "fields": {}}', "\x00"])
 def test_a_state_that_cannot_be_read_is_logged_and_begun_anew(kept: str, caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench(baseline_requests=40)
@@ -166,6 +191,7 @@ async def test_over_the_admin_port(tmp_path: Path) -> None:
     async with control(tmp_path, settings(alarm={"baseline_requests": 30})) as plane, admin_client(plane) as http:
         for seed in range(60):
             given = record(seed, 0.1 if seed < 40 else 0.8)
+            assert await plane.writer.wait_until_written(HANG_SECONDS), "the numbers of tests that have begun"
             plane.measured.alarms.observe(given, divergence(given))
         status = (await http.get("/api/v1/status")).json()
         assert status["alarm"]["raised"] is True

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from tests.support.stores import LateWrites
 
 from hemostat.ipc.messages import REST_KIND, OutcomeReport
 from hemostat.measurement import outcomes
 from hemostat.measurement.outcome_sampling import WAIT_SECONDS, OutcomeSampling
-from hemostat.measurement.outcomes import STATE_KEY, Outcomes
+from hemostat.measurement.outcomes import SPENT_KEY, STATE_KEY, Outcomes
 from hemostat.metrics import names
+from hemostat.store import spent_alpha
 
 KIND = "chat json greedy"
 
@@ -46,18 +48,10 @@ class Served:
         self.left.append((kind, why, evidence))
 
 
-class Writes:
-    def __init__(self) -> None:
-        self.states: dict[str, str | None] = {}
-
-    def set_state(self, key: str, value: str | None) -> None:
-        self.states[key] = value
-
-
 @dataclass
 class World:
     served: Served = field(default_factory=Served)
-    writes: Writes = field(default_factory=Writes)
+    writes: LateWrites = field(default_factory=LateWrites)
     now: float = 1000.0
     control_fraction: float = 0.5
     outcomes: Outcomes = field(init=False)
@@ -73,11 +67,11 @@ class World:
             0.25,
             self.control_fraction,
             self.served,
-            self.writes,  # type: ignore[arg-type]
+            self.writes,
             lambda: self.now,
             self.sampling,
         )
-        self.outcomes.restore(self.writes.states.get(STATE_KEY))
+        self.outcomes.restore(self.writes.states.get(STATE_KEY), self.writes.states.get(SPENT_KEY))
 
     def report(self, treated: bool, bad: bool, **changes: Any) -> None:
         given: dict[str, Any] = {
@@ -195,7 +189,7 @@ def test_the_state_is_saved_every_minute_and_is_bounded(monkeypatch: pytest.Monk
     monkeypatch.setattr(outcomes, "MAX_SEEN", 100)
     world = World()
     world.traffic(300, 0.5, 0.5)
-    assert not world.writes.states
+    assert STATE_KEY not in world.writes.states
     world.now += 61.0
     world.outcomes.check()
     stored = world.writes.states[STATE_KEY]
@@ -298,7 +292,7 @@ def test_other_models_begin_anew() -> None:
 
 def test_alpha_that_was_spent_in_a_kind_stays_spent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the kind is not followed for a while, where the models change, and over restarts."""
-    monkeypatch.setattr(outcomes, "MAX_COUNTED_KINDS", 2)
+    monkeypatch.setattr(spent_alpha, "MAX_NAMES", 2)
     world = World()
     for expected in (1, 2, 3):
         world.traffic(5, 0.5, 0.5)
@@ -318,3 +312,65 @@ def test_alpha_that_was_spent_in_a_kind_stays_spent(monkeypatch: pytest.MonkeyPa
         world.outcomes.check()
     world.traffic(5, 0.5, 0.5)
     assert world.shown[KIND]["trial"] == 4, "among those that share a count"
+
+
+@pytest.mark.parametrize(
+    "stored",
+    ['{"format": 1, "kinds": []}', '{"format": 3, "trials": {}}', "not JSON", None],
+    ids=["older", "newer", "damaged", "missing"],
+)
+def test_the_number_of_a_trial_is_recovered_from_every_format(stored: str | None) -> None:
+    world = World()
+    world.report(True, True)
+    first = world.shown[KIND]["alpha"]
+    world.writes.states[STATE_KEY] = stored
+    world.restart()
+    world.report(True, True)
+    assert world.shown[KIND]["trial"] == 2
+    assert world.shown[KIND]["alpha"] == pytest.approx(first / 3)
+
+
+def test_a_process_that_is_killed_as_a_trial_has_begun_does_not_spend_its_alpha_again() -> None:
+    """Everything that was queued and not written is lost."""
+    world = World()
+    for expected in (1, 2, 3):
+        world.report(True, True)
+        assert world.shown[KIND]["trial"] == expected
+        assert STATE_KEY not in world.writes.states, "the trials themselves are written once a minute"
+        world.writes.lose()
+        world.restart()
+
+
+def test_a_trial_decides_nothing_before_its_number_is_stored() -> None:
+    """If the process is killed meanwhile, the next trial may have the same number: nothing was spent of its alpha."""
+    world = World()
+    world.writes.away = True
+    world.traffic(700, 0.9, 0.6)
+    assert not world.served.left
+    world.writes.lose()
+    world.restart()
+    world.traffic(5, 0.9, 0.6)
+    assert world.shown[KIND]["trial"] == 1
+    world.writes.away = True
+    world.traffic(700, 0.9, 0.6)
+    assert world.served.left, "its number was stored before the store went away"
+
+
+def test_what_is_proven_while_the_store_is_away_is_decided_when_it_is_back() -> None:
+    world = World()
+    world.writes.away = True
+    world.traffic(700, 0.9, 0.6)
+    world.writes.write()
+    world.outcomes.check()
+    assert world.served.left
+
+
+def test_numbers_of_versions_that_stored_them_with_the_trials_are_recovered() -> None:
+    world = World()
+    world.writes.states[STATE_KEY] = json.dumps(
+        {"format": 1, "kinds": {KIND: {"number": 4}}, "begun": {REST_KIND: 2, "": "x"}}
+    )
+    world.restart()
+    world.report(True, True)
+    world.report(True, True, kind=REST_KIND)
+    assert (world.shown[KIND]["trial"], world.shown[REST_KIND]["trial"]) == (5, 3)

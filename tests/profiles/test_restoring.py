@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 from tests.support.profile_bench import BIASED, EVEN, JUDGED, MODEL, Bench, contextual, harmful, helpful
+from tests.support.stores import DirectWrites
 from tests.support.world import V
 
 from hemostat.config.schema import Evidence
@@ -146,6 +147,34 @@ def test_windows_that_were_begun_stay_spent_where_tests_cannot_be_read() -> None
     bench.store.set_state(TESTS_KEY, "{")
     again = bench.restart(crash=True)
     assert again.profiles.trials.guard.windows[REST_KIND] == begun + 1
+
+
+@pytest.mark.parametrize("stored", ['{"schema": 1}', '{"schema": 99, "tests": []}', "not JSON"])
+def test_numbers_of_tests_and_windows_are_recovered_where_nothing_else_can_be_read(stored: str) -> None:
+    bench = Bench()
+    version = bench.promote()
+    before = bench.profiles.trials.tests_begun, dict(bench.profiles.trials.guard.windows)
+    assert before[0] > 0
+    assert before[1] == {REST_KIND: 1}
+    for key in (TESTS_KEY, SERVING_KEY):
+        bench.store.set_state(key, stored)
+    again = bench.restart(crash=True)
+    again.profiles.set_model_pair(MODEL, V)
+    assert (again.profiles.trials.tests_begun, dict(again.profiles.trials.guard.windows)) == before
+    again.profiles.operator.promote(version)
+    assert again.profiles.trials.guard.windows == {REST_KIND: 2}
+
+
+def test_nothing_is_decided_before_the_number_of_the_test_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    with monkeypatch.context() as away:
+        away.setattr(DirectWrites, "has_written", lambda *_: False)
+        version = bench.profiles.operator.import_profile(helpful())
+        bench.feed(BIASED, JUDGED[:-3])
+        assert bench.profiles.trials.tested_versions == [version]
+        assert bench.profiles.serving.selected is None
+    bench.feed(BIASED, JUDGED[-3:])
+    assert bench.profiles.serving.selected == version
 
 
 def test_a_restart_deletes_the_oldest_profiles_of_a_store_that_grew_too_large() -> None:

@@ -244,6 +244,7 @@ async def everything(plane: Control, folder: Path) -> asyncio.StreamWriter:
     for kind, harmful in zip(KINDS[:2], (False, True), strict=True):
         for report in outcome_reports(kind, serving, harmful):
             plane.measured.outcomes.receive(report)
+        await plane.writer.write()  # the number of its trial
         plane.measured.outcomes.check()
     return writer
 

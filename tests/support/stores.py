@@ -88,6 +88,12 @@ class DirectWrites:
     def put_blob(self, key: str, data: bytes) -> None:
         self.commit(PutBlob(key, data))
 
+    def queued(self) -> int:
+        return 0
+
+    def has_written(self, write: int) -> bool:
+        return True
+
     # --- what is stored --------------------------------------------------------------------------------------------
 
     def read(self) -> Snapshot:
@@ -108,3 +114,38 @@ class DirectWrites:
 
     def get_blob(self, key: str) -> bytes | None:
         return self.read().blobs.get(key)
+
+
+class LateWrites(DirectWrites):
+    """Writes states only, and only while the store is not `away`; `lose` is what a kill does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: dict[str, str | None] = {}
+        self.away = False
+        self._unwritten: dict[str, str | None] = {}
+        self._queued = self._written = 0
+
+    def set_state(self, key: str, value: str | None) -> None:
+        self._unwritten[key] = value
+        self._queued += 1
+        if not self.away:
+            self.write()
+
+    def write(self) -> None:
+        """The store is back."""
+        self.away = False
+        self.states |= self._unwritten
+        self._unwritten.clear()
+        self._written = self._queued
+
+    def lose(self) -> None:
+        """All that was not written is lost."""
+        self._unwritten.clear()
+        self.write()
+
+    def queued(self) -> int:
+        return self._queued
+
+    def has_written(self, write: int) -> bool:
+        return self._written >= write

@@ -255,6 +255,11 @@ class Guard:
         test = self._state.tests.get(name, {}).get(kind)
         return None if test is None else test.figure
 
+    def number(self, name: str, kind: str) -> int:
+        """The number whose part of alpha the decisions of this test spend; 0 if there is no such test."""
+        test = self._state.tests.get(name, {}).get(kind)
+        return 0 if test is None else _number(test)
+
     def update(
         self,
         name: str,
@@ -419,7 +424,7 @@ class Guard:
         return following
 
     def _alpha_of(self, test: KindTest) -> float:
-        number = test.number if test.harm is None else test.harm.number
+        number = _number(test)
         return self._alpha / (number * (number + 1))
 
     def _needed(self, test: KindTest) -> float:
@@ -461,6 +466,11 @@ class Guard:
     def _count_window(self, kind: str, number: int) -> None:
         windows = self._state.windows
         windows[kind if kind in windows or len(windows) < MAX_COUNTED_KINDS else ""] = number
+
+
+def _number(test: KindTest) -> int:
+    """Of what serves, the number of the first window: evidence of harm goes on from window to window."""
+    return test.number if test.harm is None else test.harm.number
 
 
 def window_after_promotion(proof: Evidence) -> int:

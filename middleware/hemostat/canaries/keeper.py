@@ -14,8 +14,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +47,7 @@ from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ReferenceState
 from hemostat.reference.protocol import ReferenceFailure, ScoreRequest
 from hemostat.store.protocol import StoreWrites
+from hemostat.store.spent_alpha import until_written
 from hemostat_calibration import state_codec
 from hemostat_calibration.canaries import REPLAYS, CanarySet, Origin, shortest
 from hemostat_calibration.canary_cause import UNCHANGED, Verdict, of_engines
@@ -316,7 +317,7 @@ class Canaries:
             if canaries.pace.left() < needed:
                 return False
             origin = replace(canaries.now, model=model, prompts=base.origin.prompts, at=self._wall())
-            with self._spending(canaries, model, needed) as client:
+            async with self._spending(canaries, model, needed) as client:
                 of_adapter = await client.baseline(sequences, origin)
             if self._sets.base is None or self._sets.base.canaries is not base.canaries:
                 return False
@@ -325,7 +326,7 @@ class Canaries:
             return True
         if canaries.pace.left() < taken.tokens:
             return False
-        with self._spending(canaries, model, taken.tokens) as client:
+        async with self._spending(canaries, model, taken.tokens) as client:
             values = await client.replay(taken.canaries)
         current = self._sets.of(model)
         if current is None or current.canaries is not taken.canaries:
@@ -345,7 +346,7 @@ class Canaries:
         needed = cost(base.cause.text)
         if canaries.pace.left() < needed:
             return False
-        with self._spending(canaries, canaries.now.model, needed) as client:
+        async with self._spending(canaries, canaries.now.model, needed) as client:
             client.sent = needed
             measured = await client.variants().measure(base.cause.text)
         if self._sets.base is None or self._sets.base.canaries is not base.canaries:
@@ -367,13 +368,15 @@ class Canaries:
         cause = self._cause(canaries, model, reading)
         return statement(canaries.name, model, reading, taken.origin, canaries.now, cause)
 
-    @contextmanager
-    def _spending(self, canaries: EngineCanaries, model: str, tokens: int) -> Iterator[CanaryClient]:
-        """Of the budget. Stored before they are sent: this process may end meanwhile."""
+    @asynccontextmanager
+    async def _spending(self, canaries: EngineCanaries, model: str, tokens: int) -> AsyncIterator[CanaryClient]:
+        """Of the budget, which limits the replays that a statement may follow from. It is stored before anything is
+        sent: this process may end meanwhile, and each further replay has a chance of a false statement."""
         client = canaries.client(model)
         canaries.pace.spend(tokens)
         self._save()
         try:
+            await until_written(self._writes)
             yield client
         finally:
             canaries.pace.give_back(tokens - client.sent)

@@ -23,6 +23,7 @@ from hemostat.measurement.figures import finite
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.store.protocol import StoreWrites
+from hemostat.store.spent_alpha import OTHERS, SpentAlpha
 from hemostat_calibration import alarm
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.divergence.per_token import TokenDivergence
@@ -37,6 +38,8 @@ ALL_KINDS = "all"
 """Names the change test, which is of all kinds together."""
 STATE_KEY = "alarm"
 """Of the state in the store."""
+SPENT_KEY = "alarm.tests"
+"""Of the largest number of tests of any sort that have begun (`SpentAlpha`)."""
 SAVE_SECONDS = 60.0
 """Longest pause between writes of the state. After a restart, evidence since the last one is lost. A test that begins
 is written at once: no alpha is spent twice."""
@@ -92,6 +95,7 @@ class Alarms:
         self._state = alarm.init(self._settings)
         self._noise_floors = {model: FloorLimit(self._settings.cap, Cycle(cycle, wall)) for model in noise_floors}
         self._writes = writes
+        self._spent = SpentAlpha(SPENT_KEY, writes)
         self._wall = wall
         self._saved_at = wall()
         self._raised: set[tuple[str, str]] = set()
@@ -110,7 +114,10 @@ class Alarms:
         observation = alarm.Observation(now, figures.kl_rc, alarm.spread(record), pooled=kind == REST_KIND)
         begun = _begun(self._state)
         self._state = alarm.update(self._state, kind, observation, self._noise_floor())
-        if self._note_changes() or _begun(self._state) > begun or now - self._saved_at >= SAVE_SECONDS:
+        self._spent.spend({OTHERS: self._state.begun})
+        # What a test shows before its number is stored is said once it is.
+        changed = self._spent.is_stored(self._state.begun) and self._note_changes()
+        if changed or _begun(self._state) > begun or now - self._saved_at >= SAVE_SECONDS:
             self.save()
 
     def observe_noise_floor(self, model: str, divergences: Floats, client: bytes = b"") -> None:
@@ -174,16 +181,20 @@ class Alarms:
         self._saved_at = self._wall()
         self._writes.set_state(STATE_KEY, alarm.save(self._state).decode())
 
-    def restore(self, stored: str | None, events: list[dict[str, Any]]) -> None:
-        """Go on from what an earlier run stored. events: newest first."""
+    def restore(self, stored: str | None, events: list[dict[str, Any]], spent: str | None = None) -> None:
+        """Go on from what an earlier run stored. events: newest first. spent: under SPENT_KEY, which versions before it
+        have not written."""
         self.events.clear()
         self.events.extend(reversed(events))
+        self._spent.restore(spent)
         if stored is None:
+            self._state = alarm.init(self._settings, self._spent.count())
             return
+        self._spent.spend({OTHERS: alarm.begun_tests(stored.encode())})
         try:
             before = alarm.read(stored.encode())
         except InvalidArgumentError as error:
-            self._state = alarm.init(self._settings, alarm.begun_tests(stored.encode()))
+            self._state = alarm.init(self._settings, self._spent.count())
             self._raised = set()
             self._record(f"the stored alarm cannot be continued: {error}", {})
             self.save()

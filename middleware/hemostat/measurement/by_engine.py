@@ -21,6 +21,7 @@ from hemostat.measurement.figures import finite
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.store.protocol import StoreWrites
+from hemostat.store.spent_alpha import OTHERS, SpentAlpha
 from hemostat_calibration.alarm import outlier_engine
 from hemostat_calibration.alarm.serialization import begun_tests, load_engines, save_engines
 from hemostat_calibration.divergence.per_token import TokenDivergence
@@ -31,6 +32,8 @@ log = logging.getLogger("hemostat.alarm")
 
 STATE_KEY = "engines"
 """Of the state in the store."""
+SPENT_KEY = "engines.tests"
+"""Of the number of tests that have begun (`SpentAlpha`)."""
 ACTIVE_SECONDS = 86_400.0
 """The test is off where no engine was drawn for so long."""
 SAVE_SECONDS = 60.0
@@ -53,6 +56,7 @@ class ByEngine:
         """By engine, the one that answered last at the end: tokens with a finite KL, and their KL."""
         self._raised: frozenset[str] = frozenset()
         self._writes = writes
+        self._spent = SpentAlpha(SPENT_KEY, writes)
         self._wall = wall
         self._saved_at = wall()
 
@@ -75,7 +79,9 @@ class ByEngine:
         self._drawn_at = now
         unit, begun = outlier_engine.Unit(record.engine, float(kl.mean()), len(kl)), self._test.begun
         self._test = outlier_engine.update(self._test, stratum, unit, now)
-        self._note()
+        self._spent.spend({OTHERS: self._test.begun})
+        if self._spent.is_stored(self._test.begun):
+            self._note()
         if self._test.begun > begun or now - self._saved_at >= SAVE_SECONDS:
             self.save()
 
@@ -123,14 +129,18 @@ class ByEngine:
         self._saved_at = self._wall()
         self._writes.set_state(STATE_KEY, save_engines(self._test).decode())
 
-    def restore(self, stored: str | None) -> None:
-        """Go on from what an earlier run stored: alpha that it spent is not spent again."""
+    def restore(self, stored: str | None, spent: str | None = None) -> None:
+        """Go on from what an earlier run stored: alpha that it spent is not spent again. spent: under SPENT_KEY, which
+        versions before it have not written."""
+        self._spent.restore(spent)
         if stored is None:
+            self._test = outlier_engine.init(self._test.alpha, self._spent.count())
             return
+        self._spent.spend({OTHERS: begun_tests(stored.encode())})
         try:
             self._test = load_engines(stored.encode(), self._test.alpha)
         except InvalidArgumentError as error:
-            self._test = outlier_engine.init(self._test.alpha, begun_tests(stored.encode()))
+            self._test = outlier_engine.init(self._test.alpha, self._spent.count())
             self._record(f"the stored test of the engines cannot be continued: {error}", {})
             self.save()
             return

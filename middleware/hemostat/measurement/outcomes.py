@@ -25,6 +25,7 @@ from hemostat.measurement.outcome_sampling import MAX_SEEN, OutcomeSampling
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.store.protocol import StoreWrites
+from hemostat.store.spent_alpha import SpentAlpha
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.outcomes import LENGTH, Outcome, Reading, Settings, Trial, Unit
 
@@ -32,10 +33,10 @@ log = logging.getLogger("hemostat.outcomes")
 
 STATE_KEY = "outcomes"
 """Of the state in the store."""
+SPENT_KEY = "outcomes.trials"
+"""Of the numbers of the trials, by kind (`SpentAlpha`)."""
 SAVE_SECONDS = 60.0
 """Pause between writes of the state. After a restart, units since the last one are lost."""
-MAX_COUNTED_KINDS = 256
-"""Kinds that are not followed now and whose trials are counted each by itself; further ones share one count."""
 _SEEN_BYTES = 6
 _FORMAT = 2
 _OUTCOMES = frozenset(outcome.value for outcome in Outcome)
@@ -95,9 +96,8 @@ class Outcomes:
         self._sampling = sampling
         self._saved_at = wall()
         self._kinds: dict[str, _Kind] = {}
-        self._begun: dict[str, int] = {}
-        """Trials begun in kinds that are not in `_kinds` now: what they spent of alpha is not spent again. "": in any
-        other."""
+        self._spent = SpentAlpha(SPENT_KEY, writes)
+        """The numbers of the trials that have begun, by kind."""
         self._seen: OrderedDict[bytes, None] = OrderedDict()
 
     # --- evidence --------------------------------------------------------------------------------------------------
@@ -111,13 +111,13 @@ class Outcomes:
             return
         state = self._kinds.get(kind)
         if state is None:
-            number = self._begun.pop(kind, self._begun.get("", 0))
-            state = self._kinds[kind] = _Kind(number)
+            state = self._kinds[kind] = _Kind(self._spent.count(kind))
         if state.harmed is not None:
             return
         if state.trial is None or state.trial.version != report.version:
-            state.number += 1
+            state.number = self._spent.count(kind) + 1
             state.trial = Trial(self._settings, report.version, state.number)
+            self._spent.spend({kind: state.number})
         bad = {Outcome(name): value for name, value in report.bad.items() if name in _OUTCOMES}
         unit = Unit(report.client, report.treated, bad, report.output_tokens)
         if not state.trial.add(unit):
@@ -150,7 +150,7 @@ class Outcomes:
         for kind, state in self._kinds.items():
             if state.harmed is not None and not self._served.is_operators(kind):
                 state.harmed = None  # an operator has released or unpinned the kind
-            if state.changed:
+            if state.changed and self._spent.is_stored(state.number, kind):
                 state.changed = False
                 self._judge(kind, state)
         if self._wall() - self._saved_at >= SAVE_SECONDS:
@@ -158,10 +158,7 @@ class Outcomes:
 
     def _drop(self, kind: str) -> None:
         """Forget what was counted in a kind; the trials that have begun there stay counted."""
-        self._begun[kind] = self._kinds.pop(kind).number
-        if len(self._begun) > MAX_COUNTED_KINDS:
-            oldest = next(name for name in self._begun if name)
-            self._begun[""] = max(self._begun.pop(oldest), self._begun.get("", 0))
+        del self._kinds[kind]
 
     def _judge(self, kind: str, state: _Kind) -> None:
         trial = state.trial
@@ -202,22 +199,23 @@ class Outcomes:
             "control_fraction": self._control_fraction,
             "sampling": [self._sampling.reported, self._sampling.counted],
             "kinds": kinds,
-            "begun": self._begun,
+            "begun": {kind: number for kind, number in self._spent.counts.items() if kind not in kinds},
             "seen": base64.b64encode(b"".join(self._seen)).decode(),
         }
         self._writes.set_state(STATE_KEY, json.dumps(state))
 
-    def restore(self, stored: str | None) -> None:
-        """Go on from what an earlier run stored."""
+    def restore(self, stored: str | None, spent: str | None = None) -> None:
+        """Go on from what an earlier run stored. spent: under SPENT_KEY, which versions before it have not written."""
+        self._spent.restore(spent)
         if stored is None:
             return
+        self._spent.spend(_numbers(stored))
         try:
             state = json.loads(stored)
             if state["format"] != _FORMAT:
                 raise ValueError(f"format {state['format']}")
             same = state["control_fraction"] == self._control_fraction
             kinds = {kind: self._load_kind(saved, same) for kind, saved in state["kinds"].items()}
-            begun = {str(kind): int(number) for kind, number in state["begun"].items()}
             seen = base64.b64decode(state["seen"], validate=True)
             self._sampling.restore(*map(float, state["sampling"]))
         except (ValueError, KeyError, TypeError, AttributeError, binascii.Error, InvalidArgumentError) as error:
@@ -225,7 +223,7 @@ class Outcomes:
             return
         if not same:
             log.warning("stored outcomes are of another calibration.control_fraction: their units do not count")
-        self._kinds, self._begun = kinds, begun
+        self._kinds = kinds
         self._seen = OrderedDict.fromkeys(seen[i : i + _SEEN_BYTES] for i in range(0, len(seen), _SEEN_BYTES))
 
     def _load_kind(self, saved: Mapping[str, Any], same_arms: bool) -> _Kind:
@@ -290,6 +288,16 @@ class Outcomes:
                 for edge, value in (("mean", result.mean), ("low", result.low), ("high", result.high)):
                     if math.isfinite(value):
                         yield Sample(names.OUTCOME_DIFFERENCE, (kind, reading.outcome, edge), value)
+
+
+def _numbers(stored: str) -> dict[str, int]:
+    """The numbers of the trials in a stored state, of whatever format."""
+    try:
+        state = json.loads(stored)
+        named = {**state.get("begun", {}), **{kind: saved["number"] for kind, saved in state["kinds"].items()}}
+        return {kind: number for kind, number in named.items() if type(number) is int}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def to_json(reading: Reading) -> dict[str, Any]:

@@ -79,6 +79,7 @@ class ProfileManager:
             self._test_begun,
             self.catalogue.is_adapter,
             evidence.cycle_seconds,
+            self._is_stored,
         )
         self.kinds = FollowedKinds(
             evidence.kinds,
@@ -144,6 +145,9 @@ class ProfileManager:
 
     def _test_begun(self) -> None:
         self.writer.note_begun()
+
+    def _is_stored(self, number: int, kind: str | None) -> bool:
+        return self.writer.is_stored(number, kind)
 
     def _kind_followed(self, kind: str) -> None:
         self.lifecycle.kind_followed(kind)

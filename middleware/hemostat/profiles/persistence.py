@@ -13,6 +13,7 @@ from hemostat.profiles.followed_kinds import FollowedKinds
 from hemostat.profiles.serving import KindState, ServingState
 from hemostat.profiles.trials import Candidate, Trials
 from hemostat.store.protocol import StoredProfile, StoreWrites
+from hemostat.store.spent_alpha import OTHERS, SpentAlpha
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.statistics.kind_table import KindTable
 
@@ -25,10 +26,12 @@ SERVING_KEY = "kinds"
 TESTS_KEY = "tests"
 """The guard's tests and windows, `Guard.save`: usually some 100 kB, at most 4 MB."""
 TESTS_BEGUN_KEY = "tests.candidate"
-"""How many tests of candidates were begun, a number that only grows: alpha that was spent stays spent."""
+"""How many tests of candidates were begun (`SpentAlpha`)."""
+WINDOWS_BEGUN_KEY = "tests.windows"
+"""How many windows of what serves were begun, by kind (`SpentAlpha`)."""
 MODE_KEY = "mode"
 """The configured mode and the one in force, with a space between."""
-STATE_KEYS = (SERVING_KEY, TESTS_KEY, TESTS_BEGUN_KEY, MODE_KEY)
+STATE_KEYS = (SERVING_KEY, TESTS_KEY, TESTS_BEGUN_KEY, WINDOWS_BEGUN_KEY, MODE_KEY)
 """What the store's state holds of profiles."""
 SAVE_SECONDS = 60.0
 """Between two writes of tests that go on; what decides is written at once."""
@@ -116,8 +119,8 @@ class StateWriter:
         self._kinds = kinds
         self._trials = trials
         self._saved_at = wall()
-        self._tests_begun = 0
-        """The number that was written last."""
+        self._candidates = SpentAlpha(TESTS_BEGUN_KEY, writes)
+        self._windows = SpentAlpha(WINDOWS_BEGUN_KEY, writes)
         self._changed = False
         """Records have changed something since the last `save`."""
         self._begun = False
@@ -174,9 +177,22 @@ class StateWriter:
     def note_begun(self) -> None:
         """A test or a window has begun: what it spends of alpha is written at once, the rest soon."""
         self._begun = True
-        if self._trials.tests_begun > self._tests_begun:
-            self._tests_begun = self._trials.tests_begun
-            self._writes.set_state(TESTS_BEGUN_KEY, str(self._tests_begun))
+        self.spend()
+
+    def spend(self) -> None:
+        """Write the numbers of all tests and windows that have begun, where they are new."""
+        self._candidates.spend({OTHERS: self._trials.tests_begun})
+        self._windows.spend(self._trials.guard.windows)
+
+    def is_stored(self, number: int, kind: str | None) -> bool:
+        """Whether the number of a test is in the store. kind: of a watch; None for a candidate's test."""
+        return self._candidates.is_stored(number) if kind is None else self._windows.is_stored(number, kind)
+
+    def restore_spent(self, states: Mapping[str, str | None]) -> tuple[int, Mapping[str, int]]:
+        """The numbers of candidates' tests, and of windows by kind, that an earlier run has begun."""
+        self._candidates.restore(states.get(TESTS_BEGUN_KEY))
+        self._windows.restore(states.get(WINDOWS_BEGUN_KEY))
+        return self._candidates.count(), self._windows.counts
 
     def note_record(self) -> None:
         """A record was learned from or judged by."""

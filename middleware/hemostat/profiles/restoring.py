@@ -14,14 +14,12 @@ from hemostat.profiles.followed_kinds import FollowedKinds
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.persistence import (
     SERVING_KEY,
-    TESTS_BEGUN_KEY,
     TESTS_KEY,
     StateWriter,
     StoredKind,
     StoredServing,
     candidates,
     stored_mode,
-    whole_number,
 )
 from hemostat.profiles.scopes import ALL
 from hemostat.profiles.serving import KindState, ServingState
@@ -145,13 +143,16 @@ class Restoring:
         queue = [candidate for candidate, cause in causes.items() if cause is None]
         for candidate in queue:
             self._serving.scopes.follow(candidate.scope)
-        tests, begun = states.get(TESTS_KEY), whole_number(states.get(TESTS_BEGUN_KEY))
+        tests, (begun, windows) = states.get(TESTS_KEY), self._writer.restore_spent(states)
+        # Versions before WINDOWS_BEGUN_KEY stored the numbers of windows with what serves.
+        served_windows = {name: kind.watch for name, kind in served.kinds.items() if kind.watch}
+        watched = {**windows, **{name: max(n, windows.get(name, 0)) for name, n in served_windows.items()}}
         try:
-            self._trials.resume(tests.encode() if tests else None, begun, queue)
+            self._trials.resume(tests.encode() if tests else None, begun, queue, watched)
         except InvalidArgumentError as error:
             log.error("the stored tests cannot be read, they begin anew: %s", error)
-            watched = {name: kind.watch for name, kind in served.kinds.items() if kind.watch}
             self._trials.resume(None, begun, queue, watched)
+        self._writer.spend()
         return {candidate: cause for candidate, cause in causes.items() if cause is not None}
 
     def _restore_profiles(self, stored: Iterable[StoredProfile], used: set[str]) -> dict[str, str]:

@@ -97,6 +97,8 @@ class Trials:
     gain_width: (version) -> high minus low of its Δz, nats: no gain over identity is below minus that.
     is_adapter: of a version that is held.
     on_begun: called after a test or a window began, which spent some of alpha.
+    is_stored: (number, kind) -> whether the number of a test is in the store, so that it may decide. kind: of a watch;
+        None for a candidate's test.
     cycle: of the traffic, seconds; see `Guard`.
     """
 
@@ -109,6 +111,7 @@ class Trials:
         on_begun: Callable[[], None],
         is_adapter: Callable[[str | None], bool] = lambda _: False,
         cycle: float = 0.0,
+        is_stored: Callable[[int, str | None], bool] = lambda *_: True,
     ) -> None:
         self._alpha = alpha
         self._is_adapter = is_adapter
@@ -117,6 +120,7 @@ class Trials:
         self._gain_width = gain_width
         self._serving = serving
         self._on_begun = on_begun
+        self._is_stored = is_stored
         self._cycle = cycle
         self.guard = Guard(alpha, client_share, cycle)
         self._queue: list[Candidate] = []
@@ -415,10 +419,15 @@ class Trials:
         return [version for version in versions if not self._is_adapter(version)]
 
     def promotes(self, candidate: Candidate, kind: str) -> bool:
-        return self.guard.decide(candidate.test, kind).action is Action.PROMOTE
+        """Whether its test proves it in this kind. None does before its number is stored: a process that is killed
+        meanwhile has not spent the test's alpha."""
+        stored = self._is_stored(self.guard.number(candidate.test, kind), None)
+        return stored and self.guard.decide(candidate.test, kind).action is Action.PROMOTE
 
     def decide_serving(self, kind: str) -> Decision:
-        return self.guard.decide(WATCH, kind)
+        """What follows for the profile that serves the kind; as in `promotes`, nothing before the number is stored."""
+        stored = self._is_stored(self.guard.number(WATCH, kind), kind)
+        return self.guard.decide(WATCH, kind) if stored else Decision(Action.HOLD)
 
     def evidence(self, candidate: Candidate, kind: str) -> Evidence:
         return self.guard.evidence(candidate.test, kind)

@@ -192,3 +192,9 @@ class StoreWrites(Protocol):
 
     def put_blob(self, key: str, data: bytes) -> None:
         """Keep up to `MAX_BLOB_BYTES` under a name, in place of what it held."""
+
+    def queued(self) -> int:
+        """The number of the write that was queued last."""
+
+    def has_written(self, write: int) -> bool:
+        """Whether the write with this number, and all before it, are stored: a restart finds them."""

@@ -107,6 +107,12 @@ class StoreWriter:
         """Make a commit, also where nothing waits."""
         self._note()
 
+    def queued(self) -> int:
+        return self._queued
+
+    def has_written(self, write: int) -> bool:
+        return self._written >= write
+
     def _note(self) -> None:
         self._queued += 1
         self._work.set()

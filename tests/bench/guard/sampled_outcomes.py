@@ -100,6 +100,12 @@ class NoWrites:
     def set_state(self, key: str, value: str | None) -> None:
         pass
 
+    def queued(self) -> int:
+        return 0
+
+    def has_written(self, write: int) -> bool:
+        return True
+
 
 @dataclass(frozen=True)
 class Life:

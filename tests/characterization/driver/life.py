@@ -91,6 +91,12 @@ class _NotingWrites:
     def put_blob(self, key: str, data: bytes) -> None:
         raise AssertionError("profiles keep no blobs")
 
+    def queued(self) -> int:
+        return 0
+
+    def has_written(self, write: int) -> bool:
+        return True
+
 
 class Life:
     """A `ProfileManager` whose writes go to a store at once and to `saves`, and which is fed whole records.
