@@ -382,7 +382,8 @@ async def test_one_of_two_with_the_same_store_is_active_and_the_other_continues_
             ):
                 answer = await client.post(f"/api/v1/{path}", headers=AUTHORIZED, json=body)
                 assert answer.status_code == 503, answer.text
-                assert answer.json()["detail"] == "not active: another process owns the store"
+                assert answer.json()["detail"].startswith("not active: another process owns the store; ask the")
+                assert answer.headers["retry-after"] == "2"
             shown = (await client.get("/metrics", headers=AUTHORIZED)).text
             series = {line.split()[0] for line in shown.splitlines() if line.startswith("hemostat_")}
             own = {"hemostat_config_last_reload_successful", "hemostat_store_errors_total"}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.support import postgres
 from tests.support.faulty_store import Fault, FaultyStore
 from tests.support.loops import looping
 from tests.support.stores import KEPT, Opener, opener
@@ -16,7 +18,9 @@ from hemostat.control import ownership
 from hemostat.control.ownership import Ownership, OwnershipState, Superseded
 from hemostat.store import writer
 from hemostat.store.errors import StoreErrorLog
-from hemostat.store.protocol import Snapshot, StoreIncompatible
+from hemostat.store.memory import MemoryStore
+from hemostat.store.postgres import PostgresStore
+from hemostat.store.protocol import NotActiveError, Snapshot, Store, StoreIncompatible
 
 
 @pytest.fixture(autouse=True)
@@ -199,3 +203,103 @@ def test_no_other_moves_exist() -> None:
         (state.SUSPENDED, state.ACTIVE),
         (state.SUSPENDED, state.ENDED),
     }
+
+
+# --- in time ---------------------------------------------------------------------------------------------------------
+
+
+class LeasedStore(FaultyStore):
+    """It is certain for 7 s after each answer; `verify` waits for `answers`."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self.now = self.until = 0.0
+        self.answers = threading.Event()
+        self.answers.set()
+
+    @property
+    def owned_until(self) -> float:
+        return self.until
+
+    def acquire(self) -> bool:
+        self.until = self.now + 7.0
+        return super().acquire()
+
+    def verify(self) -> None:
+        self.calls.append("verify begins")
+        self.answers.wait()
+        super().verify()
+        self.until = self.now + 7.0
+
+
+async def test_it_suspends_by_the_clock_while_the_store_does_not_answer() -> None:
+    store = LeasedStore(MemoryStore())
+    states: list[OwnershipState] = []
+    owner = Ownership(store, StoreErrorLog(), clock=lambda: store.now)
+    await owner.begin()
+    owner.activate()
+    owner.on_move = lambda: states.append(owner.state)
+    store.answers.clear()
+    async with looping(owner.watch()):
+        await until(lambda: "verify begins" in store.calls)
+        store.now = 6.9
+        await asyncio.sleep(0.05)
+        assert not states
+        store.now = 7.0
+        await until(lambda: states)
+        assert states == [OwnershipState.SUSPENDED], "nobody had to ask, and the thread still waits"
+        with pytest.raises(NotActiveError, match="not active: store: it could not be verified in time"):
+            owner.require_active()
+        store.answers.set()
+        await until(lambda: owner.active)
+
+
+async def test_after_a_pause_of_the_whole_process_it_does_not_say_that_it_is_active() -> None:
+    """As after SIGSTOP and SIGCONT: the first one that asks is told so."""
+    store = LeasedStore(MemoryStore())
+    owner = Ownership(store, StoreErrorLog(), clock=lambda: store.now)
+    await owner.begin()
+    owner.activate()
+    assert owner.active
+    store.now = 60.0
+    assert (owner.active, owner.state) == (False, OwnershipState.SUSPENDED)
+
+
+async def test_it_suspends_while_all_threads_of_asyncio_are_blocked(tmp_path: Path) -> None:
+    """PostgreSQL has ended the session, and so freed the lock."""
+    server = postgres.shared()
+    database = server.new_database()
+    store = PostgresStore(server.url(database))
+    owner = Ownership(store, StoreErrorLog())
+    await owner.begin()
+    owner.activate()
+    release = threading.Event()
+    loop = asyncio.get_running_loop()
+    blocked = [loop.run_in_executor(None, release.wait) for _ in range(64)]
+    try:
+        async with looping(owner.watch()):
+            server.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'")
+            states: list[OwnershipState] = []
+            owner.on_move = lambda: states.append(owner.state)
+            await until(lambda: states)
+            assert states[0] == OwnershipState.SUSPENDED
+            await until(lambda: owner.active)
+    finally:
+        release.set()
+        await asyncio.gather(*blocked)
+        await owner.close()
+
+
+async def test_a_store_that_does_not_answer_does_not_keep_the_process_from_closing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ownership, "CLOSE_SECONDS", 0.05)
+    store = LeasedStore(MemoryStore())
+    owner = Ownership(store, StoreErrorLog(), clock=lambda: store.now)
+    await owner.begin()
+    store.answers.clear()
+    verifying = asyncio.create_task(owner.verify())
+    await until(lambda: "verify begins" in store.calls)
+    await owner.close()
+    store.answers.set()
+    await verifying

@@ -10,9 +10,10 @@ from typing import ClassVar
 import pytest
 
 from hemostat.config.schema import Settings
+from hemostat.ipc.supervised import KILL_AFTER_SECONDS
 from hemostat.supervisor import relays as module
 from hemostat.supervisor.child import Launch, StartFailure
-from hemostat.supervisor.relays import DRAIN, KILL_AFTER_SECONDS, MAX_REPLACED, Relays
+from hemostat.supervisor.relays import DRAIN, MAX_REPLACED, Relays
 
 SETTINGS = Settings.model_validate({"upstream": {"url": "http://a"}, "drain_seconds": 100.0, "shutdown_seconds": 3.0})
 

@@ -7,11 +7,13 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, suppress
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -269,3 +271,49 @@ def test_every_line_of_a_json_log_is_json(tmp_path: Path) -> None:
     said = " ".join(line["message"] for line in lines)
     assert "data port http://127.0.0.1:" in said
     assert f"admin port http://127.0.0.1:{admin}" in said
+
+
+def _have_ended(pids: set[int]) -> bool:
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+async def test_no_process_outlives_a_supervisor_that_is_killed(tmp_path: Path) -> None:
+    """Relays let their requests end. Everything can be started again on the same ports."""
+    upstream = FakeVllm(token_delay=0.05)
+    with serving(upstream) as url:
+        store = {"url": f"sqlite:///{tmp_path / 'store.db'}"}
+        ports = {"listen": {"host": "127.0.0.1", "port": free_port()}, "admin": {"port": free_port()}}
+        for _ in range(2):
+            with hemostat(tmp_path, upstream, url, store=store, workers=2, **ports) as served:
+                served.admin = f"http://127.0.0.1:{ports['admin']['port']}"
+                await served.until(lambda status: status["relays"] == 2)
+                await until(served.spare)
+                children = served.children()
+                assert len(children) == 4, "two relays, a spare one, the control process"
+                asking = asyncio.create_task(served.ask("a question", max_tokens=20))
+                await until(lambda: "a question" in str(upstream.requests))
+                served.process.kill()
+                await until(partial(_have_ended, children))
+                assert (await asking).status_code == 200
+                upstream.requests.clear()
+
+
+async def test_an_operator_whose_action_waits_for_the_store_as_the_process_stops_is_told_so(tmp_path: Path) -> None:
+    upstream, store = FakeVllm(), tmp_path / "store.db"
+    with serving(upstream) as url, hemostat(tmp_path, upstream, url, store={"url": f"sqlite:///{store}"}) as served:
+        await served.until(lambda status: status["control"]["state"] == "active" and status["relays"] == 1)
+        await until(store.exists)
+        (control,) = served.pids("hemostat.control.process")
+        with closing(sqlite3.connect(store, isolation_level=None, timeout=60)) as other:
+            other.execute("BEGIN EXCLUSIVE")  # as a backup that takes long
+            async with httpx.AsyncClient(base_url=served.admin, headers=AUTHORIZED, timeout=60) as client:
+                asking = asyncio.create_task(client.post("/api/v1/calibration", json={"mode": "off"}))
+                await asyncio.sleep(0.3)
+                os.kill(control, signal.SIGTERM)
+                answer = await asking
+            assert answer.status_code == 503, answer.text
+            assert "this process stops" in answer.json()["detail"]
+            assert answer.headers["retry-after"] == "2"
+            other.execute("ROLLBACK")
+        await until(lambda: control not in served.pids("hemostat.control.process"))
+        assert "Traceback" not in served.log.read_text()

@@ -23,7 +23,7 @@ from tests.support.helm_chart import (
 
 from hemostat import __version__
 from hemostat.config.schema import Adapter
-from hemostat.supervisor import control, relays
+from hemostat.ipc.supervised import KILL_AFTER_SECONDS, STOP_SECONDS
 
 each = pytest.mark.parametrize("values", VALUE_SETS, ids=lambda path: path.stem)
 
@@ -193,7 +193,7 @@ def test_the_pod_may_drain_before_it_is_killed(helm: Helm, values: Path, tmp_pat
     rendered = helm.values(values)
     sleep = rendered.hemostat.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
     # serve: the relays drain and get 5 s more, then the control process stops.
-    needed = sleep + rendered.settings(tmp_path).shutdown_seconds + relays.KILL_AFTER_SECONDS + control.STOP_SECONDS
+    needed = sleep + rendered.settings(tmp_path).shutdown_seconds + KILL_AFTER_SECONDS + STOP_SECONDS
     assert rendered.pod["spec"]["terminationGracePeriodSeconds"] > needed
 
 

@@ -463,3 +463,17 @@ def test_a_reference_that_leaves_its_answer_short_is_an_invalid_record() -> None
     with pytest.raises(record_builder.InvalidRecordError) as caught:
         record_builder.build_record(capture(), arrays, scores, replace(INFO, vocab_size=V), None, ())
     assert caught.value.reason == "shape"
+
+
+@pytest.mark.parametrize("steps", range(6))
+async def test_a_scorer_that_is_cancelled_as_a_capture_comes_ends(bench: Bench, steps: int) -> None:
+    """Whichever step of the loop the cancellation meets: a task that loses it would keep its process from stopping."""
+    running_scorer = asyncio.create_task(bench.scorer.run(2))
+    bench.scorer.offer(capture(nonce="waits for its tap"))
+    await asyncio.sleep(0.01)  # both workers poll now
+    bench.scorer.offer(capture(nonce="another"))
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    running_scorer.cancel()
+    done, _ = await asyncio.wait({running_scorer}, timeout=HANG_SECONDS)
+    assert done, "it has lost its cancellation"

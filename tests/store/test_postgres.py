@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
+import psycopg
 import pytest
 from tests.support import postgres
 from tests.support.certificates import certificate
@@ -406,3 +411,49 @@ def test_a_pooler_is_refused(server: Postgres, database: str, opened: Opener, se
         store = opened(f"{address}/{database}")
         for call in (store.acquire, store.read, store.probe):
             assert "a pooler (such as pgbouncer) is between" in failure(call, StoreIncompatible)
+
+
+@pytest.mark.parametrize("error", [psycopg.OperationalError("the connection is lost"), OSError(24, "no descriptors")])
+def test_whichever_statement_of_a_first_start_fails_it_is_a_failure_of_the_store(
+    server: Postgres, opened: Opener, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`left` counts down to the statement that fails; where none is left that could, the test ends."""
+    run, left = store_module._Session.run, 0
+
+    def failing(session: store_module._Session, statement: str, *values: object) -> object:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise error
+        return run(session, statement, *values)
+
+    monkeypatch.setattr(store_module._Session, "run", failing)
+    for number in itertools.count(1):
+        store = opened(server.url(server.new_database()))
+        left = number
+        with contextlib.suppress(StoreFailure):  # and nothing else
+            assert store.acquire()
+            assert store.read() == Snapshot()
+            store.commit([SetState("a", "1"), AppendEvent({"n": 1})], 0, "first")
+            store.verify()
+            assert store.head() == Head(1, "first")
+        store.close()
+        if left > 0:
+            break
+    assert number > 15
+
+
+def test_the_time_for_which_it_is_certainly_the_owner(server: Postgres, opened: Opener) -> None:
+    url = server.url(server.new_database())
+    store = opened(url)
+    assert store.owned_until == -math.inf
+    before = time.monotonic()
+    assert store.acquire()
+    first = store.owned_until
+    assert before < first - store_module.LEASE_SECONDS <= time.monotonic()
+    store.verify()
+    assert store.owned_until > first, "an answer renews it"
+    other = opened(url)
+    assert not other.acquire()
+    assert other.owned_until == -math.inf
+    assert store_module.LEASE_SECONDS < store_module.IDLE_SECONDS, "the server frees the lock only after it"

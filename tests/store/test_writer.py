@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.faulty_store import Fault, FaultyStore
 from tests.support.loops import looping
-from tests.support.waiting import until
+from tests.support.waiting import HANG_SECONDS, until
 
 from hemostat.store import writer as writer_module
 from hemostat.store.errors import StoreErrorLog
@@ -19,12 +19,14 @@ from hemostat.store.memory import MemoryStore
 from hemostat.store.protocol import (
     MAX_EVENTS,
     Head,
+    NotActiveError,
     Store,
     StoreConflict,
     StoredProfile,
     StoreFailure,
     Write,
 )
+from hemostat.store.thread import StoreThread
 from hemostat.store.writer import StoreWriter
 
 
@@ -37,7 +39,7 @@ class Writing:
         self.active = asyncio.Event()
         self.active.set()
         self.lost: list[StoreFailure] = []
-        self.writer = StoreWriter(self.store, self.errors, self.active, self._lose)
+        self.writer = StoreWriter(self.store, StoreThread(), self.errors, self.active, self._lose)
 
     def _lose(self, failure: StoreFailure) -> None:
         self.lost.append(failure)
@@ -193,3 +195,17 @@ async def test_bytes_that_no_store_keeps_are_not_tried_for_ever(monkeypatch: pyt
     await writing.writer.write()
     assert writing.store.read().blobs == {"other": b"x" * 10}
     assert (writing.errors.count, "11 bytes" in writing.errors.last_message) == (1, False)
+
+
+async def test_who_waits_when_the_process_stops_is_told_so() -> None:
+    writing = Writing()
+    writing.writer.set_state("a", "1")
+    waiting = asyncio.create_task(writing.writer.wait_until_written(HANG_SECONDS))
+    await asyncio.sleep(0)
+    writing.writer.stop_waiting()
+    with pytest.raises(NotActiveError, match="look at the state in a moment"):
+        await waiting
+    with pytest.raises(NotActiveError):
+        await writing.writer.wait_until_written(HANG_SECONDS)
+    await writing.writer.write()
+    assert await writing.writer.wait_until_written(HANG_SECONDS), "what is written is written"

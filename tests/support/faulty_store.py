@@ -59,6 +59,10 @@ class FaultyStore:
             except StoreFailure:
                 continue
 
+    @property
+    def owned_until(self) -> float:
+        return self.store.owned_until
+
     def acquire(self) -> bool:
         return self._call("acquire", self.store.acquire)
 

@@ -63,6 +63,10 @@ class Served:
                 continue
         return result
 
+    def children(self) -> set[int]:
+        """The process ids of all children."""
+        return set(map(int, Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()))
+
     def spare(self) -> int:
         """The process id of the spare relay; 0 while it is not loaded."""
         pid = int((re.findall(r"a spare relay waits \(pid (\d+)\)", self.log.read_text()) or [0])[-1])

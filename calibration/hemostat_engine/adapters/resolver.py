@@ -52,7 +52,8 @@ class Resolver:
         try:
             result = self._thread.submit(self._source.find, lora_name, base_model_name, engine)
             result.add_done_callback(lambda _: self._room.release())
-            path = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(result)), RESOLVE_SECONDS)
+            async with asyncio.timeout(RESOLVE_SECONDS):
+                path = await asyncio.shield(asyncio.wrap_future(result))
         except Exception as error:  # noqa: BLE001 - an unexpected error is answered as an unknown model
             log.warning("adapter %s is not loaded: %s: %s", lora_name, type(error).__name__, error)
             return None

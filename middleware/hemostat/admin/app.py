@@ -20,7 +20,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 
 from hemostat import __version__
 from hemostat.admin.access import Tokens, authorize
-from hemostat.admin.hardening import Harden
+from hemostat.admin.hardening import RETRY_AFTER, Harden
 from hemostat.admin.history import History
 from hemostat.admin.problems import OwnershipView
 from hemostat.admin.status import Status
@@ -203,9 +203,9 @@ def create_app(
     @app.exception_handler(HemostatError)
     async def refused(_: Request, error: HemostatError) -> JSONResponse:
         code = {NotKeptError: 507, NotActiveError: 503}.get(type(error), 400)
-        return JSONResponse({"detail": str(error)}, code)
+        return JSONResponse({"detail": str(error)}, code, {"retry-after": RETRY_AFTER} if code == 503 else None)
 
-    app.add_middleware(Harden, names=names)
+    app.add_middleware(Harden, names=names, closing=closing)
 
     @app.get("/livez", response_class=PlainTextResponse)
     async def livez() -> str:
@@ -264,7 +264,8 @@ def create_app(
                 while not (closing.is_set() or await request.is_disconnected()):
                     yield b"event: state\ndata: %b\n\n" % current_state()
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(closing.wait(), STREAM_SECONDS)
+                        async with asyncio.timeout(STREAM_SECONDS):
+                            await closing.wait()
             finally:
                 streams -= 1
 

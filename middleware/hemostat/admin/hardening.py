@@ -27,6 +27,9 @@ MAX_WAITING = 256
 MAX_WAITING_PER_ADDRESS = 64
 MAX_REQUESTS = 256
 """Requests at a time; more are answered with 503."""
+RETRY_AFTER = "2"
+"""Seconds, in every answer with 503: by then another process is active, or this one has been started again."""
+STOPS = "this process stops, and did not finish this; look at the state in a moment, and ask again if it is not done"
 PROBES = frozenset({"/livez", "/readyz"})
 HEADERS = {
     "content-security-policy": "default-src 'none'; connect-src 'self'; style-src 'self'; script-src 'self'; "
@@ -45,12 +48,13 @@ _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:]+))(?::\d*)?")
 
 class Harden:
     """ASGI middleware: adds HEADERS, answers 421 to a Host that is not allowed, and 503 to requests beyond
-    MAX_REQUESTS. names: None allows any.
+    MAX_REQUESTS or that the stop of the process cuts off. names: None allows any. closing: set when the process stops.
     """
 
-    def __init__(self, app: ASGIApp, names: Collection[str] | None) -> None:
+    def __init__(self, app: ASGIApp, names: Collection[str] | None, closing: asyncio.Event) -> None:
         self._app = app
         self._names = names
+        self._closing = closing
         self._requests = 0
         """At present."""
         self._headers = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
@@ -60,8 +64,12 @@ class Harden:
             await self._app(scope, receive, send)
             return
 
+        started = False
+
         async def hardened(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 message["headers"] = [*message.get("headers", ()), *self._headers]
             await send(message)
 
@@ -75,6 +83,11 @@ class Harden:
             self._requests += 1
             try:
                 await self._app(scope, receive, hardened)
+            except asyncio.CancelledError:
+                # The server cancels what takes longer than its stop may take, and would answer with 500.
+                if started or not self._closing.is_set():
+                    raise
+                await _refuse(hardened, 503, STOPS)
             finally:
                 self._requests -= 1
 
@@ -82,6 +95,8 @@ class Harden:
 async def _refuse(send: Send, status: int, detail: str) -> None:
     body = json.dumps({"detail": detail}).encode()
     kind = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    if status == 503:
+        kind.append((b"retry-after", RETRY_AFTER.encode()))
     await send({"type": "http.response.start", "status": status, "headers": kind})
     await send({"type": "http.response.body", "body": body})
 

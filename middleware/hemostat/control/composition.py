@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import secrets
 import time
@@ -70,7 +71,13 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 LOGPROBS_REFUSED = Unscored.LOGPROBS_REFUSED.labels
 """Labels of the requests that the upstream refused for what Hemostat asked on top."""
 _RANDOM = random.SystemRandom()
+log = logging.getLogger("hemostat.control")
+
 PERIODIC_SECONDS = 0.5
+SAVE_SECONDS = 3.0
+"""How long a process that stops may take to store what it knows."""
+CLOSE_SECONDS = 1.0
+"""How long it may take to close anything else; by then the store is another process's."""
 """How often relays get a policy that has changed with time alone, and the history a point that is due."""
 
 
@@ -369,22 +376,33 @@ class Control:
             await asyncio.sleep(PERIODIC_SECONDS)
 
     async def close(self) -> None:
-        """Write what is queued for the store, and release all resources."""
+        """Write what is queued for the store, and release all resources. Nothing is waited for without a limit."""
         self.pipeline.distances.flush()
+        if self.ownership.active:
+            await _within(SAVE_SECONDS, "what this process knows", self._save())
+        await self.ownership.close()
         for scorer in (self.references, self.compressed_scorer, self.engine_scorer):
             if scorer is not None:
-                await scorer.close()
-        if self.ownership.active:
-            self.measured.save()
-            await self.learned.save()
-            self.templates.save()
-            self.profile_manager.writer.save()
-            try:
-                await self.writer.write()
-            except StoreFailure as failure:
-                self.store_errors.record(failure)
+                await _within(CLOSE_SECONDS, "a connection to a model", scorer.close())
         if self.records is not None:
             self.records.close()
-        self.store.close()
         if self.tracing is not None:
-            await asyncio.to_thread(self.tracing.close)
+            await _within(CLOSE_SECONDS, "the last spans", asyncio.to_thread(self.tracing.close))
+
+    async def _save(self) -> None:
+        self.measured.save()
+        await self.learned.save()
+        self.templates.save()
+        self.profile_manager.writer.save()
+        try:
+            await self.writer.write()
+        except StoreFailure as failure:
+            self.store_errors.record(failure)
+
+
+async def _within(seconds: float, what: str, work: Coroutine[Any, Any, None]) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await work
+    except TimeoutError:
+        log.warning("stopping: %s could not be finished within %g s", what, seconds)

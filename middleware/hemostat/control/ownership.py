@@ -12,6 +12,7 @@
   loads no reference model: two of them at once would need twice the memory, and a reference is there a minute later.
 - READING: a read that fails says nothing about what is stored. It is repeated; nothing is decided or written meanwhile.
 - ACTIVE: it decides and writes. Where a write fails and the store is certainly its own, it goes on and repeats it.
+  It stops by itself where it could not verify in time that the store is its own (`Store.owned_until`).
 - SUSPENDED: nothing is decided; relays are dismissed and look for the active one, engines go on with what they have.
 - ENDED: what is in memory may contradict what is stored. The process ends, and its supervisor starts it anew.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from enum import StrEnum
 
@@ -36,6 +38,7 @@ from hemostat.store.protocol import (
     StoreFailure,
     StoreIncompatible,
 )
+from hemostat.store.thread import StoreThread
 from hemostat.store.writer import StoreWriter
 from hemostat_calibration.errors import HemostatError
 
@@ -43,6 +46,7 @@ log = logging.getLogger("hemostat.control")
 
 RETRY_SECONDS = (0.5, 1.0)
 """Longest pauses between attempts at a store that fails, or that another process owns."""
+CLOSE_SECONDS = 2.0
 
 
 class Superseded(HemostatError):
@@ -77,12 +81,17 @@ _TROUBLE = (_Event.LOST, _Event.OTHERS_WROTE)
 
 
 class Ownership:
-    """Owns the state, and the writer of the store. Lives in the event loop."""
+    """Owns the state, the writer of the store, and the thread that executes the store's calls. Lives in the event loop.
 
-    def __init__(self, store: Store, errors: StoreErrorLog) -> None:
+    clock: as that of `Store.owned_until`.
+    """
+
+    def __init__(self, store: Store, errors: StoreErrorLog, clock: Callable[[], float] = time.monotonic) -> None:
         self._store = store
+        self._thread = StoreThread()
         self._errors = errors
-        self.state = OwnershipState.STANDBY
+        self._clock = clock
+        self._state = OwnershipState.STANDBY
         self.why = ""
         """Why it is not active, in one line."""
         self.on_move: Callable[[], None] = lambda: None
@@ -90,7 +99,16 @@ class Ownership:
         self.settled = asyncio.Event()
         """It is active, or waits for what it needs."""
         self._active, self._lost = asyncio.Event(), asyncio.Event()
-        self.writer = StoreWriter(store, errors, self._active, self._lose)
+        self.writer = StoreWriter(store, self._thread, errors, self._active, self._lose)
+
+    @property
+    def state(self) -> OwnershipState:
+        """The clock alone ends ACTIVE: no thread, and nothing that the server says, is waited for."""
+        if self._state is OwnershipState.ACTIVE and self._clock() >= self._store.owned_until:
+            failure = ExclusionLost("store: it could not be verified in time that this process still owns it")
+            self._errors.record(failure)
+            self._lose(failure)
+        return self._state
 
     @property
     def active(self) -> bool:
@@ -100,7 +118,10 @@ class Ownership:
     def require_active(self) -> None:
         """NotActiveError."""
         if not self.active:
-            raise NotActiveError(f"not active: {self.why or self.state}")
+            raise NotActiveError(
+                f"not active: {self.why or self.state}; ask the control process that is active, or this one again in a "
+                "moment"
+            )
 
     def require_known(self) -> None:
         """NotActiveError, where what is stored is not known to this process."""
@@ -113,10 +134,11 @@ class Ownership:
         return self.state in (OwnershipState.ACTIVE, OwnershipState.SUSPENDED)
 
     def _move(self, event: _Event, why: str) -> None:
-        state = _NEXT[self.state, event]
+        state = _NEXT[self._state, event]
         log.log(logging.WARNING if event in _TROUBLE else logging.INFO, "%s: %s", state, why or event)
-        self.state, self.why = state, "" if state is OwnershipState.ACTIVE else why or event
-        (self._active.set if self.active else self._active.clear)()
+        active = state is OwnershipState.ACTIVE
+        self._state, self.why = state, "" if active else why or event
+        (self._active.set if active else self._active.clear)()
         self.on_move()
 
     async def begin(self) -> Snapshot:
@@ -130,11 +152,11 @@ class Ownership:
         """Once. None: another process owns the store, or what it holds is not known."""
         try:
             if self.state is OwnershipState.STANDBY:
-                if not await asyncio.to_thread(self._store.acquire):
+                if not await self._thread.call(self._store.acquire):
                     self._wait("another process owns the store")
                     return None
                 self._move(_Event.ACQUIRED, "")
-            snapshot = await asyncio.to_thread(self._store.read)
+            snapshot = await self._thread.call(self._store.read)
         except (StoreIncompatible, StoreAccessDenied):
             raise
         except StoreFailure as failure:
@@ -161,12 +183,25 @@ class Ownership:
         self.settled.set()
 
     def _lose(self, failure: StoreFailure) -> None:
-        if self.active:
+        if self._state is OwnershipState.ACTIVE:
             self._move(_Event.LOST, str(failure))
             self._lost.set()
 
     async def watch(self) -> None:
         """Once it is active, until cancelled. Superseded."""
+        looking = asyncio.create_task(self._look_at_the_time(), name="suspends in time")
+        try:
+            await self._verify_and_regain()
+        finally:
+            looking.cancel()
+
+    async def _look_at_the_time(self) -> None:
+        """Suspends in time, whatever the store's thread waits for."""
+        while True:
+            left = self._store.owned_until - self._clock() if self.active else VERIFY_SECONDS
+            await asyncio.sleep(min(max(left, 0.0), VERIFY_SECONDS))
+
+    async def _verify_and_regain(self) -> None:
         while True:
             try:
                 async with asyncio.timeout(VERIFY_SECONDS):
@@ -182,7 +217,7 @@ class Ownership:
     async def verify(self) -> None:
         """Once, whether the store is still this process's."""
         try:
-            await asyncio.to_thread(self._store.verify)
+            await self._thread.call(self._store.verify)
         except (ExclusionLost, StoreConflict) as failure:
             self._errors.record(failure)
             self._lose(failure)
@@ -193,7 +228,7 @@ class Ownership:
         """Once. Superseded where the store holds anything but what this process wrote last."""
         try:
             await self._require_own_head()
-            if await asyncio.to_thread(self._store.acquire):
+            if await self._thread.call(self._store.acquire):
                 await self._require_own_head()  # no other process can have written from now on
                 self._move(_Event.REGAINED, "")
                 return True
@@ -204,10 +239,19 @@ class Ownership:
         return False
 
     async def _require_own_head(self) -> None:
-        head = await asyncio.to_thread(self._store.head)
+        head = await self._thread.call(self._store.head)
         if not self.writer.is_own(head):
             self._end(f"the store is at revision {head.revision}, and this process wrote {self.writer.head.revision}")
 
     def _end(self, why: str) -> None:
         self._move(_Event.OTHERS_WROTE, why)
         raise Superseded(f"another process has written to the store: {why}")
+
+    async def close(self) -> None:
+        """Another process can own the store now, or at the end of this one where the store does not answer in time."""
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._thread.call(self._store.close)
+        except TimeoutError:
+            log.warning("the store did not answer within %g s: it is left as it is", CLOSE_SECONDS)
+        self._thread.close()

@@ -16,6 +16,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from hemostat.ipc.addresses import server_context
 from hemostat.ipc.relay_listener import RelayListener, Security, listen_locally
 from hemostat.ipc.supervised import run_supervised, stop_event, tell_supervisor
 from hemostat_calibration.errors import HemostatError
+from hemostat_calibration.messages import in_words
 
 
 def make_listener(given: dict[str, Any], settings: Settings) -> RelayListener:
@@ -59,6 +61,11 @@ EXIT_CODE_SUPERSEDED = 3
 """Another process has written to the store that this one owned."""
 LOCK_SECONDS = 15.0
 """How long a former control process may take to end."""
+ANSWER_SECONDS = 1.0
+"""How long a process that stops waits for what operators were promised to be stored."""
+LOOPS_SECONDS = 3.0
+"""How long its loops, and the answers of its admin port, may take to end. With what `Control.close` may take, all of it
+is over before the supervisor kills the process (STOP_SECONDS)."""
 
 
 async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
@@ -66,9 +73,13 @@ async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
     stop = stop_event()
     settings = Settings.model_validate(given["settings"])
     logs.set_up(settings.log.level, settings.log.format)
-    lock = await lock_alone(Path(given["lock"]))
+    try:
+        lock = await lock_alone(Path(given["lock"]))
+        relays = make_listener(given, settings)
+    except OSError as error:
+        why = in_words(error)
+        raise HemostatError(f"control: cannot start: {why}; see run_dir, control.cert and control.key") from None
     admin, listener = settings.admin, socket.socket(fileno=given["admin_fd"])
-    relays = make_listener(given, settings)
     relays.start()
     control = Control(settings, given["data_port"])
     control.configuration.report = msgspec.convert(given["configuration"], ConfigurationReport)
@@ -93,15 +104,34 @@ async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
         tell_supervisor({"listening": True})
         done, _ = await asyncio.wait({stopping, serving, *loops}, return_when=asyncio.FIRST_COMPLETED)
     server.stop()
-    for task in (settled, *loops):
-        task.cancel()
-    await asyncio.gather(serving, settled, *loops, return_exceptions=True)
+    # First of all, so that no relay waits for a process that stops.
+    control.ownership.on_move = lambda: None
     await relays.close()
+    await answer_operators(control)
+    await ended([serving, settled, *loops], but=serving)
     await control.close()
     os.close(lock)
     for task in done - {stopping, settled}:
         task.result()
         raise RuntimeError("a loop ended by itself: that is a bug, and the supervisor starts this process again")
+
+
+async def answer_operators(control: Control) -> None:
+    """Those who wait for the store are answered: with what was done, or that it is not known."""
+    writer = control.ownership.writer
+    if control.ownership.active:
+        await writer.wait_until_written(ANSWER_SECONDS)
+    writer.stop_waiting()
+
+
+async def ended(tasks: Collection[asyncio.Task[Any]], but: asyncio.Task[Any]) -> None:
+    """Cancel all of them but one that ends by itself, and wait; not for good, since what is known has to be stored."""
+    for task in tasks:
+        if task is not but:
+            task.cancel()
+    _, left = await asyncio.wait(tasks, timeout=LOOPS_SECONDS)
+    for task in left:
+        log.error("stopping: %s did not end within %g s: that is a bug", task.get_name(), LOOPS_SECONDS)
 
 
 async def own(control: Control, force: Path | None) -> None:

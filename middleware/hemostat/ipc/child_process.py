@@ -129,7 +129,8 @@ class Child:
         except (asyncio.IncompleteReadError, ConnectionError):
             # It is about to end by itself. To kill it now would lose its exit code: `kill` reaps it unseen.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), CLOSE_SECONDS)
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await self._process.wait()
         except Exception as error:  # noqa: BLE001  a frame that the receiver rejects makes the child useless
             self._protocol_error = f"it sent an invalid message ({error}); "
         finally:
@@ -169,7 +170,8 @@ class Child:
         assert self._process.stdin is not None
         self._process.stdin.close()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.exited.wait(), grace_seconds)
+            async with asyncio.timeout(grace_seconds):
+                await self.exited.wait()
         if not self.exited.is_set():
             self._kill()
         await asyncio.gather(self._reading, self._reading_stderr, return_exceptions=True)

@@ -148,14 +148,19 @@ class RelayLink:
     async def _messages(self, reader: asyncio.StreamReader) -> AsyncGenerator[Message]:
         """Those of one connection; TimeoutError, OSError, ValueError."""
         frames = MessageReader()
-        while data := await asyncio.wait_for(reader.read(READ_SIZE), SILENCE_SECONDS):
+        while data := await self._read(reader):
             for message in frames.feed(data):
                 yield message
             if frames.missing > READ_SIZE:
                 async with self._large_messages:
-                    while frames.missing and (data := await asyncio.wait_for(reader.read(READ_SIZE), SILENCE_SECONDS)):
+                    while frames.missing and (data := await self._read(reader)):
                         for message in frames.feed(data):
                             yield message
+
+    async def _read(self, reader: asyncio.StreamReader) -> bytes:
+        """TimeoutError."""
+        async with asyncio.timeout(SILENCE_SECONDS):
+            return await reader.read(READ_SIZE)
 
     def _receive(self, message: Message, hello: Hello, writer: asyncio.StreamWriter) -> None:
         """ValueError for a message that relays do not send."""

@@ -184,7 +184,8 @@ class RelayListener:
     async def _flush(self, writer: asyncio.StreamWriter) -> None:
         writer.close()
         with contextlib.suppress(TimeoutError, OSError):
-            await asyncio.wait_for(writer.wait_closed(), CLOSE_SECONDS)
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await writer.wait_closed()
 
     def _failed(self, kind: str, line: str, *, fault: bool = True) -> None:
         if fault:

@@ -128,7 +128,8 @@ class Supervisor(Generic[Target, Ready]):
                 self._first = None
                 self._owner.reset()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._target_changes(target), self._backoff.pause())
+                async with asyncio.timeout(self._backoff.pause()):
+                    await self._target_changes(target)
 
     async def _target_changes(self, target: Target) -> None:
         while self._target == target:

@@ -41,7 +41,7 @@ from hemostat.interception.interceptor import Interceptor
 from hemostat.ipc.addresses import ControlAddresses
 from hemostat.ipc.messages import OutcomeReport, Policy
 from hemostat.ipc.relay_end import ControlLink
-from hemostat.ipc.supervised import die_with_parent, make_tracing
+from hemostat.ipc.supervised import KILL_AFTER_SECONDS, end_after_supervisor, make_tracing
 from hemostat.metrics import names
 from hemostat.relay.access_log import AccessLog
 from hemostat.relay.client_limits import ClientLimits
@@ -186,9 +186,12 @@ async def run(config: dict[str, Any]) -> None:
 
 def main() -> int:
     """Exit code 0 after an orderly stop, 1 if it cannot start."""
-    die_with_parent(os.getppid())
+    watch = end_after_supervisor()
     _print({"loaded": True})
-    config = json.loads(sys.stdin.readline())
+    if not (line := sys.stdin.readline()):
+        return 0  # the supervisor has ended before it sent anything
+    config = json.loads(line)
+    watch.grace_seconds = config["shutdown_seconds"] + KILL_AFTER_SECONDS
     logs.set_up(config.get("log_level", "info"), config.get("log_format", "text"))
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

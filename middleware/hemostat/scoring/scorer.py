@@ -226,7 +226,8 @@ class Scorer:
             await self._wake.wait()
             return
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), TAP_POLL_SECONDS)
+            async with asyncio.timeout(TAP_POLL_SECONDS):
+                await self._wake.wait()
 
     def _tap_is_complete(self, capture: Capture) -> bool:
         """The engine has reported every position of the output, or the time to wait for that is up."""
@@ -392,7 +393,6 @@ class Scorer:
         breaker."""
         seconds = MAX_SCORE_SECONDS + request.tokens / MIN_TOKENS_PER_SECOND
         try:
-            # `asyncio.wait_for` of Python 3.11 may lose a cancellation where the score comes at the same moment.
             async with asyncio.timeout(seconds):
                 scores = await reference.score(request)
         except (ReferenceFailure, TimeoutError) as failure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +31,10 @@ class MemoryStore:
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
         self._profiles: dict[str, StoredProfile] = {}
         self._blobs: dict[str, bytes] = {}
+
+    @property
+    def owned_until(self) -> float:
+        return math.inf
 
     def acquire(self) -> bool:
         return True

@@ -7,7 +7,9 @@ another session, cannot let two processes write.
 
 A session ends within IDLE_SECONDS after its process or host is gone, by settings that the session itself carries. A
 process that lives but has lost its server finds out before that: it verifies every VERIFY_SECONDS, and an exchange that
-takes EXCHANGE_SECONDS ends the session. So VERIFY_SECONDS + EXCHANGE_SECONDS < IDLE_SECONDS.
+takes EXCHANGE_SECONDS ends the session. So LEASE_SECONDS, VERIFY_SECONDS + EXCHANGE_SECONDS, are < IDLE_SECONDS.
+Whatever else keeps a process from verifying in time, LEASE_SECONDS after it has sent the last statement that was
+answered it does not count as the owner any more (`owned_until`).
 
 Advisory locks are not replicated: docs/postgresql.md says what a failover to a replica can lose.
 """
@@ -16,9 +18,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +60,8 @@ STATEMENT_SECONDS = 4
 """After this time the server gives a statement up, and the session goes on."""
 IDLE_SECONDS = 10
 """The server ends a session that has sent nothing for so long."""
+LEASE_SECONDS = protocol.VERIFY_SECONDS + EXCHANGE_SECONDS
+"""From when an answered statement was sent: so long the session, and with it the lock, was certainly there."""
 CHUNK_BYTES = 4 * 1024 * 1024
 """Of a blob: each chunk is an exchange of its own."""
 
@@ -133,17 +139,27 @@ class PostgresStore:
         self._owns = False
         """The session holds the lock, as far as this process knows."""
 
+    @property
+    def owned_until(self) -> float:
+        session = self._session
+        return session.answered + LEASE_SECONDS if self._owns and session is not None else -math.inf
+
     def acquire(self) -> bool:
         with self._calls:
             if not self._owns:
-                with self._translated() as session:
-                    held = session.one(_TRY_LOCK)
+                held = self._try_lock()
                 if held is None:
                     with self._transaction("READ WRITE") as session:
                         _create_tables(session)
-                    held = session.one(_TRY_LOCK)
+                    held = self._try_lock()
                 self._owns = bool(held)
             return self._owns
+
+    def _try_lock(self) -> bool | None:
+        """None: there are no tables yet."""
+        with self._translated() as session:
+            held: bool | None = session.one(_TRY_LOCK)
+            return held
 
     def verify(self) -> None:
         with self._calls:
@@ -197,7 +213,7 @@ class PostgresStore:
     def close(self) -> None:
         with self._calls:
             if self._owns and self._session is not None:
-                with contextlib.suppress(self._psycopg.Error):
+                with contextlib.suppress(self._psycopg.Error, OSError, RuntimeError):
                     self._session.run(
                         "SELECT pg_advisory_unlock_all()"
                     )  # the server would notice the end a moment later
@@ -237,8 +253,9 @@ class PostgresStore:
         owned = self._owns
         try:
             yield self._connect()
-        # ValueError, TypeError: what is stored is damaged, or cannot be stored.
-        except (self._psycopg.Error, ValueError, TypeError) as error:
+        # ValueError, TypeError: what is stored is damaged, or cannot be stored. OSError, RuntimeError: no file
+        # descriptor, or no thread, is free.
+        except (self._psycopg.Error, ValueError, TypeError, OSError, RuntimeError) as error:
             text = self._in_words(error)
             if self._undo():
                 raise self._failure(error, text) from error
@@ -314,6 +331,8 @@ class _Session:
         self.backend: int = self._connection.info.backend_pid
         """The server's process that began the session; of a pooler a number of its own."""
         self.timed_out = False
+        self.answered = time.monotonic()
+        """When the last statement was sent that the server has answered."""
 
     @property
     def version(self) -> str:
@@ -324,10 +343,13 @@ class _Session:
         limit = threading.Timer(EXCHANGE_SECONDS, self._end)
         limit.daemon = True
         limit.start()
+        sent = time.monotonic()
         try:
-            return self._connection.execute(statement.encode(), values or None, binary=True)
+            result = self._connection.execute(statement.encode(), values or None, binary=True)
         finally:
             limit.cancel()
+        self.answered = sent
+        return result
 
     def rows(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
         return self.run(statement, *values).fetchall()

@@ -153,6 +153,11 @@ class Store(Protocol):
     """Small and synchronous: call it in a thread, never on the event loop. Every method but `close` may raise
     StoreFailure."""
 
+    @property
+    def owned_until(self) -> float:
+        """Until then (`time.monotonic`) no other process owns the store, without another call; math.inf: as long as
+        this process lives. It never blocks, and may be read on the event loop."""
+
     def acquire(self) -> bool:
         """Own the store until the process ends, unless another process does: False. Once more: nothing changes, or,
         after ExclusionLost, it is owned again."""

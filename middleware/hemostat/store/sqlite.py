@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import sqlite3
 import threading
@@ -58,6 +59,11 @@ class SqliteStore:
         """Device and inode of the database that the last call has read or written; None where there was none."""
         self._lock: int | None = None
         """Descriptor of the lock's file, while this process owns the store."""
+
+    @property
+    def owned_until(self) -> float:
+        """The kernel releases the lock with the process."""
+        return math.inf
 
     def acquire(self) -> bool:
         with self._calls:
@@ -137,7 +143,11 @@ class SqliteStore:
 
     def _require_folder(self) -> None:
         """Without it nothing is known of the file: a volume may be missing."""
-        if not self._path.parent.is_dir():
+        try:
+            exists = self._path.parent.is_dir()
+        except OSError as error:  # a folder above it that this user may not enter
+            raise StoreFailure(f"store {self._path}: {error.strerror}") from error
+        if not exists:
             raise StoreFailure(f"store.url: the folder {self._path.parent} does not exist; make it or name another")
 
     def _require_owner(self) -> None:

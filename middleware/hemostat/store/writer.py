@@ -27,6 +27,7 @@ from hemostat.store.protocol import (
     DeleteProfile,
     ExclusionLost,
     Head,
+    NotActiveError,
     PutBlob,
     PutProfile,
     SetState,
@@ -36,9 +37,14 @@ from hemostat.store.protocol import (
     StoreFailure,
     Write,
 )
+from hemostat.store.thread import StoreThread
 
 RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
 """Longest pauses between attempts; the last one repeats."""
+STOPPING = (
+    "this process stops, and whether the store keeps this is not known yet; look at the state in a moment, and ask "
+    "again if it does not show this"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +58,20 @@ class _Commit:
 class StoreWriter:
     """Implements `protocol.StoreWrites`. Lives in the control process's event loop.
 
-    on_lost: called where the store may be another process's now; `run` goes on once `active` is set again.
+    thread: executes the store's calls. on_lost: called where the store may be another process's now; `run` goes on once
+    `active` is set again.
     """
 
     def __init__(
         self,
         store: Store,
+        thread: StoreThread,
         errors: StoreErrorLog,
         active: asyncio.Event,
         on_lost: Callable[[StoreFailure], None],
     ) -> None:
         self._store = store
+        self._thread = thread
         self._errors = errors
         self._active = active
         self._on_lost = on_lost
@@ -77,6 +86,7 @@ class StoreWriter:
         self._queued = 0
         """Writes that were ever queued, and of these, the ones that were written."""
         self._written = 0
+        self._stopping = False
         self._work = asyncio.Event()
         self._progress = asyncio.Event()
 
@@ -142,12 +152,21 @@ class StoreWriter:
         """Try once to write what waits, the commit whose outcome is not known first. StoreFailure."""
         while self._queued > self._written:
             commit = self._commit or self._begin()
-            revision = await asyncio.to_thread(self._store.commit, commit.writes, self.head.revision, commit.commit_id)
+            given = commit.writes, self.head.revision, commit.commit_id
+            revision = await self._thread.call(self._store.commit, *given)
             self.head, self._written, self._commit = Head(revision, commit.commit_id), commit.last, None
             self._errors.clear()
-            self._progress.set()
-            self._progress = asyncio.Event()
+            self._note_progress()
         self._work.clear()
+
+    def _note_progress(self) -> None:
+        self._progress.set()
+        self._progress = asyncio.Event()
+
+    def stop_waiting(self) -> None:
+        """The process stops: whoever waits in `wait_until_written`, now or later, is told so."""
+        self._stopping = True
+        self._note_progress()
 
     def _begin(self) -> _Commit:
         writes: list[Write] = list(self._profiles.values())
@@ -160,11 +179,16 @@ class StoreWriter:
         return self._commit
 
     async def wait_until_written(self, seconds: float) -> bool:
-        """Returns once all that is queued now is written, at the latest after `seconds`; False in that case."""
+        """Returns once all that is queued now is written, at the latest after `seconds`; False in that case.
+
+        NotActiveError where the process stops before that.
+        """
         last = self._queued
         try:
             async with asyncio.timeout(seconds):
                 while self._written < last:
+                    if self._stopping:
+                        raise NotActiveError(STOPPING)
                     await self._progress.wait()
         except TimeoutError:
             return False

@@ -110,12 +110,14 @@ class Child:
         assert self._process is not None
         assert self._process.stdout is not None
         try:
-            line = await asyncio.wait_for(self._process.stdout.readline(), START_SECONDS)
+            async with asyncio.timeout(START_SECONDS):
+                line = await self._process.stdout.readline()
             answer: dict[str, Any] = json.loads(line)
         except (TimeoutError, ValueError) as error:
             if isinstance(error, ValueError):  # it is about to end without a report: its exit code has the reason
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._process.wait(), 5.0)
+                    async with asyncio.timeout(5.0):
+                        await self._process.wait()
             await self._end(signal.SIGKILL, 5.0)
             raise StartFailure(self.name, self._process.returncode) from error
         return answer
@@ -167,7 +169,8 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(sig)
         try:
-            await asyncio.wait_for(process.wait(), within)
+            async with asyncio.timeout(within):
+                await process.wait()
         except TimeoutError:
             log.warning("%s did not end within %.0f s; killed", self.name, within)
             with contextlib.suppress(ProcessLookupError):

@@ -9,6 +9,7 @@ import signal
 from typing import Any
 
 from hemostat.config.schema import Settings
+from hemostat.ipc.supervised import STOP_SECONDS
 from hemostat.supervisor.child import Child, Launch, StartFailure
 from hemostat.supervisor.role import Role
 from hemostat.supervisor.run_folder import RunFolder
@@ -16,7 +17,6 @@ from hemostat.supervisor.sockets import Sockets
 
 log = logging.getLogger("hemostat.serve")
 
-STOP_SECONDS = 10.0
 MODULES = {
     Role.SERVE: "hemostat.control.process",
     Role.CONTROL: "hemostat.control.process",

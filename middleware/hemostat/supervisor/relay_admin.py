@@ -34,7 +34,7 @@ def create_app(link: RelayLink, settings: Settings) -> FastAPI:
     app = FastAPI(dependencies=[Depends(authorize)], docs_url=None, redoc_url=None, openapi_url=None)
     app.state.closing = asyncio.Event()
     app.state.tokens = Tokens.of(settings.admin)
-    app.add_middleware(Harden, names=settings.admin.names)
+    app.add_middleware(Harden, names=settings.admin.names, closing=app.state.closing)
     registry = CollectorRegistry()
     registry.register(HemostatCollector([link.samples, lambda: relay_samples.samples(link.total())]))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from hemostat.config.fields import split_address
 from hemostat.config.schema import Settings
+from hemostat.ipc.supervised import KILL_AFTER_SECONDS
 from hemostat.supervisor.child import Child, Launch
 from hemostat.supervisor.role import Role
 from hemostat.supervisor.sockets import Sockets
@@ -22,8 +23,6 @@ MODULE = "hemostat.relay.main"
 DRAIN = signal.SIGUSR1
 """By this a relay learns that it was replaced: it lets its requests end, and leaves idle connections a moment for
 one more. SIGTERM closes idle connections at once."""
-KILL_AFTER_SECONDS = 5.0
-"""Between the end of a relay's own time to drain and the kill."""
 MAX_REPLACED = 4
 """Times that relays may be replaced while earlier ones still drain; beyond it the oldest are stopped."""
 

@@ -63,7 +63,8 @@ class Channel:
         readable = asyncio.Event()
         loop.add_reader(self._sock, readable.set)
         try:
-            await asyncio.wait_for(readable.wait(), STEP_SECONDS)
+            async with asyncio.timeout(STEP_SECONDS):
+                await readable.wait()
             data, fds, _, _ = socket.recv_fds(self._sock, MAX_MESSAGE_BYTES, MAX_FDS)
             sockets = [socket.socket(fileno=fd) for fd in fds]
             for sock in sockets:

@@ -3,6 +3,8 @@
 Two `hemostat control`, one of which is active, two `hemostat relay` by TCP with TLS, an engine that reports, a
 reference that scores, and a store: SQLite here, PostgreSQL in `database.py`, which is killed and stopped, too.
 
+A supervisor that is killed alone leaves no process behind: its command can be started again.
+
 In each run an operator does something until it is answered with 200, then something else, and within 0.3 s a process is
 killed or stopped. The run ends when one control process is active and has both relays. Then the store itself is read:
 it holds what was answered with 200, and nothing is lost of what it has held (tests/support/nothing_lost.py).
@@ -30,11 +32,12 @@ from tests.bench.faults import Row
 from tests.support import postgres
 from tests.support.fake_vllm import VOCAB, FakeVllm, serving
 from tests.support.nothing_lost import check, counts
-from tests.support.planes import CONTROL, RELAY, Instance, Planes, engine, planes
+from tests.support.planes import CONTROL, RELAY, Instance, Planes, Relay, engine, planes, ready
 from tests.support.postgres import Postgres
 from tests.support.stores import stored
 from tests.support.streaming_load import Load, streaming_load
 
+from hemostat.ipc.supervised import STOP_SECONDS
 from hemostat.profiles.persistence import MODE_KEY
 from hemostat.store.protocol import Snapshot, StoreFailure
 from hemostat_calibration.profiles.profile import temperature_bias
@@ -49,6 +52,8 @@ CLIENTS = 3
 TOKENS, TOKEN_SECONDS = 5, 0.04
 CRASH_SECONDS, VANISHED_SECONDS = 5.0, 15.0
 """At most, until another control process is active."""
+LEFT_SECONDS = STOP_SECONDS + 5.0
+"""So long a process may outlive its supervisor: it stops in order, and ends itself where that takes too long."""
 HANG_SECONDS = 60.0
 SETTINGS: Mapping[str, Any] = {
     "shadow": {"rate": 0.5, "top_k": 8},
@@ -65,7 +70,7 @@ class Outcome:
     failures: list[str] = field(default_factory=list)
     """Of requests, beside those that were in a relay that was killed."""
     cut: int = 0
-    """Of these."""
+    """Of those that were in it."""
     seconds: list[float] = field(default_factory=list)
     """From the fault until another control process was active."""
     lost: list[str] = field(default_factory=list)
@@ -80,6 +85,8 @@ class World:
     url: str
     server: Postgres | None
     versions: list[str]
+    hit: Relay | None = None
+    """The relay that the present fault hits."""
 
     async def stored(self) -> Snapshot:
         end = time.monotonic() + HANG_SECONDS
@@ -190,6 +197,35 @@ async def kill_machine(world: World, active: Instance, draw: random.Random) -> f
     return seconds
 
 
+async def kill_supervisor(world: World, active: Instance, draw: random.Random) -> float:
+    """Its control process stops in order, and nobody is there who would kill it."""
+    began, processes = time.monotonic(), active.pids()
+    active.process.kill()
+    active.process.wait()
+    seconds = await _taken_over(world, began, active)
+    await _gone(processes, active)
+    active.start()
+    return seconds
+
+
+async def _gone(processes: Mapping[int, str], instance: Instance) -> None:
+    end = time.monotonic() + LEFT_SECONDS
+    while left := {pid: name for pid, name in processes.items() if os.path.exists(f"/proc/{pid}")}:  # noqa: ASYNC240
+        assert time.monotonic() < end, f"outlived their supervisor: {left}\n{instance.log.read_text()[-5000:]}"
+        await asyncio.sleep(0.05)
+
+
+async def kill_supervisor_of_relay(world: World, active: Instance, draw: random.Random) -> None:
+    """The relay lets its requests end, and goes."""
+    world.hit = relay = draw.choice(world.planes.relays)
+    processes = relay.pids()
+    relay.process.kill()
+    relay.process.wait()
+    await _gone(processes, relay)
+    relay.start()
+    await ready(relay)
+
+
 async def stop_control(world: World, active: Instance, draw: random.Random) -> float | None:
     """With SQLite the other one waits: the lock is held."""
     began, seconds = time.monotonic(), None
@@ -205,7 +241,8 @@ async def stop_control(world: World, active: Instance, draw: random.Random) -> f
 
 
 async def kill_relay(world: World, active: Instance, draw: random.Random) -> None:
-    for pid in draw.choice(world.planes.relays).children(RELAY):
+    world.hit = draw.choice(world.planes.relays)
+    for pid in world.hit.children(RELAY):
         os.kill(pid, signal.SIGKILL)
 
 
@@ -233,15 +270,25 @@ async def stop_server(world: World, active: Instance, draw: random.Random) -> No
 FAULTS: dict[str, Fault] = {
     "kill -9 of the active control process": kill_control,
     "kill -9 of it and of its supervisor": kill_machine,
+    "kill -9 of its supervisor alone": kill_supervisor,
     "SIGSTOP of the active control process": stop_control,
     "kill -9 of the processes of a relay": kill_relay,
+    "kill -9 of the supervisor of a relay alone": kill_supervisor_of_relay,
     "SIGSTOP of a relay, up to 3 s": stop_relay,
 }
 SERVER_FAULTS: dict[str, Fault] = {
     "kill -9 of PostgreSQL, started after up to 3 s": kill_server,
     "SIGSTOP of PostgreSQL, up to 12 s": stop_server,
 }
-LIMITS = {kill_control: CRASH_SECONDS, kill_machine: CRASH_SECONDS, stop_control: VANISHED_SECONDS}
+LIMITS = {
+    kill_control: CRASH_SECONDS,
+    kill_machine: CRASH_SECONDS,
+    kill_supervisor: LEFT_SECONDS,
+    stop_control: VANISHED_SECONDS,
+}
+HITS: Mapping[Fault, tuple[str, ...]] = {kill_relay: ("cut",), kill_supervisor_of_relay: ("cut", "refused")}
+"""What clients of the relay that is hit may see; nobody else's request fails. A relay without its supervisor closes
+idle connections at once, also those on which a request is just on its way."""
 
 
 # --- runs ----------------------------------------------------------------------------------------------------------
@@ -304,11 +351,13 @@ async def one_run(
     outcome.runs += 1
     if seconds is not None:
         outcome.seconds.append(seconds)
-    failed = [text for load, known in zip(loads, failures, strict=True) for text in load.failures[known:]]
-    if fault is kill_relay:
-        outcome.cut += len([text for text in failed if text.startswith("cut")])
-        failed = [text for text in failed if not text.startswith("cut")]
-    outcome.failures += failed
+    for relay, load, known in zip(world.planes.relays, loads, failures, strict=True):
+        new = load.failures[known:]
+        if relay is world.hit and fault in HITS:
+            outcome.cut += sum(text.startswith(HITS[fault]) for text in new)
+            new = [text for text in new if not text.startswith(HITS[fault])]
+        outcome.failures += new
+    world.hit = None
     outcome.lost += [f"{request.name} was answered with 200" for request in done if not request.is_kept(before, after)]
     try:
         check(before, after)
@@ -333,7 +382,7 @@ def rows(*, server: bool = False) -> Iterator[Row]:
     for name, outcome in outcomes.items():
         limit = LIMITS.get((FAULTS | SERVER_FAULTS)[name], 0.0)
         text = f"{outcome.runs} x: {len(outcome.failures)} requests failed"
-        text += f", {outcome.cut} that it had were cut" if outcome.cut else ""
+        text += f", {outcome.cut} that it had, or would have had, failed" if outcome.cut else ""
         text += f"; active after {min(outcome.seconds):.1f} to {max(outcome.seconds):.1f} s" if outcome.seconds else ""
         text += "".join(f"; {what}" for what in [*outcome.failures[:3], *outcome.lost[:3]])
         wanted = "none fails, nothing is lost" + (f", active within {limit:g} s" if outcome.seconds else "")

@@ -148,7 +148,8 @@ class Build:
             if time.monotonic() - self._heard_at > STALLED_SECONDS:
                 raise BuildFailed(BuildFailure.STALLED, f"no progress for {STALLED_SECONDS:.0f} s")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(child.exited.wait(), POLL_SECONDS)
+                async with asyncio.timeout(POLL_SECONDS):
+                    await child.exited.wait()
 
 
 def memory_of(pid: int) -> int:

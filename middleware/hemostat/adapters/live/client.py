@@ -215,7 +215,8 @@ class AdapterLearner:
                 await self._wake.wait()
             elif self._clock() < self._not_before or not self._receiver.accepts_adapter(self.known):
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), RECHECK_SECONDS)
+                    async with asyncio.timeout(RECHECK_SECONDS):
+                        await self._wake.wait()
             else:
                 await self._make(target)
 
