@@ -13,8 +13,8 @@ import json
 import types
 import typing
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from functools import cache
 from typing import Any, TypeVar, Union
@@ -41,8 +41,10 @@ def encode(state: Any, schema: int) -> bytes:
     return json.dumps(stored, separators=(",", ":")).encode()
 
 
-def decode(kind: type[T], data: bytes, schema: int) -> T:
+def decode(kind: type[T], data: bytes, schema: int, older: Collection[int] = ()) -> T:
     """What `encode` wrote. InvalidArgumentError, in one line that names the field, where it is anything else.
+
+    older: schemas that are read, too. They had fewer fields; a field that they did not have has its default.
 
     >>> from hemostat_calibration.statistics.running_mean import RunningMean
     >>> decode(RunningMean, encode(RunningMean(0.0, 1.0), 1), 1)
@@ -56,11 +58,11 @@ def decode(kind: type[T], data: bytes, schema: int) -> T:
         stored_schema = stored["schema"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise InvalidArgumentError(f"not a stored {kind.__name__}: {data[:20]!r}") from None
-    if stored_schema != schema:
+    if stored_schema != schema and stored_schema not in older:
         raise InvalidArgumentError(
             f"the stored {kind.__name__} has schema {str(stored_schema)[:20]}, this version reads {schema}"
         )
-    value: T = _typed(stored.get("state"), kind, kind.__name__)
+    value: T = _typed(stored.get("state"), kind, kind.__name__, fill=stored_schema != schema)
     return value
 
 
@@ -107,20 +109,20 @@ def _items(inner: tuple[Any, ...], length: int) -> tuple[Any, ...]:
     return (inner[0],) * length if len(inner) == 1 or inner[1] is Ellipsis else inner
 
 
-def _typed(value: Any, hint: Any, where: str) -> Any:
-    """InvalidArgumentError. where: the field, as messages name it."""
+def _typed(value: Any, hint: Any, where: str, *, fill: bool) -> Any:
+    """InvalidArgumentError. where: the field, as messages name it. fill: a field that is missing has its default."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in {Union, types.UnionType}:
         kinds = [kind for kind in inner if kind is not type(None)]
         if value is None and len(kinds) < len(inner):
             return None
         if len(kinds) == 1:
-            return _typed(value, kinds[0], where)
+            return _typed(value, kinds[0], where, fill=fill)
         named = {kind.__name__: kind for kind in kinds}
         _require(isinstance(value, dict) and value.get("is") in named, value, where, f"one of {', '.join(named)}")
-        return _typed({key: item for key, item in value.items() if key != "is"}, named[value["is"]], where)
+        return _typed({key: item for key, item in value.items() if key != "is"}, named[value["is"]], where, fill=fill)
     if is_dataclass(hint):
-        return _object(value, hint, where)  # type: ignore[arg-type]  # a class, not an instance
+        return _object(value, hint, where, fill=fill)  # type: ignore[arg-type]  # a class, not an instance
     if origin is np.ndarray:
         return _array(value, np.dtype(typing.get_args(inner[1])[0]), where)
     if origin in {tuple, list}:
@@ -128,14 +130,18 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         kinds = list(_items(inner, len(value)))
         _require(len(kinds) == len(value), value, where, f"a list of {len(kinds)}")
         return origin(
-            _typed(item, kind, f"{where}[{n}]") for n, (item, kind) in enumerate(zip(value, kinds, strict=True))
+            _typed(item, kind, f"{where}[{n}]", fill=fill)
+            for n, (item, kind) in enumerate(zip(value, kinds, strict=True))
         )
     if origin is not None and issubclass(origin, Mapping):
         if inner[1] is None:
             return dict.fromkeys(_digests(value, where))
         _require(isinstance(value, dict), value, where, "an object")
         read = _bytes if inner[0] is bytes else inner[0]
-        return {_read(read, key, where): _typed(item, inner[1], f"{where}[{key!r}]") for key, item in value.items()}
+        return {
+            _read(read, key, where): _typed(item, inner[1], f"{where}[{key!r}]", fill=fill)
+            for key, item in value.items()
+        }
     if hint is float:
         _require(type(value) in {int, float}, value, where, "a number")
         return float(value)
@@ -145,17 +151,20 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
-def _object(value: Any, kind: type[Any], where: str) -> Any:
+def _object(value: Any, kind: type[Any], where: str, *, fill: bool) -> Any:
     _require(isinstance(value, dict), value, where, "an object")
     hints = _hints(kind)
+    if fill:
+        defaults = {f.name for f in fields(kind) if (f.default, f.default_factory) != (MISSING, MISSING)}
+        hints = {name: hint for name, hint in hints.items() if name in value or name not in defaults}
     for name in sorted(value.keys() ^ hints.keys()):
         raise InvalidArgumentError(f"{where}.{name[:40]} is {'missing' if name in hints else 'unknown'}")
-    read = {name: _typed(value[name], hint, f"{where}.{name}") for name, hint in hints.items()}
+    read = {name: _typed(value[name], hint, f"{where}.{name}", fill=fill) for name, hint in hints.items()}
     late = {field.name for field in fields(kind) if not field.init}
     if kind.__dataclass_params__.frozen:
         read = {name: frozen(item) if isinstance(item, np.ndarray) else item for name, item in read.items()}
     result = kind(**{name: item for name, item in read.items() if name not in late})
-    for name in late:
+    for name in late & read.keys():
         setattr(result, name, read[name])
     return result
 

@@ -19,7 +19,7 @@ from tests.support.stores import DirectWrites
 from tests.support.waiting import HANG_SECONDS
 
 from hemostat.config import schema as config
-from hemostat.measurement.alarms import SPENT_KEY, STATE_KEY, Alarms
+from hemostat.measurement.alarms import FLOORS_KEY, SPENT_KEY, STATE_KEY, Alarms
 from hemostat.measurement.dependence import Dependence
 from hemostat.measurement.figures import MODELS
 from hemostat_calibration.alarm.serialization import begun_tests
@@ -46,9 +46,9 @@ class Bench:
     def __init__(self, **given: Any) -> None:
         self.store = DirectWrites()
         self.now = 1000.0
-        floors = given.pop("floors", ())
+        floors, cycle = given.pop("floors", ()), given.pop("cycle", 0.0)
         alarm = with_constants(config.Alarm, clear_after=given.pop("clear_after", config.Alarm.clear_after))
-        self.alarms = Alarms(alarm(**given), floors, self.store, lambda: self.now)
+        self.alarms = Alarms(alarm(**given), floors, self.store, lambda: self.now, cycle)
 
     def feed(self, seeds: range, noise: float) -> None:
         for seed in seeds:
@@ -308,7 +308,7 @@ def restarted(bench: Bench, **given: Any) -> Bench:
     bench.alarms.save()
     again = Bench(**given)
     again.now = bench.now
-    again.alarms.restore(bench.store.get_state(STATE_KEY), bench.events())
+    again.alarms.restore(bench.store.get_state(STATE_KEY), bench.events(), floors=bench.store.get_state(FLOORS_KEY))
     return again
 
 
@@ -383,3 +383,46 @@ def test_alarms_end_with_the_models_that_they_are_about() -> None:
     bench.alarms.forget()
     assert not bench.alarms.report()["raised"]
     assert "budget alarm ended" in bench.events()[-1]["why"]
+
+
+def measure_floors(bench: Bench, requests: int) -> None:
+    for seed in range(requests):
+        bench.now += 600.0
+        for model in MODELS:
+            bench.alarms.observe_noise_floor(model, divergence(record(seed, 0.02)).kl_rc, b"client %d" % (seed % 7))
+
+
+def test_the_noise_floor_goes_on_over_restarts() -> None:
+    """With a restart every ten hours a cycle of a day is seen, as without one."""
+    given: dict[str, Any] = {"budget_nats": 0.05, "floors": MODELS, "cycle": 86_400.0}
+    bench = Bench(**given)
+    for _ in range(3):
+        assert bench.alarms.report()["floor_upper_nats"] is None
+        measure_floors(bench, 60)
+        bench = restarted(bench, **given)
+    limit = bench.alarms.report()["floor_upper_nats"]
+    assert 0.0 < limit < 0.02
+    uninterrupted = Bench(**given)
+    for _ in range(3):
+        measure_floors(uninterrupted, 60)
+    assert limit == uninterrupted.alarms.report()["floor_upper_nats"]
+    bench.alarms.forget()
+    assert bench.alarms.report()["floor_upper_nats"] is None, "other models have another noise floor"
+    assert restarted(bench, **given).alarms.report()["floor_upper_nats"] is None
+
+
+@pytest.mark.parametrize("damaged", ["", "{}", '{"schema": 1, "state": {"floors": {"compressed": {}}}}', "reshaped"])
+def test_a_damaged_noise_floor_is_measured_anew(damaged: str, caplog: pytest.LogCaptureFixture) -> None:
+    given: dict[str, Any] = {"budget_nats": 0.05, "floors": MODELS}
+    bench = Bench(**given)
+    measure_floors(bench, 60)
+    bench.alarms.save()
+    stored = json.loads(bench.store.get_state(FLOORS_KEY) or "")
+    for floor in stored["state"]["floors"].values():
+        floor["dependence"]["mean"]["open"][1].append(1)
+    again = Bench(**given)
+    again.alarms.restore(None, [], floors=json.dumps(stored) if damaged == "reshaped" else damaged)
+    assert "noise floors cannot be continued" in caplog.text
+    assert again.alarms.report()["floor_upper_nats"] is None
+    measure_floors(again, 60)
+    assert again.alarms.report()["floor_upper_nats"] is not None

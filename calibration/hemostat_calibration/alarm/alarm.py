@@ -10,7 +10,9 @@ Requests that depend on each other (`statistics.dependence`): a baseline is comp
 `cycle` of the traffic, and as soon as `EFFECTIVE_SHARE` of that are effective ones: where requests come in runs of
 alike ones it is longer. Its v̂ is the larger one of the kind's and of that of all kinds' requests in their order, so
 that what moves several kinds together counts. A budget test begins when v̂ of its kind's divergence is known, likewise
-over a cycle. What neither knows is what takes longer than that: see `tests/bench/guard/alarm_dependence.py`.
+over a cycle. Dependence that begins later is seen by v̂ of recent requests, which goes on (`RecentInflation`); a run of
+alike requests that differ by more than the tolerance can raise an alarm before it is. Longer cycles are not known: see
+`tests/bench/guard/alarm_dependence.py`.
 
 An alarm *clears* after `clear_after` requests on which freshly funded bets lost wealth; then a new test begins. A
 budget alarm also ends if no request of its kind comes any more (`gone_after`): nothing could clear it then. A change
@@ -20,8 +22,8 @@ Other settings reach the tests that run (`with_settings`). A test of another hyp
 without wealth, and its funding goes on, so that its probability of a false alarm stays what it is.
 
 Kinds are the caller's, who bounds their number. Each takes 24 bytes for a request of its baseline until that is
-complete, of which at most `MAX_LEARNING` are kept (then every second one, and so on), and a kilobyte afterwards; beyond
-`MAX_KINDS`, the one whose last request is longest ago is forgotten.
+complete, of which at most `MAX_LEARNING` are kept (then every second one, and so on), and some five kilobytes
+afterwards; beyond `MAX_KINDS`, the one whose last request is longest ago is forgotten.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ from hemostat_calibration.alarm.change import ChangeTest
 from hemostat_calibration.alarm.workload import Workload
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.statistics.dependence import MIN_HISTORY, MIN_UNITS, BatchMeans
+from hemostat_calibration.statistics.dependence import MIN_HISTORY, MIN_UNITS, BatchMeans, RecentInflation
 
 MAX_KINDS = 128
 
@@ -217,6 +219,7 @@ class KindState:
     divergences: means by request until their v̂ is known. inflation: that v̂; infinite before. first: time of the
         first of them.
     recent_level: moving average of the levels since, relative to the baseline's. last: time of its last request.
+    recent, recent_divergences: v̂ of levels since the baseline, and of divergences since v̂ of these was known.
     """
 
     budget: RunningTest | None = None
@@ -231,12 +234,15 @@ class KindState:
     recent_level: float = 0.0
     recent_requests: int = 0
     last: float = 0.0
+    recent: RecentInflation = field(default_factory=RecentInflation)
+    recent_divergences: RecentInflation = field(default_factory=RecentInflation)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Alarm:
     """The alarm of all kinds. budget_tests, change_tests, baselines: how many were ever begun, or completed. levels: of
-    requests of all baselines, in their order, relative to the mean of their kind so far."""
+    requests of all baselines, in their order, relative to the mean of their kind so far. recent: v̂ of the levels of all
+    requests since, relative to the baselines of their kinds."""
 
     settings: Settings
     budget_tests: int = 0
@@ -246,6 +252,7 @@ class Alarm:
     kinds: Mapping[str, KindState] = field(default_factory=dict)
     workload: Workload = field(default_factory=lambda: Workload(0))
     levels: BatchMeans = field(default_factory=lambda: BatchMeans.of(1))
+    recent: RecentInflation = field(default_factory=RecentInflation)
 
     @property
     def begun(self) -> int:
@@ -366,6 +373,8 @@ def _update_budget(
         state = _learn_divergence(state, observation, settings)
         if math.isinf(state.inflation):
             return alarm, state
+    recent = state.recent_divergences.update(_mean_divergence(observation, settings))
+    state = replace(state, recent_divergences=recent)
     if running is None or _cleared(running, settings):
         number = alarm.budget_tests + 1
         alarm = replace(alarm, budget_tests=number)
@@ -375,21 +384,27 @@ def _update_budget(
     test = running.test
     assert isinstance(test, BudgetTest)
     if test.crossing is None:
-        running = replace(running, test=test.update(observation.divergences, noise_floor, observation.now))
+        test = test.update(observation.divergences, noise_floor, observation.now, recent.value)
+        running = replace(running, test=test)
     else:
-        factors = test.log_factors(observation.divergences, noise_floor)
+        factors = test.log_factors(observation.divergences, noise_floor, recent.value)
         running = _observe_recovery(running, factors, settings.clear_after)
     return alarm, replace(state, budget=running)
 
 
 def _learn_divergence(state: KindState, observation: Observation, settings: Settings) -> KindState:
     """One more request; v̂ of their means once it is known."""
-    divergences = observation.divergences[~np.isnan(observation.divergences)]
     first = state.first if state.divergences.units else observation.now
-    means = state.divergences.update(np.array([float(np.clip(divergences, 0.0, settings.cap).mean())]))
+    means = state.divergences.update(np.array([_mean_divergence(observation, settings)]))
     known = means.units >= MIN_HISTORY and observation.now - first >= settings.cycle and means.enough()[0]
     inflation = float(means.inflation()[0]) if known else math.inf
     return replace(state, divergences=means, first=first, inflation=inflation)
+
+
+def _mean_divergence(observation: Observation, settings: Settings) -> float:
+    """Of the request, clipped at the cap. At least one of its tokens has a divergence."""
+    divergences = observation.divergences[~np.isnan(observation.divergences)]
+    return float(np.clip(divergences, 0.0, settings.cap).mean())
 
 
 def _update_change(alarm: Alarm, state: KindState, request: RequestSpread, now: float) -> tuple[Alarm, KindState]:
@@ -403,18 +418,25 @@ def _update_change(alarm: Alarm, state: KindState, request: RequestSpread, now: 
         fitted = fit_baseline(state.learning, 1.0 / (number * (number + 1)), inflation, state.stride)
         learned = replace(state, learning=KindState().learning, levels=KindState().levels, baseline=fitted)
         return replace(alarm, baselines=number), learned
-    count = state.recent_requests + 1
-    moved = (request.level - baseline.level - state.recent_level) / min(count, RECENT_REQUESTS)
-    state = replace(state, recent_level=state.recent_level + moved, recent_requests=count)
+    relative, seen = request.level - baseline.level, state.recent_requests + 1
+    moved = (relative - state.recent_level) / min(seen, RECENT_REQUESTS)
+    state = replace(
+        state,
+        recent_level=state.recent_level + moved,
+        recent_requests=seen,
+        recent=state.recent.update(relative),
+    )
+    alarm = replace(alarm, recent=alarm.recent.update(relative))
+    recent = max(state.recent.value, alarm.recent.value)
     running = alarm.change
     if running is None or _cleared(running, settings):
         alarm, running = _begin_change(alarm)
     test = running.test
     assert isinstance(test, ChangeTest)
     if test.crossing is None:
-        running = replace(running, test=test.update(baseline, request, now))
+        running = replace(running, test=test.update(baseline, request, now, recent))
     else:
-        running = _observe_recovery(running, test.clearing_factors(baseline, request), settings.clear_after)
+        running = _observe_recovery(running, test.clearing_factors(baseline, request, recent), settings.clear_after)
     return replace(alarm, change=running), state
 
 
@@ -486,6 +508,7 @@ def rebase(alarm: Alarm, kind: str | None = None) -> Alarm:
             divergences=state.divergences,
             first=state.first,
             inflation=state.inflation,
+            recent_divergences=state.recent_divergences,
             last=state.last,
         )
         if kind in {None, name}
@@ -496,7 +519,9 @@ def rebase(alarm: Alarm, kind: str | None = None) -> Alarm:
     if kind is not None:
         return replace(alarm, kinds=kinds, change=change)
     workload = Workload(alarm.settings.baseline_requests, alarm.settings.cycle)
-    return replace(alarm, kinds=kinds, change=change, workload=workload, levels=BatchMeans.of(1))
+    return replace(
+        alarm, kinds=kinds, change=change, workload=workload, levels=BatchMeans.of(1), recent=RecentInflation()
+    )
 
 
 def readings(alarm: Alarm) -> list[Reading]:

@@ -22,8 +22,8 @@ nothing is known: `TAIL` is the probability that any g is there.
 
 Requests that depend on each other say less: with v̂ the variance inflation of sums of levels
 (`statistics.dependence`; of one in s requests v̂/s is enough), the product is raised to the power 1/v̂, and so is every
-bet, before strategies are mixed. v̂ is frozen with the baseline: afterwards a change of the model would look like
-dependence.
+bet, before strategies are mixed. For the baseline's own evidence v̂ is frozen with it; bets use the larger one of that
+and v̂ of recent requests (`statistics.dependence.RecentInflation`), as dependence may begin later.
 
 The *tolerance* c ≥ 1: a score bets upwards as if every spread had been smaller by the factor c, and downwards as if it
 had been larger. So whatever multiplies the spreads of a kind by something between 1/c and c is no evidence.
@@ -138,9 +138,9 @@ class Baseline:
     requests: int
     inflation: float = 1.0
 
-    def log_factors(self, levels: Floats, tokens: Floats, tolerance: float) -> Floats:
+    def log_factors(self, levels: Floats, tokens: Floats, tolerance: float, inflation: float = 1.0) -> Floats:
         """ln of what each strategy's wealth is multiplied by, to the power 1/v̂: levels, tokens float64 [R] ->
-        [R, J, S].
+        [R, J, S]. inflation: v̂ of recent requests; the baseline's counts if it is larger.
 
         >>> baseline = fit_baseline(np.array([[math.sin(n), 50, 0.0] for n in range(150)]))
         >>> factors = baseline.log_factors(np.array([0.0, 9.0]), np.array([50.0, 50.0]), 1.25)
@@ -151,7 +151,7 @@ class Baseline:
         distance = levels - self.centre
         gains = _ramps((distance - allowed) / width, (distance + allowed) / width)[:, None, :] / self.limits
         factors = [np.log(1.0 - stake + stake * gains) for stake in STAKES]
-        result: Floats = np.concatenate(factors, axis=2) / self.inflation
+        result: Floats = np.concatenate(factors, axis=2) / max(self.inflation, inflation)
         return result
 
 

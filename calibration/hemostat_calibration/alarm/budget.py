@@ -46,24 +46,25 @@ class BudgetTest:
     wealth: WealthState = field(default_factory=lambda: initial_wealth(len(BET_FRACTIONS)))
     crossing: Crossing | None = None
 
-    def log_factors(self, divergences: Floats, noise_floor: float) -> Floats:
-        """ln of the factors of one request, to the power 1/v̂, [S]."""
+    def log_factors(self, divergences: Floats, noise_floor: float, inflation: float = 1.0) -> Floats:
+        """ln of the factors of one request, to the power 1/v̂, [S]. inflation: v̂ of recent requests; the test's own
+        counts if it is larger."""
         values = divergences[~np.isnan(divergences)]
         weight = min(len(values), self.max_tokens) / self.max_tokens
         ratio = float(np.clip(values, 0.0, self.cap).mean()) / (self.budget + max(noise_floor, 0.0))
         factors: Floats = np.log1p(weight * np.array(BET_FRACTIONS) * (ratio - 1.0))
-        return factors / self.inflation
+        return factors / max(self.inflation, inflation)
 
-    def update(self, divergences: Floats, noise_floor: float, now: float = 0.0) -> BudgetTest:
+    def update(self, divergences: Floats, noise_floor: float, now: float = 0.0, inflation: float = 1.0) -> BudgetTest:
         """Add one request: divergences float64 [T], nats; NaN is left out. now: seconds.
 
-        noise_floor: upper limit of the noise floor, nats per token. No change while it is not finite, nor after a
-        crossing.
+        noise_floor: upper limit of the noise floor, nats per token. inflation: v̂ of recent requests. No change while
+        the noise floor is not finite, nor after a crossing.
         """
         tokens = int((~np.isnan(divergences)).sum())
         if self.crossing is not None or not tokens or not math.isfinite(noise_floor):
             return self
-        factors = self.log_factors(divergences, noise_floor)
+        factors, v = self.log_factors(divergences, noise_floor, inflation), max(self.inflation, inflation)
         target, weights = -math.log(self.alpha), equal_weights(len(factors))
-        wealth, crossing = bet(self.wealth, factors, weights, tokens, now, target, self.inflation)
+        wealth, crossing = bet(self.wealth, factors, weights, tokens, now, target, v)
         return replace(self, wealth=wealth, crossing=crossing)

@@ -43,22 +43,25 @@ class ChangeTest:
     wealth: WealthState = field(default_factory=lambda: initial_wealth(*LEVEL_WEIGHTS.shape))
     crossing: Crossing | None = None
 
-    def log_factors(self, baseline: Baseline, request: RequestSpread) -> Floats:
-        """ln of the factors of one request, [J, S]."""
+    def log_factors(self, baseline: Baseline, request: RequestSpread, inflation: float = 1.0) -> Floats:
+        """ln of the factors of one request, [J, S]. inflation: v̂ of recent requests, see `Baseline.log_factors`."""
         level, tokens = np.array([request.level]), np.array([float(request.tokens)])
-        factors: Floats = baseline.log_factors(level, tokens, self.tolerance)[0]
+        factors: Floats = baseline.log_factors(level, tokens, self.tolerance, inflation)[0]
         return factors
 
-    def clearing_factors(self, baseline: Baseline, request: RequestSpread) -> Floats:
+    def clearing_factors(self, baseline: Baseline, request: RequestSpread, inflation: float = 1.0) -> Floats:
         """The same at the level that says whether an alarm is over, [S]."""
-        factors: Floats = self.log_factors(baseline, request)[CLEARING]
+        factors: Floats = self.log_factors(baseline, request, inflation)[CLEARING]
         return factors
 
-    def update(self, baseline: Baseline, request: RequestSpread, now: float = 0.0) -> ChangeTest:
-        """Add one request of the kind of `baseline`. now: seconds. No change after a crossing."""
+    def update(
+        self, baseline: Baseline, request: RequestSpread, now: float = 0.0, inflation: float = 1.0
+    ) -> ChangeTest:
+        """Add one request of the kind of `baseline`. now: seconds. inflation: v̂ of recent requests. No change after a
+        crossing."""
         if self.crossing is not None:
             return self
-        factors = self.log_factors(baseline, request)
-        target, v = -math.log(self.alpha), baseline.inflation
+        factors = self.log_factors(baseline, request, inflation)
+        target, v = -math.log(self.alpha), max(baseline.inflation, inflation)
         wealth, crossing = bet(self.wealth, factors, LEVEL_WEIGHTS, request.tokens, now, target, v)
         return replace(self, wealth=wealth, crossing=crossing)

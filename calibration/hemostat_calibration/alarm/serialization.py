@@ -7,7 +7,8 @@ that was read can make a later update fail.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import TypeVar
 
@@ -22,8 +23,11 @@ from hemostat_calibration.alarm.change import ChangeTest
 from hemostat_calibration.alarm.outlier_engine import OutlierTest, Unit, init, update
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.state_codec import decode, encode
+from hemostat_calibration.statistics.dependence import RECENT_LAG, BatchMeans, RecentInflation
 
-SCHEMA = 7
+SCHEMA = 8
+OLDER_SCHEMAS = (7,)
+"""Of the alarm, without v̂ of recent requests."""
 ENGINES_SCHEMA = 6
 
 T = TypeVar("T")
@@ -59,7 +63,7 @@ def read(data: bytes) -> Alarm:
     >>> read(save(init(Settings(alpha=0.05)))).settings.alpha
     0.05
     """
-    alarm = _decode(Alarm, data, SCHEMA)
+    alarm = _decode(Alarm, data, SCHEMA, OLDER_SCHEMAS)
     _require_shapes(_arrays(alarm))
     _require_counts(alarm.budget_tests, alarm.change_tests, alarm.baselines, *alarm.workload.baseline.values())
     return alarm
@@ -110,9 +114,9 @@ def load_engines(data: bytes, alpha: float) -> OutlierTest:
     return replace(state, alpha=alpha)
 
 
-def _decode(kind: type[T], data: bytes, schema: int) -> T:
+def _decode(kind: type[T], data: bytes, schema: int, older: Collection[int] = ()) -> T:
     try:
-        return decode(kind, data, schema)
+        return decode(kind, data, schema, older)
     except InvalidArgumentError as error:
         raise InvalidArgumentError(f"{error}; begin anew") from None
 
@@ -125,12 +129,15 @@ Checks = Iterator[tuple[str, Array, tuple[int | None, ...]]]
 def _arrays(alarm: Alarm) -> Checks:
     fresh = KindState()
     yield from _like(alarm.levels, fresh.levels, "levels")
+    yield from _recent_arrays(alarm.recent, "recent")
     if alarm.change is not None:
         yield from _test_arrays(alarm.change, ChangeTest, LEVEL_WEIGHTS.shape)
     for state in alarm.kinds.values():
         yield "learning", state.learning, (None, 3)
         yield from _like(state.levels, fresh.levels, "levels")
         yield from _like(state.divergences, fresh.divergences, "divergences")
+        yield from _recent_arrays(state.recent, "recent")
+        yield from _recent_arrays(state.recent_divergences, "recent_divergences")
         if state.baseline is not None:
             yield "limits", state.baseline.limits, (len(LEVELS), len(LOG_WEIGHTS) // len(STAKES))
         if state.budget is not None:
@@ -148,6 +155,14 @@ def _test_arrays(running: RunningTest, kind: type[BudgetTest | ChangeTest], shap
 def _wealth_arrays(wealth: WealthState, shape: tuple[int, ...]) -> Checks:
     for name in ("log_wealth", "since", "first_request", "first_token"):
         yield name, getattr(wealth, name), shape
+
+
+def _recent_arrays(recent: RecentInflation, where: str) -> Checks:
+    if not (1.0 <= recent.value < math.inf and len(recent.waiting) <= RECENT_LAG):
+        raise InvalidArgumentError(f"{where} has a v̂ of {recent.value} or too many units; begin anew")
+    yield f"{where}.waiting", recent.waiting, (None,)
+    yield from _like(recent.older, BatchMeans.of(1), f"{where}.older")
+    yield from _like(recent.newer, BatchMeans.of(1), f"{where}.newer")
 
 
 def _like(stored: object, fresh: object, where: str) -> Checks:

@@ -167,6 +167,56 @@ class BatchMeans:
         return self.effective() >= MIN_EFFECTIVE
 
 
+RECENT_LAG = 64
+"""The number of the latest units that `RecentInflation` leaves out."""
+RECENT_UNITS = 512
+"""The most units that it estimates from; at least half as many, once there were so many."""
+RECENT_EVERY = 8
+"""Units between two of its estimates."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RecentInflation:
+    """v̂ of the recent units of one series, for bets that go on after v̂ was first estimated: dependence may begin later.
+
+    A change of the units' level looks like dependence, and would hide itself in v̂. So the latest `RECENT_LAG` units are
+    left out, within which a large change of independent units is found; and there are at most `RECENT_UNITS` others, so
+    that no batch is longer than about 1/`MIN_BATCHES` of these, and v̂ stays below some 40 whatever happens.
+
+    waiting: float64 [W], the latest units, at most `RECENT_LAG`. older, newer: batch means of the units before them;
+    the newer ones begin with the second half of the older ones, and take their place. value: v̂ of the older ones; 1
+    before there are `MIN_UNITS`.
+
+    >>> recent = RecentInflation()
+    >>> for unit in range(600):
+    ...     recent = recent.update(float(np.sin(1e6 * (unit // (1 if unit < 300 else 10)) ** 2)))
+    ...     if unit == 299:
+    ...         before = recent.value
+    >>> before < 2.5, recent.value > 5.0
+    (True, True)
+    """
+
+    waiting: Floats = field(default_factory=lambda: np.zeros(0))
+    older: BatchMeans = field(default_factory=lambda: BatchMeans.of(1))
+    newer: BatchMeans = field(default_factory=lambda: BatchMeans.of(1))
+    value: float = 1.0
+
+    def update(self, x: float) -> RecentInflation:
+        """Add one unit: its figure, finite."""
+        waiting = np.append(self.waiting, x)
+        if len(waiting) <= RECENT_LAG:
+            return RecentInflation(waiting, self.older, self.newer, self.value)
+        unit, older, newer, value = waiting[:1], self.older, self.newer, self.value
+        older = older.update(unit)
+        if older.units > RECENT_UNITS // 2:
+            newer = newer.update(unit)
+        if older.units >= RECENT_UNITS:
+            older, newer = newer, BatchMeans.of(1)
+        if older.units >= MIN_UNITS and older.units % RECENT_EVERY == 0:
+            value = float(older.inflation()[0])
+        return RecentInflation(waiting[1:], older, newer, value)
+
+
 MIN_HISTORY = 96
 """Units of a kind before which its v̂ is not known: over more than a handful of units nothing could be seen."""
 MAX_CLIENTS = 64

@@ -11,14 +11,15 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from hemostat.config import schema as config
 from hemostat.ipc.messages import REST_KIND
-from hemostat.measurement.dependence import Cycle, Dependence, inflation_samples, told
+from hemostat.measurement.dependence import Cycle, Dependence, DependenceState, inflation_samples, told
 from hemostat.measurement.figures import finite
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
@@ -29,6 +30,7 @@ from hemostat_calibration.arrays import Floats
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError
 from hemostat_calibration.records import TokenRecord
+from hemostat_calibration.state_codec import decode, encode
 from hemostat_calibration.statistics.confidence import ClippedMean
 
 log = logging.getLogger("hemostat.alarm")
@@ -43,6 +45,26 @@ SPENT_KEY = "alarm.tests"
 SAVE_SECONDS = 60.0
 """Longest pause between writes of the state. After a restart, evidence since the last one is lost. A test that begins
 is written at once: no alpha is spent twice."""
+
+
+FLOORS_KEY = "noise_floors"
+"""Of the noise floors in the store: a budget test waits for them, and they take a cycle of the traffic."""
+FLOORS_SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FloorState:
+    """What is known of one model's noise floor."""
+
+    mean: ClippedMean
+    dependence: DependenceState
+
+
+@dataclass(frozen=True, slots=True)
+class FloorsState:
+    """The noise floors, by model."""
+
+    floors: Mapping[str, FloorState]
 
 
 class FloorLimit:
@@ -61,6 +83,18 @@ class FloorLimit:
         self._mean = self._mean.update(values)
         self._dependence.add(np.array([values.sum()]), np.array([float(len(values))]), client)
         self._inflation = self._dependence.inflation()
+
+    @property
+    def state(self) -> FloorState:
+        """What is known, to be stored."""
+        return FloorState(self._mean, self._dependence.state)
+
+    def restore(self, state: FloorState) -> None:
+        """Go on from there. InvalidArgumentError if it does not fit."""
+        if (state.mean.lo, state.mean.cap) != (self._mean.lo, self._mean.cap):
+            raise InvalidArgumentError("the stored noise floor has another range")
+        self._dependence.restore(state.dependence)
+        self._mean, self._inflation = state.mean, self._dependence.inflation()
 
     def limit(self, alpha: float) -> float:
         """Upper end of its interval, asymptotic; infinite while it is not known, or v̂ is not."""
@@ -93,7 +127,8 @@ class Alarms:
             clear_after=settings.clear_after,
         )
         self._state = alarm.init(self._settings)
-        self._noise_floors = {model: FloorLimit(self._settings.cap, Cycle(cycle, wall)) for model in noise_floors}
+        self._cycle = Cycle(cycle, wall)
+        self._noise_floors = {model: FloorLimit(self._settings.cap, self._cycle) for model in noise_floors}
         self._writes = writes
         self._spent = SpentAlpha(SPENT_KEY, writes)
         self._wall = wall
@@ -171,6 +206,7 @@ class Alarms:
     def forget(self) -> None:
         """Other models are served or compared: nothing that was learned holds. Spent alpha stays spent."""
         self._state = alarm.init(self._settings, self._state.begun)
+        self._noise_floors = {model: FloorLimit(self._settings.cap, self._cycle) for model in self._noise_floors}
         self._note_changes()
         self.save()
 
@@ -180,13 +216,24 @@ class Alarms:
         """Queue a write of the state."""
         self._saved_at = self._wall()
         self._writes.set_state(STATE_KEY, alarm.save(self._state).decode())
+        if self._noise_floors:
+            floors = FloorsState({model: floor.state for model, floor in self._noise_floors.items()})
+            self._writes.set_state(FLOORS_KEY, encode(floors, FLOORS_SCHEMA).decode())
 
-    def restore(self, stored: str | None, events: list[dict[str, Any]], spent: str | None = None) -> None:
+    def restore(
+        self,
+        stored: str | None,
+        events: list[dict[str, Any]],
+        spent: str | None = None,
+        floors: str | None = None,
+    ) -> None:
         """Go on from what an earlier run stored. events: newest first. spent: under SPENT_KEY, which versions before it
-        have not written."""
+        have not written. floors: under FLOORS_KEY, likewise."""
         self.events.clear()
         self.events.extend(reversed(events))
         self._spent.restore(spent)
+        if floors is not None:
+            self._restore_floors(floors)
         if stored is None:
             self._state = alarm.init(self._settings, self._spent.count())
             return
@@ -203,6 +250,14 @@ class Alarms:
         self._state = alarm.with_settings(before, self._settings)
         if self._note_changes() or before.settings != self._settings:
             self.save()
+
+    def _restore_floors(self, stored: str) -> None:
+        try:
+            states = decode(FloorsState, stored.encode(), FLOORS_SCHEMA).floors
+            for model in self._noise_floors.keys() & states.keys():
+                self._noise_floors[model].restore(states[model])
+        except InvalidArgumentError as error:
+            log.warning("the stored noise floors cannot be continued, and are measured anew: %s", error)
 
     # --- what is shown ---------------------------------------------------------------------------------------------
 

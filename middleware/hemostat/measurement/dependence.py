@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat_calibration.arrays import Floats
+from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.statistics.dependence import (
     MAX_CLIENTS,
     MIN_EFFECTIVE,
@@ -34,6 +35,25 @@ class Cycle:
 
 
 NO_CYCLE = Cycle()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DependenceState:
+    """What `Dependence` knows: batches in time, and by client; of the first figure's mean by request; the rows of
+    clients; and when its first and its last request came, seconds."""
+
+    in_time: BatchMeans
+    by_client: ClientBatches
+    mean: BatchMeans
+    clients: Mapping[bytes, int]
+    first: float
+    last: float
+
+    def arrays(self) -> Iterator[Floats]:
+        """All arrays, whose shapes are fixed by the number of figures."""
+        by_client = self.by_client
+        yield from (self.in_time.open, self.in_time.sums, self.mean.open, self.mean.sums)
+        yield from (by_client.count, by_client.total, by_client.open, by_client.batches, by_client.squares)
 
 
 class Dependence:
@@ -62,6 +82,19 @@ class Dependence:
             mean = np.array([x[0] / n[0]])
             self._mean = self._mean.update(mean)
             self._by_client = self._by_client.update(np.array([client_row(self._clients, client)]), mean)
+
+    @property
+    def state(self) -> DependenceState:
+        """What is known, to be stored."""
+        return DependenceState(self._in_time, self._by_client, self._mean, dict(self._clients), self._first, self._last)
+
+    def restore(self, state: DependenceState) -> None:
+        """Go on from there. InvalidArgumentError if it does not belong to as many figures, or is damaged."""
+        fits = all(a.shape == b.shape for a, b in zip(state.arrays(), self.state.arrays(), strict=True))
+        if not fits or not all(0 <= row < MAX_CLIENTS for row in state.clients.values()):
+            raise InvalidArgumentError("the stored dependence of requests does not fit")
+        self._in_time, self._by_client, self._mean = state.in_time, state.by_client, state.mean
+        self._clients, self._first, self._last = dict(state.clients), state.first, state.last
 
     @property
     def whole(self) -> bool:

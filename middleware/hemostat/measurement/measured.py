@@ -41,7 +41,9 @@ class Measured:
         states = snapshot.states
         self.by_engine.restore(states.get(by_engine.STATE_KEY), states.get(by_engine.SPENT_KEY))
         events = [event for event in snapshot.events if event.get("decision") == "alarm"]
-        self.alarms.restore(states.get(alarms.STATE_KEY), events, states.get(alarms.SPENT_KEY))
+        self.alarms.restore(
+            states.get(alarms.STATE_KEY), events, states.get(alarms.SPENT_KEY), states.get(alarms.FLOORS_KEY)
+        )
         self.outcomes.restore(states.get(outcomes.STATE_KEY), states.get(outcomes.SPENT_KEY))
 
     def forget(self) -> None:

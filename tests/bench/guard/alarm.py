@@ -25,7 +25,14 @@ from hemostat_calibration.alarm.alarm import CHECK_EVERY, baseline_inflation
 from hemostat_calibration.alarm.baseline import LEVEL_WEIGHTS
 from hemostat_calibration.alarm.betting import BET_FRACTIONS, amount, equal_weights, log_sum_exp
 from hemostat_calibration.statistics.confidence import MeanSequence
-from hemostat_calibration.statistics.dependence import LEVELS, BatchMeans
+from hemostat_calibration.statistics.dependence import (
+    LEVELS,
+    MIN_UNITS,
+    RECENT_EVERY,
+    RECENT_LAG,
+    RECENT_UNITS,
+    BatchMeans,
+)
 
 from . import Row, count_row
 
@@ -152,17 +159,34 @@ def baselines(
     return result
 
 
+def recent_inflations(levels: Array) -> Array:
+    """What `RecentInflation` says after each level: [R] -> [R]."""
+    result, value, first = np.ones(len(levels)), 1.0, 0
+    for at in range(len(levels)):
+        last = at + 1 - RECENT_LAG
+        if last - first >= RECENT_UNITS:
+            first += RECENT_UNITS // 2
+        if last - first >= MIN_UNITS and (last - first) % RECENT_EVERY == 0:
+            value = float(batch_means(levels[first:last]).inflation()[0])
+        result[at] = value
+    return result
+
+
 def crossing(kinds: npt.NDArray[np.int64], rows: Array, settings: Settings = SETTINGS) -> int | None:
     """Position of the request with which the first change test alarms; kinds [R], rows [R, 3] in order of arrival."""
     factors, inflation = np.full((len(rows), *LEVEL_WEIGHTS.shape), np.nan), np.ones(len(rows))
+    relative = np.zeros(len(rows))
     for count, (kind, later, v) in enumerate(baselines(kinds, rows, settings), 1):
         learned = np.setdiff1d(np.flatnonzero(kinds == kind), later)
         baseline = fit_baseline(rows[learned], 1.0 / (count * (count + 1)), v)
-        factors[later] = baseline.log_factors(rows[later, 0], rows[later, 1], settings.tolerance)
-        inflation[later] = v
+        factors[later] = baseline.log_factors(rows[later, 0], rows[later, 1], settings.tolerance) * v
+        relative[later] = rows[later, 0] - baseline.level
+        inflation[later] = np.maximum(v, recent_inflations(relative[later]))
     bets = np.flatnonzero(~np.isnan(factors[:, 0, 0]))
     if not len(bets):
         return None
+    inflation[bets] = np.maximum(inflation[bets], recent_inflations(relative[bets]))
+    factors /= inflation[:, None, None]
     over = np.flatnonzero(log_evidence(factors[bets], inflation[bets]) >= -math.log(settings.change_alpha))
     return int(bets[over[0]]) if len(over) else None
 

@@ -15,14 +15,23 @@ from dataclasses import astuple, dataclass
 import numpy as np
 import numpy.typing as npt
 from tests.bench.guard import Row, count_row, median
-from tests.bench.guard.alarm import SETTINGS, SHORT, Array, log_evidence, normal_effects, real, simulated
+from tests.bench.guard.alarm import (
+    SETTINGS,
+    SHORT,
+    Array,
+    log_evidence,
+    normal_effects,
+    real,
+    recent_inflations,
+    simulated,
+)
 
 from hemostat_calibration.alarm.alarm import CHECK_EVERY, EFFECTIVE_SHARE
 from hemostat_calibration.alarm.baseline import fit_baseline
 from hemostat_calibration.statistics.dependence import LEVELS, MIN_BATCHES, upper_factor
 
 NAME = "alarm_dependence"
-TAKES = "3 minutes on one core (a fifth of the lives)"
+TAKES = "15 minutes on one core (a fifth of the lives)"
 TEST_LIVES = 0
 
 WEEK = 7 * 24 * 20
@@ -107,6 +116,12 @@ WORLDS: dict[str, tuple[World, int, float]] = {
     "day and night ± 0.1": (effects(day_and_night(0.1)), 4, math.nan),
 }
 """Name -> world, weeks that are tested, v of sums of effects. The rule was not made for the last six."""
+BEGINNING = {"runs of 20, effects 0.3": 20, "runs of 8, effects 0.3": 8}
+"""Dependence that begins after a baseline of independent requests: the length of the runs."""
+BEGINNING_WEEKS = 12
+BEGINNING_ALLOWED = 0.2
+"""False alarms in so many weeks. They come from the first runs: twenty alike requests that differ by more than the
+tolerance are a change, as far as anybody can see, until there were more of them."""
 STRONG_CYCLE = 0.3
 """Of the logarithm of the spread, half of the difference between day and night."""
 
@@ -159,22 +174,32 @@ def lives_of(
     dependence: bool = True,
     cycle: int = DAY,
     learned: int = LEARNED,
+    learned_from: World | None = None,
+    goes_on: bool = True,
 ) -> list[Life]:
     """factor: of the spread, after so many tested requests; alarms are counted from there. dependence: False: the rule
-    before. cycle: requests that a baseline has at least."""
+    before. cycle: requests that a baseline has at least. learned_from: the world of the baseline, if it is another one.
+    goes_on: v̂ of recent requests counts, too."""
     result = []
     for life in range(lives):
-        rows = world(np.random.default_rng([seed, life]), learned + after + tested)
+        random = np.random.default_rng([seed, life])
+        rows = world(random, learned + after + tested)
+        if learned_from is not None:
+            rows[:learned] = learned_from(random, learned)
         known = begins(rows[:learned, 0], cycle) if dependence else (SETTINGS.baseline_requests, 1.0)
         if known is None:
             result.append(Life(math.inf, math.inf))
             continue
         begun, v = known
         usual = fit_baseline(rows[:begun], 0.5, v)
-        later = rows[begun : begun + after + tested]
+        begins_at = begun if learned_from is None else learned
+        later = rows[begins_at : begins_at + after + tested]
         later[after:, 0] += math.log(factor)
-        factors = usual.log_factors(later[:, 0], later[:, 1], SETTINGS.tolerance)
-        over = np.flatnonzero(log_evidence(factors, v) >= -math.log(SETTINGS.change_alpha))
+        recent = np.full(len(later), v)
+        if goes_on and dependence:
+            recent = np.maximum(recent, recent_inflations(later[:, 0] - usual.level))
+        factors = usual.log_factors(later[:, 0], later[:, 1], SETTINGS.tolerance) * v / recent[:, None, None]
+        over = np.flatnonzero(log_evidence(factors, recent) >= -math.log(SETTINGS.change_alpha))
         result.append(Life(begun, over[0] + 1.0 - after if len(over) else math.inf))
     return result
 
@@ -210,6 +235,7 @@ def rows(lives: int, seed: int) -> Iterator[Row]:
         case = f"the spread grows by {WITHIN_TOLERANCE}, within the tolerance, {name}"
         yield count_row(case, alarms(within), lives, SETTINGS.alpha)
         yield found_row(name, world, lives, seed, FOUND_INDEPENDENT if v == 1.0 else FOUND_DEPENDENT)
+    yield from beginning_rows(max(lives // 5, 20), seed)
     cycle = effects(day_and_night(STRONG_CYCLE))
     lived = lives_of(cycle, lives, seed, 4 * WEEK)
     begun = median([life.begun for life in lived])
@@ -224,6 +250,21 @@ def rows(lives: int, seed: int) -> Iterator[Row]:
         "for comparison: a cycle that is longer than the baseline is not covered",
         True,
     )
+
+
+def beginning(length: int, lives: int, seed: int, weeks: int, *, goes_on: bool = True) -> list[Life]:
+    """Requests are independent during the baseline, and come in runs of alike ones afterwards."""
+    independent, later = effects(lambda rng, n: normal_effects(rng, n, 0.3)), effects(runs(length, 0.3))
+    return lives_of(later, lives, seed, weeks * WEEK, learned=3 * DAY, learned_from=independent, goes_on=goes_on)
+
+
+def beginning_rows(lives: int, seed: int) -> Iterator[Row]:
+    for name, length in BEGINNING.items():
+        case = f"no change, independent during the baseline, then {name}, {BEGINNING_WEEKS} weeks"
+        yield count_row(case, alarms(beginning(length, lives, seed, BEGINNING_WEEKS)), lives, BEGINNING_ALLOWED)
+        before = alarms(beginning(length, lives, seed, BEGINNING_WEEKS, goes_on=False))
+        text = "for comparison: v̂ of the baseline alone"
+        yield Row(f"the same, v̂ of the baseline alone, {name}: alarms", f"{before} of {lives}", text, True)
 
 
 def alarms(lived: list[Life]) -> int:

@@ -10,7 +10,7 @@ from tests.bench.guard import most
 
 from hemostat_calibration.alarm import ChangeTest, RequestSpread, baseline, fit_baseline
 from hemostat_calibration.alarm.alarm import baseline_inflation
-from hemostat_calibration.statistics.dependence import BatchMeans
+from hemostat_calibration.statistics.dependence import BatchMeans, RecentInflation
 
 LIVES = 50
 
@@ -61,9 +61,11 @@ def test_the_simulations_bet_as_the_test_does():
     [(_, later, v)] = worlds.baselines(kinds, rows, worlds.SETTINGS)
     n = int(later[0])
     usual = fit_baseline(rows[:n], 0.5, v)
-    test = ChangeTest(worlds.SETTINGS.change_alpha, worlds.SETTINGS.tolerance)
+    test, recent = ChangeTest(worlds.SETTINGS.change_alpha, worlds.SETTINGS.tolerance), RecentInflation()
     for at, (level, tokens, contrast) in enumerate(rows[n:]):
-        test = test.update(usual, RequestSpread(level, int(tokens), contrast), worlds.SECONDS * at)
+        recent = recent.update(level - usual.level)
+        request = RequestSpread(level, int(tokens), contrast)
+        test = test.update(usual, request, worlds.SECONDS * at, recent.value)
     assert test.crossing is not None
     assert worlds.crossing(kinds, rows) == n + test.wealth.requests - 1
 
@@ -98,3 +100,18 @@ def test_requests_taken_for_independent_would_alarm_without_a_change(name):
     lived = dependent.lives_of(world, 20, 0, dependent.WEEK)
     assert sum(np.isfinite(life.alarm) for life in lived) <= most(20, worlds.SETTINGS.alpha)
     assert all(np.isfinite(life.begun) for life in lived)
+
+
+def test_recent_v_is_that_of_the_alarm():
+    levels = np.repeat(np.random.default_rng(0).normal(size=500), 3)
+    recent, values = RecentInflation(), []
+    for level in levels:
+        recent = recent.update(level)
+        values.append(recent.value)
+    assert worlds.recent_inflations(levels) == pytest.approx(values)
+    assert values[-1] > 2.0
+
+
+def test_dependence_that_begins_after_the_baseline_would_alarm_if_v_stopped_there():
+    assert dependent.alarms(dependent.beginning(20, 20, 0, 4, goes_on=False)) >= 12
+    assert dependent.alarms(dependent.beginning(20, 20, 0, 4)) <= most(20, dependent.BEGINNING_ALLOWED)
