@@ -1,12 +1,14 @@
 """Variance inflation by batch means, against the batch computation and the known v of processes."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.guard.decisions import Action
+from hemostat_calibration.guard import kind_test
+from hemostat_calibration.guard.decisions import Action, Admission
 from hemostat_calibration.guard.guard import MIN_CYCLES, Guard
 from hemostat_calibration.statistics.dependence import (
     MIN_HISTORY,
@@ -146,6 +148,80 @@ def test_units_of_less_than_a_cycle_give_no_estimate_and_a_new_kind_borrows_what
     assert not alike.is_known("alike")
     assert Guard(cycle=day).is_known("never noted")
     assert Guard(cycle=day).has_seen_cycles
+
+
+def in_test(guard: Guard, first: int, count: int, step: float, gain: float = 0.3) -> None:
+    """Units that count, one every `step` hours, after a first one at hour 100."""
+    rng = np.random.default_rng(first)
+    for at in range(first, first + count):
+        drawn, now = float(np.clip(rng.normal(gain, 0.1), -1.0, 1.0)), 3600.0 * (100.0 + step * at)
+        guard.update("test", "kind", b"%d" % at, b"client %d" % (at % 8), drawn, drawn, 50, now=now)
+
+
+def with_history(cycle_hours: float = 24.0) -> Guard:
+    """A guard that knows how much the figure that is noted depends: not at all."""
+    rng, guard = np.random.default_rng(0), Guard(cycle=3600.0 * cycle_hours)
+    for at in range(200):
+        guard.note("kind", b"client %d" % (at % 8), float(rng.normal()), now=3600.0 * 0.5 * at)
+    guard.begin_candidate("test", {"kind": (1.0, 1.0)})
+    return guard
+
+
+def test_a_candidate_is_not_promoted_before_its_gains_span_a_cycle():
+    guard = with_history()
+    in_test(guard, 0, 239, 0.1)
+    assert guard.evidence("test", "kind").progress == 1.0
+    assert not guard.spans_cycle("test", "kind")
+    assert guard.decide("test", "kind").action is Action.WAIT
+    guard = Guard.load(guard.save(), 0.05, 0.25, 3600.0 * 24.0)
+    in_test(guard, 239, 2, 0.1)
+    assert guard.spans_cycle("test", "kind")
+    assert guard.decide("test", "kind").action is Action.PROMOTE
+    without = with_history(0.0)
+    in_test(without, 0, 45, 0.25)
+    assert without.decide("test", "kind").action is Action.PROMOTE, "where there is no cycle, nothing waits for it"
+
+
+def test_a_clock_that_is_set_spans_no_cycle():
+    guard = with_history()
+    in_test(guard, 0, 40, 0.01)
+    in_test(guard, 1_000_000, 40, 0.01)
+    assert not guard.spans_cycle("test", "kind"), "one gap counts as half a cycle"
+
+
+def test_a_full_test_learns_how_much_its_gains_depend_until_they_span_a_cycle(monkeypatch):
+    monkeypatch.setattr(kind_test, "MAX_UNITS", 90)
+    guard = with_history()
+    in_test(guard, 0, 90, 0.1)
+    assert guard.decide("test", "kind").action is Action.WAIT
+    assert guard.admit("test", "kind", b"more", b"client 1") is Admission.FULL
+    before = guard.evidence("test", "kind")
+    rng = np.random.default_rng(7)
+    for at in range(90, 400):
+        guard.note_gain("test", "kind", float(rng.normal(0.3, 0.1)), 3600.0 * (100.0 + 0.1 * at))
+    assert guard.evidence("test", "kind").units == before.units == 90
+    assert guard.decide("test", "kind").action is Action.PROMOTE
+
+
+def test_gains_by_day_and_night_count_though_there_are_few_batches_of_a_length():
+    guard = with_history()
+    for at in range(140):
+        gain = 0.02 + 0.3 * math.sin(2.0 * math.pi * at / 120.0)
+        guard.update("test", "kind", b"%d" % at, b"client %d" % (at % 8), gain, gain, 50, now=3600.0 * (100 + 0.2 * at))
+    assert guard.evidence("test", "kind").inflation > 20.0
+
+
+def test_a_state_that_was_stored_before_times_were_goes_on():
+    guard = with_history()
+    in_test(guard, 0, 97, 0.25)
+    stored = json.loads(guard.save()) | {"schema": 4}
+    for test in stored["state"]["tests"]["test"].values():
+        del test["last"], test["elapsed"]
+    again = Guard.load(json.dumps(stored).encode(), 0.05, 0.25, 3600.0 * 24.0)
+    assert again.evidence("test", "kind") == guard.evidence("test", "kind")
+    assert not again.spans_cycle("test", "kind")
+    in_test(again, 100, 200, 0.25)
+    assert again.decide("test", "kind").action is Action.PROMOTE
 
 
 def test_a_guard_promotes_where_it_knows_how_much_units_depend_on_each_other():

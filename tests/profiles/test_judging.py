@@ -153,6 +153,40 @@ def test_no_candidate_gives_way_before_a_cycle_was_seen(monkeypatch: pytest.Monk
     assert bench.profiles.trials.tested_versions == [second, third]
 
 
+def test_no_candidate_gives_way_before_its_own_gains_span_a_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(futility, "MAX_UNPROVEN_UNITS", 30)
+    monkeypatch.setattr(Trials, "spans_cycle", lambda *_: False)
+    bench = Bench()
+    first, second, third = (bench.profiles.operator.import_profile(harmful(seed=seed)) for seed in range(3))
+    bench.feed(EVEN, JUDGED[:60])
+    assert bench.profiles.trials.tested_versions == [first, second]
+    monkeypatch.setattr(Trials, "spans_cycle", lambda *_: True)
+    bench.feed(EVEN, JUDGED[60:61])
+    assert bench.profiles.trials.tested_versions == [second, third]
+
+
+def test_what_lacks_a_cycle_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trials, "spans_cycle", lambda *_: False)
+    monkeypatch.setattr(Trials, "promotes", lambda *_: False)
+    bench = Bench()
+    bench.profiles.operator.import_profile(helpful())
+    bench.feed(BIASED, JUDGED[:300])
+    [kind] = bench.status()["kinds"]
+    said = "enough evidence; its gains do not span a cycle of the traffic yet (evidence.cycle_hours)"
+    assert kind["candidates"][0]["summary"] == said
+
+
+def test_a_full_test_goes_on_noting_how_much_gains_depend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kind_test, "MAX_UNITS", 20)
+    bench = Bench()
+    bench.profiles.operator.import_profile(harmful())
+    noted: list[float] = []
+    monkeypatch.setattr(bench.profiles.trials, "note_gain", lambda name, unit, gain: noted.append(unit.time))
+    bench.feed(BIASED, JUDGED[:30])
+    assert bench.status()["candidates"][0]["requests"] == 20
+    assert noted == [float(n) for n in range(21, 31)]
+
+
 def test_a_candidate_that_is_tested_in_rare_kinds_only_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(futility, "MAX_SEEN_UNITS", 50)
     bench = Bench()

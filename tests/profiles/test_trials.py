@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import numpy as np
 import pytest
 from tests.support.profile_bench import BIASED, JUDGED, LEARNED, Bench, contextual, harmful
-from tests.support.records import Truth, log_softmax, make_record
-from tests.support.world import V
 
 from hemostat.ipc.messages import REST_KIND
 from hemostat.profiles.scopes import Scopes
 from hemostat.profiles.serving import MAX_TRIED_VERSIONS, KindState, ServingState
 from hemostat.profiles.trials import IMPORT, MAX_TESTED, SERVING, Candidate, Trials, UnitGain
+from hemostat.profiles.units import HeldOutUnit
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard.decisions import Admission
 from hemostat_calibration.profiles.families import ADAPTER, CONTEXTUAL, TEMPERATURE_BIAS
@@ -58,14 +54,11 @@ class Made:
         """Units that counted."""
         counted = 0
         for n in units:
-            record = replace(RECORD, kind=kind, conversation=b"%d" % n)
-            if self.trials.admit(candidate.test, record) is Admission.ADMITTED:
-                self.trials.update(candidate.test, record, UnitGain(gain, gain))
+            unit = HeldOutUnit(kind, b"%d" % n, b"", 3, True, False, lambda _: None)
+            if self.trials.admit(candidate.test, unit) is Admission.ADMITTED:
+                self.trials.update(candidate.test, unit, UnitGain(gain, gain))
                 counted += 1
         return counted
-
-
-RECORD = make_record(Truth(*(log_softmax(np.zeros((3, V))),) * 2, np.zeros(3, int)), 4)
 
 
 def test_the_queue_is_ordered_by_priority_and_then_by_age() -> None:

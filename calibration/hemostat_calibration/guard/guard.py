@@ -17,6 +17,11 @@ end. Units must be of the held-out side of the split.
   its gains, too: the larger one. A candidate is not promoted before there are enough units to know it, over
   `MIN_CYCLES` of the traffic (`statistics.dependence`): of the kind, or of all kinds together. Then the larger v̂ of
   both counts, until that of the kind is known.
+- The gains of a candidate may depend on each other where the figure that is noted does not. So they have to span a
+  cycle, and of their own v̂ the few long batches that a cycle has count, too. Only held-out gains are asked: those of
+  units that were learned from have another mean, and those of adapters would take exact distances of all units. Where
+  the traffic has no cycle (`cycle` is 0), it is assumed that gains depend on each other over no longer times than many
+  of fit in a test, and fewer than `MIN_UNITS` of them no more than what is noted.
 
 The evidence is described, with its sources, in `wealth`; the closed test in `closing`. What is bounded, whatever the
 gains' distribution and however often one looks, as long as no gain is below −width, exactly where no expected gain
@@ -210,7 +215,7 @@ class Guard:
         proof = self._state.tests.get(like, {}).get(kind) if like is not None else None
         if proof is not None:
             test.token_cap = proof.typical_tokens
-            test.inherited = proof.own_inflation
+            test.inherited = proof.own_inflation()
         self._state.tests.setdefault(name, {})[kind] = test
         self._count_window(kind, number)
 
@@ -270,9 +275,11 @@ class Guard:
         upper: float,
         tokens: int,
         kl_gain: float | None = None,
+        now: float = 0.0,
     ) -> None:
         """Count one unit of `tokens` tokens, its mean gain between `lower` and `upper` (equal where exact).
 
+        now: its time, seconds; the gains of a candidate have to span a cycle before it is promoted.
         kl_gain: given where, and only where, the test's figure is the total variation: the unit's mean gain in KL,
             nats; minus infinity where the profile gives no distribution at a token.
         For a serving profile whose window is over, and which was not rolled back, this is the first of the next window.
@@ -282,9 +289,19 @@ class Guard:
         test = self._current(name, kind, self._test(name, kind))
         if test.frozen:
             raise InvalidArgumentError(f"{name[:80]} is frozen in {kind[:80]}: ask `admit` first")
-        test.update(unit, client, lower, upper, tokens, kl_gain)
+        test.update(unit, client, lower, upper, tokens, kl_gain, now, self._longest_gap)
         if test.role is Role.SERVING and not test.supported:
-            test.supported = test.reaches(-math.log(self._alpha), self._inflation(kind, test))
+            test.supported = test.reaches(-math.log(self._alpha), lambda: self._inflation(kind, test))
+
+    def note_gain(self, name: str, kind: str, lower: float, now: float) -> None:
+        """Note the gain (lower end) of a unit that a candidate's test is too full to count: how much gains depend on
+        each other is estimated from it, too. now: see `update`. InvalidArgumentError for what is not under test."""
+        self._test(name, kind).note(lower, now, self._longest_gap)
+
+    def spans_cycle(self, name: str, kind: str) -> bool:
+        """Whether the gains of a candidate's test span a cycle: before that it is not promoted there.
+        InvalidArgumentError for what is not under test."""
+        return self._test(name, kind).spans(self._cycle)
 
     def oppose(self, name: str, kind: str, lower: float, figure: Figure = Figure.NATS) -> None:
         """Note the gain (lower end) of a unit that a candidate's test has refused for its client's share. It does
@@ -307,7 +324,7 @@ class Guard:
             proven = (
                 not test.frozen
                 and self.is_known(kind)
-                and test.reaches(needed, self._inflation(kind, test), known=noted)
+                and test.reaches(needed, lambda: self._inflation(kind, test), known=noted, seconds=self._cycle)
                 and test.gains_by_token
                 and test.gains_in_kl
                 and self._adjusted(name, test) >= needed
@@ -348,7 +365,7 @@ class Guard:
             figure=test.figure,
             mean_kl_gain=test.mean_kl_gain,
             mean_kl_gain_by_token=test.mean_kl_gain_by_token,
-            inflation=max(self._inflation(kind, test), test.own_inflation),
+            inflation=self._inflation(kind, test),
         )
 
     def units(self, name: str, kind: str) -> tuple[int, int]:
@@ -445,15 +462,25 @@ class Guard:
         """That have to be seen before anything is promoted."""
         return MIN_CYCLES * self._cycle
 
+    @property
+    def _longest_gap(self) -> float:
+        """That is counted as time between two gains."""
+        return self._cycle / 2.0 if self._cycle else math.inf
+
+    def _in_cycles(self, test: KindTest) -> bool:
+        return self._cycle > 0.0 and test.role is Role.CANDIDATE
+
     def _inflation(self, kind: str, test: KindTest) -> float:
-        """v̂ of sums as long as the test, as far as it is known. Where the traffic has no cycle, and for what serves,
-        whose harm has to be found soon, units depend on each other over no longer times than many of them fit in."""
+        """v̂ of sums as long as the test, as far as it is known: that of what was noted, or of the test's own gains, the
+        larger one. Where the traffic has no cycle, and for what serves, whose harm has to be found soon, units depend
+        on each other over no longer times than many of them fit in."""
         own, pooled = self._state.dependence.get(kind), self._state.dependence.get(ALL_KINDS)
         if own is not None and (pooled is None or own.known_for(self._needed_seconds)):
             pooled = None
-        in_cycles = self._cycle > 0.0 and test.role is Role.CANDIDATE
+        in_cycles = self._in_cycles(test)
         noted = [dependence for dependence in (own, pooled) if dependence is not None]
-        return max((d.inflation_of_sums(test.units) if in_cycles else d.inflation for d in noted), default=1.0)
+        known = [d.inflation_of_sums(test.units) if in_cycles else d.inflation for d in noted]
+        return max([*known, test.own_inflation(in_cycles)])
 
     def _log_e(self, kind: str, test: KindTest) -> float:
         return test.log_e(self._inflation(kind, test))

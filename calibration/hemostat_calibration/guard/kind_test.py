@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -60,8 +61,10 @@ class KindTest:
     kl_sums: float64 [MAX_CLIENTS, 2], nats; of a test whose figure is the total variation.
     supported: latched, for a serving profile. gain: by unit, of the end that counts against the action; it is shown,
         and decides nothing.
-    batches: of a candidate's gains, for their variance inflation. inherited: of a serving profile, that of the gains of
-        its proof: its own may change, and a change looks like dependence.
+    batches: of a candidate's gains, for their variance inflation; also of units that the full test does not count.
+    last, elapsed: when the last of these was, seconds, and the time that they span.
+    inherited: of a serving profile, the variance inflation of the gains of its proof: its own may change, and a change
+        looks like dependence.
     evidence: v̂ and the log evidence with it, where it is known since the last unit.
     """
 
@@ -87,6 +90,8 @@ class KindTest:
     sums: Floats = field(default_factory=lambda: np.zeros((MAX_CLIENTS, 3)))
     kl_sums: Floats = field(default_factory=lambda: np.zeros((MAX_CLIENTS, 2)))
     batches: BatchMeans = field(default_factory=lambda: BatchMeans.of(1))
+    last: float = 0.0
+    elapsed: float = 0.0
     inherited: float = 1.0
     evidence: tuple[float, float] | None = None
 
@@ -107,20 +112,38 @@ class KindTest:
     def window_is_over(self) -> bool:
         return self.role is Role.SERVING and (self.units >= self.window or self._ends_window(more=0))
 
-    def may_decide(self, known: bool) -> bool:
-        """known: how much units of the kind depend on each other is known beside this test. Else a candidate's gains
-        have to tell; and where there are enough of them to ask, they have to in any case."""
-        if self.role is Role.CANDIDATE and not (known and self.units < MIN_UNITS) and not self.batches.enough()[0]:
-            return False
+    def may_decide(self, known: bool, seconds: float = 0.0) -> bool:
+        """known: how much units of the kind depend on each other is known beside this test. seconds: that a candidate's
+        gains have to span. Where they have to span none, and v̂ is known beside the test, fewer than `MIN_UNITS` of them
+        need not tell how much they depend on each other themselves."""
+        if self.role is Role.CANDIDATE:
+            too_few = known and not seconds and self.units < MIN_UNITS
+            if not self.spans(seconds) or not (too_few or self.batches.enough()[0]):
+                return False
         return self.clients >= MIN_CLIENTS or self.units >= MIN_UNITS_OF_FEW_CLIENTS
 
-    @property
-    def own_inflation(self) -> float:
-        """v̂ of the gains, 1 or more; 1 where too few are known."""
+    def spans(self, seconds: float) -> bool:
+        """Whether the gains do, from the first one to the last."""
+        return self.elapsed >= seconds
+
+    def own_inflation(self, in_cycles: bool = False) -> float:
+        """v̂ of the gains, 1 or more; 1 where too few are known. in_cycles: that of sums as long as the test, which also
+        asks the few batches of a length that there are few of."""
         if self.role is Role.SERVING:
             return self.inherited
-        result = float(self.batches.inflation()[0])
+        batches = self.batches
+        result = float((batches.inflation_of_sums(self.units) if in_cycles else batches.inflation())[0])
         return result if math.isfinite(result) else 1.0
+
+    def note(self, gain: float, now: float, longest_gap: float) -> None:
+        """A gain of the kind, whether it counts or not (`MAX_UNITS`), for its variance inflation. now: its time,
+        seconds. longest_gap: what is counted of the time since the last one, so that a clock that is set spans
+        little."""
+        if self.last > 0.0:
+            self.elapsed += min(max(now - self.last, 0.0), longest_gap)
+        self.last = now
+        self.batches = self.batches.update(np.array([gain / self.width]))
+        self.evidence = None
 
     def admit(self, unit: bytes, client: bytes, share: float) -> Admission:
         """Whether the unit may count. It looks at whose the unit is and not at what it showed.
@@ -149,10 +172,18 @@ class KindTest:
         return bool(unit) and _digest(unit) in self.counted
 
     def update(
-        self, unit: bytes, client: bytes, lower: float, upper: float, tokens: int, kl_gain: float | None = None
+        self,
+        unit: bytes,
+        client: bytes,
+        lower: float,
+        upper: float,
+        tokens: int,
+        kl_gain: float | None = None,
+        now: float = 0.0,
+        longest_gap: float = math.inf,
     ) -> None:
-        """Count one unit. kl_gain: see `Guard.update`. InvalidArgumentError for a gain outside of ±width or of another
-        figure, or a unit that has counted."""
+        """Count one unit. kl_gain, now: see `Guard.update`. longest_gap: see `note`. InvalidArgumentError for a gain
+        outside of ±width or of another figure, or a unit that has counted."""
         width = self.width
         self._require(Figure.NATS if kl_gain is None else Figure.TOTAL_VARIATION)
         if kl_gain is not None and math.isnan(kl_gain):
@@ -180,7 +211,7 @@ class KindTest:
             loss = _within_one(-upper / width)
             self.harm.update(client, loss, loss * min(tokens / self.token_cap, 1.0))
         else:
-            self.batches = self.batches.update(np.array([lower / width]))
+            self.note(lower, now, longest_gap)
         sums = self.sums[place]
         sums[GAIN_TOKENS] += shown * tokens
         sums[TOKENS] += tokens
@@ -207,11 +238,8 @@ class KindTest:
 
     def log_e(self, inflation: float) -> float:
         """Logarithm of the evidence that the gain is above 0 and that needs no single client: to begin, or for what
-        serves (see `wealth`).
-
-        inflation: of what is known of the kind beside this test; the larger one of it and `own_inflation` counts.
-        """
-        v = max(inflation, self.own_inflation)
+        serves (see `wealth`). inflation: v̂, 1 or more."""
+        v = inflation
         if self.evidence is None or self.evidence[0] != v:
             by_client = self.wealth[: self.clients]
             if self.role is Role.CANDIDATE:
@@ -221,23 +249,23 @@ class KindTest:
             self.evidence = v, result
         return self.evidence[1]
 
-    def reaches(self, needed: float, inflation: float, known: bool = False) -> bool:
-        """Whether the log evidence is `needed` or more, and may decide. Most units need no evaluation of it. inflation:
-        see `log_e`. known: see `may_decide`."""
+    def reaches(self, needed: float, inflation: Callable[[], float], known: bool = False, seconds: float = 0.0) -> bool:
+        """Whether the log evidence is `needed` or more, and may decide. Most units need no evaluation of it, nor of
+        v̂. inflation: returns v̂. known, seconds: see `may_decide`."""
         if log_bound(self.wealth[: self.clients]) < needed:
             return False
-        return self.may_decide(known) and self.log_e(inflation) >= needed
+        return self.may_decide(known, seconds) and self.log_e(inflation()) >= needed
 
     def harm_reaches(self, needed: float, inflation: float) -> bool:
         """Whether the log evidence that a serving profile's gain is below 0 is `needed` or more, and may decide."""
         harm = self.harm
         if harm is None or not (harm.clients >= MIN_CLIENTS or harm.units >= MIN_UNITS_OF_FEW_CLIENTS):
             return False
-        return harm.reaches(needed, max(inflation, self.inherited))
+        return harm.reaches(needed, inflation)
 
     def log_harm(self, inflation: float) -> float:
         """Logarithm of that evidence; 0 for a candidate."""
-        return self.harm.log_e(max(inflation, self.inherited)) if self.harm is not None else 0.0
+        return self.harm.log_e(inflation) if self.harm is not None else 0.0
 
     @property
     def mean_gain_by_token(self) -> float:

@@ -7,6 +7,7 @@ that two candidates are tested in: at most 4 MB, and 0.2 MB with 300 units of 20
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -20,8 +21,10 @@ from hemostat_calibration.state_codec import decode as read
 from hemostat_calibration.state_codec import encode as written
 from hemostat_calibration.statistics.dependence import MAX_CLIENTS, KindDependence
 
-SCHEMA = 4
-"""Another one is refused."""
+SCHEMA = 5
+"""An older one than `OLDEST` is refused, and a newer one."""
+OLDEST = 4
+"""Its tests do not say when their gains were: the cycle that these have to span begins anew."""
 
 
 @dataclass(slots=True)
@@ -43,18 +46,18 @@ def encode(state: State) -> bytes:
     """The state as JSON.
 
     >>> encode(State(candidate_tests=2))
-    b'{"schema":4,"state":{"candidate_tests":2,"windows":{},"tests":{},"ended":{},"dependence":{}}}'
+    b'{"schema":5,"state":{"candidate_tests":2,"windows":{},"tests":{},"ended":{},"dependence":{}}}'
     """
     return written(state, SCHEMA)
 
 
 def decode(data: bytes) -> State:
-    """A state that was encoded. InvalidArgumentError where the bytes are not one of this schema.
+    """A state that was encoded. InvalidArgumentError where the bytes are not one of this schema, or of `OLDEST`.
 
     >>> decode(encode(State(candidate_tests=2))).candidate_tests
     2
     """
-    state = read(State, data, SCHEMA)
+    state = read(State, _upgraded(data), SCHEMA)
     _require(min(state.candidate_tests, *state.windows.values(), 0) >= 0, "a count is below 0")
     for kind, dependence in state.dependence.items():
         _require_like(dependence, KindDependence(), kind)
@@ -65,8 +68,23 @@ def decode(data: bytes) -> State:
     return state
 
 
+def _upgraded(data: bytes) -> bytes:
+    """The same in this schema, where it is of `OLDEST`; anything else as it is."""
+    try:
+        stored = json.loads(data)
+        if stored["schema"] != OLDEST:
+            return data
+        for kinds in stored["state"]["tests"].values():
+            for test in kinds.values():
+                test.update(last=0.0, elapsed=0.0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return data
+    return json.dumps(stored | {"schema": SCHEMA}).encode()
+
+
 def _require_test(test: KindTest, kind: str) -> None:
     _require_like(test, KindTest(test.role, test.width, test.number), kind)
+    _require(test.elapsed >= 0.0, f"the time of {kind!r} is below 0")
     _require(min(test.weight, test.token_cap) > 0.0 and test.inherited >= 1.0, f"a number of {kind!r} is too small")
     counts = (test.number - 1, test.window, test.refused, test.units, test.tokens, *(n - 1 for n in test.counts))
     _require(min(counts) >= 0, f"a count of {kind!r} is below 0")

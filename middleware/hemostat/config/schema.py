@@ -323,8 +323,8 @@ class Evidence(Section):
     cycle_hours: float = Field(default=24.0, ge=0.0, le=24.0 * 14)
     """The length of the cycle of the traffic, such as day and night. Until this much time has been measured, Hemostat
     does not know how much requests depend on each other: no baseline of the alarm is complete, and figures have an
-    interval for the measured hours only. Nothing is promoted before two cycles. Use 0 for a trial with prompts in
-    random order."""
+    interval for the measured hours only. Nothing is promoted before two cycles, nor in a test that is shorter than a
+    cycle. Use 0 for a trial with prompts in random order."""
     client_share: ClassVar[float] = 0.25
     """The largest part of a test's units that one client may contribute, if at least four clients contribute. None of
     four clients can then have more than its part."""

@@ -5,17 +5,17 @@ wrongly, and the alpha that the test has spent stays spent. So the rule may look
 
 A candidate is hopeless as soon as none of the kinds in which it is tested can still decide. A kind cannot
 
-- once it has met `MAX_UNPROVEN_UNITS` units without a proof, those included that were refused for their client's share:
-  a test whose other clients are gone would else never end; or
+- once it has met `MAX_UNPROVEN_UNITS` units, and gains that span a cycle, without a proof. Units that were refused for
+  their client's share count, too: a test whose other clients are gone would else never end; or
 - once it has counted `MIN_FUTILE_UNITS` units and the evidence of the gain is not above what it was at the start.
 
 What is left then are kinds that are rare: they may decide until `MAX_SEEN_UNITS` held-out units of any kind were met,
-since the test began, or since the candidate was promoted last.
+since the test began, or since the candidate was promoted last, and the gains of one of its kinds span a cycle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 MAX_UNPROVEN_UNITS = 500
 """Held-out units of a kind after which it is not expected to decide any more, where a candidate of the same priority or
@@ -35,23 +35,24 @@ def why_hopeless(
     *,
     seen: int,
     for_equal: bool,
-    decides: bool,
+    decides: Collection[str],
 ) -> str:
     """Why a candidate's test is hopeless, in words; "" where it is not.
 
     units: of each kind in which it is tested, how many counted, and how many were refused. log_e: (kind) -> evidence
     that it gains there; asked for few of them. seen: held-out units of any kind, see `MAX_SEEN_UNITS`. for_equal:
-    whether a candidate of the same priority or a better one waits. decides: whether anything can be promoted yet; until
-    then only a lack of evidence counts against a candidate, and not the number of units.
+    whether a candidate of the same priority or a better one waits. decides: the kinds in which it could be promoted by
+    now if its evidence were enough; elsewhere only a lack of evidence counts against it, and not the number of units.
     """
     limit = MAX_UNPROVEN_UNITS if for_equal else MAX_UNPROVEN_UNITS_BEFORE_LOWER
-    others = {kind: each for kind, each in units.items() if not (decides and sum(each) >= limit)}
+    others = {kind: each for kind, each in units.items() if not (kind in decides and sum(each) >= limit)}
     futile = for_equal and all(counted >= MIN_FUTILE_UNITS for counted, _ in others.values())
     if units and not others:
         return f"not proven by {max(map(sum, units.values()))} held-out requests of its most frequent kind"
     if units and futile and all(log_e(kind) <= 0.0 for kind in others):
         most = max(counted for counted, _ in others.values())
         return f"no evidence of a gain in {most} held-out requests of its most frequent kind"
-    if decides and seen >= MAX_SEEN_UNITS:
+    never_counted = not any(counted for counted, _ in units.values())
+    if (decides or never_counted) and seen >= MAX_SEEN_UNITS:
         return f"not proven in another kind during {seen} held-out requests"
     return ""

@@ -104,6 +104,10 @@ class Judge:
             if over_identity is not None:
                 self._trials.update(WATCH, unit, over_identity)
         counted = [c for c in met if self._count(c, unit, selected, admissions[c])]
+        for candidate in full if unit.fresh else ():
+            gain = self._gain(unit, candidate.version, selected)
+            if gain is not None:
+                self._trials.note_gain(candidate.test, unit, gain)
         if watched and self._judge_serving(unit.kind):
             return
         self._promote_best(counted + full, unit.kind)
@@ -160,6 +164,10 @@ class Judge:
         free = not self._serving.kinds[kind].pinned and self._serving.has_room(candidate.version, {kind})
         return free and self._trials.promotes(candidate, kind)
 
+    def _decides(self, candidate: Candidate, kind: str) -> bool:
+        """Whether it could be promoted there by now."""
+        return self._trials.has_seen_cycles and self._trials.spans_cycle(candidate, kind)
+
     def _take_slot(self, candidate: Candidate) -> bool:
         """Whether an adapter that no slot is free for took that of another one: of one most of whose traffic it is
         proven better in. The kinds in which it is not go back to identity, and it is tested there against that."""
@@ -187,7 +195,7 @@ class Judge:
             lambda kind: self._trials.evidence(candidate, kind).log_e,
             seen=self._trials.seen(candidate),
             for_equal=any(other.priority <= candidate.priority for other in successors),
-            decides=self._trials.has_seen_cycles,
+            decides=[kind for kind in running if self._decides(candidate, kind)],
         )
         if why and not any(self._is_due(candidate, kind) for kind in running):
             self._lifecycle.drop(candidate, Reason.UNPROVEN, f"{why}, and others wait")

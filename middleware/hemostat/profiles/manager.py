@@ -239,7 +239,8 @@ class ProfileManager:
             return None if profile is None else gain_interval(record, profile, gains.of(profile))
 
         adapted = record.adapter is not None
-        return HeldOutUnit(kind, record.unit, record.client, record.tokens, fresh, adapted, gain, record.distances)
+        names = kind, record.unit, record.client
+        return HeldOutUnit(*names, record.tokens, fresh, adapted, gain, record.distances, self._wall())
 
     def _place(self, record: TokenRecord) -> str | None:
         """Count a record, and return the kind that it counts in; None where it counts in none."""

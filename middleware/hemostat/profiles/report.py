@@ -159,6 +159,8 @@ class Report:
         if evidence.log_e_adjusted >= evidence.needed:
             if not self._trials.is_known(kind):
                 return "enough evidence; how much requests depend on each other is not known yet (evidence.cycle_hours)"
+            if not self._trials.spans_cycle(candidate, kind):
+                return "enough evidence; its gains do not span a cycle of the traffic yet (evidence.cycle_hours)"
             if not evidence.mean_gain_by_token > 0.0:
                 return "better by request, but not by token: long answers lose what short ones gain"
             if evidence.figure is Figure.TOTAL_VARIATION and not min(_kl_gains(evidence)) > 0.0:

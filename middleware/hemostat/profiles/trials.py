@@ -322,6 +322,10 @@ class Trials:
     def seen(self, candidate: Candidate) -> int:
         return self._seen.get(candidate, 0)
 
+    def spans_cycle(self, candidate: Candidate, kind: str) -> bool:
+        """See `Guard.spans_cycle`."""
+        return self.guard.spans_cycle(candidate.test, kind)
+
     def freeze(self, version: str, kind: str) -> None:
         """The profile serves this kind now: nothing more is counted for it there."""
         for candidate in self._queue:
@@ -391,7 +395,12 @@ class Trials:
 
     def update(self, name: str, unit: HeldOutUnit, gain: UnitGain) -> None:
         """An admitted unit with its gain."""
-        self.guard.update(name, unit.kind, unit.unit, unit.client, gain.lower, gain.upper, unit.tokens, gain.kl)
+        ends = gain.lower, gain.upper
+        self.guard.update(name, unit.kind, unit.unit, unit.client, *ends, unit.tokens, gain.kl, unit.time)
+
+    def note_gain(self, name: str, unit: HeldOutUnit, gain: UnitGain) -> None:
+        """A unit that the test is too full to count: how much gains depend on each other is estimated from it, too."""
+        self.guard.note_gain(name, unit.kind, gain.lower, unit.time)
 
     def oppose(self, name: str, unit: HeldOutUnit, gain: UnitGain) -> None:
         """A unit that a candidate's test has refused for its client's share: it can only prevent a promotion."""

@@ -15,6 +15,7 @@ Interval = tuple[float, float]
 class HeldOutUnit:
     """A request that is judged by. kind: of traffic. unit, client: digests. fresh: see `hemostat.scoring.seen_units`.
 
+    time: when it was judged, Unix seconds.
     adapted: its lists are of an adapter, not of the compressed model itself.
     gain: (version) -> its mean gain over identity on the request's tokens, by `judging.gain_interval`; None where
         nothing is known of it.
@@ -28,3 +29,4 @@ class HeldOutUnit:
     adapted: bool
     gain: Callable[[str], Interval | None]
     distances: Mapping[str, ExactDistances] = field(default_factory=dict)
+    time: float = 0.0
