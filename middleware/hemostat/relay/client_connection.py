@@ -11,6 +11,7 @@ An exchange is in progress in READING_BODY, AWAITING_RESPONSE and TUNNEL, and in
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import struct
 from enum import Enum, auto
@@ -27,10 +28,11 @@ from hemostat.relay.exchange import MAX_READ_AHEAD_BYTES, UPLOADS_EXHAUSTED, Exc
 from hemostat.relay.exchange_state import COLLECTING, QUEUED
 from hemostat.relay.forwarding import ensure_request_id
 from hemostat.relay.http.errors import BadRequest, error_body, error_response
-from hemostat.relay.http.framing import RequestBodyReader
+from hemostat.relay.http.framing import MIN_CHUNK_BYTES, RequestBodyReader
 from hemostat.relay.http.request import parse_request
 from hemostat.relay.shares import Holding
 from hemostat.relay.tunnel import Tunnel
+from hemostat.relay.turns import ANSWER_BYTES
 
 DRAIN_IDLE_SECONDS: Final = 5.0
 """Of a connection without a request, while the relay drains because another one has taken its place."""
@@ -45,6 +47,8 @@ MEMORY_EXHAUSTED: Final = "the proxy's memory for requests is exhausted"
 
 _RESET: Final = struct.pack("ii", 1, 0)
 """Value of SO_LINGER with which closing sends a reset."""
+_last_blank: Final = re.compile(rb"\n(?!\r\n)").search
+"""The end of the last one of several empty lines."""
 
 
 class ConnectionState(Enum):
@@ -75,15 +79,21 @@ class ClientConnection(asyncio.Protocol):
 
     __slots__ = (
         "_advancing",
+        "_at",
+        "_blank_bytes",
         "_body",
         "_body_bytes",
         "_buffer",
         "_clients",
         "_context",
         "_counted",
+        "_reading",
+        "_searched",
         "_stalled",
         "_tunnel",
+        "_waits",
         "_watcher",
+        "_work",
         "eof",
         "exchange",
         "holding",
@@ -100,6 +110,11 @@ class ClientConnection(asyncio.Protocol):
         self.exchange: Exchange | None = None
         """The request in progress."""
         self.reading_paused = False
+        """Nothing more is to be read, until the request in progress needs it."""
+        self._waits = False
+        """Nothing more is to be read, nor any request begun, before the client's next turn."""
+        self._reading = True
+        """The transport reads: it is neither paused nor waits."""
         self.write_paused = False
         """The client does not read."""
         self.eof = False
@@ -109,7 +124,16 @@ class ClientConnection(asyncio.Protocol):
         self._context = context
         self._clients = clients
         self.holding = Holding(self, b"")
-        self._buffer = b""
+        self._buffer: bytes | bytearray = b""
+        """What has been read and not been used: a packet as it came, or several in one array."""
+        self._at = 0
+        """The place in the buffer up to which it has been used; 0 except while `_advance` runs."""
+        self._searched = 0
+        """The place in the buffer up to which no head ends."""
+        self._blank_bytes = 0
+        """Bytes of empty lines since the last request."""
+        self._work = 0
+        """What the present step of `_advance` counts for in `Turns`."""
         self._counted = 0
         """Bytes of the buffer that the budget knows of."""
         self._body: RequestBodyReader | None = None
@@ -143,23 +167,24 @@ class ClientConnection(asyncio.Protocol):
         if state is _READING_HEAD:
             if not self._buffer:
                 self.since = self._context.loop.time()
-                self._buffer = data
-            else:
-                self._buffer += data
+            self._append(data)
             if self.write_paused and len(self._buffer) > MAX_READ_AHEAD_BYTES:
                 self.pause_reading()
             self._advance()
         elif state is _READING_BODY:
             self._body_bytes += len(data)
+            self._use_turn(len(data))
             self._read_body(data)
         elif state is _AWAITING_RESPONSE:
-            self._buffer += data
+            self._append(data)
             if len(self._buffer) > MAX_READ_AHEAD_BYTES:
                 self.pause_reading()
             self._count()
-        elif state is _TUNNEL:
-            assert self._tunnel is not None
-            self._tunnel.from_client(data)
+        else:
+            self._use_turn(len(data))
+            if state is _TUNNEL:
+                assert self._tunnel is not None
+                self._tunnel.from_client(data)
 
     def eof_received(self) -> bool:
         self.eof = True
@@ -187,6 +212,9 @@ class ClientConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.state = _CLOSING
         self._clients.closed(self)
+        if self._waits:
+            self._waits = False
+            self._context.turns.forget(self.holding.network, self)
         if self._watcher is not None:
             self._watcher.stop()
             self._watcher = None
@@ -199,15 +227,19 @@ class ClientConnection(asyncio.Protocol):
     # Requests.
 
     def _advance(self) -> None:
-        """Read requests from the buffer, one at a time, until one waits for its response or more has to be read."""
-        if self._advancing:
+        """Read requests from the buffer, one at a time, until one waits for its response, more has to be read, or the
+        client has used up its turn."""
+        if self._advancing or self._waits:
             return
         self._advancing = True
-        while self.state is _READING_HEAD and self._buffer and not self.write_paused:
+        waits = False
+        while self.state is _READING_HEAD and self._unread and not self.write_paused and not waits:
             if not self._read_head():
                 break
+            waits = self._unread and self._use_turn(self._work)
         self._advancing = False
-        if self.state is _READING_HEAD:
+        self._compact()
+        if self.state is _READING_HEAD and not waits:
             if self.eof and not self.write_paused:
                 self.transport.close()
             elif not self.write_paused:
@@ -222,20 +254,32 @@ class ClientConnection(asyncio.Protocol):
         context = self._context
         limits = context.limits
         buffer = self._buffer
-        while buffer[:2] == b"\r\n":
-            # At least one empty line before a request is to be ignored (RFC 9112, 2.2). All are: with a limit, how the
-            # bytes were cut into packets would decide.
-            self._buffer = buffer = buffer[2:]
-        end = buffer.find(b"\r\n\r\n")
-        if end < 0 or end > limits.head_bytes:
-            if len(buffer) > limits.head_bytes:
+        size = len(buffer)
+        begin = self._at
+        if buffer.startswith(b"\r\n", begin):
+            # At least one empty line before a request is to be ignored (RFC 9112, 2.2). As many are as fit into a head,
+            # however they are cut into packets.
+            last = _last_blank(buffer, begin, min(size, begin + limits.head_bytes - self._blank_bytes + 2))
+            assert last is not None
+            self._blank_bytes += last.end() - begin
+            if self._blank_bytes > limits.head_bytes:
+                self._refuse(BadRequest(400, f"more than {limits.head_bytes} bytes of empty lines before a request"))
+                return False
+            self._at = begin = last.end()
+            if begin == size:
+                return False
+        searched = max(begin, self._searched)
+        end = buffer.find(b"\r\n\r\n", max(begin, searched - 3))
+        if end < 0 or end - begin > limits.head_bytes:
+            self._searched = size
+            if size - begin > limits.head_bytes:
                 self._refuse(BadRequest(431, f"the request head is longer than {limits.head_bytes} bytes"))
-            elif buffer.count(b"\n") != buffer.count(b"\r\n"):
+            elif buffer.count(b"\n", searched) != buffer.count(b"\r\n", max(begin, searched - 1)):
                 self._refuse(BadRequest(400, "the request head contains LF alone"))
             return False
         started = perf_counter()
         try:
-            request = parse_request(buffer[:end], limits.header_count)
+            request = parse_request(_part(buffer, begin, end), limits.header_count)
             if request.length > limits.body_bytes:
                 raise BadRequest(413, f"the body is longer than {limits.body_bytes} bytes")
         except BadRequest as error:
@@ -244,14 +288,20 @@ class ClientConnection(asyncio.Protocol):
         self.exchange = exchange = Exchange(context, self, request, ensure_request_id(request), started)
         if self._counted:
             self._release()
+        self._blank_bytes = 0
+        self._searched = 0
         length = request.length
-        rest = buffer[end + 4 :]
-        if 0 <= length <= len(rest):
-            self._buffer = rest[length:]
+        after = end + 4
+        if 0 <= length <= size - after:
+            self._work = after + length - begin
+            body = _part(buffer, after, after + length)
+            self._at = after + length
             self.state = _AWAITING_RESPONSE
-            exchange.start(rest[:length], complete=True, more_read=False)
+            exchange.start(body, complete=True, more_read=False)
         else:
-            self._buffer = b""
+            self._work = size - begin
+            rest = _part(buffer, after, size)
+            self._set_buffer(b"")
             self._body = RequestBodyReader(length, limits.body_bytes)
             self.state = _READING_BODY
             self.resume_reading()
@@ -259,7 +309,53 @@ class ClientConnection(asyncio.Protocol):
             exchange.start(b"", complete=False, more_read=bool(rest))
             if rest and self.state is _READING_BODY:
                 self._read_body(rest)
+        if self.state is _READING_HEAD:
+            self._work += ANSWER_BYTES
         return self.state is not _CLOSING
+
+    @property
+    def _unread(self) -> bool:
+        """There is something in the buffer that has not been used."""
+        return len(self._buffer) > self._at
+
+    def _append(self, data: bytes) -> None:
+        """Add to the buffer. One array, not a list: a client can send each byte in a packet of its own."""
+        if not self._buffer:
+            self._buffer = data
+            return
+        if isinstance(self._buffer, bytes):
+            self._buffer = bytearray(self._buffer)
+        self._buffer += data
+
+    def _set_buffer(self, data: bytes) -> None:
+        self._buffer = data
+        self._at = 0
+        self._searched = 0
+
+    def _compact(self) -> None:
+        """Leave out of the buffer what has been used."""
+        at = self._at
+        if not at:
+            return
+        size = len(self._buffer)
+        self._searched = max(0, self._searched - at)
+        self._at = 0
+        self._buffer = b"" if at == size else _part(self._buffer, at, size)
+
+    def _use_turn(self, size: int) -> bool:
+        """Count work for the client. Returns True if its turn is used up, so that the connection waits for another."""
+        if self._context.turns.use(self.holding.network, size) and not self._waits:
+            self._waits = True
+            self._context.turns.wait(self.holding.network, self)
+            self._update_reading()
+        return self._waits
+
+    def take_turn(self) -> None:
+        """See `turns.Waiting`."""
+        self._waits = False
+        if self.state is _READING_HEAD:
+            self._advance()
+        self._update_reading()
 
     def _read_body(self, data: bytes) -> None:
         """More of the present request's body, and possibly what follows it."""
@@ -272,9 +368,12 @@ class ClientConnection(asyncio.Protocol):
         except BadRequest as error:
             exchange.fail_request(error)
             return
+        if body.chunked:
+            # Each takes time, however short it is.
+            self._use_turn(MIN_CHUNK_BYTES * len(pieces))
         if body.complete:
             self._body = None
-            self._buffer = rest
+            self._set_buffer(rest)
             self.state = _AWAITING_RESPONSE
         exchange.request_data(pieces, complete=body.complete, started=started)
         if self._buffer:
@@ -284,7 +383,7 @@ class ClientConnection(asyncio.Protocol):
 
     @property
     def last_request(self) -> bool:
-        return self._context.draining or (self.eof and not self._buffer)
+        return self._context.draining or (self.eof and not self._unread)
 
     def exchange_ended(self, *, keep_alive: bool) -> None:
         self.exchange = None
@@ -293,9 +392,9 @@ class ClientConnection(asyncio.Protocol):
             return
         self.state = _READING_HEAD
         self.since = self._context.loop.time()
-        if self._context.draining and not self._buffer and not self._context.drains_idle:
+        if self._context.draining and not self._unread and not self._context.drains_idle:
             self.transport.close()
-        elif self._buffer or self.reading_paused or self.eof:
+        elif self._unread or self.reading_paused or self.eof:
             self._advance()
 
     def exchange_broken(self, *, reset: bool) -> None:
@@ -311,7 +410,7 @@ class ClientConnection(asyncio.Protocol):
         self.state = _TUNNEL
         self._tunnel = tunnel
         if self._buffer:
-            tunnel.from_client(self._buffer)
+            tunnel.from_client(bytes(self._buffer))
             self._drop_buffer()
         self.resume_reading()
         if self.eof:
@@ -320,15 +419,24 @@ class ClientConnection(asyncio.Protocol):
     def pause_reading(self) -> None:
         if not self.reading_paused and not self.eof and not self.transport.is_closing():
             self.reading_paused = True
-            self.transport.pause_reading()
+            self._update_reading()
             self._watch()
 
     def resume_reading(self) -> None:
         if self.reading_paused:
             self.reading_paused = False
             self._measure_rate()
-            if not self.eof and not self.transport.is_closing():
+            self._update_reading()
+
+    def _update_reading(self) -> None:
+        """Let the transport read, unless reading is paused or the client has to wait for its turn."""
+        reading = not self.reading_paused and not self._waits
+        if reading is not self._reading and not self.eof and not self.transport.is_closing():
+            self._reading = reading
+            if reading:
                 self.transport.resume_reading()
+            else:
+                self.transport.pause_reading()
 
     # The budget.
 
@@ -350,7 +458,7 @@ class ClientConnection(asyncio.Protocol):
         self._counted = 0
 
     def _drop_buffer(self) -> None:
-        self._buffer = b""
+        self._set_buffer(b"")
         if self._counted:
             self._release()
 
@@ -459,3 +567,7 @@ class ClientConnection(asyncio.Protocol):
         """Close as soon as no request is in progress."""
         if self.state is _READING_HEAD and not self._buffer:
             self.transport.close()
+
+
+def _part(buffer: bytes | bytearray, begin: int, end: int) -> bytes:
+    return buffer[begin:end] if isinstance(buffer, bytes) else bytes(memoryview(buffer)[begin:end])

@@ -14,6 +14,7 @@ from hemostat.relay.client_limits import ClientLimits
 from hemostat.relay.counters import Counters
 from hemostat.relay.limits import Limits
 from hemostat.relay.request_budget import RequestBudget
+from hemostat.relay.turns import Turns
 from hemostat.relay.upstreams.group import Upstreams
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class RelayContext:
     upstreams: Upstreams
     limits: Limits
     budget: RequestBudget
+    turns: Turns
     counters: Counters
     authorization: bytes | None
     """Field line that is sent upstream where the client sends no Authorization of its own."""

@@ -20,6 +20,7 @@ from hemostat.relay.context import RelayContext
 from hemostat.relay.counters import Counters
 from hemostat.relay.limits import Limits
 from hemostat.relay.request_budget import RequestBudget
+from hemostat.relay.turns import Turns
 from hemostat.relay.upstreams.checker import HealthChecker
 from hemostat.relay.upstreams.group import Upstreams
 from hemostat.relay.upstreams.resolver import Resolver
@@ -99,6 +100,7 @@ class Relay:
             upstreams=self.upstreams,
             limits=limits,
             budget=RequestBudget(limits.buffered_bytes, upstream.max_connections),
+            turns=Turns(self._loop),
             counters=self.counters,
             authorization=authorization,
             tracing=tracing,

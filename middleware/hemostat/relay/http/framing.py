@@ -174,6 +174,10 @@ class RequestBodyReader:
         self._limit = limit
         self.complete = False
 
+    @property
+    def chunked(self) -> bool:
+        return self._chunks is not None
+
     def feed(self, data: bytes) -> tuple[list[bytes], bytes]:
         """The pieces of payload in `data`, and the bytes after the end of the body. BadRequest says what is wrong."""
         if self._chunks is None:

@@ -1,0 +1,225 @@
+"""How long one client may hold the event loop, counted by pass of the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+from tests.support.relay import GET, Request, answering, post, relaying
+from tests.support.waiting import until
+
+from hemostat.relay.http.framing import MAX_SMALL_CHUNKS
+from hemostat.relay.limits import Limits
+from hemostat.relay.turns import ANSWER_BYTES, MAX_NETWORKS, MAX_OWN_ANSWERS, TURN_BYTES, Turns
+
+REFUSED = post(b"", path=b"/v1/load_lora_adapter")
+READ_BYTES = 256 * 1024
+"""uvloop reads no more at a time."""
+
+
+@contextlib.asynccontextmanager
+async def growth(count: Callable[[], int]) -> AsyncIterator[list[int]]:
+    """By how much the count grows in each pass of the event loop."""
+    grown: list[int] = []
+    loop = asyncio.get_running_loop()
+    last, running = count(), True
+
+    def look() -> None:
+        nonlocal last
+        now = count()
+        grown.append(now - last)
+        last = now
+        if running:
+            loop.call_soon(look)
+
+    look()
+    yield grown
+    running = False
+    await asyncio.sleep(0)
+
+
+async def test_empty_lines_before_a_request_are_ignored_however_they_are_cut() -> None:
+    seen: list[Request] = []
+    async with relaying(answering(seen), limits=Limits(head_bytes=100)) as (_, _, connect):
+        client = await connect()
+        for cut in (1, 2, 3, 49, 100):
+            sent = b"\r\n" * 50 + GET
+            for at in range(0, len(sent), cut):
+                await client.send(sent[at : at + cut])
+                await asyncio.sleep(0)
+            assert (await client.response()).status == 200
+        await client.send((b"\r\n" * 50 + GET) * 20)
+        for _ in range(20):
+            assert (await client.response()).status == 200
+    assert len(seen) == 25
+
+
+@pytest.mark.parametrize("packet", [2, 51, 1 << 20])
+async def test_too_many_empty_lines_are_refused_in_how_many_packets_they_come(packet: int) -> None:
+    async with relaying(answering([]), limits=Limits(head_bytes=101)) as (_, _, connect):
+        client = await connect()
+        sent = b"\r\n" * 51 + GET
+        with contextlib.suppress(ConnectionError):
+            for at in range(0, len(sent), packet):
+                await client.send(sent[at : at + packet])
+                await asyncio.sleep(0.001)
+        response = await client.response()
+        assert response.status == 400
+        assert b"empty lines" in response.body
+        assert await client.rest() == b""
+
+
+@pytest.mark.parametrize("line", [b"\n", b"\r\r\n", b"\r\n\n"])
+async def test_what_is_no_empty_line_does_not_pass_for_one(line: bytes) -> None:
+    async with relaying(answering([])) as (_, _, connect):
+        client = await connect()
+        await client.send(b"\r\n" + line + GET)
+        assert (await client.response()).status == 400
+
+
+async def test_a_megabyte_of_empty_lines_is_not_read() -> None:
+    async with relaying(answering([])) as (relay, _, connect):
+        flood, other = await connect(), await connect()
+        flood.writer.write(b"\r\n" * (1 << 19) + GET)
+        await other.send(GET)
+        assert (await other.response()).status == 200
+        assert (await flood.response()).status == 400
+        assert relay.counters.requests == {("/v1/models", "ok"): 1, ("other", "refused"): 1}
+
+
+async def test_pipelined_requests_that_the_relay_refuses_are_answered_in_turns() -> None:
+    number = (1 << 20) // len(REFUSED)
+    async with relaying(answering([])) as (relay, _, connect):
+        flood, other = await connect("127.0.0.2"), await connect()
+
+        def refused() -> int:
+            return relay.counters.requests.get(("other", "refused"), 0)
+
+        reading = asyncio.create_task(flood.reader.readexactly(1 << 22))
+        async with growth(refused) as grown:
+            flood.writer.write(REFUSED * number)
+            await until(lambda: refused() > 0)
+            await other.send(GET)
+            assert (await other.response()).status == 200
+            before = refused()
+            await until(lambda: refused() == number)
+        assert sum(grown) == number
+        assert 0 < max(grown) <= MAX_OWN_ANSWERS
+        assert before < number // 4
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        assert all(inside.state.name == "READING_HEAD" for inside in relay.clients)
+
+
+async def test_connections_of_one_client_take_turns() -> None:
+    """Each gets one answer for what it has just sent; beyond that they share the client's turn."""
+    connections, number = 20, 100
+    async with relaying(answering([])) as (relay, _, connect):
+        flood = [await connect("127.0.0.2") for _ in range(connections)]
+
+        def refused() -> int:
+            return relay.counters.requests.get(("other", "refused"), 0)
+
+        async with growth(refused) as grown:
+            for client in flood:
+                client.writer.write(REFUSED * number)
+            await until(lambda: refused() == connections * number)
+        assert max(grown) <= connections + 2 * MAX_OWN_ANSWERS
+        assert sorted(grown)[-connections] <= 2 * MAX_OWN_ANSWERS
+
+
+async def test_bodies_of_one_client_are_read_in_turns() -> None:
+    connections, size = 30, 1_000_000
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % size
+    async with relaying(answering([])) as (relay, _, connect):
+        flood = [await connect("127.0.0.2") for _ in range(connections)]
+
+        def received() -> int:
+            return sum(inside.exchange.outgoing.unsent_bytes for inside in relay.clients if inside.exchange)
+
+        async with growth(received) as grown:
+            for client in flood:
+                client.writer.write(head + bytes(size - 1))
+            await until(lambda: received() == connections * (size - 1))
+        # One pass finds something on each of them; after it each has to wait for its turn.
+        assert max(grown) <= connections * READ_BYTES
+        assert sum(size > 2 * READ_BYTES for size in grown) <= 3
+        for client in flood:
+            await client.send(b"x")
+            assert (await client.response("POST")).status == 200
+
+
+async def test_short_chunks_take_up_the_turn() -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+    async with relaying(answering([])) as (relay, _, connect):
+        client = await connect()
+        await client.send(head)
+        await until(lambda: any(inside.exchange for inside in relay.clients))
+
+        def waiting() -> int:
+            return sum(inside._waits for inside in relay.clients)
+
+        async with growth(waiting) as grown:
+            await client.send(b"1\r\nx\r\n" * MAX_SMALL_CHUNKS)
+            await until(lambda: 1 in grown)
+        await client.send(b"0\r\n\r\n")
+        assert (await client.response("POST")).status == 200
+        assert not waiting()
+
+
+async def test_a_connection_that_is_closed_while_it_waits_is_forgotten() -> None:
+    async with relaying(answering([])) as (relay, _, connect):
+        flood = [await connect("127.0.0.2") for _ in range(5)]
+        for client in flood:
+            client.writer.write(REFUSED * 500)
+        await until(lambda: any(inside._waits for inside in relay.clients))
+        for inside in relay.clients:
+            inside.transport.abort()
+        await until(lambda: not len(relay.clients))
+        other = await connect("127.0.0.2")
+        await other.send(GET)
+        assert (await other.response()).status == 200
+
+
+class Connection:
+    def __init__(self, name: str, done: list[str]) -> None:
+        self.name = name
+        self.done = done
+
+    def take_turn(self) -> None:
+        self.done.append(self.name)
+
+
+async def test_networks_go_on_one_after_the_other_with_one_connection_each() -> None:
+    turns = Turns(asyncio.get_running_loop())
+    done: list[str] = []
+    for connection in range(3):
+        turns.wait(b"a", Connection(f"a{connection}", done))
+    turns.wait(b"b", Connection("b0", done))
+    passes = []
+    while len(done) < 4:
+        await asyncio.sleep(0)
+        passes.append(done.copy())
+    assert done == ["a0", "b0", "a1", "a2"]
+    assert ["a0", "b0"] in passes
+
+    done.clear()
+    for network in range(2 * MAX_NETWORKS):
+        turns.wait(b"%d" % network, Connection(f"{network}", done))
+    numbers = []
+    while len(done) < 2 * MAX_NETWORKS:
+        await asyncio.sleep(0)
+        numbers.append(len(done))
+    assert MAX_NETWORKS in numbers
+    assert done == [f"{network}" for network in range(2 * MAX_NETWORKS)]
+
+
+async def test_a_turn_is_used_up_by_network_and_begins_anew_with_each_pass() -> None:
+    turns = Turns(asyncio.get_running_loop())
+    assert [turns.use(b"a", ANSWER_BYTES) for _ in range(MAX_OWN_ANSWERS)] == [False] * (MAX_OWN_ANSWERS - 1) + [True]
+    assert not turns.use(b"b", TURN_BYTES - 1)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not turns.use(b"a", TURN_BYTES - 1)
