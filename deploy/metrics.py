@@ -243,7 +243,8 @@ LABELS: dict[str, dict[str, Values | str]] = {
             ends.SERVER_ERROR: "complete, the upstream's status is 5xx",
             ends.REFUSED: "an invalid request, refused by the proxy itself",
             ends.OVERLOADED: "answered with 503 and `Retry-After`, since a limit of the relay was reached",
-            ends.UPSTREAM_FAILED: "the upstream could not be reached, broke off or sent an invalid answer",
+            ends.UPSTREAM_FAILED: "the upstream could not be reached, broke off or sent an invalid answer; or Hemostat "
+            "failed while it changed the answer, see `hook_error`",
             ends.CLIENT_GONE: "the client disconnected",
         },
         names.SHADOW_REQUESTS: {

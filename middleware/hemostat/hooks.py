@@ -1,8 +1,9 @@
 """The interface by which the relay lets another layer inspect and change requests and responses.
 
 A hook does no input or output: the relay calls it with bytes and it returns bytes, so that relay and hook are tested
-separately. The relay fails open: a hook that raises is counted and then ignored for the rest of that request, and the
-bytes pass unchanged.
+separately. The relay fails open: a hook that raises is counted and then ignored for the rest of that request. If the
+hook has not changed the request, the bytes pass unchanged, those first that the hook held back. Otherwise the client's
+own request is sent, or, where the client has got a part of the response already, its connection is closed.
 """
 
 from __future__ import annotations

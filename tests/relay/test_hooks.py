@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from random import Random
 
+import h11
 import pytest
 from tests.support.hooks import HookSequence, SpyHook
 from tests.support.relay import GET, OK, Request, UpstreamConnection, answering, post, relaying
@@ -388,3 +390,116 @@ async def test_client_disconnect_during_a_replay_closes_the_upstream_connection(
         await client.close()
         await until(lambda: upstream.closed == 1)
     assert exchange.calls[-1] == ("closed", False)
+
+
+class HoldingHook(SpyHook):
+    """Gives back as much as `sizes` says of what it holds, and raises in its call number `raises`."""
+
+    def __init__(self, random: Random, *, rewrites: bool, alters: bool) -> None:
+        super().__init__((lambda _: Rewrite(b"rewritten")) if rewrites else (lambda _: None), wanted=True)
+        self.raises = random.randrange(9)
+        self.in_withholds = random.random() < 0.1
+        self.held = b""
+        self._random = random
+        self._alters = alters
+
+    def _called(self, name: str, value: object) -> None:
+        super()._called(name, value)
+        if name not in {"request", "closed"} and len(self.calls) > self.raises:
+            raise RuntimeError(name)
+
+    @property
+    def withholds(self) -> bool:
+        if self.in_withholds:
+            raise RuntimeError("withholds")
+        return False
+
+    @withholds.setter
+    def withholds(self, value: bool) -> None:
+        pass
+
+    def response_data(self, data: bytes) -> bytes:
+        self._called("response_data", data)
+        self.held += data
+        return self._give(self._random.choice((0, 0, 1, len(self.held) // 2, len(self.held))))
+
+    def response_end(self) -> bytes:
+        self._called("response_end", None)
+        return self._give(len(self.held))
+
+    def _give(self, size: int) -> bytes:
+        given, self.held = self.held[:size], self.held[size:]
+        return given.upper() if self._alters else given
+
+
+@pytest.mark.parametrize("alters", [False, True])
+@pytest.mark.parametrize("rewrites", [False, True])
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+async def test_a_hook_that_raises_anywhere_never_shortens_a_response_silently(
+    framing: str, rewrites: bool, alters: bool
+) -> None:
+    """The client gets all bytes of the upstream in order, the hook's own ones, or a connection that visibly breaks."""
+    outcomes = set()
+    for seed in range(30):
+        random = Random(seed)
+        hook = HoldingHook(random, rewrites=rewrites, alters=alters)
+        body = b"".join(b"data: %d\n\n" % number for number in range(random.randrange(1, 20)))
+        cuts = sorted(random.sample(range(len(body)), min(len(body), random.randrange(6))))
+        parts = list(zip([0, *cuts], [*cuts, len(body)], strict=True))
+
+        async def script(
+            connection: UpstreamConnection, body: bytes = body, parts: list[tuple[int, int]] = parts
+        ) -> None:
+            while (request := await connection.request()) is not None:
+                sent = body if request.body == b"hello" else body.replace(b"data", b"also")
+                field = {"length": b"Content-Length: %d\r\n" % len(body), "chunked": b"Transfer-Encoding: chunked\r\n"}
+                await connection.send(b"HTTP/1.1 200 OK\r\n%b\r\n" % field.get(framing, b""))
+                for piece in (sent[i:j] for i, j in parts if i < j):
+                    await connection.send(b"%x\r\n%b\r\n" % (len(piece), piece) if framing == "chunked" else piece)
+                    await asyncio.sleep(0)
+                if framing == "close":
+                    return
+                await connection.send(b"0\r\n\r\n" if framing == "chunked" else b"")
+
+        async with relaying(script, hook=HookSequence([hook])) as (relay, _, connect):
+            client = await connect()
+            await client.send(post(b"hello"))
+            try:
+                response = await client.response("POST")
+            except (h11.RemoteProtocolError, ConnectionError):
+                outcomes.add("broken")
+                assert relay.counters.requests == {("/v1/completions", "upstream_failed"): 1}
+            else:
+                seen = body.replace(b"data", b"also") if rewrites else body
+                assert response.status == 200
+                if response.body == body:
+                    outcomes.add("own")
+                else:
+                    assert response.body == (seen.upper() if alters else seen)
+                    outcomes.add("whole")
+            errors = relay.counters.other.get("hemostat_shadow_requests_total", {})
+            assert errors.get(("dropped", "hook_error"), 0.0) <= 2.0
+        assert hook.names.count("closed") == 1
+    assert "own" in outcomes
+    assert ("broken" in outcomes) == (framing != "length" and (rewrites or alters))
+
+
+@pytest.mark.parametrize("fails", ["response_head", "response_data", "response_end", "replay"])
+@pytest.mark.parametrize("path", [b"/v1/completions", b"/v1/responses"])
+async def test_what_was_injected_does_not_pass_after_the_hook_has_failed(fails: str, path: bytes) -> None:
+    """The client's own request is sent, unless the engine may keep something of it."""
+    seen: list[Request] = []
+
+    def respond(request: Request) -> bytes:
+        return JSON.replace(b'"bc"', b"1234") if request.body == b"rewritten" else JSON
+
+    hook = SpyHook(lambda _: Rewrite(b"rewritten"), wanted=True, fails=fails)
+    async with relaying(answering(seen, respond), hook=HookSequence([hook])) as (_, _, connect):
+        client = await connect()
+        await client.send(post(b"hello", path=path))
+        response = await client.response("POST")
+        if path == b"/v1/responses":
+            assert response.status == 502
+        else:
+            assert (response.status, response.body) == (200, b'{"a": "bc"}')
+    assert [request.body for request in seen] == [b"rewritten", b"hello"][: 1 + (path == b"/v1/completions")]

@@ -7,12 +7,14 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-from tests.support.relay import GET, Request, answering, post, relaying
+from tests.support.hooks import HookSequence, SpyHook
+from tests.support.relay import GET, OK, Request, UpstreamConnection, answering, post, relaying
 from tests.support.waiting import until
 
 from hemostat.relay.http.framing import MAX_SMALL_CHUNKS
 from hemostat.relay.limits import Limits
 from hemostat.relay.turns import ANSWER_BYTES, MAX_NETWORKS, MAX_OWN_ANSWERS, TURN_BYTES, Turns
+from hemostat.relay.upstreams.connection import MAX_INTERIM_RESPONSES, PIECE_BYTES, SHORT_PIECE_BYTES
 
 REFUSED = post(b"", path=b"/v1/load_lora_adapter")
 READ_BYTES = 256 * 1024
@@ -223,3 +225,83 @@ async def test_a_turn_is_used_up_by_network_and_begins_anew_with_each_pass() -> 
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert not turns.use(b"a", TURN_BYTES - 1)
+
+
+STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def unchanged(data: bytes) -> bytes:
+    return data
+
+
+@pytest.mark.parametrize("event", [b"\n\n", b"\r\r", b":\n\n", b"data:\n\n"])
+@pytest.mark.parametrize("chunk", [1, 1 << 16])
+async def test_empty_events_of_an_engine_are_read_in_short_pieces(event: bytes, chunk: int) -> None:
+    body = event * (READ_BYTES // len(event) // (8 if chunk == 1 else 1))
+    pieces = [body[at : at + chunk] for at in range(0, len(body), chunk)]
+    answer = STREAM + b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+    hook = SpyHook(wanted=True, transform=unchanged)
+    async with relaying(answering([], answer), hook=HookSequence([hook])) as (_, _, connect):
+        client = await connect()
+        await client.send(GET)
+        async with growth(lambda: len(hook.seen)) as grown:
+            assert (await client.response()).body == body
+    # In one pass the end of what has been read, and the beginning of what is read then.
+    assert 0 < max(grown) <= 2 * SHORT_PIECE_BYTES
+    assert hook.seen == body
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("framing", [b"Content-Length: 1000000\r\n", b""])
+async def test_a_long_response_arrives_whole_in_pieces(framing: bytes, wanted: bool) -> None:
+    body = bytes(range(250)) * 4000
+    hook = SpyHook(wanted=wanted, transform=unchanged)
+
+    async def script(connection: UpstreamConnection) -> None:
+        await connection.request()
+        await connection.send(b"HTTP/1.1 200 OK\r\n" + framing + b"\r\n" + body)
+
+    async with relaying(script, hook=HookSequence([hook])) as (_, _, connect):
+        client = await connect()
+        await client.send(GET)
+        async with growth(lambda: len(hook.seen)) as grown:
+            assert (await client.response()).body == body
+    assert not wanted or framing or max(grown) <= 2 * PIECE_BYTES
+
+
+async def test_what_follows_a_long_response_is_not_taken_for_the_next_one() -> None:
+    size = 3 * PIECE_BYTES
+    stray = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nstray"
+    answers = [b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b%b" % (size, bytes(size), stray), OK]
+
+    async def script(connection: UpstreamConnection) -> None:
+        while await connection.request() is not None:
+            await connection.send(answers.pop(0))
+
+    async with relaying(script) as (_, upstream, connect):
+        client = await connect()
+        await client.send(GET)
+        assert len((await client.response()).body) == size
+        await client.send(GET)
+        assert (await client.response()).body == b"ok"
+        assert upstream.connections == 2
+
+
+@pytest.mark.parametrize("number", [MAX_INTERIM_RESPONSES, MAX_INTERIM_RESPONSES + 1])
+@pytest.mark.parametrize("cut", [7, 1 << 20])
+async def test_interim_responses_are_bounded(number: int, cut: int) -> None:
+    sent = b"HTTP/1.1 102 Processing\r\n\r\n" * number + OK
+
+    async def script(connection: UpstreamConnection) -> None:
+        while await connection.request() is not None:
+            for at in range(0, len(sent), cut):
+                await connection.send(sent[at : at + cut])
+                await asyncio.sleep(0)
+
+    async with relaying(script) as (_, _, connect):
+        client = await connect()
+        for _ in range(2 if number <= MAX_INTERIM_RESPONSES else 1):
+            await client.send(GET)
+            response = await client.response()
+            assert response.status == (200 if number <= MAX_INTERIM_RESPONSES else 502)
+            assert response.interim == [102] * MAX_INTERIM_RESPONSES

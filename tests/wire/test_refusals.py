@@ -24,7 +24,7 @@ from tests.support.wire import (
 from hemostat.hooks import ExchangeHook, Refusal
 from hemostat.interception.refusals import FIRST_PAUSE_SECONDS, MIN_REFUSALS, VAIN_REPEAT_PAUSE_SECONDS
 from hemostat.openai import json_splice
-from hemostat.openai.errors import leading_error_code
+from hemostat.openai.errors import LeadingError
 from hemostat.openai.routes import CHAT
 from hemostat.scoring.record_builder import UnreadableLogprobsError, decode_capture
 
@@ -174,7 +174,10 @@ def test_a_request_whose_profile_is_refused_is_sent_again_without_it(shadow_rate
     ],
 )
 def test_leading_error_code(start: bytes, code: int | None) -> None:
-    assert leading_error_code(start) == code
+    assert LeadingError().feed(start) == code
+    error = LeadingError()
+    codes = [error.feed(start[at : at + 1]) for at in range(len(start))]
+    assert next((found for found in codes if found is not None), None) == code
 
 
 @pytest.mark.parametrize("first", [b": keep-alive\n\n", b'data: {"error": {"code": 503}}\n\n', b"x" * 70_000])

@@ -17,7 +17,7 @@ from hemostat.interception.response_state import (
 )
 from hemostat.ipc.messages import Policy
 from hemostat.metrics.reasons import RepeatReason, Unscored
-from hemostat.openai.errors import leading_error_code
+from hemostat.openai.errors import LeadingError
 from hemostat.openai.forms.protocol import Stripper
 from hemostat.openai.forms.table import FORMATS
 from hemostat.openai.logprobs.scrubbing import Scrubber
@@ -51,17 +51,18 @@ class _ResponseStart:
     not known.
     """
 
-    __slots__ = ("_codes", "data", "error_code")
+    __slots__ = ("_codes", "_error", "data", "error_code")
 
     def __init__(self, codes: tuple[int, ...], error_code: int | None = None) -> None:
         self._codes = codes
+        self._error = LeadingError()
         self.data = bytearray()
         self.error_code = error_code
 
     def feed(self, data: bytes) -> None:
         self.data += data
         if self.error_code is None:
-            self.error_code = leading_error_code(bytes(self.data))
+            self.error_code = self._error.feed(data)
 
     @property
     def is_refusal(self) -> bool:

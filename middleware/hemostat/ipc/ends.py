@@ -15,7 +15,8 @@ REFUSED: Final = "refused"
 OVERLOADED: Final = "overloaded"
 """Answered with 503, since a limit of the relay was reached."""
 UPSTREAM_FAILED: Final = "upstream_failed"
-"""The upstream could not be reached, closed the connection early or sent an invalid response."""
+"""The upstream could not be reached, closed the connection early or sent an invalid response; or the hook failed in the
+middle of a response that cannot go on without it."""
 CLIENT_GONE: Final = "client_gone"
 """The client closed the connection before its response was complete."""
 FAILED: Final = (SERVER_ERROR, UPSTREAM_FAILED)

@@ -11,16 +11,22 @@ def error_body(message: str, param: str | None = None, code: int = 400) -> bytes
     return encode({"error": {"message": message, "type": "BadRequestError", "param": param, "code": code}})
 
 
-def leading_error_code(data: bytes) -> int | None:
-    """The code of the error that an event stream begins with (500 where the error has no code).
+class LeadingError:
+    """Finds out which error an event stream begins with. vLLM's engine refuses a request in this way when the
+    response's head has already been sent."""
 
-    0: it begins with something else. None: `data`, the beginning of the stream, is too short to decide. vLLM's engine
-    refuses a request in this way when the response's head has already been sent.
-    """
-    events = sse.Parser().feed(data)
-    if not events:
-        return None
-    first = events[0].data
+    def __init__(self) -> None:
+        self._events = sse.Parser()
+
+    def feed(self, data: bytes) -> int | None:
+        """Take the next bytes of the stream. Returns the code of the error, 500 if the error has none, and 0 if the
+        stream begins with something else; None while that is not known. Nothing is fed after that."""
+        events = self._events.feed(data)
+        return _error_code(events[0]) if events else None
+
+
+def _error_code(event: sse.Event) -> int:
+    first = event.data
     if first is None or b'"error"' not in first:
         return 0
     try:

@@ -72,7 +72,7 @@ def parse(raw: bytes) -> Event:
 
 def _blank_lines(buffer: bytearray, start: int) -> list[int]:
     """The end of each blank line from `start` on."""
-    if b"\r" in buffer:
+    if buffer.find(b"\r", start) >= 0:
         return [match.end() for match in _BLANK_LINE.finditer(buffer, start)]
     # The usual case, and many times faster than the pattern.
     ends = []

@@ -33,7 +33,7 @@ from hemostat.relay.generation import GenerationReport
 from hemostat.relay.http.errors import BadRequest, error_body, error_response
 from hemostat.relay.http.fields import Fields
 from hemostat.relay.http.framing import LAST_CHUNK, chunk, set_length
-from hemostat.relay.http.request import CONTINUE, RequestHead
+from hemostat.relay.http.request import CONTINUE, SAFE_METHODS, RequestHead
 from hemostat.relay.http.response import ResponseHead
 from hemostat.relay.outcomes import OutcomeObserver
 from hemostat.relay.outgoing_request import OutgoingRequest
@@ -391,6 +391,9 @@ class Exchange:
             self._report.begin_response(head)
         if hook is not None and hook.response_head(head):
             hook.transforming = request.method != b"HEAD" and head.status not in {204, 304}
+        if hook is not None and hook.lost:
+            self._response_lost()
+            return False
         transformed = hook is not None and hook.transforming
         mode, close = frame_response(head, http11=http11, transformed=transformed, close=close)
         self._mode = mode
@@ -411,6 +414,9 @@ class Exchange:
         if hook is not None and hook.transforming:
             if data:
                 data = hook.response_data(data)
+                if hook.lost:
+                    self._response_lost()
+                    return
             if not data and self.outgoing.rewritten:
                 self._received = perf_counter()
                 if self._hold is None and self._held_head:
@@ -451,6 +457,9 @@ class Exchange:
                 return False
             if hook.transforming:
                 transformed += hook.response_end()
+            if hook.lost and hook.rewrote:
+                self._response_lost()
+                return False
             if hook.transforming:
                 body = transformed
         if self._observer is not None:
@@ -464,9 +473,15 @@ class Exchange:
         """Send the end of the response; False if the request is sent again instead."""
         if self._held_head and self._replay():
             return False
+        if self._hook is not None and self._hook.lost:
+            self._response_lost()
+            return False
         tail = b""
         if self._hook is not None and self._hook.transforming:
             tail = self._hook.response_end()
+            if self._hook.lost:
+                self._response_lost()
+                return False
             if self._observer is not None:
                 self._observer.feed_response(tail)
         if self._mode is _CHUNKED:
@@ -491,9 +506,13 @@ class Exchange:
 
     def _release_held_head(self) -> None:
         """Send the head, which has been held back for too long."""
-        assert self._hook is not None
-        if self._held_head and self.state is HEAD_HELD and not self._hook.withholds:
-            self._send_head(b"")
+        hook = self._hook
+        assert hook is not None
+        if self._held_head and self.state is HEAD_HELD and not hook.withholds:
+            if hook.lost:
+                self._response_lost()
+            else:
+                self._send_head(b"")
 
     def _stop_holding(self) -> None:
         if self._hold is not None:
@@ -511,19 +530,41 @@ class Exchange:
 
     def _replay(self) -> bool:
         """Ask the hook whether to discard the response that is now complete, and to send the client's own request."""
-        hook, outgoing = self._hook, self.outgoing
-        if not outgoing.rewritten or hook is None or not hook.transforming or not hook.replay():
-            outgoing.forget()
+        hook = self._hook
+        if not self.outgoing.rewritten or hook is None or not hook.transforming or not hook.replay():
             return False
+        self._send_own(hook)
+        return True
+
+    def _send_own(self, hook: FailOpenHook) -> None:
+        """Send the client's own request in place of the one that was rewritten."""
         started = perf_counter()
         self._keep_alive = self._request.keep_alive
         self._response = None
         self._held_head = b""
+        self._collected = None
         self._stop_holding()
         self._mode = _RAW
-        hook.transforming = False
-        self._dispatch(outgoing.restore(), started)
-        return True
+        hook.restored()
+        self._dispatch(self.outgoing.restore(), started)
+
+    def _response_lost(self) -> None:
+        """The hook has failed, and the rest of the response is not for the client, or cannot be joined to what it got.
+
+        The client's own request is sent where nothing has gone to the client and that has no effect but its cost. Else
+        the client sees an error.
+        """
+        hook = self._hook
+        assert hook is not None
+        self._leave_upstream()
+        if self.state is STREAMING:
+            self._finish(ends.UPSTREAM_FAILED)
+            self._client.exchange_broken(reset=self._mode is BodyMode.UNTIL_CLOSE)
+        elif self.outgoing.rewritten and (self._request.method in SAFE_METHODS or self._route in routes.REPEATABLE):
+            self._send_own(hook)
+        else:
+            body = error_body(502, "the response could not be read to its end", "response_lost")
+            self._respond(502, body, ends.UPSTREAM_FAILED)
 
     # The client, and the end.
 

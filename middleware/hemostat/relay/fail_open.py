@@ -1,4 +1,9 @@
-"""Fail open: a hook that raises is counted, and ignored for the rest of the request."""
+"""Fail open: a hook that raises is counted, and ignored for the rest of the request.
+
+A client never gets a part of a response without a sign that the rest is missing. If the request went upstream as the
+client sent it, what the hook held back goes to the client as it came. If that is not possible, because the request was
+rewritten or the hook changed what it gave back, the response is lost (`FailOpenHook.lost`).
+"""
 
 from __future__ import annotations
 
@@ -10,12 +15,13 @@ from hemostat_calibration.records import Arm
 
 
 class FailOpenHook:
-    """Calls one request's hook. Owns whether it has failed, and whether it transforms the present response.
+    """Calls one request's hook. Owns whether it has failed, whether it transforms the present response, and what it
+    holds back of that.
 
     After a failure every method returns what leaves the bytes unchanged.
     """
 
-    __slots__ = ("_failed", "_hook", "_on_error", "_unchanged", "transforming")
+    __slots__ = ("_altered", "_failed", "_held", "_hook", "_on_error", "_unchanged", "rewrote", "transforming")
 
     def __init__(self, hook: ExchangeHook, on_error: Callable[[], None]) -> None:
         """on_error: called for every exception."""
@@ -24,6 +30,12 @@ class FailOpenHook:
         self._failed = False
         self._unchanged = False
         """The hook failed before it could change the request."""
+        self.rewrote = False
+        """The response belongs to a request that the hook has changed: without the hook it is not for the client."""
+        self._held: list[bytes] = []
+        """What the hook has got of the response and not given back. Not kept if it would not help: see `lost`."""
+        self._altered = False
+        """What the hook has given back is not what it got."""
         self.transforming = False
         """The response's body passes through the hook."""
 
@@ -40,12 +52,21 @@ class FailOpenHook:
             return None
 
     @property
+    def lost(self) -> bool:
+        """The hook has failed, and the present response cannot go on without it."""
+        return self._failed and (self.rewrote or self._altered)
+
+    @property
     def body_limit(self) -> int:
         return self._hook.body_limit
 
     @property
     def draws_engine(self) -> bool:
-        return not self._failed and self._hook.draws_engine
+        try:
+            return not self._failed and self._hook.draws_engine
+        except Exception:  # noqa: BLE001  fail open: a failing hook is ignored
+            self._fail()
+            return False
 
     def sent_to(self, engine: str, *, drawn: bool) -> None:
         try:
@@ -66,7 +87,14 @@ class FailOpenHook:
             self._fail()
             self._unchanged = True
             return None
+        self.rewrote = isinstance(verdict, Rewrite)
         return verdict
+
+    def restored(self) -> None:
+        """The client's own request is sent, and another response will come."""
+        self.transforming = False
+        self.rewrote = self._altered = False
+        self._held.clear()
 
     def response_head(self, head: ResponseHead) -> bool:
         """True if the hook wants to transform the body."""
@@ -80,14 +108,21 @@ class FailOpenHook:
 
     @property
     def withholds(self) -> bool:
-        return not self._failed and self._hook.withholds
+        try:
+            return not self._failed and self._hook.withholds
+        except Exception:  # noqa: BLE001  fail open: a failing hook is ignored
+            self._fail()
+            return False
 
     def response_data(self, data: bytes) -> bytes:
         try:
-            return self._hook.response_data(data)
+            given = self._hook.response_data(data)
         except Exception:  # noqa: BLE001  fail open: a failing hook is ignored
             self._fail()
-            return data
+            return self._as_it_came(data)
+        if (given is not data or self._held) and not self.rewrote and not self._altered:
+            self._note(data, given)
+        return given
 
     def replay(self) -> bool:
         try:
@@ -101,7 +136,7 @@ class FailOpenHook:
             return self._hook.response_end()
         except Exception:  # noqa: BLE001  fail open: a failing hook is ignored
             self._fail()
-            return b""
+            return self._as_it_came(b"")
 
     def closed(self, *, complete: bool, output_tokens: int | None, engine: str, own_status: int) -> None:
         """Called in every case, also after a failure."""
@@ -109,6 +144,24 @@ class FailOpenHook:
             self._hook.closed(complete=complete, output_tokens=output_tokens, engine=engine, own_status=own_status)
         except Exception:  # noqa: BLE001  fail open: a failing hook is ignored
             self._on_error()
+
+    def _note(self, data: bytes, given: bytes) -> None:
+        """Note what the hook still holds, after it got `data` and has given back `given`."""
+        self._held.append(data)
+        if not given:
+            return
+        held = b"".join(self._held)
+        self._held.clear()
+        if not held.startswith(given):
+            self._altered = True
+        elif len(given) < len(held):
+            self._held.append(held[len(given) :])
+
+    def _as_it_came(self, data: bytes) -> bytes:
+        """What was held back, and `data`; nothing if the response is lost."""
+        held = b"" if self.lost else b"".join((*self._held, data))
+        self._held.clear()
+        return held
 
     def _fail(self) -> None:
         self._on_error()

@@ -58,9 +58,6 @@ def rows() -> Iterator[Row]:
 @contextlib.contextmanager
 def upstream(answer: Callable[[asyncio.StreamWriter, str], Any]) -> Iterator[str]:
     """A server in a thread of its own that answers each request by `answer`, which is told the path."""
-    started = threading.Event()
-    loop = asyncio.new_event_loop()
-    port = 0
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -70,6 +67,17 @@ def upstream(answer: Callable[[asyncio.StreamWriter, str], Any]) -> Iterator[str
                 if length:
                     await reader.readexactly(int(length.split("\r\n")[0]))
                 await answer(writer, head.split()[1])
+
+    with listening(connected) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def listening(connected: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]) -> Iterator[str]:
+    """A server in a thread of its own, which calls this for each connection."""
+    started = threading.Event()
+    loop = asyncio.new_event_loop()
+    port = 0
 
     async def serve() -> None:
         nonlocal port
@@ -192,7 +200,7 @@ def _memory(url: str) -> Iterator[Row]:
 
         # Every request is sampled, so that the hook wants to read every body.
         with stack(url, reference={"backend": "vllm", "url": url}, shadow={"rate": 1.0}) as proxy:
-            wait_for("scoring", lambda: _sampled(proxy) > 0, ANSWER_SECONDS, every=0.5)
+            wait_for("scoring", lambda: sampled(proxy) > 0, ANSWER_SECONDS, every=0.5)
             pid = relay_process(proxy)
             before = resident_mib(pid)
             asyncio.run(attack(proxy.url))
@@ -206,7 +214,7 @@ def _memory(url: str) -> Iterator[Row]:
         )
 
 
-def _sampled(proxy: Stack) -> float:
+def sampled(proxy: Stack) -> float:
     body = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
     httpx.post(f"{proxy.url}/v1/chat/completions", json=body, timeout=ANSWER_SECONDS)
     metrics = proxy.admin.get("/metrics").text.splitlines()

@@ -22,6 +22,14 @@ from hemostat.relay.http.response import ResponseHead, parse_response
 from hemostat.relay.tunnel import Tunnel
 
 MAX_HEAD_BYTES: Final = 256 * 1024
+MAX_INTERIM_RESPONSES: Final = 100
+"""The number of interim responses to one request."""
+PIECE_BYTES: Final = 64 * 1024
+"""The bytes of a response that are read in one pass of the event loop, where more have arrived."""
+SHORT_PIECE_BYTES: Final = 4096
+"""The same for a stream of short lines that the hook reads: each event takes microseconds, however short it is."""
+SHORT_LINE_BYTES: Final = 16
+_EVENTS: Final = b"text/event-stream"
 _NO_BYTES: Final = bytes(4)
 """An int of 0."""
 
@@ -120,14 +128,19 @@ class UpstreamConnection(asyncio.Protocol):
         "_chunks",
         "_descriptor",
         "_eof",
+        "_events",
         "_head",
+        "_interim",
         "_may_upgrade",
         "_missing",
         "_owner",
         "_payload_only",
+        "_reading",
         "_reading_paused",
         "_receiver",
+        "_rest",
         "_reused",
+        "_searched",
         "_state",
         "_to_head",
         "_tunnel",
@@ -148,8 +161,18 @@ class UpstreamConnection(asyncio.Protocol):
         self._eof = False
         """The upstream has shut down its sending side."""
         self._reading_paused = False
-        self._buffer = b""
+        self._rest = b""
+        """What has been read, and is left for the next pass of the event loop; until then nothing more is read."""
+        self._reading = True
+        """The transport reads: it is not paused, and there is no rest."""
+        self._buffer = bytearray()
         """The beginning of an incomplete response head."""
+        self._searched = 0
+        """The place in the buffer up to which no head ends."""
+        self._interim = 0
+        """Interim responses to the present request."""
+        self._events = False
+        """The hook reads the response, which is a stream of events."""
         self._head: ResponseHead | None = None
         """The final head, while its body is read."""
         self._missing = 0
@@ -195,22 +218,33 @@ class UpstreamConnection(asyncio.Protocol):
         """Stop reading: the client is slow, and the rest of the response is left in the upstream's buffers."""
         if not self._reading_paused and self._state is not _CLOSED:
             self._reading_paused = True
-            self.transport.pause_reading()
+            self._update_reading()
 
     def resume(self) -> None:
         if self._reading_paused and self._state is not _CLOSED:
             self._reading_paused = False
-            self.transport.resume_reading()
+            self._update_reading()
+
+    def _update_reading(self) -> None:
+        reading = not self._reading_paused and not self._rest
+        if reading is not self._reading and self._state is not _CLOSED and not self.transport.is_closing():
+            self._reading = reading
+            if reading:
+                self.transport.resume_reading()
+            else:
+                self.transport.pause_reading()
 
     def abort(self) -> None:
         """Close at once. The upstream notices it, so that the engine stops generating."""
         self._receiver = self._head = None
+        self._rest = b""
         self._state = _CLOSED
         self.transport.abort()
 
     def close(self) -> None:
         """Close after what has been written is sent."""
         self._receiver = None
+        self._rest = b""
         self._state = _CLOSED
         self.transport.close()
 
@@ -227,6 +261,48 @@ class UpstreamConnection(asyncio.Protocol):
         self._descriptor = transport.get_extra_info("socket").fileno()
 
     def data_received(self, data: bytes) -> None:
+        if self._rest:
+            self._rest += data
+        elif len(data) > SHORT_PIECE_BYTES and (end := self._piece(data)) < len(data):
+            self._rest = data
+            self._read_rest(end)
+        else:
+            self._receive(data)
+
+    def _piece(self, data: bytes) -> int:
+        """How much of what has arrived is read in this pass of the event loop."""
+        end = min(len(data), PIECE_BYTES)
+        if self._events:
+            lines = data.count(b"\n", 0, end) + data.count(b"\r", 0, end)
+            if lines > end // SHORT_LINE_BYTES:
+                return min(end, SHORT_PIECE_BYTES)
+        return end
+
+    def _read_rest(self, end: int) -> None:
+        """Read the first `end` bytes of the rest, and the others in later passes."""
+        data, rest = self._rest[:end], self._rest[end:]
+        self._rest = b""
+        self._leave(rest)
+        self._receive(data)
+
+    def _leave(self, rest: bytes) -> None:
+        """Read this in the next pass of the event loop."""
+        if rest and not self._rest:
+            asyncio.get_running_loop().call_soon(self._go_on)
+        self._rest = rest
+        self._update_reading()
+
+    def _go_on(self) -> None:
+        if self._rest:
+            self._read_rest(self._piece(self._rest))
+
+    def _receive_rest(self) -> None:
+        """The connection has ended: nothing more comes after the rest."""
+        while self._rest:
+            rest, self._rest = self._rest, b""
+            self._receive(rest)
+
+    def _receive(self, data: bytes) -> None:
         receiver = self._receiver
         if receiver is None:
             # Not the response to any request; it must not be taken for the next one's.
@@ -256,25 +332,45 @@ class UpstreamConnection(asyncio.Protocol):
         self._missing = head.length
         self._state = _READING_BODY
         self._payload_only = receiver.response_started(head, received)
-        if self._receiver is receiver:  # otherwise it goes to another engine
-            self._body(receiver, head, rest)
+        self._events = self._payload_only and head.content_type.startswith(_EVENTS)
+        if self._receiver is not receiver:
+            return  # it goes to another engine
+        end = self._piece(rest)
+        if end < len(rest):
+            self._leave(rest[end:] + self._rest)
+            rest = rest[:end]
+        self._body(receiver, head, rest)
 
     def _read_head(self, receiver: Receiver, data: bytes) -> tuple[ResponseHead | None, bytes]:
         """The final head and what follows it; None while it is incomplete. Interim responses are handed on."""
+        buffer: bytes | bytearray = data
+        searched = 0
         if self._buffer:
-            data = self._buffer + data
-            self._buffer = b""
+            searched = self._searched
+            self._buffer += data
+            buffer = self._buffer
+        begin = 0
         while True:
-            end = data.find(b"\r\n\r\n")
-            if end < 0 or end > MAX_HEAD_BYTES:
-                if len(data) > MAX_HEAD_BYTES:
+            end = buffer.find(b"\r\n\r\n", max(begin, searched - 3))
+            if end < 0 or end - begin > MAX_HEAD_BYTES:
+                size = len(buffer)
+                if size - begin > MAX_HEAD_BYTES:
                     raise BadResponse("the response head is too long")
-                if data.count(b"\n") != data.count(b"\r\n"):
+                searched = max(begin, searched)
+                if buffer.count(b"\n", searched) != buffer.count(b"\r\n", max(begin, searched - 1)):
                     raise BadResponse("the response head contains LF alone")
-                self._buffer = data
+                if buffer is self._buffer:
+                    del self._buffer[:begin]
+                else:
+                    self._buffer = bytearray(memoryview(buffer)[begin:])
+                self._searched = size - begin
                 return None, b""
-            head = parse_response(data[:end], to_head=self._to_head)
-            data = data[end + 4 :]
+            head = parse_response(bytes(memoryview(buffer)[begin:end]), to_head=self._to_head)
+            begin = end + 4
+            if head.status >= 200 or head.status == 101:
+                data = bytes(memoryview(buffer)[begin:])
+                self._buffer = bytearray()
+                self._interim = 0
             if head.status >= 200:
                 return head, data
             if head.status == 101:
@@ -283,8 +379,12 @@ class UpstreamConnection(asyncio.Protocol):
                 self._tunnel = receiver.switch_protocols(head)
                 self._state = _TUNNEL
                 return head, data
+            self._interim += 1
+            if self._interim > MAX_INTERIM_RESPONSES:
+                raise BadResponse(f"more than {MAX_INTERIM_RESPONSES} interim responses")
             receiver.interim_response(head)
-            if not data:
+            if begin == len(buffer):
+                self._buffer = bytearray()
                 return None, b""
 
     def _body(self, receiver: Receiver, head: ResponseHead, data: bytes) -> None:
@@ -319,7 +419,8 @@ class UpstreamConnection(asyncio.Protocol):
         """excess: bytes have followed the response."""
         if self._receiver is not receiver:
             return  # the client's connection failed while this was written to it
-        if excess:
+        self._events = False
+        if excess or self._rest:
             self._stray()
         elif reusable and receiver.request_complete and not self._eof and self._owner.trusted:
             self._receiver = None
@@ -366,6 +467,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._receiver.resume_request()
 
     def eof_received(self) -> bool:
+        self._receive_rest()
         self._eof = True
         receiver = self._receiver
         if receiver is None:
@@ -377,6 +479,7 @@ class UpstreamConnection(asyncio.Protocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._receive_rest()
         unanswered = self._state is _AWAITING_HEAD and not self._buffer
         self._state = _CLOSED
         self._owner.lost(self)
