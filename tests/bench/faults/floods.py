@@ -171,6 +171,8 @@ class Engine:
                 method, path, _ = head.decode("latin-1").split(" ", 2)
                 if self.flood and path == "/v1/chat/completions":
                     await self._send_flood(writer)
+                elif path == "/health":
+                    await answer(writer, path)
                 else:
                     await self._forward(writer, method, path, body)
 
