@@ -419,3 +419,32 @@ def test_another_tolerance_reaches_a_test_that_has_begun():
     assert reading(alarm, AlarmTest.CHANGE).raised is not None
     assert reading(with_settings(alarm, wider), AlarmTest.CHANGE).raised is None
     assert not with_settings(alarm, replace(SETTINGS, baseline_requests=0)).change
+
+
+def test_a_clock_that_is_set_is_no_evidence():
+    """A machine starts in 1970, and has the time of the network before its second request."""
+    rng = np.random.default_rng(0)
+    usual = fit_baseline(np.array([request_spread(each).row() for each in requests(rng, 200)]))
+    test, typical = ChangeTest(0.001, 1.25), request_spread(requests(rng, 1)[0])
+    for now in (5.0, 1.7e9, 5.0, 1.7e9, 1.7e9 + 1.0):
+        test = test.update(usual, typical, now)
+    assert test.crossing is None
+    assert test.wealth.log_evidence < 0.0
+    budget = BudgetTest(0.1, 5.0, 64, 0.001)
+    for now in (5.0, 1.7e9):
+        budget = budget.update(np.full(1, 0.1), 0.0, now)
+    assert budget.crossing is None
+
+
+def test_a_clock_that_is_set_opens_no_gate():
+    rng = np.random.default_rng(0)
+    settings = replace(SETTINGS, cycle=86_400.0)
+    alarm = play(init(settings), "chat", requests(rng, 200), now=5.0)
+    alarm = play(alarm, "chat", requests(rng, 200), now=1.7e9)
+    assert not of_kind(alarm, "chat").watched
+    assert not alarm.budget_tests
+    assert not alarm.workload.complete
+    for day in range(1, 3):
+        alarm = play(alarm, "chat", requests(rng, 10), now=1.7e9 + 86_400.0 * day)
+    assert of_kind(alarm, "chat").watched
+    assert alarm.budget_tests == 1

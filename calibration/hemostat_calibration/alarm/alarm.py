@@ -49,6 +49,7 @@ from hemostat_calibration.alarm.budget import BudgetTest
 from hemostat_calibration.alarm.change import ChangeTest
 from hemostat_calibration.alarm.workload import Workload
 from hemostat_calibration.arrays import Floats
+from hemostat_calibration.elapsed import has_jumped
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.statistics.dependence import MIN_HISTORY, MIN_UNITS, BatchMeans, RecentInflation
 
@@ -283,6 +284,9 @@ def update(alarm: Alarm, kind: str, observation: Observation, noise_floor: float
     state = kinds.pop(kind, KindState())
     while len(kinds) >= MAX_KINDS:
         del kinds[min(kinds, key=lambda name: kinds[name].last)]
+    if kind in alarm.kinds and has_jumped(state.last, observation.now):
+        # What has to span a cycle begins anew.
+        state = replace(state, first=observation.now, since=observation.now)
     state = replace(state, last=observation.now)
     alarm, state = _update_budget(alarm, state, observation, noise_floor)
     request = request_spread(observation.spreads) if alarm.settings.baseline_requests else None

@@ -26,10 +26,14 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat_calibration.arrays import Floats
+from hemostat_calibration.elapsed import elapsed
 
 WEEK = 7 * 86_400.0
 FIRST = 0.25
 """Of what is funded in the first week."""
+
+MAX_FUNDED_SECONDS = 86_400.0
+"""The longest time since the last funding that is funded: a clock that is set is no evidence."""
 
 BET_FRACTIONS = (0.9, 0.6, 0.3, 0.1, 0.03)
 """Parts of the wealth that strategies of the budget test stake."""
@@ -147,7 +151,7 @@ def bet(
     """
     if wealth.effective >= wealth.funded:
         k = wealth.funded + 1
-        passed = max(now - wealth.funded_at, 0.0) if wealth.funded else 0.0
+        passed = elapsed(wealth.funded_at, now, MAX_FUNDED_SECONDS) if wealth.funded else 0.0
         wealth = fund(wealth, log_weights + math.log(amount(k, passed)), now)
         wealth = replace(wealth, funded=k, funded_at=now)
     moved = multiply(wealth, log_factors, tokens)

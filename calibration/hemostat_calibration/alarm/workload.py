@@ -15,6 +15,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from hemostat_calibration.elapsed import span_begins
+
 OTHER = ""
 """Stands for all kinds that the baseline has not seen."""
 
@@ -49,11 +51,12 @@ class Workload:
     def update(self, kind: str, now: float = 0.0) -> Workload:
         """Add one request. now: seconds, of any clock that does not go back."""
         if not self.complete:
-            since = self.since if self.baseline else now
+            since = span_begins(self.since, self.last, now) if self.baseline else now
             return replace(self, baseline=_plus(self.baseline, kind), since=since, last=now)
         kind = kind if kind in self.baseline else OTHER
         if self.windows and not self._is_whole(self.window):
-            return replace(self, window=_plus(self.window, kind), last=now)
+            since = span_begins(self.since, self.last, now)
+            return replace(self, window=_plus(self.window, kind), since=since, last=now)
         return replace(self, previous=self.window, window={kind: 1}, windows=self.windows + 1, since=now, last=now)
 
     def _is_whole(self, counts: Mapping[str, int]) -> bool:

@@ -39,6 +39,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat_calibration.arrays import Floats
+from hemostat_calibration.elapsed import span_begins
 from hemostat_calibration.errors import InvalidArgumentError
 
 MIN_BATCHES = 24
@@ -362,7 +363,7 @@ class KindDependence:
         clients = dict(self.clients)
         row, value = client_row(clients, client), np.array([x])
         by_client = self.by_client.update(np.array([row]), value)
-        first = self.first if self.units else now
+        first = span_begins(self.first, self.last, now) if self.units else now
         return KindDependence(self.in_time.update(value), by_client, clients, first, max(now, first))
 
     @property

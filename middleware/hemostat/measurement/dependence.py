@@ -13,6 +13,7 @@ import numpy as np
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat_calibration.arrays import Floats
+from hemostat_calibration.elapsed import span_begins
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.statistics.dependence import (
     MAX_CLIENTS,
@@ -75,8 +76,8 @@ class Dependence:
         """One request now: x, n float64 [S], the sum of each figure over its tokens, and their number. client: its
         digest; where it is empty, the request counts in time only."""
         now = self._cycle.clock()
-        self._first = self._first if self._in_time.units else now
-        self._last = max(now, self._first)  # the clock may be set back
+        self._first = span_begins(self._first, self._last, now) if self._in_time.units else now
+        self._last = max(now, self._first)
         self._in_time = self._in_time.update(x, n)
         if client and n[0] > 0.0:
             mean = np.array([x[0] / n[0]])
