@@ -97,19 +97,19 @@ def test_middleware() -> None:
     assert makes.startswith(f'{compiled.SWITCH}="${{COMPILE}}" python -m pip wheel ')
     # What is added leaves in what the image always has.
     (joined,) = re.findall(r"extras=\S+", makes)
+    (wheel,) = re.findall(r'"\$\{wheel\}[^"]*"', makes)
     for basic, added, expected in (
-        ("a,b", "", "a,b"),
-        ("a,b", "c", "a,b,c"),
-        ("", "c", "c"),
-        ("", "", ""),
-        ("a,b", "a,b,c", "a,b,a,b,c"),
+        ("a,b", "", "w.whl[a,b]"),
+        ("a,b", "c", "w.whl[a,b,c]"),
+        ("", "c", "w.whl[c]"),
+        ("", "", "w.whl"),  # pip does not take w.whl[]
+        ("a,b", "a,b,c", "w.whl[a,b,a,b,c]"),
     ):
-        program = f'{joined}; printf %s "$extras"'
+        program = f"wheel=w.whl; {joined}; printf %s {wheel}"
         shell = subprocess.run(
             ["sh", "-c", program], env={"BASIC_EXTRAS": basic, "EXTRAS": added}, capture_output=True, check=True
         )
         assert shell.stdout.decode() == expected
-    assert '"${wheel}[${extras}]"' in makes
     assert not re.search(r"apt|apk|gcc|build-essential|curl|wget", makes + " ".join(values(final, "RUN")))
     assert "pip" not in " ".join(values(final, "RUN"))
     # Not root, as a number: Kubernetes' runAsNonRoot needs a number.
