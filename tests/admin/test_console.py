@@ -78,7 +78,7 @@ def test_the_first_screen_says_what_is_wrong(
     steps = page.locator(".next li")
     assert steps.count() <= 5
     assert all(step.locator("a, button").count() == 1 for step in steps.all()), "each has one action"
-    assert bool(steps.count()) == (name not in {"healthy", "promoted", "25 kinds"})
+    assert bool(steps.count()) == (name not in {"healthy", "promoted", "25 kinds", "first hour"})
     red = at.status["state"]["level"] == "critical"
     prefix = "ALARM – " if red else "WARNING – " if at.status["state"]["problems"] else ""
     assert page.title() == f"{prefix}Hemostat"

@@ -1,4 +1,4 @@
-"""What is known now, and what comes when, in the status of a real `Control`."""
+"""The steps that take time, in the status of a real `Control`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known when, by the settings: what serve prints, and the table of the quick start."""
+"""The waiting times by the settings, which serve prints, and the table of the quick start."""
 
 from __future__ import annotations
 

@@ -20,8 +20,20 @@ from hemostat.admin.alerts import ALERTS
 from hemostat.admin.history import MAX_POINTS, POINT_SECONDS, History
 from hemostat.admin.problems import Found, problem
 from hemostat.admin.status_parts import UpstreamStatus
+from hemostat.config.schema import Settings
+from hemostat.config.waiting_times import waiting_times
 
 Json = dict[str, Any]
+WAITING = waiting_times(
+    Settings.model_validate(
+        {
+            "upstream": {"url": "http://10.0.0.1:8000"},
+            "reference": {"backend": "vllm", "url": "http://ref:8000"},
+            "calibration": {"mode": "auto"},
+        }
+    )
+)
+STEPS = tuple(time_.step for time_ in WAITING)
 SERVING = "d846ad1765b5edc29ecef21f9a307eed"
 HOUR = 3600.0
 
@@ -149,7 +161,7 @@ def healthy(status: Json, profiles: Json) -> State:
     status |= {"at": at, "state": {"level": "ok", "problems": []}, "tokens_scored": 1_240_000, "relays": 2}
     status["compressed"]["models"] = ["qwen3-8b-w4a16"]
     status["reference"] = {"state": "ready", "detail": "Qwen/Qwen3-8B (bfloat16)"}
-    status["progress"] = [step | {"known": True} for step in status["progress"]]
+    progress(state, *STEPS)
     status["models"] = [status["models"][0] | {"names": ["qwen3-8b-w4a16"], "root": "/models/qwen3-8b-w4a16"}]
     status["upstream"] = [engine("10.0.0.1:8000"), engine("10.0.0.2:8000")]
     canaries(state, [row["engine"] for row in status["upstream"]])
@@ -173,7 +185,16 @@ def healthy(status: Json, profiles: Json) -> State:
     alarm = status["alarm"]
     alarm |= {"raised": False, "budget_nats": 0.15, "waits_for": [], "events": []}
     alarm["tests"] = [
-        test | {"test": name, "kind": kind, "raised": False, "since": None, "on_requests": 0, "evidence": 0.11}
+        test
+        | {
+            "test": name,
+            "kind": kind,
+            "begun": True,
+            "raised": False,
+            "since": None,
+            "on_requests": 0,
+            "evidence": 0.11,
+        }
         for test in alarm["tests"][:1]
         for name in ("change", "budget")
         for kind in KINDS
@@ -187,6 +208,21 @@ def healthy(status: Json, profiles: Json) -> State:
     profiles["events"].insert(0, decided(at - 5 * HOUR, "promote", "proven on 1,204 held-out conversations"))
     state.history["events"] = []
     return state
+
+
+def progress(state: State, *known: str) -> None:
+    """Set which of the steps that take time are there, with the default settings and in mode auto."""
+    state.status["progress"] = [
+        {"step": time_.step, "what": time_.what, "when": time_.when, "known": time_.step in known} for time_ in WAITING
+    ]
+
+
+def unmeasured(state: State, seconds: float) -> None:
+    """Nothing was scored for so long."""
+    points, history_ = int(seconds / POINT_SECONDS), state.history["points"]
+    history_["kl_recent"][-points:] = [None] * points
+    history_["scored"][-points:] = [history_["scored"][-points - 1]] * points
+    state.status["requests"]["scored"] = int(history_["scored"][-1])
 
 
 def decided(at: float, decision: str, why: str, kind: str = KINDS[0]) -> Json:
@@ -203,7 +239,7 @@ def no_data(state: State) -> None:
     status["requests"] |= {"shadowed": 0, "scored": 0, "skipped": {}, "dropped": {}, "pending": 0}
     status["proxy"] |= {"requests": 0, "generations": 0, "failed": 0, "failed_ratio": None}
     status["proxy"]["recent"] |= {"requests": 0, "failed": 0}
-    status["progress"] = [step | {"known": False} for step in status["progress"]]
+    progress(state)
     status["alarm"] |= {"tests": [], "kinds": [], "waits_for": []}
     status["calibration"]["kinds"], status["kinds"], state.profiles["by_kind"] = [], [], {}
     status["coverage"]["scored_share"] = {"tokens": None, "requests": None}
@@ -216,11 +252,39 @@ def no_data(state: State) -> None:
                    "canaries: no set", "What comes when", "after about 50 scored requests"]  # fmt: skip
 
 
+def first_hour(state: State) -> None:
+    """An hour of traffic: there are figures, and nothing that takes a day."""
+    status = state.status
+    state.history = history(state.at, points=360)
+    scored = int(state.history["points"]["scored"][-1])
+    figure(status["raw"], 0.082, scored)
+    seen = status["raw"]["kl_nats"]["ci95"]
+    status["raw"]["kl_nats"] |= {"ci95": [None, None], "ci95_seen": seen}
+    status["requests"] |= {"shadowed": scored + 2, "scored": scored, "dropped": {}}
+    status["proxy"] |= {"requests": 43_200, "generations": 43_000, "failed": 0, "failed_ratio": 0.0}
+    status["recovered"] |= {"ratio": None, "ci95": [None, None]}
+    status["arms"]["treated_minus_control"]["kl_nats_estimate"] = {"estimate": None, "ci95": [None, None]}
+    status["alarm"]["tests"] = [test | {"begun": False, "evidence": 0.0} for test in status["alarm"]["tests"]]
+    status["alarm"]["waits_for"] = [f"baseline of {KINDS[0]}: 23 hours"]
+    for kind in status["calibration"]["kinds"]:
+        kind["version"] = None
+    state.profiles |= {"by_kind": {}, "events": []}
+    for name in ("recovered", "recovered_low", "recovered_high"):
+        state.history["points"][name] = [None] * 360
+    progress(state, "figure", "interval", "canaries")
+    state.says = "No problem found"
+    state.shows = ["What comes when", "after 150 scored requests of a kind over at least a day", "over at least 2 days",
+                   "in the hours measured so far", "alarm: learning"]  # fmt: skip
+
+
 def vllm_dead(state: State) -> None:
     text = "None of the 2 engines answers: 100 % of the requests of the last minute failed"
     state.problem("HemostatUpstreamDown", text, 130)
     state.status["upstream"] = [engine(row["engine"], up=0, ejections=1) for row in state.status["upstream"]]
     state.status["proxy"]["recent"] |= {"failed": 720}
+    unmeasured(state, 130)
+    failed = state.history["points"]["failed"]
+    failed[-13:] = [120.0 * n for n in range(1, 14)]
     state.says, state.shows = text, ["Repair vLLM. Hemostat needs no action", "for 2 min", "vLLM: problem",
                                      "errors: 720 of 720 requests in the last minute", "Act now."]  # fmt: skip
 
@@ -230,8 +294,10 @@ def reference_dead(state: State) -> None:
     state.status["reference"] = {"state": "down", "detail": detail}
     text = f"The reference does not answer: nothing is measured ({detail})"
     state.problem("HemostatReferenceDown", text, 1800)
+    unmeasured(state, 1800)
     state.says, state.shows = text, ["Start or repair the reference. Clients are not affected.", "for 30 min",
-                                     "Are clients affected? No:", "Act tomorrow."]  # fmt: skip
+                                     "Are clients affected? No:", "Act tomorrow.", "Last score 30 min ago",
+                                     "measurement: waits for the reference"]  # fmt: skip
 
 
 def alarm(state: State) -> None:
@@ -246,6 +312,7 @@ def alarm(state: State) -> None:
     event = {"at": state.at - 1100, "decision": "alarm", "version": "", "why": why, "evidence": told["tests"][0]}
     told["events"] = [event]
     state.history = history(state.at, jump=2.4, jump_points=120)
+    figure(state.status["raw"], state.history["points"]["kl_nats"][-1], state.status["requests"]["scored"])
     for before, decision, what in (
         (1500, "reload", "the configuration was reloaded"),
         (1210, "checkpoint", "qwen3-8b-w4a16 is /models/qwen3-8b-w4a16-v2, its reference Qwen/Qwen3-8B"),
@@ -331,6 +398,7 @@ def many_engines(state: State) -> None:
 CHANGES: dict[str, Callable[[State], None]] = {
     "healthy": lambda _: None,
     "no data": no_data,
+    "first hour": first_hour,
     "vLLM dead": vllm_dead,
     "reference dead": reference_dead,
     "alarm": alarm,

@@ -26,7 +26,7 @@ class Alert(NamedTuple):
     clients: str
     """The answer to "Are clients affected?", in whole sentences."""
     advice: str
-    """What to do first, in one sentence or two."""
+    """The first thing to do, in one sentence or two."""
     page: tuple[str, ...] = ()
     """The console's page that helps, as the parts of its path; empty: the runbook does."""
     lasting: float = 0.0
@@ -83,7 +83,7 @@ ALERTS: dict[str, Alert] = {
         Alert(
             "HemostatEngineOutlier", "warning", "vLLM",
             "Perhaps: no request fails, but one engine computes other answers. Whether they are worse is not known.",
-            "Compare the engine's checkpoint and flags with those of another engine.", ("engines",),
+            "Compare the engine's checkpoint and flags with another engine's.", ("engines",),
         ),
         Alert(
             "HemostatEngineEjected", "warning", "vLLM",

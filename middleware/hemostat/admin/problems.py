@@ -66,7 +66,7 @@ UNDECIDED = ("reading", "suspended")
 
 
 class OwnershipView(Protocol):
-    """What is read of `hemostat.control.ownership.Ownership`."""
+    """The part of `hemostat.control.ownership.Ownership` that is read here."""
 
     @property
     def state(self) -> str: ...
@@ -93,11 +93,11 @@ class Problem(msgspec.Struct, frozen=True):
     area: str
     """The part of the deployment."""
     clients: str
-    """Whether clients are affected."""
+    """The answer to the question if clients are affected."""
     act: str
-    """Whether to act now or tomorrow."""
+    """The answer to the question if one has to act now or tomorrow."""
     advice: str
-    """What to do first."""
+    """The first thing to do."""
     page: list[str]
     """The console's page that helps, as the parts of its path; empty: none does."""
 
@@ -183,9 +183,9 @@ class Problems:
         self._dropped, self._scored = Growth(LOST_SECONDS), Growth(LOST_SECONDS)
         self._scored_long = Growth(LONG_SECONDS)
         self._found_at: dict[str, tuple[float, float]] = {}
-        """By alert: monotonic seconds and Unix time at which the problem was found first, without a pause since."""
+        """Each alert -> monotonic seconds and Unix time at which the problem was found first, without a pause since."""
         self._since: dict[str, float] = {}
-        """By alert that is shown."""
+        """Each alert that is shown -> Unix time."""
 
     @property
     def recent(self) -> RecentRequests:
@@ -264,7 +264,7 @@ class Problems:
         return f"{100.0 * self._relays.figures.failed_ratio:.0f} % of the requests of the last minute failed"
 
     def _of_the_model(self, wall: float) -> Iterator[Found]:
-        """What the served model, its engines and its profiles do."""
+        """The problems of the served model, its engines and its profiles."""
         raised = self._measured.alarms.raised()
         for test, (alert, text) in ALARMS.items():
             ours = [reading for reading in raised if reading.test == test and reading.raised is not None]

@@ -1,4 +1,4 @@
-"""What is known now, and what comes when: the waiting times of the settings, with what has been reached."""
+"""The waiting times of the settings, and which of them have passed: what is known now, and what comes when."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class StepStatus(msgspec.Struct, frozen=True):
     step: Step
     what: str
     when: str
-    """What it takes at the earliest."""
+    """The earliest moment, in words."""
     known: bool
     """It is there."""
 

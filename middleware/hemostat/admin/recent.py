@@ -17,11 +17,11 @@ from hemostat.openai.routes import CHAT, COMPLETIONS
 
 MINUTE_SECONDS = 60.0
 OVERHEAD_SECONDS = 300.0
-"""How long the overhead of a request counts: as long as in the alert."""
+"""The time for which the overhead of a request counts: as long as in the alert."""
 LOST_SECONDS = 900.0
 """How long something that was lost, or not stored, counts: as long as in the alerts."""
 LONG_SECONDS = 1800.0
-"""How long rare things count, such as a rollback: as long as in the alerts."""
+"""The time for which rare things count, such as a rollback: as long as in the alerts."""
 MAX_CHANGES = 120
 """About how many values of a counter are remembered, however often it grows."""
 
@@ -57,7 +57,7 @@ class Growth:
 
 
 class RelayFigures(msgspec.Struct, frozen=True):
-    """What relays have counted lately."""
+    """The recent growth of the counters of all relays."""
 
     requests: float = 0.0
     """Requests in the last minute."""
@@ -98,7 +98,7 @@ WINDOWS = {
     **dict.fromkeys(("captured", "lost", "dropped"), LOST_SECONDS),
     **dict.fromkeys(("answered", "repeated", "completions"), LONG_SECONDS),
 }
-"""By field of `RelayFigures`."""
+"""Each field of `RelayFigures` -> the time for which it counts, seconds."""
 
 
 class RelayGrowth:
@@ -127,7 +127,7 @@ class RelayGrowth:
         self.overhead = [int(growth.look(now, value)) for growth, value in zip(self._overhead, buckets, strict=True)]
 
     def restart(self, *fields: str) -> None:
-        """What these fields of `RelayFigures` have counted up to now does not count any more."""
+        """Count these fields of `RelayFigures` from now on."""
         for name in fields:
             self._growth[name].restart(self._counters[name])
         self.figures = msgspec.structs.replace(self.figures, **dict.fromkeys(fields, 0.0))

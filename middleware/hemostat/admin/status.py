@@ -47,7 +47,7 @@ class Status(msgspec.Struct, frozen=True):
     state: DeploymentState
     """What is wrong, worst first."""
     progress: list[StepStatus]
-    """What is known now, and what comes when."""
+    """The figures and decisions that take time: which are there, and when the others come."""
     requests: RequestsStatus
     coverage: Report
     """Which part of what sampled requests generated is scored, by kind, and why the rest is not:

@@ -1,4 +1,4 @@
-"""What is known when: how long each figure and decision takes at the earliest, by the settings.
+"""The time that each figure and decision takes at the earliest, by the settings.
 
 `hemostat serve` prints it. The status has it with what is there already, and docs/quickstart.md has it for the
 defaults.

@@ -18,7 +18,7 @@ from hemostat_calibration.messages import with_detail
 
 UNKNOWN = "–"
 UNKNOWN_INTERVAL = "interval not known yet"
-"""What stands in place of an interval without ends, as on the console."""
+"""The text in place of an interval without ends, as on the console."""
 DECISION_WORDS = {"drop": "end the tests of", "roll_back": "roll back"}
 """Of decisions whose names do not say to a reader what happens."""
 MAX_DECISIONS_SHOWN = 3

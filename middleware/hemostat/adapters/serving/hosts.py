@@ -80,7 +80,8 @@ class AdapterHosts:
 
     @property
     def unusable(self) -> str | None:
-        """Why no request can use an adapter, though some serve or are tested; None where one can, or none is."""
+        """The reason for which no request can use an adapter, though some serve or are tested. It is None if a request
+        can, or if no adapter serves or is tested."""
         if not self.hosts or not self._profiles.wanted() or self.ready:
             return None
         return str(self.status()["detail"]) or "none is loaded yet"

@@ -15,9 +15,12 @@ const AREAS = {
   canaries: ({ canaries: c }) => (c.engines.length ? "unchanged" : c.set ? "no replay yet" : "no set"),
   adapters: (s) => s.adapter.state,
   profiles: () => null,
-  measurement: (s) => (s.requests.scored ? "running" : "no score yet"),
+  measurement: (s) => (s.reference.state !== "ready" ? "waits for the reference" : s.requests.scored ? "running" : "no score yet"),
   configuration: (s) => (s.configuration.needs_restart.length ? "needs a restart" : "loaded"),
 };
+
+/** What is neither good nor bad. */
+const NEUTRAL = ["not known yet", "learning", "no replay yet", "no set", "off", "waits for the reference", "no score yet"];
 
 const held = (s) => s.calibration.kinds.filter((k) => k.held);
 
@@ -47,13 +50,13 @@ function Status({ s, p, past, lost }) {
   const { failed, requests } = s.proxy.recent, failing = failed > 0.05 * requests ? "bad" : failed ? "wait" : "good";
   const chips = Object.entries(AREAS).map(([name, ok]) => [name, s.state.problems.find((p) => p.area === name), ok(s)])
     .filter(([, problem, ok]) => problem || ok).sort((a, b) => Boolean(b[1]) - Boolean(a[1]));
-  const colour = (name, problem) => (problem ? (problem.severity === "critical" ? "bad" : "wait") : lost ? "" : name === "errors" ? failing : "good");
+  const colour = (name, problem, ok) => (problem ? (problem.severity === "critical" ? "bad" : "wait") : lost || NEUTRAL.includes(ok) ? "" : name === "errors" ? failing : "good");
   return html`<section class="verdict ${as}" aria-label="Status">
     <p class="headline" role="status">${briefly(text)}</p>
     <p class="sub">${sub}${howMuch(s, past)} ${runbook && html`<a href=${runbook}>Runbook</a>`}</p>
     ${others.map((p) => html`<p class="also">${briefly(p.text)} <span class="sub">since ${when(p.since)}, for ${lasted(s.at - p.since)}</span> <a href=${p.runbook}>Runbook</a></p>`)}
     ${more > 0 && html`<p class="also">and ${plural(more, "more problem")}: <${Link} to="events">Events<//></p>`}
-    <ul class="chips">${chips.map(([name, problem, ok]) => html`<li class=${colour(name, problem)}>${name}: ${problem ? "problem" : lost ? "not known" : ok}</li>`)}</ul>
+    <ul class="chips">${chips.map(([name, problem, ok]) => html`<li class=${colour(name, problem, ok)}>${name}: ${problem ? "problem" : lost ? "not known" : ok}</li>`)}</ul>
   </section>`;
 }
 
