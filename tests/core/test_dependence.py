@@ -186,7 +186,11 @@ def test_a_clock_that_is_set_spans_no_cycle():
     guard = with_history()
     in_test(guard, 0, 40, 0.01)
     in_test(guard, 1_000_000, 40, 0.01)
-    assert not guard.spans_cycle("test", "kind"), "one gap counts as half a cycle"
+    assert not guard.spans_cycle("test", "kind"), "the time begins anew"
+    in_test(guard, 1_010_000, 40, 0.01)
+    assert not guard.spans_cycle("test", "kind"), "a pause counts as half a cycle"
+    in_test(guard, 1_020_000, 40, 0.01)
+    assert guard.spans_cycle("test", "kind")
 
 
 def test_a_full_test_learns_how_much_its_gains_depend_until_they_span_a_cycle(monkeypatch):

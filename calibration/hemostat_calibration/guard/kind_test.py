@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hemostat_calibration.elapsed import elapsed, has_jumped
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard.decisions import Admission, Figure, Role
 from hemostat_calibration.guard.harm import HarmSum
@@ -137,10 +138,11 @@ class KindTest:
 
     def note(self, gain: float, now: float, longest_gap: float) -> None:
         """A gain of the kind, whether it counts or not (`MAX_UNITS`), for its variance inflation. now: its time,
-        seconds. longest_gap: what is counted of the time since the last one, so that a clock that is set spans
-        little."""
+        seconds. longest_gap: what is counted at most of the time since the last one; where the clock has jumped, the
+        time begins anew."""
         if self.last > 0.0:
-            self.elapsed += min(max(now - self.last, 0.0), longest_gap)
+            passed = elapsed(self.last, now, longest_gap)
+            self.elapsed = 0.0 if has_jumped(self.last, now) else self.elapsed + passed
         self.last = now
         self.batches = self.batches.update(np.array([gain / self.width]))
         self.evidence = None
