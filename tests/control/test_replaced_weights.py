@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,43 @@ async def test_copies_at_two_engines_are_one_checkpoint(settings: Settings, tmp_
     async with life(tmp_path, settings) as plane:
         plane.reports(c="same", d="same")
         assert plane.known == KNOWN
+
+
+OLD, NOISY, OTHER = (-1.0, -2.0, -3.0), (-1.02, -1.99, -3.0), (-1.4, -2.5, -2.0)
+
+
+def refers_to(plane: Life, probe: tuple[float, ...]) -> None:
+    """The reference is matched, and gives fixed texts these log-probabilities."""
+    plane.one.monitor.served = served_models(pair(support.MODEL, info=replace(INFO, probe=probe)))
+    plane.one._models_changed()
+
+
+def reasons(plane: Life) -> list[str]:
+    return [event["why"] for event in plane.one.measured.alarms.events]
+
+
+async def test_a_reference_with_other_weights_under_the_same_name(settings: Settings, tmp_path: Path) -> None:
+    """Its probe changes, and nothing else does."""
+    await first_life(tmp_path, settings, a="old")
+    async with life(tmp_path, settings) as plane:
+        refers_to(plane, OLD)
+        assert plane.known == KNOWN, "what was stored before there were probes is used"
+        refers_to(plane, NOISY)
+        assert plane.known == KNOWN, "the noise of a server"
+        assert not reasons(plane)
+        refers_to(plane, OTHER)
+        assert plane.known == NOTHING
+        assert [why for why in reasons(plane) if "the reference has loaded other weights" in why]
+
+
+async def test_a_reference_that_was_replaced_while_it_did_not_run(settings: Settings, tmp_path: Path) -> None:
+    await first_life(tmp_path, settings, a="old")
+    async with life(tmp_path, settings) as plane:
+        refers_to(plane, OLD)
+    async with life(tmp_path, settings) as plane:
+        refers_to(plane, NOISY)
+        assert plane.known == KNOWN
+    async with life(tmp_path, settings) as plane:
+        refers_to(plane, OTHER)
+        serves, alarm, _ = plane.known
+        assert (serves, alarm) == (False, False)

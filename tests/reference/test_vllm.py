@@ -14,9 +14,11 @@ from tests.support.waiting import HANG_SECONDS
 from hemostat.config.schema import Upstream
 from hemostat.demo import vllm_server as vllm_process
 from hemostat.reference import server as server_module
+from hemostat.reference import vllm as vllm_module
 from hemostat.reference.hidden.pooling import find_offer
 from hemostat.reference.match import compare
-from hemostat.reference.protocol import Offer, ReferenceFailure, ScoreRequest
+from hemostat.reference.probed_scores import same_weights
+from hemostat.reference.protocol import FailureReason, Offer, ReferenceFailure, ScoreRequest
 from hemostat.reference.server import VllmServer
 from hemostat.reference.transformers import TransformersReference
 from hemostat.reference.vllm import VllmReference
@@ -260,3 +262,50 @@ async def test_a_real_pair_matches(vllm_server: Any, checkpoints: Any) -> None:
         await refusing.close()
     finally:
         await asyncio.wait_for(reference.close(), HANG_SECONDS)
+
+
+SOME_TOKENS = ScoreRequest(np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32), np.full((2, 1), -1, np.int32))
+
+
+async def test_other_weights_under_the_same_name_are_noticed_and_taken_over_by_the_next_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(vllm_module, "PROBE_SECONDS", 0.0)
+    async with running(FakeVllm()) as fake:
+        reference = VllmReference(fake.url, top_k=5, probes=True)
+        before = await reference.start()
+        await reference.score(SOME_TOKENS)
+        assert (await reference.start()) == before
+        fake.seed = 1
+        with pytest.raises(ReferenceFailure, match="it has loaded other weights") as raised:
+            await reference.score(SOME_TOKENS)
+        assert raised.value.reason is FailureReason.REVISION
+        after = await reference.start()
+        assert after.digest == before.digest, "the server does not say so"
+        assert not same_weights(before.probe, after.probe)
+        await reference.score(SOME_TOKENS)
+        await reference.close()
+
+
+async def test_between_two_probes_only_the_request_is_scored() -> None:
+    async with running(FakeVllm()) as fake:
+        reference = VllmReference(fake.url, top_k=5, probes=True)
+        await reference.start()
+        asked = len(fake.seen)
+        await reference.score(SOME_TOKENS)
+        assert len(fake.seen) == asked + 1
+        await reference.close()
+
+
+async def test_the_noise_of_a_server_is_no_change_and_does_not_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_module, "PROBE_SECONDS", 0.0)
+    async with running(FakeVllm()) as fake:
+        reference = VllmReference(fake.url, top_k=5, probes=True)
+        first = await reference.start()
+        fake.noise = 0.02
+        await reference.score(SOME_TOKENS)
+        assert (await reference.start()).probe == first.probe, "the first one stays"
+        fake.noise = 0.2
+        with pytest.raises(ReferenceFailure, match="it has loaded other weights"):
+            await reference.score(SOME_TOKENS)
+        await reference.close()

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 import msgspec
 
 from hemostat.reference.pair import ModelPair
+from hemostat.reference.probed_scores import same_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +24,21 @@ class ModelIdentity:
     """The reference's digest."""
     weights: str = ""
     """Fingerprint of the compressed weights: `engines.served_weights.ServedWeights`."""
+    probe: tuple[float, ...] = ()
+    """What fixed texts gave on the reference, where its digest does not say what its weights are
+    (`reference.probed_scores`). It is compared within the noise of a server."""
 
     def agrees_with(self, other: ModelIdentity) -> bool:
-        """Whatever both know is equal.
+        """Whatever both know is equal, and both probes are of the same weights.
 
         >>> ModelIdentity("m").agrees_with(ModelIdentity("m", compressed="/models/w4a16"))
         True
         """
+        if self.probe and other.probe and not same_weights(self.probe, other.probe):
+            return False
         theirs = asdict(other)
-        return all(theirs[name] in (value, "", 0) for name, value in asdict(self).items() if value)
+        known = ((name, value) for name, value in asdict(self).items() if value and name != "probe")
+        return all(theirs[name] in (value, "", 0) for name, value in known)
 
     def completed_by(self, other: ModelIdentity | None) -> ModelIdentity:
         """With what only the other one knows.
@@ -41,14 +48,19 @@ class ModelIdentity:
         """
         if other is None:
             return self
-        return replace(self, **{name: value for name, value in asdict(other).items() if not getattr(self, name)})
+        known = replace(self, **{name: value for name, value in asdict(other).items() if not getattr(self, name)})
+        # The first probe of the same weights stays, as in `VllmReference.start`.
+        return replace(known, probe=other.probe) if other.probe and same_weights(other.probe, known.probe) else known
 
     @property
     def without_weights(self) -> ModelIdentity:
-        return replace(self, weights="")
+        return replace(self, weights="", probe=())
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        fields = asdict(self)
+        if not self.probe:
+            del fields["probe"]  # as versions without it have stored it
+        return json.dumps(fields, sort_keys=True)
 
 
 DAMAGED = ModelIdentity(vocab_size=-1)
@@ -66,4 +78,5 @@ def from_json(stored: str) -> ModelIdentity:
 def model_identity(pair: ModelPair, weights: str = "") -> ModelIdentity:
     """Of a pair that has a reference."""
     assert pair.reference is not None
-    return ModelIdentity(pair.name, pair.reference.vocab_size, pair.root, pair.reference.digest, weights)
+    known = pair.reference
+    return ModelIdentity(pair.name, known.vocab_size, pair.root, known.digest, weights, known.probe)

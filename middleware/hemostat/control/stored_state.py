@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from dataclasses import replace
 
 from hemostat.control.model_identity import ModelIdentity, from_json
 from hemostat.engines.upstreams import STATE_KEY as UPSTREAMS_STATE
@@ -91,6 +92,8 @@ class StoredState:
             return
         if self._stored_models is not None and not self._stored_models.agrees_with(self._models):
             why = "the stored evidence is about other models"
+            if replace(self._models, probe=()).agrees_with(self._stored_models):
+                why = "the reference has loaded other weights under the same name"
             log.warning(
                 "%s (%s) than those served now (%s): it is forgotten, and identity serves. To keep evidence of several "
                 "models, name a store for each in store.url",
@@ -100,6 +103,7 @@ class StoredState:
             )
             self._profiles.forget_evidence(why)
             self._measured.forget()
+            self._measured.alarms.note(f"{why}: what was measured with the others is forgotten")
             self._stored_models = None
         # What is not known (yet), such as the weights of engines that have not reported, stays as it is stored.
         models = self._models.completed_by(self._stored_models)

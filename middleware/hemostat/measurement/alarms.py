@@ -185,6 +185,10 @@ class Alarms:
             self._record(why, to_json(reading))
         return before != self._raised
 
+    def note(self, why: str) -> None:
+        """Store an event that is no alarm, but says why what was measured begins anew."""
+        self._record(why, {})
+
     def _record(self, why: str, evidence: dict[str, Any]) -> None:
         event = {"at": self._wall(), "decision": "alarm", "version": "", "why": why, "evidence": evidence}
         self.events.append(event)

@@ -52,7 +52,7 @@ class ServerReference:
         self._server = VllmServer(url, api_key)
         self._wanted = model
         self._folder = folder
-        self._by_lists = VllmReference(url, api_key, model, top_k)
+        self._by_lists = VllmReference(url, api_key, model, top_k, probes=True)
         self._by_states = HiddenStatesReference(self._server, device, threads)
         self._current: VllmReference | HiddenStatesReference | None = None
         self._name = ""

@@ -52,6 +52,9 @@ class ReferenceInfo:
     """Which figures follow, in a few words; "" for those of `full_vocabulary`."""
     exact_with: str = ""
     """What the operator can do for exact figures, in the imperative; "" where they are."""
+    probe: tuple[float, ...] = ()
+    """Log-probabilities of the tokens of fixed texts, nats (`probed_scores`), where `digest` does not say what the
+    weights are: a generating server names its model, and may load others under the same name."""
 
     @property
     def figures_follow(self) -> str:
@@ -155,7 +158,7 @@ class FailureReason(StrEnum):
     HEAD = "head"
     """The output head of a pooling server's model cannot be read from `reference.folder`, or is another model's."""
     REVISION = "revision"
-    """The server's hidden states are no longer those of the model that was checked."""
+    """The server's hidden states, or its scores of fixed texts, are no longer those of the model that was checked."""
     LOGPROBS_MODE = "logprobs_mode"
     """The server does not return log-probabilities of the model itself."""
     PROTOCOL = "protocol"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import time
 from pathlib import Path
 
 import msgspec
 import numpy as np
 from pydantic import SecretStr
 
+from hemostat.reference.match import MAX_SAME_NATS
+from hemostat.reference.probed_scores import PROBE_SECONDS, mean_difference, probed_scores, same_weights
 from hemostat.reference.protocol import (
     FailureReason,
     ReferenceFailure,
@@ -53,13 +57,20 @@ class VllmReference:
         top_k: int = 20,
         *,
         ca: Path | None = None,
+        probes: bool = False,
     ) -> None:
         """url: the server's root. model: the served name, None for the first. top_k: ids requested for each position,
-        at most the server's --max-logprobs. ca: PEM file to trust instead of the system's authorities."""
+        at most the server's --max-logprobs. ca: PEM file to trust instead of the system's authorities. probes: `start`
+        and, every PROBE_SECONDS, `score` find out whether the server has loaded other weights under the same name."""
         self._own_server = self._server = VllmServer(url, api_key, ca=ca)
         self._wanted = model
         self._top_k = top_k
         self._card: ModelCard | None = None
+        self._probes = probes
+        self._probe: tuple[float, ...] = ()
+        """What the fixed texts gave at the last start."""
+        self._probed_at = 0.0
+        self._probing = asyncio.Lock()
 
     def use(self, server: VllmServer) -> None:
         """Score at another server of the same model; `start` comes next. Whoever made the server closes it."""
@@ -72,9 +83,20 @@ class VllmReference:
         # The answer's other fields (dates, permissions) change from call to call.
         identity = f"{card.id}\0{card.root}\0{card.parent}\0{card.max_model_len}"
         digest = hashlib.sha256(identity.encode()).hexdigest()[:32]
+        if self._probes:
+            now = await probed_scores(self._server, card)
+            # The same weights keep their first probe: else the noise of many small steps would add up unseen.
+            self._probe = self._probe if same_weights(self._probe, now) else now
+            self._probed_at = time.monotonic()
         self._card = card
         return ReferenceInfo(
-            card.id, digest, "server", vocab_size, False, hidden_detail="a vLLM server returns no hidden states"
+            card.id,
+            digest,
+            "server",
+            vocab_size,
+            False,
+            hidden_detail="a vLLM server returns no hidden states",
+            probe=self._probe,
         )
 
     async def score(self, request: ScoreRequest) -> ReferenceScores:
@@ -85,6 +107,8 @@ class VllmReference:
             raise ReferenceFailure(
                 FailureReason.GRAMMAR_NEEDS_FULL_VOCABULARY, "a list of top ids cannot be conditioned on a grammar"
             )
+        if self._probes:
+            await self._probe_now_and_then(card)
         adapter, length = request.adapter, request.tokens
         if not len(request.prompt) or not len(request.output):
             raise ReferenceFailure(FailureReason.EMPTY, "a prompt and an output of at least one token are needed")
@@ -98,6 +122,22 @@ class VllmReference:
             if adapter and refused.status == 404:
                 raise ReferenceFailure(FailureReason.NO_ADAPTER, str(refused)) from None
             raise
+
+    async def _probe_now_and_then(self, card: ModelCard) -> None:
+        """REVISION where the server runs other weights than at the last start. The next start takes them over."""
+        if time.monotonic() - self._probed_at < PROBE_SECONDS:
+            return
+        async with self._probing:
+            if time.monotonic() - self._probed_at < PROBE_SECONDS:
+                return
+            far = mean_difference(self._probe, await probed_scores(self._server, card))
+            if not far <= MAX_SAME_NATS:
+                raise ReferenceFailure(
+                    FailureReason.REVISION,
+                    f"{self._server.url} gives the tokens of fixed texts under {card.id} other log-probabilities than "
+                    f"when it was matched (by {far:.2f} nats on average): it has loaded other weights",
+                )
+            self._probed_at = time.monotonic()
 
     async def adapters(self) -> frozenset[str]:
         return frozenset(card.id for card in await self._server.models() if card.parent is not None)

@@ -19,15 +19,10 @@ from hemostat.relay.context import RelayContext
 from hemostat.relay.http.fields import drop_fields, split_fields
 from hemostat.relay.http.request import RequestHead
 from hemostat.relay.http.response import ResponseHead
-from hemostat.relay.outcomes import NO_OUTCOME, OutcomeObserver, ResponseOutcome
-from hemostat_calibration.outcomes import Outcome
+from hemostat.relay.outcomes import EARLY_ENDS, NO_OUTCOME, OutcomeObserver, ResponseOutcome
 
 if TYPE_CHECKING:
     from hemostat.tracing import RequestSpan, Tracing  # an extra; imported only where it is used
-
-_EARLY_ENDS: Final = {ends.CLIENT_GONE: Outcome.GIVEN_UP, ends.UPSTREAM_FAILED: Outcome.BROKEN_OFF}
-"""Ends of an exchange before its response is complete, of which the arms are compared. The others are answers
-of the relay's own, which it gives for reasons that do not depend on the arm."""
 
 _TRACE_FIELDS: Final = frozenset((b"traceparent", b"tracestate"))
 
@@ -94,9 +89,9 @@ class GenerationReport:
         try:
             if complete and outcome is ends.OK:
                 ended = self.observer.finish(arm, context.counters.add)
-            elif comparison is not None and asked and outcome in _EARLY_ENDS:
-                early, streamed = _EARLY_ENDS[outcome], comparison.streamed
-                ended = self.observer.end_early(early, streamed=streamed, arm=arm, count=context.counters.add)
+            elif comparison is not None and asked and outcome in EARLY_ENDS:
+                streamed, add = comparison.streamed, context.counters.add
+                ended = self.observer.end_early(EARLY_ENDS[outcome], streamed=streamed, arm=arm, count=add)
             if comparison is not None and ended.bad is not None:
                 self._report_outcome(comparison, ended)
         except Exception:  # noqa: BLE001  an error in the evaluation must not affect the connection

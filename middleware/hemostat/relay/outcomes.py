@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import msgspec
 
+from hemostat.ipc import ends
 from hemostat.metrics import names
 from hemostat.openai.form import Form
 from hemostat.relay.answer_format import AnswerFormat
@@ -55,6 +56,9 @@ _TOOLS_REQUESTED: Final = re.compile(rb'tools"(?<="tools"):\s*\[')
 _CALLS: Final = re.compile(rb'"(?:tool_calls|function_call)":\s*[\[{]\s*[{"]|"type":\s*"(?:tool_use|function_call)"')
 _MODEL: Final = re.compile(rb'"model":\s*"((?:[^"\\]|\\.){1,200})"')
 
+EARLY_ENDS: Final = {ends.CLIENT_GONE: Outcome.GIVEN_UP, ends.UPSTREAM_FAILED: Outcome.BROKEN_OFF}
+"""Ends of an exchange before its response is complete, of which the arms are compared. The others are answers of the
+relay's own, which it gives for reasons that do not depend on the arm."""
 _OF_ANY_ANSWER: Final = (Outcome.LOOP, Outcome.CUT, Outcome.EMPTY, Outcome.GIVEN_UP, Outcome.BROKEN_OFF)
 """The outcomes that apply to the answer of any request."""
 
