@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -271,6 +272,41 @@ def test_every_line_of_a_json_log_is_json(tmp_path: Path) -> None:
     said = " ".join(line["message"] for line in lines)
     assert "data port http://127.0.0.1:" in said
     assert f"admin port http://127.0.0.1:{admin}" in said
+
+
+def _run_once(command: str, folder: Path, run_dir: Path) -> subprocess.CompletedProcess[str]:
+    config = folder / "hemostat.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "listen": {"host": "127.0.0.1", "port": 0},
+                "admin": {"port": free_port()},
+                "upstream": {"url": "http://127.0.0.1:1"},
+                "control": {"addresses": ["127.0.0.1:1"], "token": "a-relay-token"} if command == "relay" else {},
+                "run_dir": str(run_dir),
+            }
+        )
+    )
+    program = [sys.executable, "-m", "hemostat", command, "--config", str(config)]
+    return subprocess.run(program, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
+
+
+@pytest.mark.parametrize(
+    ("command", "folder"),
+    [
+        pytest.param("serve", "x" * 120, id="its path is too long"),
+        pytest.param("relay", "x" * 120, id="its path is too long for a relay"),
+        pytest.param("serve", "run/control.lock", id="a folder is in place of the lock"),
+    ],
+)
+def test_a_run_folder_that_cannot_be_used_is_reported_in_one_line_with_exit_code_2(
+    tmp_path: Path, command: str, folder: str
+) -> None:
+    (tmp_path / folder).mkdir(parents=True)
+    result = _run_once(command, tmp_path, tmp_path / folder.partition("/")[0])
+    assert result.returncode == 2
+    assert len(re.findall("ERROR.*: run_dir: cannot (?:open|bind) ", result.stderr)) == 1
+    assert "Traceback" not in result.stderr
 
 
 def _have_ended(pids: set[int]) -> bool:

@@ -39,11 +39,14 @@ from hemostat_calibration.messages import in_words
 
 
 def make_listener(given: dict[str, Any], settings: Settings) -> RelayListener:
-    """given: `socket`, a path, and `control_fd`, an inherited listening socket or None. OSError."""
+    """given: `socket`, a path, and `control_fd`, an inherited listening socket or None. HemostatError."""
     sockets = [listen_locally(Path(given["socket"]))]
     if given.get("control_fd") is not None:
         sockets.append(socket.socket(fileno=given["control_fd"]))
-    return RelayListener(sockets, security(settings))
+    try:
+        return RelayListener(sockets, security(settings))
+    except OSError as error:
+        raise HemostatError(f"control.cert: {in_words(error)}; it has to fit control.key") from None
 
 
 def security(settings: Settings) -> Security | None:
@@ -73,12 +76,8 @@ async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
     stop = stop_event()
     settings = Settings.model_validate(given["settings"])
     logs.set_up(settings.log.level, settings.log.format)
-    try:
-        lock = await lock_alone(Path(given["lock"]))
-        relays = make_listener(given, settings)
-    except OSError as error:
-        why = in_words(error)
-        raise HemostatError(f"control: cannot start: {why}; see run_dir, control.cert and control.key") from None
+    lock = await lock_alone(Path(given["lock"]))
+    relays = make_listener(given, settings)
     admin, listener = settings.admin, socket.socket(fileno=given["admin_fd"])
     relays.start()
     control = Control(settings, given["data_port"])
@@ -154,7 +153,10 @@ async def lock_alone(path: Path) -> int:
 
     The file descriptor that holds the lock; it is released with the process. HemostatError after LOCK_SECONDS.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise HemostatError(f"run_dir: cannot open {path} ({in_words(error)}); name a folder of its own") from None
     end = time.monotonic() + LOCK_SECONDS
     while True:
         try:

@@ -23,6 +23,8 @@ import msgspec
 
 from hemostat.ipc.framing import read_frame
 from hemostat.ipc.messages import MAX_HELLO_BYTES, NOT_ACTIVE, PROTOCOL, Hello, Refused, encode
+from hemostat_calibration.errors import HemostatError
+from hemostat_calibration.messages import in_words
 
 log = logging.getLogger("hemostat.control")
 
@@ -200,16 +202,17 @@ class RelayListener:
 
 
 def listen_locally(path: Path) -> socket.socket:
-    """A Unix socket that only this user can connect to; a former one at this path is replaced. OSError."""
+    """A Unix socket that only this user can connect to; a former one at this path is replaced. HemostatError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     mask = os.umask(0o177)
     try:
         path.unlink(missing_ok=True)
         sock.bind(str(path))
         sock.listen(BACKLOG)
-    except OSError:
+    except OSError as error:
         sock.close()
-        raise
+        advice = "name a folder with a shorter path that this user can write to"
+        raise HemostatError(f"run_dir: cannot bind {path} ({in_words(error)}); {advice}") from None
     finally:
         os.umask(mask)
     return sock

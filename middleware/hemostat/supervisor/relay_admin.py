@@ -11,6 +11,7 @@ import asyncio
 import json
 import logging
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.relay_listener import RelayListener, listen_locally
 from hemostat.ipc.supervised import run_supervised, stop_event, tell_supervisor
 from hemostat.metrics.collector import HemostatCollector
+from hemostat.supervisor.child import EXIT_CODE_EXPLAINED
+from hemostat_calibration.errors import HemostatError
+
+log = logging.getLogger("hemostat.serve")
 
 
 def create_app(link: RelayLink, settings: Settings) -> FastAPI:
@@ -90,5 +95,14 @@ async def follow(lines: asyncio.StreamReader, app: FastAPI) -> None:
     await asyncio.Event().wait()  # the supervisor has ended; the kernel sends SIGTERM
 
 
+def main() -> int:
+    try:
+        run_supervised(run)
+    except HemostatError as error:
+        log.error("%s", error)
+        return EXIT_CODE_EXPLAINED
+    return 0
+
+
 if __name__ == "__main__":
-    run_supervised(run)
+    sys.exit(main())
