@@ -176,28 +176,29 @@ class Supervisor:
         service.notify("READY=1")
 
     def _announce_ports(self) -> None:
+        """Say the addresses first, so that programs find them in the first lines, then what people should know."""
         settings, sockets = self._settings, self._sockets
         host, admin = _url_host(settings.listen.host), _url_host(settings.admin.host)
         if sockets.data:
             engines = ", ".join(settings.upstream.addresses)
             self._announce(f"hemostat: data port http://{host}:{sockets.data_port} -> {engines}")
-            if not is_loopback(settings.listen.host):
-                self._announce(
-                    f"hemostat: the data port accepts clients from other machines, as listen.host is "
-                    f"{settings.listen.host}; for this machine alone: --host 127.0.0.1"
-                )
         if sockets.control is not None:
             listens = _url_host(split_address(settings.control.listen or "")[0])
             port = sockets.control.getsockname()[1]
             how = "TLS" if settings.control.cert is not None else "no TLS"
             self._announce(f"hemostat: relays connect to {listens}:{port} ({how})")
+        shows = "console, /metrics" if self._role.control else "/metrics of the relays"
+        self._announce(f"hemostat: admin port http://{admin}:{sockets.admin_port} ({shows})")
+        if sockets.data and not is_loopback(settings.listen.host):
+            self._announce(
+                f"hemostat: the data port accepts clients from other machines, as listen.host is "
+                f"{settings.listen.host}; for this machine alone: --host 127.0.0.1"
+            )
         if self._role.control and settings.reference.backend == "none":
             self._announce(
                 "hemostat: nothing is measured, as no reference is configured: requests are only relayed; name the "
                 "uncompressed model with --reference (reference.backend)"
             )
-        shows = "console, /metrics" if self._role.control else "/metrics of the relays"
-        self._announce(f"hemostat: admin port http://{admin}:{sockets.admin_port} ({shows})")
         if self._role.control:
             self._announce_waiting_times(settings)
 
