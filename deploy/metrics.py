@@ -54,7 +54,8 @@ ENGINE_EVENTS: Values = {
     "requests_bound": "requests for which the engine held the requested profile",
     "requests_unknown": "requests that named a version that the engine does not hold; no profile is applied",
     "requests_declined": "requests with parameters that exclude a profile; no profile is applied",
-    "requests_refused": "requests with malformed `vllm_xargs` of Hemostat",
+    "requests_refused": "requests with malformed `vllm_xargs` of Hemostat, or with unsigned ones that only "
+    "Hemostat may use",
     "rows_applied": "tokens that a profile was applied to",
     "rows_clamped": "shadowed tokens at which `calibration.clamp_nats` took effect",
     "rows_kl_clamped": "tokens at which a profile's limit of 2 nats of KL took effect",
@@ -84,7 +85,7 @@ CALIBRATION_REASONS: Values = {
     "pinned": "the client named a version",
     "forced": "`calibration.force`",
     "own_logits": "the client changes logits itself (logit_bias, penalties)",
-    "own_xargs": "the client named a profile or a tap itself, in `vllm_xargs.hemostat` or `vllm_xargs.hemostat_tap`",
+    "own_xargs": "the client named a profile itself, in `vllm_xargs.hemostat`",
     "own_parameters": "`apply: request`, and the client set temperature or logit_bias",
     "request_form": "`apply: request`, and the request is one of `/v1/responses` or `/v1/messages`",
     "other_model": "profiles are for another of the served models",

@@ -7,11 +7,12 @@ import json
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
+from hemostat_calibration.engine_keys import SECRET_CHARACTERS
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.messages import in_words
 from hemostat_calibration.profiles.profile import MAX_BYTES, VERSION_PATTERN
@@ -21,6 +22,8 @@ TIMEOUT_SECONDS = 5.0
 MAX_ANSWER_SECONDS = 120.0
 """Of a whole answer: a profile of 255 MiB."""
 MAX_RESPONSE_BYTES = 64 * 1024
+MAX_SECRETS = 4
+"""Of one answer."""
 
 
 class FetchError(HemostatError):
@@ -37,10 +40,12 @@ class ReportResponse:
 
     hold: versions that this engine should hold, most important first.
     nonce_prefix: of the requests that came through this middleware.
+    secrets: under which its requests are signed (`hemostat_calibration.engine_keys`).
     """
 
     hold: tuple[str, ...] = ()
     nonce_prefix: str = ""
+    secrets: tuple[str, ...] = field(default=(), repr=False)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -65,18 +70,19 @@ class AdminClient:
         try:
             response = json.loads(data)
             hold = tuple(version for version in response["hold"] if VERSION_PATTERN.fullmatch(version))
-            return ReportResponse(hold, str(response.get("nonce_prefix") or ""))
+            return ReportResponse(hold, str(response.get("nonce_prefix") or ""), _secrets(response))
         except (ValueError, TypeError, KeyError):
             raise FetchError("the admin port's answer to a report has no list 'hold'") from None
 
     def send_taps(self, body: dict[str, Any]) -> None:
         self._call("/api/v1/engine/tap", MAX_RESPONSE_BYTES, msgspec.msgpack.encode(body), "msgpack")
 
-    def send_answers(self, body: dict[str, Any]) -> str:
-        """Returns the prefix of the nonces of the requests that came through this middleware, "" where it has none."""
+    def send_answers(self, body: dict[str, Any]) -> ReportResponse:
+        """Returns the prefix of the nonces of this middleware's requests ("" where it has none), and its secrets."""
         data = self._call("/api/v1/engine/answers", MAX_RESPONSE_BYTES, msgspec.msgpack.encode(body), "msgpack")
         try:
-            return str(json.loads(data)["nonce_prefix"] or "")
+            response = json.loads(data)
+            return ReportResponse((), str(response["nonce_prefix"] or ""), _secrets(response))
         except (ValueError, TypeError, KeyError):
             raise FetchError("the admin port's answer to answers has no 'nonce_prefix'") from None
 
@@ -100,6 +106,12 @@ class AdminClient:
         if len(body) > max_bytes:
             raise FetchError(f"{path}: an answer of more than {max_bytes} bytes")
         return body
+
+
+def _secrets(response: dict[str, Any]) -> tuple[str, ...]:
+    """Returns the secrets of an answer; none where it is of a middleware that has none yet. TypeError."""
+    given = response.get("secrets") or ()
+    return tuple(s for s in given if isinstance(s, str) and len(s) == SECRET_CHARACTERS and s.isascii())[:MAX_SECRETS]
 
 
 def _read(response: Any, max_bytes: int) -> bytes:

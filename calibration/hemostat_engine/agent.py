@@ -24,6 +24,7 @@ from hemostat_engine.fetching import Fetcher
 from hemostat_engine.library import Counters, Library
 from hemostat_engine.peers import Peer, Peers
 from hemostat_engine.retries import Retries
+from hemostat_engine.secrets import Secrets
 from hemostat_engine.settings import Settings
 from hemostat_engine.taps import Taps
 from hemostat_engine.weights import LoadedWeights
@@ -81,6 +82,7 @@ class Agent:
         self._taps = taps
         self._has_source = settings.admin_url is not None or settings.profile_dir is not None
         self._peers = Peers(settings)
+        self.secrets = Secrets(clock)
         self._retries = Retries()
         self.fetcher = Fetcher(settings.profile_dir, self._peers, library, counters, self.report_soon)
         self._spawn = spawn
@@ -177,6 +179,7 @@ class Agent:
         try:
             peer.last_response = peer.client.report(body)
             peer.answers = True
+            self.secrets.note(peer.last_response.secrets)
         except FetchError as error:
             peer.answers = False
             self._counters.add("report_errors")

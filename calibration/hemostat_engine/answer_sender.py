@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 
 from hemostat_engine.admin_client import FetchError
 from hemostat_engine.peers import Peer, Peers
+from hemostat_engine.secrets import Secrets
 
 log = logging.getLogger("vllm.hemostat")
 
@@ -19,6 +21,8 @@ MAX_MESSAGE_ANSWERS = 4096
 ATTEMPTS = 2
 COLLECT_SECONDS = 0.2
 """From the first answer in an empty queue to the message: one of many answers costs hardly more than one of one."""
+LOOK_SECONDS = 10.0
+"""Between two questions for the secrets, once some are known: they are handed out long before they are used."""
 PAUSE_SECONDS = 0.5
 """Between two attempts. Hemostat waits some seconds for an answer, so one that is late is of no use."""
 
@@ -42,12 +46,14 @@ class AnswerSender:
         queue: Queue,
         peers: Peers,
         boot_id: str,
+        secrets: Secrets,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._queue = queue
         self._peers = peers
         self._boot_id = boot_id
+        self._secrets = secrets
         self._clock = clock
         self._pause = pause
         self._prefixes: dict[str, str] = {}
@@ -58,15 +64,26 @@ class AnswerSender:
         threading.Thread(target=self._run, name="hemostat-answers", daemon=True).start()
 
     def _run(self) -> None:
+        next_look = 0.0
         while True:
-            self._queue.filled.wait()
-            self._pause(COLLECT_SECONDS)
             try:
-                self.send()
+                if self._clock() >= next_look:
+                    self.look()
+                    next_look = self._clock() + (LOOK_SECONDS if self._secrets.believed() else PAUSE_SECONDS)
+                if self._queue.filled.wait(max(0.0, next_look - self._clock())):
+                    self._pause(COLLECT_SECONDS)
+                    self.send()
             except Exception:
                 # An unexpected error must not end the thread: no answer would be sent any more.
                 log.exception("hemostat answers")
                 self._pause(PAUSE_SECONDS)
+
+    def look(self) -> None:
+        """Ask the admin ports for their secrets, by messages without answers."""
+        self._peers.refresh(self._clock())
+        for peer in self._peers.all:
+            with contextlib.suppress(FetchError):
+                self._deliver(peer, [])
 
     def send(self) -> None:
         """Send one message's worth of answers, or drop and count them."""
@@ -87,17 +104,21 @@ class AnswerSender:
             own = [answer for answer in unsent if self._may_own(peer, answer["nonce"])]
             if not own:
                 continue
-            body = {"boot_id": self._boot_id, "answers": own, "dropped": self._queue.dropped}
             try:
-                prefix = peer.client.send_answers(body)
+                self._deliver(peer, own)
             except FetchError as error:
                 self._log_failure(error)
                 continue
             self._failing = False
-            self._prefixes[peer.url] = prefix
             # A middleware ignores answers that are not of its own requests.
             unsent = [answer for answer in unsent if not self._may_own(peer, answer["nonce"])]
         return unsent
+
+    def _deliver(self, peer: Peer, answers: list[dict[str, Any]]) -> None:
+        body = {"boot_id": self._boot_id, "answers": answers, "dropped": self._queue.dropped}
+        response = peer.client.send_answers(body)
+        self._prefixes[peer.url] = response.nonce_prefix
+        self._secrets.note(response.secrets)
 
     def _may_own(self, peer: Peer, nonce: str) -> bool:
         """Whether the request came through `peer`, or may have, while its prefix is not known."""

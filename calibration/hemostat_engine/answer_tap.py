@@ -25,11 +25,13 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+from hemostat_calibration.engine_keys import TAP_TOP_KEY
 from hemostat_engine import xargs
 from hemostat_engine.answer_sender import AnswerSender
 from hemostat_engine.byte_order import little_endian
 from hemostat_engine.numbering import Numbering
 from hemostat_engine.peers import Peers
+from hemostat_engine.secrets import Secrets
 from hemostat_engine.settings import Settings
 
 log = logging.getLogger("vllm.hemostat")
@@ -278,11 +280,13 @@ class Recording:
 
 
 class AnswerTap:
-    """Decides which generations are recorded. `start_sender`: called once, before the first is."""
+    """Decides which generations are recorded. `start_sender`: called once, when the first request asks to be, as the
+    sender also learns the secrets from the admin ports. secrets: those that requests to be recorded are signed with."""
 
-    def __init__(self, queue: AnswerQueue, start_sender: Callable[[], None]) -> None:
+    def __init__(self, queue: AnswerQueue, start_sender: Callable[[], None], secrets: Secrets) -> None:
         self._queue = queue
         self._start_sender = start_sender
+        self._secrets = secrets
         self._started = False
         self._calls = Numbering()
         self._active = 0
@@ -290,7 +294,7 @@ class AnswerTap:
     def begin(self, engine: Any, prompt: Any, params: Any) -> Recording | None:
         """A recording, if the request asks for one. Never raises."""
         extra = getattr(params, "extra_args", None)
-        if not extra or xargs.TOP_KEY not in extra:
+        if not extra or TAP_TOP_KEY not in extra:
             return None
         try:
             return self._begin(engine, prompt, params)
@@ -302,7 +306,10 @@ class AnswerTap:
             return None
 
     def _begin(self, engine: Any, prompt: Any, params: Any) -> Recording | None:
-        asked = xargs.parse(params.extra_args)
+        if not self._started:
+            self._started = True
+            self._start_sender()
+        asked = xargs.parse(params.extra_args, signed=self._secrets.signed(params.extra_args))
         if asked.nonce is None or asked.top is None or hasattr(prompt, "__aiter__"):
             return None
         own = params.logprobs
@@ -312,9 +319,6 @@ class AnswerTap:
         if chosen or not known_kind or (own is not None and not 0 <= own <= xargs.MAX_TOP):
             self._queue.drop()
             return None
-        if not self._started:
-            self._started = True
-            self._start_sender()
         call = self._calls.next(asked.nonce)
         return Recording(self._queue, asked.nonce, call, params, engine.model_config.max_logprobs, asked.top)
 
@@ -349,8 +353,9 @@ def install() -> None:
             log.warning("answers are not handed out: this vLLM's AsyncLLM.generate is not the known one")
             return
         queue = AnswerQueue()
-        sender = AnswerSender(queue, Peers(settings), uuid.uuid4().hex)
-        engine_class.generate = wrapped(generate, AnswerTap(queue, sender.start))
+        secrets = Secrets()
+        sender = AnswerSender(queue, Peers(settings), uuid.uuid4().hex, secrets)
+        engine_class.generate = wrapped(generate, AnswerTap(queue, sender.start, secrets))
         setattr(engine_class, _WRAPPED, True)
     except Exception as error:  # noqa: BLE001 - vLLM must start whatever happens here
         log.warning("answers are not handed out: %s: %s", type(error).__name__, error)

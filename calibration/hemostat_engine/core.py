@@ -8,6 +8,8 @@ Rules:
   same token. The ranks agree by an all-reduce in the step that admits the request.
 - A request whose parameters change the logits before the processor (see `xargs.edits_logits`) gets identity; counted.
   Of a tap of it nothing is measured, since the features would be those of changed logits.
+- Keys that make the plugin act (taps, forced tokens, the look at the KV cache) count only where they carry the MAC of a
+  control process that this engine knows (`hemostat_calibration.engine_keys`); otherwise they are as if absent; counted.
 - A row without a profile is unchanged, and a step without any profile or tap returns immediately.
 - A profile that fails, whatever it raises, is off from then on in this engine, on all ranks in the same step: its rows
   stay as they are, its requests get identity, and it is not reported as held. Nothing of it ends vLLM.
@@ -159,8 +161,14 @@ class Core:
 
         A preempted request that is resumed has its binding as an attribute of its params and keeps it.
         """
-        parameters = [self._parameters(params) for params in admitted]
-        named = [i for i, p in enumerate(parameters) if p.version is not None and self._bound(admitted[i]) is None]
+        unbound = [i for i, params in enumerate(admitted) if self._bound(params) is None]
+        acting = [i for i in unbound if xargs.asks_to_act(admitted[i])]
+        # A secret reaches the ranks one after the other: what only some believe, none acts on.
+        known = self._ranks.all_have([self.agent.secrets.signed(admitted[i].extra_args) for i in acting])
+        signed = {i for i, is_known in zip(acting, known, strict=True) if is_known}
+        self.counters.add("requests_refused", len(acting) - len(signed))
+        parameters = [self._parameters(params, signed=i in signed) for i, params in enumerate(admitted)]
+        named = [i for i in unbound if parameters[i].version is not None]
         result = [self.library.get(parameters[i].version or "") for i in named]
         on_all_ranks = self._ranks.all_have([profile is not None for profile in result])
         profiles = {i: profile for i, profile, all_have in zip(named, result, on_all_ranks, strict=True) if all_have}
@@ -194,9 +202,9 @@ class Core:
     def _bound(self, params: Any) -> Binding | None:
         return getattr(params, _BINDING_ATTRIBUTE, None)
 
-    def _parameters(self, params: Any) -> xargs.RequestParameters:
+    def _parameters(self, params: Any, *, signed: bool) -> xargs.RequestParameters:
         try:
-            parsed = xargs.parse(params.extra_args)
+            parsed = xargs.parse(params.extra_args, signed=signed)
         except ValueError:
             # Some vLLM versions do not call validate_params: invalid values must not stop the engine.
             self.counters.add("requests_refused")

@@ -293,7 +293,8 @@ class LogitsProcessor(*_interfaces()):  # type: ignore[misc] # the bases depend 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
         """Called by the frontend for each request: a ValueError becomes HTTP 400 with its text."""
-        xargs.parse(sampling_params.extra_args)
+        # Whether the other keys count is known in the engine; a refusal here would tell clients about them.
+        xargs.parse(sampling_params.extra_args, signed=False)
 
     def is_argmax_invariant(self) -> bool:
         return False

@@ -7,14 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hemostat_calibration.engine_keys import FORCE_KEY, KEYS, PRECISION_KEY, PROFILE_KEY, TAP_KEY, TAP_TOP_KEY, acts
 from hemostat_calibration.profiles.profile import VERSION_PATTERN
 
-VERSION_KEY = "hemostat"
-NONCE_KEY = "hemostat_tap"
-TOP_KEY = "hemostat_tap_top"
-FORCE_KEY = "hemostat_force"
-PRECISION_KEY = "hemostat_kv_precision"
-_KEYS = (VERSION_KEY, NONCE_KEY, FORCE_KEY, PRECISION_KEY)
 NONCE_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _DIGITS = re.compile(r"[0-9]{1,3}")
 MAX_TOP = 128
@@ -41,23 +36,29 @@ class RequestParameters:
 NO_PARAMETERS = RequestParameters(None, None)
 
 
-def parse(extra_args: Mapping[str, Any] | None) -> RequestParameters:
-    """Parse a request's xargs. Raises ValueError, with a text for the client, on an invalid value."""
+def parse(extra_args: Mapping[str, Any] | None, *, signed: bool) -> RequestParameters:
+    """Parse a request's xargs. Raises ValueError, with a text for the client, on an invalid value.
+
+    signed: the acting keys are the control process's (`Secrets.signed`); otherwise they are as if absent, so that
+    nothing is said about them.
+    """
     if not extra_args:
         return NO_PARAMETERS
-    version = extra_args.get(VERSION_KEY)
-    nonce = extra_args.get(NONCE_KEY)
+    version = extra_args.get(PROFILE_KEY)
+    if not signed:
+        extra_args = {}
+    nonce = extra_args.get(TAP_KEY)
     forced = _forced(extra_args.get(FORCE_KEY))
     precision = extra_args.get(PRECISION_KEY) is not None
     if version is None and nonce is None and not forced and not precision:
         return NO_PARAMETERS
     if version is not None and not (isinstance(version, str) and VERSION_PATTERN.fullmatch(version)):
         raise ValueError(
-            f"vllm_xargs.{VERSION_KEY} must be a profile version (32 lowercase hex digits), not {_shorten(version)}"
+            f"vllm_xargs.{PROFILE_KEY} must be a profile version (32 lowercase hex digits), not {_shorten(version)}"
         )
     if nonce is not None and not (isinstance(nonce, str) and NONCE_PATTERN.fullmatch(nonce)):
-        raise ValueError(f"vllm_xargs.{NONCE_KEY} must be 1 to 64 letters, digits, '_' or '-', not {_shorten(nonce)}")
-    top = None if nonce is None else _top(extra_args.get(TOP_KEY))
+        raise ValueError(f"vllm_xargs.{TAP_KEY} must be 1 to 64 letters, digits, '_' or '-', not {_shorten(nonce)}")
+    top = None if nonce is None else _top(extra_args.get(TAP_TOP_KEY))
     return RequestParameters(version, nonce, top, forced=forced, precision=precision)
 
 
@@ -75,13 +76,18 @@ def _top(value: object) -> int | None:
         return None
     number = int(value) if isinstance(value, str) and _DIGITS.fullmatch(value) else value
     if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= MAX_TOP:
-        raise ValueError(f"vllm_xargs.{TOP_KEY} must be an integer from 1 to {MAX_TOP}, not {_shorten(value)}")
+        raise ValueError(f"vllm_xargs.{TAP_TOP_KEY} must be an integer from 1 to {MAX_TOP}, not {_shorten(value)}")
     return number
 
 
 def has_parameters(extra_args: Mapping[str, Any] | None) -> bool:
     """Whether a parameter of Hemostat is present, valid or not."""
-    return extra_args is not None and not extra_args.keys().isdisjoint(_KEYS)
+    return extra_args is not None and not extra_args.keys().isdisjoint(KEYS)
+
+
+def asks_to_act(params: Any) -> bool:
+    """Returns True if a request has keys that the plugin acts on only where they are signed. params: SamplingParams."""
+    return bool(params.extra_args) and acts(params.extra_args)
 
 
 def _shorten(value: object) -> str:

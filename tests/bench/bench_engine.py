@@ -49,7 +49,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from tests.bench.engine_child import EngineChild  # noqa: E402  the root is no package
-from tests.support.engine_admin import TOKEN, EngineAdmin  # noqa: E402  the root is no package
+from tests.support.engine_admin import TOKEN, EngineAdmin, accept_unsigned_keys  # noqa: E402  the root is no package
 
 BUILD = ROOT / "build" / "bench"
 LEARNED = BUILD / "w4a16.profile"
@@ -154,6 +154,7 @@ def serve_bursts(model: str, batch: int, plugin: bool, answers: IO[str]) -> None
         logits_processors=[LOGITS_PROCESSOR] if plugin else None,
     )
     engine = llm.llm_engine
+    accept_unsigned_keys()
     counters = plugin_counters() if plugin else None
     admitted = 0
     for line in sys.stdin:

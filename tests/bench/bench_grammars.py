@@ -39,7 +39,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from tests.bench.engine_child import EngineChild  # noqa: E402  the root is no package
-from tests.support.engine_admin import TOKEN, EngineAdmin  # noqa: E402  the root is no package
+from tests.support.engine_admin import TOKEN, EngineAdmin, accept_unsigned_keys  # noqa: E402  the root is no package
 
 PATH = ROOT / "build" / "bench" / "grammars.json"
 ITEM = {
@@ -116,6 +116,7 @@ def serve_bursts(model: str, batch: int, answers: IO[str]) -> None:
         logits_processors=[LOGITS_PROCESSOR],
     )
     engine = llm.llm_engine
+    accept_unsigned_keys()
     for line in sys.stdin:
         question = json.loads(line)
         for i, nonce in enumerate(question["nonces"]):

@@ -80,7 +80,7 @@ def asked(server: RunningVllm, ask: Callable[[VllmServer, VariantClient], Awaita
     async def run() -> T:
         vllm = VllmServer(server.url, timeout=300.0)
         try:
-            return await ask(vllm, VariantClient(vllm, server.model, _at_once))
+            return await ask(vllm, VariantClient(vllm, server.model, _at_once, sign=server.admin.signed))
         finally:
             await vllm.close()
 
@@ -99,7 +99,7 @@ def test_forced_tokens_are_decoded_with_the_log_probabilities_of_before(lora_ser
             "temperature": 0.0,
             "logprobs": 0,
             "return_token_ids": True,
-            "vllm_xargs": {"hemostat_force": ids[8:]},
+            "vllm_xargs": lora_server.admin.signed({"hemostat_force": ids[8:]}),
         }
         answer = await vllm.post("/v1/completions", body, dict[str, Any])
         return ids, answer["choices"][0], await vllm.prompt_logprobs(lora_server.model, ids)

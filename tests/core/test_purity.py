@@ -20,6 +20,7 @@ ALLOWED = {
     "enum",
     "functools",
     "hashlib",
+    "hmac",
     "heapq",
     "itertools",
     "hemostat_calibration",

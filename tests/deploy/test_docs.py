@@ -41,7 +41,7 @@ DEPLOY = ROOT / "deploy"
 DOCS = ROOT / "docs"
 NOT_METRICS = {
     *("hemostat_calibration", "hemostat_engine", "hemostat_tap", "hemostat_tap_top", "hemostat_force"),
-    "hemostat_kv_precision",
+    *("hemostat_kv_precision", "hemostat_mac"),
 }
 """Names with the prefix of metrics that are not metrics: two packages, and a key of `vllm_xargs`."""
 

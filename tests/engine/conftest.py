@@ -8,12 +8,21 @@ from typing import Any
 import pytest
 from tests.support.engine_profiles import VOCAB_SIZE
 
+from hemostat_engine import secrets
+
 
 @pytest.fixture(autouse=True)
 def no_profile_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     """Remove the settings of the developer's environment."""
     for name in ("HEMOSTAT_ADMIN_URL", "HEMOSTAT_ENGINE_TOKEN", "HEMOSTAT_PROFILE_DIR"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def all_signed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every request's keys are taken for the control process's, but in the tests of who may use them."""
+    if request.module.__name__.rpartition(".")[2] != "test_signed_keys":
+        monkeypatch.setattr(secrets.Secrets, "signed", lambda *_: True)
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from hemostat_engine import answer_sender, answer_tap, numbering
 from hemostat_engine.answer_sender import AnswerSender
 from hemostat_engine.answer_tap import AnswerQueue, AnswerTap, wrapped
 from hemostat_engine.peers import Peers
+from hemostat_engine.secrets import Secrets
 from hemostat_engine.settings import Settings
 
 PROMPT = [5, 6, 7]
@@ -96,7 +97,7 @@ class Server:
         self.engine = engine
         self.queue = queue or AnswerQueue()
         self.starts = 0
-        self._generate = wrapped(Engine.generate, AnswerTap(self.queue, self._start))
+        self._generate = wrapped(Engine.generate, AnswerTap(self.queue, self._start, Secrets()))
 
     def _start(self) -> None:
         self.starts += 1
@@ -186,7 +187,7 @@ def recorded_masked(server: Server) -> None:
     """Record one token of which a grammar's mask left no other."""
     container = create_sample_logprobs(False)
     append_logprobs_for_next_position(container, [3, 3, 9], [-0.1, -0.1, -np.inf], [None] * 3, 1, 2)
-    recording = AnswerTap(server.queue, lambda: None).begin(server.engine, PROMPT, params(ASKS))
+    recording = AnswerTap(server.queue, lambda: None, Secrets()).begin(server.engine, PROMPT, params(ASKS))
     assert recording is not None
     output = CompletionOutput(0, "", [3], None, container, finish_reason="length")
     recording.note(RequestOutput("id", None, PROMPT, None, [output], True))
@@ -249,7 +250,7 @@ def test_what_cannot_be_recorded_is_dropped_counted_and_still_served(caplog: pyt
                 yield output
 
     server = Server(Broken([[[3], [4]]]))
-    server._generate = wrapped(Broken.generate, AnswerTap(server.queue, lambda: None))
+    server._generate = wrapped(Broken.generate, AnswerTap(server.queue, lambda: None, Secrets()))
     seen = server.serve(params(ASKS))
     assert [output.outputs[0].token_ids for output in seen] == [[3], [4]]
     assert [output.outputs[0].logprobs for output in seen] == [None, None]
@@ -270,7 +271,7 @@ def test_logprobs_that_cannot_be_are_dropped_and_counted(damage: str) -> None:
                 yield output
 
     server = Server(Damaged([[[8]]]))
-    server._generate = wrapped(Damaged.generate, AnswerTap(server.queue, lambda: None))
+    server._generate = wrapped(Damaged.generate, AnswerTap(server.queue, lambda: None, Secrets()))
     assert [output.outputs[0].token_ids for output in server.serve(params(ASKS))] == [[8]]
     assert (server.recorded(), server.queue.dropped) == ([], 1)
 
@@ -283,7 +284,7 @@ def test_the_clients_own_logprobs_that_do_not_fit_its_ids_reach_it_as_they_are()
                 yield output
 
     server = Server(Longer([[[3], [4]]]))
-    server._generate = wrapped(Longer.generate, AnswerTap(server.queue, lambda: None))
+    server._generate = wrapped(Longer.generate, AnswerTap(server.queue, lambda: None, Secrets()))
     seen = server.serve(params(ASKS, logprobs=1))
     assert [(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in seen] == [
         (ids, logprobs_of([3, 8], 2, False)) for ids in ([3], [4])
@@ -375,7 +376,7 @@ def admins() -> Iterator[list[EngineAdmin]]:
 
 def sender_to(admins: list[EngineAdmin], queue: AnswerQueue) -> AnswerSender:
     settings = Settings(admin_url=",".join(admin.url for admin in admins), engine_token=TOKEN)
-    return AnswerSender(queue, Peers(settings), "boot", pause=lambda _: None)
+    return AnswerSender(queue, Peers(settings), "boot", Secrets(), pause=lambda _: None)
 
 
 def test_answers_reach_the_buffer_of_the_admin_port(admins: list[EngineAdmin]) -> None:

@@ -17,10 +17,13 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 import torch.distributed as dist  # noqa: E402
 
+from hemostat_calibration.engine_keys import signed  # noqa: E402
 from hemostat_engine import transform  # noqa: E402
 from hemostat_engine.core import Core, Ranks  # noqa: E402
 from hemostat_engine.masks import GrammarMasks  # noqa: E402
 from hemostat_engine.settings import Settings  # noqa: E402
+
+SECRETS = ["a" * 32, "b" * 32]
 
 
 def rank_main(rank: int, folder: str) -> None:
@@ -43,7 +46,10 @@ def rank_main(rank: int, folder: str) -> None:
     if rank == 0:
         core.library.put(single)
     asked = [None, single.version, both.version, "0" * 32]
-    requests = [SamplingParams(extra_args={"hemostat": v, "hemostat_tap": "n"} if v else None) for v in asked]
+    # Of the two secrets, rank 1 does not know the second yet: no rank acts on what it has signed.
+    core.agent.secrets.note(SECRETS[: 2 - rank])
+    taps = [signed({"hemostat": v or "", "hemostat_tap": "n"}, SECRETS[v == "0" * 32], "") for v in asked]
+    requests = [SamplingParams(extra_args=tap if v else None) for v, tap in zip(asked, taps, strict=True)]
     first = core.bind(requests)
     # Rank 1 has it a step later: running requests keep their binding, new ones are bound on both ranks.
     core.library.put(single)
@@ -103,5 +109,5 @@ def test_what_one_rank_cannot_apply_no_rank_applies(tmp_path: Path) -> None:
         assert answer["boot_id"] == "boot-of-0"
         assert answer["changed"] == [True, False, False, False]
         assert (answer["applied"], answer["held"], answer["failed"]) == (None, [single], 1)
-    assert answers[0]["taps"] == [None, "n", "n", "n"]
+    assert answers[0]["taps"] == [None, "n", "n", None]
     assert answers[1]["taps"] == [None] * 4

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support.merged_stream import merged
-from tests.support.running_vllm import answers_of
+from tests.support.running_vllm import RunningVllm, answers_of, wait_until_signed_answers_are_recorded
 from tests.support.slow import slow_unless
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -38,8 +38,13 @@ def without_varying(body: bytes) -> bytes:
     return _VARYING.sub(b'"varies"', body)
 
 
-def xargs(nonce: str, top: int = 5) -> dict[str, Any]:
-    return {"vllm_xargs": {"hemostat_tap": nonce, "hemostat_tap_top": str(top)}}
+@pytest.fixture(autouse=True, scope="module")
+def recorded(vllm_server: RunningVllm) -> None:
+    wait_until_signed_answers_are_recorded(vllm_server)
+
+
+def xargs(server: RunningVllm, nonce: str, top: int = 5) -> dict[str, Any]:
+    return {"vllm_xargs": server.admin.signed({"hemostat_tap": nonce, "hemostat_tap_top": str(top)})}
 
 
 @pytest.mark.parametrize("stream", slow_unless({True}, (False, True)))
@@ -48,7 +53,7 @@ def test_the_response_is_the_same_and_the_answer_whole(vllm_server: Any, route: 
     body = BODIES[route] | {"stream": stream}
     nonce = f"{route.replace('/', '_')}-{stream}"
     plain = post(vllm_server, route, body)
-    tapped = post(vllm_server, route, body | xargs(nonce))
+    tapped = post(vllm_server, route, body | xargs(vllm_server, nonce))
     if stream:
         assert merged(tapped) == merged(plain)
     else:
@@ -86,7 +91,7 @@ def test_logprobs_of_the_prompt_are_what_the_client_asked_for(vllm_server: Any) 
     """vLLM refuses them in a stream."""
     body = BODIES["/v1/completions"] | {"prompt_logprobs": 2}
     plain = post(vllm_server, "/v1/completions", body)
-    tapped = post(vllm_server, "/v1/completions", body | xargs("prompt"))
+    tapped = post(vllm_server, "/v1/completions", body | xargs(vllm_server, "prompt"))
     assert without_varying(tapped) == without_varying(plain)
     (answer,) = answers_of(vllm_server, "prompt", 1)
     assert answer.tokens == 9
@@ -94,7 +99,7 @@ def test_logprobs_of_the_prompt_are_what_the_client_asked_for(vllm_server: Any) 
 
 def test_every_choice_of_a_request(vllm_server: Any) -> None:
     body = {"prompt": "Once", "max_tokens": 12, "n": 3, "temperature": 1.5, "seed": 7, "return_token_ids": True}
-    given = json.loads(post(vllm_server, "/v1/completions", body | xargs("choices")))
+    given = json.loads(post(vllm_server, "/v1/completions", body | xargs(vllm_server, "choices")))
     answers = answers_of(vllm_server, "choices", 3)
     result = [np.frombuffer(answer.token_ids, "<i4").tolist() for answer in answers]
     assert result == [choice["token_ids"] for choice in given["choices"]]
@@ -115,13 +120,30 @@ def test_every_choice_of_a_request(vllm_server: Any) -> None:
 def test_the_clients_own_logprobs_are_what_it_asked_for(vllm_server: Any) -> None:
     body = BODIES["/v1/chat/completions"] | {"logprobs": True, "top_logprobs": 2}
     plain = post(vllm_server, "/v1/chat/completions", body)
-    tapped = post(vllm_server, "/v1/chat/completions", body | xargs("own"))
+    tapped = post(vllm_server, "/v1/chat/completions", body | xargs(vllm_server, "own"))
     assert without_varying(tapped) == without_varying(plain)
     (answer,) = answers_of(vllm_server, "own", 1)
     assert answer.top_k == 5
 
 
 def test_a_number_of_candidates_above_the_servers_limit_is_no_error(vllm_server: Any) -> None:
-    post(vllm_server, "/v1/messages", BODIES["/v1/messages"] | xargs("limit", 128))
+    post(vllm_server, "/v1/messages", BODIES["/v1/messages"] | xargs(vllm_server, "limit", 128))
     (answer,) = answers_of(vllm_server, "limit", 1)
     assert answer.top_k == 64
+
+
+def test_a_client_neither_fills_the_recordings_nor_forces_tokens(vllm_server: Any) -> None:
+    body = BODIES["/v1/completions"] | {"return_token_ids": True}
+    own = {"hemostat_tap": "client", "hemostat_tap_top": "5", "hemostat_force": [7, 7, 7], "hemostat_kv_precision": 1}
+    plain = json.loads(post(vllm_server, "/v1/completions", body))["choices"][0]["token_ids"]
+    for sent in (own, own | {"hemostat_mac": "a." + "0" * 32}):
+        answer = json.loads(post(vllm_server, "/v1/completions", body | {"vllm_xargs": sent}))
+        assert answer["choices"][0]["token_ids"] == plain
+    post(vllm_server, "/v1/completions", body | xargs(vllm_server, "after"))
+    answers_of(vllm_server, "after", 1)
+    with vllm_server.admin.lock:
+        assert not vllm_server.admin.registry.answers.complete("client", 1)
+        assert vllm_server.admin.registry.taps.take("client", 1) is None
+    forced = vllm_server.admin.signed({"hemostat_force": [7, 7, 7]})
+    answer = json.loads(post(vllm_server, "/v1/completions", body | {"vllm_xargs": forced}))
+    assert answer["choices"][0]["token_ids"][:3] == [7, 7, 7]

@@ -106,7 +106,8 @@ def test_both_ranks_apply_the_same(tmp_path: Path) -> None:
             lambda: complete(server, {"hemostat": profile.version}, max_tokens=1) == [FORCED],
             server,
         )
-        assert complete(server, {"hemostat": profile.version, "hemostat_tap": "treated"}) == [FORCED] * TOKENS
+        treated = server.admin.signed({"hemostat": profile.version, "hemostat_tap": "treated"})
+        assert complete(server, treated) == [FORCED] * TOKENS
         assert complete(server) == plain
 
         # One rank only sends taps; both report.
@@ -121,7 +122,7 @@ def test_both_ranks_apply_the_same(tmp_path: Path) -> None:
         assert len({report.boot_id for report in reports}) == 1
 
         asked = {"structured_outputs": {"regex": "[a-c]{12}"}}
-        restricted = complete(server, {"hemostat_tap": "grammar"}, **asked)
+        restricted = complete(server, server.admin.signed({"hemostat_tap": "grammar"}), **asked)
         until("the sets", lambda: taps.covered("grammar") >= TOKENS, server)
         with server.admin.lock:
             given = taps.take("grammar", TOKENS)

@@ -6,7 +6,6 @@ import json
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -49,7 +48,7 @@ def test_a_profile_is_applied_to_drafts_and_every_position_is_tapped(checkpoints
         while complete(server, {"hemostat": profile.version}, 1) != [FORCED]:
             assert time.monotonic() < end, server.log.read_text()[-2000:]
             time.sleep(0.2)
-        asked: dict[str, Any] = {"hemostat": profile.version, "hemostat_tap": "drafted"}
+        asked = server.admin.signed({"hemostat": profile.version, "hemostat_tap": "drafted"})
         # Repeating one token, drafts of it are accepted: several rows a step.
         assert complete(server, asked, TOKENS) == [FORCED] * TOKENS
         taps, end = server.admin.registry.taps, time.monotonic() + 60

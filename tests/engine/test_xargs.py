@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from typing import Any
@@ -8,7 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hemostat_engine.xargs import NO_PARAMETERS, RequestParameters, edits_logits, parse
+from hemostat_engine import xargs
+from hemostat_engine.xargs import NO_PARAMETERS, RequestParameters, edits_logits
+
+parse = functools.partial(xargs.parse, signed=True)
 
 VERSION = "0123456789abcdef" * 2
 

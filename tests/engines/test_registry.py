@@ -327,14 +327,15 @@ def client() -> Iterator[TestClient]:
 
 def test_the_routes(client: TestClient) -> None:
     reported = client.post("/api/v1/engine/report", json=GOOD)
-    assert (reported.status_code, reported.json()) == (200, {"hold": [B], "nonce_prefix": ""})
+    own = {"nonce_prefix": "", "secrets": client.app.state.registry.secrets.for_engines(0.0)}  # type: ignore[attr-defined]
+    assert (reported.status_code, reported.json()) == (200, {"hold": [B]} | own)
     tap = {"nonce": "n", "start": 0, "tokens": 1, "versions": {A: sent([1.5])}, "applied": A}
     body = msgspec.msgpack.encode({"boot_id": "b", "taps": [tap]})
     assert client.post("/api/v1/engine/tap", content=body).status_code == 204
     assert client.app.state.registry.taps.covered("n") == 1  # type: ignore[attr-defined]
     body = msgspec.msgpack.encode(AnswerMessage("b", [answer()], 0))
     handed = client.post("/api/v1/engine/answers", content=body)
-    assert (handed.status_code, handed.json()) == (200, {"nonce_prefix": ""})
+    assert (handed.status_code, handed.json()) == (200, own)
     assert client.app.state.registry.answers.complete("n", 1)  # type: ignore[attr-defined]
     assert client.get(f"/api/v1/engine/profiles/{A}").content == b"bytes"
     assert client.get(f"/api/v1/engine/profiles/{B}").status_code == 404

@@ -13,6 +13,13 @@ from hemostat.engines.registry import EngineRegistry
 TOKEN = "s3cret"
 
 
+def accept_unsigned_keys() -> None:
+    """In the process of an engine that is measured: its plugin acts on taps that nobody has signed."""
+    from hemostat_engine.secrets import Secrets
+
+    Secrets.signed = lambda *_: True  # type: ignore[method-assign, assignment]
+
+
 class EngineAdmin:
     """`files` is what it has, whatever its name says; `status` and `answer` are what it answers instead.
 
@@ -61,12 +68,12 @@ class EngineAdmin:
                 if self.path == "/api/v1/engine/report":
                     with admin.lock:
                         hold = admin.registry.report(decode_report(body), admin.now)
-                    said = {"hold": hold, "nonce_prefix": admin.registry.nonce_prefix}
+                    said = {"hold": hold, **admin.own_requests()}
                     return self.answer(200, admin.answer or json.dumps(said).encode())
                 if self.path == "/api/v1/engine/answers":
                     with admin.lock:
                         admin.registry.add_answers(decode_answers(body), admin.now)
-                    return self.answer(200, json.dumps({"nonce_prefix": admin.registry.nonce_prefix}).encode())
+                    return self.answer(200, json.dumps(admin.own_requests()).encode())
                 if self.path == "/api/v1/engine/tap":
                     with admin.lock:
                         admin.registry.taps.add(decode_tap(body), admin.now)
@@ -84,6 +91,16 @@ class EngineAdmin:
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
+
+    def own_requests(self) -> dict[str, Any]:
+        return {
+            "nonce_prefix": self.registry.nonce_prefix,
+            "secrets": self.registry.secrets.for_engines(self.now),
+        }
+
+    def signed(self, xargs: dict[str, Any]) -> dict[str, Any]:
+        """Returns `vllm_xargs` that the plugin acts on, as the control process and relays send them."""
+        return self.registry.secrets.signed(xargs, self.now)
 
     def close(self) -> None:
         self._closed.set()

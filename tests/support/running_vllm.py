@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 from tests.support.engine_admin import TOKEN, EngineAdmin
 from tests.support.paths import ROOT
 
@@ -77,6 +78,17 @@ def running_vllm(
         server.stop()
         if given is None:
             admin.close()
+
+
+def wait_until_signed_answers_are_recorded(server: RunningVllm) -> None:
+    """Until the API server has asked the admin port for its secrets, which it does when a first request is tapped."""
+    xargs = server.admin.signed({"hemostat_tap": "first", "hemostat_tap_top": "1"})
+    body = {"model": server.model, "prompt": "x", "max_tokens": 1, "vllm_xargs": xargs}
+    give_up = time.monotonic() + 60
+    while "/api/v1/engine/answers" not in server.admin.seen:
+        assert time.monotonic() < give_up, server.log.read_text()[-2000:]
+        httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
+        time.sleep(0.5)
 
 
 def answers_of(server: RunningVllm, nonce: str, choices: int = 1) -> list[TapAnswer]:

@@ -18,6 +18,7 @@ from tests.support.wire import (
 
 from hemostat.ipc.messages import Policy
 from hemostat.openai.routes import CHAT, COMPLETIONS
+from hemostat_calibration.engine_keys import ACTING_KEYS
 
 # --- what is looked at, by the head ---------------------------------------------------------------------------------
 
@@ -138,14 +139,15 @@ def test_arms_are_assigned_by_conversation_and_only_treated_requests_get_the_pro
         (policy(mode="off"), {}, {"vllm_xargs": {"hemostat": "mine"}}, "mine", "none", None),
         (ALL_TREATED, {}, {"repetition_penalty": 1.1}, None, "none", "own_logits"),
         (ALL_TREATED, {}, {"vllm_xargs": {"mine": 1}}, VERSION, "treated", "assigned"),
-        (ALL_TREATED, {}, {"vllm_xargs": {"hemostat_tap": "mine"}}, None, "none", "own_xargs"),
+        # Keys that make the plugin act are Hemostat's own: a client's are removed, and change nothing else.
+        (ALL_TREATED, {}, {"vllm_xargs": {"hemostat_tap": "mine"}}, VERSION, "treated", "assigned"),
         (
             ALL_TREATED,
             {},
-            {"vllm_xargs": {"hemostat_tap": "mine"}, "n": 2, "temperature": 1},
-            None,
-            "none",
-            "own_xargs",
+            {"vllm_xargs": {"hemostat_tap": "mine", "hemostat_force": [1]}, "n": 2, "temperature": 1},
+            VERSION,
+            "treated",
+            "assigned",
         ),
         (policy(forced=VERSION), {}, {"vllm_xargs": {"hemostat_tap": "mine"}}, VERSION, "none", "forced"),
         (
@@ -176,7 +178,7 @@ def test_choice_of_arm_and_profile(
     if reason is not None:
         assert wire.calibration(arm, reason) == 1
     for name, value in (more.get("vllm_xargs") or {}).items():
-        assert fake.requests[-1]["vllm_xargs"][name] == value
+        assert fake.requests[-1]["vllm_xargs"].get(name) == (None if name in ACTING_KEYS else value)
 
 
 KIND = "chat text greedy brief"
@@ -244,12 +246,12 @@ def test_a_tap_is_requested_where_a_plugin_has_reported(wire: Wire, fake: FakeVl
     wire.send(CHAT, chat())
     assert fake.requests[-1]["vllm_xargs"] == {"hemostat_tap": "nonce"}
     wire.send(CHAT, chat(vllm_xargs={"hemostat_tap": "mine"}))
-    assert fake.requests[-1]["vllm_xargs"] == {"hemostat_tap": "mine"}
+    assert fake.requests[-1]["vllm_xargs"] == {"hemostat_tap": "nonce"}
     wire.interceptor.policy = policy(tap=True, nonce_prefix="0123456789abcdef")
     wire.send(CHAT, chat())
     named = "0123456789abcdef-nonce"
     assert fake.requests[-1]["vllm_xargs"] == {"hemostat_tap": named}, "the engine tells the middleware that asked"
-    assert [capture.nonce for capture in wire.captures] == ["nonce", "", named]
+    assert [capture.nonce for capture in wire.captures] == ["nonce", "nonce", named]
 
 
 def test_without_a_plugin_a_profile_is_sent_as_temperature_and_bias_unless_the_client_set_them(

@@ -253,9 +253,10 @@ def test_what_the_response_cannot_tell_is_asked_of_the_plugin(
     assert capture.output_token_ids == capture.prompt_token_ids == b""
     assert (capture.model, bool(capture.finish_reason)) == ("fake", True)
     assert (capture.generated > 0) == (not body["stream"])
-    # A client that uses the tap itself keeps it.
+    # A client's own tap is removed.
     wire.send(path, body | {"vllm_xargs": {"hemostat_tap": "mine"}})
-    assert wire.shadow("skipped", reason) == 2
+    assert fake.requests[-1]["vllm_xargs"] == {"hemostat_tap": "nonce", "hemostat_tap_top": "8"}
+    assert wire.shadow("skipped", reason) == 1
 
 
 def test_once_tool_tokens_were_lost_the_plugin_is_asked(wire: Wire, fake: FakeVllm) -> None:
@@ -357,13 +358,11 @@ def test_both_ways_tell_the_same_tokens(wire: Wire, fake: FakeVllm, case: str, o
 
 
 def test_what_only_the_response_can_tell_is_asked_there(wire: Wire, fake: FakeVllm) -> None:
-    """A client that uses the tap itself, and more candidates than the plugin hands out."""
+    """More candidates than the plugin hands out."""
     fake.max_logprobs = 200
-    wire.interceptor.policy = policy(tap=True, tap_tokens=True, prefer_plugin=True)
-    wire.send(CHAT, chat(vllm_xargs={"hemostat_tap": "mine"}))
     wire.interceptor.policy = policy(tap=True, tap_tokens=True, prefer_plugin=True, shadow_top_k=MAX_TOP + 1)
     wire.send(CHAT, chat())
-    assert [capture.from_tap for capture in wire.captures] == [False, False]
+    assert [capture.from_tap for capture in wire.captures] == [False]
     # The response of this one cannot: it is scored with fewer.
     wire.send(CHAT, chat(logprobs=True, top_logprobs=3))
     assert fake.requests[-1]["vllm_xargs"]["hemostat_tap_top"] == str(MAX_TOP)
@@ -379,10 +378,9 @@ def test_a_client_does_not_choose_how_many_candidates_are_measured(wire: Wire, f
         assert fake.requests[-1]["vllm_xargs"] == {"hemostat_tap": "nonce"} | top
     [completed] = captures_from_tap(wire.captures[0], fake.handed_out, 1024)
     assert decode_capture(completed).candidates.ids.shape == (12, 9)
-    # Where Hemostat adds no tap, these are the client's own.
-    own_tap = {"hemostat_tap": "mine", "hemostat_tap_top": "2"}
-    wire.send(CHAT, chat(vllm_xargs=own_tap))
-    assert fake.requests[-1]["vllm_xargs"] == own_tap
+    # Neither are they the client's own where it names a tap as well.
+    wire.send(CHAT, chat(vllm_xargs={"hemostat_tap": "mine", "hemostat_tap_top": "2"}))
+    assert fake.requests[-1]["vllm_xargs"] == {"hemostat_tap": "nonce"}
 
 
 def test_a_server_that_allows_fewer_logprobs_hands_out_fewer(wire: Wire, fake: FakeVllm) -> None:

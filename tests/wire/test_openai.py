@@ -17,6 +17,7 @@ from hemostat.openai.logprobs.rows import read_rows
 from hemostat.openai.reading import read_request
 from hemostat.openai.requests import merged_xargs
 from hemostat.openai.tokens import ResponseTokens
+from hemostat_calibration.engine_keys import ACTING_KEYS, MAC_KEY, is_signed
 from hemostat_engine.xargs import RequestParameters, parse
 
 JSON = st.recursive(
@@ -224,6 +225,9 @@ def test_every_turn_of_a_conversation_has_the_same_key_and_another_conversation_
     assert key(system) == key(system) != key({"role": "system", "content": "t"})
 
 
+SECRET = "0123456789abcdef" * 2
+
+
 def test_the_clients_own_xargs_are_kept() -> None:
     def xargs(own: Any) -> Any:
         request = read_request(json.dumps({"messages": [USER], "vllm_xargs": own}).encode(), form=Form.CHAT)
@@ -245,12 +249,26 @@ def test_the_clients_own_xargs_are_kept() -> None:
 def test_a_tap_of_hemostats_has_no_member_of_the_clients(own: str, sent: dict[str, Any]) -> None:
     body = b'{"messages": [{"role": "user", "content": "x"}], "vllm_xargs": %b}' % own.encode()
     request = read_request(body, form=Form.CHAT)
-    assert not request.client_tap
     tap = {"hemostat_tap": "n"}
     assert json.loads(merged_xargs(request, tap)) == sent | tap
     top = tap | {"hemostat_tap_top": "20"}
     assert json.loads(merged_xargs(request, top)) == sent | top
-    assert parse(json.loads(merged_xargs(request, top))) == RequestParameters(None, "n", 20), "as the plugin reads it"
+    read = parse(json.loads(merged_xargs(request, top)), signed=True)
+    assert read == RequestParameters(None, "n", 20), "as the plugin reads it"
+
+
+@pytest.mark.parametrize("key", [*ACTING_KEYS, MAC_KEY])
+def test_no_key_of_the_clients_is_signed_with_hemostats(key: str) -> None:
+    own = {key: "theirs", "mine": 1, "hemostat": "v"}
+    request = read_request(json.dumps({"messages": [USER], "vllm_xargs": own}).encode(), form=Form.CHAT)
+    assert request.client_acts
+    assert json.loads(merged_xargs(request, {}, SECRET)) == {"mine": 1, "hemostat": "v"}
+    tap = {"hemostat_tap": "n", "hemostat_tap_top": "20"}
+    sent = json.loads(merged_xargs(request, tap, SECRET))
+    assert is_signed(sent, [SECRET])
+    assert sent.pop(MAC_KEY)
+    assert sent == {"mine": 1, "hemostat": "v"} | tap
+    assert MAC_KEY not in json.loads(merged_xargs(request, {"hemostat": "v"}, SECRET)), "an open key needs none"
 
 
 def event(number: int) -> bytes:

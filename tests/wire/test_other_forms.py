@@ -121,10 +121,9 @@ def test_without_the_plugin_nothing_is_changed_and_the_skip_is_counted(wire: Wir
         assert wire.send(path, body).sent == json_splice.encode(body)
     assert wire.shadow("skipped", "no_token_ids") == 3
     wire.interceptor.policy = tapping()
-    own = body | {"vllm_xargs": {"hemostat_tap": "theirs"}}
-    assert wire.send(path, own).sent == json_splice.encode(own)
-    assert wire.shadow("skipped", "no_token_ids") == 4
     assert not wire.captures
+    wire.send(path, body | {"vllm_xargs": {"hemostat_tap": "theirs"}})
+    assert [capture.nonce for capture in wire.captures] == ["nonce"], "a client's own tap is removed"
 
 
 IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "data:,"}]}

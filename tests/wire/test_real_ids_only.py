@@ -15,10 +15,11 @@ import httpx
 import numpy as np
 import pytest
 from tests.support.merged_stream import by_choice, joined, merged
-from tests.support.running_vllm import RunningVllm, answers_of
+from tests.support.running_vllm import RunningVllm, answers_of, wait_until_signed_answers_are_recorded
 from tests.support.slow import slow_unless
 from tests.support.wire import Wire, policy, rows, user
 
+from hemostat.openai import requests
 from hemostat.openai.form import Form
 from hemostat.openai.routes import CHAT, COMPLETIONS, RESPONSES
 from hemostat.reference.probes import keeps_responses
@@ -77,9 +78,16 @@ def wire(vllm_server: RunningVllm) -> Iterator[Wire]:
         yield Wire(client)
 
 
-def tapped(nonce: str) -> dict[str, Any]:
+def tapped(server: RunningVllm, nonce: str) -> dict[str, Any]:
     """Which of equally likely ids vLLM names depends on how many it is asked for: so either request asks the plugin."""
-    return {"vllm_xargs": {"hemostat_tap": nonce, "hemostat_tap_top": "20"}}
+    return {"vllm_xargs": server.admin.signed({"hemostat_tap": nonce, "hemostat_tap_top": "20"})}
+
+
+@pytest.fixture(autouse=True)
+def own_taps(vllm_server: RunningVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The relay passes on the test's own tap, which it would remove."""
+    wait_until_signed_answers_are_recorded(vllm_server)
+    monkeypatch.setattr(requests, "merged_xargs", lambda request, *_: request.body.raw("vllm_xargs"))
 
 
 def same(path: str, body: bytes, other: bytes) -> bool:
@@ -101,11 +109,11 @@ async def test_the_response_is_the_same_and_its_ids_are_those_that_the_engine_ge
     body = {"model": vllm_server.model, "temperature": 0, limit: 24, "stream": option == "stream"} | more
     for _ in range(ATTEMPTS):
         wire.interceptor.policy = policy(scoring=False)
-        plain = wire.send(path, body | tapped(f"plain-{time.monotonic_ns()}"))
+        plain = wire.send(path, body | tapped(vllm_server, f"plain-{time.monotonic_ns()}"))
         wire.captures.clear()
-        wire.interceptor.policy = policy(tap=True, tap_tokens=True, scored_again=FORMS)
+        wire.interceptor.policy = policy(scored_again=FORMS)
         nonce = f"sampled-{time.monotonic_ns()}"
-        sampled = wire.send(path, body | tapped(nonce), splits=random.Random(1))
+        sampled = wire.send(path, body | tapped(vllm_server, nonce), splits=random.Random(1))
         answers = answers_of(vllm_server, nonce)
         if same(path, sampled.body, plain.body):
             break

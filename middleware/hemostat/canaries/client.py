@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from hemostat.canaries.prompts import Prompts
-from hemostat.canaries.variants import VariantClient
+from hemostat.canaries.variants import Sign, VariantClient
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat.reference.server import Refused, VllmServer
 from hemostat_calibration.arrays import Floats, Ids
@@ -67,7 +67,7 @@ def _silent(stage: str, done: int, total: int) -> None:
 class CanaryClient:
     """Of one model that a server serves. Every method raises ReferenceFailure, its text is one line.
 
-    weights: the fingerprint that the engine's plugin reports now.
+    weights: the fingerprint that the engine's plugin reports now. sign: see `VariantClient`.
     """
 
     def __init__(
@@ -77,7 +77,9 @@ class CanaryClient:
         gate: Gate = _at_once,
         weights: Callable[[], str] = lambda: "",
         progress: Progress = _silent,
+        sign: Sign = dict,
     ) -> None:
+        self._sign = sign
         self._server = server
         self.model = model
         self._gate = gate
@@ -132,7 +134,7 @@ class CanaryClient:
         return replace(taken, cause=await self.variants().baseline(canaries, origin.max_model_len))
 
     def variants(self) -> VariantClient:
-        return VariantClient(self._server, self.model, self._gate, self._progress)
+        return VariantClient(self._server, self.model, self._gate, self._progress, self._sign)
 
     async def baseline(self, canaries: Sequence[Canary], origin: Origin) -> CanarySet:
         """The set of these sequences: replayed alone, and beside each other. REVISION where another model is served at

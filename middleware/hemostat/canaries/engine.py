@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 from hemostat.canaries.client import CanaryClient
 from hemostat.canaries.pace import Pace, PaceState
+from hemostat.canaries.variants import Sign
 from hemostat.reference.server import VllmServer
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.canaries import Comparison, Origin
@@ -92,8 +93,11 @@ class EngineCanaries:
         pace: Pace,
         weights: Callable[[], str],
         readings: Mapping[str, Reading] = MappingProxyType({}),
+        sign: Sign = dict,
     ) -> None:
-        """weights: the fingerprint that its plugin reports now. readings: of an earlier `state`."""
+        """weights: the fingerprint that its plugin reports now. readings: of an earlier `state`. sign: see
+        `VariantClient`."""
+        self._sign = sign
         self.name = name
         self.pace = pace
         self._server = server
@@ -120,7 +124,7 @@ class EngineCanaries:
         self.now = await self.client(base.id).origin(engine=self.name)
 
     def client(self, model: str) -> CanaryClient:
-        return CanaryClient(self._server, model, self.pace.wait, self._weights)
+        return CanaryClient(self._server, model, self.pace.wait, self._weights, sign=self._sign)
 
     def state(self) -> EngineState:
         suspected = {name: reading.to_store() for name, reading in self.readings.items() if reading.suspected}

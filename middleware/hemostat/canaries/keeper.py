@@ -195,7 +195,11 @@ class Canaries:
     def _begin(self, name: str) -> _Engine:
         known = self._gone.pop(name, EngineState(PaceState(), {}))
         server, pace = self._addresses.server(name, REQUEST_SECONDS), Pace(self._clock, self._wall, known.pace)
-        return _Engine(EngineCanaries(name, server, pace, lambda: self._weights(name), known.readings))
+        canaries = EngineCanaries(name, server, pace, lambda: self._weights(name), known.readings, self._sign)
+        return _Engine(canaries)
+
+    def _sign(self, xargs: dict[str, Any]) -> dict[str, Any]:
+        return self._registry.secrets.signed(xargs, self._clock())
 
     def _weights(self, name: str) -> str:
         report = self._report(name)

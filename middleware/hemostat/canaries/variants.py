@@ -31,7 +31,10 @@ from hemostat_calibration.canary_cause import (
     text_of,
     windows,
 )
+from hemostat_calibration.engine_keys import FORCE_KEY, PRECISION_KEY
 
+Sign = Callable[[dict[str, Any]], dict[str, Any]]
+"""Returns `vllm_xargs` with the MAC that the engine's plugin wants."""
 COMPANIONS = 3
 """Requests that are decoded beside."""
 COMPANION_PROMPT, COMPANION_TOKENS = 8, 96
@@ -70,7 +73,8 @@ class VariantClient:
     """Of one model that a server serves. ReferenceFailure where it cannot be asked.
 
     gate: awaited before each request: returns when it may be sent. progress: called after each measurement of a
-    baseline, see `hemostat.canaries.client.Progress`.
+    baseline, see `hemostat.canaries.client.Progress`. sign: makes the plugin act on the keys of a request
+    (`hemostat_calibration.engine_keys`); without it, variants that decode are not measured.
     """
 
     def __init__(
@@ -79,11 +83,13 @@ class VariantClient:
         model: str,
         gate: Callable[[], Awaitable[None]],
         progress: Callable[[str, int, int], None] = lambda *_: None,
+        sign: Sign = dict,
     ) -> None:
         self._server = server
         self._model = model
         self._gate = gate
         self._progress = progress
+        self._sign = sign
 
     async def baseline(self, canaries: Sequence[Canary], max_model_len: int) -> CauseBaseline | None:
         """None where the model's context is too short."""
@@ -124,7 +130,7 @@ class VariantClient:
         values: list[float | None] = []
         for length, salt in zip(prompts(), salts, strict=True):
             wanted = ids[length : length + DECODED]
-            choice = await self._complete(ids[:length], DECODED, {"hemostat_force": wanted}, salt)
+            choice = await self._complete(ids[:length], DECODED, {FORCE_KEY: wanted}, salt)
             if choice.token_ids != wanted or choice.logprobs is None:
                 return None
             values += choice.logprobs.token_logprobs
@@ -133,7 +139,7 @@ class VariantClient:
 
     async def _precision(self, ids: list[int]) -> float:
         """See `Measured`."""
-        choice = await self._complete(ids[:1], 1, {"hemostat_kv_precision": 1}, _salt())
+        choice = await self._complete(ids[:1], 1, {PRECISION_KEY: 1}, _salt())
         return choice.token_ids[0] / STEPS_PER_BIT if choice.token_ids else 0.0
 
     async def _cache_dtype(self) -> str:
@@ -153,7 +159,7 @@ class VariantClient:
             "logprobs": 0,
             "return_token_ids": True,
             "cache_salt": salt,
-            **({} if xargs is None else {"vllm_xargs": xargs}),
+            **({} if xargs is None else {"vllm_xargs": self._sign(xargs)}),
         }
         await self._gate()
         try:

@@ -152,6 +152,7 @@ class PolicyPublisher:
             adapter_names=self.settings.adapter.enabled,
             default_model=served.pairs[0].name if served.pairs else "",
             nonce_prefix=self._engines.nonce_prefix,
+            secret=self._engines.secrets.current(now),
             salt=self._salt(),
             client_header=self.settings.evidence.client_header,
             scored_again=self._monitor.scored_again,

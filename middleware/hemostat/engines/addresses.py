@@ -27,6 +27,7 @@ from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.backoff import Backoff
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat.reference.server import VllmServer
+from hemostat_calibration.engine_keys import TAP_KEY
 from hemostat_calibration.messages import shown_address
 
 log = logging.getLogger("hemostat.engines")
@@ -174,9 +175,9 @@ class EngineAddresses:
     async def _identify(self, name: str, address: _Address) -> None:
         asked_at = self._clock()
         address.not_before = asked_at + address.backoff.pause()
-        # Not to be guessed: a client may send a tap of its own, and through another engine.
         nonce = f"{self._registry.nonce_prefix}-{secrets.token_hex(8)}"
-        body = {"prompt": "x", "max_tokens": 1, "vllm_xargs": {"hemostat_tap": nonce}}
+        xargs = self._registry.secrets.signed({TAP_KEY: nonce}, asked_at)
+        body = {"prompt": "x", "max_tokens": 1, "vllm_xargs": xargs}
         try:
             await address.server.post("/v1/completions", body, dict[str, Any])
         except ReferenceFailure as failure:

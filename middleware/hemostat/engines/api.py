@@ -30,13 +30,18 @@ def engine_router(
     """Routes under /api/v1/engine. `now` is monotonic seconds."""
     router = APIRouter(prefix="/api/v1/engine")
 
+    def own_requests() -> dict[str, Any]:
+        """Returns how the requests of this middleware are recognized."""
+        return {"nonce_prefix": registry.nonce_prefix, "secrets": registry.secrets.for_engines(now())}
+
     @router.post("/report")
     async def report(request: Request) -> dict[str, Any]:
-        """What the engine holds and has counted (JSON); answered with the versions that it should hold."""
+        """What the engine holds and has counted (JSON); answered with the versions that it should hold, and the secrets
+        of requests that it acts on."""
         body = await read_body(request, MAX_REPORT_BYTES)
         try:
             versions = registry.report(decode_report(body), now())
-            return {"hold": versions, "nonce_prefix": registry.nonce_prefix}
+            return {"hold": versions, **own_requests()}
         except InvalidEngineMessage as error:
             raise HTTPException(400, str(error)) from None
 
@@ -58,14 +63,14 @@ def engine_router(
             raise HTTPException(400, str(error)) from None
 
     @router.post("/answers")
-    async def answers(request: Request) -> dict[str, str]:
-        """Tokens and log-probabilities of sampled answers (msgpack)."""
+    async def answers(request: Request) -> dict[str, Any]:
+        """Tokens and log-probabilities of sampled answers (msgpack); without any, the secrets are asked for."""
         body = await read_body(request, MAX_TAP_BYTES)
         try:
             registry.add_answers(decode_answers(body), now())
         except InvalidEngineMessage as error:
             raise HTTPException(400, str(error)) from None
-        return {"nonce_prefix": registry.nonce_prefix}
+        return own_requests()
 
     return router
 

@@ -17,6 +17,7 @@ import msgspec
 
 from hemostat.engines.answer_buffer import AnswerBuffer
 from hemostat.engines.messages import EVENTS, AnswerMessage, EngineReport, InvalidEngineMessage
+from hemostat.engines.request_secrets import RequestSecrets
 from hemostat.engines.taps import TapBuffer
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
@@ -49,6 +50,7 @@ class EngineRegistry:
         self._wanted: tuple[str, ...] = ()
         self._former: Counter[str] = Counter()
         """Counters of engines that are gone."""
+        self.secrets = RequestSecrets()
         self.taps = TapBuffer()
         self.answers = AnswerBuffer()
         self.newest = 0.0

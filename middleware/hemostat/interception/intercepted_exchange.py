@@ -28,6 +28,7 @@ from hemostat.openai.reading import read_request
 from hemostat.openai.requests import Request
 from hemostat.openai.routes import FORMS
 from hemostat.openai.tokens import ChoiceTokens, ResponseTokens, little_endian, status_failure
+from hemostat_calibration.engine_keys import PROFILE_KEY, TAP_KEY, TAP_TOP_KEY
 from hemostat_calibration.records import Arm, Sampling
 
 MAX_TRACEPARENT: Final = 64
@@ -158,7 +159,7 @@ class InterceptedExchange:
         several = policy.scorable_models is not None and len(policy.scorable_models) > 1
         self._kind = kind_name(request, self._options.label, several_models=several)
         self._conversation = conversation_digest(request.conversation_key, policy.salt)
-        by_plugin = policy.tap and policy.tap_tokens and not request.client_tap
+        by_plugin = policy.tap and policy.tap_tokens
         in_response = request.unscorable is None
         self._from_tap = by_plugin and (request.from_tap or (in_response and self._prefers_plugin(request)))
         self._ids_only = request.ids_only and not self._from_tap and request.form in policy.scored_again
@@ -173,8 +174,8 @@ class InterceptedExchange:
             self._add_profile(request, changes, xargs)
         if self._sampled and self._skipped is None:
             self._add_token_details(request, changes, xargs)
-        if xargs:
-            changes["vllm_xargs"] = requests.merged_xargs(request, xargs)
+        if xargs or request.client_acts:
+            changes["vllm_xargs"] = requests.merged_xargs(request, xargs, policy.secret)
         self._sampling = requests.sampling_parameters(request, changes, policy.openai_sampling_defaults)
         if not changes:
             return None
@@ -216,7 +217,7 @@ class InterceptedExchange:
             changes["model"] = encode(choice.version)
             return
         if policy.apply == "engine":
-            xargs[requests.PROFILE_XARG] = choice.version
+            xargs[PROFILE_KEY] = choice.version
             return
         if policy.request_temperature is not None:
             changes["temperature"] = encode(policy.request_temperature)
@@ -247,10 +248,10 @@ class InterceptedExchange:
         if not self._from_tap:
             changes |= FORMATS[request.form].injected_members(request, top_k)
         # For several choices see `_unreported`.
-        if policy.tap and not request.client_tap and (request.choices == 1 or policy.tap_tokens):
-            self._nonce = xargs[requests.TAP_XARG] = self._reports.tap_name(policy)
+        if policy.tap and (request.choices == 1 or policy.tap_tokens):
+            self._nonce = xargs[TAP_KEY] = self._reports.tap_name(policy)
             if self._from_tap:
-                xargs[requests.TAP_TOP_XARG] = str(min(policy.shadow_top_k, MAX_TOP))
+                xargs[TAP_TOP_KEY] = str(min(policy.shadow_top_k, MAX_TOP))
 
     def _pass_unread(self, reason: Unscored) -> None:
         """The body cannot be read and is passed on unchanged."""

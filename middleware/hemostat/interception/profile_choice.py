@@ -111,9 +111,6 @@ def choose_profile(
         return _if_available(policy, request, engine, options.calibration, Arm.NONE, ArmReason.PINNED)
     if unjudged is not None and not policy.treat_unjudged:
         return Choice(None, Arm.NONE, unjudged)
-    if request.client_tap and not policy.treat_unjudged:
-        # The engine reports to the client's tap, not to Hemostat, what was applied: only control could be scored.
-        return Choice(None, Arm.NONE, Uncalibrated.OWN_XARGS)
     if request.model and policy.calibrated_models is not None and request.model not in policy.calibrated_models:
         return Choice(None, Arm.NONE, ArmReason.OTHER_MODEL)
     version = policy.serving_by_kind.get(served_kind(policy, kind))

@@ -289,6 +289,10 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     """By engine (`EngineHealth.engine`), the versions that requests to it may ask for; none where it is absent. None:
     there is one upstream address, and `acknowledged` holds."""
 
+    secret: str = ""
+    """What the relay signs the keys of `vllm_xargs` with that make the engine's plugin act. Empty: of an older control
+    process; they are not signed. It is never logged."""
+
     def held_at(self, engine: str) -> frozenset[str]:
         """The versions that a request to this engine may ask for."""
         if self.held_by_engine is None:

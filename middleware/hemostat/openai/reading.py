@@ -10,13 +10,12 @@ from hemostat.openai.json_splice import JsonObject
 from hemostat.openai.model_name import is_version
 from hemostat.openai.requests import (
     FROM_TAP,
-    PROFILE_XARG,
-    TAP_XARG,
     Request,
     Uncalibrated,
     check_sampling,
     uncalibrated,
 )
+from hemostat_calibration.engine_keys import MAC_KEY, PROFILE_KEY, acts
 
 
 def read_request(
@@ -57,7 +56,7 @@ def read_request(
     grammar = FORMATS[form].restricts_tokens(body)
     if grammar and not grammars and (unscorable is None or unscorable in FROM_TAP):
         unscorable = Unscored.GRAMMAR
-    client_profile = xargs.get(PROFILE_XARG)
+    client_profile = xargs.get(PROFILE_KEY)
     key = details.conversation
     return Request(
         form=form,
@@ -69,7 +68,7 @@ def read_request(
         unscorable=unscorable,
         uncalibrated=Uncalibrated.OWN_XARGS if client_profile is not None else uncalibrated(body, unscorable),
         client_profile=client_profile if isinstance(client_profile, str) else None,
-        client_tap=xargs.get(TAP_XARG) is not None,
+        client_acts=acts(xargs) or MAC_KEY in xargs,
         conversation_key=None if key is None else b"\x00".join([body.raw("model"), key]),
         messages=details.messages,
         min_prompt_tokens=details.min_prompt_tokens,

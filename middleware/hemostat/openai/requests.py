@@ -16,6 +16,7 @@ import msgspec
 from hemostat.metrics.reasons import Unscored
 from hemostat.openai.form import Form
 from hemostat.openai.json_splice import NULL, JsonObject, encode
+from hemostat_calibration.engine_keys import KEYS, acts, signed, without_acting
 from hemostat_calibration.records import Sampling
 
 
@@ -27,7 +28,7 @@ class Uncalibrated(StrEnum):
     """The client changes logits itself (logit_bias, penalties). A profile was measured on unchanged logits, and engines
     differ in which change they apply first."""
     OWN_XARGS = "own_xargs"
-    """The client itself names a profile in `vllm_xargs.hemostat`, or a tap in `vllm_xargs.hemostat_tap`."""
+    """The client itself names a profile in `vllm_xargs.hemostat`."""
 
 
 _NEVER_CALIBRATED = frozenset(
@@ -62,10 +63,6 @@ _SAMPLING_KEYS = frozenset({"repetition_penalty", "temperature", "top_p", "top_k
 """Those that `sampling_parameters` decodes."""
 _GIVEN_KEYS = frozenset({*LOGIT_EDITING_KEYS, "watermarking"})
 """Those of which it only asks whether they are given."""
-PROFILE_XARG, TAP_XARG, TAP_TOP_XARG = "hemostat", "hemostat_tap", "hemostat_tap_top"
-"""All members of `vllm_xargs` that the engine plugin reads (`hemostat_engine.xargs`). A client may set the first, and
-the other two together; then they are its own, and Hemostat adds no tap."""
-_HEMOSTAT_XARGS = {PROFILE_XARG, TAP_XARG, TAP_TOP_XARG}
 _raw_members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -112,8 +109,8 @@ class Request:
     """Why no profile may be applied to it; None where one may."""
     client_profile: str | None
     """The version of the profile that the client itself named in `vllm_xargs`."""
-    client_tap: bool
-    """The client itself set `vllm_xargs.hemostat_tap`."""
+    client_acts: bool
+    """The client itself set a key of `vllm_xargs` that only Hemostat may use: it is removed."""
     conversation_key: bytes | None
     """Equal for every turn of one conversation; of the prompt where no conversation can be recognized; None without a
     prompt."""
@@ -149,15 +146,17 @@ def _edits_logits(body: JsonObject) -> bool:
     return any(body.given(key) for key in LOGIT_EDITING_KEYS) or body.value("repetition_penalty") not in (None, 1)
 
 
-def merged_xargs(request: Request, xargs: Mapping[str, str]) -> bytes:
-    """The JSON of `vllm_xargs`: the client's own members and these, which win.
+def merged_xargs(request: Request, xargs: Mapping[str, str], secret: str = "") -> bytes:
+    """Returns the JSON of `vllm_xargs`: the client's own members and these, which win.
 
-    With a tap of Hemostat's, a number of candidates that the client set for one is left out: it would decide what is
-    measured.
+    secret: what the plugin's acting keys among these are signed with; "": they are not. Those of the client are left
+    out, as the plugin acts on signed ones alone, and these would be signed with Hemostat's.
     """
     own = _raw_members.decode(request.body.raw("vllm_xargs")) if request.body.has("vllm_xargs") else {}
-    if TAP_XARG in xargs:
-        own.pop(TAP_TOP_XARG, None)
+    own = without_acting(own)
+    if secret and acts(xargs):
+        # The name of the tap is used once, and is signed: no other salt is needed.
+        xargs = signed(xargs, secret, "")
     return encode(own | {key: msgspec.Raw(encode(value)) for key, value in xargs.items()})
 
 
@@ -187,7 +186,7 @@ def sampling_parameters(request: Request, changes: Mapping[str, bytes], openai_d
         or any(body.has(key) for key in ("logits_processors", "thinking_token_budget"))
         or body.given("watermarking")
         or (isinstance(thinking, dict) and thinking.get("type") == "enabled")  # of /v1/messages, with a budget
-        or (isinstance(xargs, dict) and not xargs.keys() <= _HEMOSTAT_XARGS)
+        or (isinstance(xargs, dict) and not xargs.keys() <= KEYS)
     )
     complete = given is not None and all(body.has(key) for key in ("top_p", "top_k", "min_p", "repetition_penalty"))
     if altered or not (temperature == 0.0 or openai_defaults or complete):

@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from tests.support.running_vllm import VLLM_ARGUMENTS, RunningVllm, answers_of, running_vllm
+from tests.support.running_vllm import (
+    VLLM_ARGUMENTS,
+    RunningVllm,
+    answers_of,
+    running_vllm,
+    wait_until_signed_answers_are_recorded,
+)
 
 from hemostat.demo.checkpoints import cached_checkpoints
 from hemostat.openai.routes import CHAT
@@ -71,6 +77,8 @@ def ask(server: RunningVllm, client: httpx.Client, way: str, number: int, *, str
         body |= ASK | (USAGE if stream else {})
     if way == "by the plugin":
         body["vllm_xargs"]["hemostat_tap_top"] = str(TOP_K)
+    if way != "not sampled":
+        body["vllm_xargs"] = server.admin.signed(body["vllm_xargs"])
     client.post(CHAT, json=body).raise_for_status()
     if way == "by the plugin":
         (answer,) = answers_of(server, nonce)
@@ -81,6 +89,7 @@ def measure(server: RunningVllm, requests: int, *, stream: bool) -> dict[str, tu
     """By way: milliseconds per request of the API server and of the engine's core, of each round."""
     pids = processes(server.url.rpartition(":")[2])
     result: dict[str, tuple[list[float], list[float]]] = {way: ([], []) for way in WAYS}
+    wait_until_signed_answers_are_recorded(server)
     with httpx.Client(base_url=server.url, timeout=600) as client:
         for way in WAYS:
             ask(server, client, way, 0, stream=stream)

@@ -223,6 +223,7 @@ class Engine:
         nonce = secrets.token_hex(8)
         xargs = {"hemostat_tap": nonce} if ask.tap else {}
         xargs |= {"hemostat": ask.version} if ask.version else {}
+        xargs = self._registry.secrets.signed(xargs, time.monotonic())
         body = {
             "model": model,
             "messages": [{"role": "user", "content": ask.text}],

@@ -27,6 +27,7 @@ from hemostat.admin.app import create_app
 from hemostat.config.schema import Alarm, Settings, Shadow
 from hemostat.control import composition, operator_actions
 from hemostat.control.composition import Control
+from hemostat.engines.request_secrets import RequestSecrets
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, Alive, Capture, Stats, encode
 from hemostat.reference.monitor import ReferenceState
 from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo, ReferenceScores, ScoreRequest
@@ -389,6 +390,7 @@ async def pipeline(folder: Path, clock: Clock, **settings: Any) -> AsyncIterator
             draw=random.Random(7).random,
         )
         control.engines.nonce_prefix = "0123456789abcdef"  # made up anew by every process
+        control.engines.secrets = RequestSecrets(lambda: "0123456789abcdef" * 2)
         control.stored_state.salt = bytes(range(32))
         await control.start(made.calibration.force)
         relays = listen(control.link, folder / "control.sock")

@@ -14,6 +14,8 @@ import numpy.typing as npt
 from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm.answers import RefusedError
 
+from hemostat_calibration.engine_keys import is_signed
+
 VOCAB = 512
 IM_START, EOS = 256, 257
 """Ids below 256 are bytes, those above 257 are words."""
@@ -84,6 +86,8 @@ class FakeModel:
     plugin: bool = False
     """Hemostat's logits processor is loaded: it refuses what is not a profile version, and forces tokens."""
     kv_precision: int = 94
+    secret: str | None = None
+    """Of the control process, under which acting keys have to be signed; None: a plugin that acts on all."""
     """What the plugin says of the KV cache."""
     fault: str = ""
     """Where 0.5 nats of noise are added: "prefix", to what is decoded behind a cached prompt; "batch", beside other
@@ -126,9 +130,15 @@ class FakeModel:
             "decoding": decodes,
         }[self.fault]
 
+    def acts_on(self, xargs: dict[str, Any]) -> bool:
+        """Returns True if the plugin takes the acting keys for the control process's."""
+        return self.plugin and (self.secret is None or is_signed(xargs, [self.secret]))
+
     def _forced(self, body: dict[str, Any]) -> list[int]:
         """The first tokens of the output, as the plugin has them."""
         xargs = (body.get("vllm_xargs") or {}) if self.plugin else {}
+        if not self.acts_on(xargs):
+            return []
         return [self.kv_precision] if "hemostat_kv_precision" in xargs else xargs.get("hemostat_force", [])
 
     def encode(self, text: str) -> list[int]:

@@ -336,7 +336,8 @@ class FakeVllm(FakeModel):
                 self.salts.add(body.get("cache_salt") or "")
 
     def _hand_out(self, generation: Generation) -> None:
-        top = (generation.body.get("vllm_xargs") or {}).get("hemostat_tap_top")
-        if self.plugin and top is not None:
+        xargs = generation.body.get("vllm_xargs") or {}
+        top = xargs.get("hemostat_tap_top")
+        if top is not None and self.acts_on(xargs):
             own = generation.body.get("top_logprobs" if generation.chat else "logprobs") or 0
             self.handed_out += answers_of(generation, max(own, min(int(top), self.max_logprobs)))
