@@ -88,13 +88,15 @@ class Stack:
         watchdog = threading.Timer(HANG_SECONDS, self._process.kill)
         watchdog.start()
         try:
-            lines = [self._process.stdout.readline() for _ in range(2)]
+            lines: list[str] = []
+            urls: list[str] = []
+            while len(urls) < 2 and (line := self._process.stdout.readline()):
+                lines.append(line)
+                urls += re.findall(r"http://\S+", line)[:1]  # some lines name none
         finally:
             watchdog.cancel()
-        urls = [re.search(r"http://\S+", line) for line in lines]
-        assert urls[0], f"{lines}: {self.log.read_text()}"
-        assert urls[1], f"{lines}: {self.log.read_text()}"
-        return urls[0].group(), urls[1].group()
+        assert len(urls) == 2, f"{lines}: {self.log.read_text()}"
+        return urls[0], urls[1]
 
     def stop(self) -> int:
         """SIGTERM; the exit code."""

@@ -167,7 +167,9 @@ class ClientConnection(asyncio.Protocol):
         if state is _READING_HEAD:
             if not self._buffer:
                 self.since = self._context.loop.time()
-            self._append(data)
+                self._buffer = data
+            else:
+                self._append(data)
             if self.write_paused and len(self._buffer) > MAX_READ_AHEAD_BYTES:
                 self.pause_reading()
             self._advance()
@@ -233,12 +235,13 @@ class ClientConnection(asyncio.Protocol):
             return
         self._advancing = True
         waits = False
-        while self.state is _READING_HEAD and self._unread and not self.write_paused and not waits:
+        while self.state is _READING_HEAD and len(self._buffer) > self._at and not self.write_paused and not waits:
             if not self._read_head():
                 break
-            waits = self._unread and self._use_turn(self._work)
+            waits = len(self._buffer) > self._at and self._use_turn(self._work)
         self._advancing = False
-        self._compact()
+        if self._at:
+            self._compact()
         if self.state is _READING_HEAD and not waits:
             if self.eof and not self.write_paused:
                 self.transport.close()
@@ -268,9 +271,10 @@ class ClientConnection(asyncio.Protocol):
             self._at = begin = last.end()
             if begin == size:
                 return False
-        searched = max(begin, self._searched)
-        end = buffer.find(b"\r\n\r\n", max(begin, searched - 3))
+        searched = self._searched
+        end = buffer.find(b"\r\n\r\n", searched - 3 if searched > begin + 3 else begin)
         if end < 0 or end - begin > limits.head_bytes:
+            searched = max(begin, searched)
             self._searched = size
             if size - begin > limits.head_bytes:
                 self._refuse(BadRequest(431, f"the request head is longer than {limits.head_bytes} bytes"))
@@ -279,7 +283,8 @@ class ClientConnection(asyncio.Protocol):
             return False
         started = perf_counter()
         try:
-            request = parse_request(_part(buffer, begin, end), limits.header_count)
+            head = buffer[begin:end] if isinstance(buffer, bytes) else _part(buffer, begin, end)
+            request = parse_request(head, limits.header_count)
             if request.length > limits.body_bytes:
                 raise BadRequest(413, f"the body is longer than {limits.body_bytes} bytes")
         except BadRequest as error:
@@ -294,8 +299,9 @@ class ClientConnection(asyncio.Protocol):
         after = end + 4
         if 0 <= length <= size - after:
             self._work = after + length - begin
-            body = _part(buffer, after, after + length)
-            self._at = after + length
+            stop = after + length
+            body = buffer[after:stop] if isinstance(buffer, bytes) else _part(buffer, after, stop)
+            self._at = stop
             self.state = _AWAITING_RESPONSE
             exchange.start(body, complete=True, more_read=False)
         else:
@@ -312,11 +318,6 @@ class ClientConnection(asyncio.Protocol):
         if self.state is _READING_HEAD:
             self._work += ANSWER_BYTES
         return self.state is not _CLOSING
-
-    @property
-    def _unread(self) -> bool:
-        """There is something in the buffer that has not been used."""
-        return len(self._buffer) > self._at
 
     def _append(self, data: bytes) -> None:
         """Add to the buffer. One array, not a list: a client can send each byte in a packet of its own."""
@@ -335,8 +336,6 @@ class ClientConnection(asyncio.Protocol):
     def _compact(self) -> None:
         """Leave out of the buffer what has been used."""
         at = self._at
-        if not at:
-            return
         size = len(self._buffer)
         self._searched = max(0, self._searched - at)
         self._at = 0
@@ -383,7 +382,7 @@ class ClientConnection(asyncio.Protocol):
 
     @property
     def last_request(self) -> bool:
-        return self._context.draining or (self.eof and not self._unread)
+        return self._context.draining or (self.eof and len(self._buffer) == self._at)
 
     def exchange_ended(self, *, keep_alive: bool) -> None:
         self.exchange = None
@@ -392,9 +391,10 @@ class ClientConnection(asyncio.Protocol):
             return
         self.state = _READING_HEAD
         self.since = self._context.loop.time()
-        if self._context.draining and not self._unread and not self._context.drains_idle:
+        unread = len(self._buffer) > self._at
+        if self._context.draining and not unread and not self._context.drains_idle:
             self.transport.close()
-        elif self._unread or self.reading_paused or self.eof:
+        elif unread or self.reading_paused or self.eof:
             self._advance()
 
     def exchange_broken(self, *, reset: bool) -> None:

@@ -26,7 +26,7 @@ MAX_INTERIM_RESPONSES: Final = 100
 """The number of interim responses to one request."""
 PIECE_BYTES: Final = 64 * 1024
 """The bytes of a response that are read in one pass of the event loop, where more have arrived."""
-SHORT_PIECE_BYTES: Final = 4096
+SHORT_PIECE_BYTES: Final = 1024
 """The same for a stream of short lines that the hook reads: each event takes microseconds, however short it is."""
 SHORT_LINE_BYTES: Final = 16
 _EVENTS: Final = b"text/event-stream"
@@ -263,9 +263,9 @@ class UpstreamConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._rest:
             self._rest += data
-        elif len(data) > SHORT_PIECE_BYTES and (end := self._piece(data)) < len(data):
+        elif len(data) > (SHORT_PIECE_BYTES if self._events else PIECE_BYTES):
             self._rest = data
-            self._read_rest(end)
+            self._read_rest(self._piece(data))
         else:
             self._receive(data)
 
@@ -335,14 +335,21 @@ class UpstreamConnection(asyncio.Protocol):
         self._events = self._payload_only and head.content_type.startswith(_EVENTS)
         if self._receiver is not receiver:
             return  # it goes to another engine
-        end = self._piece(rest)
-        if end < len(rest):
+        if self._events and (end := self._piece(rest)) < len(rest):
             self._leave(rest[end:] + self._rest)
             rest = rest[:end]
         self._body(receiver, head, rest)
 
     def _read_head(self, receiver: Receiver, data: bytes) -> tuple[ResponseHead | None, bytes]:
         """The final head and what follows it; None while it is incomplete. Interim responses are handed on."""
+        if not self._buffer:
+            # The usual case: the whole head, and no interim response before it.
+            end = data.find(b"\r\n\r\n")
+            if 0 <= end <= MAX_HEAD_BYTES:
+                head = parse_response(data[:end], to_head=self._to_head)
+                if head.status >= 200:
+                    self._interim = 0
+                    return head, data[end + 4 :]
         buffer: bytes | bytearray = data
         searched = 0
         if self._buffer:
