@@ -104,6 +104,31 @@ def test_the_gain_lies_in_its_interval(data, truth, k, reference_k, log_normaliz
         assert result.exact.all()
 
 
+@settings(max_examples=examples(200))
+@given(st.data(), truths(), st.integers(2, 30), st.sampled_from([None, 1, 2, 5]))
+def test_the_likeliest_id_after_a_profile_is_known_or_said_to_be_unknown(data, truth, k, reference_k):
+    profile = data.draw(profiles(truth.compressed.shape[1]))
+    figures = calibrated(make_record(truth, k, reference_k=reference_k), profile)
+    shifted = after(truth, profile)
+    best = np.sort(shifted, axis=-1)
+    clear = best[:, -1] - best[:, -2] > ROUNDING  # else either of two is the likeliest
+    same = shifted.argmax(-1) == truth.reference.argmax(-1)
+    checked = figures.top1_known & clear
+    np.testing.assert_array_equal(figures.top1_agreement[checked], same[checked])
+    if k >= truth.compressed.shape[1]:
+        assert figures.top1_known.all()
+
+
+@pytest.mark.parametrize("k", [2, 5])
+def test_a_profile_that_changes_nothing_leaves_the_agreement(k):
+    rng = np.random.default_rng(0)
+    log_p = log_softmax(rng.normal(size=(40, 30)))
+    record = make_record(Truth(log_p, log_p, log_p.argmax(-1)), k)
+    figures = calibrated(record, temperature_bias("m", 30, 1.0, np.zeros(30), 1.0))
+    assert figures.top1_known.all()
+    assert figures.top1_agreement.all()
+
+
 def test_identity_wins_nothing():
     rng = np.random.default_rng(0)
     truth = Truth(log_softmax(rng.normal(size=(3, 9))), log_softmax(rng.normal(size=(3, 9))), np.array([0, 1, 2]))

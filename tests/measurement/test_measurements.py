@@ -18,7 +18,7 @@ from tests.support.samples import histograms, values
 from tests.support.world import V, World
 
 from hemostat.measurement.figures import FIGURES, HEADLINE, KL_CAP
-from hemostat.measurement.measurements import DECODING_KINDS, KL_EDGES, MAX_VERSIONS, Measurements
+from hemostat.measurement.measurements import DECODING_KINDS, KL_EDGES, MAX_VERSIONS, Measurements, Top1
 from hemostat.scoring.records_file import RecordsFile
 from hemostat_calibration.divergence.gain import gain
 from hemostat_calibration.divergence.per_token import calibrated, divergence
@@ -516,3 +516,22 @@ def test_divergence_adds_up_by_route_and_label() -> None:
     assert result["hemostat_kl_nats_total", "a"] == pytest.approx(nats[0] + nats[2])
     assert result["hemostat_kl_nats_total", "b"] == pytest.approx(nats[1])
     assert result["hemostat_kl_tokens_total", "b"] == made[1].tokens
+
+
+def test_tokens_at_which_the_effect_of_a_profile_is_unknown_do_not_count_as_different() -> None:
+    """As for a profile that reads anchors, where a record has no features of them."""
+    (record,) = records(1)
+    before, nothing = divergence(record), np.zeros(record.tokens, np.bool_)
+    blind = replace(before, top1_agreement=nothing, known=nothing, top1_known=nothing)
+    top1 = Top1()
+    top1.add(before, blind, b"")
+    top1.add(before, before, b"")
+    top1.add(before, replace(before, top1_known=nothing), b"")
+    shown = top1.summary()
+    assert (shown["tokens"], shown["unknown_tokens"], shown["unproven_tokens"]) == (
+        2 * record.tokens,
+        *[record.tokens] * 2,
+    )
+    assert shown["change"]["estimate"] == 0.0
+    assert shown["before"]["estimate"] == shown["after"]["estimate"] > 0.0
+    assert np.isnan(FIGURES["top1_agreement"].values(blind)).all()

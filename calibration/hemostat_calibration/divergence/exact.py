@@ -40,4 +40,5 @@ def of_distances(distances: ExactDistances) -> TokenDivergence:
         recovered=np.zeros(len(kl), dtype=np.bool_),
         bounds=Bounds(Interval(kl, kl), nothing, nothing, Interval(distances.tv, distances.tv), 0.0),
         known=np.ones(len(kl), dtype=np.bool_),
+        top1_known=np.ones(len(kl), dtype=np.bool_),
     )

@@ -78,8 +78,7 @@ class TokenDivergence:
     covered_compressed: Floats
     """c's mass on S, 0 to 1; the least that it can be where a profile's normalizer is known as an interval only."""
     top1_agreement: Bools
-    """The likeliest of c's candidates is r's likeliest id. (After a profile, an id behind the candidates could have
-    become likelier than all of them; it is not counted.)"""
+    """The likeliest of c's candidates is r's likeliest id; see `top1_known`."""
     delta_log_likelihood: Floats
     """log c(x) − log r(x) of the emitted token x; NaN after a profile whose normalizer is unknown."""
     delta_p: Floats
@@ -104,7 +103,11 @@ class TokenDivergence:
     """Proven intervals of the four divergences. After a profile whose normalizer is unknown: NaN."""
     known: Bools
     """False after a profile whose Δz is unknown there (it reads anchors, and the record has no features of them): all
-    that depends on Δz is NaN there, and `top1_agreement` False."""
+    that depends on Δz is NaN there, and `top1_known` False."""
+    top1_known: Bools
+    """Whether `top1_agreement` is proven. After a profile it is not where Δz is unknown, and where an id behind the
+    candidates could have become likelier than all of them. It says nothing of the agreement itself: which positions are
+    proven follows from the compressed model alone, but likely ids are proven more often, and agree more often."""
 
 
 def divergence(
@@ -159,6 +162,7 @@ def divergence(
         recovered=recovered,
         bounds=bounds_of(record, view, lower, view.log_candidates, log_cap, min_ratio),
         known=np.ones(record.tokens, dtype=np.bool_),
+        top1_known=np.ones(record.tokens, dtype=np.bool_),
     )
 
 
@@ -252,8 +256,11 @@ def calibrated(
     certain = bounds_of(
         record, view, last, view.log_candidates + (delta - high[:, None]), np.minimum(most - high, 0.0), min_ratio
     )
-    likeliest = (view.log_candidates + delta).argmax(axis=1)
-    agrees = view.ids[np.arange(record.tokens), likeliest] == record.reference.ids[:, 0]
+    after = view.log_candidates + delta
+    likeliest, rows = after.argmax(axis=1), np.arange(record.tokens)
+    agrees = view.ids[rows, likeliest] == record.reference.ids[:, 0]
+    complete = (record.compressed.ids >= 0).sum(axis=1) >= record.domain
+    top1_known = shifted & (complete | (after[rows, likeliest] >= most))
 
     def where_shifted(values: Floats) -> Floats:
         return np.where(shifted, values, np.nan)
@@ -278,6 +285,7 @@ def calibrated(
         recovered=recovered & shifted,
         bounds=certain.where(known & shifted),
         known=shifted,
+        top1_known=top1_known,
     )
 
 

@@ -76,7 +76,7 @@ FIGURES: Mapping[str, Figure] = {
     "js_nats_estimate": Figure(lambda d: d.estimate_js, 0.0, math.log(2.0), "estimate"),
     "total_variation_estimate": Figure(lambda d: d.estimate_tv, 0.0, 1.0, "estimate"),
     "recovered_share": Figure(lambda d: d.recovered.astype(np.float64), 0.0, 1.0, plain=True),
-    "top1_agreement": Figure(lambda d: d.top1_agreement.astype(np.float64), 0.0, 1.0, plain=True),
+    "top1_agreement": Figure(lambda d: np.where(d.known, d.top1_agreement, np.nan), 0.0, 1.0, plain=True),
     "covered_mass": Figure(lambda d: d.covered_compressed, 0.0, 1.0, plain=True),
     "covered_mass_reference": Figure(lambda d: d.covered_reference, 0.0, 1.0),
     "delta_log_likelihood_nats": Figure(lambda d: d.delta_log_likelihood, -KL_CAP, KL_CAP),

@@ -56,8 +56,12 @@ ARM_DIFFERENCES = ("kl_nats_estimate", "total_variation", "top1_agreement")
 
 
 @dataclass(slots=True)
-class _Top1:
-    """Share of the tokens at which both models' most likely id is the same: before a profile, after it, the change."""
+class Top1:
+    """The share of the tokens at which both models' most likely id is the same: before a profile, after it, the change.
+
+    All three are of the tokens where the profile's effect is known. At some of these, an id behind the candidates could
+    have become the likeliest (`unproven`). They count: the others have a likely id, where models agree more often.
+    """
 
     cycle: Cycle = NO_CYCLE
     before: MeanSequence = field(default_factory=MeanSequence)
@@ -66,13 +70,22 @@ class _Top1:
     dependence: Dependence = field(init=False)
     """Of these three."""
     tokens: int = 0
+    unknown: int = 0
+    """Tokens where the profile's effect is not known."""
+    unproven: int = 0
+    """See `TokenDivergence.top1_known`."""
 
     def __post_init__(self) -> None:
         self.dependence = Dependence(3, self.cycle)
 
     def add(self, raw: TokenDivergence, after: TokenDivergence, client: bytes) -> None:
-        tokens = len(raw.top1_agreement)
-        old, new = float(raw.top1_agreement.sum()), float(after.top1_agreement.sum())
+        known = after.known
+        tokens = int(known.sum())
+        self.unproven += int((known & ~after.top1_known).sum())
+        self.unknown += len(known) - tokens
+        if not tokens:
+            return
+        old, new = float(raw.top1_agreement[known].sum()), float(after.top1_agreement[known].sum())
         self.before, self.after = self.before.update(old, tokens), self.after.update(new, tokens)
         self.change = self.change.update(new - old, tokens)
         self.dependence.add(np.array([old, new, new - old]), np.full(3, float(tokens)), client)
@@ -82,6 +95,8 @@ class _Top1:
         before, after, change = self.dependence.inflations().tolist()
         return {
             "tokens": self.tokens,
+            "unknown_tokens": self.unknown,
+            "unproven_tokens": self.unproven,
             "before": interval(self.before, before, 0.0, 1.0),
             "after": interval(self.after, after, 0.0, 1.0),
             "change": interval(self.change, change, -1.0, 1.0),
@@ -97,7 +112,7 @@ class _After:
     after: StageFigures
     before: StageFigures
     gain: GainFigures | DistanceGains
-    top1: dict[str, _Top1]
+    top1: dict[str, Top1]
 
 
 class Measurements:
@@ -234,7 +249,7 @@ class Measurements:
             self._after.popitem(last=False)
 
     def _begin(self, profile: CalibrationProfile) -> _After:
-        cycle, top1 = self._cycle, {decoding: _Top1(self._cycle) for decoding in DECODING_KINDS}
+        cycle, top1 = self._cycle, {decoding: Top1(self._cycle) for decoding in DECODING_KINDS}
         if profile.family == ADAPTER:
             return _After(self._figures(), self._figures(), DistanceGains(cycle=cycle), top1)
         gain = GainFigures(2.0 * profile.clamp_nats, cycle=cycle)
