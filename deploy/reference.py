@@ -1,4 +1,6 @@
-"""`make docs`: writes docs/reference/ from the code, the rules of the alerts, and the texts in both; git ignores it.
+"""`make docs`: writes docs/reference/ from the code, the rules of the alerts, and the texts in both.
+
+The pages are committed, so that links to them work on a code host; a test compares them with the code.
 
 What a page says about an item is the text where the item is defined: below a setting, in an argument's help, in a
 route's docstring, in a metric's declaration, in a rule's annotations, in an error's message. tests/deploy/test_docs.py
