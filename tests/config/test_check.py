@@ -107,7 +107,7 @@ async def test_each_served_model_is_matched_or_said_to_be_left_out() -> None:
     assert "neither scored nor treated" in result["reference of b"].detail
     assert "add it to reference.models, as b: REFERENCE, with the first model" in result["reference of b"].fix
 
-    async with running(FakeVllm(model="small")) as other, running(FakeVllm(model="odd", vocab_size=99)) as odd:
+    async with running(FakeVllm(model="small")) as other, running(FakeVllm(model="odd", vocab_size=999)) as odd:
         models = {"a": "fake", "b": {"model": "small", "url": other.url}, "c": {"model": "odd", "url": odd.url}}
         result = await findings_of(upstream, {}, models={**models, "d": "gone"})
     assert "vllm: small (server, 512 tokens)" in result["reference of b"].detail
