@@ -11,7 +11,7 @@ There are two classes:
   report. A relay removes a client's acting keys from the requests that it rewrites.
 
 The MAC covers all acting keys of the request and a number that is used once, so that keys of one request cannot be put
-together with those of another.
+together with the keys of another.
 """
 
 from __future__ import annotations

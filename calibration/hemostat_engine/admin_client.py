@@ -23,7 +23,7 @@ MAX_ANSWER_SECONDS = 120.0
 """Of a whole answer: a profile of 255 MiB."""
 MAX_RESPONSE_BYTES = 64 * 1024
 MAX_SECRETS = 4
-"""Of one answer."""
+"""The largest size of one answer."""
 
 
 class FetchError(HemostatError):

@@ -7,7 +7,7 @@ Rules:
 - Under tensor parallelism a profile is bound only when every rank has it: every rank samples, and all must sample the
   same token. The ranks agree by an all-reduce in the step that admits the request.
 - A request whose parameters change the logits before the processor (see `xargs.edits_logits`) gets identity; counted.
-  Of a tap of it nothing is measured, since the features would be those of changed logits.
+  Of a tap of it nothing is measured, since the features would come from changed logits.
 - Keys that make the plugin act (taps, forced tokens, the look at the KV cache) count only where they carry the MAC of a
   control process that this engine knows (`hemostat_calibration.engine_keys`); otherwise they are as if absent; counted.
 - A row without a profile is unchanged, and a step without any profile or tap returns immediately.

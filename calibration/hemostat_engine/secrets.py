@@ -17,7 +17,7 @@ from hemostat_calibration.engine_keys import is_signed
 KEEP_SECONDS = 120.0
 """Relays forget their policy, and with it the secret, 30 s after the last word of the control process."""
 MAX_SECRETS = 128
-"""Of all admin ports; those that were named longest ago are forgotten first."""
+"""The secrets of all admin ports that are kept; the ones that were named longest ago are forgotten first."""
 
 
 class Secrets:

@@ -255,7 +255,7 @@ async def test_it_suspends_by_the_clock_while_the_store_does_not_answer() -> Non
 
 
 async def test_after_a_pause_of_the_whole_process_it_does_not_say_that_it_is_active() -> None:
-    """As after SIGSTOP and SIGCONT: the first one that asks is told so."""
+    """This is what happens after SIGSTOP and SIGCONT: the first one that asks is told so."""
     store = LeasedStore(MemoryStore())
     owner = Ownership(store, StoreErrorLog(), clock=lambda: store.now)
     await owner.begin()

@@ -1,4 +1,4 @@
-"""What who asks the admin port is told when its process stops meanwhile."""
+"""The admin port answers whoever asks when its process stops meanwhile."""
 
 from __future__ import annotations
 

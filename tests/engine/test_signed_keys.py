@@ -1,4 +1,4 @@
-"""Who may make the plugin act: in both model runners only requests that carry the MAC of the control process."""
+"""The plugin acts for few only: in both model runners only requests that carry the MAC of the control process."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_list_of_keys_is_complete_here() -> None:
 
 
 def not_ours(keys: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a client can send: nothing, a MAC of its own, another's MAC, or our MAC of other keys."""
+    """The keys that a client can send: nothing, a MAC of its own, another's MAC, or our MAC of other keys."""
     ours = signed({"hemostat_tap": "another"}, OURS, "s")[MAC_KEY]
     return [
         keys,

@@ -1,4 +1,4 @@
-"""Which addresses of engines the control process believes and contacts: its own upstream's, whatever relays report."""
+"""The control process believes and contacts few addresses of engines: its own upstream's, whatever relays report."""
 
 from __future__ import annotations
 

@@ -22,9 +22,9 @@ DEFINITIONS = "## Before you begin"
 NEEDS_MODELS = {"hemostat doctor"}
 """Commands that load two checkpoints."""
 NAMES = {"hemostat check", "hemostat relay", "hemostat control", "hemostat serve"}
-"""Without arguments these only name a process or a command."""
+"""These only name a process or a command if they have no arguments."""
 STATES = re.compile(r"answered 4(00|04|09): (?!.*token)")
-"""What the admin port says where a command does not fit the state: nothing was promoted that could be rolled back."""
+"""The answers of the admin port if a command does not fit the state: nothing was promoted that could be rolled back."""
 
 
 def commands() -> list[str]:

@@ -361,7 +361,7 @@ def test_the_last_policy_is_in_force_for_30_seconds_after_the_last_word() -> Non
 
 
 def test_a_policy_expires_also_where_the_next_word_comes_before_anybody_looked() -> None:
-    """As in a relay that was stopped for hours."""
+    """Simulates a relay that was stopped for hours."""
     now, given = 1000.0, list[Policy | None]()
     last = LastPolicy(given.append, lambda: now)
     last.heard(policy())

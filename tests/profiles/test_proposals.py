@@ -154,7 +154,7 @@ def test_a_restart_does_not_let_a_build_from_fewer_tokens_replace_the_one_that_w
 
 
 def test_a_hopeless_test_gives_way_to_the_newer_build() -> None:
-    """Without any evidence of a gain in 96 units; one that may still be proven is finished."""
+    """It gives way without any evidence of a gain in 96 units; one that may still be proven is finished."""
     bench = Bench()
     bench.feed(EVEN, JUDGED[:1])
     useless, newer = contextual(-0.3), contextual(0.9)

@@ -1,4 +1,4 @@
-"""How long one client may hold the event loop, counted by pass of the loop."""
+"""Measures how long one client may hold the event loop, counted by pass of the loop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ READ_BYTES = 256 * 1024
 
 @contextlib.asynccontextmanager
 async def growth(count: Callable[[], int]) -> AsyncIterator[list[int]]:
-    """By how much the count grows in each pass of the event loop."""
+    """Returns by how much the count grows in each pass of the event loop."""
     grown: list[int] = []
     loop = asyncio.get_running_loop()
     last, running = count(), True

@@ -14,7 +14,7 @@ TOKEN = "s3cret"
 
 
 def accept_unsigned_keys() -> None:
-    """In the process of an engine that is measured: its plugin acts on taps that nobody has signed."""
+    """Runs in the process of an engine that is measured: its plugin acts on taps that nobody has signed."""
     from hemostat_engine.secrets import Secrets
 
     Secrets.signed = lambda *_: True  # type: ignore[method-assign, assignment]

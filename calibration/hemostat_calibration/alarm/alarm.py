@@ -406,7 +406,7 @@ def _learn_divergence(state: KindState, observation: Observation, settings: Sett
 
 
 def _mean_divergence(observation: Observation, settings: Settings) -> float:
-    """Of the request, clipped at the cap. At least one of its tokens has a divergence."""
+    """Returns the figure of the request, clipped at the cap. At least one of its tokens has a divergence."""
     divergences = observation.divergences[~np.isnan(observation.divergences)]
     return float(np.clip(divergences, 0.0, settings.cap).mean())
 

@@ -27,7 +27,7 @@ from hemostat_calibration.statistics.dependence import RECENT_LAG, BatchMeans, R
 
 SCHEMA = 8
 OLDER_SCHEMAS = (7,)
-"""Of the alarm, without v̂ of recent requests."""
+"""The schema of the alarm without v̂ of recent requests."""
 ENGINES_SCHEMA = 6
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ def save(alarm: Alarm) -> bytes:
 
 
 def load(data: bytes, settings: Settings) -> Alarm:
-    """What `save` wrote, continued with `settings` (`with_settings`).
+    """Reads what `save` wrote, continued with `settings` (`with_settings`).
 
     InvalidArgumentError where it cannot be read, or was written by a version that tested something else: begin anew
     with `init(settings, begun_tests(data))`.
@@ -57,7 +57,7 @@ def load(data: bytes, settings: Settings) -> Alarm:
 
 
 def read(data: bytes) -> Alarm:
-    """What `save` wrote, with the settings of that time. InvalidArgumentError as `load`.
+    """Reads what `save` wrote, with the settings of that time. InvalidArgumentError as `load`.
 
     >>> from hemostat_calibration.alarm.alarm import init
     >>> read(save(init(Settings(alpha=0.05)))).settings.alpha

@@ -105,7 +105,7 @@ class TokenDivergence:
     """False after a profile whose Δz is unknown there (it reads anchors, and the record has no features of them): all
     that depends on Δz is NaN there, and `top1_known` False."""
     top1_known: Bools
-    """Whether `top1_agreement` is proven. After a profile it is not where Δz is unknown, and where an id behind the
+    """True if `top1_agreement` is proven. After a profile it is not where Δz is unknown, and where an id behind the
     candidates could have become likelier than all of them. It says nothing of the agreement itself: which positions are
     proven follows from the compressed model alone, but likely ids are proven more often, and agree more often."""
 

@@ -16,12 +16,12 @@ end. Units must be of the held-out side of the split.
   sums, which comes from what is known of the kind beside the tests (`Guard.note`), and for a candidate from
   its gains, too: the larger one. A candidate is not promoted before there are enough units to know it, over
   `MIN_CYCLES` of the traffic (`statistics.dependence`): of the kind, or of all kinds together. Then the larger v̂ of
-  both counts, until that of the kind is known.
+  both counts, until the v̂ of the kind is known.
 - The gains of a candidate may depend on each other where the figure that is noted does not. So they have to span a
-  cycle, and of their own v̂ the few long batches that a cycle has count, too. Only held-out gains are asked: those of
-  units that were learned from have another mean, and those of adapters would take exact distances of all units. Where
-  the traffic has no cycle (`cycle` is 0), it is assumed that gains depend on each other over no longer times than many
-  of fit in a test, and fewer than `MIN_UNITS` of them no more than what is noted.
+  cycle, and of their own v̂ the few long batches that a cycle has count, too. Only held-out gains are asked: the gains
+  of units that were learned from have another mean, and the gains of adapters would take exact distances of all units.
+  Where the traffic has no cycle (`cycle` is 0), it is assumed that gains depend on each other only over times of which
+  many fit in a test, and fewer than `MIN_UNITS` of them no more than what is noted.
 
 The evidence is described, with its sources, in `wealth`; the closed test in `closing`. What is bounded, whatever the
 gains' distribution and however often one looks, as long as no gain is below −width, exactly where no expected gain
@@ -299,7 +299,7 @@ class Guard:
         self._test(name, kind).note(lower, now, self._longest_gap)
 
     def spans_cycle(self, name: str, kind: str) -> bool:
-        """Whether the gains of a candidate's test span a cycle: before that it is not promoted there.
+        """Returns True if the gains of a candidate's test span a cycle: before that it is not promoted there.
         InvalidArgumentError for what is not under test."""
         return self._test(name, kind).spans(self._cycle)
 
@@ -464,16 +464,16 @@ class Guard:
 
     @property
     def _longest_gap(self) -> float:
-        """That is counted as time between two gains."""
+        """The time that is counted between two gains, at most."""
         return self._cycle / 2.0 if self._cycle else math.inf
 
     def _in_cycles(self, test: KindTest) -> bool:
         return self._cycle > 0.0 and test.role is Role.CANDIDATE
 
     def _inflation(self, kind: str, test: KindTest) -> float:
-        """v̂ of sums as long as the test, as far as it is known: that of what was noted, or of the test's own gains, the
-        larger one. Where the traffic has no cycle, and for what serves, whose harm has to be found soon, units depend
-        on each other over no longer times than many of them fit in."""
+        """v̂ of sums as long as the test, as far as it is known: the v̂ of what was noted, or of the
+        test's own gains, the larger one. Where the traffic has no cycle, and for what serves, whose harm has to be
+        found soon, units depend on each other over no longer times than many of them fit in."""
         own, pooled = self._state.dependence.get(kind), self._state.dependence.get(ALL_KINDS)
         if own is not None and (pooled is None or own.known_for(self._needed_seconds)):
             pooled = None
@@ -496,7 +496,7 @@ class Guard:
 
 
 def _number(test: KindTest) -> int:
-    """Of what serves, the number of the first window: evidence of harm goes on from window to window."""
+    """The number of the first window of what serves: evidence of harm goes on from window to window."""
     return test.number if test.harm is None else test.harm.number
 
 

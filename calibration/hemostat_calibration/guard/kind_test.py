@@ -114,9 +114,12 @@ class KindTest:
         return self.role is Role.SERVING and (self.units >= self.window or self._ends_window(more=0))
 
     def may_decide(self, known: bool, seconds: float = 0.0) -> bool:
-        """known: how much units of the kind depend on each other is known beside this test. seconds: that a candidate's
-        gains have to span. Where they have to span none, and v̂ is known beside the test, fewer than `MIN_UNITS` of them
-        need not tell how much they depend on each other themselves."""
+        """Returns True if the test may decide.
+
+        known: how much units of the kind depend on each other is known apart from this test. seconds: the time that a
+        candidate's gains have to span. If they have to span none, and v̂ is known apart from the test, fewer than
+        `MIN_UNITS` of them need not tell how much they depend on each other themselves.
+        """
         if self.role is Role.CANDIDATE:
             too_few = known and not seconds and self.units < MIN_UNITS
             if not self.spans(seconds) or not (too_few or self.batches.enough()[0]):
@@ -124,12 +127,15 @@ class KindTest:
         return self.clients >= MIN_CLIENTS or self.units >= MIN_UNITS_OF_FEW_CLIENTS
 
     def spans(self, seconds: float) -> bool:
-        """Whether the gains do, from the first one to the last."""
+        """Returns True if the gains do, from the first one to the last."""
         return self.elapsed >= seconds
 
     def own_inflation(self, in_cycles: bool = False) -> float:
-        """v̂ of the gains, 1 or more; 1 where too few are known. in_cycles: that of sums as long as the test, which also
-        asks the few batches of a length that there are few of."""
+        """Returns v̂ of the gains, 1 or more; 1 if too few are known.
+
+        in_cycles: take v̂ of sums as long as the test, which also asks the few batches of a length that there are few
+        of.
+        """
         if self.role is Role.SERVING:
             return self.inherited
         batches = self.batches

@@ -75,9 +75,9 @@ log = logging.getLogger("hemostat.control")
 
 PERIODIC_SECONDS = 0.5
 SAVE_SECONDS = 3.0
-"""How long a process that stops may take to store what it knows."""
+"""The seconds that a process that stops may take to store what it knows."""
 CLOSE_SECONDS = 1.0
-"""How long it may take to close anything else; by then the store is another process's."""
+"""The seconds that it may take to close anything else; by then the store is another process's."""
 """How often relays get a policy that has changed with time alone, and the history a point that is due."""
 
 

@@ -25,11 +25,11 @@ class ModelIdentity:
     weights: str = ""
     """Fingerprint of the compressed weights: `engines.served_weights.ServedWeights`."""
     probe: tuple[float, ...] = ()
-    """What fixed texts gave on the reference, where its digest does not say what its weights are
+    """The scores of fixed texts on the reference, if its digest does not say what its weights are
     (`reference.probed_scores`). It is compared within the noise of a server."""
 
     def agrees_with(self, other: ModelIdentity) -> bool:
-        """Whatever both know is equal, and both probes are of the same weights.
+        """Returns True if whatever both know is equal, and both probes are of the same weights.
 
         >>> ModelIdentity("m").agrees_with(ModelIdentity("m", compressed="/models/w4a16"))
         True

@@ -83,7 +83,7 @@ _TROUBLE = (_Event.LOST, _Event.OTHERS_WROTE)
 class Ownership:
     """Owns the state, the writer of the store, and the thread that executes the store's calls. Lives in the event loop.
 
-    clock: as that of `Store.owned_until`.
+    clock: the clock that `Store.owned_until` uses.
     """
 
     def __init__(self, store: Store, errors: StoreErrorLog, clock: Callable[[], float] = time.monotonic) -> None:

@@ -65,10 +65,10 @@ EXIT_CODE_SUPERSEDED = 3
 LOCK_SECONDS = 15.0
 """How long a former control process may take to end."""
 ANSWER_SECONDS = 1.0
-"""How long a process that stops waits for what operators were promised to be stored."""
+"""The seconds that a process that stops waits for what operators were promised to be stored."""
 LOOPS_SECONDS = 3.0
-"""How long its loops, and the answers of its admin port, may take to end. With what `Control.close` may take, all of it
-is over before the supervisor kills the process (STOP_SECONDS)."""
+"""The seconds that its loops, and the answers of its admin port, may take to end. With what `Control.close` may take,
+all of it is over before the supervisor kills the process (STOP_SECONDS)."""
 
 
 async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
@@ -116,7 +116,7 @@ async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
 
 
 async def answer_operators(control: Control) -> None:
-    """Those who wait for the store are answered: with what was done, or that it is not known."""
+    """Answers the operators who wait for the store: with what was done, or that it is not known."""
     writer = control.ownership.writer
     if control.ownership.active:
         await writer.wait_until_written(ANSWER_SECONDS)

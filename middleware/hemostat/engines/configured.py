@@ -24,7 +24,8 @@ RESOLVE_SECONDS = 5.0
 SOON_SECONDS = 1.0
 """Shortest pause between two look-ups, when a relay has reported an address that the last one did not have."""
 KEEP_SECONDS = 60.0
-"""How long an address is believed after the last look-up that had it: relays may have asked another name server."""
+"""The seconds that an address is believed after the last look-up that had it: relays may have asked another name
+server."""
 MAX_IGNORED = 64
 """Addresses that are remembered as ignored; no further ones are named in the log."""
 

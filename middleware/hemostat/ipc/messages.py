@@ -290,8 +290,8 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     there is one upstream address, and `acknowledged` holds."""
 
     secret: str = ""
-    """What the relay signs the keys of `vllm_xargs` with that make the engine's plugin act. Empty: of an older control
-    process; they are not signed. It is never logged."""
+    """The secret with which the relay signs the keys of `vllm_xargs` that make the engine's plugin act. Empty: of an
+    older control process; they are not signed. It is never logged."""
 
     def held_at(self, engine: str) -> frozenset[str]:
         """The versions that a request to this engine may ask for."""

@@ -41,20 +41,20 @@ ALL_KINDS = "all"
 STATE_KEY = "alarm"
 """Of the state in the store."""
 SPENT_KEY = "alarm.tests"
-"""Of the largest number of tests of any sort that have begun (`SpentAlpha`)."""
+"""The store's key of the largest number of tests of any sort that have begun (`SpentAlpha`)."""
 SAVE_SECONDS = 60.0
 """Longest pause between writes of the state. After a restart, evidence since the last one is lost. A test that begins
 is written at once: no alpha is spent twice."""
 
 
 FLOORS_KEY = "noise_floors"
-"""Of the noise floors in the store: a budget test waits for them, and they take a cycle of the traffic."""
+"""The key of the noise floors in the store: a budget test waits for them, and they take a cycle of the traffic."""
 FLOORS_SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True)
 class FloorState:
-    """What is known of one model's noise floor."""
+    """The state of one model's noise floor."""
 
     mean: ClippedMean
     dependence: DependenceState
@@ -86,7 +86,7 @@ class FloorLimit:
 
     @property
     def state(self) -> FloorState:
-        """What is known, to be stored."""
+        """Returns what is known, to be stored."""
         return FloorState(self._mean, self._dependence.state)
 
     def restore(self, state: FloorState) -> None:

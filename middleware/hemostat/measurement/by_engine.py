@@ -33,7 +33,7 @@ log = logging.getLogger("hemostat.alarm")
 STATE_KEY = "engines"
 """Of the state in the store."""
 SPENT_KEY = "engines.tests"
-"""Of the number of tests that have begun (`SpentAlpha`)."""
+"""The store's key of the number of tests that have begun (`SpentAlpha`)."""
 ACTIVE_SECONDS = 86_400.0
 """The test is off where no engine was drawn for so long."""
 SAVE_SECONDS = 60.0

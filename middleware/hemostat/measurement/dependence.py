@@ -40,7 +40,7 @@ NO_CYCLE = Cycle()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DependenceState:
-    """What `Dependence` knows: batches in time, and by client; of the first figure's mean by request; the rows of
+    """The state of `Dependence`: batches in time, and by client; of the first figure's mean by request; the rows of
     clients; and when its first and its last request came, seconds."""
 
     in_time: BatchMeans
@@ -86,7 +86,7 @@ class Dependence:
 
     @property
     def state(self) -> DependenceState:
-        """What is known, to be stored."""
+        """Returns what is known, to be stored."""
         return DependenceState(self._in_time, self._by_client, self._mean, dict(self._clients), self._first, self._last)
 
     def restore(self, state: DependenceState) -> None:

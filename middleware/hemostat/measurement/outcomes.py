@@ -34,7 +34,7 @@ log = logging.getLogger("hemostat.outcomes")
 STATE_KEY = "outcomes"
 """Of the state in the store."""
 SPENT_KEY = "outcomes.trials"
-"""Of the numbers of the trials, by kind (`SpentAlpha`)."""
+"""The store's key of the numbers of the trials, by kind (`SpentAlpha`)."""
 SAVE_SECONDS = 60.0
 """Pause between writes of the state. After a restart, units since the last one are lost."""
 _SEEN_BYTES = 6

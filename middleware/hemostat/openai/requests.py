@@ -149,7 +149,7 @@ def _edits_logits(body: JsonObject) -> bool:
 def merged_xargs(request: Request, xargs: Mapping[str, str], secret: str = "") -> bytes:
     """Returns the JSON of `vllm_xargs`: the client's own members and these, which win.
 
-    secret: what the plugin's acting keys among these are signed with; "": they are not. Those of the client are left
+    secret: what the plugin's acting keys among these are signed with; "": they are not. The client's own keys are left
     out, as the plugin acts on signed ones alone, and these would be signed with Hemostat's.
     """
     own = _raw_members.decode(request.body.raw("vllm_xargs")) if request.body.has("vllm_xargs") else {}

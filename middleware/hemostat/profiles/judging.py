@@ -165,7 +165,7 @@ class Judge:
         return free and self._trials.promotes(candidate, kind)
 
     def _decides(self, candidate: Candidate, kind: str) -> bool:
-        """Whether it could be promoted there by now."""
+        """Returns True if it could be promoted there by now."""
         return self._trials.has_seen_cycles and self._trials.spans_cycle(candidate, kind)
 
     def _take_slot(self, candidate: Candidate) -> bool:

@@ -26,9 +26,9 @@ SERVING_KEY = "kinds"
 TESTS_KEY = "tests"
 """The guard's tests and windows, `Guard.save`: usually some 100 kB, at most 4 MB."""
 TESTS_BEGUN_KEY = "tests.candidate"
-"""How many tests of candidates were begun (`SpentAlpha`)."""
+"""The store's key of the number of tests of candidates that were begun (`SpentAlpha`)."""
 WINDOWS_BEGUN_KEY = "tests.windows"
-"""How many windows of what serves were begun, by kind (`SpentAlpha`)."""
+"""The store's key of the number of windows of what serves that were begun, by kind (`SpentAlpha`)."""
 MODE_KEY = "mode"
 """The configured mode and the one in force, with a space between."""
 STATE_KEYS = (SERVING_KEY, TESTS_KEY, TESTS_BEGUN_KEY, WINDOWS_BEGUN_KEY, MODE_KEY)
@@ -185,7 +185,7 @@ class StateWriter:
         self._windows.spend(self._trials.guard.windows)
 
     def is_stored(self, number: int, kind: str | None) -> bool:
-        """Whether the number of a test is in the store. kind: of a watch; None for a candidate's test."""
+        """Returns True if the number of a test is in the store. kind: of a watch; None for a candidate's test."""
         return self._candidates.is_stored(number) if kind is None else self._windows.is_stored(number, kind)
 
     def restore_spent(self, states: Mapping[str, str | None]) -> tuple[int, Mapping[str, int]]:

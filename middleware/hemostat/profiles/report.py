@@ -148,7 +148,7 @@ class Report:
         return "identity; no profile is under test here" if state.units else "identity; no held-out conversation yet"
 
     def _summary(self, candidate: Candidate, kind: str, evidence: Evidence) -> str:
-        """What a candidate's test in one kind lacks, and whether a newer build waits for its end."""
+        """Says what a candidate's test in one kind lacks, and if a newer build waits for its end."""
         lacks = self._lacks(candidate, kind, evidence)
         newer = any(candidate.version in self._trials.behind(other) for other in self._trials.waiting)
         return f"{lacks}; a newer build waits for the end of this test" if newer else lacks

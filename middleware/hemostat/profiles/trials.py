@@ -146,7 +146,7 @@ class Trials:
         return [candidate for candidate in self._queue if candidate not in tested]
 
     def has_begun(self, candidate: Candidate) -> bool:
-        """Whether its test has begun: it is under test, or it was, and goes on when a place is free again."""
+        """Returns True if its test has begun: it is under test, or it was, and goes on when a place is free again."""
         return candidate.test in self.guard.names
 
     def _older(self, candidate: Candidate) -> list[Candidate]:
@@ -297,7 +297,7 @@ class Trials:
     def begin_in(self, kind: str, ends: Callable[[Candidate], bool] = lambda _: False) -> None:
         """Begin tests in a kind that appeared, changed what serves it, or may be served by a profile again.
 
-        ends: of a candidate whose test there ends, and does not begin there again. That of one that waits does not
+        ends: of a candidate whose test there ends, and does not begin there again. The test of one that waits does not
         begin there either.
         """
         state = self._serving.kinds[kind]
@@ -428,13 +428,14 @@ class Trials:
         return [version for version in versions if not self._is_adapter(version)]
 
     def promotes(self, candidate: Candidate, kind: str) -> bool:
-        """Whether its test proves it in this kind. None does before its number is stored: a process that is killed
-        meanwhile has not spent the test's alpha."""
+        """Returns True if its test proves it in this kind. None does before its number is stored: a process that is
+        killed meanwhile has not spent the test's alpha."""
         stored = self._is_stored(self.guard.number(candidate.test, kind), None)
         return stored and self.guard.decide(candidate.test, kind).action is Action.PROMOTE
 
     def decide_serving(self, kind: str) -> Decision:
-        """What follows for the profile that serves the kind; as in `promotes`, nothing before the number is stored."""
+        """Returns what follows for the profile that serves the kind; as in `promotes`, nothing before the number is
+        stored."""
         stored = self._is_stored(self.guard.number(WATCH, kind), kind)
         return self.guard.decide(WATCH, kind) if stored else Decision(Action.HOLD)
 
@@ -450,7 +451,7 @@ class Trials:
         return self.guard.evidence(WATCH, kind) if self.is_watched(kind) else None
 
     def evidence_by_kind(self, candidate: Candidate) -> Mapping[str, Evidence]:
-        """Of the kinds in which it is or was under test; {} before its test has begun."""
+        """Returns the evidence in the kinds in which it is or was under test; {} before its test has begun."""
         kinds = self.guard.kinds(candidate.test)
         return {kind: self.evidence(candidate, kind) for kind in kinds if kind in self._serving.kinds}
 

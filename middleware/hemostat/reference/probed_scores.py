@@ -35,9 +35,9 @@ def mean_difference(before: Sequence[float], now: Sequence[float]) -> float:
 
 
 def same_weights(before: Sequence[float], now: Sequence[float]) -> bool:
-    """Whether two probes are of the same weights. Their noise is that of a server: the same tokens in batches of other
-    shapes differ by about 0.01 nats in bfloat16, and other weights by more than MAX_SAME_NATS. A change of the weights
-    that moves the log-probabilities by less is not seen.
+    """Returns True if two probes are of the same weights. They are as noisy as a server: the same tokens in batches of
+    other shapes differ by about 0.01 nats in bfloat16, and other weights by more than MAX_SAME_NATS. A change of the
+    weights that moves the log-probabilities by less is not seen.
 
     >>> same_weights([-1.0, -2.0], [-1.02, -1.99]), same_weights([-1.0, -2.0], [-1.4, -2.0])
     (True, False)

@@ -158,7 +158,7 @@ class FailureReason(StrEnum):
     HEAD = "head"
     """The output head of a pooling server's model cannot be read from `reference.folder`, or is another model's."""
     REVISION = "revision"
-    """The server's hidden states, or its scores of fixed texts, are no longer those of the model that was checked."""
+    """The server's hidden states, or its scores of fixed texts, no longer belong to the model that was checked."""
     LOGPROBS_MODE = "logprobs_mode"
     """The server does not return log-probabilities of the model itself."""
     PROTOCOL = "protocol"

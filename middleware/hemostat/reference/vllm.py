@@ -68,7 +68,7 @@ class VllmReference:
         self._card: ModelCard | None = None
         self._probes = probes
         self._probe: tuple[float, ...] = ()
-        """What the fixed texts gave at the last start."""
+        """The scores of the fixed texts at the last start."""
         self._probed_at = 0.0
         self._probing = asyncio.Lock()
 

@@ -125,7 +125,7 @@ class ClientConnection(asyncio.Protocol):
         self._clients = clients
         self.holding = Holding(self, b"")
         self._buffer: bytes | bytearray = b""
-        """What has been read and not been used: a packet as it came, or several in one array."""
+        """The bytes that have been read and not been used: a packet as it came, or several in one array."""
         self._at = 0
         """The place in the buffer up to which it has been used; 0 except while `_advance` runs."""
         self._searched = 0
@@ -133,7 +133,7 @@ class ClientConnection(asyncio.Protocol):
         self._blank_bytes = 0
         """Bytes of empty lines since the last request."""
         self._work = 0
-        """What the present step of `_advance` counts for in `Turns`."""
+        """The amount that the present step of `_advance` counts for in `Turns`."""
         self._counted = 0
         """Bytes of the buffer that the budget knows of."""
         self._body: RequestBodyReader | None = None

@@ -33,9 +33,10 @@ class FailOpenHook:
         self.rewrote = False
         """The response belongs to a request that the hook has changed: without the hook it is not for the client."""
         self._held: list[bytes] = []
-        """What the hook has got of the response and not given back. Not kept if it would not help: see `lost`."""
+        """The bytes of the response that the hook has got and not given back. Not kept if it would not help: see
+        `lost`."""
         self._altered = False
-        """What the hook has given back is not what it got."""
+        """True if the hook has given back other bytes than it got."""
         self.transforming = False
         """The response's body passes through the hook."""
 
@@ -158,7 +159,7 @@ class FailOpenHook:
             self._held.append(held[len(given) :])
 
     def _as_it_came(self, data: bytes) -> bytes:
-        """What was held back, and `data`; nothing if the response is lost."""
+        """Returns what was held back, and `data`; nothing if the response is lost."""
         held = b"" if self.lost else b"".join((*self._held, data))
         self._held.clear()
         return held

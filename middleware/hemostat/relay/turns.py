@@ -1,4 +1,4 @@
-"""How long one client may hold a relay's event loop: its turns.
+"""Limits how long one client may hold a relay's event loop: its turns.
 
 A turn is one pass of the event loop. What a client makes the relay do in a turn is counted in bytes. Beyond TURN_BYTES
 the rest waits for a later turn, and until then nothing more is read from the connection. In each turn one waiting
@@ -19,7 +19,7 @@ TURN_BYTES: Final = 64 * 1024
 MAX_OWN_ANSWERS: Final = 8
 """The number of answers of the relay's own that one connection gets in a turn."""
 ANSWER_BYTES: Final = TURN_BYTES // MAX_OWN_ANSWERS
-"""What an answer of the relay's own counts for."""
+"""The number of bytes that an answer of the relay's own counts for."""
 MAX_NETWORKS: Final = 8
 """The number of networks whose connections go on in one turn."""
 

@@ -61,7 +61,8 @@ STATEMENT_SECONDS = 4
 IDLE_SECONDS = 10
 """The server ends a session that has sent nothing for so long."""
 LEASE_SECONDS = protocol.VERIFY_SECONDS + EXCHANGE_SECONDS
-"""From when an answered statement was sent: so long the session, and with it the lock, was certainly there."""
+"""The seconds, counted from when an answered statement was sent, for which the session, and with it the lock, was
+certainly there."""
 CHUNK_BYTES = 4 * 1024 * 1024
 """Of a blob: each chunk is an exchange of its own."""
 
@@ -332,7 +333,7 @@ class _Session:
         """The server's process that began the session; of a pooler a number of its own."""
         self.timed_out = False
         self.answered = time.monotonic()
-        """When the last statement was sent that the server has answered."""
+        """The time at which the last statement was sent that the server has answered."""
 
     @property
     def version(self) -> str:

@@ -155,8 +155,8 @@ class Store(Protocol):
 
     @property
     def owned_until(self) -> float:
-        """Until then (`time.monotonic`) no other process owns the store, without another call; math.inf: as long as
-        this process lives. It never blocks, and may be read on the event loop."""
+        """The time (`time.monotonic`) until which no other process owns the store, without another call; math.inf: as
+        long as this process lives. It never blocks, and may be read on the event loop."""
 
     def acquire(self) -> bool:
         """Own the store until the process ends, unless another process does: False. Once more: nothing changes, or,
@@ -202,4 +202,4 @@ class StoreWrites(Protocol):
         """The number of the write that was queued last."""
 
     def has_written(self, write: int) -> bool:
-        """Whether the write with this number, and all before it, are stored: a restart finds them."""
+        """Returns True if the write with this number, and all before it, are stored: a restart finds them."""

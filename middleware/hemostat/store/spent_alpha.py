@@ -1,4 +1,5 @@
-"""How many tests of one sort have begun: the alpha that they spent is spent once, whatever happens to the process.
+"""Counts how many tests of one sort have begun: the alpha that they spent is spent once, whatever happens to the
+process.
 
 The alpha of a test follows from its number. So a number must not be given twice, and two rules make sure of that:
 
@@ -21,7 +22,7 @@ from hemostat.store.protocol import StoreWrites
 log = logging.getLogger("hemostat.store")
 
 LOOK_SECONDS = 0.05
-"""Between two looks whether a write has happened."""
+"""The seconds between two looks if a write has happened."""
 MAX_NAMES = 256
 """Names that are counted each by itself; the ones that began longest ago share one count, which is the largest of
 theirs."""
@@ -45,7 +46,7 @@ class SpentAlpha:
         self._counts: dict[str, int] = {}
         """By name, the one that began last at the end."""
         self._stored: dict[str, int] = {}
-        """What a restart would find."""
+        """Returns what a restart would find."""
         self._waiting: dict[str, tuple[int, int]] = {}
         """By name, a number that is not stored yet, and the write that it waits for."""
 
@@ -80,7 +81,7 @@ class SpentAlpha:
             self._stored[OTHERS] = max(self._stored.pop(name, 0), self._stored.get(OTHERS, 0))
 
     def is_stored(self, number: int, name: str = OTHERS) -> bool:
-        """Whether the number is in the store, so that its test may decide."""
+        """Returns True if the number is in the store, so that its test may decide."""
         for waiting, (given, write) in list(self._waiting.items()):
             if self._writes.has_written(write):
                 del self._waiting[waiting]

@@ -119,7 +119,7 @@ ENGINES = {
     "an engine's stream of empty events": b"%x\r\n%b\r\n" % (ENGINE_BYTES, EMPTY * (ENGINE_BYTES // len(EMPTY))),
     "an engine's stream in chunks of one byte": b"1\r\n\n\r\n" * (ENGINE_BYTES // 6),
 }
-"""What is a flood -> the chunks that are sent again and again."""
+"""The name of a flood -> the chunks that are sent again and again."""
 
 
 def _run(name: str, address: Address) -> None:

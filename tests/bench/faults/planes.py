@@ -53,7 +53,8 @@ TOKENS, TOKEN_SECONDS = 5, 0.04
 CRASH_SECONDS, VANISHED_SECONDS = 5.0, 15.0
 """At most, until another control process is active."""
 LEFT_SECONDS = STOP_SECONDS + 5.0
-"""So long a process may outlive its supervisor: it stops in order, and ends itself where that takes too long."""
+"""The seconds that a process may outlive its supervisor: it stops in order, and ends itself where that takes too
+long."""
 HANG_SECONDS = 60.0
 SETTINGS: Mapping[str, Any] = {
     "shadow": {"rate": 0.5, "top_k": 8},
@@ -70,7 +71,7 @@ class Outcome:
     failures: list[str] = field(default_factory=list)
     """Of requests, beside those that were in a relay that was killed."""
     cut: int = 0
-    """Of those that were in it."""
+    """The endings of the requests that were in it."""
     seconds: list[float] = field(default_factory=list)
     """From the fault until another control process was active."""
     lost: list[str] = field(default_factory=list)
@@ -287,8 +288,8 @@ LIMITS = {
     stop_control: VANISHED_SECONDS,
 }
 HITS: Mapping[Fault, tuple[str, ...]] = {kill_relay: ("cut",), kill_supervisor_of_relay: ("cut", "refused")}
-"""What clients of the relay that is hit may see; nobody else's request fails. A relay without its supervisor closes
-idle connections at once, also those on which a request is just on its way."""
+"""The errors that clients of the relay that is hit may see; nobody else's request fails. A relay without its
+supervisor closes idle connections at once, also those on which a request is just on its way."""
 
 
 # --- runs ----------------------------------------------------------------------------------------------------------

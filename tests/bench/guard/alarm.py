@@ -160,7 +160,7 @@ def baselines(
 
 
 def recent_inflations(levels: Array) -> Array:
-    """What `RecentInflation` says after each level: [R] -> [R]."""
+    """Returns what `RecentInflation` says after each level: [R] -> [R]."""
     result, value, first = np.ones(len(levels)), 1.0, 0
     for at in range(len(levels)):
         last = at + 1 - RECENT_LAG

@@ -36,7 +36,7 @@ HISTORY = MIN_CYCLES * DAY
 FEW = 100
 """Units that are known where `evidence.cycle_hours` is 0."""
 HELD_OUT = 3
-"""Where gains are of the held-out side, those of one of so many scored units."""
+"""Where gains are of the held-out side, the gains of one of so many scored units."""
 NEEDED = math.log(2.0 / 0.05)
 """Of the first test of a store."""
 LIVES_AT_A_TIME = 250

@@ -147,7 +147,8 @@ def given_up(lives: int, seed: int) -> Iterator[Row]:
 
 
 def _endless(fraction: float, lives: int, rng: np.random.Generator) -> tuple[npt.NDArray[Any], ...]:
-    """Whether each unit is treated, its answer is cut at the length limit, or given up, and its group of clients."""
+    """Returns for each unit if it is treated, its answer is cut at the length limit, or given up, and its group of
+    clients."""
     shape = lives, UNITS
     treated = rng.random(shape) >= fraction
     endless = treated & (rng.random(shape) < ENDLESS)

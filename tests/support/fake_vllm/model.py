@@ -87,7 +87,7 @@ class FakeModel:
     """Hemostat's logits processor is loaded: it refuses what is not a profile version, and forces tokens."""
     kv_precision: int = 94
     secret: str | None = None
-    """Of the control process, under which acting keys have to be signed; None: a plugin that acts on all."""
+    """The secret of the control process, under which acting keys have to be signed; None: a plugin that acts on all."""
     """What the plugin says of the KV cache."""
     fault: str = ""
     """Where 0.5 nats of noise are added: "prefix", to what is decoded behind a cached prompt; "batch", beside other

@@ -162,7 +162,8 @@ class UpstreamConnection(asyncio.Protocol):
         """The upstream has shut down its sending side."""
         self._reading_paused = False
         self._rest = b""
-        """What has been read, and is left for the next pass of the event loop; until then nothing more is read."""
+        """The bytes that have been read, and are left for the next pass of the event loop; until then nothing more is
+        read."""
         self._reading = True
         """The transport reads: it is not paused, and there is no rest."""
         self._buffer = bytearray()
@@ -270,7 +271,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._receive(data)
 
     def _piece(self, data: bytes) -> int:
-        """How much of what has arrived is read in this pass of the event loop."""
+        """Returns how much of what has arrived is read in this pass of the event loop."""
         end = min(len(data), PIECE_BYTES)
         if self._events:
             lines = data.count(b"\n", 0, end) + data.count(b"\r", 0, end)
