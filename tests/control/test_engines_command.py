@@ -5,6 +5,7 @@ from __future__ import annotations
 from asyncio import StreamWriter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -69,7 +70,12 @@ def test_an_engine_whose_canaries_are_not_compared_is_named(
     instance: Served, capsys: pytest.CaptureFixture[str]
 ) -> None:
     why = "serves m from /b, the set is of m from /a"
-    instance.do(lambda control: setattr(control.canaries, "report", lambda: {"failures": {A: why}}))
+
+    def fail(control: Any) -> None:
+        report = control.canaries.report() | {"failures": {A: why}}
+        control.canaries.report = lambda: report
+
+    instance.do(fail)
     assert cli.main(["engines"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"canaries: {A} is not compared: {why}"
 
