@@ -206,7 +206,7 @@ def test_the_first_commands_without_an_extra(wheel: Path, servers: list[str], tm
     }.items():
         flags = [part for setting in given.split(",") for part in ("--set", setting)]
         refused = run("hemostat", "check", *servers[:2], *flags, code=1 if extra == "transformers" else 2)
-        assert f"hemostat[{extra}]" in refused
+        assert "pip install '" in refused, extra
     assert "pip install 'jinja2<" in run("hemostat", "doctor", servers[3], servers[1], "--html", "report.html", code=2)
 
 
