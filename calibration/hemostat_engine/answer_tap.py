@@ -280,7 +280,7 @@ class Recording:
 
 
 class AnswerTap:
-    """Decides which generations are recorded. `start_sender`: called once, when the first request asks to be, as the
+    """Decides which generations are recorded. `start_sender`: called once, as the
     sender also learns the secrets from the admin ports. secrets: those that requests to be recorded are signed with."""
 
     def __init__(self, queue: AnswerQueue, start_sender: Callable[[], None], secrets: Secrets) -> None:
@@ -290,6 +290,12 @@ class AnswerTap:
         self._started = False
         self._calls = Numbering()
         self._active = 0
+
+    def start(self) -> None:
+        """Starts the sender, once, so that the secrets are known before the first request that is signed with them."""
+        if not self._started:
+            self._started = True
+            self._start_sender()
 
     def begin(self, engine: Any, prompt: Any, params: Any) -> Recording | None:
         """A recording, if the request asks for one. Never raises."""
@@ -306,9 +312,7 @@ class AnswerTap:
             return None
 
     def _begin(self, engine: Any, prompt: Any, params: Any) -> Recording | None:
-        if not self._started:
-            self._started = True
-            self._start_sender()
+        self.start()
         asked = xargs.parse(params.extra_args, signed=self._secrets.signed(params.extra_args))
         if asked.nonce is None or asked.top is None or hasattr(prompt, "__aiter__"):
             return None
@@ -355,8 +359,10 @@ def install() -> None:
         queue = AnswerQueue()
         secrets = Secrets()
         sender = AnswerSender(queue, Peers(settings), uuid.uuid4().hex, secrets)
-        engine_class.generate = wrapped(generate, AnswerTap(queue, sender.start, secrets))
+        tap = AnswerTap(queue, sender.start, secrets)
+        engine_class.generate = wrapped(generate, tap)
         setattr(engine_class, _WRAPPED, True)
+        tap.start()
     except Exception as error:  # noqa: BLE001 - vLLM must start whatever happens here
         log.warning("answers are not handed out: %s: %s", type(error).__name__, error)
 

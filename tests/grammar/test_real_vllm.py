@@ -12,7 +12,7 @@ import httpx
 import msgspec
 import numpy as np
 import pytest
-from tests.support.running_vllm import RunningVllm, answers_of
+from tests.support.running_vllm import RunningVllm, answers_of, wait_until_signed_answers_are_recorded
 from tests.support.slow import slow_unless
 from tests.support.wire import Wire, policy, rows
 
@@ -95,14 +95,20 @@ def client(vllm_server: RunningVllm) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=vllm_server.url, timeout=300) as client:
         # vLLM loads the plugin into the API server's process with its first request, whose answer is not handed out.
         client.post(COMPLETIONS, json={"model": vllm_server.model, "prompt": "Hi", "max_tokens": 1}).raise_for_status()
+        wait_until_signed_answers_are_recorded(vllm_server)
         yield client
 
 
 @pytest.fixture
-def wire(client: httpx.Client) -> Wire:
+def wire(client: httpx.Client, vllm_server: RunningVllm) -> Wire:
     wire = Wire(client)
     wire.interceptor._reports._nonce = lambda: f"grammar-{time.monotonic_ns()}"
-    wire.interceptor.policy = policy(shadow_top_k=TOP_K, grammars=True, tap=True)
+    wire.interceptor.policy = policy(
+        shadow_top_k=TOP_K,
+        grammars=True,
+        tap=True,
+        secret=vllm_server.admin.registry.secrets.current(vllm_server.admin.now),
+    )
     return wire
 
 

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 from tests.support.merged_stream import by_choice, joined
-from tests.support.running_vllm import RunningVllm, answers_of
+from tests.support.running_vllm import RunningVllm, answers_of, wait_until_signed_answers_are_recorded
 from tests.support.slow import slow_unless
 from tests.support.wire import Answer, Wire, assert_same_tokens, policy, rows, user
 
@@ -34,6 +34,11 @@ TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": 
 class Server(Protocol):
     url: str
     model: str
+
+
+@pytest.fixture(autouse=True, scope="module")
+def recorded(vllm_server: Any) -> None:
+    wait_until_signed_answers_are_recorded(vllm_server)
 
 
 @pytest.fixture
@@ -247,7 +252,15 @@ def test_alternatives_of_the_clients_own_are_as_vllm_names_them(
     path, wish = ALTERNATIVES[case]
     asked = {"messages": [UNICODE]} if path == CHAT else {"prompt": "🎉🌍 日本語 été ☃ 🎉🌍 日本"}
     common = {"model": vllm_server.model, "temperature": 0, "max_tokens": 24} | STREAMS[option]
-    for sampled_by in (policy(shadow_top_k=20), policy(tap=True, tap_tokens=True, shadow_top_k=20)):
+    for sampled_by in (
+        policy(shadow_top_k=20),
+        policy(
+            secret=vllm_server.admin.registry.secrets.current(vllm_server.admin.now),
+            tap=True,
+            tap_tokens=True,
+            shadow_top_k=20,
+        ),
+    ):
         for _ in range(1 if sampled_by.tap else ATTEMPTS):
             wire.interceptor.policy = policy(scoring=False)
             plain = wire.send(path, common | asked | wish)
@@ -306,7 +319,12 @@ EITHER_WAY: dict[str, tuple[str, dict[str, Any]]] = {
 def test_both_ways_tell_the_same_tokens(wire: Wire, vllm_server: RunningVllm, case: str, option: str) -> None:
     path, body = EITHER_WAY[case]
     body = {"model": vllm_server.model, "temperature": 0, "max_tokens": 12} | body | STREAMS[option]
-    by_response = policy(tap=True, tap_tokens=True, shadow_top_k=20)
+    by_response = policy(
+        secret=vllm_server.admin.registry.secrets.current(vllm_server.admin.now),
+        tap=True,
+        tap_tokens=True,
+        shadow_top_k=20,
+    )
     wire.interceptor.policy = by_response
     read = wire.send(path, body)
     in_response = wire.captures[:]

@@ -15,7 +15,7 @@ import openai as openai_sdk
 import pytest
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.merged_stream import merged
-from tests.support.running_vllm import answers_of
+from tests.support.running_vllm import answers_of, wait_until_signed_answers_are_recorded
 from tests.support.wire import ThroughWire, Wire, httpx2_transport, policy, rows
 
 from hemostat.openai.routes import CHAT, MESSAGES, RESPONSES
@@ -40,6 +40,11 @@ class Nonces:
     def __call__(self) -> str:
         self.last = f"form-{time.monotonic_ns()}"
         return self.last
+
+
+@pytest.fixture(autouse=True, scope="module")
+def recorded(vllm_server: Any) -> None:
+    wait_until_signed_answers_are_recorded(vllm_server)
 
 
 @pytest.fixture
@@ -75,7 +80,9 @@ def test_the_response_is_the_same_and_the_tokens_are_those_of_the_chat(
     body = ask(vllm_server, path, stream=stream, **more)
     wire.interceptor.policy = policy(scoring=False)
     plain = wire.send(path, body)
-    wire.interceptor.policy = policy(tap=True, tap_tokens=True)
+    wire.interceptor.policy = policy(
+        secret=vllm_server.admin.registry.secrets.current(vllm_server.admin.now), tap=True, tap_tokens=True
+    )
     sampled = wire.send(path, body)
     assert sampled.status == plain.status == 200
     (capture,) = wire.captures
@@ -146,7 +153,9 @@ def test_errors_are_those_of_the_routes_form(wire: Wire, vllm_server: Any) -> No
 def test_the_clients_read_sampled_responses(wire: Wire, vllm_server: Any) -> None:
     import anthropic  # takes seconds
 
-    wire.interceptor.policy = policy(tap=True, tap_tokens=True)
+    wire.interceptor.policy = policy(
+        secret=vllm_server.admin.registry.secrets.current(vllm_server.admin.now), tap=True, tap_tokens=True
+    )
     transport = httpx.Client(transport=ThroughWire(wire))
     with openai_sdk.OpenAI(base_url="http://real/v1", api_key="x", http_client=transport, max_retries=0) as client:
         whole = client.responses.create(model=vllm_server.model, input="Hi", max_output_tokens=8, temperature=0)
