@@ -354,7 +354,11 @@ def test_the_step_for_kubernetes_keeps_what_is_learned_and_has_the_references_ch
     assert given["config"]["store"]["url"].startswith("sqlite:////data/")
     mounts = [mount["mountPath"] for mount in given["extraVolumeMounts"]]
     assert any(given["config"]["reference"]["folder"].startswith(f"{mount}/") for mount in mounts)
-    (command,) = re.findall(r"^vllm serve /models/my-model .*\n.*$", text_of(DOCS / "operations.md"), re.MULTILINE)
+    (command,) = re.findall(
+        r"^python -m vllm.entrypoints.openai.api_server --model /models/my-model .*\n.*$",
+        text_of(DOCS / "operations.md"),
+        re.MULTILINE,
+    )
     assert "--runner pooling" in command
 
 
