@@ -40,24 +40,26 @@ class Rewrite:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What a request is a unit of: the comparison of a profile's arms in one kind of traffic."""
+    """The comparison that a request is a unit of: the arms of a profile in one kind of traffic."""
 
     kind: str
     version: str
-    """The profile's: what the treated arm gets."""
+    """The version of the profile that the treated arm gets."""
     treated: bool
-    """False: it is in the control arm."""
+    """If it is False, the request is in the control arm."""
     conversation: bytes
-    """Digest; b"" where none is recognized."""
+    """The digest of the conversation; b"" if none is recognized."""
     client: bytes
-    """Digest; b"" where none is named."""
+    """The digest of the client's name; b"" if none is named."""
     json_in_words: bool
     """The prompt asks for JSON."""
     streamed: bool
     """The client has asked for a stream. An answer that is no stream is sent when it is complete, so a client that
     gives it up has seen no token of it."""
     drawn: float
-    """Of the conversation, in [0, 1), by chance: what is counted of the comparison is that of small numbers."""
+    """A random number in [0, 1) that belongs to the conversation. If only a part of the comparison is counted, it is
+    the part with small numbers.
+    """
 
 
 class ExchangeHook(Protocol):

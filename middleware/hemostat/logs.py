@@ -20,7 +20,9 @@ FIELDS = (
 
 
 class JsonFormatter(logging.Formatter):
-    """`{"time", "level", "logger", "message", …}`, with those of `FIELDS` that the record has."""
+    """Formats a record as `{"time", "level", "logger", "message", …}`, followed by the fields of `FIELDS` that the
+    record has.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {

@@ -1,4 +1,4 @@
-"""Who may request which route of the admin port: one table, and the check of the tokens.
+"""The access rules of the admin port: one table of who may request which route, and the check of the tokens.
 
 A route that is not in the table is refused, so that a new one has to be put there.
 """
@@ -18,13 +18,13 @@ from hemostat.config.schema import Admin
 
 class Access(Enum):
     OPEN = auto()
-    """Reading. The port is on loopback by default."""
+    """The route only reads, so that nobody needs a token. The port is on loopback by default."""
     METRICS = auto()
-    """OPEN, or ADMIN with `admin.metrics_need_token`."""
+    """The route is OPEN, or ADMIN if `admin.metrics_need_token` is set."""
     ADMIN = auto()
-    """What changes state: `admin.token`."""
+    """The route changes state and needs `admin.token`."""
     ENGINE = auto()
-    """What the plugin in vLLM calls: `admin.engine_token`, without one `admin.token`."""
+    """The route is called by the plugin in vLLM. It needs `admin.engine_token`, or `admin.token` if there is none."""
 
 
 ACCESS: Mapping[tuple[str, str], Access] = {

@@ -30,8 +30,9 @@ class Alert(NamedTuple):
     page: tuple[str, ...] = ()
     """The console's page that helps, as the parts of its path; empty: the runbook does."""
     lasting: float = 0.0
-    """Seconds for which the problem has to be found without a pause before it is shown. Never longer than the alert's
-    `for`."""
+    """The number of seconds for which the problem has to be found without a pause before it is shown. It is never
+    longer than the alert's `for`.
+    """
 
     @property
     def act(self) -> str:
@@ -167,4 +168,4 @@ ALERTS: dict[str, Alert] = {
         ),
     )
 }  # fmt: skip
-"""By name, worst first."""
+"""All alerts by name, the worst first."""

@@ -57,7 +57,7 @@ STREAM_SECONDS = 2.0
 
 
 class StatusView(Protocol):
-    """Of `hemostat.admin.status.StatusSource`."""
+    """The part of `hemostat.admin.status.StatusSource` that the routes use."""
 
     @property
     def ready(self) -> bool: ...
@@ -66,7 +66,7 @@ class StatusView(Protocol):
 
 
 class ProfilesView(Protocol):
-    """Of the profiles, what is shown and what engines fetch."""
+    """The part of the profiles that the routes use: what is shown, and what engines fetch."""
 
     def listing(self) -> dict[str, Any]: ...
 
@@ -78,8 +78,9 @@ class ProfilesView(Protocol):
 
 
 class Actions(Protocol):
-    """Of `hemostat.control.operator_actions.OperatorActions`; every method may raise HemostatError: where it is a
-    NotKeptError, the action applies."""
+    """The part of `hemostat.control.operator_actions.OperatorActions` that the routes use. Every method may raise
+    HemostatError. If it is a NotKeptError, the action applies although it is not stored.
+    """
 
     async def import_profile(self, data: bytes, scope: str) -> str: ...
 
@@ -126,7 +127,7 @@ class AdminBackend(Protocol):
 
 
 class CalibrationRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """Body of POST /api/v1/calibration."""
+    """The body of POST /api/v1/calibration."""
 
     mode: Literal["off", "observe", "auto"]
 
@@ -179,15 +180,17 @@ def create_app(
     *,
     names: Collection[str] | None = None,
 ) -> FastAPI:
-    """now: monotonic seconds. names: host names that the port answers to, beside addresses and localhost; None: any.
+    """Returns the application with all routes. Setting `app.state.closing` ends the streams; `app.state.tokens` may be
+    replaced.
 
-    Setting `app.state.closing` ends the streams; `app.state.tokens` may be replaced.
+    now: monotonic seconds. names: host names that the port answers to, in addition to addresses and localhost; None:
+    any.
     """
     streams = 0
     state, state_at = b"", -math.inf
 
     def current_state() -> bytes:
-        """Encoded once for all streams."""
+        """Returns the encoded state, which all streams share."""
         nonlocal state, state_at
         if now() - state_at >= STREAM_SECONDS / 2:
             state_at = now()
@@ -209,7 +212,7 @@ def create_app(
 
     @app.get("/livez", response_class=PlainTextResponse)
     async def livez() -> str:
-        """The process is alive."""
+        """Answers as long as the process is alive."""
         return "ok\n"
 
     @app.get("/readyz")
@@ -224,12 +227,12 @@ def create_app(
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        """Prometheus metrics."""
+        """Returns the metrics for Prometheus."""
         return Response(generate_latest(backend.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/")
     async def console() -> Response:
-        """The console."""
+        """Returns the page of the console."""
         return _asset("index.html")
 
     @app.get("/runbook")

@@ -1,4 +1,4 @@
-"""Which configuration is in force, as the supervisor reports it."""
+"""The configuration that is in force, as the supervisor reports it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from hemostat.metrics.samples import Sample
 
 
 class ConfigurationReport(msgspec.Struct, frozen=True):
-    """loaded_at: Unix time from which the present settings are in force. error: why the last SIGHUP changed nothing;
-    "" where it did. needs_restart: settings of the file that take effect after a restart only."""
+    """The supervisor's report about the configuration.
+
+    loaded_at: the Unix time from which the present settings are in force. error: the reason why the last SIGHUP changed
+    nothing, or "". needs_restart: settings of the file that take effect after a restart only.
+    """
 
     loaded_at: float
     error: str = ""
@@ -20,7 +23,7 @@ class ConfigurationReport(msgspec.Struct, frozen=True):
 
 
 class Configuration:
-    """Owns the last report. loaded_at: see there."""
+    """Owns the last report. loaded_at: see `ConfigurationReport`."""
 
     def __init__(self, loaded_at: float) -> None:
         self.report = ConfigurationReport(loaded_at)

@@ -28,7 +28,9 @@ MAX_WAITING_PER_ADDRESS = 64
 MAX_REQUESTS = 256
 """Requests at a time; more are answered with 503."""
 RETRY_AFTER = "2"
-"""Seconds, in every answer with 503: by then another process is active, or this one has been started again."""
+"""The Retry-After, in seconds, of every answer with 503. By then another process is active, or this one has been
+started again.
+"""
 STOPS = "this process stops, and did not finish this; look at the state in a moment, and ask again if it is not done"
 PROBES = frozenset({"/livez", "/readyz"})
 HEADERS = {
@@ -41,7 +43,7 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-store",
 }
-"""Of every response. No CORS header is among them: other sites' pages may not read anything."""
+"""The headers of every response. No CORS header is among them: other sites' pages may not read anything."""
 
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:]+))(?::\d*)?")
 
@@ -56,7 +58,7 @@ class Harden:
         self._names = names
         self._closing = closing
         self._requests = 0
-        """At present."""
+        """The number of requests in progress."""
         self._headers = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,7 +104,7 @@ async def _refuse(send: Send, status: int, detail: str) -> None:
 
 
 def is_allowed_host(host: str, names: Collection[str]) -> bool:
-    """Whether a Host header is an address, localhost, or one of `names`; the port does not matter.
+    """Returns True if a Host header is an address, localhost, or one of `names`; the port does not matter.
 
     An address cannot be rebound; a name can, by its owner. Browsers always send the header.
     """
@@ -124,7 +126,7 @@ class Waiting:
 
     def __init__(self) -> None:
         self._addresses: dict[HeadTimeoutProtocol, str] = {}
-        """Those that have waited longest first."""
+        """The addresses of the waiting connections; the connections that have waited longest come first."""
 
     def add(self, connection: HeadTimeoutProtocol, address: str) -> None:
         """It begins to wait. May abort another one."""
@@ -143,7 +145,7 @@ class Waiting:
 
 
 class HeadTimeoutProtocol(H11Protocol):
-    """uvicorn's protocol, which aborts a connection whose request head is not complete within HEAD_SECONDS."""
+    """A protocol for uvicorn that aborts a connection whose request head is not complete within HEAD_SECONDS."""
 
     waiting: Waiting
     """Shared by the connections of a server."""
@@ -195,7 +197,7 @@ class HeadTimeoutProtocol(H11Protocol):
 
 
 def server_settings() -> dict[str, Any]:
-    """For uvicorn.Config."""
+    """Returns the arguments for uvicorn.Config."""
     protocol = type("Protocol", (HeadTimeoutProtocol,), {"waiting": Waiting()})
     return {
         "http": protocol,

@@ -14,7 +14,7 @@ from hemostat.ipc.messages import OVERHEAD_BUCKETS
 POINT_SECONDS = 10.0
 """Time between two points."""
 MAX_POINTS = 2160
-"""Six hours."""
+"""The largest number of points: six hours."""
 RECENT_POINTS = 6
 """Points over which a recent figure is taken: a minute."""
 MAX_EVENTS = 200
@@ -45,15 +45,15 @@ class History:
     def __init__(self) -> None:
         self._points: deque[tuple[float, ...]] = deque(maxlen=MAX_POINTS)
         self._sums: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=RECENT_POINTS)
-        """Nats and tokens since the start, at the last points."""
+        """The sums of nats and of tokens since the start, at each of the last points."""
         self._buckets: deque[list[int]] = deque(maxlen=RECENT_POINTS)
-        """Of the relays' overhead, at the last points."""
+        """The histogram of the relays' overhead since the start, at each of the last points."""
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
         self._seen: Status | None = None
         self._last = -math.inf
 
     def due(self, now: float) -> bool:
-        """Whether it is time for a point; now: monotonic seconds."""
+        """Returns True if it is time for a point. now: monotonic seconds."""
         return now - self._last >= POINT_SECONDS
 
     def add(self, now: float, wall: float, status: Status) -> None:

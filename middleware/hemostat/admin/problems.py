@@ -1,5 +1,6 @@
-"""What is wrong with the deployment now, worst first: the one list that the status, the console and `hemostat engines`
-show. Each problem has the name of the alert that Prometheus raises for it; `alerts` says what that alert is about."""
+"""The problems of the deployment now, worst first: the one list that the status, the console and `hemostat engines`
+show. Each problem has the name of the alert that Prometheus raises for it; `alerts` says what that alert is about.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ ALARMS = {
     "budget": ("HemostatHemorrhage", "ALARM: the divergence is larger than alarm.budget_nats"),
     "change": ("HemostatModelChanged", "ALARM: the compressed model no longer matches its baseline"),
 }
-"""By test."""
+"""The alert and the text of the problem for each test of the alarm."""
 REFERENCE = {
     ReferenceState.STARTING: "The reference is not ready yet",
     ReferenceState.DOWN: "The reference does not answer",
@@ -78,16 +79,16 @@ class OwnershipView(Protocol):
     def knows(self) -> bool: ...
 
     def require_active(self) -> None:
-        """NotActiveError."""
+        """Raises NotActiveError if this process is not the active one."""
 
 
 class Problem(msgspec.Struct, frozen=True):
     alert: str
     severity: Severity
     since: float
-    """Unix time."""
+    """The Unix time at which the problem was first found."""
     text: str
-    """One line."""
+    """One line for people."""
     runbook: str
     """The alert's section, relative to the address of the admin port."""
     area: str
@@ -106,7 +107,7 @@ class DeploymentState(msgspec.Struct, frozen=True):
     level: Literal["ok", "warning", "critical"]
     """The severity of the worst problem."""
     problems: list[Problem]
-    """Worst first."""
+    """The present problems, worst first."""
 
 
 class Found(NamedTuple):
@@ -214,7 +215,7 @@ class Problems:
         return DeploymentState(problems[0].severity if problems else "ok", problems)
 
     def _of_serving(self, now: float) -> Iterator[Found]:
-        """What clients notice."""
+        """Yields the problems that clients notice."""
         if not self._ownership.knows:
             return  # another process serves
         relays = self._relays
@@ -308,7 +309,7 @@ class Problems:
             yield Found("HemostatCalibrationRolledBack", text, back[-1]["at"])
 
     def _of_measuring(self, now: float) -> Iterator[Found]:
-        """What only the figures and the profiles miss."""
+        """Yields the problems that only the figures and the profiles suffer from."""
         yield from self._of_scoring(now)
         monitor, errors, error = self._monitor, self._store_errors, self._configuration.report.error
         if self._ownership.knows and monitor.state in REFERENCE:

@@ -19,7 +19,7 @@ class StepStatus(msgspec.Struct, frozen=True):
     when: str
     """The earliest moment, in words."""
     known: bool
-    """It is there."""
+    """The figure or decision is there."""
 
 
 def progress(
@@ -31,7 +31,10 @@ def progress(
     canaries: Mapping[str, Any],
     calibration: Mapping[str, Any],
 ) -> list[StepStatus]:
-    """kl: `raw.kl_nats` of the status; the others: its parts of the same names."""
+    """Returns the waiting times of the settings, each with whether it has passed.
+
+    kl: `raw.kl_nats` of the status. The other arguments are the parts of the status with the same names.
+    """
     known: dict[Step, bool] = {
         "figure": scored > 0,
         "interval": _has_interval(kl, "ci95_seen") or _has_interval(kl, "ci95"),

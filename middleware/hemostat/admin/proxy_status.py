@@ -1,4 +1,4 @@
-"""What the relays' counters say about the proxy's health and about how responses end, as parts of the status."""
+"""Parts of the status that come from the relays' counters: the proxy's health, and how responses end."""
 
 from __future__ import annotations
 
@@ -27,29 +27,31 @@ class ProxyStatus(msgspec.Struct, frozen=True):
 
     requests: int
     generations: int
-    """Of the requests, those on the routes that generate text."""
+    """The number of requests on the routes that generate text."""
     by_outcome: dict[str, int]
     by_route: dict[str, int]
     failed: int
-    """Of the requests, those that the upstream answered with a server error, or not at all."""
+    """The number of requests that the upstream answered with a server error, or not at all."""
     failed_ratio: float | None
     overhead_seconds: dict[str, float | None]
-    """p50 and p99: upper end of the histogram's bucket, at most the last finite one (JSON has no infinity)."""
+    """The p50 and p99: each is the upper end of the histogram's bucket, and at most the last finite one (JSON has no
+    infinity).
+    """
     overhead_counts: list[int]
     """Requests by bucket of the same histogram: `OVERHEAD_BUCKETS`, and above."""
     recent: RecentRequests
 
 
 class ArmEndings(msgspec.Struct):
-    """How the generations of one arm ended, sampled or not."""
+    """The ways in which the generations of one arm ended, sampled or not."""
 
     finished: dict[str, int] = {}
-    """By finish_reason."""
+    """The number of responses by finish_reason."""
     output_tokens: int = 0
     loops: int = 0
     """Responses that end in one block of text repeated."""
     structured: dict[str, dict[str, int]] = {}
-    """JSON and tool calls that were asked for: by kind and outcome."""
+    """The number of answers for which JSON or tool calls were asked, by kind and outcome."""
 
 
 def quantile(counts: Sequence[int], q: float) -> float | None:

@@ -1,4 +1,4 @@
-"""How much counters have grown lately."""
+"""The recent growth of counters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MINUTE_SECONDS = 60.0
 OVERHEAD_SECONDS = 300.0
 """The time for which the overhead of a request counts: as long as in the alert."""
 LOST_SECONDS = 900.0
-"""How long something that was lost, or not stored, counts: as long as in the alerts."""
+"""The time for which something that was lost, or not stored, counts: as long as in the alerts."""
 LONG_SECONDS = 1800.0
 """The time for which rare things count, such as a rollback: as long as in the alerts."""
 MAX_CHANGES = 120
@@ -27,7 +27,7 @@ MAX_CHANGES = 120
 
 
 class Growth:
-    """How much a counter has grown within the last `seconds`. It starts at 0.
+    """The growth of a counter within the last `seconds`. The counter starts at 0.
 
     >>> growth = Growth(60.0)
     >>> [growth.look(now, value) for now, value in ((0.0, 2.0), (50.0, 5.0), (70.0, 5.0), (120.0, 5.0))]
@@ -37,7 +37,9 @@ class Growth:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._changes: deque[tuple[float, float]] = deque([(-math.inf, 0.0)])
-        """When it got which value. The first one is its value when the time begins."""
+        """The times at which the counter changed, with its new values. The first entry is its value when the window
+        begins.
+        """
 
     def look(self, now: float, value: float) -> float:
         """The growth up to now. now: monotonic seconds."""
@@ -52,7 +54,7 @@ class Growth:
         return max(0.0, value - changes[0][1])
 
     def restart(self, value: float) -> None:
-        """What it has grown up to this value does not count."""
+        """Leaves out of the growth all that the counter has grown up to this value."""
         self._changes = deque([(-math.inf, value)])
 
 
@@ -102,7 +104,9 @@ WINDOWS = {
 
 
 class RelayGrowth:
-    """What relays have counted lately. One that connects has counted before, unseen: nothing before then counts."""
+    """The recent growth of the relays' counters. A relay that connects has counted before, unseen: nothing before then
+    counts.
+    """
 
     def __init__(self) -> None:
         self._relays = 0

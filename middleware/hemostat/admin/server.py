@@ -1,4 +1,4 @@
-"""The admin port's server."""
+"""The HTTP server of the admin port."""
 
 from __future__ import annotations
 

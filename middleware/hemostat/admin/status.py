@@ -33,39 +33,40 @@ from hemostat.measurement.measured import Measured
 
 
 class ControlStatus(msgspec.Struct, frozen=True):
-    """Of this control process: `control.ownership`. detail: why it is not active, one line."""
+    """The state of this control process, from `control.ownership`. detail: one line that says why it is not active."""
 
     state: str
     detail: str
 
 
 class Status(msgspec.Struct, frozen=True):
-    """`GET /api/v1/status`. Field names are the JSON's; the console and scripts rely on them."""
+    """The body of `GET /api/v1/status`. Field names are the JSON's; the console and scripts rely on them."""
 
     at: float
-    """Unix time, seconds."""
+    """The Unix time in seconds."""
     state: DeploymentState
-    """What is wrong, worst first."""
+    """The present problems, worst first."""
     progress: list[StepStatus]
     """The figures and decisions that take time: which are there, and when the others come."""
     requests: RequestsStatus
     coverage: Report
-    """Which part of what sampled requests generated is scored, by kind, and why the rest is not:
-    `measurement.coverage`."""
+    """The part of what sampled requests generated that is scored, by kind, and the reasons for the rest:
+    `measurement.coverage`.
+    """
     tokens_scored: int
     top_k: int
     raw: Report
     """Figures of the compressed model itself: `measurement.figures`."""
     where: list[Report]
-    """The same by route and label."""
+    """The raw figures by route and label."""
     kinds: list[Report]
-    """By kind of traffic: raw figures, what its arms were served, and what a profile gained."""
+    """The figures by kind of traffic: raw figures, what its arms were served, and what a profile gained."""
     conditional: Report
-    """Of requests that a grammar restricts, in no other figure: `measurement.conditional`."""
+    """The figures of requests that a grammar restricts, which are in no other figure: `measurement.conditional`."""
     arms: Report
     alarm: Report
     outcomes: Report
-    """By kind of traffic and arm: `measurement.outcomes`."""
+    """The outcomes by kind of traffic and arm: `measurement.outcomes`."""
     decoding: list[Report]
     places: Report
     """By position in the output, length of the context, and phase of a reasoning model: `measurement.by_place`."""
@@ -79,11 +80,11 @@ class Status(msgspec.Struct, frozen=True):
     calibration: Report
     learner: Report
     adapter: Report
-    """What is made and judged: `adapters.live.assembly`; docs/calibration.md#adapters."""
+    """The adapters that are made and judged: `adapters.live.assembly`; docs/calibration.md#adapters."""
     recovered: RecoveredStatus
     proxy: ProxyStatus
     endings: dict[str, ArmEndings]
-    """By arm."""
+    """The ways in which responses ended, by arm."""
     shadow: ShadowStatus
     queue: QueueStatus
     compressed: CompressedStatus
@@ -93,7 +94,7 @@ class Status(msgspec.Struct, frozen=True):
     upstream: list[UpstreamStatus]
     """The engines that requests go to."""
     outlier_engine: Report
-    """Whether engines are compared, and why not: `measurement.by_engine`."""
+    """The state of the comparison of engines, and why there is none: `measurement.by_engine`."""
     canaries: Report
     """The same sequences on every engine again: `canaries.keeper`; docs/engines.md#canaries."""
     records_written: int
@@ -105,7 +106,7 @@ class Status(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class ProcessParts:
-    """Of this control process. data_port: 0 where relays are on other machines."""
+    """The parts that describe this control process. data_port: 0 if relays are on other machines."""
 
     problems: Problems
     ownership: OwnershipView
@@ -140,7 +141,7 @@ class StatusSource:
         wall: Callable[[], float],
     ) -> None:
         self.settings = settings
-        """May be replaced."""
+        """The settings in force; they may be replaced."""
         self._process = process
         self._scoring = scoring
         self._engines = engines

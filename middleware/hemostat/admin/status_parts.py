@@ -88,11 +88,11 @@ class ModelStatus(msgspec.Struct, frozen=True):
     """"" without a match: the model's requests are neither scored nor treated."""
     state: str
     detail: str
-    """Why it is not scored, or with what."""
+    """The reason why the model is not scored, or the reference with which it is."""
     calibrated: bool
     """Profiles are for this one; all figures outside of `models` are of it."""
     figures: Report
-    """Of a matched model that is not calibrated."""
+    """The figures of a matched model that is not calibrated."""
 
 
 class ReferenceStatus(msgspec.Struct, frozen=True):
@@ -113,7 +113,7 @@ class UpstreamStatus(msgspec.Struct, frozen=True):
     """One of the engines that requests go to."""
 
     engine: str
-    """host:port"""
+    """The address as host:port."""
     relays: int
     up: int
     """Relays that take it for healthy."""
@@ -123,7 +123,9 @@ class UpstreamStatus(msgspec.Struct, frozen=True):
     resent: int
     ejections: int
     figures: Report
-    """What was scored of it, and whether it is an outlier: `measurement.by_engine`. Empty before that."""
+    """The engine's scored figures, and whether it is an outlier: `measurement.by_engine`. It is empty before that is
+    known.
+    """
     holds: list[str] | None
     """The profile versions that its plugin holds; None while it is not known which of the engines that report it is.
     With one upstream address, what all engines hold. Adapters: `adapter.engine`."""
@@ -131,7 +133,7 @@ class UpstreamStatus(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class ScoringParts:
-    """What is sampled and scored. records: None where none are written."""
+    """The parts that sample and score. records: None if no records are written."""
 
     monitor: ReferenceMonitor
     pipeline: ScoringPipeline
@@ -214,7 +216,7 @@ class EngineParts:
         )
 
     def upstream(self, figures: list[Report], now: float) -> list[UpstreamStatus]:
-        """figures: of `measurement.by_engine`."""
+        """Returns the status of each engine. figures: the list from `measurement.by_engine`."""
         by_engine = {row["engine"]: row for row in figures}
         held = self.addresses.shown(now)
         return [
@@ -236,7 +238,7 @@ class EngineParts:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationParts:
-    """What is learned, judged and served. adapters: the block of what is made and judged."""
+    """The parts that learn, judge and serve. adapters: returns the status of the adapters that are made and judged."""
 
     profiles: ProfileManager
     learner: Learner
@@ -244,7 +246,7 @@ class CalibrationParts:
 
     @property
     def version(self) -> str | None:
-        """Of the profile that serves, or in mode `observe` would."""
+        """The version of the profile that serves, or that would serve in mode `observe`."""
         return self.profiles.serving.reported
 
     def profile(self) -> ProfileStatus:

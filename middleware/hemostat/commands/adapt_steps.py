@@ -37,12 +37,14 @@ REPORT_FILE = "report.json"
 MAX_HELD_OUT_TOKENS = 4096
 """More narrow the interval little: it depends on the number of prompts."""
 MORE_BITS_SHARE = 0.25
-"""Of the quantized layers' bytes: what one more bit of four costs. See `docs/results.md`."""
+"""The share of the quantized layers' bytes that one more bit than four for each weight costs. An adapter that takes
+more gets a warning. See `docs/results.md`.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptOptions:
-    """As on the command line."""
+    """The options of `hemostat adapt`, named as on the command line."""
 
     reference: Path
     compressed: Path
@@ -167,7 +169,9 @@ def _build(
 
 
 def _write(built: Built, made_from: dict[str, Any], options: AdaptOptions, reporter: Reporter) -> None:
-    """All files, or none: the folder is written beside its place and renamed. Raises HemostatError."""
+    """Writes all files, or none: they are written to a folder next to `options.out`, which is then renamed. Raises
+    HemostatError.
+    """
     files = {
         **peft_files(built.profile, str(options.compressed)),
         PROFILE_FILE: built.profile.to_bytes(),
@@ -187,7 +191,7 @@ def _write(built: Built, made_from: dict[str, Any], options: AdaptOptions, repor
 
 
 def summary(report: dict[str, Any], out: Path) -> list[str]:
-    """Lines for people."""
+    """Returns the lines that the command prints for people."""
     held = report["held_out"]
     lines = []
     if held is None:

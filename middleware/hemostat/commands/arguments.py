@@ -1,4 +1,4 @@
-"""What several commands share: argument types, the settings' flags, and errors of the command line."""
+"""Parts that several commands share: argument types, the settings' flags, and errors of the command line."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def load_settings(options: argparse.Namespace) -> Settings:
 
 
 def _reference(text: str) -> list[tuple[str, str]]:
-    """What `--reference` sets; UsageError."""
+    """Returns the settings that `--reference` stands for, as pairs of key and value. Raises UsageError."""
     if "://" in text:
         return [("reference.backend", "vllm"), ("reference.url", text)]
     if not text.strip() or (text.startswith(("/", ".", "~")) and not Path(text).expanduser().is_dir()):

@@ -26,7 +26,7 @@ T = TypeVar("T")
 HELP = "Score the same token sequences on a vLLM server again, and say if it has changed."
 EQUAL, CHANGED, COULD_NOT_TELL = 0, 1, 2
 TOLERANCE = 0.01
-"""As `hemostat_calibration.canaries.TOLERANCE_NATS`, which numpy comes with."""
+"""A copy of `hemostat_calibration.canaries.TOLERANCE_NATS`, so that the parser need not import numpy."""
 KEY = "HEMOSTAT_UPSTREAM__API_KEY"
 ANSWER_SECONDS = 120.0
 SERVER = "URL[#NAME] of a vLLM server, and the name of the served model or adapter (default: its first model)."

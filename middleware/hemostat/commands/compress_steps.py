@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from hemostat.models.texts import Text
 
 BEST = {"w8a8": "smooth", "fp8": "none"}
-"""`--calibrate` where it is not given; of the other schemes `descent`. See docs/compress.md."""
+"""The default of `--calibrate` by scheme; `descent` is the default of every other scheme. See docs/compress.md."""
 _PRUNING = ("sparsity", "pattern")
 
 
 @dataclass(frozen=True, slots=True)
 class CompressOptions:
-    """As on the command line; None: not given."""
+    """The options of `hemostat compress`, named as on the command line. None means that an option is not given."""
 
     source: Path
     destination: Path
@@ -91,7 +91,7 @@ class CompressOptions:
         self._check_destination()
 
     def _check_destination(self) -> None:
-        """With --overwrite DEST is replaced: nothing that is read may be in it."""
+        """Refuses a DEST that holds something that is read: with --overwrite, DEST is replaced. Raises UsageError."""
         destination = self.destination.resolve()
         for name in ("source", "compressed", "plan", "prompts", "records", "work"):
             path = getattr(self, name)
@@ -159,7 +159,7 @@ def _check_replaceable(options: CompressOptions, method: Method | None) -> None:
 
 
 def summary(options: CompressOptions, report: dict[str, Any], tokens: int) -> list[str]:
-    """Of what was written."""
+    """Returns the lines that describe what was written."""
     weights = sum(path.stat().st_size for path in options.destination.glob("*.safetensors"))
     before = sum(path.stat().st_size for path in options.source.glob("*.safetensors"))
     how = options.scheme or (f"plan {options.plan}" if options.plan is not None else f"{options.compressed}, repaired")
@@ -249,7 +249,9 @@ def _pruning(options: CompressOptions) -> Method:
 
 
 def _texts(options: CompressOptions, folder: Path, reporter: Reporter) -> list[Text]:
-    """At most `options.tokens` of them: a sample of all, in an order that does not depend on the file's."""
+    """Returns texts of at most `options.tokens` tokens in all: a sample of all texts, in an order that does not depend
+    on the order in the file.
+    """
     from hemostat.compression.frame import Source  # noqa: PLC0415
     from hemostat.models.architectures import max_positions  # noqa: PLC0415
     from hemostat.models.texts import read_records, split  # noqa: PLC0415

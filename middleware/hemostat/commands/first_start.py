@@ -1,4 +1,6 @@
-"""What `hemostat init` and `hemostat serve` without a file share: settings with tokens, and what serve prints."""
+"""Parts that `hemostat init` and `hemostat serve` without a file share: settings with tokens, and the lines that serve
+prints.
+"""
 
 from __future__ import annotations
 

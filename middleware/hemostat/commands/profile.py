@@ -18,7 +18,7 @@ WHOLE_VERSION = 32
 """Hex digits of a version; 8 or more of them are enough to name it."""
 VERSION_HELP = "Version of a profile. Its first 8 digits are enough."
 PROFILE_MARKER = b'"clamp_nats"'
-"""In the header of a profile's file."""
+"""Bytes that stand in the header of every profile's file."""
 PEFT_TENSOR = b".lora_A.weight"
 """Part of the names of a PEFT adapter's tensors."""
 

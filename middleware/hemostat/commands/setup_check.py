@@ -132,7 +132,9 @@ async def _store(settings: Settings) -> Finding:
 
 
 async def _control_processes(settings: Settings) -> Finding:
-    """As a relay of this configuration (`hemostat relay`) finds them."""
+    """Reports if the control processes answer, which it connects to as `hemostat relay` with this configuration
+    does.
+    """
     what, fix = "control processes", "start hemostat control there, or correct control.*: the same token on both sides"
     addresses = ControlAddresses.from_json(relay_config(settings, 0, Path(), Role.RELAY)["control"])
     try:
@@ -152,7 +154,7 @@ def _no_stats() -> Stats:
 
 
 def _evidence(settings: Settings) -> Finding:
-    """How traffic is divided into kinds and clients, which decides what can be proven."""
+    """Reports how traffic is divided into kinds and clients, which decides what can be proven."""
     evidence = settings.evidence
     text = (
         f"a profile serves each of up to {evidence.kinds} kinds of traffic only on evidence in that kind; clients are "
@@ -197,7 +199,10 @@ async def _upstream(server: VllmServer, settings: Settings) -> list[Finding]:
 
 
 def _adapter_checkpoints(settings: Settings, root: str) -> Finding:
-    """Whether an adapter can be made of both checkpoints here. root: where the upstream has loaded its model from."""
+    """Reports if an adapter can be made from both checkpoints on this machine.
+
+    root: the folder or name from which the upstream has loaded its model.
+    """
     what, given, reference = "adapter checkpoints", settings.adapter, settings.reference
     in_process = reference.backend == "transformers"
     if problem := packages.problem("transformers"):
@@ -263,7 +268,7 @@ async def _plugin(server: VllmServer, model: str, settings: Settings) -> Finding
 
 
 async def _models(references: References, server: VllmServer, settings: Settings) -> list[Finding]:
-    """Of each served base model: which reference it is matched with, or why with none, and what to do."""
+    """Reports for each served base model which reference it is matched with, or why it has none and what to do."""
     try:
         cards = await server.models()
         pairs = await served_pairs(references, server, without_own(cards) if settings.adapter.enabled else cards)
@@ -350,7 +355,9 @@ async def _reference(reference: Reference, settings: Settings, served: str | Non
 
 
 async def _served_model_itself(info: ReferenceInfo, settings: Settings, served: str) -> str:
-    """Why nothing can be measured: the reference is the model that is served; "" where nothing says so."""
+    """Returns why nothing can be measured if the reference is the very model that is served; "" if nothing shows that
+    it is.
+    """
     own = settings.reference.models.get(served)
     url = (own and own.url) or settings.reference.url
     upstream = settings.upstream

@@ -64,7 +64,9 @@ class Writer:
         return [Text(ids, outputs.get(n, nothing)) for n, ids in enumerate(encoded)]
 
     def _max_tokens(self, prompt: Prompt, ids: Ids) -> int:
-        """Of the prompt's completion; 0 or less where the model has no position for one."""
+        """Returns the largest number of tokens of the prompt's completion. It is 0 or less if the model has no position
+        for one.
+        """
         limit = min(prompt.max_tokens or self.max_new_tokens, self.max_new_tokens)
         return limit if self.max_positions is None else min(limit, self.max_positions - len(ids))
 
@@ -144,7 +146,7 @@ def within_positions(texts: Sequence[Text], max_positions: int | None, reporter:
 
 
 def texts_digest(prompts: Path | None, records: Path | None) -> str:
-    """Of the file of prompts or records; `packaged` without one. UsageError."""
+    """Returns the digest of the file of prompts or records, or `packaged` if neither is given. Raises UsageError."""
     source = records or prompts
     try:
         return "packaged" if source is None else hashlib.sha256(source.read_bytes()).hexdigest()

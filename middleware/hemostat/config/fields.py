@@ -57,7 +57,7 @@ def _host(value: str) -> str:
 
 
 def split_address(value: str) -> tuple[str, int]:
-    """Of `host:port`, with an IPv6 host in brackets; ValueError."""
+    """Splits `host:port`, where an IPv6 host is in brackets, into host and port. Raises ValueError."""
     host, _, port = value.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
     if (

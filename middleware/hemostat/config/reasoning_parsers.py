@@ -12,7 +12,7 @@ SINGLE: tuple[Texts, ...] = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("<mm:think>", "</mm:think>"),
 )
-"""What `auto` looks for, in this order."""
+"""The pairs of markers that `auto` looks for, in this order."""
 PARSERS: dict[str, Texts] = {
     **dict.fromkeys(
         (
@@ -30,4 +30,4 @@ PARSERS: dict[str, Texts] = {
     "granite": ("Here is my thought process:", "Here is my response:"),
     "openai_gptoss": ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
 }
-"""By the name of vLLM's parser. A parser that is not here needs `reasoning.start` and `reasoning.end`."""
+"""The markers by the name of vLLM's parser. A parser that is not here needs `reasoning.start` and `reasoning.end`."""

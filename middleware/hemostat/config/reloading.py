@@ -1,4 +1,4 @@
-"""What a changed setting needs in order to take effect in a running instance (SIGHUP).
+"""Rules for what a changed setting needs in order to take effect in a running instance (SIGHUP).
 
 Relays are replaced at every reload, so whatever a relay reads at its start takes effect. A setting that is not named
 here has the control process replaced, too.
@@ -19,7 +19,7 @@ RELAYS_ONLY = frozenset(
     | {"log.requests", "log.access", "log.access_clients", "upstream.max_connections"}
     | {"workers", "shutdown_seconds", "drain_seconds", "control.addresses", "control.ca"}
 )
-"""Of no meaning to the control process."""
+"""Settings that mean nothing to the control process."""
 IN_PLACE = frozenset(
     {"shadow.rate", "shadow.allow_on", "log.level", "log.format"}
     | {"admin.token", "admin.token_file", "admin.engine_token", "admin.engine_token_file"}
@@ -30,11 +30,14 @@ IN_PLACE = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Reload:
-    """settings: those to be in force, with what needs a restart as it was."""
+    """The result of comparing the file's settings with those in force.
+
+    settings: the settings that are to be in force; a setting that needs a restart keeps its former value.
+    """
 
     settings: Settings
     changed: list[str]
-    """Dotted keys, those that need a restart among them."""
+    """The dotted keys of all changed settings, with the ones that need a restart."""
     needs_restart: list[str]
     replaces_control: bool
 

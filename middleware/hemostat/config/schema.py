@@ -209,8 +209,10 @@ class Reasoning(Section):
     """The recognition of a reasoning model's thinking: by the ids of its start and end markers."""
 
     parser: str = "auto"
-    """vLLM's `--reasoning-parser`, whose markers the server's tokenizer turns into ids. auto takes markers that are
-    single tokens of the vocabulary. With none, thinking is not distinguished. `hemostat check` prints the markers."""
+    """The name of vLLM's `--reasoning-parser`, whose markers the server's tokenizer turns into ids. auto takes markers
+    that are single tokens of the vocabulary. With none, thinking is not distinguished. `hemostat check` prints the
+    markers.
+    """
     start: list[TokenId] = Field(default=[], max_length=32)
     """The ids of the start marker, in place of the marker of `parser`."""
     end: list[TokenId] = Field(default=[], max_length=32)

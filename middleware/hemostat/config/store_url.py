@@ -30,8 +30,9 @@ def split_store_url(url: str) -> SplitResult:
 
 
 def postgres_parameters(url: str) -> dict[str, str]:
-    """libpq's parameters. ValueError where the client library is missing, or the address is invalid; its text has no
-    part of a password. Does not connect."""
+    """Returns the parameters of libpq that the address gives; it does not connect. Raises ValueError if the client
+    library is missing or the address is invalid; the error's text has no part of a password.
+    """
     try:
         from psycopg import Error  # noqa: PLC0415  an optional extra
         from psycopg.conninfo import conninfo_to_dict  # noqa: PLC0415

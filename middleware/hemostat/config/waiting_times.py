@@ -19,7 +19,10 @@ PROMOTION_CONVERSATIONS = 96
 
 
 class WaitingTime(NamedTuple):
-    """what: the figure or decision. when: what it takes at the earliest."""
+    """The earliest time at which one figure or decision is there.
+
+    what: the figure or decision. when: the time in words.
+    """
 
     step: Step
     what: str

@@ -555,4 +555,4 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
 """The metrics of the relays and of the control process, by subject."""
 
 METRICS: dict[str, Metric] = {metric.name: metric for metrics in GROUPS.values() for metric in metrics}
-"""By name."""
+"""All metrics by name."""

@@ -13,7 +13,7 @@ from hemostat.metrics.catalogue import METRICS
 from hemostat.metrics.samples import AnySample, HistogramSample
 
 KINDS = ("counter", "histogram", "gauge")
-"""In the order of the exposition."""
+"""The kinds of metrics, in the order in which the exposition lists them."""
 
 
 class HemostatCollector(Collector):

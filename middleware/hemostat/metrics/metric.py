@@ -1,4 +1,4 @@
-"""What is said of one metric."""
+"""The description of one metric."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Metric:
     name: str
     kind: Literal["counter", "gauge", "histogram"]
     unit: str
-    """Of the value; of a counter also what is counted."""
+    """The unit of the value; for a counter it also says what is counted."""
     help: str
     labels: tuple[str, ...] = ()
-    """In the order in which a sample gives their values."""
+    """The names of the labels, in the order in which a sample gives their values."""

@@ -1,4 +1,5 @@
-"""What becomes of sampled requests, and why: values of the labels of shadow requests, which both planes count.
+"""Outcomes of sampled requests, and the reasons for them: values of the labels of shadow requests, which both planes
+count.
 
 `Unscored` is the table of all reasons: one line each. Types, counts, the relays' rules and the reference follow it.
 """
@@ -22,7 +23,7 @@ class Outcome(StrEnum):
 
 
 class CountedBy(Flag):
-    """Who finds a reason, and counts it."""
+    """The part of Hemostat that finds a reason and counts it."""
 
     REQUEST = auto()
     """A relay, by the client's request alone. Such a request gets no profile either, so that the reason is also a value
@@ -30,7 +31,7 @@ class CountedBy(Flag):
     RELAY = auto()
     """A relay, at any other moment."""
     CONTROL = auto()
-    """The control process."""
+    """The control process counts it."""
 
 
 SKIPPED: Final = Outcome.SKIPPED
@@ -41,10 +42,10 @@ CONTROL: Final = CountedBy.CONTROL
 
 
 class Unscored(StrEnum):
-    """Why a sampled request is not scored: values of the label `reason` of shadow requests.
+    """The reason for which a sampled request is not scored: values of the label `reason` of shadow requests.
 
-    Each with its outcome, who counts it, and its text in the reference. A value that ends in `…` is a family: a
-    detail takes that place, of `InvalidReason` or `FailureReason`.
+    Each reason has its outcome, the part that counts it, and its text in the reference. A value that ends in `…` is a
+    family: a detail from `InvalidReason` or `FailureReason` takes the place of `…`.
     """
 
     outcome: Outcome
@@ -214,7 +215,9 @@ UNJUDGED: Final = tuple(reason for reason in Unscored if REQUEST in reason.count
 
 
 class RepeatReason(StrEnum):
-    """Why a request is sent again as the client wrote it: values of the label `reason` of repeated requests."""
+    """The reason for which a request is sent again as the client wrote it: values of the label `reason` of repeated
+    requests.
+    """
 
     REFUSED = "refused"
     """The upstream's validation refused the request with what was added to it: nothing was computed."""

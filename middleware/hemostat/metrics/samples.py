@@ -1,4 +1,4 @@
-"""What a subsystem gives the collector: its `samples()` yields one value for each series that it has."""
+"""The values that a subsystem gives the collector: its `samples()` yields one value for each series that it has."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class Sample(NamedTuple):
     """The current value of one series of a counter or a gauge."""
 
     name: str
-    """Of `names`."""
+    """A name from `names`."""
     labels: tuple[str, ...]
     """Values of the labels, in the order in which `catalogue` declares them."""
     value: float
