@@ -8,11 +8,11 @@ a test has a probability of at most m alpha (`betting`); after an alarm, a new t
 
 Requests that depend on each other (`statistics.dependence`): a baseline is complete after `baseline_requests` over a
 `cycle` of the traffic, and as soon as `EFFECTIVE_SHARE` of that are effective ones: where requests come in runs of
-alike ones it is longer. Its v̂ is the larger one of the kind's and of that of all kinds' requests in their order, so
-that what moves several kinds together counts. A budget test begins when v̂ of its kind's divergence is known, likewise
-over a cycle. Dependence that begins later is seen by v̂ of recent requests, which goes on (`RecentInflation`); a run of
-alike requests that differ by more than the tolerance can raise an alarm before it is. Longer cycles are not known: see
-`tests/bench/guard/alarm_dependence.py`.
+alike ones it is longer. Its v̂ is the larger one of two: v̂ of the kind's requests, and v̂ of all kinds' requests in
+their order, so that what moves several kinds together counts. A budget test begins when v̂ of its kind's divergence is
+known, likewise over a cycle. Dependence that begins later is seen by v̂ of recent requests, which goes on
+(`RecentInflation`); a run of alike requests that differ by more than the tolerance can raise an alarm before it is.
+Longer cycles are not known: see `tests/bench/guard/alarm_dependence.py`.
 
 An alarm *clears* after `clear_after` requests on which freshly funded bets lost wealth; then a new test begins. A
 budget alarm also ends if no request of its kind comes any more (`gone_after`): nothing could clear it then. A change
@@ -58,7 +58,7 @@ MAX_KINDS = 128
 MAX_LEARNING = 4096
 """Requests of a kind's baseline that are kept; of more, every second one, every fourth one, …"""
 EFFECTIVE_SHARE = 0.7
-"""Of `Settings.baseline_requests`: so many have to be effective ones before a baseline is complete."""
+"""The share of `Settings.baseline_requests` that has to be effective requests before a baseline is complete."""
 CHECK_EVERY = 10
 """Requests, from `Settings.baseline_requests` on, between two looks at whether it is."""
 RECENT_REQUESTS = 30
@@ -68,7 +68,7 @@ GONE_CYCLES, MIN_GONE_SECONDS = 2.0, 2 * 86_400.0
 
 
 class AlarmTest(StrEnum):
-    """Of the two tests."""
+    """The names of the two tests."""
 
     BUDGET = "budget"
     CHANGE = "change"
@@ -76,15 +76,15 @@ class AlarmTest(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Raises InvalidArgumentError on a bad value.
+    """The settings of the alarm. Raises InvalidArgumentError on a bad value.
 
-    alpha: probability of any false alarm in a week, over all kinds and both tests.
-    budget: allowed divergence above the noise floor, nats per token; None: no budget tests.
-    cap: nats, where divergences are clipped. max_tokens: weight of a request in the budget test is that of at most so
-        many tokens. baseline_requests: of each kind that the change test learns from before it tests; 0: no change
-        test. cycle: seconds that baselines, and what budget tests know before they begin, have to span. tolerance:
-        factor by which all spreads of a kind may grow or shrink without being evidence, 1 or more.
-        clear_after: requests after which an alarm may clear.
+    alpha: the probability of any false alarm in a week, over all kinds and both tests. budget: the allowed divergence
+    above the noise floor, in nats per token; None: no budget tests. cap: the limit, in nats, at which divergences are
+    clipped. max_tokens: the number of tokens from which on a request's weight in the budget test does not grow.
+    baseline_requests: the number of requests of each kind that the change test learns from before it tests; 0: no
+    change test. cycle: the seconds that baselines have to span, and what budget tests know before they begin.
+    tolerance: the factor by which all spreads of a kind may grow or shrink without being evidence, 1 or more.
+    clear_after: the number of requests after which an alarm may clear.
     """
 
     alpha: float = 0.01
@@ -114,12 +114,12 @@ class Settings:
 
     @property
     def gone_after(self) -> float:
-        """Seconds without a request of a kind after which its budget alarm ends."""
+        """The time in seconds without a request of a kind after which its budget alarm ends."""
         return max(GONE_CYCLES * self.cycle, MIN_GONE_SECONDS)
 
     @property
     def share(self) -> float:
-        """Of alpha, what each test in use has."""
+        """The part of alpha that each test in use has."""
         return self.alpha / (2.0 if self.budget is not None and self.baseline_requests else 1.0)
 
     @property
@@ -133,7 +133,9 @@ class Settings:
 
     @property
     def change_alpha(self) -> float:
-        """For the bets of the change test (at least half of its share: with an alpha below 5e-6, `TAIL` is more)."""
+        """The part of alpha for the bets of the change test. It is at least half of the test's share: with an alpha
+        below 5e-6, `TAIL` is more than the share.
+        """
         return max(self.share - TAIL, 0.5 * self.share) / MEAN_FACTOR
 
 
@@ -174,13 +176,12 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class KindReading:
-    """What is known of one kind.
+    """The state of one kind.
 
-    baseline_requests: of its baseline so far. since: time of the first of them. inflation: v̂ of their levels; infinite
-        before it can be estimated.
-        watched: whether that is complete, and the kind is part of the change test. spread_ratio: its recent spread
-        (geometric mean over requests, about `RECENT_REQUESTS` of them), as a factor of its baseline's; None before it
-        is watched. baseline_share: its part of the baseline's mix.
+    baseline_requests: the number of requests in its baseline so far. since: the time of the first of them. inflation:
+    v̂ of their levels; infinite before it can be estimated. watched: its baseline is complete, and the kind is part of
+    the change test. spread_ratio: its recent spread (geometric mean over about `RECENT_REQUESTS` requests), as a factor
+    of its baseline's; None before the kind is watched. baseline_share: its part of the baseline's mix of kinds.
     """
 
     kind: str
@@ -194,10 +195,11 @@ class KindReading:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RunningTest:
-    """number: among all of its sort that were begun.
+    """A budget test or a change test, with what may clear its alarm.
 
-    recovery_log_wealth: float64 [S]; after a crossing, ln of what each strategy made of 1 in the current window.
-    recovery_requests: of that window so far.
+    number: its place among all tests of its sort that were begun. recovery_log_wealth: float64 [S]; after a crossing,
+    ln of what each strategy made of 1 in the current window. recovery_requests: the number of requests in that window
+    so far.
     """
 
     test: BudgetTest | ChangeTest
@@ -213,14 +215,14 @@ class RunningTest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KindState:
-    """Of one kind.
+    """The state of one kind.
 
     learning: float64 [R, 3], requests of the baseline so far (`RequestSpread.row`), one in `stride`, until there are
-        enough. levels: of all of them. since: time of the first.
-    divergences: means by request until their v̂ is known. inflation: that v̂; infinite before. first: time of the
-        first of them.
-    recent_level: moving average of the levels since, relative to the baseline's. last: time of its last request.
-    recent, recent_divergences: v̂ of levels since the baseline, and of divergences since v̂ of these was known.
+    enough. levels: batch means of the levels of all of them. since: the time of the first one. divergences: batch means
+    of the requests' mean divergences, until their v̂ is known. inflation: that v̂; infinite before. first: the time of
+    the first of these requests. recent_level: the moving average of the levels since then, relative to the baseline's
+    level. last: the time of its last request. recent: v̂ of levels since the baseline. recent_divergences: v̂ of
+    divergences since the first v̂ of these was known.
     """
 
     budget: RunningTest | None = None
@@ -457,9 +459,11 @@ def _learn_level(alarm: Alarm, state: KindState, request: RequestSpread, now: fl
 
 
 def baseline_inflation(levels: BatchMeans, all_levels: BatchMeans, needed: int) -> float:
-    """v̂ with which a baseline is complete; infinite where it is not, or not looked at.
+    """Returns v̂ with which a baseline is complete. It is infinite if the baseline is not complete, or is not looked at
+    now.
 
-    levels: of its requests. all_levels: of those of all kinds. needed: `Settings.baseline_requests`.
+    levels: batch means of the kind's levels. all_levels: batch means of all kinds' levels. needed:
+    `Settings.baseline_requests`.
 
     >>> baseline_inflation(BatchMeans.of(1), BatchMeans.of(1), 150)
     inf
@@ -559,7 +563,7 @@ def _reading(test: AlarmTest, kind: str, running: RunningTest | None) -> Reading
 
 
 def kind_readings(alarm: Alarm) -> list[KindReading]:
-    """Of every kind, by name; nothing without a change test.
+    """Returns the state of every kind, sorted by name. The list is empty without a change test.
 
     >>> kind_readings(init(Settings()))
     []

@@ -1,11 +1,12 @@
-"""What one request says to the change test, and the baseline of a kind: how such requests were distributed.
+"""The figure by which a request counts in the change test, and the baseline of a kind: the distribution of such
+figures.
 
 A request counts once, by its *level*: the mean over its tokens of the logarithm of the spread (`spread`). A level of n
 tokens is the noisier the fewer they are, so what is compared is a *score*, (level − centre) / √(1 + h/n): with h the
 number of tokens at which the noise within a request is as large as the differences between requests, scores of short
 and long requests are about equally wide, and other lengths of the answers do not look like another model.
 
-The first eighth of a baseline fixes centre, h and the scores' *scale* (their median absolute deviation, as that of a
+The first eighth of a baseline fixes centre, h and the scores' *scale* (their median absolute deviation, scaled as for a
 normal distribution). What is bet on are *ramps*: r(s) rises from 0 to 1 between two scores, in units of the scale. They
 are independent of the other requests of the baseline, whose ramps say what E[r] is without any assumption on the
 distribution, by betting (Waudby-Smith & Ramdas, JRSS-B 2024): if g is the mean, e(g) = Π (1 + λ (g − r_i)) has an
@@ -40,7 +41,7 @@ from hemostat_calibration.arrays import Floats
 from hemostat_calibration.errors import InvalidArgumentError
 
 MIN_SPREAD = 1e-3
-"""Nats; smaller differences of logits count as this large: they are rounding."""
+"""The least spread, in nats. Smaller differences of logits count as this large: they are rounding."""
 
 FIRST_PART, MIN_FIRST = 8, 20
 """One in so many requests of a baseline fixes the score, at least so many requests, but not more than a third."""
@@ -48,7 +49,7 @@ FIRST_PART, MIN_FIRST = 8, 20
 MAX_HALF_TOKENS = 512.0
 
 MIN_SCALE = 0.02
-"""Of scores: a change of two percent is none."""
+"""The least scale of scores: a change of two percent counts as none."""
 
 UPWARD_RAMPS = ((0.0, 3.0), (1.5, 3.0))
 """Scores between which they rise, in units of the scale: a flat one for changes of the size of the differences between
@@ -68,14 +69,16 @@ STAKES = (0.85, 0.2)
 as a change of one engine of four."""
 
 LOG_WEIGHTS = np.log([0.45, 0.2, 0.1, 0.05, 0.1, 0.1])
-"""ln of the parts of what is funded, by stake and ramp: most is for a large stake on the flat ramp upwards, as requests
-that depend on each other leave few effective ones to find a change with."""
+"""Natural logarithms of the parts of what is funded, by stake and ramp. Most of it is for a large stake on the flat
+ramp upwards, since requests that depend on each other leave few effective ones to find a change with.
+"""
 
 LEVELS = np.array([-2.0, -1.0, *np.arange(0.0, 4.5, 0.5), 5.0, 6.0, 8.0, 10.0, 14.0])
-"""ln of the evidence of a baseline against a mean, J of them."""
+"""Natural logarithms of the evidence of a baseline against a mean, float64 [J]."""
 LEVEL_WEIGHTS = np.concatenate([LEVELS[:1], LEVELS[:-1]])[:, None] + LOG_WEIGHTS
-"""ln of the parts of what is funded, [J, S], with what the baseline's evidence multiplies wealth by: of the level
-below, as the true mean may be anywhere above that."""
+"""Natural logarithms of the parts of what is funded, [J, S], multiplied by the baseline's evidence. The evidence of the
+level below counts, as the true mean may be anywhere above that.
+"""
 MEAN_FACTOR = 1.0 + math.exp(LEVELS[0])
 """The largest expected value of the least wealth, as a multiple of what was funded."""
 TAIL = (len(UPWARD_RAMPS) + len(DOWNWARD_RAMPS)) * math.exp(-LEVELS[-1])
@@ -83,8 +86,8 @@ CLEARING = LEVELS.tolist().index(4.0)
 """The level whose bets say whether an alarm is over."""
 
 MAX_STAKE, MIN_DEVIATION, SUPPOSED = 0.95, 0.02, 2.0
-"""Of the bets on a baseline's means: part of the wealth, the least standard deviation, and the evidence that they are
-best for."""
+"""Parameters of the bets on a baseline's means: the largest part of the wealth, the least standard deviation, and the
+evidence that the bets are best for."""
 _MEANS = np.linspace(0.0, 1.0, 65)
 _DEVIATION = 0.6745
 """Median absolute deviation of a normal distribution, in units of its standard deviation."""
@@ -92,10 +95,10 @@ _DEVIATION = 0.6745
 
 @dataclass(frozen=True, slots=True)
 class RequestSpread:
-    """One request.
+    """The figures of one request.
 
-    level: mean over its tokens of ln(spread in nats). tokens: that have a spread, 1 or more. contrast: level of the
-    first half of the tokens minus that of the rest, 0 for a single token.
+    level: the mean over its tokens of ln(spread in nats). tokens: the number of tokens that have a spread, 1 or more.
+    contrast: the level of the first half of the tokens minus the level of the rest; 0 for a single token.
     """
 
     level: float
@@ -103,12 +106,13 @@ class RequestSpread:
     contrast: float = 0.0
 
     def row(self) -> Floats:
-        """float64 [3], as `fit_baseline` takes it."""
+        """Returns the figures as float64 [3], as `fit_baseline` takes them."""
         return np.array([self.level, self.tokens, self.contrast])
 
 
 def request_spread(spreads: Floats) -> RequestSpread | None:
-    """Of float64 [T] nats; NaN is left out. None without a token that has a spread.
+    """Returns the figures of a request from its tokens' spreads, float64 [T] nats, where NaN is left out. It is None if
+    no token has a spread.
 
     >>> request_spread(np.array([0.1, np.nan, 0.1, 0.1])).tokens
     3
@@ -123,11 +127,11 @@ def request_spread(spreads: Floats) -> RequestSpread | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Baseline:
-    """Of one kind, frozen.
+    """The frozen baseline of one kind.
 
-    level: mean level of its requests. centre, half_tokens, scale: of the score. limits: float64 [J, B], the means of
-    the ramps (`UPWARD_RAMPS`, then `DOWNWARD_RAMPS`) at each of `LEVELS`. requests: in the baseline. inflation: v̂ of
-    its levels.
+    level: the mean level of its requests. centre, half_tokens, scale: the parameters of the score. limits: float64 [J,
+    B], the means of the ramps (`UPWARD_RAMPS`, then `DOWNWARD_RAMPS`) at each of `LEVELS`. requests: the number of
+    requests in it. inflation: v̂ of its levels.
     """
 
     level: float
@@ -139,8 +143,8 @@ class Baseline:
     inflation: float = 1.0
 
     def log_factors(self, levels: Floats, tokens: Floats, tolerance: float, inflation: float = 1.0) -> Floats:
-        """ln of what each strategy's wealth is multiplied by, to the power 1/v̂: levels, tokens float64 [R] ->
-        [R, J, S]. inflation: v̂ of recent requests; the baseline's counts if it is larger.
+        """Returns ln of the factors by which each strategy's wealth is multiplied, to the power 1/v̂: [R, J, S] from
+        levels and tokens, both float64 [R]. inflation: v̂ of recent requests; the baseline's v̂ counts if it is larger.
 
         >>> baseline = fit_baseline(np.array([[math.sin(n), 50, 0.0] for n in range(150)]))
         >>> factors = baseline.log_factors(np.array([0.0, 9.0]), np.array([50.0, 50.0]), 1.25)
@@ -156,7 +160,7 @@ class Baseline:
 
 
 def _ramps(upward: Floats, downward: Floats) -> Floats:
-    """Of scores [R] as the bets in either direction take them: [R, B], between 0 and 1."""
+    """Returns the ramps of scores [R] as the bets in either direction take them: [R, B], between 0 and 1."""
     ramps = [(upward - low) / (high - low) for low, high in UPWARD_RAMPS]
     ramps += [(-downward - low) / (high - low) for low, high in DOWNWARD_RAMPS]
     clipped: Floats = np.clip(np.stack(ramps, axis=1), 0.0, 1.0)

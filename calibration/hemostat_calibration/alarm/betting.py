@@ -30,7 +30,7 @@ from hemostat_calibration.elapsed import elapsed
 
 WEEK = 7 * 86_400.0
 FIRST = 0.25
-"""Of what is funded in the first week."""
+"""The part of what is funded in the first week that is for its beginning."""
 
 MAX_FUNDED_SECONDS = 86_400.0
 """The longest time since the last funding that is funded: a clock that is set is no evidence."""
@@ -76,7 +76,9 @@ class WealthState:
 
     @property
     def log_evidence(self) -> float:
-        """ln of the whole wealth, of each strategy at its least level; 0 before the first request."""
+        """The natural logarithm of the whole wealth, of each strategy at its least level; 0 before the first
+        request.
+        """
         return float(log_sum_exp(self._least()[:, None])[0]) if self.requests else 0.0
 
     def emptied(self) -> WealthState:
@@ -110,7 +112,7 @@ class WealthState:
 
 
 def equal_weights(strategies: int) -> Floats:
-    """ln of 1/S for each of S strategies.
+    """Returns ln(1/S) for each of S strategies.
 
     >>> equal_weights(1).tolist()
     [0.0]
@@ -119,7 +121,7 @@ def equal_weights(strategies: int) -> Floats:
 
 
 def initial_wealth(*shape: int) -> WealthState:
-    """Of S strategies, or of J levels and S strategies, before the first request.
+    """Returns the wealth before the first request: of S strategies, or of J levels and S strategies.
 
     >>> initial_wealth(2).log_wealth.tolist()
     [-inf, -inf]
@@ -160,7 +162,7 @@ def bet(
 
 
 def amount(k: int, passed: float) -> float:
-    """What the k-th effective request is funded with. passed: seconds since the one before.
+    """Returns the amount with which the k-th effective request is funded. passed: seconds since the one before.
 
     >>> amount(1, 0.0), round(sum(amount(k, 3600.0) for k in range(1, 169)), 2)
     (0.125, 1.0)
@@ -200,7 +202,7 @@ def multiply(wealth: WealthState, log_factors: Floats, tokens: int) -> WealthSta
 
 
 def log_sum_exp(values: Floats) -> Floats:
-    """ln Σ exp over the first axis, [S, ...] -> [...].
+    """Returns ln Σ exp over the first axis, [S, ...] -> [...].
 
     >>> log_sum_exp(np.log([[1.0], [3.0]])).round(6).tolist()
     [1.386294]

@@ -25,11 +25,12 @@ from hemostat_calibration.arrays import Floats
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BudgetTest:
-    """One budget test at `alpha`. crossing: set once the wealth has crossed 1/alpha.
+    """One budget test at `alpha`.
 
-    budget: nats per token, allowed above the noise floor. cap: nats, where values are clipped.
-    max_tokens: N, the weight of a request is that of its tokens up to so many. inflation: v̂ of the requests' means, 1
-        or more (`statistics.dependence`): each bet is raised to the power 1/v̂.
+    crossing: set once the wealth has crossed 1/alpha. budget: the nats per token that are allowed above the noise
+    floor. cap: the limit, in nats, at which values are clipped. max_tokens: N, the number of tokens from which on a
+    request's weight does not grow. inflation: v̂ of the requests' means, 1 or more (`statistics.dependence`): each bet
+    is raised to the power 1/v̂.
 
     >>> test = BudgetTest(budget=0.1, cap=5.0, max_tokens=64, alpha=0.01)
     >>> for now in range(30):
@@ -47,8 +48,9 @@ class BudgetTest:
     crossing: Crossing | None = None
 
     def log_factors(self, divergences: Floats, noise_floor: float, inflation: float = 1.0) -> Floats:
-        """ln of the factors of one request, to the power 1/v̂, [S]. inflation: v̂ of recent requests; the test's own
-        counts if it is larger."""
+        """Returns ln of the factors of one request, to the power 1/v̂, [S]. inflation: v̂ of recent requests; the
+        test's own v̂ counts if it is larger.
+        """
         values = divergences[~np.isnan(divergences)]
         weight = min(len(values), self.max_tokens) / self.max_tokens
         ratio = float(np.clip(values, 0.0, self.cap).mean()) / (self.budget + max(noise_floor, 0.0))

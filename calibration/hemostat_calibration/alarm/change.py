@@ -2,7 +2,7 @@
 
 Every request is one bounded bet against its own kind's baseline (`baseline`), and all kinds feed one wealth: a change
 of the model concerns all of them. Under the null hypothesis that, given the past, the ramps of a request of any kind
-have no larger means than those of its baseline, even after its spreads were multiplied by something within the
+have no larger means than in its baseline, even after its spreads were multiplied by something within the
 tolerance, every factor at a level that no true mean is above has an expected value of at most 1, whatever the mix of
 kinds. So a shift of the mix alone is no evidence, and a kind without a complete baseline takes no part.
 """
@@ -44,7 +44,9 @@ class ChangeTest:
     crossing: Crossing | None = None
 
     def log_factors(self, baseline: Baseline, request: RequestSpread, inflation: float = 1.0) -> Floats:
-        """ln of the factors of one request, [J, S]. inflation: v̂ of recent requests, see `Baseline.log_factors`."""
+        """Returns ln of the factors of one request, [J, S]. inflation: v̂ of recent requests, see
+        `Baseline.log_factors`.
+        """
         level, tokens = np.array([request.level]), np.array([float(request.tokens)])
         factors: Floats = baseline.log_factors(level, tokens, self.tolerance, inflation)[0]
         return factors

@@ -9,10 +9,10 @@ from hemostat_calibration.records import TokenRecord
 
 
 def spread(record: TokenRecord) -> Floats:
-    """Standard deviation of log c − log r over the ids that both gave, float64 [T] nats; NaN where they share fewer
-    than 3.
+    """Returns the standard deviation of log c − log r over the ids that both models gave, float64 [T] nats. It is NaN
+    if they share fewer than 3.
 
-    A constant added to all logits cancels out, so it is that of the difference of the logits.
+    A constant added to all logits cancels out, so the standard deviation of the difference of the logits is the same.
 
     >>> from hemostat_calibration.records import Candidates
     >>> ids, log_c, log_r = np.array([[0, 1, 2]], np.int32), np.log([[0.7, 0.2, 0.1]]), np.log([[0.5, 0.4, 0.1]])

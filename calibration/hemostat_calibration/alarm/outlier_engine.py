@@ -1,4 +1,5 @@
-"""Which of several engines is an outlier: one with a wrong scale, a stale checkpoint, another quantization.
+"""The test that names an outlier among several engines: one with a wrong scale, a stale checkpoint, another
+quantization.
 
 The unit is a scored request that is one of the independent units (the first of its conversation), its figure is any
 number that says how far its engine was from the reference, such as the mean KL divergence of its tokens. Units are
@@ -10,15 +11,15 @@ is what they make of the engine's share of the units so far, by Bayes' rule.
 
     A = Π (n + 1) f(gap | label)             B = Π q(label | gap) / max_θ Π θ(label)
 
-θ is any constant probability of "own"; its maximum is that of a window of successive units, and B is the product over
-windows. The evidence is the smaller one of both wealths. It reaches 1/α with a probability of at most α, however often
-one looks (Ville's inequality), if either
+θ is any constant probability of "own"; its maximum is taken over a window of successive units, and B is the product
+over windows. The evidence is the smaller one of both wealths. It reaches 1/α with a probability of at most α, however
+often one looks (Ville's inequality), if either
 
 - figures are exchangeable within a stratum, given which engine got which unit: any routing, traffic that stays the
   same. All gaps are equally likely then, whatever the order and the labels before, so that A is a martingale; or
 - labels are independent with a constant probability over a window, given the figures: routing by a hash of the
   conversation, traffic that drifts as it likes. Π q / Π θ is a martingale then, for the true θ, and B is at most that.
-  (The maximum is that of universal inference: Wasserman, Ramdas & Balakrishnan, arXiv 1912.11436.)
+  (The maximum is taken as in universal inference: Wasserman, Ramdas & Balakrishnan, arXiv 1912.11436.)
 
 Only ranks count, so that heavy tails and unequal lengths change nothing.
 
@@ -65,7 +66,7 @@ ACTIVE_SECONDS = 3600.0
 COHORT = 4
 FIRST_COHORT = 0.9
 FIRST_PART = 0.5
-"""Of the wealth, for the run that uses all labels."""
+"""The part of the wealth for the run that uses all labels."""
 SHARE_UNITS = 4.0
 """Equal shares count in an engine's share so far like so many units of each engine."""
 FORECAST_UNITS = 40.0
@@ -82,7 +83,7 @@ _TIE_STEP = (math.sqrt(5.0) - 1.0) / 2.0
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """figure: nats, or any other number; tokens: that it is of."""
+    """One unit of an engine. figure: nats, or any other number. tokens: the number of tokens that it is from."""
 
     engine: str
     figure: float
@@ -91,13 +92,14 @@ class Unit:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EngineTest:
-    """Of one engine. number: among all tests that were begun, from 0. units: its own, all together. before: of all
-    engines, before its first one. last: time of its last unit.
+    """The test of one engine.
 
-    wealth: of 2 × runs × strategies, those of A, then those of B. restarts: so far. since_restart: units since the last
-    one. begun: int64 [runs], number of the unit with which each began. windows: int64 [runs, 2], the engine's own units
-    and others' in the window. recovery: float64 [2 × strategies]; after a crossing, ln of what the first run made of 1
-    in its window.
+    number: its place among all tests that were begun, from 0. units: the number of the engine's own units. before: the
+    number of units of all engines before its first one. last: the time of its last unit. wealth: of 2 × runs ×
+    strategies, first the strategies of A, then those for B. restarts: the number of restarts so far. since_restart: the
+    number of units since the last one. begun: int64 [runs], the number of the unit with which each run began. windows:
+    int64 [runs, 2], the engine's own units and others' in the window. recovery: float64 [2 × strategies]; after a
+    crossing, ln of what the first run made of 1 in its window.
     """
 
     alpha: float
@@ -115,7 +117,7 @@ class EngineTest:
 
     @property
     def log_evidence(self) -> float:
-        """ln of the smaller one of both wealths, what is held back included."""
+        """The natural logarithm of the smaller one of both wealths, with what is held back."""
         held_back = math.log((1.0 - FIRST_PART) * _held_back(self.restarts))
         return float(np.logaddexp(_smaller(self.wealth.log_wealth), held_back))
 
@@ -132,7 +134,9 @@ class Stratum:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OutlierTest:
-    """alpha: probability of any false alarm, over all engines and the whole run. begun: tests so far. units: so far."""
+    """The tests of all engines. alpha: the probability of any false alarm, over all engines and the whole run. begun:
+    the number of tests so far. units: the number of units so far.
+    """
 
     alpha: float
     begun: int = 0
@@ -159,7 +163,8 @@ class EngineReading:
 
 
 def init(alpha: float, begun: int = 0) -> OutlierTest:
-    """begun: tests of earlier parts of the run, whose alpha is not spent again. InvalidArgumentError on a bad alpha.
+    """Returns the state before the first unit. begun: the number of tests in earlier parts of the run, whose alpha is
+    not spent again. Raises InvalidArgumentError on a bad alpha.
 
     >>> readings(init(0.01))
     []
@@ -233,7 +238,7 @@ def _parts(run: int, part: float) -> Floats:
 
 
 def _held_back(restarts: int) -> float:
-    """Of what is for restarts, the part that is left after so many.
+    """Returns the part of the wealth for restarts that is left after so many restarts.
 
     >>> [round(_held_back(restarts), 3) for restarts in (0, 1, 100)]
     [1.0, 0.591, 0.178]
@@ -282,7 +287,7 @@ def _bet(state: OutlierTest, active: set[str], stratum: Stratum, place: int, uni
 
 
 def _share(test: EngineTest, name: str, unit: Unit, units: int, active: int) -> float:
-    """Of the units before this one that are the engine's own, a forecast for the next."""
+    """Returns the share of the units before this one that are the engine's own: a forecast for the next unit."""
     others = SHARE_UNITS * (max(active, 2) - 1)
     return (test.units - (unit.engine == name) + SHARE_UNITS) / (units - test.before + SHARE_UNITS + others)
 
@@ -295,10 +300,11 @@ def _log_factors(
     other: Floats,
     gaps: int,
 ) -> tuple[npt.NDArray[np.int64], Floats]:
-    """Of E engines' tests, by one unit: the windows after it, and ln of what A and B grow by, [E, 2, runs, strategies].
+    """Returns, for the tests of E engines and one unit, the windows after it, and ln of what A and B grow by, [E, 2,
+    runs, strategies].
 
-    windows: int64 [E, runs, 2]. shares: float64 [E], forecasts. is_own: bool [E]. own, other: float64
-    [E, runs, strategies], probabilities of the gap that the figure fell into, by its label; of so many gaps.
+    windows: int64 [E, runs, 2]. shares: float64 [E], forecasts. is_own: bool [E]. own, other: float64 [E, runs,
+    strategies], probabilities of the gap that the figure fell into, by its label. gaps: the number of gaps.
     """
     label = is_own[:, None, None]
     after = windows + np.stack([is_own, ~is_own], axis=1)[:, None, :]
@@ -324,7 +330,8 @@ def _bet_once(test: EngineTest, windows: npt.NDArray[np.int64], factors: Floats,
 
 
 def max_log_likelihood(counts: npt.NDArray[np.int64]) -> Floats:
-    """ln of the largest likelihood of labels under a constant probability, for counts of both: [..., 2] -> [...].
+    """Returns ln of the largest likelihood of labels under a constant probability, for counts of both: [..., 2] ->
+    [...].
 
     >>> max_log_likelihood(np.array([[1, 3], [5, 0], [0, 0]])).round(3).tolist()
     [-2.249, 0.0, 0.0]
@@ -360,7 +367,7 @@ def _recovered(test: EngineTest) -> bool:
 
 
 def readings(state: OutlierTest) -> list[EngineReading]:
-    """Of every engine that has been seen, by name.
+    """Returns the reading of every engine that has been seen, sorted by name.
 
     >>> readings(init(0.01))
     []

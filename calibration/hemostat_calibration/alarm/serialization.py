@@ -99,8 +99,8 @@ def save_engines(state: OutlierTest) -> bytes:
 
 
 def load_engines(data: bytes, alpha: float) -> OutlierTest:
-    """What `save_engines` wrote, continued with `alpha`; tests already begun keep their own. InvalidArgumentError where
-    it cannot be read: begin anew with `init(alpha, begun_tests(data))`.
+    """Returns what `save_engines` wrote, continued with `alpha`; tests that have begun keep their own. Raises
+    InvalidArgumentError if it cannot be read: begin anew with `init(alpha, begun_tests(data))`.
 
     >>> load_engines(save_engines(OutlierTest(0.05)), 0.01).alpha
     0.01
@@ -123,7 +123,7 @@ def _decode(kind: type[T], data: bytes, schema: int, older: Collection[int] = ()
 
 Array = npt.NDArray[np.generic]
 Checks = Iterator[tuple[str, Array, tuple[int | None, ...]]]
-"""Of arrays: name, what was read, and the shape that it must have; None: any size."""
+"""Yields for each array its name, what was read, and the shape that it must have; None: any size."""
 
 
 def _arrays(alarm: Alarm) -> Checks:
@@ -166,7 +166,7 @@ def _recent_arrays(recent: RecentInflation, where: str) -> Checks:
 
 
 def _like(stored: object, fresh: object, where: str) -> Checks:
-    """Of batch means."""
+    """Yields the checks of batch means."""
     for name in ("open", "sums"):
         yield f"{where}.{name}", getattr(stored, name), getattr(fresh, name).shape
 

@@ -23,9 +23,12 @@ OTHER = ""
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Workload:
-    """size: requests of the baseline and of each window, at least. cycle: seconds that they span, at least. baseline,
-    window: requests by kind. previous: the last complete window. windows: begun so far. since: time of the first
-    request of what is being counted; last: of the last one, seconds.
+    """The counts of requests by kind: the baseline, and windows after it.
+
+    size: the least number of requests in the baseline and in each window. cycle: the least time in seconds that each of
+    them spans. baseline, window: requests by kind. previous: the last complete window. windows: the number of windows
+    begun so far. since: the time of the first request in what is being counted. last: the time of the last one, in
+    seconds.
 
     >>> mix = Workload(size=40)
     >>> for kind in ["a", "b"] * 20 + ["b"] * 41:
@@ -45,7 +48,7 @@ class Workload:
 
     @property
     def complete(self) -> bool:
-        """Whether the baseline is."""
+        """It is True if the baseline is complete."""
         return self.windows > 0 or self._is_whole(self.baseline)
 
     def update(self, kind: str, now: float = 0.0) -> Workload:
@@ -60,11 +63,11 @@ class Workload:
         return replace(self, previous=self.window, window={kind: 1}, windows=self.windows + 1, since=now, last=now)
 
     def _is_whole(self, counts: Mapping[str, int]) -> bool:
-        """Of what is being counted: enough requests, over a cycle."""
+        """Returns True if what is being counted has enough requests and spans a cycle."""
         return sum(counts.values()) >= self.size and self.last - self.since >= self.cycle
 
     def share(self, kind: str) -> float:
-        """Of the requests of the baseline; 0 before it is complete."""
+        """Returns the kind's share of the requests in the baseline; 0 before it is complete."""
         return self.baseline.get(kind, 0) / max(sum(self.baseline.values()), 1) if self.complete else 0.0
 
     @property
@@ -74,7 +77,9 @@ class Workload:
 
     @property
     def distance(self) -> float | None:
-        """Total variation between the mix of the baseline and that of the last complete window; None before it."""
+        """The total variation between the mix of the baseline and the mix of the last complete window; None before
+        there is one.
+        """
         counts, total = self._judged, sum(self._judged.values())
         if not total:
             return None
@@ -82,8 +87,9 @@ class Workload:
         return sum(abs(self.share(kind) - counts.get(kind, 0) / total) for kind in kinds) / 2
 
     def changed(self, alpha: float) -> bool:
-        """Whether the mix of the last complete window is proven to be another; wrong for a part of at most alpha of the
-        windows."""
+        """Returns True if it is proven that the mix of the last complete window is another one. It is wrong for at most
+        the part alpha of the windows.
+        """
         return self._log_evidence(self._judged) >= -math.log(alpha)
 
     def _log_evidence(self, window: Mapping[str, int]) -> float:

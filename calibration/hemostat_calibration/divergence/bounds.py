@@ -1,11 +1,11 @@
-"""What top-K lists prove: lower and upper bounds of the divergences of the reference r and the compressed model c.
+"""Bounds that top-K lists prove: lower and upper ones of the divergences of the reference r and the compressed model c.
 
-Nats, per position, float64 [T]; KL(r‖c) = Σ r log(r/c). A `View` holds both models' values from a record: S the ids for
-which both values are known (the compressed side's candidates, the emitted token, as far as the reference gave them),
-R and C the two masses outside S. Outside S an id may still be known on one side: P the ids of the reference's own list
-that the compressed side did not name, Q candidates for which the reference gave no value (never with a reference in
-process), N the rest, named by neither. An id that a model's list does not name is at most as likely as the least of the
-list: c ≤ λ_c on P and N, r ≤ λ_r on Q and N (`caps`), and shares what mass the list leaves.
+All figures are in nats, per position, float64 [T]; KL(r‖c) = Σ r log(r/c). A `View` holds both models' values from a
+record: S the ids for which both values are known (the compressed side's candidates, the emitted token, as far as the
+reference gave them), R and C the two masses outside S. Outside S an id may still be known on one side: P the ids of the
+reference's own list that the compressed side did not name, Q candidates for which the reference gave no value (never
+with a reference in process), N the rest, named by neither. An id that a model's list does not name is at most as likely
+as the least of the list: c ≤ λ_c on P and N, r ≤ λ_r on Q and N (`caps`), and shares what mass the list leaves.
 
 From below, coarse (`coarse`). Merging everything outside S into one bucket is a map applied to both distributions, and
 a map cannot increase an f-divergence (data processing inequality; Cover & Thomas, 2006, ch. 2.8). So KL both ways,
@@ -77,13 +77,15 @@ _COMPARED = 8192
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """lower ≤ the figure over the whole vocabulary ≤ upper, float64 [T]; equal where all is known."""
+    """Two ends, float64 [T], with lower ≤ the figure over the whole vocabulary ≤ upper. They are equal if all is
+    known.
+    """
 
     lower: Floats
     upper: Floats
 
     def where(self, available: Bools) -> Interval:
-        """The same where `available` [T], NaN elsewhere."""
+        """Returns the same interval where `available` [T] is True, and NaN elsewhere."""
         return Interval(np.where(available, self.lower, np.nan), np.where(available, self.upper, np.nan))
 
 
@@ -92,17 +94,17 @@ class Bounds:
     """Intervals for one request, [T]; nats but for `tv`."""
 
     kl_rc: Interval
-    """KL(r‖c); its upper end holds given `min_ratio`."""
+    """The interval of KL(r‖c); its upper end holds given `min_ratio`."""
     kl_cr: Interval
-    """KL(c‖r) likewise."""
+    """The interval of KL(c‖r); its upper end holds given `min_ratio`, too."""
     js: Interval
     """Jensen–Shannon, without any assumption."""
     tv: Interval
     """Total variation, without any assumption."""
     min_ratio: float
-    """What KL's upper ends assume: at an id that is not in both lists, neither probability is less than this times the
-    other. At 99.6 % of 3,517 positions of SmolLM2 against its W4A16 checkpoint the assumption held for e^−16 at
-    every id (`make bench-bounds`); at half of 854 positions it held for e^−7."""
+    """The assumption of KL's upper ends: at an id that is not in both lists, neither probability is less than this
+    times the other. At 99.6 % of 3,517 positions of SmolLM2 against its W4A16 checkpoint the assumption held for e^−16
+    at every id (`make bench-bounds`); at half of 854 positions it held for e^−7."""
 
     def where(self, available: Bools) -> Bounds:
         """The same where `available` [T], NaN elsewhere."""
@@ -118,7 +120,8 @@ class Bounds:
 
 
 def bounds(record: TokenRecord, min_ratio: float = MIN_RATIO) -> Bounds:
-    """What a validated record proves about r and c. min_ratio: 0 to 1, see `Bounds.min_ratio`; 0 is no assumption.
+    """Returns what a validated record proves about r and c. min_ratio: 0 to 1, see `Bounds.min_ratio`; 0 is no
+    assumption.
 
     >>> from hemostat_calibration.records import Candidates
     >>> ids, log_c, log_r = np.array([[0, 1]], np.int32), np.log([[0.7, 0.2]]), np.log([[0.5, 0.4]])
@@ -152,7 +155,7 @@ def cap(candidates: Candidates, emitted: Ids) -> Floats:
 
 
 def named(ids: Ids, others: Ids) -> Bools:
-    """Which of `ids` [T, J] are among `others` [T, N] of the same row, [T, J].
+    """Returns which of `ids` [T, J] are among `others` [T, N] of the same row, bool [T, J].
 
     >>> named(np.array([[1, 2]], np.int32), np.array([[2, 3, 4]], np.int32)).tolist()
     [[False, True]]
@@ -171,7 +174,7 @@ def named(ids: Ids, others: Ids) -> Bools:
 def bounds_of(
     record: TokenRecord, view: View, known: Coarse, log_p: Floats, log_cap: Floats, min_ratio: float = MIN_RATIO
 ) -> Bounds:
-    """What a record proves about r and any p: the compressed model, or what a profile makes of it.
+    """Returns what a record proves about r and any p: the compressed model, or what a profile makes of it.
 
     known: the one-bucket figures of r and p. log_p: log p of every candidate, [T, N]. log_cap: the largest that log p
     can be elsewhere, [T]. min_ratio: see `Bounds.min_ratio`.

@@ -43,7 +43,7 @@ from hemostat_calibration.divergence.view import MASS_ROUNDING, view_of, xlogy
 from hemostat_calibration.records import Candidates, Sampling, TokenRecord
 
 GREEDY_BELOW = 1e-5
-"""vLLM decodes greedily below this temperature."""
+"""The temperature below which vLLM decodes greedily."""
 
 DECODING_LABELS = (
     "greedy",
@@ -83,7 +83,7 @@ class DecodedDivergence:
 
 
 def decoded_divergence(record: TokenRecord, min_ratio: float = MIN_RATIO) -> DecodedDivergence:
-    """How far apart the two models are after the request's decoding, of a validated record.
+    """Returns the divergence of the two models after the request's decoding, for a validated record.
 
     min_ratio: see `bounds.Bounds.min_ratio`, for KL's upper end at temperature 1 without a cut.
 

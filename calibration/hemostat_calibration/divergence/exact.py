@@ -10,7 +10,8 @@ from hemostat_calibration.records import ExactDistances
 
 
 def of_distances(distances: ExactDistances) -> TokenDivergence:
-    """As the figures of a record; NaN is what was not computed. A KL a little below 0, from rounding, is 0.
+    """Returns the distances in the form of a record's figures; NaN is what was not computed. A KL a little below 0,
+    from rounding, is 0.
 
     >>> distances = ExactDistances(kl=np.array([0.3, np.inf]), tv=np.array([0.2, 1.0]), top1=np.array([True, False]))
     >>> figures = of_distances(distances)

@@ -1,4 +1,4 @@
-"""What a profile gains at each position: KL(r‖c) − KL(r‖c'), as an interval."""
+"""The gain of a profile at each position: KL(r‖c) − KL(r‖c'), as an interval."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class Gain:
 
 
 def gain(record: TokenRecord, profile: CalibrationProfile) -> Gain:
-    """What `profile` gains at each position of a validated record, within ± the width of its Δz (at most 2 clamp).
+    """Returns what `profile` gains at each position of a validated record, within ± the width of its Δz (at most 2
+    clamp).
 
     >>> from hemostat_calibration.profiles.profile import temperature_bias
     >>> from hemostat_calibration.records import Candidates

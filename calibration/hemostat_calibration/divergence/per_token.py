@@ -64,23 +64,25 @@ class TokenDivergence:
     """One request's figures; arrays [T], nats unless stated otherwise."""
 
     bound: Literal["lower", "exact"]
-    """What `kl_rc`, `kl_cr`, `js`, `tv` and `entropy_compressed` are: exact when S is the whole vocabulary."""
+    """It says if `kl_rc`, `kl_cr`, `js`, `tv` and `entropy_compressed` are exact, which they are when S is the whole
+    vocabulary, or lower bounds.
+    """
     kl_rc: Floats
-    """KL(r‖c)"""
+    """The divergence KL(r‖c)."""
     kl_cr: Floats
-    """KL(c‖r)"""
+    """The divergence KL(c‖r)."""
     js: Floats
     """Jensen–Shannon divergence, at most log 2."""
     tv: Floats
     """Total variation, 0 to 1."""
     covered_reference: Floats
-    """r's mass on S, 0 to 1."""
+    """The mass of r on S, 0 to 1."""
     covered_compressed: Floats
-    """c's mass on S, 0 to 1; the least that it can be where a profile's normalizer is known as an interval only."""
+    """The mass of c on S, 0 to 1; the least that it can be if a profile's normalizer is known as an interval only."""
     top1_agreement: Bools
     """The likeliest of c's candidates is r's likeliest id; see `top1_known`."""
     delta_log_likelihood: Floats
-    """log c(x) − log r(x) of the emitted token x; NaN after a profile whose normalizer is unknown."""
+    """The difference log c(x) − log r(x) for the emitted token x; NaN after a profile whose normalizer is unknown."""
     delta_p: Floats
     """Δp = c(x) − r(x) of the emitted token x, −1 to 1 (llama.cpp's sign: what c adds); NaN likewise."""
     entropy_reference: Floats
@@ -93,12 +95,13 @@ class TokenDivergence:
     estimate_cr: Floats
     """KL(c‖r) likewise; after a profile, never from a recovered distribution."""
     estimate_js: Floats
-    """Jensen–Shannon from the compressed model's recovered distribution; NaN where it is not used, and after a profile.
-    Equal to `js` when exact."""
+    """The Jensen–Shannon divergence from the compressed model's recovered distribution; NaN where that is not used, and
+    after a profile. It is equal to `js` when exact.
+    """
     estimate_tv: Floats
-    """Total variation likewise."""
+    """The total variation from the same distribution; NaN in the same cases. It is equal to `tv` when exact."""
     recovered: Bools
-    """`estimate_rc` is from the compressed model's recovered distribution."""
+    """It is True if `estimate_rc` is from the compressed model's recovered distribution."""
     bounds: Bounds
     """Proven intervals of the four divergences. After a profile whose normalizer is unknown: NaN."""
     known: Bools
@@ -290,7 +293,9 @@ def calibrated(
 
 
 def _recovered(record: TokenRecord, view: View) -> Bools:
-    """Where the record's recovered distribution is used, [T]. Nothing is better than all of the vocabulary itself."""
+    """Returns the positions at which the record's recovered distribution is used, bool [T]. It is never used if the
+    whole vocabulary is known.
+    """
     if record.recovered is None or record.support is not None or view.exact:
         return np.zeros(record.tokens, dtype=np.bool_)
     return record.recovered.usable

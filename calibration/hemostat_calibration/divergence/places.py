@@ -1,7 +1,8 @@
 """A request's figures by where its tokens stand: position in the output, length of the context, thinking or answer.
 
 Errors of a compressed model may grow with the length of what it has read: rounding of a quantized KV cache adds up over
-the context. Buckets have fixed edges, so that their number is bounded and those of several Hemostats can be summed.
+the context. Buckets have fixed edges, so that their number is bounded, and the buckets of several Hemostats can be
+summed.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from hemostat_calibration.reasoning import thinking_mask
 from hemostat_calibration.records import TokenRecord
 
 POSITION_EDGES = (16, 64, 256, 1024, 4096)
-"""Of positions in the output, counted from 0."""
+"""The edges of the buckets of positions in the output, counted from 0."""
 CONTEXT_EDGES = (512, 2048, 8192, 32768, 131072)
-"""Of the number of tokens before a position."""
+"""The edges of the buckets of the number of tokens before a position."""
 THINKING, ANSWER = PHASES = ("thinking", "answer")
 
 _T = TypeVar("_T")

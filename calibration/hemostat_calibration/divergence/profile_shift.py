@@ -1,4 +1,6 @@
-"""What a profile does to a record: Δz at the candidates, its range behind them, and the normalizer E_c[e^Δz]."""
+"""The change that a profile makes to a record: Δz at the candidates, its range behind them, and the normalizer
+E_c[e^Δz].
+"""
 
 from __future__ import annotations
 
@@ -123,7 +125,7 @@ def log_normalizer_range(
 
 
 def at_emitted(record: TokenRecord, view: View, values: Floats) -> Floats:
-    """`values` of the candidates [T, N] at the emitted token, [T].
+    """Returns the `values` of the candidates, [T, N], at the emitted token, [T].
 
     >>> from hemostat_calibration.divergence.view import view_of
     >>> from hemostat_calibration.records import Candidates

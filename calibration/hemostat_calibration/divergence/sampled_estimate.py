@@ -12,7 +12,7 @@ from hemostat_calibration.records import TokenRecord
 
 
 def importance_weight(record: TokenRecord, view: View, served: CalibrationProfile | None) -> Floats:
-    """c(x)/q(x) of the emitted token, q what it was sampled from, float64 [T]; NaN where unknown.
+    """Returns c(x)/q(x) of the emitted token, where q is what it was sampled from, float64 [T]; NaN if that is unknown.
 
     >>> from hemostat_calibration.divergence.view import view_of
     >>> from hemostat_calibration.records import Candidates

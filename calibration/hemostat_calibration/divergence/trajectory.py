@@ -1,6 +1,6 @@
-"""How long two models generate the same text: survival, half-life, length of the common prefix.
+"""The length over which two models generate the same text: survival, half-life, length of the common prefix.
 
-What a request contributes is f_t in [0, 1], its factor at output token t = 1, 2, …: the probability that the models
+A request contributes f_t in [0, 1], its factor at output token t = 1, 2, …: the probability that the models
 still agree after token t if they did before. The caller chooses the factors (r the reference, c the compressed model,
 x the token that was emitted):
 
@@ -58,7 +58,7 @@ _AT: npt.NDArray[np.int64] = np.array(POSITIONS, dtype=np.int64)
 
 
 def agreement(record: TokenRecord) -> Floats:
-    """min(1, r(x)/c(x)) of the emitted tokens, float64 [T].
+    """Returns min(1, r(x)/c(x)) of the emitted tokens, float64 [T].
 
     >>> from hemostat_calibration.records import Candidates
     >>> ids, log_c, log_r = np.array([[0, 1, 2]], np.int32), np.log([[0.7, 0.2, 0.1]]), np.log([[0.5, 0.4, 0.1]])
@@ -140,10 +140,11 @@ class Survival:
         )
 
     def get(self, horizon: int | None = None, inflation: float = 1.0) -> SurvivalCurve:
-        """`horizon`: tokens that `prefix` counts; as far as there are data when None or larger than that. inflation:
-        v̂ of the requests (`statistics.dependence`), finite, 1 or more: intervals are those of the effective ones.
+        """Returns the curve up to now.
 
-        InvalidArgumentError when it is less than 1.
+        horizon: the number of tokens that `prefix` counts; with None, or a larger number than there are data, all data
+        count. inflation: v̂ of the requests (`statistics.dependence`), finite, 1 or more: intervals are as wide as with
+        the effective requests alone. Raises InvalidArgumentError if a value is too small.
         """
         if horizon is not None and horizon < 1:
             raise InvalidArgumentError(f"horizon is {horizon}: it must be at least 1 token")

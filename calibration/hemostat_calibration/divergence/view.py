@@ -28,10 +28,10 @@ class View:
 
     ids: Ids
     log_candidates: Floats
-    """log c of every candidate; -inf where padded."""
+    """The logarithm log c of every candidate; -inf where padded."""
     inside: Bools
     log_c: Floats
-    """log c on S, -inf outside; c, log_r, r likewise."""
+    """The logarithm log c on S, and -inf outside. The fields c, log_r and r are alike."""
     c: Floats
     log_r: Floats
     r: Floats
@@ -125,7 +125,7 @@ def bucket(view: View, p: Floats) -> Floats:
 
 
 def row_sums(x: Floats) -> Floats:
-    """x.sum(axis=1), several times as fast where rows are short.
+    """Returns x.sum(axis=1), several times as fast if rows are short.
 
     >>> row_sums(np.array([[1.0, 2.0], [3.0, 4.0]])).tolist()
     [3.0, 7.0]
@@ -145,7 +145,7 @@ def row_counts(x: Bools) -> npt.NDArray[np.intp]:
 
 
 def xlogy(x: Floats, y: Floats) -> Floats:
-    """x log y, 0 where x is 0.
+    """Returns x log y, and 0 where x is 0.
 
     >>> xlogy(np.array([0.0, 2.0]), np.array([0.0, 1.0])).tolist()
     [0.0, 0.0]

@@ -1,4 +1,4 @@
-"""What the guard decides, and the evidence that it shows."""
+"""The decisions of the guard, and the evidence that it shows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Action(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a serving profile is rolled back."""
+    """The reason for which a serving profile is rolled back."""
 
     HARM = "harm"
     UNSUPPORTED = "unsupported"
@@ -29,7 +29,7 @@ class Role(StrEnum):
 
 
 class Figure(StrEnum):
-    """What a test's gains are of; one test never adds up gains of both.
+    """The figure in which a test's gains are given; one test never adds up gains of both.
 
     Total variation is used as soon as one side of the comparison is an adapter, which changes the weights. A change of
     the logits moves each by at most its clamp, so that its gain in KL has a lower bound, which the e-values need. The
@@ -39,19 +39,19 @@ class Figure(StrEnum):
     """
 
     NATS = "nats"
-    """KL(reference‖served without it) − KL(reference‖served with it)."""
+    """The gain is KL(reference‖served without the profile) − KL(reference‖served with it), in nats."""
     TOTAL_VARIATION = "total_variation"
-    """The same of the total variation; its width is 1."""
+    """The gain is the same difference of total variations; its width is 1."""
 
 
 class Admission(StrEnum):
-    """Whether a unit may count in a test; decided before its gain is looked at."""
+    """The answer to the question if a unit may count in a test; it is given before the unit's gain is looked at."""
 
     ADMITTED = "admitted"
     COUNTED = "counted"
-    """It has counted in this test, or was refused."""
+    """The unit has counted in this test already, or was refused."""
     CLIENT_SHARE = "client_share"
-    """Its client has its share of the test's units already."""
+    """The unit's client has its share of the test's units already."""
     FULL = "full"
     """The test has met `kind_test.MAX_UNITS` units."""
     FROZEN = "frozen"
@@ -62,7 +62,9 @@ class Admission(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """reason: of a roll back, else None."""
+    """The action that the evidence of one test allows. reason: why a profile is rolled back; None with any other
+    action.
+    """
 
     action: Action
     reason: Reason | None = None
@@ -120,7 +122,7 @@ class Evidence:
 
     @property
     def effective_units(self) -> float:
-        """So many independent units would say as much."""
+        """The number of independent units that would say as much as these."""
         return self.units / self.inflation
 
     @property

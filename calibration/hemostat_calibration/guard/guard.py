@@ -13,7 +13,7 @@ end. Units must be of the held-out side of the split.
   back as *no longer supported* at the end of a window of so many units, unless by then the evidence of this window that
   its gain is above 0 has reached 1/alpha.
 - Units may depend on each other: all evidence is raised to the power 1/v̂, with the variance inflation v̂ of their
-  sums, which comes from what is known of the kind beside the tests (`Guard.note`), and for a candidate from
+  sums, which comes from what is known of the kind outside the tests (`Guard.note`), and for a candidate from
   its gains, too: the larger one. A candidate is not promoted before there are enough units to know it, over
   `MIN_CYCLES` of the traffic (`statistics.dependence`): of the kind, or of all kinds together. Then the larger v̂ of
   both counts, until the v̂ of the kind is known.
@@ -72,13 +72,14 @@ but losses, up to its share, a profile that goes on as it was is still supported
 tests/bench/guard/clients.py."""
 MIN_WINDOW = 400
 DEFAULT_WINDOW = 1000
-"""Units, for a profile that the operator selected without statistical proof."""
+"""The length of the window, in units, of a profile that the operator selected without statistical proof."""
 MAX_WINDOW = 2000
 SHOWN_ALPHA = 0.05
-"""Of the interval of the mean gain in `Evidence`."""
+"""The probability that the interval of the mean gain in `Evidence` is wrong."""
 MIN_CYCLES = 2
-"""That have to be seen before anything is promoted: of one cycle no method can tell what a profile gains from what
-all units of that cycle have in common, such as a template that is all traffic for a day."""
+"""The number of cycles that have to be seen before anything is promoted. From one cycle no method can tell what a
+profile gains from what all units of that cycle have in common, such as a template that is all traffic for a day.
+"""
 MAX_COUNTED_KINDS = 256
 """Kinds whose windows are counted each by itself; further ones share one count, so that no alpha is spent twice."""
 
@@ -89,11 +90,12 @@ _NO_FIGURES: Mapping[str, Figure] = MappingProxyType({})
 
 
 class Guard:
-    """All tests and the alpha that they spent. Every test has a name, the caller's, and under it one or more kinds.
+    """Owns all tests and the alpha that they spent. Every test has a name, which the caller gives, and one or more
+    kinds of traffic.
 
-    alpha: probability of each kind of error over the whole run. client_share: of a test's units, at most of one client.
-    cycle: of the traffic, seconds; units that span `MIN_CYCLES` have to be noted before v̂ of their kind, or of all
-        kinds, is believed.
+    alpha: the probability of each kind of error over the whole run. client_share: the largest share of a test's units
+    that one client may contribute. cycle: the length of the traffic's cycle in seconds. v̂ of a kind, or of all kinds,
+    is believed only if the noted units span `MIN_CYCLES` of it.
 
     >>> guard = Guard(alpha=0.05)
     >>> guard.begin_candidate("a profile", {"chat text": (1.0, 0.7), "rest": (1.0, 0.3)})
@@ -133,22 +135,22 @@ class Guard:
             dependence[kind] = dependence.get(kind, KindDependence()).update(client, figure, now)
 
     def forget(self, kind: str | None = None) -> None:
-        """What was noted of this kind, or of all, is of other traffic, or of other models."""
+        """Forgets what was noted of this kind, or of all kinds: it came from other traffic, or from other models."""
         for name in [kind] if kind is not None else list(self._state.dependence):
             self._state.dependence.pop(name, None)
 
     def dependence(self, kind: str = ALL_KINDS) -> KindDependence | None:
-        """What was noted of a kind, or of all; None where nothing was."""
+        """Returns what was noted of a kind, or of all kinds; None if nothing was."""
         return self._state.dependence.get(kind)
 
     @property
     def has_seen_cycles(self) -> bool:
-        """Whether what was noted spans `MIN_CYCLES`, or nothing was noted: before that, nothing is promoted."""
+        """It is True if what was noted spans `MIN_CYCLES`, or if nothing was noted. Nothing is promoted before."""
         pooled = self._state.dependence.get(ALL_KINDS)
         return pooled is None or pooled.spans(self._needed_seconds)
 
     def is_known(self, kind: str) -> bool:
-        """Whether v̂ is known for this kind; also where nothing was noted of it."""
+        """Returns True if v̂ is known for this kind, or if nothing was noted at all."""
         own, pooled = self._state.dependence.get(kind), self._state.dependence.get(ALL_KINDS)
         if pooled is None or (own is not None and own.known_for(self._needed_seconds)):
             return True
@@ -240,9 +242,10 @@ class Guard:
     # --- evidence ----------------------------------------------------------------------------------------------------
 
     def admit(self, name: str, kind: str, unit: bytes, client: bytes) -> Admission:
-        """Whether a unit may count in a test, to be asked before its gain is looked at; `update` only what is admitted.
+        """Decides if a unit may count in a test. Call it before the unit's gain is looked at, and `update` only for
+        admitted units.
 
-        unit: its digest; b"" counts every time. client: its digest; b"" is one client, too.
+        unit: its digest; a unit with b"" counts every time. client: its digest; b"" is one client, too.
         """
         test = self._state.tests.get(name, {}).get(kind)
         if test is None:
@@ -250,13 +253,14 @@ class Guard:
         return self._current(name, kind, test).admit(unit, client, self._client_share)
 
     def has_counted(self, name: str, kind: str, unit: bytes) -> bool:
-        """Whether the unit can add nothing to this test, which is not there, or has counted or refused it. It changes
-        nothing."""
+        """Returns True if the unit can add nothing: there is no such test, it has ended, or it has counted or refused
+        the unit. The call changes nothing.
+        """
         test = self._state.tests.get(name, {}).get(kind)
         return test is None or test.frozen or test.has_counted(unit)
 
     def figure(self, name: str, kind: str) -> Figure | None:
-        """What a test's gains are of; None where there is no such test."""
+        """Returns the figure in which a test's gains are given; None if there is no such test."""
         test = self._state.tests.get(name, {}).get(kind)
         return None if test is None else test.figure
 
@@ -312,10 +316,10 @@ class Guard:
         self._test(name, kind).oppose(lower, figure)
 
     def decide(self, name: str, kind: str) -> Decision:
-        """What the evidence allows now. It changes nothing: the caller acts on it (`begin_watch`, `freeze`,
-        `end_kind`).
+        """Returns the action that the evidence allows now. The call changes nothing: the caller acts on it
+        (`begin_watch`, `freeze`, `end_kind`).
 
-        InvalidArgumentError for what is not under test.
+        Raises InvalidArgumentError if the profile is not under test in this kind.
         """
         test = self._test(name, kind)
         needed = self._needed(test)
@@ -337,7 +341,9 @@ class Guard:
         return Decision(Action.HOLD)
 
     def evidence(self, name: str, kind: str) -> Evidence:
-        """What `decide` follows from. InvalidArgumentError for what is not under test."""
+        """Returns the evidence that `decide` follows from. Raises InvalidArgumentError if the profile is not under test
+        in this kind.
+        """
         test = self._test(name, kind)
         candidate = test.role is Role.CANDIDATE
         interval = test.gain.get(SHOWN_ALPHA)
@@ -385,7 +391,7 @@ class Guard:
         return tuple(self._state.tests.get(name, ()))
 
     def is_running(self, name: str, kind: str) -> bool:
-        """Whether units of this kind may count in this test."""
+        """Returns True if units of this kind may count in this test."""
         test = self._state.tests.get(name, {}).get(kind)
         return test is not None and not test.frozen
 
@@ -459,7 +465,7 @@ class Guard:
 
     @property
     def _needed_seconds(self) -> float:
-        """That have to be seen before anything is promoted."""
+        """The time in seconds that noted units have to span before anything is promoted."""
         return MIN_CYCLES * self._cycle
 
     @property

@@ -39,7 +39,11 @@ BY_UNIT, BY_TOKEN = range(2)
 
 @dataclass(slots=True)
 class Run:
-    """number: r, from 0. begun: units before it. mark: float64 [2, MAX_CLIENTS, F], the wealth then."""
+    """One run of the harm sum.
+
+    number: r, from 0. begun: the number of units before the run. mark: float64 [2, MAX_CLIENTS, F], `HarmSum.wealth`
+    when the run began.
+    """
 
     number: int
     begun: int
@@ -48,10 +52,10 @@ class Run:
 
 @dataclass(slots=True)
 class HarmSum:
-    """Of one profile in one kind, over all of its windows. number: it spends alpha/(number (number + 1)).
+    """The evidence of harm by one profile in one kind, over all of its windows.
 
-    wealth: float64 [2, MAX_CLIENTS, F], sums of log factors of the bets that the gain is below 0, by unit and by token.
-    places: client -> row.
+    number: the number of the sum, which spends alpha/(number (number + 1)). wealth: float64 [2, MAX_CLIENTS, F], sums
+    of log factors of the bets that the gain is below 0, by unit and by token. places: client -> row.
     """
 
     number: int
@@ -60,7 +64,9 @@ class HarmSum:
     wealth: Floats = field(default_factory=lambda: np.zeros((2, MAX_CLIENTS, len(FRACTIONS))))
     runs: list[Run] = field(default_factory=list)
     known: tuple[float, float] = (0.0, math.inf)
-    """v̂, and the largest evidence with it: one unit multiplies no part of it by more than its own factor, or 1."""
+    """A pair: v̂, and the largest evidence with it. One unit multiplies no part of the evidence by more than its own
+    factor, or 1.
+    """
 
     @property
     def clients(self) -> int:
@@ -88,7 +94,7 @@ class HarmSum:
         return result
 
     def reaches(self, needed: float, inflation: float) -> bool:
-        """Whether it is `needed` or more. Most units need no evaluation of it."""
+        """Returns True if the log evidence is `needed` or more. Most units need no evaluation of it."""
         not_enough = self.known[0] == inflation and self.known[1] < needed
         return not not_enough and self.log_e(inflation) >= needed
 
@@ -112,7 +118,7 @@ class HarmSum:
 
 
 def _part(number: int) -> float:
-    """Of the whole, what run `number` has.
+    """Returns the part of the whole that run `number` has.
 
     >>> round(sum(_part(number) for number in range(100)) + _unspent(100), 12)
     1.0
@@ -121,5 +127,5 @@ def _part(number: int) -> float:
 
 
 def _unspent(begun: int) -> float:
-    """What runs have that have not begun, after so many."""
+    """Returns the part of the whole that runs have which have not begun after `begun` runs."""
     return 1.0 if begun == 0 else (1.0 - _FIRST) * _SLOW / (begun + _SLOW - 1.0)

@@ -35,7 +35,9 @@ MAX_MET = 4
 """A window is over when so many times its units were met, most of them refused: clients that are seen no more would
 else keep the window open."""
 DIGEST_BYTES = 4
-"""Of a unit, remembered. Two units with the same digest count as one: with a probability of 1e-6 each."""
+"""The bytes of a unit's digest that are remembered. Two units with the same digest count as one, which has a
+probability of 1e-6 for each unit.
+"""
 DEFAULT_TOKEN_CAP = 512.0
 """Tokens, where no answer's length is known yet; see `KindTest.token_cap`."""
 
@@ -44,7 +46,9 @@ GAIN_TOKENS, TOKENS, SQUARED_TOKENS = range(3)
 KL_GAIN, KL_GAIN_TOKENS = range(2)
 """Sums of each client's units: gain in KL, the same times tokens."""
 MAX_KL_GAIN = 1e9
-"""Nats: what an infinite loss counts as in `KindTest.kl_sums`, so that no number of gains outweighs it."""
+"""The size, in nats, at which an infinite loss counts in `KindTest.kl_sums`, so that no number of gains outweighs
+it.
+"""
 
 
 @dataclass(slots=True)
@@ -154,7 +158,7 @@ class KindTest:
         self.evidence = None
 
     def admit(self, unit: bytes, client: bytes, share: float) -> Admission:
-        """Whether the unit may count. It looks at whose the unit is and not at what it showed.
+        """Decides if the unit may count. The answer depends on whose the unit is, and not on what it showed.
 
         A client's share of the units is at most `share`, rounded up to a whole unit. A unit that is refused for that
         does not count later either.
@@ -176,7 +180,7 @@ class KindTest:
         return Admission.ADMITTED
 
     def has_counted(self, unit: bytes) -> bool:
-        """Whether the unit has counted, or was refused."""
+        """Returns True if the unit has counted, or was refused."""
         return bool(unit) and _digest(unit) in self.counted
 
     def update(
@@ -258,14 +262,17 @@ class KindTest:
         return self.evidence[1]
 
     def reaches(self, needed: float, inflation: Callable[[], float], known: bool = False, seconds: float = 0.0) -> bool:
-        """Whether the log evidence is `needed` or more, and may decide. Most units need no evaluation of it, nor of
-        v̂. inflation: returns v̂. known, seconds: see `may_decide`."""
+        """Returns True if the log evidence is `needed` or more, and may decide. Most units need no evaluation of the
+        evidence or of v̂. inflation: returns v̂. known, seconds: see `may_decide`.
+        """
         if log_bound(self.wealth[: self.clients]) < needed:
             return False
         return self.may_decide(known, seconds) and self.log_e(inflation()) >= needed
 
     def harm_reaches(self, needed: float, inflation: float) -> bool:
-        """Whether the log evidence that a serving profile's gain is below 0 is `needed` or more, and may decide."""
+        """Returns True if the log evidence that a serving profile's gain is below 0 is `needed` or more, and may
+        decide.
+        """
         harm = self.harm
         if harm is None or not (harm.clients >= MIN_CLIENTS or harm.units >= MIN_UNITS_OF_FEW_CLIENTS):
             return False
@@ -281,13 +288,14 @@ class KindTest:
 
     @property
     def gains_by_token(self) -> bool:
-        """Whether the gain by token is above 0, without any one client. No error is controlled here."""
+        """It is True if the gain by token is above 0 without any one client. No error is controlled here."""
         return bool((without_any(self.sums[: self.clients, GAIN_TOKENS]) > 0.0).all()) if self.units else False
 
     @property
     def gains_in_kl(self) -> bool:
-        """Whether the gain in KL is above 0, too, by unit and by token, without any one client: always where gains are
-        in nats. No error is controlled here."""
+        """It is True if the gain in KL is above 0, too, by unit and by token, without any one client. It is always True
+        if gains are in nats. No error is controlled here.
+        """
         if self.figure is Figure.NATS:
             return True
         sums = self.kl_sums[: self.clients]
@@ -323,8 +331,9 @@ class KindTest:
             raise InvalidArgumentError(f"the gain is of {figure}, the test's are of {self.figure}: they do not add up")
 
     def _ends_window(self, more: int = 1) -> bool:
-        """Whether so many more units end the window of a serving profile since so many were refused: such a unit is
-        admitted whoever sends it, so that the end is noticed."""
+        """Returns True if `more` further units end the window of a serving profile because so many units were refused.
+        Such a unit is admitted whoever sends it, so that the end is noticed.
+        """
         met, remembered = self.units + self.refused + more, len(self.counted) + more
         return self.role is Role.SERVING and (met >= MAX_MET * self.window or remembered >= MAX_UNITS)
 

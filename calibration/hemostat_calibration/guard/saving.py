@@ -29,10 +29,11 @@ OLDEST = 4
 
 @dataclass(slots=True)
 class State:
-    """candidate_tests: tests of candidates begun. windows: by kind, windows begun. tests: name -> kind -> test.
+    """The state of the guard.
 
-    ended: name -> (number, weight, log e-value) of kinds of a candidate's test that ended before the others.
-    dependence: by kind.
+    candidate_tests: the number of candidates' tests begun. windows: the number of windows begun, by kind. tests: name
+    -> kind -> test. ended: name -> (number, weight, log e-value) of kinds of a candidate's test that ended before the
+    others. dependence: the dependence of noted units, by kind.
     """
 
     candidate_tests: int = 0
@@ -108,7 +109,7 @@ def _require_rows(rows: Any, kind: str, count: int | None = None) -> None:
 
 
 def _require_like(stored: Any, fresh: Any, kind: str) -> None:
-    """Arrays have the shapes of those of an object that has just begun, and are finite."""
+    """Raises an error unless arrays are finite and have the shapes that an object has which has just begun."""
     for name in (attribute.name for attribute in fields(stored)):
         value, expected = getattr(stored, name), getattr(fresh, name)
         if is_dataclass(value) and is_dataclass(expected):

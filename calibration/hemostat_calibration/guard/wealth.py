@@ -1,7 +1,7 @@
 """E-processes of the hypothesis "the mean is at most 0", of which no single client's observations decide.
 
-By betting (Waudby-Smith & Ramdas, JRSS-B 2024). Every observation X is at least −width. If its mean given the past is
-at most 0, then for a fraction f in [0, 1)
+The evidence is made by betting (Waudby-Smith & Ramdas, JRSS-B 2024). Every observation X is at least −width. If its
+mean given the past is at most 0, then for a fraction f in [0, 1)
 
     K_t(f) = Π_{i ≤ t} (1 + f X_i / width)
 
@@ -13,7 +13,7 @@ the mixture is put there.
 
 The product does not depend on the order, and whose an observation is, is known before its value. So K without the
 factors of any fixed set of clients is an e-process, too: the one of the other clients' observations. With K^-a, K^-ab
-without those of a, of a and b, there are two kinds of evidence.
+without the observations of a, and of a and b, there are two kinds of evidence.
 
 **To begin** (`log_proof`): the least of K, all K^-a, and K with all observations that were refused for their client's
 share. It is valid for all traffic, and for that without any one client: what a client sends cannot prove a gain that
@@ -64,8 +64,9 @@ MIN_CLIENTS = 4
 """Clients seen from which on the evidence does without any one of them, and their share is limited."""
 
 FRACTIONS = np.array([0.99, 0.5, 0.25, 0.1])
-"""Of the stake that would lose everything on the worst observation. Below 1, so that a factor is never 0 and can be
-left out again."""
+"""The fractions f that are bet: shares of the stake that would lose everything on the worst observation. They are below
+1, so that a factor is never 0 and can be left out again.
+"""
 PRIOR = np.array([0.7, 0.1, 0.1, 0.1])
 
 SLOTS = 1.0 / np.arange(5.0, 5.0 + MAX_CLIENTS)
@@ -78,7 +79,7 @@ _TINY = np.finfo(np.float64).tiny
 
 
 def log_factors(x: float) -> Floats:
-    """log(1 + f x), float64 [F]. x: an observation divided by the width, −1 to 1.
+    """Returns log(1 + f x) for each fraction f, float64 [F]. x: an observation divided by the width, −1 to 1.
 
     >>> log_factors(0.25).round(3).tolist()
     [0.221, 0.118, 0.061, 0.025]

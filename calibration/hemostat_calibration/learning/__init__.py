@@ -1,1 +1,1 @@
-"""How profiles are learned from token records."""
+"""The learning of profiles from token records."""

@@ -20,9 +20,9 @@ class TemperatureBiasState:
     model: str
     vocab_size: int
     reference_mass: Floats
-    """float64 [V]: Σ r(i) over the positions where both sides gave i."""
+    """The sums Σ r(i) over the positions where both sides gave i, float64 [V]."""
     compressed_mass: Floats
-    """float64 [V]: Σ of what c'(i) would be there without its own bias."""
+    """The sums of what c'(i) would be at these positions without its own bias, float64 [V]."""
     information: float = 0.0
     """Σ Var_{c'}(z − max z): curvature of KL(r‖c') in the inverse temperature β."""
     moment: float = 0.0
@@ -135,8 +135,10 @@ class TemperatureBiasLearner:
         )
 
     def shrunk(self, state: TemperatureBiasState, pooled: TemperatureBiasState, tokens: int) -> TemperatureBiasState:
-        """`state` as though it had also seen `tokens` tokens of what `pooled` saw: with little data it proposes nearly
-        the pooled profile, with much its own. InvalidArgumentError where they learned of different models."""
+        """Returns `state` as though it had also seen `tokens` tokens of what `pooled` saw: with little data it proposes
+        nearly the pooled profile, with much data its own. Raises InvalidArgumentError if they learned from different
+        models.
+        """
         if (state.model, state.vocab_size) != (pooled.model, pooled.vocab_size):
             raise InvalidArgumentError(f"states are of {state.model} and {pooled.model}: they must be of one model")
         part = min(1.0, tokens / max(pooled.weight, 1.0))

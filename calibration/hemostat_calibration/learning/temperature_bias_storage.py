@@ -1,4 +1,4 @@
-"""What temperature and bias were learned from, as bytes, for a restart: safetensors, the masses in float32."""
+"""Stores what temperature and bias were learned from as bytes, for a restart: safetensors, the masses in float32."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ _SUMS = ("information", "moment", "depth", "deep_tokens", "weight")
 def save(
     states: Mapping[str, TemperatureBiasState], learner: TemperatureBiasLearner, about: str, notes: str = ""
 ) -> bytes:
-    """States by name, 8 bytes × vocabulary each. about: the caller's name of the two models. notes: kept beside them.
+    """Returns states by name as bytes, 8 bytes × vocabulary each. about: the caller's name of the two models. notes:
+    text that is kept with them.
 
     >>> learner = TemperatureBiasLearner()
     >>> states, notes = load(save({"": learner.init("m", 4)}, learner, "m", "x"), learner, "m")
@@ -44,7 +45,8 @@ def save(
 
 
 def load(data: bytes, learner: TemperatureBiasLearner, about: str) -> tuple[dict[str, TemperatureBiasState], str]:
-    """What `save` wrote, and its notes. InvalidArgumentError where it is damaged, or of another learner or model.
+    """Returns what `save` wrote, and its notes. Raises InvalidArgumentError if it is damaged, or comes from another
+    learner or other models.
 
     >>> learner = TemperatureBiasLearner()
     >>> load(save({}, learner, "m", "notes"), learner, "m")

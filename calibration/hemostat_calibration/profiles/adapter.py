@@ -22,7 +22,7 @@ from hemostat_calibration.profiles.families import (
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 CLAMP_NATS = 1.0
-"""`clamp_nats` of an adapter, where it has no meaning."""
+"""The `clamp_nats` of an adapter's profile, where it has no meaning."""
 
 
 def adapter_profile(
@@ -32,11 +32,11 @@ def adapter_profile(
     layers: Mapping[str, LowRank],
     metadata: Mapping[str, str] | None = None,
 ) -> CalibrationProfile:
-    """Profile of an adapter.
+    """Returns the profile of an adapter.
 
-    layers: by the name of the module in the checkpoint, without `.weight`. Those of rank 0 are left out; one or more
-        must be left. The ranks may differ.
-    Raises InvalidProfileError, naming the layer, on a value that is not finite or a name that cannot be a module's.
+    layers: by the name of the module in the checkpoint, without `.weight`. Layers of rank 0 are left out; one or more
+    must be left. The ranks may differ. Raises InvalidProfileError, which names the layer, on a value that is not finite
+    or a name that cannot be a module's.
 
     >>> import numpy as np
     >>> layers = {"model.layers.0.mlp.up_proj": LowRank(np.ones((1, 3), np.float32), np.ones((2, 1), np.float32))}

@@ -145,7 +145,7 @@ MODULE_PATTERN = re.compile(r"\w{1,64}(?:\.\w{1,64}){0,31}", re.ASCII)
 """Names of layers that an adapter may change: names of modules in Python."""
 
 MAX_SCALE = 1e15
-"""Of an adapter's factors: the product of two factors is within float32 and bfloat16."""
+"""The largest scale of an adapter's factors: the product of two factors is within float32 and bfloat16."""
 
 
 def layer_names(names: Iterable[str]) -> list[str]:

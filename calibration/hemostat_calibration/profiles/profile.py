@@ -30,7 +30,9 @@ MAX_BYTES = 512 * 1024 * 1024
 """Longer input is refused before it is parsed."""
 MAX_HEADER_BYTES = 64 * 1024
 MAX_ADAPTER_HEADER_BYTES = 1024 * 1024
-"""In format 3. An adapter has about 450 bytes for each layer, and a model of 70B parameters has 560 layers."""
+"""The largest header in format 3. An adapter has about 450 bytes for each layer, and a model of 70B parameters has 560
+layers.
+"""
 MAX_VOCABULARY = 1 << 24
 MAX_CLAMP_NATS = 20.0
 

@@ -1,4 +1,4 @@
-"""What a profile does to logits, in numpy.
+"""The change that a profile makes to logits, in numpy.
 
 Δz is the change of the logits, in nats; |Δz| ≤ the profile's clamp. It is made of z − max z, so that it depends on
 the distribution alone: adding a constant to every logit of a row (as turning logits into log-probabilities does)
@@ -111,7 +111,7 @@ def shift_range(profile: CalibrationProfile, most: Floats | float = 0.0) -> tupl
 
 
 def relative_logits(values: npt.NDArray[np.floating], finite: npt.NDArray[np.bool_]) -> Floats:
-    """z − max z where finite, over the last axis; 0 elsewhere (the shift there is discarded).
+    """Returns z − max z over the last axis where z is finite; 0 elsewhere (the shift there is discarded).
 
     >>> z = np.array([1.0, 3.0, -np.inf])
     >>> relative_logits(z, np.isfinite(z)).tolist()

@@ -1,4 +1,4 @@
-"""Confidence sequences: intervals for all times together, whenever one looks. Those of means are asymptotic.
+"""Confidence sequences: intervals for all times together, whenever one looks. The intervals of means are asymptotic.
 
 Means per token. A request adds (x, n): the sum of a figure over its tokens, and their number; tokens of a request are
 correlated in an unknown way, so the request is the unit, and the mean is the ratio E[x]/E[n]. That m is this ratio
@@ -28,7 +28,7 @@ to one side or the other, with the same κ_t.
 
 Proportions, one answer for each request: exact for any t. The likelihood ratio of a Beta(½, ½) mixture against p is a
 martingale when p is true, so p belongs to the interval while it is below 1/α (Robbins 1970; Ville's inequality). With
-v̂ both counts are divided by it: the interval is that of the effective requests, and asymptotic.
+v̂ both counts are divided by it: the interval is the one of so many effective requests, and asymptotic.
 
 Heavy tails: a mean is of the values clipped at a stated cap, and the clipped share is given with it.
 """
@@ -49,7 +49,7 @@ from hemostat_calibration.statistics.streaming import RatioEstimate
 NARROWEST_AT = 500
 """Requests after which the intervals of means are narrowest, compared with those for a single look."""
 MIN_REQUESTS = 20
-"""Of each arm, before a difference is given."""
+"""The least number of requests in each arm for a difference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ class ClippedMean:
 
     @property
     def clipped_share(self) -> float:
-        """Of the tokens; NaN before the first."""
+        """The share of the tokens that were clipped; NaN before the first token."""
         return self.clipped / self.tokens if self.tokens else math.nan
 
     def get(self, alpha: float = 0.05, inflation: float = 1.0) -> ConfidenceInterval:
@@ -183,7 +183,7 @@ class Proportion:
     requests: int = 0
 
     def update(self, hit: bool) -> Proportion:
-        """Add one request."""
+        """Returns the proportion with one more request."""
         return Proportion(self.hits + int(hit), self.requests + 1)
 
     def merge(self, other: Proportion) -> Proportion:
@@ -272,7 +272,8 @@ def reach(
     alpha: float,
     inflation: npt.ArrayLike = 1.0,
 ) -> tuple[Floats, Floats]:
-    """How far the interval extends below and above the ratio, both ≥ 0, infinite where nothing is refuted yet.
+    """Returns how far the interval extends below and above the ratio. Both are at least 0, and infinite if nothing is
+    refuted yet.
 
     Moments as in `MeanSequence`, and v̂, of any one shape; mean_n above 0. With d = m − ratio, E the residual
     x − ratio·n and N = Σn, the inequality is d² (N² − κ Σn²) + 2κ d Σ n E − κ Σ E² ≤ 0.

@@ -1,5 +1,5 @@
-"""Which requests go on with an earlier one: turns of a conversation whose beginning changes, such as a date in the
-system prompt or a first message that is dropped, so that no hash of the beginning names it.
+"""Recognition of requests that go on with an earlier one: turns of a conversation whose beginning changes, such as a
+date in the system prompt or a first message that is dropped, so that no hash of the beginning names it.
 
 A request that goes on with another one contains the end of its prompt, followed by the beginning of its answer. Of each
 request the hash of these `WINDOW` tokens, `ANSWER` of them of the answer (of a shorter one all), is remembered with the
@@ -24,15 +24,17 @@ WINDOW, ANSWER = 32, 16
 MAX_REQUESTS = 50_000
 """Remembered; of more, the older half is forgotten."""
 SEVERAL = b""
-"""In place of the name of a conversation."""
+"""Stands in place of the name of a conversation if several conversations have the hash."""
 _BITS = 20
-"""Of the filter in front of the table of hashes: 5 % of the places are taken at `MAX_REQUESTS`."""
+"""The number of bits of a place in the filter in front of the table of hashes: 5 % of the places are taken at
+`MAX_REQUESTS`.
+"""
 _SHIFT = np.uint64(64 - _BITS)
 _ONE = np.uint64(1)
 
 
 class Continuations:
-    """key: secret, at most 64 bytes.
+    """The table of the hashes of earlier requests. key: secret, at most 64 bytes.
 
     >>> known = Continuations(b"secret")
     >>> question, answer, next_question = (np.arange(n, n + 40, dtype=np.int32) for n in (0, 100, 200))
@@ -46,11 +48,13 @@ class Continuations:
         seed = hashlib.shake_128(b"hemostat continuations" + key).digest(8 * 6)
         self._factors = np.frombuffer(seed, "<u8").astype(np.uint64) | _ONE
         self._conversations: dict[int, bytes] = {}
-        """By the hash of a window."""
+        """The name of the conversation by the hash of a window."""
         self._filter = np.zeros(1 << _BITS, np.bool_)
 
     def conversation(self, prompt: Ids, own: bytes) -> bytes:
-        """Of the earlier request that this one goes on with; `own` where none is known. prompt: int32 [P]."""
+        """Returns the conversation of the earlier request that this one goes on with; `own` if none is known. prompt:
+        int32 [P].
+        """
         hashes = self._hashes(prompt)
         for at in np.flatnonzero(self._filter.take((hashes >> _SHIFT).astype(np.intp))).tolist():
             if known := self._conversations.get(int(hashes[at])):
@@ -72,7 +76,9 @@ class Continuations:
             self._filter[[hashed >> 64 - _BITS for hashed, _ in kept]] = True
 
     def _hashes(self, ids: Ids) -> npt.NDArray[np.uint64]:
-        """Of every window, uint64 [max(N − WINDOW + 1, 0)]: polynomials, of twice as many tokens at a time."""
+        """Returns the hash of every window, uint64 [max(N − WINDOW + 1, 0)]: polynomials, of twice as many tokens at a
+        time.
+        """
         if len(ids) < WINDOW:
             return np.zeros(0, np.uint64)
         hashes: npt.NDArray[np.uint64] = (ids.astype(np.uint64) + _ONE) * self._factors[0]

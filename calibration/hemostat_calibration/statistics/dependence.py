@@ -1,4 +1,4 @@
-"""How much units depend on each other: the variance inflation of their sums, by batch means.
+"""The dependence of units on each other: the variance inflation of their sums, by batch means.
 
     v = lim Var(X₁ + … + X_ℓ) / (ℓ Var X)        n / v: *effective* units
 
@@ -45,7 +45,7 @@ from hemostat_calibration.errors import InvalidArgumentError
 MIN_BATCHES = 24
 """Fewer say little of a variance."""
 MIN_UNITS = 48
-"""With fewer there is no batch length to estimate from."""
+"""The least number of units: with fewer there is no batch length to estimate from."""
 FEW_BATCHES = 3
 """With fewer, nothing is told of a batch length at all; see `BatchMeans.inflation_of_sums`."""
 MIN_EFFECTIVE = 20.0
@@ -101,8 +101,9 @@ class BatchMeans:
         return BatchMeans(self.units + 1, opened, sums)
 
     def ratios(self, least: int = MIN_BATCHES) -> Floats:
-        """v(ℓ) of every batch length that has at least `least` batches: float64 [J, S], the first row, of
-        single units, is 1. NaN where units did not differ."""
+        """Returns v(ℓ) of every batch length that has at least `least` batches: float64 [J, S]. The first row, of
+        single units, is 1. It is NaN if units did not differ.
+        """
         batches = np.array([self.units >> level for level in range(LEVELS)])
         usable = [level for level in range(LEVELS) if batches[level] >= least]
         x, n, xx, xn, nn = np.moveaxis(self.sums[usable], 1, 0)
@@ -118,14 +119,16 @@ class BatchMeans:
 
     @property
     def variance(self) -> Floats:
-        """Of single units, float64 [S]; of plain sums. 0 before the second unit."""
+        """The variance of single units, float64 [S], for series of plain sums; 0 before the second unit."""
         x, _, xx, _, _ = self.sums[0]
         units = max(self.units, 2)
         result: Floats = np.maximum(xx - x * x / units, 0.0) / (units - 1.0)
         return result
 
     def inflation(self) -> Floats:
-        """v̂ of each series, float64 [S]; infinite before `MIN_UNITS` units, 1 where units did not differ."""
+        """Returns v̂ of each series, float64 [S]. It is infinite before `MIN_UNITS` units, and 1 if units did not
+        differ.
+        """
         series = self.sums.shape[2]
         if self.units < MIN_UNITS:
             return np.full(series, np.inf)
@@ -137,7 +140,7 @@ class BatchMeans:
         return result
 
     def inflation_of_sums(self, units: int) -> Floats:
-        """v̂ of sums of up to so many further units, float64 [S]: never less than `inflation`.
+        """Returns v̂ of sums of up to so many further units, float64 [S]: never less than `inflation`.
 
         Batch lengths ℓ with `FEW_BATCHES` count, too, with the larger factor of their upper limit: what units of a day
         have in common is seen in the few days that there were. A sum of fewer units than ℓ has as large a part of what
@@ -159,12 +162,12 @@ class BatchMeans:
         return result
 
     def effective(self) -> Floats:
-        """n / v̂ of each series, float64 [S]; 0 before `MIN_UNITS` units."""
+        """Returns the number of effective units, n / v̂, of each series, float64 [S]; 0 before `MIN_UNITS` units."""
         result: Floats = self.units / self.inflation()
         return result
 
     def enough(self) -> npt.NDArray[np.bool_]:
-        """Whether v̂ is to be believed, bool [S]."""
+        """Returns for each series if there are enough effective units to believe v̂, bool [S]."""
         return self.effective() >= MIN_EFFECTIVE
 
 
@@ -178,7 +181,8 @@ RECENT_EVERY = 8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RecentInflation:
-    """v̂ of the recent units of one series, for bets that go on after v̂ was first estimated: dependence may begin later.
+    """The v̂ of the recent units of one series, for bets that go on after v̂ was first estimated: dependence may begin
+    later.
 
     A change of the units' level looks like dependence, and would hide itself in v̂. So the latest `RECENT_LAG` units are
     left out, within which a large change of independent units is found; and there are at most `RECENT_UNITS` others, so
@@ -203,7 +207,7 @@ class RecentInflation:
     value: float = 1.0
 
     def update(self, x: float) -> RecentInflation:
-        """Add one unit: its figure, finite."""
+        """Returns the state with one more unit. x: its figure, finite."""
         waiting = np.append(self.waiting, x)
         if len(waiting) <= RECENT_LAG:
             return RecentInflation(waiting, self.older, self.newer, self.value)
@@ -225,7 +229,7 @@ MAX_CLIENTS = 64
 CLIENT_LEVELS = 6
 """Batches of 1, 2, …, 32 successive units of one client."""
 MIN_CLIENT_BATCHES = 48
-"""Of one length, over all clients."""
+"""The least number of batches of one length, over all clients."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -283,8 +287,9 @@ class ClientBatches:
         return ClientBatches(count, total, opened, batches, squares)
 
     def inflation(self, variance: Floats) -> Floats:
-        """v̂ of each series as in `BatchMeans.inflation`, of batch lengths with `MIN_CLIENT_BATCHES`: float64 [S], 1
-        where there are none. variance: float64 [S], of single units of all clients."""
+        """Returns v̂ of each series as `BatchMeans.inflation` does, from the batch lengths with `MIN_CLIENT_BATCHES`:
+        float64 [S], 1 if there are none. variance: float64 [S], of single units of all clients.
+        """
         sizes = 2.0 ** np.arange(CLIENT_LEVELS)[:, None]
         scale = np.where(variance > 0.0, variance, np.inf)
         ratios = self.squares / (np.maximum(self.batches, 1.0) * sizes * scale)
@@ -296,8 +301,8 @@ class ClientBatches:
 
 
 def upper_factor(batches: npt.ArrayLike) -> Floats:
-    """What a variance of so many batches is multiplied by for its upper limit of 80 % confidence:
-    (b − 1)/χ²_0.2(b − 1), by the approximation of Wilson and Hilferty (PNAS 1931).
+    """Returns the factor that turns a variance of so many batches into its upper limit of 80 % confidence: (b −
+    1)/χ²_0.2(b − 1), by the approximation of Wilson and Hilferty (PNAS 1931).
 
     >>> upper_factor([24, 100]).round(2).tolist()
     [1.34, 1.14]
@@ -332,9 +337,9 @@ def known_row(places: Mapping[bytes, int], client: bytes) -> int | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KindDependence:
-    """v̂ of one figure of the units of a kind, by batches in time and by client: the larger one.
+    """The dependence of the units of a kind in one figure: the larger v̂ of two, by batches in time and by client.
 
-    clients: digest -> row. first, last: times of the first and of the last unit, seconds.
+    clients: digest -> row. first, last: the times of the first and of the last unit, in seconds.
 
     >>> kind = KindDependence()
     >>> for unit in range(200):
@@ -368,27 +373,28 @@ class KindDependence:
 
     @property
     def inflation(self) -> float:
-        """v̂, of the units so far; 1 before there is anything to estimate it from."""
+        """The v̂ of the units so far; 1 before there is anything to estimate it from."""
         if self.units < MIN_UNITS:
             return 1.0
         return float(np.maximum(self.in_time.inflation(), self.by_client.inflation(self.in_time.variance))[0])
 
     def inflation_of_sums(self, units: int) -> float:
-        """v̂ of sums of up to so many further units; see `BatchMeans.inflation_of_sums`."""
+        """Returns v̂ of sums of up to so many further units; see `BatchMeans.inflation_of_sums`."""
         if self.units < MIN_UNITS:
             return 1.0
         return max(self.inflation, float(self.in_time.inflation_of_sums(units)[0]))
 
     def spans(self, seconds: float) -> bool:
-        """Whether the units do, from the first one to the last."""
+        """Returns True if the units, from the first one to the last, span so many seconds."""
         return self.last - self.first >= seconds
 
     def known_for(self, seconds: float) -> bool:
-        """Whether v̂ is to be believed: of `MIN_HISTORY` units that span so long a time, and of `MIN_EFFECTIVE`
-        effective ones."""
+        """Returns True if v̂ is to be believed: there are `MIN_HISTORY` units that span so many seconds, and
+        `MIN_EFFECTIVE` effective ones.
+        """
         return self.units >= MIN_HISTORY and not self.too_dependent and self.spans(seconds)
 
     @property
     def too_dependent(self) -> bool:
-        """Whether `MIN_HISTORY` units or more are fewer than `MIN_EFFECTIVE` effective ones."""
+        """It is True if there are `MIN_HISTORY` units or more, but fewer than `MIN_EFFECTIVE` effective ones."""
         return self.units >= MIN_HISTORY and self.units / self.inflation < MIN_EFFECTIVE

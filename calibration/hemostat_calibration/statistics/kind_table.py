@@ -1,4 +1,4 @@
-"""Which kinds of traffic are followed by themselves: the most frequent ones, in bounded memory.
+"""The kinds of traffic that are followed by themselves: the most frequent ones, in bounded memory.
 
 Space-Saving (Metwally, Agrawal & El Abbadi, ICDT 2005): at most `MAX_COUNTED` names are counted. When a further one
 comes, the least frequent name that is not followed leaves, and the new one takes over its count, of which that much may
@@ -28,16 +28,18 @@ TAKES_OVER = 2
 MIN_SEEN = 20
 HALF_LIFE_SECONDS = 2 * 86_400.0
 DECAY_SECONDS = 3_600.0
-"""Between two times that all counts are multiplied."""
+"""The seconds between two times at which all counts decay."""
 
 Count = tuple[float, float]
-"""How often a name was seen at most, and how much of that may be another's."""
+"""A pair: the largest number of times that a name may have been seen, and how many of these may be another name's."""
 
 
 @dataclass(frozen=True, slots=True)
 class KindTable:
-    """limit: names followed at a time. counts: by name; those followed are among them. followed: in order of arrival.
-    decayed: when counts decayed last, seconds.
+    """The table of counted and of followed names.
+
+    limit: the number of names that are followed at a time. counts: by name, also for the names that are followed.
+    followed: the followed names in order of arrival. decayed: the time at which counts decayed last, in seconds.
 
     >>> table = KindTable(limit=2)
     >>> for name in ["chat", "code", "json"]:
@@ -60,11 +62,11 @@ class KindTable:
             raise InvalidArgumentError(f"limit is {self.limit}: it must be from 1 to {MAX_COUNTED - 1}")
 
     def __contains__(self, name: str) -> bool:
-        """Whether it is followed."""
+        """Returns True if the name is followed."""
         return name in self.followed
 
     def seen(self, name: str) -> float:
-        """How often it was certainly seen, decayed; 0 where it is not counted."""
+        """Returns how often the name was certainly seen, decayed; 0 if it is not counted."""
         most, excess = self.counts.get(name, (0, 0))
         return most - excess
 
@@ -105,7 +107,7 @@ class KindTable:
         return replace(self, followed=(*(other for other in self.followed if other != rarest), name))
 
     def save(self) -> bytes:
-        """As JSON; `load` reads it. At most about 60 kB."""
+        """Returns the table as JSON, at most about 60 kB; `load` reads it."""
         return json.dumps({"counts": self.counts, "followed": self.followed, "decayed": self.decayed}).encode()
 
     @classmethod

@@ -1,13 +1,13 @@
 """Confidence sequences of running means that hold for every number of observations, also under drift.
 
-No limit theorem is involved: beside the range of the observations nothing is assumed, neither one distribution nor
+No limit theorem is involved: except for the range of the observations nothing is assumed, neither one distribution nor
 independence. The price is width: an interval is about 8 ranges / t wide even where nothing varies, because a range
 that was not used so far may be used by the next observation.
 
 **What is estimated** is not a constant of the traffic, but the mean of what could be expected of the observations so
 far: μ_t = (1/t) Σ_{i ≤ t} E[X_i | past]. Where the traffic drifts, μ_t drifts with it, and the interval follows.
 
-**The method** is that of empirical-Bernstein confidence sequences (Howard, Ramdas, McAuliffe & Sekhon, "Time-uniform,
+**The method** is an empirical-Bernstein confidence sequence (Howard, Ramdas, McAuliffe & Sekhon, "Time-uniform,
 nonparametric, nonasymptotic confidence sequences", Annals of Statistics 2021, theorem 4). For ξ ≥ −c and 0 ≤ λ < 1/c
 
     exp(λ ξ − ψ(λ) ξ²) ≤ 1 + λ ξ,    ψ(λ) = (−log(1 − cλ) − cλ)/c²                  (Fan, Grama & Liu 2015)
@@ -86,7 +86,7 @@ class RunningMean:
 
 
 def enough(interval: ConfidenceInterval, lo: float, hi: float) -> bool:
-    """Whether the interval is at most half as wide as the range lo … hi.
+    """Returns True if the interval is at most half as wide as the range lo … hi.
 
     >>> enough(ConfidenceInterval(0.2, 0.1, 0.3), 0.0, 1.0), enough(ConfidenceInterval(0.2, 0.0, 0.8), 0.0, 1.0)
     (True, False)
@@ -95,9 +95,10 @@ def enough(interval: ConfidenceInterval, lo: float, hi: float) -> bool:
 
 
 def boundary(squares: Floats, alpha: float) -> Floats:
-    """What Σ (X_i − E[X_i | past])/c ever exceeds with a probability of at most alpha, given V = Σ ξ_i²/c², any shape.
+    """Returns the value that Σ (X_i − E[X_i | past])/c ever exceeds with a probability of at most alpha, given V = Σ
+    ξ_i²/c².
 
-    The root s of Σ_k w_k exp(λ_k s − ψ(λ_k) V) = 1/alpha, rounded up.
+    squares: V, of any shape. The result is the root s of Σ_k w_k exp(λ_k s − ψ(λ_k) V) = 1/alpha, rounded up.
 
     >>> bool(3.0 < boundary(np.array(0.0), 0.05) < boundary(np.array(10.0), 0.05) < 20.0)
     True

@@ -1,5 +1,6 @@
-"""The split into learning and held-out requests, by a key alone, such as that of a template or a prompt: what has the
-same key is never on both sides."""
+"""The split into learning and held-out requests by a key alone, such as the hash of a template or a prompt: what has
+the same key is never on both sides.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +26,10 @@ def prompt_key(ids: npt.NDArray[np.integer]) -> bytes:
 
 
 def held_out(key: bytes, fraction: float) -> bool:
-    """True for about `fraction` of all keys, always for the same ones; a larger fraction includes those of a smaller
-    one.
+    """Returns True for about `fraction` of all keys, and always for the same ones. A larger fraction includes all keys
+    of a smaller one.
 
-    InvalidArgumentError unless 0 ≤ fraction ≤ 1.
+    Raises InvalidArgumentError unless 0 ≤ fraction ≤ 1.
 
     >>> sum(held_out(bytes([n]), 0.25) for n in range(256))
     61

@@ -1,4 +1,4 @@
-"""Estimators in constant memory: `update` gives a new one, `merge` joins those of two streams, `get` reads.
+"""Estimators in constant memory: `update` gives a new one, `merge` joins the estimators of two streams, `get` reads.
 
 All are frozen values: an update never changes its input. Merging is associative and commutative up to
 rounding, and equals one estimator that saw everything.
@@ -35,10 +35,10 @@ def student_975(degrees: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """What a `RatioEstimate` reads.
+    """The values that `RatioEstimate.get` returns.
 
-    mean: Σx/Σn in the units of x; NaN before anything was seen.
-    low, high: its 95 % interval; ∓infinity with fewer than two requests, whose spread is not known.
+    mean: Σx/Σn in the units of x; NaN before anything was seen. low, high: its 95 % interval; ∓infinity with fewer than
+    two requests, whose spread is not known.
     """
 
     mean: float
@@ -50,10 +50,10 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class RatioEstimate:
-    """Mean per token with an interval that counts requests: tokens of one request are correlated.
+    """The mean per token, with an interval that counts requests, since tokens of one request are correlated.
 
     Each request adds (x, n): the sum of a figure over its tokens and their number. The mean is Σx/Σn; its variance is
-    that of the linearised ratio, m/(m−1) Σ(x − mean·n)² / (Σn)² over m requests (Cochran, Sampling Techniques, 1977,
+    taken from the linearised ratio: m/(m−1) Σ(x − mean·n)² / (Σn)² over m requests (Cochran, Sampling Techniques, 1977,
     ch. 6), and the interval Student's with m − 1 degrees. It is valid for one look at a fixed time; for repeated looks
     see `confidence`. Moments are kept about their means (Chan, Golub, LeVeque 1983), so that nothing cancels.
 
@@ -73,7 +73,9 @@ class RatioEstimate:
     nn: float = 0.0
 
     def update(self, x: float, n: float) -> RatioEstimate:
-        """Add one request: `x` its sum, finite; `n` ≥ 0 its tokens. InvalidArgumentError otherwise."""
+        """Returns the estimate with one more request: `x` is its sum, finite; `n` ≥ 0 is its number of tokens. Raises
+        InvalidArgumentError otherwise.
+        """
         if not (math.isfinite(x) and math.isfinite(n) and n >= 0.0):
             raise InvalidArgumentError(f"a request adds x={x}, n={n}: both must be finite, n not negative")
         return self.merge(RatioEstimate(1, float(x), float(n)))

@@ -38,7 +38,9 @@ SLOTS = 1 << 17
 MAX_PROMPTS = 1 << 15
 """The last ones; what is of an older one is forgotten."""
 COUNTERS = 1 << 18
-"""Of shingles; those that share one are counted together, which adds 0.2 to 0.4 % of the prompts."""
+"""The number of counters of shingles. Shingles that share a counter are counted together, which adds 0.2 to 0.4 % of
+the prompts.
+"""
 FRAME_PROMPTS, FRAME_SHARE = 32, 0.02
 RECENT_PROMPTS = 8192
 """All counts are halved after so many prompts."""
@@ -49,7 +51,7 @@ BLOCKS = (0, 512, 2048, 8192)
 _LENGTHS = np.array([0, 12, 17, 24, 34, 48, 68, 96, 136])
 """Shingles of the beginnings that are compared. Of two neighbours the shorter one is 0.7 of the longer one."""
 _BEGINNINGS = [_LENGTHS[: np.searchsorted(_LENGTHS, count)] for count in range(MAX_SHINGLES + 1)]
-"""By the number of shingles: where `np.minimum.reduceat` cuts them."""
+"""The places at which `np.minimum.reduceat` cuts the shingles, by their number."""
 _FIELDS = {
     "counters": (COUNTERS, np.uint16),
     "tags": (SLOTS, np.uint32),
@@ -66,7 +68,7 @@ Words = npt.NDArray[np.uint32]
 
 
 class TemplateTable:
-    """Which clusters there are. key: secret, at most 64 bytes.
+    """The table of all clusters. key: secret, at most 64 bytes.
 
     >>> table = TemplateTable(b"secret")
     >>> prompts = np.arange(60, dtype=np.int32).reshape(1, -1).repeat(3, axis=0)
@@ -85,18 +87,18 @@ class TemplateTable:
         factors, spread, self._turns = words[3:].reshape(3, HASHES, 1)
         self._factors, self._spread = factors | _ONE, spread | _ONE
         self.counted = 0
-        """Different prompts so far, in the units of the counters."""
+        """The number of different prompts so far, in the units of the counters."""
         self.prompts = 0
-        """The same, all of them: the number of the last one."""
+        """The number of all prompts so far, which is the number of the last one."""
         self._counters = np.zeros(COUNTERS, np.uint16)
         self._tags = np.zeros(SLOTS, np.uint32)
-        """What is in each slot; 0: nothing."""
+        """The tag of the entry in each slot; 0: nothing."""
         self._owners = np.zeros(SLOTS, np.uint32)
         """The number of the first prompt that had it."""
         self._clusters = np.zeros(MAX_PROMPTS, np.uint32)
-        """Of the last prompts, by number: the first prompt of their cluster."""
+        """The first prompt of the cluster of each of the last prompts, by the prompt's number."""
         self._digests = np.zeros(MAX_PROMPTS, np.uint64)
-        """Of the last prompts, by number: their cluster's."""
+        """The digest of the cluster of each of the last prompts, by the prompt's number."""
 
     def assign(self, prompt: Ids, conversation: bytes = b"") -> bytes:
         """16-byte digest of the prompt's cluster, which begins with it where it is like none. prompt: int32 [P].

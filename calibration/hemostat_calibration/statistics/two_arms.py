@@ -1,4 +1,4 @@
-"""Whether an outcome is more frequent in a treated arm than in a control arm, by a test that is valid at every look.
+"""A test if an outcome is more frequent in a treated arm than in a control arm, which is valid at every look.
 
 Universal inference (Wasserman, Ramdas & Balakrishnan, "Universal inference", PNAS 2020): with a₁ of n₁ treated and a₀
 of n₀ control units bad,
@@ -13,7 +13,7 @@ inequality), however often it is looked at. e depends on the four counts alone: 
 two streams add, and the counts without a group of units are a test of all others.
 
 The guarantee is for a rate that is constant in each arm. Where it changes in both arms alike, and units are assigned
-to the arms at random with a constant probability, the counts are those of one mixed population; that the test keeps
+to the arms at random with a constant probability, the counts come from one mixed population; that the test keeps
 its level there is simulated (`tests/core/test_two_arms.py`), not proven.
 
 The maximum on the line p = q + margin is a root of a cubic in closed form (Miettinen & Nurminen, "Comparative analysis
@@ -65,7 +65,7 @@ class TwoArms:
             raise InvalidArgumentError(f"bad units must be between 0 and all units: {self}")
 
     def update(self, *, treated: bool, bad: bool) -> TwoArms:
-        """Add one unit."""
+        """Returns the counts with one more unit."""
         if treated:
             return TwoArms(self.treated_bad + bad, self.treated + 1, self.control_bad, self.control)
         return TwoArms(self.treated_bad, self.treated, self.control_bad + bad, self.control + 1)

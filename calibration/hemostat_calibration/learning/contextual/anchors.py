@@ -16,14 +16,14 @@ def choose_anchors(
     among: npt.NDArray[np.integer] | None = None,
     covariance: Floats | None = None,
 ) -> Ids:
-    """Ids whose logits together determine the hidden state best, int32 [count], the most informative first.
+    """Returns the ids whose logits together determine the hidden state best, int32 [count], the most informative first.
 
-    Greedy: each is the one whose logit is most uncertain given those of the earlier ones, which is Gram–Schmidt with
-    pivoting on the centred rows of W. Once d of them span everything, it restarts among the rest, so that more
-    anchors mean less noise. Deterministic.
+    The choice is greedy and deterministic: each id is the one whose logit is most uncertain given the logits of the
+    earlier ones, which is Gram–Schmidt with pivoting on the centred rows of W. Once d of them span everything, it
+    restarts among the rest, so that more anchors mean less noise.
 
-    weight: W, [V, d]. among: ids to choose from; leave out those that samplers mask (end of sequence, special ones), as
-    a row with a masked anchor is not changed. covariance: of hidden states, [d, d]; None takes it to be isotropic.
+    weight: W, [V, d]. among: ids to choose from; leave out ids that samplers mask (end of sequence, special ones), as a
+    row with a masked anchor is not changed. covariance: of hidden states, [d, d]; None takes it to be isotropic. Raises
     InvalidArgumentError unless 1 ≤ count ≤ the number of ids to choose from.
 
     >>> choose_anchors(np.array([[3.0, 0.0], [0.0, 1.0], [0.1, 0.1], [-3.0, -1.0]]), 2).tolist()

@@ -19,7 +19,8 @@ PRIOR_ROWS = 8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Basis:
-    """With the metric F = L Lᵀ (`hidden_states.fisher_metric`), hidden states are Lᵀ h here (see `objective`).
+    """The basis of maps. With the metric F = L Lᵀ (`hidden_states.fisher_metric`), hidden states are Lᵀ h here (see
+    `objective`).
 
     embedding: float32 [V, d], (W − w̄) L⁻ᵀ.
     root: float64 [d, d], L.
@@ -42,7 +43,9 @@ class Basis:
 def make_basis(
     weight: Singles, anchors: Ids, features: int, sample: Singles, prior: hidden_states.HiddenStatePrior
 ) -> Basis:
-    """weight: W, [V, d]. anchors: [N]; a map reads the first `features`. sample: hidden states [n, d]."""
+    """Returns the basis. weight: W, [V, d]. anchors: [N]; a map reads the first `features`. sample: hidden states [n,
+    d].
+    """
     metric, mean = hidden_states.fisher_metric(weight, sample[evenly_spread(np.arange(len(sample)), METRIC_ROWS)])
     root = np.asarray(np.linalg.cholesky(metric), dtype=np.float64)
     offset, gain = hidden_states.linear_recovery(weight[anchors], prior)

@@ -15,12 +15,16 @@ from hemostat_calibration.learning.contextual.maps import LinearMap
 from hemostat_calibration.profiles.contextual import NO_KL_LIMIT
 
 SCALES = np.array([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.3])
-"""By which a map is multiplied: the metric is that of the mean distribution, so that a step may be too long."""
+"""The factors by which a map is multiplied to choose the best: the metric belongs to the mean distribution, so that a
+step may be too long.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class ProfileLimits:
-    """Of the profiles proposed: every |Δz| is at most clamp_nats, the KL of a row's change at most about kl_limit."""
+    """The limits of the profiles proposed: every |Δz| is at most clamp_nats, the KL of a row's change at most about
+    kl_limit.
+    """
 
     clamp_nats: float
     kl_limit: float

@@ -1,4 +1,6 @@
-"""What fitters learn from: hidden states of both models (`HiddenExamples`), or lists of ids (`ListExamples`)."""
+"""The examples that fitters learn from: hidden states of both models (`HiddenExamples`), or lists of ids
+(`ListExamples`).
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ _BATCH = 4096
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HiddenRows:
-    """Of n tokens, float16 [n, ...]: inputs x of the map in the basis, h_c, and h_r − h_c."""
+    """The rows of n tokens, float16 [n, ...]: inputs x of the map in the basis, h_c, and h_r − h_c."""
 
     inputs: Halves
     compressed: Halves
@@ -53,7 +55,7 @@ class HiddenExamples:
 
     @property
     def tokens(self) -> int:
-        """Of the rows."""
+        """The number of tokens in the rows."""
         return len(self.fold)
 
     @property
@@ -68,13 +70,13 @@ class HiddenExamples:
 
     @property
     def held_out_rows(self) -> HiddenRows:
-        """Of the `held_out` tokens; gathered once, for all fitters."""
+        """The rows of the `held_out` tokens; they are gathered once, for all fitters."""
         if self._held_out_rows is None:
             self._held_out_rows = self.gather(self.held_out)
         return self._held_out_rows
 
     def gather(self, chosen: Indices) -> HiddenRows:
-        """Of the chosen tokens (ascending)."""
+        """Returns the rows of the chosen tokens, which are in ascending order."""
         basis = self.basis
         features, width = basis.reads.shape[1] - 1, len(basis.root)
         x, c, t = (np.empty((len(chosen), size), np.float16) for size in (len(basis.reads) - 1, width, width))
@@ -147,7 +149,8 @@ def list_examples(
     forgetting: Forgetting,
     clock: int,
 ) -> ListExamples:
-    """From rows that have lists. recent: rows whose hidden states, if any, the basis is made from.
+    """Returns the examples of the rows that have lists. recent: rows whose hidden states, if any, the basis is made
+    from.
 
     weight: W, [V, d]. anchors: [N]. features: how many of them a map reads. clock: tokens seen so far.
     """

@@ -1,4 +1,4 @@
-"""From a map to the profile that an engine applies."""
+"""The step from a map to the profile that an engine applies."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def to_profile(
     limits: ProfileLimits,
     metadata: Mapping[str, str],
 ) -> CalibrationProfile:
-    """The profile of a map from inputs in the basis; its rank is that of the map.
+    """Returns the profile of a map from inputs in the basis; its rank is the map's rank.
 
-    code_moment: E[y yᵀ] of the code y of a map with an orthonormal `up`, [r, r]: by it what may be left out of the
-    tail is judged.
+    code_moment: returns E[y yᵀ] of the code y of a map with an orthonormal `up`, [r, r]. It decides what may be left
+    out of the tail.
     """
     map_ = orthonormal(map_)
     rank = len(map_.linear)

@@ -21,16 +21,16 @@ _STRONGER = (1.0, 10**0.5, 10.0, 10**1.5)
 
 
 class LinearFitter:
-    """From hidden states. ranks: those allowed."""
+    """Fits a map to hidden states. ranks: the ranks that it may have."""
 
     def __init__(self, ranks: Sequence[int], limits: ProfileLimits) -> None:
         self._ranks = ranks
         self._limits = limits
 
     def fit(self, examples: HiddenExamples, progress: Progress) -> Candidate | None:
-        """The linear map that gains most; None unless it gains more than one standard error across folds.
+        """Returns the linear map that gains most; None unless it gains more than one standard error across folds.
 
-        Without rows the gain is that of the cross-validation on the sums, of second order.
+        Without rows the gain is taken from the cross-validation on the sums, which is of second order.
         """
         progress("linear", 0.0)
         moments, priors = examples.moments, examples.priors

@@ -32,14 +32,15 @@ _STEP_SCALES = np.array([1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05])
 
 
 class ListFitter:
-    """From lists of ids. ranks: those allowed."""
+    """Fits a map to lists of ids. ranks: the ranks that it may have."""
 
     def __init__(self, ranks: Sequence[int]) -> None:
         self._ranks = ranks
 
     def fit(self, examples: ListExamples, progress: Progress) -> Candidate | None:
-        """The map after as many steps as do best on held-out prompts; None where no linear map gains in
-        cross-validation."""
+        """Returns the map after as many steps as do best on held-out prompts; None if no linear map gains in
+        cross-validation.
+        """
         progress("linear", 0.0)
         every_token = np.arange(len(examples.inputs))
         towards = _towards(examples, every_token, None)

@@ -1,4 +1,4 @@
-"""What a fitter gives: the best map of its family, with what it gains on held-out prompts that it was not fitted on.
+"""The result of a fitter: the best map of its family, with its gain on held-out prompts that it was not fitted on.
 
 A *map* takes the logits at the anchors to a change of the compressed model's hidden state (`maps.LinearMap`). A
 candidate that gains enough is fitted again on all examples.
@@ -18,12 +18,12 @@ Progress = Callable[[str, float], None]
 
 
 class Variant(StrEnum):
-    """What a map was learned from."""
+    """The kind of examples that a map was learned from."""
 
     LINEAR = "linear"
-    """Hidden states of both models."""
+    """It was learned from hidden states of both models."""
     LIST = "list"
-    """The reference's likeliest ids."""
+    """It was learned from the reference's likeliest ids."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,9 +44,10 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """How a proposal came about.
+    """The report of how a proposal came about.
 
-    rank: of the map. penalty, gain, error: as in `Candidate`. tokens, requests: that were learned from.
+    rank: the rank of the map. penalty, gain, error: as in `Candidate`. tokens, requests: the numbers that were learned
+    from.
     """
 
     variant: Variant

@@ -33,7 +33,7 @@ class Forgetting:
     half_life_tokens: float | None
 
     def weight(self, age: int) -> float:
-        """Of a token that is `age` tokens old."""
+        """Returns the weight of a token that is `age` tokens old."""
         return 1.0 if self.half_life_tokens is None else 0.5 ** (age / self.half_life_tokens)
 
 
@@ -62,7 +62,7 @@ def empty_fold(features: int, anchors: int, width: int) -> FoldSums:
 
 
 def inputs_of(z: Singles, features: int) -> Singles:
-    """x̃ = [x; 1], float32 [T, A + 1], of centred logits z at the anchors, [T, N].
+    """Returns x̃ = [x; 1], float32 [T, A + 1], for centred logits z at the anchors, [T, N].
 
     >>> inputs_of(np.array([[1.0, 2.0, -3.0]], np.float32), 2).tolist()
     [[1.0, 2.0, 1.0]]
@@ -71,7 +71,8 @@ def inputs_of(z: Singles, features: int) -> Singles:
 
 
 def with_rows(fold: FoldSums, rows: TokenRows, clock: int, forgetting: Forgetting) -> FoldSums:
-    """`fold` and one more prompt's rows, which must have features and hidden states. clock: tokens seen at their end.
+    """Returns `fold` with one more prompt's rows, which must have features and hidden states. clock: tokens seen at
+    their end.
 
     >>> rows = TokenRows(0, 2, 2, np.ones((2, 3), np.float16), np.full((2, 4), 2.0, np.float16))
     >>> len(with_rows(empty_fold(2, 3, 4), rows, 2, Forgetting(None)).waiting)

@@ -47,7 +47,7 @@ from hemostat_calibration.profiles.transform import anchors_digest
 from hemostat_calibration.records import TokenRecord
 
 _RANKS = (4, 8, 16, 24, 32, 48, 64, 96, 128)
-"""Tried, beside the largest one."""
+"""The ranks that are tried in addition to the largest one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -185,11 +185,11 @@ class ContextualLearner:
     def fit(
         self, state: ContextualState, base: ContextualState | None = None, progress: Progress | None = None
     ) -> Proposal | None:
-        """The map that did best on prompts that it was not learned from, with how it came about; None while there is
-        too little to learn from, or where no map gains more than one standard error there.
+        """Returns the map that did best on prompts that it was not learned from, with how it came about. It is None
+        while there is too little to learn from, or if no map gains more than one standard error there.
 
-        base: what was learned of all traffic, for a state of a part of it: the penalty pulls towards that map, not
-        towards no change. (The rows of the part may be among those of the whole: folds are by prompt in both.)
+        base: the state of all traffic, if `state` is from a part of it: the penalty pulls towards that map, not
+        towards no change. (The rows of the part may be among the rows of the whole: folds are by prompt in both.)
         """
         if state.requests < self._min_requests or state.tokens < self._min_tokens:
             return None

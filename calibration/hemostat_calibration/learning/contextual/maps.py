@@ -61,7 +61,7 @@ def for_features(map_: LinearMap, reads: Floats) -> LinearMap:
 
 
 def scaled(map_: LinearMap, scale: float) -> LinearMap:
-    """`scale` times the map.
+    """Returns `scale` times the map.
 
     >>> low_rank = LowRank(np.eye(2), np.array([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]]), penalty=0.0, gain=0.0, error=0.0)
     >>> x = np.array([[1.0, 2.0]], np.float32)
@@ -73,7 +73,7 @@ def scaled(map_: LinearMap, scale: float) -> LinearMap:
 
 
 def with_code(map_: LinearMap, transform: Floats) -> LinearMap:
-    """The map with the code `transform` y in place of y, [r, r]; its `up` is no longer that of the code.
+    """Returns the map with the code `transform` y in place of y, [r, r]; its `up` no longer belongs to the code.
 
     >>> low_rank = LowRank(np.eye(2), np.array([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]]), penalty=0.0, gain=0.0, error=0.0)
     >>> x = np.array([[1.0, 2.0]], np.float32)
@@ -88,7 +88,7 @@ def with_code(map_: LinearMap, transform: Floats) -> LinearMap:
 
 
 def orthonormal(map_: LinearMap) -> LinearMap:
-    """The same map with VᵀV = 1 (V its `up`), so that the length of the code y is that of the image.
+    """Returns the same map with VᵀV = 1 (V its `up`), so that the code y is as long as the image.
 
     >>> low_rank = LowRank(np.eye(2), np.array([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]]), penalty=0.0, gain=0.0, error=0.0)
     >>> x = np.array([[1.0, 2.0]], np.float32)

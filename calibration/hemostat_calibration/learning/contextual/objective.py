@@ -1,6 +1,6 @@
-"""What maps are judged by: KL(r‖c') after a change of the compressed model's hidden state.
+"""The objective by which maps are judged: KL(r‖c') after a change of the compressed model's hidden state.
 
-All in a basis in which half a squared length is KL, to second order: with the metric F = L Lᵀ
+All figures are in a basis in which half a squared length is KL, to second order: with the metric F = L Lᵀ
 (`hidden_states.fisher_metric`), hidden states are Lᵀ h and the embedding is (W − w̄) L⁻ᵀ, w̄ the mean embedding, so
 that logits are unchanged up to a constant. A change of the hidden state is called an image, [n, d].
 """
@@ -19,8 +19,8 @@ _BLOCK = 512
 
 
 class Lists:
-    """KL over the ids that the reference gave and one bucket for the rest, whose Δz is taken to be that of the mean
-    embedding, 0: all that is known of a reference which gives only its likeliest ids.
+    """The KL over the ids that the reference gave and one bucket for the rest: all that is known of a reference which
+    gives only its likeliest ids. The Δz of the bucket is taken to be 0, the Δz of the mean embedding.
     """
 
     def __init__(self, embedding: Singles, ids: Ids, r: Singles, log_c: Singles) -> None:

@@ -195,7 +195,9 @@ class _Fit:
         return ridge
 
     def gains(self, held: Moments, penalties: Sequence[float]) -> Floats:
-        """Of the maps of every rank, on other rows: tr(PᵀE) − ½ tr(Pᵀ XX P) with P = prior + D residual."""
+        """Returns the gains of the maps of every rank, on other rows: tr(PᵀE) − ½ tr(Pᵀ XX P) with P = prior + D
+        residual.
+        """
         xx, images = self._of(held)
         of_prior = xx @ self._prior
         constant = float((self._prior * (images - 0.5 * of_prior)).sum())
@@ -217,7 +219,9 @@ class _Fit:
         return map_, half, left[:, order], np.sqrt(np.maximum(squares[order], 1e-300))
 
     def gains_by_rank(self, held: Moments, penalty: float) -> Floats:
-        """Of the map of rank 1, 2, … on other rows: components add up, as their outputs are orthogonal."""
+        """Returns the gains of the maps of rank 1, 2, … on other rows: components add up, as their outputs are
+        orthogonal.
+        """
         xx, images = self._of(held)
         map_, half, left, sizes = self._components(penalty)
         inputs = left * (sizes / half[:, None])

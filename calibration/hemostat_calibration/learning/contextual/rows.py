@@ -20,18 +20,20 @@ _MAX_HALF = 60000.0
 
 
 class TokenSource(StrEnum):
-    """What a token's record held, by which tokens are counted."""
+    """The content of a token's record, by which tokens are counted."""
 
     HIDDEN = "hidden"
-    """Features of the engine and the reference's hidden state: exact."""
+    """The record has features of the engine and the reference's hidden state: it is exact."""
     HIDDEN_FROM_LIST = "hidden_from_list"
-    """The hidden state, but no features. The reference's own logits at the anchors take the place of the compressed
-    model's, and the difference is known at the compressed model's candidates only. Less is learned, and the gain is
-    not measured, as that requires features."""
+    """The record has the hidden state, but no features. The reference's own logits at the anchors take the place of the
+    compressed model's, and the difference is known at the compressed model's candidates only. Less is learned, and the
+    gain is not measured, as that requires features."""
     LIST = "list"
-    """Features, but of the reference only its likeliest ids."""
+    """The record has features, but of the reference only its likeliest ids."""
     UNUSABLE = "unusable"
-    """Neither features nor a hidden state; or one of the rows of a record for which the engine gave no features."""
+    """The record has neither features nor a hidden state; or the token is one of the rows of a record for which the
+    engine gave no features.
+    """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,7 +142,7 @@ def batched(rows: Sequence[TokenRows], tokens: int) -> Iterator[list[TokenRows]]
 
 
 def folds_and_prompts(rows: Sequence[TokenRows]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Of every token, int [n]: its fold, and the number of its prompt within `rows`.
+    """Returns the fold of every token, and the number of its prompt within `rows`, both int [n].
 
     >>> rows = [TokenRows(fold, 0, 2, None, None) for fold in (3, 1)]
     >>> fold, prompt = folds_and_prompts(rows)

@@ -1,4 +1,4 @@
-"""What was learned, as bytes, for a restart: safetensors with a description in their metadata.
+"""Stores what was learned as bytes, for a restart: safetensors with a description in their metadata.
 
 Of each state the sums are kept (in float32: the products that they add up are computed in float32) and the counts; of
 the recent rows the newest ones, as far as a limit of bytes allows, in the precision in which they are held. A state
@@ -32,11 +32,11 @@ MAX_STATES = 64
 MAX_LISTED = 4096
 """Ids a token in stored lists."""
 _DIGEST_ELEMENTS = 1 << 24
-"""Of the output embedding, evenly spaced rows with about this many elements enter `dependencies`."""
+"""The number of elements of the output embedding that enter `dependencies`, about: evenly spaced rows of it."""
 _MAX_LOGPROB = 1e-3
 _MAX_HEADER_BYTES = 1 << 20
 _ENTRY = "learned"
-"""Of the metadata."""
+"""The key in the metadata."""
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -94,7 +94,8 @@ def save(states: Mapping[str, ContextualState], learner: ContextualLearner, abou
 
 
 def load(data: bytes, learner: ContextualLearner, about: str) -> dict[str, ContextualState]:
-    """What `save` wrote. InvalidArgumentError where it is damaged, or of another learner or about other models.
+    """Returns what `save` wrote. Raises InvalidArgumentError if it is damaged, or comes from another learner or other
+    models.
 
     >>> learner = ContextualLearner(np.eye(4), np.arange(3))
     >>> load(save({"a": learner.init("m", 4)}, learner, "m", 10_000), learner, "m")["a"].model
@@ -139,7 +140,7 @@ def _sums(state: ContextualState, learner: ContextualLearner) -> tuple[dict[str,
 
 
 def _row_bytes(row: TokenRows) -> int:
-    """As stored."""
+    """Returns the size of a row as it is stored."""
     size = 64 + sum(array.nbytes for array in (row.features, row.hidden) if array is not None)
     if row.listed is not None:
         size += (8 if row.listed.compressed is None else 12) * row.listed.ids.size + 8 * row.tokens
