@@ -1,4 +1,4 @@
-"""Which ids a grammar allows at each position of an output, as packed bits."""
+"""The ids that a grammar allows at each position of an output, as packed bits."""
 
 from __future__ import annotations
 
@@ -57,19 +57,21 @@ class AllowedSets:
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """The number of positions, T."""
         return len(self.rows)
 
     @property
     def support(self) -> Ids:
-        """int32 [T]: number of allowed ids at each position."""
+        """The number of allowed ids at each position, int32 [T]."""
         # numpy 1.26 has no bitwise_count; set by set, for the unpacked bits take eight times the space.
         counts = np.array([np.unpackbits(words_of.view(np.uint8)).sum() for words_of in self.table], np.int32)
         support: Ids = counts[self.rows]
         return support
 
     def contains(self, ids: Ids) -> Bools:
-        """Which of `ids`, [T, K], are allowed at their position; False for -1. All below V."""
+        """Returns which of `ids`, [T, K], are allowed at their position, bool [T, K]; False for -1. All ids are below
+        V.
+        """
         at = np.maximum(ids, 0)
         word = self.table[self.rows[:, None], at // WORD_BITS]
         allowed: Bools = ((word >> (at % WORD_BITS).astype(np.uint32)) & np.uint32(1)).astype(np.bool_)

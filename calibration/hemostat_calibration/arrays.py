@@ -15,7 +15,7 @@ Bools = npt.NDArray[np.bool_]
 
 
 def frozen(array: Floats) -> Floats:
-    """`array` itself, read-only from now on.
+    """Returns `array` itself, which is read-only from now on.
 
     >>> frozen(np.zeros(2)).flags.writeable
     False

@@ -1,8 +1,9 @@
-"""The same token sequences, scored again: whether an engine still computes what it computed when the set was taken.
+"""Scores the same token sequences again, to find out if an engine still computes what it computed when the set was
+taken.
 
 A `CanarySet` has sequences of token ids, and of each token the log-probability in several replays of the engine as it
-was then: R baseline replays, one alone and the others beside other requests, so that they differ by what batch shapes
-and chunks of a prefill do. The distance between two replays of a sequence is the mean over its tokens of
+was then: R baseline replays, one alone and the others together with other requests, so that they differ by what batch
+shapes and chunks of a prefill do. The distance between two replays of a sequence is the mean over its tokens of
 |difference of log-probabilities|, in nats.
 
 **The test.** Of the present replay of a sequence and its R baseline replays, each one has a distance from the mean of
@@ -14,12 +15,13 @@ with a probability of 1 / (R + 1), whatever the distribution of the noise. Seque
 a batch of its own, so that votes are independent; then their number is binomial, and `votes_needed` is the smallest
 number that is reached with a probability of at most ALPHA_PER_YEAR / REPLAYS_PER_YEAR. What an engine has in common for
 a whole replay (such as a load that the baseline has not seen) is no part of that: so a replay that exceeds is repeated,
-and only two in a row are a statement; the probability above is that of the first one alone. A vote counts once however
+and only two in a row are a statement; the probability above belongs to the first one alone. A vote counts once however
 far the sequence is away, so that no single one decides.
 
-Engine against engine, a sequence votes if the distance of two engines exceeds that of each two baseline replays. Of
-R + 2 exchangeable replays no two disjoint pairs can both exceed what is disjoint from them, so that at most R + 1 of
-the (R + 2) (R + 1) / 2 pairs do, and a vote has a probability of at most 2 / (R + 2): more votes are needed there.
+Engine against engine, a sequence votes if the distance of two engines exceeds the distance of each two baseline
+replays. Of R + 2 exchangeable replays no two disjoint pairs can both exceed what is disjoint from them, so that at most
+R + 1 of the (R + 2) (R + 1) / 2 pairs do, and a vote has a probability of at most 2 / (R + 2): more votes are needed
+there.
 
 >>> rng = np.random.default_rng(0)
 >>> canaries = tuple(Canary("chat", np.arange(8, dtype=np.int32), np.arange(32, dtype=np.int32)) for _ in range(20))
@@ -55,18 +57,22 @@ ALPHA_PER_YEAR = 0.01
 MIN_SEQUENCES = 16
 MAX_SEQUENCES = 100
 MAX_TOKENS = 5_000
-"""Of all sequences of a set: a replay and its repetition are 10,000."""
+"""The largest number of tokens in all sequences of a set: a replay and its repetition are 10,000 tokens."""
 TOLERANCE_NATS = 0.01
 """Mean distance of a sequence that is never a change: what another build or another GPU of the same kind may compute
 differently, far less than another quantization does."""
 ADAPTER_SEQUENCES = 20
-"""Of an adapter: the shortest ones, so that those of several adapters fit beside the base model's."""
+"""The number of sequences of an adapter. They are the shortest ones, so that the sequences of several adapters fit next
+to the base model's.
+"""
 SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Canary:
-    """kind: of text, for readers. prompt: int32 [P], P ≥ 1. answer: int32 [A], A ≥ 1, that the model wrote."""
+    """One token sequence. kind: the kind of text, for readers. prompt: int32 [P], P ≥ 1. answer: int32 [A], A ≥ 1,
+    which the model wrote.
+    """
 
     kind: str
     prompt: Ids
@@ -78,12 +84,12 @@ class Canary:
 
     @property
     def scored(self) -> int:
-        """P + A − 1: of each token but the first there is a log-probability."""
+        """The number of log-probabilities, P + A − 1: each token but the first has one."""
         return len(self.prompt) + len(self.answer) - 1
 
     @property
     def tokens(self) -> int:
-        """What a replay costs the engine, with the one that it generates."""
+        """The number of tokens that a replay costs the engine, with the one that it generates."""
         return len(self.prompt) + len(self.answer) + 1
 
 
@@ -100,7 +106,7 @@ _SERVED = {
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a set was taken from; "" or 0 where it is not known.
+    """The engine and the model that a set was taken from; a field is "" or 0 if it is not known.
 
     model: served name. root: the path that the server names. version: vLLM's. weights: the plugin's fingerprint.
     tokenizer: digest of a text's token ids. engine: its address. prompts: digest of the prompts. at: Unix time.
@@ -120,16 +126,17 @@ class Origin:
     at: float = 0.0
 
     def changes(self, now: Origin) -> list[str]:
-        """What is known then and now, and different, as text."""
+        """Returns as text what is known for both and is different."""
         pairs = [(name, getattr(self, field), getattr(now, field)) for field, name in _SERVED.items()]
         return [f"{name}: {then}, now {value}" for name, then, value in pairs if then and value and then != value]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
-    """Of one replay of S sequences.
+    """The comparison of one replay of S sequences with the set.
 
-    distances, bounds: float64 [S], nats; a sequence votes where its distance is above its bound. needed: votes.
+    distances, bounds: float64 [S], nats; a sequence votes if its distance is above its bound. needed: the number of
+    votes for a change.
     """
 
     distances: Floats
@@ -184,12 +191,12 @@ class CanarySet:
 
     @property
     def tokens(self) -> int:
-        """Of one replay, with those that the engine generates."""
+        """The number of tokens of one replay, with the tokens that the engine generates."""
         return sum(canary.tokens for canary in self.canaries)
 
     @property
     def scored(self) -> int:
-        """N"""
+        """The number of log-probabilities of one replay, N."""
         return sum(canary.scored for canary in self.canaries)
 
     @property
@@ -231,7 +238,7 @@ class CanarySet:
         return float(then.mean()), float(np.abs(now - self.reference).mean())
 
     def _distances(self, a: Floats, b: Floats) -> Floats:
-        """Of each sequence, float64 [S]."""
+        """Returns the distance of each sequence between two replays, float64 [S]."""
         scored = np.array([canary.scored for canary in self.canaries])
         sums: Floats = np.add.reduceat(np.abs(a - b), np.cumsum(scored) - scored)
         distances: Floats = sums / scored
@@ -260,7 +267,7 @@ def require_sequences(canaries: Sequence[Canary]) -> None:
 
 
 def shortest(canaries: Sequence[Canary]) -> tuple[Canary, ...]:
-    """Those that an adapter is asked.
+    """Returns the sequences that an adapter is asked.
 
     >>> canaries = [Canary("text", np.ones(n, np.int32), np.ones(2, np.int32)) for n in (9, 3)]
     >>> [canary.tokens for canary in shortest(canaries)]

@@ -1,13 +1,14 @@
-"""Why canaries differ: the same tokens scored in variants, each compared with what it was when the set was taken.
+"""Finds the cause of a difference of canaries: the same tokens are scored in variants, and each is compared with what
+it was when the set was taken.
 
-A variant changes one thing of how an engine computes: a prefill of the whole text or of short pieces, alone or beside
-other requests, or decoding of given tokens, after a prompt that is computed or that is in the prefix cache. Where
+A variant changes one thing of how an engine computes: a prefill of the whole text or of short pieces, alone or together
+with other requests, or decoding of given tokens, after a prompt that is computed or that is in the prefix cache. Where
 variants have changed, and where not, says which part of the engine has. The table of causes is `_TABLE`. Of an engine
 in which everything has changed, weights and KV cache are distinguished by how many distinct values the cache holds: the
 size of the differences does not (measured: docs/lab/notes.md#canaries).
 
 **Null.** Of an unchanged engine, all variants that score the same tokens give the same, but for what batch shapes and
-chunks do. The baseline has them all, twice; a bound is twice the largest distance among those.
+chunks do. The baseline has them all, twice; a bound is twice the largest distance among these replays.
 
 A cause is said only where exactly one explains every variant; else it is unknown.
 
@@ -48,12 +49,12 @@ WINDOW = 32
 PROMPT = 144
 """Tokens of the first prompt after which tokens are decoded: more than a block of the prefix cache, of 128 on a CPU."""
 STEP = 40
-"""How much longer each further prompt is."""
+"""The number of tokens by which each further prompt is longer."""
 PROMPTS = 2
 DECODED = 16
 """Tokens that are decoded after each."""
 REPLAYS = 2
-"""Of the baseline."""
+"""The least number of replays in a baseline."""
 NOISE_FACTOR = 2.0
 TOKEN_NATS = 0.05
 """Difference of a single token that is never a change."""
@@ -63,9 +64,13 @@ wherever the engine's results are not equal to the last bit."""
 MOSTLY = 0.8
 """Share of the parts of a variant that have to differ where all of it has changed."""
 MAX_SHIFT = 32
-"""Tokens by which requests beside move the end of a chunk: they take so many of its budget."""
+"""The largest number of tokens by which other requests in the batch move the end of a chunk: they take so many of its
+budget.
+"""
 PRECISION_BITS = 1.5
-"""log2 of distinct values in the KV cache: a change; half of it is none. A cast of bfloat16 to FP8 is 2.4 and more."""
+"""The least change of log2 of the number of distinct values in the KV cache that counts as a change; half of it is
+none. A cast of bfloat16 to FP8 changes it by 2.4 and more.
+"""
 
 
 class Cause(DescribedEnum):
@@ -82,33 +87,33 @@ class Cause(DescribedEnum):
 
 
 class Variant(StrEnum):
-    """What is scored."""
+    """The way in which the tokens are scored."""
 
     LONG = "long"
     """A prefill of the whole text, alone."""
     LONG_BESIDE = "long_beside"
-    """The same while other requests are decoded."""
+    """The same prefill while other requests are decoded."""
     SHORT = "short"
-    """Prefills of pieces of it, each with no context but its own."""
+    """Prefills of pieces of the text, each with no context but its own."""
     DECODED = "decoded"
     """Decoding of given tokens, after a prompt that no cache has."""
     CACHED = "cached"
-    """The same after the same prompt again, which the prefix cache has."""
+    """Decoding after the same prompt again, which the prefix cache has."""
     BESIDE = "beside"
-    """As DECODED, while other requests are decoded."""
+    """Decoding as in DECODED, while other requests are decoded."""
 
 
 DECODING = (Variant.DECODED, Variant.CACHED, Variant.BESIDE)
 
 
 class State(StrEnum):
-    """Of one variant, against then."""
+    """The state of one variant, compared with the baseline."""
 
     SAME = "same"
     PARTLY = "partly"
     CHANGED = "changed"
     UNKNOWN = "unknown"
-    """Not measured."""
+    """The variant was not measured."""
 
 
 _S, _ANY = frozenset({State.SAME}), frozenset(State)
@@ -142,7 +147,7 @@ _TABLE: dict[Cause, dict[Variant, frozenset[State]]] = {
     Cause.CHUNK_BOUNDARY: {Variant.LONG: _SOME, Variant.LONG_BESIDE: _SOME, Variant.SHORT: _S}
     | dict.fromkeys(DECODING, _ANY),
 }
-"""Which states of all variants a cause explains."""
+"""The states of all variants that each cause explains."""
 
 _NAMES = {
     Cause.NONE: "nothing",
@@ -199,7 +204,8 @@ def shapes(length: int) -> dict[Variant, int]:
 
 
 def decoded_part(long: Floats, length: int) -> Floats:
-    """Of a prefill of the whole text, the tokens that are decoded, too. length: of the text, tokens.
+    """Returns the log-probabilities from a prefill of the whole text for the tokens that are decoded, too. length: the
+    length of the text in tokens.
 
     >>> decoded_part(np.arange(1.0, 256.0), 256)[[0, 15, 16]].tolist()
     [144.0, 159.0, 184.0]
@@ -210,9 +216,12 @@ def decoded_part(long: Floats, length: int) -> Floats:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
-    """scores: float64, nats, of the variants that could be measured. precision: log2 of the distinct ones of 1,024
-    values that the engine's plugin found in the KV cache; 0.0 where it did not say. cache: the dtype of the KV cache
-    that the server names; "" where it does not."""
+    """The measurements of one replay.
+
+    scores: float64, nats, by variant, for the variants that could be measured. precision: log2 of the number of
+    distinct values among the 1,024 that the engine's plugin read in the KV cache; 0.0 if it did not say. cache: the
+    dtype of the KV cache that the server names; "" if it names none.
+    """
 
     scores: Mapping[str, Floats]
     precision: float = 0.0
@@ -221,19 +230,21 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """text: the cause with its figures, in one sentence."""
+    """The cause of a difference. text: the cause with its figures, in one sentence."""
 
     cause: Cause
     text: str
 
 
 UNCHANGED = Verdict(Cause.NONE, "nothing: its replays are as they were")
-"""Of an engine beside one that has changed."""
+"""The verdict on an engine that has not changed while another one has."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """Of one variant. nats: mean |difference| of its tokens. first: the first token of the text that differs."""
+    """The comparison of one variant with the baseline. nats: mean |difference| of its tokens. first: the first token of
+    the text that differs.
+    """
 
     state: State
     nats: float = 0.0
@@ -242,7 +253,10 @@ class _Reading:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CauseBaseline:
-    """text: int32 [L]. measured: the replays. InvalidArgumentError where they do not fit together."""
+    """The replays that later ones are compared with. Raises InvalidArgumentError if they do not fit together.
+
+    text: int32 [L]. measured: the replays.
+    """
 
     text: Ids
     measured: tuple[Measured, ...]
@@ -300,7 +314,7 @@ class CauseBaseline:
         return _Bounds(max(mean, tolerance), max(token, TOKEN_NATS), max(token, ONSET_NATS))
 
     def _pairs(self) -> Iterator[tuple[Variant, Floats, Floats]]:
-        """Of the baseline, what scores the same tokens."""
+        """Yields the pairs of the baseline's arrays that score the same tokens, each with its variant."""
         pools: dict[Variant, list[Floats]] = {Variant.LONG: [], Variant.SHORT: [], Variant.DECODED: []}
         for replay in self.measured:
             for name, values in replay.scores.items():

@@ -1,4 +1,5 @@
-"""What messages show of addresses and of other libraries' errors: no credentials, no representations of objects."""
+"""The forms in which messages show addresses and other libraries' errors: no credentials, no representations of
+objects."""
 
 from __future__ import annotations
 
@@ -44,8 +45,8 @@ def with_detail(state: str, detail: str) -> str:
 
 
 def in_words(error: BaseException) -> str:
-    """What an error of another library says, in one line of at most `MAX_CHARACTERS`; the name of its class where it
-    says nothing.
+    """Returns what an error of another library says, in one line of at most `MAX_CHARACTERS`. It is the name of the
+    error's class if the error says nothing.
 
     >>> in_words(ConnectionRefusedError(111, "Connection refused"))
     'Connection refused'

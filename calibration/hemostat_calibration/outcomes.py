@@ -1,4 +1,4 @@
-"""What people notice of an answer, compared between the arms of one profile in one kind of traffic.
+"""Compares what people notice of answers between the arms of one profile in one kind of traffic.
 
 A `Trial` belongs to one version of a profile in one kind. A unit is a conversation: its first answer in the kind, also
 one that did not become complete. For each of `Outcome` a unit is bad or not; the test of `statistics.two_arms` says
@@ -40,7 +40,9 @@ from hemostat_calibration.statistics.running_mean import RunningMean
 from hemostat_calibration.statistics.two_arms import TwoArms
 
 GROUPS = 16
-"""Of clients. Harm is proven without one of them, so a proof takes about 1/GROUPS more units."""
+"""The number of groups of clients. Harm is proven without any one of them, so a proof takes about 1/GROUPS more
+units.
+"""
 MAX_CLIENTS = 256
 """Clients whose units are counted one by one; further ones are counted together, and not limited."""
 MIN_CLIENTS = 4
@@ -49,11 +51,11 @@ CAP_UNITS = 20
 """First units, whose mean length times CAP_FACTOR is the cap of all later lengths. They do not count themselves."""
 CAP_FACTOR = 4.0
 MIN_CAP = 16.0
-"""Tokens."""
+"""The least cap of an answer's length, in tokens."""
 
 
 class Outcome(DescribedEnum):
-    """What is bad about an answer, each with its text in deploy/metrics.py."""
+    """The ways in which an answer can be bad, each with its text for people."""
 
     JSON = "json", "JSON was asked for in words or by a schema, and the answer has none, or does not fit the schema"
     TOOL_CALL = "tool_call", "tools were offered, and a call does not parse or fits none of them"
@@ -65,15 +67,18 @@ class Outcome(DescribedEnum):
 
 
 LENGTH = "length"
-"""Beside the outcomes: the mean number of output tokens."""
+"""The name of the mean number of output tokens, which is compared in addition to the outcomes."""
 TESTS = len(Outcome) + 1
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """alpha: false-alarm probability in one kind. margin: harmless difference of bad shares. length_margin: harmless
-    relative change of the mean length. client_share: largest part of a trial's units that is from one client.
-    InvalidArgumentError where one is out of range."""
+    """The settings of a trial. Raises InvalidArgumentError if one is out of range.
+
+    alpha: the probability of a false alarm in one kind. margin: the harmless difference between the shares of bad
+    units. length_margin: the harmless relative change of the mean length. client_share: the largest part of a trial's
+    units that may be from one client.
+    """
 
     alpha: float = 0.05
     margin: float = 0.05
@@ -102,12 +107,13 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What the trial shows of one outcome, or of the length.
+    """The state of one outcome in the trial, or of the length.
 
-    treated_units, control_units: with the outcome known. treated, control: share of bad units, or mean length in tokens
-    (clipped at the cap); NaN without a unit. difference: treated − control with its interval, valid at every look at
-    the trial's nominal level; of the length, relative to the control mean. evidence: log e over log 1/alpha of the
-    stricter one of all units and all without a group; harm is proven from 1 on. 0 or 1 for the length.
+    treated_units, control_units: the numbers of units with a known outcome. treated, control: the share of bad units,
+    or the mean length in tokens (clipped at the cap); NaN without a unit. difference: treated − control with its
+    interval, valid at every look at the trial's nominal level; for the length it is relative to the control mean.
+    evidence: log e over log 1/alpha, the least one of the test with all units and the tests without one group; harm is
+    proven from 1 on. It is 0 or 1 for the length.
     """
 
     outcome: str
@@ -164,7 +170,7 @@ class Trial:
 
     @property
     def alpha(self) -> float:
-        """Of each outcome's test."""
+        """The probability of a false alarm that each outcome's test has."""
         return self.settings.alpha / (self.number * (self.number + 1) * TESTS)
 
     @property
@@ -173,17 +179,17 @@ class Trial:
 
     @property
     def clients(self) -> int:
-        """At most MAX_CLIENTS."""
+        """The number of clients that were seen, at most MAX_CLIENTS."""
         return len(self._clients)
 
     @property
     def limits_clients(self) -> bool:
-        """Whether a client's share is limited."""
+        """It is True if a client's share is limited."""
         return len(self._clients) >= MIN_CLIENTS
 
     @property
     def decides(self) -> bool:
-        """Whether harm can be proven yet."""
+        """It is True if harm can be proven by now."""
         return self.limits_clients or self._units >= MIN_UNITS_OF_FEW_CLIENTS
 
     @property
@@ -222,8 +228,9 @@ class Trial:
         groups[group] = groups[group].update(min(tokens, self._cap), centre, self._cap)
 
     def readings(self) -> list[Reading]:
-        """Of the outcomes that applied to any unit, and of the length once it is compared. Evidence is 0 while the
-        trial does not decide."""
+        """Returns the readings of the outcomes that applied to any unit, and of the length once it is compared.
+        Evidence is 0 while the trial does not decide.
+        """
         result = [self._binary(outcome, counts) for outcome, counts in sorted(self._counts.items())]
         if self._cap is not None:
             result.append(self._length(self._cap))
@@ -322,7 +329,7 @@ class Trial:
 
     @classmethod
     def load(cls, saved: Mapping[str, Any], settings: Settings) -> Trial:
-        """What `save` returned. InvalidArgumentError where it is anything else."""
+        """Returns the trial that `save` stored. Raises InvalidArgumentError if `saved` is anything else."""
         try:
             trial = cls(settings, str(saved["version"]), int(saved["number"]))
             trial.refused, trial._units = int(saved["refused"]), int(saved["units"])

@@ -22,18 +22,18 @@ from hemostat_calibration.arrays import Bools, Ids
 from hemostat_calibration.errors import InvalidArgumentError
 
 MAX_SEQUENCES = 64
-"""Of one marker."""
+"""The largest number of sequences of ids for one marker."""
 MAX_IDS = 32
-"""Of one sequence."""
+"""The largest number of ids in one sequence."""
 
 Sequences = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Markers:
-    """start, end: sequences of ids, any of which is the marker.
+    """The markers of a model's thinking. start, end: sequences of ids, any of which is the marker.
 
-    InvalidArgumentError where `end` is empty, a sequence is empty or too long, or there are too many.
+    Raises InvalidArgumentError if `end` is empty, a sequence is empty or too long, or there are too many.
     """
 
     start: Sequences
@@ -63,7 +63,7 @@ class Thinking:
 
     @property
     def tokens(self) -> int:
-        """Of the thinking, with its markers; of one that has not ended, those so far."""
+        """The number of tokens of the thinking so far, with its markers."""
         return self.answer_start - self.begin
 
 
@@ -94,7 +94,7 @@ def find_thinking(prompt: Ids, output: Ids, markers: Markers) -> Thinking | None
 
 
 def thinking_mask(thinking: Thinking | None, first: int, tokens: int) -> Bools:
-    """Which of the positions first … first + tokens − 1 of an output are thinking: bool [tokens].
+    """Returns which of the positions first … first + tokens − 1 of an output are thinking: bool [tokens].
 
     >>> thinking_mask(Thinking(1, 3, ended=True), first=0, tokens=5).tolist()
     [False, True, True, False, False]
@@ -123,5 +123,5 @@ def _first(ids: Ids, sequences: Collection[tuple[int, ...]], start: int) -> tupl
 
 
 def _last(ids: Ids, sequences: Collection[tuple[int, ...]]) -> int:
-    """Where the last of the sequences ends; −1 where there is none."""
+    """Returns where the last of the sequences ends; −1 if there is none."""
     return max((int(at[-1]) + len(sequence) for sequence in sequences if len(at := _starts(ids, sequence))), default=-1)

@@ -62,7 +62,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """What one profile changes at each position: Δz is the change of the logits, c the compressed model, r the
+    """The change that one profile makes at each position. Δz is the change of the logits, c the compressed model, r the
     reference.
 
     expected: float64 [T], E_r[Δz] in nats; NaN where unknown (a reference that gave only its top ids).
@@ -129,7 +129,7 @@ class RecoveredDivergence:
 
     @property
     def usable(self) -> npt.NDArray[np.bool_]:
-        """bool [T]: both errors are at most `MAX_RECOVERY_ERROR`."""
+        """It is True where both errors are at most `MAX_RECOVERY_ERROR`, bool [T]."""
         return (self.predicted <= MAX_RECOVERY_ERROR) & (self.observed <= MAX_RECOVERY_ERROR)
 
 
@@ -141,27 +141,29 @@ class TokenRecord:
     prompt_key: bytes
     """Digest of the prompt's token ids: the `unit` of a request whose conversation is not known."""
     output_ids: Ids
-    """int32 [T]: the tokens that the compressed model emitted."""
+    """The tokens that the compressed model emitted, int32 [T]."""
     compressed: Candidates
     """[T, K]: the compressed model's most likely ids, most likely first; the emitted token is among them when it was
     given: in its place, or last when it is not one of the most likely."""
     reference_at: Floats
-    """float64 [T, K]: the reference's log-probabilities at `compressed.ids`; NaN where it gave none."""
+    """The reference's log-probabilities at `compressed.ids`, float64 [T, K]; NaN where it gave none."""
     reference: Candidates
     """[T, J]: the reference's own most likely ids, most likely first."""
     compressed_emitted: Floats
-    """float64 [T]: log-probability of the emitted token under the compressed model."""
+    """The log-probability of the emitted token under the compressed model, float64 [T]."""
     reference_emitted: Floats
-    """float64 [T]: the same under the reference."""
+    """The log-probability of the emitted token under the reference, float64 [T]."""
     reference_entropy: Floats | None = None
-    """float64 [T], nats, exact; None when the reference gave only its top ids."""
+    """The exact entropy of the reference, float64 [T], nats; None if the reference gave only its top ids."""
     support: Ids | None = None
-    """int32 [T]: number of ids that the request's constraint allows at each position, the emitted one among them. Then
-    all log-probabilities, of both models, are conditional on the allowed ids, and no other id is in any row. None:
-    every id is allowed."""
+    """The number of ids that the request's constraint allows at each position, the emitted one among them, int32 [T].
+    With it all log-probabilities, of both models, are conditional on the allowed ids, and no other id is in any row.
+    None: every id is allowed.
+    """
     constraint: str = ""
-    """What restricts the ids: one of `CONSTRAINTS`; "" where `support` is None. Figures of constrained records are
-    conditional, and are not pooled with others."""
+    """The kind of restriction of the ids: one of `CONSTRAINTS`; "" if `support` is None. Figures of constrained records
+    are conditional, and are not pooled with others.
+    """
     sampling: Sampling = field(default_factory=Sampling)
     arm: Arm = Arm.NONE
     requested: str | None = None
@@ -169,28 +171,33 @@ class TokenRecord:
     applied: str | None = None
     """Profile version that the engine reports as applied; None is identity."""
     drawn_emitted: Floats | None = None
-    """float64 [T]: log-probability of the emitted token under the distribution that it was drawn from at temperature 1,
-    where that was another model than `compressed`; None otherwise."""
+    """The log-probability of the emitted token under the distribution that it was drawn from at temperature 1, float64
+    [T], if that was another model than `compressed`; None otherwise.
+    """
     shifts: Mapping[str, Shift] = field(default_factory=dict)
-    """By profile version: the served one, and any candidate under evaluation."""
+    """The shifts by profile version: the served one, and any candidate under evaluation."""
     features: Features | None = None
     """None when the engine gave none."""
     reference_hidden: npt.NDArray[np.float32] | None = None
-    """float32 [T, d]: the reference's last hidden state h after the final norm, so that its logits are W h; None when
-    it does not give it."""
+    """The reference's last hidden state h after the final norm, float32 [T, d], so that its logits are W h; None if it
+    does not give it.
+    """
     position: int = 0
     """Output tokens before the first one of `output_ids`: above 0 where only the last ones of an output are scored."""
     context_tokens: int = 0
     """Tokens before the first one of `output_ids`, of the prompt and of the output; 0: not known."""
     thinking: Thinking | None = None
-    """In positions of the whole output; None where there is none, or the markers are not known."""
+    """The thinking, in positions of the whole output; None if there is none, or if the markers are not known."""
     adapter: str | None = None
-    """Version of the adapter that the engine added to the weights: then `compressed`, `compressed_emitted` and
-    `features` are those of the compressed model with the adapter. None: of the compressed model itself."""
+    """The version of the adapter that the engine added to the weights: then `compressed`, `compressed_emitted` and
+    `features` come from the compressed model with the adapter. None: they come from the compressed model itself.
+    """
     recovered: RecoveredDivergence | None = None
     """None where no distribution of the compressed model was recovered, or its records are conditional on `support`."""
     distances: Mapping[str, ExactDistances] = field(default_factory=dict)
-    """By profile version (`IDENTITY`: the compressed model itself); empty where no copy has scored the record."""
+    """The exact distances by profile version (`IDENTITY`: the compressed model itself); empty if no copy has scored the
+    record.
+    """
     request_id: str = ""
     route: str = ""
     model: str = ""
@@ -218,8 +225,9 @@ class TokenRecord:
 
     @property
     def unit(self) -> bytes:
-        """What is either learned from or judged by, and counts once in a test: all requests of a template, else the
-        conversation, else the prompt."""
+        """The key of what is either learned from or judged by, and counts once in a test: all requests of a template,
+        else the conversation, else the prompt.
+        """
         return self.template or self.conversation or self.prompt_key
 
     @property
@@ -237,14 +245,14 @@ class TokenRecord:
 
     @property
     def domain(self) -> npt.NDArray[np.int64]:
-        """int64 [T]: number of ids that can have a probability above 0 at each position."""
+        """The number of ids that can have a probability above 0 at each position, int64 [T]."""
         if self.support is None:
             return np.full(self.tokens, self.vocab_size, np.int64)
         return self.support.astype(np.int64)
 
 
 class InvalidReason(StrEnum):
-    """Why `validate` refuses a record, for counting."""
+    """The reason for which `validate` refuses a record, for counting."""
 
     SCHEMA = "schema"
     EMPTY = "empty"
@@ -262,7 +270,9 @@ class InvalidReason(StrEnum):
 
 
 LOGPROB_TOLERANCE = 1e-3
-"""How far a log-probability may be above 0, or the sum of a row above 1: models compute in float32 or less."""
+"""The amount by which a log-probability may be above 0, or the sum of a row above 1: models compute in float32 or
+less.
+"""
 MIN_LOGPROB = -1e4
 """The smallest log-probability that is a number, nats: a model's logits do not differ by more, and vLLM writes −9999
 for an id that is masked. A smaller one is made up, and would outweigh all others in a mean."""

@@ -2,8 +2,8 @@
 
 A value is read as its annotation says, or not at all: no field may be missing or unknown. What a class requires beyond
 that is checked by whoever reads it. Arrays are compressed, so that rows that are still 0 cost nothing. Keys that are
-bytes are written in hexadecimal digits, and those of a mapping to None behind each other. Of a union of dataclasses the
-class's name is stored, too.
+bytes are written in hexadecimal digits; if the mapping's values are None, the keys stand behind each other. Of a union
+of dataclasses the class's name is stored, too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hemostat_calibration.arrays import frozen
 from hemostat_calibration.errors import InvalidArgumentError
 
 MAX_ARRAY_BYTES = 1 << 26
-"""Of one array, when it is not compressed."""
+"""The largest size of one array when it is not compressed."""
 
 T = TypeVar("T")
 
@@ -42,7 +42,8 @@ def encode(state: Any, schema: int) -> bytes:
 
 
 def decode(kind: type[T], data: bytes, schema: int, older: Collection[int] = ()) -> T:
-    """What `encode` wrote. InvalidArgumentError, in one line that names the field, where it is anything else.
+    """Returns what `encode` wrote. Raises InvalidArgumentError, in one line that names the field, if it is anything
+    else.
 
     older: schemas that are read, too. They had fewer fields; a field that they did not have has its default.
 

@@ -2,7 +2,7 @@
 
 z = W h: the logits are a linear image of the last hidden state h (d numbers), W [V, d] the output embedding, which most
 compressed checkpoints leave as it is. The engine hands out z at N anchor ids, centred, in float16. Given those, h is
-estimated by least squares in the anchors' rows, with an isotropic prior (that of ridge regression):
+estimated by least squares in the anchors' rows, with an isotropic prior (as in ridge regression):
 
     h | z ~ N(P W̄ᵀ z / σ², P),  P = (I/s² + W̄ᵀ W̄/σ²)⁻¹,
 
@@ -36,19 +36,21 @@ from hemostat_calibration.records import RecoveredDivergence
 LOGIT_NOISE = 0.03
 """Standard deviation of a logit as engines hand it out, nats: computed in bfloat16, reported in float16."""
 _PRIOR_VARIANCE = 25.0
-"""Of a logit, before any is read."""
+"""The variance of a logit before any is read."""
 _MIN_MASS = 1e-9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StateRecovery:
-    """gain: float32 [d, N], E[h | z] = gain z. factor: float32 [d, d], A with P = A Aᵀ."""
+    """The recovery of hidden states from logits at anchors. gain: float32 [d, N], E[h | z] = gain z. factor: float32
+    [d, d], A with P = A Aᵀ.
+    """
 
     gain: Singles
     factor: Singles
 
     def states(self, features: Singles) -> Singles:
-        """Hidden states, float32 [T, d], of logits at the anchors, float32 [T, N]; a row of NaN gives one.
+        """Returns hidden states, float32 [T, d], from logits at the anchors, float32 [T, N]; a row of NaN gives one.
 
         >>> weight = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]], np.float32)
         >>> recovery = recover_states(weight, noise=1e-3)
@@ -71,7 +73,8 @@ class StateRecovery:
 
 
 def recover_states(weight: Singles, noise: float = LOGIT_NOISE) -> StateRecovery:
-    """weight: rows of W at the anchors, float32 [N, d], in the order of the features. noise: σ, nats.
+    """Returns the recovery for these anchors. weight: rows of W at the anchors, float32 [N, d], in the order of the
+    features. noise: σ, nats.
 
     >>> recover_states(np.array([[1.0], [-1.0]], np.float32), noise=1e-3).gain.round(3).tolist()
     [[0.5, -0.5]]
@@ -87,9 +90,9 @@ def recover_states(weight: Singles, noise: float = LOGIT_NOISE) -> StateRecovery
 
 
 def checked_ids(ids: Ids, logprobs: Floats) -> npt.NDArray[np.bool_]:
-    """Which of the compressed side's candidates would be listed whatever had been emitted, bool [T, K].
+    """Returns which of the compressed side's candidates would be listed whatever had been emitted, bool [T, K].
 
-    ids, logprobs: [T, K], -1 and -inf pad; the last two places may be those of the emitted token.
+    ids, logprobs: [T, K], -1 and -inf pad; the last two places may belong to the emitted token.
 
     >>> checked_ids(np.array([[5, 3, 8, -1]]), np.array([[-0.5, -1.0, -3.0, -np.inf]])).tolist()
     [[True, False, False, False]]

@@ -18,9 +18,9 @@ from hemostat_calibration.messages import in_words
 from hemostat_calibration.profiles.profile import MAX_BYTES, VERSION_PATTERN
 
 TIMEOUT_SECONDS = 5.0
-"""Without a byte."""
+"""The longest time without a byte."""
 MAX_ANSWER_SECONDS = 120.0
-"""Of a whole answer: a profile of 255 MiB."""
+"""The longest time for a whole answer: a profile may have 255 MiB."""
 MAX_RESPONSE_BYTES = 64 * 1024
 MAX_SECRETS = 4
 """The largest size of one answer."""
@@ -115,7 +115,9 @@ def _secrets(response: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _read(response: Any, max_bytes: int) -> bytes:
-    """At most one byte more than `max_bytes`. TimeoutError where that takes too long, however many bytes come."""
+    """Returns the body, at most one byte more than `max_bytes`. Raises TimeoutError if that takes too long, however
+    many bytes come.
+    """
     ends = time.monotonic() + MAX_ANSWER_SECONDS
     body = bytearray()
     while len(body) <= max_bytes and (chunk := response.read1(max_bytes + 1 - len(body))):

@@ -33,7 +33,7 @@ log = logging.getLogger("hemostat.engine")
 
 TICK_SECONDS = 0.25
 REPORT_SECONDS = 1.0
-"""Between two reports to an admin port."""
+"""The time between two reports to an admin port."""
 MAX_STEPS_PER_FLUSH = 256
 MAX_BYTES_PER_FLUSH = 8 << 20
 """Features and distinct masks. The step that reaches it is still sent; the admin port accepts twice as much."""
@@ -41,7 +41,7 @@ MAX_BYTES_PER_FLUSH = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who reports. boot_id: the same on all ranks of one engine, new with every start."""
+    """The identity of the rank that reports. boot_id: the same on all ranks of one engine, new with every start."""
 
     boot_id: str
     rank: int
@@ -60,7 +60,8 @@ def in_thread(run: Callable[[], None]) -> None:
 
 
 class Agent:
-    """`start()` once; threads then call `tick(now)` and `fetcher.tick(now)` four times a second.
+    """Reports to the admin ports. Call `start()` once; threads then call `tick(now)` and `fetcher.tick(now)` four times
+    a second.
 
     spawn: runs a call to an admin port, at once or in a thread.
     """
@@ -110,7 +111,7 @@ class Agent:
             thread.join()
 
     def report_soon(self) -> None:
-        """What is held has changed."""
+        """Makes the next report due at once, since what is held has changed."""
         for peer in self._peers.all:
             peer.next_report = 0.0
 

@@ -20,15 +20,17 @@ MAX_MESSAGE_ANSWERS = 4096
 """The admin port refuses a message with more."""
 ATTEMPTS = 2
 COLLECT_SECONDS = 0.2
-"""From the first answer in an empty queue to the message: one of many answers costs hardly more than one of one."""
+"""The time from the first answer in an empty queue to the message: a message of many answers costs hardly more than a
+message of one.
+"""
 LOOK_SECONDS = 10.0
 """Between two questions for the secrets, once some are known: they are handed out long before they are used."""
 PAUSE_SECONDS = 0.5
-"""Between two attempts. Hemostat waits some seconds for an answer, so one that is late is of no use."""
+"""The time between two attempts. Hemostat waits some seconds for an answer, so one that is late is of no use."""
 
 
 class Queue(Protocol):
-    """Of `hemostat_engine.answer_tap.AnswerQueue`."""
+    """The part of `hemostat_engine.answer_tap.AnswerQueue` that the sender uses."""
 
     filled: threading.Event
     dropped: int
@@ -39,7 +41,9 @@ class Queue(Protocol):
 
 
 class AnswerSender:
-    """`start()` once; the thread then sends what is in the queue. boot_id: of this process."""
+    """Sends the answers in the queue. Call `start()` once; a thread then sends them. boot_id: the id of this
+    process.
+    """
 
     def __init__(
         self,
@@ -121,7 +125,9 @@ class AnswerSender:
         self._secrets.note(response.secrets)
 
     def _may_own(self, peer: Peer, nonce: str) -> bool:
-        """Whether the request came through `peer`, or may have, while its prefix is not known."""
+        """Returns True if the request came through `peer`, or if it may have, while the prefix of `peer` is not
+        known.
+        """
         if len(self._peers.all) == 1:
             return True
         prefix = self._prefixes.get(peer.url)

@@ -39,7 +39,7 @@ log = logging.getLogger("vllm.hemostat")
 ENGINE_MODULE = "vllm.v1.engine.async_llm"
 MAX_QUEUE_BYTES = 64 << 20
 MAX_ANSWER_BYTES = 12 << 20
-"""Of one choice; a longer one is dropped. The admin port accepts messages of 16 MiB."""
+"""The largest size of one choice; a longer one is dropped. The admin port accepts messages of 16 MiB."""
 MAX_QUEUED_ANSWERS = 1 << 14
 MAX_ACTIVE = 128
 """Generations that are recorded at the same time; further ones are served without being recorded."""
@@ -118,7 +118,7 @@ class RecordedAnswer:
         self._prompt_ids = array("i", prompt_ids)
         self._finish_reason = finish_reason
         self.bytes = _bytes(rows.tokens, top_k, len(prompt_ids))
-        """Of the message's arrays."""
+        """The bytes of the message's arrays."""
 
     def message(self) -> dict[str, Any]:
         """Little-endian arrays: int32 ids, float32 nats; candidates [T, top_k + 1], most likely first, padded with -1
@@ -141,12 +141,14 @@ class RecordedAnswer:
 
 
 def _bytes(tokens: int, top_k: int, prompt_tokens: int) -> int:
-    """Of a message's arrays; those of `_Rows` have at most 4 bytes more per token."""
+    """Returns the bytes of a message's arrays. The arrays of `_Rows` have at most 4 bytes more per token."""
     return (8 * top_k + 16) * tokens + 4 * prompt_tokens
 
 
 class _Rows:
-    """What vLLM yielded of one choice, as it came: T emitted ids, and the ids and log-probabilities of T positions."""
+    """The parts of one choice that vLLM yielded, as they came: T emitted ids, and the ids and log-probabilities of T
+    positions.
+    """
 
     __slots__ = ("_ends", "_ids", "_logprobs", "token_ids")
 
@@ -174,7 +176,9 @@ class _Rows:
         self.token_ids.extend(ids)
 
     def sorted(self, top_k: int) -> tuple[array[int], array[float], array[float]]:
-        """Candidate ids, their log-probabilities and those of the emitted ids; see `RecordedAnswer.message`."""
+        """Returns candidate ids, their log-probabilities, and the log-probabilities of the emitted ids; see
+        `RecordedAnswer.message`.
+        """
         candidate_ids, candidate_logprobs, emitted_logprobs = array("i"), array("f"), array("f")
         start = 0
         for emitted, end in zip(self.token_ids, self._ends, strict=True):
@@ -201,7 +205,7 @@ def _candidates(logprobs: Any, position: int) -> tuple[list[int], list[float]]:
 
 
 def _shortened(logprobs: Any, ids: Any, top_k: int) -> Any:
-    """vLLM's list of dicts as it is where `top_k` candidates are asked for, beside the emitted id."""
+    """Returns vLLM's list of dicts as it is if `top_k` candidates are asked for, in addition to the emitted id."""
     if hasattr(logprobs, "start_indices"):
         # The emitted id stands first, then the most likely ones.
         shorter = type(logprobs)()
@@ -228,7 +232,7 @@ class Recording:
         self._choices: dict[int, _Rows] = {}
         self._failed = False
         self._own: int | None = params.logprobs
-        """What the server itself asked for, and gets."""
+        """The number of log-probabilities that the server itself asked for, and gets."""
         self.top_k = max(self._own or 0, top if max_logprobs < 0 else min(top, max_logprobs))
         self.params = copy.copy(params)
         self.params.logprobs = self.top_k
@@ -327,8 +331,9 @@ class AnswerTap:
         return Recording(self._queue, asked.nonce, call, params, engine.model_config.max_logprobs, asked.top)
 
     def enter(self) -> bool:
-        """Whether one more generation may be recorded now; then `leave` must be called when it ends. If not, that is
-        counted."""
+        """Returns True if one more generation may be recorded now; then `leave` must be called when it ends. If it may
+        not, that is counted.
+        """
         if self._active >= MAX_ACTIVE:
             self._queue.drop()
             return False
@@ -368,7 +373,7 @@ def install() -> None:
 
 
 def wrapped(generate: Callable[..., AsyncGenerator[Any, None]], tap: AnswerTap) -> Callable[..., Any]:
-    """`generate` with the tap: the same generator for a request that is not recorded."""
+    """Returns `generate` with the tap; a request that is not recorded gets the same generator."""
 
     @functools.wraps(generate)
     def tapped(engine: Any, prompt: Any, sampling_params: Any, *arguments: Any, **named: Any) -> Any:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 MAX_WAIT_SECONDS = 10.0
-"""Of a load for a capture, which takes less than a second, and of a capture for a load."""
+"""The longest time that a load waits for a capture, which takes less than a second, and a capture for a load."""
 
 
 class Captures:
@@ -26,7 +26,7 @@ class Captures:
         """The capture that is in progress has the lock."""
 
     def watch(self, graphs: type) -> None:
-        """From now on captures of this class, `torch.cuda.CUDAGraph`, hold the lock."""
+        """Makes captures of this class, `torch.cuda.CUDAGraph`, hold the lock from now on."""
         if self._watched is graphs:
             return
         self._watched = graphs
@@ -68,4 +68,4 @@ class Captures:
 
 
 captures = Captures()
-"""Of this process, as vLLM's graphs are."""
+"""The captures of this process, as vLLM's graphs belong to it."""

@@ -1,4 +1,5 @@
-"""What the adapters for both of vLLM's model runners share: binding requests to profiles, applying them, tapping rows.
+"""The part that the adapters for both of vLLM's model runners share: binding requests to profiles, applying them,
+tapping rows.
 
 Rules:
 - A request is bound once, when it is admitted, and keeps that profile until it ends: profiles that arrive, are evicted
@@ -43,7 +44,7 @@ log = logging.getLogger("hemostat.engine")
 
 T = TypeVar("T")
 MIN_PRECISION_SECONDS = 5.0
-"""Between two looks at the KV cache."""
+"""The least time between two looks at the KV cache."""
 MAX_TAPPED_CANDIDATES = 2
 """Held profiles that are evaluated for a tapped row besides the applied one."""
 
@@ -52,9 +53,12 @@ _BINDING_ATTRIBUTE = "_hemostat_binding"
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """What one request is bound to. `profile` None: identity. `nonce` None: not tapped. child: number of the tapped
-    request among those with the same nonce: vLLM makes n requests of one with n > 1. measured: the tap has numbers.
-    forced: the first ids of its output; empty: none are."""
+    """The profile and the tap that one request is bound to.
+
+    profile: None is identity. nonce: None: it is not tapped. child: the number of the tapped request among the ones
+    with the same nonce, since vLLM makes n requests of one with n > 1. measured: the tap has numbers. forced: the first
+    ids of its output; empty: none are forced.
+    """
 
     profile: HeldProfile | None
     nonce: str | None
@@ -144,7 +148,7 @@ class Core:
         self._after_penalties = runner == "v2"
         self._ranks = ranks
         self._sampling = Ranks() if tap_on_every_rank else ranks
-        """Those that sample the same rows."""
+        """The ranks that sample the same rows."""
         self._tap_failed = False
         self._kv_layers = kv_layers
         self._precision, self._precision_at = 0, -math.inf
@@ -189,7 +193,9 @@ class Core:
         return bindings
 
     def _kv_precision(self) -> int:
-        """As `kv_precision.code`, computed seldom: who asks often must not slow others down. The same on all ranks."""
+        """Returns `kv_precision.code`, the same on all ranks. It is computed seldom, so that frequent requests for it
+        do not slow others down.
+        """
         now = time.monotonic()
         if self._sampling.rank == 0 and now - self._precision_at >= MIN_PRECISION_SECONDS:
             try:
@@ -215,7 +221,9 @@ class Core:
         return parsed
 
     def fits(self, logits: torch.Tensor) -> bool:
-        """Whether the logits have the vocabulary size of the profiles; if not, every request gets identity; counted."""
+        """Returns True if the logits have the vocabulary size of the profiles. If they do not, every request gets
+        identity, and that is counted.
+        """
         if logits.shape[-1] == self._vocab_size:
             return True
         if not self.counters.read().get("steps_misfit"):
@@ -266,7 +274,7 @@ class Core:
         return True
 
     def _attempt(self, profile: HeldProfile, action: Callable[[], T]) -> T | None:
-        """What the action returns; None where it raises, or the profile is off."""
+        """Returns what the action returns; None if it raises, or if the profile is off."""
         if profile.failed:
             return None
         try:
@@ -285,7 +293,7 @@ class Core:
         log.error("profile %s is off in this engine: %s", profile.version, first_line(reason))
 
     def on_device(self, indices: Sequence[int]) -> torch.Tensor:
-        """int64 on the device; the copy does not wait for the device."""
+        """Returns the indices as int64 on the device; the copy does not wait for the device."""
         host = torch.tensor(indices, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         return host.to(self.device, non_blocking=True)
 

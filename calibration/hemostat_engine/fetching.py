@@ -20,7 +20,7 @@ from hemostat_engine.retries import Allowance, Retries
 log = logging.getLogger("hemostat.engine")
 
 SCAN_SECONDS = 1.0
-"""Between two looks into the folder."""
+"""The time between two looks into the folder."""
 NAMED_PER_SECOND, MAX_NAMED = 1.0, 4.0
 """Fetches of versions that only requests named."""
 

@@ -1,6 +1,6 @@
 """Tokens that a request asks for, in place of those that would be sampled: canaries decode the same tokens again.
 
-vLLM's raw log-probabilities, the default, are taken before: those of a forced token are the model's own.
+vLLM's raw log-probabilities, the default, are taken before: for a forced token they are the model's own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def force(logits: torch.Tensor, ids: torch.Tensor) -> None:
 
 
 def put(ids: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """`ids` with one request's tokens, where only the device knows its rows.
+    """Returns `ids` with one request's tokens, if only the device knows its rows.
 
     ids, positions (in the output): int64 [N]. tokens: int64 [F]. rows: bool [N], the request's.
 

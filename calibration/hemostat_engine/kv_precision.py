@@ -1,4 +1,4 @@
-"""How finely the KV cache holds its values: a cast that nobody asked for leaves few distinct ones."""
+"""Measures how finely the KV cache holds its values: a cast that nobody asked for leaves few distinct ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ runs all over it."""
 USED = 0.75
 """Share of the values of a run that are not 0, which small values are after a cast."""
 RUNS = 128
-"""Of each layer; with fewer than half of them that are in use it is left out."""
+"""The number of runs of values that are read in each layer. A layer with fewer than half of them in use is left out."""
 LOWEST = 0.1
 """Share of the runs that are below the one that counts: where keys alone were cast, half of them are."""
 STEPS_PER_BIT = 10
@@ -48,7 +48,7 @@ def _distinct(cache: Any) -> int:
 
 
 def _drawn(runs: torch.Tensor, count: int) -> torch.Tensor:
-    """At random, the same ones for the same number of runs. At regular steps they could be of keys alone, which lie
-    between values at regular steps."""
+    """Returns runs that are drawn at random, the same ones for the same number of runs. At regular steps they could be
+    of keys alone, which lie between values at regular steps."""
     places = torch.randint(len(runs), (count,), generator=torch.Generator().manual_seed(0), device="cpu")
     return runs[places.to(runs.device)]

@@ -22,7 +22,9 @@ MAX_REQUESTED = 32
 MAX_FAILED = 256
 """Versions that failed here, and are not loaded again."""
 HEADROOM_BYTES = 256 << 20
-"""Of a GPU's memory, left free beside a profile: what applying it takes for a moment, and some for vLLM itself."""
+"""The GPU memory that stays free in addition to a profile: what applying it takes for a moment, and some for vLLM
+itself.
+"""
 
 
 class Counters:
@@ -47,7 +49,7 @@ class Counters:
 
 
 class Library:
-    """At most `limit` profiles. The least recently bound one is evicted first, but never one that `hold` names.
+    """Holds at most `limit` profiles. The least recently bound one is evicted first, but never one that `hold` names.
 
     A running request keeps the HeldProfile that it was bound to, so an eviction never changes a running request.
     """
@@ -149,7 +151,7 @@ class Library:
             return self._absent(self._hold)
 
     def absent(self, versions: Iterable[str]) -> tuple[str, ...]:
-        """Those of them that are neither held nor failed here."""
+        """Returns the versions that are neither held nor failed here."""
         with self._lock:
             return self._absent(versions)
 
@@ -177,5 +179,5 @@ class Library:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Of a GPU's memory; None of another device's."""
+    """Returns the free bytes of a GPU's memory; None for another device."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None

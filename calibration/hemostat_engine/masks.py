@@ -1,4 +1,4 @@
-"""Which ids a grammar allows at each row of a step: vLLM's own bitmask, taken where its model runner applies it.
+"""The ids that a grammar allows at each row of a step: vLLM's own bitmask, taken where its model runner applies it.
 
 Only this module knows where that is. A runner masks the logits just before it samples from them, so that what is noted
 here is of the step whose logits the processor is called with next. vLLM holds the mask in the host's memory: nothing
@@ -23,7 +23,8 @@ from hemostat_engine.retries import first_line
 log = logging.getLogger("hemostat.engine")
 
 FREE, UNKNOWN = -1, -2
-"""In place of a row's mask: no grammar restricts it; or one may, and what it allows is not known."""
+"""These stand in place of a row's mask. FREE: no grammar restricts the row. UNKNOWN: one may, and what it allows is not
+known."""
 
 _WRAPPED = "_hemostat_wrapped"
 """Attribute of a wrapper of ours: vLLM's function."""
@@ -31,8 +32,11 @@ _WRAPPED = "_hemostat_wrapped"
 
 @dataclass(frozen=True, slots=True)
 class Masks:
-    """Of R rows. index: the place of each row's mask in `words`, FREE or UNKNOWN. words: int32 [M, ceil(V / 32)]; bit
-    i % 32 of word i // 32 is 1 where id i is allowed; None: there is none."""
+    """The masks of R rows.
+
+    index: the place of each row's mask in `words`, FREE or UNKNOWN. words: int32 [M, ceil(V / 32)]; bit i % 32 of word
+    i // 32 is 1 if id i is allowed; None: there is none.
+    """
 
     index: Sequence[int]
     words: npt.NDArray[np.int32] | None = None
@@ -40,8 +44,11 @@ class Masks:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What vLLM masks in one step. requests: of the batch. restricted: those with a mask. bitmask: int32 [M, words], of
-    these in this order. rows: of the logits."""
+    """The masks of vLLM in one step.
+
+    requests: the requests of the batch. restricted: the requests with a mask. bitmask: int32 [M, words], the masks of
+    the restricted requests in this order. rows: the number of rows of the logits.
+    """
 
     requests: Sequence[str]
     restricted: Sequence[str]
@@ -91,7 +98,7 @@ _PLACES = {
         _v2,
     ),
 }
-"""By model runner."""
+"""The place where vLLM applies the mask, by model runner."""
 
 
 class GrammarMasks:
@@ -102,7 +109,7 @@ class GrammarMasks:
         self._watched = watched
         self._step: Step | None = None
         self._failed = False
-        """In this step."""
+        """It is True if a failure was met in this step."""
         self._has_failed = False
 
     def watch(self, runner: str) -> bool:
@@ -168,4 +175,4 @@ class GrammarMasks:
 
 
 masks = GrammarMasks()
-"""Of this process, as vLLM's runner is."""
+"""The masks of this process, as vLLM's runner belongs to it."""

@@ -27,7 +27,7 @@ class Numbering:
         return len(self._next)
 
     def next(self, nonce: str) -> int:
-        """From 0 to NUMBERS - 1."""
+        """Returns the next number of the nonce, from 0 to NUMBERS - 1."""
         number = self._next.pop(nonce, 0)
         self._next[nonce] = (number + 1) % NUMBERS
         if len(self._next) > MAX_NONCES:

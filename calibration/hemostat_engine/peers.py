@@ -8,7 +8,7 @@ from hemostat_engine.admin_client import AdminClient, ReportResponse
 from hemostat_engine.settings import DNS_PREFIX, Settings, split_admin_url
 
 RESOLVE_SECONDS = 5.0
-"""Between two look-ups of host names."""
+"""The time between two look-ups of host names."""
 MAX_PEERS = 32
 
 
@@ -22,13 +22,13 @@ class Peer:
         self.answers = True
         """It answered the last report. The versions that it asked for before that are kept: it may be back soon."""
         self.next_report = 0.0
-        """Monotonic seconds."""
+        """The time of the next report, in monotonic seconds."""
 
     def wants(self, version: str) -> bool:
         return self.last_response is not None and version in self.last_response.hold
 
     def owns(self, nonce: str) -> bool:
-        """Whether the tapped request came through this middleware."""
+        """Returns True if the tapped request came through this middleware."""
         prefix = self.last_response.nonce_prefix if self.last_response is not None else ""
         return bool(prefix) and nonce.startswith(f"{prefix}-")
 
@@ -44,11 +44,11 @@ class Peers:
         self.all: list[Peer] = []
 
     def __bool__(self) -> bool:
-        """Whether an admin port is configured."""
+        """Returns True if an admin port is configured."""
         return bool(self._urls)
 
     def is_due(self, now: float) -> bool:
-        """`refresh` would resolve."""
+        """Returns True if `refresh` would resolve host names."""
         return now >= self._next_refresh
 
     def refresh(self, now: float) -> None:
@@ -74,12 +74,12 @@ class Peers:
         return self._resolved[url]
 
     def versions_to_hold(self) -> tuple[str, ...]:
-        """The versions that any of them asks for, those of ports that answer first."""
+        """Returns the versions that any of the ports asks for; the versions of ports that answer come first."""
         peers = sorted(self.all, key=lambda peer: not peer.answers)
         return tuple(version for peer in peers if peer.last_response is not None for version in peer.last_response.hold)
 
     def owns(self, peer: Peer, nonce: str) -> bool:
-        """Whether the tapped request came through `peer`. A single one owns every request."""
+        """Returns True if the tapped request came through `peer`. A single peer owns every request."""
         return len(self.all) == 1 or peer.owns(nonce)
 
     def label(self, operation: str, peer: Peer) -> str:

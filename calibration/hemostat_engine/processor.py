@@ -66,7 +66,9 @@ def _vllm_version() -> str:
 
 
 def _hands_out_answers() -> bool:
-    """Whether this vLLM's API server has what `answer_tap` wraps. It is not imported here: that is slow in a worker."""
+    """Returns True if this vLLM's API server has what `answer_tap` wraps. It is not imported here: that is slow in a
+    worker.
+    """
     import vllm  # noqa: PLC0415
 
     return vllm.__file__ is not None and Path(vllm.__file__).with_name("v1").joinpath("engine", "async_llm.py").exists()
@@ -144,7 +146,7 @@ class BatchV1:
             forcing.force(logits, self._core.on_device(ids))
 
     def _read(self, logits: torch.Tensor, *, measured: bool) -> tuple[Reading | None, list[tuple[int, Binding]]]:
-        """What is read of the tapped rows, and these."""
+        """Returns what is read of the tapped rows, and these rows with their bindings."""
         rows = [
             (row, binding)
             for row, (binding, _) in self._rows.items()
@@ -213,7 +215,7 @@ class SlotsV2:
         forcing.force(logits, ids)
 
     def _tapped(self, bound: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-        """Those that are tapped, which are read in groups."""
+        """Yields the pairs that are tapped, in groups that are read together."""
         for measured in (True, False):
             group = [
                 (row, slot)
@@ -277,10 +279,12 @@ def _places(ctx: Any, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class LogitsProcessor(*_interfaces()):  # type: ignore[misc] # the bases depend on the vLLM that is installed
-    """`--logits-processors hemostat_engine:LogitsProcessor`."""
+    """The class that vLLM loads with `--logits-processors hemostat_engine:LogitsProcessor`."""
 
     def __init__(self, vllm_config: Any, device_or_states: Any, is_pin_memory: bool | None = None) -> None:
-        """V1: (vllm_config, device, is_pin_memory). V2: (vllm_config, req_states)."""
+        """Takes the arguments of either interface. V1: (vllm_config, device, is_pin_memory). V2: (vllm_config,
+        req_states).
+        """
         if is_pin_memory is None:
             states = device_or_states
             core = _core(vllm_config, states.device, states.vocab_size, "v2")
@@ -306,7 +310,7 @@ class LogitsProcessor(*_interfaces()):  # type: ignore[misc] # the bases depend 
             self._batch.update(batch_update)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
-        """V2."""
+        """Adds a request, as model runner V2 calls it."""
         return self._slots.add(req_idx, sampling_params)
 
     def apply_staged_writes(self) -> None:

@@ -1,8 +1,8 @@
-"""up y, the matrix product that dominates the cost of a contextual row: all V × r numbers are read once a step.
+"""The matrix product up y, which dominates the cost of a contextual row: all V × r numbers are read once a step.
 
 The matrix is therefore kept small: columns that are zero in most rows of `up` are stored for the other rows only (the
 learner makes such matrices: `narrow`), and on a CPU with bfloat16 instructions it is bfloat16, in oneDNN's packed
-order. The rounding error is about 1/500 of Δz, similar to that of the logits, which vLLM computes in the same way.
+order. The rounding error is about 1/500 of Δz, similar to the error of the logits, which vLLM computes in the same way.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 Matrix = Callable[[torch.Tensor], torch.Tensor]
-"""y, float32 [R, n] -> y times it, float32 [R, m]."""
+"""A matrix as a function: it takes y, float32 [R, n], and returns y times the matrix, float32 [R, m]."""
 
 MIN_PACKED_ELEMENTS = 1 << 20
 """Smaller matrices stay in the processor's cache and are not packed."""
@@ -25,7 +25,7 @@ _MAX_COST_RATIO = 0.8
 
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has bfloat16 instructions (AVX-512 BF16) and oneDNN can use them.
+    """Returns True if this processor has bfloat16 instructions (AVX-512 BF16) and oneDNN can use them.
 
     oneDNN is tried, because a failure later would end vLLM's decoding. An AVX-512 processor without the instructions
     takes five times as long as with float32.
@@ -35,7 +35,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def packs_bfloat16() -> bool:
-    """Whether oneDNN can multiply packed bfloat16 matrices here, at any speed."""
+    """Returns True if oneDNN can multiply packed bfloat16 matrices here, at any speed."""
     try:
         result = _times(torch.ones(2, 8), _packed(torch.ones(8, 8)))
     except (AttributeError, NotImplementedError, RuntimeError):
@@ -44,7 +44,7 @@ def packs_bfloat16() -> bool:
 
 
 class Product:
-    """up: float [V, r]. `on` binds it to a device.
+    """The product with `up`, float [V, r], which `on` binds to a device.
 
     narrow: number of columns that are stored for all ids. wide: number of ids that also have the other columns.
     """
@@ -58,8 +58,9 @@ class Product:
         self._every, self._others = up[:, : self.narrow], up[wider, self.narrow :]
 
     def on(self, device: torch.device) -> Matrix:
-        """y, float32 [R, r] -> y upᵀ, float32 [R, V], both on the device. Allocates there only what is kept.
-        Takes about 50 ms on a CPU with a vocabulary of 128k."""
+        """Returns the product on the device: y, float32 [R, r] -> y upᵀ, float32 [R, V]. It allocates there only what
+        is kept, and takes about 50 ms on a CPU with a vocabulary of 128k.
+        """
         every, width = _matrix(self._every, device), self.narrow
         if not self.wide:
             return lambda y: every(y[:, :width])
@@ -106,7 +107,7 @@ def upload(values: npt.NDArray[np.generic], device: torch.device) -> torch.Tenso
 
 
 def packs(elements: int, device: torch.device) -> bool:
-    """Whether a matrix with this many elements is multiplied in bfloat16."""
+    """Returns True if a matrix with this many elements is multiplied in bfloat16."""
     return device.type == "cpu" and elements >= MIN_PACKED_ELEMENTS and multiplies_bfloat16()
 
 

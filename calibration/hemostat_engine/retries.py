@@ -14,7 +14,7 @@ MAX_OPERATIONS = 256
 
 
 def first_line(text: str) -> str:
-    """Of what another library raises: at most 300 characters."""
+    """Returns the first line of what another library raises, at most 300 characters."""
     return text.partition("\n")[0][:300]
 
 

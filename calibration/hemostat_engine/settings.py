@@ -18,7 +18,7 @@ Service)."""
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Where profiles come from. With neither source every request gets identity.
+    """The sources of profiles. With neither source every request gets identity.
 
     admin_url: the address of the admin port, or several separated by commas; `dns+http://name:port`
     stands for every IP address of the name. engine_token: the admin port's `admin.engine_token`.
@@ -30,7 +30,7 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
-        """HEMOSTAT_ADMIN_URL, HEMOSTAT_ENGINE_TOKEN, HEMOSTAT_PROFILE_DIR. Raises InvalidArgumentError."""
+        """Reads HEMOSTAT_ADMIN_URL, HEMOSTAT_ENGINE_TOKEN and HEMOSTAT_PROFILE_DIR. Raises InvalidArgumentError."""
         value = environment.get("HEMOSTAT_ADMIN_URL") or ""
         parts = [value] if "@" in value else value.split(",")  # a password, which is refused, may hold commas
         urls = [part.strip().rstrip("/") for part in parts if part.strip()]

@@ -1,4 +1,4 @@
-"""What is known of tapped rows (log E_c[e^Δz], features, allowed ids), from the engine's thread to the agent's.
+"""Passes what is known of tapped rows (log E_c[e^Δz], features, allowed ids) from the engine's thread to the agent's.
 
 The queue is bounded; when it is full, steps are dropped and counted.
 """
@@ -32,9 +32,12 @@ UNKNOWN_NATS = 1e6
 
 @dataclass(frozen=True, slots=True)
 class TappedRow:
-    """row: index in the step's reading. position: of the token in the output; None when only the device knows it.
-    child: of the requests with the same nonce. previous: the id at the position before; -1: not known. mask: see
-    `Masks.index`."""
+    """One tapped row of a step.
+
+    row: its index in the step's reading. position: the position of the token in the output; None if only the device
+    knows it. child: the number of the request among the ones with the same nonce. previous: the id at the position
+    before; -1: not known. mask: see `Masks.index`.
+    """
 
     row: int
     nonce: str
@@ -118,15 +121,15 @@ class _Run:
     applied: str | None
     anchors: str | None
     values: list[npt.NDArray[np.float64]] = field(default_factory=list)
-    """Of each token, by version."""
+    """The values of each token, by version."""
     features: list[bytes] = field(default_factory=list)
     previous: array[int] = field(default_factory=lambda: array("i"))
     set_rows: array[int] = field(default_factory=lambda: array("i"))
-    """Of each token, the place in `sets`, FREE or UNKNOWN."""
+    """The place in `sets` of each token's set, FREE or UNKNOWN."""
     sets: dict[bytes, int] = field(default_factory=dict)
 
     def add_set(self, mask: int, masks: npt.NDArray[np.int32] | None) -> int:
-        """Returns the bytes that this takes besides those of the others."""
+        """Returns the bytes that this set takes in addition to the others."""
         if mask < 0 or masks is None or (masks[mask] == -1).all():
             self.set_rows.append(min(mask, FREE))
             return 0
@@ -176,7 +179,7 @@ class Taps:
         return len(self._steps)
 
     def has_room(self, size: int) -> bool:
-        """Whether `size` more bytes of features or masks may be pushed."""
+        """Returns True if `size` more bytes of features or masks may be pushed."""
         return self._bytes_pushed - self._bytes_drained + size <= self._max_bytes
 
     def push(self, step: Step) -> None:

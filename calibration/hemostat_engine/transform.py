@@ -1,11 +1,12 @@
-"""Profile × logits in torch, inside the engine. The numpy implementation is `hemostat_calibration.profiles.transform`:
-a family that is added there is added to `FAMILIES` here.
+"""Applies profiles to logits in torch, inside the engine. The numpy implementation is
+`hemostat_calibration.profiles.transform`: a family that is added there is added to `FAMILIES` here.
 
 Logits z are [N, V], float32 in both of vLLM's runners. As in numpy, entries that are not finite (-inf is a mask)
 are unchanged. Nothing here waits for the device.
 
-A contextual row costs, beside its N anchors: 2 A r + 2 r V floating point operations (less where the tail is narrow),
-one pass over `up` (`product`; 2 or 4 bytes each number, shared by the rows of the step), three over the row's logits.
+A contextual row costs, in addition to its N anchors: 2 A r + 2 r V floating point operations (less where the tail is
+narrow), one pass over `up` (`product`; 2 or 4 bytes each number, shared by the rows of the step), three over the row's
+logits.
 """
 
 from __future__ import annotations
@@ -76,10 +77,10 @@ def _contextual(parameters: Parameters, logits: torch.Tensor, rows: torch.Tensor
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """shift: (parameters, logits [N, V], rows int64 [R] or None for all) -> the change of those rows.
+    """The implementation of one calibration family.
 
-    transposed: parameters that are stored transposed, so that the products read memory sequentially.
-    products: as in `Parameters`.
+    shift: (parameters, logits [N, V], rows int64 [R] or None for all) -> the change of those rows. transposed:
+    parameters that are stored transposed, so that the products read memory sequentially. products: as in `Parameters`.
     """
 
     shift: Callable[[Parameters, torch.Tensor, torch.Tensor | None], Shift]
@@ -139,7 +140,7 @@ class HeldProfile:
 
 
 def applied_parameters(profile: CalibrationProfile) -> Mapping[str, npt.NDArray[Any]]:
-    """Those that are applied to logits: none of an adapter's."""
+    """Returns the parameters that are applied to logits: an adapter has none."""
     return {} if profile.family == ADAPTER else profile.parameters
 
 
@@ -149,7 +150,9 @@ def _array(value: npt.NDArray[Any], transposed: bool) -> npt.NDArray[Any]:
 
 
 def centred(logits: torch.Tensor, rows: torch.Tensor | None, anchors: torch.Tensor) -> torch.Tensor:
-    """z − mean z at the ids `anchors` [N], float32 [R, N], of `rows`. A row with a non-finite value contains NaN."""
+    """Returns z − mean z at the ids `anchors` [N], float32 [R, N], of `rows`. A row with a non-finite value contains
+    NaN.
+    """
     z = logits.index_select(1, anchors) if rows is None else logits[rows[:, None], anchors]
     z = z.float()
     return z.sub_(z.mean(dim=-1, keepdim=True))

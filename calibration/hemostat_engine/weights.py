@@ -20,7 +20,7 @@ WEIGHT_SUFFIXES = frozenset((".safetensors", ".bin", ".pt", ".pth", ".gguf"))
 CONFIGURATION = frozenset(("config.json", "quantize_config.json", "hf_quant_config.json"))
 INDEX_SUFFIX = ".index.json"
 MAX_FILES = 1024
-"""Of more, there is no fingerprint."""
+"""The largest number of files: there is no fingerprint of more."""
 BLOCK_BYTES = 64 * 1024
 BLOCKS = 256
 """Read of all files together, evenly spaced in each: 16 MiB. Of each file at least two, its first and its last one."""
@@ -100,7 +100,9 @@ class LoadedWeights:
 
     @classmethod
     def of(cls, model_config: Any) -> LoadedWeights:
-        """Of vLLM's ModelConfig. What a version of vLLM does not say is not known: it never raises."""
+        """Returns the weights that vLLM's ModelConfig names. What a version of vLLM does not say is not known: it never
+        raises.
+        """
         names = _attribute(model_config, "served_model_name")
         name = names[0] if isinstance(names, list) and names else names
         path = _attribute(model_config, "model")
@@ -115,7 +117,7 @@ class LoadedWeights:
             self._thread.start()
 
     def wait(self) -> None:
-        """Until it is computed; for tests."""
+        """Waits until the fingerprint is computed; for tests."""
         if self._thread is not None:
             self._thread.join()
 

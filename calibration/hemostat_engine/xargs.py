@@ -15,15 +15,18 @@ _DIGITS = re.compile(r"[0-9]{1,3}")
 MAX_TOP = 128
 """Ids at each position of an answer that is handed out."""
 MAX_FORCED = 64
-"""Tokens."""
+"""The largest number of forced tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestParameters:
-    """version: the profile to apply, None for identity. nonce: the name under which values of the request's rows are
-    sent to the admin port; None: it is not tapped. top: the number of most likely ids at each position of the answer
-    that is sent there too (`answer_tap`); None: no answer is. edited: the request changes the logits itself
-    (`edits_logits`)."""
+    """The parameters of Hemostat in one request.
+
+    version: the profile to apply; None: identity. nonce: the name under which values of the request's rows are sent to
+    the admin port; None: it is not tapped. top: the number of most likely ids at each position of the answer that is
+    sent there too (`answer_tap`); None: no answer is sent. edited: the request changes the logits itself
+    (`edits_logits`).
+    """
 
     version: str | None
     nonce: str | None
@@ -81,7 +84,7 @@ def _top(value: object) -> int | None:
 
 
 def has_parameters(extra_args: Mapping[str, Any] | None) -> bool:
-    """Whether a parameter of Hemostat is present, valid or not."""
+    """Returns True if a parameter of Hemostat is present, valid or not."""
     return extra_args is not None and not extra_args.keys().isdisjoint(KEYS)
 
 
@@ -96,7 +99,7 @@ def _shorten(value: object) -> str:
 
 
 def edits_logits(params: Any, after_penalties: bool) -> bool:
-    """Whether a parameter of the request changes the logits before the processor reads features from them.
+    """Returns True if a parameter of the request changes the logits before the processor reads features from them.
 
     `params` is vLLM's SamplingParams. Both runners call a processor after logit_bias, bad words, allowed ids and the
     mask of min_tokens; V2 also after the penalties, V1 before them.

@@ -46,16 +46,16 @@ from hemostat_calibration.errors import InvalidArgumentError
 def low_rank(
     delta: npt.NDArray[np.floating[Any]], rank: int, inputs: Gram | None = None, outputs: Gram | None = None
 ) -> tuple[LowRank, Floats]:
-    """The correction of rank `rank` or less of `delta` [outputs, inputs], and the weighted squared error that is left.
+    """Returns the correction of rank `rank` or less of `delta` [outputs, inputs], and the weighted squared error that
+    is left.
 
     The errors are by rank, float64 [R + 1], R = min(rank, outputs, inputs): the first is without any correction. They
     never increase, and are convex.
 
     inputs, outputs: second moments of the layer's inputs x and of the gradients at its outputs; None: all directions
-        count alike. Their number of vectors is divided by: the error is a mean by token.
-    The correction has fewer than R components where more would not reduce the error. Its lengths are those of
-    `LowRank.for_rounding`.
-    InvalidArgumentError on shapes that do not fit, a negative rank, or values that are not finite.
+    count alike. They are divided by their number of vectors: the error is a mean by token. The correction has fewer
+    than R components where more would not reduce the error. Its factors have the lengths that `LowRank.for_rounding`
+    gives them. Raises InvalidArgumentError on shapes that do not fit, a negative rank, or values that are not finite.
 
     >>> delta = np.array([[3.0, 0.0], [0.0, 4.0]])
     >>> factors, errors = low_rank(delta, 1, DiagonalGram(1, np.array([4.0, 1.0])))
@@ -79,7 +79,7 @@ def low_rank(
 def weighted_error(
     delta: npt.NDArray[np.floating[Any]], inputs: Gram | None = None, outputs: Gram | None = None
 ) -> float:
-    """tr(S_o delta S_i deltaᵀ) of an error `delta` [outputs, inputs] that is left, a mean by token.
+    """Returns tr(S_o delta S_i deltaᵀ) for an error `delta` [outputs, inputs] that is left, a mean by token.
 
     >>> weighted_error(np.array([[3.0, 0.0], [0.0, 4.0]]), DiagonalGram(1, np.array([4.0, 1.0])))
     52.0

@@ -40,7 +40,7 @@ class LowRank:
         return LowRank(self.a[:rank], self.b[:, :rank])
 
     def product(self) -> Singles:
-        """b @ a, float32 [outputs, inputs]."""
+        """Returns b @ a, float32 [outputs, inputs]."""
         return self.b @ self.a
 
     def for_rounding(self) -> LowRank:

@@ -28,7 +28,7 @@ _BYTES = 8
 
 
 class Metric(StrEnum):
-    """What is kept of a layer's second moments."""
+    """The form in which a layer's second moments are kept."""
 
     FULL = "full"
     DIAGONAL = "diagonal"
@@ -69,7 +69,7 @@ class FullGram:
         return FullGram(self.count + len(rows), frozen(total))
 
     def merge(self, other: FullGram) -> FullGram:
-        """Of the vectors of both."""
+        """Returns the second moments of the vectors of both."""
         _same_width(self, other)
         return FullGram(self.count + other.count, frozen(self.total + other.total))
 
@@ -78,7 +78,7 @@ class FullGram:
         return self.total / max(self.count, 1)
 
     def diagonal(self) -> DiagonalGram:
-        """Only the squares."""
+        """Returns the squares alone."""
         return DiagonalGram(self.count, frozen(self.total.diagonal().copy()))
 
 
@@ -113,7 +113,7 @@ class DiagonalGram:
         return DiagonalGram(self.count + len(rows), frozen(total))
 
     def merge(self, other: DiagonalGram) -> DiagonalGram:
-        """Of the vectors of both."""
+        """Returns the second moments of the vectors of both."""
         _same_width(self, other)
         return DiagonalGram(self.count + other.count, frozen(self.total + other.total))
 
@@ -122,7 +122,7 @@ class DiagonalGram:
         return self.total / max(self.count, 1)
 
     def diagonal(self) -> Self:
-        """Itself."""
+        """Returns itself."""
         return self
 
 
@@ -139,7 +139,8 @@ def gram_bytes(metric: Metric, width: int) -> int:
 
 
 def metric_for_budget(widths: Mapping[str, int], budget_bytes: int) -> dict[str, Metric]:
-    """What is kept for each of the vectors that are measured at the same time, within a budget of memory.
+    """Returns the form in which the second moments of each of the vectors that are measured at the same time are kept,
+    within a budget of memory.
 
     widths: number of entries by name. Full statistics are given to the narrowest first: so most of the vectors get
     them. The diagonals are kept in any case, even where they alone exceed the budget.

@@ -36,7 +36,7 @@ def quantize_rows(x: npt.NDArray[np.floating[Any]]) -> tuple[npt.NDArray[np.int8
 
 
 def dequantize_rows(codes: npt.NDArray[np.int8], scales: Singles) -> Singles:
-    """float32 [n, d] from int8 [n, d] and the scales [n] of the rows.
+    """Returns float32 [n, d] from int8 [n, d] and the scales [n] of the rows.
 
     >>> dequantize_rows(np.array([[50, -127]], np.int8), np.array([0.5], np.float32)).tolist()
     [[25.0, -63.5]]

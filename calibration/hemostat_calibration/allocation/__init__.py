@@ -1,1 +1,1 @@
-"""What each unit of a model gets out of a budget of bytes: ranks of adapters, bits of layers."""
+"""The division of a budget of bytes between the units of a model: ranks of adapters, bits of layers."""

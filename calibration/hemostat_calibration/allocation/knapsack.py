@@ -2,9 +2,9 @@
 
 The continuous relaxation, in which a unit may be between two options, is solved by steps along the lower convex hull of
 each unit's options, taken in the order of the loss that they take away per byte (Sinha & Zoltners 1979, "The
-multiple-choice knapsack problem"; the same points as those of a Lagrangian λ · bytes + loss for all λ). It is the
-lower bound of every choice. Steps that fit are taken, and those after the first that does not fit fill the rest, at
-last with options that are not on the hull. So the sum is above the least one by at most the loss that one step takes
+multiple-choice knapsack problem"; the same points as the Lagrangian λ · bytes + loss has for all λ). It is the
+lower bound of every choice. Steps that fit are taken. After the first step that does not fit, later ones fill the rest,
+at last with options that are not on the hull. So the sum is above the least one by at most the loss that one step takes
 away, which is little where there are many units.
 """
 
@@ -25,8 +25,10 @@ Sizes = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Options:
-    """Of one unit. sizes: bytes, int64 [n], not negative. losses: float64 [n], finite, of one unit of measurement for
-    all units. InvalidArgumentError on others."""
+    """The options of one unit. Raises InvalidArgumentError if they are not as stated.
+
+    sizes: bytes, int64 [n], not negative. losses: float64 [n], finite, in one unit of measurement for all units.
+    """
 
     sizes: Sizes
     losses: Floats
@@ -42,8 +44,11 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """chosen: the index of each unit's option. size: bytes of all. loss: their sum. lower_bound: no choice within the
-    budget has a smaller sum."""
+    """The chosen options.
+
+    chosen: the index of each unit's option. size: the bytes of all. loss: the sum of their losses. lower_bound: no
+    choice within the budget has a smaller sum of losses.
+    """
 
     chosen: dict[str, int]
     size: int

@@ -1,4 +1,4 @@
-"""How many weights each layer loses within one budget of the whole model."""
+"""The number of weights that each layer loses within one budget of the whole model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a curve breaks: from there on the figure rises several times faster than before.
+"""Finds the break of a curve: the setting from which on the figure rises several times faster than before.
 
 The figure is KL(r‖c) in nats per token along the reference's own text, whose expectation is the logarithm of the
 perplexity ratio. On that scale:
@@ -10,7 +10,7 @@ correction over the pairs; otherwise it is undecided, as it is where the last se
 
 Where it is. Least squares of a continuous line with one kink ψ at which its slope rises (Hinkley, Biometrika 56, 1969;
 Muggeo, Statistics in Medicine 22, 2003), on the settings up to the end of the steepest step: beyond it the figure
-saturates, since a model that knows nothing is only so far away. The interval is that of the bootstrap over requests (a
+saturates, since a model that knows nothing is only so far away. The interval is the bootstrap's over requests (a
 request keeps its values at all settings), with percentiles that are expanded for few requests (Hesterberg, The American
 Statistician 69, 2015). Where all ψ between two settings fit equally well, both ends of them count. Between two settings
 the shape of the curve is not known, so the interval is extended to whole settings.
@@ -46,8 +46,11 @@ class Existence(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Break:
-    """`at`, `low`, `high` in units of the settings; NaN unless it was found. `raw_low`, `raw_high`: before they were
-    extended to whole settings."""
+    """A break of a curve.
+
+    existence: if it was found. at, low, high: its place and its interval, in units of the settings; NaN unless it was
+    found. raw_low, raw_high: the interval before it was extended to whole settings.
+    """
 
     existence: Existence
     at: float = math.nan
@@ -58,7 +61,8 @@ class Break:
 
 
 def find_break(curve: Curve, counts: Floats) -> Break:
-    """counts: float64 [B, R], how often each request was drawn in each resample.
+    """Returns the break of the curve. counts: float64 [B, R], how often each request was drawn in each resample. Raises
+    InvalidArgumentError with fewer than four settings.
 
     >>> x = np.arange(6.0)
     >>> rise = np.maximum(x - 2.5, 0.0) * 4.0 + 0.1 * x
@@ -90,7 +94,7 @@ def find_break(curve: Curve, counts: Floats) -> Break:
 
 
 def break_existence(curve: Curve) -> Existence:
-    """Whether there is a break, by paired contrasts of the steps with Bonferroni's correction.
+    """Returns if there is a break, by paired contrasts of the steps with Bonferroni's correction.
 
     >>> x = np.arange(5.0)
     >>> noise = 0.01 * np.sin(np.arange(50.0)).reshape(5, 10)
@@ -153,7 +157,8 @@ def _squared_errors(x: Floats, knots: Floats, y: Floats) -> Floats:
 
 
 def expanded_tail(requests: int) -> float:
-    """The percentile for a 95 % interval of m requests: that of √(m/(m − 1)) t_{m−1} under the normal distribution.
+    """Returns the percentile for a 95 % interval of m requests: the normal distribution function at −√(m/(m − 1))
+    t_{m−1}.
 
     >>> round(expanded_tail(10), 4), round(expanded_tail(10**6), 4)
     (0.0086, 0.025)

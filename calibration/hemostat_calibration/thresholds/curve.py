@@ -45,11 +45,15 @@ class Curve:
 
     @property
     def measured(self) -> Bools:
-        """bool [L, R]."""
+        """It is True where a request was measured at a setting, bool [L, R]."""
         return ~np.isnan(self.sums)
 
     def means(self, counts: Floats | None = None) -> Floats:
-        """float64 [L]; with `counts`, float64 [B, R], how often each request was drawn: [B, L], NaN where none was."""
+        """Returns the mean at each setting, float64 [L].
+
+        counts: float64 [B, R], how often each request was drawn in each resample. With it the result is [B, L], NaN
+        where no measured request was drawn.
+        """
         weights = np.ones((1, len(self.tokens))) if counts is None else counts
         sums = weights @ np.nan_to_num(self.sums).T
         tokens = weights @ np.where(self.measured, self.tokens, 0.0).T

@@ -19,7 +19,8 @@ class Verdict(StrEnum):
 
 
 def breaks_within(estimate: Break, low: float, high: float) -> Verdict:
-    """Whether the break lies between `low` and `high`: its whole interval does, or none of it.
+    """Returns if the break lies between `low` and `high`: it is confirmed if the whole interval does, and not confirmed
+    if no part of it does.
 
     >>> breaks_within(Break(Existence.FOUND, 0.45, 0.4, 0.5), 0.4, 0.6).value
     'confirmed'
@@ -33,7 +34,9 @@ def breaks_within(estimate: Break, low: float, high: float) -> Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The figure of the setting said to be worse minus that of the better one, paired by request, 95 % interval."""
+    """The figure of the setting that is said to be worse minus the figure of the better one, paired by request, with a
+    95 % interval.
+    """
 
     value: float
     low: float
@@ -55,13 +58,13 @@ def difference(better: Curve, worse: Curve, alpha: float = ALPHA) -> Difference:
 
 
 def always_better(pairs: Sequence[tuple[Curve, Curve]], looks: int = 1) -> Verdict:
-    """Whether the first of each pair has the lower figure.
+    """Returns if the first of each pair has the lower figure.
 
     looks: how often this may be asked, with more requests each time, until it is decided: the level is shared out.
 
-    Confirmed where every difference is established: each is tested at the look's whole level, since all have to hold
-    (intersection–union test; Berger 1982). Not confirmed where the opposite is, for any of them, with Bonferroni's
-    correction.
+    It is confirmed if every difference is established. Each is tested at the look's whole level, since all have to hold
+    (intersection–union test; Berger 1982). It is not confirmed if the opposite is established for any pair, with
+    Bonferroni's correction.
 
     >>> setting = np.array([0.0])
     >>> better, worse = (Curve(setting, np.array([x]), np.ones(3)) for x in ([0.1, 0.2, 0.3], [1.1, 1.2, 1.3]))

@@ -37,7 +37,7 @@ class AdapterFolder:
         self._own: Path | None = None
         self._lock: int | None = None
         self._registered = False
-        """`close` is called at the end of the process."""
+        """It is True once `close` is registered to be called at the end of the process."""
         self._held: OrderedDict[str, tuple[int, float]] = OrderedDict()
         """Version: (bytes, when it was last asked for), the least recently used first."""
 
@@ -71,7 +71,7 @@ class AdapterFolder:
         return own / version
 
     def close(self) -> None:
-        """Remove the folder."""
+        """Removes the folder."""
         if self._own is not None:
             shutil.rmtree(self._own, ignore_errors=True)
         if self._lock is not None:

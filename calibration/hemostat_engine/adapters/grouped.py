@@ -4,7 +4,7 @@ vLLM 0.32 copies an adapter's factors once for every row (`vllm/lora/ops/torch_o
 slot's for rows without an adapter. Here rows are grouped by adapter once a step, rows without one are not touched, and
 the zeros with which vLLM pads factors to --max-lora-rank are not multiplied.
 
-With few rows the time is that of the calls, not of the arithmetic: a bfloat16 product of oneDNN takes about 25 µs
+With few rows the calls take the time, not the arithmetic: a bfloat16 product of oneDNN takes about 25 µs
 whatever its size, a float32 product of MKL 3 to 10. So small layers are multiplied in float32 there, from copies with
 the slices of a fused layer (q, k, v; gate, up) side by side; everything else in the factors' own type, in place.
 
@@ -23,7 +23,9 @@ import torch
 
 MAX_FLOAT32_ROWS = 24
 MAX_FLOAT32_ELEMENTS = 1 << 19
-"""Of a layer's factors: above it reading them takes longer than the calls."""
+"""The largest number of elements in a layer's factors for float32 products: above it reading them takes longer than the
+calls.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Plan:
 
 
 def plan(slots: Sequence[int]) -> Plan:
-    """slots: of every row; below 0: it has no adapter.
+    """Returns the groups of rows by adapter. slots: the slot of every row; below 0: it has no adapter.
 
     >>> [(g.slot, g.start, g.stop, g.index) for g in plan([1, 1, -1]).groups]
     [(1, 0, 2, None)]
@@ -119,8 +121,11 @@ class FactorCache:
     _entries: dict[tuple[int, int], _Entry] = field(default_factory=dict)
 
     def get(self, a: Any, b: Any, slot: int, output_slices: Sequence[int]) -> Factors:
-        """a, b: tuples of a layer's buffers [slots, 1, r, inputs] and [slots, 1, outputs, r], or without the second
-        dimension; the same objects at every call."""
+        """Returns the factors of one slot.
+
+        a, b: tuples of a layer's buffers [slots, 1, r, inputs] and [slots, 1, outputs, r], or without the second
+        dimension; they must be the same objects at every call.
+        """
         entry = self._entries.get((id(a), slot))
         if entry is not None and entry.version == entry.first._version:
             return entry.factors
@@ -173,7 +178,7 @@ def matrix(slots: torch.Tensor, slot: int) -> torch.Tensor:
 
 
 def add_product(y: torch.Tensor, x: torch.Tensor, group: Group, factors: Factors, scale: float) -> None:
-    """y[rows] += scale · x[rows] aᵀ bᵀ, in place. x: [N, inputs]; y: [N, all outputs]."""
+    """Adds scale · x[rows] aᵀ bᵀ to y[rows], in place. x: [N, inputs]; y: [N, all outputs]."""
     if not factors.slices:
         return
     rows = group.of(x)
@@ -200,7 +205,7 @@ def add_product(y: torch.Tensor, x: torch.Tensor, group: Group, factors: Factors
 
 
 def add_rows(y: torch.Tensor, change: torch.Tensor, group: Group, start: int, stop: int) -> None:
-    """y[rows, start:stop] += change."""
+    """Adds `change` to y[rows, start:stop], in place."""
     target = y if stop - start == y.shape[1] else y[:, start:stop]
     if group.index is not None:
         target.index_add_(0, group.index, change.to(y.dtype))

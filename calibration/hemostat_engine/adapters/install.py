@@ -1,4 +1,4 @@
-"""What the plugin changes in vLLM. All names are looked up first: if one is missing, nothing is changed."""
+"""Applies the plugin's changes to vLLM. All names are looked up first: if one is missing, nothing is changed."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ from hemostat_engine.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class AdapterSettings:
-    """folder: where adapters are written; None: the folder for temporary files. cpu_product: see `grouped`."""
+    """The settings of adapters. folder: the folder in which adapters are written; None: the folder for temporary files.
+    cpu_product: see `grouped`.
+    """
 
     folder: Path | None = None
     cpu_product: bool = True
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> AdapterSettings:
-        """HEMOSTAT_ADAPTER_DIR, HEMOSTAT_ADAPTERS_CPU_PRODUCT. Raises InvalidArgumentError."""
+        """Reads HEMOSTAT_ADAPTER_DIR and HEMOSTAT_ADAPTERS_CPU_PRODUCT. Raises InvalidArgumentError."""
         product = environment.get("HEMOSTAT_ADAPTERS_CPU_PRODUCT") or "1"
         if product not in ("0", "1"):
             raise InvalidArgumentError(f"HEMOSTAT_ADAPTERS_CPU_PRODUCT is {product!r}: it must be 0 or 1")

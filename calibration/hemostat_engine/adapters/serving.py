@@ -56,7 +56,7 @@ class Serving:
             log.warning("adapters are off: %s", LORA_OFF)
 
     def engine(self) -> Engine:
-        """What is known of the engine."""
+        """Returns what is known of the engine."""
         models = self._models()
         if models is None:
             return Engine()

@@ -1,4 +1,4 @@
-"""In the worker: which adapters are in vLLM's slots, and which one gives way.
+"""Decides in the worker which adapters are in vLLM's slots, and which one gives way.
 
 vLLM 0.32's operations on a CPU give rows without an adapter the one in the *last* slot. A slot is therefore kept free:
 before an adapter is loaded, the least recently used one of Hemostat's that it no longer asks for is removed; and an
@@ -24,7 +24,7 @@ log = logging.getLogger("vllm.hemostat")
 _WRAPPED = "_hemostat_wrapped"
 MAX_REMEMBERED = 1024
 WARM_UP_PATH = "/not/a/real/path"
-"""vLLM's adapters of its warm-up have this path."""
+"""The path of the adapters that vLLM loads in its warm-up."""
 STAND_IN_RANK = 1
 
 

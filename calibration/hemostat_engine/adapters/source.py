@@ -34,7 +34,8 @@ LOOKUPS_PER_SECOND, MAX_LOOKUPS = 2.0, 16.0
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What is known of the engine that adapters are for; None: not known, and vLLM itself refuses what does not fit.
+    """The properties of the engine that adapters are for. With None one is not known, and vLLM itself refuses what does
+    not fit.
 
     lora: the server was started with --enable-lora. listed: the adapters that the server lists by name.
     """
@@ -46,7 +47,7 @@ class Engine:
 
 
 class AdapterSource:
-    """`may_look_up` runs on the server's event loop, `find` on one other thread."""
+    """Finds adapters by their version. `may_look_up` runs on the server's event loop, `find` on one other thread."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What a worker's LoRA manager has loaded. The engine's thread writes it, the agent's reads it.
+"""The adapters that a worker's LoRA manager has loaded. The engine's thread writes it, the agent's reads it.
 
 `state` is this process's; without --enable-lora or without the general plugin it stays empty.
 """
@@ -20,7 +20,9 @@ LORA_OFF = "LoRA is not enabled: start vLLM with --enable-lora"
 
 
 class AdapterState:
-    """grouped: the CPU's operations are Hemostat's. wanted: versions that Hemostat asks every engine to hold."""
+    """The state of adapters in this worker. grouped: the CPU's operations are Hemostat's. wanted: versions that
+    Hemostat asks every engine to hold.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -34,7 +36,9 @@ class AdapterState:
         self.wanted = frozenset(versions)
 
     def set_loaded(self, names: Iterable[str | None], slots: int, max_rank: int) -> None:
-        """names: of the adapters in slots, those that failed to load left out as None."""
+        """Notes which adapters are loaded. names: the names of the adapters in slots, with None in place of the ones
+        that failed to load.
+        """
         names = list(names)
         self._was_full |= len(names) >= slots
         versions = sorted({name for name in names if name and VERSION_PATTERN.fullmatch(name)})
