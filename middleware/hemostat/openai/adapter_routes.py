@@ -22,7 +22,7 @@ _MAX_DECODED = 4
 
 
 def loads_adapters(target: bytes) -> bool:
-    """Whether a request's target (in origin form) may reach one of these routes.
+    """Returns True if a request's target (in origin form) may reach one of these routes.
 
     The path is compared by its segments, in any place (vLLM's --root-path), any case, with percent-encoding, doubled
     slashes, dots or a fragment: what a server or a proxy may normalize must not get around this.

@@ -1,4 +1,4 @@
-"""Whether a body can be read in a few milliseconds, found out in one pass over its bytes, before any of it is parsed.
+"""Finds out if a body can be read in a few milliseconds, in one pass over its bytes, before any of it is parsed.
 
 The event loop's thread reads the bodies of all clients of a relay. What a body costs there depends less on its size
 than on how many values it has: 400,000 members take longer than half a second. What exceeds these limits is relayed
@@ -13,11 +13,13 @@ MAX_CONTAINERS: Final = 20_000
 """Opening brackets and braces, those in texts among them."""
 MAX_STRINGS: Final = 16_000
 MAX_COMMAS: Final = 100_000
-"""Those in texts among them."""
+"""The largest number of commas, with the ones in texts."""
 MAX_ESCAPES: Final = 100_000
 """Backslashes. A body of 512 KiB whose texts are Chinese, each character escaped, has 87,000."""
 MAX_MESSAGES: Final = 2_000
-"""Of a conversation; as many parts of all its messages together; and prompts of a request."""
+"""The largest number of messages of a conversation, of parts of all its messages together, and of prompts of a
+request.
+"""
 
 _COUNTED: Final = b'{[,"\\'
 _OTHERS: Final = bytes(set(range(256)) - set(_COUNTED))

@@ -1,9 +1,10 @@
-"""Which conversation a request belongs to, from a few of its bytes: for every request, so without parsing JSON.
+"""Finds out which conversation a request belongs to from a few of its bytes. This is done for every request, and so
+without parsing JSON.
 
-What is hashed is what `Request.conversation_key` is made of, but for the model and the system prompt that some forms
-have beside the messages: the messages up to the user's first one, or the prompt. So requests of one conversation have
-one key, as long as the client writes what it repeats with the same bytes, and conversations that only begin with the
-same system prompt have different ones. It decides nothing but which engine is asked: where a body is not what is
+What is hashed is what `Request.conversation_key` is made of, but for the model, and for the system prompt that some
+forms have outside the messages: the messages up to the user's first one, or the prompt. So requests of one conversation
+have one key, as long as the client writes what it repeats with the same bytes, and conversations that only begin with
+the same system prompt have different ones. It decides nothing but which engine is asked: where a body is not what is
 expected here, another engine is.
 """
 
@@ -16,10 +17,11 @@ from itertools import islice
 from typing import Final
 
 MAX_SCANNED_BYTES: Final = 256 * 1024
-"""Of a body; a conversation whose first messages begin later has no key."""
+"""The number of bytes of a body that are scanned; a conversation whose first messages begin later has no key."""
 MAX_TEXT_BYTES: Final = 16 * 1024
-"""Of the user's first message, or of a prompt, that are hashed. For a conversation that begins with 16 KiB of another
-one's text it does not matter that both go to the same engine."""
+"""The number of bytes of the user's first message, or of a prompt, that are hashed. For a conversation that begins with
+16 KiB of another one's text it does not matter that both go to the same engine.
+"""
 MAX_OCCURRENCES: Final = 32
 """Places that are looked at in search of the messages, or of the user."""
 
@@ -35,7 +37,9 @@ _MAX_ROLE_BYTES: Final = 40
 _CONTENT: Final = re.compile(rb'\s*+,\s*+"content"\s*+:\s*+' + _STRING + rb"\s*+}", re.DOTALL)
 """The rest of most messages."""
 _WRITTEN_CONTENT: Final = (b', "content": "', b',"content":"')
-"""As JSON libraries begin it. A text without escaped quotation marks ends at the first one."""
+"""The beginnings of the content as JSON libraries write it. A text without escaped quotation marks ends at the first
+one.
+"""
 _BACKSLASH: Final = 0x5C
 _TEXT: Final = re.compile(_STRING, re.DOTALL)
 _TOKEN: Final = re.compile(_STRING + rb"?+|[\[\]{}]", re.DOTALL)
@@ -95,7 +99,7 @@ def _find_value(body: bytes, names: tuple[re.Pattern[bytes], ...]) -> re.Match[b
 
 
 def _find_user(body: bytes, start: int) -> int | None:
-    """Where the role of the user's first message ends."""
+    """Returns where the role of the user's first message ends; None if there is none."""
     for occurrence in _occurrences(body, _USER, start):
         user = occurrence.start()
         if _ROLE.search(body, max(start, user - _MAX_ROLE_BYTES), user) is not None:

@@ -1,4 +1,4 @@
-"""What names a client in a header, however it is spelled."""
+"""Reads what names a client in a header, however it is spelled."""
 
 from __future__ import annotations
 

@@ -6,7 +6,9 @@ from enum import StrEnum
 
 
 class Form(StrEnum):
-    """How a route writes its requests and responses. The value begins the names of its kinds of traffic."""
+    """The form in which a route writes its requests and responses. The value begins the names of its kinds of
+    traffic.
+    """
 
     CHAT = "chat"
     COMPLETIONS = "completions"

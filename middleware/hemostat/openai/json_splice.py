@@ -22,7 +22,7 @@ MALFORMED: Final = (ValueError, OverflowError, RecursionError, msgspec.MsgspecEr
 MAX_MEMBERS: Final = 256
 MAX_KEY_CHARACTERS: Final = 256
 MAX_VALUE_BYTES: Final = 1024
-"""Of a value that is decoded whole."""
+"""The largest size of a value that is decoded whole."""
 
 _members: Final[msgspec.json.Decoder[dict[str, msgspec.Raw]]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _NULL_VALUE: Final = msgspec.Raw(NULL)
@@ -80,7 +80,7 @@ class JsonObject:
 
     @property
     def names(self) -> KeysView[str]:
-        """Of its members."""
+        """The names of its members."""
         return self._spans.keys()
 
     def raw(self, key: str) -> bytes:
@@ -89,7 +89,7 @@ class JsonObject:
         return NULL if span is None else self.data[span[0] : span[1]]
 
     def start_of(self, key: str) -> int:
-        """Where the value's bytes begin. KeyError where the key is absent."""
+        """Returns where the value's bytes begin. Raises KeyError if the key is absent."""
         return self._spans[key][0]
 
     def value(self, key: str) -> Any:
@@ -98,7 +98,7 @@ class JsonObject:
         return None if raw is None else _decode(raw)
 
     def given(self, key: str) -> bool:
-        """Whether the value is true in Python's sense, or would take too long to be decoded."""
+        """Returns True if the value is true in Python's sense, or would take too long to be decoded."""
         try:
             return bool(self.value(key))
         except TooComplex:
@@ -143,5 +143,5 @@ def _decode(raw: msgspec.Raw) -> Any:
 
 
 def encode(value: Any) -> bytes:
-    """Compact JSON."""
+    """Returns the value as compact JSON."""
     return msgspec.json.encode(value)

@@ -38,11 +38,11 @@ LONG_TOKENS: Final = 1_000
 BRIEF_TOKENS: Final = 32
 EDGE_BYTES: Final = 750
 MAX_NAME_CHARACTERS: Final = 64
-"""Of a model's name."""
+"""The number of characters of a model's name that are kept."""
 SCRIPT_CHARACTERS: Final = 200
-"""Of a text, evenly spaced, by which its script is determined."""
+"""The number of characters of a text, evenly spaced, by which its script is determined."""
 MIN_SCRIPT_SHARE: Final = 0.25
-"""Of a text's characters, for the text to count as written in a script."""
+"""The least share of a text's characters for the text to count as written in a script."""
 
 GRAMMAR_PART: Final = "grammar"
 _MAX_BYTES_PER_CHARACTER: Final = 12
@@ -66,7 +66,7 @@ _LANGUAGES: Final = frozenset(
     b"python javascript typescript java c++ c# rust golang kotlin php ruby sql bash html css regex haskell perl".split()
 )
 _CODE_WORDS: Final = frozenset(b"code function script program class implement method query compile debug".split())
-"""One of these beside a language."""
+"""The words of which one has to stand in the text in addition to the name of a programming language."""
 _OUTSIDE_WORDS: Final = bytes(range(256)).translate(None, b"abcdefghijklmnopqrstuvwxyz0123456789+#")
 _BLANKED: Final = bytes.maketrans(_OUTSIDE_WORDS, b" " * len(_OUTSIDE_WORDS))
 
@@ -107,7 +107,7 @@ def kind_name(request: Request, label: str, *, several_models: bool) -> str:
 
 
 def asks_json_in_words(name: str) -> bool:
-    """Whether requests of the kind ask for JSON in their prompts.
+    """Returns True if requests of the kind ask for JSON in their prompts.
 
     >>> asks_json_in_words("chat label text json greedy"), asks_json_in_words("chat label json text greedy")
     (True, False)
@@ -116,7 +116,8 @@ def asks_json_in_words(name: str) -> bool:
 
 
 def is_conditional(name: str) -> bool:
-    """Whether a grammar restricts the tokens of the kind, so that its figures are conditional on what is allowed.
+    """Returns True if a grammar restricts the tokens of the kind, so that its figures are conditional on what is
+    allowed.
 
     >>> is_conditional("chat grammar greedy"), is_conditional("chat label grammar text greedy")
     (True, False)
@@ -134,7 +135,7 @@ def _output_part(name: str) -> str:
 
 
 def _edges(raw: memoryview) -> bytes:
-    """Of a JSON value's bytes, the beginning and the end in lower case, with blanks for escaped ones."""
+    """Returns the beginning and the end of a JSON value's bytes, in lower case, with blanks for escaped ones."""
     whole = len(raw) <= 2 * EDGE_BYTES
     text = (bytes(raw) if whole else b" ".join((raw[:EDGE_BYTES], raw[-EDGE_BYTES:]))).lower()
     return text.replace(b"\\n", b" ").replace(b"\\t", b" ") if b"\\" in text else text
@@ -150,7 +151,9 @@ def _output(request: Request, words: set[bytes], first: list[bytes]) -> str:
 
 
 def _decoding(request: Request) -> str:
-    """By what the client gives: what it leaves out is the server's default, equal for all of its requests."""
+    """Returns the decoding by what the client gives: what it leaves out is the server's default, equal for all of its
+    requests.
+    """
     if _given(request, "temperature") == 0:
         return "greedy"
     cut = _number(request, "top_p", 1.0) < 1.0 or _number(request, "top_k", 0) > 0 or _number(request, "min_p", 0) > 0
@@ -209,7 +212,7 @@ def _script(text: bytes) -> str:
 
 
 def _is_long(texts: Iterable[memoryview]) -> bool:
-    """Whether the texts, each JSON, have more than LONG_CHARACTERS characters together."""
+    """Returns True if the texts, each JSON, have more than LONG_CHARACTERS characters together."""
     seen: list[memoryview] = []
     size = 0
     for text in texts:

@@ -48,7 +48,7 @@ class ModelName:
         self._version = version.encode()
         self._name = encode(name)[1:-1]
         self._name_in_event = json.dumps(name)[1:-1].encode()
-        """As vLLM writes it in a stream's error event."""
+        """The name as vLLM writes it in a stream's error event."""
         self._stream = stream
         self._everywhere = error
         self._in_error = False
@@ -115,7 +115,7 @@ class ModelName:
         return b"".join(parts)
 
     def _is_member(self, data: bytes, at: int, end: int) -> bool:
-        """Whether the bytes from `at` to `end` are the value of a member `model`."""
+        """Returns True if the bytes from `at` to `end` are the value of a member `model`."""
         if data[end : end + 1] != b'"':
             return False
         if data.endswith(b'"model":"', 0, at):
@@ -158,7 +158,7 @@ class ModelName:
         return data[:keep]
 
     def _start_of_member(self, data: bytes) -> int:
-        """Where a member `model` begins whose value is not complete; the length of `data` without one."""
+        """Returns where a member `model` begins whose value is not complete; the length of `data` if there is none."""
         at = data.rfind(_KEY)
         if at >= 0 and self._may_become_member(data[at + len(_KEY) : at + MAX_HELD_BYTES + 1]):
             return len(data) if self._byte_before(data, at) == b"\\" else at
@@ -218,5 +218,5 @@ def _is_version(card: JsonObject) -> bool:
 
 
 def is_version(name: str) -> bool:
-    """Whether a model's name is a profile's version: 32 hexadecimal digits."""
+    """Returns True if a model's name is a profile's version: 32 hexadecimal digits."""
     return VERSION_PATTERN.fullmatch(name) is not None

@@ -15,24 +15,26 @@ from hemostat.openai.tokens import ResponseTokens, error_reason
 
 
 class EndingForm(Protocol):
-    """How a form says how its response ended."""
+    """A form that says how its response ended."""
 
     def record_ending(self, data: JsonObject, tokens: ResponseTokens) -> None:
-        """Record the model, the finish reason and the usage, where this event or response has them.
+        """Records the model, the finish reason and the usage, if this event or response has them.
 
         May raise one of MALFORMED.
         """
 
     def goes_on(self, events: bytes) -> bool:
-        """Whether these events of a stream are certain, before they are parsed, to have none of that but the model."""
+        """Returns True if these events of a stream are certain, before they are parsed, to have none of that but the
+        model.
+        """
 
 
 class IdsForm(EndingForm, Protocol):
-    """How a form names the ids of the prompt and of the output."""
+    """A form that names the ids of the prompt and of the output."""
 
     def take_ids(self, data: bytes, tokens: ResponseTokens) -> bytes:
-        """Record the ids, where this event or response has them; returns it without them, and the same object where it
-        has none.
+        """Records the ids, if this event or response has them, and returns it without them. If it has none, the same
+        object is returned.
 
         May raise one of MALFORMED.
         """

@@ -1,4 +1,6 @@
-"""From a client's body to a `Request`: what all forms have in common; the rest is read by the form."""
+"""Reads a client's body into a `Request`: this module reads what all forms have in common, and the form reads the
+rest.
+"""
 
 from __future__ import annotations
 

@@ -12,12 +12,12 @@ CODINGS = frozenset((b"gzip", b"x-gzip"))
 """Values of Content-Encoding, lower case, that can be read. Not `deflate`: some servers send it without its header, and
 clients differ in which of the two they read."""
 _WINDOW_BITS = 31
-"""Of zlib: a gzip header, and the largest window."""
+"""The parameter of zlib for a gzip header, and the largest window."""
 _MAX_PIECE = 1024 * 1024
 """Bytes that are decompressed at a time, so that a small response cannot fill the memory at once."""
 _LEVEL = 1
 _FIRST_BYTE = b"\x1f"
-"""Of every member."""
+"""The first byte of every member."""
 
 
 class Recompressor:
@@ -33,7 +33,7 @@ class Recompressor:
         self._write = zlib.compressobj(_LEVEL, wbits=_WINDOW_BITS)
         self._malformed = False
         self._ended = False
-        """What follows the last member is not another one: it is ignored, as clients do."""
+        """It is True once something follows a member that is not another one: it is ignored, as clients do."""
 
     def feed(self, data: bytes) -> bytes:
         parts: list[bytes] = []

@@ -21,8 +21,9 @@ from hemostat_calibration.records import Sampling
 
 
 class Uncalibrated(StrEnum):
-    """Why no profile may be applied to a request that can be scored: values of the label `reason` of calibration
-    requests."""
+    """The reason why no profile may be applied to a request that can be scored: values of the label `reason` of
+    calibration requests.
+    """
 
     OWN_LOGITS = "own_logits"
     """The client changes logits itself (logit_bias, penalties). A profile was measured on unchanged logits, and engines
@@ -60,9 +61,9 @@ LOGIT_EDITING_KEYS = (
 neither arm may contain such a request."""
 _LOGIT_KEYS = frozenset({*LOGIT_EDITING_KEYS, "repetition_penalty"})
 _SAMPLING_KEYS = frozenset({"repetition_penalty", "temperature", "top_p", "top_k", "min_p", "thinking"})
-"""Those that `sampling_parameters` decodes."""
+"""The keys that `sampling_parameters` decodes."""
 _GIVEN_KEYS = frozenset({*LOGIT_EDITING_KEYS, "watermarking"})
-"""Those of which it only asks whether they are given."""
+"""The keys for which it only asks if they are given."""
 _raw_members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -75,12 +76,12 @@ class Message(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class RequestedLogprobs:
-    """What the client itself asks for about the tokens. It gets exactly that."""
+    """The details of tokens that the client itself asks for. It gets exactly these."""
 
     token_ids: bool = False
     logprobs: bool = False
     top: int = 0
-    """Alternatives at each position: 0, or 1, which is the emitted token."""
+    """The number of alternatives at each position: 0, or 1, which is the emitted token."""
     as_ids: bool = False
     """Tokens are named by their ids (`token_id:5`), not by their texts."""
     restorable: bool = True
@@ -104,9 +105,9 @@ class Request:
     """The client itself asked for usage in the stream."""
     tools: bool
     unscorable: Unscored | None
-    """Why its tokens cannot be scored; None where they can."""
+    """The reason why its tokens cannot be scored; None if they can."""
     uncalibrated: Uncalibrated | Unscored | None
-    """Why no profile may be applied to it; None where one may."""
+    """The reason why no profile may be applied to it; None if one may."""
     client_profile: str | None
     """The version of the profile that the client itself named in `vllm_xargs`."""
     client_acts: bool
@@ -115,11 +116,11 @@ class Request:
     """Equal for every turn of one conversation; of the prompt where no conversation can be recognized; None without a
     prompt."""
     messages: list[Message] | None
-    """Of a chat."""
+    """The messages of a chat."""
     min_prompt_tokens: int
     """A lower bound on the number of tokens of the longest prompt; 0 where only the engine knows it."""
     choices: int = 1
-    """Of all prompts together."""
+    """The number of choices of all prompts together."""
     prompts: int = 1
     requested: RequestedLogprobs = NO_LOGPROBS
     grammar: bool = False

@@ -1,4 +1,4 @@
-"""Whether a grammar restricts the tokens of a request, as far as its body shows.
+"""Finds out if a grammar restricts the tokens of a request, as far as its body shows.
 
 vLLM 0.32 makes a grammar of a structured output, and of `tools` where a call is forced, where a tool is strict, or
 where at most one call is allowed (of the last two only some tool parsers). Which ids it then allows, the engine's
@@ -16,7 +16,9 @@ _STRICT: Final = re.compile(rb'"strict"\s*:\s*true')
 
 
 def restricts_chat(body: JsonObject, *, tools: bool = True) -> bool:
-    """Of a chat's or a completion's body. tools: whether requests of this form can have tools. One of MALFORMED.
+    """Returns True if a grammar restricts the tokens of a chat or a completion. May raise one of MALFORMED.
+
+    tools: requests of this form can have tools.
 
     >>> restricts_chat(JsonObject(b'{"response_format": {"type": "json_object"}}'))
     True
@@ -27,7 +29,7 @@ def restricts_chat(body: JsonObject, *, tools: bool = True) -> bool:
 
 
 def restricts_response(body: JsonObject) -> bool:
-    """Of a body of `/v1/responses`. One of MALFORMED."""
+    """Returns True if a grammar restricts the tokens of a request to `/v1/responses`. May raise one of MALFORMED."""
     form = _object(_object(body, "text"), "format")
     if body.has("structured_outputs") or (form is not None and form.value("type") in ("json_object", "json_schema")):
         return True
@@ -39,7 +41,7 @@ def restricts_response(body: JsonObject) -> bool:
 
 
 def restricts_message(body: JsonObject) -> bool:
-    """Of a body of `/v1/messages`. One of MALFORMED."""
+    """Returns True if a grammar restricts the tokens of a request to `/v1/messages`. May raise one of MALFORMED."""
     form = _object(_object(body, "output_config"), "format")
     if form is not None and form.given("schema"):
         return True

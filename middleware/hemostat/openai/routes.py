@@ -19,7 +19,7 @@ OTHER: Final = "other"
 
 
 class Support(Enum):
-    """What Hemostat does with the requests of a route."""
+    """The ways in which Hemostat treats the requests of a route."""
 
     SCORED = "scored"
     """They can be sampled, scored and calibrated, and their outcomes are counted."""
@@ -38,7 +38,7 @@ class Route:
     labelled: bool = True
     """The path is a value of the metrics' label `route`; otherwise that is OTHER."""
     form: Form | None = None
-    """Of its requests, where they are scored."""
+    """The form of its requests, if they are scored."""
     operation: str = ""
     """The value of OpenTelemetry's attribute `gen_ai.operation.name`; "" where the route is not traced."""
 

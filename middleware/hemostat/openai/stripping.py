@@ -36,16 +36,18 @@ _elements: Final[msgspec.json.Decoder[list[msgspec.Raw]]] = msgspec.json.Decoder
 
 
 class LogprobForm(Protocol):
-    """How a form with `choices` writes the details of tokens."""
+    """A form with `choices` that writes the details of tokens."""
 
     prompt_in_choice: bool
-    """A choice has the ids of its prompt; else the response has those of the one prompt."""
+    """It is True if a choice has the ids of its prompt; else the response has the ids of the one prompt."""
 
     def is_held_back(self, choice: JsonObject) -> bool:
-        """The stream's event has nothing for the client."""
+        """Returns True if the stream's event has nothing for the client."""
 
     def restore(self, logprobs: bytes, requested: RequestedLogprobs) -> bytes:
-        """The JSON of `logprobs` as the client asked for it. One of MALFORMED where that is not possible."""
+        """Returns the JSON of `logprobs` as the client asked for it. Raises one of MALFORMED if that is not
+        possible.
+        """
 
 
 class _Parsed:
@@ -67,9 +69,9 @@ class ResponseBody:
         self._tools = request.tools
         self._events = sse.Parser() if stream else None
         self._pieces: list[bytes] = []
-        """Of a body that is not a stream."""
+        """The pieces of a body that is not a stream."""
         self._size = 0
-        """Bytes of these."""
+        """The number of bytes of these pieces."""
         self._pass_through = False
         """The body is larger than MAX_BODY and is passed on as it arrives."""
 
@@ -114,7 +116,7 @@ class ResponseBody:
         return b""
 
     def _unparsed(self, data: bytes) -> bytes:
-        """What the client gets of a part of a body, or of an event, that is too large to be parsed."""
+        """Returns what the client gets of a part of a body, or of an event, that is too large to be parsed."""
         return data
 
     def _check(self) -> None:
@@ -136,7 +138,7 @@ class ChoiceStripper(ResponseBody):
         """The finishing event and its stripped data, held until the usage event brings the fingerprint."""
         self._cutter = EventCutter() if stream and request.requested == NO_LOGPROBS and request.choices == 1 else None
         self._scrubber = Scrubber(stream=stream)
-        """For what cannot be parsed because it is too large."""
+        """The scrubber of what cannot be parsed because it is too large."""
 
     def feed(self, data: bytes) -> bytes:
         if self._cutter is not None and self._events is not None and self._events.between_events:

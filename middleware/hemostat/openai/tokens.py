@@ -15,15 +15,17 @@ from hemostat.openai.json_splice import MALFORMED
 from hemostat.openai.logprobs.rows import Rows, read_rows
 
 MAX_UNPARSED_BYTES = 512 * 1024
-"""Of one choice's `logprobs`: about the JSON of 200 tokens with 20 alternatives. When more is held it is parsed, which
-makes it twelve times smaller; what is shorter is parsed where it is scored."""
+"""The largest size of one choice's `logprobs` that are held unparsed: about the JSON of 200 tokens with 20
+alternatives. When more is held it is parsed, which makes it twelve times smaller; what is shorter is parsed where it is
+scored.
+"""
 
 
 _OVERLOAD = (408, 425, 429)
 
 
 def status_failure(status: int) -> Unscored:
-    """What an error in answer to the client's own request counts as."""
+    """Returns the reason that an error in answer to the client's own request counts as."""
     refused = 400 <= status < 500 and status not in _OVERLOAD
     return Unscored.REQUEST_REFUSED if refused else Unscored.UPSTREAM_ERROR
 
@@ -34,11 +36,11 @@ def error_reason(data: bytes) -> Unscored:
 
 
 TokenCount = Annotated[int, msgspec.Meta(ge=0, le=10**9)]
-"""In a response's usage. It is added to counters, where a negative or an absurd one would stay."""
+"""A number of tokens in a response's usage. It is added to counters, where a negative or an absurd one would stay."""
 
 
 class Usage(msgspec.Struct):
-    """Of all choices together; `prompt_tokens` counts each prompt once."""
+    """The usage of all choices together; `prompt_tokens` counts each prompt once."""
 
     prompt_tokens: TokenCount
     completion_tokens: TokenCount
@@ -62,16 +64,16 @@ class ChoiceTokens:
 
     prompt_ids: array[int] = field(default_factory=lambda: array("i"))
     output_ids: array[int] = field(default_factory=lambda: array("i"))
-    """[T]."""
+    """The emitted ids, [T]."""
     logprobs: list[bytes] = field(default_factory=list)
     """The JSON of `logprobs`, in pieces, of the positions that are not in `parsed`."""
     parsed: list[Rows] = field(default_factory=list)
-    """Of the first positions of a long output."""
+    """The candidates of the first positions of a long output."""
     unparsed_bytes: int = 0
-    """Of `logprobs`."""
+    """The bytes of `logprobs` that are not parsed."""
     finish_reason: str = ""
     reasoning: bool = False
-    """vLLM's parser found reasoning in it."""
+    """It is True if vLLM's parser found reasoning in the choice."""
 
     def parse(self, form: Form, top_k: int) -> None:
         """Parse what is not parsed yet. One of MALFORMED where it does not fit the ids."""

@@ -27,10 +27,10 @@ from hemostat.ipc.ends import REFUSED
 from hemostat.openai import routes
 
 FLUSH_BYTES = 64 * 1024
-"""So much is written at once; less about once a second."""
+"""The number of buffered bytes from which on they are written at once. Fewer bytes are written about once a second."""
 MAX_BUFFERED_BYTES = 4 * 1024 * 1024
 MAX_ID_CHARACTERS = 128
-"""Of a request's id, which the client may choose."""
+"""The largest number of characters of a request's id that are written; the client may choose the id."""
 
 _plain = re.compile(r"[!#-~]+").fullmatch
 """A value that needs no quotes in a text line."""
@@ -40,20 +40,20 @@ class Line(msgspec.Struct, omit_defaults=True):
     """One request, as JSON; a text line has the same fields as name=value, `-` where a value is not known."""
 
     time: str
-    """When the response ended: UTC, ISO 8601."""
+    """The time at which the response ended: UTC, ISO 8601."""
     method: str
     route: str
     """Label of the route, as in the metrics: `other` for unknown ones."""
     status: int
-    """That the client got; 0: none."""
+    """The status that the client got; 0: none."""
     outcome: str
-    """As in `hemostat_requests_total`."""
+    """The outcome as in `hemostat_requests_total`."""
     bytes: int
     """Sent to the client, heads and framing included."""
     seconds: float
-    """From the request's head to the end of its response."""
+    """The time from the request's head to the end of its response."""
     upstream_seconds: float | None
-    """From sending the request to the first bytes of the response; null where there was none."""
+    """The time from sending the request to the first bytes of the response; null if there was none."""
     arm: str
     request_id: str
     client: str = ""
@@ -77,7 +77,7 @@ class AccessLog:
         self._loop = asyncio.get_running_loop()
         self._waiting: list[bytes] = []
         self._bytes = 0
-        """In `_waiting`."""
+        """The number of bytes in `_waiting`."""
         self._handed_over: SimpleQueue[bytes | None] = SimpleQueue()
         """To the thread; None: it ends."""
         self._writing: asyncio.Future[None] | None = None
@@ -108,7 +108,7 @@ class AccessLog:
         self.add(Line(_now(), method, route, status, outcome, sent, round(seconds, 6), waited, arm, cut, address))
 
     def add(self, line: Line) -> None:
-        """Returns at once."""
+        """Adds a line to the buffer, and returns at once. A full buffer drops the line, which is counted."""
         if self._bytes > MAX_BUFFERED_BYTES:
             self._dropped(1)
             return
@@ -119,7 +119,7 @@ class AccessLog:
             self.flush()
 
     def refused(self, status: int, transport: asyncio.BaseTransport) -> None:
-        """Of a request that could not be parsed, or of a connection that was not accepted."""
+        """Adds a line for a request that could not be parsed, or for a connection that was not accepted."""
         self.request("", routes.OTHER, status, REFUSED, 0, 0.0, None, "none", "", transport)
 
     def flush(self) -> None:
@@ -146,7 +146,7 @@ class AccessLog:
                 self._loop.call_soon_threadsafe(self._written, lost)
 
     def _write(self, data: bytes) -> int:
-        """In the thread: the number of lines that could not be written."""
+        """Writes the lines, in the thread, and returns the number of lines that could not be written."""
         rest = memoryview(b"\n" + data if self._torn else data)
         try:
             while rest:

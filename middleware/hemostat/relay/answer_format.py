@@ -31,7 +31,7 @@ class _Function(msgspec.Struct):
 
 
 class _Tool(msgspec.Struct):
-    """With `function` in a chat; in `/v1/responses` and `/v1/messages` without."""
+    """A tool that a request offers: in a chat within `function`, in `/v1/responses` and `/v1/messages` without it."""
 
     function: _Function | None = None
     name: str = ""
@@ -73,9 +73,9 @@ class _Body(msgspec.Struct):
     guided_json: msgspec.Raw = msgspec.Raw(b"")
     tools: msgspec.Raw = msgspec.Raw(b"")
     text: _Output | None = None
-    """Of `/v1/responses`."""
+    """The form of the answer in `/v1/responses`."""
     output_config: _Output | None = None
-    """Of `/v1/messages`."""
+    """The form of the answer in `/v1/messages`."""
 
 
 _body: Final[msgspec.json.Decoder[_Body]] = msgspec.json.Decoder(_Body)
@@ -92,9 +92,9 @@ _prefix: Final = json.JSONDecoder(parse_constant=_refuse)
 
 
 class AnswerFormat:
-    """What a request asks its answer to look like.
+    """The form that a request asks its answer to have.
 
-    json: as JSON, in a parameter or (in_words) in its prompt. tools: it offers tools.
+    json: the answer is to be JSON, by a parameter or (in_words) by the prompt. tools: the request offers tools.
     """
 
     __slots__ = ("_offered", "_schema", "in_words", "json", "tools")
@@ -109,7 +109,7 @@ class AnswerFormat:
 
     @classmethod
     def read(cls, body: bytes, *, in_words: bool) -> AnswerFormat:
-        """Of a request's body. What is malformed counts as absent: vLLM explains it to the client."""
+        """Reads the form from a request's body. What is malformed counts as absent: vLLM explains it to the client."""
         try:
             read = _body.decode(body)
         except _ERRORS:
@@ -135,7 +135,9 @@ class AnswerFormat:
         return cls(in_words=in_words and schema is None, schema=schema, offered=offered)
 
     def is_json(self, text: str) -> bool:
-        """Whether the text is the JSON that was asked for; of JSON asked for in words, whether the text contains it."""
+        """Returns True if the text is the JSON that was asked for. If JSON was asked for in words, it is enough that
+        the text contains it.
+        """
         value = _find(text) if self.in_words else _decode(text)
         if value is _NOTHING:
             return False
@@ -144,7 +146,7 @@ class AnswerFormat:
         return Schema(self._schema).fits(value, Steps()) is not False
 
     def calls_fit(self, calls: Iterable[tuple[str, str]]) -> bool:
-        """Whether all tool calls (name, arguments) parse, and fit the parameters of a tool that was offered."""
+        """Returns True if all tool calls (name, arguments) parse, and fit the parameters of a tool that was offered."""
         offered = self._tools_by_name()
         schemas: dict[str, Schema] = {}
         steps, size = Steps(), 0

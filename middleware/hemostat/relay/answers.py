@@ -1,4 +1,5 @@
-"""What a response says, whatever its form: its texts, tool calls, finish reasons and usage, in the structure of chat.
+"""The content of a response, whatever its form: its texts, tool calls, finish reasons and usage, in the structure of
+chat.
 
 `parse` reads a whole response; of a stream that is not kept whole, the patterns of `tail_of` find what its last bytes
 say. A message of `/v1/messages` and a response of `/v1/responses` are one choice.
@@ -75,7 +76,7 @@ class _OutputUsage(msgspec.Struct):
 
 
 class _Block(msgspec.Struct):
-    """Of a message's content."""
+    """A block of a message's content."""
 
     type: str = ""
     text: str = ""
@@ -90,7 +91,7 @@ class _Delta(msgspec.Struct):
 
 
 class _MessageEvent(msgspec.Struct):
-    """Of `/v1/messages`: an event of its stream, or the whole message."""
+    """An event of a stream of `/v1/messages`, or the whole message."""
 
     type: str = ""
     index: int = 0
@@ -107,7 +108,7 @@ class _Part(msgspec.Struct):
 
 
 class _Item(msgspec.Struct):
-    """Of a response's output."""
+    """An item of a response's output."""
 
     type: str = ""
     content: list[_Part] | None = None
@@ -116,7 +117,7 @@ class _Item(msgspec.Struct):
 
 
 class _ItemResponse(msgspec.Struct):
-    """Of `/v1/responses`."""
+    """A response of `/v1/responses`."""
 
     status: str = ""
     output: list[_Item] = []
@@ -222,7 +223,7 @@ def _message(events: list[_MessageEvent]) -> Response:
 
 
 def _last_response(data: bytes) -> _ItemResponse:
-    """What the last event of a stream repeats."""
+    """Returns the response that the last event of a stream repeats."""
     last = _ItemResponse()
     for line in _events(data):
         event = _item_event.decode(line)

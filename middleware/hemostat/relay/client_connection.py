@@ -35,11 +35,13 @@ from hemostat.relay.tunnel import Tunnel
 from hemostat.relay.turns import ANSWER_BYTES
 
 DRAIN_IDLE_SECONDS: Final = 5.0
-"""Of a connection without a request, while the relay drains because another one has taken its place."""
+"""The longest time that a connection without a request stays open while the relay drains because another one has taken
+its place.
+"""
 SLOW_UPLOAD_BYTES_PER_SECOND: Final = 32 * 1024
 """A long body that arrives at less gives way where no upstream connection is left for another one: 2 MB in a minute."""
 SLOW_UPLOAD_SECONDS: Final = 2.0
-"""For so long at least its rate is measured."""
+"""The least time for which the rate of an upload is measured."""
 LINGER_SECONDS: Final = 1.0
 """From the end of the last response to closing the connection, for the client to read it."""
 
@@ -52,18 +54,18 @@ _last_blank: Final = re.compile(rb"\n(?!\r\n)").search
 
 
 class ConnectionState(Enum):
-    """What the next bytes from the client are."""
+    """The meaning of the next bytes from the client."""
 
     READING_HEAD = auto()
-    """The head of the next request. Its beginning may be in the buffer."""
+    """They are the head of the next request. Its beginning may be in the buffer."""
     READING_BODY = auto()
-    """The rest of the body of the present request."""
+    """They are the rest of the body of the present request."""
     AWAITING_RESPONSE = auto()
-    """Pipelined requests, kept in the buffer until the response to the present one is complete."""
+    """They are pipelined requests, which are kept in the buffer until the response to the present one is complete."""
     TUNNEL = auto()
-    """Bytes for the upstream: the protocol has been switched."""
+    """They are bytes for the upstream: the protocol has been switched."""
     CLOSING = auto()
-    """Discarded: the last response has been sent."""
+    """They are discarded: the last response has been sent."""
 
 
 # Module globals, for the reason that `exchange_state` gives.
@@ -137,13 +139,15 @@ class ClientConnection(asyncio.Protocol):
         self._counted = 0
         """Bytes of the buffer that the budget knows of."""
         self._body: RequestBodyReader | None = None
-        """In READING_BODY."""
+        """The reader of the present request's body; it is used in READING_BODY."""
         self._body_bytes = 0
-        """In READING_BODY: what has been read of the body, its framing included, since `since`."""
+        """The bytes of the body, with its framing, that have been read since `since`; they are counted in
+        READING_BODY.
+        """
         self._tunnel: Tunnel | None = None
-        """In TUNNEL."""
+        """The tunnel in TUNNEL."""
         self._advancing = False
-        """`_advance` is running: it must not be entered again from an exchange that ends at once."""
+        """It is True while `_advance` is running: it must not be entered again from an exchange that ends at once."""
         self._watcher: DisconnectWatcher | None = None
         self._stalled = (0, 0.0)
         """While writing is paused: the bytes that the client has not taken, and since when they are as many."""
@@ -453,7 +457,7 @@ class ClientConnection(asyncio.Protocol):
             self._context.budget.enforce()
 
     def _release(self) -> None:
-        """What was counted of the buffer is no longer in it, or becomes a request."""
+        """Tells the budget that the counted bytes are no longer in the buffer, or become a request."""
         self._context.budget.hold(self.holding, -self._counted)
         self._counted = 0
 
@@ -489,7 +493,7 @@ class ClientConnection(asyncio.Protocol):
         return measured and self._body_bytes < SLOW_UPLOAD_BYTES_PER_SECOND * seconds
 
     def _measure_rate(self) -> None:
-        """In READING_BODY: begin to measure how fast the client sends."""
+        """Begins to measure how fast the client sends, if the state is READING_BODY."""
         if self.state is _READING_BODY:
             self.since = self._context.loop.time()
             self._body_bytes = 0

@@ -1,4 +1,4 @@
-"""Who a client is, for all that is limited or compared by client."""
+"""The identity of a client, for all that is limited or compared by client."""
 
 from __future__ import annotations
 

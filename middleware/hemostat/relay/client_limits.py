@@ -1,6 +1,6 @@
-"""What one client may ask of this relay process: requests per second, and requests in progress.
+"""The limits of one client at this relay process: requests per second, and requests in progress.
 
-Who a client is: `client_identity`. Each relay process counts for itself: with N of them, a client
+`client_identity` says who a client is. Each relay process counts for itself: with N of them, a client
 whose connections reach all may ask for N times as much.
 """
 
@@ -32,7 +32,7 @@ class _Client:
 
 @dataclass(frozen=True, slots=True)
 class Exceeded:
-    """limit: of LIMITS. retry_after: whole seconds."""
+    """The limit that a client has exceeded. limit: one of LIMITS. retry_after: whole seconds."""
 
     limit: str
     retry_after: int
@@ -77,7 +77,9 @@ class ClientLimits:
         return self._interval > 0.0 or self._concurrent < math.inf
 
     def key(self, request: RequestHead, network: bytes) -> bytes | None:
-        """Of the client; None where the request does not count: a GET or HEAD that does not open a WebSocket."""
+        """Returns the key of the client. It is None if the request does not count: a GET or HEAD that does not open a
+        WebSocket.
+        """
         if request.method in UNLIMITED_METHODS and not request.upgrade:
             return None
         return network if self._by_address else client_key(request, network)

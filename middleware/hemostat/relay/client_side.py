@@ -10,11 +10,11 @@ from hemostat.relay.tunnel import Tunnel
 
 
 class ClientSide(Protocol):
-    """Of `client_connection.ClientConnection`."""
+    """The part of `client_connection.ClientConnection` that exchanges use."""
 
     transport: asyncio.Transport
     holding: Holding
-    """What the relay holds for this connection."""
+    """The memory and the places that the relay holds for this connection."""
 
     @property
     def write_paused(self) -> bool:

@@ -49,7 +49,7 @@ class Clients(Generic[Connection]):
         self._counters = counters
         self._addresses: dict[Connection, bytes] = {}
         self._numbers: dict[bytes, int] = {}
-        """Of connections, by address."""
+        """The number of connections by address."""
         self._none = asyncio.Event()
         self._none.set()
 

@@ -1,4 +1,4 @@
-"""What all connections of one relay share."""
+"""The parts that all connections of one relay share."""
 
 from __future__ import annotations
 

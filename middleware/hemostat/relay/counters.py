@@ -1,4 +1,4 @@
-"""What a relay process counts. As samples: `hemostat.ipc.relay_samples`."""
+"""The counters of a relay process. `hemostat.ipc.relay_samples` turns them into samples."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from hemostat.metrics.reasons import Unscored
 
 
 class Counters:
-    """Of one process, since it started. The control process is sent all of it once a second, as `Stats`.
+    """The counts of one process since it started. The control process is sent all of them once a second, as `Stats`.
 
-    requests: (route, outcome) -> requests.
-    other: metric -> label values, in the metric's order -> count.
-    overhead: requests in each bucket of OVERHEAD_BUCKETS, and one more for those above; overhead_sum: in seconds.
+    requests: (route, outcome) -> requests. other: metric -> label values, in the metric's order -> count. overhead: the
+    number of requests in each bucket of OVERHEAD_BUCKETS, and above the last one; overhead_sum: in seconds.
     """
 
     def __init__(self) -> None:

@@ -13,9 +13,9 @@ import socket
 from typing import Final, Protocol
 
 CHECK_SECONDS: Final = 0.1
-"""Between two checks."""
+"""The time between two checks."""
 RESET_SECONDS: Final = 0.02
-"""From a probe to the check for the reset that it may have caused."""
+"""The time from a probe to the check for the reset that it may have caused."""
 
 _TCP_CLOSE: Final = 7
 _TCP_CLOSE_WAIT: Final = 8

@@ -46,9 +46,10 @@ MAX_READ_AHEAD_BYTES: Final = 64 * 1024
 """Bytes taken from a client beyond the request in progress, or while that waits for an upstream connection."""
 UPLOADS_EXHAUSTED: Final = "too many requests with long bodies at a time"
 MAX_HEAD_HOLD_SECONDS: Final = 0.2
-"""How long a response's head is held back for the hook. vLLM reports in the first event of a stream that it refuses the
-request, until which the response can still be replaced. It does so before anything is computed, within milliseconds;
-the first token of an answer may take seconds, and the client is to see the head until then, as without the hook."""
+"""The longest time for which a response's head is held back for the hook. vLLM reports in the first event of a stream
+that it refuses the request, until which the response can still be replaced. It does so before anything is computed,
+within milliseconds; the first token of an answer may take seconds, and the client is to see the head until then, as
+without the hook."""
 
 _EXPECT: Final = frozenset((b"expect",))
 
@@ -125,7 +126,9 @@ class Exchange:
         self._collected: list[bytes] | None = None
         """The response's body so far, with BodyMode.COLLECTED."""
         self._overhead = 0.0
-        """Seconds in the relay so far, see `Counters.observe_overhead`; while QUEUED, minus the time it began."""
+        """The seconds in the relay so far, see `Counters.observe_overhead`. In QUEUED the time at which that state
+        began is subtracted.
+        """
         self._probed = False
 
     def _enter(self, state: ExchangeState) -> None:
@@ -199,7 +202,7 @@ class Exchange:
         self._give_up(error.status, error_body(error.status, error.message, error.code), ends.REFUSED)
 
     def give_way(self, reason: str) -> None:
-        """What the request takes of the relay is needed for others."""
+        """Answers the client with 503, because others need what the request takes of the relay."""
         self._give_up(503, error_body(503, reason, "overloaded"), ends.OVERLOADED)
 
     def _give_up(self, status: int, body: bytes, outcome: str) -> None:

@@ -26,7 +26,9 @@ from typing import Final
 
 
 class ExchangeState(IntEnum):
-    """Where an exchange stands. An IntEnum: members are hashed for every transition, and the hash of Enum is slow."""
+    """The state of an exchange. It is an IntEnum: members are hashed for every transition, and the hash of Enum is
+    slow.
+    """
 
     STARTING = auto()
     """The head of the request has been read; nothing has been done with it."""

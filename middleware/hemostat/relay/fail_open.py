@@ -76,7 +76,7 @@ class FailOpenHook:
             self._fail()
 
     def request(self, body: bytes | None) -> Rewrite | Refusal | None:
-        """body: None if it is longer than `body_limit`; then it cannot be rewritten."""
+        """Asks the hook about a request. body: None if it is longer than `body_limit`; then it cannot be rewritten."""
         if self._failed:
             self._unchanged = True
             return None

@@ -1,4 +1,4 @@
-"""What is reported of one generation: its outcome in the counters, its trace span, and its line in the request log.
+"""The report of one generation: its outcome in the counters, its trace span, and its line in the request log.
 
 Neither the span nor the log contains a prompt or an output. Errors here are counted and never affect the request.
 """
@@ -59,7 +59,9 @@ class GenerationReport:
         request.received = drop_fields(request.received, -1, _TRACE_FIELDS)[0] + added
 
     def begin_comparison(self, comparison: Comparison | None, body: bytes) -> None:
-        """What the hook has found about the request. body: the whole, as the client sent it."""
+        """Begins to compare the answer's outcome, if the hook has found that the request belongs to a comparison. body:
+        the whole body, as the client sent it.
+        """
         if comparison is None or self._context.report_outcome is None:
             return
         try:

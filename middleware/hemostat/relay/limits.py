@@ -1,4 +1,4 @@
-"""What clients may send, how long it may take, and how much of a relay they may use."""
+"""The limits of what clients may send, how long it may take, and how much of a relay they may use."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ class Limits:
     buffered_body_bytes: int = 1024 * 1024
     """A body up to this size is complete before an upstream connection is used for it; a longer one is streamed."""
     buffered_bytes: int = 128 * 1024 * 1024
-    """Of all requests that a relay keeps at a time."""
+    """The largest size of all requests together that a relay keeps at a time."""
     body_bytes_per_second: int = 1024
-    """Of an incomplete body, on average over `body_seconds`."""
+    """The least rate of an incomplete body, on average over `body_seconds`."""
     connections: int = 16_384
-    """Of all clients of a relay."""
+    """The largest number of connections of all clients of a relay."""
     connections_per_client: int = 8_192
-    """Of one address, or of one /64 network of IPv6."""
+    """The largest number of connections of one address, or of one /64 network of IPv6."""
     head_seconds: float = 30.0
-    """From the first byte of a head to its last."""
+    """The longest time from the first byte of a head to its last."""
     body_seconds: float = 20.0
-    """From one measurement of an incomplete body's rate to the next."""
+    """The time from one measurement of an incomplete body's rate to the next."""
     send_seconds: float = 60.0
-    """In which a client that has a response to read takes no byte of it."""
+    """The longest time in which a client that has a response to read takes no byte of it."""
     idle_seconds: float = 75.0
-    """Between two requests of one connection."""
+    """The longest time between two requests of one connection."""
 
 
 def share_descriptors(descriptors: int, clients: int, upstream: int) -> tuple[int, int]:
-    """How many connections of clients and to the upstream fit into the limit of open files.
+    """Returns how many connections of clients, and how many to the upstream, fit into the limit of open files.
 
     The upstream's share is reserved, so that clients cannot use it up: all that is asked for, up to a half.
 

@@ -1,11 +1,12 @@
-"""How each generation ended: finish reason, length, repetition loops, and whether requested JSON or tool calls parse.
+"""The ending of each generation: finish reason, length, repetition loops, and whether requested JSON or tool calls
+parse.
 
-Observed for every generation, sampled or not, and counted by arm. A divergence between two models does not say which
-text is better (arXiv 2606.19558); these counters are a cheap indication of quality.
+It is observed for every generation, sampled or not, and counted by arm. A divergence between two models does not say
+which text is better (arXiv 2606.19558); these counters are a cheap indication of quality.
 
-Of a request in an arm of a comparison more is judged (`ResponseOutcome.bad`): whether JSON that was asked for in words,
-or by a schema, and tool calls are what was asked for. An answer that ends early, because the client gives it up or
-the engine fails, is an outcome of its arm, too.
+For a request in an arm of a comparison more is judged (`ResponseOutcome.bad`): whether JSON that was asked for in
+words, or by a schema, and tool calls are what was asked for. An answer that ends early, because the client gives it up
+or the engine fails, is an outcome of its arm, too.
 
 Memory is bounded: while a response passes, only its last bytes are kept (the whole of it, up to MAX_WHOLE_BYTES, where
 structured output was requested). They are evaluated when the response ends, and then discarded.
@@ -40,7 +41,9 @@ MAX_PIECE_BYTES: Final = 4096
 """The tail: the last MAX_TAIL_PIECES pieces as they arrived, the last MAX_PIECE_BYTES bytes of each."""
 
 MAX_JSON_WORDS: Final = 4000
-"""Of a request's body, in which a parameter that asks for JSON is looked for."""
+"""The largest number of places with the word json in a request's body at which a parameter that asks for JSON is looked
+for.
+"""
 
 LOOP_COPIES: Final = 4
 MIN_LOOP_CHARACTERS: Final = 48
@@ -67,7 +70,7 @@ Count = Callable[[str, tuple[str, ...], float], None]
 
 
 class ResponseOutcome:
-    """How a response ended."""
+    """The outcome of a response: how it ended."""
 
     __slots__ = ("bad", "finish_reasons", "output_tokens", "usage_tokens")
 
@@ -80,12 +83,13 @@ class ResponseOutcome:
     ) -> None:
         self.finish_reasons = finish_reasons
         self.output_tokens = output_tokens
-        """By usage, or else by the stream's events; None: unknown."""
+        """The number of tokens by the response's usage, or else by the stream's events; None: unknown."""
         self.usage_tokens = usage_tokens
-        """By usage alone; None: the response gives none."""
+        """The number of tokens by the response's usage alone; None: the response gives none."""
         self.bad = bad
-        """Of a request in an arm, by outcome that applies to it (`hemostat_calibration.outcomes.Outcome`) and is
-        known."""
+        """It says, for a request in an arm, if the answer is bad, by outcome that applies to it
+        (`hemostat_calibration.outcomes.Outcome`) and is known. None: the request is in no arm.
+        """
 
 
 NO_OUTCOME: Final = ResponseOutcome((), None, None, None)
@@ -128,12 +132,12 @@ class OutcomeObserver:
         self.disabled = False
         """The response is an error, or is compressed: there is nothing to evaluate."""
         self._format: AnswerFormat | None = None
-        """Of a request in an arm."""
+        """The form of the answer that a request in an arm asks for."""
         self._pieces: deque[bytes] = deque()
         self._size = 0
         """Bytes in `_pieces`, while `_whole`."""
         self._whole = True
-        """`_pieces` holds the whole response, not only its tail."""
+        """It is True while `_pieces` holds the whole response, not only its tail."""
 
     def feed_request(self, body: bytes) -> None:
         self.body = self.body or body
@@ -154,7 +158,7 @@ class OutcomeObserver:
         return None if match is None else match[1].decode("utf-8", "replace")
 
     def begin_response(self, *, stream: bool) -> None:
-        """stream: the response consists of server-sent events."""
+        """Prepares for the response's bytes. stream: the response consists of server-sent events."""
         self.stream = stream
         if stream and not (self.json or self.tools or (self._format is not None and self._format.json)):
             self._keep_tail_only()
@@ -240,7 +244,9 @@ class OutcomeObserver:
         *,
         loop: bool,
     ) -> dict[str, bool]:
-        """Of several choices the first one is judged. response: None where only the tail `data` of it is known."""
+        """Returns which outcomes are bad. Only the first of several choices is judged. response: None if only the tail
+        `data` of it is known.
+        """
         bad = {outcome.value: False for outcome in _OF_ANY_ANSWER}
         bad[Outcome.LOOP.value], bad[Outcome.CUT.value] = loop, "length" in reasons
         bad[Outcome.BROKEN_OFF.value] = not reasons
@@ -284,7 +290,7 @@ def _json_outcome(text: str, truncated: bool) -> str:
 
 
 def ends_in_loop(text: str) -> bool:
-    """Whether the text ends in LOOP_COPIES copies of one block that is not a run of one character.
+    """Returns True if the text ends in LOOP_COPIES copies of one block that is not a run of one character.
 
     >>> ends_in_loop("It began well. " + "and then again " * 12)
     True

@@ -29,7 +29,9 @@ from hemostat.relay.upstreams.engine import Engine
 MAX_RESENDS: Final = 3
 FAILED_STATUSES: Final = frozenset({500, 502, 503, 504})
 RESENT_STATUSES: Final = frozenset({500, 502, 503})
-"""Without 504: the request has been computed for long, and would be again."""
+"""The statuses after which a request is sent to another engine. 504 is not among them: the request has been computed
+for long, and would be again.
+"""
 
 _random: Final = random.Random()  # noqa: S311  not a secret
 
@@ -72,10 +74,10 @@ class OutgoingRequest:
         self._tried: tuple[Engine, ...] = ()
         """Engines that failed to answer it."""
         self._failed: tuple[tuple[Engine, int], ...] = ()
-        """Of them, those that could be reached, each with its status; 0: none."""
+        """The failed engines that could be reached, each with its status; 0: none."""
         self._resends = 0
         self._written_for: Origin | None = None
-        """Which engine's name is in the encoded head."""
+        """The engine whose name is in the encoded head."""
         self._budget = context.budget
         self._held = 0
         """Bytes in the budget that wait to be sent: the head, and `_unsent`."""
@@ -221,8 +223,9 @@ class OutgoingRequest:
     # The engine.
 
     def choose_engine(self, body: bytes, route: str, *, draw: bool) -> bool:
-        """By what has been read of the body; False where there is none. draw: at random where requests need not go to
-        a certain one."""
+        """Chooses the engine by what has been read of the body; returns False if there is none. draw: choose at random
+        if requests need not go to a certain engine.
+        """
         upstreams = self._context.upstreams
         engine = upstreams.only
         drawn = draw and engine is None and not upstreams.affinity
@@ -243,7 +246,7 @@ class OutgoingRequest:
 
     @property
     def engine(self) -> Engine:
-        """That it goes to; chosen before anything is encoded."""
+        """The engine that the request goes to; it is chosen before anything is encoded."""
         assert self._engine is not None
         return self._engine
 
@@ -262,7 +265,9 @@ class OutgoingRequest:
         return self._redirect(free=True)
 
     def answered_with_error(self, status: int, route: str) -> bool:
-        """status: 500 or above. True: another engine is chosen, and the request is to be repeated there."""
+        """Notes that the engine has answered with an error. It returns True if another engine is chosen, and the
+        request is to be repeated there. status: 500 or above.
+        """
         if status not in FAILED_STATUSES:
             return False
         self._engine_failed(status)
@@ -337,7 +342,7 @@ class OutgoingRequest:
         return upstream_head(self.head, origin, self._context.authorization)
 
     def _addressed(self, payload: bytes) -> bytes:
-        """What was encoded, perhaps for another engine, as it goes to `engine`."""
+        """Returns the payload, which may have been encoded for another engine, as it goes to `engine`."""
         old, new = self._written_for, self.engine.origin if self._engine is not None else None
         if old is None or new is None or old is new:
             return payload

@@ -138,7 +138,7 @@ class Relay:
         return bool(self._servers) and not self._context.draining
 
     def stats(self) -> Stats:
-        """What is sent to the control process once a second."""
+        """Returns what is sent to the control process once a second."""
         return self.counters.stats(ready=self.ready, engines=self.upstreams.report())
 
     async def drain(self, timeout: float, *, idle: bool = False) -> bool:  # noqa: ASYNC109  not a cancellation
@@ -162,7 +162,7 @@ class Relay:
         return True
 
     async def close(self) -> None:
-        """Abort all connections."""
+        """Aborts all connections."""
         self._context.draining = True
         for server in self._servers:
             server.close()

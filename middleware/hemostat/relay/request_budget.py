@@ -1,4 +1,6 @@
-"""What the requests that are not complete, or that wait, may take of one relay: memory and upstream connections."""
+"""The limits of what the requests that are not complete, or that wait, may take of one relay: memory and upstream
+connections.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ class RequestBudget:
         self._max_uploads = max(1, max_connections // UPLOAD_SHARE)
         self._uploads = Shares()
         self._uploading: dict[Holding, None] = {}
-        """Those first that have not been looked at for longest."""
+        """The holdings with an upload; the one that has not been looked at for longest is the first."""
 
     @property
     def held_bytes(self) -> int:
@@ -53,11 +55,13 @@ class RequestBudget:
         return 4 * (self.held_bytes + size) <= self._limit
 
     def copy(self, size: int) -> None:
-        """So many bytes more are kept as copies; less, where it is negative."""
+        """Counts `size` bytes more that are kept as copies; a negative size means fewer."""
         self._copies += size
 
     def hold(self, holding: Holding, size: int) -> None:
-        """So many bytes more are held; less, where it is negative. Where it was more, `enforce` has to follow."""
+        """Counts `size` bytes more that are held; a negative size means fewer. After a positive size, `enforce` has to
+        follow.
+        """
         self._bytes.add(holding, size)
 
     def enforce(self) -> None:
@@ -76,7 +80,7 @@ class RequestBudget:
             self._enforcing = False
 
     def take_freed(self) -> bool:
-        """Whether much less is held than was, so that memory can be returned; True once for each time."""
+        """Returns True if much less is held than was, so that memory can be returned. It is True once for each time."""
         freed = FREED_SHARE * (self._peak - self.held_bytes) >= self._limit
         if freed:
             self._peak = self.held_bytes

@@ -1,4 +1,4 @@
-"""What is checked of a request when it begins, its client's limits, and written when it ends, the access log."""
+"""Checks a request's client limits when it begins, and writes the access log when it ends."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from hemostat.relay.http.request import RequestHead
 
 
 class RequestWatch:
-    """Of one request; made only where there are limits or an access log. It stands in for the transport that the
-    response is written to, to count its bytes."""
+    """The watch of one request; it is made only if there are limits or an access log. It stands in for the transport
+    that the response is written to, to count its bytes.
+    """
 
     __slots__ = (
         "_answered",
@@ -51,7 +52,7 @@ class RequestWatch:
         self._answered = 0.0
         self._written = 0
         self._key: bytes | None = None
-        """Of the client among whose requests in progress this one is."""
+        """The key of the client among whose requests in progress this one counts."""
         self.exceeded: Exceeded | None = None
         """The limit that refuses the request."""
         limits = context.client_limits
@@ -84,7 +85,7 @@ class RequestWatch:
         self._answered = received
 
     def finish(self, status: int, outcome: str, arm: str) -> None:
-        """status: that the client got; 0: none."""
+        """Ends the watch, and writes the line of the access log. status: the one that the client got; 0: none."""
         context = self._context
         if self._key is not None and context.client_limits is not None:
             context.client_limits.end(self._key)

@@ -1,4 +1,4 @@
-"""How a response's body is framed for the client."""
+"""The framing of a response's body for the client."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_COLLECTED_BYTES: Final = 16 * 1024 * 1024
 
 
 class BodyMode(Enum):
-    """What happens to the response's body."""
+    """The ways in which the response's body is passed on."""
 
     RAW = auto()
     """Forwarded unchanged, with its framing."""

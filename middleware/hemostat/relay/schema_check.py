@@ -1,4 +1,4 @@
-"""Whether a JSON value fits a JSON schema that a client sent, in a bounded number of steps.
+"""Checks if a JSON value fits a JSON schema that a client sent, in a bounded number of steps.
 
 A general validator cannot be used on the relay's event loop: its time is set by the client (nested `anyOf`, `pattern`,
 references that expand exponentially, messages that quote the value). This one decides the same for the keywords that
@@ -19,7 +19,7 @@ MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_NODES = 500
 """Schemas within a schema, and values of `enum` and `const`, after references are replaced by what they refer to."""
 MAX_DEPTH = 40
-"""Of a schema, and of values that are compared with `enum` and `const`."""
+"""The largest depth of a schema, and of values that are compared with `enum` and `const`."""
 MAX_STEPS = 4_000
 """Comparisons for one answer."""
 
@@ -90,7 +90,7 @@ class Schema:
             pass
 
     def fits(self, value: Any, steps: Steps) -> bool | None:
-        """Whether a decoded JSON value fits; None where that is not evaluated."""
+        """Returns if a decoded JSON value fits; None if that is not evaluated."""
         if self._compiled is None:
             return None
         try:
@@ -107,7 +107,7 @@ class _Compiler:
         self._nodes = 0
 
     def compile(self, schema: Any, depth: int, followed: tuple[str, ...]) -> bool | dict[str, Any]:
-        """followed: the references on the way to here."""
+        """Returns the schema in the form that `_fits` takes. followed: the references on the way to here."""
         self._count(1)
         if isinstance(schema, bool):
             return schema
@@ -210,7 +210,7 @@ def _enum(value: Any, given: Any, schema: dict[str, Any], steps: Steps) -> bool:
 
 
 def _equal(a: Any, b: Any, steps: Steps) -> bool:
-    """As in JSON: 1 equals 1.0, and true does not equal 1."""
+    """Compares two values as JSON does: 1 equals 1.0, and true does not equal 1."""
     steps.take(1)
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b

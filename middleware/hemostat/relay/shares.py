@@ -1,4 +1,4 @@
-"""How much each client holds of what all clients of a relay share: memory for requests, and places for uploads.
+"""The share that each client holds of what all clients of a relay share: memory for requests, and places for uploads.
 
     all ─► network ─► credential ─► holding: of one connection
 
@@ -17,23 +17,25 @@ _SPARE_ENTRIES: Final = 16
 
 
 class Owner(Protocol):
-    """Of a holding."""
+    """The owner of a holding: one connection of a client."""
 
     def give_way(self) -> None:
-        """Give back at least what the budget counts for it, and tell the client."""
+        """Gives back at least what the budget counts for the connection, and tells the client."""
 
     def give_way_upload(self) -> None:
-        """Give up the request whose body is being sent upstream, and tell the client."""
+        """Gives up the request whose body is being sent upstream, and tells the client."""
 
     def credential(self) -> bytes:
-        """Of its request; b"" while its head is not complete. Asked for only where there is not enough."""
+        """Returns the credential of the connection's request; b"" while its head is not complete. It is asked for only
+        if there is not enough for all.
+        """
 
     def uploads_slowly(self, now: float) -> bool:
         """The body arrives so slowly that its place is better used for another one. now: event-loop time."""
 
 
 class Share:
-    """What is held by one network, by one of its credentials, or by one connection."""
+    """The size that is held by one network, by one of its credentials, or by one connection."""
 
     __slots__ = ("name", "order", "parent", "ranked", "size")
 
@@ -41,7 +43,7 @@ class Share:
         self.name = name
         self.size = 0
         self.order = 0
-        """By age: of equal ones the oldest is the first."""
+        """The order by age: the oldest of equal shares is the first."""
         self.parent: Group | None = None
         """None while nothing is held."""
         self.ranked = 0
@@ -100,7 +102,7 @@ class Group(Share):
 
 
 class Holding(Share):
-    """Of one connection. `waiting` may change while it is empty."""
+    """The share of one connection. `waiting` may change while it is empty."""
 
     __slots__ = ("network", "owner", "waiting")
 
@@ -110,8 +112,9 @@ class Holding(Share):
         """None once its connection is closed."""
         self.network = network
         self.waiting = False
-        """It is of a complete request. Within one credential these come after all others, and the newest first: who
-        has waited for longest is next to be answered."""
+        """It belongs to a complete request. Within one credential such holdings come after all others, and the newest
+        first: who has waited for longest is next to be answered.
+        """
 
 
 class Shares:
@@ -146,7 +149,9 @@ class Shares:
             self._unranked.pop(holding, None)
 
     def largest(self) -> Holding | None:
-        """Of the network that holds most: of its credential that holds most: the largest, or the oldest of several."""
+        """Returns the largest holding of the credential that holds most, in the network that holds most. The oldest of
+        several is returned.
+        """
         self._rank()
         return _largest(self._all)
 

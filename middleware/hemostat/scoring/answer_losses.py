@@ -1,4 +1,5 @@
-"""Whether the engine's plugin is asked for tokens that the response itself could contain, by how many answers get lost.
+"""Decides if the engine's plugin is asked for tokens that the response itself could contain, by how many answers get
+lost.
 
 To ask the plugin costs less CPU time than logprobs in the response, but an answer can be lost on its way: a queue is
 full, too many generations are recorded at a time, or an engine has no plugin or reports to another middleware.

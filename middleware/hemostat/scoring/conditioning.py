@@ -1,4 +1,4 @@
-"""From a capture under a grammar to what the grammar allowed: the sets of ids, and the candidates that are in them.
+"""Reads what a grammar allowed from a capture under it: the sets of ids, and the candidates that are in them.
 
 vLLM masks the logits by the grammar before it takes log-probabilities, so what it returns is conditional on the allowed
 ids. The engine's plugin hands out the mask of each position with the tap. What it does not know, or does not fit what
@@ -26,13 +26,13 @@ from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.records import Candidates
 
 MAX_TABLE_BYTES: Final = 32 << 20
-"""Of the distinct sets of one output."""
+"""The largest size of the distinct sets of one output."""
 IMPOSSIBLE_LOGPROB: Final = -9998.0
-"""What is less likely has a probability of 0: vLLM writes -9999 for -inf, which JSON does not have."""
+"""The log-probability up to which an id counts as impossible: vLLM writes -9999 for -inf, which JSON does not have."""
 
 
 class ConditioningFailure(Exception):
-    """What was allowed at each position is not known, for `reason`."""
+    """It is not known what was allowed at each position, for `reason`."""
 
     def __init__(self, reason: Unscored, message: str = "") -> None:
         super().__init__(message or reason.value)
@@ -57,8 +57,9 @@ def condition(
 
 
 def allowed_sets(runs: Sequence[TapRun], positions: slice, vocab_size: int) -> AllowedSets:
-    """What the engine allowed at these positions of the output. ConditioningFailure where the runs do not say so, or
-    say what cannot be."""
+    """Returns what the engine allowed at these positions of the output. Raises ConditioningFailure if the runs do not
+    say so, or say what cannot be.
+    """
     last = int(positions.stop)
     width = words(vocab_size)
     rows = np.full(last, UNKNOWN, np.int32)
@@ -108,7 +109,7 @@ def _unpacked(packed: bytes, sets: int, size: int) -> list[bytes]:
 
 
 def possible(candidates: Candidates) -> Bools:
-    """Which candidates have a probability above 0, [T, K]; padding has none.
+    """Returns which candidates have a probability above 0, bool [T, K]; padding has none.
 
     >>> possible(Candidates(np.array([[4, 7, -1]], np.int32), np.array([[-0.1, -9999.0, -np.inf]]))).tolist()
     [[True, False, False]]
@@ -118,7 +119,7 @@ def possible(candidates: Candidates) -> Bools:
 
 
 def shows_mask(candidates: Candidates) -> bool:
-    """Whether an id was listed without a probability: then something restricted the tokens.
+    """Returns True if an id was listed without a probability: then something restricted the tokens.
 
     >>> shows_mask(Candidates(np.array([[4, -1]], np.int32), np.array([[-0.1, -np.inf]])))
     False

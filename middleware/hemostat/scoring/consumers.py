@@ -1,4 +1,4 @@
-"""Who uses scored records. Each looks at `ScoredRecord.uses` for whether one is for it."""
+"""The consumers of scored records. Each looks at `ScoredRecord.uses` to find out if a record is for it."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ TRACED_FIGURES = ("kl_rc", "kl_cr", "js", "tv", "top1_agreement", "covered_compr
 
 
 class RecordLearner(Protocol):
-    """Of `hemostat.learner.client.Learner`."""
+    """The part of `hemostat.learner.client.Learner` that a consumer uses."""
 
     def offer(self, record: TokenRecord, scope: str) -> None: ...
 
 
 class TextLearner(Protocol):
-    """Of `hemostat.adapters.live.client.AdapterLearner`."""
+    """The part of `hemostat.adapters.live.client.AdapterLearner` that a consumer uses."""
 
     def offer(self, unit: bytes, prompt: Ids, output: Ids) -> None: ...
 
@@ -83,7 +83,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class ThinkingLengths:
-    """Of a model whose markers are known."""
+    """Counts the lengths of the thinking of a model whose markers are known."""
 
     figures: ThinkingFigures
 
@@ -107,7 +107,7 @@ class EngineTotals:
 
 @dataclass(frozen=True, slots=True)
 class NoiseFloorOffers:
-    """What both models may score again."""
+    """Offers records that both models may score again."""
 
     meter: NoiseFloorMeter
 
@@ -152,7 +152,7 @@ class Traces:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """What adapters are learned from."""
+    """Offers the texts that adapters are learned from."""
 
     learner: TextLearner
     profiles: ProfileManager
@@ -196,7 +196,7 @@ class ModelTests:
 
 @dataclass(frozen=True, slots=True)
 class DistanceFigures:
-    """What an adapter that serves, or would, changes: exact, on held-out records."""
+    """Observes what an adapter that serves, or would, changes: exact distances on held-out records."""
 
     measurements: Measurements
     profiles: ProfileManager
@@ -241,8 +241,8 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class ConsumerParts:
-    """What consumers hand records to. records: None without `records.path`. tracing: None without an endpoint. texts:
-    None where no adapter is learned.
+    """The parts that consumers hand records to. records: None without `records.path`. tracing: None without an
+    endpoint. texts: None if no adapter is learned.
     """
 
     measurements: Measurements

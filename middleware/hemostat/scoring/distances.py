@@ -1,4 +1,5 @@
-"""Who computes the distances of models from the reference exactly, on copies of its own, and what waits for them.
+"""The source of exact distances of models from the reference, computed on copies of its own, and the records that wait
+for them.
 
 A record whose test or watch needs distances is judged when they are back. Records come back in the order in which they
 were offered, so that which counts first does not depend on what is found. A refused record is used at once, without.
@@ -23,7 +24,7 @@ MAX_WAITING = 256
 
 
 class DistanceSource(Protocol):
-    """Of `hemostat.adapters.live.judge.AdapterJudge`."""
+    """The part of `hemostat.adapters.live.judge.AdapterJudge` that computes distances."""
 
     def offer(
         self,
@@ -42,15 +43,15 @@ class DistanceSource(Protocol):
 
 
 class Outcome(StrEnum):
-    """What became of the records that need distances: `distances` of the status."""
+    """The outcomes of records that need distances: `distances` of the status."""
 
     COMPUTED = "computed"
     FAILED = "failed"
-    """None were computed."""
+    """No distances were computed."""
     INVALID = "invalid"
-    """They do not fit the record."""
+    """The distances do not fit the record."""
     REFUSED = "refused"
-    """There is no process to compute them, or the queue is full."""
+    """There is no process to compute the distances, or its queue is full."""
 
 
 class DistanceWaits:
@@ -98,7 +99,7 @@ class DistanceWaits:
         return checked
 
     def flush(self) -> None:
-        """At the end: all that wait are used without distances, oldest first."""
+        """Uses all records that wait without distances, oldest first; it is called at the end."""
         for done in list(self._waiting.values()):
             try:
                 done({})

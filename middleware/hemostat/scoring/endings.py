@@ -1,4 +1,4 @@
-"""How captures end, and why: counts by `hemostat.metrics.reasons`."""
+"""Counts how captures end, and why, by `hemostat.metrics.reasons`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class EndingCounts:
         self._on_ending = on_ending
 
     def scored(self, capture: Capture, left_out: int = 0) -> None:
-        """left_out: output tokens that were not scored."""
+        """Counts a capture that was scored. left_out: the number of output tokens that were not scored."""
         self._count(Outcome.SCORED, "", capture, left_out)
 
     def unscored(self, reason: Unscored, capture: Capture, detail: str = "") -> None:
-        """detail: see `Unscored`."""
+        """Counts a capture that was not scored. detail: see `Unscored`."""
         self._count(reason.outcome, reason.label(detail), capture, 0)
 
     def _count(self, outcome: Outcome, reason: str, capture: Capture, left_out: int) -> None:

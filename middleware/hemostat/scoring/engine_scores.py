@@ -1,7 +1,6 @@
 """Log-probabilities of answers that named only the ids of their tokens: the engine that answered computes them again.
-
-By prefill, so that they differ from those of decoding by the compressed model's noise floor. The cost is that of the
-noise floor: the engine prefills what it has just generated, one answer at a time.
+It does so by prefill, so that they differ from the values of decoding by the compressed model's noise floor. The cost
+is the same as for measuring the noise floor: the engine prefills what it has just generated, one answer at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ REQUEST_SECONDS = 60.0
 
 
 class Engines(Protocol):
-    """Of `hemostat.engines.addresses.EngineAddresses`."""
+    """The part of `hemostat.engines.addresses.EngineAddresses` that is used here."""
 
     def current(self) -> Sequence[str]: ...
 

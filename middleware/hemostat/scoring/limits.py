@@ -19,9 +19,9 @@ from hemostat.metrics.samples import Sample
 
 MAX_QUEUED_BYTES: Final = 256 * 1024 * 1024
 TARGET_FILL: Final = 0.75
-"""Of the queue, where more requests could be sampled than can be scored."""
+"""The part of the queue that is to be full if more requests could be sampled than can be scored."""
 FILL_SECONDS: Final = 5.0
-"""In which the queue's fill is to come to the target."""
+"""The time in which the queue's fill is to come to the target."""
 MIN_CAPTURES_PER_SECOND: Final = 0.1
 _MEAN_OF_CAPTURES: Final = 50
 _CHANGE: Final = 1.25
@@ -109,7 +109,7 @@ class TokenBudget:
             self.spend(tokens, clock())
 
     def delay(self, tokens: int, now: float) -> float:
-        """Seconds to wait before `tokens` may be spent; 0 when they may be now."""
+        """Returns the seconds to wait before `tokens` may be spent; 0 if they may be spent now."""
         if self.rate <= 0:
             return 0.0
         self._refill(now)
@@ -128,8 +128,8 @@ class TokenBudget:
 
 
 class CaptureSampling:
-    """Which part of the requests that `shadow.rate` allows relays sample, so that they send about as many captures as
-    the workers can score, however many relays and requests there are.
+    """Decides which part of the requests that `shadow.rate` allows relays sample, so that they send about as many
+    captures as the workers can score, however many relays and requests there are.
 
     Otherwise all that is beyond this would be computed by the engines, sent, and dropped. The part changes with time,
     not with what the requests are: a mean over the scored requests is then one in which times of little traffic weigh
@@ -139,14 +139,14 @@ class CaptureSampling:
     What would come without this is counted from what comes; it is at most what is expected from the number of requests,
     by which alone it is estimated while nothing is scored.
 
-    workers: captures that are scored at a time. limit: of the queue.
+    workers: the number of captures that are scored at a time. limit: the length of the queue.
     """
 
     def __init__(self, workers: int, limit: int) -> None:
         self._workers = workers
         self._limit = limit
         self.fraction = 1.0
-        """Of `shadow.rate`."""
+        """The part of `shadow.rate` that is sampled."""
         self._total = 0.0
         """Captures that would have come with the fraction 1."""
         self._would_come: SmoothedRate | None = None
@@ -165,8 +165,9 @@ class CaptureSampling:
         self._seconds += (seconds - self._seconds) / self._taken
 
     def update(self, expected: float, fill: float, now: float, *, scoring: bool) -> None:
-        """expected: sampled requests per second with the fraction 1. fill: of the queue, 0 to 1. now: monotonic
-        seconds."""
+        """Updates the part. expected: sampled requests per second with the fraction 1. fill: of the queue, 0 to 1. now:
+        monotonic seconds.
+        """
         if not scoring:
             self._would_come = None
         elif self._would_come is None:
@@ -241,7 +242,7 @@ class Breakers:
         self._breakers: dict[str, Breaker] = {}
 
     def of(self, name: str) -> Breaker:
-        """name: the model's first served name."""
+        """Returns the breaker of a model. name: the model's first served name."""
         return self._breakers.setdefault(name, Breaker())
 
     def open(self, name: str, now: float) -> bool:

@@ -33,7 +33,7 @@ log = logging.getLogger("hemostat.floor")
 MAX_QUEUED_RECORDS = 8
 """Records that wait to be scored again; more are left out, and counted as `busy`."""
 UNKNOWN_SAMPLING = Sampling(temperature=float("nan"))
-"""Of tokens of which it is not known what they were drawn from: no sampled-token estimate."""
+"""The sampling of tokens for which it is not known what they were drawn from: there is no sampled-token estimate."""
 MAX_FAILURES = 2
 """In a row, of one model, after which its floor counts as failing."""
 SCORED, BUSY, INTERNAL_ERROR = "scored", "busy", "internal_error"
@@ -41,7 +41,7 @@ SCORED, BUSY, INTERNAL_ERROR = "scored", "busy", "internal_error"
 
 
 class SelfScorer(Protocol):
-    """Of `hemostat.reference.protocol.Reference`, what is needed here."""
+    """The part of `hemostat.reference.protocol.Reference` that is needed here."""
 
     async def score(self, request: ScoreRequest) -> ReferenceScores: ...
 
@@ -74,14 +74,15 @@ class NoiseFloorMeter:
             MAX_QUEUED_RECORDS
         )
         self.outcomes: Counter[tuple[str, str]] = Counter()
-        """By model and outcome."""
+        """The number of measurements by model and outcome."""
         self._in_a_row: Counter[str] = Counter()
         self.failing: dict[str, str] = {}
         """Models whose floor cannot be measured now, and why the last attempt failed."""
 
     def offer(self, prompt: npt.NDArray[np.int32], record: TokenRecord, reference: SelfScorer) -> None:
-        """A scored request; whether it is taken is drawn. prompt: int32 [P]. reference: that of the record's model,
-        which is asked for another batch shape."""
+        """Offers a scored request; it is drawn by chance if it is taken. prompt: int32 [P]. reference: the reference of
+        the record's model, which is asked for another batch shape.
+        """
         if self._draw() < self._fraction:
             try:
                 self._queue.put_nowait((prompt, record, reference))
@@ -97,7 +98,7 @@ class NoiseFloorMeter:
             yield Sample(names.NOISE_FLOOR_REQUESTS, labels, requests)
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Measures until it is cancelled."""
         while True:
             prompt, record, reference = await self._queue.get()
             for model in MODELS:

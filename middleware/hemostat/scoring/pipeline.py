@@ -92,7 +92,7 @@ class ScoringPipeline:
         self.coverage = Coverage(settings.evidence.kinds, clock)
         self.endings = EndingCounts(self.coverage.ended)
         self.received = 0
-        """Captures from relays."""
+        """The number of captures that came from relays."""
         self._reader = RecordReader(monitor, parts.profiles)
         cycle = Cycle(settings.evidence.cycle_seconds, clock)
         self.other_models = OtherModels(settings.shadow.max_tokens, cycle)
@@ -151,7 +151,7 @@ class ScoringPipeline:
         )
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
-        """What has to run, until cancelled; nothing without a reference."""
+        """Returns the coroutines that have to run until they are cancelled; there are none without a reference."""
         coroutines = []
         if self.scorer is not None:
             coroutines.append(self.scorer.run(self._workers))

@@ -42,12 +42,12 @@ class CaptureArrays:
 
     @property
     def position(self) -> int:
-        """Of the first scored token in the output."""
+        """The position of the first scored token in the output."""
         return len(self.context) - len(self.prompt)
 
     @property
     def whole_output(self) -> Ids:
-        """int32 [position + T]."""
+        """The ids of the whole output, int32 [position + T]."""
         return np.concatenate([self.context[len(self.prompt) :], self.output])
 
 
@@ -207,13 +207,13 @@ def _align(values: Floats | None, first: int, tokens: int) -> Floats:
 
 
 class FeatureReason(StrEnum):
-    """Why the engine's features of a request cannot be used."""
+    """The reason why the engine's features of a request cannot be used."""
 
     NO_TAP = "no_tap"
     """The engine reported nothing about the request."""
     NOT_SENT = "not_sent"
     OTHER_ANCHORS = "other_anchors"
-    """They are of a set of anchors that no profile and no learner reads."""
+    """The features belong to a set of anchors that no profile and no learner reads."""
     SHAPE = "shape"
     NOT_FINITE = "not_finite"
     MASKED = "masked"

@@ -43,7 +43,7 @@ class RecordsFile:
             raise HemostatError(f"records.path: cannot write {path} ({error.strerror}); change it") from error
         self._clock = clock
         self._failures = 0
-        """In a row."""
+        """The number of failures in a row."""
         self._retry_at = 0.0
         self._part_left = False
         """A part of a line could not be cut off again."""

@@ -20,7 +20,7 @@ from hemostat_calibration.records import TokenRecord
 
 
 class Use(Flag):
-    """What a record may be used for; a record file and a trace hold every record."""
+    """The purposes that a record may be used for; a record file and a trace hold every record."""
 
     FIGURES = auto()
     """All that is about whole distributions of the calibrated model over a whole output: figures, alarm, tests."""
@@ -41,8 +41,11 @@ NO_USE = Use(0)
 
 
 def uses_of(record: TokenRecord, *, calibrated: bool, scored_again: bool = False) -> Use:
-    """calibrated: of the model that profiles are for, or of an adapter on it. scored_again: its log-probabilities are
-    those of prefill (`Capture.ids_only`)."""
+    """Returns what a record may be used for.
+
+    calibrated: it is from the model that profiles are for, or from an adapter on it. scored_again: its
+    log-probabilities come from a prefill (`Capture.ids_only`).
+    """
     floor = NO_USE if record.adapter is not None or scored_again else Use.NOISE_FLOOR
     if not calibrated:
         if record.partial:
@@ -55,31 +58,35 @@ def uses_of(record: TokenRecord, *, calibrated: bool, scored_again: bool = False
 
 @dataclass(frozen=True, slots=True)
 class ScoredRecord:
-    """record: of a kind that is followed, or of `REST_KIND`. pair: of the record's model; None while none is known."""
+    """A scored record with its figures and its uses.
+
+    record: its kind is one that is followed, or `REST_KIND`. pair: the pair of the record's model; None while none is
+    known.
+    """
 
     record: TokenRecord
     capture: Capture
     pair: ModelPair | None
     uses: Use
     fresh: bool
-    """An observation of its own: see `seen_units`."""
+    """It is an observation of its own: see `seen_units`."""
     held_out: bool
     """Nothing is learned from its unit."""
     profile: CalibrationProfile | None
-    """What was served, or would have been."""
+    """The profile that was served, or would have been."""
     applied: CalibrationProfile | None
     figures: TokenDivergence
-    """The raw figures; of a record of an adapter, those of what was served."""
+    """The raw figures; for a record of an adapter, the figures of what was served."""
     gains: RecordGains
 
     @property
     def prompt(self) -> Ids:
-        """int32 [P]."""
+        """The token ids of the prompt, int32 [P]."""
         return prompt_ids(self.capture)
 
 
 def prompt_ids(capture: Capture) -> Ids:
-    """int32 [P]."""
+    """Returns the token ids of the capture's prompt, int32 [P]."""
     return np.frombuffer(capture.prompt_token_ids, "<i4").astype(np.int32)
 
 
@@ -90,7 +97,7 @@ class RecordConsumer(Protocol):
 
 
 class ServedModelsSource(Protocol):
-    """Of `hemostat.reference.monitor.ReferenceMonitor`."""
+    """The part of `hemostat.reference.monitor.ReferenceMonitor` that is used here."""
 
     @property
     def served(self) -> ServedModels: ...

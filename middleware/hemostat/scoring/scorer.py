@@ -59,14 +59,15 @@ from hemostat_calibration.statistics.split import prompt_key
 log = logging.getLogger("hemostat.scorer")
 
 MAX_TAP_SECONDS = 4.0
-"""How long after the response's end the engine's numbers and answers are waited for; without the numbers the figures
-are bounds."""
+"""The longest time after the response's end for which the engine's numbers and answers are waited for; without the
+numbers the figures are bounds.
+"""
 TAP_POLL_SECONDS = 0.1
 ID_BYTES = 4
 MAX_SCORE_SECONDS = 120.0
-"""How long one score may take before the reference counts as failing, and so many seconds more for its length."""
+"""The time that one score may take before the reference counts as failing. A long text is given more seconds."""
 MIN_TOKENS_PER_SECOND = 100.0
-"""Of a reference that works: a slow one needs minutes for a long prompt, and has not failed then."""
+"""The least speed of a reference that works: a slow one needs minutes for a long prompt, and has not failed then."""
 
 _NEVER_SCORABLE: Mapping[FailureReason, Unscored] = {
     FailureReason.TOO_LONG: Unscored.REFERENCE_TOO_LONG,
@@ -77,7 +78,7 @@ _NEVER_SCORABLE: Mapping[FailureReason, Unscored] = {
 
 
 class ScoringNeeds(Protocol):
-    """What those who use the records need to be computed."""
+    """The needs of the parts that use the records: what is to be computed."""
 
     def evaluated_profiles(self) -> tuple[CalibrationProfile, ...]:
         """Profiles whose effect on the distributions the reference computes."""
@@ -89,11 +90,11 @@ class ScoringNeeds(Protocol):
         """The sets of anchors whose features are of use: digest -> the ids. Empty: no features."""
 
     def needs_hidden_states(self, unit: bytes) -> bool:
-        """Whether the reference's hidden states of this prompt's answer are of use."""
+        """Returns True if the reference's hidden states of this prompt's answer are of use."""
 
 
 class ServedModelsSource(Protocol):
-    """Of `hemostat.reference.monitor.ReferenceMonitor`."""
+    """The part of `hemostat.reference.monitor.ReferenceMonitor` that is used here."""
 
     @property
     def served(self) -> ServedModels: ...
@@ -220,7 +221,7 @@ class Scorer:
                 self._taken(self._clock() - started)
 
     async def _wait_for_work(self) -> None:
-        """Until a capture comes; while others wait for their taps, at most TAP_POLL_SECONDS."""
+        """Waits until a capture comes; while others wait for their taps, at most TAP_POLL_SECONDS."""
         self._wake.clear()
         if not len(self._queue):
             await self._wake.wait()
@@ -356,7 +357,9 @@ class Scorer:
             self.offer(choice)
 
     def _unusable(self, capture: Capture, pair: ModelPair | None, tap: TapResult | None) -> Unscored | None:
-        """Why no reference could score this capture, or it cannot be known what its tokens were sampled from."""
+        """Returns why no reference could score this capture, or why it cannot be known what its tokens were sampled
+        from. It is None if neither holds.
+        """
         if pair is None:
             # Nothing is known of the server's models before it was first asked.
             return Unscored.UNKNOWN_MODEL if self._models.served.pairs else None
@@ -370,7 +373,9 @@ class Scorer:
         return None
 
     def _plugin_applies(self, capture: Capture) -> bool:
-        """Whether only the engine's plugin knows if what was requested was applied. Of an adapter: the answer."""
+        """Returns True if only the engine's plugin knows whether what was requested was applied. For an adapter the
+        answer says so.
+        """
         by_plugin = capture.requested is not None and not self._profile_in_request
         return by_plugin and capture.requested not in self._needs.adapters()
 
@@ -416,5 +421,7 @@ def _output_tokens(capture: Capture) -> int:
 
 
 def _ids_among_choices(capture: Capture) -> bytes | None:
-    """What distinguishes the choice's numbers from those of the request's other choices; None: it is the only one."""
+    """Returns what distinguishes the choice's numbers from the numbers of the request's other choices; None: it is the
+    only one.
+    """
     return capture.output_token_ids if capture.choices > 1 else None

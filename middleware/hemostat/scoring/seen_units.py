@@ -1,4 +1,5 @@
-"""Which conversations have been scored: turns of one are alike, so each is one observation in each kind of traffic.
+"""Remembers which conversations have been scored: turns of one are alike, so each is one observation in each kind of
+traffic.
 
 The first scored turn counts for figures with intervals, the alarm and learning; later ones only add to token counters
 and histograms. There is no waiting for the end of a conversation, so which ones end early cannot bias a figure. A turn
@@ -19,7 +20,7 @@ MAX_UNITS = 50_000
 
 
 class SeenUnits:
-    """limit: of the units that are remembered, about 200 bytes each."""
+    """The units that have been scored. limit: the number of units that are remembered, about 200 bytes each."""
 
     def __init__(self, limit: int = MAX_UNITS) -> None:
         self._limit = limit
@@ -27,8 +28,9 @@ class SeenUnits:
         self._continuations = Continuations(secrets.token_bytes(32))
 
     def add(self, record: TokenRecord, prompt: Ids) -> bool:
-        """Whether the record is the first of its conversation and kind. One without a conversation always is. prompt:
-        int32 [P], its token ids."""
+        """Adds a record, and returns True if it is the first of its conversation and kind. A record without a
+        conversation always is. prompt: int32 [P], its token ids.
+        """
         if not record.conversation:
             return True
         conversation = self._continuations.conversation(prompt, record.conversation)

@@ -22,10 +22,10 @@ class UnusableAnswer(Exception):
 
 
 def captures_from_tap(capture: Capture, answers: list[TapAnswer], max_tokens: int) -> list[Capture]:
-    """One capture for each choice of the request that `capture` stands for.
+    """Returns one capture for each choice of the request that `capture` stands for.
 
-    answers: all that came, by call and choice. max_tokens: of prompt and output together. UnusableAnswer where they are
-    not those of the whole request.
+    answers: all that came, by call and choice. max_tokens: the limit for prompt and output together. Raises
+    UnusableAnswer if the answers are not the whole request's.
     """
     if not answers:
         raise UnusableAnswer(Unscored.NO_ANSWER)

@@ -1,9 +1,9 @@
-"""`/v1/chat/completions`. Checked against vLLM 0.32 (`entrypoints/openai/chat_completion`).
+"""The form of `/v1/chat/completions`, checked against vLLM 0.32 (`entrypoints/openai/chat_completion`).
 
 vLLM names the emitted token first among a position's `top_logprobs`, whatever its rank, and cuts them to the number
 that was asked for. With `return_tokens_as_token_ids` every `token` is an id, and so is the text in the `bytes` of an
-alternative; the `bytes` of the emitted token stay those of its text. So the client's own logprobs can be given back
-where it asks for at most one alternative, which is the emitted token. Further ones cannot: which of equally likely
+alternative; the `bytes` of the emitted token remain the bytes of its text. So the client's own logprobs can be given
+back where it asks for at most one alternative, which is the emitted token. Further ones cannot: which of equally likely
 tokens vLLM names, and in which order, depends on how many it is asked for. Such a response is asked for ids only, and
 keeps its logprobs.
 """
@@ -98,7 +98,7 @@ class Chat:
 
 
 def _requested(body: JsonObject) -> RequestedLogprobs | None:
-    """What the client asks for; None where that is not known."""
+    """Returns what the client asks for; None if that is not known."""
     logprobs, top = body.value("logprobs"), body.value("top_logprobs")
     as_ids, token_ids = body.value("return_tokens_as_token_ids"), body.value("return_token_ids")
     if not all(value in (None, True, False) for value in (logprobs, as_ids, token_ids)):

@@ -1,10 +1,10 @@
-"""`/v1/completions`. Checked against vLLM 0.32 (`entrypoints/openai/completion`).
+"""The form of `/v1/completions`, checked against vLLM 0.32 (`entrypoints/openai/completion`).
 
-The choices of the first prompt come first, then those of the second, and so on. A position's `top_logprobs` name the
-emitted token first and have one member more than was asked for where that token is not among the most likely ones. With
-`return_tokens_as_token_ids` no text is left in `logprobs`, so the client's own logprobs can be given back only where it
-asks for ids itself, and for the emitted token's alone (`logprobs: 0`). Any other response is asked for ids only, and
-keeps its logprobs: see `chat` for why.
+The choices of the first prompt come first, then the choices of the second, and so on. A position's `top_logprobs` name
+the emitted token first and have one member more than was asked for where that token is not among the most likely ones.
+With `return_tokens_as_token_ids` no text is left in `logprobs`, so the client's own logprobs can be given back only
+where it asks for ids itself, and for the emitted token's alone (`logprobs: 0`). Any other response is asked for ids
+only, and keeps its logprobs: see `chat` for why.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _unscorable_prompts(body: JsonObject, prompts: list[str | list[int]] | None)
 
 
 def _requested(body: JsonObject) -> RequestedLogprobs | None:
-    """What the client asks for; None where that is not known."""
+    """Returns what the client asks for; None if that is not known."""
     top = body.value("logprobs")
     as_ids, token_ids = body.value("return_tokens_as_token_ids"), body.value("return_token_ids")
     if not all(value in (None, True, False) for value in (as_ids, token_ids)):

@@ -1,4 +1,4 @@
-"""`/v1/messages`, Anthropic's form. Checked against vLLM 0.32 (`entrypoints/anthropic`).
+"""The form of `/v1/messages`, which is Anthropic's, checked against vLLM 0.32 (`entrypoints/anthropic`).
 
 Such a response names neither ids nor log-probabilities. So it is scored from what the engine's plugin hands out, and is
 passed on as it is.
@@ -21,7 +21,7 @@ from hemostat.openai.tokens import ResponseTokens, TokenCount, Usage
 class _Block(msgspec.Struct):
     type: str = ""
     content: msgspec.Raw = msgspec.Raw(NULL)
-    """Of a tool's result."""
+    """The content of a tool's result."""
 
 
 class _Usage(msgspec.Struct):
@@ -41,7 +41,7 @@ FINISH_REASONS = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "le
 
 
 class Messages(TappedForm):
-    """A `protocol.Format`."""
+    """The `protocol.Format` of `/v1/messages`."""
 
     def read(self, body: JsonObject) -> Details:
         messages: list[Message] | None = decode_or_none(_messages, body.raw("messages"))
@@ -61,7 +61,7 @@ class Messages(TappedForm):
         return restricts_message(body) or b'"tool_addition"' in raw or b'"tool_removal"' in raw
 
     def record_ending(self, data: JsonObject, tokens: ResponseTokens) -> None:
-        """Of an event (`message_start`, `message_delta`, …) or a whole response."""
+        """Records the ending from an event (`message_start`, `message_delta`, …) or a whole response."""
         message = JsonObject(data.raw("message")) if data.has("message") else data
         if message.has("model") and not tokens.model:
             tokens.model = str(message.value("model"))

@@ -1,4 +1,4 @@
-"""What each form implements."""
+"""The interface that each form implements."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hemostat.openai.tokens import ResponseTokens
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """What a form's reader finds in a request's body; see `Request` for the fields of the same names."""
+    """The parts that a form's reader finds in a request's body; see `Request` for the fields of the same names."""
 
     unscorable: Unscored | None
     messages: list[Message] | None
-    """Of a conversation; None: the request has a prompt instead."""
+    """The messages of a conversation; None: the request has a prompt instead."""
     conversation: bytes | None
     """JSON that is equal for every turn of one conversation; without the model. None without a prompt."""
     usage_requested: bool = False
@@ -48,16 +48,18 @@ class Format(Protocol):
         """May raise one of MALFORMED."""
 
     def restricts_tokens(self, body: JsonObject) -> bool:
-        """Whether a grammar restricts the tokens; see `restrictions`. May raise one of MALFORMED."""
+        """Returns True if a grammar restricts the tokens; see `restrictions`. May raise one of MALFORMED."""
 
     def injected_members(self, request: Request, top_k: int) -> dict[str, bytes]:
         """The members (JSON) that make the engine return token ids, the `top_k` most likely ids with logprobs, and the
         usage. top_k: 0 for ids only."""
 
     def stripper(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
-        """Of the response to a request with the injected members. stream: it is an event stream by its content type,
-        whatever was asked for."""
+        """Returns the stripper of the response to a request with the injected members. stream: it is an event stream by
+        its content type, whatever was asked for.
+        """
 
     def observer(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
-        """Of the response to a request without them: every byte is passed on; the model, the finish reasons and the
-        usage are read."""
+        """Returns the observer of the response to a request without them: every byte is passed on; the model, the
+        finish reasons and the usage are read.
+        """

@@ -1,4 +1,4 @@
-"""`/v1/responses`. Checked against vLLM 0.32 (`entrypoints/openai/responses`).
+"""The form of `/v1/responses`, checked against vLLM 0.32 (`entrypoints/openai/responses`).
 
 Such a response can name the ids of the prompt and of the output (`enable_response_messages`: one message each; gpt-oss
 has messages of another kind, without ids), but other candidates only by their texts, which do not identify ids. So it
@@ -44,7 +44,7 @@ class _OutputItem(msgspec.Struct):
 
 
 class _TokenMessage(msgspec.Struct):
-    """What went into the model, or came out of it."""
+    """A message with the tokens that went into the model, or came out of it."""
 
     tokens: msgspec.Raw
 
@@ -66,7 +66,7 @@ INPUT, OUTPUT = "input_messages", "output_messages"
 
 
 class Responses(TappedForm):
-    """A `protocol.Format`."""
+    """The `protocol.Format` of `/v1/responses`."""
 
     def read(self, body: JsonObject) -> Details:
         raw = body.raw("input")
@@ -113,7 +113,7 @@ class Responses(TappedForm):
         return stripped if response is body else body.edit({"response": stripped})
 
     def record_ending(self, data: JsonObject, tokens: ResponseTokens) -> None:
-        """Of an event (`response.created`, `response.completed`, …) or a whole response."""
+        """Records the ending from an event (`response.created`, `response.completed`, …) or a whole response."""
         inner = data.raw("response")
         response = data if inner == NULL else JsonObject(inner)
         if not response.has("status") or not response.has("model"):

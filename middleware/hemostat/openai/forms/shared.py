@@ -1,4 +1,4 @@
-"""What the requests of chat and completions have in common, and the members that are injected into them."""
+"""The common parts of the requests of chat and completions, and the members that are injected into them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def decode_or_none(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
 
 
 def usage_requested(body: JsonObject) -> bool | None:
-    """Whether the client asks for usage in a stream; None: `stream_options` has the wrong type."""
+    """Returns True if the client asks for usage in a stream; None: `stream_options` has the wrong type."""
     options: _StreamOptions | None = decode_or_none(_stream_options, body.raw("stream_options"))
     if options is None:
         return None if body.has("stream_options") else False
@@ -41,7 +41,7 @@ def usage_requested(body: JsonObject) -> bool | None:
 
 
 def choices_per_prompt(body: JsonObject) -> int | None:
-    """`n`; None where vLLM refuses it. vLLM 0.32 ignores `best_of`."""
+    """Returns the value of `n`, 1 without one; None if vLLM refuses it. vLLM 0.32 ignores `best_of`."""
     n = body.value("n")
     if n is None:
         return 1
@@ -51,9 +51,11 @@ def choices_per_prompt(body: JsonObject) -> int | None:
 def unscorable_parameters(
     body: JsonObject, *, choices: int | None, usage: bool | None, prompt: Unscored | None
 ) -> Unscored | None:
-    """The reasons that not even the engine's plugin helps against come before those of FROM_TAP.
+    """Returns why the request's parameters make it unscorable; None if they do not. Reasons that not even the engine's
+    plugin helps against come before the reasons in FROM_TAP.
 
-    choices: of all prompts together; None: invalid. usage: `usage_requested`. prompt: why the prompt cannot be scored.
+    choices: the number of choices of all prompts together; None: invalid. usage: `usage_requested`. prompt: why the
+    prompt cannot be scored.
     """
     value = body.value
     if value("stream") not in (None, True, False) or choices is None or usage is None:
@@ -70,7 +72,9 @@ def unscorable_parameters(
 
 
 def injected_members(request: Request, logprobs: dict[str, bytes]) -> dict[str, bytes]:
-    """logprobs: what asks for them in this form; empty for ids only."""
+    """Returns the members that are injected into a request. logprobs: what asks for them in this form; empty for ids
+    only.
+    """
     changes = {"return_token_ids": b"true"}
     if logprobs:
         changes |= {"return_tokens_as_token_ids": b"true", **logprobs}
@@ -93,7 +97,7 @@ class TappedForm(ABC):
         return False
 
     def injected_members(self, request: Request, top_k: int) -> dict[str, bytes]:
-        """None: see `Unscored.NO_TOKEN_IDS`."""
+        """Returns no members: see `Unscored.NO_TOKEN_IDS`."""
         return {}
 
     def stripper(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:

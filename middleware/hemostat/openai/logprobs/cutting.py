@@ -53,10 +53,10 @@ class Cut(NamedTuple):
     """An event of a stream without what was injected into it."""
 
     event: bytes
-    """With its blank line."""
+    """The event with its blank line."""
     token_ids: list[int]
     logprobs: bytes
-    """JSON."""
+    """The `logprobs` that were cut out, as JSON."""
     reasoning: bool
 
 
@@ -81,7 +81,9 @@ class EventCutter:
         self._start = b""
 
     def learn(self, data: bytes, choices_start: int) -> None:
-        """data: of an event that was parsed. choices_start: where the value of its `choices` begins."""
+        """Learns the form of an event from one that was parsed. data: its bytes. choices_start: where the value of its
+        `choices` begins.
+        """
         begin = choices_start - _CHOICES.index(b"[")
         if data.startswith(_CHOICES, begin) and b'_token_ids"' not in data[:begin]:
             self._start = _DATA + data[: begin + len(_CHOICES)]

@@ -1,4 +1,4 @@
-"""From the JSON of `logprobs` to the candidates of each position."""
+"""Reads the candidates of each position from the JSON of `logprobs`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hemostat.openai.form import Form
 _PREFIX = "token_id:"
 _ID_PREFIX = len(_PREFIX)
 _NAMES = re.compile(rf"{_PREFIX}[0-9]{{1,9}}(?:,{_PREFIX}[0-9]{{1,9}})*+")
-"""Those of several tokens, joined by commas. With nine digits an id is an int32."""
+"""The names of several tokens, joined by commas. With nine digits an id is an int32."""
 
 
 class Rows(NamedTuple):
-    """Of T output positions.
+    """The candidates of T output positions.
 
-    ids: int32 [T, top_k + 1], most likely first, the emitted id among them; -1 pads.
-    logprobs: float32 [T, top_k + 1], nats; -inf pads. emitted: float32 [T], of the emitted ids.
+    ids: int32 [T, top_k + 1], most likely first, the emitted id among them; -1 pads. logprobs: float32 [T, top_k + 1],
+    nats; -inf pads. emitted: float32 [T], the log-probabilities of the emitted ids.
     """
 
     ids: npt.NDArray[np.int32]

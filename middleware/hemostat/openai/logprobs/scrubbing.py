@@ -12,7 +12,7 @@ _NAMES = rb"logprobs|token_ids|prompt_token_ids|input_messages|output_messages"
 _MEMBER = re.compile(rb'(?<!\\)"(?:' + _NAMES + rb')"[ \t\r\n]*:[ \t\r\n]*(?=[\[{])')
 """A quote inside a string is escaped: the second one would be, if this were part of a text."""
 _BEGUN = re.compile(rb'(?<!\\)"(?:[a-z_]{0,20}|(?:' + _NAMES + rb')"[ \t\r\n]*:?[ \t\r\n]*)\Z')
-"""What may become a member with the next bytes."""
+"""The end of the data that may become a member with the next bytes."""
 _TOKEN = re.compile(rb'[\[{]|[\]}]|"')
 _STRING_END = re.compile(rb'(?:[^"\\]|\\.)*(")?', re.DOTALL)
 _LINE_END = re.compile(rb"[\r\n]")
@@ -63,7 +63,7 @@ class Scrubber:
         return held
 
     def _skip(self, data: bytes, at: int) -> int:
-        """Where to go on: behind the value, or behind all of `data`."""
+        """Returns where to go on: behind the value, or behind all of `data`."""
         limit = len(data)
         if self._stream and (line := _LINE_END.search(data, at)) is not None:
             limit = line.start()

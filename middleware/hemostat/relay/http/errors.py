@@ -21,7 +21,7 @@ class BadRequest(Exception):
 
 
 class BadResponse(Exception):
-    """The upstream's fault."""
+    """A protocol error that is the upstream's fault."""
 
 
 RETRY_AFTER_SECONDS: Final = 1

@@ -40,8 +40,9 @@ _NOT_IN_TRAILERS: Final = _INTERPRETED | {
     b"warning",
     b"www-authenticate",
 }
-"""Of a response: framing, routing, authentication, control data and what says how to read the content (RFC 9110, 6.5.1,
-RFC 7230, 4.1.2). A recipient that merges trailers into the head would obey them."""
+"""The fields that may not be in a response's trailers: framing, routing, authentication, control data and what says how
+to read the content (RFC 9110, 6.5.1, RFC 7230, 4.1.2). A recipient that merges trailers into the head would obey them.
+"""
 # Connection must not remove these: they say where the message ends and whom it is for.
 _NOT_REMOVABLE: Final = frozenset((b"content-length", b"host"))
 
@@ -107,13 +108,13 @@ def _classify(name: bytes) -> tuple[bytes, bool]:
 
 
 def allowed_in_trailers(line: bytes) -> bool:
-    """Whether a field line behind the last chunk of a response may be forwarded."""
+    """Returns True if a field line behind the last chunk of a response may be forwarded."""
     name = line.partition(b":")[0].lower()
     return name not in _NOT_IN_TRAILERS and not name.startswith((b"proxy-", b"x-hemostat-"))
 
 
 def connection_options(value: bytes) -> set[bytes]:
-    """What a Connection field names, in lower case, without the fields that it must not remove."""
+    """Returns the options that a Connection field names, in lower case, without the fields that it must not remove."""
     return {option.strip(b" \t") for option in value.lower().split(b",")} - _NOT_REMOVABLE
 
 

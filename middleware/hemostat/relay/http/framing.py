@@ -1,4 +1,4 @@
-"""Where a body ends: Content-Length, the chunked coding, or the end of the connection (RFC 9112, 6 and 7)."""
+"""The end of a body: Content-Length, the chunked coding, or the end of the connection (RFC 9112, 6 and 7)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from hemostat.relay.http.errors import BadRequest
 from hemostat.relay.http.fields import TOKEN, allowed_in_trailers
 
 CHUNKED: Final = -1
-"""`length` of a body in the chunked coding."""
+"""The `length` of a body in the chunked coding."""
 UNTIL_CLOSE: Final = -2
-"""`length` of a response body that ends with the connection."""
+"""The `length` of a response body that ends with the connection."""
 
 CHUNKED_LINE: Final = b"Transfer-Encoding: chunked"
 LAST_CHUNK: Final = b"0\r\n\r\n"
@@ -19,9 +19,11 @@ LAST_CHUNK: Final = b"0\r\n\r\n"
 MAX_CHUNK_LINE_BYTES: Final = 4096
 MAX_TRAILER_BYTES: Final = 16 * 1024
 MIN_CHUNK_BYTES: Final = 64
-"""Of a request's chunks with their framing, on average over what is read at a time: each takes almost a microsecond."""
+"""The least size of a request's chunks with their framing, on average over what is read at a time: each takes almost a
+microsecond.
+"""
 MAX_SMALL_CHUNKS: Final = 1024
-"""So many in one read may be shorter."""
+"""The number of chunks in one read that may be shorter than that."""
 _PART_BYTES: Final = 8192
 """After so many bytes of a request's chunks their number is checked."""
 
@@ -70,9 +72,11 @@ class ChunkedReader:
         self._trailers = -1
         """Bytes of trailers so far, -1 before the last chunk."""
         self._kept = b""
-        """Of the trailers so far, those that may be forwarded."""
+        """The trailers so far that may be forwarded."""
         self._start = -1
-        """Where the trailers begin in what was fed last, -1: nothing of it is behind the last chunk's line."""
+        """The place where the trailers begin in what was fed last; -1: nothing of it is behind the last chunk's
+        line.
+        """
 
     @property
     def between_chunks(self) -> bool:
@@ -149,7 +153,8 @@ class ChunkedReader:
         return -1
 
     def to_forward(self, data: bytes, used: int) -> bytes:
-        """What is forwarded for `data`, for which `feed` has just returned `used`: all but trailers that must not be.
+        """Returns what is forwarded for `data`, for which `feed` has just returned `used`: all but trailers that must
+        not be forwarded.
 
         Trailers are held back until the body is complete.
         """

@@ -70,7 +70,7 @@ class RequestHead:
         self.authorization = False
         """There is an Authorization field."""
         self.request_id: bytes | None = None
-        """The first X-Request-Id."""
+        """The value of the first X-Request-Id."""
         self.traceparent = False
         """There is a traceparent field."""
 
@@ -190,7 +190,7 @@ def _read_request_line(line: bytes) -> tuple[bytes, bytes, int]:
 
 
 def _valid_host(value: bytes) -> bool:
-    """Whether Host may have this value. A valid one is cached."""
+    """Returns True if Host may have this value. A valid one is cached."""
     if _host(value) is None:
         return False
     remember(_hosts, value, True, _MAX_CACHED, _MAX_CACHED_BYTES)

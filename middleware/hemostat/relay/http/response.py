@@ -54,9 +54,9 @@ class ResponseHead:
         """Index in `lines` of the field that frames the body, -1 without one."""
         self.keep_alive = minor == 1
         self.content_type = b""
-        """The last Content-Type."""
+        """The value of the last Content-Type."""
         self.content_coding = b"identity"
-        """The last Content-Encoding."""
+        """The value of the last Content-Encoding."""
         self.upgrade = False
         """A 101 response has the field Upgrade."""
 

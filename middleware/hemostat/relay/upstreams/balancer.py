@@ -1,4 +1,4 @@
-"""Which engine gets a request. Pure.
+"""Chooses the engine that gets a request. It is pure.
 
 A request of a conversation goes to the engine that its key falls to on a ring, so that later turns find the beginning
 of the conversation in that engine's prefix cache: consistent hashing with bounded loads (Mirrokni, Thorup &
@@ -19,7 +19,7 @@ BOUND: Final = 1.25
 MIN_CAPACITY: Final = 4
 """An engine that computes requests in batches is not slowed by so few: below it, no conversation moves."""
 POINTS: Final = 64
-"""Of each engine on the ring."""
+"""The number of points of each engine on the ring."""
 UNAVAILABLE: Final = -1
 """The load of an engine that gets no requests."""
 _SLOT_BITS: Final = 20
@@ -38,7 +38,7 @@ class Balancer:
         )
         self._hashes = [point for point, _ in points]
         self._starts = [bisect_left(self._hashes, slot << _SLOT_BITS) for slot in range(1 << 32 - _SLOT_BITS)]
-        """For each slot the first point in it or behind it: few points are left to search."""
+        """The first point in each slot or behind it, so that few points are left to search."""
         self._hashes.append(1 << 32)  # larger than every key, so that the search ends
         # Twice around, so that a search that begins anywhere ends before the list does.
         self._owners = 2 * [index for _, index in points]

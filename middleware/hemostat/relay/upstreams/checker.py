@@ -30,7 +30,7 @@ class HealthChecker:
         self._context = context
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Checks the engines until it is cancelled."""
         while True:
             await asyncio.gather(*map(self.check, self._upstreams.engines))
             await asyncio.sleep(self._seconds)

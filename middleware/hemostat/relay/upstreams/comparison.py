@@ -1,4 +1,5 @@
-"""Which engine fails more requests than the others do. Pure: times are passed in (`perf_counter` seconds).
+"""Finds the engine that fails more requests than the others do. It is pure: times are passed in (`perf_counter`
+seconds).
 
 A request that fails may be the engine's fault or the request's own, and which it is shows in what other engines did:
 
@@ -10,8 +11,8 @@ A request that fails may be the engine's fault or the request's own, and which i
 So failures are compared within each client. If all engines were alike, each of the client's n failures would be at
 engine e with the probability p of its share of the requests, so that a share q or more of them has a probability of at
 most exp(-n KL(q||p)) (Chernoff's bound). An engine is odd where that is too improbable, and the odds are more than
-TOLERANCE times those of p. The same holds for the first MAX_POOLED failures of all clients together: many clients with
-few requests each are enough, and none of them decides it alone, nor one network with many credentials.
+TOLERANCE times the odds of p. The same holds for the first MAX_POOLED failures of all clients together: many clients
+with few requests each are enough, and none of them decides it alone, nor one network with many credentials.
 
 Where the conversation decides which engine a request goes to, a client whose requests are bad could be seen at one
 engine alone, by chance or on purpose. So a client whose failures begin to stand out at one of them is *spread*: for a
@@ -32,15 +33,20 @@ MAX_CHANCE: Final = 1e-6
 MIN_FAILURES: Final = 5
 """Where there are many engines, MAX_CHANCE would be satisfied by fewer."""
 MAX_POOLED: Final = 5
-"""Of a client, in a window; of those that are not proven, of a network: it can invent credentials for any number of
-clients."""
+"""The largest number of failures of one client that count in the pool of all clients, in a window. Failures that are
+not proven count for the client's network, up to the same number: it can invent credentials for any number of clients.
+"""
 MIN_FAILED_RATIO: Final = 0.05
-"""Of its requests: few failures cost clients less than an engine that gets no requests."""
+"""The least share of an engine's requests that have to fail: few failures cost clients less than an engine that gets no
+requests.
+"""
 WINDOW_SECONDS: Final = 20.0
 MIN_WINDOW_REQUESTS: Final = 500
 """Counts begin anew after WINDOW_SECONDS with so many requests, so that an engine that turns bad is soon seen."""
 MAX_CLIENTS: Final = 1024
-"""With failures; beyond them, those without one for the longest time are forgotten."""
+"""The largest number of clients with failures. Beyond it, the client without a failure for the longest time is
+forgotten.
+"""
 SPREAD_FAILURES: Final = 2
 SPREAD_SECONDS: Final = 10.0
 NO_RETRY_SECONDS: Final = 1.0
@@ -52,7 +58,7 @@ class _Client:
 
     def __init__(self, engines: int) -> None:
         self.failures = [0] * engines
-        """At each engine."""
+        """The number of failures at each engine."""
         self.pooled = 0
         self.counted_at = float("-inf")
         self.spread_until = float("-inf")
@@ -69,17 +75,17 @@ class FailureComparison:
         self._clients: OrderedDict[bytes, _Client] = OrderedDict()
         self._spread_until = float("-inf")
         self.spreading = False
-        """`spreads` may be True."""
+        """It is True if `spreads` may be True."""
         self.clear(requests, now)
 
     def clear(self, requests: Sequence[int], now: float) -> None:
-        """Begin a window."""
+        """Begins a window."""
         self._began = now
         self._before = list(requests)
         self._failed = [0] * len(requests)
-        """Requests that failed at each engine."""
+        """The number of requests that failed at each engine."""
         self._pooled = [0] * len(requests)
-        """Of them, the first ones of each client."""
+        """The number of these failures at each engine that are among the first ones of a client."""
         for key, client in tuple(self._clients.items()):
             if now < client.spread_until or now < client.no_retry_until:
                 client.failures = [0] * len(requests)
@@ -162,14 +168,16 @@ class FailureComparison:
         return client
 
     def _share(self, engine: int, requests: Sequence[int], available: int) -> float:
-        """Of the requests; at least an equal one: an engine that is slow gets few, and these may be one client's."""
+        """Returns the engine's share of the requests, at least an equal one: an engine that is slow gets few, and these
+        may be one client's.
+        """
         total = sum(requests) - sum(self._before)
         share = (requests[engine] - self._before[engine]) / total if total > 0 else 0.0
         return min(max(share, 1.0 / max(available, 1)), 1.0)
 
 
 def _stand_out(counts: Sequence[int], engine: int, share: float) -> bool:
-    """The odds of a count's being at this engine are more than TOLERANCE times those of its share."""
+    """Returns True if the odds of a failure at this engine are more than TOLERANCE times the odds of its share."""
     elsewhere = sum(counts) - counts[engine]
     return not elsewhere or counts[engine] * (1.0 - share) > TOLERANCE * elsewhere * share
 

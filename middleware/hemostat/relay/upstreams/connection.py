@@ -35,7 +35,7 @@ _NO_BYTES: Final = bytes(4)
 
 
 class UpstreamState(Enum):
-    """Where a connection to the upstream stands."""
+    """The state of a connection to the upstream."""
 
     IDLE = auto()
     AWAITING_HEAD = auto()
@@ -56,20 +56,20 @@ _CLOSED: Final = UpstreamState.CLOSED
 
 
 class Receiver(Protocol):
-    """Who a response is for."""
+    """The receiver of a response."""
 
     @property
     def request_complete(self) -> bool:
         """The whole request has been sent upstream."""
 
     def connection_ready(self, connection: UpstreamConnection) -> None:
-        """From the pool: the connection that was waited for."""
+        """Takes the connection that was waited for; the pool calls it."""
 
     def connection_failed(self, error: OSError) -> None:
-        """From the pool: the upstream cannot be reached."""
+        """Is told by the pool that the upstream cannot be reached."""
 
     def wait_expired(self) -> None:
-        """From the pool: no connection became free in time."""
+        """Is told by the pool that no connection became free in time."""
 
     def retry(self) -> bool:
         """A reused connection closed without a byte of response. True: the request is sent once more."""

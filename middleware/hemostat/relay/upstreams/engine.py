@@ -24,6 +24,6 @@ class Engine:
         self.failing = False
         """It has failed a request since the last sweep."""
         self.requests = 0
-        """That were sent to it since the start."""
+        """The number of requests that were sent to it since the start."""
         self.resent = 0
-        """Of them, those that were then sent once more, or to another engine."""
+        """The number of these requests that were then sent once more, or to another engine."""

@@ -17,7 +17,9 @@ from hemostat.relay.upstreams.health import Health
 from hemostat.relay.upstreams.pool import Pool
 
 RETRY_RATIO: Final = 0.1
-"""Of the requests: engines that all fail because they have too much to do get 1.1 times as much, not four times."""
+"""The share of the requests that may be sent once more: engines that all fail because they have too much to do get 1.1
+times as much, not four times.
+"""
 RETRY_BURST: Final = 10.0
 """Retries that need no requests before them: the first failures of an engine that ends are answered by others."""
 
@@ -46,7 +48,9 @@ class RetryBudget:
 
 MAX_ENGINES: Final = 64
 UNAVAILABLE_STATUSES: Final = frozenset({502, 503})
-"""Of a router before the engine, or of an engine that can answer nothing now; a 500 can be about one request alone."""
+"""The statuses of a router before the engine, or of an engine that can answer nothing now. A 500 is not among them: it
+can be about one request alone.
+"""
 
 
 class Upstreams:
@@ -83,7 +87,7 @@ class Upstreams:
         self.comparison = FailureComparison([], 0.0)
         self.retries = RetryBudget()
         self._failing = False
-        """Of some engine."""
+        """It is True if some engine is failing."""
         self.set_origins(origins)
 
     def set_origins(self, origins: Sequence[Origin]) -> None:

@@ -22,7 +22,7 @@ FAILURES: Final = 3
 """Failures in a row that are certainly the engine's (see `Health.request_failed`), after which it is ejected."""
 FAILED_CHECKS: Final = 2
 HOLD_SECONDS: Final = 1.0
-"""Of the first ejection."""
+"""The time of the first ejection."""
 MAX_HOLD_SECONDS: Final = 60.0
 STABLE_SECONDS: Final = 60.0
 """An engine that was up for this long is ejected for HOLD_SECONDS again."""
@@ -38,7 +38,7 @@ class HealthState(Enum):
 
 
 class Health:
-    """Of one engine. checked: its /health is asked for; otherwise it returns when its hold is over."""
+    """The health of one engine. checked: its /health is asked for; otherwise it returns when its hold is over."""
 
     __slots__ = (
         "_checked",
@@ -56,13 +56,13 @@ class Health:
     def __init__(self, *, checked: bool) -> None:
         self._checked = checked
         self.up = True
-        """It gets requests."""
+        """It is True if the engine gets requests."""
         self.failures = 0
-        """In a row; 0 needs no `request_succeeded`."""
+        """The number of failures in a row; 0 needs no `request_succeeded`."""
         self.reachable = True
         """The last check, or the last attempt to connect, did not fail."""
         self.ejections = 0
-        """Since the start."""
+        """The number of ejections since the start."""
         self._in_a_row = 0
         self._failed_checks = 0
         self._held_until = 0.0

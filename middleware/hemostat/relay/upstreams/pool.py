@@ -23,9 +23,9 @@ log = logging.getLogger("hemostat.relay")
 
 
 class Pool:
-    """At most `limit` connections to one engine; requests beyond that wait in order of arrival.
+    """Owns at most `limit` connections to one engine; requests beyond that wait in order of arrival.
 
-    context: for TLS. queue_seconds: how long a request may wait.
+    context: for TLS. queue_seconds: the longest time that a request may wait.
     """
 
     def __init__(
@@ -44,10 +44,12 @@ class Pool:
         self._idle: deque[UpstreamConnection] = deque()
         """Oldest first. Connections are taken from the other end, so that those that are not needed expire."""
         self._waiters: OrderedDict[Receiver, float] = OrderedDict()
-        """In the order in which they are served -> when each began to wait (event-loop time)."""
+        """The waiting receivers in the order in which they are served -> the time when each began to wait (event-loop
+        time).
+        """
         self._connecting: set[asyncio.Task[None]] = set()
         self._distrusted_until = 0.0
-        """Event-loop time."""
+        """The event-loop time until which no connection is reused."""
         self._open: set[UpstreamConnection] = set()
 
     @property
@@ -91,7 +93,7 @@ class Pool:
         return self._distrusted_until == 0.0 or self._loop.time() > self._distrusted_until
 
     def sent_stray_bytes(self) -> None:
-        """For some time every request gets a connection of its own: responses could be taken for other requests'."""
+        """Gives every request a connection of its own for some time: responses could be taken for other requests'."""
         if self.trusted:
             log.warning(
                 "the engine %s sends bytes behind its responses; for %.0f s no connection to it is reused",

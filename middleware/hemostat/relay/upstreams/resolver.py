@@ -26,13 +26,13 @@ class Resolver:
         self._failed = False
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Resolves the name again and again until it is cancelled."""
         while True:
             await self.resolve()
             await asyncio.sleep(self._seconds)
 
     async def resolve(self) -> None:
-        """One look-up."""
+        """Looks the name up once."""
         try:
             origins = await addresses(self._origin)
         except OSError as error:

@@ -9,18 +9,20 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class UpstreamSettings:
-    """Of `config.schema.Upstream`, and constants. Times in seconds."""
+    """The settings of `config.schema.Upstream`, and constants. Times are in seconds."""
 
     urls: tuple[str, ...]
-    """Of the engines; or one with the prefix DNS."""
+    """The URLs of the engines; or one with the prefix DNS."""
     api_key: str | None = None
     """Sent as a bearer token where the client sends no Authorization of its own."""
     ca: Path | None = None
     """PEM file of the authority that signed the engines' certificates, for https."""
     max_connections: int = 512
-    """To each engine; requests beyond it wait in order of arrival."""
+    """The largest number of connections to each engine; requests beyond it wait in order of arrival."""
     queue_seconds: float = 60.0
-    """How long a request waits for a connection, before it is answered with 503: as long as most clients wait."""
+    """The longest time that a request waits for a connection, before it is answered with 503: as long as most clients
+    wait.
+    """
     health_seconds: float = 2.0
     """Pause between two requests for each engine's /health, which costs it next to nothing; 0: none are sent."""
     resolve_seconds: float = 5.0
