@@ -186,7 +186,7 @@ class Control:
         )
 
     def _connect_relays(self, settings: Settings) -> None:
-        """What relays send and receive, and what is stored."""
+        """Connects what relays send and receive, and what is stored."""
         pipeline = self.pipeline
         self.link = RelayLink(pipeline.receive, self._receive_outcome, pipeline.coverage.relayed, self._clock)
         self.upstreams = UpstreamEngines(self.link.engines, self.configured_engines, self.writer)
@@ -221,7 +221,7 @@ class Control:
         self.changes.subscribe(self.policy.publish)
 
     def _connect_admin(self, settings: Settings, data_port: int) -> None:
-        """What the admin port shows and does."""
+        """Connects what the admin port shows and does."""
         clock, wall, profiles = self._clock, self._wall, self.profile_manager
         self.actions = OperatorActions(
             profiles,
@@ -339,7 +339,7 @@ class Control:
         self.changes.notify()
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
-        """What has to run, until cancelled."""
+        """Returns the coroutines that have to run until they are cancelled."""
         loops = [
             self.run_periodic(),
             self.link.run(),
@@ -355,7 +355,7 @@ class Control:
         return loops
 
     def do_periodic(self) -> None:
-        """What is due because time has passed."""
+        """Does what is due because time has passed."""
         now = self._clock()
         self.problems.look()
         self.requests.update(self.link.requests, now)

@@ -1,4 +1,4 @@
-"""What temperature and bias have learned, over restarts."""
+"""Keeps what temperature and bias have learned over restarts."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ BLOB_KEY = "temperature_bias"
 SAVE_SECONDS = 300.0
 """Between two writes, while something is learned."""
 MAX_UNSAVED_REQUESTS = 1000
-"""Of the learning side, that are learned from before a write: what is lost of them if the process dies."""
+"""The largest number of learning requests between two writes: so many are lost if the process dies."""
 LOOK_SECONDS = 1.0
-"""Between two looks whether a write is due."""
+"""The time between two checks if a write is due."""
 
 
 class LearnedState:
@@ -51,7 +51,7 @@ class LearnedState:
         return self._models
 
     def restore(self, stored: bytes | None) -> None:
-        """What an earlier run stored; used once the models are known."""
+        """Takes what an earlier run stored; it is used once the models are known."""
         self._stored = stored
 
     def set_models(self, models: ModelIdentity) -> None:
@@ -62,7 +62,7 @@ class LearnedState:
         self._use_stored()
 
     def _note_models(self, models: ModelIdentity) -> None:
-        """What was learned is of these models, too."""
+        """Notes that what was learned is about these models. If they are others than before, it is forgotten."""
         if self._about is None or self._about.agrees_with(models):
             self._about = models.completed_by(self._about)
             return
@@ -104,7 +104,7 @@ class LearnedState:
             await self.save()
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Writes whenever it is due, until it is cancelled."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             await self.save_if_due()

@@ -1,4 +1,6 @@
-"""What the learner learns about, and what records must contain for it and for the profiles under test."""
+"""Tells the learner what to learn about, and decides what records must contain for it and for the profiles under
+test.
+"""
 
 from __future__ import annotations
 

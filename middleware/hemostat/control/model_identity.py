@@ -1,4 +1,4 @@
-"""Which models stored evidence is about."""
+"""The identity of the models that stored evidence is about."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ModelIdentity:
     compressed: str = ""
     """The path that its server loaded it from."""
     reference: str = ""
-    """The reference's digest."""
+    """The digest of the reference."""
     weights: str = ""
     """Fingerprint of the compressed weights: `engines.served_weights.ServedWeights`."""
     probe: tuple[float, ...] = ()
@@ -41,7 +41,7 @@ class ModelIdentity:
         return all(theirs[name] in (value, "", 0) for name, value in known)
 
     def completed_by(self, other: ModelIdentity | None) -> ModelIdentity:
-        """With what only the other one knows.
+        """Returns this identity with what only the other one knows.
 
         >>> ModelIdentity("m").completed_by(ModelIdentity("m", weights="1")).weights
         '1'
@@ -68,7 +68,7 @@ DAMAGED = ModelIdentity(vocab_size=-1)
 
 
 def from_json(stored: str) -> ModelIdentity:
-    """`to_json` undone; DAMAGED of what is not from there."""
+    """Reads what `to_json` wrote; returns DAMAGED if it is anything else."""
     try:
         return msgspec.json.decode(stored, type=ModelIdentity)
     except msgspec.MsgspecError:
@@ -76,7 +76,7 @@ def from_json(stored: str) -> ModelIdentity:
 
 
 def model_identity(pair: ModelPair, weights: str = "") -> ModelIdentity:
-    """Of a pair that has a reference."""
+    """Returns the identity of a pair that has a reference."""
     assert pair.reference is not None
     known = pair.reference
     return ModelIdentity(pair.name, known.vocab_size, pair.root, known.digest, weights, known.probe)

@@ -1,4 +1,4 @@
-"""What operators do through the admin port: import, promote, pin, roll back, set the mode, rebase an alarm."""
+"""The actions of operators through the admin port: import, promote, pin, roll back, set the mode, rebase an alarm."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from hemostat.store.protocol import NotKeptError
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 MAX_WRITE_SECONDS = 5.0
-"""How long an action waits for the store: what is answered as done outlasts the process, anything else is
-`NotKeptError`."""
+"""The longest time that an action waits for the store. What is answered as done outlasts the process; anything else is
+`NotKeptError`.
+"""
 T = TypeVar("T")
 
 
@@ -54,11 +55,11 @@ class OperatorActions:
         return await self._execute(lambda: self._profiles.operator.import_profile(profile, scope))
 
     async def promote(self, version: str, kind: str | None) -> None:
-        """kind: of traffic; None for all, here and below."""
+        """Promotes a version. kind: of traffic; None for all, here and below."""
         await self._execute(lambda: self._profiles.operator.promote(version, kind))
 
     async def pin(self, version: str | None, kind: str | None) -> None:
-        """version: None unpins."""
+        """Pins a version. version: None unpins."""
         operator = self._profiles.operator
         await self._execute(lambda: operator.unpin(kind) if version is None else operator.pin(version, kind))
 
@@ -79,7 +80,7 @@ class OperatorActions:
         return self._alarms.report()
 
     async def accept_canaries(self) -> dict[str, Any]:
-        """What the engines compute now is right: a new set is taken. The canaries' report."""
+        """Accepts what the engines compute now as right: a new set is taken. Returns the canaries' report."""
         await self._execute(self._canaries.accept)
         return self._canaries.report()
 

@@ -1,4 +1,4 @@
-"""Whether this process owns the store, and so decides: one of several control processes with the same store does.
+"""The ownership of the store: of several control processes with the same store, one owns it, and so decides.
 
     state       what happens                                             next
     STANDBY     `acquire` says that the store is this process's          READING
@@ -93,7 +93,7 @@ class Ownership:
         self._clock = clock
         self._state = OwnershipState.STANDBY
         self.why = ""
-        """Why it is not active, in one line."""
+        """The reason why it is not active, in one line."""
         self.on_move: Callable[[], None] = lambda: None
         """Called after each change of the state."""
         self.settled = asyncio.Event()
@@ -116,7 +116,7 @@ class Ownership:
         return self.state is OwnershipState.ACTIVE
 
     def require_active(self) -> None:
-        """NotActiveError."""
+        """Raises NotActiveError if this process is not active."""
         if not self.active:
             raise NotActiveError(
                 f"not active: {self.why or self.state}; ask the control process that is active, or this one again in a "

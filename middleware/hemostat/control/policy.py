@@ -24,7 +24,7 @@ SETTLE_SECONDS = 30.0
 
 
 class LoadedAdapters(Protocol):
-    """Of `hemostat.adapters.serving.hosts.AdapterHosts`."""
+    """The part of `hemostat.adapters.serving.hosts.AdapterHosts` that the policy is made from."""
 
     @property
     def ready(self) -> frozenset[str]:
@@ -32,12 +32,12 @@ class LoadedAdapters(Protocol):
         ...
 
     def ready_at(self, name: str) -> frozenset[str]:
-        """The same of the engine at one address; "": of the only address."""
+        """Returns the versions that the engine at one address can serve now; "": the engine at the only address."""
         ...
 
     @property
     def hold(self) -> Sequence[str]:
-        """Those that engines should keep loaded."""
+        """The versions that engines should keep loaded."""
         ...
 
 
@@ -105,7 +105,9 @@ class PolicyPublisher:
             self._link.set_policy(msgspec.structs.replace(policy, generation=self.generation))
 
     def _is_settled(self, policy: Policy) -> bool:
-        """What is stored as serving can serve: the models are known, and every engine holds the profiles."""
+        """Returns True if what is stored as serving can serve: the models are known, and every engine holds the
+        profiles.
+        """
         stored = self._profiles.serving
         if policy.mode != "auto" or not stored.selected_by_kind:
             return True
@@ -115,7 +117,7 @@ class PolicyPublisher:
         return held and policy.serving_by_kind == stored.selected_by_kind
 
     def _policy(self, now: float) -> Policy:
-        """Without its generation. now: monotonic seconds."""
+        """Returns the policy without its generation. now: monotonic seconds."""
         shadow, calibration, profiles = self.settings.shadow, self.settings.calibration, self._profiles
         served = self._monitor.served
         base = served.calibrated
@@ -165,12 +167,16 @@ class PolicyPublisher:
         )
 
     def _held_by_engine(self, now: float) -> dict[str, frozenset[str]]:
-        """Without engines that hold none: they would apply identity to a treated request."""
+        """Returns the usable versions by engine, without engines that hold none: they would apply identity to a treated
+        request.
+        """
         held = self._addresses.held(now)
         usable = {name: self._usable(held.get(name, frozenset()), name) for name in self._addresses.current()}
         return {name: versions for name, versions in usable.items() if versions}
 
     def _usable(self, held: frozenset[str], name: str) -> frozenset[str]:
-        """What a request may ask for at one address. held: by its logits processors, adapters among them."""
+        """Returns what a request may ask for at one address. held: what the engine's logits processors hold, adapters
+        among them.
+        """
         is_adapter = self._profiles.catalogue.is_adapter
         return frozenset(version for version in held if not is_adapter(version)) | self._adapters.ready_at(name)

@@ -39,7 +39,10 @@ from hemostat_calibration.messages import in_words
 
 
 def make_listener(given: dict[str, Any], settings: Settings) -> RelayListener:
-    """given: `socket`, a path, and `control_fd`, an inherited listening socket or None. HemostatError."""
+    """Returns the listener for relays. Raises HemostatError.
+
+    given: has `socket`, a path, and `control_fd`, an inherited listening socket or None.
+    """
     sockets = [listen_locally(Path(given["socket"]))]
     if given.get("control_fd") is not None:
         sockets.append(socket.socket(fileno=given["control_fd"]))
@@ -50,7 +53,9 @@ def make_listener(given: dict[str, Any], settings: Settings) -> RelayListener:
 
 
 def security(settings: Settings) -> Security | None:
-    """Of relays by TCP, with the certificate as it is now in its file. None: there are none. OSError."""
+    """Returns the security of relays that connect by TCP, with the certificate as it is now in its file. None: no
+    relays do. Raises OSError.
+    """
     control = settings.control
     if control.listen is None or control.token is None:
         return None
@@ -63,7 +68,7 @@ log = logging.getLogger("hemostat.control")
 EXIT_CODE_SUPERSEDED = 3
 """Another process has written to the store that this one owned."""
 LOCK_SECONDS = 15.0
-"""How long a former control process may take to end."""
+"""The longest time that a former control process may take to end."""
 ANSWER_SECONDS = 1.0
 """The seconds that a process that stops waits for what operators were promised to be stored."""
 LOOPS_SECONDS = 3.0
@@ -72,7 +77,7 @@ all of it is over before the supervisor kills the process (STOP_SECONDS)."""
 
 
 async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
-    """Until SIGTERM. given: the first line."""
+    """Runs the control process until SIGTERM. given: the first line."""
     stop = stop_event()
     settings = Settings.model_validate(given["settings"])
     logs.set_up(settings.log.level, settings.log.format)

@@ -1,4 +1,4 @@
-"""What the comparison of outcomes needs to know of the profiles, and does to them."""
+"""The part of the profiles that the comparison of outcomes reads, and what it does to them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hemostat.profiles.manager import ProfileManager
 
 
 class ServedKinds:
-    """A `measurement.outcomes.ServedKinds`."""
+    """The `measurement.outcomes.ServedKinds` that the profile manager stands behind."""
 
     def __init__(self, profiles: ProfileManager) -> None:
         self._profiles = profiles

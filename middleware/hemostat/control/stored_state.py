@@ -18,7 +18,7 @@ log = logging.getLogger("hemostat.store")
 MODELS_KEY = "models"
 """The `ModelIdentity` that the stored evidence is about, as JSON."""
 SALT_KEY = "salt"
-"""`SALT_BYTES` random bytes, in hexadecimal digits."""
+"""The key of the salt: `SALT_BYTES` random bytes, in hexadecimal digits."""
 SALT_BYTES = 32
 
 
@@ -43,7 +43,7 @@ class StoredState:
         self._upstreams = upstreams
         self.salt = secrets.token_bytes(SALT_BYTES)
         self._models: ModelIdentity | None = None
-        """Of this process; None until both are known."""
+        """The models of this process; None until both are known."""
         self._stored_models: ModelIdentity | None = None
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -87,7 +87,7 @@ class StoredState:
         return models.completed_by(stored) if stored is not None and stored.agrees_with(models) else models
 
     def _settle(self) -> None:
-        """Compare the models with those of the stored state, once both are known."""
+        """Compares the models with the models of the stored state, once both are known."""
         if self._models is None:
             return
         if self._stored_models is not None and not self._stored_models.agrees_with(self._models):

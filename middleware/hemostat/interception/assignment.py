@@ -1,4 +1,4 @@
-"""Which requests are sampled, and which are in the control arm; how conversations and clients are named.
+"""Decides which requests are sampled, and which are in the control arm, and how conversations and clients are named.
 
 No client can choose to be sampled, or the arm of a conversation: whether a request is sampled is drawn, and arms follow
 from a keyed hash (BLAKE2b) of the conversation with a secret of the store (`salt`). Every relay thus puts the

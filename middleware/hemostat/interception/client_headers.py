@@ -18,14 +18,14 @@ _LABEL = b"x-hemostat-label"
 
 @dataclass(frozen=True, slots=True)
 class ClientOptions:
-    """What a client's X-Hemostat headers ask for."""
+    """The options that a client's X-Hemostat headers ask for."""
 
     shadow: bool | None = None
-    """X-Hemostat-Shadow: True for `on`, False for `off`, None without the header."""
+    """The value of X-Hemostat-Shadow: True for `on`, False for `off`, None without the header."""
     calibration: str | None = None
-    """X-Hemostat-Calibration: a profile's version, or `off`; None without the header."""
+    """The value of X-Hemostat-Calibration: a profile's version, or `off`; None without the header."""
     label: str = ""
-    """X-Hemostat-Label, where labels are configured; "" without the header."""
+    """The value of X-Hemostat-Label, if labels are configured; "" without the header."""
 
 
 def hemostat_headers(headers: Headers) -> list[tuple[bytes, bytes]]:

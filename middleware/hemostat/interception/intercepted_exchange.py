@@ -63,9 +63,11 @@ class InterceptedExchange:
         self._options = options
         self._sampled = shadow
         self._skipped: Unscored | None = None
-        """Why a sampled request is skipped; counted at its end, when its tokens are known."""
+        """The reason why a sampled request is skipped; it is counted at the request's end, when its tokens are
+        known.
+        """
         self._unjudged: Unscored | None = unjudged
-        """Why the request is never scored, as far as that is known before it goes upstream."""
+        """The reason why the request is never scored, as far as that is known before it goes upstream."""
         self._calibrated = calibrated
         self._client = client
         self._traceparent = traceparent[:MAX_TRACEPARENT]
@@ -120,7 +122,7 @@ class InterceptedExchange:
 
     @property
     def draws_engine(self) -> bool:
-        """Of sampled requests: by them it is tested which engine is an outlier."""
+        """It is True for sampled requests: by them it is tested which engine is an outlier."""
         return self._sampled and self._skipped is None
 
     def sent_to(self, engine: str, *, drawn: bool) -> None:
@@ -192,7 +194,7 @@ class InterceptedExchange:
         return Rewrite(request.body.edit(changes), _DROPPED_HEADERS if is_read else frozenset())
 
     def _prefers_plugin(self, request: Request) -> bool:
-        """Whether the engine's plugin is asked for tokens that the response could contain."""
+        """Returns True if the engine's plugin is asked for tokens that the response could contain."""
         policy = self._policy
         if policy.prefer_plugin:
             return policy.shadow_top_k <= MAX_TOP
@@ -230,8 +232,9 @@ class InterceptedExchange:
         )
 
     def _unreported(self, request: Request, version: str) -> bool:
-        """Whether only the engine's plugin could report that the version was applied, and will not: one that reports no
-        ids cannot distinguish the choices of one request. Of an adapter the answer shows it."""
+        """Returns True if only the engine's plugin could report that the version was applied, and will not: a plugin
+        that reports no ids cannot distinguish the choices of one request. For an adapter the answer shows it.
+        """
         policy = self._policy
         by_plugin = policy.apply == "engine" and version not in policy.adapters
         return by_plugin and policy.tap and not policy.tap_tokens and request.choices > 1

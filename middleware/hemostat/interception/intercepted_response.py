@@ -28,7 +28,7 @@ from hemostat.openai.routes import CHAT, COMPLETIONS
 from hemostat.openai.tokens import ResponseTokens, error_reason, status_failure
 
 MAX_UNDECIDED_BYTES: Final = 64 * 1024
-"""Of a response, while it may still turn out to be a refusal."""
+"""The largest number of bytes of a response that are held back while it may still turn out to be a refusal."""
 _REFUSALS: Final = frozenset({Unscored.LOGPROBS_REFUSED, Unscored.ENCODED})
 """Failures that asking for logprobs has caused, and would cause again."""
 _REFUSAL_CODES: Final = (400, 422)
@@ -36,19 +36,19 @@ _REFUSAL_CODES: Final = (400, 422)
 _ADAPTER_REFUSAL_CODE: Final = 404
 """vLLM's for a request for an adapter that it does not know (any more)."""
 _TOO_LARGE_CODE: Final = 413
-"""Of a server that limits the size of bodies: what was added may have been too much."""
+"""The status of a server that limits the size of bodies: what was added may have been too much."""
 _SERVER_ERROR_CODE: Final = 500
 """vLLM's for a response that it cannot write as JSON: one with NaN as a log-probability, which only sampling asks for.
 Every other code of a server error says that the upstream is overloaded or gone, whatever was asked for."""
 _REPEATABLE_ROUTES: Final = frozenset({CHAT, COMPLETIONS})
-"""Of whose answers the engine keeps nothing, so that generating one twice has no effect but its cost."""
+"""The routes of whose answers the engine keeps nothing, so that generating one twice has no effect but its cost."""
 
 
 class _ResponseStart:
     """The first bytes of a response, kept until they show whether the response is a refusal by vLLM's validation.
 
-    codes: those of a refusal. error_code: the code of the error that the response is, 0 for none, None while that is
-    not known.
+    codes: the codes of a refusal. error_code: the code of the error that the response is, 0 for none, None while that
+    is not known.
     """
 
     __slots__ = ("_codes", "_error", "data", "error_code")
@@ -139,7 +139,7 @@ class InterceptedResponse:
         return self._name is not None and self._name.other_answered
 
     def begin(self, status: int, content_type: bytes, content_coding: bytes) -> bool:
-        """As `hooks.ExchangeHook.response_head`."""
+        """Implements `hooks.ExchangeHook.response_head`."""
         content_type = content_type.partition(b";")[0].strip().lower()
         coding = content_coding.strip().lower()
         plain = coding == b"identity"
@@ -206,7 +206,7 @@ class InterceptedResponse:
         return True
 
     def feed(self, data: bytes) -> bytes:
-        """As `hooks.ExchangeHook.response_data`."""
+        """Implements `hooks.ExchangeHook.response_data`."""
         start = self._start
         if self.state is WITHHELD:
             return b""
@@ -225,20 +225,20 @@ class InterceptedResponse:
         return self._release_start()
 
     def _release_start(self) -> bytes:
-        """What the client gets of the bytes that were held back."""
+        """Returns what the client gets of the bytes that were held back."""
         held = b"" if self._start is None else bytes(self._start.data)
         self._start = None
         self._enter(READ)
         return self._for_client(held)
 
     def _for_client(self, data: bytes) -> bytes:
-        """What the client gets now of these bytes of the body."""
+        """Returns what the client gets now of these bytes of the body."""
         if self._stripper is not None:
             data = self._stripper.feed(data)
         return data if self._name is None else self._name.feed(data)
 
     def repeat(self) -> RepeatReason | None:
-        """Why the client's own request is sent now, the response being complete; None: it is not."""
+        """Returns why the client's own request is sent now that the response is complete; None: it is not sent."""
         reason, start = self._repeat_reason(), self._start
         if reason is None:
             return None
@@ -279,7 +279,7 @@ class InterceptedResponse:
             self._reports.pause.refused(self._policy.shadow_top_k)
 
     def end(self) -> bytes:
-        """As `hooks.ExchangeHook.response_end`."""
+        """Implements `hooks.ExchangeHook.response_end`."""
         if self.state is REPEATED:
             return b""
         rest = self._release_start() if self.state is UNDECIDED else b""

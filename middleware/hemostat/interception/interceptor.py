@@ -108,7 +108,7 @@ _NO_OPTIONS: Final = ClientOptions()
 
 
 def _skipped_by_header(options: ClientOptions, policy: Policy) -> Unscored | None:
-    """Why the request is not to be sampled by its headers, whatever is drawn."""
+    """Returns why the request is not to be sampled by its headers, whatever is drawn; None if it may be sampled."""
     if options.shadow is False:
         return Unscored.OPTED_OUT
     return Unscored.ON_NOT_ALLOWED if options.shadow and not policy.shadow_allow_on else None

@@ -1,4 +1,4 @@
-"""Which profile a request gets, and which arm of the comparison it belongs to."""
+"""Chooses the profile that a request gets, and the arm of the comparison that it belongs to."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from hemostat_calibration.records import Arm
 
 
 class ArmReason(StrEnum):
-    """Why a request is in its arm, where it could be judged."""
+    """The reason why a request is in its arm, if it could be judged."""
 
     ASSIGNED = "assigned"
     """Assigned at random, to the control arm or to the treated one."""
     OFF = "off"
-    """`calibration.mode` is off."""
+    """The setting `calibration.mode` is off."""
     NO_PROFILE = "no_profile"
     """No profile serves."""
     UNKNOWN = "unknown"
@@ -32,9 +32,11 @@ class ArmReason(StrEnum):
     FORCED = "forced"
     """`calibration.force` is set."""
     OWN_PARAMETERS = "own_parameters"
-    """`calibration.apply: request`, and the client set temperature or logit_bias."""
+    """The setting is `calibration.apply: request`, and the client set temperature or logit_bias."""
     REQUEST_FORM = "request_form"
-    """`calibration.apply: request`, and the route has no logit_bias, or repeats the temperature in its response."""
+    """The setting is `calibration.apply: request`, and the route has no logit_bias, or repeats the temperature in its
+    response.
+    """
     OTHER_MODEL = "other_model"
     """Profiles are for another of the served models."""
     OWN_ADAPTER = "own_adapter"
@@ -62,12 +64,14 @@ class Choice:
 
 
 def served_kind(policy: Policy, kind: str) -> str:
-    """The name under which a kind is served and compared: that of the rest for one that is not followed by itself."""
+    """Returns the name under which a kind is served and compared: its own, or the name of the rest if it is not
+    followed by itself.
+    """
     return kind if kind in policy.kinds else rest_of(kind)
 
 
 def calibrates(policy: Policy) -> bool:
-    """Whether a request without X-Hemostat headers can get a profile; never with `calibration.mode: off`."""
+    """Returns True if a request without X-Hemostat headers can get a profile; never with `calibration.mode: off`."""
     if policy.mode == "off":
         return False
     return policy.forced is not None or (policy.mode == "auto" and bool(policy.serving_by_kind))
@@ -123,7 +127,7 @@ def choose_profile(
 
 
 def is_available(policy: Policy, engine: str, version: str) -> bool:
-    """Whether a request to this engine may ask for the version."""
+    """Returns True if a request to this engine may ask for the version."""
     if policy.apply == "engine":
         return version in policy.held_at(engine)
     return version == policy.forced or version in policy.serving_by_kind.values()

@@ -1,4 +1,4 @@
-"""What a relay remembers of upstreams that do not accept what Hemostat adds to requests."""
+"""The memory of a relay of upstreams that do not accept what Hemostat adds to requests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MIN_REFUSALS: Final = 3
 FIRST_PAUSE_SECONDS: Final = 30.0
 MAX_PAUSE_SECONDS: Final = 3600.0
 VAIN_REPEAT_PAUSE_SECONDS: Final = 10.0
-"""How long server errors are passed on as they are, after one that the client's own request got too."""
+"""The time for which server errors are passed on as they are, after one that the client's own request got too."""
 
 
 class SamplingPause:
@@ -52,7 +52,7 @@ class SamplingPause:
 
 
 class ServerErrorRepeats:
-    """Whether a request that got a server error is worth being sent again without what was added to it.
+    """Decides if a request that got a server error is worth being sent again without what was added to it.
 
     A repeat of a request that is not to blame costs the upstream a second generation, when it may be overloaded.
     """

@@ -1,4 +1,4 @@
-"""Where the exchanges that the relay intercepts report to: captures, and the counts of sampled requests."""
+"""The receivers of what exchanges that the relay intercepts report: captures, and the counts of sampled requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hemostat_calibration.records import Arm
 
 
 class SampledCounter(Protocol):
-    """Of `hemostat.ipc.sampled.SampledTally.add`."""
+    """The signature of `hemostat.ipc.sampled.SampledTally.add`."""
 
     def __call__(self, kind: str, outcome: str, reason: str, tokens: int | None, requests: float = 1.0) -> None: ...
 
@@ -96,7 +96,7 @@ class Reports:
         self._lost_generation = policy.generation
 
     def loses_tool_tokens(self, policy: Policy) -> bool:
-        """Whether that happened under this generation of the policy: such ids are then asked of the plugin."""
+        """Returns True if that happened under this generation of the policy: such ids are then asked of the plugin."""
         return self._lost_generation == policy.generation
 
     def tap_name(self, policy: Policy) -> str:

@@ -22,7 +22,7 @@ from typing import Final
 
 
 class ResponseState(IntEnum):
-    """Where a response stands. An IntEnum for the reason that `relay.exchange_state` gives."""
+    """The state of a response. It is an IntEnum for the reason that `relay.exchange_state` gives."""
 
     AWAITED = auto()
     """Its head is outstanding."""

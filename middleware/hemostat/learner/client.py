@@ -37,7 +37,7 @@ from hemostat_calibration.records import TokenRecord
 log = logging.getLogger("hemostat.learner")
 
 BACKOFF = (0.5, 2.0, 10.0, 60.0)
-"""Seconds before a learner that ended is started again, by how often in a row it failed before it was ready."""
+"""The seconds before a learner that ended is started again, by how often in a row it failed before it was ready."""
 RETRY_TOKEN_GROWTH = 1.25
 """After a rejected or empty proposal, the next one is requested from this many times more tokens."""
 EXPORT_SECONDS = 300.0
@@ -46,23 +46,23 @@ EXPORT_SECONDS = 300.0
 
 @dataclass(frozen=True, slots=True)
 class LearningTarget:
-    """What is learned about."""
+    """The models that are learned about."""
 
     model: str
-    """Served name of the compressed model."""
+    """The served name of the compressed model."""
     vocab_size: int
     folder: Path
-    """Checkpoint with the output embedding."""
+    """The folder of a checkpoint with the output embedding."""
     hidden_size: int
-    """Of the hidden states that the reference returns; 0: none."""
+    """The size of the hidden states that the reference returns; 0: it returns none."""
     reference: str = ""
-    """Digest of the reference's weights; "" where unknown."""
+    """The digest of the reference's weights; "" if unknown."""
     generation: int = 0
-    """How often the compressed weights have changed meanwhile."""
+    """The number of times that the compressed weights have changed meanwhile."""
 
 
 class LearningStorage(Protocol):
-    """Implemented by `learner.stored.StoredLearning`."""
+    """The storage of what was learned, which `learner.stored.StoredLearning` implements."""
 
     def load(self) -> tuple[str, bytes]: ...
 
@@ -70,7 +70,7 @@ class LearningStorage(Protocol):
 
 
 class ProposalReceiver(Protocol):
-    """Implemented by `profiles.proposals.Proposals`."""
+    """The receiver of proposals, which `profiles.proposals.Proposals` implements."""
 
     def accepts(self, tokens: int, scope: str = ALL) -> bool: ...
 
@@ -82,7 +82,7 @@ class ProposalReceiver(Protocol):
 class LearnerState(StrEnum):
     OFF = "off"
     UNAVAILABLE = "unavailable"
-    """It cannot start."""
+    """It cannot be started."""
     STARTING = "starting"
     LEARNING = "learning"
     TRAINING = "training"
@@ -121,17 +121,17 @@ class Learner:
         self._clock = clock
         self._exported_at = clock()
         self._exported_tokens = 0
-        """That had been learned from at the last export."""
+        """The number of tokens that had been learned from at the last export."""
         self._export_pending = False
         self._parts: list[bytes] = []
-        """Of an export that is arriving."""
+        """The parts of an export that is arriving."""
         self._exports: list[list[bytes]] = []
-        """That have arrived."""
+        """The exports that have arrived."""
         self._weights = ""
         """Fingerprint of the compressed weights that are learned about; "" while they are not known."""
         self._generation = 0
         self._forgets = False
-        """What the running process has learned is of other weights, and not to be stored."""
+        """It is True if what the running process has learned is about other weights, and is not to be stored."""
         self._batch_pending = False
         """A batch was sent, and is not learned yet."""
         self._requested_scope: str | None = None
@@ -152,7 +152,7 @@ class Learner:
     # --- called by the control process -----------------------------------------------------------------------------
 
     def learn_about(self, target: LearningTarget) -> None:
-        """From now on; nothing changes where it is the target already."""
+        """Sets the models to learn about from now on; nothing changes if they are the target already."""
         self._process.set_target(replace(target, generation=self._generation))
 
     def set_weights(self, weights: str) -> None:
@@ -235,7 +235,7 @@ class Learner:
                 await child.drain()
 
     def _load(self) -> bytes:
-        """What was stored, of these weights."""
+        """Returns what was stored, if it was learned from these weights."""
         if self._storage is None:
             return b""
         weights, stored = self._storage.load()

@@ -25,7 +25,7 @@ class Start(msgspec.Struct, tag="start", frozen=True):
     folder: str
     """Checkpoint that holds the output embedding."""
     hidden_size: int
-    """Of the reference's hidden states; 0: there are none."""
+    """The size of the reference's hidden states; 0: there are none."""
     anchors: int
     rank: int
     clamp_nats: float
@@ -38,7 +38,7 @@ class Start(msgspec.Struct, tag="start", frozen=True):
     stored_bytes: int = 0
     """Most bytes of an export; 0: nothing is exported."""
     restores: bool = False
-    """`Restore` messages follow."""
+    """It is True if `Restore` messages follow."""
 
 
 class Restore(msgspec.Struct, tag="restore", frozen=True):
@@ -57,25 +57,27 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
 
     scope: str
     unit: bytes
-    """`TokenRecord.unit`."""
+    """The value of `TokenRecord.unit`."""
     output: bytes
-    """int32 [T]"""
+    """The emitted ids, int32 [T]."""
     candidates: bytes
-    """int32 [T, K]"""
+    """The ids of the candidates, int32 [T, K]."""
     candidate_logprobs: bytes
-    """float32 [T, K], as all that follows but for the features and hidden states"""
+    """The log-probabilities of the candidates, float32 [T, K]. All that follows is float32, except for the features and
+    hidden states.
+    """
     reference_at: bytes
     reference: bytes
-    """int32 [T, J]"""
+    """The ids that the reference gave, int32 [T, J]."""
     reference_logprobs: bytes
     emitted: bytes
     reference_emitted: bytes
     anchors: str
     """Digest; "" without features."""
     features: bytes
-    """float16 [T, N]"""
+    """The engine's features, float16 [T, N]."""
     hidden: bytes
-    """float16 [T, d]; empty: none"""
+    """The reference's hidden states, float16 [T, d]; empty: none."""
 
 
 class Learn(msgspec.Struct, tag="learn", frozen=True):
@@ -83,7 +85,7 @@ class Learn(msgspec.Struct, tag="learn", frozen=True):
 
 
 class Propose(msgspec.Struct, tag="propose", frozen=True):
-    """scope: "" is all."""
+    """Asks for a proposal. scope: "" is all."""
 
     scope: str
 
@@ -98,20 +100,20 @@ class Learned(msgspec.Struct, tag="learned", frozen=True):
     """Totals since the process started. failed: records that could not be learned from, by what was raised."""
 
     tokens: dict[str, int]
-    """By scope, "" is all; a scope that is not learned apart is missing."""
+    """The number of tokens by scope, where "" is all; a scope that is not learned apart is missing."""
     sources: dict[str, int]
-    """By `learning.contextual.rows.TokenSource`."""
+    """The number of tokens by `learning.contextual.rows.TokenSource`."""
     failed: dict[str, int]
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
     anchors: bytes
-    """int32 [N]"""
+    """The ids of the anchors, int32 [N]."""
     hidden_size: int
     learned: Learned = Learned({}, {}, {})
-    """What was restored."""
+    """The totals of what was restored."""
     detail: str = ""
-    """Why it was not."""
+    """The reason why nothing was restored."""
 
 
 class Exported(msgspec.Struct, tag="exported", frozen=True):
@@ -131,7 +133,7 @@ class Training(msgspec.Struct, tag="training", frozen=True):
 class Proposed(msgspec.Struct, tag="proposed", frozen=True):
     scope: str
     tokens: int
-    """That it was learned from."""
+    """The number of tokens that it was learned from."""
     profile: bytes
     """Empty: there is nothing to propose yet, or it failed, and `report` says why."""
     report: dict[str, str | int | float]
@@ -205,7 +207,7 @@ def from_row(row: Row, vocab_size: int) -> TokenRecord:
 
 
 def row_bytes(rows: Iterable[Row]) -> int:
-    """Approximate size."""
+    """Returns the approximate size of rows."""
     return sum(len(value) for row in rows for value in msgspec.structs.astuple(row))
 
 

@@ -34,7 +34,9 @@ NICENESS = 15
 MAX_QUEUED_MESSAGES = 16
 """Messages read ahead of the one that is being worked on."""
 MAX_SCOPES = 8
-"""Scopes with statistics of their own: each costs as much memory as those of all traffic."""
+"""The largest number of scopes with statistics of their own: each costs as much memory as the statistics of all
+traffic.
+"""
 MAX_ANCHOR_ELEMENTS = 1 << 26
 """Elements of the output embedding that anchors are chosen from: enough rows, and seconds instead of minutes."""
 MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
@@ -86,7 +88,7 @@ class ScopedLearner:
         return ""
 
     def export(self) -> Iterator[learner_messages.Exported]:
-        """What was learned, in parts."""
+        """Yields what was learned, in parts."""
         self.has_unsaved = False
         data = storage.save(self._states, self._family, self._about, self._stored_bytes)
         for part, last in learner_messages.parts(data):
@@ -191,11 +193,11 @@ class RequestLoop:
         self._requests = requests
         self._send = send
         self._scopes_due: list[str] = []
-        """Of proposals that were requested."""
+        """The scopes of proposals that were requested."""
         self._ended = False
 
     def run(self) -> None:
-        """Until the requests end."""
+        """Handles requests until they end."""
         while not self._ended:
             if self._scopes_due:
                 self._propose(self._scopes_due.pop(0))

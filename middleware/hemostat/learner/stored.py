@@ -8,7 +8,9 @@ from hemostat.store.protocol import StoreWrites
 
 BLOB_KEY = "learner"
 PREFIX = b"weights "
-"""Of what was learned of weights that are known. No safetensors file begins so: its header would be too long."""
+"""The beginning of what was learned from weights that are known. No safetensors file begins so: its header would be too
+long.
+"""
 
 
 class StoredLearning:
@@ -19,7 +21,7 @@ class StoredLearning:
         self._stored = b""
 
     def restore(self, stored: bytes | None) -> None:
-        """What an earlier run stored."""
+        """Takes what an earlier run stored."""
         self._stored = stored or b""
 
     def load(self) -> tuple[str, bytes]:

@@ -2,7 +2,7 @@
 
 Two tests (see `hemostat_calibration.alarm`): *budget*, in each kind of traffic, the divergence beyond the noise floor
 exceeds `alarm.budget_nats`; *change*, over all kinds, requests differ from the first `alarm.baseline_requests` of their
-kinds. `alarm.alpha` is the false-alarm probability of all of them together in a week. Beside them the mix of kinds is
+kinds. `alarm.alpha` is the false-alarm probability of all of them together in a week. In addition, the mix of kinds is
 compared with what it was: information about the traffic, and no alarm.
 """
 
@@ -39,7 +39,7 @@ MAX_EVENTS = 100
 ALL_KINDS = "all"
 """Names the change test, which is of all kinds together."""
 STATE_KEY = "alarm"
-"""Of the state in the store."""
+"""The key of the alarm's state in the store."""
 SPENT_KEY = "alarm.tests"
 """The store's key of the largest number of tests of any sort that have begun (`SpentAlpha`)."""
 SAVE_SECONDS = 60.0
@@ -68,14 +68,15 @@ class FloorsState:
 
 
 class FloorLimit:
-    """Of one model's divergence from itself, and of how much the requests that it was measured on depend on each other.
-    cap: nats, where divergences are clipped."""
+    """The limit of one model's divergence from itself, with how much the requests that it was measured on depend on
+    each other. cap: nats, where divergences are clipped.
+    """
 
     def __init__(self, cap: float, cycle: Cycle) -> None:
         self._mean = ClippedMean(0.0, cap)
         self._dependence = Dependence(1, cycle)
         self._inflation = math.inf
-        """v̂ after the last request: its computation takes too long for every scored record that needs a limit."""
+        """The v̂ after the last request: its computation takes too long for every scored record that needs a limit."""
 
     def add(self, divergences: Floats, client: bytes) -> None:
         """KL by token of one request, nats. client: the digest of whom it is from."""
@@ -266,7 +267,7 @@ class Alarms:
     # --- what is shown ---------------------------------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Returns the state of the alarm, JSON-ready."""
         return {
             "raised": bool(self._raised),
             "alpha": self._settings.alpha,
@@ -298,7 +299,7 @@ class Alarms:
         return [reading for reading in alarm.readings(self._state) if reading.raised is not None]
 
     def _waits_for(self) -> list[str]:
-        """What tests still need before they can raise an alarm, in words."""
+        """Returns what tests still need before they can raise an alarm, in words."""
         needed = self._settings.baseline_requests
         waits = [
             _waits(reading, needed, self._settings.cycle, self._wall())
@@ -310,8 +311,9 @@ class Alarms:
         return waits
 
     def _workload(self) -> dict[str, Any]:
-        """The mix of kinds against that of the baseline: information, no alarm. spread_ratio: over all kinds, weighted
-        back to the mix of the baseline."""
+        """Returns the mix of kinds against the mix of the baseline: information, no alarm. spread_ratio: over all
+        kinds, weighted back to the mix of the baseline.
+        """
         mix = self._state.workload
         return {
             "baseline_requests": sum(mix.baseline.values()),
@@ -322,7 +324,7 @@ class Alarms:
         }
 
     def _learned(self, kind: alarm.KindReading) -> float:
-        """Of its baseline; 1 only where it is watched."""
+        """Returns the part of the kind's baseline that is learned; 1 only if the kind is watched."""
         if kind.watched:
             return 1.0
         needed = self._settings.baseline_requests
@@ -356,7 +358,7 @@ def _key(reading: alarm.Reading) -> tuple[str, str]:
 
 
 def _begun(state: alarm.Alarm) -> int:
-    """Of everything that takes a part of alpha."""
+    """Returns the number of all begun tests and baselines that take a part of alpha."""
     return state.budget_tests + state.change_tests + state.baselines
 
 

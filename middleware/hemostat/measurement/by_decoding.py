@@ -25,7 +25,7 @@ STRATEGIES = (*DECODING_LABELS, UNKNOWN)
 
 
 def strategy(record: TokenRecord) -> str:
-    """One of `STRATEGIES`."""
+    """Returns the strategy of the record's decoding, one of `STRATEGIES`."""
     return UNKNOWN if math.isnan(record.sampling.temperature) else decoding_label(record.sampling)
 
 
@@ -39,7 +39,7 @@ class _Drawn:
     js_lower: ClippedMean = field(default_factory=lambda: ClippedMean(0.0, math.log(2.0)))
     js_upper: ClippedMean = field(default_factory=lambda: ClippedMean(0.0, math.log(2.0)))
     dependence: Dependence = field(init=False)
-    """Of these four."""
+    """The dependence of the requests in these four figures."""
     tokens: int = 0
     unavailable: int = 0
 
@@ -84,13 +84,13 @@ class ByDecoding:
         self._drawn: dict[str, _Drawn] = {}
 
     def add(self, name: str, figures: TokenDivergence, drawn: DecodedDivergence | None, client: bytes = b"") -> None:
-        """drawn: None where the decoding is not known. client: the digest of whom the request is from."""
+        """Adds a request. drawn: None if the decoding is not known. client: the digest of whom the request is from."""
         self._figures.setdefault(name, StageFigures(cycle=self._cycle)).add(figures, client)
         if drawn is not None:
             self._drawn.setdefault(name, _Drawn(self._cycle)).add(drawn, client)
 
     def report(self) -> list[dict[str, Any]]:
-        """Those with a request, in the order of `STRATEGIES`. JSON-ready."""
+        """Returns the figures of the strategies with a request, in the order of `STRATEGIES`. JSON-ready."""
         return [
             {
                 "strategy": name,

@@ -31,7 +31,7 @@ from hemostat_calibration.records import TokenRecord
 log = logging.getLogger("hemostat.alarm")
 
 STATE_KEY = "engines"
-"""Of the state in the store."""
+"""The key of the test's state in the store."""
 SPENT_KEY = "engines.tests"
 """The store's key of the number of tests that have begun (`SpentAlpha`)."""
 ACTIVE_SECONDS = 86_400.0
@@ -50,7 +50,7 @@ class ByEngine:
     def __init__(self, alpha: float, affinity: bool, writes: StoreWrites, wall: Callable[[], float]) -> None:
         self._affinity = affinity
         self._drawn_at = -math.inf
-        """When a scored request's engine was drawn last."""
+        """The time when a scored request's engine was drawn last."""
         self._test = outlier_engine.init(alpha)
         self._totals: OrderedDict[str, tuple[int, float]] = OrderedDict()
         """By engine, the one that answered last at the end: tokens with a finite KL, and their KL."""
@@ -87,7 +87,7 @@ class ByEngine:
 
     @property
     def off(self) -> str:
-        """Why engines are not compared; "" where they are."""
+        """The reason why engines are not compared; "" if they are."""
         if self._wall() - self._drawn_at < ACTIVE_SECONDS:
             return ""
         if self._affinity:
@@ -158,9 +158,12 @@ class ByEngine:
     # --- what is shown ---------------------------------------------------------------------------------------------
 
     def report(self) -> list[dict[str, Any]]:
-        """By engine; JSON-ready. tokens, kl_nats: of what was scored since the start. requests: compared ones. farther:
-        its divergence is higher than the others', where it is an outlier. evidence: in parts of what raises the alarm.
-        on_tokens: of its own, on which it was raised."""
+        """Returns the figures by engine, JSON-ready.
+
+        tokens, kl_nats: of what was scored since the start. requests: the number of compared ones. farther: its
+        divergence is higher than the others', if it is an outlier. evidence: in parts of what raises the alarm.
+        on_tokens: the number of its own tokens on which the alarm was raised.
+        """
         tests = {reading.engine: reading for reading in self._readings()}
         result = []
         for engine in sorted(tests.keys() | self._totals.keys()):
@@ -183,7 +186,7 @@ class ByEngine:
         return result
 
     def status(self) -> dict[str, Any]:
-        """Whether engines are compared; JSON-ready."""
+        """Returns if engines are compared, JSON-ready."""
         return {"state": "off" if self.off else "on", "detail": self.off or None}
 
     def _readings(self) -> list[outlier_engine.EngineReading]:

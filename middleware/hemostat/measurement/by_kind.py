@@ -48,7 +48,7 @@ class _Kind:
     gains: OrderedDict[str, GainFigures | DistanceGains] = field(default_factory=OrderedDict)
     """By version, the one that was seen last at the end."""
     totals: dict[str, tuple[int, float]] = field(default_factory=lambda: {str(arm): (0, 0.0) for arm in Arm})
-    """By arm: tokens with a finite KL, and their KL, of what was served. Of all records."""
+    """The number of tokens with a finite KL, and the sum of their KL, of what was served, by arm. All records count."""
 
     def __post_init__(self) -> None:
         self.raw = StageFigures(FIGURES_BY_KIND, self.cycle)
@@ -59,7 +59,7 @@ class _Kind:
         return version, None if version is None else self.gains[version]
 
     def put(self, version: str, figures: GainFigures | DistanceGains) -> None:
-        """As the one that was seen last."""
+        """Puts the figures of a version as the one that was seen last."""
         self.gains.pop(version, None)
         self.gains[version] = figures
         if len(self.gains) > MAX_VERSIONS:
@@ -95,7 +95,7 @@ CONDITIONAL_METRICS = KindMetrics(
 
 
 class ByKind:
-    """metrics: what its figures are exported as. cycle: of the traffic."""
+    """The figures of all kinds. metrics: the metrics that its figures are exported as. cycle: of the traffic."""
 
     def __init__(self, metrics: KindMetrics = KIND_METRICS, cycle: Cycle = NO_CYCLE) -> None:
         self._cycle = cycle
@@ -103,7 +103,7 @@ class ByKind:
         self._kinds: OrderedDict[str, _Kind] = OrderedDict()
 
     def count(self, record: TokenRecord, served: TokenDivergence) -> None:
-        """Any record: the counters. served: the figures of what the client was served."""
+        """Counts a record of any sort. served: the figures of what the client was served."""
         name, arm = record.kind or REST_KIND, str(record.arm)
         kind = self._kinds.pop(name, None) or _Kind(self._cycle)
         self._kinds[name] = kind

@@ -1,8 +1,8 @@
 """The figures by position in the output, by length of the context, and by phase (thinking, answer).
 
-Of the compressed model itself: without records of an adapter, and without those under a grammar, whose distances are
-conditional. Records of which only the last tokens are scored count here too, and in no other figure: they are no
-sample of all their tokens, but they are of the tokens of a bucket.
+They are figures of the compressed model itself: without records of an adapter, and without records under a grammar,
+whose distances are conditional. Records of which only the last tokens are scored count here too, and in no other
+figure: they are no sample of all their tokens, but they are of the tokens of a bucket.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class _Group:
                 self._figures[label].add(part, record.client)
 
     def report(self) -> list[dict[str, Any]]:
-        """Those with a request, in their order."""
+        """Returns the figures of the places with a request, in the places' order."""
         return [{"place": label, **figure.summary()} for label, figure in self._figures.items() if figure.requests]
 
     def samples(self, kl: str, tokens: str) -> Iterator[Sample]:
@@ -68,7 +68,7 @@ class _Group:
 
 
 class ByPlace:
-    """cycle: of the traffic."""
+    """The figures by place. cycle: of the traffic."""
 
     def __init__(self, cycle: Cycle = NO_CYCLE) -> None:
         self._position = _Group(POSITIONS, by_position, cycle)
@@ -76,8 +76,9 @@ class ByPlace:
         self._phase = _Group(PHASES, by_phase, cycle)
 
     def add(self, record: TokenRecord, raw: TokenDivergence, *, fresh: bool) -> None:
-        """A record of the compressed model itself; one under a grammar is left out. fresh: it is an observation of its
-        own."""
+        """Adds a record of the compressed model itself; a record under a grammar is left out. fresh: it is an
+        observation of its own.
+        """
         if record.constraint:
             return
         for group in (self._position, self._context, self._phase):

@@ -24,7 +24,7 @@ from hemostat_calibration.records import Arm, TokenRecord
 
 
 class ConditionalFigures:
-    """cycle: of the traffic."""
+    """The conditional figures. cycle: of the traffic."""
 
     def __init__(self, cycle: Cycle = NO_CYCLE) -> None:
         self._raw = StageFigures(cycle=cycle)
@@ -33,7 +33,7 @@ class ConditionalFigures:
 
     @property
     def tokens(self) -> int:
-        """Scored ones."""
+        """The number of scored tokens."""
         return sum(self._tokens.values())
 
     def observe(

@@ -5,8 +5,8 @@ been at another time). What is in the queue is in no count yet. The figures are 
 estimates: they have no interval.
 
 Generated tokens are counted by the ids that were captured, else by the response's usage. Where neither says how many
-there were (a stream whose client did not ask for usage, an error, a response that ended early), the request counts
-among those of unknown tokens, and the share of tokens is of the known ones.
+there were (a stream whose client did not ask for usage, an error, a response that ended early), the request counts as
+one with unknown tokens, and the share of tokens is a share of the known ones.
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ MAX_REASONS = 256
 
 @dataclass(slots=True)
 class Tally:
-    """requests: of n choices each counts 1/n. unknown: of them, those whose tokens are not known. tokens: of the
-    others."""
+    """The count of requests with one outcome.
+
+    requests: the number of requests, where each of n choices counts 1/n. unknown: how many of these have an unknown
+    number of tokens. tokens: the number of tokens of the others.
+    """
 
     requests: float = 0.0
     unknown: float = 0.0
@@ -74,7 +77,7 @@ class Coverage:
             self._by_kind.popitem(last=False)
 
     def relayed(self, count: SampledCount) -> None:
-        """What a relay counted: requests that never became a capture."""
+        """Adds what a relay counted: requests that never became a capture."""
         self.count(count.kind, count.outcome, count.reason, count.requests, count.unknown, count.tokens)
 
     def ended(self, capture: Capture, outcome: str, reason: str, left_out: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""How much the requests of a group depend on each other: the variance inflation v̂ of the sums of its figures."""
+"""The dependence of the requests of a group on each other: the variance inflation v̂ of the sums of its figures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ ALL = "all"
 
 @dataclass(frozen=True, slots=True)
 class Cycle:
-    """That traffic goes through, such as day and night. seconds: its length; 0: there is none. clock: seconds."""
+    """The cycle of the traffic, such as day and night. seconds: its length; 0: there is none. clock: returns
+    seconds.
+    """
 
     seconds: float = 0.0
     clock: Callable[[], float] = time.monotonic
@@ -58,9 +60,10 @@ class DependenceState:
 
 
 class Dependence:
-    """Of several figures of one group of requests, by batches in time, and by client of the first figure.
+    """The dependence of requests of one group in several figures: by batches in time, and by client for the first
+    figure.
 
-    series: figures. InvalidArgumentError from `add` for another number of them.
+    series: the number of figures. `add` raises InvalidArgumentError for another number of them.
     """
 
     def __init__(self, series: int = 1, cycle: Cycle = NO_CYCLE) -> None:
@@ -69,7 +72,7 @@ class Dependence:
         self._in_time = BatchMeans.of(series)
         self._by_client = ClientBatches.of(MAX_CLIENTS, 1)
         self._mean = BatchMeans.of(1)
-        """Of the first figure's mean by request: what `_by_client` is compared with."""
+        """The batch means of the first figure's mean by request, which `_by_client` is compared with."""
         self._clients: dict[bytes, int] = {}
 
     def add(self, x: Floats, n: Floats, client: bytes = b"") -> None:
@@ -103,9 +106,10 @@ class Dependence:
         return self._last - self._first >= self._cycle.seconds
 
     def inflations_seen(self) -> Floats:
-        """v̂ of each figure, float64 [S], 1 or more, in traffic like that of the hours seen, which are less than a cycle
-        where `whole` is False. Infinite where it is not known: too few requests, or so dependent ones that they are too
-        few effective ones."""
+        """Returns v̂ of each figure, float64 [S], 1 or more, in traffic like in the hours seen, which are less than a
+        cycle if `whole` is False. It is infinite if it is not known: there are too few requests, or such dependent ones
+        that too few effective ones are left.
+        """
         result = np.maximum(self._in_time.inflation(), self._by_client.inflation(self._mean.variance))
         unknown = ~self._in_time.enough() | (self._in_time.units < MIN_EFFECTIVE * result)
         return np.where(unknown, np.inf, result)
@@ -116,7 +120,7 @@ class Dependence:
         return result if self.whole else np.full_like(result, np.inf)
 
     def inflation(self, series: int = 0) -> float:
-        """v̂ of one figure; infinite before a whole cycle was seen."""
+        """Returns v̂ of one figure; infinite before a whole cycle was seen."""
         return float(self.inflations()[series])
 
 
@@ -130,7 +134,7 @@ def told(requests: int, inflation: float) -> dict[str, Any]:
 
 
 def inflation_samples(kind: str, figure: str, requests: int, inflation: float) -> Iterator[Sample]:
-    """v̂ and effective requests as metrics; without v̂, 0 of these, where it is not known."""
+    """Yields v̂ and the number of effective requests as metrics. If v̂ is not known, it yields 0 of these and no v̂."""
     known = math.isfinite(inflation)
     yield Sample(names.EFFECTIVE_REQUESTS, (kind, figure), requests / inflation if known else 0.0)
     if known:

@@ -7,7 +7,7 @@ are correlated.
 `ci95`         of the mean per token, asymptotic: its coverage is right for many effective requests that have one
                distribution, with a tail that the requests so far show; see
                `hemostat_calibration.statistics.confidence`. Without ends while there are not enough effective requests:
-               `inflation` is v̂, how much more their sums vary than those of independent ones, and
+               `inflation` is v̂, how much more their sums vary than sums of independent ones, and
                `effective_requests` requests / v̂.
 `ci95_finite`  of headline figures by request (`by_request`, the mean of the requests' means): holds for any number of
                requests, whatever their distribution and drift; wide. None is "not enough requests": wider than half
@@ -38,17 +38,20 @@ COMPRESSED, REFERENCE = "compressed", "reference"
 MODELS = (COMPRESSED, REFERENCE)
 """The two models, as the label `model` of metrics names them."""
 KL_CAP = 20.0
-"""Nats at which a token's KL, and ± at which its log-likelihood ratio, is clipped for the mean, so that one token in a
-million does not change it. The clipped share is reported too."""
+"""The limit in nats at which a token's KL is clipped for the mean, and ± at which its log-likelihood ratio is, so that
+one token in a million does not change the mean. The clipped share is reported too.
+"""
 ENTROPY_CAP = math.log(1 << 24)
 """Entropy of the uniform distribution over a vocabulary larger than any."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """values: of a request's tokens, [T], NaN where not available. lo, cap: its range; what lies outside is clipped.
-    kind: what the figure is where the lists do not hold the whole vocabulary.
-    plain: the report has it as a number, with its interval under `ci95`.
+    """One figure of a request.
+
+    values: the values of its tokens, [T], NaN where not available. lo, cap: its range; what lies outside is clipped.
+    kind: what the figure is if the lists do not hold the whole vocabulary. plain: the report has it as a number, with
+    its interval under `ci95`.
     """
 
     values: Callable[[TokenDivergence], npt.NDArray[Any]]
@@ -86,7 +89,7 @@ FIGURES: Mapping[str, Figure] = {
     "entropy_reference_nats": Figure(lambda d: d.entropy_reference, 0.0, ENTROPY_CAP, "lower"),
     "entropy_shift_nats": Figure(_entropy_shift, -ENTROPY_CAP, ENTROPY_CAP, "estimate"),
 }
-"""By the name in the report. KL is KL(reference‖compressed), `reverse_kl` the other way."""
+"""All figures by the name in the report. KL is KL(reference‖compressed), `reverse_kl` the other way."""
 
 HEADLINE = (
     *("kl_nats", "reverse_kl_nats", "js_nats", "total_variation", "kl_nats_upper"),
@@ -118,7 +121,7 @@ class StageFigures:
         }
         self._dependence = Dependence(len(self._figures), cycle)
         self._inflations: dict[str, float] = dict.fromkeys(self._figures, math.inf)
-        """v̂ by figure after `requests` of `_inflations_of`."""
+        """The v̂ by figure after as many requests as `_inflations_of` says."""
         self._inflations_of = 0
         self._below = dict.fromkeys(names, 0)
         self._infinite = {name: 0 for name in INFINITE if name in self._figures}
@@ -153,11 +156,11 @@ class StageFigures:
         return finite(self._means[name].get().mean)
 
     def inflation(self, name: str) -> float:
-        """v̂ of one figure; infinite where it is not known."""
+        """Returns v̂ of one figure; infinite if it is not known."""
         return self._inflation_seen(name) if self._dependence.whole else math.inf
 
     def _inflation_seen(self, name: str) -> float:
-        """The same in traffic like that of the hours seen, also before they are a whole cycle."""
+        """Returns v̂ of one figure in traffic like in the hours seen, also before they are a whole cycle."""
         if self._inflations_of != self.requests:
             result = self._dependence.inflations_seen().tolist()
             self._inflations, self._inflations_of = dict(zip(self._figures, result, strict=True)), self.requests
@@ -172,10 +175,11 @@ class StageFigures:
         return self._means[name].sequence
 
     def figure(self, name: str) -> dict[str, Any]:
-        """One figure, JSON-ready: `estimate` (the mean), `ci95`, `inflation`, `effective_requests`, `bound` (its kind),
-        `cap`, `clipped_share`; headline figures also have `ci95_seen` (as `ci95`, but of traffic like that of the hours
-        seen, where these are no whole cycle) and `by_request`: the mean of the requests' means with its
-        `ci95_finite`."""
+        """Returns one figure, JSON-ready: `estimate` (the mean), `ci95`, `inflation`, `effective_requests`, `bound`
+        (its kind), `cap`, `clipped_share`. Headline figures also have `ci95_seen` (as `ci95`, but for traffic like in
+        the hours seen, if these are no whole cycle) and `by_request`: the mean of the requests' means with its
+        `ci95_finite`.
+        """
         mean, seen, v = self._means[name], self._inflation_seen(name), self.inflation(name)
         interval = mean.get(inflation=seen)  # v is the same, or not known
         clipped = (mean.clipped + self._below[name]) / mean.tokens if mean.tokens else 0.0
@@ -255,10 +259,12 @@ class StageFigures:
 
 
 def ends_or_none(interval: ConfidenceInterval, lo: float, hi: float) -> list[float] | None:
-    """For JSON: the ends of a finite-sample interval of a figure between lo and hi; None: not enough requests."""
+    """Returns for JSON the ends of a finite-sample interval of a figure between lo and hi; None: not enough
+    requests.
+    """
     return [interval.low, interval.high] if enough(interval, lo, hi) else None
 
 
 def finite(value: float) -> float | None:
-    """For JSON: NaN and infinity become None."""
+    """Returns the value for JSON: NaN and infinity become None."""
     return value if math.isfinite(value) else None

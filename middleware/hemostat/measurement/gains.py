@@ -1,4 +1,4 @@
-"""What a profile gains, by token and by request, with both intervals; JSON-ready."""
+"""The gains of a profile, by token and by request, with both intervals; JSON-ready."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hemostat_calibration.statistics.confidence import ConfidenceInterval, MeanS
 from hemostat_calibration.statistics.running_mean import RunningMean
 
 BY_TOKEN, BY_REQUEST, SHARE, TV_BY_TOKEN, TV_BY_REQUEST = range(5)
-"""Series of `Dependence`."""
+"""The numbers of the series in `Dependence`."""
 
 
 def interval(sequence: MeanSequence, inflation: float, lo: float = -math.inf, hi: float = math.inf) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def interval(sequence: MeanSequence, inflation: float, lo: float = -math.inf, hi
 
 
 def interval_json(confidence_interval: ConfidenceInterval, inflation: float) -> dict[str, Any]:
-    """Without ends where v̂ is not known."""
+    """Returns an interval for JSON, without ends if v̂ is not known."""
     known = math.isfinite(inflation)
     ends = [finite(confidence_interval.low), finite(confidence_interval.high)] if known else [None, None]
     return {"estimate": finite(confidence_interval.mean), "ci95": ends}
@@ -57,7 +57,7 @@ class GainFigures:
     """Σ gain / Σ KL."""
     cycle: Cycle = NO_CYCLE
     dependence: Dependence = field(init=False)
-    """Of these three."""
+    """The dependence of the requests in these three figures."""
     finite_by_request: RunningMean = field(init=False)
 
     def __post_init__(self) -> None:
@@ -91,7 +91,7 @@ class GainFigures:
         return interval(self.share, self.dependence.inflation(SHARE), hi=1.0)
 
     def gained(self) -> dict[str, Any]:
-        """Nats: by token, and under `by_request` the mean of the requests' means."""
+        """Returns the gain in nats: by token, and under `by_request` the mean of the requests' means."""
         v = self.dependence.inflations()
         return {
             **interval(self.by_token, v[BY_TOKEN]),
@@ -106,9 +106,10 @@ class GainFigures:
 
 @dataclass(slots=True)
 class DistanceGains:
-    """The same of an adapter, from exact distances of held-out requests.
+    """The gains of an adapter, from exact distances of held-out requests.
 
-    Its gain in KL has no bound, so no finite-sample interval; that of the total variation is between −1 and 1.
+    Its gain in KL has no bound, and so no finite-sample interval; its gain in total variation is between −1 and 1.
+
     cycle: of the traffic.
     """
 
@@ -119,10 +120,10 @@ class DistanceGains:
     tv_by_request: MeanSequence = field(default_factory=MeanSequence)
     cycle: Cycle = NO_CYCLE
     dependence: Dependence = field(init=False)
-    """Of these five."""
+    """The dependence of the requests in these five figures."""
     finite_tv_by_request: RunningMean = field(init=False)
     infinite_tokens: int = 0
-    """At which one of the KL is infinite: they are in no mean of the KL."""
+    """The number of tokens at which a KL, before or after, is infinite: they are in no mean of the KL."""
 
     def __post_init__(self) -> None:
         self.dependence = Dependence(5, self.cycle)
@@ -153,13 +154,13 @@ class DistanceGains:
         self.dependence.add(sums, numbers, client)
 
     def recovered(self) -> dict[str, Any] | None:
-        """As `GainFigures.recovered`."""
+        """Returns the recovered share as `GainFigures.recovered` does."""
         if self.share.moments.mean_n == 0.0:
             return None
         return interval(self.share, self.dependence.inflation(SHARE), hi=1.0)
 
     def gained(self) -> dict[str, Any]:
-        """As `GainFigures.gained`, and the same of the total variation."""
+        """Returns the gain as `GainFigures.gained` does, and also the gain in total variation."""
         v = self.dependence.inflations()
         return {
             **interval(self.by_token, v[BY_TOKEN]),

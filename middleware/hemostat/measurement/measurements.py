@@ -41,17 +41,18 @@ MAX_VERSIONS = 16
 
 STAGES = ("raw", "calibrated")
 DECODING_KINDS = ("greedy", "sampled")
-"""Of the request: temperature 0, or any other or unknown temperature."""
+"""The kinds of a request's decoding: temperature 0, or any other or unknown temperature."""
 DIRECTIONS = ("reference_compressed", "compressed_reference")
-"""Of KL(first‖second)."""
+"""The directions of KL(first‖second)."""
 
 EXCESS = ("kl_nats", "reverse_kl_nats", "js_nats", "kl_nats_estimate", "reverse_kl_nats_estimate")
 """Figures whose excess over the noise floor is reported, too: those that are quadratic in small differences, so that
 independent noise adds up. Total variation and agreement are not: the noise of a self-comparison has no known share of
 them. Upper bounds have no excess: they contain what the lists leave open, which is no noise."""
 FLOOR_SHARE = 0.5
-"""Of a model's floor, in its divergence from the other model: a self-comparison compares two noisy computations of one
-model, and the raw figure has one noisy computation of each model."""
+"""The share of a model's floor that is in its divergence from the other model: a self-comparison compares two noisy
+computations of one model, and the raw figure has one noisy computation of each model.
+"""
 ARM_DIFFERENCES = ("kl_nats_estimate", "total_variation", "top1_agreement")
 
 
@@ -68,7 +69,7 @@ class Top1:
     after: MeanSequence = field(default_factory=MeanSequence)
     change: MeanSequence = field(default_factory=MeanSequence)
     dependence: Dependence = field(init=False)
-    """Of these three."""
+    """The dependence of the requests in these three figures."""
     tokens: int = 0
     unknown: int = 0
     """Tokens where the profile's effect is not known."""
@@ -137,7 +138,7 @@ class Measurements:
         self.by_place = ByPlace(cycle)
         self.thinking = ThinkingFigures(max_tokens, cycle)
         self.conditional = ConditionalFigures(cycle)
-        """Of constrained records, which `observe` does not take."""
+        """The figures of constrained records, which `observe` does not take."""
         self._where: dict[tuple[str, str], StageFigures] = {}
         self._served = {arm: self._figures() for arm in arms}
         self._noise_floor = {model: self._figures() for model in MODELS}
@@ -323,9 +324,10 @@ class Measurements:
         return [{"route": r, "label": n, **f.summary()} for (r, n), f in self._where.items()]
 
     def arms(self) -> dict[str, Any]:
-        """What clients were served, by arm, and treated minus control. Requests are assigned at random, so the
+        """Returns what clients were served, by arm, and treated minus control. Requests are assigned at random, so the
         difference is the effect of calibration. For KL the estimate without truncation bias is compared: a difference
-        of two bounds would prove nothing."""
+        of two bounds would prove nothing.
+        """
         treated, control = self._served[Arm.TREATED], self._served[Arm.CONTROL]
         differences = {name: difference(treated, control, name) for name in ARM_DIFFERENCES}
         arms = {arm: figures.summary() for arm, figures in self._served.items() if figures.requests}

@@ -1,4 +1,5 @@
-"""Which conversations' outcomes relays report, so that the control process gets a bounded number of reports per second.
+"""Decides which conversations' outcomes relays report, so that the control process gets a bounded number of reports per
+second.
 
 Every conversation has a number in [0, 1), a keyed hash of its digest (`interception.assignment`): independent of its
 arm. Relays report its answers while the number is below `reported`, which comes with the policy, and units of a test
@@ -15,9 +16,9 @@ remembered as seen (`Outcomes`). Left are conversations that pause for longer th
 from __future__ import annotations
 
 MAX_REPORTS_PER_SECOND = 50.0
-"""Of all relays together, on average."""
+"""The largest number of reports per second of all relays together, on average."""
 WAIT_SECONDS = 1000.0
-"""How long a conversation is remembered at least while there are that many reports."""
+"""The least time for which a conversation is remembered while there are that many reports."""
 MAX_SEEN = int(MAX_REPORTS_PER_SECOND * WAIT_SECONDS)
 """Conversations, by kind, that are remembered as seen; the one that has paused for longest is forgotten."""
 _ROOM = 4.0
@@ -30,15 +31,17 @@ class OutcomeSampling:
 
     def __init__(self, reported: float = 1.0, counted: float = 1.0) -> None:
         self.reported = reported
-        """Of conversations whose answers relays report."""
+        """The share of conversations whose answers relays report."""
         self.counted = counted
-        """Of conversations that are units: at most `reported`."""
+        """The share of conversations that are units: at most `reported`."""
         self._changed_at: float | None = None
         """When `reported` was changed, or else first updated."""
 
     def update(self, requests_per_second: float, now: float) -> bool:
-        """Whether anything has changed. requests_per_second: of all relays; no more than these can be reported. now:
-        monotonic seconds."""
+        """Updates both shares, and returns True if anything has changed.
+
+        requests_per_second: of all relays; no more than these can be reported. now: monotonic seconds.
+        """
         before = self.reported, self.counted
         self._changed_at = now if self._changed_at is None else self._changed_at
         while requests_per_second * self.reported > MAX_REPORTS_PER_SECOND:

@@ -1,9 +1,8 @@
-"""Outcomes of answers by kind of traffic and arm: what relays report, what it proves, and what follows.
-
-In each kind one trial runs (`hemostat_calibration.outcomes`): of the version that serves there now. A conversation
-counts once in each kind, with its first complete answer; where there are more answers than are reported, those of a
-random part of the conversations count (`outcome_sampling`). Proven harm takes the profile from that kind, whatever the
-divergence says, and the kind stays at identity until an operator releases it.
+"""Outcomes of answers by kind of traffic and arm: what relays report, what it proves, and what follows. In each kind
+one trial runs (`hemostat_calibration.outcomes`), for the version that serves there now. A conversation counts once in
+each kind, with its first complete answer; if there are more answers than are reported, the answers of a random part of
+the conversations count (`outcome_sampling`). Proven harm takes the profile from that kind, whatever the divergence
+says, and the kind stays at identity until an operator releases it.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from hemostat_calibration.outcomes import LENGTH, Outcome, Reading, Settings, Tr
 log = logging.getLogger("hemostat.outcomes")
 
 STATE_KEY = "outcomes"
-"""Of the state in the store."""
+"""The key of the trials' state in the store."""
 SPENT_KEY = "outcomes.trials"
 """The store's key of the numbers of the trials, by kind (`SpentAlpha`)."""
 SAVE_SECONDS = 60.0
@@ -43,7 +42,7 @@ _OUTCOMES = frozenset(outcome.value for outcome in Outcome)
 
 
 class ServedKinds(Protocol):
-    """What outcomes need to know of the profiles, and do to them."""
+    """The part of the profiles that outcomes read, and what they do to it."""
 
     def kinds(self) -> Collection[str]:
         """Names of the kinds that are served and compared by themselves, the one for all others included."""
@@ -52,7 +51,9 @@ class ServedKinds(Protocol):
         """The version that serves the kind now; None for identity."""
 
     def is_operators(self, kind: str) -> bool:
-        """Whether only an operator changes what serves the kind: it is held at identity, or its profile is pinned."""
+        """Returns True if only an operator changes what serves the kind: it is held at identity, or its profile is
+        pinned.
+        """
 
     def leave(self, kind: str, why: str, evidence: dict[str, Any]) -> None:
         """Take the profile from the kind, and hold the kind at identity, unless it is pinned. evidence: JSON-ready."""
@@ -125,7 +126,7 @@ class Outcomes:
         state.changed = True
 
     def _is_first(self, kind: str, conversation: bytes) -> bool:
-        """Whether the conversation has not been seen in this kind; one that is not recognized never has."""
+        """Returns True if the conversation has not been seen in this kind; one that is not recognized never has."""
         if not conversation:
             return True
         key = blake2b(conversation + kind.encode(), digest_size=_SEEN_BYTES).digest()
@@ -143,7 +144,7 @@ class Outcomes:
             self.save()  # else a restart could count conversations that are not counted now
 
     def check(self) -> None:
-        """What is due because of new units, or because time has passed. Call it regularly."""
+        """Does what is due because of new units, or because time has passed. Call it regularly."""
         followed = set(self._served.kinds())
         for kind in [kind for kind in self._kinds if kind not in followed]:
             self._drop(kind)
@@ -246,7 +247,7 @@ class Outcomes:
         }
 
     def report(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Returns the state of all trials, JSON-ready."""
         return {
             "counted": self._sampling.counted,
             "alpha": self._settings.alpha,
@@ -314,7 +315,7 @@ def to_json(reading: Reading) -> dict[str, Any]:
 
 
 def _sentence(harm: Reading) -> str:
-    """For people."""
+    """Returns the harm in words, for people."""
     arms = f"{harm.treated_units} treated and {harm.control_units} control conversations"
     if harm.outcome == LENGTH:
         return (

@@ -1,4 +1,4 @@
-"""How many events there are in a second, smoothed."""
+"""The smoothed number of events per second."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SmoothedRate:
         """The total, and when it was reached."""
 
     def update(self, total: float, now: float) -> None:
-        """total: of all events so far. now: monotonic seconds."""
+        """Updates the rate. total: of all events so far. now: monotonic seconds."""
         last, self._last = self._last, (total, now)
         if last is None or now <= last[1]:
             return

@@ -1,4 +1,4 @@
-"""How long the texts of both models stay equal, estimated from the scored requests."""
+"""The length for which the texts of both models stay equal, estimated from the scored requests."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ REPORTED_TOKENS = (1, 4, 16, 64, 256, 1024)
 
 
 class _Texts:
-    """Of one way to decode: the curve, and how much the texts depend on each other: v̂ of the share of tokens at which
-    they part, whose sums the logarithm of the survival is made of."""
+    """The curve of one way to decode, and how much the texts depend on each other: v̂ of the share of tokens at which
+    they part, whose sums the logarithm of the survival is made of.
+    """
 
     def __init__(self, cycle: Cycle) -> None:
         self.survival = Survival()
@@ -32,7 +33,7 @@ class _Texts:
 
     @property
     def inflation(self) -> float:
-        """v̂; infinite where it is not known."""
+        """The v̂ of the texts; infinite if it is not known."""
         return self._dependence.inflation()
 
     def curve(self) -> SurvivalCurve:
@@ -89,8 +90,9 @@ class SurvivalFigures:
         return result
 
     def half_life(self) -> dict[str, float]:
-        """Of sampled text, in tokens: "mean", and "low" and "high" of its 95 % interval where v̂ is known; infinite
-        beyond the data. Empty without a request."""
+        """Returns the half-life of sampled text, in tokens: "mean", and "low" and "high" of its 95 % interval if v̂ is
+        known; infinite beyond the data. It is empty without a request.
+        """
         if not self._sampled.survival.requests:
             return {}
         curve = self._sampled.curve()

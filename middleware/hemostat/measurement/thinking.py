@@ -32,14 +32,14 @@ from hemostat_calibration.statistics.running_mean import RunningMean
 from hemostat_calibration.statistics.two_arms import TwoArms
 
 ENDED, CUT, STOPPED, NONE = ENDINGS = ("ended", "cut", "stopped", "none")
-"""How an output's thinking ended: by the marker; not, because the length limit cut the output; not, though the model
-ended the output; there was none."""
+"""The endings of an output's thinking. ended: by the marker. cut: it did not end, because the length limit cut the
+output. stopped: it did not end, though the model ended the output. none: there was no thinking."""
 LENGTH_CUT = "length"
-"""vLLM's finish_reason of an output that the length limit has cut."""
+"""The finish_reason that vLLM gives an output that the length limit has cut."""
 
 
 def ending(thinking: Thinking | None, finish_reason: str) -> str:
-    """One of `ENDINGS`."""
+    """Returns how the thinking ended, one of `ENDINGS`."""
     if thinking is None:
         return NONE
     if thinking.ended:
@@ -56,13 +56,13 @@ class _Arm:
     bounded: RunningMean = field(init=False)
     """The same, for an interval that holds for any number of requests."""
     dependence: Dependence = field(init=False)
-    """Of the length, and of whether it ends."""
+    """The dependence of the requests in the length, and in whether the thinking ends."""
     endless: Proportion = field(default_factory=Proportion)
     """Requests that think and do not end it, of those that think."""
     endings: Counter[str] = field(default_factory=Counter)
-    """Of all records."""
+    """The number of records by ending. All records count."""
     tokens: int = 0
-    """Of thinking, of all records."""
+    """The number of tokens of thinking in all records."""
 
     def __post_init__(self) -> None:
         self.dependence = Dependence(2, self.cycle)
@@ -81,15 +81,18 @@ class _Arm:
 
 
 class ThinkingFigures:
-    """Of records whose markers are known. max_tokens: of a request. cycle: of the traffic."""
+    """The figures of records whose markers are known. max_tokens: the limit of a request's tokens. cycle: of the
+    traffic.
+    """
 
     def __init__(self, max_tokens: int = MAX_TOKENS, cycle: Cycle = NO_CYCLE) -> None:
         self._max_tokens = max_tokens
         self._arms = {str(arm): _Arm(max_tokens, cycle) for arm in Arm}
 
     def add(self, arm: str, thinking: Thinking | None, finish_reason: str, client: bytes = b"", *, fresh: bool) -> None:
-        """A scored request. thinking: None where its output has none. client: the digest of whom it is from. fresh: it
-        is an observation of its own."""
+        """Adds a scored request. thinking: None if its output has none. client: the digest of whom it is from. fresh:
+        it is an observation of its own.
+        """
         into = self._arms[arm]
         how = ending(thinking, finish_reason)
         into.endings[how] += 1
@@ -126,5 +129,5 @@ class ThinkingFigures:
 
 
 def _shown(bounds: ConfidenceInterval, inflation: float) -> dict[str, Any]:
-    """Of a share, or of a difference of shares, which is NaN before both arms have a request."""
+    """Returns a share, or a difference of shares, for JSON; it is NaN before both arms have a request."""
     return interval_json(bounds, inflation if math.isfinite(bounds.mean) else math.inf)

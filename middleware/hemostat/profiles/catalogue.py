@@ -16,8 +16,9 @@ MAX_PROFILES = 32
 MAX_PROFILE_BYTES = 1024 * 1024 * 1024
 """The same for the bytes of all parameters together."""
 MAX_ONE_PROFILE_BYTES = 255 * 1024 * 1024
-"""Of one profile's parameters: the admin port takes files of up to 256 MiB. An adapter of
-rank 16 for a model of 70B parameters has about 200 MiB."""
+"""The largest size of one profile's parameters: the admin port takes files of up to 256 MiB. An adapter of rank 16 for
+a model of 70B parameters has about 200 MiB.
+"""
 MIN_GAIN_WIDTH_NATS = 1e-6
 """The guard needs a width above 0, also of a profile that changes nothing."""
 

@@ -41,7 +41,7 @@ class Decision(StrEnum):
     PIN = "pin"
     UNPIN = "unpin"
     MODE = "mode"
-    """`calibration.mode` was changed at run time."""
+    """The setting `calibration.mode` was changed at run time."""
 
 
 class Reason(StrEnum):
@@ -150,7 +150,7 @@ class EventLog:
         self._events.extend(events)
 
     def newest_first(self, version: str | None = None) -> list[dict[str, Any]]:
-        """All events held, or those of one profile."""
+        """Returns the events that are held, newest first: all of them, or only the events of one profile."""
         return [event for event in reversed(self._events) if version in (None, event["version"])]
 
 
@@ -165,8 +165,9 @@ def evidence_json(evidence: Evidence | None) -> dict[str, Any]:
 
 
 def pooled_gain(parts: Collection[Evidence]) -> dict[str, Any]:
-    """Of the tests of one profile in several kinds together, JSON-ready: the mean gain by unit, and the figure that it
-    is of. Gains of different figures have no mean: then both are None."""
+    """Returns the mean gain by unit over the tests of one profile in several kinds, and the figure that the gain is in,
+    JSON-ready. Gains of different figures have no mean: then both are None.
+    """
     counted = [evidence for evidence in parts if evidence.units]
     if len({evidence.figure for evidence in counted}) != 1:
         return {"mean_gain": None, "figure": None}

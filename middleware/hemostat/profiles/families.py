@@ -1,4 +1,4 @@
-"""What the life of a profile depends on its family for. A new family needs an entry in `FAMILY_RULES`.
+"""The rules in the life of a profile that depend on its family. A new family needs an entry in `FAMILY_RULES`.
 
 (What a family computes is declared in `hemostat_calibration.profiles.families`; who learns it, in `proposals`.)
 """
@@ -26,14 +26,17 @@ MAX_IDENTITY_NORMALIZER_NATS = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class FamilyRules:
-    """queue_priority: candidates with a lower number are tested first.
-    fits_request: its parameters can be sent as a request's `temperature` and `logit_bias`.
-    kl_limit: (profile) -> largest KL from identity that it enforces, nats; None where it enforces none.
+    """The rules of one family.
+
+    queue_priority: candidates with a lower number are tested first. fits_request: its parameters can be sent as a
+    request's `temperature` and `logit_bias`. kl_limit: (profile) -> the largest KL from identity that it enforces,
+    nats; None if it enforces none.
+
     token_gains: (record, profile, gain, normalizer float64 [T], NaN where the engine gave none) -> lower and upper ends
-        of the gain at the tokens that are evidence, [S] each with S ≤ T; None where no token is. Of an adapter always
-        None: what it does to the weights does not follow from a record of the compressed model. Its evidence, and that
-        of whatever is compared with it, is the total variation in `TokenRecord.distances`
-        (`hemostat_calibration.guard.decisions.Figure`).
+    of the gain at the tokens that are evidence, [S] each with S ≤ T; None if no token is. For an adapter it is always
+    None: what an adapter does to the weights does not follow from a record of the compressed model. Its evidence, and
+    the evidence of whatever is compared with it, is the total variation in `TokenRecord.distances`
+    (`hemostat_calibration.guard.decisions.Figure`).
     """
 
     queue_priority: int

@@ -4,7 +4,7 @@ The gain is of the models' own distributions on the tokens at hand, whatever arm
 computed on the same tokens, so that nothing depends on which requests were assigned to which arm. Whether a record
 counts is decided before its gain is looked at.
 
-Where an adapter is on either side, the gain is that of the total variation, from exact distances that copies of the
+Where an adapter is on either side, the gain is in total variation, from exact distances that copies of the
 models have computed on the record's tokens (`TokenRecord.distances`); a record without them does not count there. Why
 not KL: see `hemostat_calibration.guard.decisions.Figure`. Elsewhere a record of an adapter does not count: its lists
 are of another model than the one that the others change.
@@ -35,7 +35,7 @@ ROLL_BACK_TEXTS = {
 
 
 def is_held_out(record: TokenRecord, fraction: float) -> bool:
-    """Whether the record's unit is judged by; nothing is ever learned from it then."""
+    """Returns True if the record's unit is judged by; then nothing is ever learned from it."""
     return held_out(record.unit, fraction)
 
 
@@ -56,10 +56,10 @@ def gain_interval(record: TokenRecord, profile: CalibrationProfile, gain: Gain) 
 
 
 def distance_gain(before: ExactDistances, after: ExactDistances) -> UnitGain:
-    """What one request's tokens gain, on average, from the second model over the first, exactly.
+    """Returns the exact gain of the second model over the first, on average over one request's tokens.
 
-    Where the second gives no distribution, its total variation is 1 and the loss in KL infinite; where only the first
-    gives none, nothing is gained in KL.
+    If the second gives no distribution at a token, its total variation is 1 and the loss in KL infinite. If only the
+    first gives none, nothing is gained in KL.
 
     >>> base = ExactDistances(np.array([0.6, 0.4]), np.array([0.3, 0.2]), np.array([False, True]))
     >>> adapted = ExactDistances(np.array([0.2, 0.2]), np.array([0.1, 0.1]), np.array([True, True]))
@@ -113,7 +113,9 @@ class Judge:
         self._promote_best(counted + full, unit.kind)
 
     def _count(self, candidate: Candidate, unit: HeldOutUnit, selected: str | None, admission: Admission) -> bool:
-        """Whether it counts: it is admitted, and something is known of the candidate's gain over what serves."""
+        """Counts the unit, and returns True, if it is admitted and something is known of the candidate's gain over what
+        serves.
+        """
         gain = self._gain(unit, candidate.version, selected)
         if gain is None:
             return False
@@ -124,8 +126,9 @@ class Judge:
         return True
 
     def _gain(self, unit: HeldOutUnit, version: str, baseline: str | None) -> UnitGain | None:
-        """Of a version over another (None: identity); None where nothing is known of it. Whether it is depends on what
-        engines and copies have computed, not on the gain."""
+        """Returns the gain of a version over another (None: identity); None if nothing is known of it. Whether it is
+        known depends on what engines and copies have computed, not on the gain.
+        """
         if self._trials.figure(version, baseline) is Figure.TOTAL_VARIATION:
             before, after = unit.distances.get(baseline or IDENTITY), unit.distances.get(version)
             return None if before is None or after is None else distance_gain(before, after)
@@ -136,7 +139,7 @@ class Judge:
         return None if own is None or other is None else UnitGain(own[0] - other[1], own[1] - other[0])
 
     def _judge_serving(self, kind: str) -> bool:
-        """Whether it was rolled back."""
+        """Returns True if what serves the kind was rolled back."""
         decision = self._trials.decide_serving(kind)
         if decision.reason is None or self._serving.kinds[kind].pinned:
             return False
@@ -145,8 +148,9 @@ class Judge:
         return True
 
     def _promote_best(self, candidates: list[Candidate], kind: str) -> None:
-        """Of those that are proven here, and may serve, promote the one with the largest gain in KL: that is known of
-        all of them, whatever figure they were proven by."""
+        """Promotes, of the candidates that are proven here and may serve, the one with the largest gain in KL: that
+        gain is known of all of them, whatever figure they were proven by.
+        """
         if self._serving.kinds[kind].pinned:
             return
         proven = [candidate for candidate in candidates if self._trials.promotes(candidate, kind)]
@@ -160,7 +164,7 @@ class Judge:
                 return
 
     def _is_due(self, candidate: Candidate, kind: str) -> bool:
-        """Whether the next unit of this kind promotes it."""
+        """Returns True if the next unit of this kind promotes the candidate."""
         free = not self._serving.kinds[kind].pinned and self._serving.has_room(candidate.version, {kind})
         return free and self._trials.promotes(candidate, kind)
 
@@ -169,8 +173,10 @@ class Judge:
         return self._trials.has_seen_cycles and self._trials.spans_cycle(candidate, kind)
 
     def _take_slot(self, candidate: Candidate) -> bool:
-        """Whether an adapter that no slot is free for took that of another one: of one most of whose traffic it is
-        proven better in. The kinds in which it is not go back to identity, and it is tested there against that."""
+        """Gives an adapter that no slot is free for the slot of another one, and returns True, if it is proven better
+        in most of the other one's traffic. The kinds in which it is not go back to identity, and it is tested there
+        against identity.
+        """
         running = self._trials.running_kinds(candidate)
         proven = {kind for kind in running if self._trials.promotes(candidate, kind)}
         lost = self._serving.slot_for(candidate.version, proven)

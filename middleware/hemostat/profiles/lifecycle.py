@@ -58,11 +58,12 @@ class Lifecycle:
         return versions | {v for v in (self._serving.forced, self._catalogue.probe) if v is not None}
 
     def engine_versions(self) -> list[str]:
-        """Versions that engines should hold, most important first; adapters last, in the order of `adapter_versions`.
+        """Returns the versions that engines should hold, most important first; adapters last, in the order of
+        `adapter_versions`.
 
-        Engines evaluate, beside the profile that they apply, those that come first: the candidates, so that they are
-        tested in every kind whatever serves there. In `observe` nothing is applied, so what would serve comes first.
-        Engines report the logits of the anchors of the first one that reads any.
+        In addition to the profile that they apply, engines evaluate the versions that come first: the candidates, so
+        that they are tested in every kind whatever serves there. In `observe` nothing is applied, so what would serve
+        comes first. Engines report the logits of the anchors of the first one that reads any.
         """
         serving = self._serving
         tested, selected = self._trials.tested_versions, serving.versions
@@ -188,7 +189,7 @@ class Lifecycle:
     # --- what serves -----------------------------------------------------------------------------------------------
 
     def promote(self, candidate: Candidate, kind: str) -> None:
-        """On the evidence of its test in this kind."""
+        """Promotes a candidate in this kind on the evidence of its test."""
         proof = self._trials.evidence(candidate, kind)
         self.serve(candidate.version, candidate.scope, kind, window_after_promotion(proof), chosen=False)
         self._events.record(
@@ -202,14 +203,14 @@ class Lifecycle:
         )
 
     def serve(self, version: str, scope: str, kind: str, window: int = DEFAULT_WINDOW, *, chosen: bool) -> None:
-        """Let a profile serve a kind from now on, watched in windows of `window` held-out units.
+        """Lets a profile serve a kind from now on, watched in windows of `window` held-out units.
 
         Whoever calls this records the event afterwards: a process that is killed between the two writes has lost the
         event, and not what serves. `roll_back` records its event first.
 
-        scope: that it was learned of. chosen: by an operator. The tests of other proposals in this kind end; those of
-        imports, which were compared with what served before, begin anew. A newer build of the profile waits on: it will
-        be compared with what serves from now on.
+        scope: the scope that it was learned from. chosen: an operator chose it. The tests of other proposals in this
+        kind end. The tests of imports, which were compared with what served before, begin anew. A newer build of the
+        profile waits on: it will be compared with what serves from now on.
         """
         state = self._serving.kinds[kind]
         if state.version is not None and state.version != version:

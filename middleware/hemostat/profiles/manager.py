@@ -1,6 +1,6 @@
 """`ProfileManager` composes the parts of a profile's life for the control process; no part knows it.
 
-Invariants (those of what serves are in `serving`, those of tests in `trials`):
+Invariants (the ones of what serves are in `serving`, the ones of tests in `trials`):
 - A record is learned from or judged by, never both: decided by its evidence unit.
 - A record of an adapter is of another model: what the others change is not learned from it.
 - A constrained record is conditional on what a grammar allows: nothing is learned from it, and it is judged by in its
@@ -156,9 +156,10 @@ class ProfileManager:
         self.lifecycle.kind_evicted(kind)
 
     def set_model_pair(self, model: str, vocab_size: int, names: frozenset[str] | None = None) -> None:
-        """Both models are known and have the same token ids: learning can begin, anew when they are others than before.
+        """Takes the pair once both models are known and have the same token ids: learning can begin. It begins anew if
+        the models are others than before.
 
-        model: the served name of the compressed one. names: all of its names, and those of its adapters that the
+        model: the served name of the compressed one. names: all of its names, and the names of its adapters that the
         reference can score.
         """
         self.serving.names = names
@@ -202,11 +203,15 @@ class ProfileManager:
         )
 
     def may_need_distances(self, unit: bytes) -> bool:
-        """Whether a record of this unit may take distances: it is held out, and an adapter serves or is tested."""
+        """Returns True if a record of this unit may take distances: it is held out, and an adapter serves or is
+        tested.
+        """
         return bool(self.lifecycle.adapter_versions()) and held_out(unit, self._held_out_fraction)
 
     def calibrated_profile(self, record: TokenRecord) -> CalibrationProfile | None:
-        """What the record's `calibrated` figures are about: the profile that was served, or that would have been."""
+        """Returns the profile that the record's `calibrated` figures are about: the one that was served, or that would
+        have been.
+        """
         version = record.applied if record.applied is not None else self.serving.would_serve(record)
         return self.catalogue.get(version)
 
@@ -232,7 +237,7 @@ class ProfileManager:
             self.proposals.learn(record, self.scope_of(record))
 
     def _held_out_unit(self, record: TokenRecord, kind: str, gains: RecordGains, *, fresh: bool) -> HeldOutUnit:
-        """What tests need of a held-out record. Its gains are computed when they are asked for."""
+        """Returns what tests need of a held-out record. Its gains are computed when they are asked for."""
 
         def gain(version: str) -> Interval | None:
             profile = self.catalogue.get(version)

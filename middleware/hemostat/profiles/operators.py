@@ -1,4 +1,4 @@
-"""What an operator decides: imports, and serving without statistical proof."""
+"""The decisions of an operator: imports, and serving without statistical proof."""
 
 from __future__ import annotations
 
@@ -43,9 +43,8 @@ class Operator:
         self._writer = writer
 
     def set_mode(self, mode: str) -> None:
-        """off, observe or auto; `off` ends serving and learning at once. Nothing happens where it is the mode already.
-
-        It is kept over restarts, until the configured mode changes.
+        """Sets the mode to off, observe or auto; `off` ends serving and learning at once. Nothing happens if it is the
+        mode already. It is kept over restarts, until the configured mode changes.
         """
         if mode == self._serving.mode:
             return

@@ -1,4 +1,4 @@
-"""What a restart needs: the keys and formats in the store's state, and their writes."""
+"""The state that a restart needs: the keys and formats in the store, and their writes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger("hemostat.calibration")
 MODES = frozenset({"off", "observe", "auto"})
 
 SERVING_KEY = "kinds"
-"""`StoredServing` as JSON: at most about 100 kB."""
+"""The key of `StoredServing` as JSON, which has at most about 100 kB."""
 TESTS_KEY = "tests"
 """The guard's tests and windows, `Guard.save`: usually some 100 kB, at most 4 MB."""
 TESTS_BEGUN_KEY = "tests.candidate"
@@ -32,13 +32,13 @@ WINDOWS_BEGUN_KEY = "tests.windows"
 MODE_KEY = "mode"
 """The configured mode and the one in force, with a space between."""
 STATE_KEYS = (SERVING_KEY, TESTS_KEY, TESTS_BEGUN_KEY, WINDOWS_BEGUN_KEY, MODE_KEY)
-"""What the store's state holds of profiles."""
+"""The keys of profiles in the store's state."""
 SAVE_SECONDS = 60.0
-"""Between two writes of tests that go on; what decides is written at once."""
+"""The time between two writes of tests that go on; what decides is written at once."""
 
 
 class StoredKind(msgspec.Struct, frozen=True):
-    """`KindState`, and the number of the window in which its version was watched."""
+    """A `KindState` as it is stored, with the number of the window in which its version was watched."""
 
     version: str | None
     learned_of: str
@@ -53,9 +53,12 @@ class StoredKind(msgspec.Struct, frozen=True):
 
 
 class StoredServing(msgspec.Struct, frozen=True):
-    """scope: `calibration.scope`. table: `KindTable.save`. kinds: by name. queue: version, scope and source of each.
-    former: `ServingState.former`, versions that were tried and why it was held. proposals: of each in the queue, the
-    number of its proposal; empty in what versions before have stored."""
+    """The state of serving as it is stored.
+
+    scope: `calibration.scope`. table: `KindTable.save`. kinds: by name. queue: version, scope and source of each
+    candidate. former: `ServingState.former`, the versions that were tried and why the kind was held. proposals: the
+    number of the proposal of each candidate in the queue; it is empty in what earlier versions have stored.
+    """
 
     scope: str = "pooled"
     table: str = ""
@@ -130,8 +133,9 @@ class StateWriter:
 
     @contextmanager
     def one_commit(self) -> Iterator[None]:
-        """What serves and the tests are written once, at the end of several changes: a process that is killed before
-        that has changed none of it."""
+        """Writes what serves and the tests once, at the end of several changes: a process that is killed before that
+        has changed none of it.
+        """
         self._held = True
         try:
             yield
@@ -141,7 +145,7 @@ class StateWriter:
         self.write_tests()
 
     def write_serving(self) -> None:
-        """What serves by kind, the kinds that are followed, and the queue."""
+        """Writes what serves by kind, the kinds that are followed, and the queue."""
         if self._held:
             return
         kinds = {name: self._stored_kind(name, state) for name, state in self._serving.kinds.items()}
@@ -221,6 +225,6 @@ class StateWriter:
 
 
 def candidates(stored: StoredServing) -> list[Candidate]:
-    """Of the queue, in its order."""
+    """Returns the candidates of the queue, in its order."""
     proposals = [*stored.proposals, *(0 for _ in stored.queue)]
     return [Candidate(*candidate, proposal) for candidate, proposal in zip(stored.queue, proposals, strict=False)]

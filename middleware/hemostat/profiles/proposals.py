@@ -1,8 +1,8 @@
-"""Which profiles are proposed, and when: temperature and bias learned here, by scope; contextual ones by the learner;
-adapters by whoever makes them.
+"""Decides which profiles are proposed, and when: temperature and bias are learned here, by scope; contextual ones come
+from the learner, and adapters from whoever makes them.
 
-A new family that is learned in this process goes beside `TemperatureBiasLearner` here; one that is learned elsewhere
-uses `accepts` and `propose`, as the contextual learner does, or `accepts_adapter` and `propose_adapter`.
+A new family that is learned in this process is added here, as `TemperatureBiasLearner` is; one that is learned
+elsewhere uses `accepts` and `propose`, as the contextual learner does, or `accepts_adapter` and `propose_adapter`.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ BATCH_RECORDS = 8
 
 
 _PROPOSED_AT, _WEIGHTS = "proposed_at", "weights"
-"""Of an export's notes."""
+"""The keys of an export's notes."""
 
 
 @dataclass(slots=True)
 class _ScopeLearning:
-    """What was learned in one scope."""
+    """The state of the learning in one scope."""
 
     temperature_bias: TemperatureBiasState | None = None
     batch: list[TokenRecord] = field(default_factory=list)
-    """Records of the next update."""
+    """The records of the next update."""
     proposed_at: dict[str, int] = field(default_factory=dict)
-    """By family, the tokens that the last proposal was learned from."""
+    """The number of tokens that the last proposal was learned from, by family."""
 
 
 class Proposals:
@@ -100,9 +100,10 @@ class Proposals:
         return (state.requests, state.tokens) if state is not None else (0, 0)
 
     def export(self, models: str, weights: str = "") -> Callable[[], bytes]:
-        """What was learned until now, as bytes; the function that makes them may be called in a thread.
+        """Returns a function that makes bytes of what was learned until now; it may be called in a thread.
 
-        models: a name of both models, for `restore`. weights: that it was learned of, "" where they are not known.
+        models: a name of both models, for `restore`. weights: the weights that it was learned from; "" if they are not
+        known.
         """
         states = {scope: s.temperature_bias for scope, s in self._scopes.items() if s.temperature_bias is not None}
         proposed_at = {scope: dict(learning.proposed_at) for scope, learning in self._scopes.items()}
@@ -128,7 +129,7 @@ class Proposals:
         return str(notes.get(_WEIGHTS) or "")
 
     def forget_learned(self) -> None:
-        """Of temperature and bias."""
+        """Forgets what temperature and bias have learned."""
         for learning in self._scopes.values():
             learning.temperature_bias, learning.batch = None, []
 
@@ -206,7 +207,7 @@ class Proposals:
     # --- the contextual learner ------------------------------------------------------------------------------------
 
     def accepts(self, tokens: int, scope: str = ALL) -> bool:
-        """Whether a contextual proposal that was learned from `tokens` tokens in all would be tested now."""
+        """Returns True if a contextual proposal that was learned from `tokens` tokens in all would be tested now."""
         return self._serving.active and not self._requests.enabled and self._due(scope, CONTEXTUAL, tokens)
 
     def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any], scope: str = ALL) -> bool:
@@ -226,8 +227,9 @@ class Proposals:
     # --- adapters --------------------------------------------------------------------------------------------------
 
     def accepts_adapter(self, tokens: int) -> bool:
-        """Whether an adapter that was learned from `tokens` tokens in all would be tested now: the first one from
-        `adapter.min_tokens`, further ones when twice as much is known (four times, while the last one is tested)."""
+        """Returns True if an adapter that was learned from `tokens` tokens in all would be tested now: the first one
+        from `adapter.min_tokens`, further ones when twice as much is known (four times, while the last one is tested).
+        """
         enough = tokens >= self._min_tokens[ADAPTER]
         return enough and self._serving.active and not self._requests.enabled and self._due(ALL, ADAPTER, tokens)
 
@@ -275,7 +277,7 @@ class Proposals:
     # --- bookkeeping -----------------------------------------------------------------------------------------------
 
     def _due(self, scope: str, family: str, tokens: int) -> bool:
-        """Whether enough was learned since the last proposal for another test to be worth its alpha."""
+        """Returns True if enough was learned since the last proposal for another test to be worth its alpha."""
         if not self._serving.scopes.follow(scope) or not self._serving.has_room_for_new(scope):
             return False
         last = self._scope(scope).proposed_at.get(family, 0)

@@ -1,4 +1,4 @@
-"""What is shown of profiles: status, list and description, JSON-ready; and their metrics by kind."""
+"""The views of profiles: status, list and description, JSON-ready; and their metrics by kind."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Report:
         return sorted(kinds, key=lambda kind: (-kinds[kind].units, -self._kinds.table.seen(kind), kind))
 
     def _candidate(self, candidate: Candidate) -> dict[str, Any]:
-        """With what its tests in all kinds have shown together."""
+        """Returns a candidate with what its tests in all kinds have shown together."""
         result = self._trials.evidence_by_kind(candidate).values()
         return {
             **_names(candidate),
@@ -122,7 +122,9 @@ class Report:
         }
 
     def _requests(self, kind: str) -> float:
-        """How many were scored, those of two days ago counted half; of `REST_KIND` all that are of no followed kind."""
+        """Returns how many requests of a kind were scored, where requests of two days ago count half. For `REST_KIND`
+        all requests count that belong to no followed kind.
+        """
         table = self._kinds.table
         followed = sum(table.seen(name) for name in table.followed)
         return table.total - followed if kind == REST_KIND else table.seen(kind)
@@ -179,7 +181,7 @@ class Report:
         return f"{done}; its gain is {'not above 0' if evidence.mean_gain <= 0.0 else 'too small or too spread'} so far"
 
     def _client_share(self, evidence: Evidence | None) -> str:
-        """Whether a limit holds for what one client contributes to the test that matters most in a kind, and why."""
+        """Returns if a limit holds for what one client contributes to the test that matters most in a kind, and why."""
         if evidence is None:
             return "no test"
         clients = f"{evidence.clients} client{'' if evidence.clients == 1 else 's'}"
@@ -190,7 +192,7 @@ class Report:
     # --- metrics ---------------------------------------------------------------------------------------------------
 
     def samples(self) -> Iterator[Sample]:
-        """What serves, and by kind the gain and the evidence; the kinds are bounded by `evidence.kinds`."""
+        """Yields what serves, and by kind the gain and the evidence; the kinds are bounded by `evidence.kinds`."""
         active = self._serving.mode != "off" and self._serving.forced is None
         serving = self._serving.selected_by_kind if active else {}
         for kind in self._order():
@@ -208,7 +210,7 @@ class Report:
     # --- profiles --------------------------------------------------------------------------------------------------
 
     def profile_bytes(self, version: str) -> bytes | None:
-        """safetensors; None where the profile is not held."""
+        """Returns the profile as safetensors; None if it is not held."""
         profile = self._catalogue.get(version)
         return profile.to_bytes() if profile is not None else None
 
@@ -305,7 +307,7 @@ def _nearest(tests: list[tuple[Candidate, Evidence]]) -> tuple[Candidate, Eviden
 
 
 def units_needed(evidence: Evidence) -> int | None:
-    """How many more units a candidate needs where they are like those so far; None where that cannot be said."""
+    """Returns how many more units a candidate needs if they are like the units so far; None if that cannot be said."""
     if evidence.units < MIN_UNITS_FOR_ESTIMATE or evidence.log_e_adjusted <= 0.0:
         return None
     return max(1, math.ceil((evidence.needed / evidence.log_e_adjusted - 1.0) * evidence.units))

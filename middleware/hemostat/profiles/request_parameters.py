@@ -15,7 +15,7 @@ MAX_LOGIT_BIAS_ENTRIES = 300
 
 
 class RequestParameters:
-    """Which profiles a request can carry, and as what.
+    """Decides which profiles a request can carry, and in which form.
 
     enabled: `calibration.apply` is `request`.
     default_temperature_is_one: the server is known to have no default temperature of its own, so that a profile's
@@ -29,7 +29,7 @@ class RequestParameters:
         """Version and its parameters: they are asked for at every policy."""
 
     def of(self, profile: CalibrationProfile | None) -> dict[str, Any]:
-        """Fields of the relays' policy; {} where nothing is to be sent."""
+        """Returns the fields of the relays' policy; {} if nothing is to be sent."""
         if not self.enabled or profile is None or not FAMILY_RULES[profile.family].fits_request:
             return {}
         if self._last[0] != profile.version:
@@ -52,12 +52,12 @@ class RequestParameters:
             )
 
     def variants(self, proposal: CalibrationProfile) -> list[CalibrationProfile]:
-        """The forms of a temperature-and-bias proposal that are tested, each for itself, in this order.
+        """Returns the forms of a temperature-and-bias proposal that are tested, each for itself, in this order.
 
-        Without the temperature, and as learned: E_r[Δz] of a bias is known exactly, that of a temperature only as a
-        bound (it takes the compressed model's logits at every id), so the bias alone can often prove what both cannot.
-        It comes first, since an earlier test has more of alpha.
-        Where requests carry the profile, only what a request can carry is tested.
+        They are the proposal without the temperature, and as learned: E_r[Δz] of a bias is known exactly, but of a
+        temperature only as a bound (it takes the compressed model's logits at every id), so the bias alone can often
+        prove what both cannot. It comes first, since an earlier test has more of alpha. Where requests carry the
+        profile, only what a request can carry is tested.
         """
         bias = np.array(proposal.parameters["bias"])
         if self.enabled:

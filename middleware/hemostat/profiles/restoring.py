@@ -31,11 +31,11 @@ from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
 log = logging.getLogger("hemostat.calibration")
 
 Cause = tuple[Reason, str]
-"""Why something cannot go on; the text is for people."""
+"""The reason why something cannot go on, with a text for people."""
 
 
 class Restoring:
-    """configured_mode: `calibration.mode`."""
+    """Restores the parts of a profile's life. configured_mode: `calibration.mode`."""
 
     def __init__(
         self,
@@ -61,10 +61,10 @@ class Restoring:
     def restore(
         self, stored: Iterable[StoredProfile], states: Mapping[str, str], events: Sequence[dict[str, Any]]
     ) -> None:
-        """Go on from what an earlier run wrote: what served serves again, and tests and windows go on. What cannot is
-        withdrawn, which is an event with its reason.
+        """Goes on from what an earlier run wrote: what served serves again, and tests and windows go on. What cannot go
+        on is withdrawn, which is an event with its reason.
 
-        stored, events: newest first. states: by name, those of `STATE_KEYS`.
+        stored, events: newest first. states: by name, for the names in `STATE_KEYS`.
         """
         self._events.restore(reversed(events))
         served, damage = _served(states)
@@ -134,8 +134,9 @@ class Restoring:
     def _resume_tests(
         self, states: Mapping[str, str | None], served: StoredServing, unread: Mapping[str, str]
     ) -> dict[Candidate, Cause]:
-        """Those of candidates whose profile is there; all of them where what is learned apart is the same as before.
-        Returns the others."""
+        """Resumes the tests of candidates whose profile is there, if what is learned apart is the same as before.
+        Returns the other candidates.
+        """
         causes = {candidate: self._why_not_held(candidate.version, unread) for candidate in candidates(served)}
         if served.scope != self._serving.scopes.kind:
             why = f"calibration.scope was {served.scope}: it was learned of other requests"
@@ -180,7 +181,7 @@ class Restoring:
 
 
 def _served(states: Mapping[str, str | None]) -> tuple[StoredServing, str]:
-    """What served, and what is wrong with the record of it, in one line; "" where nothing is."""
+    """Returns what served, and what is wrong with the record of it, in one line; "" if nothing is wrong."""
     try:
         return StoredServing.decode(states.get(SERVING_KEY)), ""
     except InvalidArgumentError as error:

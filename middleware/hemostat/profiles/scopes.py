@@ -14,7 +14,9 @@ from hemostat_calibration.records import TokenRecord
 ALL = ""
 """The pooled scope: all requests."""
 MAX_SCOPES = 16
-"""Scopes beside the pooled one; the first ones seen. Requests of further ones count as pooled only."""
+"""The largest number of scopes in addition to the pooled one; they are the first ones seen. Requests of further scopes
+count as pooled only.
+"""
 
 SCOPE_KEYS: Mapping[str, Callable[[TokenRecord], str]] = {
     "pooled": lambda record: ALL,
@@ -22,7 +24,7 @@ SCOPE_KEYS: Mapping[str, Callable[[TokenRecord], str]] = {
     "route": lambda record: record.route,
     "model": lambda record: record.model,
 }
-"""`calibration.scope` -> the name of a record's scope."""
+"""The function that names a record's scope, by the value of `calibration.scope`."""
 
 
 class Scopes:
@@ -41,7 +43,9 @@ class Scopes:
         return iter(self._seen)
 
     def follow(self, scope: str) -> bool:
-        """Whether the scope is learned from separately; a new one is, unless there are too many, or all is pooled."""
+        """Returns True if the scope is learned from separately. A new scope is, unless there are too many, or all is
+        pooled.
+        """
         if scope not in self._seen and self.kind != "pooled" and len(self._seen) <= MAX_SCOPES:
             self._seen[scope] = None
         return scope in self._seen
@@ -52,7 +56,7 @@ class Scopes:
         return scope if self.follow(scope) else ALL
 
     def require(self, scope: str) -> None:
-        """Of a scope that an operator names: HemostatError where no request of it was seen."""
+        """Checks a scope that an operator names: raises HemostatError if no request of it was seen."""
         if scope in self._seen:
             return
         if self.kind == "pooled":

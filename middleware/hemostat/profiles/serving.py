@@ -1,4 +1,5 @@
-"""What serves: the mode, the pair of models, a forced profile, and for each kind of traffic the version that serves it.
+"""The state of what serves: the mode, the pair of models, a forced profile, and for each kind of traffic the version
+that serves it.
 
 Invariants:
 - A version serves a kind only in mode `auto`, only after it was promoted in that kind (by the guard or the operator),
@@ -45,20 +46,20 @@ class ServedModel:
 
 @dataclass(slots=True)
 class KindState:
-    """What serves the requests of one kind."""
+    """The state of what serves the requests of one kind."""
 
     version: str | None = None
-    """None: identity."""
+    """The version that serves; None: identity."""
     learned_of: str = ALL
-    """The scope that `version` was learned of."""
+    """The scope that `version` was learned from."""
     window: int = DEFAULT_WINDOW
     """Length of the windows in which `version` is watched, in units."""
     chosen: bool = False
-    """`version` was promoted by an operator, not on evidence."""
+    """It is True if `version` was promoted by an operator, not on evidence."""
     pinned: bool = False
-    """`version` is neither replaced nor rolled back automatically."""
+    """It is True if `version` is neither replaced nor rolled back automatically."""
     held: str = ""
-    """Why identity has to serve until an operator releases the kind; "" where it need not."""
+    """The reason why identity has to serve until an operator releases the kind; "" if it need not."""
     units: int = 0
     """Held-out units of this kind so far; no test begins before the first."""
     scope: str | None = None
@@ -71,8 +72,11 @@ class KindState:
 
 
 class ServingState:
-    """mode: off, observe or auto. max_versions: different profiles that may serve at a time. is_adapter: of a version
-    that is held."""
+    """The state of what serves.
+
+    mode: off, observe or auto. max_versions: the number of different profiles that may serve at a time. is_adapter:
+    says of a version that is held if it is an adapter.
+    """
 
     def __init__(
         self,
@@ -94,9 +98,9 @@ class ServingState:
         """Served names of this model and of its adapters: only their records are used. None: not known, all are."""
         self.forced: str | None = None
         self.kinds: dict[str, KindState] = {REST_KIND: KindState(scope=ALL)}
-        """Of every kind that is followed, and of `REST_KIND`."""
+        """The state of every kind that is followed, and of `REST_KIND`."""
         self.former: dict[str, KindState] = {}
-        """What is remembered for kinds that may come back: `tried` and `held`."""
+        """The parts of a state that are remembered for kinds that may come back: `tried` and `held`."""
 
     def remember(self, kind: str) -> None:
         """A kind loses its place."""
@@ -125,7 +129,7 @@ class ServingState:
 
     @property
     def selected_by_kind(self) -> dict[str, str]:
-        """What serves, or in `observe` would serve."""
+        """The version that serves each kind, or in `observe` would serve it."""
         return {kind: state.version for kind, state in self.kinds.items() if state.version is not None}
 
     @property
@@ -154,7 +158,7 @@ class ServingState:
 
     @property
     def pinned(self) -> bool:
-        """In any kind."""
+        """It is True if a version is pinned in any kind."""
         return any(state.pinned for state in self.kinds.values())
 
     @property
@@ -182,24 +186,28 @@ class ServingState:
         return self.forced or self.state_of(record).version
 
     def state_of(self, record: TokenRecord) -> KindState:
-        """Of the record's kind, or of the rest; nothing serves the rest of what a grammar restricts."""
+        """Returns the state of the record's kind, or of the rest; nothing serves the rest of what a grammar
+        restricts.
+        """
         return self.kinds.get(record.kind) or self.kinds.get(rest_of(record.kind)) or KindState()
 
     def has_room(self, version: str, kinds: Collection[str]) -> bool:
-        """Whether the version may serve these kinds, without too many different ones serving then."""
+        """Returns True if the version may serve these kinds, without too many different ones serving then."""
         return self.why_no_room(version, kinds) is None
 
     def _versions_beside(self, version: str, kinds: Collection[str]) -> set[str | None]:
         return {state.version for name, state in self.kinds.items() if name not in kinds} - {None, version}
 
     def why_no_place(self, version: str, kinds: Collection[str]) -> str | None:
-        """Of `why_no_room`, what does not depend on engines."""
+        """Returns why the version may not serve these kinds, as far as that does not depend on engines; None if it may.
+        See `why_no_room`.
+        """
         if len(self._versions_beside(version, kinds)) < self.max_versions:
             return None
         return f"{self.max_versions} other profiles serve, as many as may at a time"
 
     def why_no_room(self, version: str, kinds: Collection[str]) -> str | None:
-        """In words; None where there is room."""
+        """Returns in words why the version may not serve these kinds; None if there is room."""
         others = self._versions_beside(version, kinds)
         if (full := self.why_no_place(version, kinds)) is not None:
             return full
@@ -236,14 +244,16 @@ class ServingState:
         return next((state.learned_of for state in self.kinds.values() if state.version == version), ALL)
 
     def has_room_for_new(self, scope: str) -> bool:
-        """Whether a profile that is learned of this scope may come to serve: a place is free, or is the scope's."""
+        """Returns True if a profile that is learned from this scope may come to serve: a place is free, or is the
+        scope's.
+        """
         own = any(state.version is not None and state.learned_of == scope for state in self.kinds.values())
         return own or len(self.versions) < self.max_versions
 
     # --- the model -------------------------------------------------------------------------------------------------
 
     def uses(self, record: TokenRecord) -> bool:
-        """Whether the record may be learned from or judged by: not where it is of another base model."""
+        """Returns True if the record may be learned from or judged by; not if it belongs to another base model."""
         if not self.active or self.model is None or record.vocab_size != self.model.vocab_size:
             return False
         return self.names is None or record.model in self.names

@@ -1,8 +1,8 @@
 """Candidates under test, in a queue, and the tests of them and of the serving profiles, by kind of traffic.
 
 Invariants:
-- Engines evaluate two profiles beside the applied one, so two candidates are tested at a time and the rest wait: no
-  candidate is judged without the engine's numbers, and no alpha is spent on waiting.
+- Engines evaluate two profiles in addition to the applied one, so two candidates are tested at a time and the rest
+  wait: no candidate is judged without the engine's numbers, and no alpha is spent on waiting.
 - What is tested is finished before something newer takes its place: a proposal waits while an older one of its family
   and scope is under test. A test that a family of a better priority displaces keeps its evidence, and goes on later.
   (Which units are left out meanwhile does not depend on their gains, so the evidence stays valid.)
@@ -33,16 +33,19 @@ from hemostat_calibration.guard.guard import Guard
 from hemostat_calibration.profiles.profile import IDENTITY
 
 MAX_TESTED = 2
-"""Candidates tested at a time: as many as engines evaluate beside the applied profile (the plugin's
-MAX_TAPPED_CANDIDATES)."""
+"""The number of candidates tested at a time: as many as engines evaluate in addition to the applied profile (the
+plugin's MAX_TAPPED_CANDIDATES).
+"""
 MAX_QUEUED_CANDIDATES = 8
 """Candidates tested and waiting; see `lifecycle.Lifecycle.test`."""
 
 TOTAL_VARIATION_WIDTH = 1.0
-"""Of gains of the total variation: that of two distributions is between 0 and 1."""
+"""The width of gains in total variation: the total variation of two distributions is between 0 and 1."""
 
 MAX_NOTED_NATS = 5.0
-"""Of a token's divergence, where only how much units depend on each other is asked."""
+"""The limit at which a token's divergence, in nats, is clipped when it is only used to estimate how much units depend
+on each other.
+"""
 IMPORT = "import"
 SERVING = "serving"
 WATCH = "serving"
@@ -125,7 +128,9 @@ class Trials:
         self.guard = Guard(alpha, client_share, cycle)
         self._queue: list[Candidate] = []
         self._seen: dict[Candidate, int] = {}
-        """Of candidates under test: held-out requests of their scope since the test began or they were promoted."""
+        """The number of held-out requests in the scope of each candidate under test, since its test began or one was
+        promoted.
+        """
 
     @property
     def queue(self) -> tuple[Candidate, ...]:
@@ -183,11 +188,13 @@ class Trials:
         return self.guard.is_known(kind)
 
     def holds(self, version: str, scope: str) -> bool:
-        """Whether this profile is under test in this scope, or waits for it."""
+        """Returns True if this profile is under test in this scope, or waits for it."""
         return any((c.version, c.scope) == (version, scope) for c in self._queue)
 
     def has_proposal(self, scope: str, source: str) -> bool:
-        """Whether a candidate of this source that serves nowhere yet is under test in this scope, or waits for it."""
+        """Returns True if a candidate of this source that serves nowhere yet is under test in this scope, or waits for
+        it.
+        """
         serving = self._serving.versions
         return any((c.scope, c.source) == (scope, source) and c.version not in serving for c in self._queue)
 
@@ -218,7 +225,9 @@ class Trials:
         self._arrange()
 
     def _end_other_figures(self) -> None:
-        """What serves a kind may be another than when its test was stored: then its evidence is of another figure."""
+        """Ends the tests whose evidence is in another figure than it would be now: what serves a kind may be another
+        profile than when its test was stored.
+        """
         for candidate in self._queue:
             kinds = [kind for kind in self.guard.kinds(candidate.test) if kind in self._serving.kinds]
             expected = {kind: self.figure(candidate.version, self._serving.kinds[kind].version) for kind in kinds}
@@ -230,7 +239,7 @@ class Trials:
                 self.guard.end_kind(WATCH, kind)
 
     def figure(self, version: str | None, baseline: str | None) -> Figure:
-        """What gains of a version over another are measured in. None: identity."""
+        """Returns the figure in which gains of a version over another are measured. None: identity."""
         adapted = self._is_adapter(version) or self._is_adapter(baseline)
         return Figure.TOTAL_VARIATION if adapted else Figure.NATS
 
@@ -289,7 +298,7 @@ class Trials:
         return [kind for kind in kinds if kind in self._serving.kinds and self.guard.is_running(candidate.test, kind)]
 
     def is_wanted(self, candidate: Candidate, kind: str) -> bool:
-        """Whether a test of this candidate would make sense in this kind."""
+        """Returns True if a test of this candidate would make sense in this kind."""
         state = self._serving.kinds[kind]
         new = candidate.version != state.version and candidate.version not in state.tried
         return new and _is_testable(candidate, state)
@@ -341,7 +350,9 @@ class Trials:
             self.guard.end_kind(candidate.test, kind)
 
     def _begin(self, candidate: Candidate) -> None:
-        """Where it has not begun: in all kinds that were seen, weighted by their share so far."""
+        """Begins the test of a candidate, if it has not begun: in all kinds that were seen, weighted by their share so
+        far.
+        """
         states = {kind: state for kind, state in self._serving.kinds.items() if self.is_wanted(candidate, kind)}
         if not self.has_begun(candidate) and states:
             version = candidate.version
@@ -386,7 +397,7 @@ class Trials:
             self.guard.note(kind, client, float(np.minimum(known, MAX_NOTED_NATS).mean()), now)
 
     def admit(self, name: str, unit: HeldOutUnit) -> Admission:
-        """Whether the unit may count in this test; asked before anything is known of its gain."""
+        """Decides if the unit may count in this test; it is asked before anything is known of its gain."""
         windows = self.guard.windows if name == WATCH else {}
         admission = self.guard.admit(name, unit.kind, unit.unit, unit.client)
         if name == WATCH and self.guard.windows != windows:
@@ -457,5 +468,5 @@ class Trials:
 
 
 def _is_testable(candidate: Candidate, state: KindState) -> bool:
-    """Whether the kind belongs to the candidate's scope, was seen, and is not held at identity."""
+    """Returns True if the kind belongs to the candidate's scope, was seen, and is not held at identity."""
     return candidate.scope in (ALL, state.scope) and state.units > 0 and not state.held

@@ -1,4 +1,4 @@
-"""What tests of profiles need of one scored, held-out request."""
+"""The data that tests of profiles need of one scored, held-out request."""
 
 from __future__ import annotations
 
