@@ -65,7 +65,8 @@ def _silent(stage: str, done: int, total: int) -> None:
 
 
 class CanaryClient:
-    """Of one model that a server serves. Every method raises ReferenceFailure, its text is one line.
+    """Takes and replays canaries with one model that a server serves. Every method raises ReferenceFailure, whose text
+    is one line.
 
     weights: the fingerprint that the engine's plugin reports now. sign: see `VariantClient`.
     """
@@ -92,7 +93,7 @@ class CanaryClient:
 
     @classmethod
     async def of(cls, server: VllmServer, model: str | None = None, progress: Progress = _silent) -> CanaryClient:
-        """model: a served name; None: the first base model."""
+        """Returns a client for a model of the server. model: a served name; None: the first base model."""
         return cls(server, (await server.model(model)).id, progress=progress)
 
     async def origin(self, *, prompts: str = "", engine: str = "") -> Origin:
@@ -137,8 +138,9 @@ class CanaryClient:
         return VariantClient(self._server, self.model, self._gate, self._progress, self._sign)
 
     async def baseline(self, canaries: Sequence[Canary], origin: Origin) -> CanarySet:
-        """The set of these sequences: replayed alone, and beside each other. REVISION where another model is served at
-        the end than at the beginning."""
+        """Returns the set of these sequences, replayed alone and together with each other. Raises REVISION if another
+        model is served at the end than at the beginning.
+        """
         before = await self.origin()
         self._expect(REPLAYS * len(canaries))
         replays = [await self.replay(canaries), *[await self._replay_beside(canaries, n) for n in BESIDE]]

@@ -16,27 +16,27 @@ from hemostat_calibration.canaries import Comparison, Origin
 from hemostat_calibration.canary_cause import Verdict
 
 STATES_KEY = "canary_engines"
-"""Of the blob in the store."""
+"""The key of the engines' states in the store's blobs."""
 MAX_ADAPTERS = 8
-"""Of an engine, by name; further ones are not asked."""
+"""The largest number of adapters of an engine that are asked, by name; further ones are not asked."""
 BASELINE, ENGINES = "baseline", "engines"
-"""What a replay is compared with: then, and the other engines."""
+"""The names of what a replay is compared with: the baseline, and the other engines."""
 
 
 @dataclass(slots=True)
 class Reading:
-    """Of one served model. Replays of all engines are numbered, in the order in which they end."""
+    """The replays of one served model. Replays of all engines are numbered, in the order in which they end."""
 
     due: float = 0.0
-    """Of the next replay, monotonic seconds."""
+    """The time of the next replay, monotonic seconds."""
     at: float = 0.0
-    """Of the last one, Unix time."""
+    """The time of the last replay, Unix time."""
     number: int = 0
-    """Of the last one."""
+    """The number of the last replay."""
     values: Floats | None = None
-    """Of the last one."""
+    """The log-probabilities of the last replay."""
     found: dict[str, Comparison] = field(default_factory=dict)
-    """By what it was compared with."""
+    """The comparisons of the last replay, by what it was compared with."""
     suspected: dict[str, int] = field(default_factory=dict)
     """From what it was too far, and after which replay."""
     since: dict[str, float] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Reading:
     reference: tuple[float, float] | None = None
     """Distance from the reference, nats: then, now."""
     cause: Verdict | None = None
-    """Of the statements, once it was looked for."""
+    """The cause of what is stated, once it was looked for."""
 
     def judge(self, against: str, comparison: Comparison, numbers: Collection[int], now: float) -> None:
         """One comparison. numbers: of the replays that are part of it.
@@ -71,8 +71,11 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class EngineState:
-    """What outlasts the control process, so that its restart neither repeats replays beyond the budget nor forgets what
-    they have found. readings: the suspicions and statements, by served name."""
+    """The state that outlasts the control process, so that its restart neither repeats replays beyond the budget nor
+    forgets what they have found.
+
+    readings: the suspicions and statements, by served name.
+    """
 
     pace: PaceState
     readings: Mapping[str, Reading]
@@ -105,11 +108,11 @@ class EngineCanaries:
         self.readings = dict(readings)
         """By served name, the base model's first."""
         self.now = Origin("")
-        """What it serves, as `list_models` has found."""
+        """The models that it serves, as `list_models` has found."""
         self.failure = ""
-        """Why the last attempt could not tell, one line."""
+        """The reason why the last attempt could not tell, in one line."""
         self.differs = ""
-        """Why its replays are not compared, one line."""
+        """The reason why its replays are not compared, in one line."""
 
     @property
     def base(self) -> Reading | None:
@@ -141,7 +144,7 @@ class EngineCanaries:
 def statement(
     engine: str, model: str, reading: Reading, then: Origin, now: Origin, cause: Verdict | None = None
 ) -> str:
-    """What is wrong at an engine, in one line with its figures; "" where nothing is."""
+    """Returns what is wrong at an engine, in one line with its figures; "" if nothing is."""
     if not reading.since:
         return ""
     against = BASELINE if BASELINE in reading.since else ENGINES

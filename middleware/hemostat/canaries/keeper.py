@@ -2,8 +2,8 @@
 
 A set is taken once, at an engine that is up, and kept in the store. Each engine replays it every hour, and at once when
 it comes back or was started again, within its budget of tokens. A replay that is too far away is repeated at once, and
-only two in a row are a statement. Beside the base model, each LoRA adapter that an engine lists is asked the shortest
-sequences, against a baseline of its own.
+only two in a row are a statement. In addition to the base model, each LoRA adapter that an engine lists is asked the
+shortest sequences, against a baseline of its own.
 
 A set is taken anew only where an operator accepts what is served, or announces it: another served name, another path of
 the model, or another file of prompts. Other weights under the same path are a change.
@@ -98,20 +98,20 @@ class Canaries:
         self._sets = Sets(writes)
         self._engines: dict[str, _Engine] = {}
         self._gone: dict[str, EngineState] = {}
-        """What was known of engines that are not reported now, for an hour."""
+        """The states of engines that are not reported now; each is kept for an hour."""
         self._prompts: Prompts | None = None
         self._take_at = clock() + FIRST_SECONDS
         self._taking = asyncio.Lock()
         self._reference_at = -np.inf
         """When the reference was last asked to score a set, monotonic seconds."""
         self._count = 0
-        """Replays so far."""
+        """The number of replays so far."""
         self._outcomes: Counter[str] = Counter({EQUAL: 0, EXCEEDED: 0, FAILED: 0})
         self.problem = "" if settings.canaries.enabled else "canaries.enabled is false"
-        """Why nothing is replayed; "" where something is."""
+        """The reason why nothing is replayed; "" if something is."""
 
     def restore(self, blobs: Mapping[str, bytes]) -> None:
-        """What an earlier run stored."""
+        """Takes what an earlier run stored."""
         if not self._settings.enabled:
             return
         if BLOB_KEY not in blobs:
@@ -128,14 +128,16 @@ class Canaries:
         self._gone = dict(state_codec.decode(EngineStates, stored, SCHEMA).engines)
 
     def _save(self) -> None:
-        """Of all engines, and those that were reported within the last hour."""
+        """Stores the states of all engines, and of the ones that were reported within the last hour."""
         since = self._wall() - HOUR_SECONDS
         self._gone = {name: state for name, state in self._gone.items() if state.pace.looked_at > since}
         states = {name: engine.canaries.state() for name, engine in self._engines.items()}
         self._writes.put_blob(STATES_KEY, state_codec.encode(EngineStates(self._gone | states), SCHEMA))
 
     def accept(self) -> None:
-        """What the engines compute now is right: a new set is taken, at once. HemostatError where none can be."""
+        """Accepts what the engines compute now as right: a new set is taken at once. Raises HemostatError if none can
+        be taken.
+        """
         if self.problem:
             raise HemostatError(f"there are no canaries: {self.problem}")
         self._forget("accepted by the operator")
@@ -152,7 +154,7 @@ class Canaries:
     # --- when ------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Replays the canaries until it is cancelled."""
         if not self._settings.enabled:
             return
         try:
@@ -187,7 +189,7 @@ class Canaries:
                 engine.task = asyncio.create_task(self._work(engine), name=f"canaries of {name}")
 
     def _report(self, name: str) -> EngineReport | None:
-        """What its plugin reports; None where it is not known which engine that is."""
+        """Returns what the plugin of an engine reports; None if it is not known which engine that is."""
         engines = self._addresses.at(name) if self._addresses.several else self._registry
         live = engines.live(self._clock())
         return live[0] if len({report.boot_id for report in live}) == 1 else None
@@ -216,7 +218,7 @@ class Canaries:
     # --- what ------------------------------------------------------------------------------------------------------
 
     async def _work(self, engine: _Engine) -> None:
-        """What is due at this engine now. A failure is counted and shown, not raised."""
+        """Does what is due at this engine now. A failure is counted and shown, not raised."""
         canaries, now = engine.canaries, self._clock()
         try:
             if now - engine.listed_at >= HOUR_SECONDS:
@@ -262,7 +264,7 @@ class Canaries:
         canaries.differs = why
 
     def _announced(self) -> str:
-        """What says that another model is served on purpose, at all engines; "" where nothing does."""
+        """Returns what says that another model is served on purpose, at all engines; "" if nothing does."""
         base = self._sets.base
         if base is None or self._prompts is None:
             return ""
@@ -362,7 +364,9 @@ class Canaries:
         return True
 
     def _cause(self, canaries: EngineCanaries, model: str, reading: Reading) -> Verdict | None:
-        """Of what its replays have found, where it is known: one that all engines have, or of this one alone."""
+        """Returns the cause of what its replays have found, if it is known: a cause that all engines have, or the cause
+        at this engine alone.
+        """
         alike = self._alike(canaries, model)
         found = {name: other.cause if other.since else UNCHANGED for name, other in alike.items()}
         known = {name: cause for name, cause in found.items() if cause is not None}
@@ -409,7 +413,7 @@ class Canaries:
         self._save()
 
     def _alike(self, canaries: EngineCanaries, model: str) -> dict[str, Reading]:
-        """By engine, the readings of those that serve the same, this one and those of the last hours."""
+        """Returns by engine the readings of the last hours of all engines that serve the same, this one among them."""
         readings = {}
         for name, other in self._engines.items():
             reading = other.canaries.readings.get(model)
@@ -434,7 +438,7 @@ class Canaries:
                     yield engine.canaries, model, reading
 
     def statements(self) -> Iterator[tuple[str, float]]:
-        """What is wrong now, one line each, and since when (Unix time)."""
+        """Yields what is wrong now, one line each, and since when (Unix time)."""
         for canaries, model, reading in self._all():
             taken = self._sets.of(model)
             if taken is not None and reading.since:
@@ -509,14 +513,14 @@ def _served(origin: Origin) -> tuple[str, str]:
 
 
 class _Engine:
-    """When one engine is asked."""
+    """The state of one engine: when it is asked."""
 
     def __init__(self, canaries: EngineCanaries) -> None:
         self.canaries = canaries
         self.up = False
         self._boot = ""
         self.listed_at = -np.inf
-        """When its models were listed, monotonic seconds."""
+        """The time when its models were listed, monotonic seconds."""
         self.not_before = 0.0
         self.task: asyncio.Task[None] | None = None
 

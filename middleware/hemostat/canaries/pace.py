@@ -1,4 +1,4 @@
-"""When the next sequence may be sent to an engine: in moments of low load, and within a budget of tokens."""
+"""Decides when the next sequence may be sent to an engine: in moments of low load, and within a budget of tokens."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 BUDGET_TOKENS = 10_000
-"""Of replays, an engine and hour."""
+"""The largest number of tokens of replays at an engine in an hour."""
 HOUR_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class PaceState:
-    """What outlasts the control process. Times are Unix times."""
+    """The state that outlasts the control process. Times are Unix times."""
 
     looked_at: float = 0.0
     average: float | None = None
-    """Of requests in progress, over about an hour, at that time."""
+    """The average number of requests in progress, over about an hour, at that time."""
     spent: tuple[tuple[float, int], ...] = ()
-    """When, and how many tokens."""
+    """The times at which tokens were spent, each with their number."""
 
 
 class Pace:
-    """Of one engine. clock: monotonic seconds. wall: Unix time, of what is stored."""
+    """The pace at one engine. clock: monotonic seconds. wall: Unix time, for what is stored."""
 
     def __init__(self, clock: Callable[[], float], wall: Callable[[], float], stored: PaceState) -> None:
         now, ahead = clock(), clock() - wall()
@@ -37,7 +37,7 @@ class Pace:
         """Not more than one request above the average of the last hour is in progress."""
 
     def look(self, outstanding: int) -> None:
-        """outstanding: clients' requests in progress there now."""
+        """Notes the load. outstanding: clients' requests in progress there now."""
         now = self._clock()
         weight = -math.expm1(-(now - self._looked_at) / HOUR_SECONDS)
         before = float(outstanding) if self._average is None else self._average
@@ -51,11 +51,11 @@ class Pace:
         return BUDGET_TOKENS - sum(tokens for _, tokens in self._spent)
 
     def spend(self, tokens: int) -> None:
-        """Of the budget, before they are sent."""
+        """Spends tokens of the budget, before they are sent."""
         self._spent.append((self._clock(), tokens))
 
     def give_back(self, tokens: int) -> None:
-        """Of those that were spent last, what was not sent."""
+        """Gives back tokens that were spent last and were not sent."""
         if self._spent:
             at, last = self._spent.pop()
             self._spent.append((at, last - tokens))

@@ -20,7 +20,7 @@ class PromptFileError(HemostatError):
 
 
 class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """kind: of text, for readers."""
+    """One prompt. kind: the kind of text, for readers."""
 
     prompt: str
     kind: str = ""
@@ -28,14 +28,16 @@ class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """digest: of the file's bytes."""
+    """All prompts of a file. digest: of the file's bytes."""
 
     prompts: tuple[Prompt, ...]
     digest: str
 
 
 def load(path: Path | None = None) -> Prompts:
-    """One prompt per line, as text or as SHAPE; without `path` those of this package. PromptFileError."""
+    """Reads one prompt per line, as text or as SHAPE; without `path` it reads the prompts of this package. Raises
+    PromptFileError.
+    """
     name = str(path or "prompts.jsonl")
     try:
         data = resources.files(__package__).joinpath(name).read_bytes() if path is None else path.read_bytes()

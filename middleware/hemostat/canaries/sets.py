@@ -10,10 +10,10 @@ from hemostat_calibration import state_codec
 from hemostat_calibration.canaries import CanarySet
 
 BLOB_KEY = "canaries"
-"""Of the blob in the store."""
+"""The key of the sets in the store's blobs."""
 SCHEMA = 2
 MAX_SETS = 33
-"""The base model's, and those of adapters: beyond it the one that was taken first is forgotten."""
+"""The largest number of sets, for the base model and adapters: beyond it the one that was taken first is forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class _Stored:
 
 
 class Sets:
-    """Owns them."""
+    """Owns the sets."""
 
     def __init__(self, writes: StoreWrites) -> None:
         self._writes = writes
@@ -47,7 +47,7 @@ class Sets:
         self._save()
 
     def restore(self, stored: bytes) -> None:
-        """What an earlier run stored. InvalidArgumentError."""
+        """Takes what an earlier run stored. Raises InvalidArgumentError."""
         self._sets = dict(state_codec.decode(_Stored, stored, SCHEMA).sets)
 
     def _save(self) -> None:

@@ -36,11 +36,12 @@ from hemostat_calibration.engine_keys import FORCE_KEY, PRECISION_KEY
 Sign = Callable[[dict[str, Any]], dict[str, Any]]
 """Returns `vllm_xargs` with the MAC that the engine's plugin wants."""
 COMPANIONS = 3
-"""Requests that are decoded beside."""
+"""The number of requests that are decoded together with the measured one."""
 COMPANION_PROMPT, COMPANION_TOKENS = 8, 96
-"""Tokens. They are ended with what they are beside."""
+"""The number of tokens of a companion's prompt and of its answer. Companions are ended together with the measured
+request."""
 STEPS_PER_BIT = 10
-"""As in `hemostat_engine.kv_precision`."""
+"""The same number as in `hemostat_engine.kv_precision`."""
 _CACHE_DTYPE = re.compile(r'^vllm:cache_config_info\{[^}]*\bcache_dtype="([^"]*)"', re.MULTILINE)
 
 
@@ -70,7 +71,7 @@ def cost(text: Ids) -> int:
 
 
 class VariantClient:
-    """Of one model that a server serves. ReferenceFailure where it cannot be asked.
+    """Measures variants with one model that a server serves. Raises ReferenceFailure if it cannot be asked.
 
     gate: awaited before each request: returns when it may be sent. progress: called after each measurement of a
     baseline, see `hemostat.canaries.client.Progress`. sign: makes the plugin act on the keys of a request

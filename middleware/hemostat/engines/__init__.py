@@ -1,1 +1,1 @@
-"""What the engines' plugins report, the routes that they call, and which engine answers at which address."""
+"""The reports of the engines' plugins, the routes that they call, and which engine answers at which address."""

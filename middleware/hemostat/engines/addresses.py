@@ -1,4 +1,4 @@
-"""Which of the engines that report answers at which address.
+"""Finds out which of the engines that report answers at which address.
 
 Relays know engines by their addresses, plugins report under a boot id. Which belongs to which is asked: every address
 gets a request of one token with a tap, whose nonce its plugin sends back under its boot id. Invariants:
@@ -8,7 +8,8 @@ gets a request of one token with a tap, whose nonce its plugin sends back under 
   was restarted is never taken for the one before it.
 - An address without an answer is not identified, and holds no version: its engine has no plugin, or cannot be reached.
 - Where more engines report that were found nowhere than addresses are left for them (several behind one address, as
-  with data parallelism), each of them may be behind any address, and all addresses hold only what these hold, too.
+  with data parallelism), each of these engines may be behind any address, and an address holds a version only if these
+  engines hold it, too.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ TAP_SECONDS = 3.0
 """A tap that has not come so long after the answer is not waited for: plugins send them four times a second."""
 REQUEST_SECONDS = 10.0
 BACKOFF = (1.0, 2.0, 5.0, 15.0)
-"""Seconds between two probes of an address that is not identified."""
+"""The seconds between two probes of an address that is not identified."""
 
 
 @dataclass(slots=True)
@@ -46,7 +47,7 @@ class _Address:
     boot: str = ""
     """The engine that answered a probe; "" before the first."""
     asked_at: float = -1.0
-    """When that probe began; monotonic seconds."""
+    """The time when that probe began; monotonic seconds."""
     backoff: Backoff = field(default_factory=lambda: Backoff(BACKOFF))
     not_before: float = 0.0
     probe: asyncio.Task[None] | None = None
@@ -148,7 +149,7 @@ class EngineAddresses:
         )
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Identifies the addresses until it is cancelled."""
         try:
             while True:
                 await self.step()

@@ -16,7 +16,7 @@ from hemostat.metrics.samples import Sample
 
 MAX_WAITING_REQUESTS = 4096
 MAX_WAITING_BYTES = 256 << 20
-"""Of all answers that wait to be taken; above it the requests that have waited longest are dropped."""
+"""The largest size of all answers that wait to be taken; above it the requests that have waited longest are dropped."""
 MAX_ANSWERS_PER_REQUEST = 64
 """Further ones of the same nonce are dropped: a client may have set one of its own for all of its requests."""
 ANSWER_SECONDS = 120.0
@@ -29,7 +29,7 @@ MAX_SENDERS = 256
 class _Waiting:
     received_at: float
     answers: dict[tuple[int, int], TapAnswer] = field(default_factory=dict)
-    """By call and choice."""
+    """The answers by call and choice."""
 
     def bytes(self) -> int:
         return sum(answer.size for answer in self.answers.values())
@@ -74,7 +74,7 @@ class AnswerBuffer:
             self._drop(next(iter(self._waiting)))
 
     def complete(self, nonce: str, choices: int) -> bool:
-        """Whether as many answers have come as the request has choices."""
+        """Returns True if as many answers have come as the request has choices."""
         waiting = self._waiting.get(nonce)
         return waiting is not None and len(waiting.answers) >= choices
 

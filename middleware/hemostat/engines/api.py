@@ -36,8 +36,9 @@ def engine_router(
 
     @router.post("/report")
     async def report(request: Request) -> dict[str, Any]:
-        """What the engine holds and has counted (JSON); answered with the versions that it should hold, and the secrets
-        of requests that it acts on."""
+        """Takes what the engine holds and has counted (JSON), and answers with the versions that it should hold, and
+        the secrets of requests that it acts on.
+        """
         body = await read_body(request, MAX_REPORT_BYTES)
         try:
             versions = registry.report(decode_report(body), now())
@@ -47,7 +48,7 @@ def engine_router(
 
     @router.get("/profiles/{version}")
     async def profile(version: str) -> Response:
-        """The profile's file."""
+        """Returns the profile's file."""
         data = load_profile(version) if VERSION_PATTERN.fullmatch(version) else None
         if data is None:
             raise HTTPException(404, "no such profile")

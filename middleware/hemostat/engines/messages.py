@@ -1,4 +1,4 @@
-"""What the engines' plugins send: reports (JSON), taps and answers (msgpack), checked when they are decoded."""
+"""The messages of the engines' plugins: reports (JSON), taps and answers (msgpack), checked when they are decoded."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hemostat.ipc.messages import MAX_TOP
 
 MAX_VERSIONS_PER_TAP = 16
 MAX_RUNS = 1 << 16
-"""Of a tap message."""
+"""The largest number of runs in a tap message."""
 RUN_BYTES, RUN_VERSION_BYTES = 512, 192
-"""What a run takes in memory beside its numbers, about, and what each of its versions does."""
+"""The memory that a run takes in addition to its numbers, about, and the memory that each of its versions takes."""
 MAX_POSITIONS = 1 << 18
 """Output positions of one tapped request."""
 FREE, UNKNOWN = -1, -2
-"""In `TapRun.set_rows`."""
+"""Values in `TapRun.set_rows` in place of a set."""
 
 EVENTS = frozenset(
     {
@@ -29,7 +29,8 @@ EVENTS = frozenset(
         *("adapters_loaded", "adapters_failed", "adapters_evicted"),
     }
 )
-"""What the plugin counts, explained in deploy/metrics.py; other names in a report are of another version of it."""
+"""The events that the plugin counts, explained in deploy/metrics.py. Other names in a report come from another version
+of the plugin."""
 
 MAX_CHILDREN = 1 << 14
 """Choices of one tapped request; vLLM's own limit."""
@@ -38,7 +39,7 @@ Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za
 Version = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Text = Annotated[str, msgspec.Meta(max_length=64)]
 Fingerprint = Annotated[str, msgspec.Meta(max_length=64, pattern=r"^[A-Za-z0-9_.:-]*\Z")]
-"""Stored, and logged."""
+"""A fingerprint of weights, which is stored and logged."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
 """More than an engine counts in years, and far below where a metric's float64 no longer shows an increment."""
 
@@ -46,7 +47,7 @@ T = TypeVar("T")
 
 
 class LoraState(msgspec.Struct, frozen=True):
-    """What a rank's engine can do with adapters.
+    """The abilities of a rank's engine to serve adapters.
 
     slots: --max-loras. max_rank: --max-lora-rank. grouped: the CPU's operations are Hemostat's, which leave rows
     without an adapter untouched. loaded: all adapters in slots, the clients' own included. was_full: all slots were in
@@ -70,7 +71,7 @@ class EngineReport(msgspec.Struct, frozen=True):
     vocab_size: Annotated[int, msgspec.Meta(ge=1)]
     counters: Annotated[dict[Text, Count], msgspec.Meta(max_length=64)]
     runner: Text
-    """v1 | v2: the model runner of vLLM."""
+    """The model runner of vLLM: v1 or v2."""
     vllm: Text
     adapters: Annotated[list[Version], msgspec.Meta(max_length=64)] = []
     """Adapters of Hemostat's that this rank's engine has loaded."""
@@ -148,16 +149,16 @@ class TapAnswer(msgspec.Struct, frozen=True):
     choice: Annotated[int, msgspec.Meta(ge=0, lt=MAX_CHILDREN)]
     choices: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHILDREN)]
     prompt_ids: bytes
-    """int32 [P]"""
+    """The ids of the prompt, int32 [P]."""
     token_ids: bytes
-    """int32 [T]"""
+    """The emitted ids, int32 [T]."""
     top_k: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOP)]
     candidate_ids: bytes
-    """int32 [T, top_k + 1]"""
+    """The ids of the candidates, int32 [T, top_k + 1]."""
     candidate_logprobs: bytes
-    """float32 [T, top_k + 1]"""
+    """The log-probabilities of the candidates, float32 [T, top_k + 1]."""
     emitted_logprobs: bytes
-    """float32 [T]"""
+    """The log-probabilities of the emitted ids, float32 [T]."""
     finish_reason: Text
 
     @property
@@ -166,12 +167,14 @@ class TapAnswer(msgspec.Struct, frozen=True):
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The number of bytes."""
         return len(self.prompt_ids) + (4 + 2 * self.top_k) * len(self.token_ids)
 
 
 class AnswerMessage(msgspec.Struct, frozen=True):
-    """dropped: answers that the API server's process had no room for, or could not send, since its start."""
+    """A message of answers. dropped: the number of answers that the API server's process had no room for, or could not
+    send, since its start.
+    """
 
     boot_id: Name
     answers: Annotated[list[TapAnswer], msgspec.Meta(max_length=4096)]
@@ -196,7 +199,7 @@ def decode_report(body: bytes) -> EngineReport:
 
 
 def decode_tap(body: bytes) -> TapMessage:
-    """msgpack to a tap message; InvalidEngineMessage names the invalid field."""
+    """Decodes a tap message from msgpack. Raises InvalidEngineMessage, which names the invalid field."""
     message = _decode(_tap_decoder, body)
     for run in message.taps:
         if run.start + run.tokens > MAX_POSITIONS:
@@ -224,7 +227,7 @@ def decode_tap(body: bytes) -> TapMessage:
 
 
 def decode_answers(body: bytes) -> AnswerMessage:
-    """msgpack to a message of answers; InvalidEngineMessage names the invalid field."""
+    """Decodes a message of answers from msgpack. Raises InvalidEngineMessage, which names the invalid field."""
     message = _decode(_answer_decoder, body)
     for answer in message.answers:
         size = len(answer.token_ids)

@@ -1,6 +1,6 @@
-"""Which engines report, which profiles every rank holds, and the engines' counters.
+"""Keeps which engines report, which profiles every rank holds, and the engines' counters.
 
-Pure except for the time, which is passed in (monotonic seconds). Invariants:
+It is pure: the time is passed in (monotonic seconds). Invariants:
 - A version is acknowledged only while every rank of every live engine has lately reported that it holds it.
 - An engine is one boot id. A restarted engine has a new one, and the old one counts until it has been silent for long
   enough, so that a rolling restart never acknowledges too much.
@@ -54,7 +54,7 @@ class EngineRegistry:
         self.taps = TapBuffer()
         self.answers = AnswerBuffer()
         self.newest = 0.0
-        """When an engine last reported that had not been known before."""
+        """The time when an engine last reported that had not been known before."""
 
     def set_wanted(self, versions: Iterable[str]) -> None:
         """The versions that every engine should hold, most important first; at most MAX_HELD_VERSIONS."""
@@ -86,12 +86,12 @@ class EngineRegistry:
         self.answers.add(message, now)
 
     def hands_out_answers(self, now: float) -> bool:
-        """Whether every live engine does."""
+        """Returns True if every live engine hands out answers."""
         live = self.live(now)
         return bool(live) and all(report.answers for report in live)
 
     def tells_sets(self, now: float) -> bool:
-        """Whether every live engine says which ids a grammar allows."""
+        """Returns True if every live engine says which ids a grammar allows."""
         live = self.live(now)
         return bool(live) and all(report.sets for report in live)
 
@@ -134,9 +134,9 @@ class EngineRegistry:
         return result
 
     def counters(self, now: float) -> dict[str, int]:
-        """The sum of the engines' counters, those of former engines included, so that it never decreases.
+        """Returns the sum of the engines' counters, with the counters of former engines, so that it never decreases.
 
-        The ranks of one engine see the same requests: of each counter the highest rank counts.
+        The ranks of one engine see the same requests: the highest value of any rank counts for each counter.
         """
         self._expire(now)
         total = Counter(self._former)
@@ -168,7 +168,9 @@ class EngineRegistry:
 
 
 def _highest_counts(ranks: Mapping[int, _Rank]) -> Counter[str]:
-    """Of the known events: the names are a metric's labels, and are kept."""
+    """Returns the highest count of each known event. Names are a metric's labels, and are kept, so that unknown ones
+    are left out.
+    """
     highest: Counter[str] = Counter()
     for rank in ranks.values():
         highest |= Counter({name: count for name, count in rank.report.counters.items() if name in EVENTS})

@@ -1,4 +1,4 @@
-"""Which weights are compared with the reference now, by what the engines' plugins report."""
+"""The weights that are compared with the reference now, by what the engines' plugins report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ class ServedWeights:
         self._current = ""
 
     def of(self, model: str, names: Collection[str], now: float) -> str:
-        """model: the first of its served `names`. now: monotonic seconds."""
+        """Returns the fingerprint of the weights that are compared now; "" if it is not known. model: the first of its
+        served `names`. now: monotonic seconds.
+        """
         if model != self._model:
             self._model, self._current = model, ""
         live = self._engines.weights(names, now)

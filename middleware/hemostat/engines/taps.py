@@ -68,7 +68,7 @@ class _Child:
             self.covered = max(self.covered, run.start + run.tokens)
 
     def fits(self, output: npt.NDArray[np.int32]) -> bool:
-        """Whether its ids, as far as they are known, are those of the output, int32 [T].
+        """Returns True if its ids, as far as they are known, are the ids of the output, int32 [T].
 
         The numbers at a position depend on the ids before it only, so those are compared; the engine's plugin never
         knows the last id of an output. It may have gone on behind the output, whose end the API server found by a stop
@@ -128,7 +128,7 @@ class TapBuffer:
             self.runs_dropped += 1
 
     def covered(self, nonce: str, output_ids: bytes | None = None) -> int:
-        """How many output positions have numbers, counted from the first without a gap.
+        """Returns how many output positions have numbers, counted from the first without a gap.
 
         output_ids: see `take`.
         """
@@ -137,10 +137,10 @@ class TapBuffer:
         return 0 if tap is None or result is None else tap.children[result].covered
 
     def take(self, nonce: str, tokens: int, output_ids: bytes | None = None) -> TapResult | None:
-        """The numbers of the first `tokens` output positions of one choice, all of which are removed; None when there
-        are none.
+        """Returns the numbers of the first `tokens` output positions of one choice, and removes all of the choice's
+        numbers; None if there are none.
 
-        output_ids: the choice's ids, little-endian int32 [T], by which it is found among those of a request with
+        output_ids: the choice's ids, little-endian int32 [T], by which it is found among the choices of a request with
         several; of two with the same ids it is the first that was not taken, since their numbers are the same. None:
         the request has one choice.
         """
@@ -208,7 +208,9 @@ def _find(tap: _Tap, output_ids: bytes | None) -> int | None:
 
 
 def _features(runs: list[TapRun], length: int) -> Features | None:
-    """Of the anchors that were read last (they change with the versions held); a later run replaces an earlier one."""
+    """Returns the features at the anchors that were read last (they change with the versions held); a later run
+    replaces an earlier one.
+    """
     anchors = next((run.anchors for run in reversed(runs) if run.anchors is not None), None)
     matrices = [(run, matrix) for run in runs if run.anchors == anchors and (matrix := run.matrix()) is not None]
     if anchors is None or not matrices:

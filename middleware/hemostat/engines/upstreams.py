@@ -17,22 +17,24 @@ from hemostat_calibration.errors import HemostatError
 log = logging.getLogger("hemostat.engines")
 
 STATE_KEY = "drained_engines"
-"""Of the state in the store: a JSON list of names."""
+"""The key of the drained engines in the store's state, a JSON list of names."""
 UP = "up"
 
 
 @dataclass(slots=True)
 class UpstreamEngine:
-    """Of all relays together, each of which finds out for itself whether an engine answers."""
+    """The figures of one engine from all relays together, each of which finds out for itself whether an engine
+    answers.
+    """
 
     relays: int = 0
     up: int = 0
-    """Relays that send it requests, but for its being drained."""
+    """The number of relays that send it requests, or would if it were not drained."""
     outstanding: int = 0
-    """Requests in progress."""
+    """The number of requests in progress."""
     requests: int = 0
     resent: int = 0
-    """Of them, those that were then sent again, to another engine or to this one."""
+    """The number of requests that were then sent again, to another engine or to this one."""
     ejections: int = 0
 
 
@@ -85,7 +87,7 @@ class UpstreamEngines:
         self._writes.set_state(STATE_KEY, json.dumps(sorted(self.drained)))
 
     def restore(self, stored: str | None) -> None:
-        """What an earlier run stored."""
+        """Takes what an earlier run stored."""
         try:
             self.drained = frozenset(str(name) for name in json.loads(stored or "[]"))
         except (ValueError, TypeError) as error:

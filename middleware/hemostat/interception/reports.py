@@ -92,11 +92,13 @@ class Reports:
         self._count(names.REPEATED_REQUESTS, (reason.value,))
 
     def tool_tokens_lost(self, policy: Policy) -> None:
-        """The engine left out ids of a streamed tool call."""
+        """Notes that the engine left out ids of a streamed tool call."""
         self._lost_generation = policy.generation
 
     def loses_tool_tokens(self, policy: Policy) -> bool:
-        """Returns True if that happened under this generation of the policy: such ids are then asked of the plugin."""
+        """Returns True if ids of a streamed tool call were lost under this generation of the policy: such ids are then
+        asked of the plugin.
+        """
         return self._lost_generation == policy.generation
 
     def tap_name(self, policy: Policy) -> str:

@@ -1,4 +1,6 @@
-"""Where relays find control processes: a Unix socket of this machine, or TCP, with TLS or on loopback alone."""
+"""The addresses where relays find control processes: a Unix socket of this machine, or TCP, with TLS or on loopback
+alone.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class ControlAddresses:
-    """What a relay is given. path: of the Unix socket of this machine's control process; else hosts: (host, port).
+    """The addresses that a relay is given.
 
-    token: the relay token. ca: PEM file of the authority that signs the control processes' certificates; None: no TLS.
-    upstreams: the relay's engines.
+    path: the Unix socket of this machine's control process; else hosts: (host, port). token: the relay token. ca: PEM
+    file of the authority that signs the control processes' certificates; None: no TLS. upstreams: the relay's engines.
     """
 
     path: str = ""
@@ -74,7 +76,9 @@ async def connect(target: Target, protocol: Callable[[], asyncio.Protocol], cont
 
 
 def client_context(ca: Path) -> ssl.SSLContext:
-    """Of relays: the server's certificate has to be signed by this authority, and to name the host. OSError."""
+    """Returns the TLS context of relays: the server's certificate has to be signed by this authority, and to name the
+    host. Raises OSError.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     try:
@@ -85,7 +89,7 @@ def client_context(ca: Path) -> ssl.SSLContext:
 
 
 def server_context(cert: Path, key: Path) -> ssl.SSLContext:
-    """Of a control process. OSError, with a text that names the files."""
+    """Returns the TLS context of a control process. Raises OSError, with a text that names the files."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     try:

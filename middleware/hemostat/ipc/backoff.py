@@ -25,7 +25,7 @@ class Backoff:
         self._seconds = tuple(seconds)
         self._uniform = uniform
         self.failures = 0
-        """In a row."""
+        """The number of failures in a row."""
 
     def pause(self) -> float:
         """Count a failure; seconds to wait before the next attempt."""

@@ -23,7 +23,7 @@ CLOSE_SECONDS = 2.0
 MAX_STDERR_BYTES = 4096
 """Last bytes of the child's standard error, for the message about its end."""
 STDERR_SECONDS = 1.0
-"""How long the rest of its standard error is read after its end."""
+"""The time for which the rest of its standard error is read after its end."""
 ONE_CORE: Mapping[str, str] = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """Environment of a child that takes one core, however many there are: serving comes first."""
 
@@ -99,7 +99,9 @@ class Child:
         environment: Mapping[str, str] | None = None,
         read: ReadMessage = read_line,
     ) -> Self:
-        """ChildExited when it cannot be started. environment: beside that of this process."""
+        """Starts a command. Raises ChildExited if it cannot be started. environment: variables in addition to the ones
+        of this process.
+        """
         starting = asyncio.ensure_future(
             asyncio.create_subprocess_exec(
                 *command,
@@ -184,7 +186,7 @@ class FramedChild(Child):
     async def start(
         cls, module: str, receive: Callable[[bytes], None], environment: Mapping[str, str] | None = None
     ) -> FramedChild:
-        """`python -m module PARENT_PID`; ChildExited when it cannot be started."""
+        """Starts `python -m module PARENT_PID`. Raises ChildExited if it cannot be started."""
         command = (sys.executable, "-m", module, str(os.getpid()))
         return await cls.start_command(command, receive, environment, read_frame)
 

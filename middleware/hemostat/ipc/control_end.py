@@ -36,11 +36,13 @@ READ_SIZE = 256 * 1024
 MAX_QUEUED_BYTES = 1024 * 1024
 """Bytes of policies that a relay may leave unread before its connection is closed (it reconnects)."""
 MAX_LARGE_MESSAGES = 4
-"""Of more than READ_SIZE, that are received at a time, whatever the number of relays. The others wait, with at most
-three times READ_SIZE of each in memory; their relays drop captures when they have too many."""
+"""The number of messages of more than READ_SIZE that are received at a time, whatever the number of relays. The others
+wait, with at most three times READ_SIZE of each in memory; their relays drop captures when they have too many.
+"""
 MAX_FORMER_RELAYS = 64
-"""Disconnected relays whose figures are kept apart, because the same process may reconnect; those of older ones are
-summed."""
+"""The number of disconnected relays whose figures are kept apart, because the same process may reconnect; the figures
+of older ones are summed.
+"""
 SILENCE_SECONDS = 30.0
 """Without a message, after which a relay's connection is closed: its figures come once a second."""
 
@@ -70,20 +72,22 @@ class RelayLink:
         self._retired: Stats | None = None
         self._large_messages = asyncio.Semaphore(MAX_LARGE_MESSAGES)
         self.requests = 0.0
-        """That relays have answered while they were connected, without what they had answered before."""
+        """The number of requests that relays have answered while they were connected, without what they had answered
+        before.
+        """
 
     @property
     def relays(self) -> int:
-        """Relays connected now."""
+        """The number of relays that are connected now."""
         return len(self._writers)
 
     @property
     def reporting(self) -> int:
-        """Of them, those that have reported their figures."""
+        """The number of connected relays that have reported their figures."""
         return len(self._live)
 
     def engines(self) -> Iterator[list[EngineHealth]]:
-        """What each connected relay knows of the engines."""
+        """Yields what each connected relay knows of the engines."""
         return (stats.engines for stats in self._live.values())
 
     def samples(self) -> Iterator[Sample]:
@@ -146,7 +150,7 @@ class RelayLink:
                     self._retired = oldest if self._retired is None else add(self._retired, oldest)
 
     async def _messages(self, reader: asyncio.StreamReader) -> AsyncGenerator[Message]:
-        """Those of one connection; TimeoutError, OSError, ValueError."""
+        """Yields the messages of one connection. Raises TimeoutError, OSError or ValueError."""
         frames = MessageReader()
         while data := await self._read(reader):
             for message in frames.feed(data):

@@ -1,4 +1,4 @@
-"""How requests end in a relay: values of the label `outcome` of its requests."""
+"""The ends of requests in a relay: values of the label `outcome` of its requests."""
 
 from __future__ import annotations
 

@@ -105,5 +105,5 @@ class MessageCodec(Generic[T]):
         return self._encoder.encode(message)
 
     def decode(self, body: bytes) -> T:
-        """msgspec.DecodeError when the body is not such a message."""
+        """Decodes a message. Raises msgspec.DecodeError if the body is not such a message."""
         return self._decoder.decode(body)

@@ -12,13 +12,16 @@ from hemostat.ipc.framing import FrameReader, MessageCodec, frame
 from hemostat.openai.kinds import is_conditional
 
 PROTOCOL = 2
-"""Which messages both ends understand. It is raised where an older version could not read these, or would misread them;
-a new field with a default value is ignored by it."""
+"""The version of the messages that both ends understand. It is raised if an older version could not read these, or
+would misread them; a new field with a default value is ignored by it.
+"""
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 MAX_TOP = 128
-"""Candidates at each position of an answer of the engine's plugin, beside the emitted one."""
+"""The largest number of candidates at each position of an answer of the engine's plugin, in addition to the emitted
+one.
+"""
 MAX_HELLO_BYTES = 64 * 1024
-"""Of the first frame, which comes before the token is known."""
+"""The largest size of the first frame, which comes before the token is known."""
 ALIVE_SECONDS = 2.0
 """Longest pause between two messages of the control process."""
 REST_KIND = "rest"
@@ -37,8 +40,9 @@ def rest_of(kind: str) -> str:
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True):
-    """A relay's first message. That of every protocol has the field `protocol`, so that any two versions can say which
-    ones they speak."""
+    """A relay's first message. The first message of every protocol has the field `protocol`, so that any two versions
+    can say which ones they speak.
+    """
 
     protocol: int = 0
     token: str = ""
@@ -57,7 +61,7 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
     """The control process does not take the relay; it closes the connection."""
 
     why: str
-    """One line."""
+    """The reason, in one line."""
     fault: bool = True
     """The configuration has to be corrected. Otherwise the relay finds another control process, or this one later."""
 
@@ -84,16 +88,18 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     """Hemostat's own name for the request among the engine's taps; "" without a tap."""
     stream: bool
     prompt_token_ids: bytes
-    """int32 [P]"""
+    """The ids of the prompt, int32 [P]."""
     output_token_ids: bytes
-    """int32 [T]"""
+    """The ids of the output, int32 [T]."""
     top_k: int
     candidate_ids: bytes
-    """int32 [T, top_k + 1], -1 pads; the emitted token is among them. Empty, as the next two, with `logprobs`."""
+    """The ids of the candidates, int32 [T, top_k + 1], -1 pads; the emitted token is among them. With `logprobs` it is
+    empty, as the next two are.
+    """
     candidate_logprobs: bytes
-    """float32 [T, top_k + 1], nats, -inf pads."""
+    """The log-probabilities of the candidates, float32 [T, top_k + 1], nats, -inf pads."""
     emitted_logprobs: bytes
-    """float32 [T], nats"""
+    """The log-probabilities of the emitted tokens, float32 [T], nats."""
     temperature: float
     """NaN where the sampling parameters are not known."""
     top_p: float
@@ -114,20 +120,24 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     """Version of the adapter that the response says answered it: the log-probabilities are the adapted
     model's."""
     choice: int = 0
-    """Which of the request's choices this is."""
+    """The number of this choice in the request."""
     choices: int = 1
-    """Of the request; each is a capture of its own, and they share request_id, nonce and conversation."""
+    """The number of choices of the request; each is a capture of its own, and they share request_id, nonce and
+    conversation.
+    """
     tools: bool = False
-    """Tools were offered."""
+    """It is True if tools were offered."""
     reasoning: bool = False
-    """vLLM's parser found reasoning in the answer."""
+    """It is True if vLLM's parser found reasoning in the answer."""
     from_tap: bool = False
     """The response has no token ids: the tokens of all choices are what the engine's plugin reported under `nonce`.
     Only the first choice's capture is sent."""
     also_in_response: bool = False
-    """Of one with `from_tap`: the response could have had the tokens, too, if it had been asked for them."""
+    """It is True, for a capture with `from_tap`, if the response could have had the tokens, too, had it been asked for
+    them.
+    """
     engine: str = ""
-    """That answered (`EngineHealth.engine`)."""
+    """The engine that answered (`EngineHealth.engine`)."""
     engine_drawn: bool = False
     """The relay drew it at random, whatever the request is."""
     generated: int = -1
@@ -142,7 +152,9 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
 
 
 class OutcomeReport(msgspec.Struct, frozen=True, array_like=True):
-    """What a client got in one arm of a comparison; see `hooks.Comparison`. Its size does not depend on the outcome."""
+    """The outcome of what a client got in one arm of a comparison; see `hooks.Comparison`. Its size does not depend on
+    the outcome.
+    """
 
     kind: str
     version: str
@@ -150,14 +162,16 @@ class OutcomeReport(msgspec.Struct, frozen=True, array_like=True):
     conversation: bytes
     client: bytes
     bad: dict[str, bool]
-    """By outcome that applies to the request (`hemostat_calibration.outcomes.Outcome`)."""
+    """It says if the answer is bad, by outcome that applies to the request
+    (`hemostat_calibration.outcomes.Outcome`).
+    """
     output_tokens: int | None
     drawn: float = 0.0
-    """Of the conversation (`hooks.Comparison.drawn`)."""
+    """The number that belongs to the conversation (`hooks.Comparison.drawn`)."""
 
 
 class OutcomeReports(msgspec.Struct, tag="outcomes", frozen=True):
-    """Of the answers since the last such message to requests in an arm of the conversations that are drawn."""
+    """The outcomes since the last such message of answers in an arm, for the conversations that are drawn."""
 
     reports: list[OutcomeReport]
 
@@ -168,12 +182,12 @@ class SampledCount(msgspec.Struct, frozen=True, array_like=True):
     kind: str
     """Full name; "" where the request's body was not read."""
     outcome: str
-    """skipped | dropped"""
+    """The outcome: skipped or dropped."""
     reason: str
     requests: float
     """A request of n choices of which one ended in this way counts 1/n."""
     unknown: float
-    """Of them, those whose generated tokens are not known."""
+    """The number of these requests whose generated tokens are not known."""
     tokens: int
     """Generated tokens of the others."""
 
@@ -185,18 +199,18 @@ class SampledCounts(msgspec.Struct, tag="sampled", frozen=True):
 
 
 class EngineHealth(msgspec.Struct, frozen=True, array_like=True):
-    """What one relay knows of one engine now, and what it has counted there since its start."""
+    """The state of one engine as one relay knows it now, and what the relay has counted there since its start."""
 
     engine: str
-    """Its address, host:port."""
+    """The address, host:port."""
     state: str
-    """up | ejected | returning"""
+    """The state: up, ejected or returning."""
     drained: bool
     outstanding: int
-    """Requests in progress, those that wait for a connection included."""
+    """The number of requests in progress, with the ones that wait for a connection."""
     requests: int
     resent: int
-    """Of them, those that were sent again, to another engine or to this one."""
+    """The number of requests that were sent again, to another engine or to this one."""
     ejections: int
 
 
@@ -219,7 +233,7 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
 
     generation: int
     mode: str
-    """off | observe | auto"""
+    """The mode: off, observe or auto."""
     shadow_rate: float
     shadow_allow_on: bool
     shadow_top_k: int
@@ -236,14 +250,16 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     """Versions that every rank of every engine holds: what requests may ask for where there is one upstream address."""
     labels: frozenset[str]
     apply: str = "engine"
-    """engine: by `vllm_xargs`; request: by temperature and logit_bias, where the client set neither."""
+    """The way in which a profile is applied. engine: by `vllm_xargs`; request: by temperature and logit_bias, if the
+    client set neither.
+    """
     request_temperature: float | None = None
     request_logit_bias: dict[str, float] = {}
     body_limit: int = 512 * 1024
     unscorable_models: frozenset[str] = frozenset()
     """Served names (LoRA adapters) that the reference cannot score with: neither scored nor calibrated."""
     nonce_prefix: str = ""
-    """What the values of `hemostat_tap` begin with: of several middlewares that share an engine, each gets its own."""
+    """The beginning of the values of `hemostat_tap`: if several middlewares share an engine, each gets its own."""
     kinds: frozenset[str] = frozenset()
     """Kinds of traffic that are followed by themselves; requests of every other kind belong to `REST_KIND`."""
     serving_by_kind: dict[str, str] = {}
@@ -271,7 +287,9 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     tap_tokens: bool = False
     """Every engine's plugin reports token ids and the most likely tokens, by choice, where `hemostat_tap_top` asks."""
     prefer_plugin: bool = False
-    """With `tap_tokens`: the plugin is asked for the tokens of a request also where its response could contain them."""
+    """It is True, with `tap_tokens`, if the plugin is asked for the tokens of a request also where its response could
+    contain them.
+    """
     default_model: str = ""
     """The served name that answers a request without one; "" while it is not known."""
     scored_again: frozenset[str] = frozenset()
@@ -282,12 +300,15 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     drained: frozenset[str] = frozenset()
     """Engines (`EngineHealth.engine`) that get no new requests."""
     openai_sampling_defaults: bool = False
-    """What a request leaves out of temperature, top_p, top_k, min_p and repetition_penalty is OpenAI's default."""
+    """It is True if OpenAI's default holds for what a request leaves out of temperature, top_p, top_k, min_p and
+    repetition_penalty.
+    """
     outcome_fraction: float = 1.0
-    """Of the conversations in an arm, the part whose outcomes are reported."""
+    """The part of the conversations in an arm whose outcomes are reported."""
     held_by_engine: dict[str, frozenset[str]] | None = None
-    """By engine (`EngineHealth.engine`), the versions that requests to it may ask for; none where it is absent. None:
-    there is one upstream address, and `acknowledged` holds."""
+    """The versions that requests to each engine may ask for, by `EngineHealth.engine`; an absent engine has none. None:
+    there is one upstream address, and `acknowledged` holds.
+    """
 
     secret: str = ""
     """The secret with which the relay signs the keys of `vllm_xargs` that make the engine's plugin act. Empty: of an
@@ -301,7 +322,7 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
 
 
 OVERHEAD_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
-"""Seconds: what the relay itself adds to a request."""
+"""The edges of the buckets for the time that the relay itself adds to a request, in seconds."""
 
 Message = Hello | Refused | Alive | Capture | OutcomeReports | SampledCounts | Stats | Policy
 
@@ -309,7 +330,7 @@ CODEC: MessageCodec[Message] = MessageCodec(Message)
 
 
 def encode(message: Message) -> bytes:
-    """One frame."""
+    """Returns the message as one frame."""
     return frame(CODEC.encode(message))
 
 

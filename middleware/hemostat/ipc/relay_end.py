@@ -38,7 +38,7 @@ MAX_QUEUED_BYTES = 16 * 1024 * 1024
 MAX_QUEUED_REPORTS = 1024
 """Reports of outcomes that wait for the next message."""
 REPORTS_PER_MESSAGE = 64
-"""So many are sent at once; fewer with the next figures."""
+"""The number of reports that are sent at once; fewer are sent with the next figures."""
 STATS_SECONDS = 1.0
 HOT_MODULE = "hemostat.relay.exchange"
 """A name only, for this layer cannot import it: all modules of the hot path are compiled, or none."""
@@ -49,13 +49,14 @@ ATTEMPT_SECONDS = 5.0
 SILENCE_SECONDS = 10.0
 """Without a message, after which the control process counts as gone: it says every two seconds that it is there."""
 POLICY_SECONDS = 30.0
-"""For so long after the last word of the control process its last policy is in force. A restart of that process then
-changes no request's arm."""
+"""The time after the last word of the control process for which its last policy is in force. A restart of that process
+then changes no request's arm.
+"""
 
 MAX_LINES = 16
 """Different ones of the log, until the control process is found again."""
 PROCESS = secrets.token_hex(8)
-"""Names this process."""
+"""The name of this process among all relays."""
 
 
 class LastPolicy:
@@ -115,10 +116,10 @@ class ControlLink:
         self._clock = clock
         self._stats = stats
         self._used: _Connection | None = None
-        """That the control process has answered on."""
+        """The connection that the control process has answered on."""
         self._reports: list[OutcomeReport] = []
         self.sampled = SampledTally()
-        """Of this relay's sampled requests; sent with the figures."""
+        """The counts of this relay's sampled requests; they are sent with the figures."""
         self._said: set[str] = set()
         """Lines of the log since the control process was last found: each is written once."""
 
@@ -163,7 +164,7 @@ class ControlLink:
         self._send_reports()
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Keeps a connection to a control process until it is cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._look())
             tasks.create_task(self._connect())
@@ -232,7 +233,7 @@ class ControlLink:
         return connection
 
     async def _use(self, connection: _Connection, target: Target) -> None:
-        """Until it is lost."""
+        """Uses a connection until it is lost."""
         if not self._quiet:
             log.info("relay %d: found the control process at %s", self._worker, target)
         self._said.clear()

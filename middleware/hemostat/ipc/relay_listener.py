@@ -29,14 +29,16 @@ from hemostat_calibration.messages import in_words
 log = logging.getLogger("hemostat.control")
 
 HANDSHAKE_SECONDS = 5.0
-"""From the connection to the whole hello."""
+"""The longest time from the connection to the whole hello."""
 MAX_HANDSHAKES = 64
-"""At a time; beyond it the one that has waited longest is closed for a new one. A relay's takes milliseconds."""
+"""The number of handshakes at a time; beyond it the one that has waited longest is closed for a new one. A relay's
+takes milliseconds.
+"""
 PAUSE_SECONDS = 0.02
 """Without a new connection, for each handshake that failed: a TLS handshake takes a tenth of it."""
 MAX_PAUSE_SECONDS = 1.0
 LOG_SECONDS = 60.0
-"""Between two lines of the log about the same kind of refusal."""
+"""The time between two lines of the log about the same kind of refusal."""
 CLOSE_SECONDS = 1.0
 BACKLOG = 128
 READ_SIZE = 256 * 1024
@@ -44,7 +46,7 @@ READ_SIZE = 256 * 1024
 
 
 class _Spoken(msgspec.Struct, tag="hello", frozen=True):
-    """What the hello of every version has."""
+    """The part that the hello of every version has."""
 
     protocol: int = 0
 
@@ -57,7 +59,9 @@ Admit = Callable[[Hello, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[
 
 @dataclass(frozen=True, slots=True)
 class Security:
-    """Of relays by TCP. context: None only on loopback. upstreams: the engines that relays may name."""
+    """The security of relays that connect by TCP. context: None only on loopback. upstreams: the engines that relays
+    may name.
+    """
 
     token: str
     context: ssl.SSLContext | None
@@ -77,7 +81,7 @@ class RelayListener:
         self.admit: Admit | None = None
         self._connections: set[asyncio.Task[None]] = set()
         self._handshakes: dict[asyncio.Task[None], None] = {}
-        """Of them, those without a hello, the oldest first."""
+        """The connections without a hello, the oldest first."""
         self._admitted: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._pause = 0.0
         self._said: dict[str, float] = {}

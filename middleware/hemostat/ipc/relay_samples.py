@@ -43,7 +43,7 @@ without a series does not show whether there was nothing to count."""
 
 
 def samples(total: Stats) -> Iterator[AnySample]:
-    """Of the figures of all relays together."""
+    """Yields the samples of the figures of all relays together."""
     for name, series in total.counters.items():
         for labels, value in series.items():
             yield Sample(name, labels, value)

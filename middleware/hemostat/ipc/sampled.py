@@ -1,4 +1,4 @@
-"""What a relay counts of the sampled requests that never became a capture, until it sends them."""
+"""Counts, in a relay, the sampled requests that never became a capture, until the counts are sent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_COUNTS = 1024
 
 
 def counted(capture: Capture) -> tuple[float, int | None]:
-    """What a capture counts as: requests (1/n for one of n choices) and generated tokens, None where not known."""
+    """Returns what a capture counts as: requests (1/n for one of n choices) and generated tokens, None if not known."""
     if capture.from_tap and not capture.output_token_ids:
         # It stands for all choices until the plugin's report is there.
         return 1.0, capture.generated if capture.generated >= 0 else None
@@ -35,7 +35,7 @@ class SampledTally:
         self._counts[key] = ended + requests, unknown + (requests if tokens is None else 0.0), known + (tokens or 0)
 
     def take(self) -> SampledCounts | None:
-        """What was counted since the last call; None: nothing."""
+        """Returns what was counted since the last call; None: nothing."""
         if not self._counts:
             return None
         counts, self._counts = self._counts, {}

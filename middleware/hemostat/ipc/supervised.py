@@ -1,4 +1,4 @@
-"""What processes need that a supervisor, or another parent, has started."""
+"""The parts that processes need which a supervisor, or another parent, has started."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 _PR_SET_PDEATHSIG = 1
 MAX_LINE_BYTES = 16 * 1024 * 1024
-"""Of what the supervisor sends."""
+"""The largest line that the supervisor sends."""
 STOP_SECONDS = 10.0
 """A process that stops in order is killed after this time, unless its own settings give it more."""
 KILL_AFTER_SECONDS = 5.0
-"""Between the end of a relay's own time to drain and the kill."""
+"""The time between the end of a relay's own time to drain and the kill."""
 PARENT_LOOK_SECONDS = 1.0
 
 
@@ -103,12 +103,14 @@ def stop_event() -> asyncio.Event:
 
 
 def is_compiled(module: str) -> bool:
-    """Whether this process has loaded that module from machine code instead of its source; False if not loaded."""
+    """Returns True if this process has loaded that module from machine code instead of its source; False if it is not
+    loaded.
+    """
     return str(getattr(sys.modules.get(module), "__file__", "")).endswith(tuple(EXTENSION_SUFFIXES))
 
 
 def make_tracing(config: dict[str, Any] | None) -> Tracing | None:
-    """From `tracing` of the configuration; None where it names no endpoint."""
+    """Returns the tracing that `tracing` of the configuration describes; None if it names no endpoint."""
     if not config or not config.get("endpoint"):
         return None
     from hemostat.tracing import Tracing  # noqa: PLC0415  an extra: only what is used

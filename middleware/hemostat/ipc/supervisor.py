@@ -24,14 +24,14 @@ class ChildRefused(Exception):
 
 
 class ChildOwner(Protocol[Target_contra, Ready_contra]):
-    """What a supervisor asks of its owner. All but `begin`, `exchange` and `closed` return at once."""
+    """The interface that a supervisor needs of its owner. All but `begin`, `exchange` and `closed` return at once."""
 
     def wants_child(self) -> bool:
-        """Whether there is work for a process, or soon will be."""
+        """Returns True if there is work for a process, or soon will be."""
         ...
 
     def receive(self, body: bytes) -> None:
-        """One frame from the process. The first answer is handed to `Supervisor.ready` or `refused`."""
+        """Takes one frame from the process. The first answer is handed to `Supervisor.ready` or `refused`."""
         ...
 
     def starting(self, target: Target_contra) -> None: ...
@@ -67,7 +67,8 @@ class ChildOwner(Protocol[Target_contra, Ready_contra]):
 
 class Supervisor(Generic[Target, Ready]):
     """Owns the target and the process. backoff: seconds before a process that failed is started again, by how often in
-    a row it failed before its first answer. environment: beside that of this process."""
+    a row it failed before its first answer. environment: variables in addition to the ones of this process.
+    """
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class Supervisor(Generic[Target, Ready]):
         return self._target
 
     def set_target(self, target: Target | None) -> None:
-        """What to work on from now on; None: nothing. Where it changes, the process ends, and the next one begins."""
+        """Sets what to work on from now on; None: nothing. If it changes, the process ends, and the next one begins."""
         if target != self._target:
             self._target = target
             self._backoff.reset()

@@ -1,4 +1,4 @@
-"""Whether all engines serve the same models, for `hemostat check`."""
+"""Checks if all engines serve the same models, for `hemostat check`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from hemostat.reference.server import VllmServer
 
 
 async def other_engines(first: VllmServer, settings: Settings) -> list[Finding]:
-    """Of each engine after the first, which has been checked: that it serves the same base models with the same
-    vocabulary and token ids, and answers what sampled requests ask for.
+    """Returns a finding for each engine after the first, which has been checked: it has to serve the same base models
+    with the same vocabulary and token ids, and to answer what sampled requests ask for.
 
-    That the weights are the same is not seen from here: the figures by engine show it.
+    It cannot be seen from here that the weights are the same: the figures by engine show it.
     """
     upstream = settings.upstream
     findings = []

@@ -25,7 +25,9 @@ that changes logits by less than that does not matter."""
 
 
 def nonlinearity(model: Any) -> str:
-    """Why the model's logits are not W h, with its output embedding W and that layer's input h; "" when they are."""
+    """Returns why the model's logits are not W h, with its output embedding W and that layer's input h; "" if they
+    are.
+    """
     head = model.get_output_embeddings()
     if head is None or getattr(head, "weight", None) is None:
         return "it has no output embedding"

@@ -29,9 +29,10 @@ class Basis:
 
 @dataclass(frozen=True, slots=True)
 class ExactScores:
-    """at, top_logprobs: float64 [T, K]; top_ids: int32 [T, K]; emitted, entropy, expected[name]: float64 [T]; nats.
+    """The scores of T positions, in nats.
 
-    hidden: float32 [T, d], the input of the output embedding; None where not requested.
+    at, top_logprobs: float64 [T, K]. top_ids: int32 [T, K]. emitted, entropy, expected[name]: float64 [T]. hidden:
+    float32 [T, d], the input of the output embedding; None if it was not requested.
     """
 
     at: Floats

@@ -1,4 +1,4 @@
-"""Is the reference the served model itself? Every divergence would be that of a model from itself."""
+"""Finds out if the reference is the served model itself: then every divergence would be of a model from itself."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 async def same_model(info: ReferenceInfo, url: str | None, server: VllmServer, served: str) -> str:
-    """How it is known that `served` on the upstream `server` is the reference `info`; "" where nothing says so.
+    """Returns how it is known that `served` on the upstream `server` is the reference `info`; "" if nothing says so.
 
-    url: of the reference, where it is a server. ReferenceFailure where the upstream could not be asked.
+    url: the URL of the reference, if it is a server. Raises ReferenceFailure if the upstream could not be asked.
     """
     if url is not None and info.model == served and await asyncio.to_thread(_same_address, url, server.url):
         return f"{url} is the upstream, and serves the same model"

@@ -1,4 +1,4 @@
-"""From a server's list of models to its base models: which names are one model, and which adapters it has."""
+"""Reads a server's list of models into its base models: which names are one model, and which adapters it has."""
 
 from __future__ import annotations
 

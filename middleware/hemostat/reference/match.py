@@ -12,7 +12,9 @@ from hemostat.reference.protocol import FailureReason, Offer, Reference, Referen
 from hemostat.reference.server import Refused, VllmServer
 
 MAX_LESS_LIKELY_NATS = 0.5
-"""How much less likely per token, on average, a plain text may be under a reference than under its compressed copy."""
+"""The largest amount, per token on average, by which a plain text may be less likely under a reference than under its
+compressed copy.
+"""
 MAX_SAME_NATS = 0.05
 """Mean difference of the log-probabilities of one text's tokens, up to which two served names are one model. Repeated
 computations of one model in bfloat16 differ by about 0.01; two sizes of one family by more than 0.5."""
@@ -110,10 +112,11 @@ async def _less_likely(server: VllmServer, name: str, reference: Reference, info
 
 
 async def same_model(server: VllmServer, name: str, other: str) -> bool:
-    """Whether two served names are one model: it gives the tokens of a text the same log-probabilities under both.
+    """Returns True if two served names are one model: it gives the tokens of a text the same log-probabilities under
+    both.
 
     Equal paths in the server's list do not say so: behind a router, every server may have loaded its own model from
-    /models. ReferenceFailure where the server could not be asked.
+    /models. Raises ReferenceFailure if the server could not be asked.
     """
     ids = await server.tokenize(name, PROBE_TEXT)
     if await server.tokenize(other, PROBE_TEXT) != ids:

@@ -93,7 +93,7 @@ class ReferenceMonitor:
             yield Sample(names.MODEL_INFO, (model, reference), 1.0)
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Starts and compares the references until it is cancelled."""
         if self._references is None:
             return
         upstream = self._upstream
@@ -217,7 +217,7 @@ class ReferenceMonitor:
         return not self.ready or any(pair.name not in failing for pair in down)
 
     def _retry_seconds(self) -> float:
-        """How long models that are not ready wait for the next attempt."""
+        """Returns how long models that are not ready wait for the next attempt."""
         states = {pair.state for pair in self.served.pairs if pair.detail != SCORES_FAILED}
         if states & {ReferenceState.DOWN, ReferenceState.STARTING}:
             return RETRY_SECONDS
@@ -271,7 +271,7 @@ class ReferenceMonitor:
         return undecided.name if undecided is not None and undecided.reference is not None else ""
 
     def _summarize(self) -> None:
-        """`state` and `detail` from those of the pairs."""
+        """Sets `state` and `detail` from the states and details of the pairs."""
         pairs = self.served.pairs
         if not pairs:
             self._set_state(ReferenceState.STARTING, "the upstream serves no model yet")
@@ -307,7 +307,7 @@ def _waits_for_upstream(settings: Settings) -> bool:
 
 
 async def _first_that_answers(servers: Sequence[VllmServer]) -> VllmServer:
-    """Of several engines that serve the same models, one that can be asked; the first where none answers."""
+    """Returns, of several engines that serve the same models, one that can be asked; the first if none answers."""
     for server in servers[: len(servers) if len(servers) > 1 else 0]:
         with contextlib.suppress(ReferenceFailure):
             await server.models()

@@ -30,10 +30,12 @@ MIN_PROBE_TOKENS = 8
 
 
 class ServerReference:
-    """Implements `Reference`. What the server offers is found out at every start: it may have restarted otherwise.
+    """Implements `Reference`. What the server offers is found out at every start: it may have been restarted with other
+    flags.
 
-    Hidden states are preferred to lists. Where the output head in `reference.folder` is not that of the server's model,
-    lists are used if the address offers them, too; else there is no reference (HEAD).
+    Hidden states are preferred to lists. If the output head in `reference.folder` does not belong to the server's
+    model, lists are used if the address offers them, too; else there is no reference, and `start` fails with the reason
+    HEAD.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class ServerReference:
         self._current: VllmReference | HiddenStatesReference | None = None
         self._name = ""
         self._why_lists = ""
-        """Why there are lists in place of hidden states, as it was last logged."""
+        """The reason why lists are used in place of hidden states, as it was last logged."""
 
     async def start(self) -> ReferenceInfo:
         """Asks the server every time: it may have restarted with another model, or in another way."""
@@ -89,7 +91,7 @@ class ServerReference:
         return info
 
     async def _without_head(self, card: ModelCard, failure: ReferenceFailure) -> str:
-        """Why lists are used though there are hidden states; raises `failure` where they cannot be.
+        """Returns why lists are used though there are hidden states; raises `failure` if they cannot be used.
 
         A vLLM server that pools does not generate. A router in front of one of each kind offers both.
         """

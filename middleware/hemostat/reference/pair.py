@@ -1,4 +1,6 @@
-"""What is known of the models that are compared: each served base model, and the reference that belongs to it."""
+"""The models that are compared, as far as they are known: each served base model, and the reference that belongs to
+it.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ class ModelPair:
     state: ReferenceState = ReferenceState.STARTING
     detail: str = ""
     markers: Markers | None = None
-    """Of the model's thinking."""
+    """The markers of the model's thinking."""
 
     @property
     def scorable_adapters(self) -> frozenset[str]:
@@ -54,9 +56,9 @@ class ModelPair:
 
     @property
     def scorable(self) -> frozenset[str]:
-        """The model's names and those of its adapters, as far as the reference can score them; empty without a match.
-
-        A reference that is down for a while is still the model's match."""
+        """The model's names and the names of its adapters, as far as the reference can score them; empty without a
+        match. A reference that is down for a while is still the model's match.
+        """
         return self.names | self.scorable_adapters if self.reference is not None else frozenset()
 
     @property

@@ -12,13 +12,13 @@ from hemostat.reference.protocol import ReferenceFailure
 from hemostat.reference.server import Refused, VllmServer
 
 PROBE = "The capital of France is"
-"""A prompt."""
+"""The prompt of the probes."""
 LOGIT_PUSH = -100.0
 """The logit_bias that makes a token unlikely."""
 
 
 class State(StrEnum):
-    """Of a finding."""
+    """The state of a finding."""
 
     OK = "ok"
     """It works."""
@@ -30,13 +30,13 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one probe has found."""
+    """The result of one probe."""
 
     what: str
     state: State
     detail: str
     fix: str = ""
-    """What to do about it; "" where nothing needs to be done."""
+    """The advice on what to do about it; "" if nothing needs to be done."""
     transient: bool = False
     """A failure that says nothing about the server's settings: the next attempt may succeed."""
 
@@ -45,7 +45,7 @@ SPECULATES = "vLLM decodes speculatively; model runner V1 takes no plugin then, 
 
 
 KEEPS_RESPONSES = "VLLM_ENABLE_RESPONSES_API_STORE"
-"""What a vLLM that keeps no responses says is missing."""
+"""The name that a vLLM that keeps no responses says is missing."""
 
 
 class _TopLogprobs(msgspec.Struct, frozen=True):
@@ -64,7 +64,8 @@ class _Completion(msgspec.Struct, frozen=True):
 
 
 async def probe_shadowing(server: VllmServer, model: str, top_k: int, severity: State = State.NO) -> list[Finding]:
-    """What a sampled request needs: `top_k` logprobs, token ids, and logprobs of the model itself.
+    """Returns findings about what a sampled request needs: `top_k` logprobs, token ids, and logprobs of the model
+    itself.
 
     severity: the state of a finding that something is missing.
     """
@@ -108,11 +109,11 @@ async def probe_shadowing(server: VllmServer, model: str, top_k: int, severity: 
 
 
 async def keeps_responses(server: VllmServer, model: str) -> bool:
-    """Whether vLLM keeps the responses of `/v1/responses`, which a client can then fetch later. True where that is not
-    known.
+    """Returns True if vLLM keeps the responses of `/v1/responses`, which a client can then fetch later, or if that is
+    not known.
 
-    Asked by a request that it refuses in any case, before it generates: in the background, after a response that there
-    is none of.
+    It is asked by a request that vLLM refuses in any case, before it generates: a request in the background that goes
+    on with a response which does not exist.
     """
     body = {"model": model, "input": PROBE, "background": True, "store": True, "previous_response_id": "resp_none"}
     try:
@@ -125,7 +126,9 @@ async def keeps_responses(server: VllmServer, model: str) -> bool:
 
 
 async def speculates(server: VllmServer) -> bool:
-    """Whether vLLM drafts tokens: then, and only then, its metrics count them. False where they cannot be read."""
+    """Returns True if vLLM drafts tokens: then, and only then, its metrics count them. It is False if they cannot be
+    read.
+    """
     try:
         return "\nvllm:spec_decode_" in await server.text("GET", "/metrics")
     except ReferenceFailure:
@@ -135,7 +138,7 @@ async def speculates(server: VllmServer) -> bool:
 async def _probe_logprobs_mode(
     server: VllmServer, body: dict[str, Any], best: int, top: dict[str, float], severity: State
 ) -> Finding:
-    """Whether logprobs are those of the model itself: such do not change with the request's own logit_bias."""
+    """Reports if logprobs come from the model itself: then they do not change with the request's own logit_bias."""
     pushed = {**body, "logit_bias": {str(best): LOGIT_PUSH}}
     name = f"token_id:{best}"
     fix = "start vLLM with --logprobs-mode raw_logprobs (its default)"

@@ -1,4 +1,4 @@
-"""What a reference model is asked, what it answers, and how it fails."""
+"""The requests to a reference model, its answers, and how it fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hemostat_calibration.records import Candidates, RecoveredDivergence
 
 
 class Offer(StrEnum):
-    """How a reference scores."""
+    """The way in which a reference scores."""
 
     MODEL = "model"
     """A model in process: the full vocabulary."""
@@ -40,25 +40,25 @@ class ReferenceInfo:
     full_vocabulary: bool
     """True: entropies and expected shifts are exact."""
     hidden_size: int = 0
-    """d of the hidden states h that it returns, where the logits are W h up to a constant; 0: it returns none."""
+    """The size d of the hidden states h that it returns, if the logits are W h up to a constant; 0: it returns none."""
     hidden_detail: str = ""
-    """Why it returns none."""
+    """The reason why it returns none."""
     folder: Path | None = None
     """The checkpoint's folder on this machine."""
     device: str = field(default="", compare=False)
     """The device that was chosen for it, and why; "" if the configuration names one."""
     offer: Offer = Offer.MODEL
     figures: str = ""
-    """Which figures follow, in a few words; "" for those of `full_vocabulary`."""
+    """The figures that follow, in a few words; "" for the figures that `full_vocabulary` says."""
     exact_with: str = ""
-    """What the operator can do for exact figures, in the imperative; "" where they are."""
+    """The advice for the operator on how to get exact figures, in the imperative; "" if they are exact."""
     probe: tuple[float, ...] = ()
     """Log-probabilities of the tokens of fixed texts, nats (`probed_scores`), where `digest` does not say what the
     weights are: a generating server names its model, and may load others under the same name."""
 
     @property
     def figures_follow(self) -> str:
-        """Which figures follow from this reference, in one line."""
+        """The figures that follow from this reference, in one line."""
         if self.full_vocabulary:
             how = {Offer.STATES: "hidden states of a pooling server", Offer.MODEL: "in process"}[self.offer]
             return f"exact: full vocabulary ({how})"
@@ -67,8 +67,8 @@ class ReferenceInfo:
 
 @dataclass(frozen=True, slots=True)
 class CompressedLogits:
-    """What the engine reported of the compressed model. With more anchors than hidden states have numbers, its whole
-    distribution follows (see `state_recovery`).
+    """The logits that the engine reported of the compressed model. If there are more anchors than hidden states have
+    numbers, its whole distribution follows (see `state_recovery`).
 
     anchors: int32 [N]. features: float32 [T, N], its logits there, centred; a row of NaN where unknown.
     logprobs: float64 [T, K], its candidates' log-probabilities, at the `ids` that are scored.
@@ -84,15 +84,15 @@ class ScoreRequest:
     """T output tokens after P prompt tokens, and what is wanted of them."""
 
     prompt: Ids
-    """int32 [P], P ≥ 1"""
+    """The ids of the prompt, int32 [P], P ≥ 1."""
     output: Ids
-    """int32 [T], T ≥ 1"""
+    """The ids of the output, int32 [T], T ≥ 1."""
     ids: Ids
-    """int32 [T, K], -1 pads: where log-probabilities are wanted, besides those of the output."""
+    """The ids, int32 [T, K], -1 pads, whose log-probabilities are wanted in addition to the output's."""
     profiles: tuple[CalibrationProfile, ...] = ()
-    """Those whose E_r[Δz] is wanted."""
+    """The profiles whose E_r[Δz] is wanted."""
     codes: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
-    """Of the contextual profiles, by version: float32 [T, r], y with Δz = clip(up · y)."""
+    """The codes of the contextual profiles, by version: float32 [T, r], y with Δz = clip(up · y)."""
     hidden: bool = False
     """Return hidden states, where available."""
     reshaped: bool = False
@@ -108,7 +108,7 @@ class ScoreRequest:
 
     @property
     def tokens(self) -> int:
-        """P + T."""
+        """The number of tokens of prompt and output, P + T."""
         return len(self.prompt) + len(self.output)
 
 

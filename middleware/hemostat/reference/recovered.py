@@ -1,4 +1,5 @@
-"""How far the reference is from the compressed model's recovered distribution, over the full vocabulary. Torch, no IO.
+"""Computes how far the reference is from the compressed model's recovered distribution, over the full vocabulary. It
+uses torch and does no IO.
 
 See `hemostat_calibration.state_recovery`, whose `compare` computes the same in numpy.
 """
@@ -16,7 +17,7 @@ from hemostat_calibration.records import RecoveredDivergence
 from hemostat_calibration.state_recovery import StateRecovery, observed_error, recover_states
 
 BLOCK_ELEMENTS = 1 << 24
-"""Of the output embedding that is converted to float32 at a time."""
+"""The number of elements of the output embedding that are converted to float32 at a time."""
 
 
 class CompressedSide:
@@ -40,7 +41,9 @@ class CompressedSide:
         return torch.cat([states @ rows.float().T for rows in blocks], dim=-1)
 
     def of(self, features: npt.NDArray[np.float32], ids: Ids, logprobs: Floats) -> Comparison:
-        """features: [T, N]. ids, logprobs: [T, K], the compressed side's candidates."""
+        """Returns the comparison for one request. features: [T, N]. ids, logprobs: [T, K], the compressed side's
+        candidates.
+        """
         states = torch.from_numpy(self._recovery.states(features)).to(self._weight.device)
         return Comparison(states, self._product, self._variances, ids, logprobs)
 
@@ -62,7 +65,7 @@ class Comparison:
         self._at = np.full(ids.shape, np.nan)
 
     def see(self, rows: slice, log_r: torch.Tensor) -> None:
-        """log_r: the reference's log-probabilities at these positions, float32 [n, V]."""
+        """Compares some positions. log_r: the reference's log-probabilities at these positions, float32 [n, V]."""
         log_c = torch.log_softmax(self._logits(self._states[rows]), dim=-1)
         r, c = log_r.exp(), log_c.exp()
         mean = torch.logaddexp(log_r, log_c) - np.log(2.0)

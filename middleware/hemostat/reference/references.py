@@ -1,4 +1,4 @@
-"""Which reference belongs to which served base model."""
+"""The references by the served base model that they belong to."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ class References:
         self.by_model = by_model
 
     def of(self, name: str, *, is_first: bool) -> Reference | None:
-        """name: of a served base model. is_first: it is the server's first."""
+        """Returns the reference of a model; None if it has none. name: of a served base model. is_first: it is the
+        server's first.
+        """
         return self.first if self.first is not None and is_first else self.by_model.get(name)
 
     def __iter__(self) -> Iterator[Reference]:

@@ -1,4 +1,4 @@
-"""What the two kinds of workers share: what they hold between requests, and scores as messages."""
+"""The parts that the two kinds of workers share: what they hold between requests, and scores as messages."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class HeldFunctionals:
 
 
 def output_and_ids(request: worker_messages.Score) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """int32 [T] and [T, width]."""
+    """Returns the output, int32 [T], and the ids, int32 [T, width], of a request."""
     output = np.frombuffer(request.output, "<i4")
     return output, np.frombuffer(request.ids, "<i4").reshape(len(output), request.width)
 

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 CONNECT_SECONDS = 5.0
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
-"""Of answers whose length does not depend on a request's."""
+"""The largest size of answers whose length does not depend on a request's."""
 MAX_ERROR_BYTES = 64 * 1024
 OUT_OF_VOCABULARY = 2**31 - 1
 NO_SUCH_ROUTE = {404, 405, 501}
@@ -35,7 +35,7 @@ _REASONS = {
     429: FailureReason.BUSY,
     503: FailureReason.BUSY,
 }
-"""By HTTP status."""
+"""The reason for a failure by HTTP status."""
 _VOCABULARY_SIZE = re.compile(r"[Vv]ocabulary size: (\d+)")
 
 
@@ -162,7 +162,7 @@ class VllmServer:
         )
 
     async def tokenize(self, model: str, text: str, *, special: bool = False) -> list[int]:
-        """special: with what the tokenizer puts around every text."""
+        """Returns the token ids of a text. special: with what the tokenizer puts around every text."""
         body = {"model": model, "prompt": text, "add_special_tokens": special}
         return (await self.post("/tokenize", body, _Tokens)).tokens
 
@@ -234,7 +234,9 @@ class VllmServer:
 
 
 def _cause(error: BaseException) -> str:
-    """What the operating system says ("Connection refused"), where httpx, anyio and asyncio have wrapped it."""
+    """Returns what the operating system says ("Connection refused"), from within what httpx, anyio and asyncio have
+    wrapped around it.
+    """
     deepest: BaseException = error
     below: BaseException | None = error
     while below is not None:

@@ -20,18 +20,18 @@ CONTEXTS = (
     *(("", ""), ("\n", ""), ("\n", "\n"), ("", "\n"), (" ", " "), ("a", "a"), ("a ", " a")),
     *((f"a{sign}", "\n") for sign in ".!?:)\"'`*>"),
 )
-"""Before and after a marker of several tokens: the characters beside it may share a token with it."""
+"""Texts before and after a marker of several tokens: the characters next to it may share a token with it."""
 
 
 class Tokenizer(Protocol):
-    """Of `hemostat.reference.server.VllmServer`."""
+    """The part of `hemostat.reference.server.VllmServer` that tokenizes."""
 
     async def tokenize(self, model: str, text: str) -> list[int]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class FoundMarkers:
-    """markers: None where none are known. detail: one line for people."""
+    """The markers that were found. markers: None if none are known. detail: one line for people."""
 
     markers: Markers | None
     detail: str
@@ -68,7 +68,9 @@ async def _of_texts(server: Tokenizer, model: str, texts: Texts, parser: str) ->
 
 
 async def _sequences(server: Tokenizer, model: str, text: str) -> Sequences:
-    """Every way in which the tokenizer cuts the text, alone or beside others; the shortest sequences come first."""
+    """Returns every way in which the tokenizer cuts the text, alone or next to other characters; the shortest sequences
+    come first.
+    """
     alone = tuple(await server.tokenize(model, text))
     if len(alone) == 1:
         return (alone,)

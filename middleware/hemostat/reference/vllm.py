@@ -24,7 +24,7 @@ from hemostat.reference.server import MAX_ANSWER_BYTES, ModelCard, Refused, Vllm
 from hemostat_calibration.records import Candidates
 
 MAX_ENTRY_BYTES = 512
-"""Of one id of a list, with its text."""
+"""The largest size of one id of a list, with its text."""
 MAX_LOGPROB = 1e-3
 """0 and a margin for rounding; a larger value is no log-probability: the server runs with another --logprobs-mode."""
 
@@ -158,8 +158,9 @@ class VllmReference:
 
 
 async def top_ids(server: VllmServer, model: str, request: ScoreRequest, top_k: int) -> ReferenceScores:
-    """What a served model says of the request's output: its `top_k` most likely ids at each position. ReferenceFailure;
-    Refused where the server does not serve it, or the tokens are too many."""
+    """Returns what a served model says of the request's output: its `top_k` most likely ids at each position. Raises
+    ReferenceFailure; it is Refused if the server does not serve the model, or the tokens are too many.
+    """
     prompt, output, length = request.prompt, request.output, request.tokens
     body = {
         "model": model,

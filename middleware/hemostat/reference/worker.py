@@ -151,7 +151,7 @@ def _nonlinearity(model: Any) -> str:
 
 
 def _folder(model: str) -> str:
-    """The checkpoint's folder; that of the hub's cache for a hub name."""
+    """Returns the checkpoint's folder; for a hub name it is the folder in the hub's cache."""
     if Path(model).is_dir():
         return str(Path(model).absolute())
     from transformers.utils import cached_file  # noqa: PLC0415

@@ -85,9 +85,9 @@ class ReferenceWorker:
                 log.error("the reference did not start again: %s", failure)
 
     async def score(self, request: ScoreRequest, states: npt.NDArray[np.uint16] | None = None) -> ReferenceScores:
-        """As `Reference.score`. E_r[Δz] is exact where Δz depends on the token alone (a bias without a temperature),
-        or on the token and a given code; else NaN: all others need the compressed model's logits at every id, which
-        the reference does not have.
+        """Scores as `Reference.score` says. E_r[Δz] is exact if Δz depends on the token alone (a bias without a
+        temperature), or on the token and a given code. Otherwise it is NaN: all others need the compressed model's
+        logits at every id, which the reference does not have.
 
         states: for an output head, which does not read the prompt: see `worker_messages.Score`.
         """

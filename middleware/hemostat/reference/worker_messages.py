@@ -14,7 +14,7 @@ from hemostat_calibration.allowed_sets import AllowedSets, words
 
 
 class Load(msgspec.Struct, tag="load", frozen=True):
-    """The first request."""
+    """Loads the model; it is the first request."""
 
     model: str
     dtype: str
@@ -38,19 +38,19 @@ class Basis(msgspec.Struct, frozen=True):
     """The function clip(up[v] · code, ±clamp) of the token v."""
 
     up: bytes
-    """float16 [V, rank]"""
+    """The matrix, float16 [V, rank]."""
     rank: int
     clamp: float
 
 
 class Allowed(msgspec.Struct, frozen=True):
-    """`AllowedSets`."""
+    """An `AllowedSets` as a message."""
 
     vocab_size: int
     table: bytes
-    """uint32 [sets, words]"""
+    """The sets, uint32 [sets, words]."""
     rows: bytes
-    """int32 [T]"""
+    """The place of each position's set, int32 [T]."""
 
     @classmethod
     def of(cls, sets: AllowedSets) -> Allowed:
@@ -66,14 +66,14 @@ class Allowed(msgspec.Struct, frozen=True):
 
 
 class Compressed(msgspec.Struct, frozen=True):
-    """`CompressedLogits`."""
+    """A `CompressedLogits` as a message."""
 
     anchors: bytes
-    """int32 [N]"""
+    """The ids of the anchors, int32 [N]."""
     features: bytes
-    """float32 [T, N]"""
+    """The logits at the anchors, float32 [T, N]."""
     logprobs: bytes
-    """float64 [T, width]"""
+    """The log-probabilities of the candidates, float64 [T, width]."""
 
     @classmethod
     def of(cls, given: CompressedLogits) -> Compressed:
@@ -89,23 +89,24 @@ class Score(msgspec.Struct, tag="score", frozen=True):
 
     id: int
     prompt: bytes
-    """int32 [P]"""
+    """The ids of the prompt, int32 [P]."""
     output: bytes
-    """int32 [T]"""
+    """The ids of the output, int32 [T]."""
     ids: bytes
-    """int32 [T, width], -1 pads"""
+    """The ids whose log-probabilities are wanted, int32 [T, width], -1 pads."""
     width: int
     functionals: dict[str, bytes]
-    """name -> float32 [V]: functions of the token whose expectation is to be computed; only those that the worker does
-    not hold yet."""
+    """The functions of the token whose expectation is to be computed, by name: float32 [V]; only the ones that the
+    worker does not hold yet.
+    """
     bases: dict[str, Basis]
     """Likewise for functions of the token that also depend on a position's code."""
     wanted: list[str]
     """Every name whose expectation is to be computed; the worker drops all others."""
     codes: dict[str, bytes]
-    """For every basis in `wanted`: float32 [T, rank]"""
+    """The code for every basis in `wanted`: float32 [T, rank]."""
     hidden: bool
-    """Return hidden states."""
+    """It is True if hidden states are to be returned."""
     reshaped: bool = False
     """Compute only the scores, in another shape (see `exact.score`); what the worker holds does not change."""
     allowed: Allowed | None = None
@@ -113,7 +114,7 @@ class Score(msgspec.Struct, tag="score", frozen=True):
     compressed: Compressed | None = None
     """Compare with the compressed model's recovered distribution; only where it `compares`."""
     states: bytes = b""
-    """For an output head: the final hidden states that predict `output`, bfloat16 [T, d]; `prompt` is not used."""
+    """The final hidden states that predict `output`, bfloat16 [T, d], for an output head; then `prompt` is not used."""
 
 
 class Tokenize(msgspec.Struct, tag="tokenize", frozen=True):
@@ -138,16 +139,16 @@ class Loaded(msgspec.Struct, tag="loaded", frozen=True):
     dtype: str
     vocab_size: int
     max_positions: int
-    """0: unknown."""
+    """The largest number of positions; 0: unknown."""
     folder: str
-    """The checkpoint's folder."""
+    """The folder of the checkpoint."""
     hidden_size: int
     """0: its logits are not a linear map of a hidden state; `hidden_detail` names the reason."""
     hidden_detail: str
     compares: bool
     """It compares with the compressed model's recovered distribution."""
     width: int = 0
-    """Of an output head: d, also where `hidden_size` is 0."""
+    """The size d of an output head, also if `hidden_size` is 0."""
 
 
 class Scored(msgspec.Struct, tag="scored", frozen=True):
@@ -157,19 +158,19 @@ class Scored(msgspec.Struct, tag="scored", frozen=True):
     at: bytes
     """[T, width], NaN where padded"""
     top_ids: bytes
-    """int32 [T, width]"""
+    """The most likely ids, int32 [T, width]."""
     top_logprobs: bytes
-    """[T, width]"""
+    """The log-probabilities of the most likely ids, [T, width]."""
     emitted: bytes
-    """[T]"""
+    """The log-probabilities of the output, [T]."""
     entropy: bytes
-    """[T]"""
+    """The entropy of the distribution, [T]."""
     expected: dict[str, bytes]
-    """name -> [T]"""
+    """The expectation of each function, by name: [T]."""
     hidden: bytes
-    """float32 [T, hidden_size]; empty where not requested, or hidden_size is 0."""
+    """The hidden states, float32 [T, hidden_size]; empty if they were not requested, or if hidden_size is 0."""
     recovered: bytes = b""
-    """float64 [7, T], the arrays of `RecoveredDivergence` in their order; empty where not requested."""
+    """The arrays of `RecoveredDivergence` in their order, float64 [7, T]; empty if they were not requested."""
 
 
 class TokenIds(msgspec.Struct, tag="token_ids", frozen=True):
@@ -179,7 +180,7 @@ class TokenIds(msgspec.Struct, tag="token_ids", frozen=True):
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
     id: int
-    """-1: loading failed."""
+    """The id of the request; -1: loading failed."""
     reason: FailureReason
     message: str
 

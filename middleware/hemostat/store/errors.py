@@ -1,4 +1,4 @@
-"""How many operations of the store have failed, and the log lines about them."""
+"""Counts the operations of the store that have failed, and logs them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class StoreErrorLog:
 
     def __init__(self) -> None:
         self.last_message = ""
-        """Of the failures since the store has answered last; "" when there was none."""
+        """The message of the last failure since the store has answered; "" if there was none."""
         self.count = 0
 
     def record(self, failure: StoreFailure) -> None:

@@ -1,4 +1,4 @@
-"""From `store.url` to a store."""
+"""Makes the store that `store.url` names."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hemostat.store.sqlite import SqliteStore
 
 
 def open_store(url: str) -> Store:
-    """`memory://`, `sqlite:///relative/path`, `sqlite:////absolute/path` or `postgresql://user:password@host/database`.
-    Nothing is opened before the first call.
+    """Returns the store for `memory://`, `sqlite:///relative/path`, `sqlite:////absolute/path` or
+    `postgresql://user:password@host/database`. Nothing is opened before the first call.
 
-    StoreFailure when the address is invalid.
+    Raises StoreFailure if the address is invalid.
     """
     try:
         parts = split_store_url(url)

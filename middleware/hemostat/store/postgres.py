@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     import psycopg
 
 CONNECT_SECONDS = 3
-"""Of each address of the server."""
+"""The timeout of a connection to each address of the server."""
 EXCHANGE_SECONDS = 5.0
 """Longest exchange of one statement and its answer."""
 STATEMENT_SECONDS = 4
@@ -64,7 +64,7 @@ LEASE_SECONDS = protocol.VERIFY_SECONDS + EXCHANGE_SECONDS
 """The seconds, counted from when an answered statement was sent, for which the session, and with it the lock, was
 certainly there."""
 CHUNK_BYTES = 4 * 1024 * 1024
-"""Of a blob: each chunk is an exchange of its own."""
+"""The size of one chunk of a blob: each chunk is an exchange of its own."""
 
 _SESSION = {
     "idle_session_timeout": f"{IDLE_SECONDS}s",
@@ -81,7 +81,7 @@ _SOCKET = {
     "keepalives_count": 2,
     "tcp_user_timeout": int(1000 * EXCHANGE_SECONDS),
 }
-"""Of this end of the connection."""
+"""The settings of this end of the connection."""
 
 _TABLES = (
     "hemostat_head (schema integer NOT NULL, revision bigint NOT NULL, commit_id text NOT NULL)",
@@ -105,7 +105,7 @@ _DURABLE = "SELECT set_config('synchronous_commit', 'on', false) WHERE current_s
 """A commit that was answered is on the disk. Where more than that is set, it stays."""
 
 _REFUSALS = ("authentication failed", "no password supplied", "no pg_hba.conf entry", "does not exist", "denied for")
-"""In what the server says when it does not begin a session for this user and database."""
+"""Parts of what the server says when it does not begin a session for this user and database."""
 _POOLER = (
     "a pooler (such as pgbouncer) is between, which may give each transaction another session, where the lock is not "
     "held: name the PostgreSQL server itself in store.url"
@@ -202,7 +202,9 @@ class PostgresStore:
             return expected + 1
 
     def probe(self) -> str:
-        """Try all that the owner does, also beside an owner, and undo it. Returns the server's name and version."""
+        """Tries all that the owner does, also while another process is the owner, and undoes it. Returns the server's
+        name and version.
+        """
         with self._calls, self._transaction("READ WRITE", keep=False) as session:
             self._head(session)
             _create_tables(session)
@@ -266,7 +268,7 @@ class PostgresStore:
             raise
 
     def _undo(self) -> bool:
-        """Whether the session goes on, without its transaction."""
+        """Undoes the transaction, and returns True if the session goes on."""
         try:
             if self._session is not None:
                 self._session.undo()
@@ -282,7 +284,7 @@ class PostgresStore:
         return text or in_words(error).removeprefix("connection failed: ").partition(" Is the server running")[0]
 
     def _failure(self, error: Exception, text: str) -> StoreFailure:
-        """Of a statement that was refused in a session that goes on."""
+        """Returns the failure for a statement that was refused in a session that goes on."""
         state = getattr(error, "sqlstate", None)
         if state in {"42501", "3F000"}:  # insufficient_privilege, invalid_schema_name
             return StoreAccessDenied(f"store {self._shown}: {text}; {_GRANTS}")
@@ -303,7 +305,9 @@ class PostgresStore:
         return self._session
 
     def _refusal(self, text: str) -> StoreFailure:
-        """Of a session that did not begin. The server's words are all there is: libpq has no code."""
+        """Returns the failure for a session that did not begin. The server's words are all there is: libpq has no
+        code.
+        """
         if "unsupported startup parameter" in text:
             return StoreIncompatible(f"store {self._shown}: {_POOLER}")
         if "unrecognized configuration parameter" in text:
@@ -315,7 +319,7 @@ class PostgresStore:
         return StoreUnreachable(f"store {self._shown}: {text}")
 
     def _disconnect(self) -> None:
-        """What was not committed is undone, and the lock is released."""
+        """Ends the session: what was not committed is undone, and the lock is released."""
         self._owns = False
         if self._session is not None:
             self._session.close()
@@ -328,7 +332,7 @@ class _Session:
     def __init__(self, client: Any, given: dict[str, Any]) -> None:
         self._connection: psycopg.Connection[Any] = client.connect(**given, autocommit=True, prepare_threshold=None)
         self._socket = socket.socket(fileno=os.dup(self._connection.fileno()))
-        """Of the connection, to end an exchange from another thread."""
+        """A copy of the connection's socket, to end an exchange from another thread."""
         self.backend: int = self._connection.info.backend_pid
         """The server's process that began the session; of a pooler a number of its own."""
         self.timed_out = False
@@ -340,7 +344,9 @@ class _Session:
         return str(self._connection.info.parameter_status("server_version"))
 
     def run(self, statement: str, *values: Any) -> psycopg.Cursor[Any]:
-        """psycopg.Error, also after EXCHANGE_SECONDS: the session has ended then, and the outcome is not known."""
+        """Runs a statement. Raises psycopg.Error, also after EXCHANGE_SECONDS: the session has ended then, and the
+        outcome is not known.
+        """
         limit = threading.Timer(EXCHANGE_SECONDS, self._end)
         limit.daemon = True
         limit.start()
@@ -374,7 +380,9 @@ class _Session:
 
 
 def _create_tables(session: _Session) -> None:
-    """Where they are missing. In a transaction. One process at a time: of two that create a table, one would fail."""
+    """Creates the tables that are missing, in a transaction. One process does so at a time: of two that create a table,
+    one would fail.
+    """
     session.run(f"SELECT pg_advisory_xact_lock({_LOCK_CLASS}::bigint << 32)")
     if session.one(_IS_NEW):
         for table in _TABLES:

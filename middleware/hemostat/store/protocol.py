@@ -1,4 +1,4 @@
-"""What every store can do, and how it fails.
+"""The interface of every store, and how it fails.
 
 A store is owned by one control process at a time. It is read once, as a whole, when a process becomes its owner, and is
 only written from then on: every commit is one transaction, and names the one that it follows.
@@ -26,7 +26,7 @@ MAX_EVENTS = 10_000
 """Events that a store keeps; older ones are deleted."""
 MAX_BLOB_BYTES = 512 * 1024 * 1024
 VERIFY_SECONDS = 2.0
-"""Between two looks of the owner whether it still owns the store."""
+"""The time between two checks of the owner that it still owns the store."""
 SCHEMA = 1
 """The version of what a store holds, written with every commit."""
 
@@ -36,7 +36,9 @@ class StoreFailure(HemostatError):
 
 
 def has_happened(head: Head, expected: int, commit_id: str, store: str) -> bool:
-    """Whether the commit is stored already, as `Store.commit` says. StoreConflict where another process has written."""
+    """Returns True if the commit is stored already, as `Store.commit` says. Raises StoreConflict if another process has
+    written.
+    """
     if head == Head(expected + 1, commit_id):
         return True
     if head.revision != expected:
@@ -57,8 +59,9 @@ class StoreIncompatible(StoreFailure):
 
 
 class ExclusionLost(StoreFailure):
-    """Whether this process still owns the store is not known: its session with the server has ended, for example.
-    `acquire` has to succeed again, and the head has to be its own, before it goes on."""
+    """It is not known if this process still owns the store: its session with the server has ended, for example. Before
+    it goes on, `acquire` has to succeed again, and the head has to be its own.
+    """
 
 
 class StoreConflict(StoreFailure):
@@ -71,7 +74,7 @@ class NotActiveError(HemostatError):
 
 
 class NotKeptError(HemostatError):
-    """What an operator did applies now, and the store has not kept it."""
+    """The action of an operator applies now, and the store has not kept it."""
 
 
 def require_schema(stored: int, store: str) -> None:
@@ -90,7 +93,7 @@ class StoredProfile:
 
     version: str
     data: bytes
-    """safetensors"""
+    """The profile as safetensors."""
     created: float
     """When it was first stored, Unix seconds."""
 
@@ -110,9 +113,9 @@ class Snapshot:
     head: Head = Head()
     states: Mapping[str, str] = field(default_factory=dict)
     events: Sequence[dict[str, Any]] = field(default_factory=list)
-    """Newest first."""
+    """All events, newest first."""
     profiles: Sequence[StoredProfile] = field(default_factory=list)
-    """Newest first."""
+    """All profiles, newest first."""
     blobs: Mapping[str, bytes] = field(default_factory=dict)
 
 
@@ -137,7 +140,7 @@ class AppendEvent:
 class SetState:
     key: str
     value: str | None
-    """None deletes it."""
+    """The value; None deletes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,10 +169,12 @@ class Store(Protocol):
         """Called every `VERIFY_SECONDS` by the owner. ExclusionLost; StoreConflict where the file was replaced."""
 
     def read(self) -> Snapshot:
-        """Also without owning it. StoreIncompatible where another version has written it."""
+        """Returns all that is stored; this does not need ownership. Raises StoreIncompatible if another version has
+        written it.
+        """
 
     def head(self) -> Head:
-        """As `read`."""
+        """Returns the head; this does not need ownership, as for `read`."""
 
     def commit(self, writes: Sequence[Write], expected: int, commit_id: str) -> int:
         """Execute all writes in one transaction, as revision `expected` + 1, which is returned.
@@ -184,7 +189,7 @@ class Store(Protocol):
 
 
 class StoreWrites(Protocol):
-    """What may be written: each call queues a write. Implemented by `StoreWriter`."""
+    """The writes to the store: each call queues one. `StoreWriter` implements it."""
 
     def put_profile(self, profile: StoredProfile) -> None: ...
 
@@ -193,7 +198,7 @@ class StoreWrites(Protocol):
     def append_event(self, event: dict[str, Any]) -> None: ...
 
     def set_state(self, key: str, value: str | None) -> None:
-        """None deletes it."""
+        """Sets a state; None deletes it."""
 
     def put_blob(self, key: str, data: bytes) -> None:
         """Keep up to `MAX_BLOB_BYTES` under a name, in place of what it held."""

@@ -1,6 +1,6 @@
 """A store in one SQLite file, on a local disk.
 
-Who owns it holds `flock` on a file beside it, `<file>.lock`, until the process ends. The database itself is never
+Who owns it holds `flock` on a second file, `<file>.lock`, until the process ends. The database itself is never
 opened by anything but SQLite: closing any other descriptor of it would drop the locks that SQLite holds. It is a plain
 database with a write-ahead log, so that backups and `hemostat check` may read it at any time.
 """
@@ -38,7 +38,7 @@ from hemostat.store.protocol import (
 )
 
 BUSY_SECONDS = 5.0
-"""How long another process may lock the database before a call fails."""
+"""The time for which another process may lock the database before a call fails."""
 
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS head (schema INTEGER NOT NULL, revision INTEGER NOT NULL, commit_id TEXT NOT NULL)",
@@ -142,7 +142,7 @@ class SqliteStore:
                 self._lock = None
 
     def _require_folder(self) -> None:
-        """Without it nothing is known of the file: a volume may be missing."""
+        """Raises StoreFailure if the folder is missing. Then nothing is known of the file: a volume may be missing."""
         try:
             exists = self._path.parent.is_dir()
         except OSError as error:  # a folder above it that this user may not enter
@@ -161,7 +161,7 @@ class SqliteStore:
             raise StoreConflict(f"store {self._path}: the file was replaced or deleted")
 
     def _exists(self) -> bool:
-        """Whether there is a file to read."""
+        """Returns True if there is a file to read."""
         self._require_folder()
         self._file = self._inode()
         return self._file is not None

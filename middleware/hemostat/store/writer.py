@@ -76,7 +76,7 @@ class StoreWriter:
         self._active = active
         self._on_lost = on_lost
         self.head = Head()
-        """Of this process's last commit that has happened, or of what it has read."""
+        """The head of this process's last commit that has happened, or of what it has read."""
         self._profiles: dict[str, PutProfile | DeleteProfile] = {}
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
         self._states: dict[str, str | None] = {}
@@ -133,7 +133,7 @@ class StoreWriter:
         return head == self.head or (begun is not None and head == Head(self.head.revision + 1, begun.commit_id))
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Writes what waits until it is cancelled."""
         backoff = Backoff(RETRY_SECONDS)
         while True:
             await self._active.wait()

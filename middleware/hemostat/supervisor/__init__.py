@@ -7,7 +7,7 @@ child       one child process
 role        which of them a command runs
 relays      the relay processes, and those that were replaced and let their requests end
 control     the control process: one at a time
-relay_admin beside relays without one: a process that shows their counters
+relay_admin for relays without one: a process that shows their counters
 commands    what a signal or a successor asks for
 takeover    the messages between a supervisor and its successor
 service     the service manager: systemd's sockets and notifications

@@ -38,7 +38,7 @@ class StartFailure(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What a process is started with.
+    """The arguments that a process is started with.
 
     settings: JSON that it reads from the first line of its standard input. fds: inherited file descriptors, which
     `settings` names by their numbers.
@@ -145,7 +145,7 @@ class Child:
                 log.error("%s", failure)
 
     async def _restart(self) -> None:
-        """In place of the process that has ended. StartFailure."""
+        """Starts a process in place of the one that has ended. Raises StartFailure."""
         spare = self._take_spare()
         if spare is None:
             await self.start()

@@ -1,4 +1,4 @@
-"""What the supervisor is asked for: by signals, and by successors that connect."""
+"""The commands to the supervisor: from signals, and from successors that connect."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 class Command(Enum):
     RELOAD = auto()
-    """SIGHUP."""
+    """The command of SIGHUP."""
     UPGRADE = auto()
-    """SIGUSR2."""
+    """The command of SIGUSR2."""
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT."""
+    """The supervisor got SIGTERM or SIGINT."""
 
 
 class Commands:

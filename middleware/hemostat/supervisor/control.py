@@ -1,5 +1,5 @@
-"""The control process: one at a time, as it owns the store's file and the state that relays report to. Beside relays
-whose control process is on another machine, a process that shows their figures is in its place."""
+"""The control process: one at a time, as it owns the store's file and the state that relays report to. If the relays'
+control process is on another machine, a process that shows their figures is in its place."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ControlProcess:
             raise
 
     async def stop(self) -> None:
-        """In order: it writes what is queued, and closes the store."""
+        """Stops it in order: it writes what is queued, and closes the store."""
         await self._child.stop(signal.SIGTERM, STOP_SECONDS)
 
     async def resume(self) -> None:
@@ -82,7 +82,9 @@ class ControlProcess:
 
 
 def control_launch(settings: Settings, sockets: Sockets, folder: RunFolder, report: dict[str, Any]) -> Launch:
-    """report: of the configuration that is in force, see `control.configuration`."""
+    """Returns the arguments of the control process. report: of the configuration that is in force, see
+    `control.configuration`.
+    """
     fd = sockets.admin.fileno()
     control_fd = None if sockets.control is None else sockets.control.fileno()
     return Launch(

@@ -59,7 +59,7 @@ def create_app(link: RelayLink, settings: Settings) -> FastAPI:
 
 
 async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
-    """Until SIGTERM. given: the first line."""
+    """Serves the admin port until SIGTERM. given: the first line."""
     stop = stop_event()
     settings = Settings.model_validate(given["settings"])
     logs.set_up(settings.log.level, settings.log.format)

@@ -21,8 +21,9 @@ log = logging.getLogger("hemostat.serve")
 
 MODULE = "hemostat.relay.main"
 DRAIN = signal.SIGUSR1
-"""By this a relay learns that it was replaced: it lets its requests end, and leaves idle connections a moment for
-one more. SIGTERM closes idle connections at once."""
+"""The signal by which a relay learns that it was replaced: it lets its requests end, and leaves idle connections a
+moment for one more. SIGTERM closes idle connections at once.
+"""
 MAX_REPLACED = 4
 """Times that relays may be replaced while earlier ones still drain; beyond it the oldest are stopped."""
 
@@ -107,8 +108,10 @@ def relay_launches(
 
 
 def relay_config(settings: Settings, worker: int, control_socket: Path, role: Role = Role.SERVE) -> dict[str, Any]:
-    """What `hemostat.relay.main` reads on its standard input, without file descriptors. control_socket: of this
-    machine's control process, or of the admin port's process beside relays without one."""
+    """Returns what `hemostat.relay.main` reads on its standard input, without file descriptors.
+
+    control_socket: of this machine's control process, or of the admin port's process if the relays have none here.
+    """
     upstream, control = settings.upstream, settings.control
     far = None
     if role is Role.RELAY:

@@ -1,4 +1,4 @@
-"""Which of Hemostat's processes a supervisor runs."""
+"""The roles of a supervisor: which of Hemostat's processes it runs."""
 
 from __future__ import annotations
 

@@ -11,14 +11,14 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """temporary: it is deleted at the end, by the last instance that uses it."""
+    """The folder of an instance. temporary: it is deleted at the end, by the last instance that uses it."""
 
     path: Path
     temporary: bool
 
     @classmethod
     def make(cls, run_dir: Path | None, inherited: dict[str, Any] | None = None) -> RunFolder:
-        """run_dir: the setting. inherited: `describe()` of a predecessor."""
+        """Returns the folder of this instance. run_dir: the setting. inherited: `describe()` of a predecessor."""
         if run_dir is not None:
             return cls(run_dir.resolve(), temporary=False)
         if inherited is not None and inherited["temporary"]:

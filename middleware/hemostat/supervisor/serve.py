@@ -146,12 +146,12 @@ class Supervisor:
         self._access_log = open_access_log(settings)
         self._relays = Relays()
         self._report: dict[str, Any] = {"loaded_at": time.time(), "error": "", "needs_restart": []}
-        """What the status says of the configuration, see `control.configuration`."""
+        """The report about the configuration in the status, see `control.configuration`."""
         self._control = ControlProcess(control_launch(settings, sockets, folder, self._report), role)
         self._successor: subprocess.Popen[bytes] | None = None
         self._owns_folder = False
         self._replaced = False
-        """A successor serves."""
+        """It is True once a successor serves."""
 
     async def start(self, predecessor: Channel | None) -> None:
         """Serve, and take the predecessor's place. StartFailure, TakeoverFailed: it goes on."""

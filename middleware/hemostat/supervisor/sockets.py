@@ -23,15 +23,20 @@ from hemostat.supervisor.service import ADMIN, CONTROL, DATA
 BACKLOG = 2048
 """Connections that may wait in the queue of one socket (the kernel's limit is net.core.somaxconn)."""
 MAX_DATA_SOCKETS = 128
-"""With more relays than this some share a socket: so many file descriptors can be passed on in one message."""
+"""The largest number of data sockets: so many file descriptors can be passed on in one message. With more relays than
+this some share a socket.
+"""
 
 Address = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Sockets:
-    """data: all of one address, none without relays; admin: one; control: for relays on other machines, if there are to
-    be any. All of them listen. by_service: a service manager has chosen their addresses, whatever the settings say."""
+    """The listening sockets.
+
+    data: all of one address, none without relays. admin: one. control: for relays on other machines, if there are to be
+    any. All of them listen. by_service: a service manager has chosen their addresses, whatever the settings say.
+    """
 
     data: list[socket.socket]
     admin: socket.socket
@@ -40,7 +45,7 @@ class Sockets:
 
     @property
     def data_port(self) -> int:
-        """0 without relays."""
+        """The data port; 0 without relays."""
         return int(self.data[0].getsockname()[1]) if self.data else 0
 
     @property
@@ -69,7 +74,7 @@ class Sockets:
             self.data.pop().close()
 
     def of_worker(self, worker: int, workers: int) -> list[socket.socket]:
-        """Those that one relay accepts on: every socket belongs to a relay, and every relay has one."""
+        """Returns the sockets that one relay accepts on: every socket belongs to a relay, and every relay has one."""
         if len(self.data) >= workers:
             return self.data[worker::workers]
         return [self.data[worker % len(self.data)]]
@@ -86,7 +91,7 @@ class Sockets:
 
 
 def addresses(settings: Settings, role: Role) -> dict[str, tuple[str, Address]]:
-    """By name of the sockets that this role listens on: the setting of the port, and host and port."""
+    """Returns, by name of the sockets that this role listens on, the setting of the port, and host and port."""
     result = {ADMIN: ("admin.port", (settings.admin.host, settings.admin.port))}
     if role.relays:
         result[DATA] = ("listen.port", (settings.listen.host, settings.listen.port))
@@ -113,7 +118,7 @@ def open_sockets(
 
 
 def serves(sock: socket.socket, host: str, port: int) -> bool:
-    """Whether a socket that was passed on is bound to this address. port: 0 is any."""
+    """Returns True if a socket that was passed on is bound to this address. port: 0 is any."""
     try:
         own = sock.getsockname()[:2]
         result = {info[4][:2] for info in socket.getaddrinfo(host, own[1], sock.family, socket.SOCK_STREAM)}

@@ -28,7 +28,9 @@ class SpareRelay:
         self._loaded = False
 
     async def provide(self, fds: Sequence[int]) -> None:
-        """Load a process that inherits these file descriptors, those of every relay, in place of the present one."""
+        """Loads a process that inherits these file descriptors, which are the ones of every relay, in place of the
+        present one.
+        """
         await self.stop()
         self._load(tuple(fds))
 

@@ -1,4 +1,5 @@
-"""How a supervisor hands over to its successor, over a Unix socket. Both serve until the successor is complete.
+"""The protocol by which a supervisor hands over to its successor, over a Unix socket. Both serve until the successor is
+complete.
 
     predecessor                             successor
     ── {"folder"}, listening sockets ──▶    starts its relays on these sockets, and loads its control process
@@ -28,12 +29,14 @@ from hemostat.config.errors import ConfigError
 from hemostat_calibration.errors import HemostatError
 
 FD_VARIABLE = "SUPERVISOR_TAKEOVER_FD"
-"""Environment variable with the number of the inherited socket. Its name does not begin as those of settings do."""
+"""The environment variable with the number of the inherited socket. Its name does not begin as the names of settings
+do.
+"""
 STEP_SECONDS = 120.0
-"""For one step of the other side: it starts processes."""
+"""The longest time for one step of the other side: it starts processes."""
 MAX_MESSAGE_BYTES = 65536
 MAX_FDS = 253
-"""SCM_MAX_FD of Linux."""
+"""The largest number of file descriptors in one message, SCM_MAX_FD of Linux."""
 
 RELEASE_CONTROL = "release_control"
 RELEASED = "released"

@@ -1,7 +1,6 @@
-"""What a model does to W h to get its logits: a scale and a soft cap, read from its configuration.
-
-As vLLM does it (`model_executor/layers/logits_processor.py` of 0.32, and the classes of the models there):
-logits = scale · cap · tanh((W h + b) / cap), without a cap scale · (W h + b).
+"""The map from W h to a model's logits: a scale and a soft cap, read from its configuration. They are applied as vLLM
+does it (`model_executor/layers/logits_processor.py` of 0.32, and the classes of the models there): logits = scale · cap
+· tanh((W h + b) / cap), without a cap scale · (W h + b).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ class NotModelled(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class FinalMap:
-    """scale: factor of the logits, after the cap. soft_cap: nats, None without one.
+    """The map from W h to the logits. scale: factor of the logits, after the cap. soft_cap: nats, None without one.
 
     >>> FinalMap().is_linear, FinalMap(soft_cap=30.0).is_linear
     (True, False)
@@ -43,7 +42,9 @@ class FinalMap:
 
 
 def read_final_map(config: Mapping[str, Any]) -> FinalMap:
-    """config: the model's config.json, of a model with several parts the one of the text on top. NotModelled.
+    """Returns the map that a configuration describes. Raises NotModelled if it describes anything else.
+
+    config: the model's config.json; for a model with several parts it is the one of the text model, on top.
 
     >>> read_final_map({"model_type": "granite", "logits_scaling": 8.0})
     FinalMap(scale=0.125, soft_cap=None)

@@ -1,4 +1,4 @@
-"""Where the checkpoint of a server's model is on this machine: its folder, or a hub cache that has it."""
+"""Finds the checkpoint of a server's model on this machine: its folder, or a hub cache that has it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from hemostat.models.output_embedding import EmbeddingError
 
 
 def find_checkpoint(folder: Path | None, root: str) -> Path:
-    """The folder with config.json; EmbeddingError, one line.
+    """Returns the folder with config.json. Raises EmbeddingError, whose text is one line.
 
-    folder: `reference.folder`: the checkpoint's, that of the model in a hub cache (models--ORG--NAME), or the cache.
+    folder: `reference.folder`: the checkpoint's folder, the folder of the model in a hub cache (models--ORG--NAME), or
+    the cache.
         None: `root`. root: what the server has loaded the model from, a path or a hub name.
     """
     if folder is None:

@@ -23,13 +23,18 @@ if TYPE_CHECKING:
 Rows = npt.NDArray[np.float32]
 
 BLOCK_BYTES = 4 * 1024 * 1024
-"""Of one float32 block of the embedding, on a CPU: it stays in the cache between its conversion and its product."""
+"""The size of one float32 block of the embedding, on a CPU: it stays in the cache between its conversion and its
+product.
+"""
 GPU_BLOCK_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class OutputHead:
-    """weight: [V, d] as stored, see `StoredTensor.memory_map`. bias: float32 [V]; None without one."""
+    """The output head of a checkpoint.
+
+    weight: [V, d] as stored, see `StoredTensor.memory_map`. bias: float32 [V]; None without one.
+    """
 
     folder: Path
     weight: npt.NDArray[Any]
@@ -42,12 +47,12 @@ class OutputHead:
 
     @property
     def width(self) -> int:
-        """d."""
+        """The size d of hidden states."""
         return int(self.weight.shape[1])
 
     @property
     def nonlinearity(self) -> str:
-        """Why the logits are not linear in the hidden state; "" where they are."""
+        """The reason why the logits are not linear in the hidden state; "" if they are."""
         if self.bias is not None:
             return "its output embedding has a bias"
         return "" if self.final.is_linear else f"its logits are capped (soft cap {self.final.soft_cap:g})"
@@ -57,7 +62,7 @@ class OutputHead:
         return ", ".join([*parts, *([str(self.final)] if str(self.final) else [])])
 
     def logits(self, states: Rows) -> Rows:
-        """float32 [n, V] of `states`, float32 [n, d]."""
+        """Returns the logits, float32 [n, V], of `states`, float32 [n, d]."""
         z = np.empty((len(states), self.vocab_size), np.float32)
         block = max(1, BLOCK_BYTES // (4 * self.width))
         for start in range(0, self.vocab_size, block):
@@ -88,7 +93,7 @@ class TorchHead:
         return self._torch.from_numpy(states).to(self.device)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """float32 [n, V] of `states`, float32 [n, d]."""
+        """Returns the logits, float32 [n, V], of `states`, float32 [n, d]."""
         z = self._torch.empty((len(states), self.head.vocab_size), dtype=self._torch.float32, device=self.device)
         for start in range(0, self.head.vocab_size, self._block):
             rows = slice(start, start + self._block)

@@ -23,7 +23,8 @@ def scores_of(
     *,
     allowed: AllowedSets | None = None,
 ) -> ExactScores:
-    """As its namesake; logits: float32 [n, V] of these positions, which may be written to.
+    """Returns what `hemostat.reference.exact.scores_of` returns. logits: returns float32 [n, V] of these positions,
+    which may be written to.
 
     >>> z = np.log(np.array([[1, 2, 5]], np.float32))
     >>> output, ids = np.array([1], np.int32), np.array([[2, -1]], np.int32)

@@ -1,4 +1,6 @@
-"""What a vLLM server offers as a reference: hidden states (a pooling server) or lists of top ids (a generating one)."""
+"""Finds out what a vLLM server offers as a reference: hidden states (a pooling server) or lists of top ids (a
+generating one).
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ POOLING_FLAGS = shlex.join(POOLING_ARGUMENTS)
 MAX_WIDTH = 65_536
 """Largest d that is looked for."""
 STATE_BYTES = 2
-"""Of one bfloat16."""
+"""The size of one bfloat16."""
 UNIT_NORM = 0.02
 """Difference of a norm from 1, up to which all of them mean that the server normalizes."""
 
@@ -33,9 +35,9 @@ States = npt.NDArray[np.uint16]
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a server offers. states: of the ids that were sent, [n, d]; None unless it is `STATES`.
-
-    detail: why it offers no hidden states."""
+    """The offer of a server. states: of the ids that were sent, [n, d]; None unless the offer is `STATES`. detail: why
+    it offers no hidden states.
+    """
 
     offer: Offer
     states: States | None = None
@@ -43,8 +45,11 @@ class Found:
 
 
 async def find_offer(server: VllmServer, model: str, ids: Sequence[int]) -> Found:
-    """ids: at least two, with which the server is asked. ReferenceFailure where it cannot be asked now, or is a pooling
-    server that does not return final hidden states."""
+    """Returns what the server offers. Raises ReferenceFailure if it cannot be asked now, or is a pooling server that
+    does not return final hidden states.
+
+    ids: at least two, with which the server is asked.
+    """
     try:
         data = await server.post_for_bytes("/pooling", _body(model, [ids]), limit=len(ids) * MAX_WIDTH * STATE_BYTES)
     except Refused as refused:
@@ -114,8 +119,9 @@ def _states(data: bytes, positions: int, width: int | None, url: str) -> States:
 
 
 async def generates(server: VllmServer, model: str) -> bool:
-    """Whether the model answers completions, so that it gives lists of top ids. ReferenceFailure where the server
-    cannot be asked now."""
+    """Returns True if the model answers completions, so that it gives lists of top ids. Raises ReferenceFailure if the
+    server cannot be asked now.
+    """
     body = {"model": model, "prompt": [1, 2], "max_tokens": 1, "temperature": 0.0}
     try:
         await server.post("/v1/completions", body, dict[str, Any])

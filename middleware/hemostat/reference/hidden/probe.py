@@ -1,4 +1,4 @@
-"""Is the output head that of the server's model, and is the model still the same one? No IO.
+"""Finds out if the output head belongs to the server's model, and if the model is still the same one. It does no IO.
 
 A pooling server gives no log-probabilities to compare with. But a language model predicts plain text well, and its
 mean entropy is near its mean negative log-likelihood: the derivative of the latter by a factor of the logits, at 1, is
@@ -20,7 +20,9 @@ TEXT = (
 )
 """Plain text that no model is likely to know by heart."""
 MAX_SHARE_OF_UNIFORM = 0.6
-"""Largest mean negative log-likelihood of the text, as a part of log V, which is that of no knowledge at all."""
+"""The largest mean negative log-likelihood of the text, as a part of log V, which is its value without any
+knowledge.
+"""
 MAX_MISCALIBRATION_NATS = 1.5
 """Largest difference of mean entropy and mean negative log-likelihood."""
 MAX_SAME_DISTANCE = 0.1
@@ -28,7 +30,7 @@ MAX_SAME_DISTANCE = 0.1
 
 
 def fit_of_head(emitted: Floats, entropy: Floats, vocab_size: int) -> str:
-    """Why the head is not that of the model; "" where it fits.
+    """Returns why the head does not belong to the model; "" if it fits.
 
     emitted, entropy: float64 [T], nats, of the text's tokens under the head.
 

@@ -1,7 +1,8 @@
 """The worker's part of scoring hidden states: products with the output embedding, and scores of the logits.
 
-With torch where it is installed (and on its devices), else with numpy. Memory, beside the embedding (see `head`): some
-arrays of CHUNK_ELEMENTS float32 (64 MiB each), less than 0.5 GiB, whatever the length of a request.
+They are computed with torch if it is installed (and on its devices), else with numpy. In addition to the embedding (see
+`head`), they take some arrays of CHUNK_ELEMENTS float32 (64 MiB each), less than 0.5 GiB, whatever the length of a
+request.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class NumpyProducts:
         allowed: AllowedSets | None,
         see: See | None = None,
     ) -> ExactScores:
-        """see: never given, see `worker_messages.Loaded.compares`."""
+        """Returns the scores of the states. see: never given, see `worker_messages.Loaded.compares`."""
         return numpy_scores.scores_of(
             lambda rows: self._head.logits(floats(states[rows])),
             self._head.vocab_size,
@@ -140,7 +141,7 @@ class TorchProducts:
         allowed: AllowedSets | None,
         see: See | None = None,
     ) -> ExactScores:
-        """see: see `exact.score`."""
+        """Returns the scores of the states. see: see `exact.score`."""
         from hemostat.reference import exact  # noqa: PLC0415
 
         with self._torch.inference_mode():

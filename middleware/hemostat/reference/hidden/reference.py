@@ -66,11 +66,12 @@ class HiddenStatesReference:
         self._probing = asyncio.Lock()
 
     async def start(self, card: ModelCard, folder: Path | None, ids: Sequence[int], states: States) -> ReferenceInfo:
-        """Check that the head in `folder` is that of the server's model, and, while the folder and the ids of the probe
-        stay the same, the model that of the last check.
+        """Checks that the head in `folder` belongs to the server's model. While the folder and the ids of the probe
+        stay the same, the model also has to be the model of the last check.
 
         folder: see `find_checkpoint`. ids, states: the text of the probe, and the hidden states that the server has
-        just given for it. HEAD, REVISION, and what the worker raises; may be called again after a failure.
+        just given for it. It raises HEAD, REVISION, and what the worker raises, and may be called again after a
+        failure.
         """
         place, files = await asyncio.to_thread(_find, folder, card.root or "")
         before = self._checked
