@@ -23,8 +23,8 @@ class AllowedSets:
     vocab_size: V.
     table: uint32 [U, ceil(V/32)]; bit i % 32 of word i // 32 is 1 where id i is allowed (the layout of xgrammar's
         bitmasks); bits from V on are 0.
-    rows: int32 [T], the row of `table` at each position.
-    InvalidArgumentError where they do not fit each other, or a set is empty.
+    rows: int32 [T], the row of `table` at each position. Raises InvalidArgumentError if they do not fit each other, or
+    a set is empty.
 
     >>> sets = AllowedSets(40, np.array([[0b101, 0b1], [0xFFFFFFFF, 0xFF]], np.uint32), np.array([0, 1, 0], np.int32))
     >>> sets.support.tolist()

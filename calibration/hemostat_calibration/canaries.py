@@ -171,8 +171,8 @@ class CanarySet:
 
     baseline: float64 [R, N], log-probabilities in nats of all scored tokens of all sequences, one after the other,
     N = Σ (P + A − 1), of R replays. reference: float64 [N], of the reference; empty where there is none. cause: what
-    the cause of a change is found by; None of an adapter, and where the model's context is too short.
-    InvalidArgumentError where they do not fit together.
+    the cause of a change is found by; None of an adapter, and where the model's context is too short. Raises
+    InvalidArgumentError if they do not fit together.
     """
 
     canaries: tuple[Canary, ...]
@@ -249,12 +249,12 @@ class CanarySet:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> CanarySet:
-        """InvalidArgumentError, one line, where it is anything else than what `to_bytes` wrote."""
+        """Reads what `to_bytes` wrote. Raises InvalidArgumentError, whose text is one line, if it is anything else."""
         return state_codec.decode(cls, data, SCHEMA)
 
 
 def require_sequences(canaries: Sequence[Canary]) -> None:
-    """InvalidArgumentError where they make no set: too few, too many, or too long ones.
+    """Raises InvalidArgumentError if they make no set: too few, too many, or too long ones.
 
     >>> require_sequences([Canary("text", np.ones(3, np.int32), np.ones(2, np.int32))] * MIN_SEQUENCES)
     """
@@ -278,8 +278,8 @@ def shortest(canaries: Sequence[Canary]) -> tuple[Canary, ...]:
 
 @cache
 def votes_needed(sequences: int, replays: int, alpha: float = ALPHA_PER_YEAR / REPLAYS_PER_YEAR) -> int:
-    """The smallest k with P(Binomial(sequences, 1 / (replays + 1)) ≥ k) ≤ alpha; InvalidArgumentError where even all
-    votes are no evidence.
+    """The smallest k with P(Binomial(sequences, 1 / (replays + 1)) ≥ k) ≤ alpha. Raises InvalidArgumentError if even
+    all votes are no evidence.
 
     >>> votes_needed(50, 4), votes_needed(16, 4), votes_needed(50, 2)
     (26, 13, 34)

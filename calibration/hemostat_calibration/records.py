@@ -406,7 +406,7 @@ def validate(record: TokenRecord) -> TokenRecord:
 
 
 def with_distances(record: TokenRecord, distances: Mapping[str, ExactDistances]) -> TokenRecord:
-    """A validated record with these distances in place of its own; InvalidRecordError where they do not fit it.
+    """A validated record with these distances in place of its own. Raises InvalidRecordError if they do not fit it.
 
     >>> ids, log_c, log_r = np.array([[0, 1, 2]], np.int32), np.log([[0.7, 0.2, 0.1]]), np.log([[0.5, 0.4, 0.1]])
     >>> record = TokenRecord(

@@ -111,7 +111,8 @@ def _items(inner: tuple[Any, ...], length: int) -> tuple[Any, ...]:
 
 
 def _typed(value: Any, hint: Any, where: str, *, fill: bool) -> Any:
-    """InvalidArgumentError. where: the field, as messages name it. fill: a field that is missing has its default."""
+    """Raises InvalidArgumentError. where: the field, as messages name it. fill: a field that is missing has its
+    default."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in {Union, types.UnionType}:
         kinds = [kind for kind in inner if kind is not type(None)]

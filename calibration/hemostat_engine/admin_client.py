@@ -109,7 +109,7 @@ class AdminClient:
 
 
 def _secrets(response: dict[str, Any]) -> tuple[str, ...]:
-    """Returns the secrets of an answer; none where it is of a middleware that has none yet. TypeError."""
+    """Returns the secrets of an answer; none where it is of a middleware that has none yet. Raises TypeError."""
     given = response.get("secrets") or ()
     return tuple(s for s in given if isinstance(s, str) and len(s) == SECRET_CHARACTERS and s.isascii())[:MAX_SECRETS]
 

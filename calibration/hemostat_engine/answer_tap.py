@@ -122,9 +122,8 @@ class RecordedAnswer:
 
     def message(self) -> dict[str, Any]:
         """Little-endian arrays: int32 ids, float32 nats; candidates [T, top_k + 1], most likely first, padded with -1
-        and -inf, the emitted id among them. A listed id that a grammar's mask excludes has -inf, too.
-
-        ValueError where the logprobs of a position do not have the emitted id.
+        and -inf, the emitted id among them. A listed id that a grammar's mask excludes has -inf, too. Raises ValueError
+        if the logprobs of a position do not have the emitted id.
         """
         candidate_ids, candidate_logprobs, emitted_logprobs = self._rows.sorted(self._top_k)
         return {
@@ -163,7 +162,7 @@ class _Rows:
         return len(self.token_ids)
 
     def add(self, ids: list[int], logprobs: Any, top_k: int) -> None:
-        """Append positions. ValueError where ids and logprobs do not fit each other, or there are too many."""
+        """Append positions. Raises ValueError if ids and logprobs do not fit each other, or there are too many."""
         if logprobs is None or len(logprobs) != len(ids):
             raise ValueError("ids without their logprobs")
         for position in range(len(ids)):

@@ -15,7 +15,7 @@ class LowRank:
     """A change b @ a of a layer's weight [outputs, inputs], its rank at most r.
 
     a: float32 [r, inputs]. b: float32 [outputs, r]. The components are sorted, the most important first: the first k
-    rows of a and columns of b are the correction of rank k. InvalidArgumentError where shapes or types do not fit.
+    rows of a and columns of b are the correction of rank k. Raises InvalidArgumentError if shapes or types do not fit.
 
     >>> factors = LowRank(np.ones((2, 3), np.float32), np.ones((5, 2), np.float32))
     >>> factors.rank, factors.first(1).product().shape

@@ -38,8 +38,8 @@ class Metric(StrEnum):
 class FullGram:
     """All second moments of vectors of d entries. Its fields are its whole state.
 
-    count: number of vectors. total: Σ x xᵀ, float64 [d, d]. InvalidArgumentError on another shape, type, or values that
-    are not finite.
+    count: number of vectors. total: Σ x xᵀ, float64 [d, d]. Raises InvalidArgumentError on another shape, type, or
+    values that are not finite.
 
     >>> gram = FullGram.init(2).update(np.array([[1.0, 2.0], [3.0, 0.0]]))
     >>> gram.count, gram.mean().tolist()

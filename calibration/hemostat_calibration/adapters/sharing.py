@@ -27,9 +27,8 @@ def share_ranks(
 
     The component that takes away most per byte comes first (`allocate`). The k-th component of a layer takes away its
     k-th squared singular value, and those are sorted, so that errors is convex in the rank. With equal bytes the
-    result is the optimum.
-
-    InvalidArgumentError on missing or non-positive bytes, or errors that are not finite or increase.
+    result is the optimum. Raises InvalidArgumentError on missing or non-positive bytes, or errors that are not finite
+    or increase.
 
     >>> share_ranks({"q": np.array([9.0, 1.0, 0.0]), "v": np.array([5.0, 3.0, 2.0])}, {"q": 2, "v": 1}, 3, max_rank=2)
     {'q': 1, 'v': 1}

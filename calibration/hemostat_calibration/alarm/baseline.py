@@ -173,8 +173,8 @@ def fit_baseline(requests: Floats, part: float = 1.0, inflation: float = 1.0, st
     all of them, 1 or more. stride: one in so many is given.
 
     The true mean of a ramp is above its limit at level ℓ with a probability of at most part · exp(−ℓ), if the requests
-    are independent and of one distribution, whatever it is. InvalidArgumentError for fewer than `MIN_BASELINE_REQUESTS`
-    effective ones.
+    are independent and of one distribution, whatever it is. Raises InvalidArgumentError for fewer than
+    `MIN_BASELINE_REQUESTS` effective ones.
 
     >>> fit_baseline(np.array([[math.sin(n), 50, 0.0] for n in range(150)])).requests
     150

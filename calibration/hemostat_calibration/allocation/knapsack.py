@@ -57,7 +57,7 @@ class Allocation:
 
 
 def allocate(options: Mapping[str, Options], budget: int) -> Allocation:
-    """The option of each unit. Deterministic. InvalidArgumentError where even the smallest options exceed `budget`.
+    """The option of each unit. Deterministic. Raises InvalidArgumentError if even the smallest options exceed `budget`.
 
     >>> bits = np.array([2, 4, 8])
     >>> q, v = Options(bits, np.array([9.0, 1.0, 0.0])), Options(bits, np.array([3.0, 2.0, 0.0]))

@@ -27,9 +27,8 @@ def share_zeros(losses: Mapping[str, float], sizes: Mapping[str, int], sparsity:
 
     With a loss of a layer of n weights that grows with its sparsity s as L · exp(GROWTH · s), the sum of all losses is
     the least where another weight costs the same everywhere: s = (log(n / L) + c) / GROWTH, with one c for all layers;
-    here between the bounds that `LEAST_LOST` and `LEAST_KEPT` set.
-
-    InvalidArgumentError where sparsity is not between 0 and 1, losses are not finite, or sizes are missing.
+    here between the bounds that `LEAST_LOST` and `LEAST_KEPT` set. Raises InvalidArgumentError if sparsity is not
+    between 0 and 1, losses are not finite, or sizes are missing.
 
     >>> share_zeros({"a": 1.0, "b": 2.0}, {"a": 1000, "b": 1000}, 0.5)
     {'a': 546, 'b': 454}
@@ -75,9 +74,8 @@ def share_units(
 
     scores: of each unit, [units]. weights: the number of weights of each unit, [units], above 0.
 
-    Units with the least score for each weight go first, until the part is reached: at most one unit too much.
-
-    InvalidArgumentError where sparsity is not from 0 to 1, or scores are not finite.
+    Units with the least score for each weight go first, until the part is reached: at most one unit too much. Raises
+    InvalidArgumentError if sparsity is not from 0 to 1, or scores are not finite.
 
     >>> share_units(np.array([1.0, 6.0, 4.0]), np.array([1, 1, 2]), 0.7)
     array([ True, False,  True])

@@ -38,9 +38,8 @@ def bucket_labels(edges: tuple[int, ...]) -> tuple[str, ...]:
 
 
 def buckets(first: int, tokens: int, edges: tuple[int, ...]) -> Ids:
-    """The bucket of each of the values first, first + 1, … (`tokens` of them): int32 [tokens], 0 to len(edges).
-
-    InvalidArgumentError where first or tokens is below 0.
+    """The bucket of each of the values first, first + 1, … (`tokens` of them): int32 [tokens], 0 to len(edges). Raises
+    InvalidArgumentError if first or tokens is below 0.
 
     >>> buckets(14, 4, (16, 64)).tolist()
     [0, 0, 1, 1]

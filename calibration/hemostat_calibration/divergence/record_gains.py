@@ -20,10 +20,9 @@ class RecordGains:
         self._gains: dict[str, Gain] = {}
 
     def of(self, profile: CalibrationProfile) -> Gain:
-        """As `gain(record, profile)`: nats [T], as an interval.
-
-        InvalidArgumentError where the record is of an adapter, or the profile is one: what a record's lists show of a
-        change of the logits is about the model that they are of, and of a change of the weights they show nothing.
+        """As `gain(record, profile)`: nats [T], as an interval. Raises InvalidArgumentError if the record is of an
+        adapter, or the profile is one: what a record's lists show of a change of the logits is about the model that
+        they are of, and of a change of the weights they show nothing.
         """
         if self._record.adapter is not None or profile.family == ADAPTER:
             raise InvalidArgumentError("the gain of or with an adapter does not follow from a record's lists")

@@ -124,8 +124,8 @@ class Guard:
         """A unit of a kind, whether it is judged by or not: its client's digest, a figure of it that no profile has
         changed, and its time, seconds. How much these depend on each other (v̂ of `statistics.dependence`) is the least
         that is taken for the gains. Nothing is promoted in a kind before v̂ is known there, or for all kinds; without
-        any note units count as independent unless their gains show otherwise. InvalidArgumentError unless the figure is
-        finite."""
+        any note units count as independent unless their gains show otherwise. Raises InvalidArgumentError unless the
+        figure is finite."""
         if not math.isfinite(figure):
             raise InvalidArgumentError(f"figure is {figure}: it must be finite")
         dependence = self._state.dependence
@@ -169,8 +169,8 @@ class Guard:
             width of its Δz (`transform.shift_range`: high − low, at most 2 clamp); for one profile against another,
             the sum of theirs; of the total variation 1. weight: above 0, the share of the kind in the traffic so far;
             the larger, the less its proof takes.
-        figures: by kind, what the gains are of; nats where a kind is absent.
-        InvalidArgumentError unless widths and weights are above 0.
+        figures: by kind, what the gains are of; nats where a kind is absent. Raises InvalidArgumentError unless widths
+        and weights are above 0.
         """
         number = self._state.candidate_tests + bool(kinds)
         tests = {}
@@ -185,7 +185,7 @@ class Guard:
 
     def add_kind(self, name: str, kind: str, width: float, figure: Figure = Figure.NATS) -> int:
         """Add a kind that appeared later, or begin it anew since what serves there has changed. Returns its number: it
-        is a test of its own. InvalidArgumentError where there is no test of that name, or width is not above 0."""
+        is a test of its own. Raises InvalidArgumentError if there is no test of that name, or width is not above 0."""
         if name not in self._state.tests:
             raise InvalidArgumentError(f"{name[:80]} {_UNKNOWN}")
         number = self._state.candidate_tests + 1
@@ -208,7 +208,7 @@ class Guard:
 
         width, figure: as for a candidate, over identity. window: units, at most `MAX_WINDOW` are used.
         like: name of the candidate's test that was promoted here: the lengths of its answers fix the weights by token.
-        InvalidArgumentError unless width and window are above 0.
+        Raises InvalidArgumentError unless width and window are above 0.
         """
         if window < 1:
             raise InvalidArgumentError(f"window is {window}: it must be 1 or more")
@@ -287,8 +287,8 @@ class Guard:
         kl_gain: given where, and only where, the test's figure is the total variation: the unit's mean gain in KL,
             nats; minus infinity where the profile gives no distribution at a token.
         For a serving profile whose window is over, and which was not rolled back, this is the first of the next window.
-        InvalidArgumentError for what is not under test, a unit that has counted, or a gain outside of ±width or of
-        another figure.
+        Raises InvalidArgumentError for what is not under test, a unit that has counted, or a gain outside of ±width or
+        of another figure.
         """
         test = self._current(name, kind, self._test(name, kind))
         if test.frozen:
@@ -299,18 +299,18 @@ class Guard:
 
     def note_gain(self, name: str, kind: str, lower: float, now: float) -> None:
         """Note the gain (lower end) of a unit that a candidate's test is too full to count: how much gains depend on
-        each other is estimated from it, too. now: see `update`. InvalidArgumentError for what is not under test."""
+        each other is estimated from it, too. now: see `update`. Raises InvalidArgumentError for what is not under
+        test."""
         self._test(name, kind).note(lower, now, self._longest_gap)
 
     def spans_cycle(self, name: str, kind: str) -> bool:
-        """Returns True if the gains of a candidate's test span a cycle: before that it is not promoted there.
+        """Returns True if the gains of a candidate's test span a cycle: before that it is not promoted there. Raises
         InvalidArgumentError for what is not under test."""
         return self._test(name, kind).spans(self._cycle)
 
     def oppose(self, name: str, kind: str, lower: float, figure: Figure = Figure.NATS) -> None:
         """Note the gain (lower end) of a unit that a candidate's test has refused for its client's share. It does
-        not count, and can prevent a promotion: else a client with most of the traffic could be harmed unseen.
-
+        not count, and can prevent a promotion: else a client with most of the traffic could be harmed unseen. Raises
         InvalidArgumentError for what is not under test as a candidate, or a gain below −width or of another figure.
         """
         self._test(name, kind).oppose(lower, figure)
@@ -375,8 +375,8 @@ class Guard:
         )
 
     def units(self, name: str, kind: str) -> tuple[int, int]:
-        """Units that counted in a test, and those that were refused for their client's share. InvalidArgumentError for
-        what is not under test."""
+        """Units that counted in a test, and those that were refused for their client's share. Raises
+        InvalidArgumentError for what is not under test."""
         test = self._test(name, kind)
         return test.units, test.refused
 
@@ -420,7 +420,7 @@ class Guard:
 
     @classmethod
     def load(cls, data: bytes, alpha: float, client_share: float, cycle: float = 0.0) -> Guard:
-        """Go on from a state that was saved. InvalidArgumentError where it is damaged, or of another format."""
+        """Go on from a state that was saved. Raises InvalidArgumentError if it is damaged, or of another format."""
         guard = cls(alpha, client_share, cycle)
         guard._state = saving.decode(data)
         return guard

@@ -53,7 +53,7 @@ def encode(state: State) -> bytes:
 
 
 def decode(data: bytes) -> State:
-    """A state that was encoded. InvalidArgumentError where the bytes are not one of this schema, or of `OLDEST`.
+    """A state that was encoded. Raises InvalidArgumentError if the bytes are not one of this schema, or of `OLDEST`.
 
     >>> decode(encode(State(candidate_tests=2))).candidate_tests
     2

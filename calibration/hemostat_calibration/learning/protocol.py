@@ -26,7 +26,7 @@ class Learner(Protocol[State]):
 
     def update(self, state: State, records: Iterable[TokenRecord]) -> State:
         """Learn from validated records of the learning side of the split, of whatever arm: records hold the compressed
-        model's own distribution, before any profile. InvalidArgumentError where one does not fit."""
+        model's own distribution, before any profile. Raises InvalidArgumentError if one does not fit."""
 
     def propose(self, state: State) -> CalibrationProfile | None:
         """The profile to try now; None while there is too little to learn from."""

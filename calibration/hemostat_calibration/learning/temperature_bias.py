@@ -72,7 +72,7 @@ class TemperatureBiasLearner:
         return TemperatureBiasState(model, vocab_size, frozen(np.zeros(vocab_size)), frozen(np.zeros(vocab_size)))
 
     def update(self, state: TemperatureBiasState, records: Iterable[TokenRecord]) -> TemperatureBiasState:
-        """Learn from validated records. InvalidArgumentError where one has another vocabulary."""
+        """Learn from validated records. Raises InvalidArgumentError if one has another vocabulary."""
         reference_mass, compressed_mass = state.reference_mass.copy(), state.compressed_mass.copy()
         beta, bias = self._parameters(state)
         depth_mean = _depth(state)

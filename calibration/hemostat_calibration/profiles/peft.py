@@ -29,7 +29,7 @@ def peft_files(profile: CalibrationProfile, base_model_name: str) -> dict[str, b
     The same profile gives the same bytes. Its version is among the metadata of the weights.
 
     base_model_name: name or folder of the model that the adapter belongs to; `peft` reads it, vLLM does not.
-    Every layer's scale (alpha / rank) is 1: where ranks differ, `rank_pattern` and `alpha_pattern` say so.
+    Every layer's scale (alpha / rank) is 1: where ranks differ, `rank_pattern` and `alpha_pattern` say so. Raises
     InvalidProfileError for a profile without an adapter.
 
     >>> from hemostat_calibration.adapters.factors import LowRank

@@ -46,9 +46,8 @@ def anchors_digest(ids: npt.NDArray[np.integer]) -> str:
 
 def code(profile: CalibrationProfile, anchored: npt.NDArray[np.floating]) -> Floats:
     """The code of a row, float64 [..., r], from its logits or log-probabilities (natural) at the profile's anchors,
-    [..., N]; only their differences matter. 0 where one is not finite.
-
-    InvalidArgumentError for a family without anchors, or another number of logits.
+    [..., N]; only their differences matter. 0 where one is not finite. Raises InvalidArgumentError for a family without
+    anchors, or another number of logits.
 
     >>> from hemostat_calibration.profiles.contextual import probe_profile
     >>> profile = probe_profile("m", 4, np.array([1, 3]), clamp_nats=1.0)
@@ -74,8 +73,8 @@ def shift_at(
     """Δz, float64 [..., K] in nats, at some `ids` [..., K] of a row, from their log-probabilities [..., K].
 
     lp − max lp = z − max z: the row's most likely id must be among `ids`, as it is in a top-K list. Padding (id -1,
-    -inf) gets 0. row_code: the row's code, [..., r]; a family with anchors requires it, another ignores it.
-    InvalidArgumentError where shapes or ids do not fit, or row_code is missing.
+    -inf) gets 0. row_code: the row's code, [..., r]; a family with anchors requires it, another ignores it. Raises
+    InvalidArgumentError if shapes or ids do not fit, or row_code is missing.
 
     >>> from hemostat_calibration.profiles.profile import temperature_bias
     >>> profile = temperature_bias("m", 3, 2.0, np.array([0.0, 0.1, 0.2]), clamp_nats=1.0)

@@ -113,7 +113,7 @@ class MeanSequence:
 class ClippedMean:
     """Mean per token of a figure that is at least `lo`, its values clipped at `cap`, with an asymptotic interval.
 
-    clipped: tokens above the cap. InvalidArgumentError unless lo < cap, both finite.
+    clipped: tokens above the cap. Raises InvalidArgumentError unless lo < cap, both finite.
 
     >>> mean = ClippedMean(0.0, 5.0).update(np.array([1.0, 9.0, np.nan]))
     >>> mean.get().mean, mean.clipped_share
@@ -131,8 +131,7 @@ class ClippedMean:
 
     def update(self, values: Floats) -> ClippedMean:
         """Add one request's tokens, [T]. NaN ("not available") is left out; a request with nothing else adds nothing.
-
-        InvalidArgumentError where a value is below lo (by more than rounding).
+        Raises InvalidArgumentError if a value is below lo (by more than rounding).
         """
         values = values[~np.isnan(values)]
         if not len(values):
@@ -144,7 +143,7 @@ class ClippedMean:
         return ClippedMean(self.lo, self.cap, self.sequence.update(total, len(values)), clipped)
 
     def merge(self, other: ClippedMean) -> ClippedMean:
-        """InvalidArgumentError where the ranges differ."""
+        """Raises InvalidArgumentError if the ranges differ."""
         if (self.lo, self.cap) != (other.lo, other.cap):
             raise InvalidArgumentError(f"ranges differ: {self.lo} to {self.cap}, {other.lo} to {other.cap}")
         return ClippedMean(self.lo, self.cap, self.sequence.merge(other.sequence), self.clipped + other.clipped)
@@ -234,8 +233,8 @@ def difference(a: MeanSequence, b: MeanSequence, alpha: float = 0.05, inflation:
     """Mean of a minus mean of b, two arms to which requests are assigned at random: asymptotic, for all looks.
     inflation: v̂ of the arms, the larger one.
 
-    NaN and the whole range while either arm has fewer than `MIN_REQUESTS` requests. InvalidArgumentError unless 0 <
-    alpha < 1.
+    NaN and the whole range while either arm has fewer than `MIN_REQUESTS` requests. Raises InvalidArgumentError unless
+    0 < alpha < 1.
 
     >>> a = b = MeanSequence()
     >>> for n in range(100):

@@ -84,7 +84,7 @@ class BatchMeans:
         return cls(0, np.zeros((LEVELS, 2, series)), np.zeros((LEVELS, 5, series)))
 
     def update(self, x: Floats, n: Floats | float = 1.0) -> BatchMeans:
-        """Add one unit: x, n float64 [S], finite. InvalidArgumentError for another shape."""
+        """Add one unit: x, n float64 [S], finite. Raises InvalidArgumentError for another shape."""
         if np.shape(x) != self.sums.shape[2:]:
             raise InvalidArgumentError(f"x has shape {np.shape(x)}: it must be {self.sums.shape[2:]}")
         opened, sums = self.open.copy(), self.sums.copy()

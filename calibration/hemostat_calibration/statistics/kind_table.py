@@ -112,7 +112,7 @@ class KindTable:
 
     @classmethod
     def load(cls, data: bytes, limit: int) -> KindTable:
-        """InvalidArgumentError where `data` was not made by `save`.
+        """Raises InvalidArgumentError if `data` was not made by `save`.
 
         limit: may be another than before; of too many followed names those seen most often stay.
         """

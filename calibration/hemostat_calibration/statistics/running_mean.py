@@ -68,7 +68,7 @@ class RunningMean:
         return self.total / self.observations if self.observations else math.nan
 
     def update(self, x: float) -> RunningMean:
-        """Add one observation. InvalidArgumentError where it is NaN or outside lo … hi (by more than rounding)."""
+        """Add one observation. Raises InvalidArgumentError if it is NaN or outside lo … hi (by more than rounding)."""
         x = _within(x, self.lo, self.hi, 1.0)
         centre = self.mean if self.observations else min(max(0.0, self.lo), self.hi)
         squares = self.squares + ((x - centre) / (self.hi - self.lo)) ** 2
@@ -76,7 +76,7 @@ class RunningMean:
 
     def get(self, alpha: float = 0.05) -> ConfidenceInterval:
         """The mean, with an interval that contains the mean of the conditional means at all looks at once with a
-        probability of at least 1 − alpha. InvalidArgumentError unless 0 < alpha < 1.
+        probability of at least 1 − alpha. Raises InvalidArgumentError unless 0 < alpha < 1.
         """
         _check_alpha(alpha)
         if not self.observations:

@@ -145,7 +145,7 @@ class Histogram:
         )
 
     def merge(self, other: Histogram) -> Histogram:
-        """InvalidArgumentError where the edges differ."""
+        """Raises InvalidArgumentError if the edges differ."""
         if self.edges != other.edges:
             raise InvalidArgumentError(f"edges differ: {self.edges} and {other.edges}")
         counts = tuple(a + b for a, b in zip(self.counts, other.counts, strict=True))

@@ -102,8 +102,8 @@ class TemplateTable:
 
     def assign(self, prompt: Ids, conversation: bytes = b"") -> bytes:
         """16-byte digest of the prompt's cluster, which begins with it where it is like none. prompt: int32 [P].
-        conversation: digest of the request's conversation; empty where none is known. InvalidArgumentError for another
-        shape."""
+        conversation: digest of the request's conversation; empty where none is known. Raises InvalidArgumentError for
+        another shape."""
         if prompt.ndim != 1:
             raise InvalidArgumentError(f"prompt has shape {prompt.shape}: it must be [P]")
         prompt = np.ascontiguousarray(prompt, np.int32)
@@ -201,7 +201,7 @@ class TemplateTable:
 
     @classmethod
     def load(cls, data: bytes, key: bytes) -> TemplateTable:
-        """InvalidArgumentError where `data` was not made by `save`.
+        """Raises InvalidArgumentError if `data` was not made by `save`.
 
         >>> table = TemplateTable(b"secret")
         >>> digest = table.assign(np.arange(40, dtype=np.int32))

@@ -44,7 +44,7 @@ _lgamma = np.frompyfunc(math.lgamma, 1, 1)
 class TwoArms:
     """Counts of a binary outcome in two arms, and what they prove.
 
-    treated, control: units; treated_bad, control_bad: those with the outcome. InvalidArgumentError unless
+    treated, control: units; treated_bad, control_bad: those with the outcome. Raises InvalidArgumentError unless
     0 ≤ bad ≤ units in both arms.
 
     >>> arms = TwoArms(treated_bad=36, treated=40, control_bad=5, control=40)
@@ -79,7 +79,7 @@ class TwoArms:
         )
 
     def without(self, part: TwoArms) -> TwoArms:
-        """The counts of all other units. InvalidArgumentError where `part` is not a part of these."""
+        """The counts of all other units. Raises InvalidArgumentError if `part` is not a part of these."""
         return TwoArms(
             self.treated_bad - part.treated_bad,
             self.treated - part.treated,
@@ -88,9 +88,8 @@ class TwoArms:
         )
 
     def log_e(self, margin: float) -> float:
-        """Natural logarithm of the e-value against `treated rate ≤ control rate + margin`.
-
-        InvalidArgumentError unless -1 < margin < 1.
+        """Natural logarithm of the e-value against `treated rate ≤ control rate + margin`. Raises InvalidArgumentError
+        unless -1 < margin < 1.
         """
         return float(log_e_value(self.treated_bad, self.treated, self.control_bad, self.control, margin))
 
@@ -101,7 +100,7 @@ class TwoArms:
 
         Valid at every look with a probability of at least 1 − alpha, for both ends together: the true difference is
         outside only if the e-value against that one difference reaches 1/alpha. `low` is above a margin exactly where
-        `log_e(margin)` reaches log 1/alpha. NaN and −1 to 1 while an arm is empty. InvalidArgumentError unless
+        `log_e(margin)` reaches log 1/alpha. NaN and −1 to 1 while an arm is empty. Raises InvalidArgumentError unless
         0 < alpha < 1.
         """
         if not 0.0 < alpha < 1.0:
@@ -133,8 +132,7 @@ def log_e_value(
     margin: float,
 ) -> Floats:
     """The same as `TwoArms.log_e`, of arrays of counts that broadcast; natural logarithm, 0 before the first unit.
-
-    InvalidArgumentError unless -1 < margin < 1.
+    Raises InvalidArgumentError unless -1 < margin < 1.
 
     >>> log_e_value([0, 20], 20, 0, 20, margin=0.05).round(2).tolist()
     [-4.15, 21.62]

@@ -36,9 +36,8 @@ class Resolver:
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
         """A LoRARequest whose id vLLM sets, or None: not an adapter of Hemostat's, or none that fits this engine.
-
-        ValueError for `PROBE`, and for every version where LoRA is off: vLLM answers 400 with its text, and logs no
-        traceback. It would log one of its engine for each adapter that it is asked to load without LoRA.
+        Raises ValueError for `PROBE`, and for every version where LoRA is off: vLLM answers 400 with its text, and logs
+        no traceback. It would log one of its engine for each adapter that it is asked to load without LoRA.
         """
         if VERSION_PATTERN.fullmatch(lora_name) is None:
             return None

@@ -117,8 +117,7 @@ class CanaryClient:
 
     async def take(self, prompts: Prompts, *, engine: str = "") -> CanarySet:
         """Have the model write the answers, and score them: about 35,000 tokens with the prompts of this package.
-
-        InvalidArgumentError where the prompts make no set.
+        Raises InvalidArgumentError if the prompts make no set.
         """
         origin = await self.origin(prompts=prompts.digest, engine=engine)
         texts = [await self._server.tokenize(self.model, prompt.prompt, special=True) for prompt in prompts.prompts]

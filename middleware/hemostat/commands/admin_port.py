@@ -42,7 +42,8 @@ def _of_one(urls: str) -> str:
 
 
 def _token(options: argparse.Namespace) -> str | None:
-    """Returns the admin token of these options, or of the environment; ConfigError where its file does not hold it."""
+    """Returns the admin token of these options, or of the environment. Raises ConfigError if its file does not hold
+    it."""
     from hemostat.config.loading import secret_from_environment  # noqa: PLC0415
 
     if options.token:
@@ -51,7 +52,7 @@ def _token(options: argparse.Namespace) -> str | None:
 
 
 def admin_request(options: argparse.Namespace, method: str, path: str, **body: Any) -> httpx.Response:
-    """Sends a request to the admin port; UsageError where it cannot be reached or refuses."""
+    """Sends a request to the admin port. Raises UsageError if it cannot be reached or refuses."""
     import httpx  # noqa: PLC0415
 
     from hemostat.ipc.http_bodies import IDENTITY, AnswerRefused, read_answer_now  # noqa: PLC0415
@@ -84,7 +85,7 @@ def admin_request(options: argparse.Namespace, method: str, path: str, **body: A
 
 
 def admin_json(options: argparse.Namespace, method: str, path: str, **body: Any) -> dict[str, Any]:
-    """The same where the answer is a JSON object; UsageError for any other one."""
+    """The same where the answer is a JSON object. Raises UsageError for any other one."""
     try:
         answer = admin_request(options, method, path, **body).json()
     except ValueError:

@@ -63,7 +63,7 @@ class CompressOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        """UsageError where options do not fit together."""
+        """Raises UsageError if options do not fit together."""
         for name in _PRUNING:
             if getattr(self, name) is not None and self.scheme != "prune":
                 raise UsageError(f"--{name} is for --scheme prune: leave it out")
@@ -148,8 +148,8 @@ def _compress(options: CompressOptions, work: Path, reporter: Reporter) -> list[
 
 
 def _check_replaceable(options: CompressOptions, method: Method | None) -> None:
-    """FolderTakenError where DEST holds something else than these options make, as far as it is known before the texts
-    are."""
+    """Raises FolderTakenError if DEST holds something else than these options make, as far as it is known before the
+    texts are."""
     known: dict[str, Any] = {"source": folder_digest(options.source), "seed": options.seed}
     if method is not None and not options.repair:
         known["settings"] = json.loads(json.dumps(dict(method.settings)))

@@ -20,11 +20,10 @@ TOKENS = ("token", "engine_token")
 
 
 def settings_with_tokens(options: argparse.Namespace, *, keep: bool = False) -> tuple[Settings, frozenset[str]]:
-    """Returns the configuration of these options, with tokens made where there are none, and which ones were made;
-    ConfigError, UsageError.
-
-    They are put into the environment of this process, so that a reload and a successor have the same ones. keep: the
-    engine token is the same as at earlier starts without a file, so that vLLM goes on with it.
+    """Returns the configuration of these options, with tokens made where there are none, and which ones were made.
+    Raises ConfigError or UsageError. The tokens are put into the environment of this process, so that a reload and a
+    successor have the same tokens. keep: the engine token is the same as at earlier starts without a file, so that vLLM
+    goes on with it.
     """
     flags = {text.partition("=")[0].strip() for text in options.set}
     made = set()
@@ -42,7 +41,7 @@ def settings_with_tokens(options: argparse.Namespace, *, keep: bool = False) -> 
 
 def introduce(settings: Settings, made: frozenset[str]) -> str:
     """Probe both models; what will be measured, and how vLLM is started with the plugin. made: tokens that are random,
-    and therefore shown: of others only the names are. UsageError where either model cannot be used."""
+    and therefore shown: of others only the names are. Raises UsageError if either model cannot be used."""
     # Printed first, as it is needed where vLLM does not run yet.
     print(plugin_command(settings, made), flush=True)  # noqa: T201
     findings = asyncio.run(check(settings))

@@ -21,11 +21,11 @@ def token_file() -> Path:
 
 
 def kept_token() -> str:
-    """Returns the token in `token_file`, which is made with a random one where it is missing.
+    """Returns the token in `token_file`, which is made with a random one if it is missing.
 
     A vLLM that was started with this token then needs no other one when Hemostat starts again. Returns a random token
-    where the file cannot be made or read, as in a container whose root is read-only. UsageError where others than the
-    user can read it, or where it holds no token.
+    where the file cannot be made or read, as in a container whose root is read-only. Raises UsageError if others than
+    the user can read it, or if it holds no token.
     """
     with suppress(OSError, RuntimeError):  # a user without a home folder is a RuntimeError
         path = token_file()

@@ -113,7 +113,8 @@ def _profile_import(options: argparse.Namespace) -> int:
 
 
 def _read_profile(file: Path) -> bytes:
-    """UsageError where it cannot be read, or is an adapter in PEFT's format, which is no profile."""
+    """Reads the file of a profile. Raises UsageError if it cannot be read, or is an adapter in PEFT's format, which is
+    no profile."""
     from hemostat_calibration.profiles.peft import CONFIG_FILE, WEIGHTS_FILE  # noqa: PLC0415
 
     names = (CONFIG_FILE, WEIGHTS_FILE)
@@ -162,7 +163,7 @@ def _post(options: argparse.Namespace, action: str, body: dict[str, Any]) -> int
 
 
 def _confirm(options: argparse.Namespace, question: str) -> None:
-    """UsageError unless the user confirms, or --yes is given."""
+    """Raises UsageError unless the user confirms, or --yes is given."""
     if options.yes:
         return
     if not sys.stdin.isatty():

@@ -41,7 +41,8 @@ class Writer:
     max_positions: int | None = None
 
     def texts(self, prompts: Sequence[Prompt], work: WorkFolder, reporter: Reporter) -> list[Text]:
-        """The prompts with their completions; those without one are completed. AdaptError, UsageError."""
+        """Returns the prompts with their completions; a prompt without one is completed. Raises AdaptError or
+        UsageError."""
         from hemostat.models.texts import Text, check_ids  # noqa: PLC0415  torch
 
         tokenizer = self._tokenizer()

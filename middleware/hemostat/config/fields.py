@@ -29,7 +29,7 @@ _SECRET = re.compile(r"[!-~]{1,4096}")
 
 
 def server_url(value: str) -> str:
-    """The address without a slash at its end. ValueError, whose text shows no credentials."""
+    """The address without a slash at its end. Raises ValueError, whose text shows no credentials."""
     if "@" in value:  # wherever it is: what is before it may be a password
         raise ValueError("must not hold a user or a password; use api_key")
     try:

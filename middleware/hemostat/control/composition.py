@@ -313,7 +313,7 @@ class Control:
     async def start(self, force: Path | None) -> None:
         """Returns once this process owns the store, and uses what it holds.
 
-        force: `calibration.force`, file of a profile to put on every request; HemostatError where it is none.
+        force: `calibration.force`, file of a profile to put on every request. Raises HemostatError if it is none.
         """
         if force is not None:
             try:

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 class OperatorActions:
     """Implements what the admin port calls: each action applies at once, and is then waited for in the store.
-    HemostatError; NotActiveError; NotKeptError where an action applies, and the store has not kept it.
+    The methods raise HemostatError, NotActiveError, or NotKeptError if an action applies and the store has not kept it.
 
     What ends something (mode `off`, a rollback) also applies while the process is suspended.
 
@@ -50,7 +50,7 @@ class OperatorActions:
         self._on_change = on_change
 
     async def import_profile(self, data: bytes, scope: str) -> str:
-        """A profile to be tested; its version. InvalidProfileError."""
+        """A profile to be tested; its version. Raises InvalidProfileError."""
         profile = await asyncio.to_thread(CalibrationProfile.from_bytes, data)
         return await self._execute(lambda: self._profiles.operator.import_profile(profile, scope))
 

@@ -124,7 +124,7 @@ class Ownership:
             )
 
     def require_known(self) -> None:
-        """NotActiveError, where what is stored is not known to this process."""
+        """Raises NotActiveError if what is stored is not known to this process."""
         if not self.knows:
             self.require_active()
 
@@ -142,7 +142,8 @@ class Ownership:
         self.on_move()
 
     async def begin(self) -> Snapshot:
-        """Returns, in READING, what is stored. StoreIncompatible, StoreAccessDenied: an operator has to act."""
+        """Returns, in READING, what is stored. Raises StoreIncompatible or StoreAccessDenied: an operator has to
+        act."""
         backoff = Backoff(RETRY_SECONDS)
         while (snapshot := await self.try_to_begin()) is None:  # noqa: ASYNC110  another process decides
             await asyncio.sleep(backoff.pause())

@@ -156,7 +156,7 @@ async def own(control: Control, force: Path | None) -> None:
 async def lock_alone(path: Path) -> int:
     """Wait until no other control process of this folder lives, since one alone may use the store.
 
-    The file descriptor that holds the lock; it is released with the process. HemostatError after LOCK_SECONDS.
+    The file descriptor that holds the lock; it is released with the process. Raises HemostatError after LOCK_SECONDS.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

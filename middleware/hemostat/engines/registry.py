@@ -61,8 +61,8 @@ class EngineRegistry:
         self._wanted = tuple(dict.fromkeys(versions))[:MAX_HELD_VERSIONS]
 
     def report(self, report: EngineReport, now: float) -> list[str]:
-        """Take a rank's report; returns the versions that it should hold. InvalidEngineMessage when ranks disagree, or
-        where an engine, which loads weights once, says that it has other ones than before."""
+        """Take a rank's report; returns the versions that it should hold. Raises InvalidEngineMessage if ranks
+        disagree, or where an engine, which loads weights once, says that it has other ones than before."""
         self._expire(now)
         if report.boot_id not in self._engines:
             self.newest = now

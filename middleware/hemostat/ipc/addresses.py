@@ -46,7 +46,9 @@ class ControlAddresses:
         return cls(**fields | {"hosts": [(str(host), int(port)) for host, port in fields.get("hosts", ())]})
 
     def context(self) -> ssl.SSLContext | None:
-        """None: without TLS. OSError, with a text that names the file, where it cannot be read or is no certificate."""
+        """The TLS context; None: without TLS. Raises OSError, with a text that names the file, if it cannot be read or
+        is no certificate.
+        """
         return None if self.ca is None else client_context(Path(self.ca))
 
     async def targets(self) -> tuple[list[Target], list[str]]:

@@ -198,7 +198,7 @@ class FramedChild(Child):
         self._process.stdin.write(frame(body))
 
     async def drain(self) -> None:
-        """Returns once little of what was sent waits; ChildExited where it ended meanwhile."""
+        """Returns once little of what was sent waits. Raises ChildExited if it ended meanwhile."""
         assert self._process.stdin is not None
         try:
             await self._process.stdin.drain()

@@ -162,12 +162,12 @@ class RelayLink:
                             yield message
 
     async def _read(self, reader: asyncio.StreamReader) -> bytes:
-        """TimeoutError."""
+        """Raises TimeoutError."""
         async with asyncio.timeout(SILENCE_SECONDS):
             return await reader.read(READ_SIZE)
 
     def _receive(self, message: Message, hello: Hello, writer: asyncio.StreamWriter) -> None:
-        """ValueError for a message that relays do not send."""
+        """Raises ValueError for a message that relays do not send."""
         match message:
             case Capture():
                 self._on_capture(msgspec.structs.replace(message, captured_at=self._clock()))

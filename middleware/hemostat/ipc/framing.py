@@ -14,7 +14,7 @@ _HEADER = struct.Struct(">I")
 
 
 def frame(body: bytes) -> bytes:
-    """One frame; ValueError when the body is longer than MAX_FRAME_BYTES.
+    """One frame. Raises ValueError if the body is longer than MAX_FRAME_BYTES.
 
     >>> frame(b"ab")
     b'\\x00\\x00\\x00\\x02ab'
@@ -34,7 +34,9 @@ def read_frames(stream: BinaryIO) -> Iterator[bytes]:
 
 
 async def read_frame(stream: asyncio.StreamReader, max_bytes: int = MAX_FRAME_BYTES) -> bytes:
-    """Body of the next frame; IncompleteReadError at the end of the stream, ValueError when the frame is too long."""
+    """Returns the body of the next frame. Raises IncompleteReadError at the end of the stream, and ValueError if the
+    frame is too long.
+    """
     length = _body_length(await stream.readexactly(_HEADER.size), max_bytes)
     return await stream.readexactly(length)
 
@@ -54,7 +56,9 @@ class FrameReader:
         return int(_HEADER.unpack_from(self._buffer)[0]) + _HEADER.size - len(self._buffer)
 
     def feed(self, data: bytes) -> list[bytes]:
-        """ValueError on a frame longer than `max_bytes`."""
+        """Returns the frames that are complete with these bytes. Raises ValueError on a frame longer than
+        `max_bytes`.
+        """
         # The usual case is whole frames, which are not copied into the buffer first.
         source: bytes | bytearray = data
         if self._buffer:

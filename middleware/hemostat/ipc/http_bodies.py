@@ -24,7 +24,7 @@ class AnswerTooLarge(AnswerRefused):
 class AnswerBody:
     """Collects a body of at most `limit` bytes, without its first `skip` bytes.
 
-    AnswerTooLarge as soon as it is known to be longer, AnswerRefused where it is compressed.
+    Raises AnswerTooLarge as soon as it is known to be longer, and AnswerRefused if it is compressed.
 
     >>> body = AnswerBody(httpx.Headers(), limit=6, skip=2)
     >>> body.feed(b"abc"), body.feed(b"def"), body.bytes

@@ -335,16 +335,18 @@ def encode(message: Message) -> bytes:
 
 
 class MessageReader:
-    """Bytes in, in pieces of any size; messages out."""
+    """Turns the bytes of a stream, in pieces of any size, into messages."""
 
     def __init__(self) -> None:
         self._frames = FrameReader(MAX_MESSAGE_BYTES)
 
     @property
     def missing(self) -> int:
-        """Bytes of the message that has begun, as far as its length is known."""
+        """The number of missing bytes of the message that has begun, as far as its length is known."""
         return self._frames.missing
 
     def feed(self, data: bytes) -> list[Message]:
-        """ValueError on a frame longer than MAX_MESSAGE_BYTES, msgspec.DecodeError on a frame that is not a message."""
+        """Returns the messages that are complete with these bytes. Raises ValueError on a frame longer than
+        MAX_MESSAGE_BYTES, and msgspec.DecodeError on a frame that is not a message.
+        """
         return [CODEC.decode(body) for body in self._frames.feed(data)]

@@ -35,7 +35,7 @@ class Origin:
 
 
 def parse_origin(url: str) -> Origin:
-    """ValueError unless `url` is http(s)://host[:port] without a path or query."""
+    """Raises ValueError unless `url` is http(s)://host[:port] without a path or query."""
     parts = urlsplit(url)
     if parts.scheme not in {"http", "https"} or not parts.hostname or parts.path not in {"", "/"} or parts.query:
         raise ValueError(f"upstream_url: {shown_address(url)} is not of the form http://host:port or https://host:port")
@@ -47,7 +47,7 @@ def parse_origin(url: str) -> Origin:
 
 
 async def addresses(origin: Origin) -> list[Origin]:
-    """Returns one origin for each address of the name, in the order of addresses; OSError where it has none."""
+    """Returns one origin for each address of the name, in the order of addresses. Raises OSError if it has none."""
     result = await asyncio.get_running_loop().getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
     return [origin.at(address) for address in sorted({str(entry[4][0]) for entry in result})]
 

@@ -221,7 +221,7 @@ class ControlLink:
         return result, failures
 
     async def _answered(self, target: Target) -> _Connection:
-        """A connection to a control process that takes this relay; OSError, _RefusedError."""
+        """Returns a connection to a control process that takes this relay. Raises OSError or _RefusedError."""
         connection = _Connection(self._hello(), self._policy.heard)
         try:
             async with asyncio.timeout(ATTEMPT_SECONDS):
@@ -294,8 +294,9 @@ class _RefusedError(Exception):
 
 
 class _Connection(asyncio.Protocol):
-    """One connection. answered: done once the control process takes the relay; OSError, _RefusedError. lost: why it has
-    ended."""
+    """One connection to a control process. answered: done once the control process takes the relay, or failed with
+    OSError or _RefusedError. lost: why it has ended.
+    """
 
     def __init__(self, hello: Hello, heard: Callable[[Policy | None], None]) -> None:
         loop = asyncio.get_running_loop()

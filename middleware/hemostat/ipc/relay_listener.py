@@ -170,7 +170,9 @@ class RelayListener:
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
     def _greeted(self, body: bytes, *, local: bool) -> Hello | Refused:
-        """ValueError where it is no hello (msgspec.DecodeError is one)."""
+        """Returns the hello of a connection, or the refusal of it. Raises ValueError if it is no hello
+        (msgspec.DecodeError is one).
+        """
         spoken = _SPOKEN.decode(body).protocol
         if spoken != PROTOCOL:
             return Refused(
@@ -206,7 +208,7 @@ class RelayListener:
 
 
 def listen_locally(path: Path) -> socket.socket:
-    """A Unix socket that only this user can connect to; a former one at this path is replaced. HemostatError."""
+    """A Unix socket that only this user can connect to; a former one at this path is replaced. Raises HemostatError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     mask = os.umask(0o177)
     try:

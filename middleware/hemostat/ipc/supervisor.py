@@ -41,7 +41,7 @@ class ChildOwner(Protocol[Target_contra, Ready_contra]):
         ...
 
     def began(self, ready: Ready_contra, target: Target_contra) -> None:
-        """The first answer has come. ChildRefused where the process is of no use."""
+        """The first answer has come. Raises ChildRefused if the process is of no use."""
         ...
 
     async def exchange(self, child: FramedChild) -> bool:

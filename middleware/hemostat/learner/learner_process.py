@@ -48,7 +48,8 @@ class ScopedLearner:
     """Owns what was learned, of all traffic and by scope."""
 
     def __init__(self, start: learner_messages.Start, stored: bytes = b"") -> None:
-        """HemostatError when the output embedding cannot be used. stored: an earlier learner's export; b"": none."""
+        """Raises HemostatError if the output embedding cannot be used. stored: an earlier learner's export; b"":
+        none."""
         weight = load(Path(start.folder), start.vocab_size)
         if start.hidden_size and weight.shape[1] != start.hidden_size:
             raise HemostatError(
@@ -273,7 +274,7 @@ def main(parent: int) -> int:
 
 
 def _stored(bodies: Iterator[bytes]) -> bytes:
-    """The bytes of the `Restore` messages that follow. HemostatError on another message."""
+    """The bytes of the `Restore` messages that follow. Raises HemostatError on another message."""
     parts: list[bytes] = []
     for body in bodies:
         message = learner_messages.REQUESTS.decode(body)

@@ -91,7 +91,7 @@ class FloorLimit:
         return FloorState(self._mean, self._dependence.state)
 
     def restore(self, state: FloorState) -> None:
-        """Go on from there. InvalidArgumentError if it does not fit."""
+        """Go on from there. Raises InvalidArgumentError if it does not fit."""
         if (state.mean.lo, state.mean.cap) != (self._mean.lo, self._mean.cap):
             raise InvalidArgumentError("the stored noise floor has another range")
         self._dependence.restore(state.dependence)
@@ -199,8 +199,8 @@ class Alarms:
     # --- what operators do -----------------------------------------------------------------------------------------
 
     def rebase(self, kind: str | None = None) -> None:
-        """The kind, or each kind, learns a new baseline, and its alarms end. HemostatError for a kind without a scored
-        request."""
+        """The kind, or each kind, learns a new baseline, and its alarms end. Raises HemostatError for a kind without a
+        scored request."""
         if kind is not None and kind not in self._state.kinds:
             known = ", ".join(sorted(self._state.kinds)) or "none yet"
             raise HemostatError(f"kind {kind[:100]!r} is not watched; watched: {known}")

@@ -93,7 +93,7 @@ class Dependence:
         return DependenceState(self._in_time, self._by_client, self._mean, dict(self._clients), self._first, self._last)
 
     def restore(self, state: DependenceState) -> None:
-        """Go on from there. InvalidArgumentError if it does not belong to as many figures, or is damaged."""
+        """Go on from there. Raises InvalidArgumentError if it does not belong to as many figures, or is damaged."""
         fits = all(a.shape == b.shape for a, b in zip(state.arrays(), self.state.arrays(), strict=True))
         if not fits or not all(0 <= row < MAX_CLIENTS for row in state.clients.values()):
             raise InvalidArgumentError("the stored dependence of requests does not fit")

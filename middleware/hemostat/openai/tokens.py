@@ -113,7 +113,7 @@ class ResponseTokens:
             self.choices = []
 
     def choice(self, index: Any) -> ChoiceTokens:
-        """The choice of this index in the response. ValueError where there is none."""
+        """The choice of this index in the response. Raises ValueError if there is none."""
         if not isinstance(index, int) or not 0 <= index < len(self.choices):
             raise ValueError(f"no choice {index!r} among {len(self.choices)}")
         return self.choices[index]

@@ -89,7 +89,7 @@ class Lifecycle:
         return list(dict.fromkeys(version for version in versions if version is not None))
 
     def require_fit(self, profile: CalibrationProfile) -> None:
-        """InvalidProfileError where the profile does not fit the model, is too large to be kept, or cannot be
+        """Raises InvalidProfileError if the profile does not fit the model, is too large to be kept, or cannot be
         applied."""
         size = parameter_bytes(profile)
         if size > MAX_ONE_PROFILE_BYTES:

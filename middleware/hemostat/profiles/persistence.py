@@ -69,7 +69,7 @@ class StoredServing(msgspec.Struct, frozen=True):
 
     @classmethod
     def decode(cls, text: str | None) -> StoredServing:
-        """Nothing serves where `text` is missing. InvalidArgumentError where it is damaged."""
+        """Nothing serves where `text` is missing. Raises InvalidArgumentError if it is damaged."""
         try:
             return msgspec.json.decode(text, type=cls) if text else cls()
         except msgspec.DecodeError as error:

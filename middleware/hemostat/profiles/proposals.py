@@ -111,7 +111,7 @@ class Proposals:
         return lambda: storage.save(states, self._temperature_bias, models, notes)
 
     def restore(self, data: bytes, models: str) -> str:
-        """Go on from an export; its weights. InvalidArgumentError where it is damaged, or about other
+        """Go on from an export; its weights. Raises InvalidArgumentError if it is damaged, or about other
         models or settings."""
         states, text = storage.load(data, self._temperature_bias, models)
         model = self._serving.model
@@ -214,7 +214,7 @@ class Proposals:
         """Test a contextual profile, as soon as the test of the scope's last one has ended; False when it is not
         accepted now.
 
-        report: JSON-ready, shown as the event's evidence; `tokens` is the number of tokens learned from in all.
+        report: JSON-ready, shown as the event's evidence; `tokens` is the number of tokens learned from in all. Raises
         InvalidProfileError for another model's profile.
         """
         tokens = int(report["tokens"])
@@ -236,7 +236,7 @@ class Proposals:
     def propose_adapter(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any]) -> bool:
         """Test an adapter, as soon as the test of the last one has ended; False when it is not accepted now.
 
-        report: as for `propose`. InvalidProfileError for another model's profile, or one of another family.
+        report: as for `propose`. Raises InvalidProfileError for another model's profile, or one of another family.
         """
         if profile.family != ADAPTER:
             raise InvalidProfileError(f"profile is of the family {profile.family}, not an adapter")

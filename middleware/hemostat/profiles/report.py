@@ -215,8 +215,8 @@ class Report:
         return profile.to_bytes() if profile is not None else None
 
     def resolve(self, version: str) -> str:
-        """The whole version of the profile whose version begins like this; HemostatError where several do. An unknown
-        one is returned as it is."""
+        """The whole version of the profile whose version begins like this. Raises HemostatError if several do. An
+        unknown one is returned as it is."""
         result = [held for held in self._catalogue if held.startswith(version)]
         if len(result) > 1:
             raise HemostatError(f"several versions begin with {version}: {', '.join(result)}")

@@ -37,7 +37,7 @@ class RequestParameters:
         return self._last[1]
 
     def require_fit(self, profile: CalibrationProfile) -> None:
-        """InvalidProfileError where requests are what profiles are sent with, and cannot carry this one."""
+        """Raises InvalidProfileError if requests are what profiles are sent with, and cannot carry this one."""
         if not self.enabled:
             return
         if not FAMILY_RULES[profile.family].fits_request:

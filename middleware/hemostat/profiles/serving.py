@@ -112,7 +112,7 @@ class ServingState:
             del self.former[next(iter(self.former))]
 
     def named(self, name: str | None) -> list[str]:
-        """The kinds that an operator means: the one that is named, or with None all. HemostatError."""
+        """The kinds that an operator means: the one that is named, or with None all. Raises HemostatError."""
         if name is None:
             return list(self.kinds)
         if name not in self.kinds:
@@ -259,7 +259,7 @@ class ServingState:
         return self.names is None or record.model in self.names
 
     def require_model(self, profile: CalibrationProfile) -> None:
-        """InvalidProfileError where the profile is for another model; nothing while the model is not known."""
+        """Raises InvalidProfileError if the profile is for another model; nothing while the model is not known."""
         if self.model is None:
             return
         if profile.vocab_size != self.model.vocab_size:

@@ -208,7 +208,7 @@ class Trials:
         """Go on from stored tests. What this process itself or the store has counted as begun stays spent.
 
         data: of `Guard.save`; None: all tests begin anew. watched: by kind, the number of a window that was begun.
-        InvalidArgumentError where `data` is damaged; then nothing changes.
+        Raises InvalidArgumentError if `data` is damaged; then nothing changes.
         """
         spent, windows = self.guard.candidate_tests, dict(self.guard.windows)
         if data is None:

@@ -78,9 +78,9 @@ def score(
     reshaped: as a server might compute it: in a batch of two, in two pieces, the second on the state (KV cache) of the
         first one.
     allowed: everything is conditional on these ids: -inf at all others, which are not in `top_ids` (-1 pads).
-    see: called for some positions after the other with their log-probabilities, float32 [n, V].
-    ValueError when an id is not in the vocabulary, or a functional does not fit it or its code, or `allowed` fits
-    neither the vocabulary nor T.
+    see: called for some positions after the other with their log-probabilities, float32 [n, V]. Raises ValueError if an
+    id is not in the vocabulary, or a functional does not fit it or its code, or `allowed` fits neither the vocabulary
+    nor T.
     """
     with torch.inference_mode():
         return _score(

@@ -75,8 +75,8 @@ def check_request(
     codes: Mapping[str, npt.NDArray[np.float32]],
     allowed: AllowedSets | None,
 ) -> None:
-    """ValueError when an id is not in the vocabulary, or a functional fits neither it nor its code, or `allowed` fits
-    neither the vocabulary nor T.
+    """Raises ValueError if an id is not in the vocabulary, or a functional fits neither it nor its code, or `allowed`
+    fits neither the vocabulary nor T.
 
     shapes: of every functional: (V,), or (V, r) of a basis, which needs a code [T, r].
     """

@@ -23,7 +23,7 @@ def without_own(cards: Iterable[ModelCard]) -> list[ModelCard]:
 async def served_pairs(
     references: References, server: VllmServer, cards: Iterable[ModelCard], before: Iterable[ModelPair] = ()
 ) -> list[ModelPair]:
-    """The server's base models in its order, each with its reference. ReferenceFailure.
+    """The server's base models in its order, each with its reference. Raises ReferenceFailure.
 
     A name without a reference of its own that is another name of an earlier model belongs to that one.
     before: what was known; it is kept for models that are the same.

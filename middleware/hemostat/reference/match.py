@@ -46,7 +46,7 @@ class Match:
 async def compare(upstream: Upstream, reference: Reference, model: str | None = None) -> Match:
     """Compare vocabulary size, ids of a probe text, ids of a rendered chat. Starts the reference.
 
-    model: the upstream's served name, None for its first. ReferenceFailure when the reference could not be asked.
+    model: the upstream's served name, None for its first. Raises ReferenceFailure if the reference could not be asked.
     """
     info = await reference.start()
     probe = await reference.tokenize(PROBE_TEXT)

@@ -18,7 +18,7 @@ MAX_PROBE_TOKENS = 64
 
 
 async def probed_scores(server: VllmServer, card: ModelCard) -> tuple[float, ...]:
-    """The log-probabilities of the tokens of both texts, nats. ReferenceFailure."""
+    """The log-probabilities of the tokens of both texts, nats. Raises ReferenceFailure."""
     limit = min(MAX_PROBE_TOKENS, (card.max_model_len or MAX_PROBE_TOKENS) - 1)
     scores: list[float] = []
     for text in (TEXT, PROBE_TEXT):

@@ -26,7 +26,7 @@ class CompressedSide:
     def __init__(self, weight: torch.Tensor, anchors: Ids) -> None:
         """weight: W, [V, d]; logits are W h. anchors: [N].
 
-        The first use costs V d² multiplications. ValueError where an anchor is not in the vocabulary.
+        The first use costs V d² multiplications. Raises ValueError if an anchor is not in the vocabulary.
         """
         if not len(anchors) or int(anchors.min()) < 0 or int(anchors.max()) >= weight.shape[0]:
             raise ValueError(f"the anchors are not all in the reference's vocabulary of {weight.shape[0]}")

@@ -69,7 +69,7 @@ class Comparisons:
         self._last: tuple[bytes, CompressedSide] | None = None
 
     def of(self, request: worker_messages.Score) -> Comparison | None:
-        """None where none is requested. ValueError where the request's arrays do not fit each other."""
+        """None where none is requested. Raises ValueError if the request's arrays do not fit each other."""
         from hemostat.reference.recovered import CompressedSide  # noqa: PLC0415  imports torch
 
         if (given := request.compressed) is None:

@@ -28,7 +28,8 @@ class TransformersReference:
         self._worker = ReferenceWorker(worker_messages.Load(model, dtype, device, threads_or_default(threads)))
 
     async def start(self) -> ReferenceInfo:
-        """Load the model; returns at once when it is loaded. ReferenceFailure; may be called again after one."""
+        """Load the model; returns at once when it is loaded. Raises ReferenceFailure, and may be called again after
+        one."""
         loaded = await self._worker.start()
         return ReferenceInfo(
             model=self._model,

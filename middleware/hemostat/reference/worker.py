@@ -31,7 +31,7 @@ NICENESS = 10
 
 
 class Model:
-    """The loaded checkpoint. RequestFailed."""
+    """The loaded checkpoint. It raises RequestFailed."""
 
     def __init__(self, load: worker_messages.Load, tell: Callable[[device.Choice], None]) -> None:
         """tell: called with the device before the weights are loaded, where it was chosen here."""

@@ -194,7 +194,7 @@ class _Process:
     async def start(
         cls, load: worker_messages.Load | worker_messages.LoadHead
     ) -> tuple[_Process, worker_messages.Loaded]:
-        """ReferenceFailure when the process does not start or the model does not load."""
+        """Raises ReferenceFailure if the process does not start or the model does not load."""
         worker = cls()
         try:
             worker._child = await FramedChild.start("hemostat.reference.worker", worker._receive)

@@ -57,7 +57,7 @@ class Allowed(msgspec.Struct, frozen=True):
         return cls(sets.vocab_size, sets.table.astype("<u4").tobytes(), sets.rows.astype("<i4").tobytes())
 
     def sets(self) -> AllowedSets:
-        """InvalidArgumentError, ValueError where the message does not hold such sets."""
+        """Returns the sets. Raises InvalidArgumentError or ValueError if the message does not hold such sets."""
         return AllowedSets(
             self.vocab_size,
             np.frombuffer(self.table, "<u4").astype(np.uint32).reshape(-1, words(self.vocab_size)),

@@ -52,7 +52,7 @@ class Relay:
     tracing: creates a span for every generation. log_requests: write a log record for each. report_outcome: takes what
     the client of a treated or a control request got, see `RelayContext`.
     allow_adapter_routes: clients may load and unload adapters at the upstream.
-    Raises ValueError if an address is not http(s)://host[:port], OSError if `upstream.ca` cannot be read.
+    Raises ValueError if an address is not http(s)://host[:port], and OSError if `upstream.ca` cannot be read.
     """
 
     def __init__(

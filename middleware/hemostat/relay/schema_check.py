@@ -56,7 +56,7 @@ class Steps:
         self.left = left
 
     def take(self, steps: int) -> None:
-        """TooExpensiveError where fewer are left."""
+        """Raises TooExpensiveError if fewer are left."""
         self.left -= steps
         if self.left < 0:
             raise TooExpensiveError
@@ -100,7 +100,7 @@ class Schema:
 
 
 class _Compiler:
-    """Makes a schema of known keywords only, without references. TooExpensiveError where it is not evaluated."""
+    """Makes a schema of known keywords only, without references. Raises TooExpensiveError if it is not evaluated."""
 
     def __init__(self, root: Any) -> None:
         self._root = root

@@ -43,7 +43,8 @@ def condition(
     capture: Capture, arrays: CaptureArrays, info: ReferenceInfo, tap: TapResult | None
 ) -> tuple[CaptureArrays, AllowedSets | None]:
     """The arrays with the allowed candidates only, and the sets; as they are, and None, where nothing in the request
-    restricts its tokens. ConditioningFailure where the sets are not known, or something restricted it all the same."""
+    restricts its tokens. Raises ConditioningFailure if the sets are not known, or something restricted it all the
+    same."""
     if not capture.grammar:
         if shows_mask(arrays.candidates) or (tap is not None and any(run.sets for run in tap.runs)):
             raise ConditioningFailure(Unscored.GRAMMAR_UNKNOWN)

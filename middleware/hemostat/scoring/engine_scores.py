@@ -39,7 +39,7 @@ class EngineScorer:
         self._lock = asyncio.Lock()
 
     async def with_candidates(self, capture: Capture) -> Capture:
-        """The capture with what the engine that answered says of its tokens; ReferenceFailure."""
+        """The capture with what the engine that answered says of its tokens. Raises ReferenceFailure."""
         prompt, output = (
             np.frombuffer(ids, "<i4").astype(np.int32) for ids in (capture.prompt_token_ids, capture.output_token_ids)
         )

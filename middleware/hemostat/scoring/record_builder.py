@@ -56,7 +56,7 @@ class UnreadableLogprobsError(Exception):
 
 
 def decode_capture(capture: Capture, max_scored: int | None = None) -> CaptureArrays:
-    """InvalidRecordError ("shape", "empty") where the lengths do not fit each other, or there is no token;
+    """InvalidRecordError ("shape", "empty") where the lengths do not fit each other, or there is no token. Raises
     UnreadableLogprobsError.
 
     max_scored: the largest T; None: the whole output.
@@ -117,8 +117,8 @@ def build_record(
     markers: Markers | None = None,
     template: bytes = b"",
 ) -> TokenRecord:
-    """Join what the relay captured, the engine tapped and the reference scored; InvalidRecordError where they do not
-    fit each other.
+    """Join what the relay captured, the engine tapped and the reference scored. Raises InvalidRecordError if they do
+    not fit each other.
 
     versions: of the profiles whose effect the reference was asked for.
     features: the tap's, aligned to the output (`align_features`). codes: by version, float64 [T, r], `profile_codes`.
@@ -230,7 +230,7 @@ class FeatureError(Exception):
 
 def align_features(features: Features | None, first: int, tokens: int, anchor_sets: Mapping[str, Ids]) -> Features:
     """The engine's features of the output's positions from `first` on, float32 [T, N]; a row of NaN where it gave none.
-    FeatureError.
+    Raises FeatureError.
 
     anchor_sets: the sets of anchors that are of use: digest -> the N ids.
     """

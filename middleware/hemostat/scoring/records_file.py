@@ -32,7 +32,7 @@ class RecordsFile:
     """Appends records to a file. After an error, such as a full disk, writing is tried again after a pause.
 
     The file holds whole lines only: the part of a line that was written before an error is cut off again. Only the
-    owner may read it, since texts can be decoded from token ids. HemostatError when it cannot be opened.
+    owner may read it, since texts can be decoded from token ids. Raises HemostatError if it cannot be opened.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:

@@ -232,7 +232,7 @@ class PostgresStore:
             raise ExclusionLost(f"store {self._shown}: the session does not hold the lock, or the tables were replaced")
 
     def _head(self, session: _Session) -> Head:
-        """StoreIncompatible."""
+        """Raises StoreIncompatible."""
         if session.one(_IS_NEW):
             return Head()
         rows = session.rows("SELECT schema, revision, commit_id FROM hemostat_head")
@@ -244,7 +244,7 @@ class PostgresStore:
 
     @contextlib.contextmanager
     def _transaction(self, mode: str, *, keep: bool = True) -> Iterator[_Session]:
-        """Committed at the end; undone after an exception, or where it is not to be kept. StoreFailure."""
+        """Committed at the end; undone after an exception, or where it is not to be kept. Raises StoreFailure."""
         with self._translated() as session:
             session.run(f"BEGIN {mode}")
             yield session

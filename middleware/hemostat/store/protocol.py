@@ -78,7 +78,7 @@ class NotKeptError(HemostatError):
 
 
 def require_schema(stored: int, store: str) -> None:
-    """StoreIncompatible where this version cannot use what another one has stored. store: how messages name it."""
+    """Raises StoreIncompatible if this version cannot use what another one has stored. store: how messages name it."""
     if stored != SCHEMA:
         age = "a newer" if stored > SCHEMA else "an older"
         raise StoreIncompatible(
@@ -166,7 +166,9 @@ class Store(Protocol):
         after ExclusionLost, it is owned again."""
 
     def verify(self) -> None:
-        """Called every `VERIFY_SECONDS` by the owner. ExclusionLost; StoreConflict where the file was replaced."""
+        """Verifies that this process still owns the store; the owner calls it every `VERIFY_SECONDS`. Raises
+        ExclusionLost, or StoreConflict if the file was replaced.
+        """
 
     def read(self) -> Snapshot:
         """Returns all that is stored; this does not need ownership. Raises StoreIncompatible if another version has
@@ -177,11 +179,11 @@ class Store(Protocol):
         """Returns the head; this does not need ownership, as for `read`."""
 
     def commit(self, writes: Sequence[Write], expected: int, commit_id: str) -> int:
-        """Execute all writes in one transaction, as revision `expected` + 1, which is returned.
+        """Executes all writes in one transaction, as revision `expected` + 1, which is returned.
 
-        Where that revision is stored under this `commit_id`, it has happened before, and nothing is written: so a
-        commit whose outcome is not known is repeated until it is known. Any other revision: StoreConflict. Not the
-        owner: ExclusionLost. The schema is written with it, which `read` requires.
+        If that revision is stored under this `commit_id`, it has happened before, and nothing is written: so a
+        commit whose outcome is not known is repeated until it is known. Raises StoreConflict at any other revision, and
+        ExclusionLost if this process is not the owner. The schema is written with it, which `read` requires.
         """
 
     def close(self) -> None:

@@ -176,7 +176,7 @@ class SqliteStore:
         return result.st_dev, result.st_ino
 
     def _head(self, connection: sqlite3.Connection) -> Head:
-        """StoreIncompatible."""
+        """Raises StoreIncompatible."""
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if not tables:
             return Head()
@@ -190,7 +190,7 @@ class SqliteStore:
 
     @contextlib.contextmanager
     def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
-        """Committed at the end, or undone after an exception. StoreFailure."""
+        """Committed at the end, or undone after an exception. Raises StoreFailure."""
         try:
             connection = sqlite3.connect(self._path, timeout=BUSY_SECONDS, isolation_level=None)
             with contextlib.closing(connection):

@@ -149,7 +149,7 @@ class StoreWriter:
                 await asyncio.sleep(backoff.pause())
 
     async def write(self) -> None:
-        """Try once to write what waits, the commit whose outcome is not known first. StoreFailure."""
+        """Try once to write what waits, the commit whose outcome is not known first. Raises StoreFailure."""
         while self._queued > self._written:
             commit = self._commit or self._begin()
             given = commit.writes, self.head.revision, commit.commit_id
@@ -179,9 +179,8 @@ class StoreWriter:
         return self._commit
 
     async def wait_until_written(self, seconds: float) -> bool:
-        """Returns once all that is queued now is written, at the latest after `seconds`; False in that case.
-
-        NotActiveError where the process stops before that.
+        """Returns once all that is queued now is written, at the latest after `seconds`; False in that case. Raises
+        NotActiveError if the process stops before that.
         """
         last = self._queued
         try:

@@ -78,7 +78,8 @@ class Child:
         return 0 if self._process is None else self._process.pid
 
     async def load(self) -> None:
-        """Start the process; returns when it has imported its modules and waits for its settings. StartFailure."""
+        """Start the process; returns when it has imported its modules and waits for its settings. Raises
+        StartFailure."""
         try:
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", self._module),
@@ -93,7 +94,7 @@ class Child:
         await self._line()
 
     async def begin(self) -> None:
-        """Send its settings to a loaded process; returns when it listens. StartFailure."""
+        """Send its settings to a loaded process; returns when it listens. Raises StartFailure."""
         self.send(self.launch.settings)
         self.listening = await self._line()
 

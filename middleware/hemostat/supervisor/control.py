@@ -35,11 +35,12 @@ class ControlProcess:
         return Child("control" if self._role.control else "admin port", MODULES[self._role], launch)
 
     async def load(self) -> None:
-        """Start it as far as it can be while another one still works: it has imported its modules. StartFailure."""
+        """Start it as far as it can be while another one still works: it has imported its modules. Raises
+        StartFailure."""
         await self._child.load()
 
     async def begin(self) -> None:
-        """It opens the store and listens; restarted from now on. StartFailure."""
+        """It opens the store and listens; restarted from now on. Raises StartFailure."""
         await self._child.begin()
         self._child.keep()
 

@@ -44,8 +44,8 @@ def _print_line(text: str) -> None:
 def main(load: Callable[[], Settings], role: Role = Role.SERVE, announce: Callable[[str], None] | None = None) -> int:
     """Run until SIGTERM or SIGINT, or until a successor has taken over; 0, or 2 when a process cannot start.
 
-    load: reads the configuration, now and at every SIGHUP. ConfigError. announce: None prints lines for people, or
-    logs them where the log is for programs.
+    load: reads the configuration, now and at every SIGHUP. Raises ConfigError. announce: None prints lines for people,
+    or logs them where the log is for programs.
     """
     load = partial(with_role, load, role)
     settings = load()
@@ -55,7 +55,7 @@ def main(load: Callable[[], Settings], role: Role = Role.SERVE, announce: Callab
 
 
 def with_role(load: Callable[[], Settings], role: Role) -> Settings:
-    """The configuration, with what this command needs; ConfigError."""
+    """The configuration, with what this command needs. Raises ConfigError."""
     settings = load()
     control = settings.control
     if role is Role.RELAY and not control.addresses:
@@ -154,7 +154,9 @@ class Supervisor:
         """It is True once a successor serves."""
 
     async def start(self, predecessor: Channel | None) -> None:
-        """Serve, and take the predecessor's place. StartFailure, TakeoverFailed: it goes on."""
+        """Serves, and takes the predecessor's place. Raises StartFailure or TakeoverFailed; then the predecessor goes
+        on.
+        """
         settings = self._settings
         self._owns_folder = predecessor is None
         launches = self._relay_launches(settings, self._access_log)
@@ -348,7 +350,7 @@ class Supervisor:
 
 
 def open_access_log(settings: Settings) -> int | None:
-    """The file descriptor that relays write to, opened for appending; ConfigError."""
+    """The file descriptor that relays write to, opened for appending. Raises ConfigError."""
     target = settings.log.access
     if target == "off":
         return None

@@ -116,7 +116,7 @@ def connect_to_predecessor(run_dir: Path | None) -> Channel | None:
 
 
 def listen_for_successors(run_dir: Path) -> socket.socket:
-    """A socket that successors connect to; only the same user can. It replaces a former one. ConfigError."""
+    """A socket that successors connect to; only the same user can. It replaces a former one. Raises ConfigError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     path = _path(run_dir)
     mask = os.umask(0o177)

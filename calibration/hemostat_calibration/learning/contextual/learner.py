@@ -141,7 +141,7 @@ class ContextualLearner:
         self._min_requests = min_requests
 
     def init(self, model: str, vocab_size: int) -> ContextualState:
-        """Before the first record. InvalidArgumentError unless the output embedding has `vocab_size` rows."""
+        """Before the first record. Raises InvalidArgumentError unless the output embedding has `vocab_size` rows."""
         if vocab_size != len(self.weight):
             raise InvalidArgumentError(f"vocab_size is {vocab_size}, the output embedding has {len(self.weight)} rows")
         empty = empty_fold(self.features, len(self.anchors), self.weight.shape[1])
@@ -152,7 +152,7 @@ class ContextualLearner:
         return probe_profile(model, len(self.weight), self.anchors, self._limits.clamp_nats)
 
     def update(self, state: ContextualState, records: Iterable[TokenRecord]) -> ContextualState:
-        """Learn from validated records. InvalidArgumentError where one has another vocabulary or hidden size."""
+        """Learn from validated records. Raises InvalidArgumentError if one has another vocabulary or hidden size."""
         sources = dict(state.tokens_by_source)
         folds, recent = list(state.folds), list(state.recent)
         tokens, requests = state.tokens, state.requests

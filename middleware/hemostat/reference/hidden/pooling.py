@@ -74,7 +74,7 @@ async def find_offer(server: VllmServer, model: str, ids: Sequence[int]) -> Foun
 async def hidden_states(
     server: VllmServer, model: str, ids: Sequence[int], width: int, *, first: int = 0, reshaped: bool = False
 ) -> States:
-    """The final hidden states after ids[first], ids[first + 1], …: [n - first, width]. ReferenceFailure.
+    """The final hidden states after ids[first], ids[first + 1], …: [n - first, width]. Raises ReferenceFailure.
 
     No more than n · width · 2 bytes are read, and those from `first` on are kept. reshaped: in a batch with another,
     shorter prompt, so that the server computes in another shape.

@@ -30,7 +30,7 @@ See = Callable[[slice, Any], None]
 
 
 class Head:
-    """The loaded output head; the counterpart of `hemostat.reference.worker.Model`. RequestFailed."""
+    """The loaded output head; the counterpart of `hemostat.reference.worker.Model`. It raises RequestFailed."""
 
     def __init__(
         self, load: worker_messages.LoadHead, tell: Callable[[device.Choice], None] = lambda choice: None

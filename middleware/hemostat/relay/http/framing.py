@@ -32,7 +32,7 @@ _trailer_line: Final = re.compile(TOKEN + rb"+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n").
 
 
 def parse_length(value: bytes) -> int:
-    """The value of Content-Length; ValueError unless it consists of digits and has a plausible size."""
+    """The value of Content-Length. Raises ValueError unless it consists of digits and has a plausible size."""
     if not value.isdigit() or len(value) > 18:
         raise ValueError
     return int(value)
@@ -87,7 +87,7 @@ class ChunkedReader:
         """Append the payload in `data` to `out` (None: the payload is not needed).
 
         Returns -1 while the body is incomplete; when it is complete, how many bytes of `data` belong to it, and the
-        reader is ready for the next body. ValueError on a malformed body.
+        reader is ready for the next body. Raises ValueError on a malformed body.
         """
         pos, end = 0, len(data)
         self._start = -1 if self._trailers < 0 else 0

@@ -49,7 +49,7 @@ class HealthChecker:
             engine.health.check_failed(now)
 
     async def _status(self, engine: Engine) -> int:
-        """ValueError where the answer is not HTTP."""
+        """Raises ValueError if the answer is not HTTP."""
         origin = engine.origin
         reader, writer = await asyncio.open_connection(
             origin.address,

@@ -14,7 +14,7 @@ log = logging.getLogger("hemostat.relay")
 class Resolver:
     """Sets the engines of `upstreams` to the addresses of the name in `url`, and again whenever they have changed.
 
-    url: `dns+http(s)://name:port`; ValueError where it is not. seconds: pause between two look-ups.
+    Raises ValueError if `url` is not `dns+http(s)://name:port`. seconds: pause between two look-ups.
 
     A look-up that fails changes nothing: the engines of the last one go on.
     """
