@@ -33,6 +33,7 @@ from hemostat_calibration.alarm.alarm import (
 )
 from hemostat_calibration.alarm.baseline import Baseline, RequestSpread, fit_baseline, request_spread
 from hemostat_calibration.alarm.betting import Crossing
+from hemostat_calibration.alarm.breaks import after_break
 from hemostat_calibration.alarm.budget import BudgetTest
 from hemostat_calibration.alarm.change import ChangeTest
 from hemostat_calibration.alarm.logit_spread import spread
@@ -53,6 +54,7 @@ __all__ = [
     "RequestSpread",
     "Settings",
     "Workload",
+    "after_break",
     "begun_tests",
     "count",
     "fit_baseline",

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat_calibration.arrays import Floats
-from hemostat_calibration.elapsed import elapsed
+from hemostat_calibration.elapsed import TimeBreak, elapsed
 
 WEEK = 7 * 86_400.0
 FIRST = 0.25
@@ -91,6 +91,10 @@ class WealthState:
         """
         fresh = initial_wealth(*self.log_wealth.shape)
         return replace(fresh, effective=float(self.funded), funded=self.funded, funded_at=self.funded_at)
+
+    def after_break(self, time_break: TimeBreak) -> WealthState:
+        """Returns the same after the time was set: the funding goes on as if nothing but known time had passed."""
+        return replace(self, funded_at=time_break.seen(self.funded_at)) if self.funded else self
 
     def crossing(self, at: float, log_wealth: float) -> Crossing:
         """The evidence of an alarm now. at: seconds. log_wealth: of all strategies."""

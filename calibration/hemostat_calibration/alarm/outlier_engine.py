@@ -51,6 +51,7 @@ import numpy.typing as npt
 from hemostat_calibration.alarm.betting import Crossing, WealthState, fund, initial_wealth, multiply
 from hemostat_calibration.alarm.placement import FARTHER, LOG_WEIGHTS, placements
 from hemostat_calibration.arrays import Floats
+from hemostat_calibration.elapsed import TimeBreak
 from hemostat_calibration.errors import InvalidArgumentError
 
 RESTARTS = 3
@@ -192,6 +193,18 @@ def update(state: OutlierTest, stratum: str, unit: Unit, now: float = 0.0) -> Ou
     place = lowest + int((state.units + 1) * _TIE_STEP % 1.0 * (highest - lowest + 1))
     state = _bet(state, active & state.tests.keys(), before, place, unit, now)
     return replace(state, units=state.units + 1, strata=_with_unit(state, stratum, before, place, unit, now))
+
+
+def after_break(state: OutlierTest, time_break: TimeBreak) -> OutlierTest:
+    """Returns the same after the time was set: every engine was last seen as long ago as before.
+
+    >>> state = update(init(0.01), "chat", Unit("engine 1", 0.6, 49), now=100.0)
+    >>> after_break(state, TimeBreak(now=1.7e9, lost=1.7e9 - 110.0, anew=True)).tests["engine 1"].last
+    1699999990.0
+    """
+    tests = {name: replace(test, last=time_break.seen(test.last)) for name, test in state.tests.items()}
+    strata = {name: replace(stratum, last=time_break.seen(stratum.last)) for name, stratum in state.strata.items()}
+    return replace(state, tests=tests, strata=strata)
 
 
 def _with_unit(

@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from hemostat_calibration.elapsed import span_begins
+from hemostat_calibration.elapsed import TimeBreak, span_begins
 
 OTHER = ""
 """Stands for all kinds that the baseline has not seen."""
@@ -61,6 +61,12 @@ class Workload:
             since = span_begins(self.since, self.last, now)
             return replace(self, window=_plus(self.window, kind), since=since, last=now)
         return replace(self, previous=self.window, window={kind: 1}, windows=self.windows + 1, since=now, last=now)
+
+    def after_break(self, time_break: TimeBreak) -> Workload:
+        """Returns the same after the time was set: what is being counted spans the same time if that is a cycle, and
+        otherwise the break says from when on it counts."""
+        since = time_break.begins(self.since, ended=self.last - self.since >= self.cycle)
+        return replace(self, since=since, last=max(time_break.seen(self.last), since))
 
     def _is_whole(self, counts: Mapping[str, int]) -> bool:
         """Returns True if what is being counted has enough requests and spans a cycle."""

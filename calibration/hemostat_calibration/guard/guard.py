@@ -58,6 +58,7 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from hemostat_calibration.elapsed import TimeBreak
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard import saving
 from hemostat_calibration.guard.closing import adjusted
@@ -133,6 +134,16 @@ class Guard:
         dependence[ALL_KINDS] = dependence.get(ALL_KINDS, KindDependence()).update(client, figure - mean, now)
         if kind in dependence or len(dependence) <= MAX_COUNTED_KINDS:
             dependence[kind] = dependence.get(kind, KindDependence()).update(client, figure, now)
+
+    def after_break(self, time_break: TimeBreak) -> None:
+        """The time was set: what has not spanned the cycles that it has to span begins again, or goes on without the
+        time that was lost (`TimeBreak`). Evidence of gains stays."""
+        noted = self._state.dependence
+        for kind, dependence in noted.items():
+            noted[kind] = dependence.after_break(time_break, self._needed_seconds)
+        for tests in self._state.tests.values():
+            for test in tests.values():
+                test.after_break(time_break, self._cycle)
 
     def forget(self, kind: str | None = None) -> None:
         """Forgets what was noted of this kind, or of all kinds: it came from other traffic, or from other models."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hemostat_calibration.elapsed import elapsed, has_jumped
+from hemostat_calibration.elapsed import TimeBreak, elapsed, has_jumped
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard.decisions import Admission, Figure, Role
 from hemostat_calibration.guard.harm import HarmSum
@@ -156,6 +156,13 @@ class KindTest:
         self.last = now
         self.batches = self.batches.update(np.array([gain / self.width]))
         self.evidence = None
+
+    def after_break(self, time_break: TimeBreak, needed: float) -> None:
+        """The time was set. needed: seconds that the gains have to span; if they do not yet, they begin again."""
+        if self.last > 0.0:
+            self.last = time_break.seen(self.last)
+        if time_break.anew and not self.spans(needed):
+            self.elapsed = 0.0
 
     def admit(self, unit: bytes, client: bytes, share: float) -> Admission:
         """Decides if the unit may count. The answer depends on whose the unit is, and not on what it showed.

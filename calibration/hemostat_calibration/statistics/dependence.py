@@ -33,13 +33,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from hemostat_calibration.arrays import Floats
-from hemostat_calibration.elapsed import span_begins
+from hemostat_calibration.elapsed import TimeBreak, span_begins
 from hemostat_calibration.errors import InvalidArgumentError
 
 MIN_BATCHES = 24
@@ -370,6 +370,12 @@ class KindDependence:
         by_client = self.by_client.update(np.array([row]), value)
         first = span_begins(self.first, self.last, now) if self.units else now
         return KindDependence(self.in_time.update(value), by_client, clients, first, max(now, first))
+
+    def after_break(self, time_break: TimeBreak, needed: float) -> KindDependence:
+        """Returns the same after the time was set. needed: seconds that the units have to span; if they do, the span
+        is kept, and otherwise the break says from when on it counts."""
+        first = time_break.begins(self.first, ended=self.spans(needed))
+        return replace(self, first=first, last=max(time_break.seen(self.last), first))
 
     @property
     def inflation(self) -> float:

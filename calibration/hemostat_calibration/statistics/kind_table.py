@@ -18,6 +18,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from hemostat_calibration.elapsed import MAX_PAUSE_SECONDS, TimeBreak, elapsed
 from hemostat_calibration.errors import InvalidArgumentError
 
 MAX_COUNTED = 256
@@ -79,13 +80,13 @@ class KindTable:
         """A request of this kind. The result follows at most one name that this table did not, and lost at most one.
 
         "" and names that are too long are not counted. keep: followed names that must not lose their place. now:
-        seconds, of any clock that goes on over restarts; where it goes back nothing decays.
+        seconds, of any clock that goes on over restarts; at most `MAX_PAUSE_SECONDS` of it count at once.
         """
         if not 0 < len(name) <= MAX_NAME_LENGTH:
             return self
         counts, decayed = dict(self.counts), self.decayed
-        if now - decayed >= DECAY_SECONDS:
-            factor = 0.5 ** ((now - decayed) / HALF_LIFE_SECONDS)
+        if not 0.0 <= now - decayed < DECAY_SECONDS:
+            factor = 0.5 ** (elapsed(decayed, now, MAX_PAUSE_SECONDS) / HALF_LIFE_SECONDS)
             counts = {other: (most * factor, excess * factor) for other, (most, excess) in counts.items()}
             decayed = now
         most, excess = counts.get(name, (0, 0))
@@ -94,6 +95,10 @@ class KindTable:
             most = excess = counts.pop(least)[0]
         counts[name] = (most + 1, excess)
         return KindTable(self.limit, counts, self.followed, decayed)._with_place(name, keep)
+
+    def after_break(self, time_break: TimeBreak) -> KindTable:
+        """Returns the same after the time was set: counts decay by the time that is known to have passed."""
+        return replace(self, decayed=time_break.seen(self.decayed))
 
     def _with_place(self, name: str, keep: Collection[str]) -> KindTable:
         if name in self.followed:

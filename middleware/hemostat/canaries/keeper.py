@@ -51,6 +51,7 @@ from hemostat.store.spent_alpha import until_written
 from hemostat_calibration import state_codec
 from hemostat_calibration.canaries import REPLAYS, CanarySet, Origin, shortest
 from hemostat_calibration.canary_cause import UNCHANGED, Verdict, of_engines
+from hemostat_calibration.elapsed import TimeBreak
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError
 from hemostat_calibration.messages import in_words
 
@@ -133,6 +134,18 @@ class Canaries:
         self._gone = {name: state for name, state in self._gone.items() if state.pace.looked_at > since}
         states = {name: engine.canaries.state() for name, engine in self._engines.items()}
         self._writes.put_blob(STATES_KEY, state_codec.encode(EngineStates(self._gone | states), SCHEMA))
+
+    def after_break(self, time_break: TimeBreak) -> None:
+        """The clock was set: replays were as long ago as before, so that the budget lasts, and the same replays of
+        engines are compared with each other."""
+        self._gone = {
+            name: replace(state, pace=state.pace.after_break(time_break)) for name, state in self._gone.items()
+        }
+        for engine in self._engines.values():
+            for reading in engine.canaries.readings.values():
+                reading.at = time_break.seen(reading.at)
+        if self._gone or self._engines:
+            self._save()
 
     def accept(self) -> None:
         """Accepts what the engines compute now as right: a new set is taken at once. Raises HemostatError if none can

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hemostat_calibration.elapsed import TimeBreak
+
 BUDGET_TOKENS = 10_000
 """The largest number of tokens of replays at an engine in an hour."""
 HOUR_SECONDS = 3600.0
@@ -21,6 +23,15 @@ class PaceState:
     """The average number of requests in progress, over about an hour, at that time."""
     spent: tuple[tuple[float, int], ...] = ()
     """The times at which tokens were spent, each with their number."""
+
+    def after_break(self, time_break: TimeBreak) -> PaceState:
+        """Returns the same after the clock was set: tokens were spent as long ago as before.
+
+        >>> PaceState(90.0, 1.0, ((95.0, 8000),)).after_break(TimeBreak(now=1000.0, lost=900.0, anew=True))
+        PaceState(looked_at=990.0, average=1.0, spent=((995.0, 8000),))
+        """
+        spent = tuple((time_break.seen(at), tokens) for at, tokens in self.spent)
+        return PaceState(time_break.seen(self.looked_at), self.average, spent)
 
 
 class Pace:

@@ -30,6 +30,7 @@ from hemostat.control.operator_actions import OperatorActions
 from hemostat.control.ownership import Ownership
 from hemostat.control.policy import PolicyPublisher
 from hemostat.control.served_kinds import ServedKinds
+from hemostat.control.steady_clock import STATE_KEY, SteadyClock, boot_id, boot_time, sentence
 from hemostat.control.stored_state import StoredState
 from hemostat.engines.addresses import EngineAddresses
 from hemostat.engines.configured import ConfiguredEngines
@@ -64,7 +65,8 @@ from hemostat.scoring.records_file import RecordsFile
 from hemostat.store.errors import StoreErrorLog
 from hemostat.store.factory import open_store
 from hemostat.store.protocol import Snapshot, StoreFailure
-from hemostat_calibration.errors import HemostatError, InvalidProfileError
+from hemostat_calibration.elapsed import TimeBreak
+from hemostat_calibration.errors import HemostatError, InvalidArgumentError, InvalidProfileError
 from hemostat_calibration.messages import in_words
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
@@ -91,9 +93,12 @@ class Control:
         *,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
+        steady: Callable[[], float] = boot_time,
         draw: Callable[[], float] = _RANDOM.random,
     ) -> None:
-        self._clock, self._wall = clock, wall
+        self.time = SteadyClock(wall, steady, boot_id())
+        self._clock, self._wall = clock, self.time.now
+        wall = self._wall
         self.changes = Changes()
         self.configuration = Configuration(wall())
         self.history = History()
@@ -183,6 +188,7 @@ class Control:
             distances=self.adapters.judge if settings.adapter.enabled else None,
             template_of=self.templates.assign,
             decides=lambda: self.ownership.active,
+            cycle=self.measured.cycle,
         )
 
     def _connect_relays(self, settings: Settings) -> None:
@@ -325,12 +331,38 @@ class Control:
 
     def use(self, snapshot: Snapshot) -> None:
         """Go on from all that is stored, and be active."""
+        self.time.look()
         self.stored_state.restore(snapshot)
         self.learned.restore(snapshot.blobs.get(learned_state.BLOB_KEY))
         self.templates.restore(snapshot.blobs.get(prompt_templates.BLOB_KEY), self.stored_state.salt)
         self.canaries.restore(snapshot.blobs)
         self._stored_learning.restore(snapshot.blobs.get(stored.BLOB_KEY))
+        self._go_on_after(snapshot.states.get(STATE_KEY))
         self.ownership.activate()
+
+    def _go_on_after(self, stored: str | None) -> None:
+        """stored: the time as an earlier process has stored it."""
+        try:
+            time_break = self.time.restore(stored)
+        except InvalidArgumentError as error:
+            log.error("the stored time cannot be read; times that are stored are taken as they are: %s", error)
+            time_break = None
+        if time_break is not None:
+            self._pass(time_break, sentence(time_break, restarted=True))
+        self.time.save(self.writer)
+
+    def _pass(self, time_break: TimeBreak, why: str) -> None:
+        """The clock was set: whoever keeps times takes the difference out of them."""
+        for part in (self.measured, self.profile_manager, self.canaries):
+            part.after_break(time_break)
+        if time_break.anew:
+            self.measured.alarms.note(why)
+        else:
+            log.info("%s", why)
+        self.time.save(self.writer)
+        self.measured.save()
+        self.profile_manager.writer.write_tests()
+        self.profile_manager.writer.write_serving()
 
     def apply(self, settings: Settings) -> None:
         """Take over those settings that can change while this process runs (`config.reloading.IN_PLACE`)."""
@@ -356,10 +388,13 @@ class Control:
 
     def do_periodic(self) -> None:
         """Does what is due because time has passed."""
-        now = self._clock()
+        now, time_break = self._clock(), self.time.look()
+        if time_break is not None and self.ownership.knows:
+            self._pass(time_break, sentence(time_break))
         self.problems.look()
         self.requests.update(self.link.requests, now)
         if self.ownership.active:
+            self.time.save_if_due(self.writer)
             self.measured.outcomes.sample(self.requests.per_second, now)
             self.measured.outcomes.check()
             self.pipeline.sample(self.requests.per_second)
@@ -390,6 +425,7 @@ class Control:
             await _within(CLOSE_SECONDS, "the last spans", asyncio.to_thread(self.tracing.close))
 
     async def _save(self) -> None:
+        self.time.save(self.writer)
         self.measured.save()
         await self.learned.save()
         self.templates.save()

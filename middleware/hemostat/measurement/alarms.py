@@ -28,6 +28,7 @@ from hemostat.store.spent_alpha import OTHERS, SpentAlpha
 from hemostat_calibration import alarm
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.divergence.per_token import TokenDivergence
+from hemostat_calibration.elapsed import TimeBreak
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError
 from hemostat_calibration.records import TokenRecord
 from hemostat_calibration.state_codec import decode, encode
@@ -185,6 +186,12 @@ class Alarms:
                 reading = alarm.Reading(alarm.AlarmTest(test), kind, None, 0.0, math.nan, 0, 0, 0)
             self._record(why, to_json(reading))
         return before != self._raised
+
+    def after_break(self, time_break: TimeBreak) -> None:
+        """The clock was set."""
+        self._cycle.after_break(time_break)
+        self._state = alarm.after_break(self._state, time_break)
+        self._saved_at = time_break.seen(self._saved_at)
 
     def note(self, why: str) -> None:
         """Store an event that is no alarm, but says why what was measured begins anew."""

@@ -25,6 +25,7 @@ from hemostat.store.spent_alpha import OTHERS, SpentAlpha
 from hemostat_calibration.alarm import outlier_engine
 from hemostat_calibration.alarm.serialization import begun_tests, load_engines, save_engines
 from hemostat_calibration.divergence.per_token import TokenDivergence
+from hemostat_calibration.elapsed import TimeBreak
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.records import TokenRecord
 
@@ -84,6 +85,11 @@ class ByEngine:
             self._note()
         if self._test.begun > begun or now - self._saved_at >= SAVE_SECONDS:
             self.save()
+
+    def after_break(self, time_break: TimeBreak) -> None:
+        """The clock was set."""
+        self._test = outlier_engine.after_break(self._test, time_break)
+        self._drawn_at, self._saved_at = time_break.seen(self._drawn_at), time_break.seen(self._saved_at)
 
     @property
     def off(self) -> str:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat_calibration.arrays import Floats
-from hemostat_calibration.elapsed import span_begins
+from hemostat_calibration.elapsed import TimeBreak, span_begins
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.statistics.dependence import (
     MAX_CLIENTS,
@@ -35,6 +36,17 @@ class Cycle:
 
     seconds: float = 0.0
     clock: Callable[[], float] = time.monotonic
+    _users: WeakSet[Dependence] = field(default_factory=WeakSet, init=False, repr=False, compare=False)
+    """Everything that counts how much of the cycle was seen."""
+
+    def add(self, user: Dependence) -> None:
+        """Tell it of breaks, too."""
+        self._users.add(user)
+
+    def after_break(self, time_break: TimeBreak) -> None:
+        """The clock was set."""
+        for user in self._users:
+            user.after_break(time_break)
 
 
 NO_CYCLE = Cycle()
@@ -74,6 +86,13 @@ class Dependence:
         self._mean = BatchMeans.of(1)
         """The batch means of the first figure's mean by request, which `_by_client` is compared with."""
         self._clients: dict[bytes, int] = {}
+        cycle.add(self)
+
+    def after_break(self, time_break: TimeBreak) -> None:
+        """The clock was set: a cycle that was not seen as a whole begins again, or goes on without the time that was
+        lost."""
+        self._first = time_break.begins(self._first, ended=self.whole)
+        self._last = max(time_break.seen(self._last), self._first)
 
     def add(self, x: Floats, n: Floats, client: bytes = b"") -> None:
         """One request now: x, n float64 [S], the sum of each figure over its tokens, and their number. client: its

@@ -15,6 +15,7 @@ from hemostat.measurement.outcome_sampling import OutcomeSampling
 from hemostat.measurement.outcomes import Outcomes, ServedKinds
 from hemostat.metrics.samples import AnySample
 from hemostat.store.protocol import Snapshot, StoreWrites
+from hemostat_calibration.elapsed import TimeBreak
 
 
 class Measured:
@@ -30,9 +31,9 @@ class Measured:
     ) -> None:
         floors = MODELS if settings.shadow.floor_fraction > 0.0 else ()
         control_fraction = settings.calibration.control_fraction
-        cycle = Cycle(settings.evidence.cycle_seconds, wall)
-        self.measurements = Measurements(settings.shadow.max_tokens, cycle)
-        self.alarms = Alarms(settings.alarm, floors, writes, wall, cycle.seconds)
+        self.cycle = Cycle(settings.evidence.cycle_seconds, wall)
+        self.measurements = Measurements(settings.shadow.max_tokens, self.cycle)
+        self.alarms = Alarms(settings.alarm, floors, writes, wall, self.cycle.seconds)
         self.by_engine = ByEngine(settings.alarm.engine_alpha, settings.upstream.affinity, writes, wall)
         self.outcomes = Outcomes(settings.evidence.client_share, control_fraction, served, writes, wall, sampling)
 
@@ -45,6 +46,14 @@ class Measured:
             states.get(alarms.STATE_KEY), events, states.get(alarms.SPENT_KEY), states.get(alarms.FLOORS_KEY)
         )
         self.outcomes.restore(states.get(outcomes.STATE_KEY), states.get(outcomes.SPENT_KEY))
+
+    def after_break(self, time_break: TimeBreak) -> None:
+        """The clock was set: what has to span a cycle of the traffic begins again, or goes on without the time that was
+        lost."""
+        self.cycle.after_break(time_break)
+        self.alarms.after_break(time_break)
+        self.by_engine.after_break(time_break)
+        self.outcomes.after_break(time_break)
 
     def forget(self) -> None:
         """Other models are served or compared."""

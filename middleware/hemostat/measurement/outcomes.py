@@ -25,6 +25,7 @@ from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.store.protocol import StoreWrites
 from hemostat.store.spent_alpha import SpentAlpha
+from hemostat_calibration.elapsed import TimeBreak
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.outcomes import LENGTH, Outcome, Reading, Settings, Trial, Unit
 
@@ -177,6 +178,10 @@ class Outcomes:
         self.save()
 
     # --- restarts --------------------------------------------------------------------------------------------------
+
+    def after_break(self, time_break: TimeBreak) -> None:
+        """The clock was set. Trials count units, and no time."""
+        self._saved_at = time_break.seen(self._saved_at)
 
     def forget(self) -> None:
         """The models are others: all that was counted is about something else. Alpha that was spent stays spent."""

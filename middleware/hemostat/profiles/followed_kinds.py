@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from hemostat.ipc.messages import REST_GRAMMAR_KIND, REST_KIND, rest_of
+from hemostat_calibration.elapsed import TimeBreak
 from hemostat_calibration.statistics.kind_table import KindTable
 
 
@@ -35,6 +36,10 @@ class FollowedKinds:
     def followed(self) -> frozenset[str]:
         """Without `REST_KIND`, which is always there."""
         return frozenset(self.table.followed)
+
+    def after_break(self, time_break: TimeBreak) -> None:
+        """The clock was set."""
+        self.table = self.table.after_break(time_break)
 
     def see(self, kind: str) -> str:
         """Count one request, and return what its kind is called from here on: its own name, or the rest's."""

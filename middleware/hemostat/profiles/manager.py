@@ -36,6 +36,7 @@ from hemostat.profiles.units import HeldOutUnit, Interval
 from hemostat.store.protocol import StoreWrites
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.divergence.record_gains import RecordGains
+from hemostat_calibration.elapsed import TimeBreak
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import TokenRecord
 from hemostat_calibration.statistics.split import held_out
@@ -178,6 +179,13 @@ class ProfileManager:
         self.serving.former.clear()
         self.trials.restart()
         self.proposals.restart()
+
+    def after_break(self, time_break: TimeBreak) -> None:
+        """The clock was set: what has to span cycles of the traffic begins again, or goes on without the time that was
+        lost. Evidence stays."""
+        self.trials.guard.after_break(time_break)
+        self.kinds.after_break(time_break)
+        self.writer.after_break(time_break)
 
     # --- a scored record -------------------------------------------------------------------------------------------
 

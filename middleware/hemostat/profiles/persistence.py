@@ -14,6 +14,7 @@ from hemostat.profiles.serving import KindState, ServingState
 from hemostat.profiles.trials import Candidate, Trials
 from hemostat.store.protocol import StoredProfile, StoreWrites
 from hemostat.store.spent_alpha import OTHERS, SpentAlpha
+from hemostat_calibration.elapsed import TimeBreak
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.statistics.kind_table import KindTable
 
@@ -177,6 +178,10 @@ class StateWriter:
             return
         self._saved_at, self._begun = self._wall(), False
         self._writes.set_state(TESTS_KEY, self._trials.guard.save().decode())
+
+    def after_break(self, time_break: TimeBreak) -> None:
+        """The clock was set."""
+        self._saved_at = time_break.seen(self._saved_at)
 
     def note_begun(self) -> None:
         """A test or a window has begun: what it spends of alpha is written at once, the rest soon."""

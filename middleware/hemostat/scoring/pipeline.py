@@ -22,7 +22,7 @@ from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.messages import Capture
 from hemostat.measurement.by_model import OtherModels
 from hemostat.measurement.coverage import Coverage
-from hemostat.measurement.dependence import Cycle
+from hemostat.measurement.dependence import NO_CYCLE, Cycle
 from hemostat.metrics import names
 from hemostat.metrics.reasons import Unscored
 from hemostat.metrics.samples import Sample
@@ -57,6 +57,7 @@ class ScoringPipeline:
     distances: who computes exact distances; None: nobody, and no adapter is judged.
     template_of: see `Scorer`.
     decides: False while what records say is to change nothing.
+    cycle: the cycle of the traffic, of which figures of other models have to see one.
     clock: monotonic seconds. draw: uniform numbers in [0, 1), for the noise floor's own sampling.
     on_change: called after every record, which may have changed what the relays' policy depends on.
     """
@@ -79,6 +80,7 @@ class ScoringPipeline:
         distances: DistanceSource | None = None,
         template_of: Callable[[Ids, bytes], bytes] = lambda prompt, conversation: b"",
         decides: Callable[[], bool] = lambda: True,
+        cycle: Cycle = NO_CYCLE,
     ) -> None:
         self._monitor = monitor
         self._decides = decides
@@ -94,7 +96,6 @@ class ScoringPipeline:
         self.received = 0
         """The number of captures that came from relays."""
         self._reader = RecordReader(monitor, parts.profiles)
-        cycle = Cycle(settings.evidence.cycle_seconds, clock)
         self.other_models = OtherModels(settings.shadow.max_tokens, cycle)
         self.queue = ShadowQueue(settings.shadow.max_queue)
         self.sampling = CaptureSampling(self._workers, self.queue.limit)

@@ -373,6 +373,7 @@ async def pipeline(folder: Path, clock: Clock, **settings: Any) -> AsyncIterator
     wants_floor = made.shadow.floor_fraction > 0.0
     with ExitStack() as patches:
         for module, name, value in (
+            (composition, "boot_id", lambda: "a run of the machine"),
             (composition, "make_references", lambda _: References(references[0])),
             (composition, "make_compressed_scorer", lambda _: references[1] if wants_floor else None),
             # So that both happen within the day.
@@ -387,6 +388,7 @@ async def pipeline(folder: Path, clock: Clock, **settings: Any) -> AsyncIterator
             DATA_PORT,
             clock=lambda: clock.monotonic,
             wall=lambda: clock.wall,
+            steady=lambda: clock.monotonic,
             draw=random.Random(7).random,
         )
         control.engines.nonce_prefix = "0123456789abcdef"  # made up anew by every process
