@@ -26,7 +26,7 @@ from fastapi.routing import APIRoute
 import metrics
 from hemostat.admin.access import ACCESS, Access, Tokens
 from hemostat.admin.app import create_app
-from hemostat.cli import COMMANDS
+from hemostat.cli import commands
 from hemostat.commands.arguments import EXIT_INTERRUPTED, Parser
 from hemostat.config.fields import Section
 from hemostat.config.schema import ModelReference, Settings
@@ -149,7 +149,7 @@ def field_texts(kind: type) -> dict[str, str]:
 
 def parsers() -> Iterator[tuple[str, ArgumentParser]]:
     """(the command as it is typed, its parser)."""
-    for name, module in COMMANDS.items():
+    for name, module in commands().items():
         parser = Parser(prog=f"hemostat {name}", description=module.HELP, allow_abbrev=False)
         module.add_arguments(parser)
         yield f"hemostat {name}", parser

@@ -1,4 +1,4 @@
-"""The examples in the middleware's docstrings are right (tests/core/test_doctests.py runs those of the core)."""
+"""The examples in the docstrings are right (tests/core/test_doctests.py runs those of the core)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 import hemostat
+import hemostat_lab
 
-ROOT = Path(hemostat.__file__).parent
 MODULES = [
-    ".".join(("hemostat", *path.relative_to(ROOT).with_suffix("").parts))
-    for path in sorted(ROOT.rglob("*.py"))
+    ".".join((package.__name__, *path.relative_to(root).with_suffix("").parts))
+    for package in (hemostat, hemostat_lab)
+    for root in (Path(package.__file__).parent,)
+    for path in sorted(root.rglob("*.py"))
     if ">>>" in path.read_text()
 ]
 

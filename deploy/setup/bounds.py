@@ -26,6 +26,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import environment
 import passed
@@ -35,7 +36,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ENDS = ("newest", "oldest")
-EXTRAS = ("adapters", "postgres", "report", "tracing")
+EXTRAS = ("lab", "postgres", "report", "tracing")
 TOOLS = (
     "cryptography",
     "gguf",
@@ -54,21 +55,21 @@ GROUPS = {
     "reference": ("tests/reference/test_transformers.py",),
     "noise floor": ("tests/scoring/test_noise_floor.py",),
     "doctor": (
-        "tests/doctor/test_checkpoints.py",
-        "tests/doctor/test_prompts.py",
-        "tests/doctor/test_rounded_inputs.py",
+        "tests/lab/doctor/test_checkpoints.py",
+        "tests/lab/doctor/test_prompts.py",
+        "tests/lab/doctor/test_rounded_inputs.py",
     ),
     "adapt": (
-        "tests/adapters/building/test_adapt_command.py",
-        "tests/adapters/building/test_checkpoint.py",
-        "tests/adapters/building/test_build_process.py",
+        "tests/lab/adapters/test_adapt_command.py",
+        "tests/lab/adapters/test_checkpoint.py",
+        "tests/lab/adapters/test_build_process.py",
     ),
     "compress": (
-        "tests/models/test_piecewise.py",
-        "tests/compression/test_compress_command.py",
-        "tests/compression/test_plan.py",
+        "tests/checkpoints/test_piecewise.py",
+        "tests/lab/compression/test_compress_command.py",
+        "tests/lab/compression/test_plan.py",
     ),
-    "config, cli": ("tests/config/test_config.py", "tests/demo/test_prompts.py", "tests/deploy/test_extras.py"),
+    "config, cli": ("tests/config/test_config.py", "tests/lab/demo/test_prompts.py", "tests/deploy/test_extras.py"),
     "serve": (
         "tests/relay/test_relay.py",
         "tests/admin/test_app.py",
@@ -85,28 +86,43 @@ Report = Callable[[str], None]
 # Bounds
 
 
-def requirements(project: Mapping[str, object], extras: Iterable[str]) -> list[Requirement]:
-    """The direct dependencies of pyproject.toml's `project` with some extras, each once.
+def projects() -> list[dict[str, Any]]:
+    """Returns the table `project` of each pyproject.toml; the first one is Hemostat's own."""
+    files = (ROOT / folder / "pyproject.toml" for folder in environment.FOLDERS)
+    return [tomllib.loads(file.read_text(encoding="utf-8"))["project"] for file in files]
 
-    An extra that names Hemostat itself has the dependencies of the extras that it names. SetupError where a package has
-    other bounds in another place.
+
+def requirements(projects: Sequence[Mapping[str, Any]], extras: Iterable[str]) -> list[Requirement]:
+    """Returns the direct dependencies of the first project with some of its extras, each once.
+
+    A requirement of one of the projects stands for what that one needs, with the extras that it names. SetupError if a
+    package has other bounds in another place; a requirement without an upper bound, as the plugin has it, is left out.
     """
-    optional = project["optional-dependencies"]
-    assert isinstance(optional, dict)
+    known = {project["name"]: project for project in projects}
     result: dict[str, Requirement] = {}
-    waiting = [*map(Requirement, project["dependencies"])]  # type: ignore[call-overload]
-    names = [*extras]
-    while names or waiting:
-        if not waiting:
-            waiting = [*map(Requirement, optional[names.pop(0)])]
+    waiting = [Requirement(f"{projects[0]['name']}[{','.join(extras)}]")]
+    taken: set[tuple[str, str]] = set()
+    while waiting:
         needed = waiting.pop(0)
-        if needed.name == project["name"]:
-            names += needed.extras
-        elif result.setdefault(needed.name, needed).specifier != needed.specifier:
-            raise SetupError(
-                f"pyproject.toml: {needed.name} has the bounds {needed.specifier} and {result[needed.name].specifier}"
-            )
+        if (project := known.get(needed.name)) is None:
+            if result.setdefault(needed.name, needed).specifier != needed.specifier:
+                raise SetupError(
+                    f"pyproject.toml: {needed.name} has the bounds {needed.specifier} and "
+                    f"{result[needed.name].specifier}"
+                )
+            continue
+        for extra in ["", *sorted(needed.extras)]:
+            if (needed.name, extra) in taken:
+                continue
+            taken.add((needed.name, extra))
+            texts = project.get("optional-dependencies", {})[extra] if extra else project["dependencies"]
+            waiting += [found for found in map(Requirement, texts) if found.name in known or not only_from(found)]
     return [*result.values()]
+
+
+def only_from(requirement: Requirement) -> bool:
+    """True if every version from a lower bound on is taken, as the plugin takes what vLLM has brought."""
+    return {part.operator for part in requirement.specifier} == {">="}
 
 
 def bound(requirement: Requirement, operator: str) -> str:
@@ -169,9 +185,8 @@ class Runner:
         self._logs = folder / f"{end}.logs"
         self._python = python
         self._report = report
-        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        self.wanted = requirements(project, EXTRAS)
-        self._tools = [str(r) for r in requirements(project, ["dev"]) if r.name in TOOLS]
+        self.wanted = requirements(projects(), EXTRAS)
+        self._tools = [str(r) for r in requirements(projects(), ["dev"]) if r.name in TOOLS]
         self._logs.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -189,19 +204,21 @@ class Runner:
         def pip(*arguments: str) -> bool:
             return environment.run([self.python, "-m", "pip", *arguments], self._logs, log, self._report)
 
-        self._report("[2/3] the wheel and its dependencies; several GB where torch is not a CPU build")
+        self._report("[2/3] the wheels and their dependencies; several GB where torch is not a CPU build")
         for old in self._logs.glob("*.whl"):
             old.unlink()
         constraints = self._logs / "constraints.txt"
         exact = [f"{r.name}=={bound(r, '>=')}\n" for r in self.wanted] if self._end == "oldest" else []
         constraints.write_text("".join(exact))
-        if not pip("install", "--upgrade", "pip") or not pip("wheel", "--no-deps", "--wheel-dir", ".", str(ROOT)):
-            raise SetupError(f"pip could not build the wheel: see {log}")
-        (wheel,) = self._logs.glob("*.whl")
-        packages = [*self._tools, "--constraint", str(constraints), "--upgrade", "--upgrade-strategy", "eager"]
+        folders = [str(ROOT / folder) for folder in environment.FOLDERS]
+        if not pip("install", "--upgrade", "pip") or not pip("wheel", "--no-deps", "--wheel-dir", ".", *folders):
+            raise SetupError(f"pip could not build the wheels: see {log}")
+        (wheel,) = self._logs.glob("hemostat-*.whl")
+        others = [str(path) for path in self._logs.glob("hemostat_*.whl")]
+        packages = [*others, *self._tools, "--constraint", str(constraints), "--upgrade", "--upgrade-strategy", "eager"]
         index = os.environ.get("TORCH_INDEX_URL")
         # A wheel of the same version is not installed again.
-        pip("uninstall", "-y", "hemostat")
+        pip("uninstall", "-y", "hemostat", "hemostat-lab", "hemostat-vllm")
         environment.install(pip, f"{wheel}[{','.join(EXTRAS)}]", index, log, self._report, packages)
         if not pip("install", "--no-deps", *environment.WITHOUT_DEPENDENCIES):
             raise SetupError(f"pip could not install {environment.WITHOUT_DEPENDENCIES[0]}: see {log}")

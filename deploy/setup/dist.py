@@ -2,6 +2,8 @@
 
 hemostat-V.tar.gz          the sources, from which all wheels are made
 hemostat-V-….whl           pure Python, and with the compiled relay for each supported CPython of this machine
+hemostat_vllm-V-….whl      the plugin for vLLM, and what it shares with the proxy
+hemostat_lab-V-….whl       the laboratory
 hemostat-V.tgz             the Helm chart
 hemostat-V.image.tar, …    the two images, for `docker load`, where buildah can get their base images
 hemostat-V.cdx.json        what the image installs beside Hemostat (SBOM, CycloneDX)
@@ -133,8 +135,10 @@ class Distribution:
         shutil.rmtree(unpacked, ignore_errors=True)
         with tarfile.open(DIST / f"hemostat-{self.version}.tar.gz") as archive:
             archive.extractall(unpacked, filter="data")
-        command = ["wheel", "--no-deps", "--wheel-dir", str(DIST), str(unpacked / f"hemostat-{self.version}")]
-        self._run("no wheel", self._tool("pip"), *command)
+        sources = unpacked / f"hemostat-{self.version}"
+        command = ["wheel", "--no-deps", "--wheel-dir", str(DIST), str(sources)]
+        others = [str(sources / folder) for folder in environment.FOLDERS if folder != "."]
+        self._run("no wheel", self._tool("pip"), *command, *others)
         available = {interpreter.version: interpreter for interpreter in interpreters()}
         for wanted in supported():
             interpreter = available.get(wanted)
@@ -181,9 +185,10 @@ class Distribution:
         environment.create(installed)
         wheel = DIST / f"hemostat-{self.version}-py3-none-any.whl"
         pip = (self._tool("pip"), "--python", str(installed / "bin" / "python"))
-        self._run("the wheel cannot be installed", *pip, "install", f"{wheel}[{extras}]" if extras else str(wheel))
+        wanted = f"{wheel}[{extras}]" if extras else str(wheel)
+        self._run("the wheel cannot be installed", *pip, "install", "--find-links", str(DIST), wanted)
         self._run("pip cannot be removed", *pip, "uninstall", "--yes", "pip", "setuptools")
-        for path in installed.glob("lib/python*/site-packages/hemostat-*.dist-info/direct_url.json"):
+        for path in installed.glob("lib/python*/site-packages/hemostat*.dist-info/direct_url.json"):
             path.unlink()  # where the wheel was on this machine
         output = ["--output-reproducible", "--of", "JSON", "-o", str(DIST / f"hemostat-{self.version}.cdx.json")]
         self._run("no SBOM", self._tool("cyclonedx-py"), "environment", *output, str(installed / "bin" / "python"))

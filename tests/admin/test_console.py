@@ -35,7 +35,7 @@ from tests.support.dashboards import load
 from tests.support.paths import ROOT
 
 from hemostat.admin.app import ASSETS
-from hemostat.demo.view import UNKNOWN_INTERVAL
+from hemostat_lab.demo.view import UNKNOWN_INTERVAL
 
 GUIDE = ROOT / "docs" / "console.md"
 """Has a picture of each state, and what it says."""

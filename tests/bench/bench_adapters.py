@@ -29,9 +29,9 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from hemostat.demo.checkpoints import cached_checkpoints
-from hemostat.demo.vllm_server import dtype, runnable
 from hemostat_calibration.profiles.peft import peft_files
+from hemostat_lab.demo.checkpoints import cached_checkpoints
+from hemostat_lab.demo.vllm_server import dtype, runnable
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:

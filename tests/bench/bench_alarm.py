@@ -36,8 +36,6 @@ from typing import Any
 
 import numpy as np
 
-from hemostat.demo import vllm_server as vllm_process
-from hemostat.demo.checkpoints import cached_checkpoints
 from hemostat_calibration.alarm import (
     BudgetTest,
     ChangeTest,
@@ -50,6 +48,8 @@ from hemostat_calibration.alarm import (
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.records import Candidates, TokenRecord, validate
 from hemostat_calibration.statistics.confidence import ClippedMean
+from hemostat_lab.demo import vllm_server as vllm_process
+from hemostat_lab.demo.checkpoints import cached_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "bench"

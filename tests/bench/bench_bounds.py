@@ -32,16 +32,16 @@ import numpy as np
 from tests.bench.bounds_by_knowledge import Knowledge
 from tests.bench.bounds_by_knowledge import table as knowledge_table
 
-from hemostat.demo import vllm_server as vllm_process
-from hemostat.demo.checkpoints import cached_checkpoints
 from hemostat_calibration.divergence.bounds import MIN_RATIO, bounds
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.records import Candidates, TokenRecord, validate
 from hemostat_calibration.statistics.streaming import RatioEstimate
+from hemostat_lab.demo import vllm_server as vllm_process
+from hemostat_lab.demo.checkpoints import cached_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "bench"
-PROMPTS = ROOT / "middleware" / "hemostat" / "demo" / "prompts.jsonl"
+PROMPTS = ROOT / "middleware" / "lab" / "hemostat_lab" / "demo" / "prompts.jsonl"
 LISTS = (5, 10, 20, 50, 100, 1000)
 K_BY_KNOWLEDGE = 20
 REQUESTS_BY_KNOWLEDGE = 16

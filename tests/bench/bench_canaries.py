@@ -50,9 +50,6 @@ from tests.bench.forked_vllm import ForkedVllm, Imported
 
 from hemostat.canaries.client import CanaryClient
 from hemostat.canaries.prompts import load
-from hemostat.demo import prompts as demo_prompts
-from hemostat.demo.checkpoints import cached_checkpoints
-from hemostat.demo.vllm_server import dtype
 from hemostat.reference.server import VllmServer
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.canaries import (
@@ -63,6 +60,9 @@ from hemostat_calibration.canaries import (
     Origin,
     shortest,
 )
+from hemostat_lab.demo import prompts as demo_prompts
+from hemostat_lab.demo.checkpoints import cached_checkpoints
+from hemostat_lab.demo.vllm_server import dtype
 
 BUILD = Path(__file__).resolve().parents[2] / "build" / "bench"
 WORK = BUILD / "canaries"

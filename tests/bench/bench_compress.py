@@ -34,8 +34,8 @@ from tests.bench.recovery.log import say  # noqa: E402
 from tests.bench.recovery.stages import Stages  # noqa: E402
 from tests.bench.rows import Rows, publish  # noqa: E402
 
-from hemostat.demo.checkpoints import cached_checkpoints  # noqa: E402
 from hemostat_calibration.records import ExactDistances  # noqa: E402
+from hemostat_lab.demo.checkpoints import cached_checkpoints  # noqa: E402
 
 RESULT = ROOT / "build" / "bench" / "compress.json"
 FOLDER = ROOT / "build" / "bench" / "compress"

@@ -28,10 +28,10 @@ if str(ROOT) not in sys.path:
 from tests.bench.coverage.figures import combine, table  # noqa: E402
 from tests.bench.coverage.workload import Mix, first, send  # noqa: E402
 
-from hemostat.demo.checkpoints import Checkpoints, cached_checkpoints  # noqa: E402
-from hemostat.demo.options import DemoOptions  # noqa: E402
-from hemostat.demo.programs import serve_command, serve_settings  # noqa: E402
-from hemostat.demo.vllm_server import LOGITS_PROCESSOR, VllmServer, dtype, free_port, with_parent  # noqa: E402
+from hemostat_lab.demo.checkpoints import Checkpoints, cached_checkpoints  # noqa: E402
+from hemostat_lab.demo.options import DemoOptions  # noqa: E402
+from hemostat_lab.demo.programs import serve_command, serve_settings  # noqa: E402
+from hemostat_lab.demo.vllm_server import LOGITS_PROCESSOR, VllmServer, dtype, free_port, with_parent  # noqa: E402
 
 BUILD = ROOT / "build" / "bench"
 TOKEN = "of-the-benchmark"

@@ -37,12 +37,12 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from hemostat.demo.checkpoints import cached_checkpoints
-from hemostat.demo.vllm_server import LOGITS_PROCESSOR, dtype, runnable
 from hemostat.engines.registry import SILENCE_SECONDS
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_engine.product import Product, multiplies_bfloat16, packs
+from hemostat_lab.demo.checkpoints import cached_checkpoints
+from hemostat_lab.demo.vllm_server import LOGITS_PROCESSOR, dtype, runnable
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:

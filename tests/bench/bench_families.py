@@ -18,11 +18,11 @@ from typing import Any
 
 from tests.support.gemma_checkpoint import gemma_checkpoint
 
-from hemostat.compression.checkpoint_writer import compress
-from hemostat.demo.checkpoints import cached_checkpoints
-from hemostat.doctor import DoctorOptions, run
-from hemostat.doctor.causes.findings import half_width
-from hemostat.doctor.prompts import load
+from hemostat_lab.compression.checkpoint_writer import compress
+from hemostat_lab.demo.checkpoints import cached_checkpoints
+from hemostat_lab.doctor import DoctorOptions, run
+from hemostat_lab.doctor.causes.findings import half_width
+from hemostat_lab.doctor.prompts import load
 
 BUILD = Path(__file__).resolve().parents[2] / "build" / "bench"
 FAMILIES: dict[str, Callable[[], Path]] = {

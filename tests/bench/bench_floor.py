@@ -23,11 +23,11 @@ from typing import Any
 import httpx
 import yaml
 
-from hemostat.demo import prompts
-from hemostat.demo.checkpoints import cached_checkpoints
-from hemostat.demo.options import DemoOptions
-from hemostat.demo.programs import serve_command, serve_settings, vllm_arguments
-from hemostat.demo.vllm_server import VllmServer, free_port, with_parent
+from hemostat_lab.demo import prompts
+from hemostat_lab.demo.checkpoints import cached_checkpoints
+from hemostat_lab.demo.options import DemoOptions
+from hemostat_lab.demo.programs import serve_command, serve_settings, vllm_arguments
+from hemostat_lab.demo.vllm_server import VllmServer, free_port, with_parent
 
 BUILD = Path(__file__).resolve().parents[2] / "build" / "bench"
 FIGURES = {"kl_nats": "KL(r‖c), at least", "total_variation": "TV, at least", "top1_agreement": "same top-1"}

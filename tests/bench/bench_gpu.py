@@ -39,7 +39,7 @@ TAIL = 4000
 """Characters of a step's output that are kept."""
 VERSIONS = """
 import json, torch, vllm
-from hemostat.demo.checkpoints import cached_checkpoints
+from hemostat_lab.demo.checkpoints import cached_checkpoints
 from vllm.engine.arg_utils import EngineArgs
 config = EngineArgs(model=str(cached_checkpoints("w4a16").compressed), max_model_len=2048).create_engine_config()
 gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
@@ -70,7 +70,7 @@ STEPS = (
     Step("speculation", pytest("--slow", "tests/engine/test_real_speculation_v2.py"), 120),
     Step("parallel", pytest("--slow", "tests/engine/test_real_ranks.py"), 120, gpus=2),
     Step("lora cost", ["tests/bench/bench_adapters.py", "--starts", "1", "--rounds", "4", "--ranks", "16"], 150),
-    Step("formats", pytest("--slow", "-k", "fp8", "tests/compression/test_in_vllm.py"), 120),
+    Step("formats", pytest("--slow", "-k", "fp8", "tests/lab/compression/test_in_vllm.py"), 120),
 )
 """In the order of what is known least."""
 
@@ -120,7 +120,7 @@ def main() -> None:
     given = parser.parse_args()
     import torch
 
-    from hemostat.demo.checkpoints import cached_checkpoints
+    from hemostat_lab.demo.checkpoints import cached_checkpoints
 
     gpus = torch.cuda.device_count()
     if not gpus:

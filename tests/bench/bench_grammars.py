@@ -30,9 +30,9 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from hemostat.demo.checkpoints import cached_checkpoints
-from hemostat.demo.vllm_server import LOGITS_PROCESSOR, dtype, runnable
 from hemostat.engines.messages import MAX_POSITIONS
+from hemostat_lab.demo.checkpoints import cached_checkpoints
+from hemostat_lab.demo.vllm_server import LOGITS_PROCESSOR, dtype, runnable
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:

@@ -32,17 +32,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hemostat.demo import vllm_server as vllm_process
-from hemostat.demo.checkpoints import cached_checkpoints
+from hemostat.checkpoints.output_embedding import load as load_embedding
 from hemostat.learner.learner_process import eligible, special_ids
-from hemostat.models.checkpoint_folders import MANIFEST
-from hemostat.models.output_embedding import load as load_embedding
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
 from hemostat_calibration.learning.contextual.learner import ContextualLearner
 from hemostat_calibration.profiles.contextual import probe_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors_digest
 from hemostat_engine.transform import HeldProfile, evaluate
+from hemostat_lab.demo import vllm_server as vllm_process
+from hemostat_lab.demo.checkpoints import cached_checkpoints
+from hemostat_lab.models.checkpoint_folders import MANIFEST
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:

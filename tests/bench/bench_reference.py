@@ -31,9 +31,6 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "bench"
 
-from hemostat.demo import prompts  # noqa: E402
-from hemostat.demo import vllm_server as vllm_process  # noqa: E402
-from hemostat.demo.checkpoints import cached_checkpoints  # noqa: E402
 from hemostat.measurement.figures import REFERENCE  # noqa: E402
 from hemostat.reference.hidden.pooling import POOLING_ARGUMENTS  # noqa: E402
 from hemostat.reference.on_server import ServerReference  # noqa: E402
@@ -43,6 +40,9 @@ from hemostat.reference.vllm import VllmReference  # noqa: E402
 from hemostat.scoring.noise_floor import self_record  # noqa: E402
 from hemostat_calibration.divergence.per_token import divergence  # noqa: E402
 from hemostat_calibration.records import Sampling, TokenRecord, validate  # noqa: E402
+from hemostat_lab.demo import prompts  # noqa: E402
+from hemostat_lab.demo import vllm_server as vllm_process  # noqa: E402
+from hemostat_lab.demo.checkpoints import cached_checkpoints  # noqa: E402
 
 VOCABULARY = 49_152
 TOP_K = 20

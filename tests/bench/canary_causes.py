@@ -28,12 +28,12 @@ from tests.support.running_vllm import FAULTS_ARGUMENTS, FAULTS_ENVIRONMENT
 
 from hemostat.canaries.prompts import load
 from hemostat.canaries.variants import VariantClient
-from hemostat.demo.checkpoints import cached_checkpoints
-from hemostat.demo.vllm_server import LOGITS_PROCESSOR, dtype
 from hemostat.reference.server import VllmServer
 from hemostat_calibration import state_codec
 from hemostat_calibration.canaries import TOLERANCE_NATS, Canary
 from hemostat_calibration.canary_cause import Cause, CauseBaseline, Measured, Verdict, of_engines
+from hemostat_lab.demo.checkpoints import cached_checkpoints
+from hemostat_lab.demo.vllm_server import LOGITS_PROCESSOR, dtype
 
 WORK = ROOT / "build" / "bench" / "canaries" / "causes"
 NAME = "m"

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hemostat.demo.vllm_server import quiet_environment, with_parent
+from hemostat_lab.demo.vllm_server import quiet_environment, with_parent
 
 
 class EngineChild:

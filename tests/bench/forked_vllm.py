@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from hemostat.demo.vllm_server import STOP_SECONDS, VllmServer, quiet_environment, runnable, with_parent
 from hemostat.ipc.supervised import die_with_parent
+from hemostat_lab.demo.vllm_server import STOP_SECONDS, VllmServer, quiet_environment, runnable, with_parent
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 

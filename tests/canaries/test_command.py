@@ -13,8 +13,8 @@ from hemostat.canaries import client
 from hemostat.cli import main
 from hemostat.commands.canaries import CHANGED, EQUAL, TOLERANCE
 from hemostat.config.schema import Canaries
-from hemostat.doctor import progress
 from hemostat.reference import server as server_module
+from hemostat.report import progress
 from hemostat_calibration.canaries import REPLAYS, TOLERANCE_NATS, CanarySet
 
 COULD_NOT_TELL = 2

@@ -25,10 +25,10 @@ from hemostat.canaries.prompts import load
 from hemostat.canaries.variants import VariantClient
 from hemostat.cli import main
 from hemostat.commands.canaries import CHANGED, EQUAL
-from hemostat.demo.checkpoints import Checkpoints
 from hemostat.reference.server import VllmServer
 from hemostat_calibration.canaries import TOLERANCE_NATS, Canary, CanarySet
 from hemostat_calibration.canary_cause import Cause, CauseBaseline
+from hemostat_lab.demo.checkpoints import Checkpoints
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

@@ -30,9 +30,9 @@ from hemostat.commands.first_start import introduce, settings_with_tokens
 from hemostat.commands.kept_token import token_file
 from hemostat.config.loading import load
 from hemostat.config.schema import Settings
-from hemostat.demo.vllm_server import free_port
 from hemostat.reference.probes import Finding
 from hemostat_calibration.errors import HemostatError
+from hemostat_lab.demo.vllm_server import free_port
 
 MODELS = ["--upstream", "http://127.0.0.1:8000", "--reference", "http://127.0.0.1:8001"]
 

@@ -14,10 +14,11 @@ from tests.support.paths import ROOT
 from hemostat.config.install_command import install_command, requirements
 
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+LAB = tomllib.loads((ROOT / "middleware" / "lab" / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def declared(extra: str) -> set[Requirement]:
-    result = {Requirement(text) for text in EXTRAS[extra]}
+    result = {Requirement(text) for text in (LAB["dependencies"] if extra == "lab" else EXTRAS[extra])}
     nested = {part for requirement in result if requirement.name == "hemostat" for part in requirement.extras}
     own = {requirement for requirement in result if requirement.name != "hemostat"}
     return own.union(*(declared(part) for part in nested))
@@ -31,8 +32,8 @@ def test_a_command_has_the_requirements_of_pyproject(extra: str) -> None:
 
 
 def test_only_what_is_missing_is_named() -> None:
-    (given,) = shlex.split(install_command("adapters", ["compressed-tensors"]))[2:]
-    assert Requirement(given) in declared("adapters")
+    (given,) = shlex.split(install_command("lab", ["compressed-tensors"]))[2:]
+    assert Requirement(given) in declared("lab")
     assert Requirement(given).name == "compressed-tensors"
 
 
@@ -41,8 +42,15 @@ def test_sources_that_are_not_installed_are_installed_from_their_folder(monkeypa
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "requires", missing)
-    assert requirements("adapters") == {}
-    assert install_command("adapters") == "pip install '.[adapters]', in the folder of Hemostat's sources"
+    assert requirements("tracing") == requirements("lab") == {}
+    assert install_command("tracing") == "pip install '.[tracing]', in the folder of Hemostat's sources"
+    assert install_command("lab") == "pip install ./middleware/lab, in the folder of Hemostat's sources"
+
+
+def test_the_laboratory_itself_is_installed_from_its_folder() -> None:
+    """It is on no index, and brings what it needs."""
+    missing = ["hemostat-lab", "torch"]
+    assert install_command("lab", missing) == "pip install ./middleware/lab, in the folder of Hemostat's sources"
 
 
 def test_no_text_installs_hemostat_from_an_index() -> None:

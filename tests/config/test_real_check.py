@@ -9,9 +9,9 @@ from tests.support.running_vllm import RunningVllm
 
 from hemostat.commands.setup_check import Finding, State, check, table
 from hemostat.config.schema import Settings
-from hemostat.demo import vllm_server as vllm_process
-from hemostat.demo.checkpoints import Checkpoints
 from hemostat.reference.server import VllmServer
+from hemostat_lab.demo import vllm_server as vllm_process
+from hemostat_lab.demo.checkpoints import Checkpoints
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

@@ -28,18 +28,18 @@ from tests.support.waiting import until
 from hemostat.adapters.live import client
 from hemostat.adapters.live.folders import CheckpointFolders
 from hemostat.adapters.serving import host
+from hemostat.checkpoints.checkpoint_digest import checkpoint_digest
 from hemostat.config.schema import Adapter
 from hemostat.control import composition
 from hemostat.control.composition import Control
 from hemostat.engines.messages import EngineReport, LoraState
 from hemostat.ipc.messages import REST_KIND, Capture, Policy
-from hemostat.models.checkpoint_digest import checkpoint_digest
-from hemostat.models.copies import Copy
 from hemostat.reference.references import References
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.profiles.adapter import adapter_layers, max_rank
 from hemostat_calibration.statistics.split import held_out
+from hemostat_lab.models.copies import Copy
 
 pytestmark = pytest.mark.timeout(900)
 

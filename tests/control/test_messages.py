@@ -12,7 +12,7 @@ from tests.support.fake_vllm import FakeVllm
 from tests.support.served import AUTHORIZED, hemostat
 
 from hemostat import cli
-from hemostat.demo.vllm_server import free_port
+from hemostat_lab.demo.vllm_server import free_port
 
 REPRESENTATION = re.compile(r"<\w+(\.\w+)*: |<\w+ object|\b\w+(Error|Exception)\(|Errno|Traceback|\bat 0x|\bNone\b")
 

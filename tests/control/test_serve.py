@@ -24,7 +24,7 @@ from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.served import AUTHORIZED, CHAT, RELAY, Served, hemostat
 from tests.support.waiting import HANG_SECONDS, until
 
-from hemostat.demo.vllm_server import free_port
+from hemostat_lab.demo.vllm_server import free_port
 
 
 class Switch:

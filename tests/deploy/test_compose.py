@@ -133,7 +133,7 @@ def test_profile_starts_one_of_each_service(profile: str) -> None:
 
 def test_what_the_middlewares_image_contains_is_chosen_in_the_environment_file(tmp_path: Path) -> None:
     assert resolved("gpu")["services"]["hemostat"]["build"]["args"]["EXTRAS"] == example()["HEMOSTAT_EXTRAS"] == ""
-    for chosen in ("adapters", "tracing,postgres", ""):
+    for chosen in ("lab", "tracing,postgres", ""):
         environment = tmp_path / "env"
         environment.write_text(
             re.sub("^HEMOSTAT_EXTRAS=.*$", f"HEMOSTAT_EXTRAS={chosen}", EXAMPLE.read_text(), flags=re.MULTILINE)

@@ -23,7 +23,7 @@ from tests.support.paths import ROOT
 
 from hemostat.admin.access import ACCESS
 from hemostat.admin.alerts import ALERTS
-from hemostat.cli import COMMANDS
+from hemostat.cli import commands
 from hemostat.config.schema import LEAVES
 from hemostat.engines.messages import EVENTS
 from hemostat.interception.profile_choice import ArmReason
@@ -96,7 +96,7 @@ def test_the_reference_has_every_setting_route_command_and_alert() -> None:
     assert keys == set(LEAVES)
     routes = re.findall(r"^\| `(\w+) (/\S*)` \|", pages["http-api"], re.MULTILINE)
     assert routes == list(ACCESS)
-    assert set(COMMANDS) <= set(re.findall(r"^## hemostat (.+)$", pages["command-line"], re.MULTILINE))
+    assert set(commands()) <= set(re.findall(r"^## hemostat (.+)$", pages["command-line"], re.MULTILINE))
     assert re.findall(r"^## (.+)$", pages["alerts"], re.MULTILINE) == list(alerts())
 
 

@@ -31,8 +31,8 @@ importlib.import_module(sys.argv[1])
         "hemostat.control.process",
         "hemostat.learner.learner_process",
         "hemostat.relay.main",
-        "hemostat.doctor",
-        "hemostat.demo",
+        "hemostat_lab.doctor",
+        "hemostat_lab.demo",
     ],
 )
 def test_import_without_extras(module: str) -> None:
@@ -41,7 +41,7 @@ def test_import_without_extras(module: str) -> None:
 
 
 def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(str(ROOT / part) for part in ("middleware", "calibration"))
+    path = os.pathsep.join(str(ROOT / part) for part in ("middleware", "middleware/lab", "calibration"))
     return subprocess.run(
         [sys.executable, "-c", program, *arguments],
         env=os.environ | {"PYTHONPATH": path},

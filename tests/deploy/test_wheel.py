@@ -18,7 +18,7 @@ from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.paths import ROOT
 
 from hemostat import __version__
-from hemostat.demo.vllm_server import free_port
+from hemostat_lab.demo.vllm_server import free_port
 
 CONFIG = ROOT / "deploy" / "hemostat.yaml"
 
@@ -65,27 +65,49 @@ def run(command: list[str], environment: dict[str, str], folder: Path) -> subpro
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_wheel_contains_every_product_file_and_no_tests(wheelhouse: Path) -> None:
-    (wheel,) = wheelhouse.glob("hemostat-*.whl")
+@pytest.mark.parametrize(
+    ("distribution", "source", "packages", "more"),
+    [
+        (
+            "hemostat",
+            "middleware",
+            {"hemostat"},
+            {
+                "hemostat/report/page.html.jinja",
+                *(f"hemostat/admin/console/vendor/LICENSE-{name}.txt" for name in ("uPlot", "preact", "htm")),
+            },
+        ),
+        ("hemostat_vllm", "calibration", {"hemostat_calibration", "hemostat_engine"}, set()),
+        ("hemostat_lab", "middleware/lab", {"hemostat_lab"}, {"hemostat_lab/doctor/sweep/outcomes.jsonl"}),
+    ],
+)
+def test_a_wheel_contains_every_product_file_and_no_tests(
+    distribution: str, source: str, packages: set[str], more: set[str], wheelhouse: Path
+) -> None:
+    (wheel,) = wheelhouse.glob(f"{distribution}-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    for package, source in (
-        ("hemostat", "middleware"),
-        ("hemostat_calibration", "calibration"),
-        ("hemostat_engine", "calibration"),
-    ):
+    for package in packages:
         tracked = {
             str(path.relative_to(ROOT / source))
             for path in (ROOT / source / package).rglob("*")
             if path.is_file() and "__pycache__" not in path.parts
         }
         assert tracked <= names
-    assert {name.split("/")[0] for name in names} == {
-        "hemostat", "hemostat_calibration", "hemostat_engine", f"hemostat-{__version__}.dist-info"
-    }  # fmt: skip
+    assert {name.split("/")[0] for name in names} == packages | {f"{distribution}-{__version__}.dist-info"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert {f"hemostat/doctor/{name}" for name in ("page.html.jinja", "sweep/outcomes.jsonl")} <= names
-    assert {f"hemostat/admin/console/vendor/LICENSE-{name}.txt" for name in ("uPlot", "preact", "htm")} <= names
+    assert more <= names
+
+
+def test_a_command_of_the_laboratory_says_what_to_install(environment: dict[str, str], tmp_path: Path) -> None:
+    for name in ("doctor", "compress", "adapt", "demo"):
+        result = run(["hemostat", name, "--help"], environment, tmp_path)
+        assert result.returncode == 2
+        assert result.stderr == (
+            f"hemostat: {name} is a command of the laboratory; not installed: hemostat-lab, torch, transformers, "
+            "accelerate, compressed-tensors; pip install ./middleware/lab, in the folder of Hemostat's sources\n"
+        )
+    assert "doctor" not in run(["hemostat", "--help"], environment, tmp_path).stdout
 
 
 def test_version_and_no_torch_or_vllm(clean_environment: Path, environment: dict[str, str], tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import pytest
 from tests.support.running_vllm import RunningVllm
 from tests.support.stack import Stack, hemostat, sampling_settings
 
-from hemostat.demo import vllm_server as vllm_process
-from hemostat.demo.checkpoints import Checkpoints
+from hemostat_lab.demo import vllm_server as vllm_process
+from hemostat_lab.demo.checkpoints import Checkpoints
 
 
 @pytest.fixture(scope="session")

@@ -19,11 +19,11 @@ import torch
 from tests.support.recompute import load, logprobs
 from tests.support.running_vllm import RunningVllm
 
-from hemostat.demo.checkpoints import Checkpoints
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.profiles.adapter import adapter_profile
 from hemostat_calibration.profiles.peft import peft_files
 from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_lab.demo.checkpoints import Checkpoints
 
 pytestmark = [
     pytest.mark.vllm,

@@ -17,9 +17,9 @@ from tests.support.real_adapter_host import corrections_of
 from tests.support.running_vllm import RunningVllm
 from tests.support.served import AUTHORIZED, Served, hemostat
 
-from hemostat.demo.checkpoints import Checkpoints
-from hemostat.demo.vllm_server import dtype
 from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_lab.demo.checkpoints import Checkpoints
+from hemostat_lab.demo.vllm_server import dtype
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -17,7 +17,7 @@ from tests.support.chromium import chromium, needs_chromium
 from tests.support.console_text import divergence_interval, nats, percent
 from tests.support.stack import ADMIN_TOKEN, Stack, hemostat, kill, sampling_settings, wait_for
 
-from hemostat.demo import vllm_server as vllm_process
+from hemostat_lab.demo import vllm_server as vllm_process
 
 pytestmark = [
     pytest.mark.vllm,

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from tests.support.recompute import observations, recompute
 
-from hemostat.demo.checkpoints import Checkpoints
-from hemostat.demo.generated_prompts import generated_prompts
 from hemostat_calibration.profiles.profile import temperature_bias
+from hemostat_lab.demo.checkpoints import Checkpoints
+from hemostat_lab.demo.generated_prompts import generated_prompts
 
 pytestmark = [
     pytest.mark.vllm,

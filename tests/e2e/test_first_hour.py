@@ -20,9 +20,9 @@ import pytest
 from tests.support.paths import ROOT
 from tests.support.waiting import HANG_SECONDS
 
-from hemostat.demo import vllm_server as vllm_process
-from hemostat.demo.checkpoints import Checkpoints
-from hemostat.demo.vllm_server import VllmServer, free_port
+from hemostat_lab.demo import vllm_server as vllm_process
+from hemostat_lab.demo.checkpoints import Checkpoints
+from hemostat_lab.demo.vllm_server import VllmServer, free_port
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -23,9 +23,9 @@ from tests.support.fake_vllm import FakeVllm
 from tests.support.running_vllm import LORA_ARGUMENTS, LORA_ENVIRONMENT, VLLM_ARGUMENTS
 from tests.support.served import AUTHORIZED, TOKEN, Served, hemostat
 
-from hemostat.demo.checkpoints import Checkpoints
-from hemostat.demo.vllm_server import VllmServer, dtype, free_port
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_lab.demo.checkpoints import Checkpoints
+from hemostat_lab.demo.vllm_server import VllmServer, dtype, free_port
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -35,7 +35,7 @@ LAYERS = 4
 SCHEMES = ("w4a16", "w4a16_gptq", "w4a16_awq", "w8a8", "fp8")
 WITHOUT_ADAPTER = ("w8a8", "fp8")
 """What is promoted adds to logits, by the plugin. W8A8: with --enable-lora the server ends at the start
-(`tests/compression/test_in_vllm.py`). FP8: rounded inputs differ between engine and copy by as much as an adapter
+(`tests/lab/compression/test_in_vllm.py`). FP8: rounded inputs differ between engine and copy by as much as an adapter
 changes, so that the probe cannot confirm it, and it is refused."""
 LONG = 300.0
 """Seconds that only a hang takes: reference and copies are loaded, vLLM starts."""

@@ -17,8 +17,8 @@ from tests.support.prometheus import RULES, Prometheus, config, needs, prometheu
 from tests.support.stack import Stack, fake_engine, hemostat, wait_for
 
 from hemostat import cli
-from hemostat.demo import vllm_server as vllm_process
-from hemostat.demo.checkpoints import Checkpoints
+from hemostat_lab.demo import vllm_server as vllm_process
+from hemostat_lab.demo.checkpoints import Checkpoints
 
 pytestmark = [
     needs("prometheus", "prometheus"),

@@ -15,8 +15,8 @@ import httpx
 import pytest
 from tests.support.stack import Stack, hemostat, sampling_settings
 
-from hemostat.demo.checkpoints import Checkpoints
-from hemostat.demo.vllm_server import VllmServer, dtype
+from hemostat_lab.demo.checkpoints import Checkpoints
+from hemostat_lab.demo.vllm_server import VllmServer, dtype
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1200)]
 

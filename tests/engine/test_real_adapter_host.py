@@ -7,10 +7,10 @@ from tests.support.real_adapter_host import SECONDS, CopyInProcess, Engines, Pro
 from tests.support.running_vllm import RunningVllm
 from tests.support.waiting import until
 
-from hemostat.demo.checkpoints import Checkpoints
-from hemostat.models.copies import Copy
 from hemostat_calibration.profiles.adapter import adapter_layers
 from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_lab.demo.checkpoints import Checkpoints
+from hemostat_lab.models.copies import Copy
 
 pytestmark = [
     pytest.mark.vllm,

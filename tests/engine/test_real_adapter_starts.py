@@ -23,13 +23,13 @@ from tests.support.samples import values
 from tests.support.waiting import until
 
 from hemostat.adapters.serving.host import HostState
-from hemostat.demo.checkpoints import Checkpoints
-from hemostat.demo.vllm_server import free_port
 from hemostat.metrics import names
-from hemostat.models.copies import Copy
 from hemostat_calibration.profiles.adapter import adapter_layers
 from hemostat_calibration.profiles.peft import peft_files
 from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_lab.demo.checkpoints import Checkpoints
+from hemostat_lab.demo.vllm_server import free_port
+from hemostat_lab.models.copies import Copy
 
 pytestmark = [
     pytest.mark.vllm,

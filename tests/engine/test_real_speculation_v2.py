@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from tests.support.running_vllm import VLLM_ARGUMENTS, RunningVllm, running_vllm
 
-from hemostat.demo import vllm_server as vllm_process
-from hemostat.demo.checkpoints import Checkpoints
 from hemostat_calibration.profiles.profile import temperature_bias
+from hemostat_lab.demo import vllm_server as vllm_process
+from hemostat_lab.demo.checkpoints import Checkpoints
 
 pytestmark = [
     pytest.mark.vllm,

@@ -19,11 +19,11 @@ from tests.support import oracle
 from tests.support.raising_processor import RAISING_CLAMP
 from tests.support.stack import wait_for
 
-from hemostat.demo import vllm_server as vllm_process
-from hemostat.demo.checkpoints import Checkpoints
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_engine.weights import fingerprint
+from hemostat_lab.demo import vllm_server as vllm_process
+from hemostat_lab.demo.checkpoints import Checkpoints
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

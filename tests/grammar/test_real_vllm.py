@@ -16,13 +16,13 @@ from tests.support.running_vllm import RunningVllm, answers_of, wait_until_signe
 from tests.support.slow import slow_unless
 from tests.support.wire import Wire, policy, rows
 
-from hemostat.demo.checkpoints import Checkpoints
 from hemostat.ipc.messages import Capture
 from hemostat.openai.routes import CHAT, COMPLETIONS, MESSAGES, RESPONSES
 from hemostat.scoring.conditioning import IMPOSSIBLE_LOGPROB, allowed_sets, restricted, shows_mask
 from hemostat.scoring.record_builder import decode_capture
 from hemostat.scoring.tapped_answers import captures_from_tap
 from hemostat_calibration.allowed_sets import AllowedSets
+from hemostat_lab.demo.checkpoints import Checkpoints
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

@@ -455,7 +455,7 @@ def test_a_pod_that_makes_adapters_has_room_for_a_build(helm: Helm) -> None:
 
 
 def test_notes_say_what_adapters_need(helm: Helm, cluster: Cluster) -> None:
-    assert "--build-arg EXTRAS=adapters" in helm.notes(cluster, "config.adapter.enabled=true")
+    assert "--build-arg EXTRAS=lab" in helm.notes(cluster, "config.adapter.enabled=true")
 
 
 def test_an_ipv6_cluster(helm: Helm, tmp_path: Path) -> None:
@@ -491,7 +491,7 @@ def test_ingress(helm: Helm) -> None:
 def test_notes_say_what_to_do_next(helm: Helm, cluster: Cluster) -> None:
     notes = helm.notes(cluster)
     for said in (
-        "http://rel-hemostat.models.svc:8080/v1",
+        "http://rel-hemostat_lab.models.svc:8080/v1",
         "kubectl -n models port-forward svc/rel-hemostat-admin 8081:8081",
         "kubectl -n models get secret rel-hemostat -o jsonpath='{.data.admin-token}'",
         "hemostat check --config /etc/hemostat/hemostat.yaml",

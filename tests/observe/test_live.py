@@ -21,11 +21,11 @@ from tests.support.dashboards import ALL, EMPTY_LIVE, Query, about_adapters, que
 from tests.support.prometheus import Prometheus, config, needs, prometheus, rules
 from tests.support.stack import ADMIN_TOKEN, Stack, hemostat, sampling_settings, wait_for
 
-from hemostat.demo import vllm_server as vllm_process
-from hemostat.demo.checkpoints import Checkpoints, cached_checkpoints
 from hemostat.openai.requests import MAX_CHOICES
 from hemostat.scoring import noise_floor
 from hemostat_calibration.profiles.profile import temperature_bias
+from hemostat_lab.demo import vllm_server as vllm_process
+from hemostat_lab.demo.checkpoints import Checkpoints, cached_checkpoints
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1500), needs("prometheus", "prometheus")]
 """The limits of minutes here and below are for machines that do other work, too."""

@@ -12,10 +12,10 @@ from tests.support.dashboards import ALL, EMPTY_LIVE, Query, about_adapters, que
 from tests.support.prometheus import Prometheus, config, needs, prometheus
 from tests.support.stack import wait_for
 
-from hemostat.demo.vllm_server import free_port
 from hemostat.metrics import names
 from hemostat.metrics.collector import HemostatCollector
 from hemostat.metrics.samples import Sample
+from hemostat_lab.demo.vllm_server import free_port
 
 QUERIES = [query for query in queries() if about_adapters(query) or query.where in EMPTY_LIVE]
 VALUES = {"namespace": "compose", "model": "m", "route": "/v1/chat/completions"}

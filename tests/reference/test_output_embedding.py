@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.slow import examples
 
+from hemostat.checkpoints.output_embedding import EmbeddingError, load
 from hemostat.learner.learner_process import special_ids
-from hemostat.models.output_embedding import EmbeddingError, load
 
 W = np.random.default_rng(0).normal(0, 1, (10, 4)).astype(np.float32)
 

@@ -10,10 +10,10 @@ from tokenizers import AddedToken, Tokenizer
 
 from hemostat.config.reasoning_parsers import PARSERS
 from hemostat.config.schema import Reasoning, Settings
-from hemostat.demo.checkpoints import Checkpoints
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat.reference.thinking_markers import find_markers
 from hemostat_calibration.reasoning import Thinking, find_thinking
+from hemostat_lab.demo.checkpoints import Checkpoints
 
 
 class Server:

@@ -19,8 +19,8 @@ import pytest_asyncio
 from tests.support.children import children
 from tests.support.records import condition
 
+from hemostat.checkpoints.output_embedding import load as load_embedding
 from hemostat.config.schema import Settings
-from hemostat.models.output_embedding import load as load_embedding
 from hemostat.reference.configured import make_references
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores, ScoreRequest
 from hemostat.reference.transformers import TransformersReference
@@ -474,7 +474,7 @@ async def test_a_hub_name_is_read_from_the_cache_and_its_folder_reported(
 
 
 def test_the_digest_follows_the_weights(tiny: Path, tmp_path: Path) -> None:
-    from hemostat.models.checkpoint_digest import checkpoint_digest
+    from hemostat.checkpoints.checkpoint_digest import checkpoint_digest
 
     copy = tmp_path / "copy"
     copy.mkdir()

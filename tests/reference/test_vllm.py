@@ -12,7 +12,6 @@ from tests.support.fake_vllm import FakeVllm, running
 from tests.support.waiting import HANG_SECONDS
 
 from hemostat.config.schema import Upstream
-from hemostat.demo import vllm_server as vllm_process
 from hemostat.reference import server as server_module
 from hemostat.reference import vllm as vllm_module
 from hemostat.reference.hidden.pooling import find_offer
@@ -22,6 +21,7 @@ from hemostat.reference.protocol import FailureReason, Offer, ReferenceFailure, 
 from hemostat.reference.server import VllmServer
 from hemostat.reference.transformers import TransformersReference
 from hemostat.reference.vllm import VllmReference
+from hemostat_lab.demo import vllm_server as vllm_process
 
 
 def request_of(seed: int, fake: FakeVllm, prompt: int, output: int, width: int) -> tuple[Any, Any, Any]:

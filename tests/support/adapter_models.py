@@ -143,7 +143,7 @@ def linear_names(model: Any) -> list[str]:
 
 def random_texts(count: int = 12, seed: int = 0, longest: int = 40) -> list[Any]:
     """`Text`s of different lengths."""
-    from hemostat.models.texts import Text
+    from hemostat.checkpoints.texts import Text
 
     rng = np.random.default_rng(seed)
     texts = []

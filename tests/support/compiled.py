@@ -51,7 +51,10 @@ def build_wheel(folder: Path, *, root: Path = ROOT, opt_level: int = 3) -> Path:
     """
     check_compiler()
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder)]
-    command.append(str(root.resolve()))  # a name without a slash would be one of the package index
+    # A name without a slash would be one of the package index. Before there was a distribution of its own for what the
+    # relay shares with the plugin, Hemostat's wheel contained it.
+    parts = [part for part in (".", "calibration") if (root / part / "pyproject.toml").exists()]
+    command += [str(root.resolve() / part) for part in parts]
     given = {SWITCH: "1", "MYPYC_OPT_LEVEL": str(opt_level)}
     try:
         subprocess.run(command, env=os.environ | given, check=True, capture_output=True, text=True)
@@ -86,8 +89,10 @@ def up_to_date(folder: Path, *, root: Path = ROOT) -> Path:
 
 
 def unpack(wheel: Path, folder: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder)
+    """Unpack a wheel of `build_wheel`, and the one of what it shares with the plugin."""
+    for path in wheel.parent.glob("hemostat*.whl"):
+        with zipfile.ZipFile(path) as archive:
+            archive.extractall(folder)
 
 
 def environment(folder: Path) -> dict[str, str]:

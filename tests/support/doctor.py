@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hemostat.doctor import DoctorOptions, run
 from hemostat.reference.match import PROBE_TEXT
+from hemostat_lab.doctor import DoctorOptions, run
 
 VOCAB = 320
 LINES = [

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from hemostat.adapters.live.job import linear_shapes
-from hemostat.models.checkpoint_digest import checkpoint_digest
+from hemostat.checkpoints.checkpoint_digest import checkpoint_digest
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.profiles.adapter import adapter_profile
 

@@ -14,8 +14,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from hemostat.demo.checkpoints import write_dequantized
-from hemostat.models.checkpoint_folders import (
+from hemostat_lab.demo.checkpoints import write_dequantized
+from hemostat_lab.models.checkpoint_folders import (
     RECIPE,
     Progress,
     build_folder,

@@ -19,7 +19,7 @@ from tests.support.certificates import certificate
 from tests.support.served import AUTHORIZED, CHAT, TOKEN
 from tests.support.waiting import HANG_SECONDS
 
-from hemostat.demo.vllm_server import free_port
+from hemostat_lab.demo.vllm_server import free_port
 
 CONTROL, RELAY = "hemostat.control.process", "hemostat.relay.main"
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from hemostat.demo.vllm_server import free_port
+from hemostat_lab.demo.vllm_server import free_port
 
 USER, PASSWORD = "hemostat", "s3cret/#?@%"
 ESCAPED = "s3cret%2F%23%3F%40%25"

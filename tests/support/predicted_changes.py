@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from hemostat.compression.input_moments import InputMoments
-from hemostat.compression.plan import LayerPlan
-from hemostat.compression.pruning.compensation import shrunk
-from hemostat.doctor.prescription.candidates import planned_weight
+from hemostat_lab.compression.input_moments import InputMoments
+from hemostat_lab.compression.plan import LayerPlan
+from hemostat_lab.compression.pruning.compensation import shrunk
+from hemostat_lab.doctor.prescription.candidates import planned_weight
 
 
 def input_moments_of(rows: torch.Tensor) -> InputMoments:

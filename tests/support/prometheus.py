@@ -15,7 +15,7 @@ import pytest
 import yaml
 from tests.support.waiting import HANG_SECONDS
 
-from hemostat.demo.vllm_server import free_port, with_parent
+from hemostat_lab.demo.vllm_server import free_port, with_parent
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "deploy" / "prometheus" / "prometheus.yml"

@@ -13,16 +13,16 @@ from tests.support.waiting import until
 
 from hemostat.adapters.serving.host import AdapterHost, HostState
 from hemostat.config.schema import Settings
-from hemostat.demo.checkpoints import Checkpoints
 from hemostat.engines.messages import EngineReport
-from hemostat.models.checkpoint import Checkpoint
-from hemostat.models.copies import Copy
 from hemostat.reference.server import VllmServer
 from hemostat_calibration.adapters.correction import low_rank
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.arrays import Ids, Singles
 from hemostat_calibration.profiles.adapter import adapter_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_lab.demo.checkpoints import Checkpoints
+from hemostat_lab.models.checkpoint import Checkpoint
+from hemostat_lab.models.copies import Copy
 
 RANK, LAYERS = 16, 6
 MODULES = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from hemostat.demo import vllm_server as vllm_process
+from hemostat_lab.demo import vllm_server as vllm_process
 
 
 @dataclass(frozen=True)

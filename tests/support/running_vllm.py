@@ -13,9 +13,9 @@ import httpx
 from tests.support.engine_admin import TOKEN, EngineAdmin
 from tests.support.paths import ROOT
 
-from hemostat.demo import vllm_server as vllm_process
-from hemostat.demo.checkpoints import Checkpoints
 from hemostat.engines.messages import TapAnswer
+from hemostat_lab.demo import vllm_server as vllm_process
+from hemostat_lab.demo.checkpoints import Checkpoints
 
 VLLM_ARGUMENTS = [
     *("--enforce-eager", "--dtype", vllm_process.dtype(), "--max-model-len", "2048", "--max-logprobs", "64"),

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.support.fake_vllm import FakeVllm
 from tests.support.waiting import HANG_SECONDS
 
-from hemostat.demo.vllm_server import free_port
+from hemostat_lab.demo.vllm_server import free_port
 
 TOKEN = "secret"
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}

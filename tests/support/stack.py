@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.support.served import RELAY, is_spare
 from tests.support.waiting import HANG_SECONDS
 
-from hemostat.demo.vllm_server import free_port, with_parent
+from hemostat_lab.demo.vllm_server import free_port, with_parent
 
 FAKE_VLLM = Path(__file__).with_name("fake_vllm")
 ADMIN_TOKEN = "a-token-for-tests"

@@ -18,7 +18,7 @@ import uvicorn
 import yaml
 from tests.support.fake_vllm import FakeVllm, serving
 
-from hemostat.demo.runner import SERVED_NAME
+from hemostat_lab.demo.runner import SERVED_NAME
 
 TROUBLE = os.environ.get("STAND_IN_TROUBLE", "")
 FIGURES = {

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from hemostat.doctor.axes import Axis
-from hemostat.doctor.pair import FLOOR, Scored
-from hemostat.doctor.sweep.outcomes import Outcome
-from hemostat.doctor.sweep.points import FULL_BITS, PLAIN, UNCHANGED, Point, grid, lines
-from hemostat.doctor.sweep.results import Results
+from hemostat_lab.doctor.axes import Axis
+from hemostat_lab.doctor.pair import FLOOR, Scored
+from hemostat_lab.doctor.sweep.outcomes import Outcome
+from hemostat_lab.doctor.sweep.points import FULL_BITS, PLAIN, UNCHANGED, Point, grid, lines
+from hemostat_lab.doctor.sweep.results import Results
 
 LAYERS = 16
 AXES = tuple(Axis)

@@ -17,8 +17,8 @@ from tests.support.wire import Wire, normal, policy, rows, user
 
 from hemostat.commands.setup_check import State, check
 from hemostat.config.schema import Settings
-from hemostat.demo.checkpoints import Checkpoints
 from hemostat.openai.routes import CHAT, COMPLETIONS
+from hemostat_lab.demo.checkpoints import Checkpoints
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -160,8 +160,8 @@ async def _client(server: str, default: str | None) -> AsyncIterator[CanaryClien
 
     from hemostat.canaries.client import CanaryClient  # noqa: PLC0415
     from hemostat.config.fields import server_url  # noqa: PLC0415
-    from hemostat.doctor.progress import Reporter  # noqa: PLC0415
     from hemostat.reference.server import VllmServer  # noqa: PLC0415
+    from hemostat.report.progress import Reporter  # noqa: PLC0415
 
     # A password, which is refused, may have a #.
     url, _, name = (server, "", "") if "@" in server else server.partition("#")

@@ -83,7 +83,7 @@ def _profile_show(options: argparse.Namespace) -> int:
 
 
 def _profile_export(options: argparse.Namespace) -> int:
-    from hemostat.models.written_files import other_content  # noqa: PLC0415
+    from hemostat.report.written_files import other_content  # noqa: PLC0415
     from hemostat_calibration.profiles.profile import CalibrationProfile  # noqa: PLC0415
 
     version = _version(options.version)

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from hemostat.adapters.live.folders import FolderError, find_compressed, find_folders
+from hemostat.adapters.live.builder import BuildFailed, check_pair
+from hemostat.adapters.live.folders import CheckpointFolders, FolderError, find_compressed, find_folders
 from hemostat.adapters.serving.check import probe_adapters
-from hemostat.config.install_command import install_command
+from hemostat.checkpoints import packages
 from hemostat.config.schema import Admin, Settings
 from hemostat.ipc.addresses import ControlAddresses
 from hemostat.ipc.messages import NOT_ACTIVE, Stats
 from hemostat.ipc.relay_end import ControlLink
-from hemostat.models import packages
 from hemostat.reference.configured import make_references
 from hemostat.reference.engines import other_engines
 from hemostat.reference.itself import same_model
@@ -34,11 +34,11 @@ from hemostat.store.postgres import PostgresStore
 from hemostat.store.protocol import StoreAccessDenied, StoreFailure, StoreIncompatible
 from hemostat.supervisor.relays import relay_config
 from hemostat.supervisor.role import Role
-from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.guard.wealth import MIN_CLIENTS
 from hemostat_calibration.messages import shown_address
 
 SAME_TOKENS = "same tokens"
+CHECKPOINTS = "adapter checkpoints"
 PLUGIN_FLAG = "--logits-processors hemostat_engine:LogitsProcessor"
 SPECULATES_FIX = (
     f"start vLLM with {PLUGIN_FLAG} and without --speculative-config, or with both and VLLM_USE_V2_MODEL_RUNNER=1 (GPU)"
@@ -194,37 +194,41 @@ async def _upstream(server: VllmServer, settings: Settings) -> list[Finding]:
     findings.append(await _plugin(server, card.id, settings))
     if settings.adapter.enabled:
         findings += await probe_adapters(server, card.id, settings)
-        findings.append(await asyncio.to_thread(_adapter_checkpoints, settings, card.root or ""))
+        findings.append(await _adapter_checkpoints(settings, card.root or ""))
     return findings
 
 
-def _adapter_checkpoints(settings: Settings, root: str) -> Finding:
+async def _adapter_checkpoints(settings: Settings, root: str) -> Finding:
     """Reports if an adapter can be made from both checkpoints on this machine.
 
     root: the folder or name from which the upstream has loaded its model.
     """
-    what, given, reference = "adapter checkpoints", settings.adapter, settings.reference
-    in_process = reference.backend == "transformers"
-    if problem := packages.problem("transformers"):
+    if problem := packages.missing("lab"):
         detail, _, fix = problem.rpartition("; ")
-        return Finding(what, State.NO, detail, f"{fix}, where the control process runs")
+        return Finding(CHECKPOINTS, State.NO, detail, f"{fix}, where the control process runs")
+    found = await asyncio.to_thread(_folders, settings, root)
+    if isinstance(found, Finding):
+        return found
+    try:
+        notes = await check_pair(found, settings.adapter.device)
+    except BuildFailed as failed:
+        fix = "REFERENCE is adapter.reference, COMPRESSED is adapter.compressed"
+        return Finding(CHECKPOINTS, State.NO, f"no adapter can be made of them: {failed}", fix)
+    return Finding(CHECKPOINTS, State.OK, "; ".join([f"{found.reference} and {found.compressed}", *notes]))
+
+
+def _folders(settings: Settings, root: str) -> CheckpointFolders | Finding:
+    """Returns both checkpoints' folders, or why they are not examined."""
+    given, reference = settings.adapter, settings.reference
+    in_process = reference.backend == "transformers"
     try:
         compressed = find_compressed(given, root)
         if in_process and given.reference is None and not Path(reference.model or "").is_dir():
-            return Finding(what, State.OK, f"{compressed}; the reference's is where {reference.model} is loaded from")
-        result = find_folders(given, reference.model if in_process else None, None, root)
+            detail = f"{compressed}; the reference's is where {reference.model} is loaded from"
+            return Finding(CHECKPOINTS, State.OK, detail)
+        return find_folders(given, reference.model if in_process else None, None, root)
     except FolderError as error:
-        return Finding(what, State.NO, str(error), "adapters are made from both folders, on this machine")
-    from hemostat.adapters.building.pair import CheckpointPair  # noqa: PLC0415  torch
-
-    try:
-        pair = CheckpointPair.open(result.reference, result.compressed, given.device)
-    except (HemostatError, ImportError) as error:
-        fix = "REFERENCE is adapter.reference, COMPRESSED is adapter.compressed"
-        if isinstance(error, ImportError):
-            fix = f"{install_command('adapters')}, where the control process runs"
-        return Finding(what, State.NO, f"no adapter can be made of them: {' '.join(str(error).split())}", fix)
-    return Finding(what, State.OK, "; ".join([f"{result.reference} and {result.compressed}", *pair.notes]))
+        return Finding(CHECKPOINTS, State.NO, str(error), "adapters are made from both folders, on this machine")
 
 
 async def _plugin(server: VllmServer, model: str, settings: Settings) -> Finding:

@@ -11,26 +11,42 @@ import re
 from collections.abc import Collection
 
 _REQUIREMENT = re.compile(
-    r"(?P<requirement>(?P<name>[A-Za-z0-9._-]+)[^;]*?)\s*;\s*extra\s*==\s*['\"](?P<extra>[\w-]+)['\"]"
+    r"(?P<requirement>(?P<name>[A-Za-z0-9._-]+)[^;]*?)\s*(?:;\s*extra\s*==\s*['\"](?P<extra>[\w-]+)['\"])?"
 )
+
+
+_FOLDERS = {"hemostat-lab": "./middleware/lab", "hemostat-vllm": "./calibration"}
+"""Hemostat's other distributions, and where they are in its sources."""
 
 
 def requirements(extra: str) -> dict[str, str]:
     """Returns the requirement of each distribution of an extra, such as `jinja2<4,>=3.1`, by the distribution's name.
 
-    Empty where Hemostat runs from its sources and is not installed.
+    The extra `lab` has what the laboratory needs. Empty where Hemostat runs from its sources and is not installed.
     """
+    if extra == "lab":
+        own = {name: text for name, text in _declared("hemostat-lab").items() if name not in {"hemostat", *_FOLDERS}}
+        return own | requirements("transformers") if own else {}
+    return _declared("hemostat", extra)
+
+
+def _declared(distribution: str, extra: str | None = None) -> dict[str, str]:
+    """Returns what an installed distribution requires with an extra, or always; empty if it is not installed."""
     try:
-        declared = importlib.metadata.requires("hemostat") or []
+        texts = importlib.metadata.requires(distribution) or []
     except importlib.metadata.PackageNotFoundError:
         return {}
-    found = (match for text in declared if (match := _REQUIREMENT.fullmatch(text)) and match["extra"] == extra)
+    found = (match for text in texts if (match := _REQUIREMENT.fullmatch(text)) and match["extra"] == extra)
     return {match["name"]: match["requirement"] for match in found}
 
 
 def install_command(extra: str, only: Collection[str] = ()) -> str:
     """Returns the pip command for the distributions of an extra. only: what is missing, if not all of them."""
+    folders = [folder for name, folder in _FOLDERS.items() if name in only]
     needed = [text for name, text in requirements(extra).items() if not only or name in only]
+    if folders:
+        return f"pip install {' '.join(folders)}, in the folder of Hemostat's sources"
     if not needed:
-        return f"pip install '.[{extra}]', in the folder of Hemostat's sources"
+        what = _FOLDERS["hemostat-lab"] if extra == "lab" else f"'.[{extra}]'"
+        return f"pip install {what}, in the folder of Hemostat's sources"
     return "pip install " + " ".join(f"'{text}'" for text in needed)

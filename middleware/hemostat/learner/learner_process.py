@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from hemostat.checkpoints.output_embedding import load
 from hemostat.ipc import child_process as child
 from hemostat.learner import learner_messages
-from hemostat.models.output_embedding import load
 from hemostat.profiles.scopes import ALL
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError
 from hemostat_calibration.learning.contextual import storage

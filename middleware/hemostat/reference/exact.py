@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hemostat.models.piecewise import PiecewiseReader
+from hemostat.checkpoints.piecewise import PiecewiseReader
 from hemostat.reference.full_scores import Basis, ExactScores, Floats, Ids, check_request, chunks
 from hemostat_calibration.allowed_sets import AllowedSets
 

@@ -7,7 +7,7 @@ import os
 import socket
 from urllib.parse import urlsplit
 
-from hemostat.models.checkpoint_digest import checkpoint_digest
+from hemostat.checkpoints.checkpoint_digest import checkpoint_digest
 from hemostat.reference.protocol import ReferenceInfo
 from hemostat.reference.server import VllmServer
 

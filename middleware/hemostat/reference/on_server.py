@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from hemostat.models.output_embedding import EmbeddingError
+from hemostat.checkpoints.output_embedding import EmbeddingError
 from hemostat.reference.hidden.folders import find_checkpoint
 from hemostat.reference.hidden.pooling import POOLING_FLAGS, find_offer, generates
 from hemostat.reference.hidden.probe import TEXT

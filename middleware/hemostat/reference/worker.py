@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from hemostat.checkpoints import packages
+from hemostat.checkpoints.architectures import check_causal, max_positions
+from hemostat.checkpoints.checkpoint_digest import checkpoint_digest
 from hemostat.config.install_command import install_command
 from hemostat.ipc import child_process as child
-from hemostat.models import packages
-from hemostat.models.architectures import check_causal, max_positions
-from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat.reference import device, worker_messages
 from hemostat.reference.hidden.products import Head
 from hemostat.reference.protocol import FailureReason

@@ -34,9 +34,9 @@ from hemostat.adapters.live.job import (
     linear_shapes,
     read_result,
 )
+from hemostat.checkpoints.checkpoint_digest import checkpoint_digest
 from hemostat.config.schema import Adapter
 from hemostat.metrics import names
-from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat_calibration.profiles.adapter import adapter_layers
 from hemostat_calibration.profiles.profile import CalibrationProfile
 

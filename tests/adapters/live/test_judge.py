@@ -23,22 +23,23 @@ from tests.support.samples import values
 from tests.support.waiting import until
 
 from hemostat.adapters.live import judge as judging
-from hemostat.adapters.live import judge_messages, judge_process
+from hemostat.adapters.live import judge_messages
 from hemostat.adapters.live.answer_limit import BACK_OFF, TARGET_SECONDS, AnswerLimit
 from hemostat.adapters.live.folders import CheckpointFolders
 from hemostat.adapters.live.job import linear_shapes
 from hemostat.adapters.live.judge import AdapterJudge, JudgeTarget, JudgeUnavailable
+from hemostat.checkpoints.checkpoint_digest import checkpoint_digest
+from hemostat.checkpoints.output_embedding import load as load_embedding
 from hemostat.learner.learner_messages import parts as pieces
 from hemostat.metrics import names
-from hemostat.models.checkpoint_digest import checkpoint_digest
-from hemostat.models.copies import Copy
-from hemostat.models.output_embedding import load as load_embedding
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.adapter import adapter_layers, adapter_profile
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile, temperature_bias
 from hemostat_calibration.records import Candidates, ExactDistances, TokenRecord
+from hemostat_lab.adapters import judge_process
+from hemostat_lab.models.copies import Copy
 
 V, D = tiny_checkpoints.VOCAB, tiny_checkpoints.HIDDEN
 PROMPT, TOKENS = 5, 9

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from hemostat.demo import vllm_server as vllm_process
+from hemostat_lab.demo import vllm_server as vllm_process
 
 os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",

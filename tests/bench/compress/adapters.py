@@ -16,13 +16,13 @@ from typing import Any
 
 from tests.bench.recovery.log import say
 
-from hemostat.adapters.building.build import BuildOptions, build
-from hemostat.adapters.building.distil import distilled
-from hemostat.adapters.building.pair import CheckpointPair
-from hemostat.models.parts import Parts
-from hemostat.models.texts import Text
-from hemostat.models.training import summary_line
-from hemostat.models.work_folder import WorkFolder
+from hemostat.checkpoints.texts import Text
+from hemostat_lab.adapters.build import BuildOptions, build
+from hemostat_lab.adapters.distil import distilled
+from hemostat_lab.adapters.pair import CheckpointPair
+from hemostat_lab.models.parts import Parts
+from hemostat_lab.models.training import summary_line
+from hemostat_lab.models.work_folder import WorkFolder
 
 from . import pruning, quantization
 from .cases import Bench, Case, Must

@@ -18,10 +18,10 @@ from tests.bench.llmcompressor import compress
 from tests.bench.recovery.log import say
 from tests.bench.recovery.stages import cache_name
 
-from hemostat.compression.checkpoint_writer import BuildEnvironment, compress_with
-from hemostat.compression.frame import Method, Source
-from hemostat.compression.plan import LayerPlan, stored_bytes
-from hemostat.models.texts import Text
+from hemostat.checkpoints.texts import Text
+from hemostat_lab.compression.checkpoint_writer import BuildEnvironment, compress_with
+from hemostat_lab.compression.frame import Method, Source
+from hemostat_lab.compression.plan import LayerPlan, stored_bytes
 
 from .texts import calibration, live
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from hemostat.models.texts import Text
+from hemostat.checkpoints.texts import Text
 
 from . import adapters, quantization
 from .cases import Bench, Case, Must

@@ -18,18 +18,18 @@ from typing import Any
 from tests.bench.recovery.log import say
 from transformers import AutoModelForCausalLM
 
-from hemostat.compression.formats import WeightFormat
-from hemostat.compression.methods import without_texts
-from hemostat.compression.plan import LayerPlan
-from hemostat.doctor.kl_meter import altered_weights
-from hemostat.doctor.options import Target
-from hemostat.doctor.pair import Ids
-from hemostat.doctor.prescription.candidates import candidates, candidates_key, planned_weight
-from hemostat.doctor.prescription.losses import LayerLosses, predicted_losses
-from hemostat.doctor.prescription.mixes import Mix, prescribe
-from hemostat.doctor.prescription.rounded_mixes import RoundedMixes
-from hemostat.models.parts import Parts
-from hemostat.models.work_folder import WorkFolder
+from hemostat_lab.compression.formats import WeightFormat
+from hemostat_lab.compression.methods import without_texts
+from hemostat_lab.compression.plan import LayerPlan
+from hemostat_lab.doctor.kl_meter import altered_weights
+from hemostat_lab.doctor.options import Target
+from hemostat_lab.doctor.pair import Ids
+from hemostat_lab.doctor.prescription.candidates import candidates, candidates_key, planned_weight
+from hemostat_lab.doctor.prescription.losses import LayerLosses, predicted_losses
+from hemostat_lab.doctor.prescription.mixes import Mix, prescribe
+from hemostat_lab.doctor.prescription.rounded_mixes import RoundedMixes
+from hemostat_lab.models.parts import Parts
+from hemostat_lab.models.work_folder import WorkFolder
 
 from .cases import Bench, Case, Must
 

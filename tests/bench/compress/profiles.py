@@ -18,12 +18,12 @@ from tests.bench.recovery.learning import GrowingRun, Learned, learn_bias
 from tests.bench.recovery.log import say
 from tests.bench.recovery.stages import Stages
 
+from hemostat.checkpoints.output_embedding import load as load_embedding
+from hemostat.checkpoints.texts import Text
 from hemostat.learner.learner_process import eligible, special_ids
-from hemostat.models.copies import Copy
-from hemostat.models.output_embedding import load as load_embedding
-from hemostat.models.texts import Text
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
 from hemostat_calibration.learning.contextual.learner import ContextualLearner
+from hemostat_lab.models.copies import Copy
 
 from . import adapters, pruning, quantization
 from .cases import Bench, Case, Must

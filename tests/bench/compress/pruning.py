@@ -10,17 +10,17 @@ from pathlib import Path
 from tests.bench.llmcompressor import PRUNE
 from tests.bench.recovery.log import say
 
-from hemostat.compression.calibrated import CALIBRATIONS, Calibrated
-from hemostat.compression.formats import WeightFormat
-from hemostat.compression.frame import LayerData, LayerResult, Run
-from hemostat.compression.methods import EachWeight, prune_by_magnitude, without_texts
-from hemostat.compression.other_files import REPAIR
-from hemostat.compression.plan import LayerPlan
-from hemostat.compression.pruning.gradients import measure_gradients
-from hemostat.compression.pruning.masks import Pattern
-from hemostat.compression.pruning.method import PruneMethod, PruneOptions
-from hemostat.compression.repair import write_repaired_copy
-from hemostat.models.training import summary_line
+from hemostat_lab.compression.calibrated import CALIBRATIONS, Calibrated
+from hemostat_lab.compression.formats import WeightFormat
+from hemostat_lab.compression.frame import LayerData, LayerResult, Run
+from hemostat_lab.compression.methods import EachWeight, prune_by_magnitude, without_texts
+from hemostat_lab.compression.other_files import REPAIR
+from hemostat_lab.compression.plan import LayerPlan
+from hemostat_lab.compression.pruning.gradients import measure_gradients
+from hemostat_lab.compression.pruning.masks import Pattern
+from hemostat_lab.compression.pruning.method import PruneMethod, PruneOptions
+from hemostat_lab.compression.repair import write_repaired_copy
+from hemostat_lab.models.training import summary_line
 
 from .cases import Bench, Case, Must
 

@@ -9,16 +9,16 @@ from pathlib import Path
 from tests.bench.llmcompressor import QUANTIZE
 from tests.bench.recovery.log import say
 
-from hemostat.compression.calibrated import CALIBRATIONS, Calibrated
-from hemostat.compression.formats import WeightFormat
-from hemostat.compression.frame import Source
-from hemostat.compression.methods import without_texts
-from hemostat.compression.plan import LayerPlan, Plan, stored_bytes
-from hemostat.compression.planned import planned
-from hemostat.doctor.options import Target
-from hemostat.doctor.prescription.losses import predicted_losses
-from hemostat.doctor.prescription.mixes import prescribe
-from hemostat.models.parts import Parts
+from hemostat_lab.compression.calibrated import CALIBRATIONS, Calibrated
+from hemostat_lab.compression.formats import WeightFormat
+from hemostat_lab.compression.frame import Source
+from hemostat_lab.compression.methods import without_texts
+from hemostat_lab.compression.plan import LayerPlan, Plan, stored_bytes
+from hemostat_lab.compression.planned import planned
+from hemostat_lab.doctor.options import Target
+from hemostat_lab.doctor.prescription.losses import predicted_losses
+from hemostat_lab.doctor.prescription.mixes import prescribe
+from hemostat_lab.models.parts import Parts
 
 from .cases import Bench, Case, Must
 

@@ -12,13 +12,13 @@ import numpy.typing as npt
 from tests.bench.recovery import prompts
 from tests.bench.recovery.adapters import kinds
 
-from hemostat.commands.texts import Writer
-from hemostat.doctor.progress import Reporter
-from hemostat.doctor.prompts import Prompt
-from hemostat.models.checkpoint import Checkpoint
-from hemostat.models.checkpoint_digest import checkpoint_digest
-from hemostat.models.texts import Text
-from hemostat.models.work_folder import WorkFolder
+from hemostat.checkpoints.checkpoint_digest import checkpoint_digest
+from hemostat.checkpoints.texts import Text
+from hemostat.report.progress import Reporter
+from hemostat_lab.commands.texts import Writer
+from hemostat_lab.doctor.prompts import Prompt
+from hemostat_lab.models.checkpoint import Checkpoint
+from hemostat_lab.models.work_folder import WorkFolder
 
 MAX_NEW_TOKENS = 96
 _CODE = "Write a Python function"

@@ -23,8 +23,8 @@ import httpx
 from tests.bench.proxy.load import PATH
 from tests.support.stack import ADMIN_TOKEN, Stack, sampling_settings, wait_for
 
-from hemostat.demo import vllm_server
-from hemostat.demo.checkpoints import cached_checkpoints
+from hemostat_lab.demo import vllm_server
+from hemostat_lab.demo.checkpoints import cached_checkpoints
 
 from . import Row
 

@@ -1,7 +1,7 @@
 """Tiny checkpoints by real quantization tools, and the weights that each tool itself dequantizes them to.
 
 Run in an environment of the tool, on a CPU: PYTHON tests/bench/formats/tools.py TOOL MODEL OUT. The tools and their
-versions: docs/formats.md. `tests/models/golden/tools.safetensors` holds the first 32 outputs of one layer of each.
+versions: docs/formats.md. `tests/lab/models/golden/tools.safetensors` holds the first 32 outputs of one layer of each.
 """
 # mypy: ignore-errors
 

@@ -12,7 +12,6 @@ import torch
 from tests.support.engine_profiles import make_contextual
 from tests.support.records import Truth, log_softmax, make_record
 
-from hemostat.compression.error_compensation import GptqFactor, Grid, damped, gptq
 from hemostat.measurement.measurements import Measurements
 from hemostat.reference.hidden.final_map import FinalMap
 from hemostat.reference.hidden.head import OutputHead
@@ -21,6 +20,7 @@ from hemostat_calibration.adapters.correction import low_rank
 from hemostat_calibration.adapters.gram import FullGram
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_engine.transform import HeldProfile, apply_to_rows
+from hemostat_lab.compression.error_compensation import GptqFactor, Grid, damped, gptq
 
 Call = Callable[[], Any]
 RNG = np.random.default_rng(0)

@@ -29,13 +29,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.bench.guard import Row
 from tests.bench.recovery.outcomes import is_json_object
 
-from hemostat.demo.checkpoints import cached_checkpoints
-from hemostat.demo.generated_prompts import SUBJECTS, TASKS
-from hemostat.demo.options import DemoOptions
-from hemostat.demo.programs import serve_command, serve_settings, serving, stopping, vllm_arguments
-from hemostat.demo.vllm_server import VllmServer, free_port, runnable
 from hemostat_calibration.profiles.profile import IDENTITY
 from hemostat_calibration.statistics.two_arms import TwoArms
+from hemostat_lab.demo.checkpoints import cached_checkpoints
+from hemostat_lab.demo.generated_prompts import SUBJECTS, TASKS
+from hemostat_lab.demo.options import DemoOptions
+from hemostat_lab.demo.programs import serve_command, serve_settings, serving, stopping, vllm_arguments
+from hemostat_lab.demo.vllm_server import VllmServer, free_port, runnable
 
 NAME = "real"
 TAKES = "about 25 minutes, as it starts vLLM and sends some 900 requests"

@@ -25,8 +25,8 @@ from tests.support.running_vllm import (
     wait_until_signed_answers_are_recorded,
 )
 
-from hemostat.demo.checkpoints import cached_checkpoints
 from hemostat.openai.routes import CHAT
+from hemostat_lab.demo.checkpoints import cached_checkpoints
 
 from .load import ASK, TOP_K
 from .sampled_cost import TOKENS

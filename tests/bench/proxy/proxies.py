@@ -35,6 +35,8 @@ from .load import (
     nginx_config,
 )
 
+SOURCES = ("middleware", "middleware/lab", "calibration")
+"""The folders of a checkout's packages. Earlier revisions have no laboratory of its own."""
 BY_PLUGIN = "hemostat 0.05, by plugin"
 BARE_RELAY = "bare relay"
 HEADS_RELAY = "bare relay, heads"
@@ -169,7 +171,7 @@ class Bench:
         there (`compiled_build`). treated: what every request gets, `profile` or `adapter`."""
         named = name or treated or f"{'hemostat' if checkout is None else 'beside'} {rate:g}"
         proxy = Proxy(named, {}, {}, checkout)
-        paths = [str(checkout / folder) for folder in ("middleware", "calibration")] if checkout is not None else []
+        paths = [str(checkout / folder) for folder in SOURCES] if checkout is not None else []
         if compiled is not None:
             paths = [str(compiled)]
         for kind, upstream in self.upstreams.items():
@@ -268,7 +270,7 @@ def _policy(rate: float, name: str) -> Policy:
 def _policy_of_another(checkout: Path, rate: float) -> bytes:
     """Encoded by that checkout: a relay that cannot read its policy samples nothing, and looks fast."""
     program = "import sys; from tests.bench.proxy.proxies import encode, observing; sys.stdout.buffer.write"
-    folders = [str(checkout / folder) for folder in ("middleware", "calibration", ".")]
+    folders = [str(checkout / folder) for folder in (*SOURCES, ".")]
     return subprocess.run(
         [sys.executable, "-c", f"{program}(encode(observing({rate})))"],
         cwd=checkout,

@@ -25,13 +25,13 @@ import uvicorn
 from fastapi import FastAPI
 from transformers import AutoModelForCausalLM
 
-from hemostat.demo import vllm_server as vllm_process
 from hemostat.engines.api import engine_router
 from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.taps import TapResult
 from hemostat.reference.protocol import ScoreRequest
 from hemostat.reference.transformers import TransformersReference
 from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_lab.demo import vllm_server as vllm_process
 
 from .log import say
 

@@ -12,10 +12,10 @@ import numpy as np
 from tests.bench.recovery.engine import Written
 from tests.bench.recovery.log import say
 
-from hemostat.demo import vllm_server as vllm_process
 from hemostat.reference.hidden.pooling import POOLING_ARGUMENTS
 from hemostat.reference.on_server import ServerReference
 from hemostat.reference.protocol import ScoreRequest
+from hemostat_lab.demo import vllm_server as vllm_process
 
 AT_ONCE = 4
 

@@ -11,8 +11,8 @@ from tests.bench.llmcompressor import QUANTIZE, compress
 from tests.bench.recovery.adapters.checkpoints import AWQ_GRID
 from tests.support.adapter_models import VOCABULARY, random_texts, save, tiny_model
 
-from hemostat.adapters.building.build import BuildOptions, build, judged
-from hemostat.adapters.building.pair import CheckpointPair
+from hemostat_lab.adapters.build import BuildOptions, build, judged
+from hemostat_lab.adapters.pair import CheckpointPair
 
 pytestmark = [
     pytest.mark.slow,  # the first one installs llmcompressor

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tests.support.fake_vllm.pooling import FakePooling, as_float, bfloat16
 
-from hemostat.models.output_embedding import EmbeddingError
+from hemostat.checkpoints.output_embedding import EmbeddingError
 from hemostat.reference.full_scores import Basis, ExactScores
 from hemostat.reference.hidden import numpy_scores
 from hemostat.reference.hidden.final_map import FinalMap, NotModelled, read_final_map

@@ -10,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from hemostat.demo import vllm_server as vllm_process
-from hemostat.demo.vllm_server import VllmServer as VllmProcess
 from hemostat.reference.hidden.pooling import POOLING_ARGUMENTS, find_offer, hidden_states
 from hemostat.reference.hidden.probe import MAX_SAME_DISTANCE, TEXT, distance
 from hemostat.reference.on_server import ServerReference
 from hemostat.reference.protocol import Offer, ReferenceFailure, ScoreRequest
 from hemostat.reference.server import Refused, VllmServer
 from hemostat.reference.transformers import TransformersReference
+from hemostat_lab.demo import vllm_server as vllm_process
+from hemostat_lab.demo.vllm_server import VllmServer as VllmProcess
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]  # a server of its own
 
@@ -129,7 +129,7 @@ async def test_another_model_than_the_checkpoint_is_found(pooling_url: str, chec
 def with_columns_reversed(source: Path, folder: Path) -> Path:
     import shutil
 
-    from hemostat.models.output_embedding import find
+    from hemostat.checkpoints.output_embedding import find
 
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(source / name, folder / name)

@@ -16,13 +16,16 @@ from typing import Any
 
 import msgspec
 
+from hemostat.adapters.live.folders import CheckpointFolders
 from hemostat.adapters.live.job import InvalidResult, Job, JobFolder, Result, read_result
 from hemostat.ipc.child_process import ONE_CORE, Child, ChildExited, completed
 
-COMMAND = (sys.executable, "-m", "hemostat.adapters.building.build_process")
-"""The process; the job's folder and this process's id follow."""
+COMMAND = (sys.executable, "-m", "hemostat_lab.adapters.build_process")
+"""The laboratory's process; the job's folder and this process's id follow."""
 POLL_SECONDS = 0.25
 """Between two looks at its memory."""
+CHECK_SECONDS = 300.0
+"""The process that checks a pair of checkpoints imports torch and reads both; a slow disk may take minutes."""
 STALLED_SECONDS = 3600.0
 """Without a line of progress for so long, the process is ended."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -63,6 +66,38 @@ class _Line(msgspec.Struct, frozen=True):
     done: Any = 0
     total: int = 0
     error: str = ""
+    notes: list[str] = []
+
+
+async def check_pair(folders: CheckpointFolders, device: str, command: Sequence[str] = COMMAND) -> list[str]:
+    """Returns what an adapter of both checkpoints would not correct; BuildFailed if none can be made of them.
+
+    The laboratory's process opens the checkpoints, so that this one does not load torch.
+    """
+    said = _Line()
+
+    def read(data: bytes) -> None:
+        nonlocal said
+        with contextlib.suppress(msgspec.DecodeError):  # what a library prints
+            said = msgspec.json.decode(data, type=_Line)
+
+    parts = ["--check", str(folders.reference), str(folders.compressed), device, str(os.getpid())]
+    try:
+        child = await Child.start_command([*command, *parts], read, ONE_CORE)
+    except ChildExited as why:
+        raise BuildFailed(BuildFailure.ENDED, str(why)) from None
+    try:
+        async with asyncio.timeout(CHECK_SECONDS):
+            await child.exited.wait()
+    except TimeoutError:
+        raise BuildFailed(BuildFailure.STALLED, f"no answer within {CHECK_SECONDS:.0f} s") from None
+    finally:
+        await child.close(grace_seconds=0.0)
+    if said.error:
+        raise BuildFailed(BuildFailure.REFUSED, said.error)
+    if child.returncode != 0:
+        raise BuildFailed(BuildFailure.ENDED, f"its process ended ({child.exit_summary()})")
+    return said.notes
 
 
 class Build:

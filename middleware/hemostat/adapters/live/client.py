@@ -16,11 +16,11 @@ from hemostat.adapters.live.builder import COMMAND, Build, BuildFailed, BuildFai
 from hemostat.adapters.live.collected_texts import Texts
 from hemostat.adapters.live.folders import CheckpointFolders
 from hemostat.adapters.live.job import Job, Result, delete_left_behind
+from hemostat.checkpoints.checkpoint_digest import checkpoint_digest
 from hemostat.config.schema import Adapter
 from hemostat.ipc.backoff import Backoff
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
-from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.messages import with_detail

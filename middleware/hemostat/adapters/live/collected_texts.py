@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 import numpy as np
 
-from hemostat.models.texts import Text
+from hemostat.checkpoints.texts import Text
 from hemostat_calibration.arrays import Ids
 
 MAX_TEXT_TOKENS = 2048

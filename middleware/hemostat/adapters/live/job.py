@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from hemostat.adapters.building import build_process
+from hemostat.adapters.live import build_messages
 from hemostat.adapters.live.folders import CheckpointFolders
-from hemostat.models.texts import Text
+from hemostat.checkpoints.texts import Text
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.adapter import adapter_layers
 from hemostat_calibration.profiles.families import ADAPTER
@@ -48,7 +48,7 @@ class Job:
     vocab_size: int
     texts: Sequence[Text] = field(repr=False)
     options: dict[str, Any]
-    """`building.build_process.JobOptions`."""
+    """`build_messages.JobOptions`."""
 
     @property
     def tokens(self) -> int:
@@ -83,9 +83,9 @@ def _write(folder: Path, job: Job) -> None:
     held_out = [n % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 for n in range(len(job.texts))]
     if len(job.texts) < MIN_TEXTS_TO_HOLD_OUT:
         held_out = [False] * len(job.texts)
-    folders, options = job.folders, build_process.JobOptions(**job.options)
-    given = build_process.Job(str(folders.reference), str(folders.compressed), job.model, options)
-    build_process.write_job(folder, given, job.texts, held_out)
+    folders, options = job.folders, build_messages.JobOptions(**job.options)
+    given = build_messages.Job(str(folders.reference), str(folders.compressed), job.model, options)
+    build_messages.write_job(folder, given, job.texts, held_out)
 
 
 def delete_left_behind() -> int:
@@ -108,8 +108,8 @@ def delete_left_behind() -> int:
 def read_result(folder: Path, job: Job) -> Result:
     """What the worker wrote, checked against the job and both checkpoints. InvalidResult."""
     try:
-        report = json.loads(_bytes(folder / build_process.REPORT_FILE, MAX_REPORT_BYTES))
-        profile = CalibrationProfile.from_bytes(_bytes(folder / build_process.PROFILE_FILE, MAX_PROFILE_BYTES))
+        report = json.loads(_bytes(folder / build_messages.REPORT_FILE, MAX_REPORT_BYTES))
+        profile = CalibrationProfile.from_bytes(_bytes(folder / build_messages.PROFILE_FILE, MAX_PROFILE_BYTES))
         if not isinstance(report, dict):
             raise InvalidResult("report.json is not an object")
         _check(profile, report, job)

@@ -34,7 +34,7 @@ from hemostat_calibration.records import ExactDistances, TokenRecord
 
 log = logging.getLogger("hemostat.adapters")
 
-MODULE = "hemostat.adapters.live.judge_process"
+MODULE = "hemostat_lab.adapters.judge_process"
 BACKOFF = (0.5, 2.0, 10.0, 60.0)
 """Seconds before a judge that ended is started again, by how often in a row it failed before it was ready."""
 MAX_WAITING = 16

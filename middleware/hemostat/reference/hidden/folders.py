@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from hemostat.models.output_embedding import EmbeddingError
+from hemostat.checkpoints.output_embedding import EmbeddingError
 
 
 def find_checkpoint(folder: Path | None, root: str) -> Path:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from hemostat.models.output_embedding import EmbeddingError, find, floats, read_config, vocabulary
+from hemostat.checkpoints.output_embedding import EmbeddingError, find, floats, read_config, vocabulary
 from hemostat.reference.hidden.final_map import FinalMap, NotModelled, read_final_map
 from hemostat_calibration.messages import in_words
 

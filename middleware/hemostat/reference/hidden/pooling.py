@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hemostat.models.output_embedding import floats
+from hemostat.checkpoints.output_embedding import floats
 from hemostat.reference.protocol import FailureReason, Offer, ReferenceFailure
 from hemostat.reference.server import NO_SUCH_ROUTE, Refused, VllmServer
 

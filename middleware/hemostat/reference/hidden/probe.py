@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hemostat.models.output_embedding import floats
+from hemostat.checkpoints.output_embedding import floats
 from hemostat.reference.hidden.pooling import States
 from hemostat_calibration.arrays import Floats
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hemostat.models.output_embedding import EmbeddingError, floats
+from hemostat.checkpoints.output_embedding import EmbeddingError, floats
 from hemostat.reference import device, worker_messages
 from hemostat.reference.full_scores import ExactScores
 from hemostat.reference.hidden import numpy_scores

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hemostat.models.checkpoint_digest import checkpoint_digest
-from hemostat.models.output_embedding import EmbeddingError
+from hemostat.checkpoints.checkpoint_digest import checkpoint_digest
+from hemostat.checkpoints.output_embedding import EmbeddingError
 from hemostat.reference import worker_messages
 from hemostat.reference.hidden.folders import find_checkpoint, identity
 from hemostat.reference.hidden.pooling import States, hidden_states

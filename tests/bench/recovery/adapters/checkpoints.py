@@ -11,7 +11,7 @@ from tests.bench.llmcompressor import QUANTIZE, compress
 from tests.bench.recovery.engine import Written
 from tests.bench.recovery.log import say
 
-from hemostat.demo.checkpoints import cached_checkpoints
+from hemostat_lab.demo.checkpoints import cached_checkpoints
 
 from .texts import checkpoint_digest
 

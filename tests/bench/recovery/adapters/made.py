@@ -13,15 +13,15 @@ from tests.bench.recovery.engine import Written
 from tests.bench.recovery.log import say
 from tests.bench.recovery.stages import Stages, cache_name
 
-from hemostat.adapters.building.build import BuildOptions, build
-from hemostat.adapters.building.distil import distil
-from hemostat.adapters.building.pair import CheckpointPair
-from hemostat.models.copies import Copy
-from hemostat.models.parts import Parts
-from hemostat.models.texts import Text
-from hemostat.models.work_folder import WorkFolder
+from hemostat.checkpoints.texts import Text
 from hemostat_calibration.profiles.adapter import adapter_layers, adapter_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_lab.adapters.build import BuildOptions, build
+from hemostat_lab.adapters.distil import distil
+from hemostat_lab.adapters.pair import CheckpointPair
+from hemostat_lab.models.copies import Copy
+from hemostat_lab.models.parts import Parts
+from hemostat_lab.models.work_folder import WorkFolder
 
 from .checkpoints import Pair
 from .plan import Variant

@@ -12,8 +12,8 @@ from tests.bench.recovery.figures import Figures
 from tests.bench.recovery.learning import GrowingRun, Learned
 from tests.bench.recovery.stages import Stages
 
+from hemostat.checkpoints.output_embedding import load as load_embedding
 from hemostat.learner.learner_process import eligible, special_ids
-from hemostat.models.output_embedding import load as load_embedding
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
 from hemostat_calibration.learning.contextual.learner import ContextualLearner
 

@@ -12,7 +12,7 @@ import torch
 from tests.bench.recovery.log import say
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hemostat.compression.rounding import rounded
+from hemostat_lab.compression.rounding import rounded
 
 SCALE_BITS = 16
 

@@ -34,7 +34,7 @@ Adapter = Mapping[str, LowRank]
 
 
 class RunsTexts(Protocol):
-    """What is needed of a copy of a checkpoint: see hemostat.models.copies."""
+    """What is needed of a copy of a checkpoint: see hemostat_lab.models.copies."""
 
     model: Any
 

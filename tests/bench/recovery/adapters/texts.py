@@ -17,7 +17,7 @@ from tests.bench.recovery import prompts
 from tests.bench.recovery.engine import Ask, Written, engine
 from tests.bench.recovery.stages import Stages
 
-from hemostat.demo import vllm_server as vllm_process
+from hemostat_lab.demo import vllm_server as vllm_process
 
 MAX_TOKENS = 96
 PART = 240

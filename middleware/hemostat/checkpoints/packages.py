@@ -1,0 +1,53 @@
+"""Packages that a job needs beside Hemostat's own dependencies, and the extra of the distribution that brings them.
+
+The extras themselves: `pyproject.toml`. What the configuration needs (`tracing`, `postgres`) is checked there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+from hemostat.checkpoints.errors import one_line
+from hemostat.config.install_command import install_command
+from hemostat_calibration.errors import HemostatError
+
+EXTRAS = {
+    "transformers": ("torch", "transformers", "accelerate"),
+    "lab": ("hemostat_lab", "torch", "transformers", "accelerate", "compressed_tensors"),
+    "report": ("jinja2",),
+}
+"""Extra -> modules. lab: whatever opens whole checkpoints."""
+DISTRIBUTIONS = {"compressed_tensors": "compressed-tensors", "hemostat_lab": "hemostat-lab"}
+"""Module -> distribution, where its name is another one."""
+
+
+class MissingPackageError(HemostatError):
+    """The text names what is not installed, and the extra to install."""
+
+
+def missing(extra: str) -> str:
+    """What of an extra is not installed, and how to install it, in one line; "" where nothing is missing.
+
+    Without importing the packages, which takes seconds and memory.
+    """
+    absent = [DISTRIBUTIONS.get(name, name) for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(absent)}; {install_command(extra, absent)}" if absent else ""
+
+
+def require(extra: str) -> None:
+    """Raises MissingPackageError."""
+    if text := missing(extra):
+        raise MissingPackageError(text)
+
+
+def problem(extra: str) -> str:
+    """As `missing`, and why a package cannot be imported, if so: a version or a system library that does not fit."""
+    if text := missing(extra):
+        return text
+    for name in EXTRAS[extra]:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # noqa: BLE001  any package's own code
+            return f"{DISTRIBUTIONS.get(name, name)} cannot be imported ({one_line(error)}); {install_command(extra)}"
+    return ""

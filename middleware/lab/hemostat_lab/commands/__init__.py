@@ -1,0 +1,1 @@
+"""The commands of the laboratory. `hemostat` finds them by their entry points."""

@@ -1,0 +1,106 @@
+"""What a layer's linear layers read in the dense model, beside what they read behind pruned ones.
+
+A pruned linear layer is fitted so that W' x̂, on its own input x̂, is W x, of the dense weight on the dense model's input
+x: it makes up for a part of what those before it lost (as Li et al. 2025, arXiv 2504.02692, do for rounding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hemostat_lab.compression.frame import LayerData
+from hemostat_lab.models.activations import GRAM_ROWS, Batch, Hook, forward_hooks, valid_rows
+from hemostat_lab.models.experts import is_expert
+
+
+@dataclass(slots=True)
+class PairedMoments:
+    """Of a linear layer's inputs, float64 [inputs, inputs]: second = Σ x̂ x̂ᵀ, gap = Σ (x − x̂) x̂ᵀ, of `tokens`."""
+
+    second: torch.Tensor
+    gap: torch.Tensor
+    tokens: int = 0
+
+
+class DenseInputs:
+    """Of one decoder layer: in memory, of all texts, in the model's dtype. Of an expert only `second` is known, and the
+    gap is 0: which tokens it reads changes with what the layers before it compute.
+
+    groups: by the first linear layer that reads a tensor, all that do, in the order in which they are computed.
+    """
+
+    def __init__(self, layer: LayerData) -> None:
+        """layer: with the dense weights. It passes on the dense model's hidden states to the next one."""
+        self.groups: dict[str, list[str]] = {}
+        self._layer = layer
+        self._dense: dict[str, list[torch.Tensor]] = {}
+        """By group, for each batch."""
+        walk = layer.run.texts_walk
+        if layer.index:  # finished and stored
+            walk.leave(layer.index - 1, backwards=False)
+        walk.pass_on(layer.index, self._reading)
+
+    @property
+    def stages(self) -> Collection[list[str]]:
+        """The groups whose layers are pruned at once, one after the other; all experts are one stage."""
+        stages: dict[str, list[str]] = {}
+        for group in self.groups:
+            stages.setdefault("experts" if is_expert(group) else group, []).append(group)
+        return stages.values()
+
+    def moments(self, groups: Collection[str]) -> Mapping[str, PairedMoments]:
+        """With the weights that the layer has now. A group that no text reaches any more is left out."""
+        result: dict[str, PairedMoments] = {}
+        dense = {group: iter(self._dense.pop(group, ())) for group in groups}
+
+        def pairing(batch: Batch) -> AbstractContextManager[None]:
+            def hook(group: str) -> Hook:
+                def see(module: Any, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
+                    own = valid_rows(arguments[0], batch.valid)
+                    _add(result, group, own, own if is_expert(group) else next(dense[group]))
+
+                return see
+
+            return forward_hooks((self._layer.linears[group], hook(group)) for group in groups)
+
+        self._layer.forward(pairing)
+        return result
+
+    @contextmanager
+    def _reading(self, batch: Batch) -> Iterator[None]:
+        # Kept meanwhile, so that another tensor does not get the same identity.
+        read: dict[int, tuple[str, torch.Tensor]] = {}
+
+        def hook(name: str) -> Hook:
+            def see(module: Any, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
+                given = arguments[0]
+                group, _ = read.setdefault(id(given), (name, given))
+                names = self.groups.setdefault(group, [])
+                if name not in names:
+                    names.append(name)
+                if group == name and not is_expert(name):
+                    self._dense.setdefault(name, []).append(valid_rows(given, batch.valid))
+
+            return see
+
+        with forward_hooks((module, hook(name)) for name, module in self._layer.linears.items()):
+            yield
+        read.clear()
+
+
+def _add(moments: dict[str, PairedMoments], group: str, own: torch.Tensor, dense: torch.Tensor) -> None:
+    """Rows [n, inputs] of x̂ and x."""
+    width = own.shape[1]
+    if group not in moments:
+        moments[group] = PairedMoments(*(torch.zeros(width, width, dtype=torch.float64) for _ in range(2)))
+    total = moments[group]
+    total.tokens += len(own)
+    for part, other in zip(own.float().split(GRAM_ROWS), dense.float().split(GRAM_ROWS), strict=True):
+        total.second += (part.T @ part).to("cpu", torch.float64)
+        if dense is not own:
+            total.gap += ((other - part).T @ part).to("cpu", torch.float64)

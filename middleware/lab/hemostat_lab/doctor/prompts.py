@@ -1,0 +1,90 @@
+"""The prompt file: one prompt per line, as JSON or as plain text."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import msgspec
+
+from hemostat_lab.doctor.options import DoctorError
+
+SHAPE = '{"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
+
+
+class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    role: str
+    content: str
+
+
+class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    prompt: str | None = None
+    messages: list[_Message] | None = None
+    completion: str | None = None
+    max_tokens: int | None = None
+    kind: str = ""
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """One line: `text` or `messages` is given, not both. `completion`: a text to score instead of a generated one."""
+
+    where: str
+    """`file:line`"""
+    line: int
+    text: str | None = None
+    messages: list[dict[str, str]] | None = None
+    completion: str | None = None
+    max_tokens: int | None = None
+
+    @property
+    def display_text(self) -> str:
+        """The prompt in one string, for `--show-text`."""
+        if self.messages is None:
+            return self.text or ""
+        return "\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
+
+
+def load(path: Path | None, max_prompts: int | None) -> list[Prompt]:
+    """The first `max_prompts` prompts of a file (None: all); without `path` those of the demo. Raises DoctorError."""
+    if path is None:
+        name = "prompts.jsonl"
+        data = resources.files("hemostat_lab.demo").joinpath(name).read_bytes()
+    else:
+        name = str(path)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DoctorError(f"--prompts: {name} cannot be read ({error.strerror}); name a text file") from None
+    prompts: list[Prompt] = []
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if max_prompts is not None and len(prompts) == max_prompts:
+            break
+        if line.strip():
+            prompts.append(_parse(line, f"{name}:{number}", number))
+    if not prompts:
+        raise DoctorError(f"--prompts: {name} contains no prompt; write one per line, as text or as {SHAPE}")
+    return prompts
+
+
+def _parse(data: bytes, where: str, number: int) -> Prompt:
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise DoctorError(f"{where}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    if not text.lstrip().startswith("{"):
+        return Prompt(where, number, text=text.rstrip("\r"))
+    try:
+        line = msgspec.json.decode(text, type=_Line)
+    except msgspec.DecodeError as error:
+        raise DoctorError(
+            f"{where}: no prompt ({error}); write {SHAPE}, or text that does not begin with a brace"
+        ) from None
+    if (line.prompt is None) == (line.messages is None):
+        raise DoctorError(f"{where}: give either prompt or messages, as in {SHAPE}")
+    for name, value in (("prompt", line.prompt), ("messages", line.messages), ("completion", line.completion)):
+        if value is not None and not value:
+            raise DoctorError(f"{where}: {name} is empty; fill it in or leave the line out")
+    if line.max_tokens is not None and line.max_tokens < 1:
+        raise DoctorError(f"{where}: max_tokens is {line.max_tokens}; give at least 1")
+    messages = None if line.messages is None else [{"role": m.role, "content": m.content} for m in line.messages]
+    return Prompt(where, number, line.prompt, messages, line.completion, line.max_tokens)

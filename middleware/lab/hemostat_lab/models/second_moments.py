@@ -1,0 +1,139 @@
+"""Second moments of what each linear layer reads and of the gradients at its outputs, one decoder layer at a time.
+
+With gradients the model is run forwards once and then backwards (`walk`). Finished layers are stored: what is killed
+goes on at the layer where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hemostat_calibration.adapters.gram import Metric, metric_for_budget
+from hemostat_lab.models.activations import Moments, measured, output_key, run_layer
+from hemostat_lab.models.parts import Parts
+from hemostat_lab.models.skeleton import Skeleton, WeightSource
+from hemostat_lab.models.walk import LayerWalk
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage, finished steps and all steps."""
+Finish = Callable[[str, Moments], Mapping[str, torch.Tensor]]
+"""Makes what is stored of a decoder layer from its name and its statistics."""
+
+STATISTICS = "statistics"
+BASE_BYTES = 700 << 20
+"""Of a process with torch and transformers, before any weights."""
+
+
+class LayerStatistics:
+    """The statistics of one model on texts.
+
+    source: its weights. seed: of the tokens that the gradients are taken for. gradients: measure the outputs' metric,
+    too. moments: what is made of a layer's inputs and gradients. full: True: full statistics whatever memory they
+    need, False: diagonals, None: as `memory_bytes` allows.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        source: WeightSource,
+        texts: Sequence[npt.NDArray[np.int32]],
+        parts: Parts,
+        *,
+        gradients: bool,
+        full: bool | None,
+        memory_bytes: int,
+        seed: int,
+        progress: Progress,
+        moments: Callable[[], Moments] = Moments,
+    ) -> None:
+        self._skeleton = skeleton
+        self._names = list(skeleton.layers)
+        self._parts = parts
+        self._gradients = gradients
+        self._full = full
+        self._memory_bytes = memory_bytes
+        self._progress = progress
+        self._make_moments = moments
+        steps = len(self._names) * (1 + gradients)
+        self._walk = LayerWalk(
+            skeleton, source, texts, parts, seed=seed, passed=lambda n: progress(STATISTICS, n + 1, steps)
+        )
+        self._groups: dict[tuple[str, ...], dict[str, str]] = {}
+
+    def run(self, finish: Finish) -> dict[str, dict[str, torch.Tensor]]:
+        """What `finish` makes of each decoder layer, by its name. AdaptError, WorkFolderError."""
+        count = len(self._names)
+        result: dict[str, dict[str, torch.Tensor]] = {}
+        for n in range(count - 1, -1, -1) if self._gradients else range(count):
+            kept = self._parts.get(_layer(n))
+            if kept is None:
+                self._measure_layer(n, finish)
+                kept = self._parts.get(_layer(n))
+                assert kept is not None, n
+            result[self._names[n]] = kept
+            done = count - n if self._gradients else n + 1
+            self._progress(STATISTICS, done + count * self._gradients, count * (1 + self._gradients))
+        self._walk.drop()
+        return {name: result[name] for name in self._names}
+
+    def drop(self) -> None:
+        """Remove what is stored of the layers: the next run measures them again."""
+        for n in range(len(self._names)):
+            self._parts.drop(_layer(n))
+
+    def _measure_layer(self, n: int, finish: Finish) -> None:
+        """Stores what is made of decoder layer `n`, and what the next layer to be measured needs."""
+        layer = self._names[n]
+        moments = self._make_moments()
+        metrics: dict[str, Metric] = {}
+        self._walk.measure(
+            n,
+            lambda batch: measured(self._skeleton, layer, batch.valid, moments, metrics, self._gradients),
+            backwards=self._gradients,
+            prepare=lambda hidden: metrics.update(self._metrics(n, hidden)),
+        )
+        self._parts.put(_layer(n), finish(layer, moments))
+        self._walk.leave(n, backwards=self._gradients)
+
+    def _metrics(self, n: int, hidden: Sequence[torch.Tensor]) -> dict[str, Metric]:
+        """What is kept of each input and output of decoder layer `n`, which is loaded."""
+        layer = self._names[n]
+        linears = self._skeleton.linears_of(layer)
+        same_kind = tuple(name.removeprefix(layer) for name in linears)
+        if same_kind not in self._groups:
+            # Which linear layers share their inputs is seen in a forward pass.
+            moments = Moments()
+            _, calls = self._walk.embeddings()
+            with torch.no_grad(), measured(self._skeleton, layer, self._walk.batches[0].valid, moments, {}, False):
+                run_layer(self._skeleton, n, hidden[0].to(self._skeleton.device), calls[0])
+            self._groups[same_kind] = {
+                name.removeprefix(layer): group.removeprefix(layer) for name, group in moments.groups.items()
+            }
+        groups = self._groups[same_kind]
+        # One that the first batch does not reach, such as an expert, may be reached by another.
+        widths = {}
+        for name, module in linears.items():
+            short = name.removeprefix(layer)
+            if groups.get(short, short) == short:
+                widths[name] = module.in_features
+        if self._gradients:
+            widths |= {output_key(name): module.out_features for name, module in linears.items()}
+        if self._full is not None:
+            return dict.fromkeys(widths, Metric.FULL if self._full else Metric.DIAGONAL)
+        # One layer is solved at a time: its error, three products of its size, and its statistics once more.
+        workspace = max(
+            8 * (4 * m.in_features * m.out_features + 3 * min(m.in_features, m.out_features) ** 2)
+            + 8 * max(m.in_features, m.out_features) ** 2
+            for m in linears.values()
+        )
+        weights = sum(p.numel() * p.element_size() for p in self._skeleton.layers[layer].parameters())
+        states = sum(part.numel() * part.element_size() for part in hidden) * (3 if self._gradients else 2)
+        return metric_for_budget(widths, max(0, self._memory_bytes - BASE_BYTES - weights - states - workspace))
+
+
+def _layer(n: int) -> str:
+    return f"layer-{n:04d}"
