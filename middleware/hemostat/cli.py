@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from hemostat import __version__
-from hemostat.checkpoints import packages
 from hemostat.commands import canaries, check, control, engines, init, profile, relay, serve
 from hemostat.commands.arguments import EXIT_INTERRUPTED, Parser, UsageError
+from hemostat.config.install_command import install_command
 from hemostat_calibration.errors import HemostatError
 
 GROUP = "hemostat.commands"
@@ -80,7 +80,8 @@ def _parser(arguments: Sequence[str]) -> ArgumentParser:
 
 def _unknown(named: str, available: list[str]) -> str:
     if named in LABORATORY:
-        return f"{named} is a command of the laboratory; {packages.missing('lab') or 'install hemostat-lab again'}"
+        advice = install_command("lab", ["hemostat-lab"])
+        return f"{named} is a command of the laboratory, which is not installed; {advice}"
     near = difflib.get_close_matches(named, [*available, *LABORATORY], 1)
     hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(available)}"
     shown = f"unknown command {named!r}" if named.isalnum() else "unknown command"

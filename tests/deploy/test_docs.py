@@ -401,7 +401,13 @@ def test_where_does_it_go_names_files_that_exist() -> None:
     named = [name for name in re.findall(r"`([^`\s]+)`", section) if "/" in name or name.endswith(".py")]
     assert len(named) > 20
     tops = ("calibration/", "deploy/", "docs/", "helm/", "middleware/", "tests/")
-    paths = [ROOT / name if name.startswith(tops) else ROOT / "middleware" / "hemostat" / name for name in named]
+    laboratory = ROOT / "middleware" / "lab"
+    paths = [
+        ROOT / name
+        if name.startswith(tops)
+        else (laboratory if name.startswith("hemostat_lab/") else ROOT / "middleware" / "hemostat") / name
+        for name in named
+    ]
     assert [path for path in paths if not path.exists()] == []
 
 
@@ -426,7 +432,7 @@ def test_the_tree_in_contributing_has_every_package_and_module() -> None:
         else:
             named[ROOT / names[0]] = set()
     assert [folder for folder in named if not folder.is_dir()] == []
-    for package in ("middleware/hemostat", "calibration/hemostat_calibration"):
+    for package in ("middleware/hemostat", "middleware/lab/hemostat_lab", "calibration/hemostat_calibration"):
         inside = {f"{path.parent.name}/" for path in (ROOT / package).glob("*/__init__.py")}
         inside |= {path.stem for path in (ROOT / package).glob("[!_.]*.py")}
         assert named[ROOT / package] == inside, package

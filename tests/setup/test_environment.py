@@ -25,7 +25,9 @@ def environment() -> ModuleType:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    (tmp_path / "pyproject.toml").write_text("[project]\n")
+    for folder in (".", "calibration", "middleware/lab"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "pyproject.toml").write_text("[project]\n")
     return tmp_path
 
 

@@ -15,6 +15,7 @@ _REQUIREMENT = re.compile(
 )
 
 
+IN_THE_SOURCES = ", in the folder of Hemostat's sources"
 _FOLDERS = {"hemostat-lab": "./middleware/lab", "hemostat-vllm": "./calibration"}
 """Hemostat's other distributions, and where they are in its sources."""
 
@@ -45,8 +46,7 @@ def install_command(extra: str, only: Collection[str] = ()) -> str:
     folders = [folder for name, folder in _FOLDERS.items() if name in only]
     needed = [text for name, text in requirements(extra).items() if not only or name in only]
     if folders:
-        return f"pip install {' '.join(folders)}, in the folder of Hemostat's sources"
+        return "pip install " + " ".join(folders) + IN_THE_SOURCES
     if not needed:
-        what = _FOLDERS["hemostat-lab"] if extra == "lab" else f"'.[{extra}]'"
-        return f"pip install {what}, in the folder of Hemostat's sources"
+        return "pip install " + (_FOLDERS["hemostat-lab"] if extra == "lab" else f"'.[{extra}]'") + IN_THE_SOURCES
     return "pip install " + " ".join(f"'{text}'" for text in needed)
