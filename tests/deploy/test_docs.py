@@ -40,10 +40,10 @@ from hemostat.relay.exchange import UPLOADS_EXHAUSTED
 DEPLOY = ROOT / "deploy"
 DOCS = ROOT / "docs"
 NOT_METRICS = {
-    *("hemostat_calibration", "hemostat_engine", "hemostat_tap", "hemostat_tap_top", "hemostat_force"),
+    *("hemostat_calibration", "hemostat_engine", "hemostat_lab", "hemostat_tap", "hemostat_tap_top", "hemostat_force"),
     *("hemostat_kv_precision", "hemostat_mac"),
 }
-"""Names with the prefix of metrics that are not metrics: two packages, and a key of `vllm_xargs`."""
+"""Names with the prefix of metrics that are not metrics: packages and keys of `vllm_xargs`."""
 
 
 def script(name: str) -> ModuleType:

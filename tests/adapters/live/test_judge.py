@@ -157,7 +157,7 @@ async def judge(target: JudgeTarget | None, profiles: Mapping[str, CalibrationPr
 
 def pid() -> int | None:
     """Of the judge's process."""
-    return next(iter(children("adapters.live.judge_process")), None)
+    return next(iter(children("hemostat_lab.adapters.judge_process")), None)
 
 
 async def ready(adapter_judge: AdapterJudge) -> None:

@@ -27,7 +27,7 @@ WORKER = [sys.executable, "-W", "ignore", "-c", RUN]
 
 
 def write(folder: Path, tiny: TinyCheckpoints, **options: Any) -> None:
-    from hemostat_lab.adapters.build_process import Job, JobOptions, write_job
+    from hemostat.adapters.live.build_messages import Job, JobOptions, write_job
 
     texts = random_texts(10)
     job = Job(str(tiny.reference), str(tiny.packed), "served", JobOptions(**{"rank": 4, **options}))

@@ -381,7 +381,8 @@ def test_bad_command_line_is_one_line_of_error(
 def test_missing_torch_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     from hemostat_lab.doctor import main as module
 
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: find(name) if name == "hemostat_lab" else None)
     with pytest.raises(module.DoctorError, match=r"not installed: torch, transformers, .*pip install .*'torch<"):
         module.open_pair(module.DoctorOptions("a/b", "c/d"))
 

@@ -40,7 +40,7 @@ class InvalidResult(HemostatError):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is made, of what. digests: of both checkpoints, reference first, as `models.checkpoint_digest`."""
+    """What is made, of what. digests: of both checkpoints, reference first, as `checkpoints.checkpoint_digest`."""
 
     folders: CheckpointFolders
     digests: tuple[str, str]
