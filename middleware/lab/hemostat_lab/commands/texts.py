@@ -41,14 +41,9 @@ class Writer:
     max_positions: int | None = None
 
     def texts(self, prompts: Sequence[Prompt], work: WorkFolder, reporter: Reporter) -> list[Text]:
-<<<<<<< HEAD:middleware/hemostat/commands/texts.py
         """Returns the prompts with their completions; a prompt without one is completed. Raises AdaptError or
         UsageError."""
-        from hemostat.models.texts import Text, check_ids  # noqa: PLC0415  torch
-=======
-        """The prompts with their completions; those without one are completed. AdaptError, UsageError."""
         from hemostat.checkpoints.texts import Text, check_ids  # noqa: PLC0415  torch
->>>>>>> 83e23742 (Move what opens whole checkpoints into a laboratory, hemostat_lab, and build three wheels):middleware/lab/hemostat_lab/commands/texts.py
 
         tokenizer = self._tokenizer()
         encoded: list[Ids] = []
