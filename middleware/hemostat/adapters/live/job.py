@@ -40,7 +40,7 @@ class InvalidResult(HemostatError):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is made, of what. digests: of both checkpoints, reference first, as `checkpoints.checkpoint_digest`."""
+    """The adapter to make, and the checkpoints and texts that it is made from. digests: of both checkpoints, reference first, as `checkpoint_digest` gives them."""
 
     folders: CheckpointFolders
     digests: tuple[str, str]
