@@ -40,7 +40,10 @@ class InvalidResult(HemostatError):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The adapter to make, and the checkpoints and texts that it is made from. digests: of both checkpoints, reference first, as `checkpoint_digest` gives them."""
+    """The adapter to make, and the checkpoints and texts that it is made from.
+
+    digests: of both checkpoints, reference first, as `checkpoint_digest` returns them.
+    """
 
     folders: CheckpointFolders
     digests: tuple[str, str]
