@@ -85,7 +85,7 @@ class AllowedSets:
 
 
 def words(vocab_size: int) -> int:
-    """Words of one set: ceil(V / 32).
+    """Returns the number of words of one set, ceil(V / 32).
 
     >>> words(33)
     2

@@ -50,7 +50,7 @@ from hemostat_calibration.canary_cause import CauseBaseline
 from hemostat_calibration.errors import InvalidArgumentError
 
 REPLAYS = 4
-"""Baseline replays: a sequence of an unchanged engine votes with a probability of 1 / 5."""
+"""The number of baseline replays: a sequence of an unchanged engine votes with a probability of 1 / 5."""
 REPLAYS_PER_YEAR = 24 * 365
 ALPHA_PER_YEAR = 0.01
 """Probability that an unchanged engine is ever called changed in a year of hourly replays."""
@@ -153,7 +153,7 @@ class Comparison:
 
     @property
     def nats(self) -> float:
-        """Median distance of the sequences."""
+        """The median distance of the sequences."""
         return float(np.median(self.distances))
 
     @property
@@ -204,16 +204,16 @@ class CanarySet:
         return votes_needed(len(self.canaries), len(self.baseline))
 
     def compare(self, now: Floats, tolerance: float = TOLERANCE_NATS) -> Comparison:
-        """Now against then. now: float64 [N], one replay. tolerance: nats."""
+        """Compares a replay with the baseline. now: float64 [N], one replay. tolerance: nats."""
         replays = np.vstack([self.baseline, now])
         total = replays.sum(axis=0)
         *then, distances = [self._distances(replay, (total - replay) / len(self.baseline)) for replay in replays]
         return Comparison(distances, np.maximum(np.max(then, axis=0), tolerance), self.needed)
 
     def compare_engines(self, now: Mapping[str, Floats], tolerance: float = TOLERANCE_NATS) -> dict[str, Comparison]:
-        """Engine against engine: of each sequence the median of an engine's distances from the others, the lower one of
-        two. So one that is like most others is not far away, whatever the rest does; of two engines both differ. Which
-        requests an engine gets has no influence: all were asked the same.
+        """Compares an engine with the other engines: for each sequence it takes the median of an engine's distances
+        from the others, the lower one of two. So one that is like most others is not far away, whatever the rest does;
+        of two engines both differ. Which requests an engine gets has no influence: all were asked the same.
 
         now: by engine, float64 [N]. Empty for a single one.
 

@@ -45,7 +45,7 @@ MAX_TEXT = 1_000
 MIN_TEXT = 256
 """Tokens; of a model with a shorter context nothing is said."""
 WINDOW = 32
-"""Tokens of a short piece, and of a part of the whole text."""
+"""The number of tokens of a short piece, and of a part of the whole text."""
 PROMPT = 144
 """Tokens of the first prompt after which tokens are decoded: more than a block of the prefix cache, of 128 on a CPU."""
 STEP = 40
@@ -74,7 +74,7 @@ none. A cast of bfloat16 to FP8 changes it by 2.4 and more.
 
 
 class Cause(DescribedEnum):
-    """Values of the label `cause`."""
+    """The values of the label `cause`."""
 
     NONE = "none", "no variant differs from then"
     WEIGHTS = "weights", "what the model computes for each token: its weights, their scales, or kernels"
@@ -193,7 +193,7 @@ def prompts() -> list[int]:
 
 
 def shapes(length: int) -> dict[Variant, int]:
-    """Log-probabilities of each variant, of a text of so many tokens.
+    """Returns the number of log-probabilities of each variant, for a text of so many tokens.
 
     >>> shapes(256)[Variant.SHORT], shapes(256)[Variant.DECODED]
     (248, 32)

@@ -82,7 +82,7 @@ def without_acting(xargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mac(xargs: Mapping[str, Any], secret: str, salt: str) -> str:
-    """Over JSON, in which a number and its text differ, as in the request."""
+    """Returns the MAC over JSON, in which a number and its text differ, as in the request."""
     acting = [[key, xargs[key]] for key in ACTING_KEYS if xargs.get(key) is not None]
     try:
         message = json.dumps([salt, acting], separators=(",", ":"))

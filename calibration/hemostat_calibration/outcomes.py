@@ -131,7 +131,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class _Lengths:
-    """Sums of one group in one arm. squares: as in `RunningMean`, about the arm's mean before each unit."""
+    """The sums of one group in one arm. squares: as in `RunningMean`, about the arm's mean before each unit."""
 
     units: int = 0
     total: float = 0.0
@@ -161,12 +161,12 @@ class Trial:
         self._units = 0
         self._clients: dict[bytes, int] = {}
         self._counts: dict[Outcome, list[TwoArms]] = {}
-        """By outcome, of each group."""
+        """The counts by outcome, for each group."""
         self._first: list[float] = []
         """Lengths while the cap is not known."""
         self._cap: float | None = None
         self._lengths: dict[bool, list[_Lengths]] = {arm: [_Lengths()] * GROUPS for arm in (False, True)}
-        """By arm, treated or not, of each group."""
+        """The sums of lengths by arm, treated or not, for each group."""
 
     @property
     def alpha(self) -> float:
@@ -255,7 +255,7 @@ class Trial:
         return None
 
     def _evidence(self, counts: list[TwoArms]) -> float:
-        """log e over log 1/alpha, of the strictest one of all units and all units without a group."""
+        """Returns log e over log 1/alpha, for the strictest one of all units and all units without a group."""
         if not self.decides:
             return 0.0
         margin, needed = self.settings.margin, -math.log(self.alpha)
@@ -308,7 +308,7 @@ class Trial:
     # --- restarts --------------------------------------------------------------------------------------------------
 
     def save(self) -> dict[str, Any]:
-        """JSON-ready; at most about 15 kB."""
+        """Returns the trial, JSON-ready, at most about 15 kB."""
         return {
             "version": self.version,
             "number": self.number,

@@ -36,7 +36,7 @@ class Arm(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """Chosen ids of one model with their log-probabilities, one row for each position.
+    """The chosen ids of one model with their log-probabilities, one row for each position.
 
     ids: int32 [T, K]; -1 pads. No duplicate id in a row.
     logprobs: float64 [T, K], nats; -inf where padded.
@@ -90,7 +90,7 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class ExactDistances:
-    """Distances of one model from the reference over the full vocabulary, by output position, computed on copies of
+    """The distances of one model from the reference over the full vocabulary, by output position, computed on copies of
     both models.
 
     kl: float64 [T], KL(reference‖model), nats; infinite where the model gives no distribution at all (its logits are
@@ -167,7 +167,7 @@ class TokenRecord:
     sampling: Sampling = field(default_factory=Sampling)
     arm: Arm = Arm.NONE
     requested: str | None = None
-    """Profile version that the proxy asked the engine for."""
+    """The profile version that the proxy asked the engine for."""
     applied: str | None = None
     """Profile version that the engine reports as applied; None is identity."""
     drawn_emitted: Floats | None = None
@@ -177,7 +177,7 @@ class TokenRecord:
     shifts: Mapping[str, Shift] = field(default_factory=dict)
     """The shifts by profile version: the served one, and any candidate under evaluation."""
     features: Features | None = None
-    """None when the engine gave none."""
+    """The engine's features; None when it gave none."""
     reference_hidden: npt.NDArray[np.float32] | None = None
     """The reference's last hidden state h after the final norm, float32 [T, d], so that its logits are W h; None if it
     does not give it.
@@ -185,7 +185,7 @@ class TokenRecord:
     position: int = 0
     """Output tokens before the first one of `output_ids`: above 0 where only the last ones of an output are scored."""
     context_tokens: int = 0
-    """Tokens before the first one of `output_ids`, of the prompt and of the output; 0: not known."""
+    """The number of tokens before the first one of `output_ids`, in the prompt and in the output; 0: not known."""
     thinking: Thinking | None = None
     """The thinking, in positions of the whole output; None if there is none, or if the markers are not known."""
     adapter: str | None = None

@@ -34,7 +34,7 @@ from hemostat_calibration.arrays import Floats, Ids, Singles
 from hemostat_calibration.records import RecoveredDivergence
 
 LOGIT_NOISE = 0.03
-"""Standard deviation of a logit as engines hand it out, nats: computed in bfloat16, reported in float16."""
+"""The standard deviation of a logit as engines hand it out, nats: computed in bfloat16, reported in float16."""
 _PRIOR_VARIANCE = 25.0
 """The variance of a logit before any is read."""
 _MIN_MASS = 1e-9
@@ -62,7 +62,7 @@ class StateRecovery:
         return states
 
     def variances(self, rows: Singles, origin: Singles) -> Singles:
-        """(w − w₀)ᵀ P (w − w₀), float32 [n], of rows w, float32 [n, d]; w₀: `origin`, float32 [d].
+        """Returns (w − w₀)ᵀ P (w − w₀), float32 [n], of rows w, float32 [n, d]; w₀: `origin`, float32 [d].
 
         >>> recovery = recover_states(np.array([[1.0], [-1.0]], np.float32), noise=1.0)
         >>> recovery.variances(np.array([[2.0]], np.float32), np.zeros(1, np.float32)).round(2)
@@ -102,7 +102,7 @@ def checked_ids(ids: Ids, logprobs: Floats) -> npt.NDArray[np.bool_]:
 
 
 def compare(log_r: Floats, log_c: Floats, variances: Singles, ids: Ids, logprobs: Floats) -> RecoveredDivergence:
-    """Divergences of r and ĉ.
+    """Returns the divergences of r and ĉ.
 
     log_r, log_c: float64 [T, V], log-probabilities of r and ĉ. variances: `StateRecovery.variances` of all rows of W,
     [V]. ids, logprobs: [T, K], the compressed side's candidates as the engine reported them.
@@ -132,7 +132,7 @@ def compare(log_r: Floats, log_c: Floats, variances: Singles, ids: Ids, logprobs
 
 
 def observed_error(ids: Ids, logprobs: Floats, recovered: Floats) -> Floats:
-    """KL(c‖ĉ) over `checked_ids` and one bucket, float64 [T], nats, at least 0.
+    """Returns KL(c‖ĉ) over `checked_ids` and one bucket, float64 [T], nats, at least 0.
 
     ids, logprobs: as in `compare`. recovered: log ĉ at `ids`, [T, K].
 

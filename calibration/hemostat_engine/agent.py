@@ -36,7 +36,8 @@ REPORT_SECONDS = 1.0
 """The time between two reports to an admin port."""
 MAX_STEPS_PER_FLUSH = 256
 MAX_BYTES_PER_FLUSH = 8 << 20
-"""Features and distinct masks. The step that reaches it is still sent; the admin port accepts twice as much."""
+"""The largest number of bytes of features and distinct masks in one message. The step that reaches it is still sent;
+the admin port accepts twice as much."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ class AnswerSender:
         self._clock = clock
         self._pause = pause
         self._prefixes: dict[str, str] = {}
-        """Address of an admin port -> the prefix of the nonces of its requests."""
+        """The prefix of the nonces of each middleware's requests, by the address of its admin port."""
         self._failing = False
 
     def start(self) -> None:

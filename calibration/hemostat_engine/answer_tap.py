@@ -121,9 +121,9 @@ class RecordedAnswer:
         """The bytes of the message's arrays."""
 
     def message(self) -> dict[str, Any]:
-        """Little-endian arrays: int32 ids, float32 nats; candidates [T, top_k + 1], most likely first, padded with -1
-        and -inf, the emitted id among them. A listed id that a grammar's mask excludes has -inf, too. Raises ValueError
-        if the logprobs of a position do not have the emitted id.
+        """Returns the message with little-endian arrays: int32 ids, float32 nats; candidates [T, top_k + 1], most
+        likely first, padded with -1 and -inf, the emitted id among them. A listed id that a grammar's mask excludes has
+        -inf, too. Raises ValueError if the logprobs of a position do not have the emitted id.
         """
         candidate_ids, candidate_logprobs, emitted_logprobs = self._rows.sorted(self._top_k)
         return {
@@ -195,7 +195,7 @@ class _Rows:
 
 
 def _candidates(logprobs: Any, position: int) -> tuple[list[int], list[float]]:
-    """Ids and log-probabilities at one position of vLLM's FlatLogprobs, or of its list of dicts."""
+    """Returns the ids and log-probabilities at one position of vLLM's FlatLogprobs, or of its list of dicts."""
     if hasattr(logprobs, "start_indices"):
         span = slice(logprobs.start_indices[position], logprobs.end_indices[position])
         return logprobs.token_ids[span], logprobs.logprobs[span]

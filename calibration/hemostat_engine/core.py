@@ -89,7 +89,7 @@ class Ranks:
         return [bool(vote) for vote in votes.tolist()]
 
     def broadcast(self, text: str) -> str:
-        """Rank 0's `text`, on every rank."""
+        """Returns rank 0's `text`, on every rank."""
         if self.size == 1:
             return text
         shared = [text]
@@ -232,7 +232,7 @@ class Core:
         return False
 
     def apply_rows(self, logits: torch.Tensor, rows: Sequence[tuple[int, Binding]]) -> None:
-        """Apply in place. rows: (row, binding of its request), known on the host."""
+        """Applies the profiles in place. rows: (row, binding of its request), known on the host."""
         by_version: dict[str, tuple[HeldProfile, list[int]]] = {}
         for row, binding in rows:
             if binding.profile is not None:

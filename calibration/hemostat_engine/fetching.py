@@ -22,7 +22,7 @@ log = logging.getLogger("hemostat.engine")
 SCAN_SECONDS = 1.0
 """The time between two looks into the folder."""
 NAMED_PER_SECOND, MAX_NAMED = 1.0, 4.0
-"""Fetches of versions that only requests named."""
+"""The limits of fetches of versions that only requests named."""
 
 
 class Fetcher:

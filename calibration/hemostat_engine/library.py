@@ -16,7 +16,7 @@ from hemostat_engine.retries import first_line
 from hemostat_engine.transform import CPU, HeldProfile, applied_parameters
 
 MAX_PROFILES = 8
-"""Held at a time."""
+"""The number of profiles that are held at a time."""
 MAX_REQUESTED = 32
 """Versions that requests named and that are not held; the oldest are forgotten."""
 MAX_FAILED = 256
@@ -28,7 +28,7 @@ itself.
 
 
 class Counters:
-    """Cumulative counters of one rank, written by two threads."""
+    """The cumulative counters of one rank, written by two threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -156,7 +156,7 @@ class Library:
             return self._absent(versions)
 
     def requested(self) -> tuple[str, ...]:
-        """Versions to fetch that only requests named: clients choose them."""
+        """The versions to fetch that only requests named: clients choose them."""
         with self._lock:
             return self._absent(version for version in self._requested if version not in self._hold)
 

@@ -27,7 +27,7 @@ FREE, UNKNOWN = -1, -2
 known."""
 
 _WRAPPED = "_hemostat_wrapped"
-"""Attribute of a wrapper of ours: vLLM's function."""
+"""The attribute of our wrapper that holds vLLM's function."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ class GrammarMasks:
             self._has_failed = True
 
     def of(self, rows: Sequence[int], has_room: Callable[[int], bool]) -> Masks:
-        """Copies of the masks of these rows of the batch. has_room: whether so many bytes may be kept."""
+        """Returns copies of the masks of these rows of the batch. has_room: whether so many bytes may be kept."""
         step = self._step
         if self._failed or not self._watched:
             return Masks([UNKNOWN] * len(rows))

@@ -50,7 +50,7 @@ def _interfaces() -> tuple[type, ...]:
 
 
 def _ranks() -> Ranks:
-    """This worker's rank in its tensor-parallel group."""
+    """Returns this worker's rank in its tensor-parallel group."""
     from vllm.distributed import parallel_state  # noqa: PLC0415 - only in workers
 
     if not parallel_state.model_parallel_is_initialized():
@@ -274,7 +274,7 @@ class SlotsV2:
 
 
 def _places(ctx: Any, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slots and positions of the rows."""
+    """Returns the slots and positions of the rows."""
     return ctx.expanded_idx_mapping.index_select(0, rows), ctx.pos.index_select(0, rows)
 
 

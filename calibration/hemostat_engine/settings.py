@@ -1,4 +1,4 @@
-"""Settings of the plugin, from the environment of vLLM's processes."""
+"""The settings of the plugin, from the environment of vLLM's processes."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from hemostat_engine.library import Counters
 from hemostat_engine.masks import FREE
 
 MAX_STEPS = 2048
-"""Decoding steps in the queue."""
+"""The largest number of decoding steps in the queue."""
 MAX_BYTES = 64 << 20
 """Features and masks in the queue; above it steps are queued without them."""
 MAX_RUNS_PER_MESSAGE = 1 << 14

@@ -1,3 +1,3 @@
-"""Hemostat's shell: the proxy, the shadow path, storage, metrics and the command line."""
+"""The package of Hemostat's shell: the proxy, the shadow path, storage, metrics and the command line."""
 
 __version__ = "0.2.0"

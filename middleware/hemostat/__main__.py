@@ -1,4 +1,4 @@
-"""`python -m hemostat`."""
+"""Runs the command line for `python -m hemostat`."""
 
 import sys
 

@@ -22,7 +22,7 @@ class Refusal:
 
     status: int
     body: bytes
-    """JSON in OpenAI's error shape."""
+    """The body, which is JSON in OpenAI's error shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,9 @@ class ExchangeHook(Protocol):
 
     @property
     def comparison(self) -> Comparison | None:
-        """None for a request in no arm. Read after `request`, and again when the exchange has ended."""
+        """The comparison that the request belongs to; None for a request in no arm. It is read after `request`, and
+        again when the exchange has ended.
+        """
 
     @property
     def draws_engine(self) -> bool:

@@ -1,4 +1,4 @@
-"""Logs of every process: text lines, or one JSON object per line. Prompts and generated texts are never logged."""
+"""The logs of every process: text lines, or one JSON object per line. Prompts and generated texts are never logged."""
 
 from __future__ import annotations
 

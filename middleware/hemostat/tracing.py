@@ -47,7 +47,7 @@ class RequestSpan:
         return carrier
 
     def log_fields(self) -> dict[str, Any]:
-        """Fields that identify the trace in a log record."""
+        """Returns the fields that identify the trace in a log record."""
         context = self._span.get_span_context()
         return {"trace_id": f"{context.trace_id:032x}", "sampled": context.trace_flags.sampled}
 

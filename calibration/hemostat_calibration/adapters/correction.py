@@ -125,17 +125,17 @@ def _root(gram: Gram | None, width: int) -> Floats | None:
 
 
 def _times(matrix: Floats, gram: Gram | None) -> Floats:
-    """matrix S."""
+    """Returns matrix S."""
     if gram is None:
         return matrix
     return matrix @ gram.mean() if isinstance(gram, FullGram) else matrix * gram.mean()
 
 
 def _scaled(matrix: Floats, root: Floats) -> Floats:
-    """matrix L."""
+    """Returns matrix L."""
     return matrix @ root if root.ndim == 2 else matrix * root
 
 
 def _unprojected(root: Floats, vectors: Floats) -> Floats:
-    """L vectors."""
+    """Returns L vectors."""
     return root @ vectors if root.ndim == 2 else root[:, None] * vectors

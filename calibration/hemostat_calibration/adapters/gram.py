@@ -23,7 +23,7 @@ from hemostat_calibration.arrays import Floats, frozen
 from hemostat_calibration.errors import InvalidArgumentError
 
 _ROWS = 1024
-"""Rows in one product."""
+"""The number of rows in one product."""
 _BYTES = 8
 
 
@@ -62,7 +62,7 @@ class FullGram:
         return len(self.total)
 
     def update(self, rows: npt.NDArray[np.floating[Any]]) -> FullGram:
-        """With the vectors `rows` [n, d], float32 or float64."""
+        """Returns the second moments with the vectors `rows` [n, d], float32 or float64."""
         total = self.total.copy()
         for part in _parts(rows, self.width):
             total += part.T @ part
@@ -74,7 +74,7 @@ class FullGram:
         return FullGram(self.count + other.count, frozen(self.total + other.total))
 
     def mean(self) -> Floats:
-        """E[x xᵀ], float64 [d, d]; 0 without vectors."""
+        """Returns E[x xᵀ], float64 [d, d]; 0 without vectors."""
         return self.total / max(self.count, 1)
 
     def diagonal(self) -> DiagonalGram:
@@ -106,7 +106,7 @@ class DiagonalGram:
         return len(self.total)
 
     def update(self, rows: npt.NDArray[np.floating[Any]]) -> DiagonalGram:
-        """With the vectors `rows` [n, d], float32 or float64."""
+        """Returns the second moments with the vectors `rows` [n, d], float32 or float64."""
         total = self.total.copy()
         for part in _parts(rows, self.width):
             total += np.square(part, dtype=np.float64).sum(axis=0)
@@ -118,7 +118,7 @@ class DiagonalGram:
         return DiagonalGram(self.count + other.count, frozen(self.total + other.total))
 
     def mean(self) -> Floats:
-        """E[x²], float64 [d]; 0 without vectors."""
+        """Returns E[x²], float64 [d]; 0 without vectors."""
         return self.total / max(self.count, 1)
 
     def diagonal(self) -> Self:
@@ -130,7 +130,7 @@ Gram = FullGram | DiagonalGram
 
 
 def gram_bytes(metric: Metric, width: int) -> int:
-    """Memory of statistics of that kind.
+    """Returns the memory of statistics of that kind.
 
     >>> gram_bytes(Metric.FULL, 4096)
     134217728

@@ -17,8 +17,8 @@ _MOST = 127.0
 
 
 def quantize_rows(x: npt.NDArray[np.floating[Any]]) -> tuple[npt.NDArray[np.int8], Singles]:
-    """(int8 [n, d] from -127 to 127, scales float32 [n], 0 or more): x [n, d] ≈ int8 × scale, by row. Raises
-    InvalidArgumentError if x is not a matrix or not finite.
+    """Returns int8 [n, d] from -127 to 127, and scales, float32 [n], 0 or more, with x [n, d] ≈ int8 × scale, by row.
+    Raises InvalidArgumentError if x is not a matrix or not finite.
 
     >>> codes, scales = quantize_rows(np.array([[1.0, -2.54], [0.0, 0.0]]))
     >>> codes.tolist(), scales.round(4).tolist()

@@ -124,7 +124,7 @@ class Settings:
 
     @property
     def half_share(self) -> float:
-        """For the bets of budget tests, and as much for the limit of the noise floor."""
+        """The part of alpha for the bets of budget tests, and as much for the limit of the noise floor."""
         return 0.5 * self.share
 
     def budget_alpha(self, number: int) -> float:
@@ -264,8 +264,8 @@ class Alarm:
 
 
 def init(settings: Settings, tests: int = 0) -> Alarm:
-    """Before the first request. tests: how many an earlier part of the same run may have begun of any sort; the alpha
-    that they spent is not spent again.
+    """Returns the state before the first request. tests: how many an earlier part of the same run may have begun of any
+    sort; the alpha that they spent is not spent again.
 
     >>> kind_readings(init(Settings(budget=0.1)))
     []

@@ -56,7 +56,7 @@ UPWARD_RAMPS = ((0.0, 3.0), (1.5, 3.0))
 requests, a steep one for larger ones."""
 
 DOWNWARD_RAMPS = ((0.0, 3.0),)
-"""Likewise, of scores with the other sign."""
+"""The ramps downwards, in the same form, of scores with the other sign."""
 
 MIN_LIMIT = 0.05
 """No limit is taken to be smaller, so that one request multiplies the wealth by at most 1/MIN_LIMIT."""
@@ -90,7 +90,7 @@ MAX_STAKE, MIN_DEVIATION, SUPPOSED = 0.95, 0.02, 2.0
 evidence that the bets are best for."""
 _MEANS = np.linspace(0.0, 1.0, 65)
 _DEVIATION = 0.6745
-"""Median absolute deviation of a normal distribution, in units of its standard deviation."""
+"""The median absolute deviation of a normal distribution, in units of its standard deviation."""
 
 
 @dataclass(frozen=True, slots=True)

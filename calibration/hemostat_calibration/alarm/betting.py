@@ -36,7 +36,7 @@ MAX_FUNDED_SECONDS = 86_400.0
 """The longest time since the last funding that is funded: a clock that is set is no evidence."""
 
 BET_FRACTIONS = (0.9, 0.6, 0.3, 0.1, 0.03)
-"""Parts of the wealth that strategies of the budget test stake."""
+"""The parts of the wealth that strategies of the budget test stake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class WealthState:
         )
 
     def _least(self) -> Floats:
-        """Over levels, [S]."""
+        """Returns the least log wealth over levels, [S]."""
         least: Floats = np.atleast_2d(self.log_wealth).min(axis=0)
         return least
 

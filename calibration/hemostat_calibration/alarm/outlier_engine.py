@@ -57,8 +57,8 @@ from hemostat_calibration.errors import InvalidArgumentError
 RESTARTS = 3
 """Runs that begin anew, one after the other."""
 RESTART_UNITS_PER_ENGINE = 4
-"""Between two restarts, on average. More often finds late changes sooner, and costs more parts; a window is as long as
-RESTARTS of them, and shorter ones pay for their maximum more often."""
+"""The number of units of an engine between two restarts, on average. More often finds late changes sooner, and costs
+more parts; a window is as long as RESTARTS of them, and shorter ones pay for their maximum more often."""
 MAX_STRATUM_UNITS = 128
 """Figures that a unit is compared with; then the stratum begins anew. All at once: after a part of the order was
 forgotten, gaps would not be equally likely, given what was seen."""
@@ -148,7 +148,7 @@ class OutlierTest:
 
 @dataclass(frozen=True, slots=True)
 class EngineReading:
-    """State of one engine's test.
+    """The state of one engine's test.
 
     raised: the evidence of the alarm, `requests` in it are units of all engines; None where there is none. farther: its
     figures are higher than the others'; lower otherwise. log_evidence: ln of the wealth; it alarms at ln(1/alpha).
@@ -260,7 +260,7 @@ def _held_back(restarts: int) -> float:
 
 
 def _smaller(log_wealth: Floats) -> float:
-    """ln of the smaller sum of both halves."""
+    """Returns ln of the smaller sum of both halves."""
     return float(np.logaddexp.reduce(log_wealth.reshape(2, -1), axis=1).min())
 
 

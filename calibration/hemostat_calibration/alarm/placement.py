@@ -17,13 +17,13 @@ import numpy.typing as npt
 from hemostat_calibration.arrays import Floats, frozen
 
 NOISES = (0.02, 0.15, 0.35)
-"""Probabilities of being on the wrong side of the threshold; a strategy for each and for either direction."""
+"""The probabilities of being on the wrong side of the threshold; a strategy for each and for either direction."""
 FARTHER = np.tile([False, True], len(NOISES))
 """Strategies that suppose that the engine's figures are higher."""
 LOG_WEIGHTS = np.log(np.repeat([0.4, 0.07, 0.03], 2))
 """Natural logarithms of the parts of what is funded, by strategy."""
 _BELOW = np.where(FARTHER, np.repeat(NOISES, 2), 1.0 - np.repeat(NOISES, 2))
-"""[S], probabilities that a figure of the engine lies below the threshold; of another's lies above it."""
+"""The probabilities, [S], that a figure of the engine lies below the threshold, and another's above it."""
 _LOG_ODDS = np.log(_BELOW) - np.log1p(-_BELOW)
 
 

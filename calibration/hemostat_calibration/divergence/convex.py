@@ -13,7 +13,7 @@ _CUTS = 4
 
 
 def convex_lower_bound(function: Callable[[Floats], tuple[Floats, Floats]], left: Floats, right: Floats) -> Floats:
-    """Lower bound of a convex function over left ≤ w ≤ right, elementwise, all [T].
+    """Returns a lower bound of a convex function over left ≤ w ≤ right, elementwise, all [T].
 
     function: w [T] -> (value [T], derivative [T]). Kelley's cutting-plane method: the maximum of the tangents at some
     points lies below the function. The bound is at least 0, which suits divergences.

@@ -71,7 +71,7 @@ def _cuts(sampling: Sampling) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class DecodedDivergence:
-    """Divergences of q_r and q_c, [T]; nats but for `tv`. All NaN where not available."""
+    """The divergences of q_r and q_c, [T], in nats except for `tv`. All NaN where not available."""
 
     tv: Interval
     js: Interval
@@ -124,7 +124,7 @@ def _exactly(values: Floats) -> Interval:
 
 
 def _unlisted(power: float, log_top: Floats, mass: Floats, ids: Ids, log_cap: Floats) -> tuple[Floats, Floats]:
-    """Least and most of Σ (x/top)ᵃ over `ids` ids that share `mass`, none above the cap, [T]."""
+    """Returns the least and the most of Σ (x/top)ᵃ over `ids` ids that share `mass`, none above the cap, [T]."""
     with np.errstate(over="ignore"):
         top = np.exp(log_top)
         low, high = np.maximum(mass - MASS_ROUNDING, 0.0) / top, (mass + MASS_ROUNDING) / top
@@ -288,7 +288,8 @@ def _tempered(record: TokenRecord) -> DecodedDivergence:
 
 
 def _ends(power: float, log_s: Floats, log_known: Floats, ids: Ids, log_cap: Floats) -> tuple[Floats, Floats]:
-    """Least and most of p^a/Z on S, [T, N]. log_known: all that is known, [T, M]; ids: how many are not, [T]."""
+    """Returns the least and the most of p^a/Z on S, [T, N]. log_known: all that is known, [T, M]; ids: how many are
+    not, [T]."""
     top = log_known.max(axis=1, keepdims=True)
     inside = np.exp(power * (log_known - top)).sum(axis=1)
     mass = np.maximum(1.0 - np.exp(log_known).sum(axis=1), 0.0)
@@ -298,7 +299,7 @@ def _ends(power: float, log_s: Floats, log_known: Floats, ids: Ids, log_cap: Flo
 
 
 def _excess(x_least: Floats, y_most: Floats, x_most: Floats, y_least: Floats) -> Floats:
-    """Lower bound of Σ (x − y)⁺ over S and the bucket, [T]."""
+    """Returns a lower bound of Σ (x − y)⁺ over S and the bucket, [T]."""
     on_s = np.maximum(x_least - y_most, 0.0).sum(axis=1)
     bucket_x = 1.0 - np.minimum(x_most.sum(axis=1), 1.0)
     bucket_y = 1.0 - np.minimum(y_least.sum(axis=1), 1.0)

@@ -22,7 +22,7 @@ from hemostat_calibration.records import TokenRecord
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """KL(r‖c) − KL(r‖c') = E_r[Δz] − log E_c[e^Δz]: what a profile gains, float64 [T], nats, as an interval.
+    """The gain of a profile, KL(r‖c) − KL(r‖c') = E_r[Δz] − log E_c[e^Δz], float64 [T], nats, as an interval.
 
     The identity follows from log c' = log c + Δz − log E_c[e^Δz]. Each of its two terms is exact where it is known and
     bounded through the clamp where it is not; no two bounds of divergences are subtracted.

@@ -72,9 +72,9 @@ class TokenDivergence:
     kl_cr: Floats
     """The divergence KL(c‖r)."""
     js: Floats
-    """Jensen–Shannon divergence, at most log 2."""
+    """The Jensen–Shannon divergence, at most log 2."""
     tv: Floats
-    """Total variation, 0 to 1."""
+    """The total variation, 0 to 1."""
     covered_reference: Floats
     """The mass of r on S, 0 to 1."""
     covered_compressed: Floats
@@ -90,10 +90,10 @@ class TokenDivergence:
     entropy_compressed: Floats
     """H(c) over c's candidates plus one bucket: a lower bound, since merging outcomes cannot increase entropy."""
     estimate_rc: Floats
-    """KL(r‖c) without truncation bias; NaN where not available. Equal to `kl_rc` when exact. From the recovered
-    distribution where `recovered`."""
+    """An estimate of KL(r‖c) without truncation bias; NaN where it is not available. Equal to `kl_rc` when exact. From
+    the recovered distribution where `recovered`."""
     estimate_cr: Floats
-    """KL(c‖r) likewise; after a profile, never from a recovered distribution."""
+    """An estimate of KL(c‖r) of the same kind; after a profile, never from a recovered distribution."""
     estimate_js: Floats
     """The Jensen–Shannon divergence from the compressed model's recovered distribution; NaN where that is not used, and
     after a profile. It is equal to `js` when exact.
@@ -103,7 +103,7 @@ class TokenDivergence:
     recovered: Bools
     """It is True if `estimate_rc` is from the compressed model's recovered distribution."""
     bounds: Bounds
-    """Proven intervals of the four divergences. After a profile whose normalizer is unknown: NaN."""
+    """The proven intervals of the four divergences. After a profile whose normalizer is unknown: NaN."""
     known: Bools
     """False after a profile whose Δz is unknown there (it reads anchors, and the record has no features of them): all
     that depends on Δz is NaN there, and `top1_known` False."""

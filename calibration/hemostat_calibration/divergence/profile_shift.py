@@ -41,7 +41,7 @@ def profile_shift(record: TokenRecord, profile: CalibrationProfile, view: View) 
 
 
 def known_rows(delta: Floats) -> Bools:
-    """Rows [T] of Δz [T, N] without NaN.
+    """Returns the rows [T] of Δz [T, N] without NaN.
 
     >>> known_rows(np.array([[0.0, 1.0], [0.0, np.nan]])).tolist()
     [True, False]

@@ -20,7 +20,7 @@ class RecordGains:
         self._gains: dict[str, Gain] = {}
 
     def of(self, profile: CalibrationProfile) -> Gain:
-        """As `gain(record, profile)`: nats [T], as an interval. Raises InvalidArgumentError if the record is of an
+        """Returns `gain(record, profile)`: nats [T], as an interval. Raises InvalidArgumentError if the record is of an
         adapter, or the profile is one: what a record's lists show of a change of the logits is about the model that
         they are of, and of a change of the weights they show nothing.
         """

@@ -19,7 +19,7 @@ from hemostat_calibration.arrays import Bools, Floats, Ids
 from hemostat_calibration.records import TokenRecord
 
 MASS_ROUNDING = 1e-6
-"""Error of a sum of float32 probabilities near 1."""
+"""The error of a sum of float32 probabilities near 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def view_of(record: TokenRecord) -> View:
 
 @dataclass(frozen=True, slots=True)
 class Coarse:
-    """Divergences of r and some p over S plus one bucket, [T]."""
+    """The divergences of r and some p over S plus one bucket, [T]."""
 
     kl_rc: Floats
     kl_cr: Floats
@@ -86,7 +86,7 @@ class Coarse:
 
 
 def coarse(view: View, p: Floats, log_p: Floats) -> Coarse:
-    """Divergences of r and p over S plus one bucket; p and log_p (natural) on S, float64 [T, N].
+    """Returns the divergences of r and p over S plus one bucket; p and log_p (natural) on S, float64 [T, N].
 
     >>> from hemostat_calibration.records import Candidates
     >>> ids, log_c, log_r = np.array([[0, 1]], np.int32), np.log([[0.7, 0.2]]), np.log([[0.5, 0.4]])
@@ -111,7 +111,7 @@ def coarse(view: View, p: Floats, log_p: Floats) -> Coarse:
 
 
 def bucket(view: View, p: Floats) -> Floats:
-    """Mass of p outside S, [T]; p on S, [T, N].
+    """Returns the mass of p outside S, [T]; p on S, [T, N].
 
     >>> from hemostat_calibration.records import Candidates
     >>> ids, log_c, log_r = np.array([[0, 1]], np.int32), np.log([[0.7, 0.2]]), np.log([[0.5, 0.4]])
@@ -135,7 +135,7 @@ def row_sums(x: Floats) -> Floats:
 
 
 def row_counts(x: Bools) -> npt.NDArray[np.intp]:
-    """Number of True in each row.
+    """Returns the number of True in each row.
 
     >>> row_counts(np.array([[True, False], [True, True]])).tolist()
     [1, 2]
@@ -156,8 +156,8 @@ def xlogy(x: Floats, y: Floats) -> Floats:
 
 
 def jensen_shannon(view: View, p: Floats) -> tuple[Floats, Floats]:
-    """Jensen–Shannon divergence of r and p over S plus one bucket, and its derivative by log w where p = a w on S; both
-    [T].
+    """Returns the Jensen–Shannon divergence of r and p over S plus one bucket, and its derivative by log w where p = a
+    w on S; both [T].
 
     >>> from hemostat_calibration.records import Candidates
     >>> ids, log_c, log_r = np.array([[0, 1]], np.int32), np.log([[0.7, 0.2]]), np.log([[0.5, 0.4]])
@@ -181,7 +181,8 @@ def jensen_shannon(view: View, p: Floats) -> tuple[Floats, Floats]:
 
 
 def total_variation(view: View, p: Floats) -> tuple[Floats, Floats]:
-    """Total variation of r and p over S plus one bucket, and its derivative by log w where p = a w on S; both [T].
+    """Returns the total variation of r and p over S plus one bucket, and its derivative by log w where p = a w on S;
+    both [T].
 
     >>> from hemostat_calibration.records import Candidates
     >>> ids, log_c, log_r = np.array([[0, 1]], np.int32), np.log([[0.7, 0.2]]), np.log([[0.5, 0.4]])

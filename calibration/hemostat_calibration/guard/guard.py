@@ -68,8 +68,8 @@ from hemostat_calibration.guard.wealth import MIN_CLIENTS
 from hemostat_calibration.statistics.dependence import KindDependence
 
 WINDOWS_PER_PROOF = 5
-"""Length of a window, as a multiple of the number of units that the promotion took. With a client that sends nothing
-but losses, up to its share, a profile that goes on as it was is still supported in time; see
+"""The length of a window, as a multiple of the number of units that the promotion took. With a client that sends
+nothing but losses, up to its share, a profile that goes on as it was is still supported in time; see
 tests/bench/guard/clients.py."""
 MIN_WINDOW = 400
 DEFAULT_WINDOW = 1000
@@ -161,7 +161,9 @@ class Guard:
         return pooled is None or pooled.spans(self._needed_seconds)
 
     def is_known(self, kind: str) -> bool:
-        """Returns True if v̂ is known for this kind, or if nothing was noted at all."""
+        """Returns True if v̂ is known for this kind, or if nothing was noted at all. If nothing was noted of the kind,
+        v̂ of all kinds stands in.
+        """
         own, pooled = self._state.dependence.get(kind), self._state.dependence.get(ALL_KINDS)
         if pooled is None or (own is not None and own.known_for(self._needed_seconds)):
             return True
@@ -503,7 +505,7 @@ class Guard:
         return test.log_e(self._inflation(kind, test))
 
     def _window(self, kind: str) -> int:
-        """Number of the next window of a kind."""
+        """Returns the number of the next window of a kind."""
         windows = self._state.windows
         return windows.get(kind if kind in windows or len(windows) < MAX_COUNTED_KINDS else "", 0) + 1
 

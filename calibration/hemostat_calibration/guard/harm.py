@@ -28,7 +28,7 @@ from hemostat_calibration.guard.wealth import (
 from hemostat_calibration.statistics.dependence import MAX_CLIENTS, client_row
 
 STEP = 50
-"""Units from one restart to the next."""
+"""The number of units from one restart to the next."""
 MAX_RUNS = 8
 _FIRST = 0.25
 """Part of the first run."""

@@ -42,9 +42,9 @@ DEFAULT_TOKEN_CAP = 512.0
 """Tokens, where no answer's length is known yet; see `KindTest.token_cap`."""
 
 GAIN_TOKENS, TOKENS, SQUARED_TOKENS = range(3)
-"""Sums of each client's units: gain times tokens, tokens, tokens squared."""
+"""The places of the sums of each client's units: gain times tokens, tokens, tokens squared."""
 KL_GAIN, KL_GAIN_TOKENS = range(2)
-"""Sums of each client's units: gain in KL, the same times tokens."""
+"""The places of the sums of each client's units: gain in KL, the same times tokens."""
 MAX_KL_GAIN = 1e9
 """The size, in nats, at which an infinite loss counts in `KindTest.kl_sums`, so that no number of gains outweighs
 it.
@@ -286,7 +286,7 @@ class KindTest:
         return harm.reaches(needed, inflation)
 
     def log_harm(self, inflation: float) -> float:
-        """Logarithm of that evidence; 0 for a candidate."""
+        """Returns the logarithm of the evidence of harm; 0 for a candidate."""
         return self.harm.log_e(inflation) if self.harm is not None else 0.0
 
     @property

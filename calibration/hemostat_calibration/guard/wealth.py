@@ -158,7 +158,8 @@ def log_bound(by_client: Floats) -> float:
 
 
 def without_any(values: Floats) -> Floats:
-    """Totals [C] without each client in turn, of values [C]; the total alone, [1], below `MIN_CLIENTS` clients.
+    """Returns the totals [C] without each client in turn, of values [C]; the total alone, [1], below `MIN_CLIENTS`
+    clients.
 
     >>> without_any(np.array([5.0, 1.0, 1.0, 1.0])).tolist(), without_any(np.array([5.0, 1.0])).tolist()
     ([3.0, 7.0, 7.0, 7.0], [6.0])

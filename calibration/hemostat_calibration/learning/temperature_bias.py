@@ -24,16 +24,16 @@ class TemperatureBiasState:
     compressed_mass: Floats
     """The sums of what c'(i) would be at these positions without its own bias, float64 [V]."""
     information: float = 0.0
-    """Σ Var_{c'}(z − max z): curvature of KL(r‖c') in the inverse temperature β."""
+    """The sum Σ Var_{c'}(z − max z): the curvature of KL(r‖c') in the inverse temperature β."""
     moment: float = 0.0
     """Σ (curvature · β − slope) at the β of the time: moment / information is where the slope is 0."""
     depth: float = 0.0
-    """Σ, over emitted tokens behind the candidates, of their distance below the last candidate, nats."""
+    """The sum, over emitted tokens behind the candidates, of their distance below the last candidate, in nats."""
     deep_tokens: float = 0.0
     weight: float = 0.0
-    """Σ of the weights of the tokens in the sums."""
+    """The sum of the weights of the tokens in the sums."""
     tokens: int = 0
-    """Ever seen, not discounted."""
+    """The number of tokens ever seen, not discounted."""
     requests: int = 0
 
 
@@ -68,11 +68,12 @@ class TemperatureBiasLearner:
     half_life_tokens: float | None = None
 
     def init(self, model: str, vocab_size: int) -> TemperatureBiasState:
-        """Before the first record."""
+        """Returns the state before the first record."""
         return TemperatureBiasState(model, vocab_size, frozen(np.zeros(vocab_size)), frozen(np.zeros(vocab_size)))
 
     def update(self, state: TemperatureBiasState, records: Iterable[TokenRecord]) -> TemperatureBiasState:
-        """Learn from validated records. Raises InvalidArgumentError if one has another vocabulary."""
+        """Returns the state after learning from validated records. Raises InvalidArgumentError if one has another
+        vocabulary."""
         reference_mass, compressed_mass = state.reference_mass.copy(), state.compressed_mass.copy()
         beta, bias = self._parameters(state)
         depth_mean = _depth(state)

@@ -1,4 +1,4 @@
-"""Build profiles of the contextual family: Δz = up y, y a linear map of the row's logits at a few anchor ids."""
+"""Builds profiles of the contextual family: Δz = up y, y a linear map of the row's logits at a few anchor ids."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def contextual_profile(
     kl_limit: float = NO_KL_LIMIT,
     metadata: Mapping[str, str] | None = None,
 ) -> CalibrationProfile:
-    """Profile with Δz = clip(up y, ±clamp_nats), y = s (offset + linear x).
+    """Returns the profile with Δz = clip(up y, ±clamp_nats), y = s (offset + linear x).
 
     x is z[anchors] − mean z[anchors], the first A of it; s = min(1, √(2 kl_limit / yᵀ fisher y)): the KL divergence of
     the row from what it was is at most about `kl_limit` nats, to second order.

@@ -87,7 +87,7 @@ def _temperature_bias_check(parameters: Parameters) -> str:
 
 
 def _contextual_code(parameters: Parameters, anchored: Floats) -> Floats:
-    """y = offset + linear x, shrunk so that yᵀ fisher y ≤ 2 kl_limit."""
+    """Returns y = offset + linear x, shrunk so that yᵀ fisher y ≤ 2 kl_limit."""
     features = parameters["linear"].shape[1]
     x = (anchored - anchored.mean(axis=-1, keepdims=True))[..., :features]
     y: Floats = parameters["offset"].astype(np.float64) + x @ parameters["linear"].T.astype(np.float64)

@@ -47,7 +47,7 @@ _METADATA_PREFIX = "metadata."
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CalibrationProfile:
-    """Parameters of one calibration family. Equal when their versions are.
+    """The parameters of one calibration family. Equal when their versions are.
 
     family: a key of `families.FAMILIES`.
     model: name or digest of the compressed model that it was learned for ("" fits any with that vocabulary).
@@ -68,7 +68,7 @@ class CalibrationProfile:
     clamp_nats: float
     metadata: Mapping[str, str]
     version: str = field(init=False)
-    """First 32 hex digits of the SHA-256 of `to_bytes()`."""
+    """The first 32 hex digits of the SHA-256 of `to_bytes()`."""
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -170,7 +170,7 @@ def temperature_bias(
     clamp_nats: float,
     metadata: Mapping[str, str] | None = None,
 ) -> CalibrationProfile:
-    """Profile with Δz_i = clip((1/temperature − 1)(z_i − max z) + bias_i, ±clamp_nats).
+    """Returns the profile with Δz_i = clip((1/temperature − 1)(z_i − max z) + bias_i, ±clamp_nats).
 
     temperature: above 0; 1 leaves the spread as it is.
     bias: [V], nats.

@@ -70,7 +70,7 @@ def shift_at(
     logprobs: npt.NDArray[np.floating],
     row_code: npt.NDArray[np.floating] | None = None,
 ) -> Floats:
-    """Δz, float64 [..., K] in nats, at some `ids` [..., K] of a row, from their log-probabilities [..., K].
+    """Returns Δz, float64 [..., K] in nats, at some `ids` [..., K] of a row, from their log-probabilities [..., K].
 
     lp − max lp = z − max z: the row's most likely id must be among `ids`, as it is in a top-K list. Padding (id -1,
     -inf) gets 0. row_code: the row's code, [..., r]; a family with anchors requires it, another ignores it. Raises
@@ -96,7 +96,7 @@ def shift_at(
 
 
 def shift_range(profile: CalibrationProfile, most: Floats | float = 0.0) -> tuple[Floats, Floats]:
-    """(low, high), each [...] in nats: bounds of the Δz of every id, in any row, with z − max z ≤ `most` [...].
+    """Returns (low, high), each [...] in nats: bounds of the Δz of every id, in any row, with z − max z ≤ `most` [...].
 
     >>> from hemostat_calibration.profiles.profile import temperature_bias
     >>> profile = temperature_bias("m", 3, 2.0, np.array([0.0, 0.1, 0.2]), clamp_nats=1.0)

@@ -168,7 +168,7 @@ class ClippedMean:
 
 @dataclass(frozen=True, slots=True)
 class Proportion:
-    """Share of requests with some property, with an interval valid at every look.
+    """The share of requests with some property, with an interval valid at every look.
 
     >>> share = Proportion()
     >>> for hit in (True, False, True, True):
@@ -315,7 +315,7 @@ def _residual(
 
 
 def _skews(square: Floats | float, cube: Floats | float) -> tuple[Floats, Floats]:
-    """ΣE³/(ΣE²)^1.5 as far as it widens the lower and the upper side, each ≥ 0."""
+    """Returns ΣE³/(ΣE²)^1.5 as far as it widens the lower and the upper side, each ≥ 0."""
     positive = np.asarray(square) > 0.0
     skew = np.where(positive, cube, 0.0) / np.where(positive, square, 1.0) ** 1.5
     return np.maximum(-skew, 0.0), np.maximum(skew, 0.0)

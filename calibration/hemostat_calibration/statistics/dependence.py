@@ -51,9 +51,9 @@ FEW_BATCHES = 3
 MIN_EFFECTIVE = 20.0
 """Effective units with fewer of which v̂ is not believed."""
 LEVELS = 15
-"""Batches of 1, 2, 4, …, 2¹⁴ units."""
+"""The number of batch lengths: 1, 2, 4, …, 2¹⁴ units."""
 _QUANTILE = -0.8416212335729143
-"""20 % quantile of the normal distribution."""
+"""The 20 % quantile of the normal distribution."""
 _X, _N, _XX, _XN, _NN = range(5)
 
 
@@ -80,7 +80,7 @@ class BatchMeans:
 
     @classmethod
     def of(cls, series: int) -> BatchMeans:
-        """Before the first unit."""
+        """Returns the state before the first unit."""
         return cls(0, np.zeros((LEVELS, 2, series)), np.zeros((LEVELS, 5, series)))
 
     def update(self, x: Floats, n: Floats | float = 1.0) -> BatchMeans:
@@ -176,7 +176,7 @@ RECENT_LAG = 64
 RECENT_UNITS = 512
 """The most units that it estimates from; at least half as many, once there were so many."""
 RECENT_EVERY = 8
-"""Units between two of its estimates."""
+"""The number of units between two of its estimates."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -225,9 +225,9 @@ class RecentInflation:
 MIN_HISTORY = 96
 """Units of a kind before which its v̂ is not known: over more than a handful of units nothing could be seen."""
 MAX_CLIENTS = 64
-"""Told from each other; further ones share their rows."""
+"""The number of clients that are told from each other; further ones share their rows."""
 CLIENT_LEVELS = 6
-"""Batches of 1, 2, …, 32 successive units of one client."""
+"""The number of batch lengths: 1, 2, …, 32 successive units of one client."""
 MIN_CLIENT_BATCHES = 48
 """The least number of batches of one length, over all clients."""
 
@@ -258,7 +258,7 @@ class ClientBatches:
 
     @classmethod
     def of(cls, clients: int, series: int) -> ClientBatches:
-        """Before the first unit, of so many clients."""
+        """Returns the state before the first unit, for so many clients."""
         by_client, by_level = np.zeros((clients, series)), np.zeros((CLIENT_LEVELS, series))
         return cls(by_client, by_client, np.zeros((CLIENT_LEVELS, clients, series)), by_level, by_level)
 
@@ -360,7 +360,7 @@ class KindDependence:
 
     @property
     def mean(self) -> float:
-        """0 before the first unit."""
+        """The mean of the figure; 0 before the first unit."""
         return float(self.in_time.sums[0, _X, 0]) / max(self.units, 1)
 
     def update(self, client: bytes, x: float, now: float = 0.0) -> KindDependence:

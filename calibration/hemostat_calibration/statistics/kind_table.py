@@ -73,7 +73,7 @@ class KindTable:
 
     @property
     def total(self) -> float:
-        """Requests of all kinds so far, decayed."""
+        """The number of requests of all kinds so far, decayed."""
         return sum(most for most, _ in self.counts.values())
 
     def see(self, name: str, keep: Collection[str] = (), now: float = 0.0) -> KindTable:

@@ -15,7 +15,7 @@ _KEY_BYTES = 16
 
 
 def prompt_key(ids: npt.NDArray[np.integer]) -> bytes:
-    """16-byte digest of the prompt's token ids [P]. Raises InvalidArgumentError for another shape.
+    """Returns the 16-byte digest of the prompt's token ids [P]. Raises InvalidArgumentError for another shape.
 
     >>> prompt_key(np.array([1, 2, 3])).hex()
     'b30a3c159d7e8193559a42a84f1fcae1'

@@ -22,7 +22,8 @@ _STUDENT_975 = (
 
 
 def student_975(degrees: int) -> float:
-    """97.5 % quantile of Student's t; beyond 30 degrees by its expansion around the normal, correct to 4 decimals.
+    """Returns the 97.5 % quantile of Student's t; beyond 30 degrees by its expansion around the normal, correct to 4
+    decimals.
 
     >>> student_975(10), round(student_975(1000), 4)
     (2.2281, 1.9623)

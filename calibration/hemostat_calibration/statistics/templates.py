@@ -119,7 +119,7 @@ class TemplateTable:
 
     @property
     def _forgotten(self) -> int:
-        """Prompts up to this number."""
+        """The number up to which prompts are forgotten."""
         return max(self.prompts - MAX_PROMPTS, 0)
 
     def _count(self, prompt: Ids) -> Words:
@@ -146,7 +146,7 @@ class TemplateTable:
         return np.concatenate(parts) if len(parts) > 1 else parts[0] if parts else np.zeros(0, np.uint32)
 
     def _shingles(self, ids: Ids) -> Words:
-        """uint32 [P - 2]."""
+        """Returns the shingles of a prompt, uint32 [P - 2]."""
         words = ids.view(np.uint32)
         first, second, third = self._fold
         hashes: Words = words[:-2] * first

@@ -88,8 +88,8 @@ class TwoArms:
         )
 
     def log_e(self, margin: float) -> float:
-        """Natural logarithm of the e-value against `treated rate ≤ control rate + margin`. Raises InvalidArgumentError
-        unless -1 < margin < 1.
+        """Returns the natural logarithm of the e-value against `treated rate ≤ control rate + margin`. Raises
+        InvalidArgumentError unless -1 < margin < 1.
         """
         return float(log_e_value(self.treated_bad, self.treated, self.control_bad, self.control, margin))
 
@@ -172,7 +172,7 @@ def _log_likelihood_on_line(
     control: npt.ArrayLike,
     margin: npt.ArrayLike,
 ) -> Floats:
-    """Maximum of the log likelihood over treated rate = control rate + margin."""
+    """Returns the maximum of the log likelihood over treated rate = control rate + margin."""
     a, n, b, m, d = (np.asarray(x, np.float64) for x in (treated_bad, treated, control_bad, control, margin))
     total = np.maximum(n + m, 1.0)
     # The derivative's numerator, total·q³ + l2·q² + l1·q + l0 with q the control rate; its middle root is the maximum.

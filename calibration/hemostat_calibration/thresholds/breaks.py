@@ -33,7 +33,7 @@ from hemostat_calibration.thresholds.curve import ALPHA, Curve, student_quantile
 MIN_RATIO = 2.0
 """A break is a rise that is more than this many times as fast as before."""
 KNOTS_PER_STEP = 16
-"""Candidates for ψ between two settings."""
+"""The number of candidates for ψ between two settings."""
 TIE = 1e-9
 """Relative difference in the sum of squares up to which two ψ fit equally well."""
 
@@ -146,7 +146,8 @@ def kink(settings: Floats, means: Floats) -> tuple[Floats, Floats]:
 
 
 def _squared_errors(x: Floats, knots: Floats, y: Floats) -> Floats:
-    """[K, B]: of the best line with a kink at each knot that rises faster after it. y: [B, L]."""
+    """Returns the squared errors, [K, B], of the best line with a kink at each knot that rises faster after it. y: [B,
+    L]."""
     after = np.maximum(x - knots[:, None], 0.0)
     design = np.stack([np.ones_like(after), np.broadcast_to(x, after.shape), after], axis=2)
     inverse = np.linalg.pinv(design)

@@ -61,7 +61,7 @@ class Curve:
         return means[0] if counts is None else means
 
     def contrast(self, weights: Floats, alpha: float) -> tuple[float, float, float]:
-        """Σ_k weights_k · mean_k, and its interval of level 1 − alpha.
+        """Returns Σ_k weights_k · mean_k, and its interval of level 1 − alpha.
 
         The requests are the units and are shared by the settings: request i contributes
         Σ_k weights_k (x_ik − mean_k n_i) / N_k to the linearised contrast (Cochran, Sampling Techniques, 1977, ch. 6).

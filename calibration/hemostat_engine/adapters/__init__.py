@@ -19,7 +19,7 @@ import logging
 import os
 
 ENABLED = "HEMOSTAT_ADAPTERS"
-"""Environment variable: 1 enables the plugin."""
+"""The environment variable whose value 1 enables the plugin."""
 
 log = logging.getLogger("vllm.hemostat")
 """Below vLLM's logger, which alone has a handler in all of its processes."""

@@ -42,12 +42,12 @@ class SlotKeeper:
     def __init__(self, state: AdapterState) -> None:
         self._state = state
         self._names: OrderedDict[int, str] = OrderedDict()
-        """By id, the least recently used first."""
+        """The names of the adapters by id, the least recently used first."""
         self._unloaded: OrderedDict[int, None] = OrderedDict()
         self._failed: set[int] = set()
         self._in_step = False
         self._used: frozenset[int] = frozenset()
-        """Ids of the adapters of the last forward pass."""
+        """The ids of the adapters of the last forward pass."""
 
     def install(self, manager_class: Any) -> None:
         """Wrap the methods of LRUCacheWorkerLoRAManager. Idempotent."""

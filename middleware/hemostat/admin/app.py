@@ -53,7 +53,7 @@ ASSETS = {
 """The console's files: nothing else is served."""
 MAX_STREAMS = 32
 STREAM_SECONDS = 2.0
-"""Time between two states of the console's stream."""
+"""The time between two states of the console's stream."""
 
 
 class StatusView(Protocol):
@@ -139,27 +139,27 @@ Kind = Annotated[str, msgspec.Meta(max_length=256)]
 
 
 class PromoteRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """Body of POST /api/v1/profiles/promote. kind: of traffic; null or left out: all, here and below."""
+    """The body of POST /api/v1/profiles/promote. kind: of traffic; null or left out: all, here and below."""
 
     version: Version
     kind: Kind | None = None
 
 
 class PinRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """Body of POST /api/v1/profiles/pin; a null version unpins."""
+    """The body of POST /api/v1/profiles/pin; a null version unpins."""
 
     version: Version | None
     kind: Kind | None = None
 
 
 class KindRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """Body of POST /api/v1/profiles/rollback and /release, if any."""
+    """The body of POST /api/v1/profiles/rollback and /release, if any."""
 
     kind: Kind | None = None
 
 
 class DrainRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """Body of POST /api/v1/engines/drain and /undrain. engine: host:port, as the status names it."""
+    """The body of POST /api/v1/engines/drain and /undrain. engine: host:port, as the status names it."""
 
     engine: Annotated[str, msgspec.Meta(max_length=300)]
 
@@ -254,7 +254,9 @@ def create_app(
 
     @app.get("/api/v1/stream")
     async def stream(request: Request) -> Response:
-        """Server-sent events: every 2 seconds the status and the profiles. At most 32 streams at a time."""
+        """Returns server-sent events: every 2 seconds the status and the profiles. There are at most 32 streams at a
+        time.
+        """
         nonlocal streams
         if streams >= MAX_STREAMS:
             raise HTTPException(503, f"{MAX_STREAMS} streams are open already; poll /api/v1/status")
@@ -342,7 +344,7 @@ def create_app(
 
     @app.post("/api/v1/alarm/rebase")
     async def rebase(request: Request) -> dict[str, Any]:
-        """Accept the present state of a kind, or of all kinds, as the alarm's new baseline. Body: none, or
+        """Accepts the present state of a kind, or of all kinds, as the alarm's new baseline. Body: none, or
         `{"kind": "…"}`."""
         wanted = await _read(request, RebaseRequest, '{"kind": "chat text sampled"}', RebaseRequest())
         return await backend.actions.rebase(wanted.kind)

@@ -148,7 +148,7 @@ class HeadTimeoutProtocol(H11Protocol):
     """A protocol for uvicorn that aborts a connection whose request head is not complete within HEAD_SECONDS."""
 
     waiting: Waiting
-    """Shared by the connections of a server."""
+    """The waiting connections; the connections of a server share it."""
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

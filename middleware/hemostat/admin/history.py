@@ -12,7 +12,7 @@ from hemostat.admin.status import Status
 from hemostat.ipc.messages import OVERHEAD_BUCKETS
 
 POINT_SECONDS = 10.0
-"""Time between two points."""
+"""The time between two points."""
 MAX_POINTS = 2160
 """The largest number of points: six hours."""
 RECENT_POINTS = 6
@@ -84,8 +84,8 @@ class History:
         return (self._sums[-1][0] - nats) / (tokens - before) if tokens > before else None
 
     def _overhead(self, counts: list[int]) -> float | None:
-        """99 % quantile of the last points, seconds; at most the largest finite edge of a bucket. counts: empty before
-        a relay has reported."""
+        """Returns the 99 % quantile of the last points, seconds; at most the largest finite edge of a bucket. counts:
+        empty before a relay has reported."""
         before = self._buckets[0] if self._buckets else counts
         self._buckets.append(counts)
         recent = [max(0, now - then) for now, then in zip_longest(counts, before, fillvalue=0)]

@@ -33,10 +33,10 @@ from hemostat.store.errors import StoreErrorLog
 log = logging.getLogger("hemostat.control")
 
 MAX_FAILED_RATIO, MIN_FAILED = 0.05, 5
-"""Limits of the failed requests of a minute. The alert waits for five minutes instead: one failure is no reason to wake
-anybody."""
+"""The limits of the failed requests of a minute. The alert waits for five minutes instead: one failure is no reason to
+wake anybody."""
 MAX_LOST_RATIO = 0.01
-"""Limit of the share of lost captures: a restart of the control process loses a few."""
+"""The limit of the share of lost captures: a restart of the control process loses a few."""
 MAX_DROPPED_RATIO, MIN_DROPPED = 0.2, 5
 """Limits of the captures of LOST_SECONDS that were dropped."""
 MAX_REPEATED_RATIO, MAX_REPEATED = 0.005, 20

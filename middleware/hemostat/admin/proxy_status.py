@@ -38,7 +38,7 @@ class ProxyStatus(msgspec.Struct, frozen=True):
     infinity).
     """
     overhead_counts: list[int]
-    """Requests by bucket of the same histogram: `OVERHEAD_BUCKETS`, and above."""
+    """The number of requests in each bucket of the histogram of the overhead: `OVERHEAD_BUCKETS`, and above."""
     recent: RecentRequests
 
 

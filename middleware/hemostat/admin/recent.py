@@ -62,7 +62,7 @@ class RelayFigures(msgspec.Struct, frozen=True):
     """The recent growth of the counters of all relays."""
 
     requests: float = 0.0
-    """Requests in the last minute."""
+    """The number of requests in the last minute."""
     failed: float = 0.0
     """The part of them that the upstream answered with a server error, or not at all."""
     captured: float = 0.0
@@ -70,9 +70,9 @@ class RelayFigures(msgspec.Struct, frozen=True):
     lost: float = 0.0
     """The part of them that did not reach the control process."""
     dropped: float = 0.0
-    """Sampled requests in the last LOST_SECONDS that relays dropped, for whatever reason."""
+    """The number of sampled requests in the last LOST_SECONDS that relays dropped, for whatever reason."""
     answered: float = 0.0
-    """Requests in the last LONG_SECONDS."""
+    """The number of requests in the last LONG_SECONDS."""
     repeated: float = 0.0
     """The part of them that was sent to the engine a second time."""
     completions: float = 0.0
@@ -116,10 +116,11 @@ class RelayGrowth:
         """The values at the last look."""
         self.figures = RelayFigures()
         self.overhead: list[int] = []
-        """Requests of the last OVERHEAD_SECONDS by bucket of their overhead: `OVERHEAD_BUCKETS`, and above."""
+        """The number of requests of the last OVERHEAD_SECONDS by bucket of their overhead: `OVERHEAD_BUCKETS`, and
+        above."""
 
     def look(self, now: float, relays: int, total: Stats) -> None:
-        """Update the figures. relays: how many have reported. total: of all relays, since they started."""
+        """Updates the figures. relays: how many have reported. total: of all relays, since they started."""
         self._counters = _counters(total)
         buckets = [*total.overhead_buckets, *[0] * (len(self._overhead) - len(total.overhead_buckets))]
         if relays > self._relays:

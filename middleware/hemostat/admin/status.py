@@ -56,7 +56,7 @@ class Status(msgspec.Struct, frozen=True):
     tokens_scored: int
     top_k: int
     raw: Report
-    """Figures of the compressed model itself: `measurement.figures`."""
+    """The figures of the compressed model itself: `measurement.figures`."""
     where: list[Report]
     """The raw figures by route and label."""
     kinds: list[Report]
@@ -69,7 +69,9 @@ class Status(msgspec.Struct, frozen=True):
     """The outcomes by kind of traffic and arm: `measurement.outcomes`."""
     decoding: list[Report]
     places: Report
-    """By position in the output, length of the context, and phase of a reasoning model: `measurement.by_place`."""
+    """The figures by position in the output, length of the context, and phase of a reasoning model:
+    `measurement.by_place`.
+    """
     thinking: Report
     """Length of the thinking and how often it does not end, by arm: `measurement.thinking`."""
     trajectory: Report

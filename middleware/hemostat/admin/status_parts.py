@@ -30,12 +30,12 @@ Report = dict[str, Any]
 
 
 class RequestsStatus(msgspec.Struct, frozen=True):
-    """Sampled requests, by what became of them."""
+    """The numbers of sampled requests, by what became of them."""
 
     shadowed: int
     scored: int
     skipped: dict[str, int]
-    """By reason, of relays and of this process."""
+    """The number of skipped requests by reason, counted by relays and by this process."""
     dropped: dict[str, int]
     pending: int
 
@@ -49,7 +49,7 @@ class ProfileStatus(msgspec.Struct, frozen=True):
 
 
 class RecoveredStatus(msgspec.Struct, frozen=True):
-    """Part of the divergence that the profile removes, on the same tokens."""
+    """The part of the divergence that the profile removes, on the same tokens."""
 
     ratio: float | None
     ci95: list[float | None]

@@ -36,7 +36,7 @@ ANSWER_TOKENS = 40
 BESIDE = (3, 6, 12)
 """Sequences that are asked for at once in the baseline's replays, but for the first one: batches of several shapes."""
 TOKENIZER_TEXT = "Hemostat 1,024 ≤ x; größer 温度 température\n\tif (a != b) { return [0x1f]; } // 😀"
-"""Tokenizers differ in its token ids."""
+"""A text for which tokenizers differ in the token ids."""
 PRIORITY = 1_000
 """Later than clients' requests, whose default is 0, where the engine schedules by priority."""
 
@@ -150,7 +150,7 @@ class CanaryClient:
         return CanarySet(tuple(canaries), np.stack(replays), origin)
 
     async def replay(self, canaries: Sequence[Canary]) -> Floats:
-        """Log-probabilities of all scored tokens, float64 [N], one sequence after the other."""
+        """Returns the log-probabilities of all scored tokens, float64 [N], one sequence after the other."""
         return np.concatenate([await self._score(canary) for canary in canaries])
 
     async def compare(self, taken: CanarySet, tolerance: float) -> Comparison:

@@ -42,7 +42,7 @@ class Reading:
     since: dict[str, float] = field(default_factory=dict)
     """The statements: from what it is too far, and since when, Unix time."""
     reference: tuple[float, float] | None = None
-    """Distance from the reference, nats: then, now."""
+    """The distances from the reference, in nats: the one of the baseline, and the present one."""
     cause: Verdict | None = None
     """The cause of what is stated, once it was looked for."""
 

@@ -458,9 +458,12 @@ class Canaries:
                 yield self._statement(canaries, model, reading, taken), min(reading.since.values())
 
     def report(self) -> dict[str, Any]:
-        """JSON-ready. set: what is replayed; None before one was taken. failures: why an engine is not compared.
-        engines: the last replay of each model of each engine; distance_nats: the median distance of its sequences;
-        cause: of what is found there, in words."""
+        """Returns the state of the canaries, JSON-ready.
+
+        set: what is replayed; None before one was taken. failures: why an engine is not compared. engines: the last
+        replay of each model of each engine. distance_nats: the median distance of its sequences. cause: the cause of
+        what was found there, in words.
+        """
         base = self._sets.base
         return {
             "detail": self.problem or ("" if base is not None else "no set was taken yet"),

@@ -18,7 +18,7 @@ VARIABLE = "HEMOSTAT_ADMIN__TOKEN"
 FORMER_VARIABLE = "HEMOSTAT_ADMIN_TOKEN"
 """The name that only these commands read before; it still works."""
 ADMIN_SECONDS = 30.0
-"""Timeout of a request."""
+"""The timeout of a request."""
 
 
 def add_admin_options(parser: argparse.ArgumentParser) -> None:

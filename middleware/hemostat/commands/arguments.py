@@ -26,7 +26,7 @@ SHORTHANDS = {
     "workers": ("workers", "N", "Number of relay processes"),
     "log-level": ("log.level", "LEVEL", "Level of the log: debug, info, warning or error"),
 }
-"""Flag -> dotted key, placeholder, help."""
+"""The short flags: flag -> dotted key, placeholder, help."""
 
 
 _KEY = re.compile(r"[\w.-]+")

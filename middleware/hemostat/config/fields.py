@@ -1,4 +1,4 @@
-"""Types of the configuration's values, with their checks, and the base of its sections."""
+"""The types of the configuration's values, with their checks, and the base of its sections."""
 
 from __future__ import annotations
 

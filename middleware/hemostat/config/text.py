@@ -1,4 +1,4 @@
-"""Text of the errors of the configuration: one line each, with values of any size shown shortly."""
+"""The text of the errors of the configuration: one line each, with values of any size shown shortly."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ from hemostat_calibration.messages import in_words
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 LOGPROBS_REFUSED = Unscored.LOGPROBS_REFUSED.labels
-"""Labels of the requests that the upstream refused for what Hemostat asked on top."""
+"""The labels of the requests that the upstream refused for what Hemostat asked on top."""
 _RANDOM = random.SystemRandom()
 log = logging.getLogger("hemostat.control")
 

@@ -37,7 +37,7 @@ class LearnedState:
         self._writes = writes
         self._clock = clock
         self._stored: bytes | None = None
-        """Restored, and not used yet."""
+        """The state that was restored, and is not used yet."""
         self._models: ModelIdentity | None = None
         self._about: ModelIdentity | None = None
         """The models that it was learned of, as far as they are known."""

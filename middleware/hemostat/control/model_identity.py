@@ -23,7 +23,7 @@ class ModelIdentity:
     reference: str = ""
     """The digest of the reference."""
     weights: str = ""
-    """Fingerprint of the compressed weights: `engines.served_weights.ServedWeights`."""
+    """The fingerprint of the compressed weights: `engines.served_weights.ServedWeights`."""
     probe: tuple[float, ...] = ()
     """The scores of fixed texts on the reference, if its digest does not say what its weights are
     (`reference.probed_scores`). It is compared within the noise of a server."""
@@ -64,7 +64,7 @@ class ModelIdentity:
 
 
 DAMAGED = ModelIdentity(vocab_size=-1)
-"""Agrees with no models."""
+"""An identity that agrees with no models."""
 
 
 def from_json(stored: str) -> ModelIdentity:

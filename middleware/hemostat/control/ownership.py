@@ -150,7 +150,7 @@ class Ownership:
         return snapshot
 
     async def try_to_begin(self) -> Snapshot | None:
-        """Once. None: another process owns the store, or what it holds is not known."""
+        """Tries once to begin. None: another process owns the store, or it is not known what it holds."""
         try:
             if self.state is OwnershipState.STANDBY:
                 if not await self._thread.call(self._store.acquire):
@@ -226,7 +226,9 @@ class Ownership:
             self._errors.record(failure)
 
     async def try_to_regain(self) -> bool:
-        """Once. Superseded where the store holds anything but what this process wrote last."""
+        """Tries once to regain the ownership, and returns True if it did. Raises Superseded if the store holds anything
+        but what this process wrote last.
+        """
         try:
             await self._require_own_head()
             if await self._thread.call(self._store.acquire):

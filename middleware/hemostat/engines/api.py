@@ -27,7 +27,7 @@ def engine_router(
     load_profile: Callable[[str], bytes | None],
     now: Callable[[], float],
 ) -> APIRouter:
-    """Routes under /api/v1/engine. `now` is monotonic seconds."""
+    """Returns the routes under /api/v1/engine. `now` returns monotonic seconds."""
     router = APIRouter(prefix="/api/v1/engine")
 
     def own_requests() -> dict[str, Any]:
@@ -56,7 +56,7 @@ def engine_router(
 
     @router.post("/tap", status_code=204)
     async def tap(request: Request) -> None:
-        """Features and masks of sampled requests (msgpack)."""
+        """Takes features and masks of sampled requests (msgpack)."""
         body = await read_body(request, MAX_TAP_BYTES)
         try:
             registry.taps.add(decode_tap(body), now())

@@ -16,7 +16,7 @@ MAX_RUNS = 1 << 16
 RUN_BYTES, RUN_VERSION_BYTES = 512, 192
 """The memory that a run takes in addition to its numbers, about, and the memory that each of its versions takes."""
 MAX_POSITIONS = 1 << 18
-"""Output positions of one tapped request."""
+"""The largest number of output positions of one tapped request."""
 FREE, UNKNOWN = -1, -2
 """Values in `TapRun.set_rows` in place of a set."""
 

@@ -43,7 +43,7 @@ def uniform(key: bytes, salt: bytes, purpose: bytes) -> float:
 
 
 def in_control_arm(conversation: bytes, fraction: float, salt: bytes) -> bool:
-    """True for a fraction `fraction` of all conversations."""
+    """Returns True for a fraction `fraction` of all conversations."""
     return uniform(conversation, salt, ARM) < fraction
 
 

@@ -125,9 +125,9 @@ class InterceptedResponse:
         self._name: ModelName | None = None
         """Restores the base model's name."""
         self._after_server_error = False
-        """REPEATED: because of a server error."""
+        """It is True in REPEATED if the request was repeated because of a server error."""
         self._adapter_refused = False
-        """REPEATED: the engine refused the rewritten request because of the adapter."""
+        """It is True in REPEATED if the engine refused the rewritten request because of the adapter."""
 
     def _enter(self, state: ResponseState) -> None:
         assert state in TRANSITIONS[self.state], f"no transition from {self.state!r} to {state!r}"

@@ -18,7 +18,7 @@ class ArmReason(StrEnum):
     """The reason why a request is in its arm, if it could be judged."""
 
     ASSIGNED = "assigned"
-    """Assigned at random, to the control arm or to the treated one."""
+    """The request was assigned at random, to the control arm or to the treated one."""
     OFF = "off"
     """The setting `calibration.mode` is off."""
     NO_PROFILE = "no_profile"
@@ -49,7 +49,7 @@ class ArmReason(StrEnum):
 
 
 Reason = ArmReason | Uncalibrated | Unscored
-"""Values of the label `reason` of calibration requests."""
+"""The values of the label `reason` of calibration requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def choose_profile(
     conversation: bytes,
     engine: str,
 ) -> Choice:
-    """Choose by what the client sent and by the engine alone, so that both arms exclude the same requests.
+    """Chooses the profile by what the client sent and by the engine alone, so that both arms exclude the same requests.
 
     The engine is chosen before, by the conversation and the engines' load, and the arm by a hash that is independent of
     both. A request to an engine that does not hold the profile is in no arm, whichever the hash would give: with

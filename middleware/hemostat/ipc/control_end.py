@@ -99,7 +99,7 @@ class RelayLink:
         return any(stats.ready for stats in self._live.values())
 
     def total(self) -> Stats:
-        """Figures summed over every relay since this process started."""
+        """Returns the figures summed over every relay since this process started."""
         total = Stats(counters={}, overhead_buckets=[], overhead_sum=0.0, ready=False)
         for stats in (self._retired, *self._former.values(), *self._live.values()):
             if stats is not None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Final
 
 OK: Final = "ok"
-"""Complete, status below 400."""
+"""The response is complete, and has a status below 400."""
 CLIENT_ERROR: Final = "client_error"
-"""Complete, the upstream's status 4xx."""
+"""The response is complete, and has the upstream's status 4xx."""
 SERVER_ERROR: Final = "server_error"
-"""Complete, the upstream's status 5xx."""
+"""The response is complete, and has the upstream's status 5xx."""
 REFUSED: Final = "refused"
 """Answered with an error of our own that is the client's fault, or with the hook's refusal."""
 OVERLOADED: Final = "overloaded"

@@ -42,7 +42,7 @@ async def read_frame(stream: asyncio.StreamReader, max_bytes: int = MAX_FRAME_BY
 
 
 class FrameReader:
-    """Bytes in, in pieces of any size; bodies of the complete frames out."""
+    """Turns the bytes of a stream, in pieces of any size, into the bodies of the complete frames."""
 
     def __init__(self, max_bytes: int = MAX_FRAME_BYTES) -> None:
         self._buffer = bytearray()

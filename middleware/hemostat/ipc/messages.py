@@ -23,7 +23,7 @@ one.
 MAX_HELLO_BYTES = 64 * 1024
 """The largest size of the first frame, which comes before the token is known."""
 ALIVE_SECONDS = 2.0
-"""Longest pause between two messages of the control process."""
+"""The longest pause between two messages of the control process."""
 REST_KIND = "rest"
 """The kind of all requests whose own kind is too rare to be followed by itself, and that no grammar restricts."""
 REST_GRAMMAR_KIND = "rest grammar"
@@ -107,7 +107,7 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     min_p: float
     finish_reason: str
     captured_at: float
-    """When it came to the control process, by its monotonic clock; without meaning before."""
+    """The time when it came to the control process, by its monotonic clock; without meaning before."""
     traceparent: str = ""
     """W3C trace context that went upstream with the request; "" where it is not traced."""
     kind: str = ""
@@ -177,7 +177,7 @@ class OutcomeReports(msgspec.Struct, tag="outcomes", frozen=True):
 
 
 class SampledCount(msgspec.Struct, frozen=True, array_like=True):
-    """Sampled requests of one kind that ended in a relay, in one way."""
+    """The count of sampled requests of one kind that ended in a relay, in one way."""
 
     kind: str
     """Full name; "" where the request's body was not read."""
@@ -189,11 +189,11 @@ class SampledCount(msgspec.Struct, frozen=True, array_like=True):
     unknown: float
     """The number of these requests whose generated tokens are not known."""
     tokens: int
-    """Generated tokens of the others."""
+    """The number of generated tokens of the other requests."""
 
 
 class SampledCounts(msgspec.Struct, tag="sampled", frozen=True):
-    """Since the last such message. Captures are not in it: the control process counts how they end."""
+    """The counts since the last such message. Captures are not in it: the control process counts how they end."""
 
     counts: list[SampledCount]
 
@@ -215,7 +215,7 @@ class EngineHealth(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Stats(msgspec.Struct, tag="stats", frozen=True):
-    """Cumulative figures of one relay process since it started.
+    """The cumulative figures of one relay process since it started.
 
     counters: metric name -> label values, in the metric's order -> count.
     overhead_buckets: requests in each bucket of `OVERHEAD_BUCKETS` (not cumulative), and one more for those above.
@@ -244,7 +244,9 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     tap: bool
     """True: shadowed requests carry `hemostat_tap` (an engine plugin has reported)."""
     forced: str | None
-    """Profile version put on every request (tests, `--force-profile`); wins over `serving_by_kind`."""
+    """The version of the profile that is put on every request (tests, `--force-profile`); it wins over
+    `serving_by_kind`.
+    """
     control_fraction: float
     acknowledged: frozenset[str]
     """Versions that every rank of every engine holds: what requests may ask for where there is one upstream address."""
@@ -275,7 +277,7 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     calibrated_models: frozenset[str] | None = None
     """Served names of the model that profiles are for, and of its adapters; None: not known yet, none is excluded."""
     adapters: frozenset[str] = frozenset()
-    """Versions of the family `adapter`, asked for as the request's `model`."""
+    """The versions of the family `adapter`, which are asked for as the request's `model`."""
     base_models: frozenset[str] | None = None
     """Served names of the model that profiles are for, without its adapters; None: not known yet. A request for any
     other model, such as a client's own adapter, never gets an adapter of Hemostat's."""

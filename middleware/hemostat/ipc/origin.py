@@ -26,7 +26,7 @@ class Origin:
 
     @property
     def name(self) -> str:
-        """Address and port: what metrics and operators call the engine."""
+        """The address and port, by which metrics and operators name the engine."""
         return _joined(self.address, self.port)
 
     def at(self, address: str) -> Origin:

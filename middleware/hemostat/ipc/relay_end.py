@@ -43,7 +43,7 @@ STATS_SECONDS = 1.0
 HOT_MODULE = "hemostat.relay.exchange"
 """A name only, for this layer cannot import it: all modules of the hot path are compiled, or none."""
 RECONNECT_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
-"""Longest pauses between attempts to connect, each of them at every address."""
+"""The longest pauses between attempts to connect, each of them at every address."""
 ATTEMPT_SECONDS = 5.0
 """For one address, from the look-up or the connection to the first answer."""
 SILENCE_SECONDS = 10.0
@@ -185,7 +185,7 @@ class ControlLink:
             await asyncio.sleep(backoff.pause())
 
     async def _try_all(self) -> str | None:
-        """Connect to one address after the other. None once a connection was in use and has ended; else why no one
+        """Connects to one address after the other. None once a connection was in use and has ended; else why no one
         could be used."""
         try:
             async with asyncio.timeout(ATTEMPT_SECONDS):

@@ -95,7 +95,7 @@ def end_after_supervisor() -> ParentWatch:
 
 
 def stop_event() -> asyncio.Event:
-    """Set by SIGTERM and SIGINT from now on."""
+    """Returns an event that SIGTERM and SIGINT set from now on."""
     stop = asyncio.Event()
     for sig in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(sig, stop.set)

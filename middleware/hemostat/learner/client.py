@@ -116,7 +116,7 @@ class Learner:
         )
         self._records = RecordQueue()
         self._learned = self._restored = learner_messages.Learned({}, {}, {})
-        """In all, and of that before this process."""
+        """The totals of what was learned from: `_learned` in all, and `_restored` before this process."""
         self._storage = storage
         self._clock = clock
         self._exported_at = clock()
@@ -167,7 +167,9 @@ class Learner:
         self._weights = weights or self._weights
 
     def stop(self, why: str, *, unavailable: bool = False) -> None:
-        """Learn about nothing. why: shown as the state's detail. unavailable: learning is wanted, but impossible."""
+        """Stops learning: there is nothing to learn about any more. why: shown as the state's detail. unavailable:
+        learning is wanted, but impossible.
+        """
         self._set_state(LearnerState.UNAVAILABLE if unavailable else LearnerState.OFF, why)
         self._process.set_target(None)
 
@@ -190,7 +192,9 @@ class Learner:
             self._process.wake()
 
     def tokens_by_source(self) -> dict[str, int]:
-        """Tokens learned from, by what they brought, over all processes since the start: never decreases."""
+        """The number of tokens that were learned from, by what they brought, over all processes since the start; it
+        never decreases.
+        """
         return dict(self._tokens_of_ended + self._tokens_of_process())
 
     def _tokens_of_process(self) -> Counter[str]:

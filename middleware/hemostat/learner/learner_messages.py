@@ -34,7 +34,7 @@ class Start(msgspec.Struct, tag="start", frozen=True):
     recent_tokens: int
     min_tokens: int
     reference: str = ""
-    """Digest of the reference's weights; "" where unknown."""
+    """The digest of the reference's weights; "" if unknown."""
     stored_bytes: int = 0
     """Most bytes of an export; 0: nothing is exported."""
     restores: bool = False
@@ -42,14 +42,16 @@ class Start(msgspec.Struct, tag="start", frozen=True):
 
 
 class Restore(msgspec.Struct, tag="restore", frozen=True):
-    """Part of what an earlier learner exported, at most `PART_BYTES`."""
+    """A part of what an earlier learner exported, at most `PART_BYTES`."""
 
     part: bytes
     last: bool
 
 
 class Export(msgspec.Struct, tag="export", frozen=True):
-    """Answered with `Exported`. At the end of its input the learner exports what was learned since the last one."""
+    """Asks for what was learned; it is answered with `Exported`. At the end of its input the learner exports what was
+    learned since the last one.
+    """
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True):
@@ -73,7 +75,7 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     emitted: bytes
     reference_emitted: bytes
     anchors: str
-    """Digest; "" without features."""
+    """The digest of the anchors; "" without features."""
     features: bytes
     """The engine's features, float16 [T, N]."""
     hidden: bytes
@@ -97,7 +99,7 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
 
 
 class Learned(msgspec.Struct, tag="learned", frozen=True):
-    """Totals since the process started. failed: records that could not be learned from, by what was raised."""
+    """The totals since the process started. failed: records that could not be learned from, by what was raised."""
 
     tokens: dict[str, int]
     """The number of tokens by scope, where "" is all; a scope that is not learned apart is missing."""
@@ -124,7 +126,7 @@ class Exported(msgspec.Struct, tag="exported", frozen=True):
 
 
 class Training(msgspec.Struct, tag="training", frozen=True):
-    """Progress of a proposal; done: from 0 to 1."""
+    """The progress of a proposal; done: from 0 to 1."""
 
     stage: str
     done: float

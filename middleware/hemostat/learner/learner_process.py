@@ -30,7 +30,7 @@ from hemostat_calibration.learning.contextual.anchors import choose_anchors
 from hemostat_calibration.learning.contextual.learner import ContextualLearner, ContextualState
 
 NICENESS = 15
-"""Lower priority than all other processes, the reference included."""
+"""The niceness of the learner: a lower priority than all other processes have, the reference included."""
 MAX_QUEUED_MESSAGES = 16
 """Messages read ahead of the one that is being worked on."""
 MAX_SCOPES = 8

@@ -48,7 +48,7 @@ class RecordQueue:
         return None
 
     def take_batch(self) -> list[learner_messages.Row]:
-        """Remove the oldest rows, about `MAX_BATCH_BYTES` of them."""
+        """Removes and returns the oldest rows, about `MAX_BATCH_BYTES` of them."""
         rows: list[learner_messages.Row] = []
         while self._rows and learner_messages.row_bytes(rows) < MAX_BATCH_BYTES:
             rows.append(self._rows.popleft())

@@ -80,7 +80,7 @@ class FloorLimit:
         """The v̂ after the last request: its computation takes too long for every scored record that needs a limit."""
 
     def add(self, divergences: Floats, client: bytes) -> None:
-        """KL by token of one request, nats. client: the digest of whom it is from."""
+        """Adds one request's KL by token, in nats. client: the digest of whom it is from."""
         values = np.clip(divergences[~np.isnan(divergences)], 0.0, self._mean.cap)
         self._mean = self._mean.update(values)
         self._dependence.add(np.array([values.sum()]), np.array([float(len(values))]), client)
@@ -158,7 +158,9 @@ class Alarms:
             self.save()
 
     def observe_noise_floor(self, model: str, divergences: Floats, client: bytes = b"") -> None:
-        """KL by token, nats, of a record with `model` on both sides. client: the digest of whom it is from."""
+        """Observes the KL by token, in nats, of a record with `model` on both sides. client: the digest of whom it is
+        from.
+        """
         if model in self._noise_floors:
             self._noise_floors[model].add(divergences, client)
 

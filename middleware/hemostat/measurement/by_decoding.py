@@ -76,7 +76,7 @@ def _ends(lower: ClippedMean, upper: ClippedMean, inflation: float) -> dict[str,
 
 
 class ByDecoding:
-    """Raw figures, and those after decoding, by the request's decoding strategy. cycle: of the traffic."""
+    """The raw figures, and the figures after decoding, by the request's decoding strategy. cycle: of the traffic."""
 
     def __init__(self, cycle: Cycle = NO_CYCLE) -> None:
         self._cycle = cycle

@@ -148,8 +148,9 @@ class ByKind:
         kind.put(version, figures)
 
     def report(self) -> list[dict[str, Any]]:
-        """By kind, most requests first; JSON-ready. `profile`: the version that `gain_nats` and `recovered` are of, the
-        last one that served the kind or, in `observe`, would have."""
+        """Returns the figures by kind, the kind with most requests first; JSON-ready. `profile`: the version that
+        `gain_nats` and `recovered` belong to, which is the last one that served the kind or, in `observe`, would have.
+        """
         result = []
         for name, kind in sorted(self._kinds.items(), key=lambda item: (-item[1].raw.requests, item[0])):
             version, gain = kind.latest()

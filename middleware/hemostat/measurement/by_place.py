@@ -35,7 +35,7 @@ POSITIONS, CONTEXTS = bucket_labels(POSITION_EDGES), bucket_labels(CONTEXT_EDGES
 
 
 class _Group:
-    """Figures of each bucket of one division."""
+    """The figures of each bucket of one division."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class _Group:
         self._divide = divide
         self._figures = {label: StageFigures(FIGURES_BY_PLACE, cycle) for label in labels}
         self._totals: dict[str, tuple[int, float]] = dict.fromkeys(labels, (0, 0.0))
-        """Tokens with a finite KL, and their KL; of all records."""
+        """The number of tokens with a finite KL, and the sum of their KL, over all records."""
 
     def add(self, record: TokenRecord, raw: TokenDivergence, *, fresh: bool) -> None:
         for label, at in self._divide(record).items():
@@ -85,7 +85,9 @@ class ByPlace:
             group.add(record, raw, fresh=fresh)
 
     def report(self) -> dict[str, Any]:
-        """JSON-ready: by `position`, `context` and `phase`, each with a request, in their order."""
+        """Returns the figures by `position`, `context` and `phase`, for the places with a request, in their order;
+        JSON-ready.
+        """
         return {
             "position": self._position.report(),
             "context": self._context.report(),

@@ -65,7 +65,9 @@ class ConditionalFigures:
             self.by_kind.add(record, figures if own else None, served_figures, profile, gain)
 
     def report(self) -> dict[str, Any]:
-        """JSON-ready. `exact_tokens_share`: of the tokens whose divergence is known exactly, None without any."""
+        """Returns the figures, JSON-ready. `exact_tokens_share`: the share of the tokens whose divergence is known
+        exactly, None without any token.
+        """
         exact = sum(tokens for (_, share), tokens in self._tokens.items() if share == "exact")
         return {
             "conditional_on": "grammar",

@@ -89,7 +89,9 @@ class Coverage:
             self.count(capture.kind, SKIPPED, Unscored.OUTSIDE_SUFFIX.value, 0.0, 0.0, left_out)
 
     def report(self) -> dict[str, Any]:
-        """JSON-ready. `scored_share`: of the known tokens, and of the requests; None before the first."""
+        """Returns the coverage, JSON-ready. `scored_share`: the scored share of the known tokens, and of the requests;
+        None before the first request.
+        """
         kinds = [
             {"kind": name, **_shares(tallies)}
             for name, tallies in sorted(

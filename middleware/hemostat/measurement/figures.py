@@ -42,7 +42,7 @@ KL_CAP = 20.0
 one token in a million does not change the mean. The clipped share is reported too.
 """
 ENTROPY_CAP = math.log(1 << 24)
-"""Entropy of the uniform distribution over a vocabulary larger than any."""
+"""The entropy of the uniform distribution over a vocabulary larger than any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ HEADLINE = (
 )
 """Figures that have a finite-sample interval, too, and are exported as metrics with their asymptotic ones."""
 MAX_TOKENS = 4096
-"""Default of `shadow.max_tokens`, which bounds the tokens of a scored request."""
+"""The default of `shadow.max_tokens`, which bounds the tokens of a scored request."""
 
 DRAFT_ACCEPTANCE_OF = {"total_variation", "total_variation_upper"}
 """Figures that `draft_acceptance` is made of."""
@@ -111,7 +111,7 @@ def _ends(interval: ConfidenceInterval, inflation: float) -> list[float | None]:
 
 
 class StageFigures:
-    """Figures over the requests of one group. names: which of `FIGURES`. cycle: of the traffic."""
+    """The figures over the requests of one group. names: which of `FIGURES`. cycle: of the traffic."""
 
     def __init__(self, names: Collection[str] = tuple(FIGURES), cycle: Cycle = NO_CYCLE) -> None:
         self._figures = {name: FIGURES[name] for name in names}

@@ -36,7 +36,7 @@ def interval_json(confidence_interval: ConfidenceInterval, inflation: float) -> 
 
 
 def difference(treated: StageFigures, control: StageFigures, name: str) -> dict[str, Any]:
-    """Treated minus control of one figure, with the larger v̂ of both; JSON-ready."""
+    """Returns treated minus control of one figure, with the larger v̂ of both; JSON-ready."""
     v = max(treated.inflation(name), control.inflation(name))
     a, b = treated.sequence(name), control.sequence(name)
     requests = a.moments.requests + b.moments.requests
@@ -54,7 +54,7 @@ class GainFigures:
     by_token: MeanSequence = field(default_factory=MeanSequence)
     by_request: MeanSequence = field(default_factory=MeanSequence)
     share: MeanSequence = field(default_factory=MeanSequence)
-    """Σ gain / Σ KL."""
+    """The share of the divergence that is gained, Σ gain / Σ KL."""
     cycle: Cycle = NO_CYCLE
     dependence: Dependence = field(init=False)
     """The dependence of the requests in these three figures."""

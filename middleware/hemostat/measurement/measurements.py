@@ -117,8 +117,9 @@ class _After:
 
 
 class Measurements:
-    """Raw figures, and for every recent profile the figures after it and its gain. max_tokens: of a request. cycle:
-    of the traffic."""
+    """Owns the raw figures, and for every recent profile the figures after it and its gain. max_tokens: the limit of a
+    request's tokens. cycle: of the traffic.
+    """
 
     def __init__(self, max_tokens: int = MAX_TOKENS, cycle: Cycle = NO_CYCLE) -> None:
         self._cycle = cycle
@@ -266,7 +267,7 @@ class Measurements:
         return figures
 
     def noise_floor(self) -> dict[str, Any]:
-        """By model, its divergence from itself: figures that no compression explains."""
+        """Returns by model its divergence from itself: figures that no compression explains."""
         return {model: figures.summary() for model, figures in self._noise_floor.items() if figures.requests}
 
     def excess(self) -> dict[str, Any]:

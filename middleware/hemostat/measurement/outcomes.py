@@ -71,7 +71,7 @@ class _Kind:
     changed: bool = False
     """Units were counted since the last check."""
     readings: tuple[int, list[Reading]] = (-1, [])
-    """Units of the trial, and its readings at that moment."""
+    """The number of the trial's units, and its readings at that moment."""
 
 
 class Outcomes:

@@ -9,7 +9,7 @@ SMOOTHED_SECONDS = 30.0
 
 
 class SmoothedRate:
-    """Events per second of a growing total, smoothed exponentially.
+    """The number of events per second of a growing total, smoothed exponentially.
 
     >>> rate = SmoothedRate()
     >>> for second in range(301):

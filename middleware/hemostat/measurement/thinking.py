@@ -52,7 +52,7 @@ class _Arm:
     max_tokens: int
     cycle: Cycle
     length: MeanSequence = field(default_factory=MeanSequence)
-    """Tokens of thinking, by request that thinks."""
+    """The number of tokens of thinking, by request that thinks."""
     bounded: RunningMean = field(init=False)
     """The same, for an interval that holds for any number of requests."""
     dependence: Dependence = field(init=False)

@@ -17,7 +17,8 @@ KINDS = ("counter", "histogram", "gauge")
 
 
 class HemostatCollector(Collector):
-    """Everything on /metrics. Every metric is exported from the start; a series, once some source has a sample of it.
+    """Collects everything on /metrics. Every metric is exported from the start; a series, once some source has a sample
+    of it.
 
     sources: each yields its samples, cheaply; samples of one series from several sources are added up.
     """

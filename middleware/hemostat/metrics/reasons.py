@@ -11,7 +11,7 @@ from typing import Final, Self
 
 
 class Outcome(StrEnum):
-    """Values of the label `outcome` of shadow requests."""
+    """The values of the label `outcome` of shadow requests."""
 
     SHADOWED = "shadowed"
     """Captured in the relay; one of the other outcomes follows."""
@@ -206,7 +206,7 @@ class Unscored(StrEnum):
 
     @property
     def labels(self) -> tuple[str, str]:
-        """Outcome and reason; not of a family."""
+        """The outcome and the reason; a family has none."""
         return self.outcome.value, self.value
 
 

@@ -11,7 +11,7 @@ class Sample(NamedTuple):
     name: str
     """A name from `names`."""
     labels: tuple[str, ...]
-    """Values of the labels, in the order in which `catalogue` declares them."""
+    """The values of the labels, in the order in which `catalogue` declares them."""
     value: float
 
 
@@ -21,9 +21,9 @@ class HistogramSample(NamedTuple):
     name: str
     labels: tuple[str, ...]
     edges: tuple[float, ...]
-    """Upper edges of the buckets, ascending, without +Inf."""
+    """The upper edges of the buckets, ascending, without +Inf."""
     counts: list[int]
-    """Values in each bucket (not cumulative), then those above the last edge."""
+    """The number of values in each bucket (not cumulative), then of the values above the last edge."""
     total: float
     """Sum of the values; what is not finite is exported as 0."""
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import Final
 
 MAX_CONTAINERS: Final = 20_000
-"""Opening brackets and braces, those in texts among them."""
+"""The largest number of opening brackets and braces, with the ones in texts."""
 MAX_STRINGS: Final = 16_000
 MAX_COMMAS: Final = 100_000
 """The largest number of commas, with the ones in texts."""
 MAX_ESCAPES: Final = 100_000
-"""Backslashes. A body of 512 KiB whose texts are Chinese, each character escaped, has 87,000."""
+"""The largest number of backslashes. A body of 512 KiB whose texts are Chinese, each character escaped, has 87,000."""
 MAX_MESSAGES: Final = 2_000
 """The largest number of messages of a conversation, of parts of all its messages together, and of prompts of a
 request.

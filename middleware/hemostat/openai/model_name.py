@@ -95,7 +95,7 @@ class ModelName:
         return held
 
     def _replace(self, data: bytes, at: int) -> bytes:
-        """at: the first place of the version."""
+        """Returns the data with the version replaced everywhere. at: the first place of the version."""
         version, start = self._version, 0
         parts: list[bytes] = []
         while at >= 0:

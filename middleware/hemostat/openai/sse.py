@@ -83,7 +83,9 @@ def _blank_lines(buffer: bytearray, start: int) -> list[int]:
 
 
 class Parser:
-    """Bytes in, events out. Buffers at most `max_event` bytes; a longer event is passed on in parts without data."""
+    """Turns the bytes of a stream into its events. It buffers at most `max_event` bytes; a longer event is passed on in
+    parts without data.
+    """
 
     def __init__(self, max_event: int = MAX_EVENT) -> None:
         self._max_event = max_event

@@ -92,7 +92,7 @@ class ResponseTokens:
     limit: int
     """The largest number of prompt and output tokens together, of one choice."""
     expected: int = 1
-    """Choices, of all prompts together."""
+    """The number of choices of all prompts together."""
     prompts: int = 1
     form: Form = Form.CHAT
     failure: Unscored | None = None

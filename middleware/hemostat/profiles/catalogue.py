@@ -34,7 +34,7 @@ class Catalogue:
         self._profiles: OrderedDict[str, CalibrationProfile] = OrderedDict()
         self._created: dict[str, float] = {}
         self.adapters: set[str] = set()
-        """Versions of the family `adapter`."""
+        """The versions of the family `adapter`."""
         self.probe: str | None = None
         """The contextual learner's probe: a profile that does nothing, held by engines so that they report the logits
         of its anchors. Never tested, never serves."""
@@ -43,7 +43,7 @@ class Catalogue:
         return version in self._profiles
 
     def __iter__(self) -> Iterator[str]:
-        """Versions, oldest first."""
+        """Yields the versions, oldest first."""
         return iter(self._profiles)
 
     def __reversed__(self) -> Iterator[str]:

@@ -52,7 +52,7 @@ class Reason(StrEnum):
     UNPROVEN = "unproven"
     """Its test was hopeless (`futility`), and others wait."""
     EVIDENCE = "evidence"
-    """Proven better on held-out requests."""
+    """The profile is proven better on held-out requests."""
     HARM = "harm"
     UNSUPPORTED = "unsupported"
     OUTCOMES = "outcomes"
@@ -110,7 +110,7 @@ class EventLog:
         self._wall = wall
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
         self.counts: Counter[tuple[str, str]] = Counter(dict.fromkeys(DECISIONS, 0))
-        """By decision and reason, since this process started."""
+        """The number of events by decision and reason, since this process started."""
 
     def record(
         self,

@@ -173,9 +173,9 @@ class Judge:
         return self._trials.has_seen_cycles and self._trials.spans_cycle(candidate, kind)
 
     def _take_slot(self, candidate: Candidate) -> bool:
-        """Gives an adapter that no slot is free for the slot of another one, and returns True, if it is proven better
-        in most of the other one's traffic. The kinds in which it is not go back to identity, and it is tested there
-        against identity.
+        """Gives the slot of another adapter to a candidate that no slot is free for, if the candidate is proven better
+        in most of the other one's traffic. Returns True if it did. The kinds in which it is not proven better go back
+        to identity, and it is tested there against identity.
         """
         running = self._trials.running_kinds(candidate)
         proven = {kind for kind in running if self._trials.promotes(candidate, kind)}

@@ -90,7 +90,7 @@ class Proposals:
         )
         self._scopes: dict[str, _ScopeLearning] = {}
         self.proposed = 0
-        """Proposals of temperature and bias by this process."""
+        """The number of proposals of temperature and bias by this process."""
 
     # --- what was learned ------------------------------------------------------------------------------------------
 

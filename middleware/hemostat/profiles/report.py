@@ -314,7 +314,9 @@ def units_needed(evidence: Evidence) -> int | None:
 
 
 def _shown(evidence: Evidence) -> dict[str, Any]:
-    """JSON-ready. progress: evidence as a part of what is needed. units_needed: more like these, about."""
+    """Returns the evidence of a test, JSON-ready. progress: the evidence as a part of what is needed. units_needed:
+    about how many more units like these are needed.
+    """
     candidate = not evidence.window
     more = units_needed(evidence) if candidate else None
     return {**evidence_json(evidence), "progress": evidence.progress, "units_needed": more}

@@ -76,7 +76,7 @@ class RequestParameters:
 
 
 def as_request(profile: CalibrationProfile) -> dict[str, Any]:
-    """Fields of the policy for a temperature-and-bias profile with Δz = (β − 1)z + b.
+    """Returns the fields of the policy for a temperature-and-bias profile with Δz = (β − 1)z + b.
 
     vLLM adds `logit_bias` before it divides by the temperature: βz + b = (z + b/β)/(1/β). A temperature of 1 is not
     sent: it would replace the server's own default.

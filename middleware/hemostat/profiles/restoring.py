@@ -1,4 +1,4 @@
-"""Reading the store back after a restart."""
+"""Reads the store back after a restart."""
 
 from __future__ import annotations
 

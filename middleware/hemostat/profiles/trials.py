@@ -128,7 +128,7 @@ class Trials:
         self.guard = Guard(alpha, client_share, cycle)
         self._queue: list[Candidate] = []
         self._seen: dict[Candidate, int] = {}
-        """The number of held-out requests in the scope of each candidate under test, since its test began or one was
+        """The number of held-out requests in the scope of each candidate under test, since its test began or it was
         promoted.
         """
 
@@ -175,7 +175,7 @@ class Trials:
 
     @property
     def tests_begun(self) -> int:
-        """Tests of candidates, over the store's life."""
+        """The number of tests of candidates, over the store's life."""
         return self.guard.candidate_tests
 
     @property

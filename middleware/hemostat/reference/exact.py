@@ -186,7 +186,7 @@ def scores_of(
 
 
 def _in_two_pieces(model: Any, sequence: torch.Tensor) -> torch.Tensor:
-    """Logits [L, V]."""
+    """Returns the logits of the model in two pieces, [L, V]."""
     batch = sequence.expand(2, -1)
     reader = PiecewiseReader(model)
     return torch.cat([reader.read(piece)[0] for piece in batch.tensor_split([len(sequence) // 2], dim=1)])

@@ -45,7 +45,7 @@ class ExactScores:
 
     @classmethod
     def empty(cls, tokens: int, width: int, names: Iterable[str]) -> ExactScores:
-        """To be filled in place: T tokens, K = `width` ids."""
+        """Returns scores to be filled in place: T tokens, K = `width` ids."""
         return cls(
             at=np.full((tokens, width), np.nan),
             top_ids=np.full((tokens, width), -1, np.int32),

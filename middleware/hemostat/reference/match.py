@@ -33,7 +33,7 @@ PROBE_CHAT = [
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """Result of a comparison."""
+    """The result of a comparison."""
 
     ok: bool
     """The reference can score the compressed model's tokens."""

@@ -28,7 +28,7 @@ from hemostat.reference.vllm import VllmReference
 log = logging.getLogger("hemostat.control")
 
 RETRY_SECONDS = 3.0
-"""Pause between attempts to start a reference and to compare it with the upstream."""
+"""The pause between attempts to start a reference and to compare it with the upstream."""
 MODELS_SECONDS = 30.0
 """Pause between looks at what the servers serve: LoRA adapters may be loaded at run time. Also between attempts for a
 model that differs from its reference, while another one is scored."""

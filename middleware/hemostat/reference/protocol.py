@@ -23,14 +23,14 @@ class Offer(StrEnum):
     MODEL = "model"
     """A model in process: the full vocabulary."""
     STATES = "states"
-    """Final hidden states of a pooling server: with the output embedding, the full vocabulary."""
+    """It gives the final hidden states of a pooling server: with the output embedding, that is the full vocabulary."""
     LISTS = "lists"
     """The top ids of a generating server (`prompt_logprobs`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceInfo:
-    """Identity and abilities of a reference."""
+    """The identity and abilities of a reference."""
 
     model: str
     digest: str
@@ -136,7 +136,7 @@ class ReferenceScores:
 
 
 class FailureReason(StrEnum):
-    """Values of the label `reason` on metrics, behind `reference_`."""
+    """The values of the label `reason` on metrics, behind `reference_`."""
 
     DOWN = "down"
     """It cannot be reached, or its process has ended."""
@@ -173,7 +173,7 @@ class FailureReason(StrEnum):
     EMPTY = "empty"
     """No prompt token or no output token."""
     TOO_LONG = "too_long"
-    """Longer than the context of the reference."""
+    """The text is longer than the context of the reference."""
     GRAMMAR_NEEDS_FULL_VOCABULARY = "grammar_needs_full_vocabulary"
     """It gives only its top ids, which do not determine its distribution over the ids that a grammar allows."""
     CODE = "code"
@@ -209,6 +209,6 @@ class Reference(Protocol):
         """Token ids of a chat under this model's own template, to compare the two models; NO_CHAT_TEMPLATE."""
 
     async def tokenize(self, text: str) -> list[int]:
-        """Token ids without special tokens."""
+        """Returns the token ids without special tokens."""
 
     async def close(self) -> None: ...

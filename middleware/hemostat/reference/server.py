@@ -26,7 +26,7 @@ MAX_ANSWER_BYTES = 8 * 1024 * 1024
 MAX_ERROR_BYTES = 64 * 1024
 OUT_OF_VOCABULARY = 2**31 - 1
 NO_SUCH_ROUTE = {404, 405, 501}
-"""Statuses of a server without the route."""
+"""The statuses of a server without the route."""
 _REASONS = {
     400: FailureReason.REFUSED,
     401: FailureReason.UNAUTHORIZED,
@@ -54,7 +54,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     id: str
     root: str | None = None
     parent: str | None = None
-    """Set for a LoRA adapter."""
+    """The name of the base model; it is set for a LoRA adapter."""
     max_model_len: int | None = None
 
 
@@ -167,7 +167,9 @@ class VllmServer:
         return (await self.post("/tokenize", body, _Tokens)).tokens
 
     async def prompt_logprobs(self, model: str, ids: Sequence[int], **more: Any) -> list[float]:
-        """Log-probability of each id after the first, given those before it, nats; SHORT_ANSWER. more: of the body."""
+        """Returns the log-probability of each id after the first, given the ids before it, in nats. It fails with the
+        reason SHORT_ANSWER if the answer has fewer. more: further members of the body.
+        """
         body = {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, **more}
         answer = await self.post("/v1/completions", body, _Completion)
         rows = (answer.choices[0].prompt_logprobs if answer.choices else None) or []

@@ -89,5 +89,5 @@ async def _sequences(server: Tokenizer, model: str, text: str) -> Sequences:
 
 
 def _common(a: list[int], b: list[int]) -> int:
-    """Length of the common beginning."""
+    """Returns the length of the common beginning."""
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -305,7 +305,7 @@ class _Process:
                 )
 
     def exit_summary(self) -> str:
-        """Exit code and last line of standard error."""
+        """Returns the exit code and the last line of standard error."""
         assert self._child is not None
         return self._child.exit_summary()
 

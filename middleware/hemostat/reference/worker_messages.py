@@ -156,7 +156,7 @@ class Scored(msgspec.Struct, tag="scored", frozen=True):
 
     id: int
     at: bytes
-    """[T, width], NaN where padded"""
+    """The log-probabilities at `Score.ids`, [T, width]; NaN where padded."""
     top_ids: bytes
     """The most likely ids, int32 [T, width]."""
     top_logprobs: bytes

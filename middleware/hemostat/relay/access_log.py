@@ -43,13 +43,13 @@ class Line(msgspec.Struct, omit_defaults=True):
     """The time at which the response ended: UTC, ISO 8601."""
     method: str
     route: str
-    """Label of the route, as in the metrics: `other` for unknown ones."""
+    """The label of the route, as in the metrics: `other` for unknown ones."""
     status: int
     """The status that the client got; 0: none."""
     outcome: str
     """The outcome as in `hemostat_requests_total`."""
     bytes: int
-    """Sent to the client, heads and framing included."""
+    """The number of bytes that were sent to the client, with heads and framing."""
     seconds: float
     """The time from the request's head to the end of its response."""
     upstream_seconds: float | None

@@ -51,7 +51,9 @@ class _JsonSchema(msgspec.Struct):
 
 
 class _ResponseFormat(msgspec.Struct):
-    """`schema`: in `/v1/responses` and `/v1/messages`, instead of `json_schema`."""
+    """The `response_format` of a request. In `/v1/responses` and `/v1/messages` it has `schema` instead of
+    `json_schema`.
+    """
 
     type: str = ""
     json_schema: _JsonSchema | None = None

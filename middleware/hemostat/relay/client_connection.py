@@ -133,7 +133,7 @@ class ClientConnection(asyncio.Protocol):
         self._searched = 0
         """The place in the buffer up to which no head ends."""
         self._blank_bytes = 0
-        """Bytes of empty lines since the last request."""
+        """The number of bytes of empty lines since the last request."""
         self._work = 0
         """The amount that the present step of `_advance` counts for in `Turns`."""
         self._counted = 0
@@ -544,7 +544,7 @@ class ClientConnection(asyncio.Protocol):
         return self.exchange is not None and self.exchange.probe()
 
     def sweep(self, now: float) -> None:
-        """Enforce the time limits. Called about once a second; now: event-loop time."""
+        """Enforces the time limits. Called about once a second; now: event-loop time."""
         limits = self._context.limits
         waited = now - self.since
         if self.write_paused:

@@ -20,7 +20,7 @@ RESET_SECONDS: Final = 0.02
 _TCP_CLOSE: Final = 7
 _TCP_CLOSE_WAIT: Final = 8
 _HAS_TCP_INFO: Final = hasattr(socket, "TCP_INFO")
-"""Linux only. Elsewhere such a disconnect is noticed when the next bytes are sent to the client."""
+"""It is True on Linux only. Elsewhere such a disconnect is noticed when the next bytes are sent to the client."""
 
 
 class Watched(Protocol):

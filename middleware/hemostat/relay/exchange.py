@@ -173,9 +173,8 @@ class Exchange:
             context.budget.enforce()
 
     def request_data(self, pieces: list[bytes], *, complete: bool, started: float) -> None:
-        """More of the request's body, without its framing.
-
-        complete: it is the last. started: when it was received (perf_counter).
+        """Takes more of the request's body, without its framing. complete: it is the last of it. started: when it was
+        received (perf_counter).
         """
         self.request_complete = complete
         data = b"".join(pieces)
@@ -339,7 +338,7 @@ class Exchange:
         self._acquire()
 
     def _answered_elsewhere(self, status: int) -> bool:
-        """Note a status of 500 or above. True: the request has been sent to another engine."""
+        """Notes a status of 500 or above. True: the request has been sent to another engine."""
         if not self.outgoing.answered_with_error(status, self._route):
             return False
         assert self.upstream is not None

@@ -46,7 +46,7 @@ class ExchangeState(IntEnum):
     TUNNEL = auto()
     """The protocol has been switched (WebSocket): bytes are passed in both directions."""
     DONE = auto()
-    """Counted and closed; nothing more happens."""
+    """The exchange is counted and closed; nothing more happens."""
 
 
 # The states as module globals: before Python 3.12, looking up a member of an Enum class takes about 0.2 µs.

@@ -98,7 +98,7 @@ class FailOpenHook:
         self._held.clear()
 
     def response_head(self, head: ResponseHead) -> bool:
-        """True if the hook wants to transform the body."""
+        """Returns True if the hook wants to transform the body."""
         if self._failed:
             return False
         try:

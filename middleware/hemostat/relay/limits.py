@@ -11,7 +11,7 @@ RESERVED_DESCRIPTORS: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Sizes in bytes, times in seconds."""
+    """The limits of a relay. Sizes are in bytes, times in seconds."""
 
     head_bytes: int = 64 * 1024
     header_count: int = 128

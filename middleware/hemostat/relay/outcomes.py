@@ -66,7 +66,7 @@ _OF_ANY_ANSWER: Final = (Outcome.LOOP, Outcome.CUT, Outcome.EMPTY, Outcome.GIVEN
 """The outcomes that apply to the answer of any request."""
 
 Count = Callable[[str, tuple[str, ...], float], None]
-"""(metric, label values, increment)"""
+"""An increment of a counter: (metric, label values, increment)."""
 
 
 class ResponseOutcome:
@@ -127,7 +127,7 @@ class OutcomeObserver:
         self.body = b""
         """The first piece of the request's body, in which `model` is looked for."""
         self.events = 0
-        """Server-sent events with data so far."""
+        """The number of server-sent events with data so far."""
         self.stream = False
         self.disabled = False
         """The response is an error, or is compressed: there is nothing to evaluate."""
@@ -135,7 +135,7 @@ class OutcomeObserver:
         """The form of the answer that a request in an arm asks for."""
         self._pieces: deque[bytes] = deque()
         self._size = 0
-        """Bytes in `_pieces`, while `_whole`."""
+        """The number of bytes in `_pieces`, while `_whole`."""
         self._whole = True
         """It is True while `_pieces` holds the whole response, not only its tail."""
 

@@ -82,7 +82,7 @@ class OutgoingRequest:
         self._held = 0
         """Bytes in the budget that wait to be sent: the head, and `_unsent`."""
         self._copied = 0
-        """Bytes in the budget of `_whole` and `_original`."""
+        """The number of bytes of `_whole` and `_original` that are counted in the budget."""
         self._upload: Holding | None = None
         """It was begun upstream before it was complete, and still is not."""
         self._unsent: bytes | bytearray = b""

@@ -16,13 +16,13 @@ class BodyMode(Enum):
     """The ways in which the response's body is passed on."""
 
     RAW = auto()
-    """Forwarded unchanged, with its framing."""
+    """The body is forwarded unchanged, with its framing."""
     CHUNKED = auto()
-    """Sent in the chunked coding."""
+    """The body is sent in the chunked coding."""
     UNTIL_CLOSE = auto()
-    """Sent without framing; it ends with the client's connection."""
+    """The body is sent without framing; it ends with the client's connection."""
     COLLECTED = auto()
-    """Collected to its end, then sent with a Content-Length."""
+    """The body is collected to its end, then sent with a Content-Length."""
 
 
 # Module globals, for the reason that `exchange_state` gives.

@@ -1,4 +1,4 @@
-"""In the control process, from a capture to a scored token record and its users.
+"""The path from a capture to a scored token record and its users, in the control process.
 
     pipeline                from a capture to all users of the scored record
     limits                  back-pressure: queue, token budget, circuit breaker

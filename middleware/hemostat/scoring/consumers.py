@@ -96,7 +96,7 @@ class ThinkingLengths:
 
 @dataclass(frozen=True, slots=True)
 class EngineTotals:
-    """Tokens and divergence by engine."""
+    """Counts tokens and divergence by engine."""
 
     by_engine: ByEngine
 

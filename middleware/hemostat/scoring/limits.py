@@ -60,11 +60,11 @@ class ShadowQueue:
 
     @property
     def fill(self) -> float:
-        """0: empty, 1: full."""
+        """The part of the queue that is full. 0: empty, 1: full."""
         return max(len(self._items) / self.limit, self._bytes / self._limit_bytes)
 
     def lag_seconds(self, now: float) -> float:
-        """Age of the oldest capture, 0 without any; now: monotonic seconds."""
+        """Returns the age of the oldest capture, 0 without any. now: monotonic seconds."""
         return max(0.0, now - self._items[0].captured_at) if self._items else 0.0
 
     def samples(self, now: float) -> Iterator[Sample]:

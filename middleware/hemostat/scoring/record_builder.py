@@ -117,7 +117,7 @@ def build_record(
     markers: Markers | None = None,
     template: bytes = b"",
 ) -> TokenRecord:
-    """Join what the relay captured, the engine tapped and the reference scored. Raises InvalidRecordError if they do
+    """Joins what the relay captured, the engine tapped and the reference scored. Raises InvalidRecordError if they do
     not fit each other.
 
     versions: of the profiles whose effect the reference was asked for.

@@ -25,7 +25,7 @@ log = logging.getLogger("hemostat.records")
 
 
 RETRY_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
-"""Pauses after the first, second, … attempt that failed; the last one repeats."""
+"""The pauses after the first, second, … attempt that failed; the last one repeats."""
 
 
 class RecordsFile:

@@ -29,12 +29,12 @@ class Use(Flag):
     CONDITIONAL_FIGURES = auto()
     """Figures that are conditional on what a grammar allows, apart from all others."""
     OTHER_FIGURES = auto()
-    """Figures of another served model than the calibrated one, apart from all others."""
+    """The figures of another served model than the calibrated one, apart from all others."""
     NOISE_FLOOR = auto()
     """The noise floor, which is of a model itself: without adapters and ours, and of whole outputs; not of what its
     engine has scored again already."""
     PROFILES = auto()
-    """Judging profiles and learning them."""
+    """The record judges profiles, or they are learned from it."""
 
 
 NO_USE = Use(0)

@@ -174,7 +174,7 @@ class Scorer:
             yield Sample(names.FEATURES_DROPPED, (reason,), self.features_dropped[reason])
 
     async def run(self, workers: int) -> None:
-        """Score `workers` captures at a time, until cancelled."""
+        """Scores `workers` captures at a time, until cancelled."""
         async with asyncio.TaskGroup() as group:
             for _ in range(workers):
                 group.create_task(self._run_worker())

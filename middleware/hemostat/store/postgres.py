@@ -73,7 +73,7 @@ _SESSION = {
     "lock_timeout": f"{STATEMENT_SECONDS}s",
     "tcp_user_timeout": f"{IDLE_SECONDS}s",
 }
-"""Settings of the server for this session. tcp_user_timeout: for an answer that is not received."""
+"""The settings of the server for this session. tcp_user_timeout: for an answer that is not received."""
 _SOCKET = {
     "keepalives": 1,
     "keepalives_idle": 2,
@@ -92,8 +92,8 @@ _TABLES = (
 )
 _IS_NEW = "SELECT to_regclass('hemostat_head') IS NULL"
 _LOCK_CLASS = 0x48454D4F
-"""Upper half of the lock's number. The lower one is the number of the table `hemostat_head`, so that tables that were
-restored in place of these have another lock."""
+"""The upper half of the lock's number. The lower one is the number of the table `hemostat_head`, so that tables that
+were restored in place of these have another lock."""
 _TRY_LOCK = f"SELECT pg_try_advisory_lock(({_LOCK_CLASS}::bigint << 32) | to_regclass('hemostat_head')::oid::bigint)"
 """NULL where there is no such table."""
 _OWNS = f"""SELECT EXISTS (

@@ -153,8 +153,9 @@ Write: TypeAlias = PutProfile | DeleteProfile | AppendEvent | SetState | PutBlob
 
 
 class Store(Protocol):
-    """Small and synchronous: call it in a thread, never on the event loop. Every method but `close` may raise
-    StoreFailure."""
+    """The interface of a store. Its methods are small and synchronous: call them in a thread, never on the event loop.
+    Every method but `close` may raise StoreFailure.
+    """
 
     @property
     def owned_until(self) -> float:

@@ -40,7 +40,7 @@ from hemostat.store.protocol import (
 from hemostat.store.thread import StoreThread
 
 RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
-"""Longest pauses between attempts; the last one repeats."""
+"""The longest pauses between attempts; the last one repeats."""
 STOPPING = (
     "this process stops, and whether the store keeps this is not known yet; look at the state in a moment, and ask "
     "again if it does not show this"

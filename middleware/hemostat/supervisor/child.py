@@ -20,7 +20,7 @@ log = logging.getLogger("hemostat.serve")
 START_SECONDS = 60.0
 """Within this time a process must report that it is loaded, and again that it listens."""
 RESTART_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0)
-"""Longest delays before a restart, by the number of failures in a row."""
+"""The longest delays before a restart, by the number of failures in a row."""
 STABLE_SECONDS = 30.0
 """A process that ran this long is restarted without delay."""
 EXIT_CODE_EXPLAINED = 2
@@ -61,7 +61,7 @@ class Child:
         descriptors and possibly more; None: there is none."""
         self.name = name
         self.launch = launch
-        """Used at the next (re)start."""
+        """The arguments of the next start or restart."""
         self._module = module
         self._take_spare = take_spare
         self._process: asyncio.subprocess.Process | None = None

@@ -42,7 +42,7 @@ class Commands:
         loop.add_signal_handler(signal.SIGUSR2, self._add, Command.UPGRADE)
 
     def listen(self, listener: socket.socket) -> None:
-        """Successors connect to it."""
+        """Listens to successors, which connect to it."""
         self._listener = listener
         asyncio.get_running_loop().add_reader(listener, self._accept)
 

@@ -6,10 +6,10 @@ from enum import Enum
 
 
 class Role(Enum):
-    """The value is the name of the command."""
+    """The role of a supervisor. The value is the name of the command."""
 
     SERVE = "serve"
-    """Relays and the control process on one machine."""
+    """It runs relays and the control process on one machine."""
     RELAY = "relay"
     """Relays, whose control process is on another machine."""
     CONTROL = "control"

@@ -1,4 +1,4 @@
-"""Choose the anchor ids, whose logits together determine the hidden state best."""
+"""Chooses the anchor ids, whose logits together determine the hidden state best."""
 
 from __future__ import annotations
 

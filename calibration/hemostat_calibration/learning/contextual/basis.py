@@ -75,7 +75,7 @@ def hidden_sample(rows: Sequence[TokenRows], width: int) -> Singles | None:
 
 
 def evenly_spread(indices: Indices, max_count: int) -> Indices:
-    """At most `max_count` of the indices, evenly spread over them.
+    """Returns at most `max_count` of the indices, evenly spread over them.
 
     >>> evenly_spread(np.arange(10), 4).tolist()
     [0, 3, 6, 9]

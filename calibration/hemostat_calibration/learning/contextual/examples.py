@@ -22,7 +22,7 @@ from hemostat_calibration.learning.contextual.rows import FOLDS, TokenRows, batc
 MAX_HELD_OUT = 1024
 """Held-out tokens on which maps are compared by KL over the whole vocabulary."""
 _BATCH = 4096
-"""Tokens converted at a time."""
+"""The number of tokens converted at a time."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,7 +99,7 @@ class HiddenExamples:
         return HiddenRows(x, c, t)
 
     def code_moment(self, map_: LinearMap) -> Floats:
-        """E[y yᵀ] of the map's code y, [r, r]: on held-out tokens, or, without rows, on the sums."""
+        """Returns E[y yᵀ] of the map's code y, [r, r]: on held-out tokens, or, without rows, on the sums."""
         if self.rows:
             return code_moment_of(map_, self.held_out_rows.inputs.astype(np.float32))
         whole = regression.total(self.moments)
@@ -134,7 +134,7 @@ class ListExamples:
         return evenly_spread(np.flatnonzero(self.fold == self.held_out_fold), MAX_HELD_OUT)
 
     def code_moment(self, map_: LinearMap) -> Floats:
-        """E[y yᵀ] of the map's code y on held-out tokens, [r, r]."""
+        """Returns E[y yᵀ] of the map's code y on held-out tokens, [r, r]."""
         return code_moment_of(map_, self.inputs[self.held_out][:, :-1])
 
 
@@ -187,7 +187,7 @@ def largest_fold(fold: npt.NDArray[np.int64]) -> int:
 
 
 def code_moment_of(map_: LinearMap, inputs: Singles) -> Floats:
-    """E[y yᵀ] of the map's code y over rows of inputs [n, A], [r, r].
+    """Returns E[y yᵀ] of the map's code y over rows of inputs [n, A], [r, r].
 
     >>> map_ = LinearMap(np.eye(2), np.zeros(2), np.eye(2))
     >>> code_moment_of(map_, np.array([[1.0, 0.0], [1.0, 2.0]], np.float32)).tolist()

@@ -17,7 +17,7 @@ from hemostat_calibration.learning.contextual.fitter import Candidate, Progress,
 from hemostat_calibration.learning.contextual.maps import linear_map, scaled
 
 _STRONGER = (1.0, 10**0.5, 10.0, 10**1.5)
-"""Penalties tried, times the one that the squared error prefers: KL itself prefers a stronger one."""
+"""The penalties tried, times the one that the squared error prefers: KL itself prefers a stronger one."""
 
 
 class LinearFitter:

@@ -27,7 +27,7 @@ from hemostat_calibration.learning.contextual.regression import LowRank
 from hemostat_calibration.learning.contextual.rows import FOLDS
 
 _STEPS = 8
-"""Regressions of the slope at most, the first one included."""
+"""The largest number of regressions of the slope, with the first one."""
 _STEP_SCALES = np.array([1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05])
 
 
@@ -94,7 +94,8 @@ class ListFitter:
 
 
 def _towards(examples: ListExamples, chosen: Indices, map_: LinearMap | None) -> Singles:
-    """Where the objective falls fastest, of the `chosen` tokens changed by the map (None: unchanged), [n, d]."""
+    """Returns the direction in which the objective falls fastest, for the `chosen` tokens changed by the map (None:
+    unchanged), [n, d]."""
     if map_ is None:
         image = np.zeros((len(chosen), len(examples.basis.root)), np.float32)
     else:

@@ -22,7 +22,7 @@ FLUSH_TOKENS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Forgetting:
-    """Exponential discount by age. half_life_tokens: age at which a token counts half; None never forgets.
+    """The exponential discount by age. half_life_tokens: age at which a token counts half; None never forgets.
 
     >>> Forgetting(100.0).weight(200)
     0.25
@@ -53,7 +53,7 @@ class FoldSums:
 
 
 def empty_fold(features: int, anchors: int, width: int) -> FoldSums:
-    """Before the first row. features: A, anchors: N, width: d.
+    """Returns the sums before the first row. features: A, anchors: N, width: d.
 
     >>> empty_fold(2, 3, 4).cross.shape, empty_fold(2, 3, 4).target.shape
     ((3, 3), (3, 4))

@@ -19,7 +19,7 @@ The ids left out are most of the vocabulary and hardly change the metric."""
 _MIN_EIGENVALUE = 1e-12
 """Lower limit of the mean eigenvalue of a metric."""
 _CHUNK = 1 << 24
-"""Elements of a temporary array."""
+"""The number of elements of a temporary array."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +64,7 @@ def isotropic_prior(weight: Singles, noise: float) -> HiddenStatePrior:
 
 
 def linear_recovery(weight: Singles, prior: HiddenStatePrior) -> tuple[Floats, Floats]:
-    """(a [d], K [d, N]): E[h | z] = a + K z for logits z at the ids of `weight` [N, d], centred over them.
+    """Returns a [d] and K [d, N] with E[h | z] = a + K z for logits z at the ids of `weight` [N, d], centred over them.
 
     Gaussian conditioning: h = μ + Σ W̄ᵀ (W̄ Σ W̄ᵀ + σ²)⁻¹ (z − W̄ μ), W̄ the centred rows.
 
@@ -82,7 +82,7 @@ def linear_recovery(weight: Singles, prior: HiddenStatePrior) -> tuple[Floats, F
 
 
 def fisher_metric(weight: Singles, hidden: Singles, damping: float = 1e-3) -> tuple[Floats, Floats]:
-    """(F [d, d], r̄ [V]): E_r[Wᵀ (diag r − r rᵀ) W] and r = softmax(W h), averaged over hidden states [n, d].
+    """Returns F [d, d] and r̄ [V]: E_r[Wᵀ (diag r − r rᵀ) W] and r = softmax(W h), averaged over hidden states [n, d].
 
     Half the squared length of a change of h in F is the KL divergence that it causes, to second order, nats. n of 512
     to 1500 suffices. damping: part of the mean eigenvalue that is added to all of them, so that directions that hardly

@@ -52,7 +52,8 @@ _RANKS = (4, 8, 16, 24, 32, 48, 64, 96, 128)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ContextualState:
-    """Everything learned. model: name of the compressed model. folds: sums. recent: the last rows, oldest first.
+    """The state of all that was learned. model: name of the compressed model. folds: sums. recent: the last rows,
+    oldest first.
 
     tokens, requests: that were learned from. tokens_by_source: all tokens, by what their records held.
     """
@@ -141,7 +142,8 @@ class ContextualLearner:
         self._min_requests = min_requests
 
     def init(self, model: str, vocab_size: int) -> ContextualState:
-        """Before the first record. Raises InvalidArgumentError unless the output embedding has `vocab_size` rows."""
+        """Returns the state before the first record. Raises InvalidArgumentError unless the output embedding has
+        `vocab_size` rows."""
         if vocab_size != len(self.weight):
             raise InvalidArgumentError(f"vocab_size is {vocab_size}, the output embedding has {len(self.weight)} rows")
         empty = empty_fold(self.features, len(self.anchors), self.weight.shape[1])
@@ -152,7 +154,8 @@ class ContextualLearner:
         return probe_profile(model, len(self.weight), self.anchors, self._limits.clamp_nats)
 
     def update(self, state: ContextualState, records: Iterable[TokenRecord]) -> ContextualState:
-        """Learn from validated records. Raises InvalidArgumentError if one has another vocabulary or hidden size."""
+        """Returns the state after learning from validated records. Raises InvalidArgumentError if one has another
+        vocabulary or hidden size."""
         sources = dict(state.tokens_by_source)
         folds, recent = list(state.folds), list(state.recent)
         tokens, requests = state.tokens, state.requests

@@ -27,7 +27,7 @@ class LinearMap:
         return code
 
     def image(self, x: Singles) -> Singles:
-        """V y, [T, d], of x [T, A]."""
+        """Returns V y, [T, d], of x [T, A]."""
         image: Singles = self.code(x) @ self.up.T
         return image
 

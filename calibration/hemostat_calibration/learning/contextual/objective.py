@@ -37,7 +37,7 @@ class Lists:
         return embedded, delta, self._c[rows] * np.exp(delta)
 
     def slope(self, rows: Indices, image: Singles) -> Singles:
-        """Derivative of each row's loss by its image, float32 [n, d]. rows: indices [n]; image: [n, d]."""
+        """Returns the derivative of each row's loss by its image, float32 [n, d]. rows: indices [n]; image: [n, d]."""
         result = np.empty_like(image)
         for start in range(0, len(rows), _BLOCK):
             part = slice(start, start + _BLOCK)
@@ -47,7 +47,7 @@ class Lists:
         return result
 
     def gains(self, rows: Indices, image: Singles, scales: Floats) -> Floats:
-        """KL before minus after `scale` × image, nats, [scales, n]."""
+        """Returns KL before minus after `scale` × image, nats, [scales, n]."""
         result = np.empty((len(scales), len(rows)))
         for start in range(0, len(rows), _BLOCK):
             part = slice(start, start + _BLOCK)
@@ -68,7 +68,8 @@ def exact_gains(
     scales: Floats,
     clamp_nats: float,
 ) -> Floats:
-    """KL(r‖c) − KL(r‖c') over the whole vocabulary, for several images of the same rows: [images, scales, n], nats.
+    """Returns KL(r‖c) − KL(r‖c') over the whole vocabulary, for several images of the same rows: [images, scales, n],
+    nats.
 
     Δz = clip(scale × embedding image, ±clamp_nats). embedding: [V, d]. reference, compressed: hidden states [n, d].
 

@@ -20,12 +20,12 @@ import numpy as np
 from hemostat_calibration.arrays import Floats
 
 PENALTIES = tuple(10.0**e for e in (2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, -2.5, -3.0, -3.5, -4.0))
-"""λ as parts of the rows' weight, strongest first."""
+"""The values of λ that are tried, as parts of the rows' weight, strongest first."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """Sums over rows. xx: float64 [A + 1, A + 1], xy: [A + 1, d], weight: of the rows."""
+    """The sums over rows. xx: float64 [A + 1, A + 1], xy: [A + 1, d], weight: of the rows."""
 
     xx: Floats
     xy: Floats
@@ -40,7 +40,7 @@ class Moments:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
-    """B = V Y with Vᵀ V = 1. up: V, [d, r]. read: Y, [r, A + 1], the last column the constant's.
+    """A map of low rank, B = V Y with Vᵀ V = 1. up: V, [d, r]. read: Y, [r, A + 1], the last column the constant's.
 
     penalty: λ / weight of the rows. gain: mean over the held-out rows of each fold in turn, nats, of the penalty and
     rank chosen; error: its standard error over the folds.
@@ -54,7 +54,7 @@ class LowRank:
 
     @property
     def coefficients(self) -> Floats:
-        """Bᵀ, [A + 1, d]."""
+        """Returns Bᵀ, [A + 1, d]."""
         return (self.up @ self.read).T
 
 
@@ -135,7 +135,7 @@ def fitted(moments: Moments, penalties: Sequence[float], rank: int, base: Floats
 
 
 def full_rank(moments: Moments, penalty: float) -> Floats:
-    """Ridge regression of full rank: Bᵀ, [A + 1, d]. penalty: λ / weight.
+    """Returns the ridge regression of full rank, Bᵀ, [A + 1, d]. penalty: λ / weight.
 
     >>> x, t = np.column_stack([np.arange(8.0), np.ones(8)]), 2.0 * np.arange(8.0)[:, None] + 1.0
     >>> def moments(rows):
@@ -151,7 +151,7 @@ def full_rank(moments: Moments, penalty: float) -> Floats:
 
 
 def total(parts: Sequence[Moments]) -> Moments:
-    """Sum of moments.
+    """Returns the sum of moments.
 
     >>> x, t = np.column_stack([np.arange(8.0), np.ones(8)]), 2.0 * np.arange(8.0)[:, None] + 1.0
     >>> def moments(rows):
@@ -208,7 +208,7 @@ class _Fit:
         return np.array(result, dtype=np.float64) / max(held.weight, 1e-12)
 
     def _components(self, penalty: float) -> tuple[Floats, Floats, Floats, Floats]:
-        """P, (XX + λ)^½, and of (XX + λ)^½ P = U S Vᵀ: U and S, largest first."""
+        """Returns P, (XX + λ)^½, and of (XX + λ)^½ P = U S Vᵀ: U and S, largest first."""
         ridge = self._ridge(penalty)
         map_ = self._prior + self._residual / ridge[:, None]
         half = np.sqrt(ridge)
@@ -230,7 +230,7 @@ class _Fit:
         return np.asarray(np.cumsum(gains) / max(held.weight, 1e-12))
 
     def low_rank(self, penalty: float, rank: int) -> tuple[Floats, Floats]:
-        """V [d, r] and Y [r, A + 1]."""
+        """Returns V [d, r] and Y [r, A + 1]."""
         map_, half, left, sizes = self._components(penalty)
         left, sizes = left[:, :rank], sizes[:rank]
         up = map_.T @ (left * half[:, None]) / sizes

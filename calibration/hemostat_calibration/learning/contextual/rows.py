@@ -14,7 +14,7 @@ from hemostat_calibration.arrays import Bools, Floats, Halves, Ids
 from hemostat_calibration.records import TokenRecord
 
 FOLDS = 4
-"""Parts of the learning prompts, for cross-validation."""
+"""The number of parts of the learning prompts, for cross-validation."""
 _MAX_HALF = 60000.0
 """Values are clipped to this: it is within the range of float16."""
 
@@ -125,7 +125,7 @@ def newest(rows: Sequence[TokenRows], max_tokens: int) -> tuple[TokenRows, ...]:
 
 
 def batched(rows: Sequence[TokenRows], tokens: int) -> Iterator[list[TokenRows]]:
-    """Rows in order, about `tokens` tokens at a time.
+    """Yields rows in order, about `tokens` tokens at a time.
 
     >>> rows = [TokenRows(0, clock, 10, None, None) for clock in (10, 20, 30)]
     >>> [len(batch) for batch in batched(rows, 20)]

@@ -30,7 +30,7 @@ from hemostat_calibration.learning.contextual.rows import FOLDS, ListedTokens, T
 FORMAT = "hemostat.learned.1"
 MAX_STATES = 64
 MAX_LISTED = 4096
-"""Ids a token in stored lists."""
+"""The largest number of ids for a token in stored lists."""
 _DIGEST_ELEMENTS = 1 << 24
 """The number of elements of the output embedding that enter `dependencies`, about: evenly spaced rows of it."""
 _MAX_LOGPROB = 1e-3

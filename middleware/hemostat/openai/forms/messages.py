@@ -37,7 +37,7 @@ _blocks: msgspec.json.Decoder[list[_Block]] = msgspec.json.Decoder(list[_Block])
 _usage: msgspec.json.Decoder[_Usage] = msgspec.json.Decoder(_Usage)
 _MEDIA = frozenset({"image", "document"})
 FINISH_REASONS = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "tool_calls"}
-"""Anthropic's `stop_reason` -> what chat calls it."""
+"""The finish reason in chat by Anthropic's `stop_reason`."""
 
 
 class Messages(TappedForm):

@@ -130,7 +130,7 @@ def parse_rows(form: Form, pieces: Sequence[bytes], output: Sequence[int], top_k
 
 
 def ordered(row: Row, top_k: int) -> dict[int, float]:
-    """At most top_k + 1 candidates, most likely first, with the emitted one. Raises ValueError if one is there
+    """Returns at most top_k + 1 candidates, most likely first, with the emitted one. Raises ValueError if one is there
     twice."""
     ids, values = row.ids, row.logprobs
     if row.emitted not in ids:

@@ -30,7 +30,7 @@ UNIT_NORM = 0.02
 """Difference of a norm from 1, up to which all of them mean that the server normalizes."""
 
 States = npt.NDArray[np.uint16]
-"""[n, d], the bits of bfloat16."""
+"""The bits of bfloat16 hidden states, [n, d]."""
 
 
 @dataclass(frozen=True, slots=True)

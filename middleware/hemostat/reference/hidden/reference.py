@@ -50,7 +50,8 @@ class _Checked:
 
 
 class HiddenStatesReference:
-    """Scores by hidden states. Owns the worker with the output head, and what the model was when it was checked.
+    """Scores by the hidden states of a server. Owns the worker with the output head, and what the model was when it was
+    checked.
 
     The server's length limit and its adapters hold as with lists; an adapter that changes the output embedding is not
     seen. Every method raises ReferenceFailure and nothing else.

@@ -44,7 +44,7 @@ _REASONS: Final = {
 
 
 def error_body(status: int, message: str, code: str | None = None) -> bytes:
-    """JSON in OpenAI's error shape."""
+    """Returns JSON in OpenAI's error shape."""
     kind = "invalid_request_error" if status < 500 else "api_error"
     return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
 

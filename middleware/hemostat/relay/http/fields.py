@@ -15,7 +15,8 @@ LINE_BYTES: Final = b"\t" + bytes(range(0x20, 0x7F)) + bytes(range(0x80, 0x100))
 """The bytes that a line of a head may contain: HTAB, printable ASCII, obs-text. Without them, only line ends remain."""
 
 HOP_BY_HOP: Final = frozenset((b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade"))
-"""Fields that concern one connection only. `proxy-*` and the fields that Connection names are recognised separately."""
+"""The fields that concern one connection only. `proxy-*` and the fields that Connection names are recognised
+separately."""
 _INTERPRETED: Final = HOP_BY_HOP | {
     b"authorization",
     b"content-encoding",

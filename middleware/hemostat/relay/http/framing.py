@@ -70,7 +70,7 @@ class ChunkedReader:
         self._left = 0
         """Bytes of the current chunk that are missing, its CRLF included."""
         self._trailers = -1
-        """Bytes of trailers so far, -1 before the last chunk."""
+        """The number of bytes of trailers so far, -1 before the last chunk."""
         self._kept = b""
         """The trailers so far that may be forwarded."""
         self._start = -1
@@ -175,7 +175,7 @@ class RequestBodyReader:
         self._missing = length
         """Bytes that are missing, with Content-Length."""
         self._size = 0
-        """Bytes of payload so far, in the chunked coding."""
+        """The number of bytes of payload so far, in the chunked coding."""
         self._limit = limit
         self.complete = False
 

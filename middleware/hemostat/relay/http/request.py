@@ -1,4 +1,4 @@
-"""Request heads: parsing and checking."""
+"""Parses and checks request heads."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class RequestHead:
         self.method = method
         self.target = target
         self.minor = minor
-        """Minor version of HTTP/1: 0 or 1."""
+        """The minor version of HTTP/1: 0 or 1."""
         self.received: list[bytes] = []
         """All field lines, as the client sent them."""
         self.marked = False
@@ -59,9 +59,9 @@ class RequestHead:
         self.lines: list[bytes] = []
         """The fields that are forwarded, unchanged."""
         self.length = 0
-        """Bytes of body, or CHUNKED."""
+        """The number of bytes of body, or CHUNKED."""
         self.framing = -1
-        """Index in `lines` of the field that frames the body, -1 without one."""
+        """The index in `lines` of the field that frames the body, -1 without one."""
         self.keep_alive = minor == 1
         self.expect = False
         """The client waits for `100 Continue` before it sends the body."""
@@ -177,7 +177,7 @@ def parse_request(head: bytes, max_headers: int) -> RequestHead:
 
 
 def _read_request_line(line: bytes) -> tuple[bytes, bytes, int]:
-    """Method, target and minor version. The result is cached."""
+    """Returns the method, the target and the minor version. The result is cached."""
     match = _request_line(line)
     if match is None:
         if _other_version(line):

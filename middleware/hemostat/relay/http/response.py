@@ -1,4 +1,4 @@
-"""Response heads: parsing and checking."""
+"""Parses and checks response heads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ _status_line: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [^\r\n]*
 _MAX_CACHED: Final = 64
 _MAX_CACHED_BYTES: Final = 64
 _status_lines: Final[dict[bytes, tuple[int, int]]] = {}
-"""Seen before -> status and minor version. Bounded, and emptied when full."""
+"""The status lines that were seen before, each with its status and minor version. The table is bounded, and emptied
+when full.
+"""
 
 
 class ResponseHead:
@@ -45,13 +47,13 @@ class ResponseHead:
         self.status_line = status_line
         self.status = status
         self.minor = minor
-        """Minor version of HTTP/1: 0 or 1."""
+        """The minor version of HTTP/1: 0 or 1."""
         self.lines: list[bytes] = []
         """The fields that are forwarded, unchanged."""
         self.length = UNTIL_CLOSE
         """Bytes of body (to HEAD and for 304: 0, whatever Content-Length says), CHUNKED or UNTIL_CLOSE."""
         self.framing = -1
-        """Index in `lines` of the field that frames the body, -1 without one."""
+        """The index in `lines` of the field that frames the body, -1 without one."""
         self.keep_alive = minor == 1
         self.content_type = b""
         """The value of the last Content-Type."""
@@ -135,7 +137,7 @@ def parse_response(head: bytes, *, to_head: bool) -> ResponseHead:
 
 
 def _read_status_line(line: bytes) -> tuple[int, int]:
-    """Status and minor version. The result is cached."""
+    """Returns the status and the minor version. The result is cached."""
     match = _status_line(line)
     if match is None:
         raise BadResponse("the status line is malformed")

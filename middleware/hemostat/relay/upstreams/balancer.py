@@ -15,7 +15,7 @@ from hashlib import blake2b
 from typing import Final
 
 BOUND: Final = 1.25
-"""1 + ε of the paper."""
+"""The factor 1 + ε of the paper."""
 MIN_CAPACITY: Final = 4
 """An engine that computes requests in batches is not slowed by so few: below it, no conversation moves."""
 POINTS: Final = 64

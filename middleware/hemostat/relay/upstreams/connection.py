@@ -44,7 +44,7 @@ class UpstreamState(Enum):
     TUNNEL = auto()
     """The protocol has been switched."""
     CLOSED = auto()
-    """Closed, or about to be."""
+    """The connection is closed, or about to be."""
 
 
 # Module globals, for the reason that `exchange_state` gives.
@@ -90,7 +90,7 @@ class Receiver(Protocol):
         """The final head, read at `received` (perf_counter). True: give the body without its chunked framing."""
 
     def response_data(self, data: bytes) -> None:
-        """More of the response's body."""
+        """Takes more of the response's body."""
 
     def response_end(self) -> None:
         """The response is complete, and the connection is no longer the receiver's."""
@@ -152,7 +152,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._owner = owner
         self.transport: asyncio.Transport = cast("asyncio.Transport", None)
         self.idle_since = 0.0
-        """Event-loop time, set by the pool."""
+        """The event-loop time at which it became idle; the pool sets it."""
         self._descriptor = -1
         self._state: UpstreamState = _IDLE
         self._receiver: Receiver | None = None
@@ -171,7 +171,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._searched = 0
         """The place in the buffer up to which no head ends."""
         self._interim = 0
-        """Interim responses to the present request."""
+        """The number of interim responses to the present request."""
         self._events = False
         """The hook reads the response, which is a stream of events."""
         self._head: ResponseHead | None = None

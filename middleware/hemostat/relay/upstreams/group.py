@@ -205,7 +205,7 @@ class Upstreams:
                 health.request_failed(loop_time)
 
     def sweep(self, now: float) -> None:
-        """Once a second; now: event-loop time."""
+        """Does what is due once a second. now: event-loop time."""
         self._failing = False
         self.comparison.advance([engine.requests for engine in self.engines], time.perf_counter())
         for engine in self.engines:

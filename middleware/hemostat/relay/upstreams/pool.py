@@ -42,7 +42,9 @@ class Pool:
         self._context = context
         self._queue_seconds = queue_seconds
         self._idle: deque[UpstreamConnection] = deque()
-        """Oldest first. Connections are taken from the other end, so that those that are not needed expire."""
+        """The idle connections, oldest first. Connections are taken from the other end, so that the ones that are not
+        needed expire.
+        """
         self._waiters: OrderedDict[Receiver, float] = OrderedDict()
         """The waiting receivers in the order in which they are served -> the time when each began to wait (event-loop
         time).

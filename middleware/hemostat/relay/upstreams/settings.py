@@ -16,7 +16,7 @@ class UpstreamSettings:
     api_key: str | None = None
     """Sent as a bearer token where the client sends no Authorization of its own."""
     ca: Path | None = None
-    """PEM file of the authority that signed the engines' certificates, for https."""
+    """The PEM file of the authority that signed the engines' certificates, for https."""
     max_connections: int = 512
     """The largest number of connections to each engine; requests beyond it wait in order of arrival."""
     queue_seconds: float = 60.0

@@ -125,7 +125,7 @@ def run(options: CompressOptions) -> int:
 
 
 def _compress(options: CompressOptions, work: Path, reporter: Reporter) -> list[str]:
-    """Lines for people."""
+    """Compresses the checkpoint, and returns lines for people."""
     method = None if options.compressed is not None else _method(options, reporter)
     repaired = options.repair or method is None
     if not is_free(options.destination):  # before texts are written, which can take long

@@ -75,7 +75,9 @@ class Writer:
         self, numbers: Sequence[int], encoded: Sequence[Ids], limits: Sequence[int], tokenizer: Any,
         work: WorkFolder, reporter: Reporter,
     ) -> dict[int, Ids]:  # fmt: skip
-        """Stored in the work folder, by batch. The whole model is in memory meanwhile."""
+        """Returns the completions, which are stored in the work folder by batch. The whole model is in memory
+        meanwhile.
+        """
         import torch  # noqa: PLC0415
 
         from hemostat_lab.models.copies import Copy  # noqa: PLC0415
