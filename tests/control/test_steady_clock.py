@@ -173,7 +173,7 @@ async def test_a_clock_that_is_set_while_the_machine_starts_again(
 
 
 async def test_a_process_that_was_away_goes_on_with_its_cycle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the same run of the machine it is known how long that was: a pause like any other."""
+    """The length of the absence is known within one run of the machine, so it is a pause like any other."""
     machine = Machine(monkeypatch)
     async with process(tmp_path, machine) as plane:
         live(plane, machine, 20)

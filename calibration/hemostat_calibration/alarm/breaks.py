@@ -1,4 +1,4 @@
-"""What a clock that was set leaves of the times that the alarm keeps."""
+"""Adapts the times that the alarm keeps after a clock was set."""
 
 from __future__ import annotations
 
