@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from tests.support import control as support
 from tests.support.captures import INFO
+from tests.support.samples import histograms, values
 from tests.support.served_models import pair, served_models
 from tests.support.stores import put, stored
 
@@ -188,3 +189,64 @@ async def test_a_reference_that_was_replaced_while_it_did_not_run(settings: Sett
         refers_to(plane, OTHER)
         serves, alarm, _ = plane.known
         assert (serves, alarm) == (False, False)
+
+
+def figures(plane: Life) -> tuple[int, int, int, int]:
+    """Returns the requests of the headline figures, of the kinds, of the positions, and of the texts."""
+    status = support.status_json(plane.one)
+    return (
+        status["raw"]["requests"],
+        sum(kind["requests"] for kind in status["kinds"]),
+        sum(place["requests"] for place in status["places"]["position"]),
+        status["trajectory"].get("total_variation", {}).get("requests", 0),
+    )
+
+
+def counters(plane: Life) -> dict[tuple[str, ...], float]:
+    """The counters of what was scored, and the numbers of tokens in histograms, as Prometheus sees them."""
+    samples = list(plane.one.measured.measurements.samples())
+    found = {key: value for key, value in values(samples).items() if key[0].endswith("_total")}
+    return found | {key: float(sum(sample.counts)) for key, sample in histograms(samples).items()}
+
+
+@pytest.mark.parametrize("changed", ["reference", "compressed"])
+async def test_the_headline_figures_begin_anew(settings: Settings, tmp_path: Path, changed: str) -> None:
+    """They would be means over two pairs of models, and describe neither. Counters go on: one that goes back is a
+    restart for Prometheus."""
+    async with life(tmp_path, settings) as plane:
+        refers_to(plane, OLD)
+        plane.reports(a="old")
+        plane.use(range(40))
+        assert figures(plane)[:2] == (40, 40)
+        assert all(figures(plane))
+        before = counters(plane)
+        if changed == "reference":
+            refers_to(plane, OTHER)
+        else:
+            plane.reports(b="new")
+        assert figures(plane) == (0, 0, 0, 0)
+        assert counters(plane) == before
+        plane.use(range(40, 50))
+        assert figures(plane)[:2] == (10, 10)
+
+
+async def test_the_figures_of_another_model_begin_anew_by_themselves(settings: Settings, tmp_path: Path) -> None:
+    def refer(plane: Life, probe: tuple[float, ...]) -> None:
+        other = pair("other", info=replace(INFO, probe=probe))
+        plane.one.monitor.served = served_models(pair(support.MODEL, info=replace(INFO, probe=OLD)), other)
+        plane.one._models_changed()
+
+    def requests(plane: Life) -> tuple[int, int]:
+        others = plane.one.pipeline.other_models.report("other")
+        return figures(plane)[0], others["raw"]["requests"]
+
+    async with life(tmp_path, settings) as plane:
+        refer(plane, OLD)
+        plane.use(range(20))
+        for prompt in range(20):
+            plane.one.pipeline.use_record(*support.scored(f"o{prompt}", prompt, model="other"))
+        assert requests(plane) == (20, 20)
+        refer(plane, NOISY)
+        assert requests(plane) == (20, 20), "the noise of a server"
+        refer(plane, OTHER)
+        assert requests(plane) == (20, 0)

@@ -44,6 +44,7 @@ from hemostat.ipc.supervised import make_tracing
 from hemostat.learner import stored
 from hemostat.learner.client import Learner
 from hemostat.learner.stored import StoredLearning
+from hemostat.measurement.by_model import MAX_MODELS
 from hemostat.measurement.measured import Measured
 from hemostat.measurement.outcome_sampling import OutcomeSampling
 from hemostat.measurement.rates import SmoothedRate
@@ -140,6 +141,8 @@ class Control:
         )
         self.references = make_references(settings)
         self.compressed_scorer = make_compressed_scorer(settings)
+        self._others: dict[str, ModelIdentity] = {}
+        """By name, the models that profiles are not for, as they were compared last."""
         self.engine_scorer = (
             None if self.compressed_scorer is None else EngineScorer(self.addresses, settings.shadow.top_k)
         )
@@ -277,10 +280,25 @@ class Control:
             self.learned.set_models(models)
             self.learner.set_weights(models.weights)
             self.subject.update()
+        self._look_at_other_models()
         self.changes.notify()
 
     def _identity(self, pair: ModelPair) -> ModelIdentity:
         return model_identity(pair, self.weights.of(pair.name, pair.names, self._clock()))
+
+    def _look_at_other_models(self) -> None:
+        """Forgets what was measured of a model that profiles are not for, if its path or its reference has changed."""
+        for pair in self.monitor.served.pairs:
+            if pair.reference is None or pair is self.monitor.served.calibrated:
+                continue
+            now, before = model_identity(pair), self._others.pop(pair.name, None)
+            if before is not None and not before.agrees_with(now):
+                log.warning("%s: it, or its reference, is another one now: its figures begin anew", pair.name)
+                self.pipeline.other_models.forget(pair.name)
+                before = None
+            self._others[pair.name] = now.completed_by(before)
+            if len(self._others) > MAX_MODELS:
+                del self._others[next(iter(self._others))]
 
     def _look_at_weights(self) -> None:
         """Engines may have loaded other weights under the same name and path."""

@@ -147,6 +147,11 @@ class ByKind:
         figures.add(before, after, record.client)
         kind.put(version, figures)
 
+    def forget(self) -> None:
+        """Begins all figures anew. Totals go on."""
+        for name, kind in self._kinds.items():
+            self._kinds[name] = _Kind(self._cycle, totals=kind.totals)
+
     def report(self) -> list[dict[str, Any]]:
         """Returns the figures by kind, the kind with most requests first; JSON-ready. `profile`: the version that
         `gain_nats` and `recovered` belong to, which is the last one that served the kind or, in `observe`, would have.

@@ -52,6 +52,10 @@ class OtherModels:
             "conditional": result.conditional.report(),
         }
 
+    def forget(self, model: str) -> None:
+        """Forgets what was measured of the model, because it, or its reference, is another one now."""
+        self._of.pop(model, None)
+
     def _measurements(self, model: str) -> Measurements:
         result = self._of.pop(model, None) or Measurements(self._max_tokens, self._cycle)
         self._of[model] = result

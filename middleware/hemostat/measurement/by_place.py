@@ -44,6 +44,7 @@ class _Group:
         cycle: Cycle,
     ):
         self._divide = divide
+        self._cycle = cycle
         self._figures = {label: StageFigures(FIGURES_BY_PLACE, cycle) for label in labels}
         self._totals: dict[str, tuple[int, float]] = dict.fromkeys(labels, (0, 0.0))
         """The number of tokens with a finite KL, and the sum of their KL, over all records."""
@@ -56,6 +57,10 @@ class _Group:
             self._totals[label] = tokens + len(finite), nats + float(finite.sum())
             if fresh:
                 self._figures[label].add(part, record.client)
+
+    def forget(self) -> None:
+        """Begins the figures anew. Totals go on."""
+        self._figures = {label: StageFigures(FIGURES_BY_PLACE, self._cycle) for label in self._figures}
 
     def report(self) -> list[dict[str, Any]]:
         """Returns the figures of the places with a request, in the places' order."""
@@ -83,6 +88,11 @@ class ByPlace:
             return
         for group in (self._position, self._context, self._phase):
             group.add(record, raw, fresh=fresh)
+
+    def forget(self) -> None:
+        """Begins the figures of all places anew. Totals go on."""
+        for group in (self._position, self._context, self._phase):
+            group.forget()
 
     def report(self) -> dict[str, Any]:
         """Returns the figures by `position`, `context` and `phase`, for the places with a request, in their order;

@@ -27,6 +27,7 @@ class ConditionalFigures:
     """The conditional figures. cycle: of the traffic."""
 
     def __init__(self, cycle: Cycle = NO_CYCLE) -> None:
+        self._cycle = cycle
         self._raw = StageFigures(cycle=cycle)
         self.by_kind = ByKind(CONDITIONAL_METRICS, cycle)
         self._tokens = {(str(arm), share): 0 for arm in Arm for share in ("exact", "bounds")}
@@ -63,6 +64,11 @@ class ConditionalFigures:
             if own:
                 self._raw.add(figures, record.client)
             self.by_kind.add(record, figures if own else None, served_figures, profile, gain)
+
+    def forget(self) -> None:
+        """Begins the figures anew. Counts of tokens go on."""
+        self._raw = StageFigures(cycle=self._cycle)
+        self.by_kind.forget()
 
     def report(self) -> dict[str, Any]:
         """Returns the figures, JSON-ready. `exact_tokens_share`: the share of the tokens whose divergence is known

@@ -57,6 +57,7 @@ class Measured:
 
     def forget(self) -> None:
         """Other models are served or compared."""
+        self.measurements.forget()
         self.alarms.forget()
         self.by_engine.forget()
         self.outcomes.forget()

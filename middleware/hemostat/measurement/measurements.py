@@ -123,9 +123,6 @@ class Measurements:
 
     def __init__(self, max_tokens: int = MAX_TOKENS, cycle: Cycle = NO_CYCLE) -> None:
         self._cycle = cycle
-        self._raw = self._figures()
-        self.survival = SurvivalFigures(cycle)
-        self._after: OrderedDict[str, _After] = OrderedDict()
         # Every series exists from the start: PromQL's rate() ignores the value that a series begins with.
         arms = [str(arm) for arm in Arm]
         staged = [(stage, arm) for stage in STAGES for arm in arms]
@@ -134,16 +131,31 @@ class Measurements:
         self._top1 = {(*key, decoding): 0 for key in staged for decoding in DECODING_KINDS}
         self._scored = {(arm, decoding): 0 for arm in arms for decoding in DECODING_KINDS}
         self._places: dict[tuple[str, str, str], tuple[int, float]] = {}
-        self.by_decoding = ByDecoding(cycle)
         self.by_kind = ByKind(cycle=cycle)
         self.by_place = ByPlace(cycle)
         self.thinking = ThinkingFigures(max_tokens, cycle)
         self.conditional = ConditionalFigures(cycle)
         """The figures of constrained records, which `observe` does not take."""
-        self._where: dict[tuple[str, str], StageFigures] = {}
-        self._served = {arm: self._figures() for arm in arms}
-        self._noise_floor = {model: self._figures() for model in MODELS}
         self.tokens = 0
+        """The number of scored tokens."""
+        self._begin_figures()
+
+    def _begin_figures(self) -> None:
+        """Makes all figures that are not of a part which has a `forget` of its own."""
+        self._raw = self._figures()
+        self.survival = SurvivalFigures(self._cycle)
+        self._after: OrderedDict[str, _After] = OrderedDict()
+        self.by_decoding = ByDecoding(self._cycle)
+        self._where: dict[tuple[str, str], StageFigures] = {}
+        self._served = {str(arm): self._figures() for arm in Arm}
+        self._noise_floor = {model: self._figures() for model in MODELS}
+
+    def forget(self) -> None:
+        """Other models are served or compared: every figure with an interval begins anew. Counters and histograms go
+        on, because a counter that goes back is a restart for Prometheus."""
+        self._begin_figures()
+        for part in (self.by_kind, self.by_place, self.thinking, self.conditional):
+            part.forget()
 
     def observe(
         self,

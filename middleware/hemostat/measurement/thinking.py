@@ -106,6 +106,11 @@ class ThinkingFigures:
             into.bounded = into.bounded.update(tokens)
             into.endless = into.endless.update(how != ENDED)
 
+    def forget(self) -> None:
+        """Begins the figures of all arms anew. Counts of endings and of tokens go on."""
+        for arm, figures in self._arms.items():
+            self._arms[arm] = _Arm(self._max_tokens, figures.cycle, endings=figures.endings, tokens=figures.tokens)
+
     def report(self) -> dict[str, Any]:
         """JSON-ready; arms with a request that thinks, and treated minus control, with the larger v̂ of both arms: its
         intervals hold at every look, and are asymptotic where requests depend on each other."""
