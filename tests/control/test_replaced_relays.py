@@ -25,7 +25,7 @@ class FakeChild:
     failing: ClassVar[set[str]] = set()
     """Values of `settings` whose start fails."""
 
-    def __init__(self, name: str, module: str, launch: Launch, take_spare: object) -> None:
+    def __init__(self, name: str, module: str, launch: Launch, take_spare: object, silent_seconds: float) -> None:
         self.name = name
         self.launch = launch
         self.version = str(launch.settings["version"])

@@ -32,6 +32,7 @@ from hemostat.config.schema import Settings
 from hemostat.control.composition import Control
 from hemostat.control.ownership import Superseded
 from hemostat.ipc.addresses import server_context
+from hemostat.ipc.liveness import beat
 from hemostat.ipc.relay_listener import RelayListener, Security, listen_locally
 from hemostat.ipc.supervised import run_supervised, stop_event, tell_supervisor
 from hemostat_calibration.errors import HemostatError
@@ -106,6 +107,7 @@ async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
     done, _ = await asyncio.wait({settled, stopping, serving, *loops}, return_when=asyncio.FIRST_COMPLETED)
     if done == {settled}:
         tell_supervisor({"listening": True})
+        loops.append(asyncio.create_task(beat()))
         done, _ = await asyncio.wait({stopping, serving, *loops}, return_when=asyncio.FIRST_COMPLETED)
     server.stop()
     # First of all, so that no relay waits for a process that stops.

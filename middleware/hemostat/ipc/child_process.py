@@ -1,4 +1,5 @@
-"""Both ends of a child process: messages over its standard input and output. The child is killed when its parent ends.
+"""Both ends of a child process: messages over its standard input and output. The child is killed when its parent ends,
+or when it has been stopped for `liveness.SILENT_SECONDS`.
 
 `Child` is any process that says something on its standard output, `FramedChild` one that is sent frames and answers in
 frames. `supervisor` keeps a process running.
@@ -11,9 +12,11 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Self
 
+from hemostat.ipc import liveness
 from hemostat.ipc.framing import frame, read_frame, read_frames
 from hemostat.ipc.supervised import die_with_parent
 from hemostat_calibration.messages import in_words
@@ -85,11 +88,13 @@ class Child:
         self._receive = receive
         self._read_message = read
         self._stderr = b""
-        self._protocol_error = ""
+        self._killed = ""
+        """Why it was killed, with "; " at the end; empty where it was not."""
         self.pid = process.pid
         self.exited = asyncio.Event()
         self._reading_stderr = asyncio.create_task(self._read_stderr(), name="child's stderr")
         self._reading = asyncio.create_task(self._read(), name="child's frames")
+        self._watching = asyncio.create_task(self._watch_stops(), name="looks if the child is stopped")
 
     @classmethod
     async def start_command(
@@ -134,12 +139,27 @@ class Child:
                 async with asyncio.timeout(CLOSE_SECONDS):
                     await self._process.wait()
         except Exception as error:  # noqa: BLE001  a frame that the receiver rejects makes the child useless
-            self._protocol_error = f"it sent an invalid message ({error}); "
+            self._killed = f"it sent an invalid message ({error}); "
         finally:
             self._kill()
             await self._process.wait()
             await asyncio.wait({self._reading_stderr}, timeout=STDERR_SECONDS)
             self.exited.set()
+
+    async def _watch_stops(self) -> None:
+        """Until its end. A child that computes says nothing for hours; one that is stopped computes nothing."""
+        silence = liveness.Silence(time.monotonic())
+        while not self.exited.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(liveness.LOOK_SECONDS):
+                    await self.exited.wait()
+            seconds = silence.look(time.monotonic())
+            if not liveness.is_stopped(self.pid):
+                silence.broken()
+            elif seconds >= liveness.SILENT_SECONDS:
+                self._killed = f"it had been stopped (SIGSTOP) for {liveness.SILENT_SECONDS:.0f} s; "
+                self._kill()
+                return
 
     async def _read_stderr(self) -> None:
         stream = self._process.stderr
@@ -151,7 +171,7 @@ class Child:
         """Its exit code, and the last line of its standard error."""
         lines = self._stderr.decode(errors="replace").split("\n")
         last_line = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        code = f"{self._protocol_error}code {self._process.returncode}"
+        code = f"{self._killed}code {self._process.returncode}"
         return f"{code}; last output: {last_line}" if last_line else code
 
     @property
@@ -176,7 +196,7 @@ class Child:
                 await self.exited.wait()
         if not self.exited.is_set():
             self._kill()
-        await asyncio.gather(self._reading, self._reading_stderr, return_exceptions=True)
+        await asyncio.gather(self._reading, self._reading_stderr, self._watching, return_exceptions=True)
 
 
 class FramedChild(Child):

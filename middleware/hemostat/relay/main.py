@@ -14,10 +14,10 @@ of JSON, from its standard input:
 
 control: see `ControlAddresses`. figures: a Unix socket that the counters are sent to as well; null: none. fds: the
 inherited listening sockets. other_fds: inherited and not used: it was loaded before it was known which relay's
-place it takes. It prints `{"listening": port}` when it accepts connections. On SIGTERM it accepts no more connections,
-closes idle ones, lets the requests in progress end for `shutdown_seconds`, and exits with 0. On SIGUSR1 another relay
-has taken its place: it does the same within `drain_seconds`, and idle connections may send one more request, whose
-response closes them.
+place it takes. It prints `{"listening": port}` when it accepts connections, and from then on that it is alive
+(`ipc/liveness.py`). On SIGTERM it accepts no more connections, closes idle ones, lets the requests in progress end for
+`shutdown_seconds`, and exits with 0. On SIGUSR1 another relay has taken its place: it does the same within
+`drain_seconds`, and idle connections may send one more request, whose response closes them.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ import uvloop
 from hemostat import logs
 from hemostat.interception.interceptor import Interceptor
 from hemostat.ipc.addresses import ControlAddresses
+from hemostat.ipc.liveness import beat
 from hemostat.ipc.messages import OutcomeReport, Policy
 from hemostat.ipc.relay_end import ControlLink
 from hemostat.ipc.supervised import KILL_AFTER_SECONDS, end_after_supervisor, make_tracing
@@ -167,6 +168,7 @@ async def run(config: dict[str, Any]) -> None:
     gc.collect()
     gc.freeze()
     _print({"listening": sockets[0].getsockname()[1]})
+    linking.append(loop.create_task(beat()))
     await end.asked.wait()
     for linked in links:
         linked.report()

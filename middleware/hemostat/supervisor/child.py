@@ -13,7 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from hemostat.ipc import liveness
 from hemostat.ipc.backoff import Backoff
+from hemostat.ipc.liveness import BEAT, Silence
 
 log = logging.getLogger("hemostat.serve")
 
@@ -51,22 +53,34 @@ class Launch:
 class Child:
     """Owns one process: loaded (its modules are imported), started (it listens), restarted until `stop`.
 
-    A process writes a line when it is loaded and another, the JSON `listening`, when it listens.
+    A process writes a line when it is loaded and another, the JSON `listening`, when it listens. From then on it writes
+    BEAT while its event loop runs. A kept process that has been silent for too long is killed and started again: what
+    it holds (the store's lock, its clients) is held for nothing. One that has never written BEAT is left alone: a
+    version that does not know it may have been installed meanwhile.
     """
 
     def __init__(
-        self, name: str, module: str, launch: Launch, take_spare: Callable[[], Child | None] = lambda: None
+        self,
+        name: str,
+        module: str,
+        launch: Launch,
+        take_spare: Callable[[], Child | None] = lambda: None,
+        silent_seconds: float = liveness.SILENT_SECONDS,
     ) -> None:
         """take_spare: gives a loaded process of the same module for a restart, which inherits this one's file
-        descriptors and possibly more; None: there is none."""
+        descriptors and possibly more; None: there is none. silent_seconds: after so long without a word it is killed.
+        """
         self.name = name
         self.launch = launch
         """The arguments of the next start or restart."""
         self._module = module
         self._take_spare = take_spare
+        self._silent_seconds = silent_seconds
         self._process: asyncio.subprocess.Process | None = None
         self._keeping: asyncio.Task[None] | None = None
         self.listening: dict[str, Any] = {}
+        self._silence: Silence | None = None
+        """None: the present process has not written BEAT yet."""
 
     @property
     def running(self) -> bool:
@@ -132,7 +146,7 @@ class Child:
         while True:
             assert self._process is not None
             started = time.monotonic()
-            code = await self._process.wait()
+            code = await self._end_of(self._process)
             if time.monotonic() - started > STABLE_SECONDS:
                 backoff.reset()
                 delay = 0.0
@@ -144,6 +158,40 @@ class Child:
                 await self._restart()
             except StartFailure as failure:
                 log.error("%s", failure)
+
+    async def _end_of(self, process: asyncio.subprocess.Process) -> int:
+        """Wait for its end, which comes by force where it is silent for too long. Returns its exit code."""
+        self._silence = None
+        ending = asyncio.create_task(process.wait(), name=f"end of {self.name}")
+        hearing = asyncio.create_task(self._hear(process), name=f"hears {self.name}")
+        try:
+            while not ending.done():
+                await asyncio.wait({ending}, timeout=liveness.LOOK_SECONDS)
+                if self._is_silent and not ending.done():
+                    what = "is stopped" if liveness.is_stopped(process.pid) else "does nothing"
+                    log.error("%s %s, and has been silent for %.0f s; killed", self.name, what, self._silent_seconds)
+                    with contextlib.suppress(ProcessLookupError):
+                        process.kill()
+                    await ending
+            return ending.result()
+        finally:
+            for task in (ending, hearing):
+                task.cancel()
+            await asyncio.gather(ending, hearing, return_exceptions=True)
+
+    @property
+    def _is_silent(self) -> bool:
+        return self._silence is not None and self._silence.look(time.monotonic()) >= self._silent_seconds
+
+    async def _hear(self, process: asyncio.subprocess.Process) -> None:
+        """Until the end of its output."""
+        assert process.stdout is not None
+        while data := await process.stdout.read(4096):
+            if BEAT not in data:
+                continue
+            if self._silence is None:
+                self._silence = Silence(time.monotonic())
+            self._silence.broken()
 
     async def _restart(self) -> None:
         """Starts a process in place of the one that has ended. Raises StartFailure."""

@@ -26,6 +26,7 @@ from hemostat.admin.server import AdminServer
 from hemostat.config.schema import Settings
 from hemostat.ipc import relay_samples
 from hemostat.ipc.control_end import RelayLink
+from hemostat.ipc.liveness import beat
 from hemostat.ipc.relay_listener import RelayListener, listen_locally
 from hemostat.ipc.supervised import run_supervised, stop_event, tell_supervisor
 from hemostat.metrics.collector import HemostatCollector
@@ -74,6 +75,7 @@ async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
         asyncio.create_task(coroutine) for coroutine in (stop.wait(), server.run(), link.run(), follow(lines, app))
     ]
     tell_supervisor({"listening": True})
+    tasks.append(asyncio.create_task(beat()))
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     server.stop()
     await asyncio.wait(tasks[1:2])

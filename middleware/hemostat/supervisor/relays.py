@@ -11,6 +11,7 @@ from typing import Any
 
 from hemostat.config.fields import split_address
 from hemostat.config.schema import Settings
+from hemostat.ipc.liveness import RELAY_SILENT_SECONDS
 from hemostat.ipc.supervised import KILL_AFTER_SECONDS
 from hemostat.supervisor.child import Child, Launch
 from hemostat.supervisor.role import Role
@@ -39,7 +40,10 @@ class Relays:
 
     async def start(self, launches: Sequence[Launch]) -> None:
         """Start a relay for each; they are not kept running before `keep`. StartFailure: none is left running."""
-        relays = [Child(f"relay {n}", MODULE, launch, self._spare.take) for n, launch in enumerate(launches)]
+        relays = [
+            Child(f"relay {n}", MODULE, launch, self._spare.take, RELAY_SILENT_SECONDS)
+            for n, launch in enumerate(launches)
+        ]
         try:
             for relay in relays:
                 await relay.start()
