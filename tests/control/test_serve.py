@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, suppress
 from functools import partial
@@ -155,6 +156,30 @@ async def test_a_killed_relay_is_restarted_while_the_port_keeps_answering(served
     assert len(served.pids(RELAY) - pids) == 1
     assert await served.metric("hemostat_requests_total") >= before
     await scored_again(served)
+
+
+async def test_what_waits_in_the_queue_of_a_relay_that_is_killed_is_answered_by_the_next_one(served: Served) -> None:
+    """SIGKILL breaks the connections that the relay had accepted, and no others: the supervisor holds the queue."""
+    await served.until(lambda s: s["relays"] == 2)
+    await until(served.spare)
+    pids = served.pids(RELAY)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    asking = [asyncio.create_task(served.ask(f"waiting {n}")) for n in range(20)]
+    await until(lambda: len(waiting_connections(served.data)) == len(asking))
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    assert Counter(answer.status_code for answer in await asyncio.gather(*asking)) == {200: len(asking)}
+    await served.until(lambda s: s["relays"] == 2)
+
+
+def waiting_connections(url: str) -> list[str]:
+    """Established connections to this port that no process has accepted: they have no inode."""
+    port = int(url.rpartition(":")[2])
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return [
+        fields[2] for fields in lines if fields[1].endswith(f":{port:04X}") and fields[3] == "01" and fields[9] == "0"
+    ]
 
 
 async def test_a_damaged_store_is_counted_and_requests_are_served(served: Served) -> None:

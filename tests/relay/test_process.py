@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from tests.support.wire import policy
 
 from hemostat.ipc.addresses import ControlAddresses
 from hemostat.ipc.control_end import RelayLink
+from hemostat.ipc.liveness import is_stopped
 from hemostat.ipc.messages import Alive, Policy, Stats, encode
 from hemostat.ipc.relay_end import MAX_QUEUED_BYTES, ControlLink
 
@@ -211,6 +213,57 @@ async def test_sigterm_lets_a_stream_end(tmp_path: Path) -> None:
         assert await asyncio.wait_for(relay.process.wait(), HANG_SECONDS) == 0
         await client.close()
         await idle.close()
+
+
+WAITING = 40
+"""Connections in the queue of the listening socket."""
+
+
+async def test_sigterm_answers_what_waits_in_the_queue_of_the_listening_socket(tmp_path: Path) -> None:
+    """Their clients have connected and sent a request: they cannot know that no relay has accepted them."""
+    async with running(answering([]), tmp_path / "none.sock") as relay:
+        relay.process.send_signal(signal.SIGSTOP)
+        await until(lambda: is_stopped(relay.process.pid))
+        clients = [await relay.connect() for _ in range(WAITING)]
+        for client in clients:
+            await client.send(GET)
+        relay.process.send_signal(signal.SIGTERM)
+        relay.process.send_signal(signal.SIGCONT)
+        answers = Counter[str]()
+        for client in clients:
+            try:
+                answer = await client.response()
+                answers[f"{answer.status} {answer.get(b'connection')}"] += 1
+            except (OSError, asyncio.IncompleteReadError) as error:
+                answers[type(error).__name__] += 1
+            await client.close()
+        assert answers == {"200 [b'close']": WAITING}
+        assert await asyncio.wait_for(relay.process.wait(), HANG_SECONDS) == 0
+
+
+async def test_sigterm_answers_a_request_that_follows_an_answer_at_once(tmp_path: Path) -> None:
+    """The head of that answer had promised, before the signal, that the connection stays open."""
+    go = asyncio.Event()
+
+    async def script(connection: UpstreamConnection) -> None:
+        while await connection.request() is not None:
+            await connection.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n")
+            await go.wait()
+            await connection.send(b"5\r\nworld\r\n0\r\n\r\n")
+
+    async with running(script, tmp_path / "none.sock") as relay:
+        client = await relay.connect()
+        await client.send(GET)
+        assert b"close" not in await client.reader.readuntil(b"hello\r\n")
+        relay.process.send_signal(signal.SIGTERM)
+        await refused(relay)
+        go.set()
+        await client.reader.readuntil(b"0\r\n\r\n")
+        await client.send(GET)
+        second = await client.response()
+        assert (second.body, second.get(b"connection")) == (b"helloworld", [b"close"])
+        assert await asyncio.wait_for(relay.process.wait(), HANG_SECONDS) == 0
+        await client.close()
 
 
 async def test_a_replaced_relay_answers_one_more_request_of_each_connection(tmp_path: Path) -> None:

@@ -34,10 +34,6 @@ from hemostat.relay.shares import Holding
 from hemostat.relay.tunnel import Tunnel
 from hemostat.relay.turns import ANSWER_BYTES
 
-DRAIN_IDLE_SECONDS: Final = 5.0
-"""The longest time that a connection without a request stays open while the relay drains because another one has taken
-its place.
-"""
 SLOW_UPLOAD_BYTES_PER_SECOND: Final = 32 * 1024
 """A long body that arrives at less gives way where no upstream connection is left for another one: 2 MB in a minute."""
 SLOW_UPLOAD_SECONDS: Final = 2.0
@@ -396,9 +392,7 @@ class ClientConnection(asyncio.Protocol):
         self.state = _READING_HEAD
         self.since = self._context.loop.time()
         unread = len(self._buffer) > self._at
-        if self._context.draining and not unread and not self._context.drains_idle:
-            self.transport.close()
-        elif unread or self.reading_paused or self.eof:
+        if unread or self.reading_paused or self.eof:
             self._advance()
 
     def exchange_broken(self, *, reset: bool) -> None:
@@ -557,8 +551,10 @@ class ClientConnection(asyncio.Protocol):
         if self.state is _READING_HEAD:
             if self._buffer and waited > limits.head_seconds and not self.write_paused:
                 self._refuse(BadRequest(408, f"the request head took more than {limits.head_seconds:g} s"))
-            elif not self._buffer and waited > (DRAIN_IDLE_SECONDS if self._context.draining else limits.idle_seconds):
-                self.transport.close()
+            elif not self._buffer:
+                context = self._context
+                if waited > (context.idle_drain_seconds if context.draining else limits.idle_seconds):
+                    self.transport.close()
         elif self.state is _READING_BODY and not self.reading_paused and waited > limits.body_seconds:
             if self._body_bytes < limits.body_bytes_per_second * waited:
                 assert self.exchange is not None
@@ -566,11 +562,6 @@ class ClientConnection(asyncio.Protocol):
                 self.exchange.fail_request(BadRequest(408, f"the body arrives at less than {rate} bytes/s"))
             else:
                 self._measure_rate()
-
-    def drain(self) -> None:
-        """Close as soon as no request is in progress."""
-        if self.state is _READING_HEAD and not self._buffer:
-            self.transport.close()
 
 
 def _part(buffer: bytes | bytearray, begin: int, end: int) -> bytes:

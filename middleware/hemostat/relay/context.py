@@ -42,9 +42,9 @@ class RelayContext:
     allow_adapter_routes: bool = False
     """Clients may load and unload adapters at the upstream."""
     draining: bool = False
-    """No further requests: connections are closed as soon as they have no request in progress."""
-    drains_idle: bool = False
-    """While draining: connections without a request may send one more, see `Relay.drain`."""
+    """The response to the request in progress, or to one more, closes each connection."""
+    idle_drain_seconds: float = 0.0
+    """While draining: a connection without a request is closed after so long, see `Relay.drain`."""
     access_log: AccessLog | None = None
     client_limits: ClientLimits | None = None
     """None where no limit is set."""

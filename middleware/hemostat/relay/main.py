@@ -15,9 +15,9 @@ of JSON, from its standard input:
 control: see `ControlAddresses`. figures: a Unix socket that the counters are sent to as well; null: none. fds: the
 inherited listening sockets. other_fds: inherited and not used: it was loaded before it was known which relay's
 place it takes. It prints `{"listening": port}` when it accepts connections, and from then on that it is alive
-(`ipc/liveness.py`). On SIGTERM it accepts no more connections, closes idle ones, lets the requests in progress end for
-`shutdown_seconds`, and exits with 0. On SIGUSR1 another relay has taken its place: it does the same within
-`drain_seconds`, and idle connections may send one more request, whose response closes them.
+(`ipc/liveness.py`). On SIGTERM it takes what waits in the queue, accepts no more connections, lets the requests in
+progress end for `shutdown_seconds`, and exits with 0. Idle connections may send one more request, whose response closes
+them. On SIGUSR1 another relay has taken its place: it does the same within `drain_seconds`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from hemostat.relay.access_log import AccessLog
 from hemostat.relay.client_limits import ClientLimits
 from hemostat.relay.counters import Counters
 from hemostat.relay.limits import Limits, share_descriptors
-from hemostat.relay.relay import Relay
+from hemostat.relay.relay import REPLACED_IDLE_SECONDS, Relay
 from hemostat.relay.upstreams.settings import UpstreamSettings
 
 log = logging.getLogger("hemostat.relay")
@@ -76,7 +76,7 @@ def _print(line: dict[str, Any]) -> None:
 async def drain(relay: Relay, end: _End, shutdown_seconds: float, drain_seconds: float) -> bool:
     """Let the requests in progress end; False if some have not. A relay that was replaced may be stopped meanwhile."""
     if not end.stop.is_set():
-        draining = asyncio.create_task(relay.drain(drain_seconds, idle=True))
+        draining = asyncio.create_task(relay.drain(drain_seconds, REPLACED_IDLE_SECONDS))
         stopping = asyncio.create_task(end.stop.wait())
         await asyncio.wait({draining, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
@@ -174,9 +174,9 @@ async def run(config: dict[str, Any]) -> None:
         linked.report()
     if not await drain(relay, end, config["shutdown_seconds"], config.get("drain_seconds", 0.0)):
         log.warning(
-            "relay %d: %d connections still had a request in progress when the time to drain was over",
+            "relay %d: %d requests were still in progress when the time to drain was over",
             config["worker"],
-            len(relay.clients),
+            relay.busy,
         )
     for task in linking:
         task.cancel()

@@ -42,6 +42,12 @@ if TYPE_CHECKING:
 
 BACKLOG = 2048
 SWEEP_SECONDS = 1.0
+STOP_IDLE_SECONDS = 1.0
+"""A connection without a request stays open for so long once the relay stops, for a request that is on its way."""
+REPLACED_IDLE_SECONDS = 5.0
+"""The same once another relay has taken this one's place."""
+QUIET_ROUNDS = 3
+"""Rounds of the event loop without a new connection, after which none waits in the queues of the listening sockets."""
 
 
 class Relay:
@@ -112,6 +118,7 @@ class Relay:
             client_limits=client_limits,
         )
         self._servers: list[asyncio.Server] = []
+        self._accepted = 0
         self._sweeper: asyncio.TimerHandle | None = None
 
     @property
@@ -141,25 +148,45 @@ class Relay:
         """Returns what is sent to the control process once a second."""
         return self.counters.stats(ready=self.ready, engines=self.upstreams.report())
 
-    async def drain(self, timeout: float, *, idle: bool = False) -> bool:  # noqa: ASYNC109  not a cancellation
+    async def drain(
+        self,
+        timeout: float,  # noqa: ASYNC109  not a cancellation
+        idle_seconds: float = STOP_IDLE_SECONDS,
+    ) -> bool:
         """Accept no more connections, and wait up to `timeout` seconds for the requests in progress to end.
 
-        idle: connections without a request stay open for DRAIN_IDLE_SECONDS more, as their clients may be about to send
-        one; its response closes the connection. False if some requests have not ended.
+        idle_seconds: connections without a request stay open for so long, as their clients may have sent one or be
+        about to; its response closes the connection. False if some requests have not ended.
         """
         self._context.draining = True
-        self._context.drains_idle = idle
+        self._context.idle_drain_seconds = idle_seconds
+        await self._accept_waiting()
         for server in self._servers:
             server.close()
-        if not idle:
-            for client in self.clients:
-                client.drain()
         try:
             async with asyncio.timeout(timeout):
                 await self.clients.gone()
         except TimeoutError:
-            return False
+            return not self.busy
         return True
+
+    @property
+    def busy(self) -> int:
+        """The number of requests in progress."""
+        return sum(client.exchange is not None for client in self.clients)
+
+    async def _accept_waiting(self) -> None:
+        """Take the connections that wait in the queues of the listening sockets: closing these would reset them.
+
+        Their clients may have sent requests already, and cannot know that nobody has accepted them.
+        """
+        quiet = 0
+        for _ in range(BACKLOG):
+            accepted = self._accepted
+            await asyncio.sleep(0)
+            quiet = quiet + 1 if self._accepted == accepted else 0
+            if quiet >= QUIET_ROUNDS:
+                return
 
     async def close(self) -> None:
         """Aborts all connections."""
@@ -178,6 +205,7 @@ class Relay:
             await self._context.access_log.close()
 
     def _new_client(self) -> ClientConnection:
+        self._accepted += 1
         return ClientConnection(self._context, self.clients)
 
     def _sweep(self) -> None:
