@@ -89,7 +89,7 @@ class Child:
         self._read_message = read
         self._stderr = b""
         self._killed = ""
-        """Why it was killed, with "; " at the end; empty where it was not."""
+        """The reason for its kill, with "; " at the end. It is empty if this end has not killed it."""
         self.pid = process.pid
         self.exited = asyncio.Event()
         self._reading_stderr = asyncio.create_task(self._read_stderr(), name="child's stderr")
@@ -147,7 +147,7 @@ class Child:
             self.exited.set()
 
     async def _watch_stops(self) -> None:
-        """Until its end. A child that computes says nothing for hours; one that is stopped computes nothing."""
+        """Kill it if it has been stopped for too long. One that computes may say nothing for hours, and is left alone."""
         silence = liveness.Silence(time.monotonic())
         while not self.exited.is_set():
             with contextlib.suppress(TimeoutError):

@@ -1,4 +1,4 @@
-"""Whether a process still does its work: it says so while its event loop runs, and its parent counts the silence.
+"""Tells parents if their processes still work: a process says so while its event loop runs, and silence is counted.
 
 A process that is stopped (SIGSTOP, a debugger), or whose event loop never runs again, holds the store's lock or its
 clients and does nothing for them. Its parent kills it after a time that no work takes, and starts another one. A
@@ -21,11 +21,11 @@ BEAT = b'{"alive": true}\n'
 """The line that a process writes while its event loop runs."""
 BEAT_SECONDS = 5.0
 LOOK_SECONDS = 5.0
-"""The pause between two looks at a process that may be silent or stopped."""
+"""The pause between two looks at a process."""
 SILENT_SECONDS = 60.0
 """A process that has been silent or stopped for so long is killed."""
 RELAY_SILENT_SECONDS = 120.0
-"""The same for a relay, whose clients lose their answers then.
+"""A relay that has been silent for so long is killed, and its clients lose their answers.
 
 They have got nothing for these two minutes, and the relay's share of the new connections waits for nothing as well; so
 it is better killed than left. It is given more time than others, because a relay that is killed by mistake hurts
@@ -34,7 +34,7 @@ clients. One step of its event loop takes milliseconds.
 
 
 async def beat() -> None:
-    """Write BEAT to standard output every BEAT_SECONDS, until cancelled. To be begun once the process listens.
+    """Write BEAT to standard output every BEAT_SECONDS, until cancelled. It is begun once the process listens.
 
     It never waits for the supervisor: nothing is written where that does not read, or is gone.
     """
@@ -70,7 +70,7 @@ class Silence:
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether SIGSTOP or a debugger has stopped this process. False where the system does not say it."""
+    """Returns True if SIGSTOP or a debugger has stopped this process, and False if the system does not say."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in {"T", "t"}
     except OSError:

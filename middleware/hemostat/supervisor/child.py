@@ -80,7 +80,7 @@ class Child:
         self._keeping: asyncio.Task[None] | None = None
         self.listening: dict[str, Any] = {}
         self._silence: Silence | None = None
-        """None: the present process has not written BEAT yet."""
+        """The silence of the present process; None until it has written BEAT."""
 
     @property
     def running(self) -> bool:
@@ -160,7 +160,7 @@ class Child:
                 log.error("%s", failure)
 
     async def _end_of(self, process: asyncio.subprocess.Process) -> int:
-        """Wait for its end, which comes by force where it is silent for too long. Returns its exit code."""
+        """Wait for its end, and kill it if it is silent for too long. Returns its exit code."""
         self._silence = None
         ending = asyncio.create_task(process.wait(), name=f"end of {self.name}")
         hearing = asyncio.create_task(self._hear(process), name=f"hears {self.name}")
@@ -184,7 +184,7 @@ class Child:
         return self._silence is not None and self._silence.look(time.monotonic()) >= self._silent_seconds
 
     async def _hear(self, process: asyncio.subprocess.Process) -> None:
-        """Until the end of its output."""
+        """Read what it writes, until the end of its output."""
         assert process.stdout is not None
         while data := await process.stdout.read(4096):
             if BEAT not in data:
