@@ -147,7 +147,7 @@ class Child:
             self.exited.set()
 
     async def _watch_stops(self) -> None:
-        """Kill it if it has been stopped for too long. One that computes may say nothing for hours, and is left alone."""
+        """Kill it if it has been stopped for too long. One that computes may be silent for hours, and is left alone."""
         silence = liveness.Silence(time.monotonic())
         while not self.exited.is_set():
             with contextlib.suppress(TimeoutError):
