@@ -35,6 +35,7 @@ from tests.support.dashboards import load
 from tests.support.paths import ROOT
 
 from hemostat.admin.app import ASSETS
+from hemostat.measurement.dependence import CARRIED_BY_FEW
 from hemostat_lab.demo.view import UNKNOWN_INTERVAL
 
 GUIDE = ROOT / "docs" / "console.md"
@@ -153,6 +154,8 @@ def test_how_figures_are_written(page: Page, instance: Served, state: Callable[[
     for ends in ([0.1, 0.2], [0.1, None], [None, 0.2], [None, None]):
         assert told(f"range({json.dumps(ends)})") == interval(ends)  # type: ignore[arg-type]
     assert told("range(null)") == told("UNKNOWN_INTERVAL") == UNKNOWN_INTERVAL
+    few = {"estimate": 0.4, "ci95": [None, None], "ci95_seen": [None, None], "cap": 20.0, "no_interval": CARRIED_BY_FEW}
+    assert told(f"interval({json.dumps(few)})") == CARRIED_BY_FEW
     assert told("ofTokens(0.239, 0.576)") == "2 to 6 of 10"
     assert told("ofTokens(0.239, 0.241)") == "About 2 of 10"
     assert told("ofTokens(0.239, null)") == "At least 2 of 10"

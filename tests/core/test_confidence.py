@@ -160,6 +160,24 @@ def test_requests_that_are_all_alike_still_leave_doubt():
     assert 0.003 < result.high < 0.02
 
 
+def test_where_a_few_requests_carry_the_tokens_nothing_is_refuted():
+    rng = np.random.default_rng(0)
+    sequence = MeanSequence()
+    for n in rng.integers(20, 301, 400):
+        sequence = sequence.update(float(rng.gamma(10.0, 0.01) * n), float(n))
+    assert not sequence.carried_by_few()
+    assert sequence.carried_by_few(20.0), "of 20 effective requests, some are shorter than others"
+    assert sequence.get(0.0, 1.0).high < 0.2
+    long = sequence.update(0.1 * 4000.0, 4000.0)
+    assert long.carried_by_few()
+    assert (long.get(0.0, 1.0).low, long.get(0.0, 1.0).high) == (0.0, 1.0)
+    for _ in range(50):
+        long = long.update(float(rng.gamma(10.0, 0.01) * 4000.0), 4000.0)
+    assert not long.carried_by_few()
+    assert long.get(0.0, 1.0).high < 0.2
+    assert not MeanSequence().carried_by_few(), "nothing is known"
+
+
 def test_arguments():
     with pytest.raises(InvalidArgumentError, match="increase"):
         ClippedMean(1.0, 1.0)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +13,80 @@ from tests.support.records import make_record
 from tests.support.samples import values
 from tests.support.world import World
 
-from hemostat.measurement.dependence import Cycle, Dependence, told
+from hemostat.measurement.alarms import FloorLimit
+from hemostat.measurement.by_decoding import ByDecoding
+from hemostat.measurement.dependence import CARRIED_BY_FEW, NO_CYCLE, Cycle, Dependence, told
+from hemostat.measurement.figures import StageFigures
+from hemostat.measurement.gains import GainFigures, difference
 from hemostat.measurement.measurements import Measurements
 from hemostat.metrics import names
+from hemostat_calibration.divergence.bounds import Interval
+from hemostat_calibration.divergence.decoding import DecodedDivergence
+from hemostat_calibration.divergence.gain import Gain
+from hemostat_calibration.divergence.per_token import TokenDivergence, divergence
 
 RECORDS = [make_record(World(noise=noise).truth(seed), 8) for seed, noise in enumerate((0.1, 0.3, 0.5, 0.7) * 3)]
+
+
+Answers = Sequence[tuple[float, int]]
+"""The divergence at each token, and the number of tokens."""
+
+
+def answers(requests: int, seed: int = 0) -> list[tuple[float, int]]:
+    """Independent ordinary ones: log-normal lengths and divergences."""
+    rng = np.random.default_rng(seed)
+    lengths = np.ceil(80.0 * np.exp(0.6 * rng.standard_normal(requests))).astype(int)
+    return list(zip(rng.gamma(10.0, 0.01, requests).tolist(), lengths.tolist(), strict=True))
+
+
+ORDINARY = answers(300)
+CARRIED = [*ORDINARY, (0.4, 4000), (0.1, 4000)]
+"""Two answers have about a quarter of the tokens."""
+
+
+def figures_of(value: float, tokens: int) -> TokenDivergence:
+    return replace(divergence(RECORDS[0]), kl_rc=np.full(tokens, value), estimate_rc=np.full(tokens, value))
+
+
+def stage(given: Answers) -> StageFigures:
+    result = StageFigures(["kl_nats"])
+    for value, tokens in given:
+        result.add(figures_of(value, tokens))
+    return result
+
+
+def by_token(given: Answers) -> dict[str, Any]:
+    return stage(given).figure("kl_nats")
+
+
+def gained(given: Answers) -> dict[str, Any]:
+    figures = GainFigures(2.0)
+    for value, tokens in given:
+        won = np.full(tokens, value)
+        figures.add(Gain(won, won, np.ones(tokens, np.bool_)), figures_of(0.2, tokens))
+    return figures.gained()
+
+
+def recovered(given: Answers) -> dict[str, Any]:
+    figures = GainFigures(2.0)
+    for value, tokens in given:
+        won = np.full(tokens, value)
+        figures.add(Gain(won, won, np.ones(tokens, np.bool_)), figures_of(0.2, tokens))
+    return figures.recovered() or {}
+
+
+def drawn(given: Answers) -> dict[str, Any]:
+    groups = ByDecoding()
+    for value, tokens in given:
+        ends = Interval(np.full(tokens, value), np.full(tokens, 1.1 * value))
+        groups.add("greedy", figures_of(value, tokens), DecodedDivergence(ends, ends, ends, ends, ends.lower > 0.0))
+    (row,) = groups.report()
+    result: dict[str, Any] = row["drawn_from"]["total_variation"]
+    return result
+
+
+def treated_minus_control(given: Answers) -> dict[str, Any]:
+    return difference(stage(given), stage(answers(300, seed=1)), "kl_nats")
 
 
 def fed(x: np.ndarray, clients: list[bytes]) -> Dependence:
@@ -22,6 +94,48 @@ def fed(x: np.ndarray, clients: list[bytes]) -> Dependence:
     for value, client in zip(x, clients, strict=True):
         dependence.add(np.array([value]), np.ones(1), client)
     return dependence
+
+
+@pytest.mark.parametrize("figure", [by_token, gained, recovered, drawn, treated_minus_control])
+def test_where_a_few_answers_carry_the_sum_there_is_no_interval(figure: Any) -> None:
+    ordinary, carried = figure(ORDINARY), figure(CARRIED)
+    assert None not in ordinary["ci95"]
+    assert ordinary["no_interval"] is None
+    assert carried["ci95"] == [None, None]
+    assert carried["effective_requests"] > 20.0
+    assert carried["no_interval"] == CARRIED_BY_FEW
+
+
+def test_before_a_whole_cycle_too() -> None:
+    for given, known in ((ORDINARY, True), (CARRIED, False)):
+        figures = StageFigures(["kl_nats"], Cycle(3600.0, lambda: 0.0))
+        for value, tokens in given:
+            figures.add(figures_of(value, tokens))
+        figure = figures.figure("kl_nats")
+        assert figure["ci95"] == [None, None]
+        assert (None not in figure["ci95_seen"]) == known == (figure["no_interval"] is None)
+
+
+def test_ordinary_answers_have_an_interval_after_64_requests() -> None:
+    given = [by_token(answers(64, seed)) for seed in range(20)]
+    assert sum(None not in figure["ci95"] for figure in given) >= 10
+
+
+def test_more_long_answers_share_the_sum() -> None:
+    many = [*ORDINARY, *((value, 4000) for value, _ in answers(40, seed=2))]
+    order = np.random.default_rng(0).permutation(len(many))
+    assert None not in by_token([many[at] for at in order])["ci95"]
+
+
+def test_a_noise_floor_that_a_few_answers_carry_has_no_limit() -> None:
+    limits = []
+    for given in (ORDINARY, CARRIED):
+        floor = FloorLimit(20.0, NO_CYCLE)
+        for value, tokens in given:
+            floor.add(np.full(tokens, value), b"")
+        limits.append(floor.limit(0.05))
+    assert limits[0] < 0.2
+    assert math.isinf(limits[1])
 
 
 def test_runs_of_alike_requests_count_less_than_different_ones() -> None:

@@ -95,6 +95,7 @@ def test_the_summary_is_what_a_batch_computation_says(stage: str) -> None:
     summary = measured.summary(version)
     assert summary["requests"] == 60
     assert summary["tokens"] == sum(r.tokens for r in given) == measured.tokens
+    without = []
     for name, figure in FIGURES.items():
         per_request = [np.asarray(figure.values(f), float) for f in figures]
         available = [v[np.isfinite(v)] for v in per_request if np.isfinite(v).any()]
@@ -109,11 +110,18 @@ def test_the_summary_is_what_a_batch_computation_says(stage: str) -> None:
         v = summary["inflation"][name] if figure.plain else summary[name]["inflation"]
         half *= math.sqrt(v)
         assert got == pytest.approx(mean), name
+        if (summary["no_interval"] if figure.plain else summary[name])[name if figure.plain else "no_interval"]:
+            assert [low, high] == [None, None]
+            without.append(name)
+            continue
         # Valid at every look is wider than at one; a constant figure's interval is that of shares unseen.
         assert low <= mean <= high, name
         if half > 0.001 and v < 1.2:
             assert half < high - mean < 8 * half or high == figure.cap, name
             assert half < mean - low < 8 * half or low == figure.lo, name
+    assert set(without) <= {"kl_nats_estimate", "reverse_kl_nats_estimate"}, (
+        "known at some tokens of some requests only"
+    )
     assert summary["kl_nats"]["bound"] == "lower"
     assert summary["kl_nats_estimate"]["bound"] == "estimate"
     assert summary["kl_nats"]["infinite_tokens"] == 0

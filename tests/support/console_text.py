@@ -38,4 +38,6 @@ def interval(ends: list[float] | list[None], show: Callable[[float], str] = nats
 def divergence_interval(figure: dict[str, Any]) -> str:
     """Of a figure that has a largest possible value, up to which its interval goes after few effective requests."""
     high = figure["ci95"][1]
-    return UNKNOWN if high is None or high >= figure["cap"] else interval(figure["ci95"])
+    if high is None or high >= figure["cap"]:
+        return figure.get("no_interval") or UNKNOWN
+    return interval(figure["ci95"])

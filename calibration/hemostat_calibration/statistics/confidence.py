@@ -15,13 +15,19 @@ on: bets against an m that is too high in truth earn Σ log(1 − λ(x − m n))
 out. At the end of the interval, λ = √(κ/ΣE²) with E the residual, that term is κ^1.5 γ/3 with γ = ΣE³/(ΣE²)^1.5: κ
 would have to be raised by the factor 1 + ⅔ √κ γ. Samples have less of the tail than the truth, so it is 1 + √κ γ, on
 that side only. The guarantee is asymptotic, and for requests from one distribution: where most of the tail has not been
-seen yet, or a few long requests have most of the tokens, the interval covers far less often than its level says.
+seen yet, the interval covers far less often than its level says.
 `tests/core/test_confidence.py` simulates where it holds, `tests/bench/guard/intervals.py` where it does not;
 `running_mean` has intervals that need no such assumption, and are wide.
 
 Requests that depend on each other: with v̂ the variance inflation of the sums Σ (x − m n) (`dependence`), there are t/v̂
 *effective* requests, and the inequality is (Σ (x − m n))² ≤ v̂ κ_(t/v̂) Σ (x − m n)²; the skew of sums of v̂ equal
 residuals is √v̂ times theirs. Where v̂ is infinite, nothing is refuted: there are not enough effective requests.
+
+Long requests: tokens are the weights of a mean per token. The error of the normal approximation of a weighted sum is of
+the order of Σ n³/(Σ n²)^1.5 (Berry 1941, Esseen 1942), which is 1/√m for m requests of one length. So
+m = (Σ n²)³/(Σ n³)² requests *carry* the mean: t where all are as long, 1 where one has nearly all tokens. While m/v̂ is
+below `MIN_CARRYING`, nothing is refuted. Simulated in `tests/bench/guard/long_answers.py`. Of long requests that have
+not come yet the rule knows nothing.
 
 Differences between two randomised arms: both arms' requests are one stream of t, each adding its linearised residual
 to one side or the other, with the same κ_t.
@@ -50,6 +56,8 @@ NARROWEST_AT = 500
 """Requests after which the intervals of means are narrowest, compared with those for a single look."""
 MIN_REQUESTS = 20
 """The least number of requests in each arm for a difference."""
+MIN_CARRYING = 15.0
+"""The smallest number of effective requests that carry a mean per token for which there is an interval."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +94,23 @@ class MeanSequence:
         a, b = self.cubes, other.cubes
         cubes = (a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3])
         return MeanSequence(self.moments.merge(other.moments), cubes)
+
+    def carried_by_few(self, inflation: float = 1.0) -> bool:
+        """Returns if there is no interval because fewer than `MIN_CARRYING` effective requests carry the tokens.
+
+        inflation: v̂, 1 or more.
+
+        >>> sequence = MeanSequence()
+        >>> for n in range(100):
+        ...     sequence = sequence.update(n % 3, 1.0)
+        >>> sequence.carried_by_few(), sequence.carried_by_few(10.0), sequence.update(30.0, 30.0).carried_by_few()
+        (False, True, True)
+        """
+        m = self.moments
+        if not m.requests or m.mean_n == 0.0:
+            return False
+        squares = m.nn + m.requests * m.mean_n**2
+        return bool(_carrying(squares, self.cubes[3]) < MIN_CARRYING * inflation)
 
     def get(
         self, lo: float = -math.inf, hi: float = math.inf, alpha: float = 0.05, inflation: float = 1.0
@@ -234,7 +259,8 @@ def difference(a: MeanSequence, b: MeanSequence, alpha: float = 0.05, inflation:
     inflation: v̂ of the arms, the larger one.
 
     NaN and the whole range while either arm has fewer than `MIN_REQUESTS` requests. Raises InvalidArgumentError unless
-    0 < alpha < 1.
+    0 < alpha < 1. If few requests carry the tokens of an arm (`MeanSequence.carried_by_few`, with v̂ of that arm), the
+    interval is not to be believed: the caller checks it.
 
     >>> a = b = MeanSequence()
     >>> for n in range(100):
@@ -272,7 +298,7 @@ def reach(
     inflation: npt.ArrayLike = 1.0,
 ) -> tuple[Floats, Floats]:
     """Returns how far the interval extends below and above the ratio. Both are at least 0, and infinite if nothing is
-    refuted yet.
+    refuted yet, or too few requests carry the tokens.
 
     Moments as in `MeanSequence`, and v̂, of any one shape; mean_n above 0. With d = m − ratio, E the residual
     x − ratio·n and N = Σn, the inequality is d² (N² − κ Σn²) + 2κ d Σ n E − κ Σ E² ≤ 0.
@@ -284,6 +310,7 @@ def reach(
     t, mean_n = np.asarray(requests, np.float64), np.asarray(mean_n, np.float64)
     known = np.isfinite(inflation)
     v = np.where(known, inflation, 1.0)
+    known = known & (_carrying(nn + t * mean_n**2, cubes[3]) >= MIN_CARRYING * v)
     cross, square, cube = _residual(t, mean_x, mean_n, xx, xn, nn, cubes)
     ends = []
     for sign, skew in zip((1.0, -1.0), _skews(square, cube), strict=True):
@@ -294,6 +321,12 @@ def reach(
         end = (np.sqrt((kappa * cross) ** 2 + safe * kappa * square) + sign * kappa * cross) / safe
         ends.append(np.where(bounded, end, np.inf))
     return ends[0], ends[1]
+
+
+def _carrying(squares: npt.ArrayLike, cubes: npt.ArrayLike) -> Floats:
+    """Returns how many requests carry a sum of weights above 0, from Σ of their squares and of their cubes."""
+    result: Floats = np.asarray(squares, np.float64) ** 3 / np.asarray(cubes, np.float64) ** 2
+    return result
 
 
 def _residual(

@@ -54,6 +54,8 @@ class RecoveredStatus(msgspec.Struct, frozen=True):
     ratio: float | None
     ci95: list[float | None]
     gain_nats: Report | None
+    no_interval: str | None
+    """The reason why `ci95` has no ends although the dependence of the requests is known."""
 
 
 class ShadowStatus(msgspec.Struct, frozen=True):
@@ -263,4 +265,5 @@ class CalibrationParts:
             ratio=recovered.get("estimate"),
             ci95=recovered.get("ci95", [None, None]),
             gain_nats=measurements.gained(self.version),
+            no_interval=recovered.get("no_interval"),
         )

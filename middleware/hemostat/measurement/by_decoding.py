@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hemostat.measurement.dependence import NO_CYCLE, Cycle, Dependence, told
+from hemostat.measurement.dependence import NO_CYCLE, Cycle, Dependence, told_of_mean
 from hemostat.measurement.figures import StageFigures, finite
 from hemostat_calibration.divergence.decoding import DECODING_LABELS, DecodedDivergence, decoding_label
 from hemostat_calibration.divergence.per_token import TokenDivergence
@@ -67,11 +67,13 @@ class _Drawn:
 
 def _ends(lower: ClippedMean, upper: ClippedMean, inflation: float) -> dict[str, Any]:
     low, high = lower.get(inflation=inflation), upper.get(inflation=inflation)
+    known = math.isfinite(inflation)
+    few = known and any(mean.sequence.carried_by_few(inflation) for mean in (lower, upper))
     return {
         "lower": finite(low.mean),
         "upper": finite(high.mean),
-        "ci95": [finite(low.low), finite(high.high)] if math.isfinite(inflation) else [None, None],
-        **told(lower.requests, inflation),
+        "ci95": [finite(low.low), finite(high.high)] if known and not few else [None, None],
+        **told_of_mean(lower.requests, inflation, carried_by_few=few),
     }
 
 

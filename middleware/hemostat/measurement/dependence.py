@@ -24,6 +24,9 @@ from hemostat_calibration.statistics.dependence import (
     client_row,
 )
 
+CARRIED_BY_FEW = "not enough effective requests: a few of them carry the sum"
+"""The reason in place of an interval where the number of effective requests is known and a few requests have most of
+the tokens; see `hemostat_calibration.statistics.confidence`."""
 ALL = "all"
 """Names the kinds of traffic together."""
 
@@ -150,6 +153,12 @@ def told(requests: int, inflation: float) -> dict[str, Any]:
         "inflation": inflation if known else None,
         "effective_requests": requests / inflation if known else None,
     }
+
+
+def told_of_mean(requests: int, inflation: float, *, carried_by_few: bool) -> dict[str, Any]:
+    """The same of a mean per token, and `no_interval`: the reason why it has no interval although v̂ is known, or None.
+    carried_by_few: a few requests carry the sum."""
+    return told(requests, inflation) | {"no_interval": CARRIED_BY_FEW if carried_by_few else None}
 
 
 def inflation_samples(kind: str, figure: str, requests: int, inflation: float) -> Iterator[Sample]:

@@ -6,7 +6,8 @@ are correlated.
 
 `ci95`         of the mean per token, asymptotic: its coverage is right for many effective requests that have one
                distribution, with a tail that the requests so far show; see
-               `hemostat_calibration.statistics.confidence`. Without ends while there are not enough effective requests:
+               `hemostat_calibration.statistics.confidence`. Without ends while there are not enough effective requests,
+               or too few of them carry the tokens (`no_interval` says so):
                `inflation` is v̂, how much more their sums vary than sums of independent ones, and
                `effective_requests` requests / v̂.
 `ci95_finite`  of headline figures by request (`by_request`, the mean of the requests' means): holds for any number of
@@ -26,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from hemostat.measurement.dependence import NO_CYCLE, Cycle, Dependence, told
+from hemostat.measurement.dependence import NO_CYCLE, Cycle, Dependence, told_of_mean
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.statistics.confidence import ClippedMean, ConfidenceInterval, MeanSequence
 from hemostat_calibration.statistics.running_mean import RunningMean, enough
@@ -105,9 +106,9 @@ INFINITE = ("kl_nats", "reverse_kl_nats")
 """Figures that may be infinite at a token; such tokens are also counted."""
 
 
-def _ends(interval: ConfidenceInterval, inflation: float) -> list[float | None]:
-    """JSON-ready; without v̂ there are none."""
-    return [finite(interval.low), finite(interval.high)] if math.isfinite(inflation) else [None, None]
+def _ends(interval: ConfidenceInterval, *, known: bool) -> list[float | None]:
+    """JSON-ready; None where the interval is not known."""
+    return [finite(interval.low), finite(interval.high)] if known else [None, None]
 
 
 class StageFigures:
@@ -166,8 +167,13 @@ class StageFigures:
             self._inflations, self._inflations_of = dict(zip(self._figures, result, strict=True)), self.requests
         return self._inflations[name]
 
+    def has_interval(self, name: str) -> bool:
+        """Returns if v̂ of one figure is known, and enough effective requests carry its tokens."""
+        v = self.inflation(name)
+        return math.isfinite(v) and not self._means[name].sequence.carried_by_few(v)
+
     def interval(self, name: str, alpha: float) -> ConfidenceInterval:
-        """One figure's mean with its asymptotic interval of 1 − alpha; its whole range where v̂ is not known."""
+        """One figure's mean with its asymptotic interval of 1 − alpha; its whole range unless `has_interval`."""
         return self._means[name].get(alpha, self.inflation(name))
 
     def sequence(self, name: str) -> MeanSequence:
@@ -176,20 +182,21 @@ class StageFigures:
 
     def figure(self, name: str) -> dict[str, Any]:
         """Returns one figure, JSON-ready: `estimate` (the mean), `ci95`, `inflation`, `effective_requests`, `bound`
-        (its kind), `cap`, `clipped_share`. Headline figures also have `ci95_seen` (as `ci95`, but for traffic like in
-        the hours seen, if these are no whole cycle) and `by_request`: the mean of the requests' means with its
-        `ci95_finite`.
+        (its kind), `cap`, `clipped_share`, `no_interval` (why there is none although v̂ is known). Headline figures
+        also have `ci95_seen` (as `ci95`, but for traffic like in the hours seen, if these are no whole cycle) and
+        `by_request`: the mean of the requests' means with its `ci95_finite`.
         """
         mean, seen, v = self._means[name], self._inflation_seen(name), self.inflation(name)
         interval = mean.get(inflation=seen)  # v is the same, or not known
+        few = math.isfinite(seen) and mean.sequence.carried_by_few(seen)
         clipped = (mean.clipped + self._below[name]) / mean.tokens if mean.tokens else 0.0
         result: dict[str, Any] = {
             "estimate": finite(interval.mean),
-            "ci95": _ends(interval, v),
-            **told(mean.requests, v),
+            "ci95": _ends(interval, known=math.isfinite(v) and not few),
+            **told_of_mean(mean.requests, v, carried_by_few=few),
         }
         if name in self._by_request:
-            result["ci95_seen"] = _ends(interval, seen)
+            result["ci95_seen"] = _ends(interval, known=math.isfinite(seen) and not few)
             by_request = self._by_request[name]
             result["by_request"] = {
                 "estimate": finite(by_request.mean),
@@ -229,12 +236,13 @@ class StageFigures:
 
     def _to_json(self) -> dict[str, Any]:
         result: dict[str, Any] = {"requests": self.requests, "tokens": self.tokens}
-        result |= {"ci95": {}, "inflation": {}, "effective_requests": {}, "by_request": {}}
+        by_figure = ("ci95", "inflation", "effective_requests", "no_interval")
+        result |= {key: {} for key in (*by_figure, "by_request")}
         for name, figure in self._figures.items():
             row = self.figure(name)
             if figure.plain:
                 result[name] = row["estimate"]
-                for key in ("ci95", "inflation", "effective_requests"):
+                for key in by_figure:
                     result[key][name] = row[key]
                 if "by_request" in row:
                     result["by_request"][name] = row["by_request"]

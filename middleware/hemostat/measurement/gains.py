@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hemostat.measurement.dependence import NO_CYCLE, Cycle, Dependence, told
+from hemostat.measurement.dependence import NO_CYCLE, Cycle, Dependence, told_of_mean
 from hemostat.measurement.figures import StageFigures, ends_or_none, finite
 from hemostat_calibration.divergence.gain import Gain
 from hemostat_calibration.divergence.per_token import TokenDivergence
@@ -24,8 +24,9 @@ BY_TOKEN, BY_REQUEST, SHARE, TV_BY_TOKEN, TV_BY_REQUEST = range(5)
 def interval(sequence: MeanSequence, inflation: float, lo: float = -math.inf, hi: float = math.inf) -> dict[str, Any]:
     """JSON-ready: None where nothing was measured, or the end is not known. inflation: v̂, infinite where it is not
     known. lo, hi: the figure's range by definition."""
-    result = interval_json(sequence.get(lo, hi, inflation=inflation), inflation)
-    return result | told(sequence.moments.requests, inflation)
+    few = math.isfinite(inflation) and sequence.carried_by_few(inflation)
+    result = interval_json(sequence.get(lo, hi, inflation=inflation), math.inf if few else inflation)
+    return result | told_of_mean(sequence.moments.requests, inflation, carried_by_few=few)
 
 
 def interval_json(confidence_interval: ConfidenceInterval, inflation: float) -> dict[str, Any]:
@@ -40,7 +41,9 @@ def difference(treated: StageFigures, control: StageFigures, name: str) -> dict[
     v = max(treated.inflation(name), control.inflation(name))
     a, b = treated.sequence(name), control.sequence(name)
     requests = a.moments.requests + b.moments.requests
-    return interval_json(confidence.difference(a, b, inflation=v), v) | told(requests, v)
+    few = math.isfinite(v) and not (treated.has_interval(name) and control.has_interval(name))
+    found = interval_json(confidence.difference(a, b, inflation=v), math.inf if few else v)
+    return found | told_of_mean(requests, v, carried_by_few=few)
 
 
 @dataclass(slots=True)

@@ -291,7 +291,7 @@ class Measurements:
         for name in EXCESS:
             parts = self._raw, *self._noise_floor.values()
             raw, *floors = (figures.interval(name, part) for figures in parts)
-            known = all(math.isfinite(figures.inflation(name)) for figures in parts)
+            known = all(figures.has_interval(name) for figures in parts)
             noise = FLOOR_SHARE * sum(floor.mean for floor in floors)
             if math.isnan(raw.mean - noise):
                 continue

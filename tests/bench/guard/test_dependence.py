@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from tests.bench.guard import dependence as worlds
-from tests.bench.guard import most
+from tests.bench.guard import long_answers, most
 
 from hemostat_calibration.guard.decisions import Action
 from hemostat_calibration.guard.guard import Guard
@@ -69,3 +69,27 @@ def test_the_worlds_decide_as_the_guard_does(mean):
                 promoted = guard.evidence("test", "kind").units
                 break
         assert promoted == result[life]
+
+
+@pytest.mark.parametrize("factor", [4.0, 2.0])
+def test_intervals_that_a_few_long_answers_carry_would_cover_too_rarely(factor):
+    lives = 100
+    world = long_answers.World(long_answers.CHAT, 0.005, 4000, factor)
+    without = long_answers.lives_of(world, lives, np.random.default_rng(0), limit=False)
+    assert without.held(once_met=True) < lives - most(lives, 0.05)
+    assert long_answers.lives_of(world, lives, np.random.default_rng(0)).held(once_met=True) >= lives - most(
+        lives, 0.05
+    )
+
+
+def test_of_long_answers_that_have_not_come_nothing_is_known():
+    """The documentation says that this is left."""
+    lives = 100
+    world = long_answers.WORLDS["0.5 % of 4,000 tokens, × 4, runs of 5"]
+    result = long_answers.lives_of(world, lives, np.random.default_rng(0))
+    assert result.held(once_met=True) >= lives - most(lives, 0.05) > result.held()
+
+
+def test_ordinary_answers_have_their_first_interval_after_some_fifty_requests():
+    for name in ("answers of 1 to 256 tokens", "log-normal lengths, 0.6"):
+        assert long_answers.lives_of(long_answers.WORLDS[name], 100, np.random.default_rng(0)).first <= 64.0

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from hemostat.measurement.dependence import CARRIED_BY_FEW
 from hemostat_lab.demo import view
 from hemostat_lab.demo.traffic import Traffic
 
@@ -292,6 +293,14 @@ def test_what_is_made_of_adapters_and_what_the_arms_received_are_one_line_each()
 def test_how_an_interval_is_shown(ends: list[float | None], shown: str) -> None:
     """After very few requests it is all that the figure can be, which says nothing."""
     assert view.interval({"estimate": 0.41234, "ci95": ends, "cap": 20.0}) == shown
+
+
+def test_a_reason_that_the_status_gives_is_shown(scene: view.Scene) -> None:
+    few = {"ci95": [None, None], "no_interval": CARRIED_BY_FEW}
+    assert view.interval({"estimate": 0.41234, "cap": 20.0, **few}) == f"0.412 {CARRIED_BY_FEW}"
+    assert view.share({"estimate": 0.722, **few}) == f"72.2 % {CARRIED_BY_FEW}"
+    scene.status = {**scene.status, "recovered": {"ratio": 0.722, "gain_nats": {"estimate": 0.1, **few}, **few}}
+    assert f"recovered 72.2 % {CARRIED_BY_FEW} of KL, 0.100 {CARRIED_BY_FEW} nats" in view.status_line(scene)
 
 
 def test_a_share_without_an_interval_says_so() -> None:

@@ -29,29 +29,29 @@ export const scale = (rows) => 1.1 * Math.max(...rows.map((f) => Math.min(f.kl_n
 export const figureColumns = (of, most) => [
   ["requests", (r) => whole(of(r).requests), (r) => of(r).requests],
   ["KL ≥", (r) => nats(of(r).kl_nats.estimate), (r) => of(r).kl_nats.estimate],
-  ["95 %", (r) => range(endsOf(of(r).kl_nats))],
+  ["95 %", (r) => range(endsOf(of(r).kl_nats), nats, of(r).kl_nats.no_interval)],
   ["on one scale", (r) => { const kl = of(r).kl_nats; return html`<${Interval} low=${kl.ci95[0]} mid=${kl.estimate} high=${kl.ci95[1]} to=${most} />`; }],
   ["KL estimate", (r) => nats(of(r).kl_nats_estimate.estimate), (r) => of(r).kl_nats_estimate.estimate],
   ["total variation ≥", (r) => nats(of(r).total_variation), (r) => of(r).total_variation],
   ["same top-1", (r) => percent(of(r).top1_agreement), (r) => of(r).top1_agreement],
 ];
 
-/** 1 − total variation: between its bounds, and the interval around both. */
-export const acceptance = (d) => `${percent(d.lower)} to ${percent(d.upper)}, 95 % ${range(d.ci95, percent)}`;
+/** 1 − total variation of raw figures: between its bounds, and the interval around both. */
+export const acceptance = ({ draft_acceptance: d, no_interval: why }) => `${percent(d.lower)} to ${percent(d.upper)}, 95 % ${range(d.ci95, percent, why?.total_variation)}`;
 
 function headlines(s) {
-  const raw = s.raw, kl = raw.kl_nats, excess = s.excess.kl_nats, text = s.trajectory.sampled, tokens = (x) => fixed(x, 1);
+  const raw = s.raw, kl = raw.kl_nats, why = raw.no_interval ?? {}, excess = s.excess.kl_nats, text = s.trajectory.sampled, tokens = (x) => fixed(x, 1);
   // With few requests the floor has no upper end below the clipping cap, so the excess has no lower end.
   const open = excess && known(kl.ci95[0]) && excess.ci95[0] <= kl.ci95[0] - kl.cap, ends = excess && [open ? null : excess.ci95[0], excess.ci95[1]];
   return [
-    ["KL(reference‖compressed), nats per token", `≥ ${nats(kl.estimate)}, 95 % ${range(endsOf(kl))}; estimate ${nats(raw.kl_nats_estimate.estimate)}; ≤ ${nats(raw.kl_nats_upper.estimate)}`],
+    ["KL(reference‖compressed), nats per token", `≥ ${nats(kl.estimate)}, 95 % ${range(endsOf(kl), nats, kl.no_interval)}; estimate ${nats(raw.kl_nats_estimate.estimate)}; ≤ ${nats(raw.kl_nats_upper.estimate)}`],
     ["by request", `≥ ${nats(kl.by_request.estimate)}, finite-sample ${range(kl.by_request.ci95_finite)}`],
-    ["excess over the noise floor", excess ? `≥ ${nats(excess.estimate)}, 95 % ${range(ends)}; noise floor ${nats(excess.floor)}${open ? ", too few requests to bound it" : ""}` : "the noise floor is not known yet"],
-    ["total variation", `≥ ${nats(raw.total_variation)}, 95 % ${range(raw.ci95.total_variation)}; ≤ ${nats(raw.total_variation_upper.estimate)}`],
-    ["accepted as a draft of the reference", acceptance(raw.draft_acceptance)],
-    ["same top-1", `${percent(raw.top1_agreement)}, 95 % ${range(raw.ci95.top1_agreement, percent)}`],
+    ["excess over the noise floor", excess ? `≥ ${nats(excess.estimate)}, 95 % ${range(ends, nats, kl.no_interval)}; noise floor ${nats(excess.floor)}${open ? ", too few requests to bound it" : ""}` : "the noise floor is not known yet"],
+    ["total variation", `≥ ${nats(raw.total_variation)}, 95 % ${range(raw.ci95.total_variation, nats, why.total_variation)}; ≤ ${nats(raw.total_variation_upper.estimate)}`],
+    ["accepted as a draft of the reference", acceptance(raw)],
+    ["same top-1", `${percent(raw.top1_agreement)}, 95 % ${range(raw.ci95.top1_agreement, percent, why.top1_agreement)}`],
     ["text half-life, tokens", text ? `${known(text.half_life_tokens.estimate) ? fixed(text.half_life_tokens.estimate, 1) : "beyond the data"}, 95 % ${range(text.half_life_tokens.ci95, tokens)}; ${plural(text.requests, "sampled text")}` : "no text sampled at temperature 1 yet"],
-    ["perplexity ratio", `${nats(raw.perplexity_ratio.estimate)}, 95 % ${range(raw.perplexity_ratio.ci95)}`],
+    ["perplexity ratio", `${nats(raw.perplexity_ratio.estimate)}, 95 % ${range(raw.perplexity_ratio.ci95, nats, raw.delta_log_likelihood_nats?.no_interval)}`],
     ["from", `${plural(s.requests.scored, "scored choice")}, ${whole(s.tokens_scored)} tokens, the top ${s.top_k} ids of each model (${percent(raw.covered_mass)} of the probability)`],
   ];
 }

@@ -18,18 +18,18 @@ export function nats(x) {
 }
 
 export const UNKNOWN_INTERVAL = "interval not known yet";
-/** Of an interval: its two ends, the one that is known, or that none is. */
-export function range(ends, show = nats) {
+/** Of an interval: its two ends, the one that is known, or that none is. why: the reason that the status gives (`no_interval`). */
+export function range(ends, show = nats, why = null) {
   const [low, high] = ends ?? [];
   if (known(low) && known(high)) return `[${show(low)}, ${show(high)}]`;
-  return known(low) ? `at least ${show(low)}` : known(high) ? `at most ${show(high)}` : UNKNOWN_INTERVAL;
+  return known(low) ? `at least ${show(low)}` : known(high) ? `at most ${show(high)}` : why || UNKNOWN_INTERVAL;
 }
 /** Of a divergence; none where the interval is all that the figure can be, as after very few requests. */
 export const endsOf = (figure) => (known(figure.ci95[1]) && figure.ci95[1] >= figure.cap ? [null, null] : figure.ci95);
 // Its interval in words; of the hours seen where these are no whole cycle of the traffic yet.
 export const interval = (figure) => {
   const seen = figure.ci95_seen ?? figure.ci95, ends = endsOf(figure), early = endsOf({ ...figure, ci95: seen });
-  return known(ends[1]) || !known(early[1]) ? range(ends) : `${range(early)} in the hours measured so far`;
+  return known(ends[1]) || !known(early[1]) ? range(ends, nats, figure.no_interval) : `${range(early)} in the hours measured so far`;
 };
 /** Versions are 32 hex digits; 8 of them are shown, and accepted by the command line and the API. */
 export const brief = (version) => (version && version.length === 32 ? version.slice(0, 8) : version || NONE);

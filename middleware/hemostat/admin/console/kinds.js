@@ -49,7 +49,7 @@ export function Kind({ s, p, noticed, name }) {
   const k = s.calibration.kinds.find((x) => x.kind === name), f = figuresOf(s, name), outcome = outcomesOf(s, name), baseline = s.alarm.kinds.find((x) => x.kind === name);
   if (!k && !f) return html`<${Section} title="Kind ${name}" id="kind"><p>This kind is not followed. <${Link} to="kinds">All kinds<//></p><//>`;
   const since = k?.version && servedSince(p, k.version, name), gain = f?.gain_nats, measured = gain?.requests > 0, rows = f ? [["raw", f.raw], ...["control", "treated"].filter((arm) => f.arms[arm]).map((arm) => [arm, f.arms[arm]])] : [];
-  const both = (figure) => (measured ? `${nats(figure.estimate)} ${range(figure.ci95)}${figure.ci95_finite === undefined || gain.total_variation ? "" : `; finite-sample ${range(figure.ci95_finite)}`}` : NONE);
+  const both = (figure) => (measured ? `${nats(figure.estimate)} ${range(figure.ci95, nats, figure.no_interval)}${figure.ci95_finite === undefined || gain.total_variation ? "" : `; finite-sample ${range(figure.ci95_finite)}`}` : NONE);
   return html`<${Section} title=${name} id="kind">
     ${k && html`<${Facts} of=${[
       ["part of the traffic", percent(k.share)],
@@ -58,8 +58,8 @@ export function Kind({ s, p, noticed, name }) {
       ["limit of a client's share", k.client_share],
       ["gain by request, nats", both(gain?.by_request)],
       ["gain by token, nats", both(gain)],
-      ["recovered", f?.recovered ? `${percent(f.recovered.estimate)} ${range(f.recovered.ci95, percent)}` : NONE],
-      ["accepted as a draft of the reference", f ? acceptance(f.raw.draft_acceptance) : NONE],
+      ["recovered", f?.recovered ? `${percent(f.recovered.estimate)} ${range(f.recovered.ci95, percent, f.recovered.no_interval)}` : NONE],
+      ["accepted as a draft of the reference", f ? acceptance(f.raw) : NONE],
       ["alarm", baseline ? (baseline.watched ? `watched${known(baseline.spread_ratio) ? `; spread ×${fixed(baseline.spread_ratio, 2)} of the baseline's` : ""}` : `baseline of ${plural(baseline.baseline_requests, "request")} so far`) : NONE],
     ]} />`}
     <${Table} caption="KL divergence" rows=${rows} columns=${[["tokens of", ([what]) => what], ...figureColumns(([, x]) => x, scale(rows.map(([, x]) => x)))]} />

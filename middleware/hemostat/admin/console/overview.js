@@ -90,7 +90,7 @@ function Cost({ s, past }) {
 function armsOf(s) {
   const less = s.arms.treated_minus_control, name = known(less.kl_nats_estimate.estimate) ? "kl_nats_estimate" : "total_variation", found = less[name];
   if (!known(found.estimate)) return "Treated against control: not enough requests in both arms yet.";
-  return `Treated minus control: ${nats(found.estimate)} ${range(found.ci95)} ${name === "total_variation" ? "of the total variation" : "nats"}.`;
+  return `Treated minus control: ${nats(found.estimate)} ${range(found.ci95, nats, found.no_interval)} ${name === "total_variation" ? "of the total variation" : "nats"}.`;
 }
 
 function Served({ s, p, past }) {

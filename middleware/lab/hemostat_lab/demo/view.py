@@ -65,11 +65,11 @@ def interval(figure: Mapping[str, Any] | None) -> str:
     low, high = figure["ci95"]
     if high is not None and high >= figure.get("cap", math.inf):
         low = high = None  # all that the figure can be, as after very few requests
-    return f"{number(figure['estimate'])} {_ends(low, high, number)}"
+    return f"{number(figure['estimate'])} {_ends(low, high, number, figure.get('no_interval'))}"
 
 
-def _ends(low: float | None, high: float | None, show: Callable[[float], str]) -> str:
-    """Both ends of an interval, the one that is known, or that none is."""
+def _ends(low: float | None, high: float | None, show: Callable[[float], str], why: str | None = None) -> str:
+    """Both ends of an interval, the one that is known, or that none is. why: the reason that the status gives."""
     if low is not None and high is not None:
         return f"[{show(low)}, {show(high)}]"
     return (
@@ -77,7 +77,7 @@ def _ends(low: float | None, high: float | None, show: Callable[[float], str]) -
         if low is not None
         else f"at most {show(high)}"
         if high is not None
-        else UNKNOWN_INTERVAL
+        else why or UNKNOWN_INTERVAL
     )
 
 
@@ -90,7 +90,8 @@ def share(figure: Mapping[str, Any] | None) -> str:
     if not figure or figure.get("estimate") is None:
         return UNKNOWN
     low, high = figure["ci95"]
-    return f"{percent(figure['estimate'])} {_ends(low, high, lambda end: f'{100 * end:.1f}')}"
+    ends = _ends(low, high, lambda end: f"{100 * end:.1f}", figure.get("no_interval"))
+    return f"{percent(figure['estimate'])} {ends}"
 
 
 def counts(by_reason: Mapping[str, int]) -> str:
@@ -189,7 +190,7 @@ def _recovered(status: Mapping[str, Any]) -> str:
     recovered = status.get("recovered") or {}
     if recovered.get("ratio") is None:
         return ""
-    ratio = {"estimate": recovered["ratio"], "ci95": recovered["ci95"]}
+    ratio = {**recovered, "estimate": recovered["ratio"]}
     return f"; recovered {share(ratio)} of KL, {interval(recovered['gain_nats'])} nats"
 
 
@@ -261,7 +262,7 @@ def _figures(status: Mapping[str, Any]) -> Table:
         )
     recovered = status.get("recovered") or {}
     if recovered.get("ratio") is not None:
-        ratio = {"estimate": recovered["ratio"], "ci95": recovered["ci95"]}
+        ratio = {**recovered, "estimate": recovered["ratio"]}
         figures.add_row("  recovered, exact, held-out", interval(recovered["gain_nats"]), share(ratio))
     figures.add_row("total variation", number(raw.get("total_variation")), number(calibrated.get("total_variation")))
     figures.add_row("same top-1", percent(raw.get("top1_agreement")), percent(calibrated.get("top1_agreement")))
