@@ -78,7 +78,7 @@ class AllowedSets:
         return allowed & (ids >= 0)
 
     def mask(self, positions: slice) -> Bools:
-        """The sets of these positions as a mask, [n, V]."""
+        """Returns the sets of these positions as a mask, [n, V]."""
         words_of = np.ascontiguousarray(self.table[self.rows[positions]]).astype("<u4")
         bits = np.unpackbits(words_of.view(np.uint8), axis=1, bitorder="little")
         return bits[:, : self.vocab_size].astype(np.bool_)

@@ -231,7 +231,8 @@ class CanarySet:
         return result
 
     def from_reference(self, now: Floats) -> tuple[float, float] | None:
-        """Distance from the reference, the mean over all scored tokens, then and now; None without a reference."""
+        """Returns the distance from the reference, the mean over all scored tokens, then and now; None without a
+        reference."""
         if not len(self.reference):
             return None
         then = np.abs(self.baseline.mean(axis=0) - self.reference)
@@ -278,8 +279,8 @@ def shortest(canaries: Sequence[Canary]) -> tuple[Canary, ...]:
 
 @cache
 def votes_needed(sequences: int, replays: int, alpha: float = ALPHA_PER_YEAR / REPLAYS_PER_YEAR) -> int:
-    """The smallest k with P(Binomial(sequences, 1 / (replays + 1)) ≥ k) ≤ alpha. Raises InvalidArgumentError if even
-    all votes are no evidence.
+    """Returns the smallest k with P(Binomial(sequences, 1 / (replays + 1)) ≥ k) ≤ alpha. Raises InvalidArgumentError if
+    even all votes are no evidence.
 
     >>> votes_needed(50, 4), votes_needed(16, 4), votes_needed(50, 2)
     (26, 13, 34)

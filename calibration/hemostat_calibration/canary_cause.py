@@ -162,8 +162,8 @@ _NAMES = {
 
 
 def text_of(sequences: Sequence[Sequence[int]], max_model_len: int = 0) -> Ids:
-    """The text that is scored: the token ids of a set one behind the other, at most MAX_TEXT. max_model_len: 0 where it
-    is not known. Empty where the model's context, or the set, is too short.
+    """Returns the text that is scored: the token ids of a set one behind the other, at most MAX_TEXT. max_model_len: 0
+    where it is not known. Empty where the model's context, or the set, is too short.
 
     >>> sequences = [[1] * 140] * 16
     >>> len(text_of(sequences)), len(text_of(sequences, 512)), len(text_of(sequences, 128))
@@ -175,7 +175,7 @@ def text_of(sequences: Sequence[Sequence[int]], max_model_len: int = 0) -> Ids:
 
 
 def windows(length: int) -> list[slice]:
-    """The pieces of a text.
+    """Returns the pieces of a text.
 
     >>> windows(100)
     [slice(0, 32, None), slice(32, 64, None), slice(64, 96, None)]
@@ -273,8 +273,8 @@ class CauseBaseline:
             raise InvalidArgumentError("the canaries' variants lack replays")
 
     def explain(self, now: Measured, tolerance: float, changes: Sequence[str] = ()) -> Verdict:
-        """The cause. tolerance: nats, as for canaries. changes: what else is served than then, as text; then it may be
-        anything."""
+        """Returns the cause. tolerance: nats, as for canaries. changes: what else is served than then, as text; then it
+        may be anything."""
         bounds = self._bounds(tolerance)
         readings = {variant: self._reading(variant, now, bounds) for variant in Variant}
         fits = [
@@ -344,7 +344,8 @@ class CauseBaseline:
     def _whole(
         self, now: Measured, readings: Mapping[Variant, _Reading], bounds: _Bounds, changes: Sequence[str]
     ) -> Verdict:
-        """Everything has changed: the cache holds coarser values, or the model computes something else."""
+        """Returns the cause if everything has changed: the cache holds coarser values, or the model computes something
+        else."""
         figures = (
             f"all variants have changed, with a context of at most {WINDOW} tokens by "
             f"{readings[Variant.SHORT].nats:.3f} nats and of up to {len(self.text):,} by "
@@ -372,7 +373,8 @@ class CauseBaseline:
         return _verdict(Cause.KV_CACHE if moved >= PRECISION_BITS else Cause.WEIGHTS, f"{figures}; {held}")
 
     def _chunk(self, readings: Mapping[Variant, _Reading], bounds: _Bounds) -> Verdict:
-        """Only later parts of the long text have changed: by the end of a chunk, if that moves with its budget."""
+        """Returns the cause if only later parts of the long text have changed: by the end of a chunk, if that moves
+        with its budget."""
         alone, beside = readings[Variant.LONG].first, readings[Variant.LONG_BESIDE].first
         assert alone is not None
         figures = (
@@ -409,7 +411,7 @@ _DESCRIBED = {
 
 
 def _parts(variant: Variant, difference: Floats) -> Floats:
-    """Means over the parts of a variant: windows of a text, or what is decoded after one prompt."""
+    """Returns the means over the parts of a variant: windows of a text, or what is decoded after one prompt."""
     size = DECODED if variant in DECODING else WINDOW - 1 if variant is Variant.SHORT else WINDOW
     begins = np.arange(0, len(difference), size)
     sums: Floats = np.add.reduceat(difference, begins)
@@ -418,7 +420,7 @@ def _parts(variant: Variant, difference: Floats) -> Floats:
 
 
 def _listed(readings: Mapping[Variant, _Reading]) -> str:
-    """Each variant's state, in words."""
+    """Returns each variant's state, in words."""
     words = {
         State.SAME: "as it was",
         State.PARTLY: "partly changed",
@@ -437,7 +439,7 @@ def _verdict(cause: Cause, figures: str) -> Verdict:
 
 
 def of_engines(verdicts: Mapping[str, Verdict]) -> Verdict:
-    """The cause of several engines that serve the same, by name.
+    """Returns the cause of several engines that serve the same, by name.
 
     >>> whole, none = Verdict(Cause.WEIGHTS, "weights: all"), Verdict(Cause.NONE, "nothing: same")
     >>> print(of_engines({"a": none, "b": whole}).text)

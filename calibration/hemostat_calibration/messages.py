@@ -15,8 +15,8 @@ _CLASS_WORDS = re.compile(r"[A-Z]+(?=[A-Z][a-z]|$)|[A-Z]?[a-z]+")
 
 
 def shown_address(url: str) -> str:
-    """A URL as messages show it: without user, password, path and query, also where it is malformed, since a password
-    may hold any character that has a meaning in URLs.
+    """Returns a URL as messages show it: without user, password, path and query, also where it is malformed, since a
+    password may hold any character that has a meaning in URLs.
 
     >>> shown_address("postgresql://user:pass/wo#rd@db:5432/0")
     'postgresql://***@db:5432/0'

@@ -237,7 +237,7 @@ class Trial:
         return result
 
     def harm(self) -> Reading | None:
-        """The first reading that proves harm. Much cheaper than `readings` where there is none."""
+        """Returns the first reading that proves harm. Much cheaper than `readings` where there is none."""
         if not self.decides:
             return None
         margin = self.settings.margin
@@ -299,7 +299,8 @@ class Trial:
         return change.low > self.settings.length_margin or change.high < -self.settings.length_margin
 
     def _change(self, treated: RunningMean, control: RunningMean) -> ConfidenceInterval:
-        """Relative to the control mean. Each arm's interval has half of alpha, so both hold at once."""
+        """Returns the change relative to the control mean, as an interval. Each arm's interval has half of alpha, so
+        both hold at once."""
         a, b = treated.get(0.5 * self.alpha), control.get(0.5 * self.alpha)
         mean = a.mean / b.mean - 1.0 if b.mean > 0.0 else math.nan
         low = a.low / b.high - 1.0

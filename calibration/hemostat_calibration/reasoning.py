@@ -68,7 +68,7 @@ class Thinking:
 
 
 def find_thinking(prompt: Ids, output: Ids, markers: Markers) -> Thinking | None:
-    """The thinking in an output, None where there is none. prompt: int [P], output: int [T].
+    """Returns the thinking in an output, None where there is none. prompt: int [P], output: int [T].
 
     >>> markers = Markers(start=((7,),), end=((8, 9),))
     >>> find_thinking(np.array([1, 2]), np.array([7, 3, 4, 8, 9, 5]), markers)
@@ -104,7 +104,7 @@ def thinking_mask(thinking: Thinking | None, first: int, tokens: int) -> Bools:
 
 
 def _starts(ids: Ids, sequence: tuple[int, ...]) -> Ids:
-    """Where the sequence begins, in ascending order."""
+    """Returns where the sequence begins, in ascending order."""
     width = len(ids) - len(sequence) + 1
     if width < 1:
         return np.zeros(0, np.int32)
@@ -115,8 +115,8 @@ def _starts(ids: Ids, sequence: tuple[int, ...]) -> Ids:
 
 
 def _first(ids: Ids, sequences: Collection[tuple[int, ...]], start: int) -> tuple[int, int] | None:
-    """Where the first of the sequences begins, from `start` on, and its length: of several that begin there, the
-    longest."""
+    """Returns where the first of the sequences begins, from `start` on, and its length: of several that begin there,
+    the longest."""
     places = ((int(at[0]), len(sequence)) for sequence in sequences if len(at := _starts(ids[start:], sequence)))
     best = min(places, key=lambda place: (place[0], -place[1]), default=None)
     return None if best is None else (best[0] + start, best[1])

@@ -406,7 +406,8 @@ def validate(record: TokenRecord) -> TokenRecord:
 
 
 def with_distances(record: TokenRecord, distances: Mapping[str, ExactDistances]) -> TokenRecord:
-    """A validated record with these distances in place of its own. Raises InvalidRecordError if they do not fit it.
+    """Returns a validated record with these distances in place of its own. Raises InvalidRecordError if they do not fit
+    it.
 
     >>> ids, log_c, log_r = np.array([[0, 1, 2]], np.int32), np.log([[0.7, 0.2, 0.1]]), np.log([[0.5, 0.4, 0.1]])
     >>> record = TokenRecord(
@@ -437,7 +438,8 @@ def _check_support(record: TokenRecord) -> None:
 
 
 def _check_distances(name: str, distances: ExactDistances, tokens: int) -> None:
-    """Rounding may carry a KL a little below 0; a total variation is clipped by whoever computes it."""
+    """Checks exact distances. Rounding may carry a KL a little below 0; a total variation is clipped by whoever
+    computes it."""
     for part, values in (("kl", distances.kl), ("tv", distances.tv)):
         _array(f"{name}.{part}", values, np.float64, 1)
         _same_shape(f"{name}.{part}", values, (tokens,))
@@ -514,8 +516,8 @@ def _check_emitted(name: str, logprobs: Floats, beside: Floats, at: npt.NDArray[
 
 
 def _check_reference_mass(record: TokenRecord, reference_at: Floats) -> None:
-    """All that the reference gave of a position is one distribution: its own most likely ids, and the compressed
-    model's. Its most likely id has at least the mean probability of all."""
+    """Checks that all that the reference gave of a position is one distribution: its own most likely ids, and the
+    compressed model's. Its most likely id has at least the mean probability of all."""
     own, domain = record.reference, record.domain
     both = (record.compressed.ids[:, :, None] == own.ids[:, None, :]).any(axis=2)
     mass = np.exp(own.logprobs).sum(axis=1) + np.exp(np.where(both, -np.inf, reference_at)).sum(axis=1)

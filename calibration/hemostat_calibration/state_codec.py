@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 def encode(state: Any, schema: int) -> bytes:
-    """A dataclass as JSON. schema: of what it stores; another number where fields change.
+    """Returns a dataclass as JSON. schema: of what it stores; another number where fields change.
 
     >>> from hemostat_calibration.statistics.running_mean import RunningMean
     >>> encode(RunningMean(0.0, 1.0), 1)
@@ -106,7 +106,7 @@ def _key(key: Any) -> str:
 
 
 def _items(inner: tuple[Any, ...], length: int) -> tuple[Any, ...]:
-    """The types of a sequence's items."""
+    """Returns the types of a sequence's items."""
     return (inner[0],) * length if len(inner) == 1 or inner[1] is Ellipsis else inner
 
 

@@ -87,11 +87,12 @@ class AdminClient:
             raise FetchError("the admin port's answer to answers has no 'nonce_prefix'") from None
 
     def profile(self, version: str) -> bytes:
-        """The file of a profile. FetchError with status 404 when the middleware does not have it."""
+        """Returns the file of a profile. Raises FetchError with status 404 if the middleware does not have it."""
         return self._call(f"/api/v1/engine/profiles/{version}", MAX_BYTES)
 
     def _call(self, path: str, max_bytes: int, data: bytes | None = None, subtype: str = "") -> bytes:
-        """GET, or POST of `data` as application/`subtype`. A response above `max_bytes` is a FetchError."""
+        """Sends a GET, or a POST of `data` as application/`subtype`, and returns the response's body. Raises FetchError
+        if it is above `max_bytes`."""
         headers = self._headers | ({"content-type": f"application/{subtype}"} if data is not None else {})
         request = urllib.request.Request(self._url + path, data, headers)  # noqa: S310 - Settings admits http(s) only
         try:

@@ -144,7 +144,7 @@ class Agent:
         return label not in self._running and self._retries.may_try(label, now)
 
     def _call(self, label: str, action: Callable[[], None]) -> None:
-        """Spawn the action, unless the last one of this label has not ended."""
+        """Spawns the action, unless the last one of this label has not ended."""
         if label in self._running:
             return
         self._running.add(label)

@@ -301,7 +301,7 @@ class AnswerTap:
             self._start_sender()
 
     def begin(self, engine: Any, prompt: Any, params: Any) -> Recording | None:
-        """A recording, if the request asks for one. Never raises."""
+        """Returns a recording, if the request asks for one. Never raises."""
         extra = getattr(params, "extra_args", None)
         if not extra or TAP_TOP_KEY not in extra:
             return None

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def little_endian(values: array[Any]) -> bytes:
-    """The bytes of `values`, which stay as they are.
+    """Returns the bytes of `values`, which stay as they are.
 
     >>> little_endian(array("i", [1, -1]))[:4]
     b'\\x01\\x00\\x00\\x00'

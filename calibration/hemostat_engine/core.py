@@ -81,7 +81,7 @@ class Ranks:
     """A torch.distributed group of CPU tensors; None when size is 1."""
 
     def all_have(self, flags: list[bool]) -> list[bool]:
-        """For each flag, whether it is set on every rank. Every rank must call it in the same step."""
+        """Returns for each flag whether it is set on every rank. Every rank must call it in the same step."""
         if self.size == 1 or not flags:
             return flags
         votes = torch.tensor(flags, dtype=torch.int32)
@@ -111,7 +111,7 @@ class DeviceCounters:
             counters.add_external(name, self._on_host[i].item)
 
     def copy(self) -> None:
-        """After something was added `on_device`."""
+        """Copies the counts to the host; it is called after something was added `on_device`."""
         if self._on_host is not self.on_device:
             self._on_host.copy_(self.on_device, non_blocking=True)
 
@@ -161,7 +161,7 @@ class Core:
         self.agent.start()
 
     def bind(self, admitted: Sequence[Any]) -> list[Binding | None]:
-        """Bind requests by their SamplingParams; None for a request without profile and tap.
+        """Binds requests by their SamplingParams; None for a request without profile and tap.
 
         A preempted request that is resumed has its binding as an attribute of its params and keeps it.
         """
@@ -314,7 +314,7 @@ class Core:
         self.taps.push(Step(reading, rows=tapped, masks=allowed.words))
 
     def tap_slots(self, reading: Reading, slots: Mapping[int, tuple[Binding, int]], rows: Sequence[int]) -> None:
-        """The same where only the device knows slots and positions. slots: binding and prompt length of each. rows: of
+        """Taps rows if only the device knows slots and positions. slots: binding and prompt length of each. rows: of
         the batch, of each slot."""
         allowed = self._allowed(rows)
         taps = {
@@ -373,7 +373,7 @@ class Core:
     def _evaluate(
         self, profiles: tuple[HeldProfile, ...], logits: torch.Tensor, rows: torch.Tensor
     ) -> tuple[tuple[HeldProfile, ...], torch.Tensor, torch.Tensor]:
-        """The profiles that could be evaluated, and `transform.evaluate` of them."""
+        """Returns the profiles that could be evaluated, and `transform.evaluate` of them."""
         if not profiles:
             values = logits.new_empty((0, rows.shape[0]), dtype=torch.float32)
             return (), values, values.bool()
@@ -387,7 +387,7 @@ class Core:
             return self._evaluate(working, logits, rows)
 
     def _evaluated(self, bindings: Iterable[Binding], held: tuple[HeldProfile, ...]) -> tuple[HeldProfile, ...]:
-        """The profiles to evaluate for these tapped requests: those applied to them, and the candidates."""
+        """Returns the profiles to evaluate for these tapped requests: those applied to them, and the candidates."""
         bound = (b.profile for b in bindings if b.profile is not None)
         profiles = {p.version: p for p in bound if not p.is_probe and not p.failed}
         room = len(profiles) + MAX_TAPPED_CANDIDATES
@@ -397,7 +397,8 @@ class Core:
         return tuple(profiles.values())
 
     def _to_host(self, *tensors: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], Any]:
-        """Copies on the host, and the CUDA event after which they are complete (None: at once). Does not wait."""
+        """Returns copies on the host, and the CUDA event after which they are complete (None: at once). Does not
+        wait."""
         if self.device.type != "cuda":
             return tuple(t.to("cpu", copy=True) for t in tensors), None
         copies = []

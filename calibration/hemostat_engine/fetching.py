@@ -96,7 +96,8 @@ class Fetcher:
 
 
 def read_profile(version: str, folder: Path | None, peers: Peers, retries: Retries, now: float) -> bytes:
-    """The file of a profile: from the folder, else from an admin port. FetchError with status 404: not found.
+    """Returns the file of a profile: from the folder, else from an admin port. Raises FetchError, with status 404 if it
+    is not found.
 
     retries: of the ports; one that does not answer is not asked while its pause lasts.
     """

@@ -23,8 +23,8 @@ STEPS_PER_BIT = 10
 
 
 def code(layers: Iterable[Any]) -> int:
-    """STEPS_PER_BIT · log2 of the number of distinct values in a run, of the layer with the fewest; 0 where no layer
-    holds enough. layers: vLLM's attention layers."""
+    """Returns STEPS_PER_BIT · log2 of the number of distinct values in a run, of the layer with the fewest; 0 where no
+    layer holds enough. layers: vLLM's attention layers."""
     counts = [count for layer in layers if (count := _distinct(getattr(layer, "kv_cache", None)))]
     return round(STEPS_PER_BIT * math.log2(min(counts))) if counts else 0
 

@@ -40,7 +40,7 @@ class Counters:
             self._counts[name] += by
 
     def add_external(self, name: str, read: Callable[[], int]) -> None:
-        """A counter that is kept elsewhere: `read` returns its value."""
+        """Adds a counter that is kept elsewhere: `read` returns its value."""
         self._external[name] = read
 
     def read(self) -> dict[str, int]:
@@ -67,7 +67,7 @@ class Library:
             captures.watch(torch.cuda.CUDAGraph)
 
     def get(self, version: str) -> HeldProfile | None:
-        """The profile, or None; a missing version is then one of `missing()`."""
+        """Returns the profile, or None; a missing version is then one of `missing()`."""
         with self._lock:
             held = self._held.get(version)
             if held is not None:
@@ -133,7 +133,8 @@ class Library:
             ) from None
 
     def fail(self, version: str) -> None:
-        """The profile failed: it is not held any more, and is not loaded again. Requests that run with it keep it."""
+        """Notes that the profile failed: it is not held any more, and is not loaded again. Requests that run with it
+        keep it."""
         with self._lock:
             self._held.pop(version, None)
             self._failed[version] = None
@@ -156,7 +157,7 @@ class Library:
             return self._absent(versions)
 
     def requested(self) -> tuple[str, ...]:
-        """The versions to fetch that only requests named: clients choose them."""
+        """Returns the versions to fetch that only requests named: clients choose them."""
         with self._lock:
             return self._absent(version for version in self._requested if version not in self._hold)
 
@@ -173,7 +174,7 @@ class Library:
             return tuple(self._held)
 
     def candidates(self) -> tuple[HeldProfile, ...]:
-        """Held profiles that `hold` names, in its order."""
+        """Returns the held profiles that `hold` names, in its order."""
         with self._lock:
             return tuple(self._held[version] for version in self._hold if version in self._held)
 

@@ -113,8 +113,8 @@ class GrammarMasks:
         self._has_failed = False
 
     def watch(self, runner: str) -> bool:
-        """From now on note what this model runner masks, in place of whoever did before. False, and logged, where this
-        vLLM does so in another way."""
+        """Notes from now on what this model runner masks, in place of whoever did before. Returns False, and logs it,
+        if this vLLM does so in another way."""
         self._watched, reason = False, "it masks logits in another way"
         try:
             self._watched = self._wrap(_PLACES[runner])
@@ -143,11 +143,11 @@ class GrammarMasks:
         return True
 
     def begin(self) -> None:
-        """A step begins: nothing is masked yet."""
+        """Begins a step: nothing is masked yet."""
         self._step, self._failed = None, False
 
     def note(self, read: Callable[[], Step]) -> None:
-        """Before vLLM masks logits. Never raises."""
+        """Notes the masks before vLLM masks logits. It never raises."""
         try:
             self._step = read()
         except Exception as error:  # noqa: BLE001 - vLLM goes on

@@ -61,7 +61,7 @@ class Peers:
         self.all = [known.get(url) or Peer(url, self._token) for url in list(urls)[:MAX_PEERS]]
 
     def _addresses(self, url: str) -> list[str]:
-        """The addresses of one setting; the last known ones if its name cannot be resolved."""
+        """Returns the addresses of one setting; the last known ones if its name cannot be resolved."""
         if not url.startswith(DNS_PREFIX):
             return [url]
         parts = split_admin_url(url)
@@ -83,5 +83,5 @@ class Peers:
         return len(self.all) == 1 or peer.owns(nonce)
 
     def label(self, operation: str, peer: Peer) -> str:
-        """The operation's name in logs and for retries; with several ports it has the address."""
+        """Returns the operation's name in logs and for retries; with several ports it has the address."""
         return operation if len(self.all) == 1 else f"{operation} to {peer.url}"

@@ -31,7 +31,7 @@ _INTERFACES = ("vllm.v1.sample.logits_processor", "vllm.v1.worker.gpu.sample.log
 
 
 def _interfaces() -> tuple[type, ...]:
-    """The abstract classes of the installed vLLM; only this function knows their modules."""
+    """Returns the abstract classes of the installed vLLM; only this function knows their modules."""
     result = []
     for name in _INTERFACES:
         try:
@@ -226,7 +226,7 @@ class SlotsV2:
                 yield group
 
     def _apply_plain(self, logits: torch.Tensor, bound: list[tuple[int, int]], ctx: Any) -> None:
-        """One row for each request, in the batch's order."""
+        """Applies profiles to one row for each request, in the batch's order."""
 
         def where(tapped: list[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
             rows = self._core.on_device([row for row, _ in tapped])
@@ -237,7 +237,8 @@ class SlotsV2:
         self._tap(readings)
 
     def _apply_expanded(self, logits: torch.Tensor, bound: list[tuple[int, int]], ctx: Any) -> None:
-        """Speculative decoding: several rows a request. Only the device knows which, so rows are selected there."""
+        """Applies profiles under speculative decoding, with several rows a request. Only the device knows which, so
+        rows are selected there."""
 
         def where(_: list[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
             rows = torch.arange(logits.shape[0], device=logits.device)
@@ -296,7 +297,8 @@ class LogitsProcessor(*_interfaces()):  # type: ignore[misc] # the bases depend 
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Called by the frontend for each request: a ValueError becomes HTTP 400 with its text."""
+        """Checks the parameters; the frontend calls it for each request: a ValueError becomes HTTP 400 with its
+        text."""
         # Whether the other keys count is known in the engine; a refusal here would tell clients about them.
         xargs.parse(sampling_params.extra_args, signed=False)
 
@@ -304,7 +306,7 @@ class LogitsProcessor(*_interfaces()):  # type: ignore[misc] # the bases depend 
         return False
 
     def update_state(self, batch_update: Any) -> None:
-        """V1, before each forward pass; None when the batch did not change."""
+        """Updates the batch of V1 before each forward pass; None if the batch did not change."""
         self.core.masks.begin()
         if batch_update is not None:
             self._batch.update(batch_update)
@@ -314,12 +316,12 @@ class LogitsProcessor(*_interfaces()):  # type: ignore[misc] # the bases depend 
         return self._slots.add(req_idx, sampling_params)
 
     def apply_staged_writes(self) -> None:
-        """V2, once a step, after its admissions and before the forward pass."""
+        """Binds the requests of V2 once a step, after its admissions and before the forward pass."""
         self.core.masks.begin()
         self._slots.bind()
 
     def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
-        """V1: (logits); V2: (logits, ctx). In place."""
+        """Applies the profiles in place. V1: (logits); V2: (logits, ctx)."""
         return self._batch.apply(logits) if ctx is None else self._slots.apply(logits, ctx)
 
 

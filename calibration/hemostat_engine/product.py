@@ -73,7 +73,7 @@ class Product:
 
 
 def _split(widths: npt.NDArray[np.integer], rank: int) -> tuple[int, npt.NDArray[np.bool_]]:
-    """The cheapest split: the number of columns for all ids, and which ids also have the others (bool [V])."""
+    """Returns the cheapest split: the number of columns for all ids, and which ids also have the others (bool [V])."""
     of_width = np.bincount(widths, minlength=rank + 1)
     wider = len(widths) - np.cumsum(of_width)
     columns = np.arange(rank + 1)
@@ -85,7 +85,7 @@ def _split(widths: npt.NDArray[np.integer], rank: int) -> tuple[int, npt.NDArray
 
 
 def _matrix(values: npt.NDArray[np.floating], device: torch.device) -> Matrix:
-    """values: float [m, n]."""
+    """Returns the matrix as a function. values: float [m, n]."""
     if packs(values.size, device):
         packed = _packed(torch.from_numpy(np.array(values)))
         return lambda y: _times(y, packed)
@@ -94,7 +94,7 @@ def _matrix(values: npt.NDArray[np.floating], device: torch.device) -> Matrix:
 
 
 def upload(values: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
-    """A copy on the device, complete when this returns. For a thread that is not the engine's."""
+    """Returns a copy on the device, complete when this returns. For a thread that is not the engine's."""
     host = torch.from_numpy(values)
     if device.type != "cuda":
         return host.to(device)

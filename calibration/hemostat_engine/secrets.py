@@ -32,7 +32,7 @@ class Secrets:
         self._lock = threading.Lock()
 
     def note(self, secrets: Iterable[str]) -> None:
-        """An admin port has just named these."""
+        """Notes the secrets that an admin port has just named."""
         now = self._clock()
         with self._lock:
             for secret in secrets:

@@ -43,7 +43,7 @@ class Settings:
 
 
 def split_admin_url(url: str) -> urllib.parse.SplitResult:
-    """The parts of one address, without `dns+`. Raises InvalidArgumentError when it is not an HTTP address."""
+    """Returns the parts of one address, without `dns+`. Raises InvalidArgumentError when it is not an HTTP address."""
     try:
         parts = urllib.parse.urlsplit(url.removeprefix(DNS_PREFIX))
         # A password has no place in it: HEMOSTAT_ENGINE_TOKEN is sent.

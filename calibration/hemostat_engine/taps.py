@@ -95,7 +95,7 @@ class Step:
         return int(self.reading.features.nbytes) + (0 if self.masks is None else self.masks.nbytes)
 
     def resolved(self) -> Iterable[tuple[TappedRow, int]]:
-        """Every tapped row with its position in the output. Waits for the copies."""
+        """Yields every tapped row with its position in the output. Waits for the copies."""
         if self.reading.copied is not None:
             self.reading.copied.synchronize()
         if self.reading.places is None:
@@ -190,7 +190,7 @@ class Taps:
         self._steps.append(step)
 
     def drain(self, max_steps: int, max_bytes: int) -> list[dict[str, Any]]:
-        """The oldest steps, up to `max_steps` of them, `max_bytes` of features and distinct masks or
+        """Returns the oldest steps, up to `max_steps` of them, `max_bytes` of features and distinct masks or
         MAX_RUNS_PER_MESSAGE, as runs of consecutive positions:
         `{"nonce", "start", "tokens", "versions": {version: nats}, "applied", "child", "previous_ids"}` (little-endian
         float64 [tokens], NaN where unknown; int32, the id before each position, -1: not known), and with features

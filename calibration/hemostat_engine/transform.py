@@ -135,7 +135,7 @@ class HeldProfile:
         )
 
     def shift(self, logits: torch.Tensor, rows: torch.Tensor | None) -> Shift:
-        """The change of `rows` (int64 [R], on the device of `logits`; None: all), before the clamp."""
+        """Returns the change of `rows` (int64 [R], on the device of `logits`; None: all), before the clamp."""
         return self._family.shift(self.parameters, logits, rows)
 
 
@@ -199,7 +199,8 @@ def apply_where(
     *,
     run: Run = at_once,
 ) -> None:
-    """The same for the rows where `chosen()` (bool [N], on the device) is true, without waiting for the device."""
+    """Applies a profile to the rows where `chosen()` (bool [N], on the device) is true, without waiting for the
+    device."""
     step = _step(logits)
     for at in range(0, logits.shape[0], step):
         if not run(functools.partial(_masked_change, profile, logits, slice(at, at + step), chosen, counts)):
@@ -260,8 +261,8 @@ def _counted(shift: Shift, chosen: torch.Tensor | None) -> torch.Tensor | None:
 def evaluate(
     profiles: tuple[HeldProfile, ...], logits: torch.Tensor, rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For the unmodified `rows` of `logits`, by profile: log E_c[e^Δz] with c = softmax(z), float32 [P, R] in nats, and
-    whether the clamp binds anywhere in the row, bool [P, R]."""
+    """Returns for the unmodified `rows` of `logits`, by profile: log E_c[e^Δz] with c = softmax(z), float32 [P, R] in
+    nats, and whether the clamp binds anywhere in the row, bool [P, R]."""
     pieces = [_evaluate(profiles, logits, part) for part in rows.split(_step(logits))]
     return torch.cat([values for values, _ in pieces], dim=1), torch.cat([clamped for _, clamped in pieces], dim=1)
 

@@ -29,8 +29,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def fingerprint(model: str, commit: str | None = None) -> str:
-    """32 hexadecimal digits for the weights in a folder or a file; of weights that were fetched from the hub, by their
-    commit; "" where neither is known. Raises OSError if a file cannot be read.
+    """Returns 32 hexadecimal digits for the weights in a folder or a file; of weights that were fetched from the hub,
+    by their commit; "" where neither is known. Raises OSError if a file cannot be read.
 
     model: path, or name on the hub. commit: of the hub, where known.
     """
@@ -68,7 +68,7 @@ def _of_files(files: list[Path]) -> str:
 
 
 def _samples(file: BinaryIO, size: int, blocks: int) -> Iterator[bytes]:
-    """The whole file where it is not larger than the samples."""
+    """Yields the whole file where it is not larger than the samples."""
     if size <= blocks * BLOCK_BYTES:
         yield file.read(blocks * BLOCK_BYTES)
         return
@@ -78,7 +78,7 @@ def _samples(file: BinaryIO, size: int, blocks: int) -> Iterator[bytes]:
 
 
 def _attribute(owner: Any, name: str) -> Any:
-    """None where there is none, or it cannot be computed: the engine must start all the same."""
+    """Returns an attribute; None if there is none, or it cannot be computed: the engine must start all the same."""
     try:
         return getattr(owner, name, None)
     except Exception:  # noqa: BLE001  whatever a property of a later version raises
@@ -122,7 +122,7 @@ class LoadedWeights:
             self._thread.join()
 
     def report(self) -> dict[str, str]:
-        """The members `model` and `weights` of a report; none where there is no fingerprint (yet)."""
+        """Returns the members `model` and `weights` of a report; none where there is no fingerprint (yet)."""
         return {"model": self.model, "weights": self._found} if self._found else {}
 
     def _compute(self) -> None:

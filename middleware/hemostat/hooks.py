@@ -83,8 +83,8 @@ class ExchangeHook(Protocol):
         """Its engine is to be drawn at random where requests need not go to a certain one."""
 
     def sent_to(self, engine: str, *, drawn: bool) -> None:
-        """The request goes to this engine, host:port. Called before `request`, and again where an engine that failed is
-        replaced by another; never for another reason than the engines' health and load.
+        """Is told that the request goes to this engine, host:port. It is called before `request`, and again where an
+        engine that failed is replaced by another; never for another reason than the engines' health and load.
 
         drawn: at random among the engines that get requests, whatever the request and their load are.
         """
@@ -93,7 +93,8 @@ class ExchangeHook(Protocol):
         """Called with the whole body, or None if it is longer than `body_limit`. Returns None to send it unchanged."""
 
     def response_head(self, status: int, content_type: bytes, content_coding: bytes) -> bool:
-        """True: the body passes through `response_data`, and is framed anew. Not called for 1xx responses.
+        """Looks at the response's head. True: the body passes through `response_data`, and is framed anew. Not called
+        for 1xx responses.
 
         content_type, content_coding: of the response's last field with this name; b"" and b"identity" without one.
         """
@@ -103,7 +104,8 @@ class ExchangeHook(Protocol):
         """Nothing of the present response may go to the client, however long it takes: `replay` will replace it."""
 
     def response_data(self, data: bytes) -> bytes:
-        """Body bytes without their framing, as they arrive; returns what the client gets now (may be empty)."""
+        """Takes body bytes without their framing, as they arrive, and returns what the client gets now (may be
+        empty)."""
 
     def replay(self) -> bool:
         """Called when the response to a rewritten request is complete and no byte of it has gone to the client.
@@ -116,7 +118,7 @@ class ExchangeHook(Protocol):
         """
 
     def response_end(self) -> bytes:
-        """The upstream's body is complete; returns the rest of what the client gets."""
+        """Is told that the upstream's body is complete, and returns the rest of what the client gets."""
 
     def closed(
         self, *, complete: bool, output_tokens: int | None = None, engine: str = "", own_status: int = 0

@@ -41,7 +41,7 @@ class RequestSpan:
         self._operation = operation
 
     def upstream_headers(self) -> dict[str, str]:
-        """The trace context headers for the upstream, with this span as the parent."""
+        """Returns the trace context headers for the upstream, with this span as the parent."""
         carrier: dict[str, str] = {}
         _context.inject(carrier, trace.set_span_in_context(self._span))
         return carrier
@@ -52,7 +52,8 @@ class RequestSpan:
         return {"trace_id": f"{context.trace_id:032x}", "sampled": context.trace_flags.sampled}
 
     def end(self, *, status: int, outcome: str, error: bool, attributes: Mapping[str, Any]) -> None:
-        """status: the HTTP status, 0 without a response. attributes: further ones; those that are None are omitted."""
+        """Ends the span. status: the HTTP status, 0 without a response. attributes: further ones; those that are None
+        are omitted."""
         span = self._span
         if not span.is_recording():
             return

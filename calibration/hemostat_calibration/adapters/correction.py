@@ -89,7 +89,7 @@ def weighted_error(
 
 
 def _solve(delta: Floats, rank: int, inputs: Gram | None, outputs: Gram | None) -> tuple[Floats, Floats, Floats]:
-    """(a, b, errors) where delta [m, n] has m ≤ n: M Mᵀ = L_oᵀ ΔW S_i ΔWᵀ L_o is the smaller side.
+    """Returns (a, b, errors) where delta [m, n] has m ≤ n: M Mᵀ = L_oᵀ ΔW S_i ΔWᵀ L_o is the smaller side.
 
     M Mᵀ U = U Σ², so ΔW L_i V = ΔW L_i Mᵀ U Σ⁻¹ = ΔW S_i ΔWᵀ L_o U Σ⁻¹: L_i is not needed.
     """
@@ -108,7 +108,7 @@ def _solve(delta: Floats, rank: int, inputs: Gram | None, outputs: Gram | None) 
 
 
 def _root(gram: Gram | None, width: int) -> Floats | None:
-    """L with L Lᵀ = S: [width, width], or [width] where it is diagonal; None for S = 1."""
+    """Returns L with L Lᵀ = S: [width, width], or [width] where it is diagonal; None for S = 1."""
     if gram is None:
         return None
     mean = gram.mean()

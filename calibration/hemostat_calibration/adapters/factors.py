@@ -36,7 +36,7 @@ class LowRank:
         return len(self.a)
 
     def first(self, rank: int) -> LowRank:
-        """The first `rank` components, all of them where there are fewer."""
+        """Returns the first `rank` components, all of them where there are fewer."""
         return LowRank(self.a[:rank], self.b[:, :rank])
 
     def product(self) -> Singles:
@@ -44,7 +44,7 @@ class LowRank:
         return self.b @ self.a
 
     def for_rounding(self) -> LowRank:
-        """The same product, with components of equal length in b and ‖a‖ = ‖b‖.
+        """Returns the same product, with components of equal length in b and ‖a‖ = ‖b‖.
 
         With one scale for each row, b then loses least by rounding: a row of b has an entry of every component. The
         rows of a may have any lengths, as each has a scale of its own.
@@ -52,8 +52,8 @@ class LowRank:
         return self._with_lengths(even=True)
 
     def for_training(self) -> LowRank:
-        """The same product, with components that have the same length in a and in b, as optimisers need it that move
-        every entry by similar steps."""
+        """Returns the same product, with components that have the same length in a and in b, as optimisers need it that
+        move every entry by similar steps."""
         return self._with_lengths(even=False)
 
     def _with_lengths(self, even: bool) -> LowRank:

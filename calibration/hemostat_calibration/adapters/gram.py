@@ -54,7 +54,7 @@ class FullGram:
 
     @classmethod
     def init(cls, width: int) -> FullGram:
-        """No vectors of `width` entries."""
+        """Returns the moments of no vectors, of `width` entries."""
         return cls(0, np.zeros((width, width)))
 
     @property
@@ -98,7 +98,7 @@ class DiagonalGram:
 
     @classmethod
     def init(cls, width: int) -> DiagonalGram:
-        """No vectors of `width` entries."""
+        """Returns the moments of no vectors, of `width` entries."""
         return cls(0, np.zeros(width))
 
     @property

@@ -18,7 +18,7 @@ def share_ranks(
     budget_bytes: int,
     max_rank: int,
 ) -> dict[str, int]:
-    """The rank of each layer, 0 to `max_rank`, that together need at most `budget_bytes`.
+    """Returns the rank of each layer, 0 to `max_rank`, that together need at most `budget_bytes`.
 
     errors: by layer the error that is left by rank, [R + 1], from `correction.low_rank` with the metric of the outputs:
         only then can they be compared between layers. (With the squared error of the outputs alone the result is worse

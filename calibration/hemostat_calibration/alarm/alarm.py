@@ -300,7 +300,7 @@ def update(alarm: Alarm, kind: str, observation: Observation, noise_floor: float
 
 
 def _without_gone_alarms(kinds: dict[str, KindState], now: float, settings: Settings) -> dict[str, KindState]:
-    """The same kinds, without the budget alarms of those that have had no request for `Settings.gone_after`."""
+    """Returns the same kinds, without the budget alarms of those that have had no request for `Settings.gone_after`."""
     for kind, state in kinds.items():
         if state.budget is not None and state.budget.raised and now - state.last >= settings.gone_after:
             kinds[kind] = replace(state, budget=None)
@@ -399,7 +399,7 @@ def _update_budget(
 
 
 def _learn_divergence(state: KindState, observation: Observation, settings: Settings) -> KindState:
-    """One more request; v̂ of their means once it is known."""
+    """Returns the state with one more request, and with v̂ of the requests' means once it is known."""
     first = state.first if state.divergences.units else observation.now
     means = state.divergences.update(np.array([_mean_divergence(observation, settings)]))
     known = means.units >= MIN_HISTORY and observation.now - first >= settings.cycle and means.enough()[0]
@@ -533,7 +533,8 @@ def rebase(alarm: Alarm, kind: str | None = None) -> Alarm:
 
 
 def readings(alarm: Alarm) -> list[Reading]:
-    """The state of every test: the change test, also before it begins, then the budget tests in the order of kinds.
+    """Returns the state of every test: the change test, also before it begins, then the budget tests in the order of
+    kinds.
 
     >>> alarm = init(Settings(budget=0.1))
     >>> for now in range(100):
@@ -585,9 +586,9 @@ def kind_readings(alarm: Alarm) -> list[KindReading]:
 
 
 def weighted_spread_ratio(alarm: Alarm) -> float | None:
-    """The recent spread as a factor of the baseline's (geometric mean), over all kinds that are watched, each weighted
-    by its part of the *baseline's* mix: what it would be had only the model changed, and not the traffic. None while
-    the mix of the baseline is not known.
+    """Returns the recent spread as a factor of the baseline's (geometric mean), over all kinds that are watched, each
+    weighted by its part of the *baseline's* mix: what it would be had only the model changed, and not the traffic. None
+    while the mix of the baseline is not known.
 
     >>> weighted_spread_ratio(init(Settings())) is None
     True

@@ -168,9 +168,9 @@ def _ramps(upward: Floats, downward: Floats) -> Floats:
 
 
 def fit_baseline(requests: Floats, part: float = 1.0, inflation: float = 1.0, stride: int = 1) -> Baseline:
-    """The baseline of a kind from its first requests, in their order: float64 [R, 3], rows of `RequestSpread.row`.
-    part: of the evidence against means of all baselines; together they are at most 1. inflation: v̂ of the levels of
-    all of them, 1 or more. stride: one in so many is given.
+    """Returns the baseline of a kind from its first requests, in their order: float64 [R, 3], rows of
+    `RequestSpread.row`. part: of the evidence against means of all baselines; together they are at most 1. inflation:
+    v̂ of the levels of all of them, 1 or more. stride: one in so many is given.
 
     The true mean of a ramp is above its limit at level ℓ with a probability of at most part · exp(−ℓ), if the requests
     are independent and of one distribution, whatever it is. Raises InvalidArgumentError for fewer than
@@ -205,8 +205,8 @@ def fit_baseline(requests: Floats, part: float = 1.0, inflation: float = 1.0, st
 
 
 def _half_tokens(requests: Floats, centre: float) -> float:
-    """Tokens at which the variance of a level's noise, from both halves of a request, is the variance between
-    requests."""
+    """Returns the number of tokens at which the variance of a level's noise, from both halves of a request, is the
+    variance between requests."""
     levels, tokens, contrasts = requests[requests[:, 1] > 1.0].T
     if not len(levels):
         return 0.0
@@ -219,8 +219,8 @@ def _half_tokens(requests: Floats, centre: float) -> float:
 
 
 def level_means(values: Floats, part: float, deviation: float, inflation: float = 1.0) -> Floats:
-    """The means g against which values between 0 and 1, float64 [m], are so much evidence that ln(part · e(g)) = ℓ, for
-    each ℓ of `LEVELS`: [J]; 1 where there is none.
+    """Returns the means g against which values between 0 and 1, float64 [m], are so much evidence that ln(part · e(g))
+    = ℓ, for each ℓ of `LEVELS`: [J]; 1 where there is none.
 
     deviation: about their standard deviation, from other data; means are nearest where it is right. inflation: v̂ of
     their sums, 1 or more.

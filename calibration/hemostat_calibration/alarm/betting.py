@@ -97,7 +97,7 @@ class WealthState:
         return replace(self, funded_at=time_break.seen(self.funded_at)) if self.funded else self
 
     def crossing(self, at: float, log_wealth: float) -> Crossing:
-        """The evidence of an alarm now. at: seconds. log_wealth: of all strategies."""
+        """Returns the evidence of an alarm now. at: seconds. log_wealth: of all strategies."""
         best = int(self._least().argmax())
         # In rows, the position of this strategy at its least level.
         where = int(np.atleast_2d(self.log_wealth)[:, best].argmin()) * self.log_wealth.shape[-1] + best
@@ -143,7 +143,7 @@ def bet(
     log_target: float,
     inflation: float = 1.0,
 ) -> tuple[WealthState, Crossing | None]:
-    """The wealth after one request, and a `Crossing` if the wealth reached the threshold, else None.
+    """Returns the wealth after one request, and a `Crossing` if the wealth reached the threshold, else None.
 
     log_factors: float64 [S] or [J, S], ln of each strategy's factor. log_weights: of the same shape, ln of the part
     that each gets of what is funded. tokens: of the request. now: its time, seconds. log_target: ln of the threshold.
@@ -191,7 +191,8 @@ def fund(wealth: WealthState, log_amounts: Floats, now: float) -> WealthState:
 
 
 def multiply(wealth: WealthState, log_factors: Floats, tokens: int) -> WealthState:
-    """One more request. log_factors: float64, of its shape, ln of each strategy's factor. tokens: of the request.
+    """Returns the wealth after one more request. log_factors: float64, of its shape, ln of each strategy's factor.
+    tokens: of the request.
 
     >>> wealth = multiply(fund(initial_wealth(1), np.zeros(1), now=0.0), np.log([2.0]), tokens=10)
     >>> wealth.log_wealth.round(6).tolist(), wealth.requests, wealth.tokens

@@ -52,7 +52,7 @@ class ChangeTest:
         return factors
 
     def clearing_factors(self, baseline: Baseline, request: RequestSpread, inflation: float = 1.0) -> Floats:
-        """The same at the level that says whether an alarm is over, [S]."""
+        """Returns ln of the factors of one request at the level that says whether an alarm is over, [S]."""
         factors: Floats = self.log_factors(baseline, request, inflation)[CLEARING]
         return factors
 

@@ -28,7 +28,8 @@ def spread(record: TokenRecord) -> Floats:
 
 
 def spread_of_differences(difference: Floats) -> Floats:
-    """The same from log c − log r, float64 [T, K] nats; NaN or infinite where either is not known.
+    """Returns `spread` from the differences log c − log r, float64 [T, K] nats; NaN or infinite where either is not
+    known.
 
     >>> spread_of_differences(np.array([[0.0, 1.0, 2.0], [0.0, 1.0, np.nan]])).tolist()
     [1.0, nan]

@@ -235,7 +235,7 @@ def _with_test(state: OutlierTest, unit: Unit, now: float) -> OutlierTest:
 
 
 def _begin(alpha: float, number: int, first: int, now: float) -> EngineTest:
-    """first: number of the unit from which on labels are used."""
+    """Begins the test of an engine. first: number of the unit from which on labels are used."""
     cohort = number // COHORT
     part = (1.0 - FIRST_COHORT) / (cohort * (cohort + 1)) if cohort else FIRST_COHORT
     begun = np.full(1 + RESTARTS, first, np.int64)
@@ -244,7 +244,7 @@ def _begin(alpha: float, number: int, first: int, now: float) -> EngineTest:
 
 
 def _parts(run: int, part: float) -> Floats:
-    """ln of what every strategy of one run gets: float64 [2 × runs × strategies]."""
+    """Returns ln of what every strategy of one run gets: float64 [2 × runs × strategies]."""
     parts = np.full((2, 1 + RESTARTS, len(LOG_WEIGHTS)), -np.inf)
     parts[:, run] = LOG_WEIGHTS + math.log(part)
     return parts.ravel()
@@ -265,7 +265,7 @@ def _smaller(log_wealth: Floats) -> float:
 
 
 def _bet(state: OutlierTest, active: set[str], stratum: Stratum, place: int, unit: Unit, now: float) -> OutlierTest:
-    """Bet on the unit in the test of every engine that was active before it. An engine that is known to differ is not
+    """Bets on the unit in the test of every engine that was active before it. An engine that is known to differ is not
     among "the others", unless there are no others: of two engines both differ."""
     tests, begun = dict(state.tests), state.begun
     known = {name for name in active if tests[name].crossing is not None}
@@ -330,7 +330,8 @@ def _log_factors(
 
 
 def _bet_once(test: EngineTest, windows: npt.NDArray[np.int64], factors: Floats, tokens: int, now: float) -> EngineTest:
-    """factors: float64 [2, runs, strategies], see `_log_factors`. tokens: of the engine's own."""
+    """Returns the test after one bet. factors: float64 [2, runs, strategies], see `_log_factors`. tokens: of the
+    engine's own."""
     since_restart = test.since_restart + 1
     if test.crossing is not None:
         recovery = None if test.recovery is None else test.recovery + factors[:, 0].ravel()
@@ -372,7 +373,7 @@ def _restart(test: EngineTest, first: int, now: float) -> EngineTest:
 
 
 def _recovered(test: EngineTest) -> bool:
-    """Freshly funded bets have lost wealth in the first run's window, which is complete."""
+    """Returns True if freshly funded bets have lost wealth in the first run's window, which is complete."""
     complete = test.restarts % RESTARTS == RESTARTS - 1
     if test.recovery is None or not complete or test.windows[0].min() < MIN_RECOVERY_UNITS:
         return False

@@ -28,8 +28,8 @@ _LOG_ODDS = np.log(_BELOW) - np.log1p(-_BELOW)
 
 
 def placements(labels: npt.NDArray[np.bool_], place: int) -> tuple[Floats, Floats]:
-    """Each strategy's probability that the next figure falls into gap `place`, if it is the engine's own and if it is
-    another's: float64 [..., S] each. Each sums to 1 over the gaps.
+    """Returns each strategy's probability that the next figure falls into gap `place`, if it is the engine's own and if
+    it is another's: float64 [..., S] each. Each sums to 1 over the gaps.
 
     labels: bool [..., n], whether the figures are the engine's own, from the lowest. place: 0 to n.
 

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 def save(alarm: Alarm) -> bytes:
-    """The whole state as JSON; `load` reads it. A few kilobytes for each kind.
+    """Returns the whole state as JSON; `load` reads it. A few kilobytes for each kind.
 
     >>> from hemostat_calibration.alarm import Settings, init
     >>> load(save(init(Settings(alpha=0.05), tests=3)), Settings(alpha=0.05)).change_tests
@@ -68,8 +68,8 @@ def read(data: bytes) -> Alarm:
 
 
 def begun_tests(data: bytes) -> int:
-    """The largest number of tests of any sort that a saved alarm, or test of the engines, had begun, of whatever
-    schema; 0 where it is damaged.
+    """Returns the largest number of tests of any sort that a saved alarm, or test of the engines, had begun, of
+    whatever schema; 0 where it is damaged.
 
     >>> begun_tests(b'{"schema": 9, "state": {"budget_tests": 4, "change_tests": 2}}'), begun_tests(b"damaged")
     (4, 0)
@@ -88,7 +88,7 @@ def begun_tests(data: bytes) -> int:
 
 
 def save_engines(state: OutlierTest) -> bytes:
-    """The whole state of the test of the engines as JSON.
+    """Returns the whole state of the test of the engines as JSON.
 
     >>> load_engines(save_engines(OutlierTest(0.01, begun=4)), 0.05)
     OutlierTest(alpha=0.05, begun=4, units=0, tests={}, strata={})

@@ -113,6 +113,6 @@ def _plus(counts: Mapping[str, int], kind: str) -> dict[str, int]:
 
 
 def _log_mixture(counts: Mapping[str, int], kinds: list[str]) -> float:
-    """ln of the probability of a sequence with these counts under Dirichlet(1/2, …) over `kinds`."""
+    """Returns ln of the probability of a sequence with these counts under Dirichlet(1/2, …) over `kinds`."""
     terms = sum(math.lgamma(counts.get(kind, 0) + 0.5) - math.lgamma(0.5) for kind in kinds)
     return terms + math.lgamma(len(kinds) / 2) - math.lgamma(sum(counts.values()) + len(kinds) / 2)

@@ -57,7 +57,8 @@ class Allocation:
 
 
 def allocate(options: Mapping[str, Options], budget: int) -> Allocation:
-    """The option of each unit. Deterministic. Raises InvalidArgumentError if even the smallest options exceed `budget`.
+    """Returns the option of each unit; the choice is deterministic. Raises InvalidArgumentError if even the smallest
+    options exceed `budget`.
 
     >>> bits = np.array([2, 4, 8])
     >>> q, v = Options(bits, np.array([9.0, 1.0, 0.0])), Options(bits, np.array([3.0, 2.0, 0.0]))
@@ -103,7 +104,8 @@ def allocate(options: Mapping[str, Options], budget: int) -> Allocation:
 
 
 def _hull(options: Options) -> list[int]:
-    """The lower convex hull from the smallest option to that with the least loss; points on its edges included."""
+    """Returns the lower convex hull from the smallest option to the one with the least loss; points on its edges
+    included."""
     hull: list[int] = []
     sizes, losses = options.sizes.tolist(), options.losses.tolist()
     for n in sorted(range(len(sizes)), key=lambda n: (sizes[n], losses[n], n)):
@@ -121,7 +123,7 @@ def _hull(options: Options) -> list[int]:
 
 
 def _fill(options: Mapping[str, Options], chosen: dict[str, int], left: int) -> int:
-    """Change single units while the rest of the budget allows, the largest gain first. Returns what is left."""
+    """Changes single units while the rest of the budget allows, the largest gain first. Returns what is left."""
     while True:
         best, gain = None, 0.0
         for name, now in chosen.items():

@@ -20,7 +20,7 @@ _BISECTIONS = 60
 
 
 def share_zeros(losses: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, int]:
-    """The number of weights that each layer loses, together exactly `round(sparsity · Σ sizes)`.
+    """Returns the number of weights that each layer loses, together exactly `round(sparsity · Σ sizes)`.
 
     losses: by layer, what it is predicted to lose at one sparsity, which is the same for all layers; at least 0. sizes:
     by layer, its number of weights.
@@ -58,7 +58,7 @@ def share_zeros(losses: Mapping[str, float], sizes: Mapping[str, int], sparsity:
 
 
 def _rounded(exact: Floats, most: Floats, total: int) -> list[int]:
-    """Integers near `exact`, at most `most`, whose sum is `total`: the largest remainders are rounded up."""
+    """Returns integers near `exact`, at most `most`, whose sum is `total`: the largest remainders are rounded up."""
     rounded = np.floor(exact + 1e-6)
     order = np.argsort(rounded - exact, kind="stable")
     while (missing := int(total - rounded.sum())) > 0:
@@ -70,7 +70,8 @@ def _rounded(exact: Floats, most: Floats, total: int) -> list[int]:
 def share_units(
     scores: npt.NDArray[np.floating], weights: npt.NDArray[np.integer], sparsity: float
 ) -> npt.NDArray[np.bool_]:
-    """The units of a layer, such as neurons and heads, that are lost, so that the part `sparsity` of all weights is.
+    """Returns the units of a layer, such as neurons and heads, that are lost, so that the part `sparsity` of all
+    weights is.
 
     scores: of each unit, [units]. weights: the number of weights of each unit, [units], above 0.
 

@@ -107,7 +107,7 @@ class Bounds:
     at every id (`make bench-bounds`); at half of 854 positions it held for e^−7."""
 
     def where(self, available: Bools) -> Bounds:
-        """The same where `available` [T], NaN elsewhere."""
+        """Returns the same bounds where `available` [T], NaN elsewhere."""
         if available.all():
             return self
         return Bounds(
@@ -138,7 +138,8 @@ def bounds(record: TokenRecord, min_ratio: float = MIN_RATIO) -> Bounds:
 
 
 def cap(candidates: Candidates, emitted: Ids) -> Floats:
-    """Largest log-probability that an id can have which a list of the likeliest does not name, float64 [T], nats.
+    """Returns the largest log-probability that an id can have which a list of the likeliest does not name, float64 [T],
+    nats.
 
     The last place may hold the emitted token, however unlikely: then the id before it is the least likely that is named
     for its rank.
@@ -248,8 +249,8 @@ def _capped(
     p_out: Floats,
     log_cap: Floats,
 ) -> Coarse:
-    """The sharper lower bounds. The reference's list is ordered from its likeliest id, so the capped ids of P come
-    first in it: an id is capped if it is capped when all before it are."""
+    """Returns the sharper lower bounds. The reference's list is ordered from its likeliest id, so the capped ids of P
+    come first in it: an id is capped if it is capped when all before it are."""
     capped_p = np.exp(log_cap)[:, None]
     left_r = np.maximum(r_out[:, None] - (np.cumsum(r_p, axis=1) - r_p), r_p)
     left_p = p_out[:, None] - capped_p * (np.cumsum(on_p, axis=1) - on_p)
@@ -292,7 +293,8 @@ class _Rest:
         )
 
     def most_kl(self, least_other: Floats, most: float) -> Floats:
-        """Upper bound of Σ x log(x/y) over those ids, y at least `least_other`, infinite where there is no such id."""
+        """Returns the upper bound of Σ x log(x/y) over those ids, y at least `least_other`, infinite where there is no
+        such id."""
         log_ratio = np.minimum(most, np.log(self.most) - np.log(least_other))
         mass = np.where(log_ratio > 0.0, self.mass + MASS_ROUNDING, np.maximum(self.mass - MASS_ROUNDING, 0.0))
         return np.where((self.most == 0.0) | np.isinf(least_other), 0.0, mass * log_ratio)
@@ -303,7 +305,7 @@ def _bucket_term(x: Floats, y: Floats) -> Floats:
 
 
 def _one_sided(x: Floats, log_x: Floats, least: Floats, most: float) -> Floats:
-    """Upper bound of Σ x log(x/y) over ids where x is known and y at least `least`."""
+    """Returns the upper bound of Σ x log(x/y) over ids where x is known and y at least `least`."""
     log_ratio = np.minimum(most, log_x - np.log(least)[:, None])
     return row_sums(np.where(x > 0.0, x * log_ratio, 0.0))
 

@@ -38,7 +38,7 @@ def convex_lower_bound(function: Callable[[Floats], tuple[Floats, Floats]], left
 def _crossing(
     left: Floats, right: Floats, left_slope: Floats, right_slope: Floats, width: Floats
 ) -> tuple[Floats, Floats]:
-    """Where, from the left end, the larger of two tangents is least over an interval, and that least value."""
+    """Returns where, from the left end, the larger of two tangents is least over an interval, and that least value."""
     bend = right_slope - left_slope
     offset = (left - right + right_slope * width) / np.where(bend > 0.0, bend, 1.0)
     offset = np.where(left_slope >= 0.0, 0.0, np.where(right_slope <= 0.0, width, np.clip(offset, 0.0, width)))

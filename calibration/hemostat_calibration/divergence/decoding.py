@@ -53,7 +53,8 @@ DECODING_LABELS = (
 
 
 def decoding_label(sampling: Sampling) -> str:
-    """One of `DECODING_LABELS`: the temperature's range, and " cut" where top_p, top_k or min_p cut the support.
+    """Returns one of `DECODING_LABELS`: the temperature's range, and " cut" where top_p, top_k or min_p cut the
+    support.
 
     >>> decoding_label(Sampling(temperature=0.7, top_p=0.9))
     't0.5-1 cut'
@@ -161,7 +162,7 @@ def _cut(record: TokenRecord) -> DecodedDivergence:
 
 
 def _terms(log_r: Floats, log_c: Floats) -> Floats:
-    """Each id's part in TV, JS, KL(r‖c), KL(c‖r): [4, T, N]."""
+    """Returns each id's part in TV, JS, KL(r‖c), KL(c‖r): [4, T, N]."""
     r, c = np.exp(log_r), np.exp(log_c)
     with np.errstate(divide="ignore", invalid="ignore"):
         both = r + c
@@ -176,7 +177,7 @@ def _terms(log_r: Floats, log_c: Floats) -> Floats:
 
 
 def _at(ids: Ids, others: Ids, values: Floats) -> Floats:
-    """`values` [T, J] of `others` [T, J], at `ids` [T, N] of the same row; -inf where there is none."""
+    """Returns the `values` [T, J] of `others` [T, J], at `ids` [T, N] of the same row; -inf where there is none."""
     offset = np.arange(len(ids), dtype=np.int64)[:, None] << 32
     wanted, given = (ids + offset).ravel(), (others + offset).ravel()
     order = np.argsort(given)

@@ -116,7 +116,7 @@ class TokenDivergence:
 def divergence(
     record: TokenRecord, served: CalibrationProfile | None = None, min_ratio: float = MIN_RATIO
 ) -> TokenDivergence:
-    """All figures of r and c from a validated record.
+    """Returns all figures of r and c from a validated record.
 
     served: the profile that `record.applied` names, so that the estimates of a treated request can be weighted; without
     it they are NaN there. min_ratio: see `Bounds.min_ratio`.
@@ -175,7 +175,8 @@ def calibrated(
     served: CalibrationProfile | None = None,
     min_ratio: float = MIN_RATIO,
 ) -> TokenDivergence:
-    """All figures of c' and r from a validated record, c'_i = c_i e^{Δz_i} / Z the compressed model after `profile`.
+    """Returns all figures of c' and r from a validated record, c'_i = c_i e^{Δz_i} / Z the compressed model after
+    `profile`.
 
     Z = E_c[e^Δz] is exact where `record.shifts` holds its logarithm or the candidates are the whole vocabulary. Else it
     lies between A + m e^low and A + m e^high: A what the candidates contribute, m the mass behind them, low and high
@@ -218,7 +219,7 @@ def calibrated(
         return coarse(view, a * np.exp(-log_z)[:, None], log_a - log_z[:, None])
 
     def along(figure: Callable[[View, Floats], tuple[Floats, Floats]]) -> Callable[[Floats], tuple[Floats, Floats]]:
-        """The figure of c' = a w and its derivative, as functions of w [T]."""
+        """Returns the figure of c' = a w and its derivative, as functions of w [T]."""
 
         def at_weight(w: Floats) -> tuple[Floats, Floats]:
             value, slope_by_log = figure(view, a * w[:, None])

@@ -28,7 +28,7 @@ _T = TypeVar("_T")
 
 
 def bucket_labels(edges: tuple[int, ...]) -> tuple[str, ...]:
-    """The names of the buckets that the edges make, one more than there are edges.
+    """Returns the names of the buckets that the edges make, one more than there are edges.
 
     >>> bucket_labels((16, 64))
     ('0-15', '16-63', '64+')
@@ -38,8 +38,8 @@ def bucket_labels(edges: tuple[int, ...]) -> tuple[str, ...]:
 
 
 def buckets(first: int, tokens: int, edges: tuple[int, ...]) -> Ids:
-    """The bucket of each of the values first, first + 1, … (`tokens` of them): int32 [tokens], 0 to len(edges). Raises
-    InvalidArgumentError if first or tokens is below 0.
+    """Returns the bucket of each of the values first, first + 1, … (`tokens` of them): int32 [tokens], 0 to len(edges).
+    Raises InvalidArgumentError if first or tokens is below 0.
 
     >>> buckets(14, 4, (16, 64)).tolist()
     [0, 0, 1, 1]
@@ -50,7 +50,8 @@ def buckets(first: int, tokens: int, edges: tuple[int, ...]) -> Ids:
 
 
 def by_position(record: TokenRecord) -> dict[str, Bools]:
-    """Bucket of the position in the output -> its tokens in the record, bool [T]; buckets without a token are absent.
+    """Returns by bucket of the position in the output its tokens in the record, bool [T]; buckets without a token are
+    absent.
 
     >>> from hemostat_calibration.records import Candidates
     >>> ids, logs = np.array([[0, 1]] * 3, np.int32), np.log([[0.7, 0.3]] * 3)
@@ -64,7 +65,8 @@ def by_position(record: TokenRecord) -> dict[str, Bools]:
 
 
 def by_context(record: TokenRecord) -> dict[str, Bools]:
-    """The same by the number of tokens before each; empty where that is not known.
+    """Returns by bucket of the number of tokens before a token the record's tokens, bool [T]; empty where that is not
+    known.
 
     >>> from hemostat_calibration.records import Candidates
     >>> ids, logs = np.array([[0, 1]] * 2, np.int32), np.log([[0.7, 0.3]] * 2)
@@ -78,7 +80,7 @@ def by_context(record: TokenRecord) -> dict[str, Bools]:
 
 
 def by_phase(record: TokenRecord) -> dict[str, Bools]:
-    """The same by phase; empty where no thinking was found.
+    """Returns by phase the record's tokens, bool [T]; empty where no thinking was found.
 
     >>> from hemostat_calibration.reasoning import Thinking
     >>> from hemostat_calibration.records import Candidates
@@ -102,7 +104,7 @@ def _masks(first: int, tokens: int, edges: tuple[int, ...]) -> dict[str, Bools]:
 
 
 def select(figures: TokenDivergence, at: Bools) -> TokenDivergence:
-    """The figures of the chosen tokens alone. at: bool [T].
+    """Returns the figures of the chosen tokens alone. at: bool [T].
 
     >>> from hemostat_calibration.divergence.per_token import divergence
     >>> from hemostat_calibration.records import Candidates
@@ -118,7 +120,7 @@ def select(figures: TokenDivergence, at: Bools) -> TokenDivergence:
 
 
 def _select(value: _T, at: Bools) -> _T:
-    """Every array, also in what is nested, has one row for each token."""
+    """Returns the rows at `at` of every array. Every array, also in what is nested, has one row for each token."""
     changes: dict[str, Any] = {}
     for field in fields(value):  # type: ignore[arg-type]
         part = getattr(value, field.name)

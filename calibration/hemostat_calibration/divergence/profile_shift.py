@@ -14,8 +14,8 @@ from hemostat_calibration.records import LOGPROB_TOLERANCE, TokenRecord
 
 
 def profile_shift(record: TokenRecord, profile: CalibrationProfile, view: View) -> Floats:
-    """Δz at every candidate, float64 [T, N] nats; a row is NaN where it depends on anchors whose logits are not in the
-    record.
+    """Returns Δz at every candidate, float64 [T, N] nats; a row is NaN where it depends on anchors whose logits are not
+    in the record.
 
     >>> from hemostat_calibration.divergence.view import view_of
     >>> from hemostat_calibration.profiles.profile import temperature_bias
@@ -51,7 +51,7 @@ def known_rows(delta: Floats) -> Bools:
 
 
 def max_unlisted_relative(record: TokenRecord) -> Floats:
-    """Largest that z − max z can be behind the candidates, float64 [T], at most 0.
+    """Returns the largest that z − max z can be behind the candidates, float64 [T], at most 0.
 
     The last candidate may be the emitted token, far down: the one before it is surely among the most likely.
 
@@ -70,7 +70,7 @@ def max_unlisted_relative(record: TokenRecord) -> Floats:
 
 
 def unlisted_shift_range(record: TokenRecord, profile: CalibrationProfile, most: Floats) -> tuple[Floats, Floats]:
-    """(low, high), each [T]: range of Δz over ids whose z − max z is at most `most` [T].
+    """Returns (low, high), each [T]: range of Δz over ids whose z − max z is at most `most` [T].
 
     >>> from hemostat_calibration.profiles.profile import temperature_bias
     >>> from hemostat_calibration.records import Candidates
@@ -90,7 +90,7 @@ def unlisted_shift_range(record: TokenRecord, profile: CalibrationProfile, most:
 def log_normalizer_range(
     record: TokenRecord, profile: CalibrationProfile, view: View, delta: Floats
 ) -> tuple[Floats, Floats]:
-    """(low, high), each [T]: range of log E_c[e^Δz], nats; equal where it is known.
+    """Returns (low, high), each [T]: range of log E_c[e^Δz], nats; equal where it is known.
 
     delta: Δz at the candidates, [T, N]. What the engine reported is used where it lies in the range that the candidates
     leave; elsewhere it belongs to another distribution (a mask, an error) and the range stays.

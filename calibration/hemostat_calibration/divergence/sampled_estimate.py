@@ -77,7 +77,7 @@ def sampled_estimates(
 
 
 def _unconditional(record: TokenRecord, view: View) -> Bools:
-    """S₀: the ids of S that would be in it whatever had been emitted, [T, N].
+    """Returns S₀: the ids of S that would be in it whatever had been emitted, [T, N].
 
     Engines add an emitted token that is not among the top K in one of two ways, and a row has room for both: in place
     of the K-th (vLLM's chat route), or behind it (completions). So an id likelier than the (K−1)-th is there

@@ -182,7 +182,7 @@ class Survival:
 
 
 def _parts(after: Floats, before: Floats) -> Floats:
-    """[P, 2P]: row t times a request's values is ψ(t)."""
+    """Returns a matrix, [P, 2P]: row t times a request's values is ψ(t)."""
     steps = np.tri(len(after))
     one_by_after = np.divide(1.0, after, out=np.zeros_like(after), where=after > 0.0)
     one_by_before = np.divide(1.0, before, out=np.zeros_like(before), where=before > 0.0)
@@ -190,14 +190,14 @@ def _parts(after: Floats, before: Floats) -> Floats:
 
 
 def _half_width(variance: float, requests: float) -> float:
-    """requests: effective ones."""
+    """Returns the half width of an interval. requests: effective ones."""
     if requests < 2.0:
         return math.inf
     return student_975(int(requests) - 1) * math.sqrt(max(variance, 0.0) * requests / (requests - 1.0))
 
 
 def _interval(survival: Floats, variance: Floats, at_risk: Floats) -> tuple[Floats, Floats]:
-    """at_risk: effective requests."""
+    """Returns the interval of the survival. at_risk: effective requests."""
     low, high = np.zeros_like(survival), np.ones_like(survival)
     for t, (s, v, m) in enumerate(zip(survival.tolist(), variance.tolist(), at_risk.tolist(), strict=True)):
         if m < 2:
@@ -213,7 +213,8 @@ def _interval(survival: Floats, variance: Floats, at_risk: Floats) -> tuple[Floa
 
 
 def _weights(positions: npt.NDArray[np.int64], horizon: int) -> Floats:
-    """[1 + P]: what Σ_{t=1}^{horizon} S(t) is made of, S(0) = 1 and the S at the positions, linear between them."""
+    """Returns [1 + P]: what Σ_{t=1}^{horizon} S(t) is made of, S(0) = 1 and the S at the positions, linear between
+    them."""
     knots = np.concatenate([[0], positions])
     tokens = np.arange(1, horizon + 1)
     right = np.searchsorted(knots, tokens)

@@ -40,7 +40,7 @@ class View:
 
 
 def view_of(record: TokenRecord) -> View:
-    """Both models of a validated record, side by side.
+    """Returns both models of a validated record, side by side.
 
     >>> from hemostat_calibration.records import Candidates
     >>> ids, log_c, log_r = np.array([[0, 1, 2]], np.int32), np.log([[0.7, 0.2, 0.1]]), np.log([[0.5, 0.4, 0.1]])

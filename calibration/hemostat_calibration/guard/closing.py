@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def adjusted(log_e: Sequence[float], weights: Sequence[float], j: int) -> float:
-    """Logarithm of the adjusted e-value of kind j: it is rejected at alpha where this reaches log(1/alpha).
+    """Returns the logarithm of the adjusted e-value of kind j: it is rejected at alpha where this reaches log(1/alpha).
 
     log_e, weights: of each kind; weights above 0, chosen before the first observation.
 

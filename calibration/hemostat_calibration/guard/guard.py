@@ -122,11 +122,11 @@ class Guard:
     # --- how much units depend on each other -----------------------------------------------------------------------
 
     def note(self, kind: str, client: bytes, figure: float, now: float = 0.0) -> None:
-        """A unit of a kind, whether it is judged by or not: its client's digest, a figure of it that no profile has
-        changed, and its time, seconds. How much these depend on each other (v̂ of `statistics.dependence`) is the least
-        that is taken for the gains. Nothing is promoted in a kind before v̂ is known there, or for all kinds; without
-        any note units count as independent unless their gains show otherwise. Raises InvalidArgumentError unless the
-        figure is finite."""
+        """Notes a unit of a kind, whether it is judged by or not: its client's digest, a figure of it that no profile
+        has changed, and its time, seconds. How much these depend on each other (v̂ of `statistics.dependence`) is the
+        least that is taken for the gains. Nothing is promoted in a kind before v̂ is known there, or for all kinds;
+        without any note units count as independent unless their gains show otherwise. Raises InvalidArgumentError
+        unless the figure is finite."""
         if not math.isfinite(figure):
             raise InvalidArgumentError(f"figure is {figure}: it must be finite")
         dependence = self._state.dependence
@@ -136,8 +136,8 @@ class Guard:
             dependence[kind] = dependence.get(kind, KindDependence()).update(client, figure, now)
 
     def after_break(self, time_break: TimeBreak) -> None:
-        """The time was set: what has not spanned the cycles that it has to span begins again, or goes on without the
-        time that was lost (`TimeBreak`). Evidence of gains stays."""
+        """Notes that the time was set: what has not spanned the cycles that it has to span begins again, or goes on
+        without the time that was lost (`TimeBreak`). Evidence of gains stays."""
         noted = self._state.dependence
         for kind, dependence in noted.items():
             noted[kind] = dependence.after_break(time_break, self._needed_seconds)
@@ -249,7 +249,8 @@ class Guard:
             self._state.ended[name] = [item for item in ended if item[0] in running]
 
     def freeze(self, name: str, kind: str) -> None:
-        """A candidate was promoted in this kind: nothing more is counted there, the other kinds go on."""
+        """Freezes the test of a candidate that was promoted in this kind: nothing more is counted there, the other
+        kinds go on."""
         self._test(name, kind).frozen = True
 
     # --- evidence ----------------------------------------------------------------------------------------------------
@@ -278,7 +279,7 @@ class Guard:
         return None if test is None else test.figure
 
     def number(self, name: str, kind: str) -> int:
-        """The number whose part of alpha the decisions of this test spend; 0 if there is no such test."""
+        """Returns the number whose part of alpha the decisions of this test spend; 0 if there is no such test."""
         test = self._state.tests.get(name, {}).get(kind)
         return 0 if test is None else _number(test)
 
@@ -428,7 +429,7 @@ class Guard:
     # --- storage -----------------------------------------------------------------------------------------------------
 
     def save(self) -> bytes:
-        """The whole state as JSON; its size: see `saving`."""
+        """Returns the whole state as JSON; its size: see `saving`."""
         return saving.encode(self._state)
 
     @classmethod
@@ -447,7 +448,7 @@ class Guard:
         return test
 
     def _current(self, name: str, kind: str, test: KindTest) -> KindTest:
-        """The test, or the next window of it where this one is over."""
+        """Returns the test, or the next window of it where this one is over."""
         if not test.window_is_over:
             return test
         number = self._window(kind)
@@ -490,7 +491,7 @@ class Guard:
         return self._cycle > 0.0 and test.role is Role.CANDIDATE
 
     def _inflation(self, kind: str, test: KindTest) -> float:
-        """v̂ of sums as long as the test, as far as it is known: the v̂ of what was noted, or of the
+        """Returns v̂ of sums as long as the test, as far as it is known: the v̂ of what was noted, or of the
         test's own gains, the larger one. Where the traffic has no cycle, and for what serves, whose harm has to be
         found soon, units depend on each other over no longer times than many of them fit in."""
         own, pooled = self._state.dependence.get(kind), self._state.dependence.get(ALL_KINDS)
@@ -520,8 +521,8 @@ def _number(test: KindTest) -> int:
 
 
 def window_after_promotion(proof: Evidence) -> int:
-    """Length, in units, of the windows in which a profile is watched in a kind that was promoted there on this
-    evidence.
+    """Returns the length, in units, of the windows in which a profile is watched in a kind that was promoted there on
+    this evidence.
 
     >>> guard = Guard()
     >>> _ = guard.begin_candidate("a profile", {"rest": (1.0, 1.0)})

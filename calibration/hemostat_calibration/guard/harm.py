@@ -83,7 +83,7 @@ class HarmSum:
         self.known = self.known[0], self.known[1] + math.log1p(max(by_unit, by_token, 0.0)) + 1e-9
 
     def log_e(self, inflation: float) -> float:
-        """Logarithm of the evidence: by unit and by token the same, the mean of both."""
+        """Returns the logarithm of the evidence: by unit and by token the same, the mean of both."""
         begun = self.units // STEP + bool(self.units % STEP)
         terms = [math.log(_unspent(begun))]
         for run in self.runs:
@@ -108,7 +108,8 @@ class HarmSum:
             del self.runs[self._crowded()]
 
     def _crowded(self) -> int:
-        """The run, neither the oldest nor the newest, whose neighbours are closest to each other for their age."""
+        """Returns the run, neither the oldest nor the newest, whose neighbours are closest to each other for their
+        age."""
         begun = [run.begun for run in self.runs]
 
         def room(at: int) -> float:

@@ -147,7 +147,7 @@ class KindTest:
         return result if math.isfinite(result) else 1.0
 
     def note(self, gain: float, now: float, longest_gap: float) -> None:
-        """A gain of the kind, whether it counts or not (`MAX_UNITS`), for its variance inflation. now: its time,
+        """Notes a gain of the kind, whether it counts or not (`MAX_UNITS`), for its variance inflation. now: its time,
         seconds. longest_gap: what is counted at most of the time since the last one; where the clock has jumped, the
         time begins anew."""
         if self.last > 0.0:
@@ -158,7 +158,8 @@ class KindTest:
         self.evidence = None
 
     def after_break(self, time_break: TimeBreak, needed: float) -> None:
-        """The time was set. needed: seconds that the gains have to span; if they do not yet, they begin again."""
+        """Notes that the time was set. needed: seconds that the gains have to span; if they do not yet, they begin
+        again."""
         if self.last > 0.0:
             self.last = time_break.seen(self.last)
         if time_break.anew and not self.spans(needed):
@@ -256,8 +257,8 @@ class KindTest:
         self.evidence = None
 
     def log_e(self, inflation: float) -> float:
-        """Logarithm of the evidence that the gain is above 0 and that needs no single client: to begin, or for what
-        serves (see `wealth`). inflation: v̂, 1 or more."""
+        """Returns the logarithm of the evidence that the gain is above 0 and that needs no single client: to begin, or
+        for what serves (see `wealth`). inflation: v̂, 1 or more."""
         v = inflation
         if self.evidence is None or self.evidence[0] != v:
             by_client = self.wealth[: self.clients]

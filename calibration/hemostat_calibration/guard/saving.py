@@ -44,7 +44,7 @@ class State:
 
 
 def encode(state: State) -> bytes:
-    """The state as JSON.
+    """Returns the state as JSON.
 
     >>> encode(State(candidate_tests=2))
     b'{"schema":5,"state":{"candidate_tests":2,"windows":{},"tests":{},"ended":{},"dependence":{}}}'
@@ -53,7 +53,8 @@ def encode(state: State) -> bytes:
 
 
 def decode(data: bytes) -> State:
-    """A state that was encoded. Raises InvalidArgumentError if the bytes are not one of this schema, or of `OLDEST`.
+    """Returns a state that was encoded. Raises InvalidArgumentError if the bytes are not one of this schema, or of
+    `OLDEST`.
 
     >>> decode(encode(State(candidate_tests=2))).candidate_tests
     2
@@ -70,7 +71,7 @@ def decode(data: bytes) -> State:
 
 
 def _upgraded(data: bytes) -> bytes:
-    """The same in this schema, where it is of `OLDEST`; anything else as it is."""
+    """Returns the bytes in this schema if they are of `OLDEST`; anything else is returned as it is."""
     try:
         stored = json.loads(data)
         if stored["schema"] != OLDEST:
@@ -101,7 +102,7 @@ def _require_test(test: KindTest, kind: str) -> None:
 
 
 def _require_rows(rows: Any, kind: str, count: int | None = None) -> None:
-    """Each client has a row, and there is one for each."""
+    """Requires that each client has a row, and that there is one for each."""
     whole: Collection[int] = range(len(rows) if count is None else count)
     _require(
         len(whole) <= MAX_CLIENTS and sorted(rows.values()) == list(whole), f"the clients of {kind!r} do not match"

@@ -91,7 +91,8 @@ def log_factors(x: float) -> Floats:
 def log_proof(
     by_client: Floats, clients: int, refused: Floats | float = 0.0, inflation: Floats | float = 1.0
 ) -> Floats:
-    """Logarithm of the evidence that is needed to begin, of all observations and without any one client: [...].
+    """Returns the logarithm of the evidence that is needed to begin, of all observations and without any one client:
+    [...].
 
     by_client: float64 [..., C, F], as for `log_evidence`, of any number of tests at a time. clients: C. refused:
     float64 [..., F], the sum of `log_factors` of what was refused. inflation: [...], v̂, 1 or more.
@@ -113,7 +114,7 @@ def log_proof(
 
 
 def log_evidence(by_client: Floats, clients: int, inflation: float = 1.0) -> float:
-    """Logarithm of the evidence for what serves: to stay, and to be taken back.
+    """Returns the logarithm of the evidence for what serves: to stay, and to be taken back.
 
     by_client: float64 [C, F], the sum of `log_factors` of each place. clients: C. inflation: v̂, 1 or more.
 
@@ -144,8 +145,8 @@ def log_evidence(by_client: Floats, clients: int, inflation: float = 1.0) -> flo
 
 
 def log_bound(by_client: Floats) -> float:
-    """Never below `log_proof` and `log_evidence` of the same [C, F] where these are above 0, with any v̂, and cheaper:
-    without the two clients that it is the largest without.
+    """Returns a bound that is never below `log_proof` and `log_evidence` of the same [C, F] where these are above 0,
+    with any v̂, and cheaper: without the two clients that it is the largest without.
 
     >>> logs = np.tile(log_factors(0.25), (4, 1)) * 10
     >>> log_bound(logs) >= log_evidence(logs, 4)

@@ -22,11 +22,11 @@ class Learner(Protocol[State]):
     """
 
     def init(self, model: str, vocab_size: int) -> State:
-        """The state before the first record. model: name or digest of the compressed model."""
+        """Returns the state before the first record. model: name or digest of the compressed model."""
 
     def update(self, state: State, records: Iterable[TokenRecord]) -> State:
         """Learn from validated records of the learning side of the split, of whatever arm: records hold the compressed
         model's own distribution, before any profile. Raises InvalidArgumentError if one does not fit."""
 
     def propose(self, state: State) -> CalibrationProfile | None:
-        """The profile to try now; None while there is too little to learn from."""
+        """Returns the profile to try now; None while there is too little to learn from."""

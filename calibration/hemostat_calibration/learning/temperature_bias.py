@@ -158,7 +158,7 @@ class TemperatureBiasLearner:
         )
 
     def propose(self, state: TemperatureBiasState) -> CalibrationProfile | None:
-        """The profile to try now; None below `min_requests` or `min_tokens`."""
+        """Returns the profile to try now; None below `min_requests` or `min_tokens`."""
         if state.requests < self.min_requests or state.tokens < self.min_tokens:
             return None
         beta, bias = self._parameters(state)
@@ -179,7 +179,7 @@ class TemperatureBiasLearner:
 
 
 def _relative(record: TokenRecord) -> tuple[Floats, Floats]:
-    """z − max z of the candidates, [T, K], and of the last one that is certainly among the most likely, [T]."""
+    """Returns z − max z of the candidates, [T, K], and of the last one that is certainly among the most likely, [T]."""
     logprobs = record.compressed.logprobs
     relative = logprobs - logprobs[:, :1]
     before_last = np.maximum((record.compressed.ids >= 0).sum(axis=1) - 2, 0)
@@ -187,5 +187,6 @@ def _relative(record: TokenRecord) -> tuple[Floats, Floats]:
 
 
 def _depth(state: TemperatureBiasState) -> float:
-    """Mean distance of the rest of the mass below the last candidate, nats; near 1 until enough tokens were seen."""
+    """Returns the mean distance of the rest of the mass below the last candidate, nats; near 1 until enough tokens were
+    seen."""
     return (state.depth + 20.0) / (state.deep_tokens + 20.0)

@@ -66,7 +66,7 @@ def adapter_profile(
 
 
 def adapter_layers(profile: CalibrationProfile) -> dict[str, LowRank]:
-    """The factors by module, in float32. Empty for a profile of another family.
+    """Returns the factors by module, in float32. Empty for a profile of another family.
 
     >>> import numpy as np
     >>> from hemostat_calibration.profiles.profile import temperature_bias
@@ -81,7 +81,7 @@ def adapter_layers(profile: CalibrationProfile) -> dict[str, LowRank]:
 
 
 def max_rank(profile: CalibrationProfile) -> int:
-    """The largest rank of a layer: vLLM's `--max-lora-rank` must be this or more. 0 for another family.
+    """Returns the largest rank of a layer: vLLM's `--max-lora-rank` must be this or more. 0 for another family.
 
     >>> import numpy as np
     >>> layers = {"mlp": LowRank(np.ones((2, 3), np.float32), np.ones((2, 2), np.float32))}

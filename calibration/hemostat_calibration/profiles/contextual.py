@@ -69,8 +69,8 @@ def contextual_profile(
 def probe_profile(
     model: str, vocab_size: int, anchors: npt.NDArray[np.integer], clamp_nats: float
 ) -> CalibrationProfile:
-    """A profile that changes nothing: an engine that holds it reports the logits at its anchors, before anything has
-    been learned from them. anchors: [N]. Raises InvalidProfileError on a bad value.
+    """Returns a profile that changes nothing: an engine that holds it reports the logits at its anchors, before
+    anything has been learned from them. anchors: [N]. Raises InvalidProfileError on a bad value.
 
     >>> probe_profile("m", 4, np.array([1, 3]), clamp_nats=1.0).parameters["anchors"].tolist()
     [1, 3]

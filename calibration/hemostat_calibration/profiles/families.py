@@ -62,7 +62,7 @@ class FamilySpec:
     named: Callable[[Iterable[str]], Mapping[str, Parameter]] | None = None
 
     def parameters_of(self, names: Iterable[str]) -> Mapping[str, Parameter]:
-        """The parameters that a profile must have some of whose parameters are `names`."""
+        """Returns the parameters that a profile must have some of whose parameters are `names`."""
         return self.parameters if self.named is None else self.named(names)
 
 
@@ -149,7 +149,7 @@ MAX_SCALE = 1e15
 
 
 def layer_names(names: Iterable[str]) -> list[str]:
-    """The layers, sorted, some parameter of which is among the names of an adapter's parameters.
+    """Returns the layers, sorted, some parameter of which is among the names of an adapter's parameters.
 
     >>> layer_names(["model.layers.0.mlp.up_proj.a", "model.layers.0.mlp.up_proj.b", "stray"])
     ['model.layers.0.mlp.up_proj']

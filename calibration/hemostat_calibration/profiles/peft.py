@@ -24,7 +24,7 @@ _LENGTH = struct.Struct("<Q")
 
 
 def peft_files(profile: CalibrationProfile, base_model_name: str) -> dict[str, bytes]:
-    """The contents of `adapter_config.json` and `adapter_model.safetensors` (bfloat16) by name.
+    """Returns the contents of `adapter_config.json` and `adapter_model.safetensors` (bfloat16) by name.
 
     The same profile gives the same bytes. Its version is among the metadata of the weights.
 
@@ -74,7 +74,8 @@ def peft_files(profile: CalibrationProfile, base_model_name: str) -> dict[str, b
 
 
 def to_bfloat16(x: Singles) -> npt.NDArray[np.uint16]:
-    """The bits of float32 values as bfloat16: its upper 16 bits, rounded to nearest, ties to even. A NaN stays one.
+    """Returns the bits of float32 values as bfloat16: its upper 16 bits, rounded to nearest, ties to even. A NaN stays
+    one.
 
     >>> [hex(bits) for bits in to_bfloat16(np.array([1.0, 1.00390625, 1.01171875], np.float32))]
     ['0x3f80', '0x3f80', '0x3f82']

@@ -95,7 +95,7 @@ class CalibrationProfile:
         return CalibrationProfile.from_bytes, (self.to_bytes(),)
 
     def to_bytes(self) -> bytes:
-        """Canonical safetensors bytes: the same profile gives the same bytes.
+        """Returns canonical safetensors bytes: the same profile gives the same bytes.
 
         The header is written here because the safetensors library keeps no order among metadata keys.
         """
@@ -209,7 +209,7 @@ def _short(value: object) -> str:
 
 
 def _read_header(data: bytes) -> dict[str, str]:
-    """The `__metadata__` of a safetensors file whose tensors are of the types that parameters can have."""
+    """Returns the `__metadata__` of a safetensors file whose tensors are of the types that parameters can have."""
     if len(data) < _LENGTH.size:
         raise InvalidProfileError(f"profile of {len(data)} bytes is truncated")
     (length,) = _LENGTH.unpack_from(data)
@@ -268,7 +268,8 @@ def _check_fields(profile: CalibrationProfile) -> None:
 
 
 def _name_difference(given: Iterable[str], needed: Iterable[str]) -> str:
-    """ "parameters are missing (a, b) and unknown (c)": at most two names of each."""
+    """Returns in words which names differ, "parameters are missing (a, b) and unknown (c)": at most two names of
+    each."""
     missing, unknown = sorted(set(needed) - set(given)), sorted(set(given) - set(needed))
     parts = [
         f"{what} ({_short(', '.join(names[:2]))}{', …' if len(names) > 2 else ''})"

@@ -25,7 +25,7 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 
 
 def anchors(profile: CalibrationProfile) -> npt.NDArray[np.int32] | None:
-    """The ids whose logits the profile reads, int32 [N]; None for a family without.
+    """Returns the ids whose logits the profile reads, int32 [N]; None for a family without.
 
     >>> from hemostat_calibration.profiles.contextual import probe_profile
     >>> profile = probe_profile("m", 4, np.array([1, 3]), clamp_nats=1.0)
@@ -36,7 +36,7 @@ def anchors(profile: CalibrationProfile) -> npt.NDArray[np.int32] | None:
 
 
 def anchors_digest(ids: npt.NDArray[np.integer]) -> str:
-    """32 hex digits that name a set of anchors [N], in its order.
+    """Returns 32 hex digits that name a set of anchors [N], in its order.
 
     >>> anchors_digest(np.array([1, 3]))
     '30656bde983020b4a04d4fb8027463ad'
@@ -45,9 +45,9 @@ def anchors_digest(ids: npt.NDArray[np.integer]) -> str:
 
 
 def code(profile: CalibrationProfile, anchored: npt.NDArray[np.floating]) -> Floats:
-    """The code of a row, float64 [..., r], from its logits or log-probabilities (natural) at the profile's anchors,
-    [..., N]; only their differences matter. 0 where one is not finite. Raises InvalidArgumentError for a family without
-    anchors, or another number of logits.
+    """Returns the code of a row, float64 [..., r], from its logits or log-probabilities (natural) at the profile's
+    anchors, [..., N]; only their differences matter. 0 where one is not finite. Raises InvalidArgumentError for a
+    family without anchors, or another number of logits.
 
     >>> from hemostat_calibration.profiles.contextual import probe_profile
     >>> profile = probe_profile("m", 4, np.array([1, 3]), clamp_nats=1.0)

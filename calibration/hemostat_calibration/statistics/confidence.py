@@ -115,8 +115,8 @@ class MeanSequence:
     def get(
         self, lo: float = -math.inf, hi: float = math.inf, alpha: float = 0.05, inflation: float = 1.0
     ) -> ConfidenceInterval:
-        """The mean with its interval, cut to lo … hi, the range that the figure has by its nature. inflation: v̂, 1 or
-        more.
+        """Returns the mean with its interval, cut to lo … hi, the range that the figure has by its nature. inflation:
+        v̂, 1 or more.
 
         Where all requests are the same their spread is 0 and no guide: then a share of requests of a kind not seen so
         far (exact, as `Proportion` of none) could be at either end of the range.
@@ -187,7 +187,7 @@ class ClippedMean:
         return self.clipped / self.tokens if self.tokens else math.nan
 
     def get(self, alpha: float = 0.05, inflation: float = 1.0) -> ConfidenceInterval:
-        """The mean of the clipped values with its asymptotic interval of 1 − alpha for all looks together."""
+        """Returns the mean of the clipped values with its asymptotic interval of 1 − alpha for all looks together."""
         return self.sequence.get(self.lo, self.cap, alpha, inflation)
 
 
@@ -214,8 +214,9 @@ class Proportion:
         return Proportion(self.hits + other.hits, self.requests + other.requests)
 
     def get(self, alpha: float = 0.05, inflation: float = 1.0) -> ConfidenceInterval:
-        """Valid at every look with a probability of at least 1 − alpha, exactly: no approximation is involved.
-        inflation: v̂, 1 or more: asymptotic where it is above 1, the whole range where it is infinite.
+        """Returns the share with an interval that is valid at every look with a probability of at least 1 − alpha,
+        exactly: no approximation is involved. inflation: v̂, 1 or more: asymptotic where it is above 1, the whole range
+        where it is infinite.
 
         >>> runs_of_ten = Proportion(40, 400)
         >>> interval = runs_of_ten.get(inflation=10.0)
@@ -234,7 +235,8 @@ class Proportion:
 
 
 def _proportion_end(hits: float, misses: float, outside: float, inside: float, alpha: float) -> float:
-    """The p between `outside`, which is refuted, and `inside` where the evidence against it falls to 1/alpha."""
+    """Returns the p between `outside`, which is refuted, and `inside` where the evidence against it falls to
+    1/alpha."""
     if _log_proportion(hits, misses, outside) < -math.log(alpha):
         return outside
     for _ in range(60):
@@ -255,8 +257,8 @@ def _log_proportion(hits: float, misses: float, p: float) -> float:
 
 
 def difference(a: MeanSequence, b: MeanSequence, alpha: float = 0.05, inflation: float = 1.0) -> ConfidenceInterval:
-    """Mean of a minus mean of b, two arms to which requests are assigned at random: asymptotic, for all looks.
-    inflation: v̂ of the arms, the larger one.
+    """Returns the mean of a minus the mean of b, two arms to which requests are assigned at random: asymptotic, for all
+    looks. inflation: v̂ of the arms, the larger one.
 
     NaN and the whole range while either arm has fewer than `MIN_REQUESTS` requests. Raises InvalidArgumentError unless
     0 < alpha < 1. If few requests carry the tokens of an arm (`MeanSequence.carried_by_few`, with v̂ of that arm), the
@@ -338,7 +340,7 @@ def _residual(
     nn: npt.ArrayLike,
     cubes: Sequence[npt.ArrayLike],
 ) -> tuple[Floats, Floats, Floats]:
-    """Σ n E, Σ E², Σ E³ of the residual E = x − ratio·n, whose mean is 0."""
+    """Returns Σ n E, Σ E², Σ E³ of the residual E = x − ratio·n, whose mean is 0."""
     ratio = np.asarray(mean_x, np.float64) / np.asarray(mean_n, np.float64)
     xx, xn, nn = (np.asarray(moment, np.float64) for moment in (xx, xn, nn))
     xxx, xxn, xnn, nnn = (np.asarray(moment, np.float64) for moment in cubes)

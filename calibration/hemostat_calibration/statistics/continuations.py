@@ -62,8 +62,8 @@ class Continuations:
         return own
 
     def add(self, prompt: Ids, output: Ids, conversation: bytes) -> None:
-        """A request of this conversation, not empty. prompt, output: int32 [P], [T]. Nothing is remembered of less than
-        a window."""
+        """Adds a request of this conversation, which is not empty. prompt, output: int32 [P], [T]. Nothing is
+        remembered of less than a window."""
         window = np.concatenate([prompt[-WINDOW:], output[:ANSWER]])[-WINDOW:]
         for hashed in self._hashes(window).tolist():
             if self._conversations.setdefault(hashed, conversation) != conversation:

@@ -313,7 +313,7 @@ def upper_factor(batches: npt.ArrayLike) -> Floats:
 
 
 def client_row(places: dict[bytes, int], client: bytes) -> int:
-    """The row of a client, which gets the next one where it is new; beyond `MAX_CLIENTS` they share rows.
+    """Returns the row of a client, which gets the next one where it is new; beyond `MAX_CLIENTS` they share rows.
 
     >>> places = {}
     >>> client_row(places, b"a"), client_row(places, b"b"), client_row(places, b"a")
@@ -324,7 +324,7 @@ def client_row(places: dict[bytes, int], client: bytes) -> int:
 
 
 def known_row(places: Mapping[bytes, int], client: bytes) -> int | None:
-    """The same, but nothing is changed: None for a client that would get the next row.
+    """Returns the row of a client without changing anything; None for a client that would get the next row.
 
     >>> known_row({b"a": 0}, b"a"), known_row({b"a": 0}, b"b")
     (0, None)

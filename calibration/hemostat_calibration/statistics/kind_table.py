@@ -77,7 +77,8 @@ class KindTable:
         return sum(most for most, _ in self.counts.values())
 
     def see(self, name: str, keep: Collection[str] = (), now: float = 0.0) -> KindTable:
-        """A request of this kind. The result follows at most one name that this table did not, and lost at most one.
+        """Returns the table after a request of this kind. The result follows at most one name that this table did not,
+        and lost at most one.
 
         "" and names that are too long are not counted. keep: followed names that must not lose their place. now:
         seconds, of any clock that goes on over restarts; at most `MAX_PAUSE_SECONDS` of it count at once.

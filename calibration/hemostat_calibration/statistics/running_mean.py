@@ -75,8 +75,8 @@ class RunningMean:
         return RunningMean(self.lo, self.hi, self.observations + 1, self.total + x, squares)
 
     def get(self, alpha: float = 0.05) -> ConfidenceInterval:
-        """The mean, with an interval that contains the mean of the conditional means at all looks at once with a
-        probability of at least 1 − alpha. Raises InvalidArgumentError unless 0 < alpha < 1.
+        """Returns the mean, with an interval that contains the mean of the conditional means at all looks at once with
+        a probability of at least 1 − alpha. Raises InvalidArgumentError unless 0 < alpha < 1.
         """
         _check_alpha(alpha)
         if not self.observations:

@@ -101,9 +101,9 @@ class TemplateTable:
         """The digest of the cluster of each of the last prompts, by the prompt's number."""
 
     def assign(self, prompt: Ids, conversation: bytes = b"") -> bytes:
-        """16-byte digest of the prompt's cluster, which begins with it where it is like none. prompt: int32 [P].
-        conversation: digest of the request's conversation; empty where none is known. Raises InvalidArgumentError for
-        another shape."""
+        """Returns the 16-byte digest of the prompt's cluster, which begins with it where it is like none. prompt: int32
+        [P]. conversation: digest of the request's conversation; empty where none is known. Raises InvalidArgumentError
+        for another shape."""
         if prompt.ndim != 1:
             raise InvalidArgumentError(f"prompt has shape {prompt.shape}: it must be [P]")
         prompt = np.ascontiguousarray(prompt, np.int32)
@@ -123,7 +123,7 @@ class TemplateTable:
         return max(self.prompts - MAX_PROMPTS, 0)
 
     def _count(self, prompt: Ids) -> Words:
-        """The hashes of the first shingles that are no frames; all that were looked at are counted."""
+        """Returns the hashes of the first shingles that are no frames; all that were looked at are counted."""
         parts: list[Words] = []
         left = MAX_SHINGLES
         least = max(FRAME_PROMPTS, FRAME_SHARE * self.counted)
@@ -158,7 +158,7 @@ class TemplateTable:
         return hashes
 
     def _add(self, shingles: Words, own: int) -> int:
-        """The number of a new prompt with these shingles. own: names it."""
+        """Returns the number of a new prompt with these shingles. own: names it."""
         self.prompts += 1
         number, cluster, digest = self.prompts, self.prompts, np.uint64(own)
         if len(shingles):
@@ -180,8 +180,8 @@ class TemplateTable:
         return number
 
     def _find(self, owners: Words) -> int:
-        """A prompt of the oldest of the clusters that have enough in common with one of the beginnings; 0 where none
-        has. owners: uint32 [HASHES, L], the first prompt that had each of the first shingles, or 0.
+        """Returns a prompt of the oldest of the clusters that have enough in common with one of the beginnings; 0 where
+        none has. owners: uint32 [HASHES, L], the first prompt that had each of the first shingles, or 0.
 
         Only prompts with a part of it count: else what is made of phrases that are common, each in another prompt,
         would be like all of them."""
@@ -195,7 +195,7 @@ class TemplateTable:
         return min(like, key=lambda number: int(self._clusters[number % MAX_PROMPTS]), default=0)
 
     def save(self) -> bytes:
-        """About 1.8 MB; `load` reads it, with the same key."""
+        """Returns the table as bytes, about 1.8 MB; `load` reads it, with the same key."""
         arrays = {name: getattr(self, f"_{name}") for name in _FIELDS}
         return bytes(safetensors.numpy.save(arrays, {"prompts": str(self.prompts), "counted": str(self.counted)}))
 

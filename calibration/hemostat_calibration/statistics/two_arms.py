@@ -79,7 +79,7 @@ class TwoArms:
         )
 
     def without(self, part: TwoArms) -> TwoArms:
-        """The counts of all other units. Raises InvalidArgumentError if `part` is not a part of these."""
+        """Returns the counts of all other units. Raises InvalidArgumentError if `part` is not a part of these."""
         return TwoArms(
             self.treated_bad - part.treated_bad,
             self.treated - part.treated,
@@ -94,9 +94,9 @@ class TwoArms:
         return float(log_e_value(self.treated_bad, self.treated, self.control_bad, self.control, margin))
 
     def get(self, alpha: float = 0.05, inflation: float = 1.0) -> ConfidenceInterval:
-        """Treated rate minus control rate, with the differences that the test does not refute at level alpha.
-        inflation: v̂ of the arms, the larger one, 1 or more: all counts are divided by it, and where it is above 1 the
-        interval is asymptotic; infinite: −1 to 1.
+        """Returns the treated rate minus the control rate, with the differences that the test does not refute at level
+        alpha. inflation: v̂ of the arms, the larger one, 1 or more: all counts are divided by it, and where it is above
+        1 the interval is asymptotic; infinite: −1 to 1.
 
         Valid at every look with a probability of at least 1 − alpha, for both ends together: the true difference is
         outside only if the e-value against that one difference reaches 1/alpha. `low` is above a margin exactly where
@@ -131,8 +131,8 @@ def log_e_value(
     control: npt.ArrayLike,
     margin: float,
 ) -> Floats:
-    """The same as `TwoArms.log_e`, of arrays of counts that broadcast; natural logarithm, 0 before the first unit.
-    Raises InvalidArgumentError unless -1 < margin < 1.
+    """Returns the same as `TwoArms.log_e`, for arrays of counts that broadcast; natural logarithm, 0 before the first
+    unit. Raises InvalidArgumentError unless -1 < margin < 1.
 
     >>> log_e_value([0, 20], 20, 0, 20, margin=0.05).round(2).tolist()
     [-4.15, 21.62]
@@ -149,14 +149,15 @@ def log_e_value(
 
 
 def _log_mixture(bad: npt.ArrayLike, units: npt.ArrayLike) -> Floats:
-    """log of the likelihood's mean over Beta(½, ½)."""
+    """Returns log of the likelihood's mean over Beta(½, ½)."""
     a, n = np.asarray(bad, np.float64), np.asarray(units, np.float64)
     mixture: Floats = np.asarray(_lgamma(a + 0.5) + _lgamma(n - a + 0.5) - _lgamma(n + 1.0), np.float64)
     return mixture - math.log(math.pi)
 
 
 def _log_likelihood(bad: Floats, units: Floats, rate: Floats) -> Floats:
-    """bad·log rate + (units − bad)·log(1 − rate), with 0·log 0 = 0; −inf where the rate excludes what was seen."""
+    """Returns bad·log rate + (units − bad)·log(1 − rate), with 0·log 0 = 0; −inf where the rate excludes what was
+    seen."""
     good = units - bad
     with np.errstate(divide="ignore"):
         hits = np.where(bad > 0.0, bad * np.log(np.where(bad > 0.0, rate, 1.0)), 0.0)

@@ -120,7 +120,7 @@ def break_existence(curve: Curve) -> Existence:
 
 
 def kink(settings: Floats, means: Floats) -> tuple[Floats, Floats]:
-    """The least and the largest of the ψ that fit best, float64 [B] each. means: float64 [B, L].
+    """Returns the least and the largest of the ψ that fit best, float64 [B] each. means: float64 [B, L].
 
     >>> x = np.array([0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
     >>> low, high = kink(x, np.maximum(x - 2.25, 0.0)[None])

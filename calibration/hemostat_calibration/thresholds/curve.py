@@ -78,7 +78,7 @@ class Curve:
 
 
 def student_quantile(alpha: float, degrees: int) -> float:
-    """The value that Student's |t| exceeds with probability `alpha` (Hill, Algorithm 396, CACM 13, 1970).
+    """Returns the value that Student's |t| exceeds with probability `alpha` (Hill, Algorithm 396, CACM 13, 1970).
 
     >>> round(student_quantile(0.05, 10), 3), round(student_quantile(0.01, 3), 3), round(student_quantile(0.5, 2), 3)
     (2.228, 5.841, 0.816)

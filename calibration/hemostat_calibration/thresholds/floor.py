@@ -8,7 +8,8 @@ from hemostat_calibration.thresholds.curve import ALPHA, Curve
 
 
 def leaves_floor(excess: Curve) -> int | None:
-    """Index of the least setting whose mean excess over the noise floor is established; None: not even the last one's.
+    """Returns the index of the least setting whose mean excess over the noise floor is established; None: not even the
+    last one's.
 
     Settings are tested from the most compressed one on, each at 2.5 % (one-sided), up to the first that is not
     established: with a fixed order no correction is needed for the probability that any setting at the floor is named

@@ -44,7 +44,8 @@ class Difference:
 
 
 def difference(better: Curve, worse: Curve, alpha: float = ALPHA) -> Difference:
-    """Each curve has one setting, on the same requests; only requests that both have scored count.
+    """Returns the difference of two curves. Each curve has one setting, on the same requests; only requests that both
+    have scored count.
 
     >>> setting = np.array([0.0])
     >>> better, worse = (Curve(setting, np.array([x]), np.ones(3)) for x in ([0.1, 0.2, 0.3], [1.1, 1.2, 1.3]))

@@ -26,7 +26,7 @@ log = logging.getLogger("vllm.hemostat")
 
 
 def register() -> None:
-    """The entry point; vLLM calls it in every process, possibly several times. It never raises."""
+    """Registers the plugin; vLLM calls this entry point in every process, possibly several times. It never raises."""
     if os.environ.get(ENABLED) != "1":
         return
     try:

@@ -42,7 +42,7 @@ class AdapterFolder:
         """Version: (bytes, when it was last asked for), the least recently used first."""
 
     def find(self, version: str, now: float) -> Path | None:
-        """The path of an adapter that this process has written."""
+        """Returns the path of an adapter that this process has written."""
         if version not in self._held or self._own is None or not (self._own / version).is_dir():
             return None
         self._held[version] = self._held[version][0], now

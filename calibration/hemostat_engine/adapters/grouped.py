@@ -38,7 +38,7 @@ class Group:
     index: torch.Tensor | None = None
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
-        """These rows of [N, …]: a view, or a copy where they are not consecutive."""
+        """Returns these rows of [N, …]: a view, or a copy where they are not consecutive."""
         if self.index is not None:
             return x.index_select(0, self.index)
         return x if self.stop - self.start == x.shape[0] else x[self.start : self.stop]
@@ -139,14 +139,14 @@ class FactorCache:
 
 
 def true_rank(a: torch.Tensor, b: torch.Tensor) -> int:
-    """The rank without the zeros at the end; a: [r, inputs], b: [outputs, r]."""
+    """Returns the rank without the zeros at the end; a: [r, inputs], b: [outputs, r]."""
     used = (a != 0).any(dim=1) & (b != 0).any(dim=0)
     result = used.nonzero()
     return int(result[-1]) + 1 if len(result) else 0
 
 
 def read_factors(a: Any, b: Any, slot: int, output_slices: Sequence[int]) -> Factors:
-    """The factors of the adapter in `slot`."""
+    """Returns the factors of the adapter in `slot`."""
     slices, start = [], 0
     for a_slots, b_slots, outputs in zip(a, b, output_slices, strict=True):
         slot_a, slot_b = matrix(a_slots, slot), matrix(b_slots, slot)
@@ -172,7 +172,7 @@ def read_factors(a: Any, b: Any, slot: int, output_slices: Sequence[int]) -> Fac
 
 
 def matrix(slots: torch.Tensor, slot: int) -> torch.Tensor:
-    """One slot of [slots, 1, m, n] or [slots, m, n]."""
+    """Returns one slot of [slots, 1, m, n] or [slots, m, n]."""
     result = slots[slot]
     return result[0] if result.ndim == 3 else result
 

@@ -57,7 +57,7 @@ _installed = False
 
 
 def install() -> None:
-    """Change vLLM in this process; idempotent. Raises HemostatError before anything is changed."""
+    """Changes vLLM in this process; a second call changes nothing. Raises HemostatError before anything is changed."""
     global _installed  # noqa: PLW0603 - vLLM calls the entry point several times in a process
     if _installed:
         return
@@ -97,13 +97,13 @@ def _install_product() -> bool:
 
 
 def _models_class() -> Any:
-    """OpenAIServingModels in a process that has imported it, the API server; None in others."""
+    """Returns OpenAIServingModels in a process that has imported it, the API server; None in others."""
     module = sys.modules.get(SERVING_MODULE)
     return getattr(module, "OpenAIServingModels", None)
 
 
 def _resolver_of(base: Any, resolver: Resolver) -> Any:
-    """An instance of vLLM's abstract class."""
+    """Returns an instance of vLLM's abstract class."""
 
     class HemostatResolver(base):  # type: ignore[misc] # the base is vLLM's
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:

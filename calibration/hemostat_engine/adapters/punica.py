@@ -15,7 +15,7 @@ _NO_ROWS = Plan()
 
 
 def install(wrapper_class: Any) -> None:
-    """Replace the operations of PunicaWrapperCPU. Idempotent.
+    """Replaces the operations of PunicaWrapperCPU; a second call changes nothing.
 
     An operation over other rows than those that vLLM announced (`update_metadata`) is left to vLLM.
     """

@@ -35,9 +35,9 @@ class Resolver:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "hemostat-adapters")
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
-        """A LoRARequest whose id vLLM sets, or None: not an adapter of Hemostat's, or none that fits this engine.
-        Raises ValueError for `PROBE`, and for every version where LoRA is off: vLLM answers 400 with its text, and logs
-        no traceback. It would log one of its engine for each adapter that it is asked to load without LoRA.
+        """Returns a LoRARequest whose id vLLM sets, or None: not an adapter of Hemostat's, or none that fits this
+        engine. Raises ValueError for `PROBE`, and for every version where LoRA is off: vLLM answers 400 with its text,
+        and logs no traceback. It would log one of its engine for each adapter that it is asked to load without LoRA.
         """
         if VERSION_PATTERN.fullmatch(lora_name) is None:
             return None

@@ -87,7 +87,7 @@ class SlotKeeper:
         manager_class._apply_adapters = apply_adapters
 
     def step(self, manager: Any, requests: Iterable[Any], apply: Callable[..., None]) -> None:
-        """Before a forward pass; `requests` are the adapters of its rows."""
+        """Prepares the slots before a forward pass; `requests` are the adapters of its rows."""
         self._used = frozenset(request.lora_int_id for request in requests)
         self._in_step = True
         try:
@@ -162,8 +162,8 @@ class SlotKeeper:
             )
 
     def _victim(self, manager: Any) -> int | None:
-        """The adapter that gives way. One of the pass that is being prepared never does; one of the last pass does if
-        there is no other, and is loaded again where a request still runs."""
+        """Returns the adapter that gives way. One of the pass that is being prepared never does; one of the last pass
+        does if there is no other, and is loaded again where a request still runs."""
         loaded = _loaded(manager)
         ours = [i for i, name in self._names.items() if i in loaded and is_ours(name)]
         ours = [i for i in ours if i in self._unloaded or self._names[i] not in self._state.wanted]
@@ -171,7 +171,7 @@ class SlotKeeper:
         return next((i for i in ours if not (self._in_step and i in self._used)), None)
 
     def _stand_in(self, manager: Any, ident: int) -> bool:
-        """An adapter of zeros, so that the forward pass finds one."""
+        """Loads an adapter of zeros, so that the forward pass finds one."""
         inner = manager._adapter_manager
         if len(inner) >= inner.capacity:
             inner.remove_oldest_adapter()
@@ -189,5 +189,5 @@ class SlotKeeper:
 
 
 def _loaded(manager: Any) -> list[int]:
-    """The ids of the adapters in slots."""
+    """Returns the ids of the adapters in slots."""
     return [ident for ident in manager._adapter_manager.lora_index_to_id if ident is not None]

@@ -66,7 +66,8 @@ class AdapterSource:
         self._retries = Retries()
 
     def may_look_up(self, version: str) -> bool:
-        """False if the version was missing a moment ago, or if too many have been asked for."""
+        """Returns True if the version may be looked up; False if it was missing a moment ago, or if too many have been
+        asked for."""
         now = self._clock()
         with self._lock:
             if self._not_before.get(version, now) > now:
@@ -74,7 +75,7 @@ class AdapterSource:
             return self._allowance.take(now)
 
     def find(self, version: str, base_model: str, engine: Engine) -> Path | None:
-        """The folder with the adapter's files; None, with one line in the log, if there is none that fits."""
+        """Returns the folder with the adapter's files; None, with one line in the log, if there is none that fits."""
         path = self._folder.find(version, self._clock())
         if path is not None:
             return path

@@ -57,7 +57,7 @@ class AdapterState:
             self._counts[name] += 1
 
     def report(self) -> dict[str, Any]:
-        """The members `adapters` and `lora` of a report; empty when no manager of this process is known."""
+        """Returns the members `adapters` and `lora` of a report; empty when no manager of this process is known."""
         with self._lock:
             return dict(self._report)
 

@@ -69,7 +69,8 @@ class Tokens:
         return cls(_plain(settings.token), _plain(settings.engine_token), settings.metrics_need_token)
 
     def check(self, access: Access, authorization: str) -> None:
-        """HTTPException 401 or 403, which names the setting, unless the Authorization field allows it."""
+        """Raises HTTPException 401 or 403, which names the setting, unless the Authorization field allows the
+        request."""
         if access is Access.OPEN or (access is Access.METRICS and not self.metrics_need_token):
             return
         name, expected = "admin.token", self.admin
@@ -90,7 +91,7 @@ def _plain(secret: SecretStr | None) -> str | None:
 
 
 async def authorize(request: Request) -> None:
-    """The app's dependency: of every route, before its body is read."""
+    """Checks the access; it is a dependency of every route, and runs before the body is read."""
     access = ACCESS.get((request.method, request.scope["route"].path))
     if access is None:
         raise HTTPException(403, "this route is not in the table of who may request it")

@@ -217,8 +217,8 @@ def create_app(
 
     @app.get("/readyz")
     async def readyz() -> PlainTextResponse:
-        """200: a relay accepts requests, or this control process waits for its store (`standby`, `reading`); 503: no
-        relay accepts requests. Neither depends on vLLM or the reference."""
+        """Answers 200 if a relay accepts requests, or if this control process waits for its store (`standby`,
+        `reading`), and 503 if no relay accepts requests. Neither depends on vLLM or the reference."""
         if not backend.ownership.knows:
             return PlainTextResponse(f"{backend.ownership.state}\n")  # relays have another one, or go on without
         return (
@@ -237,19 +237,19 @@ def create_app(
 
     @app.get("/runbook")
     async def runbook() -> Response:
-        """The runbook, which alerts link to."""
+        """Returns the runbook, which alerts link to."""
         return _asset("runbook.html")
 
     @app.get("/console/{name:path}")
     async def asset(name: str) -> Response:
-        """The console's scripts and styles."""
+        """Returns the console's scripts and styles."""
         if name not in ASSETS:
             raise HTTPException(404, "no such file")
         return _asset(name)
 
     @app.get("/api/v1/history")
     async def history(after: float = 0.0) -> dict[str, Any]:
-        """The columns of the console's charts, newer than `after` (Unix seconds)."""
+        """Returns the columns of the console's charts, newer than `after` (Unix seconds)."""
         return backend.history.report(after)
 
     @app.get("/api/v1/stream")
@@ -278,7 +278,7 @@ def create_app(
 
     @app.get("/api/v1/status")
     async def status() -> Response:
-        """The whole state; `state` in it lists what is wrong now, worst first."""
+        """Returns the whole state; `state` in it lists what is wrong now, worst first."""
         return Response(msgspec.json.encode(backend.status.current()), media_type="application/json")
 
     @app.get("/api/v1/profiles")
@@ -288,7 +288,7 @@ def create_app(
 
     @app.get("/api/v1/profiles/{version}")
     async def profile(version: str) -> dict[str, Any]:
-        """One profile with its evidence; the first 8 digits of the version are enough."""
+        """Returns one profile with its evidence; the first 8 digits of the version are enough."""
         profiles = backend.profiles
         description = profiles.describe(profiles.resolve(version)) if VERSION_DIGITS.fullmatch(version) else None
         if description is None:
@@ -378,7 +378,7 @@ def create_app(
 
 
 async def _read(request: Request, kind: type[T], expected: str, default: T | None = None) -> T:
-    """The body as `kind`, `default` where it is empty and may be; 422 names what is expected.
+    """Returns the body as `kind`, `default` where it is empty and may be; 422 names what is expected.
 
     Not a typed parameter of the routes: FastAPI would read the whole body before it checks the token.
     """

@@ -129,7 +129,7 @@ class Waiting:
         """The addresses of the waiting connections; the connections that have waited longest come first."""
 
     def add(self, connection: HeadTimeoutProtocol, address: str) -> None:
-        """It begins to wait. May abort another one."""
+        """Notes that a connection begins to wait. It may abort another one."""
         self._addresses.setdefault(connection, address)
         own = [connection for connection, its in self._addresses.items() if its == address]
         if len(own) > MAX_WAITING_PER_ADDRESS:

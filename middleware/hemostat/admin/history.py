@@ -78,7 +78,7 @@ class History:
         self._points.append((wall, *(math.nan if value is None else float(value) for value in values)))
 
     def _recent(self, mean: float | None, tokens: int) -> float | None:
-        """The mean over the last points, from the mean since the start."""
+        """Returns the mean over the last points, from the mean since the start."""
         nats, before = self._sums[0]
         self._sums.append(((mean or 0.0) * tokens, tokens))
         return (self._sums[-1][0] - nats) / (tokens - before) if tokens > before else None

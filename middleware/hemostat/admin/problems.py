@@ -120,7 +120,7 @@ class Found(NamedTuple):
 
 
 def problem(found: Found, since: float) -> Problem:
-    """The problem with all that its alert says. since: Unix time."""
+    """Returns the problem with all that its alert says. since: Unix time."""
     alert = ALERTS[found.alert]
     return Problem(
         alert=alert.name,
@@ -194,7 +194,7 @@ class Problems:
         return self._relays.figures.minute
 
     def look(self) -> DeploymentState:
-        """The present state. Called about once a second: what relays count is compared with a minute ago."""
+        """Returns the present state. Called about once a second: what relays count is compared with a minute ago."""
         now, wall = self._clock(), self._wall()
         found = {
             found.alert: found
@@ -261,11 +261,11 @@ class Problems:
             yield Found("HemostatAdaptersUnusable", f"Adapters serve or are tested, but no request can use one: {why}")
 
     def _failed(self) -> str:
-        """The share of failed requests, as the beginning of a sentence or its second half."""
+        """Returns the share of failed requests, as the beginning of a sentence or its second half."""
         return f"{100.0 * self._relays.figures.failed_ratio:.0f} % of the requests of the last minute failed"
 
     def _of_the_model(self, wall: float) -> Iterator[Found]:
-        """The problems of the served model, its engines and its profiles."""
+        """Yields the problems of the served model, its engines and its profiles."""
         raised = self._measured.alarms.raised()
         for test, (alert, text) in ALARMS.items():
             ours = [reading for reading in raised if reading.test == test and reading.raised is not None]

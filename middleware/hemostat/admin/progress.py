@@ -47,6 +47,7 @@ def progress(
 
 
 def _has_interval(kl: Mapping[str, Any], name: str) -> bool:
-    """An interval that goes up to all that the figure can be says nothing."""
+    """Returns True if the figure has an interval. An interval that goes up to all that the figure can be says
+    nothing."""
     high = kl.get(name, [None, None])[1]
     return high is not None and high < kl["cap"]

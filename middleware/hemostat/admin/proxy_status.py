@@ -55,7 +55,8 @@ class ArmEndings(msgspec.Struct):
 
 
 def quantile(counts: Sequence[int], q: float) -> float | None:
-    """Upper end, seconds, of the bucket of the overhead that holds the quantile (infinite above the last), or None.
+    """Returns the upper end, seconds, of the bucket of the overhead that holds the quantile (infinite above the last),
+    or None.
 
     counts: requests by bucket of `OVERHEAD_BUCKETS`, and above."""
     total = sum(counts)

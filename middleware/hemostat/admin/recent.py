@@ -42,7 +42,7 @@ class Growth:
         """
 
     def look(self, now: float, value: float) -> float:
-        """The growth up to now. now: monotonic seconds."""
+        """Returns the growth up to now. now: monotonic seconds."""
         changes = self._changes
         if value != changes[-1][1]:
             if now - changes[-1][0] < self._seconds / MAX_CHANGES:
@@ -144,7 +144,7 @@ class RelayGrowth:
 
 
 def _counters(total: Stats) -> dict[str, float]:
-    """The counters of all relays that `RelayFigures` shows the growth of."""
+    """Returns the counters of all relays that `RelayFigures` shows the growth of."""
     by_outcome = requests_by_outcome(total)
     requests = float(sum(by_outcome.values()))
     shadow = total.counters.get(names.SHADOW_REQUESTS, {})

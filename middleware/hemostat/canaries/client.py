@@ -57,7 +57,7 @@ Progress = Callable[[str, int, int], None]
 
 
 async def _at_once() -> None:
-    """A gate that is open."""
+    """Returns at once: a gate that is open."""
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -116,7 +116,7 @@ class CanaryClient:
         )
 
     async def take(self, prompts: Prompts, *, engine: str = "") -> CanarySet:
-        """Have the model write the answers, and score them: about 35,000 tokens with the prompts of this package.
+        """Makes the model write the answers, and score them: about 35,000 tokens with the prompts of this package.
         Raises InvalidArgumentError if the prompts make no set.
         """
         origin = await self.origin(prompts=prompts.digest, engine=engine)
@@ -154,14 +154,15 @@ class CanaryClient:
         return np.concatenate([await self._score(canary) for canary in canaries])
 
     async def compare(self, taken: CanarySet, tolerance: float) -> Comparison:
-        """Now against then: of the second replay, where the first one says that the engine has changed."""
+        """Compares a replay with the set. If the first replay says that the engine has changed, a second one is
+        compared."""
         self._expect(len(taken.canaries))
         comparison = taken.compare(await self.replay(taken.canaries), tolerance)
         self._expect(len(taken.canaries))
         return taken.compare(await self.replay(taken.canaries), tolerance) if comparison.changed else comparison
 
     async def _replay_beside(self, canaries: Sequence[Canary], at_once: int) -> Floats:
-        """The same with so many at once."""
+        """Replays the sequences, so many at a time."""
         values: list[Floats] = []
         for begin in range(0, len(canaries), at_once):
             group = [asyncio.create_task(self._score(canary)) for canary in canaries[begin : begin + at_once]]
@@ -218,8 +219,8 @@ class CanaryClient:
 
 
 def cut_to_fit(prompts: Sequence[Sequence[int]], tokens: int, max_model_len: int = 0) -> list[list[int]]:
-    """The prompts, of which the longest are cut to one length, so that all together have at most `tokens`, and each
-    one leaves room for its answer. max_model_len: 0 where it is not known.
+    """Returns the prompts, of which the longest are cut to one length, so that all together have at most `tokens`, and
+    each one leaves room for its answer. max_model_len: 0 where it is not known.
 
     >>> [len(prompt) for prompt in cut_to_fit([[1] * 3, [2] * 50, [3] * 90], 63)]
     [3, 30, 30]

@@ -47,7 +47,7 @@ class Reading:
     """The cause of what is stated, once it was looked for."""
 
     def judge(self, against: str, comparison: Comparison, numbers: Collection[int], now: float) -> None:
-        """One comparison. numbers: of the replays that are part of it.
+        """Judges one comparison. numbers: of the replays that are part of it.
 
         The first one that is too far is a suspicion; the first one of replays that are all later is a statement.
         """
@@ -60,7 +60,7 @@ class Reading:
             self.since.setdefault(against, now)
 
     def to_store(self) -> Reading:
-        """A suspicion comes before all replays of a later process."""
+        """Returns what is stored. A suspicion comes before all replays of a later process."""
         return replace(self, due=0.0, number=0, values=None, suspected=dict.fromkeys(self.suspected, 0))
 
     @property
@@ -134,7 +134,7 @@ class EngineCanaries:
         return EngineState(self.pace.state(), suspected)
 
     def forget(self) -> None:
-        """The set is replaced."""
+        """Forgets what was found, since the set is replaced."""
         self.readings = {name: Reading() for name in self.readings}
 
     async def close(self) -> None:

@@ -136,8 +136,8 @@ class Canaries:
         self._writes.put_blob(STATES_KEY, state_codec.encode(EngineStates(self._gone | states), SCHEMA))
 
     def after_break(self, time_break: TimeBreak) -> None:
-        """The clock was set: replays were as long ago as before, so that the budget lasts, and the same replays of
-        engines are compared with each other."""
+        """Notes that the clock was set: replays were as long ago as before, so that the budget lasts, and the same
+        replays of engines are compared with each other."""
         self._gone = {
             name: replace(state, pace=state.pace.after_break(time_break)) for name, state in self._gone.items()
         }
@@ -270,7 +270,8 @@ class Canaries:
         engine.listed_at = -np.inf
 
     def _wait_for_others(self, canaries: EngineCanaries, then: Origin) -> None:
-        """A rolling update to another path, perhaps: not compared until all engines have it."""
+        """Leaves an engine out of the comparison until all engines serve the same path: this may be a rolling
+        update."""
         why = "serves {} from {}, the set is of {} from {}".format(*_served(canaries.now), *_served(then))
         if why != canaries.differs:
             log.warning("canaries: %s %s: it is not compared until all engines serve the same", canaries.name, why)
@@ -302,7 +303,8 @@ class Canaries:
         log.info("canaries: a set of %d sequences was taken at %s", len(taken.canaries), canaries.name)
 
     async def _score_reference(self, base: CanarySet) -> None:
-        """Once, when there is a reference: its scores of the same tokens. Engines are replayed without them, too."""
+        """Asks the reference, once there is one, for its scores of the same tokens. Engines are replayed without them,
+        too."""
         pair, now = self._monitor.served.calibrated, self._clock()
         if len(base.reference) or pair is None or pair.scorer is None or pair.state is not ReferenceState.READY:
             return
@@ -322,7 +324,7 @@ class Canaries:
             self._sets.put(replace(base, reference=np.concatenate(scored)))
 
     async def _replay(self, canaries: EngineCanaries, model: str) -> bool:
-        """False where it has to wait: for the budget, or as the set was replaced meanwhile."""
+        """Returns False if it has to wait: for the budget, or as the set was replaced meanwhile."""
         base, taken, reading = self._sets.base, self._sets.of(model), canaries.readings[model]
         if base is None:
             return False
@@ -357,8 +359,8 @@ class Canaries:
         return True
 
     async def _explain(self, canaries: EngineCanaries, base: CanarySet) -> bool:
-        """The cause of what the base model's replays have found, once. False where it has to wait for the budget, for
-        which replays wait, too."""
+        """Finds the cause of what the base model's replays have found, once. Returns False if it has to wait for the
+        budget, for which replays wait, too."""
         reading = canaries.base
         if reading is None or not reading.since or reading.cause is not None or base.cause is None:
             return True
@@ -404,7 +406,8 @@ class Canaries:
             canaries.pace.give_back(tokens - client.sent)
 
     def _judge(self, canaries: EngineCanaries, model: str, taken: CanarySet) -> None:
-        """After a replay there: against then, and all engines that serve the same against each other."""
+        """Judges a replay of this engine: against the baseline, and all engines that serve the same against each
+        other."""
         tolerance, now = self._settings.tolerance_nats, self._wall()
         reading, alike = canaries.readings[model], self._alike(canaries, model)
         before = {name: dict(reading.since) for name, reading in alike.items()}
@@ -545,7 +548,7 @@ class _Engine:
         return self.task is None or self.task.done()
 
     def look(self, up: bool, boot: str) -> None:
-        """An engine that comes back, or whose plugin reports another boot id, is asked at once."""
+        """Looks at the engine: one that comes back, or whose plugin reports another boot id, is asked at once."""
         if (up and not self.up) or (boot and self._boot and boot != self._boot):
             self.listed_at, self.not_before = -np.inf, 0.0
             for reading in self.canaries.readings.values():

@@ -56,7 +56,7 @@ class Pace:
         (self._low.set if outstanding <= self._average + 1.0 else self._low.clear)()
 
     def left(self) -> int:
-        """The number of tokens that are left of the budget."""
+        """Returns the number of tokens that are left of the budget."""
         now = self._clock()
         self._spent = [(at, tokens) for at, tokens in self._spent if now - at < HOUR_SECONDS]
         return BUDGET_TOKENS - sum(tokens for _, tokens in self._spent)

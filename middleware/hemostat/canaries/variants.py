@@ -93,7 +93,7 @@ class VariantClient:
         self._sign = sign
 
     async def baseline(self, canaries: Sequence[Canary], max_model_len: int) -> CauseBaseline | None:
-        """None where the model's context is too short."""
+        """Returns the baseline; None if the model's context is too short."""
         text = text_of([canary.ids for canary in canaries], max_model_len)
         if not len(text):
             return None
@@ -104,7 +104,8 @@ class VariantClient:
         return CauseBaseline(text, tuple(measured))
 
     async def measure(self, text: Ids) -> Measured:
-        """All variants, once. What is to be alone comes first: the engine ends companions a while after they are."""
+        """Measures all variants, once. What is to be alone comes first: the engine ends companions a while after they
+        are."""
         ids, salts = text.tolist(), [_salt() for _ in prompts()]
         found: dict[str, Floats | None] = {Variant.LONG: await self._score(ids)}
         found[Variant.SHORT] = np.concatenate([await self._score(ids[piece]) for piece in windows(len(ids))])
@@ -127,7 +128,8 @@ class VariantClient:
         return np.array(await self._server.prompt_logprobs(self._model, ids, cache_salt=_salt()))
 
     async def _decode(self, ids: list[int], salts: Sequence[str]) -> Floats | None:
-        """Log-probabilities of given tokens after the beginnings of the text; None where they were not decoded."""
+        """Returns the log-probabilities of given tokens after the beginnings of the text; None if they were not
+        decoded."""
         values: list[float | None] = []
         for length, salt in zip(prompts(), salts, strict=True):
             wanted = ids[length : length + DECODED]

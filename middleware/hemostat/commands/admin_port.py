@@ -37,7 +37,7 @@ def add_admin_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _of_one(urls: str) -> str:
-    """The first of several addresses. With a password, which is refused and may hold commas, all of it."""
+    """Returns the first of several addresses. With a password, which is refused and may hold commas, all of it."""
     return (urls if "@" in urls else urls.split(",", maxsplit=1)[0]).removeprefix("dns+")
 
 

@@ -52,7 +52,8 @@ def positive_integer(text: str) -> int:
 
 
 def number_from_zero(below: float, text: str) -> Callable[[str], float]:
-    """The type of an argument that is 0 or more and less than `below`. text: of the error, after the wrong value."""
+    """Returns the type of an argument that is 0 or more and less than `below`. text: of the error, after the wrong
+    value."""
 
     def parse(value: str) -> float:
         try:
@@ -93,7 +94,7 @@ def add_settings(parser: argparse.ArgumentParser, *, file: bool = True) -> None:
 
 
 def load_settings(options: argparse.Namespace) -> Settings:
-    """The configuration of these options; raises ConfigError and UsageError."""
+    """Returns the configuration of these options; raises ConfigError and UsageError."""
     from hemostat.config.loading import load  # noqa: PLC0415
 
     overrides = [

@@ -141,7 +141,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _say(comparison: Comparison, then: Origin, now: Origin) -> int:
-    """The verdict, in one line, and what else is different."""
+    """Prints the verdict, in one line, and what else is different. Returns the exit code."""
     print(f"{'changed' if comparison.changed else 'equal'}: {comparison.summary}")  # noqa: T201
     for change in then.changes(now):
         print(f"  {change}")  # noqa: T201

@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def problems(reported: Sequence[dict[str, Any]]) -> list[str]:
-    """One line for each problem of the status block `state`, worst first."""
+    """Returns one line for each problem of the status block `state`, worst first."""
     return [
         f"{row['severity']}: {row['text']} (since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(row['since']))}; "
         f"{row['alert']} in the runbook)"
@@ -57,17 +57,17 @@ def problems(reported: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def comparison(outlier_engine: dict[str, Any]) -> list[str]:
-    """One line where engines are not compared, of the status block `outlier_engine`."""
+    """Returns one line where engines are not compared, of the status block `outlier_engine`."""
     return [f"outlier engine: off: {outlier_engine['detail']}"] if outlier_engine["state"] == "off" else []
 
 
 def not_compared(failures: dict[str, str]) -> list[str]:
-    """One line for each engine whose canaries are not compared, of the status block `canaries`."""
+    """Returns one line for each engine whose canaries are not compared, of the status block `canaries`."""
     return [f"canaries: {engine} is not compared: {why}" for engine, why in failures.items()]
 
 
 def table(engines: Sequence[dict[str, Any]]) -> str:
-    """One line for each engine of the status block `upstream`."""
+    """Returns one line for each engine of the status block `upstream`."""
     rows = [COLUMNS, *map(_row, engines)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -178,7 +178,7 @@ def _profile_mode(options: argparse.Namespace) -> int:
 
 
 def _version(text: str) -> str:
-    """A version, or the first digits of one: Hemostat knows which."""
+    """Checks that the text is a version, or the first digits of one, and returns it: Hemostat knows which it is."""
     if not re.fullmatch(r"[0-9a-f]{8,32}", text):
         raise UsageError(
             f"{text!r} is not a profile version (8 to 32 lowercase hex digits); hemostat profile list shows them"

@@ -47,7 +47,7 @@ ANY_XARG = "not-a-profile-version"
 
 
 async def check(settings: Settings) -> list[Finding]:
-    """All findings; raises nothing that a server or a model can cause."""
+    """Returns all findings; raises nothing that a server or a model can cause."""
     findings = [await _control_processes(settings) if settings.control.addresses else await _store(settings)]
     if settings.calibration.mode != "off":
         findings.append(_evidence(settings))
@@ -80,12 +80,12 @@ async def check(settings: Settings) -> list[Finding]:
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
-    """0 when everything that the configuration asks for will work, else 1."""
+    """Returns 0 when everything that the configuration asks for will work, else 1."""
     return int(any(f.state is State.NO for f in findings))
 
 
 def table(findings: Iterable[Finding]) -> str:
-    """The findings as text: one line each, and another one for its fix."""
+    """Returns the findings as text: one line each, and another one for its fix."""
     rows = list(findings)
     width = max((len(f.what) for f in rows), default=0)
     lines = []
@@ -318,8 +318,8 @@ def _without_reference(pair: ModelPair, settings: Settings) -> Finding:
 
 
 async def _reference(reference: Reference, settings: Settings, served: str | None, of: str = "") -> list[Finding]:
-    """served: the name of the model to compare it with; None where the upstream does not answer. of: what the names of
-    the findings end with."""
+    """Probes the reference. served: the name of the model to compare it with; None where the upstream does not answer.
+    of: what the names of the findings end with."""
     backend = settings.reference.backend
     try:
         info = await reference.start()

@@ -20,7 +20,7 @@ class ConfigError(HemostatError):
 
 
 def explain(error: ValidationError, path: Path | None, places: Mapping[Key, str]) -> str:
-    """The first error in one line, with the number of further ones.
+    """Returns the first error in one line, with the number of further ones.
 
     places: for each key that is set, the file and line, variable or flag that sets it.
     """
@@ -64,7 +64,7 @@ def explain(error: ValidationError, path: Path | None, places: Mapping[Key, str]
 
 
 def _suggestion(key: Key) -> str:
-    """A suggestion for an unknown key."""
+    """Returns a suggestion for an unknown key."""
     known = list(section_at(key[:-1]).model_fields)
     last = str(key[-1])
     prefix = dotted_key(key[:-1]) + "." if len(key) > 1 else ""
@@ -77,6 +77,6 @@ def _suggestion(key: Key) -> str:
 
 
 def nearest(word: str, known: Mapping[str, str | None]) -> str | None:
-    """The value of the closest key (or the key itself where the value is None)."""
+    """Returns the value of the closest key (or the key itself where the value is None)."""
     close = difflib.get_close_matches(word[:200], list(known), 1, 0.6)
     return (known[close[0]] or close[0]) if close else None

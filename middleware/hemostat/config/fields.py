@@ -29,7 +29,7 @@ _SECRET = re.compile(r"[!-~]{1,4096}")
 
 
 def server_url(value: str) -> str:
-    """The address without a slash at its end. Raises ValueError, whose text shows no credentials."""
+    """Returns the address without a slash at its end. Raises ValueError, whose text shows no credentials."""
     if "@" in value:  # wherever it is: what is before it may be a password
         raise ValueError("must not hold a user or a password; use api_key")
     try:
@@ -126,7 +126,7 @@ def _null_is_none(value: object) -> object:
 
 
 def yaml_off(value: object) -> object:
-    """YAML 1.1 reads an unquoted `off` as false."""
+    """Turns false into `off`, since YAML 1.1 reads an unquoted `off` as false."""
     return "off" if value is False else value
 
 
@@ -155,7 +155,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _reject_booleans(cls, value: object, info: ValidationInfo) -> object:
-        """pydantic would read `rate: yes` as 1.0."""
+        """Rejects booleans for numbers, since pydantic would read `rate: yes` as 1.0."""
         if isinstance(value, bool) and info.field_name is not None:
             kind = without_optional(cls.model_fields[info.field_name].annotation)
             if kind in {int, float}:
@@ -167,7 +167,7 @@ class Section(BaseModel):
 
 
 def without_optional(annotation: object) -> object:
-    """The type inside Optional and Annotated."""
+    """Returns the type inside Optional and Annotated."""
     if get_origin(annotation) is Annotated:
         return without_optional(get_args(annotation)[0])
     arguments = get_args(annotation)

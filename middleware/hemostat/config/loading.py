@@ -60,7 +60,7 @@ def load(
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
-    """The file's mapping, and for every key in it the file and line, for errors."""
+    """Returns the file's mapping, and for every key in it the file and line, for errors."""
     name = one_line(str(path))
     try:
         with path.open("rb") as file:
@@ -143,7 +143,7 @@ def _set_value(data: dict[str, Any], places: dict[Key, str], parts: list[str], t
 
 
 def _read_secret(data: dict[str, Any], places: dict[Key, str], key: tuple[str, str]) -> None:
-    """Where `…_file` is set, read the secret from there; a missing file is left to the validation."""
+    """Reads the secret from `…_file`, if that is set; a missing file is left to the validation."""
     section, name = key
     values = data.get(section)
     if not isinstance(values, dict):
@@ -188,7 +188,9 @@ def secret_from_environment(section: str, name: str, environment: Mapping[str, s
 
 
 def _from_text(text: str, annotation: object) -> object:
-    """Environment and flags are text: pydantic converts numbers and booleans, this function all else."""
+    """Returns the value of a text from the environment or a flag. pydantic converts numbers and booleans, and this
+    function all else.
+    """
     if text.strip().lower() in {"", "null"} and type(None) in get_args(annotation):
         return None
     if get_origin(annotation) is list:
@@ -207,7 +209,8 @@ def _spelled(dotted: str, source: str) -> str:
 
 
 def _foreign(name: str, text: str) -> bool:
-    """True for variables of Hemostat's other parts, and those that Kubernetes makes of a Service called hemostat."""
+    """Returns True for variables of Hemostat's other parts, and those that Kubernetes makes of a Service called
+    hemostat."""
     return (
         name in FOREIGN_VARIABLES
         or _KUBERNETES_NAME.search(name) is not None

@@ -15,7 +15,7 @@ _PORTS = re.compile(r"(\d{1,5})?(,(\d{1,5})?)*")
 
 
 def split_store_url(url: str) -> SplitResult:
-    """The parts of a store's address. Raises ValueError if no store has such an address."""
+    """Returns the parts of a store's address. Raises ValueError if no store has such an address."""
     if url.partition("://")[0] in POSTGRES:
         postgres_parameters(url)
     try:

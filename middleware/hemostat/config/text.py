@@ -13,13 +13,13 @@ Key = tuple[str | int, ...]
 
 
 def dotted_key(key: Sequence[str | int]) -> str:
-    """The key as it is written in messages and flags: `shadow.rate`."""
+    """Returns the key as it is written in messages and flags: `shadow.rate`."""
     return ".".join(shown_address(part) if "@" in (part := str(element)) else part for element in key)
 
 
 def short_repr(value: object) -> str:
-    """A short representation of any value, including cyclic and very large ones; of an address without credentials, of
-    null, true and false as YAML writes them."""
+    """Returns a short representation of any value, including cyclic and very large ones; of an address without
+    credentials, of null, true and false as YAML writes them."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, str) and ("@" in value or "://" in value):
@@ -28,5 +28,5 @@ def short_repr(value: object) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text without line ends and other characters that cannot be printed."""
+    """Returns the text without line ends and other characters that cannot be printed."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -65,7 +65,7 @@ def waiting_times(settings: Settings) -> list[WaitingTime]:
 
 
 def lasting(hours: float) -> str:
-    """A duration in words.
+    """Returns a duration in words.
 
     >>> lasting(24.0), lasting(48.0), lasting(1.0), lasting(36.0)
     ('a day', '2 days', 'an hour', '36 hours')

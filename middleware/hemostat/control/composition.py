@@ -127,7 +127,7 @@ class Control:
         self._connect_admin(settings, data_port)
 
     def _connect_models(self, settings: Settings) -> None:
-        """The engines, and the references that their models are compared with."""
+        """Connects the engines, and the references that their models are compared with."""
         self.engines = EngineRegistry(nonce_prefix=secrets.token_hex(8))
         self.weights = ServedWeights(self.engines)
         self.configured_engines = ConfiguredEngines(settings.upstream, self._clock)
@@ -301,7 +301,7 @@ class Control:
                 del self._others[next(iter(self._others))]
 
     def _look_at_weights(self) -> None:
-        """Engines may have loaded other weights under the same name and path."""
+        """Looks at the weights: engines may have loaded other weights under the same name and path."""
         pair = self.monitor.served.calibrated
         if pair is None or pair.reference is None or self.learned.models is None:
             return
@@ -309,7 +309,8 @@ class Control:
             self._models_changed()
 
     def _samples(self) -> Iterator[AnySample]:
-        """While this process does not know what is stored, it shows nothing of that: zeros would look like a loss."""
+        """Yields the samples. While this process does not know what is stored, it shows nothing of that: zeros would
+        look like a loss."""
         own = [self.configuration.samples, self.store_errors.samples]
         for source in [*own, *(self._sample_sources() if self.ownership.knows else ())]:
             yield from source()
@@ -359,7 +360,7 @@ class Control:
         self.ownership.activate()
 
     def _go_on_after(self, stored: str | None) -> None:
-        """stored: the time as an earlier process has stored it."""
+        """Goes on after an earlier process. stored: the time as an earlier process has stored it."""
         try:
             time_break = self.time.restore(stored)
         except InvalidArgumentError as error:
@@ -370,7 +371,7 @@ class Control:
         self.time.save(self.writer)
 
     def _pass(self, time_break: TimeBreak, why: str) -> None:
-        """The clock was set: whoever keeps times takes the difference out of them."""
+        """Passes on that the clock was set: whoever keeps times takes the difference out of them."""
         for part in (self.measured, self.profile_manager, self.canaries):
             part.after_break(time_break)
         if time_break.anew:

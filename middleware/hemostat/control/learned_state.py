@@ -55,8 +55,8 @@ class LearnedState:
         self._stored = stored
 
     def set_models(self, models: ModelIdentity) -> None:
-        """Both models are known, or more of them: go on from what was learned of them, and forget what was learned of
-        others."""
+        """Takes the models once both are known, or more of them: learning goes on from what was learned of them, and
+        what was learned of others is forgotten."""
         self._models = models
         self._note_models(models)
         self._use_stored()
@@ -97,7 +97,8 @@ class LearnedState:
         self._writes.put_blob(BLOB_KEY, data)
 
     async def save_if_due(self) -> None:
-        """Soon after a proposal, too: the next process must not make it again."""
+        """Saves what was learned if that is due, soon after a proposal, too: the next process must not make it
+        again."""
         unsaved = self._proposals.learned()[0] - self._saved_requests
         proposed = self._proposals.proposed != self._saved_proposed
         if proposed or unsaved >= MAX_UNSAVED_REQUESTS or self._clock() - self._saved_at >= SAVE_SECONDS:

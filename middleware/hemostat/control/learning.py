@@ -79,7 +79,8 @@ class CalibrationNeeds:
         return {anchors_digest(ids): ids for ids in evaluated if ids is not None} | self._learner.anchor_sets
 
     def needs_hidden_states(self, unit: bytes) -> bool:
-        """Held-out units are never learned from; adapters are judged by them."""
+        """Returns True if the unit's hidden states are needed. Held-out units are never learned from; adapters are
+        judged by them."""
         if held_out(unit, self._held_out_fraction):
             return self._adapters.needs_hidden_states(unit)
         return self._learner.wants_hidden_states

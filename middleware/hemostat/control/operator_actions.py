@@ -50,7 +50,7 @@ class OperatorActions:
         self._on_change = on_change
 
     async def import_profile(self, data: bytes, scope: str) -> str:
-        """A profile to be tested; its version. Raises InvalidProfileError."""
+        """Imports a profile to be tested, and returns its version. Raises InvalidProfileError."""
         profile = await asyncio.to_thread(CalibrationProfile.from_bytes, data)
         return await self._execute(lambda: self._profiles.operator.import_profile(profile, scope))
 
@@ -71,11 +71,11 @@ class OperatorActions:
         await self._execute(lambda: self._profiles.operator.release(kind))
 
     async def drain(self, engine: str, *, ends: bool) -> None:
-        """The engine gets no new requests, or some again."""
+        """Lets the engine get no new requests, or, with `ends`, some again."""
         await self._execute(lambda: self._upstreams.drain(engine, ends=ends))
 
     async def rebase(self, kind: str | None) -> dict[str, Any]:
-        """The kind (None: each) learns a new baseline. The alarms' report."""
+        """Makes the kind (None: each) learn a new baseline. Returns the alarms' report."""
         await self._execute(lambda: self._alarms.rebase(kind))
         return self._alarms.report()
 
@@ -92,7 +92,7 @@ class OperatorActions:
         await self._execute(change, ends=mode == "off")
 
     async def _execute(self, action: Callable[[], T], *, ends: bool = False) -> T:
-        """ends: something that serves."""
+        """Executes an action, and waits for the store. ends: it ends something that serves."""
         (self._ownership.require_known if ends else self._ownership.require_active)()
         result = action()
         self._on_change()

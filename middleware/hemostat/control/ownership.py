@@ -177,8 +177,8 @@ class Ownership:
         self.settled.set()
 
     def activate(self) -> None:
-        """All that `begin` has returned is in use. It writes at once: a former owner that has lost its session ends
-        where it finds another head, and relays leave it then."""
+        """Makes this process active, once all that `begin` has returned is in use. It writes at once: a former owner
+        that has lost its session ends where it finds another head, and relays leave it then."""
         self._move(_Event.USED, "")
         self.writer.claim()
         self.settled.set()
@@ -189,7 +189,7 @@ class Ownership:
             self._lost.set()
 
     async def watch(self) -> None:
-        """Once it is active, until cancelled. Superseded."""
+        """Watches the ownership once this process is active, until it is cancelled. Raises Superseded."""
         looking = asyncio.create_task(self._look_at_the_time(), name="suspends in time")
         try:
             await self._verify_and_regain()
@@ -216,7 +216,7 @@ class Ownership:
                 self._lost.clear()
 
     async def verify(self) -> None:
-        """Once, whether the store is still this process's."""
+        """Verifies once if the store is still this process's."""
         try:
             await self._thread.call(self._store.verify)
         except (ExclusionLost, StoreConflict) as failure:
@@ -251,7 +251,8 @@ class Ownership:
         raise Superseded(f"another process has written to the store: {why}")
 
     async def close(self) -> None:
-        """Another process can own the store now, or at the end of this one where the store does not answer in time."""
+        """Gives the store up: another process can own it now, or at the end of this one where the store does not answer
+        in time."""
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self._thread.call(self._store.close)

@@ -61,7 +61,7 @@ class SteadyClock:
         """When the time was stored last, by the clock that nobody sets."""
 
     def now(self) -> float:
-        """Unix time, seconds. It never goes back between two calls of `look`."""
+        """Returns the Unix time, seconds. It never goes back between two calls of `look`."""
         return self._time.at(self._steady())
 
     def look(self) -> TimeBreak | None:

@@ -47,7 +47,7 @@ class StoredState:
         self._stored_models: ModelIdentity | None = None
 
     def restore(self, snapshot: Snapshot) -> None:
-        """At the start, with all that is stored."""
+        """Restores all that is stored; it is called at the start."""
         states = snapshot.states
         events = [event for event in snapshot.events if event.get("decision") != "alarm"]
         self._profiles.restoring.restore(snapshot.profiles, states, events)
@@ -71,7 +71,8 @@ class StoredState:
         self._writes.set_state(SALT_KEY, self.salt.hex())
 
     def set_models(self, models: ModelIdentity) -> None:
-        """Both models are known, or more of them. Stored evidence about others is forgotten, and identity serves."""
+        """Takes the models once both are known, or more of them. Stored evidence about others is forgotten, and
+        identity serves."""
         self._models = models
         self._settle()
 
@@ -82,7 +83,7 @@ class StoredState:
         return self.models_with(self._models or ModelIdentity())
 
     def models_with(self, models: ModelIdentity) -> ModelIdentity:
-        """The same if these were set."""
+        """Returns the models as they would be known if these were set."""
         stored = self._stored_models
         return models.completed_by(stored) if stored is not None and stored.agrees_with(models) else models
 

@@ -64,11 +64,11 @@ class EngineAt:
         self._name = name
 
     def known(self, now: float) -> bool:
-        """It is known which engine that is, or no engine reports."""
+        """Returns True if it is known which engine that is, or no engine reports."""
         return self._addresses.boot_at(self._name, now) is not None or not self._registry.boots(now)
 
     def live(self, now: float) -> list[EngineReport]:
-        """The last report of each of its ranks."""
+        """Returns the last report of each of its ranks."""
         boot = self._addresses.boot_at(self._name, now)
         return [report for report in self._registry.live(now) if report.boot_id == boot]
 
@@ -103,18 +103,18 @@ class EngineAddresses:
         return len(self._upstream.addresses) > 1 or len(self._names()) > 1
 
     def current(self) -> Sequence[str]:
-        """The addresses, at present."""
+        """Returns the addresses, at present."""
         return self._names()
 
     def boot_at(self, name: str, now: float) -> str | None:
-        """The boot id of the engine at this address; None where that is not known now."""
+        """Returns the boot id of the engine at this address; None where that is not known now."""
         address = self._addresses.get(name)
         if address is None or address.asked_at < self._registry.newest:
             return None
         return address.boot if address.boot in self._registry.boots(now) else None
 
     def held(self, now: float) -> dict[str, frozenset[str]]:
-        """By address, the versions that a request there may ask for."""
+        """Returns by address the versions that a request there may ask for."""
         names = self._names()
         result = {name: boot for name in names if (boot := self.boot_at(name, now)) is not None}
         unplaced = self._registry.boots(now) - set(result.values())
@@ -123,8 +123,8 @@ class EngineAddresses:
         return {name: self._registry.held_by_all({boot} | unplaced, now) for name, boot in result.items()}
 
     def shown(self, now: float) -> dict[str, frozenset[str]]:
-        """The same for operators: without an address while it is not known which engine is there. Where there is one
-        address, what all engines hold."""
+        """Returns what each address holds, for operators: without an address while it is not known which engine is
+        there. Where there is one address, what all engines hold."""
         return self.held(now) if self.several else dict.fromkeys(self._names(), self._registry.acknowledged(now))
 
     def at(self, name: str) -> EngineAt:

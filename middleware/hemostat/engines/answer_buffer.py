@@ -79,7 +79,7 @@ class AnswerBuffer:
         return waiting is not None and len(waiting.answers) >= choices
 
     def take(self, nonce: str) -> list[TapAnswer]:
-        """The request's answers, by call and choice, which are removed."""
+        """Returns the request's answers, by call and choice, which are removed."""
         waiting = self._pop(nonce)
         return [] if waiting is None else [waiting.answers[key] for key in sorted(waiting.answers)]
 

@@ -65,7 +65,7 @@ def engine_router(
 
     @router.post("/answers")
     async def answers(request: Request) -> dict[str, Any]:
-        """Tokens and log-probabilities of sampled answers (msgpack); without any, the secrets are asked for."""
+        """Takes tokens and log-probabilities of sampled answers (msgpack); without any, the secrets are asked for."""
         body = await read_body(request, MAX_TAP_BYTES)
         try:
             registry.add_answers(decode_answers(body), now())
@@ -77,8 +77,8 @@ def engine_router(
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The request's body; 413 when it is longer than `limit` bytes, 408 when it does not arrive within BODY_SECONDS or
-    the client leaves before its end."""
+    """Returns the request's body; 413 when it is longer than `limit` bytes, 408 when it does not arrive within
+    BODY_SECONDS or the client leaves before its end."""
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):

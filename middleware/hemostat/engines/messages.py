@@ -124,7 +124,7 @@ class TapRun(msgspec.Struct, frozen=True):
         return RUN_BYTES + RUN_VERSION_BYTES * len(self.versions) + numbers
 
     def matrix(self) -> npt.NDArray[np.float16] | None:
-        """The features, [tokens, N]."""
+        """Returns the features, [tokens, N]."""
         if self.features is None:
             return None
         return np.frombuffer(self.features, "<f2").astype(np.float16, copy=False).reshape(self.tokens, -1)
@@ -191,7 +191,7 @@ _tap_decoder = msgspec.msgpack.Decoder(TapMessage)
 
 
 def decode_report(body: bytes) -> EngineReport:
-    """JSON to a report; InvalidEngineMessage names the invalid field."""
+    """Decodes a report from JSON. Raises InvalidEngineMessage, which names the invalid field."""
     report = _decode(_report_decoder, body)
     if report.rank >= report.world_size:
         raise InvalidEngineMessage(f"rank is {report.rank}: it must be below world_size, {report.world_size}")

@@ -57,7 +57,7 @@ class EngineRegistry:
         """The time when an engine last reported that had not been known before."""
 
     def set_wanted(self, versions: Iterable[str]) -> None:
-        """The versions that every engine should hold, most important first; at most MAX_HELD_VERSIONS."""
+        """Sets the versions that every engine should hold, most important first; at most MAX_HELD_VERSIONS."""
         self._wanted = tuple(dict.fromkeys(versions))[:MAX_HELD_VERSIONS]
 
     def report(self, report: EngineReport, now: float) -> list[str]:
@@ -111,7 +111,7 @@ class EngineRegistry:
         return frozenset.intersection(*(frozenset(rank.report.versions) for rank in ranks.values()))
 
     def boots(self, now: float) -> frozenset[str]:
-        """The engines that report."""
+        """Returns the engines that report."""
         self._expire(now)
         return frozenset(self._engines)
 
@@ -120,7 +120,7 @@ class EngineRegistry:
         return True
 
     def live(self, now: float) -> list[EngineReport]:
-        """The last report of every live rank."""
+        """Returns the last report of every live rank."""
         self._expire(now)
         return [rank.report for ranks in self._engines.values() for rank in ranks.values()]
 
@@ -145,7 +145,7 @@ class EngineRegistry:
         return dict(total)
 
     def live_engines(self, now: float) -> int:
-        """The number of engines that report."""
+        """Returns the number of engines that report."""
         return len(self.boots(now))
 
     def samples(self, now: float) -> Iterator[Sample]:

@@ -193,7 +193,7 @@ class TapBuffer:
 
 
 def _find(tap: _Tap, output_ids: bytes | None) -> int | None:
-    """The child that an output belongs to; see `TapBuffer.take`."""
+    """Returns the child that an output belongs to; see `TapBuffer.take`."""
     if output_ids is None:
         return min(tap.children, default=None)
     output = np.frombuffer(output_ids, "<i4")

@@ -69,8 +69,8 @@ class UpstreamEngines:
         return result
 
     def drain(self, engine: str, *, ends: bool = False) -> None:
-        """The engine gets no new requests from now on (or again some, with `ends`). Raises HemostatError for an unknown
-        one.
+        """Lets the engine get no new requests from now on (or again some, with `ends`). Raises HemostatError for an
+        unknown one.
 
         One that is drained may be gone meanwhile, so that its drain can be ended whatever relays report.
         """

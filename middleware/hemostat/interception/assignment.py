@@ -37,7 +37,7 @@ draw: Final[Callable[[], float]] = _draws().__next__
 
 
 def uniform(key: bytes, salt: bytes, purpose: bytes) -> float:
-    """A number in [0, 1), determined by its arguments; salt: at most 64 bytes, purpose: at most 16."""
+    """Returns a number in [0, 1), determined by its arguments; salt: at most 64 bytes, purpose: at most 16."""
     digest = blake2b(key, digest_size=8, key=salt, person=purpose).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
@@ -48,12 +48,13 @@ def in_control_arm(conversation: bytes, fraction: float, salt: bytes) -> bool:
 
 
 def outcome_number(conversation: bytes, salt: bytes) -> float:
-    """In [0, 1), of a conversation: its outcomes are reported while it is below `Policy.outcome_fraction`."""
+    """Returns the number of a conversation in [0, 1): its outcomes are reported while it is below
+    `Policy.outcome_fraction`."""
     return uniform(conversation, salt, OUTCOME)
 
 
 def conversation_digest(key: bytes | None, salt: bytes) -> bytes:
-    """16 bytes that name a conversation, by `openai.requests.Request.conversation_key`; empty without a key.
+    """Returns 16 bytes that name a conversation, by `openai.requests.Request.conversation_key`; empty without a key.
 
     The client is not part of it: a prompt that a second client repeats is not a second observation.
     """
@@ -63,6 +64,6 @@ def conversation_digest(key: bytes | None, salt: bytes) -> bytes:
 
 
 def client_digest(header: bytes, salt: bytes) -> bytes:
-    """8 bytes that name a client, by the value of the header that does; empty where that is empty."""
+    """Returns 8 bytes that name a client, by the value of the header that does; empty where that is empty."""
     value = credential(header)
     return blake2b(value, digest_size=CLIENT_BYTES, key=salt, person=CLIENT).digest() if value else b""

@@ -29,17 +29,18 @@ class ClientOptions:
 
 
 def hemostat_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
-    """The fields whose name begins with X-Hemostat-, with lower-case names."""
+    """Returns the fields whose name begins with X-Hemostat-, with lower-case names."""
     return [(name.lower(), value) for name, value in headers if name[: len(_PREFIX)].lower() == _PREFIX]
 
 
 def first_value(headers: Headers, name: bytes) -> bytes:
-    """The value of the first field with this lower-case name, which is the one that servers read; b"" without one."""
+    """Returns the value of the first field with this lower-case name, which is the one that servers read; b"" without
+    one."""
     return next((value for field, value in headers if field.lower() == name), b"")
 
 
 def read_options(fields: Sequence[tuple[bytes, bytes]], policy: Policy) -> ClientOptions | Refusal:
-    """The options in the fields of `hemostat_headers`; a Refusal where one has an invalid value."""
+    """Returns the options in the fields of `hemostat_headers`; a Refusal where one has an invalid value."""
     shadow: bool | None = None
     calibration: str | None = None
     label = ""

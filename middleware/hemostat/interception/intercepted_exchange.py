@@ -257,7 +257,7 @@ class InterceptedExchange:
                 xargs[TAP_TOP_KEY] = str(min(policy.shadow_top_k, MAX_TOP))
 
     def _pass_unread(self, reason: Unscored) -> None:
-        """The body cannot be read and is passed on unchanged."""
+        """Passes the body on unchanged, since it cannot be read."""
         self._skip(reason)
         if self._calibrated:
             self._choice = Choice(None, Arm.NONE, self._unjudged or reason)

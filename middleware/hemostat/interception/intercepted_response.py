@@ -173,7 +173,7 @@ class InterceptedResponse:
         return stream or self._stripper is not None or self._name is not None
 
     def _refusal_codes(self) -> tuple[int, ...]:
-        """After which the client's own request is sent."""
+        """Returns the codes after which the client's own request is sent."""
         codes = [*_REFUSAL_CODES, _TOO_LARGE_CODE]
         if self._adapter is not None:
             codes.append(_ADAPTER_REFUSAL_CODE)
@@ -259,7 +259,8 @@ class InterceptedResponse:
         return special.get(self._start.error_code or 0, RepeatReason.REFUSED)
 
     def _fail_after_repeat(self, code: int) -> None:
-        """The rewritten request was refused. If the client's own is accepted, the rewriting was the cause.
+        """Handles the second response after the rewritten request was refused. If the client's own is accepted, the
+        rewriting was the cause.
 
         code: of the second response's status, or of the error that it begins with; 0: it is a stream of something else.
         """
@@ -272,8 +273,9 @@ class InterceptedResponse:
             self._note_refusal()
 
     def _note_refusal(self) -> None:
-        """For example, the engine's --max-logprobs is lower than `shadow.top_k`. An answer that begins and then ends in
-        an error counts, too: it cannot be sent again to find out whether what was added is the cause."""
+        """Notes if the engine refused what was added, for example because its --max-logprobs is lower than
+        `shadow.top_k`. An answer that begins and then ends in an error counts, too: it cannot be sent again to find out
+        whether what was added is the cause."""
         failure = None if self._tokens is None else self._tokens.failure
         if failure in _REFUSALS or (failure is Unscored.UPSTREAM_ERROR and self._stripper is not None):
             self._reports.pause.refused(self._policy.shadow_top_k)

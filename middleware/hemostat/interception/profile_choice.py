@@ -134,7 +134,8 @@ def is_available(policy: Policy, engine: str, version: str) -> bool:
 
 
 def _if_available(policy: Policy, request: Request, engine: str, version: str, arm: Arm, reason: ArmReason) -> Choice:
-    """Only versions that the engine has acknowledged are requested: for any other it would silently apply identity."""
+    """Returns the version if it is available, else no profile. Only versions that the engine has acknowledged are
+    requested: for any other it would silently apply identity."""
     if version in policy.adapters and request.model not in (policy.base_models or ()):
         return Choice(None, Arm.NONE, ArmReason.OWN_ADAPTER)
     if not is_available(policy, engine, version):

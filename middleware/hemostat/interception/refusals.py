@@ -29,7 +29,7 @@ class SamplingPause:
         self._until = 0.0
 
     def refused(self, top_k: int) -> None:
-        """The engine refused what was added to a request, and would not have refused the request itself."""
+        """Notes that the engine refused what was added to a request, and would not have refused the request itself."""
         self._ask_about(top_k)
         self._refusals += 1
         if self._refusals >= MIN_REFUSALS and self._clock() >= self._until:
@@ -37,7 +37,7 @@ class SamplingPause:
             self._pause = min(2 * self._pause, MAX_PAUSE_SECONDS)
 
     def accepted(self, top_k: int) -> None:
-        """The engine answered with what was asked for."""
+        """Notes that the engine answered with what was asked for."""
         self._ask_about(top_k)
         self._refusals = 0
         self._pause = FIRST_PAUSE_SECONDS
@@ -67,5 +67,5 @@ class ServerErrorRepeats:
         return self._clock() >= self._not_before
 
     def in_vain(self) -> None:
-        """The client's own request got an error, too."""
+        """Notes that the client's own request got an error, too."""
         self._not_before = self._clock() + VAIN_REPEAT_PAUSE_SECONDS

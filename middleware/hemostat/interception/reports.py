@@ -23,7 +23,7 @@ class SampledCounter(Protocol):
 
 
 def uncounted(kind: str, outcome: str, reason: str, tokens: int | None, requests: float = 1.0) -> None:
-    """A `SampledCounter` where the coverage is not measured."""
+    """Counts nothing: it is the `SampledCounter` if the coverage is not measured."""
 
 
 class Reports:
@@ -102,5 +102,5 @@ class Reports:
         return self._lost_generation == policy.generation
 
     def tap_name(self, policy: Policy) -> str:
-        """A new name for one request among the engine's taps."""
+        """Returns a new name for one request among the engine's taps."""
         return f"{policy.nonce_prefix}-{self._nonce()}" if policy.nonce_prefix else self._nonce()

@@ -46,13 +46,14 @@ class ControlAddresses:
         return cls(**fields | {"hosts": [(str(host), int(port)) for host, port in fields.get("hosts", ())]})
 
     def context(self) -> ssl.SSLContext | None:
-        """The TLS context; None: without TLS. Raises OSError, with a text that names the file, if it cannot be read or
-        is no certificate.
+        """Returns the TLS context; None: without TLS. Raises OSError, with a text that names the file, if it cannot be
+        read or is no certificate.
         """
         return None if self.ca is None else client_context(Path(self.ca))
 
     async def targets(self) -> tuple[list[Target], list[str]]:
-        """All addresses of all names, as they are now, in random order; and which names are not known, and why."""
+        """Returns all addresses of all names, as they are now, in random order; and which names are not known, and
+        why."""
         if self.path:
             return [Target(path=self.path)], []
         result: dict[Target, None] = {}
@@ -68,7 +69,7 @@ class ControlAddresses:
 
 
 async def connect(target: Target, protocol: Callable[[], asyncio.Protocol], context: ssl.SSLContext | None) -> None:
-    """OSError (TLS errors are some); the caller sets the time limit."""
+    """Connects to a control process. Raises OSError (TLS errors are some); the caller sets the time limit."""
     loop = asyncio.get_running_loop()
     if target.path:
         await loop.create_unix_connection(protocol, target.path)

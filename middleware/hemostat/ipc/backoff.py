@@ -34,5 +34,5 @@ class Backoff:
         return longest * (0.5 + 0.5 * self._uniform())
 
     def reset(self) -> None:
-        """An attempt has succeeded."""
+        """Begins anew with the shortest pause, since an attempt has succeeded."""
         self.failures = 0

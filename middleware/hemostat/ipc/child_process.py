@@ -66,7 +66,7 @@ async def completed(work: Awaitable[object]) -> None:
 
 
 async def read_line(stream: asyncio.StreamReader) -> bytes:
-    """A `ReadMessage`. Lines above asyncio's limit of 64 KiB are left out."""
+    """Reads one line; it is a `ReadMessage`. Lines above asyncio's limit of 64 KiB are left out."""
     while True:
         with contextlib.suppress(ValueError):
             if line := await stream.readline():
@@ -168,7 +168,7 @@ class Child:
             self._stderr = (self._stderr + data)[-MAX_STDERR_BYTES:]
 
     def exit_summary(self) -> str:
-        """Its exit code, and the last line of its standard error."""
+        """Returns its exit code, and the last line of its standard error."""
         lines = self._stderr.decode(errors="replace").split("\n")
         last_line = next((line.strip() for line in reversed(lines) if line.strip()), "")
         code = f"{self._killed}code {self._process.returncode}"

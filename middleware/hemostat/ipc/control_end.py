@@ -116,7 +116,7 @@ class RelayLink:
                 writer.write(frame)
 
     async def run(self) -> None:
-        """Tell relays that this process is there, until cancelled."""
+        """Tells relays that this process is there, until it is cancelled."""
         alive = encode(Alive())
         while True:
             await asyncio.sleep(ALIVE_SECONDS)
@@ -124,7 +124,7 @@ class RelayLink:
                 writer.write(alive)
 
     async def serve(self, hello: Hello, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One relay that was admitted, until its connection ends."""
+        """Serves one relay that was admitted, until its connection ends."""
         code = "compiled" if hello.compiled else "interpreted"
         peer = writer.get_extra_info("peername")
         machine = f" from {peer[0]}" if isinstance(peer, tuple) else ""
@@ -191,7 +191,7 @@ def _answered(stats: Stats) -> float:
 
 
 def add(a: Stats, b: Stats) -> Stats:
-    """Sum of two relays' figures; either may lack what the other has."""
+    """Returns the sum of two relays' figures; either may lack what the other has."""
     counters = {name: dict(series) for name, series in a.counters.items()}
     for name, series in b.counters.items():
         into = counters.setdefault(name, {})

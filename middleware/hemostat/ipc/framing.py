@@ -14,7 +14,7 @@ _HEADER = struct.Struct(">I")
 
 
 def frame(body: bytes) -> bytes:
-    """One frame. Raises ValueError if the body is longer than MAX_FRAME_BYTES.
+    """Returns one frame. Raises ValueError if the body is longer than MAX_FRAME_BYTES.
 
     >>> frame(b"ab")
     b'\\x00\\x00\\x00\\x02ab'

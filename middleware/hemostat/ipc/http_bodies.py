@@ -65,7 +65,7 @@ class AnswerBody:
 
 
 async def read_answer(response: httpx.Response, limit: int, skip: int = 0) -> bytes:
-    """The body of a response of `AsyncClient.stream`, as `AnswerBody` reads it."""
+    """Returns the body of a response of `AsyncClient.stream`, as `AnswerBody` reads it."""
     body = AnswerBody(response.headers, limit, skip)
     async for data in response.aiter_raw():
         body.feed(data)
@@ -73,7 +73,7 @@ async def read_answer(response: httpx.Response, limit: int, skip: int = 0) -> by
 
 
 def read_answer_now(response: httpx.Response, limit: int) -> bytes:
-    """The same for `Client.stream`."""
+    """Returns the body of a response of `Client.stream`, as `AnswerBody` reads it."""
     body = AnswerBody(response.headers, limit)
     for data in response.iter_raw():
         body.feed(data)

@@ -31,7 +31,7 @@ REST_GRAMMAR_KIND = "rest grammar"
 
 
 def rest_of(kind: str) -> str:
-    """The kind that a request belongs to whose own is not followed.
+    """Returns the kind that a request belongs to whose own is not followed.
 
     >>> rest_of("chat text greedy"), rest_of("chat grammar greedy")
     ('rest', 'rest grammar')
@@ -317,7 +317,7 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     older control process; they are not signed. It is never logged."""
 
     def held_at(self, engine: str) -> frozenset[str]:
-        """The versions that a request to this engine may ask for."""
+        """Returns the versions that a request to this engine may ask for."""
         if self.held_by_engine is None:
             return self.acknowledged
         return self.held_by_engine.get(engine, frozenset())

@@ -30,7 +30,7 @@ class Origin:
         return _joined(self.address, self.port)
 
     def at(self, address: str) -> Origin:
-        """The same server at this address."""
+        """Returns the same server at this address."""
         return replace(self, address=address)
 
 

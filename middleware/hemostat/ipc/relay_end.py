@@ -77,7 +77,8 @@ class LastPolicy:
         """The number of policies that have expired."""
 
     def heard(self, policy: Policy | None = None) -> None:
-        """The control process has said something. policy: the one that it sent; None: the one in force stays so."""
+        """Notes that the control process has said something. policy: the one that it sent; None: the one in force stays
+        so."""
         self.look()
         self.heard_at = self._clock()
         if policy is not None:
@@ -208,8 +209,8 @@ class ControlLink:
         return "; ".join(failures)
 
     async def probe(self) -> tuple[dict[str, str], list[str]]:
-        """Every address once, and why its control process does not take this relay, "" where it does; and which names
-        are not known, and why."""
+        """Asks every address once, and returns why its control process does not take this relay, "" where it does; and
+        which names are not known, and why."""
         targets, failures = await self._addresses.targets()
         result = {}
         for target in targets:

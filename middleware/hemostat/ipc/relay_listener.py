@@ -133,7 +133,7 @@ class RelayListener:
                 await asyncio.sleep(pause)
 
     async def _serve(self, connection: socket.socket) -> None:
-        """One connection, until it ends."""
+        """Serves one connection until it ends."""
         task = asyncio.current_task()
         assert task is not None
         local, peer, writer = connection.family == socket.AF_UNIX, _peer(connection), None
@@ -208,7 +208,8 @@ class RelayListener:
 
 
 def listen_locally(path: Path) -> socket.socket:
-    """A Unix socket that only this user can connect to; a former one at this path is replaced. Raises HemostatError."""
+    """Returns a Unix socket that only this user can connect to; a former one at this path is replaced. Raises
+    HemostatError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     mask = os.umask(0o177)
     try:
@@ -232,7 +233,7 @@ def _peer(connection: socket.socket) -> str:
 
 
 def _in_words(error: Exception) -> str:
-    """One line that shows nothing of what a peer sent."""
+    """Returns one line that shows nothing of what a peer sent."""
     match error:
         case ssl.SSLError():
             return f"TLS failed ({error.reason or 'the peer closed it'})"

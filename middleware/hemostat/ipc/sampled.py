@@ -27,7 +27,8 @@ class SampledTally:
         self._counts: dict[tuple[str, str, str], tuple[float, float, int]] = {}
 
     def add(self, kind: str, outcome: str, reason: str, tokens: int | None, requests: float = 1.0) -> None:
-        """A sampled request has ended. tokens: what was generated; None: not known. requests: see `SampledCount`."""
+        """Counts a sampled request that has ended. tokens: what was generated; None: not known. requests: see
+        `SampledCount`."""
         key = kind, outcome, reason
         if key not in self._counts and len(self._counts) >= self._limit:
             key = REST_KIND, outcome, reason

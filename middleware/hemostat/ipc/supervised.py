@@ -70,7 +70,7 @@ def tell_supervisor(line: dict[str, Any]) -> None:
 
 
 def run_supervised(run: Callable[[dict[str, Any], asyncio.StreamReader], Coroutine[Any, Any, None]]) -> None:
-    """The life of a process that the supervisor keeps: it says that it is loaded, and is given its settings.
+    """Runs a process that the supervisor keeps: it says that it is loaded, and is given its settings.
 
     run: gets the first line of standard input, and the stream of further ones.
     """

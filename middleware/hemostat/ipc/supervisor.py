@@ -41,7 +41,7 @@ class ChildOwner(Protocol[Target_contra, Ready_contra]):
         ...
 
     def began(self, ready: Ready_contra, target: Target_contra) -> None:
-        """The first answer has come. Raises ChildRefused if the process is of no use."""
+        """Is told that the first answer has come. Raises ChildRefused if the process is of no use."""
         ...
 
     async def exchange(self, child: FramedChild) -> bool:
@@ -49,19 +49,19 @@ class ChildOwner(Protocol[Target_contra, Ready_contra]):
         ...
 
     def exited(self, why: ChildExited) -> None:
-        """The process has just ended: answers that are waited for will not come."""
+        """Is told that the process has just ended: answers that are waited for will not come."""
         ...
 
     async def closed(self) -> None:
-        """All that the process has sent was received."""
+        """Is told that all that the process has sent was received."""
         ...
 
     def failed(self, why: ChildExited | ChildRefused) -> None:
-        """It ended by itself, or refused. It is started again after a pause."""
+        """Is told that the process ended by itself, or refused. It is started again after a pause."""
         ...
 
     def reset(self) -> None:
-        """There is no process any more."""
+        """Is told that there is no process any more."""
         ...
 
 
@@ -98,16 +98,16 @@ class Supervisor(Generic[Target, Ready]):
             self.wake()
 
     def wake(self) -> None:
-        """There is something to send, or the process is wanted now."""
+        """Wakes the supervisor: there is something to send, or the process is wanted now."""
         self._wake.set()
 
     def ready(self, answer: Ready) -> None:
-        """The process can do its work."""
+        """Notes that the process can do its work."""
         if self._first is not None and not self._first.done():
             self._first.set_result(answer)
 
     def refused(self, why: str) -> None:
-        """The process said that it cannot."""
+        """Notes that the process said that it cannot do its work."""
         if self._first is not None and not self._first.done():
             self._first.set_exception(ChildRefused(why))
             self._first.exception()  # it may have no waiter

@@ -156,8 +156,8 @@ class Learner:
         self._process.set_target(replace(target, generation=self._generation))
 
     def set_weights(self, weights: str) -> None:
-        """The fingerprint of the compressed weights, "" where it is not known. What was learned of others is forgotten:
-        a new process begins without it."""
+        """Sets the fingerprint of the compressed weights, "" where it is not known. What was learned of others is
+        forgotten: a new process begins without it."""
         if weights and self._weights and weights != self._weights:
             log.warning("learning begins anew: the engines have loaded other weights")
             self._generation += 1
@@ -192,8 +192,8 @@ class Learner:
             self._process.wake()
 
     def tokens_by_source(self) -> dict[str, int]:
-        """The number of tokens that were learned from, by what they brought, over all processes since the start; it
-        never decreases.
+        """Returns the number of tokens that were learned from, by what they brought, over all processes since the
+        start; it never decreases.
         """
         return dict(self._tokens_of_ended + self._tokens_of_process())
 
@@ -339,7 +339,7 @@ class Learner:
                 await self._storage.save(self._weights, parts)
 
     def _due_scope(self) -> str | None:
-        """The first scope that has learned enough, and whose proposal would be accepted."""
+        """Returns the first scope that has learned enough, and whose proposal would be accepted."""
         for scope, tokens in self._learned.tokens.items():
             enough = tokens >= max(self._settings.min_tokens, RETRY_TOKEN_GROWTH * self._last_attempt.get(scope, 0))
             if enough and self._receiver.accepts(tokens, scope):
@@ -408,7 +408,7 @@ class Learner:
         self.state, self.detail = state, detail
 
     def reset(self) -> None:
-        """The process has ended."""
+        """Is told that the process has ended."""
         self._tokens_of_ended += self._tokens_of_process()
         self._learned = self._restored = learner_messages.Learned({}, {}, {})
         self._exported_tokens, self._export_pending = 0, False

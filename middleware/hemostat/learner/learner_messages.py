@@ -161,7 +161,8 @@ def parts(data: bytes) -> Iterator[tuple[bytes, bool]]:
 
 
 def to_row(record: TokenRecord, scope: str) -> Row:
-    """Features and hidden states are rounded to float16, which loses less than the models' own bfloat16."""
+    """Returns the record as a row. Features and hidden states are rounded to float16, which loses less than the models'
+    own bfloat16."""
     features, hidden = record.features, record.reference_hidden
     return Row(
         scope=scope,
@@ -181,7 +182,7 @@ def to_row(record: TokenRecord, scope: str) -> Row:
 
 
 def from_row(row: Row, vocab_size: int) -> TokenRecord:
-    """The record that a row was made of; the parts that a row lacks are at their defaults."""
+    """Returns the record that a row was made of; the parts that a row lacks are at their defaults."""
     output = np.frombuffer(row.output, "<i4").astype(np.int32)
     tokens = len(output)
 

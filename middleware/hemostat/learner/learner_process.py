@@ -125,7 +125,7 @@ class ScopedLearner:
                 self._states[scope] = self._family.update(self._states[scope], [record])
 
     def _follows(self, scope: str) -> bool:
-        """The scope has statistics of its own, from now on where there is room."""
+        """Returns True if the scope has statistics of its own. A new scope gets them if there is room."""
         if scope not in self._states:
             if len(self._states) > MAX_SCOPES:
                 return False
@@ -173,7 +173,7 @@ def special_ids(folder: Path) -> set[int]:
 
 
 def _json(file: Path) -> dict[str, object]:
-    """{} where it is missing or not readable: it is optional."""
+    """Returns the content of a JSON file; {} if it is missing or not readable: it is optional."""
     try:
         if file.stat().st_size > MAX_TOKENIZER_BYTES:
             return {}
@@ -274,7 +274,7 @@ def main(parent: int) -> int:
 
 
 def _stored(bodies: Iterator[bytes]) -> bytes:
-    """The bytes of the `Restore` messages that follow. Raises HemostatError on another message."""
+    """Returns the bytes of the `Restore` messages that follow. Raises HemostatError on another message."""
     parts: list[bytes] = []
     for body in bodies:
         message = learner_messages.REQUESTS.decode(body)

@@ -25,7 +25,8 @@ class StoredLearning:
         self._stored = stored or b""
 
     def load(self) -> tuple[str, bytes]:
-        """The weights that it is of, and what was stored last, b"" where there is none."""
+        """Returns the weights that the stored state was learned from, and the state that was stored last, b"" if there
+        is none."""
         return split_weights(self._stored)
 
     async def save(self, weights: str, parts: list[bytes]) -> None:
@@ -36,7 +37,7 @@ class StoredLearning:
 
 
 def split_weights(stored: bytes) -> tuple[str, bytes]:
-    """A stored blob's weights, "" where it names none, and what was learned of them.
+    """Returns a stored blob's weights, "" where it names none, and what was learned of them.
 
     >>> split_weights(b"weights 1f\\nlearned"), split_weights(b"learned")
     (('1f', b'learned'), ('', b'learned'))

@@ -99,7 +99,7 @@ class FloorLimit:
         self._mean, self._inflation = state.mean, self._dependence.inflation()
 
     def limit(self, alpha: float) -> float:
-        """Upper end of its interval, asymptotic; infinite while it is not known, or v̂ is not."""
+        """Returns the upper end of its interval, asymptotic; infinite while it is not known, or v̂ is not."""
         high = self._mean.get(alpha, self._inflation).high
         return high if high < self._mean.cap else math.inf
 
@@ -140,7 +140,7 @@ class Alarms:
         self.events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
 
     def observe(self, record: TokenRecord, figures: TokenDivergence) -> None:
-        """One scored request that is a unit of its own, its raw figures.
+        """Observes one scored request that is a unit of its own, its raw figures.
 
         One of an adapter counts in the mix of kinds only: it says nothing of the compressed model.
         """
@@ -165,8 +165,8 @@ class Alarms:
             self._noise_floors[model].add(divergences, client)
 
     def _noise_floor(self) -> float:
-        """Upper end of what noise adds to the divergence, half of the sum of the noise floors (two noisy computations
-        are compared in each), nats; infinite while one is unknown: the budget test then waits.
+        """Returns the upper end of what noise adds to the divergence, half of the sum of the noise floors (two noisy
+        computations are compared in each), nats; infinite while one is unknown: the budget test then waits.
 
         It is asymptotic: a limit that holds for any noise would have to allow for bursts that no request has met yet,
         log(1/alpha)/n of the requests at the cap: with 50 requests 0.7 nats, more than any budget."""
@@ -190,7 +190,7 @@ class Alarms:
         return before != self._raised
 
     def after_break(self, time_break: TimeBreak) -> None:
-        """The clock was set."""
+        """Notes that the clock was set."""
         self._cycle.after_break(time_break)
         self._state = alarm.after_break(self._state, time_break)
         self._saved_at = time_break.seen(self._saved_at)
@@ -208,8 +208,8 @@ class Alarms:
     # --- what operators do -----------------------------------------------------------------------------------------
 
     def rebase(self, kind: str | None = None) -> None:
-        """The kind, or each kind, learns a new baseline, and its alarms end. Raises HemostatError for a kind without a
-        scored request."""
+        """Makes the kind, or each kind, learn a new baseline, and ends its alarms. Raises HemostatError for a kind
+        without a scored request."""
         if kind is not None and kind not in self._state.kinds:
             known = ", ".join(sorted(self._state.kinds)) or "none yet"
             raise HemostatError(f"kind {kind[:100]!r} is not watched; watched: {known}")
@@ -218,7 +218,8 @@ class Alarms:
         self.save()
 
     def forget(self) -> None:
-        """Other models are served or compared: nothing that was learned holds. Spent alpha stays spent."""
+        """Forgets all, since other models are served or compared: nothing that was learned holds. Spent alpha stays
+        spent."""
         self._state = alarm.init(self._settings, self._state.begun)
         self._noise_floors = {model: FloorLimit(self._settings.cap, self._cycle) for model in self._noise_floors}
         self._note_changes()
@@ -302,7 +303,7 @@ class Alarms:
         }
 
     def raised(self) -> list[alarm.Reading]:
-        """The tests that have raised the alarm."""
+        """Returns the tests that have raised the alarm."""
         if not self._raised:
             return []
         return [reading for reading in alarm.readings(self._state) if reading.raised is not None]
@@ -391,7 +392,8 @@ def _part(reading: alarm.Reading) -> float:
 
 
 def to_json(reading: alarm.Reading) -> dict[str, Any]:
-    """JSON-ready: `since`, `at` are Unix times of the request with which the evidence began, and completed it."""
+    """Returns the reading, JSON-ready: `since`, `at` are Unix times of the request with which the evidence began, and
+    completed it."""
     crossing = reading.raised
     return {
         "test": str(reading.test),

@@ -62,7 +62,7 @@ class ByEngine:
         self._saved_at = wall()
 
     def count(self, record: TokenRecord, figures: TokenDivergence) -> None:
-        """One request that was scored here, its raw figures, in the sums."""
+        """Adds one request that was scored here, with its raw figures, to the sums."""
         if not record.engine:
             return
         kl = figures.kl_rc[np.isfinite(figures.kl_rc)]
@@ -72,7 +72,7 @@ class ByEngine:
             self._totals.popitem(last=False)
 
     def observe(self, record: TokenRecord, figures: TokenDivergence) -> None:
-        """One scored request that is an observation of its own, its raw figures, in the test."""
+        """Adds one scored request that is an observation of its own, with its raw figures, to the test."""
         kl = figures.kl_rc[np.isfinite(figures.kl_rc)]
         if not record.engine or not record.engine_drawn or not len(kl):
             return
@@ -87,7 +87,7 @@ class ByEngine:
             self.save()
 
     def after_break(self, time_break: TimeBreak) -> None:
-        """The clock was set."""
+        """Notes that the clock was set."""
         self._test = outlier_engine.after_break(self._test, time_break)
         self._drawn_at, self._saved_at = time_break.seen(self._drawn_at), time_break.seen(self._saved_at)
 
@@ -156,7 +156,7 @@ class ByEngine:
         self._drawn_at = max((test.last for test in self._test.tests.values()), default=-math.inf)
 
     def forget(self) -> None:
-        """Other models are served or compared. Spent alpha stays spent."""
+        """Forgets all, since other models are served or compared. Spent alpha stays spent."""
         self._test = outlier_engine.init(self._test.alpha, self._test.begun)
         self._raised, self._drawn_at = frozenset(), -math.inf
         self.save()

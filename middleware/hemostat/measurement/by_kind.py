@@ -121,7 +121,7 @@ class ByKind:
         profile: CalibrationProfile | None,
         gain: Gain | None,
     ) -> None:
-        """A record that is an observation of its own, after `count`. raw: None where it is of an adapter. profile,
+        """Adds a record that is an observation of its own, after `count`. raw: None where it is of an adapter. profile,
         gain: of the calibrated stage."""
         kind = self._kinds[record.kind or REST_KIND]
         if raw is not None:
@@ -137,7 +137,7 @@ class ByKind:
         kind.put(profile.version, figures)
 
     def add_distances(self, record: TokenRecord, version: str, before: ExactDistances, after: ExactDistances) -> None:
-        """The same of an adapter, from the exact distances without and with it."""
+        """Adds a record of an adapter, from the exact distances without and with it."""
         kind = self._kinds.get(record.kind or REST_KIND)
         if kind is None:
             return

@@ -43,7 +43,8 @@ class OtherModels:
         self._measurements(model).observe_noise_floor(side, record)
 
     def report(self, model: str) -> dict[str, Any]:
-        """JSON-ready: the raw figures, the noise floor, the excess over it, and what is conditional on a grammar."""
+        """Returns for JSON the raw figures, the noise floor, the excess over it, and what is conditional on a
+        grammar."""
         result = self._of.get(model) or Measurements(self._max_tokens, self._cycle)
         return {
             "raw": result.summary(None),

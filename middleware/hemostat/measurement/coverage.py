@@ -61,7 +61,7 @@ class Coverage:
         self._by_reason: dict[tuple[str, str], Tally] = {(SCORED, ""): Tally()}
 
     def count(self, kind: str, outcome: str, reason: str, requests: float, unknown: float, tokens: int) -> None:
-        """Sampled requests have ended. kind: full name; "" where the body was not read."""
+        """Counts sampled requests that have ended. kind: full name; "" where the body was not read."""
         if (outcome, reason) not in self._by_reason and len(self._by_reason) >= MAX_REASONS:
             return  # reasons are enumerations: only a message of another version can get here
         self._by_reason.setdefault((outcome, reason), Tally()).add(requests, unknown, tokens)
@@ -81,7 +81,7 @@ class Coverage:
         self.count(count.kind, count.outcome, count.reason, count.requests, count.unknown, count.tokens)
 
     def ended(self, capture: Capture, outcome: str, reason: str, left_out: int = 0) -> None:
-        """A capture has ended. left_out: of a scored one, output tokens that were not scored."""
+        """Counts a capture that has ended. left_out: of a scored one, output tokens that were not scored."""
         requests, tokens = counted(capture)
         unknown = requests if tokens is None else 0.0
         self.count(capture.kind, outcome, reason, requests, unknown, (tokens or 0) - left_out)

@@ -47,7 +47,7 @@ class Cycle:
         self._users.add(user)
 
     def after_break(self, time_break: TimeBreak) -> None:
-        """The clock was set."""
+        """Notes that the clock was set."""
         for user in self._users:
             user.after_break(time_break)
 
@@ -68,7 +68,7 @@ class DependenceState:
     last: float
 
     def arrays(self) -> Iterator[Floats]:
-        """All arrays, whose shapes are fixed by the number of figures."""
+        """Yields all arrays, whose shapes are fixed by the number of figures."""
         by_client = self.by_client
         yield from (self.in_time.open, self.in_time.sums, self.mean.open, self.mean.sums)
         yield from (by_client.count, by_client.total, by_client.open, by_client.batches, by_client.squares)
@@ -92,13 +92,13 @@ class Dependence:
         cycle.add(self)
 
     def after_break(self, time_break: TimeBreak) -> None:
-        """The clock was set: a cycle that was not seen as a whole begins again, or goes on without the time that was
-        lost."""
+        """Notes that the clock was set: a cycle that was not seen as a whole begins again, or goes on without the time
+        that was lost."""
         self._first = time_break.begins(self._first, ended=self.whole)
         self._last = max(time_break.seen(self._last), self._first)
 
     def add(self, x: Floats, n: Floats, client: bytes = b"") -> None:
-        """One request now: x, n float64 [S], the sum of each figure over its tokens, and their number. client: its
+        """Adds one request now: x, n float64 [S], the sum of each figure over its tokens, and their number. client: its
         digest; where it is empty, the request counts in time only."""
         now = self._cycle.clock()
         self._first = span_begins(self._first, self._last, now) if self._in_time.units else now
@@ -137,7 +137,7 @@ class Dependence:
         return np.where(unknown, np.inf, result)
 
     def inflations(self) -> Floats:
-        """The same, and infinite before a whole cycle was seen."""
+        """Returns v̂ of each figure as `inflations_seen` does, and infinite before a whole cycle was seen."""
         result = self.inflations_seen()
         return result if self.whole else np.full_like(result, np.inf)
 
@@ -147,7 +147,7 @@ class Dependence:
 
 
 def told(requests: int, inflation: float) -> dict[str, Any]:
-    """JSON-ready: `inflation` (v̂) and `effective_requests` (requests / v̂); None where v̂ is not known."""
+    """Returns for JSON `inflation` (v̂) and `effective_requests` (requests / v̂); None where v̂ is not known."""
     known = math.isfinite(inflation)
     return {
         "inflation": inflation if known else None,

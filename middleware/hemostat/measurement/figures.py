@@ -133,7 +133,7 @@ class StageFigures:
         self.tokens = 0
 
     def add(self, figures: TokenDivergence, client: bytes = b"") -> None:
-        """One request. client: the digest of whom it is from."""
+        """Adds one request. client: the digest of whom it is from."""
         self.requests += 1
         self.tokens += len(figures.kl_rc)
         self._exact = self._exact and figures.bound == "exact"
@@ -153,7 +153,7 @@ class StageFigures:
             self._infinite[name] += int(np.isinf(FIGURES[name].values(figures)).sum())
 
     def mean(self, name: str) -> float | None:
-        """One figure's mean; None where nothing was measured."""
+        """Returns one figure's mean; None where nothing was measured."""
         return finite(self._means[name].get().mean)
 
     def inflation(self, name: str) -> float:
@@ -173,11 +173,12 @@ class StageFigures:
         return math.isfinite(v) and not self._means[name].sequence.carried_by_few(v)
 
     def interval(self, name: str, alpha: float) -> ConfidenceInterval:
-        """One figure's mean with its asymptotic interval of 1 − alpha; its whole range unless `has_interval`."""
+        """Returns one figure's mean with its asymptotic interval of 1 − alpha; its whole range unless
+        `has_interval`."""
         return self._means[name].get(alpha, self.inflation(name))
 
     def sequence(self, name: str) -> MeanSequence:
-        """One figure's mean, for the difference from another group."""
+        """Returns one figure's mean, for the difference from another group."""
         return self._means[name].sequence
 
     def figure(self, name: str) -> dict[str, Any]:
@@ -210,9 +211,9 @@ class StageFigures:
         }
 
     def draft_acceptance(self) -> dict[str, Any]:
-        """1 − TV: the expected share of the compressed model's tokens that the reference would accept if the compressed
-        model were its draft: speculative sampling accepts x ~ c with probability min(1, r(x)/c(x)), so Σ min(r, c).
-        `lower`, `upper`: from the bounds of TV, equal where it is exact. `ci95`: around both. JSON-ready."""
+        """Returns 1 − TV: the expected share of the compressed model's tokens that the reference would accept if the
+        compressed model were its draft: speculative sampling accepts x ~ c with probability min(1, r(x)/c(x)), so Σ
+        min(r, c). `lower`, `upper`: from the bounds of TV, equal where it is exact. `ci95`: around both. JSON-ready."""
         least, most = self.figure("total_variation"), self.figure("total_variation_upper")
         if self._exact:
             most = least
@@ -228,8 +229,8 @@ class StageFigures:
         }
 
     def summary(self) -> dict[str, Any]:
-        """All figures, None where nothing was measured; JSON-ready. Cached until a request is added: the console asks
-        for every group every other second."""
+        """Returns all figures, None where nothing was measured; JSON-ready. Cached until a request is added: the
+        console asks for every group every other second."""
         if self._cached.get("requests") != self.requests:
             self._cached = self._to_json()
         return dict(self._cached)

@@ -22,8 +22,8 @@ BY_TOKEN, BY_REQUEST, SHARE, TV_BY_TOKEN, TV_BY_REQUEST = range(5)
 
 
 def interval(sequence: MeanSequence, inflation: float, lo: float = -math.inf, hi: float = math.inf) -> dict[str, Any]:
-    """JSON-ready: None where nothing was measured, or the end is not known. inflation: v̂, infinite where it is not
-    known. lo, hi: the figure's range by definition."""
+    """Returns the mean and its interval, JSON-ready: None where nothing was measured, or the end is not known.
+    inflation: v̂, infinite where it is not known. lo, hi: the figure's range by definition."""
     few = math.isfinite(inflation) and sequence.carried_by_few(inflation)
     result = interval_json(sequence.get(lo, hi, inflation=inflation), math.inf if few else inflation)
     return result | told_of_mean(sequence.moments.requests, inflation, carried_by_few=few)
@@ -72,8 +72,8 @@ class GainFigures:
         return self.by_token.moments.requests
 
     def add(self, gain: Gain, raw: TokenDivergence, client: bytes = b"") -> None:
-        """One request, its tokens where the gain and the KL before it are known; nothing where there is none. client:
-        the digest of whom it is from."""
+        """Adds one request, with its tokens where the gain and the KL before it are known; nothing where there is none.
+        client: the digest of whom it is from."""
         both = gain.exact & np.isfinite(raw.estimate_rc)
         tokens = int(both.sum())
         if not tokens:
@@ -88,7 +88,8 @@ class GainFigures:
         self.finite_by_request = self.finite_by_request.update(bounded / tokens)
 
     def recovered(self) -> dict[str, Any] | None:
-        """The share, with its asymptotic interval only: a ratio to a KL has no range. None before the first request."""
+        """Returns the share, with its asymptotic interval only: a ratio to a KL has no range. None before the first
+        request."""
         if self.share.moments.mean_n == 0.0:
             return None
         return interval(self.share, self.dependence.inflation(SHARE), hi=1.0)
@@ -137,7 +138,7 @@ class DistanceGains:
         return self.tv_by_token.moments.requests
 
     def add(self, before: ExactDistances, after: ExactDistances, client: bytes = b"") -> None:
-        """One request. client: the digest of whom it is from."""
+        """Adds one request. client: the digest of whom it is from."""
         tokens, less = len(before.tv), before.tv - after.tv
         sums, numbers = np.zeros(5), np.zeros(5)
         sums[[TV_BY_TOKEN, TV_BY_REQUEST]] = less.sum(), less.mean()

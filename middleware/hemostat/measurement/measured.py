@@ -48,15 +48,15 @@ class Measured:
         self.outcomes.restore(states.get(outcomes.STATE_KEY), states.get(outcomes.SPENT_KEY))
 
     def after_break(self, time_break: TimeBreak) -> None:
-        """The clock was set: what has to span a cycle of the traffic begins again, or goes on without the time that was
-        lost."""
+        """Notes that the clock was set: what has to span a cycle of the traffic begins again, or goes on without the
+        time that was lost."""
         self.cycle.after_break(time_break)
         self.alarms.after_break(time_break)
         self.by_engine.after_break(time_break)
         self.outcomes.after_break(time_break)
 
     def forget(self) -> None:
-        """Other models are served or compared."""
+        """Forgets all, since other models are served or compared."""
         self.measurements.forget()
         self.alarms.forget()
         self.by_engine.forget()

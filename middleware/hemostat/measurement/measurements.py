@@ -224,12 +224,12 @@ class Measurements:
         return raw
 
     def observe_part(self, record: TokenRecord, figures: TokenDivergence, *, fresh: bool) -> None:
-        """A record of the last tokens of an output: it counts by place alone, see `by_place`."""
+        """Observes a record of the last tokens of an output: it counts by place alone, see `by_place`."""
         if record.adapter is None:
             self.by_place.add(record, figures, fresh=fresh)
 
     def _observe_adapted(self, record: TokenRecord, figures: TokenDivergence, *, fresh: bool) -> None:
-        """A record of an adapter: what was served, and nothing of the compressed model itself."""
+        """Observes a record of an adapter: what was served, and nothing of the compressed model itself."""
         arm, decoding = str(record.arm), "greedy" if record.sampling.greedy else "sampled"
         self.tokens += record.tokens
         self._scored[arm, decoding] += record.tokens
@@ -240,8 +240,8 @@ class Measurements:
             self.by_kind.add(record, None, figures, None, None)
 
     def observe_distances(self, record: TokenRecord, profile: CalibrationProfile | None, *, fresh: bool) -> None:
-        """A held-out record whose exact distances are there. profile: what serves its kind, or would; only what an
-        adapter does is measured by them. fresh: as in `observe`."""
+        """Observes a held-out record whose exact distances are there. profile: what serves its kind, or would; only
+        what an adapter does is measured by them. fresh: as in `observe`."""
         if profile is None or profile.family != ADAPTER or not fresh:
             return
         before, after = record.distances.get(IDENTITY), record.distances.get(profile.version)
@@ -305,7 +305,7 @@ class Measurements:
         return result
 
     def summary(self, version: str | None) -> dict[str, Any]:
-        """The report's `raw` (None) or `calibrated` part; the raw one while a profile has not been measured."""
+        """Returns the report's `raw` (None) or `calibrated` part; the raw one while a profile has not been measured."""
         stage = self._after.get(version or "")
         if stage is None:
             return self._raw.summary()
@@ -318,22 +318,22 @@ class Measurements:
         }
 
     def sequence(self, name: str) -> MeanSequence:
-        """One raw figure's mean."""
+        """Returns one raw figure's mean."""
         return self._raw.sequence(name)
 
     def recovered(self, version: str | None) -> dict[str, Any] | None:
-        """Gain over KL(r‖c), the first exact, the second unbiased, over the same tokens; None where nothing was
-        measured. JSON-ready."""
+        """Returns the gain over KL(r‖c), the first exact, the second unbiased, over the same tokens; None where nothing
+        was measured. JSON-ready."""
         stage = self._after.get(version or "")
         return None if stage is None else stage.gain.recovered()
 
     def gained(self, version: str | None) -> dict[str, Any] | None:
-        """KL(r‖c) − KL(r‖c') in nats where it is known exactly, by token and by request; JSON-ready."""
+        """Returns KL(r‖c) − KL(r‖c') in nats where it is known exactly, by token and by request; JSON-ready."""
         stage = self._after.get(version or "")
         return None if stage is None else stage.gain.gained()
 
     def where(self) -> list[dict[str, Any]]:
-        """The raw figures by route and label."""
+        """Returns the raw figures by route and label."""
         return [{"route": r, "label": n, **f.summary()} for (r, n), f in self._where.items()]
 
     def arms(self) -> dict[str, Any]:

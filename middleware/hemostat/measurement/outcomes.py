@@ -49,7 +49,7 @@ class ServedKinds(Protocol):
         """Names of the kinds that are served and compared by themselves, the one for all others included."""
 
     def version(self, kind: str) -> str | None:
-        """The version that serves the kind now; None for identity."""
+        """Returns the version that serves the kind now; None for identity."""
 
     def is_operators(self, kind: str) -> bool:
         """Returns True if only an operator changes what serves the kind: it is held at identity, or its profile is
@@ -105,7 +105,8 @@ class Outcomes:
     # --- evidence --------------------------------------------------------------------------------------------------
 
     def receive(self, report: OutcomeReport) -> None:
-        """One answer, as a relay has judged it. Reports of a version that does not serve the kind now are ignored."""
+        """Receives one answer, as a relay has judged it. Reports of a version that does not serve the kind now are
+        ignored."""
         kind = report.kind
         if kind not in self._served.kinds() or self._served.version(kind) != report.version:
             return
@@ -140,7 +141,7 @@ class Outcomes:
         return True
 
     def sample(self, requests_per_second: float, now: float) -> None:
-        """Adapt what is reported and counted to the traffic; see `OutcomeSampling.update`. Call it regularly."""
+        """Adapts what is reported and counted to the traffic; see `OutcomeSampling.update`. Call it regularly."""
         if self._sampling.update(requests_per_second, now):
             self.save()  # else a restart could count conversations that are not counted now
 
@@ -180,11 +181,12 @@ class Outcomes:
     # --- restarts --------------------------------------------------------------------------------------------------
 
     def after_break(self, time_break: TimeBreak) -> None:
-        """The clock was set. Trials count units, and no time."""
+        """Notes that the clock was set. Trials count units, and no time."""
         self._saved_at = time_break.seen(self._saved_at)
 
     def forget(self) -> None:
-        """The models are others: all that was counted is about something else. Alpha that was spent stays spent."""
+        """Forgets all, since the models are others: all that was counted is about something else. Alpha that was spent
+        stays spent."""
         for kind in list(self._kinds):
             self._drop(kind)
         self._seen.clear()
@@ -244,7 +246,7 @@ class Outcomes:
     # --- what is shown ---------------------------------------------------------------------------------------------
 
     def harmed(self) -> dict[str, dict[str, Any]]:
-        """The kinds that are held because an outcome was harmed -> what was proven there, JSON-ready."""
+        """Returns the kinds that are held because an outcome was harmed -> what was proven there, JSON-ready."""
         return {
             kind: state.harmed
             for kind, state in self._kinds.items()
@@ -297,7 +299,7 @@ class Outcomes:
 
 
 def _numbers(stored: str) -> dict[str, int]:
-    """The numbers of the trials in a stored state, of whatever format."""
+    """Returns the numbers of the trials in a stored state, of whatever format."""
     try:
         state = json.loads(stored)
         named = {**state.get("begun", {}), **{kind: saved["number"] for kind, saved in state["kinds"].items()}}
@@ -307,7 +309,7 @@ def _numbers(stored: str) -> dict[str, int]:
 
 
 def to_json(reading: Reading) -> dict[str, Any]:
-    """JSON-ready: what is infinite or unknown is None."""
+    """Returns the reading, JSON-ready: what is infinite or unknown is None."""
     result = reading.difference
     return {
         "outcome": reading.outcome,

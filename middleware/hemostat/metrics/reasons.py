@@ -197,7 +197,7 @@ class Unscored(StrEnum):
     # fmt: on
 
     def label(self, detail: str = "") -> str:
-        """The label's value.
+        """Returns the label's value.
 
         >>> Unscored.REFERENCE_FAILED.label("timeout"), Unscored.ECHO.label()
         ('reference_timeout', 'echo')

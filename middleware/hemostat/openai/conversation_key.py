@@ -53,7 +53,7 @@ _FACTOR_MASK: Final = (1 << 30) - 1
 
 
 def conversation_key(body: bytes) -> int | None:
-    """A number below 2**32, or None where no conversation is recognized.
+    """Returns a number below 2**32, or None where no conversation is recognized.
 
     >>> first = b'{"messages": [{"role": "user", "content": "Hi"}], "seed": 1}'
     >>> later = b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]}'
@@ -108,7 +108,7 @@ def _find_user(body: bytes, start: int) -> int | None:
 
 
 def _end_of_object(body: bytes, position: int) -> int:
-    """The end of the object that `position` is in, or how far it is read."""
+    """Returns the end of the object that `position` is in, or how far it is read."""
     depth, end = 0, position + MAX_TEXT_BYTES
     for token in _TOKEN.finditer(body, position, end):
         mark = token.group()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 def credential(value: bytes) -> bytes:
-    """The value of an Authorization field, or of another one that names a client, as servers compare it: the scheme in
-    lower case, one space between two words and none around them; b"" where nothing is named.
+    """Returns the value of an Authorization field, or of another one that names a client, as servers compare it: the
+    scheme in lower case, one space between two words and none around them; b"" where nothing is named.
 
     A value of one word has no scheme: it stays as it is.
 

@@ -7,7 +7,7 @@ from hemostat.openai.json_splice import MALFORMED, JsonObject, encode
 
 
 def error_body(message: str, param: str | None = None, code: int = 400) -> bytes:
-    """A response body with an error, its members in vLLM's order. `code` is the HTTP status."""
+    """Returns a response body with an error, its members in vLLM's order. `code` is the HTTP status."""
     return encode({"error": {"message": message, "type": "BadRequestError", "param": param, "code": code}})
 
 

@@ -62,7 +62,7 @@ class JsonObject:
             self._find_spans()
 
     def _find_spans(self) -> None:
-        """The same for JSON of any style."""
+        """Finds the spans of the members in JSON of any style."""
         data, position = self.data, self.data.index(b"{")
         self._spans = spans = {}
         for key, value in self._values.items():
@@ -84,7 +84,7 @@ class JsonObject:
         return self._spans.keys()
 
     def raw(self, key: str) -> bytes:
-        """The value's bytes; `null` where the key is absent."""
+        """Returns the value's bytes; `null` where the key is absent."""
         span = self._spans.get(key)
         return NULL if span is None else self.data[span[0] : span[1]]
 
@@ -93,7 +93,8 @@ class JsonObject:
         return self._spans[key][0]
 
     def value(self, key: str) -> Any:
-        """The decoded value; None where the key is absent. TooComplex where to decode it would take too long."""
+        """Returns the decoded value; None where the key is absent. TooComplex where to decode it would take too
+        long."""
         raw = self._values.get(key)
         return None if raw is None else _decode(raw)
 
@@ -105,7 +106,8 @@ class JsonObject:
             return True
 
     def type_of(self, key: str) -> Any:
-        """The member `type` of the value, the value itself where it is no object; None where either is absent."""
+        """Returns the member `type` of the value, the value itself where it is no object; None where either is
+        absent."""
         raw = self._values.get(key)
         if raw is None:
             return None
@@ -114,12 +116,12 @@ class JsonObject:
         return _decode(raw)
 
     def has(self, key: str) -> bool:
-        """True where the key is present and its value is not null."""
+        """Returns True if the key is present and its value is not null."""
         span = self._spans.get(key)
         return span is not None and not self.data.startswith(NULL, span[0])
 
     def edit(self, changes: Mapping[str, bytes]) -> bytes:
-        """The object's bytes with these values (JSON): replaced where the key is present, else appended."""
+        """Returns the object's bytes with these values (JSON): replaced where the key is present, else appended."""
         parts: list[bytes] = []
         position = 0
         for key, (start, end) in self._spans.items():

@@ -72,7 +72,7 @@ _BLANKED: Final = bytes.maketrans(_OUTSIDE_WORDS, b" " * len(_OUTSIDE_WORDS))
 
 
 def kind_name(request: Request, label: str, *, several_models: bool) -> str:
-    """The full name of the request's kind; never raises.
+    """Returns the full name of the request's kind; never raises.
 
     label: of X-Hemostat-Label, "" without it. several_models: the server has more than one that can be scored.
     """
@@ -161,7 +161,7 @@ def _decoding(request: Request) -> str:
 
 
 def _given(request: Request, key: str) -> Any:
-    """The member's value; None where it is absent or malformed, which vLLM reports to the client."""
+    """Returns the member's value; None where it is absent or malformed, which vLLM reports to the client."""
     if not request.body.has(key):
         return None
     try:
@@ -171,7 +171,7 @@ def _given(request: Request, key: str) -> Any:
 
 
 def _number(request: Request, key: str, default: float) -> int | float:
-    """An integer may be too large for a float."""
+    """Returns the member's number, or the default. An integer may be too large for a float."""
     value = _given(request, key)
     return value if isinstance(value, int | float) else default
 
@@ -195,7 +195,8 @@ _SCRIPTS: Final = {
 
 
 def _script(text: bytes) -> str:
-    """The script other than Latin that a part of the characters belongs to, the most frequent one; "" for Latin."""
+    """Returns the script other than Latin that a part of the characters belongs to, the most frequent one; "" for
+    Latin."""
     escaped = b"\\u" in text
     if text.isascii() and not escaped:
         return ""

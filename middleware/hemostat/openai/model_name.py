@@ -90,7 +90,7 @@ class ModelName:
         return self._named and not self.replaced and not self._everywhere
 
     def finish(self) -> bytes:
-        """The body is complete: returns the rest of what the client gets."""
+        """Is called when the body is complete, and returns the rest of what the client gets."""
         held, self._held = self._held, b""
         return held
 
@@ -166,14 +166,14 @@ class ModelName:
         return len(data) if self._byte_before(data, at) == b"\\" else at
 
     def _may_become_member(self, rest: bytes) -> bool:
-        """rest: what follows the key so far."""
+        """Returns True if a member `model` may follow. rest: what follows the key so far."""
         rest = rest.lstrip(_WHITE)
         if not rest.startswith(b":"):
             return not rest
         return (b'"' + self._version + b'"').startswith(rest[1:].lstrip(_WHITE))
 
     def _start_in_stream(self, data: bytes) -> int:
-        """Where a line begins that may become an error event, or a version inside one."""
+        """Returns where a line begins that may become an error event, or a version inside one."""
         line = data.rfind(b"\n") + 1
         if line or not self._in_error:
             self._in_error = data.startswith(_ERROR_EVENT, line)
@@ -183,12 +183,12 @@ class ModelName:
 
 
 def _partial(data: bytes, pattern: bytes) -> int:
-    """The length of the longest end of `data` that is a beginning of `pattern`, not the whole of it."""
+    """Returns the length of the longest end of `data` that is a beginning of `pattern`, not the whole of it."""
     return next((n for n in range(min(len(pattern) - 1, len(data)), 0, -1) if data.endswith(pattern[:n])), 0)
 
 
 def without_versions(data: bytes) -> bytes:
-    """The server's list of models without the adapters that are named by a profile's version.
+    """Returns the server's list of models without the adapters that are named by a profile's version.
 
     Only those entries are cut out, each with its comma. What is no list of models is returned as it is.
     """

@@ -162,7 +162,8 @@ def merged_xargs(request: Request, xargs: Mapping[str, str], secret: str = "") -
 
 
 def check_sampling(body: JsonObject) -> None:
-    """One of MALFORMED where a number that `sampling_parameters` reads is JSON, but none that a computer can hold."""
+    """Raises one of MALFORMED if a number that `sampling_parameters` reads is JSON, but none that a computer can
+    hold."""
     for key in body.names & _SAMPLING_KEYS:
         body.value(key)
     for key in body.names & _GIVEN_KEYS:
@@ -170,7 +171,7 @@ def check_sampling(body: JsonObject) -> None:
 
 
 def sampling_parameters(request: Request, changes: Mapping[str, bytes], openai_defaults: bool) -> Sampling:
-    """The request's decoding parameters, with these changed members (JSON).
+    """Returns the request's decoding parameters, with these changed members (JSON).
 
     The temperature is NaN where the distribution that the tokens are drawn from is not known: where other parameters of
     the client change it, and where the client leaves out a parameter, for which vLLM takes the model's

@@ -52,7 +52,8 @@ def restricts_message(body: JsonObject) -> bool:
 
 
 def _restricts_calls(body: JsonObject, choice: Any, *, single: bool) -> bool:
-    """choice: "none", "auto" (also None), or what forces a call. single: at most one call is allowed."""
+    """Returns True if a grammar restricts the calls. choice: "none", "auto" (also None), or what forces a call. single:
+    at most one call is allowed."""
     if choice == "none" or not body.has("tools"):
         return False
     return choice not in (None, "auto") or single or _STRICT.search(body.raw("tools")) is not None
@@ -63,6 +64,6 @@ def _is_false(body: JsonObject, name: str) -> bool:
 
 
 def _object(body: JsonObject | None, name: str) -> JsonObject | None:
-    """The member, where it is an object."""
+    """Returns the member, where it is an object."""
     raw = NULL if body is None else body.raw(name)
     return JsonObject(raw) if raw.startswith(b"{") else None

@@ -34,7 +34,7 @@ class Event:
     end: int = -1
 
     def replace(self, data: bytes) -> bytes:
-        """The event's bytes with other data, which must not contain line ends."""
+        """Returns the event's bytes with other data, which must not contain line ends."""
         if self.start >= 0:
             return self.raw[: self.start] + data + self.raw[self.end :]
         lines = _LINE_END.split(self.raw)
@@ -43,7 +43,7 @@ class Event:
 
 
 def parse(raw: bytes) -> Event:
-    """The event in these bytes; the end of the last line may be missing."""
+    """Returns the event in these bytes; the end of the last line may be missing."""
     length = len(raw)
     if raw.startswith(b"data: ") and raw.find(b"\n") == length - 2 and raw.endswith(b"\n\n") and b"\r" not in raw:
         return Event(raw, raw[6:-2], 6, length - 2)
@@ -71,7 +71,7 @@ def parse(raw: bytes) -> Event:
 
 
 def _blank_lines(buffer: bytearray, start: int) -> list[int]:
-    """The end of each blank line from `start` on."""
+    """Returns the end of each blank line from `start` on."""
     if buffer.find(b"\r", start) >= 0:
         return [match.end() for match in _BLANK_LINE.finditer(buffer, start)]
     # The usual case, and many times faster than the pattern.
@@ -121,7 +121,7 @@ class Parser:
         return events
 
     def flush(self) -> bytes:
-        """The remaining bytes, when the stream ends in the middle of an event."""
+        """Returns the remaining bytes, when the stream ends in the middle of an event."""
         rest = bytes(self._buffer)
         self._buffer.clear()
         return rest

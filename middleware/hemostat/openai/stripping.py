@@ -95,7 +95,7 @@ class ResponseBody:
         return body
 
     def finish(self) -> bytes:
-        """The response is complete: returns the rest of what the client gets."""
+        """Is called when the response is complete, and returns the rest of what the client gets."""
         if self._events is not None:
             remainder = self._events.flush()
             rest = (self._on_event(sse.parse(remainder)) if remainder else b"") + self._on_end()
@@ -170,7 +170,8 @@ class ChoiceStripper(ResponseBody):
             return scrub(data, stream=False)
 
     def _strip_body(self, data: bytes, cut: bytes | None = None) -> bytes:
-        """cut: the value of the one `logprobs`, of which there is only `null` in `data`. May raise one of MALFORMED."""
+        """Returns a body as the client gets it. cut: the value of the one `logprobs`, of which there is only `null` in
+        `data`. May raise one of MALFORMED."""
         parsed = _Parsed(JsonObject(data))
         stripped = self._strip(parsed)
         self._record(parsed, cut)
@@ -218,7 +219,8 @@ class ChoiceStripper(ResponseBody):
         return self._take_finishing() + self._scrubber.finish()
 
     def _take_finishing(self, fingerprint: bytes = NULL) -> bytes:
-        """The bytes of the held finishing event, with the fingerprint that it has where no usage event follows."""
+        """Returns the bytes of the held finishing event, with the fingerprint that it has where no usage event
+        follows."""
         if self._finishing is None:
             return b""
         event, data = self._finishing
@@ -228,7 +230,8 @@ class ChoiceStripper(ResponseBody):
         return event.replace(data)
 
     def _strip(self, parsed: _Parsed) -> bytes:
-        """The bytes of a response or an event as the client gets them; the same object where nothing changes."""
+        """Returns the bytes of a response or an event as the client gets them; the same object where nothing
+        changes."""
         changes: dict[str, bytes] = {}
         edits = [self._changes(choice) for choice in parsed.choices]
         if any(edits):
@@ -248,7 +251,7 @@ class ChoiceStripper(ResponseBody):
         return changes
 
     def _record(self, parsed: _Parsed, cut: bytes | None = None) -> None:
-        """cut: see `_strip_body`."""
+        """Records what a choice has. cut: see `_strip_body`."""
         tokens = self._tokens
         try:
             _record_ending(tokens, parsed)

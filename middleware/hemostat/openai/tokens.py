@@ -31,7 +31,7 @@ def status_failure(status: int) -> Unscored:
 
 
 def error_reason(data: bytes) -> Unscored:
-    """The reason that an error counts as, by its text in a body or in a stream's event."""
+    """Returns the reason that an error counts as, by its text in a body or in a stream's event."""
     return Unscored.LOGPROBS_REFUSED if b"sample logprobs" in data else Unscored.UPSTREAM_ERROR
 
 
@@ -51,7 +51,7 @@ _ids: msgspec.json.Decoder[list[int]] = msgspec.json.Decoder(list[int])
 
 
 def little_endian(values: array[Any]) -> bytes:
-    """The values' bytes as `messages.Capture` carries them."""
+    """Returns the values' bytes as `messages.Capture` carries them."""
     if sys.byteorder == "big":
         values = values[:]
         values.byteswap()
@@ -113,13 +113,13 @@ class ResponseTokens:
             self.choices = []
 
     def choice(self, index: Any) -> ChoiceTokens:
-        """The choice of this index in the response. Raises ValueError if there is none."""
+        """Returns the choice of this index in the response. Raises ValueError if there is none."""
         if not isinstance(index, int) or not 0 <= index < len(self.choices):
             raise ValueError(f"no choice {index!r} among {len(self.choices)}")
         return self.choices[index]
 
     def add_prompt(self, index: int, raw: bytes) -> None:
-        """The ids (JSON) of the prompt of this choice."""
+        """Adds the ids (JSON) of the prompt of this choice."""
         choice = self.choice(index)
         choice.prompt_ids = array("i", _ids.decode(raw))
         if self._is_too_long(choice):
@@ -160,7 +160,7 @@ class ResponseTokens:
         return total
 
     def check_finished(self) -> None:
-        """The same where no ids are expected: every choice has to say how it finished."""
+        """Checks a response for which no ids are expected: every choice has to say how it finished."""
         if self.failure is None and not all(choice.finish_reason for choice in self.choices):
             self.fail(Unscored.INCOMPLETE)
 

@@ -56,7 +56,7 @@ class Catalogue:
         return self._profiles.get(version) if version is not None else None
 
     def created(self, version: str) -> float:
-        """Unix time at which the profile was first held, here or by whoever stored it."""
+        """Returns the Unix time at which the profile was first held, here or by whoever stored it."""
         return self._created[version]
 
     def add(self, profile: CalibrationProfile, in_use: Collection[str]) -> list[str]:
@@ -97,7 +97,7 @@ class Catalogue:
         return version in self.adapters
 
     def stored(self, version: str) -> StoredProfile:
-        """The profile as the store holds it."""
+        """Returns the profile as the store holds it."""
         return StoredProfile(version, self._profiles[version].to_bytes(), self._created[version])
 
     def gain_width(self, version: str) -> float:

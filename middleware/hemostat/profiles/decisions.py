@@ -155,7 +155,7 @@ class EventLog:
 
 
 def evidence_json(evidence: Evidence | None) -> dict[str, Any]:
-    """The evidence of a test in one kind, JSON-ready: what is infinite or unknown is None."""
+    """Returns the evidence of a test in one kind, JSON-ready: what is infinite or unknown is None."""
     if evidence is None:
         return {}
     result = asdict(evidence) | {"effective_units": evidence.effective_units}

@@ -38,7 +38,7 @@ class FollowedKinds:
         return frozenset(self.table.followed)
 
     def after_break(self, time_break: TimeBreak) -> None:
-        """The clock was set."""
+        """Notes that the clock was set."""
         self.table = self.table.after_break(time_break)
 
     def see(self, kind: str) -> str:

@@ -40,8 +40,8 @@ def is_held_out(record: TokenRecord, fraction: float) -> bool:
 
 
 def gain_interval(record: TokenRecord, profile: CalibrationProfile, gain: Gain) -> tuple[float, float] | None:
-    """Mean gain of a profile over identity on one request's tokens, nats, as an interval; None where nothing is known
-    of it.
+    """Returns the mean gain of a profile over identity on one request's tokens, nats, as an interval; None where
+    nothing is known of it.
 
     Left out are requests for which the engine reported other profiles but not this one (it evaluates some at a time,
     and may not hold it yet), and tokens that the profile's family has to leave out. Neither depends on what the gain
@@ -82,7 +82,7 @@ class Judge:
         self._lifecycle = lifecycle
 
     def observe(self, unit: HeldOutUnit) -> None:
-        """One held-out unit, whose kind is followed or is the rest."""
+        """Judges by one held-out unit, whose kind is followed or is the rest."""
         if unit.fresh:
             self._lifecycle.count_unit(unit.kind)
         self._judge(unit)

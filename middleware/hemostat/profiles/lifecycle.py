@@ -167,7 +167,8 @@ class Lifecycle:
         self._writer.write_serving()
 
     def reject(self, version: str, why: str) -> None:
-        """The engine does not apply it as it should: it is not tested, and serves only where it is pinned."""
+        """Rejects a version that an engine does not apply as it should: it is not tested, and serves only where it is
+        pinned."""
         for candidate in [c for c in self._trials.queue if c.version == version]:
             self.drop(candidate, Reason.PROBE, why)
         for kind, state in list(self._serving.kinds.items()):
@@ -175,7 +176,7 @@ class Lifecycle:
                 self.roll_back(kind, Reason.PROBE, why, {})
 
     def evidence(self, candidate: Candidate) -> dict[str, Any]:
-        """JSON-ready, of all kinds together; {} where it is not under test."""
+        """Returns the evidence of all kinds together, JSON-ready; {} if the version is not under test."""
         result = self._trials.evidence_by_kind(candidate)
         if not result:
             return {}
@@ -244,8 +245,8 @@ class Lifecycle:
         self._serving_changed()
 
     def limit_adapters(self, limit: int, reason: Reason, why: str) -> None:
-        """No more adapters can serve: of those that do, the ones stay that an operator has pinned or chosen, then those
-        with the most traffic."""
+        """Limits the number of adapters that can serve. Of the serving ones, the adapters stay that an operator has
+        pinned or chosen, then the ones with the most traffic."""
         kinds = self._serving.kinds
         adapters = [version for version in self._serving.versions if self._catalogue.is_adapter(version)]
 
@@ -276,7 +277,7 @@ class Lifecycle:
     # --- kinds -----------------------------------------------------------------------------------------------------
 
     def kind_followed(self, kind: str) -> None:
-        """A kind has a place of its own from now on: identity serves it until a profile is proven there.
+        """Gives a kind a place of its own from now on: identity serves it until a profile is proven there.
 
         Its requests belonged to the rest until now: what an operator has chosen for the rest goes on serving them. What
         a grammar restricts did not.
@@ -290,15 +291,15 @@ class Lifecycle:
         self._writer.write_serving()
 
     def count_unit(self, kind: str) -> None:
-        """A held-out unit of this kind; with the first one, tests begin there."""
+        """Counts a held-out unit of this kind; with the first one, tests begin there."""
         state = self._serving.kinds[kind]
         state.units += 1
         if state.units == 1:
             self._test_in(kind)
 
     def kind_evicted(self, kind: str) -> None:
-        """Another kind has taken its place: its requests belong to the rest from now on, and what served it is lost.
-        What was tried there is remembered."""
+        """Is told that another kind has taken this one's place: its requests belong to the rest from now on, and what
+        served it is lost. What was tried there is remembered."""
         state = self._serving.kinds[kind]
         self._trials.forget_kind(kind)
         if state.version is not None:
@@ -322,7 +323,8 @@ class Lifecycle:
     # --- the model -------------------------------------------------------------------------------------------------
 
     def set_model(self, model: ServedModel) -> None:
-        """Both models are known. What was learned or promoted for another model is dropped or rolled back."""
+        """Sets the model once both models are known. What was learned or promoted for another model is dropped or
+        rolled back."""
         self._serving.model = model
         unfit = {version for version in self._catalogue if not self._fits(version)}
         proposals = {c.version for c in self._trials.queue if c.source != IMPORT}

@@ -170,7 +170,8 @@ class ProfileManager:
             self.proposals.restart()
 
     def forget_evidence(self, why: str) -> None:
-        """The models are others than those that the evidence is about: identity serves, and all tests begin anew."""
+        """Forgets the evidence, since the models are others than the ones that it is about: identity serves, and all
+        tests begin anew."""
         for kind in list(self.serving.kinds):
             self.lifecycle.roll_back(kind, Reason.OTHER_MODEL, why, {})
         self.trials.remove(lambda candidate: candidate.source != IMPORT)
@@ -181,8 +182,8 @@ class ProfileManager:
         self.proposals.restart()
 
     def after_break(self, time_break: TimeBreak) -> None:
-        """The clock was set: what has to span cycles of the traffic begins again, or goes on without the time that was
-        lost. Evidence stays."""
+        """Notes that the clock was set: what has to span cycles of the traffic begins again, or goes on without the
+        time that was lost. Evidence stays."""
         self.trials.guard.after_break(time_break)
         self.kinds.after_break(time_break)
         self.writer.after_break(time_break)
@@ -190,20 +191,21 @@ class ProfileManager:
     # --- a scored record -------------------------------------------------------------------------------------------
 
     def scope_of(self, record: TokenRecord) -> str:
-        """ "" where all requests are pooled, or there are too many scopes."""
+        """Returns the scope of a record; "" if all requests are pooled, or there are too many scopes."""
         return self.serving.scopes.of(record)
 
     def is_held_out(self, record: TokenRecord) -> bool:
-        """The record's unit is for judging: nothing is ever learned from it."""
+        """Returns True if the record's unit is for judging: nothing is ever learned from it."""
         return is_held_out(record, self._held_out_fraction)
 
     def learning_scope(self, record: TokenRecord) -> str | None:
-        """The scope in which profiles that change logits are learned from the record now; None: in none."""
+        """Returns the scope in which profiles that change logits are learned from the record now; None: in none."""
         learned = record.adapter is None and not record.constraint and self.serving.uses(record)
         return self.scope_of(record) if learned and not self.is_held_out(record) else None
 
     def distance_versions(self, record: TokenRecord) -> tuple[str, ...]:
-        """The versions whose exact distances judging this record takes, `IDENTITY` first; none where it takes none."""
+        """Returns the versions whose exact distances judging this record takes, `IDENTITY` first; none where it takes
+        none."""
         if record.constraint or not self.serving.uses(record) or not self.is_held_out(record):
             return ()
         return self.trials.distance_versions(
@@ -284,7 +286,8 @@ class ProfileManager:
         return self.lifecycle.engine_versions()
 
     def evaluated_profiles(self) -> tuple[CalibrationProfile, ...]:
-        """Profiles whose effect the reference computes for every scored request: those that change logits alone."""
+        """Returns the profiles whose effect the reference computes for every scored request: those that change logits
+        alone."""
         if self.serving.mode == "off":
             return ()
         not_evaluated = {self.catalogue.probe, *self.catalogue.adapters}

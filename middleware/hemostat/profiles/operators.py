@@ -102,7 +102,7 @@ class Operator:
                 self._serve(Decision.PIN, version, each, "pinned by the operator")
 
     def unpin(self, kind: str | None = None) -> None:
-        """The pinned profile goes on serving, and is judged again, in a window that begins now."""
+        """Unpins the pinned profile: it goes on serving, and is judged again, in a window that begins now."""
         pinned = [each for each in self._serving.named(kind) if self._serving.kinds[each].pinned]
         if not pinned:
             raise HemostatError("nothing is pinned")

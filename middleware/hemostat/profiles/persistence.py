@@ -70,7 +70,7 @@ class StoredServing(msgspec.Struct, frozen=True):
 
     @classmethod
     def decode(cls, text: str | None) -> StoredServing:
-        """Nothing serves where `text` is missing. Raises InvalidArgumentError if it is damaged."""
+        """Decodes what is stored; nothing serves if `text` is missing. Raises InvalidArgumentError if it is damaged."""
         try:
             return msgspec.json.decode(text, type=cls) if text else cls()
         except msgspec.DecodeError as error:
@@ -83,7 +83,7 @@ class StoredServing(msgspec.Struct, frozen=True):
         }
 
     def kind_table(self, limit: int) -> KindTable:
-        """Where it is damaged, the kinds that were followed, which count from 0."""
+        """Returns the table of kinds. If it is damaged, it has the kinds that were followed, which count from 0."""
         try:
             return KindTable.load(self.table.encode(), limit) if self.table else KindTable(limit)
         except InvalidArgumentError as error:
@@ -93,13 +93,13 @@ class StoredServing(msgspec.Struct, frozen=True):
 
 
 def stored_mode(states: Mapping[str, str | None], configured: str) -> str | None:
-    """The mode that was set at run time; None where there is none, or the configured one has changed since."""
+    """Returns the mode that was set at run time; None where there is none, or the configured one has changed since."""
     before, _, mode = (states.get(MODE_KEY) or "").partition(" ")
     return mode if before == configured and mode in MODES else None
 
 
 def whole_number(text: str | None) -> int:
-    """0 where it is none."""
+    """Returns the number that a text is; 0 if it is none."""
     return int(text) if text and text.isdecimal() else 0
 
 
@@ -173,18 +173,18 @@ class StateWriter:
         )
 
     def write_tests(self) -> None:
-        """All tests and windows, as they are now."""
+        """Writes all tests and windows, as they are now."""
         if self._held:
             return
         self._saved_at, self._begun = self._wall(), False
         self._writes.set_state(TESTS_KEY, self._trials.guard.save().decode())
 
     def after_break(self, time_break: TimeBreak) -> None:
-        """The clock was set."""
+        """Notes that the clock was set."""
         self._saved_at = time_break.seen(self._saved_at)
 
     def note_begun(self) -> None:
-        """A test or a window has begun: what it spends of alpha is written at once, the rest soon."""
+        """Notes that a test or a window has begun: what it spends of alpha is written at once, the rest soon."""
         self._begun = True
         self.spend()
 
@@ -198,13 +198,13 @@ class StateWriter:
         return self._candidates.is_stored(number) if kind is None else self._windows.is_stored(number, kind)
 
     def restore_spent(self, states: Mapping[str, str | None]) -> tuple[int, Mapping[str, int]]:
-        """The numbers of candidates' tests, and of windows by kind, that an earlier run has begun."""
+        """Returns the numbers of candidates' tests, and of windows by kind, that an earlier run has begun."""
         self._candidates.restore(states.get(TESTS_BEGUN_KEY))
         self._windows.restore(states.get(WINDOWS_BEGUN_KEY))
         return self._candidates.count(), self._windows.counts
 
     def note_record(self) -> None:
-        """A record was learned from or judged by."""
+        """Notes that a record was learned from or judged by."""
         self._changed = True
 
     def save(self) -> None:
@@ -215,7 +215,7 @@ class StateWriter:
             self.write_tests()
 
     def save_if_due(self) -> None:
-        """The same, where a test has begun, or `SAVE_SECONDS` have passed since the last time."""
+        """Writes all tests if a test has begun, or if `SAVE_SECONDS` have passed since the last time."""
         if self._begun or self._wall() - self._saved_at >= SAVE_SECONDS:
             self.save()
 

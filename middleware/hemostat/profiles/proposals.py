@@ -95,7 +95,7 @@ class Proposals:
     # --- what was learned ------------------------------------------------------------------------------------------
 
     def learned(self, scope: str = ALL) -> tuple[int, int]:
-        """Requests and tokens that temperature and bias were learned from."""
+        """Returns the numbers of requests and tokens that temperature and bias were learned from."""
         state = self._scope(scope).temperature_bias
         return (state.requests, state.tokens) if state is not None else (0, 0)
 
@@ -134,7 +134,7 @@ class Proposals:
             learning.temperature_bias, learning.batch = None, []
 
     def restart(self) -> None:
-        """The model is another: forget what was learned.
+        """Forgets what was learned, since the model is another.
 
         A profile that still serves or is tested was kept from an earlier run, which had learned more than this one will
         have for a while: only more than that is worth a test.
@@ -250,7 +250,8 @@ class Proposals:
     # --- the probe -------------------------------------------------------------------------------------------------
 
     def set_probe(self, profile: CalibrationProfile, *, restored: bool = False) -> None:
-        """A contextual learner begins: engines are to hold this profile, and report the logits of its anchors.
+        """Sets the probe when a contextual learner begins: engines are to hold this profile, and report the logits of
+        its anchors.
 
         restored: it goes on from what the last one had learned. Otherwise that is lost, so that where no contextual
         profile is tested or serves, the next proposal need not be learned from more.

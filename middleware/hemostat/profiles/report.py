@@ -65,7 +65,7 @@ class Report:
         }
 
     def _order(self) -> list[str]:
-        """The most frequent kinds first."""
+        """Returns the most frequent kinds first."""
         kinds = self._serving.kinds
         return sorted(kinds, key=lambda kind: (-kinds[kind].units, -self._kinds.table.seen(kind), kind))
 
@@ -80,7 +80,7 @@ class Report:
         }
 
     def _waiting(self, candidate: Candidate) -> dict[str, Any]:
-        """With what it waits for, in words."""
+        """Returns a candidate with what it waits for, in words."""
         older = self._trials.behind(candidate)
         if older:
             why = f"waits until the test of {older[0][:8]}, an earlier build, has ended"
@@ -91,7 +91,7 @@ class Report:
         return _names(candidate) | {"summary": why}
 
     def _selected(self) -> dict[str, Any] | None:
-        """The version that serves the largest part of what any serves, with the evidence of its watch there."""
+        """Returns the version that serves the largest part of what any serves, with the evidence of its watch there."""
         version = self._serving.selected
         if version is None:
             return None
@@ -215,15 +215,15 @@ class Report:
         return profile.to_bytes() if profile is not None else None
 
     def resolve(self, version: str) -> str:
-        """The whole version of the profile whose version begins like this. Raises HemostatError if several do. An
-        unknown one is returned as it is."""
+        """Returns the whole version of the profile whose version begins like this. Raises HemostatError if several do.
+        An unknown one is returned as it is."""
         result = [held for held in self._catalogue if held.startswith(version)]
         if len(result) > 1:
             raise HemostatError(f"several versions begin with {version}: {', '.join(result)}")
         return result[0] if result else version
 
     def listing(self) -> dict[str, Any]:
-        """All profiles and events, newest first."""
+        """Returns all profiles and events, newest first."""
         return {
             "serving": self._serving.version or IDENTITY,
             "by_kind": self._serving.version_by_kind,
@@ -238,7 +238,7 @@ class Report:
         }
 
     def describe(self, version: str) -> dict[str, Any] | None:
-        """One profile with the events about it; None where it is not held."""
+        """Returns one profile with the events about it; None where it is not held."""
         profile = self._catalogue.get(version)
         if profile is None:
             return None
@@ -275,7 +275,7 @@ def _names(candidate: Candidate) -> dict[str, str]:
 
 
 def _adapter_json(profile: CalibrationProfile) -> dict[str, Any]:
-    """rank: the largest of a layer. bytes: of the factors."""
+    """Returns an adapter's properties for JSON. rank: the largest of a layer. bytes: of the factors."""
     return {
         "rank": max_rank(profile),
         "layers": len(layer_names(profile.parameters)),
@@ -295,14 +295,15 @@ def _gain_samples(kind: str, watch: Evidence) -> Iterator[Sample]:
 
 
 def _kl_gains(evidence: Evidence) -> tuple[float, float]:
-    """By unit and by token, nats, of a test whose gains are of the total variation; -inf where unknown."""
+    """Returns the gains in KL by unit and by token, nats, of a test whose gains are of the total variation; -inf where
+    unknown."""
     result = evidence.mean_kl_gain, evidence.mean_kl_gain_by_token
     by_unit, by_token = (-math.inf if value is None else value for value in result)
     return by_unit, by_token
 
 
 def _nearest(tests: list[tuple[Candidate, Evidence]]) -> tuple[Candidate, Evidence]:
-    """The candidate with the largest part of the evidence that it needs."""
+    """Returns the candidate with the largest part of the evidence that it needs."""
     return max(tests, key=lambda test: test[1].progress)
 
 

@@ -117,7 +117,8 @@ class Restoring:
         return withdrawn, dropped
 
     def _why_not_served(self, version: str, kind: str, unread: Mapping[str, str]) -> Cause | None:
-        """Slots are not asked for: how many engines have is not known yet. What served keeps its place until then."""
+        """Returns why a version cannot serve any more. Slots are not asked for: how many engines have is not known yet.
+        What served keeps its place until then."""
         full = self._serving.why_no_place(version, {kind})
         return self._why_not_held(version, unread) or (None if full is None else (Reason.SETTINGS, full))
 
@@ -189,7 +190,7 @@ def _served(states: Mapping[str, str | None]) -> tuple[StoredServing, str]:
 
 
 def _state(kind: StoredKind, *, serves: bool) -> KindState:
-    """serves: else its profile does not."""
+    """Returns the state of a stored kind. serves: its profile serves; else identity does."""
     state = KindState(window=max(1, kind.window), held=kind.held, units=kind.units, scope=kind.scope, tried=kind.tried)
     if serves and kind.version is not None:
         state.version, state.learned_of = kind.version, kind.learned_of

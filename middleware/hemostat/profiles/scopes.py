@@ -51,7 +51,7 @@ class Scopes:
         return scope in self._seen
 
     def of(self, record: TokenRecord) -> str:
-        """The record's scope; `ALL` where it is not followed."""
+        """Returns the record's scope; `ALL` where it is not followed."""
         scope = SCOPE_KEYS[self.kind](record)
         return scope if self.follow(scope) else ALL
 

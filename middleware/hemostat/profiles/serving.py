@@ -103,7 +103,7 @@ class ServingState:
         """The parts of a state that are remembered for kinds that may come back: `tried` and `held`."""
 
     def remember(self, kind: str) -> None:
-        """A kind loses its place."""
+        """Remembers the state of a kind that loses its place."""
         state = self.kinds.pop(kind)
         self.former.pop(kind, None)
         if state.tried or state.held:
@@ -112,7 +112,7 @@ class ServingState:
             del self.former[next(iter(self.former))]
 
     def named(self, name: str | None) -> list[str]:
-        """The kinds that an operator means: the one that is named, or with None all. Raises HemostatError."""
+        """Returns the kinds that an operator means: the one that is named, or with None all. Raises HemostatError."""
         if name is None:
             return list(self.kinds)
         if name not in self.kinds:
@@ -180,7 +180,7 @@ class ServingState:
         return self.model is not None and self.mode != "off" and self.forced is None
 
     def would_serve(self, record: TokenRecord) -> str | None:
-        """The version for a request like this one, in `observe` also."""
+        """Returns the version for a request like this one, in `observe` also."""
         if self.mode == "off":
             return None
         return self.forced or self.state_of(record).version
@@ -223,8 +223,9 @@ class ServingState:
         return f"{adapters} other adapters serve, as many as engines have slots for"
 
     def slot_for(self, version: str, proven: Collection[str]) -> set[str] | None:
-        """The kinds served by the adapter whose slot another one may take that is proven better in `proven`: more than
-        half of its held-out units are of these. None where there is no such adapter, or an operator chose it."""
+        """Returns the kinds served by the adapter whose slot another one may take that is proven better in `proven`:
+        more than half of its held-out units are of these. None where there is no such adapter, or an operator chose
+        it."""
         if not self.is_adapter(version) or not self.max_adapters:
             return None
         others = {other for other in self.versions if other != version and self.is_adapter(other)}
@@ -240,7 +241,7 @@ class ServingState:
         return None
 
     def learned_of(self, version: str) -> str:
-        """The scope that a version was learned of, as far as it is known: `ALL` where it serves nowhere."""
+        """Returns the scope that a version was learned of, as far as it is known: `ALL` where it serves nowhere."""
         return next((state.learned_of for state in self.kinds.values() if state.version == version), ALL)
 
     def has_room_for_new(self, scope: str) -> bool:

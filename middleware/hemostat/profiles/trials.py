@@ -155,8 +155,8 @@ class Trials:
         return candidate.test in self.guard.names
 
     def _older(self, candidate: Candidate) -> list[Candidate]:
-        """The candidates that it waits for: of earlier proposals of its family and scope, if its own test has not
-        begun."""
+        """Returns the candidates that it waits for: of earlier proposals of its family and scope, if its own test has
+        not begun."""
         if candidate.source not in FAMILY_RULES or self.has_begun(candidate):
             return []
         own = candidate.scope, candidate.source
@@ -164,12 +164,12 @@ class Trials:
         return [other for other in alike if other.proposal < candidate.proposal]
 
     def behind(self, candidate: Candidate) -> list[str]:
-        """The versions of its family whose tests have to end before its own begins."""
+        """Returns the versions of its family whose tests have to end before its own begins."""
         return [other.version for other in self._older(candidate)]
 
     def successors(self, candidate: Candidate) -> list[Candidate]:
-        """The candidates that wait for the end of this one's test: newer proposals of its family, and those for which
-        any free place is enough."""
+        """Returns the candidates that wait for the end of this one's test: newer proposals of its family, and those for
+        which any free place is enough."""
         waiting = {other: self._older(other) for other in self.waiting}
         return [other for other, older in waiting.items() if not older or candidate in older]
 
@@ -278,8 +278,8 @@ class Trials:
                 return
 
     def _is_over(self, candidate: Candidate) -> bool:
-        """It is under test in no kind any more, or serves them all. It waits for the first kind that it can be tested
-        in."""
+        """Returns True if the candidate is under test in no kind any more, or serves them all. It waits for the first
+        kind that it can be tested in."""
         states = [state for state in self._serving.kinds.values() if candidate.scope in (ALL, state.scope)]
         tested = any(_is_testable(candidate, state) for state in states)
         serves_all = bool(states) and all(state.version == candidate.version for state in states)
@@ -293,7 +293,7 @@ class Trials:
     # --- tests of candidates ---------------------------------------------------------------------------------------
 
     def running_kinds(self, candidate: Candidate) -> list[str]:
-        """The kinds in which it is under test now."""
+        """Returns the kinds in which it is under test now."""
         kinds = self.guard.kinds(candidate.test)
         return [kind for kind in kinds if kind in self._serving.kinds and self.guard.is_running(candidate.test, kind)]
 
@@ -322,7 +322,7 @@ class Trials:
         self._arrange()
 
     def count_seen(self, kind: str) -> None:
-        """A held-out request of this kind, whether it counted in a test or not."""
+        """Counts a held-out request of this kind, whether it counted in a test or not."""
         scope = self._serving.kinds[kind].scope
         tested = [candidate for candidate in self.tested if candidate.scope in (ALL, scope)]
         self._seen = {c: n for c, n in self._seen.items() if c in self._queue}
@@ -336,7 +336,7 @@ class Trials:
         return self.guard.spans_cycle(candidate.test, kind)
 
     def freeze(self, version: str, kind: str) -> None:
-        """The profile serves this kind now: nothing more is counted for it there."""
+        """Freezes the test of a profile that serves this kind now: nothing more is counted for it there."""
         for candidate in self._queue:
             if candidate.version == version and kind in self.running_kinds(candidate):
                 self.guard.freeze(candidate.test, kind)
@@ -364,7 +364,7 @@ class Trials:
             self._on_begun()
 
     def _width(self, version: str, baseline: str | None) -> float:
-        """No gain of the version over the other (None: identity) is below minus this."""
+        """Returns the width of gains: no gain of the version over the other (None: identity) is below minus this."""
         if self.figure(version, baseline) is Figure.TOTAL_VARIATION:
             return TOTAL_VARIATION_WIDTH
         return self._gain_width(version) + (self._gain_width(baseline) if baseline is not None else 0.0)
@@ -390,8 +390,8 @@ class Trials:
     # --- evidence --------------------------------------------------------------------------------------------------
 
     def note(self, kind: str, client: bytes, divergences: Floats, now: float) -> None:
-        """A unit that was scored, whether it is judged by or not: the compressed model's own divergence by token, and
-        when, in seconds."""
+        """Notes a unit that was scored, whether it is judged by or not: the compressed model's own divergence by token,
+        and when, in seconds."""
         known = divergences[np.isfinite(divergences)]
         if len(known):
             self.guard.note(kind, client, float(np.minimum(known, MAX_NOTED_NATS).mean()), now)
@@ -405,21 +405,22 @@ class Trials:
         return admission
 
     def update(self, name: str, unit: HeldOutUnit, gain: UnitGain) -> None:
-        """An admitted unit with its gain."""
+        """Counts an admitted unit with its gain."""
         ends = gain.lower, gain.upper
         self.guard.update(name, unit.kind, unit.unit, unit.client, *ends, unit.tokens, gain.kl, unit.time)
 
     def note_gain(self, name: str, unit: HeldOutUnit, gain: UnitGain) -> None:
-        """A unit that the test is too full to count: how much gains depend on each other is estimated from it, too."""
+        """Notes a unit that the test is too full to count: how much gains depend on each other is estimated from it,
+        too."""
         self.guard.note_gain(name, unit.kind, gain.lower, unit.time)
 
     def oppose(self, name: str, unit: HeldOutUnit, gain: UnitGain) -> None:
-        """A unit that a candidate's test has refused for its client's share: it can only prevent a promotion."""
+        """Notes a unit that a candidate's test has refused for its client's share: it can only prevent a promotion."""
         self.guard.oppose(name, unit.kind, gain.lower, gain.figure)
 
     def distance_versions(self, kind: str, unit: bytes) -> tuple[str, ...]:
-        """The versions (`IDENTITY` first) whose exact distances the tests need of a held-out unit of a followed kind;
-        none where no test that needs any can count it."""
+        """Returns the versions (`IDENTITY` first) whose exact distances the tests need of a held-out unit of a followed
+        kind; none where no test that needs any can count it."""
         serving = self._serving.kinds[kind].version
         pairs: list[tuple[str, str, str | None]] = [(WATCH, serving, None)] if serving is not None else []
         pairs += [(c.test, c.version, serving) for c in self.tested]
@@ -432,8 +433,8 @@ class Trials:
         return (IDENTITY, *(version for version in needed if version != IDENTITY)) if needed else ()
 
     def compared(self, kind: str) -> list[str]:
-        """The versions whose gains over identity the tests need of a held-out unit of this kind: what serves it, and
-        what is tested, but for adapters."""
+        """Returns the versions whose gains over identity the tests need of a held-out unit of this kind: what serves
+        it, and what is tested, but for adapters."""
         state = self._serving.kinds.get(kind)
         versions = dict.fromkeys((*([state.version] if state and state.version else []), *self.tested_versions))
         return [version for version in versions if not self._is_adapter(version)]
@@ -458,7 +459,7 @@ class Trials:
         return self.guard.units(candidate.test, kind)
 
     def serving_evidence(self, kind: str) -> Evidence | None:
-        """None where no profile serves the kind."""
+        """Returns the evidence about what serves the kind; None if no profile serves it."""
         return self.guard.evidence(WATCH, kind) if self.is_watched(kind) else None
 
     def evidence_by_kind(self, candidate: Candidate) -> Mapping[str, Evidence]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def make_references(settings: Settings) -> References | None:
-    """The configured references, none of them started; None with `reference.backend: none`."""
+    """Returns the configured references, none of them started; None with `reference.backend: none`."""
     wanted = settings.reference
     if wanted.backend == "none":
         return None
@@ -28,7 +28,7 @@ def make_references(settings: Settings) -> References | None:
 
 
 def _make(settings: Settings, reference: ModelReference | None) -> Reference:
-    """reference: None for `reference.model`."""
+    """Makes one reference. reference: None for `reference.model`."""
     wanted = settings.reference
     model = reference.model if reference is not None else wanted.model
     device = (reference.device if reference is not None else None) or wanted.device
@@ -54,7 +54,7 @@ def _make(settings: Settings, reference: ModelReference | None) -> Reference:
 
 
 def make_compressed_scorer(settings: Settings) -> VllmReference | None:
-    """The upstream as a scorer of its own tokens, for the noise floor; None where that is not measured."""
+    """Returns the upstream as a scorer of its own tokens, for the noise floor; None where that is not measured."""
     if settings.reference.backend == "none" or settings.shadow.floor_fraction <= 0.0:
         return None
     from hemostat.reference.vllm import VllmReference  # noqa: PLC0415

@@ -145,7 +145,7 @@ def scores_of(
     allowed: AllowedSets | None = None,
     see: Callable[[slice, torch.Tensor], None] | None = None,
 ) -> ExactScores:
-    """The scores of `score` from the logits that predict `output`.
+    """Returns the scores of `score` from the logits that predict `output`.
 
     logits: float32 [n, V] of these positions, on any device; called once for each chunk of them.
     """

@@ -57,7 +57,7 @@ class ExactScores:
 
 
 def chunks(tokens: int, vocab_size: int) -> Iterator[slice]:
-    """Positions whose logits are computed together.
+    """Yields the positions whose logits are computed together.
 
     >>> list(chunks(300, 131_072))
     [slice(0, 128, None), slice(128, 256, None), slice(256, 300, None)]

@@ -28,7 +28,7 @@ async def same_model(info: ReferenceInfo, url: str | None, server: VllmServer, s
 
 
 def _same_files(first: str, other: str) -> bool:
-    """False where one of them is not a folder on this machine."""
+    """Returns True if two folders have the same files; False if one of them is not a folder on this machine."""
     if not (os.path.isdir(first) and os.path.isdir(other)):
         return False
     return os.path.samefile(first, other) or checkpoint_digest(first, None) == checkpoint_digest(other, None)

@@ -16,14 +16,14 @@ MAX_MODELS = 64
 
 
 def without_own(cards: Iterable[ModelCard]) -> list[ModelCard]:
-    """The list without Hemostat's own adapters, which are named by a profile's version."""
+    """Returns the list without Hemostat's own adapters, which are named by a profile's version."""
     return [card for card in cards if card.parent is None or not is_version(card.id)]
 
 
 async def served_pairs(
     references: References, server: VllmServer, cards: Iterable[ModelCard], before: Iterable[ModelPair] = ()
 ) -> list[ModelPair]:
-    """The server's base models in its order, each with its reference. Raises ReferenceFailure.
+    """Returns the server's base models in its order, each with its reference. Raises ReferenceFailure.
 
     A name without a reference of its own that is another name of an earlier model belongs to that one.
     before: what was known; it is kept for models that are the same.
@@ -48,7 +48,7 @@ async def served_pairs(
 async def _same_as(
     server: VllmServer, card: ModelCard, pairs: Iterable[ModelPair], known: ModelPair | None
 ) -> ModelPair | None:
-    """The model of which the card's name is another name."""
+    """Returns the model of which the card's name is another name."""
     for pair in pairs:
         if card.root and card.root == pair.root:
             was_found = known is not None and known.name == pair.name and known.root == pair.root
@@ -58,8 +58,8 @@ async def _same_as(
 
 
 def with_adapters(pairs: Iterable[ModelPair], cards: Iterable[ModelCard]) -> list[ModelPair]:
-    """Each adapter belongs to the base model that the server names as its parent; to the only one, where there is but
-    one: the server may name the parent as the adapter's own files do."""
+    """Returns the pairs with their adapters. Each adapter belongs to the base model that the server names as its
+    parent; to the only one, where there is but one: the server may name the parent as the adapter's own files do."""
     pairs, cards = list(pairs), list(cards)
     only = len(pairs) == 1
     return [

@@ -127,7 +127,7 @@ async def same_model(server: VllmServer, name: str, other: str) -> bool:
 
 
 def _difference(ours: list[int], theirs: list[int]) -> str:
-    """ "" when equal, else the first token that differs."""
+    """Returns from which token on the ids differ, in words; "" if they are equal."""
     if ours == theirs:
         return ""
     at = next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))

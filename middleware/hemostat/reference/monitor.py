@@ -111,7 +111,7 @@ class ReferenceMonitor:
                 await server.close()
 
     async def _cards(self, server: VllmServer) -> list[ModelCard]:
-        """The models that clients see."""
+        """Returns the models that clients see."""
         cards = await server.models()
         return without_own(cards) if self._adapter_names else cards
 
@@ -150,7 +150,7 @@ class ReferenceMonitor:
         self._summarize()
 
     async def _compared(self, pair: ModelPair, server: VllmServer) -> ModelPair:
-        """The pair after one attempt to compare the two."""
+        """Returns the pair after one attempt to compare the two."""
         scorer = pair.scorer
         if scorer is None:
             return replace(pair, state=ReferenceState.NONE, detail=f"no reference of its own; {NAME_REFERENCE}")
@@ -258,7 +258,7 @@ class ReferenceMonitor:
         self._on_change()
 
     def _calibrated_of(self, pairs: list[ModelPair]) -> str:
-        """The name of the model that profiles are for: `calibration.model`, else the first one that is matched.
+        """Returns the name of the model that profiles are for: `calibration.model`, else the first one that is matched.
 
         Once chosen it stays, while it is matched. One whose reference is still awaited is waited for: else what was
         learned for it would be lost whenever the reference of another one starts sooner.
@@ -316,7 +316,8 @@ async def _first_that_answers(servers: Sequence[VllmServer]) -> VllmServer:
 
 
 def _unmatched(pair: ModelPair, detail: str, *, for_now: bool) -> ModelPair:
-    """for_now: no mismatch, and worth another attempt: a match that was found before is kept."""
+    """Returns the pair without a match. for_now: no mismatch, and worth another attempt: a match that was found before
+    is kept."""
     if for_now:
         return replace(pair, state=ReferenceState.STARTING, detail=detail)
     return replace(pair, state=ReferenceState.MISMATCH, detail=detail, reference=None)

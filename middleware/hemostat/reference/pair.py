@@ -78,7 +78,7 @@ class ServedModels:
     calibrated_name: str = ""
 
     def of(self, model: str) -> ModelPair | None:
-        """The pair of a served name, of a base model or an adapter; None where the server does not list it."""
+        """Returns the pair of a served name, of a base model or an adapter; None where the server does not list it."""
         return next((pair for pair in self.pairs if model in pair.names or model in pair.adapters), None)
 
     @property

@@ -18,7 +18,7 @@ MAX_PROBE_TOKENS = 64
 
 
 async def probed_scores(server: VllmServer, card: ModelCard) -> tuple[float, ...]:
-    """The log-probabilities of the tokens of both texts, nats. Raises ReferenceFailure."""
+    """Returns the log-probabilities of the tokens of both texts, nats. Raises ReferenceFailure."""
     limit = min(MAX_PROBE_TOKENS, (card.max_model_len or MAX_PROBE_TOKENS) - 1)
     scores: list[float] = []
     for text in (TEXT, PROBE_TEXT):
@@ -28,7 +28,7 @@ async def probed_scores(server: VllmServer, card: ModelCard) -> tuple[float, ...
 
 
 def mean_difference(before: Sequence[float], now: Sequence[float]) -> float:
-    """The mean absolute difference of two probes, nats; infinite if they are of different numbers of tokens."""
+    """Returns the mean absolute difference of two probes, nats; infinite if they are of different numbers of tokens."""
     if len(before) != len(now) or not before:
         return float("inf")
     return sum(abs(a - b) for a, b in zip(before, now, strict=True)) / len(before)

@@ -200,13 +200,14 @@ class Reference(Protocol):
         """Load or connect; returns when it can score."""
 
     async def score(self, request: ScoreRequest) -> ReferenceScores:
-        """The scores of the request's output."""
+        """Returns the scores of the request's output."""
 
     async def adapters(self) -> frozenset[str]:
         """Names of the LoRA adapters that it can score with now."""
 
     async def render(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a chat under this model's own template, to compare the two models; NO_CHAT_TEMPLATE."""
+        """Returns the token ids of a chat under this model's own template, to compare the two models;
+        NO_CHAT_TEMPLATE."""
 
     async def tokenize(self, text: str) -> list[int]:
         """Returns the token ids without special tokens."""

@@ -99,7 +99,7 @@ class Comparison:
 
 
 def _variances(weight: torch.Tensor, recovery: StateRecovery) -> torch.Tensor:
-    """float32 [V]: `StateRecovery.variances` of all rows of W about their mean."""
+    """Returns float32 [V]: `StateRecovery.variances` of all rows of W about their mean."""
     factor = torch.from_numpy(recovery.factor).to(weight.device)
     block = max(1, BLOCK_ELEMENTS // weight.shape[1])
     origin = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)

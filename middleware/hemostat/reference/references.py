@@ -28,7 +28,7 @@ class References:
         return self.first if self.first is not None and is_first else self.by_model.get(name)
 
     def __iter__(self) -> Iterator[Reference]:
-        """Each one once."""
+        """Yields each reference once."""
         yield from {
             id(reference): reference for reference in (self.first, *self.by_model.values()) if reference is not None
         }.values()

@@ -40,7 +40,8 @@ class HeldFunctionals:
         self._held: dict[str, Any] = {}
 
     def of(self, request: worker_messages.Score) -> tuple[dict[str, Any], Codes]:
-        """The request's functionals, and its codes by name. What is held does not change where it is `reshaped`."""
+        """Returns the request's functionals, and its codes by name. What is held does not change where it is
+        `reshaped`."""
         if request.reshaped:
             return {}, {}
         for name, values in request.functionals.items():
@@ -69,7 +70,8 @@ class Comparisons:
         self._last: tuple[bytes, CompressedSide] | None = None
 
     def of(self, request: worker_messages.Score) -> Comparison | None:
-        """None where none is requested. Raises ValueError if the request's arrays do not fit each other."""
+        """Returns the comparison of a request; None if none is requested. Raises ValueError if the request's arrays do
+        not fit each other."""
         from hemostat.reference.recovered import CompressedSide  # noqa: PLC0415  imports torch
 
         if (given := request.compressed) is None:

@@ -113,15 +113,15 @@ class VllmServer:
         return self._decoded(await self._send("POST", path, body, limit), answer)
 
     async def post_for_bytes(self, path: str, body: Any, *, limit: int, skip: int = 0) -> bytes:
-        """The body of an answer that is not JSON, without its first `skip` bytes."""
+        """Returns the body of an answer that is not JSON, without its first `skip` bytes."""
         return await self._send("POST", path, body, limit, skip)
 
     async def text(self, method: str, path: str, body: Any = None) -> str:
-        """The body of an answer that is not JSON."""
+        """Returns the body of an answer that is not JSON."""
         return (await self._send(method, path, body, MAX_ANSWER_BYTES)).decode(errors="replace")
 
     async def model(self, wanted: str | None) -> ModelCard:
-        """The card of `wanted`, or of the first base model; NO_MODEL where it is not served."""
+        """Returns the card of `wanted`, or of the first base model; NO_MODEL where it is not served."""
         cards = await self.models()
         for card in cards:
             if card.id == wanted or (wanted is None and card.parent is None):
@@ -132,15 +132,15 @@ class VllmServer:
         )
 
     async def models(self) -> list[ModelCard]:
-        """Every model that it serves, LoRA adapters included."""
+        """Returns every model that it serves, LoRA adapters included."""
         return (await self.get("/v1/models", _Models)).data
 
     async def version(self) -> str:
         return str((await self.get("/version", dict[str, str])).get("version", "unknown"))
 
     async def vocab_size(self, model: str) -> int:
-        """Size of the vocabulary, read from the error message about a token id that no model has: vLLM has no route for
-        it. VOCABULARY where the message does not name it."""
+        """Returns the size of the vocabulary, read from the error message about a token id that no model has: vLLM has
+        no route for it. VOCABULARY where the message does not name it."""
         body = {
             "model": model,
             "prompt": "x",
@@ -183,7 +183,7 @@ class VllmServer:
         return values
 
     async def render(self, model: str, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a chat under the model's template; NO_CHAT_TEMPLATE where it has none."""
+        """Returns the token ids of a chat under the model's template; NO_CHAT_TEMPLATE where it has none."""
         body = {"model": model, "messages": messages, "add_generation_prompt": True, "add_special_tokens": False}
         try:
             return (await self.post("/tokenize", body, _Tokens)).tokens
@@ -251,7 +251,7 @@ def _cause(error: BaseException) -> str:
 
 
 async def _error_body(response: httpx.Response) -> bytes:
-    """b"" where it is too long to be an error's message."""
+    """Returns the body of an error; b"" if it is too long to be an error's message."""
     try:
         return await read_answer(response, MAX_ERROR_BYTES)
     except AnswerRefused:
@@ -259,7 +259,7 @@ async def _error_body(response: httpx.Response) -> bytes:
 
 
 def _detail(content: bytes) -> str:
-    """The message of an error in OpenAI's format, or in FastAPI's, else the whole body; on one line."""
+    """Returns the message of an error in OpenAI's format, or in FastAPI's, else the whole body; on one line."""
     text = content.decode(errors="replace")
     try:
         body = msgspec.json.decode(content)

@@ -38,7 +38,7 @@ class FoundMarkers:
 
 
 async def find_markers(server: Tokenizer, model: str, settings: Reasoning) -> FoundMarkers:
-    """The markers of a served model. Fails open: a tokenizer that cannot be asked is as one without markers."""
+    """Returns the markers of a served model. Fails open: a tokenizer that cannot be asked is as one without markers."""
     if settings.start or settings.end:
         markers = Markers((tuple(settings.start),) if settings.start else (), (tuple(settings.end),))
         return FoundMarkers(markers, f"ids {settings.start} to {settings.end}, as set")

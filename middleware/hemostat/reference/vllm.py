@@ -124,7 +124,7 @@ class VllmReference:
             raise
 
     async def _probe_now_and_then(self, card: ModelCard) -> None:
-        """REVISION where the server runs other weights than at the last start. The next start takes them over."""
+        """Raises REVISION if the server runs other weights than at the last start. The next start takes them over."""
         if time.monotonic() - self._probed_at < PROBE_SECONDS:
             return
         async with self._probing:

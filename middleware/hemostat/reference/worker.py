@@ -164,7 +164,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def main(parent: int) -> int:
-    """Exit status: 0 when the input ended, 1 when the model did not load."""
+    """Runs the worker. Returns the exit status: 0 when the input ended, 1 when the model did not load."""
     bodies, send = child.connect_to_parent(parent, NICENESS)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

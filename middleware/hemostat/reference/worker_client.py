@@ -65,8 +65,8 @@ class ReferenceWorker:
         return f"{chosen.device}: {chosen.reason}" if chosen is not None else ""
 
     def _keep_device(self, chosen: worker_messages.Chosen | None) -> None:
-        """A worker that is started again is on the same device or on the CPU: another device may be free just because
-        the engine that serves clients is being started there."""
+        """Keeps the device: a worker that is started again is on the same device or on the CPU: another device may be
+        free just because the engine that serves clients is being started there."""
         if chosen is None:
             return
         self._load = msgspec.structs.replace(self._load, only=chosen.device)
@@ -156,13 +156,14 @@ class ReferenceWorker:
 
 
 def threads_or_default(threads: int | None) -> int:
-    """None: half of the cores that this process may use, at least one."""
+    """Returns the number of threads. None: half of the cores that this process may use, at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return threads or max(1, cores // 2)
 
 
 def _token_shift(profile: CalibrationProfile, vocab_size: int) -> npt.NDArray[np.float32] | None:
-    """Δz as a function of the token alone, float32 [V] nats; None where it is not, or the vocabulary differs."""
+    """Returns Δz as a function of the token alone, float32 [V] nats; None where it is not, or the vocabulary
+    differs."""
     if profile.family != TEMPERATURE_BIAS or profile.vocab_size != vocab_size:
         return None
     if float(profile.parameters["inverse_temperature"]) != 1.0:

@@ -101,7 +101,7 @@ class AccessLog:
         request_id: str,
         transport: asyncio.BaseTransport,
     ) -> None:
-        """A request has ended; see `Line`."""
+        """Adds the line of a request that has ended; see `Line`."""
         waited = None if upstream_seconds is None else round(upstream_seconds, 6)
         cut = request_id[:MAX_ID_CHARACTERS]
         address = client_address(transport) if self._clients else ""
@@ -139,7 +139,7 @@ class AccessLog:
             self._dropped(lost)
 
     def _run(self) -> None:
-        """The thread."""
+        """Writes lines until the end; it runs in the thread."""
         while (data := self._handed_over.get()) is not None:
             lost = self._write(data)
             with contextlib.suppress(RuntimeError):  # the loop is closed: there is no waiter any more
@@ -193,7 +193,7 @@ def _text_line(line: Line) -> bytes:
 
 
 def _shown(text: str) -> str:
-    """A value that the client may have chosen: quoted where it could be taken for more than one."""
+    """Returns a value that the client may have chosen: quoted where it could be taken for more than one."""
     if not text:
         return "-"
     return text if _plain(text) and text != "-" else json.dumps(text)

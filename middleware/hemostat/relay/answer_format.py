@@ -166,7 +166,7 @@ class AnswerFormat:
         return True
 
     def _tools_by_name(self) -> dict[str, bytes]:
-        """The tools' parameters; empty where they are too long or malformed, so that any tool may be called."""
+        """Returns the tools' parameters; empty where they are too long or malformed, so that any tool may be called."""
         try:
             tools = _tools.decode(self._offered)
         except _ERRORS:
@@ -196,7 +196,8 @@ def _decode(text: str) -> Any:
 
 
 def _find(text: str) -> Any:
-    """The JSON in an answer: the whole of it, a fenced block, or from one of the first braces or brackets on."""
+    """Returns the JSON in an answer: the whole of it, a fenced block, or from one of the first braces or brackets
+    on."""
     whole = _decode(text)
     if whole is not _NOTHING or len(text) > MAX_ANSWER_BYTES:
         return whole

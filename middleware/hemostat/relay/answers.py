@@ -136,7 +136,7 @@ _item_event: Final[msgspec.json.Decoder[_ItemEvent]] = msgspec.json.Decoder(_Ite
 
 
 def parse(data: bytes, form: Form, *, stream: bool) -> Response | None:
-    """The response; None where it is malformed, so that only the patterns are applied."""
+    """Returns the response; None where it is malformed, so that only the patterns are applied."""
     try:
         if form is _CHAT or form is _COMPLETIONS:
             return _merge_events(data) if stream else _response.decode(data)
@@ -148,7 +148,7 @@ def parse(data: bytes, form: Form, *, stream: bool) -> Response | None:
 
 
 def tail_of(data: bytes, form: Form) -> tuple[list[str], str]:
-    """The finish reasons and the text in the last bytes of a stream."""
+    """Returns the finish reasons and the text in the last bytes of a stream."""
     if form is Form.MESSAGES:
         result = _MESSAGE_FINISH.findall(data)[-1:]
         reasons = [messages.FINISH_REASONS.get(reason.decode(), reason.decode()) for reason in result]
@@ -163,12 +163,12 @@ def tail_of(data: bytes, form: Form) -> tuple[list[str], str]:
 
 
 def _events(data: bytes) -> Iterator[bytes]:
-    """The JSON of each event."""
+    """Yields the JSON of each event."""
     return (line[6:] for line in data.split(b"\n") if line.startswith(b"data: {"))
 
 
 def _merge_events(data: bytes) -> Response:
-    """The events of a chat's or completion's stream, merged into one response."""
+    """Returns the events of a chat's or completion's stream, merged into one response."""
     choices: dict[int, Choice] = {}
     usage: Usage | None = None
     for line in _events(data):

@@ -357,7 +357,7 @@ class ClientConnection(asyncio.Protocol):
         self._update_reading()
 
     def _read_body(self, data: bytes) -> None:
-        """More of the present request's body, and possibly what follows it."""
+        """Reads more of the present request's body, and possibly what follows it."""
         exchange, body = self.exchange, self._body
         assert exchange is not None
         assert body is not None
@@ -503,7 +503,8 @@ class ClientConnection(asyncio.Protocol):
         return state is _READING_HEAD or state is _CLOSING
 
     def _refuse(self, error: BadRequest) -> None:
-        """The request cannot be parsed, or not be read to its end, so that what follows it cannot be either."""
+        """Refuses a request that cannot be parsed, or not be read to its end, so that what follows it cannot be
+        either."""
         self._context.counters.request(routes.OTHER, ends.OVERLOADED if error.status == 503 else ends.REFUSED)
         if self._context.access_log is not None:
             self._context.access_log.refused(error.status, self.transport)
@@ -512,7 +513,8 @@ class ClientConnection(asyncio.Protocol):
         self._linger()
 
     def _linger(self) -> None:
-        """Close, but let the client read first: closing while there is unread input would reset the connection."""
+        """Closes the connection, but lets the client read first: closing while there is unread input would reset the
+        connection."""
         self.state = _CLOSING
         self._drop_buffer()
         if self.eof or self.transport.is_closing():
@@ -523,7 +525,8 @@ class ClientConnection(asyncio.Protocol):
         self._context.loop.call_later(LINGER_SECONDS, self.transport.close)
 
     def _watch(self) -> None:
-        """Nothing is read from here on, so that the event loop does not see the client disconnect."""
+        """Watches for a disconnect: nothing is read from here on, so that the event loop does not see the client
+        disconnect."""
         if self._watcher is None:
             self._watcher = DisconnectWatcher(self._context.loop, self)
         self._watcher.start()

@@ -15,7 +15,8 @@ _FIELD: Final = b"authorization:"
 
 
 def client_key(request: RequestHead, network: bytes) -> bytes:
-    """The client that sends a request: a digest of its credential, without one its network (see `client_network`).
+    """Returns the client that sends a request: a digest of its credential, without one its network (see
+    `client_network`).
 
     A client without a valid credential can send another one with each request; what has to hold against those goes by
     the network too. Other fields, such as X-Api-Key, name no client: vLLM does not check them.
@@ -24,7 +25,7 @@ def client_key(request: RequestHead, network: bytes) -> bytes:
 
 
 def credential_digest(request: RequestHead) -> bytes:
-    """16 bytes that stand for the credential in the Authorization field, the same for every spelling of it; b""
+    """Returns 16 bytes that stand for the credential in the Authorization field, the same for every spelling of it; b""
     without one. Of several fields the first counts, as it does for vLLM."""
     if request.authorization:
         for line in request.lines:
@@ -35,7 +36,7 @@ def credential_digest(request: RequestHead) -> bytes:
 
 
 def client_network(peer: tuple[str, ...] | str | None) -> bytes:
-    """The address that a client is known by: of IPv6 the /64, which one client commonly has.
+    """Returns the address that a client is known by: of IPv6 the /64, which one client commonly has.
 
     peer: as `getpeername` returns it.
 

@@ -85,7 +85,8 @@ class ClientLimits:
         return network if self._by_address else client_key(request, network)
 
     def begin(self, key: bytes, now: float) -> Exceeded | None:
-        """Admit a request: None, and `end` is to be called when it has ended; or the limit that it exceeds."""
+        """Admits a request, or returns the limit that it exceeds. None: it is admitted, and `end` is to be called when
+        it has ended."""
         client = self._clients.get(key)
         if client is None:
             self._make_room()

@@ -30,10 +30,11 @@ class ClientSide(Protocol):
     def resume_reading(self) -> None: ...
 
     def tunnel_opened(self, tunnel: Tunnel) -> None:
-        """The protocol has been switched: from here on, bytes pass through the tunnel."""
+        """Is told that the protocol has been switched: from here on, bytes pass through the tunnel."""
 
     def exchange_ended(self, *, keep_alive: bool) -> None:
-        """The response has been written. keep_alive: the next request may follow."""
+        """Is told that the response has been written. keep_alive: the next request may follow."""
 
     def exchange_broken(self, *, reset: bool) -> None:
-        """The response cannot be completed: close at once. reset: by a reset, since a close would look like its end."""
+        """Closes at once, since the response cannot be completed. reset: by a reset, since a close would look like its
+        end."""

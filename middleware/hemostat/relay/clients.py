@@ -60,7 +60,7 @@ class Clients(Generic[Connection]):
         return iter(tuple(self._addresses))
 
     def opened(self, connection: Connection) -> bool:
-        """A client has connected; False: its connection exceeds a limit and is not taken."""
+        """Notes that a client has connected. False: its connection exceeds a limit and is not taken."""
         address = connection.holding.network
         number = self._numbers.get(address, 0)
         if number >= self._limits.connections_per_client:
@@ -75,7 +75,7 @@ class Clients(Generic[Connection]):
         return True
 
     def closed(self, connection: Connection) -> None:
-        """The connection is closed, or about to be."""
+        """Notes that the connection is closed, or about to be."""
         address = self._addresses.pop(connection, None)
         if address is None:
             return

@@ -197,7 +197,7 @@ class Exchange:
         return limit if self._hook is None else max(limit, self._hook.body_limit)
 
     def fail_request(self, error: BadRequest) -> None:
-        """The rest of the request is malformed, too long or overdue."""
+        """Fails the request: the rest of it is malformed, too long or overdue."""
         self._give_up(error.status, error_body(error.status, error.message, error.code), ends.REFUSED)
 
     def give_way(self, reason: str) -> None:
@@ -303,7 +303,8 @@ class Exchange:
         self._overhead += perf_counter()
 
     def connection_failed(self, error: OSError) -> None:
-        """Nothing has been sent, so that every request can go to another engine."""
+        """Handles an engine that cannot be reached. Nothing has been sent, so that every request can go to another
+        engine."""
         if self.outgoing.connection_failed():
             self._acquire()
         else:
@@ -313,7 +314,7 @@ class Exchange:
         self._overloaded("all connections to the upstream are in use")
 
     def _acquire(self) -> None:
-        """QUEUED: send what is held, now or when there is a connection."""
+        """Sends what is held, now or when there is a connection; the state is QUEUED."""
         connection = self.outgoing.engine.pool.acquire(self)
         if connection is not None:
             self.connection_ready(connection)
@@ -321,7 +322,8 @@ class Exchange:
     # From the upstream's connection.
 
     def retry(self) -> bool:
-        """A connection that had been idle was closed, most likely for that: the engine itself has not failed."""
+        """Sends the request once more: a connection that had been idle was closed, most likely for that: the engine
+        itself has not failed."""
         outgoing = self.outgoing
         if not outgoing.repeatable(self._route):
             return False
@@ -353,7 +355,7 @@ class Exchange:
         self._client.resume_reading()
 
     def interim_response(self, head: ResponseHead) -> None:
-        """Forwarded, except to clients of HTTP/1.0, which do not know interim responses."""
+        """Forwards an interim response, except to clients of HTTP/1.0, which do not know interim responses."""
         request = self._request
         if request.minor == 0 or (head.status == 100 and not request.expect):
             return
@@ -551,7 +553,8 @@ class Exchange:
         self._dispatch(self.outgoing.restore(), started)
 
     def _response_lost(self) -> None:
-        """The hook has failed, and the rest of the response is not for the client, or cannot be joined to what it got.
+        """Handles a lost response: the hook has failed, and the rest of the response is not for the client, or cannot
+        be joined to what it got.
 
         The client's own request is sent where nothing has gone to the client and that has no effect but its cost. Else
         the client sees an error.
@@ -571,7 +574,7 @@ class Exchange:
     # The client, and the end.
 
     def pause_response(self) -> None:
-        """The client does not read fast enough."""
+        """Pauses the response, since the client does not read fast enough."""
         if self.upstream is not None:
             self.upstream.pause()
 
@@ -600,7 +603,7 @@ class Exchange:
         return True
 
     def client_lost(self) -> None:
-        """The client's connection is closed."""
+        """Ends the exchange, since the client's connection is closed."""
         if self.state is TUNNEL:
             assert self.upstream is not None
             self.upstream.close()

@@ -92,7 +92,7 @@ class FailOpenHook:
         return verdict
 
     def restored(self) -> None:
-        """The client's own request is sent, and another response will come."""
+        """Is told that the client's own request is sent, and that another response will come."""
         self.transforming = False
         self.rewrote = self._altered = False
         self._held.clear()
@@ -140,7 +140,7 @@ class FailOpenHook:
             return self._as_it_came(b"")
 
     def closed(self, *, complete: bool, output_tokens: int | None, engine: str, own_status: int) -> None:
-        """Called in every case, also after a failure."""
+        """Tells the hook that the exchange is closed; it is called in every case, also after a failure."""
         try:
             self._hook.closed(complete=complete, output_tokens=output_tokens, engine=engine, own_status=own_status)
         except Exception:  # noqa: BLE001  fail open: a failing hook is ignored

@@ -38,19 +38,19 @@ _digits: Final = _RandomDigits()
 
 
 def new_request_id() -> bytes:
-    """A random UUID (version 4, its variant always the digit 8) in 32 hexadecimal digits."""
+    """Returns a random UUID (version 4, its variant always the digit 8) in 32 hexadecimal digits."""
     digits = _digits.take(30)
     return digits[:12] + b"4" + digits[12:15] + b"8" + digits[15:]
 
 
 def _new_traceparent() -> bytes:
-    """A field line. Both ids end in 1, so that neither is zero."""
+    """Returns a field line. Both ids end in 1, so that neither is zero."""
     digits = _digits.take(46)
     return b"traceparent: 00-" + digits[:31] + b"1-" + digits[31:] + b"1-00"
 
 
 def ensure_request_id(request: RequestHead) -> str:
-    """The request's id, as it is kept here; one is added where the client sent none."""
+    """Returns the request's id, as it is kept here; one is added where the client sent none."""
     if request.request_id is not None:
         return request.request_id[:MAX_REQUEST_ID].decode("latin-1")
     request_id = new_request_id()
@@ -59,7 +59,8 @@ def ensure_request_id(request: RequestHead) -> str:
 
 
 def upstream_head(request: RequestHead, origin: Origin, authorization: bytes | None) -> bytes:
-    """The head as it goes upstream, its closing empty line included. Adds the missing fields to `request.lines`.
+    """Returns the head as it goes upstream, its closing empty line included. Adds the missing fields to
+    `request.lines`.
 
     authorization: field line for a request without one.
 
@@ -85,8 +86,8 @@ def upstream_head(request: RequestHead, origin: Origin, authorization: bytes | N
 
 
 def redirected(payload: bytes, old: Origin, new: Origin) -> bytes:
-    """A request that was written for one engine, as it goes to another one of the same scheme. See `upstream_head` for
-    why only TLS changes it."""
+    """Returns a request that was written for one engine, as it goes to another one of the same scheme. See
+    `upstream_head` for why only TLS changes it."""
     if not new.tls:
         return payload
     return payload.replace(b"\r\nHost: %b\r\n" % old.authority, b"\r\nHost: %b\r\n" % new.authority, 1)

@@ -70,7 +70,7 @@ class GenerationReport:
             self._context.counters.add(names.OUTCOME_ERRORS, ())
 
     def begin_response(self, head: ResponseHead) -> None:
-        """The response can be evaluated only if it is not an error and not compressed.
+        """Begins to evaluate a response. It can be evaluated only if it is not an error and not compressed.
 
         Called again for the response to a request that is sent again.
         """

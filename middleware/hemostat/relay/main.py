@@ -87,7 +87,7 @@ async def drain(relay: Relay, end: _End, shutdown_seconds: float, drain_seconds:
 
 
 def _within_descriptors(config: dict[str, Any]) -> tuple[Limits, UpstreamSettings]:
-    """The clients' limits and the engines with their connections, as far as this process may open files."""
+    """Returns the clients' limits and the engines with their connections, as far as this process may open files."""
     limits = Limits(**config.get("limits", {}))
     upstream = UpstreamSettings.from_json(config["upstream"])
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -145,7 +145,7 @@ class OutcomeObserver:
         self.tools = self.tools or (b'tools"' in body and _TOOLS_REQUESTED.search(body) is not None)
 
     def compare(self, body: bytes, *, json_in_words: bool) -> None:
-        """The request is in an arm. body: the whole of it."""
+        """Notes that the request is in an arm. body: the whole of it."""
         if self.json or self.tools or json_in_words:
             self._format = AnswerFormat.read(body, in_words=json_in_words)
         else:

@@ -115,19 +115,19 @@ class OutgoingRequest:
         self._budget.hold(holding, size)
 
     def take(self) -> bytes:
-        """The bytes that were held, which are no longer kept."""
+        """Returns the bytes that were held, which are no longer kept."""
         data = bytes(self._unsent)
         self._release()
         return self._addressed(data)
 
     def encode(self, body: bytes, *, complete: bool) -> bytes:
-        """The head and the body's beginning as they go upstream. complete: it is the whole body."""
+        """Returns the head and the body's beginning as they go upstream. complete: it is the whole body."""
         if self.head.length == CHUNKED:
             body = chunk(body) + (LAST_CHUNK if complete else b"")
         return self._encoded_head() + body
 
     def encode_more(self, pieces: list[bytes], *, complete: bool) -> bytes:
-        """More of a body whose beginning was encoded. complete: its end is among it."""
+        """Returns more of a body whose beginning was encoded, as it goes upstream. complete: its end is among it."""
         if self.head.length == CHUNKED:
             pieces = [chunk(piece) for piece in pieces]
             if complete:
@@ -135,7 +135,7 @@ class OutgoingRequest:
         return b"".join(pieces)
 
     def rewrite(self, body: bytes, verdict: Rewrite) -> bytes:
-        """The request as the hook wants it to go upstream. body: the client's own, whole."""
+        """Returns the request as the hook wants it to go upstream. body: the client's own, whole."""
         head = self.head
         self._original = (list(head.lines), head.framing, body)
         self._copy(len(body))
@@ -146,7 +146,7 @@ class OutgoingRequest:
         return self._encoded_head() + verdict.body
 
     def restore(self) -> bytes:
-        """The client's own request, of one that was rewritten."""
+        """Returns the client's own request, of one that was rewritten."""
         assert self._original is not None
         self.head.lines, self.head.framing, body = self._original
         self.forget()
@@ -158,19 +158,20 @@ class OutgoingRequest:
         return self._original is not None
 
     def sent(self, payload: bytes) -> None:
-        """The whole request goes upstream at once: keep it, where memory is to spare."""
+        """Notes that the whole request goes upstream at once: it is kept if memory is to spare."""
         size = len(payload)
         if self._budget.spares(size):
             self._whole = payload
             self._copy(size)
 
     def repeatable(self, route: str) -> bool:
-        """It may be sent a second time: the method is safe, or the route keeps nothing, and all of it is here."""
+        """Returns True if the request may be sent a second time: the method is safe, or the route keeps nothing, and
+        all of it is here."""
         stateless = self.head.method in SAFE_METHODS or route in routes.REPEATABLE
         return stateless and self._whole is not None and self._resends < MAX_RESENDS
 
     def repeat(self) -> None:
-        """Hold the whole request once more, to be sent to `engine`."""
+        """Holds the whole request once more, to be sent to `engine`."""
         payload, self._whole = self._whole, None
         assert payload is not None
         self._copy(-len(payload))
@@ -178,7 +179,7 @@ class OutgoingRequest:
         self.hold(payload, complete=True)
 
     def forget(self) -> None:
-        """Nothing of the request is needed any more."""
+        """Forgets the request: nothing of it is needed any more."""
         self._original = None
         if self._copied:
             self._whole = None
@@ -187,7 +188,7 @@ class OutgoingRequest:
             self._release()
 
     def begin_upload(self) -> bool:
-        """It is begun upstream before it is complete. False: too many are."""
+        """Begins the request upstream before it is complete. False: too many are begun so."""
         holding = self._client.holding
         upload = Holding(holding.owner, holding.network)
         if not self._budget.begin_upload(upload, self._context.loop.time()):
@@ -196,13 +197,13 @@ class OutgoingRequest:
         return True
 
     def end_upload(self) -> None:
-        """It is complete, or given up."""
+        """Ends the upload, which is complete or given up."""
         upload, self._upload = self._upload, None
         if upload is not None:
             self._budget.end_upload(upload)
 
     def end(self) -> None:
-        """Neither the request nor its engine is needed any more."""
+        """Ends the request: neither the request nor its engine is needed any more."""
         if self._copied or self._held or self._original is not None:
             self.forget()
         if self._engine is not None:
@@ -215,7 +216,7 @@ class OutgoingRequest:
         self._budget.copy(size)
 
     def _release(self) -> None:
-        """Nothing of it waits to be sent any more."""
+        """Releases what was counted of it: nothing of it waits to be sent any more."""
         self._unsent = b""
         self._budget.hold(self._client.holding, -self._held)
         self._held = 0
@@ -256,8 +257,8 @@ class OutgoingRequest:
         return self.engine.name if self._engine is not None else ""
 
     def connection_failed(self) -> bool:
-        """The engine could not be reached. True: another one is chosen; nothing has been sent, so that the budget for
-        retries does not matter."""
+        """Notes that the engine could not be reached. True: another one is chosen; nothing has been sent, so that the
+        budget for retries does not matter."""
         engine = self.engine
         if engine not in self._tried:
             self._tried += (engine,)
@@ -278,7 +279,7 @@ class OutgoingRequest:
         return False
 
     def broke_off(self) -> None:
-        """There is no complete and valid response."""
+        """Notes that there is no complete and valid response."""
         self._engine_failed(0)
         self.settle(answered=False)
 
@@ -288,7 +289,8 @@ class OutgoingRequest:
         return bool(self._failed)
 
     def settle(self, *, answered: bool) -> None:
-        """No further engine is asked. answered: the last one did."""
+        """Settles which engines have failed the request: no further engine is asked. answered: the last engine
+        answered."""
         failed, self._failed = self._failed, ()
         if failed:
             self._context.upstreams.request_failed(

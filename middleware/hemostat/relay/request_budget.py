@@ -51,7 +51,8 @@ class RequestBudget:
         return 2 * self.held_bytes > self._limit
 
     def spares(self, size: int) -> bool:
-        """Three quarters are left free with `size` bytes more: a copy that is seldom needed makes nothing scarce."""
+        """Returns True if three quarters of the limit are left free with `size` bytes more: a copy that is seldom
+        needed makes nothing scarce."""
         return 4 * (self.held_bytes + size) <= self._limit
 
     def copy(self, size: int) -> None:
@@ -87,7 +88,7 @@ class RequestBudget:
         return freed
 
     def begin_upload(self, upload: Holding, now: float) -> bool:
-        """True if one more request may send a body that is not complete; `end_upload` has to follow.
+        """Returns True if one more request may send a body that is not complete; `end_upload` has to follow.
 
         upload: a new one. Where no place is left, the oldest upload of the client that has most of them gives way, or
         one that is slow, whoever sends it. now: event-loop time.

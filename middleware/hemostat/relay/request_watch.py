@@ -73,15 +73,15 @@ class RequestWatch:
         self._transport.write(data)
 
     def __getattr__(self, name: str) -> object:
-        """Everything else is the transport's own."""
+        """Returns the transport's own attribute: everything else is left to it."""
         return getattr(self._transport, name)
 
     def sent(self) -> None:
-        """The request goes to an engine; it may be sent again."""
+        """Notes that the request goes to an engine; it may be sent again."""
         self._sent, self._answered = perf_counter(), 0.0
 
     def answered(self, received: float) -> None:
-        """The response's head was received (perf_counter)."""
+        """Notes when the response's head was received (perf_counter)."""
         self._answered = received
 
     def finish(self, status: int, outcome: str, arm: str) -> None:

@@ -31,7 +31,8 @@ class Owner(Protocol):
         """
 
     def uploads_slowly(self, now: float) -> bool:
-        """The body arrives so slowly that its place is better used for another one. now: event-loop time."""
+        """Returns True if the body arrives so slowly that its place is better used for another one. now: event-loop
+        time."""
 
 
 class Share:
@@ -76,7 +77,7 @@ class Group(Share):
         return None
 
     def group(self, name: bytes, order: int) -> Group:
-        """The member of this name, or a new one."""
+        """Returns the member of this name, or a new one."""
         result = self.members.get(name)
         if result is None:
             result = Group(name)
@@ -89,7 +90,7 @@ class Group(Share):
         self.members[share.name] = share
 
     def rank(self, share: Share) -> None:
-        """A member has grown beyond its entry, or is new."""
+        """Ranks a member that has grown beyond its entry, or is new."""
         if share.ranked != _WAITING:
             share.ranked = share.size
         heapq.heappush(self._heap, (-share.ranked, share.order, share))
@@ -137,7 +138,7 @@ class Shares:
         self._order = 0
 
     def add(self, holding: Holding, size: int) -> None:
-        """The holding grows by `size`, or shrinks where that is negative."""
+        """Adds `size` to the holding; a negative size shrinks it."""
         self.size += size
         if holding.parent is not None:
             _grow(holding, size)
@@ -156,8 +157,8 @@ class Shares:
         return _largest(self._all)
 
     def larger(self, network: bytes, credential: bytes) -> Holding | None:
-        """The one to take from, so that this client can have one more: of who holds more than the client would then.
-        None where there is none."""
+        """Returns the one to take from, so that this client can have one more: of who holds more than the client would
+        then. None where there is none."""
         self._rank()
         group = self._all
         for name in (network, credential):
@@ -190,7 +191,7 @@ class Shares:
 
 
 def _grow(holding: Holding, size: int) -> None:
-    """A holding that is ranked, and all that it is part of, grow by `size`. What is empty then is forgotten."""
+    """Grows a holding that is ranked, and all that it is part of, by `size`. What is empty then is forgotten."""
     share: Share = holding
     while (parent := share.parent) is not None:
         share.size += size

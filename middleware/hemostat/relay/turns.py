@@ -56,7 +56,7 @@ class Turns:
         self._schedule()
 
     def forget(self, network: bytes, connection: Waiting) -> None:
-        """The connection is closed."""
+        """Forgets a connection that is closed."""
         waiting = self._waiting.get(network)
         if waiting is not None:
             waiting.pop(connection, None)
@@ -69,7 +69,7 @@ class Turns:
             self._loop.call_soon(self._begin)
 
     def _begin(self) -> None:
-        """A new turn begins."""
+        """Begins a new turn."""
         self._scheduled = False
         self._used.clear()
         for network in list(islice(self._waiting, MAX_NETWORKS)):

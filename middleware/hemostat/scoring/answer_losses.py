@@ -39,7 +39,7 @@ class AnswerLosses:
         self._pause = FIRST_PAUSE_SECONDS
 
     def count(self, engine: str, now: float, *, lost: bool) -> bool:
-        """A request's answer came, or did not come whole. Returns whether a pause begins with it."""
+        """Counts a request whose answer came, or did not come whole. Returns whether a pause begins with it."""
         if self.paused(now):
             return False  # it was asked for before the relays knew
         recent = self._of(engine)
@@ -54,7 +54,7 @@ class AnswerLosses:
         return False
 
     def paused(self, now: float) -> bool:
-        """Logprobs in the response are asked for, where it can have them."""
+        """Returns True if logprobs in the response are asked for, where it can have them."""
         return self._paused_until is not None and now < self._paused_until
 
     def samples(self, now: float) -> Iterator[Sample]:

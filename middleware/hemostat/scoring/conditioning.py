@@ -42,9 +42,9 @@ class ConditioningFailure(Exception):
 def condition(
     capture: Capture, arrays: CaptureArrays, info: ReferenceInfo, tap: TapResult | None
 ) -> tuple[CaptureArrays, AllowedSets | None]:
-    """The arrays with the allowed candidates only, and the sets; as they are, and None, where nothing in the request
-    restricts its tokens. Raises ConditioningFailure if the sets are not known, or something restricted it all the
-    same."""
+    """Returns the arrays with the allowed candidates only, and the sets; as they are, and None, where nothing in the
+    request restricts its tokens. Raises ConditioningFailure if the sets are not known, or something restricted it all
+    the same."""
     if not capture.grammar:
         if shows_mask(arrays.candidates) or (tap is not None and any(run.sets for run in tap.runs)):
             raise ConditioningFailure(Unscored.GRAMMAR_UNKNOWN)
@@ -94,7 +94,7 @@ def allowed_sets(runs: Sequence[TapRun], positions: slice, vocab_size: int) -> A
 
 
 def _unpacked(packed: bytes, sets: int, size: int) -> list[bytes]:
-    """The sets of a run, of `size` bytes each."""
+    """Returns the sets of a run, of `size` bytes each."""
     if sets * size > MAX_TABLE_BYTES:
         raise ConditioningFailure(Unscored.GRAMMAR_TOO_LARGE)
     if sets <= 0:
@@ -129,7 +129,7 @@ def shows_mask(candidates: Candidates) -> bool:
 
 
 def restricted(candidates: Candidates, output: Ids, top_k: int, sets: AllowedSets) -> Candidates:
-    """The candidates [T, K] that are allowed, with padding in place of the others.
+    """Returns the candidates [T, K] that are allowed, with padding in place of the others.
 
     output: the emitted ids, [T]. top_k: number of ids that vLLM was asked for. ConditioningFailure (GRAMMAR_MISMATCH)
     where vLLM's list shows another set: an emitted or a possible id that is not allowed, an allowed one without a
@@ -149,6 +149,8 @@ def restricted(candidates: Candidates, output: Ids, top_k: int, sets: AllowedSet
 
 
 def _agree(rows: Any, what: str) -> None:
-    """rows: bool [T]; `Any`, since numpy's stubs take a sum along an axis for a scalar, too."""
+    """Raises ConditioningFailure, which names the first position that is False. rows: bool [T]; `Any`, since numpy's
+    stubs take a sum along an axis for a scalar, too.
+    """
     if not rows.all():
         raise ConditioningFailure(Unscored.GRAMMAR_MISMATCH, f"{what} at position {int(np.argmin(rows))}")

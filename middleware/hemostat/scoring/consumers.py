@@ -264,7 +264,7 @@ def record_consumers(
     clock: Callable[[], float],
     on_change: Callable[[], None],
 ) -> list[RecordConsumer]:
-    """All of them, in their order. clock: monotonic seconds. on_change: see `Change`."""
+    """Returns all of them, in their order. clock: monotonic seconds. on_change: see `Change`."""
     measurements, profiles = parts.measurements, parts.profiles
     with_distances: list[RecordConsumer] = [
         ModelTests(parts.alarms, parts.engines),

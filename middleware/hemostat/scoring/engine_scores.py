@@ -39,7 +39,7 @@ class EngineScorer:
         self._lock = asyncio.Lock()
 
     async def with_candidates(self, capture: Capture) -> Capture:
-        """The capture with what the engine that answered says of its tokens. Raises ReferenceFailure."""
+        """Returns the capture with what the engine that answered says of its tokens. Raises ReferenceFailure."""
         prompt, output = (
             np.frombuffer(ids, "<i4").astype(np.int32) for ids in (capture.prompt_token_ids, capture.output_token_ids)
         )
@@ -62,7 +62,7 @@ class EngineScorer:
 
 
 def with_scores(capture: Capture, output: Ids, scores: ReferenceScores) -> Capture:
-    """The capture with these candidates, the emitted token among them. output: int32 [T]."""
+    """Returns the capture with these candidates, the emitted token among them. output: int32 [T]."""
     top = scores.top
     missing = (top.ids != output[:, None]).all(axis=1)
     ids = np.column_stack([top.ids, np.where(missing, output, -1)])

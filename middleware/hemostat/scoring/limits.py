@@ -41,7 +41,7 @@ class ShadowQueue:
         return len(self._items)
 
     def offer(self, capture: Capture) -> bool:
-        """False when the queue is full."""
+        """Adds a capture; returns False if the queue is full."""
         size = _size(capture)
         if len(self._items) >= self.limit or self._bytes + size > self._limit_bytes:
             return False
@@ -156,11 +156,11 @@ class CaptureSampling:
         """Mean time that a worker takes for one of the last captures."""
 
     def received(self) -> None:
-        """A capture has come."""
+        """Notes that a capture has come."""
         self._total += 1.0 / self.fraction
 
     def taken(self, seconds: float) -> None:
-        """A worker has taken so long for a capture, its wait for the token budget included."""
+        """Notes that a worker has taken so long for a capture, its wait for the token budget included."""
         self._taken = min(self._taken + 1, _MEAN_OF_CAPTURES)
         self._seconds += (seconds - self._seconds) / self._taken
 
@@ -212,7 +212,7 @@ class Breaker:
         return BreakerState.HALF_OPEN if now - self._opened_at >= self.cooldown else BreakerState.OPEN
 
     def allow(self, now: float) -> bool:
-        """May the reference be asked? While half open, only one caller at a time may."""
+        """Returns True if the reference may be asked. While half open, only one caller at a time may."""
         state = self.state(now)
         if state is BreakerState.HALF_OPEN and not self._trial:
             self._trial = True
@@ -225,7 +225,7 @@ class Breaker:
         self._trial = False
 
     def released(self) -> None:
-        """The call ended without saying anything about the reference's health: the next caller may try."""
+        """Notes that the call ended without saying anything about the reference's health: the next caller may try."""
         self._trial = False
 
     def failed(self, now: float) -> None:
@@ -246,5 +246,5 @@ class Breakers:
         return self._breakers.setdefault(name, Breaker())
 
     def open(self, name: str, now: float) -> bool:
-        """The model's reference may not be asked."""
+        """Returns True if the model's reference may not be asked."""
         return name in self._breakers and self._breakers[name].state(now) is BreakerState.OPEN

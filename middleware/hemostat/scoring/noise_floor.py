@@ -145,7 +145,8 @@ class NoiseFloorMeter:
 
 
 def self_record(record: TokenRecord, model: str) -> TokenRecord:
-    """The record with `model` in the place of the compressed one; the reference's place is still to be filled in."""
+    """Returns the record with `model` in the place of the compressed one; the reference's place is still to be filled
+    in."""
     bare = replace(record, shifts={}, features=None, reference_hidden=None, arm=Arm.NONE)
     if model == COMPRESSED:
         return bare

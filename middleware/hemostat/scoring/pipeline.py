@@ -189,13 +189,13 @@ class ScoringPipeline:
             yield Sample(names.RECOVERED_DIVERGENCE_RATIO, (), recovered["estimate"])
 
     def sample(self, requests_per_second: float) -> None:
-        """Adapt the part of the requests that relays sample to what can be scored. Call it regularly."""
+        """Adapts the part of the requests that relays sample to what can be scored. Call it regularly."""
         if self.rate is not None:
             expected = requests_per_second * self.rate
             self.sampling.update(expected, self.queue.fill, self._clock(), scoring=self._monitor.ready)
 
     def receive(self, capture: Capture) -> None:
-        """A capture from a relay."""
+        """Receives a capture from a relay."""
         self.received += 1
         self.sampling.received()
         if self.scorer is None or not self._monitor.ready:
@@ -204,7 +204,7 @@ class ScoringPipeline:
             self.scorer.offer(capture)
 
     def use_record(self, record: TokenRecord, capture: Capture) -> None:
-        """A scored record, from the scorer."""
+        """Uses a scored record, which comes from the scorer."""
         if self._decides():
             Each(self.consumers).use(self._reader.read(record, capture))
 

@@ -22,7 +22,8 @@ SAVE_SECONDS = 300.0
 
 
 class PromptTemplates:
-    """Lives in the control process's event loop. clock: monotonic seconds."""
+    """The clusters of alike prompts, over restarts. They live in the control process's event loop. clock: monotonic
+    seconds."""
 
     def __init__(self, writes: StoreWrites, clock: Callable[[], float]) -> None:
         self._table = TemplateTable(secrets.token_bytes(32))

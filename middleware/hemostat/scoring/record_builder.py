@@ -56,8 +56,8 @@ class UnreadableLogprobsError(Exception):
 
 
 def decode_capture(capture: Capture, max_scored: int | None = None) -> CaptureArrays:
-    """InvalidRecordError ("shape", "empty") where the lengths do not fit each other, or there is no token. Raises
-    UnreadableLogprobsError.
+    """Returns the arrays of a capture. Raises InvalidRecordError ("shape", "empty") if the lengths do not fit each
+    other, or there is no token. Raises UnreadableLogprobsError.
 
     max_scored: the largest T; None: the whole output.
     """
@@ -82,7 +82,7 @@ def decode_capture(capture: Capture, max_scored: int | None = None) -> CaptureAr
 
 
 def _parse(capture: Capture, output: Ids) -> tuple[Candidates, Floats]:
-    """The candidates, and the emitted tokens' log-probabilities."""
+    """Returns the candidates, and the emitted tokens' log-probabilities."""
     try:
         rows = read_rows(FORMS[capture.route], capture.logprobs, output.tolist(), capture.top_k)
     except MALFORMED as error:
@@ -91,8 +91,8 @@ def _parse(capture: Capture, output: Ids) -> tuple[Candidates, Floats]:
 
 
 def check_vocabulary(arrays: CaptureArrays, vocab_size: int) -> None:
-    """InvalidRecordError ("ids") for an id outside the reference's vocabulary: on some devices looking it up would end
-    the reference's process."""
+    """Raises InvalidRecordError ("ids") for an id outside the reference's vocabulary: on some devices looking it up
+    would end the reference's process."""
     for name, ids, smallest in (
         ("prompt", arrays.context, 0),
         ("output", arrays.output, 0),
@@ -188,7 +188,7 @@ def build_record(
 
 
 def applied_version(capture: Capture, tap: TapResult | None) -> str | None:
-    """The profile that the answer was generated with; None is identity.
+    """Returns the profile that the answer was generated with; None is identity.
 
     An adapter is applied where the answer names it; for another profile the engine's plugin reports it.
     """
@@ -197,8 +197,8 @@ def applied_version(capture: Capture, tap: TapResult | None) -> str | None:
 
 
 def _align(values: Floats | None, first: int, tokens: int) -> Floats:
-    """The engine's numbers of the output's positions from `first` on, NaN where it gave none: it may be a token ahead,
-    or have lost some."""
+    """Returns the engine's numbers of the output's positions from `first` on, NaN where it gave none: it may be a token
+    ahead, or have lost some."""
     aligned = np.full(tokens, np.nan)
     if values is not None:
         given = values[first : first + tokens]
@@ -229,8 +229,8 @@ class FeatureError(Exception):
 
 
 def align_features(features: Features | None, first: int, tokens: int, anchor_sets: Mapping[str, Ids]) -> Features:
-    """The engine's features of the output's positions from `first` on, float32 [T, N]; a row of NaN where it gave none.
-    Raises FeatureError.
+    """Returns the engine's features of the output's positions from `first` on, float32 [T, N]; a row of NaN where it
+    gave none. Raises FeatureError.
 
     anchor_sets: the sets of anchors that are of use: digest -> the N ids.
     """
@@ -252,7 +252,8 @@ def align_features(features: Features | None, first: int, tokens: int, anchor_se
 
 
 def profile_codes(profiles: Iterable[CalibrationProfile], features: Features) -> dict[str, Floats]:
-    """By version, the code of each position for the profiles that read these features' anchors: float64 [T, r]."""
+    """Returns by version the code of each position for the profiles that read these features' anchors: float64 [T,
+    r]."""
     result = {}
     for profile in profiles:
         ids = anchors(profile)

@@ -91,7 +91,7 @@ class RecordsFile:
         self.written += 1
 
     def _append(self, line: bytes) -> None:
-        """The whole of it, or OSError and nothing of it."""
+        """Appends the whole of it, or raises OSError and appends nothing of it."""
         if self._part_left:
             line = b"\n" + line
         size = os.fstat(self._descriptor).st_size
@@ -123,7 +123,7 @@ class RecordsFile:
 
 
 def _means(distances: ExactDistances) -> dict[str, float | None]:
-    """Over the tokens; KL is None where it is infinite at one."""
+    """Returns the means over the tokens; KL is None where it is infinite at one."""
     kl = float(distances.kl.mean())
     return {
         "kl_nats": kl if math.isfinite(kl) else None,

@@ -81,13 +81,13 @@ class ScoringNeeds(Protocol):
     """The needs of the parts that use the records: what is to be computed."""
 
     def evaluated_profiles(self) -> tuple[CalibrationProfile, ...]:
-        """Profiles whose effect on the distributions the reference computes."""
+        """Returns the profiles whose effect on the distributions the reference computes."""
 
     def adapters(self) -> Collection[str]:
-        """The known versions of the family `adapter`."""
+        """Returns the known versions of the family `adapter`."""
 
     def anchor_sets(self) -> Mapping[str, Ids]:
-        """The sets of anchors whose features are of use: digest -> the ids. Empty: no features."""
+        """Returns the sets of anchors whose features are of use: digest -> the ids. Empty: no features."""
 
     def needs_hidden_states(self, unit: bytes) -> bool:
         """Returns True if the reference's hidden states of this prompt's answer are of use."""
@@ -231,13 +231,13 @@ class Scorer:
                 await self._wake.wait()
 
     def _tap_is_complete(self, capture: Capture) -> bool:
-        """The engine has reported every position of the output, or the time to wait for that is up."""
+        """Returns True if the engine has reported every position of the output, or the time to wait for that is up."""
         if not capture.nonce or self._clock() - capture.captured_at > MAX_TAP_SECONDS:
             return True
         return self._taps.covered(capture.nonce, _ids_among_choices(capture)) >= _output_tokens(capture)
 
     async def _score(self, capture: Capture) -> None:
-        """Emit one record and count it, or count why there is none."""
+        """Emits one record and counts it, or counts why there is none."""
         answer = (capture.nonce, _output_tokens(capture), _ids_among_choices(capture))
         tap = self._taps.take(*answer) if capture.nonce else None
         pair = self._models.served.of(capture.model)
@@ -316,7 +316,7 @@ class Scorer:
         self._endings.scored(capture, left_out=record.position)
 
     async def _scored_again(self, capture: Capture) -> Capture | None:
-        """The capture with its candidates; None, and counted, where the engine does not say them."""
+        """Returns the capture with its candidates; None, and counted, where the engine does not say them."""
         if self._engine_scorer is None:
             self._endings.unscored(Unscored.NO_LOGPROBS, capture)
             return None
@@ -332,7 +332,8 @@ class Scorer:
     def _compressed_logits(
         self, features: Features | None, arrays: CaptureArrays, info: ReferenceInfo
     ) -> CompressedLogits | None:
-        """None where they do not determine the compressed model's distribution."""
+        """Returns the logits that the engine reported; None if they do not determine the compressed model's
+        distribution."""
         ids = None if features is None else self._needs.anchor_sets().get(features.anchors)
         if features is None or ids is None or not 0 < info.hidden_size < len(ids):
             return None
@@ -394,8 +395,8 @@ class Scorer:
     async def _ask(
         self, reference: Reference, breaker: Breaker, request: ScoreRequest, capture: Capture
     ) -> ReferenceScores | None:
-        """The scores; None, and counted, when the reference can never score this. The outcome is reported to the
-        breaker."""
+        """Returns the scores; None, and counted, when the reference can never score this. The outcome is reported to
+        the breaker."""
         seconds = MAX_SCORE_SECONDS + request.tokens / MIN_TOKENS_PER_SECOND
         try:
             async with asyncio.timeout(seconds):

@@ -56,8 +56,8 @@ def captures_from_tap(capture: Capture, answers: list[TapAnswer], max_tokens: in
 
 
 def shortened(answer: TapAnswer, top_k: int) -> TapAnswer:
-    """The answer with at most `top_k` + 1 candidates at each position, where the client itself asked for more: the most
-    likely ones, of which the emitted one, where it would be missing, replaces the last."""
+    """Returns the answer with at most `top_k` + 1 candidates at each position, where the client itself asked for more:
+    the most likely ones, of which the emitted one, where it would be missing, replaces the last."""
     if answer.top_k <= top_k:
         return answer
     shape = answer.tokens, answer.top_k + 1
@@ -92,15 +92,15 @@ class AwaitedAnswers:
         return len(self._captures)
 
     def add(self, capture: Capture) -> bool:
-        """False: there is no room."""
+        """Adds a capture. False: there is no room."""
         if len(self._captures) >= self._limit:
             return False
         self._captures.append(capture)
         return True
 
     def take(self, now: float) -> list[tuple[Capture, list[TapAnswer]]]:
-        """Remove and return those whose answers have come, or whose time is up, each with what came. now: monotonic
-        seconds."""
+        """Removes and returns the captures whose answers have come, or whose time is up, each with what came. now:
+        monotonic seconds."""
         ready, waiting = [], deque[Capture]()
         for capture in self._captures:
             late = now - capture.captured_at > self._max_seconds

@@ -28,7 +28,7 @@ class StoreErrorLog:
         self.last_message = message
 
     def clear(self) -> None:
-        """The store has answered."""
+        """Clears the last message, since the store has answered."""
         if self.last_message:
             log.info("the store answers again")
         self.last_message = ""

@@ -157,7 +157,7 @@ class PostgresStore:
             return self._owns
 
     def _try_lock(self) -> bool | None:
-        """None: there are no tables yet."""
+        """Tries to take the lock, and returns True if it did. None: there are no tables yet."""
         with self._translated() as session:
             held: bool | None = session.one(_TRY_LOCK)
             return held
@@ -244,7 +244,8 @@ class PostgresStore:
 
     @contextlib.contextmanager
     def _transaction(self, mode: str, *, keep: bool = True) -> Iterator[_Session]:
-        """Committed at the end; undone after an exception, or where it is not to be kept. Raises StoreFailure."""
+        """Makes a transaction, which is committed at the end; undone after an exception, or where it is not to be kept.
+        Raises StoreFailure."""
         with self._translated() as session:
             session.run(f"BEGIN {mode}")
             yield session
@@ -252,7 +253,8 @@ class PostgresStore:
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[_Session]:
-        """The session, begun where there is none. What fails in it is undone, and raised as StoreFailure."""
+        """Gives the session, which is begun if there is none. What fails in it is undone, and raised as
+        StoreFailure."""
         owned = self._owns
         try:
             yield self._connect()

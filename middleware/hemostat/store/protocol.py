@@ -188,7 +188,7 @@ class Store(Protocol):
         """
 
     def close(self) -> None:
-        """Another process can own it now."""
+        """Closes the store: another process can own it now."""
 
 
 class StoreWrites(Protocol):
@@ -207,7 +207,7 @@ class StoreWrites(Protocol):
         """Keep up to `MAX_BLOB_BYTES` under a name, in place of what it held."""
 
     def queued(self) -> int:
-        """The number of the write that was queued last."""
+        """Returns the number of the write that was queued last."""
 
     def has_written(self, write: int) -> bool:
         """Returns True if the write with this number, and all before it, are stored: a restart finds them."""

@@ -56,7 +56,7 @@ class SpentAlpha:
         return self._counts
 
     def count(self, name: str = OTHERS) -> int:
-        """The largest number that was given under this name: the next test has the next one."""
+        """Returns the largest number that was given under this name: the next test has the next one."""
         return self._counts.get(name, self._counts.get(OTHERS, 0))
 
     def spend(self, numbers: Mapping[str, int]) -> None:
@@ -101,7 +101,7 @@ def _written(counts: Mapping[str, int]) -> str:
 
 
 def _read(text: str, key: str) -> dict[str, int]:
-    """All numbers that can be read."""
+    """Returns all numbers that can be read."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

@@ -155,7 +155,8 @@ class SqliteStore:
             raise ExclusionLost(f"store {self._path}: this process does not own it")
 
     def _require_same_file(self) -> None:
-        """A volume that is missing for a while is a failure, and no conflict."""
+        """Raises an error unless the file is the same. A volume that is missing for a while is a failure, and no
+        conflict."""
         self._require_folder()
         if self._inode() != self._file:
             raise StoreConflict(f"store {self._path}: the file was replaced or deleted")
@@ -190,7 +191,7 @@ class SqliteStore:
 
     @contextlib.contextmanager
     def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
-        """Committed at the end, or undone after an exception. Raises StoreFailure."""
+        """Makes a transaction, which is committed at the end, or undone after an exception. Raises StoreFailure."""
         try:
             connection = sqlite3.connect(self._path, timeout=BUSY_SECONDS, isolation_level=None)
             with contextlib.closing(connection):

@@ -21,9 +21,9 @@ class StoreThread:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="store")
 
     async def call(self, function: Callable[..., T], *arguments: object) -> T:
-        """The function's result, once all earlier calls have ended."""
+        """Returns the function's result, once all earlier calls have ended."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
 
     def close(self) -> None:
-        """No further calls. Those that go on are not waited for here."""
+        """Takes no further calls. Those that go on are not waited for here."""
         self._executor.shutdown(wait=False, cancel_futures=True)

@@ -128,7 +128,8 @@ class StoreWriter:
         self._work.set()
 
     def is_own(self, head: Head) -> bool:
-        """No other process has written: it is the head of the last commit, or of the one whose outcome is not known."""
+        """Returns True if no other process has written: it is the head of the last commit, or of the one whose outcome
+        is not known."""
         begun = self._commit
         return head == self.head or (begun is not None and head == Head(self.head.revision + 1, begun.commit_id))
 
@@ -164,7 +165,7 @@ class StoreWriter:
         self._progress = asyncio.Event()
 
     def stop_waiting(self) -> None:
-        """The process stops: whoever waits in `wait_until_written`, now or later, is told so."""
+        """Is told that the process stops: whoever waits in `wait_until_written`, now or later, is told so."""
         self._stopping = True
         self._note_progress()
 

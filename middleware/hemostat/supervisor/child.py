@@ -117,7 +117,7 @@ class Child:
         await self.begin()
 
     def send(self, message: dict[str, Any]) -> None:
-        """One more line for its standard input; dropped if it is not running."""
+        """Sends one more line to its standard input; the line is dropped if it is not running."""
         if self._process is not None and self._process.stdin is not None and self.running:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
 
@@ -138,7 +138,7 @@ class Child:
         return answer
 
     def keep(self) -> None:
-        """Restart the process from now on whenever it ends, with increasing delays, until `stop`."""
+        """Restarts the process from now on whenever it ends, with increasing delays, until `stop`."""
         self._keeping = asyncio.create_task(self._keep(), name=f"keeps {self.name}")
 
     async def _keep(self) -> None:
@@ -205,7 +205,8 @@ class Child:
         self.listening = await self._line()
 
     async def stop(self, sig: signal.Signals, within: float) -> None:
-        """Restart it no more; send `sig`, wait `within` seconds for its end, then kill. May be called again."""
+        """Stops it and restarts it no more: sends `sig`, waits `within` seconds for its end, then kills it. May be
+        called again."""
         if self._keeping is not None:
             self._keeping.cancel()
             await asyncio.gather(self._keeping, return_exceptions=True)

@@ -61,7 +61,7 @@ class Commands:
         return self._waiting.popleft()
 
     async def unless_stopped(self, work: Coroutine[Any, Any, T]) -> T:
-        """The work's result; it is cancelled, and Stopped raised, when the supervisor is to stop."""
+        """Returns the work's result; it is cancelled, and Stopped raised, when the supervisor is to stop."""
         working = asyncio.ensure_future(work)
         stopping = asyncio.ensure_future(self._stop.wait())
         try:

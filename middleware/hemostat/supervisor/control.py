@@ -40,7 +40,7 @@ class ControlProcess:
         await self._child.load()
 
     async def begin(self) -> None:
-        """It opens the store and listens; restarted from now on. Raises StartFailure."""
+        """Makes it open the store and listen; it is restarted from now on. Raises StartFailure."""
         await self._child.begin()
         self._child.keep()
 
@@ -77,7 +77,7 @@ class ControlProcess:
         self._child.keep()
 
     def send(self, message: dict[str, Any]) -> None:
-        """A line for its standard input, see `hemostat.control.process`; also for its restarts."""
+        """Sends a line to its standard input, see `hemostat.control.process`; also for its restarts."""
         self._child.launch.settings.update(message)
         self._child.send(message)
 

@@ -53,7 +53,7 @@ class Relays:
         self._serving = relays
 
     async def keep(self) -> None:
-        """Restart those that end, from now on."""
+        """Restarts relays that end, from now on."""
         for relay in self._serving:
             relay.keep()
         if self._serving:
@@ -78,7 +78,7 @@ class Relays:
             await self._stop(oldest, signal.SIGTERM, settings.shutdown_seconds)
 
     async def drain(self, within: float) -> None:
-        """A successor's relays have taken over: let the requests of all relays end."""
+        """Lets the requests of all relays end, since a successor's relays have taken over."""
         await self._spare.stop()
         await asyncio.gather(self._stop(self._serving, DRAIN, within), *(task for _, task in self._replaced))
 
@@ -99,7 +99,8 @@ class Relays:
 def relay_launches(
     settings: Settings, sockets: Sockets, control_socket: Path, access_log: int | None, role: Role = Role.SERVE
 ) -> list[Launch]:
-    """One for each relay. access_log: the file descriptor that lines of the access log are written to."""
+    """Returns the arguments of each relay. access_log: the file descriptor that lines of the access log are written
+    to."""
     if not role.relays:
         return []
     sockets.provide(settings.workers)

@@ -55,7 +55,7 @@ def main(load: Callable[[], Settings], role: Role = Role.SERVE, announce: Callab
 
 
 def with_role(load: Callable[[], Settings], role: Role) -> Settings:
-    """The configuration, with what this command needs. Raises ConfigError."""
+    """Returns the configuration, with what this command needs. Raises ConfigError."""
     settings = load()
     control = settings.control
     if role is Role.RELAY and not control.addresses:
@@ -303,7 +303,7 @@ class Supervisor:
         return ours
 
     async def _hand_over(self, successor: Channel) -> None:
-        """Where the successor fails, serve on."""
+        """Hands over to the successor, or serves on if the successor fails."""
         sockets = self._sockets
         released = False
         log.info("another supervisor takes over")
@@ -350,7 +350,7 @@ class Supervisor:
 
 
 def open_access_log(settings: Settings) -> int | None:
-    """The file descriptor that relays write to, opened for appending. Raises ConfigError."""
+    """Returns the file descriptor that relays write to, opened for appending. Raises ConfigError."""
     target = settings.log.access
     if target == "off":
         return None

@@ -16,7 +16,7 @@ _VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
 
 def passed_sockets(environment: MutableMapping[str, str], pid: int) -> dict[str, list[socket.socket]]:
-    """The sockets that systemd has opened for this process, by their name in NAMES (FileDescriptorName=).
+    """Returns the sockets that systemd has opened for this process, by their name in NAMES (FileDescriptorName=).
 
     A single one may have any name, and is the data port's. The variables are removed, as they are for this process
     only. ConfigError says which unit is to be corrected.

@@ -35,7 +35,7 @@ class SpareRelay:
         self._load(tuple(fds))
 
     def take(self) -> Child | None:
-        """The loaded process, which is then no longer the spare one; None: it is not ready."""
+        """Returns the loaded process, which is then no longer the spare one; None: it is not ready."""
         child = self._child
         if child is None or self._loading is None or not self._loading.done():
             return None

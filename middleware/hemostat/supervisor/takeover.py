@@ -61,7 +61,7 @@ class Channel:
             raise TakeoverFailed(f"the other supervisor is gone ({error.strerror})") from error
 
     async def receive(self) -> tuple[dict[str, Any], list[socket.socket]]:
-        """The next message, and the sockets that came with it."""
+        """Returns the next message, and the sockets that came with it."""
         loop = asyncio.get_running_loop()
         readable = asyncio.Event()
         loop.add_reader(self._sock, readable.set)
@@ -94,13 +94,13 @@ class Channel:
 
 
 def pair() -> tuple[Channel, socket.socket]:
-    """A channel, and the socket that a successor inherits."""
+    """Returns a channel, and the socket that a successor inherits."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     return Channel(ours), theirs
 
 
 def connect_to_predecessor(run_dir: Path | None) -> Channel | None:
-    """The connection to the supervisor that is to be replaced, if there is one."""
+    """Returns the connection to the supervisor that is to be replaced, if there is one."""
     inherited = os.environ.pop(FD_VARIABLE, None)
     if inherited is not None:
         return Channel(socket.socket(fileno=int(inherited)))
@@ -116,7 +116,8 @@ def connect_to_predecessor(run_dir: Path | None) -> Channel | None:
 
 
 def listen_for_successors(run_dir: Path) -> socket.socket:
-    """A socket that successors connect to; only the same user can. It replaces a former one. Raises ConfigError."""
+    """Returns a socket that successors connect to; only the same user can. It replaces a former one. Raises
+    ConfigError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     path = _path(run_dir)
     mask = os.umask(0o177)

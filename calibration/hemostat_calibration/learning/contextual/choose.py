@@ -31,7 +31,8 @@ class ProfileLimits:
 
 
 def exact_gains(basis: Basis, rows: HiddenRows, maps: Sequence[LinearMap], limits: ProfileLimits) -> Floats:
-    """KL gained by each map at each of `SCALES`, as a profile of it would gain it, nats, [maps, scales, n]."""
+    """Returns the KL gained by each map at each of `SCALES`, as a profile of it would gain it, nats, [maps, scales,
+    n]."""
     most = np.float32(min(2.0 * limits.kl_limit, NO_KL_LIMIT))
     images = []
     for map_ in maps:
@@ -54,7 +55,8 @@ def best_map_and_scale(gains: Floats) -> tuple[int, int]:
 
 
 def mean_by_prompt(values: Floats, prompt: Indices) -> tuple[float, float]:
-    """Mean over tokens [n], and its standard error with the prompt as the unit: tokens of one are correlated.
+    """Returns the mean over tokens [n], and its standard error with the prompt as the unit: tokens of one are
+    correlated.
 
     prompt: of every token, [n].
 

@@ -178,7 +178,7 @@ def list_examples(
 
 
 def largest_fold(fold: npt.NDArray[np.int64]) -> int:
-    """The fold with the most tokens, of the folds of all tokens, [n].
+    """Returns the fold with the most tokens, of the folds of all tokens, [n].
 
     >>> largest_fold(np.array([0, 2, 2, 1]))
     2
@@ -199,7 +199,7 @@ def code_moment_of(map_: LinearMap, inputs: Singles) -> Floats:
 
 
 def _lists(embedding: Singles, rows: Sequence[TokenRows], c: Singles) -> Lists:
-    """c: the compressed model's hidden states in the basis, [n, d]."""
+    """Returns the lists of tokens. c: the compressed model's hidden states in the basis, [n, d]."""
     most = max(r.listed.ids.shape[1] for r in rows if r.listed is not None)
     ids = np.zeros((len(c), most), np.int32)
     r = np.zeros((len(c), most), np.float32)

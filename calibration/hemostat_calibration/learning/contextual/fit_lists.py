@@ -74,7 +74,8 @@ class ListFitter:
         progress: Callable[[float], None],
         steps: int,
     ) -> list[LinearMap]:
-        """The map after each step, learned from the `chosen` tokens: at least one, until none gains on some of them."""
+        """Returns the map after each step, learned from the `chosen` tokens: at least one, until none gains on some of
+        them."""
         some = evenly_spread(chosen, MAX_HELD_OUT)
         x = examples.inputs[:, :-1]
         step = linear_map(start)
@@ -104,5 +105,5 @@ def _towards(examples: ListExamples, chosen: Indices, map_: LinearMap | None) ->
 
 
 def _plus(map_: LinearMap, step: LinearMap) -> LinearMap:
-    """The sum of two maps with the same `up`."""
+    """Returns the sum of two maps with the same `up`."""
     return replace(map_, linear=map_.linear + step.linear, offset=map_.offset + step.offset)

@@ -68,4 +68,4 @@ class Proposal:
 
 
 def no_progress(stage: str, done: float) -> None:
-    """A `Progress` that does nothing."""
+    """Does nothing: it is a `Progress`."""

@@ -83,7 +83,7 @@ def with_rows(fold: FoldSums, rows: TokenRows, clock: int, forgetting: Forgettin
 
 
 def flushed(fold: FoldSums, clock: int, forgetting: Forgetting) -> FoldSums:
-    """The same with the waiting rows added to the sums, all discounted to `clock`.
+    """Returns the fold with the waiting rows added to the sums, all discounted to `clock`.
 
     >>> rows = TokenRows(0, 2, 2, np.ones((2, 3), np.float16), np.full((2, 4), 2.0, np.float16))
     >>> fold = with_rows(empty_fold(2, 3, 4), rows, 2, Forgetting(None))
@@ -106,7 +106,8 @@ def flushed(fold: FoldSums, clock: int, forgetting: Forgetting) -> FoldSums:
 
 
 def moments_in_basis(fold: FoldSums, basis: Basis) -> Moments:
-    """Σ s sᵀ and Σ s tᵀ of a flushed fold, of inputs s = `basis.reads` x̃ and targets t = Lᵀ (h_r − E[h_c | z])."""
+    """Returns Σ s sᵀ and Σ s tᵀ of a flushed fold, of inputs s = `basis.reads` x̃ and targets t = Lᵀ (h_r − E[h_c |
+    z])."""
     features = len(fold.cross) - 1
     count = np.append(fold.cross[-1, :features], fold.weight)
     xx = np.column_stack([fold.cross[:, :features], count])
@@ -115,7 +116,7 @@ def moments_in_basis(fold: FoldSums, basis: Basis) -> Moments:
 
 
 def moments_of_rows(x: Singles, target: Singles, weights: Floats) -> Moments:
-    """The moments of rows: x [n, A + 1], target [n, d], weights [n].
+    """Returns the moments of rows: x [n, A + 1], target [n, d], weights [n].
 
     >>> x, target = np.array([[1.0, 1.0]], np.float32), np.array([[3.0]], np.float32)
     >>> moments_of_rows(x, target, np.array([2.0])).xy.tolist()

@@ -35,7 +35,8 @@ class HiddenStatePrior:
 
 
 def estimate_prior(hidden: Singles, noise: float) -> HiddenStatePrior:
-    """Mean and covariance of hidden states [n, d], shrunk a little towards isotropy, as n may be less than d.
+    """Returns the mean and covariance of hidden states [n, d], shrunk a little towards isotropy, as n may be less than
+    d.
 
     noise: standard deviation of a logit as it is read, nats.
 
@@ -53,7 +54,7 @@ def estimate_prior(hidden: Singles, noise: float) -> HiddenStatePrior:
 
 
 def isotropic_prior(weight: Singles, noise: float) -> HiddenStatePrior:
-    """The prior where no hidden state has been seen: isotropic, such that logits spread by about 5 nats.
+    """Returns the prior where no hidden state has been seen: isotropic, such that logits spread by about 5 nats.
 
     >>> isotropic_prior(np.eye(2, dtype=np.float32), noise=0.01).covariance.tolist()
     [[25.0, 0.0], [0.0, 25.0]]
@@ -123,7 +124,7 @@ def fisher_metric(weight: Singles, hidden: Singles, damping: float = 1e-3) -> tu
 
 
 def softmax(logits: Singles) -> Singles:
-    """Softmax in place over the last axis; returns its argument.
+    """Computes the softmax in place over the last axis, and returns its argument.
 
     >>> softmax(np.zeros((1, 2), np.float32)).tolist()
     [[0.5, 0.5]]

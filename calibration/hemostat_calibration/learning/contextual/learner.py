@@ -150,7 +150,7 @@ class ContextualLearner:
         return ContextualState(model, vocab_size, (empty,) * FOLDS)
 
     def probe(self, model: str) -> CalibrationProfile:
-        """The profile that makes an engine report the features that are learned from, and changes nothing."""
+        """Returns the profile that makes an engine report the features that are learned from, and changes nothing."""
         return probe_profile(model, len(self.weight), self.anchors, self._limits.clamp_nats)
 
     def update(self, state: ContextualState, records: Iterable[TokenRecord]) -> ContextualState:
@@ -181,7 +181,7 @@ class ContextualLearner:
         )
 
     def propose(self, state: ContextualState) -> CalibrationProfile | None:
-        """The profile of `fit`."""
+        """Returns the profile of `fit`."""
         proposal = self.fit(state)
         return None if proposal is None else proposal.profile
 
@@ -261,7 +261,8 @@ class ContextualLearner:
         return tuple(moments_in_basis(fold, basis) for fold in folds)
 
     def _map_of_all(self, folds: Sequence[Moments]) -> list[Floats] | None:
-        """Bᵀ without each fold, and with all of them, at the penalty that is best for all; None where no map gains."""
+        """Returns Bᵀ without each fold, and with all of them, at the penalty that is best for all; None where no map
+        gains."""
         result = regression.choose(folds, self._ranks)
         if result is None:
             return None
@@ -272,7 +273,7 @@ class ContextualLearner:
         ]
 
     def _fresh(self, state: ContextualState) -> list[TokenRows]:
-        """The recent rows that are not yet half forgotten."""
+        """Returns the recent rows that are not yet half forgotten."""
         return [r for r in state.recent if self.forgetting.weight(state.tokens - r.clock) >= 0.5]
 
     def _check(self, record: TokenRecord, state: ContextualState) -> None:

@@ -22,7 +22,7 @@ class LinearMap:
     up: Singles
 
     def code(self, x: Singles) -> Singles:
-        """The code y, [T, r], of x [T, A]."""
+        """Returns the code y, [T, r], of x [T, A]."""
         code: Singles = x @ self.linear.T + self.offset
         return code
 
@@ -33,7 +33,7 @@ class LinearMap:
 
 
 def linear_map(low_rank: LowRank) -> LinearMap:
-    """The map that was found.
+    """Returns the map that was found.
 
     >>> low_rank = LowRank(np.eye(2), np.array([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]]), penalty=0.0, gain=0.0, error=0.0)
     >>> linear_map(low_rank).image(np.array([[1.0, 2.0]], np.float32)).tolist()
@@ -44,7 +44,7 @@ def linear_map(low_rank: LowRank) -> LinearMap:
 
 
 def for_features(map_: LinearMap, reads: Floats) -> LinearMap:
-    """The map that computes from features x what `map_` computes from the inputs `reads` x̃ (`basis.Basis`).
+    """Returns the map that computes from features x what `map_` computes from the inputs `reads` x̃ (`basis.Basis`).
 
     >>> low_rank = LowRank(np.eye(2), np.array([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]]), penalty=0.0, gain=0.0, error=0.0)
     >>> x = np.array([[1.0, 2.0]], np.float32)

@@ -22,7 +22,7 @@ def narrow(
     tail: npt.NDArray[np.bool_],
     columns: int,
 ) -> tuple[Floats, Floats, float]:
-    """(up' [V, r], transform [r, r], lost): up' (transform y) is up y, but for the tail's ids only the part of
+    """Returns (up' [V, r], transform [r, r], lost): up' (transform y) is up y, but for the tail's ids only the part of
     the first `columns` components.
 
     Columns of up', before the cut, have a mean square of 1. transform is invertible, but no rotation: a metric of y

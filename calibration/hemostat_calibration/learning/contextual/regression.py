@@ -59,7 +59,8 @@ class LowRank:
 
 
 def standardiser(moments: Moments) -> Floats:
-    """S, [A + 1, A + 1]: S x̃ has mean 0 and a variance that is 1 on average, but for the constant, which stays 1.
+    """Returns S, [A + 1, A + 1]: S x̃ has mean 0 and a variance that is 1 on average, but for the constant, which stays
+    1.
 
     One scale for all inputs: those that vary more are to weigh more.
 
@@ -79,7 +80,8 @@ def standardiser(moments: Moments) -> Floats:
 
 
 def choose(folds: Sequence[Moments], ranks: Sequence[int], bases: Sequence[Floats] | None = None) -> LowRank | None:
-    """The map whose penalty and rank did best on each fold when learned from the others; learned from all of them.
+    """Returns the map whose penalty and rank did best on each fold when learned from the others; learned from all of
+    them.
 
     None where no map would gain, or a fold is empty. ranks: allowed ones. bases: what the penalty pulls towards,
     instead of
@@ -117,7 +119,8 @@ def choose(folds: Sequence[Moments], ranks: Sequence[int], bases: Sequence[Float
 
 
 def fitted(moments: Moments, penalties: Sequence[float], rank: int, base: Floats | None = None) -> list[LowRank]:
-    """The map of each penalty, of that rank; their gains are not known (NaN). base: what the penalty pulls towards.
+    """Returns the map of each penalty, of that rank; their gains are not known (NaN). base: what the penalty pulls
+    towards.
 
     >>> x, t = np.column_stack([np.arange(8.0), np.ones(8)]), 2.0 * np.arange(8.0)[:, None] + 1.0
     >>> def moments(rows):
@@ -166,7 +169,7 @@ def total(parts: Sequence[Moments]) -> Moments:
 
 
 def _prior(s: Floats, base: Floats) -> Floats:
-    """Bᵀ as it is for standardised inputs."""
+    """Returns Bᵀ as it is for standardised inputs."""
     return np.asarray(np.linalg.solve(s.T, base), dtype=np.float64)
 
 

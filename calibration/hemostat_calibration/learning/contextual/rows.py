@@ -71,8 +71,8 @@ class TokenRows:
 
 
 def fold_of(unit: bytes) -> int:
-    """The fold of an evidence unit, 0 to `FOLDS` − 1: a function of its digest alone, so that a conversation's turns
-    are in one fold.
+    """Returns the fold of an evidence unit, 0 to `FOLDS` − 1: a function of its digest alone, so that a conversation's
+    turns are in one fold.
 
     >>> fold_of(b"a conversation") == fold_of(b"a conversation")
     True
@@ -81,7 +81,7 @@ def fold_of(unit: bytes) -> int:
 
 
 def rows_of(record: TokenRecord, anchors: str, clock: int) -> tuple[TokenSource, TokenRows | None]:
-    """The usable tokens of a validated record, with their source; None where there are none.
+    """Returns the usable tokens of a validated record, with their source; None where there are none.
 
     anchors: digest of the anchors; features of other anchors are not used. clock: tokens seen before this record.
     """
@@ -110,7 +110,7 @@ def rows_of(record: TokenRecord, anchors: str, clock: int) -> tuple[TokenSource,
 
 
 def newest(rows: Sequence[TokenRows], max_tokens: int) -> tuple[TokenRows, ...]:
-    """The last rows, oldest first, of at most `max_tokens` tokens; at least the very last one.
+    """Returns the last rows, oldest first, of at most `max_tokens` tokens; at least the very last one.
 
     >>> rows = [TokenRows(0, clock, 10, None, None) for clock in (10, 20, 30)]
     >>> [r.clock for r in newest(rows, 20)]

@@ -42,8 +42,8 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 def dependencies(learner: ContextualLearner, about: str) -> str:
-    """Digest of all that stored sums depend on: the output embedding (evenly spaced rows of a large one), the anchors
-    and how many are read, the forgetting, and `about`, the caller's name of the two models.
+    """Returns the digest of all that stored sums depend on: the output embedding (evenly spaced rows of a large one),
+    the anchors and how many are read, the forgetting, and `about`, the caller's name of the two models.
 
     >>> learner = ContextualLearner(np.eye(4), np.arange(3))
     >>> dependencies(learner, "models") == dependencies(learner, "other models")
@@ -58,7 +58,7 @@ def dependencies(learner: ContextualLearner, about: str) -> str:
 
 
 def save(states: Mapping[str, ContextualState], learner: ContextualLearner, about: str, max_bytes: int) -> bytes:
-    """States by name as bytes, about `max_bytes` at most; b"" where not even the sums of the first state fit.
+    """Returns states by name as bytes, about `max_bytes` at most; b"" where not even the sums of the first state fit.
 
     The first state is kept before the others; further ones are left out from the first whose sums do not fit. Of what
     the sums leave of `max_bytes`, each state's newest rows get an equal part, and the first one also what the others do
@@ -155,7 +155,8 @@ def _newest_within(rows: Sequence[TokenRows], max_bytes: int) -> Sequence[TokenR
 
 
 def _row_arrays(rows: Sequence[TokenRows]) -> dict[str, npt.NDArray[Any]]:
-    """One array for each kind of value, all rows behind each other; `rows`: int64 [R, 5], what each row holds."""
+    """Returns one array for each kind of value, all rows behind each other; `rows`: int64 [R, 5], what each row
+    holds."""
     if not rows:
         return {}
     held = [
@@ -211,7 +212,7 @@ class _Part:
         return array
 
     def take(self, name: str, dtype: type[np.generic], *shape: int) -> npt.NDArray[Any]:
-        """The next values; a copy, so that dropping rows frees memory."""
+        """Returns the next values; a copy, so that dropping rows frees memory."""
         array, first = self._arrays[f"{self._n}.{name}"], self._taken.get(name, 0)
         size = int(np.prod(shape, dtype=object))
         if array.dtype != dtype or array.ndim != 1 or first + size > len(array):

@@ -115,7 +115,7 @@ def _requested(body: JsonObject) -> RequestedLogprobs | None:
 
 
 def _conversation(body: JsonObject, messages: list[Message] | None) -> bytes | None:
-    """The messages up to the first one of the user, or else all of them."""
+    """Returns the messages up to the first one of the user, or else all of them."""
     if not body.has("messages"):
         return None
     for position, message in enumerate(messages or ()):
@@ -137,7 +137,7 @@ def _unscorable_messages(messages: list[Message] | None) -> Unscored | None:
 
 
 def _restore_entry(entry: JsonObject, requested: RequestedLogprobs) -> bytes:
-    """One position as the client asked for it."""
+    """Returns one position as the client asked for it."""
     top = [bytes(item) for item in _elements.decode(entry.raw("top_logprobs"))][: requested.top]
     changes = {}
     if not requested.as_ids:

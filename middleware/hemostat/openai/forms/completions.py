@@ -91,7 +91,7 @@ class Completions:
 
 
 def _prompts(body: JsonObject) -> list[str | list[int]] | None:
-    """None where they have the wrong type, or there is none."""
+    """Returns the prompts; None if they have the wrong type, or there is none."""
     raw = body.raw("prompt")
     if (text := decode_or_none(_text, raw)) is not None:
         return [text]
@@ -122,7 +122,7 @@ def _requested(body: JsonObject) -> RequestedLogprobs | None:
 
 
 def _restore_row(row: dict[str, msgspec.Raw] | None) -> bytes:
-    """One position with the emitted token alone."""
+    """Returns one position with the emitted token alone."""
     if row is None:
         return NULL
     name, value = next(iter(row.items()))

@@ -82,7 +82,7 @@ class Messages(TappedForm):
 
 
 def _conversation(body: JsonObject, messages: list[Message] | None) -> bytes | None:
-    """The system prompt and the messages up to the first one of the user, or else all of them."""
+    """Returns the system prompt and the messages up to the first one of the user, or else all of them."""
     raw = body.raw("messages")
     if raw == NULL:
         return None

@@ -38,21 +38,21 @@ class Stripper(Protocol):
         """Take the next bytes of the body; returns what the client gets now."""
 
     def finish(self) -> bytes:
-        """The response is complete: returns the rest of what the client gets, and checks the tokens."""
+        """Is called when the response is complete: returns the rest of what the client gets, and checks the tokens."""
 
 
 class Format(Protocol):
     """One form of request and response."""
 
     def read(self, body: JsonObject) -> Details:
-        """May raise one of MALFORMED."""
+        """Reads the details of a request's body. May raise one of MALFORMED."""
 
     def restricts_tokens(self, body: JsonObject) -> bool:
         """Returns True if a grammar restricts the tokens; see `restrictions`. May raise one of MALFORMED."""
 
     def injected_members(self, request: Request, top_k: int) -> dict[str, bytes]:
-        """The members (JSON) that make the engine return token ids, the `top_k` most likely ids with logprobs, and the
-        usage. top_k: 0 for ids only."""
+        """Returns the members (JSON) that make the engine return token ids, the `top_k` most likely ids with logprobs,
+        and the usage. top_k: 0 for ids only."""
 
     def stripper(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
         """Returns the stripper of the response to a request with the injected members. stream: it is an event stream by

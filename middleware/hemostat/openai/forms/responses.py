@@ -92,7 +92,7 @@ class Responses(TappedForm):
         return restricts_response(body)
 
     def injected_members(self, request: Request, top_k: int) -> dict[str, bytes]:
-        """Ids are all that can be asked for."""
+        """Returns the members that ask for the ids, which are all that can be asked for."""
         return {ASKS_FOR_IDS: b"true"}
 
     def stripper(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
@@ -154,7 +154,7 @@ def _message(item: _Item) -> Message:
 
 
 def _conversation(body: JsonObject, raw: bytes, items: list[_Item] | None) -> bytes | None:
-    """The instructions and the items up to the user's first message, or else all of them."""
+    """Returns the instructions and the items up to the user's first message, or else all of them."""
     if raw == NULL:
         return None
     instructions = body.raw("instructions")

@@ -25,7 +25,8 @@ _stream_options: msgspec.json.Decoder[_StreamOptions | None] = msgspec.json.Deco
 
 
 def decode_or_none(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
-    """None where the value has the wrong type: the request goes on, and vLLM explains the error to the client."""
+    """Returns the decoded value; None if the value has the wrong type: the request goes on, and vLLM explains the error
+    to the client."""
     try:
         return decoder.decode(raw)
     except MALFORMED:

@@ -23,7 +23,7 @@ _ids: Final[msgspec.json.Decoder[list[int]]] = msgspec.json.Decoder(list[int])
 
 
 def cut_logprobs(data: bytes) -> tuple[bytes, bytes] | None:
-    """A response's bytes with `null` as the value of its only `logprobs`, and that value.
+    """Returns a response's bytes with `null` as the value of its only `logprobs`, and that value.
 
     None where they are not as vLLM writes them, or there are several. It is certain only if the first result is JSON.
 
@@ -89,7 +89,8 @@ class EventCutter:
             self._start = _DATA + data[: begin + len(_CHOICES)]
 
     def cut(self, event: bytes) -> Cut | None:
-        """None where it is any other event. event: one, or several, or a part of one."""
+        """Returns the event without what was injected; None if it is any other event. event: one, or several, or a part
+        of one."""
         start = self._start
         if not start or not event.startswith(start) or event.find(b"\n") != len(event) - 2 or b"\r" in event:
             return None

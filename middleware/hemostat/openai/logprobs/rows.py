@@ -67,7 +67,8 @@ _completion: msgspec.json.Decoder[_CompletionLogprobs] = msgspec.json.Decoder(_C
 
 
 def read_rows(form: Form, pieces: Sequence[bytes], output: Sequence[int], top_k: int) -> Rows:
-    """The candidates of the emitted ids `output`. One of json_splice.MALFORMED where the pieces do not fit them.
+    """Returns the candidates of the emitted ids `output`. One of json_splice.MALFORMED where the pieces do not fit
+    them.
 
     pieces: the JSON of each `logprobs` of one choice, in order: of its whole response, or of a stream's events.
     """
@@ -76,8 +77,8 @@ def read_rows(form: Form, pieces: Sequence[bytes], output: Sequence[int], top_k:
 
 
 def usual_rows(pieces: Sequence[bytes], output: Sequence[int], top_k: int) -> Rows | None:
-    """A chat's candidates where each position has `top_k` different ones, the emitted one first, then the others by
-    their rank, as vLLM lists them where the client asks for no more. None where that is not so."""
+    """Returns a chat's candidates where each position has `top_k` different ones, the emitted one first, then the
+    others by their rank, as vLLM lists them where the client asks for no more. None where that is not so."""
     positions = [entry for piece in pieces for entry in _chat.decode(piece).content]
     if [entry.token for entry in positions] != [f"{_PREFIX}{token}" for token in output]:
         return None
@@ -113,7 +114,8 @@ def usual_rows(pieces: Sequence[bytes], output: Sequence[int], top_k: int) -> Ro
 
 
 def parse_rows(form: Form, pieces: Sequence[bytes], output: Sequence[int], top_k: int) -> Rows:
-    """The same, whatever is listed and in whichever order, one position after the other: slower."""
+    """Returns the candidates of each position, whatever is listed and in whichever order, one position after the other:
+    slower."""
     read = _chat_rows if form is Form.CHAT else _completion_rows
     rows = [row for piece in pieces for row in read(piece)]
     ids = np.full((len(output), top_k + 1), -1, np.int32)
@@ -148,7 +150,7 @@ def ordered(row: Row, top_k: int) -> dict[int, float]:
 
 
 def _chat_rows(piece: bytes) -> list[tuple[str, Row]]:
-    """Each with the name of the emitted token."""
+    """Returns the rows of a chat, each with the name of the emitted token."""
     return [
         (
             entry.token,

@@ -57,7 +57,7 @@ class Scrubber:
         return b"".join(parts)
 
     def finish(self) -> bytes:
-        """The response is complete: returns the rest of what the client gets."""
+        """Is called when the response is complete, and returns the rest of what the client gets."""
         held = b"" if self._depth else self._held
         self._held, self._depth, self._in_string = b"", 0, False
         return held
@@ -99,7 +99,7 @@ class Scrubber:
 
 
 def scrub(data: bytes, *, stream: bool) -> bytes:
-    """All at once.
+    """Returns the data without what was injected, all at once.
 
     >>> scrub(b'{"choices":[{"text":"x","logprobs":{"tokens":["}"]},"token_ids":[5', stream=False)
     b'{"choices":[{"text":"x","logprobs":null,"token_ids":null'

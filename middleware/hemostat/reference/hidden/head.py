@@ -107,8 +107,8 @@ class TorchHead:
 
 
 def open_head(folder: Path) -> OutputHead:
-    """The output head of the checkpoint in `folder`: only the bias is read. Raises EmbeddingError, whose text is one
-    line."""
+    """Returns the output head of the checkpoint in `folder`: only the bias is read. Raises EmbeddingError, whose text
+    is one line."""
     try:
         config = read_config(folder)
     except (OSError, ValueError, TypeError) as error:

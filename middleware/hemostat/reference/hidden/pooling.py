@@ -74,7 +74,7 @@ async def find_offer(server: VllmServer, model: str, ids: Sequence[int]) -> Foun
 async def hidden_states(
     server: VllmServer, model: str, ids: Sequence[int], width: int, *, first: int = 0, reshaped: bool = False
 ) -> States:
-    """The final hidden states after ids[first], ids[first + 1], …: [n - first, width]. Raises ReferenceFailure.
+    """Returns the final hidden states after ids[first], ids[first + 1], …: [n - first, width]. Raises ReferenceFailure.
 
     No more than n · width · 2 bytes are read, and those from `first` on are kept. reshaped: in a batch with another,
     shorter prompt, so that the server computes in another shape.
@@ -104,7 +104,7 @@ def _body(model: str, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
 
 
 def _states(data: bytes, positions: int, width: int | None, url: str) -> States:
-    """width: None where it is not known yet."""
+    """Returns the hidden states in an answer. width: None where it is not known yet."""
     row, rest = divmod(len(data), positions)
     if rest or row % STATE_BYTES or row < STATE_BYTES or (width is not None and row != width * STATE_BYTES):
         raise ReferenceFailure(

@@ -51,7 +51,8 @@ def fit_of_head(emitted: Floats, entropy: Floats, vocab_size: int) -> str:
 
 
 def distance(first: States, other: States) -> float:
-    """Mean over positions of the Euclidean distance, relative to the length of `other`; infinite for other shapes.
+    """Returns the mean over positions of the Euclidean distance, relative to the length of `other`; infinite for other
+    shapes.
 
     >>> distance(np.array([[0x3F80, 0]], np.uint16), np.array([[0x3F80, 0x3F80]], np.uint16)).__round__(3)
     0.707

@@ -160,7 +160,7 @@ class HiddenStatesReference:
             await checked.worker.close()
 
     async def _probe_now_and_then(self, checked: _Checked) -> None:
-        """REVISION where the server runs another model than the one that was checked."""
+        """Raises REVISION if the server runs another model than the one that was checked."""
         if time.monotonic() - self._probed_at < PROBE_SECONDS:
             return
         async with self._probing:
@@ -196,7 +196,7 @@ class HiddenStatesReference:
 
 
 def _find(folder: Path | None, root: str) -> tuple[Path, str]:
-    """The checkpoint's folder, and the identity of its files."""
+    """Returns the checkpoint's folder, and the identity of its files."""
     try:
         place = find_checkpoint(folder, root)
         return place, identity(place)

@@ -50,7 +50,7 @@ def error_body(status: int, message: str, code: str | None = None) -> bytes:
 
 
 def error_response(status: int, body: bytes, *, fields: bytes = b"", bodyless: bool = False) -> bytes:
-    """A response of the relay's own.
+    """Returns a response of the relay's own.
 
     fields: whole field lines, each with its CRLF, or b"". bodyless: it answers a HEAD request. A 502 or
     503 says when to try again.

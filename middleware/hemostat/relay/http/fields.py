@@ -62,7 +62,7 @@ _lines: Final[dict[bytes, tuple[bytes, bytes]]] = {}
 
 
 def remember(cache: dict[bytes, _Found], key: bytes, value: _Found, max_entries: int, max_bytes: int) -> None:
-    """Cache what was found for a key of at most `max_bytes`.
+    """Caches what was found for a key of at most `max_bytes`.
 
     A cache that is full is emptied: what one client sent once does not slow down the others for good.
     """
@@ -73,7 +73,7 @@ def remember(cache: dict[bytes, _Found], key: bytes, value: _Found, max_entries:
 
 
 def read_field(line: bytes) -> tuple[bytes, bytes]:
-    """The class of a field line, and its value without the white space around it.
+    """Returns the class of a field line, and its value without the white space around it.
 
     The class is the name in lower case if it is one that the parsers interpret; `proxy` and `x-hemostat` for every name
     with that prefix; b"" for all others, which are forwarded unchanged. ValueError says what is malformed.
@@ -93,7 +93,7 @@ def read_field(line: bytes) -> tuple[bytes, bytes]:
 
 
 def _classify(name: bytes) -> tuple[bytes, bool]:
-    """The class of a field's name, and whether the field recurs. The result is cached."""
+    """Returns the class of a field's name, and whether the field recurs. The result is cached."""
     if _token(name) is None:
         raise ValueError("a header field name is malformed, or a field is folded")
     lower = name.lower()
@@ -120,7 +120,7 @@ def connection_options(value: bytes) -> set[bytes]:
 
 
 def drop_fields(lines: list[bytes], framing: int, names: Collection[bytes]) -> tuple[list[bytes], int]:
-    """The lines without the fields that have these lower-case names, and the new index of the framing field.
+    """Returns the lines without the fields that have these lower-case names, and the new index of the framing field.
 
     framing: the index of the field that frames the body, which is always kept, or -1.
     """
@@ -130,7 +130,7 @@ def drop_fields(lines: list[bytes], framing: int, names: Collection[bytes]) -> t
 
 
 def split_fields(lines: list[bytes]) -> list[tuple[bytes, bytes]]:
-    """Field lines as (name, value), in order."""
+    """Returns the field lines as (name, value), in order."""
     out = []
     for line in lines:
         name, _, value = line.partition(b":")

@@ -32,7 +32,7 @@ _trailer_line: Final = re.compile(TOKEN + rb"+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n").
 
 
 def parse_length(value: bytes) -> int:
-    """The value of Content-Length. Raises ValueError unless it consists of digits and has a plausible size."""
+    """Returns the value of Content-Length. Raises ValueError unless it consists of digits and has a plausible size."""
     if not value.isdigit() or len(value) > 18:
         raise ValueError
     return int(value)
@@ -52,7 +52,7 @@ def set_length(lines: list[bytes], framing: int, length: int) -> int:
 
 
 def chunk(data: bytes) -> bytes:
-    """One chunk; b"" stays b"", since an empty chunk would end the body."""
+    """Returns one chunk; b"" stays b"", since an empty chunk would end the body."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
@@ -184,7 +184,8 @@ class RequestBodyReader:
         return self._chunks is not None
 
     def feed(self, data: bytes) -> tuple[list[bytes], bytes]:
-        """The pieces of payload in `data`, and the bytes after the end of the body. BadRequest says what is wrong."""
+        """Returns the pieces of payload in `data`, and the bytes after the end of the body. BadRequest says what is
+        wrong."""
         if self._chunks is None:
             if len(data) < self._missing:
                 self._missing -= len(data)

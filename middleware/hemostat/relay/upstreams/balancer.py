@@ -45,7 +45,7 @@ class Balancer:
         self._turn = 0
 
     def choose(self, loads: list[int], key: int | None) -> int:
-        """The index of an engine; -1 where none is available.
+        """Returns the index of an engine; -1 where none is available.
 
         loads: requests in progress at each engine, UNAVAILABLE for one that gets none. key: below 2**32, equal for all
         requests of a conversation; None: none is known. Loads are a list because compiled loops over lists are faster.

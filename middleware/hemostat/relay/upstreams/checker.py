@@ -36,7 +36,7 @@ class HealthChecker:
             await asyncio.sleep(self._seconds)
 
     async def check(self, engine: Engine) -> None:
-        """One check of one engine."""
+        """Checks one engine once."""
         try:
             async with asyncio.timeout(min(self._seconds, CHECK_SECONDS)):
                 passed = await self._status(engine) < 500

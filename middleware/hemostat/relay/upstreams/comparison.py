@@ -94,7 +94,7 @@ class FailureComparison:
                 del self._clients[key]
 
     def advance(self, requests: Sequence[int], now: float) -> None:
-        """Called about once a second."""
+        """Goes on to the next window, if it is time; it is called about once a second."""
         self.spreading = now < self._spread_until
         if now - self._began > WINDOW_SECONDS and sum(requests) - sum(self._before) >= MIN_WINDOW_REQUESTS:
             self.clear(requests, now)
@@ -111,9 +111,9 @@ class FailureComparison:
         now: float,
         proven: bool,
     ) -> bool:
-        """A client's request failed at this engine. key, network: who it is, see `client_identity`. started: when the
-        relay had read its head. proven: another engine has answered it. True: this client's failures stand
-        out at this engine."""
+        """Counts a client's request that failed at this engine. key, network: who it is, see `client_identity`.
+        started: when the relay had read its head. proven: another engine has answered it. True: this client's failures
+        stand out at this engine."""
         client = self._client(key)
         self._failed[engine] += 1
         if proven or started >= client.counted_at:
@@ -136,7 +136,7 @@ class FailureComparison:
         return True
 
     def odd(self, key: bytes, engine: int, requests: Sequence[int], available: int) -> bool:
-        """The engine fails more than the others, after a failure of this client there."""
+        """Returns True if the engine fails more than the others, after a failure of this client there."""
         sent = requests[engine] - self._before[engine]
         if self._failed[engine] < MIN_FAILED_RATIO * sent:
             return False
@@ -145,7 +145,7 @@ class FailureComparison:
         return within >= enough + log(len(self._clients)) or _evidence(self._pooled, engine, share) >= enough
 
     def put_down(self, key: bytes, now: float) -> None:
-        """A request of this client failed at two engines, and no other answered it."""
+        """Puts a failure down to the request: it failed at two engines, and no other answered it."""
         self._client(key).no_retry_until = now + NO_RETRY_SECONDS
 
     def may_retry(self, key: bytes, now: float) -> bool:
@@ -153,7 +153,7 @@ class FailureComparison:
         return client is None or now >= client.no_retry_until
 
     def spreads(self, key: bytes, now: float) -> bool:
-        """The client's requests go to engines at random."""
+        """Returns True if the client's requests go to engines at random."""
         client = self._clients.get(key)
         return client is not None and now < client.spread_until
 
@@ -183,8 +183,8 @@ def _stand_out(counts: Sequence[int], engine: int, share: float) -> bool:
 
 
 def _evidence(counts: Sequence[int], engine: int, share: float) -> float:
-    """-log of a bound on the probability of so large a part at this engine, in nats; 0 where it does not stand out, or
-    is of a few.
+    """Returns -log of a bound on the probability of so large a part at this engine, in nats; 0 where it does not stand
+    out, or is of a few.
 
     >>> round(_evidence([10, 0, 0, 0], 0, 0.25), 1), _evidence([5, 3, 3, 3], 0, 0.25)
     (13.9, 0.0)

@@ -72,31 +72,32 @@ class Receiver(Protocol):
         """Is told by the pool that no connection became free in time."""
 
     def retry(self) -> bool:
-        """A reused connection closed without a byte of response. True: the request is sent once more."""
+        """Is told that a reused connection closed without a byte of response. True: the request is sent once more."""
 
     def pause_request(self) -> None:
-        """The upstream does not read fast enough: send nothing more for now."""
+        """Sends nothing more for now, since the upstream does not read fast enough."""
 
     def resume_request(self) -> None:
-        """The upstream reads again."""
+        """Goes on sending, since the upstream reads again."""
 
     def interim_response(self, head: ResponseHead) -> None:
-        """A 1xx response other than 101."""
+        """Takes a 1xx response other than 101."""
 
     def switch_protocols(self, head: ResponseHead) -> Tunnel:
-        """A 101 response that was asked for: from here on, bytes pass through the tunnel."""
+        """Takes a 101 response that was asked for: from here on, bytes pass through the tunnel."""
 
     def response_started(self, head: ResponseHead, received: float) -> bool:
-        """The final head, read at `received` (perf_counter). True: give the body without its chunked framing."""
+        """Takes the final head, which was read at `received` (perf_counter). True: give the body without its chunked
+        framing."""
 
     def response_data(self, data: bytes) -> None:
         """Takes more of the response's body."""
 
     def response_end(self) -> None:
-        """The response is complete, and the connection is no longer the receiver's."""
+        """Is told that the response is complete, and the connection is no longer the receiver's."""
 
     def response_failed(self, reason: str) -> None:
-        """The response is malformed or ends too early."""
+        """Is told that the response is malformed or ends too early."""
 
 
 class ConnectionOwner(Protocol):
@@ -108,16 +109,16 @@ class ConnectionOwner(Protocol):
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a connection."""
+        """The number of requests that wait for a connection."""
 
     def offer(self, connection: UpstreamConnection) -> None:
-        """The connection can take a request."""
+        """Is told that the connection can take a request."""
 
     def sent_stray_bytes(self) -> None:
-        """The upstream has sent bytes that belong to no response."""
+        """Is told that the upstream has sent bytes that belong to no response."""
 
     def lost(self, connection: UpstreamConnection) -> None:
-        """The connection is closed."""
+        """Is told that the connection is closed."""
 
 
 class UpstreamConnection(asyncio.Protocol):
@@ -203,7 +204,7 @@ class UpstreamConnection(asyncio.Protocol):
         return self._state is _CLOSED
 
     def assign(self, receiver: Receiver, *, to_head: bool, may_upgrade: bool, paused: bool) -> None:
-        """The next response is for this receiver.
+        """Assigns the receiver that the next response is for.
 
         to_head: the request's method is HEAD. may_upgrade: the request asks for a switch of protocols. paused: read
         nothing before `resume`.
@@ -298,7 +299,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._read_rest(self._piece(self._rest))
 
     def _receive_rest(self) -> None:
-        """The connection has ended: nothing more comes after the rest."""
+        """Receives the rest: the connection has ended, and nothing more comes after the rest."""
         while self._rest:
             rest, self._rest = self._rest, b""
             self._receive(rest)
@@ -342,7 +343,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._body(receiver, head, rest)
 
     def _read_head(self, receiver: Receiver, data: bytes) -> tuple[ResponseHead | None, bytes]:
-        """The final head and what follows it; None while it is incomplete. Interim responses are handed on."""
+        """Returns the final head and what follows it; None while it is incomplete. Interim responses are handed on."""
         if not self._buffer:
             # The usual case: the whole head, and no interim response before it.
             end = data.find(b"\r\n\r\n")
@@ -424,7 +425,7 @@ class UpstreamConnection(asyncio.Protocol):
             receiver.response_data(data)
 
     def _complete(self, receiver: Receiver, *, reusable: bool, excess: bool = False) -> None:
-        """excess: bytes have followed the response."""
+        """Completes the response. excess: bytes have followed the response."""
         if self._receiver is not receiver:
             return  # the client's connection failed while this was written to it
         self._events = False
@@ -454,11 +455,13 @@ class UpstreamConnection(asyncio.Protocol):
             self._owner.offer(self)
 
     def _unread(self) -> bool:
-        """The upstream has sent bytes that have not been read. (Over TLS they need not be bytes of a response.)"""
+        """Returns True if the upstream has sent bytes that have not been read. (Over TLS they need not be bytes of a
+        response.)"""
         return self._reused and ioctl(self._descriptor, FIONREAD, _NO_BYTES) != _NO_BYTES
 
     def _stray(self) -> None:
-        """Bytes have arrived that belong to no response. Those behind them must not be taken for one either."""
+        """Handles bytes that have arrived and that belong to no response. Those behind them must not be taken for one
+        either."""
         self._owner.sent_stray_bytes()
         self.abort()
 

@@ -37,7 +37,7 @@ class RetryBudget:
         self._requests = 0
 
     def take(self, requests: int) -> bool:
-        """One more retry is allowed. requests: of clients, so far."""
+        """Returns True if one more retry is allowed, and takes it. requests: of clients, so far."""
         self._tokens = min(RETRY_BURST, self._tokens + RETRY_RATIO * max(0, requests - self._requests))
         self._requests = requests
         if self._tokens < 1.0:
@@ -91,7 +91,8 @@ class Upstreams:
         self.set_origins(origins)
 
     def set_origins(self, origins: Sequence[Origin]) -> None:
-        """The engines from now on, at most MAX_ENGINES; those that stay keep their connections and their health."""
+        """Sets the engines from now on, at most MAX_ENGINES; those that stay keep their connections and their
+        health."""
         known = {engine.name: engine for engine in self.engines}
         engines = []
         for origin in origins[:MAX_ENGINES]:
@@ -108,21 +109,22 @@ class Upstreams:
         self.comparison = FailureComparison([engine.requests for engine in engines], time.perf_counter())
 
     def set_drained(self, names: Collection[str]) -> None:
-        """These engines get no new requests; all others do."""
+        """Drains these engines, which get no new requests; all others do."""
         self._drained = frozenset(names)
         for engine in self.engines:
             engine.drained = engine.name in self._drained
 
     def draw(self, number: float) -> Engine | None:
-        """Each of the engines that get requests with the same probability, whatever their load; None where there is
-        none, or one has no free connection: no request waits for one because it is sampled. number: in [0, 1)."""
+        """Draws one of the engines that get requests, each with the same probability, whatever their load; None where
+        there is none, or one has no free connection: no request waits for one because it is sampled. number: in [0,
+        1)."""
         engines = [engine for engine in self.engines if engine.health.up and not engine.drained]
         if not engines or any(engine.outstanding >= self._limit for engine in engines):
             return None
         return engines[int(number * len(engines))]
 
     def choose(self, key: int | None, tried: Collection[Engine] = ()) -> Engine | None:
-        """The engine for a request; None where there is none but those that were tried.
+        """Returns the engine for a request; None where there is none but those that were tried.
 
         An ejection is a guess, a refusal of ours is certain: where no engine is available, requests go to those that
         can be reached and are not drained, without such to all that are not drained, and where all are drained, to all.
@@ -143,8 +145,8 @@ class Upstreams:
         return engines[index] if index >= 0 else None
 
     def _raise_loads(self, loads: list[int]) -> None:
-        """An engine that fails its requests at once has few in progress: it counts as loaded as the others are, so that
-        it does not get most of the requests."""
+        """Raises the loads of failing engines: an engine that fails its requests at once has few in progress: it counts
+        as loaded as the others are, so that it does not get most of the requests."""
         total = others = 0
         for index, engine in enumerate(self.engines):
             if loads[index] != UNAVAILABLE and not engine.failing:
@@ -158,7 +160,7 @@ class Upstreams:
                 loads[index] = mean
 
     def take_retry(self) -> bool:
-        """One more request may be sent to another engine after one has failed it."""
+        """Returns True if one more request may be sent to another engine after one has failed it."""
         engines = (*self.engines, *self._retired)
         return self.retries.take(sum(engine.requests - engine.resent for engine in engines))
 
@@ -172,7 +174,7 @@ class Upstreams:
         *,
         answered: bool,
     ) -> None:
-        """A request had no usable answer. client, network: who sent it, see `client_identity`.
+        """Notes that a request had no usable answer. client, network: who sent it, see `client_identity`.
 
         failed: from these engines, each with its status; 0: the connection closed too early, or the response is
         invalid. started, now: perf_counter; when the relay had read its head. answered: by another engine in the end.

@@ -82,12 +82,12 @@ class Health:
         return self.up and self.failures >= FAILURES - 1
 
     def connection_failed(self, now: float) -> None:
-        """The engine could not be reached."""
+        """Notes that the engine could not be reached."""
         self.reachable = False
         self.request_failed(now)
 
     def request_failed(self, now: float) -> None:
-        """It had no usable answer to a request, and that is not the request's fault."""
+        """Notes that it had no usable answer to a request, and that is not the request's fault."""
         self.failures += 1
         if self.up and self.failures >= FAILURES:
             self.eject(now)
@@ -118,7 +118,7 @@ class Health:
             self._returned = now
 
     def eject(self, now: float) -> None:
-        """It is up, and gets no requests from now on."""
+        """Ejects an engine that is up: it gets no requests from now on."""
         self._in_a_row = 1 if now - self._returned > STABLE_SECONDS else self._in_a_row + 1
         self.ejections += 1
         self.up = False

@@ -65,7 +65,7 @@ class Pool:
         return len(self._waiters)
 
     def acquire(self, receiver: Receiver) -> UpstreamConnection | None:
-        """A connection now; or None, and `connection_ready` or `connection_failed` is called later."""
+        """Returns a connection now; or None, and `connection_ready` or `connection_failed` is called later."""
         while self._idle:
             connection = self._idle.pop()
             if connection.usable:
@@ -75,7 +75,7 @@ class Pool:
         return None
 
     def cancel(self, receiver: Receiver) -> None:
-        """The receiver no longer waits."""
+        """Notes that the receiver no longer waits."""
         del self._waiters[receiver]
 
     def offer(self, connection: UpstreamConnection) -> None:
@@ -106,7 +106,7 @@ class Pool:
         self.close_idle()
 
     def lost(self, connection: UpstreamConnection) -> None:
-        """A connection is closed."""
+        """Notes that a connection is closed."""
         self._open.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
