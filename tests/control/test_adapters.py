@@ -230,7 +230,7 @@ async def test_an_adapter_is_collected_for_built_tested_promoted_and_asked_for(
         await until(lambda: version in adapters.hosts.ready, LONG)
         # Turned off, both processes end, and nothing is asked for.
         await plane.actions.set_mode("off")
-        await until(lambda: adapters.judge.loaded is None and adapters.learner.builder_pid is None, LONG)
+        await until(lambda: adapters.judge.loaded is None and adapters.learner._build is None, LONG)
         assert status_json(plane)["adapter"]["state"] == "off"
         assert status_json(plane)["adapter"]["judge"]["state"] == "off"
         assert REST_KIND not in w.told[-1].serving_by_kind

@@ -161,5 +161,5 @@ async def test_what_does_not_fit_is_counted_and_a_fraction_is_a_fraction() -> No
     for _ in range(20):
         never.floor.offer(PROMPT, record("always the same"), some.by["reference"])
         some.floor.offer(PROMPT, record("always the same"), some.by["reference"])
-    assert never.floor.queued == 0
-    assert some.floor.queued == 5, "as drawn, whatever a request is called"
+    assert never.floor._queue.empty()
+    assert some.floor._queue.qsize() == 5, "as drawn, whatever a request is called"

@@ -76,18 +76,6 @@ def low_rank(
     return LowRank(a.astype(np.float32), b.astype(np.float32)).for_rounding(), errors
 
 
-def weighted_error(
-    delta: npt.NDArray[np.floating[Any]], inputs: Gram | None = None, outputs: Gram | None = None
-) -> float:
-    """Returns tr(S_o delta S_i deltaᵀ) for an error `delta` [outputs, inputs] that is left, a mean by token.
-
-    >>> weighted_error(np.array([[3.0, 0.0], [0.0, 4.0]]), DiagonalGram(1, np.array([4.0, 1.0])))
-    52.0
-    """
-    exact = delta.astype(np.float64)
-    return float(np.vdot(_times(exact, inputs), _times(exact.T, outputs).T))
-
-
 def _solve(delta: Floats, rank: int, inputs: Gram | None, outputs: Gram | None) -> tuple[Floats, Floats, Floats]:
     """Returns (a, b, errors) where delta [m, n] has m ≤ n: M Mᵀ = L_oᵀ ΔW S_i ΔWᵀ L_o is the smaller side.
 

@@ -5,7 +5,7 @@ record: S the ids for which both values are known (the compressed side's candida
 reference gave them), R and C the two masses outside S. Outside S an id may still be known on one side: P the ids of the
 reference's own list that the compressed side did not name, Q candidates for which the reference gave no value (never
 with a reference in process), N the rest, named by neither. An id that a model's list does not name is at most as likely
-as the least of the list: c ≤ λ_c on P and N, r ≤ λ_r on Q and N (`caps`), and shares what mass the list leaves.
+as the least of the list: c ≤ λ_c on P and N, r ≤ λ_r on Q and N (`cap`), and shares what mass the list leaves.
 
 From below, coarse (`coarse`). Merging everything outside S into one bucket is a map applied to both distributions, and
 a map cannot increase an f-divergence (data processing inequality; Cover & Thomas, 2006, ch. 2.8). So KL both ways,

@@ -14,7 +14,7 @@ MAX_BATCH_BYTES = 8 * 1024 * 1024
 
 
 class DropReason(StrEnum):
-    """The reason why a record was not sent to the learner: values of `hemostat_learner_dropped_total`."""
+    """The reason why a record was not sent to the learner: keys of `dropped` in its status."""
 
     NOT_READY = "not_ready"
     """It is starting, or has ended."""

@@ -10,7 +10,7 @@ What each module owns:
     trials              the queue of candidates and the state of the tests
     lifecycle           the steps: test, promote, roll back, drop
     serving             which version serves which kind of traffic
-    kinds               which kinds are followed by themselves
+    followed_kinds      which kinds are followed by themselves
     scopes              what is learned separately
     operators           what an operator decides
     catalogue           the profiles held

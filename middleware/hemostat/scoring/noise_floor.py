@@ -89,10 +89,6 @@ class NoiseFloorMeter:
             except asyncio.QueueFull:
                 self.outcomes.update((model, BUSY) for model in MODELS)
 
-    @property
-    def queued(self) -> int:
-        return self._queue.qsize()
-
     def samples(self) -> Iterator[Sample]:
         for labels, requests in self.outcomes.items():
             yield Sample(names.NOISE_FLOOR_REQUESTS, labels, requests)

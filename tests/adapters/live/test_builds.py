@@ -411,7 +411,7 @@ async def test_stopped_the_process_ends_and_the_texts_are_deleted(
     async with learner(receiver) as learning:
         learning.learn_about(target(folders))
         texts(learning, 5)
-        await until(lambda: learning.builder_pid is not None and "0/" in learning.detail)
+        await until(lambda: "0/" in learning.detail)
         assert os.getpriority(os.PRIO_PROCESS, 0) <= 19
         (folder,) = job_folders()
         if how == "stop":

@@ -235,7 +235,9 @@ class Pipeline:
         """All that was sent has come to an end, the noise floor included."""
         current = self._control.pipeline
         floor = current.noise_floor
-        await until(lambda: current.received == self._sent and not current.pending and not (floor and floor.queued))
+        await until(
+            lambda: current.received == self._sent and not current.pending and not (floor and floor._queue.qsize())
+        )
 
     async def received(self) -> None:
         await until(lambda: self._control.pipeline.received == self._sent)

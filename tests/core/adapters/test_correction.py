@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.slow import slow_unless
 
-from hemostat_calibration.adapters.correction import low_rank, weighted_error
+from hemostat_calibration.adapters.correction import low_rank
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.adapters.gram import DiagonalGram, FullGram, Gram
 from hemostat_calibration.errors import InvalidArgumentError
@@ -27,6 +27,11 @@ def matrix(statistics: Gram | None, width: int) -> np.ndarray:
     if statistics is None:
         return np.eye(width)
     return np.diag(statistics.mean()) if isinstance(statistics, DiagonalGram) else statistics.mean()
+
+
+def weighted_error(delta: np.ndarray, inputs: Gram | None, outputs: Gram | None) -> float:
+    """Returns tr(S_o delta S_i deltaᵀ) for an error `delta` [outputs, inputs] that is left, a mean by token."""
+    return float(np.trace(matrix(outputs, len(delta)) @ delta @ matrix(inputs, delta.shape[1]) @ delta.T))
 
 
 def symmetric_root(s: np.ndarray, power: float = 0.5) -> np.ndarray:

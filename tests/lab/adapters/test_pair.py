@@ -35,6 +35,24 @@ def opened(reference: Path, compressed: Path) -> Any:
     return CheckpointPair.open(reference, compressed)
 
 
+def moved_reference(pair: Any, name: str) -> Any:
+    """Returns a float32 parameter of the reference with the scales moved as in the compressed model: the same
+    function."""
+    layer = next((layer for layer in pair.skeleton.layers if name.startswith(f"{layer}.")), None)
+    if layer is None:
+        return pair.reference.tensor(name)
+    scales = pair.scales(layer)
+    module, _, part = name.rpartition(".")
+    tensor = pair.reference.tensor(name).float()
+    if module not in pair.skeleton.linears:
+        return pair.compressed.tensor(name).float() if name in scales.norms else tensor
+    if part == "bias":
+        return tensor / scales.outputs[module] if module in scales.outputs else tensor
+    if module in scales.inputs:
+        tensor = tensor * scales.inputs[module]
+    return tensor / scales.outputs[module][:, None] if module in scales.outputs else tensor
+
+
 def scaled(model: Any, seed: int = 0, mean: float = 1.0) -> Any:
     """The same function, with scales moved as AWQ moves them. mean: about which they are spread."""
     other = type(model)(model.config)
@@ -74,13 +92,11 @@ def test_moved_scales_are_found_and_the_moved_reference_is_the_same_function(
 ) -> None:
     """Also with grouped heads, where o_proj's inputs cannot be scaled; and where the scales of up_proj's inputs and of
     its outputs nearly cancel, as in two layers of a real checkpoint."""
-    from hemostat_lab.adapters.pair import moved_reference
-
     model = tiny_model(1, num_key_value_heads=heads)
     reference = save(model, tmp_path / "reference")
     quantized = packed(scaled(model, mean=mean), tmp_path / "awq", bits=4)
     pair = opened(reference, quantized)
-    state = {name: moved_reference(pair)(name) for name in pair.skeleton.places}
+    state = {name: moved_reference(pair, name) for name in pair.skeleton.places}
     assert pair.notes == []
     moved = type(model)(model.config)
     moved.load_state_dict(state, strict=False)
@@ -149,8 +165,6 @@ def test_what_was_noted_of_a_layer_is_kept_with_its_finished_part(tiny: TinyChec
 
 
 def test_gemma_norms_multiply_by_one_plus_their_weight(tmp_path: Path) -> None:
-    from hemostat_lab.adapters.pair import moved_reference
-
     torch.manual_seed(0)
     config = transformers.Gemma3TextConfig(
         vocab_size=VOCABULARY,
@@ -173,7 +187,7 @@ def test_gemma_norms_multiply_by_one_plus_their_weight(tmp_path: Path) -> None:
         state[f"model.layers.0.mlp.{name}.weight"] = state[f"model.layers.0.mlp.{name}.weight"] * scale
     pair = opened(reference, save(model, tmp_path / "scaled", state))
     moved = type(model)(config)
-    moved.load_state_dict({name: moved_reference(pair)(name) for name in pair.skeleton.places}, strict=False)
+    moved.load_state_dict({name: moved_reference(pair, name) for name in pair.skeleton.places}, strict=False)
     moved.tie_weights()
     torch.testing.assert_close(logits_of(moved.eval()), logits_of(model), rtol=1e-4, atol=1e-4)
     assert np.abs(pair.delta("model.layers.0.mlp.up_proj", pair.scales("model.layers.0"))).max() < 1e-5

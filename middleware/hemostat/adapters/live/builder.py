@@ -114,8 +114,6 @@ class Build:
         self._progress = progress
         self._command = tuple(command)
         self._folder: JobFolder | None = None
-        self.pid: int | None = None
-        """Of the process, while it runs."""
         self.peak_bytes = 0
         self._refusal = ""
         """What the process says is wrong."""
@@ -151,12 +149,10 @@ class Build:
             child = await Child.start_command(command, self._read_line, ONE_CORE)
         except ChildExited as why:
             raise BuildFailed(BuildFailure.ENDED, str(why)) from None
-        self.pid = child.pid
         try:
             await self._watch(child)
         finally:
             await child.close(grace_seconds=0.0)
-            self.pid = None
         if self._refusal:
             full = any(os.strerror(code) in self._refusal for code in DISK_ERRORS)
             raise BuildFailed(BuildFailure.DISK if full else BuildFailure.REFUSED, self._refusal)

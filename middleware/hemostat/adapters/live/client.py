@@ -196,11 +196,6 @@ class AdapterLearner:
             "last_build": self.last_build,
         }
 
-    @property
-    def builder_pid(self) -> int | None:
-        """Of the process that makes an adapter, while it runs."""
-        return self._build.pid if self._build is not None else None
-
     # --- builds ----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:

@@ -143,8 +143,6 @@ class AdapterHost:
         """By version: why it is not used until the server is restarted."""
         self._loads: Counter[str] = Counter()
         self.state = HostState.IDLE
-        self._logged = ""
-        """The last `detail` that was logged."""
         self.detail = ""
         """One line about the state, where there is more to say."""
         self.capacity: int | None = None

@@ -16,7 +16,7 @@ at the outputs multiplied by s_out.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -241,25 +241,6 @@ class CheckpointPair:
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
-
-
-def moved_reference(pair: CheckpointPair) -> Callable[[str], torch.Tensor]:
-    """Float32 parameters of the reference with the scales moved as in the compressed model: the same function."""
-
-    def source(name: str) -> torch.Tensor:
-        layer = next((layer for layer in pair.skeleton.layers if name.startswith(f"{layer}.")), None)
-        if layer is None:
-            return pair.reference.tensor(name)
-        scales = pair.scales(layer)
-        module, _, part = name.rpartition(".")
-        tensor = pair.reference.tensor(name).float()
-        if module not in pair.skeleton.linears:
-            return pair.compressed.tensor(name).float() if name in scales.norms else tensor
-        if part == "bias":
-            return tensor / scales.outputs[module] if module in scales.outputs else tensor
-        return _moved(tensor, module, scales)
-
-    return source
 
 
 def _moved(weight: torch.Tensor, name: str, scales: LayerScales) -> torch.Tensor:

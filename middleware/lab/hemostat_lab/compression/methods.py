@@ -76,7 +76,7 @@ def without_texts(chosen: WeightFormat, packed: bool) -> EachWeight:
 
 
 def by_name(scheme: str) -> EachWeight:
-    """The method of `compress.SCHEMES`."""
+    """Returns the method of one of `checkpoint_writer.SCHEMES`."""
     if scheme == "w4a16":
         change: Change = _round_in_own_dtype(WeightFormat(4, GROUP_SIZE))
     elif scheme == "w8a8":
