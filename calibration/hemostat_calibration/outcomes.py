@@ -22,7 +22,7 @@ its group). Harm must be proven by all units and by the units without any one gr
 order to take a good profile back, the test without its group is a test of everybody else's units, and keeps its level.
 Also, before its outcome is looked at, a unit is admitted only while its client has at most `Settings.client_share` of
 the trial's units. Both hold from MIN_CLIENTS on; with fewer clients, nothing is decided before MIN_UNITS_OF_FEW_CLIENTS
-units, so that a burst of one client at the beginning of a trial decides nothing where others send requests, too.
+units, so that a burst of one client at the beginning of a trial decides nothing if others send requests, too.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One conversation's answer. client: digest, b"" where none is named. bad: of the outcomes that apply to the
-    request. tokens: of the output, as far as the client got it; None where it is not known."""
+    """One conversation's answer. client: digest, b"" if none is named. bad: of the outcomes that apply to the
+    request. tokens: of the output, as far as the client got it; None if it is not known."""
 
     client: bytes
     treated: bool

@@ -68,7 +68,7 @@ class Thinking:
 
 
 def find_thinking(prompt: Ids, output: Ids, markers: Markers) -> Thinking | None:
-    """Returns the thinking in an output, None where there is none. prompt: int [P], output: int [T].
+    """Returns the thinking in an output, None if there is none. prompt: int [P], output: int [T].
 
     >>> markers = Markers(start=((7,),), end=((8, 9),))
     >>> find_thinking(np.array([1, 2]), np.array([7, 3, 4, 8, 9, 5]), markers)

@@ -67,7 +67,7 @@ class Shift:
 
     expected: float64 [T], E_r[Δz] in nats; NaN where unknown (a reference that gave only its top ids).
     log_normalizer: float64 [T], log E_c[e^Δz] in nats, from the engine; NaN where the engine did not report it.
-    code: float64 [T, r], the profile's code of the record's features (`transform.code`), computed once; None where it
+    code: float64 [T, r], the profile's code of the record's features (`transform.code`), computed once; None if it
         was not computed.
     """
 
@@ -193,7 +193,7 @@ class TokenRecord:
     `features` come from the compressed model with the adapter. None: they come from the compressed model itself.
     """
     recovered: RecoveredDivergence | None = None
-    """None where no distribution of the compressed model was recovered, or its records are conditional on `support`."""
+    """None if no distribution of the compressed model was recovered, or its records are conditional on `support`."""
     distances: Mapping[str, ExactDistances] = field(default_factory=dict)
     """The exact distances by profile version (`IDENTITY`: the compressed model itself); empty if no copy has scored the
     record.
@@ -203,7 +203,7 @@ class TokenRecord:
     model: str = ""
     label: str = ""
     kind: str = ""
-    """The kind of traffic that the request belongs to, fixed before it went upstream; "" where none was determined."""
+    """The kind of traffic that the request belongs to, fixed before it went upstream; "" if none was determined."""
     conversation: bytes = b""
     """Salted digest of the conversation's first messages (or of the prompt); empty where none was determined."""
     template: bytes = b""
@@ -217,7 +217,7 @@ class TokenRecord:
     reference_dtype: str = ""
     engine_boot: str = ""
     engine: str = ""
-    """Address of the engine that answered, host:port; "" where it is not known."""
+    """Address of the engine that answered, host:port; "" if it is not known."""
     engine_drawn: bool = False
     """It was drawn at random, whatever the request is."""
     logprobs_mode: str = "raw_logprobs"

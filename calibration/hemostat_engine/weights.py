@@ -30,7 +30,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 def fingerprint(model: str, commit: str | None = None) -> str:
     """Returns 32 hexadecimal digits for the weights in a folder or a file; of weights that were fetched from the hub,
-    by their commit; "" where neither is known. Raises OSError if a file cannot be read.
+    by their commit; "" if neither is known. Raises OSError if a file cannot be read.
 
     model: path, or name on the hub. commit: of the hub, where known.
     """

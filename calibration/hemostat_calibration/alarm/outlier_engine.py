@@ -150,7 +150,7 @@ class OutlierTest:
 class EngineReading:
     """The state of one engine's test.
 
-    raised: the evidence of the alarm, `requests` in it are units of all engines; None where there is none. farther: its
+    raised: the evidence of the alarm, `requests` in it are units of all engines; None if there is none. farther: its
     figures are higher than the others'; lower otherwise. log_evidence: ln of the wealth; it alarms at ln(1/alpha).
     """
 

@@ -92,7 +92,7 @@ class Evidence:
         reached 1/(the whole alpha). frozen: promoted in this kind, nothing more is counted.
     mean_kl_gain, mean_kl_gain_by_token: where `figure` is the total variation, the gain in KL of the same units, nats:
         estimates without an interval, since such a gain has no lower bound; -inf where the profile gives no
-        distribution at a token. None where gains are in nats.
+        distribution at a token. None if gains are in nats.
     inflation: v̂, by whose inverse the evidence was raised to a power; see `statistics.dependence`.
     """
 

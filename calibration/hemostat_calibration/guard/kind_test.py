@@ -311,7 +311,7 @@ class KindTest:
 
     @property
     def mean_kl_gain(self) -> float | None:
-        """By unit, nats; None where gains are in nats themselves. -inf where a unit's is."""
+        """By unit, nats; None if gains are in nats themselves. -inf where a unit's is."""
         return self._mean_kl(KL_GAIN, self.units)
 
     @property

@@ -49,7 +49,7 @@ class FamilySpec:
         vocabulary in order; `code` is the result of the function of that name.
     range: (parameters, most float64 [...]) -> (low, high), each [...]: bounds of the unclamped Δz over every id whose
         `relative` is at most `most` (≤ 0), whatever the row; infinite where there is none.
-    check: (parameters) -> what is wrong with the values, or "" where nothing is.
+    check: (parameters) -> what is wrong with the values, or "" if nothing is.
     code: (parameters, anchored float64 [..., N]) -> float64 [..., r]: the code of a row, from its finite logits at the
         ids of the parameter `ANCHORS`; a constant added to them changes nothing. None for a family without anchors.
     """

@@ -58,7 +58,7 @@ class CalibrationProfile:
     clamp_nats: every |Δz| is at most this; above 0 and at most `MAX_CLAMP_NATS`.
     metadata: strings for readers (when, on how many tokens); they change no figure, but are part of the version.
 
-    Raises InvalidProfileError where a value breaks these rules.
+    Raises InvalidProfileError if a value breaks these rules.
     """
 
     family: str

@@ -139,7 +139,7 @@ def problem(found: Found, since: float) -> Problem:
 class Problems:
     """Reads the parts of the control process, and owns since when each problem is there.
 
-    records: None where none are written. clock: monotonic seconds. wall: Unix time.
+    records: None if none are written. clock: monotonic seconds. wall: Unix time.
     """
 
     def __init__(

@@ -83,7 +83,7 @@ class ModelStatus(msgspec.Struct, frozen=True):
 
     names: list[str]
     root: str
-    """The path that its server loaded it from, as the server says; "" where it does not."""
+    """The path that its server loaded it from, as the server says; "" if it does not."""
     adapters: list[str]
     """LoRA adapters that its reference serves, too."""
     reference: str

@@ -37,7 +37,7 @@ class UsageError(HemostatError):
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UsageError where argparse would print the usage and exit."""
+    """Raises UsageError if argparse would print the usage and exit."""
 
     def error(self, message: str) -> NoReturn:
         if "@" in message:

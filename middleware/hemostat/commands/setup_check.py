@@ -318,7 +318,7 @@ def _without_reference(pair: ModelPair, settings: Settings) -> Finding:
 
 
 async def _reference(reference: Reference, settings: Settings, served: str | None, of: str = "") -> list[Finding]:
-    """Probes the reference. served: the name of the model to compare it with; None where the upstream does not answer.
+    """Probes the reference. served: the name of the model to compare it with; None if the upstream does not answer.
     of: what the names of the findings end with."""
     backend = settings.reference.backend
     try:

@@ -172,7 +172,7 @@ def _read_secret(data: dict[str, Any], places: dict[Key, str], key: tuple[str, s
 def secret_from_environment(section: str, name: str, environment: Mapping[str, str]) -> str | None:
     """Returns the secret that `HEMOSTAT_SECTION__NAME` holds, or the file that `…_FILE` names, as `load` reads them.
 
-    None where neither is set. Raises ConfigError if both are, or the file does not hold it.
+    None if neither is set. Raises ConfigError if both are, or the file does not hold it.
     """
     values: dict[str, Any] = {}
     places: dict[Key, str] = {}

@@ -107,7 +107,7 @@ class EngineAddresses:
         return self._names()
 
     def boot_at(self, name: str, now: float) -> str | None:
-        """Returns the boot id of the engine at this address; None where that is not known now."""
+        """Returns the boot id of the engine at this address; None if that is not known now."""
         address = self._addresses.get(name)
         if address is None or address.asked_at < self._registry.newest:
             return None

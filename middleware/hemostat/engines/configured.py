@@ -36,7 +36,7 @@ class ConfiguredEngines:
     def __init__(self, upstream: Upstream, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._origin = parse_origin(upstream.servers[0]) if upstream.resolves else None
-        """The name that is resolved; None where the addresses themselves are configured."""
+        """The name that is resolved; None if the addresses themselves are configured."""
         self._names = frozenset(() if upstream.resolves else (parse_origin(url).name for url in upstream.servers))
         self._resolved: dict[str, float] = {}
         """By address, when a look-up last had it."""

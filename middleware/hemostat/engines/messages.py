@@ -84,7 +84,7 @@ class EngineReport(msgspec.Struct, frozen=True):
     model: Annotated[str, msgspec.Meta(max_length=256)] = ""
     """First served name of the model that `weights` is of."""
     weights: Fingerprint = ""
-    """Fingerprint of the weights that the engine has loaded (`hemostat_engine.weights`); "" where it is not known, and
+    """Fingerprint of the weights that the engine has loaded (`hemostat_engine.weights`); "" if it is not known, and
     of an older plugin."""
 
 

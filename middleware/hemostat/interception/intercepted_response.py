@@ -80,7 +80,7 @@ class _ResponseStart:
 class InterceptedResponse:
     """Owns the state of the response (`response_state`), and what is held back of it.
 
-    request, tokens: None where its tokens are not wanted. from_tap: it stays as it is, the engine's plugin reports the
+    request, tokens: None if its tokens are not wanted. from_tap: it stays as it is, the engine's plugin reports the
     tokens. adapter: the version that Hemostat asked for as the request's model.
     """
 

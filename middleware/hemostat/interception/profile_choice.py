@@ -96,8 +96,8 @@ def choose_profile(
     Treated is what is judged: a request that cannot be scored gets no profile, since harm is not measured there.
     Exceptions are a version that the client names, `calibration.force` and `calibration.treat_unjudged`.
 
-    unjudged: why the request is never scored, None where it can be. kind: full name. conversation: digest, by which
-    the arm is assigned. engine: that the request goes to, "" where it is not known.
+    unjudged: why the request is never scored, None if it can be. kind: full name. conversation: digest, by which
+    the arm is assigned. engine: that the request goes to, "" if it is not known.
     """
     if policy.mode == "off":
         return Choice(None, Arm.NONE, ArmReason.OFF)

@@ -67,7 +67,7 @@ class Reports:
     ) -> None:
         """Count a sampled request that has ended as skipped.
 
-        kind: full name, "" where its body was not read. tokens: what was generated; None: not known. requests: 1/n for
+        kind: full name, "" if its body was not read. tokens: what was generated; None: not known. requests: 1/n for
         one of n choices.
         """
         self._count(names.SHADOW_REQUESTS, reason.labels)

@@ -109,7 +109,7 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     captured_at: float
     """The time when it came to the control process, by its monotonic clock; without meaning before."""
     traceparent: str = ""
-    """W3C trace context that went upstream with the request; "" where it is not traced."""
+    """W3C trace context that went upstream with the request; "" if it is not traced."""
     kind: str = ""
     """The full name of the request's kind of traffic, fixed before it went upstream."""
     conversation: bytes = b""
@@ -180,7 +180,7 @@ class SampledCount(msgspec.Struct, frozen=True, array_like=True):
     """The count of sampled requests of one kind that ended in a relay, in one way."""
 
     kind: str
-    """Full name; "" where the request's body was not read."""
+    """Full name; "" if the request's body was not read."""
     outcome: str
     """The outcome: skipped or dropped."""
     reason: str
@@ -265,7 +265,7 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     kinds: frozenset[str] = frozenset()
     """Kinds of traffic that are followed by themselves; requests of every other kind belong to `REST_KIND`."""
     serving_by_kind: dict[str, str] = {}
-    """Kind -> the version that its treated requests ask for; identity where the kind is absent."""
+    """Kind -> the version that its treated requests ask for; identity if the kind is absent."""
     salt: bytes = b""
     """Secret of the store: with it conversations and clients are hashed, and arms assigned."""
     client_header: str = "authorization"

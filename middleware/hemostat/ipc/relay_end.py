@@ -209,7 +209,7 @@ class ControlLink:
         return "; ".join(failures)
 
     async def probe(self) -> tuple[dict[str, str], list[str]]:
-        """Asks every address once, and returns why its control process does not take this relay, "" where it does; and
+        """Asks every address once, and returns why its control process does not take this relay, "" if it does; and
         which names are not known, and why."""
         targets, failures = await self._addresses.targets()
         result = {}

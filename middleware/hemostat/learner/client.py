@@ -156,7 +156,7 @@ class Learner:
         self._process.set_target(replace(target, generation=self._generation))
 
     def set_weights(self, weights: str) -> None:
-        """Sets the fingerprint of the compressed weights, "" where it is not known. What was learned of others is
+        """Sets the fingerprint of the compressed weights, "" if it is not known. What was learned of others is
         forgotten: a new process begins without it."""
         if weights and self._weights and weights != self._weights:
             log.warning("learning begins anew: the engines have loaded other weights")

@@ -121,7 +121,7 @@ class ByKind:
         profile: CalibrationProfile | None,
         gain: Gain | None,
     ) -> None:
-        """Adds a record that is an observation of its own, after `count`. raw: None where it is of an adapter. profile,
+        """Adds a record that is an observation of its own, after `count`. raw: None if it is of an adapter. profile,
         gain: of the calibrated stage."""
         kind = self._kinds[record.kind or REST_KIND]
         if raw is not None:

@@ -61,7 +61,7 @@ class Coverage:
         self._by_reason: dict[tuple[str, str], Tally] = {(SCORED, ""): Tally()}
 
     def count(self, kind: str, outcome: str, reason: str, requests: float, unknown: float, tokens: int) -> None:
-        """Counts sampled requests that have ended. kind: full name; "" where the body was not read."""
+        """Counts sampled requests that have ended. kind: full name; "" if the body was not read."""
         if (outcome, reason) not in self._by_reason and len(self._by_reason) >= MAX_REASONS:
             return  # reasons are enumerations: only a message of another version can get here
         self._by_reason.setdefault((outcome, reason), Tally()).add(requests, unknown, tokens)

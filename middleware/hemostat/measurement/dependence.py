@@ -147,7 +147,7 @@ class Dependence:
 
 
 def told(requests: int, inflation: float) -> dict[str, Any]:
-    """Returns for JSON `inflation` (v̂) and `effective_requests` (requests / v̂); None where v̂ is not known."""
+    """Returns for JSON `inflation` (v̂) and `effective_requests` (requests / v̂); None if v̂ is not known."""
     known = math.isfinite(inflation)
     return {
         "inflation": inflation if known else None,

@@ -107,7 +107,7 @@ INFINITE = ("kl_nats", "reverse_kl_nats")
 
 
 def _ends(interval: ConfidenceInterval, *, known: bool) -> list[float | None]:
-    """JSON-ready; None where the interval is not known."""
+    """JSON-ready; None if the interval is not known."""
     return [finite(interval.low), finite(interval.high)] if known else [None, None]
 
 
@@ -153,7 +153,7 @@ class StageFigures:
             self._infinite[name] += int(np.isinf(FIGURES[name].values(figures)).sum())
 
     def mean(self, name: str) -> float | None:
-        """Returns one figure's mean; None where nothing was measured."""
+        """Returns one figure's mean; None if nothing was measured."""
         return finite(self._means[name].get().mean)
 
     def inflation(self, name: str) -> float:
@@ -229,7 +229,7 @@ class StageFigures:
         }
 
     def summary(self) -> dict[str, Any]:
-        """Returns all figures, None where nothing was measured; JSON-ready. Cached until a request is added: the
+        """Returns all figures, None if nothing was measured; JSON-ready. Cached until a request is added: the
         console asks for every group every other second."""
         if self._cached.get("requests") != self.requests:
             self._cached = self._to_json()

@@ -22,7 +22,7 @@ BY_TOKEN, BY_REQUEST, SHARE, TV_BY_TOKEN, TV_BY_REQUEST = range(5)
 
 
 def interval(sequence: MeanSequence, inflation: float, lo: float = -math.inf, hi: float = math.inf) -> dict[str, Any]:
-    """Returns the mean and its interval, JSON-ready: None where nothing was measured, or the end is not known.
+    """Returns the mean and its interval, JSON-ready: None if nothing was measured, or the end is not known.
     inflation: v̂, infinite where it is not known. lo, hi: the figure's range by definition."""
     few = math.isfinite(inflation) and sequence.carried_by_few(inflation)
     result = interval_json(sequence.get(lo, hi, inflation=inflation), math.inf if few else inflation)
@@ -72,7 +72,7 @@ class GainFigures:
         return self.by_token.moments.requests
 
     def add(self, gain: Gain, raw: TokenDivergence, client: bytes = b"") -> None:
-        """Adds one request, with its tokens where the gain and the KL before it are known; nothing where there is none.
+        """Adds one request, with its tokens where the gain and the KL before it are known; nothing if there is none.
         client: the digest of whom it is from."""
         both = gain.exact & np.isfinite(raw.estimate_rc)
         tokens = int(both.sum())

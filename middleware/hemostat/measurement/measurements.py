@@ -322,7 +322,7 @@ class Measurements:
         return self._raw.sequence(name)
 
     def recovered(self, version: str | None) -> dict[str, Any] | None:
-        """Returns the gain over KL(r‖c), the first exact, the second unbiased, over the same tokens; None where nothing
+        """Returns the gain over KL(r‖c), the first exact, the second unbiased, over the same tokens; None if nothing
         was measured. JSON-ready."""
         stage = self._after.get(version or "")
         return None if stage is None else stage.gain.recovered()

@@ -37,7 +37,7 @@ class _Texts:
         return self._dependence.inflation()
 
     def curve(self) -> SurvivalCurve:
-        """Its intervals mean nothing where v̂ is not known."""
+        """Its intervals mean nothing if v̂ is not known."""
         v = self.inflation
         return self.survival.get(inflation=v if math.isfinite(v) else 1.0)
 

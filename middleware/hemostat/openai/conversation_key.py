@@ -53,7 +53,7 @@ _FACTOR_MASK: Final = (1 << 30) - 1
 
 
 def conversation_key(body: bytes) -> int | None:
-    """Returns a number below 2**32, or None where no conversation is recognized.
+    """Returns a number below 2**32, or None if no conversation is recognized.
 
     >>> first = b'{"messages": [{"role": "user", "content": "Hi"}], "seed": 1}'
     >>> later = b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]}'

@@ -93,7 +93,7 @@ class JsonObject:
         return self._spans[key][0]
 
     def value(self, key: str) -> Any:
-        """Returns the decoded value; None where the key is absent. TooComplex where to decode it would take too
+        """Returns the decoded value; None if the key is absent. TooComplex where to decode it would take too
         long."""
         raw = self._values.get(key)
         return None if raw is None else _decode(raw)
@@ -106,7 +106,7 @@ class JsonObject:
             return True
 
     def type_of(self, key: str) -> Any:
-        """Returns the member `type` of the value, the value itself where it is no object; None where either is
+        """Returns the member `type` of the value, the value itself where it is no object; None if either is
         absent."""
         raw = self._values.get(key)
         if raw is None:

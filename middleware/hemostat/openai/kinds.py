@@ -161,7 +161,7 @@ def _decoding(request: Request) -> str:
 
 
 def _given(request: Request, key: str) -> Any:
-    """Returns the member's value; None where it is absent or malformed, which vLLM reports to the client."""
+    """Returns the member's value; None if it is absent or malformed, which vLLM reports to the client."""
     if not request.body.has(key):
         return None
     try:

@@ -99,7 +99,7 @@ class Request:
     form: Form
     body: JsonObject
     model: str
-    """The served name; "" where that is not known."""
+    """The served name; "" if that is not known."""
     stream: bool
     usage_requested: bool
     """The client itself asked for usage in the stream."""

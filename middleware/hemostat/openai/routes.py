@@ -40,7 +40,7 @@ class Route:
     form: Form | None = None
     """The form of its requests, if they are scored."""
     operation: str = ""
-    """The value of OpenTelemetry's attribute `gen_ai.operation.name`; "" where the route is not traced."""
+    """The value of OpenTelemetry's attribute `gen_ai.operation.name`; "" if the route is not traced."""
 
 
 ROUTES: Final = (

@@ -24,7 +24,7 @@ class Event:
     """One block of the stream.
 
     raw: its bytes, with the blank line that ends it (the LF of a CRLF may be at the start of the next event).
-    data: the lines of its `data` fields joined by LF; None where it has none (a comment, for example).
+    data: the lines of its `data` fields joined by LF; None if it has none (a comment, for example).
     start, end: the range of `data` in `raw`; start is -1 where it spans several lines.
     """
 

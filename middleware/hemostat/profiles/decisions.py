@@ -122,7 +122,7 @@ class EventLog:
         evidence: dict[str, Any],
         kind: str = "",
     ) -> None:
-        """Count, log, hold and store one decision. why: for people. evidence: JSON-ready. kind: "" where the decision
+        """Count, log, hold and store one decision. why: for people. evidence: JSON-ready. kind: "" if the decision
         is not about one kind of traffic."""
         self.counts[decision, reason] += 1
         event = {

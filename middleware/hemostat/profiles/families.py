@@ -46,7 +46,7 @@ class FamilyRules:
 
 
 def anchor_set(profile: CalibrationProfile) -> str:
-    """Returns the digest of the token ids whose logits the profile reads; "" where it reads none."""
+    """Returns the digest of the token ids whose logits the profile reads; "" if it reads none."""
     ids = anchors(profile)
     return "" if ids is None else anchors_digest(ids)
 

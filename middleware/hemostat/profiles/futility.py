@@ -37,7 +37,7 @@ def why_hopeless(
     for_equal: bool,
     decides: Collection[str],
 ) -> str:
-    """Returns why a candidate's test is hopeless, in words; "" where it is not.
+    """Returns why a candidate's test is hopeless, in words; "" if it is not.
 
     units: of each kind in which it is tested, how many counted, and how many were refused. log_e: (kind) -> evidence
     that it gains there; asked for few of them. seen: held-out units of any kind, see `MAX_SEEN_UNITS`. for_equal:

@@ -40,7 +40,7 @@ def is_held_out(record: TokenRecord, fraction: float) -> bool:
 
 
 def gain_interval(record: TokenRecord, profile: CalibrationProfile, gain: Gain) -> tuple[float, float] | None:
-    """Returns the mean gain of a profile over identity on one request's tokens, nats, as an interval; None where
+    """Returns the mean gain of a profile over identity on one request's tokens, nats, as an interval; None if
     nothing is known of it.
 
     Left out are requests for which the engine reported other profiles but not this one (it evaluates some at a time,

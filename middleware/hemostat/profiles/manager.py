@@ -230,7 +230,7 @@ class ProfileManager:
     ) -> None:
         """Learn from a record, or judge by it; where its kind is not followed, as one of the rest. gains: its own.
 
-        divergences: of the compressed model itself, nats by token; None where the record has none.
+        divergences: of the compressed model itself, nats by token; None if the record has none.
         fresh: see `hemostat.scoring.seen_units`; only then is the record learned from. Tests know by themselves which
         units they have counted.
         """
@@ -258,7 +258,7 @@ class ProfileManager:
         return HeldOutUnit(*names, record.tokens, fresh, adapted, gain, record.distances, self._wall())
 
     def _place(self, record: TokenRecord) -> str | None:
-        """Count a record, and return the kind that it counts in; None where it counts in none."""
+        """Count a record, and return the kind that it counts in; None if it counts in none."""
         self.writer.note_record()
         kind = record.kind
         if kind not in self.serving.kinds:

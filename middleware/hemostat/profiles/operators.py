@@ -18,7 +18,7 @@ from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
 
 
 class Operator:
-    """Every method raises HemostatError, and changes nothing, where the action is not possible.
+    """Every method raises HemostatError, and changes nothing, if the action is not possible.
 
     kind: of traffic, followed or `REST_KIND`; None: all of them.
     """

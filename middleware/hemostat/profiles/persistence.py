@@ -93,7 +93,7 @@ class StoredServing(msgspec.Struct, frozen=True):
 
 
 def stored_mode(states: Mapping[str, str | None], configured: str) -> str | None:
-    """Returns the mode that was set at run time; None where there is none, or the configured one has changed since."""
+    """Returns the mode that was set at run time; None if there is none, or the configured one has changed since."""
     before, _, mode = (states.get(MODE_KEY) or "").partition(" ")
     return mode if before == configured and mode in MODES else None
 

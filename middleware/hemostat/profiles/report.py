@@ -238,7 +238,7 @@ class Report:
         }
 
     def describe(self, version: str) -> dict[str, Any] | None:
-        """Returns one profile with the events about it; None where it is not held."""
+        """Returns one profile with the events about it; None if it is not held."""
         profile = self._catalogue.get(version)
         if profile is None:
             return None

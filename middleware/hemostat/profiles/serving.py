@@ -224,7 +224,7 @@ class ServingState:
 
     def slot_for(self, version: str, proven: Collection[str]) -> set[str] | None:
         """Returns the kinds served by the adapter whose slot another one may take that is proven better in `proven`:
-        more than half of its held-out units are of these. None where there is no such adapter, or an operator chose
+        more than half of its held-out units are of these. None if there is no such adapter, or an operator chose
         it."""
         if not self.is_adapter(version) or not self.max_adapters:
             return None

@@ -57,7 +57,7 @@ class UnitGain:
     """A unit's mean gain per token of one version over another, between lower and upper.
 
     kl: where the ends are of the total variation, the gain in KL, nats; -inf where the version gives no distribution at
-        a token. None where the ends are in nats.
+        a token. None if the ends are in nats.
     """
 
     lower: float

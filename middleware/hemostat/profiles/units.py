@@ -17,7 +17,7 @@ class HeldOutUnit:
 
     time: when it was judged, Unix seconds.
     adapted: its lists are of an adapter, not of the compressed model itself.
-    gain: (version) -> its mean gain over identity on the request's tokens, by `judging.gain_interval`; None where
+    gain: (version) -> its mean gain over identity on the request's tokens, by `judging.gain_interval`; None if
         nothing is known of it.
     """
 

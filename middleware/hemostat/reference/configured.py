@@ -54,7 +54,7 @@ def _make(settings: Settings, reference: ModelReference | None) -> Reference:
 
 
 def make_compressed_scorer(settings: Settings) -> VllmReference | None:
-    """Returns the upstream as a scorer of its own tokens, for the noise floor; None where that is not measured."""
+    """Returns the upstream as a scorer of its own tokens, for the noise floor; None if that is not measured."""
     if settings.reference.backend == "none" or settings.shadow.floor_fraction <= 0.0:
         return None
     from hemostat.reference.vllm import VllmReference  # noqa: PLC0415

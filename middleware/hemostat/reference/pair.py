@@ -29,9 +29,9 @@ class ModelPair:
     """A served base model and its reference, as they were last seen.
 
     name: its first served name. names: all of its names.
-    root: the path that the server loaded it from, as the server says; "" where it does not.
+    root: the path that the server loaded it from, as the server says; "" if it does not.
     adapters: names of the LoRA adapters of this model that the server serves.
-    scorer: its reference; None where none is configured.
+    scorer: its reference; None if none is configured.
     reference: None until the two were compared and use the same token ids, and again once they do not.
     reference_adapters: names of the LoRA adapters that the reference can score with.
     state, detail: whether its requests can be scored, and why not or with what.
@@ -78,7 +78,7 @@ class ServedModels:
     calibrated_name: str = ""
 
     def of(self, model: str) -> ModelPair | None:
-        """Returns the pair of a served name, of a base model or an adapter; None where the server does not list it."""
+        """Returns the pair of a served name, of a base model or an adapter; None if the server does not list it."""
         return next((pair for pair in self.pairs if model in pair.names or model in pair.adapters), None)
 
     @property

@@ -119,7 +119,7 @@ class ReferenceScores:
     at: float64 [T, K], log-probabilities at the requested ids; NaN where not given.
     top: the reference's own [T, J] most likely ids, most likely first.
     emitted: float64 [T], log-probability of the output token.
-    entropy: float64 [T], or None where only the top ids are known.
+    entropy: float64 [T], or None if only the top ids are known.
     expected_shift: profile version -> float64 [T], E_r[Δz]; empty when the reference gives only its top ids.
     hidden: float32 [T, d], the last hidden state after the final norm: the logits are W h, W the output embedding. None
         unless requested and available (`ReferenceInfo.hidden_size`).

@@ -162,7 +162,7 @@ def threads_or_default(threads: int | None) -> int:
 
 
 def _token_shift(profile: CalibrationProfile, vocab_size: int) -> npt.NDArray[np.float32] | None:
-    """Returns Δz as a function of the token alone, float32 [V] nats; None where it is not, or the vocabulary
+    """Returns Δz as a function of the token alone, float32 [V] nats; None if it is not, or the vocabulary
     differs."""
     if profile.family != TEMPERATURE_BIAS or profile.vocab_size != vocab_size:
         return None

@@ -136,7 +136,7 @@ _item_event: Final[msgspec.json.Decoder[_ItemEvent]] = msgspec.json.Decoder(_Ite
 
 
 def parse(data: bytes, form: Form, *, stream: bool) -> Response | None:
-    """Returns the response; None where it is malformed, so that only the patterns are applied."""
+    """Returns the response; None if it is malformed, so that only the patterns are applied."""
     try:
         if form is _CHAT or form is _COMPLETIONS:
             return _merge_events(data) if stream else _response.decode(data)

@@ -81,7 +81,7 @@ class GenerationReport:
     def finish(
         self, arm: str, comparison: Comparison | None, status: int, outcome: str, *, asked: bool, complete: bool
     ) -> int | None:
-        """The exchange has ended. Returns the generated tokens by the response's usage, None where it gave none.
+        """The exchange has ended. Returns the generated tokens by the response's usage, None if it gave none.
 
         status: of the response, 0 without one. outcome: of `counters`. asked: an engine had the whole request when the
         exchange ended. complete: the whole response was sent.

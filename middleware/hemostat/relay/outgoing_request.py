@@ -253,7 +253,7 @@ class OutgoingRequest:
 
     @property
     def engine_name(self) -> str:
-        """ "" where none was chosen."""
+        """ "" if none was chosen."""
         return self.engine.name if self._engine is not None else ""
 
     def connection_failed(self) -> bool:

@@ -158,7 +158,7 @@ class Shares:
 
     def larger(self, network: bytes, credential: bytes) -> Holding | None:
         """Returns the one to take from, so that this client can have one more: of who holds more than the client would
-        then. None where there is none."""
+        then. None if there is none."""
         self._rank()
         group = self._all
         for name in (network, credential):

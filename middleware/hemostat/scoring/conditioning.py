@@ -42,7 +42,7 @@ class ConditioningFailure(Exception):
 def condition(
     capture: Capture, arrays: CaptureArrays, info: ReferenceInfo, tap: TapResult | None
 ) -> tuple[CaptureArrays, AllowedSets | None]:
-    """Returns the arrays with the allowed candidates only, and the sets; as they are, and None, where nothing in the
+    """Returns the arrays with the allowed candidates only, and the sets; as they are, and None, if nothing in the
     request restricts its tokens. Raises ConditioningFailure if the sets are not known, or something restricted it all
     the same."""
     if not capture.grammar:

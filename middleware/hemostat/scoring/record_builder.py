@@ -125,7 +125,7 @@ def build_record(
     profile_in_request: a requested profile was applied through the request's own sampling parameters
         (`calibration.apply: request`), of which the engine's plugin knows nothing.
     allowed: the ids that the request's grammar allows, which both models' log-probabilities are conditional on.
-    markers: of the model's thinking; None where it has none, or they are not known.
+    markers: of the model's thinking; None if it has none, or they are not known.
     template: see `TokenRecord.template`.
     """
     tokens = len(arrays.output)

@@ -123,7 +123,7 @@ class RecordsFile:
 
 
 def _means(distances: ExactDistances) -> dict[str, float | None]:
-    """Returns the means over the tokens; KL is None where it is infinite at one."""
+    """Returns the means over the tokens; KL is None if it is infinite at one."""
     kl = float(distances.kl.mean())
     return {
         "kl_nats": kl if math.isfinite(kl) else None,

@@ -108,7 +108,7 @@ class Scorer:
     template_of: (prompt, conversation) -> `TokenRecord.template`.
     profile_in_request: see `build_record`. max_scored: see `decode_capture`.
     max_tokens: of prompt and output, where only the engine's plugin reports them.
-    engine_scorer: of captures that have ids only; None where relays capture none.
+    engine_scorer: of captures that have ids only; None if relays capture none.
     """
 
     def __init__(

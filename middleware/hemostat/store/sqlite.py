@@ -56,7 +56,7 @@ class SqliteStore:
         self._path = path
         self._calls = threading.Lock()
         self._file: tuple[int, int] | None = None
-        """Device and inode of the database that the last call has read or written; None where there was none."""
+        """Device and inode of the database that the last call has read or written; None if there was none."""
         self._lock: int | None = None
         """Descriptor of the lock's file, while this process owns the store."""
 

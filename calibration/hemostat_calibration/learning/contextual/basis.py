@@ -65,7 +65,7 @@ def make_basis(
 
 
 def hidden_sample(rows: Sequence[TokenRows], width: int) -> Singles | None:
-    """Returns some of the reference's hidden states, spread over the rows, float32 [n, d]; None where there are
+    """Returns some of the reference's hidden states, spread over the rows, float32 [n, d]; None if there are
     none."""
     with_hidden = [r.hidden for r in rows if r.hidden is not None]
     if not with_hidden:

@@ -261,7 +261,7 @@ class ContextualLearner:
         return tuple(moments_in_basis(fold, basis) for fold in folds)
 
     def _map_of_all(self, folds: Sequence[Moments]) -> list[Floats] | None:
-        """Returns Bᵀ without each fold, and with all of them, at the penalty that is best for all; None where no map
+        """Returns Bᵀ without each fold, and with all of them, at the penalty that is best for all; None if no map
         gains."""
         result = regression.choose(folds, self._ranks)
         if result is None:

@@ -83,7 +83,7 @@ def choose(folds: Sequence[Moments], ranks: Sequence[int], bases: Sequence[Float
     """Returns the map whose penalty and rank did best on each fold when learned from the others; learned from all of
     them.
 
-    None where no map would gain, or a fold is empty. ranks: allowed ones. bases: what the penalty pulls towards,
+    None if no map would gain, or a fold is empty. ranks: allowed ones. bases: what the penalty pulls towards,
     instead of
     0: for each fold Bᵀ that was learned without it, and one more learned from all.
 

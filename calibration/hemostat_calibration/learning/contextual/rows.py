@@ -42,7 +42,7 @@ class ListedTokens:
 
     ids: int32 [T, J], the ids whose log-probabilities are known; -1 pads.
     reference: float64 [T, J], the reference's log-probabilities of them, nats.
-    compressed: float64 [T, J], the compressed model's; None where it gave none for these ids.
+    compressed: float64 [T, J], the compressed model's; None if it gave none for these ids.
     likeliest: the compressed model's likeliest id, [T], and its log-probability, [T].
     """
 
@@ -57,8 +57,8 @@ class TokenRows:
     """Tokens of one prompt; arrays are read-only.
 
     fold: of the prompt. clock: number of tokens that the learner had seen at their end. tokens: T.
-    features: float16 [T, N], centred logits at the anchors; None where the engine gave none.
-    hidden: float16 [T, d], the reference's hidden states; None where it gave none.
+    features: float16 [T, N], centred logits at the anchors; None if the engine gave none.
+    hidden: float16 [T, d], the reference's hidden states; None if it gave none.
     listed: set only where features or hidden is missing.
     """
 
@@ -81,7 +81,7 @@ def fold_of(unit: bytes) -> int:
 
 
 def rows_of(record: TokenRecord, anchors: str, clock: int) -> tuple[TokenSource, TokenRows | None]:
-    """Returns the usable tokens of a validated record, with their source; None where there are none.
+    """Returns the usable tokens of a validated record, with their source; None if there are none.
 
     anchors: digest of the anchors; features of other anchors are not used. clock: tokens seen before this record.
     """

@@ -58,7 +58,7 @@ def dependencies(learner: ContextualLearner, about: str) -> str:
 
 
 def save(states: Mapping[str, ContextualState], learner: ContextualLearner, about: str, max_bytes: int) -> bytes:
-    """Returns states by name as bytes, about `max_bytes` at most; b"" where not even the sums of the first state fit.
+    """Returns states by name as bytes, about `max_bytes` at most; b"" if not even the sums of the first state fit.
 
     The first state is kept before the others; further ones are left out from the first whose sums do not fit. Of what
     the sums leave of `max_bytes`, each state's newest rows get an equal part, and the first one also what the others do

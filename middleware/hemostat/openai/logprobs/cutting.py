@@ -25,7 +25,7 @@ _ids: Final[msgspec.json.Decoder[list[int]]] = msgspec.json.Decoder(list[int])
 def cut_logprobs(data: bytes) -> tuple[bytes, bytes] | None:
     """Returns a response's bytes with `null` as the value of its only `logprobs`, and that value.
 
-    None where they are not as vLLM writes them, or there are several. It is certain only if the first result is JSON.
+    None if they are not as vLLM writes them, or there are several. It is certain only if the first result is JSON.
 
     >>> cut_logprobs(b'{"choices":[{"index":0,"logprobs":{"content":[{"token":"x"}]},"finish_reason":"stop"}]}')
     (b'{"choices":[{"index":0,"logprobs":null,"finish_reason":"stop"}]}', b'{"content":[{"token":"x"}]}')

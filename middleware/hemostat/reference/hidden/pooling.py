@@ -104,7 +104,7 @@ def _body(model: str, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
 
 
 def _states(data: bytes, positions: int, width: int | None, url: str) -> States:
-    """Returns the hidden states in an answer. width: None where it is not known yet."""
+    """Returns the hidden states in an answer. width: None if it is not known yet."""
     row, rest = divmod(len(data), positions)
     if rest or row % STATE_BYTES or row < STATE_BYTES or (width is not None and row != width * STATE_BYTES):
         raise ReferenceFailure(

@@ -115,7 +115,7 @@ class Upstreams:
             engine.drained = engine.name in self._drained
 
     def draw(self, number: float) -> Engine | None:
-        """Draws one of the engines that get requests, each with the same probability, whatever their load; None where
+        """Draws one of the engines that get requests, each with the same probability, whatever their load; None if
         there is none, or one has no free connection: no request waits for one because it is sampled. number: in [0,
         1)."""
         engines = [engine for engine in self.engines if engine.health.up and not engine.drained]
@@ -124,7 +124,7 @@ class Upstreams:
         return engines[int(number * len(engines))]
 
     def choose(self, key: int | None, tried: Collection[Engine] = ()) -> Engine | None:
-        """Returns the engine for a request; None where there is none but those that were tried.
+        """Returns the engine for a request; None if there is none but those that were tried.
 
         An ejection is a guess, a refusal of ours is certain: where no engine is available, requests go to those that
         can be reached and are not drained, without such to all that are not drained, and where all are drained, to all.
