@@ -89,7 +89,8 @@ def in_guide(path: Path, root: Path = ROOT) -> Iterator[Case]:
 def all_cases(root: Path = ROOT) -> list[Case]:
     """Returns the cases of all code and of the guides."""
     code = [path for folder in CODE for path in sorted((root / folder).rglob("*.py"))]
-    guides = [root / "README.md", root / "CONTRIBUTING.md", *sorted((root / "docs").glob("*.md"))]
+    named = [root / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
+    guides = [*named, *sorted((root / "docs").glob("*.md"))]
     return [case for path in code for case in in_code(path, root)] + [
         case for path in guides for case in in_guide(path, root)
     ]

@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
 PAGES, SITE, ENVIRONMENT = BUILD / "site-pages", BUILD / "site", BUILD / "site-environment"
 REQUIREMENT = "mkdocs-material>=9.6,<10"
-FIRST = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "deploy/README.md", "helm/hemostat/README.md")
+FIRST = (
+    *("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"),
+    *("deploy/README.md", "helm/hemostat/README.md"),
+)
 
 
 def linked(page: Path) -> Iterator[Path]:
