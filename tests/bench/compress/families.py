@@ -64,7 +64,7 @@ def cases(bench: Bench) -> Sequence[Case]:
         Case(name, bench.size(plan), partial(mixes.write, partial(mixes.uniform, plan=plan)))
         for name, plan in UNIFORM.items()
     ]
-    fp8 = without_texts(FP8, packed=True)
+    fp8 = without_texts(FP8)
     result.append(Case("FP8, nearest, inputs rounded", bench.size(LayerPlan(8)), partial(bench.ours, fp8)))
     for budget, plan in BUDGETS.items():
         size = bench.size(plan)

@@ -81,7 +81,7 @@ def cases(bench: Bench) -> Sequence[Case]:
     for peer, (sparsity, pattern) in itertools.product(PEERS, PEERS_AT):
         size = bench.size(LayerPlan(16, None, sparsity, pattern.value))
         result.append(Case(_peer(peer, sparsity, pattern), size, partial(_by_peer, bench, peer, sparsity, pattern)))
-    rounded = without_texts(WeightFormat(4, GROUP_SIZE), packed=True)
+    rounded = without_texts(WeightFormat(4, GROUP_SIZE))
     w4a16 = Case(W4A16, bench.size(LayerPlan(4, GROUP_SIZE)), lambda folder: bench.ours(rounded, folder))
     half = _case(bench, HALF)
     repaired = [

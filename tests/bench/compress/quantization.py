@@ -12,7 +12,7 @@ from tests.bench.recovery.log import say
 from hemostat_lab.compression.calibrated import CALIBRATIONS, Calibrated
 from hemostat_lab.compression.formats import WeightFormat
 from hemostat_lab.compression.frame import Source
-from hemostat_lab.compression.methods import without_texts
+from hemostat_lab.compression.methods import EachWeight, round_dense, without_texts
 from hemostat_lab.compression.plan import LayerPlan, Plan, stored_bytes
 from hemostat_lab.compression.planned import planned
 from hemostat_lab.doctor.options import Target
@@ -38,7 +38,7 @@ LOSS_TOKENS = 6000
 
 def cases(bench: Bench) -> Sequence[Case]:
     size = bench.size(LayerPlan(4, GROUP_SIZE))
-    result = [Case("W4A16 nearest", size, lambda folder: bench.ours(without_texts(W4A16, packed=True), folder))]
+    result = [Case("W4A16 nearest", size, lambda folder: bench.ours(without_texts(W4A16), folder))]
     result += [
         Case(f"W4A16 {calibration}", size, partial(_uniform, bench, W4A16, calibration, True))
         for calibration in ("clip", "clip_kl", "awq", "gptq", "descent", "guided")
@@ -48,13 +48,13 @@ def cases(bench: Bench) -> Sequence[Case]:
     ]
     whole = bench.size(LayerPlan(8))
     result += [
-        Case("W8A8 nearest", whole, lambda folder: bench.ours(without_texts(W8A8, packed=True), folder)),
+        Case("W8A8 nearest", whole, lambda folder: bench.ours(without_texts(W8A8), folder)),
         Case("W8A8 smooth", whole, partial(_uniform, bench, W8A8, "smooth", True)),
         Case("llmcompressor W8A8 smoothquant", whole, partial(_peer, bench, "smoothquant")),
     ]
     for name, plan in FP4.items():
         weight_format = WeightFormat(plan.bits, plan.group_size, plan.kind)
-        nearest = without_texts(weight_format, packed=True)
+        nearest = without_texts(weight_format)
         result += [
             Case(f"{name} nearest", bench.size(plan), partial(bench.ours, nearest)),
             Case(f"{name} gptq", bench.size(plan), partial(_uniform, bench, weight_format, "gptq", True)),
@@ -63,7 +63,7 @@ def cases(bench: Bench) -> Sequence[Case]:
     for bits in DENSE_BITS:
         weight_format = WeightFormat(bits, GROUP_SIZE)
         size = bench.size(LayerPlan(bits, GROUP_SIZE))
-        nearest = without_texts(weight_format, packed=False)
+        nearest = EachWeight({"bits": bits, "packed": False}, round_dense(bits, GROUP_SIZE))
         result += [
             Case(f"{bits} bits nearest", size, partial(bench.ours, nearest)),
             Case(f"{bits} bits {BEST}", size, partial(_uniform, bench, weight_format, BEST, False)),

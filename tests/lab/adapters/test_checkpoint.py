@@ -113,7 +113,7 @@ def test_fp8_is_read_as_the_engine_reads_it(tiny: TinyCheckpoints, tmp_path: Pat
     from hemostat_lab.models.checkpoint import Checkpoint
     from hemostat_lab.models.copies import Copy
 
-    method = without_texts(WeightFormat(8, None, "float", "fp8"), packed=True)
+    method = without_texts(WeightFormat(8, None, "float", "fp8"))
     report = compress_with(tiny.reference, tmp_path / "fp8", method)
     checkpoint = Checkpoint(tmp_path / "fp8", "COMPRESSED")
     names = linear_names(tiny.model)

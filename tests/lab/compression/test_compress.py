@@ -103,7 +103,7 @@ def test_a_copy_without_rounded_inputs_is_noted(
 ) -> None:
     """Its weights are those of the quantized checkpoint, and its inputs are exact."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    compress_with(tiny, tmp_path / "small", without_texts(chosen, packed=True))
+    compress_with(tiny, tmp_path / "small", without_texts(chosen))
     said: list[str] = []
     dense = unpacked_copy(tmp_path / "small", said.append)
     assert any("14 layers round their inputs at run time; the dense copy does not" in text for text in said)

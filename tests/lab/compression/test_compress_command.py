@@ -75,6 +75,7 @@ def test_digest_bytes_and_settings_are_printed(
         (["--plan", "missing.json"], "missing.json cannot be read"),
         (["--scheme", "w4a16", "--records", "missing"], "missing cannot be read"),
         (["--scheme", "w9a9"], "invalid choice"),
+        (["--scheme", "int3"], "argument --scheme: int3 has gone, since no engine serves it: use w4a16 or w8a16"),
     ],
 )
 def test_a_mistake_is_one_line(

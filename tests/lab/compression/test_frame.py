@@ -197,7 +197,7 @@ def test_files_of_several_parts_are_read_by_safetensors(tmp_path: Path) -> None:
 
 def one_line(source: Path, out: Path, **environment: Any) -> str:
     with pytest.raises(HemostatError) as error:
-        compress_with(source, out, without_texts(W4A16, packed=True), environment=BuildEnvironment(**environment))
+        compress_with(source, out, without_texts(W4A16), environment=BuildEnvironment(**environment))
     assert not out.exists()
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -232,7 +232,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(TensorFiles, "add", full)
         assert "No space left on device" in one_line(source, tmp_path / "out", work=tmp_path / "work")
     assert {path.name for path in tmp_path.iterdir()} == {"source", "work"}, "nothing half-written"
-    compress_with(source, tmp_path / "out", without_texts(W4A16, packed=True))
+    compress_with(source, tmp_path / "out", without_texts(W4A16))
     assert is_complete(tmp_path / "out")
 
 
@@ -248,7 +248,7 @@ def test_weights_that_are_not_finite(calibrated: bool, tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
     source = save(model, tmp_path / "source")
-    method = everything(source) if calibrated else without_texts(W4A16, packed=True)
+    method = everything(source) if calibrated else without_texts(W4A16)
     with pytest.raises(CompressError, match=r"model\.layers\.0\.mlp\.up_proj\.weight holds values that are not finite"):
         compress_with(source, tmp_path / "out", method, TEXTS, environment=BuildEnvironment(tmp_path / "work"))
     assert not (tmp_path / "out").exists()

@@ -53,7 +53,7 @@ TOLERANCE = 0.05
 
 def method(name: str, source: Source) -> Method:
     if name == "fp8":
-        return without_texts(FORMATS[name], packed=True)
+        return without_texts(FORMATS[name])
     if name in FORMATS:
         calibration = CALIBRATIONS["smooth" if name == "w8a8" else "gptq"]
         return Calibrated(dict.fromkeys(source.shapes, FORMATS[name]), calibration)
@@ -192,7 +192,7 @@ def test_vllms_cpu_build_refuses(name: str, tmp_path: Path) -> None:
     weight_format, changed, line = REFUSED[name]
     source = small_source(tmp_path / "source", num_hidden_layers=1)
     out, log = tmp_path / "out", tmp_path / "vllm.log"
-    compress_with(source, out, without_texts(weight_format, packed=True))
+    compress_with(source, out, without_texts(weight_format))
     config = json.loads((out / "config.json").read_text())
     config["quantization_config"] |= changed
     (out / "config.json").write_text(json.dumps(config))
@@ -206,7 +206,7 @@ def test_vllms_cpu_build_refuses(name: str, tmp_path: Path) -> None:
 def test_vllms_cpu_build_serves_no_w8a8_with_lora(tmp_path: Path) -> None:
     """oneDNN keeps the weights, and LoRA asks on which device they are. With AMX another kernel does not."""
     source, log = small_source(tmp_path / "source", num_hidden_layers=1), tmp_path / "vllm.log"
-    compress_with(source, tmp_path / "out", without_texts(FORMATS["w8a8"], packed=True))
+    compress_with(source, tmp_path / "out", without_texts(FORMATS["w8a8"]))
     with pytest.raises(vllm_server.VllmFailure):
         prompt_logprobs(tmp_path / "out", [1, 2, 3], log, "--enable-lora")
     assert "'NoneType' object has no attribute 'device'" in log.read_text()

@@ -99,7 +99,7 @@ def test_errors_of_fp4_are_compensated(kind: str) -> None:
 
 def test_without_texts(tmp_path: Path) -> None:
     source = save(tiny_model(num_hidden_layers=1), tmp_path / "source")
-    compress_with(source, tmp_path / "out", without_texts(FORMATS["nvfp4"], packed=True))
+    compress_with(source, tmp_path / "out", without_texts(FORMATS["nvfp4"]))
     assert len(Checkpoint(tmp_path / "out", "COMPRESSED").quantized) == 7
 
 

@@ -56,7 +56,7 @@ def test_a_format_is_read_whatever_transformers_loads(kind: str, tmp_path: Path)
         packed(model, tiny.compressed, symmetric=False, group=64)
     else:
         written = WeightFormat(4, 64, layout="gptq") if kind == "GPTQ" else WeightFormat(4, 16, "nvfp4")
-        compress_with(tiny.reference, tiny.compressed, without_texts(written, packed=True))
+        compress_with(tiny.reference, tiny.compressed, without_texts(written))
     for folder in (tiny.reference, tiny.compressed):
         write_tokenizer(folder)
     pair = CheckpointPair(tiny.options(max_prompts=1))
@@ -73,7 +73,7 @@ def test_the_report_is_of_rounded_inputs(kind: str, tmp_path: Path) -> None:
     tiny = TinyPair.in_folder(tmp_path)
     tiny_model("llama").save_pretrained(tiny.reference)
     write_tokenizer(tiny.reference)
-    compress_with(tiny.reference, tiny.compressed, without_texts(FORMATS[kind], packed=True))
+    compress_with(tiny.reference, tiny.compressed, without_texts(FORMATS[kind]))
     options = tiny.options(prescribe=True, max_prompts=4)
     pair = CheckpointPair(options)
     jobs = encode(pair, load(tiny.prompts, 4), options)

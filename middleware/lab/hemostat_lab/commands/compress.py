@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from hemostat.commands.arguments import positive_integer
@@ -10,8 +11,9 @@ from hemostat_lab.commands.arguments import WITHOUT_DATA, add_overwrite, add_tex
 
 HELP = "Quantize or prune a checkpoint."
 PACKED = ("w4a16", "w4a16_gptq", "w8a16_gptq", "w4a16_awq", "w8a16", "w8a8", "fp8", "nvfp4", "mxfp4")
-DENSE = ("int2", "int3", "int5", "int6", "int7")
-SCHEMES = (*PACKED, *DENSE, "prune", *WITHOUT_DATA)
+SCHEMES = (*PACKED, "prune", *WITHOUT_DATA)
+_DENSE = re.compile(r"int[2-8]")
+"""Schemes of earlier versions: integers of so many bits, written dense, which no engine serves."""
 CALIBRATIONS = ("none", "clip", "clip_kl", "awq", "smooth", "gptq", "descent", "guided")
 
 
@@ -21,8 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--scheme",
+        type=_scheme,
         choices=SCHEMES,
-        help="Format of the result. w4a16 to mxfp4 are packed. intN has N bits and is written dense. With prune, the "
+        help="Format of the result. w4a16 to mxfp4 are packed. With prune, the "
         "fraction --sparsity of the weights becomes 0. pruneNN drops NN %% by magnitude, without data.",
     )
     what.add_argument(
@@ -77,6 +80,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_overwrite(parser, "DEST")
     parser.set_defaults(command=_run)
+
+
+def _scheme(text: str) -> str:
+    """Returns the scheme. Raises ArgumentTypeError for one of an earlier version, with what takes its place."""
+    if _DENSE.fullmatch(text):
+        raise argparse.ArgumentTypeError(
+            f"{text} has gone, since no engine serves it: use w4a16 or w8a16; hemostat doctor --sweep "
+            "measures what a model loses at other widths"
+        )
+    return text
 
 
 def group_size(text: str) -> int | str:

@@ -75,7 +75,7 @@ class CompressOptions:
         if self.scheme in ("w8a8", "fp8") and self.group_size not in (None, "channel"):
             raise UsageError(f"--scheme {self.scheme} has one scale per output channel: leave --group-size out")
         if self.group_size is not None and (self.plan is not None or _is_prune(self)):
-            raise UsageError("--group-size is for --scheme w4a16, w8a16 and intN: leave it out")
+            raise UsageError("--group-size is for integers in groups, such as --scheme w4a16: leave it out")
         if self.calibrate is not None and _is_prune(self):
             raise UsageError("--calibrate is for quantization: leave it out")
         if self.plan is not None and self.calibration == "none":
@@ -209,7 +209,7 @@ def _method(options: CompressOptions, reporter: Reporter) -> Method:
             reporter.log(f"note: {note}")
         return method
     assert options.scheme is not None
-    chosen, packed = _format(options.scheme, options.group_size)
+    chosen = _format(options.scheme, options.group_size)
     shapes = Source.open(options.source).shapes
     for name, (outputs, inputs) in shapes.items():
         check_groups(name, inputs, chosen.group_size)
@@ -219,26 +219,25 @@ def _method(options: CompressOptions, reporter: Reporter) -> Method:
                 f"whole words: use w{chosen.bits}a16"
             )
     if options.calibration == "none":
-        return without_texts(chosen, packed)
-    return Calibrated(dict.fromkeys(shapes, chosen), CALIBRATIONS[options.calibration], None if packed else frozenset())
+        return without_texts(chosen)
+    return Calibrated(dict.fromkeys(shapes, chosen), CALIBRATIONS[options.calibration])
 
 
-def _format(scheme: str, group_size: int | str | None) -> tuple[WeightFormat, bool]:
-    """The format of every layer, and whether it is packed."""
+def _format(scheme: str, group_size: int | str | None) -> WeightFormat:
+    """Returns the format of every layer."""
     from hemostat_lab.compression.formats import FP4, WeightFormat  # noqa: PLC0415
     from hemostat_lab.compression.rounding import GROUP_SIZE  # noqa: PLC0415
 
     if scheme == "w8a8":
-        return WeightFormat(8, inputs="int8"), True
+        return WeightFormat(8, inputs="int8")
     if scheme == "fp8":
-        return WeightFormat(8, kind="float", inputs="fp8"), True
+        return WeightFormat(8, kind="float", inputs="fp8")
     if scheme in FP4:
-        return WeightFormat(4, FP4[scheme], "nvfp4" if scheme == "nvfp4" else "mxfp4"), True
+        return WeightFormat(4, FP4[scheme], "nvfp4" if scheme == "nvfp4" else "mxfp4")
     layout: Literal["compressed-tensors", "gptq", "awq"]
     layout = "gptq" if scheme.endswith("_gptq") else "awq" if scheme.endswith("_awq") else "compressed-tensors"
-    bits = int(scheme.removeprefix("int")) if scheme.startswith("int") else int(scheme[1])
     size = None if group_size == "channel" else int(group_size or GROUP_SIZE)
-    return WeightFormat(bits, size, layout=layout), not scheme.startswith("int")
+    return WeightFormat(int(scheme[1]), size, layout=layout)
 
 
 def _pruning(options: CompressOptions) -> Method:

@@ -61,7 +61,7 @@ def _round_in_own_dtype(weight_format: WeightFormat) -> Change:
 
 
 def round_dense(bits: int, group_size: int | None) -> Change:
-    """As `round_to_nearest`, stored dense: for widths that engines do not serve packed."""
+    """As `round_to_nearest`, stored dense: for studies of widths that engines do not serve packed."""
     return lambda name, weight: rounded(name, weight, bits, group_size)
 
 
@@ -69,10 +69,9 @@ def prune_by_magnitude(sparsity: float) -> Change:
     return lambda name, weight: pruned(weight, sparsity)
 
 
-def without_texts(chosen: WeightFormat, packed: bool) -> EachWeight:
-    """Rounding to nearest of every layer to one format; not packed: written dense."""
-    settings = {"format": msgspec.to_builtins(chosen), "packed": packed}
-    return EachWeight(settings, round_to_nearest(chosen) if packed else round_dense(chosen.bits, chosen.group_size))
+def without_texts(chosen: WeightFormat) -> EachWeight:
+    """Returns the method that rounds every layer to nearest, in one format."""
+    return EachWeight({"format": msgspec.to_builtins(chosen), "packed": True}, round_to_nearest(chosen))
 
 
 def by_name(scheme: str) -> EachWeight:
