@@ -21,7 +21,19 @@ far the sequence is away, so that no single one decides.
 Engine against engine, a sequence votes if the distance of two engines exceeds the distance of each two baseline
 replays. Of R + 2 exchangeable replays no two disjoint pairs can both exceed what is disjoint from them, so that at most
 R + 1 of the (R + 2) (R + 1) / 2 pairs do, and a vote has a probability of at most 2 / (R + 2): more votes are needed
-there.
+there. This is proven for two and three engines. Of more engines the median of the distances counts; its votes were no
+more frequent in simulation, with noise of several shapes, and no bound below 4 / (R + 2) is known. All engines are
+compared again after the replay of each, so each comparison has its part of ALPHA_PER_YEAR.
+
+**The error rate.** Each replay of an engine may exceed by chance, independently of how many there were before: the
+votes that it needs do not follow from a number of tests, and no alpha is spent over the lives of the process that could
+be spent twice. So the number of replays bounds the error. At most `REPLAYS_PER_YEAR` of them, two an hour, call an
+unchanged engine changed with a probability of at most ALPHA_PER_YEAR: for each engine, each model that it serves (the
+base model and each adapter), and each of what they are compared with (the baseline, the other engines). It adds up over
+these, and over the years. Replays that a start of the engine or of the control process asks for count, and so do
+repetitions; a budget of tokens, which is stored before it is spent, allows two replays of a set of `MAX_TOKENS` an hour
+in all lives together. Of a smaller set it allows more, and each replay beyond two an hour adds ALPHA_PER_YEAR /
+REPLAYS_PER_YEAR: an engine that starts again and again could be asked that often.
 
 >>> rng = np.random.default_rng(0)
 >>> canaries = tuple(Canary("chat", np.arange(8, dtype=np.int32), np.arange(32, dtype=np.int32)) for _ in range(20))
@@ -51,9 +63,10 @@ from hemostat_calibration.errors import InvalidArgumentError
 
 REPLAYS = 4
 """The number of baseline replays: a sequence of an unchanged engine votes with a probability of 1 / 5."""
-REPLAYS_PER_YEAR = 24 * 365
+REPLAYS_PER_YEAR = 2 * 24 * 365
+"""Two an hour: one that is due, and one that a start of the engine or a replay that was too far away asks for."""
 ALPHA_PER_YEAR = 0.01
-"""Probability that an unchanged engine is ever called changed in a year of hourly replays."""
+"""The probability that an unchanged engine is ever called changed in a year with so many replays."""
 MIN_SEQUENCES = 16
 MAX_SEQUENCES = 100
 MAX_TOKENS = 5_000
@@ -222,13 +235,22 @@ class CanarySet:
         replays = self.baseline
         pairs = [self._distances(replays[a], replays[b]) for a in range(len(replays)) for b in range(a)]
         bounds = np.maximum(np.max(pairs, axis=0), tolerance)
-        needed = votes_needed(len(self.canaries), len(replays) // 2)
+        needed = self._needed_of_engines(len(now))
         result = {}
         for engine, values in now.items():
             others = np.array([self._distances(values, replay) for name, replay in now.items() if name != engine])
             if len(others):
                 result[engine] = Comparison(np.sort(others, axis=0)[(len(others) - 1) // 2], bounds, needed)
         return result
+
+    def _needed_of_engines(self, engines: int) -> int:
+        """Returns the votes that are needed where so many engines are compared after the replay of each; more than
+        there are sequences if all of them would not be enough."""
+        alpha = ALPHA_PER_YEAR / REPLAYS_PER_YEAR / max(engines, 1)
+        try:
+            return votes_needed(len(self.canaries), len(self.baseline) // 2, alpha)
+        except InvalidArgumentError:
+            return len(self.canaries) + 1
 
     def from_reference(self, now: Floats) -> tuple[float, float] | None:
         """Returns the distance from the reference, the mean over all scored tokens, then and now; None without a
@@ -283,7 +305,7 @@ def votes_needed(sequences: int, replays: int, alpha: float = ALPHA_PER_YEAR / R
     even all votes are no evidence.
 
     >>> votes_needed(50, 4), votes_needed(16, 4), votes_needed(50, 2)
-    (26, 13, 34)
+    (26, 13, 35)
     """
     chance = 1.0 / (replays + 1)
     tail = 0.0

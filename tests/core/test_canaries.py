@@ -74,9 +74,57 @@ def test_two_equal_engines_differ_in_at_most_a_third_of_sequences_and_the_votes_
     shares = []
     for replays, taken in same_token_sets(400, lambda shape: np.exp(3.0 * rng.standard_normal(shape))):
         comparison = taken.compare_engines({"a": replays[4], "b": replays[5]}, 0.0)["a"]
-        assert comparison.needed == votes_needed(100, 2) > taken.needed
+        assert comparison.needed > votes_needed(100, 2) > taken.needed
         shares.append(comparison.votes / 100)
     assert 0.28 < np.mean(shares) < 1 / 3 + 0.01
+
+
+NOISES: dict[str, Callable[[np.random.Generator, tuple[int, int]], Floats]] = {
+    "normal": lambda rng, shape: rng.standard_normal(shape),
+    "heavy tails": lambda rng, shape: rng.standard_cauchy(shape),
+    "one side, each far beyond the next": lambda rng, shape: np.exp(9.0 * rng.standard_normal(shape)),
+    "two modes, as of two kernels": lambda rng, shape: (rng.random(shape) < 0.2) + 1e-3 * rng.standard_normal(shape),
+    "three modes": lambda rng, shape: rng.integers(0, 3, shape) + 1e-3 * rng.standard_normal(shape),
+}
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("engines", [2, 3, 4, 8, 12])
+def test_engines_that_are_equal_vote_against_each_other_in_at_most_a_third_of_sequences(
+    noise: str, engines: int
+) -> None:
+    """Proven for two and three engines."""
+    rng = np.random.default_rng(0)
+    sequences = tuple(Canary("", np.zeros(1, np.int32), np.zeros(1, np.int32)) for _ in range(100))
+    votes = compared = 0
+    for _ in range(100):
+        replays = NOISES[noise](rng, (4 + engines, len(sequences)))
+        taken = CanarySet(sequences, replays[:4], Origin("m"))
+        found = taken.compare_engines({str(n): replay for n, replay in enumerate(replays[4:])}, 0.0)
+        votes += sum(comparison.votes for comparison in found.values())
+        compared += len(found) * len(sequences)
+    # The engines of a sequence share its baseline, so that the sequences are what is independent.
+    assert votes / compared < 1.0 / 3.0 + 5.0 * math.sqrt(2.0 / 9.0 / (100 * len(sequences)))
+
+
+@pytest.mark.parametrize("sequences", [16, 20, 50, 100])
+@pytest.mark.parametrize("engines", [2, 8, 64])
+def test_all_comparisons_of_an_engine_in_a_year_err_with_one_percent_in_all(sequences: int, engines: int) -> None:
+    """The engines are compared again after the replay of each."""
+    replays = np.random.default_rng(0).standard_normal((4 + engines, sequences))
+    short = tuple(Canary("", np.zeros(1, np.int32), np.zeros(1, np.int32)) for _ in range(sequences))
+    taken = CanarySet(short, replays[:4], Origin("m"))
+    compared = taken.compare_engines({str(n): replay for n, replay in enumerate(replays[4:])})
+    for needed, chance, times in (
+        (taken.needed, 1 / 5, 1),
+        (compared["0"].needed, 1 / 3, engines),
+    ):
+        tail = sum(
+            math.comb(sequences, k) * chance**k * (1 - chance) ** (sequences - k) for k in range(needed, sequences + 1)
+        )
+        assert tail * REPLAYS_PER_YEAR * times <= ALPHA_PER_YEAR
+    too_few = (1 / 3) ** sequences * REPLAYS_PER_YEAR * engines > ALPHA_PER_YEAR
+    assert (compared["0"].needed > sequences) == too_few
 
 
 def test_the_threshold_is_the_smallest_that_keeps_a_year_of_replays_within_one_percent() -> None:

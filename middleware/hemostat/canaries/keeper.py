@@ -393,9 +393,8 @@ class Canaries:
 
     @asynccontextmanager
     async def _spending(self, canaries: EngineCanaries, model: str, tokens: int) -> AsyncIterator[CanaryClient]:
-        """The store's key of the budget, which limits the replays that a statement may follow from. It is stored
-        before anything is sent: this process may end meanwhile, and each further replay has a chance of a false
-        statement."""
+        """Spends the budget, which limits the replays that a statement may follow from. What is spent is stored before
+        anything is sent: this process may end meanwhile, and each further replay has a chance of a false statement."""
         client = canaries.client(model)
         canaries.pace.spend(tokens)
         self._save()

@@ -8,6 +8,10 @@ The alpha of a test follows from its number. So a number must not be given twice
   decide, and a new one only collects evidence.
 - Numbers are stored apart from the state of the tests, in a format that does not change with it: a whole number, or a
   JSON object of whole numbers by name. So they can be read where that state is damaged, or of another version.
+
+The alarm, the outlier engine, the guard and the trials of outcomes spend alpha so. Canaries do not: each of their
+replays errs with the same probability, whatever its number, and their budget of tokens bounds how many there are. It is
+stored before a replay is sent (`until_written`). See `hemostat_calibration.canaries`.
 """
 
 from __future__ import annotations
