@@ -392,7 +392,17 @@ LABELS: dict[str, dict[str, Values | str]] = {
         }
     },
     "tokens": {"": {"known": "by their ids, or by the response's usage", "unknown": "neither says how many"}},
-    "version": {"": "digest of the profile; `identity` for none"},
+    "version": {
+        "": "digest of the profile; `identity` for none",
+        names.ENGINE_PLUGINS: "the version of `hemostat-vllm`; `unknown` where a plugin does not say it, because it is "
+        "older than 0.3",
+    },
+    "fits": {
+        "": {
+            "yes": "its major and minor version are those of this Hemostat",
+            "no": "they are not, or the plugin does not say its version",
+        }
+    },
     "weighting": {"": {"token": "every token counts the same", "request": "every request counts the same"}},
 }
 """By label, then by metric; the key "" is for all other metrics."""

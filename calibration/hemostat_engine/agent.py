@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from hemostat_calibration import __version__
 from hemostat_engine.adapters.state import state as adapters
 from hemostat_engine.admin_client import FetchError
 from hemostat_engine.fetching import Fetcher
@@ -172,6 +173,7 @@ class Agent:
             "counters": self._counters.read() | adapters.counters(),
             "runner": identity.runner,
             "vllm": identity.vllm,
+            "plugin": __version__,
             "answers": identity.answers,
             "sets": identity.sets,
             **self._weights.report(),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hemostat_calibration import plugin_version
 from hemostat_calibration.engine_keys import FORCE_KEY, KEYS, PRECISION_KEY, PROFILE_KEY, TAP_KEY, TAP_TOP_KEY, acts
 from hemostat_calibration.profiles.profile import VERSION_PATTERN
 
@@ -57,7 +58,8 @@ def parse(extra_args: Mapping[str, Any] | None, *, signed: bool) -> RequestParam
         return NO_PARAMETERS
     if version is not None and not (isinstance(version, str) and VERSION_PATTERN.fullmatch(version)):
         raise ValueError(
-            f"vllm_xargs.{PROFILE_KEY} must be a profile version (32 lowercase hex digits), not {_shorten(version)}"
+            f"vllm_xargs.{PROFILE_KEY} must be a profile version (32 lowercase hex digits), not {_shorten(version)} "
+            f"({plugin_version.signature()})"
         )
     if nonce is not None and not (isinstance(nonce, str) and NONCE_PATTERN.fullmatch(nonce)):
         raise ValueError(f"vllm_xargs.{TAP_KEY} must be 1 to 64 letters, digits, '_' or '-', not {_shorten(nonce)}")

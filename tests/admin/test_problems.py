@@ -22,6 +22,7 @@ from tests.support.control import connect_relay, control, relay_stats, scored, s
 from tests.support.prometheus import rules
 from tests.support.waiting import until
 
+from hemostat import __version__
 from hemostat.admin import problems
 from hemostat.admin.alerts import ALERTS
 from hemostat.admin.recent import LONG_SECONDS, LOST_SECONDS, MINUTE_SECONDS
@@ -338,7 +339,8 @@ async def test_a_profile_that_failed_is_a_problem_until_its_engine_is_started_ag
             return [(problem.alert, problem.text) for problem in plane.one.problems.look().problems]
 
         def report(boot: str, **counters: int) -> None:
-            plane.one.engines.report(EngineReport(boot, 0, 1, [], 30, counters, "v1", "0"), plane.now)
+            last = EngineReport(boot, 0, 1, [], 30, counters, "v1", "0", plugin=__version__)
+            plane.one.engines.report(last, plane.now)
 
         report("a", profiles_failed=0, profiles_refused=2)
         report("b")
@@ -348,6 +350,32 @@ async def test_a_profile_that_failed_is_a_problem_until_its_engine_is_started_ag
         assert found() == [("HemostatProfileFailed", text)]
         plane.now += SILENCE_SECONDS + 1
         report("anew", profiles_failed=0)
+        assert found() == []
+
+
+async def test_a_plugin_whose_version_does_not_fit_is_a_problem_until_its_engine_has_another(tmp_path: Path) -> None:
+    async with bench(tmp_path) as plane:
+
+        def report(boot: str, version: str) -> None:
+            last = EngineReport(boot, 0, 1, [], 30, {}, "v1", "0", plugin=version)
+            plane.one.engines.report(last, plane.now)
+
+        def found() -> list[str]:
+            problems = plane.one.problems.look().problems
+            assert {problem.alert for problem in problems} <= {"HemostatPluginMisfit"}
+            return [problem.text for problem in problems]
+
+        patch = f"{__version__.rpartition('.')[0]}.999"
+        report("a", __version__)
+        report("b", patch)
+        assert found() == []
+        report("c", "0.1.0")
+        said = f"The plugin does not fit Hemostat {__version__} in"
+        assert found() == [f"{said} 1 of 3 engines: its version there is 0.1.0"]
+        report("d", "")
+        assert found() == [f"{said} 2 of 4 engines: its version there is unknown (older than 0.3), 0.1.0"]
+        plane.now += SILENCE_SECONDS + 1
+        report("anew", __version__)
         assert found() == []
 
 

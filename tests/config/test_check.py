@@ -20,6 +20,7 @@ from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import FakeVllm, running
 from tests.support.tiny_checkpoints import make_pair
 
+from hemostat import __version__
 from hemostat.commands.setup_check import Finding, State, check, exit_code, table
 from hemostat.config.schema import Settings
 from hemostat.ipc.addresses import server_context
@@ -82,6 +83,21 @@ async def test_everything_works() -> None:
         "same tokens": "ok",
     }
     assert "serves fake, up to 2048 tokens (vLLM 0.32.0)" in result["upstream"].detail
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("0.1.7", "loaded; its version is 0.1.7 and does not fit Hemostat "),
+        ("", "loaded; its version is unknown (older than 0.3) and does not fit Hemostat "),
+    ],
+)
+async def test_a_plugin_whose_version_does_not_fit_is_named_in_one_line(version: str, said: str) -> None:
+    result = await findings_of({"plugin_version": version}, None)
+    plugin = result["engine plugin"]
+    assert (plugin.state, plugin.detail) == (State.NOTE, said + __version__)
+    assert "pip install ./calibration, in the folder of Hemostat's sources" in plugin.fix
+    assert (await findings_of({}, None))["engine plugin"].detail == f"loaded ({__version__})"
 
 
 @pytest.mark.parametrize(

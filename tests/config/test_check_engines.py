@@ -39,6 +39,15 @@ async def test_an_engine_that_differs_is_named(second: dict[str, Any], words: st
     assert said.fix
 
 
+@pytest.mark.parametrize("version", ["0.1.7", ""])
+async def test_an_engine_whose_plugin_has_a_version_that_does_not_fit_is_named(version: str) -> None:
+    said = await finding(plugin=True, plugin_version=version)
+    assert said.state is State.NOTE
+    assert f"its version is {version or 'unknown (older than 0.3)'} and does not fit Hemostat " in said.detail
+    assert "./calibration" in said.fix
+    assert (await finding(plugin=True)).state is State.OK
+
+
 async def test_an_engine_that_does_not_answer_is_named() -> None:
     async with running(FakeVllm()) as engine:
         result = await check(Settings.model_validate({"upstream": {"urls": [engine.url, "http://127.0.0.1:9"]}}))

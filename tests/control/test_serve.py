@@ -25,6 +25,7 @@ from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.served import AUTHORIZED, CHAT, RELAY, Served, hemostat
 from tests.support.waiting import HANG_SECONDS, until
 
+from hemostat_calibration import __version__
 from hemostat_lab.demo.vllm_server import free_port
 
 
@@ -74,7 +75,7 @@ async def engine(served: Served) -> AsyncIterator[None]:
     """Acts as the plugin of an engine: reports continuously, also while no process listens."""
 
     async def report() -> None:
-        who = {"boot_id": "boot", "rank": 0, "world_size": 1, "runner": "v1", "vllm": "0"}
+        who = {"boot_id": "boot", "rank": 0, "world_size": 1, "runner": "v1", "vllm": "0", "plugin": __version__}
         body = who | {"versions": [], "vocab_size": 512, "counters": {}}
         async with httpx.AsyncClient(base_url=served.admin, headers=AUTHORIZED) as client:
             while True:

@@ -16,6 +16,7 @@ from tests.support.engine_profiles import VOCAB_SIZE, make_contextual, make_prof
 
 from hemostat.engines.api import MAX_TAP_BYTES
 from hemostat.engines.messages import LoraState
+from hemostat_calibration import __version__
 from hemostat_calibration.errors import InvalidArgumentError
 
 torch = pytest.importorskip("torch")
@@ -55,6 +56,11 @@ class Rank:
         """What both threads do, one after the other."""
         self.agent.tick(now)
         self.agent.fetcher.tick(now)
+
+
+def test_a_report_says_the_version_of_the_plugin(admin: EngineAdmin) -> None:
+    Rank(at(admin)).tick(0.0)
+    assert admin.registry.plugins(0.0) == {__version__: 1}
 
 
 def at(admin: EngineAdmin, **more: Any) -> Settings:

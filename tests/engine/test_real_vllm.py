@@ -19,6 +19,7 @@ from tests.support import oracle
 from tests.support.raising_processor import RAISING_CLAMP
 from tests.support.stack import wait_for
 
+from hemostat_calibration import __version__, plugin_version
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_engine.weights import fingerprint
@@ -173,6 +174,7 @@ def test_invalid_xarg_is_http_400_with_the_reason(client: Client, xargs: dict[st
     status, answer = client.complete(xargs)
     assert status == 400
     assert named in answer["error"]["message"]
+    assert plugin_version.read(answer["error"]["message"]) == __version__
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hemostat_calibration import __version__, plugin_version
 from hemostat_engine import xargs
 from hemostat_engine.xargs import NO_PARAMETERS, RequestParameters, edits_logits
 
@@ -62,7 +63,7 @@ def test_forced_ids_are_read_alone_and_beside_others() -> None:
         ({"hemostat": VERSION.upper()}, "vllm_xargs.hemostat must"),
         ({"hemostat": VERSION + "\n"}, "vllm_xargs.hemostat must"),
         ({"hemostat": "../" + VERSION}, "vllm_xargs.hemostat must"),
-        ({"hemostat": "x" * 10_000}, r"\.\.\.$"),
+        ({"hemostat": "x" * 10_000}, r"\.\.\. \(hemostat-vllm "),
         ({"hemostat_tap": ""}, "vllm_xargs.hemostat_tap must"),
         ({"hemostat_tap": "a" * 65}, "vllm_xargs.hemostat_tap must"),
         ({"hemostat_tap": "a/b"}, "vllm_xargs.hemostat_tap must"),
@@ -81,6 +82,12 @@ def test_invalid_value_is_rejected_by_name(extra: dict[str, Any], named: str) ->
     with pytest.raises(ValueError, match=named) as caught:
         parse(extra)
     assert len(str(caught.value)) < 250
+
+
+def test_a_refused_profile_says_the_plugins_version_for_hemostat_check() -> None:
+    with pytest.raises(ValueError, match=r"vllm_xargs\.hemostat must") as caught:
+        parse({"hemostat": "not-a-profile-version"})
+    assert plugin_version.read(str(caught.value)) == __version__
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)

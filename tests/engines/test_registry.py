@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.taps import sent
 
+from hemostat import __version__
 from hemostat.engines import answer_buffer as answers_module
 from hemostat.engines import registry as registry_module
 from hemostat.engines import taps as taps_module
@@ -34,6 +35,7 @@ from hemostat.engines.messages import (
     decode_tap,
 )
 from hemostat.engines.registry import EngineRegistry
+from hemostat.metrics import names
 
 A, B, C, D = ("a" * 32, "b" * 32, "c" * 32, "d" * 32)
 
@@ -199,6 +201,24 @@ def test_the_names_of_counters_are_those_that_are_documented() -> None:
     assert registry.counters(2000.0) == {"rows_applied": 200}
 
 
+def test_engines_are_counted_by_the_version_of_their_plugin_while_they_report() -> None:
+    registry = EngineRegistry()
+    for number, version in enumerate(("0.2.0", "0.2.0", "")):
+        for rank in range(2):
+            last = msgspec.structs.replace(report(f"boot{number}", rank, 2), plugin=version)
+            registry.report(last, 5.0 * number)
+    assert registry.plugins(10.0) == {"0.2.0": 2, "": 1}
+    assert registry.plugins(24.0) == {"": 1}
+
+
+def test_the_metric_names_the_version_of_every_plugin_and_says_if_it_fits() -> None:
+    registry = EngineRegistry()
+    for boot, version in (("a", __version__), ("b", "0.1.0"), ("c", "")):
+        registry.report(msgspec.structs.replace(report(boot), plugin=version), 0.0)
+    shown = {sample.labels: sample.value for sample in registry.samples(0.0) if sample.name == names.ENGINE_PLUGINS}
+    assert shown == {(__version__, "yes"): 1, ("0.1.0", "no"): 1, ("unknown", "no"): 1}
+
+
 GOOD = {
     "boot_id": "b",
     "rank": 0,
@@ -224,10 +244,14 @@ GOOD = {
         ({"counters": {"x": -1}}, r"\$\.counters"),
         ({"counters": {"x": 2**63}}, r"\$\.counters"),
         ({"vocab_size": "5"}, r"\$\.vocab_size"),
+        ({"plugin": "0.3.0\n"}, r"\$\.plugin"),
+        ({"plugin": '0"} 1'}, r"\$\.plugin"),
+        ({"plugin": "0" * 65}, r"\$\.plugin"),
     ],
 )
 def test_a_bad_report_is_refused_by_field(change: dict[str, Any], named: str) -> None:
     assert decode_report(json.dumps(GOOD).encode()).versions == [A]
+    assert decode_report(json.dumps(GOOD | {"plugin": "0.3.0rc1+local_1"}).encode()).plugin == "0.3.0rc1+local_1"
     with pytest.raises(InvalidEngineMessage, match=named):
         decode_report(json.dumps(GOOD | change).encode())
 

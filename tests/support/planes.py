@@ -19,6 +19,7 @@ from tests.support.certificates import certificate
 from tests.support.served import AUTHORIZED, CHAT, TOKEN
 from tests.support.waiting import HANG_SECONDS
 
+from hemostat_calibration import __version__
 from hemostat_lab.demo.vllm_server import free_port
 
 CONTROL, RELAY = "hemostat.control.process", "hemostat.relay.main"
@@ -208,7 +209,7 @@ async def engine(controls: list[Instance], versions: list[str], vocabulary: int)
     """Acts as the plugin of an engine, which reports to every control process. versions: may be added to."""
 
     async def report(control: Instance) -> None:
-        who = {"boot_id": "boot", "rank": 0, "world_size": 1, "runner": "v1", "vllm": "0"}
+        who = {"boot_id": "boot", "rank": 0, "world_size": 1, "runner": "v1", "vllm": "0", "plugin": __version__}
         while True:
             body = who | {"versions": versions, "vocab_size": vocabulary, "counters": {}}
             with suppress(httpx.TransportError):

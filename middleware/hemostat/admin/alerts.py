@@ -147,6 +147,11 @@ ALERTS: dict[str, Alert] = {
             "Find out why a model cannot score its own tokens.",
         ),
         Alert(
+            "HemostatPluginMisfit", "warning", "vLLM",
+            "No: requests are served normally. Profiles, adapters and some figures may be missing for that engine.",
+            "Install the plugin of Hemostat's version where that vLLM runs, and restart vLLM.", ("engines",),
+        ),
+        Alert(
             "HemostatShadowDrops", "warning", "measurement",
             "No: requests are served normally. Fewer of them are measured.",
             "Lower shadow.rate, or give the reference more capacity.", ("measurement",), lasting=300.0,

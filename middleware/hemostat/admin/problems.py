@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
+from hemostat import __version__
 from hemostat.adapters.live.assembly import Adapters
 from hemostat.admin.alerts import ALERTS, Severity
 from hemostat.admin.configuration import Configuration
@@ -29,6 +30,7 @@ from hemostat.reference.pair import ReferenceState
 from hemostat.scoring.pipeline import ScoringPipeline
 from hemostat.scoring.records_file import RecordsFile
 from hemostat.store.errors import StoreErrorLog
+from hemostat_calibration.plugin_version import fits, shown
 
 log = logging.getLogger("hemostat.control")
 
@@ -329,6 +331,11 @@ class Problems:
             why = "; ".join(f"{model} model: {failure}" for model, failure in meter.failing.items())
             text = "The noise floor cannot be measured, so that the excess KL is not known"
             yield Found("HemostatNoiseFloorUnknown", f"{text} ({why})")
+        if other := {version: engines for version, engines in self._engines.plugins(now).items() if not fits(version)}:
+            which = f"{sum(other.values())} of {self._engines.live_engines(now)} engines"
+            versions = ", ".join(map(shown, sorted(other)))
+            text = f"The plugin does not fit Hemostat {__version__} in {which}"
+            yield Found("HemostatPluginMisfit", f"{text}: its version there is {versions}")
         if failing := self._adapters.learner.failing:
             yield Found("HemostatAdapterBuildsFail", f"No adapter can be made: {failing}")
         relays = self._relays.figures

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Awaitable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from hemostat.reference.itself import same_model
 from hemostat.reference.listing import served_pairs, without_own
 from hemostat.reference.match import compare
 from hemostat.reference.pair import ModelPair
-from hemostat.reference.probes import PROBE, SPECULATES, Finding, State, probe_shadowing, speculates
+from hemostat.reference.probes import SPECULATES, Finding, State, plugin_of, probe_shadowing, speculates
 from hemostat.reference.protocol import FailureReason, Reference, ReferenceFailure, ReferenceInfo, ScoreRequest
 from hemostat.reference.references import References
 from hemostat.reference.server import Refused, VllmServer
@@ -36,6 +35,7 @@ from hemostat.supervisor.relays import relay_config
 from hemostat.supervisor.role import Role
 from hemostat_calibration.guard.wealth import MIN_CLIENTS
 from hemostat_calibration.messages import shown_address
+from hemostat_calibration.plugin_version import INSTALL, misfit
 
 SAME_TOKENS = "same tokens"
 CHECKPOINTS = "adapter checkpoints"
@@ -43,7 +43,6 @@ PLUGIN_FLAG = "--logits-processors hemostat_engine:LogitsProcessor"
 SPECULATES_FIX = (
     f"start vLLM with {PLUGIN_FLAG} and without --speculative-config, or with both and VLLM_USE_V2_MODEL_RUNNER=1 (GPU)"
 )
-ANY_XARG = "not-a-profile-version"
 
 
 async def check(settings: Settings) -> list[Finding]:
@@ -250,16 +249,17 @@ async def _plugin(server: VllmServer, model: str, settings: Settings) -> Finding
             " neither; no exact gain is reported",
             f"for the whole profile, start vLLM with {PLUGIN_FLAG} and set calibration.apply: engine",
         )
-    body = {"model": model, "prompt": PROBE, "max_tokens": 1, "vllm_xargs": {"hemostat": ANY_XARG}}
     try:
-        await server.post("/v1/completions", body, dict[str, Any])
+        version = await plugin_of(server, model)
     except Refused as refused:
-        if refused.status == 400 and "vllm_xargs.hemostat" in refused.detail:
-            said = "loaded; vLLM decodes speculatively: requests under a grammar are not scored" if drafts else "loaded"
-            return Finding("engine plugin", State.OK, said)
         return Finding("engine plugin", State.NO if needed else State.NOTE, str(refused), "use vLLM 0.32 or newer")
     except ReferenceFailure as failure:
         return Finding("engine plugin", State.NO if needed else State.NOTE, str(failure), "see vLLM's log")
+    if version is not None:
+        said = "loaded; vLLM decodes speculatively: requests under a grammar are not scored" if drafts else "loaded"
+        if why := misfit(version):
+            return Finding("engine plugin", State.NOTE, f"{said}; {why}", INSTALL)
+        return Finding("engine plugin", State.OK, f"{said} ({version})")
     if drafts:
         text = f"not loaded: {SPECULATES}"
         return Finding("engine plugin", State.NO if needed else State.NOTE, text, SPECULATES_FIX)

@@ -43,6 +43,9 @@ Fingerprint = Annotated[str, msgspec.Meta(max_length=64, pattern=r"^[A-Za-z0-9_.
 Count = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
 """More than an engine counts in years, and far below where a metric's float64 no longer shows an increment."""
 
+PluginVersion = Annotated[str, msgspec.Meta(max_length=64, pattern=r"^([0-9A-Za-z][0-9A-Za-z.+!_-]*)?\Z")]
+"""A version of the plugin, which is a metric's label."""
+
 T = TypeVar("T")
 
 
@@ -86,6 +89,8 @@ class EngineReport(msgspec.Struct, frozen=True):
     weights: Fingerprint = ""
     """Fingerprint of the weights that the engine has loaded (`hemostat_engine.weights`); "" if it is not known, and
     of an older plugin."""
+    plugin: PluginVersion = ""
+    """The version of the plugin; "" of an older plugin, which does not say it."""
 
 
 class TapRun(msgspec.Struct, frozen=True):

@@ -21,6 +21,7 @@ from hemostat.engines.request_secrets import RequestSecrets
 from hemostat.engines.taps import TapBuffer
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
+from hemostat_calibration.plugin_version import fits
 
 SILENCE_SECONDS = 15.0
 """A rank that has not reported for this long, and with it its engine, is gone."""
@@ -144,6 +145,14 @@ class EngineRegistry:
             total.update(_highest_counts(ranks))
         return dict(total)
 
+    def plugins(self, now: float) -> Counter[str]:
+        """Returns how many live engines run each version of the plugin; "" is a version that a plugin does not say.
+
+        The ranks of one engine run one installation. While they disagree, the version of the first one counts.
+        """
+        self._expire(now)
+        return Counter(next(iter(ranks.values())).report.plugin for ranks in self._engines.values())
+
     def live_engines(self, now: float) -> int:
         """Returns the number of engines that report."""
         return len(self.boots(now))
@@ -151,6 +160,8 @@ class EngineRegistry:
     def samples(self, now: float) -> Iterator[Sample]:
         yield from self.taps.samples()
         yield from self.answers.samples()
+        for version, count in sorted(self.plugins(now).items()):
+            yield Sample(names.ENGINE_PLUGINS, (version or "unknown", "yes" if fits(version) else "no"), count)
         # 0 before the first one, so that the alert sees it increase.
         for event, count in ({"profiles_failed": 0} | self.counters(now)).items():
             yield Sample(names.ENGINE_EVENTS, (event,), count)

@@ -61,6 +61,13 @@ CANARY_METRICS = (
 )
 
 PLUGIN_METRICS = (
+    Metric(
+        names.ENGINE_PLUGINS,
+        "gauge",
+        "engines",
+        "Engines whose plugin reports, by its version, and by whether that fits this control process.",
+        ("version", "fits"),
+    ),
     Metric(names.ENGINE_EVENTS, "counter", "events", "Events counted by the engine plugins.", ("reason",)),
     Metric(
         names.ENGINE_TAPS_DROPPED,

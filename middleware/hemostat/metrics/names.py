@@ -105,6 +105,7 @@ CANARY_DISTANCE_NATS = "hemostat_canary_distance_nats"
 CANARY_REPLAYS = "hemostat_canary_replays_total"
 
 # The engine's plugin
+ENGINE_PLUGINS = "hemostat_engine_plugins"
 ENGINE_EVENTS = "hemostat_engine_events_total"
 ENGINE_TAPS_DROPPED = "hemostat_engine_taps_dropped_total"
 ENGINE_ANSWERS = "hemostat_engine_answers_total"

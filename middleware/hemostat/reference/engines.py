@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from hemostat.config.schema import Settings
 from hemostat.reference.match import PROBE_TEXT
-from hemostat.reference.probes import Finding, State, probe_shadowing
+from hemostat.reference.probes import Finding, State, plugin_of, probe_shadowing
 from hemostat.reference.protocol import ReferenceFailure
 from hemostat.reference.server import VllmServer
+from hemostat_calibration.plugin_version import INSTALL, misfit
 
 
 async def other_engines(first: VllmServer, settings: Settings) -> list[Finding]:
@@ -47,7 +48,19 @@ async def _compared(first: VllmServer, server: VllmServer, settings: Settings) -
                     return Finding(what, State.NO, f"{probe.what}: {probe.detail}", probe.fix)
     except ReferenceFailure as failure:
         return Finding(what, State.NO, str(failure), "start it, or take it out of upstream.urls")
-    return Finding(what, State.OK, f"serves {', '.join(served)}, with the same vocabulary as {first.url}")
+    said = f"serves {', '.join(served)}, with the same vocabulary as {first.url}"
+    if why := await _misfit(server, served):
+        return Finding(what, State.NOTE, f"{said}; the plugin is loaded there; {why}", INSTALL)
+    return Finding(what, State.OK, said)
+
+
+async def _misfit(server: VllmServer, served: list[str]) -> str:
+    """Returns what does not fit about the version of the plugin there; "" if it fits, or if that is not known."""
+    try:
+        plugin = await plugin_of(server, served[0]) if served else None
+    except ReferenceFailure:
+        return ""
+    return "" if plugin is None else misfit(plugin)
 
 
 async def _base_models(server: VllmServer) -> list[str]:

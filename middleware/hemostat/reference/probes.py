@@ -10,6 +10,8 @@ import msgspec
 
 from hemostat.reference.protocol import ReferenceFailure
 from hemostat.reference.server import Refused, VllmServer
+from hemostat_calibration import plugin_version
+from hemostat_calibration.engine_keys import PROFILE_KEY
 
 PROBE = "The capital of France is"
 """The prompt of the probes."""
@@ -123,6 +125,22 @@ async def keeps_responses(server: VllmServer, model: str) -> bool:
     except ReferenceFailure:
         return True
     return True
+
+
+async def plugin_of(server: VllmServer, model: str) -> str | None:
+    """Returns the version of the plugin that vLLM has loaded, "" if it does not say its version, or None without one.
+
+    It is asked by a request that names no valid profile, which the plugin refuses. Raises ReferenceFailure, which is
+    Refused where vLLM itself refuses the request.
+    """
+    body = {"model": model, "prompt": PROBE, "max_tokens": 1, "vllm_xargs": {PROFILE_KEY: "not-a-profile-version"}}
+    try:
+        await server.post("/v1/completions", body, dict[str, Any])
+    except Refused as refused:
+        if refused.status == 400 and f"vllm_xargs.{PROFILE_KEY}" in refused.detail:
+            return plugin_version.read(refused.detail)
+        raise
+    return None
 
 
 async def speculates(server: VllmServer) -> bool:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm.answers import RefusedError
 
+from hemostat_calibration import __version__
 from hemostat_calibration.engine_keys import is_signed
 
 VOCAB = 512
@@ -85,10 +86,12 @@ class FakeModel:
     """Off: logprobs are reported after logit_bias, as another --logprobs-mode does."""
     plugin: bool = False
     """Hemostat's logits processor is loaded: it refuses what is not a profile version, and forces tokens."""
+    plugin_version: str = __version__
+    """The version that the plugin says in its refusals; "": an older plugin, which says none."""
     kv_precision: int = 94
+    """What the plugin says of the KV cache."""
     secret: str | None = None
     """The secret of the control process, under which acting keys have to be signed; None: a plugin that acts on all."""
-    """What the plugin says of the KV cache."""
     fault: str = ""
     """Where 0.5 nats of noise are added: "prefix", to what is decoded behind a cached prompt; "batch", beside other
     requests; "decoding", but not in a prefill."""

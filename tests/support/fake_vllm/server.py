@@ -268,7 +268,8 @@ class FakeVllm(FakeModel):
             )
         version = (body.get("vllm_xargs") or {}).get("hemostat")
         if self.plugin and version is not None and not re.fullmatch("[0-9a-f]{32}", str(version)):
-            raise RefusedError("vllm_xargs.hemostat must be a profile version (32 lowercase hex digits)", None)
+            said = f" (hemostat-vllm {self.plugin_version})" if self.plugin_version else ""
+            raise RefusedError(f"vllm_xargs.hemostat must be a profile version (32 lowercase hex digits){said}", None)
         if (asked := body.get("prompt_logprobs") or 0) > self.max_logprobs:
             raise RefusedError(
                 f"Requested prompt logprobs of {asked}, which is greater than max allowed: {self.max_logprobs} "
