@@ -89,7 +89,7 @@ class FakeModel:
     plugin_version: str = __version__
     """The version that the plugin says in its refusals; "": an older plugin, which says none."""
     kv_precision: int = 94
-    """What the plugin says of the KV cache."""
+    """The number that the plugin gives for the precision of the KV cache."""
     secret: str | None = None
     """The secret of the control process, under which acting keys have to be signed; None: a plugin that acts on all."""
     fault: str = ""
