@@ -21,6 +21,7 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from tests.support.connections import waiting
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.served import AUTHORIZED, CHAT, RELAY, Served, hemostat
 from tests.support.waiting import HANG_SECONDS, until
@@ -167,20 +168,11 @@ async def test_what_waits_in_the_queue_of_a_relay_that_is_killed_is_answered_by_
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     asking = [asyncio.create_task(served.ask(f"waiting {n}")) for n in range(20)]
-    await until(lambda: len(waiting_connections(served.data)) == len(asking))
+    await until(lambda: waiting(int(served.data.rpartition(":")[2])) == len(asking))
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     assert Counter(answer.status_code for answer in await asyncio.gather(*asking)) == {200: len(asking)}
     await served.until(lambda s: s["relays"] == 2)
-
-
-def waiting_connections(url: str) -> list[str]:
-    """Established connections to this port that no process has accepted: they have no inode."""
-    port = int(url.rpartition(":")[2])
-    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return [
-        fields[2] for fields in lines if fields[1].endswith(f":{port:04X}") and fields[3] == "01" and fields[9] == "0"
-    ]
 
 
 async def test_a_damaged_store_is_counted_and_requests_are_served(served: Served) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 from tests.bench.faults import Row
+from tests.support.connections import established, sockets
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.served import RELAY, Served, hemostat
 from tests.support.streaming_load import Load, streaming_load
@@ -180,17 +181,8 @@ async def _spread(connections: int) -> int:
 
 
 def _connections(pid: int, port: int) -> int:
-    """Established connections to this port among the files that a process has open."""
-    inodes = set()
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[1].endswith(f":{port:04X}") and fields[3] == "01":
-            inodes.add(f"socket:[{fields[9]}]")
-    result = 0
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(OSError):
-            result += os.readlink(descriptor) in inodes
-    return result
+    """The number of established connections to this port that a process has accepted."""
+    return len(set(established(port).values()) & sockets(pid))
 
 
 async def _latencies(url: str, kill: Callable[[], None]) -> tuple[list[float], int]:

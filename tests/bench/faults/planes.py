@@ -204,12 +204,13 @@ async def kill_supervisor(world: World, active: Instance, draw: random.Random) -
     active.process.kill()
     active.process.wait()
     seconds = await _taken_over(world, began, active)
-    await _gone(processes, active)
+    await end_of(processes, active)
     active.start()
     return seconds
 
 
-async def _gone(processes: Mapping[int, str], instance: Instance) -> None:
+async def end_of(processes: Mapping[int, str], instance: Instance) -> None:
+    """Wait until all of these are gone."""
     end = time.monotonic() + LEFT_SECONDS
     while left := {pid: name for pid, name in processes.items() if os.path.exists(f"/proc/{pid}")}:  # noqa: ASYNC240
         assert time.monotonic() < end, f"outlived their supervisor: {left}\n{instance.log.read_text()[-5000:]}"
@@ -222,7 +223,7 @@ async def kill_supervisor_of_relay(world: World, active: Instance, draw: random.
     processes = relay.pids()
     relay.process.kill()
     relay.process.wait()
-    await _gone(processes, relay)
+    await end_of(processes, relay)
     relay.start()
     await ready(relay)
 
@@ -287,9 +288,9 @@ LIMITS = {
     kill_supervisor: LEFT_SECONDS,
     stop_control: VANISHED_SECONDS,
 }
-HITS: Mapping[Fault, tuple[str, ...]] = {kill_relay: ("cut",), kill_supervisor_of_relay: ("cut", "refused")}
-"""The errors that clients of the relay that is hit may see; nobody else's request fails. A relay without its
-supervisor closes idle connections at once, also those on which a request is just on its way."""
+HITS: Mapping[Fault, tuple[str, ...]] = {kill_relay: ("cut",), kill_supervisor_of_relay: ("refused",)}
+"""The errors that clients of the relay that is hit may see; nobody else's request fails. A relay without its supervisor
+answers what it has and what waits in its queue, and then its port refuses connections."""
 
 
 # --- runs ----------------------------------------------------------------------------------------------------------
