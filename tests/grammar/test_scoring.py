@@ -29,8 +29,12 @@ from hemostat.scoring.answer_losses import AnswerLosses
 from hemostat.scoring.conditioning import ConditioningFailure, allowed_sets
 from hemostat.scoring.consumers import NoiseFloorOffers
 from hemostat.scoring.endings import EndingCounts
+from hemostat.scoring.intake import CaptureIntake
 from hemostat.scoring.limits import Breakers, ShadowQueue, TokenBudget
+from hemostat.scoring.reference_call import ReferenceCall
+from hemostat.scoring.routing import Router
 from hemostat.scoring.scorer import Scorer
+from hemostat.scoring.stages import CandidateCompletion, ProfileInputs, ScoringStages
 from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.records import TokenRecord
 
@@ -152,18 +156,21 @@ class Bench:
         )
         self.engines = EngineRegistry()
         self.now = 0.0
-        self.scorer = Scorer(
-            monitor,
-            self.engines,
-            needs,
-            queue=ShadowQueue(10),
-            budget=TokenBudget(0.0, 1.0),
-            breakers=Breakers(),
-            endings=self.endings,
-            answer_losses=AnswerLosses(),
-            emit=self._use,
-            clock=lambda: self.now,
+
+        def clock() -> float:
+            return self.now
+
+        budget = TokenBudget(0.0, 1.0)
+        stages = ScoringStages(
+            Router(monitor, needs, Breakers(), clock),
+            CandidateCompletion(None, budget, clock),
+            budget,
+            ProfileInputs(needs),
+            ReferenceCall(needs, lambda prompt, conversation: b"", clock),
+            clock,
         )
+        intake = CaptureIntake(ShadowQueue(10), self.engines, self.endings, AnswerLosses(), max_tokens=0, clock=clock)
+        self.scorer = Scorer(intake, stages, self.endings, emit=self._use, clock=clock)
 
     def _use(self, record: TokenRecord, capture: Capture) -> None:
         self.records.append(record)

@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator
 import pytest
 from tests.support.scorer_bench import Bench, running
 
-from hemostat.scoring import scorer as scorer_module
+from hemostat.scoring import intake, reference_call
 
 
 @pytest.fixture
 def quick_scorer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scorer_module, "TAP_POLL_SECONDS", 0.002)
-    monkeypatch.setattr(scorer_module, "MAX_SCORE_SECONDS", 0.4)
+    monkeypatch.setattr(intake, "TAP_POLL_SECONDS", 0.002)
+    monkeypatch.setattr(reference_call, "MAX_SCORE_SECONDS", 0.4)
 
 
 @pytest.fixture

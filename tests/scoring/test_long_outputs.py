@@ -9,7 +9,7 @@ import pytest
 from tests.support.captures import INFO, capture
 from tests.support.scorer_bench import Bench, running
 
-from hemostat.scoring import scorer as scorer_module
+from hemostat.scoring import reference_call
 from hemostat_calibration.divergence.places import by_context
 
 pytestmark = pytest.mark.usefixtures("quick_scorer")
@@ -32,10 +32,10 @@ async def test_only_the_last_tokens_of_a_long_output_are_scored_and_the_rest_is_
 
 async def test_a_long_request_may_take_longer(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its length counts in the time that it may take: a slow reference has not failed."""
-    monkeypatch.setattr(scorer_module, "MAX_SCORE_SECONDS", 0.0)
-    monkeypatch.setattr(scorer_module, "MIN_TOKENS_PER_SECOND", 1e-3)
+    monkeypatch.setattr(reference_call, "MAX_SCORE_SECONDS", 0.0)
+    monkeypatch.setattr(reference_call, "MIN_TOKENS_PER_SECOND", 1e-3)
     assert await bench.ends(capture(tokens=3)) == {("scored", ""): 1}
-    monkeypatch.setattr(scorer_module, "MIN_TOKENS_PER_SECOND", 1e6)
+    monkeypatch.setattr(reference_call, "MIN_TOKENS_PER_SECOND", 1e6)
     bench.reference.hang = True
     assert await bench.ends(capture(tokens=3)) == {("dropped", "reference_timeout"): 1}
 

@@ -19,10 +19,10 @@ from hemostat.engines.answer_buffer import ANSWER_SECONDS
 from hemostat.engines.messages import AnswerMessage, TapAnswer, TapMessage, TapRun
 from hemostat.ipc.messages import Capture
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores
-from hemostat.scoring import record_builder
-from hemostat.scoring import scorer as scorer_module
+from hemostat.scoring import intake, record_builder
 from hemostat.scoring.answer_losses import MAX_LOST
 from hemostat.scoring.record_builder import decode_capture
+from hemostat_calibration.arrays import Ids
 from hemostat_calibration.records import Arm, Candidates
 
 pytestmark = pytest.mark.usefixtures("quick_scorer")
@@ -40,7 +40,7 @@ async def test_a_record_holds_what_all_three_said(bench: Bench) -> None:
     np.testing.assert_allclose(record.shifts[VERSION].log_normalizer, 0.25)
     np.testing.assert_allclose(record.compressed_emitted, np.log(0.5), atol=1e-6)
     np.testing.assert_allclose(record.reference_emitted, -np.log(V))
-    assert bench.scorer.reference_tokens == 8
+    assert bench.scorer.stages.call.tokens == 8
 
 
 async def test_a_full_queue_drops_and_counts_it() -> None:
@@ -80,6 +80,22 @@ async def test_a_trial_that_fails_inside_does_not_keep_the_breaker_half_open(ben
     bench.now = 11.0
     bench.reference.before = bug
     assert await bench.ends(capture()) == Counter({("dropped", "internal_error"): 1})
+    await alive(bench)
+
+
+async def test_a_trial_that_fails_before_the_reference_is_asked_does_not_keep_the_breaker_half_open(
+    bench: Bench,
+) -> None:
+    def bug(prompt: Ids, conversation: bytes) -> bytes:
+        raise RuntimeError("a bug")
+
+    bench.breaker.failed(0.0)
+    bench.breaker.failed(0.0)
+    bench.now = 11.0
+    without_templates, bench.template_of = bench.template_of, bug
+    assert await bench.ends(capture()) == Counter({("dropped", "internal_error"): 1})
+    assert not bench.reference.asked
+    bench.template_of = without_templates
     await alive(bench)
 
 
@@ -256,7 +272,7 @@ async def test_a_response_without_ids_whose_answer_does_not_come_is_skipped(benc
     bench.scorer.offer(without_ids())
     await asyncio.sleep(0.02)
     assert not bench.counts
-    bench.now += scorer_module.MAX_TAP_SECONDS + 1
+    bench.now += intake.MAX_TAP_SECONDS + 1
     await until(lambda: bench.counts.total() == 1)
     assert bench.counts == Counter({("skipped", "no_answer"): 1})
     # One that is not whole, and one that is too long.
@@ -268,7 +284,7 @@ async def test_a_response_without_ids_whose_answer_does_not_come_is_skipped(benc
 
 
 async def test_answers_that_get_lost_are_counted_where_the_response_could_have_the_tokens(bench: Bench) -> None:
-    bench.now = scorer_module.MAX_TAP_SECONDS + 1
+    bench.now = intake.MAX_TAP_SECONDS + 1
     lost = Counter({("skipped", "no_answer"): 1})
     for n in range(MAX_LOST):
         assert await bench.ends(without_ids(str(n), engine="a")) == lost
@@ -300,7 +316,7 @@ async def test_a_reference_that_is_behind_loses_no_answer() -> None:
         await until(lambda: bool(bench.reference.asked))
         bench.engines.add_answers(AnswerMessage("boot", [answer_of("n", 0, 1, 3)], 0), bench.now)
         bench.scorer.offer(without_ids("n"))
-        await until(lambda: len(bench.scorer._queue) == 1)
+        await until(lambda: len(bench.queue) == 1)
         bench.now += 10 * ANSWER_SECONDS
         bench.engines.answers.expire(bench.now)
         bench.reference.hang = False
@@ -321,11 +337,11 @@ async def test_a_fault_in_answers_ends_one_capture(bench: Bench, monkeypatch: py
         raise RuntimeError("a bug")
 
     with monkeypatch.context() as patched:
-        patched.setattr(scorer_module, "captures_from_tap", fail)
+        patched.setattr(intake, "captures_from_tap", fail)
         bench.engines.add_answers(AnswerMessage("boot", [answer_of("n", 0, 1, 3)], 0), bench.now)
         assert await bench.ends(without_ids()) == Counter({("dropped", "internal_error"): 1})
     bench.engines.add_answers(AnswerMessage("boot", [answer_of("m", 0, 1, 3)], 0), bench.now)
-    bench.now = scorer_module.MAX_TAP_SECONDS + 1  # its numbers are not waited for
+    bench.now = intake.MAX_TAP_SECONDS + 1  # its numbers are not waited for
     assert await bench.ends(without_ids("m")) == SCORED
 
 
@@ -347,7 +363,7 @@ async def test_when_time_is_up_the_bounds_have_to_do(bench: Bench) -> None:
     bench.tap("half", 0, 2, None)
     for nonce in ("half", "missing"):
         bench.scorer.offer(capture(nonce, nonce=nonce))
-    bench.now = scorer_module.MAX_TAP_SECONDS + 0.1
+    bench.now = intake.MAX_TAP_SECONDS + 0.1
     await until(lambda: bench.counts["scored", ""] == 2)
     records = {record.request_id: record for record in bench.records}
     assert np.isnan(records["half"].shifts[VERSION].log_normalizer).tolist() == [False, False, True]
@@ -372,7 +388,7 @@ async def test_asked_for_is_not_applied(bench: Bench) -> None:
     assert await bench.ends(capture(nonce="n", requested=VERSION, arm="treated")) == SCORED
     assert (bench.records[0].requested, bench.records[0].applied) == (VERSION, None)
     assert bench.records[0].arm is Arm.NONE, "treated in name only: it enters no comparison"
-    bench.now = scorer_module.MAX_TAP_SECONDS + 0.1
+    bench.now = intake.MAX_TAP_SECONDS + 0.1
     silent = capture(nonce="silent", requested=VERSION)
     assert await bench.ends(silent) == Counter({("skipped", "applied_unknown"): 1})
     assert await bench.ends(capture(nonce="", requested=VERSION)) == Counter({("skipped", "applied_unknown"): 1})
@@ -410,7 +426,7 @@ async def test_the_budget_makes_captures_wait(monkeypatch: pytest.MonkeyPatch) -
         bench.now += seconds
         await sleep(0)
 
-    monkeypatch.setattr(scorer_module.asyncio, "sleep", pass_time)
+    monkeypatch.setattr(intake.asyncio, "sleep", pass_time)
     for _ in range(4):
         bench.scorer.offer(capture())
     task = asyncio.create_task(bench.scorer.run(1))
@@ -450,7 +466,7 @@ async def test_what_waits_for_its_tap_delays_no_other_and_is_bounded() -> None:
         await until(lambda: bench.counts["scored", ""] == 2)
         assert [record.request_id for record in bench.records] == ["waits-3", "at-once"]
         assert bench.scorer.pending == 4
-        bench.now = scorer_module.MAX_TAP_SECONDS + 0.1
+        bench.now = intake.MAX_TAP_SECONDS + 0.1
         await until(lambda: bench.counts["scored", ""] == 6)
         assert bench.scorer.pending == 0
 

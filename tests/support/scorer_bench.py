@@ -22,8 +22,12 @@ from hemostat.reference.pair import ServedModels
 from hemostat.reference.protocol import CompressedLogits, ReferenceInfo, ReferenceScores, ScoreRequest
 from hemostat.scoring.answer_losses import AnswerLosses
 from hemostat.scoring.endings import EndingCounts
+from hemostat.scoring.intake import CaptureIntake
 from hemostat.scoring.limits import Breakers, ShadowQueue, TokenBudget
+from hemostat.scoring.reference_call import ReferenceCall
+from hemostat.scoring.routing import Router
 from hemostat.scoring.scorer import Scorer
+from hemostat.scoring.stages import CandidateCompletion, ProfileInputs, ScoringStages
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors, anchors_digest
@@ -115,21 +119,28 @@ class Bench:
         self.learning = b""
         self.known_adapters: frozenset[str] = frozenset()
         self.answer_losses = AnswerLosses()
-        self.scorer = Scorer(
-            self,
-            self.engines,
-            self,
-            queue=ShadowQueue(max_queue),
-            budget=TokenBudget(rate, max(rate, 1.0) if burst is None else burst),
-            breakers=self.breakers,
-            endings=self.endings,
-            answer_losses=self.answer_losses,
-            emit=self._sink,
-            clock=lambda: self.now,
-            profile_in_request=by_request,
+        self.template_of: Callable[[Ids, bytes], bytes] = lambda prompt, conversation: b""
+        self.queue = ShadowQueue(max_queue)
+
+        def clock() -> float:
+            return self.now
+
+        budget = TokenBudget(rate, max(rate, 1.0) if burst is None else burst)
+        stages = ScoringStages(
+            Router(self, self, self.breakers, clock, profile_in_request=by_request),
+            CandidateCompletion(None, budget, clock),
+            budget,
+            ProfileInputs(self),
+            ReferenceCall(self, self._template_of, clock),
+            clock,
             max_scored=max_scored,
-            max_tokens=40,
+            profile_in_request=by_request,
         )
+        intake = CaptureIntake(self.queue, self.engines, self.endings, self.answer_losses, max_tokens=40, clock=clock)
+        self.scorer = Scorer(intake, stages, self.endings, emit=self._sink, clock=clock)
+
+    def _template_of(self, prompt: Ids, conversation: bytes) -> bytes:
+        return self.template_of(prompt, conversation)
 
     @property
     def served(self) -> ServedModels:

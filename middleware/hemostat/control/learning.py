@@ -60,7 +60,7 @@ class LearningSubject:
 
 
 class CalibrationNeeds:
-    """Implements `hemostat.scoring.scorer.ScoringNeeds` for the profiles under test and the learners."""
+    """Implements `hemostat.scoring.routing.ScoringNeeds` for the profiles under test and the learners."""
 
     def __init__(self, settings: Calibration, profiles: ProfileManager, learner: Learner, adapters: Adapters) -> None:
         self._adapters = adapters

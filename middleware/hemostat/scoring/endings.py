@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -9,6 +10,20 @@ from hemostat.ipc.messages import Capture
 from hemostat.metrics import names
 from hemostat.metrics.reasons import Outcome, Unscored
 from hemostat.metrics.samples import Sample
+
+
+class NotScored(Exception):
+    """Ends a capture without a record. A stage raises it, and the scorer counts it.
+
+    message: one line for the log; "" if there is nothing to log. detail: see `Unscored`. level: the log's level.
+    """
+
+    def __init__(self, reason: Unscored, message: str = "", *, detail: str = "", level: int = logging.WARNING) -> None:
+        super().__init__(message or reason.value)
+        self.reason = reason
+        self.message = message
+        self.detail = detail
+        self.level = level
 
 
 class EndingCounts:

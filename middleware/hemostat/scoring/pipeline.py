@@ -33,10 +33,14 @@ from hemostat.scoring.consumers import Calibration, ConsumerParts, Each, record_
 from hemostat.scoring.distances import DistanceSource, DistanceWaits
 from hemostat.scoring.endings import EndingCounts
 from hemostat.scoring.engine_scores import EngineScorer
+from hemostat.scoring.intake import CaptureIntake
 from hemostat.scoring.limits import Breakers, CaptureSampling, ShadowQueue, TokenBudget
 from hemostat.scoring.noise_floor import NoiseFloorMeter
+from hemostat.scoring.reference_call import ReferenceCall
+from hemostat.scoring.routing import Router, ScoringNeeds
 from hemostat.scoring.scored_record import RecordReader
-from hemostat.scoring.scorer import Scorer, ScoringNeeds
+from hemostat.scoring.scorer import Scorer
+from hemostat.scoring.stages import CandidateCompletion, ProfileInputs, ScoringStages
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.records import TokenRecord
 
@@ -53,9 +57,9 @@ class ScoringPipeline:
 
     scores: False with `reference.backend: none`; then every capture is dropped.
     compressed_scorer: the upstream, asked to score its own tokens; None without `shadow.floor_fraction`.
-    engine_scorer: see `Scorer`.
+    engine_scorer: see `CandidateCompletion`.
     distances: who computes exact distances; None: nobody, and no adapter is judged.
-    template_of: see `Scorer`.
+    template_of: see `ReferenceCall`.
     decides: False while what records say is to change nothing.
     cycle: the cycle of the traffic, of which figures of other models have to see one.
     clock: monotonic seconds. draw: uniform numbers in [0, 1), for the noise floor's own sampling.
@@ -132,24 +136,21 @@ class ScoringPipeline:
                 emit=self.use_self_record,
                 clock=clock,
             )
-        self.scorer = Scorer(
-            self._monitor,
-            engines,
-            needs,
-            queue=self.queue,
-            budget=budget,
-            breakers=breakers,
-            endings=self.endings,
-            answer_losses=self.answer_losses,
-            emit=self.use_record,
-            taken=self.sampling.taken,
-            template_of=self._template_of,
-            clock=clock,
-            profile_in_request=settings.calibration.apply == "request",
-            max_scored=shadow.max_scored_tokens,
-            max_tokens=shadow.max_tokens,
-            engine_scorer=engine_scorer,
+        profile_in_request = settings.calibration.apply == "request"
+        intake = CaptureIntake(
+            self.queue, engines, self.endings, self.answer_losses, max_tokens=shadow.max_tokens, clock=clock
         )
+        stages = ScoringStages(
+            Router(self._monitor, needs, breakers, clock, profile_in_request=profile_in_request),
+            CandidateCompletion(engine_scorer, budget, clock),
+            budget,
+            ProfileInputs(needs),
+            ReferenceCall(needs, self._template_of, clock),
+            clock,
+            max_scored=shadow.max_scored_tokens,
+            profile_in_request=profile_in_request,
+        )
+        self.scorer = Scorer(intake, stages, self.endings, emit=self.use_record, clock=clock, taken=self.sampling.taken)
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         """Returns the coroutines that have to run until they are cancelled; there are none without a reference."""
@@ -168,7 +169,7 @@ class ScoringPipeline:
     @property
     def reference_tokens(self) -> int:
         """Prompt and output tokens that the reference has scored."""
-        return self.scorer.reference_tokens if self.scorer is not None else 0
+        return self.scorer.stages.call.tokens if self.scorer is not None else 0
 
     def samples(self) -> Iterator[Sample]:
         yield from self.endings.samples()
