@@ -30,7 +30,7 @@ class Load:
     streaming: int = 0
     """Answers that have begun and not ended."""
     failures: list[str] = field(default_factory=list)
-    """What went wrong, in words, with the bytes of the answer so far and the process that had the connection."""
+    """The failures in words, with the bytes of the answer so far and the process that had the connection."""
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     """Set: no further requests."""
 
