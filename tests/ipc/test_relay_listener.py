@@ -373,52 +373,58 @@ def test_a_policy_expires_also_where_the_next_word_comes_before_anybody_looked()
     assert given == [policy(), None, policy(generation=2)]
 
 
-async def test_a_relay_without_a_control_process_drops_its_policy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relay_end, "STATS_SECONDS", 0.01)
+class Clock:
+    """The relay's monotonic clock, which a test sets."""
+
     now = 5.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@asynccontextmanager
+async def with_policy(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[End, Relay, Clock]]:
+    """A relay that looks at its clock all the time and has the first policy of its control process."""
+    monkeypatch.setattr(relay_end, "STATS_SECONDS", 0.01)
+    clock = Clock()
     async with end() as listening:
-        relay = Relay(listening.addresses(None), lambda: now)
+        relay = Relay(listening.addresses(None), clock)
         async with relay.running():
             await until(lambda: relay.policies == [policy()])
-            await listening.listener.close()
-            await until(lambda: relay.link._transport is None)
-            now += POLICY_SECONDS
-            await until(lambda: relay.policies == [policy(), None])
+            yield listening, relay, clock
+
+
+async def test_a_relay_without_a_control_process_drops_its_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with with_policy(monkeypatch) as (listening, relay, clock):
+        await listening.listener.close()
+        await until(lambda: relay.link._transport is None)
+        clock.now += POLICY_SECONDS
+        await until(lambda: relay.policies == [policy(), None])
 
 
 async def test_a_new_control_process_that_has_no_policy_yet_does_not_revive_an_expired_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(relay_end, "STATS_SECONDS", 0.01)
-    now = 5.0
-    async with end() as listening:
-        relay = Relay(listening.addresses(None), lambda: now)
-        async with relay.running():
-            await until(lambda: relay.policies == [policy()])
-            listening.link._policy = None  # as of a new control process: who connects is told Alive
-            now += 7200.0
-            await until(lambda: relay.policies == [policy(), None] and relay.link._transport is None)
-            await until(lambda: relay.link._transport is not None)
-            await until(lambda: listening.link.relays == 1)
-            heard_at = now = now + 1.0
-            for writer in tuple(listening.link._writers):
-                writer.write(encode(Alive()))
-            await until(lambda: relay.link._policy.heard_at == heard_at)
-            assert relay.policies == [policy(), None]
-            listening.link.set_policy(policy(generation=2))
-            await until(lambda: relay.policies == [policy(), None, policy(generation=2)])
+    async with with_policy(monkeypatch) as (listening, relay, clock):
+        listening.link._policy = None  # as of a new control process: who connects is told Alive
+        clock.now += 7200.0
+        await until(lambda: relay.policies == [policy(), None] and relay.link._transport is None)
+        await until(lambda: relay.link._transport is not None)
+        await until(lambda: listening.link.relays == 1)
+        clock.now += 1.0
+        for writer in tuple(listening.link._writers):
+            writer.write(encode(Alive()))
+        await until(lambda: relay.link._policy.heard_at == clock.now)
+        assert relay.policies == [policy(), None]
+        listening.link.set_policy(policy(generation=2))
+        await until(lambda: relay.policies == [policy(), None, policy(generation=2)])
 
 
 async def test_a_relay_whose_policy_expired_asks_for_one_on_a_new_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relay_end, "STATS_SECONDS", 0.01)
-    now = 5.0
-    async with end() as listening:
-        relay = Relay(listening.addresses(None), lambda: now)
-        async with relay.running():
-            await until(lambda: relay.policies == [policy()])
-            now += 7200.0
-            relay.link._policy.heard()  # Alive arrives before the relay looks at its clock
-            await until(lambda: relay.policies == [policy(), None, policy()])
+    async with with_policy(monkeypatch) as (_, relay, clock):
+        clock.now += 7200.0
+        relay.link._policy.heard()  # Alive arrives before the relay looks at its clock
+        await until(lambda: relay.policies == [policy(), None, policy()])
 
 
 # --- peers without the token ------------------------------------------------------------------------------------------

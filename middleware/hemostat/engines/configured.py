@@ -14,7 +14,7 @@ from itertools import islice
 
 from hemostat.config.schema import MAX_ENGINES, Upstream
 from hemostat.ipc.messages import EngineHealth
-from hemostat.ipc.origin import addresses, parse_origin
+from hemostat.ipc.origin import Lookup, parse_origin
 from hemostat_calibration.messages import shown_address
 
 log = logging.getLogger("hemostat.engines")
@@ -35,15 +35,14 @@ class ConfiguredEngines:
 
     def __init__(self, upstream: Upstream, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._origin = parse_origin(upstream.servers[0]) if upstream.resolves else None
-        """The name that is resolved; None if the addresses themselves are configured."""
+        self._lookup = Lookup(parse_origin(upstream.servers[0]), log) if upstream.resolves else None
+        """Resolves the name; None if the addresses themselves are configured."""
         self._names = frozenset(() if upstream.resolves else (parse_origin(url).name for url in upstream.servers))
         self._resolved: dict[str, float] = {}
         """By address, when a look-up last had it."""
         self._asked_for: set[str] = set()
         """Addresses that relays have reported since the last look-up began, and that no look-up has had."""
         self._wake = asyncio.Event()
-        self._failed = False
         self.ignored: dict[str, None] = {}
         """Addresses that relays have reported and that are not the upstream's, at most MAX_IGNORED."""
 
@@ -56,7 +55,7 @@ class ConfiguredEngines:
         for entry in islice(report, MAX_ENGINES):
             if self.knows(entry.engine):
                 yield entry
-            elif self._origin is None:
+            elif self._lookup is None:
                 self._ignore(entry.engine)
             elif entry.engine not in self.ignored and len(self._asked_for) < MAX_IGNORED:
                 # The relay may have asked the name server later than this process: the next look-up tells.
@@ -67,7 +66,7 @@ class ConfiguredEngines:
         if name in self.ignored or len(self.ignored) >= MAX_IGNORED:
             return
         self.ignored[name] = None
-        upstream = "the upstream" if self._origin is None else f"an address of {self._origin.host} here"
+        upstream = "the upstream" if self._lookup is None else f"an address of {self._lookup.origin.host} here"
         log.warning(
             "a relay reports the engine %s, which is not %s: what relays say of it is ignored, and it is not contacted",
             shown_address(name),
@@ -76,7 +75,7 @@ class ConfiguredEngines:
 
     async def run(self) -> None:
         """Looks the name up again and again, until cancelled."""
-        if self._origin is None:
+        if self._lookup is None:
             await asyncio.Event().wait()
         while True:
             await self.resolve()
@@ -89,18 +88,12 @@ class ConfiguredEngines:
 
     async def resolve(self) -> None:
         """Looks the name up once. A look-up that fails changes nothing."""
-        if self._origin is None:
+        if self._lookup is None:
             return
         asked_for, self._asked_for = self._asked_for, set()
         self._wake.clear()
-        try:
-            origins = await addresses(self._origin)
-        except OSError as error:
-            if not self._failed:
-                log.warning("%s cannot be resolved: %s", self._origin.host, error.strerror or error)
-            self._failed = True
+        if (origins := await self._lookup.addresses()) is None:
             return
-        self._failed = False
         now = self._clock()
         self._resolved |= {origin.name: now for origin in origins[:MAX_ENGINES]}
         self._resolved = {name: at for name, at in self._resolved.items() if now - at <= KEEP_SECONDS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
@@ -46,10 +47,29 @@ def parse_origin(url: str) -> Origin:
     return Origin(parts.hostname, port, tls, authority.encode("ascii"), parts.hostname)
 
 
-async def addresses(origin: Origin) -> list[Origin]:
-    """Returns one origin for each address of the name, in the order of addresses. Raises OSError if it has none."""
-    result = await asyncio.get_running_loop().getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
-    return [origin.at(address) for address in sorted({str(entry[4][0]) for entry in result})]
+class Lookup:
+    """Looks the name of `origin` up. The log says once that this fails, until it succeeds again."""
+
+    def __init__(self, origin: Origin, log: logging.Logger) -> None:
+        self.origin = origin
+        self._log = log
+        self._failed = False
+
+    async def addresses(self) -> list[Origin] | None:
+        """Returns one origin for each address of the name, in the order of addresses.
+
+        Returns None if the look-up fails: what the last one had stays in use.
+        """
+        origin = self.origin
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            if not self._failed:
+                self._log.warning("%s cannot be resolved: %s", origin.host, error.strerror or error)
+            self._failed = True
+            return None
+        self._failed = False
+        return [origin.at(address) for address in sorted({str(entry[4][0]) for entry in found})]
 
 
 def _joined(host: str, port: int) -> str:

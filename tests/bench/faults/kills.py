@@ -28,7 +28,7 @@ TAKES = f"5 minutes: {RUNS} kills of each process"
 Kill = Callable[[World, random.Random], Awaitable[Collection[int]]]
 """Returns the processes that were killed."""
 BEFORE = "39 of 40 clients cut in 10 kills"
-"""The figure for the supervisor of a relay at commit 2176a512: the relay closed its connections and its queue at once."""
+"""The figure for the supervisor of a relay at commit 2176a512. The relay closed its connections at once."""
 _OWNER = re.compile(r"connection of process (\d+)")
 
 

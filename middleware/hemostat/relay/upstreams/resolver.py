@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from hemostat.ipc.origin import DNS, addresses, parse_origin
+from hemostat.ipc.origin import DNS, Lookup, parse_origin
 from hemostat.relay.upstreams.group import Upstreams
 
 log = logging.getLogger("hemostat.relay")
@@ -21,9 +21,8 @@ class Resolver:
 
     def __init__(self, upstreams: Upstreams, url: str, seconds: float) -> None:
         self._upstreams = upstreams
-        self._origin = parse_origin(url.removeprefix(DNS))
+        self._lookup = Lookup(parse_origin(url.removeprefix(DNS)), log)
         self._seconds = seconds
-        self._failed = False
 
     async def run(self) -> None:
         """Resolves the name again and again until it is cancelled."""
@@ -33,14 +32,7 @@ class Resolver:
 
     async def resolve(self) -> None:
         """Looks the name up once."""
-        try:
-            origins = await addresses(self._origin)
-        except OSError as error:
-            if not self._failed:
-                log.warning("%s cannot be resolved: %s", self._origin.host, error.strerror or error)
-            self._failed = True
-            return
-        self._failed = False
-        if origins != [engine.origin for engine in self._upstreams.engines]:
-            log.info("%s: engines are %s", self._origin.host, ", ".join(origin.name for origin in origins))
+        origins = await self._lookup.addresses()
+        if origins is not None and origins != [engine.origin for engine in self._upstreams.engines]:
+            log.info("%s: engines are %s", self._lookup.origin.host, ", ".join(origin.name for origin in origins))
             self._upstreams.set_origins(origins)
