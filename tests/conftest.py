@@ -15,6 +15,7 @@ import hypothesis
 import pytest
 from httpx._transports import default as httpx_transports
 from tests.support import compiled, slow
+from tests.support.minutes import Minutes
 from tests.support.running_vllm import LORA_ARGUMENTS, LORA_ENVIRONMENT, RAISING_ARGUMENTS, RunningVllm, running_vllm
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
@@ -71,6 +72,7 @@ def _reuse_authorities() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Minutes(), "minutes")
     _reuse_authorities()
     if config.getoption("--slow"):
         slow.draw(1)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 from tests.support.children import children
+from tests.support.minutes import starting
 from tests.support.records import condition
 
 from hemostat.checkpoints.output_embedding import load as load_embedding
@@ -61,7 +62,8 @@ shared = pytest.mark.asyncio(loop_scope="module")
 async def reference(tiny: Path) -> AsyncIterator[TransformersReference]:
     """One worker, since to start one takes longer than what each test asks of it."""
     reference = TransformersReference(str(tiny), threads=1)
-    await reference.start()
+    with starting("reference worker"):
+        await reference.start()
     yield reference
     await reference.close()
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
+from tests.support.minutes import starting
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium (CI does)")
@@ -16,6 +17,7 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: 
 @contextlib.contextmanager
 def chromium() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM)
+        with starting("Chromium"):
+            browser = playwright.chromium.launch(executable_path=CHROMIUM)
         yield browser
         browser.close()

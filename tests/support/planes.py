@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import yaml
 from tests.support.certificates import certificate
+from tests.support.minutes import starting
 from tests.support.served import AUTHORIZED, CHAT, TOKEN
 from tests.support.waiting import HANG_SECONDS
 
@@ -184,8 +185,9 @@ async def planes(
     """store: the address; None: one SQLite file."""
     created = Planes(folder, upstream, controls, relays, shared, store or f"sqlite:///{folder / 'store.db'}")
     try:
-        for relay in created.relays:
-            await ready(relay)
+        with starting("hemostat control and relay"):
+            for relay in created.relays:
+                await ready(relay)
         yield created
     finally:
         for each in created.instances:

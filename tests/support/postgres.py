@@ -13,13 +13,14 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import psycopg
 import pytest
+from tests.support.minutes import starting
 
 from hemostat_lab.demo.vllm_server import free_port
 
@@ -90,10 +91,16 @@ class Postgres:
 
     def start(self, **options: str) -> None:
         """options: of postgresql.conf, for this start."""
+        with starting("PostgreSQL"):
+            self._start(options)
+
+    def _start(self, options: Mapping[str, str]) -> None:
         folder = programs()
         assert folder is not None
         given = {"listen_addresses": self._listen, "port": str(self.port), "unix_socket_directories": str(self.folder)}
-        given |= {"fsync": "off", "shared_buffers": "16MB", "max_connections": "40", "autovacuum": "off"} | options
+        given |= {"fsync": "off", "shared_buffers": "16MB", "max_connections": "40", "autovacuum": "off"} | dict(
+            options
+        )
         flags = [part for name, value in given.items() for part in ("-c", f"{name}={value}")]
         with (self.folder / "log").open("ab") as log:
             command = [str(folder / "postgres"), "-D", str(self.folder / "data"), *flags]

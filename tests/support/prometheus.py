@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from tests.support.minutes import starting
 from tests.support.waiting import HANG_SECONDS
 
 from hemostat_lab.demo.vllm_server import free_port, with_parent
@@ -119,10 +120,11 @@ def prometheus(configuration: Mapping[str, Any], folder: Path) -> Iterator[Prome
     server = Prometheus(f"http://127.0.0.1:{port}")
     try:
         ends = time.monotonic() + HANG_SECONDS
-        while not server.ready():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < ends, log.read_text()
-            time.sleep(0.1)
+        with starting("Prometheus"):
+            while not server.ready():
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < ends, log.read_text()
+                time.sleep(0.1)
         yield server
     finally:
         server.close()

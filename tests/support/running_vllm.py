@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 from tests.support.engine_admin import TOKEN, EngineAdmin
+from tests.support.minutes import starting
 from tests.support.paths import ROOT
 
 from hemostat.engines.messages import TapAnswer
@@ -71,8 +72,9 @@ def running_vllm(
     log = folder / "vllm.log"
     server = vllm_process.VllmServer(checkpoints.compressed, "smollm2", log, arguments, environment, port)
     try:
-        server.start()
-        server.wait_ready(600.0, progress=print)
+        with starting("vLLM"):
+            server.start()
+            server.wait_ready(600.0, progress=print)
         yield RunningVllm(server.url, server.model, profile_dir, server.log, admin)
     finally:
         server.stop()

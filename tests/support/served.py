@@ -18,6 +18,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from tests.support.fake_vllm import FakeVllm
+from tests.support.minutes import starting
 from tests.support.waiting import HANG_SECONDS
 
 from hemostat_lab.demo.vllm_server import free_port
@@ -45,9 +46,10 @@ class Served:
     def __init__(self, process: subprocess.Popen[bytes], admin: str, upstream: FakeVllm, log: Path) -> None:
         self.process, self.admin, self.upstream, self.log = process, admin, upstream, log
         # A line for people, or one of the log where that is JSON.
-        while not (match := re.search(r"data port (http://[\w.:]+)", log.read_text())):
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.05)
+        with starting("hemostat serve"):
+            while not (match := re.search(r"data port (http://[\w.:]+)", log.read_text())):
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.05)
         self.data = match[1]
 
     def pids(self, module: str) -> set[int]:

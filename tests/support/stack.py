@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from tests.support.minutes import starting
 from tests.support.served import RELAY, is_spare
 from tests.support.waiting import HANG_SECONDS
 
@@ -65,22 +66,27 @@ class Stack:
             yaml.safe_dump(own | {"shutdown_seconds": 5.0, "evidence": {"cycle_hours": 0.0}} | dict(settings))
         )
         self.log = folder / "hemostat.log"
+        with starting("hemostat serve"):
+            self.url, admin = self._start(environment or {})
+        self.admin = httpx.Client(base_url=admin, timeout=10)
+
+    def _start(self, environment: Mapping[str, str]) -> tuple[str, str]:
+        """Returns the addresses of both ports."""
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                with_parent([str(Path(sys.executable).parent / "hemostat"), "serve", "--config", str(config)]),
+                with_parent([str(Path(sys.executable).parent / "hemostat"), "serve", "--config", str(self.config)]),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | dict(environment or {}),
+                env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | dict(environment),
                 start_new_session=True,
                 text=True,
             )
         try:
-            self.url, admin = self._announced()
+            return self._announced()
         except BaseException:
             self.stop()
             raise
-        self.admin = httpx.Client(base_url=admin, timeout=10)
 
     def _announced(self) -> tuple[str, str]:
         """The addresses that it prints once it serves."""
@@ -134,7 +140,8 @@ class Stack:
 
         The relay hears of it a moment after the status says so.
         """
-        wait_for(f"scoring ({self.status()['reference']})", self._ready, within)
+        with starting("reference of hemostat serve"):
+            wait_for(f"scoring ({self.status()['reference']})", self._ready, within)
         before = self.requests()["scored"]
 
         def scored() -> bool:
@@ -206,7 +213,8 @@ class FakeEngine:
             with_parent(command), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            wait_for("the fake engine's start", self._healthy, HANG_SECONDS)
+            with starting("fake vLLM"):
+                wait_for("the fake engine's start", self._healthy, HANG_SECONDS)
         except BaseException:
             self.kill()
             raise
