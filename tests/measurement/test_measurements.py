@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 from tests.support.captures import sized_capture
+from tests.support.engine_profiles import make_contextual
 from tests.support.records import Truth, log_softmax, make_record
 from tests.support.samples import histograms, values
 from tests.support.world import V, World
@@ -543,3 +544,21 @@ def test_tokens_at_which_the_effect_of_a_profile_is_unknown_do_not_count_as_diff
     assert shown["change"]["estimate"] == 0.0
     assert shown["before"]["estimate"] == shown["after"]["estimate"] > 0.0
     assert np.isnan(FIGURES["top1_agreement"].values(blind)).all()
+
+
+def test_the_share_of_equal_likeliest_ids_is_of_the_tokens_where_it_is_known() -> None:
+    """The counters by decoding. The contextual profile reads anchors, whose logits are in none of these records; the
+    other one changes nothing."""
+    measured, given = Measurements(), records(12)
+    same, unknown = temperature_bias("m", V, 1.0, np.zeros(V), 1.0), make_contextual(vocab_size=V)
+    for record in given[:6]:
+        measured.observe(record, same, None)
+    for record in given[6:]:
+        measured.observe(record, unknown, None)
+    found = values(measured.samples())
+    for decoding, at in (("greedy", [0, 3]), ("sampled", [1, 2, 4, 5])):
+        for stage, numbers in (("raw", [*at, *(n + 6 for n in at)]), ("calibrated", at)):
+            labels = stage, "none", decoding
+            agreement = np.concatenate([divergence(given[n]).top1_agreement for n in numbers])
+            assert found["hemostat_top1_known_tokens_total", *labels] == len(agreement)
+            assert found["hemostat_top1_agreement_tokens_total", *labels] == agreement.sum()

@@ -29,6 +29,7 @@ CONTRACT = {
     "hemostat_token_kl_nats": {"direction", "stage", "arm"},
     "hemostat_token_total_variation": {"stage", "arm"},
     "hemostat_top1_agreement_tokens_total": {"stage", "arm", "decoding"},
+    "hemostat_top1_known_tokens_total": {"stage", "arm", "decoding"},
     "hemostat_covered_mass_ratio": {"model"},
     "hemostat_recovered_distribution_ratio": set(),
     "hemostat_recovered_divergence_ratio": set(),

@@ -128,7 +128,8 @@ class Measurements:
         staged = [(stage, arm) for stage in STAGES for arm in arms]
         self._kl = {(direction, *key): Histogram(KL_EDGES) for direction in DIRECTIONS for key in staged}
         self._tv = {key: Histogram(TV_EDGES) for key in staged}
-        self._top1 = {(*key, decoding): 0 for key in staged for decoding in DECODING_KINDS}
+        self._top1 = {(*key, decoding): (0, 0) for key in staged for decoding in DECODING_KINDS}
+        """The number of tokens at which the likeliest ids agree, and of those at which it is known if they do."""
         self._scored = {(arm, decoding): 0 for arm in arms for decoding in DECODING_KINDS}
         self._places: dict[tuple[str, str, str], tuple[int, float]] = {}
         self.by_kind = ByKind(cycle=cycle)
@@ -350,7 +351,9 @@ class Measurements:
         for direction, values in zip(DIRECTIONS, (figures.kl_rc, figures.kl_cr), strict=True):
             self._kl[direction, stage, arm] = self._kl[direction, stage, arm].update(values)
         self._tv[stage, arm] = self._tv[stage, arm].update(figures.tv)
-        self._top1[stage, arm, decoding] += int(figures.top1_agreement.sum())
+        agree, known = self._top1[stage, arm, decoding]
+        agree += int((figures.top1_agreement & figures.known).sum())
+        self._top1[stage, arm, decoding] = agree, known + int(figures.known.sum())
 
     def samples(self) -> Iterator[AnySample]:
         for key, histogram in self._kl.items():
@@ -362,8 +365,9 @@ class Measurements:
         for place, (tokens, nats) in self._places.items():
             yield Sample(names.KL_NATS, place, nats)
             yield Sample(names.KL_TOKENS, place, tokens)
-        for key, tokens in self._top1.items():
-            yield Sample(names.TOP1_AGREEMENT_TOKENS, key, tokens)
+        for key, (agree, known) in self._top1.items():
+            yield Sample(names.TOP1_AGREEMENT_TOKENS, key, agree)
+            yield Sample(names.TOP1_KNOWN_TOKENS, key, known)
         stages = {"raw": {name: self._raw.figure(name) for name in HEADLINE}, "excess": self.excess()}
         for stage, figures in stages.items():
             for name, figure in figures.items():

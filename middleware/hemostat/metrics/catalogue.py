@@ -249,7 +249,16 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             names.TOP1_AGREEMENT_TOKENS,
             "counter",
             "tokens",
-            "Scored tokens at which both models' likeliest id is the same.",
+            "Scored tokens at which both models' likeliest id is known to be the same. Its share is of "
+            "hemostat_top1_known_tokens_total.",
+            ("stage", "arm", "decoding"),
+        ),
+        Metric(
+            names.TOP1_KNOWN_TOKENS,
+            "counter",
+            "tokens",
+            "Scored tokens at which it is known if both models' likeliest id is the same; in the stage calibrated, "
+            "without the tokens at which the profile's effect is unknown.",
             ("stage", "arm", "decoding"),
         ),
         Metric(
