@@ -86,8 +86,6 @@ CALIBRATION_REASONS: Values = {
     "forced": "`calibration.force`",
     "own_logits": "the client changes logits itself (logit_bias, penalties)",
     "own_xargs": "the client named a profile itself, in `vllm_xargs.hemostat`",
-    "own_parameters": "`apply: request`, and the client set temperature or logit_bias",
-    "request_form": "`apply: request`, and the request is one of `/v1/responses` or `/v1/messages`",
     "other_model": "profiles are for another of the served models",
     "refused": "vLLM refused the request as Hemostat had changed it, and it was sent again unchanged",
     "own_adapter": "the profile is an adapter and the client asked for another model, such as an adapter of its own",

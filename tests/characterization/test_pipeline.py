@@ -285,7 +285,6 @@ async def day(folder: Path) -> dict[str, str]:
     policies = {
         "the day": told_policies(relay),
         "after a restart": told_policies(restarted),
-        "by request": await by_request(folder, clock),
     }
     return {
         "pipeline_records.json": golden.dumps({"records": records, "lines": [lines[0], lines[-1], len(lines)]}),
@@ -295,21 +294,6 @@ async def day(folder: Path) -> dict[str, str]:
         "pipeline_metrics.txt": golden.metrics(metrics),
         "pipeline_store.json": golden.dumps(kept),
     }
-
-
-async def by_request(folder: Path, clock: Clock) -> dict[str, Any]:
-    """What relays are told where a profile is applied by the requests' own parameters."""
-    settings = {
-        "calibration": {"mode": "auto", "apply": "request"},
-        "upstream": {"url": "http://127.0.0.1:1", "openai_sampling_defaults": True},
-    }
-    async with driver.pipeline(folder, clock, **settings) as bench:
-        relay = await bench.relay(1, 0)
-        bench.models_are_known()
-        version = await bench.import_profile(driver.tempered(0.8))
-        await bench.post("/api/v1/profiles/promote", {"version": version})
-        await bench.relay_leaves(relay)
-    return told_policies(relay)
 
 
 @cache

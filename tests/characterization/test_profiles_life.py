@@ -6,10 +6,11 @@ import json
 from collections.abc import Callable
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import pytest
 from tests.characterization import driver, golden
-from tests.characterization.driver import BIASED, Life, contextual, harmful, helpful, tempered
+from tests.characterization.driver import BIASED, Life, contextual, harmful, helpful
 from tests.characterization.worlds import V, World
 
 EVEN = World()
@@ -171,9 +172,10 @@ def operator(log: Log) -> None:
     again.restore()
     log.step("restart with those damaged that serve and are tested", again)
     life.promote(life.import_profile(contextual()))
-    by_request = Life(life.store, known=False, at=life.now, apply="request")
-    by_request.restore()
-    log.step("restart with profiles that requests carry", by_request)
+    with mock.patch("hemostat.profiles.lifecycle.MAX_ONE_PROFILE_BYTES", 1):
+        smaller = Life(life.store, known=False, at=life.now)
+        smaller.restore()
+    log.step("restart where profiles of this size are not kept", smaller)
     forced = Life(known=False)
     forced.force(harmful())
     forced.know()
@@ -245,18 +247,6 @@ def kinds(log: Log) -> None:
         log.step(f"scope {kind}", other)
 
 
-def by_request(log: Log) -> None:
-    """`calibration.apply: request`, with and without known sampling defaults of the server."""
-    for known in (False, True):
-        life = Life(apply="request", tempered=known)
-        answers = [life.import_profile(contextual()), life.import_profile(tempered(0.8)), life.propose(contextual(), 1)]
-        log.step(f"sampling defaults known: {known}", life, answers)
-        life.feed(BIASED, LEARNED[:40])
-        log.step("learn", life)
-        life.promote(life.candidates[-1])
-        log.step("promote the last candidate", life, life.request_parameters())
-
-
 def bounds(log: Log) -> None:
     """More imports than the line and the store hold."""
     life = Life()
@@ -276,7 +266,6 @@ SCENARIOS: tuple[Callable[[Log], None], ...] = (
     contextual_learner,
     operator,
     kinds,
-    by_request,
     bounds,
 )
 

@@ -33,7 +33,6 @@ from hemostat_lab.compression.checkpoint_writer import compress
 from hemostat_lab.demo.vllm_server import free_port
 
 AUTO = {"calibration": {"mode": "auto"}}
-BY_REQUEST = {"calibration": {"mode": "auto", "apply": "request"}}
 
 
 async def findings_of(
@@ -182,10 +181,8 @@ async def test_a_store_in_postgresql_is_tried() -> None:
         ({"api_key": "k"}, {}, {}, "upstream", "NO", "upstream.api_key"),
         ({"plugin": False}, {}, {}, "engine plugin", "note", "--logits-processors"),
         ({"plugin": False}, {}, AUTO, "engine plugin", "NO", "--logits-processors"),
-        ({"plugin": False}, {}, BY_REQUEST, "calibration", "note", "engine"),
         ({"speculates": True, "plugin": False}, {}, {}, "engine plugin", "note", "V2_MODEL_RUNNER=1"),
         ({"speculates": True, "plugin": False}, {}, AUTO, "engine plugin", "NO", "without --speculative-config"),
-        ({"speculates": True, "plugin": False}, {}, BY_REQUEST, "calibration", "NO", "apply: engine"),
         ({"speculates": True}, {}, AUTO, "engine plugin", "ok", ""),
         ({}, None, {}, "reference", "note", "reference.backend"),
         ({}, {"max_logprobs": 5}, {}, "reference score", "NO", "--max-logprobs 20"),

@@ -10,8 +10,6 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm.v1.worker.gpu.sample.logits_processor")
 from tests.support.slots import request_states  # noqa: E402
-from vllm import SamplingParams  # noqa: E402
-from vllm.exceptions import VLLMValidationError  # noqa: E402
 from vllm.v1.sample.logits_processor import build_logitsprocs  # noqa: E402
 from vllm.v1.worker.gpu.sample.logits_processor import build_custom_logits_processors  # noqa: E402
 
@@ -29,11 +27,3 @@ def test_v1_refuses_the_plugin_and_v2_takes_it_without_sets_of_grammars() -> Non
     for speculative, sets in ((None, True), (object(), False)):
         (processor,) = build_custom_logits_processors(config(speculative), request_states(), False, [NAME])
         assert processor.core.agent.identity.sets is sets
-
-
-def test_both_refuse_logit_bias() -> None:
-    """So `calibration.apply: request` serves no profile there."""
-    biased: Any = SamplingParams(logit_bias={5: 1.0})
-    biased._validate_spec_decode(None)
-    with pytest.raises(VLLMValidationError, match="not yet supported with speculative decoding"):
-        biased._validate_spec_decode(object())

@@ -239,9 +239,7 @@ def test_temperature_and_bias_wait_for_a_bounded_number_of_tokens() -> None:
     assert least <= learned < least + 1000
 
 
-@pytest.mark.parametrize(
-    "made", [{"mode": "off"}, {"known": False}, {"apply": "request"}], ids=["off", "not known", "by request"]
-)
+@pytest.mark.parametrize("made", [{"mode": "off"}, {"known": False}], ids=["off", "not known"])
 def test_a_proposal_that_could_not_be_tested_is_not_accepted(made: dict[str, Any]) -> None:
     bench = Bench(**made)
     assert not bench.profiles.proposals.accepts(10**9)

@@ -79,26 +79,23 @@ def test_a_candidate_that_cannot_be_read_any_more_is_dropped_with_the_reason() -
     assert again.restart(crash=True).decisions() == again.decisions()
 
 
-def test_what_new_settings_do_not_allow_is_withdrawn_with_the_reason() -> None:
-    """`apply: request` carries one profile, and none of the family `contextual`."""
+def test_more_profiles_than_may_serve_are_withdrawn_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench()
     for kind in ("a", "b"):
         bench.profiles.kinds.see(kind)
     versions = [bench.profiles.operator.import_profile(made) for made in (helpful(0), helpful(1), contextual())]
     for kind, version in zip((REST_KIND, "a", "b"), versions, strict=True):
         bench.profiles.operator.promote(version, kind)
-    waiting = bench.profiles.operator.import_profile(contextual(0.5))
-    again = bench.restart(apply="request")
+    monkeypatch.setattr("hemostat.profiles.serving.MAX_SERVING_VERSIONS", 1)
+    again = bench.restart()
     again.profiles.set_model_pair(MODEL, V)
     assert again.profiles.serving.version_by_kind == {REST_KIND: versions[0]}
     events = [event for event in again.profiles.events.newest_first() if event["reason"] == "settings"]
     assert {(event["decision"], event["kind"], event["version"]) for event in events} == {
         ("roll_back", "a", versions[1]),
         ("roll_back", "b", versions[2]),
-        ("drop", "", versions[2]),
-        ("drop", "", waiting),
     }
-    assert all("calibration.apply: request" in e["why"] or "1 other profiles serve" in e["why"] for e in events)
+    assert all(event["why"] == "1 other profiles serve, as many as may at a time" for event in events)
 
 
 def test_where_something_else_is_learned_apart_the_candidates_are_dropped_with_the_reason() -> None:

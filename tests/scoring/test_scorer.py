@@ -403,15 +403,6 @@ async def test_an_adapter_needs_no_plugin_to_be_known_as_applied(bench: Bench) -
     assert result == [(version, version, Arm.TREATED), (None, None, Arm.NONE)]
 
 
-async def test_what_the_request_itself_carried_was_applied() -> None:
-    bench = Bench(by_request=True)
-    async with running(bench):
-        assert await bench.ends(capture(requested=VERSION)) == SCORED
-        bench.tap("n", 0, 3, None)
-        assert await bench.ends(capture(nonce="n", requested=VERSION)) == SCORED
-    assert [record.applied for record in bench.records] == [VERSION, VERSION]
-
-
 # --- back-pressure ----------------------------------------------------------------------------------------------------
 
 

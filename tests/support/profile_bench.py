@@ -43,7 +43,6 @@ class Bench:
         store: DirectWrites | None = None,
         *,
         known: bool = True,
-        default_temperature_is_one: bool = False,
         evidence: Evidence | None = None,
         adapter: Adapter | None = None,
         **calibration: Any,
@@ -57,7 +56,6 @@ class Bench:
             self.settings,
             self.store,
             lambda: self.time,
-            default_temperature_is_one=default_temperature_is_one,
             evidence=(evidence or Evidence()).model_copy(update={"cycle_hours": 0.0}),
             adapter=adapter,
         )

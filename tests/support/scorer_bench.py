@@ -100,7 +100,6 @@ class Bench:
         max_queue: int = 100,
         rate: float = 0.0,
         burst: float | None = None,
-        by_request: bool = False,
         max_scored: int | None = None,
     ) -> None:
         self.now = 0.0
@@ -127,14 +126,13 @@ class Bench:
 
         budget = TokenBudget(rate, max(rate, 1.0) if burst is None else burst)
         stages = ScoringStages(
-            Router(self, self, self.breakers, clock, profile_in_request=by_request),
+            Router(self, self, self.breakers, clock),
             CandidateCompletion(None, budget, clock),
             budget,
             ProfileInputs(self),
             ReferenceCall(self, self._template_of, clock),
             clock,
             max_scored=max_scored,
-            profile_in_request=by_request,
         )
         intake = CaptureIntake(self.queue, self.engines, self.endings, self.answer_losses, max_tokens=40, clock=clock)
         self.scorer = Scorer(intake, stages, self.endings, emit=self._sink, clock=clock)

@@ -19,9 +19,6 @@ from hemostat.openai.routes import CHAT, COMPLETIONS
 POLICIES = {
     "sampled": policy(),
     "calibrated": policy(served=VERSION, control_fraction=0.0, treat_unjudged=True),
-    "by request": policy(
-        served=VERSION, control_fraction=0.0, apply="request", request_temperature=0.9, request_logit_bias={"5": 1.0}
-    ),
     "from the plugin": policy(served=VERSION, tap=True, tap_tokens=True, grammars=True),
     "an adapter": policy(
         served=VERSION,

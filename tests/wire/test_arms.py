@@ -252,28 +252,3 @@ def test_a_tap_is_requested_where_a_plugin_has_reported(wire: Wire, fake: FakeVl
     named = "0123456789abcdef-nonce"
     assert fake.requests[-1]["vllm_xargs"] == {"hemostat_tap": named}, "the engine tells the middleware that asked"
     assert [capture.nonce for capture in wire.captures] == ["nonce", "nonce", named]
-
-
-def test_without_a_plugin_a_profile_is_sent_as_temperature_and_bias_unless_the_client_set_them(
-    wire: Wire, fake: FakeVllm
-) -> None:
-    wire.interceptor.policy = policy(
-        served=VERSION,
-        acknowledged=frozenset(),
-        control_fraction=0.0,
-        apply="request",
-        request_temperature=0.8,
-        request_logit_bias={"7": 1.5},
-        openai_sampling_defaults=True,
-    )
-    free = chat()
-    del free["temperature"]
-    wire.send(CHAT, free)
-    sent = fake.requests[-1]
-    assert (sent["temperature"], sent["logit_bias"], "vllm_xargs" in sent) == (0.8, {"7": 1.5}, False)
-    assert (wire.captures[-1].arm, wire.captures[-1].temperature) == ("treated", 0.8)
-    wire.send(CHAT, chat(temperature=0.3))
-    sent = fake.requests[-1]
-    assert (sent["temperature"], "logit_bias" in sent) == (0.3, False)
-    assert (wire.captures[-1].arm, wire.captures[-1].requested) == ("none", None)
-    assert wire.calibration("none", "own_parameters") == 1

@@ -315,7 +315,6 @@ def test_choices_are_judged_in_both_arms_or_in_none(
     for sent, more in (
         (body | {"n": 1}, {"tap": True}),
         (body, {"tap": True, "tap_tokens": True}),
-        ({key: body[key] for key in body if key != "temperature"}, {"tap": True, "apply": "request"}),
         (
             body,
             {"tap": True, "adapters": {VERSION: False}, "base_models": frozenset({"fake"}), "answered_name": "fake"},

@@ -335,18 +335,6 @@ def test_profiles_are_asked_for_as_in_a_chat(wire: Wire, path: str) -> None:
     assert wire.calibration("none", "no_token_ids") == 1
 
 
-@BOTH
-def test_a_profile_by_the_requests_own_parameters_is_never_applied(wire: Wire, path: str) -> None:
-    wire.interceptor.policy = tapping(
-        served=VERSION, control_fraction=0.0, apply="request", request_temperature=1.5, request_logit_bias={"5": 1.0}
-    )
-    body = ask(path)
-    del body["temperature"]
-    sent = json.loads(wire.send(path, body).sent)
-    assert sent == body | {"vllm_xargs": {"hemostat_tap": "nonce", "hemostat_tap_top": "8"}}
-    assert wire.calibration("none", "request_form") == 1
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @BOTH
 def test_an_adapters_name_is_replaced_by_the_models(wire: Wire, fake: FakeVllm, path: str, stream: bool) -> None:

@@ -50,8 +50,7 @@ async def check(settings: Settings) -> list[Finding]:
     findings = [await _control_processes(settings) if settings.control.addresses else await _store(settings)]
     if settings.calibration.mode != "off":
         findings.append(_evidence(settings))
-    if settings.calibration.apply == "engine":
-        findings.append(_engine_token(settings.admin))
+    findings.append(_engine_token(settings.admin))
     upstream = settings.upstream
     server = VllmServer(upstream.servers[0], upstream.api_key, ca=upstream.ca)
     references = make_references(settings)
@@ -231,24 +230,8 @@ def _folders(settings: Settings, root: str) -> CheckpointFolders | Finding:
 
 
 async def _plugin(server: VllmServer, model: str, settings: Settings) -> Finding:
-    calibration = settings.calibration
-    treats = calibration.mode == "auto" or calibration.force is not None
-    needed = calibration.apply == "engine" and treats
+    needed = settings.calibration.mode == "auto" or settings.calibration.force is not None
     drafts = await speculates(server)
-    if calibration.apply == "request" and drafts:
-        text = "vLLM decodes speculatively, and then refuses logit_bias: with apply: request no profile can serve"
-        return Finding(
-            "calibration", State.NO if treats else State.NOTE, text, f"set apply: engine and {SPECULATES_FIX}"
-        )
-    if calibration.apply == "request":
-        return Finding(
-            "calibration",
-            State.NOTE,
-            "apply: request sends the largest biases as logit_bias (and the temperature, where "
-            "upstream.openai_sampling_defaults is true), only where the client set"
-            " neither; no exact gain is reported",
-            f"for the whole profile, start vLLM with {PLUGIN_FLAG} and set calibration.apply: engine",
-        )
     try:
         version = await plugin_of(server, model)
     except Refused as refused:
@@ -267,7 +250,7 @@ async def _plugin(server: VllmServer, model: str, settings: Settings) -> Finding
         "engine plugin",
         State.NO if needed else State.NOTE,
         "not loaded: " + ("no profile can serve" if needed else "needed for calibration.mode auto only"),
-        f"start vLLM with {PLUGIN_FLAG}, or set calibration.apply: request",
+        f"start vLLM with {PLUGIN_FLAG}",
     )
 
 

@@ -19,6 +19,12 @@ class ConfigError(HemostatError):
     """The configuration is not usable; the text is one line."""
 
 
+REMOVED: Mapping[str, str] = {
+    "calibration.apply": "this setting has gone: the plugin in vLLM applies profiles; leave it out",
+}
+"""Settings of earlier versions, and what takes their place."""
+
+
 def explain(error: ValidationError, path: Path | None, places: Mapping[Key, str]) -> str:
     """Returns the first error in one line, with the number of further ones.
 
@@ -34,7 +40,7 @@ def explain(error: ValidationError, path: Path | None, places: Mapping[Key, str]
     if where is None:
         where = one_line(str(path)) if path is not None else "configuration"
     if kind == "extra_forbidden":
-        text = f"unknown key{_suggestion(key)}"
+        text = REMOVED.get(dotted_key(key)) or f"unknown key{_suggestion(key)}"
     elif kind == "missing":
         missing = (*key, "url") if key == ("upstream",) else key
         key = missing

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from hemostat.config.errors import ConfigError, explain, nearest
+from hemostat.config.errors import REMOVED, ConfigError, explain, nearest
 from hemostat.config.schema import LEAVES, SECTIONS, Settings
 from hemostat.config.text import Key, dotted_key, one_line, short_repr
 
@@ -120,6 +120,8 @@ def _note_lines(node: yaml.Node, key: Key, name: str, places: dict[Key, str], se
 def _set_value(data: dict[str, Any], places: dict[Key, str], parts: list[str], text: str, source: str) -> None:
     """Set one value that comes from the environment or a flag."""
     dotted = ".".join(parts)
+    if dotted in REMOVED:
+        raise ConfigError(one_line(f"{source}: {REMOVED[dotted]}"))
     if dotted not in LEAVES:
         below = [leaf for leaf in LEAVES if leaf.startswith(dotted + ".")]
         near = (

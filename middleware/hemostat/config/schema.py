@@ -299,10 +299,6 @@ class Calibration(Section):
     stored_learner_mib: ClassVar[int] = 64
     """The largest part of the store, in MiB, for what the contextual learner knows. It continues from this after a
     restart: first from its sums, which fit up to a width of 4,096, then from as many of its newest tokens as fit."""
-    apply: Literal["engine", "request"] = "engine"
-    """With engine, the plugin in vLLM applies profiles. With request, Hemostat applies them without the plugin, by
-    `logit_bias` (and `temperature`, if the server's default is known to be 1), on requests in which the client sets
-    neither."""
     treat_unjudged: bool = False
     """If it is true, requests that cannot be scored may get a profile, too. Nothing would show if the profile harmed
     them."""
@@ -511,8 +507,6 @@ class Settings(Section):
         self._check_reference()
         if self.calibration.scope == "label" and not self.labels:
             raise ValueError("labels: required with calibration.scope: label; list what X-Hemostat-Label may be")
-        if self.calibration.scope != "pooled" and self.calibration.apply == "request":
-            raise ValueError("calibration.scope: only pooled goes with calibration.apply: request")
         return self
 
     def _check_reference(self) -> None:

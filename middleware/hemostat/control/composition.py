@@ -113,7 +113,6 @@ class Control:
             settings.calibration,
             self.writer,
             wall,
-            default_temperature_is_one=settings.upstream.openai_sampling_defaults,
             evidence=settings.evidence,
             adapter=settings.adapter,
         )
@@ -162,7 +161,7 @@ class Control:
         self.learner = Learner(settings.calibration, proposals, notify, storage=self._stored_learning, clock=clock)
         self.learned = LearnedState(proposals, self.writer, clock)
         self.adapters = Adapters(settings, profiles, self.monitor, self.engines, self.addresses, notify, clock=clock)
-        self.subject = LearningSubject(settings.calibration, profiles, self.monitor, self.learner, self.adapters)
+        self.subject = LearningSubject(profiles, self.monitor, self.learner, self.adapters)
 
     def _connect_scoring(self, settings: Settings, draw: Callable[[], float]) -> None:
         self.templates = PromptTemplates(self.writer, self._clock)

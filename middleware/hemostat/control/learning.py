@@ -22,14 +22,12 @@ class LearningSubject:
 
     def __init__(
         self,
-        settings: Calibration,
         profiles: ProfileManager,
         monitor: ReferenceMonitor,
         learner: Learner,
         adapters: Adapters,
     ) -> None:
         self._adapters = adapters
-        self._settings = settings
         self._profiles = profiles
         self._monitor = monitor
         self._learner = learner
@@ -37,14 +35,12 @@ class LearningSubject:
     def update(self) -> None:
         """Call after any change of the mode, the models, or what is forced."""
         self._adapters.update()
-        settings, pair, serving = self._settings, self._monitor.served.calibrated, self._profiles.serving
+        pair, serving = self._monitor.served.calibrated, self._profiles.serving
         info = pair.reference if pair is not None else None
         if serving.mode == "off":
             self._learner.stop("calibration is off")
         elif serving.forced is not None:
             self._learner.stop("calibration.force: nothing is learned meanwhile")
-        elif settings.apply == "request":
-            self._learner.stop("calibration.apply: request cannot apply contextual profiles")
         elif info is None or serving.model is None:
             self._learner.stop("the reference is not ready")
         elif info.full_vocabulary and not info.hidden_size:

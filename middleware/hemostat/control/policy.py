@@ -143,7 +143,6 @@ class PolicyPublisher:
             acknowledged=held,
             held_by_engine=by_engine,
             labels=frozenset(self.settings.labels),
-            apply=calibration.apply,
             kinds=profiles.kinds.followed,
             unscorable_models=served.unscorable_adapters,
             scorable_models=served.scorable,
@@ -163,7 +162,6 @@ class PolicyPublisher:
             drained=self._upstreams.drained,
             outcome_fraction=self._outcomes.reported,
             openai_sampling_defaults=self.settings.upstream.openai_sampling_defaults,
-            **profiles.request_parameters(),
         )
 
     def _held_by_engine(self, now: float) -> dict[str, frozenset[str]]:

@@ -218,13 +218,7 @@ class InterceptedExchange:
             self._adapter = choice.version
             changes["model"] = encode(choice.version)
             return
-        if policy.apply == "engine":
-            xargs[PROFILE_KEY] = choice.version
-            return
-        if policy.request_temperature is not None:
-            changes["temperature"] = encode(policy.request_temperature)
-        if policy.request_logit_bias:
-            changes["logit_bias"] = encode(policy.request_logit_bias)
+        xargs[PROFILE_KEY] = choice.version
 
     def _choose_profile(self, request: Request) -> Choice:
         return choose_profile(
@@ -236,7 +230,7 @@ class InterceptedExchange:
         that reports no ids cannot distinguish the choices of one request. For an adapter the answer shows it.
         """
         policy = self._policy
-        by_plugin = policy.apply == "engine" and version not in policy.adapters
+        by_plugin = version not in policy.adapters
         return by_plugin and policy.tap and not policy.tap_tokens and request.choices > 1
 
     def _add_token_details(self, request: Request, changes: dict[str, bytes], xargs: dict[str, str]) -> None:

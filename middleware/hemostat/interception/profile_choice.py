@@ -9,7 +9,6 @@ from hemostat.interception.assignment import in_control_arm
 from hemostat.interception.client_headers import ClientOptions
 from hemostat.ipc.messages import Policy, rest_of
 from hemostat.metrics.reasons import Unscored
-from hemostat.openai.form import Form
 from hemostat.openai.requests import Request, Uncalibrated
 from hemostat_calibration.records import Arm
 
@@ -31,12 +30,6 @@ class ArmReason(StrEnum):
     """The client named a version in X-Hemostat-Calibration."""
     FORCED = "forced"
     """`calibration.force` is set."""
-    OWN_PARAMETERS = "own_parameters"
-    """The setting is `calibration.apply: request`, and the client set temperature or logit_bias."""
-    REQUEST_FORM = "request_form"
-    """The setting is `calibration.apply: request`, and the route has no logit_bias, or repeats the temperature in its
-    response.
-    """
     OTHER_MODEL = "other_model"
     """Profiles are for another of the served models."""
     OWN_ADAPTER = "own_adapter"
@@ -103,10 +96,6 @@ def choose_profile(
         return Choice(None, Arm.NONE, ArmReason.OFF)
     if request.uncalibrated is not None:
         return Choice(None, Arm.NONE, request.uncalibrated)
-    if policy.apply == "request" and request.form not in (Form.CHAT, Form.COMPLETIONS):
-        return Choice(None, Arm.NONE, ArmReason.REQUEST_FORM)
-    if policy.apply == "request" and (request.body.has("temperature") or request.body.has("logit_bias")):
-        return Choice(None, Arm.NONE, ArmReason.OWN_PARAMETERS)
     if policy.forced is not None:
         return _if_available(policy, request, engine, policy.forced, Arm.NONE, ArmReason.FORCED)
     if options.calibration == "off":
@@ -128,9 +117,7 @@ def choose_profile(
 
 def is_available(policy: Policy, engine: str, version: str) -> bool:
     """Returns True if a request to this engine may ask for the version."""
-    if policy.apply == "engine":
-        return version in policy.held_at(engine)
-    return version == policy.forced or version in policy.serving_by_kind.values()
+    return version in policy.held_at(engine)
 
 
 def _if_available(policy: Policy, request: Request, engine: str, version: str, arm: Arm, reason: ArmReason) -> Choice:

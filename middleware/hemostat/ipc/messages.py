@@ -251,12 +251,6 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     acknowledged: frozenset[str]
     """Versions that every rank of every engine holds: what requests may ask for where there is one upstream address."""
     labels: frozenset[str]
-    apply: str = "engine"
-    """The way in which a profile is applied. engine: by `vllm_xargs`; request: by temperature and logit_bias, if the
-    client set neither.
-    """
-    request_temperature: float | None = None
-    request_logit_bias: dict[str, float] = {}
     body_limit: int = 512 * 1024
     unscorable_models: frozenset[str] = frozenset()
     """Served names (LoRA adapters) that the reference cannot score with: neither scored nor calibrated."""

@@ -16,7 +16,6 @@ What each module owns:
     catalogue           the profiles held
     decisions           the log of events
     families            what depends on a profile's family
-    request_parameters  profiles as sampling parameters (`calibration.apply: request`)
     persistence         what the store keeps; `restoring` reads it back
     report              what is shown
 

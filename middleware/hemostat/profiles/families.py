@@ -28,9 +28,8 @@ MAX_IDENTITY_NORMALIZER_NATS = 1e-4
 class FamilyRules:
     """The rules of one family.
 
-    queue_priority: candidates with a lower number are tested first. fits_request: its parameters can be sent as a
-    request's `temperature` and `logit_bias`. kl_limit: (profile) -> the largest KL from identity that it enforces,
-    nats; None if it enforces none.
+    queue_priority: candidates with a lower number are tested first. kl_limit: (profile) -> the largest KL from identity
+    that it enforces, nats; None if it enforces none.
 
     token_gains: (record, profile, gain, normalizer float64 [T], NaN where the engine gave none) -> lower and upper ends
     of the gain at the tokens that are evidence, [S] each with S ≤ T; None if no token is. For an adapter it is always
@@ -40,7 +39,6 @@ class FamilyRules:
     """
 
     queue_priority: int
-    fits_request: bool
     kl_limit: Callable[[CalibrationProfile], float | None]
     token_gains: Callable[[TokenRecord, CalibrationProfile, Gain, Floats], tuple[Floats, Floats] | None]
 
@@ -85,20 +83,17 @@ FAMILY_RULES: Mapping[str, FamilyRules] = {
     # It gains most: it is tested first.
     ADAPTER: FamilyRules(
         queue_priority=-1,
-        fits_request=False,
         kl_limit=lambda profile: None,
         token_gains=_no_tokens,
     ),
     CONTEXTUAL: FamilyRules(
         queue_priority=0,
-        fits_request=False,
         kl_limit=_contextual_kl_limit,
         token_gains=_contextual_tokens,
     ),
     # Temperature and bias rarely win much: all others are tested first.
     TEMPERATURE_BIAS: FamilyRules(
         queue_priority=1,
-        fits_request=True,
         kl_limit=lambda profile: None,
         token_gains=_all_tokens,
     ),

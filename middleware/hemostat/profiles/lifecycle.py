@@ -16,7 +16,6 @@ from hemostat.metrics.samples import Sample
 from hemostat.profiles.catalogue import MAX_ONE_PROFILE_BYTES, Catalogue, parameter_bytes
 from hemostat.profiles.decisions import Decision, EventLog, Reason, evidence_json, pooled_gain
 from hemostat.profiles.persistence import StateWriter
-from hemostat.profiles.request_parameters import RequestParameters
 from hemostat.profiles.serving import KindState, ServedModel, ServingState
 from hemostat.profiles.trials import IMPORT, MAX_QUEUED_CANDIDATES, SERVING, Candidate, Trials
 from hemostat_calibration.errors import InvalidProfileError
@@ -37,14 +36,12 @@ class Lifecycle:
         trials: Trials,
         events: EventLog,
         writer: StateWriter,
-        requests: RequestParameters,
     ) -> None:
         self._catalogue = catalogue
         self._serving = serving
         self._trials = trials
         self._events = events
         self._writer = writer
-        self._requests = requests
         self.rollbacks = 0
 
     def samples(self) -> Iterator[Sample]:
@@ -98,7 +95,6 @@ class Lifecycle:
                 "choose a smaller rank"
             )
         self._serving.require_model(profile)
-        self._requests.require_fit(profile)
 
     def hold(self, profile: CalibrationProfile) -> None:
         """Add it to the catalogue; what is evicted for it leaves the store too."""

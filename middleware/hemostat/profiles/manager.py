@@ -13,7 +13,6 @@ Invariants (the ones of what serves are in `serving`, the ones of tests in `tria
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from hemostat.config.schema import Adapter, Calibration, Evidence
 from hemostat.ipc.messages import REST_KIND
@@ -27,10 +26,9 @@ from hemostat.profiles.operators import Operator
 from hemostat.profiles.persistence import StateWriter
 from hemostat.profiles.proposals import Proposals
 from hemostat.profiles.report import Report
-from hemostat.profiles.request_parameters import RequestParameters
 from hemostat.profiles.restoring import Restoring
 from hemostat.profiles.scopes import Scopes
-from hemostat.profiles.serving import MAX_SERVING_VERSIONS, ServedModel, ServingState
+from hemostat.profiles.serving import ServedModel, ServingState
 from hemostat.profiles.trials import IMPORT, Trials
 from hemostat.profiles.units import HeldOutUnit, Interval
 from hemostat.store.protocol import StoreWrites
@@ -45,7 +43,7 @@ from hemostat_calibration.statistics.split import held_out
 class ProfileManager:
     """Lives in the control process's event loop. Its attributes are the parts, to be handed to whoever needs one.
 
-    wall: Unix time, seconds. default_temperature_is_one: see `RequestParameters`.
+    wall: Unix time, seconds.
     """
 
     def __init__(
@@ -54,24 +52,19 @@ class ProfileManager:
         writes: StoreWrites,
         wall: Callable[[], float],
         *,
-        default_temperature_is_one: bool = False,
         evidence: Evidence | None = None,
         adapter: Adapter | None = None,
     ) -> None:
         evidence, adapter = evidence or Evidence(), adapter or Adapter()
-        by_request = settings.apply == "request"
         self._held_out_fraction = settings.held_out_fraction
         self._wall = wall
-        # A request carries one profile's parameters: with them, only one profile serves at a time.
         self.catalogue = Catalogue(wall)
         self.serving = ServingState(
             Scopes(settings.scope),
             settings.mode,
-            1 if by_request else MAX_SERVING_VERSIONS,
             is_adapter=self.catalogue.is_adapter,
         )
         self.events = EventLog(writes, wall)
-        self.requests = RequestParameters(enabled=by_request, default_temperature_is_one=default_temperature_is_one)
         self.trials = Trials(
             settings.alpha,
             evidence.client_share,
@@ -98,7 +91,6 @@ class ProfileManager:
             trials=self.trials,
             events=self.events,
             writer=self.writer,
-            requests=self.requests,
         )
         self.judge = Judge(
             serving=self.serving,
@@ -111,7 +103,6 @@ class ProfileManager:
             serving=self.serving,
             trials=self.trials,
             lifecycle=self.lifecycle,
-            requests=self.requests,
             adapter_min_tokens=adapter.min_tokens,
         )
         self.operator = Operator(
@@ -293,7 +284,3 @@ class ProfileManager:
         not_evaluated = {self.catalogue.probe, *self.catalogue.adapters}
         versions = (version for version in self.engine_versions() if version not in not_evaluated)
         return tuple(self.catalogue[version] for version in versions)
-
-    def request_parameters(self) -> dict[str, Any]:
-        """Fields of the relays' policy for `calibration.apply: request`: of the one profile that serves."""
-        return self.requests.of(self.catalogue.get(self.serving.forced or self.serving.version))

@@ -19,7 +19,6 @@ from hemostat.profiles.catalogue import Catalogue
 from hemostat.profiles.families import FAMILY_RULES, anchor_set
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.persistence import whole_number
-from hemostat.profiles.request_parameters import RequestParameters
 from hemostat.profiles.scopes import ALL
 from hemostat.profiles.serving import ServingState
 from hemostat.profiles.trials import Trials
@@ -27,7 +26,7 @@ from hemostat_calibration.errors import InvalidArgumentError, InvalidProfileErro
 from hemostat_calibration.learning import temperature_bias_storage as storage
 from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner, TemperatureBiasState
 from hemostat_calibration.profiles.families import ADAPTER, CONTEXTUAL, TEMPERATURE_BIAS
-from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_calibration.records import TokenRecord
 
 log = logging.getLogger("hemostat.calibration")
@@ -71,7 +70,6 @@ class Proposals:
         serving: ServingState,
         trials: Trials,
         lifecycle: Lifecycle,
-        requests: RequestParameters,
         adapter_min_tokens: int = 0,
     ) -> None:
         """adapter_min_tokens: `Adapter.min_tokens`."""
@@ -81,7 +79,6 @@ class Proposals:
         self._serving = serving
         self._trials = trials
         self._lifecycle = lifecycle
-        self._requests = requests
         self._temperature_bias = TemperatureBiasLearner(
             # With |Δz| ≤ a, KL from identity is at most a²/2: Var Δz ≤ a² under every c e^{sΔz}, and KL is ∫ s Var ds.
             clamp_nats=min(settings.clamp_nats, math.sqrt(2.0 * settings.clamp_kl_nats)),
@@ -202,13 +199,13 @@ class Proposals:
             self._scope(scope).proposed_at[TEMPERATURE_BIAS] = state.tokens
             self.proposed += 1
             why = f"learned from {state.tokens} tokens"
-            self._lifecycle.replace_proposals(scope, self._requests.variants(proposal), why, {})
+            self._lifecycle.replace_proposals(scope, _variants(proposal), why, {})
 
     # --- the contextual learner ------------------------------------------------------------------------------------
 
     def accepts(self, tokens: int, scope: str = ALL) -> bool:
         """Returns True if a contextual proposal that was learned from `tokens` tokens in all would be tested now."""
-        return self._serving.active and not self._requests.enabled and self._due(scope, CONTEXTUAL, tokens)
+        return self._serving.active and self._due(scope, CONTEXTUAL, tokens)
 
     def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any], scope: str = ALL) -> bool:
         """Test a contextual profile, as soon as the test of the scope's last one has ended; False when it is not
@@ -231,7 +228,7 @@ class Proposals:
         from `adapter.min_tokens`, further ones when twice as much is known (four times, while the last one is tested).
         """
         enough = tokens >= self._min_tokens[ADAPTER]
-        return enough and self._serving.active and not self._requests.enabled and self._due(ALL, ADAPTER, tokens)
+        return enough and self._serving.active and self._due(ALL, ADAPTER, tokens)
 
     def propose_adapter(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any]) -> bool:
         """Test an adapter, as soon as the test of the last one has ended; False when it is not accepted now.
@@ -292,3 +289,16 @@ class Proposals:
 
     def _scope(self, scope: str) -> _ScopeLearning:
         return self._scopes.setdefault(scope, _ScopeLearning())
+
+
+def _variants(proposal: CalibrationProfile) -> list[CalibrationProfile]:
+    """Returns the forms of a temperature-and-bias proposal that are tested, each for itself, in this order.
+
+    They are the proposal without the temperature, and as learned: E_r[Δz] of a bias is known exactly, but of a
+    temperature only as a bound (it takes the compressed model's logits at every id), so the bias alone can often prove
+    what both cannot. It comes first, since an earlier test has more of alpha.
+    """
+    alone = temperature_bias(
+        proposal.model, proposal.vocab_size, 1.0, proposal.parameters["bias"], proposal.clamp_nats, proposal.metadata
+    )
+    return list({profile.version: profile for profile in (alone, proposal)}.values())

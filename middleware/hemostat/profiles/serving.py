@@ -6,9 +6,9 @@ Invariants:
   and only once both models are known, so that a profile kept from an earlier run is not applied to another model.
 - In `observe` everything happens as in `auto` except serving: a kind's `version` is what would serve it.
 - A forced profile (`calibration.force`, for tests) goes on every request; nothing is learned or judged meanwhile.
-- At most `max_versions` different profiles serve at a time: engines hold a limited number. Of adapters, no further one
-  comes to serve above `max_adapters`: each takes a slot of the engine. What serves already keeps its place, until
-  engines are known to have fewer slots (`lifecycle.Lifecycle.limit_adapters`).
+- At most `MAX_SERVING_VERSIONS` different profiles serve at a time: engines hold a limited number. Of adapters, no
+  further one comes to serve above `max_adapters`: each takes a slot of the engine. What serves already keeps its place,
+  until engines are known to have fewer slots (`lifecycle.Lifecycle.limit_adapters`).
 - A kind that is held (an outcome was harmed) stays at identity until an operator releases it.
 """
 
@@ -74,20 +74,17 @@ class KindState:
 class ServingState:
     """The state of what serves.
 
-    mode: off, observe or auto. max_versions: the number of different profiles that may serve at a time. is_adapter:
-    says of a version that is held if it is an adapter.
+    mode: off, observe or auto. is_adapter: says of a version that is held if it is an adapter.
     """
 
     def __init__(
         self,
         scopes: Scopes,
         mode: str,
-        max_versions: int = MAX_SERVING_VERSIONS,
         is_adapter: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self.scopes = scopes
         self.mode = mode
-        self.max_versions = max_versions
         self.is_adapter = is_adapter
         self.max_adapters: float | None = math.inf
         """Different adapters that may serve at a time: as many as engines have slots for. None: that is not known, and
@@ -202,9 +199,9 @@ class ServingState:
         """Returns why the version may not serve these kinds, as far as that does not depend on engines; None if it may.
         See `why_no_room`.
         """
-        if len(self._versions_beside(version, kinds)) < self.max_versions:
+        if len(self._versions_beside(version, kinds)) < MAX_SERVING_VERSIONS:
             return None
-        return f"{self.max_versions} other profiles serve, as many as may at a time"
+        return f"{MAX_SERVING_VERSIONS} other profiles serve, as many as may at a time"
 
     def why_no_room(self, version: str, kinds: Collection[str]) -> str | None:
         """Returns in words why the version may not serve these kinds; None if there is room."""
@@ -235,7 +232,7 @@ class ServingState:
             kinds = {kind: state for kind, state in self.kinds.items() if state.version == other}
             better = sum(state.units for kind, state in kinds.items() if kind in proven)
             chosen = any(state.chosen or state.pinned for state in kinds.values())
-            room = len({*self.versions, version} - {other}) <= self.max_versions
+            room = len({*self.versions, version} - {other}) <= MAX_SERVING_VERSIONS
             if room and not chosen and 2 * better > sum(state.units for state in kinds.values()):
                 return set(kinds)
         return None
@@ -249,7 +246,7 @@ class ServingState:
         scope's.
         """
         own = any(state.version is not None and state.learned_of == scope for state in self.kinds.values())
-        return own or len(self.versions) < self.max_versions
+        return own or len(self.versions) < MAX_SERVING_VERSIONS
 
     # --- the model -------------------------------------------------------------------------------------------------
 

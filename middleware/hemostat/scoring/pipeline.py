@@ -136,19 +136,17 @@ class ScoringPipeline:
                 emit=self.use_self_record,
                 clock=clock,
             )
-        profile_in_request = settings.calibration.apply == "request"
         intake = CaptureIntake(
             self.queue, engines, self.endings, self.answer_losses, max_tokens=shadow.max_tokens, clock=clock
         )
         stages = ScoringStages(
-            Router(self._monitor, needs, breakers, clock, profile_in_request=profile_in_request),
+            Router(self._monitor, needs, breakers, clock),
             CandidateCompletion(engine_scorer, budget, clock),
             budget,
             ProfileInputs(needs),
             ReferenceCall(needs, self._template_of, clock),
             clock,
             max_scored=shadow.max_scored_tokens,
-            profile_in_request=profile_in_request,
         )
         self.scorer = Scorer(intake, stages, self.endings, emit=self.use_record, clock=clock, taken=self.sampling.taken)
 

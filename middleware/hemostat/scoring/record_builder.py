@@ -113,7 +113,6 @@ def build_record(
     codes: Mapping[str, Floats] = MappingProxyType({}),
     *,
     allowed: AllowedSets | None = None,
-    profile_in_request: bool = False,
     markers: Markers | None = None,
     template: bytes = b"",
 ) -> TokenRecord:
@@ -122,15 +121,13 @@ def build_record(
 
     versions: of the profiles whose effect the reference was asked for.
     features: the tap's, aligned to the output (`align_features`). codes: by version, float64 [T, r], `profile_codes`.
-    profile_in_request: a requested profile was applied through the request's own sampling parameters
-        (`calibration.apply: request`), of which the engine's plugin knows nothing.
     allowed: the ids that the request's grammar allows, which both models' log-probabilities are conditional on.
     markers: of the model's thinking; None if it has none, or they are not known.
     template: see `TokenRecord.template`.
     """
     tokens = len(arrays.output)
     unknown = np.full(tokens, np.nan)
-    applied = capture.requested if profile_in_request else applied_version(capture, tap)
+    applied = applied_version(capture, tap)
     names = set(versions) | (set(tap.log_normalizer) if tap else set()) | set(scores.expected_shift)
     if capture.adapter is not None:
         # Numbers of profiles, computed from the adapted model's logits, say nothing of the compressed model.

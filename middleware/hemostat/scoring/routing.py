@@ -62,7 +62,7 @@ class Route:
 class Router:
     """Decides which reference scores a capture. It takes the capture from `Scorer`, and gives the `Route`.
 
-    profile_in_request: see `build_record`. clock: monotonic seconds.
+    clock: monotonic seconds.
     """
 
     def __init__(
@@ -71,14 +71,11 @@ class Router:
         needs: ScoringNeeds,
         breakers: Breakers,
         clock: Callable[[], float],
-        *,
-        profile_in_request: bool = False,
     ) -> None:
         self._models = models
         self._needs = needs
         self._breakers = breakers
         self._clock = clock
-        self._profile_in_request = profile_in_request
 
     def route(self, capture: Capture, tap: TapResult | None) -> Route:
         """Raises NotScored if no reference can score the capture now, or if it cannot be known what its tokens were
@@ -112,5 +109,4 @@ class Router:
         """Returns True if only the engine's plugin knows whether what was requested was applied. For an adapter the
         answer says so.
         """
-        by_plugin = capture.requested is not None and not self._profile_in_request
-        return by_plugin and capture.requested not in self._needs.adapters()
+        return capture.requested is not None and capture.requested not in self._needs.adapters()

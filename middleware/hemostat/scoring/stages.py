@@ -141,7 +141,7 @@ class ProfileInputs:
 class ScoringStages:
     """The stages in their order. `Scorer` gives it a capture with its tap, and hands on the record that it gets.
 
-    profile_in_request: see `build_record`. max_scored: see `decode_capture`. clock: monotonic seconds.
+    max_scored: see `decode_capture`. clock: monotonic seconds.
     """
 
     def __init__(
@@ -154,7 +154,6 @@ class ScoringStages:
         clock: Callable[[], float],
         *,
         max_scored: int | None = None,
-        profile_in_request: bool = False,
     ) -> None:
         self._router = router
         self._completion = completion
@@ -163,7 +162,6 @@ class ScoringStages:
         self.call = call
         self._clock = clock
         self._max_scored = max_scored
-        self._profile_in_request = profile_in_request
 
     async def score(self, capture: Capture, tap: TapResult | None) -> tuple[TokenRecord, Capture]:
         """Returns the record, and the capture that it was made of. Raises NotScored."""
@@ -184,7 +182,6 @@ class ScoringStages:
                 evaluated.features,
                 evaluated.codes,
                 allowed=allowed,
-                profile_in_request=self._profile_in_request,
                 markers=route.pair.markers,
                 template=template,
             )

@@ -109,7 +109,6 @@ class Life:
         store: Any = None,
         *,
         known: bool = True,
-        tempered: bool = False,
         at: float = 0.0,
         **calibration: Any,
     ) -> None:
@@ -121,7 +120,6 @@ class Life:
             Calibration.model_validate(given),
             _NotingWrites(self),
             lambda: self.now,
-            default_temperature_is_one=tempered,
             evidence=Evidence(cycle_hours=0.0),
         )
         if known:
@@ -290,7 +288,3 @@ class Life:
 
     def listing(self) -> dict[str, Any]:
         return self._profiles.report.listing()
-
-    def request_parameters(self) -> dict[str, Any]:
-        """What `calibration.apply: request` puts into a request."""
-        return self._profiles.request_parameters()

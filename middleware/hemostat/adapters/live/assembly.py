@@ -29,14 +29,13 @@ class _HostedProfiles:
     """Implements `hemostat.adapters.serving.host.AdapterProfiles`."""
 
     def __init__(self, settings: Settings, profiles: ProfileManager) -> None:
-        self._by_engine = settings.calibration.apply == "engine"
         self._profiles = profiles
 
     def wanted(self) -> Sequence[str]:
         """In `observe` nothing is asked for, so nothing is loaded; nor before both models are known."""
         serving = self._profiles.serving
         serves = serving.mode == "auto" and (serving.model is not None or serving.forced is not None)
-        return self._profiles.lifecycle.adapter_versions() if serves and self._by_engine else ()
+        return self._profiles.lifecycle.adapter_versions() if serves else ()
 
     def get(self, version: str) -> CalibrationProfile | None:
         return self._profiles.catalogue.get(version)
@@ -126,8 +125,6 @@ class Adapters:
             self._stop("adapter.enabled is false")
         elif serving.mode == "off":
             self._stop("calibration is off")
-        elif settings.calibration.apply == "request":
-            self._stop("calibration.apply: request cannot apply adapters")
         elif pair is None or info is None or serving.model is None:
             self._stop("the reference is not ready")
         else:
