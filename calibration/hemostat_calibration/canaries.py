@@ -64,7 +64,9 @@ from hemostat_calibration.errors import InvalidArgumentError
 REPLAYS = 4
 """The number of baseline replays: a sequence of an unchanged engine votes with a probability of 1 / 5."""
 REPLAYS_PER_YEAR = 2 * 24 * 365
-"""Two an hour: one that is due, and one that a start of the engine or a replay that was too far away asks for."""
+"""The number of replays in a year, two an hour: one that is due, and one that a start of the engine or a replay that
+was too far away asks for.
+"""
 ALPHA_PER_YEAR = 0.01
 """The probability that an unchanged engine is ever called changed in a year with so many replays."""
 MIN_SEQUENCES = 16

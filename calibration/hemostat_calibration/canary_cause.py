@@ -47,22 +47,23 @@ MIN_TEXT = 256
 WINDOW = 32
 """The number of tokens of a short piece, and of a part of the whole text."""
 PROMPT = 144
-"""Tokens of the first prompt after which tokens are decoded: more than a block of the prefix cache, of 128 on a CPU."""
+"""The number of tokens of the first prompt after which tokens are decoded: more than a block of the prefix cache, of
+128 on a CPU."""
 STEP = 40
 """The number of tokens by which each further prompt is longer."""
 PROMPTS = 2
 DECODED = 16
-"""Tokens that are decoded after each."""
+"""The number of tokens that are decoded after each prompt."""
 REPLAYS = 2
 """The least number of replays in a baseline."""
 NOISE_FACTOR = 2.0
 TOKEN_NATS = 0.05
-"""Difference of a single token that is never a change."""
+"""The difference of a single token that is never a change."""
 ONSET_NATS = 0.002
 """The same, where the first token of a text that differs is looked for: twice the largest one of the baseline is more
 wherever the engine's results are not equal to the last bit."""
 MOSTLY = 0.8
-"""Share of the parts of a variant that have to differ where all of it has changed."""
+"""The share of the parts of a variant that have to differ where all of it has changed."""
 MAX_SHIFT = 32
 """The largest number of tokens by which other requests in the batch move the end of a chunk: they take so many of its
 budget.
@@ -90,17 +91,17 @@ class Variant(StrEnum):
     """The way in which the tokens are scored."""
 
     LONG = "long"
-    """A prefill of the whole text, alone."""
+    """The tokens are scored by a prefill of the whole text, alone."""
     LONG_BESIDE = "long_beside"
-    """The same prefill while other requests are decoded."""
+    """The tokens are scored by the same prefill while other requests are decoded."""
     SHORT = "short"
-    """Prefills of pieces of the text, each with no context but its own."""
+    """The tokens are scored by prefills of pieces of the text, each with no context but its own."""
     DECODED = "decoded"
-    """Decoding of given tokens, after a prompt that no cache has."""
+    """The tokens are scored by decoding given tokens, after a prompt that no cache has."""
     CACHED = "cached"
-    """Decoding after the same prompt again, which the prefix cache has."""
+    """The tokens are scored by decoding after the same prompt again, which the prefix cache has."""
     BESIDE = "beside"
-    """Decoding as in DECODED, while other requests are decoded."""
+    """The tokens are scored by decoding as in DECODED, while other requests are decoded."""
 
 
 DECODING = (Variant.DECODED, Variant.CACHED, Variant.BESIDE)

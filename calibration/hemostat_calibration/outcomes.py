@@ -44,11 +44,13 @@ GROUPS = 16
 units.
 """
 MAX_CLIENTS = 256
-"""Clients whose units are counted one by one; further ones are counted together, and not limited."""
+"""The largest number of clients whose units are counted one by one; further ones are counted together, and not
+limited."""
 MIN_CLIENTS = 4
 """Below it, a client's share is not limited, and all units together decide."""
 CAP_UNITS = 20
-"""First units, whose mean length times CAP_FACTOR is the cap of all later lengths. They do not count themselves."""
+"""The number of first units whose mean length times CAP_FACTOR is the cap of all later lengths. They do not count
+themselves."""
 CAP_FACTOR = 4.0
 MIN_CAP = 16.0
 """The least cap of an answer's length, in tokens."""
@@ -157,7 +159,7 @@ class Trial:
         self.version = version
         self.number = number
         self.refused = 0
-        """Units that were not admitted, because their client had too many."""
+        """The number of units that were not admitted, because their client had too many."""
         self._units = 0
         self._clients: dict[bytes, int] = {}
         self._counts: dict[Outcome, list[TwoArms]] = {}
@@ -194,7 +196,7 @@ class Trial:
 
     @property
     def cap(self) -> float | None:
-        """Tokens at which lengths are clipped; None before it is known."""
+        """The number of tokens at which lengths are clipped; None before it is known."""
         return self._cap
 
     def add(self, unit: Unit) -> bool:

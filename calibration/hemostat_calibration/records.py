@@ -104,8 +104,8 @@ class ExactDistances:
 
 
 MAX_RECOVERY_ERROR = 0.01
-"""Largest KL(c‖ĉ) of one position with which a recovered distribution is used, nats. Where N is a little above d it is
-about 0.001 on average, less than two engines with the same weights differ by; where N is below d, about 1."""
+"""The largest KL(c‖ĉ) of one position with which a recovered distribution is used, nats. Where N is a little above d it
+is about 0.001 on average, less than two engines with the same weights differ by; where N is below d, about 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ class TokenRecord:
 
     vocab_size: int
     prompt_key: bytes
-    """Digest of the prompt's token ids: the `unit` of a request whose conversation is not known."""
+    """The digest of the prompt's token ids: the `unit` of a request whose conversation is not known."""
     output_ids: Ids
     """The tokens that the compressed model emitted, int32 [T]."""
     compressed: Candidates
@@ -183,7 +183,8 @@ class TokenRecord:
     does not give it.
     """
     position: int = 0
-    """Output tokens before the first one of `output_ids`: above 0 where only the last ones of an output are scored."""
+    """The number of output tokens before the first one of `output_ids`: above 0 where only the last ones of an output
+    are scored."""
     context_tokens: int = 0
     """The number of tokens before the first one of `output_ids`, in the prompt and in the output; 0: not known."""
     thinking: Thinking | None = None
@@ -205,19 +206,19 @@ class TokenRecord:
     kind: str = ""
     """The kind of traffic that the request belongs to, fixed before it went upstream; "" if none was determined."""
     conversation: bytes = b""
-    """Salted digest of the conversation's first messages (or of the prompt); empty where none was determined."""
+    """The salted digest of the conversation's first messages (or of the prompt); empty where none was determined."""
     template: bytes = b""
-    """Digest of the cluster of alike prompts that the prompt belongs to (`statistics.templates`); empty where none was
-    determined."""
+    """The digest of the cluster of alike prompts that the prompt belongs to (`statistics.templates`); empty where none
+    was determined."""
     client: bytes = b""
-    """Salted digest of what names the client; empty where nothing does."""
+    """The salted digest of what names the client; empty where nothing does."""
     compressed_model: str = ""
-    """Digest or name of the compressed model."""
+    """The digest or name of the compressed model."""
     reference_model: str = ""
     reference_dtype: str = ""
     engine_boot: str = ""
     engine: str = ""
-    """Address of the engine that answered, host:port; "" if it is not known."""
+    """The address of the engine that answered, host:port; "" if it is not known."""
     engine_drawn: bool = False
     """It was drawn at random, whatever the request is."""
     logprobs_mode: str = "raw_logprobs"

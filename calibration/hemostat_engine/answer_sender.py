@@ -24,7 +24,8 @@ COLLECT_SECONDS = 0.2
 message of one.
 """
 LOOK_SECONDS = 10.0
-"""Between two questions for the secrets, once some are known: they are handed out long before they are used."""
+"""The time between two questions for the secrets, once some are known: they are handed out long before they are
+used."""
 PAUSE_SECONDS = 0.5
 """The time between two attempts. Hemostat waits some seconds for an answer, so one that is late is of no use."""
 

@@ -42,7 +42,8 @@ MAX_ANSWER_BYTES = 12 << 20
 """The largest size of one choice; a longer one is dropped. The admin port accepts messages of 16 MiB."""
 MAX_QUEUED_ANSWERS = 1 << 14
 MAX_ACTIVE = 128
-"""Generations that are recorded at the same time; further ones are served without being recorded."""
+"""The largest number of generations that are recorded at the same time; further ones are served without being
+recorded."""
 
 _PARAMETERS = ("self", "prompt", "sampling_params", "request_id")
 _WRAPPED = "_hemostat_wrapped"

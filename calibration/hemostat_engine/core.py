@@ -46,7 +46,7 @@ T = TypeVar("T")
 MIN_PRECISION_SECONDS = 5.0
 """The least time between two looks at the KV cache."""
 MAX_TAPPED_CANDIDATES = 2
-"""Held profiles that are evaluated for a tapped row besides the applied one."""
+"""The largest number of held profiles that are evaluated for a tapped row in addition to the applied one."""
 
 _BINDING_ATTRIBUTE = "_hemostat_binding"
 

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 
 RUN = 1_024
-"""Values that lie behind each other in memory: keys or values, whatever the layout, which differs between backends."""
+"""The number of values that lie behind each other in memory: keys or values, whatever the layout, which differs between
+backends."""
 REGION = 512
-"""Runs of each place that is looked at: the cache's beginning and its middle, where an engine begins to use it, and
-runs all over it."""
+"""The number of runs of each place that is looked at: the cache's beginning and its middle, where an engine begins to
+use it, and runs all over it."""
 USED = 0.75
-"""Share of the values of a run that are not 0, which small values are after a cast."""
+"""The share of the values of a run that are not 0, which small values are after a cast."""
 RUNS = 128
 """The number of runs of values that are read in each layer. A layer with fewer than half of them in use is left out."""
 LOWEST = 0.1
-"""Share of the runs that are below the one that counts: where keys alone were cast, half of them are."""
+"""The share of the runs that are below the one that counts: where keys alone were cast, half of them are."""
 STEPS_PER_BIT = 10
 
 

@@ -18,9 +18,9 @@ from hemostat_engine.transform import CPU, HeldProfile, applied_parameters
 MAX_PROFILES = 8
 """The number of profiles that are held at a time."""
 MAX_REQUESTED = 32
-"""Versions that requests named and that are not held; the oldest are forgotten."""
+"""The largest number of versions that requests named and that are not held; the oldest are forgotten."""
 MAX_FAILED = 256
-"""Versions that failed here, and are not loaded again."""
+"""The largest number of versions that failed here, and are not loaded again."""
 HEADROOM_BYTES = 256 << 20
 """The GPU memory that stays free in addition to a profile: what applying it takes for a moment, and some for vLLM
 itself.

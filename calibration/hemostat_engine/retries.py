@@ -10,7 +10,7 @@ log = logging.getLogger("hemostat.engine")
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 60.0
 """The pause after a failure doubles from the first to the longest. Without jitter: engines do not start together."""
 MAX_OPERATIONS = 256
-"""Operations whose failures are remembered; the oldest are forgotten."""
+"""The largest number of operations whose failures are remembered; the oldest are forgotten."""
 
 
 def first_line(text: str) -> str:

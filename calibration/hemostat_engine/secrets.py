@@ -15,7 +15,8 @@ from typing import Any
 from hemostat_calibration.engine_keys import is_signed
 
 KEEP_SECONDS = 120.0
-"""Relays forget their policy, and with it the secret, 30 s after the last word of the control process."""
+"""The time for which secrets are kept: relays forget their policy, and with it the secret, 30 s after the last word of
+the control process."""
 MAX_SECRETS = 128
 """The secrets of all admin ports that are kept; the ones that were named longest ago are forgotten first."""
 

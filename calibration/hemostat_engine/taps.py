@@ -23,7 +23,7 @@ from hemostat_engine.masks import FREE
 MAX_STEPS = 2048
 """The largest number of decoding steps in the queue."""
 MAX_BYTES = 64 << 20
-"""Features and masks in the queue; above it steps are queued without them."""
+"""The largest size of features and masks in the queue; above it steps are queued without them."""
 MAX_RUNS_PER_MESSAGE = 1 << 14
 """The step that reaches it is still sent; the admin port accepts four times as many."""
 UNKNOWN_NATS = 1e6

@@ -17,7 +17,7 @@ from hemostat.config.install_command import install_command
 from hemostat_calibration.errors import HemostatError
 
 GROUP = "hemostat.commands"
-"""Entry points of other distributions: the name of a command, and a module with `HELP` and `add_arguments`."""
+"""The entry points of other distributions: the name of a command, and a module with `HELP` and `add_arguments`."""
 BUILT_IN = {
     "serve": serve,
     "relay": relay,

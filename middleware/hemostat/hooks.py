@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 Headers = Sequence[tuple[bytes, bytes]]
-"""Header fields in order, names in their original case."""
+"""The header fields in order, with names in their original case."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Answer the client at once and send nothing upstream."""
+    """A verdict of the hook: the client is answered at once, and nothing is sent upstream."""
 
     status: int
     body: bytes
@@ -27,7 +27,8 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Rewrite:
-    """Send this body upstream instead of the client's (an empty one for a request without a body).
+    """A verdict of the hook: this body is sent upstream instead of the client's (an empty one for a request without a
+    body).
 
     While `response_data` returns nothing, the relay holds back the response's head too (for
     `relay.exchange.MAX_HEAD_HOLD_SECONDS` at most), so that `replay` can still return True.
@@ -35,7 +36,8 @@ class Rewrite:
 
     body: bytes
     drop_headers: frozenset[bytes] = frozenset()
-    """Lower-case names of fields that must not go upstream (`accept-encoding`, where the response has to be read)."""
+    """The lower-case names of fields that must not go upstream (`accept-encoding`, where the response has to be
+    read)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ from hemostat_calibration.statistics.dependence import MIN_HISTORY, MIN_UNITS, B
 MAX_KINDS = 128
 
 MAX_LEARNING = 4096
-"""Requests of a kind's baseline that are kept; of more, every second one, every fourth one, …"""
+"""The largest number of requests of a kind's baseline that are kept; of more, every second one, every fourth one, …"""
 EFFECTIVE_SHARE = 0.7
 """The share of `Settings.baseline_requests` that has to be effective requests before a baseline is complete."""
 CHECK_EVERY = 10

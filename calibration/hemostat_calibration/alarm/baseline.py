@@ -65,8 +65,8 @@ MIN_BASELINE_REQUESTS = 30
 """With fewer, no ramp has a limit that a bet could gain with."""
 
 STAKES = (0.85, 0.2)
-"""Parts of the wealth that strategies stake on each ramp: the small one finds what only some of the requests show, such
-as a change of one engine of four."""
+"""The parts of the wealth that strategies stake on each ramp: the small one finds what only some of the requests show,
+such as a change of one engine of four."""
 
 LOG_WEIGHTS = np.log([0.45, 0.2, 0.1, 0.05, 0.1, 0.1])
 """Natural logarithms of the parts of what is funded, by stake and ramp. Most of it is for a large stake on the flat
@@ -86,8 +86,8 @@ CLEARING = LEVELS.tolist().index(4.0)
 """The level whose bets say whether an alarm is over."""
 
 MAX_STAKE, MIN_DEVIATION, SUPPOSED = 0.95, 0.02, 2.0
-"""Parameters of the bets on a baseline's means: the largest part of the wealth, the least standard deviation, and the
-evidence that the bets are best for."""
+"""The parameters of the bets on a baseline's means: the largest part of the wealth, the least standard deviation, and
+the evidence that the bets are best for."""
 _MEANS = np.linspace(0.0, 1.0, 65)
 _DEVIATION = 0.6745
 """The median absolute deviation of a normal distribution, in units of its standard deviation."""

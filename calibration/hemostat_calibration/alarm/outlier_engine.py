@@ -55,13 +55,14 @@ from hemostat_calibration.elapsed import TimeBreak
 from hemostat_calibration.errors import InvalidArgumentError
 
 RESTARTS = 3
-"""Runs that begin anew, one after the other."""
+"""The number of runs that begin anew, one after the other."""
 RESTART_UNITS_PER_ENGINE = 4
 """The number of units of an engine between two restarts, on average. More often finds late changes sooner, and costs
 more parts; a window is as long as RESTARTS of them, and shorter ones pay for their maximum more often."""
 MAX_STRATUM_UNITS = 128
-"""Figures that a unit is compared with; then the stratum begins anew. All at once: after a part of the order was
-forgotten, gaps would not be equally likely, given what was seen."""
+"""The largest number of figures that a unit is compared with; then the stratum begins anew. All of them are forgotten
+at once: after a part of the order was forgotten, gaps would not be equally likely, given what was seen.
+"""
 ACTIVE_SECONDS = 3600.0
 """An engine without a unit for so long is neither tested nor counted for the length of windows."""
 COHORT = 4
@@ -356,8 +357,9 @@ def max_log_likelihood(counts: npt.NDArray[np.int64]) -> Floats:
 
 
 def _restart(test: EngineTest, first: int, now: float) -> EngineTest:
-    """Begin the next run anew; and, whenever the last one does, the window of the first. first: number of the next
-    unit."""
+    """Returns the test with its next run begun anew. Whenever this is the last one, the window of the first run begins
+    anew, too. first: the number of the next unit.
+    """
     run = 1 + test.restarts % RESTARTS
     begun, windows, recovery = test.begun.copy(), test.windows.copy(), test.recovery
     begun[run] = first

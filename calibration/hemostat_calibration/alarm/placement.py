@@ -19,7 +19,7 @@ from hemostat_calibration.arrays import Floats, frozen
 NOISES = (0.02, 0.15, 0.35)
 """The probabilities of being on the wrong side of the threshold; a strategy for each and for either direction."""
 FARTHER = np.tile([False, True], len(NOISES))
-"""Strategies that suppose that the engine's figures are higher."""
+"""The strategies that suppose that the engine's figures are higher."""
 LOG_WEIGHTS = np.log(np.repeat([0.4, 0.07, 0.03], 2))
 """Natural logarithms of the parts of what is funded, by strategy."""
 _BELOW = np.where(FARTHER, np.repeat(NOISES, 2), 1.0 - np.repeat(NOISES, 2))

@@ -69,10 +69,10 @@ from hemostat_calibration.divergence.view import (
 from hemostat_calibration.records import Candidates, TokenRecord
 
 MIN_RATIO = math.exp(-16.0)
-"""Least ratio of two probabilities outside S that the upper bounds of KL rest on; see `Bounds.min_ratio`."""
+"""The least ratio of two probabilities outside S that the upper bounds of KL rest on; see `Bounds.min_ratio`."""
 
 _COMPARED = 8192
-"""Largest number of pairs of ids in a row that are compared directly."""
+"""The largest number of pairs of ids in a row that are compared directly."""
 
 
 @dataclass(frozen=True, slots=True)

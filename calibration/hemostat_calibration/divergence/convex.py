@@ -9,7 +9,7 @@ import numpy as np
 from hemostat_calibration.arrays import Floats
 
 _CUTS = 4
-"""Cutting planes after the first two: what is left open is then far below the bound itself."""
+"""The number of cutting planes after the first two: what is left open is then far below the bound itself."""
 
 
 def convex_lower_bound(function: Callable[[Floats], tuple[Floats, Floats]], left: Floats, right: Floats) -> Floats:

@@ -51,7 +51,7 @@ from hemostat_calibration.records import TokenRecord
 from hemostat_calibration.statistics.streaming import student_975
 
 POSITIONS = (*range(1, 17), *(round(16 * 2 ** (k / 4)) for k in range(1, 33)))
-"""Output tokens after which the survival is kept: 1 to 16, then four to an octave, to 4096."""
+"""The output tokens after which the survival is kept: 1 to 16, then four to an octave, to 4096."""
 
 _COUNT = len(POSITIONS)
 _AT: npt.NDArray[np.int64] = np.array(POSITIONS, dtype=np.int64)

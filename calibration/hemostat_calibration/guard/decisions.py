@@ -72,28 +72,42 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """The evidence of one test: one profile in one kind. Gains per token, in nats or of the total variation (`figure`);
-    of each unit, its mean over tokens.
+    """The evidence of one test: of one profile in one kind. Gains are per token, in nats or of the total variation
+    (`figure`); a unit's gain is the mean over its tokens.
 
-    units, tokens: held-out ones that counted (for a serving profile: in this window).
-    mean_gain, mean_gain_by_token: by unit, and by token. Of the end that counts against the action (lower for a
-        candidate, upper for a serving profile). NaN before the first unit.
-    low, high: of mean_gain, at 95 %, valid at every look; for people. Wider than what the decisions follow from, since
-        it holds on both sides and under drift (`statistics.running_mean`).
-    log_e: evidence for the action, log of an e-value: that a candidate's gain is above 0; that a serving profile harms
-        (the mean of the e-values by unit and by token). It needs no single client.
-    log_e_adjusted: of a candidate after accounting for the other kinds of its test; else as log_e.
-    needed: the action is taken where log_e_adjusted reaches this: log(1/alpha).
-    clients: seen by the test. refused: units that were not counted because of their client's share.
-    client_share_active: false below `wealth.MIN_CLIENTS` clients: then nothing limits what one client contributes.
-    alpha: spent on this test. test: its number: of a candidate, among all candidates' tests; of a serving profile,
-        among the windows of this kind.
-    window: length in units; 0 for a candidate. supported: in this window the evidence that the gain is above 0 has
-        reached 1/(the whole alpha). frozen: promoted in this kind, nothing more is counted.
-    mean_kl_gain, mean_kl_gain_by_token: where `figure` is the total variation, the gain in KL of the same units, nats:
-        estimates without an interval, since such a gain has no lower bound; -inf where the profile gives no
-        distribution at a token. None if gains are in nats.
-    inflation: v̂, by whose inverse the evidence was raised to a power; see `statistics.dependence`.
+    units, tokens: the numbers of held-out ones that counted (for a serving profile: in this window).
+
+    mean_gain, mean_gain_by_token: the mean over units, and over tokens, at the end that counts against the action (the
+    lower end for a candidate, the upper one for a serving profile). NaN before the first unit.
+
+    low, high: the ends of an interval of mean_gain at 95 %, which is valid at every look; it is for people. It is wider
+    than what the decisions follow from, since it holds on both sides and under drift (`statistics.running_mean`).
+
+    log_e: the evidence for the action, as the log of an e-value: that a candidate's gain is above 0; that a serving
+    profile harms (the mean of the e-values by unit and by token). It needs no single client.
+
+    log_e_adjusted: a candidate's log_e after accounting for the other kinds of its test; else log_e itself.
+
+    needed: log(1/alpha); the action is taken as soon as log_e_adjusted reaches it.
+
+    clients: the number of clients that the test has seen. refused: the number of units that were not counted because of
+    their client's share.
+
+    client_share_active: False below `wealth.MIN_CLIENTS` clients: then nothing limits what one client contributes.
+
+    alpha: the part of alpha spent on this test. test: the test's number: a candidate's among all candidates' tests, a
+    serving profile's among the windows of this kind.
+
+    window: the window's length in units; 0 for a candidate. supported: True if in this window the evidence that the
+    gain is above 0 has reached 1/(the whole alpha). frozen: True if the profile was promoted in this kind, so that
+    nothing more is counted.
+
+    mean_kl_gain, mean_kl_gain_by_token: the gain in KL of the same units, in nats, where `figure` is the total
+    variation: estimates without an interval, since such a gain has no lower bound; -inf if the profile gives no
+    distribution at a token. None if gains are in nats.
+
+    inflation: the variance inflation v̂, by whose inverse the evidence was raised to a power; see
+    `statistics.dependence`.
     """
 
     kind: str
@@ -134,5 +148,5 @@ class Evidence:
 
     @property
     def progress(self) -> float:
-        """Evidence as a part of what is needed, 0 to 1."""
+        """The evidence as a part of what is needed, 0 to 1."""
         return min(max(self.log_e_adjusted / self.needed, 0.0), 1.0)

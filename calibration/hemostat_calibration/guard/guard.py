@@ -82,10 +82,11 @@ MIN_CYCLES = 2
 profile gains from what all units of that cycle have in common, such as a template that is all traffic for a day.
 """
 MAX_COUNTED_KINDS = 256
-"""Kinds whose windows are counted each by itself; further ones share one count, so that no alpha is spent twice."""
+"""The largest number of kinds whose windows are counted each by itself; further ones share one count, so that no alpha
+is spent twice."""
 
 ALL_KINDS = ""
-"""Names the units of all kinds together, each relative to the mean of its kind."""
+"""The name of the units of all kinds together, each relative to the mean of its kind."""
 _UNKNOWN = "is not under test: begin one first"
 _NO_FIGURES: Mapping[str, Figure] = MappingProxyType({})
 
@@ -411,7 +412,7 @@ class Guard:
 
     @property
     def candidate_tests(self) -> int:
-        """Number of candidates' tests begun over the whole run."""
+        """The number of candidates' tests begun over the whole run."""
         return self._state.candidate_tests
 
     @property

@@ -31,9 +31,11 @@ STEP = 50
 """The number of units from one restart to the next."""
 MAX_RUNS = 8
 _FIRST = 0.25
-"""Part of the first run."""
+"""The part of the first run."""
 _SLOW = 8
-"""Parts of the runs fall as fast as 1/r² only beyond about this one."""
+"""The place of the bend in how alpha is shared: the parts of the first about 8 runs fall slowly, those of later ones
+about as 1/r².
+"""
 BY_UNIT, BY_TOKEN = range(2)
 
 

@@ -27,7 +27,7 @@ from hemostat_calibration.statistics.dependence import MAX_CLIENTS, MIN_UNITS, B
 from hemostat_calibration.statistics.running_mean import RunningMean
 
 MAX_UNITS = 4096
-"""Units that a test remembers: those that counted, and those that were refused."""
+"""The largest number of units that a test remembers, counted and refused ones."""
 MIN_UNITS_OF_FEW_CLIENTS = 30
 """Units before which nothing is decided while fewer than `MIN_CLIENTS` clients are seen: else the first few units, of
 whoever sends most, could decide before the others are met."""
@@ -326,7 +326,7 @@ class KindTest:
 
     @property
     def typical_tokens(self) -> float:
-        """Length of the answer in which a token stands, on average over tokens; no one client can make it large."""
+        """The length of the answer in which a token stands, on average over tokens; no one client can make it large."""
         sums = self.sums[: self.clients]
         if not self.units:
             return DEFAULT_TOKEN_CAP

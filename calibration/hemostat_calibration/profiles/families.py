@@ -142,7 +142,7 @@ FACTOR_PARAMETERS: Mapping[str, tuple[tuple[str, ...], str]] = {
 """An adapter's parameters for each layer, `<module>.<name>`: dimensions and type. The layer's factors are
 a × a_scale (by row) and b × b_scale (by row)."""
 MODULE_PATTERN = re.compile(r"\w{1,64}(?:\.\w{1,64}){0,31}", re.ASCII)
-"""Names of layers that an adapter may change: names of modules in Python."""
+"""The names of layers that an adapter may change: names of modules in Python."""
 
 MAX_SCALE = 1e15
 """The largest scale of an adapter's factors: the product of two factors is within float32 and bfloat16."""

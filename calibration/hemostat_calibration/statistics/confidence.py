@@ -53,7 +53,7 @@ from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.statistics.streaming import RatioEstimate
 
 NARROWEST_AT = 500
-"""Requests after which the intervals of means are narrowest, compared with those for a single look."""
+"""The number of requests after which the intervals of means are narrowest, compared with those for a single look."""
 MIN_REQUESTS = 20
 """The least number of requests in each arm for a difference."""
 MIN_CARRYING = 15.0

@@ -45,11 +45,12 @@ from hemostat_calibration.errors import InvalidArgumentError
 MIN_BATCHES = 24
 """Fewer say little of a variance."""
 MIN_UNITS = 48
-"""The least number of units: with fewer there is no batch length to estimate from."""
+"""The least number of units: with fewer, there is no batch length from which to estimate."""
 FEW_BATCHES = 3
-"""With fewer, nothing is told of a batch length at all; see `BatchMeans.inflation_of_sums`."""
+"""The least number of batches: with fewer, nothing is told of a batch length at all; see
+`BatchMeans.inflation_of_sums`."""
 MIN_EFFECTIVE = 20.0
-"""Effective units with fewer of which v̂ is not believed."""
+"""The number of effective units with fewer of which v̂ is not believed."""
 LEVELS = 15
 """The number of batch lengths: 1, 2, 4, …, 2¹⁴ units."""
 _QUANTILE = -0.8416212335729143
@@ -62,10 +63,10 @@ class BatchMeans:
     """Sums of batches of S series at a time, in memory that does not grow.
 
     A unit adds (x, n): the sum of a figure over its tokens, and their number; what is estimated is the inflation of
-    Σ(x − m n), with m = Σx/Σn. n = 1: of plain sums. n = 0 where a unit says nothing of a series.
+    Σ(x − m n), with m = Σx/Σn. n = 1 gives plain sums; n = 0 if a unit says nothing of a series.
 
-    units: so far. open: float64 [`LEVELS`, 2, S], x and n of the batch of each length that is not complete. sums:
-    float64 [`LEVELS`, 5, S], Σ of x, n, x², xn, n² over complete batches.
+    units: the number of units so far. open: float64 [`LEVELS`, 2, S], x and n of the batch of each length that is not
+    complete. sums: float64 [`LEVELS`, 5, S], Σ of x, n, x², xn, n² over complete batches.
 
     >>> means = BatchMeans.of(1)
     >>> for unit in range(960):
@@ -126,8 +127,8 @@ class BatchMeans:
         return result
 
     def inflation(self) -> Floats:
-        """Returns v̂ of each series, float64 [S]. It is infinite before `MIN_UNITS` units, and 1 if units did not
-        differ.
+        """Returns the variance inflation v̂ of each series, float64 [S]. It is infinite before `MIN_UNITS` units, and 1
+        if units did not differ.
         """
         series = self.sums.shape[2]
         if self.units < MIN_UNITS:
@@ -140,7 +141,8 @@ class BatchMeans:
         return result
 
     def inflation_of_sums(self, units: int) -> Floats:
-        """Returns v̂ of sums of up to so many further units, float64 [S]: never less than `inflation`.
+        """Returns the variance inflation v̂ of sums of up to so many further units, float64 [S]: never less than
+        `inflation`.
 
         Batch lengths ℓ with `FEW_BATCHES` count, too, with the larger factor of their upper limit: what units of a day
         have in common is seen in the few days that there were. A sum of fewer units than ℓ has as large a part of what
@@ -223,7 +225,8 @@ class RecentInflation:
 
 
 MIN_HISTORY = 96
-"""Units of a kind before which its v̂ is not known: over more than a handful of units nothing could be seen."""
+"""The least number of units of a kind before which its v̂ is not known: over more than a handful of units nothing could
+be seen."""
 MAX_CLIENTS = 64
 """The number of clients that are told from each other; further ones share their rows."""
 CLIENT_LEVELS = 6

@@ -22,7 +22,7 @@ from hemostat_calibration.elapsed import MAX_PAUSE_SECONDS, TimeBreak, elapsed
 from hemostat_calibration.errors import InvalidArgumentError
 
 MAX_COUNTED = 256
-"""Names that are counted at a time."""
+"""The largest number of names that are counted at a time."""
 MAX_NAME_LENGTH = 200
 """Characters; longer names are never followed."""
 TAKES_OVER = 2

@@ -64,7 +64,7 @@ class RunningMean:
 
     @property
     def mean(self) -> float:
-        """Sample mean; NaN before the first observation."""
+        """The sample mean; NaN before the first observation."""
         return self.total / self.observations if self.observations else math.nan
 
     def update(self, x: float) -> RunningMean:

@@ -47,9 +47,11 @@ RECENT_PROMPTS = 8192
 MAX_SHINGLES = 136
 """The first ones of a prompt that are no frames."""
 BLOCKS = (0, 512, 2048, 8192)
-"""Tokens are looked at from one of these to the next; no more of them where there are enough that are no frames."""
+"""The blocks of a prompt: its tokens are looked at from one of these to the next; no more of them where there are
+enough that are no frames."""
 _LENGTHS = np.array([0, 12, 17, 24, 34, 48, 68, 96, 136])
-"""Shingles of the beginnings that are compared. Of two neighbours the shorter one is 0.7 of the longer one."""
+"""The numbers of shingles of the beginnings that are compared. Of two neighbours the shorter one is 0.7 of the longer
+one."""
 _BEGINNINGS = [_LENGTHS[: np.searchsorted(_LENGTHS, count)] for count in range(MAX_SHINGLES + 1)]
 """The places at which `np.minimum.reduceat` cuts the shingles, by their number."""
 _FIELDS = {

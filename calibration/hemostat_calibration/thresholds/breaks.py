@@ -35,7 +35,7 @@ MIN_RATIO = 2.0
 KNOTS_PER_STEP = 16
 """The number of candidates for ψ between two settings."""
 TIE = 1e-9
-"""Relative difference in the sum of squares up to which two ψ fit equally well."""
+"""The relative difference in the sum of squares up to which two ψ fit equally well."""
 
 
 class Existence(StrEnum):

@@ -39,7 +39,9 @@ class AdapterFolder:
         self._registered = False
         """It is True once `close` is registered to be called at the end of the process."""
         self._held: OrderedDict[str, tuple[int, float]] = OrderedDict()
-        """Version: (bytes, when it was last asked for), the least recently used first."""
+        """The adapters' folders by version, each as its bytes and when it was last asked for, the least recently used
+        first.
+        """
 
     def find(self, version: str, now: float) -> Path | None:
         """Returns the path of an adapter that this process has written."""

@@ -18,7 +18,7 @@ log = logging.getLogger("vllm.hemostat")
 NAME = "hemostat"
 RESOLVE_SECONDS = 30.0
 MAX_WAITING = 8
-"""Look-ups at a time; further names are answered as unknown."""
+"""The largest number of look-ups at a time; further names are answered as unknown."""
 
 
 class Resolver:

@@ -18,7 +18,7 @@ _WRAPPED = "_hemostat_wrapped"
 
 
 class Serving:
-    """The server's OpenAIServingModels, once there is one."""
+    """Holds the server's OpenAIServingModels, which it learns of when the server constructs it."""
 
     def __init__(self) -> None:
         self._models: Any = lambda: None

@@ -21,12 +21,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_HEAD_BYTES = 16 * 1024
 HEAD_SECONDS = 10.0
-"""Limit from a connection's start, or a request's first byte, to the end of the request's head."""
+"""The limit from a connection's start, or a request's first byte, to the end of the request's head."""
 MAX_WAITING = 256
-"""Connections without a request; those that have waited longest are closed for others."""
+"""The largest number of connections without a request; those that have waited longest are closed for others."""
 MAX_WAITING_PER_ADDRESS = 64
 MAX_REQUESTS = 256
-"""Requests at a time; more are answered with 503."""
+"""The largest number of requests at a time; more are answered with 503."""
 RETRY_AFTER = "2"
 """The Retry-After, in seconds, of every answer with 503. By then another process is active, or this one has been
 started again.

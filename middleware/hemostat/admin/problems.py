@@ -40,11 +40,11 @@ wake anybody."""
 MAX_LOST_RATIO = 0.01
 """The limit of the share of lost captures: a restart of the control process loses a few."""
 MAX_DROPPED_RATIO, MIN_DROPPED = 0.2, 5
-"""Limits of the captures of LOST_SECONDS that were dropped."""
+"""The limits of the captures of LOST_SECONDS that were dropped."""
 MAX_REPEATED_RATIO, MAX_REPEATED = 0.005, 20
-"""Limits of the requests of LONG_SECONDS that were sent twice."""
+"""The limits of the requests of LONG_SECONDS that were sent twice."""
 MAX_OVERHEAD_SECONDS, MIN_OVERHEAD_REQUESTS = 0.01, 100
-"""Limit of the 99 % quantile of the relays' overhead, and how many requests it takes to know one."""
+"""The limit of the 99 % quantile of the relays' overhead, and how many requests it takes to know one."""
 MIN_EXPECTED_SCORES = 10.0
 """Where so many scores are expected, the probability that none occurs by chance is e^-10."""
 
@@ -52,7 +52,7 @@ LOGGED = {
     "HemostatUpstreamDown": "vLLM answers again",
     "HemostatEngineEjected": "all engines that are not drained get requests again",
 }
-"""Alerts of which no other part writes a line -> what the log says once the problem is over."""
+"""The alerts of which no other part writes a line -> what the log says once the problem is over."""
 ALARMS = {
     "budget": ("HemostatHemorrhage", "ALARM: the divergence is larger than alarm.budget_nats"),
     "change": ("HemostatModelChanged", "ALARM: the compressed model no longer matches its baseline"),

@@ -49,7 +49,7 @@ class ArmEndings(msgspec.Struct):
     """The number of responses by finish_reason."""
     output_tokens: int = 0
     loops: int = 0
-    """Responses that end in one block of text repeated."""
+    """The number of responses that end in one block of text repeated."""
     structured: dict[str, dict[str, int]] = {}
     """The number of answers for which JSON or tool calls were asked, by kind and outcome."""
 

@@ -66,7 +66,7 @@ class RelayFigures(msgspec.Struct, frozen=True):
     failed: float = 0.0
     """The part of them that the upstream answered with a server error, or not at all."""
     captured: float = 0.0
-    """Requests in the last LOST_SECONDS that were captured in a relay."""
+    """The number of requests in the last LOST_SECONDS that were captured in a relay."""
     lost: float = 0.0
     """The part of them that did not reach the control process."""
     dropped: float = 0.0
@@ -76,7 +76,7 @@ class RelayFigures(msgspec.Struct, frozen=True):
     repeated: float = 0.0
     """The part of them that was sent to the engine a second time."""
     completions: float = 0.0
-    """Complete answers of the routes that are scored, in the last LONG_SECONDS."""
+    """The number of complete answers of the routes that are scored, in the last LONG_SECONDS."""
 
     @property
     def failed_ratio(self) -> float:

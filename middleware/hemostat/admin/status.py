@@ -73,7 +73,7 @@ class Status(msgspec.Struct, frozen=True):
     `measurement.by_place`.
     """
     thinking: Report
-    """Length of the thinking and how often it does not end, by arm: `measurement.thinking`."""
+    """The length of the thinking and how often it does not end, by arm: `measurement.thinking`."""
     trajectory: Report
     noise_floor: Report
     excess: Report

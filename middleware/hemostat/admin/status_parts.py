@@ -69,7 +69,7 @@ class ShadowStatus(msgspec.Struct, frozen=True):
 class QueueStatus(msgspec.Struct, frozen=True):
     depth: int
     lag_seconds: float
-    """Age of the oldest capture that waits."""
+    """The age of the oldest capture that waits."""
 
 
 class CompressedStatus(msgspec.Struct, frozen=True):
@@ -92,7 +92,7 @@ class ModelStatus(msgspec.Struct, frozen=True):
     detail: str
     """The reason why the model is not scored, or the reference with which it is."""
     calibrated: bool
-    """Profiles are for this one; all figures outside of `models` are of it."""
+    """It is True if profiles are for this model; all figures outside of `models` are of it."""
     figures: Report
     """The figures of a matched model that is not calibrated."""
 
@@ -105,7 +105,7 @@ class ReferenceStatus(msgspec.Struct, frozen=True):
 class EnginesStatus(msgspec.Struct, frozen=True):
     live: int
     acknowledged: list[str]
-    """Profile versions that every rank of every engine holds."""
+    """The profile versions that every rank of every engine holds."""
     counters: dict[str, int]
     ignored_addresses: int
     """The number of addresses that relays have reported as engines, and that are none of the upstream's."""
@@ -118,7 +118,7 @@ class UpstreamStatus(msgspec.Struct, frozen=True):
     """The address as host:port."""
     relays: int
     up: int
-    """Relays that take it for healthy."""
+    """The number of relays that take it for healthy."""
     drained: bool
     outstanding: int
     requests: int

@@ -34,7 +34,8 @@ from hemostat_calibration.canaries import (
 
 ANSWER_TOKENS = 40
 BESIDE = (3, 6, 12)
-"""Sequences that are asked for at once in the baseline's replays, but for the first one: batches of several shapes."""
+"""The numbers of sequences that are asked for at once in the baseline's replays, but for the first one: batches of
+several shapes."""
 TOKENIZER_TEXT = "Hemostat 1,024 ≤ x; größer 温度 température\n\tif (a != b) { return [0x1f]; } // 😀"
 """A text for which tokenizers differ in the token ids."""
 PRIORITY = 1_000
@@ -89,7 +90,7 @@ class CanaryClient:
         self._scored, self._to_score = 0, 0
         self._priority: dict[str, int] = {"priority": PRIORITY}
         self.sent = 0
-        """Tokens of all sequences that the server was asked to score."""
+        """The number of tokens of all sequences that the server was asked to score."""
 
     @classmethod
     async def of(cls, server: VllmServer, model: str | None = None, progress: Progress = _silent) -> CanaryClient:

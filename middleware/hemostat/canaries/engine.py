@@ -38,7 +38,7 @@ class Reading:
     found: dict[str, Comparison] = field(default_factory=dict)
     """The comparisons of the last replay, by what it was compared with."""
     suspected: dict[str, int] = field(default_factory=dict)
-    """From what it was too far, and after which replay."""
+    """The replays after which it was too far from something, by what that was."""
     since: dict[str, float] = field(default_factory=dict)
     """The statements: from what it is too far, and since when, Unix time."""
     reference: tuple[float, float] | None = None
@@ -106,7 +106,7 @@ class EngineCanaries:
         self._server = server
         self._weights = weights
         self.readings = dict(readings)
-        """By served name, the base model's first."""
+        """The readings by served name, the base model's first."""
         self.now = Origin("")
         """The models that it serves, as `list_models` has found."""
         self.failure = ""

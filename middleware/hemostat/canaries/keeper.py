@@ -64,7 +64,7 @@ RETRY_SECONDS = 300.0
 """After an attempt that could not tell."""
 REQUEST_SECONDS = 60.0
 RECENT_SECONDS = 2 * HOUR_SECONDS
-"""Replays of other engines that are older are not compared with."""
+"""The age up to which replays of other engines are compared."""
 EQUAL, EXCEEDED, FAILED = "equal", "exceeded", "failed"
 
 

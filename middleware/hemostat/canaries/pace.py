@@ -45,7 +45,7 @@ class Pace:
         self._looked_at = min(stored.looked_at + ahead, now)
         self._spent = [(min(at + ahead, now), tokens) for at, tokens in stored.spent]
         self._low = asyncio.Event()
-        """Not more than one request above the average of the last hour is in progress."""
+        """It is set if not more than one request above the average of the last hour is in progress."""
 
     def look(self, outstanding: int) -> None:
         """Notes the load. outstanding: clients' requests in progress there now."""

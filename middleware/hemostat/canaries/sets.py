@@ -19,7 +19,7 @@ MAX_SETS = 33
 @dataclass(frozen=True, slots=True)
 class _Stored:
     sets: Mapping[str, CanarySet] = field(default_factory=dict)
-    """By served name, in the order in which they were taken: the base model's is the first."""
+    """The sets by served name, in the order in which they were taken: the base model's is the first."""
 
 
 class Sets:

@@ -15,12 +15,12 @@ from hemostat.commands.arguments import UsageError
 HELP = "Show and control calibration profiles."
 MODES = ("off", "observe", "auto")
 WHOLE_VERSION = 32
-"""Hex digits of a version; 8 or more of them are enough to name it."""
+"""The number of hex digits of a version; 8 or more of them are enough to name it."""
 VERSION_HELP = "Version of a profile. Its first 8 digits are enough."
 PROFILE_MARKER = b'"clamp_nats"'
-"""Bytes that stand in the header of every profile's file."""
+"""The bytes that stand in the header of every profile's file."""
 PEFT_TENSOR = b".lora_A.weight"
-"""Part of the names of a PEFT adapter's tensors."""
+"""The part of the names of a PEFT adapter's tensors."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,7 @@ FOREIGN_VARIABLES = frozenset(
         *("HEMOSTAT_ADAPTERS", "HEMOSTAT_ADAPTER_DIR", "HEMOSTAT_ADAPTERS_CPU_PRODUCT"),
     }
 )
-"""Variables with the same prefix that are not settings: the engine plugin, the commands and make read them."""
+"""The variables with the same prefix that are not settings: the engine plugin, the commands and make read them."""
 _KUBERNETES_NAME = re.compile(r"_SERVICE_(HOST|PORT)(_[A-Z0-9_]+)?$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
 _KUBERNETES_VALUE = re.compile(r"(tcp|udp|sctp)://")
 MAX_FILE_BYTES = 1024 * 1024
@@ -31,7 +31,7 @@ SECRETS_IN_FILES = (
     *(("admin", "token"), ("admin", "engine_token"), ("control", "token")),
     *(("upstream", "api_key"), ("reference", "api_key"), ("store", "url")),
 )
-"""Settings that the file named by `…_file` can hold in their place."""
+"""The settings that the file named by `…_file` can hold in their place."""
 MAX_SECRET_BYTES = 4096
 
 

@@ -19,7 +19,7 @@ RELAYS_ONLY = frozenset(
     | {"log.requests", "log.access", "log.access_clients", "upstream.max_connections"}
     | {"workers", "shutdown_seconds", "drain_seconds", "control.addresses", "control.ca"}
 )
-"""Settings that mean nothing to the control process."""
+"""The settings that mean nothing to the control process."""
 IN_PLACE = frozenset(
     {"shadow.rate", "shadow.allow_on", "log.level", "log.format"}
     | {"admin.token", "admin.token_file", "admin.engine_token", "admin.engine_token_file"}

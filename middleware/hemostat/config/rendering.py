@@ -23,7 +23,7 @@ COMMENTS = {
     ("admin", "engine_token"): "HEMOSTAT_ENGINE_TOKEN of a vLLM with the plugin",
     ("store", "url"): "sqlite:////var/lib/hemostat/hemostat.db outlasts a restart",
 }
-"""Settings that a file always has, in this order, as these are changed first; of all others it has what is not the
+"""The settings that a file always has, in this order, as these are changed first; of all others it has what is not the
 default."""
 COMMENT_COLUMN = 42
 _DEFAULTS = Settings.model_validate({"upstream": {"url": "http://none"}}).plain()

@@ -16,7 +16,7 @@ INTERVAL_REQUESTS = 50
 few of them have most of the tokens."""
 BUDGET_REQUESTS = 96
 PROMOTION_CONVERSATIONS = 96
-"""Scored conversations of a kind before which nothing is promoted there."""
+"""The number of scored conversations of a kind before which nothing is promoted there."""
 
 
 class WaitingTime(NamedTuple):

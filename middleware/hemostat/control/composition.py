@@ -141,7 +141,7 @@ class Control:
         self.references = make_references(settings)
         self.compressed_scorer = make_compressed_scorer(settings)
         self._others: dict[str, ModelIdentity] = {}
-        """By name, the models that profiles are not for, as they were compared last."""
+        """The models by name that profiles are not for, as they were compared last."""
         self.engine_scorer = (
             None if self.compressed_scorer is None else EngineScorer(self.addresses, settings.shadow.top_k)
         )

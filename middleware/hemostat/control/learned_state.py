@@ -17,7 +17,7 @@ log = logging.getLogger("hemostat.calibration")
 
 BLOB_KEY = "temperature_bias"
 SAVE_SECONDS = 300.0
-"""Between two writes, while something is learned."""
+"""The time between two writes, while something is learned."""
 MAX_UNSAVED_REQUESTS = 1000
 """The largest number of learning requests between two writes: so many are lost if the process dies."""
 LOOK_SECONDS = 1.0

@@ -45,7 +45,7 @@ from hemostat_calibration.errors import HemostatError
 log = logging.getLogger("hemostat.control")
 
 RETRY_SECONDS = (0.5, 1.0)
-"""Longest pauses between attempts at a store that fails, or that another process owns."""
+"""The longest pauses between attempts at a store that fails, or that another process owns."""
 CLOSE_SECONDS = 2.0
 
 
@@ -95,7 +95,7 @@ class Ownership:
         self.why = ""
         """The reason why it is not active, in one line."""
         self.on_move: Callable[[], None] = lambda: None
-        """Called after each change of the state."""
+        """A function that is called after each change of the state."""
         self.settled = asyncio.Event()
         """It is active, or waits for what it needs."""
         self._active, self._lost = asyncio.Event(), asyncio.Event()

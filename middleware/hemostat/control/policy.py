@@ -28,7 +28,7 @@ class LoadedAdapters(Protocol):
 
     @property
     def ready(self) -> frozenset[str]:
-        """Versions of the family `adapter` that some engine can serve now."""
+        """The versions of the family `adapter` that some engine can serve now."""
         ...
 
     def ready_at(self, name: str) -> frozenset[str]:
@@ -62,7 +62,7 @@ class PolicyPublisher:
         captures: CaptureSampling,
     ) -> None:
         self.settings = settings
-        """May be replaced; used at the next `publish`."""
+        """The settings, which may be replaced; they are used at the next `publish`."""
         self._link = link
         self._engines = engines
         self._profiles = profiles
@@ -78,9 +78,9 @@ class PolicyPublisher:
         self._captures = captures
         self._last: Policy | None = None
         self._waits_until: float | None = None
-        """Time by which the first policy is sent at the latest; None: it was."""
+        """The time by which the first policy is sent at the latest; None: it was."""
         self.generation = 0
-        """Number of policies that were sent."""
+        """The number of policies that were sent."""
 
     def begin(self) -> None:
         """Send the first policy once what served before can serve again, at most SETTLE_SECONDS later.

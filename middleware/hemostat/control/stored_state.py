@@ -78,8 +78,8 @@ class StoredState:
 
     @property
     def models(self) -> ModelIdentity:
-        """As they were set, and what the store knows of the same ones beyond that: the weights of engines that have not
-        reported yet."""
+        """The models as they were set, with what the store knows of the same ones beyond that: the weights of engines
+        that have not reported yet."""
         return self.models_with(self._models or ModelIdentity())
 
     def models_with(self, models: ModelIdentity) -> ModelIdentity:

@@ -18,11 +18,12 @@ MAX_WAITING_REQUESTS = 4096
 MAX_WAITING_BYTES = 256 << 20
 """The largest size of all answers that wait to be taken; above it the requests that have waited longest are dropped."""
 MAX_ANSWERS_PER_REQUEST = 64
-"""Further ones of the same nonce are dropped: a client may have set one of its own for all of its requests."""
+"""The largest number of answers of one nonce; further ones are dropped: a client may have set one of its own for all of
+its requests."""
 ANSWER_SECONDS = 120.0
 """After the last new answer of a request, its answers are dropped when they were not used."""
 MAX_SENDERS = 256
-"""API servers whose counts of dropped answers are kept."""
+"""The largest number of API servers whose counts of dropped answers are kept."""
 
 
 @dataclass(slots=True)
@@ -43,7 +44,7 @@ class AnswerBuffer:
         self._bytes = 0
         self.received = 0
         self.dropped = 0
-        """Answers that were not used in time, or that there was no room for here."""
+        """The number of answers that were not used in time, or that there was no room for here."""
         self._dropped_by_sender: OrderedDict[str, int] = OrderedDict()
         self._dropped_at_senders = 0
 

@@ -19,7 +19,7 @@ from hemostat_calibration.profiles.profile import VERSION_PATTERN
 MAX_REPORT_BYTES = 64 * 1024
 MAX_TAP_BYTES = 16 * 1024 * 1024
 BODY_SECONDS = 60.0
-"""Longest time in which a request's body has to arrive."""
+"""The longest time in which a request's body has to arrive."""
 
 
 def engine_router(

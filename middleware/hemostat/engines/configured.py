@@ -20,14 +20,14 @@ from hemostat_calibration.messages import shown_address
 log = logging.getLogger("hemostat.engines")
 
 RESOLVE_SECONDS = 5.0
-"""Pause between two look-ups of a name, as long as a relay's."""
+"""The pause between two look-ups of a name, as long as a relay's."""
 SOON_SECONDS = 1.0
-"""Shortest pause between two look-ups, when a relay has reported an address that the last one did not have."""
+"""The shortest pause between two look-ups, when a relay has reported an address that the last one did not have."""
 KEEP_SECONDS = 60.0
 """The seconds that an address is believed after the last look-up that had it: relays may have asked another name
 server."""
 MAX_IGNORED = 64
-"""Addresses that are remembered as ignored; no further ones are named in the log."""
+"""The largest number of addresses that are remembered as ignored; no further ones are named in the log."""
 
 
 class ConfiguredEngines:
@@ -39,12 +39,12 @@ class ConfiguredEngines:
         """Resolves the name; None if the addresses themselves are configured."""
         self._names = frozenset(() if upstream.resolves else (parse_origin(url).name for url in upstream.servers))
         self._resolved: dict[str, float] = {}
-        """By address, when a look-up last had it."""
+        """The time when a look-up last had an address, by address."""
         self._asked_for: set[str] = set()
-        """Addresses that relays have reported since the last look-up began, and that no look-up has had."""
+        """The addresses that relays have reported since the last look-up began, and that no look-up has had."""
         self._wake = asyncio.Event()
         self.ignored: dict[str, None] = {}
-        """Addresses that relays have reported and that are not the upstream's, at most MAX_IGNORED."""
+        """The addresses that relays have reported and that are not the upstream's, at most MAX_IGNORED."""
 
     def knows(self, name: str) -> bool:
         """Returns True if the upstream has an engine at this address (host:port)."""

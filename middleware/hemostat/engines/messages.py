@@ -18,7 +18,7 @@ RUN_BYTES, RUN_VERSION_BYTES = 512, 192
 MAX_POSITIONS = 1 << 18
 """The largest number of output positions of one tapped request."""
 FREE, UNKNOWN = -1, -2
-"""Values in `TapRun.set_rows` in place of a set."""
+"""The values in `TapRun.set_rows` in place of a set."""
 
 EVENTS = frozenset(
     {
@@ -33,7 +33,7 @@ EVENTS = frozenset(
 of the plugin."""
 
 MAX_CHILDREN = 1 << 14
-"""Choices of one tapped request; vLLM's own limit."""
+"""The largest number of choices of one tapped request; vLLM's own limit."""
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+\Z")]
 Version = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
@@ -77,7 +77,7 @@ class EngineReport(msgspec.Struct, frozen=True):
     """The model runner of vLLM: v1 or v2."""
     vllm: Text
     adapters: Annotated[list[Version], msgspec.Meta(max_length=64)] = []
-    """Adapters of Hemostat's that this rank's engine has loaded."""
+    """The adapters of Hemostat's that this rank's engine has loaded."""
     lora: LoraState | None = None
     """None: the engine was started without --enable-lora, or the general plugin is not enabled."""
     answers: bool = False
@@ -85,9 +85,9 @@ class EngineReport(msgspec.Struct, frozen=True):
     sets: bool = False
     """Taps say which ids a grammar allows (`TapRun.set_rows`)."""
     model: Annotated[str, msgspec.Meta(max_length=256)] = ""
-    """First served name of the model that `weights` is of."""
+    """The first served name of the model that `weights` is of."""
     weights: Fingerprint = ""
-    """Fingerprint of the weights that the engine has loaded (`hemostat_engine.weights`); "" if it is not known, and
+    """The fingerprint of the weights that the engine has loaded (`hemostat_engine.weights`); "" if it is not known, and
     of an older plugin."""
     plugin: PluginVersion = ""
     """The version of the plugin; "" of an older plugin, which does not say it."""
@@ -123,7 +123,7 @@ class TapRun(msgspec.Struct, frozen=True):
 
     @property
     def size(self) -> int:
-        """Bytes that it takes without its features, about."""
+        """The number of bytes that it takes without its features, about."""
         numbers = len(self.previous_ids or b"") + sum(map(len, self.versions.values()))
         numbers += len(self.set_rows) + len(self.sets)
         return RUN_BYTES + RUN_VERSION_BYTES * len(self.versions) + numbers

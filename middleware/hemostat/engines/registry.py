@@ -27,7 +27,7 @@ SILENCE_SECONDS = 15.0
 """A rank that has not reported for this long, and with it its engine, is gone."""
 MAX_ENGINES = 256
 MAX_HELD_VERSIONS = 8
-"""Versions that an engine is asked to hold (the plugin holds as many)."""
+"""The largest number of versions that an engine is asked to hold (the plugin holds as many)."""
 
 
 @dataclass(slots=True)
@@ -50,7 +50,7 @@ class EngineRegistry:
         self._engines: OrderedDict[str, dict[int, _Rank]] = OrderedDict()
         self._wanted: tuple[str, ...] = ()
         self._former: Counter[str] = Counter()
-        """Counters of engines that are gone."""
+        """The counters of engines that are gone."""
         self.secrets = RequestSecrets()
         self.taps = TapBuffer()
         self.answers = AnswerBuffer()

@@ -21,15 +21,17 @@ from hemostat.metrics.samples import Sample
 from hemostat_calibration.records import Features
 
 MAX_TAPPED_REQUESTS = 4096
-"""Tapped requests whose numbers wait to be taken; the oldest are dropped."""
+"""The largest number of tapped requests whose numbers wait to be taken; the oldest are dropped."""
 TAP_SECONDS = 120.0
 """After the last run of a request, its numbers are dropped when they were not used."""
 MAX_WAITING_NUMBER_BYTES = 256 << 20
-"""Numbers that wait to be taken, of all requests; above it the requests that have waited longest are dropped."""
+"""The largest size of the numbers that wait to be taken, of all requests; above it the requests that have waited
+longest are dropped."""
 MAX_WAITING_FEATURE_BYTES = 256 << 20
-"""Features that wait to be taken, of all requests; further ones are dropped, the other numbers are kept."""
+"""The largest size of the features that wait to be taken, of all requests; further ones are dropped, the other numbers
+are kept."""
 MAX_REQUEST_FEATURE_BYTES = 256 << 20
-"""Float32 features of one request; a longer request gets none."""
+"""The largest size of the float32 features of one request; a longer request gets none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ class TapBuffer:
     def __init__(self) -> None:
         self._taps: OrderedDict[str, _Tap] = OrderedDict()
         self.runs_dropped = 0
-        """Runs that were not used in time, or that there was no room for."""
+        """The number of runs that were not used in time, or that there was no room for."""
         self._number_bytes = 0
         self._feature_bytes = 0
 

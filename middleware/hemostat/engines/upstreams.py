@@ -52,7 +52,7 @@ class UpstreamEngines:
         self.configured = configured
         self._writes = writes
         self.drained: frozenset[str] = frozenset()
-        """Names of the engines that get no new requests."""
+        """The names of the engines that get no new requests."""
 
     def current(self) -> dict[str, UpstreamEngine]:
         """Returns the upstream's engines by name, in the order in which they are configured."""

@@ -32,9 +32,9 @@ from hemostat_calibration.engine_keys import PROFILE_KEY, TAP_KEY, TAP_TOP_KEY
 from hemostat_calibration.records import Arm, Sampling
 
 MAX_TRACEPARENT: Final = 64
-"""Characters of a client's traceparent that are kept."""
+"""The largest number of characters of a client's traceparent that are kept."""
 _DROPPED_HEADERS: Final = frozenset({b"accept-encoding"})
-"""Not sent upstream where the response has to be read."""
+"""The headers that are not sent upstream if the response has to be read."""
 
 
 class InterceptedExchange:

@@ -30,16 +30,16 @@ from hemostat.openai.tokens import ResponseTokens, error_reason, status_failure
 MAX_UNDECIDED_BYTES: Final = 64 * 1024
 """The largest number of bytes of a response that are held back while it may still turn out to be a refusal."""
 _REFUSALS: Final = frozenset({Unscored.LOGPROBS_REFUSED, Unscored.ENCODED})
-"""Failures that asking for logprobs has caused, and would cause again."""
+"""The failures that asking for logprobs has caused, and would cause again."""
 _REFUSAL_CODES: Final = (400, 422)
-"""vLLM's codes for a request that does not pass its validation: nothing was computed."""
+"""The codes of vLLM for a request that does not pass its validation: nothing was computed."""
 _ADAPTER_REFUSAL_CODE: Final = 404
-"""vLLM's for a request for an adapter that it does not know (any more)."""
+"""The code of vLLM for a request for an adapter that it does not know (any more)."""
 _TOO_LARGE_CODE: Final = 413
 """The status of a server that limits the size of bodies: what was added may have been too much."""
 _SERVER_ERROR_CODE: Final = 500
-"""vLLM's for a response that it cannot write as JSON: one with NaN as a log-probability, which only sampling asks for.
-Every other code of a server error says that the upstream is overloaded or gone, whatever was asked for."""
+"""The code of vLLM for a response that it cannot write as JSON: one with NaN as a log-probability, which only sampling
+asks for. Every other code of a server error says that the upstream is overloaded or gone, whatever was asked for."""
 _REPEATABLE_ROUTES: Final = frozenset({CHAT, COMPLETIONS})
 """The routes of whose answers the engine keeps nothing, so that generating one twice has no effect but its cost."""
 
@@ -120,10 +120,10 @@ class InterceptedResponse:
         self._from_tap = from_tap
         self._adapter = adapter
         self._start: _ResponseStart | None = None
-        """UNDECIDED, REPEATED: the first bytes, while they are read for a refusal."""
+        """The first bytes in UNDECIDED and REPEATED, while they are read for a refusal."""
         self._stripper: Stripper | None = None
         self._name: ModelName | None = None
-        """Restores the base model's name."""
+        """The part that restores the base model's name."""
         self._after_server_error = False
         """It is True in REPEATED if the request was repeated because of a server error."""
         self._adapter_refused = False

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Final
 
 MIN_REFUSALS: Final = 3
-"""Refusals in a row, without a sampled answer in between, before sampling pauses: one may be chance."""
+"""The least number of refusals in a row, without a sampled answer in between, before sampling pauses: one may be
+chance."""
 FIRST_PAUSE_SECONDS: Final = 30.0
 MAX_PAUSE_SECONDS: Final = 3600.0
 VAIN_REPEAT_PAUSE_SECONDS: Final = 10.0

@@ -53,4 +53,4 @@ TRANSITIONS: Final[dict[ResponseState, frozenset[ResponseState]]] = {
     REPEATED: frozenset(),
     ENDED: frozenset(),
 }
-"""From each state, the states that may follow it."""
+"""The states that may follow each state."""

@@ -22,13 +22,13 @@ from hemostat.ipc.supervised import die_with_parent
 from hemostat_calibration.messages import in_words
 
 CLOSE_SECONDS = 2.0
-"""Between the end of its input, or of its output, and the kill."""
+"""The time between the end of its input, or of its output, and the kill."""
 MAX_STDERR_BYTES = 4096
-"""Last bytes of the child's standard error, for the message about its end."""
+"""The number of last bytes of the child's standard error that are kept, for the message about its end."""
 STDERR_SECONDS = 1.0
 """The time for which the rest of its standard error is read after its end."""
 ONE_CORE: Mapping[str, str] = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-"""Environment of a child that takes one core, however many there are: serving comes first."""
+"""The environment of a child that takes one core, however many there are: serving comes first."""
 
 ReadMessage = Callable[[asyncio.StreamReader], Awaitable[bytes]]
 """The next message; asyncio.IncompleteReadError at the end."""

@@ -34,7 +34,8 @@ log = logging.getLogger("hemostat.control")
 
 READ_SIZE = 256 * 1024
 MAX_QUEUED_BYTES = 1024 * 1024
-"""Bytes of policies that a relay may leave unread before its connection is closed (it reconnects)."""
+"""The largest number of bytes of policies that a relay may leave unread before its connection is closed (it
+reconnects)."""
 MAX_LARGE_MESSAGES = 4
 """The number of messages of more than READ_SIZE that are received at a time, whatever the number of relays. The others
 wait, with at most three times READ_SIZE of each in memory; their relays drop captures when they have too many.
@@ -44,7 +45,7 @@ MAX_FORMER_RELAYS = 64
 of older ones are summed.
 """
 SILENCE_SECONDS = 30.0
-"""Without a message, after which a relay's connection is closed: its figures come once a second."""
+"""The time without a message after which a relay's connection is closed: its figures come once a second."""
 
 
 class RelayLink:

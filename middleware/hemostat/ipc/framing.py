@@ -50,7 +50,7 @@ class FrameReader:
 
     @property
     def missing(self) -> int:
-        """Bytes of the frame that has begun, as far as its length is known."""
+        """The number of missing bytes of the frame that has begun, as far as its length is known."""
         if len(self._buffer) < _HEADER.size:
             return 0
         return int(_HEADER.unpack_from(self._buffer)[0]) + _HEADER.size - len(self._buffer)

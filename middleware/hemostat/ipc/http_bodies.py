@@ -10,7 +10,7 @@ from __future__ import annotations
 import httpx
 
 IDENTITY = {"accept-encoding": "identity"}
-"""Headers of every request whose answer is read here."""
+"""The headers of every request whose answer is read here."""
 
 
 class AnswerRefused(Exception):

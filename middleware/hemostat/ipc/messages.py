@@ -48,7 +48,7 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
     token: str = ""
     """The relay token; not needed on a Unix socket."""
     process: str = ""
-    """Names the process among all relays, however often it connects."""
+    """The name of the process among all relays, however often it connects."""
     pid: int = 0
     worker: int = 0
     compiled: bool = False
@@ -83,9 +83,9 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     label: str
     arm: str
     requested: str | None
-    """Profile version that the engine was asked to apply; None for identity."""
+    """The profile version that the engine was asked to apply; None for identity."""
     nonce: str
-    """Hemostat's own name for the request among the engine's taps; "" without a tap."""
+    """The name that Hemostat gave the request among the engine's taps; "" without a tap."""
     stream: bool
     prompt_token_ids: bytes
     """The ids of the prompt, int32 [P]."""
@@ -101,7 +101,7 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     emitted_logprobs: bytes
     """The log-probabilities of the emitted tokens, float32 [T], nats."""
     temperature: float
-    """NaN where the sampling parameters are not known."""
+    """The temperature of the request; NaN if the sampling parameters are not known."""
     top_p: float
     sampling_top_k: int
     min_p: float
@@ -109,15 +109,15 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     captured_at: float
     """The time when it came to the control process, by its monotonic clock; without meaning before."""
     traceparent: str = ""
-    """W3C trace context that went upstream with the request; "" if it is not traced."""
+    """The W3C trace context that went upstream with the request; "" if it is not traced."""
     kind: str = ""
     """The full name of the request's kind of traffic, fixed before it went upstream."""
     conversation: bytes = b""
-    """16-byte salted digest: equal for every turn of one conversation; of the prompt where there is none."""
+    """A salted digest of 16 bytes, equal for every turn of one conversation; of the prompt where there is none."""
     client: bytes = b""
-    """8-byte salted digest of the header that names the client; empty without the header."""
+    """A salted digest of 8 bytes of the header that names the client; empty without the header."""
     adapter: str | None = None
-    """Version of the adapter that the response says answered it: the log-probabilities are the adapted
+    """The version of the adapter that the response says answered it: the log-probabilities are the adapted
     model's."""
     choice: int = 0
     """The number of this choice in the request."""
@@ -141,7 +141,7 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     engine_drawn: bool = False
     """The relay drew it at random, whatever the request is."""
     generated: int = -1
-    """Tokens of all choices together, by the response's usage; -1: it does not say."""
+    """The number of tokens of all choices together, by the response's usage; -1: it does not say."""
     logprobs: list[bytes] = []
     """The JSON of the response's `logprobs`, in pieces, as it came: it is parsed where the capture is scored. Empty
     where the candidates are here as arrays."""
@@ -180,7 +180,7 @@ class SampledCount(msgspec.Struct, frozen=True, array_like=True):
     """The count of sampled requests of one kind that ended in a relay, in one way."""
 
     kind: str
-    """Full name; "" if the request's body was not read."""
+    """The full name; "" if the request's body was not read."""
     outcome: str
     """The outcome: skipped or dropped."""
     reason: str
@@ -238,48 +238,51 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     shadow_allow_on: bool
     shadow_top_k: int
     shadow_max_tokens: int
-    """Longest prompt + output that is scored."""
+    """The longest prompt + output that is scored."""
     scoring: bool
-    """False: nothing is sampled (no reference, vocabulary mismatch)."""
+    """If it is False, nothing is sampled (no reference, vocabulary mismatch)."""
     tap: bool
-    """True: shadowed requests carry `hemostat_tap` (an engine plugin has reported)."""
+    """If it is True, shadowed requests carry `hemostat_tap` (an engine plugin has reported)."""
     forced: str | None
     """The version of the profile that is put on every request (tests, `--force-profile`); it wins over
     `serving_by_kind`.
     """
     control_fraction: float
     acknowledged: frozenset[str]
-    """Versions that every rank of every engine holds: what requests may ask for where there is one upstream address."""
+    """The versions that every rank of every engine holds: what requests may ask for where there is one upstream
+    address."""
     labels: frozenset[str]
     body_limit: int = 512 * 1024
     unscorable_models: frozenset[str] = frozenset()
-    """Served names (LoRA adapters) that the reference cannot score with: neither scored nor calibrated."""
+    """The served names (LoRA adapters) that the reference cannot score with: neither scored nor calibrated."""
     nonce_prefix: str = ""
     """The beginning of the values of `hemostat_tap`: if several middlewares share an engine, each gets its own."""
     kinds: frozenset[str] = frozenset()
-    """Kinds of traffic that are followed by themselves; requests of every other kind belong to `REST_KIND`."""
+    """The kinds of traffic that are followed by themselves; requests of every other kind belong to `REST_KIND`."""
     serving_by_kind: dict[str, str] = {}
-    """Kind -> the version that its treated requests ask for; identity if the kind is absent."""
+    """The version that the treated requests of a kind ask for, by kind; identity if the kind is absent."""
     salt: bytes = b""
-    """Secret of the store: with it conversations and clients are hashed, and arms assigned."""
+    """The secret of the store: with it conversations and clients are hashed, and arms assigned."""
     client_header: str = "authorization"
-    """Lower-case name of the header that names the client."""
+    """The lower-case name of the header that names the client."""
     treat_unjudged: bool = False
-    """Requests that cannot be scored may get a profile too."""
+    """It is True if requests that cannot be scored may get a profile too."""
     scorable_models: frozenset[str] | None = None
-    """Served names whose records are compared with a matched reference; None: not known yet, nothing is excluded."""
+    """The served names whose records are compared with a matched reference; None: not known yet, nothing is
+    excluded."""
     calibrated_models: frozenset[str] | None = None
-    """Served names of the model that profiles are for, and of its adapters; None: not known yet, none is excluded."""
+    """The served names of the model that profiles are for, and of its adapters; None: not known yet, none is
+    excluded."""
     adapters: frozenset[str] = frozenset()
     """The versions of the family `adapter`, which are asked for as the request's `model`."""
     base_models: frozenset[str] | None = None
-    """Served names of the model that profiles are for, without its adapters; None: not known yet. A request for any
+    """The served names of the model that profiles are for, without its adapters; None: not known yet. A request for any
     other model, such as a client's own adapter, never gets an adapter of Hemostat's."""
     answered_name: str = ""
     """The name that the server answers as `model` whichever of `base_models` is asked for."""
     adapter_names: bool = False
-    """Adapters that are named by a profile's version are Hemostat's own: hidden from the list of models, and a request
-    that names one is in no arm."""
+    """It is True if adapters that are named by a profile's version are Hemostat's own: hidden from the list of models,
+    and a request that names one is in no arm."""
     tap_tokens: bool = False
     """Every engine's plugin reports token ids and the most likely tokens, by choice, where `hemostat_tap_top` asks."""
     prefer_plugin: bool = False
@@ -292,7 +295,8 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     """Forms (`openai.form.Form`) whose responses are asked for ids only where logprobs cannot be: the engine computes
     them again."""
     grammars: bool = False
-    """Requests whose tokens a grammar restricts can be scored: every engine's plugin says which ids it allows."""
+    """It is True if requests whose tokens a grammar restricts can be scored: every engine's plugin says which ids it
+    allows."""
     drained: frozenset[str] = frozenset()
     """Engines (`EngineHealth.engine`) that get no new requests."""
     openai_sampling_defaults: bool = False

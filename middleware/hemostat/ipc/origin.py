@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from hemostat_calibration.messages import shown_address
 
 DNS = "dns+"
-"""Prefix of an address whose name stands for several engines, one for each of its addresses."""
+"""The prefix of an address whose name stands for several engines, one for each of its addresses."""
 
 
 @dataclass(frozen=True, slots=True)

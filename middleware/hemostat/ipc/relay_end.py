@@ -34,9 +34,9 @@ from hemostat.ipc.supervised import is_compiled
 log = logging.getLogger("hemostat.relay")
 
 MAX_QUEUED_BYTES = 16 * 1024 * 1024
-"""Bytes that may be queued for the control process; beyond that captures are dropped."""
+"""The largest number of bytes that may be queued for the control process; beyond that captures are dropped."""
 MAX_QUEUED_REPORTS = 1024
-"""Reports of outcomes that wait for the next message."""
+"""The largest number of reports of outcomes that wait for the next message."""
 REPORTS_PER_MESSAGE = 64
 """The number of reports that are sent at once; fewer are sent with the next figures."""
 STATS_SECONDS = 1.0
@@ -45,16 +45,17 @@ HOT_MODULE = "hemostat.relay.exchange"
 RECONNECT_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
 """The longest pauses between attempts to connect, each of them at every address."""
 ATTEMPT_SECONDS = 5.0
-"""For one address, from the look-up or the connection to the first answer."""
+"""The longest time for one address, from the look-up or the connection to the first answer."""
 SILENCE_SECONDS = 10.0
-"""Without a message, after which the control process counts as gone: it says every two seconds that it is there."""
+"""The time without a message after which the control process counts as gone: it says every two seconds that it is
+there."""
 POLICY_SECONDS = 30.0
 """The time after the last word of the control process for which its last policy is in force. A restart of that process
 then changes no request's arm.
 """
 
 MAX_LINES = 16
-"""Different ones of the log, until the control process is found again."""
+"""The largest number of different lines of the log, until the control process is found again."""
 PROCESS = secrets.token_hex(8)
 """The name of this process among all relays."""
 
@@ -122,7 +123,7 @@ class ControlLink:
         self.sampled = SampledTally()
         """The counts of this relay's sampled requests; they are sent with the figures."""
         self._said: set[str] = set()
-        """Lines of the log since the control process was last found: each is written once."""
+        """The lines of the log since the control process was last found: each is written once."""
 
     @property
     def _transport(self) -> asyncio.WriteTransport | None:

@@ -35,14 +35,14 @@ MAX_HANDSHAKES = 64
 takes milliseconds.
 """
 PAUSE_SECONDS = 0.02
-"""Without a new connection, for each handshake that failed: a TLS handshake takes a tenth of it."""
+"""The pause without a new connection for each handshake that failed: a TLS handshake takes a tenth of it."""
 MAX_PAUSE_SECONDS = 1.0
 LOG_SECONDS = 60.0
 """The time between two lines of the log about the same kind of refusal."""
 CLOSE_SECONDS = 1.0
 BACKLOG = 128
 READ_SIZE = 256 * 1024
-"""Twice as much of a connection waits in memory at most."""
+"""The number of bytes that are read at a time. Twice as much of a connection waits in memory at most."""
 
 
 class _Spoken(msgspec.Struct, tag="hello", frozen=True):

@@ -38,8 +38,8 @@ INITIAL_SERIES: Final[dict[str, list[tuple[str, ...]]]] = {
         for outcome in ("valid", "invalid", "cut")
     ],
 }
-"""Series that are exported as 0 before anything is counted: `rate()` ignores the first value of a series, and a panel
-without a series does not show whether there was nothing to count."""
+"""The series that are exported as 0 before anything is counted: `rate()` ignores the first value of a series, and a
+panel without a series does not show whether there was nothing to count."""
 
 
 def samples(total: Stats) -> Iterator[AnySample]:

@@ -7,8 +7,8 @@ from hemostat.ipc.messages import REST_KIND, Capture, SampledCount, SampledCount
 ID_BYTES = 4
 
 MAX_COUNTS = 1024
-"""Combinations of kind and ending that are counted at a time; the kinds of all further ones are counted as
-`REST_KIND`. Reasons are an enumeration, so that these are bounded, too."""
+"""The largest number of combinations of kind and ending that are counted at a time; the kinds of all further ones are
+counted as `REST_KIND`. Reasons are an enumeration, so that these are bounded, too."""
 
 
 def counted(capture: Capture) -> tuple[float, int | None]:

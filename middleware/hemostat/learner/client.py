@@ -41,7 +41,7 @@ BACKOFF = (0.5, 2.0, 10.0, 60.0)
 RETRY_TOKEN_GROWTH = 1.25
 """After a rejected or empty proposal, the next one is requested from this many times more tokens."""
 EXPORT_SECONDS = 300.0
-"""Between two exports of what was learned, while records come."""
+"""The time between two exports of what was learned, while records come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class Learner:
         self._exports: list[list[bytes]] = []
         """The exports that have arrived."""
         self._weights = ""
-        """Fingerprint of the compressed weights that are learned about; "" while they are not known."""
+        """The fingerprint of the compressed weights that are learned about; "" while they are not known."""
         self._generation = 0
         self._forgets = False
         """It is True if what the running process has learned is about other weights, and is not to be stored."""
@@ -138,16 +138,16 @@ class Learner:
         """A proposal was requested for this scope, and has not come yet."""
         self._proposals: deque[learner_messages.Proposed] = deque()
         self._last_attempt: dict[str, int] = {}
-        """By scope, the tokens that the last proposal was learned from, whether anything came of it or not."""
+        """The number of tokens by scope that the last proposal was learned from, whether anything came of it or not."""
         self._tokens_of_ended: Counter[str] = Counter()
-        """Tokens by source that processes which have ended had learned from."""
+        """The number of tokens by source that processes which have ended had learned from."""
         self._last_proposal: dict[str, Any] | None = None
         self._hidden_size = 0
         self.anchor_sets: dict[str, Ids] = {}
-        """Digest of the set of anchors that it reads -> their ids; empty while it reads none."""
+        """The digest of the set of anchors that it reads -> their ids; empty while it reads none."""
         self.state, self.detail = LearnerState.OFF, ""
         self.dropped: Counter[DropReason] = Counter()
-        """Records that were not sent to the learner, by reason."""
+        """The number of records that were not sent to the learner, by reason."""
 
     # --- called by the control process -----------------------------------------------------------------------------
 
@@ -175,7 +175,7 @@ class Learner:
 
     @property
     def wants_hidden_states(self) -> bool:
-        """Hidden states of the reference would be used."""
+        """It is True if hidden states of the reference would be used."""
         return self._learning and self._hidden_size > 0 and self._records.less_than_half_full
 
     def offer(self, record: TokenRecord, scope: str = ALL) -> None:

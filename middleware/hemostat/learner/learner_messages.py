@@ -20,10 +20,10 @@ class Start(msgspec.Struct, tag="start", frozen=True):
     """The first message; answered with `Ready` or `Refused`."""
 
     model: str
-    """Served name of the compressed model."""
+    """The served name of the compressed model."""
     vocab_size: int
     folder: str
-    """Checkpoint that holds the output embedding."""
+    """The folder of a checkpoint that holds the output embedding."""
     hidden_size: int
     """The size of the reference's hidden states; 0: there are none."""
     anchors: int
@@ -36,7 +36,7 @@ class Start(msgspec.Struct, tag="start", frozen=True):
     reference: str = ""
     """The digest of the reference's weights; "" if unknown."""
     stored_bytes: int = 0
-    """Most bytes of an export; 0: nothing is exported."""
+    """The largest size of an export; 0: nothing is exported."""
     restores: bool = False
     """It is True if `Restore` messages follow."""
 
@@ -119,7 +119,8 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
 
 
 class Exported(msgspec.Struct, tag="exported", frozen=True):
-    """Part of what was learned, at most `PART_BYTES`; a single empty one where it does not fit `Start.stored_bytes`."""
+    """A part of what was learned, at most `PART_BYTES`; a single empty one where it does not fit
+    `Start.stored_bytes`."""
 
     part: bytes
     last: bool
@@ -137,7 +138,7 @@ class Proposed(msgspec.Struct, tag="proposed", frozen=True):
     tokens: int
     """The number of tokens that it was learned from."""
     profile: bytes
-    """Empty: there is nothing to propose yet, or it failed, and `report` says why."""
+    """The profile's file. Empty: there is nothing to propose yet, or it failed, and `report` says why."""
     report: dict[str, str | int | float]
 
 
@@ -215,7 +216,7 @@ def row_bytes(rows: Iterable[Row]) -> int:
 
 
 MAX_FLOAT16 = 60000.0
-"""Hidden states are clipped to ± this, which is within float16."""
+"""The limit, ±, to which hidden states are clipped: it is within float16."""
 
 
 def _bytes(values: npt.NDArray[np.generic], dtype: str) -> bytes:

@@ -38,7 +38,8 @@ MAX_SCOPES = 8
 traffic.
 """
 MAX_ANCHOR_ELEMENTS = 1 << 26
-"""Elements of the output embedding that anchors are chosen from: enough rows, and seconds instead of minutes."""
+"""The largest number of elements of the output embedding that anchors are chosen from: enough rows, and seconds instead
+of minutes."""
 MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
 
 Send = Callable[[learner_messages.Answer], None]
@@ -73,7 +74,7 @@ class ScopedLearner:
         self._about = json.dumps([start.model, start.vocab_size, start.hidden_size, start.reference])
         self._stored_bytes = start.stored_bytes
         self.has_unsaved = False
-        """Something was learned since the last export."""
+        """It is True if something was learned since the last export."""
         detail = self._restore(stored) if stored else ""
         self.ready = learner_messages.Ready(anchors.astype("<i4").tobytes(), weight.shape[1], self._learned(), detail)
 

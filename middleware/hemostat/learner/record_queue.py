@@ -9,7 +9,7 @@ from hemostat.learner import learner_messages
 from hemostat_calibration.records import TokenRecord
 
 MAX_QUEUED_BYTES = 64 * 1024 * 1024
-"""Further records are dropped."""
+"""The largest size of the records that wait; further records are dropped."""
 MAX_BATCH_BYTES = 8 * 1024 * 1024
 
 

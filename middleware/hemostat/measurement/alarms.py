@@ -38,14 +38,14 @@ log = logging.getLogger("hemostat.alarm")
 
 MAX_EVENTS = 100
 ALL_KINDS = "all"
-"""Names the change test, which is of all kinds together."""
+"""The name of the change test, which is of all kinds together."""
 STATE_KEY = "alarm"
 """The key of the alarm's state in the store."""
 SPENT_KEY = "alarm.tests"
 """The store's key of the largest number of tests of any sort that have begun (`SpentAlpha`)."""
 SAVE_SECONDS = 60.0
-"""Longest pause between writes of the state. After a restart, evidence since the last one is lost. A test that begins
-is written at once: no alpha is spent twice."""
+"""The longest pause between writes of the state. After a restart, evidence since the last one is lost. A test that
+begins is written at once: no alpha is spent twice."""
 
 
 FLOORS_KEY = "noise_floors"

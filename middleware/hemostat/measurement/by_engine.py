@@ -38,7 +38,7 @@ SPENT_KEY = "engines.tests"
 ACTIVE_SECONDS = 86_400.0
 """The test is off where no engine was drawn for so long."""
 SAVE_SECONDS = 60.0
-"""Longest pause between writes of the state. A test that begins is written at once: no alpha is spent twice."""
+"""The longest pause between writes of the state. A test that begins is written at once: no alpha is spent twice."""
 
 
 class ByEngine:
@@ -54,7 +54,7 @@ class ByEngine:
         """The time when a scored request's engine was drawn last."""
         self._test = outlier_engine.init(alpha)
         self._totals: OrderedDict[str, tuple[int, float]] = OrderedDict()
-        """By engine, the one that answered last at the end: tokens with a finite KL, and their KL."""
+        """The totals by engine, the one that answered last at the end: tokens with a finite KL, and their KL."""
         self._raised: frozenset[str] = frozenset()
         self._writes = writes
         self._spent = SpentAlpha(SPENT_KEY, writes)

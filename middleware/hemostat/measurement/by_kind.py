@@ -27,7 +27,7 @@ from hemostat_calibration.records import Arm, ExactDistances, TokenRecord
 
 MAX_KINDS = 64
 MAX_VERSIONS = 4
-"""Profiles with a gain in one kind; the one that was not seen for the longest time is dropped."""
+"""The largest number of profiles with a gain in one kind; the one that was not seen for the longest time is dropped."""
 FIGURES_BY_KIND = (
     "kl_nats",
     "kl_nats_estimate",
@@ -46,7 +46,7 @@ class _Kind:
     raw: StageFigures = field(init=False)
     served: dict[Arm, StageFigures] = field(init=False)
     gains: OrderedDict[str, GainFigures | DistanceGains] = field(default_factory=OrderedDict)
-    """By version, the one that was seen last at the end."""
+    """The gains by version, the one that was seen last at the end."""
     totals: dict[str, tuple[int, float]] = field(default_factory=lambda: {str(arm): (0, 0.0) for arm in Arm})
     """The number of tokens with a finite KL, and the sum of their KL, of what was served, by arm. All records count."""
 
@@ -68,7 +68,7 @@ class _Kind:
 
 @dataclass(frozen=True, slots=True)
 class KindMetrics:
-    """Names of the metrics that the figures are exported as."""
+    """The names of the metrics that the figures are exported as."""
 
     kl_nats: str
     kl_tokens: str

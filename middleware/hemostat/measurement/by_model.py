@@ -16,7 +16,7 @@ from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.records import TokenRecord
 
 MAX_MODELS = 16
-"""Models with figures; the one that was not seen for the longest time is dropped."""
+"""The largest number of models with figures; the one that was not seen for the longest time is dropped."""
 
 
 class OtherModels:

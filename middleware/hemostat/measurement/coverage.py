@@ -27,8 +27,8 @@ SCORED, SKIPPED, DROPPED = OUTCOMES = ("scored", "skipped", "dropped")
 UNREAD_KIND = "unread"
 """The kind of requests whose body was not read: another route, too large, opted out by a header."""
 MAX_KINDS = 104
-"""Kinds with counts of their own. More than can be followed at a time: one that is not followed any more keeps its
-counts until others need the place."""
+"""The largest number of kinds with counts of their own. There are more than can be followed at a time: one that is not
+followed any more keeps its counts until others need the place."""
 MAX_REASONS = 256
 
 

@@ -28,7 +28,7 @@ CARRIED_BY_FEW = "not enough effective requests: a few of them carry the sum"
 """The reason in place of an interval where the number of effective requests is known and a few requests have most of
 the tokens; see `hemostat_calibration.statistics.confidence`."""
 ALL = "all"
-"""Names the kinds of traffic together."""
+"""The name of all kinds of traffic together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class Dependence:
 
     @property
     def whole(self) -> bool:
-        """Requests of a whole cycle were seen."""
+        """It is True if requests of a whole cycle were seen."""
         return self._last - self._first >= self._cycle.seconds
 
     def inflations_seen(self) -> Floats:

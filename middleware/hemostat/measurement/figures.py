@@ -96,14 +96,14 @@ HEADLINE = (
     *("kl_nats", "reverse_kl_nats", "js_nats", "total_variation", "kl_nats_upper"),
     *("kl_nats_estimate", "reverse_kl_nats_estimate", "top1_agreement"),
 )
-"""Figures that have a finite-sample interval, too, and are exported as metrics with their asymptotic ones."""
+"""The figures that have a finite-sample interval, too, and are exported as metrics with their asymptotic ones."""
 MAX_TOKENS = 4096
 """The default of `shadow.max_tokens`, which bounds the tokens of a scored request."""
 
 DRAFT_ACCEPTANCE_OF = {"total_variation", "total_variation_upper"}
-"""Figures that `draft_acceptance` is made of."""
+"""The figures that `draft_acceptance` is made of."""
 INFINITE = ("kl_nats", "reverse_kl_nats")
-"""Figures that may be infinite at a token; such tokens are also counted."""
+"""The figures that may be infinite at a token; such tokens are also counted."""
 
 
 def _ends(interval: ConfidenceInterval, *, known: bool) -> list[float | None]:

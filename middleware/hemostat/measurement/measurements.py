@@ -37,7 +37,8 @@ from hemostat_calibration.statistics.streaming import Histogram
 KL_EDGES = (0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 TV_EDGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 MAX_VERSIONS = 16
-"""Profiles with figures of their own; the one that was not seen for the longest time is dropped."""
+"""The largest number of profiles with figures of their own; the one that was not seen for the longest time is
+dropped."""
 
 STAGES = ("raw", "calibrated")
 DECODING_KINDS = ("greedy", "sampled")
@@ -46,9 +47,9 @@ DIRECTIONS = ("reference_compressed", "compressed_reference")
 """The directions of KL(first‖second)."""
 
 EXCESS = ("kl_nats", "reverse_kl_nats", "js_nats", "kl_nats_estimate", "reverse_kl_nats_estimate")
-"""Figures whose excess over the noise floor is reported, too: those that are quadratic in small differences, so that
-independent noise adds up. Total variation and agreement are not: the noise of a self-comparison has no known share of
-them. Upper bounds have no excess: they contain what the lists leave open, which is no noise."""
+"""The figures whose excess over the noise floor is reported, too: those that are quadratic in small differences, so
+that independent noise adds up. Total variation and agreement are not: the noise of a self-comparison has no known share
+of them. Upper bounds have no excess: they contain what the lists leave open, which is no noise."""
 FLOOR_SHARE = 0.5
 """The share of a model's floor that is in its divergence from the other model: a self-comparison compares two noisy
 computations of one model, and the raw figure has one noisy computation of each model.

@@ -36,7 +36,7 @@ STATE_KEY = "outcomes"
 SPENT_KEY = "outcomes.trials"
 """The store's key of the numbers of the trials, by kind (`SpentAlpha`)."""
 SAVE_SECONDS = 60.0
-"""Pause between writes of the state. After a restart, units since the last one are lost."""
+"""The pause between writes of the state. After a restart, units since the last one are lost."""
 _SEEN_BYTES = 6
 _FORMAT = 2
 _OUTCOMES = frozenset(outcome.value for outcome in Outcome)

@@ -15,7 +15,7 @@ from hemostat_calibration.divergence.trajectory import Survival, SurvivalCurve, 
 from hemostat_calibration.records import TokenRecord
 
 REPORTED_TOKENS = (1, 4, 16, 64, 256, 1024)
-"""Output tokens after which the survival is reported."""
+"""The numbers of output tokens after which the survival is reported."""
 
 
 class _Texts:

@@ -58,7 +58,7 @@ class _Arm:
     dependence: Dependence = field(init=False)
     """The dependence of the requests in the length, and in whether the thinking ends."""
     endless: Proportion = field(default_factory=Proportion)
-    """Requests that think and do not end it, of those that think."""
+    """The share of the requests that do not end their thinking, of all requests that think."""
     endings: Counter[str] = field(default_factory=Counter)
     """The number of records by ending. All records count."""
     tokens: int = 0

@@ -14,7 +14,7 @@ class Outcome(StrEnum):
     """The values of the label `outcome` of shadow requests."""
 
     SHADOWED = "shadowed"
-    """Captured in the relay; one of the other outcomes follows."""
+    """It was captured in the relay; one of the other outcomes follows."""
     SCORED = "scored"
     SKIPPED = "skipped"
     """It can never be scored."""
@@ -211,7 +211,7 @@ class Unscored(StrEnum):
 
 
 UNJUDGED: Final = tuple(reason for reason in Unscored if REQUEST in reason.counted_by)
-"""Reasons that are known before a request goes upstream."""
+"""The reasons that are known before a request goes upstream."""
 
 
 class RepeatReason(StrEnum):

@@ -25,7 +25,7 @@ class HistogramSample(NamedTuple):
     counts: list[int]
     """The number of values in each bucket (not cumulative), then of the values above the last edge."""
     total: float
-    """Sum of the values; what is not finite is exported as 0."""
+    """The sum of the values; what is not finite is exported as 0."""
 
 
 AnySample: TypeAlias = Sample | HistogramSample

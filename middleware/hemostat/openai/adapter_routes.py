@@ -18,7 +18,7 @@ ADAPTER_ROUTE_REFUSED = (
 _SEGMENTS = frozenset((b"load_lora_adapter", b"unload_lora_adapter", b"adapters"))
 _separator = re.compile(rb"[/\\?#]")
 _MAX_DECODED = 4
-"""Times that a target is decoded: every proxy between Hemostat and vLLM may do so once."""
+"""The largest number of times that a target is decoded: every proxy between Hemostat and vLLM may do so once."""
 
 
 def loads_adapters(target: bytes) -> bool:

@@ -26,7 +26,7 @@ _OTHERS: Final = bytes(set(range(256)) - set(_COUNTED))
 
 
 class TooComplex(ValueError):
-    """To read the body would take too long."""
+    """It would take too long to read the body."""
 
 
 def check_complexity(body: bytes) -> None:

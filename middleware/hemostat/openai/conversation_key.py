@@ -23,7 +23,7 @@ MAX_TEXT_BYTES: Final = 16 * 1024
 16 KiB of another one's text it does not matter that both go to the same engine.
 """
 MAX_OCCURRENCES: Final = 32
-"""Places that are looked at in search of the messages, or of the user."""
+"""The largest number of places that are looked at in search of the messages, or of the user."""
 
 # Quotation marks within JSON strings are escaped, so that nothing here is found inside of them.
 _STRING: Final = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'

@@ -48,7 +48,7 @@ GRAMMAR_PART: Final = "grammar"
 _MAX_BYTES_PER_CHARACTER: Final = 12
 """A JSON string's longest character: an escaped pair of surrogates."""
 _NAMED: Final = frozenset({"model", "label"})
-"""Parts that a name follows."""
+"""The parts that a name follows."""
 _NO_TOOLS: Final = ("none", {"type": "none"})
 """The latter in `/v1/messages`."""
 _CODE_SIGNS: Final = (
@@ -61,7 +61,7 @@ _CODE_SIGNS: Final = (
     b"import numpy",
     b"</div>",
 )
-"""Any of these is enough."""
+"""The signs of code, of which any is enough."""
 _LANGUAGES: Final = frozenset(
     b"python javascript typescript java c++ c# rust golang kotlin php ruby sql bash html css regex haskell perl".split()
 )

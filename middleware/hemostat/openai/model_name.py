@@ -95,7 +95,9 @@ class ModelName:
         return held
 
     def _replace(self, data: bytes, at: int) -> bytes:
-        """Returns the data with the version replaced everywhere. at: the first place of the version."""
+        """Returns the data with the version replaced wherever it is the model's name. at: the first place of the
+        version.
+        """
         version, start = self._version, 0
         parts: list[bytes] = []
         while at >= 0:

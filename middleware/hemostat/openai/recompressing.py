@@ -9,12 +9,13 @@ from hemostat.openai.forms.protocol import Stripper
 from hemostat.openai.tokens import ResponseTokens
 
 CODINGS = frozenset((b"gzip", b"x-gzip"))
-"""Values of Content-Encoding, lower case, that can be read. Not `deflate`: some servers send it without its header, and
-clients differ in which of the two they read."""
+"""The values of Content-Encoding, lower case, that can be read. Not `deflate`: some servers send it without its header,
+and clients differ in which of the two they read."""
 _WINDOW_BITS = 31
 """The parameter of zlib for a gzip header, and the largest window."""
 _MAX_PIECE = 1024 * 1024
-"""Bytes that are decompressed at a time, so that a small response cannot fill the memory at once."""
+"""The largest number of bytes that are decompressed at a time, so that a small response cannot fill the memory at
+once."""
 _LEVEL = 1
 _FIRST_BYTE = b"\x1f"
 """The first byte of every member."""

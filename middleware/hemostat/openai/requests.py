@@ -50,9 +50,9 @@ FROM_TAP = frozenset(
         Unscored.NO_TOKEN_IDS,
     }
 )
-"""Requests whose response has to stay as it is, and that can be scored from what the engine's plugin reports."""
+"""The requests whose response has to stay as it is, and that can be scored from what the engine's plugin reports."""
 MAX_CHOICES = 16
-"""Choices of one request that are recorded."""
+"""The largest number of choices of one request that are recorded."""
 LOGIT_EDITING_KEYS = (
     *("logit_bias", "bad_words", "allowed_token_ids", "min_tokens"),
     *("presence_penalty", "frequency_penalty"),
@@ -83,9 +83,9 @@ class RequestedLogprobs:
     top: int = 0
     """The number of alternatives at each position: 0, or 1, which is the emitted token."""
     as_ids: bool = False
-    """Tokens are named by their ids (`token_id:5`), not by their texts."""
+    """It is True if tokens are named by their ids (`token_id:5`), not by their texts."""
     restorable: bool = True
-    """False: a response with other logprobs cannot be turned back into that."""
+    """If it is False, a response with other logprobs cannot be turned back into that."""
 
 
 NO_LOGPROBS = RequestedLogprobs()
@@ -113,8 +113,8 @@ class Request:
     client_acts: bool
     """The client itself set a key of `vllm_xargs` that only Hemostat may use: it is removed."""
     conversation_key: bytes | None
-    """Equal for every turn of one conversation; of the prompt where no conversation can be recognized; None without a
-    prompt."""
+    """A key that is equal for every turn of one conversation; it is the prompt's if no conversation can be recognized;
+    None without a prompt."""
     messages: list[Message] | None
     """The messages of a chat."""
     min_prompt_tokens: int

@@ -63,7 +63,7 @@ ROUTES: Final = (
 )
 
 SCORED: Final[tuple[str, ...]] = tuple(route.path for route in ROUTES if route.support is Support.SCORED)
-"""Paths whose requests can be sampled, scored and calibrated."""
+"""The paths whose requests can be sampled, scored and calibrated."""
 
 FORMS: Final[dict[str, Form]] = {route.path: route.form for route in ROUTES if route.form is not None}
 """The path of a scored route -> the form of its requests."""
@@ -72,7 +72,7 @@ LABELS: Final[dict[bytes, str]] = {route.path.encode(): route.path for route in 
 """A request's path, as bytes -> its label in metrics; use OTHER for every other path."""
 
 REPEATABLE: Final[frozenset[str]] = frozenset(LABELS.values()) - {RESPONSES}
-"""Labels of the routes whose requests may be sent again, POST too: vLLM computes an answer and keeps nothing. Of
+"""The labels of the routes whose requests may be sent again, POST too: vLLM computes an answer and keeps nothing. Of
 `/v1/responses` it may keep the response."""
 
 SUPPORT: Final[dict[bytes, Support]] = {route.path.encode(): route.support for route in ROUTES}

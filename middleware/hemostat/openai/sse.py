@@ -16,7 +16,7 @@ _BLANK_LINE: Final = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 _LINE_END: Final = re.compile(rb"\r\n|\n|\r")
 
 MAX_EVENT: Final = 16 * 1024 * 1024
-"""Bytes of one incomplete event that are buffered."""
+"""The largest number of bytes of one incomplete event that are buffered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Parser:
         self._max_event = max_event
         self._buffer = bytearray()
         self._in_oversized = False
-        """Inside an event whose beginning was already passed on."""
+        """It is True inside an event whose beginning was already passed on."""
 
     @property
     def between_events(self) -> bool:

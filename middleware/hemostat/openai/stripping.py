@@ -26,7 +26,7 @@ from hemostat.openai.requests import NO_LOGPROBS, Request, RequestedLogprobs
 from hemostat.openai.tokens import ResponseTokens, error_reason, usage_decoder
 
 MAX_BODY: Final = 128 * 1024 * 1024
-"""Bytes of one response (not a stream) that are buffered until it is complete."""
+"""The largest number of bytes of one response (not a stream) that are buffered until it is complete."""
 
 _REASONING: Final = re.compile(rb'"reasoning(?:_content)?":"')
 """Matches no text: quotes are escaped there."""

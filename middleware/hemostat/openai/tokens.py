@@ -88,7 +88,7 @@ class ResponseTokens:
     """The tokens of one response. No choice is left after a failure: one that is incomplete fails them all."""
 
     top_k: int
-    """0: the response names ids only."""
+    """The number of candidates at each position. 0: the response names ids only."""
     limit: int
     """The largest number of prompt and output tokens together, of one choice."""
     expected: int = 1
@@ -101,7 +101,7 @@ class ResponseTokens:
     model: str = ""
     usage: Usage | None = None
     usage_expected: bool = True
-    """False: the response does not contain it, since it was not requested."""
+    """If it is False, the response does not contain it, since it was not requested."""
 
     def __post_init__(self) -> None:
         self.choices = [ChoiceTokens() for _ in range(self.expected)]

@@ -12,7 +12,7 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import shift_range
 
 MAX_PROFILES = 32
-"""Above this many, the oldest profiles that are not in use are evicted, from the store too."""
+"""The number of profiles above which the oldest ones that are not in use are evicted, from the store too."""
 MAX_PROFILE_BYTES = 1024 * 1024 * 1024
 """The same for the bytes of all parameters together."""
 MAX_ONE_PROFILE_BYTES = 255 * 1024 * 1024
@@ -24,7 +24,7 @@ MIN_GAIN_WIDTH_NATS = 1e-6
 
 
 class Catalogue:
-    """Profiles by version, oldest first, with the time at which each was created.
+    """Owns the profiles by version, oldest first, with the time at which each was created.
 
     wall: Unix time, seconds.
     """

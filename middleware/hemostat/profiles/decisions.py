@@ -22,7 +22,7 @@ from hemostat_calibration.guard.decisions import Evidence
 log = logging.getLogger("hemostat.calibration")
 
 MAX_EVENTS = 200
-"""Events held in memory; the oldest is forgotten."""
+"""The largest number of events held in memory; the oldest is forgotten."""
 
 
 class Decision(StrEnum):
@@ -67,7 +67,7 @@ class Reason(StrEnum):
     OTHER_MODEL = "other_model"
     """The profile was learned for another model than the one that is served now."""
     LOST = "lost"
-    """At a restart, the store does not hold it, or it cannot be read."""
+    """The store, at a restart, does not hold it, or it cannot be read."""
     SETTINGS = "settings"
     """At a restart, the settings are others, and do not allow it."""
 

@@ -34,7 +34,7 @@ class FollowedKinds:
 
     @property
     def followed(self) -> frozenset[str]:
-        """Without `REST_KIND`, which is always there."""
+        """The followed kinds without `REST_KIND`, which is always there."""
         return frozenset(self.table.followed)
 
     def after_break(self, time_break: TimeBreak) -> None:

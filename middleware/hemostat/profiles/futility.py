@@ -18,15 +18,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 
 MAX_UNPROVEN_UNITS = 500
-"""Held-out units of a kind after which it is not expected to decide any more, where a candidate of the same priority or
-a better one waits."""
+"""The largest number of held-out units of a kind after which it is not expected to decide any more, where a candidate
+of the same priority or a better one waits."""
 MAX_UNPROVEN_UNITS_BEFORE_LOWER = 4 * MAX_UNPROVEN_UNITS
 """The same where only candidates of a lower priority wait."""
 MIN_FUTILE_UNITS = 96
-"""Units from which on a kind without evidence of a gain is given up. Simulated with a spread of gains of 0.2: of 100
-profiles each that gain 0.08, 0.05 and nothing, 1, 24 and 100 are."""
+"""The least number of units from which on a kind without evidence of a gain is given up. Simulated with a spread of
+gains of 0.2: of 100 profiles each that gain 0.08, 0.05 and nothing, 1, 24 and 100 are."""
 MAX_SEEN_UNITS = 4 * MAX_UNPROVEN_UNITS
-"""Held-out units of any kind after which a candidate is dropped whatever its kinds have shown."""
+"""The number of held-out units of any kind after which a candidate is dropped whatever its kinds have shown."""
 
 
 def why_hopeless(

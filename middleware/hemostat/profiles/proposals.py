@@ -36,12 +36,12 @@ MIN_TOKEN_GROWTH = 2
 MIN_TOKEN_GROWTH_UNDER_TEST = 4
 """The same while the last proposal is still in the queue: the new one would only wait for the end of its test."""
 MAX_TOKENS_BETWEEN_PROPOSALS = 500_000
-"""More tokens than this are never waited for."""
+"""The largest number of tokens between two proposals: more are never waited for."""
 CONTEXTUAL_FIRST_FACTOR = 4
 """Where a contextual learner is at work, temperature and bias wait for its first proposal until they were learned from
 this many times `min_tokens`: earlier tests have more of alpha, and temperature and bias rarely win much."""
 BATCH_RECORDS = 8
-"""Records that are gathered before one update of temperature and bias."""
+"""The number of records that are gathered before one update of temperature and bias."""
 
 
 _PROPOSED_AT, _WEIGHTS = "proposed_at", "weights"

@@ -24,7 +24,7 @@ from hemostat_calibration.profiles.families import ADAPTER, layer_names
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
 
 MIN_UNITS_FOR_ESTIMATE = 10
-"""Below this many units nothing is said of how many more are needed."""
+"""The number of units below which nothing is said of how many more are needed."""
 
 
 class Report:

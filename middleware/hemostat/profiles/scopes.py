@@ -34,7 +34,7 @@ class Scopes:
         self.kind = kind
         self._seen: dict[str, None] = {ALL: None}
         self.rolled_back: set[str] = set()
-        """Scopes whose last profile was rolled back in some kind, and none has been promoted since."""
+        """The scopes whose last profile was rolled back in some kind, and none has been promoted since."""
 
     def __contains__(self, scope: str) -> bool:
         return scope in self._seen

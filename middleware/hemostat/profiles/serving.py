@@ -26,11 +26,13 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import TokenRecord
 
 MAX_SERVING_VERSIONS = 4
-"""Different profiles that serve at a time. With two candidates and the probe these are fewer than an engine holds."""
+"""The largest number of different profiles that serve at a time. With two candidates and the probe these are fewer than
+an engine holds."""
 MAX_TRIED_VERSIONS = 16
-"""Versions that a kind remembers as tested; the oldest is forgotten."""
+"""The largest number of versions that a kind remembers as tested; the oldest is forgotten."""
 MAX_FORMER_KINDS = 256
-"""Kinds that lost their place, of which it is remembered what was rolled back there; the oldest is forgotten first."""
+"""The largest number of kinds that lost their place, of which it is remembered what was rolled back there; the oldest
+is forgotten first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class KindState:
     learned_of: str = ALL
     """The scope that `version` was learned from."""
     window: int = DEFAULT_WINDOW
-    """Length of the windows in which `version` is watched, in units."""
+    """The length of the windows in which `version` is watched, in units."""
     chosen: bool = False
     """It is True if `version` was promoted by an operator, not on evidence."""
     pinned: bool = False
@@ -61,11 +63,11 @@ class KindState:
     held: str = ""
     """The reason why identity has to serve until an operator releases the kind; "" if it need not."""
     units: int = 0
-    """Held-out units of this kind so far; no test begins before the first."""
+    """The number of held-out units of this kind so far; no test begins before the first."""
     scope: str | None = None
     """The scope that the kind's requests belong to; None before its first record. Of `REST_KIND`: `ALL`."""
     tried: list[str] = field(default_factory=list)
-    """Versions that are not tested here again by themselves: rolled back, replaced or given up."""
+    """The versions that are not tested here again by themselves: rolled back, replaced or given up."""
 
     def add_tried(self, version: str) -> None:
         self.tried = [*(other for other in self.tried if other != version), version][-MAX_TRIED_VERSIONS:]
@@ -131,7 +133,7 @@ class ServingState:
 
     @property
     def versions(self) -> list[str]:
-        """Different versions that serve, or would; the one with the most held-out units first."""
+        """The different versions that serve, or would; the one with the most held-out units first."""
         units: dict[str, int] = {}
         for state in self.kinds.values():
             if state.version is not None:
@@ -164,7 +166,7 @@ class ServingState:
 
     @property
     def fixed(self) -> set[str]:
-        """Kinds in which an operator's decision, or the lack of one, is in force: held or pinned."""
+        """The kinds in which an operator's decision, or the lack of one, is in force: held or pinned."""
         return {kind for kind, state in self.kinds.items() if state.held or state.pinned}
 
     @property
@@ -173,7 +175,7 @@ class ServingState:
 
     @property
     def active(self) -> bool:
-        """Profiles are learned and judged."""
+        """It is True if profiles are learned and judged."""
         return self.model is not None and self.mode != "off" and self.forced is None
 
     def would_serve(self, record: TokenRecord) -> str | None:

@@ -84,7 +84,7 @@ class Candidate:
 
     @property
     def priority(self) -> int:
-        """Lower is tested first."""
+        """The priority of its family: a lower one is tested first."""
         rules = FAMILY_RULES.get(self.source)
         return rules.queue_priority if rules is not None else 0
 
@@ -119,7 +119,7 @@ class Trials:
         self._alpha = alpha
         self._is_adapter = is_adapter
         self.client_share = client_share
-        """Part of a test's units that one client may contribute."""
+        """The part of a test's units that one client may contribute."""
         self._gain_width = gain_width
         self._serving = serving
         self._on_begun = on_begun

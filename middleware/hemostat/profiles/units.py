@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from hemostat_calibration.records import ExactDistances
 
 Interval = tuple[float, float]
-"""Lower and upper end, nats."""
+"""The lower and the upper end of an interval, in nats."""
 
 
 @dataclass(frozen=True, slots=True)

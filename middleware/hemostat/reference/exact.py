@@ -20,8 +20,8 @@ from hemostat_calibration.allowed_sets import AllowedSets
 PROBE_TOKENS = 8
 PROBE_IDS = 4096
 MAX_NONLINEARITY = 0.01
-"""Difference from W h, relative to the largest logit, that still counts as rounding (bfloat16 has 8 bits). A softcap
-that changes logits by less than that does not matter."""
+"""The difference from W h, relative to the largest logit, that still counts as rounding (bfloat16 has 8 bits). A
+softcap that changes logits by less than that does not matter."""
 
 
 def nonlinearity(model: Any) -> str:

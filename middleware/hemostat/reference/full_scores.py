@@ -15,7 +15,7 @@ Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int32]
 
 CHUNK_ELEMENTS = 1 << 24
-"""Entries of one float32 log-softmax (64 MiB): positions are taken in chunks of this size."""
+"""The number of entries of one float32 log-softmax (64 MiB): positions are taken in chunks of this size."""
 
 
 @dataclass(frozen=True, slots=True)

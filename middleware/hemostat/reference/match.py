@@ -16,8 +16,8 @@ MAX_LESS_LIKELY_NATS = 0.5
 compressed copy.
 """
 MAX_SAME_NATS = 0.05
-"""Mean difference of the log-probabilities of one text's tokens, up to which two served names are one model. Repeated
-computations of one model in bfloat16 differ by about 0.01; two sizes of one family by more than 0.5."""
+"""The mean difference of the log-probabilities of one text's tokens, up to which two served names are one model.
+Repeated computations of one model in bfloat16 differ by about 0.01; two sizes of one family by more than 0.5."""
 
 PROBE_TEXT = (
     "Hello, world! 1234567890 3.14159  two spaces\n\ttabbed: def f(x): return x**2  # ok\n"
@@ -38,7 +38,7 @@ class Match:
     ok: bool
     """The reference can score the compressed model's tokens."""
     compared: bool
-    """False when the upstream could not be asked: no mismatch, and worth another attempt."""
+    """It is False if the upstream could not be asked: no mismatch, and worth another attempt."""
     detail: str
     """One line: what differs, what failed, or what was found equal."""
 

@@ -30,8 +30,8 @@ log = logging.getLogger("hemostat.control")
 RETRY_SECONDS = 3.0
 """The pause between attempts to start a reference and to compare it with the upstream."""
 MODELS_SECONDS = 30.0
-"""Pause between looks at what the servers serve: LoRA adapters may be loaded at run time. Also between attempts for a
-model that differs from its reference, while another one is scored."""
+"""The pause between looks at what the servers serve: LoRA adapters may be loaded at run time. Also between attempts for
+a model that differs from its reference, while another one is scored."""
 POLL_SECONDS = 0.5
 NAME_REFERENCE = "name one in reference.models"
 SCORES_FAILED = "the last scores failed; trying again"

@@ -88,7 +88,7 @@ class ServedModels:
 
     @property
     def models(self) -> frozenset[str]:
-        """Names of base models."""
+        """The names of base models."""
         return frozenset[str]().union(*(pair.names for pair in self.pairs))
 
     @property
@@ -101,7 +101,7 @@ class ServedModels:
 
     @property
     def scorable(self) -> frozenset[str] | None:
-        """Served names that are compared with a matched reference; None before anything was compared."""
+        """The served names that are compared with a matched reference; None before anything was compared."""
         if not any(pair.compared for pair in self.pairs):
             return None
         return frozenset[str]().union(*(pair.scorable for pair in self.pairs))

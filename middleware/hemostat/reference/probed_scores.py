@@ -12,9 +12,9 @@ from hemostat.reference.match import MAX_SAME_NATS, PROBE_TEXT
 from hemostat.reference.server import ModelCard, VllmServer
 
 PROBE_SECONDS = 300.0
-"""Between two probes, while requests are scored."""
+"""The time between two probes, while requests are scored."""
 MAX_PROBE_TOKENS = 64
-"""Tokens of each text that are scored."""
+"""The largest number of tokens of each text that are scored."""
 
 
 async def probed_scores(server: VllmServer, card: ModelCard) -> tuple[float, ...]:

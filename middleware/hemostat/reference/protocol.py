@@ -34,11 +34,11 @@ class ReferenceInfo:
 
     model: str
     digest: str
-    """Identifies the weights: a hash of the checkpoint's files, or of the server's model card."""
+    """The identity of the weights: a hash of the checkpoint's files, or of the server's model card."""
     dtype: str
     vocab_size: int
     full_vocabulary: bool
-    """True: entropies and expected shifts are exact."""
+    """If it is True, entropies and expected shifts are exact."""
     hidden_size: int = 0
     """The size d of the hidden states h that it returns, if the logits are W h up to a constant; 0: it returns none."""
     hidden_detail: str = ""
@@ -94,17 +94,19 @@ class ScoreRequest:
     codes: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
     """The codes of the contextual profiles, by version: float32 [T, r], y with Δz = clip(up · y)."""
     hidden: bool = False
-    """Return hidden states, where available."""
+    """It is True if hidden states are to be returned, where available."""
     reshaped: bool = False
-    """Compute it in another shape (of batch and prefill) than usual, for the noise floor."""
+    """It is True if scores are to be computed in another shape (of batch and prefill) than usual, for the noise
+    floor."""
     adapter: str = ""
     """One of `Reference.adapters`, to score with (on a server, any served name); NO_ADAPTER where it is no longer
     served."""
     allowed: AllowedSets | None = None
-    """Score conditionally on these ids, of T positions and this vocabulary: all others have the log-probability -inf,
-    and are not in `top`. GRAMMAR_NEEDS_FULL_VOCABULARY of a reference that gives only its top ids."""
+    """The ids that scores are conditional on, of T positions and this vocabulary: all others have the log-probability
+    -inf, and are not in `top`. GRAMMAR_NEEDS_FULL_VOCABULARY of a reference that gives only its top ids."""
     compressed: CompressedLogits | None = None
-    """Return `recovered`, where hidden states are available; not together with `allowed`."""
+    """The compressed model's logits, with which `recovered` is returned if hidden states are available; not together
+    with `allowed`."""
 
     @property
     def tokens(self) -> int:

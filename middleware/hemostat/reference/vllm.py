@@ -43,7 +43,7 @@ class _Completion(msgspec.Struct, frozen=True):
 
 
 _row = msgspec.json.Decoder(dict[int, _Entry], strict=False)
-"""Keys are token ids as strings."""
+"""The type of a position's entries; the keys are token ids as strings."""
 
 
 class VllmReference:

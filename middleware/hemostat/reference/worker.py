@@ -27,7 +27,7 @@ from hemostat.reference.scoring import Comparisons, HeldFunctionals, RequestFail
 from hemostat_calibration.errors import InvalidArgumentError
 
 NICENESS = 10
-"""Scoring yields the processor to whatever serves clients on this machine."""
+"""The niceness of the worker: scoring yields the processor to whatever serves clients on this machine."""
 
 
 class Model:

@@ -25,7 +25,7 @@ from hemostat_calibration.records import Candidates, RecoveredDivergence
 log = logging.getLogger("hemostat.reference")
 
 RESTART_SECONDS = (0.5, 1.0, 2.0, 5.0, 15.0, 60.0)
-"""Longest pause before a worker that ended is started again, by the number of failures in a row."""
+"""The longest pause before a worker that ended is started again, by the number of failures in a row."""
 
 TokenRequest = Callable[[int], worker_messages.Request]
 

@@ -85,7 +85,7 @@ class Compressed(msgspec.Struct, frozen=True):
 
 
 class Score(msgspec.Struct, tag="score", frozen=True):
-    """Score T output tokens after P prompt tokens."""
+    """Asks to score T output tokens after P prompt tokens."""
 
     id: int
     prompt: bytes
@@ -100,7 +100,7 @@ class Score(msgspec.Struct, tag="score", frozen=True):
     worker does not hold yet.
     """
     bases: dict[str, Basis]
-    """Likewise for functions of the token that also depend on a position's code."""
+    """The bases of functions of the token that also depend on a position's code."""
     wanted: list[str]
     """Every name whose expectation is to be computed; the worker drops all others."""
     codes: dict[str, bytes]
@@ -108,11 +108,14 @@ class Score(msgspec.Struct, tag="score", frozen=True):
     hidden: bool
     """It is True if hidden states are to be returned."""
     reshaped: bool = False
-    """Compute only the scores, in another shape (see `exact.score`); what the worker holds does not change."""
+    """It is True if only the scores are to be computed, in another shape (see `exact.score`); what the worker holds
+    does not change."""
     allowed: Allowed | None = None
-    """Score conditionally on these ids."""
+    """The ids that scores are conditional on."""
     compressed: Compressed | None = None
-    """Compare with the compressed model's recovered distribution; only where it `compares`."""
+    """The compressed model's logits, whose recovered distribution is to be compared with the reference; only where the
+    worker `compares`.
+    """
     states: bytes = b""
     """The final hidden states that predict `output`, bfloat16 [T, d], for an output head; then `prompt` is not used."""
 
@@ -143,7 +146,8 @@ class Loaded(msgspec.Struct, tag="loaded", frozen=True):
     folder: str
     """The folder of the checkpoint."""
     hidden_size: int
-    """0: its logits are not a linear map of a hidden state; `hidden_detail` names the reason."""
+    """The size of hidden states. 0: its logits are not a linear map of a hidden state; `hidden_detail` names the
+    reason."""
     hidden_detail: str
     compares: bool
     """It compares with the compressed model's recovered distribution."""

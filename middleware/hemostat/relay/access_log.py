@@ -79,10 +79,11 @@ class AccessLog:
         self._bytes = 0
         """The number of bytes in `_waiting`."""
         self._handed_over: SimpleQueue[bytes | None] = SimpleQueue()
-        """To the thread; None: it ends."""
+        """The lines that were handed over to the thread; None: it ends."""
         self._writing: asyncio.Future[None] | None = None
         self._piece = MAX_BUFFERED_BYTES if stat.S_ISREG(os.fstat(descriptor).st_mode) else select.PIPE_BUF
-        """Bytes of one write. Relays share the descriptor: a longer write to a pipe may be mixed with another's."""
+        """The largest number of bytes of one write. Relays share the descriptor: a longer write to a pipe may be mixed
+        with another's."""
         self._torn = False
         """The last line in the file lacks its end."""
         # A daemon, unlike the threads of an executor: a pipe without a reader must not keep the process from ending.

@@ -18,11 +18,11 @@ from hemostat.relay.schema_check import MAX_SCHEMA_BYTES, Schema, Steps
 MAX_ANSWER_BYTES: Final = 64 * 1024
 """A longer answer is judged only by whether the whole of it parses."""
 MAX_CALLS: Final = 16
-"""Tool calls of one answer that are judged."""
+"""The largest number of tool calls of one answer that are judged."""
 _MAX_STARTS: Final = 4
-"""Places in a text at which JSON may begin."""
+"""The largest number of places in a text at which JSON may begin."""
 _MAX_READ_AGAIN: Final = 8 * 1024
-"""Characters that may be read before a further such place is tried."""
+"""The largest number of characters that may be read before a further such place is tried."""
 
 
 class _Function(msgspec.Struct):
@@ -196,8 +196,9 @@ def _decode(text: str) -> Any:
 
 
 def _find(text: str) -> Any:
-    """Returns the JSON in an answer: the whole of it, a fenced block, or from one of the first braces or brackets
-    on."""
+    """Returns the decoded JSON of an answer: of the whole text, of a fenced block, or of what begins at one of the
+    first braces or brackets.
+    """
     whole = _decode(text)
     if whole is not _NOTHING or len(text) > MAX_ANSWER_BYTES:
         return whole

@@ -39,12 +39,12 @@ SLOW_UPLOAD_BYTES_PER_SECOND: Final = 32 * 1024
 SLOW_UPLOAD_SECONDS: Final = 2.0
 """The least time for which the rate of an upload is measured."""
 LINGER_SECONDS: Final = 1.0
-"""From the end of the last response to closing the connection, for the client to read it."""
+"""The time from the end of the last response to closing the connection, for the client to read it."""
 
 MEMORY_EXHAUSTED: Final = "the proxy's memory for requests is exhausted"
 
 _RESET: Final = struct.pack("ii", 1, 0)
-"""Value of SO_LINGER with which closing sends a reset."""
+"""The value of SO_LINGER with which closing sends a reset."""
 _last_blank: Final = re.compile(rb"\n(?!\r\n)").search
 """The end of the last one of several empty lines."""
 
@@ -118,7 +118,7 @@ class ClientConnection(asyncio.Protocol):
         self.eof = False
         """The client has shut down its sending side, or is gone."""
         self.since = 0.0
-        """Event-loop time from which the client's time limits count."""
+        """The event-loop time from which the client's time limits count."""
         self._context = context
         self._clients = clients
         self.holding = Holding(self, b"")
@@ -133,7 +133,7 @@ class ClientConnection(asyncio.Protocol):
         self._work = 0
         """The amount that the present step of `_advance` counts for in `Turns`."""
         self._counted = 0
-        """Bytes of the buffer that the budget knows of."""
+        """The number of bytes of the buffer that the budget knows of."""
         self._body: RequestBodyReader | None = None
         """The reader of the present request's body; it is used in READING_BODY."""
         self._body_bytes = 0

@@ -16,7 +16,8 @@ from hemostat.relay.http.errors import error_body
 from hemostat.relay.http.request import RequestHead
 
 MAX_CLIENTS = 65_536
-"""Clients that are remembered; beyond it those without a request for the longest time are forgotten."""
+"""The largest number of clients that are remembered; beyond it those without a request for the longest time are
+forgotten."""
 UNLIMITED_METHODS = frozenset((b"GET", b"HEAD"))
 
 RATE, CONCURRENT = "rate", "concurrent"

@@ -28,7 +28,7 @@ class Evictable(Protocol):
 
     @property
     def since(self) -> float:
-        """Event-loop time from which it has waited."""
+        """The event-loop time from which it has waited."""
 
 
 Connection = TypeVar("Connection", bound=Evictable)

@@ -32,11 +32,11 @@ class RelayContext:
     turns: Turns
     counters: Counters
     authorization: bytes | None
-    """Field line that is sent upstream where the client sends no Authorization of its own."""
+    """The field line that is sent upstream where the client sends no Authorization of its own."""
     tracing: Tracing | None
     log_requests: bool
     hook: Hook | None
-    """May be replaced at any time; a request keeps the one that it began with."""
+    """The hook, which may be replaced at any time; a request keeps the one that it began with."""
     report_outcome: Callable[[OutcomeReport], bool] | None = None
     """Takes what the client of a treated or a control request got; False where it is dropped."""
     allow_adapter_routes: bool = False

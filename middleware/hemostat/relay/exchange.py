@@ -119,9 +119,9 @@ class Exchange:
         self._response: ResponseHead | None = None
         self._mode = _RAW
         self._held_head = b""
-        """HEAD_HELD: the response's head as it goes to the client; empty with BodyMode.COLLECTED."""
+        """The response's head in HEAD_HELD, as it goes to the client; empty with BodyMode.COLLECTED."""
         self._hold: asyncio.TimerHandle | None = None
-        """Releases the head, if the body is not there in time."""
+        """The timer that releases the head if the body is not there in time."""
         self._received = 0.0  # when the bytes were read that release the head (perf_counter)
         self._collected: list[bytes] | None = None
         """The response's body so far, with BodyMode.COLLECTED."""
@@ -192,7 +192,7 @@ class Exchange:
 
     @property
     def _collected_bytes(self) -> int:
-        """Up to so many bytes of a body are collected before any is sent upstream."""
+        """The number of bytes of a body that are collected at most before any is sent upstream."""
         limit = self._context.limits.buffered_body_bytes
         return limit if self._hook is None else max(limit, self._hook.body_limit)
 

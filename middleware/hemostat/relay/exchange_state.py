@@ -35,7 +35,7 @@ class ExchangeState(IntEnum):
     COLLECTING = auto()
     """The request's body is collected, because the hook wants to see it whole."""
     QUEUED = auto()
-    """Waits for a connection to the upstream; what has been read of the request is kept until then."""
+    """The request waits for a connection to the upstream; what has been read of the request is kept until then."""
     FORWARDED = auto()
     """The upstream has the request, as far as it has been read; its final response head is outstanding."""
     HEAD_HELD = auto()
@@ -69,4 +69,4 @@ TRANSITIONS: Final[dict[ExchangeState, frozenset[ExchangeState]]] = {
     TUNNEL: frozenset({DONE}),
     DONE: frozenset(),
 }
-"""From each state, the states that may follow it."""
+"""The states that may follow each state."""

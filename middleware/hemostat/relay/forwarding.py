@@ -9,7 +9,8 @@ from hemostat.ipc.origin import Origin
 from hemostat.relay.http.request import RequestHead
 
 MAX_REQUEST_ID: Final = 200
-"""Bytes of a client's X-Request-Id that are kept in logs, traces and records; all of it goes upstream."""
+"""The largest number of bytes of a client's X-Request-Id that are kept in logs, traces and records; all of it goes
+upstream."""
 
 _random: Final = random.Random()  # noqa: S311  identifiers, not secrets
 

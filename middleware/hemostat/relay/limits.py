@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Final
 
 RESERVED_DESCRIPTORS: Final = 64
-"""Open files that are neither clients' nor upstream connections: the event loop, the control process, logs."""
+"""The number of open files that are neither clients' nor upstream connections: the event loop, the control process,
+logs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from hemostat_calibration.outcomes import Outcome
 FINISH_REASONS: Final = frozenset(
     {"stop", "length", "tool_calls", "function_call", "content_filter", "abort", "error", "repetition"}
 )
-"""Values of finish_reason with a label value of their own; all others are counted as `other`."""
+"""The values of finish_reason with a label value of their own; all others are counted as `other`."""
 
 MAX_WHOLE_BYTES: Final = 256 * 1024
 """A response up to this size is kept whole; of a longer one only the tail is kept."""
@@ -54,14 +54,14 @@ _TOKENS: Final = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,9})(?!\d)
 # Inside a JSON string a quote is preceded by a backslash, so text written by a user does not match these.
 # Both patterns begin with letters: the search for a quotation mark would stop at each one in the body.
 _JSON_REQUESTED: Final = re.compile(rb'json((?<="json)(?:_object"|_schema"|":)|(?<="guided_json)")?')
-"""Group 1: the word is the name, or the value, that asks for JSON."""
+"""Finds the word json. Group 1: the word is the name, or the value, that asks for JSON."""
 _TOOLS_REQUESTED: Final = re.compile(rb'tools"(?<="tools"):\s*\[')
 _CALLS: Final = re.compile(rb'"(?:tool_calls|function_call)":\s*[\[{]\s*[{"]|"type":\s*"(?:tool_use|function_call)"')
 _MODEL: Final = re.compile(rb'"model":\s*"((?:[^"\\]|\\.){1,200})"')
 
 EARLY_ENDS: Final = {ends.CLIENT_GONE: Outcome.GIVEN_UP, ends.UPSTREAM_FAILED: Outcome.BROKEN_OFF}
-"""Ends of an exchange before its response is complete, of which the arms are compared. The others are answers of the
-relay's own, which it gives for reasons that do not depend on the arm."""
+"""The ends of an exchange before its response is complete, of which the arms are compared. The others are answers of
+the relay's own, which it gives for reasons that do not depend on the arm."""
 _OF_ANY_ANSWER: Final = (Outcome.LOOP, Outcome.CUT, Outcome.EMPTY, Outcome.GIVEN_UP, Outcome.BROKEN_OFF)
 """The outcomes that apply to the answer of any request."""
 
@@ -121,7 +121,7 @@ class OutcomeObserver:
         """form: of the request and the response."""
         self._form = form
         self.json = False
-        """JSON output was requested."""
+        """It is True if JSON output was requested."""
         self.tools = False
         """The request offers tools."""
         self.body = b""

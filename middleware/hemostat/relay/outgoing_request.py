@@ -69,10 +69,10 @@ class OutgoingRequest:
         self._started = started
         self._engine: Engine | None = None
         self.hook: FailOpenHook | None = None
-        """Called with the engine that the request goes to."""
+        """The hook, which is called with the engine that the request goes to."""
         self._context = context
         self._tried: tuple[Engine, ...] = ()
-        """Engines that failed to answer it."""
+        """The engines that failed to answer it."""
         self._failed: tuple[tuple[Engine, int], ...] = ()
         """The failed engines that could be reached, each with its status; 0: none."""
         self._resends = 0
@@ -80,7 +80,7 @@ class OutgoingRequest:
         """The engine whose name is in the encoded head."""
         self._budget = context.budget
         self._held = 0
-        """Bytes in the budget that wait to be sent: the head, and `_unsent`."""
+        """The number of bytes in the budget that wait to be sent: the head, and `_unsent`."""
         self._copied = 0
         """The number of bytes of `_whole` and `_original` that are counted in the budget."""
         self._upload: Holding | None = None
@@ -90,7 +90,7 @@ class OutgoingRequest:
         self._whole: bytes | None = None
         """The request as it went upstream, if it was whole and is kept."""
         self._original: tuple[list[bytes], int, bytes] | None = None
-        """Header lines, framing index and body as the client sent them, if a hook has rewritten the request."""
+        """The header lines, framing index and body as the client sent them, if a hook has rewritten the request."""
 
     @property
     def unsent_bytes(self) -> int:

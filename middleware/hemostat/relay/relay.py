@@ -27,7 +27,7 @@ from hemostat.relay.upstreams.resolver import Resolver
 from hemostat.relay.upstreams.settings import UpstreamSettings
 
 _trim: Final = cast("Callable[[int], int] | None", getattr(ctypes.CDLL(None), "malloc_trim", None))
-"""glibc's; other C libraries have none."""
+"""The function malloc_trim of glibc; other C libraries have none."""
 
 
 def return_freed_memory() -> None:
@@ -47,7 +47,8 @@ STOP_IDLE_SECONDS = 1.0
 REPLACED_IDLE_SECONDS = 5.0
 """The same once another relay has taken this one's place."""
 QUIET_ROUNDS = 3
-"""Rounds of the event loop without a new connection, after which none waits in the queues of the listening sockets."""
+"""The number of rounds of the event loop without a new connection, after which none waits in the queues of the
+listening sockets."""
 
 
 class Relay:
@@ -141,7 +142,7 @@ class Relay:
 
     @property
     def ready(self) -> bool:
-        """New connections are accepted."""
+        """It is True while new connections are accepted."""
         return bool(self._servers) and not self._context.draining
 
     def stats(self) -> Stats:

@@ -35,7 +35,7 @@ class RequestBudget:
         self._enforcing = False
         self._limit = limit
         self._peak = 0
-        """Most bytes that were held since `take_freed` was true."""
+        """The largest number of bytes that were held since `take_freed` was true."""
         self._max_uploads = max(1, max_connections // UPLOAD_SHARE)
         self._uploads = Shares()
         self._uploading: dict[Holding, None] = {}
@@ -47,7 +47,7 @@ class RequestBudget:
 
     @property
     def scarce(self) -> bool:
-        """Half of the bytes are in use: what is not needed is not kept."""
+        """It is True if half of the bytes are in use: what is not needed is not kept."""
         return 2 * self.held_bytes > self._limit
 
     def spares(self, size: int) -> bool:

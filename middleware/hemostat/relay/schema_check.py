@@ -17,11 +17,12 @@ import msgspec
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_NODES = 500
-"""Schemas within a schema, and values of `enum` and `const`, after references are replaced by what they refer to."""
+"""The largest number of schemas within a schema, and values of `enum` and `const`, after references are replaced by
+what they refer to."""
 MAX_DEPTH = 40
 """The largest depth of a schema, and of values that are compared with `enum` and `const`."""
 MAX_STEPS = 4_000
-"""Comparisons for one answer."""
+"""The largest number of comparisons for one answer."""
 
 _SUBSCHEMAS = frozenset({"additionalProperties", "items", "not"})
 _LISTS = frozenset({"allOf", "anyOf", "oneOf", "prefixItems"})
@@ -39,7 +40,7 @@ _REFUSED = frozenset(
         "$dynamicAnchor",
     }
 )
-"""Keywords that restrict values, or change what a reference means, and are not evaluated."""
+"""The keywords that restrict values, or change what a reference means, and are not evaluated."""
 _TYPES = frozenset({"null", "boolean", "integer", "number", "string", "array", "object"})
 
 

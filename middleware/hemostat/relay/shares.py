@@ -133,7 +133,7 @@ class Shares:
     def __init__(self) -> None:
         self.size = 0
         self._unranked: dict[Holding, None] = {}
-        """Oldest first; younger than all that are ranked."""
+        """The holdings without a rank, oldest first; they are younger than all that are ranked."""
         self._all = Group(b"")
         self._order = 0
 

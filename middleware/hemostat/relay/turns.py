@@ -41,7 +41,8 @@ class Turns:
         self._scheduled = False
         self._used: dict[bytes, int] = {}
         self._waiting: dict[bytes, dict[Waiting, None]] = {}
-        """By network, the one first that has waited for longest; the same for each network's connections."""
+        """The waiting connections by network, the network first that has waited for longest; the same for each
+        network's connections."""
 
     def use(self, network: bytes, size: int) -> bool:
         """Count work of so many bytes. Returns True if the network has used up its turn."""

@@ -34,7 +34,7 @@ class AnswerLosses:
 
     def __init__(self) -> None:
         self._recent: OrderedDict[str, deque[bool]] = OrderedDict()
-        """Engine -> whether each of its last answers was lost."""
+        """Whether each of an engine's last answers was lost, by engine."""
         self._paused_until: float | None = None
         self._pause = FIRST_PAUSE_SECONDS
 

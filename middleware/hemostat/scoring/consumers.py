@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("hemostat.control")
 
 TRACED_FIGURES = ("kl_rc", "kl_cr", "js", "tv", "top1_agreement", "covered_compressed")
-"""Attributes of the shadow span: means over the request's tokens."""
+"""The attributes of the shadow span: means over the request's tokens."""
 
 
 class RecordLearner(Protocol):

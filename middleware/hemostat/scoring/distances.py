@@ -20,7 +20,7 @@ from hemostat_calibration.records import ExactDistances, TokenRecord, with_dista
 log = logging.getLogger("hemostat.distances")
 
 MAX_WAITING = 256
-"""Records that wait for their distances; more are used without."""
+"""The largest number of records that wait for their distances; more are used without."""
 
 
 class DistanceSource(Protocol):

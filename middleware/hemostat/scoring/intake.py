@@ -1,4 +1,4 @@
-"""The captures that wait: for the engine's answers, in the queue, and for the engine's tap.
+"""The captures that wait for the engine's answers, in the queue, or for the engine's tap.
 
 A capture whose tap is not complete yet (the engine reports about once a second) stays in the queue, and those behind it
 go first.
@@ -133,7 +133,7 @@ def _output_tokens(capture: Capture) -> int:
 
 
 def _ids_among_choices(capture: Capture) -> bytes | None:
-    """Returns what distinguishes the choice's numbers from the numbers of the request's other choices; None: it is the
-    only one.
+    """Returns what distinguishes the choice's numbers from the numbers of the request's other choices; None if it is
+    the only one.
     """
     return capture.output_token_ids if capture.choices > 1 else None

@@ -148,12 +148,12 @@ class CaptureSampling:
         self.fraction = 1.0
         """The part of `shadow.rate` that is sampled."""
         self._total = 0.0
-        """Captures that would have come with the fraction 1."""
+        """The number of captures that would have come with the fraction 1."""
         self._would_come: SmoothedRate | None = None
         """None while nothing is scored."""
         self._taken = 0
         self._seconds = 0.0
-        """Mean time that a worker takes for one of the last captures."""
+        """The mean time that a worker takes for one of the last captures."""
 
     def received(self) -> None:
         """Notes that a capture has come."""

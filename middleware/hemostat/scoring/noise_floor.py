@@ -31,11 +31,11 @@ from hemostat_calibration.records import Arm, Candidates, Sampling, TokenRecord,
 log = logging.getLogger("hemostat.floor")
 
 MAX_QUEUED_RECORDS = 8
-"""Records that wait to be scored again; more are left out, and counted as `busy`."""
+"""The largest number of records that wait to be scored again; more are left out, and counted as `busy`."""
 UNKNOWN_SAMPLING = Sampling(temperature=float("nan"))
 """The sampling of tokens for which it is not known what they were drawn from: there is no sampled-token estimate."""
 MAX_FAILURES = 2
-"""In a row, of one model, after which its floor counts as failing."""
+"""The number of failures in a row of one model after which its floor counts as failing."""
 SCORED, BUSY, INTERNAL_ERROR = "scored", "busy", "internal_error"
 """Outcomes; others are the reasons of `ReferenceFailure` and `InvalidRecordError`."""
 
@@ -77,7 +77,7 @@ class NoiseFloorMeter:
         """The number of measurements by model and outcome."""
         self._in_a_row: Counter[str] = Counter()
         self.failing: dict[str, str] = {}
-        """Models whose floor cannot be measured now, and why the last attempt failed."""
+        """The models whose floor cannot be measured now, and why the last attempt failed."""
 
     def offer(self, prompt: npt.NDArray[np.int32], record: TokenRecord, reference: SelfScorer) -> None:
         """Offers a scored request; it is drawn by chance if it is taken. prompt: int32 [P]. reference: the reference of

@@ -47,8 +47,9 @@ from hemostat_calibration.records import TokenRecord
 BUDGET_BURST_SECONDS = 10.0
 """The reference's token budget may be saved up for this long."""
 WORKERS = {"transformers": 2, "vllm": 4}
-"""Captures that are scored at a time, by `reference.backend`. Two where the reference scores one at a time: the codes
-of the next one are computed meanwhile."""
+"""The number of captures that are scored at a time, by `reference.backend`. There are two even if the reference scores
+one at a time: the codes of the next one are computed meanwhile.
+"""
 
 
 class ScoringPipeline:
@@ -166,7 +167,7 @@ class ScoringPipeline:
 
     @property
     def reference_tokens(self) -> int:
-        """Prompt and output tokens that the reference has scored."""
+        """The number of prompt and output tokens that the reference has scored."""
         return self.scorer.stages.call.tokens if self.scorer is not None else 0
 
     def samples(self) -> Iterator[Sample]:

@@ -18,7 +18,7 @@ log = logging.getLogger("hemostat.calibration")
 
 BLOB_KEY = "templates"
 SAVE_SECONDS = 300.0
-"""Between two writes, while requests are scored."""
+"""The time between two writes, while requests are scored."""
 
 
 class PromptTemplates:

@@ -249,8 +249,9 @@ def align_features(features: Features | None, first: int, tokens: int, anchor_se
 
 
 def profile_codes(profiles: Iterable[CalibrationProfile], features: Features) -> dict[str, Floats]:
-    """Returns by version the code of each position for the profiles that read these features' anchors: float64 [T,
-    r]."""
+    """Returns each position's code by version, float64 [T, r], for those profiles whose anchors are the tokens of these
+    features.
+    """
     result = {}
     for profile in profiles:
         ids = anchors(profile)

@@ -49,7 +49,7 @@ class RecordsFile:
         """A part of a line could not be cut off again."""
         self.written = 0
         self.lost = 0
-        """Records that could not be written."""
+        """The number of records that could not be written."""
 
     def samples(self) -> Iterator[Sample]:
         yield Sample(names.RECORDS_LOST, (), self.lost)

@@ -40,7 +40,7 @@ _NEVER_SCORABLE: Mapping[FailureReason, Unscored] = {
     FailureReason.NO_ADAPTER: Unscored.REFERENCE_NO_ADAPTER,
     FailureReason.GRAMMAR_NEEDS_FULL_VOCABULARY: Unscored.GRAMMAR_NEEDS_FULL_VOCABULARY,
 }
-"""Failures that are a property of the request: they say nothing of the reference's health."""
+"""The failures that are a property of the request: they say nothing of the reference's health."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class EvaluatedProfiles:
     """The profiles that a record is to evaluate. `ProfileInputs` makes it; `ReferenceCall` and `build_record` read it.
 
     features: the tap's, aligned to the output; None if there are none of use.
-    codes: by version, float64 [T, r], for the profiles that read features.
+    codes: each position's code by version, float64 [T, r], for the profiles that read features.
     """
 
     profiles: tuple[CalibrationProfile, ...]
@@ -70,7 +70,7 @@ class ReferenceCall:
         self._template_of = template_of
         self._clock = clock
         self.tokens = 0
-        """Prompt and output tokens that the reference has scored."""
+        """The number of prompt and output tokens that the reference has scored."""
 
     async def ask(
         self,

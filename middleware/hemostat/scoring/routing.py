@@ -30,7 +30,8 @@ class ScoringNeeds(Protocol):
         """Returns the known versions of the family `adapter`."""
 
     def anchor_sets(self) -> Mapping[str, Ids]:
-        """Returns the sets of anchors whose features are of use: digest -> the ids. Empty: no features."""
+        """Returns the sets of anchors whose features are of use: digest -> the ids. If there are none, no features are
+        read."""
 
     def needs_hidden_states(self, unit: bytes) -> bool:
         """Returns True if the reference's hidden states of this prompt's answer are of use."""
@@ -48,7 +49,7 @@ class Route:
     """The reference that scores a capture. `Router` makes it, and all later stages read it.
 
     tap: what the engine reported of the capture; None if it reported nothing.
-    calibrated: profiles are for this model. For the others, the distributions alone are of use.
+    calibrated: True if profiles are for this model. For the others, the distributions alone are of use.
     """
 
     tap: TapResult | None

@@ -25,9 +25,9 @@ class Use(Flag):
     FIGURES = auto()
     """All that is about whole distributions of the calibrated model over a whole output: figures, alarm, tests."""
     PART_FIGURES = auto()
-    """Figures by place alone: the last tokens of an output are no sample of its tokens."""
+    """The figures by place alone: the last tokens of an output are no sample of its tokens."""
     CONDITIONAL_FIGURES = auto()
-    """Figures that are conditional on what a grammar allows, apart from all others."""
+    """The figures that are conditional on what a grammar allows, apart from all others."""
     OTHER_FIGURES = auto()
     """The figures of another served model than the calibrated one, apart from all others."""
     NOISE_FLOOR = auto()

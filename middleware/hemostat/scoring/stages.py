@@ -114,7 +114,7 @@ class ProfileInputs:
     def __init__(self, needs: ScoringNeeds) -> None:
         self._needs = needs
         self.features_dropped: Counter[FeatureReason] = Counter()
-        """Requests whose features were needed and could not be used."""
+        """The number of requests whose features were needed and could not be used, by reason."""
 
     async def collect(self, route: Route, arrays: CaptureArrays) -> EvaluatedProfiles:
         if not route.calibrated:

@@ -56,8 +56,9 @@ def captures_from_tap(capture: Capture, answers: list[TapAnswer], max_tokens: in
 
 
 def shortened(answer: TapAnswer, top_k: int) -> TapAnswer:
-    """Returns the answer with at most `top_k` + 1 candidates at each position, where the client itself asked for more:
-    the most likely ones, of which the emitted one, where it would be missing, replaces the last."""
+    """Returns an answer with at most `top_k` + 1 candidates at each position, as a client may have asked for more: the
+    most likely ones; if the emitted token is not among them, it takes the place of the last.
+    """
     if answer.top_k <= top_k:
         return answer
     shape = answer.tokens, answer.top_k + 1

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 CONNECT_SECONDS = 3
 """The timeout of a connection to each address of the server."""
 EXCHANGE_SECONDS = 5.0
-"""Longest exchange of one statement and its answer."""
+"""The longest exchange of one statement and its answer."""
 STATEMENT_SECONDS = 4
 """After this time the server gives a statement up, and the session goes on."""
 IDLE_SECONDS = 10
@@ -95,7 +95,7 @@ _LOCK_CLASS = 0x48454D4F
 """The upper half of the lock's number. The lower one is the number of the table `hemostat_head`, so that tables that
 were restored in place of these have another lock."""
 _TRY_LOCK = f"SELECT pg_try_advisory_lock(({_LOCK_CLASS}::bigint << 32) | to_regclass('hemostat_head')::oid::bigint)"
-"""NULL where there is no such table."""
+"""The statement that tries to take the lock; it gives NULL if there is no such table."""
 _OWNS = f"""SELECT EXISTS (
     SELECT FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid() AND objsubid = 1
     AND classid = {_LOCK_CLASS} AND objid = to_regclass('hemostat_head')::oid
@@ -105,7 +105,7 @@ _DURABLE = "SELECT set_config('synchronous_commit', 'on', false) WHERE current_s
 """A commit that was answered is on the disk. Where more than that is set, it stays."""
 
 _REFUSALS = ("authentication failed", "no password supplied", "no pg_hba.conf entry", "does not exist", "denied for")
-"""Parts of what the server says when it does not begin a session for this user and database."""
+"""The parts of what the server says when it does not begin a session for this user and database."""
 _POOLER = (
     "a pooler (such as pgbouncer) is between, which may give each transaction another session, where the lock is not "
     "held: name the PostgreSQL server itself in store.url"

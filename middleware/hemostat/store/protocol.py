@@ -23,7 +23,7 @@ from typing import Any, Protocol, TypeAlias
 from hemostat_calibration.errors import HemostatError
 
 MAX_EVENTS = 10_000
-"""Events that a store keeps; older ones are deleted."""
+"""The largest number of events that a store keeps; older ones are deleted."""
 MAX_BLOB_BYTES = 512 * 1024 * 1024
 VERIFY_SECONDS = 2.0
 """The time between two checks of the owner that it still owns the store."""

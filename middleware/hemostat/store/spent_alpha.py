@@ -28,8 +28,8 @@ log = logging.getLogger("hemostat.store")
 LOOK_SECONDS = 0.05
 """The seconds between two looks if a write has happened."""
 MAX_NAMES = 256
-"""Names that are counted each by itself; the ones that began longest ago share one count, which is the largest of
-theirs."""
+"""The largest number of names that are counted each by itself; the ones that began longest ago share one count, which
+is the largest of theirs."""
 OTHERS = ""
 """The name of that count, and of the only one where tests of a sort have no names."""
 
@@ -48,11 +48,11 @@ class SpentAlpha:
         self.key = key
         self._writes = writes
         self._counts: dict[str, int] = {}
-        """By name, the one that began last at the end."""
+        """The counts by name; the name that began last is at the end."""
         self._stored: dict[str, int] = {}
         """Returns what a restart would find."""
         self._waiting: dict[str, tuple[int, int]] = {}
-        """By name, a number that is not stored yet, and the write that it waits for."""
+        """The numbers by name that are not stored yet, each with the write that it waits for."""
 
     @property
     def counts(self) -> Mapping[str, int]:

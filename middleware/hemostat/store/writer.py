@@ -52,7 +52,7 @@ class _Commit:
     commit_id: str
     writes: list[Write]
     last: int
-    """Number of the last write that it has."""
+    """The number of the last write that it has."""
 
 
 class StoreWriter:
@@ -82,9 +82,9 @@ class StoreWriter:
         self._states: dict[str, str | None] = {}
         self._blobs: dict[str, bytes] = {}
         self._commit: _Commit | None = None
-        """Begun; its outcome is not known yet."""
+        """The commit that has begun, and whose outcome is not known yet."""
         self._queued = 0
-        """Writes that were ever queued, and of these, the ones that were written."""
+        """The number of writes that were ever queued; `_written` is how many of these were written."""
         self._written = 0
         self._stopping = False
         self._work = asyncio.Event()

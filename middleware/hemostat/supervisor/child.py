@@ -20,13 +20,13 @@ from hemostat.ipc.liveness import BEAT, Silence
 log = logging.getLogger("hemostat.serve")
 
 START_SECONDS = 60.0
-"""Within this time a process must report that it is loaded, and again that it listens."""
+"""The time within which a process must report that it is loaded, and again that it listens."""
 RESTART_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0)
 """The longest delays before a restart, by the number of failures in a row."""
 STABLE_SECONDS = 30.0
 """A process that ran this long is restarted without delay."""
 EXIT_CODE_EXPLAINED = 2
-"""Exit code of a process that has logged in one line why it cannot start."""
+"""The exit code of a process that has logged in one line why it cannot start."""
 
 
 class StartFailure(Exception):
@@ -88,7 +88,7 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """0 before it is started."""
+        """The process's id; 0 before it is started."""
         return 0 if self._process is None else self._process.pid
 
     async def load(self) -> None:

@@ -26,7 +26,8 @@ DRAIN = signal.SIGUSR1
 moment for one more. SIGTERM closes idle connections at once.
 """
 MAX_REPLACED = 4
-"""Times that relays may be replaced while earlier ones still drain; beyond it the oldest are stopped."""
+"""The largest number of times that relays may be replaced while earlier ones still drain; beyond it the oldest are
+stopped."""
 
 
 class Relays:

@@ -30,12 +30,13 @@ class RunFolder:
 
     @property
     def control_socket(self) -> Path:
-        """Relays of a predecessor reconnect to the new control process, where both speak the same protocol."""
+        """The path of the control process's socket: relays of a predecessor reconnect to the new control process, where
+        both speak the same protocol."""
         return self.path / "control.sock"
 
     @property
     def control_lock(self) -> Path:
-        """Locked by the control process while it lives."""
+        """The path of a file that the control process locks while it lives."""
         return self.path / "control.lock"
 
     def remove(self) -> None:

@@ -21,7 +21,7 @@ from hemostat.supervisor.role import Role
 from hemostat.supervisor.service import ADMIN, CONTROL, DATA
 
 BACKLOG = 2048
-"""Connections that may wait in the queue of one socket (the kernel's limit is net.core.somaxconn)."""
+"""The number of connections that may wait in the queue of one socket (the kernel's limit is net.core.somaxconn)."""
 MAX_DATA_SOCKETS = 128
 """The largest number of data sockets: so many file descriptors can be passed on in one message. With more relays than
 this some share a socket.

@@ -12,9 +12,9 @@ from hemostat_calibration.learning.contextual import hidden_states
 from hemostat_calibration.learning.contextual.rows import TokenRows
 
 METRIC_ROWS = 1024
-"""Hidden states that the metric is averaged over."""
+"""The number of hidden states that the metric is averaged over."""
 PRIOR_ROWS = 8
-"""Hidden states that the prior is estimated from, times d."""
+"""The number of hidden states that the prior is estimated from, times d."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -20,7 +20,7 @@ from hemostat_calibration.learning.contextual.regression import Moments
 from hemostat_calibration.learning.contextual.rows import FOLDS, TokenRows, batched, folds_and_prompts
 
 MAX_HELD_OUT = 1024
-"""Held-out tokens on which maps are compared by KL over the whole vocabulary."""
+"""The largest number of held-out tokens on which maps are compared by KL over the whole vocabulary."""
 _BATCH = 4096
 """The number of tokens converted at a time."""
 
@@ -65,7 +65,7 @@ class HiddenExamples:
 
     @property
     def held_out(self) -> Indices:
-        """Tokens of the held-out fold that maps are judged on, ascending."""
+        """The tokens of the held-out fold that maps are judged on, ascending."""
         return evenly_spread(np.flatnonzero(self.fold == self.held_out_fold), MAX_HELD_OUT)
 
     @property
@@ -130,7 +130,7 @@ class ListExamples:
 
     @property
     def held_out(self) -> Indices:
-        """Tokens of the held-out fold that maps are judged on, ascending."""
+        """The tokens of the held-out fold that maps are judged on, ascending."""
         return evenly_spread(np.flatnonzero(self.fold == self.held_out_fold), MAX_HELD_OUT)
 
     def code_moment(self, map_: LinearMap) -> Floats:

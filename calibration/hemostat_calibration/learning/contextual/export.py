@@ -19,7 +19,7 @@ NARROW_RANK = 64
 """All but the `WIDE_IDS` likeliest ids get a change of logits of rank `NARROW_RANK` (`narrow`), where that halves the
 rank or more."""
 MAX_LOST_PART = 0.05
-"""Largest part of the change, as KL, that may be lost in the tail by that."""
+"""The largest part of the change, as KL, that may be lost in the tail by that."""
 
 
 def to_profile(

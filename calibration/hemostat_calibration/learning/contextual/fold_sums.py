@@ -17,7 +17,8 @@ from hemostat_calibration.learning.contextual.regression import Moments
 from hemostat_calibration.learning.contextual.rows import TokenRows
 
 FLUSH_TOKENS = 1024
-"""Tokens of a fold that are collected before they are added to its sums: the sums are large, so that adding is slow."""
+"""The number of tokens of a fold that are collected before they are added to its sums: the sums are large, so that
+adding is slow."""
 
 
 @dataclass(frozen=True, slots=True)

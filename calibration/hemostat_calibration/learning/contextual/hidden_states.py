@@ -13,11 +13,11 @@ import numpy as np
 from hemostat_calibration.arrays import Floats, Singles
 
 METRIC_MASS = 0.999
-"""Part of the mean distribution whose ids the Fisher metric sums over.
+"""The part of the mean distribution whose ids the Fisher metric sums over.
 
 The ids left out are most of the vocabulary and hardly change the metric."""
 _MIN_EIGENVALUE = 1e-12
-"""Lower limit of the mean eigenvalue of a metric."""
+"""The lower limit of the mean eigenvalue of a metric."""
 _CHUNK = 1 << 24
 """The number of elements of a temporary array."""
 

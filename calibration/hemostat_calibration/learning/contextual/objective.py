@@ -15,7 +15,7 @@ from hemostat_calibration.arrays import Floats, Ids, Indices, Singles
 from hemostat_calibration.learning.contextual.hidden_states import softmax
 
 _BLOCK = 512
-"""Rows at a time, where each needs a matrix of its own."""
+"""The number of rows at a time, where each needs a matrix of its own."""
 
 
 class Lists:

@@ -16,7 +16,7 @@ from hemostat_calibration.records import TokenRecord
 FOLDS = 4
 """The number of parts of the learning prompts, for cross-validation."""
 _MAX_HALF = 60000.0
-"""Values are clipped to this: it is within the range of float16."""
+"""The limit to which values are clipped: it is within the range of float16."""
 
 
 class TokenSource(StrEnum):

@@ -30,7 +30,7 @@ from hemostat.openai.stripping import ChoiceStripper, choices_go_on, record_endi
 from hemostat.openai.tokens import ResponseTokens
 
 MAX_ALTERNATIVES = 1
-"""Alternatives of the client's own that a response with more of them can be turned back into."""
+"""The largest number of alternatives of the client's own that a response with more of them can be turned back into."""
 
 
 class _Part(msgspec.Struct):

@@ -19,7 +19,7 @@ class Details:
     messages: list[Message] | None
     """The messages of a conversation; None: the request has a prompt instead."""
     conversation: bytes | None
-    """JSON that is equal for every turn of one conversation; without the model. None without a prompt."""
+    """The JSON that is equal for every turn of one conversation; without the model. None without a prompt."""
     usage_requested: bool = False
     choices: int = 1
     prompts: int = 1

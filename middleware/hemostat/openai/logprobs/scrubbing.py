@@ -32,7 +32,7 @@ class Scrubber:
         self._held = b""
         """The end of what was fed, while it may be the beginning of a member, or of an escape in a value."""
         self._depth = 0
-        """Brackets that are open in the value that is left out; 0: none is."""
+        """The number of brackets that are open in the value that is left out; 0: none is."""
         self._in_string = False
 
     def feed(self, data: bytes) -> bytes:

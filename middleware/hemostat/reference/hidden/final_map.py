@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 _OF_LOGITS = re.compile(r"logit|lm_head|output_mult|mup|residual_to_output|final_soft")
-"""Settings that may concern what follows the last hidden state."""
+"""The settings that may concern what follows the last hidden state."""
 _ELSEWHERE = re.compile(r"attn|attention|router|gate|moe|expert|output_router|logits_to_keep|return_|embed|mup_enabled")
-"""Settings of these names concern something else."""
+"""The names of settings that concern something else."""
 
 
 class NotModelled(ValueError):

@@ -23,11 +23,11 @@ POOLING_ARGUMENTS = (
 """With these, vLLM returns the final hidden states."""
 POOLING_FLAGS = shlex.join(POOLING_ARGUMENTS)
 MAX_WIDTH = 65_536
-"""Largest d that is looked for."""
+"""The largest d that is looked for."""
 STATE_BYTES = 2
 """The size of one bfloat16."""
 UNIT_NORM = 0.02
-"""Difference of a norm from 1, up to which all of them mean that the server normalizes."""
+"""The difference of a norm from 1, up to which all of them mean that the server normalizes."""
 
 States = npt.NDArray[np.uint16]
 """The bits of bfloat16 hidden states, [n, d]."""

@@ -18,15 +18,15 @@ TEXT = (
     "west and it was often cold, but in the summer the windows were open all day and the children played in the garden "
     "until it was dark. My father worked in the town and came home on the train every evening at six o'clock."
 )
-"""Plain text that no model is likely to know by heart."""
+"""A plain text that no model is likely to know by heart."""
 MAX_SHARE_OF_UNIFORM = 0.6
 """The largest mean negative log-likelihood of the text, as a part of log V, which is its value without any
 knowledge.
 """
 MAX_MISCALIBRATION_NATS = 1.5
-"""Largest difference of mean entropy and mean negative log-likelihood."""
+"""The largest difference of mean entropy and mean negative log-likelihood."""
 MAX_SAME_DISTANCE = 0.1
-"""Mean distance of two answers for the text, relative to their length, up to which they are of one model."""
+"""The mean distance of two answers for the text, relative to their length, up to which they are of one model."""
 
 
 def fit_of_head(emitted: Floats, entropy: Floats, vocab_size: int) -> str:

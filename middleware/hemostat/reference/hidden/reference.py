@@ -31,7 +31,7 @@ from hemostat.reference.worker_client import ReferenceWorker, threads_or_default
 log = logging.getLogger("hemostat.reference")
 
 PROBE_SECONDS = 300.0
-"""Pause between looks whether the server still runs the model that was checked."""
+"""The pause between looks whether the server still runs the model that was checked."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -25,7 +25,8 @@ class BadResponse(Exception):
 
 
 RETRY_AFTER_SECONDS: Final = 1
-"""For a client that was refused because a limit of the relay is reached, or that the upstream failed."""
+"""The time after which a client may try again that was refused because a limit of the relay is reached, or because the
+upstream failed."""
 
 
 _REASONS: Final = {

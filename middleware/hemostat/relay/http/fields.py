@@ -50,7 +50,7 @@ _NOT_REMOVABLE: Final = frozenset((b"content-length", b"host"))
 _RECURRING: Final = frozenset(
     (b"accept", b"accept-encoding", b"connection", b"content-type", b"host", b"server", b"user-agent")
 )
-"""Most clients and servers repeat these fields unchanged, as OpenAI's clients do `x-stainless-…`. None is meant for
+"""The fields that most clients and servers repeat unchanged, as OpenAI's clients do `x-stainless-…`. None is meant for
 secrets."""
 _MAX_CACHED: Final = 1024
 _MAX_CACHED_NAME_BYTES: Final = 64

@@ -68,7 +68,7 @@ class ChunkedReader:
         self._line = b""
         """The beginning of an incomplete size line or trailer."""
         self._left = 0
-        """Bytes of the current chunk that are missing, its CRLF included."""
+        """The number of bytes of the current chunk that are missing, its CRLF included."""
         self._trailers = -1
         """The number of bytes of trailers so far, -1 before the last chunk."""
         self._kept = b""
@@ -173,7 +173,7 @@ class RequestBodyReader:
         """length: of the request's head. limit: the most bytes of payload."""
         self._chunks = ChunkedReader() if length == CHUNKED else None
         self._missing = length
-        """Bytes that are missing, with Content-Length."""
+        """The number of bytes that are missing, with Content-Length."""
         self._size = 0
         """The number of bytes of payload so far, in the chunked coding."""
         self._limit = limit

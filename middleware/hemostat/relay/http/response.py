@@ -51,7 +51,8 @@ class ResponseHead:
         self.lines: list[bytes] = []
         """The fields that are forwarded, unchanged."""
         self.length = UNTIL_CLOSE
-        """Bytes of body (to HEAD and for 304: 0, whatever Content-Length says), CHUNKED or UNTIL_CLOSE."""
+        """The number of bytes of body (to HEAD and for 304: 0, whatever Content-Length says), CHUNKED or
+        UNTIL_CLOSE."""
         self.framing = -1
         """The index in `lines` of the field that frames the body, -1 without one."""
         self.keep_alive = minor == 1

@@ -9,7 +9,7 @@ from hemostat.relay.upstreams.engine import Engine
 from hemostat.relay.upstreams.group import Upstreams
 
 CHECK_SECONDS = 5.0
-"""Longest time for one answer; shorter where checks are more frequent."""
+"""The longest time for one answer; shorter where checks are more frequent."""
 _MAX_LINE = 1024
 
 

@@ -178,7 +178,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._head: ResponseHead | None = None
         """The final head, while its body is read."""
         self._missing = 0
-        """Bytes of body that are missing, with Content-Length."""
+        """The number of bytes of body that are missing, with Content-Length."""
         self._chunks = ChunkedReader()
         self._payload_only = False
         self._to_head = False

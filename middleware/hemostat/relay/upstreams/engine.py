@@ -8,7 +8,7 @@ from hemostat.relay.upstreams.pool import Pool
 
 
 class Engine:
-    """Composed by `Upstreams`; exchanges report to it how their requests ended."""
+    """One engine. It is composed by `Upstreams`; exchanges report to it how their requests ended."""
 
     __slots__ = ("drained", "failing", "health", "name", "origin", "outstanding", "pool", "requests", "resent")
 
@@ -20,7 +20,7 @@ class Engine:
         self.drained = False
         """It gets no new requests, because an operator drains it."""
         self.outstanding = 0
-        """Requests in progress, those that wait for a connection included."""
+        """The number of requests in progress, with the ones that wait for a connection."""
         self.failing = False
         """It has failed a request since the last sweep."""
         self.requests = 0

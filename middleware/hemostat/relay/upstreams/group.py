@@ -21,7 +21,9 @@ RETRY_RATIO: Final = 0.1
 times as much, not four times.
 """
 RETRY_BURST: Final = 10.0
-"""Retries that need no requests before them: the first failures of an engine that ends are answered by others."""
+"""The number of retries that are allowed before any request has earned one: when an engine ends, other engines can
+answer its first failed requests.
+"""
 
 
 class RetryBudget:
@@ -79,7 +81,7 @@ class Upstreams:
         self.affinity = affinity
         self._drained: frozenset[str] = frozenset()
         self._retired: list[Engine] = []
-        """Not among the origins any more; their last responses are still read."""
+        """The engines that are not among the origins any more; their last responses are still read."""
         self.engines: list[Engine] = []
         self.only: Engine | None = None
         """The engine, where there is one alone: it gets every request, whatever is known of its health."""

@@ -19,7 +19,8 @@ from enum import Enum
 from typing import Final
 
 FAILURES: Final = 3
-"""Failures in a row that are certainly the engine's (see `Health.request_failed`), after which it is ejected."""
+"""The number of failures in a row that are certainly the engine's (see `Health.request_failed`), after which it is
+ejected."""
 FAILED_CHECKS: Final = 2
 HOLD_SECONDS: Final = 1.0
 """The time of the first ejection."""
@@ -29,7 +30,7 @@ STABLE_SECONDS: Final = 60.0
 
 
 class HealthState(Enum):
-    """Values are what status and metrics call them."""
+    """The state of an engine; the values are the names in status and metrics."""
 
     UP = "up"
     EJECTED = "ejected"

@@ -56,12 +56,12 @@ class Pool:
 
     @property
     def size(self) -> int:
-        """Connections that are open or being opened."""
+        """The number of connections that are open or being opened."""
         return len(self._open) + len(self._connecting)
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a connection."""
+        """The number of requests that wait for a connection."""
         return len(self._waiters)
 
     def acquire(self, receiver: Receiver) -> UpstreamConnection | None:

@@ -24,9 +24,9 @@ class UpstreamSettings:
     wait.
     """
     health_seconds: float = 2.0
-    """Pause between two requests for each engine's /health, which costs it next to nothing; 0: none are sent."""
+    """The pause between two requests for each engine's /health, which costs it next to nothing; 0: none are sent."""
     resolve_seconds: float = 5.0
-    """Pause between two look-ups of a name (dns+http)."""
+    """The pause between two look-ups of a name (dns+http)."""
     affinity: bool = True
 
     @classmethod
