@@ -33,8 +33,8 @@ MAX_RUNS = 8
 _FIRST = 0.25
 """The part of the first run."""
 _SLOW = 8
-"""The place of the bend in how alpha is shared: the parts of the first about 8 runs fall slowly, those of later ones
-about as 1/r².
+"""The place of the bend in how alpha is shared among runs: the first about 8 runs get parts that fall slowly, and later
+runs get parts that fall about as 1/r².
 """
 BY_UNIT, BY_TOKEN = range(2)
 

@@ -1,4 +1,4 @@
-"""What the reference is asked about a capture, and how: a stage of `hemostat.scoring.stages`."""
+"""Asks the reference about a capture: a stage of `hemostat.scoring.stages`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which reference scores a capture: the first stage of `hemostat.scoring.stages`."""
+"""Decides which reference scores a capture: the first stage of `hemostat.scoring.stages`."""
 
 from __future__ import annotations
 
