@@ -34,7 +34,7 @@ class AnswerLosses:
 
     def __init__(self) -> None:
         self._recent: OrderedDict[str, deque[bool]] = OrderedDict()
-        """Whether each of an engine's last answers was lost, by engine."""
+        """The last answers of each engine, as a truth value each: True if the answer was lost."""
         self._paused_until: float | None = None
         self._pause = FIRST_PAUSE_SECONDS
 
