@@ -491,7 +491,7 @@ def test_ingress(helm: Helm) -> None:
 def test_notes_say_what_to_do_next(helm: Helm, cluster: Cluster) -> None:
     notes = helm.notes(cluster)
     for said in (
-        "http://rel-hemostat_lab.models.svc:8080/v1",
+        "http://rel-hemostat.models.svc:8080/v1",
         "kubectl -n models port-forward svc/rel-hemostat-admin 8081:8081",
         "kubectl -n models get secret rel-hemostat -o jsonpath='{.data.admin-token}'",
         "hemostat check --config /etc/hemostat/hemostat.yaml",

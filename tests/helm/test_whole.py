@@ -171,7 +171,7 @@ def test_what_does_not_go_together_is_refused(helm: Helm) -> None:
 def test_notes(helm: Helm, cluster: Cluster) -> None:
     notes = helm.notes(cluster, values=set_of("whole"))
     for said in (
-        "https://rel-hemostat_lab.models.svc:443/v1",
+        "https://rel-hemostat.models.svc:443/v1",
         "llm.example.com at the Gateway",
         "(or https://console.example.com/ )",
         "logs deploy/rel-hemostat-engine -f",
@@ -190,7 +190,7 @@ def helm_test(whole: Rendered, *urls: str) -> subprocess.CompletedProcess[str]:
     (spec,) = whole.one("Pod")["spec"]["containers"]
     assert spec["args"][1:] == [
         "http://rel-hemostat-admin.models.svc:8081/readyz",
-        "https://rel-hemostat_lab.models.svc:443/v1/models",
+        "https://rel-hemostat.models.svc:443/v1/models",
     ]
     assert spec["command"] == ["python", "-c"]
     return subprocess.run(["python3", "-c", spec["args"][0], *urls], capture_output=True, text=True, check=False)
