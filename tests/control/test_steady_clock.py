@@ -217,6 +217,13 @@ def test_the_clock_that_nobody_sets_goes_on_while_the_machine_is_suspended() -> 
     assert steady_clock.boot_time() <= steady_clock.boot_time()
 
 
+def test_a_machine_without_that_clock_has_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(time, "CLOCK_BOOTTIME")
+    assert abs(steady_clock.boot_time() - time.monotonic()) < 1.0
+    monkeypatch.setattr(steady_clock, "_BOOT_ID", Path("/nowhere"))
+    assert steady_clock.boot_id() == ""
+
+
 @pytest.mark.parametrize("jump", JUMPS.values(), ids=list(JUMPS))
 def test_the_budget_of_canaries_lasts_where_the_clock_is_set_between_two_processes(jump: float) -> None:
     """Each replay has a chance of a false statement, so that their number in an hour is limited."""

@@ -36,8 +36,10 @@ _UNITS = (("years", 365.25 * 86_400.0), ("days", 86_400.0), ("hours", 3600.0), (
 
 def boot_time() -> float:
     """Returns the seconds of a clock that nobody sets, and that goes on while the machine is suspended, if it can."""
-    clock = getattr(time, "CLOCK_BOOTTIME", None)
-    return time.monotonic() if clock is None else time.clock_gettime(clock)
+    try:
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    except (AttributeError, OSError):  # another system than Linux, or a kernel that has no such clock
+        return time.monotonic()
 
 
 def boot_id() -> str:
